@@ -1,0 +1,192 @@
+"""Prepares a corpus once, as rows on disk, and opens it ever after.
+
+`prepare` finds or learns the tokenizer, then finds or writes the rows. Each is a folder below `data.directory` whose
+name ends in a hash of everything that determines its contents, written under another name first and renamed when
+complete, so an interrupted preparation leaves nothing that could be mistaken for a finished one.
+"""
+
+import dataclasses
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moejax.config import DataConfig
+from moejax.data.atomic import atomic_folder
+from moejax.data.errors import DataError
+from moejax.data.packing import Row, pack
+from moejax.data.sources import SPLITS, Source, open_source
+from moejax.data.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer, train_sentencepiece
+
+if TYPE_CHECKING:
+    from moejax.data.store import Rows
+
+__all__ = ["Corpus", "DataError", "prepare"]
+
+ROWS_VERSION = 1  # raise it when packing or storing changes what is in a row
+BPE_VERSION = 1  # raise it when `train_sentencepiece` changes
+
+REPORT_SECONDS = 20.0  # between two reports on a long preparation
+
+_log = logging.getLogger("moejax")
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """A prepared corpus.
+
+    Attributes:
+      tokenizer: made the ids in the rows.
+      seq_len: L; a row has L + 1 slots.
+      num_rows: rows by split.
+      num_tokens: targets by split: every token of every document and its end, each once.
+      num_bytes: UTF-8 bytes of the documents by split.
+      num_documents: documents by split.
+      directory: where the rows are.
+    """
+
+    tokenizer: Tokenizer
+    seq_len: int
+    num_rows: dict[str, int]
+    num_tokens: dict[str, int]
+    num_bytes: dict[str, int]
+    num_documents: dict[str, int]
+    directory: Path
+
+    def rows(self, split: str) -> "Rows":
+        """Random access to the rows of a split: dicts of int32 arrays [L + 1], see `packing.pack`.
+
+        Raises:
+          DataError: the rows are damaged; also raised when a damaged row is read.
+        """
+        from moejax.data.store import Rows
+
+        if split not in self.num_rows:
+            raise ValueError(f"split={split!r} must be one of {', '.join(self.num_rows)}")
+        rows = Rows(self.directory, split)
+        if len(rows) != self.num_rows[split]:
+            raise _damaged(
+                self.directory, f"{self.directory}: {split} has {len(rows)} rows instead of {self.num_rows[split]}"
+            )
+        return rows
+
+
+def prepare(data: DataConfig, tokenizer: Tokenizer | None = None) -> Corpus:
+    """Opens the corpus that `data` describes, and prepares it first if that was never done.
+
+    Args:
+      data: source, tokenizer, sequence length and the folder to keep the result in.
+      tokenizer: used instead of the one `data` describes; a run passes its own.
+
+    Raises:
+      ConfigError: `data` names no documents, or its vocabulary does not fit them.
+      DataError: documents or prepared files are missing or damaged.
+    """
+    source = open_source(data)
+    tokenizer = tokenizer or _tokenizer(data, source)
+    key = _hash([ROWS_VERSION, source.identity, tokenizer.fingerprint, data.seq_len])
+    name = f"{source.name}-{tokenizer.kind}{tokenizer.vocab_size}-{data.seq_len}-{key}"
+    folder = Path(data.directory).expanduser() / "rows" / name
+    if not folder.exists():
+        _log.info("preparing rows: %s", folder)
+        start = time.monotonic()
+        with atomic_folder(folder) as temporary:
+            _write(temporary, source, tokenizer, data.seq_len)
+        _log.info("prepared rows in %.1f s", time.monotonic() - start)
+    corpus = _open(folder, tokenizer, data.seq_len)
+    for split in SPLITS:
+        _log.info(
+            "%s %s: %d rows, %d tokens, %d bytes, %d documents", source.name, split, corpus.num_rows[split],
+            corpus.num_tokens[split], corpus.num_bytes[split], corpus.num_documents[split],
+        )  # fmt: skip
+    return corpus
+
+
+def _hash(determines: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(determines).encode()).hexdigest()[:12]
+
+
+def _tokenizer(data: DataConfig, source: Source) -> Tokenizer:
+    """The tokenizer that `data` describes; BPE is learnt from the training split, once."""
+    if data.tokenizer == "bytes":
+        return ByteTokenizer()
+    key = _hash([BPE_VERSION, source.identity, data.vocab_size])
+    folder = Path(data.directory).expanduser() / "tokenizers" / f"{source.name}-bpe{data.vocab_size}-{key}"
+    if not folder.exists():
+        _log.info("learning a tokenizer of %d pieces: %s", data.vocab_size, folder)
+        start = time.monotonic()
+        with atomic_folder(folder) as temporary:
+            train_sentencepiece(source.documents("train"), data.vocab_size).save(temporary)
+        _log.info("learnt the tokenizer in %.1f s", time.monotonic() - start)
+    return load_tokenizer(folder)
+
+
+@dataclasses.dataclass
+class _Counts:
+    """What the manifest says about one split."""
+
+    num_rows: int = 0
+    num_tokens: int = 0
+    num_bytes: int = 0
+    num_documents: int = 0
+
+
+def _write(folder: Path, source: Source, tokenizer: Tokenizer, seq_len: int) -> None:
+    """Writes the rows of every split and, last, the manifest."""
+    from moejax.data.store import write_rows
+
+    counts = {split: _Counts() for split in SPLITS}
+    write_rows(folder, {s: _packed(source.documents(s), tokenizer, seq_len, s, counts[s]) for s in SPLITS}, seq_len)
+    files = {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
+    manifest = {"seq_len": seq_len, "tokenizer": tokenizer.fingerprint, "source": source.identity, "files": files}
+    manifest["splits"] = {split: dataclasses.asdict(count) for split, count in counts.items()}
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+
+
+def _packed(documents: Iterator[str], tokenizer: Tokenizer, seq_len: int, split: str, counts: _Counts) -> Iterator[Row]:
+    """The rows of `documents`, counted on their way."""
+
+    def streams() -> Iterator[list[int]]:
+        reported = time.monotonic()
+        for text in documents:
+            stream = [tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id]
+            counts.num_documents += 1
+            counts.num_bytes += len(text.encode("utf-8"))
+            counts.num_tokens += len(stream) - 1
+            if time.monotonic() - reported > REPORT_SECONDS:
+                reported = time.monotonic()
+                _log.info("%s: %d documents, %.1f MB so far", split, counts.num_documents, counts.num_bytes / 1e6)
+            yield stream
+
+    for row in pack(streams(), seq_len):
+        counts.num_rows += 1
+        yield row
+    if counts.num_documents == 0:
+        raise DataError(f"the split {split} of the data has no documents; add some")
+
+
+def _open(folder: Path, tokenizer: Tokenizer, seq_len: int) -> Corpus:
+    """Reads the manifest and checks the files against it, by size; what is inside them is checked when read."""
+    path = folder / "manifest.json"
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        files = {folder / name: int(size) for name, size in manifest["files"].items()}
+        numbers = {
+            field.name: {split: int(manifest["splits"][split][field.name]) for split in SPLITS}
+            for field in dataclasses.fields(_Counts)
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _damaged(folder, f"{path} is missing or corrupt ({type(error).__name__}: {error})") from error
+    for file, size in files.items():
+        if not file.is_file():
+            raise _damaged(folder, f"{file} is missing")
+        if file.stat().st_size != size:
+            raise _damaged(folder, f"{file} has {file.stat().st_size} bytes instead of {size}")
+    return Corpus(tokenizer=tokenizer, seq_len=seq_len, directory=folder, **numbers)
+
+
+def _damaged(folder: Path, problem: str) -> DataError:
+    return DataError(f"{problem}; remove the folder {folder} and run the command again: it is prepared anew")

@@ -1,0 +1,389 @@
+"""Figures of a run as data URIs, in one style: the only file that draws.
+
+Each figure is small (a phone's width) with type that stays readable there; a page sets several side by side where
+there is room. Titles are left to the page, where they can be read, searched and scaled. Matplotlib is used through its
+objects alone: no pyplot, no global state left behind. Colours are those of Okabe and Ito (2008) for lines and
+ColorBrewer's red-blue for loads, both told apart by colour-blind readers; lines also differ in dash, points in shape.
+"""
+
+import base64
+import dataclasses
+import io
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from jaxtyping import Float, Int
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.colorbar import Colorbar
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+WIDTH = 4.0  # inches; at 96 px each, a phone shows the figure in its natural size
+BLUE, ORANGE, GREEN, PURPLE, GREY, DEAD = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#6b7280", "#111111"
+LINES = ((BLUE, "-"), (ORANGE, "--"), (GREEN, "-."), (PURPLE, ":"))
+MAX_POINTS = 600  # per curve: more cannot be told apart
+MAX_COLUMNS = 200  # of a heat map,
+MAX_CELLS = 8_000  # and of its columns times experts: noise does not compress
+COLORS = 41  # of a heat map: odd, so that a uniform load is white; few, so that it compresses
+RATIO_TICKS = ((-2, "¼"), (-1, "½"), (0, "1"), (1, "2"), (2, "4"))
+STYLE: dict[Any, Any] = {
+    "font.family": ["sans-serif"],
+    "font.sans-serif": ["DejaVu Sans", "Verdana", "sans-serif"],
+    "font.size": 9.5,
+    "axes.edgecolor": GREY,
+    "axes.labelcolor": "#374151",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e5e7eb",
+    "grid.linewidth": 0.7,
+    "axes.axisbelow": True,
+    "text.color": "#374151",
+    "text.parse_math": False,
+    "xtick.color": "#374151",
+    "ytick.color": "#374151",
+    "xtick.labelsize": 9,
+    "ytick.labelsize": 9,
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+    "legend.handlelength": 1.8,
+    "lines.linewidth": 1.5,
+    "savefig.facecolor": "none",  # the page's ground shows through
+    "axes.facecolor": "none",
+    "svg.fonttype": "none",  # text stays text: a third of the size
+    "svg.hashsalt": "moejax",  # the same run gives the same file
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Curve:
+    """One line of a chart.
+
+    Attributes:
+      label: for the legend, which a chart with a single curve does without.
+      steps: x.
+      values: y; NaN leaves a gap.
+      points: draw markers above the lines instead of a line: few values, such as evaluations.
+    """
+
+    label: str
+    steps: Int[np.ndarray, "S"]
+    values: Float[np.ndarray, "S"]
+    points: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Chart:
+    """Metrics that belong in one figure, and how to read it.
+
+    Attributes:
+      title: heading.
+      keys: metric name and legend label of each curve; those of evaluations are drawn as points.
+      ylabel: quantity and unit.
+      reading: what it means and what is good.
+      reference: a level to compare with, and its name.
+      from_zero: start the y axis at 0.
+    """
+
+    title: str
+    keys: Sequence[tuple[str, str]]
+    ylabel: str
+    reading: str
+    reference: tuple[float, str] | None = None
+    from_zero: bool = False
+
+
+LOSS_CHARTS = (
+    Chart(
+        "Language-model loss",
+        (("loss/lm", "training"), ("eval/loss", "validation")),
+        "nats per token",
+        "Cross-entropy of the next token. Good: falling. Validation rising while training falls is overfitting.",
+    ),
+    Chart(
+        "Total loss",
+        (("loss/total", "total"), ("loss/lm", "language model")),
+        "nats per token",
+        "What is minimised: the language-model loss plus the weighted auxiliary losses, which are the gap between the "
+        "lines.",
+    ),
+    Chart(
+        "Weighted auxiliary losses",
+        (("loss/balance_weighted", "balance"), ("loss/z_weighted", "router z")),
+        "added to the total",
+        "What each auxiliary loss adds to the total. Good: small beside the language-model loss.",
+        from_zero=True,
+    ),
+    Chart(
+        "Balance loss",
+        (("loss/balance", "balance"),),
+        "before weighting",
+        "1 when the load is uniform; above 1, the router prefers experts that are already busy. Good: close to 1.",
+        reference=(1.0, "uniform"),
+    ),
+    Chart(
+        "Router z-loss",
+        (("loss/z", "router z"),),
+        "before weighting",
+        "Mean squared log-sum-exp of the router's logits; large logits make training unstable. Good: falling or flat.",
+        from_zero=True,
+    ),
+)
+
+SPEED_CHARTS = (
+    Chart(
+        "Tokens per second",
+        (("perf/tokens_per_s", "tokens/s"),),
+        "tokens/s",
+        "Good: flat. The first value may include compilation.",
+        from_zero=True,
+    ),
+    Chart("Learning rate", (("learning_rate", "learning rate"),), "learning rate", "The schedule as applied."),
+    Chart(
+        "Gradient norm",
+        (("grad_norm", "gradient norm"),),
+        "global norm",
+        "Before clipping. Good: steady. Spikes that the loss follows suggest a lower learning rate.",
+        from_zero=True,
+    ),
+)
+
+
+def routing_charts(num_experts: int) -> tuple[Chart, ...]:
+    """The charts of routing health; the entropies are compared with that of uniform routing, ln E."""
+    uniform = (math.log(num_experts), f"uniform: ln {num_experts} = {math.log(num_experts):.2f}")
+    return (
+        Chart(
+            "MaxVio",
+            (("moe/max_violation", "MaxVio"),),
+            "busiest / mean - 1",
+            "How far the busiest expert is above the mean load: 0 is perfect balance, 1 is twice the mean. Good: below "
+            "about 0.5 and falling.",
+            from_zero=True,
+        ),
+        Chart(
+            "Dead experts",
+            (("moe/dead_experts", "dead experts"),),
+            "experts",
+            "Experts that got no token in the interval. Good: 0. One that stays dead is paid for and not used.",
+            from_zero=True,
+        ),
+        Chart(
+            "Entropy",
+            (("moe/entropy", "router"), ("moe/load_entropy", "load")),
+            "nats",
+            "Router: how undecided it is about one token; it falls as experts specialise, and 0 means it no longer "
+            "explores. Load: how evenly all tokens spread; good: close to the dotted line.",
+            reference=uniform,
+            from_zero=True,
+        ),
+        Chart(
+            "Dropped assignments",
+            (("moe/dropped", "dropped"),),
+            "share of assignments",
+            "Assignments that found their expert full and skipped it. Good: 0, as it always is with dropless dispatch; "
+            "a few percent are usual with a capacity limit.",
+            from_zero=True,
+        ),
+    )
+
+
+def draw_chart(chart: Chart, series: Callable[[str], tuple[np.ndarray, np.ndarray]]) -> str | None:
+    """Draws a chart from a run's series.
+
+    Args:
+      chart: what to draw.
+      series: metric name to (steps, values), as `RunRecord.series`.
+
+    Returns:
+      An SVG data URI; None if no metric of the chart has values.
+    """
+    curves = [Curve(label, *series(key), points=key.startswith("eval/")) for key, label in chart.keys]
+    curves = [curve for curve in curves if curve.steps.size]
+    if not curves:
+        return None
+    return draw_curves(curves, chart.ylabel, reference=chart.reference, from_zero=chart.from_zero)
+
+
+def draw_curves(
+    curves: Sequence[Curve], ylabel: str, *, reference: tuple[float, str] | None = None, from_zero: bool = False
+) -> str:
+    """Draws curves over training steps.
+
+    Args:
+      curves: at most four lines, and any points.
+      ylabel: quantity and unit.
+      reference: a level to compare with, and its name.
+      from_zero: start the y axis at 0.
+
+    Returns:
+      An SVG data URI.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _new_figure(2.45)
+        lines = iter(LINES)
+        for curve in curves:
+            if curve.points:
+                marks: dict[str, Any] = {
+                    "marker": "o",
+                    "ms": 4.5,
+                    "mec": "white",
+                    "mew": 0.7,
+                    "ls": "none",
+                    "zorder": 3,
+                }
+                axes.plot(curve.steps, curve.values, color=ORANGE, label=curve.label, **marks)
+                continue
+            color, dash = next(lines)
+            alone = "o" if np.isfinite(curve.values).sum() == 1 else None  # a line through one point shows nothing
+            steps, values = _thin(curve.steps, curve.values)
+            axes.plot(  # over the axis, so that a line at 0 shows
+                steps, values, color=color, ls=dash, marker=alone, label=curve.label, clip_on=False, zorder=2.6
+            )
+        if reference is not None:
+            axes.axhline(reference[0], color=GREY, lw=1, ls=(0, (2, 2)), label=reference[1])
+        if len(curves) + (reference is not None) > 1:
+            figure.legend(loc="outside upper left", ncols=3, borderaxespad=0.1, columnspacing=1.2)
+        if from_zero:
+            axes.set_ylim(bottom=0)
+        _label_values(axes, curves)
+        axes.set_ylabel(ylabel)
+        _label_steps(axes)
+        return _svg(figure)
+
+
+def draw_load_over_time(steps: Int[np.ndarray, "S"], counts_SE: Int[np.ndarray, "S E"]) -> str:
+    """Draws one layer's load over time as a heat map: an expert a row, its load over the uniform load as colour.
+
+    Args:
+      steps: end of each logging interval; at least one.
+      counts_SE: assignments to each expert in each interval; long histories are summed over neighbouring intervals.
+
+    Returns:
+      An SVG data URI. White is a uniform load; the scale is logarithmic, so half and twice are equally strong; black is
+      an expert that got nothing.
+    """
+    edges, counts_CE = _columns(steps, counts_SE)
+    E = counts_CE.shape[1]
+    ratio_CE = load_ratio(counts_CE)
+    log_CE = np.log2(ratio_CE, out=np.full_like(ratio_CE, np.nan), where=ratio_CE > 0)
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _new_figure(float(np.clip(1.45 + 0.055 * E, 2.0, 4.6)))
+        cells = np.ma.masked_invalid(log_CE.T)
+        colors = matplotlib.colormaps["RdBu_r"].resampled(COLORS).with_extremes(bad=DEAD)
+        mesh = axes.pcolormesh(
+            edges, np.arange(E + 1) - 0.5, cells, cmap=colors, norm=Normalize(-2, 2), rasterized=True, antialiased=False
+        )
+        axes.grid(False)
+        axes.invert_yaxis()
+        axes.set_ylabel("expert")
+        axes.yaxis.set_major_locator(MaxNLocator(8, integer=True))
+        _label_steps(axes)
+        bar = figure.colorbar(mesh, ax=axes, extend="both", extendfrac=0.04, aspect=24, pad=0.02)
+        _label_ratios(bar)
+        return _svg(figure)
+
+
+def draw_final_load(counts_E: Int[np.ndarray, "E"]) -> str:
+    """Draws one layer's load as bars, over the uniform load; a cross marks an expert that got nothing.
+
+    Args:
+      counts_E: assignments to each expert over the last part of the run.
+
+    Returns:
+      An SVG data URI.
+    """
+    ratio_E = load_ratio(counts_E[None])[0]
+    experts_E = np.arange(len(ratio_E))
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _new_figure(1.9)
+        edges = (experts_E[:, None] + [-0.4, 0.4]).ravel()
+        heights = np.stack([ratio_E, np.zeros_like(ratio_E)], axis=1).ravel()[:-1]  # bars, and gaps between them
+        axes.stairs(heights, edges, fill=True, color=BLUE)  # one path, however many experts
+        axes.axhline(1, color=GREY, lw=1, ls=(0, (2, 2)))
+        dead = experts_E[ratio_E == 0]
+        axes.plot(dead, np.zeros(len(dead)), "x", color=ORANGE, ms=6, mew=1.8, clip_on=False, zorder=3)
+        axes.set_xlim(-0.7, len(ratio_E) - 0.3)
+        axes.set_ylim(0, max(1.5, 1.08 * ratio_E.max()))
+        axes.grid(axis="x", visible=False)
+        axes.set_xlabel("expert")
+        axes.set_ylabel("load / uniform load")
+        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+        return _svg(figure)
+
+
+def load_ratio(counts_SE: Int[np.ndarray, "S E"]) -> Float[np.ndarray, "S E"]:
+    """Each expert's load over the uniform load; 1 for all is perfect balance, and E the maximum.
+
+    A row without any assignment has the ratio 0 everywhere.
+    """
+    total_S1 = np.maximum(counts_SE.sum(axis=1, keepdims=True), 1)
+    return counts_SE * counts_SE.shape[1] / total_S1
+
+
+def _new_figure(height: float) -> tuple[Figure, Axes]:
+    layout = ConstrainedLayoutEngine(w_pad=0.04, h_pad=0.04)
+    figure = Figure(figsize=(WIDTH, height), dpi=144, facecolor="none", layout=layout)
+    return figure, figure.add_subplot()
+
+
+def _label_steps(axes: Axes) -> None:
+    axes.set_xlabel("training step")
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: short_number(x)))
+
+
+def _label_values(axes: Axes, curves: Sequence[Curve]) -> None:
+    values = np.concatenate([curve.values for curve in curves])
+    values = values[np.isfinite(values)]
+    if values.size and np.array_equal(values, values.round()):
+        axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+    if values.size and np.abs(values).max() >= 10_000:
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: short_number(y)))
+
+
+def _label_ratios(bar: Colorbar) -> None:
+    bar.set_ticks([tick for tick, _ in RATIO_TICKS], labels=[label for _, label in RATIO_TICKS])
+    bar.set_label("load / uniform load")
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(length=0)
+
+
+def short_number(x: float) -> str:
+    """Three significant digits and a unit: 950, 12.5k, 3.4M, 1.2B."""
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(x) >= 0.9995 * size:
+            return f"{float(f'{x / size:.3g}'):g}{unit}"
+    return f"{float(f'{x:.3g}'):g}"
+
+
+def _thin(steps: Int[np.ndarray, "S"], values: Float[np.ndarray, "S"]) -> tuple[np.ndarray, np.ndarray]:
+    """Keeps the least and the greatest of each stretch, so that a spike is still seen."""
+    if len(steps) <= MAX_POINTS:
+        return steps, values
+    stretches = np.array_split(np.arange(len(steps)), MAX_POINTS // 2)
+    low = np.where(np.isnan(values), math.inf, values)
+    high = np.where(np.isnan(values), -math.inf, values)
+    kept = np.unique([i for s in stretches for i in (s[np.argmin(low[s])], s[np.argmax(high[s])])])
+    return steps[kept], values[kept]
+
+
+def _columns(steps: Int[np.ndarray, "S"], counts_SE: Int[np.ndarray, "S E"]) -> tuple[np.ndarray, np.ndarray]:
+    """Edges in steps of few enough columns, and the counts summed over the intervals of each."""
+    first = 2 * steps[0] - steps[1] if len(steps) > 1 else 0  # the first interval is as long as the second
+    num_columns = min(len(steps), MAX_COLUMNS, max(1, MAX_CELLS // counts_SE.shape[1]))
+    starts = np.linspace(0, len(steps), num_columns, endpoint=False).astype(int)
+    ends = np.append(starts[1:], len(steps)) - 1
+    return np.append(min(max(first, 0), steps[0] - 1), steps[ends]), np.add.reduceat(counts_SE, starts, axis=0)
+
+
+def _svg(figure: Figure) -> str:
+    buffer = io.BytesIO()
+    FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None, "Creator": None})
+    return f"data:image/svg+xml;base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -1,0 +1,132 @@
+"""Which tokens each expert takes more of than chance would give it. Pure NumPy: counts in, ranked tokens out.
+
+Routing by word identity is the specialisation that early MoE papers saw first (Shazeer et al. 2017, appendix E;
+Zoph et al. 2022, section 7). To see it, count how often each expert got each token of the vocabulary, and compare with
+what the expert would get if routing ignored identity.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float64, Int, Int64
+
+# One token in 30,000 exceeds this by chance when routing ignores identity: a vocabulary yields about none per expert.
+MIN_Z = 4.0
+
+
+class TokenShare(NamedTuple):
+    """A token that an expert gets more often than its share.
+
+    Attributes:
+      token: id.
+      num_assignments: times the expert got it.
+      ratio: that over the number expected if routing ignored identity.
+    """
+
+    token: int
+    num_assignments: int
+    ratio: float
+
+
+def count_tokens_by_expert(
+    tokens_T: Int[np.ndarray, "T"],
+    experts_NTK: Int[np.ndarray, "N T K"],
+    vocab_size: int,
+    num_experts: int,
+    mask_T: Bool[np.ndarray, "T"],
+) -> Int64[np.ndarray, "N E V"]:
+    """Counts how often each expert of each layer was chosen for each token of the vocabulary.
+
+    Batches add up: sum the results.
+
+    Args:
+      tokens_T: token ids in [0, vocab_size).
+      experts_NTK: the experts each MoE layer chose for each token, in [0, num_experts).
+      vocab_size: V.
+      num_experts: E.
+      mask_T: False for padding, which is counted nowhere.
+
+    Returns:
+      counts_NEV; its sum is N * K * (number of real tokens).
+
+    Raises:
+      ValueError: an id outside its range, or lengths that differ.
+    """
+    N, T, _ = experts_NTK.shape
+    if tokens_T.shape != (T,) or mask_T.shape != (T,):
+        raise ValueError(
+            f"tokens_T {tokens_T.shape} and mask_T {mask_T.shape} must have one value for each of the {T} tokens of "
+            "experts_NTK"
+        )
+    tokens_t = tokens_T[mask_T].astype(np.int64)
+    experts_Ntk = experts_NTK[:, mask_T].astype(np.int64)
+    for name, values, size in (("tokens_T", tokens_t, vocab_size), ("experts_NTK", experts_Ntk, num_experts)):
+        if values.size and (values.min() < 0 or values.max() >= size):
+            raise ValueError(f"{name} has values from {values.min()} to {values.max()}; they must be in [0, {size})")
+    cells_Nt = experts_Ntk * vocab_size + tokens_t[:, None]
+    counts = [np.bincount(cells.ravel(), minlength=num_experts * vocab_size) for cells in cells_Nt]
+    return np.array(counts, np.int64).reshape(N, num_experts, vocab_size)
+
+
+def over_represented_tokens(
+    counts_NEV: Int[np.ndarray, "N E V"], top: int = 12, min_count: int = 20
+) -> list[list[list[TokenShare]]]:
+    """Ranks, for each layer and expert, the tokens that it gets significantly more often than its share of the load.
+
+    If routing ignored identity, each of the n_v assignments of token v would go to expert e with that expert's share
+    q_e of the layer's load, and e's count c of v would be binomial. The rank is the signed root of the log-likelihood
+    ratio (Dunning 1993, "Accurate Methods for the Statistics of Surprise and Coincidence"),
+
+      z = sqrt(2 n_v KL(c / n_v || q_e)),   positive where c > n_v q_e,
+
+    close to standard normal under that hypothesis, also for small counts. It grows with the evidence, so a rare token
+    must be very lopsided to rank beside a frequent one; ranking by the ratio itself would list only rare tokens. The
+    log-odds with a Dirichlet prior (Monroe et al. 2008) is a common alternative, but it hides a token that no other
+    expert gets, because the variance of the log of a count of zero is huge: just the tokens we look for.
+    The K experts of one token differ, which makes counts less variable than binomial: z errs on the low side.
+
+    Args:
+      counts_NEV: from `count_tokens_by_expert`.
+      top: tokens per expert, at most.
+      min_count: tokens that the expert got less often are left out.
+
+    Returns:
+      For each layer, for each expert, a list of `TokenShare`, strongest first; empty if nothing stands out.
+    """
+    ranked = []
+    for counts_EV in counts_NEV:
+        z_EV, ratio_EV = _surprise(counts_EV)
+        rows = zip(counts_EV, z_EV, ratio_EV, strict=True)
+        ranked.append([_rank(counts_V, z_V, ratio_V, top, min_count) for counts_V, z_V, ratio_V in rows])
+    return ranked
+
+
+def _surprise(counts_EV: Int[np.ndarray, "E V"]) -> tuple[Float64[np.ndarray, "E V"], Float64[np.ndarray, "E V"]]:
+    """The signed root z of the log-likelihood ratio, and the ratio of count to expected count; 0 for unseen tokens."""
+    counts_EV = counts_EV.astype(np.float64)
+    seen_V = counts_EV.sum(axis=0)
+    share_E1 = counts_EV.sum(axis=1, keepdims=True) / max(seen_V.sum(), 1)
+    expected_EV = share_E1 * seen_V
+    rest_EV, expected_rest_EV = seen_V - counts_EV, (1 - share_E1) * seen_V
+    deviance_EV = 2 * (_x_log_ratio(counts_EV, expected_EV) + _x_log_ratio(rest_EV, expected_rest_EV))
+    z_EV = np.sign(counts_EV - expected_EV) * np.sqrt(np.maximum(deviance_EV, 0))
+    ratio_EV = np.divide(counts_EV, expected_EV, out=np.zeros_like(counts_EV), where=expected_EV > 0)
+    return z_EV, ratio_EV
+
+
+def _x_log_ratio(x: Float64[np.ndarray, "E V"], y: Float64[np.ndarray, "E V"]) -> Float64[np.ndarray, "E V"]:
+    """Computes x * log(x / y), which is 0 where x is 0."""
+    positive = x > 0
+    return x * np.log(np.divide(x, y, out=np.ones_like(x), where=positive))
+
+
+def _rank(
+    counts_V: Int[np.ndarray, "V"],
+    z_V: Float64[np.ndarray, "V"],
+    ratio_V: Float64[np.ndarray, "V"],
+    top: int,
+    min_count: int,
+) -> list[TokenShare]:
+    eligible = np.flatnonzero((counts_V >= min_count) & (z_V >= MIN_Z))
+    order = eligible[np.argsort(-z_V[eligible], kind="stable")][:top]  # equal ranks: the lower id first
+    return [TokenShare(int(v), int(counts_V[v]), float(ratio_V[v])) for v in order]

@@ -1,0 +1,75 @@
+"""Grouped matrix product: rows sorted by group, each group multiplied by its own matrix.
+
+It is the only heavy product of a dropless MoE layer. Every implementation has the same signature and the same
+guarantees: rows beyond `sum(group_sizes)` are read by nobody and come back as zeros, and an empty group has exactly
+zero gradient.
+
+    implementation  where it is fast       how
+    tiled           CPU                    loops over experts and blocks of rows, own VJP
+    ragged          TPU                    `jax.lax.ragged_dot` (XLA:TPU lowers it to a native grouped kernel)
+    dense           nowhere                every row by every matrix: the reference
+"""
+
+import functools
+import logging
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from moejax.kernels.grouped_matmul.dense import grouped_matmul_dense
+from moejax.kernels.grouped_matmul.ragged import grouped_matmul_ragged
+from moejax.kernels.grouped_matmul.tiled import grouped_matmul_tiled
+from moejax.kernels.varying import vary_alike
+
+IMPLEMENTATIONS = {
+    "tiled": grouped_matmul_tiled,
+    "ragged": grouped_matmul_ragged,
+    "dense": grouped_matmul_dense,
+}
+
+
+def grouped_matmul(
+    x_RD: Float[Array, "R D"],
+    w_EDF: Float[Array, "E D F"],
+    group_sizes_E: Int[Array, "E"],
+    *,
+    implementation: str = "auto",
+) -> Float[Array, "R F"]:
+    """Multiplies each group of consecutive rows by its own matrix.
+
+    Args:
+      x_RD: rows sorted by group, float32 or bfloat16. Rows from `sum(group_sizes_E)` on may hold anything, NaN too.
+      w_EDF: one matrix per group, of the dtype of `x_RD`.
+      group_sizes_E: rows of each group; their sum is at most R.
+      implementation: a key of `IMPLEMENTATIONS`, or "auto" for the platform's best.
+
+    Returns:
+      The products, in the dtype of `x_RD` with float32 accumulation; zeros in the rows that belong to no group.
+
+    Raises:
+      ValueError: an unknown implementation.
+    """
+    name = resolve_implementation(implementation)
+    x_RD, w_EDF, group_sizes_E = vary_alike(x_RD, w_EDF, group_sizes_E)
+    is_row_R = (jnp.arange(x_RD.shape[0]) < group_sizes_E.sum())[:, None]
+    # `where`, not a product: 0 * NaN is NaN. Masking the input also zeroes the tail of its gradient.
+    y_RF = IMPLEMENTATIONS[name](jnp.where(is_row_R, x_RD, 0), w_EDF, group_sizes_E)
+    return jnp.where(is_row_R, y_RF, 0)
+
+
+def resolve_implementation(implementation: str) -> str:
+    """The implementation that "auto" stands for on the default backend; other names pass if they exist."""
+    if implementation == "auto":
+        return _choose(jax.default_backend())
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"grouped_matmul implementation {implementation!r} must be auto or one of {[*IMPLEMENTATIONS]}")
+    return implementation
+
+
+@functools.cache
+def _choose(platform: str) -> str:
+    chosen = "tiled" if platform == "cpu" else "ragged"
+    logging.getLogger("moejax").info("grouped_matmul: %s on %s", chosen, platform)
+    return chosen
+

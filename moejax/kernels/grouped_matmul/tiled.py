@@ -1,0 +1,94 @@
+"""The grouped product in tiles, for CPU: each expert's rows in blocks, as many blocks as it has rows for.
+
+The outer loop runs over experts and takes their matrix once; the inner loop has a data-dependent trip count, so an
+expert without rows costs nothing and the arithmetic is that of the rows alone, plus half a block per expert. A block
+may reach past the end of its group: what it writes there is overwritten by the groups that follow, which come later
+in the same loop. Both loops are `lax.fori_loop`s, so the program has the same size for any number of experts.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from moejax.kernels.varying import zeros_varying_like
+
+
+@jax.custom_vjp
+def grouped_matmul_tiled(
+    x_RD: Float[Array, "R D"], w_EDF: Float[Array, "E D F"], group_sizes_E: Int[Array, "E"]
+) -> Float[Array, "R F"]:
+    """See `grouped_matmul`."""
+    return _rows_by_matrices(x_RD, w_EDF, group_sizes_E, contract=1)
+
+
+def _forward(x_RD, w_EDF, group_sizes_E):
+    return grouped_matmul_tiled(x_RD, w_EDF, group_sizes_E), (x_RD, w_EDF, group_sizes_E)
+
+
+def _backward(residuals, dy_RF):
+    x_RD, w_EDF, group_sizes_E = residuals
+    dx_RD = _rows_by_matrices(dy_RF, w_EDF, group_sizes_E, contract=2)
+    dw_EDF = _outer_products(x_RD, dy_RF, group_sizes_E).astype(w_EDF.dtype)
+    return dx_RD, dw_EDF, None
+
+
+grouped_matmul_tiled.defvjp(_forward, _backward)
+
+
+def block_rows(num_rows: int, num_groups: int) -> int:
+    """Rows of a tile: about a quarter of the mean group, between 32 and 256, so that little of the last one is idle."""
+    target = max(1, num_rows // (4 * num_groups))
+    return min(256, max(32, 1 << (target.bit_length() - 1)))
+
+
+def _rows_by_matrices(x_RP, w_EDF, group_sizes_E, *, contract: int):
+    """Rows times `w` (`contract=1`) or times its transpose (`contract=2`)."""
+    num_rows, num_groups = x_RP.shape[0], w_EDF.shape[0]
+    block = block_rows(num_rows, num_groups)
+    starts_E = jnp.cumsum(group_sizes_E) - group_sizes_E
+    # One spare block at the end, because a slice that would pass the end is moved back, not cut.
+    x_RP = jnp.pad(x_RP, ((0, block), (0, 0)))
+
+    def one_group(e, y_RQ):
+        w_DF = _wide(w_EDF[e])
+
+        def one_tile(i, y_RQ):
+            row = starts_E[e] + i * block
+            x_bP = _wide(lax.dynamic_slice_in_dim(x_RP, row, block))
+            y_bQ = lax.dot_general(x_bP, w_DF, (((1,), (contract - 1,)), ((), ())))
+            return lax.dynamic_update_slice_in_dim(y_RQ, y_bQ.astype(y_RQ.dtype), row, axis=0)
+
+        return lax.fori_loop(0, -(-group_sizes_E[e] // block), one_tile, y_RQ)
+
+    y_RQ = zeros_varying_like(x_RP, (num_rows + block, w_EDF.shape[3 - contract]), x_RP.dtype)
+    return lax.fori_loop(0, num_groups, one_group, y_RQ)[:num_rows]
+
+
+def _outer_products(x_RD, dy_RF, group_sizes_E):
+    """For each group, the sum over its rows of the outer products of `x` and `dy`."""
+    num_rows, num_groups = x_RD.shape[0], group_sizes_E.shape[0]
+    block = block_rows(num_rows, num_groups)
+    starts_E = jnp.cumsum(group_sizes_E) - group_sizes_E
+    x_RD = jnp.pad(x_RD, ((0, block), (0, 0)))
+    dy_RF = jnp.pad(dy_RF, ((0, block), (0, 0)))
+    zeros_DF = zeros_varying_like(dy_RF, (x_RD.shape[1], dy_RF.shape[1]), jnp.float32)
+
+    def one_group(e, dw_EDF):
+        def one_tile(i, dw_DF):
+            row = starts_E[e] + i * block
+            is_mine_b = (i * block + jnp.arange(block) < group_sizes_E[e])[:, None]
+            x_bD = _wide(lax.dynamic_slice_in_dim(x_RD, row, block))
+            dy_bF = jnp.where(is_mine_b, _wide(lax.dynamic_slice_in_dim(dy_RF, row, block)), 0)
+            return dw_DF + lax.dot_general(x_bD, dy_bF, (((0,), (0,)), ((), ())))
+
+        dw_DF = lax.fori_loop(0, -(-group_sizes_E[e] // block), one_tile, zeros_DF)
+        return lax.dynamic_update_index_in_dim(dw_EDF, dw_DF, e, axis=0)
+
+    dw_EDF = zeros_varying_like(dy_RF, (num_groups, *zeros_DF.shape), jnp.float32)
+    return lax.fori_loop(0, num_groups, one_group, dw_EDF)
+
+
+def _wide(x):
+    """float32, in which CPUs multiply bfloat16 faster and accumulate exactly."""
+    return x.astype(jnp.float32)

@@ -1,0 +1,30 @@
+"""Varying axes: what `shard_map` with `check_vma=True` needs to know about arrays that meet in a loop or a custom VJP."""
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+
+def varying_axes(x: jax.Array) -> frozenset[str]:
+    """Mesh axes over which `x` may differ between devices; empty outside `shard_map`."""
+    return jax.typeof(x).mat.varying
+
+
+def vary_alike(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """Gives the arrays the union of their varying axes.
+
+    The transpose of this cast is a `psum`: it is what sums the gradient of replicated weights over devices. Outside
+    `shard_map` it does nothing.
+    """
+    union = frozenset().union(*map(varying_axes, arrays))
+    return tuple(_vary(x, union) for x in arrays)
+
+
+def zeros_varying_like(like: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
+    """Zeros that vary over the axes of `like`, as the initial carry of a loop must."""
+    return _vary(jnp.zeros(shape, dtype), varying_axes(like))
+
+
+def _vary(x: jax.Array, axes: frozenset[str]) -> jax.Array:
+    missing = tuple(sorted(axes - varying_axes(x)))
+    return jax.lax.pcast(x, missing, to="varying") if missing else x

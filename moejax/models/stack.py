@@ -1,0 +1,165 @@
+"""Blocks, and stacks of them scanned over layers.
+
+A `Stack` holds one block whose parameters carry a leading axis of layers, and scans it: the traced program has the same
+size for any depth. A block is a `Block` (one layer) or a `Period` (some dense layers and a MoE layer), so that stacks
+nest: "every other layer is MoE" is a stack of periods, each with a stack of dense blocks inside.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from moejax.config import Config
+from moejax.moe.experts import FeedForward
+from moejax.moe.layer import MoE
+from moejax.moe.routers.softmax_topk import SAVED_NAMES
+from moejax.moe.stats import RoutingStats
+from moejax.nn.attention import Attention, KVCache
+from moejax.nn.norm import RMSNorm
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What every layer of a pass shares.
+
+    Attributes:
+      positions_BL: position of each token in its document.
+      mask_BLS: which keys a query may see.
+      is_token_BL: False at padding.
+      capacity_factor: limit of capacity dispatch; None is dropless.
+      trace: keep token-level routing in the statistics.
+    """
+
+    positions_BL: jax.Array
+    mask_BLS: jax.Array
+    is_token_BL: jax.Array
+    capacity_factor: jax.Array | None = None
+    trace: bool = dataclasses.field(default=False, metadata={"static": True})
+
+
+class Block(nnx.Module):
+    """One layer: attention, then a feed-forward network or a MoE layer, each behind a norm and beside the residual."""
+
+    def __init__(self, config: Config, is_moe: bool, *, rngs: nnx.Rngs):
+        dtype = jnp.dtype(config.model.compute_dtype)
+        width = config.model.d_model
+        self.attention_norm = RMSNorm(width)
+        self.attention = Attention(config.model, dtype, rngs=rngs)
+        self.ffn_norm = RMSNorm(width)
+        if is_moe:
+            self.moe = MoE(config.moe, width, dtype, rngs=rngs)
+        else:
+            self.ffn = FeedForward(width, config.model.d_ff, dtype, rngs=rngs)
+        self.is_moe = is_moe
+        self.cache_shape = (config.model.num_kv_heads, config.head_dim)
+        self.dtype = dtype
+
+    def __call__(self, x_BLD: jax.Array, context: Context, cache: KVCache | None):
+        """Returns (x_BLD, cache, `RoutingStats` or None)."""
+        with jax.named_scope("attention"):
+            y_BLD, cache = self.attention(
+                self.attention_norm(x_BLD), context.positions_BL, context.mask_BLS, cache
+            )
+            x_BLD += y_BLD
+        normed_BLD = self.ffn_norm(x_BLD)
+        if not self.is_moe:
+            with jax.named_scope("ffn"):
+                return x_BLD + self.ffn(normed_BLD), cache, None
+        with jax.named_scope("moe"):
+            y_BLD, stats = self.moe(
+                normed_BLD, context.is_token_BL, capacity_factor=context.capacity_factor, trace=context.trace
+            )
+        return x_BLD + y_BLD, cache, stats
+
+    def init_cache(self, batch: int, slots: int) -> KVCache:
+        """An empty cache."""
+        zeros = jnp.zeros((batch, slots, *self.cache_shape), self.dtype)
+        return KVCache(zeros, zeros)
+
+    def blocks(self) -> Iterator["Block"]:
+        """The layers of this module, one by one: for looking at a model, not for traced code."""
+        yield self
+
+
+class Period(nnx.Module):
+    """`num_dense` dense layers and then a MoE layer."""
+
+    def __init__(self, config: Config, num_dense: int, *, rngs: nnx.Rngs):
+        self.dense = Stack(lambda rngs: Block(config, is_moe=False, rngs=rngs), num_dense, config, rngs=rngs)
+        self.moe_block = Block(config, is_moe=True, rngs=rngs)
+
+    def __call__(self, x_BLD: jax.Array, context: Context, cache: tuple | None):
+        """Returns (x_BLD, cache, `RoutingStats` of the MoE layer)."""
+        dense_cache, moe_cache = (None, None) if cache is None else cache
+        x_BLD, dense_cache, _ = self.dense(x_BLD, context, dense_cache)
+        x_BLD, moe_cache, stats = self.moe_block(x_BLD, context, moe_cache)
+        return x_BLD, (None if cache is None else (dense_cache, moe_cache)), stats
+
+    def init_cache(self, batch: int, slots: int) -> tuple:
+        """An empty cache of each part."""
+        return self.dense.init_cache(batch, slots), self.moe_block.init_cache(batch, slots)
+
+    def blocks(self) -> Iterator[Block]:
+        """The layers of this module, one by one."""
+        yield from self.dense.blocks()
+        yield self.moe_block
+
+
+class Stack(nnx.Module):
+    """`num` blocks of one kind, applied one after the other by `lax.scan`.
+
+    Args:
+      make_block: makes one block from its `Rngs`.
+      num: how many.
+      config: for `model.remat` and `model.scan_layers`.
+      rngs: split into one key per block.
+    """
+
+    def __init__(self, make_block: Callable[[nnx.Rngs], nnx.Module], num: int, config: Config, *, rngs: nnx.Rngs):
+        keys_N = jax.random.split(rngs.params(), num)
+        states_N = jax.vmap(lambda key: nnx.state(make_block(nnx.Rngs(params=key))))(keys_N)
+        graphdef, _ = nnx.split(nnx.eval_shape(lambda: make_block(nnx.Rngs(params=0))))
+        self.block = nnx.merge(graphdef, _with_layer_axis(states_N))
+        self.num = num
+        self.remat = config.model.remat
+        self.unroll = not config.model.scan_layers
+
+    def __call__(self, x_BLD: jax.Array, context: Context, cache=None) -> tuple[jax.Array, object, RoutingStats | None]:
+        """Returns (x_BLD, cache, `RoutingStats` with a leading axis of MoE layers, or None)."""
+        graphdef, states_N = nnx.split(self.block)
+
+        def one_block(x_BLD, layer):
+            state, cache = layer
+            x_BLD, cache, stats = nnx.merge(graphdef, state)(x_BLD, context, cache)
+            return x_BLD, (cache, stats)
+
+        if self.remat:
+            policy = jax.checkpoint_policies.save_only_these_names(*SAVED_NAMES)
+            one_block = jax.checkpoint(one_block, policy=policy, prevent_cse=self.unroll)
+        x_BLD, (cache, stats) = jax.lax.scan(one_block, x_BLD, (states_N, cache), unroll=self.num if self.unroll else 1)
+        return x_BLD, cache, stats
+
+    def init_cache(self, batch: int, slots: int):
+        """An empty cache with a leading axis of layers."""
+        one = self._block(0).init_cache(batch, slots)
+        return jax.tree.map(lambda x: jnp.broadcast_to(x, (self.num, *x.shape)), one)
+
+    def blocks(self) -> Iterator[Block]:
+        """The layers of this module, one by one."""
+        for index in range(self.num):
+            yield from self._block(index).blocks()
+
+    def _block(self, index: int):
+        graphdef, states_N = nnx.split(self.block)
+        return nnx.merge(graphdef, jax.tree.map(lambda x: x[index], states_N))
+
+
+def _with_layer_axis(states_N):
+    """Names the leading axis that `vmap` gave every parameter."""
+    return jax.tree.map(
+        lambda v: v.replace(axes=("layers", *v.axes)), states_N, is_leaf=lambda v: isinstance(v, nnx.Variable)
+    )

@@ -1,0 +1,164 @@
+"""Dispatch and combine on one device: tokens become rows grouped by expert, and rows become tokens again.
+
+Both movements are permutations (up to repetition and dropping), so both directions are gathers, and the transpose of
+each is a gather by the inverse indices: own VJPs spare XLA's scatter-add.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from moejax.kernels.varying import vary_alike
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Where each choice of each token goes.
+
+    Attributes:
+      row_TK: the row of a choice, int32; R where the choice has none (dropped, or the token is padding).
+      choice_R: the choice t * K + k in a row, int32; T * K where the row is empty.
+      group_sizes_E: rows of each expert, int32. Dropless rows are contiguous; with capacity each expert has R / E slots
+        of which some are empty, and its group size is R / E.
+    """
+
+    row_TK: jax.Array
+    choice_R: jax.Array
+    group_sizes_E: jax.Array
+
+
+def plan_dropless(experts_TK: Int[Array, "T K"], num_experts: int) -> Plan:
+    """Rows sorted by expert, one for each choice; rows of masked tokens (expert id E) come last and are empty."""
+    num_tokens, top_k = experts_TK.shape
+    num_choices = num_tokens * top_k
+    expert_R, choice_R = _sort_with_index(experts_TK.reshape(num_choices))
+    is_row_R = expert_R < num_experts
+    row_of_choice = jnp.zeros(num_choices, jnp.int32).at[choice_R].set(jnp.arange(num_choices, dtype=jnp.int32))
+    is_choice_TK = experts_TK < num_experts
+    return Plan(
+        row_TK=jnp.where(is_choice_TK, row_of_choice.reshape(experts_TK.shape), num_choices),
+        choice_R=jnp.where(is_row_R, choice_R, num_choices),
+        group_sizes_E=_group_sizes(expert_R, num_experts),
+    )
+
+
+def plan_capacity(
+    experts_BLK: Int[Array, "B L K"], num_experts: int, slots: int, limit: Int[Array, ""] | int
+) -> Plan:
+    """Rows in slots `[E, B, C]`: each expert takes its first choices of each sequence and drops the rest.
+
+    Order is by position, then by rank of the choice, so that no token's fate depends on a later token; counting is per
+    sequence, so that it does not depend on the other sequences of the batch or on the mesh.
+
+    Args:
+      experts_BLK: selected experts; E where the token is masked.
+      num_experts: E.
+      slots: C, the slots of an expert for one sequence.
+      limit: how many of them may be used, at most C; may be traced.
+
+    Source: Fedus et al. 2021, section 2.2; GShard (Lepikhin et al. 2020) drops by rank of the choice first instead.
+    """
+    batch, length, top_k = experts_BLK.shape
+    per_sequence = length * top_k
+    num_choices, num_rows = batch * per_sequence, num_experts * batch * slots
+
+    def place(experts_S):
+        """For one sequence: each choice's place among the choices of its expert."""
+        expert_S, choice_S = _sort_with_index(experts_S)
+        sizes_E = _group_sizes(expert_S, num_experts)
+        starts = jnp.append(jnp.cumsum(sizes_E) - sizes_E, 0)
+        place_S = jnp.arange(per_sequence) - starts[expert_S]
+        return jnp.zeros(per_sequence, jnp.int32).at[choice_S].set(place_S.astype(jnp.int32))
+
+    experts_BS = experts_BLK.reshape(batch, per_sequence)
+    place_BS = jax.vmap(place)(experts_BS)
+    sequence_B1 = jnp.arange(batch)[:, None]
+    is_kept_BS = (experts_BS < num_experts) & (place_BS < limit)
+    row_BS = jnp.where(is_kept_BS, (experts_BS * batch + sequence_B1) * slots + place_BS, num_rows)
+    row = row_BS.reshape(num_choices).astype(jnp.int32)
+    choices = jnp.arange(num_choices, dtype=jnp.int32)
+    empty_R = jnp.full(num_rows, num_choices, jnp.int32)
+    return Plan(
+        row_TK=row.reshape(batch * length, top_k),
+        choice_R=empty_R.at[row].set(choices, mode="drop"),
+        group_sizes_E=jnp.full(num_experts, batch * slots, jnp.int32),
+    )
+
+
+def capacity_slots(capacity_factor: float, top_k: int, length: int, num_experts: int) -> int:
+    """Slots of an expert for one sequence: ceil(capacity_factor * K * L / E), between 1 and L."""
+    return int(min(length, max(1, -(-capacity_factor * top_k * length // num_experts))))
+
+
+def capacity_limit(
+    capacity_factor: Float[Array, ""], top_k: int, length: int, num_experts: int
+) -> Int[Array, ""]:
+    """`capacity_slots` of a traced factor."""
+    # The small term absorbs float32 rounding: 1.1 * 2 * 80 / 8 is 22, not 22.000002.
+    limit = jnp.ceil(capacity_factor * (top_k * length / num_experts) - 1e-4)
+    return jnp.clip(limit, 1, length).astype(jnp.int32)
+
+
+@jax.custom_vjp
+def dispatch(x_TD: Float[Array, "T D"], plan: Plan) -> Float[Array, "R D"]:
+    """Copies each token to the rows of its choices; empty rows are zeros."""
+    top_k = plan.row_TK.shape[1]
+    return _gather(x_TD, plan.choice_R // top_k)
+
+
+def _dispatch_forward(x_TD, plan):
+    return dispatch(x_TD, plan), plan
+
+
+def _dispatch_backward(plan, dy_RD):
+    return _gather(dy_RD, plan.row_TK).sum(axis=1), None
+
+
+dispatch.defvjp(_dispatch_forward, _dispatch_backward)
+
+
+def combine(y_RD: Float[Array, "R D"], weights_TK: Float[Array, "T K"], plan: Plan) -> Float[Array, "T D"]:
+    """Adds up each token's rows with their weights; a choice without a row adds nothing."""
+    return _combine(*vary_alike(y_RD, weights_TK), plan)
+
+
+@jax.custom_vjp
+def _combine(y_RD, weights_TK, plan):
+    y_TKD = _gather(y_RD, plan.row_TK)
+    return jnp.einsum("TK,TKD->TD", weights_TK.astype(y_RD.dtype), y_TKD)
+
+
+def _combine_forward(y_RD, weights_TK, plan):
+    return _combine(y_RD, weights_TK, plan), (y_RD, weights_TK, plan)
+
+
+def _combine_backward(residuals, dy_TD):
+    y_RD, weights_TK, plan = residuals
+    top_k = weights_TK.shape[1]
+    weight_R = _gather(weights_TK.reshape(-1), plan.choice_R)
+    dy_RD = weight_R[:, None].astype(dy_TD.dtype) * _gather(dy_TD, plan.choice_R // top_k)
+    dweights_TK = jnp.einsum("TD,TKD->TK", dy_TD, _gather(y_RD, plan.row_TK), preferred_element_type=jnp.float32)
+    return dy_RD, dweights_TK.astype(weights_TK.dtype), None
+
+
+_combine.defvjp(_combine_forward, _combine_backward)
+
+
+def _gather(x, index):
+    """Rows of `x`; zeros where the index is out of range, which is how plans say "none"."""
+    return x.at[index].get(mode="fill", fill_value=0)
+
+
+def _sort_with_index(keys):
+    """Sorted keys and the stable permutation that sorts them."""
+    index = jnp.arange(keys.shape[0], dtype=jnp.int32)
+    keys, index = vary_alike(keys.astype(jnp.int32), index)
+    return jax.lax.sort((keys, index), num_keys=1, is_stable=True)
+
+
+def _group_sizes(sorted_experts, num_experts):
+    ends_E = jnp.searchsorted(sorted_experts, jnp.arange(num_experts), side="right").astype(jnp.int32)
+    return jnp.diff(ends_E, prepend=0)

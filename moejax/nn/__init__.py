@@ -1,0 +1,1 @@
+"""What surrounds the experts: normalisation, positions, attention."""

@@ -1,0 +1,21 @@
+"""Root-mean-square normalisation."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+EPSILON = 1e-6
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) * scale over the last axis, computed in float32. Zhang & Sennrich 2019, equation 4."""
+
+    def __init__(self, width: int):
+        self.scale = nnx.Param(jnp.ones(width), axes=("norm",))
+
+    def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
+        """Normalises the last axis; returns the dtype of `x`."""
+        wide = x.astype(jnp.float32)
+        inverse_rms = jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + EPSILON)
+        return (wide * inverse_rms * self.scale[...].astype(jnp.float32)).astype(x.dtype)

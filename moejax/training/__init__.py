@@ -1,0 +1,1 @@
+"""The loop that turns a configuration and a corpus into a run directory."""

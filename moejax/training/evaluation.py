@@ -1,0 +1,82 @@
+"""Evaluation: the language-model loss over a whole split, padded and masked, dropless, without auxiliary losses."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moejax.data.batches import Batch
+from moejax.moe.balance import load_fractions
+from moejax.training.state import Trainable, TrainState
+from moejax.training.step import Sums, put_batch
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """The result over a split.
+
+    Attributes:
+      loss: mean cross-entropy, nats per token.
+      perplexity: exp(loss).
+      bits_per_byte: bits per byte of the original text, which does not depend on the tokenizer.
+      num_targets: predicted tokens.
+      load_NE: fraction of choices of each expert, by MoE layer; None for a dense model.
+    """
+
+    loss: float
+    perplexity: float
+    bits_per_byte: float
+    num_targets: int
+    load_NE: np.ndarray | None
+
+    def scalars(self) -> dict[str, float]:
+        """As keys of `metrics.jsonl`."""
+        values = {
+            "eval/loss": self.loss,
+            "eval/perplexity": self.perplexity,
+            "eval/bits_per_byte": self.bits_per_byte,
+        }
+        if self.load_NE is not None:
+            values["eval/max_violation"] = float((self.load_NE.max(axis=1) * self.load_NE.shape[1] - 1).mean())
+        return values
+
+
+def evaluate(
+    eval_step: Callable[..., Sums],
+    trainable: Trainable,
+    state: TrainState,
+    batches: Iterator[Batch],
+    num_bytes: int,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Evaluation | None:
+    """Evaluates every batch.
+
+    Args:
+      eval_step: from `make_eval_step`.
+      trainable: the run's fixed part.
+      state: parameters and router state are read.
+      batches: this process's slices; padding is masked.
+      num_bytes: UTF-8 bytes of the text behind the batches.
+      should_stop: asked before each batch; once it says True the evaluation is given up and None returned.
+    """
+    total: Sums | None = None
+    for batch in batches:
+        if should_stop():
+            return None
+        sums = eval_step(state.params, state.router_state, put_batch(batch, trainable))
+        total = sums if total is None else jax.tree.map(jnp.add, total, sums)
+    if total is None:
+        raise ValueError("nothing to evaluate: the split has no rows")
+    nats, num_targets = float(total.nats), float(total.num_targets)
+    load_NE = None if total.routing is None else np.asarray(load_fractions(total.routing, trainable.config.moe.top_k))
+    loss = nats / num_targets
+    return Evaluation(
+        loss=loss,
+        perplexity=math.exp(min(loss, 700.0)),
+        bits_per_byte=nats / math.log(2) / num_bytes,
+        num_targets=int(num_targets),
+        load_NE=load_NE,
+    )

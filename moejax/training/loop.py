@@ -1,0 +1,197 @@
+"""The training loop: data, steps, metrics, evaluation, checkpoints, and leaving in good order."""
+
+import dataclasses
+import logging
+import statistics
+import time
+from contextlib import ExitStack, closing
+from pathlib import Path
+
+import jax
+
+from moejax.config import Config, Knobs
+from moejax.data import Batch, Corpus, TrainBatches, eval_batches, prepare
+from moejax.models.decoder import moe_layer_indices
+from moejax.models.parameters import count_parameters
+from moejax.sharding import make_mesh
+from moejax.training.checkpoint import Checkpoints
+from moejax.training.evaluation import Evaluation, evaluate
+from moejax.training.metrics import FinishedStep, MetricsFile, Recorder
+from moejax.training.nonfinite import NonFiniteError, locate
+from moejax.training.progress import StepProgress
+from moejax.training.routing_log import RoutingLog
+from moejax.training.run_directory import open_run_directory
+from moejax.training.signals import StopSignals
+from moejax.training.state import Trainable, TrainState, make_trainable
+from moejax.training.step import TrainStep, make_eval_step, make_train_step, put_batch
+
+log = logging.getLogger("moejax")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainResult:
+    """How a call of `train` ended.
+
+    Attributes:
+      step: steps done.
+      stopped_by: the signal that ended it early, or None.
+      evaluation: of the final state; None if stopped early.
+      tokens_per_s: median over logging intervals; None if this call trained no whole interval.
+    """
+
+    step: int
+    stopped_by: str | None
+    evaluation: Evaluation | None
+    tokens_per_s: float | None
+
+
+def train(config: Config, workdir: str | Path, *, command: str = "") -> TrainResult:
+    """Trains a configuration in a run directory, from its newest complete checkpoint if it has one.
+
+    Args:
+      config: from `config.resolve`.
+      workdir: created if absent; a run of another configuration is refused.
+      command: recorded in `config.json`.
+
+    Returns:
+      How it ended. SIGINT and SIGTERM end it after the step at hand, saved.
+
+    Raises:
+      ConfigError: the configuration does not fit the devices, or `workdir` holds another run.
+      DataError: data is missing or damaged.
+      CheckpointError: the newest checkpoint is damaged or does not fit.
+      NonFiniteError: more than `train.max_nonfinite_steps` steps in a row were not finite.
+    """
+    workdir = Path(workdir)
+    mesh = make_mesh(config)
+    open_run_directory(workdir, config, count_parameters(config), command)
+    with StopSignals() as stop:
+        corpus = prepare(config.data)
+        corpus.tokenizer.save(workdir)
+        trainable = make_trainable(config, mesh)
+        with closing(Checkpoints(workdir, trainable)) as checkpoints, jax.set_mesh(mesh):
+            state = checkpoints.restore()
+            if state is None:
+                state = trainable.init(config.train.seed)
+            else:
+                log.info("continuing %s from step %d", workdir, int(state.step))
+            return _Loop(trainable, corpus, checkpoints, workdir, stop).run(state)
+
+
+class _Loop:
+    """The parts of a run that the steps share."""
+
+    def __init__(
+        self, trainable: Trainable, corpus: Corpus, checkpoints: Checkpoints, workdir: Path, stop: StopSignals
+    ):
+        self.config = trainable.config.train
+        self.trainable = trainable
+        self.corpus = corpus
+        self.checkpoints = checkpoints
+        self.workdir = workdir
+        self.stop = stop
+        self.knobs = Knobs.of(trainable.config)
+        self.eval_step = make_eval_step(trainable)
+        self.batches = TrainBatches(
+            corpus, self.config.batch_size, self.config.seed, jax.process_index(), jax.process_count()
+        )
+
+    def run(self, state: TrainState) -> TrainResult:
+        """Trains from `state` to the end of the run or to a signal."""
+        start_step = int(state.step)
+        with ExitStack() as stack:
+            metrics = stack.enter_context(MetricsFile(self.workdir, after_step=start_step))
+            progress = stack.enter_context(StepProgress(self.config.num_steps, start_step))
+            recorder = Recorder(metrics, self._open_routing_log(start_step), progress, start_step)
+            state, evaluation = self._train(state, recorder)
+            recorder.flush()
+            if evaluation is None and not self.stop:  # the run was complete before this call
+                evaluation = self._evaluate(state)
+            self._save(state, evaluation)
+        return TrainResult(
+            step=int(state.step),
+            stopped_by=self.stop.received,
+            evaluation=evaluation,
+            tokens_per_s=statistics.median(recorder.rates) if recorder.rates else None,
+        )
+
+    def _train(self, state: TrainState, recorder: Recorder) -> tuple[TrainState, Evaluation | None]:
+        """The steps; returns the last state and its evaluation, if it got one."""
+        step, evaluation = int(state.step), None
+        if step >= self.config.num_steps:
+            return state, None
+        with closing(self.batches.iterate(step)) as batches:
+            train_step = self._compile(state, self.batches[step])
+            recorder.resume()
+            while step < self.config.num_steps and not self.stop:
+                batch = put_batch(next(batches), self.trainable)
+                state, output = train_step(state, batch, self.knobs)
+                step += 1
+                finished = recorder.add(output)
+                if finished.skipped_in_row >= self.config.max_nonfinite_steps:
+                    raise self._give_up(state, finished)
+                if step % self.config.log_every == 0:
+                    recorder.end_interval()
+                evaluation = None
+                is_last = step == self.config.num_steps
+                is_evaluated = is_last or (self.config.eval_every > 0 and step % self.config.eval_every == 0)
+                is_saved = is_last or step % self.config.checkpoint_every == 0
+                if is_evaluated or is_saved:
+                    recorder.flush()
+                if is_evaluated:
+                    evaluation = self._evaluate(state)
+                    if evaluation:
+                        recorder.metrics.write(step, evaluation.scalars())
+                if is_saved:
+                    self._save(state, evaluation)
+                if is_evaluated or is_saved:
+                    recorder.resume()
+        return state, evaluation
+
+    def _compile(self, state: TrainState, batch: Batch) -> TrainStep:
+        """Compiles the step before the clock starts."""
+        started = time.perf_counter()
+        arguments = (state, put_batch(batch, self.trainable), self.knobs)
+        compiled = make_train_step(self.trainable).lower(*arguments).compile()
+        log.info("compiled the train step in %.1f s", time.perf_counter() - started)
+        return compiled
+
+    def _evaluate(self, state: TrainState) -> Evaluation | None:
+        """Evaluates the validation split; None if a signal came meanwhile."""
+        batches = eval_batches(
+            self.corpus,
+            self.config.batch_size // self.config.accumulation,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+        with closing(batches):
+            evaluation = evaluate(
+                self.eval_step, self.trainable, state, batches, self.corpus.num_bytes["validation"], lambda: bool(self.stop)
+            )
+        if evaluation:
+            log.info(
+                "step %d: validation loss %.4f, %.4f bits per byte",
+                int(state.step), evaluation.loss, evaluation.bits_per_byte,
+            )  # fmt: skip
+        return evaluation
+
+    def _save(self, state: TrainState, evaluation: Evaluation | None) -> None:
+        self.checkpoints.save(state, {"eval/loss": evaluation.loss} if evaluation else None)
+
+    def _open_routing_log(self, start_step: int) -> RoutingLog | None:
+        config = self.trainable.config
+        if config.num_moe_layers == 0:
+            return None
+        routing = RoutingLog(self.workdir, moe_layer_indices(config), config.moe.num_experts)
+        routing.truncate(start_step)
+        return routing
+
+    def _give_up(self, state: TrainState, finished: FinishedStep) -> NonFiniteError:
+        first = finished.step - finished.skipped_in_row + 1
+        batch = put_batch(self.batches[first - 1], self.trainable)
+        place = locate(self.trainable, state, batch, self.knobs)
+        return NonFiniteError(
+            f"loss or gradients were not finite in {finished.skipped_in_row} steps in a row, from step {first} on; the first "
+            f"such value is in {place}; none of these steps was applied, and checkpoints are those of earlier steps; "
+            "lower optimizer.learning_rate, or raise train.max_nonfinite_steps"
+        )

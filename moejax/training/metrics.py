@@ -1,0 +1,187 @@
+"""Metrics leave the device one logging interval late and go to files, one JSON object a line.
+
+`Recorder.add` keeps references to a step's outputs; at the end of an interval it fetches those of the interval before,
+which are long computed, so that reading never makes the device wait.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Self
+
+import jax
+import numpy as np
+
+from moejax.training.progress import StepProgress
+from moejax.training.routing_log import RoutingLog
+from moejax.training.step import StepOutput
+
+SUMMED = ("num_targets",)
+LAST = ("skipped_steps", "learning_rate")
+
+
+class MetricsFile:
+    """`workdir/metrics.jsonl` and the same scalars for TensorBoard.
+
+    Args:
+      workdir: the run directory.
+      after_step: lines beyond this step are dropped: a resumed run writes them again.
+
+    Attributes:
+      tokens: targets trained on so far.
+    """
+
+    def __init__(self, workdir: str | Path, after_step: int):
+        from tensorboardX import SummaryWriter
+
+        self.path = Path(workdir) / "metrics.jsonl"
+        self.tokens = _truncate(self.path, after_step)
+        self._file = self.path.open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(Path(workdir) / "tensorboard"), purge_step=after_step + 1)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Appends one line; values that are not finite are left out, since JSON has no NaN."""
+        finite = {key: value for key, value in values.items() if math.isfinite(value)}
+        self._file.write(json.dumps({"step": step, **finite}) + "\n")
+        self._file.flush()
+        for key, value in finite.items():
+            self._board.add_scalar(key, value, step)
+
+    def close(self) -> None:
+        """Flushes both."""
+        self._file.close()
+        self._board.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def _truncate(path: Path, after_step: int) -> int:
+    """Drops later lines and damaged ones; returns the token count of the last training line kept."""
+    if not path.exists():
+        return 0
+    kept, tokens = [], 0
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            values = json.loads(line)
+            is_kept = values["step"] <= after_step
+        except (json.JSONDecodeError, KeyError, TypeError):  # a line cut off by a crash
+            continue
+        if is_kept:
+            kept.append(line + "\n")
+            tokens = values.get("tokens", tokens)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    os.replace(temporary, path)
+    return int(tokens)
+
+
+@dataclasses.dataclass(frozen=True)
+class FinishedStep:
+    """The little that is read of every step, once the next one is under way."""
+
+    step: int
+    skipped_in_row: int
+
+
+class Recorder:
+    """Collects step outputs, hands each logging interval to the files one interval late, and keeps time.
+
+    Args:
+      metrics: where scalars go.
+      routing: where per-expert arrays go; None for a dense model.
+      progress: shown every finished step.
+      start_step: steps done before this process began.
+
+    Attributes:
+      rates: tokens per second of each interval.
+    """
+
+    def __init__(self, metrics: MetricsFile, routing: RoutingLog | None, progress: StepProgress, start_step: int):
+        self.metrics = metrics
+        self.routing = routing
+        self.progress = progress
+        self.rates: list[float] = []
+        self._written_step = start_step
+        self._finished_step = start_step
+        self._running: StepOutput | None = None
+        self._current: list[tuple[StepOutput, float]] = []
+        self._waiting: list[tuple[StepOutput, float]] = []
+        self.resume()
+
+    def resume(self) -> None:
+        """Starts the clock anew, after work that is not training."""
+        self._since = time.perf_counter()
+
+    def add(self, output: StepOutput) -> FinishedStep:
+        """Takes the output of the step just dispatched, and waits for the one before."""
+        finished = self._finish_running()
+        self._running = output
+        return finished
+
+    def end_interval(self) -> None:
+        """Writes the interval before this one, whose values have long been computed."""
+        finished, self._waiting, self._current = self._waiting, self._current, []
+        self._write(finished)
+
+    def flush(self) -> None:
+        """Writes everything, waiting for it: before evaluation, saving and the end."""
+        self._finish_running()
+        self.end_interval()
+        self.end_interval()
+
+    def _finish_running(self) -> FinishedStep:
+        if self._running is None:
+            return FinishedStep(self._finished_step, 0)
+        output, self._running = self._running, None
+        scalars = jax.device_get({key: output.scalars[key] for key in ("loss/lm", "num_targets", "skipped_in_row")})
+        now = time.perf_counter()
+        seconds, self._since = now - self._since, now
+        self._finished_step += 1
+        self._current.append((output, seconds))
+        self.progress.update(self._finished_step, float(scalars["loss/lm"]), float(scalars["num_targets"]) / seconds)
+        return FinishedStep(self._finished_step, int(scalars["skipped_in_row"]))
+
+    def _write(self, interval: Sequence[tuple[StepOutput, float]]) -> None:
+        if not interval:
+            return
+        outputs: list[StepOutput] = jax.device_get([output for output, _ in interval])
+        steps = [{key: float(value) for key, value in output.scalars.items()} for output in outputs]
+        self._written_step += len(steps)
+        values = summarize(steps)
+        del values["skipped_in_row"]
+        targets = values.pop("num_targets")
+        self.metrics.tokens += int(targets)
+        values["tokens"] = self.metrics.tokens
+        seconds = sum(seconds for _, seconds in interval)
+        values["perf/tokens_per_s"] = targets / seconds
+        self.rates.append(values["perf/tokens_per_s"])
+        if self.routing is not None and outputs[0].routing is not None:
+            counts_NE = sum(np.asarray(o.routing.assignments_E, np.int64) for o in outputs)
+            tokens = sum(np.asarray(o.routing.num_tokens, np.float64) for o in outputs)
+            probs_NE = sum(np.asarray(o.routing.probs_E, np.float64) for o in outputs) / np.maximum(tokens, 1)[:, None]
+            values["moe/dead_experts"] = float((counts_NE == 0).sum())
+            self.routing.append(self._written_step, counts_NE, np.nan_to_num(probs_NE).astype(np.float32))
+        self.metrics.write(self._written_step, values)
+
+
+def summarize(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """One value per key for an interval: sums, last values, and means over the steps in which it was finite."""
+    values: dict[str, float] = {}
+    for key in steps[0]:
+        column = [step[key] for step in steps]
+        if key in LAST:
+            values[key] = column[-1]
+        elif key in SUMMED:
+            values[key] = sum(column)
+        else:
+            finite = [value for value in column if math.isfinite(value)]
+            values[key] = sum(finite) / len(finite) if finite else math.nan
+    return values

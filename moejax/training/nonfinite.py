@@ -1,0 +1,59 @@
+"""Finding where a value first stopped being finite, once a run has given up."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from moejax.config import Knobs
+from moejax.data.batches import Batch
+from moejax.models.stack import Context
+from moejax.nn.attention import row_mask
+from moejax.training.state import Trainable, TrainState
+from moejax.training.step import loss_and_gradients
+
+
+class NonFiniteError(RuntimeError):
+    """Too many steps in a row had a loss or gradient that is not finite."""
+
+
+def locate(trainable: Trainable, state: TrainState, batch: Batch, knobs: Knobs) -> str:
+    """Names the first place, in the order of computation, that is not finite: a parameter, a layer, or a gradient.
+
+    Runs layer by layer outside `jit`, so it is slow; it is meant for a run that has already failed.
+    """
+    for name, value in _named(state.params):
+        if not _is_finite(value):
+            return f"parameter {name}"
+    model = nnx.merge(trainable.graphdef, state.params, state.router_state)
+    context = Context(
+        positions_BL=batch.positions_BL,
+        mask_BLS=row_mask(batch.segments_BL),
+        is_token_BL=batch.segments_BL > 0,
+        capacity_factor=knobs.capacity_factor,
+    )
+    x_BLD = model.embed(batch.tokens_BL)
+    layer = 0
+    for stack in model.stacks:
+        for block in stack.blocks():
+            x_BLD, _, _ = block(x_BLD, context, None)
+            if not _is_finite(x_BLD):
+                return f"layer {layer} (output)"
+            layer += 1
+    if not _is_finite(model.unembed(x_BLD)):
+        return "the logits"
+    grads, _ = loss_and_gradients(trainable, state.params, state.router_state, batch, knobs)
+    bad = [name for name, value in _named(grads) if not _is_finite(value)]
+    return f"the gradient of {', '.join(bad[:3])}" if bad else "the global gradient norm (it overflows)"
+
+
+def _named(tree: Any) -> list[tuple[str, jax.Array]]:
+    return [
+        (jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value"), value)
+        for path, value in jax.tree_util.tree_leaves_with_path(tree)
+    ]
+
+
+def _is_finite(x: jax.Array) -> bool:
+    return bool(jnp.isfinite(x).all())

@@ -1,0 +1,66 @@
+"""What the user sees of a long loop: a bar on a terminal, plain lines elsewhere; both on standard error."""
+
+import logging
+import sys
+import time
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+PLAIN_SECONDS = 10.0
+"""Without a terminal, at most one line in so many seconds."""
+
+log = logging.getLogger("moejax")
+
+
+class StepProgress:
+    """Steps done, loss, tokens per second and time left.
+
+    Args:
+      num_steps: the run's length.
+      start_step: steps done before.
+    """
+
+    def __init__(self, num_steps: int, start_step: int):
+        self._num_steps = num_steps
+        self._start_step = start_step
+        self._bar: Progress | None = None
+        self._started = time.perf_counter()
+        self._last_line = 0.0
+        if sys.stderr.isatty():
+            self._bar = Progress(
+                TextColumn("training"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("loss {task.fields[loss]}"),
+                TextColumn("{task.fields[rate]} tokens/s"),
+                TimeRemainingColumn(),
+                TextColumn("left"),
+                console=Console(stderr=True),
+            )
+            self._task = self._bar.add_task("train", total=num_steps, completed=start_step, loss="-", rate="-")
+
+    def __enter__(self) -> Self:
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def update(self, step: int, loss: float, tokens_per_s: float) -> None:
+        """Shows a finished step."""
+        if self._bar:
+            self._bar.update(self._task, completed=step, loss=f"{loss:.3f}", rate=f"{tokens_per_s:,.0f}")
+            return
+        now = time.perf_counter()
+        if now - self._last_line < PLAIN_SECONDS and step < self._num_steps:
+            return
+        self._last_line = now
+        left = (now - self._started) / max(1, step - self._start_step) * (self._num_steps - step)
+        log.info(
+            "step %d/%d  loss %.3f  %s tokens/s  %d:%02d left",
+            step, self._num_steps, loss, f"{tokens_per_s:,.0f}", left // 60, left % 60,
+        )  # fmt: skip

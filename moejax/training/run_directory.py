@@ -1,0 +1,106 @@
+"""`workdir/config.json`: what a run is, and the check that a resumed run is still the same."""
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import jax
+
+import moejax
+from moejax.config import Config, ConfigError, leaves, resolve, to_dict
+from moejax.models.parameters import ParameterCount
+
+MAY_CHANGE = (
+    "train.num_steps", "train.log_every", "train.eval_every", "train.checkpoint_every", "train.keep_checkpoints",
+    "train.max_nonfinite_steps", "data.directory", "moe.grouped_matmul", "model.remat", "model.scan_layers",
+    "mesh.data", "mesh.fsdp", "mesh.expert", "mesh.tensor",
+)  # fmt: skip
+"""Leaves that may differ when a run is continued: they change neither the model nor what a step computes, except that
+`train.num_steps` stretches the learning-rate schedule."""
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "numpy")
+
+
+def open_run_directory(workdir: Path, config: Config, parameters: ParameterCount, command: str) -> None:
+    """Creates the directory, or checks that it holds a run of this configuration; writes `config.json`.
+
+    Raises:
+      ConfigError: the directory holds another run, or cannot be written.
+    """
+    path = workdir / "config.json"
+    if path.exists():
+        saved = to_dict(read_config(workdir))
+        wanted = to_dict(config)
+        for key, _ in leaves():
+            section, name = key.split(".")
+            if saved[section][name] != wanted[section][name] and key not in MAY_CHANGE:
+                raise ConfigError(
+                    f"{workdir} holds a run with {key}={saved[section][name]}, not {wanted[section][name]}; use another "
+                    "--workdir, or remove that folder"
+                )
+    device = jax.devices()[0]
+    content = {
+        "config": to_dict(config),
+        "parameters": dataclasses.asdict(parameters),
+        "versions": versions(),
+        "git_commit": git_commit(),
+        "device": f"{jax.device_count()} x {device.device_kind} ({device.platform})",
+        "command": command,
+    }
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        write_json(path, content)
+    except OSError as error:
+        raise ConfigError(f"--workdir={workdir} cannot be written: {error.strerror}; use another folder") from error
+
+
+def read_config(workdir: str | Path) -> Config:
+    """The resolved configuration of a run.
+
+    Raises:
+      ConfigError: there is no readable `config.json`, or it does not describe a valid configuration.
+    """
+    path = Path(workdir) / "config.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return resolve(content["config"])
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path} does not exist; --workdir must name the folder of a trained run") from error
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{path} is damaged ({error}); restore it, or train the run anew") from error
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, moejax and the packages that numbers depend on."""
+    return {
+        "python": platform.python_version(),
+        "moejax": moejax.__version__,
+        **{package: importlib.metadata.version(package) for package in PACKAGES},
+    }
+
+
+def git_commit() -> str:
+    """Commit of the checkout moejax runs from, with "+changes" if it was edited; empty outside a checkout."""
+    def git(*arguments: str) -> str:
+        folder = Path(moejax.__file__).parent
+        done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes a JSON document, whole or not at all."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, path)

@@ -1,0 +1,89 @@
+"""The state of a run: created sharded, in one jit."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from moejax.config import Config
+from moejax.models import Decoder
+from moejax.sharding import replicated, tree_shardings
+from moejax.training.optimizer import make_optimizer
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Everything that changes from step to step.
+
+    Attributes:
+      step: steps done, skipped ones included, int32; also the position in the data.
+      params: trained arrays, float32.
+      router_state: what routers carry besides parameters, outside the optimizer.
+      opt_state: moments, sharded like the parameters.
+      skipped: steps that were not applied because a value was not finite, int32.
+      skipped_in_row: those since the last applied one, int32.
+    """
+
+    step: jax.Array
+    params: nnx.State
+    router_state: nnx.State
+    opt_state: optax.OptState
+    skipped: jax.Array
+    skipped_in_row: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Trainable:
+    """What stays fixed during a run: the model's structure, the optimizer, and where each array lives."""
+
+    config: Config
+    mesh: Mesh
+    graphdef: nnx.GraphDef
+    optimizer: optax.GradientTransformation
+    shardings: TrainState
+    abstract: TrainState
+
+    def init(self, seed: int) -> TrainState:
+        """A fresh state, born sharded; its values do not depend on the mesh."""
+        with jax.set_mesh(self.mesh):
+            return jax.jit(self._init, out_shardings=self.shardings)(jax.random.key(seed))
+
+    def _init(self, key: jax.Array) -> TrainState:
+        _, params, router_state = nnx.split(Decoder(self.config, rngs=nnx.Rngs(params=key)), nnx.Param, ...)
+        return _fresh(params, router_state, self.optimizer)
+
+
+def make_trainable(config: Config, mesh: Mesh) -> Trainable:
+    """Prepares everything about a run that is known before any array exists."""
+    model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(params=0)))
+    graphdef, params, router_state = nnx.split(model, nnx.Param, ...)
+    optimizer = make_optimizer(config.optimizer, params)
+    abstract = jax.eval_shape(lambda p, r: _fresh(p, r, optimizer), params, router_state)
+    param_shardings = tree_shardings(logical_axes(params), mesh)
+    everywhere = replicated(mesh)
+    shardings = TrainState(
+        step=everywhere,
+        params=param_shardings,
+        router_state=tree_shardings(logical_axes(router_state), mesh),
+        opt_state=optax.tree_map_params(
+            optimizer, lambda _, sharding: sharding, abstract.opt_state, param_shardings,
+            transform_non_params=lambda _: everywhere,
+        ),
+        skipped=everywhere,
+        skipped_in_row=everywhere,
+    )  # fmt: skip
+    return Trainable(config, mesh, graphdef, optimizer, shardings, abstract)
+
+
+def logical_axes(state: nnx.State) -> nnx.State:
+    """The same tree with each array's tuple of logical axes in its place."""
+    return jax.tree.map(lambda v: v.replace(v.axes), state, is_leaf=lambda v: isinstance(v, nnx.Variable))
+
+
+def _fresh(params: nnx.State, router_state: nnx.State, optimizer: optax.GradientTransformation) -> TrainState:
+    zero = jnp.int32(0)
+    return TrainState(zero, params, router_state, optimizer.init(params), zero, zero)

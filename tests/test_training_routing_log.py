@@ -1,0 +1,196 @@
+"""The routing log: what was appended is read back, and a crash at any moment loses at most the entry being written."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from moejax.training import routing_log
+from moejax.training.routing_log import RoutingLog, read_routing
+
+LAYERS = [1, 3]
+NUM_EXPERTS = 4
+
+
+def entry(step):
+    """Counts and probabilities that give away the step they belong to."""
+    counts = np.arange(8, dtype=np.int64).reshape(2, 4) + 100 * step
+    return counts, np.full((2, 4), step / 1024, np.float32)
+
+
+def append_steps(log, steps):
+    for step in steps:
+        log.append(step, *entry(step))
+
+
+def assert_holds(workdir, steps):
+    history = read_routing(workdir)
+    assert history.steps.tolist() == list(steps)
+    assert history.counts_SNE.shape == history.probs_SNE.shape == (len(history.steps), 2, 4)
+    for i, step in enumerate(steps):
+        np.testing.assert_array_equal(history.counts_SNE[i], entry(step)[0])
+        np.testing.assert_array_equal(history.probs_SNE[i], entry(step)[1])
+
+
+def test_what_was_appended_is_read_back_with_its_layers(tmp_path):
+    append_steps(RoutingLog(tmp_path, LAYERS, NUM_EXPERTS), [10, 20, 30])
+    assert_holds(tmp_path, [10, 20, 30])
+    history = read_routing(tmp_path)
+    assert history.layers.tolist() == LAYERS
+    assert (history.counts_SNE.dtype, history.probs_SNE.dtype) == (np.int64, np.float32)
+
+
+def test_a_directory_without_a_log_has_no_history(tmp_path):
+    assert read_routing(tmp_path) is None
+
+
+def test_a_log_without_entries_has_an_empty_history(tmp_path):
+    RoutingLog(tmp_path, LAYERS, NUM_EXPERTS)
+    assert_holds(tmp_path, [])
+
+
+def test_counts_beyond_32_bits_survive(tmp_path):
+    counts, probs = entry(1)
+    RoutingLog(tmp_path, LAYERS, NUM_EXPERTS).append(1, counts + 2**40, probs)
+    np.testing.assert_array_equal(read_routing(tmp_path).counts_SNE[0], counts + 2**40)
+
+
+def test_a_log_that_spans_many_chunks_is_read_back_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(routing_log, "CHUNK_BYTES", 3 * 8 * 8)  # three entries a chunk
+    log = RoutingLog(tmp_path, LAYERS, NUM_EXPERTS)
+    append_steps(log, range(1, 11))
+    assert_holds(tmp_path, range(1, 11))
+    log.truncate(4)
+    append_steps(log, [7])
+    assert_holds(tmp_path, [1, 2, 3, 4, 7])
+
+
+def test_a_resumed_run_continues_and_rewrites_what_it_repeats(tmp_path):
+    append_steps(RoutingLog(tmp_path, LAYERS, NUM_EXPERTS), [10, 20, 30])
+    resumed = RoutingLog(tmp_path, LAYERS, NUM_EXPERTS)
+    resumed.truncate(after_step=20)
+    assert_holds(tmp_path, [10, 20])
+    append_steps(resumed, [25, 35])
+    assert_holds(tmp_path, [10, 20, 25, 35])
+
+
+def test_truncating_behind_the_end_changes_nothing(tmp_path):
+    log = RoutingLog(tmp_path, LAYERS, NUM_EXPERTS)
+    append_steps(log, [10, 20])
+    log.truncate(20)
+    assert_holds(tmp_path, [10, 20])
+
+
+def test_a_crash_in_front_of_the_commit_marker_loses_only_that_entry(tmp_path, monkeypatch):
+    log = RoutingLog(tmp_path, LAYERS, NUM_EXPERTS)
+    append_steps(log, [10, 20])
+    write = RoutingLog._write
+
+    def crash_at_the_marker(self, name, value):
+        if name == "step":
+            raise KeyboardInterrupt
+        write(self, name, value)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RoutingLog, "_write", crash_at_the_marker)
+        with pytest.raises(KeyboardInterrupt):
+            append_steps(log, [30])
+    assert_holds(tmp_path, [10, 20])
+    append_steps(RoutingLog(tmp_path, LAYERS, NUM_EXPERTS), [40])
+    assert_holds(tmp_path, [10, 20, 40])
+
+
+def test_a_crash_while_the_marker_array_grows_commits_nothing(tmp_path):
+    log = RoutingLog(tmp_path, LAYERS, NUM_EXPERTS)
+    append_steps(log, [10, 20])
+    log._arrays["step"].resize(exclusive_max=[3]).result()  # grown, not yet written
+    assert_holds(tmp_path, [10, 20])
+
+
+def test_a_truncated_entry_does_not_come_back_when_the_array_grows_again(tmp_path):
+    log = RoutingLog(tmp_path, LAYERS, NUM_EXPERTS)
+    append_steps(log, [10, 20, 30])
+    log.truncate(10)
+    log._arrays["step"].resize(exclusive_max=[2]).result()  # a crash in the middle of the next append
+    assert_holds(tmp_path, [10])
+    append_steps(RoutingLog(tmp_path, LAYERS, NUM_EXPERTS), [15])
+    assert_holds(tmp_path, [10, 15])
+
+
+def test_a_crash_while_the_log_is_created_leaves_nothing_in_the_way(tmp_path):
+    RoutingLog(tmp_path, [0], 2)
+    (tmp_path / "routing" / "zarr.json").unlink()  # the group file is written last
+    assert read_routing(tmp_path) is None
+    append_steps(RoutingLog(tmp_path, LAYERS, NUM_EXPERTS), [10])
+    assert_holds(tmp_path, [10])
+
+
+WRITER = """
+import sys
+import numpy as np
+from moejax.training.routing_log import RoutingLog
+log = RoutingLog(sys.argv[1], [1, 3], 4)
+step = log._steps[-1] if log._steps else 0
+while True:
+    step += 1
+    counts = np.arange(8, dtype=np.int64).reshape(2, 4) + 100 * step
+    log.append(step, counts, np.full((2, 4), step / 1024, np.float32))
+    print(step, flush=True)
+"""
+
+
+def test_a_writer_killed_at_a_random_moment_loses_no_entry_it_reported(tmp_path):
+    rng = np.random.default_rng(0)
+    for _ in range(4):
+        writer = subprocess.Popen(
+            [sys.executable, "-c", WRITER, str(tmp_path)],
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        )
+        reported = [int(writer.stdout.readline()) for _ in range(3)]
+        time.sleep(rng.uniform(0, 0.05))
+        writer.send_signal(signal.SIGKILL)
+        rest, _ = writer.communicate(timeout=30)
+        last = max([*reported, *(int(line) for line in rest.splitlines())])
+        held = len(read_routing(tmp_path).steps)
+        assert last <= held <= last + 1  # the entry being written may have been finished, but not reported
+        assert_holds(tmp_path, range(1, held + 1))
+
+
+def test_another_shape_is_refused_with_folder_and_remedy(tmp_path):
+    RoutingLog(tmp_path, LAYERS, NUM_EXPERTS)
+    for layers, num_experts in (([1, 3, 5], 4), ([0, 2], 4), (LAYERS, 8)):
+        with pytest.raises(ValueError, match=rf"{tmp_path}/routing .*use another workdir, or delete"):
+            RoutingLog(tmp_path, layers, num_experts)
+
+
+def test_entries_of_a_wrong_shape_or_order_are_refused(tmp_path):
+    log = RoutingLog(tmp_path, LAYERS, NUM_EXPERTS)
+    with pytest.raises(ValueError, match=r"counts_NE has shape \(3, 4\)"):
+        log.append(1, np.zeros((3, 4), np.int64), np.zeros((3, 4), np.float32))
+    append_steps(log, [10])
+    for step in (10, 5, -1):
+        with pytest.raises(ValueError, match=rf"step={step} .*truncate"):
+            append_steps(log, [step])
+    assert_holds(tmp_path, [10])
+
+
+def test_a_dense_run_has_no_log_to_create(tmp_path):
+    with pytest.raises(ValueError, match="a dense run has none"):
+        RoutingLog(tmp_path, [], 0)
+
+
+@pytest.mark.parametrize("victim", ["zarr.json", "step/zarr.json", "counts/zarr.json"])
+def test_a_damaged_log_is_refused_with_file_and_remedy(tmp_path, victim):
+    append_steps(RoutingLog(tmp_path, LAYERS, NUM_EXPERTS), [10])
+    (tmp_path / "routing" / victim).write_text(json.dumps({"zarr_format": 3}))
+    with pytest.raises(ValueError, match=rf"{tmp_path}/routing is damaged .*delete it to do without"):
+        read_routing(tmp_path)
+    with pytest.raises(ValueError, match=rf"{tmp_path}/routing is damaged .*delete it to do without"):
+        RoutingLog(tmp_path, LAYERS, NUM_EXPERTS)
