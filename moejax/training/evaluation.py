@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterator
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from moejax.data.batches import Batch
 from moejax.moe.balance import load_fractions
-from moejax.training.state import Trainable, TrainState
+from moejax.training.state import Trainable
 from moejax.training.step import Sums, put_batch
 
 
@@ -47,7 +48,8 @@ class Evaluation:
 def evaluate(
     eval_step: Callable[..., Sums],
     trainable: Trainable,
-    state: TrainState,
+    params: nnx.State,
+    router_state: nnx.State,
     batches: Iterator[Batch],
     num_bytes: int,
     should_stop: Callable[[], bool] = lambda: False,
@@ -57,7 +59,8 @@ def evaluate(
     Args:
       eval_step: from `make_eval_step`.
       trainable: the run's fixed part.
-      state: parameters and router state are read.
+      params: trained arrays.
+      router_state: what routers carry besides.
       batches: this process's slices; padding is masked.
       num_bytes: UTF-8 bytes of the text behind the batches.
       should_stop: asked before each batch; once it says True the evaluation is given up and None returned.
@@ -66,7 +69,7 @@ def evaluate(
     for batch in batches:
         if should_stop():
             return None
-        sums = eval_step(state.params, state.router_state, put_batch(batch, trainable))
+        sums = eval_step(params, router_state, put_batch(batch, trainable))
         total = sums if total is None else jax.tree.map(jnp.add, total, sums)
     if total is None:
         raise ValueError("nothing to evaluate: the split has no rows")

@@ -130,7 +130,7 @@ class _Loop:
                 finished = recorder.add(output)
                 if finished.skipped_in_row >= self.config.max_nonfinite_steps:
                     raise self._give_up(state, finished)
-                if step % self.config.log_every == 0:
+                if finished.step % self.config.log_every == 0:
                     recorder.end_interval()
                 evaluation = None
                 is_last = step == self.config.num_steps
@@ -166,8 +166,9 @@ class _Loop:
         )
         with closing(batches):
             evaluation = evaluate(
-                self.eval_step, self.trainable, state, batches, self.corpus.num_bytes["validation"], lambda: bool(self.stop)
-            )
+                self.eval_step, self.trainable, state.params, state.router_state, batches,
+                self.corpus.num_bytes["validation"], should_stop=lambda: bool(self.stop),
+            )  # fmt: skip
         if evaluation:
             log.info(
                 "step %d: validation loss %.4f, %.4f bits per byte",

@@ -1,0 +1,57 @@
+"""Flags that several verbs share."""
+
+from pathlib import Path
+
+from absl import flags
+from absl.flags import FlagValues
+from ml_collections import config_flags
+
+from moejax.cli import UsageError
+from moejax.config import Config, resolve
+
+
+def define_config(values: FlagValues, arguments: list[str], default: str | None = None) -> None:
+    """`--config=FILE[:ARG]` and `--config.a.b=value` for every leaf."""
+    config_flags.DEFINE_config_file(
+        "config",
+        default,
+        "a recipe, FILE[:ARG]; --config.section.leaf=value overrides a leaf",
+        flag_values=values,
+        sys_argv=["moejax", *arguments],
+    )
+
+
+def read_config_flag(values: FlagValues) -> Config:
+    """The resolved configuration.
+
+    Raises:
+      UsageError: no `--config`, or its file cannot be used.
+      ConfigError: a value that cannot work.
+    """
+    if values["config"].value is None:
+        raise UsageError("--config is missing; give a recipe, such as --config=configs/tiny_moe.py")
+    return resolve(values.config)
+
+
+def define_workdir(values: FlagValues, text: str = "the run directory") -> None:
+    """`--workdir=DIR`."""
+    flags.DEFINE_string("workdir", "", text, flag_values=values)
+
+
+def read_workdir(values: FlagValues) -> Path:
+    """The run directory, which must exist.
+
+    Raises:
+      UsageError: the flag is missing or names no directory.
+    """
+    if not values.workdir:
+        raise UsageError("--workdir is missing; name the folder of a run, such as --workdir=runs/tiny_moe")
+    path = Path(values.workdir)
+    if not path.is_dir():
+        raise UsageError(f"--workdir={path} is not a folder; train a run there first")
+    return path
+
+
+def define_json(values: FlagValues) -> None:
+    """`--json`."""
+    flags.DEFINE_bool("json", False, "print one JSON document instead of a table", flag_values=values)

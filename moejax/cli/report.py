@@ -1,0 +1,19 @@
+"""Write a run's report.html: one self-contained page, from the run directory alone.
+
+  moejax report --workdir=runs/tiny_moe
+"""
+
+from absl.flags import FlagValues
+
+from moejax.cli.flags import define_workdir, read_workdir
+from moejax.inspection.build import build_report
+
+
+def define(values: FlagValues, arguments: list[str]) -> None:
+    """Flags of the verb."""
+    define_workdir(values)
+
+
+def run(values: FlagValues, rest: list[str]) -> None:
+    """Writes the page and prints its path."""
+    print(build_report(read_workdir(values)))

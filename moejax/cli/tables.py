@@ -1,0 +1,74 @@
+"""Results as a table on standard output, or as one JSON document."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from moejax.config import Config
+from moejax.models.decoder import moe_layer_indices
+from moejax.models.parameters import ParameterCount
+from moejax.training.evaluation import Evaluation
+from moejax.training.loop import TrainResult
+
+
+def print_result(rows: Mapping[str, Any], *, is_json: bool, title: str = "") -> None:
+    """Prints names and values.
+
+    Args:
+      rows: values are numbers, strings, lists of numbers or None; None is shown as "-".
+      is_json: print one JSON document with the same keys and nothing else.
+      title: above the table.
+    """
+    if is_json:
+        print(json.dumps(rows, indent=2))
+        return
+    table = Table(title=title or None, show_header=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, value in rows.items():
+        table.add_row(name, _show(value))
+    Console().print(table)
+
+
+def summary_rows(
+    config: Config, parameters: ParameterCount, result: TrainResult, report: Path | None
+) -> dict[str, Any]:
+    """What `moejax train` ends with."""
+    rows: dict[str, Any] = {
+        "steps": result.step,
+        "parameters, total": parameters.total,
+        "parameters, active": parameters.active,
+    }
+    if result.evaluation:
+        rows |= evaluation_rows(config, result.evaluation)
+    rows["tokens/s"] = None if result.tokens_per_s is None else round(result.tokens_per_s)
+    rows["report"] = None if report is None else str(report)
+    return rows
+
+
+def evaluation_rows(config: Config, evaluation: Evaluation) -> dict[str, Any]:
+    """The validation figures, and the load of each MoE layer's experts in multiples of perfect balance."""
+    rows: dict[str, Any] = {
+        "validation loss": round(evaluation.loss, 4),
+        "perplexity": round(evaluation.perplexity, 2),
+        "bits per byte": round(evaluation.bits_per_byte, 4),
+    }
+    if evaluation.load_NE is not None:
+        num_experts = evaluation.load_NE.shape[1]
+        for layer, load_E in zip(moe_layer_indices(config), evaluation.load_NE, strict=True):
+            rows[f"expert load, layer {layer}"] = [round(float(load) * num_experts, 2) for load in load_E]
+    return rows
+
+
+def _show(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, list):
+        return " ".join(str(item) for item in value)
+    return str(value)
