@@ -72,6 +72,13 @@ def test_values_that_are_not_finite_or_alone_are_drawn_without_a_warning(values)
     draw_curves([Curve("a", np.arange(1, len(values) + 1), np.array(values))], "nats", from_zero=True)
 
 
+def test_counts_are_labelled_with_whole_numbers_and_large_values_with_units():
+    counts = draw_curves([Curve("dead", np.arange(3), np.array([2.0, np.nan, 1.0]))], "experts", from_zero=True)
+    assert not any("." in text for text in texts(counts))
+    speeds = draw_curves([Curve("speed", np.arange(2), np.array([40_000.5, np.inf]))], "tokens/s", from_zero=True)
+    assert "40k" in texts(speeds)
+
+
 def test_a_chart_without_values_is_no_figure():
     empty = np.array([], np.int64), np.array([])
     chart = Chart("Loss", (("a", "A"), ("b", "B")), "nats", "")
@@ -154,4 +161,4 @@ def test_an_expert_without_load_is_marked(monkeypatch):
     [(0, "0"), (999, "999"), (1000, "1k"), (12_345, "12.3k"), (999_900, "1M"), (3_400_000, "3.4M"), (1.2e9, "1.2B")],
 )
 def test_numbers_are_shortened_to_three_digits(number, text):
-    assert figures.short_number(number) == text
+    assert figures.short_number(float(number)) == text

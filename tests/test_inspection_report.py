@@ -211,8 +211,11 @@ def test_a_run_that_has_logged_nothing_is_reported(tmp_path):
 def test_metrics_that_are_not_finite_are_named_so(tmp_path):
     make_run(tmp_path)
     nothing = {"loss/lm": None, "perf/tokens_per_s": None, "eval/loss": None}
-    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 10} | nothing) + "\n")
-    assert "not finite nats per token" in Page(render(open_run(tmp_path))).text
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write(json.dumps({"step": 40} | nothing) + "\n")
+    text = Page(render(open_run(tmp_path))).text
+    assert "not finite nats per token" in text
+    assert "1,020 (median)" in text  # of those that are finite
 
 
 def test_dead_experts_are_named_by_model_layer(whole):

@@ -50,14 +50,8 @@ def count_tokens_by_expert(
       counts_NEV; its sum is N * K * (number of real tokens).
 
     Raises:
-      ValueError: an id outside its range, or lengths that differ.
+      ValueError: an id outside its range.
     """
-    N, T, _ = experts_NTK.shape
-    if tokens_T.shape != (T,) or mask_T.shape != (T,):
-        raise ValueError(
-            f"tokens_T {tokens_T.shape} and mask_T {mask_T.shape} must have one value for each of the {T} tokens of "
-            "experts_NTK"
-        )
     tokens_t = tokens_T[mask_T].astype(np.int64)
     experts_Ntk = experts_NTK[:, mask_T].astype(np.int64)
     for name, values, size in (("tokens_T", tokens_t, vocab_size), ("experts_NTK", experts_Ntk, num_experts)):
@@ -65,7 +59,7 @@ def count_tokens_by_expert(
             raise ValueError(f"{name} has values from {values.min()} to {values.max()}; they must be in [0, {size})")
     cells_Nt = experts_Ntk * vocab_size + tokens_t[:, None]
     counts = [np.bincount(cells.ravel(), minlength=num_experts * vocab_size) for cells in cells_Nt]
-    return np.array(counts, np.int64).reshape(N, num_experts, vocab_size)
+    return np.array(counts, np.int64).reshape(-1, num_experts, vocab_size)
 
 
 def over_represented_tokens(
