@@ -6,6 +6,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from moejax.config import Config
+from moejax.kernels.project import project
 from moejax.models.stack import Block, Context, Period, Stack
 from moejax.moe.stats import RoutingStats
 from moejax.nn.attention import cache_mask, row_mask
@@ -98,7 +99,7 @@ class Decoder(nnx.Module):
         """Logits from the residual stream after the last layer."""
         weight = self.embedding if self.config.model.tied_embeddings else self.unembedding
         weight_VD = weight[...].astype(self.config.model.compute_dtype)
-        return jnp.einsum("BLD,VD->BLV", self.final_norm(x_BLD), weight_VD, preferred_element_type=jnp.float32)
+        return project(self.final_norm(x_BLD), weight_VD.T, out_dtype=jnp.float32)
 
     def _apply(self, tokens_BL, context: Context, cache: list):
         x_BLD = self.embed(tokens_BL)

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from moejax.kernels.project import project
+
 initialize = jax.nn.initializers.lecun_normal()
 """Truncated normal of standard deviation 1/sqrt(fan in)."""
 
@@ -23,8 +25,8 @@ class FeedForward(nnx.Module):
     def __call__(self, x_BLD: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
         """Applies the network to each position."""
         gate_up_D2F = self.gate_up[...].astype(self.dtype)
-        gate_BLF, up_BLF = (x_BLD @ gate_up_D2F[:, i] for i in range(2))
-        return (jax.nn.silu(gate_BLF) * up_BLF) @ self.down[...].astype(self.dtype)
+        gate_BLF, up_BLF = (project(x_BLD, gate_up_D2F[:, i]) for i in range(2))
+        return project(jax.nn.silu(gate_BLF) * up_BLF, self.down[...].astype(self.dtype))
 
 
 class Experts(nnx.Module):

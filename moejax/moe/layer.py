@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float
 
 from moejax.config import MoeConfig
 from moejax.kernels.grouped_matmul import grouped_matmul
+from moejax.kernels.project import project
 from moejax.moe.dispatch import capacity_limit, capacity_slots, combine, dispatch, plan_capacity, plan_dropless
 from moejax.moe.exchange import exchange
 from moejax.moe.experts import Experts, FeedForward, apply_experts
@@ -26,7 +27,7 @@ class Router(nnx.Module):
 
     def __call__(self, x_BLD: Float[Array, "B L D"]) -> Float[Array, "B L E"]:
         """Logits of each expert for each token."""
-        return jnp.einsum("BLD,DE->BLE", x_BLD.astype(jnp.float32), self.kernel[...])
+        return project(x_BLD.astype(jnp.float32), self.kernel[...])
 
 
 class MoE(nnx.Module):

@@ -1,0 +1,103 @@
+"""Print versions, devices and kernels, and check that the set-up works.
+
+Every grouped product that runs here is compared with the reference, values and gradients, and a small MoE model takes
+a training step on all devices. Exits 1 if a check fails.
+"""
+
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl.flags import FlagValues
+
+from moejax.cli.bench import random_batch
+from moejax.cli.flags import define_json
+from moejax.cli.tables import print_result
+from moejax.config import Config, DataConfig, Knobs, ModelConfig, MoeConfig, TrainConfig
+from moejax.kernels.grouped_matmul import IMPLEMENTATIONS, grouped_matmul, resolve_implementation
+from moejax.sharding import make_mesh
+from moejax.training.run_directory import git_commit, versions
+from moejax.training.state import make_trainable
+from moejax.training.step import make_train_step, put_batch
+
+TOLERANCE = 1e-4
+
+
+class DoctorError(RuntimeError):
+    """A check failed."""
+
+
+def define(values: FlagValues, arguments: list[str]) -> None:
+    """Flags of the verb."""
+    define_json(values)
+
+
+def run(values: FlagValues, rest: list[str]) -> None:
+    """Checks everything, prints a table, and fails if a check did."""
+    # The choice of kernel is a row of the table: not a line of the log, too.
+    logging.getLogger("moejax").setLevel(logging.WARNING)
+    rows = {
+        **versions(),
+        "git commit": git_commit() or None,
+        "platform": jax.default_backend(),
+        "devices": [str(device) for device in jax.devices()],
+        "grouped_matmul=auto": resolve_implementation("auto"),
+    }
+    failures = []
+    checks = {f"grouped_matmul={name}": lambda name=name: check_grouped_matmul(name) for name in IMPLEMENTATIONS}
+    checks["training step"] = check_training_step
+    for name, check in checks.items():
+        try:
+            rows[f"check: {name}"] = check()
+        except Exception as error:  # a broken set-up can fail in any way
+            rows[f"check: {name}"] = f"FAILED: {str(error).splitlines()[0]}"
+            failures.append(name)
+    print_result(rows, is_json=values.json)
+    if failures:
+        raise DoctorError(f"{', '.join(failures)} failed; see the table, and report it with the versions above")
+
+
+def check_grouped_matmul(name: str) -> str:
+    """Compares one implementation with a loop over groups in NumPy, and its gradients with the reference's."""
+    rng = np.random.default_rng(0)
+    sizes = np.array([5, 0, 40, 19])
+    x_RD = rng.normal(size=(80, 16)).astype(np.float32)
+    w_EDF = rng.normal(size=(4, 16, 24)).astype(np.float32)
+    groups = np.split(x_RD[: sizes.sum()], np.cumsum(sizes)[:-1])
+    expected_RF = np.concatenate([rows @ w for rows, w in zip(groups, w_EDF, strict=True)])
+    actual_RF = grouped_matmul(x_RD, w_EDF, jnp.asarray(sizes), implementation=name)
+    worst = np.abs(np.asarray(actual_RF)[: sizes.sum()] - expected_RF).max()
+
+    def loss(implementation):
+        return lambda x, w: (grouped_matmul(x, w, jnp.asarray(sizes), implementation=implementation) ** 2).sum()
+
+    for actual, expected in zip(
+        jax.grad(loss(name), (0, 1))(x_RD, w_EDF), jax.grad(loss("dense"), (0, 1))(x_RD, w_EDF), strict=True
+    ):
+        worst = max(worst, float(jnp.abs(actual - expected).max() / jnp.abs(expected).max()))
+    if not worst < TOLERANCE:
+        raise DoctorError(f"differs from the reference by {worst:.1e}")
+    return f"ok, within {worst:.0e} of the reference"
+
+
+def check_training_step() -> str:
+    """Trains a small MoE model for some steps on one batch; its loss must fall."""
+    num_devices = jax.device_count()
+    config = Config(
+        model=ModelConfig(num_layers=2, d_model=32 * num_devices, num_heads=2, num_kv_heads=1, d_ff=64),
+        moe=MoeConfig(num_experts=4, d_expert=32),
+        data=DataConfig(tokenizer="bytes", seq_len=32),
+        train=TrainConfig(num_steps=5, batch_size=2 * num_devices),
+    )
+    trainable = make_trainable(config, make_mesh(config))
+    batch = put_batch(random_batch(config), trainable)
+    with jax.set_mesh(trainable.mesh):
+        state, step, losses = trainable.init(0), make_train_step(trainable), []
+        for _ in range(config.train.num_steps):
+            state, output = step(state, batch, Knobs.of(config))
+            losses.append(float(output.scalars["loss/lm"]))
+    if not losses[-1] < losses[0]:
+        raise DoctorError(f"the loss went from {losses[0]:.3f} to {losses[-1]:.3f} in {len(losses)} steps")
+    mesh = ", ".join(f"{axis} {size}" for axis, size in trainable.mesh.shape.items())
+    return f"ok on mesh {mesh}: loss {losses[0]:.3f} to {losses[-1]:.3f}"

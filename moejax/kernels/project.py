@@ -1,0 +1,31 @@
+"""A dense product over the last axis, in the form that every platform computes fast."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+
+def project(
+    x: jax.Array, weight: jax.Array, *, num_contracted: int = 1, out_dtype: DTypeLike | None = None
+) -> jax.Array:
+    """Contracts the last axes of `x` with the first axes of `weight`.
+
+    Both are viewed as matrices: XLA:CPU computes the gradient of a product with several batch axes two to three times
+    slower than that of a plain matrix product.
+
+    Args:
+      x: `[*tokens, *contracted]`.
+      weight: `[*contracted, *features]`.
+      num_contracted: how many axes are contracted.
+      out_dtype: of the result, in which it is accumulated; the dtype of `x` by default.
+
+    Returns:
+      `[*tokens, *features]`.
+    """
+    tokens = x.shape[: x.ndim - num_contracted]
+    contracted, features = weight.shape[:num_contracted], weight.shape[num_contracted:]
+    x_TP, weight_PQ = x.reshape(-1, math.prod(contracted)), weight.reshape(math.prod(contracted), -1)
+    y = jnp.matmul(x_TP, weight_PQ, preferred_element_type=out_dtype)
+    return y.reshape(*tokens, *features)

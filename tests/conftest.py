@@ -1,0 +1,26 @@
+"""Eight fake CPU devices, shape checking of signatures, and strictness that applies in tests only."""
+
+import os
+import warnings
+
+# Before jax starts: tests must not depend on the machine's accelerator.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import pytest
+from jaxtyping import install_import_hook
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+install_import_hook("moejax", "beartype.beartype")
+
+OUR_DEPENDENCIES = ("jax", "flax", "optax", "orbax")
+
+
+@pytest.fixture(autouse=True)
+def _warnings_of_our_own_use_are_errors():
+    """A warning raised for a line of moejax is an error; those inside other packages are not ours."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", module=r"moejax\..*")
+        yield
