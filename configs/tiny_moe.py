@@ -1,7 +1,10 @@
-"""The default: a small MoE language model on presidential addresses, minutes on a laptop.
+"""The default recipe: a small MoE language model that learns presidential addresses in minutes on two CPU cores.
 
   make train
   moejax train --config=configs/tiny_moe.py --workdir=runs/tiny_moe
+
+Four layers of width 128 with 8 experts each, of which a token visits 2; BPE of 2048 trained on the corpus; rows of 256
+tokens. See the README for what it reaches and what that takes.
 """
 
 from ml_collections import ConfigDict
@@ -10,5 +13,26 @@ from moejax import config as moejax_config
 
 
 def get_config(arg: str = "") -> ConfigDict:
+    """The recipe; it takes no argument."""
+    del arg
     config = moejax_config.default()
+    config.model.num_layers = 4
+    config.model.d_model = 128
+    config.model.num_heads = 4
+    config.model.num_kv_heads = 2
+    config.model.d_ff = 512  # of the dense twin; two experts of half the width cost as much
+    config.model.remat = False  # activations are small, recomputing them is not
+    config.moe.num_experts = 8
+    config.moe.top_k = 2
+    config.moe.d_expert = 256
+    config.data.source = "speeches"
+    config.data.tokenizer = "bpe"
+    config.data.vocab_size = 2048
+    config.data.seq_len = 256
+    config.train.num_steps = 320
+    config.train.batch_size = 16
+    config.train.log_every = 10
+    config.train.eval_every = 160
+    config.train.checkpoint_every = 80
+    config.optimizer.learning_rate = 5e-3
     return config

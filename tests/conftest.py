@@ -12,10 +12,9 @@ from jaxtyping import install_import_hook
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_disable_most_optimizations", True)  # compiles three times faster; shapes here are tiny
 
-install_import_hook("moejax", "beartype.beartype")
-
-OUR_DEPENDENCIES = ("jax", "flax", "optax", "orbax")
+install_import_hook("moejax", "strict_types.check")
 
 
 @pytest.fixture(autouse=True)

@@ -1,8 +1,8 @@
 """Measure. Everything is compared within one run: repetitions are interleaved, figures are medians, ratios come first.
 
-  moejax bench step      the MoE train step against its dense twin's
-  moejax bench compile   compile time of the train step, 8 against 64 experts and 2 against 8 layers
-  moejax bench import    importing moejax against importing jax and flax
+moejax bench step      the MoE train step against its dense twin's
+moejax bench compile   compile time of the train step, 8 against 64 experts and 2 against 8 layers
+moejax bench import    importing moejax against importing jax and flax
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from absl import flags
 from absl.flags import FlagValues
 
 from moejax.cli import UsageError
-from moejax.cli.flags import define_config, define_json, read_config_flag
+from moejax.cli.options import define_config, define_json, read_config_flag
 from moejax.cli.tables import print_result
 from moejax.config import Config, Knobs
 from moejax.data import Batch

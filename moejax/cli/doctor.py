@@ -12,7 +12,7 @@ import numpy as np
 from absl.flags import FlagValues
 
 from moejax.cli.bench import random_batch
-from moejax.cli.flags import define_json
+from moejax.cli.options import define_json
 from moejax.cli.tables import print_result
 from moejax.config import Config, DataConfig, Knobs, ModelConfig, MoeConfig, TrainConfig
 from moejax.kernels.grouped_matmul import IMPLEMENTATIONS, grouped_matmul, resolve_implementation

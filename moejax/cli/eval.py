@@ -1,12 +1,12 @@
 """Evaluate a run's checkpoint on the validation split, on all devices, from the run directory alone.
 
-  moejax eval --workdir=runs/tiny_moe --step=500
+moejax eval --workdir=runs/tiny_moe --step=500
 """
 
 from absl import flags
 from absl.flags import FlagValues
 
-from moejax.cli.flags import define_json, define_workdir, read_workdir
+from moejax.cli.options import define_json, define_workdir, read_workdir
 from moejax.cli.tables import evaluation_rows, print_result
 from moejax.inference.evaluate import evaluate_run
 

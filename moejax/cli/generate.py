@@ -1,6 +1,6 @@
 """Continue prompts with a trained model; a single prompt streams to the terminal as it is written.
 
-  moejax generate --workdir=runs/tiny_moe --prompt="My fellow citizens" --prompt="The war" --temperature=0.8 --top_p=0.95
+moejax generate --workdir=runs/tiny_moe --prompt="My fellow citizens" --prompt="The war" --temperature=0.8 --top_p=0.95
 """
 
 import json
@@ -9,7 +9,7 @@ import sys
 from absl import flags
 from absl.flags import FlagValues
 
-from moejax.cli.flags import define_json, define_workdir, read_workdir
+from moejax.cli.options import define_json, define_workdir, read_workdir
 from moejax.inference.generate import generate, generate_text
 from moejax.inference.load import load_run
 

@@ -1,11 +1,11 @@
 """Write a run's report.html: one self-contained page, from the run directory alone.
 
-  moejax report --workdir=runs/tiny_moe
+moejax report --workdir=runs/tiny_moe
 """
 
 from absl.flags import FlagValues
 
-from moejax.cli.flags import define_workdir, read_workdir
+from moejax.cli.options import define_workdir, read_workdir
 from moejax.inspection.build import build_report
 
 

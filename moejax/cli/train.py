@@ -12,7 +12,7 @@ from pathlib import Path
 from absl import flags
 from absl.flags import FlagValues
 
-from moejax.cli.flags import define_config, define_json, define_workdir, read_config_flag
+from moejax.cli.options import define_config, define_json, define_workdir, read_config_flag
 from moejax.cli.tables import print_result, summary_rows
 from moejax.inspection.build import build_report
 from moejax.models.parameters import count_parameters

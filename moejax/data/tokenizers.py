@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -28,6 +28,7 @@ TRAINING_BYTES = 64_000_000  # text that the BPE is learnt from; more changes th
 MAX_LINE = 4096  # characters: sentencepiece refuses unbroken words of 65,536
 
 
+@runtime_checkable
 class Tokenizer(Protocol):
     """What both tokenizers offer.
 

@@ -47,7 +47,7 @@ def generate(
     _check(prompts, max_tokens, temperature, top_p)
     rows = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]
     lengths = np.array([len(row) for row in rows], np.int32)
-    longest = _round_up(lengths.max())  # few distinct lengths, so few compilations
+    longest = _round_up(int(lengths.max()))  # few distinct lengths, so few compilations
     tokens_BL = np.full((len(rows), longest), tokenizer.pad_id, np.int32)
     for row, ids in zip(tokens_BL, rows, strict=True):
         row[: len(ids)] = ids
@@ -108,18 +108,18 @@ def sample(
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=4)
 def _prefill(graphdef, state, tokens_BL, lengths_B, cache, sampling):
-    model = nnx.merge(graphdef, state)
+    model, (temperature, top_p, keys_B) = nnx.merge(graphdef, state), sampling
     positions_BL = jnp.broadcast_to(jnp.arange(tokens_BL.shape[1]), tokens_BL.shape)
     logits_BLV, cache = model.extend(tokens_BL, positions_BL, cache)
     last_BV = jnp.take_along_axis(logits_BLV, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
-    return sample(last_BV, *sampling, lengths_B), cache
+    return sample(last_BV, temperature, top_p, keys_B, lengths_B), cache
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=4)
 def _decode(graphdef, state, tokens_B, positions_B, cache, sampling):
-    model = nnx.merge(graphdef, state)
+    model, (temperature, top_p, keys_B) = nnx.merge(graphdef, state), sampling
     logits_B1V, cache = model.extend(tokens_B[:, None], positions_B[:, None], cache)
-    return sample(logits_B1V[:, 0], *sampling, positions_B + 1), cache
+    return sample(logits_B1V[:, 0], temperature, top_p, keys_B, positions_B + 1), cache
 
 
 def _check(prompts, max_tokens, temperature, top_p) -> None:
@@ -134,4 +134,4 @@ def _check(prompts, max_tokens, temperature, top_p) -> None:
 
 
 def _round_up(length: int) -> int:
-    return -(-int(length) // 32) * 32
+    return -(-length // 32) * 32

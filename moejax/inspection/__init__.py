@@ -1,0 +1,1 @@
+"""Looking at runs: their record, what experts specialise in, figures, and the report."""

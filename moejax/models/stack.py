@@ -61,9 +61,7 @@ class Block(nnx.Module):
     def __call__(self, x_BLD: jax.Array, context: Context, cache: KVCache | None):
         """Returns (x_BLD, cache, `RoutingStats` or None)."""
         with jax.named_scope("attention"):
-            y_BLD, cache = self.attention(
-                self.attention_norm(x_BLD), context.positions_BL, context.mask_BLS, cache
-            )
+            y_BLD, cache = self.attention(self.attention_norm(x_BLD), context.positions_BL, context.mask_BLS, cache)
             x_BLD += y_BLD
         normed_BLD = self.ffn_norm(x_BLD)
         if not self.is_moe:

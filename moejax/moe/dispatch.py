@@ -45,9 +45,7 @@ def plan_dropless(experts_TK: Int[Array, "T K"], num_experts: int) -> Plan:
     )
 
 
-def plan_capacity(
-    experts_BLK: Int[Array, "B L K"], num_experts: int, slots: int, limit: Int[Array, ""] | int
-) -> Plan:
+def plan_capacity(experts_BLK: Int[Array, "B L K"], num_experts: int, slots: int, limit: Int[Array, ""] | int) -> Plan:
     """Rows in slots `[E, B, C]`: each expert takes its first choices of each sequence and drops the rest.
 
     Order is by position, then by rank of the choice, so that no token's fate depends on a later token; counting is per
@@ -93,9 +91,7 @@ def capacity_slots(capacity_factor: float, top_k: int, length: int, num_experts:
     return int(min(length, max(1, -(-capacity_factor * top_k * length // num_experts))))
 
 
-def capacity_limit(
-    capacity_factor: Float[Array, ""], top_k: int, length: int, num_experts: int
-) -> Int[Array, ""]:
+def capacity_limit(capacity_factor: Float[Array, ""], top_k: int, length: int, num_experts: int) -> Int[Array, ""]:
     """`capacity_slots` of a traced factor."""
     # The small term absorbs float32 rounding: 1.1 * 2 * 80 / 8 is 22, not 22.000002.
     limit = jnp.ceil(capacity_factor * (top_k * length / num_experts) - 1e-4)

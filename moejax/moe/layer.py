@@ -99,9 +99,14 @@ def run_dropless(x_BLD, experts_BLK, weights_BLK, gate_up_ED2F, down_EFD, limit,
     del limit
     batch, length, top_k = experts_BLK.shape
     plan = plan_dropless(experts_BLK.reshape(-1, top_k), gate_up_ED2F.shape[0])
-    return _run(plan, x_BLD, weights_BLK, gate_up_ED2F, down_EFD, functools.partial(
-        grouped_matmul, group_sizes_E=plan.group_sizes_E, implementation=implementation
-    ))
+    return _run(
+        plan,
+        x_BLD,
+        weights_BLK,
+        gate_up_ED2F,
+        down_EFD,
+        functools.partial(grouped_matmul, group_sizes_E=plan.group_sizes_E, implementation=implementation),
+    )
 
 
 def run_with_capacity(x_BLD, experts_BLK, weights_BLK, gate_up_ED2F, down_EFD, limit, *, slots: int):

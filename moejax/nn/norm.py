@@ -18,4 +18,5 @@ class RMSNorm(nnx.Module):
         """Normalises the last axis; returns the dtype of `x`."""
         wide = x.astype(jnp.float32)
         inverse_rms = jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + EPSILON)
-        return (wide * inverse_rms * self.scale[...].astype(jnp.float32)).astype(x.dtype)
+        scale = jnp.expand_dims(self.scale[...], tuple(range(x.ndim - 1)))
+        return (wide * inverse_rms * scale).astype(x.dtype)

@@ -48,7 +48,9 @@ class Checkpoints:
             options=ocp.CheckpointManagerOptions(
                 create=not read_only,
                 read_only=read_only,
-                preservation_policy=None if read_only else policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
+                preservation_policy=None
+                if read_only
+                else policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
             ),
             item_names=("model", "optimizer", "meta"),
         )
@@ -163,7 +165,7 @@ def manifest(state: TrainState) -> dict[str, dict[str, Any]]:
     }
 
 
-def compare_manifests(saved: Mapping[str, Any], expected: Mapping[str, Any], folder: Path) -> None:
+def compare_manifests(saved: Mapping[str, Any], expected: Mapping[str, Any], folder: str | Path) -> None:
     """Raises `CheckpointError` naming the first array that is missing, unknown, or of another shape or dtype."""
     for name in (*expected, *saved):
         if saved.get(name) != expected.get(name):

@@ -11,7 +11,6 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Self
 
 import jax
 import numpy as np
@@ -56,7 +55,7 @@ class MetricsFile:
         self._file.close()
         self._board.close()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "MetricsFile":
         return self
 
     def __exit__(self, *exception: object) -> None:

@@ -21,7 +21,7 @@ class NonFiniteError(RuntimeError):
 def locate(trainable: Trainable, state: TrainState, batch: Batch, knobs: Knobs) -> str:
     """Names the first place, in the order of computation, that is not finite: a parameter, a layer, or a gradient.
 
-    Runs layer by layer outside `jit`, so it is slow; it is meant for a run that has already failed.
+    Runs layer by layer, so it is slow; it is meant for a run that has already failed.
     """
     for name, value in _named(state.params):
         if not _is_finite(value):
@@ -33,17 +33,16 @@ def locate(trainable: Trainable, state: TrainState, batch: Batch, knobs: Knobs) 
         is_token_BL=batch.segments_BL > 0,
         capacity_factor=knobs.capacity_factor,
     )
+    run_block = jax.jit(lambda graphdef, block, x: nnx.merge(graphdef, block)(x, context, None)[0], static_argnums=0)
     x_BLD = model.embed(batch.tokens_BL)
-    layer = 0
-    for stack in model.stacks:
-        for block in stack.blocks():
-            x_BLD, _, _ = block(x_BLD, context, None)
-            if not _is_finite(x_BLD):
-                return f"layer {layer} (output)"
-            layer += 1
+    blocks = [block for stack in model.stacks for block in stack.blocks()]
+    for layer, block in enumerate(blocks):
+        x_BLD = run_block(*nnx.split(block), x_BLD)
+        if not _is_finite(x_BLD):
+            return f"layer {layer} (output)"
     if not _is_finite(model.unembed(x_BLD)):
         return "the logits"
-    grads, _ = loss_and_gradients(trainable, state.params, state.router_state, batch, knobs)
+    grads, _ = jax.jit(lambda p: loss_and_gradients(trainable, p, state.router_state, batch, knobs))(state.params)
     bad = [name for name, value in _named(grads) if not _is_finite(value)]
     return f"the gradient of {', '.join(bad[:3])}" if bad else "the global gradient norm (it overflows)"
 

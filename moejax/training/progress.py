@@ -3,7 +3,6 @@
 import logging
 import sys
 import time
-from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -41,7 +40,7 @@ class StepProgress:
             )
             self._task = self._bar.add_task("train", total=num_steps, completed=start_step, loss="-", rate="-")
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "StepProgress":
         if self._bar:
             self._bar.start()
         return self

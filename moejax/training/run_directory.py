@@ -88,6 +88,7 @@ def versions() -> dict[str, str]:
 
 def git_commit() -> str:
     """Commit of the checkout moejax runs from, with "+changes" if it was edited; empty outside a checkout."""
+
     def git(*arguments: str) -> str:
         folder = Path(moejax.__file__).parent
         done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True)

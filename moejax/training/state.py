@@ -1,6 +1,7 @@
 """The state of a run: created sharded, in one jit."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from moejax.training.optimizer import make_optimizer
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """Everything that changes from step to step.
+    """Everything that changes from step to step; also the shape of trees that describe it (shardings, abstract arrays).
 
     Attributes:
       step: steps done, skipped ones included, int32; also the position in the data.
@@ -28,12 +29,12 @@ class TrainState:
       skipped_in_row: those since the last applied one, int32.
     """
 
-    step: jax.Array
+    step: Any
     params: nnx.State
     router_state: nnx.State
     opt_state: optax.OptState
-    skipped: jax.Array
-    skipped_in_row: jax.Array
+    skipped: Any
+    skipped_in_row: Any
 
 
 @dataclasses.dataclass(frozen=True)

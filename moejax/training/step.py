@@ -49,9 +49,7 @@ class StepOutput:
 TrainStep = Callable[[TrainState, Batch, Knobs], tuple[TrainState, StepOutput]]
 
 
-def forward_sums(
-    model, batch: Batch, capacity_factor: jax.Array | None = None
-) -> Sums:
+def forward_sums(model, batch: Batch, capacity_factor: jax.Array | None = None) -> Sums:
     """Runs the model on packed rows and sums up its losses and routing.
 
     Args:
@@ -59,9 +57,7 @@ def forward_sums(
       batch: packed rows `[B, L]`.
       capacity_factor: limit of capacity dispatch; None (evaluation) is dropless.
     """
-    logits_BLV, routing = model(
-        batch.tokens_BL, batch.segments_BL, batch.positions_BL, capacity_factor=capacity_factor
-    )
+    logits_BLV, routing = model(batch.tokens_BL, batch.segments_BL, batch.positions_BL, capacity_factor=capacity_factor)
     nats_BL = optax.softmax_cross_entropy_with_integer_labels(logits_BLV, batch.targets_BL)
     return Sums(
         nats=jnp.sum(jnp.where(batch.loss_mask_BL, nats_BL, 0.0)),
@@ -149,7 +145,7 @@ def make_train_step(trainable: Trainable) -> TrainStep:
     def train_step(state: TrainState, batch: Batch, knobs: Knobs) -> tuple[TrainState, StepOutput]:
         grads, sums = loss_and_gradients(trainable, state.params, state.router_state, batch, knobs)
         scalars = losses(sums, knobs, trainable.config.moe.top_k)
-        grad_norm = optax.global_norm(grads)
+        grad_norm = optax.tree.norm(grads)
         is_finite = jnp.isfinite(scalars["loss/total"]) & jnp.isfinite(grad_norm)
         learning_rate = schedule(state.step) * knobs.learning_rate_scale
         updates, opt_state = trainable.optimizer.update(grads, state.opt_state, state.params)

@@ -51,7 +51,7 @@ def grouped_matmul(
       ValueError: an unknown implementation.
     """
     name = resolve_implementation(implementation)
-    x_RD, w_EDF, group_sizes_E = vary_alike(x_RD, w_EDF, group_sizes_E)
+    x_RD, w_EDF, group_sizes_E = vary_alike(jnp.asarray(x_RD), jnp.asarray(w_EDF), jnp.asarray(group_sizes_E))
     is_row_R = (jnp.arange(x_RD.shape[0]) < group_sizes_E.sum())[:, None]
     # `where`, not a product: 0 * NaN is NaN. Masking the input also zeroes the tail of its gradient.
     y_RF = IMPLEMENTATIONS[name](jnp.where(is_row_R, x_RD, 0), w_EDF, group_sizes_E)
@@ -63,7 +63,9 @@ def resolve_implementation(implementation: str) -> str:
     if implementation == "auto":
         return _choose(jax.default_backend())
     if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"grouped_matmul implementation {implementation!r} must be auto or one of {[*IMPLEMENTATIONS]}")
+        raise ValueError(
+            f"grouped_matmul implementation {implementation!r} must be auto or one of {[*IMPLEMENTATIONS]}"
+        )
     return implementation
 
 
@@ -72,4 +74,3 @@ def _choose(platform: str) -> str:
     chosen = "tiled" if platform == "cpu" else "ragged"
     logging.getLogger("moejax").info("grouped_matmul: %s on %s", chosen, platform)
     return chosen
-

@@ -47,9 +47,7 @@ def route_softmax_top_k(
     )
 
 
-def route_switch(
-    logits_TE: Float[Array, "T E"], mask_T: Bool[Array, "T"], *, top_k: int, renormalize: bool
-) -> Routing:
+def route_switch(logits_TE: Float[Array, "T E"], mask_T: Bool[Array, "T"], *, top_k: int, renormalize: bool) -> Routing:
     """Sends each token to its one most probable expert, weighted by that probability.
 
     `top_k` must be 1 and `renormalize` False: a renormalised single weight is always 1, and the router would learn

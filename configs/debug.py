@@ -1,0 +1,33 @@
+"""Seconds from start to report, on generated text: to see whether a change runs at all. It learns little.
+
+moejax train --config=configs/debug.py --workdir=runs/debug
+"""
+
+from ml_collections import ConfigDict
+
+from moejax import config as moejax_config
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """The recipe; it takes no argument."""
+    del arg
+    config = moejax_config.default()
+    config.model.num_layers = 2
+    config.model.d_model = 32
+    config.model.num_heads = 2
+    config.model.num_kv_heads = 1
+    config.model.d_ff = 64
+    config.model.remat = False
+    config.moe.num_experts = 4
+    config.moe.top_k = 2
+    config.moe.d_expert = 32
+    config.data.source = "synthetic"
+    config.data.tokenizer = "bytes"
+    config.data.seq_len = 64
+    config.train.num_steps = 20
+    config.train.batch_size = 8
+    config.train.log_every = 5
+    config.train.eval_every = 10
+    config.train.checkpoint_every = 10
+    config.optimizer.learning_rate = 1e-2
+    return config

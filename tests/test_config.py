@@ -1,0 +1,437 @@
+"""The configuration: what is refused and how, what is derived, and that no leaf and no sharding rule is dead."""
+
+import ast
+import dataclasses
+import importlib.util
+import json
+import typing
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec
+from ml_collections import ConfigDict
+
+from moejax import config as moejax_config
+from moejax.config import Config, ConfigError, Knobs, MeshConfig, default, leaves, resolve, to_config_dict, to_dict
+from moejax.kernels.grouped_matmul import IMPLEMENTATIONS
+from moejax.models import Decoder
+from moejax.moe.routers import ROUTERS
+from moejax.sharding import BATCH_AXES, MESH_AXES, RULES, make_mesh, partition_spec, resolve_mesh
+
+ROOT = Path(__file__).parents[1]
+SECTIONS = {section.name: type(section.default) for section in dataclasses.fields(Config)}
+RECIPES = sorted((ROOT / "configs").glob("*.py"))
+
+SPECIMENS = {  # a value that differs from the default, by type and, where a type is not enough, by key
+    "moe.router": ("switch", {"moe.top_k": 1, "moe.renormalize": False}),
+    "moe.first_dense": (1, {}),
+    "moe.every": (2, {}),
+    "model.num_heads": (8, {}),
+    "moe.top_k": (4, {}),
+    "model.num_kv_heads": (4, {}),
+    "train.accumulation": (2, {}),
+    "data.source": ("synthetic", {}),
+}
+
+
+def nested(changes):
+    """Dotted keys as nested dicts."""
+    sections = {}
+    for key, value in changes.items():
+        section, name = key.split(".")
+        sections.setdefault(section, {})[name] = value
+    return sections
+
+
+def refusal(changes):
+    """The one-line message with which `changes` are refused."""
+    with pytest.raises(ConfigError) as caught:
+        resolve(nested(changes))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# Keys and types ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("wrong", "nearest"),
+    [
+        ("moe.num_expert", "moe.num_experts"),
+        ("moe.topk", "moe.top_k"),
+        ("model.n_layers", "model.num_layers"),
+        ("train.num_step", "train.num_steps"),
+        ("optimizer.learning_rte", "optimizer.learning_rate"),
+    ],
+)
+def test_an_unknown_key_is_an_error_that_names_the_nearest_one(wrong, nearest):
+    message = refusal({wrong: 1})
+    assert wrong in message and message.endswith(f"the nearest is {nearest}")
+    with pytest.raises(ConfigError, match=nearest):
+        moejax_config.check_key(wrong)
+
+
+def test_an_unknown_section_is_an_error_that_names_the_nearest_one():
+    with pytest.raises(ConfigError, match="optimiser is not a config section; the nearest is optimizer"):
+        resolve({"optimiser": {}})
+
+
+def test_a_section_that_is_no_mapping_is_an_error_that_names_it():
+    with pytest.raises(ConfigError, match="moe"):
+        resolve({"moe": 3})
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "type_name"),
+    [
+        ("moe.num_experts", 8.0, "int"),
+        ("moe.num_experts", "8", "int"),
+        ("moe.num_experts", True, "int"),
+        ("moe.num_experts", None, "int"),
+        ("moe.renormalize", 1, "bool"),
+        ("moe.balance_weight", "0.1", "float"),
+        ("moe.balance_weight", True, "float"),
+        ("data.files", 3, "str"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_an_error_that_names_key_value_and_type(key, value, type_name):
+    message = refusal({key: value})
+    assert message.startswith(f"{key}={value!r} ") and message.endswith(f"must be {type_name}")
+
+
+def test_whole_numbers_are_accepted_for_fractions():
+    resolved = resolve({"moe": {"balance_weight": 1}})
+    assert resolved.moe.balance_weight == 1.0 and type(resolved.moe.balance_weight) is float
+
+
+def literal_leaves():
+    return [(key, typing.get_args(hint)) for key, hint in leaves() if typing.get_origin(hint) is typing.Literal]
+
+
+@pytest.mark.parametrize(("key", "choices"), literal_leaves())
+def test_a_name_that_is_no_choice_is_an_error_that_lists_the_choices_and_the_nearest(key, choices):
+    message = refusal({key: choices[-1] + "x"})
+    assert f"{key}='{choices[-1]}x'" in message and ", ".join(choices) in message
+    assert message.endswith(f"the nearest is {choices[-1]}")
+
+
+def test_the_choices_of_routers_and_grouped_products_are_the_tables():
+    choices = dict(literal_leaves())
+    assert set(choices["moe.router"]) == set(ROUTERS)
+    assert set(choices["moe.grouped_matmul"]) == {"auto", *IMPLEMENTATIONS}
+    assert [jax.numpy.dtype(name).name for name in choices["model.compute_dtype"]] == [*choices["model.compute_dtype"]]
+
+
+# Ranges and combinations ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *[(key, 0) for key in (
+            "model.num_layers", "model.d_model", "model.num_heads", "model.num_kv_heads", "model.d_ff", "data.seq_len",
+            "train.num_steps", "train.batch_size", "train.accumulation", "train.log_every", "train.checkpoint_every",
+            "train.keep_checkpoints", "train.max_nonfinite_steps", "moe.every", "moe.top_k",
+        )],
+        *[(key, -1) for key in (
+            "moe.num_experts", "moe.d_expert", "moe.num_shared_experts", "moe.first_dense", "train.eval_every",
+            "train.seed",
+        )],
+        *[(key, value) for value in (-0.1, float("nan"), float("inf")) for key in (
+            "moe.balance_weight", "moe.z_weight", "optimizer.learning_rate", "optimizer.weight_decay",
+            "optimizer.clip_norm", "moe.capacity_factor",
+        )],
+        *[(key, value) for value in (-0.1, 1.1, float("nan")) for key in (
+            "optimizer.final_fraction", "optimizer.beta1", "optimizer.beta2", "optimizer.warmup_fraction",
+            "optimizer.decay_fraction",
+        )],
+        ("model.rope_theta", 0.5),
+        ("train.seed", 2**31),
+        ("moe.top_k", 16),
+        ("moe.capacity_factor", 8.5),
+        ("data.vocab_size", 511),
+        ("data.vocab_size", 65_537),
+    ],
+)  # fmt: skip
+def test_a_value_out_of_range_is_an_error_that_names_key_and_value(key, value):
+    message = refusal({key: value})
+    assert message.startswith(f"{key}={value} must be "), message
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({"model.d_model": 30}, ["model.d_model=30", "model.num_heads=4", "use 32"]),
+        ({"model.d_model": 12}, ["model.d_model=12", "model.num_heads=4", "use "]),  # heads of odd width
+        ({"model.num_kv_heads": 3}, ["model.num_heads=4", "model.num_kv_heads=3", "1, 2, 4"]),
+        ({"moe.router": "switch"}, ["moe.router=switch", "moe.top_k=2", "1"]),
+        ({"moe.top_k": 1}, ["moe.renormalize=True", "moe.top_k=1", "moe.renormalize=False"]),
+        ({"moe.top_k": 3}, ["model.d_ff=1024", "moe.top_k=3", "set moe.d_expert"]),
+        ({"moe.first_dense": 4}, ["model.num_layers=4", "moe.first_dense=4", "moe.every=1", "no MoE layer"]),
+        ({"moe.first_dense": 9}, ["model.num_layers=4", "moe.first_dense=9", "no MoE layer"]),
+        ({"moe.every": 5}, ["model.num_layers=4", "moe.every=5", "no MoE layer"]),
+        ({"data.source": "tfds"}, ["data.source=tfds", "data.name", "data.source_dir"]),
+        ({"data.source": "files"}, ["data.source=files", "data.files"]),
+        ({"train.accumulation": 3}, ["train.batch_size=16", "train.accumulation=3", "1, 2, 4, 8, 16"]),
+        (
+            {"optimizer.schedule": "wsd", "optimizer.warmup_fraction": 0.6, "optimizer.decay_fraction": 0.6},
+            ["optimizer.warmup_fraction=0.6", "optimizer.decay_fraction=0.6"],
+        ),
+    ],
+)
+def test_an_impossible_combination_is_an_error_that_names_every_key_involved(changes, parts):
+    message = refusal(changes)
+    assert all(part in message for part in parts), message
+
+
+def test_the_remedies_that_messages_name_work():
+    assert resolve(nested({"model.d_model": 32})) and resolve(nested({"model.num_kv_heads": 1}))
+    assert resolve(nested({"moe.top_k": 1, "moe.renormalize": False})).moe.d_expert == 1024
+    assert resolve(nested({"moe.top_k": 3, "moe.d_expert": 341}))
+    for d_model in range(1, 40):
+        try:
+            resolve(nested({"model.d_model": d_model}))
+        except ConfigError as error:
+            assert resolve(nested({"model.d_model": int(str(error).split("use ")[1])}))
+
+
+def test_more_choices_than_experts_are_refused_as_such_not_for_the_expert_width_derived_from_them():
+    assert refusal({"moe.top_k": 9}).startswith("moe.top_k=9 must be between 1 and moe.num_experts=8")
+
+
+def test_fields_that_a_dense_model_does_not_use_do_not_refuse_it():
+    assert resolve(nested({"moe.num_experts": 0, "moe.first_dense": 9, "moe.top_k": 3})).num_moe_layers == 0
+
+
+# Derived values and round trips -----------------------------------------------------------------------------------
+
+
+def test_resolve_derives_the_width_of_an_expert_and_leaves_a_given_one_alone():
+    assert resolve({}).moe.d_expert == 1024 // 2
+    assert resolve(nested({"moe.top_k": 4})).moe.d_expert == 256
+    assert resolve(nested({"moe.d_expert": 100})).moe.d_expert == 100
+    assert resolve(nested({"moe.num_experts": 0})).moe.d_expert == 0
+
+
+def test_derived_properties_follow_their_sources():
+    assert resolve({}).vocab_size == 4096 and resolve(nested({"data.tokenizer": "bytes"})).vocab_size == 320
+    assert resolve(nested({"model.num_heads": 8, "model.num_kv_heads": 8})).head_dim == 32
+    assert resolve(nested({"model.num_layers": 7, "moe.first_dense": 1, "moe.every": 2})).num_moe_layers == 3
+
+
+def other_value(key, hint):
+    """A value of the leaf that is not its default, and what else must change with it."""
+    if key in SPECIMENS:
+        return SPECIMENS[key]
+    section, name = key.split(".")
+    old = getattr(SECTIONS[section](), name)
+    if typing.get_origin(hint) is typing.Literal:
+        return typing.get_args(hint)[-1 if old != typing.get_args(hint)[-1] else 0], {}
+    return {bool: lambda: not old, int: lambda: old + 8, float: lambda: old * 0.5, str: lambda: old + "x"}[hint](), {}
+
+
+@pytest.mark.parametrize(("key", "hint"), list(leaves()))
+def test_every_leaf_can_be_set_and_survives_config_dict_json_and_back(key, hint):
+    value, more = other_value(key, hint)
+    resolved = resolve(nested({key: value} | more))
+    section, name = key.split(".")
+    assert getattr(getattr(resolved, section), name) == value != getattr(SECTIONS[section](), name)
+    assert resolve(to_config_dict(resolved)) == resolved
+    assert resolve(json.loads(json.dumps(to_dict(resolved)))) == resolved
+
+
+def test_the_default_config_dict_is_locked_and_holds_every_leaf():
+    source = default()
+    assert isinstance(source, ConfigDict) and source.is_locked
+    assert {f"{s}.{name}" for s, leaves_ in source.to_dict().items() for name in leaves_} == {k for k, _ in leaves()}
+    with pytest.raises(AttributeError):
+        source.moe.num_expert = 3
+    assert all(value is not None for section in source.to_dict().values() for value in section.values())
+
+
+def test_a_resolved_config_cannot_be_changed():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        resolve({}).moe.num_experts = 3
+
+
+def test_knobs_are_float32_scalars_with_the_values_of_the_config():
+    knobs = Knobs.of(resolve(nested({"moe.balance_weight": 0.5, "moe.z_weight": 0.25, "moe.capacity_factor": 2})))
+    values = {field.name: getattr(knobs, field.name) for field in dataclasses.fields(knobs)}
+    assert {name: float(value) for name, value in values.items()} == {
+        "learning_rate_scale": 1, "balance_weight": 0.5, "z_weight": 0.25, "capacity_factor": 2,
+    }  # fmt: skip
+    assert all(value.dtype == np.float32 and value.shape == () for value in jax.tree.leaves(knobs))
+
+
+# No dead leaves ---------------------------------------------------------------------------------------------------
+
+
+def attribute_reads():
+    """(what it is read from, attribute) for each attribute read in moejax; config.py's functions only validate."""
+    for path in sorted((ROOT / "moejax").rglob("*.py")):
+        tree = ast.parse(path.read_text())
+        if path.name == "config.py":
+            tree.body = [node for node in tree.body if isinstance(node, ast.ClassDef)]
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+                owner = node.value
+                yield getattr(owner, "attr", getattr(owner, "id", "")), node.attr
+
+
+def dead_leaves(reads):
+    """Leaves that nobody reads from something named after their section or `config`, apart from validation."""
+    return [
+        key
+        for key, _ in leaves()
+        for section, name in [key.split(".")]
+        if (section, name) not in reads and ("config", name) not in reads
+    ]
+
+
+def test_every_leaf_of_the_config_is_read_somewhere_besides_its_validation():
+    reads = set(attribute_reads())
+    # The mesh is built in a loop over its axes: getattr(sizes, axis) for axis in MESH_AXES.
+    assert [f.name for f in dataclasses.fields(MeshConfig)] == list(MESH_AXES)
+    reads |= {("mesh", axis) for axis in MESH_AXES}
+    assert dead_leaves(reads) == []
+
+
+def test_every_knob_is_read_somewhere():
+    reads = {attribute for owner, attribute in attribute_reads() if owner == "knobs"}
+    assert {field.name for field in dataclasses.fields(Knobs)} <= reads
+
+
+def test_a_leaf_that_nobody_reads_would_be_found():
+    reads = {read for read in attribute_reads() if read[1] != "qk_norm"} | {("mesh", axis) for axis in MESH_AXES}
+    assert dead_leaves(reads) == ["model.qk_norm"]
+
+
+# Recipes ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_resolves_and_its_header_says_what_it_is_and_how_to_run_it(path):
+    spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
+    recipe = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(recipe)
+    source = recipe.get_config()
+    assert isinstance(source, ConfigDict) and source.is_locked
+    assert isinstance(resolve(source), Config)
+    header = recipe.__doc__
+    assert header and f"--config=configs/{path.name}" in header, "the header names the command that runs it"
+
+
+def test_there_is_a_recipe():
+    assert RECIPES
+
+
+# Mesh -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("sizes", "resolved"),
+    [
+        ({}, (8, 1, 1, 1)),
+        ({"expert": 4}, (2, 1, 4, 1)),
+        ({"data": 1, "fsdp": -1, "tensor": 2}, (1, 4, 1, 2)),
+        ({"data": 2, "fsdp": 2, "expert": 2}, (2, 2, 2, 1)),
+    ],
+)
+def test_the_open_size_of_a_mesh_takes_all_remaining_devices(sizes, resolved):
+    assert dataclasses.astuple(resolve_mesh(MeshConfig(**sizes), 8)) == resolved
+
+
+@pytest.mark.parametrize(
+    ("sizes", "parts"),
+    [
+        ({"expert": 3}, ["mesh.expert=3", "8 devices", "1, 2, 4, 8"]),
+        ({"data": 2, "expert": 2}, ["mesh.data=2", "mesh.expert=2", "8 devices", "1, 2, 4, 8"]),
+        ({"data": 16}, ["mesh.data=16", "1, 2, 4, 8"]),
+        ({"data": -1, "fsdp": -1}, ["mesh.data=-1", "mesh.fsdp=-1", "only one"]),
+        ({"tensor": 0}, ["mesh.tensor=0", "at least 1", "-1"]),
+        ({"tensor": -2}, ["mesh.tensor=-2", "at least 1", "-1"]),
+    ],
+)
+def test_a_mesh_that_does_not_fit_is_an_error_that_names_sizes_that_would(sizes, parts):
+    with pytest.raises(ConfigError) as caught:
+        resolve_mesh(MeshConfig(**sizes), 8)
+    assert all(part in str(caught.value) for part in parts), str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({"mesh.expert": 8, "moe.num_experts": 12}, ["moe.num_experts=12", "mesh.expert=8", "8 or 16"]),
+        ({"mesh.expert": 8, "moe.num_experts": 4}, ["moe.num_experts=4", "mesh.expert=8", "use 8"]),
+        ({"mesh.fsdp": 8, "model.d_model": 36, "model.num_heads": 1, "model.num_kv_heads": 1},
+         ["model.d_model=36", "mesh.fsdp=8", "32 or 40"]),
+        ({"mesh.tensor": 4}, ["model.num_kv_heads=2", "mesh.tensor=4", "use 4"]),
+        ({"mesh.tensor": 8, "model.num_kv_heads": 4}, ["model.num_heads=4", "mesh.tensor=8", "use 8"]),
+        ({"mesh.tensor": 2, "moe.d_expert": 25}, ["moe.d_expert=25", "mesh.tensor=2", "24 or 26"]),
+        ({"mesh.tensor": 2, "moe.num_experts": 0, "model.d_ff": 25}, ["model.d_ff=25", "mesh.tensor=2", "24 or 26"]),
+        ({"mesh.tensor": 2, "data.vocab_size": 999}, ["data.vocab_size=999", "mesh.tensor=2", "998 or 1000"]),
+        ({"train.batch_size": 12}, ["train.batch_size=12", "mesh.data * mesh.fsdp * mesh.expert = 8", "16"]),
+        ({"train.batch_size": 16, "train.accumulation": 4}, ["train.accumulation=4", "microbatches of 4", "32"]),
+    ],
+)  # fmt: skip
+def test_a_size_that_the_mesh_cannot_split_is_an_error_that_names_sizes_that_would_work(changes, parts):
+    with pytest.raises(ConfigError) as caught:
+        make_mesh(resolve(nested(changes)))
+    assert all(part in str(caught.value) for part in parts), str(caught.value)
+
+
+def test_the_mesh_has_the_four_axes_and_auto_types_and_one_device_is_a_mesh_too():
+    mesh = make_mesh(resolve(nested({"mesh.expert": 4, "mesh.tensor": 2})))
+    assert dict(mesh.shape) == {"data": 1, "fsdp": 1, "expert": 4, "tensor": 2}
+    assert set(mesh.axis_types) == {jax.sharding.AxisType.Auto}
+    assert dict(make_mesh(resolve({}), jax.devices()[:1]).shape) == dict.fromkeys(MESH_AXES, 1)
+
+
+# Sharding rules ---------------------------------------------------------------------------------------------------
+
+
+def parameter_axes(changes):
+    """The logical axes of every parameter of a config, with its shape."""
+    model = nnx.eval_shape(lambda: Decoder(resolve(nested(changes)), rngs=nnx.Rngs(params=0)))
+    params = jax.tree.leaves(nnx.state(model), is_leaf=lambda v: isinstance(v, nnx.Variable))
+    return [(param.axes, param.shape) for param in params]
+
+
+@pytest.fixture(scope="module")
+def all_axes():
+    every_part = {
+        "model.qk_norm": True, "model.tied_embeddings": False, "moe.first_dense": 1, "moe.every": 2,
+        "moe.num_shared_experts": 1,
+    }  # fmt: skip
+    return [*parameter_axes(every_part), *parameter_axes({}), *parameter_axes({"moe.num_experts": 0})]
+
+
+def test_every_axis_of_every_parameter_has_a_name_and_a_rule(all_axes):
+    for axes, shape in all_axes:
+        assert len(axes) == len(shape)
+        assert set(axes) <= set(RULES)
+        partition_spec(axes)
+
+
+def test_every_sharding_rule_is_used_by_a_parameter(all_axes):
+    assert {axis for axes, _ in all_axes for axis in axes} == set(RULES)
+
+
+def test_no_parameter_would_be_split_twice_over_one_mesh_axis(all_axes):
+    for axes, _ in all_axes:
+        used = [RULES[axis] for axis in axes if RULES[axis]]
+        assert len(used) == len(set(used)), axes
+
+
+def test_a_logical_axis_without_a_rule_is_an_error_that_names_it_and_the_known_ones():
+    with pytest.raises(ValueError, match=r"'embd' has no rule .*'embed'"):
+        partition_spec(("embd", "mlp"))
+    assert partition_spec(("experts", "embed", "gate_up", "mlp")) == PartitionSpec("expert", "fsdp", None, "tensor")
+
+
+def test_rules_name_axes_of_the_mesh_and_the_batch_is_split_over_all_but_tensor():
+    assert {axis for axis in RULES.values() if axis} <= set(MESH_AXES)
+    assert set(BATCH_AXES) == set(MESH_AXES) - {"tensor"}

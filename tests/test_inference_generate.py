@@ -1,0 +1,87 @@
+"""Generation: prompts of a batch do not disturb each other, sampling obeys its arguments."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from moejax.data.tokenizers import ByteTokenizer
+from moejax.inference.generate import generate, generate_text, sample
+from moejax.models import Decoder
+from training_cases import small_config
+
+
+@pytest.fixture(scope="module")
+def model():
+    return Decoder(small_config(), rngs=nnx.Rngs(params=0))
+
+
+def test_greedy_generation_equals_repeated_full_forward_passes(model):
+    tokenizer = ByteTokenizer()
+    (text,) = generate_text(model, tokenizer, ["to be"], max_tokens=6, temperature=0.0)
+    ids = [tokenizer.bos_id, *tokenizer.encode("to be")]
+    forward = jax.jit(lambda t: model(t, jnp.ones_like(t), jnp.arange(t.shape[1])[None])[0])
+    length = len(ids)
+    for _ in range(6):
+        padded = np.zeros((1, 16), np.int32)
+        padded[0, : len(ids)] = ids
+        ids.append(int(forward(padded)[0, len(ids) - 1].argmax()))
+    assert text == tokenizer.decode(ids[length:])
+
+
+def test_a_sequence_does_not_depend_on_the_others_of_its_batch(model):
+    prompts = ["a", "some longer prompt", "mid"]
+    together = generate_text(model, ByteTokenizer(), prompts, max_tokens=8, seed=3)
+    reordered = generate_text(model, ByteTokenizer(), [prompts[0], "other", "words"], max_tokens=8, seed=3)
+    assert together[0] == reordered[0]
+    assert len(set(together)) == 3
+
+
+def test_the_seed_decides_the_samples(model):
+    first, again, other = (generate_text(model, ByteTokenizer(), ["x"], max_tokens=12, seed=seed) for seed in (1, 1, 2))
+    assert first == again != other
+
+
+def test_a_finished_document_stays_finished(model):
+    class Stops(ByteTokenizer):
+        eos_id = property(lambda self: self.stop)
+
+    greedy = next(generate(model, ByteTokenizer(), ["q"], max_tokens=1, temperature=0.0))[0]
+    tokenizer = Stops()
+    object.__setattr__(tokenizer, "stop", greedy)
+    assert list(generate(model, tokenizer, ["q"], max_tokens=5, temperature=0.0)) == [[None]]
+
+
+def draw(logits, temperature, top_p, count=2000):
+    keys = jax.random.split(jax.random.key(0), count)
+    logits = jnp.broadcast_to(jnp.log(jnp.array(logits)), (count, len(logits)))
+    drawn = sample(logits, jnp.float32(temperature), jnp.float32(top_p), keys, jnp.zeros(count, jnp.int32))
+    return np.bincount(np.asarray(drawn), minlength=logits.shape[1]) / count
+
+
+def test_sampling_follows_the_distribution():
+    np.testing.assert_allclose(draw([0.5, 0.2, 0.3], 1.0, 1.0), [0.5, 0.2, 0.3], atol=0.04)
+
+
+def test_the_nucleus_is_the_smallest_set_that_reaches_top_p():
+    np.testing.assert_allclose(draw([0.5, 0.2, 0.3], 1.0, 0.6), [0.625, 0, 0.375], atol=0.04)
+    np.testing.assert_allclose(draw([0.5, 0.2, 0.3], 1.0, 0.01), [1, 0, 0])
+
+
+def test_temperature_sharpens_and_zero_is_greedy():
+    np.testing.assert_allclose(draw([0.6, 0.4], 0.5, 1.0), [0.36 / 0.52, 0.16 / 0.52], atol=0.04)
+    np.testing.assert_allclose(draw([0.4, 0.6], 0.0, 1.0), [0, 1])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"max_tokens": 0}, "max_tokens=0"),
+        ({"max_tokens": 1, "temperature": -1.0}, "temperature=-1.0"),
+        ({"max_tokens": 1, "top_p": 0.0}, "top_p=0.0"),
+    ],
+)
+def test_arguments_out_of_range_are_refused_by_name(model, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        next(generate(model, ByteTokenizer(), ["x"], **arguments))

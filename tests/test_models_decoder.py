@@ -1,0 +1,348 @@
+"""The decoder: what a token may depend on, and what must not change the result."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import oracle
+from moejax.config import resolve
+from moejax.models.decoder import Decoder, moe_layer_indices
+from moejax.models.stack import Context
+from moejax.moe.balance import balance_loss, z_loss
+from moejax.moe.routers.softmax_topk import SAVED_NAMES
+from moejax.nn.attention import row_mask
+
+B, L, V = 2, 8, 320
+
+
+def config_of(**sections):
+    """A tiny decoder; keyword arguments are sections of changes."""
+    base = {
+        "model": {"num_layers": 2, "d_model": 8, "num_heads": 2, "num_kv_heads": 1, "d_ff": 12},
+        "moe": {"num_experts": 4, "top_k": 2, "d_expert": 6},
+        "data": {"tokenizer": "bytes", "seq_len": L},
+    }
+    return resolve({name: section | sections.get(name, {}) for name, section in base.items()})
+
+
+PLAIN = config_of()
+CAPACITY = config_of(moe={"dispatch": "capacity", "capacity_factor": 2.0})
+RICH = config_of(  # dense, (dense, MoE), (dense, MoE), dense
+    model={"num_layers": 6, "tied_embeddings": False, "qk_norm": True},
+    moe={"first_dense": 1, "every": 2, "num_shared_experts": 1, "renormalize": False},
+)
+DENSE = config_of(moe={"num_experts": 0})
+
+
+@functools.cache
+def abstract(config):
+    return nnx.split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(params=0))))
+
+
+@functools.cache
+def weights_of(config):
+    """Random weights: the shapes of the config, but nowhere near the initial values."""
+    rng = np.random.default_rng(0)
+
+    def draw(a):
+        scale = 1.0 if a.ndim < 3 else 2.0 / np.sqrt(a.shape[-2])
+        return jnp.asarray(scale * rng.normal(size=a.shape), jnp.float32)
+
+    return jax.tree.map(draw, abstract(config)[1])
+
+
+def apply(config, state, tokens_BL, segments_BL, positions_BL, factor=None):
+    return nnx.merge(abstract(config)[0], state)(tokens_BL, segments_BL, positions_BL, capacity_factor=factor)
+
+
+@functools.cache
+def forward(config):
+    """Compiled once for each config: `(tokens, segments, positions, factor) -> (logits, stats)`."""
+    run = jax.jit(functools.partial(apply, config))
+    return functools.partial(run, weights_of(config))
+
+
+def tokens_of(seed):
+    return np.random.default_rng(seed).integers(0, 256, (B, L)).astype(np.int32)
+
+
+ONE_DOCUMENT = (np.ones((B, L), np.int32), np.tile(np.arange(L, dtype=np.int32), (B, 1)))
+
+every_kind = pytest.mark.parametrize(
+    ("config", "factor"), [(PLAIN, None), (CAPACITY, 0.5), (RICH, None)], ids=["dropless", "capacity", "rich"]
+)
+
+
+def run(config, tokens_BL, segments_BL=ONE_DOCUMENT[0], positions_BL=ONE_DOCUMENT[1], factor=None):
+    return forward(config)(tokens_BL, segments_BL, positions_BL, None if factor is None else jnp.float32(factor))
+
+
+# What a token depends on ------------------------------------------------------------------------------------------
+
+
+@every_kind
+@pytest.mark.parametrize("cut", [1, 5])
+def test_changing_later_tokens_changes_no_earlier_logits(config, factor, cut):
+    tokens_BL, other_BL = tokens_of(0), tokens_of(1)
+    other_BL[:, :cut] = tokens_BL[:, :cut]
+    (logits, stats), (changed, _) = run(config, tokens_BL, factor=factor), run(config, other_BL, factor=factor)
+    oracle.assert_close(changed[:, :cut], logits[:, :cut])
+    assert np.all(np.abs(changed[:, cut:] - logits[:, cut:]).max(-1) > 1e-2)
+    assert factor is None or np.all(stats.dropped > 0)  # or the test of capacity would test nothing
+
+
+@every_kind
+def test_a_sequence_does_not_depend_on_the_rest_of_its_batch(config, factor):
+    tokens_BL, other_BL = tokens_of(0), tokens_of(1)
+    other_BL[0] = tokens_BL[0]
+    one, other = run(config, tokens_BL, factor=factor)[0], run(config, other_BL, factor=factor)[0]
+    oracle.assert_close(other[0], one[0])
+
+
+@every_kind
+def test_the_same_batch_twice_is_bit_identical_and_needs_no_key(config, factor):
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        run(config, tokens_of(0), factor=factor),
+        run(config, tokens_of(0), factor=factor),
+    )
+
+
+@pytest.mark.parametrize("config", [PLAIN, RICH], ids=["plain", "rich"])
+def test_a_packed_row_equals_its_documents_alone(config):
+    first, second = tokens_of(0)[0, :5], tokens_of(1)[0, :3]
+    packed_BL, alone_BL = np.zeros((B, L), np.int32), np.zeros((B, L), np.int32)
+    packed_BL[0] = np.concatenate([first, second])
+    alone_BL[0, :5], alone_BL[1, :3] = first, second
+    segments_BL = np.array([[1] * 5 + [2] * 3, [0] * L], np.int32)
+    positions_BL = np.array([[0, 1, 2, 3, 4, 0, 1, 2], [0] * L], np.int32)
+    alone_segments_BL = np.array([[1] * 5 + [0] * 3, [1] * 3 + [0] * 5], np.int32)
+    packed, packed_stats = run(config, packed_BL, segments_BL, positions_BL)
+    alone, alone_stats = run(config, alone_BL, alone_segments_BL)
+    oracle.assert_close(packed[0, :5], alone[0, :5])
+    oracle.assert_close(packed[0, 5:], alone[1, :3])
+    oracle.assert_close(packed_stats, alone_stats)
+    assert np.all(packed_stats.num_tokens == 8)
+
+
+def test_attention_does_not_cross_from_one_document_into_the_next():
+    tokens_BL = tokens_of(0)
+    segments_BL = np.array([[1] * 4 + [2] * 4] * B, np.int32)
+    positions_BL = np.array([[0, 1, 2, 3] * 2] * B, np.int32)
+    other_BL = np.concatenate([tokens_of(1)[:, :4], tokens_BL[:, 4:]], axis=1)
+    logits, changed = (run(PLAIN, tokens, segments_BL, positions_BL)[0] for tokens in (tokens_BL, other_BL))
+    oracle.assert_close(changed[:, 4:], logits[:, 4:])
+    # In one document it does look back:
+    logits, changed = (run(PLAIN, tokens)[0] for tokens in (tokens_BL, other_BL))
+    assert np.abs(changed[:, 4:] - logits[:, 4:]).max() > 1e-2
+
+
+def test_what_stands_at_padding_changes_no_logit_of_a_token_and_no_statistic():
+    segments_BL = np.array([[1] * 5 + [0] * 3, [1] * 8], np.int32)
+    tokens_BL = tokens_of(0)
+    other_BL = np.where(segments_BL > 0, tokens_BL, tokens_of(1))
+    (logits, stats), (changed, changed_stats) = (run(PLAIN, tokens, segments_BL) for tokens in (tokens_BL, other_BL))
+    oracle.assert_close(changed[segments_BL > 0], logits[segments_BL > 0])
+    oracle.assert_close(changed_stats, stats)
+    assert np.all(stats.num_tokens == 13)
+
+
+# Cached decoding --------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def extend(config):
+    def step(state, tokens_BL, positions_BL, cache):
+        return nnx.merge(abstract(config)[0], state).extend(tokens_BL, positions_BL, cache)
+
+    return functools.partial(jax.jit(step), weights_of(config))
+
+
+@pytest.mark.parametrize("config", [PLAIN, RICH], ids=["plain", "rich"])
+@pytest.mark.parametrize("lengths", [(4, 4), (4, 2)], ids=["equal prompts", "ragged prompts"])
+def test_cached_decoding_equals_the_full_forward_pass(config, lengths):
+    tokens_BL = tokens_of(0)
+    full, _ = run(config, tokens_BL)
+    cache = nnx.merge(abstract(config)[0], weights_of(config)).init_cache(B, L)
+    prompt_BL = np.where(np.arange(4) < np.array(lengths)[:, None], tokens_BL[:, :4], 7)
+    logits, cache = extend(config)(prompt_BL, ONE_DOCUMENT[1][:, :4], cache)
+    for b, length in enumerate(lengths):
+        oracle.assert_close(logits[b, :length], full[b, :length])
+    for step in range(4):
+        at_B = np.array(lengths) + step
+        logits, cache = extend(config)(tokens_BL[[0, 1], at_B][:, None], at_B[:, None].astype(np.int32), cache)
+        oracle.assert_close(logits[:, 0], np.asarray(full)[[0, 1], at_B])
+
+
+# Layers -----------------------------------------------------------------------------------------------------------
+
+PATTERNS = [(1, 0, 1), (3, 0, 1), (4, 1, 1), (4, 0, 2), (5, 0, 2), (6, 1, 2), (7, 2, 3), (4, 3, 1), (12, 1, 4)]
+
+
+@pytest.mark.parametrize(("num_layers", "first_dense", "every"), PATTERNS)
+def test_there_is_one_balance_term_for_each_moe_layer_and_the_layers_are_where_the_config_puts_them(
+    num_layers, first_dense, every
+):
+    config = config_of(model={"num_layers": num_layers}, moe={"first_dense": first_dense, "every": every})
+    expected = [i for i in range(first_dense, num_layers) if (i - first_dense + 1) % every == 0]
+    assert moe_layer_indices(config) == expected
+    assert config.num_moe_layers == len(expected)
+    model = nnx.merge(abstract(config)[0], jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), abstract(config)[1]))
+    kinds = [block.is_moe for stack in model.stacks for block in stack.blocks()]
+    assert kinds == [i in expected for i in range(num_layers)]
+    shape = jax.ShapeDtypeStruct((B, L), jnp.int32)
+    _, stats = jax.eval_shape(functools.partial(apply, config), abstract(config)[1], shape, shape, shape)
+    terms = jax.eval_shape(lambda s: (balance_loss(s, 2), z_loss(s)), stats)
+    assert [term.shape for term in terms] == [(len(expected),)] * 2
+    assert stats.assignments_E.shape == (len(expected), 4)
+
+
+def test_a_dense_model_has_no_moe_layer_and_no_statistics():
+    assert moe_layer_indices(DENSE) == [] and DENSE.num_moe_layers == 0
+    logits, stats = run(DENSE, tokens_of(0))
+    assert stats is None and logits.shape == (B, L, V) and np.all(np.isfinite(logits))
+
+
+def test_the_scanned_stacks_equal_a_loop_over_their_blocks_statistics_in_order_of_layers():
+    @jax.jit
+    def loop(state, tokens_BL, segments_BL, positions_BL):
+        model = nnx.merge(abstract(RICH)[0], state)
+        context = Context(positions_BL, row_mask(segments_BL), segments_BL > 0)
+        x_BLD, layers = model.embed(tokens_BL), []
+        for stack in model.stacks:
+            for block in stack.blocks():
+                x_BLD, _, stats = block(x_BLD, context, None)
+                layers += [stats] if block.is_moe else []
+        return model.unembed(x_BLD), jax.tree.map(lambda *a: jnp.stack(a), *layers)
+
+    logits, stats = run(RICH, tokens_of(0))
+    oracle.assert_close((logits, stats), loop(weights_of(RICH), tokens_of(0), *ONE_DOCUMENT))
+    assert np.abs(stats.z[0] - stats.z[1]) > 1e-2  # the layers differ, so their order was tested
+
+
+def loss_of(config, state, tokens_BL, segments_BL, positions_BL, factor=None):
+    logits, stats = apply(config, state, tokens_BL, segments_BL, positions_BL, factor)
+    lm = optax.softmax_cross_entropy_with_integer_labels(logits, tokens_BL).mean()
+    return lm if stats is None else lm + 0.1 * balance_loss(stats, 2).sum() + 0.1 * z_loss(stats).sum()
+
+
+@functools.cache
+def loss_and_gradients(remat, scan_layers):
+    model = {"remat": remat, "scan_layers": scan_layers}
+    config = config_of(model=model, moe={"dispatch": "capacity", "capacity_factor": 1.0})
+    return jax.jit(jax.value_and_grad(functools.partial(loss_of, config)))(
+        nnx.State(weights_of(PLAIN)), tokens_of(0), *ONE_DOCUMENT, jnp.float32(0.5)
+    )
+
+
+@pytest.mark.parametrize(("remat", "scan_layers"), [(False, True), (True, False)], ids=["no remat", "unrolled"])
+def test_neither_remat_nor_the_scan_changes_the_loss_or_a_gradient(remat, scan_layers):
+    oracle.assert_close(loss_and_gradients(remat, scan_layers), loss_and_gradients(True, True))
+
+
+# Traced programs --------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def gradient_jaxpr(config):
+    shape = jax.ShapeDtypeStruct((B, L), jnp.int32)
+    return jax.make_jaxpr(jax.grad(functools.partial(loss_of, config)))(abstract(config)[1], shape, shape, shape)
+
+
+def test_every_name_that_remat_saves_occurs_in_the_program():
+    names = {e.params["name"] for e in oracle.equations(gradient_jaxpr(PLAIN)) if e.primitive.name == "name"}
+    assert set(SAVED_NAMES) and set(SAVED_NAMES) <= names
+
+
+def test_the_backward_pass_never_selects_experts_again():
+    # Two layers are one scanned block: one selection in the whole program of the gradient.
+    assert oracle.primitives(gradient_jaxpr(PLAIN)).count("top_k") == 1
+
+
+@pytest.mark.parametrize("dispatch", ["dropless", "capacity"])
+@pytest.mark.parametrize(
+    ("small", "large"),
+    [({"moe": {"num_experts": 8}}, {"moe": {"num_experts": 64}}), ({"model": {"num_layers": 8}}, {})],
+    ids=["8 and 64 experts", "2 and 8 layers"],
+)
+def test_the_traced_program_of_the_gradient_has_the_same_size_for_more_experts_and_more_layers(small, large, dispatch):
+    def size(sections):
+        moe = sections.get("moe", {}) | {"dispatch": dispatch}
+        return len(oracle.primitives(gradient_jaxpr(config_of(**sections | {"moe": moe}))))
+
+    assert size(small) == size(large) > 100
+
+
+# Variants ---------------------------------------------------------------------------------------------------------
+
+
+def shapes_of(config):
+    return jax.tree.map(lambda a: a.shape, nnx.to_pure_dict(abstract(config)[1]))
+
+
+def test_tied_embeddings_are_one_matrix_and_untied_ones_two():
+    tied, untied = shapes_of(PLAIN), shapes_of(RICH)
+    assert tied["embedding"] == untied["embedding"] == untied["unembedding"] == (V, 8)
+    assert "unembedding" not in tied
+    state = nnx.to_pure_dict(weights_of(PLAIN))
+    logits, _ = run(PLAIN, tokens_of(0))
+    final = jax.tree.map(lambda a: a, weights_of(PLAIN))
+    nnx.replace_by_pure_dict(final, state | {"embedding": 2 * state["embedding"]})
+    doubled = nnx.merge(abstract(PLAIN)[0], final)
+    x_BLD = jnp.ones((1, 1, 8))
+    oracle.assert_close(doubled.unembed(x_BLD), 2 * nnx.merge(abstract(PLAIN)[0], weights_of(PLAIN)).unembed(x_BLD))
+    assert logits.dtype == jnp.float32
+
+
+def test_qk_norm_and_grouped_queries_have_their_parameters_in_every_layer():
+    config = config_of(model={"num_layers": 3, "qk_norm": True, "num_heads": 4, "num_kv_heads": 2})
+    attention = shapes_of(config)["stacks"][0]["block"]["attention"]
+    assert attention == {
+        "query": (3, 8, 4, 2),
+        "key": (3, 8, 2, 2),
+        "value": (3, 8, 2, 2),
+        "out": (3, 4, 2, 8),
+        "query_norm": {"scale": (3, 2)},
+        "key_norm": {"scale": (3, 2)},
+    }
+    without = shapes_of(PLAIN)["stacks"][0]["block"]["attention"]
+    assert "query_norm" not in without and without["key"] == (2, 8, 1, 4)
+
+
+def test_embeddings_enter_with_unit_scale_and_leave_with_logits_of_unit_scale():
+    config = config_of(model={"d_model": 64})
+
+    @jax.jit
+    def run(tokens_BL):
+        model = Decoder(config, rngs=nnx.Rngs(params=0))
+        return model.embed(tokens_BL), model.unembed(jax.random.normal(jax.random.key(1), (B, L, 64)))
+
+    x_BLD, logits = run(tokens_of(0))
+    # 1,024 and 5,120 numbers, some of them dependent.
+    np.testing.assert_allclose([x_BLD.std(), logits.std()], 1, rtol=0.1)
+
+
+def test_a_bfloat16_decoder_keeps_parameters_and_logits_in_float32():
+    config = config_of(model={"compute_dtype": "bfloat16"})
+    assert all(a.dtype == jnp.float32 for a in jax.tree.leaves(abstract(config)[1]))
+    shape = jax.ShapeDtypeStruct((B, L), jnp.int32)
+    logits, stats = jax.eval_shape(functools.partial(apply, config), abstract(config)[1], shape, shape, shape)
+    assert logits.dtype == jnp.float32 and stats.probs_E.dtype == stats.z.dtype == jnp.float32
+    jaxpr = jax.make_jaxpr(functools.partial(apply, config))(abstract(config)[1], shape, shape, shape)
+    products = {
+        v.aval.dtype.name for e in oracle.equations(jaxpr) if e.primitive.name == "dot_general" for v in e.invars
+    }
+    assert "bfloat16" in products
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_any_batch_size_runs_and_a_row_is_the_same_in_each(batch):
+    tokens_BL = np.concatenate([tokens_of(0), tokens_of(1)])[:batch]
+    segments_BL, positions_BL = np.ones((batch, L), np.int32), np.tile(np.arange(L, dtype=np.int32), (batch, 1))
+    logits, _ = run(PLAIN, tokens_BL, segments_BL, positions_BL)
+    oracle.assert_close(logits[0], run(PLAIN, tokens_of(0))[0][0])

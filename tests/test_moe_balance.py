@@ -1,0 +1,172 @@
+"""Losses and metrics: golden values, and what padding, splitting and order must not change."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import oracle
+from moejax.moe.balance import balance_loss, load_fractions, routing_metrics, z_loss
+from moejax.moe.routers.softmax_topk import route_softmax_top_k
+from moejax.moe.stats import collect, count_assignments
+
+T, E = 16, 8
+
+
+@functools.cache
+def collector(top_k):
+    @jax.jit
+    def run(logits_TE, mask_T, kept_TK):
+        routing = route_softmax_top_k(logits_TE, mask_T, top_k=top_k, renormalize=False)
+        return jax.tree.map(lambda x: x[None], collect(routing, mask_T, kept_TK))  # as if stacked by layer
+
+    return run
+
+
+def stats_of(logits_TE, top_k, mask_T=None, kept_TK=None):
+    mask_T = np.ones(len(logits_TE), bool) if mask_T is None else mask_T
+    kept_TK = np.ones((len(logits_TE), top_k), bool) if kept_TK is None else kept_TK
+    return collector(top_k)(jnp.asarray(logits_TE, jnp.float32), mask_T, kept_TK)
+
+
+def cyclic_logits(top_k):
+    """Token t likes experts t, t + 1, ... best: every expert is chosen equally often and equally probable."""
+    logits_TE = np.zeros((T, E))
+    for t in range(T):
+        for k in range(top_k):
+            logits_TE[t, (t + k) % E] = 3.0 - 0.1 * k
+    return logits_TE
+
+
+def collapsed_logits(top_k):
+    """Every token sends everything to experts 0 to K - 1, equally."""
+    return np.where(np.arange(E) < top_k, 60.0, 0.0) + np.zeros((T, E))
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 4])
+def test_the_balance_loss_is_1_when_uniform_and_experts_over_k_when_collapsed(top_k):
+    oracle.assert_close(balance_loss(stats_of(cyclic_logits(top_k), top_k), top_k), [1.0])
+    oracle.assert_close(balance_loss(stats_of(collapsed_logits(top_k), top_k), top_k), [E / top_k])
+    oracle.assert_close(balance_loss(stats_of(np.zeros((T, E)), top_k), top_k), [1.0])  # uniform probabilities suffice
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_the_balance_loss_grows_with_every_further_token_that_collapses(top_k):
+    uniform, collapsed = cyclic_logits(top_k), collapsed_logits(top_k)
+    # Two more tokens, of the two that like expert e best, at a time; the last experts first.
+    values = []
+    for first_loyal in range(E, -1, -1):
+        collapses_T = np.arange(T) % E >= first_loyal
+        logits_TE = np.where(collapses_T[:, None], collapsed, uniform)
+        values.append(float(balance_loss(stats_of(logits_TE, top_k), top_k)[0]))
+    assert values[0] == pytest.approx(1, rel=1e-5) and values[-1] == pytest.approx(E / top_k, rel=1e-5)
+    assert np.all(np.diff(values) > 1e-3)
+
+
+def test_the_gradient_of_the_balance_loss_lowers_the_probability_of_the_overloaded_expert():
+    logits_TE = cyclic_logits(2)
+    logits_TE[:4] = 0
+    logits_TE[:4, 3] = 5.0
+
+    def loss(logits_TE):
+        return balance_loss(stats_of(logits_TE, 2), 2)[0]
+
+    gradient_TE = jax.grad(loss)(jnp.float32(logits_TE))
+    # f is a constant: the derivative is E / T * sum_e f_e dp_e.
+    load_E = load_fractions(stats_of(logits_TE, 2), 2)[0]
+    assert np.all(gradient_TE[:, np.argmax(load_E)] > 0)
+    expected = jax.grad(lambda x: E / T * jnp.sum(jax.nn.softmax(x) @ load_E))(jnp.float32(logits_TE))
+    oracle.assert_close(gradient_TE, expected)
+
+
+def random_case(top_k, seed=0):
+    rng = np.random.default_rng(seed)
+    logits_TE = rng.normal(size=(T, E)) * 3 + np.linspace(2, 0, E)
+    mask_T = rng.random(T) < 0.8
+    return logits_TE.astype(np.float32), mask_T, rng.random((T, top_k)) < 0.6
+
+
+def as_result(logits_TE, mask_T, kept_TK, top_k):
+    """The oracle's view of a routing without a layer."""
+    routed = [oracle.route_one(row, top_k, False) for row in logits_TE]
+    real = mask_T[:, None]
+    return oracle.LayerResult(
+        y_BLD=np.zeros((1, T, 1)),
+        logits_BLE=np.where(real, logits_TE, 0).astype(np.float64)[None],
+        probs_BLE=np.where(real, [r[0] for r in routed], 0)[None],
+        experts_BLK=np.where(real, [r[1] for r in routed], -1)[None],
+        weights_BLK=np.where(real, [r[2] for r in routed], 0)[None],
+        kept_BLK=(real & kept_TK)[None],
+        mask_BL=mask_T[None],
+    )
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 8])
+@pytest.mark.parametrize("seed", range(3))
+def test_losses_and_every_metric_equal_the_oracles_with_padding_and_dropping(top_k, seed):
+    case = random_case(top_k, seed)
+    stats, expected = stats_of(case[0], top_k, *case[1:]), as_result(*case, top_k)
+    oracle.assert_close(balance_loss(stats, top_k), [oracle.balance_loss(expected)])
+    oracle.assert_close(z_loss(stats), [oracle.z_loss(expected)])
+    ours, theirs = routing_metrics(stats, top_k), oracle.metrics(expected)
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        # Differences of numbers near 1 (perfect balance at K = E) are exact to an ulp of 1, not of themselves.
+        np.testing.assert_allclose(ours[name], [value], rtol=1e-5, atol=1e-6, err_msg=name)
+    assert stats.assignments_E[0].tolist() == oracle.counts(expected).tolist()
+
+
+def test_padding_appended_changes_no_sum_whatever_it_holds():
+    logits_TE, mask_T, kept_TK = random_case(2)
+    without = stats_of(logits_TE, 2, mask_T, kept_TK)
+    padded_TE = np.concatenate([logits_TE, np.full((T, E), 1e4)])
+    nobody = np.zeros(T, bool)
+    with_padding = stats_of(padded_TE, 2, np.append(mask_T, nobody), np.concatenate([kept_TK, np.zeros((T, 2), bool)]))
+    oracle.assert_close(with_padding, without)
+
+
+def test_statistics_of_two_batches_add_up_to_those_of_both_together():
+    cases = [random_case(2, seed) for seed in range(2)]
+    parts = [stats_of(case[0], 2, *case[1:]) for case in cases]
+    both = [np.concatenate(arrays) for arrays in zip(*cases, strict=True)]
+    oracle.assert_close(parts[0] + parts[1], stats_of(both[0], 2, *both[1:]))
+
+
+def test_the_balance_loss_of_the_whole_differs_from_the_mean_of_the_losses_of_its_parts():
+    halves = [np.zeros((T, E)), np.zeros((T, E))]
+    halves[0][:, 0], halves[1][:, 1] = 9.0, 9.0
+    parts = [stats_of(half, 1) for half in halves]
+    mean_of_parts = np.mean([balance_loss(part, 1)[0] for part in parts])
+    assert balance_loss(parts[0] + parts[1], 1)[0] < 0.6 * mean_of_parts
+
+
+def test_counts_stay_exact_integers_past_what_bfloat16_can_count():
+    experts_TK = jnp.zeros((4000, 1), jnp.int32).at[3999].set(3)
+    counts_E = count_assignments(experts_TK, 4)
+    assert counts_E.dtype == jnp.int32 and counts_E.tolist() == [3999, 0, 0, 1]
+
+
+def test_ids_of_masked_tokens_count_nowhere():
+    assert count_assignments(jnp.array([[4, 4], [0, 3]]), 4).tolist() == [1, 0, 0, 1]
+
+
+def test_a_batch_without_tokens_has_finite_losses_and_metrics():
+    stats = stats_of(np.zeros((T, E)), 2, np.zeros(T, bool), np.zeros((T, 2), bool))
+    values = [balance_loss(stats, 2), z_loss(stats), *routing_metrics(stats, 2).values()]
+    assert np.all(np.isfinite(values))
+
+
+def test_a_single_expert_has_finite_metrics():
+    # moe.num_experts=1 with top_k=1 passes validation; its load is perfectly balanced.
+    stats = jax.tree.map(
+        lambda x: x[None],
+        collect(
+            route_softmax_top_k(jnp.ones((T, 1)), jnp.ones(T, bool), top_k=1, renormalize=False),
+            jnp.ones(T, bool),
+            jnp.ones((T, 1), bool),
+        ),
+    )
+    for name, value in routing_metrics(stats, 1).items():
+        assert np.all(np.isfinite(value)), name

@@ -1,0 +1,137 @@
+"""Routers: against the oracle, against the published implementations, and what they promise about masks and ties."""
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import oracle
+from moejax.config import MoeConfig, resolve
+from moejax.moe.routers import ROUTERS, route
+
+FIXTURES = Path(__file__).parents[1] / "../shared/routing-fixtures"
+T, E = 6, 4
+
+ALLOWED = [
+    ("softmax_topk", 1, False),
+    ("softmax_topk", 2, False),
+    ("softmax_topk", 2, True),
+    ("softmax_topk", 4, False),
+    ("softmax_topk", 4, True),
+    ("switch", 1, False),
+]
+
+
+@functools.cache
+def router(name, top_k, renormalize):
+    return jax.jit(functools.partial(ROUTERS[name], top_k=top_k, renormalize=renormalize))
+
+
+def expect(logits_TE, mask_T, top_k, renormalize):
+    """The oracle's probabilities, experts (E at padding) and weights."""
+    num_experts = logits_TE.shape[1]
+    probs, experts, weights = zip(*(oracle.route_one(row, top_k, renormalize) for row in logits_TE), strict=True)
+    experts_TK = np.where(mask_T[:, None], np.array(experts), num_experts)
+    return np.array(probs), experts_TK, np.where(mask_T[:, None], np.array(weights), 0)
+
+
+@pytest.mark.parametrize(("name", "top_k", "renormalize"), ALLOWED)
+@settings(max_examples=25, deadline=None)
+@given(
+    logits=st.lists(st.lists(st.integers(-40, 40), min_size=E, max_size=E), min_size=T, max_size=T),
+    mask=st.lists(st.booleans(), min_size=T, max_size=T),
+)
+def test_any_logits_are_routed_as_the_oracle_routes_them_ties_included(name, top_k, renormalize, logits, mask):
+    logits_TE, mask_T = np.array(logits, np.float32) / 4, np.array(mask)
+    routing = router(name, top_k, renormalize)(logits_TE, mask_T)
+    probs_TE, experts_TK, weights_TK = expect(logits_TE, mask_T, top_k, renormalize)
+    np.testing.assert_array_equal(routing.experts_TK, experts_TK)
+    oracle.assert_close(routing.weights_TK, weights_TK)
+    oracle.assert_close(routing.probs_TE, probs_TE)
+    np.testing.assert_array_equal(routing.logits_TE, logits_TE)
+
+
+def test_ties_go_to_the_lowest_index():
+    routing = router("softmax_topk", 2, True)(jnp.zeros((T, E)), jnp.ones(T, bool))
+    assert routing.experts_TK.tolist() == [[0, 1]] * T
+
+
+def test_renormalised_weights_equal_the_softmax_over_the_selected_logits():
+    logits_TE = jax.random.normal(jax.random.key(0), (T, E)) * 5
+    routing = router("softmax_topk", 2, True)(logits_TE, jnp.ones(T, bool))
+    selected_TK = np.sort(np.asarray(logits_TE), axis=1)[:, :-3:-1]
+    oracle.assert_close(routing.weights_TK, [oracle.softmax(row) for row in selected_TK])
+
+
+@pytest.mark.parametrize(("name", "top_k", "renormalize"), ALLOWED)
+def test_the_router_follows_the_field_of_the_config_that_names_it(name, top_k, renormalize):
+    config = MoeConfig(num_experts=E, top_k=top_k, renormalize=renormalize, router=name)
+    logits_TE = jax.random.normal(jax.random.key(1), (T, E)) * 3
+    routing = route(logits_TE, jnp.ones(T, bool), config)
+    oracle.assert_close(routing.weights_TK, expect(np.asarray(logits_TE), np.ones(T, bool), top_k, renormalize)[2])
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 100.0])
+def test_extreme_logits_give_finite_weights_and_gradients(scale):
+    logits_TE = scale * jnp.array([[1.0, -1.0, 0.5, -3.0]] * T)
+
+    def first_weights(logits_TE):
+        return router("softmax_topk", 2, True)(logits_TE, jnp.ones(T, bool)).weights_TK[:, 0].sum()
+
+    value, gradient = jax.value_and_grad(first_weights)(logits_TE)
+    assert np.isfinite(value) and np.all(np.isfinite(gradient))
+
+
+def test_masked_tokens_give_the_logits_no_gradient():
+    mask_T = jnp.arange(T) < 4
+
+    def weight(logits_TE):
+        return jnp.sum(router("softmax_topk", 2, False)(logits_TE, mask_T).weights_TK[:, 0])
+
+    gradient_TE = jax.grad(weight)(jax.random.normal(jax.random.key(2), (T, E)))
+    assert np.all(np.any(gradient_TE[:4] != 0, axis=1)) and not np.any(gradient_TE[4:])
+
+
+@pytest.mark.parametrize(("name", "top_k", "renormalize"), [("softmax_topk", 1, True), ("switch", 1, True)])
+def test_one_renormalised_weight_has_no_gradient_and_is_refused(name, top_k, renormalize):
+    def weight(logits_TE):
+        return router(name, top_k, renormalize)(logits_TE, jnp.ones(T, bool)).weights_TK.sum()
+
+    assert not np.any(np.abs(jax.grad(weight)(jax.random.normal(jax.random.key(3), (T, E)))) > 1e-6)
+    moe = dataclasses.asdict(MoeConfig(num_experts=E, top_k=top_k, router=name, renormalize=renormalize))
+    with pytest.raises(ValueError, match=r"moe\.renormalize=True with moe\.top_k=1"):
+        resolve({"moe": moe})
+
+
+@pytest.mark.parametrize("family", ["mixtral", "olmoe", "qwen2_moe", "switch_transformers"])
+def test_routing_equals_that_of_the_published_implementation(family):
+    if not FIXTURES.exists():
+        pytest.skip(f"the fixtures of published routers are not at {FIXTURES}")
+    rule = json.loads((FIXTURES / "index.json").read_text())[family]["config"]
+    arrays = np.load(FIXTURES / f"{family}.npz")
+    layers = [name.removesuffix(".logits") for name in arrays.files if name.endswith(".logits")]
+    assert len(layers) >= 3
+    name = "switch" if family == "switch_transformers" else "softmax_topk"
+    top_k = 1 if name == "switch" else rule["num_experts_per_tok"]
+    renormalize = family == "mixtral" or rule.get("norm_topk_prob", False)
+    for layer in layers:
+        logits_TE, indices_TK, weights_TK = (arrays[f"{layer}.{what}"] for what in ("logits", "indices", "weights"))
+        routing = router(name, top_k, renormalize)(logits_TE, np.ones(len(logits_TE), bool))
+        if f"{layer}.kept" in arrays:  # there, dropped choices have weight 0; dropping is not the router's in moejax
+            weights_TK = np.where(arrays[f"{layer}.kept"], weights_TK, routing.weights_TK)
+        order_TK, their_order_TK = np.argsort(routing.experts_TK, axis=1), np.argsort(indices_TK, axis=1)
+        np.testing.assert_array_equal(
+            np.take_along_axis(np.asarray(routing.experts_TK), order_TK, 1),
+            np.take_along_axis(indices_TK, their_order_TK, 1),
+        )
+        oracle.assert_close(
+            np.take_along_axis(np.asarray(routing.weights_TK), order_TK, 1),
+            np.take_along_axis(weights_TK, their_order_TK, 1),
+        )

@@ -1,0 +1,129 @@
+"""Attention, rotary positions, masks and norms against loops."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import oracle
+from moejax.config import ModelConfig
+from moejax.nn.attention import Attention, cache_mask, rotate, row_mask
+from moejax.nn.norm import EPSILON, RMSNorm
+
+B, L, WIDTH, HEADS = 2, 6, 16, 4
+HEAD = WIDTH // HEADS
+THETA = 100.0
+
+turn = jax.jit(functools.partial(rotate, theta=THETA))
+
+
+def rotate_with_complex_numbers(x_A, position):
+    """Dimension i and dimension i + A/2 as one complex number, turned by position * theta^(-2i/A)."""
+    half = len(x_A) // 2
+    angles = position * THETA ** (-2 * np.arange(half) / len(x_A))
+    turned = (x_A[:half] + 1j * x_A[half:]) * np.exp(1j * angles)
+    return np.concatenate([turned.real, turned.imag])
+
+
+def test_rotary_positions_turn_pairs_of_dimensions_as_complex_numbers():
+    rng = np.random.default_rng(0)
+    x_BLHA, positions_BL = rng.normal(size=(B, L, HEADS, HEAD)), rng.integers(0, 50, (B, L))
+    expected = np.zeros_like(x_BLHA)
+    for b, i, h in np.ndindex(B, L, HEADS):
+        expected[b, i, h] = rotate_with_complex_numbers(x_BLHA[b, i, h], positions_BL[b, i])
+    # Angles up to 50 radians have an error of 50 ulps of 1 in float32.
+    oracle.assert_close(turn(jnp.float32(x_BLHA), jnp.int32(positions_BL)), expected, rtol=2e-5)
+
+
+def test_products_of_rotated_vectors_depend_only_on_the_distance_of_their_positions():
+    q_1LHA, k_1LHA = (jax.random.normal(jax.random.key(i), (1, L, HEADS, HEAD)) for i in range(2))
+    positions_1L, keys_1L = jnp.arange(L)[None], 2 * jnp.arange(L)[None]
+
+    def products(shift):
+        return jnp.einsum("BLHA,BSHA->BHLS", turn(q_1LHA, positions_1L + shift), turn(k_1LHA, keys_1L + shift))
+
+    # Angles up to 60 radians, as above.
+    oracle.assert_close(products(50), products(0), rtol=2e-5)
+    assert np.abs(products(0) - jnp.einsum("BLHA,BSHA->BHLS", q_1LHA, k_1LHA)).max() > 0.1
+
+
+def test_position_0_is_not_turned_and_no_position_changes_a_length():
+    x_BLHA = jax.random.normal(jax.random.key(0), (B, L, HEADS, HEAD))
+    np.testing.assert_array_equal(turn(x_BLHA, jnp.zeros((B, L), jnp.int32)), x_BLHA)
+    turned_BLHA = turn(x_BLHA, jnp.full((B, L), 77))
+    oracle.assert_close(jnp.linalg.norm(turned_BLHA, axis=-1), jnp.linalg.norm(x_BLHA, axis=-1))
+    low = jnp.asarray(x_BLHA, jnp.bfloat16)
+    assert turn(low, jnp.full((B, L), 77)).dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_attention_equals_the_loop_over_queries_with_shared_heads(kv_heads, qk_norm):
+    config = ModelConfig(d_model=WIDTH, num_heads=HEADS, num_kv_heads=kv_heads, rope_theta=THETA, qk_norm=qk_norm)
+    graphdef, abstract = nnx.split(
+        nnx.eval_shape(lambda: Attention(config, jnp.dtype("float32"), rngs=nnx.Rngs(params=0)))
+    )
+    rng = np.random.default_rng(kv_heads)
+    state = jax.tree.map(lambda a: jnp.asarray(rng.normal(size=a.shape) / 2, jnp.float32), abstract)
+    w = jax.tree.map(lambda a: np.asarray(a, np.float64), nnx.to_pure_dict(state))
+    shapes = {name: w[name].shape for name in ("query", "key", "value", "out")}
+    assert shapes == {
+        "query": (WIDTH, HEADS, HEAD),
+        "key": (WIDTH, kv_heads, HEAD),
+        "value": (WIDTH, kv_heads, HEAD),
+        "out": (HEADS, HEAD, WIDTH),
+    }
+    assert ("query_norm" in w) == ("key_norm" in w) == qk_norm
+    x_BLD = rng.normal(size=(B, L, WIDTH)).astype(np.float32)
+    segments_BL = np.array([[1, 1, 1, 1, 2, 2], [1, 1, 1, 0, 0, 0]])
+    positions_BL = np.array([[0, 1, 2, 3, 0, 1], [0, 1, 2, 0, 1, 2]])
+
+    def vector(name, b, i, head):
+        v_A = x_BLD[b, i] @ w[name][:, head]
+        if qk_norm and name != "value":
+            v_A = v_A / np.sqrt(np.mean(v_A**2) + EPSILON) * w[f"{name}_norm"]["scale"]
+        return v_A if name == "value" else rotate_with_complex_numbers(v_A, positions_BL[b, i])
+
+    expected = np.zeros((B, L, WIDTH))
+    for b, i, h in np.ndindex(B, L, HEADS):
+        shared = h // (HEADS // kv_heads)
+        seen = [j for j in range(i + 1) if segments_BL[b, j] == segments_BL[b, i]]
+        scores = [vector("query", b, i, h) @ vector("key", b, j, shared) / np.sqrt(HEAD) for j in seen]
+        mixed_A = sum(p * vector("value", b, j, shared) for p, j in zip(oracle.softmax(scores), seen, strict=True))
+        expected[b, i] += mixed_A @ w["out"][h]
+
+    @jax.jit
+    def run(x_BLD, positions_BL, segments_BL):
+        return nnx.merge(graphdef, state)(x_BLD, positions_BL, row_mask(segments_BL))[0]
+
+    y_BLD = run(x_BLD, positions_BL, segments_BL)
+    # Padded queries (segment 0) attend among themselves; nothing reads them, but they are finite.
+    oracle.assert_close(y_BLD, expected)
+
+
+def test_a_query_of_a_packed_row_sees_its_own_document_up_to_itself():
+    segments_BL = jnp.array([[1, 1, 2, 2, 0]])
+    expected = [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 0, 0, 1]]
+    assert row_mask(segments_BL)[0].astype(int).tolist() == expected
+
+
+def test_a_query_sees_the_slots_of_a_cache_up_to_its_own_position():
+    assert cache_mask(jnp.array([[0, 1], [3, 4]]), 5).astype(int).tolist() == [
+        [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0]],
+        [[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]],
+    ]
+
+
+def test_the_norm_divides_by_the_root_mean_square_in_float32():
+    norm = RMSNorm(4)
+    norm.scale[...] = jnp.array([1.0, 2.0, 3.0, 4.0])
+    x = np.array([[3.0, -4.0, 0.0, 12.0], [1e-3, 0, 0, 0]])
+    expected = x / np.sqrt((x**2).mean(-1, keepdims=True) + EPSILON) * np.arange(1.0, 5.0)
+    oracle.assert_close(norm(jnp.float32(x)), expected)
+    # Squares that bfloat16 could not add up: 300 of them.
+    wide = RMSNorm(301)
+    y = wide(jnp.ones((1, 301), jnp.bfloat16))
+    assert y.dtype == jnp.bfloat16 and np.all(y == 1)

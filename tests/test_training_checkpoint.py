@@ -1,0 +1,114 @@
+"""Checkpoints: strict, complete or absent, opened on any mesh."""
+
+import dataclasses
+import json
+import shutil
+from contextlib import closing
+
+import jax
+import numpy as np
+import pytest
+
+from moejax.training.checkpoint import CheckpointError, Checkpoints, compare_manifests, manifest
+from training_cases import make, replace, small_config
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A run directory with step 0 saved from 8 devices: (config, workdir, arrays)."""
+    workdir = tmp_path_factory.mktemp("saved")
+    (workdir / "tokenizer.json").write_text("{}")
+    config = small_config(mesh={"data": 2, "fsdp": 2, "tensor": 2})
+    trainable = make(config, 8)
+    state = trainable.init(0)
+    with closing(Checkpoints(workdir, trainable)) as checkpoints:
+        assert checkpoints.save(state)
+        assert not checkpoints.save(state)  # it is there already
+    return config, workdir, jax.device_get(jax.tree.leaves(state))
+
+
+def test_a_run_saved_on_eight_devices_opens_on_one(saved):
+    config, workdir, expected = saved
+    one = make(replace(config, "mesh", data=1, fsdp=1, tensor=1))
+    state = Checkpoints(workdir, one, read_only=True).restore()
+    for a, b in zip(jax.tree.leaves(state), expected, strict=True):
+        np.testing.assert_array_equal(a, b)
+        assert len(a.sharding.device_set) == 1
+
+
+def test_the_model_alone_can_be_restored(saved):
+    config, workdir, expected = saved
+    step, params, _ = Checkpoints(workdir, make(config, 8), read_only=True).restore_model()
+    assert step == 0
+    for a, b in zip(jax.tree.leaves(params), expected[1:], strict=False):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_the_manifest_lists_every_array_with_shape_and_dtype(saved):
+    config, _, expected = saved
+    entries = manifest(make(config, 8).abstract)
+    assert len(entries) == len(expected)
+    assert entries["params/stacks/0/block/moe/router/kernel"] == {"shape": [2, 32, 4], "dtype": "float32"}
+
+
+@pytest.mark.parametrize(
+    ("section", "leaves", "message"),
+    [
+        ("moe", {"num_experts": 8}, r"moe/experts/down is float32\[2, 4, 16, 32\].*but float32\[2, 8, 16, 32\]"),
+        ("model", {"tied_embeddings": False}, r"unembedding is absent in the checkpoint"),
+    ],
+)
+def test_a_checkpoint_of_another_shape_is_refused_by_name(saved, section, leaves, message):
+    config, workdir, _ = saved
+    other = make(replace(replace(config, section, **leaves), "mesh", data=1, fsdp=1, tensor=1))
+    with pytest.raises(CheckpointError, match=message):
+        Checkpoints(workdir, other, read_only=True).restore()
+
+
+def test_another_dtype_is_refused():
+    saved = {"params/w": {"shape": [2], "dtype": "bfloat16"}}
+    with pytest.raises(CheckpointError, match=r"params/w is bfloat16\[2\].*but float32\[2\]"):
+        compare_manifests(saved, {"params/w": {"shape": [2], "dtype": "float32"}}, "folder")
+
+
+def test_another_tokenizer_is_refused(saved, tmp_path):
+    config, workdir, _ = saved
+    shutil.copytree(workdir, tmp_path / "run")
+    (tmp_path / "run/tokenizer.json").write_text(json.dumps({"other": 1}))
+    with pytest.raises(CheckpointError, match="another tokenizer"):
+        Checkpoints(tmp_path / "run", make(config, 8), read_only=True).restore()
+
+
+def test_a_damaged_checkpoint_is_refused_with_the_remedy(saved, tmp_path):
+    config, workdir, _ = saved
+    shutil.copytree(workdir, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/checkpoints/0/model")
+    with pytest.raises(CheckpointError, match=r"checkpoints/0 cannot be read.*remove .*checkpoints/0"):
+        Checkpoints(tmp_path / "run", make(config, 8), read_only=True).restore()
+
+
+def test_an_unfinished_step_does_not_count(saved, tmp_path):
+    config, workdir, _ = saved
+    shutil.copytree(workdir, tmp_path / "run")
+    shutil.copytree(tmp_path / "run/checkpoints/0", tmp_path / "run/checkpoints/7.orbax-checkpoint-tmp")
+    checkpoints = Checkpoints(tmp_path / "run", make(config, 8), read_only=True)
+    assert checkpoints.steps() == [0]
+    with pytest.raises(CheckpointError, match=r"holds no step 7; it holds \[0\]"):
+        checkpoints.restore(7)
+
+
+def test_an_empty_directory_has_nothing_to_restore(tmp_path):
+    with closing(Checkpoints(tmp_path, make(small_config()))) as checkpoints:
+        assert checkpoints.restore() is None
+        with pytest.raises(CheckpointError, match="no complete checkpoint; train the run first"):
+            checkpoints.restore_model()
+
+
+def test_the_best_checkpoint_outlives_the_newest(tmp_path):
+    config = small_config(train={"keep_checkpoints": 1})
+    trainable = make(config)
+    state = trainable.init(0)
+    with closing(Checkpoints(tmp_path, trainable)) as checkpoints:
+        for step, loss in enumerate([3.0, 1.0, 2.0, 2.5]):
+            checkpoints.save(dataclasses.replace(state, step=np.int32(step)), {"eval/loss": loss})
+    assert Checkpoints(tmp_path, trainable, read_only=True).steps() == [1, 3]

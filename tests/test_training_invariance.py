@@ -1,0 +1,199 @@
+"""The maths does not depend on the machine: mesh, accumulation, remat, scan and dispatch give the same step."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from moejax.config import Config, Knobs
+from moejax.training.step import loss_and_gradients, losses, make_train_step, put_batch
+from training_cases import make, packed_batch, small_config
+
+TOLERANCE = 1e-5
+
+
+@dataclasses.dataclass
+class Outcome:
+    """What must not change: losses, gradients and routing sums of a batch; updates and metrics of two steps."""
+
+    losses: dict
+    grads: list
+    routing: list
+    updates: np.ndarray | None = None
+    scalars: dict | None = None
+
+
+def run(config: Config, num_devices: int = 1, num_steps: int = 0) -> Outcome:
+    trainable = make(config, num_devices)
+    batch = put_batch(packed_batch(config), trainable)
+    knobs = Knobs.of(config)
+    with jax.set_mesh(trainable.mesh):
+        state = trainable.init(0)
+
+        @jax.jit
+        def gradients(params, batch):
+            grads, sums = loss_and_gradients(trainable, params, state.router_state, batch, knobs)
+            parts = losses(sums, knobs, config.moe.top_k)
+            if sums.routing is not None:
+                parts["dropped"] = sums.routing.dropped.sum()
+            return grads, sums, parts
+
+        grads, sums, parts = jax.device_get(gradients(state.params, batch))
+        outcome = Outcome(parts, jax.tree.leaves(grads), jax.tree.leaves(sums.routing))
+        if num_steps:
+            before, step = flat(state.params), make_train_step(trainable)
+            for _ in range(num_steps):
+                state, output = step(state, batch, knobs)
+            outcome.updates, outcome.scalars = flat(state.params) - before, jax.device_get(output.scalars)
+    return outcome
+
+
+def flat(tree) -> np.ndarray:
+    return np.concatenate([x.ravel() for x in jax.device_get(jax.tree.leaves(tree))])
+
+
+def assert_same(actual: Outcome, expected: Outcome) -> None:
+    for key, value in expected.losses.items():
+        np.testing.assert_allclose(actual.losses[key], value, rtol=TOLERANCE, err_msg=key)
+    for name in ("grads", "routing"):
+        for a, e in zip(getattr(actual, name), getattr(expected, name), strict=True):
+            # Relative to the array's scale: single entries of a gradient may cancel to almost zero.
+            np.testing.assert_allclose(a, e, rtol=0, atol=TOLERANCE * max(np.abs(e).max(), 1e-6), err_msg=name)
+    if actual.updates is not None:
+        # Adam divides by the gradient's own size and so enlarges rounding where a gradient is almost zero.
+        assert np.linalg.norm(actual.updates - expected.updates) < 1e-3 * np.linalg.norm(expected.updates)
+        for key, value in expected.scalars.items():
+            np.testing.assert_allclose(actual.scalars[key], value, rtol=1e-3, atol=1e-6, err_msg=key)
+
+
+@pytest.fixture(scope="module")
+def moe() -> Outcome:
+    return run(small_config(), num_steps=2)
+
+
+@pytest.fixture(scope="module")
+def dense() -> Outcome:
+    return run(small_config(moe={"num_experts": 0}))
+
+
+def test_the_reference_step_is_not_trivial(moe):
+    assert moe.losses["loss/balance"] > 1.0
+    assert moe.scalars["grad_norm"] > 0
+    assert all(np.abs(g).max() > 0 for g in moe.grads)
+
+
+@pytest.mark.parametrize("accumulation", [2, 4])
+def test_accumulation_equals_the_large_batch(moe, accumulation):
+    assert_same(run(small_config(train={"accumulation": accumulation})), moe)
+
+
+def test_accumulation_equals_the_large_batch_for_a_dense_model(dense):
+    assert_same(run(small_config(train={"accumulation": 4}, moe={"num_experts": 0})), dense)
+
+
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        {"data": 2},
+        {"data": 8},
+        {"data": 1, "fsdp": 2},
+        {"data": 1, "fsdp": 8},
+        {"data": 2, "fsdp": 2, "tensor": 2},
+        {"data": 2, "fsdp": 1, "expert": 4},
+    ],
+    ids=str,
+)
+def test_the_mesh_changes_nothing(moe, mesh):
+    assert_same(run(small_config(mesh=mesh), int(np.prod(list(mesh.values())))), moe)
+
+
+def test_mesh_and_accumulation_together_change_nothing(moe):
+    assert_same(run(small_config(mesh={"data": 2, "fsdp": 2}, train={"accumulation": 2}), 4, num_steps=2), moe)
+
+
+def test_the_mesh_changes_nothing_for_capacity_dispatch():
+    capacity = {"dispatch": "capacity", "capacity_factor": 1.0}
+    one = run(small_config(moe=capacity))
+    assert one.losses["dropped"] > 0
+    assert_same(run(small_config(moe=capacity, mesh={"data": 2, "fsdp": 2, "tensor": 2}), 8), one)
+
+
+def test_the_mesh_changes_nothing_for_a_pattern_of_layers_with_shared_experts():
+    sections = {"model": {"num_layers": 3}, "moe": {"every": 2, "first_dense": 1, "num_shared_experts": 1}}
+    one = run(small_config(**sections))
+    assert_same(run(small_config(**sections, mesh={"data": 2, "tensor": 2}), 4), one)
+
+
+def test_remat_changes_nothing(moe):
+    assert_same(run(small_config(model={"remat": False})), moe)
+
+
+def test_unrolling_the_scan_changes_nothing(moe):
+    assert_same(run(small_config(model={"scan_layers": False})), moe)
+
+
+@pytest.mark.parametrize("implementation", ["ragged", "dense"])
+def test_the_grouped_product_changes_nothing(moe, implementation):
+    assert_same(run(small_config(moe={"grouped_matmul": implementation})), moe)
+
+
+def test_capacity_dispatch_with_room_for_all_equals_dropless(moe):
+    # A factor of E / K gives every expert as many slots as the sequence has tokens.
+    assert_same(run(small_config(moe={"dispatch": "capacity", "capacity_factor": 2.0})), moe)
+
+
+def test_initial_weights_do_not_depend_on_the_mesh():
+    one = make(small_config()).init(3)
+    eight = make(small_config(mesh={"data": 2, "fsdp": 2, "tensor": 2}), 8).init(3)
+    for a, b in zip(jax.tree.leaves(one.params), jax.tree.leaves(eight.params), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_weights_and_moments_are_split_over_fsdp_and_tensor():
+    trainable = make(small_config(mesh={"data": 2, "fsdp": 2, "tensor": 2}), 8)
+    state = trainable.init(0)
+    gate_up = state.params.stacks[0].block.moe.experts.gate_up
+    piece = gate_up[...].addressable_shards[0].data.shape
+    assert piece == (2, 4, 16, 2, 8)  # layers, experts, D / fsdp, gate and up, F / tensor
+    moments = [x for x in jax.tree.leaves(state.opt_state) if x.shape == gate_up.shape]
+    assert len(moments) == 2
+    assert all(x.addressable_shards[0].data.shape == piece for x in moments)
+
+
+def test_knobs_change_the_loss_without_a_new_compilation():
+    config = small_config()
+    trainable = make(config)
+    batch = put_batch(packed_batch(config), trainable)
+    step = make_train_step(trainable)
+    totals = []
+    with jax.set_mesh(trainable.mesh):
+        for weight in (0.0, 0.5):
+            knobs = dataclasses.replace(Knobs.of(config), balance_weight=jax.numpy.float32(weight))
+            _, output = step(trainable.init(0), batch, knobs)
+            totals.append(output.scalars)
+    assert step._cache_size() == 1
+    assert totals[0]["loss/balance_weighted"] == 0
+    np.testing.assert_allclose(totals[0]["loss/lm"], totals[1]["loss/lm"], rtol=1e-6)
+    np.testing.assert_allclose(
+        totals[1]["loss/total"] - totals[0]["loss/total"],
+        0.5 * config.num_moe_layers * totals[1]["loss/balance"],
+        rtol=1e-4,
+    )
+
+
+def test_the_learning_rate_knob_scales_the_step():
+    config = small_config(optimizer={"weight_decay": 0.0})
+    trainable = make(config)
+    batch = put_batch(packed_batch(config), trainable)
+    step = make_train_step(trainable)
+    with jax.set_mesh(trainable.mesh):
+        before = jax.device_get(jax.tree.leaves(trainable.init(0).params))
+        moved = []
+        for scale in (0.0, 1.0, 2.0):
+            knobs = dataclasses.replace(Knobs.of(config), learning_rate_scale=jax.numpy.float32(scale))
+            state, _ = step(trainable.init(0), batch, knobs)
+            moved.append([a - b for a, b in zip(jax.device_get(jax.tree.leaves(state.params)), before, strict=True)])
+    for none, once, twice in zip(*moved, strict=True):
+        assert np.abs(none).max() == 0
+        np.testing.assert_allclose(twice, 2 * once, atol=1e-6)
