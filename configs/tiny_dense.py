@@ -3,8 +3,8 @@
   make train CONFIG=configs/tiny_dense.py
   moejax train --config=configs/tiny_dense.py --workdir=runs/tiny_dense
 
-Its feed-forward layers are as wide as the two experts that a token of the MoE visits, so that what the MoE gains over it
-comes from parameters that cost no arithmetic. Only `moe.*` differs from `tiny_moe.py` (tested).
+Its feed-forward layers are as wide as the two experts that a token of the MoE visits, so that what the MoE gains over
+it comes from parameters that cost no arithmetic. Only `moe.*` differs from `tiny_moe.py` (tested).
 """
 
 from ml_collections import ConfigDict

@@ -141,6 +141,10 @@ class Config:
         return (self.model.num_layers - self.moe.first_dense) // self.moe.every
 
 
+SECTIONS: dict[str, Any] = {field.name: type(field.default) for field in dataclasses.fields(Config)}
+"""The dataclass of each section."""
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Knobs:
@@ -187,9 +191,9 @@ def to_dict(config: Config) -> dict[str, dict[str, Any]]:
 
 def leaves() -> Iterator[tuple[str, Any]]:
     """Yields (dotted key, annotated type) of every leaf."""
-    for section in dataclasses.fields(Config):
-        for name, annotation in typing.get_type_hints(type(section.default)).items():
-            yield f"{section.name}.{name}", annotation
+    for section, make in SECTIONS.items():
+        for name, annotation in typing.get_type_hints(make).items():
+            yield f"{section}.{name}", annotation
 
 
 def check_key(key: str) -> None:
@@ -213,19 +217,18 @@ def resolve(source: ConfigDict | Mapping[str, Any]) -> Config:
       ConfigError: an unknown key, a wrong type, a value out of range or an impossible combination.
     """
     values = source.to_dict() if isinstance(source, ConfigDict) else source
-    sections = {}
-    for section in dataclasses.fields(Config):
-        given = dict(values.get(section.name, {}))
-        hints = typing.get_type_hints(type(section.default))
-        for name in given:
-            check_key(f"{section.name}.{name}")
-        sections[section.name] = type(section.default)(
-            **{name: _checked(f"{section.name}.{name}", value, hints[name]) for name, value in given.items()}
-        )
     for name in values:
-        if name not in sections:
-            near = difflib.get_close_matches(name, sections, n=1, cutoff=0.0)[0]
+        if name not in SECTIONS:
+            near = difflib.get_close_matches(name, SECTIONS, n=1, cutoff=0.0)[0]
             raise ConfigError(f"{name} is not a config section; the nearest is {near}")
+    sections = {}
+    for section, make in SECTIONS.items():
+        given, hints = values.get(section, {}), typing.get_type_hints(make)
+        for name in given:
+            check_key(f"{section}.{name}")
+        sections[section] = make(
+            **{name: _checked(f"{section}.{name}", value, hints[name]) for name, value in given.items()}
+        )
     config = _derive(Config(**sections))
     validate(config)
     return config
@@ -321,7 +324,7 @@ def _validate_moe(config: Config) -> None:
     )
     _require(
         moe.router != "switch" or moe.top_k == 1,
-        f"moe.router=switch sends a token to one expert; moe.top_k={moe.top_k} must be 1, or use moe.router=softmax_topk",
+        f"moe.router=switch sends a token to one expert, so moe.top_k={moe.top_k} must be 1; or use softmax_topk",
     )
     _require(
         not (moe.top_k == 1 and moe.renormalize),
@@ -330,8 +333,8 @@ def _validate_moe(config: Config) -> None:
     )
     _require(
         config.num_moe_layers > 0,
-        f"model.num_layers={model.num_layers} with moe.first_dense={moe.first_dense} and moe.every={moe.every} leaves no "
-        "MoE layer; lower them, or set moe.num_experts=0 for a dense model",
+        f"model.num_layers={model.num_layers} with moe.first_dense={moe.first_dense} and moe.every={moe.every} leaves "
+        "no MoE layer; lower them, or set moe.num_experts=0 for a dense model",
     )
     _require(
         0 < moe.capacity_factor <= moe.num_experts,
@@ -363,8 +366,8 @@ def _validate_training(config: Config) -> None:
     fractions = optimizer.warmup_fraction + (optimizer.decay_fraction if optimizer.schedule == "wsd" else 0.0)
     _require(
         fractions <= 1,
-        f"optimizer.warmup_fraction={optimizer.warmup_fraction} and optimizer.decay_fraction={optimizer.decay_fraction} "
-        "must not exceed 1 together; lower one",
+        f"optimizer.warmup_fraction={optimizer.warmup_fraction} and "
+        f"optimizer.decay_fraction={optimizer.decay_fraction} must not exceed 1 together; lower one",
     )
 
 

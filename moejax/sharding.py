@@ -1,7 +1,7 @@
 """The mesh, and one table from logical axes to mesh axes.
 
-Every parameter carries the logical names of its axes; `RULES` says which mesh axis splits each. A name without a rule is
-an error, and so is a rule that no parameter uses (tested).
+Every parameter carries the logical names of its axes; `RULES` says which mesh axis splits each. A name without a rule
+is an error, and so is a rule that no parameter uses (tested).
 """
 
 import dataclasses
@@ -51,8 +51,8 @@ def resolve_mesh(mesh: MeshConfig, num_devices: int) -> MeshConfig:
     if fixed != num_devices or open_axes:
         axes = ", ".join(f"mesh.{axis}={size}" for axis, size in sizes.items())
         raise ConfigError(
-            f"{axes} do not fit {num_devices} devices: sizes must be divisors ({divisors(num_devices)}) whose product is "
-            f"{num_devices}; one may be -1"
+            f"{axes} do not fit {num_devices} devices: sizes must be divisors ({divisors(num_devices)}) whose product "
+            f"is {num_devices}; one may be -1"
         )
     return mesh
 

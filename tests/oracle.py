@@ -1,8 +1,8 @@
 """The truth for routing, dispatch, experts and losses: float64 NumPy that loops over tokens and experts.
 
 Written from the formulas of the papers, not from `moejax`, and meant to be read: no sorting tricks, no vectorisation
-over tokens. For gradients there is an independent dense formulation in JAX (every expert sees every token, and the oracle's
-selection is a mask), to be differentiated by `jax.grad`. At the end, two tools for reading traced programs.
+over tokens. For gradients there is an independent dense formulation in JAX (every expert sees every token, and the
+oracle's selection is a mask), to be differentiated by `jax.grad`. At the end, two tools for reading traced programs.
 
 Axis letters as in `moejax/moe/__init__.py`.
 """
@@ -251,7 +251,7 @@ def dense_objective(
 
 
 def assert_close(actual, expected, rtol=1e-5, err_msg=""):
-    """Equal in shape and within `rtol` of the largest expected magnitude, leaf by leaf, never NaN; a list is an array."""
+    """Equal in shape and within `rtol` of the largest magnitude, leaf by leaf, never NaN; a list is an array."""
     actual_leaves, expected_leaves = (
         jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, list)) for tree in (actual, expected)
     )

@@ -77,7 +77,7 @@ def environment():
 
 
 def test_training_lowers_the_loss_and_fills_the_run_directory(straight):
-    config, workdir, result = straight
+    _, workdir, result = straight
     training = [line for line in lines(workdir) if "loss/lm" in line]
     assert training[-1]["loss/lm"] < training[0]["loss/lm"] - 0.5
     assert [line["step"] for line in training] == [5, 10, 15, 20]
@@ -143,7 +143,7 @@ def write_recipe(path, config):
 
 
 def test_killed_with_sigkill_and_resumed_equals_twenty_steps_straight(straight, tmp_path):
-    config, workdir, _ = straight
+    config, _, _ = straight
     recipe = write_recipe(tmp_path / "recipe.py", config)
     process = subprocess.Popen(command(recipe, tmp_path / "run"), env=environment(), stderr=subprocess.PIPE, text=True)
     wait_for(lambda: (tmp_path / "run/checkpoints/10").exists(), process)
@@ -180,8 +180,7 @@ def wait_for(condition, process, seconds=120):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
-def test_a_signal_during_training_saves_and_exits_zero(straight, tmp_path, number):
-    config, _, _ = straight
+def test_a_signal_during_training_saves_and_exits_zero(tmp_path, number):
     recipe = write_recipe(
         tmp_path / "recipe.py", tiny(tmp_path, train={"num_steps": 100_000, "checkpoint_every": 90_000})
     )

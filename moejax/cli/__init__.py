@@ -1,7 +1,7 @@
 """The `moejax` command: one file per verb.
 
-A verb module has a docstring (its help), `define(flag_values, arguments)` and `run(flag_values, rest)`. A user's mistake
-is one line on standard error and exit code 2; `--debug` shows the traceback.
+A verb module has a docstring (its help), `define(flag_values, arguments)` and `run(flag_values, rest)`. A user's
+mistake is one line on standard error and exit code 2; `--debug` shows the traceback.
 """
 
 import difflib
@@ -69,7 +69,8 @@ def _run_verb(verb: str, arguments: list[str]) -> None:
     flags.DEFINE_bool("help", False, "show this help", short_name="h", flag_values=values)
     module.define(values, arguments)
     if any(argument in ("-h", "--help", "--help=true") for argument in arguments):
-        print(f"moejax {verb}: {module.__doc__.strip()}\n\nFlags:\n{_flag_help(values)}")
+        description = (module.__doc__ or "").strip()
+        print(f"moejax {verb}: {description}\n\nFlags:\n{_flag_help(values)}")
         return
     _check_config_keys(arguments)
     try:

@@ -141,6 +141,7 @@ class Step:
             self._step = make_train_step(self.trainable).lower(self.state, self.batch, self.knobs).compile()
 
     def __call__(self) -> float:
+        """Takes one step and returns its seconds."""
         started = time.perf_counter()
         self.state, _ = jax.block_until_ready(self._step(self.state, self.batch, self.knobs))
         return time.perf_counter() - started

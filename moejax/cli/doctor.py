@@ -4,7 +4,9 @@ Every grouped product that runs here is compared with the reference, values and 
 a training step on all devices. Exits 1 if a check fails.
 """
 
+import functools
 import logging
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +47,9 @@ def run(values: FlagValues, rest: list[str]) -> None:
         "grouped_matmul=auto": resolve_implementation("auto"),
     }
     failures = []
-    checks = {f"grouped_matmul={name}": lambda name=name: check_grouped_matmul(name) for name in IMPLEMENTATIONS}
+    checks: dict[str, Callable[[], str]] = {
+        f"grouped_matmul={name}": functools.partial(check_grouped_matmul, name) for name in IMPLEMENTATIONS
+    }
     checks["training step"] = check_training_step
     for name, check in checks.items():
         try:
@@ -62,10 +66,10 @@ def check_grouped_matmul(name: str) -> str:
     """Compares one implementation with a loop over groups in NumPy, and its gradients with the reference's."""
     rng = np.random.default_rng(0)
     sizes = np.array([5, 0, 40, 19])
-    x_RD = rng.normal(size=(80, 16)).astype(np.float32)
-    w_EDF = rng.normal(size=(4, 16, 24)).astype(np.float32)
-    groups = np.split(x_RD[: sizes.sum()], np.cumsum(sizes)[:-1])
-    expected_RF = np.concatenate([rows @ w for rows, w in zip(groups, w_EDF, strict=True)])
+    x_RD = jnp.asarray(rng.normal(size=(80, 16)), jnp.float32)
+    w_EDF = jnp.asarray(rng.normal(size=(4, 16, 24)), jnp.float32)
+    groups = np.split(np.asarray(x_RD)[: sizes.sum()], np.cumsum(sizes)[:-1])
+    expected_RF = np.concatenate([rows @ w for rows, w in zip(groups, np.asarray(w_EDF), strict=True)])
     actual_RF = grouped_matmul(x_RD, w_EDF, jnp.asarray(sizes), implementation=name)
     worst = np.abs(np.asarray(actual_RF)[: sizes.sum()] - expected_RF).max()
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from absl import flags
 from absl.flags import FlagValues
+from ml_collections import config_flags
 
 from moejax.cli.options import define_config, define_json, define_workdir, read_config_flag
 from moejax.cli.tables import print_result, summary_rows
@@ -32,7 +33,7 @@ def define(values: FlagValues, arguments: list[str]) -> None:
 def run(values: FlagValues, rest: list[str]) -> None:
     """Trains, reports, prints the table."""
     config = read_config_flag(values)
-    recipe = Path(values["config"].config_filename.split(":")[0])
+    recipe = Path(config_flags.get_config_filename(values["config"]))
     workdir = Path(values.workdir or f"runs/{recipe.stem}")
     parameters = count_parameters(config)
     log.info("%s: %s parameters, %s active per token", recipe.stem, f"{parameters.total:,}", f"{parameters.active:,}")

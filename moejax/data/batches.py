@@ -6,7 +6,7 @@ contiguous slices of each global batch, so a run may continue on another number 
 
 import dataclasses
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -87,7 +87,7 @@ class TrainBatches:
         """This process's slice of global batch `step`: NumPy arrays [batch_size / process_count, L]."""
         return self._batches[_checked_step(step)]
 
-    def iterate(self, start_step: int = 0) -> Iterator[Batch]:
+    def iterate(self, start_step: int = 0) -> Generator[Batch]:
         """Yields batches `start_step`, `start_step + 1`, ... and reads ahead in the background.
 
         Close the generator, or let it go out of scope, to stop the reading.
@@ -97,7 +97,7 @@ class TrainBatches:
 
 def eval_batches(
     corpus: "Corpus", batch_size: int, split: str = "validation", process_index: int = 0, process_count: int = 1
-) -> Iterator[Batch]:
+) -> Generator[Batch]:
     """Yields this process's slices of batches that cover every row of a split exactly once, in order.
 
     The last batch is filled up with rows of padding, so all batches have the same shapes and all processes the same
@@ -121,7 +121,7 @@ def eval_batches(
     return _read_ahead(grain.MapDataset.range(-(-len(rows) // batch_size)).map(read))
 
 
-def _read_ahead(batches: Any) -> Iterator[Batch]:
+def _read_ahead(batches: Any) -> Generator[Batch]:
     """Iterates over a grain `MapDataset` in background threads, which end with the generator."""
     import grain
 

@@ -39,4 +39,6 @@ def evaluate_run(workdir: str | Path, step: int | None = None) -> tuple[Config, 
         evaluation = evaluate(
             make_eval_step(trainable), trainable, params, router_state, batches, corpus.num_bytes["validation"]
         )
+    if evaluation is None:
+        raise RuntimeError("the evaluation was given up though nothing asked for it")
     return config, step, evaluation

@@ -50,7 +50,7 @@ def count_routed_tokens(loaded: LoadedRun, corpus: Corpus) -> np.ndarray:
     def route(state: nnx.State, batch: Batch) -> jax.Array:
         model = nnx.merge(graphdef, state)
         _, stats = model(batch.tokens_BL, batch.segments_BL, batch.positions_BL, trace=True)
-        return stats.routing.experts_TK
+        return stats.routing.experts_TK  # type: ignore[union-attr]  # a MoE model was asked for a trace
 
     counts_NEV = np.zeros((config.num_moe_layers, config.moe.num_experts, config.vocab_size), np.int64)
     with closing(eval_batches(corpus, config.train.batch_size)) as batches:

@@ -1,4 +1,4 @@
-"""Varying axes: what `shard_map` with `check_vma=True` needs to know about arrays that meet in a loop or a custom VJP."""
+"""Varying axes: what `shard_map` with `check_vma=True` must know of arrays that meet in a loop or a custom VJP."""
 
 import jax
 import jax.numpy as jnp

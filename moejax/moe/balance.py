@@ -21,8 +21,8 @@ def balance_loss(stats: RoutingStats, top_k: int) -> Float[Array, "N"]:
       stats: sums over the global batch, stacked by layer.
       top_k: experts per token, K.
 
-    Source: Fedus et al. 2021, equations 4 to 6; normalised as in Megatron-Core and OLMo-core. Hugging Face's Mixtral and
-    MaxText report K times this value.
+    Source: Fedus et al. 2021, equations 4 to 6; normalised as in Megatron-Core and OLMo-core. Hugging Face's Mixtral
+    and MaxText report K times this value.
     """
     load_NE = jax.lax.stop_gradient(load_fractions(stats, top_k))
     probs_NE = stats.probs_E / _tokens(stats)[:, None]

@@ -97,7 +97,7 @@ class MoE(nnx.Module):
 def run_dropless(x_BLD, experts_BLK, weights_BLK, gate_up_ED2F, down_EFD, limit, *, implementation: str):
     """Dispatch, experts and combine on one device, as many rows as there are choices; `limit` plays no part."""
     del limit
-    batch, length, top_k = experts_BLK.shape
+    top_k = experts_BLK.shape[-1]
     plan = plan_dropless(experts_BLK.reshape(-1, top_k), gate_up_ED2F.shape[0])
     return _run(
         plan,

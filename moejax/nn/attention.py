@@ -81,7 +81,7 @@ class Attention(nnx.Module):
 
 
 def rotate(x_BLHA: Float[Array, "B L H A"], positions_BL: Int[Array, "B L"], theta: float) -> Float[Array, "B L H A"]:
-    """Rotary position embedding, halves convention: dimension i turns with dimension i + A/2 by position * theta^(-2i/A).
+    """Rotary position embedding: dimension i turns with dimension i + A/2 by the angle position * theta^(-2i/A).
 
     Source: Su et al. 2021 (RoFormer, section 3.2); the pairing of halves is that of GPT-NeoX and Llama checkpoints.
     """

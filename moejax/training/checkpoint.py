@@ -170,8 +170,8 @@ def compare_manifests(saved: Mapping[str, Any], expected: Mapping[str, Any], fol
     for name in (*expected, *saved):
         if saved.get(name) != expected.get(name):
             raise CheckpointError(
-                f"{folder}: {name} is {_describe(saved.get(name))} in the checkpoint but {_describe(expected.get(name))} in "
-                "the model; use the configuration of the run, or another --workdir"
+                f"{folder}: {name} is {_describe(saved.get(name))} in the checkpoint but "
+                f"{_describe(expected.get(name))} in the model; use the configuration of the run, or another --workdir"
             )
 
 

@@ -162,10 +162,12 @@ class Recorder:
         seconds = sum(seconds for _, seconds in interval)
         values["perf/tokens_per_s"] = targets / seconds
         self.rates.append(values["perf/tokens_per_s"])
-        if self.routing is not None and outputs[0].routing is not None:
-            counts_NE = sum(np.asarray(o.routing.assignments_E, np.int64) for o in outputs)
-            tokens = sum(np.asarray(o.routing.num_tokens, np.float64) for o in outputs)
-            probs_NE = sum(np.asarray(o.routing.probs_E, np.float64) for o in outputs) / np.maximum(tokens, 1)[:, None]
+        if self.routing is not None:
+            routings = [output.routing for output in outputs if output.routing is not None]
+            counts_NE = np.asarray(np.sum([r.assignments_E for r in routings], axis=0, dtype=np.int64))
+            tokens_N = np.sum([r.num_tokens for r in routings], axis=0, dtype=np.float64)
+            probs_NE = np.sum([r.probs_E for r in routings], axis=0, dtype=np.float64)
+            probs_NE /= np.maximum(tokens_N, 1)[:, None]
             values["moe/dead_experts"] = float((counts_NE == 0).sum())
             self.routing.append(self._written_step, counts_NE, np.nan_to_num(probs_NE).astype(np.float32))
         self.metrics.write(self._written_step, values)

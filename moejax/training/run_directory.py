@@ -40,8 +40,8 @@ def open_run_directory(workdir: Path, config: Config, parameters: ParameterCount
             section, name = key.split(".")
             if saved[section][name] != wanted[section][name] and key not in MAY_CHANGE:
                 raise ConfigError(
-                    f"{workdir} holds a run with {key}={saved[section][name]}, not {wanted[section][name]}; use another "
-                    "--workdir, or remove that folder"
+                    f"{workdir} holds a run with {key}={saved[section][name]}, not {wanted[section][name]}; "
+                    "use another --workdir, or remove that folder"
                 )
     device = jax.devices()[0]
     content = {

@@ -54,14 +54,14 @@ class Trainable:
             return jax.jit(self._init, out_shardings=self.shardings)(jax.random.key(seed))
 
     def _init(self, key: jax.Array) -> TrainState:
-        _, params, router_state = nnx.split(Decoder(self.config, rngs=nnx.Rngs(params=key)), nnx.Param, ...)
+        _, params, router_state = split_model(Decoder(self.config, rngs=nnx.Rngs(params=key)))
         return _fresh(params, router_state, self.optimizer)
 
 
 def make_trainable(config: Config, mesh: Mesh) -> Trainable:
     """Prepares everything about a run that is known before any array exists."""
     model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(params=0)))
-    graphdef, params, router_state = nnx.split(model, nnx.Param, ...)
+    graphdef, params, router_state = split_model(model)
     optimizer = make_optimizer(config.optimizer, params)
     abstract = jax.eval_shape(lambda p, r: _fresh(p, r, optimizer), params, router_state)
     param_shardings = tree_shardings(logical_axes(params), mesh)
@@ -78,6 +78,12 @@ def make_trainable(config: Config, mesh: Mesh) -> Trainable:
         skipped_in_row=everywhere,
     )  # fmt: skip
     return Trainable(config, mesh, graphdef, optimizer, shardings, abstract)
+
+
+def split_model(model: Decoder) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
+    """Structure, parameters, and everything else a model carries: the state of its routers."""
+    graphdef, params, *rest = nnx.split(model, nnx.Param, ...)
+    return graphdef, params, rest[0]
 
 
 def logical_axes(state: nnx.State) -> nnx.State:

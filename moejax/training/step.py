@@ -47,6 +47,7 @@ class StepOutput:
 
 
 TrainStep = Callable[[TrainState, Batch, Knobs], tuple[TrainState, StepOutput]]
+"""A compiled train step."""
 
 
 def forward_sums(model, batch: Batch, capacity_factor: jax.Array | None = None) -> Sums:
@@ -138,7 +139,7 @@ def loss_and_gradients(
     return _sum_over(gradients_of, microbatches)
 
 
-def make_train_step(trainable: Trainable) -> TrainStep:
+def make_train_step(trainable: Trainable) -> jax.stages.Wrapped:
     """Compiles, on first call, `(state, batch, knobs) -> (state, StepOutput)`; the old state's buffers are reused."""
     schedule = make_schedule(trainable.config.optimizer, trainable.config.train.num_steps)
 

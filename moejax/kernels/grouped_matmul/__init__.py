@@ -12,6 +12,7 @@ zero gradient.
 
 import functools
 import logging
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ from moejax.kernels.grouped_matmul.ragged import grouped_matmul_ragged
 from moejax.kernels.grouped_matmul.tiled import grouped_matmul_tiled
 from moejax.kernels.varying import vary_alike
 
-IMPLEMENTATIONS = {
+IMPLEMENTATIONS: dict[str, Callable[[jax.Array, jax.Array, jax.Array], jax.Array]] = {
     "tiled": grouped_matmul_tiled,
     "ragged": grouped_matmul_ragged,
     "dense": grouped_matmul_dense,
