@@ -2,8 +2,8 @@
 
   moejax train --config=configs/small_moe.py --workdir=runs/small_moe
 
-Six layers of width 256: a dense one, then five with 16 experts of which a token visits 2, and a shared one that it always
-visits; BPE of 4096; rows of 512 tokens.
+Six layers of width 256: a dense one, then five with 16 experts of which a token visits 2, and a shared one that it
+always visits; BPE of 4096; rows of 512 tokens.
 """
 
 from ml_collections import ConfigDict

@@ -224,6 +224,8 @@ def resolve(source: ConfigDict | Mapping[str, Any]) -> Config:
     sections = {}
     for section, make in SECTIONS.items():
         given, hints = values.get(section, {}), typing.get_type_hints(make)
+        if not isinstance(given, Mapping):
+            raise ConfigError(f"{section}={given!r} is no section of leaves; set leaves such as {_first_leaf(section)}")
         for name in given:
             check_key(f"{section}.{name}")
         sections[section] = make(
@@ -232,6 +234,10 @@ def resolve(source: ConfigDict | Mapping[str, Any]) -> Config:
     config = _derive(Config(**sections))
     validate(config)
     return config
+
+
+def _first_leaf(section: str) -> str:
+    return next(key for key, _ in leaves() if key.startswith(f"{section}."))
 
 
 def _checked(key: str, value: Any, annotation: Any) -> Any:
@@ -251,7 +257,7 @@ def _checked(key: str, value: Any, annotation: Any) -> Any:
 
 def _derive(config: Config) -> Config:
     moe = config.moe
-    if moe.num_experts and moe.d_expert == 0 and moe.top_k > 0:
+    if moe.num_experts and moe.d_expert == 0 and 0 < moe.top_k <= moe.num_experts:
         if config.model.d_ff % moe.top_k:
             raise ConfigError(
                 f"model.d_ff={config.model.d_ff} is not a multiple of moe.top_k={moe.top_k}, so moe.d_expert cannot be "

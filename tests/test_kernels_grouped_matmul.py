@@ -109,6 +109,15 @@ def test_bfloat16_results_are_the_exact_ones_rounded_once(implementation):
         np.testing.assert_allclose(np.asarray(a, np.float64), e, rtol=2**-8, atol=1e-5)
 
 
+@every_implementation
+def test_every_product_of_bfloat16_rows_comes_out_in_float32_before_it_is_rounded(implementation):
+    # XLA:CPU accumulates bfloat16 products in float32 whatever it is told; other platforms do as they are told.
+    shapes = [((64, 4), "bfloat16"), ((3, 4, 4), "bfloat16"), ((3,), "int32"), ((64, 4), "bfloat16")]
+    jaxpr = jax.make_jaxpr(value_and_gradients(implementation))(*(jax.ShapeDtypeStruct(*s) for s in shapes))
+    products = [e.outvars[0].aval.dtype for e in oracle.equations(jaxpr) if "dot" in e.primitive.name]
+    assert len(products) >= 3 and set(products) == {jnp.dtype("float32")}
+
+
 def test_auto_stands_for_an_implementation_of_this_platform():
     assert resolve_implementation("auto") == "tiled"  # the tests run on CPU
     arguments = draw(64, (20, 44))

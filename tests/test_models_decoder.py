@@ -273,7 +273,10 @@ def test_the_backward_pass_never_selects_experts_again():
 def test_the_traced_program_of_the_gradient_has_the_same_size_for_more_experts_and_more_layers(small, large, dispatch):
     def size(sections):
         moe = sections.get("moe", {}) | {"dispatch": dispatch}
-        return len(oracle.primitives(gradient_jaxpr(config_of(**sections | {"moe": moe}))))
+        jaxpr = gradient_jaxpr(config_of(**sections | {"moe": moe}))
+        scans = [e.params["unroll"] for e in oracle.equations(jaxpr) if e.primitive.name == "scan"]
+        assert len(scans) >= 2 and set(scans) == {1}  # an unrolled scan is one equation, but not one to compile
+        return len(oracle.primitives(jaxpr))
 
     assert size(small) == size(large) > 100
 

@@ -123,7 +123,10 @@ def test_the_norm_divides_by_the_root_mean_square_in_float32():
     x = np.array([[3.0, -4.0, 0.0, 12.0], [1e-3, 0, 0, 0]])
     expected = x / np.sqrt((x**2).mean(-1, keepdims=True) + EPSILON) * np.arange(1.0, 5.0)
     oracle.assert_close(norm(jnp.float32(x)), expected)
-    # Squares that bfloat16 could not add up: 300 of them.
-    wide = RMSNorm(301)
-    y = wide(jnp.ones((1, 301), jnp.bfloat16))
-    assert y.dtype == jnp.bfloat16 and np.all(y == 1)
+    # In bfloat16 the result is the exact one, rounded once.
+    low_BD = jax.random.normal(jax.random.key(0), (4, 301), jnp.bfloat16)
+    wide_BD = np.asarray(low_BD, np.float64)
+    exact_BD = wide_BD / np.sqrt((wide_BD**2).mean(-1, keepdims=True) + EPSILON)
+    y_BD = RMSNorm(301)(low_BD)
+    assert y_BD.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(y_BD, jnp.asarray(exact_BD, jnp.bfloat16))

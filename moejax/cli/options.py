@@ -30,7 +30,12 @@ def read_config_flag(values: FlagValues) -> Config:
     """
     if values["config"].value is None:
         raise UsageError("--config is missing; give a recipe, such as --config=configs/tiny_moe.py")
-    return resolve(values.config)
+    try:
+        recipe = values.config
+        recipe.keys()  # a file that failed to load says so on first use
+    except OSError as error:
+        raise UsageError(f"--config={values['config'].config_filename} cannot be read: {error}") from error
+    return resolve(recipe)
 
 
 def define_workdir(values: FlagValues, text: str = "the run directory") -> None:

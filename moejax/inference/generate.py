@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from moejax.config import ConfigError
 from moejax.data import Tokenizer
 from moejax.models import Decoder
 
@@ -42,7 +43,7 @@ def generate(
       For each step a list with one token id per prompt; None once its document has ended.
 
     Raises:
-      ValueError: no prompt, or an argument out of range.
+      ConfigError: no prompt, or an argument out of range.
     """
     _check(prompts, max_tokens, temperature, top_p)
     rows = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]
@@ -124,13 +125,13 @@ def _decode(graphdef, state, tokens_B, positions_B, cache, sampling):
 
 def _check(prompts, max_tokens, temperature, top_p) -> None:
     if not prompts:
-        raise ValueError("--prompt is missing; give at least one")
+        raise ConfigError("--prompt is missing; give at least one")
     if max_tokens < 1:
-        raise ValueError(f"--max_tokens={max_tokens} must be at least 1")
+        raise ConfigError(f"--max_tokens={max_tokens} must be at least 1")
     if not 0 <= temperature < float("inf"):
-        raise ValueError(f"--temperature={temperature} must be at least 0")
+        raise ConfigError(f"--temperature={temperature} must be at least 0")
     if not 0 < top_p <= 1:
-        raise ValueError(f"--top_p={top_p} must be above 0 and at most 1")
+        raise ConfigError(f"--top_p={top_p} must be above 0 and at most 1")
 
 
 def _round_up(length: int) -> int:

@@ -19,6 +19,10 @@ from moejax.training.routing_log import RoutingHistory, read_routing
 CONFIG_KEYS = ("config", "versions", "git_commit", "device", "command", "parameters")
 
 
+class RunError(ValueError):
+    """A run directory that cannot be read: the message names the file and the remedy."""
+
+
 @dataclasses.dataclass(frozen=True)
 class RunRecord:
     """One run as its directory describes it.
@@ -79,7 +83,7 @@ class RunRecord:
             value = line[key]
             if not isinstance(value, (int, float, type(None))):
                 where = f"{self.metrics_file}, step {line['step']}"
-                raise ValueError(f"{where}: {key}={value!r} must be a number or null; delete that line")
+                raise RunError(f"{where}: {key}={value!r} must be a number or null; delete that line")
             while steps and steps[-1] >= line["step"]:
                 steps.pop()
                 values.pop()
@@ -101,7 +105,7 @@ def open_run(workdir: str | Path) -> RunRecord:
     """
     workdir = Path(workdir)
     if not workdir.is_dir():
-        raise ValueError(f"{workdir} is no directory; give the --workdir of a training run")
+        raise RunError(f"{workdir} is no directory; give the --workdir of a training run")
     facts = _read_config(workdir / "config.json")
     lines = tuple(_read_lines(workdir / "metrics.jsonl"))
     return RunRecord(
@@ -124,7 +128,7 @@ def _read_bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except FileNotFoundError as error:
-        raise ValueError(f"{path} is missing; `moejax train` writes it, so give the --workdir of a run") from error
+        raise RunError(f"{path} is missing; `moejax train` writes it, so give the --workdir of a run") from error
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -132,22 +136,22 @@ def _read_config(path: Path) -> dict[str, Any]:
     try:
         facts = json.loads(_read_bytes(path).decode())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is damaged ({error}); {remedy}") from error
+        raise RunError(f"{path} is damaged ({error}); {remedy}") from error
     missing = [key for key in CONFIG_KEYS if not isinstance(facts, dict) or key not in facts]
     if missing:
-        raise ValueError(f"{path} lacks {', '.join(missing)}; {remedy}")
+        raise RunError(f"{path} lacks {', '.join(missing)}; {remedy}")
     for key in ("config", "versions", "parameters"):
         if not isinstance(facts[key], dict):
-            raise ValueError(f"{path}: {key} must be a JSON object; {remedy}")
+            raise RunError(f"{path}: {key} must be a JSON object; {remedy}")
     for section, leaves in facts["config"].items():
         if not isinstance(leaves, dict):
-            raise ValueError(f"{path}: config.{section} must be a JSON object; {remedy}")
+            raise RunError(f"{path}: config.{section} must be a JSON object; {remedy}")
     num_experts = facts["config"].get("moe", {}).get("num_experts", 0)
     if type(num_experts) is not int or num_experts < 0:
-        raise ValueError(f"{path}: config.moe.num_experts={num_experts!r} must be an integer of at least 0; {remedy}")
+        raise RunError(f"{path}: config.moe.num_experts={num_experts!r} must be an integer of at least 0; {remedy}")
     for key in ("total", "active"):
         if not isinstance(facts["parameters"].get(key), int):
-            raise ValueError(f"{path}: parameters.{key} must be an integer; {remedy}")
+            raise RunError(f"{path}: parameters.{key} must be an integer; {remedy}")
     return facts
 
 
@@ -161,9 +165,9 @@ def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             if i == end:
                 return
-            raise ValueError(f"{path}: line {i + 1} is damaged ({error}); delete that line") from error
+            raise RunError(f"{path}: line {i + 1} is damaged ({error}); delete that line") from error
         if not isinstance(values, dict) or type(values.get("step")) is not int:
-            raise ValueError(f"{path}: line {i + 1} must be a JSON object with an integer `step`; delete that line")
+            raise RunError(f"{path}: line {i + 1} must be a JSON object with an integer `step`; delete that line")
         yield values
 
 

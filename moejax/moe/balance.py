@@ -4,6 +4,8 @@ Every function takes statistics stacked by layer, with arrays `[N, ...]` over th
 per layer, so that the number of loss terms equals the number of MoE layers.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -61,10 +63,11 @@ def routing_metrics(stats: RoutingStats, top_k: int) -> dict[str, Float[Array, "
     num_experts = load_NE.shape[-1]
     tokens_N = _tokens(stats)
     log_load_NE = jnp.log(jnp.where(load_NE > 0, load_NE, 1.0))
+    highest_entropy = math.log(num_experts) or 1.0  # a single expert has a load of entropy 0, and is balanced
     return {
         "max_violation": num_experts * load_NE.max(axis=-1) - 1,
         "load_cv": load_NE.std(axis=-1) * num_experts,
-        "load_entropy": -jnp.sum(load_NE * log_load_NE, axis=-1) / jnp.log(num_experts),
+        "load_entropy": -jnp.sum(load_NE * log_load_NE, axis=-1) / highest_entropy,
         "entropy": stats.entropy / tokens_N,
         "idle_experts": jnp.sum(stats.assignments_E == 0, axis=-1).astype(jnp.float32),
         "dropped": stats.dropped / (top_k * tokens_N),

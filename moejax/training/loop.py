@@ -64,9 +64,9 @@ def train(config: Config, workdir: str | Path, *, command: str = "") -> TrainRes
     """
     workdir = Path(workdir)
     mesh = make_mesh(config)
-    open_run_directory(workdir, config, count_parameters(config), command)
     with StopSignals() as stop:
         corpus = prepare(config.data)
+        open_run_directory(workdir, config, count_parameters(config), command)
         corpus.tokenizer.save(workdir)
         trainable = make_trainable(config, mesh)
         with closing(Checkpoints(workdir, trainable)) as checkpoints, jax.set_mesh(mesh):
@@ -193,6 +193,6 @@ class _Loop:
         place = locate(self.trainable, state, batch, self.knobs)
         return NonFiniteError(
             f"loss or gradients were not finite in {finished.skipped_in_row} steps in a row, from step {first} on; "
-            f"the first such value is in {place}; none of these steps was applied, and checkpoints are those of earlier steps; "
-            "lower optimizer.learning_rate, or raise train.max_nonfinite_steps"
+            f"the first such value is in {place}; none of these steps was applied, and checkpoints are those of earlier "
+            "steps; lower optimizer.learning_rate, or raise train.max_nonfinite_steps"
         )

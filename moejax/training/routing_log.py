@@ -31,6 +31,10 @@ CHUNK_BYTES = 2**20  # an append rewrites one chunk: about a megabyte, so that l
 ARRAYS: Mapping[str, tuple[str, int]] = {"counts": ("int64", 0), "probs": ("float32", 0), "step": ("int64", UNFINISHED)}
 
 
+class RoutingLogError(ValueError):
+    """A routing log that cannot be used: the message names the folder and the remedy."""
+
+
 @dataclasses.dataclass(frozen=True)
 class RoutingHistory:
     """All finished entries of a routing log.
@@ -68,7 +72,7 @@ class RoutingLog:
         with _naming_damage(self._folder):
             found = _read_attributes(self._folder)
         if found != attributes:
-            raise ValueError(
+            raise RoutingLogError(
                 f"{self._folder} logs layers {found['layers']} with {found['num_experts']} experts, this run has "
                 f"layers {attributes['layers']} with {num_experts}; use another workdir, or delete that folder to "
                 "begin anew"
@@ -92,10 +96,12 @@ class RoutingLog:
         """
         for name, array in (("counts_NE", counts_NE), ("probs_NE", probs_NE)):
             if array.shape != self._shape:
-                raise ValueError(f"{name} has shape {array.shape}; {self._folder} holds [layer, expert] {self._shape}")
+                raise RoutingLogError(
+                    f"{name} has shape {array.shape}; {self._folder} holds [layer, expert] {self._shape}"
+                )
         last = self._steps[-1] if self._steps else -1
         if step <= last:
-            raise ValueError(
+            raise RoutingLogError(
                 f"step={step} must be above {last}, the last in {self._folder}; call truncate({step - 1}) first to "
                 "write those steps again"
             )
@@ -155,7 +161,7 @@ def _create(folder: Path, attributes: dict[str, Any]) -> None:
     """Makes empty arrays, then the group file: a folder without it is not a log yet and is made anew."""
     sizes = (len(attributes["layers"]), attributes["num_experts"])
     if min(sizes) < 1:
-        raise ValueError(f"a routing log needs MoE layers and experts, got {attributes}; a dense run has none")
+        raise RoutingLogError(f"a routing log needs MoE layers and experts, got {attributes}; a dense run has none")
     entries = int(np.clip(CHUNK_BYTES // (8 * sizes[0] * sizes[1]), 1, 256))
     for name, (dtype, fill) in ARRAYS.items():
         inner = [] if name == "step" else list(sizes)
@@ -194,4 +200,4 @@ def _naming_damage(folder: Path) -> Iterator[None]:
         yield
     except (ValueError, KeyError, TypeError, IndexError) as error:
         reason = f"{type(error).__name__}: {str(error)[:200]}"
-        raise ValueError(f"{folder} is damaged ({reason}); delete it to do without its routing history") from error
+        raise RoutingLogError(f"{folder} is damaged ({reason}); delete it to do without its routing history") from error

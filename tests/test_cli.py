@@ -1,0 +1,171 @@
+"""The command: mistakes are one line and exit 2; --json is one document; what is printed is true."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from moejax.cli import VERBS, main
+
+REPOSITORY = Path(__file__).parents[1]
+DEBUG = REPOSITORY / "configs/debug.py"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The debug recipe, trained and reported by the command on one device: (folder, run directory, the JSON printed)."""
+    folder = tmp_path_factory.mktemp("cli")
+    done = subprocess.run(
+        [sys.executable, "-m", "moejax", "train", f"--config={DEBUG}", "--json",
+         "--config.moe.num_experts=6", "--config.train.num_steps=10"],
+        cwd=folder, capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY), "JAX_NUM_CPU_DEVICES": "1", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return folder, folder / "runs/debug", json.loads(done.stdout)
+
+
+@pytest.fixture
+def in_folder(trained, monkeypatch):
+    monkeypatch.chdir(trained[0])
+    return trained[1]
+
+
+def test_train_prints_its_figures_and_writes_the_report(trained):
+    _, workdir, rows = trained
+    assert rows["steps"] == 10
+    assert rows["parameters, total"] > rows["parameters, active"] > 0
+    assert len(rows["expert load, layer 1"]) == 6
+    assert sum(rows["expert load, layer 1"]) == pytest.approx(6, abs=0.05)
+    assert json.loads((workdir / "config.json").read_text())["config"]["moe"]["num_experts"] == 6
+    page = (workdir / "report.html").read_text()
+    assert "bits per byte" in page.lower() and "<img" in page
+
+
+def test_eval_from_the_run_directory_gives_the_figures_of_training(trained, in_folder, capsys):
+    assert main(["eval", f"--workdir={in_folder}", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert rows["step"] == 10
+    assert rows["validation loss"] == pytest.approx(trained[2]["validation loss"], abs=2e-4)
+    assert rows["bits per byte"] == pytest.approx(trained[2]["bits per byte"], abs=2e-4)
+
+
+def test_eval_opens_an_older_step_and_names_the_steps_there_are(in_folder, capsys):
+    assert main(["eval", f"--workdir={in_folder}", "--step=99"]) == 2
+    assert "holds no step 99; it holds [10]" in capsys.readouterr().err
+
+
+def test_generate_streams_a_prompt_and_its_continuation(in_folder, capsys):
+    assert main(["generate", f"--workdir={in_folder}", "--prompt=The ", "--max_tokens=8"]) == 0
+    assert capsys.readouterr().out.startswith("The ")
+
+
+def test_generate_takes_a_batch_of_prompts(in_folder, capsys):
+    arguments = ["generate", f"--workdir={in_folder}", "--prompt=a", "--prompt=some words", "--max_tokens=4", "--json"]
+    assert main(arguments) == 0
+    first = json.loads(capsys.readouterr().out)
+    assert [result["prompt"] for result in first] == ["a", "some words"]
+    assert main(arguments) == 0
+    assert json.loads(capsys.readouterr().out) == first
+
+
+def test_report_is_written_again_from_the_run_directory(in_folder, capsys):
+    page = in_folder / "report.html"
+    page.unlink()
+    assert main(["report", f"--workdir={in_folder}"]) == 0
+    assert capsys.readouterr().out.strip() == str(page)
+    assert page.stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["trian"], "nearest is train"),
+        (["train"], "--config is missing"),
+        (["train", "--config=nothing.py"], "nothing.py"),
+        (["train", f"--config={DEBUG}", "--config.moe.num_expert=4"], "nearest is moe.num_experts"),
+        (["train", f"--config={DEBUG}", "--config.moe.num_experts=many"], "moe.num_experts=many"),
+        (["train", f"--config={DEBUG}", "--config.moe.num_experts=2.5"], "moe.num_experts=2.5"),
+        (["train", f"--config={DEBUG}", "--config.moe.top_k=1"], "moe.renormalize=True with moe.top_k=1"),
+        (["train", f"--config={DEBUG}", "--config.moe.top_k=9"], "moe.top_k=9 must be between 1 and moe.num_experts=4"),
+        (["train", f"--config={DEBUG}", "--config.moe.router=switsh"], "nearest is switch"),
+        (["train", f"--config={DEBUG}", "--config.mesh.tensor=3"], "mesh.tensor=3 do not fit 8 devices"),
+        (["train", f"--config={DEBUG}", "--config.train.batch_size=9"], "train.batch_size=9"),
+        (["train", f"--config={DEBUG}", "--confg.moe.top_k=2"], "confg.moe.top_k"),
+        (["train", f"--config={DEBUG}", "--config.data.source=files"], "data.files"),
+        (["train", f"--config={DEBUG}", "--config.data.source=files", "--config.data.files=none/*.txt"], "none/*.txt"),
+        (["eval"], "--workdir is missing"),
+        (["report", "--workdir=nowhere"], "--workdir=nowhere is not a folder"),
+        (["bench", "speed"], "one of step, compile, import; got speed"),
+    ],
+    ids=lambda value: " ".join(value[-2:])[-40:] if isinstance(value, list) else None,
+)
+def test_a_mistake_is_one_line_that_names_it_and_exit_code_2(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    lines = captured.err.strip().splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("moejax: ") and message in lines[0]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_debug_shows_the_traceback(tmp_path):
+    from moejax.config import ConfigError
+
+    with pytest.raises(ConfigError):
+        main(["train", f"--config={DEBUG}", "--config.moe.top_k=9", "--debug"])
+
+
+def test_a_workdir_without_a_run_is_refused_by_every_verb_that_needs_one(tmp_path, capsys):
+    for verb in ("eval", "generate", "report"):
+        assert main([verb, f"--workdir={tmp_path}"]) == 2
+        assert "config.json" in capsys.readouterr().err
+
+
+def test_a_damaged_run_is_refused_with_the_file_named(trained, tmp_path, capsys):
+    (tmp_path / "config.json").write_text("{")
+    assert main(["eval", f"--workdir={tmp_path}"]) == 2
+    assert re.search(r"config.json is damaged", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_explains_itself(verb, capsys):
+    assert main([verb, "--help"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"moejax {verb}: ") and "Flags:" in printed
+
+
+def test_without_a_verb_the_verbs_are_listed(capsys):
+    assert main([]) == 2
+    assert all(verb in capsys.readouterr().out for verb in ["train"])
+
+
+def test_doctor_finds_this_set_up_working(capsys):
+    assert main(["doctor", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert rows["grouped_matmul=auto"] == "tiled"
+    assert rows["check: training step"].startswith("ok on mesh data 8")
+
+
+def test_doctor_fails_when_a_kernel_is_wrong(capsys, monkeypatch):
+    from moejax.kernels.grouped_matmul import IMPLEMENTATIONS
+
+    monkeypatch.setitem(IMPLEMENTATIONS, "tiled", lambda x, w, sizes: 2 * IMPLEMENTATIONS["ragged"](x, w, sizes))
+    monkeypatch.setattr("moejax.cli.doctor.check_training_step", lambda: "ok")
+    assert main(["doctor"]) == 1
+    assert "grouped_matmul=tiled failed" in capsys.readouterr().err
+
+
+def test_bench_step_compares_moe_and_dense_in_one_run(capsys):
+    arguments = ["bench", "step", f"--config={DEBUG}", "--config.train.num_steps=2", "--repetitions=2", "--json"]
+    assert main(arguments) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert rows["ratio"] == pytest.approx(rows["moe_ms"] / rows["dense_ms"], abs=0.01)
+    # The dense twin has the active parameters of the MoE but for the routers: 2 layers of 32 x 4.
+    assert rows["moe_active_parameters"] - rows["dense_parameters"] == 2 * 32 * 4
