@@ -17,13 +17,14 @@ DEBUG = REPOSITORY / "configs/debug.py"
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """The debug recipe, trained and reported by the command on one device: (folder, run directory, the JSON printed)."""
+    """The debug recipe, trained and reported by the command on one device: folder, run directory, printed JSON."""
     folder = tmp_path_factory.mktemp("cli")
+    one_device = {"JAX_NUM_CPU_DEVICES": "1", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    environment = os.environ | one_device | {"PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(
         [sys.executable, "-m", "moejax", "train", f"--config={DEBUG}", "--json",
          "--config.moe.num_experts=6", "--config.train.num_steps=10"],
-        cwd=folder, capture_output=True, text=True,
-        env=os.environ | {"PYTHONPATH": str(REPOSITORY), "JAX_NUM_CPU_DEVICES": "1", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
+        cwd=folder, env=environment, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return folder, folder / "runs/debug", json.loads(done.stdout)

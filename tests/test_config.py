@@ -312,11 +312,16 @@ def test_a_leaf_that_nobody_reads_would_be_found():
 # Recipes ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_every_recipe_resolves_and_its_header_says_what_it_is_and_how_to_run_it(path):
+def load_recipe(path):
     spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
     recipe = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(recipe)
+    return recipe
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_resolves_and_its_header_says_what_it_is_and_how_to_run_it(path):
+    recipe = load_recipe(path)
     source = recipe.get_config()
     assert isinstance(source, ConfigDict) and source.is_locked
     assert isinstance(resolve(source), Config)
@@ -435,3 +440,13 @@ def test_a_logical_axis_without_a_rule_is_an_error_that_names_it_and_the_known_o
 def test_rules_name_axes_of_the_mesh_and_the_batch_is_split_over_all_but_tensor():
     assert {axis for axis in RULES.values() if axis} <= set(MESH_AXES)
     assert set(BATCH_AXES) == set(MESH_AXES) - {"tensor"}
+
+
+def test_the_dense_twin_differs_from_the_tiny_moe_in_its_experts_alone():
+    moe, dense = (
+        to_dict(resolve(load_recipe(Path(__file__).parents[1] / f"configs/tiny_{kind}.py").get_config()))
+        for kind in ("moe", "dense")
+    )
+    assert {section for section in moe if moe[section] != dense[section]} == {"moe"}
+    assert dense["moe"]["num_experts"] == 0
+    assert moe["moe"]["top_k"] * moe["moe"]["d_expert"] == dense["model"]["d_ff"]

@@ -34,7 +34,9 @@ def read_config_flag(values: FlagValues) -> Config:
         recipe = values.config
         recipe.keys()  # a file that failed to load says so on first use
     except OSError as error:
-        raise UsageError(f"--config={values['config'].config_filename} cannot be read: {error}") from error
+        raise UsageError(
+            f"--config={config_flags.get_config_filename(values['config'])} cannot be read: {error}"
+        ) from error
     return resolve(recipe)
 
 

@@ -63,11 +63,12 @@ def routing_metrics(stats: RoutingStats, top_k: int) -> dict[str, Float[Array, "
     num_experts = load_NE.shape[-1]
     tokens_N = _tokens(stats)
     log_load_NE = jnp.log(jnp.where(load_NE > 0, load_NE, 1.0))
-    highest_entropy = math.log(num_experts) or 1.0  # a single expert has a load of entropy 0, and is balanced
+    load_entropy_N = -jnp.sum(load_NE * log_load_NE, axis=-1)
     return {
         "max_violation": num_experts * load_NE.max(axis=-1) - 1,
         "load_cv": load_NE.std(axis=-1) * num_experts,
-        "load_entropy": -jnp.sum(load_NE * log_load_NE, axis=-1) / highest_entropy,
+        # A single expert is balanced, but log 1 is 0.
+        "load_entropy": load_entropy_N / math.log(num_experts) if num_experts > 1 else jnp.ones_like(load_entropy_N),
         "entropy": stats.entropy / tokens_N,
         "idle_experts": jnp.sum(stats.assignments_E == 0, axis=-1).astype(jnp.float32),
         "dropped": stats.dropped / (top_k * tokens_N),

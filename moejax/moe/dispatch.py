@@ -30,17 +30,23 @@ class Plan:
     group_sizes_E: jax.Array
 
 
-def plan_dropless(experts_TK: Int[Array, "T K"], num_experts: int) -> Plan:
-    """Rows sorted by expert, one for each choice; rows of masked tokens (expert id E) come last and are empty."""
+def plan_dropless(experts_TK: Int[Array, "T K"], num_experts: int, spare_rows: int = 0) -> Plan:
+    """Rows sorted by expert, one for each choice; rows of masked tokens (expert id E) come last and are empty.
+
+    Args:
+      experts_TK: selected experts; E where the token is masked.
+      num_experts: E.
+      spare_rows: this many empty rows are appended; see `grouped_matmul`.
+    """
     num_tokens, top_k = experts_TK.shape
     num_choices = num_tokens * top_k
     expert_R, choice_R = _sort_with_index(experts_TK.reshape(num_choices))
-    is_row_R = expert_R < num_experts
     row_of_choice = jnp.zeros(num_choices, jnp.int32).at[choice_R].set(jnp.arange(num_choices, dtype=jnp.int32))
-    is_choice_TK = experts_TK < num_experts
+    choice_R = jnp.where(expert_R < num_experts, choice_R, num_choices)
+    row_TK = row_of_choice.reshape(experts_TK.shape)
     return Plan(
-        row_TK=jnp.where(is_choice_TK, row_of_choice.reshape(experts_TK.shape), num_choices),
-        choice_R=jnp.where(is_row_R, choice_R, num_choices),
+        row_TK=jnp.where(experts_TK < num_experts, row_TK, num_choices + spare_rows),
+        choice_R=jnp.pad(choice_R, (0, spare_rows), constant_values=num_choices),
         group_sizes_E=_group_sizes(expert_R, num_experts),
     )
 

@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from moejax.config import MoeConfig
-from moejax.kernels.grouped_matmul import grouped_matmul
+from moejax.kernels.grouped_matmul import grouped_matmul, spare_rows_for
 from moejax.kernels.project import project
 from moejax.moe.dispatch import capacity_limit, capacity_slots, combine, dispatch, plan_capacity, plan_dropless
 from moejax.moe.exchange import exchange
@@ -98,14 +98,18 @@ def run_dropless(x_BLD, experts_BLK, weights_BLK, gate_up_ED2F, down_EFD, limit,
     """Dispatch, experts and combine on one device, as many rows as there are choices; `limit` plays no part."""
     del limit
     top_k = experts_BLK.shape[-1]
-    plan = plan_dropless(experts_BLK.reshape(-1, top_k), gate_up_ED2F.shape[0])
+    num_experts = gate_up_ED2F.shape[0]
+    spare_rows = spare_rows_for(experts_BLK.size, num_experts, implementation)
+    plan = plan_dropless(experts_BLK.reshape(-1, top_k), num_experts, spare_rows)
     return _run(
         plan,
         x_BLD,
         weights_BLK,
         gate_up_ED2F,
         down_EFD,
-        functools.partial(grouped_matmul, group_sizes_E=plan.group_sizes_E, implementation=implementation),
+        functools.partial(
+            grouped_matmul, group_sizes_E=plan.group_sizes_E, implementation=implementation, spare_rows=spare_rows
+        ),
     )
 
 

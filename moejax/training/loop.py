@@ -193,6 +193,6 @@ class _Loop:
         place = locate(self.trainable, state, batch, self.knobs)
         return NonFiniteError(
             f"loss or gradients were not finite in {finished.skipped_in_row} steps in a row, from step {first} on; "
-            f"the first such value is in {place}; none of these steps was applied, and checkpoints are those of earlier "
-            "steps; lower optimizer.learning_rate, or raise train.max_nonfinite_steps"
+            f"the first such value is in {place}; none of these steps was applied, and "
+            "checkpoints are of earlier ones; lower optimizer.learning_rate, or raise train.max_nonfinite_steps"
         )

@@ -20,10 +20,10 @@ from jaxtyping import Array, Float, Int
 
 from moejax.kernels.grouped_matmul.dense import grouped_matmul_dense
 from moejax.kernels.grouped_matmul.ragged import grouped_matmul_ragged
-from moejax.kernels.grouped_matmul.tiled import grouped_matmul_tiled
+from moejax.kernels.grouped_matmul.tiled import block_rows, grouped_matmul_tiled
 from moejax.kernels.varying import vary_alike
 
-IMPLEMENTATIONS: dict[str, Callable[[jax.Array, jax.Array, jax.Array], jax.Array]] = {
+IMPLEMENTATIONS: dict[str, Callable[[jax.Array, jax.Array, jax.Array, int], jax.Array]] = {
     "tiled": grouped_matmul_tiled,
     "ragged": grouped_matmul_ragged,
     "dense": grouped_matmul_dense,
@@ -36,6 +36,7 @@ def grouped_matmul(
     group_sizes_E: Int[Array, "E"],
     *,
     implementation: str = "auto",
+    spare_rows: int = 0,
 ) -> Float[Array, "R F"]:
     """Multiplies each group of consecutive rows by its own matrix.
 
@@ -44,6 +45,8 @@ def grouped_matmul(
       w_EDF: one matrix per group, of the dtype of `x_RD`.
       group_sizes_E: rows of each group; their sum is at most R.
       implementation: a key of `IMPLEMENTATIONS`, or "auto" for the platform's best.
+      spare_rows: so many last rows belong to no group, whatever the group sizes; `spare_rows_for` says how many spare
+        the tiled implementation its copies of `x_RD` and of the result.
 
     Returns:
       The products, in the dtype of `x_RD` with float32 accumulation; zeros in the rows that belong to no group.
@@ -53,10 +56,12 @@ def grouped_matmul(
     """
     name = resolve_implementation(implementation)
     x_RD, w_EDF, group_sizes_E = vary_alike(jnp.asarray(x_RD), jnp.asarray(w_EDF), jnp.asarray(group_sizes_E))
-    is_row_R = (jnp.arange(x_RD.shape[0]) < group_sizes_E.sum())[:, None]
-    # `where`, not a product: 0 * NaN is NaN. Masking the input also zeroes the tail of its gradient.
-    y_RF = IMPLEMENTATIONS[name](jnp.where(is_row_R, x_RD, 0), w_EDF, group_sizes_E)
-    return jnp.where(is_row_R, y_RF, 0)
+    return IMPLEMENTATIONS[name](x_RD, w_EDF, group_sizes_E, spare_rows)
+
+
+def spare_rows_for(num_rows: int, num_groups: int, implementation: str = "auto") -> int:
+    """Rows to append to `num_rows` rows of content, so that `grouped_matmul` copies nothing; see `spare_rows`."""
+    return block_rows(num_rows, num_groups) if resolve_implementation(implementation) == "tiled" else 0
 
 
 def resolve_implementation(implementation: str) -> str:

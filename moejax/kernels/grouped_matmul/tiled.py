@@ -6,6 +6,8 @@ may reach past the end of its group: what it writes there is overwritten by the 
 in the same loop. Both loops are `lax.fori_loop`s, so the program has the same size for any number of experts.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -14,22 +16,22 @@ from jaxtyping import Array, Float, Int
 from moejax.kernels.varying import zeros_varying_like
 
 
-@jax.custom_vjp
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def grouped_matmul_tiled(
-    x_RD: Float[Array, "R D"], w_EDF: Float[Array, "E D F"], group_sizes_E: Int[Array, "E"]
+    x_RD: Float[Array, "R D"], w_EDF: Float[Array, "E D F"], group_sizes_E: Int[Array, "E"], spare_rows: int = 0
 ) -> Float[Array, "R F"]:
     """See `grouped_matmul`."""
-    return _rows_by_matrices(x_RD, w_EDF, group_sizes_E, contract=1)
+    return _rows_by_matrices(x_RD, w_EDF, group_sizes_E, spare_rows, contract=1)
 
 
-def _forward(x_RD, w_EDF, group_sizes_E):
-    return grouped_matmul_tiled(x_RD, w_EDF, group_sizes_E), (x_RD, w_EDF, group_sizes_E)
+def _forward(x_RD, w_EDF, group_sizes_E, spare_rows):
+    return grouped_matmul_tiled(x_RD, w_EDF, group_sizes_E, spare_rows), (x_RD, w_EDF, group_sizes_E)
 
 
-def _backward(residuals, dy_RF):
+def _backward(spare_rows, residuals, dy_RF):
     x_RD, w_EDF, group_sizes_E = residuals
-    dx_RD = _rows_by_matrices(dy_RF, w_EDF, group_sizes_E, contract=2)
-    dw_EDF = _outer_products(x_RD, dy_RF, group_sizes_E).astype(w_EDF.dtype)
+    dx_RD = _rows_by_matrices(dy_RF, w_EDF, group_sizes_E, spare_rows, contract=2)
+    dw_EDF = _outer_products(x_RD, dy_RF, group_sizes_E, spare_rows).astype(w_EDF.dtype)
     return dx_RD, dw_EDF, None
 
 
@@ -37,49 +39,52 @@ grouped_matmul_tiled.defvjp(_forward, _backward)
 
 
 def block_rows(num_rows: int, num_groups: int) -> int:
-    """Rows of a tile: about a quarter of the mean group, between 32 and 256, so that little of the last one is idle."""
-    target = max(1, num_rows // (4 * num_groups))
+    """Rows of a tile: about half the mean group, between 32 and 256.
+
+    Smaller tiles waste less of a group's last one, larger ones use the matrix unit better.
+    """
+    target = max(1, num_rows // (2 * num_groups))
     return min(256, max(32, 1 << (target.bit_length() - 1)))
 
 
-def _rows_by_matrices(x_RP, w_EDF, group_sizes_E, *, contract: int):
+def _rows_by_matrices(x_RP, w_EDF, group_sizes_E, spare_rows: int, *, contract: int):
     """Rows times `w` (`contract=1`) or times its transpose (`contract=2`)."""
     num_rows, num_groups = x_RP.shape[0], w_EDF.shape[0]
-    block = block_rows(num_rows, num_groups)
-    starts_E = jnp.cumsum(group_sizes_E) - group_sizes_E
-    # One spare block at the end, because a slice that would pass the end is moved back, not cut.
-    x_RP = jnp.pad(x_RP, ((0, block), (0, 0)))
+    block = block_rows(num_rows - spare_rows, num_groups)
+    ends_E = jnp.cumsum(group_sizes_E)
+    x_RP = _append_rows(x_RP, block - spare_rows)
 
     def one_group(e, y_RQ):
-        w_DF = _wide(w_EDF[e])
+        w_DF = _wide(lax.dynamic_index_in_dim(w_EDF, e, keepdims=False))
+        start = ends_E[e] - group_sizes_E[e]
 
         def one_tile(i, y_RQ):
-            row = starts_E[e] + i * block
-            x_bP = _wide(lax.dynamic_slice_in_dim(x_RP, row, block))
+            row = start + i * block
+            # Rows past the last group may hold anything, and the last tile may reach them.
+            x_bP = _rows(x_RP, row, block, ends_E[-1])
             y_bQ = lax.dot_general(x_bP, w_DF, (((1,), (contract - 1,)), ((), ())))
             return lax.dynamic_update_slice_in_dim(y_RQ, y_bQ.astype(y_RQ.dtype), row, axis=0)
 
         return lax.fori_loop(0, -(-group_sizes_E[e] // block), one_tile, y_RQ)
 
-    y_RQ = zeros_varying_like(x_RP, (num_rows + block, w_EDF.shape[3 - contract]), x_RP.dtype)
+    y_RQ = zeros_varying_like(x_RP, (x_RP.shape[0], w_EDF.shape[3 - contract]), x_RP.dtype)
     return lax.fori_loop(0, num_groups, one_group, y_RQ)[:num_rows]
 
 
-def _outer_products(x_RD, dy_RF, group_sizes_E):
-    """For each group, the sum over its rows of the outer products of `x` and `dy`."""
+def _outer_products(x_RD, dy_RF, group_sizes_E, spare_rows: int):
+    """For each group, the sum over its rows of the outer products of `x` and `dy`, in float32."""
     num_rows, num_groups = x_RD.shape[0], group_sizes_E.shape[0]
-    block = block_rows(num_rows, num_groups)
-    starts_E = jnp.cumsum(group_sizes_E) - group_sizes_E
-    x_RD = jnp.pad(x_RD, ((0, block), (0, 0)))
-    dy_RF = jnp.pad(dy_RF, ((0, block), (0, 0)))
+    block = block_rows(num_rows - spare_rows, num_groups)
+    ends_E = jnp.cumsum(group_sizes_E)
+    x_RD, dy_RF = (_append_rows(rows, block - spare_rows) for rows in (x_RD, dy_RF))
     zeros_DF = zeros_varying_like(dy_RF, (x_RD.shape[1], dy_RF.shape[1]), jnp.float32)
 
     def one_group(e, dw_EDF):
+        start = ends_E[e] - group_sizes_E[e]
+
         def one_tile(i, dw_DF):
-            row = starts_E[e] + i * block
-            is_mine_b = (i * block + jnp.arange(block) < group_sizes_E[e])[:, None]
-            x_bD = _wide(lax.dynamic_slice_in_dim(x_RD, row, block))
-            dy_bF = jnp.where(is_mine_b, _wide(lax.dynamic_slice_in_dim(dy_RF, row, block)), 0)
+            row = start + i * block
+            x_bD, dy_bF = (_rows(rows, row, block, ends_E[e]) for rows in (x_RD, dy_RF))
             return dw_DF + lax.dot_general(x_bD, dy_bF, (((0,), (0,)), ((), ())))
 
         dw_DF = lax.fori_loop(0, -(-group_sizes_E[e] // block), one_tile, zeros_DF)
@@ -87,6 +92,17 @@ def _outer_products(x_RD, dy_RF, group_sizes_E):
 
     dw_EDF = zeros_varying_like(dy_RF, (num_groups, *zeros_DF.shape), jnp.float32)
     return lax.fori_loop(0, num_groups, one_group, dw_EDF)
+
+
+def _append_rows(x_RP, count: int):
+    """Rows that the last tile may reach into: a slice that would pass the end is moved back, not cut."""
+    return jnp.pad(x_RP, ((0, count), (0, 0))) if count > 0 else x_RP
+
+
+def _rows(x_RP, start, count: int, end):
+    """`count` rows in float32, zeros from row `end` on."""
+    is_row_b = start + jnp.arange(count) < end
+    return jnp.where(is_row_b[:, None], _wide(lax.dynamic_slice_in_dim(x_RP, start, count)), 0)
 
 
 def _wide(x):
