@@ -29,10 +29,10 @@ def get_config(arg: str = "") -> ConfigDict:
     config.data.tokenizer = "bpe"
     config.data.vocab_size = 2048
     config.data.seq_len = 256
-    config.train.num_steps = 320
+    config.train.num_steps = 400
     config.train.batch_size = 16
     config.train.log_every = 10
-    config.train.eval_every = 160
-    config.train.checkpoint_every = 80
+    config.train.eval_every = 200
+    config.train.checkpoint_every = 100
     config.optimizer.learning_rate = 5e-3
     return config

@@ -81,7 +81,7 @@ class TrainConfig:
     accumulation: int = 1  # microbatches per optimizer step
     seed: int = 0
     log_every: int = 20
-    eval_every: int = 250  # 0: only at the end
+    eval_every: int = 250  # 0: only at the end; what is evaluated is also saved
     checkpoint_every: int = 250
     keep_checkpoints: int = 2  # the newest ones; the best by validation loss is kept beside them
     max_nonfinite_steps: int = 5  # so many skipped steps in a row end the run
@@ -343,7 +343,7 @@ def _validate_moe(config: Config) -> None:
         "no MoE layer; lower them, or set moe.num_experts=0 for a dense model",
     )
     _require(
-        0 < moe.capacity_factor <= moe.num_experts,
+        moe.dispatch != "capacity" or 0 < moe.capacity_factor <= moe.num_experts,
         f"moe.capacity_factor={moe.capacity_factor} must be above 0 and at most moe.num_experts={moe.num_experts}, "
         "where one expert could take every token",
     )

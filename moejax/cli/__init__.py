@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from absl import flags
 from absl.flags import FlagValues
 
-from moejax.config import ConfigError, check_key
+from moejax.config import check_key
 
 VERBS = {
     "train": "train a configuration in a run directory, or continue it",
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if is_debug or not _is_expected(error):
             raise
         print(f"moejax: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2 if isinstance(error, ValueError | flags.Error) else 1
+        return 2 if isinstance(error, ValueError | flags.Error | OSError) else 1
     return 0
 
 
@@ -91,7 +91,7 @@ def _check_config_keys(arguments: Sequence[str]) -> None:
 def _is_expected(error: Exception) -> bool:
     """Whether a message is all the user needs: our own errors and absl's about flags."""
     own = type(error).__module__.startswith("moejax.")
-    return own or isinstance(error, flags.Error | ConfigError)
+    return own or isinstance(error, flags.Error | OSError)
 
 
 def _overview() -> str:

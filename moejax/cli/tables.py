@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from moejax.config import Config
 from moejax.models.decoder import moe_layer_indices
@@ -30,7 +31,7 @@ def print_result(rows: Mapping[str, Any], *, is_json: bool, title: str = "") -> 
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     for name, value in rows.items():
-        table.add_row(name, _show(value))
+        table.add_row(Text(name), Text(_show(value)))  # plain text: rich would read [brackets] as markup
     Console().print(table)
 
 

@@ -18,6 +18,7 @@ from moejax.cli.tables import print_result, summary_rows
 from moejax.inspection.build import build_report
 from moejax.models.parameters import count_parameters
 from moejax.training.loop import train
+from moejax.training.signals import StopSignals
 
 log = logging.getLogger("moejax")
 
@@ -37,9 +38,19 @@ def run(values: FlagValues, rest: list[str]) -> None:
     workdir = Path(values.workdir or f"runs/{recipe.stem}")
     parameters = count_parameters(config)
     log.info("%s: %s parameters, %s active per token", recipe.stem, f"{parameters.total:,}", f"{parameters.active:,}")
-    result = train(config, workdir, command=" ".join(["moejax", *sys.argv[1:]]))
-    if result.stopped_by:
-        log.info("%s: saved step %d in %s; the same command continues", result.stopped_by, result.step, workdir)
-        return
-    report = build_report(workdir) if values.report else None
+    with StopSignals() as stop:
+        result = train(config, workdir, command=" ".join(["moejax", *sys.argv[1:]]), stop=stop)
+        if result.stopped_by:
+            log.info("%s: saved step %d in %s; the same command continues", result.stopped_by, result.step, workdir)
+            return
+        report = _report(workdir) if values.report else None
     print_result(summary_rows(config, parameters, result, report), is_json=values.json)
+
+
+def _report(workdir: Path) -> Path | None:
+    """The page; a failure is logged and does not hide the figures of a finished run."""
+    try:
+        return build_report(workdir)
+    except Exception as error:  # any part of it: data gone, memory, disk
+        log.warning("no report: %s; moejax report --workdir=%s tries again", error, workdir)
+        return None

@@ -5,6 +5,7 @@ padded position wrote to the cache is overwritten before anything sees it.
 """
 
 import functools
+import logging
 from collections.abc import Iterator, Sequence
 
 import jax
@@ -16,6 +17,11 @@ from jaxtyping import Array, Float, Int
 from moejax.config import ConfigError
 from moejax.data import Tokenizer
 from moejax.models import Decoder
+
+MAX_TOKENS = 65_536
+"""The cache holds keys and values of every position at once."""
+
+log = logging.getLogger("moejax")
 
 
 def generate(
@@ -48,6 +54,9 @@ def generate(
     _check(prompts, max_tokens, temperature, top_p)
     rows = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]
     lengths = np.array([len(row) for row in rows], np.int32)
+    trained_length = model.config.data.seq_len
+    if lengths.max() + max_tokens > trained_length:
+        log.warning("beyond %d tokens, the length of training rows, the model is on unknown ground", trained_length)
     longest = _round_up(int(lengths.max()))  # few distinct lengths, so few compilations
     tokens_BL = np.full((len(rows), longest), tokenizer.pad_id, np.int32)
     for row, ids in zip(tokens_BL, rows, strict=True):
@@ -126,8 +135,8 @@ def _decode(graphdef, state, tokens_B, positions_B, cache, sampling):
 def _check(prompts, max_tokens, temperature, top_p) -> None:
     if not prompts:
         raise ConfigError("--prompt is missing; give at least one")
-    if max_tokens < 1:
-        raise ConfigError(f"--max_tokens={max_tokens} must be at least 1")
+    if not 1 <= max_tokens <= MAX_TOKENS:
+        raise ConfigError(f"--max_tokens={max_tokens} must be between 1 and {MAX_TOKENS}")
     if not 0 <= temperature < float("inf"):
         raise ConfigError(f"--temperature={temperature} must be at least 0")
     if not 0 < top_p <= 1:

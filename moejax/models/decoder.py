@@ -107,8 +107,10 @@ class Decoder(nnx.Module):
         for stack, stack_cache in zip(self.stacks, cache, strict=True):
             x_BLD, stack_cache, stack_stats = stack(x_BLD, context, stack_cache)
             new_cache.append(stack_cache)
-            # At most one stack has MoE layers: the periods.
-            stats = stats if stack_stats is None else stack_stats
+            if stack_stats is not None:
+                if stats is not None:
+                    raise ValueError("two stacks have MoE layers: the statistics of the first would be lost")
+                stats = stack_stats
         return self.unembed(x_BLD), new_cache, stats
 
 

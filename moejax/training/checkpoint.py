@@ -72,8 +72,7 @@ class Checkpoints:
         step = int(state.step)
         if step in self._manager.all_steps():
             return False
-        self._manager.wait_until_finished()
-        self._manager.check_for_errors()
+        self._wait()
         model, optimizer = _split(_named_arrays(state))
         meta = {
             "manifest": manifest(state),
@@ -121,10 +120,21 @@ class Checkpoints:
         return step, trees[0], trees[1]
 
     def close(self) -> None:
-        """Waits for the last save and raises if it failed."""
-        self._manager.wait_until_finished()
-        self._manager.check_for_errors()
-        self._manager.close()
+        """Waits for the last save; raises `CheckpointError` if it failed."""
+        try:
+            self._wait()
+        finally:
+            self._manager.close()
+
+    def _wait(self) -> None:
+        try:
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
+        except Exception as error:  # orbax passes on whatever the writing thread met: a full disk, lost rights
+            raise CheckpointError(
+                f"saving to {self.folder} failed ({(str(error) or type(error).__name__).splitlines()[0]}); "
+                "the steps saved before are whole: make room or rights, and run the command again"
+            ) from error
 
     def _choose(self, step: int | None) -> int | None:
         steps = self.steps()
@@ -146,7 +156,9 @@ class Checkpoints:
         except CheckpointError:
             raise
         except Exception as error:  # orbax raises many kinds for missing and damaged files
-            raise CheckpointError(f"{folder} cannot be read ({str(error).splitlines()[0]}); {remedy}") from error
+            raise CheckpointError(
+                f"{folder} cannot be read ({(str(error) or type(error).__name__).splitlines()[0]}); {remedy}"
+            ) from error
         arrays = {name: value for item in items for name, value in restored[item].items()}
         return {name: arrays[name] for name in _named_arrays(self.trainable.abstract) if name in arrays}
 

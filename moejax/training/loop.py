@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import math
 import statistics
 import time
 from contextlib import ExitStack, closing
@@ -9,8 +10,8 @@ from pathlib import Path
 
 import jax
 
-from moejax.config import Config, Knobs
-from moejax.data import Batch, Corpus, TrainBatches, eval_batches, prepare
+from moejax.config import Config, ConfigError, Knobs
+from moejax.data import Batch, Corpus, TrainBatches, eval_batches, load_tokenizer, prepare
 from moejax.models.decoder import moe_layer_indices
 from moejax.models.parameters import count_parameters
 from moejax.sharding import make_mesh
@@ -20,7 +21,7 @@ from moejax.training.metrics import FinishedStep, MetricsFile, Recorder
 from moejax.training.nonfinite import NonFiniteError, locate
 from moejax.training.progress import StepProgress
 from moejax.training.routing_log import RoutingLog
-from moejax.training.run_directory import open_run_directory
+from moejax.training.run_directory import check_run_directory, write_run_directory
 from moejax.training.signals import StopSignals
 from moejax.training.state import Trainable, TrainState, make_trainable
 from moejax.training.step import TrainStep, make_eval_step, make_train_step, put_batch
@@ -45,29 +46,35 @@ class TrainResult:
     tokens_per_s: float | None
 
 
-def train(config: Config, workdir: str | Path, *, command: str = "") -> TrainResult:
+def train(config: Config, workdir: str | Path, *, command: str = "", stop: StopSignals | None = None) -> TrainResult:
     """Trains a configuration in a run directory, from its newest complete checkpoint if it has one.
 
     Args:
       config: from `config.resolve`.
       workdir: created if absent; a run of another configuration is refused.
       command: recorded in `config.json`.
+      stop: signals that somebody else listens for; by default SIGINT and SIGTERM are heard during this call.
 
     Returns:
-      How it ended. SIGINT and SIGTERM end it after the step at hand, saved.
+      How it ended. A signal ends it after the step at hand, saved.
 
     Raises:
       ConfigError: the configuration does not fit the devices, or `workdir` holds another run.
       DataError: data is missing or damaged.
       CheckpointError: the newest checkpoint is damaged or does not fit.
-      NonFiniteError: more than `train.max_nonfinite_steps` steps in a row were not finite.
+      NonFiniteError: `train.max_nonfinite_steps` steps in a row were not finite.
     """
     workdir = Path(workdir)
+    if jax.process_count() > 1:
+        raise ConfigError(f"{jax.process_count()} processes: training runs in one process so far; use one host")
     mesh = make_mesh(config)
-    with StopSignals() as stop:
-        corpus = prepare(config.data)
-        open_run_directory(workdir, config, count_parameters(config), command)
-        corpus.tokenizer.save(workdir)
+    check_run_directory(workdir, config)
+    with stop or StopSignals() as stop:
+        # A run keeps its tokenizer: one learned anew from changed text would not fit its weights.
+        corpus = prepare(config.data, load_tokenizer(workdir) if (workdir / "tokenizer.json").exists() else None)
+        write_run_directory(workdir, config, count_parameters(config), corpus.directory.name, command)
+        if not (workdir / "tokenizer.json").exists():
+            corpus.tokenizer.save(workdir)
         trainable = make_trainable(config, mesh)
         with closing(Checkpoints(workdir, trainable)) as checkpoints, jax.set_mesh(mesh):
             state = checkpoints.restore()
@@ -103,8 +110,10 @@ class _Loop:
             metrics = stack.enter_context(MetricsFile(self.workdir, after_step=start_step))
             progress = stack.enter_context(StepProgress(self.config.num_steps, start_step))
             recorder = Recorder(metrics, self._open_routing_log(start_step), progress, start_step)
-            state, evaluation = self._train(state, recorder)
-            recorder.flush()
+            evaluation = None
+            if start_step > 0 and self._is_evaluated(start_step) and not metrics.is_evaluated:
+                evaluation = self._evaluate(state, metrics)  # a signal came before it was done
+            state, evaluation = self._train(state, recorder, evaluation)
             if evaluation is None and not self.stop:  # the run was complete before this call
                 evaluation = self._evaluate(state)
             self._save(state, evaluation)
@@ -115,11 +124,13 @@ class _Loop:
             tokens_per_s=statistics.median(recorder.rates) if recorder.rates else None,
         )
 
-    def _train(self, state: TrainState, recorder: Recorder) -> tuple[TrainState, Evaluation | None]:
+    def _train(
+        self, state: TrainState, recorder: Recorder, evaluation: Evaluation | None
+    ) -> tuple[TrainState, Evaluation | None]:
         """The steps; returns the last state and its evaluation, if it got one."""
-        step, evaluation = int(state.step), None
-        if step >= self.config.num_steps:
-            return state, None
+        step = int(state.step)
+        if step >= self.config.num_steps or self.stop:
+            return state, evaluation
         with closing(self.batches.iterate(step)) as batches:
             train_step = self._compile(state, self.batches[step])
             recorder.resume()
@@ -128,25 +139,27 @@ class _Loop:
                 state, output = train_step(state, batch, self.knobs)
                 step += 1
                 finished = recorder.add(output)
-                if finished.skipped_in_row >= self.config.max_nonfinite_steps:
-                    raise self._give_up(state, finished)
                 if finished.step % self.config.log_every == 0:
                     recorder.end_interval()
                 evaluation = None
-                is_last = step == self.config.num_steps
-                is_evaluated = is_last or (self.config.eval_every > 0 and step % self.config.eval_every == 0)
-                is_saved = is_last or step % self.config.checkpoint_every == 0
-                if is_evaluated or is_saved:
-                    recorder.flush()
-                if is_evaluated:
-                    evaluation = self._evaluate(state)
-                    if evaluation:
-                        recorder.metrics.write(step, evaluation.scalars())
-                if is_saved:
+                if self._is_saved(step) or self.stop:
+                    finished = recorder.flush()
+                    if self._is_evaluated(step) and not self.stop:
+                        evaluation = self._evaluate(state, recorder.metrics)
                     self._save(state, evaluation)
-                if is_evaluated or is_saved:
                     recorder.resume()
+                if finished.skipped_in_row >= self.config.max_nonfinite_steps:
+                    recorder.flush()
+                    raise self._give_up(state, finished)
         return state, evaluation
+
+    def _is_evaluated(self, step: int) -> bool:
+        every = self.config.eval_every
+        return step == self.config.num_steps or (every > 0 and step % every == 0)
+
+    def _is_saved(self, step: int) -> bool:
+        """What is evaluated is also saved, so that the best evaluation has its checkpoint."""
+        return self._is_evaluated(step) or step % self.config.checkpoint_every == 0
 
     def _compile(self, state: TrainState, batch: Batch) -> TrainStep:
         """Compiles the step before the clock starts."""
@@ -156,8 +169,8 @@ class _Loop:
         log.info("compiled the train step in %.1f s", time.perf_counter() - started)
         return compiled
 
-    def _evaluate(self, state: TrainState) -> Evaluation | None:
-        """Evaluates the validation split; None if a signal came meanwhile."""
+    def _evaluate(self, state: TrainState, metrics: MetricsFile | None = None) -> Evaluation | None:
+        """Evaluates the validation split and writes the result to `metrics`; None if a signal came meanwhile."""
         batches = eval_batches(
             self.corpus,
             self.config.batch_size // self.config.accumulation,
@@ -170,6 +183,8 @@ class _Loop:
                 self.corpus.num_bytes["validation"], should_stop=lambda: bool(self.stop),
             )  # fmt: skip
         if evaluation:
+            if metrics:
+                metrics.write(int(state.step), evaluation.scalars())
             log.info(
                 "step %d: validation loss %.4f, %.4f bits per byte",
                 int(state.step), evaluation.loss, evaluation.bits_per_byte,
@@ -177,7 +192,8 @@ class _Loop:
         return evaluation
 
     def _save(self, state: TrainState, evaluation: Evaluation | None) -> None:
-        self.checkpoints.save(state, {"eval/loss": evaluation.loss} if evaluation else None)
+        is_known = evaluation is not None and math.isfinite(evaluation.loss)
+        self.checkpoints.save(state, {"eval/loss": evaluation.loss} if evaluation and is_known else None)
 
     def _open_routing_log(self, start_step: int) -> RoutingLog | None:
         config = self.trainable.config

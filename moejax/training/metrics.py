@@ -32,13 +32,14 @@ class MetricsFile:
 
     Attributes:
       tokens: targets trained on so far.
+      is_evaluated: whether the file holds an evaluation of step `after_step`.
     """
 
     def __init__(self, workdir: str | Path, after_step: int):
         from tensorboardX import SummaryWriter
 
         self.path = Path(workdir) / "metrics.jsonl"
-        self.tokens = _truncate(self.path, after_step)
+        self.tokens, self.is_evaluated = _truncate(self.path, after_step)
         self._file = self.path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(Path(workdir) / "tensorboard"), purge_step=after_step + 1)
 
@@ -62,12 +63,12 @@ class MetricsFile:
         self.close()
 
 
-def _truncate(path: Path, after_step: int) -> int:
-    """Drops later lines and damaged ones; returns the token count of the last training line kept."""
+def _truncate(path: Path, after_step: int) -> tuple[int, bool]:
+    """Drops later lines and damaged ones; returns the tokens trained on, and whether the last step was evaluated."""
     if not path.exists():
-        return 0
-    kept, tokens = [], 0
-    for line in path.read_text(encoding="utf-8").splitlines():
+        return 0, False
+    kept, tokens, is_evaluated = [], 0, False
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             values = json.loads(line)
             is_kept = values["step"] <= after_step
@@ -76,10 +77,11 @@ def _truncate(path: Path, after_step: int) -> int:
         if is_kept:
             kept.append(line + "\n")
             tokens = values.get("tokens", tokens)
+            is_evaluated |= values["step"] == after_step and "eval/loss" in values
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(kept), encoding="utf-8")
     os.replace(temporary, path)
-    return int(tokens)
+    return int(tokens), is_evaluated
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +111,7 @@ class Recorder:
         self.progress = progress
         self.rates: list[float] = []
         self._written_step = start_step
-        self._finished_step = start_step
+        self._last = FinishedStep(start_step, 0)
         self._running: StepOutput | None = None
         self._current: list[tuple[StepOutput, float]] = []
         self._waiting: list[tuple[StepOutput, float]] = []
@@ -130,23 +132,24 @@ class Recorder:
         finished, self._waiting, self._current = self._waiting, self._current, []
         self._write(finished)
 
-    def flush(self) -> None:
+    def flush(self) -> FinishedStep:
         """Writes everything, waiting for it: before evaluation, saving and the end."""
-        self._finish_running()
+        finished = self._finish_running()
         self.end_interval()
         self.end_interval()
+        return finished
 
     def _finish_running(self) -> FinishedStep:
         if self._running is None:
-            return FinishedStep(self._finished_step, 0)
+            return self._last
         output, self._running = self._running, None
         scalars = jax.device_get({key: output.scalars[key] for key in ("loss/lm", "num_targets", "skipped_in_row")})
         now = time.perf_counter()
         seconds, self._since = now - self._since, now
-        self._finished_step += 1
         self._current.append((output, seconds))
-        self.progress.update(self._finished_step, float(scalars["loss/lm"]), float(scalars["num_targets"]) / seconds)
-        return FinishedStep(self._finished_step, int(scalars["skipped_in_row"]))
+        self._last = FinishedStep(self._last.step + 1, int(scalars["skipped_in_row"]))
+        self.progress.update(self._last.step, float(scalars["loss/lm"]), float(scalars["num_targets"]) / seconds)
+        return self._last
 
     def _write(self, interval: Sequence[tuple[StepOutput, float]]) -> None:
         if not interval:

@@ -26,26 +26,47 @@ MAY_CHANGE = (
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "numpy")
 
 
-def open_run_directory(workdir: Path, config: Config, parameters: ParameterCount, command: str) -> None:
-    """Creates the directory, or checks that it holds a run of this configuration; writes `config.json`.
+def check_run_directory(workdir: Path, config: Config) -> None:
+    """Raises `ConfigError` if the directory holds a run of another configuration; changes nothing."""
+    if workdir.exists() and not workdir.is_dir():
+        raise ConfigError(f"--workdir={workdir} is a file; name a folder")
+    if not (workdir / "config.json").exists():
+        return
+    saved, wanted = to_dict(read_config(workdir)), to_dict(config)
+    for key, _ in leaves():
+        section, name = key.split(".")
+        if saved[section][name] != wanted[section][name] and key not in MAY_CHANGE:
+            raise ConfigError(
+                f"{workdir} holds a run with {key}={saved[section][name]}, not {wanted[section][name]}; "
+                "use another --workdir, or remove that folder"
+            )
+
+
+def write_run_directory(workdir: Path, config: Config, parameters: ParameterCount, corpus: str, command: str) -> None:
+    """Creates the directory if need be and writes `config.json`.
+
+    Args:
+      workdir: the run directory.
+      config: of the run.
+      parameters: of its model.
+      corpus: identifies the prepared rows; a run is continued only on the rows it began with.
+      command: that trains it.
 
     Raises:
-      ConfigError: the directory holds another run, or cannot be written.
+      ConfigError: the directory holds a run on other data, or cannot be written.
     """
     path = workdir / "config.json"
     if path.exists():
-        saved = to_dict(read_config(workdir))
-        wanted = to_dict(config)
-        for key, _ in leaves():
-            section, name = key.split(".")
-            if saved[section][name] != wanted[section][name] and key not in MAY_CHANGE:
-                raise ConfigError(
-                    f"{workdir} holds a run with {key}={saved[section][name]}, not {wanted[section][name]}; "
-                    "use another --workdir, or remove that folder"
-                )
+        before = json.loads(path.read_text(encoding="utf-8")).get("corpus", corpus)
+        if before != corpus:
+            raise ConfigError(
+                f"{workdir} holds a run on the rows {before}; the text has changed since and gives {corpus}; "
+                "restore the text, or use another --workdir"
+            )
     device = jax.devices()[0]
     content = {
         "config": to_dict(config),
+        "corpus": corpus,
         "parameters": dataclasses.asdict(parameters),
         "versions": versions(),
         "git_commit": git_commit(),

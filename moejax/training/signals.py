@@ -1,37 +1,50 @@
 """SIGINT and SIGTERM as a wish to stop: the loop finishes its step, saves and leaves."""
 
+import logging
 import signal
 import threading
+import time
 from types import FrameType
+
+PATIENCE_SECONDS = 1.0
+
+log = logging.getLogger("moejax")
 
 
 class StopSignals:
-    """While entered, remembers the first SIGINT or SIGTERM in `received`; a second one acts as before.
+    """While entered, remembers the first SIGINT or SIGTERM in `received`.
 
-    Outside the main thread, where handlers cannot be set, it does nothing.
+    Later SIGTERMs change nothing: `make` and schedulers often send the same signal twice. A second SIGINT, a second or
+    more after the first, interrupts at once. Outside the main thread, where handlers cannot be set, nothing is heard.
     """
 
     def __init__(self) -> None:
         self.received: str | None = None
+        self._received_at = 0.0
+        self._depth = 0
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> "StopSignals":
-        if threading.current_thread() is threading.main_thread():
+        self._depth += 1
+        if self._depth == 1 and threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._previous[number] = signal.signal(number, self._remember)
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._restore()
+        self._depth -= 1
+        if self._depth == 0:
+            for number, handler in self._previous.items():
+                signal.signal(number, handler)  # type: ignore[arg-type]
+            self._previous = {}
 
     def __bool__(self) -> bool:
         return self.received is not None
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        self.received = signal.Signals(number).name
-        self._restore()
-
-    def _restore(self) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
-        self._previous = {}
+        now = time.monotonic()
+        if self.received is None:
+            self.received, self._received_at = signal.Signals(number).name, now
+            log.info("%s: stopping after the work at hand", self.received)
+        elif number == signal.SIGINT and now - self._received_at >= PATIENCE_SECONDS:
+            raise KeyboardInterrupt

@@ -16,4 +16,5 @@ def grouped_matmul_dense(
     group_R = jnp.searchsorted(ends_E, jnp.arange(x_RD.shape[0]), side="right")
     y_ERF = jnp.einsum("RD,EDF->ERF", x_RD, w_EDF, preferred_element_type=jnp.float32)
     is_group_RE = jax.nn.one_hot(group_R, w_EDF.shape[0])
-    return jnp.einsum("ERF,RE->RF", y_ERF, is_group_RE).astype(x_RD.dtype)
+    y_RF = jnp.einsum("ERF,RE->RF", y_ERF, is_group_RE)
+    return zero_tail(y_RF, group_sizes_E).astype(x_RD.dtype)
