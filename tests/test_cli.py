@@ -7,9 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax.numpy as jnp
 import pytest
 
 from moejax.cli import VERBS, main
+from moejax.training.loop import TrainResult
 
 REPOSITORY = Path(__file__).parents[1]
 DEBUG = REPOSITORY / "configs/debug.py"
@@ -144,7 +146,21 @@ def test_every_verb_explains_itself(verb, capsys):
 
 def test_without_a_verb_the_verbs_are_listed(capsys):
     assert main([]) == 2
-    assert all(verb in capsys.readouterr().out for verb in ["train"])
+    printed = capsys.readouterr().out
+    assert all(verb in printed for verb in VERBS)
+
+
+def test_a_report_that_fails_does_not_hide_the_figures(tmp_path, monkeypatch, capsys):
+    def fails(workdir):
+        raise MemoryError("no room")
+
+    monkeypatch.setattr("moejax.cli.train.train", lambda *arguments, **keywords: TrainResult(7, None, None, 123.4))
+    monkeypatch.setattr("moejax.cli.train.build_report", fails)
+    assert main(["train", f"--config={DEBUG}", f"--workdir={tmp_path}", "--json"]) == 0
+    captured = capsys.readouterr()
+    rows = json.loads(captured.out)
+    assert (rows["steps"], rows["tokens/s"], rows["report"]) == (7, 123, None)
+    assert "no report: no room" in captured.err
 
 
 def test_doctor_finds_this_set_up_working(capsys):
@@ -157,10 +173,19 @@ def test_doctor_finds_this_set_up_working(capsys):
 def test_doctor_fails_when_a_kernel_is_wrong(capsys, monkeypatch):
     from moejax.kernels.grouped_matmul import IMPLEMENTATIONS
 
-    monkeypatch.setitem(IMPLEMENTATIONS, "tiled", lambda x, w, sizes: 2 * IMPLEMENTATIONS["ragged"](x, w, sizes))
+    ragged = IMPLEMENTATIONS["ragged"]
+    wrong = {
+        "values": lambda x, w, sizes, spare: 2 * ragged(x, w, sizes, spare),
+        # The root of zero adds nothing to the value and NaN to the gradient.
+        "gradient": lambda x, w, sizes, spare: ragged(x, w, sizes, spare) + 0 * jnp.sqrt(0 * x.sum()),
+    }
     monkeypatch.setattr("moejax.cli.doctor.check_training_step", lambda: "ok")
-    assert main(["doctor"]) == 1
-    assert "grouped_matmul=tiled failed" in capsys.readouterr().err
+    for kernel in wrong.values():
+        monkeypatch.setitem(IMPLEMENTATIONS, "tiled", kernel)
+        assert main(["doctor", "--json"]) == 1
+        captured = capsys.readouterr()
+        assert "grouped_matmul=tiled failed" in captured.err
+        assert "differs from the reference" in json.loads(captured.out)["check: grouped_matmul=tiled"]
 
 
 def test_bench_step_compares_moe_and_dense_in_one_run(capsys):

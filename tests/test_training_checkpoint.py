@@ -40,7 +40,9 @@ def test_the_model_alone_can_be_restored(saved):
     config, workdir, expected = saved
     step, params, _ = Checkpoints(workdir, make(config, 8), read_only=True).restore_model()
     assert step == 0
-    for a, b in zip(jax.tree.leaves(params), expected[1:], strict=False):
+    leaves = jax.tree.leaves(params)
+    assert len(leaves) == len(jax.tree.leaves(make(config, 8).abstract.params))
+    for a, b in zip(leaves, expected[1 : 1 + len(leaves)], strict=True):
         np.testing.assert_array_equal(a, b)
 
 
@@ -95,6 +97,18 @@ def test_an_unfinished_step_does_not_count(saved, tmp_path):
     assert checkpoints.steps() == [0]
     with pytest.raises(CheckpointError, match=r"holds no step 7; it holds \[0\]"):
         checkpoints.restore(7)
+
+
+def test_a_failed_save_is_an_error_at_the_next_one_and_at_the_end(tmp_path, monkeypatch):
+    def full():
+        raise OSError("No space left")
+
+    trainable = make(small_config())
+    checkpoints = Checkpoints(tmp_path, trainable)
+    monkeypatch.setattr(checkpoints._manager, "check_for_errors", full)
+    for action in (lambda: checkpoints.save(trainable.init(0)), checkpoints.close):
+        with pytest.raises(CheckpointError, match=r"failed \(No space left\); the steps saved before are whole"):
+            action()
 
 
 def test_an_empty_directory_has_nothing_to_restore(tmp_path):

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from moejax.config import ConfigError, Knobs
+from moejax.data import prepare
 from moejax.training import loop
 from moejax.training.checkpoint import Checkpoints
 from moejax.training.loop import train
@@ -113,9 +114,10 @@ def test_the_routing_log_counts_every_choice(straight):
 
 def test_evaluation_counts_every_target_of_the_split(straight):
     config, _, result = straight
-    manifest = next(Path(config.data.directory).rglob("manifest.json"))
-    splits = json.loads(manifest.read_text())
-    assert str(result.evaluation.num_targets) in json.dumps(splits)
+    corpus = prepare(config.data)
+    assert result.evaluation.num_targets == corpus.num_tokens["validation"]
+    nats = result.evaluation.loss * corpus.num_tokens["validation"]
+    assert result.evaluation.bits_per_byte == pytest.approx(nats / np.log(2) / corpus.num_bytes["validation"])
     assert result.evaluation.load_NE.sum(axis=1) == pytest.approx(1.0)
 
 
@@ -194,7 +196,7 @@ def test_a_signal_during_training_saves_and_exits_zero(tmp_path, number):
     assert len([path for path in (tmp_path / "run/checkpoints").iterdir() if path.name.isdigit()]) == 1
 
 
-def test_a_signal_during_evaluation_gives_it_up_and_saves(tmp_path, monkeypatch):
+def test_a_signal_during_evaluation_gives_it_up_saves_and_is_made_up_for(straight, tmp_path, monkeypatch):
     config = tiny(tmp_path)
     real = loop.evaluate
 
@@ -202,11 +204,19 @@ def test_a_signal_during_evaluation_gives_it_up_and_saves(tmp_path, monkeypatch)
         os.kill(os.getpid(), signal.SIGTERM)
         return real(*arguments, **keywords)
 
-    monkeypatch.setattr(loop, "evaluate", signalled)
-    result = train(config, tmp_path / "run")
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "evaluate", signalled)
+        result = train(config, tmp_path / "run")
     assert (result.step, result.stopped_by, result.evaluation) == (10, "SIGTERM", None)
     assert 10 in Checkpoints(tmp_path / "run", make(config), read_only=True).steps()
     assert not any("eval/loss" in line for line in lines(tmp_path / "run"))
+    # Run again, it is made up for: the metrics are those of a run without interruption.
+    train(config, tmp_path / "run")
+    assert evaluations(tmp_path / "run") == pytest.approx(evaluations(straight[1]))
+
+
+def evaluations(workdir):
+    return {line["step"]: line["eval/loss"] for line in lines(workdir) if "eval/loss" in line}
 
 
 def test_steps_that_are_not_finite_are_skipped_and_end_the_run(tmp_path, monkeypatch):
@@ -269,3 +279,16 @@ def test_a_run_directory_of_another_configuration_is_refused_by_key(straight):
     config, workdir, _ = straight
     with pytest.raises(ConfigError, match=r"moe.num_experts=4, not 8; use another --workdir"):
         train(replace(config, "moe", num_experts=8), workdir)
+
+
+def test_a_run_keeps_its_tokenizer_and_refuses_text_that_has_changed(tmp_path):
+    text = tmp_path / "a.txt"
+    data = {"source": "files", "files": str(tmp_path / "*.txt"), "tokenizer": "bpe", "vocab_size": 512}
+    text.write_text("".join(f"word{i} follows word{i * 7} and " for i in range(2000)))
+    config = tiny(tmp_path, data=data, train={"num_steps": 2})
+    train(config, tmp_path / "run")
+    tokenizer = (tmp_path / "run/tokenizer.model").read_bytes()
+    text.write_text("".join(f"other{i} comes before other{i * 5} or " for i in range(2000)))
+    with pytest.raises(ConfigError, match=r"the text has changed since.*restore the text, or use another --workdir"):
+        train(config, tmp_path / "run")
+    assert (tmp_path / "run/tokenizer.model").read_bytes() == tokenizer

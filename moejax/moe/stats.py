@@ -44,10 +44,6 @@ class RoutingStats:
     unserved: jax.Array
     routing: Routing | None = None
 
-    def __add__(self, other: "RoutingStats") -> "RoutingStats":
-        """The statistics of two batches together."""
-        return jax.tree.map(jnp.add, self, other)
-
 
 def collect(
     routing: Routing, mask_T: Bool[Array, "T"], kept_TK: Bool[Array, "T K"], *, trace: bool = False
