@@ -292,7 +292,8 @@ def validate(config: Config) -> None:
     )  # fmt: skip
     _require_range(
         config, 0, largest, "moe.num_experts", "moe.d_expert", "moe.num_shared_experts", "moe.balance_weight",
-        "moe.z_weight", "moe.first_dense", "train.eval_every", "optimizer.learning_rate", "optimizer.weight_decay",
+        "moe.z_weight", "moe.capacity_factor", "moe.first_dense", "train.eval_every", "optimizer.learning_rate",
+        "optimizer.weight_decay",
         "optimizer.clip_norm",
     )  # fmt: skip
     _require_range(

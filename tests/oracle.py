@@ -177,7 +177,7 @@ def metrics(result: LayerResult) -> dict[str, float]:
     return {
         "max_violation": max(counts_E) / mean - 1,
         "load_cv": math.sqrt(sum((count - mean) ** 2 for count in counts_E) / num_experts) / mean,
-        "load_entropy": -sum(f * math.log(f) for f in load if f > 0) / math.log(num_experts),
+        "load_entropy": -sum(f * math.log(f) for f in load if f > 0),
         "entropy": sum(-sum(p * math.log(p) for p in result.probs_BLE[t] if p > 0) for t in tokens) / len(tokens),
         "idle_experts": float(sum(count == 0 for count in counts_E)),
         "dropped": sum(dropped) / (top_k * len(tokens)),
@@ -248,6 +248,11 @@ def dense_objective(
 
 
 # Comparing and reading programs -----------------------------------------------------------------------------------
+
+
+def add(first, second):
+    """The sum of two trees of arrays, as microbatches and devices add up."""
+    return jax.tree.map(jnp.add, first, second)
 
 
 def assert_close(actual, expected, rtol=1e-5, err_msg=""):

@@ -150,17 +150,16 @@ def test_without_a_verb_the_verbs_are_listed(capsys):
     assert all(verb in printed for verb in VERBS)
 
 
-def test_a_report_that_fails_does_not_hide_the_figures(tmp_path, monkeypatch, capsys):
+def test_a_report_that_fails_does_not_hide_the_figures(tmp_path, monkeypatch, capsys, caplog):
     def fails(workdir):
         raise MemoryError("no room")
 
     monkeypatch.setattr("moejax.cli.train.train", lambda *arguments, **keywords: TrainResult(7, None, None, 123.4))
     monkeypatch.setattr("moejax.cli.train.build_report", fails)
     assert main(["train", f"--config={DEBUG}", f"--workdir={tmp_path}", "--json"]) == 0
-    captured = capsys.readouterr()
-    rows = json.loads(captured.out)
+    rows = json.loads(capsys.readouterr().out)
     assert (rows["steps"], rows["tokens/s"], rows["report"]) == (7, 123, None)
-    assert "no report: no room" in captured.err
+    assert "no report: no room" in caplog.text
 
 
 def test_doctor_finds_this_set_up_working(capsys):

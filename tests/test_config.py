@@ -151,7 +151,6 @@ def test_the_choices_of_routers_and_grouped_products_are_the_tables():
         ("model.rope_theta", 0.5),
         ("train.seed", 2**31),
         ("moe.top_k", 16),
-        ("moe.capacity_factor", 8.5),
         ("data.vocab_size", 511),
         ("data.vocab_size", 65_537),
     ],
@@ -170,6 +169,10 @@ def test_a_value_out_of_range_is_an_error_that_names_key_and_value(key, value):
         ({"moe.router": "switch"}, ["moe.router=switch", "moe.top_k=2", "1"]),
         ({"moe.top_k": 1}, ["moe.renormalize=True", "moe.top_k=1", "moe.renormalize=False"]),
         ({"moe.top_k": 3}, ["model.d_ff=1024", "moe.top_k=3", "set moe.d_expert"]),
+        (
+            {"moe.dispatch": "capacity", "moe.capacity_factor": 8.5},
+            ["moe.capacity_factor=8.5", "moe.num_experts=8"],
+        ),
         ({"moe.first_dense": 4}, ["model.num_layers=4", "moe.first_dense=4", "moe.every=1", "no MoE layer"]),
         ({"moe.first_dense": 9}, ["model.num_layers=4", "moe.first_dense=9", "no MoE layer"]),
         ({"moe.every": 5}, ["model.num_layers=4", "moe.every=5", "no MoE layer"]),

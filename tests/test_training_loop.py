@@ -281,14 +281,19 @@ def test_a_run_directory_of_another_configuration_is_refused_by_key(straight):
         train(replace(config, "moe", num_experts=8), workdir)
 
 
+def random_words(seed):
+    letters = np.random.default_rng(seed).choice([*"abcdefghijklmnopqrstuvwxyz    "], 20_000)
+    return "".join(letters)
+
+
 def test_a_run_keeps_its_tokenizer_and_refuses_text_that_has_changed(tmp_path):
     text = tmp_path / "a.txt"
     data = {"source": "files", "files": str(tmp_path / "*.txt"), "tokenizer": "bpe", "vocab_size": 512}
-    text.write_text("".join(f"word{i} follows word{i * 7} and " for i in range(2000)))
+    text.write_text(random_words(0))
     config = tiny(tmp_path, data=data, train={"num_steps": 2})
     train(config, tmp_path / "run")
     tokenizer = (tmp_path / "run/tokenizer.model").read_bytes()
-    text.write_text("".join(f"other{i} comes before other{i * 5} or " for i in range(2000)))
+    text.write_text(random_words(1))
     with pytest.raises(ConfigError, match=r"the text has changed since.*restore the text, or use another --workdir"):
         train(config, tmp_path / "run")
     assert (tmp_path / "run/tokenizer.model").read_bytes() == tokenizer

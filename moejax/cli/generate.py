@@ -49,10 +49,11 @@ def run(values: FlagValues, rest: list[str]) -> None:
 
 def _stream(model, tokenizer, prompt: str, sampling: dict) -> None:
     """Writes text as soon as it is certain: a character may be spread over several tokens."""
-    sys.stdout.write(prompt)
     ids: list[int] = []
     written = ""
     for (token,) in generate(model, tokenizer, [prompt], **sampling):
+        if not ids:
+            sys.stdout.write(prompt)  # not before compilation, during which there is something to log
         if token is None:
             break
         ids.append(token)

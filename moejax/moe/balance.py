@@ -4,8 +4,6 @@ Every function takes statistics stacked by layer, with arrays `[N, ...]` over th
 per layer, so that the number of loss terms equals the number of MoE layers.
 """
 
-import math
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -50,7 +48,7 @@ def routing_metrics(stats: RoutingStats, top_k: int) -> dict[str, Float[Array, "
     Returns:
       `max_violation`: highest load over the mean load, minus 1 (0 is perfect balance, E - 1 collapse).
       `load_cv`: coefficient of variation of the load.
-      `load_entropy`: entropy of the load over log E (1 is perfect balance).
+      `load_entropy`: entropy of the load, nats (log E is perfect balance).
       `entropy`: mean entropy of the router's distribution, nats.
       `idle_experts`: experts that no token of this batch chose.
       `dropped`: fraction of choices that found no slot.
@@ -63,12 +61,10 @@ def routing_metrics(stats: RoutingStats, top_k: int) -> dict[str, Float[Array, "
     num_experts = load_NE.shape[-1]
     tokens_N = _tokens(stats)
     log_load_NE = jnp.log(jnp.where(load_NE > 0, load_NE, 1.0))
-    load_entropy_N = -jnp.sum(load_NE * log_load_NE, axis=-1)
     return {
         "max_violation": num_experts * load_NE.max(axis=-1) - 1,
         "load_cv": load_NE.std(axis=-1) * num_experts,
-        # A single expert is balanced, but log 1 is 0.
-        "load_entropy": load_entropy_N / math.log(num_experts) if num_experts > 1 else jnp.ones_like(load_entropy_N),
+        "load_entropy": -jnp.sum(load_NE * log_load_NE, axis=-1),
         "entropy": stats.entropy / tokens_N,
         "idle_experts": jnp.sum(stats.assignments_E == 0, axis=-1).astype(jnp.float32),
         "dropped": stats.dropped / (top_k * tokens_N),
