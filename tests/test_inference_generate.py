@@ -14,16 +14,22 @@ from training_cases import small_config
 
 @pytest.fixture(scope="module")
 def model():
-    return Decoder(small_config(), rngs=nnx.Rngs(params=0))
+    """A model whose attention is strong, so that a wrong position or cache slot changes what it writes."""
+    model = Decoder(small_config(), rngs=nnx.Rngs(params=0))
+    for stack in model.stacks:
+        for name in ("query", "key", "value", "out"):
+            weight = getattr(stack.block.attention, name)
+            weight[...] = 3 * weight[...]
+    return model
 
 
 def test_greedy_generation_equals_repeated_full_forward_passes(model):
     tokenizer = ByteTokenizer()
-    (text,) = generate_text(model, tokenizer, ["to be"], max_tokens=6, temperature=0.0)
+    (text,) = generate_text(model, tokenizer, ["to be"], max_tokens=9, temperature=0.0)
     ids = [tokenizer.bos_id, *tokenizer.encode("to be")]
     forward = jax.jit(lambda t: model(t, jnp.ones_like(t), jnp.arange(t.shape[1])[None])[0])
     length = len(ids)
-    for _ in range(6):
+    for _ in range(9):
         padded = np.zeros((1, 16), np.int32)
         padded[0, : len(ids)] = ids
         ids.append(int(forward(padded)[0, len(ids) - 1].argmax()))

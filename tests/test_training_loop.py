@@ -193,7 +193,9 @@ def test_a_signal_during_training_saves_and_exits_zero(tmp_path, number):
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 0, errors
     assert f"{number.name}: saved step" in errors
-    assert len([path for path in (tmp_path / "run/checkpoints").iterdir() if path.name.isdigit()]) == 1
+    (saved,) = [int(path.name) for path in (tmp_path / "run/checkpoints").iterdir() if path.name.isdigit()]
+    assert f"saved step {saved} " in errors
+    assert lines(tmp_path / "run")[-1]["step"] == saved  # no metrics are lost
 
 
 def test_a_signal_during_evaluation_gives_it_up_saves_and_is_made_up_for(straight, tmp_path, monkeypatch):
