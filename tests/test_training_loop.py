@@ -184,7 +184,8 @@ def wait_for(condition, process, seconds=120):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
 def test_a_signal_during_training_saves_and_exits_zero(tmp_path, number):
     recipe = write_recipe(
-        tmp_path / "recipe.py", tiny(tmp_path, train={"num_steps": 100_000, "checkpoint_every": 90_000})
+        tmp_path / "recipe.py",
+        tiny(tmp_path, train={"num_steps": 100_000, "checkpoint_every": 90_000, "eval_every": 0, "log_every": 7}),
     )
     process = subprocess.Popen(command(recipe, tmp_path / "run"), env=environment(), stderr=subprocess.PIPE, text=True)
     metrics = tmp_path / "run/metrics.jsonl"
