@@ -1,4 +1,5 @@
-"""Seconds from start to report, on generated text: to see whether a change runs at all. It learns little.
+"""Seconds from start to report, on generated text: to see whether a change runs at all. It learns little:
+expect about 4 bits per byte.
 
 moejax train --config=configs/debug.py --workdir=runs/debug
 """
