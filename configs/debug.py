@@ -1,7 +1,8 @@
-"""Seconds from start to report, on generated text: to see whether a change runs at all. It learns little:
-expect about 4 bits per byte.
+"""Seconds from start to report, on generated text: to see whether a change runs at all. It learns little.
 
-moejax train --config=configs/debug.py --workdir=runs/debug
+  moejax train --config=configs/debug.py --workdir=runs/debug
+
+Expect about 4 bits per byte.
 """
 
 from ml_collections import ConfigDict
