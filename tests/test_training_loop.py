@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -244,7 +245,12 @@ def test_the_first_layer_with_a_value_that_is_not_finite_is_named():
     batch = put_batch(packed_batch(config), trainable)
     with jax.set_mesh(trainable.mesh):
         state = trainable.init(0)
-        assert "norm" in locate(trainable, state, batch, Knobs.of(config))
+        knobs = Knobs.of(config)
+        assert "norm" in locate(trainable, state, batch, knobs)
+        bad_loss = dataclasses.replace(knobs, z_weight=jax.numpy.float32(np.nan))
+        assert re.search(
+            r"the gradient of stacks/0/.*, layer 1 of its stack", locate(trainable, state, batch, bad_loss)
+        )
         down = state.params.stacks[0].block.moe.experts.down
         down[...] = down[...].at[1].set(3e38)
         assert locate(trainable, state, batch, Knobs.of(config)) == "layer 1 (output)"

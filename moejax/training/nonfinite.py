@@ -43,8 +43,19 @@ def locate(trainable: Trainable, state: TrainState, batch: Batch, knobs: Knobs) 
     if not _is_finite(model.unembed(x_BLD)):
         return "the logits"
     grads, _ = jax.jit(lambda p: loss_and_gradients(trainable, p, state.router_state, batch, knobs))(state.params)
-    bad = [name for name, value in _named(grads) if not _is_finite(value)]
-    return f"the gradient of {', '.join(bad[:3])}" if bad else "the global gradient norm (it overflows)"
+    bad = [_place_of_gradient(path, grad) for path, grad in nnx.to_flat_state(grads) if not _is_finite(grad[...])]
+    # Gradients are computed from the last layer to the first.
+    return f"the gradient of {max(bad)[1]}" if bad else "the global gradient norm (it overflows)"
+
+
+def _place_of_gradient(path: tuple, grad: nnx.Variable) -> tuple[int, str]:
+    """The last layer of a stack whose gradient is not finite, and its description; -1 outside stacks."""
+    name = "/".join(str(part) for part in path)
+    if grad.axes[0] != "layers":
+        return -1, name
+    is_bad_N = ~jnp.isfinite(grad[...]).reshape(grad.shape[0], -1).all(axis=1)
+    layer = int(jnp.flatnonzero(is_bad_N)[-1])
+    return layer, f"{name}, layer {layer} of its stack"
 
 
 def _named(tree: Any) -> list[tuple[str, jax.Array]]:
