@@ -5,9 +5,10 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from moejax.config import Config, Knobs
-from moejax.training.step import loss_and_gradients, losses, make_train_step, put_batch
+from moejax.training.step import forward_sums, loss_and_gradients, losses, make_train_step, put_batch
 from training_cases import make, packed_batch, small_config
 
 TOLERANCE = 1e-5
@@ -34,7 +35,7 @@ def run(config: Config, num_devices: int = 1, num_steps: int = 0) -> Outcome:
         @jax.jit
         def gradients(params, batch):
             grads, sums = loss_and_gradients(trainable, params, state.router_state, batch, knobs)
-            parts = losses(sums, knobs, config.moe.top_k)
+            parts = losses(sums, knobs, config)
             if sums.routing is not None:
                 parts["dropped"] = sums.routing.dropped.sum()
             return grads, sums, parts
@@ -75,6 +76,21 @@ def moe() -> Outcome:
 @pytest.fixture(scope="module")
 def dense() -> Outcome:
     return run(small_config(moe={"num_experts": 0}))
+
+
+def test_a_moe_layer_without_loss_terms_is_an_error_while_tracing():
+    config = small_config()
+    trainable = make(config)
+    sums = jax.eval_shape(
+        lambda params, state, batch: forward_sums(nnx.merge(trainable.graphdef, params, state), batch),
+        trainable.abstract.params, trainable.abstract.router_state, packed_batch(config),
+    )  # fmt: skip
+    one_layer = dataclasses.replace(
+        sums, routing=jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype), sums.routing)
+    )
+    for bad, reported in ((one_layer, 1), (dataclasses.replace(sums, routing=None), 0)):
+        with pytest.raises(ValueError, match=rf"{reported} layers reported routing, and the model has 2 MoE layers"):
+            jax.eval_shape(lambda sums: losses(sums, Knobs.of(config), config), bad)
 
 
 def test_the_reference_step_is_not_trivial(moe):

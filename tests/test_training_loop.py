@@ -240,7 +240,7 @@ def test_steps_that_are_not_finite_are_skipped_and_end_the_run(tmp_path, monkeyp
 
 
 def test_the_first_layer_with_a_value_that_is_not_finite_is_named():
-    config = small_config()
+    config = small_config(model={"num_layers": 3}, moe={"first_dense": 1})
     trainable = make(config)
     batch = put_batch(packed_batch(config), trainable)
     with jax.set_mesh(trainable.mesh):
@@ -248,14 +248,12 @@ def test_the_first_layer_with_a_value_that_is_not_finite_is_named():
         knobs = Knobs.of(config)
         assert "norm" in locate(trainable, state, batch, knobs)
         bad_loss = dataclasses.replace(knobs, z_weight=jax.numpy.float32(np.nan))
-        assert re.search(
-            r"the gradient of stacks/0/.*, layer 1 of its stack", locate(trainable, state, batch, bad_loss)
-        )
-        down = state.params.stacks[0].block.moe.experts.down
+        assert re.search(r"the gradient of moe/.* in layer 2", locate(trainable, state, batch, bad_loss))
+        down = state.params.stacks[1].block.moe.experts.down
         down[...] = down[...].at[1].set(3e38)
-        assert locate(trainable, state, batch, Knobs.of(config)) == "layer 1 (output)"
+        assert locate(trainable, state, batch, Knobs.of(config)) == "layer 2 (output)"
         down[...] = down[...].at[0].set(np.nan)
-        assert locate(trainable, state, batch, Knobs.of(config)) == "parameter stacks/0/block/moe/experts/down"
+        assert locate(trainable, state, batch, Knobs.of(config)) == "parameter stacks/1/block/moe/experts/down"
 
 
 def test_one_step_that_is_not_finite_changes_nothing_but_the_counts():

@@ -8,6 +8,7 @@ from flax import nnx
 
 from moejax.config import Knobs
 from moejax.data.batches import Batch
+from moejax.models import Decoder
 from moejax.models.stack import Context
 from moejax.nn.attention import row_mask
 from moejax.training.state import Trainable, TrainState
@@ -43,19 +44,27 @@ def locate(trainable: Trainable, state: TrainState, batch: Batch, knobs: Knobs) 
     if not _is_finite(model.unembed(x_BLD)):
         return "the logits"
     grads, _ = jax.jit(lambda p: loss_and_gradients(trainable, p, state.router_state, batch, knobs))(state.params)
-    bad = [_place_of_gradient(path, grad) for path, grad in nnx.to_flat_state(grads) if not _is_finite(grad[...])]
-    # Gradients are computed from the last layer to the first.
-    return f"the gradient of {max(bad)[1]}" if bad else "the global gradient norm (it overflows)"
+    place = _last_bad_gradient(nnx.merge(trainable.graphdef, grads, state.router_state))
+    return f"the gradient of {place}" if place else "the global gradient norm (it overflows)"
 
 
-def _place_of_gradient(path: tuple, grad: nnx.Variable) -> tuple[int, str]:
-    """The last layer of a stack whose gradient is not finite, and its description; -1 outside stacks."""
-    name = "/".join(str(part) for part in path)
-    if grad.axes[0] != "layers":
-        return -1, name
-    is_bad_N = ~jnp.isfinite(grad[...]).reshape(grad.shape[0], -1).all(axis=1)
-    layer = int(jnp.flatnonzero(is_bad_N)[-1])
-    return layer, f"{name}, layer {layer} of its stack"
+def _last_bad_gradient(grads: Decoder) -> str | None:
+    """The first gradient that is not finite in the order of their computation: from the logits down to the embedding.
+
+    Args:
+      grads: the model with its gradients in the place of its parameters.
+    """
+    below = {"embedding", "stacks"}
+    for name, value in _named({k: v for k, v in nnx.state(grads, nnx.Param).items() if k not in below}):
+        if not _is_finite(value):
+            return name
+    blocks = [block for stack in grads.stacks for block in stack.blocks()]
+    for layer, block in reversed([*enumerate(blocks)]):
+        # Names come in alphabetical order: attention before ffn or moe, as in the forward pass.
+        for name, value in reversed(_named(nnx.state(block, nnx.Param))):
+            if not _is_finite(value):
+                return f"{name} in layer {layer}"
+    return None if _is_finite(grads.embedding[...]) else "embedding"
 
 
 def _named(tree: Any) -> list[tuple[str, jax.Array]]:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from moejax.config import Knobs
+from moejax.config import Config, Knobs
 from moejax.data.batches import Batch
 from moejax.moe.balance import balance_loss, routing_metrics, z_loss
 from moejax.moe.stats import RoutingStats
@@ -72,18 +72,25 @@ def count_targets(batch: Batch) -> jax.Array:
     return batch.loss_mask_BL.sum(dtype=jnp.float32)
 
 
-def losses(sums: Sums, knobs: Knobs, top_k: int) -> dict[str, jax.Array]:
+def losses(sums: Sums, knobs: Knobs, config: Config) -> dict[str, jax.Array]:
     """The language-model loss, the auxiliary losses and their total.
 
     Returns:
       `loss/lm` is the mean cross-entropy in nats. `loss/balance` and `loss/z` are means over MoE layers, unweighted;
       `loss/balance_weighted` and `loss/z_weighted` their contributions to `loss/total`: weight times the sum over
       layers, as in the published systems, where each layer adds its own term.
+
+    Raises:
+      ValueError: while tracing, if the sums are not those of as many layers as the configuration has MoE layers: a
+        layer's losses would be silently absent.
     """
+    reported = 0 if sums.routing is None else sums.routing.num_tokens.size
+    if reported != config.num_moe_layers:
+        raise ValueError(f"{reported} layers reported routing, and the model has {config.num_moe_layers} MoE layers")
     lm = sums.nats / jnp.maximum(sums.num_targets, 1.0)
     if sums.routing is None:
         return {"loss/lm": lm, "loss/total": lm}
-    balance_N, z_N = balance_loss(sums.routing, top_k), z_loss(sums.routing)
+    balance_N, z_N = balance_loss(sums.routing, config.moe.top_k), z_loss(sums.routing)
     balance_weighted = knobs.balance_weight * balance_N.sum()
     z_weighted = knobs.z_weight * z_N.sum()
     return {
@@ -112,7 +119,7 @@ def loss_and_gradients(
         return forward_sums(model, batch, knobs.capacity_factor)
 
     def total_of(sums):
-        return losses(sums, knobs, config.moe.top_k)["loss/total"]
+        return losses(sums, knobs, config)["loss/total"]
 
     if config.train.accumulation == 1:
 
@@ -145,7 +152,7 @@ def make_train_step(trainable: Trainable) -> jax.stages.Wrapped:
 
     def train_step(state: TrainState, batch: Batch, knobs: Knobs) -> tuple[TrainState, StepOutput]:
         grads, sums = loss_and_gradients(trainable, state.params, state.router_state, batch, knobs)
-        scalars = losses(sums, knobs, trainable.config.moe.top_k)
+        scalars = losses(sums, knobs, trainable.config)
         grad_norm = optax.tree.norm(grads)
         is_finite = jnp.isfinite(scalars["loss/total"]) & jnp.isfinite(grad_norm)
         learning_rate = schedule(state.step) * knobs.learning_rate_scale
