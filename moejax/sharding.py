@@ -5,6 +5,7 @@ is an error, and so is a rule that no parameter uses (tested).
 """
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -26,6 +27,7 @@ RULES: dict[str, str | None] = {
     "gate_up": None,
     "experts": "expert",
     "router": None,
+    "latent": None,
     "norm": None,
     "layers": None,
 }
@@ -93,7 +95,9 @@ def _check_divisible(config: Config, mesh: MeshConfig) -> None:
     if config.num_moe_layers < model.num_layers:
         splits.append(("model.d_ff", model.d_ff, "tensor"))
     if config.num_moe_layers:
-        splits += [("moe.num_experts", moe.num_experts, "expert"), ("moe.d_expert", moe.d_expert, "tensor")]
+        splits += [("moe.num_experts", moe.num_experts, "expert")]
+        splits += [("moe.d_expert", kind.d_expert, "tensor") for kind in config.moe_runs]
+        splits += [("moe.d_latent", kind.d_latent, "fsdp") for kind in config.moe_runs if kind.d_latent]
     for key, value, axis in splits:
         size = getattr(mesh, axis)
         if value % size:
@@ -136,3 +140,9 @@ def constrain_batch(x: jax.Array) -> jax.Array:
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES))
+
+
+def batch_devices() -> int:
+    """Into how many parts the mesh in context splits the batch; 1 without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in BATCH_AXES)

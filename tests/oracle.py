@@ -166,25 +166,36 @@ def z_loss(result: LayerResult):
 
 
 def metrics(result: LayerResult) -> dict[str, float]:
-    """Every metric of `moe/balance.py`, from the tokens themselves."""
+    """Every metric of `moe/balance.py`, from the tokens themselves; nothing moves to another expert here."""
     tokens = [tuple(index) for index in np.argwhere(result.mask_BL)]
     num_experts, top_k = result.probs_BLE.shape[-1], result.experts_BLK.shape[-1]
     counts_E = counts(result)
     mean = counts_E.sum() / num_experts
     load = [count / counts_E.sum() for count in counts_E]
     dropped = [sum(not kept for kept in result.kept_BLK[token]) for token in tokens]
-    squares = [logit**2 for token in tokens for logit in result.logits_BLE[token]]
+    logits = [float(logit) for token in tokens for logit in result.logits_BLE[token]]
+    importance_E = [0.0] * num_experts
+    for token in tokens:
+        for e, weight in zip(result.experts_BLK[token], result.weights_BLK[token], strict=True):
+            importance_E[e] += float(weight)
+    importance = sum(importance_E) / num_experts
+    falling = [[*sorted(map(float, result.probs_BLE[token]), reverse=True), 0.0] for token in tokens]
     return {
         "max_violation": max(counts_E) / mean - 1,
         "load_cv": math.sqrt(sum((count - mean) ** 2 for count in counts_E) / num_experts) / mean,
+        "importance_cv": math.sqrt(sum((i - importance) ** 2 for i in importance_E) / num_experts) / importance,
         "load_entropy": -sum(f * math.log(f) for f in load if f > 0),
         "entropy": sum(-sum(p * math.log(p) for p in result.probs_BLE[t] if p > 0) for t in tokens) / len(tokens),
         "idle_experts": float(sum(count == 0 for count in counts_E)),
         "dropped": sum(dropped) / (top_k * len(tokens)),
+        "moved": 0.0,
+        "dropped_out": 0.0,
         "unserved": sum(number == top_k for number in dropped) / len(tokens),
-        "gate_mass": sum(sum(result.weights_BLK[token]) for token in tokens) / len(tokens),
+        "gate_mass": sum(sum(result.weights_BLK[t][result.kept_BLK[t]]) for t in tokens) / len(tokens),
         "top_prob": sum(max(result.probs_BLE[token]) for token in tokens) / len(tokens),
-        "logit_rms": math.sqrt(sum(squares) / len(squares)),
+        "margin": sum(probs[top_k - 1] - probs[top_k] for probs in falling) / len(tokens),
+        "logit_rms": math.sqrt(sum(logit**2 for logit in logits) / len(logits)),
+        "logit_max": max(abs(logit) for logit in logits),
     }
 
 

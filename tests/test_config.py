@@ -15,15 +15,31 @@ from jax.sharding import PartitionSpec
 from ml_collections import ConfigDict
 
 from moejax import config as moejax_config
-from moejax.config import Config, ConfigError, Knobs, MeshConfig, default, leaves, resolve, to_config_dict, to_dict
+from moejax.config import (
+    ROUTER_RULES,
+    Config,
+    ConfigError,
+    Knobs,
+    MeshConfig,
+    ScheduleConfig,
+    default,
+    leaves,
+    resolve,
+    to_config_dict,
+    to_dict,
+)
 from moejax.kernels.grouped_matmul import IMPLEMENTATIONS
 from moejax.models import Decoder
+from moejax.moe.balance import LOSSES
 from moejax.moe.routers import ROUTERS
 from moejax.sharding import BATCH_AXES, MESH_AXES, RULES, make_mesh, partition_spec, resolve_mesh
 
 ROOT = Path(__file__).parents[1]
 SECTIONS = {section.name: type(section.default) for section in dataclasses.fields(Config)}
 RECIPES = sorted((ROOT / "configs").glob("*.py"))
+
+PERMISSIONS = {("moe", "allow_noncausal")}  # what only decides whether a configuration is refused
+KNOBS = {field.name for field in dataclasses.fields(Knobs)}  # read under that name, see the test of knobs
 
 SPECIMENS = {  # a value that differs from the default, by type and, where a type is not enough, by key
     "moe.router": ("switch", {"moe.top_k": 1, "moe.renormalize": False}),
@@ -34,6 +50,30 @@ SPECIMENS = {  # a value that differs from the default, by type and, where a typ
     "model.num_kv_heads": (4, {}),
     "train.accumulation": (2, {}),
     "data.source": ("synthetic", {}),
+    "moe.score": ("softmax_after", {}),
+    "moe.jitter": (0.01, {}),
+    "moe.num_groups": (4, {"moe.top_k_groups": 2}),
+    "moe.top_k_groups": (2, {"moe.num_groups": 4}),
+    "moe.eval_capacity_factor": (2.0, {}),
+    "moe.sequence_balance_weight": (1e-4, {}),
+    "moe.importance_weight": (0.1, {}),
+    "moe.load_weight": (0.1, {"moe.router": "noisy_topk"}),
+    "moe.vmoe_load_weight": (0.1, {"moe.router": "noisy_topk"}),
+    "moe.shared_combine": ("gated", {"moe.num_shared_experts": 1}),
+    "moe.expert_dropout": (0.1, {}),
+    "moe.per_layer": ("0: top_k=1 renormalize=False", {}),
+    "schedule.capacity_factor": ("linear:0.5", {}),
+    "schedule.top_k": ("step:0.5:0.5", {"moe.top_k": 4}),
+    "schedule.jitter": ("cosine:0.5", {"moe.jitter": 0.1}),
+    "schedule.noise_scale": ("exponential:0.1", {}),
+    "schedule.bias_rate": ("step:0.8:0", {}),
+    "schedule.expert_dropout": ("warmup:0.5", {"moe.expert_dropout": 0.1}),
+    "schedule.balance_weight": ("warmup:0.5", {}),
+    "schedule.sequence_balance_weight": ("linear:0", {"moe.sequence_balance_weight": 1e-4}),
+    "schedule.importance_weight": ("linear:2", {"moe.importance_weight": 0.1}),
+    "schedule.load_weight": ("linear:2", {"moe.load_weight": 0.1, "moe.router": "noisy_topk"}),
+    "schedule.vmoe_load_weight": ("linear:2", {"moe.vmoe_load_weight": 0.1, "moe.router": "noisy_topk"}),
+    "schedule.z_weight": ("cosine:0.1", {}),
 }
 
 
@@ -120,7 +160,8 @@ def test_a_name_that_is_no_choice_is_an_error_that_lists_the_choices_and_the_nea
 
 def test_the_choices_of_routers_and_grouped_products_are_the_tables():
     choices = dict(literal_leaves())
-    assert set(choices["moe.router"]) == set(ROUTERS)
+    assert set(choices["moe.router"]) == set(ROUTER_RULES) == {*ROUTERS, "expert_choice", "soft"}
+    assert {score for rules in ROUTER_RULES.values() for score in rules.scores} == {*choices["moe.score"]} - {"auto"}
     assert set(choices["moe.grouped_matmul"]) == {"auto", *IMPLEMENTATIONS}
     assert [jax.numpy.dtype(name).name for name in choices["model.compute_dtype"]] == [*choices["model.compute_dtype"]]
 
@@ -134,19 +175,22 @@ def test_the_choices_of_routers_and_grouped_products_are_the_tables():
         *[(key, 0) for key in (
             "model.num_layers", "model.d_model", "model.num_heads", "model.num_kv_heads", "model.d_ff", "data.seq_len",
             "train.num_steps", "train.batch_size", "train.accumulation", "train.log_every", "train.checkpoint_every",
-            "train.keep_checkpoints", "train.max_nonfinite_steps", "moe.every", "moe.top_k",
+            "train.keep_checkpoints", "train.max_nonfinite_steps", "moe.every", "moe.top_k", "moe.num_groups",
+            "moe.top_k_groups", "moe.sinkhorn_iterations",
         )],
         *[(key, -1) for key in (
             "moe.num_experts", "moe.d_expert", "moe.num_shared_experts", "moe.first_dense", "train.eval_every",
-            "train.seed",
+            "train.seed", "moe.d_router", "moe.slots_per_expert",
         )],
         *[(key, value) for value in (-0.1, float("nan"), float("inf")) for key in (
             "moe.balance_weight", "moe.z_weight", "optimizer.learning_rate", "optimizer.weight_decay",
-            "optimizer.clip_norm", "moe.capacity_factor",
+            "optimizer.clip_norm", "moe.capacity_factor", "moe.eval_capacity_factor", "moe.bias_rate",
+            "moe.route_scale", "moe.noise_scale", "moe.sequence_balance_weight", "moe.importance_weight",
+            "moe.load_weight", "moe.vmoe_load_weight",
         )],
         *[(key, value) for value in (-0.1, 1.1, float("nan")) for key in (
             "optimizer.final_fraction", "optimizer.beta1", "optimizer.beta2", "optimizer.warmup_fraction",
-            "optimizer.decay_fraction",
+            "optimizer.decay_fraction", "moe.jitter", "moe.mixer_threshold",
         )],
         ("model.rope_theta", 0.5),
         ("train.seed", 2**31),
@@ -261,11 +305,13 @@ def test_a_resolved_config_cannot_be_changed():
 
 
 def test_knobs_are_float32_scalars_with_the_values_of_the_config():
-    knobs = Knobs.of(resolve(nested({"moe.balance_weight": 0.5, "moe.z_weight": 0.25, "moe.capacity_factor": 2})))
-    values = {field.name: getattr(knobs, field.name) for field in dataclasses.fields(knobs)}
-    assert {name: float(value) for name, value in values.items()} == {
-        "learning_rate_scale": 1, "balance_weight": 0.5, "z_weight": 0.25, "capacity_factor": 2,
-    }  # fmt: skip
+    names = [field.name for field in dataclasses.fields(Knobs) if field.name != "learning_rate_scale"]
+    hints = dict(leaves())
+    values = {name: other_value(f"moe.{name}", hints[f"moe.{name}"])[0] for name in names}
+    knobs = Knobs.of(resolve(nested({f"moe.{name}": value for name, value in values.items()} | {
+        "moe.router": "noisy_topk"})))  # fmt: skip
+    assert float(knobs.learning_rate_scale) == 1
+    assert {name: float(getattr(knobs, name)) for name in names} == {n: np.float32(v) for n, v in values.items()}
     assert all(value.dtype == np.float32 and value.shape == () for value in jax.tree.leaves(knobs))
 
 
@@ -276,12 +322,17 @@ def attribute_reads():
     """(what it is read from, attribute) for each attribute read in moejax; config.py's functions only validate."""
     for path in sorted((ROOT / "moejax").rglob("*.py")):
         tree = ast.parse(path.read_text())
-        if path.name == "config.py":
+        if path.parent.name == "config" and path.name != "layers.py":  # which derives the layers from their leaves
             tree.body = [node for node in tree.body if isinstance(node, ast.ClassDef)]
         for node in ast.walk(tree):
             if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
-                owner = node.value
-                yield getattr(owner, "attr", getattr(owner, "id", "")), node.attr
+                owner = getattr(node.value, "attr", getattr(node.value, "id", ""))
+                # The properties of a section read their own leaves.
+                yield ("config" if owner == "self" and path.parent.name == "config" else owner), node.attr
+
+
+# Schedules are read in a loop over them (`training/schedules.py`); tests/test_training_schedules.py follows each.
+SCHEDULED = {("schedule", field.name) for field in dataclasses.fields(ScheduleConfig)}
 
 
 def dead_leaves(reads):
@@ -290,7 +341,7 @@ def dead_leaves(reads):
         key
         for key, _ in leaves()
         for section, name in [key.split(".")]
-        if (section, name) not in reads and ("config", name) not in reads
+        if (section, name) not in reads and ("config", name) not in reads and not (section == "moe" and name in KNOBS)
     ]
 
 
@@ -298,17 +349,20 @@ def test_every_leaf_of_the_config_is_read_somewhere_besides_its_validation():
     reads = set(attribute_reads())
     # The mesh is built in a loop over its axes: getattr(sizes, axis) for axis in MESH_AXES.
     assert [f.name for f in dataclasses.fields(MeshConfig)] == list(MESH_AXES)
-    reads |= {("mesh", axis) for axis in MESH_AXES}
+    reads |= {("mesh", axis) for axis in MESH_AXES} | PERMISSIONS | SCHEDULED
     assert dead_leaves(reads) == []
 
 
 def test_every_knob_is_read_somewhere():
     reads = {attribute for owner, attribute in attribute_reads() if owner == "knobs"}
+    # Weights are read in a loop over the losses: getattr(knobs, f"{name}_weight").
+    reads |= {f"{name}_weight" for name in LOSSES}
     assert {field.name for field in dataclasses.fields(Knobs)} <= reads
 
 
 def test_a_leaf_that_nobody_reads_would_be_found():
     reads = {read for read in attribute_reads() if read[1] != "qk_norm"} | {("mesh", axis) for axis in MESH_AXES}
+    reads |= PERMISSIONS | SCHEDULED
     assert dead_leaves(reads) == ["model.qk_norm"]
 
 
@@ -412,7 +466,7 @@ def parameter_axes(changes):
 def all_axes():
     every_part = {
         "model.qk_norm": True, "model.tied_embeddings": False, "moe.first_dense": 1, "moe.every": 2,
-        "moe.num_shared_experts": 1,
+        "moe.num_shared_experts": 1, "moe.d_latent": 16,
     }  # fmt: skip
     return [*parameter_axes(every_part), *parameter_axes({}), *parameter_axes({"moe.num_experts": 0})]
 

@@ -1,5 +1,6 @@
 """The decoder: what a token may depend on, and what must not change the result."""
 
+import dataclasses
 import functools
 
 import jax
@@ -10,11 +11,13 @@ import pytest
 from flax import nnx
 
 import oracle
-from moejax.config import resolve
-from moejax.models.decoder import Decoder, moe_layer_indices
+from moejax.config import Knobs, resolve
+from moejax.models.decoder import Decoder
 from moejax.models.stack import Context
 from moejax.moe.balance import balance_loss, z_loss
-from moejax.moe.routers.softmax_topk import SAVED_NAMES
+from moejax.moe.layer import TokenInfo
+from moejax.moe.routers.selection import SAVED_NAMES
+from moejax.moe.stats import join
 from moejax.nn.attention import row_mask
 
 B, L, V = 2, 8, 320
@@ -41,7 +44,14 @@ DENSE = config_of(moe={"num_experts": 0})
 
 @functools.cache
 def abstract(config):
-    return nnx.split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(params=0))))
+    """Structure and abstract parameters."""
+    return nnx.split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(params=0))), nnx.Param, ...)[:2]
+
+
+def merge(config, params):
+    """The decoder with these parameters and the router state of a fresh one, which is 0."""
+    fresh = nnx.split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(params=0))), nnx.Param, ...)[2]
+    return nnx.merge(abstract(config)[0], params, jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), fresh))
 
 
 @functools.cache
@@ -57,7 +67,10 @@ def weights_of(config):
 
 
 def apply(config, state, tokens_BL, segments_BL, positions_BL, factor=None):
-    return nnx.merge(abstract(config)[0], state)(tokens_BL, segments_BL, positions_BL, capacity_factor=factor)
+    """Logits, and the statistics of all MoE layers; training with a capacity factor, or evaluation without."""
+    knobs = None if factor is None else dataclasses.replace(Knobs.of(config), capacity_factor=factor)
+    logits_BLV, runs = merge(config, state)(tokens_BL, segments_BL, positions_BL, knobs=knobs)
+    return logits_BLV, join(runs)
 
 
 @functools.cache
@@ -158,7 +171,7 @@ def test_what_stands_at_padding_changes_no_logit_of_a_token_and_no_statistic():
 @functools.cache
 def extend(config):
     def step(state, tokens_BL, positions_BL, cache):
-        return nnx.merge(abstract(config)[0], state).extend(tokens_BL, positions_BL, cache)
+        return merge(config, state).extend(tokens_BL, positions_BL, cache)
 
     return functools.partial(jax.jit(step), weights_of(config))
 
@@ -168,7 +181,7 @@ def extend(config):
 def test_cached_decoding_equals_the_full_forward_pass(config, lengths):
     tokens_BL = tokens_of(0)
     full, _ = run(config, tokens_BL)
-    cache = nnx.merge(abstract(config)[0], weights_of(config)).init_cache(B, L)
+    cache = merge(config, weights_of(config)).init_cache(B, L)
     prompt_BL = np.where(np.arange(4) < np.array(lengths)[:, None], tokens_BL[:, :4], 7)
     logits, cache = extend(config)(prompt_BL, ONE_DOCUMENT[1][:, :4], cache)
     for b, length in enumerate(lengths):
@@ -190,20 +203,20 @@ def test_there_is_one_balance_term_for_each_moe_layer_and_the_layers_are_where_t
 ):
     config = config_of(model={"num_layers": num_layers}, moe={"first_dense": first_dense, "every": every})
     expected = [i for i in range(first_dense, num_layers) if (i - first_dense + 1) % every == 0]
-    assert moe_layer_indices(config) == expected
+    assert list(config.moe_layers) == expected
     assert config.num_moe_layers == len(expected)
-    model = nnx.merge(abstract(config)[0], jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), abstract(config)[1]))
+    model = merge(config, jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), abstract(config)[1]))
     kinds = [block.is_moe for stack in model.stacks for block in stack.blocks()]
     assert kinds == [i in expected for i in range(num_layers)]
     shape = jax.ShapeDtypeStruct((B, L), jnp.int32)
     _, stats = jax.eval_shape(functools.partial(apply, config), abstract(config)[1], shape, shape, shape)
-    terms = jax.eval_shape(lambda s: (balance_loss(s, 2), z_loss(s)), stats)
+    terms = jax.eval_shape(lambda s: (balance_loss(s), z_loss(s)), stats)
     assert [term.shape for term in terms] == [(len(expected),)] * 2
     assert stats.assignments_E.shape == (len(expected), 4)
 
 
 def test_a_dense_model_has_no_moe_layer_and_no_statistics():
-    assert moe_layer_indices(DENSE) == [] and DENSE.num_moe_layers == 0
+    assert DENSE.moe_layers == () and DENSE.num_moe_layers == 0
     logits, stats = run(DENSE, tokens_of(0))
     assert stats is None and logits.shape == (B, L, V) and np.all(np.isfinite(logits))
 
@@ -211,8 +224,8 @@ def test_a_dense_model_has_no_moe_layer_and_no_statistics():
 def test_the_scanned_stacks_equal_a_loop_over_their_blocks_statistics_in_order_of_layers():
     @jax.jit
     def loop(state, tokens_BL, segments_BL, positions_BL):
-        model = nnx.merge(abstract(RICH)[0], state)
-        context = Context(positions_BL, row_mask(segments_BL), segments_BL > 0)
+        model = merge(RICH, state)
+        context = Context(positions_BL, row_mask(segments_BL), TokenInfo(segments_BL > 0))
         x_BLD, layers = model.embed(tokens_BL), []
         for stack in model.stacks:
             for block in stack.blocks():
@@ -228,7 +241,7 @@ def test_the_scanned_stacks_equal_a_loop_over_their_blocks_statistics_in_order_o
 def loss_of(config, state, tokens_BL, segments_BL, positions_BL, factor=None):
     logits, stats = apply(config, state, tokens_BL, segments_BL, positions_BL, factor)
     lm = optax.softmax_cross_entropy_with_integer_labels(logits, tokens_BL).mean()
-    return lm if stats is None else lm + 0.1 * balance_loss(stats, 2).sum() + 0.1 * z_loss(stats).sum()
+    return lm if stats is None else lm + 0.1 * balance_loss(stats).sum() + 0.1 * z_loss(stats).sum()
 
 
 @functools.cache
@@ -260,8 +273,9 @@ def test_every_name_that_remat_saves_occurs_in_the_program():
 
 
 def test_the_backward_pass_never_selects_experts_again():
-    # Two layers are one scanned block: one selection in the whole program of the gradient.
-    assert oracle.primitives(gradient_jaxpr(PLAIN)).count("top_k") == 1
+    # Two layers are one scanned block: one selection in the whole gradient, and one of K + 1 for metrics.
+    selections = [e.params["k"] for e in oracle.equations(gradient_jaxpr(PLAIN)) if e.primitive.name == "top_k"]
+    assert selections.count(PLAIN.moe.top_k) == 1
 
 
 @pytest.mark.parametrize("dispatch", ["dropless", "capacity"])
@@ -296,9 +310,9 @@ def test_tied_embeddings_are_one_matrix_and_untied_ones_two():
     logits, _ = run(PLAIN, tokens_of(0))
     final = jax.tree.map(lambda a: a, weights_of(PLAIN))
     nnx.replace_by_pure_dict(final, state | {"embedding": 2 * state["embedding"]})
-    doubled = nnx.merge(abstract(PLAIN)[0], final)
+    doubled = merge(PLAIN, final)
     x_BLD = jnp.ones((1, 1, 8))
-    oracle.assert_close(doubled.unembed(x_BLD), 2 * nnx.merge(abstract(PLAIN)[0], weights_of(PLAIN)).unembed(x_BLD))
+    oracle.assert_close(doubled.unembed(x_BLD), 2 * merge(PLAIN, weights_of(PLAIN)).unembed(x_BLD))
     assert logits.dtype == jnp.float32
 
 

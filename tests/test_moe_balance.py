@@ -8,19 +8,29 @@ import numpy as np
 import pytest
 
 import oracle
+from moejax.config import MoeConfig
 from moejax.moe.balance import balance_loss, load_fractions, routing_metrics, z_loss
-from moejax.moe.routers.softmax_topk import route_softmax_top_k
-from moejax.moe.stats import collect, count_assignments
+from moejax.moe.estimates import count_assignments
+from moejax.moe.routers import RouterInputs, route
+from moejax.moe.stats import Service, add_stats, collect
 
 T, E = 16, 8
 
 
+def softmax_config(top_k, num_experts=E):
+    return MoeConfig(num_experts=num_experts, top_k=top_k, score="softmax", renormalize=False)
+
+
 @functools.cache
-def collector(top_k):
+def collector(config):
     @jax.jit
     def run(logits_TE, mask_T, kept_TK):
-        routing = route_softmax_top_k(logits_TE, mask_T, top_k=top_k, renormalize=False)
-        return jax.tree.map(lambda x: x[None], collect(routing, mask_T, kept_TK))  # as if stacked by layer
+        routing = route(RouterInputs(logits_TE, mask_T, len(mask_T)), config)
+        service = Service(
+            jnp.where(kept_TK, routing.weights_TK, 0), mask_T[:, None] & ~kept_TK, jnp.zeros_like(kept_TK)
+        )
+        stats = collect(routing, mask_T, service, config, length=len(mask_T))
+        return jax.tree.map(lambda x: x[None], stats)  # as if stacked by layer
 
     return run
 
@@ -28,7 +38,7 @@ def collector(top_k):
 def stats_of(logits_TE, top_k, mask_T=None, kept_TK=None):
     mask_T = np.ones(len(logits_TE), bool) if mask_T is None else mask_T
     kept_TK = np.ones((len(logits_TE), top_k), bool) if kept_TK is None else kept_TK
-    return collector(top_k)(jnp.asarray(logits_TE, jnp.float32), mask_T, kept_TK)
+    return collector(softmax_config(top_k))(jnp.asarray(logits_TE, jnp.float32), mask_T, kept_TK)
 
 
 def cyclic_logits(top_k):
@@ -47,9 +57,9 @@ def collapsed_logits(top_k):
 
 @pytest.mark.parametrize("top_k", [1, 2, 4])
 def test_the_balance_loss_is_1_when_uniform_and_experts_over_k_when_collapsed(top_k):
-    oracle.assert_close(balance_loss(stats_of(cyclic_logits(top_k), top_k), top_k), [1.0])
-    oracle.assert_close(balance_loss(stats_of(collapsed_logits(top_k), top_k), top_k), [E / top_k])
-    oracle.assert_close(balance_loss(stats_of(np.zeros((T, E)), top_k), top_k), [1.0])  # uniform probabilities suffice
+    oracle.assert_close(balance_loss(stats_of(cyclic_logits(top_k), top_k)), [1.0])
+    oracle.assert_close(balance_loss(stats_of(collapsed_logits(top_k), top_k)), [E / top_k])
+    oracle.assert_close(balance_loss(stats_of(np.zeros((T, E)), top_k)), [1.0])  # uniform probabilities suffice
 
 
 @pytest.mark.parametrize("top_k", [1, 2])
@@ -60,7 +70,7 @@ def test_the_balance_loss_grows_with_every_further_token_that_collapses(top_k):
     for first_loyal in range(E, -1, -1):
         collapses_T = np.arange(T) % E >= first_loyal
         logits_TE = np.where(collapses_T[:, None], collapsed, uniform)
-        values.append(float(balance_loss(stats_of(logits_TE, top_k), top_k)[0]))
+        values.append(float(balance_loss(stats_of(logits_TE, top_k))[0]))
     assert values[0] == pytest.approx(1, rel=1e-5) and values[-1] == pytest.approx(E / top_k, rel=1e-5)
     assert np.all(np.diff(values) > 1e-3)
 
@@ -71,11 +81,11 @@ def test_the_gradient_of_the_balance_loss_lowers_the_probability_of_the_overload
     logits_TE[:4, 3] = 5.0
 
     def loss(logits_TE):
-        return balance_loss(stats_of(logits_TE, 2), 2)[0]
+        return balance_loss(stats_of(logits_TE, 2))[0]
 
     gradient_TE = jax.grad(loss)(jnp.float32(logits_TE))
     # f is a constant: the derivative is E / T * sum_e f_e dp_e.
-    load_E = load_fractions(stats_of(logits_TE, 2), 2)[0]
+    load_E = load_fractions(stats_of(logits_TE, 2))[0]
     assert np.all(gradient_TE[:, np.argmax(load_E)] > 0)
     expected = jax.grad(lambda x: E / T * jnp.sum(jax.nn.softmax(x) @ load_E))(jnp.float32(logits_TE))
     oracle.assert_close(gradient_TE, expected)
@@ -108,9 +118,9 @@ def as_result(logits_TE, mask_T, kept_TK, top_k):
 def test_losses_and_every_metric_equal_the_oracles_with_padding_and_dropping(top_k, seed):
     case = random_case(top_k, seed)
     stats, expected = stats_of(case[0], top_k, *case[1:]), as_result(*case, top_k)
-    oracle.assert_close(balance_loss(stats, top_k), [oracle.balance_loss(expected)])
+    oracle.assert_close(balance_loss(stats), [oracle.balance_loss(expected)])
     oracle.assert_close(z_loss(stats), [oracle.z_loss(expected)])
-    ours, theirs = routing_metrics(stats, top_k), oracle.metrics(expected)
+    ours, theirs = routing_metrics(stats), oracle.metrics(expected)
     assert ours.keys() == theirs.keys()
     for name, value in theirs.items():
         # Differences of numbers near 1 (perfect balance at K = E) are exact to an ulp of 1, not of themselves.
@@ -131,15 +141,15 @@ def test_statistics_of_two_batches_add_up_to_those_of_both_together():
     cases = [random_case(2, seed) for seed in range(2)]
     parts = [stats_of(case[0], 2, *case[1:]) for case in cases]
     both = [np.concatenate(arrays) for arrays in zip(*cases, strict=True)]
-    oracle.assert_close(oracle.add(*parts), stats_of(both[0], 2, *both[1:]))
+    oracle.assert_close(add_stats(*parts), stats_of(both[0], 2, *both[1:]))
 
 
 def test_the_balance_loss_of_the_whole_differs_from_the_mean_of_the_losses_of_its_parts():
     halves = [np.zeros((T, E)), np.zeros((T, E))]
     halves[0][:, 0], halves[1][:, 1] = 9.0, 9.0
     parts = [stats_of(half, 1) for half in halves]
-    mean_of_parts = np.mean([balance_loss(part, 1)[0] for part in parts])
-    assert balance_loss(oracle.add(*parts), 1)[0] < 0.6 * mean_of_parts
+    mean_of_parts = np.mean([balance_loss(part)[0] for part in parts])
+    assert balance_loss(add_stats(*parts))[0] < 0.6 * mean_of_parts
 
 
 def test_counts_stay_exact_integers_past_what_bfloat16_can_count():
@@ -154,19 +164,13 @@ def test_ids_of_masked_tokens_count_nowhere():
 
 def test_a_batch_without_tokens_has_finite_losses_and_metrics():
     stats = stats_of(np.zeros((T, E)), 2, np.zeros(T, bool), np.zeros((T, 2), bool))
-    values = [balance_loss(stats, 2), z_loss(stats), *routing_metrics(stats, 2).values()]
+    values = [balance_loss(stats), z_loss(stats), *routing_metrics(stats).values()]
     assert np.all(np.isfinite(values))
 
 
 def test_a_single_expert_has_finite_metrics():
     # moe.num_experts=1 with top_k=1 passes validation; its load is perfectly balanced.
-    stats = jax.tree.map(
-        lambda x: x[None],
-        collect(
-            route_softmax_top_k(jnp.ones((T, 1)), jnp.ones(T, bool), top_k=1, renormalize=False),
-            jnp.ones(T, bool),
-            jnp.ones((T, 1), bool),
-        ),
-    )
-    for name, value in routing_metrics(stats, 1).items():
+    everyone = jnp.ones(T, bool)
+    stats = collector(softmax_config(1, num_experts=1))(jnp.ones((T, 1)), everyone, everyone[:, None])
+    for name, value in routing_metrics(stats).items():
         assert np.all(np.isfinite(value)), name

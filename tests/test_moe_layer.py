@@ -13,10 +13,13 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType
 
 import oracle
+from moe_cases import info_of
 from moejax.config import MoeConfig
+from moejax.config.moe import derive_moe
 from moejax.moe.balance import balance_loss, routing_metrics, z_loss
-from moejax.moe.experts import Experts, FeedForward, apply_experts
+from moejax.moe.experts import Experts, ExpertWeights, FeedForward, apply_experts
 from moejax.moe.layer import MoE
+from moejax.moe.stats import add_stats
 from moejax.sharding import MESH_AXES
 
 B, L, D, F, E = 2, 7, 5, 6, 4
@@ -30,12 +33,12 @@ ALLOWED = [("softmax_topk", 1, False), ("switch", 1, False)] + [
 def config_of(**changes):
     """A tiny layer; capacity buffers have room for every token unless told otherwise."""
     base = MoeConfig(num_experts=E, top_k=2, d_expert=F, capacity_factor=float(E), num_shared_experts=2)
-    return dataclasses.replace(base, **changes)
+    return derive_moe(dataclasses.replace(base, **changes), L)
 
 
 @functools.cache
 def abstract_layer(config, dtype):
-    return nnx.split(nnx.eval_shape(lambda: MoE(config, D, jnp.dtype(dtype), rngs=nnx.Rngs(params=0))))
+    return nnx.split(nnx.eval_shape(lambda: MoE(config, D, jnp.dtype(dtype), vocab_size=7, rngs=nnx.Rngs(params=0))))
 
 
 def layer_with(config, weights, dtype="float32"):
@@ -75,14 +78,14 @@ def as_state(weights):
 
 
 def apply(config, x_BLD, weights, mask_BL, factor):
-    return layer_with(config, weights)(x_BLD, mask_BL, capacity_factor=factor)
+    return layer_with(config, weights)(x_BLD, info_of(config, mask_BL, factor))
 
 
 def objective_of(config, x_BLD, weights, mask_BL, factor, cotangent_BLD, aux):
     """<cotangent, output> + weighted auxiliary losses; with output and statistics beside it."""
     y_BLD, stats = apply(config, x_BLD, weights, mask_BL, factor)
     stacked = jax.tree.map(lambda x: x[None], stats)
-    losses = BALANCE_WEIGHT * balance_loss(stacked, config.top_k)[0] + Z_WEIGHT * z_loss(stacked)[0]
+    losses = BALANCE_WEIGHT * balance_loss(stacked)[0] + Z_WEIGHT * z_loss(stacked)[0]
     return jnp.sum(cotangent_BLD * y_BLD) + aux * losses, (y_BLD, stacked)
 
 
@@ -119,10 +122,10 @@ def check(config, weights, x_BLD, mask_BL, cotangent_BLD, factor=None, limit=Non
     oracle.assert_close(y_BLD, expected.y_BLD)
     assert stats.assignments_E[0].tolist() == oracle.counts(expected).tolist()
     if mask_BL.any():
-        oracle.assert_close(balance_loss(stats, config.top_k), [oracle.balance_loss(expected)])
+        oracle.assert_close(balance_loss(stats), [oracle.balance_loss(expected)])
         oracle.assert_close(z_loss(stats), [oracle.z_loss(expected)])
         theirs = oracle.metrics(expected)
-        for name, value in routing_metrics(stats, config.top_k).items():
+        for name, value in routing_metrics(stats).items():
             # Differences of numbers near 1 are exact to an ulp of 1, not to an ulp of themselves.
             np.testing.assert_allclose(value, [theirs[name]], rtol=1e-5, atol=1e-6, err_msg=name)
     masks = oracle.selection(expected)
@@ -303,7 +306,7 @@ def test_padding_appended_to_every_sequence_changes_nothing():
     y_BLD, stats = forward(config, x_BLD, weights, padded_mask_BL)
     oracle.assert_close(y_BLD[:, :short], expected.y_BLD)
     assert not np.any(y_BLD[:, short:])
-    oracle.assert_close(balance_loss(stats, 2), [oracle.balance_loss(expected)])
+    oracle.assert_close(balance_loss(stats), [oracle.balance_loss(expected)])
     oracle.assert_close(z_loss(stats), [oracle.z_loss(expected)])
     assert stats.num_tokens == mask_BL[:, :short].sum()
 
@@ -329,7 +332,7 @@ def test_statistics_of_two_parts_of_a_batch_add_up_to_those_of_the_whole(dispatc
     first_B1 = np.array([[True], [False]])
     parts = [forward(config, x_BLD, weights, mask_BL & part, factor) for part in (first_B1, ~first_B1)]
     y_BLD, stats = forward(config, x_BLD, weights, mask_BL, factor)
-    oracle.assert_close(oracle.add(parts[0][1], parts[1][1]), stats)
+    oracle.assert_close(add_stats(parts[0][1], parts[1][1]), stats)
     oracle.assert_close(oracle.add(parts[0][0], parts[1][0]), y_BLD)
 
 
@@ -391,16 +394,16 @@ def test_the_task_alone_gives_every_allowed_router_a_gradient(router, top_k, ren
 
 def traced(config, batch, length, width=8, gradient=False):
     """The jaxpr of a layer, or of its gradient, on abstract arrays."""
-    layer = nnx.eval_shape(lambda: MoE(config, width, jnp.dtype("float32"), rngs=nnx.Rngs(params=0)))
-    graphdef, state = nnx.split(layer)
+    layer = nnx.eval_shape(lambda: MoE(config, width, jnp.dtype("float32"), vocab_size=7, rngs=nnx.Rngs(params=0)))
+    graphdef, params, rest = nnx.split(layer, nnx.Param, ...)
     x_BLD = jax.ShapeDtypeStruct((batch, length, width), jnp.float32)
     mask_BL = jax.ShapeDtypeStruct((batch, length), jnp.bool)
 
-    def run(state, x_BLD, mask_BL):
-        y_BLD, stats = nnx.merge(graphdef, state)(x_BLD, mask_BL)
+    def run(params, x_BLD, mask_BL, rest):
+        y_BLD, stats = nnx.merge(graphdef, params, rest)(x_BLD, info_of(config, mask_BL))
         return jnp.sum(y_BLD**2) + jnp.sum(stats.probs_E) + stats.z
 
-    return jax.make_jaxpr(jax.grad(run, argnums=(0, 1)) if gradient else run)(state, x_BLD, mask_BL)
+    return jax.make_jaxpr(jax.grad(run, argnums=(0, 1)) if gradient else run)(params, x_BLD, mask_BL, rest)
 
 
 @pytest.mark.parametrize("gradient", [False, True])
@@ -409,7 +412,7 @@ def test_no_intermediate_of_the_dropless_layer_has_an_entry_per_token_and_expert
     tokens = batch * length
 
     def largest(implementation):
-        config = MoeConfig(num_experts=num_experts, top_k=top_k, d_expert=6, grouped_matmul=implementation)
+        config = config_of(num_experts=num_experts, top_k=top_k, grouped_matmul=implementation)
         jaxpr = traced(config, batch, length, width, gradient)
         return max(v.aval.size for equation in oracle.equations(jaxpr) for v in equation.outvars)
 
@@ -451,14 +454,14 @@ def test_router_logits_probabilities_and_weights_stay_float32_under_bfloat16():
     weights, (x_BLD, mask_BL, _) = fresh_weights(config), draw()
     x_BLD = jnp.asarray(x_BLD, jnp.bfloat16)
     layer = layer_with(config, weights, "bfloat16")
-    y_BLD, stats = jax.jit(lambda *arguments: layer(*arguments, trace=True))(x_BLD, mask_BL)
+    y_BLD, stats = jax.jit(lambda x_BLD: layer(x_BLD, info_of(config, mask_BL, trace=True)))(x_BLD)
     assert y_BLD.dtype == jnp.bfloat16
     routing = stats.routing
     assert routing.logits_TE.dtype == routing.probs_TE.dtype == routing.weights_TK.dtype == jnp.float32
     assert all(x.dtype in (jnp.float32, jnp.int32) for x in jax.tree.leaves(stats))
     logits_BLE = np.asarray(x_BLD, np.float64) @ weights.router_DE  # of the rounded inputs, not rounded again
     oracle.assert_close(routing.logits_TE, logits_BLE.reshape(B * L, E))
-    assert all(v.dtype == jnp.float32 for v in jax.tree.leaves(abstract_layer(config, "bfloat16")[1]))
+    assert all(v.dtype == jnp.float32 for v in jax.tree.leaves(abstract_layer(config, "bfloat16")[1].filter(nnx.Param)))
     expected = oracle.layer(x_BLD, mask_BL, weights, top_k=2, renormalize=True)
     # Two products and a sum in bfloat16, whose unit is 2^-8.
     oracle.assert_close(y_BLD, expected.y_BLD, rtol=0.03)
@@ -469,7 +472,7 @@ def test_a_trace_keeps_the_routing_of_every_token_and_nothing_is_kept_without_it
     weights, (x_BLD, mask_BL, _) = fresh_weights(config), draw()
     assert forward(config, x_BLD, weights, mask_BL)[1].routing is None
     layer = layer_with(config, weights)
-    routing = jax.jit(lambda *arguments: layer(*arguments, trace=True))(x_BLD, mask_BL)[1].routing
+    routing = jax.jit(lambda x_BLD: layer(x_BLD, info_of(config, mask_BL, trace=True)))(x_BLD)[1].routing
     expected = oracle.layer(x_BLD, mask_BL, weights, top_k=2, renormalize=True)
     experts_TK = np.where(expected.experts_BLK < 0, E, expected.experts_BLK).reshape(B * L, 2)
     np.testing.assert_array_equal(routing.experts_TK, experts_TK)
@@ -507,6 +510,7 @@ def test_experts_are_applied_by_the_product_they_are_given():
         calls.append(w_EPQ.shape)
         return x_RP @ w_EPQ[0]
 
-    y_RD = apply_experts(x_RD, jnp.ones((1, 2, 2, 4)), jnp.ones((1, 4, 2)), matmul)
+    weights = ExpertWeights(jnp.ones((1, 2, 2, 4)), jnp.ones((1, 4, 2)))
+    y_RD = apply_experts(x_RD, weights, matmul, jnp.zeros(3, jnp.int32))
     assert calls == [(1, 2, 8), (1, 4, 2)]
     oracle.assert_close(y_RD, np.full((3, 2), 4 * 2 * 2 / (1 + np.exp(-2))))

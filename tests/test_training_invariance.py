@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 from moejax.config import Config, Knobs
-from moejax.training.step import forward_sums, loss_and_gradients, losses, make_train_step, put_batch
+from moejax.training.step import forward_sums, loss_and_gradients, losses, make_train_step, put_batch, row_keys
 from training_cases import make, packed_batch, small_config
 
 TOLERANCE = 1e-5
@@ -34,10 +34,10 @@ def run(config: Config, num_devices: int = 1, num_steps: int = 0) -> Outcome:
 
         @jax.jit
         def gradients(params, batch):
-            grads, sums = loss_and_gradients(trainable, params, state.router_state, batch, knobs)
+            keys_B = row_keys(config, state.step, config.train.batch_size)
+            grads, sums = loss_and_gradients(trainable, params, state.router_state, batch, knobs, keys_B)
             parts = losses(sums, knobs, config)
-            if sums.routing is not None:
-                parts["dropped"] = sums.routing.dropped.sum()
+            parts["dropped"] = sum(stats.dropped.sum() for stats in sums.routing)
             return grads, sums, parts
 
         grads, sums, parts = jax.device_get(gradients(state.params, batch))
@@ -88,7 +88,7 @@ def test_a_moe_layer_without_loss_terms_is_an_error_while_tracing():
     one_layer = dataclasses.replace(
         sums, routing=jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype), sums.routing)
     )
-    for bad, reported in ((one_layer, 1), (dataclasses.replace(sums, routing=None), 0)):
+    for bad, reported in ((one_layer, 1), (dataclasses.replace(sums, routing=()), 0)):
         with pytest.raises(ValueError, match=rf"{reported} layers reported routing, and the model has 2 MoE layers"):
             jax.eval_shape(lambda sums: losses(sums, Knobs.of(config), config), bad)
 

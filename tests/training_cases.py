@@ -19,6 +19,35 @@ SMALL: dict[str, dict[str, Any]] = {
     "mesh": {"data": -1},
 }
 
+ROUTER_CASES: dict[str, dict[str, Any]] = {  # by router, with what makes its parts matter
+    "softmax_topk": {"score": "softmax_after", "num_groups": 2, "group_score": "max", "selection_bias": True},
+    "switch": {"top_k": 1, "renormalize": False, "jitter": 0.1, "dispatch": "capacity", "capacity_factor": 1.0},
+    "noisy_topk": {"importance_weight": 0.1, "load_weight": 0.1, "vmoe_load_weight": 0.1},
+    "sigmoid_topk": {
+        "selection_bias": True, "bias_centered": True, "num_groups": 2, "route_scale": 2.5,
+        "sequence_balance_weight": 1e-2, "balance_scope": "sequence", "router_bias": True,
+    },
+    "cosine": {
+        "balance_convention": "first_choice", "dispatch": "capacity", "capacity_factor": 0.8, "overflow": "next",
+    },
+    "sparse_mixer": {"mixer_threshold": 0.1, "balance_convention": "times_k"},
+    "sinkhorn": {"allow_noncausal": True, "dispatch": "capacity", "capacity_factor": 0.8, "capacity_order": "weight"},
+    "quantile": {"score": "sigmoid", "dispatch": "capacity", "capacity_factor": 0.8, "overflow": "renormalize"},
+    "hierarchical": {"num_experts": 8, "num_groups": 4, "top_k_groups": 2, "top_k": 4, "balance_convention": "over_k"},
+    "hash": {"score": "sqrt_softplus"},
+    "random": {},
+    "balanced": {},
+    "expert_choice": {"allow_noncausal": True},
+    "soft": {"allow_noncausal": True},
+    "dense": {"top_k": 4},
+}  # fmt: skip
+
+
+def router_config(router: str, **sections: dict[str, Any]) -> Config:
+    """A small configuration of a router; `sections` change it."""
+    moe = {"router": router, "d_expert": 16} | ROUTER_CASES[router] | sections.pop("moe", {})
+    return small_config(moe=moe, **sections)
+
 
 def small_config(**sections: dict[str, Any]) -> Config:
     """`SMALL` with some leaves changed."""

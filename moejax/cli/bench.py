@@ -21,7 +21,7 @@ from absl.flags import FlagValues
 from moejax.cli import UsageError
 from moejax.cli.options import define_config, define_json, read_config_flag
 from moejax.cli.tables import print_result
-from moejax.config import Config, Knobs
+from moejax.config import Config, Knobs, ScheduleConfig
 from moejax.data import Batch
 from moejax.models.parameters import count_parameters
 from moejax.sharding import make_mesh
@@ -57,6 +57,7 @@ def dense_twin(config: Config) -> Config:
         config,
         model=dataclasses.replace(config.model, d_ff=width),
         moe=dataclasses.replace(config.moe, num_experts=0),
+        schedule=ScheduleConfig(),
     )
 
 

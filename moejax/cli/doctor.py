@@ -16,7 +16,7 @@ from absl.flags import FlagValues
 from moejax.cli.bench import random_batch
 from moejax.cli.options import define_json
 from moejax.cli.tables import print_result
-from moejax.config import Config, DataConfig, Knobs, ModelConfig, MoeConfig, TrainConfig
+from moejax.config import Knobs, resolve
 from moejax.kernels.grouped_matmul import IMPLEMENTATIONS, grouped_matmul, resolve_implementation
 from moejax.sharding import make_mesh
 from moejax.training.run_directory import git_commit, versions
@@ -88,11 +88,13 @@ def check_grouped_matmul(name: str) -> str:
 def check_training_step() -> str:
     """Trains a small MoE model for some steps on one batch; its loss must fall."""
     num_devices = jax.device_count()
-    config = Config(
-        model=ModelConfig(num_layers=2, d_model=32 * num_devices, num_heads=2, num_kv_heads=1, d_ff=64),
-        moe=MoeConfig(num_experts=4, d_expert=32),
-        data=DataConfig(tokenizer="bytes", seq_len=32),
-        train=TrainConfig(num_steps=5, batch_size=2 * num_devices),
+    config = resolve(
+        {
+            "model": {"num_layers": 2, "d_model": 32 * num_devices, "num_heads": 2, "num_kv_heads": 1, "d_ff": 64},
+            "moe": {"num_experts": 4, "d_expert": 32},
+            "data": {"tokenizer": "bytes", "seq_len": 32},
+            "train": {"num_steps": 5, "batch_size": 2 * num_devices},
+        }
     )
     trainable = make_trainable(config, make_mesh(config))
     batch = put_batch(random_batch(config), trainable)

@@ -10,7 +10,6 @@ from rich.table import Table
 from rich.text import Text
 
 from moejax.config import Config
-from moejax.models.decoder import moe_layer_indices
 from moejax.models.parameters import ParameterCount
 from moejax.training.evaluation import Evaluation
 from moejax.training.loop import TrainResult
@@ -60,7 +59,7 @@ def evaluation_rows(config: Config, evaluation: Evaluation) -> dict[str, Any]:
     }
     if evaluation.load_NE is not None:
         num_experts = evaluation.load_NE.shape[1]
-        for layer, load_E in zip(moe_layer_indices(config), evaluation.load_NE, strict=True):
+        for layer, load_E in zip(config.moe_layers, evaluation.load_NE, strict=True):
             rows[f"expert load, layer {layer}"] = [round(float(load) * num_experts, 2) for load in load_E]
     return rows
 

@@ -15,6 +15,7 @@ from moejax.inference.load import LoadedRun, load_run
 from moejax.inspection.report import Sample, render_report, write_report
 from moejax.inspection.run import open_run
 from moejax.inspection.specialisation import count_tokens_by_expert
+from moejax.inspection.trace import experts_by_token
 
 TRACED_ROWS = 256
 NUM_SAMPLES = 3
@@ -50,9 +51,9 @@ def count_routed_tokens(loaded: LoadedRun, corpus: Corpus) -> np.ndarray:
     def route(state: nnx.State, batch: Batch) -> jax.Array:
         model = nnx.merge(graphdef, state)
         _, stats = model(batch.tokens_BL, batch.segments_BL, batch.positions_BL, trace=True)
-        return stats.routing.experts_TK  # type: ignore[union-attr]  # a MoE model was asked for a trace
+        return experts_by_token([run.routing for run in stats], config.moe.num_choices)
 
-    counts_NEV = np.zeros((config.num_moe_layers, config.moe.num_experts, config.vocab_size), np.int64)
+    counts_NEV = np.zeros((config.num_moe_layers, config.moe.num_choices, config.vocab_size), np.int64)
     with closing(eval_batches(corpus, config.train.batch_size)) as batches:
         for index, batch in enumerate(batches):
             if index * config.train.batch_size >= TRACED_ROWS:
@@ -61,7 +62,7 @@ def count_routed_tokens(loaded: LoadedRun, corpus: Corpus) -> np.ndarray:
                 batch.tokens_BL.reshape(-1),
                 np.asarray(route(state, batch)),
                 config.vocab_size,
-                config.moe.num_experts,
+                config.moe.num_choices,
                 batch.segments_BL.reshape(-1) > 0,
             )
     return counts_NEV

@@ -41,25 +41,26 @@ def count_tokens_by_expert(
 
     Args:
       tokens_T: token ids in [0, vocab_size).
-      experts_NTK: the experts each MoE layer chose for each token, in [0, num_experts).
+      experts_NTK: the experts each MoE layer chose for each token, in [0, num_experts), or num_experts for none.
       vocab_size: V.
       num_experts: E.
       mask_T: False for padding, which is counted nowhere.
 
     Returns:
-      counts_NEV; its sum is N * K * (number of real tokens).
+      counts_NEV; where every token has K experts its sum is N * K * (number of real tokens).
 
     Raises:
       ValueError: an id outside its range.
     """
     tokens_t = tokens_T[mask_T].astype(np.int64)
     experts_Ntk = experts_NTK[:, mask_T].astype(np.int64)
-    for name, values, size in (("tokens_T", tokens_t, vocab_size), ("experts_NTK", experts_Ntk, num_experts)):
+    for name, values, size in (("tokens_T", tokens_t, vocab_size), ("experts_NTK", experts_Ntk, num_experts + 1)):
         if values.size and (values.min() < 0 or values.max() >= size):
             raise ValueError(f"{name} has values from {values.min()} to {values.max()}; they must be in [0, {size})")
     cells_Nt = experts_Ntk * vocab_size + tokens_t[:, None]
-    counts = [np.bincount(cells.ravel(), minlength=num_experts * vocab_size) for cells in cells_Nt]
-    return np.array(counts, np.int64).reshape(-1, num_experts, vocab_size)
+    cells_of_all = (num_experts + 1) * vocab_size
+    counts = [np.bincount(cells.ravel(), minlength=cells_of_all) for cells in cells_Nt]
+    return np.array(counts, np.int64).reshape(-1, num_experts + 1, vocab_size)[:, :num_experts]
 
 
 def over_represented_tokens(

@@ -5,9 +5,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from moejax.config import Config
+from moejax.config import Config, Knobs, Run
 from moejax.kernels.project import project
 from moejax.models.stack import Block, Context, Period, Stack
+from moejax.moe.layer import TokenInfo
 from moejax.moe.stats import RoutingStats
 from moejax.nn.attention import cache_mask, row_mask
 from moejax.nn.norm import RMSNorm
@@ -18,7 +19,7 @@ class Decoder(nnx.Module):
     """Embedding, stacks of blocks, norm, logits.
 
     The layers follow `moe.first_dense` and `moe.every`: first the dense ones, then periods of `every - 1` dense layers
-    and a MoE layer, then what is left of an incomplete period, dense.
+    and a MoE layer, then what is left of an incomplete period, dense. `moe.per_layer` changes some of them.
     """
 
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
@@ -38,27 +39,28 @@ class Decoder(nnx.Module):
         segments_BL: Int[Array, "B L"],
         positions_BL: Int[Array, "B L"],
         *,
-        capacity_factor: Float[Array, ""] | None = None,
+        knobs: Knobs | None = None,
+        keys_B: jax.Array | None = None,
         trace: bool = False,
-    ) -> tuple[Float[Array, "B L V"], RoutingStats | None]:
+    ) -> tuple[Float[Array, "B L V"], tuple[RoutingStats, ...]]:
         """Logits of the next token at every position of packed rows.
 
         Args:
           tokens_BL: token ids.
           segments_BL: number of the document within its row, 0 at padding; attention stays within a document.
           positions_BL: position within the document.
-          capacity_factor: limit of capacity dispatch in training; None (evaluation) is dropless.
+          knobs: traced scalars, in training; None is evaluation.
+          keys_B: a key per row for what training draws at random; None draws nothing.
           trace: keep token-level routing in the statistics.
 
         Returns:
-          Logits, float32, and `RoutingStats` with a leading axis of MoE layers (None for a dense model).
+          Logits, float32, and the `RoutingStats` of each run of equal MoE layers (`Config.moe_runs`), with a leading
+          axis of its layers; `stats.join` makes one of all. Empty for a dense model.
         """
         context = Context(
             positions_BL=positions_BL,
             mask_BLS=row_mask(segments_BL),
-            is_token_BL=segments_BL > 0,
-            capacity_factor=capacity_factor,
-            trace=trace,
+            info=TokenInfo(segments_BL > 0, tokens_BL, positions_BL, knobs, keys_B, trace),
         )
         logits_BLV, _, stats = self._apply(tokens_BL, context, [None] * len(self.stacks))
         return logits_BLV, stats
@@ -81,7 +83,7 @@ class Decoder(nnx.Module):
         context = Context(
             positions_BL=positions_BL,
             mask_BLS=cache_mask(positions_BL, slots),
-            is_token_BL=jnp.ones(tokens_BL.shape, bool),
+            info=TokenInfo(jnp.ones(tokens_BL.shape, bool), tokens_BL, positions_BL),
         )
         logits_BLV, cache, _ = self._apply(tokens_BL, context, cache)
         return logits_BLV, cache
@@ -103,36 +105,21 @@ class Decoder(nnx.Module):
 
     def _apply(self, tokens_BL, context: Context, cache: list):
         x_BLD = self.embed(tokens_BL)
-        new_cache, stats = [], None
-        for stack, stack_cache in zip(self.stacks, cache, strict=True):
-            x_BLD, stack_cache, stack_stats = stack(x_BLD, context, stack_cache)
+        new_cache, stats = [], []
+        for index, (stack, stack_cache) in enumerate(zip(self.stacks, cache, strict=True)):
+            x_BLD, stack_cache, stack_stats = stack(x_BLD, context.of_layer(index), stack_cache)
             new_cache.append(stack_cache)
             if stack_stats is not None:
-                stats = stack_stats
-        return self.unembed(x_BLD), new_cache, stats
+                stats.append(stack_stats)
+        return self.unembed(x_BLD), new_cache, tuple(stats)
 
 
 def make_stacks(config: Config, rngs: nnx.Rngs) -> list[Stack]:
-    """The layers of a config as at most three stacks: dense, periods, dense."""
+    """One stack for each run of equal layers, or of equal periods of layers."""
 
-    def dense_block(rngs):
-        return Block(config, is_moe=False, rngs=rngs)
+    def maker(run: Run):
+        if len(run.kinds) == 1:
+            return lambda rngs: Block(config, run.moe, rngs=rngs)
+        return lambda rngs: Period(config, run.moe, len(run.kinds) - 1, rngs=rngs)
 
-    def period(rngs):
-        if config.moe.every == 1:
-            return Block(config, is_moe=True, rngs=rngs)
-        return Period(config, config.moe.every - 1, rngs=rngs)
-
-    num_periods = config.num_moe_layers
-    first_dense = config.moe.first_dense if num_periods else 0
-    rest = config.model.num_layers - first_dense - num_periods * config.moe.every if num_periods else 0
-    if not num_periods:
-        first_dense = config.model.num_layers
-    parts = [(dense_block, first_dense), (period, num_periods), (dense_block, rest)]
-    return [Stack(make_block, num, config, rngs=rngs) for make_block, num in parts if num]
-
-
-def moe_layer_indices(config: Config) -> list[int]:
-    """Which layers of the model are MoE layers, counted from 0, in the order of stacked `RoutingStats`."""
-    first, every = config.moe.first_dense, config.moe.every
-    return [first + every * (i + 1) - 1 for i in range(config.num_moe_layers)]
+    return [Stack(maker(run), run.num, config, rngs=rngs) for run in config.runs]

@@ -3,7 +3,6 @@
 import dataclasses
 import math
 
-import jax
 from flax import nnx
 
 from moejax.config import Config
@@ -26,10 +25,10 @@ class ParameterCount:
 def count_parameters(config: Config) -> ParameterCount:
     """Counts without allocating any."""
     model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(params=0)))
-    params = jax.tree.leaves(nnx.state(model, nnx.Param), is_leaf=lambda v: isinstance(v, nnx.Variable))
     total = active = 0
-    for param in params:
+    for path, param in nnx.to_flat_state(nnx.state(model, nnx.Param)):
         size = math.prod(param.shape)
         total += size
-        active += size * config.moe.top_k // config.moe.num_experts if "experts" in param.axes else size
+        moe = config.runs[int(str(path[1]))].moe if path[0] == "stacks" else None
+        active += size * moe.top_k // moe.num_experts if moe is not None and "experts" in param.axes else size
     return ParameterCount(total, active)

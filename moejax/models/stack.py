@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moejax.config import Config
+from moejax.config import Config, MoeConfig, limit_of, parse_schedule
 from moejax.moe.experts import FeedForward
-from moejax.moe.layer import MoE
-from moejax.moe.routers.softmax_topk import SAVED_NAMES
+from moejax.moe.layer import MoE, TokenInfo
+from moejax.moe.routers.selection import SAVED_NAMES
 from moejax.moe.stats import RoutingStats
 from moejax.nn.attention import Attention, KVCache
 from moejax.nn.norm import RMSNorm
@@ -29,32 +29,38 @@ class Context:
     Attributes:
       positions_BL: position of each token in its document.
       mask_BLS: which keys a query may see.
-      is_token_BL: False at padding.
-      capacity_factor: limit of capacity dispatch; None is dropless.
-      trace: keep token-level routing in the statistics.
+      info: what MoE layers know about the tokens.
     """
 
     positions_BL: jax.Array
     mask_BLS: jax.Array
-    is_token_BL: jax.Array
-    capacity_factor: jax.Array | None = None
-    trace: bool = dataclasses.field(default=False, metadata={"static": True})
+    info: TokenInfo
+
+    def of_layer(self, index: jax.Array | int) -> "Context":
+        """The same with keys of its own for one of several layers."""
+        if self.info.keys_B is None:
+            return self
+        keys_B = jax.vmap(lambda key: jax.random.fold_in(key, index))(self.info.keys_B)
+        return dataclasses.replace(self, info=dataclasses.replace(self.info, keys_B=keys_B))
 
 
 class Block(nnx.Module):
-    """One layer: attention, then a feed-forward network or a MoE layer, each behind a norm and beside the residual."""
+    """One layer: attention, then a MoE layer or, where `moe` is None, a feed-forward network; norms and residuals."""
 
-    def __init__(self, config: Config, is_moe: bool, *, rngs: nnx.Rngs):
+    def __init__(self, config: Config, moe: MoeConfig | None, *, rngs: nnx.Rngs):
         dtype = jnp.dtype(config.model.compute_dtype)
         width = config.model.d_model
         self.attention_norm = RMSNorm(width)
         self.attention = Attention(config.model, dtype, rngs=rngs)
         self.ffn_norm = RMSNorm(width)
-        if is_moe:
-            self.moe = MoE(config.moe, width, dtype, rngs=rngs)
+        if moe is not None:
+            limit = None
+            if config.schedule.top_k != "constant":
+                limit = limit_of(moe.top_k, parse_schedule("schedule.top_k", config.schedule.top_k).start)
+            self.moe = MoE(moe, width, dtype, vocab_size=config.vocab_size, limit=limit, rngs=rngs)
         else:
             self.ffn = FeedForward(width, config.model.d_ff, dtype, rngs=rngs)
-        self.is_moe = is_moe
+        self.is_moe = moe is not None
         self.cache_shape = (config.model.num_kv_heads, config.head_dim)
         self.dtype = dtype
 
@@ -68,9 +74,7 @@ class Block(nnx.Module):
             with jax.named_scope("ffn"):
                 return x_BLD + self.ffn(normed_BLD), cache, None
         with jax.named_scope("moe"):
-            y_BLD, stats = self.moe(
-                normed_BLD, context.is_token_BL, capacity_factor=context.capacity_factor, trace=context.trace
-            )
+            y_BLD, stats = self.moe(normed_BLD, context.info)
         return x_BLD + y_BLD, cache, stats
 
     def init_cache(self, batch: int, slots: int) -> KVCache:
@@ -86,9 +90,9 @@ class Block(nnx.Module):
 class Period(nnx.Module):
     """`num_dense` dense layers and then a MoE layer."""
 
-    def __init__(self, config: Config, num_dense: int, *, rngs: nnx.Rngs):
-        self.dense = Stack(lambda rngs: Block(config, is_moe=False, rngs=rngs), num_dense, config, rngs=rngs)
-        self.moe_block = Block(config, is_moe=True, rngs=rngs)
+    def __init__(self, config: Config, moe: MoeConfig | None, num_dense: int, *, rngs: nnx.Rngs):
+        self.dense = Stack(lambda rngs: Block(config, None, rngs=rngs), num_dense, config, rngs=rngs)
+        self.moe_block = Block(config, moe, rngs=rngs)
 
     def __call__(self, x_BLD: jax.Array, context: Context, cache: tuple | None):
         """Returns (x_BLD, cache, `RoutingStats` of the MoE layer)."""
@@ -131,14 +135,15 @@ class Stack(nnx.Module):
         graphdef, states_N = nnx.split(self.block)
 
         def one_block(x_BLD, layer):
-            state, cache = layer
-            x_BLD, cache, stats = nnx.merge(graphdef, state)(x_BLD, context, cache)
+            index, state, cache = layer
+            x_BLD, cache, stats = nnx.merge(graphdef, state)(x_BLD, context.of_layer(index), cache)
             return x_BLD, (cache, stats)
 
         if self.remat:
             policy = jax.checkpoint_policies.save_only_these_names(*SAVED_NAMES)
             one_block = jax.checkpoint(one_block, policy=policy, prevent_cse=self.unroll)
-        x_BLD, (cache, stats) = jax.lax.scan(one_block, x_BLD, (states_N, cache), unroll=self.num if self.unroll else 1)
+        layers = (jnp.arange(self.num), states_N, cache)
+        x_BLD, (cache, stats) = jax.lax.scan(one_block, x_BLD, layers, unroll=self.num if self.unroll else 1)
         return x_BLD, cache, stats
 
     def init_cache(self, batch: int, slots: int):

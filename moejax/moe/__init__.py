@@ -6,7 +6,7 @@ The path of a batch through one layer:
 
 plus `RoutingStats`, sums from which losses and metrics are computed after they were added up over the whole batch.
 
-Axis letters, used in names (`x_BLD`, `gate_up_ED2F`), einsum strings and docstrings alike:
+Axis letters, used in names (`x_BLD`, `gate_up_EDPF`), einsum strings and docstrings alike:
 
     B  sequences of a batch          E  experts
     L  positions of a sequence       K  experts per token

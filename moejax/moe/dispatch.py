@@ -23,11 +23,13 @@ class Plan:
       choice_R: the choice t * K + k in a row, int32; T * K where the row is empty.
       group_sizes_E: rows of each expert, int32. Dropless rows are contiguous; with capacity each expert has R / E slots
         of which some are empty, and its group size is R / E.
+      expert_R: the expert of a row, int32, in rising order; E or more where a dropless row is empty.
     """
 
     row_TK: jax.Array
     choice_R: jax.Array
     group_sizes_E: jax.Array
+    expert_R: jax.Array
 
 
 def plan_dropless(experts_TK: Int[Array, "T K"], num_experts: int, spare_rows: int = 0) -> Plan:
@@ -48,10 +50,11 @@ def plan_dropless(experts_TK: Int[Array, "T K"], num_experts: int, spare_rows: i
         row_TK=jnp.where(experts_TK < num_experts, row_TK, num_choices + spare_rows),
         choice_R=jnp.pad(choice_R, (0, spare_rows), constant_values=num_choices),
         group_sizes_E=_group_sizes(expert_R, num_experts),
+        expert_R=jnp.pad(expert_R, (0, spare_rows), constant_values=jnp.iinfo(jnp.int32).max),
     )
 
 
-def plan_capacity(experts_BLK: Int[Array, "B L K"], num_experts: int, slots: int, limit: Int[Array, ""] | int) -> Plan:
+def plan_capacity(experts_BLK: Int[Array, "B L K"], num_experts: int, slots: int) -> Plan:
     """Rows in slots `[E, B, C]`: each expert takes its first choices of each sequence and drops the rest.
 
     Order is by position, then by rank of the choice, so that no token's fate depends on a later token; counting is per
@@ -61,7 +64,6 @@ def plan_capacity(experts_BLK: Int[Array, "B L K"], num_experts: int, slots: int
       experts_BLK: selected experts; E where the token is masked.
       num_experts: E.
       slots: C, the slots of an expert for one sequence.
-      limit: how many of them may be used, at most C; may be traced.
 
     Source: Fedus et al. 2021, section 2.2; GShard (Lepikhin et al. 2020) drops by rank of the choice first instead.
     """
@@ -80,7 +82,7 @@ def plan_capacity(experts_BLK: Int[Array, "B L K"], num_experts: int, slots: int
     experts_BS = experts_BLK.reshape(batch, per_sequence)
     place_BS = jax.vmap(place)(experts_BS)
     sequence_B1 = jnp.arange(batch)[:, None]
-    is_kept_BS = (experts_BS < num_experts) & (place_BS < limit)
+    is_kept_BS = (experts_BS < num_experts) & (place_BS < slots)
     row_BS = jnp.where(is_kept_BS, (experts_BS * batch + sequence_B1) * slots + place_BS, num_rows)
     row = row_BS.reshape(num_choices).astype(jnp.int32)
     choices = jnp.arange(num_choices, dtype=jnp.int32)
@@ -89,19 +91,8 @@ def plan_capacity(experts_BLK: Int[Array, "B L K"], num_experts: int, slots: int
         row_TK=row.reshape(batch * length, top_k),
         choice_R=empty_R.at[row].set(choices, mode="drop"),
         group_sizes_E=jnp.full(num_experts, batch * slots, jnp.int32),
+        expert_R=jnp.repeat(jnp.arange(num_experts, dtype=jnp.int32), batch * slots),
     )
-
-
-def capacity_slots(capacity_factor: float, top_k: int, length: int, num_experts: int) -> int:
-    """Slots of an expert for one sequence: ceil(capacity_factor * K * L / E), between 1 and L."""
-    return int(min(length, max(1, -(-capacity_factor * top_k * length // num_experts))))
-
-
-def capacity_limit(capacity_factor: Float[Array, ""], top_k: int, length: int, num_experts: int) -> Int[Array, ""]:
-    """`capacity_slots` of a traced factor."""
-    # The small term absorbs float32 rounding: 1.1 * 2 * 80 / 8 is 22, not 22.000002.
-    limit = jnp.ceil(capacity_factor * (top_k * length / num_experts) - 1e-4)
-    return jnp.clip(limit, 1, length).astype(jnp.int32)
 
 
 @jax.custom_vjp
@@ -120,6 +111,13 @@ def _dispatch_backward(plan, dy_RD):
 
 
 dispatch.defvjp(_dispatch_forward, _dispatch_backward)
+
+
+def dispatch_weights(weights_TK: Float[Array, "T K"], plan: Plan) -> Float[Array, "R"]:
+    """The weight of the choice in each row; 0 in empty rows."""
+    # Each choice is a token of one choice: the same movement with K = 1.
+    choices = dataclasses.replace(plan, row_TK=plan.row_TK.reshape(-1, 1))
+    return dispatch(weights_TK.reshape(-1, 1), choices)[:, 0]
 
 
 def combine(y_RD: Float[Array, "R D"], weights_TK: Float[Array, "T K"], plan: Plan) -> Float[Array, "T D"]:

@@ -5,58 +5,53 @@ all-gathered over `fsdp` and `expert` where they are used, and each device sends
 hidden width of the experts is split over `tensor`, whose partial outputs are added up.
 """
 
+import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from moejax.moe.experts import ExpertWeights
 from moejax.sharding import BATCH_AXES
 
-LocalExperts = Callable[..., tuple[jax.Array, jax.Array]]
+LocalExperts = Callable[[jax.Array, Any, ExpertWeights], jax.Array]
 
 
-def exchange(
-    run_local: LocalExperts,
-    x_BLD: jax.Array,
-    experts_BLK: jax.Array,
-    weights_BLK: jax.Array,
-    gate_up_ED2F: jax.Array,
-    down_EFD: jax.Array,
-    limit: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
+def exchange(run_local: LocalExperts, x_BLD: jax.Array, chosen: Any, weights: ExpertWeights) -> jax.Array:
     """Runs dispatch, experts and combine on each device's part of the batch.
 
     Args:
-      run_local: `(x_bLD, experts_bLK, weights_bLK, gate_up_ED2f, down_EfD, limit) -> (y_bLD, kept_bLK)` on one device.
+      run_local: `(x_bLD, chosen, weights) -> y_bLD` on one device, from `moe/local.py`.
       x_BLD: tokens.
-      experts_BLK: selected experts.
-      weights_BLK: their combine weights.
-      gate_up_ED2F: the experts' gate and up projections.
-      down_EFD: the experts' down projections.
-      limit: slots that may be used per expert and sequence (capacity dispatch).
+      chosen: where they go: arrays with a leading axis of sequences.
+      weights: of the experts.
 
     Returns:
-      The combined outputs, and whether each choice was given a row.
+      The combined outputs.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    arguments = (x_BLD, experts_BLK, weights_BLK, gate_up_ED2F, down_EFD, limit)
-    if mesh.empty:
-        return run_local(*arguments)
+    if jax.sharding.get_abstract_mesh().empty:
+        return run_local(x_BLD, chosen, weights)
 
-    def on_device(*local):
-        y_bLD, kept_bLK = run_local(*local)
-        return jax.lax.psum(y_bLD, "tensor"), kept_bLK
+    def run(x_bLD, chosen, weights):
+        return jax.lax.psum(run_local(x_bLD, chosen, _add_bias_once(weights)), "tensor")
 
+    has_bias = weights.network.has_bias
+    split = dataclasses.replace(
+        weights,
+        gate_up_EDPF=PartitionSpec(None, None, None, "tensor"),
+        down_EFD=PartitionSpec(None, "tensor"),
+        gate_up_bias_EPF=PartitionSpec(None, None, "tensor") if has_bias else None,
+        down_bias_ED=PartitionSpec() if has_bias else None,
+    )
     batch = PartitionSpec(BATCH_AXES)
-    return jax.shard_map(
-        on_device,
-        in_specs=(
-            batch,
-            batch,
-            batch,
-            PartitionSpec(None, None, None, "tensor"),
-            PartitionSpec(None, "tensor"),
-            PartitionSpec(),
-        ),
-        out_specs=(batch, batch),
-    )(*arguments)
+    return jax.shard_map(run, in_specs=(batch, batch, split), out_specs=batch)(x_BLD, chosen, weights)
+
+
+def _add_bias_once(weights: ExpertWeights) -> ExpertWeights:
+    """The bias of the output on one of the devices whose partial outputs are added up, and zeros on the others."""
+    if not weights.network.has_bias:
+        return weights
+    is_first = jax.lax.axis_index("tensor") == 0
+    return dataclasses.replace(weights, down_bias_ED=jnp.where(is_first, weights.down_bias_ED, 0))

@@ -1,133 +1,271 @@
 """The MoE layer: parameters and names; reads like the path of a token."""
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
 
-from moejax.config import MoeConfig
-from moejax.kernels.grouped_matmul import grouped_matmul, spare_rows_for
+from moejax.config import Knobs, MoeConfig
 from moejax.kernels.project import project
-from moejax.moe.dispatch import capacity_limit, capacity_slots, combine, dispatch, plan_capacity, plan_dropless
+from moejax.moe.capacity import Admission, admit, capacity_limit, capacity_slots
 from moejax.moe.exchange import exchange
-from moejax.moe.experts import Experts, FeedForward, apply_experts
-from moejax.moe.routers import Routing, route
-from moejax.moe.stats import RoutingStats, collect
+from moejax.moe.experts import Experts, FeedForward, Network, initialize
+from moejax.moe.free_experts import FreeExperts
+from moejax.moe.local import Chosen, run_dropless, run_slots, run_soft, run_with_capacity
+from moejax.moe.logits import Logits, make_router
+from moejax.moe.routers import RouterInputs, Routing, route, route_expert_choice, route_soft
+from moejax.moe.routers.routing import draw
+from moejax.moe.routers.scores import weigh
+from moejax.moe.routers.selection import named
+from moejax.moe.stats import RoutingStats, Service, collect, collect_slots, collect_soft
+from moejax.sharding import batch_devices
+
+JITTER, DROPOUT = 1000, 1001  # streams of random numbers, apart from those of the routers
 
 
-class Router(nnx.Module):
-    """A linear map to expert logits, in float32 whatever the compute dtype."""
+class RouterState(nnx.Variable):
+    """What a router carries besides parameters: no gradient, no optimizer; saved, restored, updated once per step."""
 
-    def __init__(self, d_model: int, num_experts: int, *, rngs: nnx.Rngs):
-        # A tenth of the usual variance keeps early routing close to uniform (Fedus et al. 2021, section 2.4).
-        init = jax.nn.initializers.variance_scaling(0.1, "fan_in", "truncated_normal")
-        self.kernel = nnx.Param(init(rngs.params(), (d_model, num_experts)), axes=("embed", "router"))
 
-    def __call__(self, x_BLD: Float[Array, "B L D"]) -> Float[Array, "B L E"]:
-        """Logits of each expert for each token."""
-        return project(x_BLD.astype(jnp.float32), self.kernel[...])
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TokenInfo:
+    """What a layer knows about its tokens besides the residual stream.
+
+    Attributes:
+      is_token_BL: False where a position is padding: it reaches no expert and enters no statistic.
+      tokens_BL: token ids; None unless the router looks at them.
+      positions_BL: positions in their documents; None unless the router looks at them.
+      knobs: traced scalars; None in evaluation.
+      keys_B: a key per sequence, for everything drawn at random; None where nothing is.
+      trace: keep the token-level routing in the statistics.
+    """
+
+    is_token_BL: jax.Array
+    tokens_BL: jax.Array | None = None
+    positions_BL: jax.Array | None = None
+    knobs: Knobs | None = None
+    keys_B: jax.Array | None = None
+    trace: bool = dataclasses.field(default=False, metadata={"static": True})
 
 
 class MoE(nnx.Module):
-    """Router, experts and shared experts of one layer."""
+    """Router, experts, and what goes beside them, of one layer.
 
-    def __init__(self, config: MoeConfig, d_model: int, dtype: jnp.dtype, *, rngs: nnx.Rngs):
-        self.config = config
-        self.router = Router(d_model, config.num_experts, rngs=rngs)
-        self.experts = Experts(config.num_experts, d_model, config.d_expert, dtype, rngs=rngs)
-        if config.num_shared_experts:
-            # Shared experts are added with weight 1, so that together they are one wider network.
-            self.shared = FeedForward(d_model, config.num_shared_experts * config.d_expert, dtype, rngs=rngs)
+    Args:
+      config: of the layer.
+      d_model: width of the residual stream, D.
+      dtype: the compute dtype.
+      vocab_size: rows of a hash router's table.
+      limit: experts per token at first, at most `moe.top_k`, where training changes them; None where it does not.
+      rngs: for the parameters.
+    """
 
-    def __call__(
+    def __init__(
         self,
-        x_BLD: Float[Array, "B L D"],
-        mask_BL: Bool[Array, "B L"],
+        config: MoeConfig,
+        d_model: int,
+        dtype: jnp.dtype,
         *,
-        capacity_factor: Float[Array, ""] | None = None,
-        trace: bool = False,
-    ) -> tuple[Float[Array, "B L D"], RoutingStats]:
+        vocab_size: int,
+        limit: int | None = None,
+        rngs: nnx.Rngs,
+    ):
+        self.config = config
+        self.router = make_router(config, d_model, rngs=rngs)
+        network = Network(config.activation, config.activation_limit, config.expert_bias)
+        width = config.d_latent or d_model
+        self.experts = Experts(config.num_experts, width, config.d_expert, dtype, network, rngs=rngs)
+        if config.d_latent:
+            self.into_latent = nnx.Param(initialize(rngs.params(), (d_model, width)), axes=("embed", "latent"))
+            self.out_of_latent = nnx.Param(initialize(rngs.params(), (width, d_model)), axes=("latent", "embed"))
+        if config.num_free_experts:
+            self.free_experts = FreeExperts(config, d_model, rngs=rngs)
+        if config.num_shared_experts:
+            # The sum of several networks is one wider network.
+            self.shared = FeedForward(d_model, config.num_shared_experts * config.d_expert, dtype, network, rngs=rngs)
+        if config.shared_combine == "gated":
+            self.shared_gate = nnx.Param(initialize(rngs.params(), (d_model, 1)), axes=("embed", "router"))
+        self.idle_steps = RouterState(jnp.zeros(config.num_choices, jnp.int32), axes=("router",))
+        if config.has_selection_bias:
+            self.selection_bias = RouterState(jnp.zeros(config.num_choices), axes=("router",))
+        self.is_limited = limit is not None
+        if limit is not None:
+            self.limit = RouterState(jnp.full(1, limit, jnp.int32), axes=("router",))
+        if config.router == "hash":
+            draws_VE = jax.random.uniform(rngs.params(), (vocab_size, config.num_choices))
+            table_VK = jax.lax.top_k(draws_VE, config.top_k)[1].astype(jnp.int32)
+            self.table = RouterState(table_VK, axes=("router", "router"))
+
+    def __call__(self, x_BLD: Float[Array, "B L D"], info: TokenInfo) -> tuple[Float[Array, "B L D"], RoutingStats]:
         """Sends each token to its experts and adds up what they return.
 
         Args:
           x_BLD: normalised residual stream, in the compute dtype.
-          mask_BL: False where a position is padding: it reaches no expert and enters no statistic.
-          capacity_factor: limits the slots used by capacity dispatch; None is dropless (evaluation, inference).
-          trace: keep the token-level `Routing` in the statistics.
+          info: about the tokens.
 
         Returns:
           The layer's output, zeros at padding, and its `RoutingStats`.
         """
-        batch, length, _ = x_BLD.shape
         with jax.named_scope("route"):
-            logits_BLE = self.router(x_BLD)
-            mask_T = mask_BL.reshape(-1)
-            routing = route(logits_BLE.reshape(batch * length, -1), mask_T, self.config)
-        with jax.named_scope("experts"):
-            y_BLD, kept_BLK = self._run_experts(x_BLD, routing, capacity_factor)
+            logits = self.router(self._jittered(x_BLD.astype(jnp.float32), info))
+        y_BLD, stats = {"expert_choice": self._experts_choose, "soft": self._mix}.get(
+            self.config.router, self._tokens_choose
+        )(x_BLD, logits, info)
         if self.config.num_shared_experts:
             with jax.named_scope("shared_experts"):
-                y_BLD += jnp.where(mask_BL[..., None], self.shared(x_BLD), 0)
-        stats = collect(routing, mask_T, kept_BLK.reshape(batch * length, -1), trace=trace)
+                y_BLD = self._with_shared(y_BLD, x_BLD, info)
         return y_BLD, stats
 
-    def _run_experts(self, x_BLD, routing: Routing, capacity_factor):
-        batch, length, _ = x_BLD.shape
-        config = self.config
-        shape = (batch, length, config.top_k)
-        if config.dispatch == "capacity" and capacity_factor is not None:
-            slots = capacity_slots(config.capacity_factor, config.top_k, length, config.num_experts)
-            limit = capacity_limit(capacity_factor, config.top_k, length, config.num_experts)
-            run_local = functools.partial(run_with_capacity, slots=slots)
-        else:
-            limit = jnp.int32(length)
-            run_local = functools.partial(run_dropless, implementation=config.grouped_matmul)
-        return exchange(
-            run_local,
-            x_BLD,
-            routing.experts_TK.reshape(shape),
-            routing.weights_TK.reshape(shape),
-            *self.experts.weights(),
-            limit,
+    def _with_shared(self, y_BLD, x_BLD, info: TokenInfo):
+        """The routed output with that of the shared experts.
+
+        Added with weight 1 (DeepSeekMoE), weighed by a sigmoid of the token (Qwen1.5-MoE), or averaged (Command).
+        """
+        shared_BLD = self.shared(x_BLD)
+        if self.config.shared_combine == "gated":
+            shared_BLD *= jax.nn.sigmoid(project(x_BLD, self.shared_gate[...].astype(x_BLD.dtype)))
+        y_BLD += jnp.where(info.is_token_BL[..., None], shared_BLD, 0)
+        return y_BLD / 2 if self.config.shared_combine == "averaged" else y_BLD
+
+    def _jittered(self, x_BLD, info: TokenInfo):
+        """The router's input, in training multiplied by uniform noise (Fedus et al. 2021, section 2.4)."""
+        if self.config.jitter == 0 or info.knobs is None or info.keys_B is None:
+            return x_BLD
+        uniform_BLD = draw(info.keys_B, JITTER, jax.random.uniform, *x_BLD.shape[1:])
+        return x_BLD * (1 + info.knobs.jitter * (2 * uniform_BLD - 1))
+
+    def _tokens_choose(self, x_BLD, logits: Logits, info: TokenInfo):
+        config, length = self.config, x_BLD.shape[1]
+        with jax.named_scope("route"):
+            inputs = self._inputs(logits, info, length)
+            routing = route(inputs, config, self.limit[...][0] if self.is_limited else None)
+            experts_TK, service = self._admit(routing, info, length)
+        with jax.named_scope("experts"):
+            y_BLD = self._run(x_BLD, experts_TK, service, info)
+        stats = collect(
+            routing, inputs.mask_T, service, config,
+            length=length, num_devices=batch_devices(), trace=info.trace,
+        )  # fmt: skip
+        return y_BLD, stats
+
+    def _inputs(self, logits: Logits, info: TokenInfo, length: int) -> RouterInputs:
+        def flat(x_BLX):
+            return None if x_BLX is None else x_BLX.reshape(-1, *x_BLX.shape[2:])
+
+        return RouterInputs(
+            logits_TE=flat(logits.logits_BLE),
+            mask_T=flat(info.is_token_BL),
+            length=length,
+            tokens_T=flat(info.tokens_BL),
+            positions_T=flat(info.positions_BL),
+            bias_E=self.selection_bias[...] if self.config.has_selection_bias else None,
+            table_VK=self.table[...] if self.config.router == "hash" else None,
+            group_logits_TG=flat(logits.group_logits_BLG),
+            noise_scale_TE=flat(logits.noise_scale_BLE),
+            group_noise_scale_TG=flat(logits.group_noise_scale_BLG),
+            keys_B=info.keys_B,
+            is_training=info.knobs is not None,
+            noise=1.0 if info.knobs is None else info.knobs.noise_scale,
         )
 
+    def _admit(self, routing: Routing, info: TokenInfo, length: int) -> tuple[Int[Array, "T K"], Service]:
+        """Who finds a slot, where the others go, and with which weights."""
+        config = self.config
+        factor = config.eval_capacity_factor if info.knobs is None else info.knobs.capacity_factor
+        none_TK = jnp.zeros(routing.experts_TK.shape, bool)
+        if config.dispatch == "dropless" or (info.knobs is None and config.eval_capacity_factor == 0):
+            admission = Admission(routing.experts_TK, none_TK, none_TK)
+            return routing.experts_TK, self._service(routing.weights_TK, admission, info, length)
+        num_tokens = routing.experts_TK.shape[0]
+        groups = {"sequence": num_tokens // length, "device": batch_devices(), "global": 1}[config.capacity_group]
+        size = (config.top_k, num_tokens // groups, config.num_experts)
+        limit = capacity_limit(jnp.float32(factor), *size)
+        if info.knobs is not None:
+            limit = jnp.minimum(limit, capacity_slots(config.capacity_factor, *size))  # the size of the buffers
+        admission = admit(
+            routing.experts_TK,
+            routing.ranking_TE,
+            routing.weights_TK,
+            limit,
+            num_experts=config.num_experts,
+            num_groups=groups,
+            order=config.capacity_order,
+            overflow=config.overflow,
+        )
+        weights_TK = routing.weights_TK
+        if config.overflow == "next":
+            # A choice that stays without a slot keeps its part in the normalisation.
+            held_TK = jnp.where(admission.is_dropped_TK, routing.experts_TK, admission.experts_TK)
+            weights_TK = weigh(routing.log_scores_TE, held_TK, config)
+        kept_TK = jnp.where(admission.is_dropped_TK, 0.0, weights_TK)
+        if config.overflow == "renormalize":
+            # The survivors share the weight of all, as if the dropped had not been chosen.
+            survivors_T1 = kept_TK.sum(axis=1, keepdims=True)
+            share_T1 = weights_TK.sum(axis=1, keepdims=True) / jnp.where(survivors_T1 > 0, survivors_T1, 1.0)
+            kept_TK *= share_T1
+        return named(admission.experts_TK), self._service(kept_TK, admission, info, length)
 
-def run_dropless(x_BLD, experts_BLK, weights_BLK, gate_up_ED2F, down_EFD, limit, *, implementation: str):
-    """Dispatch, experts and combine on one device, as many rows as there are choices; `limit` plays no part."""
-    del limit
-    top_k = experts_BLK.shape[-1]
-    num_experts = gate_up_ED2F.shape[0]
-    spare_rows = spare_rows_for(experts_BLK.size, num_experts, implementation)
-    plan = plan_dropless(experts_BLK.reshape(-1, top_k), num_experts, spare_rows)
-    return _run(
-        plan,
-        x_BLD,
-        weights_BLK,
-        gate_up_ED2F,
-        down_EFD,
-        functools.partial(
-            grouped_matmul, group_sizes_E=plan.group_sizes_E, implementation=implementation, spare_rows=spare_rows
-        ),
-    )
+    def _service(self, weights_TK, admission: Admission, info: TokenInfo, length: int) -> Service:
+        dropout_TK = self._dropout(weights_TK.shape, info, length)
+        return Service(
+            checkpoint_name(weights_TK, "routing_weights"), admission.is_dropped_TK, admission.is_moved_TK, dropout_TK
+        )
 
+    def _dropout(self, shape: tuple[int, ...], info: TokenInfo, length: int) -> Float[Array, "T K"] | None:
+        """Factors on the choices' outputs: 0 for some drawn at random, and more than 1 for the rest to make up for it.
 
-def run_with_capacity(x_BLD, experts_BLK, weights_BLK, gate_up_ED2F, down_EFD, limit, *, slots: int):
-    """Dispatch, experts and combine on one device, in `slots` rows per expert and sequence."""
-    num_experts = gate_up_ED2F.shape[0]
-    plan = plan_capacity(experts_BLK, num_experts, slots, jnp.minimum(limit, slots))
+        Not dropout within an expert: a token loses the whole output of an expert.
+        """
+        if self.config.expert_dropout == 0 or info.knobs is None or info.keys_B is None:
+            return None
+        rate = info.knobs.expert_dropout
+        uniform_TK = draw(info.keys_B, DROPOUT, jax.random.uniform, length, shape[1]).reshape(shape)
+        return jnp.where(uniform_TK < rate, 0.0, 1 / (1 - rate))
 
-    def slotted_matmul(x_RP, w_EPQ):
-        x_ECP = x_RP.reshape(num_experts, -1, x_RP.shape[-1])
-        return jnp.einsum("ECP,EPQ->ECQ", x_ECP, w_EPQ).reshape(x_RP.shape[0], -1)
+    def _run(self, x_BLD, experts_TK, service: Service, info: TokenInfo):
+        batch, length, _ = x_BLD.shape
+        config = self.config
+        run_local = functools.partial(run_dropless, implementation=config.grouped_matmul)
+        if config.dispatch == "capacity" and config.capacity_group == "sequence" and info.knobs is not None:
+            slots = capacity_slots(config.capacity_factor, config.top_k, length, config.num_experts)
+            run_local = functools.partial(run_with_capacity, slots=slots)
+        weights_TK, factors_TK = service.weights_TK, service.dropout_TK
+        experts_BLK, weights_BLK = (a.reshape(batch, length, config.top_k) for a in (experts_TK, weights_TK))
+        factors_BLK = None if factors_TK is None else factors_TK.reshape(weights_BLK.shape)
+        out_BLK = weights_BLK if factors_BLK is None else weights_BLK * factors_BLK
+        if config.weight_on == "output":
+            y_BLD = self._through_experts(run_local, x_BLD, Chosen(experts_BLK, out_BLK))
+        else:
+            ones_BLK = jnp.ones_like(weights_BLK) if factors_BLK is None else factors_BLK
+            y_BLD = self._through_experts(run_local, x_BLD, Chosen(experts_BLK, ones_BLK, weights_BLK))
+        return y_BLD + self.free_experts(x_BLD, experts_BLK, out_BLK) if config.num_free_experts else y_BLD
 
-    return _run(plan, x_BLD, weights_BLK, gate_up_ED2F, down_EFD, slotted_matmul)
+    def _through_experts(self, run_local, x_BLD, chosen):
+        """The experts' combined output; in between at another width, if they have one (LatentMoE, Nemotron 3)."""
+        if not self.config.d_latent:
+            return exchange(run_local, x_BLD, chosen, self.experts.weights())
+        into, out_of = (w[...].astype(x_BLD.dtype) for w in (self.into_latent, self.out_of_latent))
+        return project(exchange(run_local, project(x_BLD, into), chosen, self.experts.weights()), out_of)
 
+    def _experts_choose(self, x_BLD, logits: Logits, info: TokenInfo):
+        length = x_BLD.shape[1]
+        with jax.named_scope("route"):
+            slots = capacity_slots(1.0, self.config.top_k, length, self.config.num_experts)
+            routing = route_expert_choice(self._inputs(logits, info, length), self.config, slots)
+        with jax.named_scope("experts"):
+            chosen = (routing.positions_BEC, checkpoint_name(routing.weights_BEC, "routing_weights"))
+            y_BLD = self._through_experts(run_slots, x_BLD, chosen)
+        return y_BLD, collect_slots(routing, info.is_token_BL, trace=info.trace)
 
-def _run(plan, x_BLD, weights_BLK, gate_up_ED2F, down_EFD, matmul):
-    x_TD = x_BLD.reshape(-1, x_BLD.shape[-1])
-    y_RD = apply_experts(dispatch(x_TD, plan), gate_up_ED2F, down_EFD, matmul)
-    y_TD = combine(y_RD, weights_BLK.reshape(plan.row_TK.shape), plan)
-    kept_BLK = (plan.row_TK < plan.choice_R.shape[0]).reshape(weights_BLK.shape)
-    return y_TD.reshape(x_BLD.shape), kept_BLK
+    def _mix(self, x_BLD, logits: Logits, info: TokenInfo):
+        with jax.named_scope("route"):
+            routing = route_soft(logits.logits_BLE, info.is_token_BL)
+        with jax.named_scope("experts"):
+            mixing = (routing.dispatch_BLS, routing.combine_BLS)
+            y_BLD = self._through_experts(run_soft, x_BLD, mixing)
+        return y_BLD, collect_soft(routing, info.is_token_BL, self.config.num_experts, trace=info.trace)

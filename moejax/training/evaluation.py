@@ -4,15 +4,14 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from moejax.data.batches import Batch
 from moejax.moe.balance import load_fractions
+from moejax.moe.stats import join
 from moejax.training.state import Trainable
-from moejax.training.step import Sums, put_batch
+from moejax.training.step import Sums, add_sums, put_batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,11 +69,12 @@ def evaluate(
         if should_stop():
             return None
         sums = eval_step(params, router_state, put_batch(batch, trainable))
-        total = sums if total is None else jax.tree.map(jnp.add, total, sums)
+        total = sums if total is None else add_sums(total, sums)
     if total is None:
         raise ValueError("nothing to evaluate: the split has no rows")
     nats, num_targets = float(total.nats), float(total.num_targets)
-    load_NE = None if total.routing is None else np.asarray(load_fractions(total.routing, trainable.config.moe.top_k))
+    routing = join(total.routing)
+    load_NE = None if routing is None else np.asarray(load_fractions(routing))
     loss = nats / num_targets
     return Evaluation(
         loss=loss,

@@ -12,7 +12,6 @@ import jax
 
 from moejax.config import Config, ConfigError, Knobs
 from moejax.data import Batch, Corpus, TrainBatches, eval_batches, load_tokenizer, prepare
-from moejax.models.decoder import moe_layer_indices
 from moejax.models.parameters import count_parameters
 from moejax.sharding import make_mesh
 from moejax.training.checkpoint import Checkpoints
@@ -199,7 +198,7 @@ class _Loop:
         config = self.trainable.config
         if config.num_moe_layers == 0:
             return None
-        routing = RoutingLog(self.workdir, moe_layer_indices(config), config.moe.num_experts)
+        routing = RoutingLog(self.workdir, config.moe_layers, config.moe.num_choices)
         routing.truncate(start_step)
         return routing
 

@@ -10,9 +10,11 @@ from moejax.config import Knobs
 from moejax.data.batches import Batch
 from moejax.models import Decoder
 from moejax.models.stack import Context
+from moejax.moe.layer import TokenInfo
 from moejax.nn.attention import row_mask
+from moejax.training.schedules import scheduled
 from moejax.training.state import Trainable, TrainState
-from moejax.training.step import loss_and_gradients
+from moejax.training.step import loss_and_gradients, row_keys
 
 
 class NonFiniteError(RuntimeError):
@@ -28,11 +30,12 @@ def locate(trainable: Trainable, state: TrainState, batch: Batch, knobs: Knobs) 
         if not _is_finite(value):
             return f"parameter {name}"
     model = nnx.merge(trainable.graphdef, state.params, state.router_state)
+    keys_B = row_keys(trainable.config, state.step, batch.tokens_BL.shape[0])
+    knobs = scheduled(knobs, trainable.config, state.step)
     context = Context(
         positions_BL=batch.positions_BL,
         mask_BLS=row_mask(batch.segments_BL),
-        is_token_BL=batch.segments_BL > 0,
-        capacity_factor=knobs.capacity_factor,
+        info=TokenInfo(batch.segments_BL > 0, batch.tokens_BL, batch.positions_BL, knobs, keys_B),
     )
     run_block = jax.jit(lambda graphdef, block, x: nnx.merge(graphdef, block)(x, context, None)[0], static_argnums=0)
     x_BLD = model.embed(batch.tokens_BL)
@@ -43,7 +46,9 @@ def locate(trainable: Trainable, state: TrainState, batch: Batch, knobs: Knobs) 
             return f"layer {layer} (output)"
     if not _is_finite(model.unembed(x_BLD)):
         return "the logits"
-    grads, _ = jax.jit(lambda p: loss_and_gradients(trainable, p, state.router_state, batch, knobs))(state.params)
+    grads, _ = jax.jit(lambda p: loss_and_gradients(trainable, p, state.router_state, batch, knobs, keys_B))(
+        state.params
+    )
     place = _last_bad_gradient(nnx.merge(trainable.graphdef, grads, state.router_state))
     return f"the gradient of {place}" if place else "the global gradient norm (it overflows)"
 

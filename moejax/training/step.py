@@ -14,10 +14,12 @@ from flax import nnx
 
 from moejax.config import Config, Knobs
 from moejax.data.batches import Batch
-from moejax.moe.balance import balance_loss, routing_metrics, z_loss
-from moejax.moe.stats import RoutingStats
+from moejax.moe.balance import LOSSES, auxiliary_losses, routing_metrics
+from moejax.moe.stats import RoutingStats, add_stats, join
 from moejax.sharding import batch_sharding, replicated
 from moejax.training.optimizer import make_schedule
+from moejax.training.router_state import state_metrics, update_router_state
+from moejax.training.schedules import factor, scheduled, scheduled_leaves
 from moejax.training.state import Trainable, TrainState
 
 
@@ -29,18 +31,18 @@ class Sums:
     Attributes:
       nats: cross-entropy of the language model, float32.
       num_targets: predicted tokens, float32.
-      routing: `RoutingStats` stacked by layer; None for a dense model.
+      routing: `RoutingStats` of each run of equal MoE layers, stacked by layer; empty for a dense model.
     """
 
     nats: jax.Array
     num_targets: jax.Array
-    routing: RoutingStats | None
+    routing: tuple[RoutingStats, ...]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class StepOutput:
-    """What a step reports: scalars, and the routing sums of the global batch."""
+    """What a step reports: scalars, and the routing sums of the global batch by layer (None for a dense model)."""
 
     scalars: dict[str, jax.Array]
     routing: RoutingStats | None
@@ -50,21 +52,40 @@ TrainStep = Callable[[TrainState, Batch, Knobs], tuple[TrainState, StepOutput]]
 """A compiled train step."""
 
 
-def forward_sums(model, batch: Batch, capacity_factor: jax.Array | None = None) -> Sums:
+def forward_sums(model, batch: Batch, knobs: Knobs | None = None, keys_B: jax.Array | None = None) -> Sums:
     """Runs the model on packed rows and sums up its losses and routing.
 
     Args:
       model: a `Decoder`.
       batch: packed rows `[B, L]`.
-      capacity_factor: limit of capacity dispatch; None (evaluation) is dropless.
+      knobs: traced scalars of training; None is evaluation: dropless unless configured otherwise, and without noise.
+      keys_B: a key per row, from which training draws.
     """
-    logits_BLV, routing = model(batch.tokens_BL, batch.segments_BL, batch.positions_BL, capacity_factor=capacity_factor)
+    logits_BLV, routing = model(batch.tokens_BL, batch.segments_BL, batch.positions_BL, knobs=knobs, keys_B=keys_B)
     nats_BL = optax.softmax_cross_entropy_with_integer_labels(logits_BLV, batch.targets_BL)
     return Sums(
         nats=jnp.sum(jnp.where(batch.loss_mask_BL, nats_BL, 0.0)),
         num_targets=count_targets(batch),
         routing=routing,
     )
+
+
+def add_sums(first: Sums, second: Sums) -> Sums:
+    """The sums of two batches together."""
+    routing = tuple(add_stats(*pair) for pair in zip(first.routing, second.routing, strict=True))
+    return Sums(first.nats + second.nats, first.num_targets + second.num_targets, routing)
+
+
+def row_keys(config: Config, step: jax.Array, batch_size: int) -> jax.Array | None:
+    """A key for each row of the global batch of a step, or None if nothing is drawn.
+
+    A pure function of seed, step and row: what is drawn depends neither on the mesh nor on accumulation, and a resumed
+    run draws what it would have drawn.
+    """
+    if not any(moe.draws for moe in config.moe_runs):
+        return None
+    key = jax.random.fold_in(jax.random.key(config.train.seed), step)
+    return jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(batch_size))
 
 
 def count_targets(batch: Batch) -> jax.Array:
@@ -76,47 +97,58 @@ def losses(sums: Sums, knobs: Knobs, config: Config) -> dict[str, jax.Array]:
     """The language-model loss, the auxiliary losses and their total.
 
     Returns:
-      `loss/lm` is the mean cross-entropy in nats. `loss/balance` and `loss/z` are means over MoE layers, unweighted;
-      `loss/balance_weighted` and `loss/z_weighted` their contributions to `loss/total`: weight times the sum over
-      layers, as in the published systems, where each layer adds its own term.
+      `loss/lm` is the mean cross-entropy in nats. `loss/balance`, `loss/z` and others are means over the MoE layers
+      that have them, unweighted; `loss/balance_weighted` and so on their contributions to `loss/total`: weight times
+      the sum over layers, as in the published systems, where each layer adds its own term.
 
     Raises:
       ValueError: while tracing, if the sums are not those of as many layers as the configuration has MoE layers: a
         layer's losses would be silently absent.
     """
-    reported = 0 if sums.routing is None else sums.routing.num_tokens.size
+    reported = sum(stats.num_tokens.size for stats in sums.routing)
     if reported != config.num_moe_layers:
         raise ValueError(f"{reported} layers reported routing, and the model has {config.num_moe_layers} MoE layers")
-    lm = sums.nats / jnp.maximum(sums.num_targets, 1.0)
-    if sums.routing is None:
-        return {"loss/lm": lm, "loss/total": lm}
-    balance_N, z_N = balance_loss(sums.routing, config.moe.top_k), z_loss(sums.routing)
-    balance_weighted = knobs.balance_weight * balance_N.sum()
-    z_weighted = knobs.z_weight * z_N.sum()
-    return {
-        "loss/lm": lm,
-        "loss/balance": balance_N.mean(),
-        "loss/balance_weighted": balance_weighted,
-        "loss/z": z_N.mean(),
-        "loss/z_weighted": z_weighted,
-        "loss/total": lm + balance_weighted + z_weighted,
-    }
+    found = {"loss/lm": sums.nats / jnp.maximum(sums.num_targets, 1.0)}
+    total = found["loss/lm"]
+    by_run = [auxiliary_losses(stats, moe) for stats, moe in zip(sums.routing, config.moe_runs, strict=True)]
+    for name in LOSSES:
+        parts = [run[name] for run in by_run if name in run]
+        if parts:
+            weighted = getattr(knobs, f"{name}_weight") * sum(part.term_N.sum() for part in parts)
+            value_N = jnp.concatenate([part.value_N for part in parts])
+            found |= {f"loss/{name}": value_N.mean(), f"loss/{name}_weighted": weighted}
+            total += weighted
+    return found | {"loss/total": total}
 
 
 def loss_and_gradients(
-    trainable: Trainable, params: nnx.State, router_state: nnx.State, batch: Batch, knobs: Knobs
+    trainable: Trainable,
+    params: nnx.State,
+    router_state: nnx.State,
+    batch: Batch,
+    knobs: Knobs,
+    keys_B: jax.Array | None = None,
 ) -> tuple[nnx.State, Sums]:
     """Gradients of the total loss of the global batch, and its sums.
 
     With accumulation, microbatch i holds every a-th row. The balance loss is a product of means over the global batch,
     so its gradient in one microbatch depends on the sums of all: a first pass, forward only, collects them; the second
     differentiates each microbatch with the sums of the others held constant. A dense model needs no first pass.
+
+    Args:
+      trainable: the run's fixed part.
+      params: trained arrays.
+      router_state: what routers carry besides.
+      batch: the global batch.
+      knobs: traced scalars.
+      keys_B: from `row_keys`.
     """
     config = trainable.config
 
-    def sums_of(params, batch):
+    def sums_of(params, part):
+        batch, keys_B = part
         model = nnx.merge(trainable.graphdef, params, router_state)
-        return forward_sums(model, batch, knobs.capacity_factor)
+        return forward_sums(model, batch, knobs, keys_B)
 
     def total_of(sums):
         return losses(sums, knobs, config)["loss/total"]
@@ -124,35 +156,42 @@ def loss_and_gradients(
     if config.train.accumulation == 1:
 
         def loss(params):
-            sums = sums_of(params, batch)
+            sums = sums_of(params, (batch, keys_B))
             return total_of(sums), sums
 
         return jax.grad(loss, has_aux=True)(params)
 
-    microbatches = _split(batch, config.train.accumulation)
+    parts = _split((batch, keys_B), config.train.accumulation)
     if config.num_moe_layers:
-        total = _sum_over(lambda microbatch: sums_of(params, microbatch), microbatches)
+        total, offers = _sum_over(lambda part: _without_offers(sums_of(params, part)), add_sums, parts)
     else:
         # Cross-entropy is linear in its sum: only the number of targets matters to the gradient.
-        total = Sums(jnp.float32(0), count_targets(batch), None)
+        total, offers = Sums(jnp.float32(0), count_targets(batch), ()), ()
 
-    def gradients_of(microbatch):
+    def gradients_of(part):
         def loss(params):
-            sums = sums_of(params, microbatch)
+            sums, _ = _without_offers(sums_of(params, part))
             return total_of(jax.tree.map(lambda t, s: t + (s - jax.lax.stop_gradient(s)), total, sums)), sums
 
-        return jax.grad(loss, has_aux=True)(params)
+        return jax.grad(loss, has_aux=True)(params), None
 
-    return _sum_over(gradients_of, microbatches)
+    def add(first, second):
+        return jax.tree.map(jnp.add, first[0], second[0]), add_sums(first[1], second[1])
+
+    (grads, sums), _ = _sum_over(gradients_of, add, parts)
+    return grads, _with_offers(sums, offers)
 
 
 def make_train_step(trainable: Trainable) -> jax.stages.Wrapped:
     """Compiles, on first call, `(state, batch, knobs) -> (state, StepOutput)`; the old state's buffers are reused."""
-    schedule = make_schedule(trainable.config.optimizer, trainable.config.train.num_steps)
+    config = trainable.config
+    schedule = make_schedule(config.optimizer, config.train.num_steps)
 
     def train_step(state: TrainState, batch: Batch, knobs: Knobs) -> tuple[TrainState, StepOutput]:
-        grads, sums = loss_and_gradients(trainable, state.params, state.router_state, batch, knobs)
-        scalars = losses(sums, knobs, trainable.config)
+        keys_B = row_keys(config, state.step, batch.tokens_BL.shape[0])
+        knobs = scheduled(knobs, config, state.step)
+        grads, sums = loss_and_gradients(trainable, state.params, state.router_state, batch, knobs, keys_B)
+        scalars = losses(sums, knobs, config)
         grad_norm = optax.tree.norm(grads)
         is_finite = jnp.isfinite(scalars["loss/total"]) & jnp.isfinite(grad_norm)
         learning_rate = schedule(state.step) * knobs.learning_rate_scale
@@ -162,17 +201,21 @@ def make_train_step(trainable: Trainable) -> jax.stages.Wrapped:
         def keep(new, old):
             return jax.tree.map(lambda n, o: jnp.where(is_finite, n, o), new, old)
 
+        router_state, routing = state.router_state, join(sums.routing)
+        if routing is not None:
+            router_state = update_router_state(router_state, sums.routing, config, knobs, state.step)
+            per_layer = routing_metrics(routing)
+            scalars |= {f"moe/{name}": values_N.mean() for name, values_N in per_layer.items()}
+            scalars |= state_metrics(router_state)
+            scalars |= {f"schedule/{name}": factor(config, name, state.step) for name in scheduled_leaves(config)}
         state = TrainState(
             step=state.step + 1,
             params=keep(params, state.params),
-            router_state=state.router_state,
+            router_state=keep(router_state, state.router_state),
             opt_state=keep(opt_state, state.opt_state),
             skipped=state.skipped + ~is_finite,
             skipped_in_row=jnp.where(is_finite, 0, state.skipped_in_row + 1),
         )
-        if sums.routing is not None:
-            per_layer = routing_metrics(sums.routing, trainable.config.moe.top_k)
-            scalars |= {f"moe/{name}": values_N.mean() for name, values_N in per_layer.items()}
         scalars |= {
             "learning_rate": learning_rate,
             "grad_norm": grad_norm,
@@ -180,7 +223,7 @@ def make_train_step(trainable: Trainable) -> jax.stages.Wrapped:
             "skipped_steps": state.skipped,
             "skipped_in_row": state.skipped_in_row,
         }
-        return state, StepOutput(scalars, sums.routing)
+        return state, StepOutput(scalars, routing)
 
     return jax.jit(train_step, donate_argnums=0, out_shardings=(trainable.shardings, replicated(trainable.mesh)))
 
@@ -189,7 +232,7 @@ def make_eval_step(trainable: Trainable) -> Callable[[nnx.State, nnx.State, Batc
     """Compiles, on first call, `(params, router_state, batch) -> Sums`, dropless and without noise."""
 
     def eval_step(params: nnx.State, router_state: nnx.State, batch: Batch) -> Sums:
-        return forward_sums(nnx.merge(trainable.graphdef, params, router_state), batch)
+        return _without_offers(forward_sums(nnx.merge(trainable.graphdef, params, router_state), batch))[0]
 
     return jax.jit(eval_step, out_shardings=replicated(trainable.mesh))
 
@@ -200,17 +243,42 @@ def put_batch(batch: Batch, trainable: Trainable) -> Batch:
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
 
 
-def _split(batch: Batch, parts: int) -> Batch:
+def _split(tree, parts: int):
     """`[parts, B / parts, ...]`; every device's rows are spread over all parts, so that nothing moves."""
-    return jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
+    return jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), tree)
 
 
-def _sum_over(function, microbatches):
-    """Sum of `function(microbatch)` over the leading axis, one at a time."""
-    first = jax.tree.map(lambda x: x[0], microbatches)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(function, first))
+def _sum_over(function, add, parts):
+    """Over the leading axis of `parts`, one at a time: the sum of `function`'s first result, and all its second ones.
 
-    def body(total, microbatch):
-        return jax.tree.map(jnp.add, total, function(microbatch)), None
+    What is summed starts at 0, which `add` must leave alone.
+    """
+    first = jax.tree.map(lambda x: x[0], parts)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(function, first)[0])
 
-    return jax.lax.scan(body, zeros, microbatches)[0]
+    def body(total, part):
+        summed, each = function(part)
+        return add(total, summed), each
+
+    return jax.lax.scan(body, zeros, parts)
+
+
+def _without_offers(sums: Sums) -> tuple[Sums, tuple[jax.Array | None, ...]]:
+    """The sums apart from the arrays that do not add up."""
+    routing = tuple(dataclasses.replace(stats, offers_TE=None) for stats in sums.routing)
+    return dataclasses.replace(sums, routing=routing), tuple(stats.offers_TE for stats in sums.routing)
+
+
+def _with_offers(sums: Sums, offers: tuple[jax.Array | None, ...]) -> Sums:
+    """The sums with the offers of all tokens, from those of each microbatch, `[P, N, T, E]`."""
+
+    def whole(offers_PNTE):
+        if offers_PNTE is None:
+            return None
+        parts, layers, tokens, experts = offers_PNTE.shape
+        return offers_PNTE.swapaxes(0, 1).reshape(layers, parts * tokens, experts)
+
+    routing = tuple(
+        dataclasses.replace(stats, offers_TE=whole(o)) for stats, o in zip(sums.routing, offers, strict=True)
+    )
+    return dataclasses.replace(sums, routing=routing)

@@ -1,0 +1,31 @@
+"""The experiment's configuration: frozen dataclasses, their validation, and the traced scalars.
+
+A recipe in `configs/` returns a `ConfigDict` that holds every leaf (`default()`); `resolve` turns it into a frozen
+`Config`, derives what is derived and refuses what cannot work, before anything is traced. Scalars that change no
+array shape travel apart, in one `Knobs` pytree, so that changing them recompiles nothing.
+"""
+
+from moejax.config.errors import ConfigError as ConfigError
+from moejax.config.errors import divisors as divisors
+from moejax.config.knobs import Knobs as Knobs
+from moejax.config.layers import Run as Run
+from moejax.config.moe import ROUTER_RULES as ROUTER_RULES
+from moejax.config.moe import MoeConfig as MoeConfig
+from moejax.config.resolve import check_key as check_key
+from moejax.config.resolve import default as default
+from moejax.config.resolve import leaves as leaves
+from moejax.config.resolve import resolve as resolve
+from moejax.config.resolve import to_config_dict as to_config_dict
+from moejax.config.resolve import to_dict as to_dict
+from moejax.config.schedules import Schedule as Schedule
+from moejax.config.schedules import ScheduleConfig as ScheduleConfig
+from moejax.config.schedules import limit_of as limit_of
+from moejax.config.schedules import parse_schedule as parse_schedule
+from moejax.config.schema import BYTE_VOCAB_SIZE as BYTE_VOCAB_SIZE
+from moejax.config.schema import SECTIONS as SECTIONS
+from moejax.config.schema import Config as Config
+from moejax.config.schema import DataConfig as DataConfig
+from moejax.config.schema import MeshConfig as MeshConfig
+from moejax.config.schema import ModelConfig as ModelConfig
+from moejax.config.schema import OptimizerConfig as OptimizerConfig
+from moejax.config.schema import TrainConfig as TrainConfig

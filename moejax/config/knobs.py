@@ -1,0 +1,48 @@
+"""The traced scalars of a configuration."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from moejax.config.schema import Config
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Knobs:
+    """Traced float32 scalars: they change no shape, so changing them recompiles nothing and they can be `vmap`ped.
+
+    Each but the first has the name of its leaf in `moe`. Where that leaf is 0, its term may be left out of the compiled
+    program, and the knob has no effect.
+
+    Attributes:
+      learning_rate_scale: multiplies the scheduled learning rate.
+      balance_weight, sequence_balance_weight, importance_weight, load_weight, vmoe_load_weight, z_weight: coefficients
+        of each layer's loss of that name.
+      capacity_factor: limits the slots used per expert; buffers have the size of `moe.capacity_factor`, so larger
+        values have no effect.
+      jitter: half the width of the uniform factor on the router's input.
+      noise_scale: multiplies the noise on the logits.
+      bias_rate: step of the selection bias.
+      expert_dropout: fraction of choices whose output is dropped.
+    """
+
+    learning_rate_scale: jax.Array
+    balance_weight: jax.Array
+    sequence_balance_weight: jax.Array
+    importance_weight: jax.Array
+    load_weight: jax.Array
+    vmoe_load_weight: jax.Array
+    z_weight: jax.Array
+    capacity_factor: jax.Array
+    jitter: jax.Array
+    noise_scale: jax.Array
+    bias_rate: jax.Array
+    expert_dropout: jax.Array
+
+    @classmethod
+    def of(cls, config: Config) -> "Knobs":
+        """The knobs as the configuration sets them."""
+        leaves = {field.name: getattr(config.moe, field.name, 1.0) for field in dataclasses.fields(cls)}
+        return cls(**{name: jnp.float32(value) for name, value in leaves.items()})

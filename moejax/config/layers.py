@@ -1,0 +1,158 @@
+"""Which layer of the model has which experts: the pattern, and layers that differ from it.
+
+`moe.first_dense` and `moe.every` say which layers are MoE layers; `moe.per_layer` changes some of them. From that come
+the runs of equal layers that the model scans.
+"""
+
+import dataclasses
+import difflib
+import functools
+import itertools
+import typing
+from collections.abc import Iterator
+from typing import Any, Literal
+
+from moejax.config.errors import ConfigError, require
+from moejax.config.moe import ROUTER_RULES, MoeConfig, derive_moe
+
+SHARED = (
+    "num_experts", "num_zero_experts", "num_identity_experts", "num_constant_experts", "first_dense", "every",
+    "per_layer", "allow_noncausal", "expert_dropout", "capacity_factor", "eval_capacity_factor",
+    "jitter", "noise_scale", "balance_weight", "balance_scope", "balance_convention", "sequence_balance_weight",
+    "importance_weight", "load_weight", "vmoe_load_weight", "z_weight", "bias_rate",
+)  # fmt: skip
+"""Leaves of `moe` that are the same for all layers: the pattern itself, knobs, and what losses and statistics share."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Equal layers, or equal periods of layers, in succession.
+
+    Attributes:
+      kinds: the layers of one period, None for a dense one; only the last may be a MoE layer.
+      num: how many periods.
+    """
+
+    kinds: tuple[MoeConfig | None, ...]
+    num: int
+
+    @property
+    def moe(self) -> MoeConfig | None:
+        """The configuration of its MoE layers, of which there is one a period; None for dense layers."""
+        return self.kinds[-1]
+
+
+@functools.lru_cache(maxsize=64)
+def layer_kinds(moe: MoeConfig, num_layers: int, seq_len: int) -> tuple[MoeConfig | None, ...]:
+    """Each layer's configuration in the order of the model; None for a dense layer.
+
+    Args:
+      moe: resolved, apart from `per_layer`.
+      num_layers: of the model.
+      seq_len: for leaves that are derived from it.
+
+    Raises:
+      ConfigError: `moe.per_layer` cannot be read, names a layer that is absent or dense, or changes a leaf that layers
+        share.
+    """
+    if moe.num_experts == 0:
+        return (None,) * num_layers
+    base = dataclasses.replace(moe, per_layer="")
+    kinds: list[MoeConfig | None] = [
+        base if i >= moe.first_dense and (i - moe.first_dense + 1) % moe.every == 0 else None for i in range(num_layers)
+    ]
+    for entry in filter(None, map(str.strip, moe.per_layer.split(";"))):
+        where, colon, what = entry.partition(":")
+        require(
+            bool(colon),
+            f"moe.per_layer: {entry!r} must have the form LAYERS: CHANGES, such as 0-1: router=hash or -1: dense",
+        )
+        changes = _read_changes(what)
+        for layer in _read_layers(where, num_layers):
+            kind = kinds[layer]
+            if kind is None:
+                raise ConfigError(
+                    f"moe.per_layer: layer {layer} is dense by moe.first_dense={moe.first_dense}, "
+                    f"moe.every={moe.every} or an earlier entry; change that, or leave it out of {entry!r}"
+                )
+            kinds[layer] = None if changes is None else _changed(kind, changes, seq_len)
+    return tuple(kinds)
+
+
+def runs(kinds: tuple[MoeConfig | None, ...], first_dense: int, every: int) -> tuple[Run, ...]:
+    """The layers as runs of equal periods, in order; a period is as long as the pattern's where it ends in a MoE layer.
+
+    Args:
+      kinds: from `layer_kinds`.
+      first_dense: of the pattern.
+      every: of the pattern.
+    """
+    units: list[tuple[MoeConfig | None, ...]] = [(kind,) for kind in kinds[:first_dense]]
+    for start in range(first_dense, len(kinds), every):
+        period = kinds[start : start + every]
+        units += [(kind,) for kind in period] if period[-1] is None else [period]
+    return tuple(Run(kinds, len(list(equal))) for kinds, equal in itertools.groupby(units))
+
+
+def _read_layers(text: str, num_layers: int) -> Iterator[int]:
+    """Layers from "0", "-1", "2-4" and lists of those with commas."""
+    for part in text.split(","):
+        part = part.strip()
+        low, dash, high = part[1:].partition("-") if part.startswith("-") else part.partition("-")
+        try:
+            first = int(low) if not part.startswith("-") else num_layers - int(low)
+            last = int(high) if dash else first
+        except ValueError as error:
+            raise ConfigError(
+                f"moe.per_layer: {part!r} is no layer; use a number such as 0, -1 for the last, or a range such as 2-4"
+            ) from error
+        require(
+            0 <= first <= last < num_layers,
+            f"moe.per_layer: {part!r} must be within the model.num_layers={num_layers} layers 0 to {num_layers - 1}",
+        )
+        yield from range(first, last + 1)
+
+
+def _read_changes(text: str) -> dict[str, Any] | None:
+    """Leaves and values from "router=hash top_k=1"; None for "dense"."""
+    if text.split() == ["dense"]:
+        return None
+    hints = {name: hint for name, hint in typing.get_type_hints(MoeConfig).items() if name not in SHARED}
+    changes: dict[str, Any] = {}
+    for change in text.split():
+        name, _, value = change.partition("=")
+        if name in SHARED:
+            raise ConfigError(f"moe.per_layer: moe.{name} is the same for all layers; set moe.{name} instead")
+        if name not in hints:
+            near = difflib.get_close_matches(name, hints, n=1, cutoff=0.0)[0]
+            raise ConfigError(f"moe.per_layer: {name!r} is not a leaf of moe; the nearest is {near}")
+        changes[name] = _read_value(f"moe.per_layer: {change}", value, hints[name])
+    require(bool(changes), f"moe.per_layer: {text!r} changes nothing; write dense, or leaves such as router=hash")
+    return changes
+
+
+def _read_value(what: str, text: str, hint: Any) -> Any:
+    if typing.get_origin(hint) is Literal:
+        choices = typing.get_args(hint)
+        require(text in choices, f"{what}: must be one of {', '.join(choices)}")
+        return text
+    if hint is bool:
+        require(text in ("True", "False"), f"{what}: must be True or False")
+        return text == "True"
+    try:
+        return hint(text)
+    except ValueError as error:
+        raise ConfigError(f"{what}: must be {hint.__name__}") from error
+
+
+def _changed(kind: MoeConfig, changes: dict[str, Any], seq_len: int) -> MoeConfig:
+    """The layer with its changes; what follows from the router follows from the new one."""
+    if "router" in changes:
+        changes = {"score": "auto", "d_router": 0, "slots_per_expert": 0} | changes
+    kind = derive_moe(dataclasses.replace(kind, **changes), seq_len)
+    # Losses that do not go with a layer's router are left out there, for their weights are the whole model's.
+    unfit: list[str] = [] if kind.router == "noisy_topk" else ["load_weight", "vmoe_load_weight"]
+    if not ROUTER_RULES[kind.router].takes_capacity:
+        unfit += ["sequence_balance_weight", "importance_weight"]
+    zeros: dict[str, Any] = dict.fromkeys(unfit, 0.0)
+    return dataclasses.replace(kind, **zeros)

@@ -1,0 +1,44 @@
+"""Experts that cost no FLOPs: the router may choose them as it chooses the others.
+
+Their ids follow those of the experts with weights: first zero experts, whose output is 0, then identity experts, whose
+output is the token, then constant ones, whose output is a learned vector. They need no row, no slot and no exchange.
+
+Source: Jin et al. 2024 (MoE++, section 3.1; its constant experts also mix in the token); LongCat-Flash 2025 (identity
+experts).
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from moejax.config import MoeConfig
+
+
+class FreeExperts(nnx.Module):
+    """Zero, identity and constant experts of one layer."""
+
+    def __init__(self, config: MoeConfig, d_model: int, *, rngs: nnx.Rngs):
+        self.first_identity = config.num_experts + config.num_zero_experts
+        self.first_constant = self.first_identity + config.num_identity_experts
+        self.num_constant = config.num_constant_experts
+        if self.num_constant:
+            vectors_JD = jax.random.normal(rngs.params(), (self.num_constant, d_model)) * d_model**-0.5
+            self.vectors = nnx.Param(vectors_JD, axes=("router", "embed"))
+
+    def __call__(
+        self,
+        x_BLD: Float[Array, "B L D"],
+        experts_BLK: Int[Array, "B L K"],
+        weights_BLK: Float[Array, "B L K"],
+    ) -> Float[Array, "B L D"]:
+        """The weighted sum of their outputs; ids of other experts, and of none, add nothing."""
+        is_identity_BLK = (experts_BLK >= self.first_identity) & (experts_BLK < self.first_constant)
+        identity_BL1 = jnp.where(is_identity_BLK, weights_BLK, 0.0).sum(axis=-1, keepdims=True)
+        y_BLD = identity_BL1.astype(x_BLD.dtype) * x_BLD
+        if self.num_constant:
+            constant_BLKJ = jax.nn.one_hot(experts_BLK - self.first_constant, self.num_constant)
+            weights_BLJ = jnp.einsum("BLKJ,BLK->BLJ", constant_BLKJ, weights_BLK)
+            vectors_JD = self.vectors[...].astype(x_BLD.dtype)
+            y_BLD += jnp.einsum("BLJ,JD->BLD", weights_BLJ.astype(x_BLD.dtype), vectors_JD)
+        return y_BLD

@@ -1,0 +1,101 @@
+"""Dispatch, experts and combine on one device: what `exchange` runs where tokens and expert weights have met.
+
+Every function takes this device's sequences, arrays that say where their tokens go (with a leading axis of sequences),
+and expert weights, and returns the combined output.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from moejax.kernels.grouped_matmul import grouped_matmul, spare_rows_for
+from moejax.moe.dispatch import combine, dispatch, dispatch_weights, plan_capacity, plan_dropless
+from moejax.moe.experts import ExpertWeights, apply_experts
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Chosen:
+    """Where tokens go, if they choose.
+
+    Attributes:
+      experts_BLK: experts; E or more: none of those with weights.
+      weights_BLK: multiply the experts' outputs.
+      input_weights_BLK: multiply their inputs; None: nothing does.
+    """
+
+    experts_BLK: jax.Array
+    weights_BLK: jax.Array
+    input_weights_BLK: Any = None
+
+
+def run_dropless(x_BLD, chosen: Chosen, weights: ExpertWeights, *, implementation: str):
+    """As many rows as there are choices."""
+    experts_BLK = chosen.experts_BLK
+    top_k, num_experts = experts_BLK.shape[-1], weights.down_EFD.shape[0]
+    spare_rows = spare_rows_for(experts_BLK.size, num_experts, implementation)
+    plan = plan_dropless(experts_BLK.reshape(-1, top_k), num_experts, spare_rows)
+    matmul = functools.partial(
+        grouped_matmul, group_sizes_E=plan.group_sizes_E, implementation=implementation, spare_rows=spare_rows
+    )
+    return _run(plan, x_BLD, chosen, weights, matmul)
+
+
+def run_with_capacity(x_BLD, chosen: Chosen, weights: ExpertWeights, *, slots: int):
+    """In `slots` rows per expert and sequence, in which every choice must find room."""
+    num_experts = weights.down_EFD.shape[0]
+    plan = plan_capacity(chosen.experts_BLK, num_experts, slots)
+    return _run(plan, x_BLD, chosen, weights, _slotted(num_experts))
+
+
+def _run(plan, x_BLD, chosen: Chosen, weights: ExpertWeights, matmul):
+    x_RD = dispatch(x_BLD.reshape(-1, x_BLD.shape[-1]), plan)
+    if chosen.input_weights_BLK is not None:
+        weights_TK = chosen.input_weights_BLK.reshape(plan.row_TK.shape)
+        x_RD *= dispatch_weights(weights_TK, plan)[:, None].astype(x_RD.dtype)
+    y_RD = apply_experts(x_RD, weights, matmul, plan.expert_R)
+    return combine(y_RD, chosen.weights_BLK.reshape(plan.row_TK.shape), plan).reshape(x_BLD.shape)
+
+
+def _slotted(num_experts: int):
+    """Product of as many rows for every expert with its matrix."""
+
+    def matmul(x_RP, w_EPQ):
+        x_ECP = x_RP.reshape(num_experts, -1, x_RP.shape[-1])
+        return jnp.einsum("ECP,EPQ->ECQ", x_ECP, w_EPQ).reshape(x_RP.shape[0], -1)
+
+    return matmul
+
+
+def _apply_slotted(x_RD, weights: ExpertWeights):
+    """As many rows for every expert, all of which count."""
+    num_experts = weights.down_EFD.shape[0]
+    expert_R = jnp.repeat(jnp.arange(num_experts), x_RD.shape[0] // num_experts)
+    return apply_experts(x_RD, weights, _slotted(num_experts), expert_R)
+
+
+def run_slots(x_BLD, chosen: tuple[jax.Array, jax.Array], weights: ExpertWeights):
+    """Where experts choose. `chosen`: positions of tokens (L: an empty slot) and weights, `[B, E, C]`."""
+    positions_BEC, weights_BEC = chosen
+    num_experts, width = weights.down_EFD.shape[0], x_BLD.shape[-1]
+    x_BECD = jax.vmap(lambda x_LD, at_EC: x_LD.at[at_EC].get(mode="fill", fill_value=0))(x_BLD, positions_BEC)
+    y_RD = _apply_slotted(x_BECD.swapaxes(0, 1).reshape(-1, width), weights)
+    y_BECD = y_RD.reshape(num_experts, x_BLD.shape[0], -1, width).swapaxes(0, 1)
+    y_BECD *= weights_BEC[..., None].astype(y_BECD.dtype)
+    return jax.vmap(lambda y_ECD, at_EC: jnp.zeros_like(x_BLD[0]).at[at_EC].add(y_ECD, mode="drop"))(
+        y_BECD, positions_BEC
+    )
+
+
+def run_soft(x_BLD, mixing: tuple[jax.Array, jax.Array], weights: ExpertWeights):
+    """Where slots mix tokens. `mixing`: dispatch and combine weights, `[B, L, S]`."""
+    dispatch_BLS, combine_BLS = (weights.astype(x_BLD.dtype) for weights in mixing)
+    num_experts, (batch, _, width) = weights.down_EFD.shape[0], x_BLD.shape
+    x_BSD = jnp.einsum("BLS,BLD->BSD", dispatch_BLS, x_BLD)
+    x_EBPD = x_BSD.reshape(batch, num_experts, -1, width).swapaxes(0, 1)
+    y_RD = _apply_slotted(x_EBPD.reshape(-1, width), weights)
+    y_BSD = y_RD.reshape(num_experts, batch, -1, width).swapaxes(0, 1).reshape(x_BSD.shape)
+    return jnp.einsum("BLS,BSD->BLD", combine_BLS, y_BSD)

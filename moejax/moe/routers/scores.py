@@ -1,0 +1,61 @@
+"""From logits to scores, probabilities and combine weights.
+
+Everything is computed from logarithms of scores. A sigmoid far below 0 underflows, and a normaliser with a small
+constant then hides the collapse of all scores; the softmax of log scores is the same ratio without either.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from moejax.config import MoeConfig
+
+
+def log_scores(logits_TE: Float[Array, "T E"], score: str) -> Float[Array, "T E"]:
+    """Logarithm of each expert's score.
+
+    Args:
+      logits_TE: float32.
+      score: "softmax" over all experts, also for "softmax_after" (selected first, normalised afterwards: the same up to
+        a factor that the normalisation removes); "sigmoid" (DeepSeek-V3); "sqrt_softplus" (DeepSeek-V4); "uniform".
+
+    Raises:
+      ValueError: another score, such as "auto", which is not resolved.
+    """
+    if score in ("softmax", "softmax_after"):
+        return jax.nn.log_softmax(logits_TE, axis=-1)
+    if score == "sigmoid":
+        return jax.nn.log_sigmoid(logits_TE)
+    if score == "sqrt_softplus":
+        # log(softplus(l)) is l up to rounding below -20, where softplus itself soon underflows.
+        clipped_TE = jnp.maximum(logits_TE, -20.0)
+        return 0.5 * jnp.where(logits_TE < -20.0, logits_TE, jnp.log(jax.nn.softplus(clipped_TE)))
+    if score == "uniform":
+        return jnp.zeros_like(logits_TE)
+    raise ValueError(f"moe.score={score} is no score function; `config.resolve` derives it from moe.score=auto")
+
+
+def probabilities(log_scores_TE: Float[Array, "T E"]) -> Float[Array, "T E"]:
+    """Scores divided by their sum over all experts: what the balance loss averages."""
+    return jax.nn.softmax(log_scores_TE, axis=-1)
+
+
+def weigh(log_scores_TE: Float[Array, "T E"], experts_TK: Int[Array, "T K"], config: MoeConfig) -> Float[Array, "T K"]:
+    """Combine weights of the selected experts: their scores, normalised or not, times `route_scale`.
+
+    The selection bias is not in them: it steers the choice only.
+
+    Args:
+      log_scores_TE: from `log_scores`.
+      experts_TK: selected experts; where an id is E the weight is 0, and the others share what there is.
+      config: for `score`, `renormalize` and `route_scale`.
+    """
+    num_experts = log_scores_TE.shape[-1]
+    is_expert_TK = experts_TK < num_experts
+    taken_TK = jnp.take_along_axis(log_scores_TE, jnp.where(is_expert_TK, experts_TK, 0), axis=-1)
+    if config.renormalize or config.score == "uniform":
+        # Finite, so that a row without any expert gives no NaN.
+        weights_TK = jax.nn.softmax(jnp.where(is_expert_TK, taken_TK, -1e30), axis=-1)
+    else:
+        weights_TK = jnp.exp(taken_TK)
+    return jnp.where(is_expert_TK, weights_TK * config.route_scale, 0.0)

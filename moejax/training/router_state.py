@@ -1,0 +1,71 @@
+"""What routers carry besides parameters, updated once per optimizer step from sums over the global batch."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from moejax.config import Config, Knobs, MoeConfig
+from moejax.moe.balance import update_bias, update_idle_steps, update_quantiles
+from moejax.moe.stats import RoutingStats
+from moejax.training.schedules import factor
+
+
+def update_router_state(
+    state: nnx.State, routing: Sequence[RoutingStats], config: Config, knobs: Knobs, step: jax.Array
+) -> nnx.State:
+    """The state after a step: selection biases, for how long experts have been idle, and how many a token may visit.
+
+    Args:
+      state: arrays with a leading axis of the layers of a run, by path; runs in the order of the model.
+      routing: sums over the global batch of each run of MoE layers.
+      config: of the training run.
+      knobs: for the step of the bias.
+      step: steps done before this one.
+    """
+    updated = []
+    for (_, group), stats, moe in zip(_by_run(state), routing, config.moe_runs, strict=True):
+        for name, (path, variable) in group.items():
+            value = _update(name, variable[...], stats, moe, knobs)
+            if name == "limit":
+                value = jnp.full_like(value, limit_at(config, moe.top_k, step + 1))
+            updated.append((path, variable.replace(value)))
+    return nnx.from_flat_state(updated)
+
+
+def limit_at(config: Config, top_k: int, step: jax.Array | int) -> jax.Array:
+    """Experts per token at a step, int32: `limit_of`, traced."""
+    return jnp.maximum(1, jnp.floor(top_k * factor(config, "top_k", jnp.int32(step)) + 0.5)).astype(jnp.int32)
+
+
+def _update(name: str, value: jax.Array, stats: RoutingStats, moe: MoeConfig, knobs: Knobs) -> jax.Array:
+    if name == "idle_steps":
+        return update_idle_steps(value, stats.assignments_E)
+    if name == "selection_bias" and stats.offers_TE is not None:
+        return update_quantiles(stats.offers_TE, moe.top_k)
+    if name == "selection_bias":
+        return update_bias(value, stats.assignments_E, knobs.bias_rate, is_centered=moe.bias_centered)
+    return value  # a hash router's table
+
+
+def state_metrics(state: nnx.State) -> dict[str, jax.Array]:
+    """Metrics of the state: means over layers of the bias range, and the longest any expert has been idle, in steps."""
+    values: dict[str, list[jax.Array]] = {name: [] for name in ("idle_steps", "selection_bias")}
+    for _, group in _by_run(state):
+        for name, (_, variable) in group.items():
+            if name in values:
+                values[name].append(variable[...])
+    metrics = {"moe/idle_steps": jnp.concatenate(values["idle_steps"]).max().astype(jnp.float32)}
+    if values["selection_bias"]:
+        bias_NE = jnp.concatenate(values["selection_bias"])
+        metrics["moe/bias_range"] = (bias_NE.max(axis=1) - bias_NE.min(axis=1)).mean()
+    return metrics
+
+
+def _by_run(state: nnx.State):
+    """`(place, {name: (path, variable)})` of each run of MoE layers, in the order of the model."""
+    groups: dict[tuple, dict] = {}
+    for path, variable in nnx.to_flat_state(state):
+        groups.setdefault(path[:-1], {})[path[-1]] = (path, variable)
+    return sorted(groups.items())
