@@ -99,7 +99,7 @@ def admit(
     def admit_group(experts_LK, ranking_LE, weights_LK):
         if order == "weight":
             turn_L = _argsort(-weights_LK[:, 0])
-            experts_LK = experts_LK[turn_L]
+            experts_LK, ranking_LE = jax.tree.map(lambda x: x[turn_L], (experts_LK, ranking_LE))
         choice_major = order != "position"
         if overflow == "next":
             final_LK = _move_on(experts_LK, ranking_LE, limit, num_experts, choice_major)
