@@ -10,6 +10,10 @@ from moejax.config import ROUTER_RULES, Knobs
 from moejax.training.step import make_train_step, put_batch
 from training_cases import ROUTER_CASES, make, packed_batch, router_config
 
+each_router = pytest.mark.parametrize(
+    "router", [pytest.param(router, marks=pytest.mark.xdist_group(router)) for router in ROUTER_CASES]
+)
+
 
 @functools.cache
 def two_steps(router, num_devices=1, accumulation=1):
@@ -31,7 +35,7 @@ def test_every_router_has_a_case():
     assert ROUTER_CASES.keys() == ROUTER_RULES.keys()
 
 
-@pytest.mark.parametrize("router", ROUTER_CASES)
+@each_router
 def test_mesh_and_accumulation_change_nothing_for_any_router(router):
     one, many = two_steps(router), two_steps(router, num_devices=4, accumulation=2)
     for name, value in one[0].items():
@@ -44,7 +48,7 @@ def test_mesh_and_accumulation_change_nothing_for_any_router(router):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6, err_msg=str(path))
 
 
-@pytest.mark.parametrize("router", ROUTER_CASES)
+@each_router
 def test_all_parameters_of_any_router_learn_from_the_loss(router):
     for path, moved in jax.tree_util.tree_leaves_with_path(two_steps(router)[2]):
         assert np.abs(moved).max() > 0, path
