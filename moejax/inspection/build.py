@@ -15,7 +15,7 @@ from moejax.inference.load import LoadedRun, load_run
 from moejax.inspection.report import Sample, render_report, write_report
 from moejax.inspection.run import open_run
 from moejax.inspection.specialisation import count_tokens_by_expert
-from moejax.inspection.trace import experts_by_token
+from moejax.moe.by_token import experts_by_token
 
 TRACED_ROWS = 256
 NUM_SAMPLES = 3

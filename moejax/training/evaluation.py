@@ -11,7 +11,7 @@ from moejax.data.batches import Batch
 from moejax.moe.balance import load_fractions
 from moejax.moe.stats import join
 from moejax.training.state import Trainable
-from moejax.training.step import Sums, add_sums, put_batch
+from moejax.training.step import EvalOutput, Sums, add_sums, put_batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +24,8 @@ class Evaluation:
       bits_per_byte: bits per byte of the original text, which does not depend on the tokenizer.
       num_targets: predicted tokens.
       load_NE: fraction of choices of each expert, by MoE layer; None for a dense model.
+      coactivation_NEE: tokens that visit both experts of a pair, by MoE layer; None for a dense model.
+      probe_NTK: the experts of each token of the split's first rows; None for a dense model.
     """
 
     loss: float
@@ -31,6 +33,8 @@ class Evaluation:
     bits_per_byte: float
     num_targets: int
     load_NE: np.ndarray | None
+    coactivation_NEE: np.ndarray | None = None
+    probe_NTK: np.ndarray | None = None
 
     def scalars(self) -> dict[str, float]:
         """As keys of `metrics.jsonl`."""
@@ -45,7 +49,7 @@ class Evaluation:
 
 
 def evaluate(
-    eval_step: Callable[..., Sums],
+    eval_step: Callable[..., EvalOutput],
     trainable: Trainable,
     params: nnx.State,
     router_state: nnx.State,
@@ -65,11 +69,17 @@ def evaluate(
       should_stop: asked before each batch; once it says True the evaluation is given up and None returned.
     """
     total: Sums | None = None
+    coactivation_NEE = probe_NTK = None
     for batch in batches:
         if should_stop():
             return None
-        sums = eval_step(params, router_state, put_batch(batch, trainable))
-        total = sums if total is None else add_sums(total, sums)
+        output = eval_step(params, router_state, put_batch(batch, trainable))
+        if total is None:
+            total, coactivation_NEE, probe_NTK = output.sums, output.coactivation_NEE, output.probe_NTK
+        else:
+            total = add_sums(total, output.sums)
+            if coactivation_NEE is not None and output.coactivation_NEE is not None:
+                coactivation_NEE += output.coactivation_NEE
     if total is None:
         raise ValueError("nothing to evaluate: the split has no rows")
     nats, num_targets = float(total.nats), float(total.num_targets)
@@ -82,4 +92,6 @@ def evaluate(
         bits_per_byte=nats / math.log(2) / num_bytes,
         num_targets=int(num_targets),
         load_NE=load_NE,
+        coactivation_NEE=None if coactivation_NEE is None else np.asarray(coactivation_NEE),
+        probe_NTK=None if probe_NTK is None else np.asarray(probe_NTK),
     )

@@ -16,6 +16,7 @@ from moejax.models.parameters import count_parameters
 from moejax.sharding import make_mesh
 from moejax.training.checkpoint import Checkpoints
 from moejax.training.evaluation import Evaluation, evaluate
+from moejax.training.evaluation_log import EvaluationLog
 from moejax.training.metrics import FinishedStep, MetricsFile, Recorder
 from moejax.training.nonfinite import NonFiniteError, locate
 from moejax.training.progress import StepProgress
@@ -98,6 +99,7 @@ class _Loop:
         self.stop = stop
         self.knobs = Knobs.of(trainable.config)
         self.eval_step = make_eval_step(trainable)
+        self.evaluations: EvaluationLog | None = None
         self.batches = TrainBatches(
             corpus, self.config.batch_size, self.config.seed, jax.process_index(), jax.process_count()
         )
@@ -105,6 +107,8 @@ class _Loop:
     def run(self, state: TrainState) -> TrainResult:
         """Trains from `state` to the end of the run or to a signal."""
         start_step = int(state.step)
+        if self.trainable.config.num_moe_layers:
+            self.evaluations = EvaluationLog(self.workdir, after_step=start_step)
         with ExitStack() as stack:
             metrics = stack.enter_context(MetricsFile(self.workdir, after_step=start_step))
             progress = stack.enter_context(StepProgress(self.config.num_steps, start_step))
@@ -183,7 +187,8 @@ class _Loop:
             )  # fmt: skip
         if evaluation:
             if metrics:
-                metrics.write(int(state.step), evaluation.scalars())
+                of_routing = self.evaluations.append(int(state.step), evaluation) if self.evaluations else {}
+                metrics.write(int(state.step), evaluation.scalars() | of_routing)
             log.info(
                 "step %d: validation loss %.4f, %.4f bits per byte",
                 int(state.step), evaluation.loss, evaluation.bits_per_byte,

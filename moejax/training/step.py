@@ -15,6 +15,7 @@ from flax import nnx
 from moejax.config import Config, Knobs
 from moejax.data.batches import Batch
 from moejax.moe.balance import LOSSES, auxiliary_losses, routing_metrics
+from moejax.moe.by_token import coactivation, experts_by_token
 from moejax.moe.stats import RoutingStats, add_stats, join
 from moejax.sharding import batch_sharding, replicated
 from moejax.training.optimizer import make_schedule
@@ -48,11 +49,32 @@ class StepOutput:
     routing: RoutingStats | None
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class EvalOutput:
+    """What evaluating a batch gives.
+
+    Attributes:
+      sums: over its targets and tokens.
+      coactivation_NEE: tokens that visit both experts of a pair, int32; None for a dense model.
+      probe_NTK: the experts of the tokens of its first `PROBE_ROWS` rows, as `experts_by_token` gives them.
+    """
+
+    sums: Sums
+    coactivation_NEE: jax.Array | None = None
+    probe_NTK: jax.Array | None = None
+
+
+PROBE_ROWS = 8
+"""Rows of the validation split whose routing is kept at every evaluation, to see how much of it changes."""
+
 TrainStep = Callable[[TrainState, Batch, Knobs], tuple[TrainState, StepOutput]]
 """A compiled train step."""
 
 
-def forward_sums(model, batch: Batch, knobs: Knobs | None = None, keys_B: jax.Array | None = None) -> Sums:
+def forward_sums(
+    model, batch: Batch, knobs: Knobs | None = None, keys_B: jax.Array | None = None, *, trace: bool = False
+) -> Sums:
     """Runs the model on packed rows and sums up its losses and routing.
 
     Args:
@@ -60,8 +82,11 @@ def forward_sums(model, batch: Batch, knobs: Knobs | None = None, keys_B: jax.Ar
       batch: packed rows `[B, L]`.
       knobs: traced scalars of training; None is evaluation: dropless unless configured otherwise, and without noise.
       keys_B: a key per row, from which training draws.
+      trace: keep token-level routing in the sums of routing.
     """
-    logits_BLV, routing = model(batch.tokens_BL, batch.segments_BL, batch.positions_BL, knobs=knobs, keys_B=keys_B)
+    logits_BLV, routing = model(
+        batch.tokens_BL, batch.segments_BL, batch.positions_BL, knobs=knobs, keys_B=keys_B, trace=trace
+    )
     nats_BL = optax.softmax_cross_entropy_with_integer_labels(logits_BLV, batch.targets_BL)
     return Sums(
         nats=jnp.sum(jnp.where(batch.loss_mask_BL, nats_BL, 0.0)),
@@ -228,11 +253,21 @@ def make_train_step(trainable: Trainable) -> jax.stages.Wrapped:
     return jax.jit(train_step, donate_argnums=0, out_shardings=(trainable.shardings, replicated(trainable.mesh)))
 
 
-def make_eval_step(trainable: Trainable) -> Callable[[nnx.State, nnx.State, Batch], Sums]:
-    """Compiles, on first call, `(params, router_state, batch) -> Sums`, dropless and without noise."""
+def make_eval_step(trainable: Trainable) -> Callable[[nnx.State, nnx.State, Batch], EvalOutput]:
+    """Compiles, on first call, `(params, router_state, batch) -> EvalOutput`, dropless by default and without noise."""
+    num_choices = trainable.config.moe.num_choices
 
-    def eval_step(params: nnx.State, router_state: nnx.State, batch: Batch) -> Sums:
-        return _without_offers(forward_sums(nnx.merge(trainable.graphdef, params, router_state), batch))[0]
+    def eval_step(params: nnx.State, router_state: nnx.State, batch: Batch) -> EvalOutput:
+        sums = forward_sums(nnx.merge(trainable.graphdef, params, router_state), batch, trace=True)
+        if not sums.routing:
+            return EvalOutput(sums)
+        experts_NTK = experts_by_token([stats.routing for stats in sums.routing], num_choices)
+        bare = tuple(dataclasses.replace(stats, offers_TE=None, routing=None) for stats in sums.routing)
+        return EvalOutput(
+            sums=dataclasses.replace(sums, routing=bare),
+            coactivation_NEE=coactivation(experts_NTK, num_choices),
+            probe_NTK=experts_NTK[:, : PROBE_ROWS * batch.tokens_BL.shape[1]],
+        )
 
     return jax.jit(eval_step, out_shardings=replicated(trainable.mesh))
 

@@ -1,10 +1,10 @@
-"""Token-level routing of any router in one form."""
+"""Token-level routing of any router in one form, and what one sees in it."""
 
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from moejax.moe.routers.routing import Routing, SlotRouting, SoftRouting
 
@@ -43,3 +43,35 @@ def _by_token(routing: Routing | SlotRouting | SoftRouting, num_choices: int) ->
     experts_NBLE = jnp.full((layers, batch, tokens // batch, num_experts), num_choices, jnp.int32)
     experts_NBLE = experts_NBLE.at[layer, row, routing.positions_BEC, expert].set(expert, mode="drop")
     return experts_NBLE.reshape(layers, tokens, num_experts)
+
+
+def coactivation(experts_NTK: Int[Array, "N T K"], num_choices: int) -> Int[Array, "N E E"]:
+    """How many tokens visit both experts of a pair, by layer: symmetric, with each expert's tokens on the diagonal.
+
+    Args:
+      experts_NTK: from `experts_by_token`.
+      num_choices: width of the router, E.
+    """
+
+    def of_layer(experts_TK):
+        visits_TE = jax.nn.one_hot(experts_TK, num_choices).sum(axis=1)
+        return (visits_TE.T @ visits_TE).astype(jnp.int32)  # exact below 2^24 tokens
+
+    return jax.lax.map(of_layer, experts_NTK)
+
+
+def churn(before_NTK: Int[Array, "N T K"], after_NTK: Int[Array, "N T K"], num_choices: int) -> Float[Array, "N"]:
+    """Routing churn by layer: of the experts that a token visited before, the fraction that it no longer visits.
+
+    The mean is over tokens that visited any.
+
+    Args:
+      before_NTK: from `experts_by_token`, of one checkpoint.
+      after_NTK: of a later one, on the same tokens.
+      num_choices: width of the router, E.
+    """
+    is_visit_NTK = before_NTK < num_choices
+    stays_NTK = (before_NTK[..., :, None] == after_NTK[..., None, :]).any(axis=-1)
+    visits_NT = is_visit_NTK.sum(axis=-1)
+    lost_NT = (is_visit_NTK & ~stays_NTK).sum(axis=-1) / jnp.maximum(visits_NT, 1)
+    return jnp.where(visits_NT > 0, lost_NT, 0.0).sum(axis=-1) / jnp.maximum((visits_NT > 0).sum(axis=-1), 1)

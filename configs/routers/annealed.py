@@ -1,0 +1,22 @@
+"""From four experts a token to two: top-k, and the weight of the balance loss, fall over training.
+
+  moejax train --config=configs/routers/annealed.py --workdir=runs/routers/annealed
+
+A short form of dense-to-sparse gating (Nie et al. 2021): four choices until half of the run. As `softmax_topk.py` but
+for this.
+"""
+
+import runpy
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """The recipe; it takes no argument."""
+    del arg
+    config = runpy.run_path(str(Path(__file__).with_name("softmax_topk.py")))["get_config"]()
+    config.moe.top_k = 4
+    config.schedule.top_k = "step:0.5:0.5"
+    config.schedule.balance_weight = "cosine:0.2"
+    return config

@@ -1,0 +1,21 @@
+"""A router that deals experts out in turn: perfect balance, no information; for benchmarks.
+
+  moejax train --config=configs/routers/balanced.py --workdir=runs/routers/balanced
+
+As `softmax_topk.py` but for this.
+"""
+
+import runpy
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """The recipe; it takes no argument."""
+    del arg
+    config = runpy.run_path(str(Path(__file__).with_name("softmax_topk.py")))["get_config"]()
+    config.moe.router = "balanced"
+    config.moe.balance_weight = 0.0
+    config.moe.z_weight = 0.0
+    return config

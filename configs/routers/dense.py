@@ -1,0 +1,22 @@
+"""Every expert for every token, weighed by its probability: the upper bound, at eight times the arithmetic.
+
+  moejax train --config=configs/routers/dense.py --workdir=runs/routers/dense
+
+As `softmax_topk.py` but for this.
+"""
+
+import runpy
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """The recipe; it takes no argument."""
+    del arg
+    config = runpy.run_path(str(Path(__file__).with_name("softmax_topk.py")))["get_config"]()
+    config.moe.router = "dense"
+    config.moe.top_k = 16
+    config.moe.renormalize = False
+    config.moe.balance_weight = 0.0
+    return config

@@ -1,0 +1,28 @@
+"""GShard's dispatch: all first choices before second ones, slots of the whole batch, overflow to the next expert.
+
+  moejax train --config=configs/routers/gshard.py --workdir=runs/routers/gshard
+
+Its balance loss counts first choices only (Lepikhin et al. 2020); GShard drops what overflows, here it moves on. Order
+by choice looks at later tokens, hence `moe.allow_noncausal`. Evaluation has slots, too. As `softmax_topk.py` but for
+this.
+"""
+
+import runpy
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """The recipe; it takes no argument."""
+    del arg
+    config = runpy.run_path(str(Path(__file__).with_name("softmax_topk.py")))["get_config"]()
+    config.moe.dispatch = "capacity"
+    config.moe.capacity_factor = 1.0
+    config.moe.eval_capacity_factor = 2.0
+    config.moe.capacity_group = "global"
+    config.moe.capacity_order = "choice"
+    config.moe.overflow = "next"
+    config.moe.allow_noncausal = True
+    config.moe.balance_convention = "first_choice"
+    return config

@@ -1,0 +1,21 @@
+"""Hash layers: a fixed table sends each token id to its experts; nothing is learned (Roller et al. 2021).
+
+  moejax train --config=configs/routers/hash.py --workdir=runs/routers/hash
+
+As `softmax_topk.py` but for this.
+"""
+
+import runpy
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """The recipe; it takes no argument."""
+    del arg
+    config = runpy.run_path(str(Path(__file__).with_name("softmax_topk.py")))["get_config"]()
+    config.moe.router = "hash"
+    config.moe.balance_weight = 0.0
+    config.moe.z_weight = 0.0
+    return config

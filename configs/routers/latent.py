@@ -1,0 +1,27 @@
+"""Latent experts: tokens are projected to half the width before them and back behind (Nemotron 3).
+
+  moejax train --config=configs/routers/latent.py --workdir=runs/routers/latent
+
+Sigmoid scores, squared ReLU, a bias added to logits, shared experts averaged in. As `softmax_topk.py` but for this.
+"""
+
+import runpy
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """The recipe; it takes no argument."""
+    del arg
+    config = runpy.run_path(str(Path(__file__).with_name("softmax_topk.py")))["get_config"]()
+    config.moe.router = "sigmoid_topk"
+    config.moe.select_by = "logits"
+    config.moe.selection_bias = True
+    config.moe.activation = "squared_relu"
+    config.moe.d_latent = 64
+    config.moe.d_expert = 256
+    config.moe.num_shared_experts = 1
+    config.moe.shared_combine = "averaged"
+    config.moe.balance_weight = 0.0
+    return config

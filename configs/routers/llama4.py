@@ -1,0 +1,23 @@
+"""The layer of Llama 4: one expert a token, whose sigmoid score multiplies its input, beside a shared expert.
+
+  moejax train --config=configs/routers/llama4.py --workdir=runs/routers/llama4
+
+As `softmax_topk.py` but for this.
+"""
+
+import runpy
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """The recipe; it takes no argument."""
+    del arg
+    config = runpy.run_path(str(Path(__file__).with_name("softmax_topk.py")))["get_config"]()
+    config.moe.router = "sigmoid_topk"
+    config.moe.top_k = 1
+    config.moe.renormalize = False
+    config.moe.weight_on = "input"
+    config.moe.num_shared_experts = 1
+    return config

@@ -1,0 +1,27 @@
+"""Experts that cost nothing: zero, identity and constant ones beside those with weights (MoE++, LongCat-Flash).
+
+  moejax train --config=configs/routers/longcat.py --workdir=runs/routers/longcat
+
+Softmax scores, a centred selection bias, weights not renormalised. As `softmax_topk.py` but for this.
+"""
+
+import runpy
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """The recipe; it takes no argument."""
+    del arg
+    config = runpy.run_path(str(Path(__file__).with_name("softmax_topk.py")))["get_config"]()
+    config.moe.num_zero_experts = 2
+    config.moe.num_identity_experts = 4
+    config.moe.num_constant_experts = 2
+    config.moe.top_k = 3
+    config.moe.renormalize = False
+    config.moe.selection_bias = True
+    config.moe.bias_rate = 1e-3
+    config.moe.bias_centered = True
+    config.moe.balance_weight = 0.0
+    return config

@@ -1,0 +1,20 @@
+"""Layers that differ: the first routes by a hash of the token, the last by one expert of its own choice.
+
+  moejax train --config=configs/routers/per_layer.py --workdir=runs/routers/per_layer
+
+Four layers, of which two in the middle are equal. As `softmax_topk.py` but for this.
+"""
+
+import runpy
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """The recipe; it takes no argument."""
+    del arg
+    config = runpy.run_path(str(Path(__file__).with_name("softmax_topk.py")))["get_config"]()
+    config.moe.per_layer = "0: router=hash; -1: top_k=1 renormalize=False d_expert=256"
+    config.model.num_layers = 4
+    return config

@@ -1,0 +1,31 @@
+"""DeepSeek-V3's router: sigmoid scores, selection bias without auxiliary loss, groups of experts, a shared expert.
+
+  moejax train --config=configs/routers/sigmoid_topk.py --workdir=runs/routers/sigmoid_topk
+
+The bias moves by 1e-3 a step from the counts of the global batch and rests in the last tenth; the loss within
+sequences has weight 1e-4 (DeepSeek-AI 2024). As `softmax_topk.py` but for this.
+"""
+
+import runpy
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """The recipe; it takes no argument."""
+    del arg
+    config = runpy.run_path(str(Path(__file__).with_name("softmax_topk.py")))["get_config"]()
+    config.moe.router = "sigmoid_topk"
+    config.moe.num_groups = 4
+    config.moe.top_k_groups = 2
+    config.moe.route_scale = 2.5
+    config.moe.selection_bias = True
+    config.moe.bias_rate = 2e-3
+    config.moe.num_shared_experts = 1
+    config.moe.balance_weight = 0.0
+    config.moe.sequence_balance_weight = 1e-4
+    config.moe.z_weight = 0.0
+    config.schedule.bias_rate = "step:0.9:0"
+    config.schedule.sequence_balance_weight = "step:0.5:0.5"
+    return config

@@ -1,0 +1,23 @@
+"""Selection from a balanced transport plan in training, plain top-k in evaluation (S-BASE, Clark et al. 2022).
+
+  moejax train --config=configs/routers/sinkhorn.py --workdir=runs/routers/sinkhorn
+
+A plan over whole sequences looks at later tokens: a causal model needs `moe.allow_noncausal`, and its training loss
+flatters it. No auxiliary loss. As `softmax_topk.py` but for this.
+"""
+
+import runpy
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """The recipe; it takes no argument."""
+    del arg
+    config = runpy.run_path(str(Path(__file__).with_name("softmax_topk.py")))["get_config"]()
+    config.moe.router = "sinkhorn"
+    config.moe.sinkhorn_iterations = 10
+    config.moe.allow_noncausal = True
+    config.moe.balance_weight = 0.0
+    return config

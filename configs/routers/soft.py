@@ -1,0 +1,23 @@
+"""Soft MoE: experts work on mixtures of all tokens of a sequence (Puigcerver et al. 2023).
+
+  moejax train --config=configs/routers/soft.py --workdir=runs/routers/soft
+
+Mixtures hold later tokens, so a causal model needs `moe.allow_noncausal`, and can read the answer: its losses mean
+nothing as a language model's. As `softmax_topk.py` but for this.
+"""
+
+import runpy
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """The recipe; it takes no argument."""
+    del arg
+    config = runpy.run_path(str(Path(__file__).with_name("softmax_topk.py")))["get_config"]()
+    config.moe.router = "soft"
+    config.moe.slots_per_expert = 8
+    config.moe.allow_noncausal = True
+    config.moe.balance_weight = 0.0
+    return config

@@ -1,0 +1,26 @@
+"""The score of DeepSeek-V4, the square root of a softplus, with GeGLU experts and balance over microbatches.
+
+  moejax train --config=configs/routers/sqrt_softplus.py --workdir=runs/routers/sqrt_softplus
+
+Two microbatches, each with a balance loss of its own, counted as Levanter does, 1/K at balance. As `softmax_topk.py`
+but for this.
+"""
+
+import runpy
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """The recipe; it takes no argument."""
+    del arg
+    config = runpy.run_path(str(Path(__file__).with_name("softmax_topk.py")))["get_config"]()
+    config.moe.router = "sigmoid_topk"
+    config.moe.score = "sqrt_softplus"
+    config.moe.activation = "geglu"
+    config.moe.balance_scope = "microbatch"
+    config.moe.balance_convention = "over_k"
+    config.moe.balance_weight = 0.02
+    config.train.accumulation = 2
+    return config

@@ -1,0 +1,36 @@
+"""V-MoE's router in a language model: fixed noise, batch-priority routing, GELU experts with biases.
+
+  moejax train --config=configs/routers/vmoe.py --workdir=runs/routers/vmoe
+
+Importance and V-MoE's own load loss (Riquelme et al. 2021). Priority by weight looks at later tokens: a causal model
+needs `moe.allow_noncausal`, and its training loss flatters it. Evaluation is dropless. As `softmax_topk.py` but for
+this.
+"""
+
+import runpy
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """The recipe; it takes no argument."""
+    del arg
+    config = runpy.run_path(str(Path(__file__).with_name("softmax_topk.py")))["get_config"]()
+    config.moe.router = "noisy_topk"
+    config.moe.router_noise = "fixed"
+    config.moe.score = "softmax"
+    config.moe.renormalize = False
+    config.moe.noise_scale = 1.0
+    config.moe.activation = "gelu"
+    config.moe.expert_bias = True
+    config.moe.dispatch = "capacity"
+    config.moe.capacity_factor = 1.05
+    config.moe.capacity_order = "weight"
+    config.moe.allow_noncausal = True
+    config.moe.importance_weight = 0.01
+    config.moe.vmoe_load_weight = 0.01
+    config.moe.balance_weight = 0.0
+    config.schedule.noise_scale = "cosine:0.1"
+    config.schedule.vmoe_load_weight = "cosine:0.5"
+    return config

@@ -1,0 +1,133 @@
+"""Does routing collapse without balancing, and which schemes prevent it? Writes `results.json` and `figure.png`.
+
+  python experiments/collapse/run.py [SCHEME ...]
+
+Without arguments all schemes, three seeds each; a run that is done is not run again (`runs/collapse/SCHEME-SEED`).
+"""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import matplotlib
+import numpy as np
+
+from moejax.config import resolve
+from moejax.training.loop import train
+from moejax.training.routing_log import read_routing
+
+matplotlib.use("Agg")
+from matplotlib import pyplot  # after the choice of a backend
+
+ROOT = Path(__file__).parents[2]
+HERE = Path(__file__).parent
+SEEDS = (0, 1, 2)
+DEAD_STEPS = 50  # an expert without a token for so many steps is dead
+
+NOISY: dict[str, Any] = {"router": "noisy_topk", "score": "softmax"}
+SCHEMES: dict[str, dict[str, Any]] = {
+    "none": {},
+    "none_sigmoid": {"router": "sigmoid_topk", "score": "sigmoid"},
+    "balance": {"balance_weight": 0.01},
+    "sequence_balance": {"sequence_balance_weight": 0.01},
+    "importance": {"importance_weight": 0.1},
+    "importance_load": NOISY | {"importance_weight": 0.1, "load_weight": 0.1},
+    "importance_load_vmoe": NOISY | {"router_noise": "fixed", "importance_weight": 0.1, "vmoe_load_weight": 0.1},
+    "bias": {"router": "sigmoid_topk", "score": "sigmoid", "selection_bias": True, "bias_rate": 5e-3},
+    "quantile": {"router": "quantile", "score": "sigmoid"},
+    "sinkhorn": {"router": "sinkhorn", "score": "sigmoid", "allow_noncausal": True},
+}
+"""What each scheme changes in the base: top-1 softmax routing among 16 experts without any balancing."""
+
+
+def config_of(scheme: str, seed: int):
+    """The recipe `configs/routers/softmax_topk.py` with one expert a token, no auxiliary loss, and the scheme."""
+    config = runpy.run_path(str(ROOT / "configs/routers/softmax_topk.py"))["get_config"]()
+    config.moe.top_k = 1
+    config.moe.renormalize = False
+    config.moe.d_expert = 256
+    config.moe.balance_weight = 0.0
+    config.moe.z_weight = 0.0
+    config.moe.update(SCHEMES[scheme])
+    config.train.seed = seed
+    config.train.eval_every = 0
+    return resolve(config)
+
+
+def measure(scheme: str, seed: int) -> dict[str, Any]:
+    """Trains, or takes the finished run; MaxVio and dead experts over time, means over layers."""
+    workdir = ROOT / "runs/collapse" / f"{scheme}-{seed}"
+    if train(config_of(scheme, seed), workdir, command=" ".join(["python", *sys.argv])).stopped_by:
+        sys.exit(0)
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    trained = [line for line in lines if "loss/lm" in line]
+    evaluated = [line for line in lines if "eval/loss" in line][-1]
+    history = read_routing(workdir)
+    window = DEAD_STEPS // int(history.steps[1] - history.steps[0])
+    recent = np.lib.stride_tricks.sliding_window_view(history.counts_SNE, window, axis=0).sum(axis=-1)
+    return {
+        "steps": [line["step"] for line in trained],
+        "max_violation": [line["moe/max_violation"] for line in trained],
+        "dead_steps": history.steps[window - 1 :].tolist(),
+        "dead": (recent == 0).sum(axis=2).mean(axis=1).tolist(),
+        "eval_max_violation": evaluated["eval/max_violation"],
+        "eval_bits_per_byte": evaluated["eval/bits_per_byte"],
+    }
+
+
+def draw(results: dict[str, dict[str, Any]]) -> None:
+    """MaxVio and dead experts over time: mean of the seeds, with their range."""
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.2), constrained_layout=True)
+    colours = matplotlib.colormaps["tab10"].colors
+    for index, (scheme, by_seed) in enumerate(results.items()):
+        runs = list(by_seed.values())
+        style = {"color": colours[index % 10], "linestyle": "--" if scheme.startswith("none") else "-"}
+        for axis, steps, key in ((axes[0], "steps", "max_violation"), (axes[1], "dead_steps", "dead")):
+            values = np.array([run[key] for run in runs])
+            axis.plot(runs[0][steps], values.mean(axis=0), label=scheme, **style)
+            axis.fill_between(
+                runs[0][steps], values.min(axis=0), values.max(axis=0), color=style["color"], alpha=0.15, linewidth=0
+            )
+    axes[0].set(xlabel="step", ylabel="MaxVio in training (mean over layers)", yscale="log")
+    axes[1].set(xlabel="step", ylabel=f"experts without a token for {DEAD_STEPS} steps, of 16")
+    axes[0].legend(fontsize=8, ncols=2)
+    figure.savefig(HERE / "figure.png", dpi=110)
+
+
+def table(results: dict[str, dict[str, Any]]) -> str:
+    """The results as Markdown: means over seeds, and the range in parentheses."""
+    rows = ["| scheme | MaxVio on held-out text | dead experts of 16 | bits per byte |", "|---|---|---|---|"]
+    for scheme, by_seed in results.items():
+        cells = []
+        for values in (
+            [run["eval_max_violation"] for run in by_seed.values()],
+            [run["dead"][-1] for run in by_seed.values()],
+            [run["eval_bits_per_byte"] for run in by_seed.values()],
+        ):
+            cells.append(f"{np.mean(values):.2f} ({min(values):.2f} to {max(values):.2f})")
+        rows.append(f"| `{scheme}` | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def main() -> None:
+    """Runs what is named, or everything; then table and figure of all that is known."""
+    path = HERE / "results.json"
+    for seed in SEEDS:
+        for scheme in sys.argv[1:] or SCHEMES:
+            print(f"{scheme}, seed {seed}", flush=True)
+            measured = measure(scheme, seed)
+            results = json.loads(path.read_text()) if path.exists() else {}
+            results.setdefault(scheme, {})[str(seed)] = measured
+            ordered = {name: results[name] for name in SCHEMES if name in results}
+            path.write_text(json.dumps(ordered) + "\n")
+            jax.clear_caches()
+    results = json.loads(path.read_text())
+    draw(results)
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""What evaluations saw of the routing: one file each, so that any two checkpoints can be compared.
+
+`workdir/routing/evaluations/<step>.npz` (no pickles) holds, for the validation split,
+
+  load          [N, E]     float32  fraction of choices of each expert
+  coactivation  [N, E, E]  int32    tokens that visit both experts of a pair
+  experts       [N, T, K]  int32    the experts of each token of the split's first rows; E: none
+  churn         [N]        float32  fraction of those experts that the evaluation before this one did not have there
+"""
+
+import os
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+
+from moejax.moe.by_token import churn
+from moejax.training.evaluation import Evaluation
+
+FOLDER = "routing/evaluations"
+
+
+class EvaluationLog:
+    """Writes and compares evaluations of a run with experts.
+
+    Args:
+      workdir: the run directory.
+      after_step: files of later steps are removed: a resumed run writes them again.
+    """
+
+    def __init__(self, workdir: str | Path, after_step: int):
+        self._folder = Path(workdir) / FOLDER
+        self._folder.mkdir(parents=True, exist_ok=True)
+        for step, path in self._files():
+            if step > after_step:
+                path.unlink()
+
+    def append(self, step: int, evaluation: Evaluation) -> dict[str, float]:
+        """Writes an evaluation; returns `eval/routing_churn` against the newest earlier one, if there is one."""
+        experts_NTK, load_NE = evaluation.probe_NTK, evaluation.load_NE
+        if experts_NTK is None or load_NE is None or evaluation.coactivation_NEE is None:
+            raise ValueError("an evaluation of a dense model has no routing to log")
+        arrays = {"load": load_NE, "coactivation": evaluation.coactivation_NEE, "experts": experts_NTK}
+        earlier = [path for before, path in self._files() if before < step]
+        if earlier:
+            before_NTK = read_evaluation(earlier[-1])["experts"]
+            arrays["churn"] = np.asarray(churn(jnp.asarray(before_NTK), jnp.asarray(experts_NTK), load_NE.shape[1]))
+        partial = self._folder / f"{step}.partial"
+        with partial.open("wb") as file:
+            np.savez_compressed(file, allow_pickle=False, **arrays)
+        os.replace(partial, self._folder / f"{step}.npz")
+        return {"eval/routing_churn": float(arrays["churn"].mean())} if earlier else {}
+
+    def _files(self) -> list[tuple[int, Path]]:
+        """Steps and files, in order."""
+        return sorted((int(path.stem), path) for path in self._folder.glob("*.npz") if path.stem.isdigit())
+
+
+def read_evaluation(path: str | Path) -> dict[str, np.ndarray]:
+    """The arrays of one file."""
+    with np.load(path, allow_pickle=False) as arrays:
+        return dict(arrays)
