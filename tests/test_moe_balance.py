@@ -1,5 +1,6 @@
 """Losses and metrics: golden values, and what padding, splitting and order must not change."""
 
+import dataclasses
 import functools
 
 import jax
@@ -8,8 +9,10 @@ import numpy as np
 import pytest
 
 import oracle
+import oracle_losses
+import oracle_routers
 from moejax.config import MoeConfig
-from moejax.moe.balance import balance_loss, load_fractions, routing_metrics, z_loss
+from moejax.moe.balance import auxiliary_losses, balance_loss, load_fractions, routing_metrics, z_loss
 from moejax.moe.estimates import count_assignments
 from moejax.moe.routers import RouterInputs, route
 from moejax.moe.stats import Service, add_stats, collect
@@ -174,3 +177,109 @@ def test_a_single_expert_has_finite_metrics():
     stats = collector(softmax_config(1, num_experts=1))(jnp.ones((T, 1)), everyone, everyone[:, None])
     for name, value in routing_metrics(stats).items():
         assert np.all(np.isfinite(value)), name
+
+
+# The other losses, against the oracle -----------------------------------------------------------------------------
+
+
+def loss_case(top_k=2, length=4, seed=0, **changes):
+    """Statistics of a router with everything switched on, and what the oracle needs to know."""
+    config = MoeConfig(
+        num_experts=E, top_k=top_k, router="noisy_topk", score="softmax", renormalize=True, importance_weight=1.0,
+        load_weight=1.0, vmoe_load_weight=1.0, sequence_balance_weight=1.0, **changes,
+    )  # fmt: skip
+    rng = np.random.default_rng(seed)
+    logits_TE = (rng.normal(size=(T, E)) + np.linspace(1, -1, E)).astype(np.float32)
+    mask_T = rng.random(T) < 0.8
+    mask_T[length : 2 * length] = False  # a sequence of padding
+    sigma_TE = np.full((T, E), 0.5, np.float32)
+    inputs = RouterInputs(
+        jnp.asarray(logits_TE), jnp.asarray(mask_T), length, noise_scale_TE=jnp.asarray(sigma_TE),
+        keys_B=jax.random.split(jax.random.key(seed), T // length), is_training=True,
+    )  # fmt: skip
+    routing = route(inputs, config)
+    none_TK = jnp.zeros(routing.experts_TK.shape, bool)
+    service = Service(routing.weights_TK, none_TK, none_TK)
+    stats = collect(routing, inputs.mask_T, service, config, length=length, num_devices=2)
+    experts_TK = np.where(mask_T[:, None], routing.experts_TK, -1)
+    stacked = jax.tree.map(lambda x: x[None], stats)
+    return config, stacked, jax.device_get(routing), experts_TK, mask_T, logits_TE, sigma_TE
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_importance_load_and_sequence_losses_equal_the_oracles(seed):
+    config, stats, routing, experts_TK, mask_T, logits_TE, sigma_TE = loss_case(seed=seed)
+    found = auxiliary_losses(stats, config)
+    load_E = oracle_losses.load_shazeer(logits_TE, routing.noisy_TE, sigma_TE, mask_T, 2)
+    vmoe_E = oracle_losses.load_vmoe(logits_TE, routing.noisy_TE, mask_T, 2)
+    expected = {
+        "balance": oracle_losses.balance_loss(routing.probs_TE, experts_TK, mask_T),
+        "z": oracle_losses.z_loss(logits_TE, mask_T),
+        "importance": oracle_losses.importance_loss(experts_TK, routing.weights_TK, E),
+        "load": oracle_losses.cv_squared(load_E),
+        "vmoe_load": oracle_losses.cv_squared(vmoe_E),
+    }
+    for name, value in expected.items():
+        oracle.assert_close(found[name].value_N, [value], err_msg=name)
+        oracle.assert_close(found[name].term_N, found[name].value_N)
+    assert found.keys() == {*expected, "sequence_balance"}
+
+
+@pytest.mark.parametrize("score", ["sigmoid", "softmax", "sqrt_softplus"])
+@pytest.mark.parametrize("top_k", [1, 3])
+def test_the_sequence_loss_counts_the_best_scores_without_bias_and_groups(score, top_k):
+    how = {"num_groups": 4, "top_k_groups": 2, "selection_bias": True, "sequence_balance_weight": 1.0}
+    config = MoeConfig(num_experts=E, top_k=top_k, router="sigmoid_topk", score=score, renormalize=False, **how)
+    rng = np.random.default_rng(0)
+    logits_TE, mask_T = rng.normal(size=(T, E)).astype(np.float32), rng.random(T) < 0.7
+    bias_E = jnp.asarray(rng.normal(size=E), jnp.float32)
+    routing = route(RouterInputs(jnp.asarray(logits_TE), jnp.asarray(mask_T), 4, bias_E=bias_E), config)
+    none_TK = jnp.zeros(routing.experts_TK.shape, bool)
+    stats = collect(routing, jnp.asarray(mask_T), Service(routing.weights_TK, none_TK, none_TK), config, length=4)
+    scores_TE = [oracle_routers.scores_one(row, score) for row in logits_TE]
+    expected = oracle_losses.sequence_balance_loss(scores_TE, mask_T, top_k, 4)
+    found = auxiliary_losses(jax.tree.map(lambda x: x[None], stats), config)["sequence_balance"]
+    oracle.assert_close(found.value_N, [expected])
+
+
+@pytest.mark.parametrize(("scope", "scopes"), [("sequence", 4), ("device", 2), ("microbatch", 1), ("global", 1)])
+@pytest.mark.parametrize("top_k", [1, 3])
+def test_a_scope_averages_before_the_product(scope, scopes, top_k):
+    _, stats, routing, experts_TK, mask_T, *_ = loss_case(top_k=top_k, balance_scope=scope)
+    expected = oracle_losses.scoped_balance_loss(routing.probs_TE, experts_TK, mask_T, scopes)
+    oracle.assert_close(balance_loss(stats), [expected])
+    # Over two microbatches the scopes of both are averaged, and the global scope is one product.
+    _, other, other_routing, other_experts_TK, other_mask_T, *_ = loss_case(top_k=top_k, balance_scope=scope, seed=7)
+    both = (
+        np.concatenate([routing.probs_TE, other_routing.probs_TE]), np.concatenate([experts_TK, other_experts_TK]),
+        np.concatenate([mask_T, other_mask_T]),
+    )  # fmt: skip
+    num_scopes = 1 if scope == "global" else 2 * scopes
+    together = balance_loss(add_stats(stats, other))
+    oracle.assert_close(together, [oracle_losses.scoped_balance_loss(*both, num_scopes)])
+
+
+@pytest.mark.parametrize(
+    ("convention", "at_balance"), [("normalized", 1.0), ("times_k", 2.0), ("over_k", 0.5), ("first_choice", 1.0)]
+)
+def test_a_convention_changes_the_term_and_never_the_logged_value(convention, at_balance):
+    config, stats, routing, experts_TK, mask_T, *_ = loss_case(balance_convention=convention)
+    loss = auxiliary_losses(stats, config)["balance"]
+    oracle.assert_close(loss.value_N, [oracle_losses.balance_loss(routing.probs_TE, experts_TK, mask_T)])
+    oracle.assert_close(loss.term_N, [oracle_losses.balance_loss(routing.probs_TE, experts_TK, mask_T, convention)])
+    uniform = jax.tree.map(lambda x: x, stats)
+    uniform = dataclasses.replace(
+        uniform,
+        num_tokens=jnp.full(1, 8.0), assignments_E=jnp.full((1, E), 2), probs_E=jnp.full((1, E), 1.0),
+        first_assignments_E=jnp.full((1, E), 1),
+    )  # fmt: skip
+    oracle.assert_close(auxiliary_losses(uniform, config)["balance"].term_N, [at_balance])
+
+
+def test_a_loss_without_a_weight_is_not_computed_and_one_with_a_weight_never_absent():
+    base = {"num_experts": E, "top_k": 2, "router": "noisy_topk", "score": "softmax"}
+    for name in ("sequence_balance", "importance", "load", "vmoe_load"):
+        _, stats, *_ = loss_case()
+        on = MoeConfig(**base, **{f"{name}_weight": 0.5})
+        assert auxiliary_losses(stats, on).keys() == {"balance", "z", name}
+    assert auxiliary_losses(stats, MoeConfig(**base)).keys() == {"balance", "z"}

@@ -104,28 +104,48 @@ def test_one_renormalised_weight_has_no_gradient_and_is_refused(name, top_k, ren
         resolve({"moe": moe})
 
 
-@pytest.mark.parametrize("family", ["mixtral", "olmoe", "qwen2_moe", "switch_transformers"])
+FAMILIES = {
+    "mixtral": {"score": "softmax"},
+    "olmoe": {"score": "softmax", "renormalize": False},
+    "qwen2_moe": {"score": "softmax", "renormalize": False},
+    "switch_transformers": {"router": "switch", "score": "softmax", "renormalize": False},
+    "gpt_oss": {"score": "softmax_after"},
+    "deepseek_v3": {
+        "router": "sigmoid_topk", "score": "sigmoid", "num_groups": 4, "top_k_groups": 2, "route_scale": 2.5,
+        "selection_bias": True,
+    },
+}  # fmt: skip
+
+
+def check_family(logits_TE, experts_TK, weights_TK, config, bias_E=None):
+    """The same experts in any order, each with the same weight."""
+    inputs = RouterInputs(jnp.asarray(logits_TE), jnp.ones(len(logits_TE), bool), len(logits_TE), bias_E=bias_E)
+    routing = jax.device_get(route(inputs, config))
+    order_TK, their_order_TK = np.argsort(routing.experts_TK, axis=1), np.argsort(experts_TK, axis=1)
+    np.testing.assert_array_equal(
+        np.take_along_axis(routing.experts_TK, order_TK, 1), np.take_along_axis(experts_TK, their_order_TK, 1)
+    )
+    ours_TK, theirs_TK = (
+        np.take_along_axis(w, o, 1) for w, o in ((routing.weights_TK, order_TK), (weights_TK, their_order_TK))
+    )
+    return ours_TK, theirs_TK
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_routing_equals_that_of_the_published_implementation(family):
     if not FIXTURES.exists():
         pytest.skip(f"the fixtures of published routers are not at {FIXTURES}")
     rule = json.loads((FIXTURES / "index.json").read_text())[family]["config"]
     arrays = np.load(FIXTURES / f"{family}.npz")
     layers = [name.removesuffix(".logits") for name in arrays.files if name.endswith(".logits")]
-    assert len(layers) >= 3
-    name = "switch" if family == "switch_transformers" else "softmax_topk"
-    top_k = 1 if name == "switch" else rule["num_experts_per_tok"]
-    renormalize = family == "mixtral" or rule.get("norm_topk_prob", False)
+    assert len(layers) >= 2
     for layer in layers:
-        logits_TE, indices_TK, weights_TK = (arrays[f"{layer}.{what}"] for what in ("logits", "indices", "weights"))
-        routing = router(name, top_k, renormalize)(logits_TE, np.ones(len(logits_TE), bool))
+        logits_TE, experts_TK, weights_TK = (arrays[f"{layer}.{what}"] for what in ("logits", "indices", "weights"))
+        config = MoeConfig(num_experts=logits_TE.shape[1], top_k=rule.get("num_experts_per_tok", 1), **FAMILIES[family])
+        bias = f"bias.{layer.split('.')[-1]}"
+        bias_E = jnp.asarray(arrays[bias]) if bias in arrays.files else None
+        assert (bias_E is not None) == config.selection_bias
+        ours_TK, theirs_TK = check_family(logits_TE, experts_TK, weights_TK, config, bias_E)
         if f"{layer}.kept" in arrays:  # there, dropped choices have weight 0; dropping is not the router's in moejax
-            weights_TK = np.where(arrays[f"{layer}.kept"], weights_TK, routing.weights_TK)
-        order_TK, their_order_TK = np.argsort(routing.experts_TK, axis=1), np.argsort(indices_TK, axis=1)
-        np.testing.assert_array_equal(
-            np.take_along_axis(np.asarray(routing.experts_TK), order_TK, 1),
-            np.take_along_axis(indices_TK, their_order_TK, 1),
-        )
-        oracle.assert_close(
-            np.take_along_axis(np.asarray(routing.weights_TK), order_TK, 1),
-            np.take_along_axis(weights_TK, their_order_TK, 1),
-        )
+            theirs_TK = np.where(arrays[f"{layer}.kept"], theirs_TK, ours_TK)
+        oracle.assert_close(ours_TK, theirs_TK)

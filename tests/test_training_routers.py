@@ -1,26 +1,40 @@
-"""Every router in a training step: independent of the machine, its state updated once, exact under resume."""
+"""Every router, and every other kind of MoE layer, in a training step.
+
+Independent of the machine, every parameter learns, state is updated once and is exact under resume.
+"""
 
 import functools
+from contextlib import closing
 
 import jax
 import numpy as np
 import pytest
 
 from moejax.config import ROUTER_RULES, Knobs
+from moejax.training.checkpoint import Checkpoints
 from moejax.training.step import make_train_step, put_batch
-from training_cases import ROUTER_CASES, make, packed_batch, router_config
+from training_cases import OTHER_CASES, ROUTER_CASES, case_config, make, packed_batch
 
-each_router = pytest.mark.parametrize(
-    "router", [pytest.param(router, marks=pytest.mark.xdist_group(router)) for router in ROUTER_CASES]
+# Whose sums over microbatches differ in kind: two passes through the model take long to compile.
+ACCUMULATED = {"softmax_topk", "noisy_topk", "sigmoid_topk", "quantile", "expert_choice", "schedules", "experts"}
+
+each_case = pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=pytest.mark.xdist_group(case)) for case in [*ROUTER_CASES, *OTHER_CASES]]
 )
 
 
 @functools.cache
-def two_steps(router, num_devices=1, accumulation=1):
-    """Scalars, routing sums, parameters and router state after two steps, on the host."""
-    mesh = {"data": num_devices // 2, "expert": 2} if num_devices > 1 else {"data": 1}
-    config = router_config(router, mesh=mesh, train={"accumulation": accumulation})
-    trainable = make(config, num_devices)
+def two_steps(case, is_other=False):
+    """Scalars, routing sums, changes of parameters and router state after two steps, on the host.
+
+    `is_other` changes what must not matter: mesh, accumulation, remat.
+    """
+    sections = {"mesh": {"data": 1}}
+    if is_other:
+        mesh = {"data": 1, "expert": 2, "tensor": 2} if case in OTHER_CASES else {"data": 2, "expert": 2}
+        sections = {"mesh": mesh, "train": {"accumulation": 2 if case in ACCUMULATED else 1}, "model": {"remat": False}}
+    config = case_config(case, **sections)
+    trainable = make(config, 4 if is_other else 1)
     with jax.set_mesh(trainable.mesh):
         state, step, batch = trainable.init(0), make_train_step(trainable), put_batch(packed_batch(config), trainable)
         first = jax.device_get(state.params)
@@ -35,9 +49,9 @@ def test_every_router_has_a_case():
     assert ROUTER_CASES.keys() == ROUTER_RULES.keys()
 
 
-@each_router
-def test_mesh_and_accumulation_change_nothing_for_any_router(router):
-    one, many = two_steps(router), two_steps(router, num_devices=4, accumulation=2)
+@each_case
+def test_mesh_accumulation_and_remat_change_nothing(case):
+    one, many = two_steps(case), two_steps(case, is_other=True)
     for name, value in one[0].items():
         np.testing.assert_allclose(many[0][name], value, rtol=1e-4, atol=1e-5, err_msg=name)
     assert one[1].assignments_E.tolist() == many[1].assignments_E.tolist()
@@ -48,7 +62,31 @@ def test_mesh_and_accumulation_change_nothing_for_any_router(router):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6, err_msg=str(path))
 
 
-@each_router
-def test_all_parameters_of_any_router_learn_from_the_loss(router):
-    for path, moved in jax.tree_util.tree_leaves_with_path(two_steps(router)[2]):
+@each_case
+def test_every_parameter_learns_from_the_loss(case):
+    for path, moved in jax.tree_util.tree_leaves_with_path(two_steps(case)[2]):
         assert np.abs(moved).max() > 0, path
+
+
+@pytest.mark.parametrize("case", ["sigmoid_topk", "quantile", "noisy_topk", "schedules"])
+def test_a_resumed_run_continues_bit_for_bit_with_biases_noise_and_limits(case, tmp_path):
+    config = case_config(case, mesh={"data": 1}, train={"num_steps": 4})
+    (tmp_path / "tokenizer.json").write_text("{}")
+    trainable = make(config)
+    batch, step = put_batch(packed_batch(config), trainable), make_train_step(trainable)
+
+    def steps(state, number):
+        for _ in range(number):
+            state, _ = step(state, batch, Knobs.of(config))
+        return state
+
+    with jax.set_mesh(trainable.mesh):
+        straight = jax.device_get(steps(trainable.init(0), 4))
+        with closing(Checkpoints(tmp_path, trainable)) as checkpoints:
+            checkpoints.save(steps(trainable.init(0), 2))
+        restored = Checkpoints(tmp_path, trainable, read_only=True).restore()
+        resumed = jax.device_get(steps(restored, 2))
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(straight), jax.tree.leaves(resumed), strict=True):
+        np.testing.assert_array_equal(a, b, err_msg=str(path))
+    state = jax.tree.leaves(straight.router_state)
+    assert any(np.any(x) and x.dtype == np.float32 for x in state) or case == "noisy_topk"

@@ -43,10 +43,42 @@ ROUTER_CASES: dict[str, dict[str, Any]] = {  # by router, with what makes its pa
 }  # fmt: skip
 
 
-def router_config(router: str, **sections: dict[str, Any]) -> Config:
-    """A small configuration of a router; `sections` change it."""
-    moe = {"router": router, "d_expert": 16} | ROUTER_CASES[router] | sections.pop("moe", {})
-    return small_config(moe=moe, **sections)
+OTHER_CASES: dict[str, dict[str, dict[str, Any]]] = {  # sections; by what they try
+    "experts": {
+        "moe": {
+            "activation": "clamped_swiglu", "activation_limit": 0.5, "expert_bias": True, "expert_dropout": 0.3,
+            "d_latent": 16, "num_shared_experts": 1, "shared_combine": "gated", "num_zero_experts": 1,
+            "num_identity_experts": 1, "num_constant_experts": 2, "selection_bias": True,
+        },
+    },
+    "weights on the input": {
+        "moe": {
+            "router": "sigmoid_topk", "weight_on": "input", "top_k": 1, "renormalize": False, "expert_dropout": 0.3,
+            "num_shared_experts": 1, "shared_combine": "averaged", "activation": "squared_relu",
+        },
+    },
+    "layers that differ": {
+        "moe": {"per_layer": "0: router=hash; 1: dense; 2: top_k=1 renormalize=False"}, "model": {"num_layers": 3},
+    },
+    "schedules": {
+        "moe": {"top_k": 4, "renormalize": False, "jitter": 0.1, "selection_bias": True},
+        "schedule": {"top_k": "linear:0.25", "jitter": "linear:0", "bias_rate": "cosine:0", "z_weight": "warmup:1"},
+    },
+    "capacity of all": {
+        "moe": {
+            "dispatch": "capacity", "capacity_factor": 0.7, "capacity_group": "global", "capacity_order": "weight",
+            "overflow": "next", "allow_noncausal": True,
+        },
+        "train": {"batch_size": 8},
+    },
+}  # fmt: skip
+
+
+def case_config(case: str, **sections: dict[str, Any]) -> Config:
+    """A small configuration of a router or of another case; `sections` change it."""
+    of_case = OTHER_CASES.get(case) or {"moe": {"router": case} | ROUTER_CASES[case]}
+    names = {*of_case, *sections}
+    return small_config(**{name: of_case.get(name, {}) | sections.get(name, {}) for name in names})
 
 
 def small_config(**sections: dict[str, Any]) -> Config:

@@ -1,0 +1,64 @@
+"""Layers that differ: how `moe.per_layer` is read, and the runs that the model scans."""
+
+import pytest
+
+from moejax.config import ConfigError, resolve
+
+
+def config_of(per_layer, num_layers=6, **moe):
+    base = {"num_experts": 4, "d_expert": 8, "per_layer": per_layer}
+    return resolve({"model": {"num_layers": num_layers}, "moe": base | moe})
+
+
+def test_entries_name_layers_from_either_end_and_ranges_and_change_what_they_say():
+    config = config_of("0: router=hash; 2-3: num_shared_experts=1; -1: top_k=1 renormalize=False d_expert=16")
+    kinds = [kind for kind in config.layers if kind is not None]
+    assert [kind.router for kind in kinds] == ["hash"] + ["softmax_topk"] * 5
+    assert [kind.score for kind in kinds] == ["uniform"] + ["softmax"] * 5
+    assert [kind.num_shared_experts for kind in kinds] == [0, 0, 1, 1, 0, 0]
+    assert [(kind.top_k, kind.renormalize, kind.d_expert) for kind in kinds] == [(2, True, 8)] * 5 + [(1, False, 16)]
+
+
+def test_equal_neighbours_are_one_run_to_scan():
+    config = config_of("0: router=hash; 2-3: num_shared_experts=1; -1: top_k=1 renormalize=False")
+    assert [run.num for run in config.runs] == [1, 1, 2, 1, 1]
+    assert [run.num for run in config_of("").runs] == [6]
+    assert [run.num for run in config_of("0,1: dense").runs] == [2, 4]
+
+
+def test_dense_layers_are_not_counted_and_a_pattern_stays_a_pattern():
+    config = config_of("0-2: dense")
+    assert config.moe_layers == (3, 4, 5) and config.num_moe_layers == 3
+    every = config_of("3: num_shared_experts=1", num_layers=8, every=2)
+    assert every.moe_layers == (1, 3, 5, 7)
+    assert [(len(run.kinds), run.num) for run in every.runs] == [(2, 1), (2, 1), (2, 2)]
+
+
+def test_losses_that_do_not_fit_a_layers_router_are_left_out_there():
+    config = config_of("0: router=hash", router="noisy_topk", load_weight=0.1)
+    assert [kind.load_weight for kind in config.layers] == [0.0] + [0.1] * 5
+
+
+@pytest.mark.parametrize(
+    ("per_layer", "parts"),
+    [
+        ("0 router=hash", ["'0 router=hash'", "LAYERS: CHANGES"]),
+        ("x: dense", ["'x' is no layer"]),
+        ("6: dense", ["'6'", "layers 0 to 5"]),
+        ("4-2: dense", ["'4-2'"]),
+        ("0: rooter=hash", ["'rooter'", "nearest is router"]),
+        ("0: router=hsh", ["router=hsh", "must be one of"]),
+        ("0: top_k=two", ["top_k=two", "must be int"]),
+        ("0: num_experts=8", ["moe.num_experts is the same for all layers"]),
+        ("0: z_weight=0", ["moe.z_weight is the same for all layers"]),
+        ("0:", ["changes nothing"]),
+        ("0: dense; 0: router=hash", ["layer 0 is dense"]),
+        ("0-5: dense", ["no MoE layer"]),
+        ("0: top_k=1", ["layer 0 by moe.per_layer", "moe.renormalize=True with moe.top_k=1"]),
+        ("0: router=soft", ["layer 0 by moe.per_layer", "moe.allow_noncausal"]),
+    ],
+)
+def test_an_entry_that_cannot_be_read_or_cannot_work_names_itself_and_the_remedy(per_layer, parts):
+    with pytest.raises(ConfigError) as caught:
+        config_of(per_layer)
+    assert all(part in str(caught.value) for part in parts), str(caught.value)

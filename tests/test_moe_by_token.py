@@ -1,0 +1,61 @@
+"""Token-level routing in one form, co-activation and churn, against loops."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import oracle_losses
+from moejax.moe.by_token import churn, coactivation, experts_by_token
+from moejax.moe.routers.routing import Routing, SlotRouting, SoftRouting
+
+N, T, K, E = 2, 12, 2, 5
+
+
+def draw(seed):
+    rng = np.random.default_rng(seed)
+    experts_NTK = np.array([[rng.permutation(E)[:K] for _ in range(T)] for _ in range(N)], np.int32)
+    experts_NTK[:, 3] = E  # padding
+    return experts_NTK
+
+
+def in_oracle(experts_TK):
+    return np.where(experts_TK == E, -1, experts_TK)
+
+
+def test_coactivation_counts_pairs_as_a_loop_does():
+    experts_NTK = draw(0)
+    expected = [oracle_losses.coactivation(in_oracle(experts_TK), E) for experts_TK in experts_NTK]
+    found_NEE = np.asarray(coactivation(jnp.asarray(experts_NTK), E))
+    assert found_NEE.dtype == np.int32
+    np.testing.assert_array_equal(found_NEE, expected)
+
+
+def test_churn_is_the_fraction_of_experts_that_a_token_no_longer_visits():
+    before_NTK, after_NTK = draw(0), draw(1)
+    expected = [oracle_losses.churn(in_oracle(a), in_oracle(b)) for a, b in zip(before_NTK, after_NTK, strict=True)]
+    np.testing.assert_allclose(churn(jnp.asarray(before_NTK), jnp.asarray(after_NTK), E), expected, rtol=1e-6)
+    assert not np.any(churn(jnp.asarray(before_NTK), jnp.asarray(before_NTK[..., ::-1]), E))
+    assert not np.any(churn(jnp.full((N, T, K), E), jnp.asarray(after_NTK), E))  # nobody visited anybody
+
+
+def test_choices_of_experts_become_those_of_tokens_and_runs_of_different_widths_join():
+    chosen = draw(0)
+    zeros = jnp.zeros(1)
+    routing = Routing(zeros, zeros, jnp.asarray(chosen), zeros, zeros, zeros)
+    # One layer, two rows of six; each expert has two slots; expert 2 takes positions 0 and 5 of the first row.
+    positions = np.full((1, 2, E, 2), T // 2, np.int32)
+    positions[0, 0, 2], positions[0, 0, 4, 0], positions[0, 1, 2, 1] = (0, 5), 5, 3
+    slots = SlotRouting(jnp.zeros((1, T, E)), zeros, jnp.asarray(positions), zeros)
+    soft = SoftRouting(jnp.zeros((1, 2, T // 2, 6)), zeros, zeros)
+    found = np.asarray(experts_by_token([routing, slots, soft], E))
+    assert found.shape == (N + 2, T, E)
+    np.testing.assert_array_equal(found[:N, :, :K], chosen)
+    assert np.all(found[:N, :, K:] == E) and np.all(found[-1] == E)
+    visits = [{int(e) for e in row if e < E} for row in found[N]]
+    assert visits == [{2}, set(), set(), set(), set(), {2, 4}] + [set()] * 3 + [{2}, set(), set()]
+
+
+@pytest.mark.parametrize("num_choices", [E, E + 3])
+def test_free_experts_are_experts_too(num_choices):
+    experts_NTK = jnp.full((1, 4, 2), E + 1 if num_choices > E else E, jnp.int32)
+    assert coactivation(experts_NTK, num_choices).sum() == (0 if num_choices == E else 4 * 2 * 2)
