@@ -117,9 +117,9 @@ FAMILIES = {
 }  # fmt: skip
 
 
-def check_family(logits_TE, experts_TK, weights_TK, config, bias_E=None):
-    """The same experts in any order, each with the same weight."""
-    inputs = RouterInputs(jnp.asarray(logits_TE), jnp.ones(len(logits_TE), bool), len(logits_TE), bias_E=bias_E)
+def check_family(logits_TE, experts_TK, weights_TK, config, **more):
+    """Checks that the experts are the same in any order; returns our weights and theirs by expert."""
+    inputs = RouterInputs(jnp.asarray(logits_TE), jnp.ones(len(logits_TE), bool), len(logits_TE), **more)
     routing = jax.device_get(route(inputs, config))
     order_TK, their_order_TK = np.argsort(routing.experts_TK, axis=1), np.argsort(experts_TK, axis=1)
     np.testing.assert_array_equal(
@@ -145,7 +145,37 @@ def test_routing_equals_that_of_the_published_implementation(family):
         bias = f"bias.{layer.split('.')[-1]}"
         bias_E = jnp.asarray(arrays[bias]) if bias in arrays.files else None
         assert (bias_E is not None) == config.selection_bias
-        ours_TK, theirs_TK = check_family(logits_TE, experts_TK, weights_TK, config, bias_E)
+        ours_TK, theirs_TK = check_family(logits_TE, experts_TK, weights_TK, config, bias_E=bias_E)
         if f"{layer}.kept" in arrays:  # there, dropped choices have weight 0; dropping is not the router's in moejax
             theirs_TK = np.where(arrays[f"{layer}.kept"], theirs_TK, ours_TK)
         oracle.assert_close(ours_TK, theirs_TK)
+
+
+MORE_FAMILIES = {
+    "phimoe": {"router": "sparse_mixer", "mixer_threshold": 0.1},
+    "ernie4_5_moe": {"selection_bias": True},
+    "llama4": {"router": "sigmoid_topk", "score": "sigmoid", "renormalize": False, "top_k": 1},
+    "granitemoe": {"score": "softmax_after"},
+    "deepseek_v2": {"num_groups": 4, "top_k_groups": 2, "group_score": "max", "renormalize": False, "route_scale": 2.5},
+    "minimax_m2": {"router": "sigmoid_topk", "score": "sigmoid", "selection_bias": True},
+    "longcat_flash": {
+        "selection_bias": True, "renormalize": False, "route_scale": 2.5, "num_experts": 10, "num_identity_experts": 6,
+    },
+    "glm4_moe": {"router": "sigmoid_topk", "score": "sigmoid", "selection_bias": True, "route_scale": 2.5},
+    "jamba": {"renormalize": False},
+    "deepseek_v4": {"router": "sigmoid_topk", "score": "sqrt_softplus", "selection_bias": True, "route_scale": 2.5},
+    "deepseek_v4_hash": {"router": "hash", "score": "sqrt_softplus", "route_scale": 2.5},
+    "qwen3_moe": {},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", MORE_FAMILIES)
+def test_routing_equals_that_of_further_published_implementations(family):
+    with np.load(Path(__file__).parent / "data/published_routing.npz", allow_pickle=False) as file:
+        arrays = {name.split(".")[1]: file[name] for name in file.files if name.startswith(f"{family}.")}
+    top_k = arrays["indices"].shape[1]
+    config = MoeConfig(**({"num_experts": 16, "top_k": top_k, "score": "softmax"} | MORE_FAMILIES[family]))
+    optional = {"bias_E": "bias", "table_VK": "table", "tokens_T": "tokens"}
+    more = {field: jnp.asarray(arrays[name]) for field, name in optional.items() if name in arrays}
+    assert ("bias_E" in more) == config.selection_bias
+    oracle.assert_close(*check_family(arrays["logits"], arrays["indices"], arrays["weights"], config, **more))
