@@ -36,7 +36,7 @@ from moejax.sharding import BATCH_AXES, MESH_AXES, RULES, make_mesh, partition_s
 
 ROOT = Path(__file__).parents[1]
 SECTIONS = {section.name: type(section.default) for section in dataclasses.fields(Config)}
-RECIPES = sorted((ROOT / "configs").glob("*.py"))
+RECIPES = sorted((ROOT / "configs").rglob("*.py"))
 
 PERMISSIONS = {("moe", "allow_noncausal")}  # what only decides whether a configuration is refused
 KNOBS = {field.name for field in dataclasses.fields(Knobs)}  # read under that name, see the test of knobs
@@ -148,7 +148,8 @@ def test_whole_numbers_are_accepted_for_fractions():
 
 
 def literal_leaves():
-    return [(key, typing.get_args(hint)) for key, hint in leaves() if typing.get_origin(hint) is typing.Literal]
+    literals = [(key, typing.get_args(hint)) for key, hint in leaves() if typing.get_origin(hint) is typing.Literal]
+    return [*literals, ("moe.router", tuple(ROUTER_RULES))]
 
 
 @pytest.mark.parametrize(("key", "choices"), literal_leaves())
@@ -160,7 +161,7 @@ def test_a_name_that_is_no_choice_is_an_error_that_lists_the_choices_and_the_nea
 
 def test_the_choices_of_routers_and_grouped_products_are_the_tables():
     choices = dict(literal_leaves())
-    assert set(choices["moe.router"]) == set(ROUTER_RULES) == {*ROUTERS, "expert_choice", "soft"}
+    assert set(ROUTER_RULES) == {*ROUTERS, "expert_choice", "soft"}
     assert {score for rules in ROUTER_RULES.values() for score in rules.scores} == {*choices["moe.score"]} - {"auto"}
     assert set(choices["moe.grouped_matmul"]) == {"auto", *IMPLEMENTATIONS}
     assert [jax.numpy.dtype(name).name for name in choices["model.compute_dtype"]] == [*choices["model.compute_dtype"]]
@@ -383,11 +384,23 @@ def test_every_recipe_resolves_and_its_header_says_what_it_is_and_how_to_run_it(
     assert isinstance(source, ConfigDict) and source.is_locked
     assert isinstance(resolve(source), Config)
     header = recipe.__doc__
-    assert header and f"--config=configs/{path.name}" in header, "the header names the command that runs it"
+    command = f"--config={path.relative_to(ROOT).as_posix()}"
+    assert header and command in header, "the header names the command that runs it"
 
 
-def test_there_is_a_recipe():
-    assert RECIPES
+def test_there_is_a_recipe_for_every_router():
+    routers = {load_recipe(path).get_config().moe.router for path in RECIPES if path.parent.name == "routers"}
+    assert routers == ROUTER_RULES.keys()
+
+
+# The reference products are for tests; every other layer is for models deeper than these.
+WITHOUT_A_RECIPE = {"moe.grouped_matmul", "moe.every"}
+
+
+def test_every_option_of_experts_and_schedules_is_set_by_a_recipe():
+    options = {key for key, _ in leaves() if key.split(".")[0] in ("moe", "schedule")}
+    lines = "".join(path.read_text() for path in RECIPES)
+    assert {key for key in options if f"config.{key} = " not in lines} == WITHOUT_A_RECIPE
 
 
 # Mesh -------------------------------------------------------------------------------------------------------------

@@ -47,7 +47,7 @@ def test_losses_that_do_not_fit_a_layers_router_are_left_out_there():
         ("6: dense", ["'6'", "layers 0 to 5"]),
         ("4-2: dense", ["'4-2'"]),
         ("0: rooter=hash", ["'rooter'", "nearest is router"]),
-        ("0: router=hsh", ["router=hsh", "must be one of"]),
+        ("0: router=hsh", ["moe.router='hsh'", "must be one of", "nearest is hash"]),
         ("0: top_k=two", ["top_k=two", "must be int"]),
         ("0: num_experts=8", ["moe.num_experts is the same for all layers"]),
         ("0: z_weight=0", ["moe.z_weight is the same for all layers"]),

@@ -1,4 +1,4 @@
-"""Trains every recipe of `configs/routers/` and writes what each reaches to `results.json` beside this file.
+"""Trains every recipe of `configs/routers/`; writes `results.json` beside this file and the table of `docs/routers.md`.
 
   python experiments/routers/run.py [NAME ...]
 
@@ -19,6 +19,15 @@ from moejax.training.loop import train
 
 ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).with_name("results.json")
+PAGE = ROOT / "docs/routers.md"
+MARKS = ("<!-- measured: written by experiments/routers/run.py -->\n", "<!-- end -->")
+SEES_THE_FUTURE = {  # recipes with moe.allow_noncausal, and whether evaluation looks at later tokens as well
+    "expert_choice": "in evaluation, too",
+    "soft": "in evaluation, too",
+    "gshard": "where slots run out, in evaluation, too",
+    "sinkhorn": "in training",
+    "vmoe": "in training",
+}
 
 
 def measure(path: Path) -> dict[str, float | int]:
@@ -47,6 +56,35 @@ def measure(path: Path) -> dict[str, float | int]:
     }
 
 
+def table(results: dict[str, dict[str, float | int]]) -> str:
+    """The results as Markdown, the best first."""
+    rows = [
+        "| recipe | bits per byte | MaxVio | churn | dead of all experts | dropped or moved | parameters, active | "
+        "sees the future |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, found in sorted(results.items(), key=lambda item: item[1]["bits_per_byte"]):
+        total, active = (found[f"parameters_{kind}"] / 1e6 for kind in ("total", "active"))
+        cells = [
+            f"`{name}`",
+            f"{found['bits_per_byte']:.3f}",
+            f"{found['max_violation']:.2f}",
+            f"{found['routing_churn']:.2f}",
+            f"{found['dead_experts']:.0f}",
+            f"{found['dropped'] + found['moved']:.1%}",
+            f"{total:.2f} M, {active:.2f} M",
+            SEES_THE_FUTURE.get(name, "no"),
+        ]
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows) + "\n"
+
+
+def write_table(results: dict[str, dict[str, float | int]]) -> None:
+    """Replaces the table between its marks in `docs/routers.md`."""
+    before, rest = PAGE.read_text().split(MARKS[0])
+    PAGE.write_text(before + MARKS[0] + table(results) + MARKS[1] + rest.split(MARKS[1], 1)[1])
+
+
 def main() -> None:
     """Runs what is named, or everything."""
     paths = sorted((ROOT / "configs/routers").glob("*.py"))
@@ -56,7 +94,9 @@ def main() -> None:
         measured = measure(path)
         print(f"{path.stem}: {measured}", flush=True)
         results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-        RESULTS.write_text(json.dumps(results | {path.stem: measured}, indent=1, sort_keys=True) + "\n")
+        results |= {path.stem: measured}
+        RESULTS.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
+        write_table(results)
         jax.clear_caches()  # programs of other models are not needed again
 
 

@@ -1,9 +1,10 @@
 """The leaves of a Mixture-of-Experts layer, and which of them go together."""
 
 import dataclasses
+import difflib
 from typing import Any, Literal
 
-from moejax.config.errors import require
+from moejax.config.errors import ConfigError, require
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,10 +30,7 @@ class MoeConfig:
     per_layer: str = ""  # layers that differ, such as "0: router=hash; -1: top_k=1 renormalize=False; 2-3: dense"
 
     # Router
-    router: Literal[
-        "softmax_topk", "switch", "noisy_topk", "sigmoid_topk", "cosine", "sparse_mixer", "sinkhorn", "quantile",
-        "hierarchical", "hash", "random", "balanced", "expert_choice", "soft", "dense",
-    ] = "softmax_topk"  # fmt: skip
+    router: str = "softmax_topk"  # one of ROUTER_RULES
     score: Literal["auto", "softmax", "softmax_after", "sigmoid", "sqrt_softplus", "uniform"] = "auto"  # of an expert
     select_by: Literal["score", "logits"] = "score"  # what the selection bias is added to
     renormalize: bool = True  # make the selected weights sum to 1, before route_scale
@@ -95,9 +93,10 @@ class MoeConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RouterRules:
-    """What goes together with a router.
+    """A router, and what goes together with it.
 
     Attributes:
+      function: "file.function" in `moejax/moe/routers`; routers in which experts choose have signatures of their own.
       scores: score functions it can use; the first is meant by "auto".
       takes_groups: whether its selection can be limited to groups.
       takes_bias: whether its selection can carry a selection bias.
@@ -107,6 +106,7 @@ class RouterRules:
       can_limit: whether a token can do with fewer than `moe.top_k` experts: weights follow from the selection alone.
     """
 
+    function: str
     scores: tuple[str, ...]
     takes_groups: bool = False
     takes_bias: bool = False
@@ -116,30 +116,40 @@ class RouterRules:
     can_limit: bool = True
 
 
+ANY = ("softmax", "softmax_after", "sigmoid", "sqrt_softplus")
+AFTER = ("softmax_after", "softmax", "sigmoid", "sqrt_softplus")
+BOTH = {"takes_groups": True, "takes_bias": True}
+NO_CHOICE = {"takes_capacity": False, "is_causal": False, "can_limit": False}
+
 ROUTER_RULES = {
-    "softmax_topk": RouterRules(("softmax", "softmax_after"), takes_groups=True, takes_bias=True),
-    "switch": RouterRules(("softmax",), takes_groups=True, takes_bias=True),
-    "noisy_topk": RouterRules(
-        ("softmax_after", "softmax", "sigmoid", "sqrt_softplus"), takes_groups=True, takes_bias=True, draws=True
-    ),
-    "sigmoid_topk": RouterRules(("sigmoid", "sqrt_softplus"), takes_groups=True, takes_bias=True),
-    "cosine": RouterRules(("softmax", "softmax_after", "sigmoid", "sqrt_softplus"), takes_groups=True, takes_bias=True),
-    "sparse_mixer": RouterRules(("softmax",), draws=True, can_limit=False),
-    "sinkhorn": RouterRules(("softmax_after", "softmax", "sigmoid", "sqrt_softplus"), is_causal=False),
-    "quantile": RouterRules(("softmax", "softmax_after", "sigmoid", "sqrt_softplus"), can_limit=False),
-    "hierarchical": RouterRules(("softmax_after",), draws=True, can_limit=False),
-    "hash": RouterRules(("uniform", "softmax", "softmax_after", "sigmoid", "sqrt_softplus")),
-    "random": RouterRules(("uniform",), draws=True),
-    "balanced": RouterRules(("uniform",)),
-    "expert_choice": RouterRules(("softmax",), takes_capacity=False, is_causal=False, can_limit=False),
-    "soft": RouterRules(("softmax",), takes_capacity=False, is_causal=False, can_limit=False),
-    "dense": RouterRules(("softmax",), can_limit=False),
+    "softmax_topk": RouterRules("scored.route_scored", ("softmax", "softmax_after"), **BOTH),
+    "switch": RouterRules("scored.route_scored", ("softmax",), **BOTH),
+    "noisy_topk": RouterRules("scored.route_noisy", AFTER, draws=True, **BOTH),
+    "sigmoid_topk": RouterRules("scored.route_scored", ("sigmoid", "sqrt_softplus"), **BOTH),
+    "cosine": RouterRules("scored.route_scored", ANY, **BOTH),
+    "sparse_mixer": RouterRules("sparse_mixer.route_sparse_mixer", ("softmax",), draws=True, can_limit=False),
+    "sinkhorn": RouterRules("sinkhorn.route_sinkhorn", AFTER, is_causal=False),
+    "quantile": RouterRules("scored.route_quantile", ANY, can_limit=False),
+    "hierarchical": RouterRules("hierarchical.route_hierarchical", ("softmax_after",), draws=True, can_limit=False),
+    "hash": RouterRules("fixed.route_hash", ("uniform", *ANY)),
+    "random": RouterRules("fixed.route_random", ("uniform",), draws=True),
+    "balanced": RouterRules("fixed.route_balanced", ("uniform",)),
+    "expert_choice": RouterRules("experts_choose.route_expert_choice", ("softmax",), **NO_CHOICE),
+    "soft": RouterRules("experts_choose.route_soft", ("softmax",), **NO_CHOICE),
+    "dense": RouterRules("scored.route_scored", ("softmax",), can_limit=False),
 }
-"""One line a router; its function is in `moejax.moe.routers.ROUTERS`."""
+"""The routers, one line each."""
 
 
 def derive_moe(moe: MoeConfig, seq_len: int) -> MoeConfig:
-    """Fills in what is left to be derived, apart from the experts' width."""
+    """Fills in what is left to be derived, apart from the experts' width.
+
+    Raises:
+      ConfigError: there is no such router.
+    """
+    if moe.router not in ROUTER_RULES:
+        near = difflib.get_close_matches(moe.router, ROUTER_RULES, n=1, cutoff=0.0)[0]
+        raise ConfigError(f"moe.router={moe.router!r} must be one of {', '.join(ROUTER_RULES)}; the nearest is {near}")
     if moe.num_experts < 1:
         return moe
     derived: dict[str, Any] = {}

@@ -1,40 +1,30 @@
-"""Routers: pure functions from logits to a `Routing`, one file per family, one table of names."""
+"""Routers: pure functions from logits to a `Routing`, one file per family; their table is `config.ROUTER_RULES`."""
 
 import dataclasses
+import importlib
 from collections.abc import Callable
 
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from moejax.config import MoeConfig
+from moejax.config import ROUTER_RULES, MoeConfig
 from moejax.moe.routers.experts_choose import route_expert_choice as route_expert_choice
 from moejax.moe.routers.experts_choose import route_soft as route_soft
-from moejax.moe.routers.fixed import route_balanced, route_hash, route_random
-from moejax.moe.routers.hierarchical import route_hierarchical
 from moejax.moe.routers.routing import RouterInputs as RouterInputs
 from moejax.moe.routers.routing import Routing as Routing
-from moejax.moe.routers.scored import route_noisy, route_quantile, route_scored
 from moejax.moe.routers.scores import weigh
 from moejax.moe.routers.selection import named
-from moejax.moe.routers.sinkhorn import route_sinkhorn
-from moejax.moe.routers.sparse_mixer import route_sparse_mixer
+
+
+def _function(where: str) -> Callable:
+    file, _, name = where.partition(".")
+    return getattr(importlib.import_module(f"moejax.moe.routers.{file}"), name)
+
 
 ROUTERS: dict[str, Callable[[RouterInputs, MoeConfig], Routing]] = {
-    "softmax_topk": route_scored,
-    "switch": route_scored,
-    "noisy_topk": route_noisy,
-    "sigmoid_topk": route_scored,
-    "cosine": route_scored,
-    "sparse_mixer": route_sparse_mixer,
-    "sinkhorn": route_sinkhorn,
-    "quantile": route_quantile,
-    "hierarchical": route_hierarchical,
-    "hash": route_hash,
-    "random": route_random,
-    "balanced": route_balanced,
-    "dense": route_scored,
+    name: _function(rules.function) for name, rules in ROUTER_RULES.items() if rules.takes_capacity
 }
-"""Routers by which tokens choose; what goes together with each is in `config.ROUTER_RULES`."""
+"""The function of each router by which tokens choose."""
 
 
 def route(inputs: RouterInputs, config: MoeConfig, limit: Int[Array, ""] | None = None) -> Routing:

@@ -1,6 +1,6 @@
 """A router that draws experts at random: a baseline that any learned router must beat.
 
-  moejax train --config=configs/routers/random.py --workdir=runs/routers/random
+  moejax train --config=configs/routers/random_choice.py --workdir=runs/routers/random_choice
 
 As `softmax_topk.py` but for this.
 """
