@@ -10,7 +10,7 @@ Axis letters, used in names (`x_BLD`, `gate_up_EDPF`), einsum strings and docstr
 
     B  sequences of a batch          E  experts
     L  positions of a sequence       K  experts per token
-    T  tokens, B * L                 C  slots per expert and sequence (capacity)
+    T  tokens, B * L                 C  slots per expert (capacity)
     D  model width                   R  rows grouped by expert
     F  hidden width of an expert     H  query heads
     V  vocabulary                    G  key and value heads
