@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
+import oracle
+from moejax.config import ROUTER_RULES
 from moejax.data.tokenizers import ByteTokenizer
 from moejax.inference.generate import generate, generate_text, sample
 from moejax.models import Decoder
-from training_cases import small_config
+from training_cases import case_config, small_config
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +36,28 @@ def test_greedy_generation_equals_repeated_full_forward_passes(model):
         padded[0, : len(ids)] = ids
         ids.append(int(forward(padded)[0, len(ids) - 1].argmax()))
     assert text == tokenizer.decode(ids[length:])
+
+
+@pytest.mark.parametrize("router", [name for name, rules in ROUTER_RULES.items() if rules.takes_capacity])
+def test_every_router_of_tokens_routes_alike_token_by_token_and_all_at_once(router):
+    model = Decoder(case_config(router, model={"num_layers": 1}), rngs=nnx.Rngs(params=0))
+    graphdef, state = nnx.split(model)
+    tokens_BL = jnp.asarray(np.random.default_rng(0).integers(3, 250, (2, 6)), jnp.int32)
+    positions_BL = jnp.broadcast_to(jnp.arange(6, dtype=jnp.int32), (2, 6))
+    forward = jax.jit(lambda s: nnx.merge(graphdef, s)(tokens_BL, jnp.ones_like(tokens_BL), positions_BL)[0])
+    extend = jax.jit(lambda s, t, p, c: nnx.merge(graphdef, s).extend(t, p, c))
+    cache, found = model.init_cache(2, 8), []
+    for i in range(6):
+        logits_B1V, cache = extend(state, tokens_BL[:, i : i + 1], positions_BL[:, i : i + 1], cache)
+        found.append(logits_B1V[:, 0])
+    oracle.assert_close(jnp.stack(found, axis=1), forward(state))
+
+
+def test_generating_with_a_router_that_looks_ahead_says_so(caplog):
+    model = Decoder(case_config("expert_choice"), rngs=nnx.Rngs(params=0))
+    with caplog.at_level("WARNING", logger="moejax"):
+        next(generate(model, ByteTokenizer(), ["a"], max_tokens=1))
+    assert "moe.router=expert_choice looks at later tokens" in caplog.text
 
 
 def test_a_sequence_does_not_depend_on_the_others_of_its_batch(model):

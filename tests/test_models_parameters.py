@@ -1,5 +1,8 @@
 """Parameter counts, worked out by hand."""
 
+import pytest
+
+from moejax.cli.bench import dense_twin
 from moejax.config import resolve
 from moejax.models.parameters import count_parameters
 
@@ -28,3 +31,25 @@ def test_a_moe_model_has_the_parameters_counted_by_hand_of_which_a_token_uses_k_
     outside = 2 * EMBEDDING + 4 * attention + 3 * dense + FINAL_NORM + router
     assert count.total == outside + (8 + 1) * expert
     assert count.active == outside + (2 + 1) * expert
+
+
+@pytest.mark.parametrize(
+    "moe",
+    [
+        {},
+        {"activation": "relu", "num_shared_experts": 1},
+        {"activation": "squared_relu", "d_latent": 8, "d_expert": 48},
+        {"num_identity_experts": 4},
+    ],
+)
+def test_the_dense_twin_has_as_many_active_parameters_but_for_the_router(moe):
+    config = resolve({"model": MODEL, "data": BYTES, "moe": {"num_experts": 8, "top_k": 2, "d_expert": 24} | moe})
+    router = 4 * 16 * config.moe.num_choices
+    moe_active, twin = count_parameters(config).active - router, count_parameters(dense_twin(config)).active
+    assert abs(moe_active - twin) <= 4 * 3 * 16 / 2  # the width is rounded
+
+
+def test_a_token_never_has_more_experts_with_weights_than_there_are():
+    moe = {"num_experts": 2, "top_k": 4, "d_expert": 24, "num_zero_experts": 4, "router": "softmax_topk"}
+    config = resolve({"model": MODEL, "data": BYTES, "moe": moe})
+    assert count_parameters(config).active == count_parameters(config).total

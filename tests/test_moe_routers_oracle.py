@@ -346,3 +346,24 @@ def test_the_expected_load_is_what_redrawing_the_noise_counts():
     draws, rng = 400, np.random.default_rng(1)
     counted_E = oracle_losses.monte_carlo_load(logits_TE, noisy_TE, sigma_TE, mask_T, 2, draws, rng)
     assert np.abs(load_E - counted_E).max() < 4 * (mask_T.sum() / (4 * draws)) ** 0.5
+
+
+# Extremes ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("score", ["sigmoid", "sqrt_softplus", "softmax"])
+@pytest.mark.parametrize("level", [-300.0, 0.0, 80.0])
+def test_scores_that_vanish_or_saturate_still_make_probabilities_and_weights_that_sum_to_one(score, level):
+    """A normaliser with a small constant would let a router lower its balance loss by lowering all its scores."""
+    config = config_of(router="softmax_topk" if score == "softmax" else "sigmoid_topk", score=score, top_k=2)
+    logits_TE = jnp.full((T, E), level) + jnp.asarray(draw(0)[0]) / 8
+
+    def sums(logits_TE):
+        routing = route(RouterInputs(logits_TE, jnp.ones(T, bool), L), config)
+        return routing.probs_TE.sum(axis=1), routing.weights_TK.sum(axis=1), routing.probs_TE
+
+    probs_T, weights_T, probs_TE = sums(logits_TE)
+    oracle.assert_close(probs_T, np.ones(T))
+    oracle.assert_close(weights_T, np.ones(T))
+    gradient_TE = jax.grad(lambda x: jnp.sum(sums(x)[2] * draw(1)[0]))(logits_TE)
+    assert np.all(np.isfinite(gradient_TE)) and np.all(np.isfinite(probs_TE))

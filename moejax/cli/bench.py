@@ -24,6 +24,7 @@ from moejax.cli.tables import print_result
 from moejax.config import Config, Knobs, ScheduleConfig
 from moejax.data import Batch
 from moejax.models.parameters import count_parameters
+from moejax.moe.experts import Network
 from moejax.sharding import make_mesh
 from moejax.training.state import make_trainable
 from moejax.training.step import make_train_step, put_batch
@@ -51,8 +52,13 @@ def run(values: FlagValues, rest: list[str]) -> None:
 
 
 def dense_twin(config: Config) -> Config:
-    """The dense model with the same active parameters per token: d_ff = (K + shared experts) * d_expert."""
-    width = (config.moe.top_k + config.moe.num_shared_experts) * config.moe.d_expert
+    """The dense model with the same active parameters per token in its SwiGLU networks of width d_ff."""
+    moe, d_model = config.moe, config.model.d_model
+    projections = Network(moe.activation).num_projections + 1
+    inner = moe.d_latent or d_model
+    routed = min(moe.top_k, moe.num_experts) * projections * inner * moe.d_expert + 2 * d_model * moe.d_latent
+    shared = moe.num_shared_experts * projections * d_model * moe.d_expert
+    width = round((routed + shared) / (3 * d_model))
     return dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, d_ff=width),

@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from moejax.config import ConfigError
+from moejax.config import ROUTER_RULES, ConfigError
 from moejax.data import Tokenizer
 from moejax.models import Decoder
 
@@ -58,6 +58,9 @@ def generate(
     if lengths.max() + max_tokens > trained_length:
         log.warning("beyond %d tokens, the length of training rows, the model is on unknown ground", trained_length)
     longest = _round_up(int(lengths.max()))  # few distinct lengths, so few compilations
+    blind = sorted({moe.router for moe in model.config.moe_runs if not ROUTER_RULES[moe.router].takes_capacity})
+    if blind:
+        log.warning("moe.router=%s looks at later tokens, which do not exist yet: text will be poor", ", ".join(blind))
     tokens_BL = np.full((len(rows), longest), tokenizer.pad_id, np.int32)
     for row, ids in zip(tokens_BL, rows, strict=True):
         row[: len(ids)] = ids

@@ -119,7 +119,7 @@ def render_report(
         sections.append(("routing", "Routing", "<p>This is a dense run: it has no experts, so nothing is routed.</p>"))
     else:
         sections += [
-            ("routing", "Routing health", _charts(run, figures.routing_charts(run.config["moe"]["num_experts"]))),
+            ("routing", "Routing health", _charts(run, figures.routing_charts(run.num_choices))),
             ("load", "Expert load over time", _load_over_time(run)),
             ("final-load", "Final expert load", _final_load(run)),
             ("tokens", "What each expert takes", _tokens(run, token_counts_NEV, piece)),

@@ -60,6 +60,13 @@ class RunRecord:
         """Whether the model has no experts."""
         return self.config.get("moe", {}).get("num_experts", 0) == 0
 
+    @property
+    def num_choices(self) -> int:
+        """Width of the router: experts with weights, then zero, identity and constant ones."""
+        moe = self.config.get("moe", {})
+        kinds = ("num_experts", "num_zero_experts", "num_identity_experts", "num_constant_experts")
+        return sum(moe.get(kind, 0) for kind in kinds)
+
     def series(self, key: str) -> tuple[Int64[np.ndarray, "S"], Float64[np.ndarray, "S"]]:
         """One metric over time.
 

@@ -15,7 +15,8 @@ class ParameterCount:
 
     Attributes:
       total: all of them.
-      active: those that take part in one token's forward pass: of E experts, K. Embeddings count in full.
+      active: those that take part in one token's forward pass: of E experts, K (fewer where a token chooses zero,
+        identity or constant experts). Embeddings count in full.
     """
 
     total: int
@@ -30,5 +31,7 @@ def count_parameters(config: Config) -> ParameterCount:
         size = math.prod(param.shape)
         total += size
         moe = config.runs[int(str(path[1]))].moe if path[0] == "stacks" else None
-        active += size * moe.top_k // moe.num_experts if moe is not None and "experts" in param.axes else size
+        if moe is not None and "experts" in param.axes:
+            size = size * min(moe.top_k, moe.num_experts) // moe.num_experts
+        active += size
     return ParameterCount(total, active)

@@ -45,13 +45,12 @@ def route_sinkhorn(inputs: RouterInputs, config: MoeConfig) -> Routing:
 def log_plan(logits_LE: Float[Array, "L E"], mask_L: Bool[Array, "L"], iterations: int) -> Float[Array, "L E"]:
     """Logarithm of a plan whose rows sum to 1 and whose columns approach an equal share of the real tokens.
 
-    Each iteration scales columns, then rows.
+    Each iteration scales columns, to 1 instead of their share since a common factor cancels, then rows.
     """
     is_token_L1 = mask_L[:, None]
-    share = jnp.log(jnp.maximum(mask_L.sum(), 1) / logits_LE.shape[-1])
 
     def iterate(_, log_LE):
-        log_LE = log_LE + share - jax.nn.logsumexp(log_LE, axis=0, keepdims=True)
+        log_LE = log_LE - jax.nn.logsumexp(log_LE, axis=0, keepdims=True)
         log_LE = log_LE - jax.nn.logsumexp(log_LE, axis=1, keepdims=True)
         return jnp.where(is_token_L1, log_LE, NO_MASS)
 
