@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from moejax.config import MoeConfig
 from moejax.moe.routers.routing import RouterInputs, Routing, no_expert
-from moejax.moe.routers.scores import log_scores, probabilities, weigh
+from moejax.moe.routers.scores import log_scores, routing_by_scores
 from moejax.moe.routers.selection import named, select
 
 RANDOM = 2  # stream of random numbers
@@ -49,11 +49,4 @@ def route_balanced(inputs: RouterInputs, config: MoeConfig) -> Routing:
 
 def _fixed(experts_TK: jax.Array, inputs: RouterInputs, config: MoeConfig) -> Routing:
     log_scores_TE = log_scores(inputs.logits_TE, config.score)
-    return Routing(
-        logits_TE=inputs.logits_TE,
-        probs_TE=probabilities(log_scores_TE),
-        experts_TK=experts_TK,
-        weights_TK=weigh(log_scores_TE, experts_TK, config),
-        ranking_TE=jax.lax.stop_gradient(log_scores_TE),
-        log_scores_TE=log_scores_TE,
-    )
+    return routing_by_scores(inputs, log_scores_TE, log_scores_TE, experts_TK, config)

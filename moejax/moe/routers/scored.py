@@ -10,7 +10,7 @@ import jax
 
 from moejax.config import MoeConfig
 from moejax.moe.routers.routing import RouterInputs, Routing
-from moejax.moe.routers.scores import log_scores, probabilities, weigh
+from moejax.moe.routers.scores import log_scores, probabilities, routing_by_scores
 from moejax.moe.routers.selection import select, selection_values
 
 NOISE, GROUP_NOISE = 0, 1  # streams of random numbers
@@ -30,14 +30,7 @@ def route_scored(inputs: RouterInputs, config: MoeConfig) -> Routing:
     log_scores_TE = log_scores(inputs.logits_TE, config.score)
     ranking_TE = selection_values(inputs.logits_TE, log_scores_TE, inputs.bias_E, config)
     experts_TK = select(ranking_TE, inputs.mask_T, config.top_k)
-    return Routing(
-        logits_TE=inputs.logits_TE,
-        probs_TE=probabilities(log_scores_TE),
-        experts_TK=experts_TK,
-        weights_TK=weigh(log_scores_TE, experts_TK, config),
-        ranking_TE=ranking_TE,
-        log_scores_TE=log_scores_TE,
-    )
+    return routing_by_scores(inputs, log_scores_TE, ranking_TE, experts_TK, config)
 
 
 def route_noisy(inputs: RouterInputs, config: MoeConfig) -> Routing:

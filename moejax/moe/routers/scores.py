@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from moejax.config import MoeConfig
+from moejax.moe.routers.routing import RouterInputs, Routing
 
 
 def log_scores(logits_TE: Float[Array, "T E"], score: str) -> Float[Array, "T E"]:
@@ -59,3 +60,29 @@ def weigh(log_scores_TE: Float[Array, "T E"], experts_TK: Int[Array, "T K"], con
     else:
         weights_TK = jnp.exp(taken_TK)
     return jnp.where(is_expert_TK, weights_TK * config.route_scale, 0.0)
+
+
+def routing_by_scores(
+    inputs: RouterInputs,
+    log_scores_TE: Float[Array, "T E"],
+    ranking_TE: Float[Array, "T E"],
+    experts_TK: Int[Array, "T K"],
+    config: MoeConfig,
+) -> Routing:
+    """The routing to selected experts whose weights and probabilities are the scores.
+
+    Args:
+      inputs: for the raw logits.
+      log_scores_TE: from `log_scores`.
+      ranking_TE: what the selection was made by.
+      experts_TK: the selection.
+      config: for the weights, see `weigh`.
+    """
+    return Routing(
+        logits_TE=inputs.logits_TE,
+        probs_TE=probabilities(log_scores_TE),
+        experts_TK=experts_TK,
+        weights_TK=weigh(log_scores_TE, experts_TK, config),
+        ranking_TE=jax.lax.stop_gradient(ranking_TE),
+        log_scores_TE=log_scores_TE,
+    )

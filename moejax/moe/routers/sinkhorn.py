@@ -6,7 +6,7 @@ from jaxtyping import Array, Bool, Float
 
 from moejax.config import MoeConfig
 from moejax.moe.routers.routing import RouterInputs, Routing
-from moejax.moe.routers.scores import log_scores, probabilities, weigh
+from moejax.moe.routers.scores import log_scores, routing_by_scores
 from moejax.moe.routers.selection import select
 
 NO_MASS = -1e30  # finite, so that a sequence of padding gives no NaN
@@ -32,14 +32,7 @@ def route_sinkhorn(inputs: RouterInputs, config: MoeConfig) -> Routing:
         )
         ranking_TE = plans_BLE.reshape(-1, num_experts)
     experts_TK = select(ranking_TE, inputs.mask_T, config.top_k)
-    return Routing(
-        logits_TE=inputs.logits_TE,
-        probs_TE=probabilities(log_scores_TE),
-        experts_TK=experts_TK,
-        weights_TK=weigh(log_scores_TE, experts_TK, config),
-        ranking_TE=ranking_TE,
-        log_scores_TE=log_scores_TE,
-    )
+    return routing_by_scores(inputs, log_scores_TE, ranking_TE, experts_TK, config)
 
 
 def log_plan(logits_LE: Float[Array, "L E"], mask_L: Bool[Array, "L"], iterations: int) -> Float[Array, "L E"]:
