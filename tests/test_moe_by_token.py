@@ -36,6 +36,9 @@ def test_churn_is_the_fraction_of_experts_that_a_token_no_longer_visits():
     np.testing.assert_allclose(churn(jnp.asarray(before_NTK), jnp.asarray(after_NTK), E), expected, rtol=1e-6)
     assert not np.any(churn(jnp.asarray(before_NTK), jnp.asarray(before_NTK[..., ::-1]), E))
     assert not np.any(churn(jnp.full((N, T, K), E), jnp.asarray(after_NTK), E))  # nobody visited anybody
+    # A token that visits one expert and stays with it, and one that loses one of two: mean of 0 and 1/2.
+    before_NTK, after_NTK = jnp.array([[[2, E, E], [0, 1, E]]]), jnp.array([[[1, 2, 4], [1, 3, E]]])
+    np.testing.assert_allclose(churn(before_NTK, after_NTK, E), [0.25])
 
 
 def test_choices_of_experts_become_those_of_tokens_and_runs_of_different_widths_join():
