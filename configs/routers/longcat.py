@@ -20,6 +20,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.moe.num_constant_experts = 2
     config.moe.top_k = 3
     config.moe.renormalize = False
+    config.moe.route_scale = 6.0
     config.moe.selection_bias = True
     config.moe.bias_rate = 1e-3
     config.moe.bias_centered = True

@@ -185,10 +185,18 @@ def routing_charts(num_experts: int) -> tuple[Chart, ...]:
         ),
         Chart(
             "Dropped assignments",
-            (("moe/dropped", "dropped"),),
+            (("moe/dropped", "dropped"), ("moe/moved", "moved"), ("moe/dropped_out", "expert dropout")),
             "share of assignments",
-            "Assignments that found their expert full and skipped it. Good: 0, as it always is with dropless dispatch; "
-            "a few percent are usual with a capacity limit.",
+            "Assignments that found their expert full and skipped it, or went to another. Good: 0, as it always is "
+            "with dropless dispatch; a few percent are usual with a capacity limit. Expert dropout drops on purpose.",
+            from_zero=True,
+        ),
+        Chart(
+            "Routing churn",
+            (("eval/routing_churn", "churn"),),
+            "share of a token's experts",
+            "Of the experts that tokens of held-out text visited at the evaluation before, how many they no longer "
+            "visit. Good: falling, as routing settles.",
             from_zero=True,
         ),
     )
