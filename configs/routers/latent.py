@@ -17,6 +17,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config = runpy.run_path(str(Path(__file__).with_name("softmax_topk.py")))["get_config"]()
     config.moe.router = "sigmoid_topk"
     config.moe.select_by = "logits"
+    config.moe.bias_rate = 1e-2
     config.moe.selection_bias = True
     config.moe.activation = "squared_relu"
     config.moe.d_latent = 64
