@@ -39,6 +39,21 @@ def test_losses_that_do_not_fit_a_layers_router_are_left_out_there():
     assert [kind.load_weight for kind in config.layers] == [0.0] + [0.1] * 5
 
 
+def test_what_follows_from_top_k_follows_from_that_of_the_layer():
+    soft = resolve({
+        "model": {"num_layers": 2}, "data": {"seq_len": 32},
+        "moe": {"num_experts": 4, "d_expert": 8, "router": "soft", "allow_noncausal": True, "per_layer": "0: top_k=4"},
+    })  # fmt: skip
+    assert [kind.slots_per_expert for kind in soft.layers] == [32, 16]
+    one = config_of("-1: top_k=1 renormalize=False", router="sinkhorn", allow_noncausal=True)
+    assert [kind.score for kind in one.layers] == ["softmax_after"] * 5 + ["sigmoid"]
+
+
+def test_a_layer_that_does_not_look_at_tokens_has_no_jitter():
+    kinds = config_of("0: router=random", jitter=0.1).layers
+    assert [kind.jitter for kind in kinds] == [0.0] + [0.1] * 5
+
+
 @pytest.mark.parametrize(
     ("per_layer", "parts"),
     [
@@ -52,8 +67,13 @@ def test_losses_that_do_not_fit_a_layers_router_are_left_out_there():
         ("0: num_experts=8", ["moe.num_experts is the same for all layers"]),
         ("0: z_weight=0", ["moe.z_weight is the same for all layers"]),
         ("0:", ["changes nothing"]),
+        ("0: top_k=3 top_k=2", ["sets top_k twice"]),
+        ("0: d_expert=-4", ["layer 0 by moe.per_layer", "moe.d_expert=-4"]),
+        ("0: d_expert=0", ["layer 0 by moe.per_layer", "moe.d_expert=0 must be at least 1"]),
+        ("0: num_groups=0", ["layer 0 by moe.per_layer", "moe.num_groups=0"]),
+        ("0: route_scale=nan", ["layer 0 by moe.per_layer", "moe.route_scale=nan"]),
         ("0: dense; 0: router=hash", ["layer 0 is dense"]),
-        ("0-5: dense", ["no MoE layer"]),
+        ("0-5: dense", ["no MoE layer", "moe.per_layer='0-5: dense'"]),
         ("0: top_k=1", ["layer 0 by moe.per_layer", "moe.renormalize=True with moe.top_k=1"]),
         ("0: router=soft", ["layer 0 by moe.per_layer", "moe.allow_noncausal"]),
     ],

@@ -53,6 +53,22 @@ def test_every_router_of_tokens_routes_alike_token_by_token_and_all_at_once(rout
     oracle.assert_close(jnp.stack(found, axis=1), forward(state))
 
 
+def test_what_stands_behind_a_prompt_takes_no_slot_where_evaluation_has_capacity(caplog):
+    moe = {"dispatch": "capacity", "capacity_group": "global", "eval_capacity_factor": 1.0}
+    model = Decoder(case_config("softmax_topk", moe=moe), rngs=nnx.Rngs(params=0))
+    tokens_BL = jnp.asarray(np.random.default_rng(0).integers(3, 250, (1, 32)), jnp.int32)
+    positions_BL = jnp.arange(32, dtype=jnp.int32)[None]
+    is_token_BL = positions_BL < 12
+    found = [
+        model.extend(t, positions_BL, model.init_cache(1, 32), is_token_BL)[0][:, :12]
+        for t in (tokens_BL, jnp.where(is_token_BL, tokens_BL, 7))
+    ]
+    np.testing.assert_array_equal(*found)
+    with caplog.at_level("WARNING", logger="moejax"):
+        next(generate(model, ByteTokenizer(), ["a"], max_tokens=1))
+    assert "moe.eval_capacity_factor drops tokens here" in caplog.text
+
+
 def test_generating_with_a_router_that_looks_ahead_says_so(caplog):
     model = Decoder(case_config("expert_choice"), rngs=nnx.Rngs(params=0))
     with caplog.at_level("WARNING", logger="moejax"):

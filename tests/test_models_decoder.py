@@ -206,7 +206,7 @@ def test_there_is_one_balance_term_for_each_moe_layer_and_the_layers_are_where_t
     assert list(config.moe_layers) == expected
     assert config.num_moe_layers == len(expected)
     model = merge(config, jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), abstract(config)[1]))
-    kinds = [block.is_moe for stack in model.stacks for block in stack.blocks()]
+    kinds = [block.is_moe for block, _ in model.walk()]
     assert kinds == [i in expected for i in range(num_layers)]
     shape = jax.ShapeDtypeStruct((B, L), jnp.int32)
     _, stats = jax.eval_shape(functools.partial(apply, config), abstract(config)[1], shape, shape, shape)
@@ -227,10 +227,9 @@ def test_the_scanned_stacks_equal_a_loop_over_their_blocks_statistics_in_order_o
         model = merge(RICH, state)
         context = Context(positions_BL, row_mask(segments_BL), TokenInfo(segments_BL > 0))
         x_BLD, layers = model.embed(tokens_BL), []
-        for stack in model.stacks:
-            for block in stack.blocks():
-                x_BLD, _, stats = block(x_BLD, context, None)
-                layers += [stats] if block.is_moe else []
+        for block, own in model.walk(context):
+            x_BLD, _, stats = block(x_BLD, own, None)
+            layers += [stats] if block.is_moe else []
         return model.unembed(x_BLD), jax.tree.map(lambda *a: jnp.stack(a), *layers)
 
     logits, stats = run(RICH, tokens_of(0))
@@ -363,3 +362,20 @@ def test_any_batch_size_runs_and_a_row_is_the_same_in_each(batch):
     segments_BL, positions_BL = np.ones((batch, L), np.int32), np.tile(np.arange(L, dtype=np.int32), (batch, 1))
     logits, _ = run(PLAIN, tokens_BL, segments_BL, positions_BL)
     oracle.assert_close(logits[0], run(PLAIN, tokens_of(0))[0][0])
+
+
+def test_walking_through_the_layers_draws_what_the_scan_draws():
+    pattern = {"first_dense": 1, "every": 2, "expert_dropout": 0.5, "jitter": 0.1}
+    config = small_config(model={"num_layers": 5}, moe=pattern)
+    model = Decoder(config, rngs=nnx.Rngs(params=0))
+    knobs, keys_B = Knobs.of(config), jax.random.split(jax.random.key(3), 2)
+    tokens_BL = jnp.asarray(np.random.default_rng(0).integers(3, 250, (2, 16)), jnp.int32)
+    ones_BL, positions_BL = jnp.ones_like(tokens_BL), jnp.broadcast_to(jnp.arange(16, dtype=jnp.int32), (2, 16))
+    info = TokenInfo(ones_BL > 0, tokens_BL, positions_BL, knobs, keys_B)
+    x_BLD, dropped = model.embed(tokens_BL), []
+    for block, own in model.walk(Context(positions_BL, row_mask(ones_BL), info)):
+        x_BLD, _, stats = block(x_BLD, own, None)
+        dropped += [float(stats.dropped_out)] if block.is_moe else []
+    logits, found = model(tokens_BL, ones_BL, positions_BL, knobs=knobs, keys_B=keys_B)
+    oracle.assert_close(model.unembed(x_BLD), logits)
+    assert np.concatenate([stats.dropped_out for stats in found]).tolist() == dropped and len(set(dropped)) > 1

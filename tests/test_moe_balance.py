@@ -283,3 +283,14 @@ def test_a_loss_without_a_weight_is_not_computed_and_one_with_a_weight_never_abs
         on = MoeConfig(**base, **{f"{name}_weight": 0.5})
         assert auxiliary_losses(stats, on).keys() == {"balance", "z", name}
     assert auxiliary_losses(stats, MoeConfig(**base)).keys() == {"balance", "z"}
+
+
+@pytest.mark.parametrize(("scope", "scopes"), [("sequence", 4), ("device", 2), ("microbatch", 1)])
+def test_first_choices_are_averaged_over_the_scope_too(scope, scopes):
+    how = {"balance_scope": scope, "balance_convention": "first_choice"}
+    config, stats, routing, experts_TK, mask_T, *_ = loss_case(**how)
+    loss = auxiliary_losses(stats, config)["balance"]
+    arguments = (routing.probs_TE, experts_TK, mask_T, scopes)
+    oracle.assert_close(loss.value_N, [oracle_losses.scoped_balance_loss(*arguments)])
+    oracle.assert_close(loss.term_N, [oracle_losses.scoped_balance_loss(*arguments, "first_choice")])
+    assert abs(loss.term_N[0] - loss.value_N[0]) > 1e-3

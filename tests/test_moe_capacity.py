@@ -230,6 +230,7 @@ def test_evaluation_drops_nothing_unless_its_own_factor_says_so():
         ({"capacity_order": "choice", "dispatch": "capacity"}, ["moe.capacity_order=choice", "moe.allow_noncausal"]),
         ({"capacity_factor": 9.0, "dispatch": "capacity"}, ["moe.capacity_factor=9.0", "moe.num_experts=8"]),
         ({"eval_capacity_factor": -1.0, "dispatch": "capacity"}, ["moe.eval_capacity_factor=-1.0"]),
+        ({"eval_capacity_factor": 1.0}, ["moe.eval_capacity_factor=1.0", "moe.dispatch=capacity"]),
         ({"overflow": "next", "router": "hash"}, ["moe.overflow=next", "moe.router=hash"]),
         ({"overflow": "renormalize", "top_k": 1, "renormalize": False}, ["moe.overflow=renormalize", "moe.top_k=1"]),
         (

@@ -207,6 +207,7 @@ def test_expert_dropout_is_off_in_evaluation_and_its_rate_is_a_knob():
             ["moe.expert_dropout=0.1", "moe.router=soft"],
         ),
         ({"expert_dropout": 1.0}, ["moe.expert_dropout=1.0", "0.99"]),
+        ({"per_layer": "0: dense", "num_experts": 0}, ["moe.per_layer='0: dense'", "moe.num_experts=0"]),
         ({"top_k": 11, "num_zero_experts": 2}, ["moe.top_k=11", "moe.num_experts=8 plus 2 zero"]),
     ],
 )
@@ -214,3 +215,8 @@ def test_experts_that_do_not_go_together_are_refused(moe, parts):
     with pytest.raises(ConfigError) as caught:
         resolve({"moe": {"d_expert": 8} | moe})
     assert all(part in str(caught.value) for part in parts), str(caught.value)
+
+
+def test_more_choices_than_experts_with_weights_still_derive_a_width():
+    moe = {"num_experts": 2, "num_zero_experts": 4, "top_k": 4, "d_expert": 0}
+    assert resolve({"moe": moe, "model": {"d_ff": 1024}}).moe.d_expert == 256

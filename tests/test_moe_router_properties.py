@@ -11,7 +11,7 @@ from flax import nnx
 
 import oracle
 from moe_cases import info_of
-from moejax.config import ROUTER_RULES, MoeConfig
+from moejax.config import ROUTER_RULES, ConfigError, MoeConfig, resolve
 from moejax.config.moe import derive_moe
 from moejax.moe.balance import LOSSES, auxiliary_losses
 from moejax.moe.layer import MoE, RouterState
@@ -344,3 +344,28 @@ def test_the_balance_loss_of_every_router_is_at_least_its_floor_and_every_loss_i
     if config.score == "uniform":
         np.testing.assert_allclose(losses["balance"].value_N, 1, rtol=1e-5)
     assert losses["balance"].value_N[0] > 0.5
+
+
+NONCAUSAL = {"router": "expert_choice", "allow_noncausal": True}
+
+
+@pytest.mark.parametrize(
+    ("moe", "parts"),
+    [
+        (NONCAUSAL | {"balance_convention": "first_choice"}, ["moe.balance_convention=first_choice", "expert_choice"]),
+        (NONCAUSAL | {"balance_scope": "sequence"}, ["moe.balance_scope=sequence", "set global"]),
+        ({"router": "soft", "allow_noncausal": True, "route_scale": 2.0}, ["moe.route_scale=2.0", "moe.router=soft"]),
+        ({"router": "hash", "jitter": 0.1}, ["moe.jitter=0.1", "moe.router=hash"]),
+        ({"router_noise": "fixed"}, ["moe.router_noise=fixed", "softmax_topk"]),
+        ({"router": "noisy_topk", "load_weight": 0.1, "noise_scale": 0.0}, ["moe.load_weight=0.1", "noise_scale=0.0"]),
+        ({"router": "noisy_topk", "load_weight": 0.1, "selection_bias": True}, ["moe.selection_bias=True"]),
+        (
+            {"router": "noisy_topk", "vmoe_load_weight": 0.1, "num_groups": 4, "top_k_groups": 2},
+            ["moe.vmoe_load_weight=0.1", "moe.num_groups=4"],
+        ),
+    ],
+)
+def test_a_leaf_that_a_router_would_ignore_or_contradict_is_refused(moe, parts):
+    with pytest.raises(ConfigError) as caught:
+        resolve({"moe": {"d_expert": 8} | moe})
+    assert all(part in str(caught.value) for part in parts), str(caught.value)

@@ -34,9 +34,10 @@ def test_without_warm_up_the_first_step_has_the_full_rate():
     assert make_schedule(config, 100)(0) == 1.0
 
 
-def test_everything_decays_but_norm_scales():
-    params = make(small_config(model={"qk_norm": True})).abstract.params
+def test_everything_decays_but_norm_scales_and_biases():
+    moe = {"expert_bias": True, "router_bias": True, "num_shared_experts": 1}
+    params = make(small_config(model={"qk_norm": True}, moe=moe)).abstract.params
     decays = {path: v.get_value() for path, v in nnx.to_flat_state(decay_mask(params))}
-    assert {path[-1] for path, value in decays.items() if not value} == {"scale"}
+    assert {path[-1] for path, value in decays.items() if not value} == {"scale", "bias", "gate_up_bias", "down_bias"}
     assert {path[-1] for path, value in decays.items() if value} >= {"kernel", "gate_up", "down", "embedding", "query"}
     assert len(jax.tree.leaves(params)) == len(decays)

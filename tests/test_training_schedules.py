@@ -37,7 +37,15 @@ def test_a_schedule_goes_from_its_start_to_its_end_over_the_run(text, expected):
     np.testing.assert_allclose(factors(text), expected, atol=1e-6)
 
 
+def test_an_exponential_schedule_stays_at_its_end_for_the_update_behind_the_last_step():
+    config = small_config(schedule={"z_weight": "exponential:0.1"}, train={"num_steps": NUM_STEPS})
+    np.testing.assert_allclose(factor(config, "z_weight", jnp.int32(NUM_STEPS + 3)), 0.1, rtol=1e-5)
+
+
 NEEDS = {
+    "capacity_factor": {"dispatch": "capacity"},
+    "noise_scale": {"router": "noisy_topk"},
+    "bias_rate": {"selection_bias": True},
     "jitter": {"jitter": 0.1},
     "expert_dropout": {"expert_dropout": 0.1},
     "sequence_balance_weight": {"sequence_balance_weight": 0.1},
@@ -103,7 +111,17 @@ def test_a_bias_rests_once_its_rate_is_scheduled_to_zero_and_its_weighted_loss_f
         ({"z_weight": "step:2:0"}, {}, ["FRACTION above 0 and at most 1"]),
         ({"z_weight": "exponential:0"}, {}, ["between 1e-06 and 1e6"]),
         ({"z_weight": "linear:0.5"}, {"z_weight": 0.0}, ["schedule.z_weight", "moe.z_weight=0.0"]),
-        ({"capacity_factor": "linear:2"}, {}, ["schedule.capacity_factor", "must not exceed 1"]),
+        ({"capacity_factor": "linear:2"}, {"dispatch": "capacity"}, ["schedule.capacity_factor", "must not exceed 1"]),
+        ({"capacity_factor": "linear:0.5"}, {}, ["schedule.capacity_factor", "no layer uses"]),
+        ({"bias_rate": "linear:0.5"}, {}, ["schedule.bias_rate", "no layer uses"]),
+        ({"noise_scale": "linear:0.5"}, {}, ["schedule.noise_scale", "no layer uses"]),
+        (
+            {"noise_scale": "linear:0"},
+            {"router": "noisy_topk", "load_weight": 0.1},
+            ["schedule.noise_scale", "moe.load_weight=0.1"],
+        ),
+        ({"balance_weight": "linaer:0"}, {"num_experts": 0}, ["schedule.balance_weight='linaer:0'"]),
+        ({"balance_weight": "linear:0"}, {"num_experts": 0}, ["schedule.balance_weight", "no layer uses"]),
         ({"jitter": "linear:20"}, {"jitter": 0.1}, ["schedule.jitter", "below 1"]),
         ({"top_k": "linear:0.5"}, {}, ["falls to 1 expert", "moe.renormalize=False"]),
         ({"top_k": "linear:0.5"}, {"router": "quantile"}, ["schedule.top_k", "moe.router=quantile"]),

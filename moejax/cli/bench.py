@@ -62,7 +62,7 @@ def dense_twin(config: Config) -> Config:
     return dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, d_ff=width),
-        moe=dataclasses.replace(config.moe, num_experts=0),
+        moe=dataclasses.replace(config.moe, num_experts=0, per_layer=""),
         schedule=ScheduleConfig(),
     )
 

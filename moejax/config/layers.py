@@ -56,6 +56,7 @@ def layer_kinds(moe: MoeConfig, num_layers: int, seq_len: int) -> tuple[MoeConfi
         share.
     """
     if moe.num_experts == 0:
+        require(not moe.per_layer, f"moe.per_layer={moe.per_layer!r} needs experts, and moe.num_experts=0 has none")
         return (None,) * num_layers
     base = dataclasses.replace(moe, per_layer="")
     kinds: list[MoeConfig | None] = [
@@ -126,6 +127,7 @@ def _read_changes(text: str) -> dict[str, Any] | None:
         if name not in hints:
             near = difflib.get_close_matches(name, hints, n=1, cutoff=0.0)[0]
             raise ConfigError(f"moe.per_layer: {name!r} is not a leaf of moe; the nearest is {near}")
+        require(name not in changes, f"moe.per_layer: {text.strip()!r} sets {name} twice; leave one out")
         changes[name] = _read_value(f"moe.per_layer: {change}", value, hints[name])
     require(bool(changes), f"moe.per_layer: {text!r} changes nothing; write dense, or leaves such as router=hash")
     return changes
@@ -147,12 +149,20 @@ def _read_value(what: str, text: str, hint: Any) -> Any:
 
 def _changed(kind: MoeConfig, changes: dict[str, Any], seq_len: int) -> MoeConfig:
     """The layer with its changes; what follows from the router follows from the new one."""
-    if "router" in changes:
-        changes = {"score": "auto", "d_router": 0, "slots_per_expert": 0} | changes
+    underived: dict[str, Any] = {"score": "auto", "d_router": 0, "slots_per_expert": 0}
+    derived = derive_moe(dataclasses.replace(kind, **underived), seq_len)
+    open_leaves = {
+        name: value
+        for name, value in underived.items()
+        if "router" in changes or getattr(kind, name) == getattr(derived, name)
+    }
+    changes = open_leaves | changes
     kind = derive_moe(dataclasses.replace(kind, **changes), seq_len)
-    # Losses that do not go with a layer's router are left out there, for their weights are the whole model's.
+    # What does not go with a layer's router is left out there, for losses and knobs are the whole model's.
     unfit: list[str] = [] if kind.router == "noisy_topk" else ["load_weight", "vmoe_load_weight"]
     if not ROUTER_RULES[kind.router].takes_capacity:
         unfit += ["sequence_balance_weight", "importance_weight"]
+    if kind.score == "uniform":
+        unfit.append("jitter")
     zeros: dict[str, Any] = dict.fromkeys(unfit, 0.0)
     return dataclasses.replace(kind, **zeros)

@@ -249,6 +249,18 @@ def _validate_router(moe: MoeConfig) -> None:
         "model would exploit; set moe.allow_noncausal=True to try it all the same",
     )
     require(
+        moe.jitter == 0 or moe.score != "uniform",
+        f"moe.jitter={moe.jitter}: moe.router={moe.router} with moe.score=uniform does not look at the token; set 0",
+    )
+    require(
+        moe.router_noise == "learned" or moe.router == "noisy_topk",
+        f"moe.router_noise={moe.router_noise} is for moe.router=noisy_topk, not {moe.router}; set learned",
+    )
+    require(
+        moe.route_scale == 1 or moe.router != "soft",
+        f"moe.route_scale={moe.route_scale}: the weights of moe.router=soft sum to 1 over slots; set 1",
+    )
+    require(
         not moe.router_bias or (moe.score != "uniform" and moe.router not in ("cosine", "soft")),
         f"moe.router_bias=True: moe.router={moe.router} with moe.score={moe.score} has no linear logits to add it to",
     )
@@ -306,6 +318,11 @@ def _validate_capacity(moe: MoeConfig) -> None:
             "where one expert could take every token",
         )
     require(
+        moe.dispatch == "capacity" or moe.eval_capacity_factor == 0,
+        f"moe.eval_capacity_factor={moe.eval_capacity_factor} needs moe.dispatch=capacity, not {moe.dispatch}; set 0 "
+        "for evaluation without dropping",
+    )
+    require(
         moe.dispatch != "capacity" or rules.takes_capacity,
         f"moe.dispatch=capacity: with moe.router={moe.router} experts choose, and none can overflow; use dropless",
     )
@@ -333,11 +350,21 @@ def _validate_balancing(moe: MoeConfig) -> None:
             f"moe.{key}={value} estimates the load from routing noise: it needs moe.router=noisy_topk, not "
             f"{moe.router}, and moe.top_k={moe.top_k} below moe.num_experts={moe.num_choices}",
         )
-    for key in ("sequence_balance_weight", "importance_weight", "balance_weight"):
+        require(
+            value == 0 or (moe.noise_scale > 0 and not moe.selection_bias and moe.num_groups == 1),
+            f"moe.{key}={value} estimates the load of plain noisy top-k: it needs moe.noise_scale={moe.noise_scale} "
+            f"above 0, moe.selection_bias={moe.selection_bias} False and moe.num_groups={moe.num_groups} to be 1",
+        )
+    for key, off in (
+        ("sequence_balance_weight", 0.0),
+        ("importance_weight", 0.0),
+        ("balance_scope", "global"),
+        ("balance_convention", "normalized"),
+    ):
         value = getattr(moe, key)
         require(
-            value == 0 or key == "balance_weight" or ROUTER_RULES[moe.router].takes_capacity,
-            f"moe.{key}={value} is for routers in which tokens choose experts, not moe.router={moe.router}; set 0",
+            value == off or ROUTER_RULES[moe.router].takes_capacity,
+            f"moe.{key}={value} is for routers in which tokens choose experts, not moe.router={moe.router}; set {off}",
         )
 
 

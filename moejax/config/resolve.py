@@ -97,7 +97,7 @@ def _checked(key: str, value: Any, annotation: Any) -> Any:
 
 def _derive(config: Config) -> Config:
     moe = config.moe
-    if moe.num_experts and moe.d_expert == 0 and 0 < moe.top_k <= moe.num_experts:
+    if moe.num_experts and moe.d_expert == 0 and 0 < moe.top_k <= moe.num_choices:
         if config.model.d_ff % moe.top_k:
             raise ConfigError(
                 f"model.d_ff={config.model.d_ff} is not a multiple of moe.top_k={moe.top_k}, so moe.d_expert cannot be "

@@ -107,11 +107,23 @@ def validate_schedules(schedules: ScheduleConfig, moe: MoeConfig, kinds: Iterabl
       moe: the experts of the model.
       kinds: those of each layer; None where it is dense.
     """
+    experts = [kind for kind in kinds if kind is not None]
+    uses = {
+        "capacity_factor": lambda kind: kind.dispatch == "capacity",
+        "noise_scale": lambda kind: kind.router in ("noisy_topk", "hierarchical"),
+        "bias_rate": lambda kind: kind.selection_bias,
+    }
     for name, text in dataclasses.asdict(schedules).items():
         schedule, value = parse_schedule(f"schedule.{name}", text), getattr(moe, name)
+        if schedule.name == "constant":
+            continue
         require(
-            schedule.name == "constant" or value > 0,
+            value > 0,
             f"schedule.{name}={text!r} scales moe.{name}={value}: set moe.{name} to its value at factor 1",
+        )
+        require(
+            any(uses.get(name, bool)(kind) for kind in experts),
+            f"schedule.{name}={text!r} scales moe.{name}, which no layer uses; set constant",
         )
         require(
             name not in ("capacity_factor", "top_k") or schedule.highest <= 1,
@@ -121,10 +133,14 @@ def validate_schedules(schedules: ScheduleConfig, moe: MoeConfig, kinds: Iterabl
             name not in ("jitter", "expert_dropout") or value * schedule.highest < 1,
             f"schedule.{name}={text!r} takes moe.{name}={value} to {value * schedule.highest:g}; it must stay below 1",
         )
+        require(
+            name != "noise_scale" or moe.load_weight == 0 or schedule.lowest > 0,
+            f"schedule.noise_scale={text!r} falls to 0, and moe.load_weight={moe.load_weight} divides by the noise",
+        )
     if schedules.top_k == "constant":
         return
     lowest = parse_schedule("schedule.top_k", schedules.top_k).lowest
-    for kind in filter(None, kinds):
+    for kind in experts:
         can_limit = ROUTER_RULES[kind.router].can_limit
         require(
             can_limit and kind.load_weight == kind.vmoe_load_weight == 0,

@@ -37,7 +37,8 @@ def generate(
     """Continues prompts, yielding the next token of each as soon as it is known.
 
     Args:
-      model: the decoder; routing is dropless, so that a sequence does not depend on the others of its batch.
+      model: the decoder; routing is dropless, so that a sequence does not depend on the others of its batch, unless
+        `moe.eval_capacity_factor` limits it.
       tokenizer: the run's own.
       prompts: texts; each is preceded by the begin-of-document token.
       max_tokens: how many tokens to add at most.
@@ -61,6 +62,8 @@ def generate(
     blind = sorted({moe.router for moe in model.config.moe_runs if not ROUTER_RULES[moe.router].takes_capacity})
     if blind:
         log.warning("moe.router=%s looks at later tokens, which do not exist yet: text will be poor", ", ".join(blind))
+    if any(moe.eval_capacity_factor > 0 for moe in model.config.moe_runs):
+        log.warning("moe.eval_capacity_factor drops tokens here as well: what is written depends on the batch")
     tokens_BL = np.full((len(rows), longest), tokenizer.pad_id, np.int32)
     for row, ids in zip(tokens_BL, rows, strict=True):
         row[: len(ids)] = ids
@@ -123,7 +126,8 @@ def sample(
 def _prefill(graphdef, state, tokens_BL, lengths_B, cache, sampling):
     model, (temperature, top_p, keys_B) = nnx.merge(graphdef, state), sampling
     positions_BL = jnp.broadcast_to(jnp.arange(tokens_BL.shape[1]), tokens_BL.shape)
-    logits_BLV, cache = model.extend(tokens_BL, positions_BL, cache)
+    is_token_BL = positions_BL < lengths_B[:, None]
+    logits_BLV, cache = model.extend(tokens_BL, positions_BL, cache, is_token_BL)
     last_BV = jnp.take_along_axis(logits_BLV, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
     return sample(last_BV, temperature, top_p, keys_B, lengths_B), cache
 

@@ -1,9 +1,11 @@
 """The decoder-only transformer: dense, MoE, or both in a pattern."""
 
+from collections.abc import Iterator
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from moejax.config import Config, Knobs, Run
 from moejax.kernels.project import project
@@ -66,7 +68,11 @@ class Decoder(nnx.Module):
         return logits_BLV, stats
 
     def extend(
-        self, tokens_BL: Int[Array, "B L"], positions_BL: Int[Array, "B L"], cache: list
+        self,
+        tokens_BL: Int[Array, "B L"],
+        positions_BL: Int[Array, "B L"],
+        cache: list,
+        is_token_BL: Bool[Array, "B L"] | None = None,
     ) -> tuple[Float[Array, "B L V"], list]:
         """Logits of L more positions, with the keys and values of the earlier ones in the cache.
 
@@ -75,6 +81,7 @@ class Decoder(nnx.Module):
           positions_BL: their positions, which are also the slots they fill; slots behind a sequence's end may hold
             anything, for they are written before they are seen.
           cache: from `init_cache` or an earlier call.
+          is_token_BL: False behind the end of a sequence; None: all are tokens.
 
         Returns:
           Logits, float32, and the cache.
@@ -83,7 +90,9 @@ class Decoder(nnx.Module):
         context = Context(
             positions_BL=positions_BL,
             mask_BLS=cache_mask(positions_BL, slots),
-            info=TokenInfo(jnp.ones(tokens_BL.shape, bool), tokens_BL, positions_BL),
+            info=TokenInfo(
+                jnp.ones(tokens_BL.shape, bool) if is_token_BL is None else is_token_BL, tokens_BL, positions_BL
+            ),
         )
         logits_BLV, cache, _ = self._apply(tokens_BL, context, cache)
         return logits_BLV, cache
@@ -91,6 +100,11 @@ class Decoder(nnx.Module):
     def init_cache(self, batch: int, slots: int) -> list:
         """An empty cache for `batch` sequences of up to `slots` tokens."""
         return [stack.init_cache(batch, slots) for stack in self.stacks]
+
+    def walk(self, context: Context | None = None) -> Iterator[tuple[Block, Context | None]]:
+        """The layers in order, with the context that each has in a pass: for a look, not for traced code."""
+        for index, stack in enumerate(self.stacks):
+            yield from stack.walk(context and context.of_layer(index))
 
     def embed(self, tokens_BL: Int[Array, "B L"]) -> Float[Array, "B L D"]:
         """The residual stream before the first layer."""

@@ -82,9 +82,9 @@ class Block(nnx.Module):
         zeros = jnp.zeros((batch, slots, *self.cache_shape), self.dtype)
         return KVCache(zeros, zeros)
 
-    def blocks(self) -> Iterator["Block"]:
-        """The layers of this module, one by one: for looking at a model, not for traced code."""
-        yield self
+    def walk(self, context: Context | None = None) -> Iterator[tuple["Block", Context | None]]:
+        """The layers of this module with the context of each: for looking at a model, not for traced code."""
+        yield self, context
 
 
 class Period(nnx.Module):
@@ -105,10 +105,10 @@ class Period(nnx.Module):
         """An empty cache of each part."""
         return self.dense.init_cache(batch, slots), self.moe_block.init_cache(batch, slots)
 
-    def blocks(self) -> Iterator[Block]:
-        """The layers of this module, one by one."""
-        yield from self.dense.blocks()
-        yield self.moe_block
+    def walk(self, context: Context | None = None) -> Iterator[tuple[Block, Context | None]]:
+        """The layers of this module with the context of each."""
+        yield from self.dense.walk(context)
+        yield self.moe_block, context
 
 
 class Stack(nnx.Module):
@@ -151,10 +151,10 @@ class Stack(nnx.Module):
         one = self._block(0).init_cache(batch, slots)
         return jax.tree.map(lambda x: jnp.broadcast_to(x, (self.num, *x.shape)), one)
 
-    def blocks(self) -> Iterator[Block]:
-        """The layers of this module, one by one."""
+    def walk(self, context: Context | None = None) -> Iterator[tuple[Block, Context | None]]:
+        """The layers of this module with the context of each."""
         for index in range(self.num):
-            yield from self._block(index).blocks()
+            yield from self._block(index).walk(context and context.of_layer(index))
 
     def _block(self, index: int):
         graphdef, states_N = nnx.split(self.block)

@@ -64,6 +64,8 @@ def in_convention(balance_N: Float[Array, "N"], stats: RoutingStats, convention:
         levanter); "first_choice" (1, but f counts first choices only: GShard, V-MoE, praxis).
     """
     top_k_N = stats.assignments_E.sum(axis=-1) / _tokens(stats)
+    if convention == "first_choice" and stats.first_scope_balance is not None:
+        return _mean_over_scopes(stats.first_scope_balance)
     if convention == "first_choice":
         return _balance(_fractions(stats.first_assignments_E), stats)
     factors = {"normalized": jnp.ones_like(top_k_N), "times_k": top_k_N, "over_k": 1 / jnp.maximum(top_k_N, 1e-9)}

@@ -50,6 +50,7 @@ class RoutingStats:
       first_assignments_E: first choices of each expert, int32 [E]; for balance_convention="first_choice".
       scope_balance: sum over scopes (sequences, devices, microbatches) of the balance loss of each, and the number of
         scopes that have a token, [2]; unless the scope is the global batch.
+      first_scope_balance: the same of first choices only; for balance_convention="first_choice".
       sequence_balance: the same for DeepSeek-V3's loss within sequences, [2].
       load_E: expected load under the routing noise (Shazeer).
       vmoe_load_E: V-MoE's estimate of it.
@@ -57,7 +58,7 @@ class RoutingStats:
         the step concatenates microbatches.
       routing: the token-level decisions, only when a trace was asked for.
 
-    The last seven are None unless the configuration needs them.
+    The last eight are None unless the configuration needs them.
     """
 
     num_tokens: jax.Array
@@ -77,6 +78,7 @@ class RoutingStats:
     unserved: jax.Array
     first_assignments_E: Any = None
     scope_balance: Any = None
+    first_scope_balance: Any = None
     sequence_balance: Any = None
     load_E: Any = None
     vmoe_load_E: Any = None
@@ -161,6 +163,9 @@ def collect(
         else None,
         scope_balance=balance_of_scopes(routing.experts_TK, probs_TE, mask_T, scopes[config.balance_scope])
         if config.balance_scope != "global"
+        else None,
+        first_scope_balance=balance_of_scopes(routing.experts_TK[:, :1], probs_TE, mask_T, scopes[config.balance_scope])
+        if config.balance_scope != "global" and config.balance_convention == "first_choice"
         else None,
         sequence_balance=balance_of_scopes(
             unbiased_choices(routing, mask_T, config), probs_TE, mask_T, scopes["sequence"]

@@ -37,11 +37,10 @@ def locate(trainable: Trainable, state: TrainState, batch: Batch, knobs: Knobs) 
         mask_BLS=row_mask(batch.segments_BL),
         info=TokenInfo(batch.segments_BL > 0, batch.tokens_BL, batch.positions_BL, knobs, keys_B),
     )
-    run_block = jax.jit(lambda graphdef, block, x: nnx.merge(graphdef, block)(x, context, None)[0], static_argnums=0)
+    run_block = jax.jit(lambda graphdef, block, x, own: nnx.merge(graphdef, block)(x, own, None)[0], static_argnums=0)
     x_BLD = model.embed(batch.tokens_BL)
-    blocks = [block for stack in model.stacks for block in stack.blocks()]
-    for layer, block in enumerate(blocks):
-        x_BLD = run_block(*nnx.split(block), x_BLD)
+    for layer, (block, own) in enumerate(model.walk(context)):
+        x_BLD = run_block(*nnx.split(block), x_BLD, own)
         if not _is_finite(x_BLD):
             return f"layer {layer} (output)"
     if not _is_finite(model.unembed(x_BLD)):
@@ -63,8 +62,7 @@ def _last_bad_gradient(grads: Decoder) -> str | None:
     for name, value in _named({k: v for k, v in nnx.state(grads, nnx.Param).items() if k not in below}):
         if not _is_finite(value):
             return name
-    blocks = [block for stack in grads.stacks for block in stack.blocks()]
-    for layer, block in reversed([*enumerate(blocks)]):
+    for layer, (block, _) in reversed([*enumerate(grads.walk())]):
         # Names come in alphabetical order: attention before ffn or moe, as in the forward pass.
         for name, value in reversed(_named(nnx.state(block, nnx.Param))):
             if not _is_finite(value):

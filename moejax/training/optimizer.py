@@ -49,9 +49,10 @@ def make_optimizer(config: OptimizerConfig, params: nnx.State) -> optax.Gradient
 
 
 def decay_mask(params: nnx.State) -> Any:
-    """True where weights decay: arrays with at least two axes besides layers, which leaves out norm scales."""
+    """True where weights decay: matrices. Norm scales and biases are vectors, however many are stacked."""
+    stacked = ("layers", "experts", "gate_up")
     return jax.tree.map(
-        lambda v: v.replace(len([axis for axis in v.axes if axis != "layers"]) > 1),
+        lambda v: v.replace(len([axis for axis in v.axes if axis not in stacked]) > 1),
         params,
         is_leaf=lambda v: isinstance(v, nnx.Variable),
     )

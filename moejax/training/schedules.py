@@ -13,7 +13,7 @@ SCHEDULES: dict[str, Callable[[Schedule, int], optax.Schedule]] = {
     "constant": lambda schedule, steps: optax.constant_schedule(1.0),
     "linear": lambda schedule, steps: optax.linear_schedule(1.0, schedule.end, steps),
     "cosine": lambda schedule, steps: _between(optax.cosine_decay_schedule(1.0, steps), schedule.end),
-    "exponential": lambda schedule, steps: optax.exponential_decay(1.0, steps, schedule.end),
+    "exponential": lambda schedule, steps: optax.exponential_decay(1.0, steps, schedule.end, end_value=schedule.end),
     "step": lambda schedule, steps: optax.join_schedules(
         [optax.constant_schedule(1.0), optax.constant_schedule(schedule.end)], [round(schedule.fraction * steps)]
     ),

@@ -15,7 +15,7 @@ def route_expert_choice(inputs: RouterInputs, config: MoeConfig, slots: int) -> 
     The weight is that probability, not normalised. A slot is empty where a sequence has too few tokens; a token may be
     taken by no expert.
 
-    Source: Zhou et al. 2022, section 3.2; they choose among the tokens of a batch, here it is those of a sequence, so
+    Source: Zhou et al. 2022, section 3; they choose among the tokens of a batch, here it is those of a sequence, so
     that a sequence does not depend on the others.
     """
     num_experts = inputs.logits_TE.shape[-1]
@@ -35,7 +35,7 @@ def route_expert_choice(inputs: RouterInputs, config: MoeConfig, slots: int) -> 
 def route_soft(logits_BLS: Float[Array, "B L S"], mask_BL: Bool[Array, "B L"]) -> SoftRouting:
     """Each slot is a mixture of all tokens of its sequence, each token's output a mixture of all slots.
 
-    Source: Puigcerver et al. 2023 (Soft MoE), equations 1 to 3.
+    Source: Puigcerver et al. 2023 (Soft MoE), section 2.1.
     """
     is_token_BL1 = mask_BL[..., None]
     masked_BLS = jnp.where(is_token_BL1, logits_BLS, -1e30)  # finite: a row of padding gives no NaN
