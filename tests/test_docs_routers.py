@@ -22,7 +22,7 @@ def load(path):
 
 def test_the_table_has_a_row_for_every_router_that_says_whether_it_is_causal():
     rows = [line.split("|") for line in PAGE.split("\n### ")[0].splitlines() if line.startswith("| `")]
-    causal = {row[1].strip(" `"): row[6].strip() for row in rows}
+    causal = {row[1].strip(" `"): row[6].strip() for row in rows if "moe.router" not in row[1]}
     assert causal == {name: "yes" if rules.is_causal else "no" for name, rules in ROUTER_RULES.items()}
 
 

@@ -115,7 +115,8 @@ def test_choices_of_free_experts_are_counted_and_take_no_row_and_no_slot():
     assert plan.group_sizes_E.sum() == chosen_BLE[..., :E].sum()
     # A tight capacity drops choices of experts with weights only.
     tight = dataclasses.replace(config, dispatch="capacity", capacity_factor=0.3)
-    _, (_, stats) = ours(tight, layer_and_params(tight)[1], *draw(), factor=0.3)
+    run = jax.jit(functools.partial(ours, tight, factor=0.3))
+    _, (_, stats) = run(layer_and_params(tight)[1], *draw())
     most_BE = np.minimum(chosen_BLE[..., :E].sum(1), np.ceil(0.3 * 4 * L / E))
     assert float(stats.dropped) == chosen_BLE[..., :E].sum() - most_BE.sum() > 0
 
@@ -151,7 +152,8 @@ def dropout_run(weight_on, rate=0.5, batch=64, **how):
     x_BLD, mask_BL, cotangent_BLD = draw(batch=batch)
     keys_B = jax.random.split(jax.random.key(1), batch)
     params = layer_and_params(config)[1]
-    y_BLD, stats = ours(config, params, x_BLD, mask_BL, cotangent_BLD, keys_B=keys_B, **how)[1]
+    run = jax.jit(functools.partial(ours, config, keys_B=keys_B, **how))
+    y_BLD, stats = run(params, x_BLD, mask_BL, cotangent_BLD)[1]
     return config, params, x_BLD, mask_BL, np.asarray(y_BLD), stats
 
 
@@ -161,10 +163,8 @@ def test_expert_dropout_takes_whole_outputs_away_and_scales_the_others_up(weight
     pure = nnx.to_pure_dict(params)
     chosen_BLE = oracle_experts.choose(x_BLD, mask_BL, pure, config)
     one_BLE = np.eye(E, dtype=np.float32)
-    parts = [  # the contribution of each expert alone
-        np.asarray(oracle_experts.layer(x_BLD, mask_BL, pure, config, chosen_BLE, one_BLE[e][None, None]))
-        for e in range(E)
-    ]
+    alone = jax.jit(lambda one_E: oracle_experts.layer(x_BLD, mask_BL, pure, config, chosen_BLE, one_E[None, None]))
+    parts = [np.asarray(alone(one_BLE[e])) for e in range(E)]  # the contribution of each expert
     dropped = total = 0
     for b, t in np.argwhere(mask_BL):
         first, second = (parts[e][b, t] for e in np.flatnonzero(chosen_BLE[b, t]))
@@ -179,7 +179,7 @@ def test_expert_dropout_takes_whole_outputs_away_and_scales_the_others_up(weight
 def test_expert_dropout_is_off_in_evaluation_and_its_rate_is_a_knob():
     config, params, x_BLD, mask_BL, evaluated_BLD, stats = dropout_run("output", factor=None)
     plain = dataclasses.replace(config, expert_dropout=0.0)
-    expected_BLD = ours(plain, params, x_BLD, mask_BL, x_BLD)[1][0]
+    expected_BLD = jax.jit(functools.partial(ours, plain))(params, x_BLD, mask_BL, x_BLD)[1][0]
     np.testing.assert_array_equal(evaluated_BLD, expected_BLD)
     assert stats.dropped_out == 0
     graphdef, _, rest = layer_and_params(config)
