@@ -58,6 +58,8 @@ SPECIMENS = {  # a value that differs from the default, by type and, where a typ
     "moe.router_noise": ("fixed", {"moe.router": "noisy_topk"}),
     "moe.sequence_balance_weight": (1e-4, {}),
     "moe.importance_weight": (0.1, {}),
+    "moe.vmoe_importance_weight": (0.1, {}),
+    "schedule.vmoe_importance_weight": ("linear:2", {"moe.vmoe_importance_weight": 0.1}),
     "moe.load_weight": (0.1, {"moe.router": "noisy_topk"}),
     "moe.vmoe_load_weight": (0.1, {"moe.router": "noisy_topk"}),
     "moe.shared_combine": ("gated", {"moe.num_shared_experts": 1}),

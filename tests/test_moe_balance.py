@@ -186,7 +186,7 @@ def loss_case(top_k=2, length=4, seed=0, **changes):
     """Statistics of a router with everything switched on, and what the oracle needs to know."""
     config = MoeConfig(
         num_experts=E, top_k=top_k, router="noisy_topk", score="softmax", renormalize=True, importance_weight=1.0,
-        load_weight=1.0, vmoe_load_weight=1.0, sequence_balance_weight=1.0, **changes,
+        load_weight=1.0, vmoe_load_weight=1.0, sequence_balance_weight=1.0, vmoe_importance_weight=1.0, **changes,
     )  # fmt: skip
     rng = np.random.default_rng(seed)
     logits_TE = (rng.normal(size=(T, E)) + np.linspace(1, -1, E)).astype(np.float32)
@@ -216,6 +216,7 @@ def test_importance_load_and_sequence_losses_equal_the_oracles(seed):
         "balance": oracle_losses.balance_loss(routing.probs_TE, experts_TK, mask_T),
         "z": oracle_losses.z_loss(logits_TE, mask_T),
         "importance": oracle_losses.importance_loss(experts_TK, routing.weights_TK, E),
+        "vmoe_importance": oracle_losses.cv_squared(oracle_losses.importance_vmoe(routing.probs_TE, mask_T)),
         "load": oracle_losses.cv_squared(load_E),
         "vmoe_load": oracle_losses.cv_squared(vmoe_E),
     }

@@ -50,6 +50,7 @@ NEEDS = {
     "expert_dropout": {"expert_dropout": 0.1},
     "sequence_balance_weight": {"sequence_balance_weight": 0.1},
     "importance_weight": {"importance_weight": 0.1},
+    "vmoe_importance_weight": {"vmoe_importance_weight": 0.1},
     "load_weight": {"router": "noisy_topk", "load_weight": 0.1},
     "vmoe_load_weight": {"router": "noisy_topk", "vmoe_load_weight": 0.1},
 }

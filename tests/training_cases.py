@@ -22,7 +22,9 @@ SMALL: dict[str, dict[str, Any]] = {
 ROUTER_CASES: dict[str, dict[str, Any]] = {  # by router, with what makes its parts matter
     "softmax_topk": {"score": "softmax_after", "num_groups": 2, "group_score": "max", "selection_bias": True},
     "switch": {"top_k": 1, "renormalize": False, "jitter": 0.1, "dispatch": "capacity", "capacity_factor": 1.0},
-    "noisy_topk": {"importance_weight": 0.1, "load_weight": 0.1, "vmoe_load_weight": 0.1},
+    "noisy_topk": {
+        "importance_weight": 0.1, "load_weight": 0.1, "vmoe_importance_weight": 0.1, "vmoe_load_weight": 0.1,
+    },
     "sigmoid_topk": {
         "selection_bias": True, "bias_centered": True, "num_groups": 2, "route_scale": 2.5,
         "sequence_balance_weight": 1e-2, "balance_scope": "sequence", "router_bias": True,

@@ -2,9 +2,9 @@
 
   moejax train --config=configs/routers/vmoe.py --workdir=runs/routers/vmoe
 
-Importance and V-MoE's own load loss (Riquelme et al. 2021). Priority by weight looks at later tokens: a causal model
-needs `moe.allow_noncausal`, and its training loss flatters it. Evaluation is dropless. As `softmax_topk.py` but for
-this.
+V-MoE's own importance and load losses, which fall by half (Riquelme et al. 2021). Priority by weight looks at later
+tokens: a causal model needs `moe.allow_noncausal`, and its training loss flatters it. Evaluation is dropless. As
+`softmax_topk.py` but for this.
 """
 
 import runpy
@@ -28,9 +28,10 @@ def get_config(arg: str = "") -> ConfigDict:
     config.moe.capacity_factor = 1.05
     config.moe.capacity_order = "weight"
     config.moe.allow_noncausal = True
-    config.moe.importance_weight = 0.01
+    config.moe.vmoe_importance_weight = 0.01
     config.moe.vmoe_load_weight = 0.01
     config.moe.balance_weight = 0.0
     config.schedule.noise_scale = "cosine:0.1"
     config.schedule.vmoe_load_weight = "cosine:0.5"
+    config.schedule.vmoe_importance_weight = "cosine:0.5"
     return config

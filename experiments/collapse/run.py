@@ -25,7 +25,7 @@ from matplotlib import pyplot  # after the choice of a backend
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
 SEEDS = (0, 1, 2)
-DEAD_STEPS = 50  # an expert without a token for so many steps is dead
+DEAD_STEPS, DEAD_SHARE = 50, 0.05  # an expert with less than this part of a fair share over so many steps is dead
 
 NOISY: dict[str, Any] = {"router": "noisy_topk", "score": "softmax"}
 SCHEMES: dict[str, dict[str, Any]] = {
@@ -33,9 +33,10 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "none_sigmoid": {"router": "sigmoid_topk", "score": "sigmoid"},
     "balance": {"balance_weight": 0.01},
     "sequence_balance": {"sequence_balance_weight": 0.01},
-    "importance": {"importance_weight": 0.1},
+    "importance": NOISY | {"importance_weight": 0.1},
     "importance_load": NOISY | {"importance_weight": 0.1, "load_weight": 0.1},
-    "importance_load_vmoe": NOISY | {"router_noise": "fixed", "importance_weight": 0.1, "vmoe_load_weight": 0.1},
+    "importance_load_vmoe": NOISY | {"router_noise": "fixed", "vmoe_importance_weight": 0.1, "vmoe_load_weight": 0.1},
+    "importance_no_noise": {"importance_weight": 0.1},
     "bias": {"router": "sigmoid_topk", "score": "sigmoid", "selection_bias": True, "bias_rate": 5e-3},
     "quantile": {"router": "quantile", "score": "sigmoid"},
     "sinkhorn": {"router": "sinkhorn", "score": "sigmoid", "allow_noncausal": True},
@@ -58,10 +59,15 @@ def config_of(scheme: str, seed: int):
 
 
 def measure(scheme: str, seed: int) -> dict[str, Any]:
-    """Trains, or takes the finished run; MaxVio and dead experts over time, means over layers."""
+    """Trains, or takes the finished run, and reads it: MaxVio and dead experts over time, means over layers."""
     workdir = ROOT / "runs/collapse" / f"{scheme}-{seed}"
     if train(config_of(scheme, seed), workdir, command=" ".join(["python", *sys.argv])).stopped_by:
         sys.exit(0)
+    return read(workdir)
+
+
+def read(workdir: Path) -> dict[str, Any]:
+    """What a finished run says of itself."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     trained = [line for line in lines if "loss/lm" in line]
     evaluated = [line for line in lines if "eval/loss" in line][-1]
@@ -72,7 +78,7 @@ def measure(scheme: str, seed: int) -> dict[str, Any]:
         "steps": [line["step"] for line in trained],
         "max_violation": [line["moe/max_violation"] for line in trained],
         "dead_steps": history.steps[window - 1 :].tolist(),
-        "dead": (recent == 0).sum(axis=2).mean(axis=1).tolist(),
+        "dead": (recent < DEAD_SHARE * recent.mean(axis=2, keepdims=True)).sum(axis=2).mean(axis=1).tolist(),
         "eval_max_violation": evaluated["eval/max_violation"],
         "eval_bits_per_byte": evaluated["eval/bits_per_byte"],
     }
@@ -92,7 +98,7 @@ def draw(results: dict[str, dict[str, Any]]) -> None:
                 runs[0][steps], values.min(axis=0), values.max(axis=0), color=style["color"], alpha=0.15, linewidth=0
             )
     axes[0].set(xlabel="step", ylabel="MaxVio in training (mean over layers)", yscale="log")
-    axes[1].set(xlabel="step", ylabel=f"experts without a token for {DEAD_STEPS} steps, of 16")
+    axes[1].set(xlabel="step", ylabel="dead experts of 16 (mean over layers)")
     axes[0].legend(fontsize=8, ncols=2)
     figure.savefig(HERE / "figure.png", dpi=110)
 

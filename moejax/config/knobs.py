@@ -18,8 +18,8 @@ class Knobs:
 
     Attributes:
       learning_rate_scale: multiplies the scheduled learning rate.
-      balance_weight, sequence_balance_weight, importance_weight, load_weight, vmoe_load_weight, z_weight: coefficients
-        of each layer's loss of that name.
+      balance_weight, sequence_balance_weight, importance_weight, vmoe_importance_weight, load_weight, vmoe_load_weight,
+        z_weight: coefficients of each layer's loss of that name.
       capacity_factor: limits the slots used per expert; buffers have the size of `moe.capacity_factor`, so larger
         values have no effect.
       jitter: half the width of the uniform factor on the router's input.
@@ -32,6 +32,7 @@ class Knobs:
     balance_weight: jax.Array
     sequence_balance_weight: jax.Array
     importance_weight: jax.Array
+    vmoe_importance_weight: jax.Array
     load_weight: jax.Array
     vmoe_load_weight: jax.Array
     z_weight: jax.Array

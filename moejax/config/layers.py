@@ -19,7 +19,7 @@ SHARED = (
     "num_experts", "num_zero_experts", "num_identity_experts", "num_constant_experts", "first_dense", "every",
     "per_layer", "allow_noncausal", "expert_dropout", "capacity_factor", "eval_capacity_factor",
     "jitter", "noise_scale", "balance_weight", "balance_scope", "balance_convention", "sequence_balance_weight",
-    "importance_weight", "load_weight", "vmoe_load_weight", "z_weight", "bias_rate",
+    "importance_weight", "vmoe_importance_weight", "load_weight", "vmoe_load_weight", "z_weight", "bias_rate",
 )  # fmt: skip
 """Leaves of `moe` that are the same for all layers: the pattern itself, knobs, and what losses and statistics share."""
 
@@ -161,7 +161,7 @@ def _changed(kind: MoeConfig, changes: dict[str, Any], seq_len: int) -> MoeConfi
     # What does not go with a layer's router is left out there, for losses and knobs are the whole model's.
     unfit: list[str] = [] if kind.router == "noisy_topk" else ["load_weight", "vmoe_load_weight"]
     if not ROUTER_RULES[kind.router].takes_capacity:
-        unfit += ["sequence_balance_weight", "importance_weight"]
+        unfit += ["sequence_balance_weight", "importance_weight", "vmoe_importance_weight"]
     if kind.score == "uniform":
         unfit.append("jitter")
     zeros: dict[str, Any] = dict.fromkeys(unfit, 0.0)

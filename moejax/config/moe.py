@@ -63,6 +63,7 @@ class MoeConfig:
     balance_convention: Literal["normalized", "first_choice", "times_k", "over_k"] = "normalized"  # 1 at balance, ...
     sequence_balance_weight: float = 0.0  # DeepSeek-V3's loss within each sequence
     importance_weight: float = 0.0  # Shazeer's loss on the sums of weights
+    vmoe_importance_weight: float = 0.0  # V-MoE's, on the sums of all probabilities
     load_weight: float = 0.0  # Shazeer's loss on the expected load; noisy_topk
     vmoe_load_weight: float = 0.0  # V-MoE's estimate of it; noisy_topk
     z_weight: float = 1e-3
@@ -358,6 +359,7 @@ def _validate_balancing(moe: MoeConfig) -> None:
     for key, off in (
         ("sequence_balance_weight", 0.0),
         ("importance_weight", 0.0),
+        ("vmoe_importance_weight", 0.0),
         ("balance_scope", "global"),
         ("balance_convention", "normalized"),
     ):

@@ -29,6 +29,7 @@ class ScheduleConfig:
     balance_weight: str = "constant"
     sequence_balance_weight: str = "constant"
     importance_weight: str = "constant"
+    vmoe_importance_weight: str = "constant"
     load_weight: str = "constant"
     vmoe_load_weight: str = "constant"
     z_weight: str = "constant"

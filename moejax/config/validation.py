@@ -50,7 +50,8 @@ def _validate_moe_ranges(config: Config) -> None:
     _require_range(config, 1, largest, "moe.every", "moe.num_groups", "moe.top_k_groups", "moe.sinkhorn_iterations")
     _require_range(
         config, 0, largest, "moe.d_expert", "moe.num_shared_experts", "moe.balance_weight", "moe.z_weight",
-        "moe.sequence_balance_weight", "moe.importance_weight", "moe.load_weight", "moe.vmoe_load_weight",
+        "moe.sequence_balance_weight", "moe.importance_weight", "moe.vmoe_importance_weight", "moe.load_weight",
+        "moe.vmoe_load_weight",
         "moe.bias_rate", "moe.noise_scale", "moe.capacity_factor", "moe.eval_capacity_factor", "moe.d_router",
         "moe.d_latent", "moe.num_zero_experts", "moe.num_identity_experts", "moe.num_constant_experts",
         "moe.slots_per_expert", "moe.first_dense",

@@ -134,6 +134,7 @@ LOSSES: dict[str, Callable[[RoutingStats], jax.Array]] = {
     "balance": balance_loss,
     "sequence_balance": lambda stats: _mean_over_scopes(stats.sequence_balance),
     "importance": lambda stats: cv_squared(stats.importance_E),
+    "vmoe_importance": lambda stats: cv_squared(stats.probs_E),
     "load": lambda stats: cv_squared(stats.load_E),
     "vmoe_load": lambda stats: cv_squared(stats.vmoe_load_E),
     "z": z_loss,
