@@ -55,6 +55,6 @@ def test_the_collapse_experiment_says_what_its_results_say():
         dead = [run["dead"][-1] for run in by_seed.values()]
         violation = np.mean([run["eval_max_violation"] for run in by_seed.values()])
         if scheme == "none":
-            assert min(dead) > 0 and violation > 5
-        elif not scheme.startswith("none"):
-            assert max(dead) == 0 and violation < 5, scheme
+            assert min(dead) > 3 and violation > 5
+        elif scheme not in ("none_sigmoid", "importance_no_noise"):
+            assert max(dead) == 0 and violation < 3, scheme

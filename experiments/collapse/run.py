@@ -86,11 +86,11 @@ def read(workdir: Path) -> dict[str, Any]:
 
 def draw(results: dict[str, dict[str, Any]]) -> None:
     """MaxVio and dead experts over time: mean of the seeds, with their range."""
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.2), constrained_layout=True)
-    colours = matplotlib.colormaps["tab10"].colors
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 5), layout="constrained")
+    colours = (*pyplot.get_cmap("tab20").colors[::2], "black")
     for index, (scheme, by_seed) in enumerate(results.items()):
         runs = list(by_seed.values())
-        style = {"color": colours[index % 10], "linestyle": "--" if scheme.startswith("none") else "-"}
+        style = {"color": colours[index % len(colours)], "linestyle": "--" if scheme.startswith("none") else "-"}
         for axis, steps, key in ((axes[0], "steps", "max_violation"), (axes[1], "dead_steps", "dead")):
             values = np.array([run[key] for run in runs])
             axis.plot(runs[0][steps], values.mean(axis=0), label=scheme, **style)
@@ -99,7 +99,7 @@ def draw(results: dict[str, dict[str, Any]]) -> None:
             )
     axes[0].set(xlabel="step", ylabel="MaxVio in training (mean over layers)", yscale="log")
     axes[1].set(xlabel="step", ylabel="dead experts of 16 (mean over layers)")
-    axes[0].legend(fontsize=8, ncols=2)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=8)
     figure.savefig(HERE / "figure.png", dpi=110)
 
 
