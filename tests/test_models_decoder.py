@@ -19,6 +19,7 @@ from moejax.moe.layer import TokenInfo
 from moejax.moe.routers.selection import SAVED_NAMES
 from moejax.moe.stats import join
 from moejax.nn.attention import row_mask
+from training_cases import small_config
 
 B, L, V = 2, 8, 320
 
