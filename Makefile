@@ -35,7 +35,7 @@ train: .venv/made-for
 
 test: lint
 	@echo 'Testing'
-	@.venv/bin/python -m pytest -n logical --maxprocesses=8 --dist loadgroup $(ARGS)
+	@.venv/bin/python -m pytest -n logical --maxprocesses=8 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: .venv/made-for
 	@echo 'Checking format, style and types'

@@ -16,8 +16,6 @@ from moejax.training.loop import TrainResult
 REPOSITORY = Path(__file__).parents[1]
 DEBUG = REPOSITORY / "configs/debug.py"
 
-pytestmark = pytest.mark.xdist_group("cli")  # one process: its fixtures are whole runs
-
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):

@@ -32,8 +32,8 @@ CAPACITIES = [
 
 
 def each(routers):
-    """A case for each router; those of one router run in one process, which compiles its layer once."""
-    return pytest.mark.parametrize("router", [pytest.param(r, marks=pytest.mark.xdist_group(r)) for r in routers])
+    """A case for each router."""
+    return pytest.mark.parametrize("router", list(routers))
 
 
 all_routers = each(ROUTER_RULES)

@@ -12,8 +12,6 @@ import pytest
 from moejax.training.checkpoint import CheckpointError, Checkpoints, compare_manifests, manifest
 from training_cases import make, replace, small_config
 
-pytestmark = pytest.mark.xdist_group("checkpoint")  # one process: its fixtures are whole runs
-
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):

@@ -26,8 +26,6 @@ from training_cases import make, packed_batch, replace, small_config
 
 REPOSITORY = Path(__file__).parents[1]
 
-pytestmark = pytest.mark.xdist_group("loop")  # one process: its fixtures are whole runs
-
 
 def tiny(tmp_path, **sections):
     train_leaves = {"num_steps": 20, "log_every": 5, "eval_every": 10, "checkpoint_every": 5, "batch_size": 8}

@@ -24,10 +24,7 @@ ALWAYS = {"noisy_topk", "sigmoid_topk", "quantile", "expert_choice", "soft", *OT
 
 each_case = pytest.mark.parametrize(
     "case",
-    [
-        pytest.param(case, marks=[pytest.mark.xdist_group(case), *([] if case in ALWAYS else [pytest.mark.slow])])
-        for case in [*ROUTER_CASES, *OTHER_CASES]
-    ],
+    [pytest.param(case, marks=[] if case in ALWAYS else [pytest.mark.slow]) for case in [*ROUTER_CASES, *OTHER_CASES]],
 )
 
 
