@@ -12,7 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import oracle
-from moejax.moe.dispatch import Plan, combine, dispatch, dispatch_weights, plan_capacity, plan_dropless
+from moejax.moe.dispatch import (
+    Plan,
+    _sort_with_index,
+    combine,
+    dispatch,
+    dispatch_weights,
+    plan_capacity,
+    plan_dropless,
+)
 
 FIXTURES = Path(__file__).parents[1] / "../shared/routing-fixtures"
 B, L, K, E, C, D = 2, 5, 2, 4, 2, 3
@@ -178,3 +186,12 @@ def test_capacity_drops_the_tokens_that_switch_transformers_drops():
             np.testing.assert_array_equal(np.asarray(plan.row_TK) < len(plan.choice_R), kept_T1)
             num_dropped += np.sum(~kept_T1)
     assert num_dropped > 10
+
+
+@pytest.mark.parametrize("num_experts", [E, 2**31 // (T * K)])
+def test_choices_are_sorted_alike_whether_key_and_index_fit_one_integer_or_not(num_experts):
+    experts_TK = np.random.default_rng(0).integers(0, num_experts + 1, (T, K)).astype(np.int32)
+    expert_S, choice_S = jax.jit(functools.partial(_sort_with_index, num_experts=num_experts))(experts_TK.ravel())
+    expected_S = np.argsort(experts_TK.ravel(), kind="stable")
+    np.testing.assert_array_equal(choice_S, expected_S)
+    np.testing.assert_array_equal(expert_S, experts_TK.ravel()[expected_S])

@@ -42,7 +42,7 @@ def plan_dropless(experts_TK: Int[Array, "T K"], num_experts: int, spare_rows: i
     """
     num_tokens, top_k = experts_TK.shape
     num_choices = num_tokens * top_k
-    expert_R, choice_R = _sort_with_index(experts_TK.reshape(num_choices))
+    expert_R, choice_R = _sort_with_index(experts_TK.reshape(num_choices), num_experts)
     row_of_choice = jnp.zeros(num_choices, jnp.int32).at[choice_R].set(jnp.arange(num_choices, dtype=jnp.int32))
     choice_R = jnp.where(expert_R < num_experts, choice_R, num_choices)
     row_TK = row_of_choice.reshape(experts_TK.shape)
@@ -73,7 +73,7 @@ def plan_capacity(experts_BLK: Int[Array, "B L K"], num_experts: int, slots: int
 
     def place(experts_S):
         """For one sequence: each choice's place among the choices of its expert."""
-        expert_S, choice_S = _sort_with_index(experts_S)
+        expert_S, choice_S = _sort_with_index(experts_S, num_experts)
         sizes_E = _group_sizes(expert_S, num_experts)
         starts = jnp.append(jnp.cumsum(sizes_E) - sizes_E, 0)
         place_S = jnp.arange(per_sequence) - starts[expert_S]
@@ -152,11 +152,18 @@ def _gather(x, index):
     return x.at[index].get(mode="fill", fill_value=0)
 
 
-def _sort_with_index(keys):
-    """Sorted keys and the stable permutation that sorts them."""
-    index = jnp.arange(keys.shape[0], dtype=jnp.int32)
-    keys, index = vary_alike(keys.astype(jnp.int32), index)
-    return jax.lax.sort((keys, index), num_keys=1, is_stable=True)
+def _sort_with_index(keys, num_experts):
+    """Sorted keys, those above `num_experts` as if they were that, and the stable permutation that sorts them.
+
+    Key and index share one integer where it is wide enough: XLA:CPU sorts a single array six times as fast as a pair.
+    """
+    length = keys.shape[0]
+    index = jnp.arange(length, dtype=jnp.int32)
+    keys, index = vary_alike(jnp.minimum(keys, num_experts).astype(jnp.int32), index)
+    if (num_experts + 1) * length >= 2**31:
+        return jax.lax.sort((keys, index), num_keys=1, is_stable=True)
+    joint = jax.lax.sort(keys * length + index, is_stable=False)
+    return joint // length, joint % length
 
 
 def _group_sizes(sorted_experts, num_experts):
