@@ -18,9 +18,9 @@ from training_cases import OTHER_CASES, ROUTER_CASES, case_config, make, packed_
 # Whose sums over microbatches differ in kind: two passes through the model take long to compile.
 ACCUMULATED = {"softmax_topk", "noisy_topk", "sigmoid_topk", "quantile", "expert_choice", "schedules", "experts"}
 
-# The rest differ from these in what is a function of each token or sequence alone: their layers are compared
+# The rest differ from these in a router that is a function of each token or sequence alone: their layers are compared
 # on a mesh in tests/test_moe_router_properties.py, their whole steps by `pytest -m slow`.
-ALWAYS = {"noisy_topk", "sigmoid_topk", "quantile", "expert_choice", *OTHER_CASES} - {"weights on the input"}
+ALWAYS = {"noisy_topk", "sigmoid_topk", "quantile", "expert_choice", "soft", *OTHER_CASES}
 
 each_case = pytest.mark.parametrize(
     "case",
