@@ -155,7 +155,7 @@ def _gather(x, index):
 def _sort_with_index(keys, num_experts):
     """Sorted keys, those above `num_experts` as if they were that, and the stable permutation that sorts them.
 
-    Key and index share one integer where it is wide enough: XLA:CPU sorts a single array six times as fast as a pair.
+    Key and index share one integer where it is wide enough: XLA:CPU sorts one array 4 to 6 times as fast as a pair.
     """
     length = keys.shape[0]
     index = jnp.arange(length, dtype=jnp.int32)
