@@ -9,7 +9,7 @@ from flax import nnx
 
 from moejax.config import Config, Knobs
 from moejax.training.step import forward_sums, loss_and_gradients, losses, make_train_step, put_batch, row_keys
-from training_cases import make, packed_batch, small_config
+from training_cases import initial_state, make, packed_batch, small_config
 
 TOLERANCE = 1e-5
 
@@ -30,7 +30,7 @@ def run(config: Config, num_devices: int = 1, num_steps: int = 0) -> Outcome:
     batch = put_batch(packed_batch(config), trainable)
     knobs = Knobs.of(config)
     with jax.set_mesh(trainable.mesh):
-        state = trainable.init(0)
+        state = initial_state(trainable)
 
         @jax.jit
         def gradients(params, batch):
@@ -187,7 +187,7 @@ def test_knobs_change_the_loss_without_a_new_compilation():
     with jax.set_mesh(trainable.mesh):
         for weight in (0.0, 0.5):
             knobs = dataclasses.replace(Knobs.of(config), balance_weight=jax.numpy.float32(weight))
-            _, output = step(trainable.init(0), batch, knobs)
+            _, output = step(initial_state(trainable), batch, knobs)
             totals.append(output.scalars)
     assert step._cache_size() == 1
     assert totals[0]["loss/balance_weighted"] == 0
@@ -205,11 +205,11 @@ def test_the_learning_rate_knob_scales_the_step():
     batch = put_batch(packed_batch(config), trainable)
     step = make_train_step(trainable)
     with jax.set_mesh(trainable.mesh):
-        before = jax.device_get(jax.tree.leaves(trainable.init(0).params))
+        before = jax.device_get(jax.tree.leaves(initial_state(trainable).params))
         moved = []
         for scale in (0.0, 1.0, 2.0):
             knobs = dataclasses.replace(Knobs.of(config), learning_rate_scale=jax.numpy.float32(scale))
-            state, _ = step(trainable.init(0), batch, knobs)
+            state, _ = step(initial_state(trainable), batch, knobs)
             moved.append([a - b for a, b in zip(jax.device_get(jax.tree.leaves(state.params)), before, strict=True)])
     for none, once, twice in zip(*moved, strict=True):
         assert np.abs(none).max() == 0

@@ -22,7 +22,7 @@ from moejax.training.loop import train
 from moejax.training.nonfinite import NonFiniteError, locate
 from moejax.training.routing_log import read_routing
 from moejax.training.step import make_train_step, put_batch
-from training_cases import make, packed_batch, replace, small_config
+from training_cases import initial_state, make, packed_batch, replace, small_config
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -244,7 +244,7 @@ def test_the_first_layer_with_a_value_that_is_not_finite_is_named():
     trainable = make(config)
     batch = put_batch(packed_batch(config), trainable)
     with jax.set_mesh(trainable.mesh):
-        state = trainable.init(0)
+        state = initial_state(trainable)
         knobs = Knobs.of(config)
         assert "norm" in locate(trainable, state, batch, knobs)
         bad_loss = dataclasses.replace(knobs, z_weight=jax.numpy.float32(np.nan))
@@ -263,7 +263,7 @@ def test_one_step_that_is_not_finite_changes_nothing_but_the_counts():
     knobs = Knobs.of(config)
     with jax.set_mesh(trainable.mesh):
         step = make_train_step(trainable)
-        state, _ = step(trainable.init(0), batch, knobs)
+        state, _ = step(initial_state(trainable), batch, knobs)
         before = jax.device_get(state)
         bad, _ = step(state, batch, dataclasses.replace(knobs, z_weight=jax.numpy.float32(np.nan)))
         after = jax.device_get(bad)

@@ -13,7 +13,7 @@ import pytest
 from moejax.config import ROUTER_RULES, Knobs
 from moejax.training.checkpoint import Checkpoints
 from moejax.training.step import make_train_step, put_batch
-from training_cases import OTHER_CASES, ROUTER_CASES, case_config, make, packed_batch
+from training_cases import OTHER_CASES, ROUTER_CASES, case_config, initial_state, make, packed_batch
 
 # Whose sums over microbatches differ in kind: two passes through the model take long to compile.
 ACCUMULATED = {"softmax_topk", "noisy_topk", "sigmoid_topk", "quantile", "expert_choice", "schedules", "experts"}
@@ -41,7 +41,11 @@ def two_steps(case, is_other=False):
     config = case_config(case, **sections)
     trainable = make(config, 4 if is_other else 1)
     with jax.set_mesh(trainable.mesh):
-        state, step, batch = trainable.init(0), make_train_step(trainable), put_batch(packed_batch(config), trainable)
+        state, step, batch = (
+            initial_state(trainable),
+            make_train_step(trainable),
+            put_batch(packed_batch(config), trainable),
+        )
         first = jax.device_get(state.params)
         for _ in range(2):
             state, output = step(state, batch, Knobs.of(config))
@@ -86,9 +90,9 @@ def test_a_resumed_run_continues_bit_for_bit_with_biases_noise_and_limits(case, 
         return state
 
     with jax.set_mesh(trainable.mesh):
-        straight = jax.device_get(steps(trainable.init(0), 4))
+        straight = jax.device_get(steps(initial_state(trainable), 4))
         with closing(Checkpoints(tmp_path, trainable)) as checkpoints:
-            checkpoints.save(steps(trainable.init(0), 2))
+            checkpoints.save(steps(initial_state(trainable), 2))
         restored = Checkpoints(tmp_path, trainable, read_only=True).restore()
         resumed = jax.device_get(steps(restored, 2))
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(straight), jax.tree.leaves(resumed), strict=True):

@@ -11,7 +11,7 @@ from moejax.config import ConfigError, Knobs, ScheduleConfig, resolve
 from moejax.training.router_state import limit_at
 from moejax.training.schedules import factor, scheduled
 from moejax.training.step import make_train_step, put_batch
-from training_cases import make, packed_batch, small_config
+from training_cases import initial_state, make, packed_batch, small_config
 
 NUM_STEPS = 11  # the last one is number 10
 
@@ -70,7 +70,11 @@ def test_every_leaf_scales_the_knob_of_its_name_and_no_other(name):
 def outputs(config, steps):
     trainable = make(config)
     with jax.set_mesh(trainable.mesh):
-        state, step, batch = trainable.init(0), make_train_step(trainable), put_batch(packed_batch(config), trainable)
+        state, step, batch = (
+            initial_state(trainable),
+            make_train_step(trainable),
+            put_batch(packed_batch(config), trainable),
+        )
         found = []
         for _ in range(steps):
             state, output = step(state, batch, Knobs.of(config))

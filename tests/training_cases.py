@@ -1,6 +1,7 @@
 """Small configurations and batches that the training tests share."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -9,7 +10,7 @@ import numpy as np
 from moejax.config import Config, resolve
 from moejax.data import Batch
 from moejax.sharding import make_mesh
-from moejax.training.state import Trainable, make_trainable
+from moejax.training.state import Trainable, TrainState, make_trainable
 
 SMALL: dict[str, dict[str, Any]] = {
     "model": {"num_layers": 2, "d_model": 32, "num_heads": 4, "num_kv_heads": 2, "d_ff": 32},
@@ -91,6 +92,23 @@ def small_config(**sections: dict[str, Any]) -> Config:
 def make(config: Config, num_devices: int = 1) -> Trainable:
     """The fixed part of a run on the first devices."""
     return make_trainable(config, make_mesh(config, jax.devices()[:num_devices]))
+
+
+def initial_state(trainable: Trainable) -> TrainState:
+    """The state of seed 0, which does not depend on the mesh: compiled once for each model, on one device."""
+    config = trainable.config
+    plain = dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, remat=True),
+        mesh=resolve({"mesh": {"data": 1}}).mesh,
+        train=dataclasses.replace(config.train, accumulation=1),
+    )
+    return jax.device_put(_initial_arrays(plain), trainable.shardings)
+
+
+@functools.cache
+def _initial_arrays(config: Config) -> TrainState:
+    return jax.device_get(make(config).init(0))
 
 
 def packed_batch(config: Config, seed: int = 0) -> Batch:
