@@ -216,6 +216,31 @@ def grouped_matmul(x_RD, w_EDF, sizes_E, dy_RF):
     return y_RF, dx_RD, dw_EDF
 
 
+def feed_forward(x_TD, weights_TK, gate_up_ED2F, down_EFD, experts_TK, dy_TD):
+    """SwiGLU experts of each token, weighed and added up, and all gradients for `dy_TD`, choice by choice; E: none."""
+    x_TD, weights_TK, gate_up_ED2F, down_EFD, dy_TD = (
+        np.asarray(a, np.float64) for a in (x_TD, weights_TK, gate_up_ED2F, down_EFD, dy_TD)
+    )
+    y_TD, dx_TD, dweights_TK = np.zeros_like(x_TD), np.zeros_like(x_TD), np.zeros_like(weights_TK)
+    dgate_up_ED2F, ddown_EFD = np.zeros_like(gate_up_ED2F), np.zeros_like(down_EFD)
+    for t, k in np.ndindex(weights_TK.shape):
+        e, weight, x_D, dy_D = experts_TK[t, k], weights_TK[t, k], x_TD[t], dy_TD[t]
+        if e == len(down_EFD):
+            continue
+        gate_F, up_F = x_D @ gate_up_ED2F[e, :, 0], x_D @ gate_up_ED2F[e, :, 1]
+        sigmoid_F = 1 / (1 + np.exp(-gate_F))
+        hidden_F = gate_F * sigmoid_F * up_F
+        y_TD[t] += weight * (hidden_F @ down_EFD[e])
+        dweights_TK[t, k] = hidden_F @ down_EFD[e] @ dy_D
+        dhidden_F = weight * (down_EFD[e] @ dy_D)
+        dgate_F = dhidden_F * up_F * sigmoid_F * (1 + gate_F * (1 - sigmoid_F))
+        dup_F = dhidden_F * gate_F * sigmoid_F
+        dx_TD[t] += gate_up_ED2F[e, :, 0] @ dgate_F + gate_up_ED2F[e, :, 1] @ dup_F
+        dgate_up_ED2F[e] += np.stack([np.outer(x_D, dgate_F), np.outer(x_D, dup_F)], axis=1)
+        ddown_EFD[e] += np.outer(weight * hidden_F, dy_D)
+    return y_TD, dx_TD, dweights_TK, dgate_up_ED2F, ddown_EFD
+
+
 # The dense formulation, for gradients -----------------------------------------------------------------------------
 
 

@@ -11,7 +11,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from moejax.kernels.grouped_matmul import grouped_matmul, spare_rows_for
+from moejax.kernels.feed_forward import feed_forward
+from moejax.kernels.feed_forward import spare_rows as feed_forward_spare_rows
+from moejax.kernels.grouped_matmul import grouped_matmul, resolve_implementation, spare_rows_for
 from moejax.moe.dispatch import combine, dispatch, dispatch_weights, plan_capacity, plan_dropless
 from moejax.moe.experts import ExpertWeights, apply_experts
 
@@ -36,12 +38,35 @@ def run_dropless(x_BLD, chosen: Chosen, weights: ExpertWeights, *, implementatio
     """As many rows as there are choices."""
     experts_BLK = chosen.experts_BLK
     top_k, num_experts = experts_BLK.shape[-1], weights.down_EFD.shape[0]
-    spare_rows = spare_rows_for(experts_BLK.size, num_experts, implementation)
-    plan = plan_dropless(experts_BLK.reshape(-1, top_k), num_experts, spare_rows)
+    experts_TK = experts_BLK.reshape(-1, top_k)
+    if resolve_implementation(implementation) == "tiled" and _is_plain(chosen, weights):
+        plan = plan_dropless(experts_TK, num_experts, feed_forward_spare_rows(experts_TK.size, num_experts))
+        return _run_in_one_pass(plan, x_BLD, chosen, weights)
+    spare_rows = spare_rows_for(experts_TK.size, num_experts, implementation)
+    plan = plan_dropless(experts_TK, num_experts, spare_rows)
     matmul = functools.partial(
         grouped_matmul, group_sizes_E=plan.group_sizes_E, implementation=implementation, spare_rows=spare_rows
     )
     return _run(plan, x_BLD, chosen, weights, matmul)
+
+
+def _is_plain(chosen: Chosen, weights: ExpertWeights) -> bool:
+    """Whether `feed_forward` knows all that there is to do."""
+    return chosen.input_weights_BLK is None and not weights.network.has_bias
+
+
+def _run_in_one_pass(plan, x_BLD, chosen: Chosen, weights: ExpertWeights):
+    y_TD = feed_forward(
+        x_BLD.reshape(-1, x_BLD.shape[-1]),
+        chosen.weights_BLK.reshape(plan.row_TK.shape),
+        weights.gate_up_EDPF,
+        weights.down_EFD,
+        plan.row_TK,
+        plan.choice_R,
+        plan.group_sizes_E,
+        activate=weights.network.activate,
+    )
+    return y_TD.reshape(x_BLD.shape)
 
 
 def run_with_capacity(x_BLD, chosen: Chosen, weights: ExpertWeights, *, slots: int):

@@ -1,0 +1,208 @@
+"""The experts' feed-forward networks from tokens to tokens in one pass over grouped rows, for CPU.
+
+What a layer of separate steps writes and reads again (rows of tokens, hidden units, rows of outputs) stays within a
+tile: it gathers its rows from the tokens, multiplies by gate and up projections in one product, activates, multiplies
+by the combine weight, and by the down projection. Between forward and backward only the projections of the rows are
+kept. The backward pass forms every gradient in one loop of the same kind; that of a combine weight needs no output:
+for y = w * act(h) @ down it is the sum of act(h) * (dy @ down^T).
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from moejax.kernels.tiles import Groups, put, take, tile_sizes
+from moejax.kernels.varying import empty_varying_like, vary_alike, zeros_varying_like
+
+Activate = Callable[[list[jax.Array]], jax.Array]
+
+
+def spare_rows(num_choices: int, num_experts: int) -> int:
+    """Empty rows that `feed_forward` wants after the rows of `num_choices` choices: its last tile may reach there."""
+    return tile_sizes(num_choices, num_experts)[-1]
+
+
+def feed_forward(
+    x_TD: Float[Array, "T D"],
+    weights_TK: Float[Array, "T K"],
+    gate_up_EDPF: Float[Array, "E D P F"],
+    down_EFD: Float[Array, "E F D"],
+    row_TK: Int[Array, "T K"],
+    choice_R: Int[Array, "R"],
+    group_sizes_E: Int[Array, "E"],
+    *,
+    activate: Activate,
+) -> Float[Array, "T D"]:
+    """Adds up each token's outputs of its experts, `sum_k weights[t, k] * down(activate(gate_up(x[t])))`.
+
+    Args:
+      x_TD: tokens, float32 or bfloat16.
+      weights_TK: combine weights.
+      gate_up_EDPF: P projections of every expert.
+      down_EFD: the projection out of every expert.
+      row_TK: the row of a choice among the rows sorted by expert; R where it has none.
+      choice_R: the choice t * K + k in a row; T * K where the row is empty. R is T * K plus `spare_rows`.
+      group_sizes_E: rows of each expert.
+      activate: from P arrays `[rows, F]` to the hidden units `[rows, F]`.
+
+    Returns:
+      The outputs, in the dtype of `x_TD` with float32 accumulation; zeros for a token without rows. An expert without
+      rows has exactly zero gradient.
+    """
+    gate_up_EDP = gate_up_EDPF.reshape(*gate_up_EDPF.shape[:2], -1)
+    # Outside of the custom VJP: the transpose sums the gradient of replicated weights over devices.
+    arrays = vary_alike(x_TD, weights_TK, gate_up_EDP, down_EFD, row_TK, choice_R, group_sizes_E)
+    return _feed_forward(activate, *arrays)
+
+
+def add_rows(x_RD: Float[Array, "R D"], row_TK: Int[Array, "T K"]) -> Float[Array, "T D"]:
+    """For each token the sum of its rows, in float32 before it is rounded; those out of range add nothing.
+
+    A gather for each of the K: XLA:CPU does not fuse one gather of all with the sum, which takes three times as long.
+    """
+
+    def add(k, sum_TD):
+        row_T = lax.dynamic_index_in_dim(row_TK, k, axis=1, keepdims=False)
+        return sum_TD + x_RD.at[row_T].get(mode="fill", fill_value=0).astype(jnp.float32)
+
+    num_tokens, top_k = row_TK.shape
+    zeros_TD = zeros_varying_like(x_RD, (num_tokens, x_RD.shape[1]), jnp.float32)
+    return lax.fori_loop(0, top_k, add, zeros_TD, unroll=min(8, top_k)).astype(x_RD.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _feed_forward(activate, x_TD, weights_TK, gate_up_EDP, down_EFD, row_TK, choice_R, group_sizes_E):
+    y_RD, _ = _forward_rows(activate, x_TD, weights_TK, gate_up_EDP, down_EFD, choice_R, group_sizes_E, keep=False)
+    return add_rows(y_RD, row_TK)
+
+
+def _forward(activate, x_TD, weights_TK, gate_up_EDP, down_EFD, row_TK, choice_R, group_sizes_E):
+    arrays = x_TD, weights_TK, gate_up_EDP, down_EFD, choice_R, group_sizes_E
+    y_RD, projected_RP = _forward_rows(activate, *arrays, keep=True)
+    return add_rows(y_RD, row_TK), (projected_RP, row_TK, arrays)
+
+
+def _backward(activate, residuals, dy_TD):
+    projected_RP, row_TK, arrays = residuals
+    dx_RD, dweight_R, dgate_up_EDP, ddown_EFD = _backward_rows(activate, dy_TD, projected_RP, *arrays)
+    _, weights_TK, gate_up_EDP, down_EFD, *_ = arrays
+    dweights_TK = dweight_R.at[row_TK].get(mode="fill", fill_value=0).astype(weights_TK.dtype)
+    dweights = dgate_up_EDP.astype(gate_up_EDP.dtype), ddown_EFD.astype(down_EFD.dtype)
+    return add_rows(dx_RD, row_TK), dweights_TK, *dweights, None, None, None
+
+
+_feed_forward.defvjp(_forward, _backward)
+
+
+def _forward_rows(activate, x_TD, weights_TK, gate_up_EDP, down_EFD, choice_R, group_sizes_E, *, keep: bool):
+    """Weighted outputs of the rows and, to `keep` for the backward pass, their projections; rest is left undefined."""
+    groups, token_R, weight_R = _grouped(weights_TK, choice_R, group_sizes_E)
+    num_rows, d_model, num_projected = choice_R.shape[0], x_TD.shape[1], gate_up_EDP.shape[2]
+
+    def one_expert(e, carry):
+        gate_up_DP, down_FD = _matrix(gate_up_EDP, e), _matrix(down_EFD, e)
+
+        def one_tile(size, row, carry):
+            y_RD, projected_RP = carry
+            projected_bP = _dot(_gather(x_TD, take(token_R, row, size)), gate_up_DP, 1, 0)
+            hidden_bF = activate(_split(projected_bP, down_FD.shape[0])) * take(weight_R, row, size)[:, None]
+            y_RD = put(y_RD, _dot(hidden_bF, down_FD, 1, 0), row)
+            return y_RD, put(projected_RP, projected_bP, row) if keep else projected_RP
+
+        return groups.for_each_tile(e, one_tile, one_tile, carry)
+
+    y_RD = empty_varying_like(x_TD, (num_rows, d_model), x_TD.dtype)
+    projected_RP = empty_varying_like(x_TD, (num_rows if keep else 0, num_projected), x_TD.dtype)
+    return groups.for_each_active(one_expert, (y_RD, projected_RP))
+
+
+def _backward_rows(activate, dy_TD, projected_RP, x_TD, weights_TK, gate_up_EDP, down_EFD, choice_R, group_sizes_E):
+    """Gradients of the rows and of their weights, rest left undefined, and in float32 of all matrices."""
+    groups, token_R, weight_R = _grouped(weights_TK, choice_R, group_sizes_E)
+    num_rows, d_model = choice_R.shape[0], x_TD.shape[1]
+
+    def one_expert(e, carry):
+        gate_up_DP, down_FD = _matrix(gate_up_EDP, e), _matrix(down_EFD, e)
+
+        def one_tile(size, row, carry):
+            """Gradients of rows in their places, and the tile's part in those of the matrices."""
+            dx_RD, dweight_R = carry
+            token_b = take(token_R, row, size)
+            # Rows past the group's end are of other experts, or undefined: they must not reach the matrices.
+            is_row_b1 = (row + jnp.arange(size) < groups.ends_E[e])[:, None]
+            x_bD, dy_bD = (jnp.where(is_row_b1, _gather(a_TD, token_b), 0) for a_TD in (x_TD, dy_TD))
+            weight_b1 = take(weight_R, row, size)[:, None]
+            projected_bP = jnp.where(is_row_b1, _wide(take(projected_RP, row, size)), 0)
+            hidden_bF, pull = jax.vjp(lambda h_bP: activate(_split(h_bP, down_FD.shape[0])), projected_bP)
+            dhidden_bF = _dot(dy_bD, down_FD, 1, 1)
+            (dprojected_bP,) = pull(dhidden_bF * weight_b1)
+            dx_RD = put(dx_RD, _dot(dprojected_bP, gate_up_DP, 1, 1), row)
+            dweight_R = put(dweight_R, (hidden_bF * dhidden_bF).sum(axis=1), row)
+            parts = _outer_products(x_bD, dprojected_bP), _outer_products(hidden_bF * weight_b1, dy_bD)
+            return (dx_RD, dweight_R), parts
+
+        def rest(size, row, carry):
+            rows, parts = one_tile(size, row, carry[0])
+            return rows, tuple(_replace(total, part, e) for total, part in zip(carry[1], parts, strict=True))
+
+        def full(size, row, carry):
+            rows, parts = one_tile(size, row, carry[0])
+            return rows, tuple(
+                _replace(total, _matrix(total, e) + part, e) for total, part in zip(carry[1], parts, strict=True)
+            )
+
+        return groups.for_each_tile(e, rest, full, carry)
+
+    def no_rows(e, totals):
+        return tuple(_replace(total, jnp.zeros_like(total, shape=total.shape[1:]), e) for total in totals)
+
+    rows = (
+        empty_varying_like(x_TD, (num_rows, d_model), x_TD.dtype),
+        empty_varying_like(x_TD, (num_rows,), jnp.float32),
+    )
+    totals = tuple(empty_varying_like(x_TD, w.shape, jnp.float32) for w in (gate_up_EDP, down_EFD))
+    rows, totals = groups.for_each_active(one_expert, (rows, totals))
+    return *rows, *groups.for_each_empty(no_rows, totals)
+
+
+def _grouped(weights_TK, choice_R, group_sizes_E):
+    """Tiles, and the token and the weight of each row."""
+    num_choices, top_k = weights_TK.size, weights_TK.shape[1]
+    groups = Groups.of(group_sizes_E, tile_sizes(num_choices, group_sizes_E.shape[0]))
+    weight_R = weights_TK.reshape(-1).at[choice_R].get(mode="fill", fill_value=0)
+    return groups, choice_R // top_k, _wide(weight_R)
+
+
+def _gather(x_TD, token_b):
+    """Rows of tokens in float32; those of tokens out of range are of use to nobody."""
+    return _wide(x_TD.at[token_b].get(mode="clip"))
+
+
+def _matrix(w_EPQ, e):
+    return _wide(lax.dynamic_index_in_dim(w_EPQ, e, keepdims=False))
+
+
+def _replace(w_EPQ, w_PQ, e):
+    return lax.dynamic_update_index_in_dim(w_EPQ, w_PQ, e, axis=0)
+
+
+def _split(projected_bP, width: int) -> list[jax.Array]:
+    return [projected_bP[:, i : i + width] for i in range(0, projected_bP.shape[1], width)]
+
+
+def _dot(a, b, a_axis: int, b_axis: int):
+    return lax.dot_general(a, b, (((a_axis,), (b_axis,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def _outer_products(a_bP, b_bQ):
+    """The sum of outer products of rows: XLA:CPU is up to twice as fast if the left side is transposed before."""
+    return _dot(lax.optimization_barrier(a_bP.T), b_bQ, 1, 0)
+
+
+def _wide(x):
+    """float32, in which CPUs multiply bfloat16 faster and accumulate exactly."""
+    return x.astype(jnp.float32)

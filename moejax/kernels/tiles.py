@@ -1,0 +1,116 @@
+"""Loops over rows sorted by group, in tiles: how much each group has to do is known only when the program runs.
+
+A tile is a fixed number of rows, so a group whose rows do not fill its tiles pays for rows it does not have. Several
+sizes of tiles keep that waste small: as many of the largest as fit, and one more of the smallest size that takes the
+rest. All loops are `lax.fori_loop`s; the program has the same size for any number of groups.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Int
+
+Carry = TypeVar("Carry")
+
+FEW_ROWS = 4096
+"""Below, arithmetic takes less time than compiling a loop body per size of tile would."""
+
+
+def tile_sizes(num_rows: int, num_groups: int) -> tuple[int, ...]:
+    """Rising sizes of tiles for `num_rows` rows in `num_groups` groups.
+
+    Groups differ from their mean, mostly by less than half of it: sizes lie close together around the mean. Products of
+    fewer than 64 rows run at less than the full speed, those of more than 256 gain nothing.
+    """
+    mean = num_rows // num_groups
+    if num_rows < FEW_ROWS:
+        size = min(64, max(8, 1 << max(0, mean.bit_length() - 2)))  # from a quarter to half the mean
+        return (size, 4 * size)
+    if mean >= 512:
+        return (128, 256, 384, 512)
+    step = max(8, mean // 64 * 8)
+    return tuple(step * multiple for multiple in (2, 4, 6, 7, 8, 9, 10, 12, 16))
+
+
+@dataclasses.dataclass(frozen=True)
+class Groups:
+    """Groups of consecutive rows and their tiles.
+
+    Attributes:
+      sizes: of tiles, rising.
+      num_active: how many groups have rows.
+      order_E: those with rows, then the others, each in rising order.
+      starts_E: first row of each group.
+      ends_E: first row after each group.
+      counts_ES: how many tiles of each size take the rest of a group: one 1, or zeros for a group without rows.
+      num_full_E: how many of the largest take the rows before the rest.
+    """
+
+    sizes: tuple[int, ...]
+    num_active: jax.Array
+    order_E: jax.Array
+    starts_E: jax.Array
+    ends_E: jax.Array
+    counts_ES: jax.Array
+    num_full_E: jax.Array
+
+    @classmethod
+    def of(cls, group_sizes_E: Int[Array, "E"], sizes: tuple[int, ...]) -> "Groups":
+        """Tiles of these sizes for groups of these sizes."""
+        ends_E = jnp.cumsum(group_sizes_E)
+        num_full_E = jnp.maximum(group_sizes_E - 1, 0) // sizes[-1]
+        rest_E1 = (group_sizes_E - num_full_E * sizes[-1])[:, None]
+        below_1S, upto_1S = jnp.array((0, *sizes[:-1]))[None], jnp.array(sizes)[None]
+        return cls(
+            sizes=sizes,
+            num_active=(group_sizes_E > 0).sum(),
+            order_E=jnp.argsort(group_sizes_E == 0),
+            starts_E=ends_E - group_sizes_E,
+            ends_E=ends_E,
+            counts_ES=((rest_E1 > below_1S) & (rest_E1 <= upto_1S)).astype(jnp.int32),
+            num_full_E=num_full_E,
+        )
+
+    def for_each_active(self, body: Callable[[jax.Array, Carry], Carry], carry: Carry) -> Carry:
+        """Runs `body(group, carry)` for the groups that have rows, in rising order."""
+        return lax.fori_loop(0, self.num_active, lambda i, carry: body(self.order_E[i], carry), carry)
+
+    def for_each_empty(self, body: Callable[[jax.Array, Carry], Carry], carry: Carry) -> Carry:
+        """Runs `body(group, carry)` for the groups that have none."""
+        num_groups = self.order_E.shape[0]
+        return lax.fori_loop(self.num_active, num_groups, lambda i, carry: body(self.order_E[i], carry), carry)
+
+    def for_each_tile(
+        self,
+        group: jax.Array,
+        rest: Callable[[int, jax.Array, Carry], Carry],
+        full: Callable[[int, jax.Array, Carry], Carry],
+        carry: Carry,
+    ) -> Carry:
+        """Runs `rest(size, first row, carry)` for the group's last tile, and then `full` for those before it.
+
+        The last tile may reach past the group's end: what it writes there must be of no use to a group before.
+        """
+        start, num_full, largest = self.starts_E[group], self.num_full_E[group], self.sizes[-1]
+        for i, size in enumerate(self.sizes):
+            # The row must depend on the loop's index: XLA would move the whole body out of a loop that ignores it, and
+            # run it whether the loop does or not.
+            def one(j, carry, size=size):
+                return rest(size, start + (num_full + j) * largest, carry)
+
+            carry = lax.fori_loop(0, self.counts_ES[group, i], one, carry)
+        return lax.fori_loop(0, num_full, lambda j, carry: full(largest, start + j * largest, carry), carry)
+
+
+def take(x: jax.Array, first: jax.Array, count: int) -> jax.Array:
+    """`count` entries of the first axis, from `first` on."""
+    return lax.dynamic_slice_in_dim(x, first, count)
+
+
+def put(x: jax.Array, part: jax.Array, first: jax.Array) -> jax.Array:
+    """`x` with `part`, in its dtype, from entry `first` of the first axis on."""
+    return lax.dynamic_update_slice_in_dim(x, part.astype(x.dtype), first, axis=0)
