@@ -1,5 +1,6 @@
 """Eight fake CPU devices, shape checking of signatures, and strictness that applies in tests only."""
 
+import gc
 import importlib.metadata
 import os
 import warnings
@@ -17,6 +18,8 @@ from jaxtyping import install_import_hook
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_disable_most_optimizations", True)  # compiles three times faster; shapes here are tiny
+
+gc.set_threshold(100_000, 50, 50)  # millions of live objects of jax's caches are looked through less often
 
 install_import_hook("moejax", "strict_types.check")
 

@@ -103,7 +103,7 @@ def test_report_is_written_again_from_the_run_directory(in_folder, capsys):
         (["train", f"--config={DEBUG}", "--config.data.source=files", "--config.data.files=none/*.txt"], "none/*.txt"),
         (["eval"], "--workdir is missing"),
         (["report", "--workdir=nowhere"], "--workdir=nowhere is not a folder"),
-        (["bench", "speed"], "one of step, compile, import; got speed"),
+        (["bench", "speed"], "one of layer, decode, step, compile, import; got speed"),
     ],
     ids=lambda value: " ".join(value[-2:])[-40:] if isinstance(value, list) else None,
 )
@@ -185,12 +185,3 @@ def test_doctor_fails_when_a_kernel_is_wrong(capsys, monkeypatch):
         captured = capsys.readouterr()
         assert "grouped_matmul=tiled failed" in captured.err
         assert "differs from the reference" in json.loads(captured.out)["check: grouped_matmul=tiled"]
-
-
-def test_bench_step_compares_moe_and_dense_in_one_run(capsys):
-    arguments = ["bench", "step", f"--config={DEBUG}", "--config.train.num_steps=2", "--repetitions=2", "--json"]
-    assert main(arguments) == 0
-    rows = json.loads(capsys.readouterr().out)
-    assert rows["ratio"] == pytest.approx(rows["moe_ms"] / rows["dense_ms"], abs=0.01)
-    # The dense twin has the active parameters of the MoE but for the routers: 2 layers of 32 x 4.
-    assert rows["moe_active_parameters"] - rows["dense_parameters"] == 2 * 32 * 4

@@ -19,6 +19,7 @@ RANKS = [
     {"data", "training", "planning", "interop", "inference"},
     {"inspection"},
     {"sweeps"},
+    {"benchmarks"},
     {"cli"},
 ]
 RANK = {layer: rank for rank, layers in enumerate(RANKS) for layer in layers}

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, PartitionSpec
 
 import oracle
-from moejax.kernels.grouped_matmul import IMPLEMENTATIONS, grouped_matmul, resolve_implementation
+from moejax.kernels.grouped_matmul import IMPLEMENTATIONS, _choose, grouped_matmul, resolve_implementation
+from moejax.kernels.grouped_matmul.padded import _num_turns, slots
 from moejax.kernels.grouped_matmul.tiled import block_rows
 
 every_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -125,6 +126,25 @@ def test_auto_stands_for_an_implementation_of_this_platform():
     oracle.assert_close(y_RF, oracle.grouped_matmul(*arguments)[0])
 
 
+@pytest.mark.parametrize(("platform", "name"), [("cpu", "tiled"), ("tpu", "ragged"), ("gpu", "padded")])
+def test_what_auto_stands_for_is_logged_once_with_the_reason(platform, name, monkeypatch, caplog):
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    _choose.cache_clear()
+    with caplog.at_level("INFO", "moejax"):
+        assert resolve_implementation("auto") == resolve_implementation("auto") == name
+    (record,) = caplog.records
+    assert record.getMessage().startswith(f"grouped_matmul: {name} on {platform} (")
+    _choose.cache_clear()
+
+
+@pytest.mark.parametrize("sizes", [(25, 25, 25, 25), (0, 0, 0, 100), (40, 39, 1, 0), (8, 60, 16, 16)])
+def test_padded_takes_as_many_turns_as_the_largest_group_needs(sizes):
+    assert slots(100, 4) == 32
+    turns = _num_turns(jnp.array(sizes), 100)
+    assert turns == -(-max(sizes) // 32)
+    check("padded", 100, sizes)
+
+
 def test_an_unknown_implementation_is_an_error_that_names_the_known_ones():
     with pytest.raises(ValueError, match=r"'tilde'.*auto.*tiled.*ragged.*dense"):
         resolve_implementation("tilde")
@@ -177,3 +197,4 @@ def test_on_cpu_the_arithmetic_of_auto_does_not_grow_with_the_number_of_experts(
     plain = 3 * 2 * 1024 * 16 * 16  # forward and two gradients of one dense product with as many rows
     assert flops("ragged", 32) > 16 * plain  # what is to be avoided, and that it would be seen
     assert flops("auto", 32) < 1.5 * plain
+    assert flops("padded", 32) < 1.5 * plain  # a turn; XLA counts the bodies of loops once

@@ -288,8 +288,11 @@ def test_the_traced_program_of_the_gradient_has_the_same_size_for_more_experts_a
     def size(sections):
         moe = sections.get("moe", {}) | {"dispatch": dispatch}
         jaxpr = gradient_jaxpr(config_of(**sections | {"moe": moe}))
-        scans = [e.params["unroll"] for e in oracle.equations(jaxpr) if e.primitive.name == "scan"]
-        assert len(scans) >= 2 and set(scans) == {1}  # an unrolled scan is one equation, but not one to compile
+        scans = [
+            (e.params["length"], e.params["unroll"]) for e in oracle.equations(jaxpr) if e.primitive.name == "scan"
+        ]
+        # An unrolled scan is one equation, but not one to compile: only over a token's choices is it small enough.
+        assert len(scans) >= 2 and all(unroll == 1 for length, unroll in scans if length > PLAIN.moe.top_k)
         return len(oracle.primitives(jaxpr))
 
     assert size(small) == size(large) > 100

@@ -2,7 +2,7 @@
 
 import pytest
 
-from moejax.cli.bench import dense_twin
+from moejax.benchmarks.step import dense_twin
 from moejax.config import resolve
 from moejax.models.parameters import count_parameters
 

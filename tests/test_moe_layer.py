@@ -162,7 +162,7 @@ def test_the_capacity_layer_and_all_its_gradients_equal_the_oracle_also_when_it_
     assert dropped > 0 or factor == 2.0 or (top_k == E and factor == 1.0)
 
 
-@pytest.mark.parametrize("implementation", ["ragged", "dense"])
+@pytest.mark.parametrize("implementation", ["ragged", "padded", "dense"])
 def test_the_layer_equals_the_oracle_with_every_other_grouped_product(implementation):
     config = config_of(grouped_matmul=implementation)
     check(config, fresh_weights(config), *draw())

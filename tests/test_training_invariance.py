@@ -149,7 +149,7 @@ def test_unrolling_the_scan_changes_nothing(moe):
     assert_same(run(small_config(model={"scan_layers": False})), moe)
 
 
-@pytest.mark.parametrize("implementation", ["ragged", "dense"])
+@pytest.mark.parametrize("implementation", ["ragged", "padded", "dense"])
 def test_the_grouped_product_changes_nothing(moe, implementation):
     assert_same(run(small_config(moe={"grouped_matmul": implementation})), moe)
 

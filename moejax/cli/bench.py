@@ -1,181 +1,133 @@
 """Measure. Everything is compared within one run: repetitions are interleaved, figures are medians, ratios come first.
 
-moejax bench step      the MoE train step against its dense twin's
-moejax bench compile   compile time of the train step, 8 against 64 experts and 2 against 8 layers
-moejax bench import    importing moejax against importing jax and flax
+moejax bench layer     the experts of a layer over a dense layer with the same active FLOPs, by implementation
+moejax bench decode    the same for a few tokens, over reading the weights of the chosen experts once
+moejax bench step      the train step of --config over its dense twin's
+moejax bench compile   compile time of the train step, 64 over 8 experts and 8 over 2 layers
+moejax bench import    importing moejax over importing jax and flax
 """
 
-import dataclasses
-import statistics
-import subprocess
-import sys
-import time
-from collections.abc import Callable
+import csv
+import json
+from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
 from absl import flags
 from absl.flags import FlagValues
 
+from moejax.benchmarks import decode, layer
+from moejax.benchmarks.step import bench_compile, bench_import, bench_step
+from moejax.benchmarks.timing import measure_peaks
 from moejax.cli import UsageError
 from moejax.cli.options import define_config, define_json, read_config_flag
-from moejax.cli.tables import print_result
-from moejax.config import Config, Knobs, ScheduleConfig
-from moejax.data import Batch
-from moejax.models.parameters import count_parameters
-from moejax.moe.experts import Network
-from moejax.sharding import make_mesh
-from moejax.training.state import make_trainable
-from moejax.training.step import make_train_step, put_batch
+from moejax.cli.tables import print_result, print_table
+from moejax.inspection.bench_figure import draw_layers
 
-IMPORTS = ("import jax, flax.nnx", "import moejax.models, moejax.moe.layer, moejax.config")
+BENCHMARKS = ("layer", "decode", "step", "compile", "import")
+DEFAULT_SHAPES = {
+    "layer": "mixtral,mixtral-64,olmoe,deepseek",
+    "decode": "1:512:1024:64:2,16:512:1024:64:2,64:512:1024:64:2",
+}
 
 
 def define(values: FlagValues, arguments: list[str]) -> None:
     """Flags of the verb."""
     define_config(values, arguments, default="configs/tiny_moe.py")
     define_json(values)
-    flags.DEFINE_integer("repetitions", 15, "timed repetitions of each side", lower_bound=1, flag_values=values)
+    flags.DEFINE_integer("repetitions", 0, "timed repetitions of each side; 0: 15, of layers 5", flag_values=values)
+    shapes = f"layer, decode: some of {', '.join(layer.PRESETS)}, or T:D:F:E:K; :skewed after it gives one expert half"
+    flags.DEFINE_string("shapes", "", f"{shapes}; separated by commas", flag_values=values)
+    names = ", ".join(layer.implementations_of(layer.PRESETS["mixtral"]))
+    flags.DEFINE_list("implementations", [], f"layer, decode: some of {names}", flag_values=values)
+    flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "layer, decode: of all arrays", flag_values=values)
+    flags.DEFINE_string("csv", "", "layer, decode: a file to write the rows to", flag_values=values)
+    flags.DEFINE_string("plot", "", "layer: a file for a picture of the ratios (.svg)", flag_values=values)
 
 
 def run(values: FlagValues, rest: list[str]) -> None:
     """Runs one benchmark and prints its figures."""
-    benchmarks: dict[str, Callable[[Config, int], dict[str, Any]]] = {
-        "step": bench_step,
-        "compile": bench_compile,
-        "import": bench_import,
-    }
-    if len(rest) != 1 or rest[0] not in benchmarks:
-        raise UsageError(f"moejax bench takes one of {', '.join(benchmarks)}; got {' '.join(rest) or 'nothing'}")
-    print_result(benchmarks[rest[0]](read_config_flag(values), values.repetitions), is_json=values.json)
-
-
-def dense_twin(config: Config) -> Config:
-    """The dense model with the same active parameters per token in its SwiGLU networks of width d_ff."""
-    moe, d_model = config.moe, config.model.d_model
-    projections = Network(moe.activation).num_projections + 1
-    inner = moe.d_latent or d_model
-    routed = min(moe.top_k, moe.num_experts) * projections * inner * moe.d_expert + 2 * d_model * moe.d_latent
-    shared = moe.num_shared_experts * projections * d_model * moe.d_expert
-    width = round((routed + shared) / (3 * d_model))
-    return dataclasses.replace(
-        config,
-        model=dataclasses.replace(config.model, d_ff=width),
-        moe=dataclasses.replace(config.moe, num_experts=0, per_layer=""),
-        schedule=ScheduleConfig(),
-    )
-
-
-def bench_step(config: Config, repetitions: int) -> dict[str, Any]:
-    """Times whole training steps, on tokens drawn at random, of a MoE config and its dense twin."""
-    if config.num_moe_layers == 0:
+    if len(rest) != 1 or rest[0] not in BENCHMARKS:
+        raise UsageError(f"moejax bench takes one of {', '.join(BENCHMARKS)}; got {' '.join(rest) or 'nothing'}")
+    if values.repetitions < 0:
+        raise UsageError(f"--repetitions={values.repetitions} must be at least 0, which stands for the default")
+    _refuse_flags_of_others(values, rest[0])
+    if rest[0] in DEFAULT_SHAPES:
+        return _run_layers(values, rest[0])
+    config, repetitions = read_config_flag(values), values.repetitions or 15
+    if rest[0] == "step" and config.num_moe_layers == 0:
         raise UsageError(f"moe.num_experts={config.moe.num_experts}: bench step needs a MoE configuration")
-    sides = {"moe": Step(config), "dense": Step(dense_twin(config))}
-    times: dict[str, list[float]] = {name: [] for name in sides}
-    for repetition in range(repetitions + 2):
-        for name, step in sides.items():
-            seconds = step()
-            if repetition >= 2:  # the first ones warm caches and allocator
-                times[name].append(1e3 * seconds)
-    moe_ms, dense_ms = (statistics.median(times[name]) for name in ("moe", "dense"))
-    tokens = config.train.batch_size * config.data.seq_len
-    return {
-        "ratio": round(moe_ms / dense_ms, 3),
-        "moe_ms": round(moe_ms, 2),
-        "dense_ms": round(dense_ms, 2),
-        "moe_quartiles_ms": _quartiles(times["moe"]),
-        "dense_quartiles_ms": _quartiles(times["dense"]),
-        "moe_tokens_per_s": round(1e3 * tokens / moe_ms),
-        "moe_active_parameters": count_parameters(config).active,
-        "dense_parameters": count_parameters(dense_twin(config)).active,
-        "repetitions": repetitions,
-        "device": jax.devices()[0].device_kind,
-    }
+    measure = {"step": bench_step, "compile": bench_compile, "import": bench_import}[rest[0]]
+    print_result(measure(config, repetitions), is_json=values.json)
+    return None
 
 
-def bench_compile(config: Config, repetitions: int) -> dict[str, Any]:
-    """Times lowering and compiling the train step of models that differ in experts, and in layers."""
-    moe, model = config.moe, config.model
-    variants = {
-        "8 experts": dataclasses.replace(config, moe=dataclasses.replace(moe, num_experts=8)),
-        "64 experts": dataclasses.replace(config, moe=dataclasses.replace(moe, num_experts=64)),
-        "2 layers": dataclasses.replace(config, model=dataclasses.replace(model, num_layers=2)),
-        "8 layers": dataclasses.replace(config, model=dataclasses.replace(model, num_layers=8)),
-    }
-    repetitions = max(1, repetitions // 5)
-    times: dict[str, list[float]] = {name: [] for name in variants}
-    for _ in range(repetitions):
-        for name, variant in variants.items():
-            jax.clear_caches()
-            times[name].append(Step.compile_seconds(variant))
-    medians = {name: statistics.median(seconds) for name, seconds in times.items()}
-    return {
-        "ratio_experts_64_to_8": round(medians["64 experts"] / medians["8 experts"], 3),
-        "ratio_layers_8_to_2": round(medians["8 layers"] / medians["2 layers"], 3),
-        **{f"seconds, {name}": round(seconds, 2) for name, seconds in medians.items()},
-        "repetitions": repetitions,
-    }
+def _refuse_flags_of_others(values: FlagValues, benchmark: str) -> None:
+    users = dict.fromkeys(("shapes", "implementations", "dtype", "csv"), ("layer", "decode")) | {"plot": ("layer",)}
+    for name, allowed in users.items():
+        if values[name].present and benchmark not in allowed:
+            raise UsageError(f"--{name} belongs to moejax bench {' and '.join(allowed)}; leave it out of {benchmark}")
 
 
-def bench_import(config: Config, repetitions: int) -> dict[str, Any]:
-    """Times fresh interpreters that import jax and flax, or moejax's model code."""
-    times: dict[str, list[float]] = {statement: [] for statement in IMPORTS}
-    for repetition in range(repetitions + 1):
-        for statement in IMPORTS:
-            started = time.perf_counter()
-            subprocess.run([sys.executable, "-c", statement], check=True)
-            if repetition:  # the first ones fill the file cache
-                times[statement].append(time.perf_counter() - started)
-    base, ours = (statistics.median(times[statement]) for statement in IMPORTS)
-    return {
-        "ratio": round(ours / base, 3),
-        "moejax_s": round(ours, 3),
-        "jax_and_flax_s": round(base, 3),
-        "repetitions": repetitions,
-    }
-
-
-class Step:
-    """A compiled train step with its state and a batch of random tokens; a call returns the seconds it took."""
-
-    def __init__(self, config: Config):
-        self.trainable = make_trainable(config, make_mesh(config))
-        self.knobs = Knobs.of(config)
-        self.batch = put_batch(random_batch(config), self.trainable)
-        self.state = self.trainable.init(config.train.seed)
-        with jax.set_mesh(self.trainable.mesh):
-            self._step = make_train_step(self.trainable).lower(self.state, self.batch, self.knobs).compile()
-
-    def __call__(self) -> float:
-        """Takes one step and returns its seconds."""
-        started = time.perf_counter()
-        self.state, _ = jax.block_until_ready(self._step(self.state, self.batch, self.knobs))
-        return time.perf_counter() - started
-
-    @staticmethod
-    def compile_seconds(config: Config) -> float:
-        """How long tracing, lowering and compiling take, without running anything."""
-        trainable = make_trainable(config, make_mesh(config))
-        batch = put_batch(random_batch(config), trainable)
-        with jax.set_mesh(trainable.mesh):
-            started = time.perf_counter()
-            make_train_step(trainable).lower(trainable.abstract, batch, Knobs.of(config)).compile()
-            return time.perf_counter() - started
-
-
-def random_batch(config: Config) -> Batch:
-    """Full rows of random tokens, one document each."""
-    shape = (config.train.batch_size, config.data.seq_len)
-    tokens_BL = np.random.default_rng(0).integers(0, config.vocab_size, (shape[0], shape[1] + 1)).astype(np.int32)
-    return Batch(
-        tokens_BL=tokens_BL[:, :-1],
-        targets_BL=tokens_BL[:, 1:],
-        segments_BL=np.ones(shape, np.int32),
-        positions_BL=np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape),
-        loss_mask_BL=np.ones(shape, bool),
+def _run_layers(values: FlagValues, benchmark: str) -> None:
+    shapes = layer.parse_shapes(values.shapes or DEFAULT_SHAPES[benchmark])
+    names = values.implementations or layer.default_implementations()
+    known = layer.implementations_of(shapes[0])
+    for name in names:
+        if name not in known:
+            raise UsageError(f"--implementations={name} must be some of {', '.join(known)}, separated by commas")
+    for file in filter(None, (values.csv, values.plot)):
+        if not Path(file).parent.is_dir():
+            raise UsageError(f"{file} cannot be written: {Path(file).parent} is not a folder; make it first")
+    peaks, rows = measure_peaks(), []
+    for shape in shapes:
+        if benchmark == "layer":
+            rows += layer.bench_layer(shape, names, layer.DIRECTIONS, values.dtype, values.repetitions or 5, peaks)
+        else:
+            rows += decode.bench_decode(shape, names, values.dtype, values.repetitions or 15, peaks)
+    if values.csv:
+        _write_csv(Path(values.csv), rows)
+    if values.plot:
+        Path(values.plot).write_bytes(draw_layers(rows))
+    if values.json:
+        print(json.dumps(rows, indent=2))
+        return
+    _print_tables(rows)
+    print(
+        f"this machine: {peaks.gflops:.0f} GFLOP/s in a large float32 product, {peaks.gbytes:.1f} GB/s in a large copy"
     )
 
 
-def _quartiles(milliseconds: list[float]) -> list[float]:
-    return [round(float(np.quantile(milliseconds, q)), 2) for q in (0.25, 0.75)]
+def _print_tables(rows: list[dict[str, Any]]) -> None:
+    """A table for each layer and direction."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        title = (
+            f"{row['tokens']} tokens, D {row['d_model']}, F {row['d_expert']}, E {row['num_experts']}, K {row['top_k']}"
+            f"{', skewed' if row['skewed'] else ''}, {row['dtype']}: {row['direction'].replace('_', ' and ')}"
+        )
+        groups.setdefault(title, []).append(row)
+    for title, group in groups.items():
+        print_table([_columns(row) for row in group], title=title)
+
+
+def _columns(row: dict[str, Any]) -> dict[str, Any]:
+    """What fits a line; quartiles as their distance from the median in percent."""
+    low, high = row["quartiles_ms"]
+    shown: dict[str, Any] = {
+        "implementation": row["implementation"],
+        "over dense": f"{row['ratio_to_dense']:.2f}",
+        "ms": row["ms"],
+        "quartiles %": f"{100 * (low / row['ms'] - 1):+.0f} {100 * (high / row['ms'] - 1):+.0f}",
+    }
+    if "ratio_to_reading" in row:
+        shown |= {"over reading": f"{row['ratio_to_reading']:.2f}", "GB/s": row["gbytes"]}
+    else:
+        shown["GFLOP/s"] = f"{row['gflops']:.0f} ({row['fraction_of_peak_gflops']:.0%})"
+    return shown | {"temp. MB": round(row["temporary_bytes"] / 1e6, 1)}
+
+
+def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl.flags import FlagValues
 
-from moejax.cli.bench import random_batch
+from moejax.benchmarks.step import random_batch
 from moejax.cli.options import define_json
 from moejax.cli.tables import print_result
 from moejax.config import Knobs, resolve

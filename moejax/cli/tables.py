@@ -1,10 +1,11 @@
 """Results as a table on standard output, or as one JSON document."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -31,6 +32,16 @@ def print_result(rows: Mapping[str, Any], *, is_json: bool, title: str = "") -> 
     table.add_column(overflow="fold")
     for name, value in rows.items():
         table.add_row(Text(name), Text(_show(value)))  # plain text: rich would read [brackets] as markup
+    Console().print(table)
+
+
+def print_table(rows: Sequence[Mapping[str, Any]], title: str) -> None:
+    """Prints rows with the same keys below a title and their names; the first column is a name, the rest figures."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1))
+    for i, name in enumerate(rows[0]):
+        table.add_column(name, justify="right" if i else "left")
+    for row in rows:
+        table.add_row(*(Text(_show(value)) for value in row.values()))
     Console().print(table)
 
 

@@ -1,14 +1,11 @@
-"""Figures of a run as data URIs, in one style: the only file that draws.
+"""Figures of a run as data URIs, in one style.
 
-Each figure is small (a phone's width) with type that stays readable there; a page sets several side by side where
-there is room. Titles are left to the page, where they can be read, searched and scaled. Matplotlib is used through its
-objects alone: no pyplot, no global state left behind. Colours are those of Okabe and Ito (2008) for lines and
-ColorBrewer's red-blue for loads, both told apart by colour-blind readers; lines also differ in dash, points in shape.
+Titles are left to the page, where they can be read, searched and scaled. Loads are in ColorBrewer's red-blue, which
+colour-blind readers can tell apart.
 """
 
 import base64
 import dataclasses
-import io
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,48 +14,18 @@ import matplotlib
 import numpy as np
 from jaxtyping import Float, Int
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.colorbar import Colorbar
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-WIDTH = 4.0  # inches; at 96 px each, a phone shows the figure in its natural size
-BLUE, ORANGE, GREEN, PURPLE, GREY, DEAD = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#6b7280", "#111111"
-LINES = ((BLUE, "-"), (ORANGE, "--"), (GREEN, "-."), (PURPLE, ":"))
+from moejax.inspection.style import BLUE, DEAD, GREY, LINES, ORANGE, STYLE, new_figure, svg_bytes
+
 MAX_POINTS = 600  # per curve: more cannot be told apart
 MAX_COLUMNS = 200  # of a heat map,
 MAX_CELLS = 8_000  # and of its columns times experts: noise does not compress
 COLORS = 41  # of a heat map: odd, so that a uniform load is white; few, so that it compresses
 RATIO_TICKS = ((-2, "¼"), (-1, "½"), (0, "1"), (1, "2"), (2, "4"))
-STYLE: dict[Any, Any] = {
-    "font.family": ["sans-serif"],
-    "font.sans-serif": ["DejaVu Sans", "Verdana", "sans-serif"],
-    "font.size": 9.5,
-    "axes.edgecolor": GREY,
-    "axes.labelcolor": "#374151",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#e5e7eb",
-    "grid.linewidth": 0.7,
-    "axes.axisbelow": True,
-    "text.color": "#374151",
-    "text.parse_math": False,
-    "xtick.color": "#374151",
-    "ytick.color": "#374151",
-    "xtick.labelsize": 9,
-    "ytick.labelsize": 9,
-    "legend.frameon": False,
-    "legend.fontsize": 9,
-    "legend.handlelength": 1.8,
-    "lines.linewidth": 1.5,
-    "savefig.facecolor": "none",  # the page's ground shows through
-    "axes.facecolor": "none",
-    "svg.fonttype": "none",  # text stays text: a third of the size
-    "svg.hashsalt": "moejax",  # the same run gives the same file
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -234,7 +201,7 @@ def draw_curves(
       An SVG data URI.
     """
     with matplotlib.rc_context(STYLE):
-        figure, axes = _new_figure(2.45)
+        figure, axes = new_figure(2.45)
         lines = iter(LINES)
         for curve in curves:
             if curve.points:
@@ -282,7 +249,7 @@ def draw_load_over_time(steps: Int[np.ndarray, "S"], counts_SE: Int[np.ndarray, 
     ratio_CE = load_ratio(counts_CE)
     log_CE = np.log2(ratio_CE, out=np.full_like(ratio_CE, np.nan), where=ratio_CE > 0)
     with matplotlib.rc_context(STYLE):
-        figure, axes = _new_figure(float(np.clip(1.45 + 0.055 * E, 2.0, 4.6)))
+        figure, axes = new_figure(float(np.clip(1.45 + 0.055 * E, 2.0, 4.6)))
         cells = np.ma.masked_invalid(log_CE.T)
         colors = matplotlib.colormaps["RdBu_r"].resampled(COLORS).with_extremes(bad=DEAD)
         mesh = axes.pcolormesh(
@@ -310,7 +277,7 @@ def draw_final_load(counts_E: Int[np.ndarray, "E"]) -> str:
     ratio_E = load_ratio(counts_E[None])[0]
     experts_E = np.arange(len(ratio_E))
     with matplotlib.rc_context(STYLE):
-        figure, axes = _new_figure(1.9)
+        figure, axes = new_figure(1.9)
         edges = (experts_E[:, None] + [-0.4, 0.4]).ravel()
         heights = np.stack([ratio_E, np.zeros_like(ratio_E)], axis=1).ravel()[:-1]  # bars, and gaps between them
         axes.stairs(heights, edges, fill=True, color=BLUE)  # one path, however many experts
@@ -333,12 +300,6 @@ def load_ratio(counts_SE: Int[np.ndarray, "S E"]) -> Float[np.ndarray, "S E"]:
     """
     total_S1 = np.maximum(counts_SE.sum(axis=1, keepdims=True), 1)
     return counts_SE * counts_SE.shape[1] / total_S1
-
-
-def _new_figure(height: float) -> tuple[Figure, Axes]:
-    layout = ConstrainedLayoutEngine(w_pad=0.04, h_pad=0.04)
-    figure = Figure(figsize=(WIDTH, height), dpi=144, facecolor="none", layout=layout)
-    return figure, figure.add_subplot()
 
 
 def _label_steps(axes: Axes) -> None:
@@ -392,6 +353,4 @@ def _columns(steps: Int[np.ndarray, "S"], counts_SE: Int[np.ndarray, "S E"]) -> 
 
 
 def _svg(figure: Figure) -> str:
-    buffer = io.BytesIO()
-    FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None, "Creator": None})
-    return f"data:image/svg+xml;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return f"data:image/svg+xml;base64,{base64.b64encode(svg_bytes(figure)).decode()}"

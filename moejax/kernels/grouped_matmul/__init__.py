@@ -7,6 +7,7 @@ zero gradient.
     implementation  where it is fast       how
     tiled           CPU                    loops over experts and blocks of rows, own VJP
     ragged          TPU                    `jax.lax.ragged_dot` (XLA:TPU lowers it to a native grouped kernel)
+    padded          GPU                    batched products over equal slots, as often as the largest group needs
     dense           nowhere                every row by every matrix: the reference
 """
 
@@ -19,6 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from moejax.kernels.grouped_matmul.dense import grouped_matmul_dense
+from moejax.kernels.grouped_matmul.padded import grouped_matmul_padded
 from moejax.kernels.grouped_matmul.ragged import grouped_matmul_ragged
 from moejax.kernels.grouped_matmul.tiled import block_rows, grouped_matmul_tiled
 from moejax.kernels.varying import vary_alike
@@ -26,8 +28,15 @@ from moejax.kernels.varying import vary_alike
 IMPLEMENTATIONS: dict[str, Callable[[jax.Array, jax.Array, jax.Array, int], jax.Array]] = {
     "tiled": grouped_matmul_tiled,
     "ragged": grouped_matmul_ragged,
+    "padded": grouped_matmul_padded,
     "dense": grouped_matmul_dense,
 }
+
+BEST = {
+    "cpu": ("tiled", "moejax's own loops over tiles"),
+    "tpu": ("ragged", "XLA:TPU has a grouped kernel"),
+}
+"""By platform: what "auto" stands for, and why; others have `padded`."""
 
 
 def grouped_matmul(
@@ -77,6 +86,6 @@ def resolve_implementation(implementation: str) -> str:
 
 @functools.cache
 def _choose(platform: str) -> str:
-    chosen = "tiled" if platform == "cpu" else "ragged"
-    logging.getLogger("moejax").info("grouped_matmul: %s on %s", chosen, platform)
+    chosen, why = BEST.get(platform, ("padded", "XLA multiplies all rows by all matrices in ragged_dot there"))
+    logging.getLogger("moejax").info("grouped_matmul: %s on %s (%s)", chosen, platform, why)
     return chosen

@@ -1,0 +1,78 @@
+"""The grouped product as batched products over equal slots, for any platform without a grouped kernel.
+
+Every group puts as many rows as there are slots into one batched product, and groups with more rows another time: the
+arithmetic is that of the largest group times the number of groups, where XLA's own lowering of `ragged_dot` multiplies
+all rows by all matrices. How often is known only when the program runs; memory does not depend on it.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from moejax.kernels.varying import zeros_varying_like
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def grouped_matmul_padded(
+    x_RD: Float[Array, "R D"], w_EDF: Float[Array, "E D F"], group_sizes_E: Int[Array, "E"], spare_rows: int = 0
+) -> Float[Array, "R F"]:
+    """See `grouped_matmul`."""
+    return _rows_by_matrices("ECD,EDF->ECF", x_RD, w_EDF, group_sizes_E, w_EDF.shape[2])
+
+
+def _forward(x_RD, w_EDF, group_sizes_E, spare_rows):
+    return grouped_matmul_padded(x_RD, w_EDF, group_sizes_E, spare_rows), (x_RD, w_EDF, group_sizes_E)
+
+
+def _backward(spare_rows, residuals, dy_RF):
+    x_RD, w_EDF, group_sizes_E = residuals
+    dx_RD = _rows_by_matrices("ECF,EDF->ECD", dy_RF, w_EDF, group_sizes_E, w_EDF.shape[1])
+
+    def add(turn, dw_EDF):
+        rows_EC = _rows_of_turn(turn, group_sizes_E, x_RD.shape[0])
+        x_ECD, dy_ECF = _gather(x_RD, rows_EC), _gather(dy_RF, rows_EC)
+        return dw_EDF + jnp.einsum("ECD,ECF->EDF", x_ECD, dy_ECF, preferred_element_type=jnp.float32)
+
+    dw_EDF = zeros_varying_like(dy_RF, w_EDF.shape, jnp.float32)
+    dw_EDF = lax.fori_loop(0, _num_turns(group_sizes_E, x_RD.shape[0]), add, dw_EDF)
+    return dx_RD, dw_EDF.astype(w_EDF.dtype), None
+
+
+grouped_matmul_padded.defvjp(_forward, _backward)
+
+
+def slots(num_rows: int, num_groups: int) -> int:
+    """Rows of each group in one turn: a quarter more than the mean, in steps of 8."""
+    return math.ceil(1.25 * num_rows / num_groups / 8) * 8
+
+
+def _rows_by_matrices(equation: str, x_RP, w_EDF, group_sizes_E, width: int):
+    num_rows = x_RP.shape[0]
+
+    def one_turn(turn, y_RQ):
+        rows_EC = _rows_of_turn(turn, group_sizes_E, num_rows)
+        y_ECQ = jnp.einsum(equation, _gather(x_RP, rows_EC), w_EDF, preferred_element_type=jnp.float32)
+        return y_RQ.at[rows_EC].set(y_ECQ.astype(y_RQ.dtype), mode="drop")
+
+    y_RQ = zeros_varying_like(x_RP, (num_rows, width), x_RP.dtype)
+    return lax.fori_loop(0, _num_turns(group_sizes_E, num_rows), one_turn, y_RQ)
+
+
+def _num_turns(group_sizes_E, num_rows: int):
+    return -(-group_sizes_E.max() // slots(num_rows, group_sizes_E.shape[0]))
+
+
+def _rows_of_turn(turn, group_sizes_E, num_rows: int):
+    """Rows of every group for its slots in this turn; `num_rows` where it has no more."""
+    count = slots(num_rows, group_sizes_E.shape[0])
+    starts_E1 = (jnp.cumsum(group_sizes_E) - group_sizes_E)[:, None]
+    place_1C = turn * count + jnp.arange(count)[None]
+    return jnp.where(place_1C < group_sizes_E[:, None], starts_E1 + place_1C, num_rows)
+
+
+def _gather(x_RP, rows_EC):
+    return x_RP.at[rows_EC].get(mode="fill", fill_value=0)

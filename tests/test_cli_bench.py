@@ -1,0 +1,76 @@
+"""`moejax bench`: rows that scripts can rely on, and mistakes refused before anything is measured."""
+
+import csv
+import json
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from moejax.cli import main
+
+DEBUG = Path(__file__).parents[1] / "configs/debug.py"
+
+
+def test_bench_step_compares_moe_and_dense_in_one_run(capsys):
+    arguments = ["bench", "step", f"--config={DEBUG}", "--config.train.num_steps=2", "--repetitions=2", "--json"]
+    assert main(arguments) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert rows["ratio"] == pytest.approx(rows["moe_ms"] / rows["dense_ms"], abs=0.01)
+    # The dense twin has the active parameters of the MoE but for the routers: 2 layers of 32 x 4.
+    assert rows["moe_active_parameters"] - rows["dense_parameters"] == 2 * 32 * 4
+
+
+LAYER = ["bench", "layer", "--repetitions=1", "--shapes=64:8:4:4:2,64:8:4:4:2:skewed"]
+
+
+def test_bench_layer_writes_a_row_for_every_shape_direction_and_implementation(capsys, tmp_path):
+    files = [f"--csv={tmp_path / 'rows.csv'}", f"--plot={tmp_path / 'ratios.svg'}"]
+    assert main([*LAYER, "--implementations=tiled,ragged,padded,dense,capacity 1.25", "--json", *files]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    names = ["dense_layer", "tiled", "ragged", "padded", "dense", "capacity 1.25"]
+    assert [(row["skewed"], row["direction"], row["implementation"]) for row in rows] == [
+        (skewed, direction, name)
+        for skewed in (False, True) for direction in ("forward", "forward_backward") for name in names
+    ]  # fmt: skip
+    for row in rows:
+        sizes = {name: row[name] for name in ("tokens", "d_model", "d_expert", "num_experts", "top_k")}
+        assert sizes == {"tokens": 64, "d_model": 8, "d_expert": 4, "num_experts": 4, "top_k": 2}
+        dense = next(r for r in rows if r["skewed"] == row["skewed"] and r["direction"] == row["direction"])
+        assert row["ratio_to_dense"] == pytest.approx(row["ms"] / dense["ms"], rel=0.02, abs=2e-3)
+        assert row["quartiles_ms"][0] <= row["ms"] <= row["quartiles_ms"][1]
+        assert row["gflops"] > 0 and row["temporary_bytes"] >= 0
+    written = list(csv.DictReader((tmp_path / "rows.csv").open()))
+    assert [row["ms"] for row in written] == [str(row["ms"]) for row in rows]
+    root = ElementTree.parse(tmp_path / "ratios.svg").getroot()
+    shown = "".join(root.itertext())
+    assert all(name in shown for name in names[1:]) and "skewed" in shown
+
+
+def test_bench_decode_says_what_reading_the_chosen_experts_would_take(capsys):
+    arguments = ["bench", "decode", "--repetitions=1", "--shapes=1:8:4:64:2", "--implementations=tiled"]
+    assert main([*arguments, "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert row["active_experts"] == 2 and row["direction"] == "forward"
+    assert row["gbytes"] == pytest.approx(2 * 3 * 8 * 4 * 4 / row["ms"] / 1e6, abs=0.01)
+    assert main(arguments) == 0
+    assert "1 tokens, D 8, F 4, E 64, K 2, float32: forward" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["layer", "--shapes=mixtrall"], "--shapes: 'mixtrall' must be one of switch, mixtral"),
+        (["layer", "--shapes=1:2:3:4"], "'1:2:3:4' must be one of"),
+        (["layer", "--shapes=64:8:4:4:0"], "five positive numbers"),
+        (["layer", "--shapes=64:8:4:4:5"], "top_k=5 must be at most num_experts=4"),
+        (["layer", "--implementations=tilde"], "--implementations=tilde must be some of auto, tiled"),
+        (["decode", "--plot=x.svg"], "--plot belongs to moejax bench layer"),
+        (["step", "--shapes=mixtral"], "--shapes belongs to moejax bench layer and decode"),
+        (["layer", "--csv=/nowhere/rows.csv"], "/nowhere is not a folder"),
+        (["layer", "--repetitions=-1"], "--repetitions=-1 must be at least 0"),
+    ],
+)
+def test_a_wrong_benchmark_is_refused_before_anything_is_measured(capsys, arguments, message):
+    assert main(["bench", *arguments]) == 2
+    assert message in capsys.readouterr().err
