@@ -92,9 +92,7 @@ def _run_layers(values: FlagValues, benchmark: str) -> None:
         print(json.dumps(rows, indent=2))
         return
     _print_tables(rows)
-    print(
-        f"this machine: {peaks.gflops:.0f} GFLOP/s in a large float32 product, {peaks.gbytes:.1f} GB/s in a large copy"
-    )
+    print(f"This machine: {peaks.gflops:.0f} GFLOP/s in a large product, {peaks.gbytes:.1f} GB/s in a large copy.")
 
 
 def _print_tables(rows: list[dict[str, Any]]) -> None:

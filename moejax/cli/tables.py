@@ -37,7 +37,7 @@ def print_result(rows: Mapping[str, Any], *, is_json: bool, title: str = "") -> 
 
 def print_table(rows: Sequence[Mapping[str, Any]], title: str) -> None:
     """Prints rows with the same keys below a title and their names; the first column is a name, the rest figures."""
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1))
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for i, name in enumerate(rows[0]):
         table.add_column(name, justify="right" if i else "left")
     for row in rows:

@@ -27,8 +27,10 @@ def tile_sizes(num_rows: int, num_groups: int) -> tuple[int, ...]:
     fewer than 64 rows run at less than the full speed, those of more than 256 gain nothing.
     """
     mean = num_rows // num_groups
+    if mean < 4 and num_rows < FEW_ROWS:
+        return (2, 4, 8)  # as in decoding: reading the matrices takes longer than multiplying by them
     if num_rows < FEW_ROWS:
-        size = min(64, max(8, 1 << max(0, mean.bit_length() - 2)))  # from a quarter to half the mean
+        size = min(64, max(8, 1 << (mean.bit_length() - 2)))  # from a quarter to half the mean
         return (size, 4 * size)
     if mean >= 512:
         return (128, 256, 384, 512)
