@@ -1,5 +1,6 @@
 """What is timed: the same function by every implementation, with the arithmetic that the figures claim."""
 
+import dataclasses
 import functools
 
 import jax
@@ -46,6 +47,14 @@ def test_choices_are_of_different_experts_and_skewed_ones_give_one_of_them_half(
     mean = 512 * top_k / num_experts
     assert counts_E[1:].min() > 0
     assert counts_E[0] == min(512, 512 * top_k // 2) if is_skewed else abs(counts_E[0] - mean) <= 5 * mean**0.5
+
+
+def test_a_shape_is_written_as_it_is_read():
+    shapes = [*layer.PRESETS.values(), dataclasses.replace(SHAPE, is_skewed=True)]
+    assert layer.parse_shapes(",".join(map(str, shapes))) == shapes
+    assert layer.parse_shapes("olmoe, olmoe:skewed") == [
+        layer.PRESETS["olmoe"], dataclasses.replace(layer.PRESETS["olmoe"], is_skewed=True),
+    ]  # fmt: skip
 
 
 def test_programs_take_turns_and_the_first_turns_do_not_count(monkeypatch):

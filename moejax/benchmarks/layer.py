@@ -6,6 +6,7 @@ part of it. The dense layer is written in its fastest form: two products in, one
 
 import dataclasses
 import functools
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -48,15 +49,15 @@ class Shape:
     top_k: int
     is_skewed: bool = False
 
+    def __str__(self) -> str:
+        """As `parse_shapes` takes it."""
+        sizes = self.tokens, self.d_model, self.d_expert, self.num_experts, self.top_k
+        return ":".join(map(str, sizes)) + (":skewed" if self.is_skewed else "")
+
     @property
     def forward_flops(self) -> int:
         """Of the experts' three products, for the chosen ones."""
         return 6 * self.tokens * self.top_k * self.d_model * self.d_expert
-
-    @property
-    def weight_bytes(self) -> int:
-        """Of all experts in float32."""
-        return 12 * self.num_experts * self.d_model * self.d_expert
 
 
 PRESETS = {
@@ -124,7 +125,8 @@ def bench_layer(
         for name in implementations:
             layer = functools.partial(_through, layers[name])
             programs[name] = Program.compile(layer, direction, arrays.dy_TD, inputs, (arrays.experts_TK,))
-        times = interleave(programs, repetitions)
+        logging.getLogger("moejax").info("measuring %s %s: %s", shape, direction, ", ".join(programs))
+        times = interleave(programs, repetitions, warm_up=1)  # they are compiled
         rows += [_row(shape, name, direction, dtype, times, programs[name], peaks) for name in programs]
     return rows
 

@@ -34,7 +34,7 @@ def define(values: FlagValues, arguments: list[str]) -> None:
     """Flags of the verb."""
     define_config(values, arguments, default="configs/tiny_moe.py")
     define_json(values)
-    flags.DEFINE_integer("repetitions", 0, "timed repetitions of each side; 0: 15, of layers 5", flag_values=values)
+    flags.DEFINE_integer("repetitions", 0, "timed repetitions of each side; 0: 15, of layers 4", flag_values=values)
     shapes = f"layer, decode: some of {', '.join(layer.PRESETS)}, or T:D:F:E:K; :skewed after it gives one expert half"
     flags.DEFINE_string("shapes", "", f"{shapes}; separated by commas", flag_values=values)
     names = ", ".join(layer.implementations_of(layer.PRESETS["mixtral"]))
@@ -81,7 +81,7 @@ def _run_layers(values: FlagValues, benchmark: str) -> None:
     peaks, rows = measure_peaks(), []
     for shape in shapes:
         if benchmark == "layer":
-            rows += layer.bench_layer(shape, names, layer.DIRECTIONS, values.dtype, values.repetitions or 5, peaks)
+            rows += layer.bench_layer(shape, names, layer.DIRECTIONS, values.dtype, values.repetitions or 4, peaks)
         else:
             rows += decode.bench_decode(shape, names, values.dtype, values.repetitions or 15, peaks)
     if values.csv:
@@ -125,7 +125,9 @@ def _columns(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    """A line for each row; the quartiles in columns of their own."""
+    flat = [{**row, "q25_ms": row["quartiles_ms"][0], "q75_ms": row["quartiles_ms"][1]} for row in rows]
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer = csv.DictWriter(file, [name for name in flat[0] if name != "quartiles_ms"], extrasaction="ignore")
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows(flat)

@@ -8,7 +8,7 @@ import matplotlib
 from moejax.inspection.style import BLUE, GREEN, GREY, ORANGE, PURPLE, STYLE, new_figure, svg_bytes
 
 COLORS = (BLUE, ORANGE, GREEN, PURPLE)
-HATCHES = ("", "///", "...", "xx")
+HATCHES = ("", "///", "\\\\\\", "xx")
 
 
 def draw_layers(rows: Sequence[dict[str, Any]]) -> bytes:
@@ -39,7 +39,7 @@ def draw_layers(rows: Sequence[dict[str, Any]]) -> bytes:
         axes.invert_yaxis()
         axes.grid(visible=False, axis="y")
         axes.set_xlim(0, 1.12 * highest)
-        axes.set_xlabel(f"time over the dense layer's, {direction.replace('_', ' and ')}")
+        axes.set_xlabel(f"time / dense layer\n{direction.replace('_', ' and ')}")
         if len(names) > 1:
             axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
         return svg_bytes(figure)
