@@ -60,30 +60,30 @@ def feed_forward(
 
 
 def add_rows(x_RD: Float[Array, "R D"], row_TK: Int[Array, "T K"]) -> Float[Array, "T D"]:
-    """For each token the sum of its rows, in float32 before it is rounded; those out of range add nothing.
+    """For each token the sum of its rows; those out of range add nothing.
 
     A gather for each of the K: XLA:CPU does not fuse one gather of all with the sum, which takes three times as long.
     """
 
     def add(k, sum_TD):
         row_T = lax.dynamic_index_in_dim(row_TK, k, axis=1, keepdims=False)
-        return sum_TD + x_RD.at[row_T].get(mode="fill", fill_value=0).astype(jnp.float32)
+        return sum_TD + x_RD.at[row_T].get(mode="fill", fill_value=0)
 
     num_tokens, top_k = row_TK.shape
-    zeros_TD = zeros_varying_like(x_RD, (num_tokens, x_RD.shape[1]), jnp.float32)
-    return lax.fori_loop(0, top_k, add, zeros_TD, unroll=min(8, top_k)).astype(x_RD.dtype)
+    zeros_TD = zeros_varying_like(x_RD, (num_tokens, x_RD.shape[1]), x_RD.dtype)
+    return lax.fori_loop(0, top_k, add, zeros_TD, unroll=min(8, top_k))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _feed_forward(activate, x_TD, weights_TK, gate_up_EDP, down_EFD, row_TK, choice_R, group_sizes_E):
     y_RD, _ = _forward_rows(activate, x_TD, weights_TK, gate_up_EDP, down_EFD, choice_R, group_sizes_E, keep=False)
-    return add_rows(y_RD, row_TK)
+    return add_rows(y_RD, row_TK).astype(x_TD.dtype)
 
 
 def _forward(activate, x_TD, weights_TK, gate_up_EDP, down_EFD, row_TK, choice_R, group_sizes_E):
     arrays = x_TD, weights_TK, gate_up_EDP, down_EFD, choice_R, group_sizes_E
     y_RD, projected_RP = _forward_rows(activate, *arrays, keep=True)
-    return add_rows(y_RD, row_TK), (projected_RP, row_TK, arrays)
+    return add_rows(y_RD, row_TK).astype(x_TD.dtype), (projected_RP, row_TK, arrays)
 
 
 def _backward(activate, residuals, dy_TD):
@@ -92,7 +92,7 @@ def _backward(activate, residuals, dy_TD):
     _, weights_TK, gate_up_EDP, down_EFD, *_ = arrays
     dweights_TK = dweight_R.at[row_TK].get(mode="fill", fill_value=0).astype(weights_TK.dtype)
     dweights = dgate_up_EDP.astype(gate_up_EDP.dtype), ddown_EFD.astype(down_EFD.dtype)
-    return add_rows(dx_RD, row_TK), dweights_TK, *dweights, None, None, None
+    return add_rows(dx_RD, row_TK).astype(dy_TD.dtype), dweights_TK, *dweights, None, None, None
 
 
 _feed_forward.defvjp(_forward, _backward)
@@ -102,6 +102,7 @@ def _forward_rows(activate, x_TD, weights_TK, gate_up_EDP, down_EFD, choice_R, g
     """Weighted outputs of the rows and, to `keep` for the backward pass, their projections; rest is left undefined."""
     groups, token_R, weight_R = _grouped(weights_TK, choice_R, group_sizes_E)
     num_rows, d_model, num_projected = choice_R.shape[0], x_TD.shape[1], gate_up_EDP.shape[2]
+    x_TD = _wide(x_TD)
 
     def one_expert(e, carry):
         gate_up_DP, down_FD = _matrix(gate_up_EDP, e), _matrix(down_EFD, e)
@@ -115,8 +116,8 @@ def _forward_rows(activate, x_TD, weights_TK, gate_up_EDP, down_EFD, choice_R, g
 
         return groups.for_each_tile(e, one_tile, one_tile, carry)
 
-    y_RD = empty_varying_like(x_TD, (num_rows, d_model), x_TD.dtype)
-    projected_RP = empty_varying_like(x_TD, (num_rows if keep else 0, num_projected), x_TD.dtype)
+    y_RD = empty_varying_like(x_TD, (num_rows, d_model), jnp.float32)
+    projected_RP = empty_varying_like(x_TD, (num_rows if keep else 0, num_projected), jnp.float32)
     return groups.for_each_active(one_expert, (y_RD, projected_RP))
 
 
@@ -124,6 +125,7 @@ def _backward_rows(activate, dy_TD, projected_RP, x_TD, weights_TK, gate_up_EDP,
     """Gradients of the rows and of their weights, rest left undefined, and in float32 of all matrices."""
     groups, token_R, weight_R = _grouped(weights_TK, choice_R, group_sizes_E)
     num_rows, d_model = choice_R.shape[0], x_TD.shape[1]
+    x_TD, dy_TD = _wide(x_TD), _wide(dy_TD)
 
     def one_expert(e, carry):
         gate_up_DP, down_FD = _matrix(gate_up_EDP, e), _matrix(down_EFD, e)
@@ -136,7 +138,7 @@ def _backward_rows(activate, dy_TD, projected_RP, x_TD, weights_TK, gate_up_EDP,
             is_row_b1 = (row + jnp.arange(size) < groups.ends_E[e])[:, None]
             x_bD, dy_bD = (jnp.where(is_row_b1, _gather(a_TD, token_b), 0) for a_TD in (x_TD, dy_TD))
             weight_b1 = take(weight_R, row, size)[:, None]
-            projected_bP = jnp.where(is_row_b1, _wide(take(projected_RP, row, size)), 0)
+            projected_bP = jnp.where(is_row_b1, take(projected_RP, row, size), 0)
             hidden_bF, pull = jax.vjp(lambda h_bP: activate(_split(h_bP, down_FD.shape[0])), projected_bP)
             dhidden_bF = _dot(dy_bD, down_FD, 1, 1)
             (dprojected_bP,) = pull(dhidden_bF * weight_b1)
@@ -161,7 +163,7 @@ def _backward_rows(activate, dy_TD, projected_RP, x_TD, weights_TK, gate_up_EDP,
         return tuple(_replace(total, jnp.zeros_like(total, shape=total.shape[1:]), e) for total in totals)
 
     rows = (
-        empty_varying_like(x_TD, (num_rows, d_model), x_TD.dtype),
+        empty_varying_like(x_TD, (num_rows, d_model), jnp.float32),
         empty_varying_like(x_TD, (num_rows,), jnp.float32),
     )
     totals = tuple(empty_varying_like(x_TD, w.shape, jnp.float32) for w in (gate_up_EDP, down_EFD))
@@ -178,8 +180,8 @@ def _grouped(weights_TK, choice_R, group_sizes_E):
 
 
 def _gather(x_TD, token_b):
-    """Rows of tokens in float32; those of tokens out of range are of use to nobody."""
-    return _wide(x_TD.at[token_b].get(mode="clip"))
+    """Rows of tokens; those of tokens out of range are of use to nobody."""
+    return x_TD.at[token_b].get(mode="clip")
 
 
 def _matrix(w_EPQ, e):
@@ -204,5 +206,5 @@ def _outer_products(a_bP, b_bQ):
 
 
 def _wide(x):
-    """float32, in which CPUs multiply bfloat16 faster and accumulate exactly."""
+    """float32, in which CPUs multiply bfloat16 faster and accumulate exactly; they move it faster, too."""
     return x.astype(jnp.float32)
