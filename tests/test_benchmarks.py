@@ -20,7 +20,7 @@ def test_every_implementation_that_is_timed_computes_the_layer_of_the_oracle(nam
     every = layer.implementations_of(SHAPE) | {"room for all": layer._capacity(SHAPE, 4.0)}
     inputs = arrays.x_TD, arrays.weights_TK, *arrays.expert_weights
     program = Program.compile(
-        functools.partial(layer._through, every[name]), "forward_backward", arrays.dy_TD, inputs, (arrays.experts_TK,)
+        functools.partial(layer.through, every[name]), "forward_backward", arrays.dy_TD, inputs, (arrays.experts_TK,)
     )
     y_TD, gradients = program()
     expected = oracle.feed_forward(*inputs, np.asarray(arrays.experts_TK), arrays.dy_TD)

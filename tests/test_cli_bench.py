@@ -7,7 +7,9 @@ from xml.etree import ElementTree
 
 import pytest
 
-from moejax.cli import main
+from moejax.benchmarks import tune
+from moejax.benchmarks.timing import Peaks, Times
+from moejax.cli import bench, main
 
 DEBUG = Path(__file__).parents[1] / "configs/debug.py"
 
@@ -21,9 +23,16 @@ def test_bench_step_compares_moe_and_dense_in_one_run(capsys):
     assert rows["moe_active_parameters"] - rows["dense_parameters"] == 2 * 32 * 4
 
 
+@pytest.fixture
+def _peaks(monkeypatch):
+    """Of no machine: to measure them takes longer than the layers of these tests."""
+    monkeypatch.setattr(bench, "measure_peaks", lambda: Peaks(gflops=100.0, gbytes=10.0))
+
+
 LAYER = ["bench", "layer", "--repetitions=1", "--shapes=64:8:4:4:2,64:8:4:4:2:skewed"]
 
 
+@pytest.mark.usefixtures("_peaks")
 def test_bench_layer_writes_a_row_for_every_shape_direction_and_implementation(capsys, tmp_path):
     files = [f"--csv={tmp_path / 'rows.csv'}", f"--plot={tmp_path / 'ratios.svg'}"]
     assert main([*LAYER, "--implementations=tiled,ragged,padded,dense,capacity 1.25", "--json", *files]) == 0
@@ -48,14 +57,33 @@ def test_bench_layer_writes_a_row_for_every_shape_direction_and_implementation(c
     assert all(name in shown for name in names[1:]) and "skewed" in shown
 
 
+@pytest.mark.usefixtures("_peaks")
 def test_bench_decode_says_what_reading_the_chosen_experts_would_take(capsys):
     arguments = ["bench", "decode", "--repetitions=1", "--shapes=1:8:4:64:2", "--implementations=tiled"]
     assert main([*arguments, "--json"]) == 0
     (row,) = json.loads(capsys.readouterr().out)
     assert row["active_experts"] == 2 and row["direction"] == "forward"
+    assert row["reading_ms"] == pytest.approx(2 * 3 * 8 * 4 * 4 / 10e6, abs=1e-3)
     assert row["gbytes"] == pytest.approx(2 * 3 * 8 * 4 * 4 / row["ms"] / 1e6, abs=0.01)
     assert main(arguments) == 0
     assert "1 tokens, D 8, F 4, E 64, K 2, float32: forward" in capsys.readouterr().out
+
+
+def test_bench_tune_enters_what_is_better_than_the_guess_and_nothing_else(capsys, tmp_path, monkeypatch):
+    table = tmp_path / "table.json"
+    table.write_text('{"cpu": {"128:4:8:4": [8, 16], "1:1:1:1": [2]}}')
+    arguments = ["bench", "tune", "--shapes=64:8:4:4:2", f"--table={table}", "--repetitions=1"]
+    assert main([*arguments, "--json"]) == 0  # an upper quartile of one repetition is its lower one
+    rows = json.loads(capsys.readouterr().out)
+    assert rows[0]["sizes"] == "16 64" and rows[0]["ratio_to_guess"] == 1 and len(rows) >= 4
+    best = min(rows, key=lambda row: row["ms"])["sizes"]
+    entries = json.loads(table.read_text())["cpu"]
+    assert entries.pop("1:1:1:1") == [2]
+    assert entries == ({} if best == "16 64" else {"128:4:8:4": [int(size) for size in best.split()]})
+    monkeypatch.setattr(tune, "interleave", lambda programs, _: {name: Times(2.0, (1, 3)) for name in programs})
+    assert main(arguments) == 0
+    assert "Kept: the guess" in capsys.readouterr().out
+    assert json.loads(table.read_text()) == {"cpu": {"1:1:1:1": [2]}}
 
 
 @pytest.mark.parametrize(
@@ -67,7 +95,9 @@ def test_bench_decode_says_what_reading_the_chosen_experts_would_take(capsys):
         (["layer", "--shapes=64:8:4:4:5"], "top_k=5 must be at most num_experts=4"),
         (["layer", "--implementations=tilde"], "--implementations=tilde must be some of auto, tiled"),
         (["decode", "--plot=x.svg"], "--plot belongs to moejax bench layer"),
-        (["step", "--shapes=mixtral"], "--shapes belongs to moejax bench layer and decode"),
+        (["step", "--shapes=mixtral"], "--shapes belongs to moejax bench layer, decode, tune"),
+        (["layer", "--table=x.json"], "--table belongs to moejax bench tune"),
+        (["tune", "--table=/nowhere/table.json"], "--table=/nowhere/table.json is not a file"),
         (["layer", "--csv=/nowhere/rows.csv"], "/nowhere is not a folder"),
         (["layer", "--repetitions=-1"], "--repetitions=-1 must be at least 0"),
     ],

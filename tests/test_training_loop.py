@@ -28,11 +28,12 @@ REPOSITORY = Path(__file__).parents[1]
 
 
 def tiny(tmp_path, **sections):
+    """A small run; all in this process share the prepared rows."""
     train_leaves = {"num_steps": 20, "log_every": 5, "eval_every": 10, "checkpoint_every": 5, "batch_size": 8}
     return small_config(
         **sections | {
             "train": train_leaves | sections.get("train", {}),
-            "data": {"directory": str(tmp_path / "data")} | sections.get("data", {}),
+            "data": {"directory": str(tmp_path.parent / "data")} | sections.get("data", {}),
             "optimizer": {"learning_rate": 1e-2} | sections.get("optimizer", {}),
         }
     )  # fmt: skip

@@ -123,7 +123,7 @@ def bench_layer(
         inputs = arrays.x_TD, arrays.weights_TK, *arrays.expert_weights
         programs = {DENSE: Program.compile(dense_layer, direction, arrays.dy_TD, dense_inputs)}
         for name in implementations:
-            layer = functools.partial(_through, layers[name])
+            layer = functools.partial(through, layers[name])
             programs[name] = Program.compile(layer, direction, arrays.dy_TD, inputs, (arrays.experts_TK,))
         logging.getLogger("moejax").info("measuring %s %s: %s", shape, direction, ", ".join(programs))
         times = interleave(programs, repetitions, warm_up=1)  # they are compiled
@@ -200,7 +200,8 @@ def dense_layer(x_TD: jax.Array, gate_DF: jax.Array, up_DF: jax.Array, down_FD: 
     return (jax.nn.silu(x_TD @ gate_DF) * (x_TD @ up_DF)) @ down_FD
 
 
-def _through(layer, x_TD, weights_TK, gate_up_EDPF, down_EFD, experts_TK):
+def through(layer, x_TD, weights_TK, gate_up_EDPF, down_EFD, experts_TK):
+    """One sequence of tokens through a layer of `implementations_of`."""
     chosen = Chosen(experts_TK[None], weights_TK[None])
     return layer(x_TD[None], chosen, ExpertWeights(gate_up_EDPF, down_EFD))[0]
 
@@ -252,7 +253,7 @@ def _row(
         "ms": round(times[name].median_ms, 3),
         "quartiles_ms": [round(ms, 3) for ms in times[name].quartiles_ms],
         "ratio_to_dense": round(times[name].median_ms / times[DENSE].median_ms, 3),
-        "gflops": round(gflops, 1),
+        "gflops": float(f"{gflops:.4g}"),
         "fraction_of_peak_gflops": round(gflops / peaks.gflops, 3),
         "temporary_bytes": program.temporary_bytes,
     }

@@ -2,6 +2,7 @@
 
 moejax bench layer     the experts of a layer over a dense layer with the same active FLOPs, by implementation
 moejax bench decode    the same for a few tokens, over reading the weights of the chosen experts once
+moejax bench tune      sizes of tiles for a shape; enters in the tuning table what is better than the guess beyond noise
 moejax bench step      the train step of --config over its dense twin's
 moejax bench compile   compile time of the train step, 64 over 8 experts and 8 over 2 layers
 moejax bench import    importing moejax over importing jax and flax
@@ -15,17 +16,19 @@ from typing import Any
 from absl import flags
 from absl.flags import FlagValues
 
-from moejax.benchmarks import decode, layer
+from moejax.benchmarks import decode, layer, tune
 from moejax.benchmarks.step import bench_compile, bench_import, bench_step
 from moejax.benchmarks.timing import measure_peaks
 from moejax.cli import UsageError
 from moejax.cli.options import define_config, define_json, read_config_flag
 from moejax.cli.tables import print_result, print_table
 from moejax.inspection.bench_figure import draw_layers
+from moejax.kernels.tiles import TABLE, read_table
 
-BENCHMARKS = ("layer", "decode", "step", "compile", "import")
+BENCHMARKS = ("layer", "decode", "tune", "step", "compile", "import")
 DEFAULT_SHAPES = {
     "layer": "mixtral,mixtral-64,olmoe,deepseek",
+    "tune": "mixtral,mixtral-64,olmoe,deepseek",
     "decode": "1:512:1024:64:2,16:512:1024:64:2,64:512:1024:64:2",
 }
 
@@ -35,12 +38,17 @@ def define(values: FlagValues, arguments: list[str]) -> None:
     define_config(values, arguments, default="configs/tiny_moe.py")
     define_json(values)
     flags.DEFINE_integer("repetitions", 0, "timed repetitions of each side; 0: 15, of layers 4", flag_values=values)
-    shapes = f"layer, decode: some of {', '.join(layer.PRESETS)}, or T:D:F:E:K; :skewed after it gives one expert half"
+    shapes = (
+        f"layer, decode, tune: some of {', '.join(layer.PRESETS)}, or T:D:F:E:K; :skewed after it gives one expert half"
+    )
     flags.DEFINE_string("shapes", "", f"{shapes}; separated by commas", flag_values=values)
     names = ", ".join(layer.implementations_of(layer.PRESETS["mixtral"]))
     flags.DEFINE_list("implementations", [], f"layer, decode: some of {names}", flag_values=values)
-    flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "layer, decode: of all arrays", flag_values=values)
+    flags.DEFINE_enum(
+        "dtype", "float32", ["float32", "bfloat16"], "layer, decode, tune: of all arrays", flag_values=values
+    )
     flags.DEFINE_string("csv", "", "layer, decode: a file to write the rows to", flag_values=values)
+    flags.DEFINE_string("table", str(TABLE), "tune: the tuning table to update", flag_values=values)
     flags.DEFINE_string("plot", "", "layer: a file for a picture of the ratios (.svg)", flag_values=values)
 
 
@@ -51,6 +59,8 @@ def run(values: FlagValues, rest: list[str]) -> None:
     if values.repetitions < 0:
         raise UsageError(f"--repetitions={values.repetitions} must be at least 0, which stands for the default")
     _refuse_flags_of_others(values, rest[0])
+    if rest[0] == "tune":
+        return _run_tune(values)
     if rest[0] in DEFAULT_SHAPES:
         return _run_layers(values, rest[0])
     config, repetitions = read_config_flag(values), values.repetitions or 15
@@ -62,10 +72,17 @@ def run(values: FlagValues, rest: list[str]) -> None:
 
 
 def _refuse_flags_of_others(values: FlagValues, benchmark: str) -> None:
-    users = dict.fromkeys(("shapes", "implementations", "dtype", "csv"), ("layer", "decode")) | {"plot": ("layer",)}
+    users: dict[str, tuple[str, ...]] = {
+        "shapes": ("layer", "decode", "tune"),
+        "dtype": ("layer", "decode", "tune"),
+        "implementations": ("layer", "decode"),
+        "csv": ("layer", "decode"),
+        "plot": ("layer",),
+        "table": ("tune",),
+    }
     for name, allowed in users.items():
         if values[name].present and benchmark not in allowed:
-            raise UsageError(f"--{name} belongs to moejax bench {' and '.join(allowed)}; leave it out of {benchmark}")
+            raise UsageError(f"--{name} belongs to moejax bench {', '.join(allowed)}; leave it out of {benchmark}")
 
 
 def _run_layers(values: FlagValues, benchmark: str) -> None:
@@ -93,6 +110,23 @@ def _run_layers(values: FlagValues, benchmark: str) -> None:
         return
     _print_tables(rows)
     print(f"This machine: {peaks.gflops:.0f} GFLOP/s in a large product, {peaks.gbytes:.1f} GB/s in a large copy.")
+
+
+def _run_tune(values: FlagValues) -> None:
+    path, rows = Path(values.table), []
+    if not path.is_file():
+        raise UsageError(f"--table={path} is not a file; an empty table is one that holds {{}}")
+    read_table(path)
+    for shape in layer.parse_shapes(values.shapes or DEFAULT_SHAPES["tune"]):
+        of_shape, better = tune.bench_tune(shape, values.dtype, values.repetitions or 7)
+        tune.update_table(path, shape, better)
+        rows += of_shape
+        if not values.json:
+            print_table([{k: v for k, v in row.items() if k != "shape"} for row in of_shape], title=str(shape))
+            kept = " ".join(map(str, better)) if better else "the guess, which nothing beats beyond noise"
+            print(f"Kept: {kept}.")
+    if values.json:
+        print(json.dumps(rows, indent=2))
 
 
 def _print_tables(rows: list[dict[str, Any]]) -> None:

@@ -15,15 +15,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from moejax.kernels.tiles import Groups, put, take, tile_sizes
+from moejax.kernels.tiles import Groups, put, take
 from moejax.kernels.varying import empty_varying_like, vary_alike, zeros_varying_like
 
 Activate = Callable[[list[jax.Array]], jax.Array]
-
-
-def spare_rows(num_choices: int, num_experts: int) -> int:
-    """Empty rows that `feed_forward` wants after the rows of `num_choices` choices: its last tile may reach there."""
-    return tile_sizes(num_choices, num_experts)[-1]
 
 
 def feed_forward(
@@ -36,6 +31,7 @@ def feed_forward(
     group_sizes_E: Int[Array, "E"],
     *,
     activate: Activate,
+    sizes: tuple[int, ...],
 ) -> Float[Array, "T D"]:
     """Adds up each token's outputs of its experts, `sum_k weights[t, k] * down(activate(gate_up(x[t])))`.
 
@@ -45,9 +41,11 @@ def feed_forward(
       gate_up_EDPF: P projections of every expert.
       down_EFD: the projection out of every expert.
       row_TK: the row of a choice among the rows sorted by expert; R where it has none.
-      choice_R: the choice t * K + k in a row; T * K where the row is empty. R is T * K plus `spare_rows`.
+      choice_R: the choice t * K + k in a row; T * K where the row is empty. R is T * K plus the largest of `sizes`, for
+        the last tile may reach there.
       group_sizes_E: rows of each expert.
       activate: from P arrays `[rows, F]` to the hidden units `[rows, F]`.
+      sizes: of tiles, rising; see `tile_sizes`.
 
     Returns:
       The outputs, in the dtype of `x_TD` with float32 accumulation; zeros for a token without rows. An expert without
@@ -56,7 +54,7 @@ def feed_forward(
     gate_up_EDP = gate_up_EDPF.reshape(*gate_up_EDPF.shape[:2], -1)
     # Outside of the custom VJP: the transpose sums the gradient of replicated weights over devices.
     arrays = vary_alike(x_TD, weights_TK, gate_up_EDP, down_EFD, row_TK, choice_R, group_sizes_E)
-    return _feed_forward(activate, *arrays)
+    return _feed_forward(activate, sizes, *arrays)
 
 
 def add_rows(x_RD: Float[Array, "R D"], row_TK: Int[Array, "T K"]) -> Float[Array, "T D"]:
@@ -74,21 +72,22 @@ def add_rows(x_RD: Float[Array, "R D"], row_TK: Int[Array, "T K"]) -> Float[Arra
     return lax.fori_loop(0, top_k, add, zeros_TD, unroll=min(8, top_k))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _feed_forward(activate, x_TD, weights_TK, gate_up_EDP, down_EFD, row_TK, choice_R, group_sizes_E):
-    y_RD, _ = _forward_rows(activate, x_TD, weights_TK, gate_up_EDP, down_EFD, choice_R, group_sizes_E, keep=False)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _feed_forward(activate, sizes, x_TD, weights_TK, gate_up_EDP, down_EFD, row_TK, choice_R, group_sizes_E):
+    arrays = x_TD, weights_TK, gate_up_EDP, down_EFD, choice_R, group_sizes_E
+    y_RD, _ = _forward_rows(activate, sizes, *arrays, keep=False)
     return add_rows(y_RD, row_TK).astype(x_TD.dtype)
 
 
-def _forward(activate, x_TD, weights_TK, gate_up_EDP, down_EFD, row_TK, choice_R, group_sizes_E):
+def _forward(activate, sizes, x_TD, weights_TK, gate_up_EDP, down_EFD, row_TK, choice_R, group_sizes_E):
     arrays = x_TD, weights_TK, gate_up_EDP, down_EFD, choice_R, group_sizes_E
-    y_RD, projected_RP = _forward_rows(activate, *arrays, keep=True)
+    y_RD, projected_RP = _forward_rows(activate, sizes, *arrays, keep=True)
     return add_rows(y_RD, row_TK).astype(x_TD.dtype), (projected_RP, row_TK, arrays)
 
 
-def _backward(activate, residuals, dy_TD):
+def _backward(activate, sizes, residuals, dy_TD):
     projected_RP, row_TK, arrays = residuals
-    dx_RD, dweight_R, dgate_up_EDP, ddown_EFD = _backward_rows(activate, dy_TD, projected_RP, *arrays)
+    dx_RD, dweight_R, dgate_up_EDP, ddown_EFD = _backward_rows(activate, sizes, dy_TD, projected_RP, *arrays)
     _, weights_TK, gate_up_EDP, down_EFD, *_ = arrays
     dweights_TK = dweight_R.at[row_TK].get(mode="fill", fill_value=0).astype(weights_TK.dtype)
     dweights = dgate_up_EDP.astype(gate_up_EDP.dtype), ddown_EFD.astype(down_EFD.dtype)
@@ -98,9 +97,9 @@ def _backward(activate, residuals, dy_TD):
 _feed_forward.defvjp(_forward, _backward)
 
 
-def _forward_rows(activate, x_TD, weights_TK, gate_up_EDP, down_EFD, choice_R, group_sizes_E, *, keep: bool):
+def _forward_rows(activate, sizes, x_TD, weights_TK, gate_up_EDP, down_EFD, choice_R, group_sizes_E, *, keep: bool):
     """Weighted outputs of the rows and, to `keep` for the backward pass, their projections; rest is left undefined."""
-    groups, token_R, weight_R = _grouped(weights_TK, choice_R, group_sizes_E)
+    groups, token_R, weight_R = _grouped(sizes, weights_TK, choice_R, group_sizes_E)
     num_rows, d_model, num_projected = choice_R.shape[0], x_TD.shape[1], gate_up_EDP.shape[2]
     x_TD = _wide(x_TD)
 
@@ -121,9 +120,11 @@ def _forward_rows(activate, x_TD, weights_TK, gate_up_EDP, down_EFD, choice_R, g
     return groups.for_each_active(one_expert, (y_RD, projected_RP))
 
 
-def _backward_rows(activate, dy_TD, projected_RP, x_TD, weights_TK, gate_up_EDP, down_EFD, choice_R, group_sizes_E):
+def _backward_rows(
+    activate, sizes, dy_TD, projected_RP, x_TD, weights_TK, gate_up_EDP, down_EFD, choice_R, group_sizes_E
+):
     """Gradients of the rows and of their weights, rest left undefined, and in float32 of all matrices."""
-    groups, token_R, weight_R = _grouped(weights_TK, choice_R, group_sizes_E)
+    groups, token_R, weight_R = _grouped(sizes, weights_TK, choice_R, group_sizes_E)
     num_rows, d_model = choice_R.shape[0], x_TD.shape[1]
     x_TD, dy_TD = _wide(x_TD), _wide(dy_TD)
 
@@ -171,12 +172,10 @@ def _backward_rows(activate, dy_TD, projected_RP, x_TD, weights_TK, gate_up_EDP,
     return *rows, *groups.for_each_empty(no_rows, totals)
 
 
-def _grouped(weights_TK, choice_R, group_sizes_E):
+def _grouped(sizes, weights_TK, choice_R, group_sizes_E):
     """Tiles, and the token and the weight of each row."""
-    num_choices, top_k = weights_TK.size, weights_TK.shape[1]
-    groups = Groups.of(group_sizes_E, tile_sizes(num_choices, group_sizes_E.shape[0]))
     weight_R = weights_TK.reshape(-1).at[choice_R].get(mode="fill", fill_value=0)
-    return groups, choice_R // top_k, _wide(weight_R)
+    return Groups.of(group_sizes_E, sizes), choice_R // weights_TK.shape[1], _wide(weight_R)
 
 
 def _gather(x_TD, token_b):

@@ -6,7 +6,11 @@ rest. All loops are `lax.fori_loop`s; the program has the same size for any numb
 """
 
 import dataclasses
+import functools
+import importlib.resources
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
 import jax
@@ -20,15 +24,53 @@ FEW_ROWS = 4096
 """Below, arithmetic takes less time than compiling a loop body per size of tile would."""
 
 
-def tile_sizes(num_rows: int, num_groups: int) -> tuple[int, ...]:
-    """Rising sizes of tiles for `num_rows` rows in `num_groups` groups.
+TABLE = Path(str(importlib.resources.files("moejax.kernels"))) / "tuned_tiles.json"
+"""Sizes that `moejax bench tune` found better than those of `guess_sizes`: by platform, and by `problem`."""
+
+
+def tile_sizes(num_rows: int, num_groups: int, d_model: int, d_hidden: int) -> tuple[int, ...]:
+    """Rising sizes of tiles for `num_rows` rows in `num_groups` groups: tuned ones, or a guess.
+
+    Args:
+      num_rows: of all groups.
+      num_groups: groups, each with matrices of its own.
+      d_model: width of the rows.
+      d_hidden: width between the matrices.
+    """
+    tuned = read_table(TABLE).get(jax.default_backend(), {}).get(problem(num_rows, num_groups, d_model, d_hidden))
+    return tuned or guess_sizes(num_rows, num_groups)
+
+
+def problem(num_rows: int, num_groups: int, d_model: int, d_hidden: int) -> str:
+    """What the table calls it."""
+    return f"{num_rows}:{num_groups}:{d_model}:{d_hidden}"
+
+
+@functools.cache
+def read_table(path: Path) -> dict[str, dict[str, tuple[int, ...]]]:
+    """The tuning table of a file.
+
+    Raises:
+      ValueError: sizes that are not rising positive integers.
+    """
+    table = json.loads(path.read_text(encoding="utf-8"))
+    for platform, entries in table.items():
+        for name, sizes in entries.items():
+            is_rising = all(low < high for low, high in zip([0, *sizes], sizes, strict=False))
+            if not sizes or not is_rising or not all(isinstance(size, int) for size in sizes):
+                raise ValueError(f"{path}: {platform} {name}: {sizes} must be rising positive integers; tune it again")
+    return {platform: {name: tuple(s) for name, s in entries.items()} for platform, entries in table.items()}
+
+
+def guess_sizes(num_rows: int, num_groups: int) -> tuple[int, ...]:
+    """Sizes from the mean group alone.
 
     Groups differ from their mean, mostly by less than half of it: sizes lie close together around the mean. Products of
     fewer than 64 rows run at less than the full speed, those of more than 256 gain nothing.
     """
     mean = num_rows // num_groups
     if mean < 4 and num_rows < FEW_ROWS:
-        return (2, 4, 8)  # as in decoding: reading the matrices takes longer than multiplying by them
+        return (2, 8)  # as in decoding: reading the matrices takes longer than multiplying by them
     if num_rows < FEW_ROWS:
         size = min(64, max(8, 1 << (mean.bit_length() - 2)))  # from a quarter to half the mean
         return (size, 4 * size)

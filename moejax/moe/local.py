@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from moejax.kernels.feed_forward import feed_forward
-from moejax.kernels.feed_forward import spare_rows as feed_forward_spare_rows
 from moejax.kernels.grouped_matmul import grouped_matmul, resolve_implementation, spare_rows_for
+from moejax.kernels.tiles import tile_sizes
 from moejax.moe.dispatch import combine, dispatch, dispatch_weights, plan_capacity, plan_dropless
 from moejax.moe.experts import ExpertWeights, apply_experts
 
@@ -34,14 +34,17 @@ class Chosen:
     input_weights_BLK: Any = None
 
 
-def run_dropless(x_BLD, chosen: Chosen, weights: ExpertWeights, *, implementation: str):
-    """As many rows as there are choices."""
+def run_dropless(
+    x_BLD, chosen: Chosen, weights: ExpertWeights, *, implementation: str, sizes: tuple[int, ...] | None = None
+):
+    """As many rows as there are choices. `sizes`: of tiles, where `moejax bench tune` compares them."""
     experts_BLK = chosen.experts_BLK
     top_k, num_experts = experts_BLK.shape[-1], weights.down_EFD.shape[0]
     experts_TK = experts_BLK.reshape(-1, top_k)
     if resolve_implementation(implementation) == "tiled" and _is_plain(chosen, weights):
-        plan = plan_dropless(experts_TK, num_experts, feed_forward_spare_rows(experts_TK.size, num_experts))
-        return _run_in_one_pass(plan, x_BLD, chosen, weights)
+        sizes = sizes or tile_sizes(experts_TK.size, num_experts, x_BLD.shape[-1], weights.down_EFD.shape[1])
+        plan = plan_dropless(experts_TK, num_experts, spare_rows=sizes[-1])
+        return _run_in_one_pass(plan, x_BLD, chosen, weights, sizes)
     spare_rows = spare_rows_for(experts_TK.size, num_experts, implementation)
     plan = plan_dropless(experts_TK, num_experts, spare_rows)
     matmul = functools.partial(
@@ -55,7 +58,7 @@ def _is_plain(chosen: Chosen, weights: ExpertWeights) -> bool:
     return chosen.input_weights_BLK is None and not weights.network.has_bias
 
 
-def _run_in_one_pass(plan, x_BLD, chosen: Chosen, weights: ExpertWeights):
+def _run_in_one_pass(plan, x_BLD, chosen: Chosen, weights: ExpertWeights, sizes: tuple[int, ...]):
     y_TD = feed_forward(
         x_BLD.reshape(-1, x_BLD.shape[-1]),
         chosen.weights_BLK.reshape(plan.row_TK.shape),
@@ -65,6 +68,7 @@ def _run_in_one_pass(plan, x_BLD, chosen: Chosen, weights: ExpertWeights):
         plan.choice_R,
         plan.group_sizes_E,
         activate=weights.network.activate,
+        sizes=sizes,
     )
     return y_TD.reshape(x_BLD.shape)
 

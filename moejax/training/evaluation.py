@@ -4,6 +4,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator
 
+import jax
 import numpy as np
 from flax import nnx
 
@@ -48,6 +49,13 @@ class Evaluation:
         return values
 
 
+@jax.jit
+def _add(total: tuple[Sums, jax.Array | None], more: tuple[Sums, jax.Array | None]) -> tuple[Sums, jax.Array | None]:
+    """Sums and co-activations of two parts; one program, not one for each of dozens of small arrays."""
+    coactivation_NEE = None if total[1] is None or more[1] is None else total[1] + more[1]
+    return add_sums(total[0], more[0]), coactivation_NEE
+
+
 def evaluate(
     eval_step: Callable[..., EvalOutput],
     trainable: Trainable,
@@ -77,9 +85,7 @@ def evaluate(
         if total is None:
             total, coactivation_NEE, probe_NTK = output.sums, output.coactivation_NEE, output.probe_NTK
         else:
-            total = add_sums(total, output.sums)
-            if coactivation_NEE is not None and output.coactivation_NEE is not None:
-                coactivation_NEE += output.coactivation_NEE
+            total, coactivation_NEE = _add((total, coactivation_NEE), (output.sums, output.coactivation_NEE))
     if total is None:
         raise ValueError("nothing to evaluate: the split has no rows")
     nats, num_targets = float(total.nats), float(total.num_targets)
