@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import pytest
 
 from moejax.cli import VERBS, main
+from moejax.moe import local
 from moejax.training.loop import TrainResult
 
 REPOSITORY = Path(__file__).parents[1]
@@ -166,6 +167,7 @@ def test_doctor_finds_this_set_up_working(capsys):
     assert main(["doctor", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
     assert rows["grouped_matmul=auto"] == "tiled"
+    assert rows["check: experts"].startswith("ok, within")
     assert rows["check: training step"].startswith("ok on mesh data 8")
 
 
@@ -185,3 +187,12 @@ def test_doctor_fails_when_a_kernel_is_wrong(capsys, monkeypatch):
         captured = capsys.readouterr()
         assert "grouped_matmul=tiled failed" in captured.err
         assert "differs from the reference" in json.loads(captured.out)["check: grouped_matmul=tiled"]
+
+
+def test_doctor_fails_when_the_experts_in_one_pass_are_wrong(capsys, monkeypatch):
+    real = local.feed_forward
+    monkeypatch.setattr("moejax.cli.doctor.check_training_step", lambda: "ok")
+    monkeypatch.setattr("moejax.cli.doctor.check_grouped_matmul", lambda name: "ok")
+    monkeypatch.setattr(local, "feed_forward", lambda *a, **k: 2 * real(*a, **k))
+    assert main(["doctor", "--json"]) == 1
+    assert "differs from the reference" in json.loads(capsys.readouterr().out)["check: experts"]

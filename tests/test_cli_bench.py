@@ -91,6 +91,15 @@ def test_bench_tune_enters_what_is_better_than_the_guess_and_nothing_else(capsys
     assert json.loads(table.read_text()) == {"cpu": {"1:1:1:1": [2]}}
 
 
+def test_a_file_that_is_no_tuning_table_is_a_line_and_stays_as_it_is(capsys, tmp_path):
+    table = tmp_path / "table.json"
+    table.write_text('{"cpu": {"128:4:8:4": [16, 8]}}')
+    assert main(["bench", "tune", "--shapes=64:8:4:4:2", f"--table={table}"]) == 2
+    errors = capsys.readouterr().err
+    assert "[16, 8] must be rising positive integers" in errors and "Traceback" not in errors
+    assert table.read_text() == '{"cpu": {"128:4:8:4": [16, 8]}}'
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

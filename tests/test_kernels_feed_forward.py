@@ -148,6 +148,15 @@ def test_memory_that_nobody_wrote_reaches_no_result(monkeypatch):
         np.testing.assert_array_equal(a, e)
 
 
+def test_too_few_spare_rows_are_an_error_that_says_how_many_to_plan_with():
+    arrays = map(jnp.asarray, draw(choices_of((31, 0, 32, 3, 0), 50, 2), 5))
+    x_TD, weights_TK, gate_up_EDPF, down_EFD, experts_TK, _ = arrays
+    plan = plan_dropless(experts_TK, 5, spare_rows=63)
+    rows = plan.row_TK, plan.choice_R, plan.group_sizes_E
+    with pytest.raises(ValueError, match=r"163 rows and must have 164; plan with spare_rows=64"):
+        feed_forward(x_TD, weights_TK, gate_up_EDPF, down_EFD, *rows, activate=Network().activate, sizes=(16, 64))
+
+
 def test_bfloat16_is_accumulated_in_float32_and_rounded_once():
     arguments = draw(choices_of((300, 0, 90, 10), 200, 2), 4, d=16, f=8)
     low = [jnp.asarray(a, jnp.bfloat16) if np.issubdtype(a.dtype, np.floating) else a for a in arguments]

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moejax.kernels import tiles
-from moejax.kernels.tiles import FEW_ROWS, TABLE, Groups, guess_sizes, problem, read_table, tile_sizes
+from moejax.kernels.tiles import FEW_ROWS, TABLE, Groups, TableError, guess_sizes, problem, read_table, tile_sizes
 
 SIZES, NUM_GROUPS, NUM_ROWS = (8, 16, 32), 5, 400
 
@@ -81,11 +81,19 @@ def test_a_problem_in_the_table_has_its_sizes_on_its_platform_and_others_the_gue
     assert tile_sizes(1, 1, 1, 1) == guess_sizes(1, 1)
 
 
-@pytest.mark.parametrize("sizes", [[], [128, 96], [0, 8], [8, 8], [8.5]])
+@pytest.mark.parametrize("sizes", [[], [128, 96], [0, 8], [8, 8], [8.5], ["8"], 8])
 def test_a_table_with_impossible_sizes_is_refused_with_its_place(tmp_path, sizes):
     table = tmp_path / "table.json"
     table.write_text(json.dumps({"cpu": {"8192:64:512:1024": sizes}}))
-    with pytest.raises(ValueError, match=r"table.json: cpu 8192:64:512:1024: .* rising positive integers"):
+    with pytest.raises(TableError, match=r"table.json: cpu 8192:64:512:1024: .* rising positive integers"):
+        read_table(table)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"cpu": 8}'])
+def test_a_file_that_is_no_table_is_refused_by_name(tmp_path, text):
+    table = tmp_path / "table.json"
+    table.write_text(text)
+    with pytest.raises(TableError, match=r"table.json is no table of sizes"):
         read_table(table)
 
 

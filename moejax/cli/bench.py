@@ -101,15 +101,16 @@ def _run_layers(values: FlagValues, benchmark: str) -> None:
             rows += layer.bench_layer(shape, names, layer.DIRECTIONS, values.dtype, values.repetitions or 4, peaks)
         else:
             rows += decode.bench_decode(shape, names, values.dtype, values.repetitions or 15, peaks)
+    if values.json:
+        print(json.dumps(rows, indent=2))
+    else:
+        _print_tables(rows)
+        print(f"This machine: {peaks.gflops:.0f} GFLOP/s in a large product, {peaks.gbytes:.1f} GB/s in a large copy.")
+    # After the figures are shown: a full disk must not lose them.
     if values.csv:
         _write_csv(Path(values.csv), rows)
     if values.plot:
         Path(values.plot).write_bytes(draw_layers(rows))
-    if values.json:
-        print(json.dumps(rows, indent=2))
-        return
-    _print_tables(rows)
-    print(f"This machine: {peaks.gflops:.0f} GFLOP/s in a large product, {peaks.gbytes:.1f} GB/s in a large copy.")
 
 
 def _run_tune(values: FlagValues) -> None:

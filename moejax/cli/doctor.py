@@ -1,7 +1,7 @@
 """Print versions, devices and kernels, and check that the set-up works.
 
-Every grouped product that runs here is compared with the reference, values and gradients, and a small MoE model takes
-a training step on all devices. Exits 1 if a check fails.
+Every grouped product that runs here, and the experts as this platform computes them, are compared with the reference,
+values and gradients, and a small MoE model takes a training step on all devices. Exits 1 if a check fails.
 """
 
 import functools
@@ -18,6 +18,8 @@ from moejax.cli.options import define_json
 from moejax.cli.tables import print_result
 from moejax.config import Knobs, resolve
 from moejax.kernels.grouped_matmul import IMPLEMENTATIONS, grouped_matmul, resolve_implementation
+from moejax.moe.experts import ExpertWeights
+from moejax.moe.local import Chosen, run_dropless
 from moejax.sharding import make_mesh
 from moejax.training.run_directory import git_commit, versions
 from moejax.training.state import make_trainable
@@ -50,6 +52,7 @@ def run(values: FlagValues, rest: list[str]) -> None:
     checks: dict[str, Callable[[], str]] = {
         f"grouped_matmul={name}": functools.partial(check_grouped_matmul, name) for name in IMPLEMENTATIONS
     }
+    checks["experts"] = check_experts
     checks["training step"] = check_training_step
     for name, check in checks.items():
         try:
@@ -80,6 +83,28 @@ def check_grouped_matmul(name: str) -> str:
         jax.grad(loss(name), (0, 1))(x_RD, w_EDF), jax.grad(loss("dense"), (0, 1))(x_RD, w_EDF), strict=True
     ):
         worst = np.maximum(worst, jnp.abs(actual - expected).max() / jnp.abs(expected).max())  # keeps a NaN
+    if not worst < TOLERANCE:
+        raise DoctorError(f"differs from the reference by {worst:.1e}")
+    return f"ok, within {worst:.0e} of the reference"
+
+
+def check_experts() -> str:
+    """Compares a layer's experts as "auto" computes them with the reference, outputs and all gradients."""
+    rng = np.random.default_rng(0)
+    shapes = (1, 40, 16), (1, 40, 2), (4, 16, 2, 24), (4, 24, 16)
+    arrays = [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
+    experts_BLK = jnp.asarray(rng.integers(0, 3, (1, 40, 2)), jnp.int32)  # the last expert gets nothing
+
+    def layer(implementation, x_BLD, weights_BLK, gate_up_EDPF, down_EFD):
+        chosen, weights = Chosen(experts_BLK, weights_BLK), ExpertWeights(gate_up_EDPF, down_EFD)
+        return run_dropless(x_BLD, chosen, weights, implementation=implementation)
+
+    results = []
+    for implementation in ("auto", "dense"):
+        y_BLD, pull = jax.vjp(functools.partial(layer, implementation), *arrays)
+        results.append((y_BLD, *pull(jnp.ones_like(y_BLD))))
+    differences = [jnp.abs(a - e).max() / jnp.abs(e).max() for a, e in zip(*results, strict=True)]
+    worst = float(jnp.stack(differences).max())  # keeps a NaN
     if not worst < TOLERANCE:
         raise DoctorError(f"differs from the reference by {worst:.1e}")
     return f"ok, within {worst:.0e} of the reference"

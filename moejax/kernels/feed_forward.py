@@ -50,7 +50,14 @@ def feed_forward(
     Returns:
       The outputs, in the dtype of `x_TD` with float32 accumulation; zeros for a token without rows. An expert without
       rows has exactly zero gradient.
+
+    Raises:
+      ValueError: too few spare rows.
     """
+    num_rows, num_needed = choice_R.shape[0], weights_TK.size + sizes[-1]
+    if num_rows < num_needed:
+        # A slice that would pass the end is moved back in silence, onto rows of other experts.
+        raise ValueError(f"choice_R has {num_rows} rows and must have {num_needed}; plan with spare_rows={sizes[-1]}")
     gate_up_EDP = gate_up_EDPF.reshape(*gate_up_EDPF.shape[:2], -1)
     # Outside of the custom VJP: the transpose sums the gradient of replicated weights over devices.
     arrays = vary_alike(x_TD, weights_TK, gate_up_EDP, down_EFD, row_TK, choice_R, group_sizes_E)

@@ -8,6 +8,7 @@ rest. All loops are `lax.fori_loop`s; the program has the same size for any numb
 import dataclasses
 import functools
 import importlib.resources
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,11 @@ from jax import lax
 from jaxtyping import Array, Int
 
 Carry = TypeVar("Carry")
+
+
+class TableError(ValueError):
+    """A tuning table that cannot be used."""
+
 
 FEW_ROWS = 4096
 """Below, arithmetic takes less time than compiling a loop body per size of tile would."""
@@ -51,15 +57,19 @@ def read_table(path: Path) -> dict[str, dict[str, tuple[int, ...]]]:
     """The tuning table of a file.
 
     Raises:
-      ValueError: sizes that are not rising positive integers.
+      TableError: no table, or sizes that are not rising positive integers.
     """
-    table = json.loads(path.read_text(encoding="utf-8"))
-    for platform, entries in table.items():
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+        entries_of = {platform: dict(entries) for platform, entries in table.items()}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise TableError(f"{path} is no table of sizes by platform and problem ({error}); start with {{}}") from error
+    for platform, entries in entries_of.items():
         for name, sizes in entries.items():
-            is_rising = all(low < high for low, high in zip([0, *sizes], sizes, strict=False))
-            if not sizes or not is_rising or not all(isinstance(size, int) for size in sizes):
-                raise ValueError(f"{path}: {platform} {name}: {sizes} must be rising positive integers; tune it again")
-    return {platform: {name: tuple(s) for name, s in entries.items()} for platform, entries in table.items()}
+            are_whole = isinstance(sizes, list) and all(isinstance(size, int) for size in sizes)
+            if not are_whole or not sizes or any(low >= high for low, high in itertools.pairwise([0, *sizes])):
+                raise TableError(f"{path}: {platform} {name}: {sizes} must be rising positive integers; tune it again")
+    return {platform: {name: tuple(s) for name, s in entries.items()} for platform, entries in entries_of.items()}
 
 
 def guess_sizes(num_rows: int, num_groups: int) -> tuple[int, ...]:
