@@ -30,10 +30,10 @@ def test_every_implementation_that_is_timed_computes_the_layer_of_the_oracle(nam
 def test_a_dense_layer_has_the_arithmetic_of_the_chosen_experts():
     arrays = layer.draw(SHAPE, "float32")
     inputs = arrays.x_TD, *arrays.dense_weights
-    for direction, passes in (("forward", 1), ("forward_backward", 3)):
+    for direction in layer.DIRECTIONS:
         flops = Program.compile(layer.dense_layer, direction, arrays.dy_TD, inputs).compiled.cost_analysis()["flops"]
         # Besides the products only the activation, a few operations for each of T * K * F hidden units.
-        assert passes * SHAPE.forward_flops < flops < passes * SHAPE.forward_flops + 30 * 64 * 2 * 4
+        assert SHAPE.flops(direction) < flops < SHAPE.flops(direction) + 30 * 64 * 2 * 4
 
 
 @pytest.mark.parametrize("is_skewed", [False, True])

@@ -29,7 +29,7 @@ DOORS = {
     "tensorflow_datasets": ["data/"],
     "grain": ["data/"],
     "ml_collections": ["config/", "cli/"],
-    "absl": ["config/", "cli/"],
+    "absl": ["config/", "cli/", "kernels/grouped_matmul/tokamax.py"],  # tokamax reads its options from absl flags
     "tokamax": ["kernels/"],
     "optuna": ["sweeps/"],
     "matplotlib": ["inspection/"],

@@ -54,10 +54,10 @@ class Shape:
         sizes = self.tokens, self.d_model, self.d_expert, self.num_experts, self.top_k
         return ":".join(map(str, sizes)) + (":skewed" if self.is_skewed else "")
 
-    @property
-    def forward_flops(self) -> int:
-        """Of the experts' three products, for the chosen ones."""
-        return 6 * self.tokens * self.top_k * self.d_model * self.d_expert
+    def flops(self, direction: str) -> int:
+        """Of the experts' three products, for the chosen ones; a backward pass has twice as many."""
+        passes = {"forward": 1, "forward_backward": 3}[direction]
+        return passes * 6 * self.tokens * self.top_k * self.d_model * self.d_expert
 
 
 PRESETS = {
@@ -206,6 +206,22 @@ def through(layer, x_TD, weights_TK, gate_up_EDPF, down_EFD, experts_TK):
     return layer(x_TD[None], chosen, ExpertWeights(gate_up_EDPF, down_EFD))[0]
 
 
+def program_of(function: Callable[..., jax.Array], direction: str) -> Callable[..., Any]:
+    """A function of `dy_TD, inputs, choices`, which calls `function(*inputs, *choices)`.
+
+    Everything is an argument: XLA would spend minutes on sorting constants while it compiles.
+    """
+
+    def forward(dy_TD, inputs, choices):
+        return function(*inputs, *choices)
+
+    def forward_backward(dy_TD, inputs, choices):
+        y_TD, pull = jax.vjp(lambda *inputs: function(*inputs, *choices), *inputs)
+        return y_TD, pull(dy_TD)
+
+    return {"forward": forward, "forward_backward": forward_backward}[direction]
+
+
 @dataclasses.dataclass(frozen=True)
 class Program:
     """A compiled function with its arguments."""
@@ -215,21 +231,9 @@ class Program:
 
     @classmethod
     def compile(cls, function, direction: str, dy_TD, inputs: tuple, choices: tuple = ()) -> "Program":
-        """Of `function(*inputs, *choices)` or with its gradients for `inputs`.
-
-        Everything is an argument: XLA would spend minutes on sorting constants while it compiles.
-        """
-
-        def forward(dy_TD, inputs, choices):
-            return function(*inputs, *choices)
-
-        def forward_backward(dy_TD, inputs, choices):
-            y_TD, pull = jax.vjp(lambda *inputs: function(*inputs, *choices), *inputs)
-            return y_TD, pull(dy_TD)
-
+        """Of `function(*inputs, *choices)` or with its gradients for `inputs`; see `program_of`."""
         arguments = dy_TD, inputs, choices
-        program = {"forward": forward, "forward_backward": forward_backward}[direction]
-        return cls(jax.jit(program).lower(*arguments).compile(), arguments)
+        return cls(jax.jit(program_of(function, direction)).lower(*arguments).compile(), arguments)
 
     def __call__(self) -> Any:
         """Runs once."""
@@ -241,15 +245,19 @@ class Program:
         return self.compiled.memory_analysis().temp_size_in_bytes
 
 
+def named_row(shape: Shape, name: str, direction: str, dtype: str) -> dict[str, Any]:
+    """What every row of a table of layers begins with."""
+    row: dict[str, Any] = {**dataclasses.asdict(shape), "implementation": name, "direction": direction, "dtype": dtype}
+    row["skewed"] = row.pop("is_skewed")
+    return row
+
+
 def _row(
     shape: Shape, name: str, direction: str, dtype: str, times: dict[str, Times], program: Program, peaks: Peaks
 ) -> dict[str, Any]:
-    passes = {"forward": 1, "forward_backward": 3}[direction]  # backward is twice forward, in arithmetic and weights
     seconds = times[name].median_ms / 1e3
-    gflops = passes * shape.forward_flops / seconds / 1e9
-    row: dict[str, Any] = {**dataclasses.asdict(shape), "implementation": name, "direction": direction, "dtype": dtype}
-    row["skewed"] = row.pop("is_skewed")
-    return row | {
+    gflops = shape.flops(direction) / seconds / 1e9
+    return named_row(shape, name, direction, dtype) | {
         "ms": round(times[name].median_ms, 3),
         "quartiles_ms": [round(ms, 3) for ms in times[name].quartiles_ms],
         "ratio_to_dense": round(times[name].median_ms / times[DENSE].median_ms, 3),

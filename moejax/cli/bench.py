@@ -2,6 +2,7 @@
 
 moejax bench layer     the experts of a layer over a dense layer with the same active FLOPs, by implementation
 moejax bench decode    the same for a few tokens, over reading the weights of the chosen experts once
+moejax bench compiled  the experts of a layer compiled for --target: arithmetic over the ideal, memory, kernels
 moejax bench tune      sizes of tiles for a shape; enters in the tuning table what is better than the guess beyond noise
 moejax bench step      the train step of --config over its dense twin's
 moejax bench compile   compile time of the train step, 64 over 8 experts and 8 over 2 layers
@@ -10,24 +11,30 @@ moejax bench import    importing moejax over importing jax and flax
 
 import csv
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 from absl import flags
 from absl.flags import FlagValues
 
 from moejax.benchmarks import decode, layer, tune
+from moejax.benchmarks.compiled import bench_compiled
 from moejax.benchmarks.step import bench_compile, bench_import, bench_step
 from moejax.benchmarks.timing import measure_peaks
 from moejax.cli import UsageError
 from moejax.cli.options import define_config, define_json, read_config_flag
 from moejax.cli.tables import print_result, print_table
 from moejax.inspection.bench_figure import draw_layers
+from moejax.kernels.grouped_matmul import unavailable
 from moejax.kernels.tiles import TABLE, read_table
+from moejax.planning.targets import TARGETS
 
-BENCHMARKS = ("layer", "decode", "tune", "step", "compile", "import")
+BENCHMARKS = ("layer", "decode", "compiled", "tune", "step", "compile", "import")
 DEFAULT_SHAPES = {
     "layer": "mixtral,mixtral-64,olmoe,deepseek",
+    "compiled": "mixtral,mixtral-64,olmoe,deepseek",
     "tune": "mixtral,mixtral-64,olmoe,deepseek",
     "decode": "1:512:1024:64:2,16:512:1024:64:2,64:512:1024:64:2",
 }
@@ -39,15 +46,21 @@ def define(values: FlagValues, arguments: list[str]) -> None:
     define_json(values)
     flags.DEFINE_integer("repetitions", 0, "timed repetitions of each side; 0: 15, of layers 4", flag_values=values)
     shapes = (
-        f"layer, decode, tune: some of {', '.join(layer.PRESETS)}, or T:D:F:E:K; :skewed after it gives one expert half"
+        f"layer, decode, compiled, tune: some of {', '.join(layer.PRESETS)}, or T:D:F:E:K; :skewed after it gives one "
+        "expert half"
     )
     flags.DEFINE_string("shapes", "", f"{shapes}; separated by commas", flag_values=values)
     names = ", ".join(layer.implementations_of(layer.PRESETS["mixtral"]))
-    flags.DEFINE_list("implementations", [], f"layer, decode: some of {names}", flag_values=values)
+    flags.DEFINE_list("implementations", [], f"layer, decode, compiled: some of {names}", flag_values=values)
     flags.DEFINE_enum(
-        "dtype", "float32", ["float32", "bfloat16"], "layer, decode, tune: of all arrays", flag_values=values
+        "dtype",
+        None,
+        ["float32", "bfloat16"],
+        "layer, decode, tune, compiled: of all arrays; by default float32, and bfloat16 for compiled",
+        flag_values=values,
     )
-    flags.DEFINE_string("csv", "", "layer, decode: a file to write the rows to", flag_values=values)
+    flags.DEFINE_enum("target", None, [*TARGETS], "compiled: the device", flag_values=values)
+    flags.DEFINE_string("csv", "", "layer, decode, compiled: a file to write the rows to", flag_values=values)
     flags.DEFINE_string("table", str(TABLE), "tune: the tuning table to update", flag_values=values)
     flags.DEFINE_string("plot", "", "layer: a file for a picture of the ratios (.svg)", flag_values=values)
 
@@ -61,6 +74,8 @@ def run(values: FlagValues, rest: list[str]) -> None:
     _refuse_flags_of_others(values, rest[0])
     if rest[0] == "tune":
         return _run_tune(values)
+    if rest[0] == "compiled":
+        return _run_compiled(values)
     if rest[0] in DEFAULT_SHAPES:
         return _run_layers(values, rest[0])
     config, repetitions = read_config_flag(values), values.repetitions or 15
@@ -73,10 +88,11 @@ def run(values: FlagValues, rest: list[str]) -> None:
 
 def _refuse_flags_of_others(values: FlagValues, benchmark: str) -> None:
     users: dict[str, tuple[str, ...]] = {
-        "shapes": ("layer", "decode", "tune"),
-        "dtype": ("layer", "decode", "tune"),
-        "implementations": ("layer", "decode"),
-        "csv": ("layer", "decode"),
+        "shapes": ("layer", "decode", "compiled", "tune"),
+        "dtype": ("layer", "decode", "compiled", "tune"),
+        "implementations": ("layer", "decode", "compiled"),
+        "target": ("compiled",),
+        "csv": ("layer", "decode", "compiled"),
         "plot": ("layer",),
         "table": ("tune",),
     }
@@ -85,26 +101,53 @@ def _refuse_flags_of_others(values: FlagValues, benchmark: str) -> None:
             raise UsageError(f"--{name} belongs to moejax bench {', '.join(allowed)}; leave it out of {benchmark}")
 
 
-def _run_layers(values: FlagValues, benchmark: str) -> None:
+def _read_layers(values: FlagValues, benchmark: str) -> tuple[list[layer.Shape], list[str]]:
+    """The shapes and the names of implementations that were asked for, which may be none."""
     shapes = layer.parse_shapes(values.shapes or DEFAULT_SHAPES[benchmark])
-    names = values.implementations or layer.default_implementations()
     known = layer.implementations_of(shapes[0])
-    for name in names:
+    for name in values.implementations:
         if name not in known:
             raise UsageError(f"--implementations={name} must be some of {', '.join(known)}, separated by commas")
     for file in filter(None, (values.csv, values.plot)):
         if not Path(file).parent.is_dir():
             raise UsageError(f"{file} cannot be written: {Path(file).parent} is not a folder; make it first")
-    peaks, rows = measure_peaks(), []
+    return shapes, values.implementations
+
+
+def _run_compiled(values: FlagValues) -> None:
+    if values.target is None:
+        raise UsageError(f"moejax bench compiled needs --target, one of {', '.join(TARGETS)}")
+    shapes, names = _read_layers(values, "compiled")
+    jax.config.update("jax_platforms", "cpu")  # it needs no device, and must not wait for one
+    rows = []
     for shape in shapes:
-        if benchmark == "layer":
-            rows += layer.bench_layer(shape, names, layer.DIRECTIONS, values.dtype, values.repetitions or 4, peaks)
-        else:
-            rows += decode.bench_decode(shape, names, values.dtype, values.repetitions or 15, peaks)
+        rows += bench_compiled(shape, names, values.dtype or "bfloat16", TARGETS[values.target])
     if values.json:
         print(json.dumps(rows, indent=2))
     else:
-        _print_tables(rows)
+        _print_tables(rows, _compiled_columns)
+        print("Kernels count the rows they have; tiles that rows do not fill come on top.")
+    if values.csv:
+        _write_csv(Path(values.csv), rows)
+
+
+def _run_layers(values: FlagValues, benchmark: str) -> None:
+    shapes, names = _read_layers(values, benchmark)
+    names = names or layer.default_implementations()
+    for name in names:
+        if name in unavailable():
+            raise UsageError(f"--implementations={name} cannot run here: {unavailable()[name]}")
+    dtype = values.dtype or "float32"
+    peaks, rows = measure_peaks(), []
+    for shape in shapes:
+        if benchmark == "layer":
+            rows += layer.bench_layer(shape, names, layer.DIRECTIONS, dtype, values.repetitions or 4, peaks)
+        else:
+            rows += decode.bench_decode(shape, names, dtype, values.repetitions or 15, peaks)
+    if values.json:
+        print(json.dumps(rows, indent=2))
+    else:
+        _print_tables(rows, _columns)
         print(f"This machine: {peaks.gflops:.0f} GFLOP/s in a large product, {peaks.gbytes:.1f} GB/s in a large copy.")
     # After the figures are shown: a full disk must not lose them.
     if values.csv:
@@ -119,7 +162,7 @@ def _run_tune(values: FlagValues) -> None:
         raise UsageError(f"--table={path} is not a file; an empty table is one that holds {{}}")
     read_table(path)
     for shape in layer.parse_shapes(values.shapes or DEFAULT_SHAPES["tune"]):
-        of_shape, better = tune.bench_tune(shape, values.dtype, values.repetitions or 7)
+        of_shape, better = tune.bench_tune(shape, values.dtype or "float32", values.repetitions or 7)
         tune.update_table(path, shape, better)
         rows += of_shape
         if not values.json:
@@ -130,7 +173,7 @@ def _run_tune(values: FlagValues) -> None:
         print(json.dumps(rows, indent=2))
 
 
-def _print_tables(rows: list[dict[str, Any]]) -> None:
+def _print_tables(rows: list[dict[str, Any]], columns: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
     """A table for each layer and direction."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
@@ -140,7 +183,7 @@ def _print_tables(rows: list[dict[str, Any]]) -> None:
         )
         groups.setdefault(title, []).append(row)
     for title, group in groups.items():
-        print_table([_columns(row) for row in group], title=title)
+        print_table([columns(row) for row in group], title=title)
 
 
 def _columns(row: dict[str, Any]) -> dict[str, Any]:
@@ -159,10 +202,29 @@ def _columns(row: dict[str, Any]) -> dict[str, Any]:
     return shown | {"temp. MB": round(row["temporary_bytes"] / 1e6, 1)}
 
 
+def _compiled_columns(row: dict[str, Any]) -> dict[str, Any]:
+    kernels = ", ".join(f"{number} {name}" for name, number in row["kernels"].items())
+    return {
+        "implementation": row["implementation"],
+        "over ideal": f"{row['flops_over_ideal']:.3f}",
+        "GFLOP": f"{row['flops'] / 1e9:.1f}",
+        "temp. MB": round(row["temporary_bytes"] / 1e6, 1),
+        "kernels": kernels or "XLA's own",
+        "open loops": row["open_loops"],
+    }
+
+
 def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
-    """A line for each row; the quartiles in columns of their own."""
-    flat = [{**row, "q25_ms": row["quartiles_ms"][0], "q75_ms": row["quartiles_ms"][1]} for row in rows]
+    """A line for each row; quartiles in columns of their own, kernels as text."""
+    flat = []
+    for row in rows:
+        row = dict(row)
+        if quartiles := row.pop("quartiles_ms", None):
+            row |= {"q25_ms": quartiles[0], "q75_ms": quartiles[1]}
+        if "kernels" in row:
+            row["kernels"] = "; ".join(f"{number} {name}" for name, number in row["kernels"].items())
+        flat.append(row)
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [name for name in flat[0] if name != "quartiles_ms"], extrasaction="ignore")
+        writer = csv.DictWriter(file, [*flat[0]])
         writer.writeheader()
         writer.writerows(flat)

@@ -55,7 +55,7 @@ class MoeConfig:
     capacity_group: Literal["sequence", "device", "global"] = "sequence"  # tokens that share an expert's slots
     capacity_order: Literal["position", "choice", "weight"] = "position"  # who is served first
     overflow: Literal["drop", "next", "renormalize"] = "drop"  # what becomes of a choice without a slot
-    grouped_matmul: Literal["auto", "tiled", "ragged", "padded", "dense"] = "auto"
+    grouped_matmul: Literal["auto", "tiled", "ragged", "tokamax", "padded", "dense"] = "auto"
 
     # Balancing
     balance_weight: float = 0.01

@@ -19,7 +19,9 @@ from moejax.sharding import BATCH_AXES
 LocalExperts = Callable[[jax.Array, Any, ExpertWeights], jax.Array]
 
 
-def exchange(run_local: LocalExperts, x_BLD: jax.Array, chosen: Any, weights: ExpertWeights) -> jax.Array:
+def exchange(
+    run_local: LocalExperts, x_BLD: jax.Array, chosen: Any, weights: ExpertWeights, *, check_vma: bool = True
+) -> jax.Array:
     """Runs dispatch, experts and combine on each device's part of the batch.
 
     Args:
@@ -27,6 +29,8 @@ def exchange(run_local: LocalExperts, x_BLD: jax.Array, chosen: Any, weights: Ex
       x_BLD: tokens.
       chosen: where they go: arrays with a leading axis of sequences.
       weights: of the experts.
+      check_vma: whether `run_local` says truly which of its arrays differ between devices, as kernels of others do not;
+        without it, gradients of weights are added up over all devices all the same.
 
     Returns:
       The combined outputs.
@@ -46,7 +50,8 @@ def exchange(run_local: LocalExperts, x_BLD: jax.Array, chosen: Any, weights: Ex
         down_bias_ED=PartitionSpec() if has_bias else None,
     )
     batch = PartitionSpec(BATCH_AXES)
-    return jax.shard_map(run, in_specs=(batch, batch, split), out_specs=batch)(x_BLD, chosen, weights)
+    sharded = jax.shard_map(run, in_specs=(batch, batch, split), out_specs=batch, check_vma=check_vma)
+    return sharded(x_BLD, chosen, weights)
 
 
 def _add_bias_once(weights: ExpertWeights) -> ExpertWeights:

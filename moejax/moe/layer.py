@@ -10,6 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from moejax.config import Knobs, MoeConfig
+from moejax.kernels.grouped_matmul import knows_varying_axes
 from moejax.kernels.project import project
 from moejax.moe.capacity import Admission, admit, capacity_limit, capacity_slots
 from moejax.moe.exchange import exchange
@@ -247,10 +248,12 @@ class MoE(nnx.Module):
 
     def _through_experts(self, run_local, x_BLD, chosen):
         """The experts' combined output; in between at another width, if they have one (LatentMoE, Nemotron 3)."""
+        check_vma = knows_varying_axes(self.config.grouped_matmul)
+        through = functools.partial(exchange, run_local, weights=self.experts.weights(), check_vma=check_vma)
         if not self.config.d_latent:
-            return exchange(run_local, x_BLD, chosen, self.experts.weights())
+            return through(x_BLD, chosen)
         into, out_of = (w[...].astype(x_BLD.dtype) for w in (self.into_latent, self.out_of_latent))
-        return project(exchange(run_local, project(x_BLD, into), chosen, self.experts.weights()), out_of)
+        return project(through(project(x_BLD, into), chosen), out_of)
 
     def _experts_choose(self, x_BLD, logits: Logits, info: TokenInfo):
         length = x_BLD.shape[1]

@@ -6,8 +6,9 @@ zero gradient.
 
     implementation  where it is fast       how
     tiled           CPU                    loops over experts and blocks of rows, own VJP
-    ragged          TPU                    `jax.lax.ragged_dot` (XLA:TPU lowers it to a native grouped kernel)
-    padded          GPU                    batched products over equal slots, as often as the largest group needs
+    ragged          TPU                    `jax.lax.ragged_dot` (a kernel of XLA:TPU)
+    tokamax         GPU                    the Triton kernels of the package tokamax, which is optional
+    padded          GPU without tokamax    batched products over equal slots, as often as the largest group needs
     dense           nowhere                every row by every matrix: the reference
 """
 
@@ -21,22 +22,29 @@ from jaxtyping import Array, Float, Int
 
 from moejax.kernels.grouped_matmul.dense import grouped_matmul_dense
 from moejax.kernels.grouped_matmul.padded import grouped_matmul_padded
-from moejax.kernels.grouped_matmul.ragged import grouped_matmul_ragged
+from moejax.kernels.grouped_matmul.ragged import grouped_matmul_ragged, needs_megablox
 from moejax.kernels.grouped_matmul.tiled import block_rows, grouped_matmul_tiled
+from moejax.kernels.grouped_matmul.tokamax import grouped_matmul_tokamax, why_unavailable
+from moejax.kernels.platform import platform
 from moejax.kernels.varying import vary_alike
 
 IMPLEMENTATIONS: dict[str, Callable[[jax.Array, jax.Array, jax.Array, int], jax.Array]] = {
     "tiled": grouped_matmul_tiled,
     "ragged": grouped_matmul_ragged,
+    "tokamax": grouped_matmul_tokamax,
     "padded": grouped_matmul_padded,
     "dense": grouped_matmul_dense,
 }
 
 BEST = {
     "cpu": ("tiled", "moejax's own loops over tiles"),
+    "gpu": ("tokamax", "its kernels multiply a group's rows by the group's matrix alone"),
     "tpu": ("ragged", "XLA:TPU has a grouped kernel"),
 }
-"""By platform: what "auto" stands for, and why; others have `padded`."""
+"""By platform: what "auto" stands for, and why."""
+
+ANYWHERE = "padded"
+"""Where nothing better runs: XLA multiplies all rows by all matrices in `ragged_dot` on most platforms."""
 
 
 def grouped_matmul(
@@ -53,7 +61,7 @@ def grouped_matmul(
       x_RD: rows sorted by group, float32 or bfloat16. Rows from `sum(group_sizes_E)` on may hold anything, NaN too.
       w_EDF: one matrix per group, of the dtype of `x_RD`.
       group_sizes_E: rows of each group; their sum is at most R.
-      implementation: a key of `IMPLEMENTATIONS`, or "auto" for the platform's best.
+      implementation: a key of `IMPLEMENTATIONS`, or "auto" for the platform's best; see `resolve_implementation`.
       spare_rows: so many last rows belong to no group, whatever the group sizes; `spare_rows_for` says how many spare
         the tiled implementation its copies of `x_RD` and of the result.
 
@@ -74,18 +82,40 @@ def spare_rows_for(num_rows: int, num_groups: int, implementation: str = "auto")
 
 
 def resolve_implementation(implementation: str) -> str:
-    """The implementation that "auto" stands for on the default backend; other names pass if they exist."""
-    if implementation == "auto":
-        return _choose(jax.default_backend())
-    if implementation not in IMPLEMENTATIONS:
+    """The implementation to run: what "auto" stands for, and something else for one that is not available.
+
+    The platform is that of the mesh in context, or jax's default.
+    """
+    if implementation not in ("auto", *IMPLEMENTATIONS):
         raise ValueError(
             f"grouped_matmul implementation {implementation!r} must be auto or one of {[*IMPLEMENTATIONS]}"
         )
-    return implementation
+    return _choose(implementation, platform(), unavailable().get("tokamax"))
+
+
+def knows_varying_axes(implementation: str) -> bool:
+    """Whether `shard_map` may check which results vary over devices (`check_vma`): kernels of others do not say."""
+    name = resolve_implementation(implementation)
+    return name != "tokamax" and not (name == "ragged" and needs_megablox())
+
+
+def unavailable() -> dict[str, str]:
+    """The implementations that cannot run on the platform at hand, and why."""
+    why = why_unavailable()
+    return {"tokamax": why} if why else {}
 
 
 @functools.cache
-def _choose(platform: str) -> str:
-    chosen, why = BEST.get(platform, ("padded", "XLA multiplies all rows by all matrices in ragged_dot there"))
-    logging.getLogger("moejax").info("grouped_matmul: %s on %s (%s)", chosen, platform, why)
-    return chosen
+def _choose(wanted: str, platform: str, no_tokamax: str | None) -> str:
+    """Cached, so that every choice is logged once."""
+    log = logging.getLogger("moejax")
+    best, why = BEST.get(platform, (ANYWHERE, "it runs anywhere"))
+    if best == "tokamax" and no_tokamax:
+        best, why = ANYWHERE, no_tokamax
+    if wanted == "tokamax" and no_tokamax:
+        log.warning("grouped_matmul: %s instead of tokamax on %s (%s)", best, platform, no_tokamax)
+        return best
+    if wanted == "auto":
+        log.info("grouped_matmul: %s on %s (%s)", best, platform, why)
+        return best
+    return wanted

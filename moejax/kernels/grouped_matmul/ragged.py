@@ -1,16 +1,55 @@
-"""The grouped product as `jax.lax.ragged_dot`: native on TPU, dense (E times the arithmetic) elsewhere."""
+"""The grouped product as `jax.lax.ragged_dot`: native on TPU, dense (E times the arithmetic) elsewhere.
+
+XLA:TPU has kernels for the product and for the gradient of the rows. That of the matrices it computes as a dense
+product with E times the arithmetic if it is the libtpu of jax 0.10.2 (compiled for v5p and v6e; that of 0.12 does not):
+there it is a kernel of Pallas.
+"""
+
+import functools
 
 import jax
 import jax.numpy as jnp
+from jax.lax import ragged_dot_general
 from jaxtyping import Array, Float, Int
 
+from moejax.kernels.grouped_matmul.dimensions import BY_MATRIX, BY_TRANSPOSE, OUTER
+from moejax.kernels.grouped_matmul.megablox import outer_products_megablox
 from moejax.kernels.grouped_matmul.tail import zero_tail
+from moejax.kernels.platform import platform
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def grouped_matmul_ragged(
     x_RD: Float[Array, "R D"], w_EDF: Float[Array, "E D F"], group_sizes_E: Int[Array, "E"], spare_rows: int = 0
 ) -> Float[Array, "R F"]:
     """See `grouped_matmul`."""
-    x_RD = zero_tail(x_RD, group_sizes_E)
-    y_RF = jax.lax.ragged_dot(x_RD, w_EDF, group_sizes_E, preferred_element_type=jnp.float32)
-    return zero_tail(y_RF, group_sizes_E).astype(x_RD.dtype)
+    return _rows_by_matrices(x_RD, w_EDF, group_sizes_E, BY_MATRIX)
+
+
+def _forward(x_RD, w_EDF, group_sizes_E, spare_rows):
+    return grouped_matmul_ragged(x_RD, w_EDF, group_sizes_E, spare_rows), (x_RD, w_EDF, group_sizes_E)
+
+
+def _backward(spare_rows, residuals, dy_RF):
+    x_RD, w_EDF, group_sizes_E = residuals
+    dx_RD = _rows_by_matrices(dy_RF, w_EDF, group_sizes_E, BY_TRANSPOSE)
+    if needs_megablox():
+        dw_EDF = outer_products_megablox(x_RD, dy_RF, group_sizes_E, w_EDF.dtype)
+    else:
+        x_RD, dy_RF = zero_tail(x_RD, group_sizes_E), zero_tail(dy_RF, group_sizes_E)
+        dw_EDF = ragged_dot_general(x_RD, dy_RF, group_sizes_E, OUTER, preferred_element_type=jnp.float32)
+    return dx_RD, dw_EDF.astype(w_EDF.dtype), None
+
+
+grouped_matmul_ragged.defvjp(_forward, _backward)
+
+
+def needs_megablox() -> bool:
+    """Whether XLA has no kernel for the gradient of the matrices where it has one for the product."""
+    return platform() == "tpu" and jax.__version_info__ < (0, 12)
+
+
+def _rows_by_matrices(x_RP, w_EDF, group_sizes_E, dimensions):
+    x_RP = zero_tail(x_RP, group_sizes_E)
+    y_RQ = ragged_dot_general(x_RP, w_EDF, group_sizes_E, dimensions, preferred_element_type=jnp.float32)
+    return zero_tail(y_RQ, group_sizes_E).astype(x_RP.dtype)

@@ -1,0 +1,76 @@
+"""The grouped product by the Triton kernels of tokamax (extra `tokamax`), for NVIDIA GPUs.
+
+They promise less than `grouped_matmul` does: rows beyond the last group stay as the memory was, and a group without
+rows gets the gradient of the rows before it (tokamax 0.0.12 masks a group's last block even where it has none). tokamax
+has kernels by Mosaic, too, for GPU and TPU; they cannot be compiled or interpreted where there is no such device.
+"""
+
+import functools
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+from jax.lax import RaggedDotDimensionNumbers
+from jaxtyping import Array, Float, Int
+
+from moejax.kernels.grouped_matmul.dimensions import BY_MATRIX, BY_TRANSPOSE, OUTER
+from moejax.kernels.grouped_matmul.tail import zero_tail
+from moejax.kernels.platform import platform
+
+
+def why_unavailable() -> str | None:
+    """Why its kernels do not run on the platform at hand, if they do not."""
+    if platform() != "gpu":
+        return "its Triton kernels are for NVIDIA GPUs"
+    if jax.__version_info__ >= (0, 12):
+        return f"tokamax 0.0.12 needs jax before 0.12, and this is {jax.__version__}"
+    if importlib.util.find_spec("tokamax") is None:
+        return "tokamax is not installed; add the extra, as in pip install 'moejax[tokamax]'"
+    device = jax.devices()[0]
+    if device.platform == "gpu" and not _is_new_enough(device):
+        return f"its Triton kernels need an NVIDIA GPU of compute capability 8.0, and this is {device.device_kind}"
+    return None
+
+
+def _is_new_enough(device: jax.Device) -> bool:
+    return "NVIDIA" in device.device_kind and float(device.compute_capability) >= 8.0
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def grouped_matmul_tokamax(
+    x_RD: Float[Array, "R D"], w_EDF: Float[Array, "E D F"], group_sizes_E: Int[Array, "E"], spare_rows: int = 0
+) -> Float[Array, "R F"]:
+    """See `grouped_matmul`."""
+    return _rows_by_matrices(x_RD, w_EDF, group_sizes_E, BY_MATRIX)
+
+
+def _forward(x_RD, w_EDF, group_sizes_E, spare_rows):
+    return grouped_matmul_tokamax(x_RD, w_EDF, group_sizes_E, spare_rows), (x_RD, w_EDF, group_sizes_E)
+
+
+def _backward(spare_rows, residuals, dy_RF):
+    x_RD, w_EDF, group_sizes_E = residuals
+    dx_RD = _rows_by_matrices(dy_RF, w_EDF, group_sizes_E, BY_TRANSPOSE)
+    dw_EDF = _product(x_RD, dy_RF, group_sizes_E, OUTER)
+    return dx_RD, jnp.where((group_sizes_E > 0)[:, None, None], dw_EDF, 0), None
+
+
+grouped_matmul_tokamax.defvjp(_forward, _backward)
+
+
+def _rows_by_matrices(x_RP, w_EDF, group_sizes_E, dimensions):
+    return zero_tail(_product(x_RP, w_EDF, group_sizes_E, dimensions), group_sizes_E)
+
+
+def _product(a, b, group_sizes_E, dimensions: RaggedDotDimensionNumbers):
+    """In the dtype of `a`: the kernels accumulate in float32 and round once."""
+    import tokamax  # an optional dependency
+    from absl import flags
+
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()  # else tokamax would read the command line, and end at flags that are not its own
+    # Compiling for devices of another machine, it must not look at those of this one.
+    with tokamax.config.cross_compile(platform() != jax.default_backend()):
+        return tokamax.ragged_dot_general(
+            a, b, group_sizes_E, dimensions, preferred_element_type=a.dtype, implementation="triton"
+        )

@@ -1,0 +1,1 @@
+"""What a program would need on machines one does not have."""

@@ -1,0 +1,93 @@
+"""Accelerators to compile for on any machine: XLA's description of their devices stands in for them.
+
+A compiled program says what it computes and how much memory it needs. It says nothing about time.
+"""
+
+import dataclasses
+import os
+
+import jax
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh
+
+
+class TargetError(ValueError):
+    """The compiler of a target is not installed, or does not know it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A kind of device.
+
+    Attributes:
+      name: what users call it.
+      platform: of jax.
+      extra: what to install for its compiler.
+      topology: the smallest one that XLA:TPU knows, or a GPU's properties as its compiler reads them.
+    """
+
+    name: str
+    platform: str
+    extra: str
+    topology: str
+
+
+def _gpu(name: str, description: str, cores: int, major: int, gbytes_per_s: int, l2: int, memory: int) -> Target:
+    """A GPU of NVIDIA. The rest is the same for Hopper and Blackwell."""
+    properties = f"""
+    gpu_device_info {{
+      threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
+      shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448 shared_memory_per_core: 233472
+      registers_per_block_limit: 65536 registers_per_core_limit: 65536
+      block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+      core_count: {cores} fpus_per_core: 128 clock_rate_ghz: 1.98
+      memory_bandwidth: {gbytes_per_s}000000000 l2_cache_size: {l2} device_memory_size: {memory}
+      cuda_compute_capability {{ major: {major} }}
+    }}
+    platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 8 }} device_description_str: "{description}"
+    """
+    return Target(name, "gpu", "cuda13", properties)
+
+
+TARGETS = {
+    target.name: target
+    for target in (
+        # Streaming multiprocessors, bandwidth and sizes as XLA lists them (xla/backends/gpu/target_config/specs).
+        _gpu("h100", "NVIDIA H100 80GB HBM3", 132, 9, 3352, 52428800, 84942979072),
+        _gpu("b200", "NVIDIA B200", 148, 10, 7672, 132644864, 191514411008),
+        Target("v5p", "tpu", "tpu", "v5p:2x2x1"),
+        Target("v6e", "tpu", "tpu", "v6e:2x2"),
+    )
+}
+
+
+def make_target_mesh(target: Target) -> Mesh:
+    """A mesh of one device, to compile for.
+
+    Raises:
+      TargetError: its compiler is missing, or refuses.
+    """
+    try:
+        devices = _tpu_devices(target) if target.platform == "tpu" else _gpu_devices(target)
+    except Exception as error:  # a compiler that is not there, or does not know the target, fails in many ways
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise TargetError(
+            f"target {target.name} needs the compiler for {target.platform}, and {reason!r} came of asking for it; "
+            f"install the extra, as in pip install 'moejax[{target.extra}]'"
+        ) from error
+    return jax.make_mesh((1,), ("device",), axis_types=(AxisType.Auto,), devices=devices[:1])
+
+
+def _tpu_devices(target: Target):
+    # libtpu asks the machine it runs on for these: not to find out that it has no TPU takes minutes.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-16")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    return topologies.get_topology_desc(target.topology, "tpu").devices
+
+
+def _gpu_devices(target: Target):
+    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # of the driver
+    name = "1x1x1"  # slices, hosts, GPUs
+    return topologies.get_topology_desc(name, "cuda", topology=name, target_config=target.topology).devices
