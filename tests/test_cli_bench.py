@@ -109,7 +109,7 @@ def test_a_file_that_is_no_tuning_table_is_a_line_and_stays_as_it_is(capsys, tmp
         (["layer", "--shapes=64:8:4:4:5"], "top_k=5 must be at most num_experts=4"),
         (["layer", "--implementations=tilde"], "--implementations=tilde must be some of auto, tiled"),
         (["decode", "--plot=x.svg"], "--plot belongs to moejax bench layer"),
-        (["step", "--shapes=mixtral"], "--shapes belongs to moejax bench layer, decode, tune"),
+        (["step", "--shapes=mixtral"], "--shapes belongs to moejax bench layer, decode, compiled, tune"),
         (["layer", "--table=x.json"], "--table belongs to moejax bench tune"),
         (["tune", "--table=/nowhere/table.json"], "--table=/nowhere/table.json is not a file"),
         (["layer", "--csv=/nowhere/rows.csv"], "/nowhere is not a folder"),
@@ -119,3 +119,60 @@ def test_a_file_that_is_no_tuning_table_is_a_line_and_stays_as_it_is(capsys, tmp
 def test_a_wrong_benchmark_is_refused_before_anything_is_measured(capsys, arguments, message):
     assert main(["bench", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+ROWS = [
+    {"tokens": 64, "d_model": 8, "d_expert": 4, "num_experts": 4, "top_k": 2, "implementation": name, "skewed": False}
+    | {"direction": "forward", "dtype": "bfloat16", "target": "h100", "flops": 2_500_000_000, "flops_over_ideal": ratio}
+    | {"temporary_bytes": 1_500_000, "kernels": kernels, "open_loops": 0}
+    for name, ratio, kernels in (("dense_layer", 1.0, {}), ("tokamax", 1.002, {"tokamax triton": 2}))
+]
+
+
+def test_bench_compiled_shows_arithmetic_memory_and_kernels_and_no_times(capsys, monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(bench, "bench_compiled", lambda *arguments: asked.append(arguments) or ROWS)
+    arguments = ["bench", "compiled", "--target=h100", "--shapes=olmoe", f"--csv={tmp_path / 'rows.csv'}"]
+    assert main(arguments) == 0
+    shown = capsys.readouterr().out
+    for text in ("64 tokens", "1.002", "2.5", "1.5", "2 tokamax triton", "XLA's own"):
+        assert text in shown
+    assert " ms" not in shown
+    ((shape, names, dtype, target),) = asked
+    assert (str(shape), names, dtype, target.name) == ("4096:512:256:64:8", [], "bfloat16", "h100")
+    written = list(csv.DictReader((tmp_path / "rows.csv").open()))
+    assert [line["kernels"] for line in written] == ["", "2 tokamax triton"]
+    assert main([*arguments, "--json", "--implementations=padded,tokamax", "--dtype=float32"]) == 0
+    assert json.loads(capsys.readouterr().out) == ROWS
+    assert asked[1][1:3] == (["padded", "tokamax"], "float32")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["compiled"], "needs --target, one of h100, b200, v5p, v6e"),
+        (["compiled", "--target=a100"], "a100"),
+        (["compiled", "--target=h100", "--implementations=cublas"], "--implementations=cublas must be some of auto"),
+        (["layer", "--target=h100"], "--target belongs to moejax bench compiled"),
+        (
+            ["layer", "--implementations=tokamax"],
+            "--implementations=tokamax cannot run here: its Triton kernels are for",
+        ),
+        (["compiled", "--target=h100", "--plot=x.svg"], "--plot belongs to moejax bench layer"),
+    ],
+)
+def test_bench_compiled_refuses_what_cannot_be(arguments, message, capsys):
+    assert main(["bench", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_bench_compiled_without_the_compiler_ends_in_one_line_that_names_the_extra(capsys, monkeypatch):
+    from jax.experimental import topologies
+
+    def missing(*args, **kwargs):
+        raise NotImplementedError("topology not implemented for cuda")
+
+    monkeypatch.setattr(topologies, "get_topology_desc", missing)
+    assert main(["bench", "compiled", "--target=b200"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "pip install 'moejax[cuda13]'" in error

@@ -119,7 +119,7 @@ def _kernel(instruction: Instruction) -> str | None:
     if name == "tpu_custom_call":
         return re.sub(r"\.\d+$", "", instruction.name)  # the kernel's own name
     tokamax = re.search(r"tokamax\._src\.ops\.ragged_dot\.(\w+)\.", instruction.rest)
-    return f"tokamax {tokamax[1]}" if tokamax else name
+    return f"tokamax {tokamax[1].removeprefix('pallas_')}" if tokamax else name
 
 
 def _flops(instruction: Instruction, shapes: dict[str, tuple[int, ...]]) -> int:

@@ -1,0 +1,126 @@
+"""Layers compiled for devices one does not have, and what the compilers that are installed make of them."""
+
+import dataclasses
+
+import jax
+import pytest
+from jax.sharding import AxisType
+
+from moejax.benchmarks import compiled
+from moejax.benchmarks.compiled import bench_compiled
+from moejax.benchmarks.layer import Shape
+from moejax.kernels.grouped_matmul import unavailable
+from moejax.planning.targets import TARGETS, Target, TargetError, make_target_mesh
+
+SMALL = Shape(tokens=64, d_model=8, d_expert=16, num_experts=4, top_k=2)
+FEW = Shape(4096, 512, 1024, 64, 2)
+MANY = Shape(4096, 512, 256, 64, 8)
+HERE = Target("here", "cpu", "dev", "")
+
+
+def available(name):
+    """Whether the target's compiler is installed."""
+    try:
+        make_target_mesh(TARGETS[name])
+    except TargetError:
+        return False
+    return True
+
+
+@pytest.fixture
+def _here(monkeypatch):
+    """A target that every machine can compile for: this one."""
+    mesh = jax.make_mesh((1,), ("device",), axis_types=(AxisType.Auto,), devices=jax.devices()[:1])
+    monkeypatch.setattr(compiled, "make_target_mesh", lambda target: mesh)
+
+
+@pytest.mark.usefixtures("_here")
+def test_arithmetic_is_counted_for_every_direction_and_implementation_and_dense_lowerings_are_seen():
+    rows = bench_compiled(SMALL, ["dense", "ragged", "padded", "capacity 1.25"], "float32", HERE)
+    assert [(row["direction"], row["implementation"]) for row in rows] == [
+        (direction, name)
+        for direction in ("forward", "forward_backward")
+        for name in ("dense_layer", "dense", "ragged", "padded", "capacity 1.25")
+    ]
+    over = {(row["direction"], row["implementation"]): row["flops_over_ideal"] for row in rows}
+    slots = -(-1.25 * 64 * 2 // 4 // 8) * 8  # of `padded`, whose turns are counted once
+    for direction in ("forward", "forward_backward"):
+        assert over[direction, "dense_layer"] == 1.0
+        assert over[direction, "ragged"] == pytest.approx(4.0, rel=0.02)  # and what finds the groups
+        assert over[direction, "dense"] >= 4.0  # and the products that pick the right ones
+        assert over[direction, "padded"] == pytest.approx(slots / 32, rel=0.02)
+        assert over[direction, "capacity 1.25"] == pytest.approx(40 / 32, rel=0.02)
+    open_loops = {row["implementation"]: row["open_loops"] for row in rows if row["direction"] == "forward"}
+    assert open_loops["padded"] >= 2 and open_loops["dense_layer"] == 0
+    for row in rows:
+        assert row["target"] == "here" and row["flops"] > 0 and row["temporary_bytes"] >= 0
+        assert row["flops"] == pytest.approx(row["flops_over_ideal"] * SMALL.flops(row["direction"]), rel=1e-3)
+
+
+@pytest.mark.usefixtures("_here")
+def test_without_names_it_is_what_auto_stands_for_on_the_target_and_ragged_dot():
+    rows = bench_compiled(SMALL, [], "float32", HERE)
+    assert [row["implementation"] for row in rows[:3]] == ["dense_layer", "tiled", "ragged"]
+
+
+@pytest.mark.usefixtures("_here")
+def test_an_implementation_that_the_target_does_not_have_is_an_error():
+    with pytest.raises(TargetError, match=r"tokamax cannot run on here: .*NVIDIA"):
+        bench_compiled(SMALL, ["tokamax"], "float32", HERE)
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_a_target_whose_compiler_is_missing_is_an_error_that_names_the_extra(name, monkeypatch):
+    from jax.experimental import topologies
+
+    def missing(*args, **kwargs):
+        raise NotImplementedError("topology not implemented for it\nand more")
+
+    monkeypatch.setattr(topologies, "get_topology_desc", missing)
+    extra = {"gpu": "cuda13", "tpu": "tpu"}[TARGETS[name].platform]
+    with pytest.raises(
+        TargetError, match=rf"target {name} needs .*'topology not.*it'.*pip install 'moejax\[{extra}\]'"
+    ):
+        make_target_mesh(TARGETS[name])
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [("v5p", FEW), *(pytest.param(name, MANY, marks=pytest.mark.slow) for name in ("v5p", "v6e"))],
+    ids=str,
+)
+def test_on_tpu_ragged_computes_what_the_chosen_experts_need(name, shape):
+    if not available(name):
+        pytest.skip("the compiler for TPU is not installed: pip install 'moejax[tpu]'")
+    for row in bench_compiled(shape, ["ragged"], "bfloat16", TARGETS[name]):
+        assert 0.99 < row["flops_over_ideal"] <= 1.05, row
+        if row["implementation"] == "ragged":
+            assert row["kernels"]["ragged-dot-none"] >= 2
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "shape"),
+    [
+        ("h100", "bfloat16", FEW),
+        *(pytest.param(name, "float32", MANY, marks=pytest.mark.slow) for name in ("h100", "b200")),
+    ],
+    ids=str,
+)
+def test_on_gpu_tokamax_computes_what_the_chosen_experts_need_and_ragged_dot_is_seen_to_be_dense(name, dtype, shape):
+    if not available(name):
+        pytest.skip("the compiler for NVIDIA GPUs is not installed: pip install 'moejax[cuda13]'")
+    with jax.set_mesh(make_target_mesh(TARGETS[name])):
+        if why := unavailable().get("tokamax"):
+            pytest.skip(why)
+    for row in bench_compiled(shape, ["tokamax", "ragged"], dtype, TARGETS[name]):
+        if row["implementation"] == "ragged":
+            assert row["flops_over_ideal"] == pytest.approx(shape.num_experts, rel=0.01), row
+        else:
+            assert 0.99 < row["flops_over_ideal"] <= 1.05, row
+        if row["implementation"] == "tokamax":
+            assert row["kernels"] == {"tokamax triton": 2 if row["direction"] == "forward" else 6}
+            assert row["temporary_bytes"] <= 3 * 2 * shape.tokens * shape.top_k * (512 + 2 * shape.d_expert) * 4
+
+
+def test_the_arithmetic_does_not_depend_on_the_load():
+    assert dataclasses.replace(SMALL, is_skewed=True).flops("forward") == SMALL.flops("forward") == 6 * 128 * 8 * 16
