@@ -147,9 +147,10 @@ def _backward_rows(
             x_bD, dy_bD = (jnp.where(is_row_b1, _gather(a_TD, token_b), 0) for a_TD in (x_TD, dy_TD))
             weight_b1 = take(weight_R, row, size)[:, None]
             projected_bP = jnp.where(is_row_b1, take(projected_RP, row, size), 0)
-            hidden_bF, pull = jax.vjp(lambda h_bP: activate(_split(h_bP, down_FD.shape[0])), projected_bP)
+            hidden_bF, pull = jax.vjp(activate, _split(projected_bP, down_FD.shape[0]))
             dhidden_bF = _dot(dy_bD, down_FD, 1, 1)
-            (dprojected_bP,) = pull(dhidden_bF * weight_b1)
+            (dparts,) = pull(dhidden_bF * weight_b1)
+            dprojected_bP = jnp.concatenate(dparts, axis=1)
             dx_RD = put(dx_RD, _dot(dprojected_bP, gate_up_DP, 1, 1), row)
             dweight_R = put(dweight_R, (hidden_bF * dhidden_bF).sum(axis=1), row)
             parts = _outer_products(x_bD, dprojected_bP), _outer_products(hidden_bF * weight_b1, dy_bD)
