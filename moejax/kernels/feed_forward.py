@@ -162,9 +162,7 @@ def _backward_rows(
 
         def full(size, row, carry):
             rows, parts = one_tile(size, row, carry[0])
-            return rows, tuple(
-                _replace(total, _matrix(total, e) + part, e) for total, part in zip(carry[1], parts, strict=True)
-            )
+            return rows, tuple(_replace(total, total[e] + part, e) for total, part in zip(carry[1], parts, strict=True))
 
         return groups.for_each_tile(e, rest, full, carry)
 
@@ -192,6 +190,12 @@ def _gather(x_TD, token_b):
 
 
 def _matrix(w_EPQ, e):
+    """The matrix of one expert in float32.
+
+    XLA:CPU slices bfloat16 by way of float32 and would convert all matrices before the loop, as they do not change in
+    it: behind a barrier with `e` they might.
+    """
+    w_EPQ, e = lax.optimization_barrier((w_EPQ, e))
     return _wide(lax.dynamic_index_in_dim(w_EPQ, e, keepdims=False))
 
 
