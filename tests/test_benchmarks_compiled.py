@@ -53,7 +53,7 @@ def test_arithmetic_is_counted_for_every_direction_and_implementation_and_dense_
     open_loops = {row["implementation"]: row["open_loops"] for row in rows if row["direction"] == "forward"}
     assert open_loops["padded"] >= 2 and open_loops["dense_layer"] == 0
     for row in rows:
-        assert row["target"] == "here" and row["flops"] > 0 and row["temporary_bytes"] >= 0
+        assert row["target"] == "here" and row["fits"] and row["flops"] > 0 and row["temporary_bytes"] >= 0
         assert row["flops"] == pytest.approx(row["flops_over_ideal"] * SMALL.flops(row["direction"]), rel=1e-3)
 
 
@@ -67,6 +67,23 @@ def test_without_names_it_is_what_auto_stands_for_on_the_target_and_ragged_dot()
 def test_an_implementation_that_the_target_does_not_have_is_an_error():
     with pytest.raises(TargetError, match=r"tokamax cannot run on here: .*NVIDIA"):
         bench_compiled(SMALL, ["tokamax"], "float32", HERE)
+
+
+@pytest.mark.usefixtures("_here")
+@pytest.mark.parametrize(("message", "fits"), [("RESOURCE_EXHAUSTED: out of HBM", False), ("INTERNAL: a bug", None)])
+def test_what_does_not_fit_the_target_is_a_row_that_says_so_and_other_failures_are_not(message, fits, monkeypatch):
+    bench_compiled(SMALL, ["padded"], "float32", HERE)  # compiles what draws the arrays
+
+    def fail(self, *args, **kwargs):
+        raise jax.errors.JaxRuntimeError(message)
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", fail)
+    if fits is None:
+        with pytest.raises(jax.errors.JaxRuntimeError, match="a bug"):
+            bench_compiled(SMALL, ["padded"], "float32", HERE)
+        return
+    for row in bench_compiled(SMALL, ["padded"], "float32", HERE):
+        assert (row["fits"], row["flops"], row["flops_over_ideal"], row["kernels"]) == (False, None, None, None)
 
 
 @pytest.mark.parametrize("name", TARGETS)

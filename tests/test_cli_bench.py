@@ -121,11 +121,15 @@ def test_a_wrong_benchmark_is_refused_before_anything_is_measured(capsys, argume
     assert message in capsys.readouterr().err
 
 
+LAYER_OF_ROWS = {"tokens": 64, "d_model": 8, "d_expert": 4, "num_experts": 4, "top_k": 2, "skewed": False}
+FIGURES = {"fits": True, "flops": 2_500_000_000, "temporary_bytes": 1_500_000, "open_loops": 0}
 ROWS = [
-    {"tokens": 64, "d_model": 8, "d_expert": 4, "num_experts": 4, "top_k": 2, "implementation": name, "skewed": False}
-    | {"direction": "forward", "dtype": "bfloat16", "target": "h100", "flops": 2_500_000_000, "flops_over_ideal": ratio}
-    | {"temporary_bytes": 1_500_000, "kernels": kernels, "open_loops": 0}
-    for name, ratio, kernels in (("dense_layer", 1.0, {}), ("tokamax", 1.002, {"tokamax triton": 2}))
+    LAYER_OF_ROWS | {"implementation": name, "direction": "forward", "dtype": "bfloat16", "target": "h100"} | figures
+    for name, figures in {
+        "dense_layer": FIGURES | {"flops_over_ideal": 1.0, "kernels": {}},
+        "tokamax": FIGURES | {"flops_over_ideal": 1.002, "kernels": {"tokamax triton": 2}},
+        "ragged": dict.fromkeys([*FIGURES, "flops_over_ideal", "kernels"]) | {"fits": False},
+    }.items()
 ]
 
 
@@ -135,13 +139,14 @@ def test_bench_compiled_shows_arithmetic_memory_and_kernels_and_no_times(capsys,
     arguments = ["bench", "compiled", "--target=h100", "--shapes=olmoe", f"--csv={tmp_path / 'rows.csv'}"]
     assert main(arguments) == 0
     shown = capsys.readouterr().out
-    for text in ("64 tokens", "1.002", "2.5", "1.5", "2 tokamax triton", "XLA's own"):
+    for text in ("64 tokens", "1.002", "2.5", "1.5", "2 tokamax triton", "XLA's own", "too large for h100"):
         assert text in shown
     assert " ms" not in shown
     ((shape, names, dtype, target),) = asked
     assert (str(shape), names, dtype, target.name) == ("4096:512:256:64:8", [], "bfloat16", "h100")
     written = list(csv.DictReader((tmp_path / "rows.csv").open()))
-    assert [line["kernels"] for line in written] == ["", "2 tokamax triton"]
+    assert [line["kernels"] for line in written] == ["", "2 tokamax triton", ""]
+    assert [line["fits"] for line in written] == ["True", "True", "False"]
     assert main([*arguments, "--json", "--implementations=padded,tokamax", "--dtype=float32"]) == 0
     assert json.loads(capsys.readouterr().out) == ROWS
     assert asked[1][1:3] == (["padded", "tokamax"], "float32")

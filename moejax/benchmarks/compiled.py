@@ -36,7 +36,8 @@ def bench_compiled(shape: Shape, implementations: Sequence[str], dtype: str, tar
       target: the device.
 
     Returns:
-      A row for each direction and implementation, the dense layer first.
+      A row for each direction and implementation, the dense layer first; without figures if it does not fit the
+      memory of the target.
 
     Raises:
       TargetError: the target's compiler or an implementation is missing there.
@@ -62,22 +63,27 @@ def bench_compiled(shape: Shape, implementations: Sequence[str], dtype: str, tar
         for direction in DIRECTIONS:
             for name, (layer, inputs, choices) in programs.items():
                 lowered = jax.jit(program_of(layer, direction)).lower(arrays["dy_TD"], inputs, choices)
-                rows.append(
-                    named_row(shape, name, direction, dtype) | _row(shape, direction, target, lowered.compile())
-                )
+                rows.append(named_row(shape, name, direction, dtype) | _row(shape, direction, target, lowered))
     return rows
 
 
-def _row(shape: Shape, direction: str, target: Target, compiled: Any) -> dict[str, Any]:
+def _row(shape: Shape, direction: str, target: Target, lowered: Any) -> dict[str, Any]:
+    row: dict[str, Any] = dict.fromkeys(("flops", "flops_over_ideal", "temporary_bytes", "kernels", "open_loops"))
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return {"target": target.name, "fits": False} | row
     counted = arithmetic_of(compiled, target)
-    return {
-        "target": target.name,
+    row = {
         "flops": counted.flops,
         "flops_over_ideal": round(counted.flops / shape.flops(direction), 3),
         "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes,
         "kernels": counted.kernels,
         "open_loops": counted.open_loops,
     }
+    return {"target": target.name, "fits": True} | row
 
 
 def arithmetic_of(compiled: Any, target: Target) -> Arithmetic:

@@ -203,15 +203,22 @@ def _columns(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _compiled_columns(row: dict[str, Any]) -> dict[str, Any]:
+    names = "implementation", "over ideal", "GFLOP", "temp. MB", "kernels", "open loops"
+    if not row["fits"]:
+        return dict.fromkeys(names) | {
+            "implementation": row["implementation"],
+            "kernels": f"too large for {row['target']}",
+        }
     kernels = ", ".join(f"{number} {name}" for name, number in row["kernels"].items())
-    return {
-        "implementation": row["implementation"],
-        "over ideal": f"{row['flops_over_ideal']:.3f}",
-        "GFLOP": f"{row['flops'] / 1e9:.1f}",
-        "temp. MB": round(row["temporary_bytes"] / 1e6, 1),
-        "kernels": kernels or "XLA's own",
-        "open loops": row["open_loops"],
-    }
+    figures = (
+        row["implementation"],
+        f"{row['flops_over_ideal']:.3f}",
+        f"{row['flops'] / 1e9:.1f}",
+        round(row["temporary_bytes"] / 1e6, 1),
+        kernels or "XLA's own",
+        row["open_loops"],
+    )
+    return dict(zip(names, figures, strict=True))
 
 
 def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -221,7 +228,7 @@ def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
         row = dict(row)
         if quartiles := row.pop("quartiles_ms", None):
             row |= {"q25_ms": quartiles[0], "q75_ms": quartiles[1]}
-        if "kernels" in row:
+        if row.get("kernels") is not None:
             row["kernels"] = "; ".join(f"{number} {name}" for name, number in row["kernels"].items())
         flat.append(row)
     with path.open("w", newline="") as file:
