@@ -28,6 +28,7 @@ def loop(trips):
     body = """
 %body (p: (s32[], f32[8,4])) -> (s32[], f32[8,4]) {
   %fusion.7 = f32[8,4]{1,0} fusion(%a, %b), kind=kOutput, calls=%fused_dot
+  %call.7 = f32[8,4]{1,0} custom-call(%fusion.7), custom_call_target="polish"
   ROOT %tuple.7 = (s32[], f32[8,4]{1,0}) tuple(%i, %fusion.7)
 }
 %condition (p: (s32[], f32[8,4])) -> pred[] {
@@ -56,9 +57,9 @@ def test_batched_products_and_several_summed_axes_count_every_multiplication_and
 
 def test_loops_count_as_often_as_they_run_and_those_that_depend_on_data_once():
     counted = count_arithmetic(loop(12))
-    assert (counted.flops, counted.open_loops) == (12 * ONE_PRODUCT, 0)
+    assert (counted.flops, counted.kernels, counted.open_loops) == (12 * ONE_PRODUCT, {"polish": 12}, 0)
     counted = count_arithmetic(loop(None))
-    assert (counted.flops, counted.open_loops) == (ONE_PRODUCT, 1)
+    assert (counted.flops, counted.kernels, counted.open_loops) == (ONE_PRODUCT, {"polish": 1}, 1)
 
 
 def test_both_sides_of_a_branch_count():
