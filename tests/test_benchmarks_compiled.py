@@ -10,21 +10,13 @@ from moejax.benchmarks import compiled
 from moejax.benchmarks.compiled import bench_compiled
 from moejax.benchmarks.layer import Shape
 from moejax.kernels.grouped_matmul import unavailable
-from moejax.planning.targets import TARGETS, Target, TargetError, make_target_mesh
+from moejax.planning import targets
+from moejax.planning.targets import TARGETS, Target, TargetError, has_compiler, make_target_mesh
 
 SMALL = Shape(tokens=64, d_model=8, d_expert=16, num_experts=4, top_k=2)
 FEW = Shape(4096, 512, 1024, 64, 2)
 MANY = Shape(4096, 512, 256, 64, 8)
 HERE = Target("here", "cpu", "dev", "")
-
-
-def available(name):
-    """Whether the target's compiler is installed."""
-    try:
-        make_target_mesh(TARGETS[name])
-    except TargetError:
-        return False
-    return True
 
 
 @pytest.fixture
@@ -86,8 +78,19 @@ def test_what_does_not_fit_the_target_is_a_row_that_says_so_and_other_failures_a
         assert (row["fits"], row["flops"], row["flops_over_ideal"], row["kernels"]) == (False, None, None, None)
 
 
+@pytest.mark.usefixtures("_here")
+def test_what_the_compiler_takes_and_the_memory_of_the_target_does_not_is_said_beside_the_figures():
+    (large, *_), (small, *_) = (
+        bench_compiled(SMALL, ["padded"], "float32", dataclasses.replace(HERE, memory_bytes=memory))
+        for memory in (10**9, 10**4)
+    )
+    assert (large["fits"], small["fits"]) == (True, False) and large["flops"] == small["flops"] > 0
+
+
 @pytest.mark.parametrize("name", TARGETS)
-def test_a_target_whose_compiler_is_missing_is_an_error_that_names_the_extra(name, monkeypatch):
+def test_a_target_whose_compiler_is_missing_is_an_error_that_names_the_extra_and_other_errors_are_not(
+    name, monkeypatch
+):
     from jax.experimental import topologies
 
     def missing(*args, **kwargs):
@@ -95,9 +98,11 @@ def test_a_target_whose_compiler_is_missing_is_an_error_that_names_the_extra(nam
 
     monkeypatch.setattr(topologies, "get_topology_desc", missing)
     extra = {"gpu": "cuda13", "tpu": "tpu"}[TARGETS[name].platform]
-    with pytest.raises(
-        TargetError, match=rf"target {name} needs .*'topology not.*it'.*pip install 'moejax\[{extra}\]'"
-    ):
+    monkeypatch.setattr(targets, "has_compiler", lambda target: False)
+    with pytest.raises(TargetError, match=rf"target {name} needs .* not installed; add .*'moejax\[{extra}\]'"):
+        make_target_mesh(TARGETS[name])
+    monkeypatch.setattr(targets, "has_compiler", lambda target: True)
+    with pytest.raises(NotImplementedError, match="not implemented for it"):
         make_target_mesh(TARGETS[name])
 
 
@@ -107,7 +112,7 @@ def test_a_target_whose_compiler_is_missing_is_an_error_that_names_the_extra(nam
     ids=str,
 )
 def test_on_tpu_ragged_computes_what_the_chosen_experts_need(name, shape):
-    if not available(name):
+    if not has_compiler(TARGETS[name]):
         pytest.skip("the compiler for TPU is not installed: pip install 'moejax[tpu]'")
     for row in bench_compiled(shape, ["ragged"], "bfloat16", TARGETS[name]):
         assert 0.99 < row["flops_over_ideal"] <= 1.05, row
@@ -124,7 +129,7 @@ def test_on_tpu_ragged_computes_what_the_chosen_experts_need(name, shape):
     ids=str,
 )
 def test_on_gpu_tokamax_computes_what_the_chosen_experts_need_and_ragged_dot_is_seen_to_be_dense(name, dtype, shape):
-    if not available(name):
+    if not has_compiler(TARGETS[name]):
         pytest.skip("the compiler for NVIDIA GPUs is not installed: pip install 'moejax[cuda13]'")
     with jax.set_mesh(make_target_mesh(TARGETS[name])):
         if why := unavailable().get("tokamax"):
@@ -137,7 +142,3 @@ def test_on_gpu_tokamax_computes_what_the_chosen_experts_need_and_ragged_dot_is_
         if row["implementation"] == "tokamax":
             assert row["kernels"] == {"tokamax triton": 2 if row["direction"] == "forward" else 6}
             assert row["temporary_bytes"] <= 3 * 2 * shape.tokens * shape.top_k * (512 + 2 * shape.d_expert) * 4
-
-
-def test_the_arithmetic_does_not_depend_on_the_load():
-    assert dataclasses.replace(SMALL, is_skewed=True).flops("forward") == SMALL.flops("forward") == 6 * 128 * 8 * 16

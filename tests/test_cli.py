@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -169,6 +170,17 @@ def test_doctor_finds_this_set_up_working(capsys):
     assert rows["grouped_matmul=auto"] == "tiled"
     assert rows["check: experts"].startswith("ok, within")
     assert rows["check: training step"].startswith("ok on mesh data 8")
+
+
+def test_doctor_compares_products_at_the_full_precision_of_float32(monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        "moejax.cli.doctor.check_grouped_matmul", lambda name: seen.append(jax.config.jax_default_matmul_precision)
+    )
+    monkeypatch.setattr("moejax.cli.doctor.check_experts", lambda: "ok")
+    monkeypatch.setattr("moejax.cli.doctor.check_training_step", lambda: "ok")
+    assert main(["doctor", "--json"]) == 0
+    assert set(seen) == {"highest"} and len(seen) == 4  # every grouped product that runs here
 
 
 def test_doctor_fails_when_a_kernel_is_wrong(capsys, monkeypatch):

@@ -139,7 +139,7 @@ def test_bench_compiled_shows_arithmetic_memory_and_kernels_and_no_times(capsys,
     arguments = ["bench", "compiled", "--target=h100", "--shapes=olmoe", f"--csv={tmp_path / 'rows.csv'}"]
     assert main(arguments) == 0
     shown = capsys.readouterr().out
-    for text in ("64 tokens", "1.002", "2.5", "1.5", "2 tokamax triton", "XLA's own", "too large for h100"):
+    for text in ("64 tokens", "1.002", "2.5", "1.5", "2 tokamax triton", "XLA's own", "too large"):
         assert text in shown
     assert " ms" not in shown
     ((shape, names, dtype, target),) = asked

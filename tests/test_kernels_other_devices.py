@@ -6,6 +6,7 @@ Against the loop over rows, values and gradients. What their compilers make of t
 import contextlib
 import functools
 import importlib.util
+import re
 from unittest import mock
 
 import jax
@@ -20,8 +21,8 @@ from moe_cases import info_of
 from moejax.config import MoeConfig
 from moejax.kernels import grouped_matmul as package
 from moejax.kernels.grouped_matmul import (
+    can_check_vma,
     grouped_matmul,
-    knows_varying_axes,
     ragged,
     resolve_implementation,
     tokamax,
@@ -90,10 +91,10 @@ KERNELS = {"tokamax": interpreted_tokamax, "ragged": interpreted_megablox}
 each_kernel = pytest.mark.parametrize("name", [pytest.param("tokamax", marks=needs_tokamax), "ragged"])
 
 
-def draw(sizes, rows=ROWS, d=24, f=40, seed=0, dtype=np.float32):
+def draw(sizes, rows=ROWS, d=24, f=40, seed=0):
     """Rows, matrices, sizes and cotangent; what belongs to no group is NaN."""
     rng = np.random.default_rng(seed)
-    x_RD, w_EDF, dy_RF = (rng.normal(size=s).astype(dtype) for s in ((rows, d), (len(sizes), d, f), (rows, f)))
+    x_RD, w_EDF, dy_RF = (rng.normal(size=s).astype(np.float32) for s in ((rows, d), (len(sizes), d, f), (rows, f)))
     x_RD[sum(sizes) :], dy_RF[sum(sizes) :] = np.nan, np.nan
     return x_RD, w_EDF, np.array(sizes, np.int32), dy_RF
 
@@ -132,9 +133,11 @@ def test_bfloat16_products_are_accumulated_in_float32_and_rounded_once(name):
         np.testing.assert_allclose(np.asarray(a, np.float64), e, rtol=2**-8, atol=1e-5)
 
 
-@pytest.mark.parametrize(("rows", "sizes"), [(1100, (600, 0, 500)), (1024, (1024,)), (1, (1, 0)), (700, (5, 690))])
+@pytest.mark.parametrize(
+    ("rows", "sizes"), [(1100, (600, 0, 500)), (1500, (700, 0)), (1400, (700, 600)), (1, (1, 0)), (700, (5, 690))]
+)
 def test_megablox_adds_up_groups_across_its_tiles_of_128_and_512_rows(rows, sizes):
-    x_RD, w_EDF, sizes_E, dy_RF = draw(sizes, rows=rows)
+    x_RD, w_EDF, sizes_E, dy_RF = draw(sizes, rows=rows, d=520 if rows == 1400 else 24)
     dw_EDF = outer_products_megablox(jnp.asarray(x_RD), jnp.asarray(dy_RF), jnp.asarray(sizes_E), interpret=True)
     oracle.assert_close(dw_EDF, oracle.grouped_matmul(x_RD, w_EDF, sizes_E, dy_RF)[2])
 
@@ -152,13 +155,13 @@ def test_the_gradient_of_replicated_weights_sums_over_devices_whose_rows_differ(
     def run(x_RD, w_EDF, sizes_E, dy_RF):
         product = jax.shard_map(
             functools.partial(grouped_matmul, implementation=name),
-            mesh=mesh, in_specs=(split, whole, split), out_specs=split, check_vma=knows_varying_axes(name),
+            mesh=mesh, in_specs=(split, whole, split), out_specs=split, check_vma=can_check_vma(name),
         )  # fmt: skip
         y_RF, pull = jax.vjp(lambda x, w: product(x, w, sizes_E), x_RD, w_EDF)
         return y_RF, *pull(dy_RF)
 
     with KERNELS[name]():
-        assert not knows_varying_axes(name)
+        assert not can_check_vma(name)
         y_RF, dx_RD, dw_EDF = run(x_RD, w_EDF, sizes_E, dy_RF)
     expected = [oracle.grouped_matmul(shard[0], w_EDF, shard[2], shard[3]) for shard in shards]
     oracle.assert_close(y_RF, np.concatenate([e[0] for e in expected]))
@@ -167,14 +170,14 @@ def test_the_gradient_of_replicated_weights_sums_over_devices_whose_rows_differ(
 
 
 @each_kernel
-def test_a_layer_on_a_mesh_has_the_output_and_gradients_of_one_device_though_nobody_checks_what_varies(name):
+@pytest.mark.parametrize("variant", [{}, {"expert_bias": True, "weight_on": "input", "top_k": 1, "renormalize": False}])
+def test_a_layer_on_a_mesh_has_the_output_and_gradients_of_one_device_though_nobody_checks_what_varies(name, variant):
     x_BLD = jnp.asarray(np.random.default_rng(0).normal(size=(4, 8, 16)), jnp.float32)
     is_token_BL = np.arange(8) < np.array([[8], [5], [8], [3]])
 
     def run(implementation):
-        config = MoeConfig(
-            num_experts=4, top_k=2, d_expert=8, router="softmax_topk", score="softmax", grouped_matmul=implementation
-        )
+        leaves = {"num_experts": 4, "top_k": 2, "d_expert": 8, "score": "softmax", "grouped_matmul": implementation}
+        config = MoeConfig(**leaves | variant)
         layer = MoE(config, 16, jnp.dtype("float32"), vocab_size=7, rngs=nnx.Rngs(params=0))
         graphdef, params, rest = nnx.split(layer, nnx.Param, ...)
 
@@ -203,8 +206,8 @@ def test_a_layer_on_a_mesh_has_the_output_and_gradients_of_one_device_though_nob
     [
         ("cpu", (0, 10, 2), True, "for NVIDIA GPUs"),
         ("tpu", (0, 10, 2), True, "for NVIDIA GPUs"),
-        ("gpu", (0, 12, 0), True, "jax before 0.12"),
-        ("gpu", (0, 10, 2), False, "pip install 'moejax[tokamax]'"),
+        ("gpu", (0, 12, 0), True, "jax before 0.12, and this is .*Python 3.11"),
+        ("gpu", (0, 10, 2), False, "pip install 'moejax[tokamax]', with Python 3.11"),
         ("gpu", (0, 10, 2), True, None),
     ],
 )
@@ -228,7 +231,11 @@ def test_what_runs_where_tokamax_does_not_is_logged_once_with_the_reason(
     else:
         (message,) = messages
         assert message.startswith(f"grouped_matmul: {expected} ") and f" on {device} (" in message
-        assert why is None or (device != "gpu" and wanted == "auto") or why in message
+        assert (
+            why is None
+            or (device != "gpu" and wanted == "auto")
+            or re.search(re.escape(why).replace(r"\.\*", ".*"), message)
+        )
 
 
 @pytest.mark.parametrize(
@@ -254,5 +261,8 @@ def test_the_platform_is_that_of_the_mesh_in_context(monkeypatch):
     assert platform() == "cpu"
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert platform() == "gpu"  # of jax, without a mesh
+    for device in ("cpu", jax.devices()[0]):
+        with jax.default_device(device):
+            assert platform() == "cpu"
     with jax.set_mesh(jax.make_mesh((1,), ("devices",), axis_types=(AxisType.Auto,), devices=jax.devices()[:1])):
         assert platform() == "cpu"

@@ -36,11 +36,12 @@ def bench_compiled(shape: Shape, implementations: Sequence[str], dtype: str, tar
       target: the device.
 
     Returns:
-      A row for each direction and implementation, the dense layer first; without figures if it does not fit the
-      memory of the target.
+      A row for each direction and implementation, the dense layer first: whether it fits the memory of the target, and
+      figures, unless the compiler refuses what does not.
 
     Raises:
       TargetError: the target's compiler or an implementation is missing there.
+      UnknownKernelError: a program calls a kernel whose arithmetic is not known.
     """
     mesh = make_target_mesh(target)
     with jax.set_mesh(mesh):
@@ -75,19 +76,27 @@ def _row(shape: Shape, direction: str, target: Target, lowered: Any) -> dict[str
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return {"target": target.name, "fits": False} | row
-    counted = arithmetic_of(compiled, target)
-    row = {
+    counted, memory = arithmetic_of(compiled, target), compiled.memory_analysis()
+    needed = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+    return {
+        "target": target.name,
+        "fits": target.memory_bytes == 0 or needed <= target.memory_bytes,
         "flops": counted.flops,
         "flops_over_ideal": round(counted.flops / shape.flops(direction), 3),
-        "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes,
+        "temporary_bytes": memory.temp_size_in_bytes,
         "kernels": counted.kernels,
         "open_loops": counted.open_loops,
     }
-    return {"target": target.name, "fits": True} | row
 
 
 def arithmetic_of(compiled: Any, target: Target) -> Arithmetic:
-    """What a program compiled for a target computes, from its text and from what its compiler says."""
+    """What a program compiled for a target computes.
+
+    From its text; on TPU from what the compiler says, which counts what lies between the products, too.
+
+    Raises:
+      UnknownKernelError: it calls a kernel whose arithmetic is not known.
+    """
     counted = count_arithmetic(compiled.as_text())
     if target.platform != "tpu":
         return counted

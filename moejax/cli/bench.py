@@ -203,22 +203,17 @@ def _columns(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _compiled_columns(row: dict[str, Any]) -> dict[str, Any]:
-    names = "implementation", "over ideal", "GFLOP", "temp. MB", "kernels", "open loops"
-    if not row["fits"]:
-        return dict.fromkeys(names) | {
-            "implementation": row["implementation"],
-            "kernels": f"too large for {row['target']}",
-        }
-    kernels = ", ".join(f"{number} {name}" for name, number in row["kernels"].items())
-    figures = (
-        row["implementation"],
-        f"{row['flops_over_ideal']:.3f}",
-        f"{row['flops'] / 1e9:.1f}",
-        round(row["temporary_bytes"] / 1e6, 1),
-        kernels or "XLA's own",
-        row["open_loops"],
-    )
-    return dict(zip(names, figures, strict=True))
+    has_figures = row["flops"] is not None
+    megabytes = f"{row['temporary_bytes'] / 1e6:.1f}" if has_figures else ""
+    kernels = ", ".join(f"{number} {name}" for name, number in (row["kernels"] or {}).items())
+    return {
+        "implementation": row["implementation"],
+        "over ideal": f"{row['flops_over_ideal']:.3f}" if has_figures else None,
+        "GFLOP": f"{row['flops'] / 1e9:.1f}" if has_figures else None,
+        "temp. MB": megabytes if row["fits"] else f"{megabytes} too large".strip(),
+        "kernels": (kernels or "XLA's own") if has_figures else None,
+        "open loops": row["open_loops"],
+    }
 
 
 def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -4,6 +4,9 @@ import jax
 
 
 def platform() -> str:
-    """That of the mesh in context, whose devices need not be of this machine, or jax's default: cpu, gpu or tpu."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return jax.default_backend() if device is None else device.platform
+    """That of the mesh in context, whose devices may be elsewhere, or of the default device: cpu, gpu or tpu."""
+    default: jax.Device | str | None = jax.config.jax_default_device  # type: ignore[attr-defined]
+    device = jax.sharding.get_abstract_mesh().abstract_device or default
+    if device is None:
+        return jax.default_backend()
+    return device if isinstance(device, str) else device.platform

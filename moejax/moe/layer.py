@@ -10,7 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from moejax.config import Knobs, MoeConfig
-from moejax.kernels.grouped_matmul import knows_varying_axes
+from moejax.kernels.grouped_matmul import can_check_vma
 from moejax.kernels.project import project
 from moejax.moe.capacity import Admission, admit, capacity_limit, capacity_slots
 from moejax.moe.exchange import exchange
@@ -231,24 +231,26 @@ class MoE(nnx.Module):
     def _run(self, x_BLD, experts_TK, service: Service, info: TokenInfo):
         batch, length, _ = x_BLD.shape
         config = self.config
-        run_local = functools.partial(run_dropless, implementation=config.grouped_matmul)
         if config.dispatch == "capacity" and config.capacity_group == "sequence" and info.knobs is not None:
             slots = capacity_slots(config.capacity_factor, config.top_k, length, config.num_experts)
-            run_local = functools.partial(run_with_capacity, slots=slots)
+            run_local, check_vma = functools.partial(run_with_capacity, slots=slots), True
+        else:
+            run_local = functools.partial(run_dropless, implementation=config.grouped_matmul)
+            check_vma = can_check_vma(config.grouped_matmul)
         weights_TK, factors_TK = service.weights_TK, service.dropout_TK
         experts_BLK, weights_BLK = (a.reshape(batch, length, config.top_k) for a in (experts_TK, weights_TK))
         factors_BLK = None if factors_TK is None else factors_TK.reshape(weights_BLK.shape)
         out_BLK = weights_BLK if factors_BLK is None else weights_BLK * factors_BLK
         if config.weight_on == "output":
-            y_BLD = self._through_experts(run_local, x_BLD, Chosen(experts_BLK, out_BLK))
+            y_BLD = self._through_experts(run_local, x_BLD, Chosen(experts_BLK, out_BLK), check_vma)
         else:
             ones_BLK = jnp.ones_like(weights_BLK) if factors_BLK is None else factors_BLK
-            y_BLD = self._through_experts(run_local, x_BLD, Chosen(experts_BLK, ones_BLK, weights_BLK))
+            chosen = Chosen(experts_BLK, ones_BLK, weights_BLK)
+            y_BLD = self._through_experts(run_local, x_BLD, chosen, check_vma)
         return y_BLD + self.free_experts(x_BLD, experts_BLK, out_BLK) if config.num_free_experts else y_BLD
 
-    def _through_experts(self, run_local, x_BLD, chosen):
+    def _through_experts(self, run_local, x_BLD, chosen, check_vma: bool = True):
         """The experts' combined output; in between at another width, if they have one (LatentMoE, Nemotron 3)."""
-        check_vma = knows_varying_axes(self.config.grouped_matmul)
         through = functools.partial(exchange, run_local, weights=self.experts.weights(), check_vma=check_vma)
         if not self.config.d_latent:
             return through(x_BLD, chosen)

@@ -21,13 +21,17 @@ CALLED = re.compile(r"(?:calls|body|to_apply|true_computation|false_computation)
 TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 
 
+class UnknownKernelError(ValueError):
+    """A program calls what may multiply matrices, and how much is not known."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Arithmetic:
     """What a program computes.
 
     Attributes:
       flops: multiplications and additions of all matrix products; loops are multiplied by how often they run.
-      kernels: how often each kernel that is no code of XLA's own is called, by its name.
+      kernels: how often each custom call is made, by the kernel's name; the rest is code that XLA wrote.
       open_loops: loops whose number of turns depends on data; their bodies are counted once.
     """
 
@@ -47,10 +51,11 @@ class Instruction:
 
 
 def count_arithmetic(text: str) -> Arithmetic:
-    """Counts a GPU program, `compiled.as_text()`.
+    """Counts the products of a program for CPU or GPU, `compiled.as_text()`; on TPU they are written otherwise.
 
     Raises:
-      ValueError: text without a program in it, or a kernel that may multiply matrices and is not known.
+      ValueError: text without a program in it.
+      UnknownKernelError: a kernel of a library that multiplies matrices.
     """
     entry, computations = _parse(text)
     if entry is None:
@@ -129,8 +134,8 @@ def _flops(instruction: Instruction, shapes: dict[str, tuple[int, ...]]) -> int:
         summed = _sizes(axes[1]) if axes else ()
         return 2 * math.prod(instruction.result) * math.prod(operands[0][axis] for axis in summed)
     kernel = _kernel(instruction) or ""
-    if kernel.startswith("__cu"):
-        raise ValueError(f"{kernel} is a product of a library's, whose arithmetic is not known here")
+    if kernel.startswith(("__cublas", "__cudnn")):
+        raise UnknownKernelError(f"{kernel} is a product of a library's, whose arithmetic is not known here")
     if kernel.startswith("tokamax "):
         # Rows by the matrices of their groups `[E, P, Q]`, or outer products of rows with rows: P * Q for every row.
         rows, width = operands[0]

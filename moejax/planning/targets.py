@@ -4,6 +4,7 @@ A compiled program says what it computes and how much memory it needs. It says n
 """
 
 import dataclasses
+import importlib.util
 import os
 
 import jax
@@ -12,7 +13,7 @@ from jax.sharding import AxisType, Mesh
 
 
 class TargetError(ValueError):
-    """The compiler of a target is not installed, or does not know it."""
+    """The compiler of a target is not installed, or the target has not what was asked for."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,12 +25,14 @@ class Target:
       platform: of jax.
       extra: what to install for its compiler.
       topology: the smallest one that XLA:TPU knows, or a GPU's properties as its compiler reads them.
+      memory_bytes: of a device; 0: the compiler knows, and refuses what does not fit.
     """
 
     name: str
     platform: str
     extra: str
     topology: str
+    memory_bytes: int = 0
 
 
 def _gpu(name: str, description: str, cores: int, major: int, gbytes_per_s: int, l2: int, memory: int) -> Target:
@@ -46,7 +49,7 @@ def _gpu(name: str, description: str, cores: int, major: int, gbytes_per_s: int,
     }}
     platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 8 }} device_description_str: "{description}"
     """
-    return Target(name, "gpu", "cuda13", properties)
+    return Target(name, "gpu", "cuda13", properties, memory)
 
 
 TARGETS = {
@@ -65,17 +68,24 @@ def make_target_mesh(target: Target) -> Mesh:
     """A mesh of one device, to compile for.
 
     Raises:
-      TargetError: its compiler is missing, or refuses.
+      TargetError: its compiler is missing.
     """
     try:
         devices = _tpu_devices(target) if target.platform == "tpu" else _gpu_devices(target)
-    except Exception as error:  # a compiler that is not there, or does not know the target, fails in many ways
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    except Exception as error:  # a compiler that does not know the target fails in many ways
+        if has_compiler(target):
+            raise
         raise TargetError(
-            f"target {target.name} needs the compiler for {target.platform}, and {reason!r} came of asking for it; "
-            f"install the extra, as in pip install 'moejax[{target.extra}]'"
+            f"target {target.name} needs the compiler for {target.platform}, which is not installed; add the extra, as "
+            f"in pip install 'moejax[{target.extra}]'"
         ) from error
     return jax.make_mesh((1,), ("device",), axis_types=(AxisType.Auto,), devices=devices[:1])
+
+
+def has_compiler(target: Target) -> bool:
+    """Whether the target's compiler is installed."""
+    packages = {"tpu": ["libtpu"], "gpu": ["jax_cuda12_plugin", "jax_cuda13_plugin"]}[target.platform]
+    return any(importlib.util.find_spec(package) for package in packages)
 
 
 def _tpu_devices(target: Target):

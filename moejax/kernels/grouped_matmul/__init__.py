@@ -41,7 +41,7 @@ BEST = {
     "gpu": ("tokamax", "its kernels multiply a group's rows by the group's matrix alone"),
     "tpu": ("ragged", "XLA:TPU has a grouped kernel"),
 }
-"""By platform: what "auto" stands for, and why."""
+"""By platform: what "auto" stands for where it is available, and why."""
 
 ANYWHERE = "padded"
 """Where nothing better runs: XLA multiplies all rows by all matrices in `ragged_dot` on most platforms."""
@@ -84,19 +84,22 @@ def spare_rows_for(num_rows: int, num_groups: int, implementation: str = "auto")
 def resolve_implementation(implementation: str) -> str:
     """The implementation to run: what "auto" stands for, and something else for one that is not available.
 
-    The platform is that of the mesh in context, or jax's default.
+    The platform is that of the mesh in context, or of jax's default device.
+
+    Args:
+      implementation: a key of `IMPLEMENTATIONS`, or "auto".
+
+    Returns:
+      A key of `IMPLEMENTATIONS`. The first time that it is not what was asked for, a line of the log says why.
+
+    Raises:
+      ValueError: another name.
     """
     if implementation not in ("auto", *IMPLEMENTATIONS):
         raise ValueError(
             f"grouped_matmul implementation {implementation!r} must be auto or one of {[*IMPLEMENTATIONS]}"
         )
-    return _choose(implementation, platform(), unavailable().get("tokamax"))
-
-
-def knows_varying_axes(implementation: str) -> bool:
-    """Whether `shard_map` may check which results vary over devices (`check_vma`): kernels of others do not say."""
-    name = resolve_implementation(implementation)
-    return name != "tokamax" and not (name == "ragged" and needs_megablox())
+    return _choose(implementation, platform(), tuple(unavailable().items()))
 
 
 def unavailable() -> dict[str, str]:
@@ -105,15 +108,21 @@ def unavailable() -> dict[str, str]:
     return {"tokamax": why} if why else {}
 
 
+def can_check_vma(implementation: str) -> bool:
+    """Whether `shard_map` can check what varies over devices: Pallas kernels do not declare it of their results."""
+    name = resolve_implementation(implementation)
+    return name != "tokamax" and not (name == "ragged" and needs_megablox())
+
+
 @functools.cache
-def _choose(wanted: str, platform: str, no_tokamax: str | None) -> str:
+def _choose(wanted: str, platform: str, missing: tuple[tuple[str, str], ...]) -> str:
     """Cached, so that every choice is logged once."""
-    log = logging.getLogger("moejax")
+    log, why_missing = logging.getLogger("moejax"), dict(missing)
     best, why = BEST.get(platform, (ANYWHERE, "it runs anywhere"))
-    if best == "tokamax" and no_tokamax:
-        best, why = ANYWHERE, no_tokamax
-    if wanted == "tokamax" and no_tokamax:
-        log.warning("grouped_matmul: %s instead of tokamax on %s (%s)", best, platform, no_tokamax)
+    if best in why_missing:
+        best, why = ANYWHERE, why_missing[best]
+    if wanted in why_missing:
+        log.warning("grouped_matmul: %s instead of %s on %s (%s)", best, wanted, platform, why_missing[wanted])
         return best
     if wanted == "auto":
         log.info("grouped_matmul: %s on %s (%s)", best, platform, why)

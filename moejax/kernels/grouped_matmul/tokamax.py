@@ -1,10 +1,12 @@
 """The grouped product by the Triton kernels of tokamax (extra `tokamax`), for NVIDIA GPUs.
 
 They promise less than `grouped_matmul` does: rows beyond the last group stay as the memory was, and a group without
-rows gets the gradient of the rows before it (tokamax 0.0.12 masks a group's last block even where it has none). tokamax
-has kernels by Mosaic, too, for GPU and TPU; they cannot be compiled or interpreted where there is no such device.
+rows gets a gradient of the block of rows before it, even if that begins before the array (tokamax 0.0.12 masks a
+group's last block even where it has none). tokamax has kernels by Mosaic, too, for GPU and TPU; they cannot be compiled
+or interpreted where there is no such device.
 """
 
+import contextlib
 import functools
 import importlib.util
 
@@ -23,9 +25,9 @@ def why_unavailable() -> str | None:
     if platform() != "gpu":
         return "its Triton kernels are for NVIDIA GPUs"
     if jax.__version_info__ >= (0, 12):
-        return f"tokamax 0.0.12 needs jax before 0.12, and this is {jax.__version__}"
+        return f"tokamax 0.0.12 needs jax before 0.12, and this is {jax.__version__}; set up with Python 3.11"
     if importlib.util.find_spec("tokamax") is None:
-        return "tokamax is not installed; add the extra, as in pip install 'moejax[tokamax]'"
+        return "tokamax is not installed; add the extra, as in pip install 'moejax[tokamax]', with Python 3.11"
     device = jax.devices()[0]
     if device.platform == "gpu" and not _is_new_enough(device):
         return f"its Triton kernels need an NVIDIA GPU of compute capability 8.0, and this is {device.device_kind}"
@@ -34,6 +36,10 @@ def why_unavailable() -> str | None:
 
 def _is_new_enough(device: jax.Device) -> bool:
     return "NVIDIA" in device.device_kind and float(device.compute_capability) >= 8.0
+
+
+BLOCK = 128
+"""At least as many rows as a block has in tokamax's kernel for outer products, in any of its configurations."""
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -51,7 +57,9 @@ def _forward(x_RD, w_EDF, group_sizes_E, spare_rows):
 def _backward(spare_rows, residuals, dy_RF):
     x_RD, w_EDF, group_sizes_E = residuals
     dx_RD = _rows_by_matrices(dy_RF, w_EDF, group_sizes_E, BY_TRANSPOSE)
-    dw_EDF = _product(x_RD, dy_RF, group_sizes_E, OUTER)
+    # Zeros in front, as rows of the first group: no block begins before the array.
+    x_RD, dy_RF = (jnp.pad(rows, ((BLOCK, 0), (0, 0))) for rows in (x_RD, dy_RF))
+    dw_EDF = _product(x_RD, dy_RF, group_sizes_E.at[0].add(BLOCK), OUTER)
     return dx_RD, jnp.where((group_sizes_E > 0)[:, None, None], dw_EDF, 0), None
 
 
@@ -63,14 +71,19 @@ def _rows_by_matrices(x_RP, w_EDF, group_sizes_E, dimensions):
 
 
 def _product(a, b, group_sizes_E, dimensions: RaggedDotDimensionNumbers):
-    """In the dtype of `a`: the kernels accumulate in float32 and round once."""
+    """In the dtype of `a`: the kernels accumulate in float32 and round once.
+
+    Marks absl's flags as parsed, if nobody parsed them: tokamax would parse the command line, and end at flags that it
+    does not know.
+    """
     import tokamax  # an optional dependency
     from absl import flags
 
     if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()  # else tokamax would read the command line, and end at flags that are not its own
+        flags.FLAGS.mark_as_parsed()
+    is_foreign = platform() != jax.default_backend()
     # Compiling for devices of another machine, it must not look at those of this one.
-    with tokamax.config.cross_compile(platform() != jax.default_backend()):
+    with tokamax.config.cross_compile(True) if is_foreign else contextlib.nullcontext():
         return tokamax.ragged_dot_general(
             a, b, group_sizes_E, dimensions, preferred_element_type=a.dtype, implementation="triton"
         )
