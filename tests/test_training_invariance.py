@@ -124,6 +124,12 @@ def test_the_mesh_changes_nothing(moe, mesh):
     assert_same(run(small_config(mesh=mesh), int(np.prod(list(mesh.values())))), moe)
 
 
+@pytest.mark.parametrize("strategy", ["gather", "ring", "all_to_all"])
+def test_how_tokens_meet_experts_changes_nothing(moe, strategy):
+    mesh = {"data": 1, "expert": 2, "tensor": 2}
+    assert_same(run(small_config(moe={"exchange": strategy, "exchange_buffer": 2.0}, mesh=mesh), 4), moe)
+
+
 def test_mesh_and_accumulation_together_change_nothing(moe):
     assert_same(run(small_config(mesh={"data": 2, "fsdp": 2}, train={"accumulation": 2}), 4, num_steps=2), moe)
 

@@ -55,6 +55,8 @@ class MoeConfig:
     capacity_group: Literal["sequence", "device", "global"] = "sequence"  # tokens that share an expert's slots
     capacity_order: Literal["position", "choice", "weight"] = "position"  # who is served first
     overflow: Literal["drop", "next", "renormalize"] = "drop"  # what becomes of a choice without a slot
+    exchange: Literal["auto", "gather", "ring", "all_to_all"] = "auto"  # what travels along mesh.expert
+    exchange_buffer: float = 1.5  # all_to_all: rows of a buffer over their mean
     grouped_matmul: Literal["auto", "tiled", "ragged", "tokamax", "padded", "dense"] = "auto"
 
     # Balancing
@@ -178,6 +180,7 @@ def validate_moe(moe: MoeConfig) -> None:
     _validate_groups(moe)
     _validate_capacity(moe)
     _validate_balancing(moe)
+    _validate_exchange(moe)
 
 
 def _validate_experts(moe: MoeConfig) -> None:
@@ -340,6 +343,18 @@ def _validate_capacity(moe: MoeConfig) -> None:
         moe.overflow != "renormalize" or moe.top_k > 1,
         "moe.overflow=renormalize spreads the weight of a dropped choice over the others, and moe.top_k=1 has none; "
         "use drop or next",
+    )
+
+
+def _validate_exchange(moe: MoeConfig) -> None:
+    require(
+        moe.exchange != "all_to_all" or moe.router not in ("expert_choice", "soft"),
+        f"moe.exchange=all_to_all sends tokens to the experts they chose, and with moe.router={moe.router} they choose "
+        "none; use auto or ring",
+    )
+    require(
+        moe.exchange_buffer > 0,
+        f"moe.exchange_buffer={moe.exchange_buffer} must be above 0, such as 1.5: rows of a buffer over their mean",
     )
 
 

@@ -13,10 +13,10 @@ from moejax.config import Knobs, MoeConfig
 from moejax.kernels.grouped_matmul import can_check_vma
 from moejax.kernels.project import project
 from moejax.moe.capacity import Admission, admit, capacity_limit, capacity_slots
-from moejax.moe.exchange import exchange
+from moejax.moe.exchange import Exchange, Local, exchange
 from moejax.moe.experts import Experts, FeedForward, Network, initialize
 from moejax.moe.free_experts import FreeExperts
-from moejax.moe.local import Chosen, run_dropless, run_slots, run_soft, run_with_capacity
+from moejax.moe.local import Chosen, Mixing, Slots, run_dropless, run_slots, run_soft, run_with_capacity
 from moejax.moe.logits import Logits, make_router
 from moejax.moe.routers import RouterInputs, Routing, route, route_expert_choice, route_soft
 from moejax.moe.routers.routing import draw
@@ -231,28 +231,32 @@ class MoE(nnx.Module):
     def _run(self, x_BLD, experts_TK, service: Service, info: TokenInfo):
         batch, length, _ = x_BLD.shape
         config = self.config
+        local = self._dropless()
         if config.dispatch == "capacity" and config.capacity_group == "sequence" and info.knobs is not None:
             slots = capacity_slots(config.capacity_factor, config.top_k, length, config.num_experts)
-            run_local, check_vma = functools.partial(run_with_capacity, slots=slots), True
-        else:
-            run_local = functools.partial(run_dropless, implementation=config.grouped_matmul)
-            check_vma = can_check_vma(config.grouped_matmul)
+            local = Local(functools.partial(run_with_capacity, slots=slots))
         weights_TK, factors_TK = service.weights_TK, service.dropout_TK
         experts_BLK, weights_BLK = (a.reshape(batch, length, config.top_k) for a in (experts_TK, weights_TK))
         factors_BLK = None if factors_TK is None else factors_TK.reshape(weights_BLK.shape)
         out_BLK = weights_BLK if factors_BLK is None else weights_BLK * factors_BLK
         if config.weight_on == "output":
-            y_BLD = self._through_experts(run_local, x_BLD, Chosen(experts_BLK, out_BLK), check_vma)
+            y_BLD = self._through_experts(local, x_BLD, Chosen(experts_BLK, out_BLK))
         else:
             ones_BLK = jnp.ones_like(weights_BLK) if factors_BLK is None else factors_BLK
-            chosen = Chosen(experts_BLK, ones_BLK, weights_BLK)
-            y_BLD = self._through_experts(run_local, x_BLD, chosen, check_vma)
+            y_BLD = self._through_experts(local, x_BLD, Chosen(experts_BLK, ones_BLK, weights_BLK))
         return y_BLD + self.free_experts(x_BLD, experts_BLK, out_BLK) if config.num_free_experts else y_BLD
 
-    def _through_experts(self, run_local, x_BLD, chosen, check_vma: bool = True):
+    def _dropless(self) -> Local:
+        matmul = self.config.grouped_matmul
+        return Local(functools.partial(run_dropless, implementation=matmul), can_check_vma(matmul))
+
+    def _through_experts(self, local: Local, x_BLD, chosen):
         """The experts' combined output; in between at another width, if they have one (LatentMoE, Nemotron 3)."""
-        through = functools.partial(exchange, run_local, weights=self.experts.weights(), check_vma=check_vma)
-        if not self.config.d_latent:
+        config = self.config
+        rows = self._dropless() if isinstance(chosen, Chosen) else None
+        how = Exchange(config.exchange, config.exchange_buffer)
+        through = functools.partial(exchange, how, local, rows, weights=self.experts.weights())
+        if not config.d_latent:
             return through(x_BLD, chosen)
         into, out_of = (w[...].astype(x_BLD.dtype) for w in (self.into_latent, self.out_of_latent))
         return project(through(project(x_BLD, into), chosen), out_of)
@@ -263,14 +267,15 @@ class MoE(nnx.Module):
             slots = capacity_slots(1.0, self.config.top_k, length, self.config.num_experts)
             routing = route_expert_choice(self._inputs(logits, info, length), self.config, slots)
         with jax.named_scope("experts"):
-            chosen = (routing.positions_BEC, checkpoint_name(routing.weights_BEC, "routing_weights"))
-            y_BLD = self._through_experts(run_slots, x_BLD, chosen)
+            chosen = Slots(routing.positions_BEC, checkpoint_name(routing.weights_BEC, "routing_weights"))
+            y_BLD = self._through_experts(Local(run_slots), x_BLD, chosen)
         return y_BLD, collect_slots(routing, info.is_token_BL, trace=info.trace)
 
     def _mix(self, x_BLD, logits: Logits, info: TokenInfo):
         with jax.named_scope("route"):
             routing = route_soft(logits.logits_BLE, info.is_token_BL)
         with jax.named_scope("experts"):
-            mixing = (routing.dispatch_BLS, routing.combine_BLS)
-            y_BLD = self._through_experts(run_soft, x_BLD, mixing)
+            by_expert = (*logits.logits_BLE.shape[:2], self.config.num_experts, -1)
+            mixing = Mixing(routing.dispatch_BLS.reshape(by_expert), routing.combine_BLS.reshape(by_expert))
+            y_BLD = self._through_experts(Local(run_soft), x_BLD, mixing)
         return y_BLD, collect_soft(routing, info.is_token_BL, self.config.num_experts, trace=info.trace)

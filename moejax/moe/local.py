@@ -33,6 +33,48 @@ class Chosen:
     weights_BLK: jax.Array
     input_weights_BLK: Any = None
 
+    def of_experts(self, first: jax.Array, count: int) -> "Chosen":
+        """The same for `count` experts from `first` on; other choices are of none."""
+        experts_BLK = self.experts_BLK - first
+        is_here_BLK = (experts_BLK >= 0) & (experts_BLK < count)
+        return dataclasses.replace(self, experts_BLK=jnp.where(is_here_BLK, experts_BLK, count))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Slots:
+    """Whom experts take, if they choose.
+
+    Attributes:
+      positions_BEC: of tokens in their sequence; L: an empty slot.
+      weights_BEC: multiply the experts' outputs.
+    """
+
+    positions_BEC: jax.Array
+    weights_BEC: jax.Array
+
+    def of_experts(self, first: jax.Array, count: int) -> "Slots":
+        """The same for `count` experts from `first` on."""
+        return jax.tree.map(lambda a_BEC: jax.lax.dynamic_slice_in_dim(a_BEC, first, count, axis=1), self)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Mixing:
+    """How slots mix tokens, and tokens the slots' outputs.
+
+    Attributes:
+      dispatch_BLES: weights of a sequence's tokens in the S slots of each expert.
+      combine_BLES: weights of the slots' outputs for each token, of the same shape.
+    """
+
+    dispatch_BLES: jax.Array
+    combine_BLES: jax.Array
+
+    def of_experts(self, first: jax.Array, count: int) -> "Mixing":
+        """The same for `count` experts from `first` on."""
+        return jax.tree.map(lambda a_BLES: jax.lax.dynamic_slice_in_dim(a_BLES, first, count, axis=2), self)
+
 
 def run_dropless(
     x_BLD, chosen: Chosen, weights: ExpertWeights, *, implementation: str, sizes: tuple[int, ...] | None = None
@@ -106,9 +148,9 @@ def _apply_slotted(x_RD, weights: ExpertWeights):
     return apply_experts(x_RD, weights, _slotted(num_experts), expert_R)
 
 
-def run_slots(x_BLD, chosen: tuple[jax.Array, jax.Array], weights: ExpertWeights):
-    """Where experts choose. `chosen`: positions of tokens (L: an empty slot) and weights, `[B, E, C]`."""
-    positions_BEC, weights_BEC = chosen
+def run_slots(x_BLD, slots: Slots, weights: ExpertWeights):
+    """Where experts choose."""
+    positions_BEC, weights_BEC = slots.positions_BEC, slots.weights_BEC
     num_experts, width = weights.down_EFD.shape[0], x_BLD.shape[-1]
     x_BECD = jax.vmap(lambda x_LD, at_EC: x_LD.at[at_EC].get(mode="fill", fill_value=0))(x_BLD, positions_BEC)
     y_RD = _apply_slotted(x_BECD.swapaxes(0, 1).reshape(-1, width), weights)
@@ -119,12 +161,9 @@ def run_slots(x_BLD, chosen: tuple[jax.Array, jax.Array], weights: ExpertWeights
     )
 
 
-def run_soft(x_BLD, mixing: tuple[jax.Array, jax.Array], weights: ExpertWeights):
-    """Where slots mix tokens. `mixing`: dispatch and combine weights, `[B, L, S]`."""
-    dispatch_BLS, combine_BLS = (weights.astype(x_BLD.dtype) for weights in mixing)
-    num_experts, (batch, _, width) = weights.down_EFD.shape[0], x_BLD.shape
-    x_BSD = jnp.einsum("BLS,BLD->BSD", dispatch_BLS, x_BLD)
-    x_EBPD = x_BSD.reshape(batch, num_experts, -1, width).swapaxes(0, 1)
-    y_RD = _apply_slotted(x_EBPD.reshape(-1, width), weights)
-    y_BSD = y_RD.reshape(num_experts, batch, -1, width).swapaxes(0, 1).reshape(x_BSD.shape)
-    return jnp.einsum("BLS,BSD->BLD", combine_BLS, y_BSD)
+def run_soft(x_BLD, mixing: Mixing, weights: ExpertWeights):
+    """Where slots mix tokens."""
+    dispatch_BLES, combine_BLES = (a.astype(x_BLD.dtype) for a in (mixing.dispatch_BLES, mixing.combine_BLES))
+    x_EBSD = jnp.einsum("BLES,BLD->EBSD", dispatch_BLES, x_BLD)
+    y_EBSD = _apply_slotted(x_EBSD.reshape(-1, x_BLD.shape[-1]), weights).reshape(x_EBSD.shape)
+    return jnp.einsum("BLES,EBSD->BLD", combine_BLES, y_EBSD)
