@@ -110,7 +110,7 @@ def test_weights_on_the_input_travel_with_the_tokens(strategy, load):
 
 
 @pytest.mark.parametrize("factor", [0.01, 1.0, 1.5, 8.0])
-@pytest.mark.parametrize("load", ["even", "skewed"])
+@pytest.mark.parametrize("load", ["even", "one device"])
 def test_buffers_too_small_for_the_load_drop_nothing(factor, load):
     arguments = draw(load, 2)
     actual = run_on("all_to_all", "data 2, expert 4", arguments, factor=factor)
@@ -225,6 +225,4 @@ def test_an_exchange_that_cannot_be_is_an_error_that_names_the_remedy(leaves, wo
 
 
 def test_auto_sends_choices_to_their_experts():
-    assert forward_collectives("auto", "data 2, expert 4", 4.0) == forward_collectives(
-        "all_to_all", "data 2, expert 4", 4.0
-    )
+    assert {kind for kind, _ in forward_collectives("auto", "data 2, expert 4", 4.0)} == {"all-to-all"}
