@@ -30,7 +30,18 @@ def test_every_option_that_the_page_names_exists_and_every_option_of_experts_is_
     known = {key for key, _ in leaves()}
     named = set(re.findall(r"`((?:moe|schedule|model|train)\.[a-z_0-9]+)", PAGE))
     assert named <= known, named - known
-    elsewhere = {"every", "first_dense", "num_experts", "top_k", "grouped_matmul", "router", "noise_scale", "d_router"}
+    elsewhere = {
+        "every",
+        "first_dense",
+        "num_experts",
+        "top_k",
+        "grouped_matmul",
+        "exchange",
+        "exchange_buffer",
+        "router",
+        "noise_scale",
+        "d_router",
+    }
     unnamed = {key for key in known if key.startswith("moe.")} - named - {f"moe.{name}" for name in elsewhere}
     assert unnamed <= {"moe.mixer_threshold", "moe.sinkhorn_iterations", "moe.slots_per_expert", "moe.router_noise"}
 
