@@ -161,7 +161,7 @@ def test_bench_compiled_shows_arithmetic_memory_and_kernels_and_no_times(capsys,
         (["layer", "--target=h100"], "--target belongs to moejax bench compiled"),
         (
             ["layer", "--implementations=tokamax"],
-            "--implementations=tokamax cannot run here: its Triton kernels are for",
+            "--implementations=tokamax cannot run here: its kernels are for",
         ),
         (["compiled", "--target=h100", "--plot=x.svg"], "--plot belongs to moejax bench layer"),
     ],

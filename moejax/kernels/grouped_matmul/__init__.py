@@ -7,7 +7,7 @@ zero gradient.
     implementation  where it is fast       how
     tiled           CPU                    loops over experts and blocks of rows, own VJP
     ragged          TPU                    `jax.lax.ragged_dot` (a kernel of XLA:TPU)
-    tokamax         GPU                    the Triton kernels of the package tokamax, which is optional
+    tokamax         GPU, TPU               Triton and Mosaic kernels of the package tokamax, which is optional
     padded          GPU without tokamax    batched products over equal slots, as often as the largest group needs
     dense           nowhere                every row by every matrix: the reference
 """

@@ -1,14 +1,14 @@
-"""The grouped product by the Triton kernels of tokamax (extra `tokamax`), for NVIDIA GPUs.
+"""The grouped product by the kernels of tokamax (extra `tokamax`): Triton on NVIDIA GPUs, Mosaic on TPU.
 
-They promise less than `grouped_matmul` does: rows beyond the last group stay as the memory was, and a group without
-rows gets a gradient of the block of rows before it, even if that begins before the array (tokamax 0.0.12 masks a
-group's last block even where it has none). tokamax has kernels by Mosaic, too, for GPU and TPU; they cannot be compiled
-or interpreted where there is no such device.
+They promise less than `grouped_matmul` does: rows beyond the last group stay as the memory was, and the Triton kernel
+gives a group without rows a gradient of the block of rows before it, even if that begins before the array (tokamax
+0.0.12 masks a group's last block even where it has none).
 """
 
 import contextlib
 import functools
 import importlib.util
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,13 +19,18 @@ from moejax.kernels.grouped_matmul.dimensions import BY_MATRIX, BY_TRANSPOSE, OU
 from moejax.kernels.grouped_matmul.tail import zero_tail
 from moejax.kernels.platform import platform
 
+KERNELS: dict[str, tuple[Any, ...]] = {"gpu": ("triton",), "tpu": ("mosaic", "xla")}
+"""By platform, the first that takes the shapes. On TPU "xla", which is `ragged_dot`, takes those below 128."""
+
 
 def why_unavailable() -> str | None:
     """Why its kernels do not run on the platform at hand, if they do not."""
-    if platform() != "gpu":
-        return "its Triton kernels are for NVIDIA GPUs"
-    if jax.__version_info__ >= (0, 12):
-        return f"tokamax 0.0.12 needs jax before 0.12, and this is {jax.__version__}; set up with Python 3.11"
+    if platform() not in KERNELS:
+        return "its kernels are for NVIDIA GPUs and TPUs"
+    if platform() == "tpu" and jax.default_backend() != "tpu":
+        return "its kernels for TPU look for one in this machine"
+    if platform() == "gpu" and jax.__version_info__ >= (0, 12):
+        return f"tokamax 0.0.12 needs jax before 0.12 on GPU, and this is {jax.__version__}; set up with Python 3.11"
     if importlib.util.find_spec("tokamax") is None:
         return "tokamax is not installed; add the extra, as in pip install 'moejax[tokamax]', with Python 3.11"
     device = jax.devices()[0]
@@ -85,5 +90,5 @@ def _product(a, b, group_sizes_E, dimensions: RaggedDotDimensionNumbers):
     # Compiling for devices of another machine, it must not look at those of this one.
     with tokamax.config.cross_compile(True) if is_foreign else contextlib.nullcontext():
         return tokamax.ragged_dot_general(
-            a, b, group_sizes_E, dimensions, preferred_element_type=a.dtype, implementation="triton"
+            a, b, group_sizes_E, dimensions, preferred_element_type=a.dtype, implementation=KERNELS[platform()]
         )
