@@ -49,6 +49,10 @@ def test_bench_layer_writes_a_row_for_every_shape_direction_and_implementation(c
         assert row["ratio_to_dense"] == pytest.approx(row["ms"] / dense["ms"], rel=0.02, abs=2e-3)
         assert row["quartiles_ms"][0] <= row["ms"] <= row["quartiles_ms"][1]
         assert row["gflops"] > 0 and row["temporary_bytes"] >= 0
+        passes = {"forward": 1, "forward_backward": 3}[row["direction"]]
+        weights = passes * 3 * 8 * 4 * 4 * (2 if row["implementation"] == "dense_layer" else 4)
+        assert row["gbytes"] == pytest.approx(weights / row["ms"] / 1e6, abs=6e-3)
+        assert row["fraction_of_peak_gbytes"] == pytest.approx(weights / row["ms"] / 1e7, abs=6e-4)
     written = list(csv.DictReader((tmp_path / "rows.csv").open()))
     for line, row in zip(written, rows, strict=True):
         assert (line["ms"], line["q75_ms"]) == (str(row["ms"]), str(row["quartiles_ms"][1]))

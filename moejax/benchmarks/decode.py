@@ -32,6 +32,7 @@ def bench_decode(
             "reading_ms": round(reading_ms, 3),
             "ratio_to_reading": round(row["ms"] / reading_ms, 3),
             "gbytes": round(weight_bytes / row["ms"] / 1e6, 2),
+            "fraction_of_peak_gbytes": round(reading_ms / row["ms"], 3),
         }
         for row in rows
         if row["implementation"] != "dense_layer"

@@ -252,16 +252,26 @@ def named_row(shape: Shape, name: str, direction: str, dtype: str) -> dict[str, 
     return row
 
 
+def _weight_bytes(shape: Shape, name: str, direction: str, dtype: str) -> int:
+    """All matrices read once; with gradients read twice and written once."""
+    passes = {"forward": 1, "forward_backward": 3}[direction]
+    matrices = 3 * (shape.top_k if name == DENSE else shape.num_experts)
+    return passes * matrices * shape.d_model * shape.d_expert * jnp.dtype(dtype).itemsize
+
+
 def _row(
     shape: Shape, name: str, direction: str, dtype: str, times: dict[str, Times], program: Program, peaks: Peaks
 ) -> dict[str, Any]:
     seconds = times[name].median_ms / 1e3
     gflops = shape.flops(direction) / seconds / 1e9
+    gbytes = _weight_bytes(shape, name, direction, dtype) / seconds / 1e9
     return named_row(shape, name, direction, dtype) | {
         "ms": round(times[name].median_ms, 3),
         "quartiles_ms": [round(ms, 3) for ms in times[name].quartiles_ms],
         "ratio_to_dense": round(times[name].median_ms / times[DENSE].median_ms, 3),
         "gflops": float(f"{gflops:.4g}"),
         "fraction_of_peak_gflops": round(gflops / peaks.gflops, 3),
+        "gbytes": round(gbytes, 2),
+        "fraction_of_peak_gbytes": round(gbytes / peaks.gbytes, 3),
         "temporary_bytes": program.temporary_bytes,
     }

@@ -192,13 +192,14 @@ def _columns(row: dict[str, Any]) -> dict[str, Any]:
     shown: dict[str, Any] = {
         "implementation": row["implementation"],
         "over dense": f"{row['ratio_to_dense']:.2f}",
-        "ms": row["ms"],
-        "quartiles %": f"{100 * (low / row['ms'] - 1):+.0f} {100 * (high / row['ms'] - 1):+.0f}",
+        "ms": f"{row['ms']:.4g}",
+        "quart. %": f"{100 * (low / row['ms'] - 1):+.0f} {100 * (high / row['ms'] - 1):+.0f}",
     }
     if "ratio_to_reading" in row:
         shown |= {"over reading": f"{row['ratio_to_reading']:.2f}", "GB/s": row["gbytes"]}
     else:
         shown["GFLOP/s"] = f"{row['gflops']:.0f} ({row['fraction_of_peak_gflops']:.0%})"
+        shown["GB/s"] = f"{row['gbytes']:.1f} ({row['fraction_of_peak_gbytes']:.0%})"
     return shown | {"temp. MB": round(row["temporary_bytes"] / 1e6, 1)}
 
 
