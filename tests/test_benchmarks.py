@@ -27,6 +27,18 @@ def test_every_implementation_that_is_timed_computes_the_layer_of_the_oracle(nam
     oracle.assert_close((y_TD, *gradients), expected)
 
 
+@pytest.mark.parametrize("tokens", [64, 63])
+def test_sorted_is_the_layer_of_choices_that_are_equal_groups_in_order_with_the_arithmetic_of_the_products(tokens):
+    shape = dataclasses.replace(SHAPE, tokens=tokens)
+    arrays = layer.draw(shape, "float32")
+    inputs = arrays.x_TD, arrays.weights_TK, *arrays.expert_weights
+    ignored = (arrays.experts_TK,)
+    run = functools.partial(layer.through, layer.implementations_of(shape)[layer.SORTED])
+    y_TD, gradients = Program.compile(run, "forward_backward", arrays.dy_TD, inputs, ignored)()
+    in_order_TK = np.arange(tokens * 2).reshape(2, tokens).T // -(-tokens * 2 // 4)
+    oracle.assert_close((y_TD, *gradients), oracle.feed_forward(*inputs, in_order_TK, arrays.dy_TD))
+
+
 def test_a_dense_layer_has_the_arithmetic_of_the_chosen_experts():
     arrays = layer.draw(SHAPE, "float32")
     inputs = arrays.x_TD, *arrays.dense_weights

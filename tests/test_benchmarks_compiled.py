@@ -28,11 +28,11 @@ def _here(monkeypatch):
 
 @pytest.mark.usefixtures("_here")
 def test_arithmetic_is_counted_for_every_direction_and_implementation_and_dense_lowerings_are_seen():
-    rows = bench_compiled(SMALL, ["dense", "ragged", "padded", "capacity 1.25"], "float32", HERE)
+    rows = bench_compiled(SMALL, ["dense", "ragged", "padded", "capacity 1.25", "sorted"], "float32", HERE)
     assert [(row["direction"], row["implementation"]) for row in rows] == [
         (direction, name)
         for direction in ("forward", "forward_backward")
-        for name in ("dense_layer", "dense", "ragged", "padded", "capacity 1.25")
+        for name in ("dense_layer", "dense", "ragged", "padded", "capacity 1.25", "sorted")
     ]
     over = {(row["direction"], row["implementation"]): row["flops_over_ideal"] for row in rows}
     slots = -(-1.25 * 64 * 2 // 4 // 8) * 8  # of `padded`, whose turns are counted once
@@ -41,6 +41,7 @@ def test_arithmetic_is_counted_for_every_direction_and_implementation_and_dense_
         assert over[direction, "ragged"] == pytest.approx(4.0, rel=0.02)  # and what finds the groups
         assert over[direction, "dense"] >= 4.0  # and the products that pick the right ones
         assert over[direction, "padded"] == pytest.approx(slots / 32, rel=0.02)
+        assert over[direction, "sorted"] == pytest.approx(1.0, rel=0.02)
         assert over[direction, "capacity 1.25"] == pytest.approx(40 / 32, rel=0.02)
     open_loops = {row["implementation"]: row["open_loops"] for row in rows if row["direction"] == "forward"}
     assert open_loops["padded"] >= 2 and open_loops["dense_layer"] == 0

