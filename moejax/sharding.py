@@ -9,15 +9,20 @@ import math
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from moejax.config import Config, ConfigError, MeshConfig, divisors
 
-MESH_AXES = ("data", "fsdp", "expert", "tensor")
-BATCH_AXES = ("data", "fsdp", "expert")
+MESH_AXES = ("data", "fsdp", "dcn_expert", "expert", "tensor")
+EXPERT_AXES = ("dcn_expert", "expert")
+"""Mesh axes that split the experts: over groups of devices with slow links between them, and within a group."""
+
+BATCH_AXES = ("data", "fsdp", *EXPERT_AXES)
 """Mesh axes that split the batch."""
 
-RULES: dict[str, str | None] = {
+RULES: dict[str, str | tuple[str, ...] | None] = {
     "embed": "fsdp",
     "vocab": "tensor",
     "heads": "tensor",
@@ -25,7 +30,7 @@ RULES: dict[str, str | None] = {
     "head": None,
     "mlp": "tensor",
     "gate_up": None,
-    "experts": "expert",
+    "experts": EXPERT_AXES,
     "router": None,
     "latent": None,
     "norm": None,
@@ -51,7 +56,8 @@ def resolve_mesh(mesh: MeshConfig, num_devices: int) -> MeshConfig:
     if open_axes and num_devices % fixed == 0:
         return dataclasses.replace(mesh, **{open_axes[0]: num_devices // fixed})
     if fixed != num_devices or open_axes:
-        axes = ", ".join(f"mesh.{axis}={size}" for axis, size in sizes.items())
+        named = {axis: size for axis, size in sizes.items() if size != 1 or not axis.startswith("dcn_")}
+        axes = ", ".join(f"mesh.{axis}={size}" for axis, size in named.items())
         raise ConfigError(
             f"{axes} do not fit {num_devices} devices: sizes must be divisors ({divisors(num_devices)}) whose product "
             f"is {num_devices}; one may be -1"
@@ -72,19 +78,66 @@ def make_mesh(config: Config, devices: list[jax.Device] | None = None) -> Mesh:
     devices = jax.devices() if devices is None else devices
     sizes = resolve_mesh(config.mesh, len(devices))
     _check_divisible(config, sizes)
-    shape = tuple(getattr(sizes, axis) for axis in MESH_AXES)
-    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
+    slow = (sizes.dcn_data, sizes.dcn_fsdp, sizes.dcn_expert, 1, 1)
+    fast = (sizes.data, sizes.fsdp, 1, sizes.expert, sizes.tensor)
+    auto = (AxisType.Auto,) * len(MESH_AXES)
+    groups = _groups(devices, math.prod(slow))
+    if len(groups) == 1:
+        return jax.make_mesh(fast, MESH_AXES, axis_types=auto, devices=devices)
+    # An array [*slow, *fast] of devices, in which each axis of the mesh is split in two, slow before fast.
+    by_group = [mesh_utils.create_device_mesh(fast, group, allow_split_physical_axes=True) for group in groups]
+    split = np.stack(by_group).reshape(*slow, *fast)
+    joined = split.transpose(*(axis for i in range(len(slow)) for axis in (i, i + len(slow))))
+    return Mesh(joined.reshape(*(s * f for s, f in zip(slow, fast, strict=True))), MESH_AXES, axis_types=auto)
+
+
+def _groups(devices: list[Any], num_groups: int) -> list[list[Any]]:
+    """Equal groups of devices that lie close together; where the devices know their slices, none is torn apart."""
+    slices = [getattr(device, "slice_index", 0) or 0 for device in devices]
+    num_slices = len(set(slices))
+    if (num_slices % num_groups and num_groups % num_slices) or (num_groups == 1 < num_slices):
+        raise ConfigError(
+            f"mesh.dcn_data * mesh.dcn_fsdp * mesh.dcn_expert = {num_groups} does not fit {num_slices} slices of "
+            f"devices; use mesh.dcn_data={num_slices}"
+        )
+    if num_groups == 1:
+        return [devices]
+    order = sorted(range(len(devices)), key=lambda i: (slices[i], devices[i].process_index, devices[i].id))
+    size = len(devices) // num_groups
+    return [[devices[i] for i in order[first : first + size]] for first in range(0, len(order), size)]
+
+
+def parts(mesh: MeshConfig) -> dict[str, int]:
+    """Into how many parts each of `data`, `fsdp`, `expert` and `tensor` splits, over slow and fast links together."""
+    return {
+        "data": mesh.dcn_data * mesh.data,
+        "fsdp": mesh.dcn_fsdp * mesh.fsdp,
+        "expert": mesh.dcn_expert * mesh.expert,
+        "tensor": mesh.tensor,
+    }
 
 
 def _check_divisible(config: Config, mesh: MeshConfig) -> None:
-    model, moe = config.model, config.moe
-    batch = mesh.data * mesh.fsdp * mesh.expert
+    model, moe, sizes = config.model, config.moe, parts(mesh)
+
+    def product(*axes: str) -> str:
+        """What a message calls the parts of these axes: with the slow sizes where there are any."""
+        names = [name for axis in axes for name in (f"dcn_{axis}", axis) if getattr(mesh, name, 1) > 1 or name == axis]
+        return " * ".join(f"mesh.{name}" for name in names)
+
+    batch = sizes["data"] * sizes["fsdp"] * sizes["expert"]
     microbatch = config.train.batch_size // config.train.accumulation
     if microbatch % batch:
         raise ConfigError(
             f"train.batch_size={config.train.batch_size} over train.accumulation={config.train.accumulation} gives "
-            f"microbatches of {microbatch}, which must be a multiple of mesh.data * mesh.fsdp * mesh.expert = {batch}; "
+            f"microbatches of {microbatch}, which must be a multiple of {product('data', 'fsdp', 'expert')} = {batch}; "
             f"use train.batch_size={batch * config.train.accumulation * max(1, round(microbatch / batch))}"
+        )
+    tokens = microbatch // batch * config.data.seq_len
+    if sizes["expert"] > 1 and tokens % moe.exchange_chunks:
+        raise ConfigError(
+            f"moe.exchange_chunks={moe.exchange_chunks} must divide the {tokens} tokens of a device; "
+            f"use one of {divisors(tokens)}"
         )
     splits = [
         ("model.d_model", model.d_model, "fsdp"),
@@ -99,11 +152,12 @@ def _check_divisible(config: Config, mesh: MeshConfig) -> None:
         splits += [("moe.d_expert", kind.d_expert, "tensor") for kind in config.moe_runs]
         splits += [("moe.d_latent", kind.d_latent, "fsdp") for kind in config.moe_runs if kind.d_latent]
     for key, value, axis in splits:
-        size = getattr(mesh, axis)
+        size = sizes[axis]
         if value % size:
             below, above = value // size * size, -(-value // size) * size
             works = f"{below} or {above}" if below else f"{above}"
-            raise ConfigError(f"{key}={value} must be a multiple of mesh.{axis}={size}; use {works}")
+            equals = "=" if product(axis) == f"mesh.{axis}" else " = "
+            raise ConfigError(f"{key}={value} must be a multiple of {product(axis)}{equals}{size}; use {works}")
 
 
 def partition_spec(axes: tuple[str, ...]) -> PartitionSpec:

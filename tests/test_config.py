@@ -32,7 +32,7 @@ from moejax.kernels.grouped_matmul import IMPLEMENTATIONS
 from moejax.models import Decoder
 from moejax.moe.balance import LOSSES
 from moejax.moe.routers import ROUTERS
-from moejax.sharding import BATCH_AXES, MESH_AXES, RULES, make_mesh, partition_spec, resolve_mesh
+from moejax.sharding import BATCH_AXES, MESH_AXES, RULES, _groups, make_mesh, partition_spec, resolve_mesh
 
 ROOT = Path(__file__).parents[1]
 SECTIONS = {section.name: type(section.default) for section in dataclasses.fields(Config)}
@@ -351,9 +351,7 @@ def dead_leaves(reads):
 
 def test_every_leaf_of_the_config_is_read_somewhere_besides_its_validation():
     reads = set(attribute_reads())
-    # The mesh is built in a loop over its axes: getattr(sizes, axis) for axis in MESH_AXES.
-    assert [f.name for f in dataclasses.fields(MeshConfig)] == list(MESH_AXES)
-    reads |= {("mesh", axis) for axis in MESH_AXES} | PERMISSIONS | SCHEDULED
+    reads |= PERMISSIONS | SCHEDULED
     assert dead_leaves(reads) == []
 
 
@@ -365,7 +363,7 @@ def test_every_knob_is_read_somewhere():
 
 
 def test_a_leaf_that_nobody_reads_would_be_found():
-    reads = {read for read in attribute_reads() if read[1] != "qk_norm"} | {("mesh", axis) for axis in MESH_AXES}
+    reads = {read for read in attribute_reads() if read[1] != "qk_norm"}
     reads |= PERMISSIONS | SCHEDULED
     assert dead_leaves(reads) == ["model.qk_norm"]
 
@@ -412,10 +410,12 @@ def test_every_option_of_experts_and_schedules_is_set_by_a_recipe():
 @pytest.mark.parametrize(
     ("sizes", "resolved"),
     [
-        ({}, (8, 1, 1, 1)),
-        ({"expert": 4}, (2, 1, 4, 1)),
-        ({"data": 1, "fsdp": -1, "tensor": 2}, (1, 4, 1, 2)),
-        ({"data": 2, "fsdp": 2, "expert": 2}, (2, 2, 2, 1)),
+        ({}, (8, 1, 1, 1, 1, 1, 1)),
+        ({"expert": 4}, (2, 1, 4, 1, 1, 1, 1)),
+        ({"data": 1, "fsdp": -1, "tensor": 2}, (1, 4, 1, 2, 1, 1, 1)),
+        ({"data": 2, "fsdp": 2, "expert": 2}, (2, 2, 2, 1, 1, 1, 1)),
+        ({"expert": 2, "dcn_expert": 2}, (2, 1, 2, 1, 1, 1, 2)),
+        ({"data": 1, "fsdp": 2, "dcn_data": 2, "dcn_fsdp": -1}, (1, 2, 1, 1, 2, 2, 1)),
     ],
 )
 def test_the_open_size_of_a_mesh_takes_all_remaining_devices(sizes, resolved):
@@ -431,6 +431,7 @@ def test_the_open_size_of_a_mesh_takes_all_remaining_devices(sizes, resolved):
         ({"data": -1, "fsdp": -1}, ["mesh.data=-1", "mesh.fsdp=-1", "only one"]),
         ({"tensor": 0}, ["mesh.tensor=0", "at least 1", "-1"]),
         ({"tensor": -2}, ["mesh.tensor=-2", "at least 1", "-1"]),
+        ({"dcn_expert": 3}, ["mesh.dcn_expert=3", "8 devices", "1, 2, 4, 8"]),
     ],
 )
 def test_a_mesh_that_does_not_fit_is_an_error_that_names_sizes_that_would(sizes, parts):
@@ -451,6 +452,12 @@ def test_a_mesh_that_does_not_fit_is_an_error_that_names_sizes_that_would(sizes,
         ({"mesh.tensor": 2, "moe.d_expert": 25}, ["moe.d_expert=25", "mesh.tensor=2", "24 or 26"]),
         ({"mesh.tensor": 2, "moe.num_experts": 0, "model.d_ff": 25}, ["model.d_ff=25", "mesh.tensor=2", "24 or 26"]),
         ({"mesh.tensor": 2, "data.vocab_size": 999}, ["data.vocab_size=999", "mesh.tensor=2", "998 or 1000"]),
+        ({"mesh.expert": 4, "mesh.dcn_expert": 2, "moe.num_experts": 4},
+         ["moe.num_experts=4", "mesh.dcn_expert * mesh.expert = 8", "use 8"]),
+        ({"mesh.dcn_data": 2, "train.batch_size": 12},
+         ["train.batch_size=12", "mesh.dcn_data * mesh.data * mesh.fsdp * mesh.expert = 8", "16"]),
+        ({"mesh.expert": 2, "moe.exchange_chunks": 3, "data.seq_len": 8},
+         ["moe.exchange_chunks=3", "16 tokens of a device", "1, 2, 4, 8, 16"]),
         ({"train.batch_size": 12}, ["train.batch_size=12", "mesh.data * mesh.fsdp * mesh.expert = 8", "16"]),
         ({"train.batch_size": 16, "train.accumulation": 4}, ["train.accumulation=4", "microbatches of 4", "32"]),
     ],
@@ -461,11 +468,41 @@ def test_a_size_that_the_mesh_cannot_split_is_an_error_that_names_sizes_that_wou
     assert all(part in str(caught.value) for part in parts), str(caught.value)
 
 
-def test_the_mesh_has_the_four_axes_and_auto_types_and_one_device_is_a_mesh_too():
+def test_the_mesh_has_all_axes_and_auto_types_and_one_device_is_a_mesh_too():
     mesh = make_mesh(resolve(nested({"mesh.expert": 4, "mesh.tensor": 2})))
-    assert dict(mesh.shape) == {"data": 1, "fsdp": 1, "expert": 4, "tensor": 2}
+    assert dict(mesh.shape) == {"data": 1, "fsdp": 1, "dcn_expert": 1, "expert": 4, "tensor": 2}
     assert set(mesh.axis_types) == {jax.sharding.AxisType.Auto}
     assert dict(make_mesh(resolve({}), jax.devices()[:1]).shape) == dict.fromkeys(MESH_AXES, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class FakeDevice:
+    id: int
+    process_index: int = 0
+    slice_index: int = 0
+    platform: str = "cpu"
+    device_kind: str = "fake"
+
+
+def test_fast_axes_stay_within_a_group_of_devices_and_slow_ones_go_from_one_group_to_the_next():
+    mesh = make_mesh(resolve(nested({"mesh.data": 1, "mesh.fsdp": 2, "mesh.dcn_fsdp": 2, "mesh.expert": 2})))
+    ids = np.vectorize(lambda device: device.id)(mesh.devices)
+    assert dict(mesh.shape) == {"data": 1, "fsdp": 4, "dcn_expert": 1, "expert": 2, "tensor": 1}
+    assert ids.reshape(4, 2).tolist() == [[0, 1], [2, 3], [4, 5], [6, 7]]  # of `fsdp` the first two in one group
+    mesh = make_mesh(resolve(nested({"mesh.data": 2, "mesh.dcn_data": 2, "mesh.dcn_expert": 2})))
+    ids = np.vectorize(lambda device: device.id)(mesh.devices)
+    assert ids.reshape(4, 2).tolist() == [[0, 2], [1, 3], [4, 6], [5, 7]]
+    assert set(mesh.axis_types) == {jax.sharding.AxisType.Auto}
+
+
+def test_no_slice_is_torn_apart_and_slices_ask_for_slow_axes():
+    devices = [FakeDevice(i, slice_index=i % 2) for i in range(8)]
+    assert [[device.id for device in group] for group in _groups(devices, 2)] == [[0, 2, 4, 6], [1, 3, 5, 7]]
+    assert [len(group) for group in _groups(devices, 4)] == [2, 2, 2, 2]
+    assert {device.slice_index for device in _groups(devices, 4)[1]} == {0}
+    for num_groups in (1, 3):
+        with pytest.raises(ConfigError, match=f"= {num_groups} does not fit 2 slices.*use mesh.dcn_data=2"):
+            _groups(devices, num_groups)
 
 
 # Sharding rules ---------------------------------------------------------------------------------------------------
@@ -498,20 +535,27 @@ def test_every_sharding_rule_is_used_by_a_parameter(all_axes):
     assert {axis for axes, _ in all_axes for axis in axes} == set(RULES)
 
 
+def mesh_axes_of(axis):
+    rule = RULES[axis] or ()
+    return (rule,) if isinstance(rule, str) else rule
+
+
 def test_no_parameter_would_be_split_twice_over_one_mesh_axis(all_axes):
     for axes, _ in all_axes:
-        used = [RULES[axis] for axis in axes if RULES[axis]]
+        used = [mesh_axis for axis in axes for mesh_axis in mesh_axes_of(axis)]
         assert len(used) == len(set(used)), axes
 
 
 def test_a_logical_axis_without_a_rule_is_an_error_that_names_it_and_the_known_ones():
     with pytest.raises(ValueError, match=r"'embd' has no rule .*'embed'"):
         partition_spec(("embd", "mlp"))
-    assert partition_spec(("experts", "embed", "gate_up", "mlp")) == PartitionSpec("expert", "fsdp", None, "tensor")
+    assert partition_spec(("experts", "embed", "gate_up", "mlp")) == PartitionSpec(
+        ("dcn_expert", "expert"), "fsdp", None, "tensor"
+    )
 
 
 def test_rules_name_axes_of_the_mesh_and_the_batch_is_split_over_all_but_tensor():
-    assert {axis for axis in RULES.values() if axis} <= set(MESH_AXES)
+    assert {mesh_axis for axis in RULES for mesh_axis in mesh_axes_of(axis)} <= set(MESH_AXES)
     assert set(BATCH_AXES) == set(MESH_AXES) - {"tensor"}
 
 

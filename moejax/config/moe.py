@@ -55,8 +55,10 @@ class MoeConfig:
     capacity_group: Literal["sequence", "device", "global"] = "sequence"  # tokens that share an expert's slots
     capacity_order: Literal["position", "choice", "weight"] = "position"  # who is served first
     overflow: Literal["drop", "next", "renormalize"] = "drop"  # what becomes of a choice without a slot
-    exchange: Literal["auto", "gather", "ring", "all_to_all"] = "auto"  # what travels along mesh.expert
-    exchange_buffer: float = 1.5  # all_to_all: rows of a buffer over their mean
+    exchange: Literal["auto", "gather", "ring", "all_to_all", "ragged", "dedup", "two_level"] = "auto"  # what travels
+    exchange_buffer: float = 1.5  # rows of a buffer over their mean; what has no room takes a slower way
+    exchange_chunks: int = 1  # parts of a device's tokens, so that one can travel while another is computed
+    save_exchanged: bool = True  # keep what arrived for the backward pass, where else remat would send it again
     grouped_matmul: Literal["auto", "tiled", "ragged", "tokamax", "padded", "dense"] = "auto"
 
     # Balancing
@@ -348,9 +350,13 @@ def _validate_capacity(moe: MoeConfig) -> None:
 
 def _validate_exchange(moe: MoeConfig) -> None:
     require(
-        moe.exchange != "all_to_all" or moe.router not in ("expert_choice", "soft"),
-        f"moe.exchange=all_to_all sends tokens to the experts they chose, and with moe.router={moe.router} they choose "
-        "none; use auto or ring",
+        moe.exchange in ("auto", "gather", "ring") or moe.router not in ("expert_choice", "soft"),
+        f"moe.exchange={moe.exchange} sends tokens to the experts they chose, and with moe.router={moe.router} they "
+        "choose none; use auto or ring",
+    )
+    require(
+        moe.exchange_chunks > 0,
+        f"moe.exchange_chunks={moe.exchange_chunks} must be at least 1: parts of a device's tokens",
     )
     require(
         moe.exchange_buffer > 0,

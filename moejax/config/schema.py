@@ -73,12 +73,19 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices by axis. One size may be -1: all that remain."""
+    """Devices by axis. One size may be -1: all that remain.
+
+    `dcn_*` count the groups of devices (slices, nodes) between which links are slow: an axis has `dcn_*` times as many
+    parts as its other size says.
+    """
 
     data: int = -1
     fsdp: int = 1
     expert: int = 1
     tensor: int = 1
+    dcn_data: int = 1
+    dcn_fsdp: int = 1
+    dcn_expert: int = 1
 
 
 @dataclasses.dataclass(frozen=True)

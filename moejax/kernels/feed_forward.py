@@ -32,6 +32,7 @@ def feed_forward(
     *,
     activate: Activate,
     sizes: tuple[int, ...],
+    max_rows: int | None = None,
 ) -> Float[Array, "T D"]:
     """Adds up each token's outputs of its experts, `sum_k weights[t, k] * down(activate(gate_up(x[t])))`.
 
@@ -41,11 +42,12 @@ def feed_forward(
       gate_up_EDPF: P projections of every expert.
       down_EFD: the projection out of every expert.
       row_TK: the row of a choice among the rows sorted by expert; R where it has none.
-      choice_R: the choice t * K + k in a row; T * K where the row is empty. R is T * K plus the largest of `sizes`, for
-        the last tile may reach there.
+      choice_R: the choice t * K + k in a row; T * K where the row is empty. R is `max_rows` plus the largest of
+        `sizes`, for the last tile may reach there.
       group_sizes_E: rows of each expert.
       activate: from P arrays `[rows, F]` to the hidden units `[rows, F]`.
       sizes: of tiles, rising; see `tile_sizes`.
+      max_rows: no more rows are in groups; None: T * K.
 
     Returns:
       The outputs, in the dtype of `x_TD` with float32 accumulation; zeros for a token without rows. An expert without
@@ -54,7 +56,7 @@ def feed_forward(
     Raises:
       ValueError: too few spare rows.
     """
-    num_rows, num_needed = choice_R.shape[0], weights_TK.size + sizes[-1]
+    num_rows, num_needed = choice_R.shape[0], (max_rows or weights_TK.size) + sizes[-1]
     if num_rows < num_needed:
         # A slice that would pass the end is moved back in silence, onto rows of other experts.
         raise ValueError(f"choice_R has {num_rows} rows and must have {num_needed}; plan with spare_rows={sizes[-1]}")

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moejax.config import Config, MoeConfig, limit_of, parse_schedule
+from moejax.moe.exchange import EXCHANGED
 from moejax.moe.experts import FeedForward
 from moejax.moe.layer import MoE, TokenInfo
 from moejax.moe.routers.selection import SAVED_NAMES
@@ -128,6 +129,7 @@ class Stack(nnx.Module):
         self.block = nnx.merge(graphdef, _with_layer_axis(states_N))
         self.num = num
         self.remat = config.model.remat
+        self.saved = (*SAVED_NAMES, EXCHANGED) if config.moe.save_exchanged else SAVED_NAMES
         self.unroll = not config.model.scan_layers
 
     def __call__(self, x_BLD: jax.Array, context: Context, cache=None) -> tuple[jax.Array, object, RoutingStats | None]:
@@ -140,7 +142,7 @@ class Stack(nnx.Module):
             return x_BLD, (cache, stats)
 
         if self.remat:
-            policy = jax.checkpoint_policies.save_only_these_names(*SAVED_NAMES)
+            policy = jax.checkpoint_policies.save_only_these_names(*self.saved)
             one_block = jax.checkpoint(one_block, policy=policy, prevent_cse=self.unroll)
         layers = (jnp.arange(self.num), states_N, cache)
         x_BLD, (cache, stats) = jax.lax.scan(one_block, x_BLD, layers, unroll=self.num if self.unroll else 1)

@@ -32,22 +32,27 @@ class Plan:
     expert_R: jax.Array
 
 
-def plan_dropless(experts_TK: Int[Array, "T K"], num_experts: int, spare_rows: int = 0) -> Plan:
+def plan_dropless(
+    experts_TK: Int[Array, "T K"], num_experts: int, spare_rows: int = 0, max_rows: int | None = None
+) -> Plan:
     """Rows sorted by expert, one for each choice; rows of masked tokens (expert id E) come last and are empty.
 
     Args:
       experts_TK: selected experts; E where the token is masked.
       num_experts: E.
       spare_rows: this many empty rows are appended; see `grouped_matmul`.
+      max_rows: no more choices than these are of experts, whoever calls makes sure of it; None: all may be.
     """
     num_tokens, top_k = experts_TK.shape
     num_choices = num_tokens * top_k
     expert_R, choice_R = _sort_with_index(experts_TK.reshape(num_choices), num_experts)
     row_of_choice = jnp.zeros(num_choices, jnp.int32).at[choice_R].set(jnp.arange(num_choices, dtype=jnp.int32))
+    num_rows = num_choices if max_rows is None else min(max_rows, num_choices)
+    expert_R, choice_R = expert_R[:num_rows], choice_R[:num_rows]
     choice_R = jnp.where(expert_R < num_experts, choice_R, num_choices)
     row_TK = row_of_choice.reshape(experts_TK.shape)
     return Plan(
-        row_TK=jnp.where(experts_TK < num_experts, row_TK, num_choices + spare_rows),
+        row_TK=jnp.where(experts_TK < num_experts, row_TK, num_rows + spare_rows),
         choice_R=jnp.pad(choice_R, (0, spare_rows), constant_values=num_choices),
         group_sizes_E=_group_sizes(expert_R, num_experts),
         expert_R=jnp.pad(expert_R, (0, spare_rows), constant_values=jnp.iinfo(jnp.int32).max),
@@ -111,6 +116,23 @@ def _dispatch_backward(plan, dy_RD):
 
 
 dispatch.defvjp(_dispatch_forward, _dispatch_backward)
+
+
+@jax.custom_vjp
+def add_up(y_RD: Float[Array, "R D"], plan: Plan) -> Float[Array, "T D"]:
+    """Adds up each token's rows, with no weights: the transpose of `dispatch`, which keeps no rows for a gradient."""
+    return _gather(y_RD, plan.row_TK).sum(axis=1)
+
+
+def _add_up_forward(y_RD, plan):
+    return add_up(y_RD, plan), plan
+
+
+def _add_up_backward(plan, dy_TD):
+    return dispatch(dy_TD, plan), None
+
+
+add_up.defvjp(_add_up_forward, _add_up_backward)
 
 
 def dispatch_weights(weights_TK: Float[Array, "T K"], plan: Plan) -> Float[Array, "R"]:

@@ -1,31 +1,45 @@
 """Where tokens meet experts on a mesh: the only file with collectives.
 
-The batch is split over `data`, `fsdp` and `expert`, the experts over `expert`, and the hidden width of each over
-`tensor`, whose partial outputs are added up. Strategies differ in what travels along `expert`:
+The batch is split over `data`, `fsdp`, `dcn_expert` and `expert`, the experts over the last two (links are slow between
+the groups of `dcn_expert`), and the hidden width of each over `tensor`, whose partial outputs are added up. Weights are
+gathered over `fsdp`, and their gradients reduce-scattered. Strategies differ in what travels along the axes of experts:
 
     gather       expert weights: every device has them all, and runs its own tokens
     ring         tokens: every device runs those of all devices through its experts; outputs are added and scattered
-    all_to_all   each choice's token to its expert's device and its output back, in buffers of a fixed size; where one
-                 would overflow, `ring` takes the batch
+    all_to_all   each choice's token to its expert's device and its output back, in buffers of a fixed size
+    ragged       the same rows without a buffer's empty ones (`jax.lax.ragged_all_to_all`)
+    dedup        a token once to each device that has any of its experts; one row comes back, their weighted sum
+    two_level    a token once to each group, and there once to each device that has any of its experts
 
-All give the same results. `fsdp` gathers weights in all of them.
+All give the same results. Where a buffer of the last four has no room, tokens are left over: they go to all devices,
+one device's after another, so that it takes time and no more memory.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
-from moejax.moe.dispatch import Plan, combine, dispatch, dispatch_weights, plan_capacity
+from moejax.kernels.platform import platform
+from moejax.kernels.varying import zeros_varying_like
+from moejax.moe.dispatch import add_up, plan_dropless
 from moejax.moe.experts import ExpertWeights
 from moejax.moe.local import Chosen
-from moejax.sharding import BATCH_AXES
+from moejax.moe.parcels import Parcels, Travel, mean_receivers, pack_choices, pack_tokens, room_for
+from moejax.sharding import BATCH_AXES, EXPERT_AXES
 
 LocalExperts = Callable[[jax.Array, Any, ExpertWeights], jax.Array]
+Leg = Callable[[jax.Array, Chosen, ExpertWeights], tuple[jax.Array, jax.Array]]
+"""From tokens `[1, T, D]`, `Chosen` and weights to outputs and the choices that are left over, `[T, K]`."""
+
+EXCHANGED = "exchanged"
+"""The name of what arrived, for remat to save."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,13 +47,16 @@ class Exchange:
     """How tokens and experts meet.
 
     Attributes:
-      strategy: "gather", "ring", "all_to_all", or "auto"; where experts choose, or slots mix tokens, "ring" stands in
-        for "all_to_all". On an `expert` axis of one device nothing travels.
-      buffer_factor: all_to_all: rows of the buffer for each receiver over their mean.
+      strategy: a name from the top of this file, or "auto". Where experts choose, or slots mix tokens, "ring" stands
+        in for those that send choices; on a mesh with one device for all experts nothing travels.
+      buffer_factor: rows of a buffer over their mean.
+      chunks: parts of the tokens that travel apart, so that one can be on its way while another is computed; the
+        largest common divisor with the number of tokens.
     """
 
     strategy: str
-    buffer_factor: float
+    buffer_factor: float = 1.5
+    chunks: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,37 +92,78 @@ def exchange(
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return local.run(x_BLD, chosen, weights)
-    strategy = _choose(how.strategy, mesh.shape["expert"], can_send=rows is not None)
-    used = rows if strategy == "all_to_all" and rows else local
-    body: LocalExperts = {
-        "gather": used.run,
-        "ring": lambda *arrays: _ring(used.run, *arrays),
-        "all_to_all": lambda *arrays: _all_to_all(used.run, how.buffer_factor, *arrays),
-    }[strategy]
+    slow, fast = (mesh.shape[axis] for axis in EXPERT_AXES)
+    top_k = chosen.experts_BLK.shape[-1] if rows is not None else 0
+    strategy = choose(how, slow, fast, weights.down_EFD.shape[0], top_k)
+    used = local if strategy in ("gather", "ring") or rows is None else rows
 
     def run(x_bLD, chosen, weights):
-        return jax.lax.psum(body(x_bLD, chosen, _add_bias_once(weights)), "tensor")
+        weights = _add_bias_once(_gather_weights(weights, is_whole=strategy == "gather"))
+        if strategy == "gather":
+            y_bLD = used.run(x_bLD, chosen, weights)
+        elif strategy == "ring":
+            y_bLD = _ring(used.run, x_bLD, chosen, weights)
+        else:
+            y_bLD = _send(how, strategy, used.run, x_bLD, chosen, weights)
+        return jax.lax.psum(y_bLD, "tensor")
 
-    experts = None if strategy == "gather" else "expert"
     has_bias = weights.network.has_bias
     split = dataclasses.replace(
         weights,
-        gate_up_EDPF=PartitionSpec(experts, None, None, "tensor"),
-        down_EFD=PartitionSpec(experts, "tensor"),
-        gate_up_bias_EPF=PartitionSpec(experts, None, "tensor") if has_bias else None,
-        down_bias_ED=PartitionSpec(experts) if has_bias else None,
+        gate_up_EDPF=PartitionSpec(EXPERT_AXES, "fsdp", None, "tensor"),
+        down_EFD=PartitionSpec(EXPERT_AXES, "tensor", "fsdp"),
+        gate_up_bias_EPF=PartitionSpec(EXPERT_AXES, None, "tensor") if has_bias else None,
+        down_bias_ED=PartitionSpec(EXPERT_AXES, "fsdp") if has_bias else None,
     )
     batch = PartitionSpec(BATCH_AXES)
     sharded = jax.shard_map(run, in_specs=(batch, batch, split), out_specs=batch, check_vma=used.can_check_vma)
     return sharded(x_BLD, chosen, weights)
 
 
-def _choose(strategy: str, num_devices: int, *, can_send: bool) -> str:
+def choose(how: Exchange, slow: int, fast: int, num_experts: int, top_k: int) -> str:
+    """The strategy to run.
+
+    Args:
+      how: what was asked for.
+      slow: parts of the experts between slow links.
+      fast: parts of each of those.
+      num_experts: E.
+      top_k: K; 0 where tokens do not choose.
+    """
+    num_devices = slow * fast
     if num_devices == 1:
         return "gather"
-    if strategy in ("auto", "all_to_all"):
-        return "all_to_all" if can_send else "ring"
-    return strategy
+    if top_k == 0 and how.strategy != "gather":
+        return "ring"
+    if how.strategy == "two_level" and min(slow, fast) == 1:
+        return "dedup"
+    if how.strategy != "auto":
+        return how.strategy
+    if min(slow, fast) > 1:
+        return "two_level"
+    receivers = mean_receivers(num_experts, top_k, num_devices)
+    if num_devices <= how.buffer_factor * receivers:
+        return "ring"  # a row from each of the n devices is no more than the buffers
+    return "dedup" if receivers < 0.95 * top_k else "all_to_all"
+
+
+def _gather_weights(weights: ExpertWeights, *, is_whole: bool) -> ExpertWeights:
+    """All of each expert's parts over `fsdp`; of all experts, if `is_whole`. The transpose is a reduce-scatter."""
+
+    def whole(w, width_axis: int | None):
+        if w is None:
+            return None
+        if width_axis is not None:
+            w = jax.lax.all_gather(w, "fsdp", axis=width_axis, tiled=True)
+        return jax.lax.all_gather(w, EXPERT_AXES, axis=0, tiled=True) if is_whole else w
+
+    return dataclasses.replace(
+        weights,
+        gate_up_EDPF=whole(weights.gate_up_EDPF, 1),
+        down_EFD=whole(weights.down_EFD, 2),
+        gate_up_bias_EPF=whole(weights.gate_up_bias_EPF, None),
+        down_bias_ED=whole(weights.down_bias_ED, 1),
+    )
 
 
 def _add_bias_once(weights: ExpertWeights) -> ExpertWeights:
@@ -117,51 +175,200 @@ def _add_bias_once(weights: ExpertWeights) -> ExpertWeights:
 
 
 def _ring(run_local: LocalExperts, x_bLD, chosen, weights: ExpertWeights):
-    """All tokens of the `expert` axis through this device's experts."""
-    x_BLD, chosen = jax.tree.map(lambda a: jax.lax.all_gather(a, "expert", axis=0, tiled=True), (x_bLD, chosen))
+    """All tokens of the axes of experts through this device's experts."""
+    arrived = jax.tree.map(lambda a: jax.lax.all_gather(a, EXPERT_AXES, axis=0, tiled=True), (x_bLD, chosen))
+    x_BLD, chosen = jax.tree.map(lambda a: checkpoint_name(a, EXCHANGED), arrived)
     num_local = weights.down_EFD.shape[0]
-    here = chosen.of_experts(jax.lax.axis_index("expert") * num_local, num_local)
+    here = chosen.of_experts(jax.lax.axis_index(EXPERT_AXES) * num_local, num_local)
     y_BLD = run_local(x_BLD, here, weights)
-    return jax.lax.psum_scatter(y_BLD, "expert", scatter_dimension=0, tiled=True)
+    return jax.lax.psum_scatter(y_BLD, EXPERT_AXES, scatter_dimension=0, tiled=True)
 
 
-def _all_to_all(run_rows: LocalExperts, buffer_factor: float, x_bLD, chosen: Chosen, weights: ExpertWeights):
-    """Each choice's token to its expert's device and back."""
-    num_devices, num_local = jax.lax.axis_size("expert"), weights.down_EFD.shape[0]
-    num_choices, top_k = chosen.experts_BLK.size, chosen.experts_BLK.shape[-1]
-    slots = min(num_choices, math.ceil(buffer_factor * num_choices / num_devices / 8) * 8)
-    experts_TK = chosen.experts_BLK.reshape(-1, top_k)
-    device_TK = jnp.minimum(experts_TK // num_local, num_devices)
-    plan = plan_capacity(device_TK[None], num_devices, slots)
-
-    def fast(x_bLD, chosen, weights):
-        return _by_buffers(run_rows, slots, plan, x_bLD, chosen, weights)
-
-    if slots == num_choices:
-        return fast(x_bLD, chosen, weights)
-    has_no_room = (device_TK < num_devices) & (plan.row_TK == plan.choice_R.shape[0])
-    overflow = jax.lax.psum(has_no_room.sum(), BATCH_AXES)  # the same on all devices, which must take the same branch
-    # What `ring` keeps for the backward pass would take memory in every step: it is computed again instead.
-    slow = jax.checkpoint(lambda *arrays: _ring(run_rows, *arrays))
-    return jax.lax.cond(overflow == 0, fast, slow, x_bLD, chosen, weights)
+def _send(how: Exchange, strategy: str, run_rows: LocalExperts, x_bLD, chosen: Chosen, weights: ExpertWeights):
+    """Tokens to their experts and back, in chunks; and then what was left over."""
+    x_1TD = x_bLD.reshape(1, -1, x_bLD.shape[-1])
+    chosen = jax.tree.map(lambda a: a.reshape(1, -1, a.shape[-1]), chosen)
+    num_tokens, top_k = chosen.experts_BLK.shape[1:]
+    size = num_tokens // math.gcd(how.chunks, num_tokens)
+    num_experts = weights.down_EFD.shape[0] * jax.lax.axis_size(EXPERT_AXES)
+    leg = _leg(how.buffer_factor, strategy, run_rows, size, top_k, num_experts)
+    parts = []
+    for first in range(0, num_tokens, size):
+        x_1tD, chosen_t = jax.tree.map(lambda a, first=first: a[:, first : first + size], (x_1TD, chosen))
+        parts.append(leg(x_1tD, chosen_t, weights))
+    y_1TD = jnp.concatenate([y_1tD for y_1tD, _ in parts], axis=1)
+    is_left_TK = jnp.concatenate([is_left_tK for _, is_left_tK in parts])
+    y_1TD += _rest(EXPERT_AXES, run_rows, y_1TD, is_left_TK, x_1TD, chosen, weights)
+    return y_1TD.reshape(x_bLD.shape)
 
 
-def _by_buffers(run_rows: LocalExperts, slots: int, plan: Plan, x_bLD, chosen: Chosen, weights: ExpertWeights):
-    num_devices, num_local = jax.lax.axis_size("expert"), weights.down_EFD.shape[0]
-    choices = chosen.experts_BLK.reshape(-1, chosen.experts_BLK.shape[-1])
+def _leg(factor: float, strategy: str, run_rows: LocalExperts, num_tokens: int, top_k: int, num_experts: int) -> Leg:
+    """The way there and back of as many tokens on every device."""
+    slow, fast = (jax.lax.axis_size(axis) for axis in EXPERT_AXES)
+    num_devices, num_choices = slow * fast, num_tokens * top_k
+    choices_each = room_for(num_choices / num_devices, factor, num_choices)
+    if strategy == "all_to_all":
+        pack = functools.partial(pack_choices, num_receivers=num_devices, slots=choices_each)
+        return functools.partial(_by_buffers, EXPERT_AXES, pack, None, run_rows)
+    if strategy == "ragged":
+        room = room_for(num_choices, factor, num_devices * num_choices)
+        return functools.partial(_by_offsets, room, run_rows)
+    rows = num_tokens * mean_receivers(num_experts, top_k, num_devices)
+    if strategy == "dedup":
+        slots = room_for(rows / num_devices, factor, num_tokens)
+        pack = functools.partial(pack_tokens, num_receivers=num_devices, slots=slots, max_choices=choices_each)
+        return functools.partial(_by_buffers, EXPERT_AXES, pack, num_devices * choices_each, run_rows)
+    # Between groups, to the device with this one's place in its group; its tokens are those of all groups in turn.
+    groups_slots = room_for(num_tokens * mean_receivers(num_experts, top_k, slow) / slow, factor, num_tokens)
+    arrived, arrived_choices = slow * groups_slots, slow * groups_slots * top_k
+    pack = functools.partial(
+        pack_tokens,
+        num_receivers=fast,
+        slots=room_for(rows / fast, factor, arrived),
+        max_choices=room_for(num_choices / fast, factor, arrived_choices),
+    )
+    max_choices = fast * room_for(num_choices / fast, factor, arrived_choices)
+    within = functools.partial(_by_buffers, ("expert",), pack, max_choices, run_rows)
 
-    def swap(a_RD):
+    def in_group(x_1TD, chosen, weights):
+        y_1TD, is_left_TK = within(x_1TD, chosen, weights)
+        return y_1TD + _rest(("expert",), run_rows, y_1TD, is_left_TK, x_1TD, chosen, weights)
+
+    pack = functools.partial(pack_tokens, num_receivers=slow, slots=groups_slots, max_choices=num_choices)
+    return functools.partial(_by_buffers, ("dcn_expert",), pack, None, in_group)
+
+
+def _scope(axes: tuple[str, ...], weights: ExpertWeights) -> tuple[int, int, jax.Array]:
+    """Devices along axes of experts, the experts behind each of them, and the first of those behind this one."""
+    behind = math.prod(jax.lax.axis_size(axis) for axis in EXPERT_AXES[EXPERT_AXES.index(axes[-1]) + 1 :])
+    num_behind = behind * weights.down_EFD.shape[0]
+    return jax.lax.axis_size(axes), num_behind, jax.lax.axis_index(axes) * num_behind
+
+
+def _by_buffers(
+    axes: tuple[str, ...],
+    pack: Callable[[jax.Array], Parcels],
+    max_choices: int | None,
+    run_there: LocalExperts,
+    x_1TD: jax.Array,
+    chosen: Chosen,
+    weights: ExpertWeights,
+):
+    """In buffers of a fixed size, packed by `pack`. A leg."""
+    num_receivers, num_behind, first = _scope(axes, weights)
+    receiver_TK = jnp.minimum(chosen.experts_BLK[0] // num_behind, num_receivers)
+    parcels = pack(receiver_TK)
+
+    def swap(a_RX):
         """The buffer for each device to it, and those for this one from all."""
-        a_NCD = a_RD.reshape(num_devices, slots, *a_RD.shape[1:])
-        return jax.lax.all_to_all(a_NCD, "expert", split_axis=0, concat_axis=0).reshape(a_RD.shape)
+        a_nCX = a_RX.reshape(num_receivers, -1, *a_RX.shape[1:])
+        return jax.lax.all_to_all(a_nCX, axes, split_axis=0, concat_axis=0).reshape(a_RX.shape)
 
-    x_RD = dispatch(x_bLD.reshape(-1, x_bLD.shape[-1]), plan)
-    if chosen.input_weights_BLK is not None:
-        weight_R = dispatch_weights(chosen.input_weights_BLK.reshape(choices.shape), plan)
-        x_RD *= weight_R[:, None].astype(x_RD.dtype)
-    # An empty row is of no expert.
-    expert_R = (choices % num_local).reshape(-1).at[plan.choice_R].get(mode="fill", fill_value=num_local)
-    x_RD, expert_R = swap(x_RD), swap(expert_R)
-    ones_BLK = jnp.ones((1, x_RD.shape[0], 1), chosen.weights_BLK.dtype)
-    y_RD = run_rows(x_RD[None], Chosen(expert_R[None, :, None], ones_BLK), weights)[0]
-    return combine(swap(y_RD), chosen.weights_BLK.reshape(choices.shape), plan).reshape(x_bLD.shape)
+    sent = parcels.load(x_1TD[0], chosen, none=num_receivers * num_behind)
+    x_RD, there = jax.tree.map(lambda a: checkpoint_name(swap(a), EXCHANGED), sent)
+    there = dataclasses.replace(
+        jax.tree.map(lambda a: a[None], there).of_experts(first, num_behind), max_choices=max_choices
+    )
+    y_RD = run_there(x_RD[None], there, weights)[0]
+    return add_up(swap(y_RD), parcels.plan)[None], parcels.is_left_TK
+
+
+def _by_offsets(room: int, run_there: LocalExperts, x_1TD: jax.Array, chosen: Chosen, weights: ExpertWeights):
+    """Rows sorted by receiver, each at its place among those that arrive there: `room` of them at most. A leg."""
+    num_devices, num_local, first = _scope(EXPERT_AXES, weights)
+    receiver_TK = jnp.minimum(chosen.experts_BLK[0] // num_local, num_devices)
+    plan = plan_dropless(receiver_TK, num_devices)
+    sizes_nn = jax.lax.all_gather(plan.group_sizes_E, EXPERT_AXES, axis=0)
+    travel = Travel.of(sizes_nn, jax.lax.axis_index(EXPERT_AXES), room)
+    parcels = travel.pack(plan, receiver_TK)
+    sent = parcels.load(x_1TD[0], chosen, none=num_devices * num_local)
+    x_RD, there = jax.tree.map(lambda a: checkpoint_name(_travel(a, travel, room), EXCHANGED), sent)
+    there = dataclasses.replace(there, experts_BLK=jnp.where(travel.is_row(room), there.experts_BLK, first - 1))
+    there = jax.tree.map(lambda a: a[None], there).of_experts(first, num_local)
+    y_RD = run_there(x_RD[None], there, weights)[0]
+    y_RD = _travel(y_RD, travel.back(), num_rows=sent[0].shape[0])
+    return add_up(y_RD, parcels.plan)[None], parcels.is_left_TK
+
+
+def _travel(a_RX: jax.Array, travel: Travel, num_rows: int) -> jax.Array:
+    """An array of `num_rows` rows of what arrives, and zeros."""
+    if jnp.issubdtype(a_RX.dtype, jnp.integer):
+        return _ragged_all_to_all(a_RX, travel, num_rows)
+    return _travel_with_gradient(num_rows, a_RX, travel)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _travel_with_gradient(num_rows, a_RX, travel):
+    return _ragged_all_to_all(a_RX, travel, num_rows)
+
+
+def _travel_forward(num_rows, a_RX, travel):
+    return _ragged_all_to_all(a_RX, travel, num_rows), (travel, a_RX.shape[0])
+
+
+def _travel_backward(num_rows, residuals, da_RX):
+    del num_rows
+    travel, num_sent = residuals
+    return _ragged_all_to_all(da_RX, travel.back(), num_sent), None
+
+
+_travel_with_gradient.defvjp(_travel_forward, _travel_backward)
+
+
+def _ragged_all_to_all(a_RX: jax.Array, travel: Travel, num_rows: int) -> jax.Array:
+    if platform() == "cpu":
+        return _emulate_ragged_all_to_all(a_RX, travel, num_rows)
+    output_SX = zeros_varying_like(a_RX, (num_rows, *a_RX.shape[1:]), a_RX.dtype)
+    offsets = travel.starts_n, travel.sent_n, travel.places_n, travel.arriving_n
+    return jax.lax.ragged_all_to_all(a_RX, output_SX, *offsets, axis_name=EXPERT_AXES)
+
+
+def _emulate_ragged_all_to_all(a_RX: jax.Array, travel: Travel, num_rows: int) -> jax.Array:
+    """The same from the same offsets, for XLA:CPU, which has no such collective: everything goes everywhere."""
+    me = jax.lax.axis_index(EXPERT_AXES)
+    gathered = jax.tree.map(
+        lambda a: jax.lax.all_gather(a, EXPERT_AXES, axis=0),
+        (a_RX, travel.starts_n, travel.sent_n, travel.places_n),
+    )
+    a_nRX, starts_nn, sent_nn, places_nn = gathered
+    row_1S = jnp.arange(num_rows)[None]
+    place_n1, sent_n1, start_n1 = (a_nn[:, me][:, None] for a_nn in (places_nn, sent_nn, starts_nn))
+    is_from_nS = (place_n1 <= row_1S) & (row_1S < place_n1 + sent_n1)
+    sender_S = jnp.argmax(is_from_nS, axis=0)
+    source_S = jnp.take_along_axis(row_1S - place_n1 + start_n1, sender_S[None], axis=0)[0]
+    rows_SX = a_nRX.at[sender_S, source_S].get(mode="clip")
+    is_row_S = is_from_nS.any(axis=0).reshape(-1, *[1] * (a_RX.ndim - 1))
+    return jnp.where(is_row_S, rows_SX, 0)
+
+
+def _rest(
+    axes: tuple[str, ...],
+    run_rows: LocalExperts,
+    like_1TD: jax.Array,
+    is_left_TK: jax.Array,
+    x_1TD: jax.Array,
+    chosen: Chosen,
+    weights: ExpertWeights,
+):
+    """What the experts along `axes` make of the choices that are left over, if any are on any device.
+
+    One device's tokens after another's go to all: the arrays have the size of this device's own.
+    """
+    num_devices, num_behind, first = _scope(axes, weights)
+    experts_1TK = jnp.where(is_left_TK[None], chosen.experts_BLK, num_devices * num_behind)
+    left = dataclasses.replace(chosen, experts_BLK=experts_1TK, max_choices=None)
+    zeros_1TD = jnp.zeros_like(like_1TD)
+
+    @jax.checkpoint
+    def in_turns(x_1TD, left, weights):
+        @jax.checkpoint
+        def turn(sum_1TD, sender):
+            is_mine = jax.lax.axis_index(axes) == sender
+            x_1TD_, left_ = jax.tree.map(lambda a: jax.lax.psum(jnp.where(is_mine, a, 0), axes), (x_1TD, left))
+            y_1TD = jax.lax.psum(run_rows(x_1TD_, left_.of_experts(first, num_behind), weights), axes)
+            return sum_1TD + jnp.where(is_mine, y_1TD, 0), None
+
+        return jax.lax.scan(turn, zeros_1TD, jnp.arange(num_devices))[0]
+
+    num_left = jax.lax.psum(is_left_TK.sum(), BATCH_AXES)  # the same on all devices, which must take the same branch
+    return jax.lax.cond(num_left == 0, lambda *_: zeros_1TD, in_turns, x_1TD, left, weights)

@@ -254,7 +254,7 @@ class MoE(nnx.Module):
         """The experts' combined output; in between at another width, if they have one (LatentMoE, Nemotron 3)."""
         config = self.config
         rows = self._dropless() if isinstance(chosen, Chosen) else None
-        how = Exchange(config.exchange, config.exchange_buffer)
+        how = Exchange(config.exchange, config.exchange_buffer, config.exchange_chunks)
         through = functools.partial(exchange, how, local, rows, weights=self.experts.weights())
         if not config.d_latent:
             return through(x_BLD, chosen)

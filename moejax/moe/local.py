@@ -27,11 +27,13 @@ class Chosen:
       experts_BLK: experts; E or more: none of those with weights.
       weights_BLK: multiply the experts' outputs.
       input_weights_BLK: multiply their inputs; None: nothing does.
+      max_choices: so many are of experts with weights, at most; None: all may be. It bounds the rows.
     """
 
     experts_BLK: jax.Array
     weights_BLK: jax.Array
     input_weights_BLK: Any = None
+    max_choices: int | None = dataclasses.field(default=None, metadata={"static": True})
 
     def of_experts(self, first: jax.Array, count: int) -> "Chosen":
         """The same for `count` experts from `first` on; other choices are of none."""
@@ -83,12 +85,13 @@ def run_dropless(
     experts_BLK = chosen.experts_BLK
     top_k, num_experts = experts_BLK.shape[-1], weights.down_EFD.shape[0]
     experts_TK = experts_BLK.reshape(-1, top_k)
+    num_rows = min(experts_TK.size, chosen.max_choices or experts_TK.size)
     if resolve_implementation(implementation) == "tiled" and _is_plain(chosen, weights):
-        sizes = sizes or tile_sizes(experts_TK.size, num_experts, x_BLD.shape[-1], weights.down_EFD.shape[1])
-        plan = plan_dropless(experts_TK, num_experts, spare_rows=sizes[-1])
-        return _run_in_one_pass(plan, x_BLD, chosen, weights, sizes)
-    spare_rows = spare_rows_for(experts_TK.size, num_experts, implementation)
-    plan = plan_dropless(experts_TK, num_experts, spare_rows)
+        sizes = sizes or tile_sizes(num_rows, num_experts, x_BLD.shape[-1], weights.down_EFD.shape[1])
+        plan = plan_dropless(experts_TK, num_experts, spare_rows=sizes[-1], max_rows=num_rows)
+        return _run_in_one_pass(plan, x_BLD, chosen, weights, sizes, num_rows)
+    spare_rows = spare_rows_for(num_rows, num_experts, implementation)
+    plan = plan_dropless(experts_TK, num_experts, spare_rows, num_rows)
     matmul = functools.partial(
         grouped_matmul, group_sizes_E=plan.group_sizes_E, implementation=implementation, spare_rows=spare_rows
     )
@@ -100,7 +103,7 @@ def _is_plain(chosen: Chosen, weights: ExpertWeights) -> bool:
     return chosen.input_weights_BLK is None and not weights.network.has_bias
 
 
-def _run_in_one_pass(plan, x_BLD, chosen: Chosen, weights: ExpertWeights, sizes: tuple[int, ...]):
+def _run_in_one_pass(plan, x_BLD, chosen: Chosen, weights: ExpertWeights, sizes: tuple[int, ...], num_rows: int):
     y_TD = feed_forward(
         x_BLD.reshape(-1, x_BLD.shape[-1]),
         chosen.weights_BLK.reshape(plan.row_TK.shape),
@@ -111,6 +114,7 @@ def _run_in_one_pass(plan, x_BLD, chosen: Chosen, weights: ExpertWeights, sizes:
         plan.group_sizes_E,
         activate=weights.network.activate,
         sizes=sizes,
+        max_rows=num_rows,
     )
     return y_TD.reshape(x_BLD.shape)
 
