@@ -5,6 +5,7 @@ is an error, and so is a rule that no parameter uses (tested).
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -12,6 +13,7 @@ import jax
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 
 from moejax.config import Config, ConfigError, MeshConfig, divisors
 
@@ -194,6 +196,40 @@ def constrain_batch(x: jax.Array) -> jax.Array:
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES))
+
+
+def whole(weight: Any, dtype: DTypeLike | None = None) -> jax.Array:
+    """A parameter in a dtype, with all of its parts over `fsdp`, for the place that uses it.
+
+    Said explicitly, or XLA may split the activations instead, and gather the batch. The gradient goes back to the
+    parameter's own parts.
+
+    Args:
+      weight: an `nnx.Param` with logical `axes`; of a scanned one the value may lack the leading axis.
+      dtype: cast before it travels; None: as it is.
+    """
+    value = weight[...] if dtype is None else weight[...].astype(dtype)
+    split = partition_spec(weight.axes[len(weight.axes) - value.ndim :])
+    if jax.sharding.get_abstract_mesh().empty or "fsdp" not in split:
+        return value
+    return _gather_parts(split, value)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _gather_parts(split: PartitionSpec, value):
+    gathered = PartitionSpec(*(None if axis == "fsdp" else axis for axis in split))
+    return jax.lax.with_sharding_constraint(value, gathered)
+
+
+def _gather_parts_forward(split, value):
+    return _gather_parts(split, value), None
+
+
+def _gather_parts_backward(split, _, gradient):
+    return (jax.lax.with_sharding_constraint(gradient, split),)
+
+
+_gather_parts.defvjp(_gather_parts_forward, _gather_parts_backward)
 
 
 def batch_devices() -> int:

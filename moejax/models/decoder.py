@@ -14,7 +14,7 @@ from moejax.moe.layer import TokenInfo
 from moejax.moe.stats import RoutingStats
 from moejax.nn.attention import cache_mask, row_mask
 from moejax.nn.norm import RMSNorm
-from moejax.sharding import constrain_batch
+from moejax.sharding import constrain_batch, whole
 
 
 class Decoder(nnx.Module):
@@ -108,13 +108,13 @@ class Decoder(nnx.Module):
 
     def embed(self, tokens_BL: Int[Array, "B L"]) -> Float[Array, "B L D"]:
         """The residual stream before the first layer."""
-        embedding_VD = self.embedding[...].astype(self.config.model.compute_dtype)
+        embedding_VD = whole(self.embedding, self.config.model.compute_dtype)
         return constrain_batch(embedding_VD[tokens_BL]) * self.config.model.d_model**0.5
 
     def unembed(self, x_BLD: Float[Array, "B L D"]) -> Float[Array, "B L V"]:
         """Logits from the residual stream after the last layer."""
         weight = self.embedding if self.config.model.tied_embeddings else self.unembedding
-        weight_VD = weight[...].astype(self.config.model.compute_dtype)
+        weight_VD = whole(weight, self.config.model.compute_dtype)
         return project(self.final_norm(x_BLD), weight_VD.T, out_dtype=jnp.float32)
 
     def _apply(self, tokens_BL, context: Context, cache: list):

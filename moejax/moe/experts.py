@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from moejax.kernels.project import project
 from moejax.kernels.varying import vary_alike
+from moejax.sharding import whole
 
 initialize = jax.nn.initializers.lecun_normal()
 """Truncated normal of standard deviation 1/sqrt(fan in)."""
@@ -90,13 +91,13 @@ class FeedForward(nnx.Module):
 
     def __call__(self, x_BLD: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
         """Applies the network to each position."""
-        gate_up_DPF = self.gate_up[...].astype(self.dtype)
+        gate_up_DPF = whole(self.gate_up, self.dtype)
         hidden = [project(x_BLD, gate_up_DPF[:, i]) for i in range(self.network.num_projections)]
         if self.network.has_bias:
             bias_PF = self.gate_up_bias[...].astype(self.dtype)
             hidden = [h_BLF + bias_PF[i][None, None] for i, h_BLF in enumerate(hidden)]
-        y_BLD = project(self.network.activate(hidden), self.down[...].astype(self.dtype))
-        return y_BLD + self.down_bias[...].astype(self.dtype)[None, None] if self.network.has_bias else y_BLD
+        y_BLD = project(self.network.activate(hidden), whole(self.down, self.dtype))
+        return y_BLD + whole(self.down_bias, self.dtype)[None, None] if self.network.has_bias else y_BLD
 
 
 class Experts(nnx.Module):

@@ -13,6 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from moejax.config import MoeConfig
+from moejax.sharding import whole
 
 
 class FreeExperts(nnx.Module):
@@ -39,6 +40,6 @@ class FreeExperts(nnx.Module):
         if self.num_constant:
             constant_BLKJ = jax.nn.one_hot(experts_BLK - self.first_constant, self.num_constant)
             weights_BLJ = jnp.einsum("BLKJ,BLK->BLJ", constant_BLKJ, weights_BLK)
-            vectors_JD = self.vectors[...].astype(x_BLD.dtype)
+            vectors_JD = whole(self.vectors, x_BLD.dtype)
             y_BLD += jnp.einsum("BLJ,JD->BLD", weights_BLJ.astype(x_BLD.dtype), vectors_JD)
         return y_BLD

@@ -23,7 +23,7 @@ from moejax.moe.routers.routing import draw
 from moejax.moe.routers.scores import weigh
 from moejax.moe.routers.selection import named
 from moejax.moe.stats import RoutingStats, Service, collect, collect_slots, collect_soft
-from moejax.sharding import batch_devices
+from moejax.sharding import batch_devices, whole
 
 JITTER, DROPOUT = 1000, 1001  # streams of random numbers, apart from those of the routers
 
@@ -129,7 +129,7 @@ class MoE(nnx.Module):
         """
         shared_BLD = self.shared(x_BLD)
         if self.config.shared_combine == "gated":
-            shared_BLD *= jax.nn.sigmoid(project(x_BLD, self.shared_gate[...].astype(x_BLD.dtype)))
+            shared_BLD *= jax.nn.sigmoid(project(x_BLD, whole(self.shared_gate, x_BLD.dtype)))
         y_BLD += jnp.where(info.is_token_BL[..., None], shared_BLD, 0)
         return y_BLD / 2 if self.config.shared_combine == "averaged" else y_BLD
 
@@ -258,7 +258,7 @@ class MoE(nnx.Module):
         through = functools.partial(exchange, how, local, rows, weights=self.experts.weights())
         if not config.d_latent:
             return through(x_BLD, chosen)
-        into, out_of = (w[...].astype(x_BLD.dtype) for w in (self.into_latent, self.out_of_latent))
+        into, out_of = (whole(w, x_BLD.dtype) for w in (self.into_latent, self.out_of_latent))
         return project(through(project(x_BLD, into), chosen), out_of)
 
     def _experts_choose(self, x_BLD, logits: Logits, info: TokenInfo):

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 
 from moejax.config import MoeConfig
 from moejax.kernels.project import project
+from moejax.sharding import whole
 
 MIN_NOISE = 1e-2
 """Least standard deviation of learned noise. Shazeer et al. 2017, equation 4 with the constant of their code."""
@@ -38,7 +39,7 @@ class Router(nnx.Module):
 
     def __call__(self, x_BLD: Float[Array, "B L D"]) -> Logits:
         """Logits of each expert for each token."""
-        logits_BLE = project(x_BLD, self.kernel[...])
+        logits_BLE = project(x_BLD, whole(self.kernel))
         return Logits(logits_BLE + self.bias[...][None, None] if self.has_bias else logits_BLE)
 
 
@@ -62,7 +63,7 @@ class NoisyRouter(nnx.Module):
         logits_BLE = self.linear(x_BLD).logits_BLE
         if not self.is_learned:
             return Logits(logits_BLE, jnp.full_like(logits_BLE, 1 / logits_BLE.shape[-1]))
-        return Logits(logits_BLE, jax.nn.softplus(project(x_BLD, self.noise_kernel[...])) + MIN_NOISE)
+        return Logits(logits_BLE, jax.nn.softplus(project(x_BLD, whole(self.noise_kernel))) + MIN_NOISE)
 
 
 class CosineRouter(nnx.Module):
@@ -82,7 +83,7 @@ class CosineRouter(nnx.Module):
 
     def __call__(self, x_BLD: Float[Array, "B L D"]) -> Logits:
         """Logits between -1 and 1 over the temperature."""
-        x_BLR = _unit(project(x_BLD, self.down[...]), axis=-1)
+        x_BLR = _unit(project(x_BLD, whole(self.down)), axis=-1)
         scale = jnp.exp(jnp.minimum(self.log_scale[...], jnp.log(100.0)))
         return Logits(project(x_BLR, _unit(self.vectors[...], axis=-1).T) * scale[None, None])
 
@@ -127,7 +128,7 @@ class SoftRouter(nnx.Module):
 
     def __call__(self, x_BLD: Float[Array, "B L D"]) -> Logits:
         """Logits of tokens and slots, `[B, L, E * P]`."""
-        slots_DS = self.slots[...].reshape(x_BLD.shape[-1], -1)
+        slots_DS = whole(self.slots).reshape(x_BLD.shape[-1], -1)
         scaled_DS = _unit(slots_DS, axis=0) * self.scale[...][None]
         return Logits(project(_unit(x_BLD, axis=-1), scaled_DS))
 

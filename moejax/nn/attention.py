@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 from moejax.config import ModelConfig
 from moejax.kernels.project import project
 from moejax.nn.norm import RMSNorm
+from moejax.sharding import whole
 
 
 @jax.tree_util.register_dataclass
@@ -62,9 +63,9 @@ class Attention(nnx.Module):
         Returns:
           The output and the cache with the new keys and values.
         """
-        q_BLHA = project(x_BLD, self.query[...].astype(self.dtype))
-        k_BLGA = project(x_BLD, self.key[...].astype(self.dtype))
-        v_BLGA = project(x_BLD, self.value[...].astype(self.dtype))
+        q_BLHA = project(x_BLD, whole(self.query, self.dtype))
+        k_BLGA = project(x_BLD, whole(self.key, self.dtype))
+        v_BLGA = project(x_BLD, whole(self.value, self.dtype))
         if self.config.qk_norm:
             q_BLHA, k_BLGA = self.query_norm(q_BLHA), self.key_norm(k_BLGA)
         q_BLHA = rotate(q_BLHA, positions_BL, self.config.rope_theta)
@@ -77,7 +78,7 @@ class Attention(nnx.Module):
             )
             k_BLGA, v_BLGA = cache.k_BSGA, cache.v_BSGA
         y_BLHA = jax.nn.dot_product_attention(q_BLHA, k_BLGA, v_BLGA, mask=mask_BLS[:, None])
-        return project(y_BLHA, self.out[...].astype(self.dtype), num_contracted=2), cache
+        return project(y_BLHA, whole(self.out, self.dtype), num_contracted=2), cache
 
 
 def rotate(x_BLHA: Float[Array, "B L H A"], positions_BL: Int[Array, "B L"], theta: float) -> Float[Array, "B L H A"]:
