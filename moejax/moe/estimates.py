@@ -8,12 +8,18 @@ from moejax.config import MoeConfig
 from moejax.moe.routers.routing import Routing
 
 
-def count_assignments(experts_TK: Int[Array, "T K"], num_experts: int) -> Int[Array, "E"]:
-    """How often each expert was chosen; ids outside [0, E) count nowhere."""
+def count_assignments(experts_TK: Int[Array, "T K"], num_experts: int, num_parts: int = 1) -> Int[Array, "E"]:
+    """How often each expert was chosen; ids outside [0, E) count nowhere.
+
+    Args:
+      experts_TK: chosen experts.
+      num_experts: E.
+      num_parts: into how many equal parts a mesh splits the tokens: each device sorts its own, or all would sort all.
+    """
     # Comparing sorted ids with each boundary needs no [T, K, E] array and no scatter.
-    sorted_R = jnp.sort(experts_TK.reshape(-1))
-    ends_E = jnp.searchsorted(sorted_R, jnp.arange(num_experts), side="right").astype(jnp.int32)
-    return jnp.diff(ends_E, prepend=0)
+    sorted_PR = jnp.sort(experts_TK.reshape(num_parts, -1), axis=1)
+    find = jax.vmap(lambda sorted_R: jnp.searchsorted(sorted_R, jnp.arange(num_experts), side="right"))
+    return jnp.diff(find(sorted_PR).astype(jnp.int32), prepend=0, axis=1).sum(axis=0)
 
 
 def sum_by_expert(

@@ -140,7 +140,7 @@ def collect(
       service: what capacity made of them.
       config: which sums are needed.
       length: tokens of a sequence.
-      num_devices: into how many parts the mesh splits the batch (balance_scope="device").
+      num_devices: into how many equal parts the mesh splits the tokens.
       trace: keep the routing itself beside the sums.
     """
     logits_TE, probs_TE = routing.logits_TE, routing.probs_TE
@@ -150,7 +150,7 @@ def collect(
     has_noise = routing.noisy_TE is not None and routing.noise_scale_TE is not None
     return RoutingStats(
         **_sums_of_logits(logits_TE, probs_TE, mask_T),
-        assignments_E=count_assignments(routing.experts_TK, num_choices),
+        assignments_E=count_assignments(routing.experts_TK, num_choices, num_devices),
         importance_E=sum_by_expert(routing.experts_TK, routing.weights_TK, num_choices),
         gate_mass=service.weights_TK.sum(),
         margin=sum_of_margins(probs_TE, mask_T, config.top_k),
@@ -158,7 +158,7 @@ def collect(
         moved=service.is_moved_TK.sum(dtype=jnp.float32),
         dropped_out=_count_dropped_out(service, routing.experts_TK < num_choices),
         unserved=(mask_T & ~is_served_TK.any(axis=1)).sum(dtype=jnp.float32),
-        first_assignments_E=count_assignments(routing.experts_TK[:, :1], num_choices)
+        first_assignments_E=count_assignments(routing.experts_TK[:, :1], num_choices, num_devices)
         if config.balance_convention == "first_choice"
         else None,
         scope_balance=balance_of_scopes(routing.experts_TK, probs_TE, mask_T, scopes[config.balance_scope])
