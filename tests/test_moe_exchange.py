@@ -1,6 +1,7 @@
 """Every way in which tokens meet experts on a mesh, against the loop over choices, with what travels counted."""
 
 import functools
+import math
 import re
 
 import jax
@@ -11,13 +12,16 @@ from jax.sharding import AxisType
 
 import oracle
 from moejax.config import ConfigError, resolve
-from moejax.moe.exchange import Exchange, Local, exchange
+from moejax.moe import exchange as exchange_module
+from moejax.moe.exchange import Exchange, Local, choose, exchange
 from moejax.moe.experts import ExpertWeights
 from moejax.moe.local import Chosen, Slots, run_dropless, run_slots
-from moejax.sharding import MESH_AXES
+from moejax.moe.parcels import mean_receivers
+from moejax.sharding import BATCH_AXES, EXPERT_AXES, MESH_AXES
 
-B, L, D, F, E = 8, 6, 5, 4, 8
-STRATEGIES = ["gather", "ring", "all_to_all", "ragged", "dedup"]
+B, L, D, F, E = 8, 6, 6, 4, 8
+SENDING = ["all_to_all", "ragged", "dedup", "two_level"]
+STRATEGIES = ["gather", "ring", *SENDING]
 MESHES = {  # data, fsdp, dcn_expert, expert, tensor
     "expert 8": (1, 1, 1, 8, 1),
     "data 2, expert 4": (2, 1, 1, 4, 1),
@@ -66,11 +70,11 @@ def through(how, weight_on, x_BLD, weights_BLK, gate_up_EDPF, down_EFD, experts_
 
 
 @functools.cache
-def compiled(strategy, mesh, top_k, factor=1.5, weight_on="output"):
+def compiled(strategy, mesh, top_k, factor=1.5, weight_on="output", chunks=1):
     """Output and gradients on a mesh, compiled once for every load."""
 
     def run(x_BLD, weights_BLK, gate_up_EDPF, down_EFD, dy_BLD, experts_BLK):
-        layer = functools.partial(through, Exchange(strategy, factor), weight_on)
+        layer = functools.partial(through, Exchange(strategy, factor, chunks), weight_on)
         y_BLD, pull = jax.vjp(lambda *inputs: layer(*inputs, experts_BLK), x_BLD, weights_BLK, gate_up_EDPF, down_EFD)
         return y_BLD, *pull(dy_BLD)
 
@@ -93,9 +97,13 @@ def expected_of(arguments):
     return y_TD.reshape(x_BLD.shape), dx_TD.reshape(x_BLD.shape), dweights_TK.reshape(weights_BLK.shape), *rest
 
 
+BOTH_LEVELS = "dcn 2, expert 2, tensor 2"
+CASES = [(mesh, 2) for mesh in MESHES if mesh != "expert 1"]
+CASES += [(mesh, top_k) for mesh in ("data 2, expert 4", BOTH_LEVELS) for top_k in (1, 8)]
+
+
 @pytest.mark.parametrize("load", ["even", "skewed", "one device", "masked"])
-@pytest.mark.parametrize("top_k", [1, 2, 8])
-@pytest.mark.parametrize("mesh", [name for name in MESHES if name != "expert 1"])
+@pytest.mark.parametrize(("mesh", "top_k"), CASES)
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_outputs_and_all_gradients_are_those_of_the_loop(strategy, mesh, top_k, load):
     arguments = draw(load, top_k)
@@ -107,16 +115,27 @@ def test_outputs_and_all_gradients_are_those_of_the_loop(strategy, mesh, top_k, 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_weights_on_the_input_travel_with_the_tokens(strategy, load):
     arguments = draw(load, 2)
-    actual = run_on(strategy, "data 2, expert 4", arguments, weight_on="input")
+    actual = run_on(strategy, BOTH_LEVELS, arguments, weight_on="input")
     for a, e in zip(actual, run_on("gather", "expert 1", arguments, weight_on="input"), strict=True):
         oracle.assert_close(a, e)
 
 
-@pytest.mark.parametrize("factor", [0.01, 1.0, 1.5, 8.0])
 @pytest.mark.parametrize("load", ["even", "one device"])
-def test_buffers_too_small_for_the_load_drop_nothing(factor, load):
+@pytest.mark.parametrize("factor", [0.01, 8.0])
+@pytest.mark.parametrize("strategy", SENDING)
+def test_buffers_too_small_for_the_load_drop_nothing(strategy, factor, load):
     arguments = draw(load, 2)
-    actual = run_on("all_to_all", "data 2, expert 4", arguments, factor=factor)
+    for name, a, e in zip(
+        NAMES, run_on(strategy, BOTH_LEVELS, arguments, factor=factor), expected_of(arguments), strict=True
+    ):
+        oracle.assert_close(a, e, err_msg=name)
+
+
+@pytest.mark.parametrize("load", ["skewed", "masked"])
+@pytest.mark.parametrize("strategy", SENDING)
+def test_chunks_change_nothing(strategy, load):
+    arguments = draw(load, 2)
+    actual = run_on(strategy, BOTH_LEVELS, arguments, chunks=4)  # of 12 tokens on a device
     for name, a, e in zip(NAMES, actual, expected_of(arguments), strict=True):
         oracle.assert_close(a, e, err_msg=name)
 
@@ -129,53 +148,97 @@ def collectives(text):
     found = []
     for result, kind in re.findall(r" = (\(.*?\)|\S+) (all-to-all|all-gather|reduce-scatter|all-reduce)\(", text):
         shapes = re.findall(r"\b(?:f32|s32)\[([\d,]*)\]", result)
-        found.append((kind, sum(4 * int(np.prod([int(n) for n in shape.split(",")])) for shape in shapes)))
+        found.append((kind, sum(4 * math.prod(int(n) for n in shape.split(",") if n) for shape in shapes)))
     return found
 
 
-def along_experts(text):
-    """`collectives` but for the sum over `tensor`, of one device here, which XLA:CPU keeps."""
-    return [(kind, size) for kind, size in collectives(text) if kind != "all-reduce"]
-
-
-def forward_collectives(strategy, mesh, factor):
+@functools.cache
+def forward(strategy, mesh, top_k=2, factor=1.5, tokens=B * L, d_model=D, num_experts=E):
+    """What travels in a forward pass where no token is left over; sums over devices, of counts and of outputs, do not
+    count."""
     with jax.set_mesh(mesh_of(MESHES[mesh])):
         layer = functools.partial(through, Exchange(strategy, factor), "output")
-        x_BLD, weights_BLK, gate_up_EDPF, down_EFD, _, experts_BLK = draw("even", 2)
-        split, split_experts = jax.NamedSharding(jax.sharding.get_mesh(), jax.P(MESH_AXES[:3])), jax.P("expert")
-        weights = [
-            jax.device_put(w, jax.NamedSharding(jax.sharding.get_mesh(), split_experts))
-            for w in (gate_up_EDPF, down_EFD)
-        ]
-        arrays = [jax.device_put(a, split) for a in (x_BLD, weights_BLK, experts_BLK)]
-        lowered = jax.jit(layer).lower(arrays[0], arrays[1], *weights, arrays[2])
-        return along_experts(lowered.compile().as_text())
+        batch, experts = jax.P(BATCH_AXES), jax.P(EXPERT_AXES, "fsdp")
+        sizes = (B, tokens // B)
+        kinds = [
+            ((*sizes, d_model), batch), ((*sizes, top_k), batch), ((num_experts, d_model, 2, F), experts),
+            ((num_experts, F, d_model), jax.P(EXPERT_AXES, None, "fsdp")),
+        ]  # fmt: skip
+        mesh = jax.sharding.get_mesh()
+        arrays = [jax.ShapeDtypeStruct(s, jnp.float32, sharding=jax.NamedSharding(mesh, p)) for s, p in kinds]
+        choices = jax.ShapeDtypeStruct((*sizes, top_k), jnp.int32, sharding=jax.NamedSharding(mesh, batch))
+        text = jax.jit(layer).lower(*arrays, choices).compile().as_text()
+    return tuple((kind, size) for kind, size in collectives(text) if kind != "all-reduce")
 
 
-def test_all_to_all_moves_the_rows_of_its_buffers_twice_and_their_experts_once_and_no_weights():
-    # 48 tokens of 4 devices twice: 12 choices each, and room for all of them in the buffer for each.
-    slots = 12
-    moved = forward_collectives("all_to_all", "data 2, expert 4", factor=4.0)
-    assert sorted(moved) == sorted([("all-to-all", 4 * slots * D * 4)] * 2 + [("all-to-all", 4 * slots * 4)])
+# A device's share of rows: with E 64, K 8, n 8 each token has experts on 5.44 of the devices; rows of 2 KiB.
+LARGE = {"top_k": 8, "tokens": 4096, "d_model": 512, "num_experts": 64}
+
+
+@pytest.mark.parametrize(("strategy", "rows"), [("all_to_all", 8), ("dedup", mean_receivers(64, 8, 8))])
+def test_a_token_sends_no_more_than_its_rows_times_the_buffer_factor_in_each_of_two_ways(strategy, rows):
+    for factor in (1.0, 1.5):
+        moved = forward(strategy, "expert 8", factor=factor, **LARGE)
+        assert {kind for kind, _ in moved} == {"all-to-all"}, "weights stay where they are"
+        per_token = sum(size for _, size in moved) / (LARGE["tokens"] // 8)
+        assert 0.95 < per_token / (2 * factor * rows * LARGE["d_model"] * 4) < 1.05
+
+
+def test_a_token_that_is_sent_once_to_each_device_moves_a_third_less():
+    once, each = (sum(size for _, size in forward(how, "expert 8", **LARGE)) for how in ("dedup", "all_to_all"))
+    assert 0.66 < once / each < 0.70
+
+
+def test_between_groups_a_token_travels_once_to_each_group():
+    moved = forward("two_level", "dcn 2, expert 4", factor=1.0, **LARGE)
+    rows = sorted(size / (LARGE["tokens"] // 8) / LARGE["d_model"] / 4 for _, size in moved)[-4:]
+    # Two ways between groups, where every token has an expert in both, and two within for each device it visits.
+    assert rows[:2] == [pytest.approx(2, rel=0.03)] * 2 and rows[2:] == [pytest.approx(5.44, rel=0.03)] * 2
 
 
 def test_gather_moves_weights_and_ring_tokens():
     weights = {E * D * 2 * F * 4, E * F * D * 4}
-    moved = forward_collectives("gather", "data 2, expert 4", factor=1.5)
+    moved = forward("gather", "data 2, expert 4")
     assert {kind for kind, _ in moved} == {"all-gather"} and {size for _, size in moved} == weights
-    moved = forward_collectives("ring", "data 2, expert 4", factor=1.5)
+    moved = forward("ring", "data 2, expert 4")
     of_four_devices = B * L // 2
     assert {kind for kind, _ in moved} == {"all-gather", "reduce-scatter"}
-    assert ("all-gather", of_four_devices * D * 4) in moved and (
-        "reduce-scatter",
-        of_four_devices // 4 * D * 4,
-    ) in moved
+    assert ("all-gather", of_four_devices * D * 4) in moved
+    assert ("reduce-scatter", of_four_devices // 4 * D * 4) in moved
     assert not weights & {size for kind, size in moved if kind == "all-gather"}
 
 
-def test_on_an_expert_axis_of_one_device_nothing_travels():
+def test_on_axes_of_one_device_for_all_experts_nothing_travels():
     for strategy in STRATEGIES:
-        assert forward_collectives(strategy, "expert 1", factor=1.5) == []
+        assert forward(strategy, "expert 1") == ()
+
+
+def test_gradients_of_weights_gathered_over_fsdp_are_reduce_scattered():
+    found = collectives(compiled("dedup", "fsdp 2, expert 2", 2).as_text())
+    own = [E // 2 * D // 2 * 2 * F * 4, E // 2 * F * D // 2 * 4]
+    assert sorted(size for kind, size in found if kind == "reduce-scatter") == sorted(own)
+    assert [size for kind, size in found if kind == "all-gather"].count(2 * own[0]) == 1  # not again, backward
+    assert 2 * own[0] not in [size for kind, size in found if kind == "all-reduce"]
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+def test_where_the_platform_has_a_ragged_exchange_it_is_used_with_the_same_offsets_there_and_back(
+    platform, monkeypatch
+):
+    monkeypatch.setattr(exchange_module, "platform", lambda: platform)
+    arguments = draw("even", 2)
+
+    def loss(*arguments):
+        return through(Exchange("ragged"), "output", *arguments).sum()
+
+    with jax.set_mesh(mesh_of(MESHES["dcn 2, expert 4"])):
+        lowered = (
+            jax.jit(jax.value_and_grad(loss, (0, 1, 2)))
+            .trace(*arguments[:4], arguments[5])
+            .lower(lowering_platforms=(platform,))
+        )
+    # Forward tokens, their weights and ids, and outputs; backward the gradients of outputs, tokens and weights.
+    assert lowered.as_text().count("@ragged_all_to_all") == 7
 
 
 def test_where_experts_choose_tokens_go_to_all_and_the_result_is_that_of_one_device():
@@ -218,6 +281,11 @@ def test_where_experts_choose_tokens_go_to_all_and_the_result_is_that_of_one_dev
             ["moe.router=expert_choice", "ring"],
         ),
         ({"exchange": "teleport"}, ["moe.exchange", "all_to_all"]),
+        (
+            {"exchange": "dedup", "router": "soft", "allow_noncausal": True},
+            ["moe.exchange=dedup", "use auto or ring"],
+        ),
+        ({"exchange_chunks": 0}, ["moe.exchange_chunks=0 must be at least 1"]),
         ({"exchange_buffer": 0.0}, ["moe.exchange_buffer=0.0 must be above 0"]),
     ],
 )
@@ -227,5 +295,21 @@ def test_an_exchange_that_cannot_be_is_an_error_that_names_the_remedy(leaves, wo
     assert all(word in str(error.value) for word in words)
 
 
-def test_auto_sends_choices_to_their_experts():
-    assert {kind for kind, _ in forward_collectives("auto", "data 2, expert 4", 4.0)} == {"all-to-all"}
+def test_auto_moves_the_fewest_rows():
+    def chosen(slow, fast, num_experts, top_k, factor=1.5):
+        return choose(Exchange("auto", factor), slow, fast, num_experts, top_k)
+
+    assert chosen(1, 1, 8, 2) == "gather"
+    assert chosen(1, 2, 8, 2) == "ring"  # 2 rows against 1.5 * 1.57
+    assert chosen(1, 8, 64, 8) == "ring"  # 8 rows against 1.5 * 5.44
+    assert chosen(1, 8, 64, 8, factor=1.25) == "dedup"  # 5.44 rows instead of 8
+    assert chosen(1, 64, 64, 8) == "all_to_all"  # one expert on each device: nothing to send once
+    assert chosen(4, 8, 64, 8) == "two_level"
+    assert chosen(4, 1, 64, 1) == "all_to_all"
+    assert chosen(1, 8, 64, 0) == chosen(4, 8, 64, 0) == "ring"  # experts choose
+
+
+def test_without_two_levels_two_level_sends_once_to_each_device():
+    assert [choose(Exchange("two_level"), *sizes, 8, 2) for sizes in ((1, 4), (4, 1), (2, 2))] == [
+        "dedup", "dedup", "two_level",
+    ]  # fmt: skip

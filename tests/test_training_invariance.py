@@ -1,6 +1,7 @@
 """The maths does not depend on the machine: mesh, accumulation, remat, scan and dispatch give the same step."""
 
 import dataclasses
+import re
 
 import jax
 import numpy as np
@@ -117,6 +118,7 @@ def test_accumulation_equals_the_large_batch_for_a_dense_model(dense):
         {"data": 1, "fsdp": 8},
         {"data": 2, "fsdp": 2, "tensor": 2},
         {"data": 2, "fsdp": 1, "expert": 4},
+        {"data": 1, "dcn_data": 2, "fsdp": 1, "dcn_fsdp": 2, "tensor": 2},
     ],
     ids=str,
 )
@@ -124,10 +126,22 @@ def test_the_mesh_changes_nothing(moe, mesh):
     assert_same(run(small_config(mesh=mesh), int(np.prod(list(mesh.values())))), moe)
 
 
-@pytest.mark.parametrize("strategy", ["gather", "ring", "all_to_all"])
+@pytest.mark.parametrize("strategy", ["gather", "ring", "all_to_all", "ragged", "dedup", "two_level"])
 def test_how_tokens_meet_experts_changes_nothing(moe, strategy):
-    mesh = {"data": 1, "expert": 2, "tensor": 2}
-    assert_same(run(small_config(moe={"exchange": strategy, "exchange_buffer": 2.0}, mesh=mesh), 4), moe)
+    mesh = {"data": 1, "fsdp": 2, "expert": 2, "dcn_expert": 2}
+    how = {"exchange": strategy, "exchange_buffer": 1.25, "exchange_chunks": 2}
+    assert_same(run(small_config(moe=how, mesh=mesh), 8), moe)
+
+
+@pytest.mark.parametrize(("saves", "ways"), [(True, 4), (False, 5)])
+def test_remat_sends_no_token_twice_if_what_arrived_is_saved(saves, ways):
+    config = small_config(moe={"exchange": "dedup", "save_exchanged": saves}, mesh={"data": 1, "expert": 2})
+    trainable = make(config, 2)
+    batch = put_batch(packed_batch(config), trainable)
+    with jax.set_mesh(trainable.mesh):
+        lowered = make_train_step(trainable).lower(trainable.abstract, batch, Knobs.of(config))
+    rows = re.findall(r"f32\[1,\d+,32\]\S*\) all-to-all\(", lowered.compile().as_text())
+    assert len(rows) == ways  # there and back in each of two directions, and perhaps once more to compute again
 
 
 def test_mesh_and_accumulation_together_change_nothing(moe):

@@ -1,25 +1,36 @@
 """Print versions, devices and kernels, and check that the set-up works.
 
 Every grouped product that runs here, and the experts as this platform computes them, are compared with the reference,
-values and gradients, and a small MoE model takes a training step on all devices. Exits 1 if a check fails.
+values and gradients, and a small MoE model takes a training step on all devices. With a recipe,
+
+  moejax doctor --config=configs/expert_parallel.py --mesh=data=2,expert=4
+
+the tokens of a tiny batch also meet their experts on its mesh, or on another, and are compared with one device; a table
+says what travels. Exits 1 if a check fails.
 """
 
+import dataclasses
 import functools
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import flags
 from absl.flags import FlagValues
+from jax.sharding import Mesh
 
 from moejax.benchmarks.step import random_batch
-from moejax.cli.options import define_json
-from moejax.cli.tables import print_result
-from moejax.config import Knobs, resolve
+from moejax.cli import UsageError
+from moejax.cli.options import define_config, define_json, read_config_flag
+from moejax.cli.tables import print_result, print_table
+from moejax.config import Config, Knobs, MeshConfig, resolve
 from moejax.kernels.grouped_matmul import IMPLEMENTATIONS, grouped_matmul, resolve_implementation, unavailable
 from moejax.moe.experts import ExpertWeights
 from moejax.moe.local import Chosen, run_dropless
+from moejax.planning.mesh_check import check_mesh
 from moejax.sharding import make_mesh
 from moejax.training.run_directory import git_commit, versions
 from moejax.training.state import make_trainable
@@ -34,14 +45,17 @@ class DoctorError(RuntimeError):
 
 def define(values: FlagValues, arguments: list[str]) -> None:
     """Flags of the verb."""
+    define_config(values, arguments)
+    flags.DEFINE_string("mesh", "", "sizes instead of the recipe's, such as data=2,expert=4", flag_values=values)
     define_json(values)
 
 
 def run(values: FlagValues, rest: list[str]) -> None:
-    """Checks everything, prints a table, and fails if a check did."""
+    """Checks everything, prints tables, and fails if a check did."""
+    config = _config(values)
     # The choice of kernel is a row of the table: not a line of the log, too.
     logging.getLogger("moejax").setLevel(logging.WARNING)
-    rows = {
+    rows: dict[str, Any] = {
         **versions(),
         "git commit": git_commit() or None,
         "platform": jax.default_backend(),
@@ -57,6 +71,11 @@ def run(values: FlagValues, rest: list[str]) -> None:
     rows |= {f"grouped_matmul={name}": f"not here: {why}" for name, why in unavailable().items()}
     checks["experts"] = check_experts
     checks["training step"] = check_training_step
+    collectives: list[dict[str, Any]] = []
+    if config:
+        mesh = make_mesh(config)
+        rows["mesh"] = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+        checks["exchange"] = functools.partial(check_exchange, config, mesh, rows, collectives)
     for name, check in checks.items():
         try:
             # Else GPU and TPU multiply float32 with fewer bits, and differ from the reference by that.
@@ -65,7 +84,11 @@ def run(values: FlagValues, rest: list[str]) -> None:
         except Exception as error:  # a broken set-up can fail in any way
             rows[f"check: {name}"] = f"FAILED: {str(error) or type(error).__name__}".splitlines()[0]
             failures.append(name)
+    if config and values.json:
+        rows["collectives"] = collectives
     print_result(rows, is_json=values.json)
+    if collectives and not values.json:
+        print_table(collectives, "Collectives of a layer's experts, forward and backward; bytes of a device")
     if failures:
         raise DoctorError(f"{', '.join(failures)} failed; see the table, and report it with the versions above")
 
@@ -113,6 +136,42 @@ def check_experts() -> str:
     if not worst < TOLERANCE:
         raise DoctorError(f"differs from the reference by {worst:.1e}")
     return f"ok, within {worst:.0e} of the reference"
+
+
+def check_exchange(config: Config, mesh: Mesh, rows: dict[str, Any], collectives: list[dict[str, Any]]) -> str:
+    """Compares experts on the mesh with those on one device; adds to the tables what lies where and what travels."""
+    found = check_mesh(config, mesh)
+    rows["exchange"] = found.strategy
+    rows |= {f"on a device: {name}": " x ".join(map(str, shape)) for name, shape in found.shapes.items()}
+    collectives += found.collectives
+    bad = {key: worst for key, worst in found.worst.items() if not worst < TOLERANCE}
+    if bad:
+        listed = ", ".join(f"{name} ({load}) by {worst:.1e}" for (load, name), worst in bad.items())
+        raise DoctorError(f"{found.strategy} differs from one device: {listed}")
+    return f"ok, within {max(found.worst.values()):.0e} of one device, gradients included"
+
+
+def _config(values: FlagValues) -> Config | None:
+    """The recipe with the sizes of `--mesh`; None without a recipe."""
+    if values["config"].value is None:
+        if values.mesh:
+            raise UsageError(f"--mesh={values.mesh} needs --config; give a recipe, such as configs/expert_parallel.py")
+        return None
+    config = read_config_flag(values)
+    if config.num_moe_layers == 0:
+        raise UsageError("--config has no experts (moe.num_experts=0); give a recipe that has, or none")
+    return dataclasses.replace(config, mesh=_mesh(values.mesh)) if values.mesh else config
+
+
+def _mesh(text: str) -> MeshConfig:
+    """From `data=2,expert=4`; axes that are not named have size 1."""
+    sizes = {field.name: 1 for field in dataclasses.fields(MeshConfig)}
+    for part in text.split(","):
+        axis, _, size = part.partition("=")
+        if axis not in sizes or not size.removeprefix("-").isdecimal():
+            raise UsageError(f"--mesh={text}: {part!r} must be AXIS=SIZE, such as expert=4, of {', '.join(sizes)}")
+        sizes[axis] = int(size)
+    return MeshConfig(**sizes)
 
 
 def check_training_step() -> str:

@@ -100,39 +100,28 @@ def plan_capacity(experts_BLK: Int[Array, "B L K"], num_experts: int, slots: int
     )
 
 
-@jax.custom_vjp
 def dispatch(x_TD: Float[Array, "T D"], plan: Plan) -> Float[Array, "R D"]:
     """Copies each token to the rows of its choices; empty rows are zeros."""
-    top_k = plan.row_TK.shape[1]
-    return _gather(x_TD, plan.choice_R // top_k)
+    return _dispatch(vary_alike(x_TD, plan.choice_R)[0], plan)
 
 
-def _dispatch_forward(x_TD, plan):
-    return dispatch(x_TD, plan), plan
-
-
-def _dispatch_backward(plan, dy_RD):
-    return _gather(dy_RD, plan.row_TK).sum(axis=1), None
-
-
-dispatch.defvjp(_dispatch_forward, _dispatch_backward)
+def add_up(y_RD: Float[Array, "R D"], plan: Plan) -> Float[Array, "T D"]:
+    """Adds up each token's rows, with no weights: the transpose of `dispatch`, which keeps no rows for a gradient."""
+    return _add_up(vary_alike(y_RD, plan.row_TK)[0], plan)
 
 
 @jax.custom_vjp
-def add_up(y_RD: Float[Array, "R D"], plan: Plan) -> Float[Array, "T D"]:
-    """Adds up each token's rows, with no weights: the transpose of `dispatch`, which keeps no rows for a gradient."""
+def _dispatch(x_TD, plan):
+    return _gather(x_TD, plan.choice_R // plan.row_TK.shape[1])
+
+
+@jax.custom_vjp
+def _add_up(y_RD, plan):
     return _gather(y_RD, plan.row_TK).sum(axis=1)
 
 
-def _add_up_forward(y_RD, plan):
-    return add_up(y_RD, plan), plan
-
-
-def _add_up_backward(plan, dy_TD):
-    return dispatch(dy_TD, plan), None
-
-
-add_up.defvjp(_add_up_forward, _add_up_backward)
+_dispatch.defvjp(lambda x_TD, plan: (_dispatch(x_TD, plan), plan), lambda plan, dy_RD: (_add_up(dy_RD, plan), None))
+_add_up.defvjp(lambda y_RD, plan: (_add_up(y_RD, plan), plan), lambda plan, dy_TD: (_dispatch(dy_TD, plan), None))
 
 
 def dispatch_weights(weights_TK: Float[Array, "T K"], plan: Plan) -> Float[Array, "R"]:

@@ -153,9 +153,11 @@ def _gather_weights(weights: ExpertWeights, *, is_whole: bool) -> ExpertWeights:
     def whole(w, width_axis: int | None):
         if w is None:
             return None
-        if width_axis is not None:
+        if width_axis is not None and jax.lax.axis_size("fsdp") > 1:
             w = jax.lax.all_gather(w, "fsdp", axis=width_axis, tiled=True)
-        return jax.lax.all_gather(w, EXPERT_AXES, axis=0, tiled=True) if is_whole else w
+        if is_whole and jax.lax.axis_size(EXPERT_AXES) > 1:
+            w = jax.lax.all_gather(w, EXPERT_AXES, axis=0, tiled=True)
+        return w
 
     return dataclasses.replace(
         weights,

@@ -131,8 +131,14 @@ class Travel:
     returns_n: jax.Array
 
     @classmethod
-    def of(cls, sizes_nn: Int[Array, "n n"], me: jax.Array, room: int) -> "Travel":
-        """From the rows of each sender for each receiver, which takes `room` rows, those of the first senders."""
+    def of(cls, sizes_nn: Int[Array, "n n"], me: jax.Array | int, room: int) -> "Travel":
+        """From the rows of each sender for each receiver, which takes `room` rows, those of the first senders.
+
+        Args:
+          sizes_nn: rows by sender and receiver.
+          me: this device's place among them.
+          room: rows of every receiver's array of arrivals.
+        """
         places_nn = jnp.minimum(jnp.cumsum(sizes_nn, axis=0) - sizes_nn, room)
         sent_nn = jnp.minimum(sizes_nn, room - places_nn)
         starts_nn = jnp.cumsum(sizes_nn, axis=1) - sizes_nn
