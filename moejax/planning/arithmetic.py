@@ -15,6 +15,7 @@ BOOKKEEPING = {
 }  # fmt: skip
 """Custom calls of XLA:TPU that compute nothing."""
 
+
 class UnknownKernelError(ValueError):
     """A program calls what may multiply matrices, and how much is not known."""
 

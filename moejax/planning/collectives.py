@@ -154,7 +154,7 @@ def _collective(
 
 def _wrapped(program: Program) -> dict[str, Instruction]:
     """By collective: the instruction that starts the computation which it is alone in (`async-start`, `call-start`)."""
-    found = {}
+    found: dict[str, Instruction] = {}
     for instruction in program.by_name.values():
         if "start" in instruction.opcode or "async" in instruction.name:
             for called in instruction.called:
@@ -201,16 +201,15 @@ def _groups(attributes: str, num_devices: int) -> np.ndarray:
         return np.array([sizes(group) for group in re.findall(r"\{([\d,]*)\}", listed[1])])
     if named := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((.*?\)?)\))? \{([^}]*)\}", attributes):
         return _groups_of_mesh(*named.groups())
-    if counted := re.search(r"replica_groups=(\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?)", attributes):
-        return _iota(counted[1])
+    if counted := re.search(r"replica_groups=(\[[\d,]+\])<=(\[[\d,]+\](?:T\([\d,]+\))?)", attributes):
+        return _iota(counted[2]).reshape(sizes(counted[1]))
     raise ValueError(f"groups of devices in an unknown form: {attributes[:200]}")
 
 
 def _iota(text: str) -> np.ndarray:
-    """`[2,4]<=[4,2]T(1,0)`: numbers from 0, in the shape behind the arrow, transposed, in the shape before it."""
-    shape, source, order = (sizes(part or "") for part in re.findall(r"^(.*)<=(\[.*?\])(?:T\((.*)\))?", text)[0])
-    numbers = np.arange(math.prod(source)).reshape(source)
-    return numbers.transpose(order or range(len(source))).reshape(shape)
+    """`[4,2]T(1,0)`: numbers from 0 in this shape, transposed, one after the other."""
+    shape, order = (sizes(part) for part in re.findall(r"(\[.*?\])(?:T\((.*)\))?", text)[0])
+    return np.arange(math.prod(shape)).reshape(shape).transpose(order or range(len(shape))).reshape(-1)
 
 
 def _groups_of_mesh(axes: str, devices: str | None, along: str) -> np.ndarray:
@@ -218,7 +217,7 @@ def _groups_of_mesh(axes: str, devices: str | None, along: str) -> np.ndarray:
     lengths = {name: int(length) for name, length in re.findall(r"'?([^'=,]+)'?=(\d+)", axes)}
     numbers = np.arange(math.prod(lengths.values()))
     if devices is not None:
-        numbers = _iota(devices).reshape(-1) if "<=" in devices else np.array(sizes(devices))
+        numbers = _iota(devices) if devices.startswith("[") else np.array(sizes(devices))
     rest = dict(zip(lengths, np.unravel_index(np.arange(numbers.size), tuple(lengths.values())), strict=True))
     for name, before, size in re.findall(r"'?([^',:]+)'?(?::\((\d+)\)(\d+))?", along):
         behind = lengths[name] // (int(before) * int(size)) if before else 1

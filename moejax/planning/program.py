@@ -164,7 +164,11 @@ class Program:
         if "direction=LT" not in condition.rest or not _does(counter, "get-tuple-element"):
             return None
         index = int(counter.attribute("index") or 0)
-        first, last, step = _number(self._source(start.operands[index])), _number(bound), self._source(body.operands[index])
+        first, last, step = (
+            _number(self._source(start.operands[index])),
+            _number(bound),
+            self._source(body.operands[index]),
+        )
         if first is None or last is None or not _does(step, "add"):
             return None
         return max(0, last - first) if 1 in [_number(self._source(name)) for name in step.operands] else None
@@ -188,9 +192,7 @@ def sizes(text: str) -> tuple[int, ...]:
 
 def _add(found: Executions, always: int, conditional: int, is_open: bool) -> Executions:
     is_reached = always + conditional > 0
-    return Executions(
-        found.always + always, found.conditional + conditional, found.is_open or (is_open and is_reached)
-    )
+    return Executions(found.always + always, found.conditional + conditional, found.is_open or (is_open and is_reached))
 
 
 def _does(instruction: Instruction | None, opcode: str) -> TypeGuard[Instruction]:
