@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from moejax.planning.collectives import bytes_of, collective_rows, list_collectives
 
@@ -107,7 +107,7 @@ def test_groups_of_devices_are_read_in_every_form(groups, axis, devices):
 
 
 def test_groups_in_an_unknown_form_are_an_error():
-    with pytest.raises(ValueError, match="unknown form.*replica_groups=everyone"):
+    with pytest.raises(ValueError, match=r"unknown form.*replica_groups=everyone"):
         list_collectives(program("%y = f32[8,16]{1,0} all-reduce(%x), replica_groups=everyone"), MESH)
 
 
