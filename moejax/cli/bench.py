@@ -139,7 +139,7 @@ def _run_compiled_step(values: FlagValues) -> None:
         print_table(
             [_collective_columns(one) for one in row["collectives"]], title="What travels, by a device in a step"
         )
-        print("GB on the wire by the model of a ring; in branches: what comes to that if they are taken every time.")
+        print("GB by the model of a ring; beside it what comes to that if branches are taken every time.")
 
 
 def _run_compiled(values: FlagValues) -> None:
@@ -265,14 +265,13 @@ def _step_rows(row: dict[str, Any]) -> dict[str, Any]:
 def _collective_columns(row: dict[str, Any]) -> dict[str, Any]:
     return {
         "collective": row["kind"],
-        "axis": row["axis"] or None,
-        "devices": row["devices"],
+        "along": f"{row['axis']} ({row['devices']})" if row["axis"] else None,
         "count": f"{row['count']:,}{' or more' if row['is_open'] else ''}",
         "GB": f"{row['bytes'] / 1e9:.2f}",
-        "in branches": row["conditional_count"],
-        "GB in branches": f"{row['conditional_bytes'] / 1e9:.2f}",
-        "asynchronous": row["asynchronous"],
-        "overlapped": row["overlapped"],
+        "in branches": f"{row['conditional_count']:,}",
+        "GB ": f"{row['conditional_bytes'] / 1e9:.2f}",
+        "async.": row["asynchronous"],
+        "overlap": row["overlapped"],
     }
 
 
