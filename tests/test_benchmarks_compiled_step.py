@@ -162,3 +162,15 @@ def test_the_recipe_of_mixtral_has_its_sizes():
     config = recipe("mixtral_8x7b", mesh__fsdp=16, mesh__expert=4)
     assert config.train.batch_size * config.data.seq_len == 64 * 49152
     assert config.moe.d_expert == 14336 and config.num_moe_layers == 32
+
+
+@pytest.mark.slow
+def test_a_step_compiles_for_a_pod_and_its_collectives_have_axes(debug):
+    if not has_compiler(TARGETS["v5p"]):
+        pytest.skip("the compiler for TPU is not installed: pip install 'moejax[tpu]'")
+    config = dataclasses.replace(debug, mesh=dataclasses.replace(debug.mesh, fsdp=2, expert=2))
+    row = bench_compiled_step(config, TARGETS["v5p"], "2x2x1")
+    assert row["fits"] and row["devices"] == 4 and row["peak_bytes"] > 0
+    assert {"fsdp", "expert"} <= {one["axis"] for one in row["collectives"]}
+    assert not any(one["is_open"] for one in row["collectives"])  # the turns of every loop are known
+    assert any(one["count"] % 2 == 0 and one["axis"] == "fsdp" for one in row["collectives"])
