@@ -78,13 +78,11 @@ def list_collectives(text: str, mesh: Mesh) -> list[Collective]:
       ValueError: text without a program in it, or groups of devices in an unknown form.
     """
     program = Program(text)
-    wrapped = _wrapped(program)
-    found = []
-    for instruction, executions in program.run():
-        kind = _kind(instruction.opcode)
-        if kind is not None:
-            found.append(_collective(program, mesh, kind, instruction, executions, wrapped))
-    return found
+    return [
+        _collective(program, mesh, kind, instruction, executions)
+        for instruction, executions in program.run()
+        if (kind := instruction.opcode.removesuffix("-start")) in KINDS
+    ]
 
 
 def collective_rows(collectives: Iterable[Collective]) -> list[dict[str, Any]]:
@@ -115,27 +113,16 @@ def collective_rows(collectives: Iterable[Collective]) -> list[dict[str, Any]]:
     return sorted(rows.values(), key=lambda row: (-row["bytes"], -row["conditional_bytes"], row["kind"], row["axis"]))
 
 
-def _kind(opcode: str) -> str | None:
-    """The kind of a collective or of its start; its end is none of its own."""
-    name = opcode.removesuffix("-start")
-    return name if name in KINDS else None
-
-
 def _collective(
-    program: Program,
-    mesh: Mesh,
-    kind: str,
-    instruction: Instruction,
-    executions: Executions,
-    wrapped: dict[str, Instruction],
+    program: Program, mesh: Mesh, kind: str, instruction: Instruction, executions: Executions
 ) -> Collective:
     axes, devices = _axes(instruction.rest, mesh)
-    outer = wrapped.get(instruction.name, instruction)
-    done = program.done_of(outer)
+    start = program.starters.get(instruction.name, instruction)
+    done = program.done_of(start)
     operands = program.operands(instruction)
     if kind == "ragged-all-to-all":
         operands = operands[:1]  # the buffer that is sent from; the others are that of the result, and sizes
-    result = instruction if done is None or outer is not instruction else done
+    result = done if done and start is instruction else instruction
     source = re.search(r'op_name="([^"]*)"', instruction.rest)
     return Collective(
         kind=kind,
@@ -147,19 +134,9 @@ def _collective(
         operand_bytes=sum(bytes_of(operand.result) for operand in operands),
         result_bytes=bytes_of(result.result),
         is_asynchronous=done is not None,
-        overlapped=0 if done is None else _computing_between(program, outer, done),
+        overlapped=0 if done is None else _computing_between(program, start, done),
         source=source[1] if source else "",
     )
-
-
-def _wrapped(program: Program) -> dict[str, Instruction]:
-    """By collective: the instruction that starts the computation which it is alone in (`async-start`, `call-start`)."""
-    found: dict[str, Instruction] = {}
-    for instruction in program.by_name.values():
-        if "start" in instruction.opcode or "async" in instruction.name:
-            for called in instruction.called:
-                found |= {inner.name: instruction for inner in program.computations.get(called, [])}
-    return found
 
 
 def _computing_between(program: Program, start: Instruction, done: Instruction) -> int:

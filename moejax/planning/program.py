@@ -122,6 +122,17 @@ class Program:
         return None
 
     @functools.cached_property
+    def starters(self) -> dict[str, Instruction]:
+        """By instruction: what starts the computation that it is in, to be awaited later (`async-start`)."""
+        starts = [i for i in self.by_name.values() if _is_called(i, "start")]
+        return {
+            inner.name: start
+            for start in starts
+            for called in start.called
+            for inner in self.computations.get(called, [])
+        }
+
+    @functools.cached_property
     def _users(self) -> dict[str, list[Instruction]]:
         found: dict[str, list[Instruction]] = {}
         for instruction in self.by_name.values():
@@ -164,11 +175,8 @@ class Program:
         if "direction=LT" not in condition.rest or not _does(counter, "get-tuple-element"):
             return None
         index = int(counter.attribute("index") or 0)
-        first, last, step = (
-            _number(self._source(start.operands[index])),
-            _number(bound),
-            self._source(body.operands[index]),
-        )
+        first, last = _number(self._source(start.operands[index])), _number(bound)
+        step = self._source(body.operands[index])
         if first is None or last is None or not _does(step, "add"):
             return None
         return max(0, last - first) if 1 in [_number(self._source(name)) for name in step.operands] else None
