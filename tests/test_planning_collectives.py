@@ -164,6 +164,20 @@ def test_a_computation_that_is_started_apart_makes_its_collective_asynchronous(o
     assert (found.is_asynchronous, found.overlapped) == (True, 2)
 
 
+def test_a_reduce_scatter_that_is_written_as_a_fusion_of_an_all_reduce_is_one():
+    fused = f"""
+%all-reduce-scatter.2 (p: f32[8,16]) -> f32[3,16] {{
+  %p = f32[8,16]{{1,0}} parameter(0)
+  %pad = f32[12,16]{{1,0}} pad(%p, %zero), padding=0_4x0_0
+  %ar = f32[12,16]{{1,0}} all-reduce(%pad), replica_groups={IN_ROWS}, to_apply=%sum
+  ROOT %slice = f32[3,16]{{1,0}} dynamic-slice(%ar, %i, %j), dynamic_slice_sizes={{3,16}}
+}}
+"""
+    line = "%fusion.1 = f32[3,16]{1,0} fusion(%x), kind=kCustom, calls=%all-reduce-scatter.2"
+    found = only(program(line, before=fused))
+    assert (found.kind, found.axis, found.operand_bytes, found.result_bytes) == ("reduce-scatter", "fsdp", 768, 192)
+
+
 GATHER = f"""
 %gather (q: (s32[], f32[8,16])) -> (s32[], f32[8,16]) {{
   %q = (s32[], f32[8,16]{{1,0}}) parameter(0)

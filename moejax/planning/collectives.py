@@ -123,6 +123,9 @@ def _collective(
     if kind == "ragged-all-to-all":
         operands = operands[:1]  # the buffer that is sent from; the others are that of the result, and sizes
     result = done if done and start is instruction else instruction
+    if kind == "all-reduce" and program.home[instruction.name].startswith("all-reduce-scatter"):
+        # So XLA:TPU writes a reduce-scatter of padded operands.
+        kind, result = "reduce-scatter", program.root(program.home[instruction.name]) or instruction
     source = re.search(r'op_name="([^"]*)"', instruction.rest)
     return Collective(
         kind=kind,
@@ -140,7 +143,7 @@ def _collective(
 
 
 def _computing_between(program: Program, start: Instruction, done: Instruction) -> int:
-    instructions = next(body for body in program.computations.values() if start in body)
+    instructions = program.computations[program.home[start.name]]
     between = instructions[instructions.index(start) + 1 : instructions.index(done)]
     return sum(i.opcode in COMPUTE and (i.opcode != "custom-call" or kernel_of(i) is not None) for i in between)
 

@@ -82,6 +82,12 @@ class Executions:
 class Program:
     """The computations of a compiled program.
 
+    Attributes:
+      entry: the name of the computation that runs first.
+      computations: instructions of each computation, in the order in which they run.
+      by_name: every instruction.
+      home: by instruction, the computation that it is in.
+
     Args:
       text: of the program.
 
@@ -103,6 +109,7 @@ class Program:
             raise ValueError("no ENTRY computation: this is not the text of a compiled program")
         self.entry = entry
         self.by_name = {i.name: i for instructions in self.computations.values() for i in instructions}
+        self.home = {i.name: name for name, instructions in self.computations.items() for i in instructions}
 
     def operands(self, instruction: Instruction) -> list[Instruction]:
         """The instructions whose results it takes."""
@@ -167,7 +174,7 @@ class Program:
         if known := TRIPS.search(loop.rest):
             return int(known[1])
         # XLA:TPU does not say it: a counter from one number up to below another, in steps of 1.
-        condition, body = (self._root(loop.attribute(name)) for name in ("condition", "body"))
+        condition, body = (self.root(loop.attribute(name)) for name in ("condition", "body"))
         start = self._source(loop.operands[0])
         if not (_does(condition, "compare") and _does(body, "tuple") and _does(start, "tuple")):
             return None
@@ -181,7 +188,8 @@ class Program:
             return None
         return max(0, last - first) if 1 in [_number(self._source(name)) for name in step.operands] else None
 
-    def _root(self, computation: str | None) -> Instruction | None:
+    def root(self, computation: str | None) -> Instruction | None:
+        """What a computation returns."""
         instructions = self.computations.get((computation or "").removeprefix("%"), [])
         return next((i for i in instructions if i.is_root), None)
 
