@@ -10,6 +10,7 @@ from flax import nnx
 
 import oracle
 from moejax.config import ModelConfig
+from moejax.nn import attention
 from moejax.nn.attention import Attention, cache_mask, rotate, row_mask
 from moejax.nn.norm import EPSILON, RMSNorm
 
@@ -130,3 +131,21 @@ def test_the_norm_divides_by_the_root_mean_square_in_float32():
     y_BD = RMSNorm(301)(low_BD)
     assert y_BD.dtype == jnp.bfloat16
     np.testing.assert_array_equal(y_BD, jnp.asarray(exact_BD, jnp.bfloat16))
+
+
+def test_long_rows_attend_in_blocks_of_queries_as_if_at_once(monkeypatch):
+    rng = np.random.default_rng(0)
+    q, k, v, dy = (jnp.float32(rng.normal(size=(B, 8, heads, HEAD))) for heads in (HEADS, 2, 2, HEADS))
+    mask_BLL = row_mask(jnp.int32([[1, 1, 1, 2, 2, 2, 2, 0], [1] * 8]))
+
+    def values_and_gradients():
+        run = jax.value_and_grad(lambda q, k, v: (attention.attend(q, k, v, mask_BLL) * dy).sum(), (0, 1, 2))
+        return jax.jit(run)(q, k, v), str(jax.make_jaxpr(lambda *a: attention.attend(*a))(q, k, v, mask_BLL))
+
+    at_once, program = values_and_gradients()
+    assert "scan" not in program
+    monkeypatch.setattr(attention, "LONGEST_AT_ONCE", 4)
+    monkeypatch.setattr(attention, "BLOCK", 2)
+    in_blocks, program = values_and_gradients()
+    assert "length=4" in program  # blocks
+    jax.tree.map(functools.partial(oracle.assert_close, rtol=1e-5), in_blocks, at_once)

@@ -3,6 +3,7 @@
 moejax bench layer     the experts of a layer over a dense layer with the same active FLOPs, by implementation
 moejax bench decode    the same for a few tokens, over reading the weights of the chosen experts once
 moejax bench compiled  the experts of a layer compiled for --target: arithmetic over the ideal, memory, kernels
+moejax bench compiled_step  the train step of --config compiled for --target and --topology: memory, what travels
 moejax bench tune      sizes of tiles for a shape; enters in the tuning table what is better than the guess beyond noise
 moejax bench step      the train step of --config over its dense twin's
 moejax bench compile   compile time of the train step, 64 over 8 experts and 8 over 2 layers
@@ -21,6 +22,7 @@ from absl.flags import FlagValues
 
 from moejax.benchmarks import decode, layer, tune
 from moejax.benchmarks.compiled import bench_compiled
+from moejax.benchmarks.compiled_step import bench_compiled_step
 from moejax.benchmarks.step import bench_compile, bench_import, bench_step
 from moejax.benchmarks.timing import measure_peaks
 from moejax.cli import UsageError
@@ -29,9 +31,9 @@ from moejax.cli.tables import print_result, print_table
 from moejax.inspection.bench_figure import draw_layers
 from moejax.kernels.grouped_matmul import unavailable
 from moejax.kernels.tiles import TABLE, read_table
-from moejax.planning.targets import TARGETS
+from moejax.planning.targets import TARGETS, Target
 
-BENCHMARKS = ("layer", "decode", "compiled", "tune", "step", "compile", "import")
+BENCHMARKS = ("layer", "decode", "compiled", "compiled_step", "tune", "step", "compile", "import")
 DEFAULT_SHAPES = {
     "layer": "mixtral,mixtral-64,olmoe,deepseek",
     "compiled": "mixtral,mixtral-64,olmoe,deepseek",
@@ -59,7 +61,10 @@ def define(values: FlagValues, arguments: list[str]) -> None:
         "layer, decode, tune, compiled: of all arrays; by default float32, and bfloat16 for compiled",
         flag_values=values,
     )
-    flags.DEFINE_enum("target", None, [*TARGETS], "compiled: the device", flag_values=values)
+    flags.DEFINE_enum("target", None, [*TARGETS], "compiled, compiled_step: the device", flag_values=values)
+    flags.DEFINE_string(
+        "topology", "", "compiled_step: 4x4x4 chips of a v5p, or 1x8x8 slices, hosts and GPUs", flag_values=values
+    )
     flags.DEFINE_string("csv", "", "layer, decode, compiled: a file to write the rows to", flag_values=values)
     flags.DEFINE_string("table", str(TABLE), "tune: the tuning table to update", flag_values=values)
     flags.DEFINE_string("plot", "", "layer: a file for a picture of the ratios (.svg)", flag_values=values)
@@ -76,6 +81,8 @@ def run(values: FlagValues, rest: list[str]) -> None:
         return _run_tune(values)
     if rest[0] == "compiled":
         return _run_compiled(values)
+    if rest[0] == "compiled_step":
+        return _run_compiled_step(values)
     if rest[0] in DEFAULT_SHAPES:
         return _run_layers(values, rest[0])
     config, repetitions = read_config_flag(values), values.repetitions or 15
@@ -91,7 +98,8 @@ def _refuse_flags_of_others(values: FlagValues, benchmark: str) -> None:
         "shapes": ("layer", "decode", "compiled", "tune"),
         "dtype": ("layer", "decode", "compiled", "tune"),
         "implementations": ("layer", "decode", "compiled"),
-        "target": ("compiled",),
+        "target": ("compiled", "compiled_step"),
+        "topology": ("compiled_step",),
         "csv": ("layer", "decode", "compiled"),
         "plot": ("layer",),
         "table": ("tune",),
@@ -114,14 +122,32 @@ def _read_layers(values: FlagValues, benchmark: str) -> tuple[list[layer.Shape],
     return shapes, values.implementations
 
 
-def _run_compiled(values: FlagValues) -> None:
+def _read_target(values: FlagValues, benchmark: str) -> Target:
     if values.target is None:
-        raise UsageError(f"moejax bench compiled needs --target, one of {', '.join(TARGETS)}")
-    shapes, names = _read_layers(values, "compiled")
+        raise UsageError(f"moejax bench {benchmark} needs --target, one of {', '.join(TARGETS)}")
     jax.config.update("jax_platforms", "cpu")  # it needs no device, and must not wait for one
+    return TARGETS[values.target]
+
+
+def _run_compiled_step(values: FlagValues) -> None:
+    row = bench_compiled_step(read_config_flag(values), _read_target(values, "compiled_step"), values.topology)
+    if values.json:
+        print(json.dumps(row, indent=2))
+        return
+    print_result(_step_rows(row), is_json=False)
+    if row["collectives"]:
+        print_table(
+            [_collective_columns(one) for one in row["collectives"]], title="What travels, by a device in a step"
+        )
+        print("GB by the model of a ring; beside it what comes to that if branches are taken every time.")
+
+
+def _run_compiled(values: FlagValues) -> None:
+    target = _read_target(values, "compiled")
+    shapes, names = _read_layers(values, "compiled")
     rows = []
     for shape in shapes:
-        rows += bench_compiled(shape, names, values.dtype or "bfloat16", TARGETS[values.target])
+        rows += bench_compiled(shape, names, values.dtype or "bfloat16", target)
     if values.json:
         print(json.dumps(rows, indent=2))
     else:
@@ -214,6 +240,38 @@ def _compiled_columns(row: dict[str, Any]) -> dict[str, Any]:
         "temp. MB": megabytes if row["fits"] else f"{megabytes} too large".strip(),
         "kernels": (kernels or "XLA's own") if has_figures else None,
         "open loops": row["open_loops"],
+    }
+
+
+def _step_rows(row: dict[str, Any]) -> dict[str, Any]:
+    """Figures of a compiled step, for a table."""
+
+    def gbytes(name: str) -> str | None:
+        return None if row[name] is None else f"{row[name] / 1e9:.2f}"
+
+    mesh = ", ".join(f"{axis} {size}" for axis, size in row["mesh"].items() if size > 1)
+    return {
+        "target": f"{row['devices']} {row['target']}, {row['topology']}",
+        "mesh": mesh or None,
+        "tokens of a device": row["tokens_per_device"],
+        "fits": "yes" if row["fits"] else "no",
+        "GB held at most": gbytes("peak_bytes"),
+        "GB of arguments": gbytes("argument_bytes"),
+        "GB on the wire": gbytes("wire_bytes"),
+        "GB on the wire in branches": gbytes("conditional_wire_bytes"),
+    }
+
+
+def _collective_columns(row: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "collective": row["kind"],
+        "along": f"{row['axis']} ({row['devices']})" if row["axis"] else None,
+        "count": f"{row['count']:,}{' or more' if row['is_open'] else ''}",
+        "GB": f"{row['bytes'] / 1e9:.2f}",
+        "in branches": f"{row['conditional_count']:,}",
+        "GB ": f"{row['conditional_bytes'] / 1e9:.2f}",
+        "async.": row["asynchronous"],
+        "overlap": row["overlapped"],
     }
 
 

@@ -12,6 +12,9 @@ from moejax.kernels.project import project
 from moejax.nn.norm import RMSNorm
 from moejax.sharding import whole
 
+LONGEST_AT_ONCE, BLOCK = 1024, 512
+"""Queries of a row that attend at once; of longer rows, as many as a block has."""
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -77,8 +80,35 @@ class Attention(nnx.Module):
                 v_BSGA=cache.v_BSGA.at[row_B1, positions_BL].set(v_BLGA),
             )
             k_BLGA, v_BLGA = cache.k_BSGA, cache.v_BSGA
-        y_BLHA = jax.nn.dot_product_attention(q_BLHA, k_BLGA, v_BLGA, mask=mask_BLS[:, None])
+        y_BLHA = attend(q_BLHA, k_BLGA, v_BLGA, mask_BLS)
         return project(y_BLHA, whole(self.out, self.dtype), num_contracted=2), cache
+
+
+def attend(
+    q_BLHA: Float[Array, "B L H A"],
+    k_BSGA: Float[Array, "B S G A"],
+    v_BSGA: Float[Array, "B S G A"],
+    mask_BLS: Bool[Array, "B L S"],
+) -> Float[Array, "B L H A"]:
+    """Softmax attention; queries of long rows take turns, in blocks.
+
+    Scores `[B, H, L, S]` in float32 of all queries at once would need more memory than the rest of the model. Those of
+    a block are computed again in the backward pass.
+    """
+    length = q_BLHA.shape[1]
+    if length <= LONGEST_AT_ONCE or length % BLOCK:
+        return jax.nn.dot_product_attention(q_BLHA, k_BSGA, v_BSGA, mask=mask_BLS[:, None])
+
+    @jax.checkpoint
+    def one_block(block):
+        q_BlHA, mask_BlS = block
+        return jax.nn.dot_product_attention(q_BlHA, k_BSGA, v_BSGA, mask=mask_BlS[:, None])
+
+    def split(a_BLX):
+        return a_BLX.reshape(a_BLX.shape[0], -1, BLOCK, *a_BLX.shape[2:]).swapaxes(0, 1)
+
+    y_NBlHA = jax.lax.map(one_block, (split(q_BLHA), split(mask_BLS)))
+    return y_NBlHA.swapaxes(0, 1).reshape(q_BLHA.shape)
 
 
 def rotate(x_BLHA: Float[Array, "B L H A"], positions_BL: Int[Array, "B L"], theta: float) -> Float[Array, "B L H A"]:

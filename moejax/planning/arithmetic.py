@@ -5,20 +5,15 @@ On TPU the compiler says it itself, and kernels declare theirs (`cost_analysis`)
 
 import collections
 import dataclasses
-import functools
 import math
 import re
 
-SHAPE = re.compile(r"\b[a-z]\w*\[([\d,]*)\]")
-COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
-INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$")
+from moejax.planning.program import Instruction, Program, sizes
+
 BOOKKEEPING = {
     "AllocateBuffer", "AssumeGatherIndicesInBound", "ConcatBitcast", "PrepareAsyncCallDone", "PrepareAsyncCallStart",
 }  # fmt: skip
 """Custom calls of XLA:TPU that compute nothing."""
-
-CALLED = re.compile(r"(?:calls|body|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
-TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 
 
 class UnknownKernelError(ValueError):
@@ -40,16 +35,6 @@ class Arithmetic:
     open_loops: int
 
 
-@dataclasses.dataclass(frozen=True)
-class Instruction:
-    """A line of the text."""
-
-    name: str
-    result: tuple[int, ...]
-    opcode: str
-    rest: str
-
-
 def count_arithmetic(text: str) -> Arithmetic:
     """Counts the products of a program for CPU or GPU, `compiled.as_text()`; on TPU they are written otherwise.
 
@@ -57,64 +42,20 @@ def count_arithmetic(text: str) -> Arithmetic:
       ValueError: text without a program in it.
       UnknownKernelError: a kernel of a library that multiplies matrices.
     """
-    entry, computations = _parse(text)
-    if entry is None:
-        raise ValueError("no ENTRY computation: this is not the text of a compiled program")
-    shapes = {i.name: i.result for instructions in computations.values() for i in instructions}
-
-    @functools.cache
-    def count(name: str) -> tuple[int, collections.Counter[str], int]:
-        flops, open_loops = 0, 0
-        kernels: collections.Counter[str] = collections.Counter()
-        for instruction in computations.get(name, []):
-            flops += _flops(instruction, shapes)
-            if kernel := _kernel(instruction):
-                kernels[kernel] += 1
-            trips = TRIPS.search(instruction.rest)
-            is_open = instruction.opcode == "while" and trips is None
-            times = int(trips[1]) if trips and instruction.opcode == "while" else 1
-            open_loops += is_open
-            for called in _called(instruction):
-                inner_flops, inner_kernels, inner_open = count(called)
-                flops += times * inner_flops
-                open_loops += inner_open
-                kernels.update({key: times * number for key, number in inner_kernels.items()})
-        return flops, kernels, open_loops
-
-    flops, kernels, open_loops = count(entry)
+    program = Program(text)
+    flops, open_loops = 0, 0
+    kernels: collections.Counter[str] = collections.Counter()
+    for instruction, executions in program.run():
+        times = executions.always + executions.conditional
+        flops += times * _flops(instruction, program)
+        if kernel := kernel_of(instruction):
+            kernels[kernel] += times
+        open_loops += instruction.opcode == "while" and program.trips(instruction) is None
     return Arithmetic(flops, dict(kernels), open_loops)
 
 
-def _parse(text: str) -> tuple[str | None, dict[str, list[Instruction]]]:
-    """The entry's name, and the instructions of every computation by its name."""
-    entry, current = None, None
-    computations: dict[str, list[Instruction]] = {}
-    for line in text.splitlines():
-        if header := COMPUTATION.match(line):
-            current = computations.setdefault(header[2], [])
-            entry = header[2] if header[1] else entry
-        elif current is not None and (found := INSTRUCTION.match(line)):
-            name, result, opcode, rest = found.groups()
-            current.append(Instruction(name, _first_shape(result), opcode, rest))
-    return entry, computations
-
-
-def _first_shape(text: str) -> tuple[int, ...]:
-    found = SHAPE.search(text)
-    return _sizes(found[1]) if found else ()
-
-
-def _sizes(text: str) -> tuple[int, ...]:
-    return tuple(int(size) for size in re.findall(r"\d+", text))
-
-
-def _called(instruction: Instruction) -> list[str]:
-    """Computations that run with an instruction; those of a branch all count."""
-    branches = re.search(r"branch_computations=\{([^}]*)\}", instruction.rest)
-    return CALLED.findall(instruction.rest) + (re.findall(r"[\w.\-]+", branches[1]) if branches else [])
-
-
-def _kernel(instruction: Instruction) -> str | None:
+def kernel_of(instruction: Instruction) -> str | None:
+    """The kernel that a custom call runs; None for other instructions and for custom calls that compute nothing."""
     if instruction.opcode != "custom-call":
         return None
     target = re.search(r'custom_call_target="([^"]*)"', instruction.rest)
@@ -127,17 +68,16 @@ def _kernel(instruction: Instruction) -> str | None:
     return f"tokamax {tokamax[1].removeprefix('pallas_')}" if tokamax else name
 
 
-def _flops(instruction: Instruction, shapes: dict[str, tuple[int, ...]]) -> int:
-    operands = [shapes[name] for name in re.findall(r"%([\w.\-]+)", instruction.rest.split(")")[0]) if name in shapes]
+def _flops(instruction: Instruction, program: Program) -> int:
     if instruction.opcode == "dot":
         axes = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.rest)
-        summed = _sizes(axes[1]) if axes else ()
-        return 2 * math.prod(instruction.result) * math.prod(operands[0][axis] for axis in summed)
-    kernel = _kernel(instruction) or ""
+        summed, left = sizes(axes[1]) if axes else (), program.operands(instruction)[0].shape
+        return 2 * math.prod(instruction.shape) * math.prod(left[axis] for axis in summed)
+    kernel = kernel_of(instruction) or ""
     if kernel.startswith(("__cublas", "__cudnn")):
         raise UnknownKernelError(f"{kernel} is a product of a library's, whose arithmetic is not known here")
     if kernel.startswith("tokamax "):
         # Rows by the matrices of their groups `[E, P, Q]`, or outer products of rows with rows: P * Q for every row.
-        rows, width = operands[0]
-        return 2 * rows * width * instruction.result[-1]
+        rows, width = program.operands(instruction)[0].shape
+        return 2 * rows * width * instruction.shape[-1]
     return 0

@@ -6,6 +6,7 @@ A compiled program says what it computes and how much memory it needs. It says n
 import dataclasses
 import importlib.util
 import os
+import re
 
 import jax
 from jax.experimental import topologies
@@ -24,14 +25,16 @@ class Target:
       name: what users call it.
       platform: of jax.
       extra: what to install for its compiler.
-      topology: the smallest one that XLA:TPU knows, or a GPU's properties as its compiler reads them.
+      smallest: the smallest topology that its compiler knows: chips of a TPU by axis, or slices, hosts and GPUs.
+      properties: of a GPU, as its compiler reads them.
       memory_bytes: of a device; 0: the compiler knows, and refuses what does not fit.
     """
 
     name: str
     platform: str
     extra: str
-    topology: str
+    smallest: str
+    properties: str = ""
     memory_bytes: int = 0
 
 
@@ -49,7 +52,7 @@ def _gpu(name: str, description: str, cores: int, major: int, gbytes_per_s: int,
     }}
     platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 8 }} device_description_str: "{description}"
     """
-    return Target(name, "gpu", "cuda13", properties, memory)
+    return Target(name, "gpu", "cuda13", "1x1x1", properties, memory)
 
 
 TARGETS = {
@@ -58,8 +61,8 @@ TARGETS = {
         # Streaming multiprocessors, bandwidth and sizes as XLA lists them (xla/backends/gpu/target_config/specs).
         _gpu("h100", "NVIDIA H100 80GB HBM3", 132, 9, 3352, 52428800, 84942979072),
         _gpu("b200", "NVIDIA B200", 148, 10, 7672, 132644864, 191514411008),
-        Target("v5p", "tpu", "tpu", "v5p:2x2x1"),
-        Target("v6e", "tpu", "tpu", "v6e:2x2"),
+        Target("v5p", "tpu", "tpu", "2x2x1"),
+        Target("v6e", "tpu", "tpu", "2x2"),
     )
 }
 
@@ -70,16 +73,36 @@ def make_target_mesh(target: Target) -> Mesh:
     Raises:
       TargetError: its compiler is missing.
     """
+    return jax.make_mesh((1,), ("device",), axis_types=(AxisType.Auto,), devices=target_devices(target)[:1])
+
+
+def target_devices(target: Target, topology: str = "") -> list[jax.Device]:
+    """Devices to compile for.
+
+    Args:
+      target: their kind.
+      topology: how many and how they are joined, such as "4x4x4" chips of a v5p in a torus, or "1x8x8": one slice of
+        8 hosts with 8 GPUs; the smallest by default.
+
+    Raises:
+      TargetError: the compiler is missing, or does not know the topology.
+    """
+    topology = topology or target.smallest
+    if not re.fullmatch(r"\d+(x\d+)*", topology):
+        raise TargetError(f"topology {topology} must be sizes joined by x, such as {target.smallest}")
     try:
-        devices = _tpu_devices(target) if target.platform == "tpu" else _gpu_devices(target)
+        return list((_tpu_devices if target.platform == "tpu" else _gpu_devices)(target, topology))
     except Exception as error:  # a compiler that does not know the target fails in many ways
-        if has_compiler(target):
+        if not has_compiler(target):
+            raise TargetError(
+                f"target {target.name} needs the compiler for {target.platform}, which is not installed; add the "
+                f"extra, as in pip install 'moejax[{target.extra}]'"
+            ) from error
+        if topology == target.smallest:
             raise
         raise TargetError(
-            f"target {target.name} needs the compiler for {target.platform}, which is not installed; add the extra, as "
-            f"in pip install 'moejax[{target.extra}]'"
+            f"target {target.name} cannot have topology {topology}, which should look like {target.smallest}: {error}"
         ) from error
-    return jax.make_mesh((1,), ("device",), axis_types=(AxisType.Auto,), devices=devices[:1])
 
 
 def has_compiler(target: Target) -> bool:
@@ -88,16 +111,16 @@ def has_compiler(target: Target) -> bool:
     return any(importlib.util.find_spec(package) for package in packages)
 
 
-def _tpu_devices(target: Target):
+def _tpu_devices(target: Target, topology: str):
     # libtpu asks the machine it runs on for these: not to find out that it has no TPU takes minutes.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-16")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    return topologies.get_topology_desc(target.topology, "tpu").devices
+    return topologies.get_topology_desc(f"{target.name}:{topology}", "tpu").devices
 
 
-def _gpu_devices(target: Target):
+def _gpu_devices(target: Target, topology: str):
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # of the driver
-    name = "1x1x1"  # slices, hosts, GPUs
-    return topologies.get_topology_desc(name, "cuda", topology=name, target_config=target.topology).devices
+    description = topologies.get_topology_desc(topology, "cuda", topology=topology, target_config=target.properties)
+    return description.devices

@@ -1,0 +1,84 @@
+"""The whole train step of a config compiled for a pod one does not have: what it holds, and what travels in it.
+
+Nothing but shapes goes in, so neither data nor a tokenizer is needed, and no time comes out.
+"""
+
+import dataclasses
+import logging
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from moejax.config import Config, Knobs
+from moejax.data import Batch
+from moejax.planning.collectives import collective_rows, list_collectives
+from moejax.planning.targets import Target, target_devices
+from moejax.sharding import batch_sharding, make_mesh, replicated
+from moejax.training.state import Trainable, make_trainable
+from moejax.training.step import make_train_step
+
+
+def bench_compiled_step(config: Config, target: Target, topology: str) -> dict[str, Any]:
+    """Compiles the train step.
+
+    Args:
+      config: the experiment; its mesh must fit the topology.
+      target: the kind of device.
+      topology: how many of them; see `target_devices`.
+
+    Returns:
+      Whether it fits the memory of a device, bytes that a device holds at most (`peak_bytes`), and bytes that it sends
+      in a step (`wire_bytes`) with the collectives by kind and axis; None where the compiler refuses what does not fit.
+
+    Raises:
+      TargetError: the target's compiler is missing, or does not know the topology.
+      ConfigError: the config does not fit the devices.
+    """
+    mesh = make_mesh(config, target_devices(target, topology))
+    row = {
+        "target": target.name,
+        "topology": topology or target.smallest,
+        "devices": mesh.size,
+        "mesh": dict(mesh.shape),
+        "tokens_per_device": config.train.batch_size * config.data.seq_len // mesh.size,
+    }
+    names = ("peak_bytes", "argument_bytes", "temporary_bytes", "wire_bytes", "conditional_wire_bytes", "collectives")
+    started = time.perf_counter()
+    try:
+        compiled = lower_step(make_trainable(config, mesh)).compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        logging.getLogger("moejax").warning("%s", str(error).splitlines()[0])
+        return row | {"fits": False} | dict.fromkeys(names)
+    row["compile_s"] = round(time.perf_counter() - started, 1)
+    memory: Any = compiled.memory_analysis()
+    rows = collective_rows(list_collectives(compiled.as_text() or "", mesh))
+    return row | {
+        "fits": target.memory_bytes == 0 or memory.peak_memory_in_bytes <= target.memory_bytes,
+        "peak_bytes": memory.peak_memory_in_bytes,
+        "argument_bytes": memory.argument_size_in_bytes,
+        "temporary_bytes": memory.temp_size_in_bytes,
+        "wire_bytes": sum(row["bytes"] for row in rows),
+        "conditional_wire_bytes": sum(row["conditional_bytes"] for row in rows),
+        "collectives": rows,
+    }
+
+
+def lower_step(trainable: Trainable) -> jax.stages.Lowered:
+    """The train step of a run, for arrays that do not exist."""
+    config, mesh = trainable.config, trainable.mesh
+
+    def split(tree: Any, sharding: Any) -> Any:
+        return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), tree)
+
+    state = jax.tree.map(split, trainable.abstract, trainable.shardings)
+    shape = (config.train.batch_size, config.data.seq_len)
+    tokens, mask = jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape, jnp.bool_)
+    fields = {field.name: mask if field.name == "loss_mask_BL" else tokens for field in dataclasses.fields(Batch)}
+    batch = split(Batch(**fields), batch_sharding(mesh))
+    knobs = split(jax.eval_shape(lambda: Knobs.of(config)), replicated(mesh))
+    with jax.set_mesh(mesh):
+        return make_train_step(trainable).lower(state, batch, knobs)
