@@ -88,7 +88,12 @@ def run(values: FlagValues, rest: list[str]) -> None:
         rows["collectives"] = collectives
     print_result(rows, is_json=values.json)
     if collectives and not values.json:
-        print_table(collectives, "Collectives of a layer's experts, forward and backward; bytes of a device")
+        shown = [
+            {"kind": row["kind"], "along": row["axis"] or "-", "devices": row["devices"], "times": row["count"],
+             "bytes": row["bytes"], "times*": row["conditional_count"], "bytes*": row["conditional_bytes"]}
+            for row in collectives
+        ]  # fmt: skip
+        print_table(shown, "What a device sends for a layer's experts, both passes; *: if tokens are left over")
     if failures:
         raise DoctorError(f"{', '.join(failures)} failed; see the table, and report it with the versions above")
 
