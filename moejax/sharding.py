@@ -17,12 +17,15 @@ from jax.typing import DTypeLike
 
 from moejax.config import Config, ConfigError, MeshConfig, divisors
 
-MESH_AXES = ("data", "fsdp", "dcn_expert", "expert", "tensor")
+MESH_AXES = ("data", "fsdp", "dcn_expert", "expert", "context", "tensor")
 EXPERT_AXES = ("dcn_expert", "expert")
 """Mesh axes that split the experts: over groups of devices with slow links between them, and within a group."""
 
 BATCH_AXES = ("data", "fsdp", *EXPERT_AXES)
 """Mesh axes that split the batch."""
+
+TOKENS = PartitionSpec(BATCH_AXES, "context")
+"""How activations `[B, L, ...]` are split."""
 
 RULES: dict[str, str | tuple[str, ...] | None] = {
     "embed": "fsdp",
@@ -80,8 +83,8 @@ def make_mesh(config: Config, devices: list[jax.Device] | None = None) -> Mesh:
     devices = jax.devices() if devices is None else devices
     sizes = resolve_mesh(config.mesh, len(devices))
     _check_divisible(config, sizes)
-    slow = (sizes.dcn_data, sizes.dcn_fsdp, sizes.dcn_expert, 1, 1)
-    fast = (sizes.data, sizes.fsdp, 1, sizes.expert, sizes.tensor)
+    slow = (sizes.dcn_data, sizes.dcn_fsdp, sizes.dcn_expert, 1, 1, 1)
+    fast = (sizes.data, sizes.fsdp, 1, sizes.expert, sizes.context, sizes.tensor)
     auto = (AxisType.Auto,) * len(MESH_AXES)
     groups = _groups(devices, math.prod(slow))
     if len(groups) == 1:
@@ -110,11 +113,12 @@ def _groups(devices: list[Any], num_groups: int) -> list[list[Any]]:
 
 
 def parts(mesh: MeshConfig) -> dict[str, int]:
-    """Into how many parts each of `data`, `fsdp`, `expert` and `tensor` splits, over slow and fast links together."""
+    """Into how many parts each axis splits, over slow and fast links together."""
     return {
         "data": mesh.dcn_data * mesh.data,
         "fsdp": mesh.dcn_fsdp * mesh.fsdp,
         "expert": mesh.dcn_expert * mesh.expert,
+        "context": mesh.context,
         "tensor": mesh.tensor,
     }
 
@@ -135,7 +139,12 @@ def _check_divisible(config: Config, mesh: MeshConfig) -> None:
             f"microbatches of {microbatch}, which must be a multiple of {product('data', 'fsdp', 'expert')} = {batch}; "
             f"use train.batch_size={batch * config.train.accumulation * max(1, round(microbatch / batch))}"
         )
-    tokens = microbatch // batch * config.data.seq_len
+    if sizes["context"] > 1 and any(kind.router in ("expert_choice", "soft") for kind in config.moe_runs):
+        raise ConfigError(
+            f"mesh.context={sizes['context']} splits sequences, and experts that choose among a sequence's tokens, as "
+            "with moe.router=expert_choice or soft, need all of it; use mesh.context=1"
+        )
+    tokens = microbatch // batch * config.data.seq_len // sizes["context"]
     if sizes["expert"] > 1 and tokens % moe.exchange_chunks:
         raise ConfigError(
             f"moe.exchange_chunks={moe.exchange_chunks} must divide the {tokens} tokens of a device; "
@@ -146,6 +155,7 @@ def _check_divisible(config: Config, mesh: MeshConfig) -> None:
         ("model.num_heads", model.num_heads, "tensor"),
         ("model.num_kv_heads", model.num_kv_heads, "tensor"),
         ("data.vocab_size", config.vocab_size, "tensor"),
+        ("data.seq_len", config.data.seq_len, "context"),
     ]
     if config.num_moe_layers < model.num_layers:
         splits.append(("model.d_ff", model.d_ff, "tensor"))
@@ -191,11 +201,17 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def constrain_batch(x: jax.Array) -> jax.Array:
-    """Keeps activations split by batch when a mesh is in context; otherwise returns `x` itself."""
+def constrain_tokens(x_BLX: jax.Array) -> jax.Array:
+    """Keeps activations split by batch and sequence when a mesh is in context; otherwise returns `x_BLX` itself."""
     if jax.sharding.get_abstract_mesh().empty:
-        return x
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES))
+        return x_BLX
+    return jax.lax.with_sharding_constraint(x_BLX, TOKENS)
+
+
+def has_context() -> bool:
+    """Whether the mesh in context splits sequences."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and mesh.shape["context"] > 1
 
 
 def whole(weight: Any, dtype: DTypeLike | None = None) -> jax.Array:

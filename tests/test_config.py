@@ -410,12 +410,12 @@ def test_every_option_of_experts_and_schedules_is_set_by_a_recipe():
 @pytest.mark.parametrize(
     ("sizes", "resolved"),
     [
-        ({}, (8, 1, 1, 1, 1, 1, 1)),
-        ({"expert": 4}, (2, 1, 4, 1, 1, 1, 1)),
-        ({"data": 1, "fsdp": -1, "tensor": 2}, (1, 4, 1, 2, 1, 1, 1)),
-        ({"data": 2, "fsdp": 2, "expert": 2}, (2, 2, 2, 1, 1, 1, 1)),
-        ({"expert": 2, "dcn_expert": 2}, (2, 1, 2, 1, 1, 1, 2)),
-        ({"data": 1, "fsdp": 2, "dcn_data": 2, "dcn_fsdp": -1}, (1, 2, 1, 1, 2, 2, 1)),
+        ({}, (8, 1, 1, 1, 1, 1, 1, 1)),
+        ({"expert": 4}, (2, 1, 4, 1, 1, 1, 1, 1)),
+        ({"data": 1, "fsdp": -1, "tensor": 2}, (1, 4, 1, 1, 2, 1, 1, 1)),
+        ({"data": 2, "fsdp": 2, "expert": 2}, (2, 2, 2, 1, 1, 1, 1, 1)),
+        ({"expert": 2, "dcn_expert": 2}, (2, 1, 2, 1, 1, 1, 1, 2)),
+        ({"data": 1, "fsdp": 2, "dcn_data": 2, "dcn_fsdp": -1}, (1, 2, 1, 1, 1, 2, 2, 1)),
     ],
 )
 def test_the_open_size_of_a_mesh_takes_all_remaining_devices(sizes, resolved):
@@ -454,6 +454,8 @@ def test_a_mesh_that_does_not_fit_is_an_error_that_names_sizes_that_would(sizes,
         ({"mesh.tensor": 2, "data.vocab_size": 999}, ["data.vocab_size=999", "mesh.tensor=2", "998 or 1000"]),
         ({"mesh.expert": 4, "mesh.dcn_expert": 2, "moe.num_experts": 4},
          ["moe.num_experts=4", "mesh.dcn_expert * mesh.expert = 8", "use 8"]),
+        ({"mesh.context": 2, "data.seq_len": 255}, ["data.seq_len=255", "mesh.context=2", "254 or 256"]),
+        ({"mesh.context": 2, "moe.router": "soft", "moe.allow_noncausal": True}, ["mesh.context=2", "mesh.context=1"]),
         ({"mesh.dcn_data": 2, "train.batch_size": 12},
          ["train.batch_size=12", "mesh.dcn_data * mesh.data * mesh.fsdp * mesh.expert = 8", "16"]),
         ({"mesh.expert": 2, "moe.exchange_chunks": 3, "data.seq_len": 8},
@@ -470,7 +472,7 @@ def test_a_size_that_the_mesh_cannot_split_is_an_error_that_names_sizes_that_wou
 
 def test_the_mesh_has_all_axes_and_auto_types_and_one_device_is_a_mesh_too():
     mesh = make_mesh(resolve(nested({"mesh.expert": 4, "mesh.tensor": 2})))
-    assert dict(mesh.shape) == {"data": 1, "fsdp": 1, "dcn_expert": 1, "expert": 4, "tensor": 2}
+    assert dict(mesh.shape) == {"data": 1, "fsdp": 1, "dcn_expert": 1, "expert": 4, "context": 1, "tensor": 2}
     assert set(mesh.axis_types) == {jax.sharding.AxisType.Auto}
     assert dict(make_mesh(resolve({}), jax.devices()[:1]).shape) == dict.fromkeys(MESH_AXES, 1)
 
@@ -487,7 +489,7 @@ class FakeDevice:
 def test_fast_axes_stay_within_a_group_of_devices_and_slow_ones_go_from_one_group_to_the_next():
     mesh = make_mesh(resolve(nested({"mesh.data": 1, "mesh.fsdp": 2, "mesh.dcn_fsdp": 2, "mesh.expert": 2})))
     ids = np.vectorize(lambda device: device.id)(mesh.devices)
-    assert dict(mesh.shape) == {"data": 1, "fsdp": 4, "dcn_expert": 1, "expert": 2, "tensor": 1}
+    assert dict(mesh.shape) == {"data": 1, "fsdp": 4, "dcn_expert": 1, "expert": 2, "context": 1, "tensor": 1}
     assert ids.reshape(4, 2).tolist() == [[0, 1], [2, 3], [4, 5], [6, 7]]  # of `fsdp` the first two in one group
     mesh = make_mesh(resolve(nested({"mesh.data": 2, "mesh.dcn_data": 2, "mesh.dcn_expert": 2})))
     ids = np.vectorize(lambda device: device.id)(mesh.devices)
@@ -554,9 +556,9 @@ def test_a_logical_axis_without_a_rule_is_an_error_that_names_it_and_the_known_o
     )
 
 
-def test_rules_name_axes_of_the_mesh_and_the_batch_is_split_over_all_but_tensor():
+def test_rules_name_axes_of_the_mesh_and_the_batch_is_split_over_all_but_context_and_tensor():
     assert {mesh_axis for axis in RULES for mesh_axis in mesh_axes_of(axis)} <= set(MESH_AXES)
-    assert set(BATCH_AXES) == set(MESH_AXES) - {"tensor"}
+    assert set(BATCH_AXES) == set(MESH_AXES) - {"context", "tensor"}
 
 
 def test_the_dense_twin_differs_from_the_tiny_moe_in_its_experts_alone():

@@ -155,12 +155,14 @@ def test_the_files_that_need_neither_flax_nor_a_mesh_exist():
 
 def test_collectives_are_in_the_exchange_alone():
     collectives = {"psum", "pmean", "all_gather", "all_to_all", "ppermute", "psum_scatter", "ragged_all_to_all"}
-    users = set()
-    for path in FILES:
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Attribute) and node.attr in collectives | {"shard_map"}:
-                users.add(inside(path))
-    assert users <= {"moe/exchange.py"}, users
+    users = {
+        (inside(path), node.attr)
+        for path in FILES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute) and node.attr in collectives | {"shard_map"}
+    }
+    # Attention on parts of a sequence says which arrays it needs whole; XLA moves them.
+    assert {file for file, name in users - {("nn/attention.py", "shard_map")}} == {"moe/exchange.py"}, users
 
 
 @every_file

@@ -218,7 +218,7 @@ def test_a_layer_on_a_mesh_has_the_output_and_gradients_of_one_device_though_nob
         return jax.device_get(jax.tree.leaves(value_and_gradients(params, x_BLD)))
 
     one = run("dense")
-    mesh = jax.make_mesh((2, 1, 1, 2, 2), MESH_AXES, axis_types=(AxisType.Auto,) * 5)
+    mesh = jax.make_mesh((2, 1, 1, 2, 1, 2), MESH_AXES, axis_types=(AxisType.Auto,) * 6)
     with KERNELS[name](), jax.set_mesh(mesh):
         many = run(name)
     oracle.assert_close(tuple(many), tuple(one), rtol=5e-5)

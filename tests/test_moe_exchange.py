@@ -22,15 +22,16 @@ from moejax.sharding import BATCH_AXES, EXPERT_AXES, MESH_AXES
 B, L, D, F, E = 8, 6, 6, 4, 8
 SENDING = ["all_to_all", "ragged", "dedup", "two_level"]
 STRATEGIES = ["gather", "ring", *SENDING]
-MESHES = {  # data, fsdp, dcn_expert, expert, tensor
-    "expert 8": (1, 1, 1, 8, 1),
-    "data 2, expert 4": (2, 1, 1, 4, 1),
-    "data 2, expert 2, tensor 2": (2, 1, 1, 2, 2),
-    "fsdp 2, expert 2": (1, 2, 1, 2, 1),
-    "dcn 2, expert 4": (1, 1, 2, 4, 1),
-    "dcn 2, expert 2, tensor 2": (1, 1, 2, 2, 2),
-    "dcn 4, data 2": (2, 1, 4, 1, 1),
-    "expert 1": (1, 1, 1, 1, 1),
+MESHES = {  # data, fsdp, dcn_expert, expert, context, tensor
+    "expert 8": (1, 1, 1, 8, 1, 1),
+    "data 2, expert 4": (2, 1, 1, 4, 1, 1),
+    "data 2, expert 2, tensor 2": (2, 1, 1, 2, 1, 2),
+    "fsdp 2, expert 2": (1, 2, 1, 2, 1, 1),
+    "dcn 2, expert 4": (1, 1, 2, 4, 1, 1),
+    "dcn 2, expert 2, tensor 2": (1, 1, 2, 2, 1, 2),
+    "context 2, expert 4": (1, 1, 1, 4, 2, 1),
+    "dcn 4, data 2": (2, 1, 4, 1, 1, 1),
+    "expert 1": (1, 1, 1, 1, 1, 1),
 }
 NAMES = ["output", "input", "combine weights", "gate and up", "down"]
 
@@ -58,7 +59,7 @@ def draw(load, top_k, seed=0):
 
 def mesh_of(sizes):
     devices = jax.devices()[: int(np.prod(sizes))]
-    return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * 5, devices=devices)
+    return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * 6, devices=devices)
 
 
 def through(how, weight_on, x_BLD, weights_BLK, gate_up_EDPF, down_EFD, experts_BLK):
@@ -135,7 +136,7 @@ def test_buffers_too_small_for_the_load_drop_nothing(strategy, factor, load):
 @pytest.mark.parametrize("strategy", SENDING)
 def test_chunks_change_nothing(strategy, load):
     arguments = draw(load, 2)
-    actual = run_on(strategy, BOTH_LEVELS, arguments, chunks=4)  # of 12 tokens on a device
+    actual = run_on(strategy, BOTH_LEVELS, arguments, chunks=2)
     for name, a, e in zip(NAMES, actual, expected_of(arguments), strict=True):
         oracle.assert_close(a, e, err_msg=name)
 
@@ -259,8 +260,8 @@ def test_where_experts_choose_tokens_go_to_all_and_the_result_is_that_of_one_dev
                 jax.jit(jax.grad(functools.partial(loss, how), (0, 1, 2), allow_int=True))(x_BLD, slots, weights)
             )
 
-    one = gradients("gather", (1, 1, 1, 1, 1))
-    many = gradients("all_to_all", (2, 1, 2, 2, 1))
+    one = gradients("gather", (1, 1, 1, 1, 1, 1))
+    many = gradients("all_to_all", (2, 1, 2, 2, 1, 1))
     for a, e in zip(jax.tree.leaves(many), jax.tree.leaves(one), strict=True):
         if e.dtype == np.float32:
             oracle.assert_close(a, e)

@@ -137,7 +137,7 @@ def test_on_a_mesh_that_splits_experts_biases_count_once():
     params = layer_and_params(config)[1]
     run = jax.value_and_grad(functools.partial(ours, config), argnums=(0, 1), has_aux=True)
     (_, (y_BLD, _)), gradients = jax.jit(run)(params, x_BLD, mask_BL, cotangent_BLD)
-    mesh = jax.make_mesh((2, 1, 1, 2, 2), MESH_AXES, axis_types=(AxisType.Auto,) * 5)
+    mesh = jax.make_mesh((2, 1, 1, 2, 1, 2), MESH_AXES, axis_types=(AxisType.Auto,) * 6)
     with jax.set_mesh(mesh):
         (_, (mesh_BLD, _)), mesh_gradients = jax.jit(run)(params, x_BLD, mask_BL, cotangent_BLD)
     oracle.assert_close(jax.device_get(mesh_BLD), y_BLD)

@@ -360,7 +360,7 @@ def test_on_a_mesh_outputs_counts_and_gradients_are_those_of_the_oracle():
     config = config_of(dispatch="capacity")  # dropless on a mesh: tests/test_training_invariance.py
     x_BLD, mask_BL, cotangent_BLD = (np.concatenate([a, b]) for a, b in zip(draw(0), draw(1), strict=True))
     weights, limit = fresh_weights(config), oracle.capacity(0.6, 2, L, E)
-    mesh = jax.make_mesh((2, 1, 1, 2, 2), MESH_AXES, axis_types=(AxisType.Auto,) * 5)
+    mesh = jax.make_mesh((2, 1, 1, 2, 1, 2), MESH_AXES, axis_types=(AxisType.Auto,) * 6)
     with jax.set_mesh(mesh):
         run = jax.jit(jax.value_and_grad(functools.partial(objective_of, config), argnums=(0, 1), has_aux=True))
         arguments = (x_BLD, weights, mask_BL, jnp.float32(0.6), cotangent_BLD, jnp.float32(1))

@@ -305,7 +305,7 @@ def test_on_a_mesh_the_layer_and_its_gradients_are_those_of_one_device(router):
 
     run = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
     one = jax.device_get(jax.jit(run)(params, x_BLD))
-    mesh = jax.make_mesh((2, 1, 1, 2, 2), MESH_AXES, axis_types=(AxisType.Auto,) * 5)
+    mesh = jax.make_mesh((2, 1, 1, 2, 1, 2), MESH_AXES, axis_types=(AxisType.Auto,) * 6)
     with jax.set_mesh(mesh):
         many = jax.device_get(jax.jit(run)(params, x_BLD))
     oracle.assert_close(many, one, rtol=5e-5)

@@ -61,7 +61,7 @@ def test_doctor_checks_the_exchange_of_a_recipe_on_a_mesh_and_fails_if_it_is_wro
     assert main([*command, "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
     assert rows["check: exchange"].startswith("ok, within") and rows["exchange"] == "all_to_all"
-    assert rows["mesh"] == "data 2, fsdp 1, dcn_expert 1, expert 4, tensor 1"
+    assert rows["mesh"] == "data 2, fsdp 1, dcn_expert 1, expert 4, context 1, tensor 1"
     assert {"kind", "axis", "count", "bytes"} <= rows["collectives"][0].keys()
     assert {row["axis"] for row in rows["collectives"] if row["kind"] == "all-to-all"} == {"expert"}
     good = kept[0]

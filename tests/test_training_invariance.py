@@ -119,6 +119,7 @@ def test_accumulation_equals_the_large_batch_for_a_dense_model(dense):
         {"data": 2, "fsdp": 2, "tensor": 2},
         {"data": 2, "fsdp": 1, "expert": 4},
         {"data": 1, "dcn_data": 2, "fsdp": 1, "dcn_fsdp": 2, "tensor": 2},
+        {"data": 1, "fsdp": 1, "expert": 2, "context": 2, "tensor": 2},
     ],
     ids=str,
 )

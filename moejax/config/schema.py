@@ -82,6 +82,7 @@ class MeshConfig:
     data: int = -1
     fsdp: int = 1
     expert: int = 1
+    context: int = 1  # of each sequence; queries stay where they are, and see the keys and values of all
     tensor: int = 1
     dcn_data: int = 1
     dcn_fsdp: int = 1

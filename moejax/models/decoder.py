@@ -14,7 +14,7 @@ from moejax.moe.layer import TokenInfo
 from moejax.moe.stats import RoutingStats
 from moejax.nn.attention import cache_mask, row_mask
 from moejax.nn.norm import RMSNorm
-from moejax.sharding import constrain_batch, whole
+from moejax.sharding import constrain_tokens, whole
 
 
 class Decoder(nnx.Module):
@@ -109,7 +109,7 @@ class Decoder(nnx.Module):
     def embed(self, tokens_BL: Int[Array, "B L"]) -> Float[Array, "B L D"]:
         """The residual stream before the first layer."""
         embedding_VD = whole(self.embedding, self.config.model.compute_dtype)
-        return constrain_batch(embedding_VD[tokens_BL]) * self.config.model.d_model**0.5
+        return constrain_tokens(embedding_VD[tokens_BL]) * self.config.model.d_model**0.5
 
     def unembed(self, x_BLD: Float[Array, "B L D"]) -> Float[Array, "B L V"]:
         """Logits from the residual stream after the last layer."""

@@ -20,7 +20,7 @@ from moejax.moe.routers.selection import SAVED_NAMES
 from moejax.moe.stats import RoutingStats
 from moejax.nn.attention import Attention, KVCache
 from moejax.nn.norm import RMSNorm
-from moejax.sharding import constrain_batch
+from moejax.sharding import constrain_tokens
 
 
 @jax.tree_util.register_dataclass
@@ -140,7 +140,7 @@ class Stack(nnx.Module):
         def one_block(x_BLD, layer):
             index, state, cache = layer
             x_BLD, cache, stats = nnx.merge(graphdef, state)(x_BLD, context.of_layer(index), cache)
-            return constrain_batch(x_BLD), (cache, stats)
+            return constrain_tokens(x_BLD), (cache, stats)
 
         if self.remat:
             policy = jax.checkpoint_policies.save_only_these_names(*self.saved)

@@ -1,6 +1,7 @@
 """Where tokens meet experts on a mesh: the only file with collectives.
 
-The batch is split over `data`, `fsdp`, `dcn_expert` and `expert`, the experts over the last two (links are slow between
+The batch is split over `data`, `fsdp`, `dcn_expert` and `expert`, sequences over `context`, the experts over
+`dcn_expert` and `expert` (links are slow between
 the groups of `dcn_expert`), and the hidden width of each over `tensor`, whose partial outputs are added up. Weights are
 gathered over `fsdp`, and their gradients reduce-scattered. Strategies differ in what travels along the axes of experts:
 
@@ -32,7 +33,7 @@ from moejax.moe.dispatch import add_up, plan_dropless
 from moejax.moe.experts import ExpertWeights
 from moejax.moe.local import Chosen
 from moejax.moe.parcels import Parcels, Travel, mean_receivers, pack_choices, pack_tokens, room_for
-from moejax.sharding import BATCH_AXES, EXPERT_AXES
+from moejax.sharding import BATCH_AXES, EXPERT_AXES, TOKENS, has_context
 
 LocalExperts = Callable[[jax.Array, Any, ExpertWeights], jax.Array]
 Leg = Callable[[jax.Array, Chosen, ExpertWeights], tuple[jax.Array, jax.Array]]
@@ -95,7 +96,9 @@ def exchange(
     slow, fast = (mesh.shape[axis] for axis in EXPERT_AXES)
     top_k = chosen.experts_BLK.shape[-1] if rows is not None else 0
     strategy = choose(how, slow, fast, weights.down_EFD.shape[0], top_k)
-    used = local if strategy in ("gather", "ring") or rows is None else rows
+    # A limit of capacity by sequence, which `local` may know, was kept by whoever refused choices: parts of sequences
+    # need not know it.
+    used = rows if rows and (strategy not in ("gather", "ring") or has_context()) else local
 
     def run(x_bLD, chosen, weights):
         weights = _add_bias_once(_gather_weights(weights, is_whole=strategy == "gather"))
@@ -115,8 +118,7 @@ def exchange(
         gate_up_bias_EPF=PartitionSpec(EXPERT_AXES, None, "tensor") if has_bias else None,
         down_bias_ED=PartitionSpec(EXPERT_AXES, "fsdp") if has_bias else None,
     )
-    batch = PartitionSpec(BATCH_AXES)
-    sharded = jax.shard_map(run, in_specs=(batch, batch, split), out_specs=batch, check_vma=used.can_check_vma)
+    sharded = jax.shard_map(run, in_specs=(TOKENS, TOKENS, split), out_specs=TOKENS, check_vma=used.can_check_vma)
     return sharded(x_BLD, chosen, weights)
 
 
@@ -372,5 +374,7 @@ def _rest(
 
         return jax.lax.scan(turn, zeros_1TD, jnp.arange(num_devices))[0]
 
-    num_left = jax.lax.psum(is_left_TK.sum(), BATCH_AXES)  # the same on all devices, which must take the same branch
+    num_left = jax.lax.psum(
+        is_left_TK.sum(), (*BATCH_AXES, "context")
+    )  # the same on all devices: all take the same branch
     return jax.lax.cond(num_left == 0, lambda *_: zeros_1TD, in_turns, x_1TD, left, weights)

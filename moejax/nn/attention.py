@@ -5,12 +5,13 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from moejax.config import ModelConfig
 from moejax.kernels.project import project
 from moejax.nn.norm import RMSNorm
-from moejax.sharding import whole
+from moejax.sharding import BATCH_AXES, TOKENS, has_context, whole
 
 LONGEST_AT_ONCE, BLOCK = 1024, 512
 """Queries of a row that attend at once; of longer rows, as many as a block has."""
@@ -80,8 +81,22 @@ class Attention(nnx.Module):
                 v_BSGA=cache.v_BSGA.at[row_B1, positions_BL].set(v_BLGA),
             )
             k_BLGA, v_BLGA = cache.k_BSGA, cache.v_BSGA
-        y_BLHA = attend(q_BLHA, k_BLGA, v_BLGA, mask_BLS)
+        y_BLHA = attend_on_mesh(q_BLHA, k_BLGA, v_BLGA, mask_BLS)
         return project(y_BLHA, whole(self.out, self.dtype), num_contracted=2), cache
+
+
+def attend_on_mesh(
+    q_BLHA: Float[Array, "B L H A"],
+    k_BSGA: Float[Array, "B S G A"],
+    v_BSGA: Float[Array, "B S G A"],
+    mask_BLS: Bool[Array, "B L S"],
+) -> Float[Array, "B L H A"]:
+    """`attend`, where a mesh in context may split sequences: each device's queries see keys and values of all."""
+    if not has_context():
+        return attend(q_BLHA, k_BSGA, v_BSGA, mask_BLS)
+    queries, keys = PartitionSpec(BATCH_AXES, "context", "tensor"), PartitionSpec(BATCH_AXES, None, "tensor")
+    sharded = jax.shard_map(attend, in_specs=(queries, keys, keys, TOKENS), out_specs=queries)
+    return sharded(q_BLHA, k_BSGA, v_BSGA, mask_BLS)
 
 
 def attend(

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
 from moejax.config import Config
 from moejax.kernels.grouped_matmul import can_check_vma
@@ -20,6 +20,7 @@ from moejax.moe.experts import ExpertWeights
 from moejax.moe.local import Chosen, run_dropless
 from moejax.planning.collectives import collective_rows, list_collectives
 from moejax.sharding import BATCH_AXES, EXPERT_AXES, partition_spec
+from moejax.sharding import TOKENS as TOKENS_SPLIT
 
 TOKENS = 32
 """Of each device, in each chunk."""
@@ -78,12 +79,12 @@ def check_mesh(config: Config, mesh: Mesh) -> MeshCheck:
 
 ARRAYS = ("tokens", "combine weights", "gate and up", "down", "choices", "gradient of the output")
 SPECS = (
-    PartitionSpec(BATCH_AXES),
-    PartitionSpec(BATCH_AXES),
+    TOKENS_SPLIT,
+    TOKENS_SPLIT,
     partition_spec(("experts", "embed", "gate_up", "mlp")),
     partition_spec(("experts", "mlp", "embed")),
-    PartitionSpec(BATCH_AXES),
-    PartitionSpec(BATCH_AXES),
+    TOKENS_SPLIT,
+    TOKENS_SPLIT,
 )
 
 
@@ -101,9 +102,12 @@ def _layer(how: Exchange, implementation: str) -> Callable[..., tuple[jax.Array,
 
 
 def _draw(config: Config, mesh: Mesh, load: str) -> list[np.ndarray]:
-    """A sequence for each device: `ARRAYS`, the same on all processes."""
+    """A sequence, or a part of one, for each device: `ARRAYS`, the same on all processes."""
     moe, rng = config.moe, np.random.default_rng(0)
-    batch, length = math.prod(mesh.shape[axis] for axis in BATCH_AXES), TOKENS * moe.exchange_chunks
+    batch, length = (
+        math.prod(mesh.shape[axis] for axis in BATCH_AXES),
+        TOKENS * moe.exchange_chunks * mesh.shape["context"],
+    )
     d_model, width = 8 * mesh.shape["fsdp"], 8 * mesh.shape["tensor"]
     # Whatever is drawn, the experts of a token differ; "on one expert" has the first one among them all.
     scores_BLE = rng.random((batch, length, moe.num_experts)) + (load != LOADS[0]) * (np.arange(moe.num_experts) == 0)
