@@ -74,6 +74,16 @@ def test_memory_of_the_target_decides_what_fits_and_a_refusal_is_a_row_without_f
         bench_compiled_step(debug, HERE, "8")
 
 
+@pytest.mark.usefixtures("_here")
+def test_a_mesh_that_cannot_be_laid_over_the_devices_is_an_error(debug, monkeypatch):
+    def fail(*args, **kwargs):
+        raise NotImplementedError("Failed to find assignment for logical_axis_index 2")
+
+    monkeypatch.setattr(jax, "make_mesh", fail)
+    with pytest.raises(TargetError, match=r"cannot be laid over topology 4x4x4 of here: each of its axes"):
+        bench_compiled_step(debug, HERE, "4x4x4")
+
+
 class Lowered:
     """A program of 2000 bytes without collectives, or one that the compiler refuses."""
 
