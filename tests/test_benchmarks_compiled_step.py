@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
 from moejax.benchmarks import compiled_step
@@ -13,6 +14,8 @@ from moejax.benchmarks.compiled_step import bench_compiled_step
 from moejax.cli import bench, main
 from moejax.config import resolve
 from moejax.planning.targets import TARGETS, Target, TargetError, has_compiler, target_devices
+from moejax.sharding import make_mesh
+from moejax.training.state import make_trainable
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 HERE = Target("here", "cpu", "dev", "8")
@@ -49,7 +52,14 @@ def test_a_step_has_its_memory_and_what_travels_along_each_axis_with_the_way_out
     assert (row["target"], row["topology"], row["devices"]) == ("here", "8", 8)
     assert row["mesh"] == {"data": 1, "fsdp": 2, "expert": 4, "tensor": 1}
     assert row["tokens_per_device"] == 8 * 64 / 8 and row["fits"]
-    assert row["peak_bytes"] >= row["argument_bytes"] > 0 < row["temporary_bytes"]
+    # A device's part of the state; its one row of five arrays of 64 positions, one of them of bytes; three knobs.
+    trainable = make_trainable(debug, make_mesh(debug))
+    of_state = jax.tree.map(
+        lambda a, sharding: a.dtype.itemsize * np.prod(sharding.shard_shape(a.shape), dtype=int),
+        trainable.abstract, trainable.shardings,
+    )  # fmt: skip
+    assert row["argument_bytes"] == sum(jax.tree.leaves(of_state)) + (4 * 4 + 1) * 64 + 3 * 4
+    assert row["peak_bytes"] >= row["argument_bytes"] and row["temporary_bytes"] > 0
     rows = {(one["kind"], one["axis"]): one for one in row["collectives"]}
     assert row["wire_bytes"] == sum(one["bytes"] for one in row["collectives"])
     assert row["conditional_wire_bytes"] == sum(one["conditional_bytes"] for one in row["collectives"])
@@ -72,6 +82,16 @@ def test_memory_of_the_target_decides_what_fits_and_a_refusal_is_a_row_without_f
     Lowered.error = "INTERNAL: a bug"
     with pytest.raises(jax.errors.JaxRuntimeError, match="a bug"):
         bench_compiled_step(debug, HERE, "8")
+
+
+@pytest.mark.usefixtures("_here")
+def test_a_mesh_that_cannot_be_laid_over_the_devices_is_an_error(debug, monkeypatch):
+    def fail(*args, **kwargs):
+        raise NotImplementedError("Failed to find assignment for logical_axis_index 2")
+
+    monkeypatch.setattr(jax, "make_mesh", fail)
+    with pytest.raises(TargetError, match=r"cannot be laid over topology 4x4x4 of here: each of its axes"):
+        bench_compiled_step(debug, HERE, "4x4x4")
 
 
 class Lowered:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from moejax.config import Config, Knobs
 from moejax.data import Batch
 from moejax.planning.collectives import collective_rows, list_collectives
-from moejax.planning.targets import Target, target_devices
+from moejax.planning.targets import Target, TargetError, target_devices
 from moejax.sharding import batch_sharding, make_mesh, replicated
 from moejax.training.state import Trainable, make_trainable
 from moejax.training.step import make_train_step
@@ -33,13 +33,20 @@ def bench_compiled_step(config: Config, target: Target, topology: str) -> dict[s
       in a step (`wire_bytes`) with the collectives by kind and axis; None where the compiler refuses what does not fit.
 
     Raises:
-      TargetError: the target's compiler is missing, or does not know the topology.
+      TargetError: the target's compiler is missing, or does not know the topology, or the mesh cannot be laid over it.
       ConfigError: the config does not fit the devices.
     """
-    mesh = make_mesh(config, target_devices(target, topology))
+    topology = topology or target.smallest
+    try:
+        mesh = make_mesh(config, target_devices(target, topology))
+    except NotImplementedError as error:  # of jax.make_mesh
+        raise TargetError(
+            f"the mesh cannot be laid over topology {topology} of {target.name}: each of its axes must be a product of "
+            "some of these sizes"
+        ) from error
     row = {
         "target": target.name,
-        "topology": topology or target.smallest,
+        "topology": topology,
         "devices": mesh.size,
         "mesh": dict(mesh.shape),
         "tokens_per_device": config.train.batch_size * config.data.seq_len // mesh.size,
