@@ -1,9 +1,11 @@
 """The decoder-only transformer: dense, MoE, or both in a pattern."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
@@ -11,6 +13,7 @@ from moejax.config import Config, Knobs, Run
 from moejax.kernels.project import project
 from moejax.models.stack import Block, Context, Period, Stack
 from moejax.moe.layer import TokenInfo
+from moejax.moe.placement import PlacementError
 from moejax.moe.stats import RoutingStats
 from moejax.nn.attention import cache_mask, row_mask
 from moejax.nn.norm import RMSNorm
@@ -100,6 +103,27 @@ class Decoder(nnx.Module):
     def init_cache(self, batch: int, slots: int) -> list:
         """An empty cache for `batch` sequences of up to `slots` tokens."""
         return [stack.init_cache(batch, slots) for stack in self.stacks]
+
+    def place_experts(self, experts_NP: Int[np.ndarray, "N P"]) -> None:
+        """Gives experts other places, and some of them several, in this model; not for training.
+
+        Args:
+          experts_NP: the expert in each slot of each MoE layer, from `moe.placement.place`.
+
+        Raises:
+          PlacementError: another number of layers, or an expert without a slot; or a router that does not send tokens.
+        """
+        config = self.config
+        if len(experts_NP) != config.num_moe_layers:
+            raise PlacementError(f"{len(experts_NP)} layers are placed, and the model has {config.num_moe_layers}")
+        if any(kind.router in ("expert_choice", "soft") for kind in config.moe_runs):
+            raise PlacementError("experts that choose tokens cannot have copies, nor other places")
+        first = 0
+        for stack in self.stacks:
+            block: Any = stack.block.moe_block if isinstance(stack.block, Period) else stack.block
+            if block.is_moe:
+                block.moe.place(experts_NP[first : first + stack.num])
+                first += stack.num
 
     def walk(self, context: Context | None = None) -> Iterator[tuple[Block, Context | None]]:
         """The layers in order, with the context that each has in a pass: for a look, not for traced code."""

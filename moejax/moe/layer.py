@@ -5,6 +5,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
@@ -18,6 +19,7 @@ from moejax.moe.experts import Experts, FeedForward, Network, initialize
 from moejax.moe.free_experts import FreeExperts
 from moejax.moe.local import Chosen, Mixing, Slots, run_dropless, run_slots, run_soft, run_with_capacity
 from moejax.moe.logits import Logits, make_router
+from moejax.moe.placement import Copies
 from moejax.moe.routers import RouterInputs, Routing, route, route_expert_choice, route_soft
 from moejax.moe.routers.routing import draw
 from moejax.moe.routers.scores import weigh
@@ -94,6 +96,7 @@ class MoE(nnx.Module):
         self.idle_steps = RouterState(jnp.zeros(config.num_choices, jnp.int32), axes=("router",))
         if config.has_selection_bias:
             self.selection_bias = RouterState(jnp.zeros(config.num_choices), axes=("router",))
+        self.is_placed = False
         self.is_limited = limit is not None
         if limit is not None:
             self.limit = RouterState(jnp.full(1, limit, jnp.int32), axes=("router",))
@@ -101,6 +104,30 @@ class MoE(nnx.Module):
             draws_VE = jax.random.uniform(rngs.params(), (vocab_size, config.num_choices))
             table_VK = jax.lax.top_k(draws_VE, config.top_k)[1].astype(jnp.int32)
             self.table = RouterState(table_VK, axes=("router", "router"))
+
+    def place(self, experts_NP: Int[np.ndarray, "N P"]) -> None:
+        """Gives experts other places, and some of them several, of all layers of a stack; not for training.
+
+        Args:
+          experts_NP: the expert in each slot, from `moe.placement.place`; parameters have a leading axis of N layers.
+        """
+        copies = Copies.of(experts_NP, self.config.num_experts)
+        for name in ("gate_up", "down", "gate_up_bias", "down_bias"):
+            if hasattr(self.experts, name):
+                weight = getattr(self.experts, name)
+                placed_NP = jax.vmap(lambda weight_E, experts_P: weight_E[experts_P])(weight[...], experts_NP)
+                setattr(self.experts, name, weight.replace(placed_NP))
+        self.slots = RouterState(jnp.asarray(copies.slots_NEM), axes=("layers", "router", "router"))
+        self.num_copies = RouterState(jnp.asarray(copies.num_NE), axes=("layers", "router"))
+        self.is_placed = True
+
+    def _to_slots(self, experts_BLK):
+        """Slots of chosen experts; tokens take turns among the copies of one. What is no expert has no slot."""
+        is_expert_BLK = experts_BLK < self.config.num_experts
+        expert_BLK = jnp.minimum(experts_BLK, self.config.num_experts - 1)
+        turn_1L1 = jnp.arange(experts_BLK.shape[1])[None, :, None]
+        slot_BLK = self.slots[...][expert_BLK, turn_1L1 % self.num_copies[...][expert_BLK]]
+        return jnp.where(is_expert_BLK, slot_BLK, self.experts.down.shape[0])
 
     def __call__(self, x_BLD: Float[Array, "B L D"], info: TokenInfo) -> tuple[Float[Array, "B L D"], RoutingStats]:
         """Sends each token to its experts and adds up what they return.
@@ -239,11 +266,12 @@ class MoE(nnx.Module):
         experts_BLK, weights_BLK = (a.reshape(batch, length, config.top_k) for a in (experts_TK, weights_TK))
         factors_BLK = None if factors_TK is None else factors_TK.reshape(weights_BLK.shape)
         out_BLK = weights_BLK if factors_BLK is None else weights_BLK * factors_BLK
+        chosen_BLK = self._to_slots(experts_BLK) if self.is_placed else experts_BLK
         if config.weight_on == "output":
-            y_BLD = self._through_experts(local, x_BLD, Chosen(experts_BLK, out_BLK))
+            y_BLD = self._through_experts(local, x_BLD, Chosen(chosen_BLK, out_BLK))
         else:
             ones_BLK = jnp.ones_like(weights_BLK) if factors_BLK is None else factors_BLK
-            y_BLD = self._through_experts(local, x_BLD, Chosen(experts_BLK, ones_BLK, weights_BLK))
+            y_BLD = self._through_experts(local, x_BLD, Chosen(chosen_BLK, ones_BLK, weights_BLK))
         return y_BLD + self.free_experts(x_BLD, experts_BLK, out_BLK) if config.num_free_experts else y_BLD
 
     def _dropless(self) -> Local:
