@@ -22,6 +22,7 @@ VERBS = {
     "generate": "continue prompts with a trained model",
     "report": "write a run's report.html",
     "bench": "measure: layer, decode, compiled, compiled_step, tune, step, compile, import",
+    "placement": "show how even devices are loaded, and would be with experts in other places",
     "doctor": "print versions, devices and kernels, and check that they work",
 }
 

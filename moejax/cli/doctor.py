@@ -18,15 +18,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import flags
 from absl.flags import FlagValues
 from jax.sharding import Mesh
 
 from moejax.benchmarks.step import random_batch
 from moejax.cli import UsageError
-from moejax.cli.options import define_config, define_json, read_config_flag
+from moejax.cli.options import define_config, define_json, define_mesh, parse_mesh, read_config_flag
 from moejax.cli.tables import print_result, print_table
-from moejax.config import Config, Knobs, MeshConfig, resolve
+from moejax.config import Config, Knobs, resolve
 from moejax.kernels.grouped_matmul import IMPLEMENTATIONS, grouped_matmul, resolve_implementation, unavailable
 from moejax.moe.experts import ExpertWeights
 from moejax.moe.local import Chosen, run_dropless
@@ -46,7 +45,7 @@ class DoctorError(RuntimeError):
 def define(values: FlagValues, arguments: list[str]) -> None:
     """Flags of the verb."""
     define_config(values, arguments)
-    flags.DEFINE_string("mesh", "", "sizes instead of the recipe's, such as data=2,expert=4", flag_values=values)
+    define_mesh(values, "sizes instead of the recipe's")
     define_json(values)
 
 
@@ -165,18 +164,7 @@ def _config(values: FlagValues) -> Config | None:
     config = read_config_flag(values)
     if config.num_moe_layers == 0:
         raise UsageError("--config has no experts (moe.num_experts=0); give a recipe that has, or none")
-    return dataclasses.replace(config, mesh=_mesh(values.mesh)) if values.mesh else config
-
-
-def _mesh(text: str) -> MeshConfig:
-    """From `data=2,expert=4`; axes that are not named have size 1."""
-    sizes = {field.name: 1 for field in dataclasses.fields(MeshConfig)}
-    for part in text.split(","):
-        axis, _, size = part.partition("=")
-        if axis not in sizes or not size.removeprefix("-").isdecimal():
-            raise UsageError(f"--mesh={text}: {part!r} must be AXIS=SIZE, such as expert=4, of {', '.join(sizes)}")
-        sizes[axis] = int(size)
-    return MeshConfig(**sizes)
+    return dataclasses.replace(config, mesh=parse_mesh(values.mesh)) if values.mesh else config
 
 
 def check_training_step() -> str:

@@ -1,12 +1,13 @@
 """Evaluate a run's checkpoint on the validation split, on all devices, from the run directory alone.
 
 moejax eval --workdir=runs/tiny_moe --step=500
+moejax eval --workdir=runs/tiny_moe --mesh=expert=4 --replicas=1
 """
 
 from absl import flags
 from absl.flags import FlagValues
 
-from moejax.cli.options import define_json, define_workdir, read_workdir
+from moejax.cli.options import define_json, define_mesh, define_workdir, parse_mesh, read_workdir
 from moejax.cli.tables import evaluation_rows, print_result
 from moejax.inference.evaluate import evaluate_run
 
@@ -16,10 +17,17 @@ def define(values: FlagValues, arguments: list[str]) -> None:
     define_workdir(values)
     define_json(values)
     flags.DEFINE_integer("step", None, "a saved step; default the newest", flag_values=values)
+    define_mesh(values, "devices by axis instead of all for data")
+    flags.DEFINE_integer(
+        "replicas", None, "place experts by the load of the newest evaluation, with so many copies of hot ones on a "
+        "device; default: experts in order, without copies", flag_values=values,
+    )  # fmt: skip
 
 
 def run(values: FlagValues, rest: list[str]) -> None:
     """Evaluates and prints the figures."""
-    config, step, evaluation = evaluate_run(read_workdir(values), values.step)
+    config, step, evaluation = evaluate_run(
+        read_workdir(values), values.step, parse_mesh(values.mesh) if values.mesh else None, values.replicas
+    )
     rows = {"step": step, "tokens": evaluation.num_targets, **evaluation_rows(config, evaluation)}
     print_result(rows, is_json=values.json)

@@ -1,5 +1,6 @@
 """Flags that several verbs share."""
 
+import dataclasses
 from pathlib import Path
 
 from absl import flags
@@ -7,7 +8,7 @@ from absl.flags import FlagValues
 from ml_collections import config_flags
 
 from moejax.cli import UsageError
-from moejax.config import Config, resolve
+from moejax.config import Config, MeshConfig, resolve
 
 
 def define_config(values: FlagValues, arguments: list[str], default: str | None = None) -> None:
@@ -62,3 +63,23 @@ def read_workdir(values: FlagValues) -> Path:
 def define_json(values: FlagValues) -> None:
     """`--json`."""
     flags.DEFINE_bool("json", False, "print one JSON document instead of a table", flag_values=values)
+
+
+def define_mesh(values: FlagValues, text: str) -> None:
+    """`--mesh=data=2,expert=4`."""
+    flags.DEFINE_string("mesh", "", f"{text}, such as data=2,expert=4", flag_values=values)
+
+
+def parse_mesh(text: str) -> MeshConfig:
+    """From `data=2,expert=4`; axes that are not named have size 1.
+
+    Raises:
+      UsageError: text that is no list of axes and sizes.
+    """
+    sizes = {field.name: 1 for field in dataclasses.fields(MeshConfig)}
+    for part in text.split(","):
+        axis, _, size = part.partition("=")
+        if axis not in sizes or not size.removeprefix("-").isdecimal():
+            raise UsageError(f"--mesh={text}: {part!r} must be AXIS=SIZE, such as expert=4, of {', '.join(sizes)}")
+        sizes[axis] = int(size)
+    return MeshConfig(**sizes)

@@ -1,39 +1,52 @@
 """Evaluating a saved run on whatever devices there are."""
 
 import dataclasses
+import math
 from contextlib import closing
 from pathlib import Path
 
 import jax
+from flax import nnx
 
 from moejax.config import Config, MeshConfig
 from moejax.data import eval_batches, load_tokenizer, prepare
-from moejax.sharding import make_mesh
+from moejax.moe.placement import place
+from moejax.sharding import EXPERT_AXES, make_mesh, tree_shardings
 from moejax.training.checkpoint import Checkpoints
 from moejax.training.evaluation import Evaluation, evaluate
+from moejax.training.evaluation_log import newest_evaluation
 from moejax.training.run_directory import read_config
-from moejax.training.state import make_trainable
+from moejax.training.state import Trainable, logical_axes, make_trainable, split_model
 from moejax.training.step import make_eval_step
 
 
-def evaluate_run(workdir: str | Path, step: int | None = None) -> tuple[Config, int, Evaluation]:
+def evaluate_run(
+    workdir: str | Path, step: int | None = None, mesh: MeshConfig | None = None, replicas: int | None = None
+) -> tuple[Config, int, Evaluation]:
     """Evaluates a checkpoint on the validation split, with the run's own tokenizer.
-
-    The batch is split over as many devices as divide it; the weights are on each of them.
 
     Args:
       workdir: the run directory.
       step: a saved step; None takes the newest.
+      mesh: of all devices; None splits the batch over as many as divide it, with the weights on each of them.
+      replicas: experts lie where the load of the run's newest evaluation is most even, with so many copies on each
+        device; None: in order, without copies.
 
     Returns:
       The run's configuration, the step and the figures.
+
+    Raises:
+      ConfigError: the model does not fit the mesh.
+      PlacementError: experts cannot be placed so.
     """
     config = read_config(workdir)
     microbatch = config.train.batch_size // config.train.accumulation
     num_devices = max(n for n in range(1, jax.device_count() + 1) if microbatch % n == 0)
-    here = dataclasses.replace(config, mesh=MeshConfig(data=num_devices))
-    trainable = make_trainable(here, make_mesh(here, jax.devices()[:num_devices]))
+    here = dataclasses.replace(config, mesh=mesh or MeshConfig(data=num_devices))
+    trainable = make_trainable(here, make_mesh(here, None if mesh else jax.devices()[:num_devices]))
     step, params, router_state = Checkpoints(workdir, trainable, read_only=True).restore_model(step)
+    if replicas is not None:
+        trainable, params, router_state = _placed(workdir, trainable, params, router_state, replicas)
     corpus = prepare(config.data, load_tokenizer(workdir))
     with jax.set_mesh(trainable.mesh), closing(eval_batches(corpus, microbatch)) as batches:
         evaluation = evaluate(
@@ -42,3 +55,15 @@ def evaluate_run(workdir: str | Path, step: int | None = None) -> tuple[Config, 
     if evaluation is None:
         raise RuntimeError("the evaluation was given up though nothing asked for it")
     return config, step, evaluation
+
+
+def _placed(workdir: str | Path, trainable: Trainable, params: nnx.State, router_state: nnx.State, replicas: int):
+    """The same model with experts in other places, each array where the mesh wants it."""
+    config, mesh = trainable.config, trainable.mesh
+    devices = math.prod(mesh.shape[axis] for axis in EXPERT_AXES)
+    load_NE = newest_evaluation(workdir)["load"][:, : config.moe.num_experts]
+    model = nnx.merge(trainable.graphdef, params, router_state)
+    model.place_experts(place(load_NE, devices, replicas))
+    graphdef, *states = split_model(model)
+    placed = [jax.device_put(state, tree_shardings(logical_axes(state), mesh)) for state in states]
+    return dataclasses.replace(trainable, graphdef=graphdef), *placed

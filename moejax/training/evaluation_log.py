@@ -20,6 +20,10 @@ from moejax.training.evaluation import Evaluation
 FOLDER = "routing/evaluations"
 
 
+class EvaluationError(ValueError):
+    """No such evaluation."""
+
+
 class EvaluationLog:
     """Writes and compares evaluations of a run with experts.
 
@@ -54,6 +58,22 @@ class EvaluationLog:
     def _files(self) -> list[tuple[int, Path]]:
         """Steps and files, in order."""
         return sorted((int(path.stem), path) for path in self._folder.glob("*.npz") if path.stem.isdigit())
+
+
+def newest_evaluation(workdir: str | Path, step: int | None = None) -> dict[str, np.ndarray]:
+    """The arrays of a run's newest evaluation, or of that at `step`.
+
+    Raises:
+      EvaluationError: there is none.
+    """
+    folder = Path(workdir) / FOLDER
+    files = {int(path.stem): path for path in folder.glob("*.npz") if path.stem.isdigit()}
+    if not files:
+        raise EvaluationError(f"{folder} has no evaluation; train until there is one (train.eval_every)")
+    if step is not None and step not in files:
+        known = ", ".join(map(str, sorted(files)))
+        raise EvaluationError(f"--step={step} was not evaluated; use one of {known}")
+    return read_evaluation(files[max(files) if step is None else step])
 
 
 def read_evaluation(path: str | Path) -> dict[str, np.ndarray]:

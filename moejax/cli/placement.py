@@ -1,0 +1,53 @@
+"""Show how even the load of devices is, and would be with experts in other places or copies of the hottest ones.
+
+  moejax placement --workdir=runs/tiny_moe --devices=4 --replicas=1
+
+The load is that of the validation split in the run's newest evaluation, or that of --step. The figures are the largest
+load of a device over the mean: 1 is even. `moejax eval --mesh=expert=4 --replicas=1` evaluates the model so.
+"""
+
+import json
+
+from absl import flags
+from absl.flags import FlagValues
+
+from moejax.cli import UsageError
+from moejax.cli.options import define_json, define_workdir, read_workdir
+from moejax.cli.tables import print_table
+from moejax.moe.placement import imbalance, in_order, place
+from moejax.training.evaluation_log import newest_evaluation
+from moejax.training.run_directory import read_config
+
+
+def define(values: FlagValues, arguments: list[str]) -> None:
+    """Flags of the verb."""
+    define_workdir(values)
+    define_json(values)
+    flags.DEFINE_integer("devices", None, "that share the experts; default as in the run", flag_values=values)
+    flags.DEFINE_integer("replicas", 1, "spare slots of each device for copies", flag_values=values)
+    flags.DEFINE_integer("step", None, "of an evaluation; default the newest", flag_values=values)
+
+
+def run(values: FlagValues, rest: list[str]) -> None:
+    """Prints a row for each MoE layer, and one for the worst of them."""
+    workdir = read_workdir(values)
+    config = read_config(workdir)
+    if config.num_moe_layers == 0:
+        raise UsageError(f"--workdir={workdir} is a run of a dense model, which has no experts to place")
+    devices = values.devices if values.devices is not None else config.mesh.dcn_expert * config.mesh.expert
+    if devices < 2:
+        raise UsageError(f"--devices={devices} must be at least 2: how many devices share the experts, such as 4")
+    load_NE = newest_evaluation(workdir, values.step)["load"][:, : config.moe.num_experts]
+    maps = {"in order": in_order(*load_NE.shape), "placed": place(load_NE, devices)}
+    if values.replicas:
+        maps["placed, with copies"] = place(load_NE, devices, values.replicas)
+    columns = {name: imbalance(load_NE, experts_NP, devices) for name, experts_NP in maps.items()}
+    rows = [
+        {"layer": str(layer), **{name: round(float(worst_N[i]), 3) for name, worst_N in columns.items()}}
+        for i, layer in enumerate(config.moe_layers)
+    ]
+    rows.append({"layer": "worst", **{name: round(float(worst_N.max()), 3) for name, worst_N in columns.items()}})
+    if values.json:
+        print(json.dumps(rows, indent=2))
+        return
+    print_table(rows, f"Largest load of {devices} devices over the mean; {values.replicas} copies on each")
