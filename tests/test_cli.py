@@ -64,6 +64,42 @@ def test_eval_opens_an_older_step_and_names_the_steps_there_are(in_folder, capsy
     assert "holds no step 99; it holds [10]" in capsys.readouterr().err
 
 
+def test_placement_shows_how_even_the_devices_are_and_eval_with_it_gives_the_same_figures(trained, in_folder, capsys):
+    assert main(["placement", f"--workdir={in_folder}", "--devices=2", "--replicas=2", "--json"]) == 0
+    *rows, worst = json.loads(capsys.readouterr().out)
+    assert worst["layer"] == "worst" and [row["layer"] for row in rows] == ["0", "1"]
+    for column in ("in order", "placed", "placed, with copies"):
+        assert worst[column] == max(row[column] for row in rows) and min(row[column] for row in rows) >= 1
+    assert worst["placed"] <= worst["in order"]
+    loads = trained[2]["expert load, layer 0"]
+    halves = sum(loads[:3]), sum(loads[3:])
+    assert rows[0]["in order"] == pytest.approx(2 * max(halves) / sum(halves), abs=0.02)
+    assert main(["placement", f"--workdir={in_folder}", "--devices=2"]) == 0
+    assert "worst" in capsys.readouterr().out
+    command = ["eval", f"--workdir={in_folder}", "--mesh=data=4,expert=2", "--replicas=2", "--json"]
+    assert main(command) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert rows["validation loss"] == pytest.approx(trained[2]["validation loss"], abs=2e-4)
+    assert rows["expert load, layer 1"] == pytest.approx(trained[2]["expert load, layer 1"], abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["placement"], ["--devices=1 must be at least 2"]),
+        (["placement", "--devices=4"], ["6 experts do not divide over 4 devices"]),
+        (["placement", "--devices=2", "--replicas=4"], ["4 replicas", "between 0 and 3"]),
+        (["placement", "--devices=2", "--step=3"], ["--step=3 was not evaluated; use one of 10"]),
+        (["eval", "--mesh=data=2,expert=4"], ["moe.num_experts=6", "mesh.expert=4"]),
+        (["eval", "--mesh=expert"], ["'expert' must be AXIS=SIZE"]),
+    ],
+)
+def test_experts_that_cannot_be_placed_so_are_an_error_that_says_why(in_folder, flags, words, capsys):
+    assert main([flags[0], f"--workdir={in_folder}", *flags[1:]]) == 2
+    error = capsys.readouterr().err
+    assert all(word in error for word in words), error
+
+
 def test_generate_streams_a_prompt_and_its_continuation(in_folder, capsys):
     assert main(["generate", f"--workdir={in_folder}", "--prompt=The ", "--max_tokens=8"]) == 0
     assert capsys.readouterr().out.startswith("The ")

@@ -156,7 +156,11 @@ def _gather_weights(weights: ExpertWeights, *, is_whole: bool) -> ExpertWeights:
         if w is None:
             return None
         if width_axis is not None and jax.lax.axis_size("fsdp") > 1:
-            w = jax.lax.all_gather(w, "fsdp", axis=width_axis, tiled=True)
+            # Gate and up side by side, as the product wants them: XLA:TPU lays them out anew, which is less work for
+            # parts, and reduce-scatters gradients of three axes, where it all-reduces those of four.
+            flat = w.reshape(*w.shape[:2], -1) if w.ndim == 4 else w
+            flat = jax.lax.all_gather(flat, "fsdp", axis=width_axis, tiled=True)
+            w = flat.reshape(*flat.shape[:2], *w.shape[2:]) if w.ndim == 4 else flat
         if is_whole and jax.lax.axis_size(EXPERT_AXES) > 1:
             w = jax.lax.all_gather(w, EXPERT_AXES, axis=0, tiled=True)
         return w
