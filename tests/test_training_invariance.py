@@ -180,6 +180,19 @@ def test_capacity_dispatch_with_room_for_all_equals_dropless(moe):
     assert_same(run(small_config(moe={"dispatch": "capacity", "capacity_factor": 2.0})), moe)
 
 
+def test_what_a_device_holds_during_a_step_falls_as_the_number_of_devices():
+    def temporary_bytes(num_devices, mesh):
+        config = small_config(moe={"num_experts": 8, "exchange": "dedup"}, mesh=mesh, data={"seq_len": 256})
+        trainable = make(config, num_devices)
+        with jax.set_mesh(trainable.mesh):
+            batch = put_batch(packed_batch(config), trainable)
+            lowered = make_train_step(trainable).lower(trainable.abstract, batch, Knobs.of(config))
+        return lowered.compile().memory_analysis().temp_size_in_bytes
+
+    one = temporary_bytes(1, {"data": 1})
+    assert temporary_bytes(8, {"data": 1, "fsdp": 2, "expert": 2, "context": 2}) < one / 8 * 1.25
+
+
 def test_initial_weights_do_not_depend_on_the_mesh():
     one = make(small_config()).init(3)
     eight = make(small_config(mesh={"data": 2, "fsdp": 2, "tensor": 2}), 8).init(3)
