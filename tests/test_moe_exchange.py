@@ -296,14 +296,13 @@ def test_an_exchange_that_cannot_be_is_an_error_that_names_the_remedy(leaves, wo
     assert all(word in str(error.value) for word in words)
 
 
-def test_auto_moves_the_fewest_rows():
-    def chosen(slow, fast, num_experts, top_k, factor=1.5):
-        return choose(Exchange("auto", factor), slow, fast, num_experts, top_k)
+def test_auto_sends_a_token_once_where_that_is_less_and_once_to_each_group_where_there_are_groups():
+    def chosen(slow, fast, num_experts, top_k):
+        return choose(Exchange("auto"), slow, fast, num_experts, top_k)
 
     assert chosen(1, 1, 8, 2) == "gather"
-    assert chosen(1, 2, 8, 2) == "ring"  # 2 rows against 1.5 * 1.57
-    assert chosen(1, 8, 64, 8) == "ring"  # 8 rows against 1.5 * 5.44
-    assert chosen(1, 8, 64, 8, factor=1.25) == "dedup"  # 5.44 rows instead of 8
+    assert chosen(1, 4, 8, 2) == "dedup"  # 1.71 rows instead of 2
+    assert chosen(1, 8, 64, 8) == "dedup"  # 5.43 rows instead of 8
     assert chosen(1, 64, 64, 8) == "all_to_all"  # one expert on each device: nothing to send once
     assert chosen(4, 8, 64, 8) == "two_level"
     assert chosen(4, 1, 64, 1) == "all_to_all"

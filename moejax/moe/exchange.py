@@ -143,10 +143,9 @@ def choose(how: Exchange, slow: int, fast: int, num_experts: int, top_k: int) ->
         return how.strategy
     if min(slow, fast) > 1:
         return "two_level"
-    receivers = mean_receivers(num_experts, top_k, num_devices)
-    if num_devices <= how.buffer_factor * receivers:
-        return "ring"  # a row from each of the n devices is no more than the buffers
-    return "dedup" if receivers < 0.95 * top_k else "all_to_all"
+    # Where tokens have more choices than there are devices, "ring" sends no more rows; but it has room for all choices
+    # of all devices, n times as many as a device's share.
+    return "dedup" if mean_receivers(num_experts, top_k, num_devices) < 0.95 * top_k else "all_to_all"
 
 
 def _gather_weights(weights: ExpertWeights, *, is_whole: bool) -> ExpertWeights:
