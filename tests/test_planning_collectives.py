@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from moejax.planning.collectives import bytes_of, collective_rows, list_collectives
+from moejax.planning.collectives import Collective, bytes_of, collective_rows, list_collectives
 
 P = PartitionSpec
 AXES = ("data", "fsdp")
@@ -226,6 +226,23 @@ def test_branches_are_counted_apart():
     (row,) = collective_rows([found])
     assert (row["count"], row["bytes"], row["conditional_count"]) == (0, 0, 2)
     assert row["conditional_bytes"] == 2 * 3 / 4 * 2048
+
+
+def test_rows_add_up_what_runs_along_the_same_axis():
+    size = {"operand_bytes": 100, "result_bytes": 400, "is_open": False, "source": ""}
+    alike = {"kind": "all-gather", "axis": "fsdp", "devices": 4} | size
+    collectives = [
+        Collective(**alike, count=3, conditional_count=0, is_asynchronous=True, overlapped=2),
+        Collective(**alike, count=5, conditional_count=0, is_asynchronous=False, overlapped=0),
+        Collective(**alike, count=0, conditional_count=7, is_asynchronous=True, overlapped=0),
+        Collective(**alike | {"axis": "data"}, count=9, conditional_count=0, is_asynchronous=False, overlapped=0),
+    ]
+    assert collective_rows(collectives) == [
+        {"kind": "all-gather", "axis": axis, "devices": 4, "count": count, "bytes": count * 300}
+        | {"conditional_count": conditional, "conditional_bytes": conditional * 300}
+        | {"asynchronous": asynchronous, "overlapped": overlapped, "is_open": False}
+        for axis, count, conditional, asynchronous, overlapped in (("data", 9, 0, 0, 0), ("fsdp", 8, 7, 10, 3))
+    ]
 
 
 # Programs compiled here.

@@ -91,7 +91,7 @@ def collective_rows(collectives: Iterable[Collective]) -> list[dict[str, Any]]:
     Returns:
       Rows with `kind`, `axis`, `devices` of a group; `count`, how often it runs, and `bytes`, what a device sends, in
       one run of the program; `conditional_count` and `conditional_bytes`, what comes to that in branches if they are
-      taken every time; `asynchronous`, how many of `count` are; `overlapped`, how many of those have something to
+      taken every time; `asynchronous`, how many of both counts are; `overlapped`, how many of those have something to
       compute meanwhile; `is_open`, whether some are in loops whose turns depend on data, counted as one.
     """
     rows: dict[tuple[str, str, int], dict[str, Any]] = {}
@@ -105,8 +105,8 @@ def collective_rows(collectives: Iterable[Collective]) -> list[dict[str, Any]]:
         row["bytes"] += one.count * one.wire_bytes
         row["conditional_count"] += one.conditional_count
         row["conditional_bytes"] += one.conditional_count * one.wire_bytes
-        row["asynchronous"] += one.count * one.is_asynchronous
-        row["overlapped"] += one.count * (one.overlapped > 0)
+        row["asynchronous"] += (one.count + one.conditional_count) * one.is_asynchronous
+        row["overlapped"] += (one.count + one.conditional_count) * (one.overlapped > 0)
         row["is_open"] |= one.is_open
     for row in rows.values():
         row["bytes"], row["conditional_bytes"] = round(row["bytes"]), round(row["conditional_bytes"])
