@@ -81,7 +81,7 @@ def list_collectives(text: str, mesh: Mesh) -> list[Collective]:
     return [
         _collective(program, mesh, kind, instruction, executions)
         for instruction, executions in program.run()
-        if (kind := instruction.opcode.removesuffix("-start")) in KINDS
+        if (kind := instruction.opcode.removesuffix("-start")) in KINDS and not _is_repeated(program, instruction)
     ]
 
 
@@ -140,6 +140,13 @@ def _collective(
         overlapped=0 if done is None else _computing_between(program, start, done),
         source=source[1] if source else "",
     )
+
+
+def _is_repeated(program: Program, instruction: Instruction) -> bool:
+    """Whether it stands for the rest of what a fusion has started, as XLA:TPU writes it."""
+    root = program.root(program.home[instruction.name])
+    is_end = root is not None and 'custom_call_target="AsyncCollectiveDone"' in root.rest
+    return is_end or program.goes_on([program.home[instruction.name]])
 
 
 def _computing_between(program: Program, start: Instruction, done: Instruction) -> int:
