@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from moejax.planning.collectives import bytes_of, collective_rows, list_collectives
+from moejax.planning.collectives import Collective, bytes_of, collective_rows, list_collectives
 
 P = PartitionSpec
 AXES = ("data", "fsdp")
@@ -164,6 +164,34 @@ def test_a_computation_that_is_started_apart_makes_its_collective_asynchronous(o
     assert (found.is_asynchronous, found.overlapped) == (True, 2)
 
 
+def test_a_collective_in_fusions_from_its_start_to_its_end_is_one_and_asynchronous():
+    def part(name, result, root):
+        return f"""
+%{name} (p.{name}: f32[8,16]) -> {result} {{
+  %p.{name} = f32[8,16]{{1,0}} parameter(0)
+  %g.{name} = f32[32,16]{{1,0}} all-gather(%p.{name}), replica_groups={IN_ROWS}, dimensions={{0}}
+  ROOT %r.{name} = {result} {root}
+}}
+"""
+
+    pair = "(f32[8,16], f32[32,16], u32[])"
+    before = (
+        part("started", pair, 'custom-call(%g.started), custom_call_target="AsyncCollectiveStart"')
+        + part("async_collective_fusion.7", pair, "tuple(%x, %g.async_collective_fusion.7, %c)")
+        + part("ended", "f32[32,16]", 'custom-call(%g.ended), custom_call_target="AsyncCollectiveDone"')
+    )
+    lines = [
+        f"%async-collective-start.1 = {pair} fusion(%x), kind=kCustom, calls=%started",
+        "%gte.1 = f32[32,16] get-tuple-element(%async-collective-start.1), index=1",
+        f"%fusion.7 = {pair} fusion(%gte.1), kind=kOutput, calls=%async_collective_fusion.7",
+        "%gte.2 = f32[32,16] get-tuple-element(%fusion.7), index=1",
+        "%async-collective-done.1 = f32[32,16] fusion(%gte.2), kind=kCustom, calls=%ended",
+    ]
+    found = only(program(*lines, before=before))
+    assert (found.kind, found.axis, found.count, found.wire_bytes) == ("all-gather", "fsdp", 1, 3 / 4 * 2048)
+    assert (found.is_asynchronous, found.overlapped) == (True, 1)
+
+
 def test_a_reduce_scatter_that_is_written_as_a_fusion_of_an_all_reduce_is_one():
     fused = f"""
 %all-reduce-scatter.2 (p: f32[8,16]) -> f32[3,16] {{
@@ -226,6 +254,23 @@ def test_branches_are_counted_apart():
     (row,) = collective_rows([found])
     assert (row["count"], row["bytes"], row["conditional_count"]) == (0, 0, 2)
     assert row["conditional_bytes"] == 2 * 3 / 4 * 2048
+
+
+def test_rows_add_up_what_runs_along_the_same_axis():
+    size = {"operand_bytes": 100, "result_bytes": 400, "is_open": False, "source": ""}
+    alike = {"kind": "all-gather", "axis": "fsdp", "devices": 4} | size
+    collectives = [
+        Collective(**alike, count=3, conditional_count=0, is_asynchronous=True, overlapped=2),
+        Collective(**alike, count=5, conditional_count=0, is_asynchronous=False, overlapped=0),
+        Collective(**alike, count=0, conditional_count=7, is_asynchronous=True, overlapped=0),
+        Collective(**alike | {"axis": "data"}, count=9, conditional_count=0, is_asynchronous=False, overlapped=0),
+    ]
+    assert collective_rows(collectives) == [
+        {"kind": "all-gather", "axis": axis, "devices": 4, "count": count, "bytes": count * 300}
+        | {"conditional_count": conditional, "conditional_bytes": conditional * 300}
+        | {"asynchronous": asynchronous, "overlapped": overlapped, "is_open": False}
+        for axis, count, conditional, asynchronous, overlapped in (("data", 9, 0, 0, 0), ("fsdp", 8, 7, 10, 3))
+    ]
 
 
 # Programs compiled here.

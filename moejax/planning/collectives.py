@@ -81,7 +81,7 @@ def list_collectives(text: str, mesh: Mesh) -> list[Collective]:
     return [
         _collective(program, mesh, kind, instruction, executions)
         for instruction, executions in program.run()
-        if (kind := instruction.opcode.removesuffix("-start")) in KINDS
+        if (kind := instruction.opcode.removesuffix("-start")) in KINDS and not _is_repeated(program, instruction)
     ]
 
 
@@ -91,7 +91,7 @@ def collective_rows(collectives: Iterable[Collective]) -> list[dict[str, Any]]:
     Returns:
       Rows with `kind`, `axis`, `devices` of a group; `count`, how often it runs, and `bytes`, what a device sends, in
       one run of the program; `conditional_count` and `conditional_bytes`, what comes to that in branches if they are
-      taken every time; `asynchronous`, how many of `count` are; `overlapped`, how many of those have something to
+      taken every time; `asynchronous`, how many of both counts are; `overlapped`, how many of those have something to
       compute meanwhile; `is_open`, whether some are in loops whose turns depend on data, counted as one.
     """
     rows: dict[tuple[str, str, int], dict[str, Any]] = {}
@@ -105,8 +105,8 @@ def collective_rows(collectives: Iterable[Collective]) -> list[dict[str, Any]]:
         row["bytes"] += one.count * one.wire_bytes
         row["conditional_count"] += one.conditional_count
         row["conditional_bytes"] += one.conditional_count * one.wire_bytes
-        row["asynchronous"] += one.count * one.is_asynchronous
-        row["overlapped"] += one.count * (one.overlapped > 0)
+        row["asynchronous"] += (one.count + one.conditional_count) * one.is_asynchronous
+        row["overlapped"] += (one.count + one.conditional_count) * (one.overlapped > 0)
         row["is_open"] |= one.is_open
     for row in rows.values():
         row["bytes"], row["conditional_bytes"] = round(row["bytes"]), round(row["conditional_bytes"])
@@ -140,6 +140,13 @@ def _collective(
         overlapped=0 if done is None else _computing_between(program, start, done),
         source=source[1] if source else "",
     )
+
+
+def _is_repeated(program: Program, instruction: Instruction) -> bool:
+    """Whether it stands for the rest of what a fusion has started, as XLA:TPU writes it."""
+    root = program.root(program.home[instruction.name])
+    is_end = root is not None and 'custom_call_target="AsyncCollectiveDone"' in root.rest
+    return is_end or program.goes_on([program.home[instruction.name]])
 
 
 def _computing_between(program: Program, start: Instruction, done: Instruction) -> int:

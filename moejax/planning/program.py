@@ -124,9 +124,13 @@ class Program:
             for user in self._users.get(name, []):
                 if _is_called(user, "done"):
                     return user
-                if user.opcode in ("async-update", "get-tuple-element"):
+                if user.opcode in ("async-update", "get-tuple-element") or self.goes_on(user.called):
                     names.append(user.name)
         return None
+
+    def goes_on(self, computations: list[str]) -> bool:
+        """Whether XLA:TPU made one of these of computing and a part of a collective that was started before."""
+        return any(name.startswith("async_collective_fusion") for name in computations)
 
     @functools.cached_property
     def starters(self) -> dict[str, Instruction]:
@@ -217,7 +221,8 @@ def _does(instruction: Instruction | None, opcode: str) -> TypeGuard[Instruction
 
 def _is_called(instruction: Instruction, word: str) -> bool:
     """Whether the opcode says so or, where XLA:TPU makes a fusion of it, the name."""
-    return word in instruction.opcode or (instruction.opcode == "fusion" and word in instruction.name)
+    is_fusion = instruction.opcode == "fusion" and instruction.name.startswith(f"async-collective-{word}")
+    return instruction.opcode.endswith(f"-{word}") or is_fusion
 
 
 def _number(instruction: Instruction | None) -> int | None:
