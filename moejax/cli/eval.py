@@ -6,7 +6,7 @@ moejax eval --workdir=runs/tiny_moe --step=500
 from absl import flags
 from absl.flags import FlagValues
 
-from moejax.cli.options import define_json, define_workdir, read_workdir
+from moejax.cli.options import define_json, define_workdir, read_workdir, refuse_several_processes
 from moejax.cli.tables import evaluation_rows, print_result
 from moejax.inference.evaluate import evaluate_run
 
@@ -20,6 +20,7 @@ def define(values: FlagValues, arguments: list[str]) -> None:
 
 def run(values: FlagValues, rest: list[str]) -> None:
     """Evaluates and prints the figures."""
+    refuse_several_processes("eval")
     config, step, evaluation = evaluate_run(read_workdir(values), values.step)
     rows = {"step": step, "tokens": evaluation.num_targets, **evaluation_rows(config, evaluation)}
     print_result(rows, is_json=values.json)
