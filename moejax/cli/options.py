@@ -1,8 +1,12 @@
 """Flags that several verbs share."""
 
+import contextlib
+import os
 import re
-from contextlib import AbstractContextManager, nullcontext
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 from absl.flags import FlagValues
@@ -53,7 +57,7 @@ def define_processes(values: FlagValues) -> None:
     flags.DEFINE_integer("process_id", None, "with --coordinator: which one this is, from 0", flag_values=values)
 
 
-def meet_as_flagged(values: FlagValues) -> AbstractContextManager[None]:
+def meet_as_flagged(values: FlagValues) -> contextlib.AbstractContextManager[None]:
     """What `define_processes` asks for: within it, several processes are one machine.
 
     Raises:
@@ -67,9 +71,9 @@ def meet_as_flagged(values: FlagValues) -> AbstractContextManager[None]:
                     f"{flag}={value} needs --coordinator=HOST:PORT of process 0; add it, or use --distributed"
                 )
         if values.distributed:
-            return processes.meet()
+            return _meet()
         refuse_several_processes("train without --distributed", "add --distributed, or launch one")
-        return nullcontext()
+        return contextlib.nullcontext()
     if values.distributed:
         raise UsageError(f"--distributed and --coordinator={values.coordinator} exclude each other; give one")
     for flag, value in given.items():
@@ -81,7 +85,25 @@ def meet_as_flagged(values: FlagValues) -> AbstractContextManager[None]:
         raise UsageError(
             f"--process_id={values.process_id} must be between 0 and --num_processes={values.num_processes} less one"
         )
-    return processes.meet(values.coordinator, values.num_processes, values.process_id)
+    return _meet(values.coordinator, values.num_processes, values.process_id)
+
+
+@contextlib.contextmanager
+def _meet(*address: Any) -> Iterator[None]:
+    """`processes.meet`, with a clean standard output: gloo greets there, where one JSON document must stand alone."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with (
+            os.fdopen(kept, "w", closefd=False) as output,
+            contextlib.redirect_stdout(output),
+            processes.meet(*address),
+        ):
+            yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def refuse_several_processes(verb: str, remedy: str = "launch one") -> None:

@@ -15,6 +15,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn, TypeVar
 
@@ -31,6 +32,9 @@ LOST_SECONDS = 30
 
 WAIT_SECONDS = 24 * 3600
 """For a process that lives: it may be preparing data."""
+
+FAREWELL_SECONDS = 2.0
+"""How much longer process 0 lives after a failure: when it goes, the service goes and ends the others unheard."""
 
 LAUNCHERS = {"SLURM_STEP_NUM_TASKS": "srun", "OMPI_COMM_WORLD_SIZE": "mpirun"}
 """Variables in which launchers say how many processes they started."""
@@ -138,6 +142,8 @@ def fail_together(function: Callable[[], T]) -> T:
     except Exception as error:  # passed on below, once the others know
         failure = error
     outcomes = _gather(f"failed on {socket.gethostname()}" if failure else "")
+    if any(outcomes) and len(outcomes) > 1 and is_first():
+        time.sleep(FAREWELL_SECONDS)
     if failure:
         raise failure
     for index, outcome in enumerate(outcomes):
