@@ -76,7 +76,7 @@ def train(config: Config, workdir: str | Path, *, command: str = "", stop: StopS
         mesh, corpus = first_then_others(lambda: _open(config, workdir, command))
         check_shared(workdir)
         trainable = make_trainable(config, mesh)
-        with closing(Checkpoints(workdir, trainable)) as checkpoints, jax.set_mesh(mesh):
+        with Checkpoints(workdir, trainable) as checkpoints, jax.set_mesh(mesh):
             state = checkpoints.restore()
             if state is None:
                 state = trainable.init(config.train.seed)
