@@ -1,7 +1,7 @@
 """Submits `moejax train` to SLURM through submitit: a process for each GPU, on one or more nodes.
 
   python experiments/launch/slurm.py --nodes=2 --gpus_per_node=8 --minutes=240 --jobs=3 --partition=NAME -- \
-      --config=configs/small_moe.py --workdir=runs/small --config.mesh.fsdp=16
+      --config=configs/small_moe.py --workdir=runs/small --config.mesh.fsdp=16 --config.train.batch_size=16
 
 What follows `--` goes to `moejax train`. The folder one submits from, the environment and the run directory must be on
 a file system that all nodes share. `--jobs=3` queues three jobs, each of which starts when the one before has ended and

@@ -2,7 +2,8 @@
 # Trains on a Cloud TPU slice: the same command on every host of it; `--distributed` finds the others.
 #
 #   TPU=my-slice ZONE=europe-west4-b CHECKOUT=/mnt/shared/moejax \
-#     experiments/launch/tpu_pod.sh --config=configs/small_moe.py --workdir=/mnt/shared/runs/small --config.mesh.fsdp=8
+#     experiments/launch/tpu_pod.sh --config=configs/small_moe.py --workdir=/mnt/shared/runs/small \
+#     --config.mesh.fsdp=8 --config.train.batch_size=32
 #
 # CHECKOUT is a checkout with its environment (make setup EXTRAS=dev,tpu) on a file system that is mounted at the same
 # place on every host, as is the run directory. Each host writes CHECKOUT/logs/HOST.log. A lost connection does not end
