@@ -326,6 +326,42 @@ def test_a_run_directory_that_is_not_shared_is_refused_by_name_and_ends_all(fold
     assert "Traceback" not in errors[0] + errors[1]
 
 
+def test_values_that_are_not_finite_are_found_by_all_and_named_by_one(folder, tmp_path):
+    values = {
+        "optimizer.learning_rate": 1e25, "optimizer.clip_norm": 0.0, "train.max_nonfinite_steps": 2, "mesh.tensor": 1,
+    }  # fmt: skip
+    more = [f"--config.{key}={value}" for key, value in values.items()]
+    with started(folder, 2, 1, training(folder, tmp_path / "run", *more)) as processes:
+        codes, _, errors = ends(processes)
+    assert codes == [1, 1], errors
+    assert re.search(r"not finite in 2 steps in a row, .*the first such value is in ", errors[0].splitlines()[-1])
+    assert errors[1] == f"moejax: process 0 failed on {socket.gethostname()}; its own message says why\n"
+
+
+DEPARTS = """
+import sys
+from moejax.cli import main, train
+from moejax.training import processes
+processes.LOST_SECONDS = 5
+def fails_in_one(*arguments, **keywords):
+    if not processes.is_first():
+        raise LookupError("only here")
+    processes.wait_for_all()
+train.train = fails_in_one
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_process_that_fails_alone_leaves_at_once_with_its_traceback_and_the_other_fails_too(folder, tmp_path):
+    def command(index, flags):
+        return ["-c", DEPARTS, *training(folder, tmp_path / "run")(index, flags)[2:]]
+
+    with started(folder, 2, 2, command) as processes:
+        codes, _, errors = ends(processes)
+    assert codes[1] == 1 and codes[0] not in (0, None), errors
+    assert errors[1].rstrip().endswith("LookupError: only here") and "Traceback" in errors[1]
+
+
 TRAIN = ["train", f"--config={REPOSITORY / 'configs/debug.py'}"]
 
 

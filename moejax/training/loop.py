@@ -20,7 +20,7 @@ from moejax.training.evaluation import Evaluation, evaluate
 from moejax.training.evaluation_log import EvaluationLog
 from moejax.training.metrics import FinishedStep, MetricsFile, Recorder
 from moejax.training.nonfinite import NonFiniteError, locate
-from moejax.training.processes import SharedStop, first_says, first_then_others, is_first, wait_for_all
+from moejax.training.processes import SharedStop, fail_together, first_says, first_then_others, is_first, wait_for_all
 from moejax.training.progress import StepProgress
 from moejax.training.routing_log import RoutingLog
 from moejax.training.run_directory import check_run_directory, check_shared, write_run_directory
@@ -170,7 +170,7 @@ class _Loop:
                     recorder.resume()
                 if finished.skipped_in_row >= self.config.max_nonfinite_steps:
                     recorder.flush()
-                    raise self._give_up(state, finished)
+                    self._give_up(state, finished)
         return state, evaluation
 
     def _is_evaluated(self, step: int) -> bool:
@@ -223,12 +223,19 @@ class _Loop:
         routing.truncate(start_step)
         return routing
 
-    def _give_up(self, state: TrainState, finished: FinishedStep) -> NonFiniteError:
+    def _give_up(self, state: TrainState, finished: FinishedStep) -> None:
+        """Raises `NonFiniteError`; of several processes all look for the place, and the first names it."""
         first = finished.step - finished.skipped_in_row + 1
         batch = put_batch(self.batches[first - 1], self.trainable)
         place = locate(self.trainable, state, batch, self.knobs)
-        return NonFiniteError(
+        error = NonFiniteError(
             f"loss or gradients were not finite in {finished.skipped_in_row} steps in a row, from step {first} on; "
             f"the first such value is in {place}; none of these steps was applied, and "
             "checkpoints are of earlier ones; lower optimizer.learning_rate, or raise train.max_nonfinite_steps"
         )
+
+        def fail() -> None:
+            if is_first():
+                raise error
+
+        fail_together(fail)

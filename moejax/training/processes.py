@@ -159,6 +159,8 @@ def _gather(word: str) -> list[str]:
     from jax._src import distributed  # no public name waits without a collective of the devices
 
     client: Any = distributed.global_state.client
+    if client is None:
+        raise ProcessError(f"{jax.process_count()} processes have not met; use --distributed, or processes.meet")
     call = f"moejax/{next(_calls)}"
     client.key_value_set(f"{call}/{jax.process_index():08d}", word)
     client.wait_at_barrier(call, WAIT_SECONDS * 1000)
