@@ -1,4 +1,7 @@
-"""Several processes train what one trains, bit for bit, whatever becomes of them on the way."""
+"""Several processes train what one trains, bit for bit, whatever becomes of them on the way.
+
+Bits are the same because every sum here goes over two devices: over four, gloo adds in another order than one process.
+"""
 
 import contextlib
 import json
@@ -97,6 +100,11 @@ def ends(processes):
     """Exit codes, outputs and errors."""
     texts = [process.communicate(timeout=SECONDS) for process in processes]
     return [process.returncode for process in processes], [out for out, _ in texts], [errors for _, errors in texts]
+
+
+def own_lines(text):
+    """Without gloo's greetings."""
+    return [line for line in text.splitlines() if not line.startswith("[Gloo]")]
 
 
 def wait_for(condition, processes):
@@ -293,7 +301,7 @@ def test_processes_read_after_the_first_wrote_hold_their_rows_stop_together_and_
         codes, outputs, errors = ends(processes)
     assert codes == [0, 0], errors
     host = socket.gethostname()
-    told = [[line for line in output.splitlines() if "[Gloo]" not in line] for output in outputs]
+    told = [own_lines(output) for output in outputs]
     # A mesh that takes turns between the processes, as on a TPU pod: rows lie apart.
     assert told[0][:3] == ["read by 0 0", "rows [0, 1, 4, 5] True (8,)", "polls [False, False, True, True] SIGINT"]
     assert told[1][:3] == ["read by 0 0", "rows [2, 3, 6, 7] True (8,)", "polls [False, False, True, True] SIGINT"]
@@ -329,13 +337,14 @@ def test_a_run_directory_that_is_not_shared_is_refused_by_name_and_ends_all(fold
 def test_values_that_are_not_finite_are_found_by_all_and_named_by_one(folder, tmp_path):
     values = {
         "optimizer.learning_rate": 1e25, "optimizer.clip_norm": 0.0, "train.max_nonfinite_steps": 2, "mesh.tensor": 1,
+        "moe.num_experts": 0,  # compiles faster
     }  # fmt: skip
     more = [f"--config.{key}={value}" for key, value in values.items()]
     with started(folder, 2, 1, training(folder, tmp_path / "run", *more)) as processes:
         codes, _, errors = ends(processes)
     assert codes == [1, 1], errors
     assert re.search(r"not finite in 2 steps in a row, .*the first such value is in ", errors[0].splitlines()[-1])
-    assert errors[1] == f"moejax: process 0 failed on {socket.gethostname()}; its own message says why\n"
+    assert own_lines(errors[1]) == [f"moejax: process 0 failed on {socket.gethostname()}; its own message says why"]
 
 
 DEPARTS = """
