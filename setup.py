@@ -31,6 +31,8 @@ REQUIRES = [
     "tensorboardX>=2.6.5,<3",
 ]
 
+SUBMITIT = "submitit>=1.5.4,<2"  # experiments/launch/slurm.py
+
 TOKAMAX = 'tokamax>=0.0.12,<0.0.13; python_version < "3.12"'  # fails with jax 0.12, and 3.11 is the last without
 
 EXTRAS = {
@@ -38,6 +40,7 @@ EXTRAS = {
     "cuda12": ["jax[cuda12]"],
     "cuda13": ["jax[cuda13]"],
     "tokamax": [TOKAMAX],
+    "launch": [SUBMITIT],
     "dev": [
         "pytest>=9.2,<10",
         "pytest-xdist>=3.8,<4",
@@ -45,6 +48,7 @@ EXTRAS = {
         "beartype>=0.23.1,<0.24",
         "ruff>=0.17.6,<0.18",
         "mypy>=2.4.1,<3",
+        SUBMITIT,
         TOKAMAX,  # its kernels are tested in interpret mode
     ],
 }

@@ -85,15 +85,14 @@ def make_mesh(config: Config, devices: list[jax.Device] | None = None) -> Mesh:
     _check_divisible(config, sizes)
     slow = (sizes.dcn_data, sizes.dcn_fsdp, sizes.dcn_expert, 1, 1, 1)
     fast = (sizes.data, sizes.fsdp, 1, sizes.expert, sizes.context, sizes.tensor)
-    auto = (AxisType.Auto,) * len(MESH_AXES)
+    # An array [*slow, *fast] of devices, in which each axis of the mesh is split in two, slow before fast. Within a
+    # group, an axis may take a part of a physical one: 8 x 8 of a torus of 4 x 4 x 4.
     groups = _groups(devices, math.prod(slow))
-    if len(groups) == 1:
-        return jax.make_mesh(fast, MESH_AXES, axis_types=auto, devices=devices)
-    # An array [*slow, *fast] of devices, in which each axis of the mesh is split in two, slow before fast.
-    by_group = [mesh_utils.create_device_mesh(fast, group, allow_split_physical_axes=True) for group in groups]
-    split = np.stack(by_group).reshape(*slow, *fast)
+    laid_out = [mesh_utils.create_device_mesh(fast, group, allow_split_physical_axes=True) for group in groups]
+    split = np.stack(laid_out).reshape(*slow, *fast)
     joined = split.transpose(*(axis for i in range(len(slow)) for axis in (i, i + len(slow))))
-    return Mesh(joined.reshape(*(s * f for s, f in zip(slow, fast, strict=True))), MESH_AXES, axis_types=auto)
+    shape = tuple(s * f for s, f in zip(slow, fast, strict=True))
+    return Mesh(joined.reshape(shape), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def _groups(devices: list[Any], num_groups: int) -> list[list[Any]]:

@@ -49,6 +49,7 @@ SPECIMENS = {  # a value that differs from the default, by type and, where a typ
     "moe.top_k": (4, {}),
     "model.num_kv_heads": (4, {}),
     "train.accumulation": (2, {}),
+    "train.step_limit_s": (60.0, {}),
     "data.source": ("synthetic", {}),
     "moe.score": ("softmax_after", {}),
     "moe.jitter": (0.01, {}),
@@ -187,7 +188,8 @@ def test_the_choices_of_routers_and_grouped_products_are_the_tables():
             "train.seed", "moe.d_router", "moe.slots_per_expert",
         )],
         *[(key, value) for value in (-0.1, float("nan"), float("inf")) for key in (
-            "moe.balance_weight", "moe.z_weight", "optimizer.learning_rate", "optimizer.weight_decay",
+            "moe.balance_weight", "moe.z_weight", "train.step_limit_s", "optimizer.learning_rate",
+            "optimizer.weight_decay",
             "optimizer.clip_norm", "moe.capacity_factor", "moe.eval_capacity_factor", "moe.bias_rate",
             "moe.route_scale", "moe.noise_scale", "moe.sequence_balance_weight", "moe.importance_weight",
             "moe.load_weight", "moe.vmoe_load_weight",

@@ -1,4 +1,4 @@
-"""Batches are a pure function of (seed, step, process): the same resumed, prefetched, or shared by more processes."""
+"""Batches are a pure function of (seed, step, rows): the same resumed, prefetched, or shared by more processes."""
 
 import itertools
 import threading
@@ -70,18 +70,21 @@ def test_reading_steps_in_any_order_changes_nothing(corpus):
         assert_equal(batch, TrainBatches(corpus, BATCH, seed=0)[step])
 
 
-@pytest.mark.parametrize("process_count", [1, 2, 4])
-def test_the_slices_of_all_processes_are_the_global_batch_in_order(corpus, process_count):
-    whole = TrainBatches(corpus, BATCH, seed=0)
-    parts = [TrainBatches(corpus, BATCH, 0, index, process_count) for index in range(process_count)]
+def only(batch, rows):
+    return jax.tree.map(lambda array: array[rows], batch)
+
+
+@pytest.mark.parametrize("rows", [[0], [4, 5, 6, 7], [0, 1, 4, 5], [*range(BATCH)]])
+def test_rows_of_a_batch_are_those_of_the_global_batch(corpus, rows):
+    whole, part = TrainBatches(corpus, BATCH, seed=0), TrainBatches(corpus, BATCH, seed=0, rows=rows)
     for step in (0, 5, 400):
-        assert_equal(concatenated([part[step] for part in parts]), whole[step])
-        assert parts[-1][step].tokens_BL.shape == (BATCH // process_count, 128)
+        assert_equal(part[step], only(whole[step], rows))
+        assert part[step].tokens_BL.shape == (len(rows), 128)
 
 
 @pytest.mark.parametrize("start", [0, 3, 250])
 def test_iterating_from_a_step_equals_indexing(corpus, start):
-    batches = TrainBatches(corpus, BATCH, 0, process_index=1, process_count=2)
+    batches = TrainBatches(corpus, BATCH, 0, rows=[4, 5, 6, 7])
     for step, batch in zip(range(start, start + 20), batches.iterate(start), strict=False):
         assert_equal(batch, batches[step])
 
@@ -177,25 +180,24 @@ def test_evaluation_can_read_the_training_split(corpus):
     assert counted == corpus.num_tokens["train"]
 
 
-@pytest.mark.parametrize("process_count", [2, 4])
-def test_evaluation_slices_of_all_processes_are_the_global_batches_in_order(corpus, process_count):
-    parts = [list(eval_batches(corpus, BATCH, "validation", i, process_count)) for i in range(process_count)]
-    whole = list(eval_batches(corpus, BATCH))
-    assert {len(part) for part in parts} == {len(whole)}
-    for step, batch in enumerate(whole):
-        assert_equal(concatenated([part[step] for part in parts]), batch)
+@pytest.mark.parametrize("rows", [[0], [4, 5, 6, 7], [2, 3, 6, 7]])
+def test_rows_of_evaluation_batches_are_those_of_the_global_batches(corpus, rows):
+    part, whole = list(eval_batches(corpus, BATCH, rows=rows)), list(eval_batches(corpus, BATCH))
+    assert len(part) == len(whole)
+    for of_part, of_whole in zip(part, whole, strict=True):
+        assert_equal(of_part, only(of_whole, rows))
 
 
 @pytest.mark.parametrize(
-    "make", [lambda c, b, i, n: TrainBatches(c, b, 0, i, n), lambda c, b, i, n: eval_batches(c, b, "train", i, n)]
+    "make", [lambda c, b, rows: TrainBatches(c, b, 0, rows), lambda c, b, rows: eval_batches(c, b, "train", rows)]
 )
-def test_a_batch_that_cannot_be_shared_evenly_is_refused_at_once(corpus, make):
-    with pytest.raises(ConfigError, match=r"train\.batch_size=10 must be .* multiple .*processes=4; use 8"):
-        make(corpus, 10, 0, 4)
-    with pytest.raises(ConfigError, match="process_index=4 must be between 0"):
-        make(corpus, 8, 4, 4)
-    with pytest.raises(ConfigError, match=r"train\.batch_size=0"):
-        make(corpus, 0, 0, 1)
+def test_rows_that_a_batch_does_not_have_are_refused_at_once(corpus, make):
+    with pytest.raises(ConfigError, match=r"train\.batch_size=8 has rows 0 to 7, not \[6, 8\]"):
+        make(corpus, 8, [6, 8])
+    with pytest.raises(ConfigError, match=r"train\.batch_size=8 has rows 0 to 7, not \[\]"):
+        make(corpus, 8, [])
+    with pytest.raises(ConfigError, match=r"train\.batch_size=0 must be at least 1"):
+        make(corpus, 0, None)
 
 
 def test_a_negative_step_is_refused(corpus):

@@ -9,6 +9,7 @@ import importlib
 import logging
 import re
 import sys
+import traceback
 from collections.abc import Sequence
 
 from absl import flags
@@ -26,6 +27,8 @@ VERBS = {
     "doctor": "print versions, devices and kernels, and check that they work",
 }
 
+PROCESSES = "moejax.training.processes"
+
 
 class UsageError(ValueError):
     """The command line is wrong."""
@@ -38,7 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
       argv: what follows `moejax`; the process's arguments by default.
 
     Returns:
-      The exit code: 0, 1 for a failed run, 2 for a user's mistake, 130 when interrupted.
+      The exit code: 0, 1 for a failed run, 2 for a user's mistake, 130 when interrupted. (A watchdog ends a hanging
+      step with 3.) One of several processes exits here if it fails, without waiting for the others.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help", "help"):
@@ -46,8 +50,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0 if argv else 2
     is_debug = "--debug" in argv
     _set_up_logging(is_debug)
+    code = 1
     try:
-        _run_verb(argv[0], [argument for argument in argv[1:] if argument != "--debug"])
+        code = _run_and_explain(argv[0], [argument for argument in argv[1:] if argument != "--debug"], is_debug)
+    except Exception:
+        if not _has_others():
+            raise
+        traceback.print_exc()
+    if code and _has_others():
+        sys.modules[PROCESSES].leave_at_once(code)
+    return code
+
+
+def _run_and_explain(verb: str, arguments: list[str], is_debug: bool) -> int:
+    """Runs a verb; says what a user needs to know of an error and passes on others."""
+    try:
+        _run_verb(verb, arguments)
     except KeyboardInterrupt:
         print("moejax: interrupted", file=sys.stderr)
         return 130
@@ -59,6 +77,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"moejax: {' '.join(str(error).split())}", file=sys.stderr)
         return 2 if isinstance(error, ValueError | flags.Error | OSError) else 1
     return 0
+
+
+def _has_others() -> bool:
+    """Whether this is one of several processes, which must not wait for it; loads nothing."""
+    return PROCESSES in sys.modules and sys.modules[PROCESSES].has_others()
 
 
 def _run_verb(verb: str, arguments: list[str]) -> None:

@@ -7,7 +7,14 @@ moejax eval --workdir=runs/tiny_moe --mesh=expert=4 --replicas=1
 from absl import flags
 from absl.flags import FlagValues
 
-from moejax.cli.options import define_json, define_mesh, define_workdir, parse_mesh, read_workdir
+from moejax.cli.options import (
+    define_json,
+    define_mesh,
+    define_workdir,
+    parse_mesh,
+    read_workdir,
+    refuse_several_processes,
+)
 from moejax.cli.tables import evaluation_rows, print_result
 from moejax.inference.evaluate import evaluate_run
 
@@ -26,6 +33,7 @@ def define(values: FlagValues, arguments: list[str]) -> None:
 
 def run(values: FlagValues, rest: list[str]) -> None:
     """Evaluates and prints the figures."""
+    refuse_several_processes("eval")
     config, step, evaluation = evaluate_run(
         read_workdir(values), values.step, parse_mesh(values.mesh) if values.mesh else None, values.replicas
     )

@@ -9,7 +9,7 @@ import sys
 from absl import flags
 from absl.flags import FlagValues
 
-from moejax.cli.options import define_json, define_workdir, read_workdir
+from moejax.cli.options import define_json, define_workdir, read_workdir, refuse_several_processes
 from moejax.inference.generate import generate, generate_text
 from moejax.inference.load import load_run
 
@@ -28,6 +28,7 @@ def define(values: FlagValues, arguments: list[str]) -> None:
 
 def run(values: FlagValues, rest: list[str]) -> None:
     """Prints prompts and their continuations."""
+    refuse_several_processes("generate")
     prompts = values.prompt or [""]
     loaded = load_run(read_workdir(values), values.step)
     sampling = {

@@ -12,7 +12,7 @@ from absl import flags
 from absl.flags import FlagValues
 
 from moejax.cli import UsageError
-from moejax.cli.options import define_json, define_workdir, read_workdir
+from moejax.cli.options import define_json, define_workdir, read_workdir, refuse_several_processes
 from moejax.cli.tables import print_table
 from moejax.moe.placement import imbalance, in_order, place
 from moejax.training.evaluation_log import newest_evaluation
@@ -30,6 +30,7 @@ def define(values: FlagValues, arguments: list[str]) -> None:
 
 def run(values: FlagValues, rest: list[str]) -> None:
     """Prints a row for each MoE layer, and one for the worst of them."""
+    refuse_several_processes("placement")
     workdir = read_workdir(values)
     config = read_config(workdir)
     if config.num_moe_layers == 0:

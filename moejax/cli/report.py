@@ -5,7 +5,7 @@ moejax report --workdir=runs/tiny_moe
 
 from absl.flags import FlagValues
 
-from moejax.cli.options import define_workdir, read_workdir
+from moejax.cli.options import define_workdir, read_workdir, refuse_several_processes
 from moejax.inspection.build import build_report
 
 
@@ -16,4 +16,5 @@ def define(values: FlagValues, arguments: list[str]) -> None:
 
 def run(values: FlagValues, rest: list[str]) -> None:
     """Writes the page and prints its path."""
+    refuse_several_processes("report")
     print(build_report(read_workdir(values)))

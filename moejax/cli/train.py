@@ -2,7 +2,9 @@
 
   moejax train --config=configs/tiny_moe.py --workdir=runs/tiny_moe --config.moe.num_experts=16
 
-SIGINT and SIGTERM save the state and exit 0; the same command continues.
+SIGINT and SIGTERM save the state and exit 0; the same command continues. Several processes, each with the same command,
+train one model on all their devices with --distributed, or with --coordinator, --num_processes and --process_id:
+docs/pods.md.
 """
 
 import logging
@@ -13,11 +15,20 @@ from absl import flags
 from absl.flags import FlagValues
 from ml_collections import config_flags
 
-from moejax.cli.options import define_config, define_json, define_workdir, read_config_flag
+from moejax.cli.options import (
+    define_config,
+    define_json,
+    define_processes,
+    define_workdir,
+    meet_as_flagged,
+    read_config_flag,
+)
 from moejax.cli.tables import print_result, summary_rows
+from moejax.config import Config
 from moejax.inspection.build import build_report
 from moejax.models.parameters import count_parameters
 from moejax.training.loop import train
+from moejax.training.processes import first_then_others, has_others, is_first
 from moejax.training.signals import StopSignals
 
 log = logging.getLogger("moejax")
@@ -28,12 +39,19 @@ def define(values: FlagValues, arguments: list[str]) -> None:
     define_config(values, arguments)
     define_workdir(values, "the run directory; default runs/NAME-OF-THE-RECIPE")
     define_json(values)
+    define_processes(values)
     flags.DEFINE_bool("report", True, "write report.html at the end", flag_values=values)
 
 
 def run(values: FlagValues, rest: list[str]) -> None:
     """Trains, reports, prints the table."""
-    config = read_config_flag(values)
+    with meet_as_flagged(values):
+        if not is_first():
+            logging.getLogger("moejax").setLevel(logging.WARNING)  # process 0 says what all would say
+        _train(values, first_then_others(lambda: read_config_flag(values)))
+
+
+def _train(values: FlagValues, config: Config) -> None:
     recipe = Path(config_flags.get_config_filename(values["config"]))
     workdir = Path(values.workdir or f"runs/{recipe.stem}")
     parameters = count_parameters(config)
@@ -43,12 +61,16 @@ def run(values: FlagValues, rest: list[str]) -> None:
         if result.stopped_by:
             log.info("%s: saved step %d in %s; the same command continues", result.stopped_by, result.step, workdir)
             return
-        report = _report(workdir) if values.report else None
-    print_result(summary_rows(config, parameters, result, report), is_json=values.json)
+        report = _report(workdir) if values.report and is_first() else None
+    if is_first():
+        print_result(summary_rows(config, parameters, result, report), is_json=values.json)
 
 
 def _report(workdir: Path) -> Path | None:
     """The page; a failure is logged and does not hide the figures of a finished run."""
+    if has_others():
+        log.info("no report by several processes; moejax report --workdir=%s writes it in one", workdir)
+        return None
     try:
         return build_report(workdir)
     except Exception as error:  # any part of it: data gone, memory, disk

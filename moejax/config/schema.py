@@ -54,6 +54,7 @@ class TrainConfig:
     checkpoint_every: int = 250
     keep_checkpoints: int = 2  # the newest ones; the best by validation loss is kept beside them
     max_nonfinite_steps: int = 5  # so many skipped steps in a row end the run
+    step_limit_s: float = 0.0  # a step that takes longer ends the process with the stacks of its threads; 0: no limit
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,8 +26,8 @@ def validate(config: Config) -> None:
         "train.checkpoint_every", "train.keep_checkpoints", "train.max_nonfinite_steps",
     )  # fmt: skip
     _require_range(
-        config, 0, largest, "moe.num_experts", "train.eval_every", "optimizer.learning_rate", "optimizer.weight_decay",
-        "optimizer.clip_norm",
+        config, 0, largest, "moe.num_experts", "train.eval_every", "train.step_limit_s", "optimizer.learning_rate",
+        "optimizer.weight_decay", "optimizer.clip_norm",
     )  # fmt: skip
     _require_range(
         config, 0, 1, "optimizer.final_fraction", "optimizer.beta1", "optimizer.beta2", "optimizer.warmup_fraction",

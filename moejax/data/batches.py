@@ -1,12 +1,12 @@
-"""Rows into batches. Batch `step` is a pure function of (seed, step, process): the input's state is the step number.
+"""Rows into batches. Batch `step` is a pure function of (seed, step, rows): the input's state is the step number.
 
-The global order of rows does not depend on the number of processes. Process p of P takes the p-th of P equal,
-contiguous slices of each global batch, so a run may continue on another number of processes and see the same data.
+The global order of rows does not depend on the number of processes. Each takes those rows of a global batch that its
+devices hold, so a run may continue on another number of processes and see the same data.
 """
 
 import dataclasses
 import sys
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -60,31 +60,33 @@ def to_batch(rows: Row) -> Batch:
 class TrainBatches:
     """Endless training batches: every epoch shows each row once, in an order of its own."""
 
-    def __init__(self, corpus: "Corpus", batch_size: int, seed: int, process_index: int = 0, process_count: int = 1):
+    def __init__(self, corpus: "Corpus", batch_size: int, seed: int, rows: Sequence[int] | None = None):
         """Opens the training rows.
 
         Args:
           corpus: from `prepare`.
           batch_size: rows of the global batch.
           seed: of the order; equal on all processes.
-          process_index: this process, of `process_count`.
-          process_count: how many processes share a batch.
+          rows: which rows of a global batch to read, increasing; None reads all.
 
         Raises:
-          ConfigError: the batch cannot be shared evenly.
+          ConfigError: there is no such batch.
           DataError: the rows are damaged.
         """
         import grain
 
-        rows_here = _rows_per_process(batch_size, process_index, process_count)
+        rows_here = _checked_rows(batch_size, rows)
         # Grain adds the epoch to the shuffle's seed: spread the seeds, or seed 0 would begin where seed 1 continues.
         shuffle_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
-        rows = grain.MapDataset.source(corpus.rows("train")).shuffle(seed=shuffle_seed).repeat()
-        slices = rows.batch(rows_here, drop_remainder=True)  # P of them in a row make a global batch
-        self._batches = slices[process_index::process_count].map(to_batch)
+        ordered = grain.MapDataset.source(corpus.rows("train")).shuffle(seed=shuffle_seed).repeat()
+
+        def read(step: int) -> Batch:
+            return _stack([ordered[step * batch_size + row] for row in rows_here])
+
+        self._batches = grain.MapDataset.range(sys.maxsize // batch_size).map(read)
 
     def __getitem__(self, step: int) -> Batch:
-        """This process's slice of global batch `step`: NumPy arrays [batch_size / process_count, L]."""
+        """The rows of global batch `step` that are read here: NumPy arrays [rows, L]."""
         return self._batches[_checked_step(step)]
 
     def iterate(self, start_step: int = 0) -> Generator[Batch]:
@@ -92,33 +94,36 @@ class TrainBatches:
 
         Close the generator, or let it go out of scope, to stop the reading.
         """
-        return _read_ahead(self._batches[_checked_step(start_step) : sys.maxsize])
+        return _read_ahead(self._batches[_checked_step(start_step) :])
 
 
 def eval_batches(
-    corpus: "Corpus", batch_size: int, split: str = "validation", process_index: int = 0, process_count: int = 1
+    corpus: "Corpus", batch_size: int, split: str = "validation", rows: Sequence[int] | None = None
 ) -> Generator[Batch]:
-    """Yields this process's slices of batches that cover every row of a split exactly once, in order.
+    """Yields batches that cover every row of a split exactly once, in order; of each, the given rows (None: all).
 
     The last batch is filled up with rows of padding, so all batches have the same shapes and all processes the same
-    number of them. Summed over processes, `loss_mask_BL` counts `corpus.num_tokens[split]`.
+    number of them. Summed over all rows, `loss_mask_BL` counts `corpus.num_tokens[split]`.
 
     Raises:
-      ConfigError: the batch cannot be shared evenly.
+      ConfigError: there is no such batch.
       DataError: the rows are damaged.
     """
     import grain
 
-    rows_here = _rows_per_process(batch_size, process_index, process_count)
-    rows = corpus.rows(split)
+    rows_here = _checked_rows(batch_size, rows)
+    stored = corpus.rows(split)
     padding = {name: np.zeros(corpus.seq_len + 1, np.int32) for name in FEATURES}
 
     def read(step: int) -> Batch:
-        start = step * batch_size + process_index * rows_here
-        members = [rows[i] if i < len(rows) else padding for i in range(start, start + rows_here)]
-        return to_batch({name: np.stack([row[name] for row in members]) for name in FEATURES})
+        indices = [step * batch_size + row for row in rows_here]
+        return _stack([stored[i] if i < len(stored) else padding for i in indices])
 
-    return _read_ahead(grain.MapDataset.range(-(-len(rows) // batch_size)).map(read))
+    return _read_ahead(grain.MapDataset.range(-(-len(stored) // batch_size)).map(read))
+
+
+def _stack(rows: Sequence[Row]) -> Batch:
+    return to_batch({name: np.stack([row[name] for row in rows]) for name in FEATURES})
 
 
 def _read_ahead(batches: Any) -> Generator[Batch]:
@@ -139,12 +144,10 @@ def _checked_step(step: int) -> int:
     return int(step)
 
 
-def _rows_per_process(batch_size: int, process_index: int, process_count: int) -> int:
-    if batch_size < 1 or batch_size % process_count:
-        raise ConfigError(
-            f"train.batch_size={batch_size} must be a positive multiple of the number of processes={process_count}; "
-            f"use {max(1, round(batch_size / process_count)) * process_count}"
-        )
-    if not 0 <= process_index < process_count:
-        raise ConfigError(f"process_index={process_index} must be between 0 and process_count={process_count} less one")
-    return batch_size // process_count
+def _checked_rows(batch_size: int, rows: Sequence[int] | None) -> Sequence[int]:
+    if batch_size < 1:
+        raise ConfigError(f"train.batch_size={batch_size} must be at least 1")
+    rows = range(batch_size) if rows is None else rows
+    if not rows or not 0 <= min(rows) <= max(rows) < batch_size:
+        raise ConfigError(f"train.batch_size={batch_size} has rows 0 to {batch_size - 1}, not {[*rows]}")
+    return rows

@@ -39,6 +39,9 @@ LocalExperts = Callable[[jax.Array, Any, ExpertWeights], jax.Array]
 Leg = Callable[[jax.Array, Chosen, ExpertWeights], tuple[jax.Array, jax.Array]]
 """From tokens `[1, T, D]`, `Chosen` and weights to outputs and the choices that are left over, `[T, K]`."""
 
+REST_PARTS = 8
+"""Of a device's tokens, which take turns where some are left over."""
+
 EXCHANGED = "exchanged"
 """The name of what arrived, for remat to save."""
 
@@ -158,7 +161,10 @@ def _gather_weights(weights: ExpertWeights, *, is_whole: bool) -> ExpertWeights:
             # Gate and up side by side, as the product wants them: XLA:TPU lays them out anew, which is less work for
             # parts, and reduce-scatters gradients of three axes, where it all-reduces those of four.
             flat = w.reshape(*w.shape[:2], -1) if w.ndim == 4 else w
-            flat = jax.lax.all_gather(flat, "fsdp", axis=width_axis, tiled=True)
+            if w.shape[0] == 1:  # nor with a first axis of one
+                flat = jax.lax.all_gather(flat[0], "fsdp", axis=width_axis - 1, tiled=True)[None]
+            else:
+                flat = jax.lax.all_gather(flat, "fsdp", axis=width_axis, tiled=True)
             w = flat.reshape(*flat.shape[:2], *w.shape[2:]) if w.ndim == 4 else flat
         if is_whole and jax.lax.axis_size(EXPERT_AXES) > 1:
             w = jax.lax.all_gather(w, EXPERT_AXES, axis=0, tiled=True)
@@ -359,25 +365,32 @@ def _rest(
 ):
     """What the experts along `axes` make of the choices that are left over, if any are on any device.
 
-    One device's tokens after another's go to all: the arrays have the size of this device's own.
+    One device's tokens after another's go to all, in parts: the arrays are smaller than those of the way in buffers,
+    beside which the compiler must hold them.
     """
     num_devices, num_behind, first = _scope(axes, weights)
     experts_1TK = jnp.where(is_left_TK[None], chosen.experts_BLK, num_devices * num_behind)
     left = dataclasses.replace(chosen, experts_BLK=experts_1TK, max_choices=None)
     zeros_1TD = jnp.zeros_like(like_1TD)
 
-    @jax.checkpoint
     def in_turns(x_1TD, left, weights):
         @jax.checkpoint
-        def turn(sum_1TD, sender):
+        def turn(sum_1tD, part_and_sender):
+            (x_1tD, left_t), sender = part_and_sender
             is_mine = jax.lax.axis_index(axes) == sender
-            x_1TD_, left_ = jax.tree.map(lambda a: jax.lax.psum(jnp.where(is_mine, a, 0), axes), (x_1TD, left))
-            y_1TD = jax.lax.psum(run_rows(x_1TD_, left_.of_experts(first, num_behind), weights), axes)
-            return sum_1TD + jnp.where(is_mine, y_1TD, 0), None
+            x_1tD, left_t = jax.tree.map(lambda a: jax.lax.psum(jnp.where(is_mine, a, 0), axes), (x_1tD, left_t))
+            y_1tD = jax.lax.psum(run_rows(x_1tD, left_t.of_experts(first, num_behind), weights), axes)
+            return sum_1tD + jnp.where(is_mine, y_1tD, 0), None
 
-        return jax.lax.scan(turn, zeros_1TD, jnp.arange(num_devices))[0]
+        def one_part(part):
+            zeros_1tD = zeros_1TD[:, : part[0].shape[1]]
+            return jax.lax.scan(lambda s, sender: turn(s, (part, sender)), zeros_1tD, jnp.arange(num_devices))[0]
+
+        num_parts = math.gcd(REST_PARTS, x_1TD.shape[1])
+        parts = jax.tree.map(lambda a: a.reshape(1, num_parts, -1, a.shape[-1]).swapaxes(0, 1), (x_1TD, left))
+        return jax.lax.map(one_part, parts).swapaxes(0, 1).reshape(zeros_1TD.shape)
 
     num_left = jax.lax.psum(
         is_left_TK.sum(), (*BATCH_AXES, "context")
     )  # the same on all devices: all take the same branch
-    return jax.lax.cond(num_left == 0, lambda *_: zeros_1TD, in_turns, x_1TD, left, weights)
+    return jax.lax.cond(num_left == 0, lambda *_: zeros_1TD, jax.checkpoint(in_turns), x_1TD, left, weights)

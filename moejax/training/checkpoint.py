@@ -119,6 +119,14 @@ class Checkpoints:
             trees.append(jax.tree.unflatten(jax.tree.structure(abstract), leaves))
         return step, trees[0], trees[1]
 
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *rest: object) -> None:
+        # One of several processes that failed must not wait for a save in which the others may no longer take part.
+        if error is None or jax.process_count() == 1:
+            self.close()
+
     def close(self) -> None:
         """Waits for the last save; raises `CheckpointError` if it failed."""
         try:

@@ -9,8 +9,9 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 
 import jax
+from jax.sharding import Mesh
 
-from moejax.config import Config, ConfigError, Knobs
+from moejax.config import Config, Knobs
 from moejax.data import Batch, Corpus, TrainBatches, eval_batches, load_tokenizer, prepare
 from moejax.models.parameters import count_parameters
 from moejax.sharding import make_mesh
@@ -19,12 +20,14 @@ from moejax.training.evaluation import Evaluation, evaluate
 from moejax.training.evaluation_log import EvaluationLog
 from moejax.training.metrics import FinishedStep, MetricsFile, Recorder
 from moejax.training.nonfinite import NonFiniteError, locate
+from moejax.training.processes import SharedStop, fail_together, first_says, first_then_others, is_first, wait_for_all
 from moejax.training.progress import StepProgress
 from moejax.training.routing_log import RoutingLog
-from moejax.training.run_directory import check_run_directory, write_run_directory
+from moejax.training.run_directory import check_run_directory, check_shared, write_run_directory
 from moejax.training.signals import StopSignals
 from moejax.training.state import Trainable, TrainState, make_trainable
-from moejax.training.step import TrainStep, make_eval_step, make_train_step, put_batch
+from moejax.training.step import TrainStep, make_eval_step, make_train_step, put_batch, rows_of_process
+from moejax.training.watchdog import Watchdog
 
 log = logging.getLogger("moejax")
 
@@ -37,7 +40,8 @@ class TrainResult:
       step: steps done.
       stopped_by: the signal that ended it early, or None.
       evaluation: of the final state; None if stopped early.
-      tokens_per_s: median over logging intervals; None if this call trained no whole interval.
+      tokens_per_s: median over logging intervals; None if this call trained no whole interval, and in processes other
+        than the first.
     """
 
     step: int
@@ -48,6 +52,8 @@ class TrainResult:
 
 def train(config: Config, workdir: str | Path, *, command: str = "", stop: StopSignals | None = None) -> TrainResult:
     """Trains a configuration in a run directory, from its newest complete checkpoint if it has one.
+
+    Several processes (`processes.meet`) call it alike, on one shared `workdir`.
 
     Args:
       config: from `config.resolve`.
@@ -63,26 +69,33 @@ def train(config: Config, workdir: str | Path, *, command: str = "", stop: StopS
       DataError: data is missing or damaged.
       CheckpointError: the newest checkpoint is damaged or does not fit.
       NonFiniteError: `train.max_nonfinite_steps` steps in a row were not finite.
+      ProcessError: another process failed.
     """
     workdir = Path(workdir)
-    if jax.process_count() > 1:
-        raise ConfigError(f"{jax.process_count()} processes: training runs in one process so far; use one host")
-    mesh = make_mesh(config)
-    check_run_directory(workdir, config)
     with stop or StopSignals() as stop:
-        # A run keeps its tokenizer: one learned anew from changed text would not fit its weights.
-        corpus = prepare(config.data, load_tokenizer(workdir) if (workdir / "tokenizer.json").exists() else None)
-        write_run_directory(workdir, config, count_parameters(config), corpus.directory.name, command)
-        if not (workdir / "tokenizer.json").exists():
-            corpus.tokenizer.save(workdir)
+        mesh, corpus = first_then_others(lambda: _open(config, workdir, command))
+        check_shared(workdir)
         trainable = make_trainable(config, mesh)
-        with closing(Checkpoints(workdir, trainable)) as checkpoints, jax.set_mesh(mesh):
+        with Checkpoints(workdir, trainable) as checkpoints, jax.set_mesh(mesh):
             state = checkpoints.restore()
             if state is None:
                 state = trainable.init(config.train.seed)
             else:
                 log.info("continuing %s from step %d", workdir, int(state.step))
             return _Loop(trainable, corpus, checkpoints, workdir, stop).run(state)
+
+
+def _open(config: Config, workdir: Path, command: str) -> tuple[Mesh, Corpus]:
+    """The mesh and the rows; process 0 writes what the run directory lacks of configuration and tokenizer."""
+    mesh = make_mesh(config)
+    check_run_directory(workdir, config)
+    # A run keeps its tokenizer: one learned anew from changed text would not fit its weights.
+    corpus = prepare(config.data, load_tokenizer(workdir) if (workdir / "tokenizer.json").exists() else None)
+    if is_first():
+        write_run_directory(workdir, config, count_parameters(config), corpus.directory.name, command)
+        if not (workdir / "tokenizer.json").exists():
+            corpus.tokenizer.save(workdir)
+    return mesh, corpus
 
 
 class _Loop:
@@ -96,25 +109,27 @@ class _Loop:
         self.corpus = corpus
         self.checkpoints = checkpoints
         self.workdir = workdir
-        self.stop = stop
+        self.stop = SharedStop(stop, trainable.mesh)
+        self.watchdog = Watchdog(self.config.step_limit_s, trainable.mesh)
         self.knobs = Knobs.of(trainable.config)
         self.eval_step = make_eval_step(trainable)
         self.evaluations: EvaluationLog | None = None
-        self.batches = TrainBatches(
-            corpus, self.config.batch_size, self.config.seed, jax.process_index(), jax.process_count()
-        )
+        rows = rows_of_process(trainable.mesh, self.config.batch_size)
+        self.batches = TrainBatches(corpus, self.config.batch_size, self.config.seed, rows)
 
     def run(self, state: TrainState) -> TrainResult:
         """Trains from `state` to the end of the run or to a signal."""
         start_step = int(state.step)
-        if self.trainable.config.num_moe_layers:
+        if self.trainable.config.num_moe_layers and is_first():
             self.evaluations = EvaluationLog(self.workdir, after_step=start_step)
         with ExitStack() as stack:
-            metrics = stack.enter_context(MetricsFile(self.workdir, after_step=start_step))
-            progress = stack.enter_context(StepProgress(self.config.num_steps, start_step))
+            stack.enter_context(self.watchdog)
+            metrics = stack.enter_context(MetricsFile(self.workdir, after_step=start_step)) if is_first() else None
+            progress = stack.enter_context(StepProgress(self.config.num_steps, start_step, is_first()))
             recorder = Recorder(metrics, self._open_routing_log(start_step), progress, start_step)
             evaluation = None
-            if start_step > 0 and self._is_evaluated(start_step) and not metrics.is_evaluated:
+            is_known = first_says("evaluated" if metrics is not None and metrics.is_evaluated else "")
+            if start_step > 0 and self._is_evaluated(start_step) and not is_known:
                 evaluation = self._evaluate(state, metrics)  # a signal came before it was done
             state, evaluation = self._train(state, recorder, evaluation)
             if evaluation is None and not self.stop:  # the run was complete before this call
@@ -138,10 +153,12 @@ class _Loop:
             train_step = self._compile(state, self.batches[step])
             recorder.resume()
             while step < self.config.num_steps and not self.stop:
+                self.watchdog.step(step + 1)
                 batch = put_batch(next(batches), self.trainable)
                 state, output = train_step(state, batch, self.knobs)
                 step += 1
                 finished = recorder.add(output)
+                self.stop.poll()
                 if finished.step % self.config.log_every == 0:
                     recorder.end_interval()
                 evaluation = None
@@ -153,7 +170,7 @@ class _Loop:
                     recorder.resume()
                 if finished.skipped_in_row >= self.config.max_nonfinite_steps:
                     recorder.flush()
-                    raise self._give_up(state, finished)
+                    self._give_up(state, finished)
         return state, evaluation
 
     def _is_evaluated(self, step: int) -> bool:
@@ -165,25 +182,23 @@ class _Loop:
         return self._is_evaluated(step) or step % self.config.checkpoint_every == 0
 
     def _compile(self, state: TrainState, batch: Batch) -> TrainStep:
-        """Compiles the step before the clock starts."""
+        """Compiles the step before the clock starts, in all processes: gloo would not wait for a slow one."""
         started = time.perf_counter()
         arguments = (state, put_batch(batch, self.trainable), self.knobs)
         compiled = make_train_step(self.trainable).lower(*arguments).compile()
         log.info("compiled the train step in %.1f s", time.perf_counter() - started)
+        wait_for_all()
         return compiled
 
     def _evaluate(self, state: TrainState, metrics: MetricsFile | None = None) -> Evaluation | None:
         """Evaluates the validation split and writes the result to `metrics`; None if a signal came meanwhile."""
-        batches = eval_batches(
-            self.corpus,
-            self.config.batch_size // self.config.accumulation,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        )
+        self.watchdog.other_work(f"the evaluation of step {int(state.step)}")
+        microbatch = self.config.batch_size // self.config.accumulation
+        batches = eval_batches(self.corpus, microbatch, rows=rows_of_process(self.trainable.mesh, microbatch))
         with closing(batches):
             evaluation = evaluate(
                 self.eval_step, self.trainable, state.params, state.router_state, batches,
-                self.corpus.num_bytes["validation"], should_stop=lambda: bool(self.stop),
+                self.corpus.num_bytes["validation"], should_stop=self.stop.poll,
             )  # fmt: skip
         if evaluation:
             if metrics:
@@ -196,23 +211,31 @@ class _Loop:
         return evaluation
 
     def _save(self, state: TrainState, evaluation: Evaluation | None) -> None:
+        self.watchdog.other_work(f"saving step {int(state.step)}")
         is_known = evaluation is not None and math.isfinite(evaluation.loss)
         self.checkpoints.save(state, {"eval/loss": evaluation.loss} if evaluation and is_known else None)
 
     def _open_routing_log(self, start_step: int) -> RoutingLog | None:
         config = self.trainable.config
-        if config.num_moe_layers == 0:
+        if config.num_moe_layers == 0 or not is_first():
             return None
         routing = RoutingLog(self.workdir, config.moe_layers, config.moe.num_choices)
         routing.truncate(start_step)
         return routing
 
-    def _give_up(self, state: TrainState, finished: FinishedStep) -> NonFiniteError:
+    def _give_up(self, state: TrainState, finished: FinishedStep) -> None:
+        """Raises `NonFiniteError`; of several processes all look for the place, and the first names it."""
         first = finished.step - finished.skipped_in_row + 1
         batch = put_batch(self.batches[first - 1], self.trainable)
         place = locate(self.trainable, state, batch, self.knobs)
-        return NonFiniteError(
+        error = NonFiniteError(
             f"loss or gradients were not finite in {finished.skipped_in_row} steps in a row, from step {first} on; "
             f"the first such value is in {place}; none of these steps was applied, and "
             "checkpoints are of earlier ones; lower optimizer.learning_rate, or raise train.max_nonfinite_steps"
         )
+
+        def fail() -> None:
+            if is_first():
+                raise error
+
+        fail_together(fail)

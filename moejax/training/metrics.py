@@ -96,8 +96,8 @@ class Recorder:
     """Collects step outputs, hands each logging interval to the files one interval late, and keeps time.
 
     Args:
-      metrics: where scalars go.
-      routing: where per-expert arrays go; None for a dense model.
+      metrics: where scalars go; None in a process that writes nothing.
+      routing: where per-expert arrays go; None there, and for a dense model.
       progress: shown every finished step.
       start_step: steps done before this process began.
 
@@ -105,7 +105,9 @@ class Recorder:
       rates: tokens per second of each interval.
     """
 
-    def __init__(self, metrics: MetricsFile, routing: RoutingLog | None, progress: StepProgress, start_step: int):
+    def __init__(
+        self, metrics: MetricsFile | None, routing: RoutingLog | None, progress: StepProgress, start_step: int
+    ):
         self.metrics = metrics
         self.routing = routing
         self.progress = progress
@@ -152,7 +154,7 @@ class Recorder:
         return self._last
 
     def _write(self, interval: Sequence[tuple[StepOutput, float]]) -> None:
-        if not interval:
+        if not interval or self.metrics is None:
             return
         outputs: list[StepOutput] = jax.device_get([output for output, _ in interval])
         steps = [{key: float(value) for key, value in output.scalars.items()} for output in outputs]

@@ -1,5 +1,6 @@
 """Finding where a value first stopped being finite, once a run has given up."""
 
+import functools
 from typing import Any
 
 import jax
@@ -45,8 +46,9 @@ def locate(trainable: Trainable, state: TrainState, batch: Batch, knobs: Knobs) 
             return f"layer {layer} (output)"
     if not _is_finite(model.unembed(x_BLD)):
         return "the logits"
-    grads, _ = jax.jit(lambda p: loss_and_gradients(trainable, p, state.router_state, batch, knobs, keys_B))(
-        state.params
+    # Arguments, not closed over: what several processes hold must not become a constant.
+    grads, _ = jax.jit(functools.partial(loss_and_gradients, trainable))(
+        state.params, state.router_state, batch, knobs, keys_B
     )
     place = _last_bad_gradient(nnx.merge(trainable.graphdef, grads, state.router_state))
     return f"the gradient of {place}" if place else "the global gradient norm (it overflows)"

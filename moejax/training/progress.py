@@ -19,15 +19,17 @@ class StepProgress:
     Args:
       num_steps: the run's length.
       start_step: steps done before.
+      is_shown: whether this process shows it.
     """
 
-    def __init__(self, num_steps: int, start_step: int):
+    def __init__(self, num_steps: int, start_step: int, is_shown: bool = True):
         self._num_steps = num_steps
         self._start_step = start_step
+        self._is_shown = is_shown
         self._bar: Progress | None = None
         self._started = time.perf_counter()
         self._last_line = 0.0
-        if sys.stderr.isatty():
+        if is_shown and sys.stderr.isatty():
             self._bar = Progress(
                 TextColumn("training"),
                 BarColumn(),
@@ -55,7 +57,7 @@ class StepProgress:
             self._bar.update(self._task, completed=step, loss=f"{loss:.3f}", rate=f"{tokens_per_s:,.0f}")
             return
         now = time.perf_counter()
-        if now - self._last_line < PLAIN_SECONDS and step < self._num_steps:
+        if not self._is_shown or (now - self._last_line < PLAIN_SECONDS and step < self._num_steps):
             return
         self._last_line = now
         left = (now - self._started) / max(1, step - self._start_step) * (self._num_steps - step)

@@ -1,11 +1,14 @@
 """`workdir/config.json`: what a run is, and the check that a resumed run is still the same."""
 
 import dataclasses
+import hashlib
 import importlib.metadata
 import json
 import os
 import platform
+import socket
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +17,20 @@ import jax
 import moejax
 from moejax.config import Config, ConfigError, leaves, resolve, to_dict
 from moejax.models.parameters import ParameterCount
+from moejax.training.processes import fail_together, first_says
 
 MAY_CHANGE = (
     "train.num_steps", "train.log_every", "train.eval_every", "train.checkpoint_every", "train.keep_checkpoints",
-    "train.max_nonfinite_steps", "data.directory", "moe.grouped_matmul", "moe.exchange", "moe.exchange_buffer",
+    "train.max_nonfinite_steps", "train.step_limit_s", "data.directory", "moe.grouped_matmul", "moe.exchange",
+    "moe.exchange_buffer",
     "moe.exchange_chunks", "moe.save_exchanged", "model.remat", "model.scan_layers", "mesh.data", "mesh.fsdp",
     "mesh.expert", "mesh.context", "mesh.tensor", "mesh.dcn_data", "mesh.dcn_fsdp", "mesh.dcn_expert",
 )  # fmt: skip
 """Leaves that may differ when a run is continued: they change neither the model nor what a step computes, except that
 `train.num_steps` stretches the learning-rate schedule."""
+
+SHARED_SECONDS = 60.0
+"""Network file systems may show a new file so much later in another host."""
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "numpy")
 
@@ -72,6 +80,7 @@ def write_run_directory(workdir: Path, config: Config, parameters: ParameterCoun
         "versions": versions(),
         "git_commit": git_commit(),
         "device": f"{jax.device_count()} x {device.device_kind} ({device.platform})",
+        "processes": jax.process_count(),
         "command": command,
     }
     try:
@@ -79,6 +88,28 @@ def write_run_directory(workdir: Path, config: Config, parameters: ParameterCoun
         write_json(path, content)
     except OSError as error:
         raise ConfigError(f"--workdir={workdir} cannot be written: {error.strerror}; use another folder") from error
+
+
+def check_shared(workdir: Path) -> None:
+    """Raises `ConfigError` in a process that does not see the `config.json` that process 0 has written."""
+    path = workdir / "config.json"
+
+    def digest() -> str:
+        return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else ""
+
+    written = first_says(digest())
+
+    def see() -> None:
+        deadline = time.monotonic() + SHARED_SECONDS
+        while digest() != written:
+            if time.monotonic() > deadline:
+                raise ConfigError(
+                    f"--workdir={workdir} on {socket.gethostname()}, process {jax.process_index()}, is not the folder "
+                    "that process 0 writes; name one on a file system that all hosts share"
+                )
+            time.sleep(0.5)
+
+    fail_together(see)
 
 
 def read_config(workdir: str | Path) -> Config:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 
 from moejax.config import Config, Knobs
 from moejax.data.batches import Batch
@@ -280,8 +281,14 @@ def make_eval_step(trainable: Trainable) -> Callable[[nnx.State, nnx.State, Batc
     return jax.jit(eval_step, out_shardings=replicated(trainable.mesh))
 
 
+def rows_of_process(mesh: Mesh, batch_size: int) -> list[int]:
+    """Rows of a global batch that this process's devices hold, increasing: all of them if it is alone."""
+    held = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+    return sorted({row for part in held if part for row in range(*part[0].indices(batch_size))})
+
+
 def put_batch(batch: Batch, trainable: Trainable) -> Batch:
-    """This process's rows as global arrays, split over the batch axes of the mesh."""
+    """The rows of this process, see `rows_of_process`, as global arrays, split over the batch axes of the mesh."""
     sharding = batch_sharding(trainable.mesh)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
 
