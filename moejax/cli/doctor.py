@@ -23,7 +23,15 @@ from jax.sharding import Mesh
 
 from moejax.benchmarks.step import random_batch
 from moejax.cli import UsageError
-from moejax.cli.options import define_config, define_json, define_mesh, parse_mesh, read_config_flag
+from moejax.cli.options import (
+    define_config,
+    define_json,
+    define_mesh,
+    define_processes,
+    meet_as_flagged,
+    parse_mesh,
+    read_config_flag,
+)
 from moejax.cli.tables import print_result, print_table
 from moejax.config import Config, Knobs, resolve
 from moejax.kernels.grouped_matmul import IMPLEMENTATIONS, grouped_matmul, resolve_implementation, unavailable
@@ -31,6 +39,7 @@ from moejax.moe.experts import ExpertWeights
 from moejax.moe.local import Chosen, run_dropless
 from moejax.planning.mesh_check import check_mesh
 from moejax.sharding import make_mesh
+from moejax.training.processes import has_others, is_first
 from moejax.training.run_directory import git_commit, versions
 from moejax.training.state import make_trainable
 from moejax.training.step import make_train_step, put_batch
@@ -46,11 +55,17 @@ def define(values: FlagValues, arguments: list[str]) -> None:
     """Flags of the verb."""
     define_config(values, arguments)
     define_mesh(values, "sizes instead of the recipe's")
+    define_processes(values)
     define_json(values)
 
 
 def run(values: FlagValues, rest: list[str]) -> None:
-    """Checks everything, prints tables, and fails if a check did."""
+    """Checks everything, prints tables, and fails if a check did; of several processes each checks its own devices."""
+    with meet_as_flagged(values):
+        _run(values)
+
+
+def _run(values: FlagValues) -> None:
     config = _config(values)
     # The choice of kernel is a row of the table: not a line of the log, too.
     logging.getLogger("moejax").setLevel(logging.WARNING)
@@ -69,7 +84,8 @@ def run(values: FlagValues, rest: list[str]) -> None:
     }
     rows |= {f"grouped_matmul={name}": f"not here: {why}" for name, why in unavailable().items()}
     checks["experts"] = check_experts
-    checks["training step"] = check_training_step
+    if not has_others():
+        checks["training step"] = check_training_step
     collectives: list[dict[str, Any]] = []
     if config:
         mesh = make_mesh(config)
@@ -83,18 +99,24 @@ def run(values: FlagValues, rest: list[str]) -> None:
         except Exception as error:  # a broken set-up can fail in any way
             rows[f"check: {name}"] = f"FAILED: {str(error) or type(error).__name__}".splitlines()[0]
             failures.append(name)
-    if config and values.json:
-        rows["collectives"] = collectives
-    print_result(rows, is_json=values.json)
-    if collectives and not values.json:
+    if is_first():
+        _print(rows, collectives if config else None, is_json=values.json)
+    if failures:
+        raise DoctorError(f"{', '.join(failures)} failed; see the table, and report it with the versions above")
+
+
+def _print(rows: dict[str, Any], collectives: list[dict[str, Any]] | None, *, is_json: bool) -> None:
+    if is_json:
+        print_result(rows if collectives is None else rows | {"collectives": collectives}, is_json=True)
+        return
+    print_result(rows, is_json=False)
+    if collectives:
         shown = [
             {"kind": row["kind"], "along": row["axis"] or "-", "devices": row["devices"], "times": row["count"],
              "bytes": row["bytes"], "times*": row["conditional_count"], "bytes*": row["conditional_bytes"]}
             for row in collectives
         ]  # fmt: skip
         print_table(shown, "What a device sends for a layer's experts, both passes; *: if tokens are left over")
-    if failures:
-        raise DoctorError(f"{', '.join(failures)} failed; see the table, and report it with the versions above")
 
 
 def check_grouped_matmul(name: str) -> str:

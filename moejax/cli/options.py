@@ -73,7 +73,7 @@ def meet_as_flagged(values: FlagValues) -> contextlib.AbstractContextManager[Non
                 )
         if values.distributed:
             return _meet()
-        refuse_several_processes("train without --distributed", "add --distributed, or launch one")
+        refuse_several_processes("without --distributed", "add --distributed, or launch one")
         return contextlib.nullcontext()
     if values.distributed:
         raise UsageError(f"--distributed and --coordinator={values.coordinator} exclude each other; give one")
