@@ -107,6 +107,20 @@ def own_lines(text):
     return [line for line in text.splitlines() if not line.startswith("[Gloo]")]
 
 
+def test_doctor_finds_that_tokens_meet_their_experts_across_processes(folder):
+    def doctor(index, flags):
+        return ["-m", "moejax", "doctor", f"--config={folder / 'recipe.py'}", "--mesh=dcn_expert=2,expert=2", "--json",
+                "--config.moe.exchange=two_level", *flags]  # fmt: skip
+
+    with started(folder, 2, 2, doctor) as processes:
+        codes, outputs, errors = ends(processes)
+    assert codes == [0, 0], errors
+    rows = json.loads(outputs[0])
+    assert rows["exchange"] == "two_level" and rows["check: exchange"].startswith("ok, within")
+    assert {"dcn_expert", "expert"} <= {row["axis"] for row in rows["collectives"]}
+    assert outputs[1] == "", "process 0 speaks for all"
+
+
 def wait_for(condition, processes):
     deadline = time.monotonic() + SECONDS
     while not condition():
