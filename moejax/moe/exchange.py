@@ -205,6 +205,10 @@ def _send(how: Exchange, strategy: str, run_rows: LocalExperts, x_bLD, chosen: C
     size = num_tokens // math.gcd(how.chunks, num_tokens)
     num_experts = weights.down_EFD.shape[0] * jax.lax.axis_size(EXPERT_AXES)
     leg = _leg(how.buffer_factor, strategy, run_rows, size, top_k, num_experts)
+    if size < num_tokens:
+        # What the experts of one chunk keep for the backward pass is computed again there, just before it is used: the
+        # memory of one chunk serves all.
+        leg = jax.checkpoint(leg, policy=jax.checkpoint_policies.save_only_these_names(EXCHANGED))
     parts = []
     for first in range(0, num_tokens, size):
         x_1tD, chosen_t = jax.tree.map(lambda a, first=first: a[:, first : first + size], (x_1TD, chosen))
