@@ -2,8 +2,8 @@
 
   moejax bench compiled_step --target=v5p --topology=4x4x4 --config=configs/mixtral_8x7b.py
 
-On 64 chips of TPU v5p, 49,152 tokens each; other meshes by `--config.mesh.fsdp=16 --config.mesh.expert=4`. Nothing was
-trained with it. What its step holds and sends is in docs/performance.md.
+On 64 chips of TPU v5p, 49,152 tokens each, an expert of each layer on a chip; other meshes by `--config.mesh.fsdp=16
+--config.mesh.expert=4`. Nothing was trained with it. What its step holds and sends is in docs/performance.md.
 """
 
 from ml_collections import ConfigDict
@@ -26,6 +26,9 @@ def get_config(arg: str = "") -> ConfigDict:
     config.moe.num_experts = 8
     config.moe.top_k = 2
     config.moe.d_expert = 14336
+    config.moe.exchange_buffer = 1.25
+    config.moe.exchange_chunks = 4
+    config.moe.save_exchanged = False  # 32 layers of what arrived would be 32 GB
     config.data.tokenizer = "bpe"
     config.data.vocab_size = 32_000
     config.data.seq_len = 4096
@@ -33,4 +36,5 @@ def get_config(arg: str = "") -> ConfigDict:
     config.optimizer.learning_rate = 3e-4
     config.mesh.data = 1
     config.mesh.fsdp = -1
+    config.mesh.expert = 8
     return config
