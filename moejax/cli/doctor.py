@@ -61,7 +61,7 @@ def define(values: FlagValues, arguments: list[str]) -> None:
 
 def run(values: FlagValues, rest: list[str]) -> None:
     """Checks everything, prints tables, and fails if a check did; of several processes each checks its own devices."""
-    with meet_as_flagged(values):
+    with meet_as_flagged(values, "doctor"):
         _run(values)
 
 

@@ -58,7 +58,7 @@ def define_processes(values: FlagValues) -> None:
     flags.DEFINE_integer("process_id", None, "with --coordinator: which one this is, from 0", flag_values=values)
 
 
-def meet_as_flagged(values: FlagValues) -> contextlib.AbstractContextManager[None]:
+def meet_as_flagged(values: FlagValues, verb: str) -> contextlib.AbstractContextManager[None]:
     """What `define_processes` asks for: within it, several processes are one machine.
 
     Raises:
@@ -73,7 +73,7 @@ def meet_as_flagged(values: FlagValues) -> contextlib.AbstractContextManager[Non
                 )
         if values.distributed:
             return _meet()
-        refuse_several_processes("without --distributed", "add --distributed, or launch one")
+        refuse_several_processes(f"{verb} without --distributed", "add --distributed, or launch one")
         return contextlib.nullcontext()
     if values.distributed:
         raise UsageError(f"--distributed and --coordinator={values.coordinator} exclude each other; give one")

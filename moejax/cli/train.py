@@ -45,7 +45,7 @@ def define(values: FlagValues, arguments: list[str]) -> None:
 
 def run(values: FlagValues, rest: list[str]) -> None:
     """Trains, reports, prints the table."""
-    with meet_as_flagged(values):
+    with meet_as_flagged(values, "train"):
         if not is_first():
             logging.getLogger("moejax").setLevel(logging.WARNING)  # process 0 says what all would say
         _train(values, first_then_others(lambda: read_config_flag(values)))
