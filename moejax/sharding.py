@@ -96,9 +96,12 @@ def make_mesh(config: Config, devices: list[jax.Device] | None = None) -> Mesh:
 
 
 def _groups(devices: list[Any], num_groups: int) -> list[list[Any]]:
-    """Equal groups of devices that lie close together; where the devices know their slices, none is torn apart."""
+    """Equal groups of devices that lie close together; no slice of TPUs is torn apart.
+
+    Other hosts, too, number their devices' slices, though links between them may be fast.
+    """
     slices = [getattr(device, "slice_index", 0) or 0 for device in devices]
-    num_slices = len(set(slices))
+    num_slices = len(set(slices)) if devices[0].platform == "tpu" else 1
     if (num_slices % num_groups and num_groups % num_slices) or (num_groups == 1 < num_slices):
         raise ConfigError(
             f"mesh.dcn_data * mesh.dcn_fsdp * mesh.dcn_expert = {num_groups} does not fit {num_slices} slices of "

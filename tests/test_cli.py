@@ -92,6 +92,7 @@ def test_placement_shows_how_even_the_devices_are_and_eval_with_it_gives_the_sam
         (["placement", "--devices=2", "--step=3"], ["--step=3 was not evaluated; use one of 10"]),
         (["eval", "--mesh=data=2,expert=4"], ["moe.num_experts=6", "mesh.expert=4"]),
         (["eval", "--mesh=expert"], ["'expert' must be AXIS=SIZE"]),
+        (["eval", "--replicas=1"], ["--replicas=1", "as in --mesh=expert=4"]),
     ],
 )
 def test_experts_that_cannot_be_placed_so_are_an_error_that_says_why(in_folder, flags, words, capsys):
@@ -141,7 +142,7 @@ def test_report_is_written_again_from_the_run_directory(in_folder, capsys):
         (["train", f"--config={DEBUG}", "--config.data.source=files", "--config.data.files=none/*.txt"], "none/*.txt"),
         (["eval"], "--workdir is missing"),
         (["report", "--workdir=nowhere"], "--workdir=nowhere is not a folder"),
-        (["bench", "speed"], "one of layer, decode, compiled, tune, step, compile, import; got speed"),
+        (["bench", "speed"], "one of layer, decode, compiled, compiled_step, tune, step, compile, import; got speed"),
     ],
     ids=lambda value: " ".join(value[-2:])[-40:] if isinstance(value, list) else None,
 )

@@ -500,13 +500,16 @@ def test_fast_axes_stay_within_a_group_of_devices_and_slow_ones_go_from_one_grou
 
 
 def test_no_slice_is_torn_apart_and_slices_ask_for_slow_axes():
-    devices = [FakeDevice(i, slice_index=i % 2) for i in range(8)]
+    devices = [FakeDevice(i, slice_index=i % 2, platform="tpu") for i in range(8)]
     assert [[device.id for device in group] for group in _groups(devices, 2)] == [[0, 2, 4, 6], [1, 3, 5, 7]]
     assert [len(group) for group in _groups(devices, 4)] == [2, 2, 2, 2]
     assert {device.slice_index for device in _groups(devices, 4)[1]} == {0}
     for num_groups in (1, 3):
         with pytest.raises(ConfigError, match=f"= {num_groups} does not fit 2 slices.*use mesh.dcn_data=2"):
             _groups(devices, num_groups)
+    hosts = [FakeDevice(i, slice_index=i % 2, platform="gpu") for i in range(8)]
+    assert _groups(hosts, 1) == [hosts]
+    assert [[device.slice_index for device in group] for group in _groups(hosts, 2)] == [[0] * 4, [1] * 4]
 
 
 # Sharding rules ---------------------------------------------------------------------------------------------------

@@ -38,6 +38,8 @@ def test_every_option_that_the_page_names_exists_and_every_option_of_experts_is_
         "grouped_matmul",
         "exchange",
         "exchange_buffer",
+        "exchange_chunks",
+        "save_exchanged",
         "router",
         "noise_scale",
         "d_router",

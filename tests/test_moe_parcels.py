@@ -27,6 +27,7 @@ def test_the_mean_number_of_receivers_is_that_of_all_ways_to_choose():
         ways = [len({e // per for e in way}) for way in itertools.combinations(range(num_experts), top_k)]
         assert mean_receivers(num_experts, top_k, num_receivers) == pytest.approx(np.mean(ways))
     assert mean_receivers(64, 8, 8) == pytest.approx(5.4326, abs=1e-4)
+    assert mean_receivers(2, 3, 2) == 2  # some choices are of experts without weights
 
 
 def test_room_is_the_mean_times_the_factor_in_eights_and_no_more_than_can_come():

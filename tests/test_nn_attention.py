@@ -133,7 +133,8 @@ def test_the_norm_divides_by_the_root_mean_square_in_float32():
     np.testing.assert_array_equal(y_BD, jnp.asarray(exact_BD, jnp.bfloat16))
 
 
-def test_long_rows_attend_in_blocks_of_queries_as_if_at_once(monkeypatch):
+@pytest.mark.parametrize(("block", "turns"), [(2, 4), (3, 3)])  # 3: the last block is filled up
+def test_long_rows_attend_in_blocks_of_queries_as_if_at_once(monkeypatch, block, turns):
     rng = np.random.default_rng(0)
     q, k, v, dy = (jnp.float32(rng.normal(size=(B, 8, heads, HEAD))) for heads in (HEADS, 2, 2, HEADS))
     mask_BLL = row_mask(jnp.int32([[1, 1, 1, 2, 2, 2, 2, 0], [1] * 8]))
@@ -145,7 +146,7 @@ def test_long_rows_attend_in_blocks_of_queries_as_if_at_once(monkeypatch):
     at_once, program = values_and_gradients()
     assert "scan" not in program
     monkeypatch.setattr(attention, "LONGEST_AT_ONCE", 4)
-    monkeypatch.setattr(attention, "BLOCK", 2)
+    monkeypatch.setattr(attention, "BLOCK", block)
     in_blocks, program = values_and_gradients()
-    assert "length=4" in program  # blocks
+    assert f"length={turns}" in program
     jax.tree.map(functools.partial(oracle.assert_close, rtol=1e-5), in_blocks, at_once)

@@ -134,6 +134,27 @@ def test_how_tokens_meet_experts_changes_nothing(moe, strategy):
     assert_same(run(small_config(moe=how, mesh=mesh), 8), moe)
 
 
+MESHES = [
+    {"data": 2, "expert": 1}, {"data": 1, "expert": 2}, {"data": 1, "expert": 8}, {"data": 2, "expert": 4},
+    {"data": 2, "expert": 2, "tensor": 2}, {"data": 1, "fsdp": 4, "expert": 2},
+    {"data": 1, "dcn_expert": 2, "expert": 4}, {"data": 1, "dcn_data": 2, "dcn_expert": 2, "expert": 2},
+    {"data": 1, "context": 2, "expert": 4},
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def eight_experts() -> Outcome:
+    return run(small_config(moe={"num_experts": 8, "selection_bias": True}), num_steps=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+@pytest.mark.parametrize("strategy", ["gather", "ring", "all_to_all", "ragged", "dedup", "two_level"])
+def test_two_steps_are_the_same_on_every_mesh_however_tokens_meet_experts(eight_experts, strategy, mesh):
+    moe = {"num_experts": 8, "selection_bias": True, "exchange": strategy, "exchange_buffer": 1.25}
+    assert_same(run(small_config(moe=moe, mesh=mesh), int(np.prod(list(mesh.values()))), num_steps=2), eight_experts)
+
+
 @pytest.mark.parametrize(("saves", "ways"), [(True, 4), (False, 5)])
 def test_remat_sends_no_token_twice_if_what_arrived_is_saved(saves, ways):
     config = small_config(moe={"exchange": "dedup", "save_exchanged": saves}, mesh={"data": 1, "expert": 2})

@@ -291,7 +291,8 @@ def fails():
 with processes.meet(address, number, index):
     print("read", processes.first_then_others(write_or_read), processes.first_says(str(index)))
     a, b, c, d = jax.devices()
-    Trainable.mesh = mesh = Mesh(np.reshape([a, c, b, d], (4, 1, 1, 1)), MESH_AXES, axis_types=(AxisType.Auto,) * 4)
+    devices = np.reshape([a, c, b, d], (4, 1, 1, 1, 1, 1))
+    Trainable.mesh = mesh = Mesh(devices, MESH_AXES, axis_types=(AxisType.Auto,) * 6)
     rows = rows_of_process(mesh, 8)
     batch = put_batch(np.arange(8)[rows], Trainable)
     held = {s.index[0].start: s.data.tolist() for s in batch.addressable_shards}

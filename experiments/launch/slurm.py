@@ -21,7 +21,10 @@ import submitit
 from submitit.helpers import CommandFunction
 
 SECONDS_TO_SAVE = 120
-"""So long before its time is up a job is told to save: before submitit's own signal, which comes 90 seconds before."""
+"""So long before its time is up a job is told to save."""
+
+SECONDS_TO_END = 10
+"""So long before it submitit's own signal ends what is still there."""
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -76,6 +79,7 @@ def make_executor(options: argparse.Namespace) -> submitit.AutoExecutor:
         "tasks_per_node": max(1, options.gpus_per_node),
         "cpus_per_task": options.cpus_per_task,
         "timeout_min": options.minutes,
+        "slurm_signal_delay_s": SECONDS_TO_END,
         "slurm_additional_parameters": {"dependency": "singleton"},
         "slurm_srun_args": ["--kill-on-bad-exit=1"],  # those of a failed process that do not end by themselves
     }

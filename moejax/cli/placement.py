@@ -35,6 +35,8 @@ def run(values: FlagValues, rest: list[str]) -> None:
     config = read_config(workdir)
     if config.num_moe_layers == 0:
         raise UsageError(f"--workdir={workdir} is a run of a dense model, which has no experts to place")
+    if any(kind.router in ("expert_choice", "soft") for kind in config.moe_runs):
+        raise UsageError(f"--workdir={workdir}: experts that choose tokens have equal loads, wherever they are")
     devices = values.devices if values.devices is not None else config.mesh.dcn_expert * config.mesh.expert
     if devices < 2:
         raise UsageError(f"--devices={devices} must be at least 2: how many devices share the experts, such as 4")

@@ -10,7 +10,7 @@ from flax import nnx
 
 from moejax.config import Config, MeshConfig
 from moejax.data import eval_batches, load_tokenizer, prepare
-from moejax.moe.placement import place
+from moejax.moe.placement import PlacementError, place
 from moejax.sharding import EXPERT_AXES, make_mesh, tree_shardings
 from moejax.training.checkpoint import Checkpoints
 from moejax.training.evaluation import Evaluation, evaluate
@@ -29,8 +29,8 @@ def evaluate_run(
       workdir: the run directory.
       step: a saved step; None takes the newest.
       mesh: of all devices; None splits the batch over as many as divide it, with the weights on each of them.
-      replicas: experts lie where the load of the run's newest evaluation is most even, with so many copies on each
-        device; None: in order, without copies.
+      replicas: experts are placed by the load of the run's newest evaluation, with so many copies on each device;
+        None: in order, without copies.
 
     Returns:
       The run's configuration, the step and the figures.
@@ -61,6 +61,11 @@ def _placed(workdir: str | Path, trainable: Trainable, params: nnx.State, router
     """The same model with experts in other places, each array where the mesh wants it."""
     config, mesh = trainable.config, trainable.mesh
     devices = math.prod(mesh.shape[axis] for axis in EXPERT_AXES)
+    if devices == 1 or config.num_moe_layers == 0:
+        raise PlacementError(
+            f"--replicas={replicas} places experts on several devices; "
+            + ("say how many, as in --mesh=expert=4" if config.num_moe_layers else "this model has none")
+        )
     load_NE = newest_evaluation(workdir)["load"][:, : config.moe.num_experts]
     model = nnx.merge(trainable.graphdef, params, router_state)
     model.place_experts(place(load_NE, devices, replicas))

@@ -28,12 +28,12 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from moejax.kernels.platform import platform
-from moejax.kernels.varying import zeros_varying_like
+from moejax.kernels.varying import vary_alike, zeros_varying_like
 from moejax.moe.dispatch import add_up, plan_dropless
 from moejax.moe.experts import ExpertWeights
 from moejax.moe.local import Chosen
 from moejax.moe.parcels import Parcels, Travel, mean_receivers, pack_choices, pack_tokens, room_for
-from moejax.sharding import BATCH_AXES, EXPERT_AXES, TOKENS, has_context
+from moejax.sharding import EXPERT_AXES, MESH_AXES, TOKENS, has_context
 
 LocalExperts = Callable[[jax.Array, Any, ExpertWeights], jax.Array]
 Leg = Callable[[jax.Array, Chosen, ExpertWeights], tuple[jax.Array, jax.Array]]
@@ -394,7 +394,7 @@ def _rest(
         parts = jax.tree.map(lambda a: a.reshape(1, num_parts, -1, a.shape[-1]).swapaxes(0, 1), (x_1TD, left))
         return jax.lax.map(one_part, parts).swapaxes(0, 1).reshape(zeros_1TD.shape)
 
-    num_left = jax.lax.psum(
-        is_left_TK.sum(), (*BATCH_AXES, "context")
-    )  # the same on all devices: all take the same branch
+    # The same on all devices, which must take the same branch.
+
+    num_left = jax.lax.psum(vary_alike(is_left_TK.sum(), like_1TD)[0], MESH_AXES)
     return jax.lax.cond(num_left == 0, lambda *_: zeros_1TD, jax.checkpoint(in_turns), x_1TD, left, weights)

@@ -122,11 +122,14 @@ class MoE(nnx.Module):
         self.is_placed = True
 
     def _to_slots(self, experts_BLK):
-        """Slots of chosen experts; tokens take turns among the copies of one. What is no expert has no slot."""
+        """Slots of chosen experts; tokens take turns among the copies of one, by row and place in the row.
+
+        What is no expert has no slot.
+        """
         is_expert_BLK = experts_BLK < self.config.num_experts
         expert_BLK = jnp.minimum(experts_BLK, self.config.num_experts - 1)
-        turn_1L1 = jnp.arange(experts_BLK.shape[1])[None, :, None]
-        slot_BLK = self.slots[...][expert_BLK, turn_1L1 % self.num_copies[...][expert_BLK]]
+        turn_BL1 = jnp.indices(experts_BLK.shape[:2]).sum(axis=0)[:, :, None]
+        slot_BLK = self.slots[...][expert_BLK, turn_BL1 % self.num_copies[...][expert_BLK]]
         return jnp.where(is_expert_BLK, slot_BLK, self.experts.down.shape[0])
 
     def __call__(self, x_BLD: Float[Array, "B L D"], info: TokenInfo) -> tuple[Float[Array, "B L D"], RoutingStats]:

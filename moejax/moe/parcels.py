@@ -59,6 +59,7 @@ def mean_receivers(num_experts: int, top_k: int, num_receivers: int) -> float:
 
     Those of a receiver are E / n of the experts: none of K is among them with probability C(E - E/n, K) / C(E, K).
     """
+    top_k = min(top_k, num_experts)  # choices of experts without weights, which need no receiver, come on top
     others = num_experts - num_experts // num_receivers
     return num_receivers * (1 - math.comb(others, top_k) / math.comb(num_experts, top_k))
 

@@ -33,9 +33,9 @@ class Copies:
         Raises:
           PlacementError: an expert has no slot.
         """
-        num_NE = np.stack([np.bincount(experts_P, minlength=num_experts) for experts_P in experts_NP])
-        if num_NE.min() < 1 or num_NE.shape[1] != num_experts:
-            raise PlacementError(f"every one of {num_experts} experts must have a slot in every layer")
+        num_NE = (experts_NP[:, :, None] == np.arange(num_experts)).sum(axis=1)
+        if num_NE.min() < 1 or num_NE.sum() != experts_NP.size:
+            raise PlacementError(f"every one of {num_experts} experts, and no other, must have a slot in every layer")
         slots_NEM = np.zeros((*num_NE.shape, num_NE.max()), np.int32)
         for layer, experts_P in enumerate(experts_NP):
             for expert in range(num_experts):
@@ -52,7 +52,8 @@ def place(load_NE: Float[np.ndarray, "N E"], num_devices: int, replicas: int = 0
     """The expert in each slot, so that devices have nearly the same load.
 
     Spare slots go one by one to the expert with most load a copy. Then copies, those with most load first, go to the
-    device with least load that has a free slot and, if there is one, no copy of the same expert.
+    device with least load that has a free slot and, if there is one, no copy of the same expert. Without spare slots a
+    layer keeps its order where that is more even.
 
     Args:
       load_NE: of each expert in each layer, in any unit.
@@ -73,7 +74,12 @@ def place(load_NE: Float[np.ndarray, "N E"], num_devices: int, replicas: int = 0
     if not 0 <= replicas <= num_experts - num_experts // num_devices:
         most = num_experts - num_experts // num_devices
         raise PlacementError(f"{replicas} replicas on a device must be between 0 and {most}, as many as it lacks")
-    return np.stack([_place_layer(load_E, num_devices, replicas) for load_E in load_NE.astype(np.float64)])
+    experts_NP = np.stack([_place_layer(load_E, num_devices, replicas) for load_E in load_NE.astype(np.float64)])
+    if replicas:
+        return experts_NP
+    plain_NP = in_order(*load_NE.shape)
+    is_worse_N = imbalance(load_NE, experts_NP, num_devices) > imbalance(load_NE, plain_NP, num_devices)
+    return np.where(is_worse_N[:, None], plain_NP, experts_NP)
 
 
 def _place_layer(load_E, num_devices: int, replicas: int):

@@ -225,6 +225,7 @@ class _Loop:
 
     def _give_up(self, state: TrainState, finished: FinishedStep) -> None:
         """Raises `NonFiniteError`; of several processes all look for the place, and the first names it."""
+        self.watchdog.other_work("the search for values that are not finite")
         first = finished.step - finished.skipped_in_row + 1
         batch = put_batch(self.batches[first - 1], self.trainable)
         place = locate(self.trainable, state, batch, self.knobs)
