@@ -98,11 +98,11 @@ def _run(values: FlagValues) -> None:
                 rows[f"check: {name}"] = check()
         except Exception as error:  # a broken set-up can fail in any way
             rows[f"check: {name}"] = f"FAILED: {str(error) or type(error).__name__}".splitlines()[0]
-            failures.append(f"{name} ({rows[f'check: {name}'].removeprefix('FAILED: ')})")
+            failures.append(f"{name} failed: {rows[f'check: {name}'].removeprefix('FAILED: ')}")
     if is_first():
         _print(rows, collectives if config else None, is_json=values.json)
     if failures:
-        raise DoctorError(f"failed: {'; '.join(failures)}; report it with the versions above")
+        raise DoctorError(f"{'; '.join(failures)}; report it with the versions above")
 
 
 def _print(rows: dict[str, Any], collectives: list[dict[str, Any]] | None, *, is_json: bool) -> None:
