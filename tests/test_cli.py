@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import pytest
 
 from moejax.cli import VERBS, main
+from moejax.models import Decoder
 from moejax.moe import local
 from moejax.training.loop import TrainResult
 
@@ -64,7 +65,9 @@ def test_eval_opens_an_older_step_and_names_the_steps_there_are(in_folder, capsy
     assert "holds no step 99; it holds [10]" in capsys.readouterr().err
 
 
-def test_placement_shows_how_even_the_devices_are_and_eval_with_it_gives_the_same_figures(trained, in_folder, capsys):
+def test_placement_shows_how_even_devices_are_and_eval_so_gives_the_same_figures(
+    trained, in_folder, capsys, monkeypatch
+):
     assert main(["placement", f"--workdir={in_folder}", "--devices=2", "--replicas=2", "--json"]) == 0
     *rows, worst = json.loads(capsys.readouterr().out)
     assert worst["layer"] == "worst" and [row["layer"] for row in rows] == ["0", "1"]
@@ -76,8 +79,11 @@ def test_placement_shows_how_even_the_devices_are_and_eval_with_it_gives_the_sam
     assert rows[0]["in order"] == pytest.approx(2 * max(halves) / sum(halves), abs=0.02)
     assert main(["placement", f"--workdir={in_folder}", "--devices=2"]) == 0
     assert "worst" in capsys.readouterr().out
+    placed, real = [], Decoder.place_experts
+    monkeypatch.setattr(Decoder, "place_experts", lambda self, slots: placed.append(slots) or real(self, slots))
     command = ["eval", f"--workdir={in_folder}", "--mesh=data=4,expert=2", "--replicas=2", "--json"]
     assert main(command) == 0
+    assert [slots.shape for slots in placed] == [(2, 6 + 2 * 2)]
     rows = json.loads(capsys.readouterr().out)
     assert rows["validation loss"] == pytest.approx(trained[2]["validation loss"], abs=2e-4)
     assert rows["expert load, layer 1"] == pytest.approx(trained[2]["expert load, layer 1"], abs=0.02)
