@@ -228,7 +228,8 @@ def whole(weight: Any, dtype: DTypeLike | None = None) -> jax.Array:
     """
     value = weight[...] if dtype is None else weight[...].astype(dtype)
     split = partition_spec(weight.axes[len(weight.axes) - value.ndim :])
-    if jax.sharding.get_abstract_mesh().empty or "fsdp" not in split:
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.shape["fsdp"] == 1 or "fsdp" not in split:
         return value
     return _gather_parts(split, value)
 

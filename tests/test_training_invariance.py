@@ -174,7 +174,9 @@ def test_the_mesh_changes_nothing_for_capacity_dispatch():
     capacity = {"dispatch": "capacity", "capacity_factor": 1.0}
     one = run(small_config(moe=capacity))
     assert one.losses["dropped"] > 0
-    assert_same(run(small_config(moe=capacity, mesh={"data": 2, "fsdp": 2, "tensor": 2}), 8), one)
+    for mesh in ({"data": 2, "fsdp": 2, "tensor": 2}, {"data": 1, "expert": 2, "context": 2}):
+        moe = capacity | {"exchange": "gather"}  # for which a device plans the slots of its own sequences
+        assert_same(run(small_config(moe=moe, mesh=mesh), int(np.prod(list(mesh.values())))), one)
 
 
 def test_the_mesh_changes_nothing_for_a_pattern_of_layers_with_shared_experts():
