@@ -33,7 +33,7 @@ from moejax.moe.dispatch import add_up, plan_dropless
 from moejax.moe.experts import ExpertWeights
 from moejax.moe.local import Chosen
 from moejax.moe.parcels import Parcels, Travel, mean_receivers, pack_choices, pack_tokens, room_for
-from moejax.sharding import EXPERT_AXES, MESH_AXES, TOKENS, has_context
+from moejax.sharding import EXPERT_AXES, MESH_AXES, TOKENS
 
 LocalExperts = Callable[[jax.Array, Any, ExpertWeights], jax.Array]
 Leg = Callable[[jax.Array, Chosen, ExpertWeights], tuple[jax.Array, jax.Array]]
@@ -99,9 +99,7 @@ def exchange(
     slow, fast = (mesh.shape[axis] for axis in EXPERT_AXES)
     top_k = chosen.experts_BLK.shape[-1] if rows is not None else 0
     strategy = choose(how, slow, fast, weights.down_EFD.shape[0], top_k)
-    # A limit of capacity by sequence, which `local` may know, was kept by whoever refused choices: parts of sequences
-    # need not know it.
-    used = rows if rows and (strategy not in ("gather", "ring") or has_context()) else local
+    used = local if strategy in ("gather", "ring") or rows is None else rows
 
     def run(x_bLD, chosen, weights):
         weights = _add_bias_once(_gather_weights(weights, is_whole=strategy == "gather"))
