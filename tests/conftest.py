@@ -33,5 +33,5 @@ def _warnings_of_our_own_use_are_errors():
 
 
 def pytest_collection_modifyitems(items):
-    """Files that take long first: a process takes a file at a time (`make test`), and the longest must not come last."""
+    """Long files first: a process takes a file at a time (`make test`), and the longest must not come last."""
     items.sort(key=lambda item: not item.path.name.startswith(("test_training_", "test_moe_exchange")))
