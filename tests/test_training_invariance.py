@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from moejax.config import Config, Knobs
+from moejax.moe.parcels import mean_receivers, room_for
 from moejax.training.step import forward_sums, loss_and_gradients, losses, make_train_step, put_batch, row_keys
 from training_cases import initial_state, make, packed_batch, small_config
 
@@ -162,8 +163,13 @@ def test_remat_sends_no_token_twice_if_what_arrived_is_saved(saves, ways):
     batch = put_batch(packed_batch(config), trainable)
     with jax.set_mesh(trainable.mesh):
         lowered = make_train_step(trainable).lower(trainable.abstract, batch, Knobs.of(config))
-    rows = re.findall(r"f32\[1,\d+,32\]\S*\) all-to-all\(", lowered.compile().as_text())
-    assert len(rows) == ways  # there and back in each of two directions, and perhaps once more to compute again
+    text = lowered.compile().as_text()
+    rows = [int(rows) for rows in re.findall(r"f32\[1,(\d+),32\]\S*\) all-to-all\(", text)]
+    tokens, receivers = 8 * 16 / 2, mean_receivers(4, 2, 2)
+    # There and back in each of two directions, and perhaps once more to compute again: half of a buffer to each device.
+    assert rows == [room_for(tokens * receivers / 2, 1.5, int(tokens))] * ways
+    gathered = set(re.findall(r" = f32\[([\d,]+)\]\S* all-gather\(", text))
+    assert not gathered & {"4,32,2,16", "4,32,32", "4,16,32"}, "expert weights stay where they are"
 
 
 def test_mesh_and_accumulation_together_change_nothing(moe):

@@ -39,7 +39,7 @@ def bench_compiled_step(config: Config, target: Target, topology: str) -> dict[s
     topology = topology or target.smallest
     try:
         mesh = make_mesh(config, target_devices(target, topology))
-    except NotImplementedError as error:  # of jax.make_mesh
+    except NotImplementedError as error:  # jax's own, for a mesh that no torus has
         raise TargetError(
             f"the mesh cannot be laid over topology {topology} of {target.name}: each of its axes must be a product of "
             "some of these sizes"

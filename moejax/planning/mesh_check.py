@@ -19,12 +19,20 @@ from moejax.moe.exchange import Exchange, Local, choose, exchange
 from moejax.moe.experts import ExpertWeights
 from moejax.moe.local import Chosen, run_dropless
 from moejax.planning.collectives import collective_rows, list_collectives
-from moejax.sharding import BATCH_AXES, EXPERT_AXES, partition_spec
-from moejax.sharding import TOKENS as TOKENS_SPLIT
+from moejax.sharding import BATCH_AXES, EXPERT_AXES, TOKENS, partition_spec
 
-TOKENS = 32
-"""Of each device, in each chunk."""
+TOKENS_OF_CHUNK = 32
+"""Of each device."""
 
+ARRAYS = ("tokens", "combine weights", "gate and up", "down", "choices", "gradient of the output")
+SPECS = (
+    TOKENS,
+    TOKENS,
+    partition_spec(("experts", "embed", "gate_up", "mlp")),
+    partition_spec(("experts", "mlp", "embed")),
+    TOKENS,
+    TOKENS,
+)
 NAMES = ("output", "gradient of tokens", "gradient of weights", "gradient of gate and up", "gradient of down")
 LOADS = ("even", "on one expert")
 
@@ -63,29 +71,20 @@ def check_mesh(config: Config, mesh: Mesh) -> MeshCheck:
     # Results lie as the arguments do: the output like the tokens, and a gradient like what it is of.
     run = jax.jit(_layer(how, moe.grouped_matmul), out_shardings=tuple(shardings[i] for i in (0, 0, 1, 2, 3)))
     expect = jax.jit(_layer(how, "dense"))
-    worst, program = {}, None
+    arrays = {load: _draw(config, mesh, load) for load in LOADS}
+    placed = {
+        load: [_place(a, sharding) for a, sharding in zip(arrays[load], shardings, strict=True)] for load in LOADS
+    }
+    worst = {}
+    with jax.set_mesh(mesh):
+        program = run.lower(*placed[LOADS[0]]).compile()
+        actual = {load: program(*placed[load]) for load in LOADS}
     for load in LOADS:
-        arrays = _draw(config, mesh, load)
-        placed = [_place(a, sharding) for a, sharding in zip(arrays, shardings, strict=True)]
-        with jax.set_mesh(mesh):
-            program = program or run.lower(*placed).compile()
-            actual = program(*placed)
-        for name, a, e in zip(NAMES, actual, expect(*arrays), strict=True):
+        for name, a, e in zip(NAMES, actual[load], expect(*arrays[load]), strict=True):
             worst[load, name] = _difference(a, np.asarray(e))
-    shapes = dict(zip(ARRAYS, (a.sharding.shard_shape(a.shape) for a in placed), strict=True))
-    rows = collective_rows(list_collectives(program.as_text() or "", mesh)) if program else []
+    shapes = {name: a.sharding.shard_shape(a.shape) for name, a in zip(ARRAYS, placed[LOADS[0]], strict=True)}
+    rows = collective_rows(list_collectives(program.as_text() or "", mesh))
     return MeshCheck(strategy, shapes, rows, worst)
-
-
-ARRAYS = ("tokens", "combine weights", "gate and up", "down", "choices", "gradient of the output")
-SPECS = (
-    TOKENS_SPLIT,
-    TOKENS_SPLIT,
-    partition_spec(("experts", "embed", "gate_up", "mlp")),
-    partition_spec(("experts", "mlp", "embed")),
-    TOKENS_SPLIT,
-    TOKENS_SPLIT,
-)
 
 
 def _layer(how: Exchange, implementation: str) -> Callable[..., tuple[jax.Array, ...]]:
@@ -106,7 +105,7 @@ def _draw(config: Config, mesh: Mesh, load: str) -> list[np.ndarray]:
     moe, rng = config.moe, np.random.default_rng(0)
     batch, length = (
         math.prod(mesh.shape[axis] for axis in BATCH_AXES),
-        TOKENS * moe.exchange_chunks * mesh.shape["context"],
+        TOKENS_OF_CHUNK * moe.exchange_chunks * mesh.shape["context"],
     )
     d_model, width = 8 * mesh.shape["fsdp"], 8 * mesh.shape["tensor"]
     # Whatever is drawn, the experts of a token differ; "on one expert" has the first one among them all.
