@@ -67,7 +67,7 @@ def through(how, weight_on, x_BLD, weights_BLK, gate_up_EDPF, down_EFD, experts_
     ones_BLK = jnp.ones_like(weights_BLK)
     on_output = Chosen(experts_BLK, weights_BLK)
     chosen = on_output if weight_on == "output" else Chosen(experts_BLK, ones_BLK, weights_BLK)
-    return exchange(how, local, local, x_BLD, chosen, ExpertWeights(gate_up_EDPF, down_EFD))
+    return exchange(how, local, local, x_BLD, chosen, ExpertWeights(gate_up_EDPF, down_EFD))[0]
 
 
 @functools.cache
@@ -133,6 +133,32 @@ def test_buffers_too_small_for_the_load_drop_nothing(strategy, factor, load):
         NAMES, run_on(strategy, BOTH_LEVELS, arguments, factor=factor), expected_of(arguments), strict=True
     ):
         oracle.assert_close(a, e, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "mesh", "left"),
+    [
+        # 8 of the 12 choices of each of 8 devices find room on the first; of the 24 of each of 4, of which `tensor` has
+        # two parts, 8; of the tokens that arrive at a group's two devices, more than its first device has room for.
+        ("all_to_all", "data 2, expert 4", 8 * (12 - 8)),
+        ("all_to_all", BOTH_LEVELS, 4 * (24 - 8)),
+        ("ragged", BOTH_LEVELS, 4 * 24 - 24),
+        ("two_level", BOTH_LEVELS, None),
+        ("ring", BOTH_LEVELS, 0),
+    ],
+)
+def test_choices_without_room_are_counted(strategy, mesh, left):
+    x_BLD, weights_BLK, gate_up_EDPF, down_EFD, _, experts_BLK = map(jnp.asarray, draw("one device", 2))
+    local, weights = (
+        Local(functools.partial(run_dropless, implementation="auto")),
+        ExpertWeights(gate_up_EDPF, down_EFD),
+    )
+    with jax.set_mesh(mesh_of(MESHES[mesh])):
+        run = jax.jit(lambda *a: exchange(Exchange(strategy, 1.0), local, local, a[0], Chosen(*a[1:]), weights)[1])
+        counted = float(run(x_BLD, experts_BLK, weights_BLK))
+        none = run(x_BLD, jnp.full_like(experts_BLK, E), weights_BLK)
+    assert counted == left if left is not None else 0 < counted < B * L * 2
+    assert float(none) == 0
 
 
 @pytest.mark.parametrize("load", ["skewed", "masked"])
@@ -254,7 +280,7 @@ def test_where_experts_choose_tokens_go_to_all_and_the_result_is_that_of_one_dev
     weights = ExpertWeights(gate_up_EDPF, down_EFD)
 
     def loss(how, x_BLD, slots, weights):
-        return (exchange(how, Local(run_slots), None, x_BLD, slots, weights) * dy_BLD).sum()
+        return (exchange(how, Local(run_slots), None, x_BLD, slots, weights)[0] * dy_BLD).sum()
 
     def gradients(strategy, sizes):
         with jax.set_mesh(mesh_of(sizes)):

@@ -43,7 +43,9 @@ def test_an_exchange_agrees_with_one_device_on_every_mesh_and_says_what_travels(
 
 
 def test_tokens_that_are_left_over_and_forgotten_are_found(monkeypatch):
-    monkeypatch.setattr(exchange, "_rest", lambda axes, run, like_1TD, *rest: jnp.zeros_like(like_1TD))
+    monkeypatch.setattr(
+        exchange, "_rest", lambda axes, run, like_1TD, *rest: (jnp.zeros_like(like_1TD), jnp.float32(0))
+    )
     check = found({"expert": 8}, exchange="all_to_all")
     even, skewed = ([check.worst[load, name] for name in NAMES] for load in LOADS)
     assert min(skewed) > 0.1 and max(even) > 0  # an even load may leave some over, too

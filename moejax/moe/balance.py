@@ -102,6 +102,7 @@ def routing_metrics(stats: RoutingStats) -> dict[str, Float[Array, "N"]]:
       `dropped`: fraction of choices that found no slot; `moved`: of those that another expert took;
         `dropped_out`: of those whose output expert dropout dropped.
       `unserved`: fraction of tokens that no expert serves.
+      `left_over`: fraction of choices that a buffer of the exchange had no room for, and which took a slower way.
       `gate_mass`: mean sum of a token's combine weights, after dropping.
       `top_prob`: mean of the highest probability; `margin`: of the K-th highest minus the next.
       `logit_rms`, `logit_max`: root mean square and largest magnitude of the router logits.
@@ -122,6 +123,7 @@ def routing_metrics(stats: RoutingStats) -> dict[str, Float[Array, "N"]]:
         "moved": stats.moved / choices_N,
         "dropped_out": stats.dropped_out / choices_N,
         "unserved": stats.unserved / tokens_N,
+        "left_over": stats.left_over / choices_N,
         "gate_mass": stats.gate_mass / tokens_N,
         "top_prob": stats.top_prob / tokens_N,
         "margin": stats.margin / tokens_N,

@@ -1,9 +1,9 @@
 """Where tokens meet experts on a mesh: the only file with collectives.
 
 The batch is split over `data`, `fsdp`, `dcn_expert` and `expert`, sequences over `context`, the experts over
-`dcn_expert` and `expert` (links are slow between
-the groups of `dcn_expert`), and the hidden width of each over `tensor`, whose partial outputs are added up. Weights are
-gathered over `fsdp`, and their gradients reduce-scattered. Strategies differ in what travels along the axes of experts:
+`dcn_expert` (whose groups have slow links between them) and `expert`, and the hidden width of each over `tensor`, whose
+partial outputs are added up. Weights are gathered over `fsdp`, and their gradients reduce-scattered. Strategies differ
+in what travels along the axes of experts:
 
     gather       expert weights: every device has them all, and runs its own tokens
     ring         tokens: every device runs those of all devices through its experts; outputs are added and scattered
@@ -36,8 +36,12 @@ from moejax.moe.parcels import Parcels, Travel, mean_receivers, pack_choices, pa
 from moejax.sharding import EXPERT_AXES, MESH_AXES, TOKENS
 
 LocalExperts = Callable[[jax.Array, Any, ExpertWeights], jax.Array]
-Leg = Callable[[jax.Array, Chosen, ExpertWeights], tuple[jax.Array, jax.Array]]
-"""From tokens `[1, T, D]`, `Chosen` and weights to outputs and the choices that are left over, `[T, K]`."""
+Counted = Callable[[jax.Array, Any, ExpertWeights], tuple[jax.Array, jax.Array]]
+"""The same, and the choices of all devices that were left over meanwhile."""
+
+Leg = Callable[[jax.Array, Chosen, ExpertWeights], tuple[jax.Array, jax.Array, jax.Array]]
+"""From tokens `[1, T, D]`, `Chosen` and weights to outputs, the choices that are left over, `[T, K]`, and how many were
+left over, and served, on the way."""
 
 REST_PARTS = 8
 """Of a device's tokens, which take turns where some are left over."""
@@ -79,7 +83,7 @@ class Local:
 
 def exchange(
     how: Exchange, local: Local, rows: Local | None, x_BLD: jax.Array, chosen: Any, weights: ExpertWeights
-) -> jax.Array:
+) -> tuple[jax.Array, jax.Array]:
     """Runs dispatch, experts and combine on each device's part of the batch or of the experts.
 
     Args:
@@ -91,11 +95,11 @@ def exchange(
       weights: of the experts.
 
     Returns:
-      The combined outputs.
+      The combined outputs, and how many choices went the slow way because a buffer had no room, a float32 scalar.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
-        return local.run(x_BLD, chosen, weights)
+        return local.run(x_BLD, chosen, weights), jnp.float32(0)
     slow, fast = (mesh.shape[axis] for axis in EXPERT_AXES)
     top_k = chosen.experts_BLK.shape[-1] if rows is not None else 0
     strategy = choose(how, slow, fast, weights.down_EFD.shape[0], top_k)
@@ -103,13 +107,14 @@ def exchange(
 
     def run(x_bLD, chosen, weights):
         weights = _add_bias_once(_gather_weights(weights, is_whole=strategy == "gather"))
+        num_left = jnp.float32(0)
         if strategy == "gather":
             y_bLD = used.run(x_bLD, chosen, weights)
         elif strategy == "ring":
             y_bLD = _ring(used.run, x_bLD, chosen, weights)
         else:
-            y_bLD = _send(how, strategy, used.run, x_bLD, chosen, weights)
-        return jax.lax.psum(y_bLD, "tensor")
+            y_bLD, num_left = _send(how, strategy, used.run, x_bLD, chosen, weights)
+        return jax.lax.psum(y_bLD, "tensor"), num_left
 
     has_bias = weights.network.has_bias
     split = dataclasses.replace(
@@ -119,7 +124,8 @@ def exchange(
         gate_up_bias_EPF=PartitionSpec(EXPERT_AXES, None, "tensor") if has_bias else None,
         down_bias_ED=PartitionSpec(EXPERT_AXES, "fsdp") if has_bias else None,
     )
-    sharded = jax.shard_map(run, in_specs=(TOKENS, TOKENS, split), out_specs=TOKENS, check_vma=used.can_check_vma)
+    in_specs, out_specs = (TOKENS, TOKENS, split), (TOKENS, PartitionSpec())
+    sharded = jax.shard_map(run, in_specs=in_specs, out_specs=out_specs, check_vma=used.can_check_vma)
     return sharded(x_BLD, chosen, weights)
 
 
@@ -211,43 +217,43 @@ def _send(how: Exchange, strategy: str, run_rows: LocalExperts, x_bLD, chosen: C
     for first in range(0, num_tokens, size):
         x_1tD, chosen_t = jax.tree.map(lambda a, first=first: a[:, first : first + size], (x_1TD, chosen))
         parts.append(leg(x_1tD, chosen_t, weights))
-    y_1TD = jnp.concatenate([y_1tD for y_1tD, _ in parts], axis=1)
-    is_left_TK = jnp.concatenate([is_left_tK for _, is_left_tK in parts])
-    y_1TD += _rest(EXPERT_AXES, run_rows, y_1TD, is_left_TK, x_1TD, chosen, weights)
-    return y_1TD.reshape(x_bLD.shape)
+    y_1TD = jnp.concatenate([y_1tD for y_1tD, _, _ in parts], axis=1)
+    is_left_TK = jnp.concatenate([is_left_tK for _, is_left_tK, _ in parts])
+    rest_1TD, num_left = _rest(EXPERT_AXES, run_rows, y_1TD, is_left_TK, x_1TD, chosen, weights)
+    return (y_1TD + rest_1TD).reshape(x_bLD.shape), num_left + sum(number for _, _, number in parts)
 
 
 def _leg(factor: float, strategy: str, run_rows: LocalExperts, num_tokens: int, top_k: int, num_experts: int) -> Leg:
     """The way there and back of as many tokens on every device."""
     slow, fast = (jax.lax.axis_size(axis) for axis in EXPERT_AXES)
     num_devices, num_choices = slow * fast, num_tokens * top_k
+
+    def run(x_1RD, chosen, weights):
+        return run_rows(x_1RD, chosen, weights), jnp.float32(0)
+
     choices_each = room_for(num_choices / num_devices, factor, num_choices)
     if strategy == "all_to_all":
         pack = functools.partial(pack_choices, num_receivers=num_devices, slots=choices_each)
-        return functools.partial(_by_buffers, EXPERT_AXES, pack, None, run_rows)
+        return functools.partial(_by_buffers, EXPERT_AXES, pack, None, run)
     if strategy == "ragged":
         room = room_for(num_choices, factor, num_devices * num_choices)
-        return functools.partial(_by_offsets, room, run_rows)
+        return functools.partial(_by_offsets, room, run)
     rows = num_tokens * mean_receivers(num_experts, top_k, num_devices)
     if strategy == "dedup":
         slots = room_for(rows / num_devices, factor, num_tokens)
         pack = functools.partial(pack_tokens, num_receivers=num_devices, slots=slots, max_choices=choices_each)
-        return functools.partial(_by_buffers, EXPERT_AXES, pack, num_devices * choices_each, run_rows)
+        return functools.partial(_by_buffers, EXPERT_AXES, pack, num_devices * choices_each, run)
     # Between groups, to the device with this one's place in its group; its tokens are those of all groups in turn.
     groups_slots = room_for(num_tokens * mean_receivers(num_experts, top_k, slow) / slow, factor, num_tokens)
-    arrived, arrived_choices = slow * groups_slots, slow * groups_slots * top_k
-    pack = functools.partial(
-        pack_tokens,
-        num_receivers=fast,
-        slots=room_for(rows / fast, factor, arrived),
-        max_choices=room_for(num_choices / fast, factor, arrived_choices),
-    )
-    max_choices = fast * room_for(num_choices / fast, factor, arrived_choices)
-    within = functools.partial(_by_buffers, ("expert",), pack, max_choices, run_rows)
+    arrived = slow * groups_slots
+    slots, choices = room_for(rows / fast, factor, arrived), room_for(num_choices / fast, factor, arrived * top_k)
+    pack = functools.partial(pack_tokens, num_receivers=fast, slots=slots, max_choices=choices)
+    within = functools.partial(_by_buffers, ("expert",), pack, fast * choices, run)
 
     def in_group(x_1TD, chosen, weights):
-        y_1TD, is_left_TK = within(x_1TD, chosen, weights)
-        return y_1TD + _rest(("expert",), run_rows, y_1TD, is_left_TK, x_1TD, chosen, weights)
+        y_1TD, is_left_TK, _ = within(x_1TD, chosen, weights)
+        rest_1TD, num_left = _rest(("expert",), run_rows, y_1TD, is_left_TK, x_1TD, chosen, weights)
+        return y_1TD + rest_1TD, num_left
 
     pack = functools.partial(pack_tokens, num_receivers=slow, slots=groups_slots, max_choices=num_choices)
     return functools.partial(_by_buffers, ("dcn_expert",), pack, None, in_group)
@@ -264,7 +270,7 @@ def _by_buffers(
     axes: tuple[str, ...],
     pack: Callable[[jax.Array], Parcels],
     max_choices: int | None,
-    run_there: LocalExperts,
+    run_there: Counted,
     x_1TD: jax.Array,
     chosen: Chosen,
     weights: ExpertWeights,
@@ -284,11 +290,11 @@ def _by_buffers(
     there = dataclasses.replace(
         jax.tree.map(lambda a: a[None], there).of_experts(first, num_behind), max_choices=max_choices
     )
-    y_RD = run_there(x_RD[None], there, weights)[0]
-    return add_up(swap(y_RD), parcels.plan)[None], parcels.is_left_TK
+    y_1RD, num_left = run_there(x_RD[None], there, weights)
+    return add_up(swap(y_1RD[0]), parcels.plan)[None], parcels.is_left_TK, num_left
 
 
-def _by_offsets(room: int, run_there: LocalExperts, x_1TD: jax.Array, chosen: Chosen, weights: ExpertWeights):
+def _by_offsets(room: int, run_there: Counted, x_1TD: jax.Array, chosen: Chosen, weights: ExpertWeights):
     """Rows sorted by receiver, each at its place among those that arrive there: `room` of them at most. A leg."""
     num_devices, num_local, first = _scope(EXPERT_AXES, weights)
     receiver_TK = jnp.minimum(chosen.experts_BLK[0] // num_local, num_devices)
@@ -300,9 +306,9 @@ def _by_offsets(room: int, run_there: LocalExperts, x_1TD: jax.Array, chosen: Ch
     x_RD, there = jax.tree.map(lambda a: checkpoint_name(_travel(a, travel, room), EXCHANGED), sent)
     there = dataclasses.replace(there, experts_BLK=jnp.where(travel.is_row(room), there.experts_BLK, first - 1))
     there = jax.tree.map(lambda a: a[None], there).of_experts(first, num_local)
-    y_RD = run_there(x_RD[None], there, weights)[0]
-    y_RD = _travel(y_RD, travel.back(), num_rows=sent[0].shape[0])
-    return add_up(y_RD, parcels.plan)[None], parcels.is_left_TK
+    y_1RD, num_left = run_there(x_RD[None], there, weights)
+    y_RD = _travel(y_1RD[0], travel.back(), num_rows=sent[0].shape[0])
+    return add_up(y_RD, parcels.plan)[None], parcels.is_left_TK, num_left
 
 
 def _travel(a_RX: jax.Array, travel: Travel, num_rows: int) -> jax.Array:
@@ -317,17 +323,10 @@ def _travel_with_gradient(num_rows, a_RX, travel):
     return _ragged_all_to_all(a_RX, travel, num_rows)
 
 
-def _travel_forward(num_rows, a_RX, travel):
-    return _ragged_all_to_all(a_RX, travel, num_rows), (travel, a_RX.shape[0])
-
-
-def _travel_backward(num_rows, residuals, da_RX):
-    del num_rows
-    travel, num_sent = residuals
-    return _ragged_all_to_all(da_RX, travel.back(), num_sent), None
-
-
-_travel_with_gradient.defvjp(_travel_forward, _travel_backward)
+_travel_with_gradient.defvjp(
+    lambda num_rows, a_RX, travel: (_ragged_all_to_all(a_RX, travel, num_rows), (travel, a_RX.shape[0])),
+    lambda _, kept, da_RX: (_ragged_all_to_all(da_RX, kept[0].back(), kept[1]), None),
+)
 
 
 def _ragged_all_to_all(a_RX: jax.Array, travel: Travel, num_rows: int) -> jax.Array:
@@ -365,7 +364,7 @@ def _rest(
     chosen: Chosen,
     weights: ExpertWeights,
 ):
-    """What the experts along `axes` make of the choices that are left over, if any are on any device.
+    """What the experts along `axes` make of the choices that are left over, if any are on any device; and their number.
 
     One device's tokens after another's go to all, in parts: the arrays are smaller than those of the way in buffers,
     beside which the compiler must hold them.
@@ -393,6 +392,6 @@ def _rest(
         return jax.lax.map(one_part, parts).swapaxes(0, 1).reshape(zeros_1TD.shape)
 
     # The same on all devices, which must take the same branch.
-
-    num_left = jax.lax.psum(vary_alike(is_left_TK.sum(), like_1TD)[0], MESH_AXES)
-    return jax.lax.cond(num_left == 0, lambda *_: zeros_1TD, jax.checkpoint(in_turns), x_1TD, left, weights)
+    num_left = jax.lax.psum(vary_alike(is_left_TK.sum(dtype=jnp.float32), like_1TD)[0], MESH_AXES)
+    y_1TD = jax.lax.cond(num_left == 0, lambda *_: zeros_1TD, jax.checkpoint(in_turns), x_1TD, left, weights)
+    return y_1TD, num_left / jax.lax.axis_size("tensor")  # whose devices all count the same

@@ -177,10 +177,10 @@ class MoE(nnx.Module):
             routing = route(inputs, config, self.limit[...][0] if self.is_limited else None)
             experts_TK, service = self._admit(routing, info, length)
         with jax.named_scope("experts"):
-            y_BLD = self._run(x_BLD, experts_TK, service, info)
+            y_BLD, left_over = self._run(x_BLD, experts_TK, service, info)
         stats = collect(
             routing, inputs.mask_T, service, config,
-            length=length, num_devices=batch_devices(), trace=info.trace,
+            length=length, left_over=left_over, num_devices=batch_devices(), trace=info.trace,
         )  # fmt: skip
         return y_BLD, stats
 
@@ -271,18 +271,23 @@ class MoE(nnx.Module):
         out_BLK = weights_BLK if factors_BLK is None else weights_BLK * factors_BLK
         chosen_BLK = self._to_slots(experts_BLK) if self.is_placed else experts_BLK
         if config.weight_on == "output":
-            y_BLD = self._through_experts(local, x_BLD, Chosen(chosen_BLK, out_BLK))
+            y_BLD, left_over = self._through_experts(local, x_BLD, Chosen(chosen_BLK, out_BLK))
         else:
             ones_BLK = jnp.ones_like(weights_BLK) if factors_BLK is None else factors_BLK
-            y_BLD = self._through_experts(local, x_BLD, Chosen(chosen_BLK, ones_BLK, weights_BLK))
-        return y_BLD + self.free_experts(x_BLD, experts_BLK, out_BLK) if config.num_free_experts else y_BLD
+            y_BLD, left_over = self._through_experts(local, x_BLD, Chosen(chosen_BLK, ones_BLK, weights_BLK))
+        if config.num_free_experts:
+            y_BLD += self.free_experts(x_BLD, experts_BLK, out_BLK)
+        return y_BLD, left_over
 
     def _dropless(self) -> Local:
         matmul = self.config.grouped_matmul
         return Local(functools.partial(run_dropless, implementation=matmul), can_check_vma(matmul))
 
     def _through_experts(self, local: Local, x_BLD, chosen):
-        """The experts' combined output; in between at another width, if they have one (LatentMoE, Nemotron 3)."""
+        """The experts' combined output, and how many choices buffers had no room for.
+
+        In between at another width, if they have one (LatentMoE, Nemotron 3).
+        """
         config = self.config
         rows = self._dropless() if isinstance(chosen, Chosen) else None
         how = Exchange(config.exchange, config.exchange_buffer, config.exchange_chunks)
@@ -290,7 +295,8 @@ class MoE(nnx.Module):
         if not config.d_latent:
             return through(x_BLD, chosen)
         into, out_of = (whole(w, x_BLD.dtype) for w in (self.into_latent, self.out_of_latent))
-        return project(through(project(x_BLD, into), chosen), out_of)
+        y_BLD, left_over = through(project(x_BLD, into), chosen)
+        return project(y_BLD, out_of), left_over
 
     def _experts_choose(self, x_BLD, logits: Logits, info: TokenInfo):
         length = x_BLD.shape[1]
@@ -299,7 +305,7 @@ class MoE(nnx.Module):
             routing = route_expert_choice(self._inputs(logits, info, length), self.config, slots)
         with jax.named_scope("experts"):
             chosen = Slots(routing.positions_BEC, checkpoint_name(routing.weights_BEC, "routing_weights"))
-            y_BLD = self._through_experts(Local(run_slots), x_BLD, chosen)
+            y_BLD, _ = self._through_experts(Local(run_slots), x_BLD, chosen)
         return y_BLD, collect_slots(routing, info.is_token_BL, trace=info.trace)
 
     def _mix(self, x_BLD, logits: Logits, info: TokenInfo):
@@ -308,5 +314,5 @@ class MoE(nnx.Module):
         with jax.named_scope("experts"):
             by_expert = (*logits.logits_BLE.shape[:2], self.config.num_experts, -1)
             mixing = Mixing(routing.dispatch_BLS.reshape(by_expert), routing.combine_BLS.reshape(by_expert))
-            y_BLD = self._through_experts(Local(run_soft), x_BLD, mixing)
+            y_BLD, _ = self._through_experts(Local(run_soft), x_BLD, mixing)
         return y_BLD, collect_soft(routing, info.is_token_BL, self.config.num_experts, trace=info.trace)

@@ -47,6 +47,8 @@ class RoutingStats:
       moved: choices that went to another expert for want of a slot.
       dropped_out: choices whose output expert dropout drops.
       unserved: tokens that no expert serves, for want of a slot.
+      left_over: choices for which a buffer of the exchange had no room, and which took a slower way; the one sum that
+        depends on the mesh.
       first_assignments_E: first choices of each expert, int32 [E]; for balance_convention="first_choice".
       scope_balance: sum over scopes (sequences, devices, microbatches) of the balance loss of each, and the number of
         scopes that have a token, [2]; unless the scope is the global batch.
@@ -76,6 +78,7 @@ class RoutingStats:
     moved: jax.Array
     dropped_out: jax.Array
     unserved: jax.Array
+    left_over: jax.Array
     first_assignments_E: Any = None
     scope_balance: Any = None
     first_scope_balance: Any = None
@@ -129,6 +132,7 @@ def collect(
     config: MoeConfig,
     *,
     length: int,
+    left_over: jax.Array | float = 0.0,
     num_devices: int = 1,
     trace: bool = False,
 ) -> RoutingStats:
@@ -140,6 +144,7 @@ def collect(
       service: what capacity made of them.
       config: which sums are needed.
       length: tokens of a sequence.
+      left_over: choices that took a slower way to their experts.
       num_devices: into how many equal parts the mesh splits the tokens.
       trace: keep the routing itself beside the sums.
     """
@@ -158,6 +163,7 @@ def collect(
         moved=service.is_moved_TK.sum(dtype=jnp.float32),
         dropped_out=_count_dropped_out(service, routing.experts_TK < num_choices),
         unserved=(mask_T & ~is_served_TK.any(axis=1)).sum(dtype=jnp.float32),
+        left_over=jnp.float32(left_over),
         first_assignments_E=count_assignments(routing.experts_TK[:, :1], num_choices, num_devices)
         if config.balance_convention == "first_choice"
         else None,
@@ -198,6 +204,7 @@ def collect_slots(routing: SlotRouting, mask_BL: Bool[Array, "B L"], *, trace: b
         moved=zero,
         dropped_out=zero,
         unserved=(mask_BL & ~served_BL).sum(dtype=jnp.float32),
+        left_over=zero,
         routing=routing if trace else None,
     )
 
@@ -224,6 +231,7 @@ def collect_soft(
         moved=zero,
         dropped_out=zero,
         unserved=zero,
+        left_over=zero,
         routing=routing if trace else None,
     )
 

@@ -92,7 +92,7 @@ def _layer(how: Exchange, implementation: str) -> Callable[..., tuple[jax.Array,
         def forward(x_BLD, weights_BLK, gate_up_EDPF, down_EFD):
             local = Local(functools.partial(run_dropless, implementation=implementation), can_check_vma(implementation))
             chosen = Chosen(experts_BLK, weights_BLK)
-            return exchange(how, local, local, x_BLD, chosen, ExpertWeights(gate_up_EDPF, down_EFD))
+            return exchange(how, local, local, x_BLD, chosen, ExpertWeights(gate_up_EDPF, down_EFD))[0]
 
         y_BLD, pull = jax.vjp(forward, x_BLD, weights_BLK, gate_up_EDPF, down_EFD)
         return y_BLD, *pull(dy_BLD)
