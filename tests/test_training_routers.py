@@ -3,6 +3,7 @@
 Independent of the machine, every parameter learns, state is updated once and is exact under resume.
 """
 
+import dataclasses
 import functools
 from contextlib import closing
 
@@ -51,7 +52,10 @@ def two_steps(case, is_other=False):
             state, output = step(state, batch, Knobs.of(config))
         output, state = jax.device_get((output, state))
     moved = jax.tree.map(lambda a, b: a - b, state.params, first)
-    return output.scalars, output.routing, moved, state.router_state
+    # What a buffer has no room for depends on how the mesh cuts the tokens; the results do not.
+    scalars = {name: value for name, value in output.scalars.items() if name != "moe/left_over"}
+    routing = output.routing and dataclasses.replace(output.routing, left_over=0.0)
+    return scalars, routing, moved, state.router_state
 
 
 def test_every_router_has_a_case():
