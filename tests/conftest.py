@@ -32,6 +32,17 @@ def _warnings_of_our_own_use_are_errors():
         yield
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _compiled_programs_last_for_a_file(request):
+    """A program is hundreds of memory maps, and Linux gives a process 65,530: XLA crashes where there are none left."""
+    yield
+    for value in vars(request.module).values():
+        if hasattr(value, "cache_clear"):
+            value.cache_clear()
+    jax.clear_caches()
+    gc.collect()
+
+
 def pytest_collection_modifyitems(items):
     """Long files first: a process takes a file at a time (`make test`), and the longest must not come last."""
     items.sort(key=lambda item: not item.path.name.startswith(("test_training_", "test_moe_exchange")))
