@@ -28,10 +28,15 @@ REQUIRES = [
     "jaxtyping>=0.3.11,<0.4",
     "rich>=15,<16",
     "matplotlib>=3.11,<4",
+    "pandas>=3,<4",  # metrics of runs as tables, in notebooks
     "tensorboardX>=2.6.5,<3",
 ]
 
 SUBMITIT = "submitit>=1.5.4,<2"  # experiments/launch/slurm.py
+
+PANEL = "panel>=1.9.4,<2"  # moejax view
+
+NOTEBOOKS = ["ipykernel>=7.4,<8", "nbclient>=0.11,<0.12", "nbformat>=5.11,<6"]
 
 TOKAMAX = 'tokamax>=0.0.12,<0.0.13; python_version < "3.12"'  # fails with jax 0.12, and 3.11 is the last without
 
@@ -41,6 +46,8 @@ EXTRAS = {
     "cuda13": ["jax[cuda13]"],
     "tokamax": [TOKAMAX],
     "launch": [SUBMITIT],
+    "notebooks": [*NOTEBOOKS, "jupyterlab>=4.6,<5"],
+    "view": [PANEL],
     "dev": [
         "pytest>=9.2,<10",
         "pytest-xdist>=3.8,<4",
@@ -49,6 +56,8 @@ EXTRAS = {
         "ruff>=0.17.6,<0.18",
         "mypy>=2.4.1,<3",
         SUBMITIT,
+        PANEL,
+        *NOTEBOOKS,
         TOKAMAX,  # its kernels are tested in interpret mode
     ],
 }
