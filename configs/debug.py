@@ -32,4 +32,12 @@ def get_config(arg: str = "") -> ConfigDict:
     config.train.eval_every = 10
     config.train.checkpoint_every = 10
     config.optimizer.learning_rate = 1e-2
+    config.alarms.collapse = 0.5  # MaxVio, of the largest possible
+    config.alarms.dead_experts = 15  # steps; the run is short
+    config.alarms.balance_floor = 0.9
+    config.alarms.logits = 100.0
+    config.alarms.ties = 0.01  # of tokens
+    config.alarms.drops = 0.3  # of choices
+    config.alarms.entropy = 0.02  # over ln E
+    config.alarms.stop = "logits"  # there is no way back from logits that are not finite
     return config

@@ -165,6 +165,13 @@ def z_loss(result: LayerResult):
     return sum(logsumexp(result.logits_BLE[token]) ** 2 for token in tokens) / len(tokens)
 
 
+def _is_tied(result: LayerResult, token) -> bool:
+    """Whether an expert that was not chosen has exactly the logit of the worst that was."""
+    chosen = set(result.experts_BLK[token].tolist())
+    logits = result.logits_BLE[token].tolist()
+    return min(logits[e] for e in chosen) in [logit for e, logit in enumerate(logits) if e not in chosen]
+
+
 def metrics(result: LayerResult) -> dict[str, float]:
     """Every metric of `moe/balance.py`, from the tokens themselves; nothing moves to another expert here."""
     tokens = [tuple(index) for index in np.argwhere(result.mask_BL)]
@@ -195,6 +202,7 @@ def metrics(result: LayerResult) -> dict[str, float]:
         "gate_mass": sum(sum(result.weights_BLK[t][result.kept_BLK[t]]) for t in tokens) / len(tokens),
         "top_prob": sum(max(result.probs_BLE[token]) for token in tokens) / len(tokens),
         "margin": sum(probs[top_k - 1] - probs[top_k] for probs in falling) / len(tokens),
+        "ties": sum(_is_tied(result, token) for token in tokens) / len(tokens),
         "logit_rms": math.sqrt(sum(logit**2 for logit in logits) / len(logits)),
         "logit_max": max(abs(logit) for logit in logits),
     }

@@ -28,6 +28,7 @@ from moejax.config import (
     to_config_dict,
     to_dict,
 )
+from moejax.config.alarms import RULES as ALARM_RULES
 from moejax.kernels.grouped_matmul import IMPLEMENTATIONS
 from moejax.models import Decoder
 from moejax.moe.balance import LOSSES
@@ -50,6 +51,7 @@ SPECIMENS = {  # a value that differs from the default, by type and, where a typ
     "model.num_kv_heads": (4, {}),
     "train.accumulation": (2, {}),
     "train.step_limit_s": (60.0, {}),
+    "alarms.stop": ("ties, drops", {}),
     "data.source": ("synthetic", {}),
     "moe.score": ("softmax_after", {}),
     "moe.jitter": (0.01, {}),
@@ -340,6 +342,9 @@ def attribute_reads():
 # Schedules are read in a loop over them (`training/schedules.py`); tests/test_training_schedules.py follows each.
 SCHEDULED = {("schedule", field.name) for field in dataclasses.fields(ScheduleConfig)}
 
+# Thresholds are read in a loop over the rules (`training/alarms.py`); tests/test_training_alarms.py tries each.
+WATCHED = {("alarms", rule) for rule in ALARM_RULES}
+
 
 def dead_leaves(reads):
     """Leaves that nobody reads from something named after their section or `config`, apart from validation."""
@@ -353,7 +358,7 @@ def dead_leaves(reads):
 
 def test_every_leaf_of_the_config_is_read_somewhere_besides_its_validation():
     reads = set(attribute_reads())
-    reads |= PERMISSIONS | SCHEDULED
+    reads |= PERMISSIONS | SCHEDULED | WATCHED
     assert dead_leaves(reads) == []
 
 
@@ -366,7 +371,7 @@ def test_every_knob_is_read_somewhere():
 
 def test_a_leaf_that_nobody_reads_would_be_found():
     reads = {read for read in attribute_reads() if read[1] != "qk_norm"}
-    reads |= PERMISSIONS | SCHEDULED
+    reads |= PERMISSIONS | SCHEDULED | WATCHED
     assert dead_leaves(reads) == ["model.qk_norm"]
 
 
@@ -400,8 +405,8 @@ def test_there_is_a_recipe_for_every_router():
 WITHOUT_A_RECIPE = {"moe.grouped_matmul", "moe.every"}
 
 
-def test_every_option_of_experts_and_schedules_is_set_by_a_recipe():
-    options = {key for key, _ in leaves() if key.split(".")[0] in ("moe", "schedule")}
+def test_every_option_of_experts_schedules_and_alarms_is_set_by_a_recipe():
+    options = {key for key, _ in leaves() if key.split(".")[0] in ("moe", "schedule", "alarms")}
     lines = "".join(path.read_text() for path in RECIPES)
     assert {key for key in options if f"config.{key} = " not in lines} == WITHOUT_A_RECIPE
 

@@ -94,6 +94,16 @@ def test_the_gradient_of_the_balance_loss_lowers_the_probability_of_the_overload
     oracle.assert_close(gradient_TE, expected)
 
 
+@pytest.mark.parametrize("top_k", [1, 2, 8])
+def test_ties_are_counted_as_the_oracle_does_and_16_bits_make_them(top_k):
+    logits_TE, mask_T, kept_TK = random_case(top_k)
+    few = routing_metrics(stats_of(logits_TE, top_k, mask_T, kept_TK))["ties"]
+    rounded_TE = np.float32((logits_TE * 4).round() / 4)
+    many = routing_metrics(stats_of(rounded_TE, top_k, mask_T, kept_TK))["ties"]
+    np.testing.assert_allclose(many, oracle.metrics(as_result(rounded_TE, mask_T, kept_TK, top_k))["ties"], rtol=1e-6)
+    assert few == 0 and (many == 0) == (top_k == 8)  # among all experts there is no boundary
+
+
 def random_case(top_k, seed=0):
     rng = np.random.default_rng(seed)
     logits_TE = rng.normal(size=(T, E)) * 3 + np.linspace(2, 0, E)

@@ -89,15 +89,15 @@ def test_truncating_behind_the_end_changes_nothing(tmp_path):
 def test_a_crash_in_front_of_the_commit_marker_loses_only_that_entry(tmp_path, monkeypatch):
     log = RoutingLog(tmp_path, LAYERS, NUM_EXPERTS)
     append_steps(log, [10, 20])
-    write = RoutingLog._write
+    resized = RoutingLog._resized
 
-    def crash_at_the_marker(self, name, value):
+    def crash_at_the_marker(self, name, entries):
         if name == "step":
             raise KeyboardInterrupt
-        write(self, name, value)
+        return resized(self, name, entries)
 
     with monkeypatch.context() as patch:
-        patch.setattr(RoutingLog, "_write", crash_at_the_marker)
+        patch.setattr(RoutingLog, "_resized", crash_at_the_marker)
         with pytest.raises(KeyboardInterrupt):
             append_steps(log, [30])
     assert_holds(tmp_path, [10, 20])
@@ -172,13 +172,27 @@ def test_another_shape_is_refused_with_folder_and_remedy(tmp_path):
 
 def test_entries_of_a_wrong_shape_or_order_are_refused(tmp_path):
     log = RoutingLog(tmp_path, LAYERS, NUM_EXPERTS)
-    with pytest.raises(ValueError, match=r"counts_NE has shape \(3, 4\)"):
+    with pytest.raises(ValueError, match=r"counts has shape \(3, 4\).* counts \(2, 4\)"):
         log.append(1, np.zeros((3, 4), np.int64), np.zeros((3, 4), np.float32))
     append_steps(log, [10])
     for step in (10, 5, -1):
         with pytest.raises(ValueError, match=rf"step={step} .*truncate"):
             append_steps(log, [step])
     assert_holds(tmp_path, [10])
+
+
+def test_an_array_that_is_not_logged_is_refused_and_one_that_is_absent_reads_as_nothing(tmp_path):
+    log = RoutingLog(tmp_path, LAYERS, NUM_EXPERTS, ("entropy", "margin"))
+    with pytest.raises(ValueError, match=r"gates has shape \(2, 4\)"):
+        log.append(1, *entry(1), gates=np.zeros((2, 4), np.float32))
+    log.append(1, *entry(1), layers=np.arange(4, dtype=np.float32).reshape(2, 2))
+    log.append(2, *entry(2), bias=np.ones((2, 4), np.float32))
+    spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(tmp_path / "routing" / "layers")}}
+    np.testing.assert_array_equal(
+        routing_log.tensorstore.open(spec).result().read().result(), [[[0, 1], [2, 3]], [[np.nan] * 2] * 2]
+    )
+    with pytest.raises(ValueError, match="metrics logged of a layer must be the same"):
+        RoutingLog(tmp_path, LAYERS, NUM_EXPERTS, ("entropy",))
 
 
 def test_a_dense_run_has_no_log_to_create(tmp_path):

@@ -5,6 +5,7 @@ A recipe in `configs/` returns a `ConfigDict` that holds every leaf (`default()`
 array shape travel apart, in one `Knobs` pytree, so that changing them recompiles nothing.
 """
 
+from moejax.config.alarms import AlarmConfig as AlarmConfig
 from moejax.config.errors import ConfigError as ConfigError
 from moejax.config.errors import divisors as divisors
 from moejax.config.knobs import Knobs as Knobs

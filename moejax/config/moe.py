@@ -120,6 +120,11 @@ class RouterRules:
     draws: bool = False
     can_limit: bool = True
 
+    @property
+    def is_fixed(self) -> bool:
+        """Whether the selection follows from no logits."""
+        return self.function.startswith("fixed.")
+
 
 ANY = ("softmax", "softmax_after", "sigmoid", "sqrt_softplus")
 AFTER = ("softmax_after", "softmax", "sigmoid", "sqrt_softplus")

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any, Literal
 
+from moejax.config.alarms import AlarmConfig
 from moejax.config.layers import Run, layer_kinds, runs
 from moejax.config.moe import MoeConfig
 from moejax.config.schedules import ScheduleConfig
@@ -100,6 +101,7 @@ class Config:
     train: TrainConfig = TrainConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
+    alarms: AlarmConfig = AlarmConfig()
     mesh: MeshConfig = MeshConfig()
 
     @property

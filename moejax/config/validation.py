@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from moejax.config.alarms import validate_alarms
 from moejax.config.errors import ConfigError, divisors, require
 from moejax.config.moe import validate_moe
 from moejax.config.schedules import validate_schedules
@@ -43,6 +44,7 @@ def validate(config: Config) -> None:
     validate_schedules(config.schedule, config.moe, set(config.layers))
     _validate_data(config)
     _validate_training(config)
+    validate_alarms(config.alarms)
 
 
 def _validate_moe_ranges(config: Config) -> None:

@@ -105,6 +105,7 @@ def routing_metrics(stats: RoutingStats) -> dict[str, Float[Array, "N"]]:
       `left_over`: fraction of choices that a buffer of the exchange had no room for, and which took a slower way.
       `gate_mass`: mean sum of a token's combine weights, after dropping.
       `top_prob`: mean of the highest probability; `margin`: of the K-th highest minus the next.
+      `ties`: fraction of tokens whose last expert ranks exactly as high as one that was not selected.
       `logit_rms`, `logit_max`: root mean square and largest magnitude of the router logits.
     """
     load_NE = load_fractions(stats)
@@ -127,6 +128,7 @@ def routing_metrics(stats: RoutingStats) -> dict[str, Float[Array, "N"]]:
         "gate_mass": stats.gate_mass / tokens_N,
         "top_prob": stats.top_prob / tokens_N,
         "margin": stats.margin / tokens_N,
+        "ties": stats.ties / tokens_N,
         "logit_rms": jnp.sqrt(stats.logit_square / (num_experts * tokens_N)),
         "logit_max": stats.logit_max,
     }

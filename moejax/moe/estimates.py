@@ -73,6 +73,20 @@ def sum_of_margins(probs_TE: Float[Array, "T E"], mask_T: Bool[Array, "T"], top_
     return jnp.where(mask_T, margin_T, 0.0).sum()
 
 
+def count_ties(routing: Routing, mask_T: Bool[Array, "T"]) -> Float[Array, ""]:
+    """Tokens for which an expert that was not selected ranks exactly as high as the last one that was.
+
+    Such ties go to the lowest index and load low-numbered experts; float32 logits hardly have any.
+    """
+    ranking_TE, num_choices = routing.ranking_TE, routing.ranking_TE.shape[-1]
+    is_choice_TK = routing.experts_TK < num_choices
+    chosen_TK = jnp.take_along_axis(ranking_TE, jnp.minimum(routing.experts_TK, num_choices - 1), axis=1)
+    chosen_TK = jnp.where(is_choice_TK, chosen_TK, jnp.inf)
+    last_T1 = chosen_TK.min(axis=1, keepdims=True)
+    is_tied_T = (ranking_TE == last_T1).sum(axis=1) > (chosen_TK == last_T1).sum(axis=1)
+    return (mask_T & is_choice_TK[:, 0] & is_tied_T).sum(dtype=jnp.float32)
+
+
 def expected_load(routing: Routing, mask_T: Bool[Array, "T"], top_k: int) -> Float[Array, "E"]:
     """Expected number of tokens of each expert if its noise alone were drawn anew.
 

@@ -12,10 +12,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
-from moejax.config import MoeConfig
+from moejax.config import ROUTER_RULES, MoeConfig
 from moejax.moe.estimates import (
     balance_of_scopes,
     count_assignments,
+    count_ties,
     expected_load,
     expected_load_vmoe,
     offers,
@@ -41,6 +42,7 @@ class RoutingStats:
       gate_mass: sum of the combine weights, after dropping.
       top_prob: sum of each token's highest probability.
       margin: sum over tokens of the K-th largest probability minus the next one.
+      ties: tokens whose last expert ranks exactly as high as one that was not selected.
       logit_square: sum over tokens and experts of squared logits.
       logit_max: largest magnitude of a logit; the one array that is a maximum, not a sum.
       dropped: choices that found no slot.
@@ -72,6 +74,7 @@ class RoutingStats:
     gate_mass: jax.Array
     top_prob: jax.Array
     margin: jax.Array
+    ties: jax.Array
     logit_square: jax.Array
     logit_max: jax.Array
     dropped: jax.Array
@@ -159,6 +162,7 @@ def collect(
         importance_E=sum_by_expert(routing.experts_TK, routing.weights_TK, num_choices),
         gate_mass=service.weights_TK.sum(),
         margin=sum_of_margins(probs_TE, mask_T, config.top_k),
+        ties=jnp.float32(0) if ROUTER_RULES[config.router].is_fixed else count_ties(routing, mask_T),
         dropped=service.is_dropped_TK.sum(dtype=jnp.float32),
         moved=service.is_moved_TK.sum(dtype=jnp.float32),
         dropped_out=_count_dropped_out(service, routing.experts_TK < num_choices),
@@ -200,6 +204,7 @@ def collect_slots(routing: SlotRouting, mask_BL: Bool[Array, "B L"], *, trace: b
         importance_E=routing.weights_BEC.sum(axis=(0, 2)),
         gate_mass=routing.weights_BEC.sum(),
         margin=zero,
+        ties=zero,
         dropped=zero,
         moved=zero,
         dropped_out=zero,
@@ -227,6 +232,7 @@ def collect_soft(
         importance_E=sums["probs_E"],
         gate_mass=probs_TE.sum(),
         margin=zero,
+        ties=zero,
         dropped=zero,
         moved=zero,
         dropped_out=zero,

@@ -15,6 +15,7 @@ from moejax.config import Config, Knobs
 from moejax.data import Batch, Corpus, TrainBatches, eval_batches, load_tokenizer, prepare
 from moejax.models.parameters import count_parameters
 from moejax.sharding import make_mesh
+from moejax.training.alarms import AlarmError, AlarmLog, stop_message
 from moejax.training.checkpoint import Checkpoints
 from moejax.training.evaluation import Evaluation, evaluate
 from moejax.training.evaluation_log import EvaluationLog
@@ -24,9 +25,10 @@ from moejax.training.processes import SharedStop, fail_together, first_says, fir
 from moejax.training.progress import StepProgress
 from moejax.training.routing_log import RoutingLog
 from moejax.training.run_directory import check_run_directory, check_shared, write_run_directory
-from moejax.training.signals import StopSignals
+from moejax.training.signals import ALARM, StopSignals
 from moejax.training.state import Trainable, TrainState, make_trainable
 from moejax.training.step import TrainStep, make_eval_step, make_train_step, put_batch, rows_of_process
+from moejax.training.telemetry import LAYER_METRICS
 from moejax.training.watchdog import Watchdog
 
 log = logging.getLogger("moejax")
@@ -68,6 +70,7 @@ def train(config: Config, workdir: str | Path, *, command: str = "", stop: StopS
       ConfigError: the configuration does not fit the devices, or `workdir` holds another run.
       DataError: data is missing or damaged.
       CheckpointError: the newest checkpoint is damaged or does not fit.
+      AlarmError: a rule in `alarms.stop` held.
       NonFiniteError: `train.max_nonfinite_steps` steps in a row were not finite.
       ProcessError: another process failed.
     """
@@ -109,6 +112,7 @@ class _Loop:
         self.corpus = corpus
         self.checkpoints = checkpoints
         self.workdir = workdir
+        self.own_stop = stop
         self.stop = SharedStop(stop, trainable.mesh)
         self.watchdog = Watchdog(self.config.step_limit_s, trainable.mesh)
         self.knobs = Knobs.of(trainable.config)
@@ -126,12 +130,16 @@ class _Loop:
             stack.enter_context(self.watchdog)
             metrics = stack.enter_context(MetricsFile(self.workdir, after_step=start_step)) if is_first() else None
             progress = stack.enter_context(StepProgress(self.config.num_steps, start_step, is_first()))
-            recorder = Recorder(metrics, self._open_routing_log(start_step), progress, start_step)
+            routing_log = self._open_routing_log(start_step)
+            alarms = AlarmLog(self.workdir, start_step, self.trainable.config) if routing_log else None
+            recorder = Recorder(metrics, routing_log, progress, start_step, alarms)
             evaluation = None
             is_known = first_says("evaluated" if metrics is not None and metrics.is_evaluated else "")
             if start_step > 0 and self._is_evaluated(start_step) and not is_known:
                 evaluation = self._evaluate(state, metrics)  # a signal came before it was done
             state, evaluation = self._train(state, recorder, evaluation)
+            if self.stop.received == ALARM:
+                self._stop_by_alarm(state, recorder)
             if evaluation is None and not self.stop:  # the run was complete before this call
                 evaluation = self._evaluate(state)
             self._save(state, evaluation)
@@ -161,6 +169,8 @@ class _Loop:
                 self.stop.poll()
                 if finished.step % self.config.log_every == 0:
                     recorder.end_interval()
+                    if recorder.stopping:
+                        self.own_stop.request(ALARM)
                 evaluation = None
                 if self._is_saved(step) or self.stop:
                     finished = recorder.flush()
@@ -219,9 +229,18 @@ class _Loop:
         config = self.trainable.config
         if config.num_moe_layers == 0 or not is_first():
             return None
-        routing = RoutingLog(self.workdir, config.moe_layers, config.moe.num_choices)
+        routing = RoutingLog(self.workdir, config.moe_layers, config.moe.num_choices, LAYER_METRICS)
         routing.truncate(start_step)
         return routing
+
+    def _stop_by_alarm(self, state: TrainState, recorder: Recorder) -> None:
+        """Raises `AlarmError`; of several processes the first, which keeps the log, says why."""
+
+        def fail() -> None:
+            if is_first():
+                raise AlarmError(stop_message(int(state.step), recorder.stopping))
+
+        fail_together(fail)
 
     def _give_up(self, state: TrainState, finished: FinishedStep) -> None:
         """Raises `NonFiniteError`; of several processes all look for the place, and the first names it."""

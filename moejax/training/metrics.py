@@ -13,11 +13,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
-import numpy as np
 
+from moejax.training.alarms import Alarm, AlarmLog
 from moejax.training.progress import StepProgress
 from moejax.training.routing_log import RoutingLog
 from moejax.training.step import StepOutput
+from moejax.training.telemetry import summarize_routing
 
 SUMMED = ("num_targets",)
 LAST = ("skipped_steps", "learning_rate")
@@ -100,17 +101,26 @@ class Recorder:
       routing: where per-expert arrays go; None there, and for a dense model.
       progress: shown every finished step.
       start_step: steps done before this process began.
+      alarms: what watches the routing; None where `routing` is.
 
     Attributes:
       rates: tokens per second of each interval.
+      stopping: alarms that are to stop the run, once there are any.
     """
 
     def __init__(
-        self, metrics: MetricsFile | None, routing: RoutingLog | None, progress: StepProgress, start_step: int
+        self,
+        metrics: MetricsFile | None,
+        routing: RoutingLog | None,
+        progress: StepProgress,
+        start_step: int,
+        alarms: AlarmLog | None = None,
     ):
         self.metrics = metrics
         self.routing = routing
         self.progress = progress
+        self.alarms = alarms
+        self.stopping: list[Alarm] = []
         self.rates: list[float] = []
         self._written_step = start_step
         self._last = FinishedStep(start_step, 0)
@@ -167,14 +177,13 @@ class Recorder:
         seconds = sum(seconds for _, seconds in interval)
         values["perf/tokens_per_s"] = targets / seconds
         self.rates.append(values["perf/tokens_per_s"])
-        if self.routing is not None:
-            routings = [output.routing for output in outputs if output.routing is not None]
-            counts_NE = np.asarray(np.sum([r.assignments_E for r in routings], axis=0, dtype=np.int64))
-            tokens_N = np.sum([r.num_tokens for r in routings], axis=0, dtype=np.float64)
-            probs_NE = np.sum([r.probs_E for r in routings], axis=0, dtype=np.float64)
-            probs_NE /= np.maximum(tokens_N, 1)[:, None]
-            values["moe/dead_experts"] = float((counts_NE == 0).sum())
-            self.routing.append(self._written_step, counts_NE, np.nan_to_num(probs_NE).astype(np.float32))
+        routing = summarize_routing(outputs)
+        if routing is not None:
+            values["moe/dead_experts"] = float((routing.counts_NE == 0).sum())
+            if self.routing is not None:
+                self.routing.append(self._written_step, **routing.arrays())
+            if self.alarms is not None and not self.stopping:
+                self.stopping = self.alarms.update(self._written_step, routing)
         self.metrics.write(self._written_step, values)
 
 

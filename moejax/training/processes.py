@@ -25,7 +25,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moejax.sharding import replicated
-from moejax.training.signals import StopSignals
+from moejax.training.signals import ALARM, StopSignals
 
 LOST_SECONDS = 30
 """A process that has not been heard of for so long is given up, and with it the run."""
@@ -38,6 +38,9 @@ FAREWELL_SECONDS = 2.0
 
 LAUNCHERS = {"SLURM_STEP_NUM_TASKS": "srun", "OMPI_COMM_WORLD_SIZE": "mpirun"}
 """Variables in which launchers say how many processes they started."""
+
+STOPS = {number.name: number.value for number in (signal.SIGINT, signal.SIGTERM)} | {ALARM: 128}
+"""Reasons to stop, by the number that processes send each other."""
 
 T = TypeVar("T")
 
@@ -174,7 +177,7 @@ class SharedStop:
     `poll` and read the answer to the `poll` before, so that nobody waits for the step under way.
 
     Args:
-      own: this process's signals.
+      own: this process's signals, and requests named in `STOPS`.
       mesh: of all devices.
     """
 
@@ -197,11 +200,11 @@ class SharedStop:
     def poll(self) -> bool:
         """Whether to stop. Every process must ask equally often."""
         if self._is_shared:
-            number = signal.Signals[self._own.received].value if self._own.received else 0
+            number = STOPS[self._own.received] if self._own.received else 0
             numbers = np.full(len(self._devices.addressable_devices), number, np.int32)
             before, self._asked = self._asked, self._largest(
                 jax.make_array_from_process_local_data(self._devices, numbers)
             )  # fmt: skip
             if before is not None and self._granted is None and int(before):
-                self._granted = signal.Signals(int(before)).name
+                self._granted = next(name for name, number in STOPS.items() if number == int(before))
         return bool(self)

@@ -49,17 +49,25 @@ def _update(name: str, value: jax.Array, stats: RoutingStats, moe: MoeConfig, kn
     return value  # a hash router's table
 
 
-def state_metrics(state: nnx.State) -> dict[str, jax.Array]:
-    """Metrics of the state: means over layers of the bias range, and the longest any expert has been idle, in steps."""
-    values: dict[str, list[jax.Array]] = {name: [] for name in ("idle_steps", "selection_bias")}
-    for _, group in _by_run(state):
-        for name, (_, variable) in group.items():
-            if name in values:
-                values[name].append(variable[...])
-    metrics = {"moe/idle_steps": jnp.concatenate(values["idle_steps"]).max().astype(jnp.float32)}
-    if values["selection_bias"]:
-        bias_NE = jnp.concatenate(values["selection_bias"])
-        metrics["moe/bias_range"] = (bias_NE.max(axis=1) - bias_NE.min(axis=1)).mean()
+def state_arrays(state: nnx.State) -> dict[str, jax.Array]:
+    """The state by layer and expert: `idle_steps`, int32, and `bias`, float32, NaN in layers without one; `[N, E]`.
+
+    There is no `bias` if no layer has one.
+    """
+    groups = [{name: variable[...] for name, (_, variable) in group.items()} for _, group in _by_run(state)]
+    arrays = {"idle_steps": jnp.concatenate([group["idle_steps"] for group in groups])}
+    if any("selection_bias" in group for group in groups):
+        nan = jnp.float32(jnp.nan)
+        biases = [group.get("selection_bias", jnp.full(group["idle_steps"].shape, nan)) for group in groups]
+        arrays["bias"] = jnp.concatenate(biases)
+    return arrays
+
+
+def state_metrics(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Metrics of `state_arrays`: the longest any expert has been idle, in steps, and the mean of the bias's range."""
+    metrics = {"moe/idle_steps": arrays["idle_steps"].max().astype(jnp.float32)}
+    if "bias" in arrays:
+        metrics["moe/bias_range"] = jnp.nanmean(arrays["bias"].max(axis=1) - arrays["bias"].min(axis=1))
     return metrics
 
 

@@ -1,11 +1,15 @@
 """Where tokens went, over time: per-layer-per-expert arrays that grow beside `metrics.jsonl`.
 
 `workdir/routing/` is a Zarr (version 3) group that any Zarr reader can open. Its attribute `layers` names the model
-layer behind each row; three arrays grow together by one entry per logging interval:
+layer behind each row; the arrays grow together by one entry per logging interval:
 
-  counts [S, N, E] int64    assignments to each expert, summed over the interval, before any are dropped
-  probs  [S, N, E] float32  mean router probability
-  step   [S]       int64    the last training step of the interval
+  counts      [S, N, E] int64    assignments to each expert, summed over the interval, before any are dropped
+  probs       [S, N, E] float32  mean router probability
+  importance  [S, N, E] float32  mean combine weight, before any are dropped
+  idle_steps  [S, N, E] int32    steps since the expert was last chosen, at the end of the interval
+  bias        [S, N, E] float32  selection bias, at the end of the interval; NaN where there is none
+  layers      [S, N, M] float32  the metrics of a layer that the attribute `metrics` names, over the interval
+  step        [S]       int64    the last training step of the interval
 
 `step` is written last and is the commit marker: an entry whose step is absent or -1 was never finished, and readers
 stop in front of it. Every file is replaced in one rename, so a process killed at any moment loses at most the entry it
@@ -15,6 +19,7 @@ was writing. There is one writer, process 0; readers may look at any time. Only 
 import contextlib
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -28,7 +33,16 @@ FOLDER = "routing"
 GROUP = "zarr.json"
 UNFINISHED = -1  # the fill value of `step`
 CHUNK_BYTES = 2**20  # an append rewrites one chunk: about a megabyte, so that long runs leave few files
-ARRAYS: Mapping[str, tuple[str, int]] = {"counts": ("int64", 0), "probs": ("float32", 0), "step": ("int64", UNFINISHED)}
+ARRAYS: Mapping[str, tuple[str, int | str]] = {
+    "counts": ("int64", 0),
+    "probs": ("float32", "NaN"),
+    "importance": ("float32", "NaN"),
+    "idle_steps": ("int32", 0),
+    "bias": ("float32", "NaN"),
+    "layers": ("float32", "NaN"),
+    "step": ("int64", UNFINISHED),
+}
+"""Type and fill value of each; `step` is the last, in which order they are written."""
 
 
 class RoutingLogError(ValueError):
@@ -59,14 +73,19 @@ class RoutingLog:
       workdir: the run directory.
       layers: model layer index of each MoE layer, in the order of the rows of `counts_NE`.
       num_experts: experts per layer.
+      metrics: names of what the array `layers` holds of each layer.
 
     Raises:
-      ValueError: there is a log of other layers or another number of experts, or one that cannot be read.
+      ValueError: there is a log of other layers, metrics or another number of experts, or one that cannot be read.
     """
 
-    def __init__(self, workdir: str | Path, layers: Sequence[int], num_experts: int):
+    def __init__(self, workdir: str | Path, layers: Sequence[int], num_experts: int, metrics: Sequence[str] = ()):
         self._folder = Path(workdir) / FOLDER
-        attributes = {"layers": [int(layer) for layer in layers], "num_experts": int(num_experts)}
+        attributes = {
+            "layers": [int(layer) for layer in layers],
+            "num_experts": int(num_experts),
+            "metrics": list(metrics),
+        }
         if not (self._folder / GROUP).exists():
             _create(self._folder, attributes)
         with _naming_damage(self._folder):
@@ -74,30 +93,36 @@ class RoutingLog:
         if found != attributes:
             raise RoutingLogError(
                 f"{self._folder} logs layers {found['layers']} with {found['num_experts']} experts, this run has "
-                f"layers {attributes['layers']} with {num_experts}; use another workdir, or delete that folder to "
-                "begin anew"
+                f"layers {attributes['layers']} with {num_experts}, and the metrics logged of a layer must be the "
+                "same; use another workdir, or delete that folder to begin anew"
             )
-        self._shape = (len(layers), num_experts)
+        self._shapes = _shapes(attributes)
         with _naming_damage(self._folder):
             self._arrays = {name: _open(self._folder, name) for name in ARRAYS}
             self._steps = _finished(self._arrays["step"]).tolist()
             self._cut(len(self._steps))
 
-    def append(self, step: int, counts_NE: Int[np.ndarray, "N E"], probs_NE: Float32[np.ndarray, "N E"]) -> None:
+    def append(
+        self, step: int, counts: Int[np.ndarray, "N E"], probs: Float32[np.ndarray, "N E"], **others: np.ndarray
+    ) -> None:
         """Adds the interval that ended with `step`; on return it is on disk.
 
         Args:
           step: larger than every logged step.
-          counts_NE: assignments to each expert, summed over the interval, before dropping.
-          probs_NE: mean router probability of each expert, in [0, 1].
+          counts: assignments to each expert, summed over the interval, before dropping.
+          probs: mean router probability of each expert, in [0, 1].
+          others: more arrays by name, of the shapes at the top of this file without their first axis; where they are
+            absent, the fill value stands for them.
 
         Raises:
-          ValueError: a wrong shape, or a step that is not behind the last one.
+          ValueError: a wrong name or shape, or a step that is not behind the last one.
         """
-        for name, array in (("counts_NE", counts_NE), ("probs_NE", probs_NE)):
-            if array.shape != self._shape:
+        arrays = {"counts": counts, "probs": probs, **others}
+        for name, array in arrays.items():
+            if array.shape != self._shapes.get(name):
                 raise RoutingLogError(
-                    f"{name} has shape {array.shape}; {self._folder} holds [layer, expert] {self._shape}"
+                    f"{name} has shape {array.shape}; {self._folder} holds "
+                    + ", ".join(f"{known} {shape}" for known, shape in self._shapes.items() if known != "step")
                 )
         last = self._steps[-1] if self._steps else -1
         if step <= last:
@@ -105,20 +130,24 @@ class RoutingLog:
                 f"step={step} must be above {last}, the last in {self._folder}; call truncate({step - 1}) first to "
                 "write those steps again"
             )
-        self._write("counts", counts_NE)
-        self._write("probs", probs_NE)
-        self._write("step", step)  # last: from here on the entry exists
+        entry = len(self._steps)
+        names = [name for name in ARRAYS if name != "step" and self._shapes[name][-1]]
+        for name in names:
+            self._arrays[name] = self._resized(name, entry + 1)
+        written = [self._arrays[name][entry].write(arrays[name]) for name in names if name in arrays]
+        for future in written:
+            future.result()
+        self._arrays["step"] = self._resized("step", entry + 1)
+        self._arrays["step"][entry].write(step).result()  # last: from here on the entry exists
         self._steps.append(step)
 
     def truncate(self, after_step: int) -> None:
         """Drops the entries behind `after_step`, for a run that resumes there and will write them again."""
         self._cut(sum(step <= after_step for step in self._steps))
 
-    def _write(self, name: str, value: Any) -> None:
-        entry = len(self._steps)
+    def _resized(self, name: str, entries: int) -> tensorstore.TensorStore:
         rest = [None] * (self._arrays[name].rank - 1)
-        self._arrays[name] = self._arrays[name].resize(exclusive_max=[entry + 1, *rest], expand_only=True).result()
-        self._arrays[name][entry].write(value).result()
+        return self._arrays[name].resize(exclusive_max=[entries, *rest]).result()
 
     def _cut(self, count: int) -> None:
         """Keeps the first `count` entries.
@@ -128,9 +157,8 @@ class RoutingLog:
         """
         if self._arrays["step"].shape[0] > count:
             self._arrays["step"][count:].write(UNFINISHED).result()
-        for name in ("step", "counts", "probs"):
-            rest = [None] * (self._arrays[name].rank - 1)
-            self._arrays[name] = self._arrays[name].resize(exclusive_max=[count, *rest]).result()
+        for name in reversed(list(ARRAYS)):  # `step` first
+            self._arrays[name] = self._resized(name, count)
         del self._steps[count:]
 
 
@@ -159,18 +187,22 @@ def _finished(step_array: tensorstore.TensorStore) -> Int64[np.ndarray, "S"]:
 
 def _create(folder: Path, attributes: dict[str, Any]) -> None:
     """Makes empty arrays, then the group file: a folder without it is not a log yet and is made anew."""
-    sizes = (len(attributes["layers"]), attributes["num_experts"])
-    if min(sizes) < 1:
+    shapes = _shapes(attributes)
+    if min(shapes["counts"]) < 1:
         raise RoutingLogError(f"a routing log needs MoE layers and experts, got {attributes}; a dense run has none")
-    entries = int(np.clip(CHUNK_BYTES // (8 * sizes[0] * sizes[1]), 1, 256))
+    entries = int(np.clip(CHUNK_BYTES // (8 * math.prod(shapes["counts"])), 1, 256))
     for name, (dtype, fill) in ARRAYS.items():
-        inner = [] if name == "step" else list(sizes)
+        inner = list(shapes[name])
+        last = "metric" if name == "layers" else "expert"
         metadata = {
             "shape": [0, *inner],
             "data_type": dtype,
             "fill_value": fill,
-            "dimension_names": ["step", "layer", "expert"][: 1 + len(inner)],
-            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [entries, *inner]}},
+            "dimension_names": ["step", "layer", last][: 1 + len(inner)],
+            "chunk_grid": {
+                "name": "regular",
+                "configuration": {"chunk_shape": [entries, *(max(size, 1) for size in inner)]},
+            },
             "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "zstd"}],
         }
         spec = _spec(folder, name) | {"metadata": metadata}
@@ -179,6 +211,14 @@ def _create(folder: Path, attributes: dict[str, Any]) -> None:
     partial = folder / f"{GROUP}.partial"
     partial.write_text(json.dumps(group))
     os.replace(partial, folder / GROUP)
+
+
+def _shapes(attributes: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Each array's shape without its first axis."""
+    num_layers = len(attributes["layers"])
+    by_expert = (num_layers, attributes["num_experts"])
+    own = {"layers": (num_layers, len(attributes["metrics"])), "step": ()}
+    return {name: own.get(name, by_expert) for name in ARRAYS}
 
 
 def _spec(folder: Path, name: str) -> dict[str, Any]:
@@ -191,7 +231,11 @@ def _open(folder: Path, name: str) -> tensorstore.TensorStore:
 
 def _read_attributes(folder: Path) -> dict[str, Any]:
     attributes = json.loads((folder / GROUP).read_text())["attributes"]
-    return {"layers": list(attributes["layers"]), "num_experts": int(attributes["num_experts"])}
+    return {
+        "layers": list(attributes["layers"]),
+        "num_experts": int(attributes["num_experts"]),
+        "metrics": list(attributes["metrics"]),
+    }
 
 
 @contextlib.contextmanager

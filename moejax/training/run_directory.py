@@ -15,7 +15,7 @@ from typing import Any
 import jax
 
 import moejax
-from moejax.config import Config, ConfigError, leaves, resolve, to_dict
+from moejax.config import AlarmConfig, Config, ConfigError, leaves, resolve, to_dict
 from moejax.models.parameters import ParameterCount
 from moejax.training.processes import fail_together, first_says
 
@@ -25,6 +25,7 @@ MAY_CHANGE = (
     "moe.exchange_buffer", "moe.exchange_chunks", "moe.save_exchanged", "model.remat", "model.scan_layers",
     "mesh.data", "mesh.fsdp", "mesh.expert", "mesh.context", "mesh.tensor",
     "mesh.dcn_data", "mesh.dcn_fsdp", "mesh.dcn_expert",
+    *(f"alarms.{field.name}" for field in dataclasses.fields(AlarmConfig)),
 )  # fmt: skip
 """Leaves that may differ when a run is continued: they change neither the model nor what a step computes, except that
 `train.num_steps` stretches the learning-rate schedule."""

@@ -8,6 +8,9 @@ from types import FrameType
 
 PATIENCE_SECONDS = 1.0
 
+ALARM = "ALARM"
+"""A reason to stop that is no signal: `training/alarms.py`."""
+
 log = logging.getLogger("moejax")
 
 
@@ -40,6 +43,11 @@ class StopSignals:
 
     def __bool__(self) -> bool:
         return self.received is not None
+
+    def request(self, reason: str) -> None:
+        """Asks for a stop as a signal does; the first reason counts."""
+        if self.received is None:
+            self.received, self._received_at = reason, time.monotonic()
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()

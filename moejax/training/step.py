@@ -20,7 +20,7 @@ from moejax.moe.by_token import coactivation, experts_by_token
 from moejax.moe.stats import RoutingStats, add_stats, join
 from moejax.sharding import batch_sharding, replicated
 from moejax.training.optimizer import make_schedule
-from moejax.training.router_state import state_metrics, update_router_state
+from moejax.training.router_state import state_arrays, state_metrics, update_router_state
 from moejax.training.schedules import factor, scheduled, scheduled_leaves
 from moejax.training.state import Trainable, TrainState
 
@@ -44,10 +44,19 @@ class Sums:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class StepOutput:
-    """What a step reports: scalars, and the routing sums of the global batch by layer (None for a dense model)."""
+    """What a step reports of the global batch.
+
+    Attributes:
+      scalars: losses, and means over layers of what follows.
+      routing: sums by layer; None for a dense model.
+      layers: `balance.routing_metrics` of each MoE layer, `[N]` each; empty for a dense model.
+      state: `router_state.state_arrays` after the step, `[N, E]` each; empty for a dense model.
+    """
 
     scalars: dict[str, jax.Array]
     routing: RoutingStats | None
+    layers: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
+    state: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
 
 
 @jax.tree_util.register_dataclass
@@ -231,11 +240,12 @@ def make_train_step(trainable: Trainable) -> jax.stages.Wrapped:
             return jax.tree.map(lambda n, o: jnp.where(is_finite, n, o), new, old)
 
         router_state, routing = state.router_state, join(sums.routing)
+        by_layer, by_expert = {}, {}
         if routing is not None:
             router_state = update_router_state(router_state, sums.routing, config, knobs, state.step)
-            per_layer = routing_metrics(routing)
-            scalars |= {f"moe/{name}": values_N.mean() for name, values_N in per_layer.items()}
-            scalars |= state_metrics(router_state)
+            by_layer, by_expert = routing_metrics(routing), state_arrays(router_state)
+            scalars |= {f"moe/{name}": values_N.mean() for name, values_N in by_layer.items()}
+            scalars |= state_metrics(by_expert)
             scalars |= {f"schedule/{name}": factor(config, name, state.step) for name in scheduled_leaves(config)}
         state = TrainState(
             step=state.step + 1,
@@ -252,7 +262,7 @@ def make_train_step(trainable: Trainable) -> jax.stages.Wrapped:
             "skipped_steps": state.skipped,
             "skipped_in_row": state.skipped_in_row,
         }
-        return state, StepOutput(scalars, routing)
+        return state, StepOutput(scalars, routing, by_layer, by_expert)
 
     return jax.jit(
         train_step,

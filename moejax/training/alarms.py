@@ -1,0 +1,214 @@
+"""Alarms: rules that say when routing goes wrong, a line in `workdir/alarms.jsonl` and in the log for each.
+
+`check` is a pure function of one logging interval. `AlarmLog` remembers which layers each rule holds in, so that what
+lasts is said once when it begins and once when it ends. A rule in `alarms.stop` saves the run and ends it.
+"""
+
+import dataclasses
+import json
+import logging
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+from moejax.config import Config, MoeConfig
+from moejax.training.telemetry import RoutingInterval
+
+FILE = "alarms.jsonl"
+PATIENCE = 3  # intervals without a finding after which an alarm has ended
+
+log = logging.getLogger("moejax")
+
+
+class AlarmError(RuntimeError):
+    """A rule in `alarms.stop` held: the message names it and the remedy."""
+
+
+class AlarmFileError(ValueError):
+    """An `alarms.jsonl` that cannot be read: the message names the line and the remedy."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Alarm:
+    """A rule and where it holds.
+
+    Attributes:
+      rule: its name, the leaf of `alarms`.
+      layers: model layers, increasing.
+      value: of the layer that is furthest beyond the threshold.
+      threshold: from the configuration.
+      reading: what was seen, with its value.
+    """
+
+    rule: str
+    layers: tuple[int, ...]
+    value: float
+    threshold: float
+    reading: str
+
+
+def check(interval: RoutingInterval, config: Config) -> list[Alarm]:
+    """Applies every rule that is on to every MoE layer of one logging interval.
+
+    Args:
+      interval: what was logged.
+      config: of the run; thresholds are in `config.alarms`.
+
+    Returns:
+      One alarm for each rule that holds in a layer, in the order of the rules.
+    """
+    alarms, seen = config.alarms, interval.layers
+    kinds = [kind for kind in config.layers if kind is not None]
+    worst_N = interval.idle_steps_NE.max(axis=1)
+    readings = {
+        "collapse": (_collapse(seen["max_violation"], kinds), "MaxVio is {:.0%} of what is possible"),
+        "dead_experts": (worst_N.astype(float), "an expert got no token for {:,.0f} steps"),
+        "balance_floor": (_balance(interval), "the balance loss is {:.3f}, and 1 is its floor"),
+        "logits": (np.where(np.isnan(seen["logit_max"]), np.inf, seen["logit_max"]), "a router logit reached {:,.1f}"),
+        "ties": (seen["ties"], "{:.2%} of tokens tie between their last expert and the next"),
+        "drops": (seen["dropped"], "{:.1%} of choices found no slot"),
+        "entropy": (_entropy(seen["entropy"], kinds), "the router's entropy is {:.2%} of ln E"),
+    }
+    found = []
+    for rule, (value_N, reading) in readings.items():
+        threshold = float(getattr(alarms, rule))
+        is_low = rule in ("balance_floor", "entropy")
+        holds_N = (value_N < threshold) if is_low else (value_N > threshold)
+        if threshold and holds_N.any():
+            found.append(_alarm(rule, value_N, holds_N, threshold, reading, config.moe_layers, is_low=is_low))
+    return found
+
+
+def _alarm(
+    rule: str, value_N: Float[np.ndarray, "N"], holds_N: Bool[np.ndarray, "N"], threshold: float, reading: str,
+    layers: Sequence[int], *, is_low: bool,
+) -> Alarm:  # fmt: skip
+    values = value_N[holds_N]
+    worst = float(values.min() if is_low else values.max())
+    text = "router logits are not finite" if math.isinf(worst) else reading.format(worst)
+    return Alarm(rule, tuple(layers[n] for n in np.flatnonzero(holds_N).tolist()), worst, threshold, text)
+
+
+def _collapse(max_violation_N: Float[np.ndarray, "N"], kinds: Sequence[MoeConfig]) -> Float[np.ndarray, "N"]:
+    """MaxVio over E / K - 1, which it has when every token visits the same K experts; 0 where that is 0."""
+    most_N = np.array([kind.num_choices / kind.top_k - 1 for kind in kinds])
+    return np.where(most_N > 0, max_violation_N / np.where(most_N > 0, most_N, 1), 0.0)
+
+
+def _balance(interval: RoutingInterval) -> Float[np.ndarray, "N"]:
+    """The balance loss of the interval as one batch, normalised to 1 at perfect balance."""
+    load_NE = interval.counts_NE / np.maximum(interval.counts_NE.sum(axis=1, keepdims=True), 1)
+    return np.where(
+        interval.counts_NE.any(axis=1), load_NE.shape[1] * (load_NE * interval.probs_NE).sum(axis=1), np.nan
+    )
+
+
+def _entropy(entropy_N: Float[np.ndarray, "N"], kinds: Sequence[MoeConfig]) -> Float[np.ndarray, "N"]:
+    """The router's entropy over that of a uniform router; NaN where no choice is learned."""
+    uniform_N = np.array([math.log(kind.num_choices) if kind.num_choices > 1 else math.nan for kind in kinds])
+    return entropy_N / uniform_N
+
+
+class AlarmLog:
+    """`workdir/alarms.jsonl`: one line when a rule begins to hold in some layers, and one when it ends there.
+
+    Args:
+      workdir: the run directory.
+      after_step: lines of later steps are dropped: a resumed run writes them again.
+      config: of the run.
+    """
+
+    def __init__(self, workdir: str | Path, after_step: int, config: Config):
+        self._config = config
+        self._path = Path(workdir) / FILE
+        kept = [line for line in read_alarms(workdir) if line["step"] <= after_step]
+        if self._path.exists():
+            temporary = self._path.with_suffix(".tmp")
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+            os.replace(temporary, self._path)
+        # By rule and layer, the intervals since it last held.
+        self._quiet = dict.fromkeys(active(kept), 0)
+
+    def update(self, step: int, interval: RoutingInterval) -> list[Alarm]:
+        """Checks an interval that ended with `step`, writes what is new; returns what holds and is to stop the run."""
+        found = check(interval, self._config)
+        holding = {(alarm.rule, layer) for alarm in found for layer in alarm.layers}
+        for alarm in found:
+            begun = [layer for layer in alarm.layers if (alarm.rule, layer) not in self._quiet]
+            if begun:
+                self._write(step, alarm.rule, "on", begun, value=alarm.value, threshold=alarm.threshold,
+                            reading=alarm.reading)  # fmt: skip
+                log.warning("step %d: alarm %s in %s: %s", step, alarm.rule, name_layers(begun), alarm.reading)
+        self._quiet = {place: intervals + 1 for place, intervals in self._quiet.items()} | dict.fromkeys(holding, 0)
+        ended = sorted(place for place, intervals in self._quiet.items() if intervals >= PATIENCE)
+        for rule in dict.fromkeys(rule for rule, _ in ended):
+            layers = [layer for other, layer in ended if other == rule]
+            self._write(step, rule, "off", layers)
+            log.info("step %d: alarm %s has ended in %s", step, rule, name_layers(layers))
+        self._quiet = {place: quiet for place, quiet in self._quiet.items() if place not in ended}
+        return [alarm for alarm in found if alarm.rule in self._config.alarms.stopping]
+
+    def _write(self, step: int, rule: str, state: str, layers: Iterable[int], **more: Any) -> None:
+        finite = {key: value for key, value in more.items() if value != math.inf}
+        line = {"step": step, "rule": rule, "state": state, "layers": list(layers), **finite}
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def read_alarms(workdir: str | Path) -> list[dict[str, Any]]:
+    """The lines of `workdir/alarms.jsonl`, without a last one that a crash cut off; none if there is no such file.
+
+    Raises:
+      AlarmFileError: a line is damaged.
+    """
+    path = Path(workdir) / FILE
+    if not path.exists():
+        return []
+    text = path.read_text(encoding="utf-8", errors="replace")
+    lines: list[dict[str, Any]] = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        try:
+            values = json.loads(line)
+            if not isinstance(values["step"], int) or values["state"] not in ("on", "off"):
+                raise ValueError("no step or state")
+            [int(layer) for layer in values["layers"]], str(values["rule"])
+        except (ValueError, KeyError, TypeError) as error:
+            if number == text.count("\n") + 1:  # it has no end of line
+                break
+            raise AlarmFileError(f"{path}: line {number} is damaged ({error}); delete that line") from error
+        lines.append(values)
+    return lines
+
+
+def active(lines: Iterable[Mapping[str, Any]]) -> list[tuple[str, int]]:
+    """Rules and layers of the alarms that have begun and not ended, in the order of their beginning."""
+    places: dict[tuple[str, int], None] = {}
+    for line in lines:
+        for layer in line["layers"]:
+            places.pop((line["rule"], layer), None)
+            if line["state"] == "on":
+                places[line["rule"], layer] = None
+    return list(places)
+
+
+def name_layers(layers: Sequence[int]) -> str:
+    """`layer 3`, `layers 1, 2`, or the first eight of many and how many they are."""
+    if len(layers) == 1:
+        return f"layer {layers[0]}"
+    shown = ", ".join(map(str, layers[:8]))
+    return f"layers {shown}" + (f" and {len(layers) - 8} more" if len(layers) > 8 else "")
+
+
+def stop_message(step: int, alarms: Sequence[Alarm]) -> str:
+    """Why an alarm ended a run, and what to do."""
+    seen = "; ".join(f"{alarm.rule} in {name_layers(alarm.layers)}: {alarm.reading}" for alarm in alarms)
+    rules = ", ".join(alarm.rule for alarm in alarms)
+    return (
+        f"alarms.stop: {seen}; saved step {step}; take {rules} out of alarms.stop to go on from there, or begin "
+        "another run with other moe or optimizer settings"
+    )

@@ -1,0 +1,108 @@
+"""Telemetry: what a logging interval keeps of its steps, and that files hold what the steps did."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tensorstore
+
+import training_cases as cases
+from moejax.config import Knobs
+from moejax.moe.balance import routing_metrics
+from moejax.training.metrics import MetricsFile, Recorder
+from moejax.training.progress import StepProgress
+from moejax.training.routing_log import RoutingLog
+from moejax.training.step import make_train_step, put_batch
+from moejax.training.telemetry import LAYER_METRICS, summarize_routing
+
+LAYERS = {"model": {"num_layers": 3}, "moe": {"per_layer": "1: router=sigmoid_topk selection_bias=True"}}
+
+
+@pytest.fixture(scope="module")
+def outputs():
+    """Three steps of a model of which one layer has a selection bias."""
+    config = cases.small_config(**LAYERS)
+    trainable = cases.make(config)
+    step, state = make_train_step(trainable), cases.initial_state(trainable)
+    found = []
+    with jax.set_mesh(trainable.mesh):
+        for seed in range(3):
+            batch = put_batch(cases.packed_batch(config, seed), trainable)
+            state, output = step(state, batch, Knobs.of(config))
+            found.append(jax.device_get(output))
+    return config, found
+
+
+def test_the_names_that_are_logged_are_those_of_the_metrics(outputs):
+    _, steps = outputs
+    assert (
+        set(LAYER_METRICS) == set(routing_metrics(jax.tree.map(jnp.asarray, steps[0].routing))) == set(steps[0].layers)
+    )
+
+
+def test_an_interval_sums_counts_and_weighs_probabilities_by_tokens(outputs):
+    _, steps = outputs
+    interval = summarize_routing(steps)
+    for n in range(3):
+        tokens = sum(float(s.routing.num_tokens[n]) for s in steps)
+        for e in range(4):
+            assert interval.counts_NE[n, e] == sum(int(s.routing.assignments_E[n, e]) for s in steps)
+            assert interval.probs_NE[n, e] == pytest.approx(sum(float(s.routing.probs_E[n, e]) for s in steps) / tokens)
+            weights = sum(float(s.routing.importance_E[n, e]) for s in steps)
+            assert interval.importance_NE[n, e] == pytest.approx(weights / tokens)
+    np.testing.assert_allclose(interval.probs_NE.sum(axis=1), 1, rtol=1e-5)
+    np.testing.assert_array_equal(interval.idle_steps_NE, steps[-1].state["idle_steps"])
+
+
+def test_only_layers_with_a_selection_bias_have_one(outputs):
+    interval = summarize_routing(outputs[1])
+    assert np.isnan(interval.bias_NE[[0, 2]]).all()
+    assert np.abs(interval.bias_NE[1]).max() > 0
+
+
+def test_metrics_of_a_layer_are_means_and_the_largest_logit_is_the_largest(outputs):
+    _, steps = outputs
+    interval = summarize_routing(steps)
+    for name in LAYER_METRICS:
+        columns = np.stack([s.layers[name] for s in steps])
+        expected = columns.max(axis=0) if name == "logit_max" else columns.mean(axis=0)
+        np.testing.assert_allclose(interval.layers[name], expected, rtol=1e-6, atol=1e-7, err_msg=name)
+
+
+def test_steps_that_are_not_finite_are_left_out_of_means_but_not_of_the_largest_logit(outputs):
+    _, steps = outputs
+    broken = dataclasses.replace(steps[1], layers={k: v * np.nan for k, v in steps[1].layers.items()})
+    interval = summarize_routing([steps[0], broken])
+    np.testing.assert_allclose(interval.layers["entropy"], steps[0].layers["entropy"], rtol=1e-6)
+    assert np.isnan(interval.layers["logit_max"]).all()
+    assert np.isnan(summarize_routing([broken]).layers["entropy"]).all()
+
+
+def test_the_files_hold_what_the_steps_did_one_interval_late(tmp_path, outputs):
+    config, steps = outputs
+    log = RoutingLog(tmp_path, config.moe_layers, config.moe.num_choices, LAYER_METRICS)
+    with MetricsFile(tmp_path, 0) as metrics, StepProgress(3, 0, False) as progress:
+        recorder = Recorder(metrics, log, progress, 0)
+        for output in steps:
+            recorder.add(output)
+        recorder.flush()
+    stored = {
+        name: tensorstore.open({"driver": "zarr3", "kvstore": f"file://{tmp_path}/routing/{name}/"}).result()
+        for name in ("counts", "probs", "importance", "idle_steps", "bias", "layers")
+    }
+    expected = summarize_routing(steps).arrays()
+    assert set(expected) == set(stored)
+    for name, array in stored.items():
+        np.testing.assert_array_equal(array[0].read().result(), expected[name], err_msg=name)
+
+
+def test_a_dense_model_has_no_routing():
+    config = cases.small_config(moe={"num_experts": 0}, model={"num_layers": 1})
+    trainable = cases.make(config)
+    with jax.set_mesh(trainable.mesh):
+        batch = put_batch(cases.packed_batch(config), trainable)
+        _, output = jax.eval_shape(make_train_step(trainable), cases.initial_state(trainable), batch, Knobs.of(config))
+    assert output.layers == {} and output.state == {}
+    assert summarize_routing([output]) is None
