@@ -188,7 +188,8 @@ def test_a_rule_to_stop_at_saves_the_run_says_why_and_lets_it_go_on_without(tmp_
         "moe": {"num_experts": 4, "top_k": 1, "renormalize": False, "d_expert": 8, "balance_weight": 0.0},
         "data": {"source": "synthetic", "tokenizer": "bytes", "seq_len": 16, "directory": str(tmp_path / "data")},
         "train": {"num_steps": 12, "batch_size": 8, "log_every": 2, "eval_every": 0},
-        "alarms": {"entropy": 1.0, "collapse": 0.0, "stop": "entropy"},  # which a router that learns anything falls below
+        # A router that learns anything falls below the entropy of a uniform one.
+        "alarms": {"entropy": 1.0, "collapse": 0.0, "stop": "entropy"},
     }
     with pytest.raises(AlarmError, match=r"entropy in layer 0: .* saved step \d+; take entropy out of alarms\.stop"):
         train(resolve(sections), tmp_path / "run")
