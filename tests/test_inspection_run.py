@@ -99,6 +99,7 @@ def test_metrics_hold_a_row_per_step_with_training_and_evaluation_in_one(tmp_pat
     assert table.index.tolist() == [10, 20, 30] and set(table.dtypes.astype(str)) == {"float64"}
     nan = math.nan
     np.testing.assert_array_equal(table, [[2, 1, nan], [nan, 5, 4], [nan, 6, nan]])
+    assert run.series("b")[0].tolist() == [10, 20, 30]
     table["b"] = 0
     assert run.metrics["b"].tolist() == [1, 5, 6]  # a table that was changed changes no other
 

@@ -10,6 +10,8 @@ In a notebook:
 These names load neither a model nor a plotting library before they need it.
 """
 
+from moejax.inspection.comparison import Comparison as Comparison
+from moejax.inspection.comparison import compare as compare
 from moejax.inspection.run import Run as Run
 from moejax.inspection.run import open_run as open_run
 from moejax.inspection.trace import Trace as Trace

@@ -21,5 +21,16 @@ def visible(piece: str) -> str:
 
 def facts(rows: Iterable[tuple[str, Any]]) -> str:
     """A table of names and values."""
-    cells = "".join(f'<tr><th scope="row">{text(name)}</th><td>{text(value)}</td></tr>' for name, value in rows)
-    return f"<table><tbody>{cells}</tbody></table>"
+    return table((), rows)
+
+
+def table(head: Iterable[Any], rows: Iterable[Iterable[Any]]) -> str:
+    """A table whose first column names the rows; without titles of columns if there is no `head`."""
+    titles = "".join(f'<th scope="col">{text(cell)}</th>' for cell in head)
+    top = f"<thead><tr>{titles}</tr></thead>" if titles else ""
+    body = "".join(f"<tr>{_row(*row)}</tr>" for row in rows)
+    return f"<table>{top}<tbody>{body}</tbody></table>"
+
+
+def _row(name: Any, *cells: Any) -> str:
+    return f'<th scope="row">{text(name)}</th>' + "".join(f"<td>{text(cell)}</td>" for cell in cells)
