@@ -93,7 +93,7 @@ class Comparison:
         for label, run in self.runs.items():
             steps, values = run.series(key)
             columns[label] = pd.Series(values, index=steps)
-        return pd.DataFrame(columns).sort_index().rename_axis("step")
+        return pd.DataFrame(columns).rename_axis("step")
 
     def __repr__(self) -> str:
         import pandas as pd
