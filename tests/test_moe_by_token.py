@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import oracle_losses
-from moejax.moe.by_token import churn, coactivation, experts_by_token
+from moejax.moe.by_token import choices_by_token, churn, coactivation, experts_by_token, scores_by_token
 from moejax.moe.routers.routing import Routing, SlotRouting, SoftRouting
 
 N, T, K, E = 2, 12, 2, 5
@@ -44,18 +44,40 @@ def test_churn_is_the_fraction_of_experts_that_a_token_no_longer_visits():
 def test_choices_of_experts_become_those_of_tokens_and_runs_of_different_widths_join():
     chosen = draw(0)
     zeros = jnp.zeros(1)
-    routing = Routing(zeros, zeros, jnp.asarray(chosen), zeros, zeros, zeros)
+    shares = np.where(chosen < E, np.random.default_rng(2).random((N, T, K)), 0).astype(np.float32)
+    routing = Routing(zeros, zeros, jnp.asarray(chosen), jnp.asarray(shares), zeros, zeros)
     # One layer, two rows of six; each expert has two slots; expert 2 takes positions 0 and 5 of the first row.
-    positions = np.full((1, 2, E, 2), T // 2, np.int32)
+    positions, weights = np.full((1, 2, E, 2), T // 2, np.int32), np.zeros((1, 2, E, 2), np.float32)
     positions[0, 0, 2], positions[0, 0, 4, 0], positions[0, 1, 2, 1] = (0, 5), 5, 3
-    slots = SlotRouting(jnp.zeros((1, T, E)), zeros, jnp.asarray(positions), zeros)
+    weights[0, 0, 2], weights[0, 0, 4, 0], weights[0, 1, 2, 1] = (0.5, 0.25), 0.75, 0.125
+    slots = SlotRouting(jnp.zeros((1, T, E)), zeros, jnp.asarray(positions), jnp.asarray(weights))
     soft = SoftRouting(jnp.zeros((1, 2, T // 2, 6)), zeros, zeros)
-    found = np.asarray(experts_by_token([routing, slots, soft], E))
+    found, counting = (np.asarray(x) for x in choices_by_token([routing, slots, soft], E))
+    np.testing.assert_array_equal(experts_by_token([routing, slots, soft], E), found)
     assert found.shape == (N + 2, T, E)
     np.testing.assert_array_equal(found[:N, :, :K], chosen)
     assert np.all(found[:N, :, K:] == E) and np.all(found[-1] == E)
     visits = [{int(e) for e in row if e < E} for row in found[N]]
     assert visits == [{2}, set(), set(), set(), set(), {2, 4}] + [set()] * 3 + [{2}, set(), set()]
+    np.testing.assert_array_equal(counting[:N, :, :K], shares)
+    assert not counting[found == E].any()
+    assert found[N, 5].tolist() == [4, 2, E, E, E]  # the best first
+    assert counting[N, 5].tolist() == [0.75, 0.25, 0, 0, 0] and counting[N, 0, 0] == 0.5 and counting[N, 9, 0] == 0.125
+
+
+def test_scores_of_soft_routing_are_those_of_experts_whatever_their_slots():
+    rng = np.random.default_rng(0)
+    logits_BLS = rng.normal(size=(1, 2, T // 2, 2 * E)).astype(np.float32)  # one layer, two slots of each expert
+    combine_BLS = np.exp(logits_BLS) / np.exp(logits_BLS).sum(axis=-1, keepdims=True)
+    soft = SoftRouting(jnp.asarray(logits_BLS), jnp.zeros(1), jnp.asarray(combine_BLS))
+    topk = Routing(*(jnp.asarray(rng.normal(size=(N, T, E)).astype(np.float32)) for _ in range(6)))
+    logits_NTE, probs_NTE = scores_by_token([topk, soft], E)
+    np.testing.assert_array_equal(logits_NTE[:N], topk.logits_TE)
+    np.testing.assert_array_equal(probs_NTE[:N], topk.probs_TE)
+    expected_TE = combine_BLS.reshape(T, E, 2).sum(axis=-1)
+    np.testing.assert_allclose(probs_NTE[N], expected_TE, rtol=1e-6)
+    odds_TE = np.exp(np.asarray(logits_NTE[N]))
+    np.testing.assert_allclose(odds_TE / odds_TE.sum(axis=-1, keepdims=True), expected_TE, rtol=1e-5)
 
 
 @pytest.mark.parametrize("num_choices", [E, E + 3])

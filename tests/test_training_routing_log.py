@@ -70,6 +70,56 @@ def test_a_log_that_spans_many_chunks_is_read_back_whole(tmp_path, monkeypatch):
     assert_holds(tmp_path, [1, 2, 3, 4, 7])
 
 
+def test_a_slice_reads_only_its_chunks(tmp_path, monkeypatch):
+    monkeypatch.setattr(routing_log, "CHUNK_BYTES", 3 * 8 * 8)  # three entries a chunk
+    append_steps(RoutingLog(tmp_path, LAYERS, NUM_EXPERTS), range(1, 11))
+    (tmp_path / "routing/counts/c/2/0/0").write_bytes(b"damaged")  # entries 6 to 8
+    history = read_routing(tmp_path)
+    for start, stop in ((0, 6), (2, 4), (9, None), (-1, None), (4, 2), (10, 20)):
+        expected = [entry(step)[0] for step in list(range(1, 11))[start:stop]]
+        np.testing.assert_array_equal(history.read("counts", start, stop), np.reshape(expected, (-1, 2, 4)))
+    np.testing.assert_array_equal(history.probs_SNE[8], entry(9)[1])
+    with pytest.raises(ValueError, match=rf"{tmp_path}/routing is damaged .*delete it to do without"):
+        history.read("counts", 5, 7)
+
+
+@pytest.mark.parametrize("columns", [1, 3, 7, 20])
+def test_sums_over_neighbouring_entries_are_those_of_all_read_at_once(tmp_path, monkeypatch, columns):
+    monkeypatch.setattr(routing_log, "CHUNK_BYTES", 3 * 8 * 8)  # three entries a chunk
+    monkeypatch.setattr(routing_log, "CHUNKS_AT_ONCE", 1)
+    append_steps(RoutingLog(tmp_path, LAYERS, NUM_EXPERTS), range(10, 120, 10))
+    history = read_routing(tmp_path)
+    read = history.read
+    longest = []
+    monkeypatch.setattr(history, "read", lambda *arguments: longest.append(len(read(*arguments))) or read(*arguments))
+    steps_C, sums_CNE = history.summed("counts", columns)
+    assert max(longest) == 3 and len(sums_CNE) == min(columns, 11)
+    first = 0
+    for step, sums_NE in zip(steps_C, sums_CNE, strict=True):
+        last = history.steps.tolist().index(step)
+        np.testing.assert_array_equal(sums_NE, history.counts_SNE[first : last + 1].sum(axis=0))
+        first = last + 1
+    assert first == 11 and sums_CNE.dtype == np.int64
+    assert history.summed("probs", columns)[1].sum() == pytest.approx(8 * sum(range(10, 120, 10)) / 1024)
+
+
+def test_a_history_says_what_it_holds_and_refuses_the_rest(tmp_path):
+    append_steps(RoutingLog(tmp_path, LAYERS, NUM_EXPERTS), [10, 20])
+    history = read_routing(tmp_path)
+    assert {"counts", "probs"} <= set(history.names) and history.num_entries == 2
+    assert "2 entries, steps 10 to 20, 2 layers, 4 experts: counts, probs" in repr(history)
+    with pytest.raises(ValueError, match=r"/routing has no array 'gates'; use one of counts, probs"):
+        history.read("gates")
+    with pytest.raises(ValueError, match=r"num_columns=0 must be at least 1"):
+        history.summed("counts", 0)
+
+
+def test_sums_of_a_log_without_entries_are_empty(tmp_path):
+    RoutingLog(tmp_path, LAYERS, NUM_EXPERTS)
+    steps_C, sums_CNE = read_routing(tmp_path).summed("counts", 5)
+    assert steps_C.shape == (0,) and sums_CNE.shape == (0, 2, 4)
+
+
 def test_a_resumed_run_continues_and_rewrites_what_it_repeats(tmp_path):
     append_steps(RoutingLog(tmp_path, LAYERS, NUM_EXPERTS), [10, 20, 30])
     resumed = RoutingLog(tmp_path, LAYERS, NUM_EXPERTS)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import jax
 from flax import nnx
+from jax.sharding import Mesh
 
 from moejax.config import Config, MeshConfig
 from moejax.data import Tokenizer, load_tokenizer
@@ -24,30 +25,33 @@ class LoadedRun:
       model: the decoder.
       tokenizer: the run's own.
       step: of the checkpoint.
+      mesh: over which the weights are split, to be in context where the model is called; None: they are on one device.
     """
 
     config: Config
     model: Decoder
     tokenizer: Tokenizer
     step: int
+    mesh: Mesh | None = None
 
 
-def load_run(workdir: str | Path, step: int | None = None) -> LoadedRun:
-    """Loads a checkpoint onto the first device, whatever mesh the run was trained on.
+def load_run(workdir: str | Path, step: int | None = None, mesh: MeshConfig | None = None) -> LoadedRun:
+    """Loads a checkpoint, whatever mesh the run was trained on.
 
     Args:
       workdir: the run directory; nothing found in it is executed.
       step: a saved step; None takes the newest.
+      mesh: of all devices, over which the weights are split; None loads onto the first device.
 
     Raises:
-      ConfigError: no readable `config.json`.
+      ConfigError: no readable `config.json`, or the model does not fit the mesh.
       DataError: the tokenizer is missing or damaged.
       CheckpointError: no such checkpoint, or it is damaged.
     """
     config = read_config(workdir)
     tokenizer = load_tokenizer(workdir)
-    one_device = dataclasses.replace(config, mesh=MeshConfig(data=1))
-    trainable = make_trainable(one_device, make_mesh(one_device, jax.devices()[:1]))
-    checkpoints = Checkpoints(workdir, trainable, read_only=True)
-    step, params, router_state = checkpoints.restore_model(step)
-    return LoadedRun(config, nnx.merge(trainable.graphdef, params, router_state), tokenizer, step)
+    here = dataclasses.replace(config, mesh=mesh or MeshConfig(data=1))
+    trainable = make_trainable(here, make_mesh(here, None if mesh else jax.devices()[:1]))
+    step, params, router_state = Checkpoints(workdir, trainable, read_only=True).restore_model(step)
+    model = nnx.merge(trainable.graphdef, params, router_state)
+    return LoadedRun(config, model, tokenizer, step, trainable.mesh if mesh else None)

@@ -2,20 +2,17 @@
 
 import logging
 from collections.abc import Callable
-from contextlib import closing
 from pathlib import Path
 
-import jax
 import numpy as np
-from flax import nnx
 
-from moejax.data import Batch, Corpus, eval_batches, prepare
+from moejax.data import Corpus, prepare
 from moejax.inference.generate import generate_text
 from moejax.inference.load import LoadedRun, load_run
 from moejax.inspection.report import Sample, render_report, write_report
 from moejax.inspection.run import open_run
 from moejax.inspection.specialisation import count_tokens_by_expert
-from moejax.moe.by_token import experts_by_token
+from moejax.inspection.trace import route_corpus
 
 TRACED_ROWS = 256
 NUM_SAMPLES = 3
@@ -44,28 +41,11 @@ def build_report(workdir: str | Path) -> Path:
 
 def count_routed_tokens(loaded: LoadedRun, corpus: Corpus) -> np.ndarray:
     """How often each expert of each MoE layer got each token of the vocabulary, on validation rows: `[N, E, V]`."""
-    config = loaded.config
-    graphdef, state = nnx.split(loaded.model)
-
-    @jax.jit
-    def route(state: nnx.State, batch: Batch) -> jax.Array:
-        model = nnx.merge(graphdef, state)
-        _, stats = model(batch.tokens_BL, batch.segments_BL, batch.positions_BL, trace=True)
-        return experts_by_token([run.routing for run in stats], config.moe.num_choices)
-
-    counts_NEV = np.zeros((config.num_moe_layers, config.moe.num_choices, config.vocab_size), np.int64)
-    with closing(eval_batches(corpus, config.train.batch_size)) as batches:
-        for index, batch in enumerate(batches):
-            if index * config.train.batch_size >= TRACED_ROWS:
-                break
-            counts_NEV += count_tokens_by_expert(
-                batch.tokens_BL.reshape(-1),
-                np.asarray(route(state, batch)),
-                config.vocab_size,
-                config.moe.num_choices,
-                batch.segments_BL.reshape(-1) > 0,
-            )
-    return counts_NEV
+    routed = route_corpus(loaded, corpus, max_rows=TRACED_ROWS)
+    is_token_T = np.ones(len(routed.tokens_T), bool)
+    return count_tokens_by_expert(
+        routed.tokens_T, routed.experts_NTK, loaded.config.vocab_size, routed.num_experts, is_token_T
+    )
 
 
 def write_samples(loaded: LoadedRun, corpus: Corpus) -> list[Sample]:

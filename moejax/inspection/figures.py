@@ -174,7 +174,7 @@ def draw_chart(chart: Chart, series: Callable[[str], tuple[np.ndarray, np.ndarra
 
     Args:
       chart: what to draw.
-      series: metric name to (steps, values), as `RunRecord.series`.
+      series: metric name to (steps, values), as `Run.series`.
 
     Returns:
       An SVG data URI; None if no metric of the chart has values.

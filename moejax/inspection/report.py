@@ -20,7 +20,7 @@ from jaxtyping import Int
 
 from moejax.inspection import figures
 from moejax.inspection.figures import Chart
-from moejax.inspection.run import RunRecord
+from moejax.inspection.run import Run
 from moejax.inspection.specialisation import TokenShare, over_represented_tokens
 
 MAX_LAYERS = 12  # drawn and listed; of deeper models, evenly spaced ones. Layers and tokens make the page's size:
@@ -92,7 +92,7 @@ class Sample:
 
 
 def render_report(
-    run: RunRecord,
+    run: Run,
     *,
     token_counts_NEV: Int[np.ndarray, "N E V"] | None,
     piece: Callable[[int], str],
@@ -183,7 +183,7 @@ def _table(head: Iterable[str], rows: Iterable[Sequence[str]], kind: str = "") -
     return f'<div class="scroll"><table class="{kind}">{top}<tbody>{body}</tbody></table></div>'
 
 
-def _kind(run: RunRecord) -> str:
+def _kind(run: Run) -> str:
     if run.is_dense:
         return "Dense model"
     moe = run.config["moe"]
@@ -191,7 +191,7 @@ def _kind(run: RunRecord) -> str:
     return f"Mixture of Experts: {_text(moe['num_experts'])} experts, top {_text(moe.get('top_k', '?'))}{layers}"
 
 
-def _summary(run: RunRecord) -> str:
+def _summary(run: Run) -> str:
     eval_steps, losses = run.series("eval/loss")
     loss = f"{_number(losses[-1])} nats per token, at step {eval_steps[-1]:,}" if losses.size else "no evaluation yet"
     if losses.size and np.isfinite(losses).any() and (best := int(np.nanargmin(losses))) != losses.size - 1:
@@ -199,7 +199,7 @@ def _summary(run: RunRecord) -> str:
     total, active = run.parameters_total, run.parameters_active
     _, speeds = run.series("perf/tokens_per_s")
     speeds = speeds[np.isfinite(speeds)]
-    steps = max((line["step"] for line in run.lines), default=0)
+    steps = run.last_step
     skipped = run.last("skipped_steps")
     rows = [
         ("Parameters", f"{total:,} in total, {active:,} active for a token ({active / max(total, 1):.0%})"),
@@ -218,14 +218,14 @@ def _summary(run: RunRecord) -> str:
     return _table((), [row for row in rows if row[1]], kind="facts")
 
 
-def _other_losses(run: RunRecord) -> list[Chart]:
+def _other_losses(run: Run) -> list[Chart]:
     """A chart for each logged loss that the known charts leave out, so that none is hidden."""
     known = {key for chart in figures.LOSS_CHARTS for key, _ in chart.keys}
     others = [key for key in run.keys if key.startswith("loss/") and key not in known]
     return [Chart(key, ((key, ""),), "value", "As logged.") for key in others]
 
 
-def _charts(run: RunRecord, charts: Iterable[Chart]) -> str:
+def _charts(run: Run, charts: Iterable[Chart]) -> str:
     shown = []
     for chart in charts:
         image = figures.draw_chart(chart, run.series)
@@ -246,7 +246,7 @@ def _left_out(num_layers: int) -> str:
     return "" if shown == num_layers else f"<p>{shown} of {num_layers} MoE layers are shown, evenly spaced.</p>"
 
 
-def _load_over_time(run: RunRecord) -> str:
+def _load_over_time(run: Run) -> str:
     routing = run.routing
     if routing is None or not routing.steps.size:
         return "<p>No routing is logged yet.</p>"
@@ -262,7 +262,7 @@ def _load_over_time(run: RunRecord) -> str:
     )
 
 
-def _final_load(run: RunRecord) -> str:
+def _final_load(run: Run) -> str:
     routing = run.routing
     if routing is None or not routing.steps.size:
         return "<p>No routing is logged yet.</p>"
@@ -288,7 +288,7 @@ def _final_load(run: RunRecord) -> str:
     )
 
 
-def _tokens(run: RunRecord, token_counts_NEV: np.ndarray | None, piece: Callable[[int], str]) -> str:
+def _tokens(run: Run, token_counts_NEV: np.ndarray | None, piece: Callable[[int], str]) -> str:
     if token_counts_NEV is None or not token_counts_NEV.size:
         return "<p>Not counted for this report.</p>"
     N, E, _ = token_counts_NEV.shape
@@ -335,7 +335,7 @@ def _samples(samples: Sequence[Sample]) -> str:
     )
 
 
-def _config(run: RunRecord) -> str:
+def _config(run: Run) -> str:
     def section(name: str, leaves: Mapping[str, Any]) -> str:
         rows = [(_text(key), f"<code>{_text(json.dumps(value))}</code>") for key, value in leaves.items()]
         return f"<div><h3>{_text(name)}</h3>{_table((), rows)}</div>"

@@ -1,20 +1,32 @@
 """Open a run from its directory alone: what was trained, with which numbers, and where its tokens went.
 
-Reads `config.json`, `metrics.jsonl` and `routing/` as data: nothing found there is executed or unpickled, and no
-plotting library is needed. A run that was interrupted and resumed reads as one run.
+Opening reads `config.json` and nothing else, however long the run. `metrics.jsonl` is read when a metric is first asked
+for, `routing/` in the slices that are asked for. All of it is data: nothing found there is executed or unpickled. A run
+that was interrupted and resumed reads as one run.
 """
 
 import dataclasses
+import functools
 import json
 import math
+from array import array
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float64, Int64
 
+from moejax.inspection import html
 from moejax.training.routing_log import RoutingHistory, read_routing
+
+if TYPE_CHECKING:  # imported where they are needed: a run opens without them
+    import pandas as pd
+
+    from moejax.config import Config, MeshConfig
+    from moejax.data import Tokenizer
+    from moejax.inference.load import LoadedRun
+    from moejax.training.evaluation_log import Evaluations
 
 CONFIG_KEYS = ("config", "versions", "git_commit", "device", "command", "parameters")
 
@@ -23,11 +35,12 @@ class RunError(ValueError):
     """A run directory that cannot be read: the message names the file and the remedy."""
 
 
-@dataclasses.dataclass(frozen=True)
-class RunRecord:
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Run:
     """One run as its directory describes it.
 
     Attributes:
+      workdir: the directory.
       name: the directory's name.
       config: sections of leaves, as `moejax.config.to_dict` gives them.
       versions: library name to version.
@@ -36,12 +49,9 @@ class RunRecord:
       command: the command line that started the run.
       parameters_total: of the model.
       parameters_active: used by one token.
-      lines: the metric lines in the order they were written.
-      keys: every metric name in `lines`, sorted.
-      routing: assignments per layer and expert over time; None for a dense run or before the first entry.
-      metrics_file: where `lines` came from, for error messages.
     """
 
+    workdir: Path
     name: str
     config: Mapping[str, Mapping[str, Any]]
     versions: Mapping[str, str]
@@ -50,10 +60,6 @@ class RunRecord:
     command: str
     parameters_total: int
     parameters_active: int
-    lines: tuple[Mapping[str, Any], ...]
-    keys: tuple[str, ...]
-    routing: RoutingHistory | None
-    metrics_file: Path
 
     @property
     def is_dense(self) -> bool:
@@ -66,6 +72,27 @@ class RunRecord:
         moe = self.config.get("moe", {})
         kinds = ("num_experts", "num_zero_experts", "num_identity_experts", "num_constant_experts")
         return sum(moe.get(kind, 0) for kind in kinds)
+
+    @functools.cached_property
+    def settings(self) -> "Config":
+        """The resolved configuration.
+
+        Raises:
+          ConfigError: this version of moejax cannot resolve it.
+        """
+        from moejax.training.run_directory import read_config
+
+        return read_config(self.workdir)
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The name of every metric, sorted."""
+        return tuple(sorted(self._series))
+
+    @property
+    def last_step(self) -> int:
+        """The last step with a metric; 0 before the first."""
+        return max((steps[-1] for steps, _ in self._series.values()), default=0)
 
     def series(self, key: str) -> tuple[Int64[np.ndarray, "S"], Float64[np.ndarray, "S"]]:
         """One metric over time.
@@ -80,42 +107,129 @@ class RunRecord:
           Steps, strictly increasing, and values; NaN where the log says null. Both empty if no line has the key.
 
         Raises:
-          ValueError: a value is not a number.
+          RunError: `metrics.jsonl` is missing or damaged.
         """
-        steps: list[int] = []
-        values: list[float] = []
-        for line in self.lines:
-            if key not in line:
-                continue
-            value = line[key]
-            if not isinstance(value, (int, float, type(None))):
-                where = f"{self.metrics_file}, step {line['step']}"
-                raise RunError(f"{where}: {key}={value!r} must be a number or null; delete that line")
-            while steps and steps[-1] >= line["step"]:
-                steps.pop()
-                values.pop()
-            steps.append(line["step"])
-            values.append(math.nan if value is None else float(value))
+        steps, values = self._series.get(key, (array("q"), array("d")))
         return np.array(steps, np.int64), np.array(values, np.float64)
 
     def last(self, key: str) -> float | None:
         """The newest value of a metric; None if no line has it."""
-        _, values = self.series(key)
-        return float(values[-1]) if values.size else None
+        _, values = self._series.get(key, ((), ()))
+        return float(values[-1]) if values else None
+
+    @property
+    def metrics(self) -> "pd.DataFrame":
+        """All metrics: a row per step, training and evaluation of a step in one; a float column per metric, sorted.
+
+        NaN where a step has no such metric. See `series` for steps that a resumed run wrote again.
+
+        Raises:
+          RunError: `metrics.jsonl` is missing or damaged.
+        """
+        return self._metrics.copy(deep=False)  # copied on write: changes of one table do not reach the next
+
+    @functools.cached_property
+    def _metrics(self) -> "pd.DataFrame":
+        import pandas as pd
+
+        series = {key: self.series(key) for key in self.keys}
+        steps_S = np.unique(np.concatenate([np.zeros(0, np.int64), *(steps for steps, _ in series.values())]))
+        columns = {key: np.full(len(steps_S), np.nan) for key in series}
+        for key, (steps, values) in series.items():
+            columns[key][np.searchsorted(steps_S, steps)] = values
+        return pd.DataFrame(columns, index=pd.Index(steps_S, name="step"))
+
+    @functools.cached_property
+    def _series(self) -> dict[str, tuple["array[int]", "array[float]"]]:
+        """Steps and values of each metric."""
+        return _read_series(self.workdir / "metrics.jsonl")
+
+    @functools.cached_property
+    def routing(self) -> RoutingHistory | None:
+        """Assignments and more per layer and expert over time; None for a dense run or before the first entry.
+
+        Raises:
+          RoutingLogError: the log is damaged.
+        """
+        return read_routing(self.workdir)
+
+    @property
+    def evaluations(self) -> "Evaluations":
+        """What evaluations saw of the routing: their steps, and a reader of their arrays."""
+        from moejax.training.evaluation_log import Evaluations
+
+        return Evaluations(self.workdir)
+
+    @property
+    def checkpoints(self) -> tuple[int, ...]:
+        """Saved steps, oldest first."""
+        folders = (self.workdir / "checkpoints").glob("*")  # a checkpoint has a number for a name once it is complete
+        return tuple(sorted(int(folder.name) for folder in folders if folder.name.isdigit() and folder.is_dir()))
+
+    @functools.cached_property
+    def tokenizer(self) -> "Tokenizer":
+        """The run's own tokenizer.
+
+        Raises:
+          DataError: it is missing or damaged.
+        """
+        from moejax.data import load_tokenizer
+
+        return load_tokenizer(self.workdir)
+
+    def load(self, step: int | None = None, mesh: "MeshConfig | None" = None) -> "LoadedRun":
+        """The model with the weights of a checkpoint; see `moejax.inference.load.load_run`."""
+        from moejax.inference.load import load_run
+
+        return load_run(self.workdir, step, mesh)
+
+    def reload(self) -> "Run":
+        """Forgets metrics and routing, so that what a running run has written since is seen; returns the run itself."""
+        for name in ("_series", "_metrics", "routing"):
+            self.__dict__.pop(name, None)
+        return self
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.workdir)!r}: {self._model}; {self._parameters} parameters)"
+
+    def _repr_html_(self) -> str:
+        train, data = self.config.get("train", {}), self.config.get("data", {})
+        rows = [
+            ("Model", self._model),
+            ("Parameters", self._parameters),
+            ("Text", f"{data.get('source', '?')}, rows of {data.get('seq_len', '?')} tokens"),
+            ("Training", f"{train.get('num_steps', '?')} steps of {train.get('batch_size', '?')} rows"),
+            ("Checkpoints", ", ".join(map(str, self.checkpoints)) or "none"),
+            ("Device", self.device),
+            ("Commit", self.git_commit),
+        ]
+        return f"<div><strong>{html.text(self.name)}</strong>{html.facts(rows)}</div>"
+
+    @property
+    def _model(self) -> str:
+        model, moe = self.config.get("model", {}), self.config.get("moe", {})
+        layers = f"{model.get('num_layers', '?')} layers of width {model.get('d_model', '?')}"
+        if self.is_dense:
+            return f"dense, {layers}"
+        return f"{self.num_choices} experts, top {moe.get('top_k', '?')}, {moe.get('router', '?')}, {layers}"
+
+    @property
+    def _parameters(self) -> str:
+        return f"{self.parameters_total:,} ({self.parameters_active:,} active)"
 
 
-def open_run(workdir: str | Path) -> RunRecord:
-    """Reads the run directory `workdir`.
+def open_run(workdir: str | Path) -> Run:
+    """Opens the run directory `workdir`; of its files only `config.json` is read.
 
     Raises:
-      ValueError: a file is missing or damaged; the message names it and the remedy.
+      RunError: there is no such directory, or its `config.json` is missing or damaged.
     """
     workdir = Path(workdir)
     if not workdir.is_dir():
         raise RunError(f"{workdir} is no directory; give the --workdir of a training run")
     facts = _read_config(workdir / "config.json")
-    lines = tuple(_read_lines(workdir / "metrics.jsonl"))
-    return RunRecord(
+    return Run(
+        workdir=workdir,
         name=workdir.resolve().name,
         config=facts["config"],
         versions=facts["versions"],
@@ -124,24 +238,19 @@ def open_run(workdir: str | Path) -> RunRecord:
         command=_as_text(facts["command"]),
         parameters_total=facts["parameters"]["total"],
         parameters_active=facts["parameters"]["active"],
-        lines=lines,
-        keys=tuple(sorted({key for line in lines for key in line})),
-        routing=read_routing(workdir),
-        metrics_file=workdir / "metrics.jsonl",
     )
 
 
-def _read_bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except FileNotFoundError as error:
-        raise RunError(f"{path} is missing; `moejax train` writes it, so give the --workdir of a run") from error
+def _missing(path: Path) -> RunError:
+    return RunError(f"{path} is missing; `moejax train` writes it, so give the --workdir of a run")
 
 
 def _read_config(path: Path) -> dict[str, Any]:
     remedy = "restore it, or start the run's `moejax train` command again: it rewrites the file"
     try:
-        facts = json.loads(_read_bytes(path).decode())
+        facts = json.loads(path.read_bytes().decode())
+    except FileNotFoundError as error:
+        raise _missing(path) from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise RunError(f"{path} is damaged ({error}); {remedy}") from error
     missing = [key for key in CONFIG_KEYS if not isinstance(facts, dict) or key not in facts]
@@ -162,20 +271,44 @@ def _read_config(path: Path) -> dict[str, Any]:
     return facts
 
 
+def _read_series(path: Path) -> dict[str, tuple["array[int]", "array[float]"]]:
+    """Steps and values of each metric, eight bytes a number: lines of Python objects would need a hundred."""
+    series: dict[str, tuple[array[int], array[float]]] = {}
+    for line in _read_lines(path):
+        step = line.pop("step")
+        for key, value in line.items():
+            if not isinstance(value, (int, float, type(None))):
+                raise RunError(f"{path}, step {step}: {key}={value!r} must be a number or null; delete that line")
+            steps, values = series.setdefault(key, (array("q"), array("d")))
+            while steps and steps[-1] >= step:
+                steps.pop()
+                values.pop()
+            steps.append(step)
+            values.append(math.nan if value is None else float(value))
+    return series
+
+
 def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
     """Yields the objects of `metrics.jsonl`; a last line that a crash cut off is left out."""
-    lines = _read_bytes(path).split(b"\n")
-    end = max((i for i, line in enumerate(lines) if line.strip()), default=-1)
-    for i, line in enumerate(lines[: end + 1]):
-        try:
-            values = json.loads(line.decode())
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            if i == end:
-                return
-            raise RunError(f"{path}: line {i + 1} is damaged ({error}); delete that line") from error
-        if not isinstance(values, dict) or type(values.get("step")) is not int:
-            raise RunError(f"{path}: line {i + 1} must be a JSON object with an integer `step`; delete that line")
-        yield values
+    try:
+        file = path.open("rb")
+    except FileNotFoundError as error:
+        raise _missing(path) from error
+    damage: tuple[int, ValueError] | None = None
+    with file:
+        for number, line in enumerate(file, start=1):
+            if damage and line.strip():
+                raise RunError(f"{path}: line {damage[0]} is damaged ({damage[1]}); delete that line") from damage[1]
+            if damage:
+                continue
+            try:
+                values = json.loads(line.decode())
+            except (json.JSONDecodeError, UnicodeDecodeError) as error:
+                damage = number, error
+                continue
+            if not isinstance(values, dict) or type(values.get("step")) is not int:
+                raise RunError(f"{path}: line {number} must be a JSON object with an integer `step`; delete that line")
+            yield values
 
 
 def _as_text(value: Any) -> str:

@@ -1,6 +1,7 @@
 """Token-level routing of any router in one form, and what one sees in it."""
 
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -8,41 +9,83 @@ from jaxtyping import Array, Float, Int
 
 from moejax.moe.routers.routing import Routing, SlotRouting, SoftRouting
 
+AnyRouting: TypeAlias = Routing | SlotRouting | SoftRouting
 
-def experts_by_token(routings: Sequence[Routing | SlotRouting | SoftRouting], num_choices: int) -> Int[Array, "N T K"]:
-    """Which experts each token visits, by MoE layer in the order of the model.
+
+def experts_by_token(routings: Sequence[AnyRouting], num_choices: int) -> Int[Array, "N T K"]:
+    """Which experts each token visits; see `choices_by_token`."""
+    return choices_by_token(routings, num_choices)[0]
+
+
+def choices_by_token(
+    routings: Sequence[AnyRouting], num_choices: int
+) -> tuple[Int[Array, "N T K"], Float[Array, "N T K"]]:
+    """Which experts each token visits and how much each counts, by MoE layer in the order of the model.
 
     Args:
       routings: traced token-level routing of each run of MoE layers, stacked by layer.
       num_choices: width of the router, E.
 
     Returns:
-      Expert ids; E fills up where a token visits fewer experts than another, or mixes all of them (soft routing).
+      Expert ids, the best first, and combine weights, before any capacity. Expert E with weight 0 fills up where a
+      token visits fewer experts than another, or mixes all of them (soft routing).
     """
-    found = [_by_token(routing, num_choices) for routing in routings]
-    widest = max(experts_NTK.shape[-1] for experts_NTK in found)
-    return jnp.concatenate(
-        [
-            jnp.pad(experts_NTK, ((0, 0), (0, 0), (0, widest - experts_NTK.shape[-1])), constant_values=num_choices)
-            for experts_NTK in found
-        ]
-    )
+    found = [_choices(routing, num_choices) for routing in routings]
+    widest = max(experts_NTK.shape[-1] for experts_NTK, _ in found)
+
+    def widen(x_NTK, fill):
+        missing = widest - x_NTK.shape[-1]
+        return jnp.pad(x_NTK, ((0, 0), (0, 0), (0, missing)), constant_values=fill)
+
+    experts_NTK = jnp.concatenate([widen(experts_NTK, num_choices) for experts_NTK, _ in found])
+    return experts_NTK, jnp.concatenate([widen(weights_NTK, 0.0) for _, weights_NTK in found])
 
 
-def _by_token(routing: Routing | SlotRouting | SoftRouting, num_choices: int) -> jax.Array:
+def scores_by_token(
+    routings: Sequence[AnyRouting], num_choices: int
+) -> tuple[Float[Array, "N T E"], Float[Array, "N T E"]]:
+    """Raw logits and probabilities of all experts for each token, by MoE layer in the order of the model.
+
+    Soft routing has logits of slots and weights of slots in a token: an expert's probability is the sum of its slots'
+    weights, and its logit the logsumexp of its slots' logits, of which those probabilities are the softmax.
+
+    Args:
+      routings: traced token-level routing of each run of MoE layers, stacked by layer.
+      num_choices: width of the router, E.
+    """
+    found = [_scores(routing, num_choices) for routing in routings]
+    logits, probs = zip(*found, strict=True)
+    return jnp.concatenate(logits), jnp.concatenate(probs)
+
+
+def _choices(routing: AnyRouting, num_choices: int) -> tuple[jax.Array, jax.Array]:
     if isinstance(routing, Routing):
-        return routing.experts_TK
+        return routing.experts_TK, routing.weights_TK
     if isinstance(routing, SoftRouting):
         layers, batch, length, _ = routing.logits_BLS.shape
-        return jnp.full((layers, batch * length, 1), num_choices, jnp.int32)
+        experts_NT1 = jnp.full((layers, batch * length, 1), num_choices, jnp.int32)
+        return experts_NT1, jnp.zeros(experts_NT1.shape)
     layers, batch, num_experts, _ = routing.positions_BEC.shape
     tokens = routing.logits_TE.shape[1]
     layer = jnp.arange(layers)[:, None, None, None]
     row = jnp.arange(batch)[None, :, None, None]
     expert = jnp.arange(num_experts, dtype=jnp.int32)[None, None, :, None]
-    experts_NBLE = jnp.full((layers, batch, tokens // batch, num_experts), num_choices, jnp.int32)
-    experts_NBLE = experts_NBLE.at[layer, row, routing.positions_BEC, expert].set(expert, mode="drop")
-    return experts_NBLE.reshape(layers, tokens, num_experts)
+    place = (layer, row, routing.positions_BEC, expert)
+    shape = (layers, batch, tokens // batch, num_experts)
+    experts_NBLE = jnp.full(shape, num_choices, jnp.int32).at[place].set(expert, mode="drop")
+    weights_NBLE = jnp.zeros(shape).at[place].set(routing.weights_BEC, mode="drop")
+    order_NBLE = jnp.argsort(jnp.where(experts_NBLE < num_choices, -weights_NBLE, jnp.inf), axis=-1)
+    experts_NBLE, weights_NBLE = (jnp.take_along_axis(x, order_NBLE, axis=-1) for x in (experts_NBLE, weights_NBLE))
+    return experts_NBLE.reshape(layers, tokens, -1), weights_NBLE.reshape(layers, tokens, -1)
+
+
+def _scores(routing: AnyRouting, num_choices: int) -> tuple[jax.Array, jax.Array]:
+    if not isinstance(routing, SoftRouting):
+        return routing.logits_TE, routing.probs_TE
+    layers, batch, length, _ = routing.logits_BLS.shape
+    by_expert = (layers, batch * length, num_choices, -1)
+    logits_NTE = jax.nn.logsumexp(routing.logits_BLS.reshape(by_expert), axis=-1)
+    return logits_NTE, routing.combine_BLS.reshape(by_expert).sum(axis=-1)
 
 
 def coactivation(experts_NTK: Int[Array, "N T K"], num_choices: int) -> Int[Array, "N E E"]:

@@ -9,6 +9,7 @@
 """
 
 import os
+import zipfile
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ FOLDER = "routing/evaluations"
 
 
 class EvaluationError(ValueError):
-    """No such evaluation."""
+    """No such evaluation, or a damaged one."""
 
 
 class EvaluationLog:
@@ -60,23 +61,55 @@ class EvaluationLog:
         return sorted((int(path.stem), path) for path in self._folder.glob("*.npz") if path.stem.isdigit())
 
 
+class Evaluations:
+    """The evaluations that a run directory holds; each is read when it is asked for.
+
+    Args:
+      workdir: the run directory.
+    """
+
+    def __init__(self, workdir: str | Path):
+        self._folder = Path(workdir) / FOLDER
+
+    def __repr__(self) -> str:
+        return f"Evaluations(steps={list(self.steps)})"
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """Steps that were evaluated, oldest first."""
+        return tuple(sorted(int(path.stem) for path in self._folder.glob("*.npz") if path.stem.isdigit()))
+
+    def read(self, step: int | None = None) -> dict[str, np.ndarray]:
+        """The arrays of an evaluation, by default of the newest.
+
+        Raises:
+          EvaluationError: there is none, or its file is damaged.
+        """
+        steps = self.steps
+        if not steps:
+            raise EvaluationError(f"{self._folder} has no evaluation; train until there is one (train.eval_every)")
+        if step is not None and step not in steps:
+            raise EvaluationError(f"--step={step} was not evaluated; use one of {', '.join(map(str, steps))}")
+        return read_evaluation(self._folder / f"{steps[-1] if step is None else step}.npz")
+
+
 def newest_evaluation(workdir: str | Path, step: int | None = None) -> dict[str, np.ndarray]:
     """The arrays of a run's newest evaluation, or of that at `step`.
 
     Raises:
-      EvaluationError: there is none.
+      EvaluationError: there is none, or its file is damaged.
     """
-    folder = Path(workdir) / FOLDER
-    files = {int(path.stem): path for path in folder.glob("*.npz") if path.stem.isdigit()}
-    if not files:
-        raise EvaluationError(f"{folder} has no evaluation; train until there is one (train.eval_every)")
-    if step is not None and step not in files:
-        known = ", ".join(map(str, sorted(files)))
-        raise EvaluationError(f"--step={step} was not evaluated; use one of {known}")
-    return read_evaluation(files[max(files) if step is None else step])
+    return Evaluations(workdir).read(step)
 
 
 def read_evaluation(path: str | Path) -> dict[str, np.ndarray]:
-    """The arrays of one file."""
-    with np.load(path, allow_pickle=False) as arrays:
-        return dict(arrays)
+    """The arrays of one file.
+
+    Raises:
+      EvaluationError: the file is damaged.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return dict(arrays)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise EvaluationError(f"{path} cannot be read ({error}); delete it to do without that evaluation") from error

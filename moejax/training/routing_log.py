@@ -17,7 +17,7 @@ was writing. There is one writer, process 0; readers may look at any time. Only 
 """
 
 import contextlib
-import dataclasses
+import functools
 import json
 import math
 import os
@@ -33,6 +33,7 @@ FOLDER = "routing"
 GROUP = "zarr.json"
 UNFINISHED = -1  # the fill value of `step`
 CHUNK_BYTES = 2**20  # an append rewrites one chunk: about a megabyte, so that long runs leave few files
+CHUNKS_AT_ONCE = 8  # read for a sum
 ARRAYS: Mapping[str, tuple[str, int | str]] = {
     "counts": ("int64", 0),
     "probs": ("float32", "NaN"),
@@ -49,21 +50,102 @@ class RoutingLogError(ValueError):
     """A routing log that cannot be used: the message names the folder and the remedy."""
 
 
-@dataclasses.dataclass(frozen=True)
 class RoutingHistory:
-    """All finished entries of a routing log.
+    """The finished entries of a routing log; its arrays are read when they are asked for, in slices.
+
+    What a run appends later is not seen: open it anew.
+
+    Args:
+      folder: of the log.
 
     Attributes:
-      layers: model layer index of each MoE layer.
-      steps: training step at the end of each logging interval, increasing.
-      counts_SNE: assignments to each expert in each interval, before dropping.
-      probs_SNE: mean router probability of each expert in each interval.
+      layers: model layer index of each MoE layer, int64 [N].
+      num_experts: width of the router, E.
+      steps: training step at the end of each logging interval, increasing, int64 [S].
+      names: the arrays that this log holds.
+      attributes: what the log says about itself.
+
+    Raises:
+      RoutingLogError: the folder is damaged; later, so is a part that is read.
     """
 
-    layers: Int64[np.ndarray, "N"]
-    steps: Int64[np.ndarray, "S"]
-    counts_SNE: Int64[np.ndarray, "S N E"]
-    probs_SNE: Float32[np.ndarray, "S N E"]
+    def __init__(self, folder: Path):
+        self._folder = folder
+        with _naming_damage(folder):
+            self.attributes: Mapping[str, Any] = json.loads((folder / GROUP).read_text())["attributes"]
+            self.layers = np.array(self.attributes["layers"], np.int64)
+            self.num_experts = int(self.attributes["num_experts"])
+            self.steps = _finished(_open(folder, "step"))  # first: what it commits is complete in the others
+            names = [name for name in ARRAYS if name != "step" and (folder / name).is_dir()]
+            self._arrays = {name: _open(folder, name) for name in names}
+        self.names = tuple(names)
+
+    def __repr__(self) -> str:
+        span = f", steps {self.steps[0]} to {self.steps[-1]}" if self.num_entries else ""
+        return (
+            f"RoutingHistory({self.num_entries} entries{span}, {len(self.layers)} layers, {self.num_experts} experts: "
+            f"{', '.join(self.names)})"
+        )
+
+    @property
+    def num_entries(self) -> int:
+        """How many intervals are logged, S."""
+        return len(self.steps)
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Some entries of an array, `[entries, N, ...]`; chunks outside of them are not read.
+
+        Args:
+          name: one of `names`.
+          start: the first entry, as in a slice: -10 is the tenth from the end.
+          stop: behind the last one; None reads to the end.
+        """
+        array = self._array(name)
+        first, end, _ = slice(start, stop).indices(self.num_entries)
+        with _naming_damage(self._folder):
+            return array[first : max(first, end)].read().result()
+
+    def summed(self, name: str, num_columns: int) -> tuple[Int64[np.ndarray, "C"], np.ndarray]:
+        """Sums over neighbouring entries, few enough to draw, with no more than a few chunks in memory at once.
+
+        Args:
+          name: one of `names`.
+          num_columns: how many sums at most, C.
+
+        Returns:
+          The last step of each sum, and the sums `[C, N, ...]`, int64 or float64.
+
+        Raises:
+          RoutingLogError: `num_columns` is below 1.
+        """
+        if num_columns < 1:
+            raise RoutingLogError(f"num_columns={num_columns} must be at least 1")
+        array, entries = self._array(name), self.num_entries
+        starts_C = np.linspace(0, entries, min(num_columns, entries), endpoint=False).astype(int)
+        is_integer = np.issubdtype(array.dtype.numpy_dtype, np.integer)
+        sums_C = np.zeros((len(starts_C), *array.shape[1:]), np.int64 if is_integer else np.float64)
+        at_once = CHUNKS_AT_ONCE * array.chunk_layout.read_chunk_template.shape[0]
+        for first in range(0, entries, at_once):
+            block = self.read(name, first, first + at_once)
+            column = np.searchsorted(starts_C, np.arange(first, first + len(block)), side="right") - 1
+            begins = np.flatnonzero(np.diff(column, prepend=-1))
+            sums_C[column[begins]] += np.add.reduceat(block, begins, axis=0, dtype=sums_C.dtype)
+        return self.steps[np.append(starts_C[1:], entries)[: len(starts_C)] - 1], sums_C
+
+    @functools.cached_property
+    def counts_SNE(self) -> Int64[np.ndarray, "S N E"]:
+        """Assignments to each expert in each interval, before dropping; all of them."""
+        return self.read("counts")
+
+    @functools.cached_property
+    def probs_SNE(self) -> Float32[np.ndarray, "S N E"]:
+        """Mean router probability of each expert in each interval; all of them."""
+        return self.read("probs")
+
+    def _array(self, name: str) -> tensorstore.TensorStore:
+        if name not in self._arrays:
+            raise RoutingLogError(f"{self._folder} has no array {name!r}; use one of {', '.join(self.names)}")
+        return self._arrays[name]
 
 
 class RoutingLog:
@@ -169,13 +251,7 @@ def read_routing(workdir: str | Path) -> RoutingHistory | None:
       ValueError: the folder is damaged; the message names it and the remedy.
     """
     folder = Path(workdir) / FOLDER
-    if not (folder / GROUP).exists():
-        return None
-    with _naming_damage(folder):
-        layers = np.array(_read_attributes(folder)["layers"], np.int64)
-        steps = _finished(_open(folder, "step"))  # first: what it commits is complete in the others
-        counts, probs = (_open(folder, name)[: len(steps)].read().result() for name in ("counts", "probs"))
-        return RoutingHistory(layers, steps, counts, probs)
+    return RoutingHistory(folder) if (folder / GROUP).exists() else None
 
 
 def _finished(step_array: tensorstore.TensorStore) -> Int64[np.ndarray, "S"]:

@@ -1,0 +1,81 @@
+"""Where a loaded model sends tokens: token-level routing of rows, compiled once for each shape."""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jaxtyping import Int
+
+from moejax.config import Config, ConfigError
+from moejax.inference.load import LoadedRun
+from moejax.moe.by_token import choices_by_token, scores_by_token
+from moejax.sharding import BATCH_AXES
+
+SHORTEST = 64
+
+
+def padded_length(loaded: LoadedRun, length: int) -> int:
+    """Positions of a row that holds `length` tokens: a power of two, so that few programs serve many texts.
+
+    Where routing depends on the length of the row, padding included, it is the length itself: experts that choose
+    tokens (expert_choice), and evaluation with a capacity. The mesh may need a few positions more.
+    """
+    if _depends_on_length(loaded.config):
+        parts = 1 if loaded.mesh is None else loaded.mesh.shape["context"]
+        return -(-length // parts) * parts
+    return max(SHORTEST, 1 << (length - 1).bit_length())
+
+
+def rows_at_once(loaded: LoadedRun, rows: int) -> int:
+    """At least `rows`, as many as the mesh can split."""
+    parts = 1 if loaded.mesh is None else math.prod(loaded.mesh.shape[axis] for axis in BATCH_AXES)
+    return -(-rows // parts) * parts
+
+
+def route_rows(
+    loaded: LoadedRun,
+    tokens_BL: Int[np.ndarray, "B L"],
+    segments_BL: Int[np.ndarray, "B L"],
+    positions_BL: Int[np.ndarray, "B L"],
+    *,
+    with_scores: bool = False,
+) -> tuple[jax.Array, ...]:
+    """Routes rows of tokens as evaluation does: nothing is drawn at random.
+
+    Args:
+      loaded: the model; B must be a multiple of what its mesh splits the batch into (`rows_at_once`).
+      tokens_BL: token ids.
+      segments_BL: number of the piece within its row, 0 at padding.
+      positions_BL: positions within the piece.
+      with_scores: return logits and probabilities too.
+
+    Returns:
+      `choices_by_token`, and with scores `scores_by_token`, on device; T = B * L.
+
+    Raises:
+      ConfigError: the model has no MoE layers.
+    """
+    if not loaded.config.num_moe_layers:
+        raise ConfigError("moe.num_experts=0: this model has no experts, so nothing is routed; load a MoE run")
+    graphdef, state = nnx.split(loaded.model)
+    arrays = (tokens_BL, segments_BL, positions_BL)
+    if loaded.mesh is None:
+        return _route(graphdef, with_scores, state, *arrays)
+    with jax.set_mesh(loaded.mesh):
+        return _route(graphdef, with_scores, state, *arrays)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _route(graphdef: Any, with_scores: bool, state: Any, tokens_BL, segments_BL, positions_BL):
+    model = nnx.merge(graphdef, state)
+    _, stats = model(tokens_BL, segments_BL, positions_BL, trace=True)
+    routings, num_choices = [run.routing for run in stats], model.config.moe.num_choices
+    choices = choices_by_token(routings, num_choices)
+    return choices + scores_by_token(routings, num_choices) if with_scores else choices
+
+
+def _depends_on_length(config: Config) -> bool:
+    return any(moe.router == "expert_choice" or moe.eval_capacity_factor > 0 for moe in config.moe_runs)
