@@ -171,7 +171,8 @@ def test_evaluation_covers_every_row_once_and_counts_every_target(corpus, batch_
     np.testing.assert_array_equal(whole.tokens_BL[:size], [row[:-1] for row in expected])
     np.testing.assert_array_equal(whole.targets_BL[:size], [row[1:] for row in expected])
     assert len(whole.tokens_BL) - size < batch_size  # no batch of padding alone
-    assert not any(array[size:].any() for array in jax.tree.leaves(whole))
+    padding = dataclasses.replace(whole, documents_BL=whole.documents_BL + 1)
+    assert not any(array[size:].any() for array in jax.tree.leaves(padding))
     assert whole.loss_mask_BL.sum() == corpus.num_tokens["validation"]
 
 

@@ -26,9 +26,9 @@ def numbered(lengths):
 def pieces_of(row):
     """The pieces of a row, read slot by slot: lists of (token, position)."""
     pieces, last = [], 0
-    for token, segment, position in zip(*(row[name].tolist() for name in packing.FEATURES), strict=True):
+    for token, segment, position, document in zip(*(row[name].tolist() for name in packing.FEATURES), strict=True):
         if segment == 0:
-            assert (token, position) == (0, 0)
+            assert (token, position, document) == (0, 0, -1)
         elif segment == last:
             pieces[-1].append((token, position))
         else:
@@ -65,6 +65,14 @@ def test_positions_restart_at_every_piece_and_rows_are_int32_of_one_size(lengths
 
 
 @given(lengths)
+def test_every_token_keeps_the_number_of_its_document(lengths):
+    document_of = {token: i for i, stream in enumerate(numbered(lengths)) for token in stream}
+    for row in pack(numbered(lengths), SEQ_LEN):
+        for token, segment, document in zip(row["tokens"], row["segments"], row["documents"], strict=True):
+            assert document == (document_of[int(token)] if segment else -1)
+
+
+@given(lengths)
 def test_the_loss_mask_of_a_batch_counts_every_target_once(lengths):
     rows = list(pack(numbered(lengths), SEQ_LEN))
     if not rows:
@@ -82,6 +90,7 @@ def test_a_hand_worked_row():
     assert [row["tokens"].tolist() for row in rows] == [[6, 7, 8, 9, 10, 11], [1, 2, 3, 4, 5, 0], [11, 12, 0, 0, 0, 0]]
     assert rows[1]["segments"].tolist() == [1, 1, 1, 2, 2, 0]
     assert rows[1]["positions"].tolist() == [0, 1, 2, 0, 1, 0]
+    assert [row["documents"].tolist() for row in rows] == [[2] * 6, [0, 0, 0, 1, 1, -1], [2, 2, -1, -1, -1, -1]]
     batch = to_batch({name: rows[1][name][None] for name in packing.FEATURES})
     assert batch.loss_mask_BL.tolist() == [[True, True, False, True, False]]
     assert batch.segments_BL.tolist() == [[1, 1, 1, 2, 2]]

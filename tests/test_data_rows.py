@@ -15,7 +15,7 @@ from moejax.data import store
 from moejax.data.errors import DataError
 from moejax.data.packing import FEATURES, pack
 from moejax.data.rows import prepare
-from moejax.data.sources import Source, open_source
+from moejax.data.sources import Document, Source, open_source
 from moejax.data.tokenizers import ByteTokenizer
 
 SPLITS = ("train", "validation")
@@ -35,7 +35,7 @@ def corpus(tmp_path):
 def test_prepared_rows_are_the_packed_documents_in_order(corpus):
     documents = open_source(DataConfig(source="synthetic")).documents
     for split in SPLITS:
-        texts = list(documents(split))
+        texts = [document.text for document in documents(split)]
         expected = list(pack([[1, *(b + 3 for b in text.encode()), 2] for text in texts], 64))
         rows = corpus.rows(split)
         assert len(rows) == len(expected) == corpus.num_rows[split]
@@ -81,7 +81,7 @@ def test_bpe_never_sees_validation_text(tmp_path):
     data = synthetic(
         tmp_path / "data", source="files", files=str(tmp_path / "text.txt"), tokenizer="bpe", vocab_size=300
     )
-    assert "Ж" not in "".join(open_source(data).documents("train"))
+    assert "Ж" not in "".join(document.text for document in open_source(data).documents("train"))
     tokenizer = prepare(data).tokenizer
     pieces = "".join(tokenizer.piece(i) for i in range(tokenizer.vocab_size))
     assert "\u2581words" in pieces
@@ -223,7 +223,7 @@ def test_documents_that_fail_while_preparing_say_so_and_leave_nothing(tmp_path):
 
 
 def test_a_split_without_documents_is_refused(tmp_path, monkeypatch):
-    empty = Source("empty", "empty", lambda split: iter(["text"] if split == "train" else []))
+    empty = Source("empty", "empty", lambda split: iter([Document("text")] if split == "train" else []))
     monkeypatch.setattr("moejax.data.rows.open_source", lambda data: empty)
     with pytest.raises(DataError, match="split validation of the data has no documents; add some"):
         prepare(synthetic(tmp_path))

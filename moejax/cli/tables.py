@@ -68,6 +68,7 @@ def evaluation_rows(config: Config, evaluation: Evaluation) -> dict[str, Any]:
         "perplexity": round(evaluation.perplexity, 2),
         "bits per byte": round(evaluation.bits_per_byte, 4),
     }
+    rows |= {f"validation loss, {domain}": round(loss, 4) for domain, loss in evaluation.loss_by_domain.items()}
     if evaluation.load_NE is not None:
         num_experts = evaluation.load_NE.shape[1]
         for layer, load_E in zip(config.moe_layers, evaluation.load_NE, strict=True):

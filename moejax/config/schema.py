@@ -32,7 +32,7 @@ class ModelConfig:
 class DataConfig:
     """Text, tokenizer and rows."""
 
-    source: Literal["speeches", "tfds", "files", "synthetic"] = "speeches"
+    source: Literal["speeches", "domains", "tfds", "files", "synthetic"] = "speeches"
     name: str = ""  # source="tfds": name (or name/config) of a dataset prepared as ArrayRecord with a `text` feature
     source_dir: str = ""  # source="tfds": its data_dir
     files: str = ""  # source="files": a glob of UTF-8 text files, one document each

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from moejax.config import ConfigError
-from moejax.data.packing import FEATURES, Row
+from moejax.data.packing import FEATURES, Row, empty_row
 
 if TYPE_CHECKING:
     from moejax.data.rows import Corpus
@@ -35,6 +35,7 @@ class Batch:
       positions_BL: int32, position of each input in its piece, from 0.
       loss_mask_BL: bool, whether the target is a real token of the same piece as the input. False at the last token of
         a piece, though its segment is not 0.
+      documents_BL: int32, the document of each input by its place in the split, -1 for padding; None in training.
     """
 
     tokens_BL: Any
@@ -42,11 +43,12 @@ class Batch:
     segments_BL: Any
     positions_BL: Any
     loss_mask_BL: Any
+    documents_BL: Any = None
 
 
-def to_batch(rows: Row) -> Batch:
+def to_batch(rows: Row, has_documents: bool = False) -> Batch:
     """Splits stacked rows, arrays [B, L + 1], into inputs and targets."""
-    tokens, segments, positions = (rows[name] for name in FEATURES)
+    tokens, segments, positions, documents = (rows[name] for name in FEATURES)
     inside = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)
     return Batch(
         tokens_BL=tokens[:, :-1],
@@ -54,6 +56,7 @@ def to_batch(rows: Row) -> Batch:
         segments_BL=segments[:, :-1],
         positions_BL=positions[:, :-1],
         loss_mask_BL=inside,
+        documents_BL=documents[:, :-1] if has_documents else None,
     )
 
 
@@ -113,17 +116,17 @@ def eval_batches(
 
     rows_here = _checked_rows(batch_size, rows)
     stored = corpus.rows(split)
-    padding = {name: np.zeros(corpus.seq_len + 1, np.int32) for name in FEATURES}
+    padding = empty_row(corpus.seq_len)
 
     def read(step: int) -> Batch:
         indices = [step * batch_size + row for row in rows_here]
-        return _stack([stored[i] if i < len(stored) else padding for i in indices])
+        return _stack([stored[i] if i < len(stored) else padding for i in indices], has_documents=True)
 
     return _read_ahead(grain.MapDataset.range(-(-len(stored) // batch_size)).map(read))
 
 
-def _stack(rows: Sequence[Row]) -> Batch:
-    return to_batch({name: np.stack([row[name] for row in rows]) for name in FEATURES})
+def _stack(rows: Sequence[Row], has_documents: bool = False) -> Batch:
+    return to_batch({name: np.stack([row[name] for row in rows]) for name in FEATURES}, has_documents)
 
 
 def _read_ahead(batches: Any) -> Generator[Batch]:

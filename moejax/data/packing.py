@@ -14,7 +14,9 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 
 Row = dict[str, np.ndarray]
-FEATURES = ("tokens", "segments", "positions")
+Piece = tuple[np.ndarray, int]  # ids, and the number of their document
+FEATURES = ("tokens", "segments", "positions", "documents")
+PADDING = {"documents": -1}  # of other features 0
 
 WINDOW_SLOTS = 1 << 20  # short pieces are packed in groups of so many slots: memory stays flat however large the corpus
 
@@ -42,25 +44,25 @@ def pack(streams: Iterable[Sequence[int]], seq_len: int) -> Iterator[Row]:
 
     Yields:
       Rows of int32 arrays [L + 1]: `tokens`; `segments`, 1, 2, ... per piece and 0 for padding; `positions`, from 0 in
-      each piece. Padding is 0 in all three.
+      each piece; `documents`, which of the streams a piece is of, counted from 0. Padding is 0, and -1 in `documents`.
     """
-    waiting: list[np.ndarray] = []
+    waiting: list[Piece] = []
     slots = 0
-    for stream in streams:
-        for piece in cut(stream, seq_len):
-            if len(piece) == seq_len + 1:
-                yield lay_out([piece], seq_len)
+    for document, stream in enumerate(streams):
+        for ids in cut(stream, seq_len):
+            if len(ids) == seq_len + 1:
+                yield lay_out([(ids, document)], seq_len)
             else:
-                waiting.append(piece)
-                slots += len(piece)
+                waiting.append((ids, document))
+                slots += len(ids)
         if slots >= WINDOW_SLOTS:
             yield from _pack_window(waiting, seq_len)
             waiting, slots = [], 0
     yield from _pack_window(waiting, seq_len)
 
 
-def _pack_window(pieces: list[np.ndarray], seq_len: int) -> Iterator[Row]:
-    for members in first_fit_decreasing([len(piece) for piece in pieces], seq_len + 1):
+def _pack_window(pieces: list[Piece], seq_len: int) -> Iterator[Row]:
+    for members in first_fit_decreasing([len(ids) for ids, _ in pieces], seq_len + 1):
         yield lay_out([pieces[m] for m in members], seq_len)
 
 
@@ -85,14 +87,20 @@ def first_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int
     return bins
 
 
-def lay_out(pieces: Sequence[np.ndarray], seq_len: int) -> Row:
+def empty_row(seq_len: int) -> Row:
+    """A row of padding, [L + 1]."""
+    return {name: np.full(seq_len + 1, PADDING.get(name, 0), np.int32) for name in FEATURES}
+
+
+def lay_out(pieces: Sequence[Piece], seq_len: int) -> Row:
     """One row, [L + 1], with the pieces side by side in it."""
-    row = {name: np.zeros(seq_len + 1, np.int32) for name in FEATURES}
+    row = empty_row(seq_len)
     start = 0
-    for segment, piece in enumerate(pieces, start=1):
-        stop = start + len(piece)
-        row["tokens"][start:stop] = piece
+    for segment, (ids, document) in enumerate(pieces, start=1):
+        stop = start + len(ids)
+        row["tokens"][start:stop] = ids
         row["segments"][start:stop] = segment
-        row["positions"][start:stop] = np.arange(len(piece))
+        row["positions"][start:stop] = np.arange(len(ids))
+        row["documents"][start:stop] = document
         start = stop
     return row

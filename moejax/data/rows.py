@@ -5,6 +5,7 @@ name ends in a hash of everything that determines its contents, written under an
 complete, so an interrupted preparation leaves nothing that could be mistaken for a finished one.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -17,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 from moejax.config import DataConfig
 from moejax.data.atomic import atomic_folder
 from moejax.data.errors import DataError
+from moejax.data.labels import Labels, LabelsFile, read_labels
 from moejax.data.packing import Row, pack
-from moejax.data.sources import SPLITS, Source, open_source
+from moejax.data.sources import SPLITS, Document, Source, open_source
 from moejax.data.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer, train_sentencepiece
 
 if TYPE_CHECKING:
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Corpus", "DataError", "prepare"]
 
-ROWS_VERSION = 1  # raise it when packing or storing changes what is in a row
+ROWS_VERSION = 2  # raise it when packing or storing changes what is in a row
 BPE_VERSION = 1  # raise it when `train_sentencepiece` changes
 
 REPORT_SECONDS = 20.0  # between two reports on a long preparation
@@ -72,6 +74,14 @@ class Corpus:
                 self.directory, f"{self.directory}: {split} has {len(rows)} rows instead of {self.num_rows[split]}"
             )
         return rows
+
+    def labels(self, split: str) -> Labels:
+        """Names and domains of the documents of a split, in the order that `documents` in its rows counts.
+
+        Raises:
+          DataError: their file is damaged.
+        """
+        return read_labels(self.directory, split, self.num_documents[split])
 
 
 def prepare(data: DataConfig, tokenizer: Tokenizer | None = None) -> Corpus:
@@ -119,7 +129,8 @@ def _tokenizer(data: DataConfig, source: Source) -> Tokenizer:
         _log.info("learning a tokenizer of %d pieces: %s", data.vocab_size, folder)
         start = time.monotonic()
         with atomic_folder(folder) as temporary:
-            train_sentencepiece(source.documents("train"), data.vocab_size).save(temporary)
+            texts = (document.text for document in source.documents("train"))
+            train_sentencepiece(texts, data.vocab_size).save(temporary)
         _log.info("learnt the tokenizer in %.1f s", time.monotonic() - start)
     return load_tokenizer(folder)
 
@@ -139,19 +150,24 @@ def _write(folder: Path, source: Source, tokenizer: Tokenizer, seq_len: int) -> 
     from moejax.data.store import write_rows
 
     counts = {split: _Counts() for split in SPLITS}
-    write_rows(folder, {s: _packed(source.documents(s), tokenizer, seq_len, s, counts[s]) for s in SPLITS}, seq_len)
+    with contextlib.ExitStack() as stack:
+        labels = {split: stack.enter_context(LabelsFile(folder, split)) for split in SPLITS}
+        documents = {split: labels[split].noting(source.documents(split)) for split in SPLITS}
+        write_rows(folder, {s: _packed(documents[s], tokenizer, seq_len, s, counts[s]) for s in SPLITS}, seq_len)
     files = {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
     manifest = {"seq_len": seq_len, "tokenizer": tokenizer.fingerprint, "source": source.identity, "files": files}
     manifest["splits"] = {split: dataclasses.asdict(count) for split, count in counts.items()}
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
 
-def _packed(documents: Iterator[str], tokenizer: Tokenizer, seq_len: int, split: str, counts: _Counts) -> Iterator[Row]:
+def _packed(
+    documents: Iterator[Document], tokenizer: Tokenizer, seq_len: int, split: str, counts: _Counts
+) -> Iterator[Row]:
     """The rows of `documents`, counted on their way."""
 
     def streams() -> Iterator[list[int]]:
         reported = time.monotonic()
-        for text in documents:
+        for text, _, _ in documents:
             stream = [tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id]
             counts.num_documents += 1
             counts.num_bytes += len(text.encode("utf-8"))

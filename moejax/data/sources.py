@@ -11,7 +11,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from moejax.config import ConfigError, DataConfig
 from moejax.data.atomic import atomic_folder
@@ -22,6 +22,20 @@ from moejax.data.synthetic import SYNTHETIC_VERSION, synthetic_documents
 SPLITS = ("train", "validation")
 
 
+class Document(NamedTuple):
+    """A text and what is known about it.
+
+    Attributes:
+      text: all of it.
+      name: of the document; empty if it has none.
+      domain: what it belongs to, such as "code"; empty if that is unknown.
+    """
+
+    text: str
+    name: str = ""
+    domain: str = ""
+
+
 @dataclasses.dataclass(frozen=True)
 class Source:
     """Documents by split.
@@ -29,12 +43,12 @@ class Source:
     Attributes:
       name: readable and usable in the name of a folder.
       identity: changes whenever a document, its split or its order does.
-      documents: from "train" or "validation" to an iterator over texts.
+      documents: from "train" or "validation" to an iterator over documents.
     """
 
     name: str
     identity: str
-    documents: Callable[[str], Iterator[str]]
+    documents: Callable[[str], Iterator[Document]]
 
 
 def open_source(data: DataConfig) -> Source:
@@ -44,27 +58,38 @@ def open_source(data: DataConfig) -> Source:
       ConfigError: `data` names no usable documents.
       DataError: documents are missing or damaged; also raised while documents are read.
     """
-    openers = {"speeches": _speeches, "tfds": _tfds, "files": _files, "synthetic": _synthetic}
+    openers = {"speeches": _speeches, "domains": _domains, "tfds": _tfds, "files": _files, "synthetic": _synthetic}
     return openers[data.source](data)
 
 
 def _speeches(data: DataConfig) -> Source:
     from moejax.data import speeches
 
-    identity = speeches.identity()
-    folder = Path(data.directory).expanduser() / "documents" / f"speeches-{identity[:12]}"
+    return _built(data, speeches.Speeches, speeches.identity())
+
+
+def _domains(data: DataConfig) -> Source:
+    from moejax.data import domains
+
+    archives = Path(data.directory).expanduser() / "archives"
+    return _built(data, domains.Domains, domains.identity(), archives=archives)
+
+
+def _built(data: DataConfig, builder: Any, identity: str, **arguments: Any) -> Source:
+    """The documents of one of our own builders, which is run once."""
+    folder = Path(data.directory).expanduser() / "documents" / f"{builder.name}-{identity[:12]}"
     remedy = f"remove the folder {folder} and run the command again: it is prepared anew"
 
-    def documents(split: str) -> Iterator[str]:
+    def documents(split: str) -> Iterator[Document]:
         from moejax.data import store
 
         if not folder.exists():
             with atomic_folder(folder) as temporary:
-                store.run_builder(speeches.Speeches(data_dir=str(temporary)), temporary)
-        dataset = folder / speeches.Speeches.name / str(speeches.Speeches.VERSION)
-        return _texts(_builder_from_directory(dataset, remedy), split, remedy)
+                store.run_builder(builder(data_dir=str(temporary), **arguments), temporary)
+        dataset = folder / builder.name / str(builder.VERSION)
+        return _read_documents(_builder_from_directory(dataset, remedy), split, remedy)
 
-    return Source("speeches", identity, documents)
+    return Source(builder.name, identity, documents)
 
 
 def _tfds(data: DataConfig) -> Source:
@@ -90,11 +115,13 @@ def _tfds(data: DataConfig) -> Source:
     if "validation" not in builder.info.splits and builder.info.splits["train"].num_examples < 2:
         raise ConfigError(f"{where} has fewer than 2 documents and no split `validation`; add documents")
 
-    def documents(split: str) -> Iterator[str]:
+    def documents(split: str) -> Iterator[Document]:
         if "validation" in builder.info.splits:
-            return _texts(builder, split, f"{remedy} again")
+            return _read_documents(builder, split, f"{remedy} again")
         # Every twentieth document, from the first: wherever the dataset is sorted, both splits see all of it.
-        return _texts(builder, "train", f"{remedy} again", keep=lambda i: (i % 20 == 0) == (split == "validation"))
+        return _read_documents(
+            builder, "train", f"{remedy} again", keep=lambda i: (i % 20 == 0) == (split == "validation")
+        )
 
     return Source(data.name.replace("/", "-").replace(":", "-"), _dataset_identity(Path(builder.data_dir)), documents)
 
@@ -120,8 +147,10 @@ def _builder_from_directory(folder: Path, remedy: str) -> Any:
         raise DataError(f"{folder} cannot be opened ({store.first_line(error)}); {remedy}") from error
 
 
-def _texts(builder: Any, split: str, remedy: str, keep: Callable[[int], bool] = lambda index: True) -> Iterator[str]:
-    """The `text` feature of the documents of a prepared dataset whose index is kept."""
+def _read_documents(
+    builder: Any, split: str, remedy: str, keep: Callable[[int], bool] = lambda index: True
+) -> Iterator[Document]:
+    """The examples of a prepared dataset whose index is kept: `text`, and `name` and `domain` if it has them."""
     from moejax.data import store
 
     try:
@@ -133,14 +162,21 @@ def _texts(builder: Any, split: str, remedy: str, keep: Callable[[int], bool] = 
         ) from error
     for index in filter(keep, range(size)):
         try:
-            text = examples[index]["text"]
-            text = text if isinstance(text, str) else bytes(text).decode("utf-8")
+            example = examples[index]
+            document = Document(*(_as_text(example.get(feature, "")) for feature in Document._fields))
         except store.READ_ERRORS as error:  # UnicodeDecodeError among them
             reason = store.first_line(error)
             raise DataError(
                 f"{builder.data_dir}: document {index} of {split} cannot be read ({reason}); {remedy}"
             ) from error
-        yield text
+        yield document
+
+
+def _as_text(value: Any) -> str:
+    """Text of a feature; numbers, such as ids, in digits."""
+    if isinstance(value, str):
+        return value
+    return bytes(value).decode("utf-8") if isinstance(value, bytes) else str(value)
 
 
 def _files(data: DataConfig) -> Source:
@@ -158,11 +194,12 @@ def _files(data: DataConfig) -> Source:
     for path in paths:
         sizes[digests[path]] += path.stat().st_size
     if len(sizes) == 1:
-        return Source("files", identity, lambda split: iter([_part_of_text(paths[0], split)]))
+        return Source("files", identity, lambda split: iter([Document(_part_of_text(paths[0], split), paths[0].stem)]))
     validation = held_out(sizes)
 
-    def documents(split: str) -> Iterator[str]:
-        return (_read_text(path) for path in paths if (digests[path] in validation) == (split == "validation"))
+    def documents(split: str) -> Iterator[Document]:
+        members = (path for path in paths if (digests[path] in validation) == (split == "validation"))
+        return (Document(_read_text(path), path.stem) for path in members)
 
     return Source("files", identity, documents)
 
@@ -193,4 +230,8 @@ def _read_text(path: Path) -> str:
 
 
 def _synthetic(data: DataConfig) -> Source:
-    return Source("synthetic", f"synthetic-{SYNTHETIC_VERSION}", synthetic_documents)
+    def documents(split: str) -> Iterator[Document]:
+        texts = enumerate(synthetic_documents(split))
+        return (Document(text, f"{split} {index}") for index, text in texts)
+
+    return Source("synthetic", f"synthetic-{SYNTHETIC_VERSION}", documents)

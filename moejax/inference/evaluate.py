@@ -13,7 +13,7 @@ from moejax.data import eval_batches, load_tokenizer, prepare
 from moejax.moe.placement import PlacementError, place
 from moejax.sharding import EXPERT_AXES, make_mesh, tree_shardings
 from moejax.training.checkpoint import Checkpoints
-from moejax.training.evaluation import Evaluation, evaluate
+from moejax.training.evaluation import Evaluation, domains_of, evaluate
 from moejax.training.evaluation_log import newest_evaluation
 from moejax.training.run_directory import read_config
 from moejax.training.state import Trainable, logical_axes, make_trainable, split_model
@@ -49,9 +49,10 @@ def evaluate_run(
         trainable, params, router_state = _placed(workdir, trainable, params, router_state, replicas)
     corpus = prepare(config.data, load_tokenizer(workdir))
     with jax.set_mesh(trainable.mesh), closing(eval_batches(corpus, microbatch)) as batches:
-        evaluation = evaluate(
-            make_eval_step(trainable), trainable, params, router_state, batches, corpus.num_bytes["validation"]
-        )
+        domains = domains_of(corpus)
+        eval_step = make_eval_step(trainable, len(domains.domains) if domains else 0)
+        num_bytes = corpus.num_bytes["validation"]
+        evaluation = evaluate(eval_step, trainable, params, router_state, batches, num_bytes, domains=domains)
     if evaluation is None:
         raise RuntimeError("the evaluation was given up though nothing asked for it")
     return config, step, evaluation

@@ -2,17 +2,20 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from moejax.data import Corpus
 from moejax.data.batches import Batch
+from moejax.data.labels import Labels
 from moejax.moe.balance import load_fractions
 from moejax.moe.stats import join
 from moejax.training.state import Trainable
-from moejax.training.step import EvalOutput, Sums, add_sums, put_batch
+from moejax.training.step import EvalOutput, add_sums, put_batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +30,8 @@ class Evaluation:
       load_NE: fraction of choices of each expert, by MoE layer; None for a dense model.
       coactivation_NEE: tokens that visit both experts of a pair, by MoE layer; None for a dense model.
       probe_NTK: the experts of each token of the split's first rows; None for a dense model.
+      loss_by_domain: mean cross-entropy of the targets of each domain, nats per token; empty unless the corpus names
+        several domains.
     """
 
     loss: float
@@ -36,6 +41,7 @@ class Evaluation:
     load_NE: np.ndarray | None
     coactivation_NEE: np.ndarray | None = None
     probe_NTK: np.ndarray | None = None
+    loss_by_domain: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     def scalars(self) -> dict[str, float]:
         """As keys of `metrics.jsonl`."""
@@ -44,16 +50,35 @@ class Evaluation:
             "eval/perplexity": self.perplexity,
             "eval/bits_per_byte": self.bits_per_byte,
         }
+        values |= {f"eval/loss/{domain}": loss for domain, loss in self.loss_by_domain.items()}
         if self.load_NE is not None:
             values["eval/max_violation"] = float((self.load_NE.max(axis=1) * self.load_NE.shape[1] - 1).mean())
         return values
 
 
+MAX_DOMAINS = 16
+"""Of more, the smallest are one: the number of metrics stays bounded."""
+
+
 @jax.jit
-def _add(total: tuple[Sums, jax.Array | None], more: tuple[Sums, jax.Array | None]) -> tuple[Sums, jax.Array | None]:
-    """Sums and co-activations of two parts; one program, not one for each of dozens of small arrays."""
-    coactivation_NEE = None if total[1] is None or more[1] is None else total[1] + more[1]
-    return add_sums(total[0], more[0]), coactivation_NEE
+def _add(total: EvalOutput, more: EvalOutput) -> EvalOutput:
+    """The output of two parts, with the probe of the first; one program, not one for each of dozens of small arrays."""
+
+    def plus(first, second):
+        return jax.tree.map(jnp.add, first, second)  # None has no leaves
+
+    return EvalOutput(
+        add_sums(total.sums, more.sums),
+        plus(total.coactivation_NEE, more.coactivation_NEE),
+        total.probe_NTK,
+        plus(total.nats_by_domain_G2, more.nats_by_domain_G2),
+    )
+
+
+def domains_of(corpus: Corpus) -> Labels | None:
+    """The domains of the validation split by which its loss is reported; None if it has fewer than two."""
+    labels = corpus.labels("validation")
+    return labels.largest(MAX_DOMAINS) if len(labels.domains) > 1 else None
 
 
 def evaluate(
@@ -64,32 +89,32 @@ def evaluate(
     batches: Iterator[Batch],
     num_bytes: int,
     should_stop: Callable[[], bool] = lambda: False,
+    domains: Labels | None = None,
 ) -> Evaluation | None:
     """Evaluates every batch.
 
     Args:
-      eval_step: from `make_eval_step`.
+      eval_step: from `make_eval_step`, with as many domains as `domains` names.
       trainable: the run's fixed part.
       params: trained arrays.
       router_state: what routers carry besides.
       batches: this process's slices; padding is masked.
       num_bytes: UTF-8 bytes of the text behind the batches.
       should_stop: asked before each batch; once it says True the evaluation is given up and None returned.
+      domains: from `domains_of`.
     """
-    total: Sums | None = None
-    coactivation_NEE = probe_NTK = None
+    total: EvalOutput | None = None
     for batch in batches:
         if should_stop():
             return None
-        output = eval_step(params, router_state, put_batch(batch, trainable))
-        if total is None:
-            total, coactivation_NEE, probe_NTK = output.sums, output.coactivation_NEE, output.probe_NTK
-        else:
-            total, coactivation_NEE = _add((total, coactivation_NEE), (output.sums, output.coactivation_NEE))
+        documents_BL, batch = batch.documents_BL, dataclasses.replace(batch, documents_BL=None)
+        inputs = (batch,) if domains is None else (batch, _look_up(domains, documents_BL))
+        output = eval_step(params, router_state, *(put_batch(x, trainable) for x in inputs))
+        total = output if total is None else _add(total, output)
     if total is None:
         raise ValueError("nothing to evaluate: the split has no rows")
-    nats, num_targets = float(total.nats), float(total.num_targets)
-    routing = join(total.routing)
+    nats, num_targets = float(total.sums.nats), float(total.sums.num_targets)
+    routing = join(total.sums.routing)
     load_NE = None if routing is None else np.asarray(load_fractions(routing))
     loss = nats / num_targets
     return Evaluation(
@@ -98,6 +123,18 @@ def evaluate(
         bits_per_byte=nats / math.log(2) / num_bytes,
         num_targets=int(num_targets),
         load_NE=load_NE,
-        coactivation_NEE=None if coactivation_NEE is None else np.asarray(coactivation_NEE),
-        probe_NTK=None if probe_NTK is None else np.asarray(probe_NTK),
+        coactivation_NEE=None if total.coactivation_NEE is None else np.asarray(total.coactivation_NEE),
+        probe_NTK=None if total.probe_NTK is None else np.asarray(total.probe_NTK),
+        loss_by_domain={} if domains is None else _means(domains, np.asarray(total.nats_by_domain_G2, np.float64)),
     )
+
+
+def _look_up(domains: Labels, documents_BL: np.ndarray) -> np.ndarray:
+    """The domain of each target, which is of its input's document; -1 at padding."""
+    return np.where(documents_BL >= 0, domains.domain_of_document[documents_BL], -1).astype(np.int32)
+
+
+def _means(domains: Labels, nats_G2: np.ndarray) -> dict[str, float]:
+    """By domain that has targets."""
+    rows = zip(domains.domains, nats_G2.tolist(), strict=True)
+    return {domain or "unnamed": nats / number for domain, (nats, number) in rows if number}

@@ -17,7 +17,7 @@ from moejax.models.parameters import count_parameters
 from moejax.sharding import make_mesh
 from moejax.training.alarms import AlarmError, AlarmLog, stop_message
 from moejax.training.checkpoint import Checkpoints
-from moejax.training.evaluation import Evaluation, evaluate
+from moejax.training.evaluation import Evaluation, domains_of, evaluate
 from moejax.training.evaluation_log import EvaluationLog
 from moejax.training.metrics import FinishedStep, MetricsFile, Recorder
 from moejax.training.nonfinite import NonFiniteError, locate
@@ -116,7 +116,8 @@ class _Loop:
         self.stop = SharedStop(stop, trainable.mesh)
         self.watchdog = Watchdog(self.config.step_limit_s, trainable.mesh)
         self.knobs = Knobs.of(trainable.config)
-        self.eval_step = make_eval_step(trainable)
+        self.domains = domains_of(corpus)
+        self.eval_step = make_eval_step(trainable, len(self.domains.domains) if self.domains else 0)
         self.evaluations: EvaluationLog | None = None
         rows = rows_of_process(trainable.mesh, self.config.batch_size)
         self.batches = TrainBatches(corpus, self.config.batch_size, self.config.seed, rows)
@@ -208,7 +209,7 @@ class _Loop:
         with closing(batches):
             evaluation = evaluate(
                 self.eval_step, self.trainable, state.params, state.router_state, batches,
-                self.corpus.num_bytes["validation"], should_stop=self.stop.poll,
+                self.corpus.num_bytes["validation"], should_stop=self.stop.poll, domains=self.domains,
             )  # fmt: skip
         if evaluation:
             if metrics:

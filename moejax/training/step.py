@@ -68,11 +68,13 @@ class EvalOutput:
       sums: over its targets and tokens.
       coactivation_NEE: tokens that visit both experts of a pair, int32; None for a dense model.
       probe_NTK: the experts of the tokens of its first `PROBE_ROWS` rows, as `experts_by_token` gives them.
+      nats_by_domain_G2: cross-entropy and number of the targets of each domain, float32; None without domains.
     """
 
     sums: Sums
     coactivation_NEE: jax.Array | None = None
     probe_NTK: jax.Array | None = None
+    nats_by_domain_G2: jax.Array | None = None
 
 
 PROBE_ROWS = 8
@@ -97,15 +99,17 @@ def forward_sums(
       keys_B: a key per row, from which training draws.
       trace: keep token-level routing in the sums of routing.
     """
+    nats_BL, routing = _forward(model, batch, knobs, keys_B, trace)
+    return Sums(nats_BL.sum(), count_targets(batch), routing)
+
+
+def _forward(model, batch: Batch, knobs: Knobs | None, keys_B: jax.Array | None, trace: bool):
+    """Cross-entropy of each target, 0 where there is none, and the routing."""
     logits_BLV, routing = model(
         batch.tokens_BL, batch.segments_BL, batch.positions_BL, knobs=knobs, keys_B=keys_B, trace=trace
     )
     nats_BL = optax.softmax_cross_entropy_with_integer_labels(logits_BLV, batch.targets_BL)
-    return Sums(
-        nats=jnp.sum(jnp.where(batch.loss_mask_BL, nats_BL, 0.0)),
-        num_targets=count_targets(batch),
-        routing=routing,
-    )
+    return jnp.where(batch.loss_mask_BL, nats_BL, 0.0), routing
 
 
 def add_sums(first: Sums, second: Sums) -> Sums:
@@ -272,23 +276,38 @@ def make_train_step(trainable: Trainable) -> jax.stages.Wrapped:
     )
 
 
-def make_eval_step(trainable: Trainable) -> Callable[[nnx.State, nnx.State, Batch], EvalOutput]:
-    """Compiles, on first call, `(params, router_state, batch) -> EvalOutput`, dropless by default and without noise."""
+def make_eval_step(trainable: Trainable, num_domains: int = 0) -> Callable[..., EvalOutput]:
+    """Compiles, on first call, `(params, router_state, batch) -> EvalOutput`, dropless by default and without noise.
+
+    Args:
+      trainable: the run's fixed part.
+      num_domains: above 0, the step takes a fourth argument: the domain of each target, int32 [B, L], -1 for none.
+    """
     num_choices = trainable.config.moe.num_choices
 
-    def eval_step(params: nnx.State, router_state: nnx.State, batch: Batch) -> EvalOutput:
-        sums = forward_sums(nnx.merge(trainable.graphdef, params, router_state), batch, trace=True)
-        if not sums.routing:
-            return EvalOutput(sums)
-        experts_NTK = experts_by_token([stats.routing for stats in sums.routing], num_choices)
-        bare = tuple(dataclasses.replace(stats, offers_TE=None, routing=None) for stats in sums.routing)
+    def eval_step(params: nnx.State, router_state: nnx.State, batch: Batch, *domains_BL: jax.Array) -> EvalOutput:
+        model = nnx.merge(trainable.graphdef, params, router_state)
+        nats_BL, routing = _forward(model, batch, None, None, True)
+        by_domain_G2 = _sum_by_domain(nats_BL, batch, domains_BL[0], num_domains) if num_domains else None
+        bare = tuple(dataclasses.replace(stats, offers_TE=None, routing=None) for stats in routing)
+        sums = Sums(nats_BL.sum(), count_targets(batch), bare)
+        if not routing:
+            return EvalOutput(sums, nats_by_domain_G2=by_domain_G2)
+        experts_NTK = experts_by_token([stats.routing for stats in routing], num_choices)
         return EvalOutput(
-            sums=dataclasses.replace(sums, routing=bare),
+            sums=sums,
             coactivation_NEE=coactivation(experts_NTK, num_choices),
             probe_NTK=experts_NTK[:, : PROBE_ROWS * batch.tokens_BL.shape[1]],
+            nats_by_domain_G2=by_domain_G2,
         )
 
     return jax.jit(eval_step, out_shardings=replicated(trainable.mesh))
+
+
+def _sum_by_domain(nats_BL: jax.Array, batch: Batch, domains_BL: jax.Array, num_domains: int) -> jax.Array:
+    is_of_BLG = (domains_BL[..., None] == jnp.arange(num_domains)[None, None]) & batch.loss_mask_BL[..., None]
+    nats_G = jnp.where(is_of_BLG, nats_BL[..., None], 0.0).sum(axis=(0, 1))
+    return jnp.stack([nats_G, is_of_BLG.sum(axis=(0, 1), dtype=jnp.float32)], axis=1)
 
 
 def rows_of_process(mesh: Mesh, batch_size: int) -> list[int]:
@@ -297,8 +316,8 @@ def rows_of_process(mesh: Mesh, batch_size: int) -> list[int]:
     return sorted({row for part in held if part for row in range(*part[0].indices(batch_size))})
 
 
-def put_batch(batch: Batch, trainable: Trainable) -> Batch:
-    """The rows of this process, see `rows_of_process`, as global arrays, split over the batch axes of the mesh."""
+def put_batch(batch, trainable: Trainable):
+    """Arrays of the rows of this process, see `rows_of_process`, as global ones, split over the mesh's batch axes."""
     sharding = batch_sharding(trainable.mesh)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
 
