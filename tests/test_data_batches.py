@@ -1,5 +1,6 @@
 """Batches are a pure function of (seed, step, rows): the same resumed, prefetched, or shared by more processes."""
 
+import dataclasses
 import itertools
 import threading
 

@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -43,7 +44,8 @@ def test_the_loss_of_a_domain_is_the_mean_over_its_targets_on_any_mesh(mesh, num
             domains=DOMAINS,
         )  # fmt: skip
         model = nnx.merge(trainable.graphdef, state.params, state.router_state)
-        logits = [jax.device_get(model(b.tokens_BL, b.segments_BL, b.positions_BL)[0]) for b in batches(config)]
+        inputs = [map(jnp.asarray, (b.tokens_BL, b.segments_BL, b.positions_BL)) for b in batches(config)]
+        logits = [jax.device_get(model(*arrays)[0]) for arrays in inputs]
     nats, number = {"code": 0.0, "drama": 0.0}, {"code": 0, "drama": 0}
     for batch, logits_BLV in zip(batches(config), logits, strict=True):
         nats_BL = np.asarray(optax.softmax_cross_entropy_with_integer_labels(logits_BLV, batch.targets_BL))
