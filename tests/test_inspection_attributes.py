@@ -78,7 +78,8 @@ def test_words_in_a_sentence_are_counted_and_their_tokens_too():
     none, more = "no word", "word continuation"
     assert classes == [
         "special", "capitalised word", more, more, more, more, "punctuation", "lower-case word", "lower-case word",
-        more, more, "punctuation", "space", "punctuation", "numeral", "numeral", more, "punctuation", "capitalised word",
+        more, more, "punctuation", "space", "punctuation", "numeral", "numeral", more, "punctuation",
+        "capitalised word",
     ]  # fmt: skip
     assert in_word == [
         none, "1", "2", "3", "4+", "4+", none, "1", "1", "2", "3", none, none, none, "1", "2", "3", none, "1",
