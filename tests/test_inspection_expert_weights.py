@@ -50,6 +50,7 @@ def test_weights_have_the_layers_in_order():
         np.testing.assert_array_equal(both["gate"][n], experts.gate_up[...][:, :, 0])
         np.testing.assert_array_equal(both["up"][n], experts.gate_up[...][:, :, 1])
         np.testing.assert_array_equal(both["gate_bias"][n], experts.gate_up_bias[...][:, 0])
+        np.testing.assert_array_equal(both["up_bias"][n], experts.gate_up_bias[...][:, 1])
         np.testing.assert_array_equal(both["down_bias"][n], experts.down_bias[...])
     assert both["up_bias"].shape == (2, 4, 16) and both["down"].shape == (2, 4, 16, 8)
     assert [block.is_moe for block, _ in model.walk()] == [False, False, True, False]

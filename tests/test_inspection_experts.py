@@ -227,8 +227,8 @@ def test_linear_cka_is_the_ratio_of_unbiased_estimates():
 def test_linear_cka_knows_a_rotated_expert_and_no_kinship_of_unrelated_ones():
     rng = np.random.default_rng(0)
     rotation, _ = np.linalg.qr(rng.normal(size=(64, 64)))
-    first, other = rng.normal(size=(2, 32, 64))  # fewer inputs than dimensions
-    constant = np.broadcast_to(rng.normal(size=64), (32, 64))
+    first, other = rng.normal(size=(2, 37, 64))  # fewer inputs than dimensions
+    constant = np.broadcast_to(rng.normal(size=64), (37, 64))
     found = linear_cka(np.stack([first, 3 * first @ rotation + 1, other, constant]).astype(np.float32))
     assert found[0, 1] == pytest.approx(1, abs=1e-5) and abs(found[0, 2]) < 0.1
     assert np.all(found[3] == 0)
