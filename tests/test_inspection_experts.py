@@ -232,5 +232,6 @@ def test_linear_cka_knows_a_rotated_expert_and_no_kinship_of_unrelated_ones():
     found = linear_cka(np.stack([first, 3 * first @ rotation + 1, other, constant]).astype(np.float32))
     assert found[0, 1] == pytest.approx(1, abs=1e-5) and abs(found[0, 2]) < 0.1
     assert np.all(found[3] == 0)
+    assert np.all(linear_cka(np.stack([first, constant]))[1] == 0)  # float64, where the mean is rounded
     with pytest.raises(ProfileError, match="3 tokens and needs at least 4"):
         linear_cka(np.zeros((2, 3, 5)))
