@@ -148,7 +148,10 @@ def test_report_is_written_again_from_the_run_directory(in_folder, capsys):
         (["train", f"--config={DEBUG}", "--config.data.source=files", "--config.data.files=none/*.txt"], "none/*.txt"),
         (["eval"], "--workdir is missing"),
         (["report", "--workdir=nowhere"], "--workdir=nowhere is not a folder"),
-        (["bench", "speed"], "one of layer, decode, compiled, compiled_step, tune, step, compile, import; got speed"),
+        (
+            ["bench", "speed"],
+            "one of layer, decode, compiled, compiled_step, tune, step, telemetry, compile, import; got speed",
+        ),
     ],
     ids=lambda value: " ".join(value[-2:])[-40:] if isinstance(value, list) else None,
 )

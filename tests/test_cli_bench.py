@@ -23,6 +23,15 @@ def test_bench_step_compares_moe_and_dense_in_one_run(capsys):
     assert rows["moe_active_parameters"] - rows["dense_parameters"] == 2 * 32 * 4
 
 
+def test_bench_telemetry_compares_intervals_with_and_without_what_is_logged(capsys):
+    arguments = ["bench", "telemetry", f"--config={DEBUG}", "--config.train.log_every=2", "--repetitions=2", "--json"]
+    assert main(arguments) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert rows["ratio"] == pytest.approx(rows["watched_step_ms"] / rows["bare_step_ms"], rel=0.05)
+    assert rows["write_share"] == pytest.approx(rows["write_ms"] / (2 * rows["bare_step_ms"]), rel=0.05)
+    assert rows["log_every"] == rows["repetitions"] == 2
+
+
 @pytest.fixture
 def _peaks(monkeypatch):
     """Of no machine: to measure them takes longer than the layers of these tests."""

@@ -6,6 +6,7 @@ moejax bench compiled  the experts of a layer compiled for --target: arithmetic 
 moejax bench compiled_step  the train step of --config compiled for --target and --topology: memory, what travels
 moejax bench tune      sizes of tiles for a shape; enters in the tuning table what is better than the guess beyond noise
 moejax bench step      the train step of --config over its dense twin's
+moejax bench telemetry logging intervals of --config with all that is logged over those with their loss alone
 moejax bench compile   compile time of the train step, 64 over 8 experts and 8 over 2 layers
 moejax bench import    importing moejax over importing jax and flax
 """
@@ -24,6 +25,7 @@ from moejax.benchmarks import decode, layer, tune
 from moejax.benchmarks.compiled import bench_compiled
 from moejax.benchmarks.compiled_step import bench_compiled_step
 from moejax.benchmarks.step import bench_compile, bench_import, bench_step
+from moejax.benchmarks.telemetry import bench_telemetry
 from moejax.benchmarks.timing import measure_peaks
 from moejax.cli import UsageError
 from moejax.cli.options import define_config, define_json, read_config_flag
@@ -33,7 +35,7 @@ from moejax.kernels.grouped_matmul import unavailable
 from moejax.kernels.tiles import TABLE, read_table
 from moejax.planning.targets import TARGETS, Target
 
-BENCHMARKS = ("layer", "decode", "compiled", "compiled_step", "tune", "step", "compile", "import")
+BENCHMARKS = ("layer", "decode", "compiled", "compiled_step", "tune", "step", "telemetry", "compile", "import")
 DEFAULT_SHAPES = {
     "layer": "mixtral,mixtral-64,olmoe,deepseek",
     "compiled": "mixtral,mixtral-64,olmoe,deepseek",
@@ -86,9 +88,14 @@ def run(values: FlagValues, rest: list[str]) -> None:
     if rest[0] in DEFAULT_SHAPES:
         return _run_layers(values, rest[0])
     config, repetitions = read_config_flag(values), values.repetitions or 15
-    if rest[0] == "step" and config.num_moe_layers == 0:
-        raise UsageError(f"moe.num_experts={config.moe.num_experts}: bench step needs a MoE configuration")
-    measure = {"step": bench_step, "compile": bench_compile, "import": bench_import}[rest[0]]
+    if rest[0] in ("step", "telemetry") and config.num_moe_layers == 0:
+        raise UsageError(f"moe.num_experts={config.moe.num_experts}: bench {rest[0]} needs a MoE configuration")
+    measure = {
+        "step": bench_step,
+        "telemetry": bench_telemetry,
+        "compile": bench_compile,
+        "import": bench_import,
+    }[rest[0]]
     print_result(measure(config, repetitions), is_json=values.json)
     return None
 

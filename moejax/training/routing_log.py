@@ -12,7 +12,7 @@ layer behind each row; the arrays grow together by one entry per logging interva
   step        [S]       int64    the last training step of the interval
 
 `step` is written last and is the commit marker: an entry whose step is absent or -1 was never finished, and readers
-stop in front of it. Every file is replaced in one rename, so a process killed at any moment loses at most the entry it
+stop in front of it; arrays grow by whole chunks. Every file is replaced in one rename, so a process killed at any moment loses at most the entry it
 was writing. There is one writer, process 0; readers may look at any time. Only this file knows `tensorstore`.
 """
 
@@ -213,19 +213,23 @@ class RoutingLog:
                 "write those steps again"
             )
         entry = len(self._steps)
-        names = [name for name in ARRAYS if name != "step" and self._shapes[name][-1]]
-        for name in names:
-            self._arrays[name] = self._resized(name, entry + 1)
-        written = [self._arrays[name][entry].write(arrays[name]) for name in names if name in arrays]
-        for future in written:
+        self._make_room(entry)
+        written = [self._arrays[name][entry].write(array) for name, array in arrays.items()]
+        for future in written:  # they wait for the disk together
             future.result()
-        self._arrays["step"] = self._resized("step", entry + 1)
         self._arrays["step"][entry].write(step).result()  # last: from here on the entry exists
         self._steps.append(step)
 
     def truncate(self, after_step: int) -> None:
         """Drops the entries behind `after_step`, for a run that resumes there and will write them again."""
         self._cut(sum(step <= after_step for step in self._steps))
+
+    def _make_room(self, entry: int) -> None:
+        """Lets arrays grow, `step` last, by whole chunks: each time their description is written anew."""
+        for name, array in self._arrays.items():
+            if array.shape[0] <= entry:
+                chunk = array.chunk_layout.write_chunk.shape[0]
+                self._arrays[name] = self._resized(name, (entry // chunk + 1) * chunk)
 
     def _resized(self, name: str, entries: int) -> tensorstore.TensorStore:
         rest = [None] * (self._arrays[name].rank - 1)

@@ -1,0 +1,108 @@
+"""What telemetry costs: training steps with all that is logged of them, beside the same steps with their loss alone."""
+
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from moejax.benchmarks.step import random_batch
+from moejax.benchmarks.timing import interleave
+from moejax.config import Config, Knobs
+from moejax.sharding import make_mesh
+from moejax.training.alarms import AlarmLog
+from moejax.training.metrics import MetricsFile, Recorder
+from moejax.training.progress import StepProgress
+from moejax.training.routing_log import RoutingLog
+from moejax.training.state import make_trainable
+from moejax.training.step import make_train_step, put_batch
+from moejax.training.telemetry import LAYER_METRICS
+
+READ_EVERY_STEP = ("loss/lm", "num_targets", "skipped_in_row")
+"""Scalars that any training loop reads, for its progress and to notice steps that are not finite."""
+
+
+def bench_telemetry(config: Config, repetitions: int) -> dict[str, Any]:
+    """Times logging intervals of a MoE config with and without telemetry, in turn, on tokens drawn at random."""
+    with tempfile.TemporaryDirectory() as workdir:
+        watched = Watched(config, Path(workdir))
+        times = interleave({"watched": watched, "bare": Bare(config)}, repetitions)
+        watched.close()
+    steps, write_ms = config.train.log_every, 1e3 * statistics.median(watched.write_seconds[-repetitions:])
+    return {
+        "ratio": round(times["watched"].median_ms / times["bare"].median_ms, 4),
+        "write_share": round(write_ms / times["bare"].median_ms, 4),
+        "watched_step_ms": round(times["watched"].median_ms / steps, 2),
+        "bare_step_ms": round(times["bare"].median_ms / steps, 2),
+        "watched_quartiles_ms": [round(ms / steps, 2) for ms in times["watched"].quartiles_ms],
+        "bare_quartiles_ms": [round(ms / steps, 2) for ms in times["bare"].quartiles_ms],
+        "write_ms": round(write_ms, 2),
+        "log_every": steps,
+        "repetitions": repetitions,
+        "device": jax.devices()[0].device_kind,
+    }
+
+
+class Bare:
+    """A logging interval of steps of which only what every loop reads leaves the device: XLA drops the rest."""
+
+    def __init__(self, config: Config):
+        self.trainable = make_trainable(config, make_mesh(config))
+        self._inputs = put_batch(random_batch(config), self.trainable), Knobs.of(config)
+        self.state = self.trainable.init(config.train.seed)
+        self._steps = config.train.log_every
+        train_step = make_train_step(self.trainable)
+
+        def step(state, batch, knobs):
+            state, output = train_step(state, batch, knobs)
+            return state, {key: output.scalars[key] for key in READ_EVERY_STEP}
+
+        with jax.set_mesh(self.trainable.mesh):
+            self._step = jax.jit(step, donate_argnums=0).lower(self.state, *self._inputs).compile()
+
+    def __call__(self) -> Any:
+        """Takes the steps of an interval, waiting for each while the next one runs."""
+        running = None
+        for _ in range(self._steps):
+            self.state, scalars = self._step(self.state, *self._inputs)
+            jax.device_get(running)
+            running = scalars
+        return self.state.step
+
+
+class Watched:
+    """The same interval as in training: every output is kept, summed up and written, with alarms.
+
+    Attributes:
+      write_seconds: how long the fetching and writing of each interval took, with nothing else under way.
+    """
+
+    def __init__(self, config: Config, workdir: Path):
+        self.trainable = make_trainable(config, make_mesh(config))
+        self._inputs = put_batch(random_batch(config), self.trainable), Knobs.of(config)
+        self.state = self.trainable.init(config.train.seed)
+        self._steps = config.train.log_every
+        self._metrics = MetricsFile(workdir, 0)
+        self._progress = StepProgress(10**9, 0, False)
+        routing = RoutingLog(workdir, config.moe_layers, config.moe.num_choices, LAYER_METRICS)
+        self._recorder = Recorder(self._metrics, routing, self._progress, 0, AlarmLog(workdir, 0, config))
+        self.write_seconds: list[float] = []
+        with jax.set_mesh(self.trainable.mesh):
+            self._step = make_train_step(self.trainable).lower(self.state, *self._inputs).compile()
+
+    def __call__(self) -> Any:
+        """Takes the steps of an interval and writes it."""
+        for _ in range(self._steps):
+            self.state, output = self._step(self.state, *self._inputs)
+            self._recorder.add(output)
+        jax.block_until_ready(self.state)
+        started = time.perf_counter()
+        self._recorder.flush()
+        self.write_seconds.append(time.perf_counter() - started)
+        return self.state.step
+
+    def close(self) -> None:
+        """Closes the files."""
+        self._metrics.close()
