@@ -12,8 +12,9 @@ layer behind each row; the arrays grow together by one entry per logging interva
   step        [S]       int64    the last training step of the interval
 
 `step` is written last and is the commit marker: an entry whose step is absent or -1 was never finished, and readers
-stop in front of it; arrays grow by whole chunks. Every file is replaced in one rename, so a process killed at any moment loses at most the entry it
-was writing. There is one writer, process 0; readers may look at any time. Only this file knows `tensorstore`.
+stop in front of it; arrays grow by whole chunks, so most end with such entries. Every file is replaced in one rename,
+so a process killed at any moment loses at most the entry it was writing. There is one writer, process 0; readers may
+look at any time. Only this file knows `tensorstore`.
 """
 
 import contextlib
@@ -179,6 +180,7 @@ class RoutingLog:
                 "same; use another workdir, or delete that folder to begin anew"
             )
         self._shapes = _shapes(attributes)
+        self._chunk_entries = _chunk_entries(self._shapes)
         with _naming_damage(self._folder):
             self._arrays = {name: _open(self._folder, name) for name in ARRAYS}
             self._steps = _finished(self._arrays["step"]).tolist()
@@ -228,7 +230,7 @@ class RoutingLog:
         """Lets arrays grow, `step` last, by whole chunks: each time their description is written anew."""
         for name, array in self._arrays.items():
             if array.shape[0] <= entry:
-                chunk = array.chunk_layout.write_chunk.shape[0]
+                chunk = self._chunk_entries
                 self._arrays[name] = self._resized(name, (entry // chunk + 1) * chunk)
 
     def _resized(self, name: str, entries: int) -> tensorstore.TensorStore:
@@ -270,7 +272,7 @@ def _create(folder: Path, attributes: dict[str, Any]) -> None:
     shapes = _shapes(attributes)
     if min(shapes["counts"]) < 1:
         raise RoutingLogError(f"a routing log needs MoE layers and experts, got {attributes}; a dense run has none")
-    entries = int(np.clip(CHUNK_BYTES // (8 * math.prod(shapes["counts"])), 1, 256))
+    entries = _chunk_entries(shapes)
     for name, (dtype, fill) in ARRAYS.items():
         inner = list(shapes[name])
         last = "metric" if name == "layers" else "expert"
@@ -299,6 +301,11 @@ def _shapes(attributes: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     by_expert = (num_layers, attributes["num_experts"])
     own = {"layers": (num_layers, len(attributes["metrics"])), "step": ()}
     return {name: own.get(name, by_expert) for name in ARRAYS}
+
+
+def _chunk_entries(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """How many entries a chunk holds."""
+    return int(np.clip(CHUNK_BYTES // (8 * math.prod(shapes["counts"])), 1, 256))
 
 
 def _spec(folder: Path, name: str) -> dict[str, Any]:
