@@ -1,13 +1,14 @@
 """Which changes of routing to try on a model, and which have no meaning for it.
 
-A `Change` says what `surgery` to do on which MoE layers. Layers of one model may differ: a change is done on those where
-it makes sense, and what is left out is named with its reason.
+A `Change` says what `surgery` to do on which MoE layers. Layers of one model may differ: a change is done on those
+where it makes sense, and what is left out is named with its reason.
 """
 
 import dataclasses
 import functools
 import itertools
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -136,7 +137,7 @@ def _plan_capacity(layers: Layers, factors: Sequence[float]) -> tuple[list[Chang
     changes = [
         Change(
             "capacity",
-            f"factor {factor:g}",
+            f"capacity factor {factor:g}",
             {n: functools.partial(surgery.with_capacity, factor=float(factor)) for n in others},
             setting=float(factor),
         )
@@ -159,7 +160,7 @@ def _plan_ablations(layers: Layers) -> tuple[list[Change], LeftOut]:
         if moe.config.router in UNRANKED:
             unranked[n] = f"moe.router={moe.config.router} ranks no expert behind those that a token visits"
         for expert in range(moe.config.num_choices):
-            where = {"layer": layers.numbers[n], "experts": (expert,)}
+            where: dict[str, Any] = {"layer": layers.numbers[n], "experts": (expert,)}
             if n not in unranked:
                 at = {n: functools.partial(surgery.blocked, expert=expert)}
                 changes.append(Change("ablate", NOT_SELECTABLE, at, **where))
@@ -181,7 +182,7 @@ def _plan_pairs(layers: Layers, kind: str, num_pairs: int, seed: int) -> tuple[l
             reasons[n] = f"moe.num_experts={num_experts} has no two experts"
             continue
         if kind == "swap":
-            name, pair = "busiest with least used", extremes(layers.load_NE[n, :num_experts])
+            name, pair = "busiest, least used", extremes(layers.load_NE[n, :num_experts])
         else:
             name, pair = "most similar pair", most_similar(surgery.similarity(moe.experts))
         pairs = [(name, pair)] + [

@@ -116,24 +116,17 @@ class Counterfactuals:
         return [dict(zip(COLUMNS, _as_text(row), strict=True)) for row in self.rows]
 
     def summary(self) -> list[dict[str, str]]:
-        """The ablations by layer: how much loss its experts are worth, and which most and least."""
+        """The ablations by layer: what its experts are worth, and in brackets which of them most and least."""
         found = []
         for way, change_NE in self.ablation_NE.items():
             error_NE = self.by_expert(way, "standard_error")
             for layer, change_E, error_E in zip(self.layers, change_NE, error_NE, strict=True):
                 if np.isnan(change_E).all():
                     continue
-                most, least = int(np.nanargmax(change_E)), int(np.nanargmin(change_E))
+                ends = {"largest": int(np.nanargmax(change_E)), "smallest": int(np.nanargmin(change_E))}
                 found.append(
-                    {
-                        "layer": str(layer),
-                        "ablation": way,
-                        "mean": f"{np.nanmean(change_E):+.4f}",
-                        "most": f"{change_E[most]:+.4f} ± {error_E[most]:.4f}",
-                        "by expert": str(most),
-                        "least": f"{change_E[least]:+.4f} ± {error_E[least]:.4f}",
-                        "by expert ": str(least),
-                    }
+                    {"layer": str(layer), "expert": way, "mean change": f"{np.nanmean(change_E):+.4f}"}
+                    | {name: f"{change_E[e]:+.4f} ± {error_E[e]:.4f} ({e})" for name, e in ends.items()}
                 )
         return found
 

@@ -96,7 +96,7 @@ def counterfactuals(
     parts = Parts(loaded.model)
     numbers = loaded.config.moe_layers
     trained = [parts.run(batch) for batch in batches]
-    load_NE = sum(np.stack([traffic.load_E for traffic in passed.traffic.values()]) for passed in trained)
+    load_NE = np.sum([[traffic.load_E for traffic in passed.traffic.values()] for passed in trained], axis=0)
     layers = Layers(parts.moes, numbers, load_NE)
     changes, left_out = plan(
         layers, kinds, top_k=top_k, capacity_factors=capacity_factors, num_pairs=num_pairs, seed=seed
@@ -104,7 +104,7 @@ def counterfactuals(
     log.info("%d changes on %d batches of validation rows", len(changes), len(batches))
     passes = _run_all(parts, batches, changes)
     targets_R = np.concatenate([np.asarray(batch.loss_mask_BL).sum(axis=1) for batch in batches]).astype(np.float64)
-    whole = Change(AS_TRAINED, "", dict.fromkeys(range(len(parts.moes)), lambda moe: moe))
+    whole = Change(AS_TRAINED, "no change", dict.fromkeys(range(len(parts.moes)), lambda moe: moe))
     outcomes = [
         _outcome(change, passed, trained, targets_R)
         for change, passed in zip([whole, *changes], [trained, *passes], strict=True)
@@ -215,7 +215,7 @@ class Parts:
         x_BLD, found = residuals.before[first], {}
         for index in range(first, len(self.blocks)):
             graphdef, state = self.blocks[index]
-            layer = self.places.index(index) if index in self.places else None
+            layer = self.places.index(index) if index in self.places else -1
             if layer in surgeries:
                 block = nnx.merge(graphdef, state)
                 block.moe = surgeries[layer](block.moe)
@@ -255,16 +255,25 @@ def _count_nats(graphdef: nnx.GraphDef, state: nnx.State, x_BLD: jax.Array, batc
 def _run_all(parts: Parts, batches: Sequence[Batch], changes: Sequence[Change]) -> list[list[Passed]]:
     """The passes of each change over all batches."""
     passes: list[list[Passed]] = [[] for _ in changes]
-    start = reported = time.monotonic()
+    started = reported = time.monotonic()
     for number, (batch, residuals) in enumerate(_with_residuals(parts, batches)):
         for index, change in enumerate(changes):
             passes[index].append(parts.run_changed(batch, residuals, change.surgeries))
             now = time.monotonic()
             if now - reported > REPORT_SECONDS:
-                done = (number * len(changes) + index + 1) / (len(batches) * len(changes))
-                log.info("%.0f %% done, about %.0f s left", 100 * done, (now - start) * (1 / done - 1))
+                log.info(_progress(number * len(changes) + index + 1, len(changes), len(batches), now - started))
                 reported = now
+        if number == 0:  # the first batch compiles
+            started = time.monotonic()
     return passes
+
+
+def _progress(done: int, num_changes: int, num_batches: int, seconds: float) -> str:
+    """How far it is; `seconds` since the first batch was done, or since the start until then."""
+    if done <= num_changes:
+        return f"batch 1 of {num_batches}: {done} of {num_changes} changes; what is new is compiled"
+    rest = (num_changes * num_batches - done) / (done - num_changes)
+    return f"batch {(done - 1) // num_changes + 1} of {num_batches}; about {seconds * rest:.0f} s left"
 
 
 def _with_residuals(parts: Parts, batches: Sequence[Batch]) -> Iterator[tuple[Batch, Residuals]]:

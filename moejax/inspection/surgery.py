@@ -1,7 +1,8 @@
 """Changes to one MoE layer: how it routes, and which weights its experts have.
 
-Each function takes the layer and returns a changed one; the layer that it was given, and arrays that do not change, stay
-as they are. Layers here stand alone (`Decoder.walk`): parameters have no leading axis of layers. All are for evaluation.
+Each function takes the layer and returns a changed one; the layer that it was given, and arrays that do not change,
+stay as they are. Layers here stand alone (`Decoder.walk`): parameters have no leading axis of layers. All are for
+evaluation.
 """
 
 import dataclasses
@@ -66,7 +67,7 @@ def with_capacity(moe: MoE, factor: float) -> MoE:
 def without_bias(moe: MoE) -> MoE:
     """The selection bias at 0."""
     changed = _copy(moe)
-    changed.selection_bias = moe.selection_bias.replace(jnp.zeros_like(moe.selection_bias[...]))
+    _edit(changed, "selection_bias", jnp.zeros_like)
     return changed
 
 
@@ -86,16 +87,14 @@ def why_not_silenced(moe: MoE, expert: int) -> str | None:
 
 
 def silenced(moe: MoE, expert: int) -> MoE:
-    """The expert's output is zero, and who chooses it stays as it is. Not for identity experts, which have no weights."""
+    """The expert's output is zero, and who chooses it stays as it is; not for identity experts, without weights."""
     config, changed = moe.config, _copy(moe)
     if expert < config.num_experts:
         for name in ("down", "down_bias"):
             if hasattr(changed.experts, name):
-                weight = getattr(changed.experts, name)
-                setattr(changed.experts, name, weight.replace(weight[...].at[expert].set(0.0)))
+                _edit(changed.experts, name, lambda w: w.at[expert].set(0.0))
     elif expert >= config.num_choices - config.num_constant_experts:
-        vectors, row = moe.free_experts.vectors, expert - (config.num_choices - config.num_constant_experts)
-        changed.free_experts.vectors = vectors.replace(vectors[...].at[row].set(0.0))
+        _edit(changed.free_experts, "vectors", lambda w: w.at[expert - config.num_choices].set(0.0))
     return changed
 
 
@@ -157,6 +156,11 @@ def _with_weights(moe: MoE, change: Callable[[Array], Array]) -> MoE:
     changed = _copy(moe)
     for name in WEIGHTS:
         if hasattr(changed.experts, name):
-            weight = getattr(changed.experts, name)
-            setattr(changed.experts, name, weight.replace(change(weight[...])))
+            _edit(changed.experts, name, change)
     return changed
+
+
+def _edit(module: nnx.Module, name: str, change: Callable[[Array], Array]) -> None:
+    """Puts a changed array in place of one that another module may share."""
+    variable = getattr(module, name)
+    setattr(module, name, variable.replace(change(variable[...])))
