@@ -182,9 +182,9 @@ def _plan_pairs(layers: Layers, kind: str, num_pairs: int, seed: int) -> tuple[l
             reasons[n] = f"moe.num_experts={num_experts} has no two experts"
             continue
         if kind == "swap":
-            name, pair = "busiest, least used", extremes(layers.load_NE[n, :num_experts])
+            name, pair = "busiest, rarest", extremes(layers.load_NE[n, :num_experts])
         else:
-            name, pair = "most similar pair", most_similar(surgery.similarity(moe.experts))
+            name, pair = "most similar", most_similar(surgery.similarity(moe.experts))
         pairs = [(name, pair)] + [
             ("random pair", other) for other in random_pairs(num_experts, num_pairs, [seed, n], without=pair)
         ]

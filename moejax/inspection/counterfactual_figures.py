@@ -24,7 +24,7 @@ MAX_WRITTEN = 8  # experts in a row of cells with numbers
 MAX_DOTTED = 512  # cells of which noise is marked
 COLORS = (BLUE, ORANGE, GREEN, PURPLE)
 HATCHES = ("", "///", "\\\\\\", "xx")
-YLABEL = "change of loss, nats / token"
+YLABEL = "change, nats / token"
 NO_VALUE = "#9ca3af"
 
 
@@ -77,7 +77,7 @@ def draw_ablation(result: Counterfactuals, way: str) -> str | None:
     )
     num_layers, num_experts = change_NE.shape
     with matplotlib.rc_context(STYLE):
-        figure, axes = new_figure(float(np.clip(1.05 + 0.24 * num_layers, 1.5, 4.6)))
+        figure, axes = new_figure(float(np.clip(1.05 + 0.26 * num_layers, 1.7, 4.6)))
         colors = matplotlib.colormaps["RdBu_r"].resampled(41).with_extremes(bad=NO_VALUE)
         mesh = axes.pcolormesh(
             np.arange(num_experts + 1) - 0.5, np.arange(num_layers + 1) - 0.5, np.ma.masked_invalid(change_NE),
@@ -112,16 +112,11 @@ def draw_bars(result: Counterfactuals, kinds: Sequence[str]) -> str | None:
     rows = [row for kind in kinds for row in result.of_kind(kind)]
     if not rows:
         return None
-    layers = [row.layer for row in rows if row.layer is not None]
-    found = sorted(set(layers))
-    shown: list[int | None] = (
-        [found[i] for i in np.unique(np.linspace(0, len(found) - 1, MAX_LAYERS).astype(int))] if found else []
-    )
-    groups = [None, *shown] if len(layers) < len(rows) else shown
+    groups = _groups(rows)
     names = list(dict.fromkeys((row.kind, row.what) for row in rows))
     step = 0.84 / len(names)
     with matplotlib.rc_context(STYLE):
-        figure, axes = new_figure(2.7)
+        figure, axes = new_figure(2.3 + 0.2 * len(names))
         for i, (kind, what) in enumerate(names):
             places, changes, errors = [], [], []
             for place, layer in enumerate(groups):
@@ -143,6 +138,13 @@ def draw_bars(result: Counterfactuals, kinds: Sequence[str]) -> str | None:
         axes.set_xlim(-0.6, max(len(groups), 2) - 0.4)
         figure.legend(loc="outside upper left", ncols=1 if len(names) > 2 else 2, borderaxespad=0.1, columnspacing=1.2)
         return _svg(figure)
+
+
+def _groups(rows: Sequence[Outcome]) -> list[int | None]:
+    """The layers to show, after None for all of them at once if there is such an outcome."""
+    layers = sorted({row.layer for row in rows if row.layer is not None})
+    shown = np.unique(np.linspace(0, len(layers) - 1, MAX_LAYERS).astype(int)) if layers else []
+    return [None] * any(row.layer is None for row in rows) + [layers[i] for i in shown]
 
 
 def _draw_line(rows: Sequence[Outcome], labels: Sequence[str], xlabel: str, trained: float | None = None) -> str:

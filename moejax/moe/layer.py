@@ -129,8 +129,8 @@ class MoE(nnx.Module):
     def block(self, is_blocked_E: Bool[np.ndarray, "*layers E"]) -> None:
         """Keeps tokens from experts: the next in rank take their place; not for training.
 
-        Scores and their normalisation over all experts stay as they are. A token for which fewer than K experts are
-        left has fewer.
+        Scores and their normalisation over all experts stay as they are, but for `sparse_mixer`, where only experts
+        that are left compete. A token for which fewer than K experts are left has fewer.
 
         Args:
           is_blocked_E: which experts; with a leading axis of layers where parameters have one.
