@@ -61,7 +61,7 @@ def _rows(result: Counterfactuals) -> list[dict[str, str]]:
     """All outcomes but those of ablations, in a line's width."""
     return [
         {
-            "what": f"{row['kind']}: {row['what']}" if row["kind"] in ("swap", "merge") else row["what"],
+            "what": f"{row['kind']} {row['what']}" if row["kind"] in ("swap", "merge") else row["what"],
             "layer": row["layer"],
             "experts": row["experts"],
             "change": f"{row['change']} ± {row['standard error']}" if row["change"] else "",

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from moejax.config import ROUTER_RULES
 from moejax.inspection import surgery
@@ -60,7 +60,7 @@ class Layers:
 
     moes: Sequence[MoE]
     numbers: Sequence[int]
-    load_NE: Float[np.ndarray, "N E"]
+    load_NE: Int[np.ndarray, "N E"]
 
     def explain(self, reasons: Mapping[int, str]) -> str:
         """One line of the reasons, by MoE layer."""
@@ -209,7 +209,7 @@ def _plan_routing(layers: Layers, kind: str) -> tuple[list[Change], LeftOut]:
     return changes, {kind: layers.explain(reasons)} if reasons else {}
 
 
-def extremes(load_E: Float[np.ndarray, "E"]) -> tuple[int, int]:
+def extremes(load_E: Int[np.ndarray, "E"]) -> tuple[int, int]:
     """The busiest expert and the least used one, two different ones."""
     order_E = np.argsort(load_E, kind="stable")
     return int(order_E[-1]), int(order_E[0])

@@ -127,7 +127,7 @@ def draw_bars(result: Counterfactuals, kinds: Sequence[str]) -> str | None:
                     errors.append(2 * np.mean([row.standard_error for row in cells]))
             axes.bar(
                 places, changes, 0.92 * step, color=COLORS[i % 4], hatch=HATCHES[i % 4], edgecolor="white", lw=0.4,
-                label=f"{kind}: {what}" if kind in ("swap", "merge") else what,
+                label=f"{kind} {what}" if kind in ("swap", "merge") else what,
             )  # fmt: skip
             axes.errorbar(places, changes, errors, fmt="none", ecolor="#111111", elinewidth=1, capsize=1.5)
         axes.axhline(0, color=GREY, lw=1)
