@@ -21,6 +21,9 @@ CASES = {name: {"router": name} | ROUTER_CASES[name] for name in RANKED}
 CASES["groups of three"] = {
     "router": "sigmoid_topk", "num_experts": 6, "num_groups": 2, "selection_bias": True, "renormalize": False,
 }  # fmt: skip
+CASES["groups of four"] = {
+    "router": "hierarchical", "num_experts": 8, "num_groups": 2, "top_k_groups": 2, "top_k": 4,
+}  # fmt: skip
 CASES["free experts"] = OTHER_CASES["experts"]["moe"] | {"expert_dropout": 0.0, "shared_combine": "sum"}
 CASES["next"] = {"dispatch": "capacity", "eval_capacity_factor": 0.7, "overflow": "next"}
 
@@ -63,6 +66,10 @@ def test_the_next_in_rank_takes_a_blocked_experts_place_and_other_tokens_do_not_
     before_TK, after_TK = trained.routing.experts_TK, changed.routing.experts_TK
     assert changed.assignments_E[expert] == 0 and not (after_TK == expert).any()
     assert not changed.routing.weights_TK[after_TK == none].any() and np.isfinite(changed_TD).all()
+    if expert < layer.config.num_experts:  # nothing comes out of it
+        down = layer.experts.down
+        layer.experts.down = down.replace(down[...].at[expert].set(1e6))
+        np.testing.assert_array_equal(route(layer, [expert])[1], changed_TD)
     affected_T = (before_TK == expert).any(axis=1)
     assert 0 < affected_T.sum() < len(mask_T) or top_k == none
     np.testing.assert_array_equal(after_TK[~affected_T], before_TK[~affected_T])
@@ -75,13 +82,14 @@ def test_the_next_in_rank_takes_a_blocked_experts_place_and_other_tokens_do_not_
         assert len(new) == 1 and set(stays) < {*after_TK[token]}
         ranking_E = trained.routing.ranking_TE[token].copy()
         ranking_E[before_TK[token]] = -np.inf
-        if layer.config.router == "hierarchical":  # groups of two experts, both of which a token visits
-            assert new == [none]
-        elif layer.config.router != "random":  # which ranks by a draw
+        if layer.config.router == "hierarchical":  # the next of its group, if a token does not visit all of that
+            group_E = np.arange(none) * layer.config.num_groups // none
+            ranking_E[group_E != group_E[expert]] = -np.inf
+        if layer.config.router != "random":  # which ranks by a draw
             assert new == [np.argmax(ranking_E) if ranking_E.max() > -np.inf else none]
 
 
-@pytest.mark.parametrize("case", ["softmax_topk", "sparse_mixer", "hierarchical", "dense", "random"])
+@pytest.mark.parametrize("case", ["softmax_topk", "sparse_mixer", "hierarchical", "dense", "random", "sinkhorn"])
 def test_where_too_few_experts_are_left_tokens_have_fewer_or_none(case):
     layer = layer_of(CASES[case])
     num = layer.config.num_choices
@@ -90,8 +98,9 @@ def test_where_too_few_experts_are_left_tokens_have_fewer_or_none(case):
     assert set(visited.ravel().tolist()) <= {0, num} and ((visited == 0).sum(axis=1) <= 1).all()
     assert stats.assignments_E[0] > 0
     assert np.isfinite(y_TD).all() and np.isfinite(stats.routing.weights_TK).all()
+    assert not stats.routing.weights_TK[visited == num].any()
     _, y_TD, stats = route(layer, range(num))
-    assert not y_TD.any() and not stats.assignments_E.any()
+    assert not y_TD.any() and not stats.assignments_E.any() and not stats.routing.weights_TK.any()
 
 
 def test_those_who_are_left_share_the_weight_if_the_run_normalises():

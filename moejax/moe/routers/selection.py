@@ -17,9 +17,9 @@ def select(
 ) -> Int[Array, "T K"]:
     """The K experts of highest value, the best first; ties go to the lowest index. E where the token is masked.
 
-    Where experts are blocked, see `eligible`, E also takes the place of choices for which too few others are left.
+    Where some are blocked, with values from `eligible`, E also stands for choices for which too few others are left.
     """
-    values_TK, experts_TK = jax.lax.top_k(jax.lax.stop_gradient(eligible(values_TE, is_blocked_E)), top_k)
+    values_TK, experts_TK = jax.lax.top_k(jax.lax.stop_gradient(values_TE), top_k)
     if is_blocked_E is not None:
         experts_TK = jnp.where(values_TK > -jnp.inf, experts_TK, values_TE.shape[-1])
     return named(no_expert(experts_TK, mask_T, values_TE.shape[-1]))
