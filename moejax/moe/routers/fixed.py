@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from moejax.config import MoeConfig
 from moejax.moe.routers.routing import RouterInputs, Routing, no_expert
 from moejax.moe.routers.scores import log_scores, routing_by_scores
-from moejax.moe.routers.selection import named, select
+from moejax.moe.routers.selection import eligible, named, select
 
 RANDOM = 2  # stream of random numbers
 
@@ -37,7 +37,8 @@ def route_random(inputs: RouterInputs, config: MoeConfig) -> Routing:
             return jax.random.uniform(key, (config.num_choices,))
 
         values_TE = jax.vmap(draw_one)(inputs.tokens_T, inputs.positions_T)
-    return _fixed(select(values_TE, inputs.mask_T, config.top_k), inputs, config)
+    values_TE = eligible(values_TE, inputs.is_blocked_E)
+    return _fixed(select(values_TE, inputs.mask_T, config.top_k, inputs.is_blocked_E), inputs, config)
 
 
 def route_balanced(inputs: RouterInputs, config: MoeConfig) -> Routing:
