@@ -23,6 +23,7 @@ from moejax.training import alarms
 CONFIG, METRICS = "config.json", "metrics.jsonl"
 MAX_DEPTH = 3  # folders below the one that is viewed: a sweep's runs lie in a folder of their own
 MAX_BYTES = 2**24  # read at one look: half a second
+MAX_LINE = 2**20  # bytes: what is longer is no line of metrics
 TAIL_BYTES = 128  # compared to tell a file that grew from one that was written anew
 
 
@@ -76,8 +77,8 @@ class MetricsReader:
             block = file.read(max_bytes)
             self.is_behind = len(block) == max_bytes and len(file.read(1)) == 1
         end = block.rfind(b"\n") + 1
-        if self.is_behind and not end:
-            self._note(f"has no end within {max_bytes:,} bytes")
+        if self.is_behind and not end and len(block) >= MAX_LINE:
+            self._note(f"has no end within {len(block):,} bytes")
             self.is_behind = False
         self._seen = now
         for line in block[:end].splitlines():
@@ -278,7 +279,7 @@ class Library:
             if name not in self.runs:
                 self.runs[name] = LiveRun(workdir, len(self.runs))
         for run in self.runs.values():
-            max_bytes -= run.look(max(max_bytes, 1))
+            max_bytes -= run.look(max(max_bytes, 0))
         self.is_behind = any(run.metrics.is_behind for run in self.runs.values())
 
     def newest(self, count: int) -> list[str]:
@@ -289,7 +290,7 @@ class Library:
 def find_runs(folder: Path) -> dict[str, Path]:
     """Run directories by name: the folder itself, or those below it, `MAX_DEPTH` deep, sorted.
 
-    A run is a folder with a `config.json` or a `metrics.jsonl`; none is looked for inside of one, nor in hidden folders.
+    A run is a folder with a `config.json` or a `metrics.jsonl`; none is looked for inside of one or in hidden folders.
     """
     if _is_run(folder):
         return {folder.resolve().name: folder}
