@@ -32,7 +32,7 @@ tbody th{{font-weight:600;overflow-wrap:anywhere}}
 i{{display:inline-block;width:.7rem;height:.7rem;margin-right:.4rem;border-radius:.15rem}}
 .runs{{max-height:24rem;overflow:auto}}
 iframe{{display:block;width:100%;height:85vh;border:1px solid var(--line);border-radius:.4rem;background:transparent}}
-@media(prefers-color-scheme:dark){{i{{filter:invert(1) hue-rotate(180deg)}}}}
+@media(prefers-color-scheme:dark){{i{{filter:invert(.91) hue-rotate(180deg)}}}}
 @media(max-width:44rem){{
 thead{{display:none}}
 tr{{display:grid;grid-template-columns:1fr 1fr;gap:0 1rem;padding:.5rem 0;border-bottom:1px solid var(--line)}}
@@ -43,7 +43,7 @@ td[data-name]:before{{content:attr(data-name) ": ";color:var(--soft)}}
 """
 CHOICE_STYLE = f"""{INK}
 .bk-input-group{{display:flex;flex-flow:row wrap;gap:.2rem 1.1rem;max-height:9rem;overflow:auto}}
-.bk-input-group>label{{color:var(--soft);flex-basis:100%}}
+.bk-input-group:before{{color:var(--soft)}}
 .bk-input-group label{{margin:0!important;overflow-wrap:anywhere}}
 label input{{accent-color:#0b62a8}}
 """
@@ -52,13 +52,15 @@ TABS_STYLE = f"""{INK}
 .bk-tab{{color:var(--soft)!important;font-size:1rem}}
 .bk-tab.bk-active{{color:var(--ink)!important;background:transparent!important;border-color:var(--line)!important}}
 """
-PLOT_STYLE = "@media(prefers-color-scheme:dark){:host{filter:invert(1) hue-rotate(180deg)}}"
+# Bokeh leaves what it painted before it knew its width in the first pixels, which are cut off.
+PLOT_STYLE = """:host{clip-path:inset(-50rem -50rem -50rem 3px)}
+@media(prefers-color-scheme:dark){:host{filter:invert(.91) hue-rotate(180deg)}}"""
 LOAD_STYLE = """@media(prefers-color-scheme:dark){:host{background:#fff;border-radius:.4rem;filter:brightness(.88)}}"""
 PAGE = """{% extends "base.html" %}{% block postamble %}
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <style>:root{color-scheme:light dark}
 body{padding:1rem!important;background:#fff}
-@media(prefers-color-scheme:dark){html,body{background:#14171b}}</style>{% endblock %}"""
+@media(prefers-color-scheme:dark){html,body{background:#171717}}</style>{% endblock %}"""
 
 
 def heading(folder: Path, num_runs: int, *, is_behind: bool) -> str:
@@ -97,6 +99,11 @@ def chart_text(chart: Chart, caption: str) -> str:
     parts = [chart.reading, caption, f"Dotted line: {chart.reference[1]}." if chart.reference else ""]
     text = html.text(" ".join(part for part in parts if part))
     return f"<h3>{html.text(chart.title)}</h3><p class='soft'>{text}</p>"
+
+
+def choice_style(title: str) -> str:
+    """Of check boxes or radio buttons in a line behind a title."""
+    return f"{CHOICE_STYLE}.bk-input-group:before{{content:'{title}'}}"
 
 
 def problem(text: str) -> str:

@@ -1,7 +1,7 @@
 """Curves of several runs in one plot, and the load of a run's experts, for the page of `moejax view`.
 
 What is drawn and how it reads is the report's (`moejax.inspection.figures`); a curve's colour is its run's, its dash or
-its dots tell the metrics of a plot apart. Plots have no ground of their own: in the dark, the page inverts them.
+its dots tell the metrics of a plot apart. In the dark, the page inverts plots.
 """
 
 import dataclasses
@@ -91,8 +91,8 @@ class CurvePlot:
         shown = {key: i for _, _, key, i in self._drawn}
         if len(self.chart.keys) == 1:
             return ""
-        marks = [f"{self.chart.keys[i][1]}: {'dots' if _is_points(key) else DASHES[i]}" for key, i in shown.items()]
-        return f"{'; '.join(marks)}."
+        marks = [f"{'dots' if _is_points(key) else DASHES[i]}: {self.chart.keys[i][1]}" for key, i in shown.items()]
+        return f"{'; '.join(marks)}.".capitalize()
 
     def update(self, changed: Iterable[str]) -> None:
         """Draws again what some runs have logged since."""
@@ -122,7 +122,7 @@ class CurvePlot:
             )
         if len(source.data["x"]) == 1:  # a line through one point shows nothing
             return plot.scatter("x", "y", source=source, size=5, color=color(run), name=name)
-        return plot.line("x", "y", source=source, color=color(run), line_width=1.7, line_dash=DASHES[i], name=name)
+        return plot.line("x", "y", source=source, color=color(run), line_width=2, line_dash=DASHES[i], name=name)
 
     def _bounds(self) -> dict[str, Any]:
         return {"start": 0} if self.chart.from_zero else {}
@@ -171,12 +171,14 @@ def _figure(height: int, **ranges: Any) -> figure:
     """An empty plot as wide as its place; a finger moves the page, not the plot."""
     plot = figure(
         height=height, sizing_mode="stretch_width", tools=[BoxZoomTool(), ResetTool()], active_drag=None,
-        toolbar_location="above", background_fill_color=None, border_fill_color=None, outline_line_color=None, **ranges
+        toolbar_location="above", background_fill_color=WHITE, border_fill_color=WHITE, outline_line_color=None,
+        **ranges,
     )  # fmt: skip
     plot.toolbar.logo = None
     plot.toolbar.autohide = True
+    plot.toolbar_inner = True
     plot.grid.grid_line_color = "#e5e7eb"
-    plot.axis.axis_line_color = GREY
+    plot.axis.axis_line_color = None  # so that a curve at 0 shows
     plot.axis.major_tick_line_color = None
     plot.axis.minor_tick_line_color = None
     plot.axis.axis_label_text_font_style = "normal"

@@ -27,13 +27,11 @@ class Session:
     def __init__(self, library: Library):
         self._library = library
         library.look()
-        self._heading, self._table, self._hint = _text(), _text(), _text()
-        self._runs = pn.widgets.CheckBoxGroup(name="Show", inline=True, stylesheets=[page.CHOICE_STYLE])
-        self._axis = pn.widgets.RadioBoxGroup(
-            name="Over", options=list(AXES), value="steps", inline=True, stylesheets=[page.CHOICE_STYLE]
-        )
+        self._heading, self._table = _text(), _text()
+        self._runs = pn.widgets.CheckBoxGroup(**_choice("Show"))
+        self._axis = pn.widgets.RadioBoxGroup(options=list(AXES), value="steps", **_choice("Over"))
         self._curves, self._load = pn.Column(styles=GRID, **WIDE), pn.Column(**WIDE)
-        self._of = pn.widgets.RadioBoxGroup(name="Report of", inline=True, stylesheets=[page.CHOICE_STYLE])
+        self._of = pn.widgets.RadioBoxGroup(**_choice("Of"))
         self._report = _text()
         self._tabs = pn.Tabs(
             (TABS[0], self._curves), (TABS[1], self._load), (TABS[2], pn.Column(self._of, self._report, **WIDE)),
@@ -118,6 +116,10 @@ WIDE: dict[str, Any] = {"sizing_mode": "stretch_width", "margin": 0}
 
 def _text(html: str = "") -> pn.pane.HTML:
     return pn.pane.HTML(html, stylesheets=[page.TEXT_STYLE], sizing_mode="stretch_width", margin=(4, 0))
+
+
+def _choice(title: str) -> dict[str, Any]:
+    return {"inline": True, "sizing_mode": "stretch_width", "margin": (4, 0), "stylesheets": [page.choice_style(title)]}
 
 
 def _set(pane: pn.pane.HTML, html: str) -> None:
