@@ -103,7 +103,6 @@ def test_a_long_file_is_read_in_parts_and_gives_the_series_of_the_run(tmp_path):
     looks = 0
     while reader.read_on(300):
         looks += 1
-        assert reader.is_behind == (looks < 9) or looks >= 9
     assert not reader.is_behind and looks > 5
     for mine, theirs in zip(reader.points("a"), open_run(tmp_path).series("a"), strict=True):
         assert np.array_equal(mine, theirs)
@@ -204,7 +203,7 @@ def test_one_look_reads_no_more_than_it_may_of_all_runs_together(tmp_path):
     size = (tmp_path / "a/metrics.jsonl").stat().st_size
     library.look(size + 50)
     assert library.is_behind
-    assert [run.metrics.last_step for run in library.runs.values()] == [99, 2]
+    assert [run.metrics.last_step for run in library.runs.values()] == [99, 1]  # two lines are 50 bytes
     library.look(size)
     assert not library.is_behind and library.runs["b"].metrics.last_step == 99
 
@@ -301,6 +300,11 @@ class Browser:
       if (node.shadowRoot) node.shadowRoot.childNodes.forEach(walk);
       node.childNodes.forEach(walk); };
       walk(document.body); return texts.join('\\n'); })()"""
+    FRAME = """(() => { let found = ''; const walk = node => {
+      if (node.nodeName === 'IFRAME') found = node.sandbox.length + node.srcdoc;
+      if (node.shadowRoot) node.shadowRoot.childNodes.forEach(walk);
+      node.childNodes.forEach(walk); };
+      walk(document.body); return found; })()"""
     CLICK = """(() => { const walk = node => {
       if (node.classList && node.classList.contains('bk-tab') && node.textContent.trim() === '%s') node.click();
       if (node.shadowRoot) node.shadowRoot.childNodes.forEach(walk);
@@ -394,10 +398,9 @@ async def check_what_is_shown(browser, url, folder):
     await browser.evaluate(Browser.CLICK % "Load")
     await browser.wait_for(Browser.TEXT, lambda text: "ended with step 20" in text)
     await browser.evaluate(Browser.CLICK % "Report")
-    frames = "JSON.stringify([window.length, document.title])"
-    await browser.wait_for(frames, lambda value: json.loads(value or "[0]")[0] == 1)
+    await browser.wait_for(Browser.FRAME, lambda frame: "top.document.title" in frame)
     await asyncio.sleep(0.5)
-    assert json.loads(await browser.evaluate(frames)) == [1, "moejax view"]  # no script of a run has changed it
+    assert await browser.evaluate("document.title") == "moejax view"  # no script of a run has changed it
     asked = [request for request in browser.requests() if request.split(":")[0] not in ("data", "blob", "about")]
     assert asked and all(request.startswith(url) or "/stolen" in request for request in asked), asked
 

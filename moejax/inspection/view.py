@@ -9,7 +9,7 @@ can reach it through the browser; its policy forbids the browser to fetch anythi
 files say. The browser names runs by their place in the server's list: no path from it is ever opened.
 """
 
-import functools
+import os
 import signal
 import socket
 from collections.abc import Callable
@@ -52,16 +52,13 @@ def serve(folder: str | Path, port: int = 0, started: Callable[[str], None] = la
     except ImportError as error:
         raise ViewError(f"moejax view needs Panel ({error}): pip install 'moejax[view]'") from error
     library = Library(Path(folder))
-    port = port or _free_port()
+    port = _find_port(port)
     hosts = [f"{ADDRESS}:{port}", f"localhost:{port}"]
-    try:
-        server = pn.io.server.get_server(
-            {"/": lambda: _new_page(library)}, port=port, address=ADDRESS, websocket_origin=hosts,
-            title="moejax view", show=False, start=False, location=False,
-        )  # fmt: skip
-    except OSError as error:
-        raise ViewError(f"--port={port} cannot be had ({error.strerror}); use another, or 0 for a free one") from error
-    server._tornado.add_transform(functools.partial(_guard, hosts))
+    server = pn.io.server.get_server(
+        {"/": lambda: _new_page(library)}, port=port, address=ADDRESS, websocket_origin=hosts, title="moejax view",
+        show=False, start=False, location=False,
+    )  # fmt: skip
+    server._tornado.add_transform(_guard_for(hosts))
     is_interrupted = []
 
     def interrupt(*_: Any) -> None:
@@ -79,24 +76,30 @@ def serve(folder: str | Path, port: int = 0, started: Callable[[str], None] = la
         raise KeyboardInterrupt
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((ADDRESS, 0))
-        return int(probe.getsockname()[1])
+def _find_port(port: int) -> int:
+    """The port, if it can be had; a free one for 0."""
+    try:
+        with socket.create_server((ADDRESS, port)) as probe:
+            return int(probe.getsockname()[1])
+    except OSError as error:
+        reason = os.strerror(error.errno or 0)
+        raise ViewError(f"--port={port} cannot be had ({reason}); use another, or 0 for a free one") from error
 
 
-def _guard(hosts: list[str], request: Any) -> Any:
-    """Of every answer: the policy, and nothing at all for a browser that was led here by another name."""
+def _guard_for(hosts: list[str]) -> Any:
+    """Puts the policy on every answer, and gives none to a browser that was led here by another name."""
     from tornado.web import OutputTransform
 
     policy = POLICY.format(sockets=" ".join(f"ws://{host}" for host in hosts))
 
     class Guard(OutputTransform):
+        def __init__(self, request: Any):
+            self.is_refused = request.host not in hosts
+
         def transform_first_chunk(self, status_code: int, headers: Any, chunk: bytes, finishing: bool) -> Any:
             headers["Content-Security-Policy"] = policy
             headers["X-Content-Type-Options"] = "nosniff"
             headers["Referrer-Policy"] = "no-referrer"
-            self.is_refused = request.host not in hosts
             if self.is_refused:
                 chunk, status_code = b"", 403
                 headers["Content-Length"] = "0"
@@ -105,7 +108,7 @@ def _guard(hosts: list[str], request: Any) -> Any:
         def transform_chunk(self, chunk: bytes, finishing: bool) -> bytes:
             return b"" if self.is_refused else chunk
 
-    return Guard(request)
+    return Guard
 
 
 def _new_page(library: Library) -> "panel.Column":

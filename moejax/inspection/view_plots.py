@@ -12,7 +12,6 @@ import numpy as np
 from bokeh.models import (
     BasicTicker,
     BoxZoomTool,
-    ColorBar,
     ColumnDataSource,
     DataRange1d,
     FixedTicker,
@@ -20,8 +19,8 @@ from bokeh.models import (
     LinearColorMapper,
     NumeralTickFormatter,
     ResetTool,
-    Span,
 )
+from bokeh.models.annotations import ColorBar, Span
 from bokeh.plotting import figure
 from jaxtyping import Int
 
@@ -150,7 +149,8 @@ def load_plot(counts_NE: Int[np.ndarray, "N E"], layers: Sequence[int]) -> figur
     mapper = LinearColorMapper(palette=_red_blue(), low=-2, high=2, nan_color=DEAD)
     data = {"log": [log_NE.astype(np.float32)], "ratio": [ratio_NE.astype(np.float32)]}
     data |= {"layer": [np.repeat(np.array(layers, np.int32)[:, None], E, axis=1)]}
-    image = plot.image("log", x=-0.5, y=-0.5, dw=E, dh=N, source=ColumnDataSource(data), color_mapper=mapper)
+    place: dict[str, Any] = {"x": -0.5, "y": -0.5, "dw": E, "dh": N, "color_mapper": mapper}
+    image = plot.image("log", source=ColumnDataSource(data), **place)
     plot.add_tools(
         HoverTool(renderers=[image], tooltips=[("layer", "@layer"), ("expert", "$x{0}"), ("load", "@ratio{0.00}")])
     )
@@ -183,8 +183,7 @@ def _figure(height: int, **ranges: Any) -> figure:
     plot.axis.minor_tick_line_color = None
     plot.axis.axis_label_text_font_style = "normal"
     plot.axis.axis_label_text_color = plot.axis.major_label_text_color = "#374151"
-    plot.xaxis.ticker.desired_num_ticks = 5
-    plot.yaxis.ticker.desired_num_ticks = 5
+    plot.xaxis.ticker, plot.yaxis.ticker = BasicTicker(desired_num_ticks=5), BasicTicker(desired_num_ticks=5)
     return plot
 
 
@@ -199,5 +198,5 @@ def _is_points(key: str) -> bool:
     return key.startswith("eval/")
 
 
-def _largest(values: np.ndarray) -> float:
+def _largest(values: Any) -> float:
     return float(np.nanmax(np.abs(values))) if np.isfinite(values).any() else 0.0

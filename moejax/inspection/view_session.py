@@ -88,7 +88,9 @@ class Session:
         self._drawn["curves"] = wanted
         plots = [CurvePlot(chart, runs, self._axis.value) for chart in charts]
         self._plots = [plot for plot in plots if plot.plot is not None]
-        cells = [_cell(page.chart_text(plot.chart, plot.caption), plot.plot, page.PLOT_STYLE) for plot in self._plots]
+        cells: list[pn.viewable.Viewable] = [
+            _cell(page.chart_text(plot.chart, plot.caption), plot.plot, page.PLOT_STYLE) for plot in self._plots
+        ]
         self._curves.objects = cells or [_text("<p>No curve yet: no run is chosen, or none has logged a step.</p>")]
 
     def _show_load(self, runs: dict[str, LiveRun]) -> None:
@@ -132,7 +134,7 @@ def _cell(text: str, plot: Any, style: str) -> pn.Column:
     return pn.Column(_text(text), pn.pane.Bokeh(plot, **WIDE), **WIDE)
 
 
-def _load_of(name: str, run: LiveRun) -> pn.Column:
+def _load_of(name: str, run: LiveRun) -> pn.viewable.Viewable:
     """The heat map of the last logged interval, or why there is none."""
     title = f"<h3>{page.html.text(name)}</h3>"
     try:
