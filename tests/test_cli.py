@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -148,6 +149,9 @@ def test_report_is_written_again_from_the_run_directory(in_folder, capsys):
         (["train", f"--config={DEBUG}", "--config.data.source=files", "--config.data.files=none/*.txt"], "none/*.txt"),
         (["eval"], "--workdir is missing"),
         (["report", "--workdir=nowhere"], "--workdir=nowhere is not a folder"),
+        (["view"], "--workdir is missing"),
+        (["view", "--workdir=nowhere"], "--workdir=nowhere is not a folder"),
+        (["view", "--workdir=.", "--port=70000"], "port"),
         (
             ["bench", "speed"],
             "one of layer, decode, compiled, compiled_step, tune, step, telemetry, compile, import; got speed",
@@ -164,6 +168,24 @@ def test_a_mistake_is_one_line_that_names_it_and_exit_code_2(arguments, message,
     assert len(lines) == 1, lines
     assert lines[0].startswith("moejax: ") and message in lines[0]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_view_names_a_port_that_is_taken(tmp_path, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert main(["view", f"--workdir={tmp_path}", f"--port={port}"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.startswith(
+        f"moejax: --port={port} cannot be had (Address already in use)"
+    )
+    assert captured.err.count("\n") == 1
+
+
+def test_view_without_panel_names_the_extra(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "panel", None)
+    assert main(["view", f"--workdir={tmp_path}"]) == 2
+    error = capsys.readouterr().err
+    assert "pip install 'moejax[view]'" in error and error.count("\n") == 1
 
 
 def test_debug_shows_the_traceback(tmp_path):

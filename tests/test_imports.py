@@ -33,6 +33,8 @@ DOORS = {
     "tokamax": ["kernels/"],
     "optuna": ["sweeps/"],
     "matplotlib": ["inspection/"],
+    "panel": ["inspection/"],
+    "bokeh": ["inspection/"],
 }
 
 

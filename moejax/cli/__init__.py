@@ -22,6 +22,7 @@ VERBS = {
     "eval": "evaluate a run's checkpoint on the validation split",
     "generate": "continue prompts with a trained model",
     "report": "write a run's report.html",
+    "view": "show runs in a browser while they train",
     "counterfactuals": "evaluate a checkpoint under changed routing: fewer experts, without one, swapped, random",
     "bench": "measure: layer, decode, compiled, compiled_step, tune, step, telemetry, compile, import",
     "placement": "show how even devices are loaded, and would be with experts in other places",

@@ -217,7 +217,7 @@ def draw_curves(
                 continue
             color, dash = next(lines)
             alone = "o" if np.isfinite(curve.values).sum() == 1 else None  # a line through one point shows nothing
-            steps, values = _thin(curve.steps, curve.values)
+            steps, values = thin(curve.steps, curve.values)
             axes.plot(  # over the axis, so that a line at 0 shows
                 steps, values, color=color, ls=dash, marker=alone, label=curve.label, clip_on=False, zorder=2.6
             )
@@ -332,15 +332,24 @@ def short_number(x: float) -> str:
     return f"{float(f'{x:.3g}'):g}"
 
 
-def _thin(steps: Int[np.ndarray, "S"], values: Float[np.ndarray, "S"]) -> tuple[np.ndarray, np.ndarray]:
-    """Keeps the least and the greatest of each stretch, so that a spike is still seen."""
+def thin(steps: Int[np.ndarray, "S"], values: Float[np.ndarray, "S"]) -> tuple[np.ndarray, np.ndarray]:
+    """Keeps the ends, and the least and the greatest of each stretch, so that a spike is still seen.
+
+    Args:
+      steps: x, increasing.
+      values: y; NaN where there is none.
+
+    Returns:
+      At most `MAX_POINTS` of the points.
+    """
     if len(steps) <= MAX_POINTS:
         return steps, values
-    stretches = np.array_split(np.arange(len(steps)), MAX_POINTS // 2)
+    stretches = np.array_split(np.arange(len(steps)), MAX_POINTS // 2 - 1)
     low = np.where(np.isnan(values), math.inf, values)
     high = np.where(np.isnan(values), -math.inf, values)
-    kept = np.unique([i for s in stretches for i in (s[np.argmin(low[s])], s[np.argmax(high[s])])])
-    return steps[kept], values[kept]
+    kept = {i for s in stretches for i in (s[np.argmin(low[s])], s[np.argmax(high[s])])}
+    kept_S = np.array(sorted({0, len(steps) - 1} | kept))
+    return steps[kept_S], values[kept_S]
 
 
 def _columns(steps: Int[np.ndarray, "S"], counts_SE: Int[np.ndarray, "S E"]) -> tuple[np.ndarray, np.ndarray]:

@@ -12,7 +12,7 @@ import math
 from array import array
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from jaxtyping import Float64, Int64
@@ -27,6 +27,9 @@ if TYPE_CHECKING:  # imported where they are needed: a run opens without them
     from moejax.data import Tokenizer
     from moejax.inference.load import LoadedRun
     from moejax.training.evaluation_log import Evaluations
+
+Series: TypeAlias = dict[str, tuple["array[int]", "array[float]"]]
+"""Steps and values of each metric, eight bytes a number: lines of Python objects would need a hundred."""
 
 CONFIG_KEYS = ("config", "versions", "git_commit", "device", "command", "parameters")
 
@@ -140,7 +143,7 @@ class Run:
         return pd.DataFrame(columns, index=pd.Index(steps_S, name="step"))
 
     @functools.cached_property
-    def _series(self) -> dict[str, tuple["array[int]", "array[float]"]]:
+    def _series(self) -> Series:
         """Steps and values of each metric."""
         return _read_series(self.workdir / "metrics.jsonl")
 
@@ -271,20 +274,35 @@ def _read_config(path: Path) -> dict[str, Any]:
     return facts
 
 
-def _read_series(path: Path) -> dict[str, tuple["array[int]", "array[float]"]]:
-    """Steps and values of each metric, eight bytes a number: lines of Python objects would need a hundred."""
-    series: dict[str, tuple[array[int], array[float]]] = {}
+def add_values(series: Series, line: dict[str, Any], path: Path) -> None:
+    """Adds a line of `metrics.jsonl` to what is known; see `Run.series` for steps that come again.
+
+    Args:
+      series: steps and values of each metric; changed in place.
+      line: the line's object, with an integer `step`.
+      path: of the file, for errors.
+
+    Raises:
+      RunError: a value is no number.
+    """
+    step = line["step"]
+    for key, value in line.items():
+        if key == "step":
+            continue
+        if not isinstance(value, (int, float, type(None))):
+            raise RunError(f"{path}, step {step}: {key}={value!r} must be a number or null; delete that line")
+        steps, values = series.setdefault(key, (array("q"), array("d")))
+        while steps and steps[-1] >= step:
+            steps.pop()
+            values.pop()
+        steps.append(step)
+        values.append(math.nan if value is None else float(value))
+
+
+def _read_series(path: Path) -> Series:
+    series: Series = {}
     for line in _read_lines(path):
-        step = line.pop("step")
-        for key, value in line.items():
-            if not isinstance(value, (int, float, type(None))):
-                raise RunError(f"{path}, step {step}: {key}={value!r} must be a number or null; delete that line")
-            steps, values = series.setdefault(key, (array("q"), array("d")))
-            while steps and steps[-1] >= step:
-                steps.pop()
-                values.pop()
-            steps.append(step)
-            values.append(math.nan if value is None else float(value))
+        add_values(series, line, path)
     return series
 
 

@@ -1,0 +1,162 @@
+"""One browser's view of the runs: what it has chosen, and what it has been sent."""
+
+from typing import Any
+
+import numpy as np
+import panel as pn
+
+from moejax.inspection import view_page as page
+from moejax.inspection.live import Library, LiveRun
+from moejax.inspection.view import EVERY_MS, NUM_CHOSEN
+from moejax.inspection.view_plots import AXES, CurvePlot, charts_of, load_plot, signature
+
+GRID = {"display": "grid", "grid-template-columns": "repeat(auto-fill, minmax(min(100%, 22rem), 1fr))", "gap": "1.2rem"}
+TABS = ("Curves", "Load", "Report")
+
+
+class Session:
+    """The page of one browser; it looks for what is new as long as the browser shows it.
+
+    Args:
+      library: the runs, shared by all browsers.
+
+    Attributes:
+      page: to be served.
+    """
+
+    def __init__(self, library: Library):
+        self._library = library
+        library.look()
+        self._heading, self._table = _text(), _text()
+        self._runs = pn.widgets.CheckBoxGroup(**_choice("Show"))
+        self._axis = pn.widgets.RadioBoxGroup(options=list(AXES), value="steps", **_choice("Over"))
+        self._curves, self._load = pn.Column(styles=GRID, **WIDE), pn.Column(**WIDE)
+        self._of = pn.widgets.RadioBoxGroup(**_choice("Of"))
+        self._report = _text()
+        self._tabs = pn.Tabs(
+            (TABS[0], self._curves), (TABS[1], self._load), (TABS[2], pn.Column(self._of, self._report, **WIDE)),
+            stylesheets=[page.TABS_STYLE], **WIDE,
+        )  # fmt: skip
+        self._plots: list[CurvePlot] = []
+        self._drawn: dict[str, Any] = {}
+        self._versions: dict[str, int] = {}
+        self._offer_runs()
+        self._runs.value = library.newest(NUM_CHOSEN)
+        self._show()
+        for widget in (self._runs, self._axis, self._of):
+            widget.param.watch(self._show, "value")
+        self._tabs.param.watch(self._show, "active")
+        self.page = pn.Column(self._heading, self._table, self._runs, self._axis, self._tabs, **WIDE)
+        if pn.state.curdoc is not None:
+            pn.state.curdoc.template = pn.io.resources.BASE_TEMPLATE.environment.from_string(page.PAGE)
+            pn.state.add_periodic_callback(self._look, period=EVERY_MS)
+
+    @property
+    def _chosen(self) -> dict[str, LiveRun]:
+        return {name: run for name, run in self._library.runs.items() if name in self._runs.value}
+
+    def _look(self) -> None:
+        self._library.look()
+        self._offer_runs()
+        self._show()
+
+    def _offer_runs(self) -> None:
+        names = list(self._library.runs)
+        if names != self._runs.options:
+            self._runs.options = names
+
+    def _show(self, *_: Any) -> None:
+        """Sends the browser what differs from what it was sent."""
+        library = self._library
+        _set(self._heading, page.heading(library.folder, len(library.runs), is_behind=library.is_behind))
+        _set(self._table, page.runs_table(library.runs))
+        chosen = self._chosen
+        versions = {name: run.version for name, run in chosen.items()}
+        changed = [name for name in versions if versions[name] != self._versions.get(name)]
+        self._versions = versions
+        self._show_curves(chosen, changed)
+        self._show_load(chosen)
+        self._show_report(chosen)
+
+    def _show_curves(self, runs: dict[str, LiveRun], changed: list[str]) -> None:
+        charts = charts_of(runs.values())
+        wanted = (self._axis.value, charts, [signature(chart, runs) for chart in charts])
+        if self._drawn.get("curves") == wanted:
+            for plot in self._plots:
+                plot.update(changed)
+            return
+        self._drawn["curves"] = wanted
+        plots = [CurvePlot(chart, runs, self._axis.value) for chart in charts]
+        self._plots = [plot for plot in plots if plot.plot is not None]
+        cells: list[pn.viewable.Viewable] = [
+            _cell(page.chart_text(plot.chart, plot.caption), plot.plot, page.PLOT_STYLE) for plot in self._plots
+        ]
+        self._curves.objects = cells or [_text("<p>No curve yet: no run is chosen, or none has logged a step.</p>")]
+
+    def _show_load(self, runs: dict[str, LiveRun]) -> None:
+        wanted = [(name, run.version) for name, run in runs.items()]
+        if TABS[self._tabs.active] != "Load" or self._drawn.get("load") == wanted:
+            return
+        self._drawn["load"] = wanted
+        self._load.objects = [_load_of(name, run) for name, run in runs.items()] or [_text("<p>No run is chosen.</p>")]
+
+    def _show_report(self, runs: dict[str, LiveRun]) -> None:
+        if list(runs) != self._of.options:
+            self._of.options = list(runs)
+            self._of.value = self._of.value if self._of.value in runs else next(iter(runs), None)
+        if TABS[self._tabs.active] != "Report":
+            return
+        run = runs.get(self._of.value)
+        wanted = (self._of.value, _written(run))
+        if self._drawn.get("report") != wanted:
+            self._drawn["report"] = wanted
+            _set(self._report, page.report_frame(self._of.value, run.workdir) if run else "<p>No run is chosen.</p>")
+
+
+WIDE: dict[str, Any] = {"sizing_mode": "stretch_width", "margin": 0}
+
+
+def _text(html: str = "") -> pn.pane.HTML:
+    return pn.pane.HTML(html, stylesheets=[page.TEXT_STYLE], sizing_mode="stretch_width", margin=(4, 0))
+
+
+def _choice(title: str) -> dict[str, Any]:
+    return {"inline": True, "sizing_mode": "stretch_width", "margin": (4, 0), "stylesheets": [page.choice_style(title)]}
+
+
+def _set(pane: pn.pane.HTML, html: str) -> None:
+    if pane.object != html:
+        pane.object = html
+
+
+def _cell(text: str, plot: Any, style: str) -> pn.Column:
+    plot.stylesheets = [style]
+    return pn.Column(_text(text), pn.pane.Bokeh(plot, **WIDE), **WIDE)
+
+
+def _load_of(name: str, run: LiveRun) -> pn.viewable.Viewable:
+    """The heat map of the last logged interval, or why there is none."""
+    title = f"<h3>{page.html.text(name)}</h3>"
+    try:
+        routing = None if run.run is None else run.run.reload().routing
+        if routing is None or not routing.num_entries:
+            what = "it is a dense run" if run.run is not None and not run.num_experts else "none is logged yet"
+            return _text(f"{title}<p class='soft'>No load: {what}.</p>")
+        counts_NE: np.ndarray = routing.read("counts", -1)[0]
+    except (ValueError, OSError) as error:
+        return _text(title + page.problem(str(error)))
+    reading = (
+        f"Load over uniform load in the interval that ended with step {routing.steps[-1]:,}. White is uniform, red is "
+        "overloaded, blue is underused, black got no token at all."
+    )
+    plot = load_plot(counts_NE, routing.layers.tolist())
+    return _cell(f"{title}<p class='soft'>{reading}</p>", plot, page.LOAD_STYLE)
+
+
+def _written(run: LiveRun | None) -> Any:
+    """Changes when the run's report does."""
+    try:
+        info = None if run is None else (run.workdir / "report.html").stat()
+    except OSError:
+        return None
+    return info and (info.st_ino, info.st_size, info.st_mtime_ns)
