@@ -367,6 +367,18 @@ def served(folder):
         process.communicate()
 
 
+def heard_by(listener):
+    """What was sent to a socket; Chromium may connect ahead of a request that the page's policy then forbids."""
+    heard = []
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            connection, _ = listener.accept()
+            with connection:
+                connection.settimeout(5)
+                heard += filter(None, [connection.recv(1000)])
+    return heard
+
+
 async def check_what_is_refused(url):
     from tornado.httpclient import AsyncHTTPClient, HTTPClientError, HTTPRequest
     from tornado.websocket import websocket_connect
@@ -430,8 +442,7 @@ def test_the_page_lives_in_a_browser_fetches_nothing_and_stops_when_interrupted(
         finally:
             browser.process.terminate()
             browser.process.communicate()
-        with pytest.raises(BlockingIOError):  # nobody has called
-            thief.accept()
+        assert heard_by(thief) == []
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=20) == 130
         assert process.stderr.read().splitlines()[-1] == "moejax: interrupted"
