@@ -18,9 +18,13 @@ TRICKY = [
 ]  # fmt: skip
 
 
+def synthetic_texts():
+    return (text for text, _ in synthetic_documents("train"))
+
+
 @pytest.fixture(scope="module")
 def bpe():
-    return train_sentencepiece(synthetic_documents("train"), 512)
+    return train_sentencepiece(synthetic_texts(), 512)
 
 
 @pytest.fixture(scope="module", params=["bytes", "bpe"])
@@ -78,10 +82,16 @@ def test_bpe_merges_frequent_words(bpe):
     assert len(bpe.encode(text)) < len(text.encode()) / 2
 
 
+def test_an_indentation_is_one_token():
+    tokenizer = train_sentencepiece(["def f(x):\n        return x\n        # a b  c\n"] * 9, 300)
+    pieces = [tokenizer.piece(i) for i in tokenizer.encode("        return x")]
+    assert pieces[0] == 8 * "\u2581"
+
+
 def test_training_is_deterministic(bpe):
-    again = train_sentencepiece(synthetic_documents("train"), 512)
+    again = train_sentencepiece(synthetic_texts(), 512)
     assert again.fingerprint == bpe.fingerprint
-    assert train_sentencepiece(synthetic_documents("train"), 513).fingerprint != bpe.fingerprint
+    assert train_sentencepiece(synthetic_texts(), 513).fingerprint != bpe.fingerprint
 
 
 def test_training_prints_nothing(capfd):
@@ -91,9 +101,9 @@ def test_training_prints_nothing(capfd):
 
 def test_a_vocabulary_too_large_for_the_text_names_the_largest_that_works():
     with pytest.raises(ConfigError, match=r"data\.vocab_size=4096 .* largest value that works is (\d+)") as error:
-        train_sentencepiece(synthetic_documents("train"), 4096)
+        train_sentencepiece(synthetic_texts(), 4096)
     largest = int(str(error.value).split("works is ")[1].split(",")[0])
-    assert train_sentencepiece(synthetic_documents("train"), largest).vocab_size == largest
+    assert train_sentencepiece(synthetic_texts(), largest).vocab_size == largest
 
 
 def test_a_vocabulary_too_small_for_the_characters_says_so():

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["Corpus", "DataError", "prepare"]
 
 ROWS_VERSION = 2  # raise it when packing or storing changes what is in a row
-BPE_VERSION = 1  # raise it when `train_sentencepiece` changes
+BPE_VERSION = 2  # raise it when `train_sentencepiece` changes
 
 REPORT_SECONDS = 20.0  # between two reports on a long preparation
 

@@ -206,6 +206,7 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> SentencePieceT
             normalization_rule_name="identity",
             remove_extra_whitespaces=False,
             add_dummy_prefix=False,
+            allow_whitespace_only_pieces=True,  # else each space of an indentation is a token
             character_coverage=0.9995,  # rarer characters are written as bytes
             max_sentence_length=4 * MAX_LINE,  # bytes; longer lines would be skipped
             num_threads=1,
