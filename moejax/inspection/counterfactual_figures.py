@@ -143,7 +143,7 @@ def draw_bars(result: Counterfactuals, kinds: Sequence[str]) -> str | None:
 def _groups(rows: Sequence[Outcome]) -> list[int | None]:
     """The layers to show, after None for all of them at once if there is such an outcome."""
     layers = sorted({row.layer for row in rows if row.layer is not None})
-    shown = np.unique(np.linspace(0, len(layers) - 1, MAX_LAYERS).astype(int)) if layers else []
+    shown = {int(i): None for i in np.linspace(0, len(layers) - 1, MAX_LAYERS)} if layers else {}
     return [None] * any(row.layer is None for row in rows) + [layers[i] for i in shown]
 
 
