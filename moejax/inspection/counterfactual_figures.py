@@ -20,7 +20,7 @@ from moejax.inspection.style import BLUE, GREEN, GREY, ORANGE, PURPLE, STYLE, ne
 
 MAX_LAYERS = 12  # with bars; of deeper models, evenly spaced ones
 MAX_TICKS = 8  # labels below one another of settings and what came of them
-MAX_WRITTEN = 8  # experts in a row of cells with numbers
+MAX_WRITTEN = 6  # experts in a row of cells with numbers
 MAX_DOTTED = 512  # cells of which noise is marked
 COLORS = (BLUE, ORANGE, GREEN, PURPLE)
 HATCHES = ("", "///", "\\\\\\", "xx")
@@ -143,7 +143,7 @@ def draw_bars(result: Counterfactuals, kinds: Sequence[str]) -> str | None:
 def _groups(rows: Sequence[Outcome]) -> list[int | None]:
     """The layers to show, after None for all of them at once if there is such an outcome."""
     layers = sorted({row.layer for row in rows if row.layer is not None})
-    shown = np.unique(np.linspace(0, len(layers) - 1, MAX_LAYERS).astype(int)).tolist() if layers else []
+    shown = {int(i): None for i in np.linspace(0, len(layers) - 1, MAX_LAYERS)} if layers else {}
     return [None] * any(row.layer is None for row in rows) + [layers[i] for i in shown]
 
 
