@@ -22,7 +22,7 @@ from moejax.training import alarms
 
 CONFIG, METRICS = "config.json", "metrics.jsonl"
 MAX_DEPTH = 3  # folders below the one that is viewed: a sweep's runs lie in a folder of their own
-MAX_BYTES = 2**24  # read at one look: half a second
+MAX_BYTES = 2**21  # read at one look: half a second at most
 MAX_LINE = 2**20  # bytes: what is longer is no line of metrics
 TAIL_BYTES = 128  # compared to tell a file that grew from one that was written anew
 
@@ -183,7 +183,7 @@ class LiveRun:
             num_bytes = self.metrics.read_on(max_bytes)
             self._problems[METRICS] = self.metrics.problem
         except FileNotFoundError:
-            self._problems[METRICS] = "" if self.workdir.is_dir() else f"{self.workdir} is gone"
+            self._problems[METRICS] = ""  # not written yet, or gone, which the missing configuration tells
         except OSError as error:
             self._problems[METRICS] = f"{error.filename} cannot be read: {error.strerror}"
         if is_new or num_bytes or before != self._problems:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # an extra, imported where it is needed
 
 ADDRESS = "127.0.0.1"
 EVERY_MS = 2000  # looks for what is new
+CATCH_UP_MS = 200  # reads on while something is left unread
 NUM_CHOSEN = 4  # runs that are shown at first, the newest
 POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "

@@ -7,7 +7,7 @@ import panel as pn
 
 from moejax.inspection import view_page as page
 from moejax.inspection.live import Library, LiveRun
-from moejax.inspection.view import EVERY_MS, NUM_CHOSEN
+from moejax.inspection.view import CATCH_UP_MS, EVERY_MS, NUM_CHOSEN
 from moejax.inspection.view_plots import AXES, CurvePlot, charts_of, load_plot, signature
 
 GRID = {"display": "grid", "grid-template-columns": "repeat(auto-fill, minmax(min(100%, 22rem), 1fr))", "gap": "1.2rem"}
@@ -50,6 +50,7 @@ class Session:
         if pn.state.curdoc is not None:
             pn.state.curdoc.template = pn.io.resources.BASE_TEMPLATE.environment.from_string(page.PAGE)
             pn.state.add_periodic_callback(self._look, period=EVERY_MS)
+            pn.state.add_periodic_callback(self._catch_up, period=CATCH_UP_MS)
 
     @property
     def _chosen(self) -> dict[str, LiveRun]:
@@ -59,6 +60,11 @@ class Session:
         self._library.look()
         self._offer_runs()
         self._show()
+
+    def _catch_up(self) -> None:
+        """Reads on in a long run, a part at a time, so that the page answers in between."""
+        if self._library.is_behind:
+            self._library.look()
 
     def _offer_runs(self) -> None:
         names = list(self._library.runs)
