@@ -13,7 +13,8 @@ from moejax.training.routing_log import RoutingLog
 
 HOSTILE = "<script>alert('x')</script><img src=x onerror=alert(1)>\"'&amp;\x00\x1b\u202e"
 VOID = {"meta", "img", "br", "link", "input", "hr"}
-MOE_SECTIONS = ["routing", "load", "final-load", "tokens"]
+MOE_SECTIONS = ["alarms", "routing", "layers", "load", "final-load", "settling", "coactivation", "flow"]
+EXPERT_SECTIONS = ["tokens", "attributes", "text", "counterfactuals"]
 
 
 class Page(HTMLParser):
@@ -105,7 +106,7 @@ def undrawn(monkeypatch):
 
 def test_a_report_has_every_section_and_a_contents_list_that_leads_there(whole):
     page = Page(whole)
-    assert page.ids == ["summary", "losses", "speed", *MOE_SECTIONS, "samples", "config"]
+    assert page.ids == ["summary", "losses", "speed", *MOE_SECTIONS, *EXPERT_SECTIONS, "samples", "config"]
     links = [attributes["href"] for tag, attributes in page.elements if tag == "a"]
     assert links == [f"#{anchor}" for anchor in page.ids]
 
@@ -186,7 +187,7 @@ def test_lone_surrogates_do_not_keep_the_page_from_being_written(tmp_path, undra
 def test_a_dense_run_says_so_and_has_no_expert_sections(tmp_path):
     page = Page(render(make_run(tmp_path, num_experts=0)))
     assert "This is a dense run" in page.text
-    assert not set(MOE_SECTIONS[1:]) & set(page.ids)
+    assert not ({*MOE_SECTIONS, *EXPERT_SECTIONS} - {"routing"}) & set(page.ids)
     assert "MaxVio" not in page.text and "Balance loss" not in page.text
 
 

@@ -21,7 +21,7 @@ VERBS = {
     "train": "train a configuration in a run directory, or continue it",
     "eval": "evaluate a run's checkpoint on the validation split",
     "generate": "continue prompts with a trained model",
-    "report": "write a run's report.html",
+    "report": "write a run's report.html, or compare several runs in one page",
     "counterfactuals": "evaluate a checkpoint under changed routing: fewer experts, without one, swapped, random",
     "bench": "measure: layer, decode, compiled, compiled_step, tune, step, compile, import",
     "placement": "show how even devices are loaded, and would be with experts in other places",
