@@ -14,6 +14,7 @@ from moejax.inspection.style import BLUE, GREEN, GREY, ORANGE, PURPLE, STYLE, Dr
 
 COLORS = (BLUE, ORANGE, GREEN, PURPLE, "#E69F00", "#56B4E9", "#8c6d1f", "#111111")  # Okabe and Ito; yellow is darkened
 DASHES = ("-", "--")
+MAX_POINTS = 160  # of a curve
 CSS = ("solid", "dashed")
 MAX_RUNS = len(COLORS) * len(DASHES)
 XLABELS = {
@@ -99,7 +100,7 @@ def draw_runs(
             x, values = curves[label]
             if not x.size:
                 continue
-            x, values = thin(x, values, points=240)
+            x, values = thin(x, values, points=MAX_POINTS)
             marker = "o" if key.startswith("eval/") or np.isfinite(values).sum() == 1 else None
             axes.plot(
                 x, values, color=look.color, ls=look.dash, marker=marker, ms=3.5, mec="white", mew=0.5, label=label,

@@ -6,6 +6,7 @@ import matplotlib
 import numpy as np
 from jaxtyping import Float, Int
 
+from moejax.inspection.figures import thin
 from moejax.inspection.style import (
     COLORS,
     GREY,
@@ -21,6 +22,7 @@ from moejax.inspection.style import (
 
 MAX_LINES = 8  # layers drawn as lines; of more, a heat map
 MAX_COLUMNS = 160  # of it
+MAX_POINTS = 200  # of a line
 DASHES = ("-", "--", "-.", ":")
 NO_VALUE = "#9ca3af"
 
@@ -55,8 +57,9 @@ def draw_layers(
         colors = matplotlib.colormaps["cividis"](np.linspace(0, 0.82, len(layers)))
         bad = None if worst is None else worst_layer(values_SN, worst)
         for n, layer in enumerate(layers):
+            x, values = thin(steps, values_SN[:, n], points=MAX_POINTS)
             axes.plot(
-                steps, values_SN[:, n], color=colors[n], ls=DASHES[n % len(DASHES)], lw=2.6 if n == bad else 1.2,
+                x, values, color=colors[n], ls=DASHES[n % len(DASHES)], lw=2.6 if n == bad else 1.2,
                 marker="o" if len(steps) <= 12 else None, ms=3, label=f"layer {layer}" + ", worst" * (n == bad),
                 clip_on=False, zorder=2.6,
             )  # fmt: skip
@@ -106,7 +109,7 @@ def last_values(values_SN: Float[np.ndarray, "S N"]) -> Float[np.ndarray, "N"]:
 
 def mean_columns(
     steps: Int[np.ndarray, "S"], values_SN: Float[np.ndarray, "S N"], num_columns: int = MAX_COLUMNS
-) -> tuple[Float[np.ndarray, "C+1"], Float[np.ndarray, "C N"]]:
+) -> tuple[np.ndarray, np.ndarray]:
     """Edges in steps of few enough columns, and the means of the finite values in each; NaN where there are none."""
     first = 2 * steps[0] - steps[1] if len(steps) > 1 else 0
     starts = np.linspace(0, len(steps), min(len(steps), num_columns), endpoint=False).astype(int)

@@ -65,6 +65,8 @@ overflow-wrap:anywhere}
 pre b{color:var(--link)}
 .warning{padding:.5rem .8rem;border-left:4px solid #d55e00;background:var(--panel)}
 .numbers{font-size:.875rem;white-space:nowrap}
+.events td{white-space:nowrap}
+.events td:last-child{min-width:12rem;white-space:normal}
 .key{display:flex;flex-wrap:wrap;gap:.2rem 1.4rem;margin:.6rem 0 1rem;padding:0;list-style:none}
 .key i{display:inline-block;width:2rem;margin-right:.5rem;vertical-align:middle}
 .passage{padding:.6rem .8rem;border:1px solid var(--line);border-radius:.4rem}

@@ -64,7 +64,7 @@ def alarms(run: Run) -> str:
         for line in lines[-MAX_ALARMS:]
     ]
     more = f"<p>The newest {MAX_ALARMS} of {len(lines):,} lines.</p>" if len(lines) > MAX_ALARMS else ""
-    history = more + table(("step", "rule", "", "where", "what was seen"), rows)
+    history = more + table(("step", "rule", "", "where", "what was seen"), rows, "events")
     return f"{verdict}<p>{watched}</p>{details(f'History: {len(lines):,} lines', history, is_open=len(lines) <= 12)}"
 
 
@@ -84,8 +84,11 @@ def layers_over_time(run: Run) -> str:
         if not np.nan_to_num(values_SN).any():
             zero.append(title.partition(",")[0].lower())
             continue
-        reference = (math.log(run.num_choices), "uniform: ln E") if name in ("entropy", "load_entropy") else None
-        image = draw_layers(routing.steps, values_SN, layers, title, worst=worst, reference=reference)
+        is_entropy = name in ("entropy", "load_entropy")
+        reference = (math.log(run.num_choices), "uniform: ln E") if is_entropy else None
+        image = draw_layers(
+            routing.steps, values_SN, layers, title, worst=worst, reference=reference, from_zero=not is_entropy
+        )
         shown.append(figure(title, reading, image, value=_worst(values_SN, layers, worst), kind=_colors(layers)))
     none = f"<p>0 in every layer throughout: {', '.join(zero)}.</p>" if zero else ""
     last_NM = np.stack([last_values(values_SNM[:, :, m]) for m in range(len(names))], axis=1)
