@@ -19,7 +19,7 @@ from moejax.inspection.style import Drawing
 from moejax.inspection.trace import RoutedTokens, Trace
 from moejax.training.evaluation import Evaluation
 from moejax.training.evaluation_log import EvaluationLog
-from moejax.training.routing_log import RoutingLog
+from moejax.training.routing_log import RoutingHistory, RoutingLog
 from moejax.training.telemetry import LAYER_METRICS
 
 HOSTILE = "<script>alert('x')</script><img src=x onerror=alert(1)>\"'&amp;\x00\x1b\u202e"
@@ -476,10 +476,8 @@ def test_wide_models_stay_under_the_size_limit(tmp_path, monkeypatch):
         log.append(int(step), counts_NE, probs_NE, layers=rng.random((N, len(LAYER_METRICS))).astype(np.float32))
     # The routing log is short for the test's sake; the figures have as many columns as those of a long one.
     noise_SNM = rng.random((S, N, len(LAYER_METRICS)), np.float32)
-    monkeypatch.setattr(
-        "moejax.inspection.run.Run.routing", _LongLog(log_of=open_run(tmp_path).routing, noise=noise_SNM)
-    )
-    evaluate(tmp_path, (10, 20), choices(N, 600, 8, E), E)
+    monkeypatch.setattr("moejax.inspection.run.Run.routing", _LongLog(open_run(tmp_path).routing, noise_SNM))
+    evaluate(tmp_path, (10, 20), choices(N, 600, 8, 64), 64)  # of more experts, 64 are drawn, most pairs in grey
     (tmp_path / "alarms.jsonl").write_text(ALARMS * 500)
     # The largest figures there are, by their own test.
     monkeypatch.setattr("moejax.inspection.figures.draw_load_over_time", lambda *_: "x" * 95_000)
@@ -493,13 +491,12 @@ def test_wide_models_stay_under_the_size_limit(tmp_path, monkeypatch):
     assert 3_000_000 < len(html.encode()) < 5_000_000
 
 
-class _LongLog:
+class _LongLog(RoutingHistory):
     """A routing log that says it has as many entries as `noise`."""
 
-    def __init__(self, log_of, noise):
-        self.log, self.noise = log_of, noise
-        self.layers, self.attributes = log_of.layers, log_of.attributes
-        self.num_entries = len(noise)
+    def __init__(self, log, noise):
+        self.__dict__.update(log.__dict__)
+        self.log, self.noise = log, noise
         self.steps = np.arange(1, len(noise) + 1) * 10
 
     def read(self, name, *entries):

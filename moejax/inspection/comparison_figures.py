@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -15,6 +16,7 @@ from moejax.inspection.style import BLUE, GREEN, GREY, ORANGE, PURPLE, STYLE, Dr
 COLORS = (BLUE, ORANGE, GREEN, PURPLE, "#E69F00", "#56B4E9", "#8c6d1f", "#111111")  # Okabe and Ito; yellow is darkened
 DASHES = ("-", "--")
 MAX_POINTS = 160  # of a curve
+MAX_STEPS = 64  # experts drawn as steps; more are a curve
 CSS = ("solid", "dashed")
 MAX_RUNS = len(COLORS) * len(DASHES)
 XLABELS = {
@@ -133,8 +135,11 @@ def draw_sorted_load(counts: Mapping[str, Int[np.ndarray, "E"]], *, legend: bool
         for label, look in looks(list(counts)).items():
             if counts[label].size:
                 ratio_E = np.sort(load_ratio(counts[label][None])[0])[::-1]
-                edges = np.linspace(0, 1, len(ratio_E) + 1)
-                axes.stairs(ratio_E, edges, baseline=None, color=look.color, ls=look.dash, lw=1.5, label=label)
+                style: dict[str, Any] = {"color": look.color, "ls": look.dash, "lw": 1.5, "label": label}
+                if len(ratio_E) <= MAX_STEPS:
+                    axes.stairs(ratio_E, np.linspace(0, 1, len(ratio_E) + 1), baseline=None, **style)
+                else:
+                    axes.plot(*thin((np.arange(len(ratio_E)) + 0.5) / len(ratio_E), ratio_E, MAX_POINTS), **style)
         axes.axhline(1, color=GREY, lw=1, ls=(0, (2, 2)), zorder=1)
         axes.set_xlim(0, 1)
         axes.set_ylim(bottom=0)

@@ -96,7 +96,9 @@ def _differences(comparison: Comparison) -> str:
         [html.text(leaf), *(f"<code>{html.text(value)}</code>" for value in row)]
         for leaf, row in zip(frame.index, frame.itertuples(index=False, name=None), strict=True)
     ]
-    return f"<p>The leaves in which the runs differ.</p>{table(['leaf', *map(html.text, frame.columns)], rows)}"
+    return (
+        f"<p>The leaves in which the runs differ.</p>{table(['leaf', *map(html.text, frame.columns)], rows, 'numbers')}"
+    )
 
 
 def _losses(comparison: Comparison) -> str:

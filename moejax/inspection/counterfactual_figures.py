@@ -18,7 +18,7 @@ from moejax.inspection.style import BLUE, GREEN, GREY, ORANGE, PURPLE, STYLE, Dr
 
 MAX_LAYERS = 12  # with bars; of deeper models, evenly spaced ones
 MAX_TICKS = 8  # labels below one another of settings and what came of them
-MAX_WRITTEN = 8  # experts in a row of cells with numbers
+MAX_WRITTEN = 6  # experts in a row of cells with numbers
 MAX_DOTTED = 512  # cells of which noise is marked
 COLORS = (BLUE, ORANGE, GREEN, PURPLE)
 HATCHES = ("", "///", "\\\\\\", "xx")

@@ -105,7 +105,7 @@ def attributes(findings: Findings) -> str:
             [
                 figure("Mean over layers", "Good to know: what is well above its hatched part.",
                        specialisation_figures.draw_information(results)),
-                figure("Above chance, by layer", "Early layers often go by the token, later ones more by its place.",
+                figure("Above chance, by layer", "The brighter, the more it tells about the experts of that layer.",
                        by_layer, kind="true-colors"),
             ]
         )
