@@ -51,6 +51,7 @@ def test_train_prints_its_figures_and_writes_the_report(trained):
     assert json.loads((workdir / "config.json").read_text())["config"]["moe"]["num_experts"] == 6
     page = (workdir / "report.html").read_text()
     assert "bits per byte" in page.lower() and "<img" in page
+    assert 'class="moejax-trace"' in page and "Routing goes most by" in page
 
 
 def test_eval_from_the_run_directory_gives_the_figures_of_training(trained, in_folder, capsys):

@@ -35,7 +35,7 @@ RESULT = Counterfactuals(ROWS, {}, 7, 8, 99, (5, 6), E, (2, 2))
 def drawn(monkeypatch):
     """The axes of what a figure draws."""
     found = []
-    monkeypatch.setattr(figures, "_svg", lambda figure: found.append(figure.axes[0]) or "")
+    monkeypatch.setattr(figures.Drawing, "of", lambda figure: found.append(figure.axes[0]) or figures.Drawing())
     return found
 
 

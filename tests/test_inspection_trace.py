@@ -349,8 +349,8 @@ def test_a_saved_run_is_traced_alike_on_one_device_and_split_over_a_mesh(saved):
 def test_tokens_counted_for_the_report_are_those_of_the_routed_rows(saved):
     loaded = open_run(saved).load()
     corpus = prepare(loaded.config.data, loaded.tokenizer)
-    counts_NEV = count_routed_tokens(loaded, corpus)
     routed = route_corpus(loaded, corpus, max_rows=256)
+    counts_NEV = count_routed_tokens(routed, 320)
     assert counts_NEV.shape == (2, 4, 320) and counts_NEV.sum() == routed.experts_NTK.size
     expected_V = 2 * np.bincount(routed.tokens_T, minlength=320)  # top 2
     np.testing.assert_array_equal(counts_NEV.sum(axis=1), [expected_V] * 2)

@@ -21,7 +21,7 @@ VERBS = {
     "train": "train a configuration in a run directory, or continue it",
     "eval": "evaluate a run's checkpoint on the validation split",
     "generate": "continue prompts with a trained model",
-    "report": "write a run's report.html",
+    "report": "write a run's report.html, or compare several runs in one page",
     "view": "show runs in a browser while they train",
     "counterfactuals": "evaluate a checkpoint under changed routing: fewer experts, without one, swapped, random",
     "bench": "measure: layer, decode, compiled, compiled_step, tune, step, telemetry, compile, import",

@@ -1,20 +1,49 @@
-"""Write a run's report.html: one self-contained page, from the run directory alone.
+"""Write a run's report.html, or the comparison of several runs: one self-contained page, from run directories alone.
 
-moejax report --workdir=runs/tiny_moe
+  moejax report --workdir=runs/tiny_moe
+  moejax report runs/tiny_moe runs/tiny_dense --output=moe_and_dense.html
+
+One run directory, given either way, gets its report.html. From 2 to 16 give one page that compares them, by default
+comparison.html in the folder that holds the first.
 """
 
+from pathlib import Path
+
+from absl import flags
 from absl.flags import FlagValues
 
+from moejax.cli import UsageError
 from moejax.cli.options import define_workdir, read_workdir, refuse_several_processes
 from moejax.inspection.build import build_report
+from moejax.inspection.comparison_page import write_comparison
 
 
 def define(values: FlagValues, arguments: list[str]) -> None:
-    """Flags of the verb."""
-    define_workdir(values)
+    """Flags of the verb; they may stand behind run directories."""
+    values.set_gnu_getopt(True)
+    define_workdir(values, "the run directory, of one run")
+    flags.DEFINE_string("output", "", "where to write a comparison, FILE.html", flag_values=values)
 
 
 def run(values: FlagValues, rest: list[str]) -> None:
     """Writes the page and prints its path."""
     refuse_several_processes("report")
+    if rest and values.workdir:
+        raise UsageError(f"--workdir={values.workdir} and {' '.join(rest)} are given; name run directories one way")
+    if len(rest) > 1:
+        print(_compare(rest, values.output))
+        return
+    if values.output:
+        raise UsageError(f"--output={values.output} is for comparisons; give two or more run directories")
+    if rest:
+        values["workdir"].value = rest[0]
     print(build_report(read_workdir(values)))
+
+
+def _compare(workdirs: list[str], output: str) -> Path:
+    if not output:
+        return write_comparison(workdirs)
+    path = Path(output)
+    if path.is_dir() or not path.parent.is_dir():
+        raise UsageError(f"--output={path} must be a file in a folder that exists, such as comparison.html")
+    return write_comparison(workdirs, path)

@@ -1,5 +1,6 @@
 """From a run directory to its report: routes validation text, writes samples, renders the page."""
 
+import dataclasses
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -7,14 +8,25 @@ from pathlib import Path
 import numpy as np
 
 from moejax.data import Corpus, prepare
+from moejax.data.labels import Labels
 from moejax.inference.generate import generate_text
 from moejax.inference.load import LoadedRun, load_run
-from moejax.inspection.report import Sample, render_report, write_report
+from moejax.inspection.attributes import Attribute, attributes_of
+from moejax.inspection.expert_profile import domain_specialisation
+from moejax.inspection.information import Information, expert_information
+from moejax.inspection.page import drawn_layers
+from moejax.inspection.report import render_report, write_report
+from moejax.inspection.report_experts import Findings
+from moejax.inspection.report_training import Sample
 from moejax.inspection.run import open_run
 from moejax.inspection.specialisation import count_tokens_by_expert
-from moejax.inspection.trace import route_corpus
+from moejax.inspection.trace import RoutedTokens, Trace, route_corpus, trace
+from moejax.training.evaluation import domains_of
 
 TRACED_ROWS = 256
+MEASURED_TOKENS = 32_768  # of these rows, in which attributes are measured: more take long with many experts
+NUM_PERMUTATIONS = 4
+PASSAGE_TOKENS, PASSAGE_CELLS = 256, 1_600  # at most: tokens, and tokens times layers
 NUM_SAMPLES = 3
 PROMPT_TOKENS = 12
 SAMPLE_TOKENS = 120
@@ -32,20 +44,80 @@ def build_report(workdir: str | Path) -> Path:
     record = open_run(workdir)
     loaded = load_run(workdir)
     corpus = prepare(loaded.config.data, loaded.tokenizer)
-    token_counts_NEV = count_routed_tokens(loaded, corpus) if loaded.config.num_moe_layers else None
+    token_counts_NEV, findings = None, Findings()
+    if loaded.config.num_moe_layers:
+        routed = route_corpus(loaded, corpus, max_rows=TRACED_ROWS)
+        token_counts_NEV = count_routed_tokens(routed, loaded.config.vocab_size)
+        findings = find_specialisation(routed, loaded.tokenizer.piece, labels=domains_of(corpus))
+        findings = dataclasses.replace(findings, trace=trace_passage(loaded, corpus))
     html = render_report(
-        record, token_counts_NEV=token_counts_NEV, piece=loaded.tokenizer.piece, samples=write_samples(loaded, corpus)
-    )
+        record, token_counts_NEV=token_counts_NEV, piece=loaded.tokenizer.piece,
+        samples=write_samples(loaded, corpus), findings=findings,
+    )  # fmt: skip
     return write_report(workdir, html)
 
 
-def count_routed_tokens(loaded: LoadedRun, corpus: Corpus) -> np.ndarray:
-    """How often each expert of each MoE layer got each token of the vocabulary, on validation rows: `[N, E, V]`."""
-    routed = route_corpus(loaded, corpus, max_rows=TRACED_ROWS)
+def count_routed_tokens(routed: RoutedTokens, vocab_size: int) -> np.ndarray:
+    """How often each expert of each MoE layer got each token of the vocabulary: `[N, E, V]`."""
     is_token_T = np.ones(len(routed.tokens_T), bool)
-    return count_tokens_by_expert(
-        routed.tokens_T, routed.experts_NTK, loaded.config.vocab_size, routed.num_experts, is_token_T
-    )
+    return count_tokens_by_expert(routed.tokens_T, routed.experts_NTK, vocab_size, routed.num_experts, is_token_T)
+
+
+def find_specialisation(
+    routed: RoutedTokens,
+    piece: Callable[[int], str],
+    *,
+    labels: Labels | None = None,
+) -> Findings:
+    """What attributes of tokens, and domains of documents, tell of the experts.
+
+    Args:
+      routed: validation tokens. Of deep models, evenly spaced layers are measured.
+      piece: token id to text.
+      labels: the domains of the split's documents; None if they have none.
+    """
+    layers = drawn_layers(len(routed.layers))
+    experts_NTK = routed.experts_NTK[layers]
+    num_tokens = len(routed.tokens_T)
+    chosen = np.arange(num_tokens)
+    if num_tokens > MEASURED_TOKENS:
+        chosen = np.sort(np.random.default_rng(0).choice(num_tokens, MEASURED_TOKENS, replace=False))
+    attributes = attributes_of(routed.tokens_T, routed.rows_T, routed.positions_T, piece)
+
+    def measure(attribute: Attribute, tokens: np.ndarray, **more: Attribute) -> Information:
+        return expert_information(
+            _part(attribute, tokens), experts_NTK[:, tokens], routed.num_experts, num_permutations=NUM_PERMUTATIONS,
+            given=_part(more["given"], tokens) if more else None,
+        )  # fmt: skip
+
+    information = [measure(attribute, chosen) for attribute in attributes]
+    found = Findings(information, [routed.layers[n] for n in layers], num_tokens)
+    if labels is None:
+        return found
+    domains_T = np.where(routed.documents_T >= 0, labels.domain_of_document[routed.documents_T], -1)
+    labelled = chosen[domains_T[chosen] >= 0]
+    domain, token = Attribute("domain", domains_T), attributes[0]
+    information += [
+        measure(domain, labelled), measure(domain, labelled, given=token), measure(token, labelled, given=domain)
+    ]  # fmt: skip
+    domains = domain_specialisation(domains_T, experts_NTK, len(labels.domains), routed.num_experts)
+    return dataclasses.replace(found, information=information, domains=domains, domain_names=labels.domains)
+
+
+def _part(attribute: Attribute, tokens: np.ndarray) -> Attribute:
+    return dataclasses.replace(attribute, values_T=attribute.values_T[tokens])
+
+
+def trace_passage(loaded: LoadedRun, corpus: Corpus) -> Trace:
+    """The first words of the first validation row, routed; of deep models evenly spaced layers."""
+    layers = drawn_layers(loaded.config.num_moe_layers)
+    row = corpus.rows("validation")[0]
+    length = min(PASSAGE_TOKENS, PASSAGE_CELLS // len(layers))
+    found = trace(loaded, row["tokens"][:length][row["segments"][:length] == 1])
+    return dataclasses.replace(
+        found, layers=tuple(found.layers[n] for n in layers), experts_NTK=found.experts_NTK[layers],
+        weights_NTK=found.weights_NTK[layers], logits_NTE=found.logits_NTE[layers], probs_NTE=found.probs_NTE[layers],
+    )  # fmt: skip
 
 
 def write_samples(loaded: LoadedRun, corpus: Corpus) -> list[Sample]:

@@ -155,10 +155,10 @@ def _leaves(run: Run) -> dict[str, Any]:
 
 def _as_html(what: str, frame: "pd.DataFrame") -> str:
     rows = zip(frame.index, frame.itertuples(index=False, name=None), strict=True)
-    return html.table([what, *frame.columns], [[name, *map(_shown, values)] for name, values in rows])
+    return html.table([what, *frame.columns], [[name, *map(shown, values)] for name, values in rows])
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """A number in four digits, or all of them before the point; other values as they are."""
     if not isinstance(value, float):
         return f"{value:,}" if type(value) is int else str(value)

@@ -4,19 +4,17 @@ A change is in nats per token against the loss as trained on the same rows; erro
 side, so that one which reaches 0 may be noise.
 """
 
-import base64
 from collections.abc import Sequence
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from moejax.inspection.changes import NOT_SELECTABLE, OUTPUT_ZERO
 from moejax.inspection.counterfactual_result import Counterfactuals, Outcome
-from moejax.inspection.style import BLUE, GREEN, GREY, ORANGE, PURPLE, STYLE, new_figure, svg_bytes
+from moejax.inspection.style import BLUE, GREEN, GREY, ORANGE, PURPLE, STYLE, Drawing, new_figure
 
 MAX_LAYERS = 12  # with bars; of deeper models, evenly spaced ones
 MAX_TICKS = 8  # labels below one another of settings and what came of them
@@ -28,7 +26,7 @@ YLABEL = "change, nats / token"
 NO_VALUE = "#9ca3af"
 
 
-def draw_top_k(result: Counterfactuals) -> str | None:
+def draw_top_k(result: Counterfactuals) -> Drawing | None:
     """The change of the loss against the number of experts per token; below K the gate mass, where it changes.
 
     Returns:
@@ -45,7 +43,7 @@ def draw_top_k(result: Counterfactuals) -> str | None:
     return _draw_line(rows, labels, xlabel, trained)
 
 
-def draw_capacity(result: Counterfactuals) -> str | None:
+def draw_capacity(result: Counterfactuals) -> Drawing | None:
     """The change of the loss against the capacity factor; below the factor the share of choices that are dropped.
 
     Returns:
@@ -58,7 +56,7 @@ def draw_capacity(result: Counterfactuals) -> str | None:
     return _draw_line(rows, labels, "capacity factor, and choices dropped")
 
 
-def draw_ablation(result: Counterfactuals, way: str) -> str | None:
+def draw_ablation(result: Counterfactuals, way: str) -> Drawing | None:
     """A heat map of the change of the loss without one expert: a layer a row, an expert a column.
 
     Args:
@@ -95,10 +93,10 @@ def draw_ablation(result: Counterfactuals, way: str) -> str | None:
         bar.set_label("nats / token")
         bar.outline.set_visible(False)
         bar.ax.tick_params(length=0)
-        return _svg(figure)
+        return Drawing.of(figure)
 
 
-def draw_bars(result: Counterfactuals, kinds: Sequence[str]) -> str | None:
+def draw_bars(result: Counterfactuals, kinds: Sequence[str]) -> Drawing | None:
     """The changes of the loss by layer as bars, those of all layers at once first.
 
     Args:
@@ -137,7 +135,7 @@ def draw_bars(result: Counterfactuals, kinds: Sequence[str]) -> str | None:
         axes.set_ylabel(YLABEL)
         axes.set_xlim(-0.6, max(len(groups), 2) - 0.4)
         figure.legend(loc="outside upper left", ncols=1 if len(names) > 2 else 2, borderaxespad=0.1, columnspacing=1.2)
-        return _svg(figure)
+        return Drawing.of(figure)
 
 
 def _groups(rows: Sequence[Outcome]) -> list[int | None]:
@@ -147,7 +145,7 @@ def _groups(rows: Sequence[Outcome]) -> list[int | None]:
     return [None] * any(row.layer is None for row in rows) + [layers[i] for i in shown]
 
 
-def _draw_line(rows: Sequence[Outcome], labels: Sequence[str], xlabel: str, trained: float | None = None) -> str:
+def _draw_line(rows: Sequence[Outcome], labels: Sequence[str], xlabel: str, trained: float | None = None) -> Drawing:
     """Changes against settings, at equal distances."""
     with matplotlib.rc_context(STYLE):
         figure, axes = new_figure(2.45)
@@ -166,7 +164,7 @@ def _draw_line(rows: Sequence[Outcome], labels: Sequence[str], xlabel: str, trai
         axes.set_xlabel(xlabel)
         axes.set_ylabel(YLABEL)
         figure.legend(loc="outside upper left", ncols=2, borderaxespad=0.1, columnspacing=1.2)
-        return _svg(figure)
+        return Drawing.of(figure)
 
 
 def _mark_cells(axes: Axes, change_NE: np.ndarray, error_NE: np.ndarray, limit: float) -> None:
@@ -193,7 +191,3 @@ def _label_layers(axes: Axes, layers: Sequence[int]) -> None:
 
 def _setting(row: Outcome) -> float:
     return row.setting or 0.0
-
-
-def _svg(figure: Figure) -> str:
-    return f"data:image/svg+xml;base64,{base64.b64encode(svg_bytes(figure)).decode()}"

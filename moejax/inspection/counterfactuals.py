@@ -22,6 +22,7 @@ from jaxtyping import Float, Int
 
 from moejax.data import Batch, Corpus, prepare
 from moejax.data.batches import to_batch
+from moejax.data.packing import empty_row
 from moejax.inference.load import LoadedRun, load_run
 from moejax.inspection import surgery
 from moejax.inspection.changes import CAPACITY_FACTORS, KINDS, NUM_PAIRS, Change, Layers, plan
@@ -137,7 +138,7 @@ def read_rows(corpus: Corpus, max_rows: int | None, batch_size: int) -> list[Bat
     batches = []
     for start in range(0, len(chosen_R), batch_size):
         read = [rows[int(index)] for index in chosen_R[start : start + batch_size]]
-        read += [{name: np.zeros_like(x) for name, x in read[0].items()}] * (batch_size - len(read))
+        read += [empty_row(corpus.seq_len)] * (batch_size - len(read))
         batches.append(to_batch({name: np.stack([row[name] for row in read]) for name in read[0]}))
     return batches
 

@@ -1,10 +1,9 @@
-"""Figures of a run as data URIs, in one style.
+"""Figures of a run, in one style; each is a `Drawing`: a data URI for a page, saved as .svg or .png.
 
 Titles are left to the page, where they can be read, searched and scaled. Loads are in ColorBrewer's red-blue, which
 colour-blind readers can tell apart.
 """
 
-import base64
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
@@ -14,18 +13,28 @@ import matplotlib
 import numpy as np
 from jaxtyping import Float, Int
 from matplotlib.axes import Axes
-from matplotlib.colorbar import Colorbar
 from matplotlib.colors import Normalize
-from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from moejax.inspection.style import BLUE, DEAD, GREY, LINES, ORANGE, STYLE, new_figure, svg_bytes
+from moejax.inspection.style import (
+    BLUE,
+    COLORS,
+    DEAD,
+    GREY,
+    LINES,
+    ORANGE,
+    STYLE,
+    Drawing,
+    heat_map,
+    label_steps,
+    new_figure,
+    ratio_bar,
+    short_number,
+)  # fmt: skip
 
 MAX_POINTS = 600  # per curve: more cannot be told apart
 MAX_COLUMNS = 200  # of a heat map,
 MAX_CELLS = 8_000  # and of its columns times experts: noise does not compress
-COLORS = 41  # of a heat map: odd, so that a uniform load is white; few, so that it compresses
-RATIO_TICKS = ((-2, "¼"), (-1, "½"), (0, "1"), (1, "2"), (2, "4"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,7 +178,7 @@ def routing_charts(num_experts: int) -> tuple[Chart, ...]:
     )
 
 
-def draw_chart(chart: Chart, series: Callable[[str], tuple[np.ndarray, np.ndarray]]) -> str | None:
+def draw_chart(chart: Chart, series: Callable[[str], tuple[np.ndarray, np.ndarray]]) -> Drawing | None:
     """Draws a chart from a run's series.
 
     Args:
@@ -188,7 +197,7 @@ def draw_chart(chart: Chart, series: Callable[[str], tuple[np.ndarray, np.ndarra
 
 def draw_curves(
     curves: Sequence[Curve], ylabel: str, *, reference: tuple[float, str] | None = None, from_zero: bool = False
-) -> str:
+) -> Drawing:
     """Draws curves over training steps.
 
     Args:
@@ -229,11 +238,11 @@ def draw_curves(
             axes.set_ylim(bottom=0)
         _label_values(axes, curves)
         axes.set_ylabel(ylabel)
-        _label_steps(axes)
-        return _svg(figure)
+        label_steps(axes)
+        return Drawing.of(figure)
 
 
-def draw_load_over_time(steps: Int[np.ndarray, "S"], counts_SE: Int[np.ndarray, "S E"]) -> str:
+def draw_load_over_time(steps: Int[np.ndarray, "S"], counts_SE: Int[np.ndarray, "S E"]) -> Drawing:
     """Draws one layer's load over time as a heat map: an expert a row, its load over the uniform load as colour.
 
     Args:
@@ -250,22 +259,16 @@ def draw_load_over_time(steps: Int[np.ndarray, "S"], counts_SE: Int[np.ndarray, 
     log_CE = np.log2(ratio_CE, out=np.full_like(ratio_CE, np.nan), where=ratio_CE > 0)
     with matplotlib.rc_context(STYLE):
         figure, axes = new_figure(float(np.clip(1.45 + 0.055 * E, 2.0, 4.6)))
-        cells = np.ma.masked_invalid(log_CE.T)
         colors = matplotlib.colormaps["RdBu_r"].resampled(COLORS).with_extremes(bad=DEAD)
-        mesh = axes.pcolormesh(
-            edges, np.arange(E + 1) - 0.5, cells, cmap=colors, norm=Normalize(-2, 2), rasterized=True, antialiased=False
-        )
-        axes.grid(False)
-        axes.invert_yaxis()
+        mesh = heat_map(axes, log_CE.T, edges, cmap=colors, norm=Normalize(-2, 2))
         axes.set_ylabel("expert")
         axes.yaxis.set_major_locator(MaxNLocator(8, integer=True))
-        _label_steps(axes)
-        bar = figure.colorbar(mesh, ax=axes, extend="both", extendfrac=0.04, aspect=24, pad=0.02)
-        _label_ratios(bar)
-        return _svg(figure)
+        label_steps(axes)
+        ratio_bar(figure, axes, mesh, "load / uniform load")
+        return Drawing.of(figure)
 
 
-def draw_final_load(counts_E: Int[np.ndarray, "E"]) -> str:
+def draw_final_load(counts_E: Int[np.ndarray, "E"]) -> Drawing:
     """Draws one layer's load as bars, over the uniform load; a cross marks an expert that got nothing.
 
     Args:
@@ -290,7 +293,7 @@ def draw_final_load(counts_E: Int[np.ndarray, "E"]) -> str:
         axes.set_xlabel("expert")
         axes.set_ylabel("load / uniform load")
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
-        return _svg(figure)
+        return Drawing.of(figure)
 
 
 def load_ratio(counts_SE: Int[np.ndarray, "S E"]) -> Float[np.ndarray, "S E"]:
@@ -302,12 +305,6 @@ def load_ratio(counts_SE: Int[np.ndarray, "S E"]) -> Float[np.ndarray, "S E"]:
     return counts_SE * counts_SE.shape[1] / total_S1
 
 
-def _label_steps(axes: Axes) -> None:
-    axes.set_xlabel("training step")
-    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: short_number(x)))
-
-
 def _label_values(axes: Axes, curves: Sequence[Curve]) -> None:
     values = np.concatenate([curve.values for curve in curves])
     values = values[np.isfinite(values)]
@@ -317,39 +314,27 @@ def _label_values(axes: Axes, curves: Sequence[Curve]) -> None:
         axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: short_number(y)))
 
 
-def _label_ratios(bar: Colorbar) -> None:
-    bar.set_ticks([tick for tick, _ in RATIO_TICKS], labels=[label for _, label in RATIO_TICKS])
-    bar.set_label("load / uniform load")
-    bar.outline.set_visible(False)
-    bar.ax.tick_params(length=0)
-
-
-def short_number(x: float) -> str:
-    """Three significant digits and a unit: 950, 12.5k, 3.4M, 1.2B."""
-    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(x) >= 0.9995 * size:
-            return f"{float(f'{x / size:.3g}'):g}{unit}"
-    return f"{float(f'{x:.3g}'):g}"
-
-
-def thin(steps: Int[np.ndarray, "S"], values: Float[np.ndarray, "S"]) -> tuple[np.ndarray, np.ndarray]:
+def thin(
+    x: Int[np.ndarray, "S"] | Float[np.ndarray, "S"], values: Float[np.ndarray, "S"], points: int = MAX_POINTS
+) -> tuple[np.ndarray, np.ndarray]:
     """Keeps the ends, and the least and the greatest of each stretch, so that a spike is still seen.
 
     Args:
-      steps: x, increasing.
+      x: increasing.
       values: y; NaN where there is none.
+      points: how many to keep at most.
 
     Returns:
-      At most `MAX_POINTS` of the points.
+      Some of the points, in order.
     """
-    if len(steps) <= MAX_POINTS:
-        return steps, values
-    stretches = np.array_split(np.arange(len(steps)), MAX_POINTS // 2 - 1)
+    if len(x) <= points:
+        return x, values
+    stretches = np.array_split(np.arange(len(x)), points // 2 - 1)
     low = np.where(np.isnan(values), math.inf, values)
     high = np.where(np.isnan(values), -math.inf, values)
     kept = {i for s in stretches for i in (s[np.argmin(low[s])], s[np.argmax(high[s])])}
-    kept_S = np.array(sorted({0, len(steps) - 1} | kept))
-    return steps[kept_S], values[kept_S]
+    kept_S = np.array(sorted({0, len(x) - 1} | kept))
+    return x[kept_S], values[kept_S]
 
 
 def _columns(steps: Int[np.ndarray, "S"], counts_SE: Int[np.ndarray, "S E"]) -> tuple[np.ndarray, np.ndarray]:
@@ -359,7 +344,3 @@ def _columns(steps: Int[np.ndarray, "S"], counts_SE: Int[np.ndarray, "S E"]) -> 
     starts = np.linspace(0, len(steps), num_columns, endpoint=False).astype(int)
     ends = np.append(starts[1:], len(steps)) - 1
     return np.append(min(max(first, 0), steps[0] - 1), steps[ends]), np.add.reduceat(counts_SE, starts, axis=0)
-
-
-def _svg(figure: Figure) -> str:
-    return f"data:image/svg+xml;base64,{base64.b64encode(svg_bytes(figure)).decode()}"

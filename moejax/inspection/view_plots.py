@@ -27,7 +27,7 @@ from jaxtyping import Int
 from moejax.inspection import figures
 from moejax.inspection.figures import Chart
 from moejax.inspection.live import LiveRun, tokens_at
-from moejax.inspection.style import BLUE, DEAD, GREEN, GREY, ORANGE, PURPLE
+from moejax.inspection.style import BLUE, DEAD, GREEN, GREY, ORANGE, PURPLE, RATIO_TICKS
 
 COLORS = (BLUE, ORANGE, GREEN, PURPLE, "#56B4E9", "#B07C00", "#6A3D9A", GREY)  # of runs, over and over
 DASHES = ("solid", "dashed", "dotdash", "dotted")  # of a chart's metrics
@@ -160,7 +160,7 @@ def load_plot(counts_NE: Int[np.ndarray, "N E"], layers: Sequence[int]) -> figur
     plot.yaxis.ticker = FixedTicker(ticks=shown)
     plot.yaxis.major_label_overrides = {n: str(layers[n]) for n in shown}
     plot.grid.visible = False
-    names = dict(figures.RATIO_TICKS)
+    names = dict(RATIO_TICKS)
     bar = ColorBar(color_mapper=mapper, ticker=FixedTicker(ticks=list(ticks)), width=10, padding=4, bar_line_color=None,
                    major_label_overrides={tick: names[tick] for tick in ticks}, background_fill_color=None)  # fmt: skip
     plot.add_layout(bar, "right")

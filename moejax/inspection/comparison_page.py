@@ -1,0 +1,155 @@
+"""Several runs as one HTML page: how they ended, where they differ, and how loss and balance went in each."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from moejax.inspection import html
+from moejax.inspection.comparison import Comparison, compare, shown
+from moejax.inspection.comparison_figures import MAX_RUNS, XLABELS, draw_runs, draw_sorted_load, looks
+from moejax.inspection.page import Section, drawn_layers, figure, grid, render_page, table, write_page
+from moejax.inspection.report_load import final_counts
+from moejax.inspection.report_training import model_in_words
+from moejax.inspection.run import RunError
+
+FILE_NAME = "comparison.html"
+LOSSES = (("eval/loss", "Validation loss"), ("loss/lm", "Training loss"))
+ROUTING = (
+    ("moe/max_violation", "MaxVio", "busiest / mean - 1", "0 is perfect balance. Good: low."),
+    ("moe/load_entropy", "Load entropy", "nats", "How evenly tokens spread. Good: close to ln E."),
+    (
+        "moe/entropy",
+        "Router entropy",
+        "nats",
+        "How undecided the router is about a token; it falls as experts specialise.",
+    ),
+    ("moe/dropped", "Dropped", "share of assignments", "Assignments that found their expert full. Good: 0."),
+    ("moe/dead_experts", "Dead experts", "experts", "Without a token in the interval. Good: 0."),
+    (
+        "eval/routing_churn",
+        "Routing churn",
+        "share of a token's experts",
+        "No longer visited since the evaluation before.",
+    ),
+)
+
+
+def write_comparison(workdirs: Sequence[str | Path], output: str | Path | None = None) -> Path:
+    """Writes the comparison of runs.
+
+    Args:
+      workdirs: run directories, 2 to `MAX_RUNS`.
+      output: the page; None: `comparison.html` in the folder that holds the first run.
+
+    Raises:
+      RunError: too few or too many runs, one given twice, or a directory that is none.
+    """
+    if not 2 <= len(workdirs) <= MAX_RUNS:
+        raise RunError(f"{len(workdirs)} runs were given; a comparison takes 2 to {MAX_RUNS} run directories")
+    found = compare([Path(workdir) for workdir in workdirs])
+    path = Path(workdirs[0]).resolve().parent / FILE_NAME if output is None else Path(output)
+    return write_page(path, render_comparison(found))
+
+
+def render_comparison(comparison: Comparison) -> str:
+    """Renders the page of at most `MAX_RUNS` runs."""
+    sections: list[Section] = [
+        ("runs", "Runs", _key(comparison) + _results(comparison)),
+        ("differences", "Configuration", _differences(comparison)),
+        ("losses", "Loss", _losses(comparison)),
+    ]
+    if not all(run.is_dense for run in comparison.runs.values()):
+        sections += [("routing", "Routing health", _routing(comparison)), ("load", "Final load", _load(comparison))]
+    return render_page(f"{len(comparison.runs)} runs", "Side by side", sections, kind="comparison")
+
+
+def _key(comparison: Comparison) -> str:
+    """Which line is which run, once for all figures."""
+    items = [
+        f'<li><i style="border-top:3px {look.css} {look.color}"></i><strong>{html.text(label)}</strong> '
+        f'<span class="soft">{model_in_words(comparison.runs[label])}</span></li>'
+        for label, look in looks(list(comparison.runs)).items()
+    ]
+    return f'<ul class="key">{"".join(items)}</ul>'
+
+
+def _results(comparison: Comparison) -> str:
+    frame = comparison.table
+    rows = [
+        [html.text(label), *(html.text(shown(value)) for value in row)]
+        for label, row in zip(frame.index, frame.itertuples(index=False, name=None), strict=True)
+    ]
+    names = [str(name).replace("_", " ") for name in frame.columns]
+    return (
+        "<p>The last value of each run; the lowest of best eval loss, and the median of tokens per second. Losses are "
+        "in nats per token, and compare only between runs with the same tokenizer; bits per byte compare always.</p>"
+        + table(["run", *map(html.text, names)], rows, "numbers")
+    )
+
+
+def _differences(comparison: Comparison) -> str:
+    frame = comparison.differences
+    if not len(frame):
+        return "<p>The configurations are the same.</p>"
+    rows = [
+        [html.text(leaf), *(f"<code>{html.text(value)}</code>" for value in row)]
+        for leaf, row in zip(frame.index, frame.itertuples(index=False, name=None), strict=True)
+    ]
+    return (
+        f"<p>The leaves in which the runs differ.</p>{table(['leaf', *map(html.text, frame.columns)], rows, 'numbers')}"
+    )
+
+
+def _losses(comparison: Comparison) -> str:
+    drawn = []
+    for key, title in LOSSES:
+        for against in XLABELS:
+            image = draw_runs(comparison.runs, key, "nats per token", against=against, legend=False)
+            if image is not None:
+                drawn.append(figure(f"{title} against {against}", "", image))
+    if not drawn:
+        return "<p>No losses are logged yet.</p>"
+    return (
+        f"{_key(comparison)}<p>Experts are to be judged at equal compute. Tokens times active parameters is about a "
+        "sixth of the FLOPs of training, without those of attention over long rows.</p>" + grid(drawn)
+    )
+
+
+def _routing(comparison: Comparison) -> str:
+    drawn = []
+    for key, title, ylabel, reading in ROUTING:
+        image = draw_runs(comparison.runs, key, ylabel, from_zero=True, legend=False)
+        if image is not None:
+            drawn.append(figure(title, reading, image))
+    return _key(comparison) + grid(drawn) if drawn else "<p>No routing is logged yet.</p>"
+
+
+def _load(comparison: Comparison) -> str:
+    counts = _final_counts(comparison)
+    layers = sorted({layer for by_layer in counts.values() for layer in by_layer})
+    if not layers:
+        return "<p>No routing is logged yet.</p>"
+    nothing = np.zeros(0, np.int64)
+    drawn = []
+    for layer in [layers[i] for i in drawn_layers(len(layers))]:
+        of_layer = {label: by_layer.get(layer, nothing) for label, by_layer in counts.items()}
+        drawn.append(figure(f"Layer {layer}", "", draw_sorted_load(of_layer, legend=False)))
+    some = "" if len(drawn) == len(layers) else f" {len(drawn)} of {len(layers)} layers are shown, evenly spaced."
+    return (
+        f"{_key(comparison)}<p>Load over uniform load in the last tenth of each run, experts sorted by it: flat is "
+        f"even. Experts of different runs have nothing in common but their rank.{some}</p>{grid(drawn)}"
+    )
+
+
+def _final_counts(comparison: Comparison) -> Mapping[str, Mapping[int, np.ndarray]]:
+    """By run and model layer; nothing for dense runs and those that have logged no routing."""
+    found: dict[str, dict[int, np.ndarray]] = {}
+    for label, run in comparison.runs.items():
+        routing = run.routing
+        if routing is None or not routing.num_entries:
+            found[label] = {}
+            continue
+        counts_NE, _ = final_counts(routing)
+        found[label] = dict(zip(routing.layers.tolist(), counts_NE, strict=True))
+    return found

@@ -1,0 +1,153 @@
+"""Several runs on one page: what is drawn against what, and mistakes of the command line."""
+
+import json
+
+import numpy as np
+import pytest
+
+from moejax.cli import main
+from moejax.inspection import comparison_figures as figures
+from moejax.inspection.comparison import compare
+from moejax.inspection.comparison_page import render_comparison, write_comparison
+from moejax.inspection.run import RunError, open_run
+from moejax.training.routing_log import RoutingLog
+
+
+def make_run(workdir, *, num_experts=4, layers=(0, 1), active=1000, learning_rate=0.1, tokens=100):
+    moe = {"num_experts": num_experts, "top_k": 2}
+    facts = {
+        "config": {"moe": moe, "optimizer": {"learning_rate": learning_rate}},
+        "versions": {}, "git_commit": None, "device": "cpu", "command": "moejax train",
+        "parameters": {"total": 4000, "active": active},
+    }  # fmt: skip
+    lines = [{"step": step, "tokens": tokens * step, "loss/lm": 9.0 - step / 10} for step in (10, 20)]
+    lines.append({"step": 15, "eval/loss": 7.5})
+    if num_experts:
+        lines[1]["moe/max_violation"] = 0.5
+    workdir.mkdir(parents=True)
+    (workdir / "config.json").write_text(json.dumps(facts))
+    (workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    if num_experts:
+        counts = np.arange(1, len(layers) * num_experts + 1).reshape(len(layers), num_experts)
+        log = RoutingLog(workdir, layers, num_experts)
+        log.append(20, counts, np.full(counts.shape, 0.25, np.float32))
+    return workdir
+
+
+def texts(drawing):
+    return drawing.svg.decode()
+
+
+def test_a_metric_is_placed_by_steps_tokens_or_compute(tmp_path):
+    run = open_run(make_run(tmp_path / "run"))
+    for against, x in (("steps", [10, 20]), ("tokens", [1000, 2000]), ("compute", [1e6, 2e6])):
+        found, values = figures.series_against(run, "loss/lm", against)
+        assert (found.tolist(), values.tolist()) == (x, [8, 7])
+    assert figures.series_against(run, "eval/loss", "tokens")[0].tolist() == [1500]  # between two logged steps
+    (run.workdir / "metrics.jsonl").write_text('{"step": 3, "loss/lm": 1.0}\n')
+    assert figures.series_against(run.reload(), "loss/lm", "tokens")[0].size == 0
+
+
+def test_curves_of_runs_are_drawn_in_looks_that_differ_and_keep_to_their_run(tmp_path):
+    runs = {name: open_run(make_run(tmp_path / name, num_experts=n)) for name, n in (("dense", 0), ("moe", 4))}
+    drawing = figures.draw_runs(runs, "loss/lm", "nats", against="compute")
+    lines = drawing.figure.axes[0].lines
+    assert [line.get_label() for line in lines] == ["dense", "moe"]
+    assert lines[1].get_xdata().tolist() == [1e6, 2e6]
+    assert "tokens x active parameters" in texts(drawing) and ">moe<" in texts(drawing)
+    (line,) = figures.draw_runs(runs, "moe/max_violation", "MaxVio").figure.axes[0].lines
+    assert line.get_color() == lines[1].get_color()  # though it is the first that is drawn
+    assert figures.draw_runs(runs, "none", "") is None
+    sixteen = figures.looks([str(i) for i in range(figures.MAX_RUNS)])
+    assert len({(look.color, look.dash) for look in sixteen.values()}) == 16
+
+
+def test_loads_are_drawn_from_the_busiest_expert_over_the_share_of_experts():
+    drawing = figures.draw_sorted_load({"a": np.array([1, 5, 2, 0]), "dense": np.zeros(0, int), "b": np.array([3, 1])})
+    steps = [patch.get_data() for patch in drawing.figure.axes[0].patches]
+    assert steps[0].values.tolist() == [2.5, 1, 0.5, 0] and steps[0].edges.tolist() == [0, 0.25, 0.5, 0.75, 1]
+    assert steps[1].values.tolist() == [1.5, 0.5]
+    assert drawing.figure.axes[0].patches[1].get_edgecolor()[:3] == pytest.approx((0, 0x9E / 255, 0x73 / 255))
+
+
+def test_the_page_has_results_differences_curves_and_load_and_obeys_nothing_from_the_runs(tmp_path):
+    hostile = "<b>run'&"
+    make_run(tmp_path / hostile, learning_rate="<script>x</script>")
+    make_run(tmp_path / "dense", num_experts=0)
+    html = render_comparison(compare([tmp_path / hostile, tmp_path / "dense"]))
+    for anchor in ("runs", "differences", "losses", "routing", "load"):
+        assert f'<section id="{anchor}">' in html and f'href="#{anchor}"' in html
+    assert "<b>" not in html and "<script" not in html and "&lt;b&gt;run" in html
+    assert "optimizer.learning_rate" in html and "&lt;script&gt;" in html
+    assert html.count("Validation loss against") == 6  # three figures, each named in its heading and its alt
+    assert "Layer 1" in html and "default-src" in html
+
+
+def test_dense_runs_alone_have_no_routing(tmp_path):
+    runs = [make_run(tmp_path / name, num_experts=0) for name in "ab"]
+    html = render_comparison(compare(runs))
+    assert 'id="losses"' in html and 'id="routing"' not in html
+    assert "The configurations are the same" in html
+
+
+def test_a_comparison_of_many_wide_runs_stays_under_the_size_limit(tmp_path, monkeypatch):
+    for name in range(16):
+        make_run(tmp_path / f"run {name}", num_experts=2, layers=range(61), learning_rate=name)
+    # The largest figures there are, by the next test.
+    monkeypatch.setattr("moejax.inspection.comparison_page.draw_runs", lambda *_, **__: "x" * 120_000)
+    monkeypatch.setattr("moejax.inspection.comparison_page.draw_sorted_load", lambda *_, **__: "x" * 150_000)
+    html = render_comparison(compare(sorted(tmp_path.iterdir())))
+    assert "12 of 61 layers are shown" in html
+    assert 3_000_000 < len(html.encode()) < 5_000_000
+
+
+def test_figures_of_sixteen_large_runs_are_smaller_than_the_page_counts_on(tmp_path):
+    rng = np.random.default_rng(0)
+    runs = {}
+    for name in range(16):
+        run = open_run(make_run(tmp_path / str(name)))
+        lines = [{"step": step, "loss/lm": float(x)} for step, x in enumerate(rng.random(1000))]
+        (run.workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        runs[str(name)] = run
+    assert 60_000 < len(figures.draw_runs(runs, "loss/lm", "nats", legend=False)) < 120_000
+    counts = {str(name): rng.integers(0, 10**6, 256) for name in range(16)}
+    assert 60_000 < len(figures.draw_sorted_load(counts, legend=False)) < 150_000
+
+
+def test_the_command_writes_beside_the_first_run_or_where_it_is_told(tmp_path, capsys, monkeypatch):
+    first, second = make_run(tmp_path / "runs/a"), make_run(tmp_path / "other/b")
+    monkeypatch.setattr("moejax.inspection.comparison_page.render_comparison", lambda comparison: repr(comparison.runs))
+    assert main(["report", str(first), str(second)]) == 0
+    path = tmp_path / "runs/comparison.html"
+    assert capsys.readouterr().out.strip() == str(path)
+    assert list(compare([first, second]).runs) == ["a", "b"] and "'a'" in path.read_text()
+    assert main(["report", str(second), str(first), f"--output={tmp_path / 'page.html'}"]) == 0
+    assert (tmp_path / "page.html").read_text().index("'b'") < (tmp_path / "page.html").read_text().index("'a'")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["a", "a"], "is given twice"),
+        (["a", "nowhere"], "nowhere is no directory"),
+        (["nowhere"], "--workdir=nowhere is not a folder"),
+        (["a", "--workdir=a"], "name run directories one way"),
+        (["a", "--output=x.html"], "--output=x.html is for comparisons"),
+        (["a", "b", "--output=none/x.html"], "must be a file in a folder that exists"),
+        (["a"] * 17, "17 runs were given"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_mistake_is_one_line_and_exit_code_2(arguments, message, tmp_path, monkeypatch, capsys):
+    make_run(tmp_path / "a")
+    make_run(tmp_path / "b")
+    monkeypatch.chdir(tmp_path)
+    assert main(["report", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and message in captured.err and len(captured.err.strip().splitlines()) == 1
+    assert not list(tmp_path.glob("*.html"))
+
+
+def test_one_run_is_no_comparison(tmp_path):
+    with pytest.raises(RunError, match="1 runs were given; a comparison takes 2 to 16"):
+        write_comparison([tmp_path])
