@@ -54,7 +54,7 @@ def draw_layers(
         if len(layers) > MAX_LINES:
             return _draw_map(steps, values_SN, layers, label, from_zero)
         figure, axes = new_figure(2.55)
-        colors = matplotlib.colormaps["cividis"](np.linspace(0, 0.82, len(layers)))
+        colors = matplotlib.colormaps["cividis"](np.linspace(0, 0.7, len(layers)))
         bad = None if worst is None else worst_layer(values_SN, worst)
         for n, layer in enumerate(layers):
             x, values = thin(steps, values_SN[:, n], points=MAX_POINTS)
