@@ -22,6 +22,7 @@ VERBS = {
     "eval": "evaluate a run's checkpoint on the validation split",
     "generate": "continue prompts with a trained model",
     "report": "write a run's report.html",
+    "counterfactuals": "evaluate a checkpoint under changed routing: fewer experts, without one, swapped, random",
     "bench": "measure: layer, decode, compiled, compiled_step, tune, step, compile, import",
     "placement": "show how even devices are loaded, and would be with experts in other places",
     "doctor": "print versions, devices and kernels, and check that they work",
@@ -119,7 +120,7 @@ def _is_expected(error: Exception) -> bool:
 
 
 def _overview() -> str:
-    verbs = "\n".join(f"  {verb:<10}{text}" for verb, text in VERBS.items())
+    verbs = "\n".join(f"  {verb:<16}{text}" for verb, text in VERBS.items())
     return f"usage: moejax VERB [--flag=value ...]\n\nVerbs:\n{verbs}\n\nmoejax VERB --help lists a verb's flags."
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from moejax.config import Knobs, MoeConfig
 from moejax.kernels.grouped_matmul import can_check_vma
@@ -20,7 +20,7 @@ from moejax.moe.free_experts import FreeExperts
 from moejax.moe.local import Chosen, Mixing, Slots, run_dropless, run_slots, run_soft, run_with_capacity
 from moejax.moe.logits import Logits, make_router
 from moejax.moe.placement import Copies
-from moejax.moe.routers import RouterInputs, Routing, route, route_expert_choice, route_soft
+from moejax.moe.routers import UNRANKED, RouterInputs, Routing, route, route_expert_choice, route_soft
 from moejax.moe.routers.routing import draw
 from moejax.moe.routers.scores import weigh
 from moejax.moe.routers.selection import named
@@ -28,6 +28,10 @@ from moejax.moe.stats import RoutingStats, Service, collect, collect_slots, coll
 from moejax.sharding import batch_devices, whole
 
 JITTER, DROPOUT = 1000, 1001  # streams of random numbers, apart from those of the routers
+
+
+class BlockError(ValueError):
+    """Experts that cannot be blocked."""
 
 
 class RouterState(nnx.Variable):
@@ -97,6 +101,7 @@ class MoE(nnx.Module):
         if config.has_selection_bias:
             self.selection_bias = RouterState(jnp.zeros(config.num_choices), axes=("router",))
         self.is_placed = False
+        self.is_blocking = False
         self.is_limited = limit is not None
         if limit is not None:
             self.limit = RouterState(jnp.full(1, limit, jnp.int32), axes=("router",))
@@ -120,6 +125,28 @@ class MoE(nnx.Module):
         self.slots = RouterState(jnp.asarray(copies.slots_NEM), axes=("layers", "router", "router"))
         self.num_copies = RouterState(jnp.asarray(copies.num_NE), axes=("layers", "router"))
         self.is_placed = True
+
+    def block(self, is_blocked_E: Bool[np.ndarray, "*layers E"]) -> None:
+        """Keeps tokens from experts: the next in rank take their place; not for training.
+
+        Scores and their normalisation over all experts stay as they are, but for `sparse_mixer`, where only experts
+        that are left compete. A token for which fewer than K experts are left has fewer.
+
+        Args:
+          is_blocked_E: which experts; with a leading axis of layers where parameters have one.
+
+        Raises:
+          BlockError: another number of experts, or a router that ranks none.
+        """
+        if self.config.router in UNRANKED:
+            raise BlockError(
+                f"moe.router={self.config.router} ranks no expert behind those that a token visits, so none can be "
+                f"blocked; it can with any router but {', '.join(UNRANKED)}"
+            )
+        if is_blocked_E.shape != self.idle_steps.shape:
+            raise BlockError(f"is_blocked_E has shape {is_blocked_E.shape}; it must be {self.idle_steps.shape}")
+        self.is_blocked = RouterState(jnp.asarray(is_blocked_E), axes=self.idle_steps.axes)
+        self.is_blocking = True
 
     def _to_slots(self, experts_BLK):
         """Slots of chosen experts; tokens take turns among the copies of one, by row and place in the row.
@@ -199,6 +226,7 @@ class MoE(nnx.Module):
             group_logits_TG=flat(logits.group_logits_BLG),
             noise_scale_TE=flat(logits.noise_scale_BLE),
             group_noise_scale_TG=flat(logits.group_noise_scale_BLG),
+            is_blocked_E=self.is_blocked[...] if self.is_blocking else None,
             keys_B=info.keys_B,
             is_training=info.knobs is not None,
             noise=1.0 if info.knobs is None else info.knobs.noise_scale,

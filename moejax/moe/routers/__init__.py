@@ -26,6 +26,9 @@ ROUTERS: dict[str, Callable[[RouterInputs, MoeConfig], Routing]] = {
 }
 """The function of each router by which tokens choose."""
 
+UNRANKED = ("hash", "balanced", "expert_choice", "soft")
+"""Routers in which no expert is next in rank for a token, so that none can be blocked."""
+
 
 def route(inputs: RouterInputs, config: MoeConfig, limit: Int[Array, ""] | None = None) -> Routing:
     """Routes by the router that `moe.router` names; see the functions in `ROUTERS`.

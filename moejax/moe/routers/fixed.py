@@ -37,7 +37,7 @@ def route_random(inputs: RouterInputs, config: MoeConfig) -> Routing:
             return jax.random.uniform(key, (config.num_choices,))
 
         values_TE = jax.vmap(draw_one)(inputs.tokens_T, inputs.positions_T)
-    return _fixed(select(values_TE, inputs.mask_T, config.top_k), inputs, config)
+    return _fixed(select(values_TE, inputs.mask_T, config.top_k, inputs.is_blocked_E), inputs, config)
 
 
 def route_balanced(inputs: RouterInputs, config: MoeConfig) -> Routing:

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from moejax.config import MoeConfig
 from moejax.moe.routers.routing import RouterInputs, Routing, no_expert
 from moejax.moe.routers.scored import GROUP_NOISE, NOISE
-from moejax.moe.routers.selection import named
+from moejax.moe.routers.selection import eligible, named
 
 
 def route_hierarchical(inputs: RouterInputs, config: MoeConfig) -> Routing:
@@ -29,15 +29,23 @@ def route_hierarchical(inputs: RouterInputs, config: MoeConfig) -> Routing:
         noisy_TE = noisy_TE + inputs.noise * inputs.noise_scale_TE * noise_TE
 
     _, groups_TM = jax.lax.top_k(jax.lax.stop_gradient(noisy_TG), chosen_groups)
-    within_TGS = jax.lax.stop_gradient(noisy_TE).reshape(-1, groups, size)
+    ranking_TE = eligible(noisy_TE, inputs.is_blocked_E)  # groups are chosen as ever
+    within_TGS = jax.lax.stop_gradient(ranking_TE).reshape(-1, groups, size)
     _, places_TGP = jax.lax.top_k(within_TGS, per_group)
     places_TMP = jnp.take_along_axis(places_TGP, groups_TM[:, :, None], axis=1)
     experts_TK = named((groups_TM[:, :, None] * size + places_TMP).reshape(-1, config.top_k))
 
     group_gates_TM = jax.nn.softmax(jnp.take_along_axis(noisy_TG, experts_TK[:, ::per_group] // size, axis=1), axis=-1)
     gates_TK = jnp.take_along_axis(noisy_TE, experts_TK, axis=1)
+    is_blocked_TK = None if inputs.is_blocked_E is None else inputs.is_blocked_E[experts_TK]
+    if is_blocked_TK is not None:  # a group with too few others; finite, so that one without any gives no NaN
+        gates_TK = jnp.where(is_blocked_TK, -1e30, gates_TK)
     gates_TMP = jax.nn.softmax(gates_TK.reshape(-1, chosen_groups, per_group), axis=-1)
     weights_TK = (group_gates_TM[:, :, None] * gates_TMP).reshape(-1, config.top_k) * config.route_scale
+
+    if is_blocked_TK is not None:
+        weights_TK = jnp.where(is_blocked_TK, 0.0, weights_TK)
+        experts_TK = jnp.where(is_blocked_TK, config.num_experts, experts_TK)
 
     log_groups_TG1 = jax.nn.log_softmax(group_logits_TG, axis=-1)[:, :, None]
     log_within_TGS = jax.nn.log_softmax(logits_TE.reshape(-1, groups, size), axis=-1)

@@ -24,6 +24,7 @@ class RouterInputs:
       group_logits_TG: logits of groups of experts (hierarchical).
       noise_scale_TE: standard deviation of the noise on each logit (noisy_topk, hierarchical).
       group_noise_scale_TG: the same for the logits of groups.
+      is_blocked_E: experts that must not be selected; the next in rank take their place. None: all may be.
       keys_B: a key per sequence, from which everything random is drawn, so that a draw depends neither on the mesh nor
         on the other sequences. None in evaluation: nothing is drawn.
       noise: multiplies the noise, float32 scalar.
@@ -39,6 +40,7 @@ class RouterInputs:
     group_logits_TG: Any = None
     noise_scale_TE: Any = None
     group_noise_scale_TG: Any = None
+    is_blocked_E: Any = None
     keys_B: Any = None
     is_training: bool = False
     noise: jax.Array | float = 1.0

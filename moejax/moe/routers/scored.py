@@ -11,7 +11,7 @@ import jax
 from moejax.config import MoeConfig
 from moejax.moe.routers.routing import RouterInputs, Routing
 from moejax.moe.routers.scores import log_scores, probabilities, routing_by_scores
-from moejax.moe.routers.selection import select, selection_values
+from moejax.moe.routers.selection import eligible, select, selection_values
 
 NOISE, GROUP_NOISE = 0, 1  # streams of random numbers
 
@@ -29,7 +29,8 @@ def route_scored(inputs: RouterInputs, config: MoeConfig) -> Routing:
     """
     log_scores_TE = log_scores(inputs.logits_TE, config.score)
     ranking_TE = selection_values(inputs.logits_TE, log_scores_TE, inputs.bias_E, config)
-    experts_TK = select(ranking_TE, inputs.mask_T, config.top_k)
+    ranking_TE = eligible(ranking_TE, inputs.is_blocked_E)
+    experts_TK = select(ranking_TE, inputs.mask_T, config.top_k, inputs.is_blocked_E)
     return routing_by_scores(inputs, log_scores_TE, ranking_TE, experts_TK, config)
 
 

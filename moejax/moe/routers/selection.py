@@ -12,10 +12,22 @@ SAVED_NAMES = ("routing_experts", "routing_weights")
 """Names under which selection and weights are saved by remat, so that a recomputation can never route differently."""
 
 
-def select(values_TE: Float[Array, "T E"], mask_T: Bool[Array, "T"], top_k: int) -> Int[Array, "T K"]:
-    """The K experts of highest value, the best first; ties go to the lowest index. E where the token is masked."""
-    _, experts_TK = jax.lax.top_k(jax.lax.stop_gradient(values_TE), top_k)
+def select(
+    values_TE: Float[Array, "T E"], mask_T: Bool[Array, "T"], top_k: int, is_blocked_E: Bool[Array, "E"] | None = None
+) -> Int[Array, "T K"]:
+    """The K experts of highest value, the best first; ties go to the lowest index. E where the token is masked.
+
+    Where experts are blocked, see `eligible`, E also takes the place of choices for which too few others are left.
+    """
+    values_TK, experts_TK = jax.lax.top_k(jax.lax.stop_gradient(eligible(values_TE, is_blocked_E)), top_k)
+    if is_blocked_E is not None:
+        experts_TK = jnp.where(values_TK > -jnp.inf, experts_TK, values_TE.shape[-1])
     return named(no_expert(experts_TK, mask_T, values_TE.shape[-1]))
+
+
+def eligible(values_TE: Float[Array, "T E"], is_blocked_E: Bool[Array, "E"] | None) -> Float[Array, "T E"]:
+    """The values that experts are ranked by, -inf for those that are blocked; None blocks none."""
+    return values_TE if is_blocked_E is None else jnp.where(is_blocked_E[None], -jnp.inf, values_TE)
 
 
 def named(experts_TK: Int[Array, "T K"]) -> Int[Array, "T K"]:

@@ -7,7 +7,7 @@ from jaxtyping import Array, Bool, Float
 from moejax.config import MoeConfig
 from moejax.moe.routers.routing import RouterInputs, Routing
 from moejax.moe.routers.scores import log_scores, routing_by_scores
-from moejax.moe.routers.selection import select
+from moejax.moe.routers.selection import eligible, select
 
 NO_MASS = -1e30  # finite, so that a sequence of padding gives no NaN
 
@@ -31,7 +31,8 @@ def route_sinkhorn(inputs: RouterInputs, config: MoeConfig) -> Routing:
             logits_BLE, mask_BL
         )
         ranking_TE = plans_BLE.reshape(-1, num_experts)
-    experts_TK = select(ranking_TE, inputs.mask_T, config.top_k)
+    ranking_TE = eligible(ranking_TE, inputs.is_blocked_E)
+    experts_TK = select(ranking_TE, inputs.mask_T, config.top_k, inputs.is_blocked_E)
     return routing_by_scores(inputs, log_scores_TE, ranking_TE, experts_TK, config)
 
 

@@ -25,6 +25,8 @@ def route_sparse_mixer(inputs: RouterInputs, config: MoeConfig) -> Routing:
     logits_TE = inputs.logits_TE
     num_experts = logits_TE.shape[-1]
     is_open_TE = jnp.ones(logits_TE.shape, bool)
+    if inputs.is_blocked_E is not None:
+        is_open_TE &= ~inputs.is_blocked_E[None]
     experts, weights = [], []
     for k in range(config.top_k):
         is_near_TE = _near_best(jax.lax.stop_gradient(logits_TE), is_open_TE, config.mixer_threshold)
@@ -39,6 +41,10 @@ def route_sparse_mixer(inputs: RouterInputs, config: MoeConfig) -> Routing:
         if inputs.is_training:
             is_whole_T1 = (chosen_T1 == best_T1) | (inputs.draw(KEEP + 2 * k, jax.random.uniform, 1) > 0.75)
             weight_T1 -= jax.lax.stop_gradient(jnp.where(is_whole_T1, 0.0, 2 / 3) * weight_T1)
+        if inputs.is_blocked_E is not None:  # perhaps no expert is left
+            has_open_T1 = is_open_TE.any(axis=-1, keepdims=True)
+            chosen_T1 = jnp.where(has_open_T1, chosen_T1, num_experts)
+            weight_T1 = jnp.where(has_open_T1, weight_T1, 0.0)
         experts.append(chosen_T1)
         weights.append(weight_T1)
         is_open_TE &= jnp.arange(num_experts)[None] != chosen_T1
