@@ -7,6 +7,7 @@ The kernel is this interpreter, in the current folder; without files, every note
 
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 import nbformat
@@ -18,10 +19,7 @@ TIMEOUT = 300  # seconds a cell
 
 
 class ThisPython(AsyncKernelManager):
-    """Starts kernels with this interpreter, whatever kernels the machine has by the name of python3; opens no port."""
-
-    def __init__(self, **settings):
-        super().__init__(transport="ipc", **settings)
+    """Starts kernels with this interpreter, whatever kernels the machine has by the name of python3."""
 
     @property
     def kernel_spec(self):
@@ -46,14 +44,15 @@ def execute(
       nbclient.exceptions.CellExecutionError: a cell raised.
       nbclient.exceptions.CellTimeoutError: a cell took too long.
     """
-    client = NotebookClient(
-        notebook, timeout=timeout, record_timing=False, kernel_manager_class=ThisPython,
-        resources={"metadata": {"path": str(folder)}},
-    )  # fmt: skip
-    client.reset_execution_trackers()
-    with client.setup_kernel(env=os.environ.copy() if env is None else env):  # which it also ends
-        for index, cell in enumerate(notebook.cells):
-            client.execute_cell(cell, index)
+    with tempfile.TemporaryDirectory() as sockets:  # instead of ports
+        client = NotebookClient(
+            notebook, km=ThisPython(transport="ipc", ip=f"{sockets}/kernel"), timeout=timeout, record_timing=False,
+            resources={"metadata": {"path": str(folder)}},
+        )  # fmt: skip
+        client.reset_execution_trackers()
+        with client.setup_kernel(cleanup_kc=True, env=os.environ.copy() if env is None else env):
+            for index, cell in enumerate(notebook.cells):
+                client.execute_cell(cell, index)
     notebook.metadata["language_info"] = {"name": "python"}  # not the version of who ran it last
 
 
