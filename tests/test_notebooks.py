@@ -4,7 +4,6 @@ import ast
 import importlib.util
 import json
 import os
-import platform
 import re
 import subprocess
 import sys
@@ -17,8 +16,8 @@ ROOT = Path(__file__).parents[1]
 PATHS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 MAX_LINES = 10  # of a definition
 MAX_BYTES = 1_000_000
-CELL_SECONDS = 180  # against cells that hang: ten at most on two idle cores, and more beside other work
-MACHINE = re.compile(r"(?<![\w.])/(tmp|root|work|home|Users|content|var|opt)/")
+CELL_SECONDS = 180  # against cells that hang; other work may run beside them
+MACHINE = re.compile(r"(?<![\w.])/(tmp|root|work|home|Users|content|var|opt)/|https?://|localhost|\b\d+(\.\d+){3}\b")
 BASE64 = re.compile(r"base64,[A-Za-z0-9+/=]+")
 
 of_each = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
@@ -106,4 +105,3 @@ def test_a_notebook_says_nothing_of_the_machine_it_ran_on(path):
             output.get("data", {}).pop("image/png", None)
         text = BASE64.sub("", json.dumps(cell))
         assert not MACHINE.search(text), f"{cell.id}: {MACHINE.search(text)}"
-        assert f" {platform.node()}" not in text, cell.id
