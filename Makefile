@@ -10,13 +10,14 @@ ARGS ?=
 RUN = $(subst :,_,$(subst .py,,$(notdir $(CONFIG))))
 
 .DEFAULT_GOAL := help
-.PHONY: help train test lint bench setup clean FORCE
+.PHONY: help train test lint bench notebooks setup clean FORCE
 
 help:
 	@echo 'make train   set up .venv and train $(CONFIG) in runs/$(RUN), or continue that run'
 	@echo 'make test    set up .venv, lint, and run the tests'
 	@echo 'make lint    check format, style and types, changing nothing'
 	@echo 'make bench   measure import, compilation and a training step'
+	@echo 'make notebooks  run the notebooks in place, on runs/$(RUN) if it exists'
 	@echo 'make setup   install moejax and the tested versions of all it needs in .venv; the others do it when needed'
 	@echo 'make clean   remove caches and build leftovers; .venv, data and runs stay'
 	@echo
@@ -47,6 +48,12 @@ bench: .venv/made-for
 	@for what in import compile step; do \
 	  echo "Measuring: moejax bench $$what"; .venv/bin/moejax bench $$what $(ARGS) || exit; \
 	done
+
+# The first two notebooks look at that run; without it they train a tiny one of their own, as the others do.
+notebooks: export MOEJAX_RUN = $(wildcard runs/$(RUN))
+notebooks: .venv/made-for
+	@echo 'Running the notebooks on $(or $(wildcard runs/$(RUN)),tiny runs of their own)'
+	@.venv/bin/python notebooks/execute.py
 
 setup: .venv/made-for
 

@@ -279,8 +279,8 @@ def packed_corpus(seq_len, num_rows=5):
     rng = np.random.default_rng(0)
     rows = []
     for row in range(num_rows):
-        rows.append(lay_out([rng.integers(3, 200, size).astype(np.int32) for size in (6, 4)], seq_len))
-        rows[-1]["documents"] = np.where(rows[-1]["segments"] > 0, 7 + 2 * row + rows[-1]["segments"] - 1, -1)
+        pieces = [(rng.integers(3, 200, size).astype(np.int32), 7 + 2 * row + i) for i, size in enumerate((6, 4))]
+        rows.append(lay_out(pieces, seq_len))
     return Stored(ByteTokenizer(), seq_len, {}, {}, {}, {}, None, tuple(rows))
 
 
@@ -300,17 +300,16 @@ def test_rows_of_a_corpus_are_routed_as_the_model_routes_each_alone(loaded):
     assert "50 tokens of 5 rows through 2 MoE layers of 4 experts" in repr(found)
 
 
-def test_rows_may_be_a_sample_and_need_no_documents_and_come_in_batches(loaded, monkeypatch):
+def test_rows_may_be_a_sample_and_come_in_batches(loaded, monkeypatch):
     corpus = packed_corpus(16)
     whole = route_corpus(loaded, corpus)
-    for row in corpus.stored:
-        del row["documents"]
     monkeypatch.setattr(sys.modules["moejax.inspection.trace"], "TOKENS_AT_ONCE", 2 * 16)  # two rows, then one
     some = route_corpus(loaded, corpus, max_rows=3, seed=1)
     rows = np.unique(some.rows_T)
-    assert len(rows) == 3 and (some.documents_T == -1).all()
+    assert len(rows) == 3
     is_there = np.isin(whole.rows_T, rows)
     np.testing.assert_array_equal(some.tokens_T, whole.tokens_T[is_there])
+    np.testing.assert_array_equal(some.documents_T, whole.documents_T[is_there])
     np.testing.assert_array_equal(some.experts_NTK, whole.experts_NTK[:, is_there])
 
 

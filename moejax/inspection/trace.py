@@ -108,7 +108,7 @@ class RoutedTokens:
       tokens_T: ids, int32.
       rows_T: row of the split, int32.
       positions_T: position in its piece of a document, int32; 0 starts a piece.
-      documents_T: document of the split, int32; -1 if the rows do not say.
+      documents_T: document of the split, int32, in the order of its labels.
       experts_NTK: the experts of each token, the best first, int32; `num_experts` where there is no (further) expert.
       weights_NTK: their combine weights, float32; 0 where there is no expert.
       num_experts: width of the router, E.
