@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float, Float32, Int, Int32
 
+from moejax.data.packing import FEATURES
 from moejax.inspection import show_trace
 
 if TYPE_CHECKING:  # imported where they are needed: a trace can be looked at without a model
@@ -225,10 +226,9 @@ def spread_rows(num_rows: int, max_rows: int | None, seed: int) -> Int[np.ndarra
 def _stack(rows: Sequence[dict[str, np.ndarray]], num_rows: int, seq_len: int) -> dict[str, np.ndarray]:
     """The inputs of rows, `[num_rows, seq_len]`, filled up with rows of padding."""
     stacked = {}
-    for name in ("tokens", "segments", "positions", "documents"):
-        unknown = np.full(seq_len + 1, -1, np.int32)
+    for name in FEATURES:
         stacked[name] = np.zeros((num_rows, seq_len), np.int32)
-        stacked[name][: len(rows)] = [row.get(name, unknown)[:-1] for row in rows]
+        stacked[name][: len(rows)] = [row[name][:-1] for row in rows]
     return stacked
 
 
