@@ -13,8 +13,8 @@ import oracle_losses
 import oracle_routers
 from moejax.config import MoeConfig
 from moejax.moe.balance import auxiliary_losses, balance_loss, load_fractions, routing_metrics, z_loss
-from moejax.moe.estimates import count_assignments
-from moejax.moe.routers import RouterInputs, route
+from moejax.moe.estimates import count_assignments, count_ties
+from moejax.moe.routers import RouterInputs, Routing, route
 from moejax.moe.stats import Service, add_stats, collect
 
 T, E = 16, 8
@@ -102,6 +102,15 @@ def test_ties_are_counted_as_the_oracle_does_and_16_bits_make_them(top_k):
     many = routing_metrics(stats_of(rounded_TE, top_k, mask_T, kept_TK))["ties"]
     np.testing.assert_allclose(many, oracle.metrics(as_result(rounded_TE, mask_T, kept_TK, top_k))["ties"], rtol=1e-6)
     assert few == 0 and (many == 0) == (top_k == 8)  # among all experts there is no boundary
+
+
+def test_a_tie_is_at_the_last_choice_that_a_token_makes():
+    ranking_TE = jnp.array([[3.0, 1, 1, 0], [3, 1, 1, 0], [3, 3, 1, 0], [2, 2, 2, 2]])
+    # The first token chooses expert 1 over the equal 2; the second and third make one choice, and 4 is no expert.
+    experts_TK = jnp.array([[0, 1], [0, 4], [0, 4], [0, 1]])
+    zeros_TE, weights_TK = jnp.zeros((4, 4)), jnp.zeros((4, 2))
+    routing = Routing(zeros_TE, zeros_TE, experts_TK, weights_TK, ranking_TE, zeros_TE)
+    assert float(count_ties(routing, jnp.array([True, True, True, False]))) == 2  # the first and the third
 
 
 def random_case(top_k, seed=0):
