@@ -182,12 +182,14 @@ def test_thresholds_that_cannot_work_are_refused(alarms, message):
         resolve({"alarms": alarms})
 
 
-def test_a_rule_to_stop_at_saves_the_run_says_why_and_lets_it_go_on_without(tmp_path):
+@pytest.mark.parametrize("log_every", [2, 12])
+def test_a_rule_to_stop_at_saves_the_run_says_why_and_lets_it_go_on_without(tmp_path, log_every):
+    """Also if the only interval is written at the end of the run."""
     sections = {
         "model": {"num_layers": 1, "d_model": 16, "num_heads": 2, "num_kv_heads": 1, "d_ff": 16},
         "moe": {"num_experts": 4, "top_k": 1, "renormalize": False, "d_expert": 8, "balance_weight": 0.0},
         "data": {"source": "synthetic", "tokenizer": "bytes", "seq_len": 16, "directory": str(tmp_path / "data")},
-        "train": {"num_steps": 12, "batch_size": 8, "log_every": 2, "eval_every": 0},
+        "train": {"num_steps": 12, "batch_size": 8, "log_every": log_every, "eval_every": 0},
         # A router that learns anything falls below the entropy of a uniform one.
         "alarms": {"entropy": 1.0, "collapse": 0.0, "stop": "entropy"},
     }
@@ -195,7 +197,7 @@ def test_a_rule_to_stop_at_saves_the_run_says_why_and_lets_it_go_on_without(tmp_
         train(resolve(sections), tmp_path / "run")
     (line,) = read_alarms(tmp_path / "run")
     saved = [int(path.name) for path in (tmp_path / "run/checkpoints").iterdir() if path.name.isdigit()]
-    assert max(saved) < 12 and line["step"] < max(saved)
+    assert line["step"] <= max(saved) and (max(saved) < 12) == (log_every == 2)
     result = train(resolve(sections | {"alarms": {"entropy": 1.0, "collapse": 0.0}}), tmp_path / "run")
     assert result.step == 12 and result.evaluation is not None
     assert read_alarms(tmp_path / "run") == [line]

@@ -170,11 +170,11 @@ class _Loop:
                 self.stop.poll()
                 if finished.step % self.config.log_every == 0:
                     recorder.end_interval()
-                    if recorder.stopping:
-                        self.own_stop.request(ALARM)
+                    self._heed(recorder)
                 evaluation = None
                 if self._is_saved(step) or self.stop:
                     finished = recorder.flush()
+                    self._heed(recorder)
                     if self._is_evaluated(step) and not self.stop:
                         evaluation = self._evaluate(state, recorder.metrics)
                     self._save(state, evaluation)
@@ -233,6 +233,11 @@ class _Loop:
         routing = RoutingLog(self.workdir, config.moe_layers, config.moe.num_choices, LAYER_METRICS)
         routing.truncate(start_step)
         return routing
+
+    def _heed(self, recorder: Recorder) -> None:
+        """Asks for a stop if an interval that was just written holds an alarm that is to stop the run."""
+        if recorder.stopping:
+            self.own_stop.request(ALARM)
 
     def _stop_by_alarm(self, state: TrainState, recorder: Recorder) -> None:
         """Raises `AlarmError`; of several processes the first, which keeps the log, says why."""
