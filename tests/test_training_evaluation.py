@@ -61,6 +61,25 @@ def test_the_loss_of_a_domain_is_the_mean_over_its_targets_on_any_mesh(mesh, num
     assert evaluation.loss == pytest.approx(weighted, rel=1e-5)
 
 
+def test_the_probe_is_the_first_row_of_batches_spread_over_the_split(monkeypatch):
+    monkeypatch.setattr("moejax.training.evaluation.PROBE_ROWS", 4)
+    config = cases.small_config(moe={"num_experts": 4}, model={"num_layers": 2})
+    trainable = cases.make(config, 1)
+    state = cases.initial_state(trainable)
+    every = [cases.packed_batch(config, seed) for seed in range(11)]
+    with jax.set_mesh(trainable.mesh):
+        step = make_eval_step(trainable)
+
+        def probe(batches):
+            return evaluate(step, trainable, state.params, state.router_state, iter(batches), 100).probe_NTK
+
+        alone = [probe([batch]) for batch in every]
+        assert all(one.shape == (2, every[0].tokens_BL.shape[1], config.moe.top_k) for one in alone)
+        assert not np.array_equal(alone[0], alone[4])  # else the order would not show
+        for number, chosen in {1: [0], 4: [0, 1, 2, 3], 5: [0, 2, 4], 8: [0, 2, 4, 6], 11: [0, 4, 8]}.items():
+            np.testing.assert_array_equal(probe(every[:number]), np.concatenate([alone[i] for i in chosen], axis=1))
+
+
 def test_without_several_domains_there_is_no_loss_by_domain(monkeypatch):
     corpus = Corpus(ByteTokenizer(), 16, {}, {}, {}, {"validation": 5}, Path("nowhere"))
     with monkeypatch.context() as patch:

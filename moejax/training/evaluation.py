@@ -29,7 +29,8 @@ class Evaluation:
       num_targets: predicted tokens.
       load_NE: fraction of choices of each expert, by MoE layer; None for a dense model.
       coactivation_NEE: tokens that visit both experts of a pair, by MoE layer; None for a dense model.
-      probe_NTK: the experts of each token of the split's first rows; None for a dense model.
+      probe_NTK: the experts of each token of some rows spread over the split, always the same ones; None for a dense
+        model.
       loss_by_domain: mean cross-entropy of the targets of each domain, nats per token; empty unless the corpus names
         several domains.
     """
@@ -56,13 +57,16 @@ class Evaluation:
         return values
 
 
+PROBE_ROWS = 16
+"""At most so many rows of the split, and at least half as many if it has so many batches, tell how routing changes."""
+
 MAX_DOMAINS = 16
 """Of more, the smallest are one: the number of metrics stays bounded."""
 
 
 @jax.jit
 def _add(total: EvalOutput, more: EvalOutput) -> EvalOutput:
-    """The output of two parts, with the probe of the first; one program, not one for each of dozens of small arrays."""
+    """The output of two parts without probes; one program, not one for each of dozens of small arrays."""
 
     def plus(first, second):
         return jax.tree.map(jnp.add, first, second)  # None has no leaves
@@ -70,7 +74,7 @@ def _add(total: EvalOutput, more: EvalOutput) -> EvalOutput:
     return EvalOutput(
         add_sums(total.sums, more.sums),
         plus(total.coactivation_NEE, more.coactivation_NEE),
-        total.probe_NTK,
+        None,
         plus(total.nats_by_domain_G2, more.nats_by_domain_G2),
     )
 
@@ -104,12 +108,19 @@ def evaluate(
       domains: from `domains_of`.
     """
     total: EvalOutput | None = None
-    for batch in batches:
+    probes: list[jax.Array] = []
+    every = 1  # batch gives a probe
+    for number, batch in enumerate(batches):
         if should_stop():
             return None
         documents_BL, batch = batch.documents_BL, dataclasses.replace(batch, documents_BL=None)
         inputs = (batch,) if domains is None else (batch, _look_up(domains, documents_BL))
         output = eval_step(params, router_state, *(put_batch(x, trainable) for x in inputs))
+        if output.probe_NTK is not None and number % every == 0:
+            probes.append(output.probe_NTK)
+            if len(probes) > PROBE_ROWS:
+                probes, every = probes[::2], 2 * every
+        output = dataclasses.replace(output, probe_NTK=None)
         total = output if total is None else _add(total, output)
     if total is None:
         raise ValueError("nothing to evaluate: the split has no rows")
@@ -124,7 +135,7 @@ def evaluate(
         num_targets=int(num_targets),
         load_NE=load_NE,
         coactivation_NEE=None if total.coactivation_NEE is None else np.asarray(total.coactivation_NEE),
-        probe_NTK=None if total.probe_NTK is None else np.asarray(total.probe_NTK),
+        probe_NTK=np.concatenate(jax.device_get(probes), axis=1) if probes else None,
         loss_by_domain={} if domains is None else _means(domains, np.asarray(total.nats_by_domain_G2, np.float64)),
     )
 

@@ -4,7 +4,7 @@
 
   load          [N, E]     float32  fraction of choices of each expert
   coactivation  [N, E, E]  int32    tokens that visit both experts of a pair
-  experts       [N, T, K]  int32    the experts of each token of the split's first rows; E: none
+  experts       [N, T, K]  int32    the experts of each token of rows spread over the split; E: none
   churn         [N]        float32  fraction of those experts that the evaluation before this one did not have there
 """
 

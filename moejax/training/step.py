@@ -67,7 +67,7 @@ class EvalOutput:
     Attributes:
       sums: over its targets and tokens.
       coactivation_NEE: tokens that visit both experts of a pair, int32; None for a dense model.
-      probe_NTK: the experts of the tokens of its first `PROBE_ROWS` rows, as `experts_by_token` gives them.
+      probe_NTK: the experts of the tokens of its first row, as `experts_by_token` gives them; None for a dense model.
       nats_by_domain_G2: cross-entropy and number of the targets of each domain, float32; None without domains.
     """
 
@@ -76,9 +76,6 @@ class EvalOutput:
     probe_NTK: jax.Array | None = None
     nats_by_domain_G2: jax.Array | None = None
 
-
-PROBE_ROWS = 8
-"""Rows of the validation split whose routing is kept at every evaluation, to see how much of it changes."""
 
 COMPILER_OPTIONS: dict[str, dict[str, bool | str]] = {"tpu": {"xla_tpu_enable_async_all_to_all": True}}
 """By platform: else XLA:TPU computes nothing while tokens travel."""
@@ -297,7 +294,7 @@ def make_eval_step(trainable: Trainable, num_domains: int = 0) -> Callable[..., 
         return EvalOutput(
             sums=sums,
             coactivation_NEE=coactivation(experts_NTK, num_choices),
-            probe_NTK=experts_NTK[:, : PROBE_ROWS * batch.tokens_BL.shape[1]],
+            probe_NTK=experts_NTK[:, : batch.tokens_BL.shape[1]],
             nats_by_domain_G2=by_domain_G2,
         )
 
