@@ -63,7 +63,7 @@ def load_on_expert_0():
 
 # Thresholds: half of E / K - 1 = 3; 100 steps; 0.9; 100; 0.01; 0.3; 0.02 * ln 8.
 CASES = {
-    "collapse": ({"max_violation": [0, 1.49, 0]}, {"max_violation": [0, 1.53, 0]}, 0.51, "51%"),
+    "collapse": ({"max_violation": [0, 1.79, 0]}, {"max_violation": [0, 1.83, 0]}, 0.61, "61%"),
     "dead_experts": ({"idle_steps_NE": idle(100)}, {"idle_steps_NE": idle(101)}, 101, "101 steps"),
     "balance_floor": (
         {"counts_NE": load_on_expert_0(), "probs_NE": probs_against_load(0.91)},

@@ -12,7 +12,7 @@ RULES = ("collapse", "dead_experts", "balance_floor", "logits", "ties", "drops",
 class AlarmConfig:
     """Thresholds, each for one layer over one logging interval; 0 switches a rule off."""
 
-    collapse: float = 0.5  # MaxVio over the largest possible, E / K - 1
+    collapse: float = 0.6  # MaxVio over the largest possible, E / K - 1
     dead_experts: int = 500  # steps without a token
     balance_floor: float = 0.9  # balance loss below its floor of 1: scores "hacked" under a normaliser's epsilon
     logits: float = 100.0  # largest magnitude of a router logit; not finite is an alarm unless the rule is off
