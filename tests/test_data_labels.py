@@ -4,12 +4,11 @@ import dataclasses
 
 import numpy as np
 import pytest
-import tensorflow_datasets as tfds
 
-from moejax.config import DataConfig
 from moejax.data import DataError, eval_batches, prepare
 from moejax.data.labels import Labels, LabelsFile, read_labels
 from moejax.data.sources import Document
+from tfds_cases import write_dataset
 
 DOCUMENTS = [
     Document("aaa", "first", "x"),
@@ -60,28 +59,9 @@ def test_the_smallest_of_many_domains_become_one():
 
 def test_a_corpus_knows_the_domain_of_every_token_of_a_dataset_that_names_them(tmp_path):
     texts = {"x": "abcdefgh" * 5, "y": "ABCDEFGH" * 3}
-    with tfds.core.registered.skip_registration():
-
-        class Letters(tfds.core.GeneratorBasedBuilder):
-            VERSION = tfds.core.Version("1.0.0")
-
-            def _info(self):
-                text = tfds.features.Text()
-                features = tfds.features.FeaturesDict({"text": text, "domain": text, "name": np.int32})
-                return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
-
-            def _split_generators(self, dl_manager):
-                return {split: self._generate_examples() for split in ("train", "validation")}
-
-            def _generate_examples(self):
-                for i in range(6):
-                    yield i, {"text": texts["xy"[i % 2]], "domain": "xy"[i % 2], "name": i}
-
-    tfds.disable_progress_bar()
-    Letters(data_dir=str(tmp_path / "sets")).download_and_prepare(file_format="array_record")
-    data = DataConfig(
-        source="tfds", name="letters", source_dir=str(tmp_path / "sets"), directory=str(tmp_path / "data")
-    )
+    examples = [{"text": texts["xy"[i % 2]], "domain": "xy"[i % 2], "name": i} for i in range(6)]
+    data = write_dataset(tmp_path / "sets", {"train": examples, "validation": examples})
+    data = dataclasses.replace(data, directory=str(tmp_path / "data"))
     corpus = prepare(dataclasses.replace(data, tokenizer="bytes", seq_len=16))
     labels = corpus.labels("validation")
     assert labels.domains == ("x", "y") and labels.names == tuple("012345")

@@ -4,12 +4,12 @@ import dataclasses
 import hashlib
 
 import pytest
-import tensorflow_datasets as tfds
 
 from moejax.config import ConfigError, DataConfig
 from moejax.data.errors import DataError
 from moejax.data.sources import open_source
 from moejax.data.splits import held_out
+from tfds_cases import write_dataset
 
 SPLITS = ("train", "validation")
 
@@ -30,25 +30,8 @@ def write_files(folder, texts):
 
 
 def make_dataset(data_dir, splits, feature="text", file_format="array_record"):
-    """Prepares a dataset named `letters` as another project would."""
-    with tfds.core.registered.skip_registration():
-
-        class Letters(tfds.core.GeneratorBasedBuilder):
-            VERSION = tfds.core.Version("1.2.0")
-
-            def _info(self):
-                features = tfds.features.FeaturesDict({feature: tfds.features.Text()})
-                return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
-
-            def _split_generators(self, dl_manager):
-                return {split: self._generate_examples(texts) for split, texts in splits.items()}
-
-            def _generate_examples(self, texts):
-                yield from enumerate({feature: text} for text in texts)
-
-    tfds.disable_progress_bar()
-    Letters(data_dir=str(data_dir)).download_and_prepare(file_format=file_format)
-    return DataConfig(source="tfds", name="letters", source_dir=str(data_dir))
+    examples = {split: [{feature: text} for text in texts] for split, texts in splits.items()}
+    return write_dataset(data_dir, examples, file_format)
 
 
 def test_synthetic_documents_are_many_distinct_and_english_like():

@@ -22,6 +22,7 @@ from moejax.cli import main
 from moejax.config import to_dict
 from moejax.training.checkpoint import Checkpoints
 from moejax.training.routing_log import read_routing
+from tfds_cases import write_dataset
 from training_cases import make, small_config
 
 REPOSITORY = Path(__file__).parents[1]
@@ -33,8 +34,7 @@ SECONDS = 240  # until a process that should have ended is killed; far more than
 def folder(tmp_path_factory):
     """A recipe on four devices, its text and a cache of compiled programs, which most runs share."""
     folder = tmp_path_factory.mktemp("processes")
-    letters = np.random.default_rng(0).choice([*"abcdefghij    "], 8000)
-    (folder / "text.txt").write_text("".join(letters))
+    write_text(folder / "sets")
     values = to_dict(recipe_config(folder))
     (folder / "recipe.py").write_text(
         f"from ml_collections import ConfigDict\ndef get_config(arg=''):\n    return ConfigDict({values!r})\n"
@@ -42,10 +42,20 @@ def folder(tmp_path_factory):
     return folder
 
 
+def write_text(folder):
+    """A dataset of two domains, one in lower case."""
+    texts = ["".join(np.random.default_rng(i).choice([*"abcdefghij    "], 800)) for i in range(10)]
+    lower = [{"text": text, "domain": "lower"} for text in texts[::2]]
+    upper = [{"text": text.upper(), "domain": "upper"} for text in texts[1::2]]
+    write_dataset(folder, {"train": lower[1:] + upper[1:], "validation": [lower[0], upper[0]]})
+
+
 def recipe_config(folder):
     return small_config(
         model={"num_layers": 1, "d_model": 16, "num_heads": 2, "num_kv_heads": 2, "remat": False},
-        data={"source": "files", "files": str(folder / "text.txt"), "directory": str(folder / "data")},
+        data={
+            "source": "tfds", "name": "letters", "source_dir": str(folder / "sets"), "directory": str(folder / "data")
+        },
         train={
             "num_steps": 60, "batch_size": 8, "log_every": 1, "eval_every": 30, "checkpoint_every": 8,
             "step_limit_s": 100.0,
@@ -204,6 +214,8 @@ def test_when_a_process_is_killed_the_others_fail_within_a_minute(killed):
 def test_the_loss_curve_is_that_of_one_process_bit_for_bit(alone, finished):
     assert curve(finished[0]) == curve(alone)
     assert len(curve(alone)) == 62  # 60 steps and two evaluations
+    evaluated = [line for line in curve(alone) if "eval/loss" in line]
+    assert all({"eval/loss/lower", "eval/loss/upper"} <= line.keys() for line in evaluated) and len(evaluated) == 2
     np.testing.assert_array_equal(read_routing(finished[0]).counts_SNE, read_routing(alone).counts_SNE)
     assert sorted(os.listdir(finished[0] / "routing/evaluations")) == sorted(os.listdir(alone / "routing/evaluations"))
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
 from moejax.data import Batch, Corpus, prepare
 from moejax.data.batches import to_batch
@@ -33,6 +33,7 @@ from moejax.inspection.counterfactual_result import (
     Outcome,
     paired_change,
 )
+from moejax.inspection.trace import spread_rows
 from moejax.models import Decoder
 from moejax.models.stack import Block, Context
 from moejax.moe.layer import MoE, TokenInfo
@@ -70,12 +71,12 @@ def counterfactuals(
     Args:
       run: a loaded run, or the run directory.
       step: a saved step, for a run directory; None takes the newest.
-      max_rows: validation rows, spread evenly over the split; None takes all.
+      max_rows: validation rows, spread over the split; None takes all.
       kinds: which of the above.
       top_k: numbers of experts per token; None: from 1 to twice the run's, at most E.
       capacity_factors: of evaluation.
       num_pairs: at random, in each layer.
-      seed: of those.
+      seed: of those, and of the choice of rows.
 
     Raises:
       CounterfactualError: a dense run, an unknown kind, or more rows than there are.
@@ -93,6 +94,7 @@ def counterfactuals(
         prepare(loaded.config.data, loaded.tokenizer),
         max_rows,
         loaded.config.train.batch_size // loaded.config.train.accumulation,
+        seed,
     )
     parts = Parts(loaded.model)
     numbers = loaded.config.moe_layers
@@ -122,8 +124,8 @@ def counterfactuals(
     )
 
 
-def read_rows(corpus: Corpus, max_rows: int | None, batch_size: int) -> list[Batch]:
-    """Validation rows, spread evenly over the split, in batches of one shape: the last is filled up with padding.
+def read_rows(corpus: Corpus, max_rows: int | None, batch_size: int, seed: int = 0) -> list[Batch]:
+    """Validation rows, spread over the split, in batches of one shape: the last is filled up with padding.
 
     Raises:
       CounterfactualError: there are not so many.
@@ -134,18 +136,13 @@ def read_rows(corpus: Corpus, max_rows: int | None, batch_size: int) -> list[Bat
             f"{max_rows} rows must be between 1 and the {len(rows)} of the validation split; leave the number out for "
             "all of them"
         )
-    chosen_R = spread(len(rows), len(rows) if max_rows is None else max_rows)
+    chosen_R = spread_rows(len(rows), max_rows, seed)
     batches = []
     for start in range(0, len(chosen_R), batch_size):
         read = [rows[int(index)] for index in chosen_R[start : start + batch_size]]
         read += [empty_row(corpus.seq_len)] * (batch_size - len(read))
         batches.append(to_batch({name: np.stack([row[name] for row in read]) for name in read[0]}))
     return batches
-
-
-def spread(num_rows: int, max_rows: int) -> Int[np.ndarray, "R"]:
-    """`max_rows` of the numbers from 0 to `num_rows` - 1, in the middles of equal stretches."""
-    return ((2 * np.arange(max_rows, dtype=np.int64) + 1) * num_rows) // (2 * max_rows)
 
 
 class Traffic(NamedTuple):

@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
+from moejax.inspection.expert_similarity import weight_cosine
 from moejax.moe.experts import Experts
 from moejax.moe.layer import MoE
 from moejax.moe.logits import NoLogits
@@ -127,11 +128,8 @@ def similarity(experts: Experts) -> Float[np.ndarray, "E E"]:
 
     Low where two experts compute the same with their hidden units in another order.
     """
-    arrays = [getattr(experts, name)[...] for name in WEIGHTS if hasattr(experts, name)]
-    products_EE = sum(jnp.einsum("EP,FP->EF", w_EP, w_EP) for w_EP in (w.reshape(w.shape[0], -1) for w in arrays))
-    products = np.asarray(products_EE, np.float64)
-    norms_E = np.sqrt(np.maximum(np.diag(products), np.finfo(np.float64).tiny))
-    return products / norms_E / norms_E[:, None]
+    arrays = [np.asarray(getattr(experts, name)[...]) for name in WEIGHTS if hasattr(experts, name)]
+    return weight_cosine(np.concatenate([w.reshape(len(w), -1) for w in arrays], axis=1)[None])[0]
 
 
 def _copy(moe: MoE) -> MoE:

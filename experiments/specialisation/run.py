@@ -1,0 +1,291 @@
+"""Do experts follow the token, its form, or the domain? Writes results, figure and tables of `docs/specialisation.md`.
+
+  python experiments/specialisation/run.py [CONDITION ...]
+
+Without arguments all conditions; a run that is done is not run again (`runs/specialisation/CONDITION_SEED`), and
+figures of conditions that are not named stay.
+"""
+
+import json
+import runpy
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import matplotlib
+import numpy as np
+
+from moejax.config import resolve
+from moejax.data import Corpus, prepare
+from moejax.data.labels import Labels
+from moejax.inspection import open_run
+from moejax.inspection.attributes import Attribute, attributes_of
+from moejax.inspection.expert_profile import domain_specialisation, vocabulary_specialisation
+from moejax.inspection.expert_similarity import linear_cka, output_cosine
+from moejax.inspection.expert_weights import expert_outputs
+from moejax.inspection.information import expert_information, information_table
+from moejax.inspection.saturation import router_saturation
+from moejax.inspection.trace import route_corpus
+from moejax.training.loop import train
+
+matplotlib.use("Agg")
+from matplotlib import pyplot  # after the choice of a backend
+
+ROOT = Path(__file__).parents[2]
+HERE = Path(__file__).parent
+RESULTS = HERE / "results.json"
+PAGE = ROOT / "docs/specialisation.md"
+MARKS = ("<!-- measured: written by experiments/specialisation/run.py -->\n", "<!-- end -->")
+NUM_PERMUTATIONS = 10
+PASSAGE_TOKENS = 128  # of each domain, on which outputs of experts are compared
+
+Results = dict[str, dict[str, dict[str, Any]]]  # by condition and seed
+
+CONDITIONS: dict[str, tuple[Sequence[int], dict[str, Any]]] = {
+    "moe": ((0, 1, 2), {}),
+    "untrained": ((0, 1, 2), {"train.num_steps": 1, "train.eval_every": 0}),
+    "dense": ((0,), {"moe.num_experts": 0}),
+}
+"""By name: seeds, and what each changes in `configs/domains_moe.py`."""
+
+QUESTIONS: tuple[tuple[str, str, str], ...] = (
+    ("token", "", "tokens"),
+    ("previous token", "", "tokens"),
+    ("next token", "", "tokens"),
+    ("character class", "", "tokens"),
+    ("position in word", "", "tokens"),
+    ("word in sentence", "", "tokens"),
+    ("position in context", "", "tokens"),
+    ("position in row", "", "tokens"),
+    ("domain", "", "tokens"),
+    ("domain", "", "documents"),
+    ("document", "", "tokens"),
+    ("token", "domain", "tokens"),
+    ("domain", "token", "tokens"),
+    ("domain", "token", "documents"),
+    ("document", "token", "tokens"),
+    ("document", "domain", "tokens"),
+    ("character class", "domain", "tokens"),
+    ("domain", "character class", "tokens"),
+    ("previous token", "token", "tokens"),
+)
+"""Attribute, its condition or none, and what chance permutes."""
+
+
+def config_of(condition: str, seed: int):
+    """The recipe with the condition's changes."""
+    config = runpy.run_path(str(ROOT / "configs/domains_moe.py"))["get_config"]()
+    for key, value in CONDITIONS[condition][1].items():
+        section, leaf = key.split(".")
+        config[section][leaf] = value
+    config.train.seed = seed
+    return resolve(config)
+
+
+def measure(condition: str, seed: int) -> dict[str, Any]:
+    """Trains, or takes the finished run, and looks at all validation rows at its last checkpoint."""
+    workdir = ROOT / "runs/specialisation" / f"{condition}_{seed}"
+    if train(config_of(condition, seed), workdir, command=" ".join(["python", *sys.argv])).stopped_by:
+        sys.exit(0)
+    run = open_run(workdir)
+    measured: dict[str, Any] = {key: run.last(key) for key in run.keys if key.startswith("eval/")}
+    return measured if run.is_dense else measured | look(run)
+
+
+def look(run) -> dict[str, Any]:
+    """What the experts of a run specialise in."""
+    model = run.load()
+    corpus = prepare(model.config.data, model.tokenizer)
+    labels = corpus.labels("validation")
+    routed = route_corpus(model, corpus)
+    domains_T = labels.domain_of_document[routed.documents_T]
+    attributes = {
+        attribute.name: attribute
+        for attribute in (
+            *attributes_of(routed.tokens_T, routed.rows_T, routed.positions_T, model.tokenizer.piece),
+            Attribute("domain", domains_T, labels.domains),
+            Attribute("document", routed.documents_T),
+        )
+    }
+    num_experts, layers = routed.num_experts, routed.layers
+    information = [
+        expert_information(
+            attributes[name], routed.experts_NTK, num_experts, given=attributes.get(given), over=over,
+            documents_T=routed.documents_T if over == "documents" else None, num_permutations=NUM_PERMUTATIONS,
+        )
+        for name, given, over in QUESTIONS
+    ]  # fmt: skip
+    vocabulary = vocabulary_specialisation(routed.tokens_T, routed.experts_NTK, model.tokenizer.vocab_size, num_experts)
+    by_domain = domain_specialisation(domains_T, routed.experts_NTK, len(labels.domains), num_experts)
+    steps = run.evaluations.steps
+    probes = [run.evaluations.read(step)["experts"] for step in steps]
+    outputs_NETD = expert_outputs(model.model, passages(corpus, labels))
+    return {
+        "layers": list(layers),
+        "tokens": len(routed.tokens_T),
+        "documents": len(np.unique(routed.documents_T)),
+        "information": information_table(information, layers),
+        "vocabulary": {"mean": vocabulary.mean_N.tolist(), "chance": vocabulary.chance_N.tolist()},
+        "domains": {
+            "names": list(labels.domains),
+            "tokens": by_domain.tokens_D.tolist(),
+            "share_over_uniform": (by_domain.share_NDE / by_domain.uniform_N[:, None, None]).round(4).tolist(),
+        },
+        "saturation": {"steps": list(steps), "share": router_saturation(probes, num_experts).tolist()}
+        if probes
+        else {},
+        "output_cka": [mean_of_pairs(linear_cka(outputs_ETD)) for outputs_ETD in outputs_NETD],
+        "output_cosine": [mean_of_pairs(output_cosine(outputs_ETD)) for outputs_ETD in outputs_NETD],
+    }
+
+
+def passages(corpus: Corpus, labels: Labels) -> np.ndarray:
+    """One passage of each domain: the beginning of its first validation row that one document fills so far."""
+    found: dict[int, np.ndarray] = {}
+    for row in corpus.rows("validation"):
+        domain = int(labels.domain_of_document[row["documents"][0]])
+        if (row["segments"][:PASSAGE_TOKENS] == 1).all():
+            found.setdefault(domain, row["tokens"][:PASSAGE_TOKENS])
+        if len(found) == len(labels.domains):
+            break
+    return np.stack([found[domain] for domain in sorted(found)])
+
+
+def mean_of_pairs(of_pairs_EE: np.ndarray) -> float:
+    """Over different experts."""
+    return float(of_pairs_EE[~np.eye(len(of_pairs_EE), dtype=bool)].mean())
+
+
+def by_seed(results: Results, condition: str, question: tuple[str, str, str], column: str) -> np.ndarray:
+    """A column of the information table, `[seeds, layers]`."""
+    return np.array(
+        [
+            [row[column] for row in found["information"] if (row["attribute"], row["given"], row["over"]) == question]
+            for found in results[condition].values()
+        ]
+    )
+
+
+def spread(values: np.ndarray, form: str = "{:.3f}") -> str:
+    """Mean over seeds and layers, and the range of seeds."""
+    seeds = values.reshape(len(values), -1).mean(axis=1)
+    return f"{form.format(seeds.mean())} ({form.format(seeds.min())} to {form.format(seeds.max())})"
+
+
+def name_of(question: tuple[str, str, str]) -> str:
+    """For tables and the figure."""
+    attribute, given, over = question
+    return attribute + f" given {given}" * bool(given) + ", documents permuted" * (over == "documents")
+
+
+def information_rows(results: Results) -> Iterator[str]:
+    """What each attribute tells."""
+    yield "| attribute | bits | of these chance | 0 chance, 1 all | before training |"
+    yield "|---|---|---|---|---|"
+    for question in QUESTIONS:
+        bits, chance, adjusted = (
+            by_seed(results, "moe", question, column) for column in ("information", "baseline", "adjusted")
+        )
+        before = by_seed(results, "untrained", question, "adjusted")
+        cells = name_of(question), f"{bits.mean():.3f}", f"{chance.mean():.3f}", spread(adjusted), spread(before)
+        yield f"| {' | '.join(cells)} |"
+
+
+def layer_rows(results: Results) -> Iterator[str]:
+    """The two conditional informations by layer."""
+    layers = next(iter(results["moe"].values()))["layers"]
+    yield f"| bits above chance, by layer | {' | '.join(map(str, layers))} |"
+    yield f"|---|{'---|' * len(layers)}"
+    for question in (("token", "domain", "tokens"), ("domain", "token", "tokens"), ("domain", "token", "documents")):
+        excess = by_seed(results, "moe", question, "excess").mean(axis=0)
+        yield f"| {name_of(question)} | {' | '.join(f'{x:.3f}' for x in excess)} |"
+    for name, read in LAYER_ROWS.items():
+        values = np.array([read(found) for found in results["moe"].values()]).mean(axis=0)
+        yield f"| {name} | {' | '.join(f'{x:.2f}' for x in values)} |"
+
+
+LAYER_ROWS = {
+    "vocabulary specialisation": lambda found: found["vocabulary"]["mean"],
+    "the same by chance": lambda found: found["vocabulary"]["chance"],
+    "busiest expert of a domain, over uniform": lambda found: np.max(
+        found["domains"]["share_over_uniform"], axis=2
+    ).mean(axis=1),
+    "outputs of two experts, cosine": lambda found: found["output_cosine"],
+    "outputs of two experts, linear CKA": lambda found: found["output_cka"],
+}
+
+
+def saturation_rows(results: Results) -> Iterator[str]:
+    """How much of the last routing each evaluation had."""
+    steps = next(iter(results["moe"].values()))["saturation"]["steps"]
+    yield f"| step | {' | '.join(map(str, steps))} |"
+    yield f"|---|{'---|' * len(steps)}"
+    share_RSN = np.array([found["saturation"]["share"] for found in results["moe"].values()])
+    for n, layer in enumerate(next(iter(results["moe"].values()))["layers"]):
+        yield f"| layer {layer} | {' | '.join(f'{x:.2f}' for x in share_RSN[:, :, n].mean(axis=0))} |"
+
+
+def loss_rows(results: Results) -> Iterator[str]:
+    """Loss by domain, of experts and of the dense twin."""
+    names = next(iter(results["moe"].values()))["domains"]["names"]
+    yield f"| nats per token | all | {' | '.join(names)} |"
+    yield f"|---|{'---|' * (len(names) + 1)}"
+    for condition in ("moe", "dense"):
+        keys = ["eval/loss", *(f"eval/loss/{name}" for name in names)]
+        values = np.array([[found[key] for key in keys] for found in results[condition].values()])
+        seeds = f"{len(values)} seeds" if len(values) > 1 else "1 seed"
+        yield f"| {condition}, {seeds} | {' | '.join(f'{x:.3f}' for x in values.mean(axis=0))} |"
+
+
+def tables(results: Results) -> str:
+    """All of them as Markdown."""
+    parts = (information_rows, layer_rows, saturation_rows, loss_rows)
+    return "\n\n".join("\n".join(part(results)) for part in parts) + "\n"
+
+
+def draw(results: Results) -> None:
+    """What attributes tell by layer: mean of the seeds and their range, and dotted before training."""
+    questions = {
+        ("token", "", "tokens"): ("black", "-"),
+        ("token", "domain", "tokens"): ("#0072B2", "-"),
+        ("domain", "token", "tokens"): ("#D55E00", "-"),
+        ("domain", "", "tokens"): ("#E69F00", "--"),
+        ("character class", "", "tokens"): ("#009E73", "--"),
+        ("previous token", "token", "tokens"): ("#CC79A7", "-."),
+    }
+    layers = next(iter(results["moe"].values()))["layers"]
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4.6), layout="constrained")
+    for axis, column, name in zip(axes, ("excess", "adjusted"), ("bits above chance", "0 chance, 1 all"), strict=True):
+        for question, (color, dashes) in questions.items():
+            values = by_seed(results, "moe", question, column)
+            axis.plot(layers, values.mean(axis=0), dashes, color=color, label=name_of(question))
+            axis.fill_between(layers, values.min(axis=0), values.max(axis=0), color=color, alpha=0.15, linewidth=0)
+            axis.plot(layers, by_seed(results, "untrained", question, column).mean(axis=0), ":", color=color, lw=1)
+        axis.set(xlabel="layer", ylabel=name, xticks=layers, ylim=(0, None))
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    figure.savefig(HERE / "figure.png", dpi=110)
+
+
+def main() -> None:
+    """Runs what is named, or everything; then tables and figure of all that is known."""
+    results: Results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    for condition in sys.argv[1:] or CONDITIONS:
+        for seed in CONDITIONS[condition][0]:
+            print(f"{condition}, seed {seed}", flush=True)
+            results.setdefault(condition, {})[str(seed)] = measure(condition, seed)
+            results = {name: results[name] for name in CONDITIONS if name in results}
+            RESULTS.write_text(json.dumps(results) + "\n")
+            jax.clear_caches()
+    if results.keys() < CONDITIONS.keys():
+        print(f"no tables yet: {', '.join(CONDITIONS.keys() - results.keys())} not run")
+        return
+    draw(results)
+    start, end = MARKS
+    before, _, rest = PAGE.read_text().partition(start)
+    PAGE.write_text(before + start + tables(results) + end + rest.partition(end)[2])
+
+
+if __name__ == "__main__":
+    main()
