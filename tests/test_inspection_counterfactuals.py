@@ -36,6 +36,7 @@ from moejax.inspection.counterfactual_result import (
     paired_change,
 )
 from moejax.inspection.counterfactuals import Parts, counterfactuals, read_rows
+from moejax.inspection.trace import spread_rows
 from moejax.models.parameters import count_parameters
 from moejax.moe.layer import MoE
 from moejax.training.checkpoint import Checkpoints
