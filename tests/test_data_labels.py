@@ -57,6 +57,12 @@ def test_the_smallest_of_many_domains_become_one():
     assert labels.largest(4) is labels
 
 
+def test_a_domain_of_the_name_of_the_rest_is_part_of_it():
+    labels = Labels((), ("a", "other", "z"), np.array([0, 1, 1, 1, 2, 0], np.int32))
+    fewer = labels.largest(2)
+    assert fewer.domains == ("a", "other") and fewer.domain_of_document.tolist() == [0, 1, 1, 1, 1, 0]
+
+
 def test_a_corpus_knows_the_domain_of_every_token_of_a_dataset_that_names_them(tmp_path):
     texts = {"x": "abcdefgh" * 5, "y": "ABCDEFGH" * 3}
     examples = [{"text": texts["xy"[i % 2]], "domain": "xy"[i % 2], "name": i} for i in range(6)]

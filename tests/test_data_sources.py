@@ -4,8 +4,10 @@ import dataclasses
 import hashlib
 
 import pytest
+import tensorflow_datasets as tfds
 
 from moejax.config import ConfigError, DataConfig
+from moejax.data import prepare
 from moejax.data.errors import DataError
 from moejax.data.sources import open_source
 from moejax.data.splits import held_out
@@ -70,6 +72,8 @@ def test_holding_out_takes_whole_documents_near_a_twentieth_whatever_their_order
     assert abs(sum(sizes[name] for name in chosen) / sum(sizes.values()) - 0.05) < 0.01
     assert len(held_out({"a": 1, "b": 1})) == 1
     assert len(held_out({"a": 0, "b": 0})) == 1
+    for i in range(20):  # whichever comes first by its hash
+        assert not held_out({f"empty{i}": 0, "a": 1, "b": 1}) & {f"empty{i}"}
 
 
 def test_files_are_one_document_each_byte_for_byte(tmp_path):
@@ -169,6 +173,23 @@ def test_a_damaged_dataset_names_its_folder(tmp_path):
     with pytest.raises(DataError, match=rf"{tmp_path}/letters/1\.2\.0.*array_record") as error:
         list(open_source(data).documents("train"))
     assert "\n" not in str(error.value)
+
+
+def test_a_dataset_whose_text_is_none_is_refused_and_labels_have_their_names(tmp_path):
+    examples = [{"text": i, "domain": "x"} for i in range(3)]
+    with pytest.raises(ConfigError, match=r"its feature `text` is \w+ and must be a tfds Text"):
+        open_source(write_dataset(tmp_path / "numbers", {"train": examples, "validation": examples}))
+    examples = [{"text": "a", "domain": domain} for domain in ("law", "art")]
+    label = tfds.features.ClassLabel(names=["art", "law"])
+    splits = {"train": examples, "validation": examples}
+    data = write_dataset(tmp_path / "labels", splits, features={"domain": label})
+    assert [document.domain for document in open_source(data).documents("train")] == ["law", "art"]
+
+
+def test_a_corpus_without_a_byte_to_validate_on_is_refused(tmp_path):
+    data = make_dataset(tmp_path / "sets", {"train": ["a" * 50], "validation": ["", ""]})
+    with pytest.raises(DataError, match="source=tfds: all documents of its validation split are empty; add text"):
+        prepare(dataclasses.replace(data, directory=str(tmp_path / "data"), tokenizer="bytes"))
 
 
 def test_a_dataset_is_opened_with_a_home_folder_and_a_version(tmp_path, monkeypatch):

@@ -4,7 +4,6 @@ import json
 import runpy
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 ROOT = Path(__file__).parents[1]

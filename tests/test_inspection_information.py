@@ -123,6 +123,33 @@ def test_permutations_within_a_condition_keep_what_the_condition_explains():
     assert measure(values, experts, 8).excess_N[0] > 100 * found.spread_N[0]
 
 
+def test_documents_of_unequal_size_do_not_make_chance_seem_low():
+    # Four long documents of one domain and sixteen short ones of another, each with an expert of its own liking.
+    rng = np.random.default_rng(5)
+    sizes = np.array([4000] * 4 + [200] * 16)
+    domain = np.repeat([0, 1], [4, 16])
+    scores = []
+    for _ in range(60):
+        documents = np.repeat(np.arange(20), sizes)
+        liking = rng.integers(0, 4, 20)[documents]
+        experts = np.where(rng.random(documents.size) < 0.5, liking, rng.integers(0, 4, documents.size))
+        found = measure(domain[documents], experts, 4, over="documents", documents_T=documents, num_permutations=20)
+        scores.append(found.excess_N[0] / found.spread_N[0])
+    assert abs(np.mean(scores)) < 0.4  # with all tokens of each it is above 1
+
+
+def test_a_document_test_takes_as_many_tokens_of_each_as_it_is_told():
+    documents = np.repeat([0, 1, 2], [50, 300, 400])
+    found = measure(documents % 2, documents % 2, over="documents", documents_T=documents, tokens_per_document=200)
+    # 200 tokens of documents 1 and 2 each: one bit, and a permutation of two documents tells it as well.
+    assert [found.entropy_N[0], found.information_N[0], found.baseline_N[0]] == pytest.approx([1, 1, 1])
+    whole = measure(documents % 2, documents % 2, over="documents", documents_T=documents)
+    assert whole.entropy_N[0] == pytest.approx(-math.log2(1 / 3) / 3 - 2 * math.log2(2 / 3) / 3)
+    for number in (0, 350):
+        with pytest.raises(InformationError, match=f"tokens_per_document={number} must be at least 1, and two doc"):
+            measure(documents, documents % 2, over="documents", documents_T=documents, tokens_per_document=number)
+
+
 def test_documents_are_permuted_whole():
     # Each of 40 documents has an expert of its own liking, whatever its domain. Over tokens the domain seems to tell a
     # lot; over documents it is chance.

@@ -30,13 +30,15 @@ def test_a_figure_is_saved_as_vector_or_raster_and_shows_itself(tmp_path):
 
 
 def test_few_layers_are_lines_and_the_worst_at_the_end_is_thick_and_named():
-    values_SN = np.array([[9.0, 1.0, 1.0], [0.1, 0.4, 0.3], [np.nan, 0.5, np.nan]])
+    values_SN = np.array([[9.0, 1.0, 1.0], [np.nan, 0.4, 0.3], [0.1, 0.5, 0.2]])
     drawing = layer_figures.draw_layers(np.array([5, 10, 15]), values_SN, [0, 3, 6], "MaxVio", worst=np.nanmax)
     lines = drawing.figure.axes[0].lines
     assert [line.get_label() for line in lines] == ["layer 0", "layer 3, worst", "layer 6"]
-    np.testing.assert_array_equal(lines[2].get_ydata(), [1, 0.3, np.nan])
+    np.testing.assert_array_equal(lines[0].get_ydata(), [9, np.nan, 0.1])
     assert [line.get_linewidth() > 2 for line in lines] == [False, True, False]
-    assert layer_figures.worst_layer(values_SN, np.nanmin) == 0  # 0.1 is its last finite value
+    assert layer_figures.worst_layer(values_SN, np.nanmin) == 0
+    assert layer_figures.worst_layer(values_SN[:2], np.nanmin) == 0  # it ends without a finite value
+    assert layer_figures.worst_layer(np.array([[np.nan, 2.0]]), np.nanmin) == 1  # the other never had one
     assert layer_figures.worst_layer(np.full((2, 2), np.nan), np.nanmax) is None
 
 

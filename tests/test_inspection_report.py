@@ -106,7 +106,7 @@ def token_counts(N=2, E=4, V=30):
 
 
 def render(run, counts=None, piece=str, samples=(), findings=None):
-    return render_report(run, token_counts_NEV=counts, piece=piece, samples=samples, findings=findings or Findings())
+    return render_report(run, token_counts_nEV=counts, piece=piece, samples=samples, findings=findings or Findings())
 
 
 def log_layers(workdir, steps, values_SN, layers=(0, 2), num_experts=4, name="max_violation"):
@@ -483,7 +483,7 @@ def test_wide_models_stay_under_the_size_limit(tmp_path, monkeypatch):
     # The largest figures there are, by their own test.
     monkeypatch.setattr("moejax.inspection.figures.draw_load_over_time", lambda *_: "x" * 95_000)
     monkeypatch.setattr("moejax.inspection.figures.draw_final_load", lambda *_: "x" * 50_000)
-    counts = rng.poisson(3, (N, E, 60)) ** 3
+    counts = rng.poisson(3, (12, E, 60)) ** 3  # of the layers shown
     findings = Findings([information("token", np.ones(12))], range(12), 9, trace=trace_of(["word"] * 133, 12, E, 8))
     html = render(run, counts, piece=lambda token: f" word{token}", findings=findings)
     assert "12 of 61 MoE layers are shown, evenly spaced" in html
@@ -502,6 +502,9 @@ class _LongLog(RoutingHistory):
 
     def read(self, name, *entries):
         return self.noise if name == "layers" else self.log.read(name)
+
+    def blocks(self, name, first=0):
+        yield from [self.noise[:50], self.noise[50:]] if name == "layers" else self.log.blocks(name)
 
     def summed(self, name, num_columns):
         return self.log.summed(name, num_columns)

@@ -32,6 +32,7 @@ def healthy(**changes):
     layers |= {name: np.array(value, float) for name, value in changes.items() if name in LAYER_METRICS}
     arrays = {
         "counts_NE": np.full((N, E), 10),
+        "choices_N": np.full(N, float(K)),
         "probs_NE": np.full((N, E), 1 / E),
         "importance_NE": np.full((N, E), 1 / E),
         "idle_steps_NE": np.zeros((N, E), np.int32),
@@ -61,7 +62,7 @@ def load_on_expert_0():
     return counts_NE
 
 
-# Thresholds: half of E / K - 1 = 3; 100 steps; 0.9; 100; 0.01; 0.3; 0.02 * ln 8.
+# Thresholds: 0.6 of E / K - 1 = 3; 100 steps; 0.9; 100; 0.01; 0.3; 0.02 * ln 8.
 CASES = {
     "collapse": ({"max_violation": [0, 1.79, 0]}, {"max_violation": [0, 1.83, 0]}, 0.61, "61%"),
     "dead_experts": ({"idle_steps_NE": idle(100)}, {"idle_steps_NE": idle(101)}, 101, "101 steps"),
@@ -113,8 +114,14 @@ def test_logits_that_are_not_finite_are_an_alarm_and_the_file_has_no_infinity(tm
 
 
 def test_layers_in_which_every_token_visits_every_expert_cannot_collapse():
-    config = dataclasses.replace(CONFIG, moe=dataclasses.replace(CONFIG.moe, top_k=E))
-    assert check(healthy(max_violation=[0.0, 0.0, 0.0]), config) == []
+    assert check(healthy(max_violation=[0.0, 1e-7, 0.0], choices_N=np.array([E, E, 0.0])), CONFIG) == []
+
+
+def test_what_can_collapse_follows_the_experts_that_tokens_had():
+    # Of one expert a token, MaxVio may reach 7, and 2 is 29 %; of two, 3, and 2 is 67 %.
+    few = healthy(max_violation=[2, 2, 2], choices_N=np.array([1.0, 2.0, 1.0]))
+    (alarm,) = check(few, CONFIG)
+    assert alarm.layers == (2,) and alarm.value == pytest.approx(2 / 3)
 
 
 def test_what_lasts_is_said_once_when_it_begins_and_once_when_it_has_ended(tmp_path, caplog):
@@ -131,7 +138,7 @@ def test_what_lasts_is_said_once_when_it_begins_and_once_when_it_has_ended(tmp_p
     ]
     assert [record.message for record in caplog.records][:2] == [
         "step 0: alarm collapse in layer 2: MaxVio is 67% of what is possible",
-        "step 2: alarm collapse in layer 3: MaxVio is 83% of what is possible",
+        "step 2: alarm collapse in layer 3: MaxVio is 67% of what is possible",
     ]
 
 
@@ -157,9 +164,11 @@ def test_a_line_that_a_crash_cut_off_is_left_out_and_damage_elsewhere_is_named(t
     whole = path.read_text()
     path.write_text(whole + whole[:20])
     assert len(read_alarms(tmp_path)) == 1
-    path.write_text('{"step": 1}\n' + whole)
-    with pytest.raises(AlarmFileError, match=r"alarms\.jsonl: line 1 is damaged"):
-        read_alarms(tmp_path)
+    fields = '"step": 1, "rule": "ties", "state": "on", "layers"'
+    for line in ('{"step": 1}', f"{{{fields}: [1e999]}}", f'{{{fields}: ["1", 2]}}', f"{{{fields}: {'[' * 100_000}"):
+        path.write_text(f"{line}\n{whole}")
+        with pytest.raises(AlarmFileError, match=r"alarms\.jsonl: line 1 is damaged"):
+            read_alarms(tmp_path)
 
 
 def test_many_layers_are_named_by_the_first_and_their_number():

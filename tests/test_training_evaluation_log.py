@@ -1,10 +1,12 @@
 """The files that evaluations leave: what they hold, churn against the one before, and what a resumed run removes."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 from moejax.training.evaluation import Evaluation
-from moejax.training.evaluation_log import FOLDER, EvaluationLog, read_evaluation
+from moejax.training.evaluation_log import FOLDER, EvaluationError, EvaluationLog, read_evaluation
 
 N, T, K, E = 2, 6, 2, 4
 
@@ -50,6 +52,28 @@ def test_a_resumed_run_writes_later_evaluations_again(tmp_path):
     assert again["eval/routing_churn"] == pytest.approx(
         churned(evaluation(5).probe_NTK, evaluation(10).probe_NTK).mean()
     )
+
+
+def test_experts_of_other_tokens_are_not_compared(tmp_path, caplog):
+    log = EvaluationLog(tmp_path, after_step=0)
+    log.append(5, evaluation(0))
+    fewer = dataclasses.replace(evaluation(1), probe_NTK=evaluation(1).probe_NTK[:, :4])
+    assert log.append(10, fewer) == {} and "5.npz holds the experts of other tokens" in caplog.text
+    assert "churn" not in read_evaluation(tmp_path / FOLDER / "10.npz")
+
+
+def test_a_damaged_file_is_named_whatever_byte_is_wrong(tmp_path):
+    EvaluationLog(tmp_path, after_step=0).append(5, evaluation(0))
+    path = tmp_path / FOLDER / "5.npz"
+    whole, refused = path.read_bytes(), 0
+    for place in range(0, len(whole), 5):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
+        try:
+            read_evaluation(path)
+        except EvaluationError as error:
+            refused += 1
+            assert f"{path} cannot be read" in str(error)
+    assert refused > len(whole) / 10  # some bytes are times and such
 
 
 def test_a_dense_evaluation_has_no_routing_to_log(tmp_path):

@@ -81,6 +81,18 @@ def test_steps_that_are_not_finite_are_left_out_of_means_but_not_of_the_largest_
     assert np.isnan(summarize_routing([broken]).layers["entropy"]).all()
 
 
+def test_layers_that_were_not_finite_in_a_step_have_no_part_of_it_in_their_sums(outputs):
+    _, steps = outputs
+    probs_NE = np.array(steps[1].routing.probs_E)
+    probs_NE[1] = np.nan
+    broken = dataclasses.replace(steps[1], routing=dataclasses.replace(steps[1].routing, probs_E=probs_NE))
+    found, whole, alone = (summarize_routing(some) for some in ([steps[0], broken], steps[:2], steps[:1]))
+    for name in ("counts_NE", "probs_NE", "importance_NE", "choices_N"):
+        np.testing.assert_allclose(getattr(found, name)[[0, 2]], getattr(whole, name)[[0, 2]], err_msg=name)
+        np.testing.assert_allclose(getattr(found, name)[1], getattr(alone, name)[1], err_msg=name)
+    assert np.isnan(summarize_routing([broken]).probs_NE[1]).all()
+
+
 def test_the_files_hold_what_the_steps_did_one_interval_late(tmp_path, outputs):
     config, steps = outputs
     log = RoutingLog(tmp_path, config.moe_layers, config.moe.num_choices, LAYER_METRICS)

@@ -6,16 +6,21 @@ import tensorflow_datasets as tfds
 from moejax.config import DataConfig
 
 
-def write_dataset(data_dir, splits, file_format="array_record"):
+def write_dataset(data_dir, splits, file_format="array_record", features=None):
     """Prepares a dataset named `letters`; returns what reads it.
 
     Args:
       data_dir: where tfds puts it.
       splits: by name, the examples in order, each a dict of features that are texts or integers.
       file_format: of its files.
+      features: of tfds, in place of those.
     """
     example = next(iter(splits.values()))[0]
-    features = {name: tfds.features.Text() if isinstance(x, str) else np.int32 for name, x in example.items()}
+    features = (features or {}) | {
+        name: tfds.features.Text() if isinstance(x, str) else np.int32
+        for name, x in example.items()
+        if name not in (features or {})
+    }
     with tfds.core.registered.skip_registration():
 
         class Letters(tfds.core.GeneratorBasedBuilder):

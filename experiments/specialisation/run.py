@@ -38,14 +38,14 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results.json"
 PAGE = ROOT / "docs/specialisation.md"
 MARKS = ("<!-- measured: written by experiments/specialisation/run.py -->\n", "<!-- end -->")
-NUM_PERMUTATIONS = 10
+NUM_PERMUTATIONS = {"tokens": 10, "documents": 100}
 PASSAGE_TOKENS = 128  # of each domain, on which outputs of experts are compared
 
 Results = dict[str, dict[str, dict[str, Any]]]  # by condition and seed
 
 CONDITIONS: dict[str, tuple[Sequence[int], dict[str, Any]]] = {
     "moe": ((0, 1, 2), {}),
-    "untrained": ((0, 1, 2), {"train.num_steps": 1, "train.eval_every": 0}),
+    "untrained": ((0, 1, 2), {"train.num_steps": 1, "train.eval_every": 0, "optimizer.learning_rate": 1e-9}),
     "dense": ((0,), {"moe.num_experts": 0}),
 }
 """By name: seeds, and what each changes in `configs/domains_moe.py`."""
@@ -113,7 +113,7 @@ def look(run) -> dict[str, Any]:
     information = [
         expert_information(
             attributes[name], routed.experts_NTK, num_experts, given=attributes.get(given), over=over,
-            documents_T=routed.documents_T if over == "documents" else None, num_permutations=NUM_PERMUTATIONS,
+            documents_T=routed.documents_T if over == "documents" else None, num_permutations=NUM_PERMUTATIONS[over],
         )
         for name, given, over in QUESTIONS
     ]  # fmt: skip

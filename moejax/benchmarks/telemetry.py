@@ -17,7 +17,7 @@ from moejax.training.metrics import MetricsFile, Recorder
 from moejax.training.progress import StepProgress
 from moejax.training.routing_log import RoutingLog
 from moejax.training.state import make_trainable
-from moejax.training.step import make_train_step, put_batch
+from moejax.training.step import compiler_options, make_train_step, put_batch, train_step_of
 from moejax.training.telemetry import LAYER_METRICS
 
 READ_EVERY_STEP = ("loss/lm", "num_targets", "skipped_in_row")
@@ -53,14 +53,15 @@ class Bare:
         self._inputs = put_batch(random_batch(config), self.trainable), Knobs.of(config)
         self.state = self.trainable.init(config.train.seed)
         self._steps = config.train.log_every
-        train_step = make_train_step(self.trainable)
+        train_step = train_step_of(self.trainable)
 
         def step(state, batch, knobs):
             state, output = train_step(state, batch, knobs)
             return state, {key: output.scalars[key] for key in READ_EVERY_STEP}
 
         with jax.set_mesh(self.trainable.mesh):
-            self._step = jax.jit(step, donate_argnums=0).lower(self.state, *self._inputs).compile()
+            compiled = jax.jit(step, donate_argnums=0, compiler_options=compiler_options(self.trainable.mesh))
+            self._step = compiled.lower(self.state, *self._inputs).compile()
 
     def __call__(self) -> Any:
         """Takes the steps of an interval, waiting for each while the next one runs."""

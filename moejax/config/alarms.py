@@ -28,7 +28,7 @@ class AlarmConfig:
 
 
 def validate_alarms(alarms: AlarmConfig) -> None:
-    """Raises `ConfigError` for thresholds that could never or always be passed, and for rules that do not exist."""
+    """Raises `ConfigError` for thresholds out of their range, and for rules that do not exist."""
     for name in ("collapse", "balance_floor", "ties", "drops", "entropy"):
         if not 0 <= getattr(alarms, name) <= 1:
             raise ConfigError(f"alarms.{name}={getattr(alarms, name)} must be between 0 (off) and 1")

@@ -32,6 +32,7 @@ class Labels:
         if len(self.domains) <= number:
             return self
         counts = np.bincount(self.domain_of_document, minlength=len(self.domains))
+        counts[[name == "other" for name in self.domains]] = -1  # is one of the others
         kept = sorted(np.argsort(-counts, kind="stable")[: number - 1].tolist())
         place = np.full(len(self.domains), number - 1, np.int32)
         place[kept] = np.arange(number - 1)

@@ -112,6 +112,8 @@ def prepare(data: DataConfig, tokenizer: Tokenizer | None = None) -> Corpus:
             "%s %s: %d rows, %d tokens, %d bytes, %d documents", source.name, split, corpus.num_rows[split],
             corpus.num_tokens[split], corpus.num_bytes[split], corpus.num_documents[split],
         )  # fmt: skip
+        if not corpus.num_bytes[split]:
+            raise DataError(f"data.source={data.source}: all documents of its {split} split are empty; add text")
     return corpus
 
 

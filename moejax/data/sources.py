@@ -108,6 +108,8 @@ def _tfds(data: DataConfig) -> Source:
     features = builder.info.features
     if "text" not in features:
         raise ConfigError(f"{where} has no feature `text` but {', '.join(features)}; choose a dataset of texts")
+    if not isinstance(features["text"], tfds.features.Text):
+        raise ConfigError(f"{where}: its feature `text` is {type(features['text']).__name__} and must be a tfds Text")
     if "train" not in builder.info.splits:
         raise ConfigError(f"{where} has no split `train` but {', '.join(builder.info.splits)}; {remedy}")
     if builder.info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
@@ -160,10 +162,12 @@ def _read_documents(
         raise DataError(
             f"{builder.data_dir}: {split} cannot be opened ({store.first_line(error)}); {remedy}"
         ) from error
+    features = builder.info.features
+    known = [name for name in Document._fields if name in features]
     for index in filter(keep, range(size)):
         try:
             example = examples[index]
-            document = Document(*(_as_text(example.get(feature, "")) for feature in Document._fields))
+            document = Document(**{name: _as_text(example[name], features[name]) for name in known})
         except store.READ_ERRORS as error:  # UnicodeDecodeError among them
             reason = store.first_line(error)
             raise DataError(
@@ -172,8 +176,12 @@ def _read_documents(
         yield document
 
 
-def _as_text(value: Any) -> str:
-    """Text of a feature; numbers, such as ids, in digits."""
+def _as_text(value: Any, feature: Any) -> str:
+    """Text of a feature; labels by their names, numbers, such as ids, in digits."""
+    import tensorflow_datasets as tfds
+
+    if isinstance(feature, tfds.features.ClassLabel):
+        return feature.int2str(value)
     if isinstance(value, str):
         return value
     return bytes(value).decode("utf-8") if isinstance(value, bytes) else str(value)

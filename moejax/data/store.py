@@ -85,7 +85,9 @@ class Rows:
         return f"Rows({str(self._folder)!r}, {self._split!r})"
 
     def __getitem__(self, index: int) -> Row:
-        """The int32 arrays [L + 1] of one row; raises `DataError` if it is damaged."""
+        """The int32 arrays [L + 1] of one row; raises `DataError` if it is damaged, `IndexError` behind the last."""
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"row {index} must be between 0 and {len(self) - 1}")
         try:
             return self._source[index]
         except READ_ERRORS as error:

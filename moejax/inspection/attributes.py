@@ -83,7 +83,7 @@ def previous_token(tokens_T: Int[np.ndarray, "T"], starts_T: Bool[np.ndarray, "T
 
 
 def next_token(tokens_T: Int[np.ndarray, "T"], starts_T: Bool[np.ndarray, "T"]) -> Attribute:
-    """The token after each, which the model is to predict there; `NO_TOKEN` for the last of a context."""
+    """The token after each, which the model is to predict there; `NO_TOKEN` for the last one known of a context."""
     next_T = np.append(tokens_T, NO_TOKEN)[1:]
     return Attribute("next token", np.where(np.append(starts_T, True)[1:], NO_TOKEN, next_T))
 

@@ -23,8 +23,8 @@ from moejax.inspection.specialisation import count_tokens_by_expert
 from moejax.inspection.trace import RoutedTokens, Trace, route_corpus, trace
 from moejax.training.evaluation import domains_of
 
-TRACED_ROWS = 256
-MEASURED_TOKENS = 32_768  # of these rows, in which attributes are measured: more take long with many experts
+TRACED_TOKENS = 65_536
+MEASURED_TOKENS = 32_768  # of these, in which attributes are measured: more take long with many experts
 NUM_PERMUTATIONS = 4
 PASSAGE_TOKENS, PASSAGE_CELLS = 256, 1_600  # at most: tokens, and tokens times layers
 NUM_SAMPLES = 3
@@ -44,23 +44,24 @@ def build_report(workdir: str | Path) -> Path:
     record = open_run(workdir)
     loaded = load_run(workdir)
     corpus = prepare(loaded.config.data, loaded.tokenizer)
-    token_counts_NEV, findings = None, Findings()
+    token_counts_nEV, findings = None, Findings()
     if loaded.config.num_moe_layers:
-        routed = route_corpus(loaded, corpus, max_rows=TRACED_ROWS)
-        token_counts_NEV = count_routed_tokens(routed, loaded.config.vocab_size)
+        routed = route_corpus(loaded, corpus, max_rows=max(1, TRACED_TOKENS // corpus.seq_len))
+        token_counts_nEV = count_routed_tokens(routed, loaded.config.vocab_size)
         findings = find_specialisation(routed, loaded.tokenizer.piece, labels=domains_of(corpus))
         findings = dataclasses.replace(findings, trace=trace_passage(loaded, corpus))
     html = render_report(
-        record, token_counts_NEV=token_counts_NEV, piece=loaded.tokenizer.piece,
+        record, token_counts_nEV=token_counts_nEV, piece=loaded.tokenizer.piece,
         samples=write_samples(loaded, corpus), findings=findings,
     )  # fmt: skip
     return write_report(workdir, html)
 
 
 def count_routed_tokens(routed: RoutedTokens, vocab_size: int) -> np.ndarray:
-    """How often each expert of each MoE layer got each token of the vocabulary: `[N, E, V]`."""
+    """How often each expert of the `drawn_layers` got each token of the vocabulary: `[n, E, V]`."""
     is_token_T = np.ones(len(routed.tokens_T), bool)
-    return count_tokens_by_expert(routed.tokens_T, routed.experts_NTK, vocab_size, routed.num_experts, is_token_T)
+    experts_nTK = routed.experts_NTK[drawn_layers(len(routed.layers))]
+    return count_tokens_by_expert(routed.tokens_T, experts_nTK, vocab_size, routed.num_experts, is_token_T)
 
 
 def find_specialisation(

@@ -16,23 +16,28 @@ if TYPE_CHECKING:  # imported where it is needed
 
 
 def _last(values: np.ndarray) -> float:
-    return float(values[-1])
+    return float(values[-1]) if math.isfinite(values[-1]) else math.inf
+
+
+def _finite(values: np.ndarray, summarise: Callable[[np.ndarray], Any]) -> float:
+    values = values[np.isfinite(values)]
+    return float(summarise(values)) if values.size else math.nan
 
 
 COLUMNS: Mapping[str, tuple[str, Callable[[np.ndarray], float]]] = {
     "eval_loss": ("eval/loss", _last),
-    "best_eval_loss": ("eval/loss", lambda values: float(values.min())),
+    "best_eval_loss": ("eval/loss", lambda values: _finite(values, np.min)),
     "bits_per_byte": ("eval/bits_per_byte", _last),
     "train_loss": ("loss/lm", _last),
     "tokens": ("tokens", _last),
-    "tokens_per_s": ("perf/tokens_per_s", lambda values: float(np.median(values))),
+    "tokens_per_s": ("perf/tokens_per_s", lambda values: _finite(values, np.median)),
     "max_violation": ("moe/max_violation", _last),
     "eval_max_violation": ("eval/max_violation", _last),
     "dead_experts": ("moe/dead_experts", _last),
     "dropped": ("moe/dropped", _last),
     "entropy": ("moe/entropy", _last),
 }
-"""Columns of the table: the metric that each comes from, and what is made of its finite values."""
+"""Columns of the table: the metric that each comes from, and what is made of its values."""
 
 
 class Comparison:
@@ -50,7 +55,7 @@ class Comparison:
         """A row per run with what it logged; NaN where it did not, and no column for what none logged.
 
         Columns are `steps` done, `parameters` (all, and those `active` for a token) and those of `COLUMNS`: the last
-        value, the lowest of `best_eval_loss`, and the median of `tokens_per_s`.
+        value, inf if that was not finite; the lowest of `best_eval_loss`, and the median of `tokens_per_s`.
         """
         import pandas as pd
 
@@ -143,7 +148,6 @@ def _summary(run: Run) -> dict[str, float]:
     row: dict[str, float] = {}
     for column, (key, summarise) in COLUMNS.items():
         _, values = run.series(key)
-        values = values[np.isfinite(values)]
         row[column] = summarise(values) if values.size else math.nan
     steps = {"steps": run.last_step, "parameters": run.parameters_total, "active": run.parameters_active}
     return steps | row
@@ -159,9 +163,9 @@ def _as_html(what: str, frame: "pd.DataFrame") -> str:
 
 
 def shown(value: Any) -> str:
-    """A number in four digits, or all of them before the point; other values as they are."""
+    """A number in four digits, or all of them before the point; nothing for NaN; other values as they are."""
     if not isinstance(value, float):
         return f"{value:,}" if type(value) is int else str(value)
     if not math.isfinite(value):
-        return ""
+        return "" if math.isnan(value) else "not finite"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"

@@ -11,7 +11,18 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
 from moejax.inspection.figures import load_ratio, thin
 from moejax.inspection.run import Run
-from moejax.inspection.style import BLUE, GREEN, GREY, ORANGE, PURPLE, STYLE, Drawing, new_figure, short_number
+from moejax.inspection.style import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    PURPLE,
+    STYLE,
+    Drawing,
+    legend_name,
+    new_figure,
+    short_number,
+)
 
 COLORS = (BLUE, ORANGE, GREEN, PURPLE, "#E69F00", "#56B4E9", "#8c6d1f", "#111111")  # Okabe and Ito; yellow is darkened
 DASHES = ("-", "--")
@@ -105,8 +116,8 @@ def draw_runs(
             x, values = thin(x, values, points=MAX_POINTS)
             marker = "o" if key.startswith("eval/") or np.isfinite(values).sum() == 1 else None
             axes.plot(
-                x, values, color=look.color, ls=look.dash, marker=marker, ms=3.5, mec="white", mew=0.5, label=label,
-                zorder=2.6, clip_on=False,
+                x, values, color=look.color, ls=look.dash, marker=marker, ms=3.5, mec="white", mew=0.5,
+                label=legend_name(label), zorder=2.6, clip_on=False,
             )  # fmt: skip
         axes.set_xlabel(XLABELS[against])
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
@@ -135,7 +146,7 @@ def draw_sorted_load(counts: Mapping[str, Int[np.ndarray, "E"]], *, legend: bool
         for label, look in looks(list(counts)).items():
             if counts[label].size:
                 ratio_E = np.sort(load_ratio(counts[label][None])[0])[::-1]
-                style: dict[str, Any] = {"color": look.color, "ls": look.dash, "lw": 1.5, "label": label}
+                style: dict[str, Any] = {"color": look.color, "ls": look.dash, "lw": 1.5, "label": legend_name(label)}
                 if len(ratio_E) <= MAX_STEPS:
                     axes.stairs(ratio_E, np.linspace(0, 1, len(ratio_E) + 1), baseline=None, **style)
                 else:

@@ -171,7 +171,7 @@ def _mark_cells(axes: Axes, change_NE: np.ndarray, error_NE: np.ndarray, limit: 
     """Numbers where there is room for them, and dots where there may be nothing but noise."""
     if change_NE.size > MAX_DOTTED:
         return
-    is_noise_NE = np.abs(change_NE) <= 2 * error_NE
+    is_noise_NE = ~(np.abs(change_NE) > 2 * error_NE) & ~np.isnan(change_NE)  # one row has no standard error
     if change_NE.shape[1] > MAX_WRITTEN:
         layers, experts = np.nonzero(is_noise_NE)
         axes.plot(experts, layers, ".", color="#111111", ms=2.5)

@@ -72,13 +72,13 @@ def vocabulary_specialisation(
     Raises:
       ValueError: an id outside its range.
     """
-    mask_T = tokens_T >= 0
-    dealt_T = np.random.default_rng(seed).permutation(np.flatnonzero(mask_T))
+    rng = np.random.default_rng(seed)
     parts = []
     for experts_TK in experts_NTK:  # by layer, for counts of all layers can be large
         top_1T1 = experts_TK[None, :, :1]
+        mask_T = (tokens_T >= 0) & (top_1T1[0, :, 0] < num_experts)  # who has an expert is not dealt
         dealt_1T1 = top_1T1.copy()
-        dealt_1T1[:, mask_T] = top_1T1[:, dealt_T]
+        dealt_1T1[:, mask_T] = rng.permutation(top_1T1[:, mask_T], axis=1)
         counts_EV, chance_EV = (
             count_tokens_by_expert(tokens_T, top, vocab_size, num_experts, mask_T)[0] for top in (top_1T1, dealt_1T1)
         )

@@ -16,7 +16,9 @@ equal condition.
 
 Tokens of one document are not independent, so an attribute that is constant in documents, such as the domain, beats a
 permutation over tokens even if each document merely has a taste of its own. The stricter test permutes the values over
-whole documents (`over="documents"`).
+whole documents (`over="documents"`). Documents may only trade places if they are of one size: where one domain has few
+long documents and another many short ones, a permutation would change how much text each domain has, and chance would
+seem low. So this test takes the same number of tokens of each document, drawn at random.
 """
 
 import dataclasses
@@ -99,6 +101,7 @@ def expert_information(
     given: Attribute | None = None,
     over: str = "tokens",
     documents_T: Int[np.ndarray, "T"] | None = None,
+    tokens_per_document: int | None = None,
     num_permutations: int = 10,
     seed: int = 0,
 ) -> Information:
@@ -113,14 +116,22 @@ def expert_information(
         "documents", the values of whole documents, for an attribute that is constant in each. The latter leaves the
         condition where it is.
       documents_T: the document of each token, in [0, ...); for `over="documents"`.
+      tokens_per_document: for the same: how many tokens of each are drawn, shorter ones left out; None: as many as the
+        shortest has. All numbers are of those tokens.
       num_permutations: at least 2.
-      seed: of the permutations, which are the same for all layers.
+      seed: of the permutations, which are the same for all layers, and of that draw.
 
     Raises:
       InformationError: arrays of other lengths or ids out of range, too few permutations, or documents that are
-        missing or in which the attribute varies.
+        missing, too short, or in which the attribute varies.
     """
     _check(attribute, experts_NTK, num_experts, given, over, num_permutations)
+    rng = np.random.default_rng(seed)
+    documents_T = _check_documents(attribute, documents_T) if over == "documents" else None
+    if documents_T is not None:
+        drawn_t = _draw_equally(documents_T, tokens_per_document, rng)
+        attribute, given = _part(attribute, drawn_t), None if given is None else _part(given, drawn_t)
+        experts_NTK, documents_T = experts_NTK[:, drawn_t], documents_T[drawn_t]
     values = _Codes.of(attribute.values_T)
     condition = _Codes.of(np.zeros_like(values.codes_T) if given is None else given.values_T)
     pairs = [_Pairs(experts_TK, num_experts) for experts_TK in experts_NTK]
@@ -131,8 +142,7 @@ def expert_information(
         joint = codes if given is None else codes.joined(condition)
         return np.array([layer.information(joint) for layer in pairs], np.float64) - told_N
 
-    rng = np.random.default_rng(seed)
-    permute = _over_tokens(condition) if over == "tokens" else _over_documents(attribute, documents_T)
+    permute = _over_tokens(condition) if documents_T is None else _over_documents(documents_T)
     chance_PN = np.stack([conditional(values.permuted(permute(rng))) for _ in range(num_permutations)])
     return Information(
         attribute=attribute.name,
@@ -236,8 +246,31 @@ def _over_tokens(condition: _Codes):
     return permute
 
 
-def _over_documents(attribute: Attribute, documents_T: np.ndarray | None):
+def _over_documents(documents_T: np.ndarray):
     """A permutation of documents, as a token of the document that each token takes its value from."""
+    _, first_d, document_T = np.unique(documents_T, return_index=True, return_inverse=True)
+    return lambda rng: rng.permutation(first_d)[document_T]
+
+
+def _draw_equally(documents_T: np.ndarray, number: int | None, rng: np.random.Generator) -> np.ndarray:
+    """Increasing tokens: `number` of each document that has so many, by default as many as the shortest has."""
+    found_d, document_T, sizes_d = np.unique(documents_T, return_inverse=True, return_counts=True)
+    number = int(sizes_d.min(initial=documents_T.size)) if number is None else number
+    if number < 1 or (sizes_d >= number).sum() < 2:
+        raise InformationError(
+            f"tokens_per_document={number} must be at least 1, and two documents must have so many; the longest of "
+            f"{len(found_d)} has {sizes_d.max(initial=0)}"
+        )
+    order_T = np.lexsort((rng.random(documents_T.size), document_T))  # by document, at random within
+    rank_T = np.arange(documents_T.size) - np.repeat(np.cumsum(sizes_d) - sizes_d, sizes_d)
+    return np.sort(order_T[(rank_T < number) & (sizes_d[document_T[order_T]] >= number)])
+
+
+def _part(attribute: Attribute, tokens: np.ndarray) -> Attribute:
+    return dataclasses.replace(attribute, values_T=attribute.values_T[tokens])
+
+
+def _check_documents(attribute: Attribute, documents_T: np.ndarray | None) -> np.ndarray:
     if documents_T is None or (documents_T.size and documents_T.min() < 0):
         raise InformationError(
             'over="documents" needs documents_T, the document of every token; pass it, without tokens of unknown '
@@ -249,7 +282,7 @@ def _over_documents(attribute: Attribute, documents_T: np.ndarray | None):
             f'over="documents" needs an attribute that is constant in each document, and {attribute.name!r} is not; '
             'use over="tokens"'
         )
-    return lambda rng: rng.permutation(first_d)[document_T]
+    return documents_T
 
 
 def _check(attribute, experts_NTK, num_experts: int, given, over: str, num_permutations: int) -> None:

@@ -90,11 +90,15 @@ def _draw_map(
 
 
 def worst_layer(values_SN: Float[np.ndarray, "S N"], worst: Callable[[np.ndarray], float]) -> int | None:
-    """The column whose last finite value is the `worst`; None if no value is finite."""
+    """The first column that ends without a finite value, else that whose last value is the `worst`.
+
+    None if no value is finite.
+    """
     last_N = last_values(values_SN)
     if np.isnan(last_N).all():
         return None
-    return int(np.flatnonzero(last_N == worst(last_N))[0])
+    is_lost_N = ~np.isfinite(values_SN[-1]) & ~np.isnan(last_N)
+    return int(np.flatnonzero(is_lost_N if is_lost_N.any() else last_N == worst(last_N))[0])
 
 
 def last_values(values_SN: Float[np.ndarray, "S N"]) -> Float[np.ndarray, "N"]:

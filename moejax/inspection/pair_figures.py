@@ -137,7 +137,8 @@ def draw_flow(
     what share of tokens they hold. The rest, at or below chance, is left out.
 
     Args:
-      counts_MEE: M steps of `token_flow` with `num_choices=1`; at least one, and five or so fit.
+      counts_MEE: M steps of `token_flow` with `num_choices=1`, of tokens with an expert in every layer; at least one,
+        and five or so fit.
       expected_MEE: of the same.
       layers: model layer of each of the M + 1 columns.
     """

@@ -25,7 +25,7 @@ NOTHING = Findings()
 def render_report(
     run: Run,
     *,
-    token_counts_NEV: Int[np.ndarray, "N E V"] | None,
+    token_counts_nEV: Int[np.ndarray, "n E V"] | None,
     piece: Callable[[int], str],
     samples: Sequence[Sample],
     findings: Findings = NOTHING,
@@ -34,7 +34,7 @@ def render_report(
 
     Args:
       run: the record of a run.
-      token_counts_NEV: how often each expert got each token, from `count_tokens_by_expert` on validation text; None
+      token_counts_nEV: how often each expert of the `drawn_layers` got each token, from validation text; None
         leaves the table of tokens out.
       piece: token id to text.
       samples: texts that the model wrote.
@@ -54,7 +54,7 @@ def render_report(
     else:
         sections += _routing(run)
         sections += [
-            ("tokens", "What each expert takes", experts.tokens(run, token_counts_NEV, piece)),
+            ("tokens", "What each expert takes", experts.tokens(run, token_counts_nEV, piece)),
             ("attributes", "What routing goes by", experts.attributes(findings)),
         ]
         if findings.domains is not None:

@@ -20,6 +20,7 @@ from moejax.inspection.show_trace import as_html
 from moejax.inspection.specialisation import TokenShare, over_represented_tokens
 from moejax.inspection.trace import Trace
 
+NO_EXPERT = "<p>No token was sent to an expert: soft routing gives each a mixture of all tokens.</p>"
 MAX_TOKENS = 9_000  # listed in all, fewer for each expert where there are many experts
 
 
@@ -44,25 +45,27 @@ class Findings:
     trace: Trace | None = None
 
 
-def tokens(run: Run, token_counts_NEV: Int[np.ndarray, "N E V"] | None, piece: Callable[[int], str]) -> str:
-    """The tokens that each expert gets more often than chance would give it."""
-    if token_counts_NEV is None or not token_counts_NEV.size:
+def tokens(run: Run, token_counts_nEV: Int[np.ndarray, "n E V"] | None, piece: Callable[[int], str]) -> str:
+    """The tokens that each expert gets more often than chance would give it; counts are those of `drawn_layers`."""
+    if token_counts_nEV is None or not token_counts_nEV.size:
         return "<p>Not counted for this report.</p>"
-    N, E, _ = token_counts_NEV.shape
-    layers = range(N) if run.routing is None else run.routing.layers
-    drawn = drawn_layers(N)
-    top = int(np.clip(MAX_TOKENS // (len(drawn) * E), 1, 12))
-    share_NE = figures.load_ratio(token_counts_NEV.sum(axis=2))
+    if not token_counts_nEV.any():
+        return NO_EXPERT
+    num_drawn, E, _ = token_counts_nEV.shape
+    layers = list(range(num_drawn)) if run.routing is None else run.routing.layers.tolist()
+    drawn = [layers[n] for n in drawn_layers(len(layers))]
+    top = int(np.clip(MAX_TOKENS // (num_drawn * E), 1, 12))
+    share_nE = figures.load_ratio(token_counts_nEV.sum(axis=2))
     parts = []
-    for n, ranked in zip(drawn, over_represented_tokens(token_counts_NEV[drawn], top=top), strict=True):
-        rows = [(str(e), f"{share_NE[n, e]:.2f}", _pieces(ranked[e], piece)) for e in range(E)]
+    for n, (layer, ranked) in enumerate(zip(drawn, over_represented_tokens(token_counts_nEV, top=top), strict=True)):
+        rows = [(str(e), f"{share_nE[n, e]:.2f}", _pieces(ranked[e], piece)) for e in range(E)]
         listed = table(("Expert", "Load", "Tokens"), rows, kind="tokens")
-        parts.append(details(f"Layer {layers[n]}", listed, is_open=n == drawn[0]))
+        parts.append(details(f"Layer {layer}", listed, is_open=n == 0))
     return (
         "<p>The tokens that each expert gets more often than it would if routing ignored their identity, the strongest "
         "evidence first (log-likelihood ratio; rare tokens and chance are left out). The number behind a token is how "
         "many times more often; load is the expert's over the uniform load on the text counted. Nothing listed means "
-        f"routing by something else than the word.</p>{left_out(N)}{''.join(parts)}"
+        f"routing by something else than the word.</p>{left_out(len(layers))}{''.join(parts)}"
     )
 
 
@@ -81,6 +84,8 @@ def attributes(findings: Findings) -> str:
     results = findings.information
     if not results:
         return "<p>Not measured for this report.</p>"
+    if not any(result.entropy_N.any() for result in results):
+        return NO_EXPERT
     layers = findings.layers
     rows = [_information_row(result, layers) for result in results]
     head = (
@@ -133,6 +138,8 @@ def domains(findings: Findings) -> str:
     found = findings.domains
     if found is None:
         return "<p>The documents of this corpus have no domains.</p>"
+    if not np.nan_to_num(found.share_NDE).any():
+        return NO_EXPERT
     order_D = np.argsort(-found.tokens_D, kind="stable")
     names = [findings.domain_names[d] for d in order_D]
     shown = []

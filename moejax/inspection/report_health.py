@@ -17,6 +17,7 @@ from moejax.training.alarms import active, name_layers, read_alarms
 
 MAX_ALARMS = 100  # listed, the newest
 MAX_EVALUATIONS = 20  # of which saturation is drawn
+LAST_ENTRIES = 64  # among which the last finite value of a metric is looked for
 MAX_PAIR_LAYERS = 6  # drawn of deeper models: noise of many pairs does not compress
 FLOW_COLUMNS = 4  # layers in one figure of flows
 MAX_FLOW_FIGURES = 3
@@ -75,10 +76,14 @@ def layers_over_time(run: Run) -> str:
     if routing is None or not routing.num_entries or not names:
         return "<p>No metrics of single layers are logged.</p>"
     layers = routing.layers.tolist()
-    values_SNM = routing.read("layers").astype(np.float64)
+    drawn = [name for name, *_ in LAYER_CHARTS if name in names]
+    columns = [names.index(name) for name in drawn]
+    values_SNM = np.concatenate([block[:, :, columns] for block in routing.blocks("layers")])
     shown, zero = [], []
     for name, title, reading, worst in LAYER_CHARTS:
-        values_SN = values_SNM[:, :, names.index(name)] if name in names else np.zeros((0, 0))
+        if name not in drawn:
+            continue
+        values_SN = values_SNM[:, :, drawn.index(name)].astype(np.float64)
         if not np.isfinite(values_SN).any():
             continue
         if not np.nan_to_num(values_SN).any():
@@ -91,12 +96,14 @@ def layers_over_time(run: Run) -> str:
         )
         shown.append(figure(title, reading, image, value=_worst(values_SN, layers, worst), kind=_colors(layers)))
     none = f"<p>0 in every layer throughout: {', '.join(zero)}.</p>" if zero else ""
-    last_NM = np.stack([last_values(values_SNM[:, :, m]) for m in range(len(names))], axis=1)
+    last_SNM = routing.read("layers", -min(routing.num_entries, LAST_ENTRIES)).astype(np.float64)
+    last_NM = np.stack([last_values(last_SNM[:, :, m]) for m in range(len(names))], axis=1)
     rows = [
         [str(layer), *("" if math.isnan(x) else number(float(x)) for x in last_M)]
         for layer, last_M in zip(layers, last_NM, strict=True)
     ]
-    last = details("Last values of every metric, by layer", table(["layer", *map(html.text, names)], rows, "numbers"))
+    head = ["layer", *map(html.text, names)]
+    last = details("Last finite values of every metric, by layer", table(head, rows, "numbers"))
     return f"<p>Means over each logging interval, layer by layer.</p>{none}{grid(shown)}{last}"
 
 
@@ -164,9 +171,9 @@ def settling(run: Run) -> str:
         figure(
             "Saturation",
             "Of each token's experts at the last evaluation, the share that it had already. Rising early: routing was "
-            "decided early.",
+            "decided early. Routing at random shows K / E where loads are equal, and more where they are not.",
             draw_layers(np.array(chosen), saturation_SN, layers, "share of the last experts",
-                        reference=(visits / num_experts, "at random")),
+                        reference=(visits / num_experts, "uniform: K / E")),
             kind=_colors(layers),
         )
     ]  # fmt: skip
@@ -198,9 +205,11 @@ def flow(run: Run) -> str:
         return "<p>There is one MoE layer: no paths.</p>"
     shown = []
     for first, last in windows:
-        found = token_flow(experts_NTK[first : last + 1], num_experts, num_choices=1)
+        drawn_NT1 = experts_NTK[first : last + 1, :, :1]
+        is_whole_T = (drawn_NT1 < num_experts).all(axis=(0, 2))  # else bands would not fill their blocks
+        found = token_flow(drawn_NT1[:, is_whole_T], num_experts)
         if not found.counts_MEE.any():
-            return "<p>No token visits an expert in two neighbouring layers.</p>"
+            return "<p>No token visits an expert in each of some neighbouring layers.</p>"
         image = pair_figures.draw_flow(found.counts_MEE, found.expected_MEE, layers[first : last + 1])
         shown.append(figure(f"Layers {layers[first]} to {layers[last]}", "", image))
     some = "" if len(windows) * (FLOW_COLUMNS - 1) >= len(layers) - 1 else " Of the layers, some windows are shown."

@@ -17,7 +17,8 @@ def final_counts(routing: RoutingHistory) -> tuple[Int64[np.ndarray, "N E"], int
     """Assignments to each expert over the last `FINAL_FRACTION` of the intervals, and the step they begin behind."""
     entries = math.ceil(FINAL_FRACTION * routing.num_entries)
     since = int(routing.steps[-entries - 1]) if entries < routing.num_entries else 0
-    return routing.read("counts", -entries).sum(axis=0), since
+    total_NE = sum(counts_SNE.sum(axis=0) for counts_SNE in routing.blocks("counts", routing.num_entries - entries))
+    return np.asarray(total_NE), since
 
 
 def load_over_time(run: Run) -> str:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:  # imported where they are needed: a run opens without them
 Series: TypeAlias = dict[str, tuple["array[int]", "array[float]"]]
 """Steps and values of each metric, eight bytes a number: lines of Python objects would need a hundred."""
 
+EXPERT_KINDS = ("num_experts", "num_zero_experts", "num_identity_experts", "num_constant_experts")
 CONFIG_KEYS = ("config", "versions", "git_commit", "device", "command", "parameters")
 
 
@@ -73,8 +74,7 @@ class Run:
     def num_choices(self) -> int:
         """Width of the router: experts with weights, then zero, identity and constant ones."""
         moe = self.config.get("moe", {})
-        kinds = ("num_experts", "num_zero_experts", "num_identity_experts", "num_constant_experts")
-        return sum(moe.get(kind, 0) for kind in kinds)
+        return sum(moe.get(kind, 0) for kind in EXPERT_KINDS)
 
     @functools.cached_property
     def settings(self) -> "Config":
@@ -265,9 +265,10 @@ def _read_config(path: Path) -> dict[str, Any]:
     for section, leaves in facts["config"].items():
         if not isinstance(leaves, dict):
             raise RunError(f"{path}: config.{section} must be a JSON object; {remedy}")
-    num_experts = facts["config"].get("moe", {}).get("num_experts", 0)
-    if type(num_experts) is not int or num_experts < 0:
-        raise RunError(f"{path}: config.moe.num_experts={num_experts!r} must be an integer of at least 0; {remedy}")
+    for kind in EXPERT_KINDS:
+        number = facts["config"].get("moe", {}).get(kind, 0)
+        if type(number) is not int or number < 0:
+            raise RunError(f"{path}: config.moe.{kind}={number!r} must be an integer of at least 0; {remedy}")
     for key in ("total", "active"):
         if not isinstance(facts["parameters"].get(key), int):
             raise RunError(f"{path}: parameters.{key} must be an integer; {remedy}")
@@ -295,8 +296,12 @@ def add_values(series: Series, line: dict[str, Any], path: Path) -> None:
         while steps and steps[-1] >= step:
             steps.pop()
             values.pop()
-        steps.append(step)
-        values.append(math.nan if value is None else float(value))
+        try:
+            number = math.nan if value is None else float(value)
+            steps.append(step)
+            values.append(number)
+        except OverflowError as error:
+            raise RunError(f"{path}: step {step} or {key} is no number of 64 bits; delete that line") from error
 
 
 def _read_series(path: Path) -> Series:

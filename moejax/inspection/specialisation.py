@@ -53,14 +53,20 @@ def count_tokens_by_expert(
       ValueError: an id outside its range.
     """
     tokens_t = tokens_T[mask_T].astype(np.int64)
-    experts_Ntk = experts_NTK[:, mask_T].astype(np.int64)
-    for name, values, size in (("tokens_T", tokens_t, vocab_size), ("experts_NTK", experts_Ntk, num_experts + 1)):
-        if values.size and (values.min() < 0 or values.max() >= size):
-            raise ValueError(f"{name} has values from {values.min()} to {values.max()}; they must be in [0, {size})")
-    cells_Nt = experts_Ntk * vocab_size + tokens_t[:, None]
-    cells_of_all = (num_experts + 1) * vocab_size
-    counts = [np.bincount(cells.ravel(), minlength=cells_of_all) for cells in cells_Nt]
-    return np.array(counts, np.int64).reshape(-1, num_experts + 1, vocab_size)[:, :num_experts]
+    _check_range("tokens_T", tokens_t, vocab_size)
+    counts_NEV = np.zeros((len(experts_NTK), num_experts, vocab_size), np.int64)
+    for counts_EV, experts_TK in zip(counts_NEV, experts_NTK, strict=True):  # one after the other, for memory
+        experts_tk = experts_TK[mask_T].astype(np.int64)
+        _check_range("experts_NTK", experts_tk, num_experts + 1)
+        cells_tk = experts_tk * vocab_size + tokens_t[:, None]
+        counts = np.bincount(cells_tk.ravel(), minlength=(num_experts + 1) * vocab_size)
+        counts_EV[:] = counts.reshape(num_experts + 1, vocab_size)[:num_experts]
+    return counts_NEV
+
+
+def _check_range(name: str, values: np.ndarray, size: int) -> None:
+    if values.size and (values.min() < 0 or values.max() >= size):
+        raise ValueError(f"{name} has values from {values.min()} to {values.max()}; they must be in [0, {size})")
 
 
 def over_represented_tokens(

@@ -19,6 +19,7 @@ from moejax.inspection.style import (
     Drawing,
     color_bar,
     heat_map,
+    legend_name,
     new_figure,
     ratio_bar,
 )
@@ -129,4 +130,5 @@ def _name_columns(axes: Axes, layers: Sequence[int]) -> None:
 
 
 def _short(name: str) -> str:
+    name = legend_name(name)
     return name if len(name) <= 18 else f"{name[:17]}…"

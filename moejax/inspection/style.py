@@ -20,6 +20,8 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from moejax.inspection.html import FORBIDDEN
+
 WIDTH = 4.0  # inches; at 96 px each, a phone shows the figure in its natural size
 PNG_DPI = 200
 MAX_TICKS = 16  # of names below one another
@@ -129,6 +131,12 @@ def short_number(x: float) -> str:
         if abs(x) >= 0.9995 * size:
             return f"{float(f'{x / size:.3g}'):g}{unit}"
     return f"{float(f'{x:.3g}'):g}"
+
+
+def legend_name(name: str) -> str:
+    """The name of a run or a domain as matplotlib and SVG can show it; labels that begin with _ it would leave out."""
+    name = name.translate(FORBIDDEN)
+    return f"./{name}" if name.startswith("_") else name
 
 
 def label_steps(axes: Axes, xlabel: str = "training step") -> None:

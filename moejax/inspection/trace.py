@@ -88,7 +88,7 @@ class Trace:
                 "layer": np.array(self.layers)[layer],
                 "rank": rank,
                 "expert": pd.arrays.IntegerArray(expert.astype(np.int64), ~has_expert),
-                "weight": self.weights_NTK[layer, token, rank],
+                "weight": np.where(has_expert, self.weights_NTK[layer, token, rank], np.nan),
                 "prob": np.where(has_expert, self.probs_NTE[layer, token, column], np.nan),
                 "logit": np.where(has_expert, self.logits_NTE[layer, token, column], np.nan),
             }

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 
 from moejax.config import Config, MoeConfig
 from moejax.training.telemetry import RoutingInterval
 
 FILE = "alarms.jsonl"
+LOW_RULES = ("balance_floor", "entropy")  # hold below their threshold
 PATIENCE = 3  # intervals without a finding after which an alarm has ended
 
 log = logging.getLogger("moejax")
@@ -40,16 +41,32 @@ class Alarm:
     Attributes:
       rule: its name, the leaf of `alarms`.
       layers: model layers, increasing.
-      value: of the layer that is furthest beyond the threshold.
+      values: of each.
       threshold: from the configuration.
-      reading: what was seen, with its value.
+      wording: of `reading`, with a place for the value.
     """
 
     rule: str
     layers: tuple[int, ...]
-    value: float
+    values: tuple[float, ...]
     threshold: float
-    reading: str
+    wording: str
+
+    @property
+    def value(self) -> float:
+        """Of the layer that is furthest beyond the threshold."""
+        return min(self.values) if self.rule in LOW_RULES else max(self.values)
+
+    @property
+    def reading(self) -> str:
+        """What was seen, with that value."""
+        return "router logits are not finite" if math.isinf(self.value) else self.wording.format(self.value)
+
+    def within(self, layers: Iterable[int]) -> "Alarm":
+        """The same of some of its layers."""
+        wanted = set(layers)
+        kept = [pair for pair in zip(self.layers, self.values, strict=True) if pair[0] in wanted]
+        return dataclasses.replace(self, layers=tuple(x for x, _ in kept), values=tuple(x for _, x in kept))
 
 
 def check(interval: RoutingInterval, config: Config) -> list[Alarm]:
@@ -66,7 +83,7 @@ def check(interval: RoutingInterval, config: Config) -> list[Alarm]:
     kinds = [kind for kind in config.layers if kind is not None]
     worst_N = interval.idle_steps_NE.max(axis=1)
     readings = {
-        "collapse": (_collapse(seen["max_violation"], kinds), "MaxVio is {:.0%} of what is possible"),
+        "collapse": (_collapse(interval), "MaxVio is {:.0%} of what is possible"),
         "dead_experts": (worst_N.astype(float), "an expert got no token for {:,.0f} steps"),
         "balance_floor": (_balance(interval), "the balance loss is {:.3f}, and 1 is its floor"),
         "logits": (np.where(np.isnan(seen["logit_max"]), np.inf, seen["logit_max"]), "a router logit reached {:,.1f}"),
@@ -77,27 +94,22 @@ def check(interval: RoutingInterval, config: Config) -> list[Alarm]:
     found = []
     for rule, (value_N, reading) in readings.items():
         threshold = float(getattr(alarms, rule))
-        is_low = rule in ("balance_floor", "entropy")
-        holds_N = (value_N < threshold) if is_low else (value_N > threshold)
+        holds_N = (value_N < threshold) if rule in LOW_RULES else (value_N > threshold)
         if threshold and holds_N.any():
-            found.append(_alarm(rule, value_N, holds_N, threshold, reading, config.moe_layers, is_low=is_low))
+            layers = [config.moe_layers[n] for n in np.flatnonzero(holds_N).tolist()]
+            found.append(Alarm(rule, tuple(layers), tuple(value_N[holds_N].tolist()), threshold, reading))
     return found
 
 
-def _alarm(
-    rule: str, value_N: Float[np.ndarray, "N"], holds_N: Bool[np.ndarray, "N"], threshold: float, reading: str,
-    layers: Sequence[int], *, is_low: bool,
-) -> Alarm:  # fmt: skip
-    values = value_N[holds_N]
-    worst = float(values.min() if is_low else values.max())
-    text = "router logits are not finite" if math.isinf(worst) else reading.format(worst)
-    return Alarm(rule, tuple(layers[n] for n in np.flatnonzero(holds_N).tolist()), worst, threshold, text)
+def _collapse(interval: RoutingInterval) -> Float[np.ndarray, "N"]:
+    """MaxVio over E / K - 1, which it has when every token visits the same K experts; 0 where that is 0.
 
-
-def _collapse(max_violation_N: Float[np.ndarray, "N"], kinds: Sequence[MoeConfig]) -> Float[np.ndarray, "N"]:
-    """MaxVio over E / K - 1, which it has when every token visits the same K experts; 0 where that is 0."""
-    most_N = np.array([kind.num_choices / kind.top_k - 1 for kind in kinds])
-    return np.where(most_N > 0, max_violation_N / np.where(most_N > 0, most_N, 1), 0.0)
+    K is what tokens had, which a schedule may set below `moe.top_k`.
+    """
+    num_experts, choices_N = interval.counts_NE.shape[1], interval.choices_N
+    most_N = np.where(choices_N > 0, num_experts / np.where(choices_N > 0, choices_N, 1) - 1, 0)
+    is_possible_N = most_N > 1e-6
+    return np.where(is_possible_N, interval.layers["max_violation"] / np.where(is_possible_N, most_N, 1), 0.0)
 
 
 def _balance(interval: RoutingInterval) -> Float[np.ndarray, "N"]:
@@ -119,7 +131,8 @@ class AlarmLog:
 
     Args:
       workdir: the run directory.
-      after_step: lines of later steps are dropped: a resumed run writes them again.
+      after_step: lines of later steps are dropped: a resumed run writes them again. It counts anew the intervals after
+        which an alarm has ended, which may then be said up to `PATIENCE` intervals later.
       config: of the run.
     """
 
@@ -139,11 +152,11 @@ class AlarmLog:
         found = check(interval, self._config)
         holding = {(alarm.rule, layer) for alarm in found for layer in alarm.layers}
         for alarm in found:
-            begun = [layer for layer in alarm.layers if (alarm.rule, layer) not in self._quiet]
-            if begun:
-                self._write(step, alarm.rule, "on", begun, value=alarm.value, threshold=alarm.threshold,
-                            reading=alarm.reading)  # fmt: skip
-                log.warning("step %d: alarm %s in %s: %s", step, alarm.rule, name_layers(begun), alarm.reading)
+            begun = alarm.within(layer for layer in alarm.layers if (alarm.rule, layer) not in self._quiet)
+            if begun.layers:
+                self._write(step, alarm.rule, "on", begun.layers, value=begun.value, threshold=begun.threshold,
+                            reading=begun.reading)  # fmt: skip
+                log.warning("step %d: alarm %s in %s: %s", step, alarm.rule, name_layers(begun.layers), begun.reading)
         self._quiet = {place: intervals + 1 for place, intervals in self._quiet.items()} | dict.fromkeys(holding, 0)
         ended = sorted(place for place, intervals in self._quiet.items() if intervals >= PATIENCE)
         for rule in dict.fromkeys(rule for rule, _ in ended):
@@ -174,10 +187,11 @@ def read_alarms(workdir: str | Path) -> list[dict[str, Any]]:
     for number, line in enumerate(text.splitlines(), start=1):
         try:
             values = json.loads(line)
-            if not isinstance(values["step"], int) or values["state"] not in ("on", "off"):
+            if type(values["step"]) is not int or values["state"] not in ("on", "off"):
                 raise ValueError("no step or state")
-            [int(layer) for layer in values["layers"]], str(values["rule"])
-        except (ValueError, KeyError, TypeError) as error:
+            if not isinstance(values["rule"], str) or any(type(layer) is not int for layer in values["layers"]):
+                raise ValueError("no rule, or layers that are not integers")
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             if number == text.count("\n") + 1:  # it has no end of line
                 break
             raise AlarmFileError(f"{path}: line {number} is damaged ({error}); delete that line") from error

@@ -72,7 +72,7 @@ class Checkpoints:
         step = int(state.step)
         if step in self._manager.all_steps():
             return False
-        self._wait()
+        self.wait()
         model, optimizer = _split(_named_arrays(state))
         meta = {
             "manifest": manifest(state),
@@ -130,11 +130,12 @@ class Checkpoints:
     def close(self) -> None:
         """Waits for the last save; raises `CheckpointError` if it failed."""
         try:
-            self._wait()
+            self.wait()
         finally:
             self._manager.close()
 
-    def _wait(self) -> None:
+    def wait(self) -> None:
+        """Returns when what was saved is on disk; raises `CheckpointError` if saving failed."""
         try:
             self._manager.wait_until_finished()
             self._manager.check_for_errors()

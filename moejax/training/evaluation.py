@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -66,7 +66,7 @@ MAX_DOMAINS = 16
 
 @jax.jit
 def _add(total: EvalOutput, more: EvalOutput) -> EvalOutput:
-    """The output of two parts without probes; one program, not one for each of dozens of small arrays."""
+    """Routing of two parts, without probes; one program, not one for each of dozens of small arrays."""
 
     def plus(first, second):
         return jax.tree.map(jnp.add, first, second)  # None has no leaves
@@ -74,8 +74,6 @@ def _add(total: EvalOutput, more: EvalOutput) -> EvalOutput:
     return EvalOutput(
         add_sums(total.sums, more.sums),
         plus(total.coactivation_NEE, more.coactivation_NEE),
-        None,
-        plus(total.nats_by_domain_G2, more.nats_by_domain_G2),
     )
 
 
@@ -108,6 +106,8 @@ def evaluate(
       domains: from `domains_of`.
     """
     total: EvalOutput | None = None
+    targets: list[tuple[jax.Array, jax.Array]] = []  # summed up in 64 bits at the end
+    by_domain: list[jax.Array | None] = []
     probes: list[jax.Array] = []
     every = 1  # batch gives a probe
     for number, batch in enumerate(batches):
@@ -120,23 +120,25 @@ def evaluate(
             probes.append(output.probe_NTK)
             if len(probes) > PROBE_ROWS:
                 probes, every = probes[::2], 2 * every
-        output = dataclasses.replace(output, probe_NTK=None)
+        targets.append((output.sums.nats, output.sums.num_targets))
+        by_domain.append(output.nats_by_domain_G2)
+        output = dataclasses.replace(output, probe_NTK=None, nats_by_domain_G2=None)
         total = output if total is None else _add(total, output)
     if total is None:
         raise ValueError("nothing to evaluate: the split has no rows")
-    nats, num_targets = float(total.sums.nats), float(total.sums.num_targets)
+    nats, num_targets = np.array(jax.device_get(targets), np.float64).sum(axis=0)
     routing = join(total.sums.routing)
     load_NE = None if routing is None else np.asarray(load_fractions(routing))
-    loss = nats / num_targets
+    loss = float(nats / num_targets)
     return Evaluation(
         loss=loss,
         perplexity=math.exp(min(loss, 700.0)),
-        bits_per_byte=nats / math.log(2) / num_bytes,
+        bits_per_byte=float(nats / math.log(2) / num_bytes),
         num_targets=int(num_targets),
         load_NE=load_NE,
         coactivation_NEE=None if total.coactivation_NEE is None else np.asarray(total.coactivation_NEE),
         probe_NTK=np.concatenate(jax.device_get(probes), axis=1) if probes else None,
-        loss_by_domain={} if domains is None else _means(domains, np.asarray(total.nats_by_domain_G2, np.float64)),
+        loss_by_domain={} if domains is None else _means(domains, jax.device_get(by_domain)),
     )
 
 
@@ -145,7 +147,8 @@ def _look_up(domains: Labels, documents_BL: np.ndarray) -> np.ndarray:
     return np.where(documents_BL >= 0, domains.domain_of_document[documents_BL], -1).astype(np.int32)
 
 
-def _means(domains: Labels, nats_G2: np.ndarray) -> dict[str, float]:
-    """By domain that has targets."""
-    rows = zip(domains.domains, nats_G2.tolist(), strict=True)
-    return {domain or "unnamed": nats / number for domain, (nats, number) in rows if number}
+def _means(domains: Labels, nats_G2: Sequence[np.ndarray]) -> dict[str, float]:
+    """By domain that has targets, from the sums of each batch."""
+    rows = zip(domains.domains, np.array(nats_G2, np.float64).sum(axis=0).tolist(), strict=True)
+    unnamed = "unnamed" if "unnamed" not in domains.domains else "without a name"
+    return {domain or unnamed: nats / number for domain, (nats, number) in rows if number}

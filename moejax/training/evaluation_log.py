@@ -4,12 +4,14 @@
 
   load          [N, E]     float32  fraction of choices of each expert
   coactivation  [N, E, E]  int32    tokens that visit both experts of a pair
-  experts       [N, T, K]  int32    the experts of each token of rows spread over the split; E: none
+  experts       [N, T, K]  integer  the experts of each token of rows spread over the split; E: none
   churn         [N]        float32  fraction of those experts that the evaluation before this one did not have there
 """
 
+import logging
 import os
 import zipfile
+import zlib
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -19,6 +21,8 @@ from moejax.moe.by_token import churn
 from moejax.training.evaluation import Evaluation
 
 FOLDER = "routing/evaluations"
+
+log = logging.getLogger("moejax")
 
 
 class EvaluationError(ValueError):
@@ -45,16 +49,20 @@ class EvaluationLog:
         experts_NTK, load_NE = evaluation.probe_NTK, evaluation.load_NE
         if experts_NTK is None or load_NE is None or evaluation.coactivation_NEE is None:
             raise ValueError("an evaluation of a dense model has no routing to log")
-        arrays = {"load": load_NE, "coactivation": evaluation.coactivation_NEE, "experts": experts_NTK}
+        small = experts_NTK.astype(np.min_scalar_type(load_NE.shape[1]))
+        arrays = {"load": load_NE, "coactivation": evaluation.coactivation_NEE, "experts": small}
         earlier = [path for before, path in self._files() if before < step]
         if earlier:
             before_NTK = read_evaluation(earlier[-1])["experts"]
-            arrays["churn"] = np.asarray(churn(jnp.asarray(before_NTK), jnp.asarray(experts_NTK), load_NE.shape[1]))
+            if before_NTK.shape == experts_NTK.shape:
+                arrays["churn"] = np.asarray(churn(jnp.asarray(before_NTK), jnp.asarray(experts_NTK), load_NE.shape[1]))
+            else:  # written by another version
+                log.warning("%s holds the experts of other tokens: no churn at step %d", earlier[-1], step)
         partial = self._folder / f"{step}.partial"
         with partial.open("wb") as file:
             np.savez_compressed(file, allow_pickle=False, **arrays)
         os.replace(partial, self._folder / f"{step}.npz")
-        return {"eval/routing_churn": float(arrays["churn"].mean())} if earlier else {}
+        return {"eval/routing_churn": float(arrays["churn"].mean())} if "churn" in arrays else {}
 
     def _files(self) -> list[tuple[int, Path]]:
         """Steps and files, in order."""
@@ -110,6 +118,7 @@ def read_evaluation(path: str | Path) -> dict[str, np.ndarray]:
     """
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            return dict(arrays)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+            found = dict(arrays)
+            return found | {"load": found["load"], "experts": found["experts"].astype(np.int32)}
+    except (OSError, ValueError, KeyError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
         raise EvaluationError(f"{path} cannot be read ({error}); delete it to do without that evaluation") from error

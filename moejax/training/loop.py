@@ -139,7 +139,7 @@ class _Loop:
             if start_step > 0 and self._is_evaluated(start_step) and not is_known:
                 evaluation = self._evaluate(state, metrics)  # a signal came before it was done
             state, evaluation = self._train(state, recorder, evaluation)
-            if self.stop.received == ALARM:
+            if self._is_alarmed(recorder):
                 self._stop_by_alarm(state, recorder)
             if evaluation is None and not self.stop:  # the run was complete before this call
                 evaluation = self._evaluate(state)
@@ -175,9 +175,12 @@ class _Loop:
                 if self._is_saved(step) or self.stop:
                     finished = recorder.flush()
                     self._heed(recorder)
-                    if self._is_evaluated(step) and not self.stop:
+                    is_alarmed = self._is_alarmed(recorder)
+                    if self._is_evaluated(step) and not self.stop and not is_alarmed:
                         evaluation = self._evaluate(state, recorder.metrics)
                     self._save(state, evaluation)
+                    if is_alarmed:
+                        break
                     recorder.resume()
                 if finished.skipped_in_row >= self.config.max_nonfinite_steps:
                     recorder.flush()
@@ -239,8 +242,13 @@ class _Loop:
         if recorder.stopping:
             self.own_stop.request(ALARM)
 
+    def _is_alarmed(self, recorder: Recorder) -> bool:
+        """Whether an alarm is to stop the run; all processes ask, since a stop may be granted after the last step."""
+        return first_says("alarmed" if recorder.stopping else "") == "alarmed"
+
     def _stop_by_alarm(self, state: TrainState, recorder: Recorder) -> None:
-        """Raises `AlarmError`; of several processes the first, which keeps the log, says why."""
+        """Raises `AlarmError` once the state is on disk; of several processes the first, which logs, says why."""
+        self.checkpoints.wait()
 
         def fail() -> None:
             if is_first():
@@ -256,8 +264,8 @@ class _Loop:
         place = locate(self.trainable, state, batch, self.knobs)
         error = NonFiniteError(
             f"loss or gradients were not finite in {finished.skipped_in_row} steps in a row, from step {first} on; "
-            f"the first such value is in {place}; none of these steps was applied, and "
-            "checkpoints are of earlier ones; lower optimizer.learning_rate, or raise train.max_nonfinite_steps"
+            f"the first such value is in {place}; none of these steps changed the parameters; lower "
+            "optimizer.learning_rate, or raise train.max_nonfinite_steps"
         )
 
         def fail() -> None:

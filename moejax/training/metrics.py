@@ -182,8 +182,8 @@ class Recorder:
             values["moe/dead_experts"] = float((routing.counts_NE == 0).sum())
             if self.routing is not None:
                 self.routing.append(self._written_step, **routing.arrays())
-            if self.alarms is not None and not self.stopping:
-                self.stopping = self.alarms.update(self._written_step, routing)
+            if self.alarms is not None:
+                self.stopping = self.alarms.update(self._written_step, routing) or self.stopping
         self.metrics.write(self._written_step, values)
 
 

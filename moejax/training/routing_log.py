@@ -106,6 +106,13 @@ class RoutingHistory:
         with _naming_damage(self._folder):
             return array[first : max(first, end)].read().result()
 
+    def blocks(self, name: str, first: int = 0) -> Iterator[np.ndarray]:
+        """All entries from `first` on, `[s, N, ...]` for some s at a time: a few chunks are in memory at once."""
+        array = self._array(name)
+        at_once = CHUNKS_AT_ONCE * array.chunk_layout.read_chunk_template.shape[0]
+        for start in range(first, self.num_entries, at_once):
+            yield self.read(name, start, min(start + at_once, self.num_entries))
+
     def summed(self, name: str, num_columns: int) -> tuple[Int64[np.ndarray, "C"], np.ndarray]:
         """Sums over neighbouring entries, few enough to draw, with no more than a few chunks in memory at once.
 
@@ -125,12 +132,12 @@ class RoutingHistory:
         starts_C = np.linspace(0, entries, min(num_columns, entries), endpoint=False).astype(int)
         is_integer = np.issubdtype(array.dtype.numpy_dtype, np.integer)
         sums_C = np.zeros((len(starts_C), *array.shape[1:]), np.int64 if is_integer else np.float64)
-        at_once = CHUNKS_AT_ONCE * array.chunk_layout.read_chunk_template.shape[0]
-        for first in range(0, entries, at_once):
-            block = self.read(name, first, first + at_once)
+        first = 0
+        for block in self.blocks(name):
             column = np.searchsorted(starts_C, np.arange(first, first + len(block)), side="right") - 1
             begins = np.flatnonzero(np.diff(column, prepend=-1))
             sums_C[column[begins]] += np.add.reduceat(block, begins, axis=0, dtype=sums_C.dtype)
+            first += len(block)
         return self.steps[np.append(starts_C[1:], entries)[: len(starts_C)] - 1], sums_C
 
     @functools.cached_property
@@ -177,7 +184,7 @@ class RoutingLog:
             raise RoutingLogError(
                 f"{self._folder} logs layers {found['layers']} with {found['num_experts']} experts, this run has "
                 f"layers {attributes['layers']} with {num_experts}, and the metrics logged of a layer must be the "
-                "same; use another workdir, or delete that folder to begin anew"
+                "same; use another workdir, or delete that folder, evaluations' routing included, to begin anew"
             )
         self._shapes = _shapes(attributes)
         self._chunk_entries = _chunk_entries(self._shapes)
@@ -215,11 +222,16 @@ class RoutingLog:
                 "write those steps again"
             )
         entry = len(self._steps)
-        self._make_room(entry)
-        written = [self._arrays[name][entry].write(array) for name, array in arrays.items()]
-        for future in written:  # they wait for the disk together
-            future.result()
-        self._arrays["step"][entry].write(step).result()  # last: from here on the entry exists
+        # Fill values are written, too: of an entry that was cut off, the old ones would come back.
+        absent = {
+            name: np.dtype(dtype).type(fill) for name, (dtype, fill) in ARRAYS.items() if name not in (*arrays, "step")
+        }
+        with _naming_damage(self._folder):
+            self._make_room(entry)
+            written = [self._arrays[name][entry].write(array) for name, array in (arrays | absent).items()]
+            for future in written:  # they wait for the disk together
+                future.result()
+            self._arrays["step"][entry].write(step).result()  # last: from here on the entry exists
         self._steps.append(step)
 
     def truncate(self, after_step: int) -> None:
@@ -331,4 +343,6 @@ def _naming_damage(folder: Path) -> Iterator[None]:
         yield
     except (ValueError, KeyError, TypeError, IndexError) as error:
         reason = f"{type(error).__name__}: {str(error)[:200]}"
-        raise RoutingLogError(f"{folder} is damaged ({reason}); delete it to do without its routing history") from error
+        raise RoutingLogError(
+            f"{folder} is damaged ({reason}); delete it to do without its routing history, that of evaluations included"
+        ) from error

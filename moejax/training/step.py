@@ -67,7 +67,8 @@ class EvalOutput:
     Attributes:
       sums: over its targets and tokens.
       coactivation_NEE: tokens that visit both experts of a pair, int32; None for a dense model.
-      probe_NTK: the experts of the tokens of its first row, as `experts_by_token` gives them; None for a dense model.
+      probe_NTK: the experts of the first `PROBE_TOKENS` tokens of its first row, as `experts_by_token` gives them; None
+        for a dense model.
       nats_by_domain_G2: cross-entropy and number of the targets of each domain, float32; None without domains.
     """
 
@@ -77,11 +78,13 @@ class EvalOutput:
     nats_by_domain_G2: jax.Array | None = None
 
 
+PROBE_TOKENS = 512
+
 COMPILER_OPTIONS: dict[str, dict[str, bool | str]] = {"tpu": {"xla_tpu_enable_async_all_to_all": True}}
 """By platform: else XLA:TPU computes nothing while tokens travel."""
 
 TrainStep = Callable[[TrainState, Batch, Knobs], tuple[TrainState, StepOutput]]
-"""A compiled train step."""
+"""A train step."""
 
 
 def forward_sums(
@@ -223,6 +226,21 @@ def loss_and_gradients(
 
 def make_train_step(trainable: Trainable) -> jax.stages.Wrapped:
     """Compiles, on first call, `(state, batch, knobs) -> (state, StepOutput)`; the old state's buffers are reused."""
+    return jax.jit(
+        train_step_of(trainable),
+        donate_argnums=0,
+        out_shardings=(trainable.shardings, replicated(trainable.mesh)),
+        compiler_options=compiler_options(trainable.mesh),
+    )
+
+
+def compiler_options(mesh: Mesh) -> dict[str, bool | str] | None:
+    """Of train steps, for the mesh's platform."""
+    return COMPILER_OPTIONS.get(mesh.devices.flat[0].platform)
+
+
+def train_step_of(trainable: Trainable) -> TrainStep:
+    """The function that `make_train_step` compiles."""
     config = trainable.config
     schedule = make_schedule(config.optimizer, config.train.num_steps)
 
@@ -243,7 +261,8 @@ def make_train_step(trainable: Trainable) -> jax.stages.Wrapped:
         router_state, routing = state.router_state, join(sums.routing)
         by_layer, by_expert = {}, {}
         if routing is not None:
-            router_state = update_router_state(router_state, sums.routing, config, knobs, state.step)
+            updated = update_router_state(router_state, sums.routing, config, knobs, state.step)
+            router_state = keep(updated, router_state)
             by_layer, by_expert = routing_metrics(routing), state_arrays(router_state)
             scalars |= {f"moe/{name}": values_N.mean() for name, values_N in by_layer.items()}
             scalars |= state_metrics(by_expert)
@@ -251,7 +270,7 @@ def make_train_step(trainable: Trainable) -> jax.stages.Wrapped:
         state = TrainState(
             step=state.step + 1,
             params=keep(params, state.params),
-            router_state=keep(router_state, state.router_state),
+            router_state=router_state,
             opt_state=keep(opt_state, state.opt_state),
             skipped=state.skipped + ~is_finite,
             skipped_in_row=jnp.where(is_finite, 0, state.skipped_in_row + 1),
@@ -265,12 +284,7 @@ def make_train_step(trainable: Trainable) -> jax.stages.Wrapped:
         }
         return state, StepOutput(scalars, routing, by_layer, by_expert)
 
-    return jax.jit(
-        train_step,
-        donate_argnums=0,
-        out_shardings=(trainable.shardings, replicated(trainable.mesh)),
-        compiler_options=COMPILER_OPTIONS.get(trainable.mesh.devices.flat[0].platform),
-    )
+    return train_step
 
 
 def make_eval_step(trainable: Trainable, num_domains: int = 0) -> Callable[..., EvalOutput]:
@@ -294,7 +308,7 @@ def make_eval_step(trainable: Trainable, num_domains: int = 0) -> Callable[..., 
         return EvalOutput(
             sums=sums,
             coactivation_NEE=coactivation(experts_NTK, num_choices),
-            probe_NTK=experts_NTK[:, : batch.tokens_BL.shape[1]],
+            probe_NTK=experts_NTK[:, : min(batch.tokens_BL.shape[1], PROBE_TOKENS)],
             nats_by_domain_G2=by_domain_G2,
         )
 

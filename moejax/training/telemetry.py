@@ -22,8 +22,11 @@ LAYER_METRICS = (
 class RoutingInterval:
     """The routing of one logging interval, by MoE layer.
 
+    Steps in which a layer's probabilities or weights are not finite, which are not applied, count in none of its sums.
+
     Attributes:
       counts_NE: assignments to each expert, before any are dropped.
+      choices_N: experts per token, in the mean, before any are dropped.
       probs_NE: mean router probability, in [0, 1].
       importance_NE: mean combine weight, before any are dropped.
       idle_steps_NE: steps since each expert was last chosen, at the end.
@@ -33,6 +36,7 @@ class RoutingInterval:
     """
 
     counts_NE: Int[np.ndarray, "N E"]
+    choices_N: Float[np.ndarray, "N"]
     probs_NE: Float[np.ndarray, "N E"]
     importance_NE: Float[np.ndarray, "N E"]
     idle_steps_NE: Int[np.ndarray, "N E"]
@@ -57,11 +61,23 @@ def summarize_routing(outputs: Sequence[StepOutput]) -> RoutingInterval | None:
     sums = [output.routing for output in outputs if output.routing is not None]
     if not sums:
         return None
-    tokens_N1 = np.maximum(np.sum([s.num_tokens for s in sums], axis=0, dtype=np.float64), 1)[:, None]
+    counts_SNE, probs_SNE, importance_SNE = (
+        np.stack([getattr(s, name) for s in sums]) for name in ("assignments_E", "probs_E", "importance_E")
+    )
+    is_sound_SN1 = np.isfinite(probs_SNE + importance_SNE).all(axis=2, keepdims=True)
+    tokens_SN1 = np.stack([s.num_tokens for s in sums])[..., None]
+    tokens_N1 = np.where(is_sound_SN1, tokens_SN1, 0).sum(axis=0, dtype=np.float64)
+    counts_NE = np.where(is_sound_SN1, counts_SNE, 0).sum(axis=0, dtype=np.int64)
+
+    def mean(values_SNE: np.ndarray) -> np.ndarray:
+        total_NE = np.where(is_sound_SN1, values_SNE, 0.0).sum(axis=0, dtype=np.float64)
+        return np.where(is_sound_SN1.any(axis=0), total_NE / np.maximum(tokens_N1, 1), np.nan)
+
     return RoutingInterval(
-        counts_NE=np.asarray(np.sum([s.assignments_E for s in sums], axis=0, dtype=np.int64)),
-        probs_NE=np.sum([s.probs_E for s in sums], axis=0, dtype=np.float64) / tokens_N1,
-        importance_NE=np.sum([s.importance_E for s in sums], axis=0, dtype=np.float64) / tokens_N1,
+        counts_NE=counts_NE,
+        choices_N=counts_NE.sum(axis=1) / np.maximum(tokens_N1[:, 0], 1),
+        probs_NE=mean(probs_SNE),
+        importance_NE=mean(importance_SNE),
         idle_steps_NE=np.asarray(outputs[-1].state["idle_steps"]),
         bias_NE=np.asarray(outputs[-1].state["bias"]) if "bias" in outputs[-1].state else None,
         layers={name: _over_steps(name, np.stack([o.layers[name] for o in outputs])) for name in LAYER_METRICS},
