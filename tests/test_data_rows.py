@@ -39,7 +39,7 @@ def test_prepared_rows_are_the_packed_documents_in_order(corpus):
         expected = list(pack([[1, *(b + 3 for b in text.encode()), 2] for text in texts], 64))
         rows = corpus.rows(split)
         assert len(rows) == len(expected) == corpus.num_rows[split]
-        for row, wanted in zip((rows[i] for i in range(len(rows))), expected, strict=True):
+        for row, wanted in zip(rows, expected, strict=True):  # a sequence ends where it ends
             assert all(row[name].dtype == np.int32 for name in FEATURES)
             np.testing.assert_equal(row, wanted)
         assert corpus.num_documents[split] == len(texts)

@@ -1,6 +1,7 @@
 """Several runs on one page: what is drawn against what, and mistakes of the command line."""
 
 import json
+import xml.dom.minidom
 
 import numpy as np
 import pytest
@@ -60,6 +61,13 @@ def test_curves_of_runs_are_drawn_in_looks_that_differ_and_keep_to_their_run(tmp
     assert figures.draw_runs(runs, "none", "") is None
     sixteen = figures.looks([str(i) for i in range(figures.MAX_RUNS)])
     assert len({(look.color, look.dash) for look in sixteen.values()}) == 16
+
+
+def test_no_name_of_a_run_breaks_a_legend(tmp_path):
+    runs = {name: open_run(make_run(tmp_path / f"{i}")) for i, name in enumerate(("_base", "a\x01b", "c\ud800"))}
+    drawing = figures.draw_runs(runs, "loss/lm", "nats")
+    xml.dom.minidom.parseString(drawing.svg)
+    assert [text.get_text() for text in drawing.figure.legends[0].get_texts()] == ["./_base", "a\ufffdb", "c\ufffd"]
 
 
 def test_loads_are_drawn_from_the_busiest_expert_over_the_share_of_experts():

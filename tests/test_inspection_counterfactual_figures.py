@@ -106,6 +106,9 @@ def test_many_experts_have_dots_where_there_may_be_noise_and_grey_where_there_is
     figures.draw_ablation(result, OUTPUT_ZERO)
     (dots,) = drawn[0].lines
     assert (dots.get_xdata().tolist(), dots.get_ydata().tolist()) == ([0], [0])
+    unknown = dataclasses.replace(result, rows=tuple(dataclasses.replace(row, standard_error=np.nan) for row in rows))
+    figures.draw_ablation(unknown, OUTPUT_ZERO)  # of one row nothing is known
+    assert drawn[1].lines[0].get_xdata().tolist() == list(range(12))
     mesh = drawn[0].collections[0]
     assert np.ma.getmaskarray(mesh.get_array()).reshape(2, 12).tolist() == [[False] * 12, [True] * 12]
     assert figures.draw_ablation(result, NOT_SELECTABLE) is None

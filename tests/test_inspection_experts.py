@@ -71,6 +71,15 @@ def test_chance_keeps_loads_and_exceeds_them_for_rare_tokens():
     assert decided.mean_NE.tolist() == [[1, 1]]
 
 
+def test_chance_is_known_where_some_tokens_have_no_expert():
+    rng = np.random.default_rng(2)
+    tokens = np.repeat(np.arange(60), 12)
+    experts = rng.integers(0, 2, (1, 720, 1))
+    experts[0, rng.random(720) < 0.15] = 2
+    found = vocabulary_specialisation(tokens, experts, 60, 2)
+    assert found.chance_N == pytest.approx(found.mean_N, abs=0.06)
+
+
 def test_no_token_is_often_enough_to_be_special():
     found = vocabulary_specialisation(np.array([0, 1]), np.zeros((1, 2, 1), int), 2, 3)
     assert np.isnan(found.mean_N).all() and np.isnan(found.chance_N).all() and np.isnan(found.mean_NE).all()

@@ -10,6 +10,7 @@ import pytest
 from moejax.data.labels import Labels
 from moejax.inspection.build import find_specialisation
 from moejax.inspection.counterfactual_result import AS_TRAINED, FILE_NAME, Counterfactuals, Outcome
+from moejax.inspection.expert_profile import DomainSpecialisation
 from moejax.inspection.information import Information
 from moejax.inspection.report import render_report, write_report
 from moejax.inspection.report_experts import Findings, domains
@@ -157,6 +158,14 @@ def information(name, excess_N):
     excess_N = np.asarray(excess_N, np.float64)
     ones_N = np.ones(len(excess_N))
     return Information(name, None, "tokens", excess_N + 0.1, 0.1 * ones_N, 0.01 * ones_N, 2 * ones_N, 1.5 * ones_N)
+
+
+def test_soft_routing_has_no_tokens_to_tell_of(tmp_path):
+    nothing = Information("token", None, "tokens", *np.zeros((5, 2)))
+    domains = DomainSpecialisation(np.zeros((2, 1, 4)), np.zeros((2, 4)), np.zeros(2), np.array([9]))
+    findings = Findings([nothing], (0, 2), 9, domains=domains, domain_names=("x",))
+    html = render(make_run(tmp_path), np.zeros((2, 4, 9), int), findings=findings)
+    assert html.count("No token was sent to an expert") == 3
 
 
 def outcome(kind, what, **more):

@@ -171,7 +171,7 @@ def test_saved_and_evaluated_steps_are_listed_in_order_and_only_complete_ones(tm
     folder = tmp_path / "routing" / "evaluations"
     folder.mkdir(parents=True)
     for step in (20, 100):
-        np.savez(folder / f"{step}.npz", load=np.full((1, 4), step, np.float32))
+        np.savez(folder / f"{step}.npz", load=np.full((1, 4), step, np.float32), experts=np.zeros((1, 1, 1), np.uint8))
     (folder / "300.partial").write_bytes(b"")
     assert run.checkpoints == (20, 100) and run.evaluations.steps == (20, 100)
     assert run.evaluations.read()["load"][0, 0] == 100 and run.evaluations.read(20)["load"][0, 0] == 20

@@ -253,6 +253,18 @@ def test_the_launcher_asks_slurm_for_a_process_per_gpu_and_jobs_that_follow_one_
     assert "--kill-on-bad-exit=1" in script
 
 
+def test_an_alarm_in_the_last_interval_ends_all_processes_once_the_state_is_saved(folder, tmp_path):
+    more = ["--config.train.num_steps=4", "--config.train.log_every=4", "--config.alarms.entropy=1.0"]
+    more += ["--config.alarms.stop=entropy", "--config.train.eval_every=0"]
+    with started(folder, 2, 2, training(folder, tmp_path / "run", *more)) as processes:
+        codes, _, errors = ends(processes)
+    assert codes == [1, 1], errors
+    assert "alarms.stop: entropy in layer 0: " in errors[0] and "saved step 4" in errors[0]
+    assert "process 0 failed on" in errors[1]
+    assert (tmp_path / "run/checkpoints/4").exists()
+    assert '"eval/loss"' not in (tmp_path / "run/metrics.jsonl").read_text()
+
+
 HANGS = """
 import sys, time
 from moejax.cli import main

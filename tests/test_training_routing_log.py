@@ -174,6 +174,15 @@ def test_a_truncated_entry_does_not_come_back_when_the_array_grows_again(tmp_pat
     assert_holds(tmp_path, [10, 15])
 
 
+def test_what_an_entry_lacks_does_not_come_from_one_that_was_dropped(tmp_path):
+    log = RoutingLog(tmp_path, LAYERS, NUM_EXPERTS)
+    counts, probs = entry(10)
+    log.append(10, counts, probs, bias=np.full(counts.shape, 9.0, np.float32))
+    log.truncate(0)
+    log.append(10, counts, probs)
+    assert np.isnan(read_routing(tmp_path).read("bias")).all()
+
+
 def test_a_crash_while_the_log_is_created_leaves_nothing_in_the_way(tmp_path):
     RoutingLog(tmp_path, [0], 2)
     (tmp_path / "routing" / "zarr.json").unlink()  # the group file is written last

@@ -135,7 +135,7 @@ def short_number(x: float) -> str:
 
 def legend_name(name: str) -> str:
     """The name of a run or a domain as matplotlib and SVG can show it; labels that begin with _ it would leave out."""
-    name = name.translate(FORBIDDEN)
+    name = name.translate(dict.fromkeys(FORBIDDEN, 0xFFFD))
     return f"./{name}" if name.startswith("_") else name
 
 
