@@ -11,7 +11,9 @@ import pytest
 
 from moejax.config import AlarmConfig, ConfigError, resolve
 from moejax.config.alarms import RULES
+from moejax.training import loop
 from moejax.training.alarms import AlarmError, AlarmFileError, AlarmLog, active, check, name_layers, read_alarms
+from moejax.training.checkpoint import Checkpoints
 from moejax.training.loop import train
 from moejax.training.telemetry import LAYER_METRICS, RoutingInterval
 
@@ -191,9 +193,24 @@ def test_thresholds_that_cannot_work_are_refused(alarms, message):
         resolve({"alarms": alarms})
 
 
+def noting(calls, name, function):
+    """The same function, whose returns are noted."""
+
+    def noted(*arguments):
+        try:
+            return function(*arguments)
+        finally:
+            calls.append(name)
+
+    return noted
+
+
 @pytest.mark.parametrize("log_every", [2, 12])
-def test_a_rule_to_stop_at_saves_the_run_says_why_and_lets_it_go_on_without(tmp_path, log_every):
+def test_a_rule_to_stop_at_saves_the_run_says_why_and_lets_it_go_on_without(tmp_path, monkeypatch, log_every):
     """Also if the only interval is written at the end of the run."""
+    calls = []
+    for where, name in ((Checkpoints, "save"), (Checkpoints, "wait"), (loop, "fail_together")):
+        monkeypatch.setattr(where, name, noting(calls, name, getattr(where, name)))
     sections = {
         "model": {"num_layers": 1, "d_model": 16, "num_heads": 2, "num_kv_heads": 1, "d_ff": 16},
         "moe": {"num_experts": 4, "top_k": 1, "renormalize": False, "d_expert": 8, "balance_weight": 0.0},
@@ -204,6 +221,8 @@ def test_a_rule_to_stop_at_saves_the_run_says_why_and_lets_it_go_on_without(tmp_
     }
     with pytest.raises(AlarmError, match=r"entropy in layer 0: .* saved step \d+; take entropy out of alarms\.stop"):
         train(resolve(sections), tmp_path / "run")
+    # Of several processes nobody waits for the disk once the error is out.
+    assert calls[len(calls) - calls[::-1].index("save") - 1 :][:3] == ["save", "wait", "fail_together"]
     (line,) = read_alarms(tmp_path / "run")
     saved = [int(path.name) for path in (tmp_path / "run/checkpoints").iterdir() if path.name.isdigit()]
     assert line["step"] <= max(saved) and (max(saved) < 12) == (log_every == 2)

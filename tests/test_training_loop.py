@@ -258,7 +258,7 @@ def test_the_first_layer_with_a_value_that_is_not_finite_is_named():
 
 
 def test_one_step_that_is_not_finite_changes_nothing_but_the_counts():
-    config = small_config()
+    config = small_config(moe={"selection_bias": True, "bias_rate": 0.1})
     trainable = make(config)
     batch = put_batch(packed_batch(config), trainable)
     knobs = Knobs.of(config)

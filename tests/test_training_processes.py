@@ -255,7 +255,7 @@ def test_the_launcher_asks_slurm_for_a_process_per_gpu_and_jobs_that_follow_one_
 
 def test_an_alarm_in_the_last_interval_ends_all_processes_once_the_state_is_saved(folder, tmp_path):
     more = ["--config.train.num_steps=4", "--config.train.log_every=4", "--config.alarms.entropy=1.0"]
-    more += ["--config.alarms.stop=entropy", "--config.train.eval_every=0"]
+    more += ["--config.alarms.stop=entropy", "--config.train.batch_size=128"]  # a single batch to evaluate
     with started(folder, 2, 2, training(folder, tmp_path / "run", *more)) as processes:
         codes, _, errors = ends(processes)
     assert codes == [1, 1], errors
