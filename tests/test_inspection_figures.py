@@ -73,6 +73,8 @@ def test_values_that_are_not_finite_or_alone_are_drawn_without_a_warning(values)
 
 
 def test_counts_are_labelled_with_whole_numbers_and_large_values_with_units():
+    nothing = draw_curves([Curve("dead", np.arange(3), np.array([0.0, np.nan, 0.0]))], "experts", from_zero=True)
+    assert nothing.figure.axes[0].get_ylim() == (0, 1)
     counts = draw_curves([Curve("dead", np.arange(3), np.array([2.0, np.nan, 1.0]))], "experts", from_zero=True)
     assert not any("." in text for text in texts(counts))
     speeds = draw_curves([Curve("speed", np.arange(2), np.array([40_000.5, np.inf]))], "tokens/s", from_zero=True)

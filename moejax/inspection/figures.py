@@ -235,7 +235,8 @@ def draw_curves(
         if len(curves) + (reference is not None) > 1:
             figure.legend(loc="outside upper left", ncols=3, borderaxespad=0.1, columnspacing=1.2)
         if from_zero:
-            axes.set_ylim(bottom=0)
+            is_flat = not any(np.nan_to_num(curve.values).any() for curve in curves)
+            axes.set_ylim(0, 1 if is_flat else None)
         _label_values(axes, curves)
         axes.set_ylabel(ylabel)
         label_steps(axes)
