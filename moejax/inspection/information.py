@@ -18,7 +18,8 @@ Tokens of one document are not independent, so an attribute that is constant in 
 permutation over tokens even if each document merely has a taste of its own. The stricter test permutes the values over
 whole documents (`over="documents"`). Documents may only trade places if they are of one size: where one domain has few
 long documents and another many short ones, a permutation would change how much text each domain has, and chance would
-seem low. So this test takes the same number of tokens of each document, drawn at random.
+seem low. So this test takes the same number of tokens of each document, drawn at random. With a condition that goes
+together with the attribute it leans to the side of chance: permuted values meet more values of the condition.
 """
 
 import dataclasses
