@@ -129,7 +129,7 @@ def test_what_can_collapse_follows_the_experts_that_tokens_had():
 def test_what_lasts_is_said_once_when_it_begins_and_once_when_it_has_ended(tmp_path, caplog):
     caplog.set_level(logging.INFO, logger="moejax")
     alarm_log = AlarmLog(tmp_path, 0, CONFIG)
-    in_2, in_both = healthy(max_violation=[0, 2, 0]), healthy(max_violation=[0, 2.5, 2])
+    in_2, in_both = healthy(dropped=[0, 0.5, 0]), healthy(dropped=[0, 0.75, 0.5])
     for step, interval in enumerate([in_2, in_2, in_both, healthy(), in_2, healthy(), healthy(), healthy(), healthy()]):
         alarm_log.update(step, interval)
     assert [(line["step"], line["state"], line["layers"]) for line in read_alarms(tmp_path)] == [
@@ -139,29 +139,38 @@ def test_what_lasts_is_said_once_when_it_begins_and_once_when_it_has_ended(tmp_p
         (7, "off", [2]),
     ]
     assert [record.message for record in caplog.records][:2] == [
-        "step 0: alarm collapse in layer 2: MaxVio is 67% of what is possible",
-        "step 2: alarm collapse in layer 3: MaxVio is 67% of what is possible",
+        "step 0: alarm drops in layer 2: 50.0% of choices found no slot",
+        "step 2: alarm drops in layer 3: 50.0% of choices found no slot",
     ]
+
+
+def test_collapse_begins_once_it_has_lasted(tmp_path):
+    alarm_log = AlarmLog(tmp_path, 0, CONFIG)
+    in_2, in_both = healthy(max_violation=[0, 2, 0]), healthy(max_violation=[0, 2, 2])
+    intervals = [in_2, in_2, healthy(), in_2, in_both, in_both, in_both, healthy(), in_2]
+    stopping = [len(alarm_log.update(step, interval)) for step, interval in enumerate(intervals)]
+    assert [(line["step"], line["layers"]) for line in read_alarms(tmp_path)] == [(5, [2]), (6, [3])]
+    assert stopping == [0, 0, 0, 0, 0, 1, 1, 0, 1]  # once it has begun, it holds at once again
 
 
 def test_a_resumed_run_drops_later_lines_and_does_not_repeat_what_still_holds(tmp_path):
     alarm_log = AlarmLog(tmp_path, 0, CONFIG)
-    alarm_log.update(10, healthy(max_violation=[0, 2, 0]))
-    alarm_log.update(20, healthy(max_violation=[2, 2, 0]))
+    alarm_log.update(10, healthy(dropped=[0, 1, 0]))
+    alarm_log.update(20, healthy(dropped=[1, 1, 0]))
     resumed = AlarmLog(tmp_path, 10, CONFIG)
-    assert active(read_alarms(tmp_path)) == [("collapse", 2)]
-    resumed.update(20, healthy(max_violation=[2, 2, 0]))
+    assert active(read_alarms(tmp_path)) == [("drops", 2)]
+    resumed.update(20, healthy(dropped=[1, 1, 0]))
     assert [(line["step"], line["layers"]) for line in read_alarms(tmp_path)] == [(10, [2]), (20, [1])]
 
 
 def test_only_rules_that_are_to_stop_a_run_are_returned(tmp_path):
     alarm_log = AlarmLog(tmp_path, 0, CONFIG)
     assert alarm_log.update(10, healthy(dropped=[1, 1, 1])) == []
-    assert [alarm.rule for alarm in alarm_log.update(20, healthy(max_violation=[3, 3, 3]))] == ["collapse"]
+    assert [alarm.rule for alarm in alarm_log.update(20, healthy(logit_max=[999, 3, 3]))] == ["logits"]
 
 
 def test_a_line_that_a_crash_cut_off_is_left_out_and_damage_elsewhere_is_named(tmp_path):
-    AlarmLog(tmp_path, 0, CONFIG).update(10, healthy(max_violation=[0, 2, 0]))
+    AlarmLog(tmp_path, 0, CONFIG).update(10, healthy(dropped=[0, 1, 0]))
     path = tmp_path / "alarms.jsonl"
     whole = path.read_text()
     path.write_text(whole + whole[:20])

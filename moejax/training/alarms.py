@@ -21,6 +21,7 @@ from moejax.training.telemetry import RoutingInterval
 
 FILE = "alarms.jsonl"
 LOW_RULES = ("balance_floor", "entropy")  # hold below their threshold
+LASTING = ("collapse",)  # begin when they held in `PATIENCE` intervals in a row: a new router is uneven for some steps
 PATIENCE = 3  # intervals without a finding after which an alarm has ended
 
 log = logging.getLogger("moejax")
@@ -131,8 +132,8 @@ class AlarmLog:
 
     Args:
       workdir: the run directory.
-      after_step: lines of later steps are dropped: a resumed run writes them again. It counts anew the intervals after
-        which an alarm has ended, which may then be said up to `PATIENCE` intervals later.
+      after_step: lines of later steps are dropped: a resumed run writes them again. It counts intervals anew, so
+        that the beginning or the end of an alarm may be said up to `PATIENCE` intervals later.
       config: of the run.
     """
 
@@ -144,12 +145,14 @@ class AlarmLog:
             temporary = self._path.with_suffix(".tmp")
             temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
             os.replace(temporary, self._path)
+        # By rule and layer, for how many intervals in a row rules in `LASTING` have held.
+        self._held: dict[tuple[str, int], int] = {}
         # By rule and layer, the intervals since it last held.
         self._quiet = dict.fromkeys(active(kept), 0)
 
     def update(self, step: int, interval: RoutingInterval) -> list[Alarm]:
         """Checks an interval that ended with `step`, writes what is new; returns what holds and is to stop the run."""
-        found = check(interval, self._config)
+        found = self._lasting(check(interval, self._config))
         holding = {(alarm.rule, layer) for alarm in found for layer in alarm.layers}
         for alarm in found:
             begun = alarm.within(layer for layer in alarm.layers if (alarm.rule, layer) not in self._quiet)
@@ -165,6 +168,22 @@ class AlarmLog:
             log.info("step %d: alarm %s has ended in %s", step, rule, name_layers(layers))
         self._quiet = {place: quiet for place, quiet in self._quiet.items() if place not in ended}
         return [alarm for alarm in found if alarm.rule in self._config.alarms.stopping]
+
+    def _lasting(self, found: Sequence[Alarm]) -> list[Alarm]:
+        """Without what did not yet hold for long enough to begin."""
+        places = [(alarm.rule, layer) for alarm in found for layer in alarm.layers]
+        self._held = {place: self._held.get(place, 0) + 1 for place in places}
+        kept = (
+            alarm.within(
+                layer
+                for layer in alarm.layers
+                if alarm.rule not in LASTING
+                or (alarm.rule, layer) in self._quiet
+                or self._held[alarm.rule, layer] >= PATIENCE
+            )
+            for alarm in found
+        )
+        return [alarm for alarm in kept if alarm.layers]
 
     def _write(self, step: int, rule: str, state: str, layers: Iterable[int], **more: Any) -> None:
         finite = {key: value for key, value in more.items() if value != math.inf}
