@@ -1,6 +1,7 @@
 """Several runs on one page: what is drawn against what, and mistakes of the command line."""
 
 import json
+import os
 import xml.dom.minidom
 
 import numpy as np
@@ -142,6 +143,7 @@ def test_the_command_writes_beside_the_first_run_or_where_it_is_told(tmp_path, c
         (["a", "--workdir=a"], "name run directories one way"),
         (["a", "--output=x.html"], "--output=x.html is for comparisons"),
         (["a", "b", "--output=none/x.html"], "must be a file in a folder that exists"),
+        (["a", "b", "--output=pipe"], "--output=pipe must be a file in a folder that exists"),
         (["a"] * 17, "17 runs were given"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -150,6 +152,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments, message, tmp_path, mon
     make_run(tmp_path / "a")
     make_run(tmp_path / "b")
     monkeypatch.chdir(tmp_path)
+    os.mkfifo("pipe")
     assert main(["report", *arguments]) == 2
     captured = capsys.readouterr()
     assert captured.out == "" and message in captured.err and len(captured.err.strip().splitlines()) == 1

@@ -44,6 +44,6 @@ def _compare(workdirs: list[str], output: str) -> Path:
     if not output:
         return write_comparison(workdirs)
     path = Path(output)
-    if path.is_dir() or not path.parent.is_dir():
+    if (path.exists() and not path.is_file()) or not path.parent.is_dir():  # a device would be replaced
         raise UsageError(f"--output={path} must be a file in a folder that exists, such as comparison.html")
     return write_comparison(workdirs, path)
