@@ -13,13 +13,15 @@ def held_out(sizes: Mapping[str, int]) -> set[str]:
       sizes: bytes of each document by name; at least two documents.
 
     Returns:
-      The names held out: at least one, never all, and of empty documents none unless all are empty; the same in any
-      order of `sizes`.
+      The names held out: at least one, never all, and no empty document if two have text; the same in any order of
+      `sizes`.
     """
     chosen: set[str] = set()
     remaining = HELD_OUT * sum(sizes.values())
     # A document is taken when at least half of it fits: the share is then as near as the order allows.
-    names = [name for name, size in sizes.items() if size] if sum(map(bool, sizes.values())) > 1 else list(sizes)
+    with_text = [name for name, size in sizes.items() if size]
+    names = with_text if len(with_text) > 1 else list(sizes)
+    # A document is taken when at least half of it fits: the share is then as near as the order allows.
     for name in sorted(names, key=lambda name: hashlib.sha256(name.encode("utf-8")).digest())[:-1]:
         if chosen and remaining < sizes[name] / 2:
             break

@@ -50,6 +50,10 @@ class Attribute:
                     f"must be in [0, {len(self.labels)}): leave tokens without a value out, or give them a label"
                 )
 
+    def at(self, tokens: Int[np.ndarray, "t"]) -> "Attribute":
+        """The same of some of the tokens."""
+        return dataclasses.replace(self, values_T=self.values_T[tokens])
+
 
 def attributes_of(
     tokens_T: Int[np.ndarray, "T"],

@@ -87,8 +87,8 @@ def find_specialisation(
 
     def measure(attribute: Attribute, tokens: np.ndarray, **more: Attribute) -> Information:
         return expert_information(
-            _part(attribute, tokens), experts_NTK[:, tokens], routed.num_experts, num_permutations=NUM_PERMUTATIONS,
-            given=_part(more["given"], tokens) if more else None,
+            attribute.at(tokens), experts_NTK[:, tokens], routed.num_experts, num_permutations=NUM_PERMUTATIONS,
+            given=more["given"].at(tokens) if more else None,
         )  # fmt: skip
 
     information = [measure(attribute, chosen) for attribute in attributes]
@@ -103,10 +103,6 @@ def find_specialisation(
     ]  # fmt: skip
     domains = domain_specialisation(domains_T, experts_NTK, len(labels.domains), routed.num_experts)
     return dataclasses.replace(found, information=information, domains=domains, domain_names=labels.domains)
-
-
-def _part(attribute: Attribute, tokens: np.ndarray) -> Attribute:
-    return dataclasses.replace(attribute, values_T=attribute.values_T[tokens])
 
 
 def trace_passage(loaded: LoadedRun, corpus: Corpus) -> Trace:

@@ -131,7 +131,7 @@ def expert_information(
     documents_T = _check_documents(attribute, documents_T) if over == "documents" else None
     if documents_T is not None:
         drawn_t = _draw_equally(documents_T, tokens_per_document, rng)
-        attribute, given = _part(attribute, drawn_t), None if given is None else _part(given, drawn_t)
+        attribute, given = attribute.at(drawn_t), None if given is None else given.at(drawn_t)
         experts_NTK, documents_T = experts_NTK[:, drawn_t], documents_T[drawn_t]
     values = _Codes.of(attribute.values_T)
     condition = _Codes.of(np.zeros_like(values.codes_T) if given is None else given.values_T)
@@ -265,10 +265,6 @@ def _draw_equally(documents_T: np.ndarray, number: int | None, rng: np.random.Ge
     order_T = np.lexsort((rng.random(documents_T.size), document_T))  # by document, at random within
     rank_T = np.arange(documents_T.size) - np.repeat(np.cumsum(sizes_d) - sizes_d, sizes_d)
     return np.sort(order_T[(rank_T < number) & (sizes_d[document_T[order_T]] >= number)])
-
-
-def _part(attribute: Attribute, tokens: np.ndarray) -> Attribute:
-    return dataclasses.replace(attribute, values_T=attribute.values_T[tokens])
 
 
 def _check_documents(attribute: Attribute, documents_T: np.ndarray | None) -> np.ndarray:

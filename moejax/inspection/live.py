@@ -116,7 +116,7 @@ class MetricsReader:
             if not isinstance(values, dict) or type(values.get("step")) is not int:
                 raise ValueError("no integer `step`")
             add_values(self.series, values, self._path)
-        except (ValueError, OverflowError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             self._note(f"is damaged ({error})")
 
     def _note(self, what: str) -> None:

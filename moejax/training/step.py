@@ -79,6 +79,7 @@ class EvalOutput:
 
 
 PROBE_TOKENS = 512
+"""Of a row, whose routing is kept at every evaluation, to see how much of it changes."""
 
 COMPILER_OPTIONS: dict[str, dict[str, bool | str]] = {"tpu": {"xla_tpu_enable_async_all_to_all": True}}
 """By platform: else XLA:TPU computes nothing while tokens travel."""
