@@ -213,6 +213,7 @@ def test_a_damaged_config_is_named_with_a_remedy(tmp_path, text):
         ("config", []),
         ("config", {"moe": 3}),
         ("config", {"moe": {"num_experts": "<script>"}}),
+        ("config", {"moe": {"num_experts": 4, "num_zero_experts": -5}}),
         ("versions", "1.0"),
         ("parameters", {"total": 1}),
     ],
@@ -227,6 +228,15 @@ def test_a_config_entry_of_the_wrong_kind_is_named_with_a_remedy(tmp_path, key, 
 def test_a_damaged_line_in_the_middle_is_named_with_a_remedy(tmp_path, line):
     write_run(tmp_path, f'{{"step": 1}}\n{line}\n{{"step": 3}}\n')
     with pytest.raises(ValueError, match=rf"{tmp_path}/metrics.jsonl: line 2 .*delete that line"):
+        open_run(tmp_path).series("a")
+
+
+@pytest.mark.parametrize(
+    "line", [f'{{"step": {2**63}, "a": 1}}', f'{{"step": 1, "a": {10**400}}}'], ids=["step", "value"]
+)
+def test_a_number_beyond_64_bits_is_named(tmp_path, line):
+    write_run(tmp_path, line + "\n")
+    with pytest.raises(ValueError, match=rf"{tmp_path}/metrics.jsonl: step \d+ or a is no number of 64 bits; delete"):
         open_run(tmp_path).series("a")
 
 

@@ -18,7 +18,6 @@ def held_out(sizes: Mapping[str, int]) -> set[str]:
     """
     chosen: set[str] = set()
     remaining = HELD_OUT * sum(sizes.values())
-    # A document is taken when at least half of it fits: the share is then as near as the order allows.
     with_text = [name for name, size in sizes.items() if size]
     names = with_text if len(with_text) > 1 else list(sizes)
     # A document is taken when at least half of it fits: the share is then as near as the order allows.
