@@ -30,9 +30,12 @@ REQUIRES = [
     "matplotlib>=3.11,<4",
     "pandas>=3,<4",  # metrics of runs as tables, in notebooks
     "tensorboardX>=2.6.5,<3",
+    "pyarrow>=26,<27",  # records of sweeps as Parquet; tensorflow-datasets needs it, too
 ]
 
-SUBMITIT = "submitit>=1.5.4,<2"  # experiments/launch/slurm.py
+SUBMITIT = "submitit>=1.5.4,<2"  # experiments/launch/slurm.py, moejax sweep --runner=slurm
+
+SWEEPS = ["optuna>=5,<6", "optuna-dashboard>=0.21,<0.22", "psycopg[binary]>=3.3.9,<4", SUBMITIT]
 
 PANEL = "panel>=1.9.4,<2"  # moejax view
 
@@ -46,6 +49,7 @@ EXTRAS = {
     "cuda13": ["jax[cuda13]"],
     "tokamax": [TOKAMAX],
     "launch": [SUBMITIT],
+    "sweeps": SWEEPS,
     "notebooks": [*NOTEBOOKS, "jupyterlab>=4.6,<5"],
     "view": [PANEL],
     "dev": [
@@ -55,7 +59,7 @@ EXTRAS = {
         "beartype>=0.23.1,<0.24",
         "ruff>=0.17.6,<0.18",
         "mypy>=2.4.1,<3",
-        SUBMITIT,
+        *SWEEPS,
         PANEL,
         *NOTEBOOKS,
         TOKAMAX,  # its kernels are tested in interpret mode
