@@ -312,15 +312,17 @@ def test_a_resolved_config_cannot_be_changed():
         resolve({}).moe.num_experts = 3
 
 
-def test_knobs_are_float32_scalars_with_the_values_of_the_config():
-    names = [field.name for field in dataclasses.fields(Knobs) if field.name != "learning_rate_scale"]
+def test_knobs_are_scalars_with_the_values_of_the_config():
+    names = [field.name for field in dataclasses.fields(Knobs) if field.name not in ("seed", "learning_rate")]
     hints = dict(leaves())
     values = {name: other_value(f"moe.{name}", hints[f"moe.{name}"])[0] for name in names}
     knobs = Knobs.of(resolve(nested({f"moe.{name}": value for name, value in values.items()} | {
-        "moe.router": "noisy_topk"})))  # fmt: skip
-    assert float(knobs.learning_rate_scale) == 1
+        "moe.router": "noisy_topk", "train.seed": 2**31 - 1, "optimizer.learning_rate": 2e-3})))  # fmt: skip
+    assert (knobs.seed.dtype, int(knobs.seed)) == (np.int32, 2**31 - 1)
+    assert knobs.learning_rate == np.float32(2e-3)
     assert {name: float(getattr(knobs, name)) for name in names} == {n: np.float32(v) for n, v in values.items()}
-    assert all(value.dtype == np.float32 and value.shape == () for value in jax.tree.leaves(knobs))
+    assert all(value.shape == () for value in jax.tree.leaves(knobs))
+    assert all(getattr(knobs, name).dtype == np.float32 for name in (*names, "learning_rate"))
 
 
 # No dead leaves ---------------------------------------------------------------------------------------------------

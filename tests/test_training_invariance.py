@@ -36,7 +36,7 @@ def run(config: Config, num_devices: int = 1, num_steps: int = 0) -> Outcome:
 
         @jax.jit
         def gradients(params, batch):
-            keys_B = row_keys(config, state.step, config.train.batch_size)
+            keys_B = row_keys(config, knobs, state.step, config.train.batch_size)
             grads, sums = loss_and_gradients(trainable, params, state.router_state, batch, knobs, keys_B)
             parts = losses(sums, knobs, config)
             parts["dropped"] = sum(stats.dropped.sum() for stats in sums.routing)
@@ -273,8 +273,8 @@ def test_the_learning_rate_knob_scales_the_step():
     with jax.set_mesh(trainable.mesh):
         before = jax.device_get(jax.tree.leaves(initial_state(trainable).params))
         moved = []
-        for scale in (0.0, 1.0, 2.0):
-            knobs = dataclasses.replace(Knobs.of(config), learning_rate_scale=jax.numpy.float32(scale))
+        for rate in (0.0, 1e-3, 2e-3):
+            knobs = dataclasses.replace(Knobs.of(config), learning_rate=jax.numpy.float32(rate))
             state, _ = step(initial_state(trainable), batch, knobs)
             moved.append([a - b for a, b in zip(jax.device_get(jax.tree.leaves(state.params)), before, strict=True)])
     for none, once, twice in zip(*moved, strict=True):

@@ -12,7 +12,7 @@ from training_cases import make, small_config
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd"])
 def test_schedules_rise_to_the_peak_and_end_at_the_final_fraction(schedule):
-    config = OptimizerConfig(learning_rate=1.0, schedule=schedule, warmup_fraction=0.1, final_fraction=0.2)
+    config = OptimizerConfig(schedule=schedule, warmup_fraction=0.1, final_fraction=0.2)
     rates = np.array([make_schedule(config, 100)(step) for step in range(101)])
     np.testing.assert_allclose(rates[:10], np.arange(1, 11) / 10, rtol=1e-5)
     assert rates.max() == pytest.approx(1.0)
@@ -21,16 +21,14 @@ def test_schedules_rise_to_the_peak_and_end_at_the_final_fraction(schedule):
 
 
 def test_wsd_is_constant_until_its_last_phase():
-    config = OptimizerConfig(
-        learning_rate=1.0, schedule="wsd", warmup_fraction=0.1, decay_fraction=0.3, final_fraction=0.0
-    )
+    config = OptimizerConfig(schedule="wsd", warmup_fraction=0.1, decay_fraction=0.3, final_fraction=0.0)
     rates = np.array([make_schedule(config, 100)(step) for step in range(101)])
     np.testing.assert_allclose(rates[10:70], 1.0)
     np.testing.assert_allclose(rates[85], 0.5, atol=1e-5)
 
 
 def test_without_warm_up_the_first_step_has_the_full_rate():
-    config = OptimizerConfig(learning_rate=1.0, warmup_fraction=0.0)
+    config = OptimizerConfig(warmup_fraction=0.0)
     assert make_schedule(config, 100)(0) == 1.0
 
 

@@ -11,13 +11,14 @@ from moejax.config.schema import Config
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Knobs:
-    """Traced float32 scalars: they change no shape, so changing them recompiles nothing and they can be `vmap`ped.
+    """Traced scalars, float32: they change no shape, so changing them recompiles nothing and they can be `vmap`ped.
 
-    Each but the first has the name of its leaf in `moe`. Where that leaf is 0, its term may be left out of the compiled
-    program, and the knob has no effect.
+    Each but the first two has the name of its leaf in `moe`. Where that leaf is 0, its term may be left out of the
+    compiled program, and the knob has no effect.
 
     Attributes:
-      learning_rate_scale: multiplies the scheduled learning rate.
+      seed: `train.seed`, int32, of what training draws; the initial weights and the order of rows have it elsewhere.
+      learning_rate: `optimizer.learning_rate`, the highest; the schedule multiplies it.
       balance_weight, sequence_balance_weight, importance_weight, vmoe_importance_weight, load_weight, vmoe_load_weight,
         z_weight: coefficients of each layer's loss of that name.
       capacity_factor: limits the slots used per expert; buffers have the size of `moe.capacity_factor`, so larger
@@ -28,7 +29,8 @@ class Knobs:
       expert_dropout: fraction of choices whose output is dropped.
     """
 
-    learning_rate_scale: jax.Array
+    seed: jax.Array
+    learning_rate: jax.Array
     balance_weight: jax.Array
     sequence_balance_weight: jax.Array
     importance_weight: jax.Array
@@ -45,5 +47,9 @@ class Knobs:
     @classmethod
     def of(cls, config: Config) -> "Knobs":
         """The knobs as the configuration sets them."""
-        leaves = {field.name: getattr(config.moe, field.name, 1.0) for field in dataclasses.fields(cls)}
-        return cls(**{name: jnp.float32(value) for name, value in leaves.items()})
+        names = [field.name for field in dataclasses.fields(cls) if field.name not in ("seed", "learning_rate")]
+        return cls(
+            seed=jnp.int32(config.train.seed),
+            learning_rate=jnp.float32(config.optimizer.learning_rate),
+            **{name: jnp.float32(getattr(config.moe, name)) for name in names},
+        )

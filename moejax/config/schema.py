@@ -57,6 +57,14 @@ class TrainConfig:
     max_nonfinite_steps: int = 5  # so many skipped steps in a row end the run
     step_limit_s: float = 0.0  # a step that takes longer ends the process with the stacks of its threads; 0: no limit
 
+    def is_evaluated(self, step: int) -> bool:
+        """Whether the state after so many steps is evaluated."""
+        return step == self.num_steps or (self.eval_every > 0 and step % self.eval_every == 0)
+
+    def is_saved(self, step: int) -> bool:
+        """Whether it is saved: what is evaluated is, too, so that the best evaluation has its checkpoint."""
+        return self.is_evaluated(step) or step % self.checkpoint_every == 0
+
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:

@@ -13,8 +13,10 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Float, Int
 
+from moejax.kernels.grouped_matmul.arms import each_arm, merge, split
 from moejax.kernels.tiles import Groups, put, take
 from moejax.kernels.varying import empty_varying_like, vary_alike, zeros_varying_like
 
@@ -63,7 +65,8 @@ def feed_forward(
     gate_up_EDP = gate_up_EDPF.reshape(*gate_up_EDPF.shape[:2], -1)
     # Outside of the custom VJP: the transpose sums the gradient of replicated weights over devices.
     arrays = vary_alike(x_TD, weights_TK, gate_up_EDP, down_EFD, row_TK, choice_R, group_sizes_E)
-    return _feed_forward(activate, sizes, *arrays)
+    starts_E = jnp.cumsum(arrays[-1]) - arrays[-1]
+    return _feed_forward(activate, sizes, *arrays, starts_E)
 
 
 def add_rows(x_RD: Float[Array, "R D"], row_TK: Int[Array, "T K"]) -> Float[Array, "T D"]:
@@ -82,33 +85,78 @@ def add_rows(x_RD: Float[Array, "R D"], row_TK: Int[Array, "T K"]) -> Float[Arra
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _feed_forward(activate, sizes, x_TD, weights_TK, gate_up_EDP, down_EFD, row_TK, choice_R, group_sizes_E):
-    arrays = x_TD, weights_TK, gate_up_EDP, down_EFD, choice_R, group_sizes_E
-    y_RD, _ = _forward_rows(activate, sizes, *arrays, keep=False)
-    return add_rows(y_RD, row_TK).astype(x_TD.dtype)
+def _feed_forward(activate, sizes, *arrays):
+    return _over_arms(functools.partial(_forward_pass, activate, sizes, keep=False), *arrays)[0]
 
 
-def _forward(activate, sizes, x_TD, weights_TK, gate_up_EDP, down_EFD, row_TK, choice_R, group_sizes_E):
-    arrays = x_TD, weights_TK, gate_up_EDP, down_EFD, choice_R, group_sizes_E
-    y_RD, projected_RP = _forward_rows(activate, sizes, *arrays, keep=True)
-    return add_rows(y_RD, row_TK).astype(x_TD.dtype), (projected_RP, row_TK, arrays)
+def _forward(activate, sizes, *arrays):
+    y_TD, projected_RP = _over_arms(functools.partial(_forward_pass, activate, sizes, keep=True), *arrays)
+    return y_TD, (projected_RP, arrays)
 
 
 def _backward(activate, sizes, residuals, dy_TD):
-    projected_RP, row_TK, arrays = residuals
-    dx_RD, dweight_R, dgate_up_EDP, ddown_EFD = _backward_rows(activate, sizes, dy_TD, projected_RP, *arrays)
-    _, weights_TK, gate_up_EDP, down_EFD, *_ = arrays
-    dweights_TK = dweight_R.at[row_TK].get(mode="fill", fill_value=0).astype(weights_TK.dtype)
-    dweights = dgate_up_EDP.astype(gate_up_EDP.dtype), ddown_EFD.astype(down_EFD.dtype)
-    return add_rows(dx_RD, row_TK).astype(dy_TD.dtype), dweights_TK, *dweights, None, None, None
+    projected_RP, arrays = residuals
+    gradients = _over_arms(functools.partial(_backward_pass, activate, sizes), *arrays, projected_RP, dy_TD)
+    return *gradients, None, None, None, None
 
 
 _feed_forward.defvjp(_forward, _backward)
 
 
-def _forward_rows(activate, sizes, x_TD, weights_TK, gate_up_EDP, down_EFD, choice_R, group_sizes_E, *, keep: bool):
+def _over_arms(function, x_TD, weights_TK, gate_up_EDP, down_EFD, row_TK, choice_R, sizes_E, starts_E, *others):
+    """`function` of these arrays; `vmap` over the arms of a sweep makes one call of A * E experts of it.
+
+    Plain `vmap` would run each loop over tiles for as long as the fullest of an expert's arms needs, and throw away
+    what it computes for the others. Here arms lie one behind another, with the spare rows of each between them. The
+    results have tokens, rows or experts on their first axis, as `others` do.
+    """
+
+    @custom_vmap
+    def one(*arrays):
+        return function(*arrays)
+
+    @one.def_vmap
+    def all_arms(num_arms: int, is_batched, *arrays):
+        each = each_arm(num_arms, is_batched, arrays)
+        x_ATD, weights_ATK, gate_up_AEDP, down_AEFD, row_ATK, choice_AR, sizes_AE, starts_AE, *others = each
+        num_rows, num_choices = choice_AR.shape[1], weights_ATK[0].size
+        first_row_A, first_choice_A = jnp.arange(num_arms) * num_rows, jnp.arange(num_arms) * num_choices
+        row_ATK = jnp.where(row_ATK < num_rows, row_ATK + first_row_A[:, None, None], num_arms * num_rows)
+        is_choice_AR = choice_AR < num_choices
+        choice_AR = jnp.where(is_choice_AR, choice_AR + first_choice_A[:, None], num_arms * num_choices)
+        starts_AE = starts_AE + first_row_A[:, None].astype(starts_AE.dtype)
+        folded = x_ATD, weights_ATK, gate_up_AEDP, down_AEFD, row_ATK, choice_AR, sizes_AE, starts_AE, *others
+        results = _over_arms(function, *map(merge, folded))
+        return tuple(split(result, num_arms) for result in results), tuple(True for _ in results)
+
+    return one(x_TD, weights_TK, gate_up_EDP, down_EFD, row_TK, choice_R, sizes_E, starts_E, *others)
+
+
+def _forward_pass(
+    activate, sizes, x_TD, weights_TK, gate_up_EDP, down_EFD, row_TK, choice_R, sizes_E, starts_E, *, keep: bool
+):
+    """The outputs of tokens, and the projections of rows (none, unless they are to be kept)."""
+    groups = Groups.of(sizes_E, starts_E, sizes)
+    arrays = x_TD, weights_TK, gate_up_EDP, down_EFD, choice_R
+    y_RD, projected_RP = _forward_rows(activate, groups, *arrays, keep=keep)
+    return add_rows(y_RD, row_TK).astype(x_TD.dtype), projected_RP
+
+
+def _backward_pass(
+    activate, sizes, x_TD, weights_TK, gate_up_EDP, down_EFD, row_TK, choice_R, sizes_E, starts_E, projected_RP, dy_TD
+):
+    """Gradients of tokens, of combine weights and of all matrices."""
+    groups = Groups.of(sizes_E, starts_E, sizes)
+    arrays = x_TD, weights_TK, gate_up_EDP, down_EFD, choice_R
+    dx_RD, dweight_R, dgate_up_EDP, ddown_EFD = _backward_rows(activate, groups, dy_TD, projected_RP, *arrays)
+    dweights_TK = dweight_R.at[row_TK].get(mode="fill", fill_value=0).astype(weights_TK.dtype)
+    dmatrices = dgate_up_EDP.astype(gate_up_EDP.dtype), ddown_EFD.astype(down_EFD.dtype)
+    return add_rows(dx_RD, row_TK).astype(dy_TD.dtype), dweights_TK, *dmatrices
+
+
+def _forward_rows(activate, groups, x_TD, weights_TK, gate_up_EDP, down_EFD, choice_R, *, keep: bool):
     """Weighted outputs of the rows and, to `keep` for the backward pass, their projections; rest is left undefined."""
-    groups, token_R, weight_R = _grouped(sizes, weights_TK, choice_R, group_sizes_E)
+    token_R, weight_R = _of_rows(weights_TK, choice_R)
     num_rows, d_model, num_projected = choice_R.shape[0], x_TD.shape[1], gate_up_EDP.shape[2]
     x_TD = _wide(x_TD)
 
@@ -129,11 +177,9 @@ def _forward_rows(activate, sizes, x_TD, weights_TK, gate_up_EDP, down_EFD, choi
     return groups.for_each_active(one_expert, (y_RD, projected_RP))
 
 
-def _backward_rows(
-    activate, sizes, dy_TD, projected_RP, x_TD, weights_TK, gate_up_EDP, down_EFD, choice_R, group_sizes_E
-):
+def _backward_rows(activate, groups, dy_TD, projected_RP, x_TD, weights_TK, gate_up_EDP, down_EFD, choice_R):
     """Gradients of the rows and of their weights, rest left undefined, and in float32 of all matrices."""
-    groups, token_R, weight_R = _grouped(sizes, weights_TK, choice_R, group_sizes_E)
+    token_R, weight_R = _of_rows(weights_TK, choice_R)
     num_rows, d_model = choice_R.shape[0], x_TD.shape[1]
     x_TD, dy_TD = _wide(x_TD), _wide(dy_TD)
 
@@ -180,10 +226,10 @@ def _backward_rows(
     return *rows, *groups.for_each_empty(no_rows, totals)
 
 
-def _grouped(sizes, weights_TK, choice_R, group_sizes_E):
-    """Tiles, and the token and the weight of each row."""
+def _of_rows(weights_TK, choice_R):
+    """The token and the weight of each row."""
     weight_R = weights_TK.reshape(-1).at[choice_R].get(mode="fill", fill_value=0)
-    return Groups.of(group_sizes_E, sizes), choice_R // weights_TK.shape[1], _wide(weight_R)
+    return choice_R // weights_TK.shape[1], _wide(weight_R)
 
 
 def _gather(x_TD, token_b):

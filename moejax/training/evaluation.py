@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -105,41 +106,74 @@ def evaluate(
       should_stop: asked before each batch; once it says True the evaluation is given up and None returned.
       domains: from `domains_of`.
     """
-    total: EvalOutput | None = None
-    targets: list[tuple[jax.Array, jax.Array]] = []  # summed up in 64 bits at the end
-    by_domain: list[jax.Array | None] = []
-    probes: list[jax.Array] = []
-    every = 1  # batch gives a probe
-    for number, batch in enumerate(batches):
+    sums = EvaluationSums(domains)
+    for batch in batches:
         if should_stop():
             return None
-        documents_BL, batch = batch.documents_BL, dataclasses.replace(batch, documents_BL=None)
-        inputs = (batch,) if domains is None else (batch, _look_up(domains, documents_BL))
-        output = eval_step(params, router_state, *(put_batch(x, trainable) for x in inputs))
-        if output.probe_NTK is not None and number % every == 0:
-            probes.append(output.probe_NTK)
-            if len(probes) > PROBE_ROWS:
-                probes, every = probes[::2], 2 * every
-        targets.append((output.sums.nats, output.sums.num_targets))
-        by_domain.append(output.nats_by_domain_G2)
+        inputs = eval_inputs(batch, domains)
+        sums.add(eval_step(params, router_state, *(put_batch(x, trainable) for x in inputs)))
+    return sums.result(num_bytes)
+
+
+def eval_inputs(batch: Batch, domains: Labels | None) -> tuple[Any, ...]:
+    """What an evaluation step takes of a batch: the batch itself and, if there are domains, that of each target."""
+    bare = dataclasses.replace(batch, documents_BL=None)
+    return (bare,) if domains is None else (bare, _look_up(domains, batch.documents_BL))
+
+
+class EvaluationSums:
+    """Adds up what evaluation steps give. Their outputs may have a leading axis of arms: runs evaluated side by side.
+
+    Args:
+      domains: from `domains_of`.
+    """
+
+    def __init__(self, domains: Labels | None):
+        self._domains = domains
+        self._total: EvalOutput | None = None
+        self._targets: list[tuple[jax.Array, jax.Array]] = []  # summed up in 64 bits at the end
+        self._by_domain: list[jax.Array | None] = []
+        self._probes: list[jax.Array] = []
+        self._every = 1  # batch gives a probe
+
+    def add(self, output: EvalOutput) -> None:
+        """Takes the output of the next batch."""
+        if output.probe_NTK is not None and len(self._targets) % self._every == 0:
+            self._probes.append(output.probe_NTK)
+            if len(self._probes) > PROBE_ROWS:
+                self._probes, self._every = self._probes[::2], 2 * self._every
+        self._targets.append((output.sums.nats, output.sums.num_targets))
+        self._by_domain.append(output.nats_by_domain_G2)
         output = dataclasses.replace(output, probe_NTK=None, nats_by_domain_G2=None)
-        total = output if total is None else _add(total, output)
-    if total is None:
-        raise ValueError("nothing to evaluate: the split has no rows")
-    nats, num_targets = np.array(jax.device_get(targets), np.float64).sum(axis=0)
-    routing = join(total.sums.routing)
-    load_NE = None if routing is None else np.asarray(load_fractions(routing))
-    loss = float(nats / num_targets)
-    return Evaluation(
-        loss=loss,
-        perplexity=math.exp(min(loss, 700.0)),
-        bits_per_byte=float(nats / math.log(2) / num_bytes),
-        num_targets=int(num_targets),
-        load_NE=load_NE,
-        coactivation_NEE=None if total.coactivation_NEE is None else np.asarray(total.coactivation_NEE),
-        probe_NTK=np.concatenate(jax.device_get(probes), axis=1) if probes else None,
-        loss_by_domain={} if domains is None else _means(domains, jax.device_get(by_domain)),
-    )
+        self._total = output if self._total is None else _add(self._total, output)
+
+    def result(self, num_bytes: int, arm: int | None = None) -> Evaluation:
+        """The evaluation of the batches so far.
+
+        Args:
+          num_bytes: UTF-8 bytes of the text behind them.
+          arm: which one, if outputs have an axis of arms.
+        """
+        if self._total is None:
+            raise ValueError("nothing to evaluate: the split has no rows")
+        found = (self._total, self._targets, self._by_domain, self._probes)
+        if arm is not None:
+            found = jax.tree.map(lambda x: x[arm], jax.device_get(found))
+        total, targets, by_domain, probes = found
+        nats, num_targets = np.array(jax.device_get(targets), np.float64).sum(axis=0)
+        routing = join(total.sums.routing)
+        load_NE = None if routing is None else np.asarray(load_fractions(routing))
+        loss = float(nats / num_targets)
+        return Evaluation(
+            loss=loss,
+            perplexity=math.exp(min(loss, 700.0)),
+            bits_per_byte=float(nats / math.log(2) / num_bytes),
+            num_targets=int(num_targets),
+            load_NE=load_NE,
+            coactivation_NEE=None if total.coactivation_NEE is None else np.asarray(total.coactivation_NEE),
+            probe_NTK=np.concatenate(jax.device_get(probes), axis=1) if probes else None,
+            loss_by_domain={} if self._domains is None else _means(self._domains, jax.device_get(by_domain)),
+        )
 
 
 def _look_up(domains: Labels, documents_BL: np.ndarray) -> np.ndarray:

@@ -5,6 +5,7 @@ import logging
 import math
 import statistics
 import time
+from collections.abc import Callable
 from contextlib import ExitStack, closing
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from moejax.training.checkpoint import Checkpoints
 from moejax.training.evaluation import Evaluation, domains_of, evaluate
 from moejax.training.evaluation_log import EvaluationLog
 from moejax.training.metrics import FinishedStep, MetricsFile, Recorder
-from moejax.training.nonfinite import NonFiniteError, locate
+from moejax.training.nonfinite import nonfinite_error
 from moejax.training.processes import SharedStop, fail_together, first_says, first_then_others, is_first, wait_for_all
 from moejax.training.progress import StepProgress
 from moejax.training.routing_log import RoutingLog
@@ -52,7 +53,14 @@ class TrainResult:
     tokens_per_s: float | None
 
 
-def train(config: Config, workdir: str | Path, *, command: str = "", stop: StopSignals | None = None) -> TrainResult:
+def train(
+    config: Config,
+    workdir: str | Path,
+    *,
+    command: str = "",
+    stop: StopSignals | None = None,
+    on_evaluation: Callable[[int, Evaluation], None] | None = None,
+) -> TrainResult:
     """Trains a configuration in a run directory, from its newest complete checkpoint if it has one.
 
     Several processes (`processes.meet`) call it alike, on one shared `workdir`.
@@ -62,6 +70,7 @@ def train(config: Config, workdir: str | Path, *, command: str = "", stop: StopS
       workdir: created if absent; a run of another configuration is refused.
       command: recorded in `config.json`.
       stop: signals that somebody else listens for; by default SIGINT and SIGTERM are heard during this call.
+      on_evaluation: called with the step and its evaluation after each, in every process; it may ask `stop` for a stop.
 
     Returns:
       How it ended. A signal ends it after the step at hand, saved.
@@ -85,7 +94,7 @@ def train(config: Config, workdir: str | Path, *, command: str = "", stop: StopS
                 state = trainable.init(config.train.seed)
             else:
                 log.info("continuing %s from step %d", workdir, int(state.step))
-            return _Loop(trainable, corpus, checkpoints, workdir, stop).run(state)
+            return _Loop(trainable, corpus, checkpoints, workdir, stop, on_evaluation).run(state)
 
 
 def _open(config: Config, workdir: Path, command: str) -> tuple[Mesh, Corpus]:
@@ -105,7 +114,13 @@ class _Loop:
     """The parts of a run that the steps share."""
 
     def __init__(
-        self, trainable: Trainable, corpus: Corpus, checkpoints: Checkpoints, workdir: Path, stop: StopSignals
+        self,
+        trainable: Trainable,
+        corpus: Corpus,
+        checkpoints: Checkpoints,
+        workdir: Path,
+        stop: StopSignals,
+        on_evaluation: Callable[[int, Evaluation], None] | None,
     ):
         self.config = trainable.config.train
         self.trainable = trainable
@@ -113,6 +128,7 @@ class _Loop:
         self.checkpoints = checkpoints
         self.workdir = workdir
         self.own_stop = stop
+        self.on_evaluation = on_evaluation
         self.stop = SharedStop(stop, trainable.mesh)
         self.watchdog = Watchdog(self.config.step_limit_s, trainable.mesh)
         self.knobs = Knobs.of(trainable.config)
@@ -136,7 +152,7 @@ class _Loop:
             recorder = Recorder(metrics, routing_log, progress, start_step, alarms)
             evaluation = None
             is_known = first_says("evaluated" if metrics is not None and metrics.is_evaluated else "")
-            if start_step > 0 and self._is_evaluated(start_step) and not is_known:
+            if start_step > 0 and self.config.is_evaluated(start_step) and not is_known:
                 evaluation = self._evaluate(state, metrics)  # a signal came before it was done
             state, evaluation = self._train(state, recorder, evaluation)
             if self._is_alarmed(recorder):
@@ -172,11 +188,11 @@ class _Loop:
                     recorder.end_interval()
                     self._heed(recorder)
                 evaluation = None
-                if self._is_saved(step) or self.stop:
+                if self.config.is_saved(step) or self.stop:
                     finished = recorder.flush()
                     self._heed(recorder)
                     is_alarmed = self._is_alarmed(recorder)
-                    if self._is_evaluated(step) and not self.stop and not is_alarmed:
+                    if self.config.is_evaluated(step) and not self.stop and not is_alarmed:
                         evaluation = self._evaluate(state, recorder.metrics)
                     self._save(state, evaluation)
                     if is_alarmed:
@@ -186,14 +202,6 @@ class _Loop:
                     recorder.flush()
                     self._give_up(state, finished)
         return state, evaluation
-
-    def _is_evaluated(self, step: int) -> bool:
-        every = self.config.eval_every
-        return step == self.config.num_steps or (every > 0 and step % every == 0)
-
-    def _is_saved(self, step: int) -> bool:
-        """What is evaluated is also saved, so that the best evaluation has its checkpoint."""
-        return self._is_evaluated(step) or step % self.config.checkpoint_every == 0
 
     def _compile(self, state: TrainState, batch: Batch) -> TrainStep:
         """Compiles the step before the clock starts, in all processes: gloo would not wait for a slow one."""
@@ -222,6 +230,8 @@ class _Loop:
                 "step %d: validation loss %.4f, %.4f bits per byte",
                 int(state.step), evaluation.loss, evaluation.bits_per_byte,
             )  # fmt: skip
+            if self.on_evaluation:
+                self.on_evaluation(int(state.step), evaluation)
         return evaluation
 
     def _save(self, state: TrainState, evaluation: Evaluation | None) -> None:
@@ -261,12 +271,7 @@ class _Loop:
         self.watchdog.other_work("the search for values that are not finite")
         first = finished.step - finished.skipped_in_row + 1
         batch = put_batch(self.batches[first - 1], self.trainable)
-        place = locate(self.trainable, state, batch, self.knobs)
-        error = NonFiniteError(
-            f"loss or gradients were not finite in {finished.skipped_in_row} steps in a row, from step {first} on; "
-            f"the first such value is in {place}; none of these steps changed the parameters; lower "
-            "optimizer.learning_rate, or raise train.max_nonfinite_steps"
-        )
+        error = nonfinite_error(self.trainable, state, batch, self.knobs, first, finished.skipped_in_row)
 
         def fail() -> None:
             if is_first():

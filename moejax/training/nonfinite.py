@@ -22,6 +22,18 @@ class NonFiniteError(RuntimeError):
     """Too many steps in a row had a loss or gradient that is not finite."""
 
 
+def nonfinite_error(
+    trainable: Trainable, state: TrainState, batch: Batch, knobs: Knobs, first_step: int, num_steps: int
+) -> NonFiniteError:
+    """What to raise after `num_steps` such steps in a row; `batch` is that of the first of them."""
+    place = locate(trainable, state, batch, knobs)
+    return NonFiniteError(
+        f"loss or gradients were not finite in {num_steps} steps in a row, from step {first_step} on; "
+        f"the first such value is in {place}; none of these steps changed the parameters; lower "
+        "optimizer.learning_rate, or raise train.max_nonfinite_steps"
+    )
+
+
 def locate(trainable: Trainable, state: TrainState, batch: Batch, knobs: Knobs) -> str:
     """Names the first place, in the order of computation, that is not finite: a parameter, a layer, or a gradient.
 
@@ -31,7 +43,7 @@ def locate(trainable: Trainable, state: TrainState, batch: Batch, knobs: Knobs) 
         if not _is_finite(value):
             return f"parameter {name}"
     model = nnx.merge(trainable.graphdef, state.params, state.router_state)
-    keys_B = row_keys(trainable.config, state.step, batch.tokens_BL.shape[0])
+    keys_B = row_keys(trainable.config, knobs, state.step, batch.tokens_BL.shape[0])
     knobs = scheduled(knobs, trainable.config, state.step)
     context = Context(
         positions_BL=batch.positions_BL,

@@ -10,11 +10,11 @@ from moejax.config import OptimizerConfig
 
 
 def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
-    """Learning rate by step: a linear warm-up, then cosine or linear decay, or constant with a linear end (`wsd`).
+    """Learning rate by step, over its highest.
 
-    The schedule falls to `final_fraction` of the peak at `num_steps`.
+    A linear warm-up, then cosine or linear decay, or 1 with a linear end (`wsd`). The schedule falls to `final_fraction` at `num_steps`.
     """
-    peak, last = config.learning_rate, config.learning_rate * config.final_fraction
+    peak, last = 1.0, config.final_fraction
     warmup_steps = round(config.warmup_fraction * num_steps)
     rest = max(1, num_steps - warmup_steps)
     if config.schedule == "cosine":

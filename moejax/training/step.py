@@ -119,7 +119,7 @@ def add_sums(first: Sums, second: Sums) -> Sums:
     return Sums(first.nats + second.nats, first.num_targets + second.num_targets, routing)
 
 
-def row_keys(config: Config, step: jax.Array, batch_size: int) -> jax.Array | None:
+def row_keys(config: Config, knobs: Knobs, step: jax.Array, batch_size: int) -> jax.Array | None:
     """A key for each row of the global batch of a step, or None if nothing is drawn.
 
     A pure function of seed, step and row: what is drawn depends neither on the mesh nor on accumulation, and a resumed
@@ -127,7 +127,7 @@ def row_keys(config: Config, step: jax.Array, batch_size: int) -> jax.Array | No
     """
     if not any(moe.draws for moe in config.moe_runs):
         return None
-    key = jax.random.fold_in(jax.random.key(config.train.seed), step)
+    key = jax.random.fold_in(jax.random.key(knobs.seed), step)
     return jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(batch_size))
 
 
@@ -246,13 +246,13 @@ def train_step_of(trainable: Trainable) -> TrainStep:
     schedule = make_schedule(config.optimizer, config.train.num_steps)
 
     def train_step(state: TrainState, batch: Batch, knobs: Knobs) -> tuple[TrainState, StepOutput]:
-        keys_B = row_keys(config, state.step, batch.tokens_BL.shape[0])
+        keys_B = row_keys(config, knobs, state.step, batch.tokens_BL.shape[0])
         knobs = scheduled(knobs, config, state.step)
         grads, sums = loss_and_gradients(trainable, state.params, state.router_state, batch, knobs, keys_B)
         scalars = losses(sums, knobs, config)
         grad_norm = optax.tree.norm(grads)
         is_finite = jnp.isfinite(scalars["loss/total"]) & jnp.isfinite(grad_norm)
-        learning_rate = schedule(state.step) * knobs.learning_rate_scale
+        learning_rate = schedule(state.step) * knobs.learning_rate
         updates, opt_state = trainable.optimizer.update(grads, state.opt_state, state.params)
         params = jax.tree.map(lambda p, u: p - learning_rate * u, state.params, updates)
 
@@ -295,6 +295,11 @@ def make_eval_step(trainable: Trainable, num_domains: int = 0) -> Callable[..., 
       trainable: the run's fixed part.
       num_domains: above 0, the step takes a fourth argument: the domain of each target, int32 [B, L], -1 for none.
     """
+    return jax.jit(eval_step_of(trainable, num_domains), out_shardings=replicated(trainable.mesh))
+
+
+def eval_step_of(trainable: Trainable, num_domains: int = 0) -> Callable[..., EvalOutput]:
+    """The function that `make_eval_step` compiles."""
     num_choices = trainable.config.moe.num_choices
 
     def eval_step(params: nnx.State, router_state: nnx.State, batch: Batch, *domains_BL: jax.Array) -> EvalOutput:
@@ -313,7 +318,7 @@ def make_eval_step(trainable: Trainable, num_domains: int = 0) -> Callable[..., 
             nats_by_domain_G2=by_domain_G2,
         )
 
-    return jax.jit(eval_step, out_shardings=replicated(trainable.mesh))
+    return eval_step
 
 
 def _sum_by_domain(nats_BL: jax.Array, batch: Batch, domains_BL: jax.Array, num_domains: int) -> jax.Array:

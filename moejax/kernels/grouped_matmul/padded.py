@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from moejax.kernels.grouped_matmul.arms import outer_products, rows_by_matrices
 from moejax.kernels.varying import zeros_varying_like
 
 
@@ -21,7 +22,7 @@ def grouped_matmul_padded(
     x_RD: Float[Array, "R D"], w_EDF: Float[Array, "E D F"], group_sizes_E: Int[Array, "E"], spare_rows: int = 0
 ) -> Float[Array, "R F"]:
     """See `grouped_matmul`."""
-    return _rows_by_matrices("ECD,EDF->ECF", x_RD, w_EDF, group_sizes_E, w_EDF.shape[2])
+    return rows_by_matrices(_BY_MATRIX, x_RD, w_EDF, group_sizes_E, spare_rows)
 
 
 def _forward(x_RD, w_EDF, group_sizes_E, spare_rows):
@@ -30,19 +31,23 @@ def _forward(x_RD, w_EDF, group_sizes_E, spare_rows):
 
 def _backward(spare_rows, residuals, dy_RF):
     x_RD, w_EDF, group_sizes_E = residuals
-    dx_RD = _rows_by_matrices("ECF,EDF->ECD", dy_RF, w_EDF, group_sizes_E, w_EDF.shape[1])
+    dx_RD = rows_by_matrices(_BY_TRANSPOSE, dy_RF, w_EDF, group_sizes_E, spare_rows)
+    dw_EDF = outer_products(_outer_products, x_RD, dy_RF, group_sizes_E, spare_rows)
+    return dx_RD, dw_EDF.astype(w_EDF.dtype), None
 
+
+grouped_matmul_padded.defvjp(_forward, _backward)
+
+
+def _outer_products(x_RD, dy_RF, group_sizes_E, spare_rows: int):
     def add(turn, dw_EDF):
         rows_EC = _rows_of_turn(turn, group_sizes_E, x_RD.shape[0])
         x_ECD, dy_ECF = _gather(x_RD, rows_EC), _gather(dy_RF, rows_EC)
         return dw_EDF + jnp.einsum("ECD,ECF->EDF", x_ECD, dy_ECF, preferred_element_type=jnp.float32)
 
-    dw_EDF = zeros_varying_like(dy_RF, w_EDF.shape, jnp.float32)
-    dw_EDF = lax.fori_loop(0, _num_turns(group_sizes_E, x_RD.shape[0]), add, dw_EDF)
-    return dx_RD, dw_EDF.astype(w_EDF.dtype), None
-
-
-grouped_matmul_padded.defvjp(_forward, _backward)
+    shape = group_sizes_E.shape[0], x_RD.shape[1], dy_RF.shape[1]
+    dw_EDF = zeros_varying_like(dy_RF, shape, jnp.float32)
+    return lax.fori_loop(0, _num_turns(group_sizes_E, x_RD.shape[0]), add, dw_EDF)
 
 
 def slots(num_rows: int, num_groups: int) -> int:
@@ -50,8 +55,8 @@ def slots(num_rows: int, num_groups: int) -> int:
     return math.ceil(1.25 * num_rows / num_groups / 8) * 8
 
 
-def _rows_by_matrices(equation: str, x_RP, w_EDF, group_sizes_E, width: int):
-    num_rows = x_RP.shape[0]
+def _rows_by_matrices(x_RP, w_EDF, group_sizes_E, spare_rows: int, *, equation: str, axis: int):
+    num_rows, width = x_RP.shape[0], w_EDF.shape[axis]
 
     def one_turn(turn, y_RQ):
         rows_EC = _rows_of_turn(turn, group_sizes_E, num_rows)
@@ -60,6 +65,10 @@ def _rows_by_matrices(equation: str, x_RP, w_EDF, group_sizes_E, width: int):
 
     y_RQ = zeros_varying_like(x_RP, (num_rows, width), x_RP.dtype)
     return lax.fori_loop(0, _num_turns(group_sizes_E, num_rows), one_turn, y_RQ)
+
+
+_BY_MATRIX = functools.partial(_rows_by_matrices, equation="ECD,EDF->ECF", axis=2)
+_BY_TRANSPOSE = functools.partial(_rows_by_matrices, equation="ECF,EDF->ECD", axis=1)
 
 
 def _num_turns(group_sizes_E, num_rows: int):

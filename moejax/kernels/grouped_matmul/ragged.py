@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.lax import ragged_dot_general
 from jaxtyping import Array, Float, Int
 
+from moejax.kernels.grouped_matmul.arms import outer_products, rows_by_matrices
 from moejax.kernels.grouped_matmul.dimensions import BY_MATRIX, BY_TRANSPOSE, OUTER
 from moejax.kernels.grouped_matmul.megablox import outer_products_megablox
 from moejax.kernels.grouped_matmul.tail import zero_tail
@@ -23,7 +24,7 @@ def grouped_matmul_ragged(
     x_RD: Float[Array, "R D"], w_EDF: Float[Array, "E D F"], group_sizes_E: Int[Array, "E"], spare_rows: int = 0
 ) -> Float[Array, "R F"]:
     """See `grouped_matmul`."""
-    return _rows_by_matrices(x_RD, w_EDF, group_sizes_E, BY_MATRIX)
+    return rows_by_matrices(_BY_MATRIX, x_RD, w_EDF, group_sizes_E, spare_rows)
 
 
 def _forward(x_RD, w_EDF, group_sizes_E, spare_rows):
@@ -32,12 +33,9 @@ def _forward(x_RD, w_EDF, group_sizes_E, spare_rows):
 
 def _backward(spare_rows, residuals, dy_RF):
     x_RD, w_EDF, group_sizes_E = residuals
-    dx_RD = _rows_by_matrices(dy_RF, w_EDF, group_sizes_E, BY_TRANSPOSE)
-    if needs_megablox():
-        dw_EDF = outer_products_megablox(x_RD, dy_RF, group_sizes_E, w_EDF.dtype)
-    else:
-        x_RD, dy_RF = zero_tail(x_RD, group_sizes_E), zero_tail(dy_RF, group_sizes_E)
-        dw_EDF = ragged_dot_general(x_RD, dy_RF, group_sizes_E, OUTER, preferred_element_type=jnp.float32)
+    dx_RD = rows_by_matrices(_BY_TRANSPOSE, dy_RF, w_EDF, group_sizes_E, spare_rows)
+    product = functools.partial(_outer_products, dtype=w_EDF.dtype)
+    dw_EDF = outer_products(product, x_RD, dy_RF, group_sizes_E, spare_rows)
     return dx_RD, dw_EDF.astype(w_EDF.dtype), None
 
 
@@ -49,9 +47,20 @@ def needs_megablox() -> bool:
     return platform() == "tpu" and jax.__version_info__ < (0, 12)
 
 
-def _rows_by_matrices(x_RP, w_EDF, group_sizes_E, dimensions):
+def _outer_products(x_RD, dy_RF, group_sizes_E, spare_rows: int, *, dtype):
+    if needs_megablox():
+        return outer_products_megablox(x_RD, dy_RF, group_sizes_E, dtype)
+    x_RD, dy_RF = zero_tail(x_RD, group_sizes_E), zero_tail(dy_RF, group_sizes_E)
+    return ragged_dot_general(x_RD, dy_RF, group_sizes_E, OUTER, preferred_element_type=jnp.float32)
+
+
+def _rows_by_matrices(x_RP, w_EDF, group_sizes_E, spare_rows: int, *, dimensions):
     x_RP = zero_tail(x_RP, group_sizes_E)
     # XLA:TPU's kernel adds up in float32 and rounds at the end: asked for float32, it would only write twice the bytes.
     dtype = x_RP.dtype if platform() == "tpu" else jnp.float32
     y_RQ = ragged_dot_general(x_RP, w_EDF, group_sizes_E, dimensions, preferred_element_type=dtype)
     return zero_tail(y_RQ, group_sizes_E).astype(x_RP.dtype)
+
+
+_BY_MATRIX = functools.partial(_rows_by_matrices, dimensions=BY_MATRIX)
+_BY_TRANSPOSE = functools.partial(_rows_by_matrices, dimensions=BY_TRANSPOSE)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from moejax.kernels.grouped_matmul.arms import outer_products, rows_by_matrices
 from moejax.kernels.varying import zeros_varying_like
 
 
@@ -21,7 +22,7 @@ def grouped_matmul_tiled(
     x_RD: Float[Array, "R D"], w_EDF: Float[Array, "E D F"], group_sizes_E: Int[Array, "E"], spare_rows: int = 0
 ) -> Float[Array, "R F"]:
     """See `grouped_matmul`."""
-    return _rows_by_matrices(x_RD, w_EDF, group_sizes_E, spare_rows, contract=1)
+    return rows_by_matrices(_BY_MATRIX, x_RD, w_EDF, group_sizes_E, spare_rows)
 
 
 def _forward(x_RD, w_EDF, group_sizes_E, spare_rows):
@@ -30,9 +31,9 @@ def _forward(x_RD, w_EDF, group_sizes_E, spare_rows):
 
 def _backward(spare_rows, residuals, dy_RF):
     x_RD, w_EDF, group_sizes_E = residuals
-    dx_RD = _rows_by_matrices(dy_RF, w_EDF, group_sizes_E, spare_rows, contract=2)
-    dw_EDF = _outer_products(x_RD, dy_RF, group_sizes_E, spare_rows).astype(w_EDF.dtype)
-    return dx_RD, dw_EDF, None
+    dx_RD = rows_by_matrices(_BY_TRANSPOSE, dy_RF, w_EDF, group_sizes_E, spare_rows)
+    dw_EDF = outer_products(_outer_products, x_RD, dy_RF, group_sizes_E, spare_rows)
+    return dx_RD, dw_EDF.astype(w_EDF.dtype), None
 
 
 grouped_matmul_tiled.defvjp(_forward, _backward)
@@ -69,6 +70,10 @@ def _rows_by_matrices(x_RP, w_EDF, group_sizes_E, spare_rows: int, *, contract: 
 
     y_RQ = zeros_varying_like(x_RP, (x_RP.shape[0], w_EDF.shape[3 - contract]), x_RP.dtype)
     return lax.fori_loop(0, num_groups, one_group, y_RQ)[:num_rows]
+
+
+_BY_MATRIX = functools.partial(_rows_by_matrices, contract=1)
+_BY_TRANSPOSE = functools.partial(_rows_by_matrices, contract=2)
 
 
 def _outer_products(x_RD, dy_RF, group_sizes_E, spare_rows: int):

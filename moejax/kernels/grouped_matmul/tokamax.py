@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.lax import RaggedDotDimensionNumbers
 from jaxtyping import Array, Float, Int
 
+from moejax.kernels.grouped_matmul.arms import outer_products, rows_by_matrices
 from moejax.kernels.grouped_matmul.dimensions import BY_MATRIX, BY_TRANSPOSE, OUTER
 from moejax.kernels.grouped_matmul.tail import zero_tail
 from moejax.kernels.platform import platform
@@ -52,7 +53,7 @@ def grouped_matmul_tokamax(
     x_RD: Float[Array, "R D"], w_EDF: Float[Array, "E D F"], group_sizes_E: Int[Array, "E"], spare_rows: int = 0
 ) -> Float[Array, "R F"]:
     """See `grouped_matmul`."""
-    return _rows_by_matrices(x_RD, w_EDF, group_sizes_E, BY_MATRIX)
+    return rows_by_matrices(_BY_MATRIX, x_RD, w_EDF, group_sizes_E, spare_rows)
 
 
 def _forward(x_RD, w_EDF, group_sizes_E, spare_rows):
@@ -61,18 +62,26 @@ def _forward(x_RD, w_EDF, group_sizes_E, spare_rows):
 
 def _backward(spare_rows, residuals, dy_RF):
     x_RD, w_EDF, group_sizes_E = residuals
-    dx_RD = _rows_by_matrices(dy_RF, w_EDF, group_sizes_E, BY_TRANSPOSE)
-    # Zeros in front, as rows of the first group: no block begins before the array.
-    x_RD, dy_RF = (jnp.pad(rows, ((BLOCK, 0), (0, 0))) for rows in (x_RD, dy_RF))
-    dw_EDF = _product(x_RD, dy_RF, group_sizes_E.at[0].add(BLOCK), OUTER)
-    return dx_RD, jnp.where((group_sizes_E > 0)[:, None, None], dw_EDF, 0), None
+    dx_RD = rows_by_matrices(_BY_TRANSPOSE, dy_RF, w_EDF, group_sizes_E, spare_rows)
+    return dx_RD, outer_products(_outer_products, x_RD, dy_RF, group_sizes_E, spare_rows), None
 
 
 grouped_matmul_tokamax.defvjp(_forward, _backward)
 
 
-def _rows_by_matrices(x_RP, w_EDF, group_sizes_E, dimensions):
+def _outer_products(x_RD, dy_RF, group_sizes_E, spare_rows: int):
+    # Zeros in front, as rows of the first group: no block begins before the array.
+    x_RD, dy_RF = (jnp.pad(rows, ((BLOCK, 0), (0, 0))) for rows in (x_RD, dy_RF))
+    dw_EDF = _product(x_RD, dy_RF, group_sizes_E.at[0].add(BLOCK), OUTER)
+    return jnp.where((group_sizes_E > 0)[:, None, None], dw_EDF, 0)
+
+
+def _rows_by_matrices(x_RP, w_EDF, group_sizes_E, spare_rows: int, *, dimensions):
     return zero_tail(_product(x_RP, w_EDF, group_sizes_E, dimensions), group_sizes_E)
+
+
+_BY_MATRIX = functools.partial(_rows_by_matrices, dimensions=BY_MATRIX)
+_BY_TRANSPOSE = functools.partial(_rows_by_matrices, dimensions=BY_TRANSPOSE)
 
 
 def _product(a, b, group_sizes_E, dimensions: RaggedDotDimensionNumbers):

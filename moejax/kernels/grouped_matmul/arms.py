@@ -1,0 +1,80 @@
+"""Grouped products of several models at once: what `vmap` over the arms of a sweep makes of them.
+
+Plain `vmap` would run a loop whose turns depend on data for as long as its slowest arm needs, and throw away what it
+computes for the others; kernels cannot be `vmap`ped at all. But A arms of E groups are one product of A * E groups. The
+rows of an arm that belong to no group join its last one as zeros, so that the next arm's begin where groups end.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.custom_batching import custom_vmap
+
+from moejax.kernels.grouped_matmul.tail import zero_tail
+
+Product = Callable[[jax.Array, jax.Array, jax.Array, int], jax.Array]
+"""`(rows, matrices or rows, group_sizes, spare_rows) -> rows or matrices`."""
+
+
+def rows_by_matrices(
+    product: Product, x_RP: jax.Array, w_EPQ: jax.Array, group_sizes_E: jax.Array, spare_rows: int
+) -> jax.Array:
+    """`product(x_RP, w_EPQ, group_sizes_E, spare_rows)`, `[R, Q]`; `vmap` folds its arms into groups."""
+
+    @custom_vmap
+    def one(x_RP, w_EPQ, group_sizes_E):
+        return product(x_RP, w_EPQ, group_sizes_E, spare_rows)
+
+    @one.def_vmap
+    def all_arms(num_arms: int, is_batched: Any, *arrays: jax.Array):
+        x_ARP, w_AEPQ, sizes_AE = each_arm(num_arms, is_batched, arrays)
+        rows = jax.vmap(zero_tail)(x_ARP, sizes_AE)
+        folded = merge(rows), merge(w_AEPQ), merge(_with_tail(sizes_AE, x_ARP.shape[1]))
+        y_ARQ = split(rows_by_matrices(product, *folded, 0), num_arms)
+        return jax.vmap(zero_tail)(y_ARQ, sizes_AE), True
+
+    return one(x_RP, w_EPQ, group_sizes_E)
+
+
+def outer_products(
+    product: Product, x_RP: jax.Array, y_RQ: jax.Array, group_sizes_E: jax.Array, spare_rows: int
+) -> jax.Array:
+    """`product(x_RP, y_RQ, group_sizes_E, spare_rows)`, `[E, P, Q]`; `vmap` folds its arms into groups."""
+
+    @custom_vmap
+    def one(x_RP, y_RQ, group_sizes_E):
+        return product(x_RP, y_RQ, group_sizes_E, spare_rows)
+
+    @one.def_vmap
+    def all_arms(num_arms: int, is_batched: Any, *arrays: jax.Array):
+        x_ARP, y_ARQ, sizes_AE = each_arm(num_arms, is_batched, arrays)
+        rows = [merge(jax.vmap(zero_tail)(a_ARP, sizes_AE)) for a_ARP in (x_ARP, y_ARQ)]
+        sizes_G = merge(_with_tail(sizes_AE, x_ARP.shape[1]))
+        return split(outer_products(product, *rows, sizes_G, 0), num_arms), True
+
+    return one(x_RP, y_RQ, group_sizes_E)
+
+
+def each_arm(num_arms: int, is_batched: Any, arrays: tuple[jax.Array, ...]) -> list[jax.Array]:
+    """Arrays with a leading axis of arms; what arms share is repeated."""
+    return [
+        array if batched else jnp.broadcast_to(array[None], (num_arms, *array.shape))
+        for array, batched in zip(arrays, is_batched, strict=True)
+    ]
+
+
+def merge(array: jax.Array) -> jax.Array:
+    """The axes of arms and of what each has, `[A, X, ...]`, as one, `[A * X, ...]`."""
+    return array.reshape(-1, *array.shape[2:])
+
+
+def split(array: jax.Array, num_arms: int) -> jax.Array:
+    """Undoes `merge`."""
+    return array.reshape(num_arms, -1, *array.shape[1:])
+
+
+def _with_tail(sizes_AE: jax.Array, num_rows: int) -> jax.Array:
+    """The last group of each arm takes what is left of its rows."""
+    return sizes_AE.at[:, -1].add(num_rows - sizes_AE.sum(axis=1).astype(sizes_AE.dtype))
