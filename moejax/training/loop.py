@@ -84,7 +84,7 @@ def train(
       ProcessError: another process failed.
     """
     workdir = Path(workdir)
-    with stop or StopSignals() as stop:
+    with StopSignals() if stop is None else stop as stop:
         mesh, corpus = first_then_others(lambda: _open(config, workdir, command))
         check_shared(workdir)
         trainable = make_trainable(config, mesh)
@@ -98,8 +98,12 @@ def train(
 
 
 def _open(config: Config, workdir: Path, command: str) -> tuple[Mesh, Corpus]:
-    """The mesh and the rows; process 0 writes what the run directory lacks of configuration and tokenizer."""
-    mesh = make_mesh(config)
+    """The mesh and the rows."""
+    return make_mesh(config), open_run_directory(config, workdir, command)
+
+
+def open_run_directory(config: Config, workdir: Path, command: str) -> Corpus:
+    """The rows; process 0 writes what the run directory lacks of configuration and tokenizer."""
     check_run_directory(workdir, config)
     # A run keeps its tokenizer: one learned anew from changed text would not fit its weights.
     corpus = prepare(config.data, load_tokenizer(workdir) if (workdir / "tokenizer.json").exists() else None)
@@ -107,7 +111,7 @@ def _open(config: Config, workdir: Path, command: str) -> tuple[Mesh, Corpus]:
         write_run_directory(workdir, config, count_parameters(config), corpus.directory.name, command)
         if not (workdir / "tokenizer.json").exists():
             corpus.tokenizer.save(workdir)
-    return mesh, corpus
+    return corpus
 
 
 class _Loop:

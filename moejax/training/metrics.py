@@ -104,6 +104,7 @@ class Recorder:
       alarms: what watches the routing; None where `routing` is.
 
     Attributes:
+      rate: tokens per second of the last step.
       rates: tokens per second of each interval.
       stopping: alarms that are to stop the run, once there are any.
     """
@@ -121,6 +122,7 @@ class Recorder:
         self.progress = progress
         self.alarms = alarms
         self.stopping: list[Alarm] = []
+        self.rate = 0.0
         self.rates: list[float] = []
         self._written_step = start_step
         self._last = FinishedStep(start_step, 0)
@@ -138,6 +140,11 @@ class Recorder:
         finished = self._finish_running()
         self._running = output
         return finished
+
+    def add_finished(self, output: StepOutput) -> FinishedStep:
+        """Takes the output, already on the host, of a step that is done."""
+        self.add(output)
+        return self._finish_running()
 
     def end_interval(self) -> None:
         """Writes the interval before this one, whose values have long been computed."""
@@ -160,7 +167,8 @@ class Recorder:
         seconds, self._since = now - self._since, now
         self._current.append((output, seconds))
         self._last = FinishedStep(self._last.step + 1, int(scalars["skipped_in_row"]))
-        self.progress.update(self._last.step, float(scalars["loss/lm"]), float(scalars["num_targets"]) / seconds)
+        self.rate = float(scalars["num_targets"]) / seconds
+        self.progress.update(self._last.step, float(scalars["loss/lm"]), self.rate)
         return self._last
 
     def _write(self, interval: Sequence[tuple[StepOutput, float]]) -> None:

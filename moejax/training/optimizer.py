@@ -12,7 +12,8 @@ from moejax.config import OptimizerConfig
 def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
     """Learning rate by step, over its highest.
 
-    A linear warm-up, then cosine or linear decay, or 1 with a linear end (`wsd`). The schedule falls to `final_fraction` at `num_steps`.
+    A linear warm-up, then cosine or linear decay, or 1 with a linear end (`wsd`). The schedule
+    falls to `final_fraction` at `num_steps`.
     """
     peak, last = 1.0, config.final_fraction
     warmup_steps = round(config.warmup_fraction * num_steps)
