@@ -84,6 +84,13 @@ def test_any_combination_of_leaves_has_the_parameters_of_the_model_that_is_built
     assert_counts_as_built(config)
 
 
+def test_a_token_never_has_more_experts_with_weights_than_there_are():
+    few = small_config(moe={"num_experts": 2, "top_k": 4, "num_zero_experts": 4})
+    assert_counts_as_built(few)
+    assert count(few).active == count(few).total
+    assert count(few).flops.experts == 2 * 3 * 2 * 2 * 3 * 32 * 16  # layers, passes, 2 experts
+
+
 @functools.cache
 def products_of_training(config, batch=2):
     """Multiplications and additions of the matrix products in the compiled forward and backward pass."""

@@ -112,7 +112,7 @@ def plan_arms(
 
     Raises:
       SweepError: no points; or points that cannot work, all of which are counted and the first ten named.
-      MatchError: parameters cannot be matched by steps.
+      MatchError: no such match, or parameters matched by steps.
       ConfigError: the recipe itself cannot work, and is matched with.
     """
     target = Target.of(resolve(base), match, adjust) if match else None
@@ -136,7 +136,7 @@ def plan_arms(
     return Plan(tuple(planning.arms.values()), tuple(planning.duplicates), tuple(planning.changes))
 
 
-def describe(overrides: Mapping[str, Any]) -> str:
+def describe(overrides: Any) -> str:
     """Overrides as one writes them: `moe.num_experts=16 moe.top_k=4`."""
     if not isinstance(overrides, Mapping):
         return repr(overrides)
@@ -162,7 +162,7 @@ class _Planning:
         self.duplicates: list[tuple[dict[str, Any], str]] = []
         self.changes: list[str] = []
 
-    def add(self, point: Mapping[str, Any], is_control: bool = False) -> None:
+    def add(self, point: Any, is_control: bool = False) -> None:
         """Adds the arm of a point, or what it equals."""
         if not isinstance(point, Mapping):
             raise SweepError("is no point; give a dict of config keys and values, such as {'moe.top_k': 1}")
