@@ -8,8 +8,9 @@ import dataclasses
 import difflib
 import functools
 import itertools
+import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 from moejax.config.errors import ConfigError, require
@@ -118,7 +119,7 @@ def _read_changes(text: str) -> dict[str, Any] | None:
     """Leaves and values from "router=hash top_k=1"; None for "dense"."""
     if text.split() == ["dense"]:
         return None
-    hints = {name: hint for name, hint in typing.get_type_hints(MoeConfig).items() if name not in SHARED}
+    hints = _annotations()
     changes: dict[str, Any] = {}
     for change in text.split():
         name, _, value = change.partition("=")
@@ -131,6 +132,13 @@ def _read_changes(text: str) -> dict[str, Any] | None:
         changes[name] = _read_value(f"moe.per_layer: {change}", value, hints[name])
     require(bool(changes), f"moe.per_layer: {text!r} changes nothing; write dense, or leaves such as router=hash")
     return changes
+
+
+@functools.cache
+def _annotations() -> Mapping[str, Any]:
+    """Types of the leaves that a layer can change, read once."""
+    hints = typing.get_type_hints(MoeConfig)
+    return types.MappingProxyType({name: hint for name, hint in hints.items() if name not in SHARED})
 
 
 def _read_value(what: str, text: str, hint: Any) -> Any:

@@ -1,0 +1,221 @@
+"""The arms of a sweep: every point becomes a checked configuration before the first of them runs."""
+
+import dataclasses
+import functools
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from moejax.config import Config, ConfigError, check_key, resolve, to_dict
+from moejax.planning.count import Count, count
+from moejax.sweeps.match import Adjust, Match, Matched, MatchError, Target
+
+ID_DIGITS = 10  # of the hash: among 10,000 arms two share one with a probability of 1 in 22,000
+LISTED = 10  # bad points that an error names
+
+
+class SweepError(ValueError):
+    """A sweep that cannot be planned, or a plan that cannot be read."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """One configuration of a sweep.
+
+    Attributes:
+      id: the first digits of `config_hash`, which name its run directory.
+      overrides: what its point sets, by dotted key.
+      matched: leaves that matching changed; empty without.
+      config: resolved.
+      count: its parameters and arithmetic.
+    """
+
+    id: str
+    overrides: dict[str, Any]
+    matched: dict[str, Any]
+    config: Config
+    count: Count
+
+    @classmethod
+    def of(cls, config: Config, overrides: Mapping[str, Any], matched: Mapping[str, Any]) -> "Arm":
+        """An arm of a resolved configuration."""
+        return cls(hash_config(config)[:ID_DIGITS], dict(overrides), dict(matched), config, count(config))
+
+    @functools.cached_property
+    def config_hash(self) -> str:
+        """Of the resolved configuration, see `hash_config`."""
+        return hash_config(self.config)
+
+    def to_json(self) -> dict[str, Any]:
+        """Its entry in `sweep.json`."""
+        return {
+            "id": self.id,
+            "config_hash": self.config_hash,
+            "overrides": self.overrides,
+            "matched": self.matched,
+            "config": to_dict(self.config),
+            "params_total": self.count.total,
+            "params_active": self.count.active,
+            "flops_per_token": self.count.flops_per_token,
+        }
+
+    @classmethod
+    def from_json(cls, entry: Mapping[str, Any]) -> "Arm":
+        """The arm of an entry. Its id stays, whatever leaves configurations have got since.
+
+        Raises:
+          SweepError: the entry is none of an arm.
+        """
+        try:
+            config = resolve(entry["config"])
+            return cls(entry["id"], dict(entry["overrides"]), dict(entry["matched"]), config, count(config))
+        except (KeyError, TypeError, ValueError) as error:
+            raise SweepError(
+                f"an arm in sweep.json is damaged ({error}); restore it, or plan the sweep anew"
+            ) from error
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """All arms of a sweep.
+
+    Attributes:
+      arms: in the order of the points, each configuration once; dense controls behind them.
+      duplicates: points that resolve to the configuration of an arm before them: overrides, and that arm's id.
+      changes: what matching changed, a line each.
+    """
+
+    arms: tuple[Arm, ...]
+    duplicates: tuple[tuple[dict[str, Any], str], ...] = ()
+    changes: tuple[str, ...] = ()
+
+
+def plan_arms(
+    base: Mapping[str, Mapping[str, Any]],
+    points: Iterable[Mapping[str, Any]],
+    *,
+    match: Match = "",
+    adjust: Adjust = "width",
+    dense_control: bool = True,
+) -> Plan:
+    """Applies every point to a recipe and checks what comes out.
+
+    Args:
+      base: the recipe: sections of leaves.
+      points: what arms override.
+      match: what arms have in common with the recipe: active parameters, all parameters or FLOPs of training; "" for
+        nothing.
+      adjust: what is changed for it: the width of experts (of dense layers in a dense arm), or with match="flops" the
+        number of steps.
+      dense_control: whether matched arms get dense ones beside them, one for each setting of all that is no experts'.
+
+    Raises:
+      SweepError: no points; or points that cannot work, all of which are counted and the first ten named.
+      MatchError: no such match, or parameters matched by steps.
+      ConfigError: the recipe itself cannot work, and is matched with.
+    """
+    target = Target.of(resolve(base), match, adjust) if match else None
+    points, errors = [*points], []
+    if not points:
+        raise SweepError("the sweep has no points; give axes, or a sweep() that yields some")
+    planning = _Planning(base, target)
+    for point in points:
+        try:
+            planning.add(point)
+        except (ConfigError, MatchError, SweepError) as error:
+            errors.append(f"{describe(point)}: {error}")
+    if errors:
+        raise SweepError(_list_errors(errors, len(points)))
+    if target is not None and dense_control:
+        for control in _dense_points(base, points, adjust):
+            try:
+                planning.add(control, is_control=True)
+            except (ConfigError, MatchError) as error:
+                raise SweepError(f"the dense control {describe(control)}: {error}; or plan without it") from error
+    return Plan(tuple(planning.arms.values()), tuple(planning.duplicates), tuple(planning.changes))
+
+
+def describe(overrides: Any) -> str:
+    """Overrides as one writes them: `moe.num_experts=16 moe.top_k=4`."""
+    if not isinstance(overrides, Mapping):
+        return repr(overrides)
+    return " ".join(f"{key}={value}" for key, value in overrides.items()) or "the recipe itself"
+
+
+def hash_config(config: Config) -> str:
+    """SHA-256 of a resolved configuration as JSON with sorted keys, in hexadecimal digits.
+
+    Where rows are cached (`data.directory`) is left out, for it changes nothing.
+    """
+    values = to_dict(config)
+    del values["data"]["directory"]
+    return hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+class _Planning:
+    """Arms so far."""
+
+    def __init__(self, base: Mapping[str, Mapping[str, Any]], target: Target | None):
+        self.base, self.target = base, target
+        self.arms: dict[str, Arm] = {}
+        self.duplicates: list[tuple[dict[str, Any], str]] = []
+        self.changes: list[str] = []
+
+    def add(self, point: Any, is_control: bool = False) -> None:
+        """Adds the arm of a point, or what it equals."""
+        if not isinstance(point, Mapping):
+            raise SweepError("is no point; give a dict of config keys and values, such as {'moe.top_k': 1}")
+        for key in point:
+            check_key(str(key))
+        config = resolve(_applied(self.base, point))
+        matched: dict[str, Any] = {}
+        found: Matched | None = None
+        if self.target is not None:
+            found = self.target.match_arm(config, point)
+            if found.is_changed:
+                matched = {found.leaf: found.value}
+                config = resolve(_applied(self.base, {**point, **matched}))
+        arm = Arm.of(config, point, matched)
+        if arm.id in self.arms:
+            if not is_control:
+                self.duplicates.append((dict(point), arm.id))
+            return
+        self.arms[arm.id] = arm
+        if found is not None and found.is_changed:
+            self.changes.append(f"{describe(point)}: {found.change}")
+
+
+def _applied(base: Mapping[str, Mapping[str, Any]], point: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    values = {section: dict(of_section) for section, of_section in base.items()}
+    for key, value in point.items():
+        section, _, name = key.partition(".")
+        values.setdefault(section, {})[name] = value
+    return values
+
+
+def _dense_points(
+    base: Mapping[str, Mapping[str, Any]], points: Iterable[Mapping[str, Any]], adjust: Adjust
+) -> list[dict[str, Any]]:
+    """One dense control for each setting of all that is no experts': neither theirs, nor the width that is adjusted.
+
+    Nothing that would be about experts stays in it: layers that differ, and schedules of their knobs.
+    """
+    off = {"moe.per_layer": "", **{f"schedule.{name}": "constant" for name in base.get("schedule", {})}}
+    dense: dict[str, Any] = {"moe.num_experts": 0}
+    for key, value in off.items():
+        section, _, name = key.partition(".")
+        if base.get(section, {}).get(name, value) != value:
+            dense[key] = value
+    adjusted = ("model.d_ff",) if adjust == "width" else ()
+    settings = [
+        {key: value for key, value in point.items() if not key.startswith(("moe.", "schedule.", *adjusted))}
+        for point in points
+    ]
+    return [dict(setting) | dense for setting in dict.fromkeys(tuple(sorted(each.items())) for each in settings)]
+
+
+def _list_errors(errors: list[str], num_points: int) -> str:
+    lines = [f"{number}. {error}" for number, error in enumerate(errors[:LISTED], start=1)]
+    more = [f"and {len(errors) - LISTED} more"] if len(errors) > LISTED else []
+    return "\n  ".join([f"{len(errors)} of {num_points} points cannot work, so none is run:", *lines, *more])
