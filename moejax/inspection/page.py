@@ -71,8 +71,10 @@ pre b{color:var(--link)}
 .events td:last-child{min-width:12rem;white-space:normal}
 .key{display:flex;flex-wrap:wrap;gap:.2rem 1.4rem;margin:.6rem 0 1rem;padding:0;list-style:none}
 .key i{display:inline-block;width:2rem;margin-right:.5rem;vertical-align:middle}
-.wide{overflow-x:auto}
+.wide{margin:0;overflow-x:auto}
+.scroll+h3{margin-top:1.2rem}
 .wide img{width:auto;max-width:none}
+.wide figcaption{max-width:calc(100vw - 2rem)}
 .sortable button{padding:0;border:0;background:none;color:inherit;font:inherit;text-align:inherit;cursor:pointer}
 .sortable button::after{content:" ⇅";opacity:.5}
 [aria-sort=ascending] button::after{content:" ▲";opacity:1}

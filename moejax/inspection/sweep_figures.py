@@ -1,5 +1,6 @@
 """Figures of a sweep: effects of one axis and of two, all settings at once, and the fronts of what is traded."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -37,9 +38,10 @@ DASHES = ("-", "--", "-.", ":") * 2
 MARKERS = "osD^vPX*"
 MAX_LINES = len(COLORS)  # levels of the second axis of an interaction
 LEGEND_LETTERS = 46  # side by side in a figure's width
-AXIS_WIDTH = 1.45  # inches between two axes of `draw_parallel`
+AXIS_WIDTH = 1.9  # inches between two axes of `draw_parallel`
 COLOR_MAP = "viridis"
 NAME_LETTERS = 17
+NEIGHBOUR_LETTERS = 16  # of names side by side, in the mean
 
 
 def draw_effect(effect: Effect, axis: str, metric: str) -> Drawing:
@@ -93,7 +95,7 @@ def draw_interaction(means: pd.DataFrame, axis: str, other: str, metric: str) ->
 
 
 def _height(scale: Scale) -> float:
-    return float(np.clip(1.0 + 0.3 * len(scale.levels), 1.6, 4.6)) if scale.is_named else 2.3
+    return float(np.clip(1.0 + 0.3 * len(scale.levels), 1.6, 4.6)) if scale.is_named else 2.45
 
 
 def _label(axes: Axes, scale: Scale, axis: str, metric: str) -> None:
@@ -162,7 +164,9 @@ def _unit(scale: Scale, places: Float[np.ndarray, "S"]) -> Float[np.ndarray, "S"
 
 
 def _draw_scales(axes: Axes, scales: Sequence[Scale], names: Sequence[str]) -> None:
-    """The axes of `draw_parallel`; names stand alternately high and low."""
+    """The axes of `draw_parallel`; names that would touch stand alternately high and low."""
+    lengths = [min(len(name), NAME_LETTERS) for name in names]
+    is_tight = any(one + other > 2 * NEIGHBOUR_LETTERS for one, other in itertools.pairwise(lengths))
     ground = {"boxstyle": "round,pad=0.12", "facecolor": "white", "edgecolor": "none", "alpha": 0.8}
     for i, (scale, name) in enumerate(zip(scales, names, strict=True)):
         axes.plot([i, i], [0, 1], color=GREY, lw=1, zorder=3)
@@ -172,12 +176,12 @@ def _draw_scales(axes: Axes, scales: Sequence[Scale], names: Sequence[str]) -> N
             shown = text if len(text) <= 14 else f"{text[:13]}…"
             axes.text(i + 0.05, place, shown, va="center", ha="left", fontsize=8.5, zorder=4, bbox=ground)
         suffix = "\n(logarithmic)" if scale.kind == "log" else ""
-        is_high = len(scales) > 3 and i % 2
+        is_high = is_tight and i % 2
         axes.text(
             i, 1.22 if is_high else 1.06, _name(name) + suffix, va="bottom", ha="center", fontsize=9, linespacing=1.1
         )
     axes.set_xlim(-0.35, len(scales) - 0.35)
-    axes.set_ylim(-0.05, 1.42 if len(scales) > 3 else 1.25)
+    axes.set_ylim(-0.05, 1.42 if is_tight else 1.25)
     axes.axis("off")
 
 

@@ -19,6 +19,7 @@ EFFECT_METRICS = (LOSS, "tail/moe/max_violation", "tail/moe/dropped", "step_s")
 TRADED = ("tail/moe/dropped", "step_s")
 MAX_AXES = 10  # in the figure of all settings
 MAX_PAIRS = 12  # of axes, those that interact most
+MAX_LEVELS = 16  # along the axis of a pair: of more, a line follows noise
 MIN_FILLED = 0.5  # of a pair's cells
 MAX_ALT_LEVELS = 12
 ONE_SETTING = "<p>No axis has more than one level among the arms that are compared.</p>"
@@ -55,6 +56,11 @@ def effects(settings: pd.DataFrame, axes: Names) -> str:
     return "".join(parts) if len(parts) > 1 else "<p>No metric differs between levels.</p>"
 
 
+def count(n: int, thing: str) -> str:
+    """`1 setting`, `2 settings`."""
+    return f"{n} {thing}" if n == 1 else f"{n} {thing}s"
+
+
 def _varies(values: pd.Series) -> bool:
     known = values.dropna()
     return len(known) > 1 and float(known.max() - known.min()) > 0
@@ -67,7 +73,7 @@ def _note(effect: Effect) -> str:
             "Its levels do not have the same cells of the other axes, so differences hold some of what those do."
         )
     if effect.num_unset:
-        said.append(f"{effect.num_unset} settings without it are left out.")
+        said.append(f"{count(effect.num_unset, 'setting')} without it left out.")
     return f"<p>{' '.join(said)}</p>" if said else ""
 
 
@@ -85,8 +91,11 @@ def interactions(settings: pd.DataFrame, axes: Names) -> str:
     found, num_sparse = [], 0
     for pair in itertools.combinations(axes, 2):
         along, lines = _order(settings, *pair)
-        means = interaction(settings, LOSS, along, lines)
-        if len(means) < 2 or not 2 <= means.shape[1] <= MAX_LINES or means.notna().to_numpy().mean() < MIN_FILLED:
+        means = interaction(settings, LOSS, along, lines).dropna(how="all").dropna(axis="columns", how="all")
+        if (
+            not (2 <= len(means) <= MAX_LEVELS and 2 <= means.shape[1] <= MAX_LINES)
+            or means.notna().to_numpy().mean() < MIN_FILLED
+        ):
             num_sparse += 1
             continue
         found.append((strength_of(means), along, lines, means))
@@ -104,7 +113,7 @@ def interactions(settings: pd.DataFrame, axes: Names) -> str:
         "Lines that are not parallel: the effect of one axis depends on the other. Cells are means over all others."
     ]
     if num_sparse:
-        said.append(f"{num_sparse} pairs with too few cells or too many levels are not drawn.")
+        said.append(f"Not drawn: {count(num_sparse, 'pair')} with too few cells or too many levels.")
     if len(found) > MAX_PAIRS:
         said.append(f"Of {len(found)} pairs, the {MAX_PAIRS} that depart most are drawn.")
     return f"<p>{' '.join(said)}</p>{grid(drawn)}"
@@ -155,7 +164,7 @@ def fronts(settings: pd.DataFrame, axes: Names) -> str:
             continue
         num_without = len(settings) - len(known)
         if num_without:
-            said.append(f"{num_without} settings without {name} (dense models have none) are not in that figure.")
+            said.append(f"Left out of a figure: {count(num_without, 'setting')} without {name}.")
         if not _varies(known[metric]):
             value = mean_and_error(float(known[metric].iloc[0]), math.nan)
             said.append(f"All settings have the same {name}, {value}: there is nothing to trade.")
@@ -173,7 +182,7 @@ def fronts(settings: pd.DataFrame, axes: Names) -> str:
         tables.append(f"<h3>On the front of loss and {name}</h3>" + _front_table(front, axes, metric))
     text = (
         "<p>On the front are settings that no other beats in one without losing in the other. Means over seeds are "
-        f"compared; differences within their standard errors are none. {' '.join(said)}</p>"
+        f"compared; differences within their standard errors tell nothing. {' '.join(said)}</p>"
     )
     return text + (grid(drawn) if drawn else "") + "".join(tables)
 

@@ -72,8 +72,13 @@ class Scale:
     def _round(self, places: np.ndarray) -> list[float]:
         low, high = float(places.min()), float(places.max())
         if self.kind == "log":
-            decades = [float(x) for x in range(math.ceil(low - 1e-9), math.floor(high + 1e-9) + 1)]
-            return decades if len(decades) > 1 else [low, high]
+            decades = range(math.floor(low), math.floor(high + 1e-9) + 1)
+            for digits in ((1,), (1, 3), (1, 2, 5)):  # more of them where a few decades are few ticks
+                found = [decade + math.log10(digit) for decade in decades for digit in digits]
+                found = [x for x in found if low - 1e-9 <= x <= high + 1e-9]
+                if len(found) > 2:
+                    break
+            return found
         return [float(x) for x in MaxNLocator(5).tick_values(low, high) if low <= x <= high]
 
     def label(self, axis: Axis) -> None:

@@ -15,8 +15,8 @@ METRICS: Mapping[str, tuple[str, str]] = {
     LOSS: ("eval loss", "nats per token"),
     "final/eval/bits_per_byte": ("bits per byte", "bits"),
     "tail/moe/max_violation": ("MaxVio", "busiest / mean - 1"),
-    "tail/moe/dropped": ("dropped", "share of assignments"),
-    "step_s": ("step time", "seconds"),
+    "tail/moe/dropped": ("drop rate", "share"),
+    "step_s": ("step time", "s"),
     "tail/perf/tokens_per_s": ("tokens per second", "tokens/s"),
     "params_total": ("parameters", "in total"),
     "params_active": ("active", "parameters of a token"),
@@ -103,8 +103,8 @@ def settings_table(settings: pd.DataFrame, compared: pd.DataFrame, matched: Sequ
     )
     return (
         "<p>A setting is what all raw axes but the seed say; its values are means over seeds ± one standard error "
-        "(none if there is one seed). Settings are numbered by loss, the lowest first. MaxVio, dropped and tokens per second "
-        f"are means over the last tenth of the schedule. Empty: not measured, or not set.{shared}</p>"
+        "(none if there is one seed). Settings are numbered by loss, the lowest first. MaxVio, drop rate and tokens "
+        f"per second are means over the last tenth of the schedule. Empty: not measured, or not set.{shared}</p>"
         f'<div class="scroll"><table class="numbers sortable"><thead><tr>{"".join(head)}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div>"
     )
@@ -144,7 +144,7 @@ def _metric_cell(row: Mapping[Any, Any], key: str) -> str:
 
 def mean_and_error(mean: float, error: float) -> str:
     """A mean, with its standard error to two digits and itself to as many places; alone if there is no error."""
-    if math.isnan(error) or error == 0:
+    if math.isnan(error) or error <= 1e-9 * abs(mean):  # the seeds agree but for rounding
         return f"{mean:,.0f}" if abs(mean) >= 10_000 else f"{float(f'{mean:.4g}'):g}"
     places = min(6, max(0, 1 - math.floor(math.log10(error))))
     return f"{mean:,.{places}f} ± {error:,.{places}f}"
