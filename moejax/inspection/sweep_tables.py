@@ -64,9 +64,10 @@ def key_of(value: Any) -> Hashable:
 
 def levels_of(values: Iterable[Any]) -> list[Any]:
     """The different levels that are set: numbers first and increasing, others in the order of their appearance."""
-    found = {key_of(value): value for value in reversed(list(values))}
-    found.pop(None, None)
-    levels = list(found.values())[::-1]
+    found: dict[Hashable, Any] = {}
+    for value in values:
+        found.setdefault(key_of(value), value)
+    levels = [value for key, value in found.items() if key is not None]
     numbers = sorted(value for value in levels if is_number(value))
     return numbers + [value for value in levels if not is_number(value)]
 
