@@ -1,10 +1,12 @@
 """Pieces of HTML pages that stand alone: style, figures, tables, the frame, and how a page is written.
 
-Images and styles are inside a page, it has no scripts, and its content policy forbids the browser to fetch or send
-anything. All text from runs is escaped with `html.text`. A page reads at a desk and on a phone: figures are small and
-flow into as many columns as fit, wide tables scroll inside their box.
+Images and styles are inside a page, and its content policy forbids the browser to fetch or send anything, and to run
+any script but the one that a page may be given. All text from runs is escaped with `html.text`. A page reads at a desk
+and on a phone: figures are small and flow into as many columns as fit, wide tables scroll inside their box.
 """
 
+import base64
+import hashlib
 import math
 import os
 import tempfile
@@ -69,6 +71,14 @@ pre b{color:var(--link)}
 .events td:last-child{min-width:12rem;white-space:normal}
 .key{display:flex;flex-wrap:wrap;gap:.2rem 1.4rem;margin:.6rem 0 1rem;padding:0;list-style:none}
 .key i{display:inline-block;width:2rem;margin-right:.5rem;vertical-align:middle}
+.wide{margin:0;overflow-x:auto}
+.scroll+h3{margin-top:1.2rem}
+.wide img{width:auto;max-width:none}
+.wide figcaption{max-width:calc(100vw - 2rem)}
+.sortable button{padding:0;border:0;background:none;color:inherit;font:inherit;text-align:inherit;cursor:pointer}
+.sortable button::after{content:" ⇅";opacity:.5}
+[aria-sort=ascending] button::after{content:" ▲";opacity:1}
+[aria-sort=descending] button::after{content:" ▼";opacity:1}
 .passage{padding:.6rem .8rem;border:1px solid var(--line);border-radius:.4rem}
 """
 
@@ -76,7 +86,7 @@ Section = tuple[str, str, str]
 """Anchor, title and HTML."""
 
 
-def render_page(title: str, subtitle: str, sections: Sequence[Section], *, kind: str) -> str:
+def render_page(title: str, subtitle: str, sections: Sequence[Section], *, kind: str, script: str = "") -> str:
     """The whole document, with a list of contents.
 
     Args:
@@ -84,15 +94,19 @@ def render_page(title: str, subtitle: str, sections: Sequence[Section], *, kind:
       subtitle: HTML.
       sections: in order.
       kind: of page, for the window's title.
+      script: run at the end of the page; the page must read without it, too.
     """
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = f"{POLICY}; script-src 'sha256-{digest}'" if script else POLICY
+    run = f"<script>{script}</script>" if script else ""
     links = "".join(f'<li><a href="#{anchor}">{name}</a></li>' for anchor, name, _ in sections)
     body = "".join(f'<section id="{anchor}"><h2>{name}</h2>{content}</section>\n' for anchor, name, content in sections)
     return (
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.text(title)}: {kind}</title>'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}"><style>{STYLE}</style></head>\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}"><style>{STYLE}</style></head>\n'
         f'<body><header><h1>{html.text(title)}</h1><p class="soft">{subtitle}</p>'
-        f'<nav aria-label="Contents"><ul>{links}</ul></nav></header>\n<main>{body}</main></body></html>\n'
+        f'<nav aria-label="Contents"><ul>{links}</ul></nav></header>\n<main>{body}</main>{run}</body></html>\n'
     )
 
 
@@ -128,12 +142,15 @@ def number(value: float | None) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
-def figure(title: str, reading: str, image: str, *, value: str = "", kind: str = "") -> str:
-    """A figure under its heading. `title`, `reading` and `value` are HTML; `kind` is a class of the style."""
+def figure(title: str, reading: str, image: str, *, value: str = "", kind: str = "", alt: str = "") -> str:
+    """A figure under its heading. `title`, `reading` and `value` are HTML; `kind` is a class of the style.
+
+    `alt`, text, says what the figure shows to those who do not see it; without it, it is the title.
+    """
     shown = f'<span class="value">{value}</span>' if value else ""
     return (
         f'<figure class="{kind}"><figcaption>{shown}<h3>{title}</h3><p>{reading}</p></figcaption>'
-        f'<img src="{image}" alt="{title}, as a figure"></figure>'
+        f'<img src="{image}" alt="{html.text(alt) or f"{title}, as a figure"}"></figure>'
     )
 
 

@@ -1,0 +1,267 @@
+"""What the rows of a sweep say: comparisons at an equal fraction of the schedule, means over seeds, effects, fronts.
+
+A row is an arm. Columns `override/KEY` are the raw axes, what the sweep itself set; arms that agree in all of them but
+`train.seed` are one setting, measured once for each seed. All functions are pure: frames in, frames out.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+OVERRIDE, MATCHED = "override/", "matched/"
+SEED = "override/train.seed"
+LOSS = "final/eval/loss"
+COLUMNS = ("arm", "config_hash", "status", "error", "seed", "steps", "steps_planned", "fraction", "evaluations")
+TEXTS = ("arm", "config_hash", "status", "error", "git_commit", "versions", "device", "command", "alarm_rules",
+         "evaluations")  # fmt: skip
+OF_THE_END = ("final/", "best/", "tail/", "tokens", "flops_total", "wall_s")  # columns that no earlier step has
+
+
+def frame_of(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """Rows as a table: a column for every key of any row, and at least those of `COLUMNS`.
+
+    Axes and matched leaves keep their values as they are, of whatever kinds, and None where an arm has none; texts
+    too. All other columns are numbers: NaN where a row has none, or one that is not finite.
+    """
+    names = dict.fromkeys([*COLUMNS, *(name for row in rows for name in row)])
+    columns = {}
+    for name in names:
+        values = [row.get(name) for row in rows]
+        if name in TEXTS or name.startswith((OVERRIDE, MATCHED)):
+            columns[name] = pd.Series(values, dtype=object)
+        else:
+            columns[name] = pd.Series([_as_number(value) for value in values], dtype=np.float64)
+    return pd.DataFrame(columns)
+
+
+def _as_number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return math.nan
+    return float(value) if math.isfinite(value) else math.nan
+
+
+def axes_of(frame: pd.DataFrame) -> list[str]:
+    """The raw axes, seeds excluded, on which rows differ; columns of the frame."""
+    axes = [str(name) for name in frame.columns if str(name).startswith(OVERRIDE) and name != SEED]
+    return [axis for axis in axes if len({key_of(value) for value in frame[axis]}) > 1]
+
+
+def key_of(value: Any) -> Hashable:
+    """Equal for equal levels: 4 and 4.0 are one, True and 1 are two; None for a level that is not set."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return None
+    if isinstance(value, (bool, np.bool_)):
+        return ("bool", bool(value))
+    if isinstance(value, (int, float, str)):
+        return value
+    return ("json", json.dumps(value, default=str))
+
+
+def levels_of(values: Iterable[Any]) -> list[Any]:
+    """The different levels that are set: numbers first and increasing, others in the order of their appearance."""
+    found: dict[Hashable, Any] = {}
+    for value in values:
+        found.setdefault(key_of(value), value)
+    levels = [value for key, value in found.items() if key is not None]
+    numbers = sorted(value for value in levels if is_number(value))
+    return numbers + [value for value in levels if not is_number(value)]
+
+
+def is_number(value: Any) -> bool:
+    """Whether a level is a number; True and False are none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def at_fraction(frame: pd.DataFrame, fraction: float = 1.0) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The arms that can be compared at one fraction of their schedule, and the others.
+
+    At 1 those are the arms that are done and whose last evaluation is finite. Below, those with a finite evaluation
+    within half a step of that fraction, whatever became of them later.
+
+    Args:
+      frame: of `frame_of`.
+      fraction: of the planned steps, above 0 and at most 1.
+
+    Returns:
+      The compared arms with the columns `at/step` and `at/eval/loss`; below a fraction of 1 without the columns that
+      tell of an arm's end. And `arm`, `status`, `fraction` and `reason` of those that are left out.
+
+    Raises:
+      ValueError: another fraction.
+    """
+    if not 0 < fraction <= 1:
+        raise ValueError(f"fraction={fraction} must be above 0 and at most 1, which is the end of the schedule")
+    evaluated = [_evaluation(row, fraction) for row in frame.to_dict("records")]
+    is_compared = np.array([not isinstance(found, str) for found in evaluated], bool)
+    left_out = frame.loc[~is_compared, ["arm", "status", "fraction"]].copy()
+    left_out["reason"] = pd.Series([x for x in evaluated if isinstance(x, str)], left_out.index, dtype=object)
+    compared = frame[is_compared].copy()
+    if fraction < 1:
+        compared = compared.drop(columns=[name for name in frame.columns if str(name).startswith(OF_THE_END)])
+    kept = [found for found in evaluated if not isinstance(found, str)]
+    compared["at/step"] = pd.Series([step for step, _ in kept], compared.index, dtype=np.float64)
+    compared["at/eval/loss"] = pd.Series([loss for _, loss in kept], compared.index, dtype=np.float64)
+    return compared.reset_index(drop=True), left_out.reset_index(drop=True)
+
+
+def _evaluation(row: Mapping[Any, Any], fraction: float) -> tuple[float, float] | str:
+    """Step and loss, or why there are none."""
+    if fraction == 1:
+        if row["status"] != "done":
+            reached = "" if math.isnan(row["fraction"]) else f" at {row['fraction']:.0%} of its schedule"
+            why = f": {row['error']}" if row["error"] else ""
+            return f"{row['status']}{reached}{why}"
+        loss = row.get(LOSS, math.nan)
+        return "its last evaluation is not finite or absent" if math.isnan(loss) else (row["steps"], loss)
+    wanted = fraction * row["steps_planned"]
+    for _, step, loss in json.loads(row["evaluations"] or "[]"):
+        if abs(step - wanted) <= 0.5:
+            return "its evaluation there is not finite" if loss is None else (step, loss)
+    return f"no evaluation at {fraction:g} of its schedule (step {wanted:g})"
+
+
+def settings_of(frame: pd.DataFrame, metrics: Sequence[str]) -> pd.DataFrame:
+    """A row for each setting, with means of metrics over its seeds.
+
+    Args:
+      frame: arms, all at an equal fraction of the schedule: from `at_fraction`.
+      metrics: columns; one that the frame lacks is NaN throughout.
+
+    Returns:
+      The raw axes (also those with one level) but the seed, `arms` (a tuple), and of each metric its mean, under its
+      own name, with its standard error `METRIC/se` (sample deviation over the root of n; NaN of a single value) and
+      `METRIC/n`, the number of arms that have the metric. In the order of the frame.
+    """
+    axes = [str(name) for name in frame.columns if str(name).startswith(OVERRIDE) and name != SEED]
+    groups: dict[tuple[Hashable, ...], list[int]] = {}
+    for i, levels in enumerate(zip(*(frame[axis] for axis in axes), strict=True) if axes else [()] * len(frame)):
+        groups.setdefault(tuple(key_of(level) for level in levels), []).append(i)
+    members = list(groups.values())
+    first = [rows[0] for rows in members]
+    columns: dict[str, Any] = {axis: pd.Series([frame[axis].iloc[i] for i in first], dtype=object) for axis in axes}
+    columns["arms"] = pd.Series([tuple(frame["arm"].iloc[rows]) for rows in members], dtype=object)
+    for metric in metrics:
+        values = frame[metric].to_numpy(np.float64) if metric in frame else np.full(len(frame), np.nan)
+        summaries = [_summary(values[rows]) for rows in members]
+        for i, name in enumerate((metric, f"{metric}/se", f"{metric}/n")):
+            columns[name] = pd.Series([summary[i] for summary in summaries], dtype=np.float64 if i < 2 else np.int64)
+    return pd.DataFrame(columns)
+
+
+def _summary(values: np.ndarray) -> tuple[float, float, int]:
+    """Mean, standard error and number of the values that are finite."""
+    values = values[np.isfinite(values)]
+    n = len(values)
+    mean = float(values.mean()) if n else math.nan
+    error = float(values.std(ddof=1)) / math.sqrt(n) if n > 1 else math.nan
+    return mean, error, n
+
+
+def over_seeds(frame: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """One metric by setting: the raw axes but the seed, `n`, `mean`, `se` (NaN if n is 1) and `arms`.
+
+    Args:
+      frame: arms at an equal fraction of the schedule.
+      metric: a column.
+    """
+    found = settings_of(frame, [metric])
+    names = {metric: "mean", f"{metric}/se": "se", f"{metric}/n": "n"}
+    axes = [name for name in found.columns if str(name).startswith(OVERRIDE)]
+    return found.rename(columns=names)[[*axes, "n", "mean", "se", "arms"]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Effect:
+    """A metric by level of one axis.
+
+    Attributes:
+      table: a row a level: `level`, `mean` over its cells (each weighs the same, however many seeds it has), `se`, the
+        standard error over the cells (NaN of one), and `cells`, their number.
+      is_balanced: every level has the same cells of the other axes, so that levels differ in this axis alone.
+      num_unset: settings without this axis, which are left out.
+    """
+
+    table: pd.DataFrame
+    is_balanced: bool
+    num_unset: int
+
+
+def main_effect(settings: pd.DataFrame, metric: str, axis: str) -> Effect:
+    """Means of a metric by level of an axis, over the cells of the other axes.
+
+    Args:
+      settings: of `settings_of`; a cell is a setting with a finite mean.
+      metric: a metric of it.
+      axis: a column `override/KEY` of it.
+    """
+    known = settings[np.isfinite(settings[metric])]
+    is_set = np.array([key_of(level) is not None for level in known[axis]], bool)
+    num_unset, known = int((~is_set).sum()), known[is_set]
+    others = [name for name in axes_of(settings) if name != axis]
+    keys = [key_of(level) for level in known[axis]]
+    rows, cells = [], []
+    for level in levels_of(known[axis]):
+        of_level = known[[key == key_of(level) for key in keys]]
+        mean, error, n = _summary(of_level[metric].to_numpy())
+        rows.append((level, mean, error, n))
+        cells.append({tuple(key_of(row[other]) for other in others) for row in of_level.to_dict("records")})
+    table = pd.DataFrame(rows, columns=["level", "mean", "se", "cells"])
+    return Effect(table.astype({"level": object}), all(cell == cells[0] for cell in cells), num_unset)
+
+
+def interaction(settings: pd.DataFrame, metric: str, one: str, other: str) -> pd.DataFrame:
+    """Means of a metric by the levels of two axes, over the cells of all others, each of the same weight.
+
+    Args:
+      settings: of `settings_of`; those that lack one of the axes are left out.
+      metric: a metric of it.
+      one: the axis whose levels are the index.
+      other: the axis whose levels are the columns.
+
+    Returns:
+      NaN where no setting has both levels.
+    """
+    rows, columns = levels_of(settings[one]), levels_of(settings[other])
+    found: dict[tuple[Hashable, Hashable], list[float]] = {}
+    for row in settings[[one, other, metric]].to_dict("records"):
+        if math.isfinite(row[metric]):
+            found.setdefault((key_of(row[one]), key_of(row[other])), []).append(row[metric])
+    means = [[float(np.mean(found.get((key_of(r), key_of(c)), [np.nan]))) for c in columns] for r in rows]
+    return pd.DataFrame(means, index=pd.Index(rows, dtype=object), columns=pd.Index(columns, dtype=object))
+
+
+def strength(means: pd.DataFrame) -> float:
+    """How far the cells of an `interaction` are from a sum of two effects: the largest residual; 0 if none is left.
+
+    Rows and columns without all their cells are not judged.
+    """
+    cells = means.to_numpy(np.float64)
+    cells = cells[np.isfinite(cells).all(axis=1)]
+    if min(cells.shape) < 2:
+        return 0.0
+    sums = cells.mean(axis=1, keepdims=True) + cells.mean(axis=0, keepdims=True) - cells.mean()
+    return float(np.abs(cells - sums).max())
+
+
+def pareto_front(settings: pd.DataFrame, metrics: Sequence[str]) -> np.ndarray:
+    """Which rows no other row beats: none is as low in all metrics and lower in one.
+
+    Args:
+      settings: a table with the metrics, all to be minimised.
+      metrics: columns of it.
+
+    Returns:
+      A bool for each row; False for rows that lack one of the metrics. Of equal rows, all or none are True.
+    """
+    values_RM = settings[list(metrics)].to_numpy(np.float64)
+    is_known_R = np.isfinite(values_RM).all(axis=1)
+
+    def is_beaten(row_M: np.ndarray) -> bool:
+        return bool(((values_RM <= row_M).all(axis=1) & (values_RM < row_M).any(axis=1) & is_known_R).any())
+
+    return np.array([known and not is_beaten(row) for row, known in zip(values_RM, is_known_R, strict=True)], bool)

@@ -1,0 +1,21 @@
+"""From a sweep's directory to its page."""
+
+from pathlib import Path
+
+from moejax.inspection.page import write_page
+from moejax.inspection.sweep_page import build_sweep_page
+from moejax.inspection.sweep_tables import frame_of
+from moejax.sweeps.records import collect, read_definition
+
+FILE_NAME = "report.html"
+
+
+def build_sweep_report(directory: str | Path) -> Path:
+    """Joins the rows of all arms that have ended, and writes `report.html` into the sweep's directory.
+
+    Raises:
+      RecordError: `sweep.json` or a row is missing or damaged.
+    """
+    directory = Path(directory)
+    rows = collect(directory)
+    return write_page(directory / FILE_NAME, build_sweep_page(frame_of(rows), read_definition(directory)))

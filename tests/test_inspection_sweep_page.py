@@ -1,0 +1,217 @@
+"""The page and the figures of a sweep: what is said, that nothing breaks it, and how the table is sorted."""
+
+import base64
+import hashlib
+import html.parser
+import json
+import math
+import re
+import xml.dom.minidom
+
+import numpy as np
+import pytest
+
+from moejax.inspection import sweep_figures, sweep_scale
+from moejax.inspection.sweep_page import build_sweep_page
+from moejax.inspection.sweep_settings import mean_and_error, short_names
+from moejax.inspection.sweep_tables import LOSS, frame_of, main_effect, settings_of
+from moejax.sweeps.records import record_of, write_record
+from moejax.sweeps.report import build_sweep_report
+from sweep_cases import entry_of, product, row_of, write_definition, write_run
+
+
+def page(points, losses, *, changed=None, planned=(), **more):
+    """`changed`: by number of a row, columns that differ."""
+    rows = [row_of(point, loss, **more) for point, loss in zip(points, losses, strict=True)]
+    for i, columns in (changed or {}).items():
+        rows[i] |= columns
+    entries = [entry_of(point) for point in [*points, *planned]]
+    definition = {"recipe": "configs/a.py", "command": "moejax sweep", "match": "", "versions": {}, "arms": entries}
+    return build_sweep_page(frame_of(rows), definition)
+
+
+class Reader(html.parser.HTMLParser):
+    def __init__(self, document):
+        super().__init__()
+        self.images, self.tags, self.text = [], [], []
+        self.feed(document)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag == "img":
+            self.images.append(dict(attributes))
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def svgs(document):
+    return [base64.b64decode(image["src"].partition(",")[2]).decode() for image in Reader(document).images]
+
+
+def test_a_page_of_a_full_design_tells_what_was_swept_and_compares_it():
+    points = product(moe_router=["a", "b"], moe_balance_weight=[0.001, 0.1], train_seed=[0, 1])
+    losses = [3.0, 3.2, 2.0, 2.2, 4.0, 4.2, 5.0, 5.2]
+    changed = {i: {"tail/moe/dropped": 0.1 * (i // 2), "matched/moe.d_expert": 64} for i in range(8)}
+    document = page(points, losses, changed=changed)
+    text = " ".join(Reader(document).text)
+    assert "Of 8 arms planned: 8 done." in text and "8: 4 settings, 2 seeds" in text
+    assert "2.10 ± 0.10" in text and text.index("2.10 ± 0.10") < text.index("3.10 ± 0.10") < text.index("5.10 ± 0.10")
+    assert "moe.d_expert" in text and '<td data-number="64">64</td>' in document
+    assert "None: every arm is done and compared." in text
+    alts = [image["alt"] for image in Reader(document).images]
+    assert "Mean eval loss by router: a: 2.60 ± 0.50; b: 4.60 ± 0.50" in alts
+    assert any(
+        alt.startswith("Mean eval loss by balance_weight, a line for each router; lowest 2.1 at 0.1") for alt in alts
+    )
+    assert any("on the front are the settings 2, 1" in alt for alt in alts)
+    assert any(alt.startswith("4 settings as lines through router, balance_weight and eval loss") for alt in alts)
+
+
+def test_nothing_is_fetched_and_only_the_sorting_script_may_run():
+    document = page(product(moe_top_k=[1, 2]), [3, 2])
+    tags = Reader(document).tags
+    assert all(a["src"].startswith("data:") for tag, a in tags if "src" in a)
+    assert not [tag for tag, a in tags if tag == "link" or a.get("href", "#")[0] != "#"]
+    (script,) = re.findall(r"<script>(.*?)</script>", document, re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = next(a["content"] for tag, a in tags if a.get("http-equiv") == "Content-Security-Policy")
+    assert policy.startswith("default-src 'none'") and policy.endswith(f"script-src 'sha256-{digest}'")
+
+
+def test_no_name_of_a_sweep_breaks_the_page():
+    evil = '<script>alert("&")</script>'
+    points = [{"moe.router": evil, "moe.top_k": 1}, {"moe.router": "_x\x01", "moe.top_k": 2}]
+    points += [{"moe.router": "$\\frac", "moe.top_k": 1}, {"moe.router": "", "moe.top_k": 2}]
+    changed = {3: {"status": "failed", "error": evil, "alarm_rules": json.dumps([evil])}}
+    document = page(points, [3.0, 2.0, 2.5, 4.0], changed=changed)
+    assert document.count("<script>") == 1 and "&lt;script&gt;alert(&quot;&amp;&quot;)" in document
+    for svg in svgs(document):
+        xml.dom.minidom.parseString(svg)
+
+
+@pytest.mark.parametrize(
+    "points",
+    [
+        [{}],
+        [{"moe.top_k": 2}],
+        [{"train.seed": s} for s in range(3)],
+        product(moe_top_k=[1, 2, 4]),
+        [{"a.b": v} for v in (1, 0.5, "auto", True, None, "1")],
+        [{"moe.num_experts": 0}, *product(moe_num_experts=[4, 8], moe_router=["a", "b"])],
+    ],
+    ids=["one arm", "one arm of one axis", "seeds only", "no seeds", "mixed values", "a dense control"],
+)
+def test_any_kind_of_sweep_has_a_page(points):
+    losses = [3.0 + i / 7 for i in range(len(points))]
+    changed = {i: {"tail/moe/dropped": i / 100} for i in range(1, len(points))}
+    document = page(points, losses, changed=changed)
+    assert f"Of {len(points)} arms planned: {len(points)} done." in document
+    for svg in svgs(document):
+        xml.dom.minidom.parseString(svg)
+
+
+def test_arms_that_failed_or_are_missing_are_counted_and_listed_with_the_reason():
+    changed = {
+        1: {"status": "failed", "error": "not finite", "fraction": 0.4, "final/eval/loss": None},
+        2: {"status": "stopped", "fraction": 0.5, "alarms": 1, "alarm_rules": '["collapse"]'},
+        3: {"final/eval/loss": None},
+        4: {"final/eval/loss": math.nan},
+    }
+    points = product(moe_top_k=[1, 2, 3, 4, 5])
+    document = page(points, [1.0] * 5, changed=changed, planned=[{"moe.top_k": 9}])
+    text = " ".join(Reader(document).text)
+    assert "Of 6 arms planned: 3 done, 1 stopped, 1 failed, 1 not ended." in text
+    for reason in ("failed at 40% of its schedule: not finite", "stopped at 50% of its schedule", "not ended"):
+        assert reason in text
+    assert text.count("its last evaluation is not finite or absent") == 2
+    assert "moe.top_k=9" in text and "collapse" in text and "1 of 5 arms raised alarms." in text
+
+
+def test_a_sweep_of_which_nothing_is_done_says_so():
+    text = page([{"moe.top_k": 1}], [1.0], changed={0: {"status": "failed", "error": "x"}})
+    assert "No arm is done yet" in text and "<img" not in text
+    definition = {"recipe": "", "arms": [entry_of({"moe.top_k": 1})]}
+    text = build_sweep_page(frame_of([]), definition)
+    assert "Of 1 arms planned: 0 done, 1 not ended." in text
+
+
+def test_a_search_of_many_sampled_arms_stays_readable_and_small():
+    draw = np.random.default_rng(0)
+    points = [
+        {"optimizer.learning_rate": float(10 ** draw.uniform(-4, -2)), "moe.capacity_factor": float(draw.uniform(1, 2)),
+         "moe.router": str(draw.choice(["a", "b"]))}
+        for _ in range(120)
+    ]  # fmt: skip
+    document = page(points, draw.uniform(2, 3, 120).tolist())
+    assert "120 done" in document and len(document) < 1_000_000
+    assert "Not drawn: 3 pairs" in document
+
+
+def test_axes_with_one_level_are_not_drawn():
+    alts = [image["alt"] for image in Reader(page(product(moe_top_k=[1, 2], moe_router=["a"]), [3, 2])).images]
+    assert alts and not [alt for alt in alts if "router" in alt]
+
+
+def test_numbers_that_span_decades_are_logarithmic_and_those_with_zero_stand_side_by_side():
+    assert sweep_scale.scale_of([0.001, 0.1, 0.01]).kind == "log"
+    assert sweep_scale.scale_of([4, 8, 16]).kind == "linear"
+    assert (
+        sweep_scale.scale_of([0, 0.001, 0.1]).kind == "categorical" and sweep_scale.scale_of([0, 4, 8]).kind == "linear"
+    )
+    mixed = sweep_scale.scale_of(["auto", 4, True, None])
+    assert mixed.kind == "categorical" and mixed.levels == (4, "auto", True) and mixed.is_named
+    np.testing.assert_array_equal(mixed.places([4.0, True, None, "?"]), [0, 2, np.nan, np.nan])
+    assert [name for _, name in sweep_scale.scale_of([0.001, 0.1, 0.01]).ticks()] == ["0.001", "0.01", "0.1"]
+    many = sweep_scale.scale_of(np.geomspace(2e-4, 9e-3, 50).tolist()).ticks()
+    assert [name for _, name in many] == ["0.0003", "0.001", "0.003"]
+    crowded = sweep_scale.scale_of([1, 1.01, 5]).ticks()
+    assert [name for _, name in crowded] == ["1", "5"]
+
+
+def test_an_effect_is_drawn_where_its_numbers_are():
+    points = product(a_b=[1, 100], c_d=["x", "y"])
+    found = settings_of(frame_of([row_of(p, loss) for p, loss in zip(points, [1, 3, 2, 6], strict=True)]), [LOSS])
+    (container,) = (
+        sweep_figures.draw_effect(main_effect(found, LOSS, "override/a.b"), "b", "loss").figure.axes[0].containers
+    )
+    line = container.lines[0]
+    assert line.get_xdata().tolist() == [0, 2] and line.get_ydata().tolist() == [2, 4]  # logarithms of 1 and 100
+    bars = container.lines[2][0].get_segments()
+    assert [bar[:, 1].tolist() for bar in bars] == [[1, 3], [2, 6]]  # deviation over sqrt 2: 1 and 2
+    (container,) = (
+        sweep_figures.draw_effect(main_effect(found, LOSS, "override/c.d"), "d", "loss").figure.axes[0].containers
+    )
+    assert container.lines[0].get_ydata().tolist() == [0, 1]  # names below one another
+
+
+def test_the_best_setting_is_the_thick_line_and_a_line_stops_where_an_axis_is_not_set():
+    points = [{"a.b": 1, "c.d": "x"}, {"a.b": 3, "c.d": "y"}, {"a.b": 2}]
+    rows = [row_of(point, loss, arm=str(loss)) for point, loss in zip(points, [3, 1, 2], strict=True)]
+    found = settings_of(frame_of(rows), [LOSS])
+    drawing = sweep_figures.draw_parallel(found, {"override/a.b": "b", "override/c.d": "d"}, LOSS, "loss")
+    lines = drawing.figure.axes[0].collections[0]
+    assert lines.get_linewidths()[-1] > 2 * lines.get_linewidths()[0]
+    last = lines.get_segments()[-1]
+    assert last[:, 1].tolist() == [1, 1, 0]
+    assert lines.get_array().tolist() == [3, 2, 1]
+
+
+def test_means_are_written_as_precisely_as_their_error_allows():
+    assert mean_and_error(3.14159, 0.0123) == "3.142 ± 0.012" and mean_and_error(1234.5, 30.0) == "1,234 ± 30"
+    assert mean_and_error(3.14159, math.nan) == "3.142" and mean_and_error(0.2, 1e-17) == "0.2"
+    assert short_names(["override/a.x", "override/b.x", "override/b.y"]) == {
+        "override/a.x": "a.x", "override/b.x": "b.x", "override/b.y": "y",
+    }  # fmt: skip
+
+
+def test_a_report_is_written_from_a_directory_of_runs(tmp_path):
+    points = product(moe_top_k=[1, 2], train_seed=[0, 1])
+    entries = [entry_of(point) for point in points]
+    write_definition(tmp_path, entries)
+    for entry, loss in zip(entries, [3.0, 3.2, 2.0, 2.2], strict=True):
+        workdir = write_run(tmp_path / "arms" / entry["id"], entry, loss=loss, dropped=0.1)
+        write_record(workdir, record_of(workdir, entry, status="done", error=None, wall_s=1, step_s=0.1, packed=1))
+    path = build_sweep_report(tmp_path)
+    assert path == tmp_path / "report.html" and "2.10 ± 0.10" in path.read_text()
+    assert (tmp_path / "records.parquet").exists()
