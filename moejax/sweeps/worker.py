@@ -81,7 +81,7 @@ class Report:
             self._trial.report(loss, place)
             self._trial.set_user_attr("reached", {"step": step, "fraction": fraction})
             self._reported.add(place)
-            return fraction < 1 and self._trial.should_prune()
+            return fraction < 1 and bool(self._trial.should_prune())
         except optuna.exceptions.UpdateFinishedTrialError as error:
             raise TrialLostError from error
         except optuna.exceptions.StorageInternalError:
