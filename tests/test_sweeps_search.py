@@ -405,6 +405,23 @@ def test_a_slow_worker_whose_trial_was_taken_over_goes_on_with_another(storage):
     assert sorted(row["worker"] for row in trials_table(study) if row["state"] == "done") == ["w", "w2", "w2"]
 
 
+def test_an_arm_whose_trial_was_taken_over_hears_of_it_between_its_evaluations(tmp_path):
+    study = create_study(str(tmp_path / "a.journal"), "s", new_definition(trials=2))
+    heard = []
+
+    def run_arm(point, arm, report):
+        if heard:
+            return run_quadratic(point, arm, report)
+        study.tell(0, state=TrialState.FAIL)  # as another worker does
+        with pytest.raises(TrialLostError):
+            wait_until(report.should_stop, "the next beat")
+        heard.append(arm)
+        raise TrialLostError
+
+    assert evaluate(study, run_arm, beat_s=0.1) == 2
+    assert [row["state"] for row in trials_table(study)] == ["continued", "done", "done"]
+
+
 def start_worker(storage, directory, worker, grace_s, manner=""):
     command = [sys.executable, "tests/search_worker.py", storage, str(directory), worker, str(grace_s), manner]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -511,6 +528,13 @@ def test_a_study_that_is_missing_is_named_and_not_made(storage, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_database_that_is_missing_is_not_taken_for_a_missing_study(postgres):
+    storage = postgres.replace("/postgres?", "/elsewhere?")
+    for attempt in (lambda: create_study(storage, "s", DEFINITION), lambda: open_study(storage, "s")):
+        with pytest.raises(StudyError, match=r'cannot be used \(.*database "elsewhere" does not exist'):
+            attempt()
+
+
 def test_a_study_of_something_else_is_refused(tmp_path):
     path = tmp_path / "a.db"
     optuna.create_study(study_name="s", storage=f"sqlite:///{path}")
@@ -522,6 +546,8 @@ def test_a_study_of_something_else_is_refused(tmp_path):
     ("storage", "message"),
     [
         ("study", r"'study' must end in .journal, .log or .db, or be a URL"),
+        ("/proc/none/a.journal", r"/proc/none/a.journal cannot be opened|no study 's'"),
+        ("/proc/none/a.db", r"/proc/none/a.db cannot be made|no study 's'"),
         ("cassandra://h/d", r"cassandra:// is of no known kind; use postgresql"),
         ("mysql+mysqldb://u:secret@h/d", r"mysqldb://u:\*\*\*@h/d needs a driver .*moejax\[sweeps\]"),
         ("postgresql+psycopg://u:secret@h:port/d", r"is no URL of the form postgresql\+psycopg://user@host/name"),

@@ -5,6 +5,7 @@ snapshots of a journal in Redis only, which is not offered here.
 """
 
 import contextlib
+import re
 import shlex
 import time
 from collections.abc import Iterator
@@ -117,7 +118,7 @@ def storage_errors(shown: str, no_tables: StudyError | None = None) -> Iterator[
         yield
     except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
         cause = error.__cause__ if isinstance(error, optuna.exceptions.StorageInternalError) else error
-        if no_tables is not None and _is_about_tables(cause):
+        if no_tables is not None and _has_no_tables(cause):
             raise no_tables from error
         reason = str(getattr(cause, "orig", None) or cause or error).strip().splitlines()[0]
         raise StudyError(
@@ -192,7 +193,10 @@ def _open_database(address: str, create: bool) -> "optuna.storages.BaseStorage":
     is_sqlite = url.get_backend_name() == "sqlite"
     options["connect_args"] = {"timeout": LOCK_TIMEOUT_S} if is_sqlite else {"connect_timeout": CONNECT_TIMEOUT_S}
     if is_sqlite and create and url.database:
-        Path(url.database).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            Path(url.database).parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StudyError(f"storage {address} cannot be made ({error.strerror}); choose another path") from error
     template = address.replace("{", "{{").replace("}", "}}")  # Optuna formats the address
     for attempt in range(CREATORS_RACE):
         try:
@@ -205,7 +209,7 @@ def _open_database(address: str, create: bool) -> "optuna.storages.BaseStorage":
                 "pip install 'moejax[sweeps]' brings that of postgresql+psycopg://"
             ) from error
         except sqlalchemy.exc.SQLAlchemyError as error:
-            if not create or not _is_about_tables(error) or attempt == CREATORS_RACE - 1:
+            if not create or not _is_race(error) or attempt == CREATORS_RACE - 1:
                 raise
             time.sleep(0.1 * (attempt + 1))
     if is_sqlite:
@@ -270,10 +274,11 @@ def _journal_path(storage: str) -> Path | None:
     return Path(storage).absolute() if storage.endswith(JOURNALS) and "://" not in storage else None
 
 
-def _is_about_tables(error: BaseException | None) -> bool:
-    """Whether tables are missing, or being made by another process at the same time."""
-    text = str(error)
-    return any(
-        words in text
-        for words in ("no such table", "does not exist", "doesn't exist", "already exists", "UNIQUE", "unique")
-    )
+def _has_no_tables(error: BaseException | None) -> bool:
+    """Whether a database was reached that has no tables of Optuna."""
+    return re.search(r"no such table|relation \".*\" does not exist|Table .* doesn't exist", str(error)) is not None
+
+
+def _is_race(error: BaseException) -> bool:
+    """Whether another process made the same table or row at the same time."""
+    return re.search(r"already exists|unique|duplicate", str(error), re.IGNORECASE) is not None
