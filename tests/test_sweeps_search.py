@@ -380,6 +380,17 @@ def test_of_two_successors_of_a_dead_trial_one_is_run(tmp_path):
     assert [row["state"] for row in trials_table(study)] == ["continued", "done", "done"]
 
 
+def test_a_trial_too_many_whose_worker_died_does_not_stay_behind(tmp_path):
+    study = create_study(str(tmp_path / "a.journal"), "s", new_definition(trials=2))
+    evaluate(study)
+    trial = study.ask()  # by a worker that died before it saw that the study was full
+    trial.set_user_attr("arm", arm_of(DEFINITION.draw(study, trial)))
+    study.tell(trial, state=TrialState.FAIL)
+    assert evaluate(study) == 0
+    assert [row["state"] for row in trials_table(study)] == ["done", "done", "continued"]
+    assert not study.get_trials(states=(TrialState.WAITING,))
+
+
 def test_a_slow_worker_whose_trial_was_taken_over_goes_on_with_another(storage):
     create_study(storage, "s", new_definition(trials=3))
     refused, ran = [], []

@@ -173,9 +173,9 @@ class _Worker:
         told = 0
         while not self.should_stop() and (max_trials is None or told < max_trials):
             trials = self._look()
-            if len(points_that_count(trials, ENDED)) >= self.definition.trials:
-                break
             is_waiting = Condition.WAITING in conditions(trials).values()
+            if len(points_that_count(trials, ENDED)) >= self.definition.trials and not is_waiting:
+                break
             if is_waiting or len(points_that_count(trials)) < self.definition.trials:
                 told += self._take(self.study.ask())
             else:
