@@ -380,6 +380,21 @@ def test_of_two_successors_of_a_dead_trial_one_is_run(tmp_path):
     assert [row["state"] for row in trials_table(study)] == ["continued", "done", "done"]
 
 
+def test_successors_whose_workers_die_before_they_begin_keep_the_point_and_stay_one(tmp_path):
+    study = create_study(str(tmp_path / "a.journal"), "s", new_definition(trials=2))
+    trial = study.ask()
+    trial.set_user_attr("arm", arm_of(DEFINITION.draw(study, trial)))
+    study.tell(trial, state=TrialState.FAIL)
+    for _ in range(2):
+        study.add_trial(_successor(study.trials[0]))
+    for twin in [study.ask(), study.ask()]:  # neither has its parameters yet
+        study.tell(twin, state=TrialState.FAIL)
+    ran = []
+    evaluate(study, lambda point, arm, report: ran.append(arm) or Outcome("done", 1.0))
+    assert len(ran) == len(set(ran)) == 2 and study.trials[0].user_attrs["arm"] in ran
+    assert [row["state"] for row in trials_table(study)].count("done") == 2
+
+
 def test_a_trial_too_many_whose_worker_died_does_not_stay_behind(tmp_path):
     study = create_study(str(tmp_path / "a.journal"), "s", new_definition(trials=2))
     evaluate(study)

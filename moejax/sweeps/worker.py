@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from moejax.sweeps.liveness import Heart, Watch
 from moejax.sweeps.search import Definition, StudyError, at_scale
 from moejax.sweeps.study import definition_of, storage_errors
-from moejax.sweeps.trials import ENDED, Condition, conditions, points_that_count, retries_after, root
+from moejax.sweeps.trials import ENDED, LIVE, Condition, conditions, points_that_count, retries_after, root
 
 if TYPE_CHECKING:  # an extra, imported where it is needed
     from optuna import Study, Trial
@@ -335,7 +335,10 @@ class _Worker:
 
 
 def _successor(trial: "FrozenTrial") -> "FrozenTrial":
-    """The waiting trial that goes on with an abandoned one: its point, evaluations and rungs of successive halving."""
+    """The waiting trial that goes on with an abandoned one: its point, evaluations and rungs of successive halving.
+
+    The parameters of a trial that was itself a successor may not all be set when its worker dies, but are known.
+    """
     import optuna
 
     kept: dict[str, Any] = {key: trial.user_attrs[key] for key in ("arm", "reached") if key in trial.user_attrs}
@@ -343,7 +346,7 @@ def _successor(trial: "FrozenTrial") -> "FrozenTrial":
     return optuna.trial.create_trial(
         state=optuna.trial.TrialState.WAITING,
         user_attrs={**kept, "root": root(trial), "retried_from": trial.number, "retries": retries_after(trial)},
-        system_attrs={**rungs, "fixed_params": dict(trial.params)},
+        system_attrs={**rungs, "fixed_params": trial.system_attrs.get("fixed_params") or dict(trial.params)},
         intermediate_values=dict(trial.intermediate_values),
     )
 
@@ -354,9 +357,14 @@ def _is_undecided(trial: "FrozenTrial") -> bool:
 
 
 def _has_elder_twin(trials: list["FrozenTrial"], number: int) -> bool:
-    """Whether an earlier trial already goes on with what this one does: two workers noticed a death at once."""
-    origin = trials[number].user_attrs.get("retried_from")
-    return origin is not None and any(other.user_attrs.get("retried_from") == origin for other in trials[:number])
+    """Whether an earlier trial already stands for this one's point: two workers noticed a death at once.
+
+    The whole line is looked at, not the trial's sisters alone: a twin may die before it has ended itself, and leave a
+    successor of its own.
+    """
+    found = conditions(trials)
+    own_root = root(trials[number])
+    return any(root(other) == own_root and found[other.number] in (*ENDED, *LIVE) for other in trials[:number])
 
 
 def _outcome(trial: "FrozenTrial", condition: Condition) -> Outcome:
