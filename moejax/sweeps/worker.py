@@ -243,6 +243,8 @@ class _Worker:
             report.check()
             trials = self._look(own=trial.number)
             found = conditions(trials)
+            if found[trial.number] != Condition.RUNNING:
+                raise TrialLostError
             own_root = root(trials[trial.number])
             if any(_is_undecided(other) for other in trials[: trial.number]):
                 self._wait(UNDECIDED_S)
