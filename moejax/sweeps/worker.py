@@ -1,0 +1,378 @@
+"""A worker of a search: draws a point, or goes on with one whose worker died, and runs it, until all points have ended.
+
+Workers share nothing but the storage, and decide by the order of trial numbers, which every storage gives out one at a
+time: a trial runs only once all earlier ones have their points, if fewer than the study's number of points count before
+it and none of them has its arm. So workers that race at the end neither overshoot nor run a point twice.
+
+A worker that finds nothing to do waits: it may be needed for the point of one that dies. A trial fails once, whoever
+noticed its silence, and of two successors only the earlier runs. A worker that was only slow is refused when it
+reports, and goes on with another point.
+"""
+
+import contextlib
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+from moejax.sweeps.liveness import Heart, Watch
+from moejax.sweeps.search import Definition, StudyError, at_scale
+from moejax.sweeps.study import definition_of, storage_errors
+from moejax.sweeps.trials import ENDED, LIVE, Condition, conditions, points_that_count, retries_after, root
+
+if TYPE_CHECKING:  # an extra, imported where it is needed
+    from optuna import Study, Trial
+    from optuna.trial import FrozenTrial
+
+MAX_REFUSED = 100  # points drawn in a row that are not allowed
+MAX_REPEATED = 20  # points drawn in a row that run elsewhere; then this worker waits for one of them
+UNDECIDED_S = 0.05  # between looks at earlier trials that are being drawn
+
+Point: TypeAlias = dict[str, Any]
+
+
+class TrialLostError(Exception):
+    """Another worker has taken the trial over: training must end without a result. Not a mistake of the user's."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """How an arm ended: its final loss, or why it has none.
+
+    Attributes:
+      status: "done", "pruned", "failed" (not finite, an error), or "stopped" early, for another worker to go on.
+      loss: final eval/loss of an arm that is done.
+      error: of an arm that failed, one line.
+    """
+
+    status: Literal["done", "pruned", "failed", "stopped"]
+    loss: float | None = None
+    error: str | None = None
+
+
+class Report:
+    """What an arm calls at its evaluations, and asks between steps whether to end."""
+
+    def __init__(self, trial: "Trial", heart: Heart, should_stop: Callable[[], bool], reported: set[int]):
+        self._trial, self._heart, self._should_stop, self._reported = trial, heart, should_stop, reported
+
+    def __call__(self, step: int, fraction: float, loss: float) -> bool:
+        """Reports an evaluation.
+
+        Args:
+          step: after which it was.
+          fraction: of the schedule, in ]0, 1].
+          loss: eval/loss.
+
+        Returns:
+          Whether to end the arm now, as pruned. Never at the end of the schedule, nor while the storage is away.
+
+        Raises:
+          TrialLostError: the trial is another worker's by now.
+        """
+        import optuna
+
+        self.check()
+        place = at_scale(fraction)
+        if place in self._reported or not math.isfinite(loss):
+            return False
+        try:
+            self._trial.report(loss, place)
+            self._trial.set_user_attr("reached", {"step": step, "fraction": fraction})
+            self._reported.add(place)
+            return fraction < 1 and bool(self._trial.should_prune())
+        except optuna.exceptions.UpdateFinishedTrialError as error:
+            raise TrialLostError from error
+        except optuna.exceptions.StorageInternalError:
+            return False
+
+    def should_stop(self) -> bool:
+        """Whether this worker was told to stop: the arm is then left to another, with the status "stopped".
+
+        Raises:
+          TrialLostError: the trial is another worker's by now.
+        """
+        self.check()
+        return self._should_stop()
+
+    def check(self) -> None:
+        """Raises TrialLostError if the trial is another worker's by now."""
+        if self._heart.is_lost.is_set():
+            raise TrialLostError
+
+
+RunArm: TypeAlias = Callable[[Point, str, Report], Outcome]
+
+
+def work(
+    study: "Study",
+    run_arm: RunArm,
+    *,
+    arm_of: Callable[[Point], str],
+    known: Callable[[str], Outcome | None],
+    worker_id: str,
+    should_stop: Callable[[], bool],
+    max_trials: int | None = None,
+    beat_s: float = 5.0,
+    grace_s: float = 60.0,
+    poll_s: float = 2.0,
+) -> int:
+    """Evaluates points of a study until its number of trials has ended.
+
+    Args:
+      study: of `open_study` or `create_study`.
+      run_arm: trains a point: `run_arm(point, arm, report)`. The run directory is the arm's, so that training goes on
+        from its newest checkpoint when the point was another worker's. It lets `TrialLostError` pass. Any other
+        exception leaves the point to another worker and ends this one.
+      arm_of: the id of a point's arm; raises ValueError for a point that the space or the config does not allow.
+      known: the outcome of an arm that has ended before, from its record; None where there is none.
+      worker_id: a name that no other worker of the study has.
+      should_stop: asked between trials, and by the arm through its report.
+      max_trials: after which this worker leaves; None for no limit.
+      beat_s: seconds between signs of life.
+      grace_s: seconds without one after which another worker's trial is taken over.
+      poll_s: seconds between looks at the study while there is nothing to do.
+
+    Returns:
+      The number of trials that this worker has told.
+
+    Raises:
+      StudyError: the storage cannot be reached, or hardly any point is allowed.
+    """
+    if grace_s <= 2 * beat_s:
+        raise StudyError(f"grace_s={grace_s:g} must be more than two beats of beat_s={beat_s:g}; make it longer")
+    with storage_errors(f"of study {study.study_name!r}"):
+        definition = definition_of(study)
+        study.pruner = definition.new_pruner()
+        worker = _Worker(
+            study, definition, run_arm, arm_of, known, worker_id, should_stop, beat_s, poll_s, Watch(grace_s)
+        )
+        return worker.work(max_trials)
+
+
+@dataclasses.dataclass
+class _Worker:
+    """The arguments of `work`, and how many draws in a row came to nothing."""
+
+    study: "Study"
+    definition: Definition
+    run_arm: RunArm
+    arm_of: Callable[[Point], str]
+    known: Callable[[str], Outcome | None]
+    worker_id: str
+    should_stop: Callable[[], bool]
+    beat_s: float
+    poll_s: float
+    watch: Watch
+    refused: int = 0
+    repeated: int = 0
+
+    def work(self, max_trials: int | None) -> int:
+        """See the function of this name."""
+        told = 0
+        while not self.should_stop() and (max_trials is None or told < max_trials):
+            trials = self._look()
+            is_waiting = Condition.WAITING in conditions(trials).values()
+            if len(points_that_count(trials, ENDED)) >= self.definition.trials and not is_waiting:
+                break
+            if is_waiting or len(points_that_count(trials)) < self.definition.trials:
+                told += self._take(self.study.ask())
+            else:
+                self._wait(self.poll_s)
+        return told
+
+    def _look(self, own: int | None = None) -> list["FrozenTrial"]:
+        """All trials, after those of dead workers (never `own`) have failed and their successors wait."""
+        trials = self.study.get_trials(deepcopy=False)
+        dead = [trial for trial in self.watch.observe(trials) if trial.number != own]
+        for trial in dead:
+            self._fail(trial.number)
+        if dead:
+            trials = self.study.get_trials(deepcopy=False)
+        found = conditions(trials)
+        abandoned = [trial for trial in trials if found[trial.number] == Condition.ABANDONED]
+        for trial in abandoned:
+            self.study.add_trial(_successor(trial))
+        return self.study.get_trials(deepcopy=False) if abandoned else trials
+
+    def _take(self, trial: "Trial") -> bool:
+        """Runs a trial that was just drawn or was waiting; whether this worker told its outcome."""
+        import optuna
+
+        reported = set(self.study.get_trials(deepcopy=False)[trial.number].intermediate_values)
+        with Heart(self.study, trial, self.watch, self.beat_s) as heart:
+            report = Report(trial, heart, self.should_stop, reported)
+            try:
+                trial.set_user_attr("worker", self.worker_id)
+                point = self.definition.draw(self.study, trial)
+                arm = self._arm(trial, point)
+                if arm is None:
+                    return False
+                outcome = self._settle(trial, arm, report) or self._run(trial, point, arm, report)
+                return self._tell(trial, outcome)
+            except (TrialLostError, optuna.exceptions.UpdateFinishedTrialError):
+                return False
+
+    def _arm(self, trial: "Trial", point: Point) -> str | None:
+        """The arm of a trial's point, noted in the trial; None where the point is not allowed, which ends the trial."""
+        try:
+            arm = self.arm_of(point)
+        except ValueError as error:
+            self._void(trial, "not allowed", str(error))
+            self.refused += 1
+            if self.refused >= MAX_REFUSED:
+                raise StudyError(
+                    f"{self.refused} points in a row are not allowed, the last because: {error}; narrow the axes"
+                ) from error
+            return None
+        self.refused = 0
+        trial.set_user_attr("arm", arm)
+        return arm
+
+    def _settle(self, trial: "Trial", arm: str, report: Report) -> Outcome | None:
+        """Waits until earlier trials have their points, then says what is known of this one's.
+
+        Returns:
+          None if this worker must run it; an outcome otherwise.
+
+        Raises:
+          TrialLostError: the trial must not be run: it is one too many, or another has its point.
+        """
+        while not self.should_stop():
+            report.check()
+            trials = self._look(own=trial.number)
+            found = conditions(trials)
+            if found[trial.number] != Condition.RUNNING:
+                raise TrialLostError
+            own_root = root(trials[trial.number])
+            if any(_is_undecided(other) for other in trials[: trial.number]):
+                self._wait(UNDECIDED_S)
+                continue
+            if _has_elder_twin(trials, trial.number):
+                raise self._void(trial, "drawn already")
+            before = {number for number in points_that_count(trials) if number < own_root}
+            if len(before) >= self.definition.trials:
+                raise self._void(trial, "one too many")
+            same = [other for other in trials if root(other) < own_root and other.user_attrs.get("arm") == arm]
+            ended = next((other for other in same if found[other.number] in ENDED), None)
+            if ended is not None:
+                return _outcome(ended, found[ended.number])
+            standing = {found[other.number] for other in same}
+            if Condition.WAITING in standing or (Condition.RUNNING in standing and self.repeated < MAX_REPEATED):
+                self.repeated += 1
+                raise self._void(trial, "drawn already")
+            if Condition.RUNNING not in standing:
+                return self.known(arm)
+            self._wait(self.poll_s)  # hardly another point is left: its outcome is this trial's, too
+        return Outcome("stopped")
+
+    def _run(self, trial: "Trial", point: Point, arm: str, report: Report) -> Outcome:
+        """Trains; where it raises, the trial is left to another worker before this one ends."""
+        try:
+            return self.run_arm(point, arm, report)
+        except TrialLostError:
+            raise
+        except BaseException as error:
+            self._leave(trial, is_death=not isinstance(error, KeyboardInterrupt | SystemExit))
+            raise
+
+    def _tell(self, trial: "Trial", outcome: Outcome) -> bool:
+        """Ends the trial; whether with an outcome, and not for another worker to go on.
+
+        Raises:
+          TrialLostError: it has ended already.
+        """
+        from optuna.trial import TrialState
+
+        if outcome.status == "stopped":
+            self._leave(trial, is_death=False)
+            return False
+        self.repeated = 0
+        is_finite = outcome.loss is not None and math.isfinite(outcome.loss)
+        if outcome.status == "failed" or (outcome.status == "done" and not is_finite):
+            trial.set_user_attr("outcome", "failed")
+            trial.set_user_attr("error", outcome.error or f"eval/loss is {outcome.loss}")
+            self._fail(trial.number)
+            return True
+        try:
+            if outcome.status == "pruned":
+                self.study.tell(trial, state=TrialState.PRUNED)
+            else:
+                self.study.tell(trial, outcome.loss)
+        except ValueError as error:  # Optuna's for a trial that has ended
+            raise TrialLostError from error
+        return True
+
+    def _leave(self, trial: "Trial", is_death: bool) -> None:
+        """Leaves a trial to another worker at once; a death counts towards the point's retries."""
+        import optuna
+
+        if not is_death:
+            with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):
+                trial.set_user_attr("released", True)
+        self._fail(trial.number)
+        self._look()
+
+    def _fail(self, number: int) -> None:
+        """Fails a trial, unless it has ended: of several workers, one does, and it does not matter which."""
+        import optuna
+
+        with contextlib.suppress(ValueError, optuna.exceptions.UpdateFinishedTrialError):
+            self.study.tell(number, state=optuna.trial.TrialState.FAIL)
+
+    def _void(self, trial: "Trial", outcome: str, error: str = "") -> TrialLostError:
+        """Ends a trial that is not run and does not count; the exception is for the caller to raise."""
+        trial.set_user_attr("outcome", outcome)
+        if error:
+            trial.set_user_attr("error", error)
+        self._fail(trial.number)
+        return TrialLostError(outcome)
+
+    def _wait(self, seconds: float) -> None:
+        """Sleeps, but not long after it was told to stop."""
+        end = time.monotonic() + seconds
+        while (left := end - time.monotonic()) > 0 and not self.should_stop():
+            time.sleep(min(left, 0.1))
+
+
+def _successor(trial: "FrozenTrial") -> "FrozenTrial":
+    """The waiting trial that goes on with an abandoned one: its point, evaluations and rungs of successive halving.
+
+    The parameters of a trial that was itself a successor may not all be set when its worker dies, but are known.
+    """
+    import optuna
+
+    kept: dict[str, Any] = {key: trial.user_attrs[key] for key in ("arm", "reached") if key in trial.user_attrs}
+    rungs = {key: value for key, value in trial.system_attrs.items() if key.startswith("completed_rung")}
+    return optuna.trial.create_trial(
+        state=optuna.trial.TrialState.WAITING,
+        user_attrs={**kept, "root": root(trial), "retried_from": trial.number, "retries": retries_after(trial)},
+        system_attrs={**rungs, "fixed_params": trial.system_attrs.get("fixed_params") or dict(trial.params)},
+        intermediate_values=dict(trial.intermediate_values),
+    )
+
+
+def _is_undecided(trial: "FrozenTrial") -> bool:
+    """Whether a trial is being drawn."""
+    return trial.state.name == "RUNNING" and "arm" not in trial.user_attrs and "outcome" not in trial.user_attrs
+
+
+def _has_elder_twin(trials: list["FrozenTrial"], number: int) -> bool:
+    """Whether an earlier trial already stands for this one's point: two workers noticed a death at once.
+
+    The whole line is looked at, not the trial's sisters alone: a twin may die before it has ended itself, and leave a
+    successor of its own.
+    """
+    found = conditions(trials)
+    own_root = root(trials[number])
+    return any(root(other) == own_root and found[other.number] in (*ENDED, *LIVE) for other in trials[:number])
+
+
+def _outcome(trial: "FrozenTrial", condition: Condition) -> Outcome:
+    """How a trial ended, told again for another of the same arm."""
+    if condition == Condition.DONE:
+        return Outcome("done", trial.value)
+    if condition == Condition.PRUNED:
+        return Outcome("pruned")
+    return Outcome("failed", error=trial.user_attrs.get("error", "its workers died too often"))
