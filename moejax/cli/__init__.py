@@ -23,6 +23,7 @@ VERBS = {
     "generate": "continue prompts with a trained model",
     "report": "write a run's report.html, or compare several runs in one page",
     "view": "show runs in a browser while they train",
+    "sweep": "train many configurations: plan, packs, searches, workers, report",
     "counterfactuals": "evaluate a checkpoint under changed routing: fewer experts, without one, swapped, random",
     "bench": "measure: layer, decode, compiled, compiled_step, tune, step, telemetry, compile, import",
     "placement": "show how even devices are loaded, and would be with experts in other places",

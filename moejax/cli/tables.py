@@ -42,7 +42,10 @@ def print_table(rows: Sequence[Mapping[str, Any]], title: str) -> None:
         table.add_column(name, justify="right" if i else "left")
     for row in rows:
         table.add_row(*(Text(_show(value)) for value in row.values()))
-    Console().print(table)
+    console = Console()
+    if not console.is_terminal:  # a file or a pipe has room for every column
+        console = Console(width=max(console.width, console.measure(table).maximum))
+    console.print(table)
 
 
 def summary_rows(

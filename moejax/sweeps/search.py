@@ -9,7 +9,9 @@ import dataclasses
 import json
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any
+
+from moejax.sweeps.space import Choice, Range
 
 if TYPE_CHECKING:  # an extra, imported where it is needed
     import optuna
@@ -24,24 +26,6 @@ LABELS = (bool, int, float, str, type(None))  # choices that Optuna keeps as the
 
 class StudyError(ValueError):
     """A search that cannot be set up or shared: one line that names the setting or storage and the remedy."""
-
-
-@runtime_checkable
-class Choices(Protocol):
-    """An axis with a list of values."""
-
-    key: str
-    values: Sequence[Any]
-
-
-@runtime_checkable
-class Range(Protocol):
-    """An axis between two numbers; whole numbers where both are."""
-
-    key: str
-    low: float
-    high: float
-    is_log: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,14 +61,14 @@ class Axis:
         return cls(content["key"], (), content["low"], content["high"], content["log"])
 
 
-def search_axes(axes: Sequence[Choices | Range]) -> tuple[Axis, ...]:
+def search_axes(axes: Sequence[Choice | Range]) -> tuple[Axis, ...]:
     """The axes of a space as a study keeps them.
 
     Raises:
       StudyError: there is none, a key comes twice, a range is empty, a value is not JSON, or the seed is an axis.
     """
     if not axes:
-        raise StudyError("a search needs at least one axis, such as optimizer.peak_lr=log_uniform(1e-4,1e-2)")
+        raise StudyError("a search needs at least one axis, such as optimizer.learning_rate=log:1e-4..1e-2")
     found = tuple(_search_axis(axis) for axis in axes)
     keys = [axis.key for axis in found]
     for key in keys:
@@ -98,8 +82,8 @@ def search_axes(axes: Sequence[Choices | Range]) -> tuple[Axis, ...]:
     return found
 
 
-def _search_axis(axis: Choices | Range) -> Axis:
-    if isinstance(axis, Choices):
+def _search_axis(axis: Choice | Range) -> Axis:
+    if isinstance(axis, Choice):
         try:
             values = json.loads(json.dumps(list(axis.values), allow_nan=False))
         except (TypeError, ValueError) as error:

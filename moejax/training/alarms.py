@@ -132,13 +132,23 @@ class AlarmLog:
 
     Args:
       workdir: the run directory.
-      after_step: lines of later steps are dropped: a resumed run writes them again. It counts intervals anew, so
-        that the beginning or the end of an alarm may be said up to `PATIENCE` intervals later.
+      after_step: lines of later steps are dropped: a resumed run writes them again.
       config: of the run.
+      counts: `counts` of the run at that step; without them, intervals are counted anew, so that the beginning or the
+        end of an alarm may be said up to `PATIENCE` intervals later.
+      name: of the run, in the log; "" where there is but one.
     """
 
-    def __init__(self, workdir: str | Path, after_step: int, config: Config):
+    def __init__(
+        self,
+        workdir: str | Path,
+        after_step: int,
+        config: Config,
+        counts: Mapping[str, Any] | None = None,
+        name: str = "",
+    ):
         self._config = config
+        self._name = f"{name}, " if name else ""
         self._path = Path(workdir) / FILE
         kept = [line for line in read_alarms(workdir) if line["step"] <= after_step]
         if self._path.exists():
@@ -146,9 +156,17 @@ class AlarmLog:
             temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
             os.replace(temporary, self._path)
         # By rule and layer, for how many intervals in a row rules in `LASTING` have held.
-        self._held: dict[tuple[str, int], int] = {}
+        self._held = _unlisted(counts["held"]) if counts else {}
         # By rule and layer, the intervals since it last held.
-        self._quiet = dict.fromkeys(active(kept), 0)
+        self._quiet = _unlisted(counts["quiet"]) if counts else dict.fromkeys(active(kept), 0)
+
+    @property
+    def counts(self) -> dict[str, Any]:
+        """What a continued run must know of the intervals before it, as JSON."""
+        return {
+            name: [[rule, layer, number] for (rule, layer), number in places.items()]
+            for name, places in (("held", self._held), ("quiet", self._quiet))
+        }
 
     def update(self, step: int, interval: RoutingInterval) -> list[Alarm]:
         """Checks an interval that ended with `step`, writes what is new; returns what holds and is to stop the run."""
@@ -159,13 +177,14 @@ class AlarmLog:
             if begun.layers:
                 self._write(step, alarm.rule, "on", begun.layers, value=begun.value, threshold=begun.threshold,
                             reading=begun.reading)  # fmt: skip
-                log.warning("step %d: alarm %s in %s: %s", step, alarm.rule, name_layers(begun.layers), begun.reading)
+                where = name_layers(begun.layers)
+                log.warning("%sstep %d: alarm %s in %s: %s", self._name, step, alarm.rule, where, begun.reading)
         self._quiet = {place: intervals + 1 for place, intervals in self._quiet.items()} | dict.fromkeys(holding, 0)
         ended = sorted(place for place, intervals in self._quiet.items() if intervals >= PATIENCE)
         for rule in dict.fromkeys(rule for rule, _ in ended):
             layers = [layer for other, layer in ended if other == rule]
             self._write(step, rule, "off", layers)
-            log.info("step %d: alarm %s has ended in %s", step, rule, name_layers(layers))
+            log.info("%sstep %d: alarm %s has ended in %s", self._name, step, rule, name_layers(layers))
         self._quiet = {place: quiet for place, quiet in self._quiet.items() if place not in ended}
         return [alarm for alarm in found if alarm.rule in self._config.alarms.stopping]
 
@@ -235,6 +254,10 @@ def name_layers(layers: Sequence[int]) -> str:
         return f"layer {layers[0]}"
     shown = ", ".join(map(str, layers[:8]))
     return f"layers {shown}" + (f" and {len(layers) - 8} more" if len(layers) > 8 else "")
+
+
+def _unlisted(places: Sequence[Sequence[Any]]) -> dict[tuple[str, int], int]:
+    return {(rule, layer): number for rule, layer, number in places}
 
 
 def stop_message(step: int, alarms: Sequence[Alarm]) -> str:

@@ -59,12 +59,15 @@ class Checkpoints:
         """Complete steps, oldest first."""
         return sorted(self._manager.all_steps())
 
-    def save(self, state: TrainState, metrics: Mapping[str, float] | None = None) -> bool:
+    def save(
+        self, state: TrainState, metrics: Mapping[str, float] | None = None, notes: Mapping[str, Any] | None = None
+    ) -> bool:
         """Starts to save in the background, after the previous save has finished and was found to be good.
 
         Args:
           state: the state; may be donated to the next step as soon as this returns.
           metrics: `eval/loss` of this state, if it was evaluated.
+          notes: JSON that a continued run needs besides, see `notes`.
 
         Returns:
           False if this step is saved already.
@@ -78,6 +81,7 @@ class Checkpoints:
             "manifest": manifest(state),
             "config": to_dict(self.trainable.config),
             "tokenizer": tokenizer_digests(self.workdir),
+            "notes": dict(notes or {}),
         }
         self._manager.save(
             step,
@@ -101,6 +105,11 @@ class Checkpoints:
             return None
         arrays = self._read(step, ("model", "optimizer"))
         return jax.tree.unflatten(jax.tree.structure(self.trainable.abstract), arrays.values())
+
+    def notes(self, step: int) -> dict[str, Any]:
+        """What was noted with a step that is saved."""
+        meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+        return meta.get("notes", {})
 
     def restore_model(self, step: int | None = None) -> tuple[int, Any, Any]:
         """Returns (step, params, router_state) without reading the optimizer's arrays.

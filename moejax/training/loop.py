@@ -102,11 +102,19 @@ def _open(config: Config, workdir: Path, command: str) -> tuple[Mesh, Corpus]:
     return make_mesh(config), open_run_directory(config, workdir, command)
 
 
-def open_run_directory(config: Config, workdir: Path, command: str) -> Corpus:
-    """The rows; process 0 writes what the run directory lacks of configuration and tokenizer."""
+def open_run_directory(config: Config, workdir: Path, command: str, corpus: Corpus | None = None) -> Corpus:
+    """The rows; process 0 writes what the run directory lacks of configuration and tokenizer.
+
+    Args:
+      config: of the run.
+      workdir: its directory.
+      command: recorded there.
+      corpus: of another run on the same data; None prepares it.
+    """
     check_run_directory(workdir, config)
-    # A run keeps its tokenizer: one learned anew from changed text would not fit its weights.
-    corpus = prepare(config.data, load_tokenizer(workdir) if (workdir / "tokenizer.json").exists() else None)
+    if corpus is None:
+        # A run keeps its tokenizer: one learned anew from changed text would not fit its weights.
+        corpus = prepare(config.data, load_tokenizer(workdir) if (workdir / "tokenizer.json").exists() else None)
     if is_first():
         write_run_directory(workdir, config, count_parameters(config), corpus.directory.name, command)
         if not (workdir / "tokenizer.json").exists():
@@ -139,6 +147,7 @@ class _Loop:
         self.domains = domains_of(corpus)
         self.eval_step = make_eval_step(trainable, len(self.domains.domains) if self.domains else 0)
         self.evaluations: EvaluationLog | None = None
+        self.alarms: AlarmLog | None = None
         rows = rows_of_process(trainable.mesh, self.config.batch_size)
         self.batches = TrainBatches(corpus, self.config.batch_size, self.config.seed, rows)
 
@@ -152,8 +161,8 @@ class _Loop:
             metrics = stack.enter_context(MetricsFile(self.workdir, after_step=start_step)) if is_first() else None
             progress = stack.enter_context(StepProgress(self.config.num_steps, start_step, is_first()))
             routing_log = self._open_routing_log(start_step)
-            alarms = AlarmLog(self.workdir, start_step, self.trainable.config) if routing_log else None
-            recorder = Recorder(metrics, routing_log, progress, start_step, alarms)
+            self.alarms = self._open_alarm_log(start_step) if routing_log else None
+            recorder = Recorder(metrics, routing_log, progress, start_step, self.alarms)
             evaluation = None
             is_known = first_says("evaluated" if metrics is not None and metrics.is_evaluated else "")
             if start_step > 0 and self.config.is_evaluated(start_step) and not is_known:
@@ -241,7 +250,8 @@ class _Loop:
     def _save(self, state: TrainState, evaluation: Evaluation | None) -> None:
         self.watchdog.other_work(f"saving step {int(state.step)}")
         is_known = evaluation is not None and math.isfinite(evaluation.loss)
-        self.checkpoints.save(state, {"eval/loss": evaluation.loss} if evaluation and is_known else None)
+        metrics = {"eval/loss": evaluation.loss} if evaluation and is_known else None
+        self.checkpoints.save(state, metrics, {"alarms": self.alarms.counts} if self.alarms else None)
 
     def _open_routing_log(self, start_step: int) -> RoutingLog | None:
         config = self.trainable.config
@@ -250,6 +260,10 @@ class _Loop:
         routing = RoutingLog(self.workdir, config.moe_layers, config.moe.num_choices, LAYER_METRICS)
         routing.truncate(start_step)
         return routing
+
+    def _open_alarm_log(self, start_step: int) -> AlarmLog:
+        counts = self.checkpoints.notes(start_step).get("alarms") if start_step else None
+        return AlarmLog(self.workdir, start_step, self.trainable.config, counts)
 
     def _heed(self, recorder: Recorder) -> None:
         """Asks for a stop if an interval that was just written holds an alarm that is to stop the run."""

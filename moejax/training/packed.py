@@ -35,7 +35,7 @@ def program_of(config: Config) -> Config:
     names = [field.name for field in dataclasses.fields(Knobs) if hasattr(config.moe, field.name)]
     if config.moe.dispatch != "capacity":
         names.remove("capacity_factor")
-    is_on = {name: float(getattr(config.moe, name) != 0) for name in names}
+    is_on: dict[str, Any] = {name: float(getattr(config.moe, name) != 0) for name in names}
     return dataclasses.replace(
         config,
         moe=dataclasses.replace(config.moe, **is_on),

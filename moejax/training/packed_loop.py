@@ -82,7 +82,9 @@ def train_packed(
     """
     pack = Pack(configs, devices)
     folders = [Path(workdir) for workdir in workdirs]
-    corpora = [open_run_directory(c, folder, command) for c, folder in zip(configs, folders, strict=True)]
+    corpus = open_run_directory(configs[0], folders[0], command)
+    for config, folder in zip(configs[1:], folders[1:], strict=True):
+        open_run_directory(config, folder, command, corpus)
     with ExitStack() as stack:
         stop = stack.enter_context(StopSignals() if stop is None else stop)
         arms = [_Arm(trainable, folder) for trainable, folder in zip(pack.trainables, folders, strict=True)]
@@ -93,7 +95,7 @@ def train_packed(
             log.info("continuing %d arms from step %d", len(arms), start_step)
         stack.enter_context(jax.set_mesh(pack.mesh))
         with Watchdog(configs[0].train.step_limit_s, pack.mesh) as watchdog:
-            return _PackedLoop(pack, corpora[0], arms, stop, watchdog).run(start_step)
+            return _PackedLoop(pack, corpus, arms, stop, watchdog).run(start_step)
 
 
 def common_step(steps: Sequence[Sequence[int]]) -> int:
@@ -119,14 +121,15 @@ class _Arm:
         config = self.config
         self.step = start_step
         with MetricsFile(self.workdir, after_step=start_step) as self.metrics:
-            self.evaluations, routing, alarms = None, None, None
+            self.evaluations, routing, self.alarms = None, None, None
             if config.num_moe_layers:
                 self.evaluations = EvaluationLog(self.workdir, after_step=start_step)
                 routing = RoutingLog(self.workdir, config.moe_layers, config.moe.num_choices, LAYER_METRICS)
                 routing.truncate(start_step)
-                alarms = AlarmLog(self.workdir, start_step, config)
+                counts = self.checkpoints.notes(start_step).get("alarms") if start_step else None
+                self.alarms = AlarmLog(self.workdir, start_step, config, counts, name=f"arm {self.workdir.name}")
             silent = StepProgress(config.train.num_steps, start_step, is_shown=False)
-            self.recorder = Recorder(self.metrics, routing, silent, start_step, alarms)
+            self.recorder = Recorder(self.metrics, routing, silent, start_step, self.alarms)
             yield
 
     def restore(self, step: int) -> TrainState:
@@ -145,7 +148,8 @@ class _Arm:
         """Starts to save the state, with its evaluation if it has one."""
         self.step = int(state.step)
         loss = self.evaluation.loss if self.evaluation else math.nan
-        self.checkpoints.save(state, {"eval/loss": loss} if math.isfinite(loss) else None)
+        notes = {"alarms": self.alarms.counts} if self.alarms else None
+        self.checkpoints.save(state, {"eval/loss": loss} if math.isfinite(loss) else None, notes)
 
 
 class _PackedLoop:

@@ -50,9 +50,9 @@ def outer_products(
     @one.def_vmap
     def all_arms(num_arms: int, is_batched: Any, *arrays: jax.Array):
         x_ARP, y_ARQ, sizes_AE = each_arm(num_arms, is_batched, arrays)
-        rows = [merge(jax.vmap(zero_tail)(a_ARP, sizes_AE)) for a_ARP in (x_ARP, y_ARQ)]
+        x_RP, y_RQ = (merge(jax.vmap(zero_tail)(a_ARP, sizes_AE)) for a_ARP in (x_ARP, y_ARQ))
         sizes_G = merge(_with_tail(sizes_AE, x_ARP.shape[1]))
-        return split(outer_products(product, *rows, sizes_G, 0), num_arms), True
+        return split(outer_products(product, x_RP, y_RQ, sizes_G, 0), num_arms), True
 
     return one(x_RP, y_RQ, group_sizes_E)
 

@@ -1,0 +1,250 @@
+"""Train many configurations of one recipe: the arms of a sweep.
+
+  moejax sweep --config=FILE --dir=DIR moe.num_experts=4,8,16 moe.balance_weight=log:1e-4..1e-1:5 --seeds=3
+  moejax sweep --config=FILE --dry-run            what FILE's sweep() gives: every arm checked, counted and listed
+  moejax sweep --config=FILE --search=tpe --trials=40 moe.balance_weight=log:1e-4..1e-1 moe.num_experts=4,8,16
+  moejax sweep worker --study=NAME --storage=URL  joins a search from anywhere
+  moejax sweep report DIR                         tables, effects and fronts in DIR/report.html
+  moejax sweep dashboard --storage=URL            optuna-dashboard at 127.0.0.1
+
+An axis is KEY=VALUE,VALUE,... or KEY=log:LOW..HIGH:NUMBER or KEY=lin:LOW..HIGH:NUMBER; a search draws from ranges
+without a number. Every arm is checked before the first one trains. Arms that differ in knobs and seeds alone train side
+by side in one program. The same command goes on after an interruption, a crash or a change that adds arms.
+"""
+
+import logging
+import math
+import os
+import runpy
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from absl.flags import FlagValues
+from ml_collections import config_flags
+
+from moejax.cli import UsageError
+from moejax.cli.options import define_config, define_json, read_config_flag, refuse_several_processes
+from moejax.cli.sweep_search import define_search, join_search, search, show_dashboard
+from moejax.cli.tables import print_result, print_table
+from moejax.inspection.sweep_tables import LOSS, OVERRIDE, at_fraction, settings_of
+from moejax.sweeps import Space, parse_axis, product, seeds
+from moejax.sweeps.arms import Arm, Plan, describe, plan_arms
+from moejax.sweeps.directory import Sweep, open_sweep, write_sweep
+from moejax.sweeps.match import short, training_flops
+from moejax.sweeps.packs import pack_arms
+from moejax.sweeps.pool import run_pool
+from moejax.sweeps.records import read_records
+from moejax.sweeps.report import build_sweep_report
+from moejax.sweeps.run import check_devices, check_open, prepare_devices, work
+from moejax.sweeps.slurm import Jobs, submit
+from moejax.training.signals import StopSignals
+
+ACTIONS = ("work", "worker", "report", "dashboard")
+
+log = logging.getLogger("moejax")
+
+
+def define(values: FlagValues, arguments: list[str]) -> None:
+    """Flags of the verb."""
+    define_config(values, arguments)
+    define_json(values)
+    flags.DEFINE_string("dir", "", "the sweep's folder; default runs/sweep_NAME-OF-THE-RECIPE", flag_values=values)
+    flags.DEFINE_bool("dry-run", False, "check and list all arms, and stop", flag_values=values)
+    flags.DEFINE_integer("seeds", 0, "each point with so many seeds, from 0", flag_values=values)
+    flags.DEFINE_enum(
+        "match", "", ["", "active_params", "total_params", "flops"],
+        "what all arms have in common with the recipe; dense controls are added", flag_values=values,
+    )  # fmt: skip
+    flags.DEFINE_enum("adjust", "width", ["width", "steps"], "with --match: what is changed", flag_values=values)
+    flags.DEFINE_integer("pack", 8, "arms that train side by side, at most; 1: none", flag_values=values)
+    flags.DEFINE_enum("runner", "here", ["here", "pool", "slurm"], "who trains", flag_values=values)
+    flags.DEFINE_integer("processes", 2, "--runner=pool: how many; slurm: jobs", flag_values=values)
+    flags.DEFINE_integer("gpus", 0, "--runner=pool: GPUs to share out; slurm: of each job; 0: CPU", flag_values=values)
+    flags.DEFINE_integer("minutes", 240, "--runner=slurm: of a job, which is queued again", flag_values=values)
+    flags.DEFINE_string("partition", "", "--runner=slurm", flag_values=values)
+    flags.DEFINE_string("account", "", "--runner=slurm", flag_values=values)
+    flags.DEFINE_string("cores", "", "work: CPU cores to run on, such as 0,1", flag_values=values)
+    define_search(values)
+
+
+def run(values: FlagValues, rest: list[str]) -> None:
+    """Plans, trains, joins or reads."""
+    refuse_several_processes("sweep", "launch one; --runner=slurm makes jobs of its own")
+    action = rest[0] if rest and "=" not in rest[0] else ""
+    if action and action not in ACTIONS:
+        raise UsageError(f"{action} is neither an axis, KEY=VALUES, nor one of {', '.join(ACTIONS)}")
+    others = rest[1:] if action else rest
+    if action == "report":
+        _report(values, others)
+        return
+    if action and others:
+        raise UsageError(f"moejax sweep {action} takes flags alone, not {others[0]!r}")
+    if action == "work":
+        _work(values)
+    elif action == "worker":
+        join_search(values, _command())
+    elif action == "dashboard":
+        show_dashboard(values)
+    elif values.search:
+        search(values, _space(values, rest), _recipe(values), _directory(values), _command())
+    else:
+        _sweep(values, rest)
+
+
+def _sweep(values: FlagValues, rest: list[str]) -> None:
+    space = _space(values, rest)
+    if values.pack < 1:
+        raise UsageError(f"--pack={values.pack} must be at least 1")
+    recipe = read_config_flag(values)  # says what is wrong with the recipe itself, apart from any point
+    del recipe
+    plan = plan_arms(values.config.to_dict(), space, match=values.match, adjust=values.adjust)
+    for line in plan.changes:
+        log.info("matched: %s", line)
+    for overrides, arm_id in plan.duplicates:
+        log.info("left out: %s, which is arm %s", " ".join(f"{k}={v}" for k, v in overrides.items()), arm_id)
+    packs = pack_arms(plan.arms, values.pack)
+    if values["dry-run"].value:
+        _show(values, plan, packs)
+        return
+    sweep = write_sweep(
+        _directory(values), plan, largest_pack=values.pack, recipe=_recipe(values), match=values.match,
+        command=_command(),
+    )  # fmt: skip
+    if values.runner == "slurm":
+        _submit(values, sweep)
+        return
+    with StopSignals() as stop:
+        if values.runner == "pool":
+            run_pool(sweep, values.processes, range(values.gpus), stop)
+        else:
+            prepare_devices(sweep)
+            check_devices(sweep)
+            work(sweep, stop)
+        if stop:
+            log.info("%s: saved in %s; the same command continues", stop.received, sweep.directory)
+            return
+    check_open(sweep)
+    _finish(values, sweep.directory)
+
+
+def _space(values: FlagValues, rest: list[str]) -> Space:
+    """The points: of the recipe's `sweep()`, times the axes given, times the seeds."""
+    if values["config"].value is None:
+        raise UsageError("--config is missing; give a recipe, such as --config=configs/tiny_moe.py")
+    spaces: list[Any] = []
+    function = runpy.run_path(config_flags.get_config_filename(values["config"])).get("sweep")
+    if function is not None:
+        found = function()
+        spaces.append(found if isinstance(found, Space) else [*found])
+    spaces += [parse_axis(text) for text in rest]
+    if values.seeds < 0:
+        raise UsageError(f"--seeds={values.seeds} must be at least 1")
+    if values.seeds:
+        spaces.append(seeds(values.seeds))
+    if not spaces:
+        raise UsageError(
+            "nothing varies; give axes such as moe.num_experts=4,8,16, or --seeds, or a recipe with a sweep()"
+        )
+    return product(*spaces)
+
+
+def _recipe(values: FlagValues) -> str:
+    return str(config_flags.get_config_filename(values["config"]))
+
+
+def _directory(values: FlagValues) -> Path:
+    return Path(values.dir or f"runs/sweep_{Path(_recipe(values)).stem}")
+
+
+def _command() -> str:
+    return shlex.join(["moejax", *sys.argv[1:]])
+
+
+def _show(values: FlagValues, plan: Plan, packs: tuple[tuple[str, ...], ...]) -> None:
+    """The arms as a table or as JSON: what they change, what they cost."""
+    pack_of = {arm_id: number for number, pack in enumerate(packs) for arm_id in pack}
+    costs = {arm.id: training_flops(arm.config, arm.count) for arm in plan.arms}
+    summary = {
+        "arms": len(plan.arms),
+        "packs": len(packs),
+        "duplicates": len(plan.duplicates),
+        "steps": sum(arm.config.train.num_steps for arm in plan.arms),
+        "FLOPs": sum(costs.values()),
+    }
+    if values.json:
+        rows = [arm.to_json() | {"pack": pack_of[arm.id], "flops_total": costs[arm.id]} for arm in plan.arms]
+        print_result(summary | {"list": rows, "matched": list(plan.changes)}, is_json=True)
+        return
+    keys = dict.fromkeys(key for arm in plan.arms for key in (*arm.overrides, *arm.matched))
+    print_table([_row(arm, list(keys), pack_of[arm.id], costs[arm.id]) for arm in plan.arms], "arms")
+    print_result({**summary, "FLOPs": short(summary["FLOPs"])}, is_json=False)
+
+
+def _row(arm: Arm, keys: list[str], pack: int, cost: int) -> dict[str, Any]:
+    changed = arm.overrides | arm.matched
+    return {
+        "arm": arm.id,
+        "pack": pack,
+        **{key: None if key not in changed else f"{changed[key]}" for key in keys},
+        "parameters": short(arm.count.total),
+        "active": short(arm.count.active),
+        "FLOPs/token": short(arm.count.flops_per_token),
+        "steps": arm.config.train.num_steps,
+        "FLOPs": short(cost),
+    }
+
+
+def _submit(values: FlagValues, sweep: Sweep) -> None:
+    jobs = Jobs(values.processes, values.gpus, 8, values.minutes, values.partition, values.account)
+    for job in submit(sweep, jobs):
+        log.info("job %s: logs in %s", job.job_id, job.paths.stdout)
+    print(f"moejax sweep report {sweep.directory}  shows what has ended")
+
+
+def _work(values: FlagValues) -> None:
+    """A process of a pool, or a job of a cluster."""
+    if not values.dir:
+        raise UsageError("--dir is missing; name the folder of a sweep")
+    if values.cores:
+        os.sched_setaffinity(0, {int(core) for core in values.cores.split(",")})
+    sweep = open_sweep(values.dir)
+    prepare_devices(sweep)
+    check_devices(sweep)
+    with StopSignals() as stop:
+        work(sweep, stop)
+        if stop:
+            return
+    check_open(sweep)
+
+
+def _report(values: FlagValues, others: list[str]) -> None:
+    folders = others or ([values.dir] if values.dir else [])
+    if len(folders) != 1:
+        raise UsageError("name one sweep: moejax sweep report DIR")
+    _finish(values, Path(folders[0]))
+
+
+def _finish(values: FlagValues, directory: Path) -> None:
+    """Writes the page, and prints the settings from the best to the worst."""
+    path = build_sweep_report(directory)
+    compared, left_out = at_fraction(read_records(directory))
+    found = {"compared": len(compared), "left out": len(left_out), "report": str(path)}
+    settings = settings_of(compared, [LOSS]).sort_values(LOSS, kind="stable")
+    rows = [
+        {
+            "setting": describe({key.removeprefix(OVERRIDE): row[key] for key in row if key.startswith(OVERRIDE)}),
+            "arms": len(row["arms"]),
+            "validation loss": round(row[LOSS], 4),
+            "standard error": None if math.isnan(row[f"{LOSS}/se"]) else round(row[f"{LOSS}/se"], 4),
+        }
+        for row in settings.to_dict("records")
+    ]
+    if values.json:
+        print_result(found | {"settings": rows}, is_json=True)
+        return
+    if rows:
+        print_table(rows, "settings, means over seeds")
+    print_result(found, is_json=False)

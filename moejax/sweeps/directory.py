@@ -1,0 +1,154 @@
+"""A sweep's directory: `sweep.json` says what is to run, `arms/<id>/` are run directories like any other.
+
+An arm has ended when its folder holds `record.json`. Whoever trains a pack holds a lock on it, which the system takes
+away from a process that dies: nobody waits for the dead, and no arm is trained by two.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from moejax.sweeps.arms import Arm, Plan, SweepError
+from moejax.sweeps.packs import Ids, pack_arms
+from moejax.sweeps.records import RECORD_FILE, SWEEP_FILE, read_definition
+from moejax.training.run_directory import git_commit, versions, write_json
+
+ARMS_FOLDER, LOCKS_FOLDER = "arms", "locks"
+
+log = logging.getLogger("moejax")
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """A planned sweep.
+
+    Attributes:
+      directory: where it lives.
+      arms: by id, in the order of the plan.
+      packs: ids of arms that train together.
+      command: that planned it, recorded in each run.
+    """
+
+    directory: Path
+    arms: dict[str, Arm]
+    packs: tuple[Ids, ...]
+    command: str
+
+    def workdir(self, arm_id: str) -> Path:
+        """The run directory of an arm."""
+        return self.directory / ARMS_FOLDER / arm_id
+
+    def has_ended(self, arm_id: str) -> bool:
+        """Whether the arm has its record."""
+        return (self.workdir(arm_id) / RECORD_FILE).exists()
+
+    def open_arms(self, ids: Sequence[str] | None = None) -> list[Arm]:
+        """Those that have not ended, of these or of all."""
+        return [self.arms[arm_id] for arm_id in (self.arms if ids is None else ids) if not self.has_ended(arm_id)]
+
+    def claim(self, pack: int) -> contextlib.AbstractContextManager[bool]:
+        """Whether this process has the pack to itself until the end of the block; False if another one has."""
+        return locked(self.directory, f"pack{pack}", waits=False)
+
+
+@contextlib.contextmanager
+def locked(directory: Path, name: str, *, waits: bool = True) -> Iterator[bool]:
+    """Holds a lock of a sweep's directory during the block; without waiting, says whether it got it."""
+    path = directory / LOCKS_FOLDER / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX if waits else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+
+
+def write_sweep(
+    directory: str | Path, plan: Plan, *, largest_pack: int, recipe: str, match: str, command: str
+) -> Sweep:
+    """Writes what is to run, or finds that it is what the directory runs already.
+
+    Args:
+      directory: created if absent. A sweep that it holds may get more arms, and other packs.
+      plan: all arms.
+      largest_pack: arms that train together at most.
+      recipe: path of the recipe.
+      match: what arms have in common with it.
+      command: that planned it.
+
+    Raises:
+      SweepError: the directory holds arms that the plan has not, or cannot be written.
+    """
+    directory = Path(directory)
+    arms = {arm.id: arm for arm in plan.arms}
+    if (directory / SWEEP_FILE).exists():
+        lost = [entry["id"] for entry in read_definition(directory)["arms"] if entry["id"] not in arms]
+        if lost:
+            raise SweepError(
+                f"--dir={directory} holds a sweep with {len(lost)} arms that this one has not ({lost[0]} ...); "
+                "give the axes it was planned with and more, or another --dir"
+            )
+    sweep = Sweep(directory, arms, pack_arms(plan.arms, largest_pack), command)
+    _write(sweep, recipe, match)
+    return sweep
+
+
+def add_arm(directory: str | Path, arm: Arm, *, recipe: str, command: str) -> Sweep:
+    """Adds an arm that a search has drawn; the directory and its `sweep.json` are made if they are not there.
+
+    Raises:
+      SweepError: the directory cannot be written, or holds something else.
+    """
+    directory = Path(directory)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with locked(directory, "definition"):
+            known = open_sweep(directory) if (directory / SWEEP_FILE).exists() else Sweep(directory, {}, (), command)
+            if arm.id in known.arms:
+                return known
+            packs = (*known.packs, (arm.id,))
+            sweep = Sweep(directory, known.arms | {arm.id: arm}, packs, known.command)
+            _write(sweep, recipe, "")
+            return sweep
+    except OSError as error:
+        raise SweepError(f"--dir={directory} cannot be written: {error.strerror}; use another folder") from error
+
+
+def _write(sweep: Sweep, recipe: str, match: str) -> None:
+    content = {
+        "recipe": recipe,
+        "command": sweep.command,
+        "match": match,
+        "versions": versions(),
+        "git_commit": git_commit(),
+        "arms": [arm.to_json() for arm in sweep.arms.values()],
+        "packs": [list(pack) for pack in sweep.packs],
+    }
+    try:
+        (sweep.directory / ARMS_FOLDER).mkdir(parents=True, exist_ok=True)
+        write_json(sweep.directory / SWEEP_FILE, content)
+    except OSError as error:
+        raise SweepError(f"--dir={sweep.directory} cannot be written: {error.strerror}; use another folder") from error
+
+
+def open_sweep(directory: str | Path) -> Sweep:
+    """A sweep that was planned.
+
+    Raises:
+      RecordError: there is no readable `sweep.json`.
+      SweepError: an arm in it is damaged.
+    """
+    directory = Path(directory)
+    definition: dict[str, Any] = read_definition(directory)
+    arms = [Arm.from_json(entry) for entry in definition["arms"]]
+    known = {arm.id: arm for arm in arms}
+    packs = tuple(tuple(pack) for pack in definition.get("packs", []))
+    if sorted(arm_id for pack in packs for arm_id in pack) != sorted(known):
+        raise SweepError(f"{directory / SWEEP_FILE}: packs must hold each arm once; plan the sweep anew")
+    return Sweep(directory, known, packs, str(definition.get("command", "")))

@@ -1,0 +1,193 @@
+"""Training a sweep's packs, whoever does it: this process, one of a pool, a job of a cluster.
+
+`work` goes through the packs, takes those that nobody holds, and leaves when all arms have ended. A process that dies
+leaves its pack to the others, who continue it from its newest checkpoint.
+"""
+
+import json
+import logging
+import os
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+
+from moejax.sharding import make_mesh
+from moejax.sweeps.arms import Arm, SweepError
+from moejax.sweeps.directory import Sweep, locked
+from moejax.sweeps.records import collect, record_of, write_record
+from moejax.training.alarms import AlarmError
+from moejax.training.loop import train
+from moejax.training.nonfinite import NonFiniteError
+from moejax.training.packed import devices_of_arm
+from moejax.training.packed_loop import ArmResult, common_step, train_packed
+from moejax.training.signals import StopSignals
+
+CACHE_FOLDER = "compiled"
+WAIT_S = 1.0  # between looks at packs that others hold
+
+log = logging.getLogger("moejax")
+
+
+def prepare_devices(sweep: Sweep) -> None:
+    """Settings of jax for a process that trains arms: before anything is computed.
+
+    Compiled programs are kept in the sweep's directory, for packs that have them in common and for processes that
+    start again. On CPU each core is a device, so that the arms of a pack share the cores out.
+    """
+    if any(len(pack) > 1 for pack in sweep.packs):
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        jax.config.update("jax_num_cpu_devices", cores)
+    jax.config.update("jax_compilation_cache_dir", str((sweep.directory / CACHE_FOLDER).resolve()))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def check_devices(sweep: Sweep) -> None:
+    """Raises `ConfigError` naming the first arm whose mesh does not fit the devices, before any arm trains."""
+    for arm in sweep.arms.values():
+        devices = jax.devices()
+        try:
+            make_mesh(arm.config, devices[: devices_of_arm(arm.config)] if _is_cpu() else None)
+        except ValueError as error:
+            raise type(error)(f"arm {arm.id}: {error}") from error
+
+
+def work(sweep: Sweep, stop: StopSignals) -> bool:
+    """Trains packs until all arms have ended.
+
+    Args:
+      sweep: planned.
+      stop: ends it: the pack at hand is saved.
+
+    Returns:
+      Whether all arms have ended; False after a stop, and if some could not be trained, which the log says.
+    """
+    failed: set[int] = set()
+    while not stop:
+        open_packs = [i for i, pack in enumerate(sweep.packs) if i not in failed and sweep.open_arms(pack)]
+        if not open_packs:
+            break
+        is_idle = True
+        for pack in open_packs:
+            with sweep.claim(pack) as is_mine:
+                if is_mine and not stop:
+                    is_idle = False
+                    if not _try_pack(sweep, pack, stop):
+                        failed.add(pack)
+        if is_idle:
+            time.sleep(WAIT_S)
+    return not sweep.open_arms()
+
+
+def _try_pack(sweep: Sweep, pack: int, stop: StopSignals) -> bool:
+    """Trains a pack; False if it failed, which is no result of its arms: they get no record, and others go on."""
+    try:
+        train_pack(sweep, sweep.packs[pack], stop)
+    except Exception as error:  # whatever it is, it must not end the other packs
+        log.error("pack %d (%s) failed: %s", pack, " ".join(sweep.packs[pack]), error, exc_info=True)
+        return False
+    finally:
+        jax.clear_caches()  # programs of other packs have other shapes
+    return True
+
+
+def train_pack(sweep: Sweep, ids: Sequence[str], stop: StopSignals) -> None:
+    """Trains those of these arms that have not ended, together as far as their checkpoints allow, and records them."""
+    for arms in together(sweep, sweep.open_arms(ids)):
+        if stop:
+            return
+        started = sum(sweep.has_ended(arm_id) for arm_id in sweep.arms)
+        log.info("%d of %d arms have ended; training %s", started, len(sweep.arms), " ".join(arm.id for arm in arms))
+        results = _train_arms(sweep, arms, stop)
+        for arm, result in zip(arms, results, strict=True):
+            if result.stopped_by is None or result.error is not None:
+                _record(sweep, arm, result, packed=len(arms))
+    with locked(sweep.directory, "records"):
+        collect(sweep.directory)
+
+
+def together(sweep: Sweep, arms: Sequence[Arm]) -> list[list[Arm]]:
+    """Arms that continue from one step: all, if they have one in common or none has any.
+
+    An arm that is trained to its end, and was killed before its record was written, is not trained again with others.
+    """
+    steps = {arm.id: saved_steps(sweep.workdir(arm.id)) for arm in arms}
+    complete = [arm for arm in arms if steps[arm.id] and steps[arm.id][-1] >= arm.config.train.num_steps]
+    others = [arm for arm in arms if arm not in complete]
+    if not others:
+        return [[arm] for arm in complete]
+    if common_step([steps[arm.id] for arm in others]) or not any(steps[arm.id] for arm in others):
+        return [*([arm] for arm in complete), others]
+    by_step: dict[int, list[Arm]] = {}
+    for arm in others:
+        by_step.setdefault(max(steps[arm.id], default=0), []).append(arm)
+    return [*([arm] for arm in complete), *by_step.values()]
+
+
+def saved_steps(workdir: Path) -> list[int]:
+    """The steps of which a run directory has a checkpoint, rising."""
+    folder = workdir / "checkpoints"
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit()) if folder.is_dir() else []
+
+
+def _train_arms(sweep: Sweep, arms: Sequence[Arm], stop: StopSignals) -> list[ArmResult]:
+    workdirs = [sweep.workdir(arm.id) for arm in arms]
+    if len(arms) > 1 or _is_cpu():
+        configs = [arm.config for arm in arms]
+        return train_packed(configs, workdirs, command=sweep.command, stop=stop)
+    try:  # alone, on all devices
+        result = train(arms[0].config, workdirs[0], command=sweep.command, stop=stop)
+    except (AlarmError, NonFiniteError) as error:
+        return [ArmResult(0, None, None, error)]
+    return [ArmResult(result.step, result.stopped_by, result.evaluation, None)]
+
+
+def _is_cpu() -> bool:
+    return jax.devices()[0].platform == "cpu"
+
+
+def _record(sweep: Sweep, arm: Arm, result: ArmResult, packed: int) -> None:
+    status = {type(None): "done", AlarmError: "stopped", NonFiniteError: "failed"}[type(result.error)]
+    record_arm(sweep.workdir(arm.id), arm, status, None if result.error is None else str(result.error), packed)
+    log.info("arm %s: %s", arm.id, status)
+
+
+def record_arm(workdir: Path, arm: Arm, status: str, error: str | None, packed: int) -> None:
+    """Writes the record of an arm that has ended, which says so."""
+    wall_s, step_s = training_seconds(workdir)
+    row = record_of(
+        workdir, arm.to_json(), status=status, error=error,
+        wall_s=None if wall_s is None else wall_s / packed, step_s=None if step_s is None else step_s / packed,
+        packed=packed,
+    )  # fmt: skip
+    write_record(workdir, row)
+
+
+def training_seconds(workdir: Path) -> tuple[float | None, float | None]:
+    """Seconds of training, and the median of a step, from what each logging interval says of its tokens and their rate.
+
+    In a pack they are those of the whole pack.
+    """
+    path = workdir / "metrics.jsonl"
+    if not path.exists():
+        return None, None
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    total, of_step, tokens, step = 0.0, [], 0, 0
+    for line in lines:
+        if "perf/tokens_per_s" in line:
+            seconds = (line["tokens"] - tokens) / line["perf/tokens_per_s"]
+            of_step.append(seconds / (line["step"] - step))
+            total, tokens, step = total + seconds, line["tokens"], line["step"]
+    return (total, statistics.median(of_step)) if of_step else (None, None)
+
+
+def check_open(sweep: Sweep) -> None:
+    """Raises `SweepError` if arms have not ended."""
+    left = sweep.open_arms()
+    if left:
+        raise SweepError(
+            f"{len(left)} of {len(sweep.arms)} arms have not ended ({left[0].id} ...): the log says why; the same "
+            "command tries them again"
+        )

@@ -1,0 +1,111 @@
+"""An array of SLURM jobs, through submitit (extra `sweeps`), each of which trains packs of one sweep.
+
+submitit hands what a job runs from process to process as a pickle in the sweep's folder `slurm`; here that is a list of
+words. moejax itself reads no pickles.
+"""
+
+import dataclasses
+import subprocess
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moejax.sweeps.arms import SweepError
+from moejax.sweeps.directory import Sweep
+from moejax.sweeps.pool import work_command
+
+if TYPE_CHECKING:
+    from submitit import Job
+
+SAVE_S = 120
+"""So long before its time is up, or when the cluster wants its node back, a job saves and is queued again."""
+
+FOLDER = "slurm"
+
+
+class Work:
+    """A job: runs a command, and when it is interrupted lets it save and asks to be queued again.
+
+    Args:
+      command: words.
+    """
+
+    def __init__(self, command: list[str]):
+        self.command = command
+
+    def __call__(self) -> None:
+        """Raises `CalledProcessError` if the command fails."""
+        self._process = subprocess.Popen(self.command)
+        code = self._process.wait()
+        if code:
+            raise subprocess.CalledProcessError(code, self.command)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"command": self.command}
+
+    def checkpoint(self) -> Any:
+        """Called by submitit in the job's process when its time is up or it is preempted."""
+        from submitit.helpers import DelayedSubmission
+
+        self._process.terminate()
+        try:
+            self._process.wait(timeout=SAVE_S - 10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+        return DelayedSubmission(Work(self.command))
+
+
+@dataclasses.dataclass(frozen=True)
+class Jobs:
+    """What each job of the array gets.
+
+    Attributes:
+      number: of jobs, all of which work on the sweep's packs.
+      gpus, cpus: of each job.
+      minutes: after which it saves and is queued again.
+      partition, account: of the cluster; "" for its default.
+      cluster: "slurm", or "local": processes of this machine, to try it.
+    """
+
+    number: int = 1
+    gpus: int = 1
+    cpus: int = 8
+    minutes: int = 240
+    partition: str = ""
+    account: str = ""
+    cluster: str = "slurm"
+
+
+def submit(sweep: Sweep, jobs: Jobs) -> "list[Job[None]]":
+    """Queues the jobs; the sweep's folder and the environment must be on a file system that all nodes share.
+
+    Raises:
+      SweepError: submitit is not installed, or there is no SLURM.
+    """
+    try:
+        import submitit
+    except ImportError as error:
+        raise SweepError(f"--runner=slurm needs submitit ({error}): pip install 'moejax[sweeps]'") from error
+    if jobs.minutes * 60 <= 2 * SAVE_S:
+        raise SweepError(f"--minutes={jobs.minutes} must be more than {2 * SAVE_S // 60}, to start and to save")
+    folder = Path(sweep.directory) / FOLDER
+    try:
+        executor = submitit.AutoExecutor(folder=folder / "%j", cluster=jobs.cluster)
+    except RuntimeError as error:
+        raise SweepError(f"--runner=slurm cannot submit ({error}); run it where sbatch is") from error
+    parameters: dict[str, Any] = {"timeout_min": jobs.minutes, "cpus_per_task": jobs.cpus, "tasks_per_node": 1}
+    if jobs.gpus:
+        parameters["gpus_per_node"] = jobs.gpus
+    if jobs.cluster == "slurm":
+        parameters |= {
+            "name": f"moejax-{sweep.directory.name}",
+            "nodes": 1,
+            "slurm_array_parallelism": jobs.number,
+            "slurm_signal_delay_s": SAVE_S,
+            "slurm_additional_parameters": {"requeue": True},
+        }
+        parameters |= {f"slurm_{k}": v for k, v in (("partition", jobs.partition), ("account", jobs.account)) if v}
+    executor.update_parameters(**parameters)
+    work = Work(work_command(sweep.directory.resolve()))
+    with executor.batch():
+        queued = [executor.submit(work) for _ in range(jobs.number)]
+    return queued

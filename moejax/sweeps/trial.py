@@ -1,0 +1,99 @@
+"""What a worker of a search does with a point: its arm, trained alone, reported at its evaluations and recorded."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from moejax.config import Config, ConfigError
+from moejax.sweeps.arms import Arm, plan_arms
+from moejax.sweeps.directory import ARMS_FOLDER, add_arm, locked
+from moejax.sweeps.records import collect, read_record
+from moejax.sweeps.run import record_arm
+from moejax.sweeps.search import Definition
+from moejax.sweeps.worker import Outcome, Point, Report
+from moejax.training.alarms import AlarmError
+from moejax.training.evaluation import Evaluation
+from moejax.training.loop import train
+from moejax.training.nonfinite import NonFiniteError
+from moejax.training.signals import StopSignals
+
+PRUNED = "PRUNED"
+"""A reason to stop that is no signal."""
+
+
+def fractions_of(config: Config) -> tuple[float, ...]:
+    """Of the schedule, at which a run is evaluated and can be pruned."""
+    steps = range(1, config.train.num_steps + 1)
+    return tuple(step / config.train.num_steps for step in steps if config.train.is_evaluated(step))
+
+
+@dataclasses.dataclass
+class Trials:
+    """The trials of one worker.
+
+    Attributes:
+      directory: of the sweep: workers that share it go on with each other's arms.
+      definition: of the study.
+      command: recorded in each run.
+      stop: of the worker; a signal that comes during an arm is handed to it.
+      allows: a predicate on points; of the process that defined the search alone.
+    """
+
+    directory: Path
+    definition: Definition
+    command: str
+    stop: StopSignals
+    allows: Callable[[Mapping[str, object]], bool] = lambda point: True
+
+    def arm_of(self, point: Point) -> str:
+        """The id of a point's arm.
+
+        Raises:
+          ConfigError: the space does not allow the point, or the configuration cannot work.
+        """
+        if not self.allows(point):
+            raise ConfigError(f"{point} is not in the space")
+        return self._arm(point).id
+
+    def known(self, arm_id: str) -> Outcome | None:
+        """The outcome of an arm that has ended, from its record."""
+        row = read_record(self.directory / ARMS_FOLDER / arm_id)
+        if row is None:
+            return None
+        if row["status"] in ("done", "pruned"):
+            return Outcome(row["status"], loss=row.get("final/eval/loss"))
+        return Outcome("failed", error=row.get("error"))  # stopped by an alarm, too: that gives no loss
+
+    def run(self, point: Point, arm_id: str, report: Report) -> Outcome:
+        """Trains a point's arm, from its newest checkpoint if it has one, and records it unless it was stopped."""
+        arm = self._arm(point)
+        sweep = add_arm(self.directory, arm, recipe=self.definition.recipe, command=self.command)
+        workdir, own = sweep.workdir(arm_id), StopSignals()
+
+        def on_evaluation(step: int, evaluation: Evaluation) -> None:
+            if report(step, step / arm.config.train.num_steps, evaluation.loss):
+                own.request(PRUNED)
+            elif report.should_stop():
+                own.request("STOP")
+
+        try:
+            result = train(arm.config, workdir, command=self.command, stop=own, on_evaluation=on_evaluation)
+        except (AlarmError, NonFiniteError) as error:
+            status = "stopped" if isinstance(error, AlarmError) else "failed"
+            return self._record(arm, status, Outcome("failed", error=str(error)))
+        if own.received == PRUNED and result.step < arm.config.train.num_steps:
+            return self._record(arm, "pruned", Outcome("pruned"))
+        if result.evaluation is None:
+            self.stop.request(own.received or "STOP")
+            return Outcome("stopped")
+        report.check()  # another worker's by now: the record is theirs to write
+        return self._record(arm, "done", Outcome("done", loss=result.evaluation.loss))
+
+    def _arm(self, point: Point) -> Arm:
+        return plan_arms(self.definition.base, [point]).arms[0]
+
+    def _record(self, arm: Arm, status: str, outcome: Outcome) -> Outcome:
+        record_arm(self.directory / ARMS_FOLDER / arm.id, arm, status, outcome.error, packed=1)
+        with locked(self.directory, "records"):
+            collect(self.directory)
+        return outcome

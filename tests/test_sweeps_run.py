@@ -1,0 +1,314 @@
+"""Sweeps as users run them: planned, packed, killed and continued, in a pool and as a search; each a real process."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from moejax.config import resolve
+from moejax.sweeps.arms import Plan, SweepError, plan_arms
+from moejax.sweeps.directory import add_arm, open_sweep, write_sweep
+from moejax.sweeps.packs import pack_arms
+from moejax.sweeps.pool import shares
+from moejax.sweeps.run import saved_steps, together, training_seconds
+from training_cases import SMALL
+
+ROOT = Path(__file__).parents[1]
+SMALL_RUN = [
+    "--config=configs/debug.py", "--config.train.num_steps=120", "--config.train.eval_every=60",
+    "--config.train.checkpoint_every=20", "--config.train.log_every=10", "--config.model.num_layers=1",
+    "--config.train.batch_size=4", "--config.data.seq_len=32",
+]  # fmt: skip
+AXES = ["moe.top_k=1,2", "moe.balance_weight=0.01,0.1"]
+MEASURED = ("wall_s", "step_s", "tail/perf/tokens_per_s", "command")  # differ from one process to the next
+
+
+def sweep(*arguments, **popen):
+    """A process of `moejax sweep`; its data and compiled programs are the session's."""
+    command = [sys.executable, "-m", "moejax", "sweep", *arguments]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **popen
+    )
+
+
+def finish(process):
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors[-3000:]
+    return output, errors
+
+
+def rows_of(directory):
+    rows = [json.loads(line) for line in (directory / "records.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key not in MEASURED} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return f"--config.data.directory={tmp_path_factory.mktemp('rows')}"
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, data):
+    """A sweep of two packs of two arms, and what it printed."""
+    directory = tmp_path_factory.mktemp("undisturbed")
+    return directory, *finish(sweep(*SMALL_RUN, data, f"--dir={directory}", *AXES, "--json"))
+
+
+def test_a_sweep_trains_each_arm_once_and_records_it(undisturbed):
+    directory, output, errors = undisturbed
+    ids = [entry["id"] for entry in json.loads((directory / "sweep.json").read_text())["arms"]]
+    assert Counter(re.findall(r"arm (\w+): done", errors)) == dict.fromkeys(ids, 1)
+    rows = rows_of(directory)
+    assert [row["arm"] for row in rows] == ids
+    assert {(row["override/moe.top_k"], row["override/moe.balance_weight"]) for row in rows} == {
+        (1, 0.01), (1, 0.1), (2, 0.01), (2, 0.1),
+    }  # fmt: skip
+    assert all(row["status"] == "done" and row["fraction"] == 1 and row["packed"] == 2 for row in rows)
+    assert len({row["final/eval/loss"] for row in rows}) == 4
+    assert all(row["tail/loss/lm"] < 5 and row["steps"] == 120 for row in rows)
+    settings = json.loads(output)["settings"]
+    losses = [setting["validation loss"] for setting in settings]
+    assert losses == sorted(losses) and len(losses) == 4
+    assert "<html" in (directory / "report.html").read_text()
+
+
+def test_a_sweep_killed_in_the_middle_gives_the_records_of_one_that_was_not(undisturbed, data, tmp_path):
+    directory, _, _ = undisturbed
+    packs = json.loads((directory / "sweep.json").read_text())["packs"]
+    arguments = [*SMALL_RUN, data, f"--dir={tmp_path}", *AXES, "--json"]
+    first = sweep(*arguments, start_new_session=True)
+    wait_for(lambda: (tmp_path / "arms" / packs[1][1] / "checkpoints/40").is_dir(), first)
+    os.killpg(first.pid, signal.SIGKILL)
+    _, before = first.communicate()
+    assert not (tmp_path / "arms" / packs[1][0] / "record.json").exists(), "killed too late to show anything"
+    _, after = finish(sweep(*arguments))
+    assert re.search(r"continuing 2 arms from step \d+", after)
+    done = Counter(re.findall(r"arm (\w+): done", before + after))
+    assert done == dict.fromkeys([arm for pack in packs for arm in pack], 1)
+    assert rows_of(tmp_path) == rows_of(directory)
+
+
+def test_a_pool_gives_the_same_records_though_one_of_its_processes_is_killed(undisturbed, data, tmp_path):
+    directory, _, _ = undisturbed
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("a pool of two processes needs two cores")
+    packs = json.loads((directory / "sweep.json").read_text())["packs"]
+    pool = sweep(*SMALL_RUN, data, f"--dir={tmp_path}", *AXES, "--runner=pool", "--processes=2")
+    wait_for(lambda: (tmp_path / "arms" / packs[0][0] / "checkpoints/20").is_dir(), pool)
+    children = [int(pid) for pid in Path(f"/proc/{pool.pid}/task/{pool.pid}/children").read_text().split()]
+    assert len(children) == 2
+    os.kill(children[0], signal.SIGKILL)
+    _, errors = finish(pool)
+    assert "was ended by signal 9; starting it again" in errors
+    logs = "".join(path.read_text() for path in (tmp_path / "logs").iterdir())
+    assert Counter(re.findall(r"arm (\w+): done", logs)) == dict.fromkeys([a for pack in packs for a in pack], 1)
+    found, expected = rows_of(tmp_path), rows_of(directory)
+    for row, other in zip(found, expected, strict=True):
+        assert row.keys() == other.keys()
+        assert row["final/eval/loss"] == pytest.approx(other["final/eval/loss"], rel=1e-5)  # one core, not two
+        assert (row["arm"], row["status"], row["tokens"]) == (other["arm"], other["status"], other["tokens"])
+
+
+def test_a_sweep_told_to_stop_saves_and_the_same_command_goes_on_and_may_add_arms(undisturbed, data, tmp_path):
+    arguments = [*SMALL_RUN, data, f"--dir={tmp_path}", "moe.balance_weight=0.01,0.1", "moe.top_k=2"]
+    process = sweep(*arguments)
+    wait_for(lambda: any(tmp_path.glob("arms/*/checkpoints/20")), process)
+    process.send_signal(signal.SIGTERM)
+    _, errors = finish(process)
+    assert "the same command continues" in errors
+    assert not any(tmp_path.glob("arms/*/record.json"))
+    stopped_at = {max(saved_steps(path)) for path in (tmp_path / "arms").iterdir()}
+    assert len(stopped_at) == 1 and stopped_at < {120}
+    # More values of an axis: a third arm, and the two continue.
+    finish(sweep(*SMALL_RUN, data, f"--dir={tmp_path}", "moe.balance_weight=0.01,0.1,0.2", "moe.top_k=2"))
+    rows = rows_of(tmp_path)
+    assert len(rows) == 3
+    expected = {row["arm"]: row["final/eval/loss"] for row in rows_of(undisturbed[0])}
+    for row in rows:
+        if row["arm"] in expected:
+            assert row["final/eval/loss"] == pytest.approx(expected[row["arm"]], rel=1e-5)
+    # An arm less is another sweep.
+    process = sweep(*SMALL_RUN, data, f"--dir={tmp_path}", "moe.balance_weight=0.01", "moe.top_k=2")
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2 and "holds a sweep with 2 arms that this one has not" in errors
+
+
+def test_a_search_draws_trains_prunes_and_records(data, tmp_path):
+    arguments = [
+        *SMALL_RUN, "--config.train.eval_every=20", data, f"--dir={tmp_path}", "moe.balance_weight=log:1e-3..1",
+        "optimizer.learning_rate=log:1e-5..1e-2", "--search=random", "--trials=4", "--pruner=halving", "--json",
+    ]  # fmt: skip
+    output, errors = finish(sweep(*arguments))
+    assert "moejax sweep worker --study=" in errors and "--host 127.0.0.1" in errors
+    result = json.loads(output)
+    assert result["trials told by this worker"] == 4
+    rows = rows_of(tmp_path)
+    assert len(rows) == 4 and {row["status"] for row in rows} == {"done", "pruned"}
+    for row in rows:
+        assert (row["fraction"] < 1) == (row["status"] == "pruned")
+    best = min(row["final/eval/loss"] for row in rows if row["status"] == "done")
+    assert result["best"]["value"] == best
+    output, _ = finish(sweep("worker", f"--study={tmp_path.name}", f"--storage={tmp_path}/study.journal",
+                             f"--dir={tmp_path}", "--json"))  # fmt: skip
+    assert json.loads(output)["trials told by this worker"] == 0
+    output, _ = finish(sweep("report", str(tmp_path), "--json"))
+    assert json.loads(output)["compared"] == sum(row["status"] == "done" for row in rows)
+
+
+def test_a_dry_run_lists_every_arm_with_its_cost_and_writes_nothing(tmp_path):
+    directory = tmp_path / "sweep"
+    axes = ["moe.num_experts=4,8", "moe.top_k=2,2", "--seeds=2"]
+    output, errors = finish(
+        sweep("--config=configs/debug.py", f"--dir={directory}", *axes, "--match=active_params", "--dry-run", "--json")
+    )
+    found = json.loads(output)
+    assert (found["arms"], found["duplicates"]) == (6, 4)  # with a dense control for each seed
+    assert len(found["list"]) == 6 and not directory.exists()
+    controls = [arm for arm in found["list"] if arm["overrides"]["moe.num_experts"] == 0]
+    assert len(controls) == 2 and all("model.d_ff" in arm["matched"] for arm in controls)
+    assert found["FLOPs"] == sum(arm["flops_total"] for arm in found["list"])
+    assert "left out: moe.num_experts=4 moe.top_k=2 train.seed=0, which is arm" in errors
+    table, _ = finish(sweep("--config=configs/debug.py", *axes, "--dry-run"))
+    assert all(word in table for word in ("moe.num_experts", "FLOPs/token", "duplicates"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["moe.num_expert=4"], "the nearest is moe.num_experts"),
+        (["moe.num_experts=4,8", "moe.top_k=9"], "2 of 2 points cannot work, so none is run"),
+        ([], "nothing varies"),
+        (["bogus"], "neither an axis"),
+        (["moe.top_k=1,2", "--pack=0"], "--pack=0 must be at least 1"),
+        (["moe.balance_weight=log:1e-3..1"], "give the number of values"),
+        (["moe.balance_weight=log:1e-3..1", "--search=tpe", "--seeds=2"], "--seeds goes with a sweep of given points"),
+        (["worker", "--study=x"], "--storage is missing"),
+        (["report"], "name one sweep"),
+        (["report", "/nowhere"], "sweep.json is missing"),
+        (["work", "--dir=/nowhere"], "sweep.json is missing"),
+        (["moe.num_experts=4,8", "--match=active"], "--match"),
+        (["moe.top_k=1,2", "--runner=pool", "--processes=999", "--dir=DIR"], "--processes=999 must be at most"),
+        (["moe.top_k=1,2", "--runner=slurm", "--dir=DIR"], "sbatch"),
+        (["moe.top_k=1,2", "--runner=slurm", "--minutes=3", "--dir=DIR"], "--minutes=3 must be more than 4"),
+    ],
+)
+def test_a_mistake_is_one_line_before_anything_trains(arguments, message, tmp_path, capsys):
+    from moejax.cli import main
+
+    arguments = [argument.replace("DIR", str(tmp_path / "sweep")) for argument in arguments]
+    assert main(["sweep", "--config=configs/debug.py", *arguments]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message in error, error
+
+
+def wait_for(condition, process, seconds=240):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()[1][-3000:]
+        assert time.monotonic() < deadline, "the process got nowhere"
+        time.sleep(0.02)
+
+
+# Plans and directories ----------------------------------------------------------------------------------------------
+
+
+def planned(*points) -> Plan:
+    return plan_arms(SMALL, points)
+
+
+def test_packs_hold_arms_of_one_program_in_even_parts():
+    points = [{"train.seed": seed, "moe.num_experts": experts} for experts in (4, 8) for seed in range(5)]
+    arms = planned(*points).arms
+    packs = pack_arms(arms, 3)
+    assert [len(pack) for pack in packs] == [2, 3, 2, 3]
+    assert [arm_id for pack in packs for arm_id in pack] == [arm.id for arm in arms]
+    experts = {arm.id: arm.config.moe.num_experts for arm in arms}
+    assert [{experts[arm_id] for arm_id in pack} for pack in packs] == [{4}, {4}, {8}, {8}]
+    assert pack_arms(arms, 1) == tuple((arm.id,) for arm in arms)
+
+
+def test_a_sweep_is_read_as_it_was_written_and_may_only_grow(tmp_path):
+    points = [{"train.seed": seed} for seed in range(3)]
+    written = write_sweep(tmp_path, planned(*points), largest_pack=2, recipe="r.py", match="", command="c")
+    assert open_sweep(tmp_path) == written
+    grown = write_sweep(
+        tmp_path, planned(*points, {"train.seed": 9}), largest_pack=2, recipe="r.py", match="", command="c"
+    )
+    assert set(written.arms) < set(grown.arms)
+    with pytest.raises(SweepError, match="holds a sweep with 3 arms that this one has not"):
+        write_sweep(tmp_path, planned(points[0]), largest_pack=2, recipe="r.py", match="", command="c")
+    (tmp_path / "sweep.json").write_text((tmp_path / "sweep.json").read_text().replace('"packs"', '"other"'))
+    with pytest.raises(SweepError, match="packs must hold each arm once"):
+        open_sweep(tmp_path)
+
+
+def test_a_search_adds_each_arm_once(tmp_path):
+    arms = planned({"train.seed": 0}, {"train.seed": 1}).arms
+    for arm in (arms[0], arms[1], arms[0]):
+        add_arm(tmp_path / "search", arm, recipe="r.py", command="c")
+    assert list(open_sweep(tmp_path / "search").arms) == [arm.id for arm in arms]
+    assert open_sweep(tmp_path / "search").packs == tuple((arm.id,) for arm in arms)
+
+
+def test_a_pack_is_one_processs_at_a_time(tmp_path):
+    sweep = write_sweep(tmp_path, planned({}), largest_pack=1, recipe="r.py", match="", command="c")
+    with sweep.claim(0) as first, sweep.claim(0) as second:
+        assert (first, second) == (True, False)
+    with sweep.claim(0) as again:
+        assert again
+
+
+@pytest.mark.parametrize(
+    ("saved", "groups"),
+    [
+        ([[], [], []], [[0, 1, 2]]),
+        ([[2], [2], [2]], [[0, 1, 2]]),
+        ([[1, 2], [1], [1, 2]], [[0, 1, 2]]),
+        ([[2], [1], [2]], [[0, 2], [1]]),
+        ([[2], [], [2]], [[0, 2], [1]]),
+        ([[2, 4], [2], [2]], [[0], [1, 2]]),  # trained to its end: not again
+        ([[4], [4], [4]], [[0], [1], [2]]),
+    ],
+)
+def test_arms_continue_together_from_what_they_have_in_common(saved, groups, tmp_path):
+    plan = planned(*({"train.seed": seed} for seed in range(3)))
+    sweep = write_sweep(tmp_path, plan, largest_pack=3, recipe="r.py", match="", command="c")
+    assert plan.arms[0].config.train.num_steps == 4
+    for arm, steps in zip(plan.arms, saved, strict=True):
+        for step in steps:
+            (sweep.workdir(arm.id) / "checkpoints" / str(step)).mkdir(parents=True)
+    assert [[plan.arms.index(arm) for arm in group] for group in together(sweep, plan.arms)] == groups
+
+
+def test_seconds_of_training_are_those_of_the_logged_intervals(tmp_path):
+    lines = [
+        {"step": 10, "tokens": 100, "perf/tokens_per_s": 50.0},
+        {"step": 10, "eval/loss": 3.0},
+        {"step": 20, "tokens": 200, "perf/tokens_per_s": 25.0},
+        {"step": 22, "tokens": 220, "perf/tokens_per_s": 20.0},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert training_seconds(tmp_path) == (2 + 4 + 1, 0.4)
+    assert training_seconds(tmp_path / "nothing") == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("items", "number", "parts"), [([0, 1, 2], 2, [[0], [1, 2]]), ([4, 5], 2, [[4], [5]]), ([1, 2, 3], 1, [[1, 2, 3]])]
+)
+def test_devices_are_shared_out_evenly(items, number, parts):
+    assert shares(items, number) == parts
+    with pytest.raises(SweepError, match="must be at most"):
+        shares(items, len(items) + 1)
+
+
+def test_an_arm_survives_its_entry_and_resolves_alike():
+    arm = planned({"moe.balance_weight": 0.3}).arms[0]
+    assert resolve(arm.to_json()["config"]) == arm.config
