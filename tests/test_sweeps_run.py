@@ -11,6 +11,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import submitit  # noqa: F401  here, where a warning of its own imports is no error
 
 from moejax.config import resolve
 from moejax.sweeps.arms import Plan, SweepError, plan_arms
@@ -20,13 +21,14 @@ from moejax.sweeps.pool import shares
 from moejax.sweeps.run import saved_steps, together, training_seconds
 from training_cases import SMALL
 
+
 ROOT = Path(__file__).parents[1]
 SMALL_RUN = [
     "--config=configs/debug.py", "--config.train.num_steps=120", "--config.train.eval_every=60",
     "--config.train.checkpoint_every=20", "--config.train.log_every=10", "--config.model.num_layers=1",
     "--config.train.batch_size=4", "--config.data.seq_len=32",
 ]  # fmt: skip
-AXES = ["moe.top_k=1,2", "moe.balance_weight=0.01,0.1"]
+AXES = ["moe.top_k=2,3", "moe.balance_weight=0.01,0.1"]
 MEASURED = ("wall_s", "step_s", "tail/perf/tokens_per_s", "command")  # differ from one process to the next
 
 
@@ -69,7 +71,7 @@ def test_a_sweep_trains_each_arm_once_and_records_it(undisturbed):
     rows = rows_of(directory)
     assert [row["arm"] for row in rows] == ids
     assert {(row["override/moe.top_k"], row["override/moe.balance_weight"]) for row in rows} == {
-        (1, 0.01), (1, 0.1), (2, 0.01), (2, 0.1),
+        (2, 0.01), (2, 0.1), (3, 0.01), (3, 0.1),
     }  # fmt: skip
     assert all(row["status"] == "done" and row["fraction"] == 1 and row["packed"] == 2 for row in rows)
     assert len({row["final/eval/loss"] for row in rows}) == 4
@@ -126,7 +128,7 @@ def test_a_sweep_told_to_stop_saves_and_the_same_command_goes_on_and_may_add_arm
     assert "the same command continues" in errors
     assert not any(tmp_path.glob("arms/*/record.json"))
     stopped_at = {max(saved_steps(path)) for path in (tmp_path / "arms").iterdir()}
-    assert len(stopped_at) == 1 and stopped_at < {120}
+    assert len(stopped_at) == 1 and max(stopped_at) < 120
     # More values of an axis: a third arm, and the two continue.
     finish(sweep(*SMALL_RUN, data, f"--dir={tmp_path}", "moe.balance_weight=0.01,0.1,0.2", "moe.top_k=2"))
     rows = rows_of(tmp_path)
@@ -167,13 +169,14 @@ def test_a_dry_run_lists_every_arm_with_its_cost_and_writes_nothing(tmp_path):
     directory = tmp_path / "sweep"
     axes = ["moe.num_experts=4,8", "moe.top_k=2,2", "--seeds=2"]
     output, errors = finish(
-        sweep("--config=configs/debug.py", f"--dir={directory}", *axes, "--match=active_params", "--dry-run", "--json")
+        sweep("--config=configs/debug.py", f"--dir={directory}", *axes, "--match=total_params", "--dry-run", "--json")
     )
     found = json.loads(output)
     assert (found["arms"], found["duplicates"]) == (6, 4)  # with a dense control for each seed
     assert len(found["list"]) == 6 and not directory.exists()
     controls = [arm for arm in found["list"] if arm["overrides"]["moe.num_experts"] == 0]
     assert len(controls) == 2 and all("model.d_ff" in arm["matched"] for arm in controls)
+    assert {arm["overrides"]["moe.num_experts"]: arm["matched"] for arm in found["list"]}[8] == {"moe.d_expert": 16}
     assert found["FLOPs"] == sum(arm["flops_total"] for arm in found["list"])
     assert "left out: moe.num_experts=4 moe.top_k=2 train.seed=0, which is arm" in errors
     table, _ = finish(sweep("--config=configs/debug.py", *axes, "--dry-run"))
@@ -187,7 +190,7 @@ def test_a_dry_run_lists_every_arm_with_its_cost_and_writes_nothing(tmp_path):
         (["moe.num_experts=4,8", "moe.top_k=9"], "2 of 2 points cannot work, so none is run"),
         ([], "nothing varies"),
         (["bogus"], "neither an axis"),
-        (["moe.top_k=1,2", "--pack=0"], "--pack=0 must be at least 1"),
+        (["moe.top_k=2,3", "--pack=0"], "--pack=0 must be at least 1"),
         (["moe.balance_weight=log:1e-3..1"], "give the number of values"),
         (["moe.balance_weight=log:1e-3..1", "--search=tpe", "--seeds=2"], "--seeds goes with a sweep of given points"),
         (["worker", "--study=x"], "--storage is missing"),
@@ -195,9 +198,9 @@ def test_a_dry_run_lists_every_arm_with_its_cost_and_writes_nothing(tmp_path):
         (["report", "/nowhere"], "sweep.json is missing"),
         (["work", "--dir=/nowhere"], "sweep.json is missing"),
         (["moe.num_experts=4,8", "--match=active"], "--match"),
-        (["moe.top_k=1,2", "--runner=pool", "--processes=999", "--dir=DIR"], "--processes=999 must be at most"),
-        (["moe.top_k=1,2", "--runner=slurm", "--dir=DIR"], "sbatch"),
-        (["moe.top_k=1,2", "--runner=slurm", "--minutes=3", "--dir=DIR"], "--minutes=3 must be more than 4"),
+        (["moe.top_k=2,3", "--runner=pool", "--processes=999", "--dir=DIR"], "--processes=999 must be at most"),
+        (["moe.top_k=2,3", "--runner=slurm", "--dir=DIR"], "sbatch"),
+        (["moe.top_k=2,3", "--runner=slurm", "--minutes=3", "--dir=DIR"], "--minutes=3 must be more than 4"),
     ],
 )
 def test_a_mistake_is_one_line_before_anything_trains(arguments, message, tmp_path, capsys):
