@@ -21,7 +21,6 @@ from moejax.sweeps.pool import shares
 from moejax.sweeps.run import saved_steps, together, training_seconds
 from training_cases import SMALL
 
-
 ROOT = Path(__file__).parents[1]
 SMALL_RUN = [
     "--config=configs/debug.py", "--config.train.num_steps=120", "--config.train.eval_every=60",

@@ -1,4 +1,4 @@
-"""Routers, balancing, number of experts and K at equal active parameters: 36 settings, three seeds each, dense controls.
+"""Routers, balancing, experts and K at equal active parameters: 36 settings, three seeds each, and dense controls.
 
   moejax sweep --config=experiments/routing_sweep/sweep.py --match=active_params --seeds=3 --pack=3 \
       --runner=pool --processes=2 --dir=runs/routing_sweep

@@ -7,6 +7,7 @@ moejax bench compiled_step  the train step of --config compiled for --target and
 moejax bench tune      sizes of tiles for a shape; enters in the tuning table what is better than the guess beyond noise
 moejax bench step      the train step of --config over its dense twin's
 moejax bench telemetry logging intervals of --config with all that is logged over those with their loss alone
+moejax bench packed    a sweep over 8 seeds of --config: separate processes and one process over a pack
 moejax bench compile   compile time of the train step, 64 over 8 experts and 8 over 2 layers
 moejax bench import    importing moejax over importing jax and flax
 """
@@ -24,6 +25,7 @@ from absl.flags import FlagValues
 from moejax.benchmarks import decode, layer, tune
 from moejax.benchmarks.compiled import bench_compiled
 from moejax.benchmarks.compiled_step import bench_compiled_step
+from moejax.benchmarks.packed import bench_packed
 from moejax.benchmarks.step import bench_compile, bench_import, bench_step
 from moejax.benchmarks.telemetry import bench_telemetry
 from moejax.benchmarks.timing import measure_peaks
@@ -35,7 +37,18 @@ from moejax.kernels.grouped_matmul import unavailable
 from moejax.kernels.tiles import TABLE, read_table
 from moejax.planning.targets import TARGETS, Target
 
-BENCHMARKS = ("layer", "decode", "compiled", "compiled_step", "tune", "step", "telemetry", "compile", "import")
+BENCHMARKS = (
+    "layer",
+    "decode",
+    "compiled",
+    "compiled_step",
+    "tune",
+    "step",
+    "telemetry",
+    "packed",
+    "compile",
+    "import",
+)
 DEFAULT_SHAPES = {
     "layer": "mixtral,mixtral-64,olmoe,deepseek",
     "compiled": "mixtral,mixtral-64,olmoe,deepseek",
@@ -48,7 +61,9 @@ def define(values: FlagValues, arguments: list[str]) -> None:
     """Flags of the verb."""
     define_config(values, arguments, default="configs/tiny_moe.py")
     define_json(values)
-    flags.DEFINE_integer("repetitions", 0, "timed repetitions of each side; 0: 15, of layers 4", flag_values=values)
+    flags.DEFINE_integer(
+        "repetitions", 0, "timed repetitions of each side; 0: 15, of layers 4, packed 3", flag_values=values
+    )
     shapes = (
         f"layer, decode, compiled, tune: some of {', '.join(layer.PRESETS)}, or T:D:F:E:K; :skewed after it gives one "
         "expert half"
@@ -87,12 +102,13 @@ def run(values: FlagValues, rest: list[str]) -> None:
         return _run_compiled_step(values)
     if rest[0] in DEFAULT_SHAPES:
         return _run_layers(values, rest[0])
-    config, repetitions = read_config_flag(values), values.repetitions or 15
+    config, repetitions = read_config_flag(values), values.repetitions or (3 if rest[0] == "packed" else 15)
     if rest[0] in ("step", "telemetry") and config.num_moe_layers == 0:
         raise UsageError(f"moe.num_experts={config.moe.num_experts}: bench {rest[0]} needs a MoE configuration")
     measure = {
         "step": bench_step,
         "telemetry": bench_telemetry,
+        "packed": bench_packed,
         "compile": bench_compile,
         "import": bench_import,
     }[rest[0]]

@@ -5,7 +5,9 @@ words. moejax itself reads no pickles.
 """
 
 import dataclasses
+import os
 import subprocess
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,11 +49,16 @@ class Work:
         from submitit.helpers import DelayedSubmission
 
         self._process.terminate()
-        try:
-            self._process.wait(timeout=SAVE_S - 10)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
+        deadline = time.monotonic() + SAVE_S - 10
+        while not _has_ended(self._process.pid) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        self._process.kill()
         return DelayedSubmission(Work(self.command))
+
+
+def _has_ended(pid: int) -> bool:
+    """Whether a child has ended, without taking its exit code: `__call__`, which a signal interrupted, waits for it."""
+    return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
 @dataclasses.dataclass(frozen=True)

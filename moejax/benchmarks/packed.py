@@ -1,0 +1,111 @@
+"""What packing arms saves: a sweep of seeds, packed, beside the same runs one after another.
+
+Every side is what a user would start, from the start of the process to the last checkpoint: `moejax train` for each
+seed, compiling each time; one process that trains one after another, with compiled programs kept from before; and the
+pack, which compiles (`packed`) or has its programs from before (`packed_again`).
+"""
+
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from moejax.config import Config, to_dict
+from moejax.sweeps.run import CACHE_FOLDER
+
+ARMS = 8
+
+RECIPE = """
+import json
+from pathlib import Path
+from moejax import config as moejax_config
+
+def get_config(arg=""):
+    config = moejax_config.default()
+    config.update(json.loads(Path(__file__).with_suffix(".json").read_text()))
+    return config
+"""
+
+
+def bench_packed(config: Config, repetitions: int) -> dict[str, Any]:
+    """Times the four in turn; ratios are of medians, and the quartiles those of the ratios within a turn."""
+    seconds: dict[str, list[float]] = {"separate": [], "one_process": [], "packed": [], "packed_again": []}
+    with tempfile.TemporaryDirectory() as folder:
+        bench = _Sides(config, Path(folder))
+        bench.warm_up()
+        for _ in range(repetitions):
+            for name, times in seconds.items():
+                started = time.perf_counter()
+                getattr(bench, name)()
+                times.append(time.perf_counter() - started)
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    return {
+        "separate_over_packed": round(medians["separate"] / medians["packed"], 2),
+        "one_process_over_packed_again": round(medians["one_process"] / medians["packed_again"], 2),
+        **{f"{name}_s": round(median, 1) for name, median in medians.items()},
+        "each_s": {name: [round(one, 1) for one in times] for name, times in seconds.items()},
+        "arms": ARMS,
+        "steps": config.train.num_steps,
+        "repetitions": repetitions,
+        "device": jax.devices()[0].device_kind,
+    }
+
+
+class _Sides:
+    """The four ways, each in folders that did not exist before."""
+
+    def __init__(self, config: Config, folder: Path):
+        self._folder = folder
+        self._recipe = folder / "recipe.py"
+        self._recipe.write_text(RECIPE)
+        content = to_dict(config)
+        content["data"]["directory"] = str(Path(config.data.directory).resolve())
+        self._recipe.with_suffix(".json").write_text(json.dumps(content))
+        self._turn = 0
+
+    def warm_up(self) -> None:
+        """Prepares the data and the compiled programs that are kept from before."""
+        for name, pack in (("one", 1), ("pack", ARMS)):
+            directory = self._new()
+            self._sweep(directory, pack)
+            shutil.move(directory / CACHE_FOLDER, self._folder / f"compiled_{name}")
+
+    def separate(self) -> None:
+        """A process for each seed."""
+        directory = self._new()
+        for seed in range(ARMS):
+            arguments = [f"--workdir={directory / str(seed)}", f"--config.train.seed={seed}", "--noreport"]
+            self._run("train", f"--config={self._recipe}", *arguments)
+
+    def one_process(self) -> None:
+        """One after another in one process."""
+        self._sweep(self._new(), 1, "one")
+
+    def packed(self) -> None:
+        """All side by side, compiled."""
+        self._sweep(self._new(), ARMS)
+
+    def packed_again(self) -> None:
+        """All side by side, compiled before."""
+        self._sweep(self._new(), ARMS, "pack")
+
+    def _sweep(self, directory: Path, pack: int, compiled: str = "") -> None:
+        if compiled:
+            shutil.copytree(self._folder / f"compiled_{compiled}", directory / CACHE_FOLDER)
+        self._run("sweep", f"--config={self._recipe}", f"--seeds={ARMS}", f"--pack={pack}", f"--dir={directory}")
+
+    def _new(self) -> Path:
+        self._turn += 1
+        return self._folder / str(self._turn)
+
+    def _run(self, *arguments: str) -> None:
+        done = subprocess.run([sys.executable, "-m", "moejax", *arguments], capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(f"moejax {' '.join(arguments)} failed: {done.stderr[-2000:]}")
