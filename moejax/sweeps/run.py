@@ -9,15 +9,18 @@ import logging
 import os
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
+import pandas as pd
 
 from moejax.sharding import make_mesh
-from moejax.sweeps.arms import Arm, SweepError
-from moejax.sweeps.directory import Sweep, locked
-from moejax.sweeps.records import collect, record_of, write_record
+from moejax.sweeps.arms import Arm, SweepError, plan_arms
+from moejax.sweeps.directory import Sweep, locked, write_sweep
+from moejax.sweeps.match import Match
+from moejax.sweeps.records import collect, read_records, record_of, write_record
 from moejax.training.alarms import AlarmError
 from moejax.training.loop import train
 from moejax.training.nonfinite import NonFiniteError
@@ -191,3 +194,35 @@ def check_open(sweep: Sweep) -> None:
             f"{len(left)} of {len(sweep.arms)} arms have not ended ({left[0].id} ...): the log says why; the same "
             "command tries them again"
         )
+
+
+def run_sweep(
+    base: Mapping[str, Mapping[str, Any]],
+    points: Iterable[Mapping[str, Any]],
+    directory: str | Path,
+    *,
+    largest_pack: int = 8,
+    match: Match = "",
+) -> pd.DataFrame:
+    """Plans and trains a sweep in this process, as `moejax sweep` does: for notebooks. It continues what was begun.
+
+    Args:
+      base: the recipe: sections of leaves.
+      points: what arms override.
+      directory: of the sweep.
+      largest_pack: arms that train side by side, at most.
+      match: see `plan_arms`.
+
+    Returns:
+      The records, see `read_records`.
+
+    Raises:
+      SweepError: a point that cannot work, another sweep in the directory, or arms that could not be trained.
+    """
+    plan = plan_arms(base, points, match=match)
+    sweep = write_sweep(directory, plan, largest_pack=largest_pack, recipe="", match=match, command="run_sweep")
+    check_devices(sweep)
+    with StopSignals() as stop:
+        work(sweep, stop)
+    check_open(sweep)
+    return read_records(directory)
