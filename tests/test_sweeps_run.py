@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -38,6 +39,12 @@ def sweep(*arguments, **popen):
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **popen
     )
+
+
+def with_programs(directory, undisturbed):
+    """A folder for a sweep whose programs were compiled before."""
+    shutil.copytree(undisturbed[0] / "compiled", directory / "compiled")
+    return f"--dir={directory}"
 
 
 def finish(process):
@@ -84,7 +91,7 @@ def test_a_sweep_trains_each_arm_once_and_records_it(undisturbed):
 def test_a_sweep_killed_in_the_middle_gives_the_records_of_one_that_was_not(undisturbed, data, tmp_path):
     directory, _, _ = undisturbed
     packs = json.loads((directory / "sweep.json").read_text())["packs"]
-    arguments = [*SMALL_RUN, data, f"--dir={tmp_path}", *AXES, "--json"]
+    arguments = [*SMALL_RUN, data, with_programs(tmp_path, undisturbed), *AXES, "--json"]
     first = sweep(*arguments, start_new_session=True)
     wait_for(lambda: (tmp_path / "arms" / packs[1][1] / "checkpoints/40").is_dir(), first)
     os.killpg(first.pid, signal.SIGKILL)
@@ -102,7 +109,7 @@ def test_a_pool_gives_the_same_records_though_one_of_its_processes_is_killed(und
     if len(os.sched_getaffinity(0)) < 2:
         pytest.skip("a pool of two processes needs two cores")
     packs = json.loads((directory / "sweep.json").read_text())["packs"]
-    pool = sweep(*SMALL_RUN, data, f"--dir={tmp_path}", *AXES, "--runner=pool", "--processes=2")
+    pool = sweep(*SMALL_RUN, data, with_programs(tmp_path, undisturbed), *AXES, "--runner=pool", "--processes=2")
     wait_for(lambda: (tmp_path / "arms" / packs[0][0] / "checkpoints/20").is_dir(), pool)
     children = [int(pid) for pid in Path(f"/proc/{pool.pid}/task/{pool.pid}/children").read_text().split()]
     assert len(children) == 2
@@ -119,8 +126,9 @@ def test_a_pool_gives_the_same_records_though_one_of_its_processes_is_killed(und
 
 
 def test_a_sweep_told_to_stop_saves_and_the_same_command_goes_on_and_may_add_arms(undisturbed, data, tmp_path):
-    arguments = [*SMALL_RUN, data, f"--dir={tmp_path}", "moe.balance_weight=0.01,0.1", "moe.top_k=2"]
-    process = sweep(*arguments)
+    process = sweep(
+        *SMALL_RUN, data, with_programs(tmp_path, undisturbed), "moe.balance_weight=0.01,0.1", "moe.top_k=2"
+    )
     wait_for(lambda: any(tmp_path.glob("arms/*/checkpoints/20")), process)
     process.send_signal(signal.SIGTERM)
     _, errors = finish(process)

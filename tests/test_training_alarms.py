@@ -239,3 +239,24 @@ def test_a_rule_to_stop_at_saves_the_run_says_why_and_lets_it_go_on_without(tmp_
     assert result.step == 12 and result.evaluation is not None
     assert read_alarms(tmp_path / "run") == [line]
     assert json.loads((tmp_path / "run/config.json").read_text())["config"]["alarms"]["stop"] == ""
+
+
+def test_a_continued_run_says_what_it_would_have_said_for_it_keeps_its_counts(tmp_path):
+    bad, good = healthy(max_violation=[0, 1.9, 0]), healthy()
+    story = [good, bad, bad, bad, bad, good, good, good, good, bad]  # on at step 4, off at step 8
+    straight = AlarmLog(tmp_path / "straight", 0, CONFIG)
+    (tmp_path / "straight").mkdir()
+    for step, interval in enumerate(story, start=1):
+        straight.update(step, interval)
+    assert [(line["step"], line["state"]) for line in read_alarms(tmp_path / "straight")] == [(4, "on"), (8, "off")]
+    for stop in range(1, len(story)):
+        workdir = tmp_path / str(stop)
+        workdir.mkdir()
+        first = AlarmLog(workdir, 0, CONFIG)
+        for step, interval in enumerate(story[:stop], start=1):
+            first.update(step, interval)
+        counts = json.loads(json.dumps(first.counts))  # as a checkpoint keeps them
+        second = AlarmLog(workdir, stop, CONFIG, counts)
+        for step, interval in enumerate(story[stop:], start=stop + 1):
+            second.update(step, interval)
+        assert read_alarms(workdir) == read_alarms(tmp_path / "straight"), stop

@@ -9,10 +9,11 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from moejax.config import ConfigError, Knobs
 from moejax.inspection.run import open_run
-from moejax.training.alarms import AlarmError
+from moejax.training.alarms import AlarmError, read_alarms
 from moejax.training.checkpoint import Checkpoints
 from moejax.training.loop import train
 from moejax.training.metrics import MetricsFile
@@ -31,6 +32,19 @@ ARMS = [
     {"train": {"seed": 0}, "moe": {"bias_rate": 0.05}, "optimizer": {"learning_rate": 1e-3}},
 ]
 MOE = {"selection_bias": True, "bias_rate": 1e-3, "jitter": 0.1}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _programs_are_compiled_once(tmp_path_factory):
+    """Arms alone, and a pack that continues, have programs in common that jax would compile again for each call."""
+    options = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = [jax.config.read(option) for option in options]
+    for option, value in zip(options, (str(tmp_path_factory.mktemp("programs")), 0), strict=True):
+        jax.config.update(option, value)
+    yield
+    for option, value in zip(options, before, strict=True):
+        jax.config.update(option, value)
+    compilation_cache.reset_cache()
 
 
 def arm_configs(tmp_path, **train_leaves):
@@ -121,6 +135,7 @@ def test_a_pack_that_was_stopped_continues_exactly_as_if_it_had_not_been(packed,
     train_packed(configs, again, devices=jax.devices()[:2])
     for config, one, other in zip(configs, again, workdirs, strict=True):
         assert lines_of(one) == lines_of(other)
+        assert read_alarms(one) == read_alarms(other)
         assert_states_are_close(newest_state(config, one), newest_state(config, other), rtol=0)
 
 
