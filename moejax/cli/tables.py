@@ -44,7 +44,8 @@ def print_table(rows: Sequence[Mapping[str, Any]], title: str) -> None:
         table.add_row(*(Text(_show(value)) for value in row.values()))
     console = Console()
     if not console.is_terminal:  # a file or a pipe has room for every column
-        console = Console(width=max(console.width, Console(width=10_000).measure(table).maximum))
+        wanted = Console(width=10_000).measure(table).maximum + 2 * len(rows[0])  # it measures without all padding
+        console = Console(width=max(console.width, wanted))
     console.print(table)
 
 
