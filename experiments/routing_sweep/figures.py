@@ -43,6 +43,7 @@ def read() -> list[dict[str, Any]]:
         ]
         rows.append(
             {
+                "arm": arm["arm"],
                 "router": None if is_dense else arm["override/moe.router"],
                 "scheme": None if is_dense else names[0],
                 "num_experts": arm["override/moe.num_experts"],
@@ -61,6 +62,7 @@ def settings(rows: list[dict[str, Any]]) -> pd.DataFrame:
     """Means over seeds of the arms that are done, MoE and dense."""
     columns = {f"override/{name}": [row[name] for row in rows] for name in AXES}
     frame = pd.DataFrame({name: pd.Series(values, dtype=object) for name, values in columns.items()})
+    frame["arm"] = [row["arm"] for row in rows]
     for name in METRICS:
         frame[name] = pd.Series([row[name] for row in rows], dtype=float)
     return settings_of(frame[[row["status"] == "done" for row in rows]], list(METRICS))
@@ -131,7 +133,7 @@ def draw(table: pd.DataFrame) -> None:
         place -= 0.6
     right.set_yticks([at for at, _ in ticks], [label for _, label in ticks])
     right.axvline(dense[LOSS], color="0.4", linestyle="--")
-    right.set_xlabel("mean loss over the cells of the other axes (standard error over cells)")
+    right.set_xlabel("mean loss over the cells of the other axes\n(standard error over cells)")
     figure.savefig(HERE / "figure.png", dpi=110)
 
 
