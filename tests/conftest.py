@@ -45,4 +45,6 @@ def _compiled_programs_last_for_a_file(request):
 
 def pytest_collection_modifyitems(items):
     """Long files first: a process takes a file at a time (`make test`), and the longest must not come last."""
-    items.sort(key=lambda item: not item.path.name.startswith(("test_training_", "test_moe_exchange")))
+    items.sort(
+        key=lambda item: not item.path.name.startswith(("test_training_", "test_moe_exchange", "test_sweeps_run"))
+    )
