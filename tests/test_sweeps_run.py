@@ -125,6 +125,7 @@ def test_a_pool_gives_the_same_records_though_one_of_its_processes_is_killed(und
         assert (row["arm"], row["status"], row["tokens"]) == (other["arm"], other["status"], other["tokens"])
 
 
+@pytest.mark.slow
 def test_a_sweep_told_to_stop_saves_and_the_same_command_goes_on_and_may_add_arms(undisturbed, data, tmp_path):
     process = sweep(
         *SMALL_RUN, data, with_programs(tmp_path, undisturbed), "moe.balance_weight=0.01,0.1", "moe.top_k=2"

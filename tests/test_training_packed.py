@@ -97,7 +97,7 @@ def packed(tmp_path_factory):
     return configs, workdirs, results
 
 
-@pytest.mark.parametrize("arm", [1, 2])
+@pytest.mark.parametrize("arm", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_each_arm_of_a_pack_leaves_what_it_leaves_alone_after_50_steps(packed, arm, tmp_path):
     configs, workdirs, results = packed
     alone = configs[arm]  # on all eight devices
@@ -139,6 +139,7 @@ def test_a_pack_that_was_stopped_continues_exactly_as_if_it_had_not_been(packed,
         assert_states_are_close(newest_state(config, one), newest_state(config, other), rtol=0)
 
 
+@pytest.mark.slow
 def test_an_arm_of_a_pack_continues_alone_and_a_run_continues_in_a_pack(packed, tmp_path):
     configs, workdirs, _ = packed
     shutil.copytree(workdirs[0], tmp_path / "arm0")
