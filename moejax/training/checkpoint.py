@@ -38,6 +38,7 @@ class Checkpoints:
         self.workdir = Path(workdir).resolve()
         self.trainable = trainable
         self.folder = self.workdir / "checkpoints"
+        self._notes: dict[int, dict[str, Any]] = {}
         policies = ocp.checkpoint_managers
         keep = trainable.config.train.keep_checkpoints
         best = policies.BestN(
@@ -107,9 +108,10 @@ class Checkpoints:
         return jax.tree.unflatten(jax.tree.structure(self.trainable.abstract), arrays.values())
 
     def notes(self, step: int) -> dict[str, Any]:
-        """What was noted with a step that is saved."""
-        meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
-        return meta.get("notes", {})
+        """What was noted with a step; of several processes one alone can ask once it was restored."""
+        if step not in self._notes:
+            self._notes[step] = self._read_meta(step).get("notes", {})
+        return self._notes[step]
 
     def restore_model(self, step: int | None = None) -> tuple[int, Any, Any]:
         """Returns (step, params, router_state) without reading the optimizer's arrays.
@@ -165,7 +167,8 @@ class Checkpoints:
         folder = self.folder / str(step)
         remedy = f"remove {folder} to continue from an older one"
         try:
-            meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+            meta = self._read_meta(step)
+            self._notes[step] = meta.get("notes", {})
             compare_manifests(meta["manifest"], manifest(self.trainable.abstract), folder)
             self._compare_tokenizer(meta["tokenizer"], folder)
             parts = dict(zip(("model", "optimizer"), _split(_abstract_arrays(self.trainable)), strict=True))
@@ -179,6 +182,9 @@ class Checkpoints:
             ) from error
         arrays = {name: value for item in items for name, value in restored[item].items()}
         return {name: arrays[name] for name in _named_arrays(self.trainable.abstract) if name in arrays}
+
+    def _read_meta(self, step: int) -> dict[str, Any]:
+        return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
 
     def _compare_tokenizer(self, saved: Mapping[str, str], folder: Path) -> None:
         if saved != tokenizer_digests(self.workdir):
