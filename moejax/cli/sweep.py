@@ -98,8 +98,7 @@ def _sweep(values: FlagValues, rest: list[str]) -> None:
     space = _space(values, rest)
     if values.pack < 1:
         raise UsageError(f"--pack={values.pack} must be at least 1")
-    recipe = read_config_flag(values)  # says what is wrong with the recipe itself, apart from any point
-    del recipe
+    read_config_flag(values)  # says what is wrong with the recipe itself, apart from any point
     plan = plan_arms(values.config.to_dict(), space, match=values.match, adjust=values.adjust)
     for line in plan.changes:
         log.info("matched: %s", line)
