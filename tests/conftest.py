@@ -3,6 +3,8 @@
 import gc
 import importlib.metadata
 import os
+import shutil
+import tempfile
 import warnings
 
 # Before jax starts: tests must not depend on the machine's accelerator.
@@ -10,6 +12,11 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # jaxlib 0.10 compiles a small train step twice as fast without these emitters; later ones abort on the unknown flag.
 if importlib.metadata.version("jaxlib").startswith("0.10."):
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false"
+
+# What another file or process of this session has compiled is read from a folder, which ends with the session.
+COMPILED = "" if "JAX_COMPILATION_CACHE_DIR" in os.environ else tempfile.mkdtemp(prefix="moejax-tests-compiled-")
+if COMPILED:
+    os.environ |= {"JAX_COMPILATION_CACHE_DIR": COMPILED, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2"}
 
 import jax
 import pytest
@@ -48,3 +55,8 @@ def pytest_collection_modifyitems(items):
     items.sort(
         key=lambda item: not item.path.name.startswith(("test_training_", "test_moe_exchange", "test_sweeps_run"))
     )
+
+
+def pytest_unconfigure():
+    if COMPILED:
+        shutil.rmtree(COMPILED, ignore_errors=True)
