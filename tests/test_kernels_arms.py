@@ -10,7 +10,7 @@ import pytest
 import oracle
 from moejax.kernels import feed_forward as module
 from moejax.kernels.feed_forward import feed_forward
-from moejax.kernels.grouped_matmul import IMPLEMENTATIONS, grouped_matmul, unavailable
+from moejax.kernels.grouped_matmul import IMPLEMENTATIONS, grouped_matmul, ragged, unavailable
 from moejax.kernels.tiles import guess_sizes
 from moejax.moe.dispatch import plan_dropless
 from moejax.moe.experts import Network
@@ -29,8 +29,11 @@ def draw_rows():
     return x_ARD, w_AEDF, np.array(SIZES_AE, np.int32), dy_ARF
 
 
-def with_gradients(implementation, x_RD, w_EDF, sizes_E, dy_RF):
-    y_RF, pull = jax.vjp(lambda x, w: grouped_matmul(x, w, sizes_E, implementation=implementation), x_RD, w_EDF)
+def with_gradients(implementation, x_RD, w_EDF, sizes_E, dy_RF, spare_rows=0):
+    def product(x_RD, w_EDF):
+        return grouped_matmul(x_RD, w_EDF, sizes_E, implementation=implementation, spare_rows=spare_rows)
+
+    y_RF, pull = jax.vjp(product, x_RD, w_EDF)
     return y_RF, *pull(dy_RF)
 
 
@@ -42,6 +45,42 @@ def test_products_and_gradients_of_arms_equal_the_loop_over_the_rows_of_each(imp
         expected = oracle.grouped_matmul(*(array[arm] for array in arrays))
         oracle.assert_close(tuple(array[arm] for array in found), tuple(expected))
         assert not np.any(found[0][arm, sum(SIZES_AE[arm]) :])  # zeros, not NaN
+
+
+@every_implementation
+def test_rows_that_are_spare_in_each_arm_are_spare_in_the_middle_of_all(implementation):
+    x_ARD, w_AEDF, sizes_AE, dy_ARF = draw_rows()
+    spare = 16
+    x_ARD, dy_ARF = (np.pad(a, ((0, 0), (0, spare), (0, 0)), constant_values=np.nan) for a in (x_ARD, dy_ARF))
+    run = functools.partial(with_gradients, implementation, spare_rows=spare)
+    found = jax.jit(jax.vmap(run))(x_ARD, w_AEDF, sizes_AE, dy_ARF)
+    for arm in range(len(SIZES_AE)):
+        expected = oracle.grouped_matmul(x_ARD[arm], w_AEDF[arm], sizes_AE[arm], dy_ARF[arm])
+        oracle.assert_close(tuple(array[arm] for array in found), tuple(expected))
+
+
+@every_implementation
+def test_an_arm_that_is_not_finite_leaves_the_others_as_they_are(implementation):
+    arrays = draw_rows()
+    arrays[1][1] = np.inf
+    found = jax.jit(jax.vmap(functools.partial(with_gradients, implementation)))(*arrays)
+    assert not np.isfinite(found[0][1]).all()
+    for arm in (0, 2, 3):
+        expected = oracle.grouped_matmul(*(array[arm] for array in arrays))
+        oracle.assert_close(tuple(array[arm] for array in found), tuple(expected))
+
+
+@every_implementation
+def test_arms_in_bfloat16_are_what_each_is_alone(implementation):
+    x_ARD, w_AEDF, sizes_AE, dy_ARF = draw_rows()
+    x_ARD, w_AEDF, dy_ARF = (jnp.asarray(array, jnp.bfloat16) for array in (x_ARD, w_AEDF, dy_ARF))
+    run = functools.partial(with_gradients, implementation)
+    found = jax.jit(jax.vmap(run))(x_ARD, w_AEDF, sizes_AE, dy_ARF)
+    for arm in (0, 1):
+        alone = jax.jit(run)(x_ARD[arm], w_AEDF[arm], sizes_AE[arm], dy_ARF[arm])
+        for array, expected in zip(found, alone, strict=True):
+            assert array.dtype == jnp.bfloat16
+            oracle.assert_close(np.asarray(array[arm], np.float32), np.asarray(expected, np.float32), rtol=1e-2)
 
 
 @every_implementation
@@ -57,7 +96,8 @@ def test_arms_may_share_matrices_and_be_nested(implementation):
 
 
 @pytest.mark.parametrize("implementation", ["tiled", "ragged", "padded"])
-def test_arms_are_one_product_of_all_their_groups(implementation):
+def test_arms_are_one_product_of_all_their_groups(implementation, monkeypatch):
+    monkeypatch.setattr(ragged, "platform", lambda: "tpu")  # elsewhere its product is dense
     program = str(jax.make_jaxpr(jax.vmap(functools.partial(with_gradients, implementation)))(*draw_rows()))
     assert "f32[16,5,7]" in program  # 4 arms of 4 groups
     alone = str(jax.make_jaxpr(functools.partial(with_gradients, implementation))(*(a[0] for a in draw_rows())))

@@ -118,11 +118,27 @@ def test_an_empty_directory_has_nothing_to_restore(tmp_path):
             checkpoints.restore_model()
 
 
-def test_the_best_checkpoint_outlives_the_newest(tmp_path):
+def test_the_best_checkpoint_outlives_the_newest_also_where_the_run_was_continued(tmp_path):
     config = small_config(train={"keep_checkpoints": 1})
     trainable = make(config)
     state = trainable.init(0)
+    for losses, kept in (({0: 3.0, 1: 1.0, 2: 2.0}, [1, 2]), ({3: 2.5, 4: None}, [1, 4]), ({5: 0.5, 6: 0.6}, [5, 6])):
+        with closing(Checkpoints(tmp_path, trainable)) as checkpoints:
+            for step, loss in losses.items():
+                metrics = None if loss is None else {"eval/loss": loss}
+                checkpoints.save(dataclasses.replace(state, step=np.int32(step)), metrics)
+        assert Checkpoints(tmp_path, trainable, read_only=True).steps() == kept
+
+
+def test_a_step_before_a_saved_one_is_not_saved_in_silence(tmp_path):
+    trainable = make(small_config())
+    state = trainable.init(0)
     with closing(Checkpoints(tmp_path, trainable)) as checkpoints:
-        for step, loss in enumerate([3.0, 1.0, 2.0, 2.5]):
-            checkpoints.save(dataclasses.replace(state, step=np.int32(step)), {"eval/loss": loss})
-    assert Checkpoints(tmp_path, trainable, read_only=True).steps() == [1, 3]
+        for step in (10, 20):
+            assert checkpoints.save(dataclasses.replace(state, step=np.int32(step)))
+        assert not checkpoints.save(dataclasses.replace(state, step=np.int32(20)))
+        with pytest.raises(CheckpointError, match="holds step 20: step 15 cannot be saved before it"):
+            checkpoints.save(dataclasses.replace(state, step=np.int32(15)))
+        checkpoints.drop_after(10)
+        assert checkpoints.save(dataclasses.replace(state, step=np.int32(15)))
+        assert checkpoints.steps() == [10, 15]

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import shutil
+from unittest import mock
 
 import jax
 import numpy as np
@@ -13,16 +14,19 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from moejax.config import ConfigError, Knobs
 from moejax.inspection.run import open_run
+from moejax.sweeps.run import saved_steps
+from moejax.training import packed_loop
 from moejax.training.alarms import AlarmError, read_alarms
-from moejax.training.checkpoint import Checkpoints
+from moejax.training.checkpoint import CheckpointError, Checkpoints
+from moejax.training.evaluation import EvaluationSums, eval_inputs
 from moejax.training.loop import train
-from moejax.training.metrics import MetricsFile
+from moejax.training.metrics import Recorder
 from moejax.training.nonfinite import NonFiniteError
-from moejax.training.packed import Pack, program_of
+from moejax.training.packed import Pack, depends_on_devices, program_of
 from moejax.training.packed_loop import common_step, train_packed
 from moejax.training.routing_log import read_routing
 from moejax.training.signals import StopSignals
-from moejax.training.step import make_train_step, put_batch
+from moejax.training.step import make_eval_step, make_train_step, put_batch
 from training_cases import case_config, make, packed_batch, replace, small_config
 
 TRAIN = {"num_steps": 50, "log_every": 5, "eval_every": 25, "checkpoint_every": 10, "keep_checkpoints": 9}
@@ -81,6 +85,17 @@ def assert_states_are_close(found, expected, rtol=1e-5):
         assert np.abs(value - wanted).max() <= rtol * scale, jax.tree_util.keystr(path)
 
 
+def assert_losses_are_close(found, expected):
+    """Of the checkpoints: the best is kept by them."""
+    losses = [
+        {path.parts[-3]: json.loads(path.read_text()) for path in workdir.glob("checkpoints/*/metrics/metrics")}
+        for workdir in (found, expected)
+    ]
+    assert losses[0].keys() == losses[1].keys() and {"25", "50"} <= losses[0].keys() and "30" not in losses[0]
+    for step, values in losses[1].items():
+        assert losses[0][step] == pytest.approx(values, rel=1e-5)
+
+
 def newest_state(config, workdir):
     trainable = make(config)
     with Checkpoints(workdir, trainable, read_only=True) as checkpoints, jax.set_mesh(trainable.mesh):
@@ -106,9 +121,11 @@ def test_each_arm_of_a_pack_leaves_what_it_leaves_alone_after_50_steps(packed, a
     assert results[arm].evaluation.loss == pytest.approx(expected.evaluation.loss, rel=1e-5)
     assert_lines_are_close(lines_of(workdirs[arm]), lines_of(tmp_path / "alone"))
     assert_states_are_close(newest_state(alone, workdirs[arm]), newest_state(alone, tmp_path / "alone"), rtol=1e-4)
+    assert_losses_are_close(workdirs[arm], tmp_path / "alone")
     found, wanted = read_routing(workdirs[arm]), read_routing(tmp_path / "alone")
     np.testing.assert_array_equal(found.steps, wanted.steps)
-    np.testing.assert_allclose(found.read("bias"), wanted.read("bias"), rtol=1e-5, atol=1e-6)
+    for name in ("counts", "probs", "bias", "idle_steps", "importance", "layers"):
+        np.testing.assert_allclose(found.read(name), wanted.read(name), rtol=1e-4, atol=1e-5, err_msg=name)
     for name in ("config.json", "checkpoints", "tokenizer.json", "routing/evaluations/50.npz", "alarms.jsonl"):
         assert (workdirs[arm] / name).exists() == (tmp_path / "alone" / name).exists(), name
 
@@ -123,15 +140,22 @@ def test_arms_of_a_pack_differ_and_a_run_directory_opens_like_any_other(packed):
 def test_a_pack_that_was_stopped_continues_exactly_as_if_it_had_not_been(packed, tmp_path):
     configs, workdirs, _ = packed
     again = [tmp_path / f"arm{i}" for i in range(3)]
-    stop = StopSignals()
-    stopping = _stop_at(again[1], 15, stop)
-    with stopping:
-        results = train_packed(configs, again, stop=stop, devices=jax.devices()[:2])
-    assert {result.stopped_by for result in results} == {"TEST"}
-    assert len({result.step for result in results}) == 1 and results[0].step < 50
+
+    def train_until(step=None):
+        stop = StopSignals()
+        with _stop_at(step, stop):
+            results = train_packed(configs, again, stop=stop, devices=jax.devices()[:2])
+        assert {result.stopped_by for result in results} == {"TEST"}
+        assert len({result.step for result in results}) == 1
+        assert {tuple(saved_steps(workdir)[-1:]) for workdir in again} == {(results[0].step,)}
+        return results[0].step
+
+    first = train_until(step=19)
     # One arm's newest checkpoint is lost, as if the process had been killed between two saves.
-    steps = sorted(int(path.name) for path in (again[1] / "checkpoints").iterdir() if path.name.isdigit())
-    shutil.rmtree(again[1] / "checkpoints" / str(steps[-1]))
+    shutil.rmtree(again[1] / "checkpoints" / str(first))
+    assert 10 < train_until(step=14) < first  # before what the other arms had saved
+    assert train_until() == 25  # while step 25 is evaluated
+    assert not (again[1] / "checkpoints/25/metrics/metrics").exists()
     train_packed(configs, again, devices=jax.devices()[:2])
     for config, one, other in zip(configs, again, workdirs, strict=True):
         assert lines_of(one) == lines_of(other)
@@ -155,39 +179,72 @@ def test_an_arm_of_a_pack_continues_alone_and_a_run_continues_in_a_pack(packed, 
     assert lines_of(tmp_path / "arm1")[-1]["step"] == 60
 
 
-def _stop_at(workdir, step, stop):
-    """Asks for a stop once the metrics of that step are written."""
+@contextlib.contextmanager
+def _stop_at(step, stop):
+    """Asks for a stop once that step is done; None: during an evaluation."""
+    add_step, add_batch = Recorder.add_finished, EvaluationSums.add
 
-    @contextlib.contextmanager
-    def patched():
-        original = MetricsFile.write
+    def add_step_and_stop(self, output):
+        finished = add_step(self, output)
+        if step is not None and finished.step >= step:
+            stop.request("TEST")
+        return finished
 
-        def write(self, at, values):
-            original(self, at, values)
-            if self.path.parent == workdir and at >= step:
-                stop.request("TEST")
+    def add_batch_and_stop(self, output):
+        add_batch(self, output)
+        if step is None:
+            stop.request("TEST")
 
-        MetricsFile.write = write
-        try:
-            yield
-        finally:
-            MetricsFile.write = original
+    adding_steps = mock.patch.object(Recorder, "add_finished", add_step_and_stop)
+    with adding_steps, mock.patch.object(EvaluationSums, "add", add_batch_and_stop):
+        yield
 
-    return patched()
+
+def test_arms_without_a_checkpoint_of_a_common_step_are_not_begun_anew(packed, tmp_path):
+    configs, workdirs, _ = packed
+    for arm, kept in ((0, "50"), (1, "40")):
+        shutil.copytree(workdirs[arm], tmp_path / f"arm{arm}")
+        for path in (tmp_path / f"arm{arm}/checkpoints").iterdir():
+            if path.name != kept:
+                shutil.rmtree(path)
+    with pytest.raises(CheckpointError, match=r"no common step \(.*arm0: \[50\]; .*arm1: \[40\]\); train them apart"):
+        train_packed(configs[:2], [tmp_path / "arm0", tmp_path / "arm1"])
+    assert lines_of(tmp_path / "arm0") == lines_of(workdirs[0])
+    with pytest.raises(ConfigError, match="2 arms have 1 workdirs"):
+        train_packed(configs[:2], [tmp_path / "arm0"])
+
+
+def test_arms_that_are_beyond_their_last_step_tell_their_losses(packed, tmp_path):
+    configs, workdirs, results = packed
+    for arm in (0, 1):
+        shutil.copytree(workdirs[arm], tmp_path / f"arm{arm}")
+    shorter = [replace(config, "train", num_steps=45) for config in configs[:2]]
+    again = train_packed(shorter, [tmp_path / "arm0", tmp_path / "arm1"], devices=jax.devices()[:2])
+    for arm in (0, 1):
+        assert again[arm].step == 50
+        assert again[arm].evaluation.loss == pytest.approx(results[arm].evaluation.loss, rel=1e-6)
+        assert lines_of(tmp_path / f"arm{arm}") == lines_of(workdirs[arm])
 
 
 def test_arms_that_cannot_go_on_end_and_the_others_do_not_notice(tmp_path):
     leaves = {"num_steps": 12, "log_every": 2, "eval_every": 6, "checkpoint_every": 6, "max_nonfinite_steps": 2}
     configs = arm_configs(tmp_path, **leaves)
+    configs = [replace(config, "train", step_limit_s=100.0) for config in configs]
     configs[0] = replace(configs[0], "alarms", logits=1e-6, stop="logits")
     configs[1] = replace(replace(configs[1], "optimizer", learning_rate=1e30), "moe", balance_weight=1e30)
-    alarmed, broken, sound = train_packed(configs, [tmp_path / f"arm{i}" for i in range(3)], devices=jax.devices()[:1])
+    workdirs = [tmp_path / f"arm{i}" for i in range(3)]
+    with mock.patch.object(packed_loop, "Watchdog", wraps=packed_loop.Watchdog) as watchdog:
+        alarmed, broken, sound = train_packed(configs, workdirs, devices=jax.devices()[:1])
+    assert watchdog.call_args.args[0] == 300  # three arms on one device
     assert isinstance(broken.error, NonFiniteError) and "2 steps in a row" in str(broken.error)
     assert broken.evaluation is None and broken.step < 6
     assert not (tmp_path / "arm1/checkpoints/6").exists()
     assert isinstance(alarmed.error, AlarmError) and alarmed.evaluation is None
-    assert alarmed.step == 6 and (tmp_path / "arm0/checkpoints/6").is_dir()
-    assert not (tmp_path / "arm0/checkpoints/12").exists()
+    with pytest.raises(AlarmError) as alone:
+        train(configs[0], tmp_path / "alone")
+    assert str(alarmed.error) == str(alone.value)
+    assert_lines_are_close(lines_of(workdirs[0]), lines_of(tmp_path / "alone"))
+    assert saved_steps(workdirs[0]) == saved_steps(tmp_path / "alone") == [alarmed.step] == [5]
     assert (sound.error, sound.step) == (None, 12)
     assert lines_of(tmp_path / "arm2")[-1]["step"] == 12
 
@@ -218,7 +275,7 @@ def test_every_knob_acts_in_its_own_arm_alone(router):
         step = pack.compile_step(state, pack.put_batches(batches))
         for _ in range(2):
             state, output = step(state, pack.put_batches(batches), pack.knobs)
-    states, outputs = pack.split(state), pack.outputs(output)
+    states, outputs = list(pack.split(state, range(len(configs)))), pack.outputs(output)
     for arm, config in enumerate(configs):
         trainable = make(config)
         with jax.set_mesh(trainable.mesh):
@@ -239,21 +296,42 @@ def test_the_cases_of_knobs_leave_none_out():
 
 def test_arms_within_a_mesh_of_their_own_equal_one_device():
     mesh = {"data": 2, "expert": 2}
-    configs = [small_config(mesh=mesh, model={"remat": False}, train={"seed": seed}) for seed in (0, 1)]
-    pack = Pack(configs)
+    configs = [small_config(mesh=mesh, train={"seed": seed}) for seed in (0, 1, 2)]
+    pack = Pack(configs)  # two arms on each four devices
     assert dict(pack.mesh.shape) | {"arms": 2, "data": 2, "expert": 2} == dict(pack.mesh.shape)
     batches = [packed_batch(config, seed=i) for i, config in enumerate(configs)]
     with jax.set_mesh(pack.mesh):
-        state = pack.join([trainable.init(c.train.seed) for trainable, c in zip(pack.trainables, configs, strict=True)])
-        _, output = pack.compile_step(state, pack.put_batches(batches))(state, pack.put_batches(batches), pack.knobs)
+        state = pack.join(trainable.init(c.train.seed) for trainable, c in zip(pack.trainables, configs, strict=True))
+        step = pack.compile_step(state, pack.put_batches(batches))
+        state, output = step(state, pack.put_batches(batches), pack.knobs)
+        inputs = (pack.put_batch(x) for x in eval_inputs(batches[0], None))
+        evaluated = jax.device_get(pack.make_eval_step(0)(state.params, state.router_state, *inputs))
     trainable = make(replace(configs[0], "mesh", data=1, expert=1))
-    one_device_step = make_train_step(trainable)  # the seed is a knob
+    one_device_step, one_device_eval = make_train_step(trainable), make_eval_step(trainable)  # the seed is a knob
+    states = list(pack.split(state, range(3)))
     for arm, config in enumerate(configs):
         with jax.set_mesh(trainable.mesh):
             arguments = trainable.init(config.train.seed), put_batch(batches[arm], trainable), Knobs.of(config)
-            _, expected = one_device_step(*arguments)
+            alone, expected = one_device_step(*arguments)
+            inputs = (put_batch(x, trainable) for x in eval_inputs(batches[0], None))
+            loss = one_device_eval(alone.params, alone.router_state, *inputs).sums.nats
+        assert evaluated.sums.nats[arm] == pytest.approx(float(loss), rel=1e-5)
+        assert_states_are_close(jax.device_get(states[arm].params), jax.device_get(alone.params), rtol=1e-4)
         for name, value in jax.device_get(expected.scalars).items():
             assert pack.outputs(output)[arm].scalars[name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
+
+
+def test_arms_whose_results_depend_on_how_many_devices_there_are_train_apart():
+    moe = {"balance_scope": "device"}
+    configs = [small_config(moe=moe, train={"seed": seed}) for seed in (0, 1)]
+    assert depends_on_devices(configs[0]) and not depends_on_devices(small_config())
+    with pytest.raises(ConfigError, match=r"moe.balance_scope=device, .* a mesh axis of -1 leaves open"):
+        Pack(configs, jax.devices()[:2])
+    assert len(Pack(configs[:1], jax.devices()[:2]).trainables) == 1
+    Pack([replace(config, "mesh", data=1) for config in configs], jax.devices()[:2])
+    slots = {"dispatch": "capacity", "capacity_group": "device"}
+    assert depends_on_devices(small_config(moe=slots))
+    assert not depends_on_devices(small_config(moe=slots | {"dispatch": "dropless"}))
 
 
 @pytest.mark.parametrize(
@@ -279,7 +357,10 @@ def test_arms_share_a_program_if_only_knobs_seeds_and_alarms_differ(one, other, 
     configs = [small_config(**one), small_config(**other)]
     assert (program_of(configs[0]) == program_of(configs[1])) == is_one_program
     if not is_one_program:
-        with pytest.raises(ConfigError, match="arms of a pack may differ in knobs"):
+        (section,) = one
+        (leaf,) = set(one[section]) - {"dispatch"}
+        message = f"{section}.{leaf} is {one[section][leaf]} in arm 0 and {other[section][leaf]} in arm 1; arms of a"
+        with pytest.raises(ConfigError, match=message):
             Pack(configs, jax.devices()[:1])
 
 

@@ -118,15 +118,16 @@ class Groups:
     def of(cls, group_sizes_E: Int[Array, "E"], starts_E: Int[Array, "E"], sizes: tuple[int, ...]) -> "Groups":
         """Tiles of these sizes for groups of these sizes, whose first rows are in rising order."""
         num_full_E = jnp.maximum(group_sizes_E - 1, 0) // sizes[-1]
-        rest_E1 = (group_sizes_E - num_full_E * sizes[-1])[:, None]
-        below_1S, upto_1S = jnp.array((0, *sizes[:-1]))[None], jnp.array(sizes)[None]
+        rest_E = group_sizes_E - num_full_E * sizes[-1]
+        # Not as arrays of sizes: under `vmap` constants of the traced function count as batched, which it may not have.
+        is_rest = [(rest_E > below) & (rest_E <= upto) for below, upto in itertools.pairwise((0, *sizes))]
         return cls(
             sizes=sizes,
             num_active=(group_sizes_E > 0).sum(),
             order_E=jnp.argsort(group_sizes_E == 0),
             starts_E=starts_E,
             ends_E=starts_E + group_sizes_E,
-            counts_ES=((rest_E1 > below_1S) & (rest_E1 <= upto_1S)).astype(jnp.int32),
+            counts_ES=jnp.stack(is_rest, axis=1).astype(jnp.int32),
             num_full_E=num_full_E,
         )
 

@@ -1,7 +1,8 @@
 """Checkpoints through orbax: asynchronous, complete or absent, restored strictly.
 
-A checkpoint holds three items: `model` (parameters and router state), `optimizer` (moments and counters) and `meta` (a
-manifest of every array's path, shape and dtype, the configuration, and digests of the tokenizer's files). Inference
+A checkpoint holds these items: `model` (parameters and router state), `optimizer` (moments and counters), `meta` (a
+manifest of every array's path, shape and dtype, the configuration, and digests of the tokenizer's files) and, if it was
+evaluated, `metrics` (its validation loss). Inference
 restores `model` alone. A restore compares the manifest with what the program expects first: every array, shape and
 dtype must agree, for orbax itself would fill in or cast.
 """
@@ -72,6 +73,9 @@ class Checkpoints:
 
         Returns:
           False if this step is saved already.
+
+        Raises:
+          CheckpointError: the save before failed, or a later step is saved: see `drop_after`.
         """
         step = int(state.step)
         if step in self._manager.all_steps():
@@ -84,16 +88,29 @@ class Checkpoints:
             "tokenizer": tokenizer_digests(self.workdir),
             "notes": dict(notes or {}),
         }
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                model=ocp.args.StandardSave(model),
-                optimizer=ocp.args.StandardSave(optimizer),
-                meta=ocp.args.JsonSave(meta),
-            ),
-            metrics=dict(metrics) if metrics else None,
+        items = {
+            "model": ocp.args.StandardSave(model),
+            "optimizer": ocp.args.StandardSave(optimizer),
+            "meta": ocp.args.JsonSave(meta),
+        }
+        if metrics:
+            # Orbax, which reads this item when it opens the folder, writes it by itself only where it has a `best_fn`.
+            items["metrics"] = ocp.args.JsonSave(dict(metrics))
+        is_begun = self._manager.save(
+            step, args=ocp.args.Composite(**items), metrics=dict(metrics) if metrics else None
         )
+        if not is_begun:
+            raise CheckpointError(
+                f"{self.folder} holds step {self.steps()[-1]}: step {step} cannot be saved before it; remove the later "
+                "steps, or go on from the newest"
+            )
         return True
+
+    def drop_after(self, step: int) -> None:
+        """Removes later steps, of a run that goes on from this one."""
+        for later in self.steps():
+            if later > step:
+                self._manager.delete(later)
 
     def restore(self, step: int | None = None) -> TrainState | None:
         """The state of a step, or of the newest complete one; None if there is none.

@@ -2,7 +2,6 @@
 
 import dataclasses
 import logging
-import math
 import statistics
 import time
 from collections.abc import Callable
@@ -16,20 +15,18 @@ from moejax.config import Config, Knobs
 from moejax.data import Batch, Corpus, TrainBatches, eval_batches, load_tokenizer, prepare
 from moejax.models.parameters import count_parameters
 from moejax.sharding import make_mesh
-from moejax.training.alarms import AlarmError, AlarmLog, stop_message
+from moejax.training.alarms import AlarmError, stop_message
 from moejax.training.checkpoint import Checkpoints
 from moejax.training.evaluation import Evaluation, domains_of, evaluate
-from moejax.training.evaluation_log import EvaluationLog
-from moejax.training.metrics import FinishedStep, MetricsFile, Recorder
+from moejax.training.metrics import FinishedStep, Recorder
 from moejax.training.nonfinite import nonfinite_error
 from moejax.training.processes import SharedStop, fail_together, first_says, first_then_others, is_first, wait_for_all
 from moejax.training.progress import StepProgress
-from moejax.training.routing_log import RoutingLog
 from moejax.training.run_directory import check_run_directory, check_shared, write_run_directory
+from moejax.training.run_files import RunFiles
 from moejax.training.signals import ALARM, StopSignals
 from moejax.training.state import Trainable, TrainState, make_trainable
 from moejax.training.step import TrainStep, make_eval_step, make_train_step, put_batch, rows_of_process
-from moejax.training.telemetry import LAYER_METRICS
 from moejax.training.watchdog import Watchdog
 
 log = logging.getLogger("moejax")
@@ -146,32 +143,27 @@ class _Loop:
         self.knobs = Knobs.of(trainable.config)
         self.domains = domains_of(corpus)
         self.eval_step = make_eval_step(trainable, len(self.domains.domains) if self.domains else 0)
-        self.evaluations: EvaluationLog | None = None
-        self.alarms: AlarmLog | None = None
         rows = rows_of_process(trainable.mesh, self.config.batch_size)
         self.batches = TrainBatches(corpus, self.config.batch_size, self.config.seed, rows)
 
     def run(self, state: TrainState) -> TrainResult:
         """Trains from `state` to the end of the run or to a signal."""
         start_step = int(state.step)
-        if self.trainable.config.num_moe_layers and is_first():
-            self.evaluations = EvaluationLog(self.workdir, after_step=start_step)
         with ExitStack() as stack:
             stack.enter_context(self.watchdog)
-            metrics = stack.enter_context(MetricsFile(self.workdir, after_step=start_step)) if is_first() else None
             progress = stack.enter_context(StepProgress(self.config.num_steps, start_step, is_first()))
-            routing_log = self._open_routing_log(start_step)
-            self.alarms = self._open_alarm_log(start_step) if routing_log else None
-            recorder = Recorder(metrics, routing_log, progress, start_step, self.alarms)
+            opened = RunFiles(self.workdir, self.trainable.config, self.checkpoints, start_step, progress)
+            self.files = stack.enter_context(opened)
+            recorder = self.files.recorder
             evaluation = None
-            is_known = first_says("evaluated" if metrics is not None and metrics.is_evaluated else "")
+            is_known = first_says("evaluated" if self.files.is_evaluated else "")
             if start_step > 0 and self.config.is_evaluated(start_step) and not is_known:
-                evaluation = self._evaluate(state, metrics)  # a signal came before it was done
+                evaluation = self._evaluate(state)  # a signal came before it was done
             state, evaluation = self._train(state, recorder, evaluation)
             if self._is_alarmed(recorder):
                 self._stop_by_alarm(state, recorder)
             if evaluation is None and not self.stop:  # the run was complete before this call
-                evaluation = self._evaluate(state)
+                evaluation = self._evaluate(state, is_noted=False)
             self._save(state, evaluation)
         return TrainResult(
             step=int(state.step),
@@ -206,7 +198,7 @@ class _Loop:
                     self._heed(recorder)
                     is_alarmed = self._is_alarmed(recorder)
                     if self.config.is_evaluated(step) and not self.stop and not is_alarmed:
-                        evaluation = self._evaluate(state, recorder.metrics)
+                        evaluation = self._evaluate(state)
                     self._save(state, evaluation)
                     if is_alarmed:
                         break
@@ -225,8 +217,8 @@ class _Loop:
         wait_for_all()
         return compiled
 
-    def _evaluate(self, state: TrainState, metrics: MetricsFile | None = None) -> Evaluation | None:
-        """Evaluates the validation split and writes the result to `metrics`; None if a signal came meanwhile."""
+    def _evaluate(self, state: TrainState, *, is_noted: bool = True) -> Evaluation | None:
+        """Evaluates the validation split and notes the result; None if a signal came meanwhile."""
         self.watchdog.other_work(f"the evaluation of step {int(state.step)}")
         microbatch = self.config.batch_size // self.config.accumulation
         batches = eval_batches(self.corpus, microbatch, rows=rows_of_process(self.trainable.mesh, microbatch))
@@ -236,9 +228,8 @@ class _Loop:
                 self.corpus.num_bytes["validation"], should_stop=self.stop.poll, domains=self.domains,
             )  # fmt: skip
         if evaluation:
-            if metrics:
-                of_routing = self.evaluations.append(int(state.step), evaluation) if self.evaluations else {}
-                metrics.write(int(state.step), evaluation.scalars() | of_routing)
+            if is_noted:
+                self.files.note(int(state.step), evaluation)
             log.info(
                 "step %d: validation loss %.4f, %.4f bits per byte",
                 int(state.step), evaluation.loss, evaluation.bits_per_byte,
@@ -249,21 +240,7 @@ class _Loop:
 
     def _save(self, state: TrainState, evaluation: Evaluation | None) -> None:
         self.watchdog.other_work(f"saving step {int(state.step)}")
-        is_known = evaluation is not None and math.isfinite(evaluation.loss)
-        metrics = {"eval/loss": evaluation.loss} if evaluation and is_known else None
-        self.checkpoints.save(state, metrics, {"alarms": self.alarms.counts} if self.alarms else None)
-
-    def _open_routing_log(self, start_step: int) -> RoutingLog | None:
-        config = self.trainable.config
-        if config.num_moe_layers == 0 or not is_first():
-            return None
-        routing = RoutingLog(self.workdir, config.moe_layers, config.moe.num_choices, LAYER_METRICS)
-        routing.truncate(start_step)
-        return routing
-
-    def _open_alarm_log(self, start_step: int) -> AlarmLog:
-        counts = self.checkpoints.notes(start_step).get("alarms") if start_step else None
-        return AlarmLog(self.workdir, start_step, self.trainable.config, counts)
+        self.files.save(state, evaluation)
 
     def _heed(self, recorder: Recorder) -> None:
         """Asks for a stop if an interval that was just written holds an alarm that is to stop the run."""

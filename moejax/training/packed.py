@@ -6,14 +6,14 @@ are fewer. Nothing travels between arms. What an arm computes is what it compute
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from moejax.config import Config, ConfigError, Knobs
+from moejax.config import Config, ConfigError, Knobs, to_dict
 from moejax.data import Batch
 from moejax.sharding import BATCH_AXES, MESH_AXES, make_mesh
 from moejax.training.state import TrainState, make_trainable
@@ -22,13 +22,11 @@ from moejax.training.step import StepOutput, compiler_options, eval_step_of, tra
 ARMS = "arms"
 """The mesh axis of the arms."""
 
-OWN_SEEDS = "train.seed"
-"""Arms may differ in it beside their knobs, and in the section `alarms`, which changes nothing that is computed."""
-
 
 def program_of(config: Config) -> Config:
     """What the arms of a pack have in common: equal for configurations that one program can train.
 
+    They may differ in knobs, in `train.seed`, and in the section `alarms`, which changes nothing that is computed.
     A knob that is 0 may be left out of a program, so that 0 and other values are kept apart. Capacity is a limit on
     buffers as large as the largest of a pack needs; where experts choose their tokens it is a shape.
     """
@@ -56,16 +54,14 @@ class Pack:
       mesh: the devices by arm, and within an arm by the axes of its own mesh.
       trainables: the fixed part of each arm, on the devices of the first.
       knobs: of all arms, stacked on a leading axis of lanes.
+      lanes_of_device: arms that a device trains one beside another.
 
     Raises:
-      ConfigError: arms that no single program can train, or a mesh that does not fit the devices.
+      ConfigError: no arms, arms that no single program can train, or a mesh that does not fit the devices.
     """
 
     def __init__(self, configs: Sequence[Config], devices: Sequence[jax.Device] | None = None):
-        if len({program_of(config) for config in configs}) != 1:
-            raise ConfigError(
-                f"arms of a pack may differ in knobs that are not 0, {OWN_SEEDS} and alarms; train the others apart"
-            )
+        _check_arms(configs)
         largest = max(config.moe.capacity_factor for config in configs)
         template = dataclasses.replace(configs[0], moe=dataclasses.replace(configs[0].moe, capacity_factor=largest))
         devices = list(jax.devices() if devices is None else devices)
@@ -76,7 +72,8 @@ class Pack:
         self.mesh = Mesh(np.stack([m.devices for m in meshes]), axes, axis_types=(AxisType.Auto,) * len(axes))
         self._alone = make_trainable(template, meshes[0])
         self.trainables = [dataclasses.replace(self._alone, config=config) for config in configs]
-        self._num_lanes = -(-len(configs) // groups) * groups
+        self.lanes_of_device = -(-len(configs) // groups)
+        self._num_lanes = self.lanes_of_device * groups
         self._shardings = jax.tree.map(lambda s: NamedSharding(self.mesh, _by_arm(s.spec)), self._alone.shardings)
         self.knobs = self._put(self._stack([Knobs.of(config) for config in configs]), PartitionSpec(ARMS))
 
@@ -120,17 +117,15 @@ class Pack:
         """One batch for all arms."""
         return self._put(batch, PartitionSpec(BATCH_AXES))
 
-    def join(self, states: Sequence[TrainState]) -> TrainState:
-        """The states of the arms, stacked on their devices."""
+    def join(self, states: Iterable[TrainState]) -> TrainState:
+        """The states of the arms, stacked on their devices; each may be made when the one before is on the host."""
         return jax.device_put(self._stack([jax.device_get(state) for state in states]), self._shardings)
 
-    def split(self, state: TrainState) -> list[TrainState]:
-        """The state of each arm, as it would be alone, on the devices of the first."""
+    def split(self, state: TrainState, arms: Iterable[int]) -> Iterator[TrainState]:
+        """The states of these arms, as they would be alone, one after another on the devices of the first."""
         host = jax.device_get(state)
-        return [
-            jax.device_put(jax.tree.map(lambda x, arm=arm: x[arm], host), self._alone.shardings)
-            for arm in range(len(self.trainables))
-        ]
+        for arm in arms:
+            yield jax.device_put(jax.tree.map(lambda x, arm=arm: x[arm], host), self._alone.shardings)
 
     def outputs(self, output: StepOutput) -> list[StepOutput]:
         """The output of each arm, on the host; waits for the step."""
@@ -149,6 +144,35 @@ class Pack:
 def devices_of_arm(config: Config) -> int:
     """Devices that one arm of a pack takes: as many as its mesh says, where -1, "all that remain", is 1."""
     return math.prod(max(1, size) for size in dataclasses.asdict(config.mesh).values())
+
+
+def depends_on_devices(config: Config) -> bool:
+    """Whether it computes something else on another number of devices; in a pack it would have fewer than alone."""
+    moe = config.moe
+    scopes = (moe.balance_scope, moe.capacity_group if moe.dispatch == "capacity" else "")
+    return config.num_moe_layers > 0 and "device" in scopes and -1 in dataclasses.asdict(config.mesh).values()
+
+
+def _check_arms(configs: Sequence[Config]) -> None:
+    """Raises `ConfigError` unless one program can train them all."""
+    if not configs:
+        raise ConfigError("a pack of 0 arms trains nothing; give 1 configuration or more")
+    programs = [to_dict(program_of(config)) for config in configs]
+    for arm, program in enumerate(programs):
+        for section, leaves in program.items():
+            for name, value in leaves.items():
+                if value != programs[0][section][name]:
+                    own = [to_dict(config)[section][name] for config in (configs[0], configs[arm])]
+                    raise ConfigError(
+                        f"{section}.{name} is {own[0]} in arm 0 and {own[1]} in arm {arm}; arms of a pack may differ "
+                        "in knobs that are not 0, train.seed and alarms: train the others apart"
+                    )
+    if len(configs) > 1 and depends_on_devices(configs[0]):
+        raise ConfigError(
+            f"moe.balance_scope={configs[0].moe.balance_scope}, moe.capacity_group={configs[0].moe.capacity_group}: "
+            "what a device computes depends on how many there are, which a mesh axis of -1 leaves open; give the axes "
+            "of mesh as numbers, or train the arms apart"
+        )
 
 
 def _by_arm(spec: PartitionSpec) -> PartitionSpec:

@@ -7,30 +7,27 @@ others are done.
 
 import dataclasses
 import logging
-import math
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import jax
 
-from moejax.config import Config, Knobs
+from moejax.config import Config, ConfigError, Knobs
 from moejax.data import Batch, Corpus, TrainBatches, eval_batches
-from moejax.training.alarms import AlarmError, AlarmLog, stop_message
-from moejax.training.checkpoint import Checkpoints
+from moejax.training.alarms import AlarmError, stop_message
+from moejax.training.checkpoint import CheckpointError, Checkpoints
 from moejax.training.evaluation import Evaluation, EvaluationSums, domains_of, eval_inputs
-from moejax.training.evaluation_log import EvaluationLog
 from moejax.training.loop import open_run_directory
-from moejax.training.metrics import FinishedStep, MetricsFile, Recorder
+from moejax.training.metrics import FinishedStep, Recorder
 from moejax.training.nonfinite import NonFiniteError, nonfinite_error
 from moejax.training.packed import Pack
 from moejax.training.progress import StepProgress
-from moejax.training.routing_log import RoutingLog
+from moejax.training.run_files import RunFiles
 from moejax.training.signals import StopSignals
 from moejax.training.state import Trainable, TrainState
 from moejax.training.step import StepOutput, put_batch
-from moejax.training.telemetry import LAYER_METRICS
 from moejax.training.watchdog import Watchdog
 
 log = logging.getLogger("moejax")
@@ -63,7 +60,8 @@ def train_packed(
 ) -> list[ArmResult]:
     """Trains arms that differ in knobs and seeds alone, side by side in one program.
 
-    They continue from the newest step of which all have a checkpoint, or start anew if there is none.
+    They continue from the newest step of which all have a checkpoint; what some have of later steps is dropped. Where
+    none has any, they start anew.
 
     Args:
       configs: of the arms, from `config.resolve`.
@@ -76,10 +74,12 @@ def train_packed(
       How each arm ended. A signal ends all after the step at hand, saved.
 
     Raises:
-      ConfigError: arms that no single program can train, or a run directory of another run.
+      ConfigError: arms that no single program can train, a run directory of another run, or another number of them.
       DataError: data is missing or damaged.
-      CheckpointError: a checkpoint is damaged or does not fit.
+      CheckpointError: a checkpoint is damaged or does not fit, or arms have some but none of a common step.
     """
+    if len(configs) != len(workdirs):
+        raise ConfigError(f"{len(configs)} arms have {len(workdirs)} workdirs; give one for each")
     pack = Pack(configs, devices)
     folders = [Path(workdir) for workdir in workdirs]
     corpus = open_run_directory(configs[0], folders[0], command)
@@ -90,11 +90,12 @@ def train_packed(
         arms = [_Arm(trainable, folder) for trainable, folder in zip(pack.trainables, folders, strict=True)]
         for arm in arms:
             stack.enter_context(arm.checkpoints)
-        start_step = common_step([arm.checkpoints.steps() for arm in arms])
+        start_step = _start_step(arms)
         if start_step:
             log.info("continuing %d arms from step %d", len(arms), start_step)
         stack.enter_context(jax.set_mesh(pack.mesh))
-        with Watchdog(configs[0].train.step_limit_s, pack.mesh) as watchdog:
+        limit_s = configs[0].train.step_limit_s * pack.lanes_of_device  # of the step of one arm
+        with Watchdog(limit_s, pack.mesh) as watchdog:
             return _PackedLoop(pack, corpus, arms, stop, watchdog).run(start_step)
 
 
@@ -106,6 +107,8 @@ def common_step(steps: Sequence[Sequence[int]]) -> int:
 class _Arm:
     """One arm: what it writes, and whether it still trains."""
 
+    files: RunFiles  # from when the first state is known
+
     def __init__(self, trainable: Trainable, workdir: Path):
         self.trainable = trainable
         self.config = trainable.config
@@ -113,24 +116,13 @@ class _Arm:
         self.checkpoints = Checkpoints(workdir, trainable)
         self.evaluation: Evaluation | None = None
         self.error: AlarmError | NonFiniteError | None = None
+        self.last = FinishedStep(0, 0)
         self.step = 0
 
-    @contextmanager
-    def writing(self, start_step: int) -> Iterator[None]:
-        """Opens the files of the arm, without what they hold of later steps."""
-        config = self.config
-        self.step = start_step
-        with MetricsFile(self.workdir, after_step=start_step) as self.metrics:
-            self.evaluations, routing, self.alarms = None, None, None
-            if config.num_moe_layers:
-                self.evaluations = EvaluationLog(self.workdir, after_step=start_step)
-                routing = RoutingLog(self.workdir, config.moe_layers, config.moe.num_choices, LAYER_METRICS)
-                routing.truncate(start_step)
-                counts = self.checkpoints.notes(start_step).get("alarms") if start_step else None
-                self.alarms = AlarmLog(self.workdir, start_step, config, counts, name=f"arm {self.workdir.name}")
-            silent = StepProgress(config.train.num_steps, start_step, is_shown=False)
-            self.recorder = Recorder(self.metrics, routing, silent, start_step, self.alarms)
-            yield
+    @property
+    def recorder(self) -> Recorder:
+        """Of its steps."""
+        return self.files.recorder
 
     def restore(self, step: int) -> TrainState:
         """The state of a step, on the devices of the first arm."""
@@ -138,18 +130,33 @@ class _Arm:
             state = self.checkpoints.restore(step) if step else None
             return self.trainable.init(self.config.train.seed) if state is None else state
 
-    def note(self, evaluation: Evaluation, step: int) -> None:
-        """Writes an evaluation."""
-        self.evaluation = evaluation
-        of_routing = self.evaluations.append(step, evaluation) if self.evaluations else {}
-        self.metrics.write(step, evaluation.scalars() | of_routing)
+    def open(self, start_step: int) -> RunFiles:
+        """Its files, without what they hold of later steps, nor the checkpoints of those."""
+        self.checkpoints.drop_after(start_step)
+        self.step = start_step
+        silent = StepProgress(self.config.train.num_steps, start_step, is_shown=False)
+        name = f"arm {self.workdir.name}"
+        self.files = RunFiles(self.workdir, self.config, self.checkpoints, start_step, silent, name)
+        return self.files
 
     def save(self, state: TrainState) -> None:
         """Starts to save the state, with its evaluation if it has one."""
         self.step = int(state.step)
-        loss = self.evaluation.loss if self.evaluation else math.nan
-        notes = {"alarms": self.alarms.counts} if self.alarms else None
-        self.checkpoints.save(state, {"eval/loss": loss} if math.isfinite(loss) else None, notes)
+        self.files.save(state, self.evaluation)
+
+    def end(self, error: AlarmError | NonFiniteError) -> None:
+        """It trains no more."""
+        self.error = error
+        log.warning("%s: %s", self.workdir, error)
+
+
+def _start_step(arms: Sequence[_Arm]) -> int:
+    steps = [arm.checkpoints.steps() for arm in arms]
+    common = common_step(steps)
+    if not common and any(steps):
+        listed = "; ".join(f"{arm.workdir}: {own or 'none'}" for arm, own in zip(arms, steps, strict=True))
+        raise CheckpointError(f"arms of a pack have checkpoints of no common step ({listed}); train them apart")
+    return common
 
 
 class _PackedLoop:
@@ -175,13 +182,15 @@ class _PackedLoop:
     def run(self, start_step: int) -> list[ArmResult]:
         """Trains from a step that all have saved to the end, or to a signal."""
         with ExitStack() as stack:
+            state = self.pack.join(arm.restore(start_step) for arm in self.arms)
             for arm in self.arms:
-                stack.enter_context(arm.writing(start_step))
+                stack.enter_context(arm.open(start_step))
             self.progress = stack.enter_context(StepProgress(self.config.num_steps, start_step))
-            state = self.pack.join([arm.restore(start_step) for arm in self.arms])
-            is_complete, are_known = start_step == self.config.num_steps, all(a.metrics.is_evaluated for a in self.arms)
-            if start_step and self.config.is_evaluated(start_step) and (is_complete or not are_known):
-                self._evaluate(state, start_step)  # a signal came before it was done, or the result is asked for again
+            is_due = start_step > 0 and self.config.is_evaluated(start_step)
+            unknown = [arm for arm in self.arms if is_due and not arm.files.is_evaluated]
+            if unknown or start_step >= self.config.num_steps:
+                # A signal came before it was done, or the result is asked for again.
+                self._evaluate(state, start_step, self.arms, unknown)
             self._train(state, start_step)
         return [ArmResult(a.step, self.stop.received, None if a.error else a.evaluation, a.error) for a in self.arms]
 
@@ -193,21 +202,27 @@ class _PackedLoop:
             train_step = self._compile(state, {seed: batches[step] for seed, batches in self.batches.items()})
             self._resume_clock()
             running: StepOutput | None = None
-            is_stopping = False
-            while step < self.config.num_steps and self.training and not is_stopping:
+            is_over = False
+            while step < self.config.num_steps and self.training and not is_over:
                 self.watchdog.step(step + 1)
                 batches = self._put({seed: next(stream) for seed, stream in streams.items()})
                 state, output = train_step(state, batches, self.pack.knobs)
                 step += 1
                 if running is not None:
-                    self._take(running, state)
+                    self._take(running)
                 running = output
-                is_stopping = bool(self.stop)
-                if self.config.is_saved(step) or is_stopping:
-                    self._take(running, state)
+                is_saved = self.config.is_saved(step) or bool(self.stop)
+                ending = self.training if is_saved else [arm for arm in self.training if arm.recorder.stopping]
+                if ending:
+                    self._take(running)
                     running = None
-                    self._end_part(state, step)
+                    self._end_part(state, step, ending)
+                    is_over = is_saved and bool(self.stop)  # a signal may have come meanwhile
                     self._resume_clock()
+                for arm in self.training:
+                    if arm.last.skipped_in_row >= self.config.max_nonfinite_steps:
+                        self._give_up(arm, state)
+                        self._resume_clock()
 
     def _put(self, by_seed: dict[int, Batch]) -> Batch:
         return self.pack.put_batches([by_seed[arm.config.train.seed] for arm in self.arms])
@@ -223,56 +238,47 @@ class _PackedLoop:
         for arm in self.training:
             arm.recorder.resume()
 
-    def _take(self, output: StepOutput, state: TrainState) -> None:
-        """Hands the output of a step that is done to its arms; those that cannot go on end."""
-        rate, losses = 0.0, []
+    def _take(self, output: StepOutput) -> None:
+        """Hands the output of a step that is done to its arms."""
+        losses = []
         for arm, own in zip(self.arms, self.pack.outputs(output), strict=True):
-            if arm.error is not None:
-                continue
-            finished = arm.recorder.add_finished(own)
-            rate += arm.recorder.rate
-            losses.append(float(own.scalars["loss/lm"]))
-            if finished.step % self.config.log_every == 0:
-                arm.recorder.end_interval()
-            if finished.skipped_in_row >= self.config.max_nonfinite_steps:
-                self._give_up(arm, state, finished)
-        if losses:
-            self.progress.update(finished.step, sum(losses) / len(losses), rate)
+            if arm.error is None:
+                arm.last = arm.recorder.add_finished(own)
+                losses.append(float(own.scalars["loss/lm"]))
+                if arm.last.step % self.config.log_every == 0:
+                    arm.recorder.end_interval()
+        rate = sum(arm.recorder.rate for arm in self.training)
+        self.progress.update(self.training[0].last.step, sum(losses) / len(losses), rate)
 
-    def _give_up(self, arm: _Arm, state: TrainState, finished: FinishedStep) -> None:
+    def _give_up(self, arm: _Arm, state: TrainState) -> None:
         """Ends an arm whose steps are not finite; the error says where, and in which arm is the caller's to say."""
         self.watchdog.other_work("the search for values that are not finite")
         arm.recorder.flush()
-        arm.step = finished.step
-        first = finished.step - finished.skipped_in_row + 1
+        arm.step = arm.last.step
+        first = arm.last.step - arm.last.skipped_in_row + 1
         with jax.set_mesh(arm.trainable.mesh):
-            own = self.pack.split(state)[self.arms.index(arm)]
+            (own,) = self.pack.split(state, [self.arms.index(arm)])
             batch = put_batch(self.batches[arm.config.train.seed][first - 1], arm.trainable)
-            knobs = Knobs.of(arm.config)
-            arm.error = nonfinite_error(arm.trainable, own, batch, knobs, first, finished.skipped_in_row)
-        log.warning("%s: %s", arm.workdir, arm.error)
+            arm.end(nonfinite_error(arm.trainable, own, batch, Knobs.of(arm.config), first, arm.last.skipped_in_row))
 
-    def _end_part(self, state: TrainState, step: int) -> None:
-        """Evaluates and saves what is due; arms that an alarm stops are saved and end."""
-        stopped = []
-        for arm in self.training:
+    def _end_part(self, state: TrainState, step: int, arms: Sequence[_Arm]) -> None:
+        """Evaluates what is due, and saves these arms; those that an alarm stops end."""
+        for arm in arms:
             arm.recorder.flush()
             arm.evaluation = None
-            if arm.recorder.stopping:
-                stopped.append(arm)
-        if self.config.is_evaluated(step) and not self.stop and len(stopped) < len(self.training):
-            self._evaluate(state, step, stopped)
+        stopped = [arm for arm in arms if arm.recorder.stopping]
+        going_on = [arm for arm in arms if arm not in stopped]
+        if self.config.is_evaluated(step) and going_on and not self.stop:
+            self._evaluate(state, step, going_on, going_on)
         self.watchdog.other_work(f"saving step {step}")
-        for arm, own in zip(self.arms, self.pack.split(state), strict=True):
-            if arm.error is None:
-                arm.save(own)
+        for arm, own in zip(arms, self.pack.split(state, [self.arms.index(arm) for arm in arms]), strict=True):
+            arm.save(own)
         for arm in stopped:
             arm.checkpoints.wait()
-            arm.error = AlarmError(stop_message(step, arm.recorder.stopping))
-            log.warning("%s: %s", arm.workdir, arm.error)
+            arm.end(AlarmError(stop_message(step, arm.recorder.stopping)))
 
-    def _evaluate(self, state: TrainState, step: int, without: Sequence[_Arm] = ()) -> None:
-        """Evaluates the validation split for all arms at once; nothing is known if a signal comes meanwhile."""
+    def _evaluate(self, state: TrainState, step: int, arms: Sequence[_Arm], noted: Sequence[_Arm]) -> None:
+        """Evaluates the validation split for arms, and notes it for some; nothing if a signal comes meanwhile."""
         self.watchdog.other_work(f"the evaluation of step {step}")
         sums = EvaluationSums(self.domains)
         with closing(eval_batches(self.corpus, self.config.batch_size // self.config.accumulation)) as batches:
@@ -281,13 +287,9 @@ class _PackedLoop:
                     return
                 inputs = (self.pack.put_batch(x) for x in eval_inputs(batch, self.domains))
                 sums.add(self.eval_step(state.params, state.router_state, *inputs))
-        losses = []
-        for index, arm in enumerate(self.arms):
-            if arm.error is not None or arm in without:
-                continue
-            evaluation = sums.result(self.corpus.num_bytes["validation"], arm=index)
-            losses.append(evaluation.loss)
-            if step > arm.step or not arm.metrics.is_evaluated:
-                arm.note(evaluation, step)
-            arm.evaluation = evaluation
-        log.info("step %d: validation losses %s", step, " ".join(f"{loss:.4f}" for loss in losses))
+        for arm in arms:
+            arm.evaluation = sums.result(self.corpus.num_bytes["validation"], arm=self.arms.index(arm))
+            if arm in noted:
+                arm.files.note(step, arm.evaluation)
+        losses = " ".join(f"{arm.evaluation.loss:.4f}" for arm in arms if arm.evaluation)
+        log.info("step %d: validation losses %s", step, losses)

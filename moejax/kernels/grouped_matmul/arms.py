@@ -15,46 +15,56 @@ from jax.custom_batching import custom_vmap
 from moejax.kernels.grouped_matmul.tail import zero_tail
 
 Product = Callable[[jax.Array, jax.Array, jax.Array, int], jax.Array]
-"""`(rows, matrices or rows, group_sizes, spare_rows) -> rows or matrices`."""
+"""`(rows, matrices, group_sizes, spare_rows) -> rows`, or `(rows, rows, group_sizes, spare_rows) -> matrices`."""
 
 
-def rows_by_matrices(
-    product: Product, x_RP: jax.Array, w_EPQ: jax.Array, group_sizes_E: jax.Array, spare_rows: int
+def fold_arms(
+    product: Product, x_RP: jax.Array, other: jax.Array, group_sizes_E: jax.Array, spare_rows: int
 ) -> jax.Array:
-    """`product(x_RP, w_EPQ, group_sizes_E, spare_rows)`, `[R, Q]`; `vmap` folds its arms into groups."""
+    """`product(x_RP, other, group_sizes_E, spare_rows)`; `vmap` folds its arms into groups.
+
+    Args:
+      product: of rows by matrices, or the outer products of rows.
+      x_RP: rows of all groups.
+      other: matrices `[E, P, Q]`, or rows `[R, Q]`.
+      group_sizes_E: rows of each group.
+      spare_rows: how many at the end belong to no group, at least.
+
+    Returns:
+      Rows `[R, Q]`, or matrices `[E, P, Q]`.
+    """
+    gives_rows = other.ndim == 3
 
     @custom_vmap
-    def one(x_RP, w_EPQ, group_sizes_E):
-        return product(x_RP, w_EPQ, group_sizes_E, spare_rows)
+    def one(x_RP, other, group_sizes_E):
+        return product(x_RP, other, group_sizes_E, spare_rows)
 
     @one.def_vmap
     def all_arms(num_arms: int, is_batched: Any, *arrays: jax.Array):
-        x_ARP, w_AEPQ, sizes_AE = each_arm(num_arms, is_batched, arrays)
-        rows = jax.vmap(zero_tail)(x_ARP, sizes_AE)
-        folded = merge(rows), merge(w_AEPQ), merge(_with_tail(sizes_AE, x_ARP.shape[1]))
-        y_ARQ = split(rows_by_matrices(product, *folded, 0), num_arms)
-        return jax.vmap(zero_tail)(y_ARQ, sizes_AE), True
+        x_ARP, others, sizes_AE = each_arm(num_arms, is_batched, arrays)
+        if not gives_rows:
+            others = jax.vmap(zero_tail)(others, sizes_AE)
+        folded = merge(jax.vmap(zero_tail)(x_ARP, sizes_AE)), merge(others), merge(_with_tail(sizes_AE, x_ARP.shape[1]))
+        result = split(fold_arms(product, *folded, 0), num_arms)
+        return (jax.vmap(zero_tail)(result, sizes_AE) if gives_rows else result), True
 
-    return one(x_RP, w_EPQ, group_sizes_E)
+    return one(x_RP, other, group_sizes_E)
 
 
-def outer_products(
-    product: Product, x_RP: jax.Array, y_RQ: jax.Array, group_sizes_E: jax.Array, spare_rows: int
+def loop_over_arms(
+    product: Product, x_RP: jax.Array, other: jax.Array, group_sizes_E: jax.Array, spare_rows: int
 ) -> jax.Array:
-    """`product(x_RP, y_RQ, group_sizes_E, spare_rows)`, `[E, P, Q]`; `vmap` folds its arms into groups."""
+    """As `fold_arms`, for a product that multiplies all rows by all matrices: one arm after another."""
 
     @custom_vmap
-    def one(x_RP, y_RQ, group_sizes_E):
-        return product(x_RP, y_RQ, group_sizes_E, spare_rows)
+    def one(x_RP, other, group_sizes_E):
+        return product(x_RP, other, group_sizes_E, spare_rows)
 
     @one.def_vmap
     def all_arms(num_arms: int, is_batched: Any, *arrays: jax.Array):
-        x_ARP, y_ARQ, sizes_AE = each_arm(num_arms, is_batched, arrays)
-        x_RP, y_RQ = (merge(jax.vmap(zero_tail)(a_ARP, sizes_AE)) for a_ARP in (x_ARP, y_ARQ))
-        sizes_G = merge(_with_tail(sizes_AE, x_ARP.shape[1]))
-        return split(outer_products(product, x_RP, y_RQ, sizes_G, 0), num_arms), True
+        return jax.lax.map(lambda arm: one(*arm), tuple(each_arm(num_arms, is_batched, arrays))), True
 
-    return one(x_RP, y_RQ, group_sizes_E)
+    return one(x_RP, other, group_sizes_E)
 
 
 def each_arm(num_arms: int, is_batched: Any, arrays: tuple[jax.Array, ...]) -> list[jax.Array]:

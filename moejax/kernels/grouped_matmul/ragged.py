@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.lax import ragged_dot_general
 from jaxtyping import Array, Float, Int
 
-from moejax.kernels.grouped_matmul.arms import outer_products, rows_by_matrices
+from moejax.kernels.grouped_matmul.arms import Product, fold_arms, loop_over_arms
 from moejax.kernels.grouped_matmul.dimensions import BY_MATRIX, BY_TRANSPOSE, OUTER
 from moejax.kernels.grouped_matmul.megablox import outer_products_megablox
 from moejax.kernels.grouped_matmul.tail import zero_tail
@@ -24,7 +24,7 @@ def grouped_matmul_ragged(
     x_RD: Float[Array, "R D"], w_EDF: Float[Array, "E D F"], group_sizes_E: Int[Array, "E"], spare_rows: int = 0
 ) -> Float[Array, "R F"]:
     """See `grouped_matmul`."""
-    return rows_by_matrices(_BY_MATRIX, x_RD, w_EDF, group_sizes_E, spare_rows)
+    return _product(_BY_MATRIX, x_RD, w_EDF, group_sizes_E, spare_rows)
 
 
 def _forward(x_RD, w_EDF, group_sizes_E, spare_rows):
@@ -33,13 +33,19 @@ def _forward(x_RD, w_EDF, group_sizes_E, spare_rows):
 
 def _backward(spare_rows, residuals, dy_RF):
     x_RD, w_EDF, group_sizes_E = residuals
-    dx_RD = rows_by_matrices(_BY_TRANSPOSE, dy_RF, w_EDF, group_sizes_E, spare_rows)
+    dx_RD = _product(_BY_TRANSPOSE, dy_RF, w_EDF, group_sizes_E, spare_rows)
     product = functools.partial(_outer_products, dtype=w_EDF.dtype)
-    dw_EDF = outer_products(product, x_RD, dy_RF, group_sizes_E, spare_rows)
+    dw_EDF = _product(product, x_RD, dy_RF, group_sizes_E, spare_rows)
     return dx_RD, dw_EDF.astype(w_EDF.dtype), None
 
 
 grouped_matmul_ragged.defvjp(_forward, _backward)
+
+
+def _product(product: Product, x_RP, other, group_sizes_E, spare_rows: int):
+    """Off TPU arms are not folded: a dense product would multiply each one's rows by the matrices of all."""
+    over_arms = fold_arms if platform() == "tpu" else loop_over_arms
+    return over_arms(product, x_RP, other, group_sizes_E, spare_rows)
 
 
 def needs_megablox() -> bool:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.lax import RaggedDotDimensionNumbers
 from jaxtyping import Array, Float, Int
 
-from moejax.kernels.grouped_matmul.arms import outer_products, rows_by_matrices
+from moejax.kernels.grouped_matmul.arms import fold_arms
 from moejax.kernels.grouped_matmul.dimensions import BY_MATRIX, BY_TRANSPOSE, OUTER
 from moejax.kernels.grouped_matmul.tail import zero_tail
 from moejax.kernels.platform import platform
@@ -53,7 +53,7 @@ def grouped_matmul_tokamax(
     x_RD: Float[Array, "R D"], w_EDF: Float[Array, "E D F"], group_sizes_E: Int[Array, "E"], spare_rows: int = 0
 ) -> Float[Array, "R F"]:
     """See `grouped_matmul`."""
-    return rows_by_matrices(_BY_MATRIX, x_RD, w_EDF, group_sizes_E, spare_rows)
+    return fold_arms(_BY_MATRIX, x_RD, w_EDF, group_sizes_E, spare_rows)
 
 
 def _forward(x_RD, w_EDF, group_sizes_E, spare_rows):
@@ -62,8 +62,8 @@ def _forward(x_RD, w_EDF, group_sizes_E, spare_rows):
 
 def _backward(spare_rows, residuals, dy_RF):
     x_RD, w_EDF, group_sizes_E = residuals
-    dx_RD = rows_by_matrices(_BY_TRANSPOSE, dy_RF, w_EDF, group_sizes_E, spare_rows)
-    return dx_RD, outer_products(_outer_products, x_RD, dy_RF, group_sizes_E, spare_rows), None
+    dx_RD = fold_arms(_BY_TRANSPOSE, dy_RF, w_EDF, group_sizes_E, spare_rows)
+    return dx_RD, fold_arms(_outer_products, x_RD, dy_RF, group_sizes_E, spare_rows), None
 
 
 grouped_matmul_tokamax.defvjp(_forward, _backward)
