@@ -200,7 +200,7 @@ def test_a_dry_run_lists_every_arm_with_its_cost_and_writes_nothing(tmp_path):
         (["bogus"], "neither an axis"),
         (["moe.top_k=2,3", "--pack=0"], "--pack=0 must be at least 1"),
         (["moe.balance_weight=log:1e-3..1"], "give the number of values"),
-        (["moe.balance_weight=log:1e-3..1", "--search=tpe", "--seeds=2"], "--seeds goes with a sweep of given points"),
+        (["moe.balance_weight=log:1e-3..1", "--search=tpe", "--seeds=2"], "--seeds=2 goes with a sweep of given points"),
         (["worker", "--study=x"], "--storage is missing"),
         (["report"], "name one sweep"),
         (["report", "/nowhere"], "sweep.json is missing"),
