@@ -535,8 +535,8 @@ def test_a_journal_is_json_and_nothing_is_pickled(tmp_path):
 def test_a_study_of_another_space_is_refused(storage):
     create_study(storage, "s", DEFINITION)
     assert create_study(storage, "s", DEFINITION).study_name == "s"
-    with pytest.raises(StudyError, match=r"study 's' in .* has another axes, trials; choose another --study"):
-        create_study(storage, "s", new_definition(axes=(RATE,), trials=7))
+    with pytest.raises(StudyError, match=r"study 's' in .* has another axes; choose another --study"):
+        create_study(storage, "s", new_definition(axes=(RATE,)))
 
 
 def test_a_study_that_is_missing_is_named_and_not_made(storage, tmp_path):

@@ -168,15 +168,21 @@ class _Worker:
     refused: int = 0
     repeated: int = 0
 
+    @property
+    def num_trials(self) -> int:
+        """Of the study, now: it may rise while its workers run."""
+        return definition_of(self.study).trials
+
     def work(self, max_trials: int | None) -> int:
         """See the function of this name."""
         told = 0
         while not self.should_stop() and (max_trials is None or told < max_trials):
             trials = self._look()
             is_waiting = Condition.WAITING in conditions(trials).values()
-            if len(points_that_count(trials, ENDED)) >= self.definition.trials and not is_waiting:
+            num_trials = self.num_trials
+            if len(points_that_count(trials, ENDED)) >= num_trials and not is_waiting:
                 break
-            if is_waiting or len(points_that_count(trials)) < self.definition.trials:
+            if is_waiting or len(points_that_count(trials)) < num_trials:
                 told += self._take(self.study.ask())
             else:
                 self._wait(self.poll_s)
@@ -252,7 +258,7 @@ class _Worker:
             if _has_elder_twin(trials, trial.number):
                 raise self._void(trial, "drawn already")
             before = {number for number in points_that_count(trials) if number < own_root}
-            if len(before) >= self.definition.trials:
+            if len(before) >= self.num_trials:
                 raise self._void(trial, "one too many")
             same = [other for other in trials if root(other) < own_root and other.user_attrs.get("arm") == arm]
             ended = next((other for other in same if found[other.number] in ENDED), None)
