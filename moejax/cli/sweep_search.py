@@ -24,7 +24,7 @@ from moejax.sweeps.study import (
     serve_dashboard,
     show_storage,
 )
-from moejax.sweeps.trial import Trials, fractions_of
+from moejax.sweeps.trial import Trials, common_fractions
 from moejax.sweeps.trials import best, trials_table
 from moejax.sweeps.worker import work
 from moejax.training.signals import StopSignals
@@ -83,15 +83,16 @@ def search(values: FlagValues, space: Space, recipe: str, directory: Path, comma
         values, OF_RUNNERS, "is for sweeps of given points; leave it out, and start moejax sweep worker, or the same "
         "command, as often as you like",
     )  # fmt: skip
+    axes = search_axes(space.axes)
     definition = Definition(
         recipe=recipe,
         base=values.config.to_dict(),
-        axes=search_axes(space.axes),
+        axes=axes,
         sampler=values.search,
         pruner=values.pruner,
         seed=values.search_seed,
         trials=values.trials,
-        fractions=fractions_of(read_config_flag(values)),
+        fractions=common_fractions(read_config_flag(values), axes),
     )
     directory.mkdir(parents=True, exist_ok=True)
     name, storage = values.study or directory.name, values.storage or str(directory / "study.journal")

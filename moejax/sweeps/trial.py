@@ -1,16 +1,18 @@
 """What a worker of a search does with a point: its arm, trained alone, reported at its evaluations and recorded."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from moejax.config import Config, ConfigError
+from moejax.config import Config, ConfigError, TrainConfig
 from moejax.sweeps.arms import Arm, plan_arms
 from moejax.sweeps.directory import ARMS_FOLDER, add_arm, locked
+from moejax.sweeps.progress import Outcome, Report
 from moejax.sweeps.records import collect, read_record
 from moejax.sweeps.run import record_arm
-from moejax.sweeps.search import Definition
-from moejax.sweeps.worker import Outcome, Point, Report
+from moejax.sweeps.search import Axis, Definition
+from moejax.sweeps.worker import Point
 from moejax.training.alarms import AlarmError
 from moejax.training.evaluation import Evaluation
 from moejax.training.loop import train
@@ -21,10 +23,26 @@ PRUNED = "PRUNED"
 """A reason to stop that is no signal."""
 
 
-def fractions_of(config: Config) -> tuple[float, ...]:
-    """Of the schedule, at which a run is evaluated and can be pruned."""
-    steps = range(1, config.train.num_steps + 1)
-    return tuple(step / config.train.num_steps for step in steps if config.train.is_evaluated(step))
+def common_fractions(config: Config, axes: Sequence[Axis]) -> tuple[float, ...]:
+    """Of the schedule: those at which every arm of a search is evaluated, ascending.
+
+    Args:
+      config: the recipe.
+      axes: of the search; its lengths and cadences, if they are axes, are listed values.
+    """
+    listed = {axis.key: axis.values for axis in axes}
+    lengths = listed.get("train.num_steps", (config.train.num_steps,))
+    cadences = listed.get("train.eval_every", (config.train.eval_every,))
+    kinds = [
+        dataclasses.replace(config.train, num_steps=length, eval_every=cadence)
+        for length, cadence in itertools.product(lengths, cadences)
+    ]
+    return tuple(sorted(set.intersection(*map(_fractions, kinds))))
+
+
+def _fractions(config: TrainConfig) -> set[float]:
+    """Those at which a run is evaluated: equal ones are equal floats, for a quotient is rounded correctly."""
+    return {step / config.num_steps for step in range(1, config.num_steps + 1) if config.is_evaluated(step)}
 
 
 @dataclasses.dataclass

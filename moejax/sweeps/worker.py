@@ -14,10 +14,11 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from moejax.sweeps.liveness import Heart, Watch
-from moejax.sweeps.search import Definition, StudyError, at_scale
+from moejax.sweeps.progress import Outcome, Report, TrialLostError
+from moejax.sweeps.search import Definition, StudyError
 from moejax.sweeps.study import definition_of, storage_errors
 from moejax.sweeps.trials import ENDED, LIVE, Condition, conditions, points_that_count, retries_after, root
 
@@ -30,78 +31,6 @@ MAX_REPEATED = 20  # points drawn in a row that run elsewhere; then this worker 
 UNDECIDED_S = 0.05  # between looks at earlier trials that are being drawn
 
 Point: TypeAlias = dict[str, Any]
-
-
-class TrialLostError(Exception):
-    """Another worker has taken the trial over: training must end without a result. Not a mistake of the user's."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Outcome:
-    """How an arm ended: its final loss, or why it has none.
-
-    Attributes:
-      status: "done", "pruned", "failed" (not finite, an error), or "stopped" early, for another worker to go on.
-      loss: final eval/loss of an arm that is done.
-      error: of an arm that failed, one line.
-    """
-
-    status: Literal["done", "pruned", "failed", "stopped"]
-    loss: float | None = None
-    error: str | None = None
-
-
-class Report:
-    """What an arm calls at its evaluations, and asks between steps whether to end."""
-
-    def __init__(self, trial: "Trial", heart: Heart, should_stop: Callable[[], bool], reported: set[int]):
-        self._trial, self._heart, self._should_stop, self._reported = trial, heart, should_stop, reported
-
-    def __call__(self, step: int, fraction: float, loss: float) -> bool:
-        """Reports an evaluation.
-
-        Args:
-          step: after which it was.
-          fraction: of the schedule, in ]0, 1].
-          loss: eval/loss.
-
-        Returns:
-          Whether to end the arm now, as pruned. Never at the end of the schedule, nor while the storage is away.
-
-        Raises:
-          TrialLostError: the trial is another worker's by now.
-        """
-        import optuna
-
-        self.check()
-        place = at_scale(fraction)
-        if place in self._reported or not math.isfinite(loss):
-            return False
-        try:
-            self._trial.report(loss, place)
-            self._trial.set_user_attr("reached", {"step": step, "fraction": fraction})
-            self._reported.add(place)
-            return fraction < 1 and bool(self._trial.should_prune())
-        except optuna.exceptions.UpdateFinishedTrialError as error:
-            raise TrialLostError from error
-        except optuna.exceptions.StorageInternalError:
-            return False
-
-    def should_stop(self) -> bool:
-        """Whether this worker was told to stop: the arm is then left to another, with the status "stopped".
-
-        Raises:
-          TrialLostError: the trial is another worker's by now.
-        """
-        self.check()
-        return self._should_stop()
-
-    def check(self) -> None:
-        """Raises TrialLostError if the trial is another worker's by now."""
-        if self._heart.is_lost.is_set():
-            raise TrialLostError
-
-
 RunArm: TypeAlias = Callable[[Point, str, Report], Outcome]
 
 
@@ -208,7 +137,7 @@ class _Worker:
 
         reported = set(self.study.get_trials(deepcopy=False)[trial.number].intermediate_values)
         with Heart(self.study, trial, self.watch, self.beat_s) as heart:
-            report = Report(trial, heart, self.should_stop, reported)
+            report = Report(trial, heart, self.should_stop, self.definition.place, reported)
             try:
                 trial.set_user_attr("worker", self.worker_id)
                 point = self.definition.draw(self.study, trial)
