@@ -39,6 +39,7 @@ DEFINITION = Definition(
     seed=0,
     trials=6,
     fractions=(0.25, 0.5, 0.75, 1.0),
+    is_filtered=False,
 )
 
 

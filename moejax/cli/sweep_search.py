@@ -15,7 +15,7 @@ from moejax.cli.options import read_config_flag
 from moejax.cli.tables import print_result, print_table
 from moejax.sweeps import Space
 from moejax.sweeps.run import CACHE_FOLDER
-from moejax.sweeps.search import Definition, search_axes
+from moejax.sweeps.search import Definition, StudyError, search_axes
 from moejax.sweeps.study import (
     create_study,
     dashboard_command,
@@ -93,12 +93,16 @@ def search(values: FlagValues, space: Space, recipe: str, directory: Path, comma
         seed=values.search_seed,
         trials=values.trials,
         fractions=common_fractions(read_config_flag(values), axes),
+        is_filtered=space.is_filtered,
     )
     directory.mkdir(parents=True, exist_ok=True)
     name, storage = values.study or directory.name, values.storage or str(directory / "study.journal")
     study = create_study(storage, name, definition)
-    join = ["sweep", "worker", f"--study={name}", f"--storage={storage}", f"--dir={directory}"]
-    log.info("others join with %s", shown_command(join))
+    if definition.is_filtered:
+        log.info("others join with the same command")
+    else:
+        join = ["sweep", "worker", f"--study={name}", f"--storage={storage}", f"--dir={directory}"]
+        log.info("others join with %s", shown_command(join))
     log.info("%s shows it", dashboard_command(storage))
     with StopSignals() as stop:
         _work(values, study, Trials(directory, definition, command, stop, space.allows))
@@ -114,9 +118,16 @@ def join_search(values: FlagValues, command: str) -> None:
         "leave it out, or give it to the command that made the study",
     )  # fmt: skip
     study = open_study(values.storage, values.study)
+    definition = definition_of(study)
+    if definition.is_filtered:
+        raise StudyError(
+            f"study {values.study!r} leaves points out by a where(...) of its recipe {definition.recipe}, which a "
+            "worker does not know; join with the command that made the study, moejax sweep --config=... --search=..., "
+            "with the same flags and axes"
+        )
     directory = Path(values.dir or f"runs/{values.study}")
     with StopSignals() as stop:
-        _work(values, study, Trials(directory, definition_of(study), command, stop))
+        _work(values, study, Trials(directory, definition, command, stop))
 
 
 def _work(values: FlagValues, study, trials: Trials) -> None:

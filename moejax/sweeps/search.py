@@ -113,6 +113,7 @@ class Definition:
       seed: of the draws.
       trials: number of points that the study evaluates.
       fractions: of the schedule at which every arm is evaluated, ascending: `place` counts them.
+      is_filtered: whether the space leaves points out by a predicate (`where`), which is code and is not kept.
     """
 
     recipe: str
@@ -123,6 +124,7 @@ class Definition:
     seed: int
     trials: int
     fractions: tuple[float, ...]
+    is_filtered: bool
 
     def __post_init__(self) -> None:
         for name, value, known in [("sampler", self.sampler, SAMPLERS), ("pruner", self.pruner, PRUNERS)]:
