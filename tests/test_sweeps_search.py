@@ -23,7 +23,7 @@ from moejax.sweeps import Choice, Range
 from moejax.sweeps.liveness import Watch
 from moejax.sweeps.search import Axis, Definition, StudyError, search_axes
 from moejax.sweeps.study import create_study, dashboard_command, open_study, serve_dashboard, show_storage
-from moejax.sweeps.trials import MAX_RETRIES, best, trials_table
+from moejax.sweeps.trials import best, trials_table
 from moejax.sweeps.worker import Outcome, TrialLostError, _successor, work
 from postgres_cases import postgres_server
 from search_worker import arm_of
@@ -73,7 +73,6 @@ def evaluate(study, run_arm=None, **options):
     """A worker in this process; an arm's loss is least at a learning rate of 0.3."""
     settings = {
         "arm_of": arm_of,
-        "known": lambda arm: None,
         "worker_id": "w",
         "should_stop": lambda: False,
         "beat_s": 1.0,
@@ -225,20 +224,6 @@ def test_an_arm_that_is_not_finite_fails_and_the_study_goes_on(tmp_path):
     assert best(study)["value"] == min(row["value"] for row in rows if row["value"] is not None)
 
 
-def test_a_point_that_is_known_is_told_without_running_it_again(tmp_path):
-    study = create_study(str(tmp_path / "a.journal"), "s", DEFINITION)
-    ran = []
-
-    def run_arm(point, arm, report):
-        ran.append(arm)
-        return Outcome("done", 2.0)
-
-    evaluate(study, run_arm, known=lambda arm: Outcome("done", 1.0) if arm < "8" else None)
-    values = {row["arm"]: row["value"] for row in trials_table(study)}
-    assert len(values) == DEFINITION.trials and 0 < len(ran) < DEFINITION.trials
-    assert values == {arm: 2.0 if arm in ran else 1.0 for arm in values}
-
-
 def test_a_point_drawn_again_counts_and_is_run_once(tmp_path):
     study = create_study(
         str(tmp_path / "a.journal"), "s", new_definition(axes=(Axis("optimizer.peak_lr", (0.1, 0.2)),))
@@ -249,27 +234,6 @@ def test_a_point_drawn_again_counts_and_is_run_once(tmp_path):
     assert sorted(ran) == sorted({row["arm"] for row in rows}) and len(ran) == 2
     assert [row["state"] for row in rows] == ["done"] * DEFINITION.trials
     assert all(row["value"] == loss_of(row["params"]) for row in rows)
-
-
-def test_an_error_of_the_code_leaves_the_point_to_others_but_not_for_ever(tmp_path):
-    study = create_study(str(tmp_path / "a.journal"), "s", new_definition(trials=2))
-
-    def run_arm(point, arm, report):
-        if arm == first[0]:
-            raise RuntimeError("out of memory")
-        return run_quadratic(point, arm, report)
-
-    first = []
-    evaluate(study, lambda *_: Outcome("stopped"), arm_of=lambda p: first.append(arm_of(p)) or first[-1], max_trials=0)
-    with pytest.raises(RuntimeError):
-        evaluate(study, run_arm, arm_of=lambda point: first.append(arm_of(point)) or arm_of(point))
-    for _ in range(MAX_RETRIES):
-        with pytest.raises(RuntimeError):
-            evaluate(study, run_arm)
-    evaluate(study, run_arm)
-    ended = [row for row in trials_table(study) if row["state"] != "continued"]
-    assert sorted(row["state"] for row in ended) == ["done", "failed"]
-    assert [row["error"] for row in ended if row["state"] == "failed"] == ["its workers died 4 times"]
 
 
 # Workers

@@ -25,7 +25,7 @@ from moejax.sweeps.study import (
     show_storage,
 )
 from moejax.sweeps.trial import Trials, common_fractions
-from moejax.sweeps.trials import best, trials_table
+from moejax.sweeps.trials import best, trials_table, untrained
 from moejax.sweeps.worker import work
 from moejax.training.signals import StopSignals
 
@@ -138,7 +138,6 @@ def _work(values: FlagValues, study, trials: Trials) -> None:
         study,
         trials.run,
         arm_of=trials.arm_of,
-        known=trials.known,
         worker_id=f"{socket.gethostname()}-{os.getpid()}",
         should_stop=lambda: bool(trials.stop),
     )
@@ -153,6 +152,12 @@ def _work(values: FlagValues, study, trials: Trials) -> None:
         {"trials told by this worker": told, "best": found if values.json else found and str(found)},
         is_json=values.json,
     )
+    failed = untrained(study)
+    if failed:
+        raise StudyError(
+            f"{len(failed)} of {len(rows)} points could not be trained (arm {failed[0]['arm']}: {failed[0]['error']}); "
+            "leave such points out, or search again under another --study"
+        )
 
 
 def show_dashboard(values: FlagValues) -> None:

@@ -23,11 +23,13 @@ class Outcome:
       status: "done", "pruned", "failed" (not finite, an error), or "stopped" early, for another worker to go on.
       loss: final eval/loss of an arm that is done.
       error: of an arm that failed, one line.
+      is_result: False if the arm failed without being trained, so that nothing is known of its point.
     """
 
     status: Literal["done", "pruned", "failed", "stopped"]
     loss: float | None = None
     error: str | None = None
+    is_result: bool = True
 
 
 class Report:

@@ -11,6 +11,7 @@ reports, and goes on with another point.
 
 import contextlib
 import dataclasses
+import logging
 import math
 import time
 from collections.abc import Callable
@@ -27,8 +28,11 @@ if TYPE_CHECKING:  # an extra, imported where it is needed
     from optuna.trial import FrozenTrial
 
 MAX_REFUSED = 100  # points drawn in a row that are not allowed
+MAX_ERRORS = 20  # errors in a row, after which they are taken for this worker's and not the points'
 MAX_REPEATED = 20  # points drawn in a row that run elsewhere; then this worker waits for one of them
 UNDECIDED_S = 0.05  # between looks at earlier trials that are being drawn
+
+log = logging.getLogger("moejax")
 
 Point: TypeAlias = dict[str, Any]
 RunArm: TypeAlias = Callable[[Point, str, Report], Outcome]
@@ -39,7 +43,6 @@ def work(
     run_arm: RunArm,
     *,
     arm_of: Callable[[Point], str],
-    known: Callable[[str], Outcome | None],
     worker_id: str,
     should_stop: Callable[[], bool],
     max_trials: int | None = None,
@@ -51,11 +54,10 @@ def work(
 
     Args:
       study: of `open_study` or `create_study`.
-      run_arm: trains a point: `run_arm(point, arm, report)`. The run directory is the arm's, so that training goes on
-        from its newest checkpoint when the point was another worker's. It lets `TrialLostError` pass. Any other
-        exception leaves the point to another worker and ends this one.
+      run_arm: trains a point, or tells how its arm ended before: `run_arm(point, arm, report)`. The run directory is
+        the arm's, so that training goes on from its newest checkpoint when the point was another worker's. It lets
+        `TrialLostError` pass. Any other error is logged, and the point is left as if its worker had died.
       arm_of: the id of a point's arm; raises ValueError for a point that the space or the config does not allow.
-      known: the outcome of an arm that has ended before, from its record; None where there is none.
       worker_id: a name that no other worker of the study has.
       should_stop: asked between trials, and by the arm through its report.
       max_trials: after which this worker leaves; None for no limit.
@@ -68,27 +70,25 @@ def work(
 
     Raises:
       StudyError: the storage cannot be reached, or hardly any point is allowed.
+      Exception: the last of `MAX_ERRORS` errors of `run_arm` in a row.
     """
     if grace_s <= 2 * beat_s:
         raise StudyError(f"grace_s={grace_s:g} must be more than two beats of beat_s={beat_s:g}; make it longer")
     with storage_errors(f"of study {study.study_name!r}"):
         definition = definition_of(study)
         study.pruner = definition.new_pruner()
-        worker = _Worker(
-            study, definition, run_arm, arm_of, known, worker_id, should_stop, beat_s, poll_s, Watch(grace_s)
-        )
+        worker = _Worker(study, definition, run_arm, arm_of, worker_id, should_stop, beat_s, poll_s, Watch(grace_s))
         return worker.work(max_trials)
 
 
 @dataclasses.dataclass
 class _Worker:
-    """The arguments of `work`, and how many draws in a row came to nothing."""
+    """The arguments of `work`, and how many draws and arms in a row came to nothing."""
 
     study: "Study"
     definition: Definition
     run_arm: RunArm
     arm_of: Callable[[Point], str]
-    known: Callable[[str], Outcome | None]
     worker_id: str
     should_stop: Callable[[], bool]
     beat_s: float
@@ -96,6 +96,7 @@ class _Worker:
     watch: Watch
     refused: int = 0
     repeated: int = 0
+    errors: int = 0
 
     @property
     def num_trials(self) -> int:
@@ -166,7 +167,7 @@ class _Worker:
         return arm
 
     def _settle(self, trial: "Trial", arm: str, report: Report) -> Outcome | None:
-        """Waits until earlier trials have their points, then says what is known of this one's.
+        """Waits until earlier trials have their points, then says what they know of this one's.
 
         Returns:
           None if this worker must run it; an outcome otherwise.
@@ -198,19 +199,32 @@ class _Worker:
                 self.repeated += 1
                 raise self._void(trial, "drawn already")
             if Condition.RUNNING not in standing:
-                return self.known(arm)
+                return None
             self._wait(self.poll_s)  # hardly another point is left: its outcome is this trial's, too
         return Outcome("stopped")
 
     def _run(self, trial: "Trial", point: Point, arm: str, report: Report) -> Outcome:
-        """Trains; where it raises, the trial is left to another worker before this one ends."""
+        """Trains; where it raises, the trial is left to any worker, which may be this one."""
+        import optuna
+
         try:
-            return self.run_arm(point, arm, report)
+            outcome = self.run_arm(point, arm, report)
         except TrialLostError:
             raise
-        except BaseException as error:
-            self._leave(trial, is_death=not isinstance(error, KeyboardInterrupt | SystemExit))
+        except Exception as error:  # whatever it is, it must not end the other arms
+            log.error("arm %s failed: %s", arm, error, exc_info=True)
+            with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):
+                trial.set_user_attr("error", next(iter(f"{type(error).__name__}: {error}".splitlines())))
+            self._leave(trial, is_death=True)
+            self.errors += 1
+            if self.errors >= MAX_ERRORS:
+                raise
+            raise TrialLostError from error
+        except BaseException:
+            self._leave(trial, is_death=False)
             raise
+        self.errors = 0
+        return outcome
 
     def _tell(self, trial: "Trial", outcome: Outcome) -> bool:
         """Ends the trial; whether with an outcome, and not for another worker to go on.
@@ -228,6 +242,7 @@ class _Worker:
         if outcome.status == "failed" or (outcome.status == "done" and not is_finite):
             trial.set_user_attr("outcome", "failed")
             trial.set_user_attr("error", outcome.error or f"eval/loss is {outcome.loss}")
+            trial.set_user_attr("is_result", outcome.is_result)
             self._fail(trial.number)
             return True
         try:
@@ -310,4 +325,5 @@ def _outcome(trial: "FrozenTrial", condition: Condition) -> Outcome:
         return Outcome("done", trial.value)
     if condition == Condition.PRUNED:
         return Outcome("pruned")
-    return Outcome("failed", error=trial.user_attrs.get("error", "its workers died too often"))
+    error = trial.user_attrs.get("error", "its workers died too often")
+    return Outcome("failed", error=error, is_result=trial.user_attrs.get("is_result", False))
