@@ -58,7 +58,6 @@ def main(storage, directory, worker, grace_s, manner=""):
         open_study(storage, "s"),
         run_arm,
         arm_of=arm_of,
-        known=lambda arm: None,
         worker_id=worker,
         should_stop=lambda: bool(stopped),
         beat_s=min(1.0, float(grace_s) / 10),

@@ -173,6 +173,22 @@ def test_a_search_draws_trains_prunes_and_records(data, tmp_path):
     assert json.loads(output)["compared"] == sum(row["status"] == "done" for row in rows)
 
 
+@pytest.mark.slow  # a worker is taken for dead after a minute
+def test_a_search_killed_in_the_middle_is_finished_by_a_worker_from_its_checkpoint(data, tmp_path):
+    arguments = [*SMALL_RUN, data, f"--dir={tmp_path}", "optimizer.learning_rate=log:1e-4..1e-2"]
+    first = sweep(*arguments, "--search=random", "--trials=1", start_new_session=True)
+    wait_for(lambda: any(tmp_path.glob("arms/*/checkpoints/40")), first)
+    os.killpg(first.pid, signal.SIGKILL)
+    first.communicate()
+    assert not any(tmp_path.glob("arms/*/record.json")), "killed too late to show anything"
+    join = ("worker", f"--study={tmp_path.name}", f"--storage={tmp_path}/study.journal", f"--dir={tmp_path}", "--json")
+    output, errors = finish(sweep(*join))
+    assert int(re.search(r"continuing \S+ from step (\d+)", errors)[1]) >= 20
+    assert json.loads(output)["trials told by this worker"] == 1
+    (row,) = rows_of(tmp_path)
+    assert (row["status"], row["steps"]) == ("done", 120)
+
+
 def test_a_dry_run_lists_every_arm_with_its_cost_and_writes_nothing(tmp_path):
     directory = tmp_path / "sweep"
     axes = ["moe.num_experts=4,8", "moe.top_k=2,2", "--seeds=2"]
@@ -200,7 +216,10 @@ def test_a_dry_run_lists_every_arm_with_its_cost_and_writes_nothing(tmp_path):
         (["bogus"], "neither an axis"),
         (["moe.top_k=2,3", "--pack=0"], "--pack=0 must be at least 1"),
         (["moe.balance_weight=log:1e-3..1"], "give the number of values"),
-        (["moe.balance_weight=log:1e-3..1", "--search=tpe", "--seeds=2"], "--seeds goes with a sweep of given points"),
+        (
+            ["moe.balance_weight=log:1e-3..1", "--search=tpe", "--seeds=2"],
+            "--seeds=2 goes with a sweep of given points",
+        ),
         (["worker", "--study=x"], "--storage is missing"),
         (["report"], "name one sweep"),
         (["report", "/nowhere"], "sweep.json is missing"),

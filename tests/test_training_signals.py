@@ -17,6 +17,15 @@ def test_the_first_signal_is_remembered_and_later_sigterms_change_nothing():
         assert stop and stop.received == "SIGTERM"
 
 
+def test_a_signal_is_known_also_where_another_reason_was_the_first(monkeypatch):
+    monkeypatch.setattr(signals, "PATIENCE_SECONDS", 0.0)
+    with StopSignals() as stop:
+        stop.request("ALARM")
+        assert (stop.received, stop.signal) == ("ALARM", None)
+        os.kill(os.getpid(), signal.SIGINT)  # the first: no interruption
+        assert (stop.received, stop.signal) == ("ALARM", "SIGINT")
+
+
 def test_a_second_sigint_after_a_while_interrupts(monkeypatch):
     monkeypatch.setattr(signals, "PATIENCE_SECONDS", 0.0)
     with pytest.raises(KeyboardInterrupt), StopSignals() as stop:

@@ -16,7 +16,6 @@ import logging
 import math
 import os
 import runpy
-import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,16 @@ from ml_collections import config_flags
 
 from moejax.cli import UsageError
 from moejax.cli.options import define_config, define_json, read_config_flag, refuse_several_processes
-from moejax.cli.sweep_search import define_search, join_search, search, show_dashboard
+from moejax.cli.sweep_search import (
+    OF_DRAWS,
+    OF_STUDIES,
+    define_search,
+    join_search,
+    refuse_flags,
+    search,
+    show_dashboard,
+    shown_command,
+)
 from moejax.cli.tables import print_result, print_table
 from moejax.inspection.sweep_tables import LOSS, OVERRIDE, at_fraction, settings_of
 from moejax.sweeps import Space, parse_axis, product, seeds
@@ -95,6 +103,7 @@ def run(values: FlagValues, rest: list[str]) -> None:
 
 
 def _sweep(values: FlagValues, rest: list[str]) -> None:
+    refuse_flags(values, (*OF_DRAWS, *OF_STUDIES), "goes with a search; add --search=random or tpe, or leave it out")
     space = _space(values, rest)
     if values.pack < 1:
         raise UsageError(f"--pack={values.pack} must be at least 1")
@@ -159,7 +168,7 @@ def _directory(values: FlagValues) -> Path:
 
 
 def _command() -> str:
-    return shlex.join(["moejax", *sys.argv[1:]])
+    return shown_command(sys.argv[1:])
 
 
 def _show(values: FlagValues, plan: Plan, packs: tuple[tuple[str, ...], ...]) -> None:

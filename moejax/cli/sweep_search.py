@@ -2,7 +2,9 @@
 
 import logging
 import os
+import shlex
 import socket
+from collections.abc import Sequence
 from pathlib import Path
 
 from absl import flags
@@ -13,12 +15,24 @@ from moejax.cli.options import read_config_flag
 from moejax.cli.tables import print_result, print_table
 from moejax.sweeps import Space
 from moejax.sweeps.run import CACHE_FOLDER
-from moejax.sweeps.search import Definition, search_axes
-from moejax.sweeps.study import create_study, dashboard_command, definition_of, open_study, serve_dashboard
-from moejax.sweeps.trial import Trials, fractions_of
-from moejax.sweeps.trials import best, trials_table
+from moejax.sweeps.search import Definition, StudyError, search_axes
+from moejax.sweeps.study import (
+    create_study,
+    dashboard_command,
+    definition_of,
+    open_study,
+    serve_dashboard,
+    show_storage,
+)
+from moejax.sweeps.trial import Trials, common_fractions
+from moejax.sweeps.trials import best, trials_table, untrained
 from moejax.sweeps.worker import work
 from moejax.training.signals import StopSignals
+
+OF_GRIDS = ("seeds", "dry-run", "match", "adjust", "pack")
+OF_RUNNERS = ("runner", "processes", "gpus", "minutes", "partition", "account")
+OF_DRAWS = ("trials", "pruner", "search_seed")
+OF_STUDIES = ("study", "storage")
 
 log = logging.getLogger("moejax")
 
@@ -39,27 +53,56 @@ def define_search(values: FlagValues) -> None:
     flags.DEFINE_integer("port", 8080, "dashboard: at 127.0.0.1", flag_values=values)
 
 
+def refuse_flags(values: FlagValues, names: Sequence[str], remedy: str) -> None:
+    """Raises `UsageError` for a flag that was given and would change nothing here; `remedy` ends the sentence."""
+    for name in names:
+        if values[name].present:
+            value = show_storage(values.storage) if name == "storage" else values[name].value
+            raise UsageError(f"--{name}={value} {remedy}")
+
+
+def shown_command(arguments: Sequence[str]) -> str:
+    """A command line of moejax as it may be written down: the password of a storage is replaced by `***`."""
+    shown = []
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        flag, equals, value = argument.partition("=")
+        if equals and flag.lstrip("-") == "storage":
+            argument = f"{flag}={show_storage(value)}"
+        elif before in ("-storage", "--storage"):
+            argument = show_storage(argument)
+        shown.append(argument)
+    return shlex.join(["moejax", *shown])
+
+
 def search(values: FlagValues, space: Space, recipe: str, directory: Path, command: str) -> None:
     """Makes a study, or finds it, and works on it."""
     if space.axes is None:
         raise UsageError("--search draws from axes; a sweep() that yields points has none: return a product of axes")
-    for flag in ("match", "seeds", "dry-run"):
-        if values[flag].value:
-            raise UsageError(f"--{flag} goes with a sweep of given points, not with --search; leave one out")
+    refuse_flags(values, OF_GRIDS, "goes with a sweep of given points, not with --search; leave one out")
+    refuse_flags(
+        values, OF_RUNNERS, "is for sweeps of given points; leave it out, and start moejax sweep worker, or the same "
+        "command, as often as you like",
+    )  # fmt: skip
+    axes = search_axes(space.axes)
     definition = Definition(
         recipe=recipe,
         base=values.config.to_dict(),
-        axes=search_axes(space.axes),
+        axes=axes,
         sampler=values.search,
         pruner=values.pruner,
         seed=values.search_seed,
         trials=values.trials,
-        fractions=fractions_of(read_config_flag(values)),
+        fractions=common_fractions(read_config_flag(values), axes),
+        is_filtered=space.is_filtered,
     )
     directory.mkdir(parents=True, exist_ok=True)
     name, storage = values.study or directory.name, values.storage or str(directory / "study.journal")
     study = create_study(storage, name, definition)
-    log.info("others join with moejax sweep worker --study=%s --storage=%s --dir=%s", name, storage, directory)
+    if definition.is_filtered:
+        log.info("others join with the same command")
+    else:
+        join = ["sweep", "worker", f"--study={name}", f"--storage={storage}", f"--dir={directory}"]
+        log.info("others join with %s", shown_command(join))
     log.info("%s shows it", dashboard_command(storage))
     with StopSignals() as stop:
         _work(values, study, Trials(directory, definition, command, stop, space.allows))
@@ -70,10 +113,21 @@ def join_search(values: FlagValues, command: str) -> None:
     for flag in ("study", "storage"):
         if not values[flag].value:
             raise UsageError(f"--{flag} is missing; moejax sweep --search says which")
+    refuse_flags(
+        values, ("search", *OF_DRAWS, *OF_GRIDS, *OF_RUNNERS), "is not for a worker, which does what the study says; "
+        "leave it out, or give it to the command that made the study",
+    )  # fmt: skip
     study = open_study(values.storage, values.study)
+    definition = definition_of(study)
+    if definition.is_filtered:
+        raise StudyError(
+            f"study {values.study!r} leaves points out by a where(...) of its recipe {definition.recipe}, which a "
+            "worker does not know; join with the command that made the study, moejax sweep --config=... --search=..., "
+            "with the same flags and axes"
+        )
     directory = Path(values.dir or f"runs/{values.study}")
     with StopSignals() as stop:
-        _work(values, study, Trials(directory, definition_of(study), command, stop))
+        _work(values, study, Trials(directory, definition, command, stop))
 
 
 def _work(values: FlagValues, study, trials: Trials) -> None:
@@ -84,7 +138,6 @@ def _work(values: FlagValues, study, trials: Trials) -> None:
         study,
         trials.run,
         arm_of=trials.arm_of,
-        known=trials.known,
         worker_id=f"{socket.gethostname()}-{os.getpid()}",
         should_stop=lambda: bool(trials.stop),
     )
@@ -99,6 +152,12 @@ def _work(values: FlagValues, study, trials: Trials) -> None:
         {"trials told by this worker": told, "best": found if values.json else found and str(found)},
         is_json=values.json,
     )
+    failed = untrained(study)
+    if failed:
+        raise StudyError(
+            f"{len(failed)} of {len(rows)} points could not be trained (arm {failed[0]['arm']}: {failed[0]['error']}); "
+            "leave such points out, or search again under another --study"
+        )
 
 
 def show_dashboard(values: FlagValues) -> None:

@@ -1,8 +1,8 @@
 """What a search is: axes with choices or ranges, who draws points from them, and who ends bad arms early.
 
-Pruners see an evaluation at its place in the schedule, in thousandths, and not at its step: arms of different lengths
-are compared at an equal fraction only. Draws depend on the seed and the trial's number, not on who draws: workers never
-draw alike, and one worker draws the same points again, also after it was restarted.
+Pruners see those evaluations alone that all arms have at the same fraction of the schedule, by number and not by step:
+arms of different lengths are compared at an equal fraction only. Draws depend on the seed and the trial's number, not
+on who draws: workers never draw alike, and one worker draws the same points again, also after it was restarted.
 """
 
 import dataclasses
@@ -18,7 +18,6 @@ if TYPE_CHECKING:  # an extra, imported where it is needed
 
 SAMPLERS = ("random", "tpe")
 PRUNERS = ("none", "median", "halving")
-SCALE = 1000  # thousandths of the schedule
 MEDIAN_AFTER_TRIALS = 5  # complete ones, before which the median says little
 HALVING_FACTOR = 2
 LABELS = (bool, int, float, str, type(None))  # choices that Optuna keeps as they are
@@ -109,11 +108,12 @@ class Definition:
       axes: see `search_axes`.
       sampler: "random" or "tpe" (tree-structured Parzen estimator, Bergstra et al. 2011).
       pruner: "none", "median" (worse than the median of complete arms at the same fraction) or "halving" (asynchronous
-        successive halving, Li et al. 2020, section 3.2: at the first evaluation, and at twice, four times... its
-        fraction, the better half goes on).
+        successive halving, Li et al. 2020, section 3.2: after the first, second, fourth... of the common evaluations
+        the better half goes on).
       seed: of the draws.
       trials: number of points that the study evaluates.
-      fractions: of the schedule at which arms are evaluated, ascending.
+      fractions: of the schedule at which every arm is evaluated, ascending: `place` counts them.
+      is_filtered: whether the space leaves points out by a predicate (`where`), which is code and is not kept.
     """
 
     recipe: str
@@ -124,6 +124,7 @@ class Definition:
     seed: int
     trials: int
     fractions: tuple[float, ...]
+    is_filtered: bool
 
     def __post_init__(self) -> None:
         for name, value, known in [("sampler", self.sampler, SAMPLERS), ("pruner", self.pruner, PRUNERS)]:
@@ -136,6 +137,11 @@ class Definition:
         rising = all(one < other for one, other in zip(self.fractions, self.fractions[1:], strict=False))
         if not (self.fractions and rising and self.fractions[0] > 0 and self.fractions[-1] <= 1):
             raise StudyError(f"fractions={list(self.fractions)} must ascend within ]0, 1]; a pruner acts at them")
+        if self.pruner != "none" and self.fractions[0] == 1:
+            raise StudyError(
+                f"pruner={self.pruner} has nothing to compare: before the end there is no fraction of the schedule at "
+                "which every arm is evaluated; give a train.eval_every that makes one, or use pruner=none"
+            )
 
     def to_json(self) -> dict[str, Any]:
         """As JSON, which the study keeps."""
@@ -160,6 +166,10 @@ class Definition:
         mine, its = self.to_json(), other.to_json()
         return [name for name in mine if mine[name] != its[name]]
 
+    def place(self, fraction: float) -> int | None:
+        """The number of an evaluation among those that all arms have, from 1; None for one that others lack."""
+        return self.fractions.index(fraction) + 1 if fraction in self.fractions else None
+
     def draw(self, study: "optuna.Study", trial: "optuna.Trial") -> dict[str, Any]:
         """The point of a trial: dotted key -> value."""
         study.sampler = self._sampler(trial.number)
@@ -182,15 +192,8 @@ class Definition:
         if self.pruner == "median":
             return optuna.pruners.MedianPruner(n_startup_trials=MEDIAN_AFTER_TRIALS)
         if self.pruner == "halving":
-            return optuna.pruners.SuccessiveHalvingPruner(
-                min_resource=at_scale(self.fractions[0]), reduction_factor=HALVING_FACTOR
-            )
+            return optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=HALVING_FACTOR)
         return optuna.pruners.NopPruner()
-
-
-def at_scale(fraction: float) -> int:
-    """A fraction of the schedule in thousandths, at least 1."""
-    return max(1, round(fraction * SCALE))
 
 
 def _label(value: Any) -> Any:

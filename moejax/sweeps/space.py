@@ -34,6 +34,11 @@ class Space:
         """Of which it holds every combination that it `allows`; None where it is no product of axes."""
         return None
 
+    @property
+    def is_filtered(self) -> bool:
+        """Whether `where` is in it: `allows` may leave points out."""
+        return False
+
     def __iter__(self) -> Iterator[Point]:
         """The points, in order.
 
@@ -217,6 +222,10 @@ class _Product(Space):
         known = [axes for axes in each if axes is not None]
         return tuple(itertools.chain.from_iterable(known)) if len(known) == len(each) else None
 
+    @property
+    def is_filtered(self):
+        return any(space.is_filtered for space in self.spaces)
+
     def allows(self, point):
         for space in self.spaces:
             keys = [axis.key for axis in space.axes or ()]
@@ -267,6 +276,10 @@ class _Where(Space):
     @property
     def axes(self):
         return self.space.axes
+
+    @property
+    def is_filtered(self):
+        return True
 
     def allows(self, point):
         return self.space.allows(point) and bool(self.predicate(dict(point)))

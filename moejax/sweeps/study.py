@@ -41,7 +41,7 @@ def load_optuna() -> ModuleType:
 
 
 def create_study(storage: str, name: str, definition: Definition) -> "optuna.Study":
-    """The study `name`, which minimises eval/loss, made where it does not exist.
+    """The study `name`, which minimises eval/loss, made where it does not exist; one that does may get more trials.
 
     Args:
       storage: a path that ends in .journal or .log (a journal), one in .db (SQLite), or a URL of SQLAlchemy.
@@ -49,16 +49,29 @@ def create_study(storage: str, name: str, definition: Definition) -> "optuna.Stu
       definition: what is searched, kept in the study for its workers.
 
     Raises:
-      StudyError: Optuna or a driver is missing, the storage cannot be used, or the study searches something else.
+      StudyError: Optuna or a driver is missing, the storage cannot be used, or the study searches something else or
+        has more trials.
     """
     optuna = load_optuna()
     with storage_errors(show_storage(storage)):
         study = optuna.create_study(
             storage=_open_storage(storage, create=True), study_name=name, direction="minimize", load_if_exists=True
         )
-        if ATTRIBUTE not in study.user_attrs:
+        has_trials = bool(study.get_trials(deepcopy=False))
+        if ATTRIBUTE not in study.user_attrs:  # asked after its trials: who makes a study sets it before the first
+            if has_trials or study.directions != [optuna.study.StudyDirection.MINIMIZE]:
+                raise _not_ours(study)
             study.set_user_attr(ATTRIBUTE, definition.to_json())
-    differing = definition.differing(definition_of(study))
+        known = definition_of(study)
+        differing = known.differing(definition)
+        if differing == ["trials"] and definition.trials > known.trials:
+            study.set_user_attr(ATTRIBUTE, definition.to_json())
+            differing = []
+    if differing == ["trials"]:
+        raise StudyError(
+            f"study {name!r} in {show_storage(storage)} has trials={known.trials}, which may only rise, not to "
+            f"{definition.trials}; give --trials={known.trials} or more, or choose another --study"
+        )
     if differing:
         raise StudyError(
             f"study {name!r} in {show_storage(storage)} has another {', '.join(differing)}; "
@@ -96,8 +109,12 @@ def definition_of(study: "optuna.Study") -> Definition:
     """
     content = study.user_attrs.get(ATTRIBUTE)
     if content is None:
-        raise StudyError(f"study {study.study_name!r} was not made by moejax sweep; choose another --study")
+        raise _not_ours(study)
     return Definition.from_json(content)
+
+
+def _not_ours(study: "optuna.Study") -> StudyError:
+    return StudyError(f"study {study.study_name!r} was not made by moejax sweep; choose another --study")
 
 
 @contextlib.contextmanager

@@ -75,6 +75,7 @@ def points_that_count(trials: Sequence["FrozenTrial"], among: Sequence[Condition
 def trials_table(study: "Study") -> list[dict[str, Any]]:
     """A row a trial: number, state, arm, params, value (a pruned arm's is its last), fraction reached, worker, error.
 
+    An arm that failed is a result, `is_result`, if it was trained: its values were not finite, or an alarm stopped it.
     Trials that never ran are left out; those continued by another trial are in, with the state "continued".
     """
     trials = study.get_trials(deepcopy=False)
@@ -86,6 +87,11 @@ def best(study: "Study") -> dict[str, Any] | None:
     """The row of the arm with the smallest loss of those that were trained to the end; None before the first."""
     rows = [row for row in trials_table(study) if row["state"] == Condition.DONE]
     return min(rows, key=lambda row: row["value"], default=None)
+
+
+def untrained(study: "Study") -> list[dict[str, Any]]:
+    """The rows of failed trials whose points could not be trained, of which nothing is known."""
+    return [row for row in trials_table(study) if row["state"] == Condition.FAILED and not row["is_result"]]
 
 
 def _row(trial: "FrozenTrial", condition: Condition) -> dict[str, Any]:
@@ -102,4 +108,5 @@ def _row(trial: "FrozenTrial", condition: Condition) -> dict[str, Any]:
         "fraction": attributes.get("reached", {}).get("fraction"),
         "worker": attributes.get("worker"),
         "error": error,
+        "is_result": condition in ENDED and (condition != Condition.FAILED or attributes.get("is_result", False)),
     }

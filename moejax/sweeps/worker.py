@@ -11,13 +11,15 @@ reports, and goes on with another point.
 
 import contextlib
 import dataclasses
+import logging
 import math
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from moejax.sweeps.liveness import Heart, Watch
-from moejax.sweeps.search import Definition, StudyError, at_scale
+from moejax.sweeps.progress import Outcome, Report, TrialLostError
+from moejax.sweeps.search import Definition, StudyError
 from moejax.sweeps.study import definition_of, storage_errors
 from moejax.sweeps.trials import ENDED, LIVE, Condition, conditions, points_that_count, retries_after, root
 
@@ -26,82 +28,13 @@ if TYPE_CHECKING:  # an extra, imported where it is needed
     from optuna.trial import FrozenTrial
 
 MAX_REFUSED = 100  # points drawn in a row that are not allowed
+MAX_ERRORS = 20  # errors in a row, after which they are taken for this worker's and not the points'
 MAX_REPEATED = 20  # points drawn in a row that run elsewhere; then this worker waits for one of them
 UNDECIDED_S = 0.05  # between looks at earlier trials that are being drawn
 
+log = logging.getLogger("moejax")
+
 Point: TypeAlias = dict[str, Any]
-
-
-class TrialLostError(Exception):
-    """Another worker has taken the trial over: training must end without a result. Not a mistake of the user's."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Outcome:
-    """How an arm ended: its final loss, or why it has none.
-
-    Attributes:
-      status: "done", "pruned", "failed" (not finite, an error), or "stopped" early, for another worker to go on.
-      loss: final eval/loss of an arm that is done.
-      error: of an arm that failed, one line.
-    """
-
-    status: Literal["done", "pruned", "failed", "stopped"]
-    loss: float | None = None
-    error: str | None = None
-
-
-class Report:
-    """What an arm calls at its evaluations, and asks between steps whether to end."""
-
-    def __init__(self, trial: "Trial", heart: Heart, should_stop: Callable[[], bool], reported: set[int]):
-        self._trial, self._heart, self._should_stop, self._reported = trial, heart, should_stop, reported
-
-    def __call__(self, step: int, fraction: float, loss: float) -> bool:
-        """Reports an evaluation.
-
-        Args:
-          step: after which it was.
-          fraction: of the schedule, in ]0, 1].
-          loss: eval/loss.
-
-        Returns:
-          Whether to end the arm now, as pruned. Never at the end of the schedule, nor while the storage is away.
-
-        Raises:
-          TrialLostError: the trial is another worker's by now.
-        """
-        import optuna
-
-        self.check()
-        place = at_scale(fraction)
-        if place in self._reported or not math.isfinite(loss):
-            return False
-        try:
-            self._trial.report(loss, place)
-            self._trial.set_user_attr("reached", {"step": step, "fraction": fraction})
-            self._reported.add(place)
-            return fraction < 1 and bool(self._trial.should_prune())
-        except optuna.exceptions.UpdateFinishedTrialError as error:
-            raise TrialLostError from error
-        except optuna.exceptions.StorageInternalError:
-            return False
-
-    def should_stop(self) -> bool:
-        """Whether this worker was told to stop: the arm is then left to another, with the status "stopped".
-
-        Raises:
-          TrialLostError: the trial is another worker's by now.
-        """
-        self.check()
-        return self._should_stop()
-
-    def check(self) -> None:
-        """Raises TrialLostError if the trial is another worker's by now."""
-        if self._heart.is_lost.is_set():
-            raise TrialLostError
-
-
 RunArm: TypeAlias = Callable[[Point, str, Report], Outcome]
 
 
@@ -110,7 +43,6 @@ def work(
     run_arm: RunArm,
     *,
     arm_of: Callable[[Point], str],
-    known: Callable[[str], Outcome | None],
     worker_id: str,
     should_stop: Callable[[], bool],
     max_trials: int | None = None,
@@ -122,11 +54,10 @@ def work(
 
     Args:
       study: of `open_study` or `create_study`.
-      run_arm: trains a point: `run_arm(point, arm, report)`. The run directory is the arm's, so that training goes on
-        from its newest checkpoint when the point was another worker's. It lets `TrialLostError` pass. Any other
-        exception leaves the point to another worker and ends this one.
+      run_arm: trains a point, or tells how its arm ended before: `run_arm(point, arm, report)`. The run directory is
+        the arm's, so that training goes on from its newest checkpoint when the point was another worker's. It lets
+        `TrialLostError` pass. Any other error is logged, and the point is left as if its worker had died.
       arm_of: the id of a point's arm; raises ValueError for a point that the space or the config does not allow.
-      known: the outcome of an arm that has ended before, from its record; None where there is none.
       worker_id: a name that no other worker of the study has.
       should_stop: asked between trials, and by the arm through its report.
       max_trials: after which this worker leaves; None for no limit.
@@ -139,27 +70,25 @@ def work(
 
     Raises:
       StudyError: the storage cannot be reached, or hardly any point is allowed.
+      Exception: the last of `MAX_ERRORS` errors of `run_arm` in a row.
     """
     if grace_s <= 2 * beat_s:
         raise StudyError(f"grace_s={grace_s:g} must be more than two beats of beat_s={beat_s:g}; make it longer")
     with storage_errors(f"of study {study.study_name!r}"):
         definition = definition_of(study)
         study.pruner = definition.new_pruner()
-        worker = _Worker(
-            study, definition, run_arm, arm_of, known, worker_id, should_stop, beat_s, poll_s, Watch(grace_s)
-        )
+        worker = _Worker(study, definition, run_arm, arm_of, worker_id, should_stop, beat_s, poll_s, Watch(grace_s))
         return worker.work(max_trials)
 
 
 @dataclasses.dataclass
 class _Worker:
-    """The arguments of `work`, and how many draws in a row came to nothing."""
+    """The arguments of `work`, and how many draws and arms in a row came to nothing."""
 
     study: "Study"
     definition: Definition
     run_arm: RunArm
     arm_of: Callable[[Point], str]
-    known: Callable[[str], Outcome | None]
     worker_id: str
     should_stop: Callable[[], bool]
     beat_s: float
@@ -167,6 +96,12 @@ class _Worker:
     watch: Watch
     refused: int = 0
     repeated: int = 0
+    errors: int = 0
+
+    @property
+    def num_trials(self) -> int:
+        """Of the study, now: it may rise while its workers run."""
+        return definition_of(self.study).trials
 
     def work(self, max_trials: int | None) -> int:
         """See the function of this name."""
@@ -174,9 +109,10 @@ class _Worker:
         while not self.should_stop() and (max_trials is None or told < max_trials):
             trials = self._look()
             is_waiting = Condition.WAITING in conditions(trials).values()
-            if len(points_that_count(trials, ENDED)) >= self.definition.trials and not is_waiting:
+            num_trials = self.num_trials
+            if len(points_that_count(trials, ENDED)) >= num_trials and not is_waiting:
                 break
-            if is_waiting or len(points_that_count(trials)) < self.definition.trials:
+            if is_waiting or len(points_that_count(trials)) < num_trials:
                 told += self._take(self.study.ask())
             else:
                 self._wait(self.poll_s)
@@ -202,7 +138,7 @@ class _Worker:
 
         reported = set(self.study.get_trials(deepcopy=False)[trial.number].intermediate_values)
         with Heart(self.study, trial, self.watch, self.beat_s) as heart:
-            report = Report(trial, heart, self.should_stop, reported)
+            report = Report(trial, heart, self.should_stop, self.definition.place, reported)
             try:
                 trial.set_user_attr("worker", self.worker_id)
                 point = self.definition.draw(self.study, trial)
@@ -231,7 +167,7 @@ class _Worker:
         return arm
 
     def _settle(self, trial: "Trial", arm: str, report: Report) -> Outcome | None:
-        """Waits until earlier trials have their points, then says what is known of this one's.
+        """Waits until earlier trials have their points, then says what they know of this one's.
 
         Returns:
           None if this worker must run it; an outcome otherwise.
@@ -252,7 +188,7 @@ class _Worker:
             if _has_elder_twin(trials, trial.number):
                 raise self._void(trial, "drawn already")
             before = {number for number in points_that_count(trials) if number < own_root}
-            if len(before) >= self.definition.trials:
+            if len(before) >= self.num_trials:
                 raise self._void(trial, "one too many")
             same = [other for other in trials if root(other) < own_root and other.user_attrs.get("arm") == arm]
             ended = next((other for other in same if found[other.number] in ENDED), None)
@@ -263,19 +199,32 @@ class _Worker:
                 self.repeated += 1
                 raise self._void(trial, "drawn already")
             if Condition.RUNNING not in standing:
-                return self.known(arm)
+                return None
             self._wait(self.poll_s)  # hardly another point is left: its outcome is this trial's, too
         return Outcome("stopped")
 
     def _run(self, trial: "Trial", point: Point, arm: str, report: Report) -> Outcome:
-        """Trains; where it raises, the trial is left to another worker before this one ends."""
+        """Trains; where it raises, the trial is left to any worker, which may be this one."""
+        import optuna
+
         try:
-            return self.run_arm(point, arm, report)
+            outcome = self.run_arm(point, arm, report)
         except TrialLostError:
             raise
-        except BaseException as error:
-            self._leave(trial, is_death=not isinstance(error, KeyboardInterrupt | SystemExit))
+        except Exception as error:  # whatever it is, it must not end the other arms
+            log.error("arm %s failed: %s", arm, error, exc_info=True)
+            with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):
+                trial.set_user_attr("error", next(iter(f"{type(error).__name__}: {error}".splitlines())))
+            self._leave(trial, is_death=True)
+            self.errors += 1
+            if self.errors >= MAX_ERRORS:
+                raise
+            raise TrialLostError from error
+        except BaseException:
+            self._leave(trial, is_death=False)
             raise
+        self.errors = 0
+        return outcome
 
     def _tell(self, trial: "Trial", outcome: Outcome) -> bool:
         """Ends the trial; whether with an outcome, and not for another worker to go on.
@@ -293,6 +242,7 @@ class _Worker:
         if outcome.status == "failed" or (outcome.status == "done" and not is_finite):
             trial.set_user_attr("outcome", "failed")
             trial.set_user_attr("error", outcome.error or f"eval/loss is {outcome.loss}")
+            trial.set_user_attr("is_result", outcome.is_result)
             self._fail(trial.number)
             return True
         try:
@@ -375,4 +325,5 @@ def _outcome(trial: "FrozenTrial", condition: Condition) -> Outcome:
         return Outcome("done", trial.value)
     if condition == Condition.PRUNED:
         return Outcome("pruned")
-    return Outcome("failed", error=trial.user_attrs.get("error", "its workers died too often"))
+    error = trial.user_attrs.get("error", "its workers died too often")
+    return Outcome("failed", error=error, is_result=trial.user_attrs.get("is_result", False))

@@ -15,7 +15,11 @@ log = logging.getLogger("moejax")
 
 
 class StopSignals:
-    """While entered, remembers the first SIGINT or SIGTERM in `received`.
+    """While entered, remembers the first SIGINT or SIGTERM.
+
+    Attributes:
+      received: its name, or the reason of a `request` that came before it.
+      signal: its name, also if another reason was the first.
 
     Later SIGTERMs change nothing: `make` and schedulers often send the same signal twice. A second SIGINT, a second or
     more after the first, interrupts at once. Outside the main thread, where handlers cannot be set, nothing is heard.
@@ -23,7 +27,8 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.received: str | None = None
-        self._received_at = 0.0
+        self.signal: str | None = None
+        self._heard_at = 0.0
         self._depth = 0
         self._previous: dict[int, object] = {}
 
@@ -47,12 +52,13 @@ class StopSignals:
     def request(self, reason: str) -> None:
         """Asks for a stop as a signal does; the first reason counts."""
         if self.received is None:
-            self.received, self._received_at = reason, time.monotonic()
+            self.received = reason
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
-        if self.received is None:
-            self.received, self._received_at = signal.Signals(number).name, now
-            log.info("%s: stopping after the work at hand", self.received)
-        elif number == signal.SIGINT and now - self._received_at >= PATIENCE_SECONDS:
+        if self.signal is None:
+            self.signal, self._heard_at = signal.Signals(number).name, now
+            self.request(self.signal)
+            log.info("%s: stopping after the work at hand", self.signal)
+        elif number == signal.SIGINT and now - self._heard_at >= PATIENCE_SECONDS:
             raise KeyboardInterrupt
