@@ -185,6 +185,31 @@ def test_an_effect_is_drawn_where_its_numbers_are():
     assert container.lines[0].get_ydata().tolist() == [0, 1]  # names below one another
 
 
+def test_an_effect_without_other_axes_has_the_standard_errors_over_seeds_and_no_bars_without_them():
+    points = product(moe_top_k=[1, 2], train_seed=[0, 1, 2])
+    document = page(points, [2.7, 3, 3.3, 2.6, 2.9, 3.2])
+    alts = [image["alt"] for image in Reader(document).images]
+    assert "Mean eval loss by top_k: 1: 3.00 ± 0.17; 2: 2.90 ± 0.17" in alts
+    assert "Each point is a setting's mean over its seeds" in document and "other axes" not in document
+    found = settings_of(frame_of([row_of(points[0], 3.0), row_of(points[3], 2.9), row_of(points[4], 3.1)]), [LOSS])
+    drawing = sweep_figures.draw_effect(main_effect(found, LOSS, "override/moe.top_k"), "K", "loss")
+    (container,) = drawing.figure.axes[0].containers
+    one_seed, two_seeds = container.lines[2][0].get_segments()
+    assert len(one_seed) == 0 and two_seeds[:, 1].tolist() == pytest.approx([2.9, 3.1])
+
+
+def test_a_departure_that_other_axes_may_make_or_that_cannot_be_judged_is_said_to_be_such():
+    points = product(moe_top_k=[1, 2], moe_router=["a", "b"], model_d_ff=[1, 2])
+    additive = [p["moe.top_k"] + (p["moe.router"] == "b") + p["model.d_ff"] for p in points]
+    whole, holed = page(points, additive), page(points, additive, changed={7: {"status": "failed"}})
+    note = "Its cells are means over different levels of the other axes, so it holds some of what those do."
+    assert "Largest departure from two separate effects: 0.125 nats. " + note in holed and note not in whole
+    points = product(moe_top_k=[1, 2, 3], moe_router=["a", "b", "c"])
+    points = [p for p in points if p["moe.top_k"] != "abc".index(p["moe.router"]) + 1]
+    document = page(points, [1.0, 5.0, 2.0, 2.0, 9.0, 1.0])
+    assert "effects: not judged, as too many cells have no setting." in document and "0 nats" not in document
+
+
 def test_the_best_setting_is_the_thick_line_and_a_line_stops_where_an_axis_is_not_set():
     points = [{"a.b": 1, "c.d": "x"}, {"a.b": 3, "c.d": "y"}, {"a.b": 2}]
     rows = [row_of(point, loss, arm=str(loss)) for point, loss in zip(points, [3, 1, 2], strict=True)]

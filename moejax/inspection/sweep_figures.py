@@ -45,7 +45,7 @@ NEIGHBOUR_LETTERS = 16  # of names side by side, in the mean
 
 
 def draw_effect(effect: Effect, axis: str, metric: str) -> Drawing:
-    """Draws the mean of a metric at each level, with one standard error to both sides.
+    """Draws the mean of a metric at each level, with one standard error to both sides where it is known.
 
     Args:
       effect: at least one level.
@@ -55,7 +55,7 @@ def draw_effect(effect: Effect, axis: str, metric: str) -> Drawing:
     table = effect.table
     scale = scale_of(table["level"])
     places, means = scale.places(table["level"]), table["mean"].to_numpy(np.float64)
-    errors = np.nan_to_num(table["se"].to_numpy(np.float64))
+    errors = table["se"].to_numpy(np.float64)
     marks: dict[str, Any] = {"color": BLUE, "marker": "o", "ms": 5, "elinewidth": 1.2, "capsize": 3}
     with matplotlib.rc_context(STYLE):
         figure, axes = new_figure(_height(scale))

@@ -12,7 +12,16 @@ from moejax.inspection.page import figure, grid, table
 from moejax.inspection.sweep_figures import MAX_LINES, draw_effect, draw_front, draw_interaction, draw_parallel
 from moejax.inspection.sweep_scale import level_name, scale_of
 from moejax.inspection.sweep_settings import METRICS, NUMBER, mean_and_error
-from moejax.inspection.sweep_tables import LOSS, Effect, interaction, key_of, levels_of, main_effect, pareto_front
+from moejax.inspection.sweep_tables import (
+    LOSS,
+    Effect,
+    interaction,
+    is_balanced,
+    key_of,
+    levels_of,
+    main_effect,
+    pareto_front,
+)
 from moejax.inspection.sweep_tables import strength as strength_of
 
 EFFECT_METRICS = (LOSS, "tail/moe/max_violation", "tail/moe/dropped", "step_s")
@@ -39,8 +48,11 @@ def effects(settings: pd.DataFrame, axes: Names) -> str:
     if not axes:
         return ONE_SETTING
     parts = [
-        "<p>Each point is the mean over all cells of the other axes, each of the same weight, ± one standard error "
-        "over those cells: it holds what the other axes do, so levels can differ although bars overlap.</p>"
+        "<p>Each point is a setting's mean over its seeds, ± one standard error (none if there is one seed).</p>"
+        if len(axes) == 1
+        else "<p>Each point is the mean over all cells of the other axes, each of the same weight, ± one standard "
+        "error over those cells: it holds what the other axes do, so levels can differ although bars overlap. A level "
+        "with one cell has the standard error over the cell's seeds, if there are several.</p>"
     ]
     for axis, name in axes.items():
         drawn, note = [], ""
@@ -99,11 +111,11 @@ def interactions(settings: pd.DataFrame, axes: Names) -> str:
             num_sparse += 1
             continue
         found.append((strength_of(means), along, lines, means))
-    found.sort(key=lambda item: -item[0])
+    found.sort(key=lambda item: math.inf if math.isnan(item[0]) else -item[0])
     drawn = [
         figure(
             f"{html.text(axes[along])} by {html.text(axes[lines])}",
-            f"Largest departure from two separate effects: {size:.3g} nats.",
+            _departure(size, is_balanced(settings, LOSS, [along, lines])),
             draw_interaction(means, axes[along], axes[lines], unit_of(LOSS)),
             alt=_interaction_in_words(means, axes[along], axes[lines]),
         )
@@ -130,6 +142,14 @@ def _order(settings: pd.DataFrame, one: str, other: str) -> tuple[str, str]:
     if len(levels_of(settings[lines])) > MAX_LINES:
         along, lines = lines, along
     return along, lines
+
+
+def _departure(size: float, is_fair: bool) -> str:
+    shown = "not judged, as too many cells have no setting" if math.isnan(size) else f"{size:.3g} nats"
+    note = "" if is_fair else (
+        " Its cells are means over different levels of the other axes, so it holds some of what those do."
+    )  # fmt: skip
+    return f"Largest departure from two separate effects: {shown}.{note}"
 
 
 def _interaction_in_words(means: pd.DataFrame, along: str, lines: str) -> str:
