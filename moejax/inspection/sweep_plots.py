@@ -11,7 +11,7 @@ from moejax.inspection import html
 from moejax.inspection.page import figure, grid, table
 from moejax.inspection.sweep_figures import MAX_LINES, draw_effect, draw_front, draw_interaction, draw_parallel
 from moejax.inspection.sweep_scale import level_name, scale_of
-from moejax.inspection.sweep_settings import METRICS, NUMBER, mean_and_error
+from moejax.inspection.sweep_settings import METRICS, NUMBER, arms_in_words, mean_and_error
 from moejax.inspection.sweep_tables import (
     LOSS,
     Effect,
@@ -24,8 +24,9 @@ from moejax.inspection.sweep_tables import (
 )
 from moejax.inspection.sweep_tables import strength as strength_of
 
-EFFECT_METRICS = (LOSS, "tail/moe/max_violation", "tail/moe/dropped", "step_s")
-TRADED = ("tail/moe/dropped", "step_s")
+STEP_TIME = "step_s"
+EFFECT_METRICS = (LOSS, "tail/moe/max_violation", "tail/moe/dropped", STEP_TIME)
+TRADED = ("tail/moe/dropped", STEP_TIME)
 MAX_AXES = 10  # in the figure of all settings
 MAX_PAIRS = 12  # of axes, those that interact most
 MAX_LEVELS = 16  # along the axis of a pair: of more, a line follows noise
@@ -43,8 +44,8 @@ def unit_of(metric: str) -> str:
     return f"{name} ({unit})"
 
 
-def effects(settings: pd.DataFrame, axes: Names) -> str:
-    """A figure for each axis and each metric that is not the same in all settings."""
+def effects(settings: pd.DataFrame, axes: Names, packs: str) -> str:
+    """A figure for each axis and each metric that is not the same in all settings; `packs` is of `pack_note`."""
     if not axes:
         return ONE_SETTING
     parts = [
@@ -62,7 +63,8 @@ def effects(settings: pd.DataFrame, axes: Names) -> str:
                 continue
             note = note or _note(effect)
             image = draw_effect(effect, name, unit_of(metric))
-            drawn.append(figure(METRICS[metric][0], "", image, alt=_effect_in_words(effect, name, metric)))
+            reading = packs if metric == STEP_TIME else ""
+            drawn.append(figure(METRICS[metric][0], reading, image, alt=_effect_in_words(effect, name, metric)))
         if drawn:
             parts.append(f"<h3><code>{html.text(axis.partition('/')[2])}</code></h3>{note}{grid(drawn)}")
     return "".join(parts) if len(parts) > 1 else "<p>No metric differs between levels.</p>"
@@ -75,7 +77,7 @@ def count(n: int, thing: str) -> str:
 
 def _varies(values: pd.Series) -> bool:
     known = values.dropna()
-    return len(known) > 1 and float(known.max() - known.min()) > 0
+    return len(known) > 1 and float(np.ptp(known)) > 1e-9 * float(known.abs().max())  # more than means are rounded
 
 
 def _note(effect: Effect) -> str:
@@ -166,15 +168,15 @@ def parallel(settings: pd.DataFrame, axes: Names) -> str:
     shown = dict(list(axes.items())[:MAX_AXES])
     best = settings.iloc[0]
     at_best = ", ".join(f"{name} {level_name(best[axis])}" for axis, name in shown.items())
-    alt = f"{len(settings)} settings as lines through {', '.join(shown.values())} and eval loss; the lowest: {at_best}"
+    alt = f"{len(settings)} settings as lines through {', '.join(shown.values())} and eval loss; setting 1: {at_best}"
     image = draw_parallel(settings, shown, LOSS, METRICS[LOSS][0])
     some = "" if len(shown) == len(axes) else f" {len(shown)} of {len(axes)} axes are shown."
-    reading = f"A line is a setting; dark is a low loss, and the thick line the lowest.{some}"
+    reading = f"A line is a setting; dark is a low loss, and the thick line setting 1.{some}"
     return figure("Settings and their loss", reading, image, alt=alt, kind="wide true-colors")
 
 
-def fronts(settings: pd.DataFrame, axes: Names) -> str:
-    """Loss against what it may cost, and the settings that no other beats in both."""
+def fronts(settings: pd.DataFrame, axes: Names, packs: str) -> str:
+    """Loss against what it may cost, and the settings that no other beats in both; `packs` is of `pack_note`."""
     drawn, tables, said = [], [], []
     for metric in TRADED:
         name = METRICS[metric][0]
@@ -198,7 +200,8 @@ def fronts(settings: pd.DataFrame, axes: Names) -> str:
         front = known[is_front].sort_values(metric, kind="stable")
         listed = ", ".join(map(str, front[NUMBER]))
         alt = f"Eval loss against {name} of {len(known)} settings; on the front are the settings {listed}"
-        drawn.append(figure(f"Loss against {name}", "Both are to be low.", image, alt=alt))
+        reading = f"Both are to be low. {packs}" if metric == STEP_TIME else "Both are to be low."
+        drawn.append(figure(f"Loss against {name}", reading, image, alt=alt))
         tables.append(f"<h3>On the front of loss and {name}</h3>" + _front_table(front, axes, metric))
     text = (
         "<p>On the front are settings that no other beats in one without losing in the other. Means over seeds are "
@@ -213,8 +216,9 @@ def _front_table(front: pd.DataFrame, axes: Names, metric: str) -> str:
             str(row[NUMBER]),
             *(html.text("" if key_of(row[axis]) is None else level_name(row[axis])) for axis in axes),
             *(html.text(mean_and_error(row[key], row[f"{key}/se"])) for key in (LOSS, metric)),
+            arms_in_words(row),
         ]
         for row in front.to_dict("records")
     ]
     names = [html.text(name) for name in axes.values()]
-    return table(["setting", *names, METRICS[LOSS][0], METRICS[metric][0]], rows, "numbers")
+    return table(["setting", *names, METRICS[LOSS][0], METRICS[metric][0], "arms"], rows, "numbers")

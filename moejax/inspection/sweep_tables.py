@@ -125,6 +125,12 @@ def _evaluation(row: Mapping[Any, Any], fraction: float) -> tuple[float, float] 
     return f"no evaluation at {fraction:g} of its schedule (step {wanted:g})"
 
 
+def setting_key(overrides: Mapping[str, Any]) -> Hashable:
+    """Equal for overrides, by dotted key, that differ in their seed at most; what is None is not set."""
+    levels = {key: key_of(value) for key, value in overrides.items() if key != SEED.removeprefix(OVERRIDE)}
+    return frozenset((key, level) for key, level in levels.items() if level is not None)
+
+
 def settings_of(frame: pd.DataFrame, metrics: Sequence[str]) -> pd.DataFrame:
     """A row for each setting, with means of metrics over its seeds.
 
