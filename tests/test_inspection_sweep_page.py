@@ -108,9 +108,15 @@ def test_any_kind_of_sweep_has_a_page(points):
     losses = [3.0 + i / 7 for i in range(len(points))]
     changed = {i: {"tail/moe/dropped": i / 100} for i in range(1, len(points))}
     document = page(points, losses, changed=changed)
-    assert f"Of {len(points)} arms planned: {len(points)} done." in document
+    assert f" planned: {len(points)} done." in document
     for svg in svgs(document):
         xml.dom.minidom.parseString(svg)
+
+
+def test_a_sweep_of_one_arm_says_in_every_comparison_that_there_is_none():
+    text = " ".join(Reader(page([{"moe.top_k": 2}], [3.0])).text)
+    assert "Of 1 arm planned: 1 done." in text and "1: 1 setting, no seed axis" in text
+    assert text.count("No axis has more than one level among the arms that are compared.") == 4
 
 
 def test_arms_that_failed_or_are_missing_are_counted_and_listed_with_the_reason():
@@ -135,7 +141,7 @@ def test_a_sweep_of_which_nothing_is_done_says_so():
     assert "No arm is done, so" in text and "<img" not in text
     definition = {"recipe": "", "arms": [entry_of({"moe.top_k": 1})]}
     text = build_sweep_page(frame_of([]), definition)
-    assert "Of 1 arms planned: 0 done, 1 not ended." in text
+    assert "Of 1 arm planned: 0 done, 1 not ended." in text
 
 
 def test_settings_whose_other_seeds_failed_come_last_and_say_how_many_arms_they_are_the_mean_of():

@@ -113,7 +113,7 @@ def _outcome(frame: pd.DataFrame, planned: Sequence[Mapping[str, Any]]) -> str:
     parts = [f"{counts.pop('done')} done", *(f"{n} {status}" for status, n in counts.items() if n)]
     parts += [f"{missing} not ended"] if missing else []
     kind = "warning" if counts["failed"] or counts["stopped"] else ""
-    text = f'<p class="{kind}"><strong>Of {len(planned)} arms planned: {", ".join(parts)}.</strong></p>'
+    text = f'<p class="{kind}"><strong>Of {count(len(planned), "arm")} planned: {", ".join(parts)}.</strong></p>'
     return text + _alarms(frame)
 
 
@@ -131,7 +131,7 @@ def _alarms(frame: pd.DataFrame) -> str:
     ]
     total = len({arm for of_rule in arms.values() for arm in of_rule})
     text = table(("alarm", "arms", ""), rows, "events")
-    return f'<p class="warning">{total} of {len(frame)} arms raised alarms.</p>' + (
+    return f'<p class="warning">{total} of {count(len(frame), "arm")} raised alarms.</p>' + (
         details("Which arms", text, is_open=total <= MAX_OPEN)
     )
 

@@ -100,6 +100,8 @@ def _effect_in_words(effect: Effect, name: str, metric: str) -> str:
 
 def interactions(settings: pd.DataFrame, axes: Names) -> str:
     """A figure of the loss for each pair of axes with enough cells, those that interact most first."""
+    if not axes:
+        return ONE_SETTING
     if len(axes) < 2:
         return "<p>Fewer than two axes have more than one level.</p>"
     found, num_sparse = [], 0
@@ -163,8 +165,10 @@ def _interaction_in_words(means: pd.DataFrame, along: str, lines: str) -> str:
 
 def parallel(settings: pd.DataFrame, axes: Names) -> str:
     """All settings as lines through their levels."""
-    if not axes or not _varies(settings[LOSS]):
-        return "<p>All settings have the same levels or the same loss.</p>"
+    if not axes:
+        return ONE_SETTING
+    if not _varies(settings[LOSS]):
+        return "<p>All settings have the same loss.</p>"
     shown = dict(list(axes.items())[:MAX_AXES])
     best = settings.iloc[0]
     at_best = ", ".join(f"{name} {level_name(best[axis])}" for axis, name in shown.items())
@@ -177,6 +181,8 @@ def parallel(settings: pd.DataFrame, axes: Names) -> str:
 
 def fronts(settings: pd.DataFrame, axes: Names, packs: str) -> str:
     """Loss against what it may cost, and the settings that no other beats in both; `packs` is of `pack_note`."""
+    if not axes:
+        return ONE_SETTING
     drawn, tables, said = [], [], []
     for metric in TRADED:
         name = METRICS[metric][0]
@@ -214,11 +220,11 @@ def _front_table(front: pd.DataFrame, axes: Names, metric: str) -> str:
     rows = [
         [
             str(row[NUMBER]),
+            arms_in_words(row),
             *(html.text("" if key_of(row[axis]) is None else level_name(row[axis])) for axis in axes),
             *(html.text(mean_and_error(row[key], row[f"{key}/se"])) for key in (LOSS, metric)),
-            arms_in_words(row),
         ]
         for row in front.to_dict("records")
     ]
     names = [html.text(name) for name in axes.values()]
-    return table(["setting", *names, METRICS[LOSS][0], METRICS[metric][0], "arms"], rows, "numbers")
+    return table(["setting", "arms", *names, METRICS[LOSS][0], METRICS[metric][0]], rows, "numbers")

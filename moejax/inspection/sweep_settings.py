@@ -144,15 +144,15 @@ def settings_table(settings: pd.DataFrame, compared: pd.DataFrame, matched: Sequ
     axes = [str(name) for name in settings.columns if str(name).startswith(OVERRIDE) and name != SEED]
     metrics = [key for key in METRICS if key != LOSS and settings[key].notna().any()]
     of_arm = {row["arm"]: row for row in compared.to_dict("records")}
-    head = [_head("setting", ""), _head(*METRICS[LOSS])]  # side by side, however many axes there are
+    head = [_head("setting", ""), _head(*METRICS[LOSS]), _head("arms", "done")]  # in sight, however many axes there are
     head += [_head(axis.removeprefix(OVERRIDE), "") for axis in axes]
     head += [_head(name.removeprefix(MATCHED), "matched") for name in matched]
-    head += [_head("arms", "done"), *(_head(*METRICS[key]) for key in metrics), _head("folders", "in arms/")]
+    head += [*(_head(*METRICS[key]) for key in metrics), _head("folders", "in arms/")]
     rows = []
     for row in settings.to_dict("records"):
-        cells = [_metric_cell(row, LOSS), *(_level_cell(row[axis]) for axis in axes)]
+        cells = [_metric_cell(row, LOSS), _number_cell(len(row["arms"]), arms_in_words(row))]
+        cells += [_level_cell(row[axis]) for axis in axes]
         cells += [_levels_cell([of_arm[arm].get(name) for arm in row["arms"]]) for name in matched]
-        cells.append(_number_cell(len(row["arms"]), arms_in_words(row)))
         cells += [_metric_cell(row, key) for key in metrics]
         cells.append(f"<td><code>{html.text(' '.join(row['arms']))}</code></td>")
         number = f'<th scope="row" data-number="{row[NUMBER]}">{row[NUMBER]}</th>'
