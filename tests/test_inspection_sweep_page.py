@@ -11,10 +11,12 @@ import xml.dom.minidom
 import numpy as np
 import pytest
 
+from moejax.cli import main
 from moejax.inspection import sweep_figures, sweep_scale
 from moejax.inspection.sweep_page import build_sweep_page
+from moejax.inspection.sweep_plots import interactions
 from moejax.inspection.sweep_settings import mean_and_error, short_names
-from moejax.inspection.sweep_tables import LOSS, frame_of, main_effect, settings_of
+from moejax.inspection.sweep_tables import LOSS, axes_of, frame_of, main_effect, settings_of
 from moejax.sweeps.records import record_of, write_record
 from moejax.sweeps.report import build_sweep_report
 from sweep_cases import entry_of, product, row_of, write_definition, write_run
@@ -106,9 +108,15 @@ def test_any_kind_of_sweep_has_a_page(points):
     losses = [3.0 + i / 7 for i in range(len(points))]
     changed = {i: {"tail/moe/dropped": i / 100} for i in range(1, len(points))}
     document = page(points, losses, changed=changed)
-    assert f"Of {len(points)} arms planned: {len(points)} done." in document
+    assert f" planned: {len(points)} done." in document
     for svg in svgs(document):
         xml.dom.minidom.parseString(svg)
+
+
+def test_a_sweep_of_one_arm_says_in_every_comparison_that_there_is_none():
+    text = " ".join(Reader(page([{"moe.top_k": 2}], [3.0])).text)
+    assert "Of 1 arm planned: 1 done." in text and "1: 1 setting, no seed axis" in text
+    assert text.count("No axis has more than one level among the arms that are compared.") == 4
 
 
 def test_arms_that_failed_or_are_missing_are_counted_and_listed_with_the_reason():
@@ -130,10 +138,43 @@ def test_arms_that_failed_or_are_missing_are_counted_and_listed_with_the_reason(
 
 def test_a_sweep_of_which_nothing_is_done_says_so():
     text = page([{"moe.top_k": 1}], [1.0], changed={0: {"status": "failed", "error": "x"}})
-    assert "No arm is done yet" in text and "<img" not in text
+    assert "No arm is done, so" in text and "<img" not in text
     definition = {"recipe": "", "arms": [entry_of({"moe.top_k": 1})]}
     text = build_sweep_page(frame_of([]), definition)
-    assert "Of 1 arms planned: 0 done, 1 not ended." in text
+    assert "Of 1 arm planned: 0 done, 1 not ended." in text
+
+
+def test_settings_whose_other_seeds_failed_come_last_and_say_how_many_arms_they_are_the_mean_of():
+    points = product(moe_top_k=[1, 2], moe_router=["a"], train_seed=[0, 1, 2])
+    failed = {i: {"status": "failed", "error": "not finite"} for i in (4, 5)}
+    losses = [3.0, 3.1, 3.2, 2.9, 9.0, 9.0]
+    dropped = {i: {"tail/moe/dropped": 0.1 + 0.1 * (i > 2)} for i in range(6)}
+    document = page(points, losses, changed={i: dropped[i] | failed.get(i, {}) for i in range(6)})
+    first, second = re.findall(r'<tr><th scope="row" data-number="(.*?)</tr>', document)
+    assert first.startswith("1") and "3.100 ± 0.058" in first and '<td data-number="3">3</td>' in first
+    assert second.startswith("2") and "2.9" in second and '<td data-number="1">1 of 3</td>' in second
+    assert document.count("over the other arms alone") == 1 and document.count("<td>1 of 3</td>") == 1  # of the front
+    alts = [image["alt"] for image in Reader(document).images]
+    assert "2 settings as lines through top_k and eval loss; setting 1: top_k 1" in alts
+    whole = page(points, losses, changed=dropped)
+    assert "over the other arms alone" not in whole and "1 of 3" not in whole
+
+
+def test_arms_that_have_not_ended_count_among_those_of_their_setting():
+    points = product(moe_top_k=[1, 2], train_seed=[0, 1])
+    document = page(points[:3], [3.0, 3.1, 2.5], planned=[points[3], {"moe.num_experts": 0}])
+    assert document.index('<td data-number="2">2</td>') < document.index('<td data-number="1">1 of 2</td>')
+
+
+def test_step_times_of_packs_of_different_sizes_are_noted_wherever_they_are_compared():
+    points = product(moe_top_k=[1, 2])
+    changed = {i: {"step_s": 0.1 + i, "packed": 8} for i in range(2)}
+    assert "Arms trained in packs" not in page(points, [2.0, 1.0], changed=changed)
+    changed[1]["packed"] = 1
+    _, of_effects, of_fronts = page(points, [2.0, 1.0], changed=changed).split(
+        "Arms trained in packs of 1 to 8, and the time of an arm is its pack's over their number"
+    )
+    assert 'id="fronts"' in of_effects and 'id="fronts"' not in of_fronts
 
 
 def test_a_search_of_many_sampled_arms_stays_readable_and_small():
@@ -185,7 +226,37 @@ def test_an_effect_is_drawn_where_its_numbers_are():
     assert container.lines[0].get_ydata().tolist() == [0, 1]  # names below one another
 
 
-def test_the_best_setting_is_the_thick_line_and_a_line_stops_where_an_axis_is_not_set():
+def test_an_effect_without_other_axes_has_the_standard_errors_over_seeds_and_no_bars_without_them():
+    points = product(moe_top_k=[1, 2], train_seed=[0, 1, 2])
+    document = page(points, [2.7, 3, 3.3, 2.6, 2.9, 3.2])
+    alts = [image["alt"] for image in Reader(document).images]
+    assert "Mean eval loss by top_k: 1: 3.00 ± 0.17; 2: 2.90 ± 0.17" in alts
+    assert "Each point is a setting's mean over its seeds" in document and "other axes" not in document
+    found = settings_of(frame_of([row_of(points[0], 3.0), row_of(points[3], 2.9), row_of(points[4], 3.1)]), [LOSS])
+    drawing = sweep_figures.draw_effect(main_effect(found, LOSS, "override/moe.top_k"), "K", "loss")
+    (container,) = drawing.figure.axes[0].containers
+    one_seed, two_seeds = container.lines[2][0].get_segments()
+    assert len(one_seed) == 0 and two_seeds[:, 1].tolist() == pytest.approx([2.9, 3.1])
+
+
+def test_a_departure_that_other_axes_may_make_or_that_cannot_be_judged_is_said_to_be_such():
+    def departures(points, losses):
+        found = settings_of(frame_of([row_of(p, loss) for p, loss in zip(points, losses, strict=True)]), [LOSS])
+        return interactions(found, short_names(axes_of(found)))
+
+    points = product(moe_top_k=[1, 2], moe_router=["a", "b"], model_d_ff=[1, 2])
+    additive = [p["moe.top_k"] + (p["moe.router"] == "b") + p["model.d_ff"] for p in points]
+    whole, holed = departures(points, additive), departures(points[:-1], additive[:-1])
+    note = "Its cells are means over different levels of the other axes, so it holds some of what those do."
+    assert holed.count("Largest departure from two separate effects: 0.125 nats. " + note) == 3 and note not in whole
+    points = product(moe_top_k=[1, 2, 3], moe_router=["a", "b", "c"])
+    text = departures([points[i] for i in (1, 2, 3, 5, 6, 7)], [1.0, 5.0, 2.0, 2.0, 9.0, 1.0])
+    assert "effects: not judged, as too many cells have no setting.<" in text and " nats" not in re.sub(
+        "<img.*?>", "", text
+    )
+
+
+def test_the_first_setting_is_the_thick_line_and_a_line_stops_where_an_axis_is_not_set():
     points = [{"a.b": 1, "c.d": "x"}, {"a.b": 3, "c.d": "y"}, {"a.b": 2}]
     rows = [row_of(point, loss, arm=str(loss)) for point, loss in zip(points, [3, 1, 2], strict=True)]
     found = settings_of(frame_of(rows), [LOSS])
@@ -193,8 +264,8 @@ def test_the_best_setting_is_the_thick_line_and_a_line_stops_where_an_axis_is_no
     lines = drawing.figure.axes[0].collections[0]
     assert lines.get_linewidths()[-1] > 2 * lines.get_linewidths()[0]
     last = lines.get_segments()[-1]
-    assert last[:, 1].tolist() == [1, 1, 0]
-    assert lines.get_array().tolist() == [3, 2, 1]
+    assert last[:, 1].tolist() == [0, 0, 1]  # 1, x and the highest loss
+    assert lines.get_array().tolist() == [2, 1, 3]
 
 
 def test_means_are_written_as_precisely_as_their_error_allows():
@@ -205,7 +276,7 @@ def test_means_are_written_as_precisely_as_their_error_allows():
     }  # fmt: skip
 
 
-def test_a_report_is_written_from_a_directory_of_runs(tmp_path):
+def test_a_report_is_written_from_a_directory_of_runs(tmp_path, capsys):
     points = product(moe_top_k=[1, 2], train_seed=[0, 1])
     entries = [entry_of(point) for point in points]
     write_definition(tmp_path, entries)
@@ -215,3 +286,9 @@ def test_a_report_is_written_from_a_directory_of_runs(tmp_path):
     path = build_sweep_report(tmp_path)
     assert path == tmp_path / "report.html" and "2.10 ± 0.10" in path.read_text()
     assert (tmp_path / "records.parquet").exists()
+    (tmp_path / "arms" / entries[3]["id"] / "record.json").unlink()
+    assert main(["sweep", "report", str(tmp_path), "--json"]) == 0
+    found = [
+        (row["arms"], row["planned"], row["validation loss"]) for row in json.loads(capsys.readouterr().out)["settings"]
+    ]
+    assert found == [(2, 2, 3.1), (1, 2, 2.0)]

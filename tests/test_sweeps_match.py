@@ -71,6 +71,13 @@ def test_the_width_is_what_one_works_out_by_hand():
     )
 
 
+def test_what_matching_changed_is_said_once_for_all_seeds_of_a_setting():
+    points = product(choice(E, 16), choice(K, 1, 4), seeds(3))
+    plan = plan_arms(BASE, points, match="active_params", dense_control=False)
+    assert len(plan.arms) == 6 and all(arm.matched for arm in plan.arms)
+    assert [line.partition(":")[0] for line in plan.changes] == [f"{E}=16 {K}=1", f"{E}=16 {K}=4"]
+
+
 def test_the_recipe_itself_and_arms_that_have_its_number_stay_as_they_are():
     plan = plan_arms(changed(moe={"d_expert": 1027}), [{}, {SEED: 1}], match="flops", dense_control=False)
     assert [arm.matched for arm in plan.arms] == [{}, {}] and plan.changes == ()

@@ -35,7 +35,7 @@ def get_config(arg=""):
 
 
 def bench_packed(config: Config, repetitions: int) -> dict[str, Any]:
-    """Times the four in turn; ratios are of medians, and the quartiles those of the ratios within a turn."""
+    """Times the four in turn; ratios are of medians, and `each_s` has the seconds of every turn."""
     seconds: dict[str, list[float]] = {"separate": [], "one_process": [], "packed": [], "packed_again": []}
     with tempfile.TemporaryDirectory() as folder:
         bench = _Sides(config, Path(folder))

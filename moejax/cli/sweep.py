@@ -37,14 +37,15 @@ from moejax.cli.sweep_search import (
     shown_command,
 )
 from moejax.cli.tables import print_result, print_table
-from moejax.inspection.sweep_tables import LOSS, OVERRIDE, at_fraction, settings_of
+from moejax.inspection.sweep_settings import PLANNED, numbered_settings
+from moejax.inspection.sweep_tables import LOSS, OVERRIDE, at_fraction
 from moejax.sweeps import Space, parse_axis, product, seeds
 from moejax.sweeps.arms import Arm, Plan, describe, plan_arms
 from moejax.sweeps.directory import Sweep, open_sweep, write_sweep
 from moejax.sweeps.match import short, training_flops
 from moejax.sweeps.packs import pack_arms
 from moejax.sweeps.pool import run_pool
-from moejax.sweeps.records import read_records
+from moejax.sweeps.records import read_definition, read_records
 from moejax.sweeps.report import build_sweep_report
 from moejax.sweeps.run import check_devices, check_open, prepare_devices, work
 from moejax.sweeps.slurm import Jobs, submit
@@ -240,11 +241,12 @@ def _finish(values: FlagValues, directory: Path) -> None:
     path = build_sweep_report(directory)
     compared, left_out = at_fraction(read_records(directory))
     found = {"compared": len(compared), "left out": len(left_out), "report": str(path)}
-    settings = settings_of(compared, [LOSS]).sort_values(LOSS, kind="stable")
+    settings = numbered_settings(compared, [LOSS], read_definition(directory)["arms"])
     rows = [
         {
             "setting": describe({key.removeprefix(OVERRIDE): row[key] for key in row if key.startswith(OVERRIDE)}),
             "arms": len(row["arms"]),
+            "planned": row[PLANNED],
             "validation loss": round(row[LOSS], 4),
             "standard error": None if math.isnan(row[f"{LOSS}/se"]) else round(row[f"{LOSS}/se"], 4),
         }

@@ -45,7 +45,7 @@ NEIGHBOUR_LETTERS = 16  # of names side by side, in the mean
 
 
 def draw_effect(effect: Effect, axis: str, metric: str) -> Drawing:
-    """Draws the mean of a metric at each level, with one standard error to both sides.
+    """Draws the mean of a metric at each level, with one standard error to both sides where it is known.
 
     Args:
       effect: at least one level.
@@ -55,7 +55,7 @@ def draw_effect(effect: Effect, axis: str, metric: str) -> Drawing:
     table = effect.table
     scale = scale_of(table["level"])
     places, means = scale.places(table["level"]), table["mean"].to_numpy(np.float64)
-    errors = np.nan_to_num(table["se"].to_numpy(np.float64))
+    errors = table["se"].to_numpy(np.float64)
     marks: dict[str, Any] = {"color": BLUE, "marker": "o", "ms": 5, "elinewidth": 1.2, "capsize": 3}
     with matplotlib.rc_context(STYLE):
         figure, axes = new_figure(_height(scale))
@@ -125,10 +125,10 @@ def _name(name: str, most: int = NAME_LETTERS) -> str:
 def draw_parallel(settings: pd.DataFrame, axes_names: Mapping[str, str], metric: str, label: str) -> Drawing:
     """Draws each setting as a line through its levels and its metric, in the colour of the metric.
 
-    A line stops where an axis is not set. The lowest metric is drawn last and thick.
+    A line stops where an axis is not set. The first setting is drawn last and thick.
 
     Args:
-      settings: a row a setting, the metric finite; at least two different values of it.
+      settings: a row a setting, the best first; the metric is finite, with at least two different values.
       axes_names: names of the axes, by column.
       metric: a column.
       label: of the metric.
@@ -138,7 +138,6 @@ def draw_parallel(settings: pd.DataFrame, axes_names: Mapping[str, str], metric:
     columns = [*(settings[axis] for axis in axes_names), settings[metric]]
     heights = [_unit(scale, scale.places(column)) for scale, column in zip(scales, columns, strict=True)]
     lines = [np.column_stack([np.arange(len(scales)), row]) for row in np.column_stack(heights)]
-    order = np.argsort(-values, kind="stable")
     norm = Normalize(float(values.min()), float(values.max()))
     with matplotlib.rc_context(STYLE):
         layout = ConstrainedLayoutEngine(w_pad=0.04, h_pad=0.04)
@@ -146,8 +145,8 @@ def draw_parallel(settings: pd.DataFrame, axes_names: Mapping[str, str], metric:
         figure = Figure(figsize=(width, 3.4), dpi=144, facecolor="none", layout=layout)
         axes = figure.add_subplot()
         collection = LineCollection(
-            [lines[i] for i in order], cmap=COLOR_MAP, norm=norm, array=values[order], alpha=0.85,
-            linewidths=[*[1.1] * (len(order) - 1), 3.2],
+            lines[::-1], cmap=COLOR_MAP, norm=norm, array=values[::-1], alpha=0.85,
+            linewidths=[*[1.1] * (len(lines) - 1), 3.2],
         )  # fmt: skip
         axes.add_collection(collection)
         _draw_scales(axes, scales, [*axes_names.values(), label])

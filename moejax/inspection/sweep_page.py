@@ -12,16 +12,17 @@ import pandas as pd
 
 from moejax.inspection import html
 from moejax.inspection.page import Section, details, render_page, table
-from moejax.inspection.sweep_plots import effects, fronts, interactions, parallel
+from moejax.inspection.sweep_plots import count, effects, fronts, interactions, parallel
 from moejax.inspection.sweep_scale import level_name
 from moejax.inspection.sweep_settings import (
     METRIC_KEYS,
     SORT_SCRIPT,
     numbered_settings,
+    pack_note,
     settings_table,
     short_names,
 )
-from moejax.inspection.sweep_tables import MATCHED, OVERRIDE, at_fraction, axes_of, levels_of
+from moejax.inspection.sweep_tables import MATCHED, OVERRIDE, at_fraction, axes_of, levels_of, setting_key
 
 STATUSES = ("done", "stopped", "failed", "pruned")
 MATCHES = {
@@ -46,20 +47,21 @@ def build_sweep_page(frame: pd.DataFrame, definition: Mapping[str, Any]) -> str:
     """
     planned = definition["arms"]
     compared, left_out = at_fraction(frame)
-    settings = numbered_settings(compared, METRIC_KEYS)
+    settings = numbered_settings(compared, METRIC_KEYS, planned)
     axes = short_names(axes_of(settings))
     sections: list[Section] = [("summary", "What was swept", _summary(frame, definition) + _outcome(frame, planned))]
     if len(settings):
+        packs = pack_note(compared)
         matched = [str(name) for name in compared.columns if str(name).startswith(MATCHED)]
         sections += [
             ("settings", "Settings", settings_table(settings, compared, matched)),
-            ("effects", "Effect of each axis", effects(settings, axes)),
+            ("effects", "Effect of each axis", effects(settings, axes, packs)),
             ("interactions", "Effect of pairs of axes", interactions(settings, axes)),
             ("parallel", "All settings at once", parallel(settings, axes)),
-            ("fronts", "Loss against drops and time", fronts(settings, axes)),
+            ("fronts", "Loss against drops and time", fronts(settings, axes, packs)),
         ]
     else:
-        sections.append(("settings", "Settings", "<p>No arm is done yet, so there is nothing to compare.</p>"))
+        sections.append(("settings", "Settings", "<p>No arm is done, so there is nothing to compare.</p>"))
     sections.append(("left-out", "Arms that are not compared", _left_out(frame, left_out, planned)))
     title = str(definition.get("recipe") or "Sweep")
     return render_page(title, "A sweep", sections, kind="sweep", script=SORT_SCRIPT)
@@ -69,7 +71,7 @@ def _summary(frame: pd.DataFrame, definition: Mapping[str, Any]) -> str:
     planned = definition["arms"]
     keys = dict.fromkeys(key for entry in planned for key in entry["overrides"])
     axes = [(key, levels_of(entry["overrides"].get(key) for entry in planned)) for key in keys]
-    settings = {_setting(entry["overrides"]) for entry in planned}
+    settings = {setting_key(entry["overrides"]) for entry in planned}
     seeds = dict(axes).get("train.seed", [])
     match = str(definition.get("match") or "")
     rows = [
@@ -77,7 +79,8 @@ def _summary(frame: pd.DataFrame, definition: Mapping[str, Any]) -> str:
         ("Command", f"<code>{html.text(definition.get('command') or 'not known')}</code>"),
         (
             "Arms",
-            f"{len(planned)}: {len(settings)} settings" + (f", {len(seeds)} seeds" if seeds else ", no seed axis"),
+            f"{len(planned)}: {count(len(settings), 'setting')}, "
+            + (count(len(seeds), "seed") if seeds else "no seed axis"),
         ),
         *((f"<code>{html.text(key)}</code>", _levels(levels)) for key, levels in axes),
         ("Matched", html.text(MATCHES.get(match, match))),
@@ -89,10 +92,6 @@ def _summary(frame: pd.DataFrame, definition: Mapping[str, Any]) -> str:
     if devices:
         rows.append(("Device" if len(devices) == 1 else "Devices", html.text("; ".join(map(str, devices)))))
     return table((), rows, "facts")
-
-
-def _setting(overrides: Mapping[str, Any]) -> str:
-    return json.dumps({key: value for key, value in overrides.items() if key != "train.seed"}, sort_keys=True)
 
 
 def _levels(levels: Sequence[Any]) -> str:
@@ -114,7 +113,7 @@ def _outcome(frame: pd.DataFrame, planned: Sequence[Mapping[str, Any]]) -> str:
     parts = [f"{counts.pop('done')} done", *(f"{n} {status}" for status, n in counts.items() if n)]
     parts += [f"{missing} not ended"] if missing else []
     kind = "warning" if counts["failed"] or counts["stopped"] else ""
-    text = f'<p class="{kind}"><strong>Of {len(planned)} arms planned: {", ".join(parts)}.</strong></p>'
+    text = f'<p class="{kind}"><strong>Of {count(len(planned), "arm")} planned: {", ".join(parts)}.</strong></p>'
     return text + _alarms(frame)
 
 
@@ -132,7 +131,7 @@ def _alarms(frame: pd.DataFrame) -> str:
     ]
     total = len({arm for of_rule in arms.values() for arm in of_rule})
     text = table(("alarm", "arms", ""), rows, "events")
-    return f'<p class="warning">{total} of {len(frame)} arms raised alarms.</p>' + (
+    return f'<p class="warning">{total} of {count(len(frame), "arm")} raised alarms.</p>' + (
         details("Which arms", text, is_open=total <= MAX_OPEN)
     )
 
@@ -153,7 +152,7 @@ def _left_out(frame: pd.DataFrame, left_out: pd.DataFrame, planned: Sequence[Map
         for arm, reason in reasons.items()
     ]
     listed = table(("arm", "overrides", "why"), rows, "events")
-    return f"<p>{len(rows)} arms.</p>" + (
+    return f"<p>{count(len(rows), 'arm')}.</p>" + (
         listed if len(rows) <= MAX_OPEN else details(f"All {len(rows)}", listed, is_open=False)
     )
 

@@ -11,12 +11,22 @@ from moejax.inspection import html
 from moejax.inspection.page import figure, grid, table
 from moejax.inspection.sweep_figures import MAX_LINES, draw_effect, draw_front, draw_interaction, draw_parallel
 from moejax.inspection.sweep_scale import level_name, scale_of
-from moejax.inspection.sweep_settings import METRICS, NUMBER, mean_and_error
-from moejax.inspection.sweep_tables import LOSS, Effect, interaction, key_of, levels_of, main_effect, pareto_front
+from moejax.inspection.sweep_settings import METRICS, NUMBER, arms_in_words, mean_and_error
+from moejax.inspection.sweep_tables import (
+    LOSS,
+    Effect,
+    interaction,
+    is_balanced,
+    key_of,
+    levels_of,
+    main_effect,
+    pareto_front,
+)
 from moejax.inspection.sweep_tables import strength as strength_of
 
-EFFECT_METRICS = (LOSS, "tail/moe/max_violation", "tail/moe/dropped", "step_s")
-TRADED = ("tail/moe/dropped", "step_s")
+STEP_TIME = "step_s"
+EFFECT_METRICS = (LOSS, "tail/moe/max_violation", "tail/moe/dropped", STEP_TIME)
+TRADED = ("tail/moe/dropped", STEP_TIME)
 MAX_AXES = 10  # in the figure of all settings
 MAX_PAIRS = 12  # of axes, those that interact most
 MAX_LEVELS = 16  # along the axis of a pair: of more, a line follows noise
@@ -34,13 +44,16 @@ def unit_of(metric: str) -> str:
     return f"{name} ({unit})"
 
 
-def effects(settings: pd.DataFrame, axes: Names) -> str:
-    """A figure for each axis and each metric that is not the same in all settings."""
+def effects(settings: pd.DataFrame, axes: Names, packs: str) -> str:
+    """A figure for each axis and each metric that is not the same in all settings; `packs` is of `pack_note`."""
     if not axes:
         return ONE_SETTING
     parts = [
-        "<p>Each point is the mean over all cells of the other axes, each of the same weight, ± one standard error "
-        "over those cells: it holds what the other axes do, so levels can differ although bars overlap.</p>"
+        "<p>Each point is a setting's mean over its seeds, ± one standard error (none if there is one seed).</p>"
+        if len(axes) == 1
+        else "<p>Each point is the mean over all cells of the other axes, each of the same weight, ± one standard "
+        "error over those cells: it holds what the other axes do, so levels can differ although bars overlap. A level "
+        "with one cell has the standard error over the cell's seeds, if there are several.</p>"
     ]
     for axis, name in axes.items():
         drawn, note = [], ""
@@ -50,7 +63,8 @@ def effects(settings: pd.DataFrame, axes: Names) -> str:
                 continue
             note = note or _note(effect)
             image = draw_effect(effect, name, unit_of(metric))
-            drawn.append(figure(METRICS[metric][0], "", image, alt=_effect_in_words(effect, name, metric)))
+            reading = packs if metric == STEP_TIME else ""
+            drawn.append(figure(METRICS[metric][0], reading, image, alt=_effect_in_words(effect, name, metric)))
         if drawn:
             parts.append(f"<h3><code>{html.text(axis.partition('/')[2])}</code></h3>{note}{grid(drawn)}")
     return "".join(parts) if len(parts) > 1 else "<p>No metric differs between levels.</p>"
@@ -63,7 +77,7 @@ def count(n: int, thing: str) -> str:
 
 def _varies(values: pd.Series) -> bool:
     known = values.dropna()
-    return len(known) > 1 and float(known.max() - known.min()) > 0
+    return len(known) > 1 and float(np.ptp(known)) > 1e-9 * float(known.abs().max())  # more than means are rounded
 
 
 def _note(effect: Effect) -> str:
@@ -86,6 +100,8 @@ def _effect_in_words(effect: Effect, name: str, metric: str) -> str:
 
 def interactions(settings: pd.DataFrame, axes: Names) -> str:
     """A figure of the loss for each pair of axes with enough cells, those that interact most first."""
+    if not axes:
+        return ONE_SETTING
     if len(axes) < 2:
         return "<p>Fewer than two axes have more than one level.</p>"
     found, num_sparse = [], 0
@@ -99,11 +115,11 @@ def interactions(settings: pd.DataFrame, axes: Names) -> str:
             num_sparse += 1
             continue
         found.append((strength_of(means), along, lines, means))
-    found.sort(key=lambda item: -item[0])
+    found.sort(key=lambda item: math.inf if math.isnan(item[0]) else -item[0])
     drawn = [
         figure(
             f"{html.text(axes[along])} by {html.text(axes[lines])}",
-            f"Largest departure from two separate effects: {size:.3g} nats.",
+            _departure(size, is_balanced(settings, LOSS, [along, lines])),
             draw_interaction(means, axes[along], axes[lines], unit_of(LOSS)),
             alt=_interaction_in_words(means, axes[along], axes[lines]),
         )
@@ -132,6 +148,14 @@ def _order(settings: pd.DataFrame, one: str, other: str) -> tuple[str, str]:
     return along, lines
 
 
+def _departure(size: float, is_fair: bool) -> str:
+    shown = "not judged, as too many cells have no setting" if math.isnan(size) else f"{size:.3g} nats"
+    note = "" if is_fair else (
+        " Its cells are means over different levels of the other axes, so it holds some of what those do."
+    )  # fmt: skip
+    return f"Largest departure from two separate effects: {shown}.{note}"
+
+
 def _interaction_in_words(means: pd.DataFrame, along: str, lines: str) -> str:
     cells = means.stack()
     best = cells.idxmin() if len(cells.dropna()) else None
@@ -141,20 +165,24 @@ def _interaction_in_words(means: pd.DataFrame, along: str, lines: str) -> str:
 
 def parallel(settings: pd.DataFrame, axes: Names) -> str:
     """All settings as lines through their levels."""
-    if not axes or not _varies(settings[LOSS]):
-        return "<p>All settings have the same levels or the same loss.</p>"
+    if not axes:
+        return ONE_SETTING
+    if not _varies(settings[LOSS]):
+        return "<p>All settings have the same loss.</p>"
     shown = dict(list(axes.items())[:MAX_AXES])
     best = settings.iloc[0]
     at_best = ", ".join(f"{name} {level_name(best[axis])}" for axis, name in shown.items())
-    alt = f"{len(settings)} settings as lines through {', '.join(shown.values())} and eval loss; the lowest: {at_best}"
+    alt = f"{len(settings)} settings as lines through {', '.join(shown.values())} and eval loss; setting 1: {at_best}"
     image = draw_parallel(settings, shown, LOSS, METRICS[LOSS][0])
     some = "" if len(shown) == len(axes) else f" {len(shown)} of {len(axes)} axes are shown."
-    reading = f"A line is a setting; dark is a low loss, and the thick line the lowest.{some}"
+    reading = f"A line is a setting; dark is a low loss, and the thick line setting 1.{some}"
     return figure("Settings and their loss", reading, image, alt=alt, kind="wide true-colors")
 
 
-def fronts(settings: pd.DataFrame, axes: Names) -> str:
-    """Loss against what it may cost, and the settings that no other beats in both."""
+def fronts(settings: pd.DataFrame, axes: Names, packs: str) -> str:
+    """Loss against what it may cost, and the settings that no other beats in both; `packs` is of `pack_note`."""
+    if not axes:
+        return ONE_SETTING
     drawn, tables, said = [], [], []
     for metric in TRADED:
         name = METRICS[metric][0]
@@ -178,7 +206,8 @@ def fronts(settings: pd.DataFrame, axes: Names) -> str:
         front = known[is_front].sort_values(metric, kind="stable")
         listed = ", ".join(map(str, front[NUMBER]))
         alt = f"Eval loss against {name} of {len(known)} settings; on the front are the settings {listed}"
-        drawn.append(figure(f"Loss against {name}", "Both are to be low.", image, alt=alt))
+        reading = f"Both are to be low. {packs}" if metric == STEP_TIME else "Both are to be low."
+        drawn.append(figure(f"Loss against {name}", reading, image, alt=alt))
         tables.append(f"<h3>On the front of loss and {name}</h3>" + _front_table(front, axes, metric))
     text = (
         "<p>On the front are settings that no other beats in one without losing in the other. Means over seeds are "
@@ -191,10 +220,11 @@ def _front_table(front: pd.DataFrame, axes: Names, metric: str) -> str:
     rows = [
         [
             str(row[NUMBER]),
+            arms_in_words(row),
             *(html.text("" if key_of(row[axis]) is None else level_name(row[axis])) for axis in axes),
             *(html.text(mean_and_error(row[key], row[f"{key}/se"])) for key in (LOSS, metric)),
         ]
         for row in front.to_dict("records")
     ]
     names = [html.text(name) for name in axes.values()]
-    return table(["setting", *names, METRICS[LOSS][0], METRICS[metric][0]], rows, "numbers")
+    return table(["setting", "arms", *names, METRICS[LOSS][0], METRICS[metric][0]], rows, "numbers")

@@ -1,15 +1,27 @@
 """The table of a sweep's settings: raw axes, matched leaves, and means over seeds with their standard errors."""
 
+import collections
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from moejax.inspection import html
 from moejax.inspection.style import short_number
 from moejax.inspection.sweep_scale import level_name
-from moejax.inspection.sweep_tables import LOSS, MATCHED, OVERRIDE, SEED, is_number, key_of, levels_of, settings_of
+from moejax.inspection.sweep_tables import (
+    LOSS,
+    MATCHED,
+    OVERRIDE,
+    SEED,
+    is_number,
+    key_of,
+    levels_of,
+    setting_key,
+    settings_of,
+)
 
 METRICS: Mapping[str, tuple[str, str]] = {
     LOSS: ("eval loss", "nats per token"),
@@ -26,7 +38,7 @@ METRICS: Mapping[str, tuple[str, str]] = {
 
 METRIC_KEYS = tuple(METRICS)
 COUNTS = ("params_total", "params_active", "flops_per_token")
-NUMBER = "number"
+NUMBER, PLANNED = "number", "planned"
 SORT_SCRIPT = """
 for (const table of document.querySelectorAll("table.sortable")) {
   const heads = [...table.tHead.rows[0].cells], body = table.tBodies[0];
@@ -66,11 +78,59 @@ def short_names(axes: Sequence[str]) -> dict[str, str]:
     }
 
 
-def numbered_settings(compared: pd.DataFrame, metrics: Sequence[str]) -> pd.DataFrame:
-    """The settings, the lowest loss first and numbered from 1, as tables and figures name them."""
-    settings = settings_of(compared, metrics).sort_values(LOSS, kind="stable", ignore_index=True)
+def numbered_settings(
+    compared: pd.DataFrame, metrics: Sequence[str], planned: Sequence[Mapping[str, Any]]
+) -> pd.DataFrame:
+    """The settings, the lowest loss first and numbered from 1, as tables and figures name them.
+
+    Those of which some arms are not compared come last: their loss is a mean over the arms that survived.
+
+    Args:
+      compared: of `sweep_tables.at_fraction`.
+      metrics: columns of it.
+      planned: entries of all arms in `sweep.json`.
+
+    Returns:
+      What `settings_of` does, with `number`, and `planned`: how many arms of the setting there were to be.
+    """
+    settings = settings_of(compared, metrics)
+    num_planned = collections.Counter(setting_key(entry["overrides"]) for entry in planned)
+    settings[PLANNED] = [
+        max(len(row["arms"]), num_planned[setting_key(_overrides(row))]) for row in settings.to_dict("records")
+    ]
+    order = np.lexsort((settings[LOSS], _is_partial(settings)))
+    settings = settings.iloc[order].reset_index(drop=True)
     settings.insert(0, NUMBER, range(1, len(settings) + 1))
     return settings
+
+
+def _is_partial(settings: pd.DataFrame) -> np.ndarray:
+    return (settings[PLANNED] > settings["arms"].map(len)).to_numpy(bool)
+
+
+def _overrides(row: Mapping[Any, Any]) -> dict[str, Any]:
+    return {name.removeprefix(OVERRIDE): value for name, value in row.items() if name.startswith(OVERRIDE)}
+
+
+def arms_in_words(row: Mapping[Any, Any]) -> str:
+    """Of how many arms a setting is the mean: `3`, or `1 of 3` if not all are compared."""
+    num_arms = len(row["arms"])
+    return str(num_arms) if num_arms == row[PLANNED] else f"{num_arms} of {row[PLANNED]}"
+
+
+def pack_note(compared: pd.DataFrame) -> str:
+    """What is to be said beside step times of arms in packs of different sizes; nothing if there is one size."""
+    sizes = _pack_sizes(compared)
+    if len(sizes) < 2:
+        return ""
+    return (
+        f"Arms trained in packs of {sizes[0]} to {sizes[-1]}, and the time of an arm is its pack's over their number: "
+        "part of a difference is that of the packs."
+    )
+
+
+def _pack_sizes(compared: pd.DataFrame) -> list[int]:
+    return sorted({int(size) for size in compared["packed"].dropna()}) if "packed" in compared else []
 
 
 def settings_table(settings: pd.DataFrame, compared: pd.DataFrame, matched: Sequence[str]) -> str:
@@ -84,29 +144,39 @@ def settings_table(settings: pd.DataFrame, compared: pd.DataFrame, matched: Sequ
     axes = [str(name) for name in settings.columns if str(name).startswith(OVERRIDE) and name != SEED]
     metrics = [key for key in METRICS if key != LOSS and settings[key].notna().any()]
     of_arm = {row["arm"]: row for row in compared.to_dict("records")}
-    head = [_head("setting", ""), _head(*METRICS[LOSS])]  # side by side, however many axes there are
+    head = [_head("setting", ""), _head(*METRICS[LOSS]), _head("arms", "done")]  # in sight, however many axes there are
     head += [_head(axis.removeprefix(OVERRIDE), "") for axis in axes]
     head += [_head(name.removeprefix(MATCHED), "matched") for name in matched]
-    head += [_head("arms", "done"), *(_head(*METRICS[key]) for key in metrics), _head("folders", "in arms/")]
+    head += [*(_head(*METRICS[key]) for key in metrics), _head("folders", "in arms/")]
     rows = []
     for row in settings.to_dict("records"):
-        cells = [_metric_cell(row, LOSS), *(_level_cell(row[axis]) for axis in axes)]
+        cells = [_metric_cell(row, LOSS), _number_cell(len(row["arms"]), arms_in_words(row))]
+        cells += [_level_cell(row[axis]) for axis in axes]
         cells += [_levels_cell([of_arm[arm].get(name) for arm in row["arms"]]) for name in matched]
-        cells.append(_number_cell(len(row["arms"]), str(len(row["arms"]))))
         cells += [_metric_cell(row, key) for key in metrics]
         cells.append(f"<td><code>{html.text(' '.join(row['arms']))}</code></td>")
         number = f'<th scope="row" data-number="{row[NUMBER]}">{row[NUMBER]}</th>'
         rows.append(f"<tr>{number}{''.join(cells)}</tr>")
-    packs = {row.get("packed") for row in of_arm.values()} - {None}
-    shared = " Arms of a pack train together: their step time is the pack's over its number of arms." * (
-        max(packs, default=1) > 1
-    )
     return (
-        "<p>A setting is what all raw axes but the seed say; its values are means over seeds ± one standard error "
-        "(none if there is one seed). Settings are numbered by loss, the lowest first. MaxVio, drop rate and tokens "
-        f"per second are means over the last tenth of the schedule. Empty: not measured, or not set.{shared}</p>"
+        f"<p>{_introduction(settings, compared)}</p>"
         f'<div class="scroll"><table class="numbers sortable"><thead><tr>{"".join(head)}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div>"
+    )
+
+
+def _introduction(settings: pd.DataFrame, compared: pd.DataFrame) -> str:
+    partial = (
+        "; those of which some arms are not compared come last, and their means, on all of this page, are over the "
+        "other arms alone, which may be the lucky ones"
+    ) * any(_is_partial(settings))  # fmt: skip
+    shared = " Arms of a pack train together: their step time is the pack's over its number of arms." * (
+        max(_pack_sizes(compared), default=1) > 1
+    )
+    return (
+        "A setting is what all raw axes but the seed say; its values are means over seeds ± one standard error (none "
+        f"if there is one seed). Settings are numbered by loss, the lowest first{partial}. MaxVio, drop rate and "
+        "tokens per second are means over the last tenth of the schedule. Empty: not measured, or not set."
+        f"{shared}"
     )
 
 

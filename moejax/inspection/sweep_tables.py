@@ -125,6 +125,12 @@ def _evaluation(row: Mapping[Any, Any], fraction: float) -> tuple[float, float] 
     return f"no evaluation at {fraction:g} of its schedule (step {wanted:g})"
 
 
+def setting_key(overrides: Mapping[str, Any]) -> Hashable:
+    """Equal for overrides, by dotted key, that differ in their seed at most; what is None is not set."""
+    levels = {key: key_of(value) for key, value in overrides.items() if key != SEED.removeprefix(OVERRIDE)}
+    return frozenset((key, level) for key, level in levels.items() if level is not None)
+
+
 def settings_of(frame: pd.DataFrame, metrics: Sequence[str]) -> pd.DataFrame:
     """A row for each setting, with means of metrics over its seeds.
 
@@ -181,8 +187,8 @@ class Effect:
 
     Attributes:
       table: a row a level: `level`, `mean` over its cells (each weighs the same, however many seeds it has), `se`, the
-        standard error over the cells (NaN of one), and `cells`, their number.
-      is_balanced: every level has the same cells of the other axes, so that levels differ in this axis alone.
+        standard error over the cells (of one cell that over its seeds: NaN if it has one), and `cells`, their number.
+      is_balanced: see `is_balanced`.
       num_unset: settings without this axis, which are left out.
     """
 
@@ -202,16 +208,32 @@ def main_effect(settings: pd.DataFrame, metric: str, axis: str) -> Effect:
     known = settings[np.isfinite(settings[metric])]
     is_set = np.array([key_of(level) is not None for level in known[axis]], bool)
     num_unset, known = int((~is_set).sum()), known[is_set]
-    others = [name for name in axes_of(settings) if name != axis]
     keys = [key_of(level) for level in known[axis]]
-    rows, cells = [], []
+    rows = []
     for level in levels_of(known[axis]):
         of_level = known[[key == key_of(level) for key in keys]]
         mean, error, n = _summary(of_level[metric].to_numpy())
-        rows.append((level, mean, error, n))
-        cells.append({tuple(key_of(row[other]) for other in others) for row in of_level.to_dict("records")})
+        rows.append((level, mean, float(of_level[f"{metric}/se"].iloc[0]) if n == 1 else error, n))
     table = pd.DataFrame(rows, columns=["level", "mean", "se", "cells"])
-    return Effect(table.astype({"level": object}), all(cell == cells[0] for cell in cells), num_unset)
+    return Effect(table.astype({"level": object}), is_balanced(settings, metric, [axis]), num_unset)
+
+
+def is_balanced(settings: pd.DataFrame, metric: str, axes: Sequence[str]) -> bool:
+    """Whether means by the levels of some axes are over the same cells of all others, so differ in those alone.
+
+    Args:
+      settings: of `settings_of`; those that lack the metric or one of the axes are left out.
+      metric: a metric of it.
+      axes: columns of it; combinations of their levels that no setting has are not looked at.
+    """
+    others = [name for name in axes_of(settings) if name not in axes]
+    cells: dict[tuple[Hashable, ...], set[tuple[Hashable, ...]]] = {}
+    for row in settings[np.isfinite(settings[metric])].to_dict("records"):
+        levels = tuple(key_of(row[axis]) for axis in axes)
+        if None not in levels:
+            cells.setdefault(levels, set()).add(tuple(key_of(row[other]) for other in others))
+    first, *rest = cells.values() or [set()]
+    return all(cell == first for cell in rest)
 
 
 def interaction(settings: pd.DataFrame, metric: str, one: str, other: str) -> pd.DataFrame:
@@ -236,14 +258,18 @@ def interaction(settings: pd.DataFrame, metric: str, one: str, other: str) -> pd
 
 
 def strength(means: pd.DataFrame) -> float:
-    """How far the cells of an `interaction` are from a sum of two effects: the largest residual; 0 if none is left.
+    """How far the cells of an `interaction` are from a sum of two effects: the largest residual.
 
-    Rows and columns without all their cells are not judged.
+    Only a table without holes is judged: the rows that have one are left out, or the columns, whichever leaves more.
+    NaN if two rows and two columns are not left.
     """
     cells = means.to_numpy(np.float64)
-    cells = cells[np.isfinite(cells).all(axis=1)]
-    if min(cells.shape) < 2:
-        return 0.0
+    is_known = np.isfinite(cells)
+    whole = [cells[is_known.all(axis=1)], cells[:, is_known.all(axis=0)]]
+    judged = [part for part in whole if min(part.shape) >= 2]
+    if not judged:
+        return math.nan
+    cells = max(judged, key=np.size)
     sums = cells.mean(axis=1, keepdims=True) + cells.mean(axis=0, keepdims=True) - cells.mean()
     return float(np.abs(cells - sums).max())
 

@@ -83,7 +83,7 @@ class Plan:
     Attributes:
       arms: in the order of the points, each configuration once; dense controls behind them.
       duplicates: points that resolve to the configuration of an arm before them: overrides, and that arm's id.
-      changes: what matching changed, a line each.
+      changes: what matching changed, a line for each setting, whatever its seeds.
     """
 
     arms: tuple[Arm, ...]
@@ -160,7 +160,7 @@ class _Planning:
         self.base, self.target = base, target
         self.arms: dict[str, Arm] = {}
         self.duplicates: list[tuple[dict[str, Any], str]] = []
-        self.changes: list[str] = []
+        self.changes: dict[str, None] = {}  # a set in order
 
     def add(self, point: Any, is_control: bool = False) -> None:
         """Adds the arm of a point, or what it equals."""
@@ -183,7 +183,8 @@ class _Planning:
             return
         self.arms[arm.id] = arm
         if found is not None and found.is_changed:
-            self.changes.append(f"{describe(point)}: {found.change}")
+            setting = {key: value for key, value in point.items() if key != "train.seed"}
+            self.changes[f"{describe(setting)}: {found.change}"] = None
 
 
 def _applied(base: Mapping[str, Mapping[str, Any]], point: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
