@@ -1,5 +1,6 @@
 """Eight fake CPU devices, shape checking of signatures, and strictness that applies in tests only."""
 
+import atexit
 import gc
 import importlib.metadata
 import os
@@ -14,9 +15,10 @@ if importlib.metadata.version("jaxlib").startswith("0.10."):
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false"
 
 # What another file or process of this session has compiled is read from a folder, which ends with the session.
-COMPILED = "" if "JAX_COMPILATION_CACHE_DIR" in os.environ else tempfile.mkdtemp(prefix="moejax-tests-compiled-")
-if COMPILED:
-    os.environ |= {"JAX_COMPILATION_CACHE_DIR": COMPILED, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2"}
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="moejax-tests-compiled-")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 import jax
 import pytest
@@ -55,8 +57,3 @@ def pytest_collection_modifyitems(items):
     items.sort(
         key=lambda item: not item.path.name.startswith(("test_training_", "test_moe_exchange", "test_sweeps_run"))
     )
-
-
-def pytest_unconfigure():
-    if COMPILED:
-        shutil.rmtree(COMPILED, ignore_errors=True)

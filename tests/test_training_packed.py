@@ -10,7 +10,6 @@ from unittest import mock
 import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from moejax.config import ConfigError, Knobs
 from moejax.inspection.run import open_run
@@ -36,19 +35,6 @@ ARMS = [
     {"train": {"seed": 0}, "moe": {"bias_rate": 0.05}, "optimizer": {"learning_rate": 1e-3}},
 ]
 MOE = {"selection_bias": True, "bias_rate": 1e-3, "jitter": 0.1}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _programs_are_compiled_once(tmp_path_factory):
-    """Arms alone, and a pack that continues, have programs in common that jax would compile again for each call."""
-    options = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = [getattr(jax.config, option) for option in options]
-    for option, value in zip(options, (str(tmp_path_factory.mktemp("programs")), 0), strict=True):
-        jax.config.update(option, value)
-    yield
-    for option, value in zip(options, before, strict=True):
-        jax.config.update(option, value)
-    compilation_cache.reset_cache()
 
 
 def arm_configs(tmp_path, **train_leaves):
