@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -16,7 +17,7 @@ import submitit  # noqa: F401  here, where a warning of its own imports is no er
 
 from moejax.config import resolve
 from moejax.sweeps.arms import Plan, SweepError, plan_arms
-from moejax.sweeps.directory import add_arm, open_sweep, write_sweep
+from moejax.sweeps.directory import add_arm, locked, open_sweep, write_sweep
 from moejax.sweeps.packs import pack_arms
 from moejax.sweeps.pool import shares
 from moejax.sweeps.run import saved_steps, together, training_seconds
@@ -271,10 +272,41 @@ def test_a_search_adds_each_arm_once(tmp_path):
 
 def test_a_pack_is_one_processs_at_a_time(tmp_path):
     sweep = write_sweep(tmp_path, planned({}), largest_pack=1, recipe="r.py", match="", command="c")
-    with sweep.claim(0) as first, sweep.claim(0) as second:
+    with sweep.claim(sweep.packs[0]) as first, sweep.claim(sweep.packs[0]) as second:
         assert (first, second) == (True, False)
-    with sweep.claim(0) as again:
+    with sweep.claim(sweep.packs[0]) as again:
         assert again
+
+
+def test_an_arm_is_one_processs_at_a_time_though_its_sweep_is_planned_anew(tmp_path):
+    points = [{"train.seed": seed} for seed in range(4)]
+    facts = {"recipe": "r.py", "match": "", "command": "c"}
+    before = write_sweep(tmp_path, planned(*points[2:]), largest_pack=2, **facts)
+    after = write_sweep(tmp_path, planned(*points), largest_pack=3, **facts)
+    shared, apart = after.packs[1], after.packs[0]
+    assert set(shared) == set(before.packs[0]) and not set(apart) & set(shared)
+    with before.claim(before.packs[0]) as held, after.claim(shared) as same, after.claim(apart) as other:
+        assert (held, same, other) == (True, False, True)
+        with after.claim((*apart, *shared)) as part, after.claim(before.packs[0][:1]) as one:
+            assert not part and not one
+    with after.claim(shared) as first, before.claim(before.packs[0][1:]) as second:
+        assert first and not second
+    # Who does not get all keeps none.
+    with before.claim(before.packs[0][:1]), after.claim(after.packs[1] + after.packs[0]) as all_of_them:
+        assert not all_of_them
+    with after.claim(after.packs[1]) as again:
+        assert again
+
+
+def test_a_sweep_is_written_by_one_process_at_a_time(tmp_path):
+    facts = {"largest_pack": 1, "recipe": "r.py", "match": "", "command": "c"}
+    with locked(tmp_path, "definition"):
+        thread = threading.Thread(target=write_sweep, args=(tmp_path, planned({})), kwargs=facts)
+        thread.start()
+        thread.join(0.3)
+        assert not (tmp_path / "sweep.json").exists()
+    thread.join()
+    assert (tmp_path / "sweep.json").exists()
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,7 @@ def work(sweep: Sweep, stop: StopSignals) -> bool:
             break
         is_idle = True
         for pack in open_packs:
-            with sweep.claim(pack) as is_mine:
+            with sweep.claim(sweep.packs[pack]) as is_mine:
                 if is_mine and not stop:
                     is_idle = False
                     if not _try_pack(sweep, pack, stop):
