@@ -181,7 +181,16 @@ def test_arms_that_cannot_go_on_end_and_the_others_do_not_notice(tmp_path):
     configs = arm_configs(tmp_path, **leaves)
     configs[0] = replace(configs[0], "alarms", logits=1e-6, stop="logits")
     configs[1] = replace(replace(configs[1], "optimizer", learning_rate=1e30), "moe", balance_weight=1e30)
-    alarmed, broken, sound = train_packed(configs, [tmp_path / f"arm{i}" for i in range(3)], devices=jax.devices()[:1])
+    workdirs, ended = [tmp_path / f"arm{i}" for i in range(3)], []
+
+    def on_end(index, result):
+        """What an arm leaves behind is there at once, and the others have not ended."""
+        saved = (workdirs[index] / "checkpoints/6").is_dir()
+        ended.append((index, result, lines_of(workdirs[index])[-1]["step"], saved))
+        assert not (workdirs[2] / "checkpoints/12").exists()
+
+    alarmed, broken, sound = train_packed(configs, workdirs, devices=jax.devices()[:1], on_end=on_end)
+    assert ended == [(1, broken, broken.step, False), (0, alarmed, 6, True)]
     assert isinstance(broken.error, NonFiniteError) and "2 steps in a row" in str(broken.error)
     assert broken.evaluation is None and broken.step < 6
     assert not (tmp_path / "arm1/checkpoints/6").exists()
@@ -190,6 +199,9 @@ def test_arms_that_cannot_go_on_end_and_the_others_do_not_notice(tmp_path):
     assert not (tmp_path / "arm0/checkpoints/12").exists()
     assert (sound.error, sound.step) == (None, 12)
     assert lines_of(tmp_path / "arm2")[-1]["step"] == 12
+    intervals = [json.loads(line) for line in (workdirs[2] / "metrics.jsonl").read_text().splitlines()]
+    assert {line.get("perf/arms") for line in intervals if "perf/tokens_per_s" in line} == {3}
+    assert {line.get("perf/arms") for line in intervals if "eval/loss" in line} == {None}
 
 
 KNOB_CASES = {

@@ -9,9 +9,10 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
+from typing import TypeAlias
 
 import jax
 
@@ -53,6 +54,9 @@ class ArmResult:
     error: AlarmError | NonFiniteError | None
 
 
+OnEnd: TypeAlias = Callable[[int, ArmResult], None]
+
+
 def train_packed(
     configs: Sequence[Config],
     workdirs: Sequence[str | Path],
@@ -60,6 +64,7 @@ def train_packed(
     command: str = "",
     stop: StopSignals | None = None,
     devices: Sequence[jax.Device] | None = None,
+    on_end: OnEnd | None = None,
 ) -> list[ArmResult]:
     """Trains arms that differ in knobs and seeds alone, side by side in one program.
 
@@ -71,6 +76,8 @@ def train_packed(
       command: recorded in each `config.json`.
       stop: signals that somebody else listens for; by default SIGINT and SIGTERM are heard during this call.
       devices: to spread the arms over; all by default.
+      on_end: called with the index and the result of an arm that ends before the others, when it does: they may train
+        on for hours, and be killed.
 
     Returns:
       How each arm ended. A signal ends all after the step at hand, saved.
@@ -87,7 +94,8 @@ def train_packed(
         open_run_directory(config, folder, command, corpus)
     with ExitStack() as stack:
         stop = stack.enter_context(StopSignals() if stop is None else stop)
-        arms = [_Arm(trainable, folder) for trainable, folder in zip(pack.trainables, folders, strict=True)]
+        num_arms = len(configs)
+        arms = [_Arm(trainable, folder, num_arms) for trainable, folder in zip(pack.trainables, folders, strict=True)]
         for arm in arms:
             stack.enter_context(arm.checkpoints)
         start_step = common_step([arm.checkpoints.steps() for arm in arms])
@@ -95,7 +103,7 @@ def train_packed(
             log.info("continuing %d arms from step %d", len(arms), start_step)
         stack.enter_context(jax.set_mesh(pack.mesh))
         with Watchdog(configs[0].train.step_limit_s, pack.mesh) as watchdog:
-            return _PackedLoop(pack, corpus, arms, stop, watchdog).run(start_step)
+            return _PackedLoop(pack, corpus, arms, stop, watchdog, on_end).run(start_step)
 
 
 def common_step(steps: Sequence[Sequence[int]]) -> int:
@@ -103,13 +111,28 @@ def common_step(steps: Sequence[Sequence[int]]) -> int:
     return max(set.intersection(*map(set, steps)), default=0)
 
 
+class _ArmMetrics(MetricsFile):
+    """Metrics of an arm: its intervals say in `perf/arms` among how many arms the pack's seconds are to be shared out.
+
+    It is said of each interval, for an arm may continue alone or in another pack.
+    """
+
+    def __init__(self, workdir: Path, after_step: int, num_arms: int):
+        super().__init__(workdir, after_step)
+        self._num_arms = num_arms
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        super().write(step, {**values, "perf/arms": self._num_arms} if "perf/tokens_per_s" in values else values)
+
+
 class _Arm:
     """One arm: what it writes, and whether it still trains."""
 
-    def __init__(self, trainable: Trainable, workdir: Path):
+    def __init__(self, trainable: Trainable, workdir: Path, num_arms: int):
         self.trainable = trainable
         self.config = trainable.config
         self.workdir = workdir
+        self.num_arms = num_arms
         self.checkpoints = Checkpoints(workdir, trainable)
         self.evaluation: Evaluation | None = None
         self.error: AlarmError | NonFiniteError | None = None
@@ -120,7 +143,7 @@ class _Arm:
         """Opens the files of the arm, without what they hold of later steps."""
         config = self.config
         self.step = start_step
-        with MetricsFile(self.workdir, after_step=start_step) as self.metrics:
+        with _ArmMetrics(self.workdir, start_step, self.num_arms) as self.metrics:
             self.evaluations, routing, self.alarms = None, None, None
             if config.num_moe_layers:
                 self.evaluations = EvaluationLog(self.workdir, after_step=start_step)
@@ -155,12 +178,21 @@ class _Arm:
 class _PackedLoop:
     """The parts of a pack's run that the steps share."""
 
-    def __init__(self, pack: Pack, corpus: Corpus, arms: Sequence[_Arm], stop: StopSignals, watchdog: Watchdog):
+    def __init__(
+        self,
+        pack: Pack,
+        corpus: Corpus,
+        arms: Sequence[_Arm],
+        stop: StopSignals,
+        watchdog: Watchdog,
+        on_end: OnEnd | None,
+    ):
         self.pack = pack
         self.corpus = corpus
         self.arms = arms
         self.stop = stop
         self.watchdog = watchdog
+        self.on_end = on_end
         self.config = arms[0].config.train  # alike in all but the seed
         self.domains = domains_of(corpus)
         self.eval_step = pack.make_eval_step(len(self.domains.domains) if self.domains else 0)
@@ -249,8 +281,8 @@ class _PackedLoop:
             own = self.pack.split(state)[self.arms.index(arm)]
             batch = put_batch(self.batches[arm.config.train.seed][first - 1], arm.trainable)
             knobs = Knobs.of(arm.config)
-            arm.error = nonfinite_error(arm.trainable, own, batch, knobs, first, finished.skipped_in_row)
-        log.warning("%s: %s", arm.workdir, arm.error)
+            error = nonfinite_error(arm.trainable, own, batch, knobs, first, finished.skipped_in_row)
+        self._end(arm, error)
 
     def _end_part(self, state: TrainState, step: int) -> None:
         """Evaluates and saves what is due; arms that an alarm stops are saved and end."""
@@ -268,8 +300,13 @@ class _PackedLoop:
                 arm.save(own)
         for arm in stopped:
             arm.checkpoints.wait()
-            arm.error = AlarmError(stop_message(step, arm.recorder.stopping))
-            log.warning("%s: %s", arm.workdir, arm.error)
+            self._end(arm, AlarmError(stop_message(step, arm.recorder.stopping)))
+
+    def _end(self, arm: _Arm, error: AlarmError | NonFiniteError) -> None:
+        arm.error = error
+        log.warning("%s: %s", arm.workdir, error)
+        if self.on_end is not None:
+            self.on_end(self.arms.index(arm), ArmResult(arm.step, None, None, error))
 
     def _evaluate(self, state: TrainState, step: int, without: Sequence[_Arm] = ()) -> None:
         """Evaluates the validation split for all arms at once; nothing is known if a signal comes meanwhile."""
