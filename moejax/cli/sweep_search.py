@@ -12,7 +12,7 @@ from moejax.cli import UsageError
 from moejax.cli.options import read_config_flag
 from moejax.cli.tables import print_result, print_table
 from moejax.sweeps import Space
-from moejax.sweeps.run import CACHE_FOLDER
+from moejax.sweeps.programs import keep_programs
 from moejax.sweeps.search import Definition, search_axes
 from moejax.sweeps.study import create_study, dashboard_command, definition_of, open_study, serve_dashboard
 from moejax.sweeps.trial import Trials, fractions_of
@@ -77,9 +77,7 @@ def join_search(values: FlagValues, command: str) -> None:
 
 
 def _work(values: FlagValues, study, trials: Trials) -> None:
-    import jax
-
-    jax.config.update("jax_compilation_cache_dir", str((trials.directory / CACHE_FOLDER).resolve()))
+    keep_programs()
     told = work(
         study,
         trials.run,
