@@ -82,7 +82,7 @@ def make_mesh(config: Config, devices: list[jax.Device] | None = None) -> Mesh:
     """
     devices = jax.devices() if devices is None else devices
     sizes = resolve_mesh(config.mesh, len(devices))
-    _check_divisible(config, sizes)
+    check_divisible(config, sizes)
     slow = (sizes.dcn_data, sizes.dcn_fsdp, sizes.dcn_expert, 1, 1, 1)
     fast = (sizes.data, sizes.fsdp, 1, sizes.expert, sizes.context, sizes.tensor)
     # An array [*slow, *fast] of devices, in which each axis of the mesh is split in two, slow before fast. Within a
@@ -125,7 +125,8 @@ def parts(mesh: MeshConfig) -> dict[str, int]:
     }
 
 
-def _check_divisible(config: Config, mesh: MeshConfig) -> None:
+def check_divisible(config: Config, mesh: MeshConfig) -> None:
+    """Raises `ConfigError` naming a key that does not divide over a mesh whose sizes are all known."""
     model, moe, sizes = config.model, config.moe, parts(mesh)
 
     def product(*axes: str) -> str:

@@ -11,16 +11,17 @@ from training_cases import small_config
 
 
 def test_every_side_trains_the_same_arms_and_starts_with_what_it_says(monkeypatch):
-    started = []
+    started, kept = [], []
 
-    def note(self, *arguments):
+    def note(self, *arguments, programs=None):
         flags = dict(argument.removeprefix("--").split("=", 1) for argument in arguments if "=" in argument)
-        compiled = Path(flags["dir"], "compiled") if "dir" in flags else None
-        started.append((arguments[0], flags, bool(compiled and compiled.exists())))
+        started.append((arguments[0], flags, bool(programs and programs.exists())))
         recipe = runpy.run_path(flags["config"])["get_config"]()
         assert resolve(recipe).model == small_config().model
-        if compiled and not compiled.exists():
-            compiled.mkdir(parents=True)
+        if programs:
+            assert programs.is_relative_to(Path(flags["config"]).parent) and programs not in kept
+            kept.append(programs)
+            programs.mkdir(exist_ok=True)
 
     monkeypatch.setattr(packed._Sides, "_run", note)
     found = bench_packed(small_config(), 2)

@@ -2,14 +2,16 @@
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import re
+import time
 
 import pytest
 
 from moejax.config import ConfigError, resolve, to_dict
 from moejax.models.parameters import count_parameters
-from moejax.sweeps import choice, product, seeds
+from moejax.sweeps import arms, choice, product, seeds
 from moejax.sweeps.arms import Arm, SweepError, describe, plan_arms
 from training_cases import SMALL
 
@@ -83,6 +85,43 @@ def test_points_of_one_configuration_are_one_arm_and_the_others_are_reported():
     assert plan.duplicates == (({E: 4}, plan.arms[0].id), ({E: 4, K: 2}, plan.arms[0].id))
 
 
+def test_dense_arms_that_differ_in_what_experts_have_alone_are_one():
+    points = product(choice(E, 0, 4), choice("moe.balance_weight", 0.0, 0.5), choice("schedule.z_weight", "constant"))
+    plan = plan_arms(SMALL, points)
+    assert [arm.overrides[E] for arm in plan.arms] == [0, 4, 4]
+    dense = plan.arms[0]
+    assert dense.overrides == {E: 0, "moe.balance_weight": 0.0, "schedule.z_weight": "constant"}  # the axes stay raw
+    assert [arm_id for _, arm_id in plan.duplicates] == [dense.id]
+    assert dense.config == resolve(SMALL | {"moe": SMALL["moe"] | {"num_experts": 0}})
+    for arm in plan.arms[1:]:
+        of_experts = SMALL["moe"] | {"balance_weight": arm.overrides["moe.balance_weight"]}
+        assert arm.config == resolve(SMALL | {"moe": of_experts})
+    wide, narrow = plan_arms(SMALL, [{E: 0, "model.d_ff": 64, K: 1}, {E: 0, K: 1}]).arms
+    assert wide.config.model.d_ff == 64 and narrow.id == dense.id
+
+
+def test_two_configurations_of_one_id_are_an_error(monkeypatch):
+    monkeypatch.setattr(arms, "hash_config", lambda config: 10 * "a" + f"{config.train.seed}")
+    with pytest.raises(SweepError, match=r"the id a{10} is that of two .*, train.seed=0 and train.seed=1; give one"):
+        plan_arms(SMALL, seeds(2))
+
+
+def test_sizes_of_the_mesh_must_divide_in_the_plan_already():
+    with pytest.raises(
+        SweepError, match=r"1 of 2 points .*\n.*moe.num_experts=6: moe.num_experts=6 .* of mesh.expert=4"
+    ):
+        plan_arms(SMALL | {"mesh": {"data": -1, "expert": 4}}, choice(E, 4, 6))
+
+
+def test_more_points_than_anybody_waits_for_are_refused_before_they_are_made():
+    start = time.monotonic()
+    with pytest.raises(SweepError, match=r"has 1,000,000,000 points and may have 100,000; give its axes fewer values"):
+        plan_arms(SMALL, product(*(choice(key, *range(1000)) for key in (E, K, SEED))))
+    with pytest.raises(SweepError, match=r"has more than 100,000 points"):
+        plan_arms(SMALL, ({SEED: seed} for seed in itertools.count()))
+    assert time.monotonic() - start < 5
+
+
 def test_an_id_follows_from_the_resolved_configuration_without_the_folder_of_the_data():
     first, second, other = plan_arms(
         SMALL, [{}, {"moe.z_weight": 0.5}, {"moe.z_weight": 0.25, "data.directory": "elsewhere"}]
@@ -105,6 +144,11 @@ def test_an_arm_is_the_same_behind_its_entry_in_a_file():
         "id", "config_hash", "overrides", "matched", "config", "params_total", "params_active", "flops_per_token",
     ]  # fmt: skip
     assert Arm.from_json(entry) == arm and Arm.from_json(entry).config_hash == arm.config_hash
+    # One of a version that lacked a leaf, and so had another hash.
+    del entry["config"]["moe"]["z_weight"]
+    older = entry | {"id": 10 * "a", "config_hash": 64 * "a"}
+    kept = Arm.from_json(older).to_json()
+    assert (kept["id"], kept["config_hash"]) == (older["id"], older["config_hash"])
     built = count_parameters(arm.config)
     assert (entry["params_total"], entry["params_active"]) == (built.total, built.active)
     assert entry["flops_per_token"] == arm.count.flops_per_token

@@ -104,7 +104,10 @@ def test_where_a_multiple_of_8_is_too_far_off_the_width_is_any_number():
 
 
 def test_widths_are_multiples_of_the_parts_they_are_split_into():
-    base = changed(mesh={"tensor": 6}, moe={"num_experts": 8, "d_expert": 96})
+    base = changed(
+        mesh={"tensor": 6}, moe={"num_experts": 8, "d_expert": 96},
+        model={"num_heads": 6, "num_kv_heads": 6, "d_model": 48}, data={"tokenizer": "bpe", "vocab_size": 516},
+    )  # fmt: skip
     plan = plan_arms(base, [{E: 12}, {E: 7}], match="total_params")
     for arm in plan.arms:
         width = arm.config.moe.d_expert if arm.config.moe.num_experts else arm.config.model.d_ff
@@ -132,6 +135,8 @@ def test_the_control_takes_what_is_about_experts_out_of_the_recipe():
 def test_a_dense_arm_of_the_sweep_is_the_control():
     plan = plan_arms(BASE, [{E: 0}, {E: 8}], match="total_params")
     assert [arm.overrides for arm in plan.arms] == [{E: 0}, {E: 8}] and plan.duplicates == ()
+    plan = plan_arms(BASE, product(choice(E, 0, 8), choice(K, 1, 2)), match="total_params")
+    assert [arm.overrides for arm in plan.arms] == [{E: 0, K: 1}, {E: 8, K: 1}, {E: 8, K: 2}]
     assert len(plan_arms(BASE, [{E: 8}], match="flops", dense_control=False).arms) == 1
 
 

@@ -113,6 +113,19 @@ def test_rows_are_joined_in_the_order_of_the_sweep_and_those_of_running_arms_are
     assert not list(tmp_path.glob("*.partial"))
 
 
+def test_rows_have_the_axes_that_the_sweep_has_now(tmp_path):
+    (entry,) = make_sweep(tmp_path, [{"moe.top_k": 1, "train.seed": 0}])
+    now = {"overrides": {"moe.top_k": 1, "moe.z_weight": 0.01}, "matched": {"moe.d_expert": 16}}
+    write_definition(tmp_path, [entry | now])
+    (row,) = collect(tmp_path)
+    assert [key for key in row if key.startswith(("override/", "matched/"))] == [
+        "override/moe.top_k", "override/moe.z_weight", "matched/moe.d_expert",
+    ]  # fmt: skip
+    assert [*row][:5] == ["arm", "config_hash", "status", "error", "override/moe.top_k"]
+    before = read_record(tmp_path / "arms" / entry["id"])
+    assert {key: row[key] for key in row if "/" not in key} == {key: before[key] for key in before if "/" not in key}
+
+
 def test_both_joint_files_say_the_same_with_mixed_values_on_one_axis(tmp_path):
     points = [{"a.b": 1}, {"a.b": 0.5}, {"a.b": "auto"}, {"a.c": True}, {"a.d": 1}, {"a.d": 0.5, "a.e": '<&"'}]
     make_sweep(tmp_path, points)
@@ -155,6 +168,7 @@ def test_damaged_files_are_named_with_a_remedy(tmp_path):
         read_records(tmp_path)
     (entry,) = make_sweep(tmp_path, [{"moe.top_k": 1}])
     workdir = tmp_path / "arms" / entry["id"]
+    definition = (tmp_path / "sweep.json").read_text()
     collect(tmp_path)
     for name, damage, read, wanted in [
         ("records.jsonl", "{", lambda: read_records(tmp_path), r"records.jsonl is damaged .*remove it and run"),
@@ -163,6 +177,12 @@ def test_damaged_files_are_named_with_a_remedy(tmp_path):
         (f"arms/{entry['id']}/record.json", "[]", lambda: collect(tmp_path), r"must be a JSON object with an arm"),
         ("sweep.json", "{", lambda: read_definition(tmp_path), r"sweep.json is damaged .*restore it"),
         ("sweep.json", "[]", lambda: read_definition(tmp_path), r"sweep.json must be a JSON object with a list"),
+        (
+            "sweep.json",
+            definition.replace(entry["id"], "../../else"),
+            lambda: read_definition(tmp_path),
+            r"sweep.json: arm 0: id '../../else' must be ten hexadecimal digits",
+        ),
         ("sweep.json", '{"arms": [3]}', lambda: read_definition(tmp_path), r"sweep.json: arm 0 must have id"),
     ]:
         before = (tmp_path / name).read_text()

@@ -3,10 +3,10 @@
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -16,10 +16,9 @@ import submitit  # noqa: F401  here, where a warning of its own imports is no er
 
 from moejax.config import resolve
 from moejax.sweeps.arms import Plan, SweepError, plan_arms
-from moejax.sweeps.directory import add_arm, open_sweep, write_sweep
+from moejax.sweeps.directory import add_arm, locked, open_sweep, write_sweep
 from moejax.sweeps.packs import pack_arms
-from moejax.sweeps.pool import shares
-from moejax.sweeps.run import saved_steps, together, training_seconds
+from moejax.sweeps.run import saved_steps, together
 from training_cases import SMALL
 
 ROOT = Path(__file__).parents[1]
@@ -41,12 +40,6 @@ def sweep(*arguments, **popen):
     )
 
 
-def with_programs(directory, undisturbed):
-    """A folder for a sweep whose programs were compiled before."""
-    shutil.copytree(undisturbed[0] / "compiled", directory / "compiled")
-    return f"--dir={directory}"
-
-
 def finish(process):
     output, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors[-3000:]
@@ -56,6 +49,14 @@ def finish(process):
 def rows_of(directory):
     rows = [json.loads(line) for line in (directory / "records.jsonl").read_text().splitlines()]
     return [{key: value for key, value in row.items() if key not in MEASURED} for row in rows]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _programs_of_these_sweeps(tmp_path_factory):
+    """Compiled once for all, and kept in no home folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +92,7 @@ def test_a_sweep_trains_each_arm_once_and_records_it(undisturbed):
 def test_a_sweep_killed_in_the_middle_gives_the_records_of_one_that_was_not(undisturbed, data, tmp_path):
     directory, _, _ = undisturbed
     packs = json.loads((directory / "sweep.json").read_text())["packs"]
-    arguments = [*SMALL_RUN, data, with_programs(tmp_path, undisturbed), *AXES, "--json"]
+    arguments = [*SMALL_RUN, data, f"--dir={tmp_path}", *AXES, "--json"]
     first = sweep(*arguments, start_new_session=True)
     wait_for(lambda: (tmp_path / "arms" / packs[1][1] / "checkpoints/40").is_dir(), first)
     os.killpg(first.pid, signal.SIGKILL)
@@ -109,7 +110,7 @@ def test_a_pool_gives_the_same_records_though_one_of_its_processes_is_killed(und
     if len(os.sched_getaffinity(0)) < 2:
         pytest.skip("a pool of two processes needs two cores")
     packs = json.loads((directory / "sweep.json").read_text())["packs"]
-    pool = sweep(*SMALL_RUN, data, with_programs(tmp_path, undisturbed), *AXES, "--runner=pool", "--processes=2")
+    pool = sweep(*SMALL_RUN, data, f"--dir={tmp_path}", *AXES, "--runner=pool", "--processes=2")
     wait_for(lambda: (tmp_path / "arms" / packs[0][0] / "checkpoints/20").is_dir(), pool)
     children = [int(pid) for pid in Path(f"/proc/{pool.pid}/task/{pool.pid}/children").read_text().split()]
     assert len(children) == 2
@@ -127,9 +128,7 @@ def test_a_pool_gives_the_same_records_though_one_of_its_processes_is_killed(und
 
 @pytest.mark.slow
 def test_a_sweep_told_to_stop_saves_and_the_same_command_goes_on_and_may_add_arms(undisturbed, data, tmp_path):
-    process = sweep(
-        *SMALL_RUN, data, with_programs(tmp_path, undisturbed), "moe.balance_weight=0.01,0.1", "moe.top_k=2"
-    )
+    process = sweep(*SMALL_RUN, data, f"--dir={tmp_path}", "moe.balance_weight=0.01,0.1", "moe.top_k=2")
     wait_for(lambda: any(tmp_path.glob("arms/*/checkpoints/20")), process)
     process.send_signal(signal.SIGTERM)
     _, errors = finish(process)
@@ -226,17 +225,46 @@ def test_a_dry_run_lists_every_arm_with_its_cost_and_writes_nothing(tmp_path):
         (["work", "--dir=/nowhere"], "sweep.json is missing"),
         (["moe.num_experts=4,8", "--match=active"], "--match"),
         (["moe.top_k=2,3", "--runner=pool", "--processes=999", "--dir=DIR"], "--processes=999 must be at most"),
+        (["moe.top_k=2,3", "--runner=pool", "--processes=0", "--dir=DIR"], "--processes=0 must be at least 1"),
+        (["moe.top_k=2,3", "--runner=pool", "--gpus=-1", "--dir=DIR"], "--gpus=-1 must be at least 0"),
+        (["moe.top_k=2,3", "--gpus=2", "--dir=DIR"], "--gpus=2 goes with --runner=pool or slurm, not here"),
+        (["moe.top_k=2,3", "--runner=pool", "--partition=fast"], "--partition=fast goes with --runner=slurm, not pool"),
+        (["moe.top_k=2,3", "--adjust=steps"], "add --match"),
+        (["moe.num_experts=4,6", "--config.mesh.expert=4"], "moe.num_experts=6 must be a multiple of mesh.expert=4"),
+        (["moe.top_k=2,3", "--config.mesh.data=64", "--config.train.batch_size=64", "--dir=DIR"], "do not fit"),
         (["moe.top_k=2,3", "--runner=slurm", "--dir=DIR"], "sbatch"),
         (["moe.top_k=2,3", "--runner=slurm", "--minutes=3", "--dir=DIR"], "--minutes=3 must be more than 4"),
     ],
 )
-def test_a_mistake_is_one_line_before_anything_trains(arguments, message, tmp_path, capsys):
+def test_a_mistake_is_one_line_before_anything_trains(arguments, message, tmp_path, capsys, monkeypatch):
     from moejax.cli import main
 
+    monkeypatch.setattr("moejax.sweeps.run.keep_programs", lambda: None)  # of this process
     arguments = [argument.replace("DIR", str(tmp_path / "sweep")) for argument in arguments]
     assert main(["sweep", "--config=configs/debug.py", *arguments]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert message in error, error
+    assert not (tmp_path / "sweep").exists()
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("pass", "sweep() gives nothing; return a space"),
+        ("return 3", "sweep() raised TypeError"),
+        ("yield {}['no']", "sweep() raised KeyError: 'no'"),
+        ("return where(choice('moe.top_k', 1), lambda point: 1 / 0)", "raised ZeroDivisionError: division by zero"),
+    ],
+)
+def test_a_mistake_in_the_space_of_a_recipe_names_the_recipe(body, message, tmp_path, capsys):
+    from moejax.cli import main
+
+    recipe = tmp_path / "recipe.py"
+    space = f"\n\nfrom moejax.sweeps import choice, where\n\ndef sweep():\n    {body}\n"
+    recipe.write_text((ROOT / "configs/debug.py").read_text() + space)
+    assert main(["sweep", f"--config={recipe}", "--dry-run"]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message in error and str(recipe) in error, error
 
 
 def wait_for(condition, process, seconds=240):
@@ -290,10 +318,41 @@ def test_a_search_adds_each_arm_once(tmp_path):
 
 def test_a_pack_is_one_processs_at_a_time(tmp_path):
     sweep = write_sweep(tmp_path, planned({}), largest_pack=1, recipe="r.py", match="", command="c")
-    with sweep.claim(0) as first, sweep.claim(0) as second:
+    with sweep.claim(sweep.packs[0]) as first, sweep.claim(sweep.packs[0]) as second:
         assert (first, second) == (True, False)
-    with sweep.claim(0) as again:
+    with sweep.claim(sweep.packs[0]) as again:
         assert again
+
+
+def test_an_arm_is_one_processs_at_a_time_though_its_sweep_is_planned_anew(tmp_path):
+    points = [{"train.seed": seed} for seed in range(4)]
+    facts = {"recipe": "r.py", "match": "", "command": "c"}
+    before = write_sweep(tmp_path, planned(*points[2:]), largest_pack=2, **facts)
+    after = write_sweep(tmp_path, planned(*points), largest_pack=3, **facts)
+    shared, apart = after.packs[1], after.packs[0]
+    assert set(shared) == set(before.packs[0]) and not set(apart) & set(shared)
+    with before.claim(before.packs[0]) as held, after.claim(shared) as same, after.claim(apart) as other:
+        assert (held, same, other) == (True, False, True)
+        with after.claim((*apart, *shared)) as part, after.claim(before.packs[0][:1]) as one:
+            assert not part and not one
+    with after.claim(shared) as first, before.claim(before.packs[0][1:]) as second:
+        assert first and not second
+    # Who does not get all keeps none.
+    with before.claim(before.packs[0][:1]), after.claim(after.packs[1] + after.packs[0]) as all_of_them:
+        assert not all_of_them
+    with after.claim(after.packs[1]) as again:
+        assert again
+
+
+def test_a_sweep_is_written_by_one_process_at_a_time(tmp_path):
+    facts = {"largest_pack": 1, "recipe": "r.py", "match": "", "command": "c"}
+    with locked(tmp_path, "definition"):
+        thread = threading.Thread(target=write_sweep, args=(tmp_path, planned({})), kwargs=facts)
+        thread.start()
+        thread.join(0.3)
+        assert not (tmp_path / "sweep.json").exists()
+    thread.join()
+    assert (tmp_path / "sweep.json").exists()
 
 
 @pytest.mark.parametrize(
@@ -316,27 +375,6 @@ def test_arms_continue_together_from_what_they_have_in_common(saved, groups, tmp
         for step in steps:
             (sweep.workdir(arm.id) / "checkpoints" / str(step)).mkdir(parents=True)
     assert [[plan.arms.index(arm) for arm in group] for group in together(sweep, plan.arms)] == groups
-
-
-def test_seconds_of_training_are_those_of_the_logged_intervals(tmp_path):
-    lines = [
-        {"step": 10, "tokens": 100, "perf/tokens_per_s": 50.0},
-        {"step": 10, "eval/loss": 3.0},
-        {"step": 20, "tokens": 200, "perf/tokens_per_s": 25.0},
-        {"step": 22, "tokens": 220, "perf/tokens_per_s": 20.0},
-    ]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert training_seconds(tmp_path) == (2 + 4 + 1, 0.4)
-    assert training_seconds(tmp_path / "nothing") == (None, None)
-
-
-@pytest.mark.parametrize(
-    ("items", "number", "parts"), [([0, 1, 2], 2, [[0], [1, 2]]), ([4, 5], 2, [[4], [5]]), ([1, 2, 3], 1, [[1, 2, 3]])]
-)
-def test_devices_are_shared_out_evenly(items, number, parts):
-    assert shares(items, number) == parts
-    with pytest.raises(SweepError, match="must be at most"):
-        shares(items, len(items) + 1)
 
 
 def test_an_arm_survives_its_entry_and_resolves_alike():

@@ -7,6 +7,7 @@ import pytest
 from moejax.config import ConfigError
 from moejax.sweeps import (
     Range,
+    Space,
     SpaceError,
     chain,
     choice,
@@ -70,6 +71,22 @@ def test_where_leaves_points_out_while_they_are_gone_through_and_says_so_to_a_se
     assert outer.allows({E: 8, K: 2, "train.seed": 0}) and not outer.allows({E: 4, K: 2, "train.seed": 0})
     assert len(list(outer)) == 6
     assert product(choice(E, 4), [{K: 1}]).axes is None
+
+
+def test_a_predicate_that_raises_is_named_with_its_file():
+    space = where(choice(E, 4, 8), lambda point: point[K] > 1)
+    for use in (lambda: list(space), lambda: space.allows({E: 4})):
+        with pytest.raises(SpaceError, match=r"test_sweeps_space.py, line \d+, raised KeyError: 'moe.top_k', for the"):
+            use()
+
+
+def test_the_size_of_a_space_is_known_without_its_points_where_axes_give_it():
+    axes = [choice(key, *range(10)) for key in (E, K)]
+    assert product(*axes).size == 100 and product().size == 1
+    assert product(axes[0], [{K: 1}, {K: 2}]).size == 20
+    assert product(axes[0], where(axes[1], bool)).size is None
+    with pytest.raises(TypeError, match="abstract"):
+        Space()
 
 
 def test_a_generator_inside_a_space_can_be_gone_through_again():

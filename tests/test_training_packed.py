@@ -218,10 +218,17 @@ def test_arms_that_cannot_go_on_end_and_the_others_do_not_notice(tmp_path):
     configs = [replace(config, "train", step_limit_s=100.0) for config in configs]
     configs[0] = replace(configs[0], "alarms", logits=1e-6, stop="logits")
     configs[1] = replace(replace(configs[1], "optimizer", learning_rate=1e30), "moe", balance_weight=1e30)
-    workdirs = [tmp_path / f"arm{i}" for i in range(3)]
+    workdirs, ended = [tmp_path / f"arm{i}" for i in range(3)], []
+
+    def on_end(index, result):
+        """What an arm leaves behind is there at once, and the others have not ended."""
+        ended.append((index, result, lines_of(workdirs[index])[-1]["step"], saved_steps(workdirs[index])))
+        assert not (workdirs[2] / "checkpoints/12").exists()
+
     with mock.patch.object(packed_loop, "Watchdog", wraps=packed_loop.Watchdog) as watchdog:
-        alarmed, broken, sound = train_packed(configs, workdirs, devices=jax.devices()[:1])
+        alarmed, broken, sound = train_packed(configs, workdirs, devices=jax.devices()[:1], on_end=on_end)
     assert watchdog.call_args.args[0] == 300  # three arms on one device
+    assert ended == [(1, broken, broken.step, []), (0, alarmed, 5, [5])]
     assert isinstance(broken.error, NonFiniteError) and "2 steps in a row" in str(broken.error)
     assert broken.evaluation is None and broken.step < 6
     assert not (tmp_path / "arm1/checkpoints/6").exists()
@@ -233,6 +240,9 @@ def test_arms_that_cannot_go_on_end_and_the_others_do_not_notice(tmp_path):
     assert saved_steps(workdirs[0]) == saved_steps(tmp_path / "alone") == [alarmed.step] == [5]
     assert (sound.error, sound.step) == (None, 12)
     assert lines_of(tmp_path / "arm2")[-1]["step"] == 12
+    intervals = [json.loads(line) for line in (workdirs[2] / "metrics.jsonl").read_text().splitlines()]
+    assert {line.get("perf/arms") for line in intervals if "perf/tokens_per_s" in line} == {3}
+    assert {line.get("perf/arms") for line in intervals if "eval/loss" in line} == {None}
 
 
 KNOB_CASES = {

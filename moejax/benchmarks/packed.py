@@ -6,6 +6,7 @@ pack, which compiles (`packed`) or has its programs from before (`packed_again`)
 """
 
 import json
+import os
 import shutil
 import statistics
 import subprocess
@@ -18,7 +19,6 @@ from typing import Any
 import jax
 
 from moejax.config import Config, to_dict
-from moejax.sweeps.run import CACHE_FOLDER
 
 ARMS = 8
 
@@ -73,9 +73,7 @@ class _Sides:
     def warm_up(self) -> None:
         """Prepares the data and the compiled programs that are kept from before."""
         for name, pack in (("one", 1), ("pack", ARMS)):
-            directory = self._new()
-            self._sweep(directory, pack)
-            shutil.move(directory / CACHE_FOLDER, self._folder / f"compiled_{name}")
+            self._sweep(self._new(), pack, self._folder / f"compiled_{name}")
 
     def separate(self) -> None:
         """A process for each seed."""
@@ -86,26 +84,32 @@ class _Sides:
 
     def one_process(self) -> None:
         """One after another in one process."""
-        self._sweep(self._new(), 1, "one")
+        self._sweep(self._new(), 1, self._copy("one"))
 
     def packed(self) -> None:
         """All side by side, compiled."""
-        self._sweep(self._new(), ARMS)
+        self._sweep(self._new(), ARMS, self._new())
 
     def packed_again(self) -> None:
         """All side by side, compiled before."""
-        self._sweep(self._new(), ARMS, "pack")
+        self._sweep(self._new(), ARMS, self._copy("pack"))
 
-    def _sweep(self, directory: Path, pack: int, compiled: str = "") -> None:
-        if compiled:
-            shutil.copytree(self._folder / f"compiled_{compiled}", directory / CACHE_FOLDER)
-        self._run("sweep", f"--config={self._recipe}", f"--seeds={ARMS}", f"--pack={pack}", f"--dir={directory}")
+    def _sweep(self, directory: Path, pack: int, programs: Path) -> None:
+        arguments = [f"--config={self._recipe}", f"--seeds={ARMS}", f"--pack={pack}", f"--dir={directory}"]
+        self._run("sweep", *arguments, programs=programs)
+
+    def _copy(self, name: str) -> Path:
+        """Programs kept from before; of the warm-up alone, whatever a side compiles beside."""
+        return Path(shutil.copytree(self._folder / f"compiled_{name}", self._new()))
 
     def _new(self) -> Path:
         self._turn += 1
         return self._folder / str(self._turn)
 
-    def _run(self, *arguments: str) -> None:
-        done = subprocess.run([sys.executable, "-m", "moejax", *arguments], capture_output=True, text=True, check=False)
+    def _run(self, *arguments: str, programs: Path | None = None) -> None:
+        """Runs moejax; the user's cache folder, in which a sweep keeps its programs, is `programs`."""
+        command = [sys.executable, "-m", "moejax", *arguments]
+        environment = os.environ | ({"XDG_CACHE_HOME": str(programs)} if programs else {})
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if done.returncode:
             raise RuntimeError(f"moejax {' '.join(arguments)} failed: {done.stderr[-2000:]}")

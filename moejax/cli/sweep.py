@@ -44,14 +44,20 @@ from moejax.sweeps.arms import Arm, Plan, describe, plan_arms
 from moejax.sweeps.directory import Sweep, open_sweep, write_sweep
 from moejax.sweeps.match import short, training_flops
 from moejax.sweeps.packs import pack_arms
-from moejax.sweeps.pool import run_pool
+from moejax.sweeps.pool import STOPPED, Share, run_pool, share_out
 from moejax.sweeps.records import read_definition, read_records
 from moejax.sweeps.report import build_sweep_report
 from moejax.sweeps.run import check_devices, check_open, prepare_devices, work
-from moejax.sweeps.slurm import Jobs, submit
+from moejax.sweeps.slurm import Jobs, check_jobs, submit
 from moejax.training.signals import StopSignals
 
 ACTIONS = ("work", "worker", "report", "dashboard")
+
+RUNNERS_OF = {
+    "processes": ("pool", "slurm"), "gpus": ("pool", "slurm"),
+    "minutes": ("slurm",), "partition": ("slurm",), "account": ("slurm",),
+}  # fmt: skip
+"""Flags that say something to some runners alone."""
 
 log = logging.getLogger("moejax")
 
@@ -105,19 +111,20 @@ def run(values: FlagValues, rest: list[str]) -> None:
 
 def _sweep(values: FlagValues, rest: list[str]) -> None:
     refuse_flags(values, (*OF_DRAWS, *OF_STUDIES), "goes with a search; add --search=random or tpe, or leave it out")
-    space = _space(values, rest)
-    if values.pack < 1:
-        raise UsageError(f"--pack={values.pack} must be at least 1")
-    read_config_flag(values)  # says what is wrong with the recipe itself, apart from any point
-    plan = plan_arms(values.config.to_dict(), space, match=values.match, adjust=values.adjust)
-    for line in plan.changes:
-        log.info("matched: %s", line)
-    for overrides, arm_id in plan.duplicates:
-        log.info("left out: %s, which is arm %s", " ".join(f"{k}={v}" for k, v in overrides.items()), arm_id)
+    _check_flags(values)
+    plan = _plan(values, rest)
     packs = pack_arms(plan.arms, values.pack)
     if values["dry-run"].value:
         _show(values, plan, packs)
         return
+    parts: list[Share] = []
+    if values.runner == "slurm":  # what cannot be is said before a directory is taken up
+        check_jobs(_jobs(values))
+    elif values.runner == "pool":
+        parts = share_out(values.processes, values.gpus)
+    else:
+        prepare_devices(packs)
+        check_devices(plan.arms)
     sweep = write_sweep(
         _directory(values), plan, largest_pack=values.pack, recipe=_recipe(values), match=values.match,
         command=_command(),
@@ -127,10 +134,8 @@ def _sweep(values: FlagValues, rest: list[str]) -> None:
         return
     with StopSignals() as stop:
         if values.runner == "pool":
-            run_pool(sweep, values.processes, range(values.gpus), stop)
+            run_pool(sweep, parts, stop)
         else:
-            prepare_devices(sweep)
-            check_devices(sweep)
             work(sweep, stop)
         if stop:
             log.info("%s: saved in %s; the same command continues", stop.received, sweep.directory)
@@ -139,15 +144,37 @@ def _sweep(values: FlagValues, rest: list[str]) -> None:
     _finish(values, sweep.directory)
 
 
+def _check_flags(values: FlagValues) -> None:
+    """Raises `UsageError` for a number that cannot be, and for a flag that would change nothing."""
+    for flag, number, least in (("pack", values.pack, 1), ("processes", values.processes, 1), ("gpus", values.gpus, 0)):
+        if number < least:
+            raise UsageError(f"--{flag}={number} must be at least {least}")
+    for flag, known in RUNNERS_OF.items():
+        if values[flag].present and values.runner not in known:
+            raise UsageError(
+                f"--{flag}={values[flag].value} goes with --runner={' or '.join(known)}, not {values.runner}; "
+                "leave one out"
+            )
+    if values["adjust"].present and not values.match:
+        raise UsageError(f"--adjust={values.adjust} says what --match changes; add --match, or leave it out")
+
+
+def _plan(values: FlagValues, rest: list[str]) -> Plan:
+    space = _space(values, rest)
+    read_config_flag(values)  # says what is wrong with the recipe itself, apart from any point
+    plan = plan_arms(values.config.to_dict(), space, match=values.match, adjust=values.adjust)
+    for line in plan.changes:
+        log.info("matched: %s", line)
+    for overrides, arm_id in plan.duplicates:
+        log.info("left out: %s, which is arm %s", " ".join(f"{k}={v}" for k, v in overrides.items()), arm_id)
+    return plan
+
+
 def _space(values: FlagValues, rest: list[str]) -> Space:
     """The points: of the recipe's `sweep()`, times the axes given, times the seeds."""
     if values["config"].value is None:
         raise UsageError("--config is missing; give a recipe, such as --config=configs/tiny_moe.py")
-    spaces: list[Any] = []
-    function = runpy.run_path(config_flags.get_config_filename(values["config"])).get("sweep")
-    if function is not None:
-        found = function()
-        spaces.append(found if isinstance(found, Space) else [*found])
+    spaces: list[Any] = _own_space(_recipe(values))
     spaces += [parse_axis(text) for text in rest]
     if values.seeds < 0:
         raise UsageError(f"--seeds={values.seeds} must be at least 1")
@@ -158,6 +185,20 @@ def _space(values: FlagValues, rest: list[str]) -> Space:
             "nothing varies; give axes such as moe.num_experts=4,8,16, or --seeds, or a recipe with a sweep()"
         )
     return product(*spaces)
+
+
+def _own_space(recipe: str) -> list[Space | list[Any]]:
+    """What a recipe's `sweep()` gives; nothing if it has none."""
+    function = runpy.run_path(recipe).get("sweep")
+    if function is None:
+        return []
+    try:
+        found = function()
+        if found is not None:
+            return [found if isinstance(found, Space) else [*found]]
+    except Exception as error:  # it is the recipe's: it may raise anything
+        raise UsageError(f"{recipe}: sweep() raised {type(error).__name__}: {error}") from error
+    raise UsageError(f"{recipe}: sweep() gives nothing; return a space, such as product(...), or yield points")
 
 
 def _recipe(values: FlagValues) -> str:
@@ -206,26 +247,29 @@ def _row(arm: Arm, keys: list[str], pack: int, cost: int) -> dict[str, Any]:
     }
 
 
+def _jobs(values: FlagValues) -> Jobs:
+    return Jobs(values.processes, values.gpus, 8, values.minutes, values.partition, values.account)
+
+
 def _submit(values: FlagValues, sweep: Sweep) -> None:
-    jobs = Jobs(values.processes, values.gpus, 8, values.minutes, values.partition, values.account)
-    for job in submit(sweep, jobs):
+    for job in submit(sweep, _jobs(values)):
         log.info("job %s: logs in %s", job.job_id, job.paths.stdout)
     print(f"moejax sweep report {sweep.directory}  shows what has ended")
 
 
 def _work(values: FlagValues) -> None:
-    """A process of a pool, or a job of a cluster."""
+    """A process of a pool, or a job of a cluster; one that was told to stop says by its exit code if arms are open."""
     if not values.dir:
         raise UsageError("--dir is missing; name the folder of a sweep")
     if values.cores:
         os.sched_setaffinity(0, {int(core) for core in values.cores.split(",")})
     sweep = open_sweep(values.dir)
-    prepare_devices(sweep)
-    check_devices(sweep)
+    prepare_devices(sweep.packs)
+    check_devices(sweep.arms.values())
     with StopSignals() as stop:
-        work(sweep, stop)
-        if stop:
-            return
+        is_done = work(sweep, stop)
+        if stop and not is_done:
+            sys.exit(STOPPED)
     check_open(sweep)
 
 

@@ -14,7 +14,7 @@ from moejax.cli import UsageError
 from moejax.cli.options import read_config_flag
 from moejax.cli.tables import print_result, print_table
 from moejax.sweeps import Space
-from moejax.sweeps.run import CACHE_FOLDER
+from moejax.sweeps.programs import keep_programs
 from moejax.sweeps.search import Definition, StudyError, search_axes
 from moejax.sweeps.study import (
     create_study,
@@ -131,9 +131,7 @@ def join_search(values: FlagValues, command: str) -> None:
 
 
 def _work(values: FlagValues, study, trials: Trials) -> None:
-    import jax
-
-    jax.config.update("jax_compilation_cache_dir", str((trials.directory / CACHE_FOLDER).resolve()))
+    keep_programs()
     told = work(
         study,
         trials.run,

@@ -1,18 +1,21 @@
 """The arms of a sweep: every point becomes a checked configuration before the first of them runs."""
 
 import dataclasses
-import functools
 import hashlib
+import itertools
 import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from moejax.config import Config, ConfigError, check_key, resolve, to_dict
 from moejax.planning.count import Count, count
+from moejax.sharding import check_divisible
 from moejax.sweeps.match import Adjust, Match, Matched, MatchError, Target
+from moejax.sweeps.space import Space
 
 ID_DIGITS = 10  # of the hash: among 10,000 arms two share one with a probability of 1 in 22,000
 LISTED = 10  # bad points that an error names
+MOST = 100_000  # points: each is resolved before the first arm trains, some thousands a second
 
 
 class SweepError(ValueError):
@@ -25,6 +28,7 @@ class Arm:
 
     Attributes:
       id: the first digits of `config_hash`, which name its run directory.
+      config_hash: of the resolved configuration, see `hash_config`.
       overrides: what its point sets, by dotted key.
       matched: leaves that matching changed; empty without.
       config: resolved.
@@ -32,6 +36,7 @@ class Arm:
     """
 
     id: str
+    config_hash: str
     overrides: dict[str, Any]
     matched: dict[str, Any]
     config: Config
@@ -40,12 +45,8 @@ class Arm:
     @classmethod
     def of(cls, config: Config, overrides: Mapping[str, Any], matched: Mapping[str, Any]) -> "Arm":
         """An arm of a resolved configuration."""
-        return cls(hash_config(config)[:ID_DIGITS], dict(overrides), dict(matched), config, count(config))
-
-    @functools.cached_property
-    def config_hash(self) -> str:
-        """Of the resolved configuration, see `hash_config`."""
-        return hash_config(self.config)
+        digits = hash_config(config)
+        return cls(digits[:ID_DIGITS], digits, dict(overrides), dict(matched), config, count(config))
 
     def to_json(self) -> dict[str, Any]:
         """Its entry in `sweep.json`."""
@@ -62,14 +63,15 @@ class Arm:
 
     @classmethod
     def from_json(cls, entry: Mapping[str, Any]) -> "Arm":
-        """The arm of an entry. Its id stays, whatever leaves configurations have got since.
+        """The arm of an entry. Its id and hash stay, whatever leaves configurations have got since.
 
         Raises:
           SweepError: the entry is none of an arm.
         """
         try:
             config = resolve(entry["config"])
-            return cls(entry["id"], dict(entry["overrides"]), dict(entry["matched"]), config, count(config))
+            names = entry["id"], entry["config_hash"]
+            return cls(*names, dict(entry["overrides"]), dict(entry["matched"]), config, count(config))
         except (KeyError, TypeError, ValueError) as error:
             raise SweepError(
                 f"an arm in sweep.json is damaged ({error}); restore it, or plan the sweep anew"
@@ -101,6 +103,8 @@ def plan_arms(
 ) -> Plan:
     """Applies every point to a recipe and checks what comes out.
 
+    Points without experts that differ in leaves of experts alone are one configuration, that of their dense control.
+
     Args:
       base: the recipe: sections of leaves.
       points: what arms override.
@@ -111,14 +115,13 @@ def plan_arms(
       dense_control: whether matched arms get dense ones beside them, one for each setting of all that is no experts'.
 
     Raises:
-      SweepError: no points; or points that cannot work, all of which are counted and the first ten named.
+      SweepError: no points, or more than 100,000; or points that cannot work, all of which are counted and the first
+        ten named.
       MatchError: no such match, or parameters matched by steps.
       ConfigError: the recipe itself cannot work, and is matched with.
     """
     target = Target.of(resolve(base), match, adjust) if match else None
-    points, errors = [*points], []
-    if not points:
-        raise SweepError("the sweep has no points; give axes, or a sweep() that yields some")
+    points, errors = _listed(points), []
     planning = _Planning(base, target)
     for point in points:
         try:
@@ -131,9 +134,24 @@ def plan_arms(
         for control in _dense_points(base, points, adjust):
             try:
                 planning.add(control, is_control=True)
-            except (ConfigError, MatchError) as error:
+            except (ConfigError, MatchError, SweepError) as error:
                 raise SweepError(f"the dense control {describe(control)}: {error}; or plan without it") from error
     return Plan(tuple(planning.arms.values()), tuple(planning.duplicates), tuple(planning.changes))
+
+
+def _listed(points: Iterable[Any]) -> list[Any]:
+    """All points; those of a product are counted before they are gone through."""
+    size = points.size if isinstance(points, Space) else None
+    listed = [*itertools.islice(points, MOST + 1)] if size is None or size <= MOST else []
+    if size == 0 or (size is None and not listed):
+        raise SweepError("the sweep has no points; give axes, or a sweep() that yields some")
+    if not listed or len(listed) > MOST:
+        number = f"{size:,}" if size else f"more than {MOST:,}"
+        raise SweepError(
+            f"the sweep has {number} points and may have {MOST:,}; give its axes fewer values, or let a search draw "
+            "from them (--search=random)"
+        )
+    return listed
 
 
 def describe(overrides: Any) -> str:
@@ -153,6 +171,15 @@ def hash_config(config: Config) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
+def check_same(first: Arm, second: Arm) -> None:
+    """Raises `SweepError` if two arms of one id are two configurations, of which one would be lost."""
+    if first.config_hash != second.config_hash:
+        raise SweepError(
+            f"the id {second.id} is that of two configurations, {describe(first.overrides)} and "
+            f"{describe(second.overrides)}; give one of them another train.seed, or a sweep of its own"
+        )
+
+
 class _Planning:
     """Arms so far."""
 
@@ -168,16 +195,22 @@ class _Planning:
             raise SweepError("is no point; give a dict of config keys and values, such as {'moe.top_k': 1}")
         for key in point:
             check_key(str(key))
-        config = resolve(_applied(self.base, point))
+        config, settings = resolve(_applied(self.base, point)), dict(point)
+        if not config.moe.num_experts:
+            settings = _without_experts(self.base, point)
+            config = resolve(_applied(self.base, settings))
         matched: dict[str, Any] = {}
         found: Matched | None = None
         if self.target is not None:
             found = self.target.match_arm(config, point)
             if found.is_changed:
                 matched = {found.leaf: found.value}
-                config = resolve(_applied(self.base, {**point, **matched}))
+                config = resolve(_applied(self.base, settings | matched))
+        sizes = {axis: max(1, size) for axis, size in dataclasses.asdict(config.mesh).items()}  # -1 is for the devices
+        check_divisible(config, dataclasses.replace(config.mesh, **sizes))
         arm = Arm.of(config, point, matched)
         if arm.id in self.arms:
+            check_same(self.arms[arm.id], arm)
             if not is_control:
                 self.duplicates.append((dict(point), arm.id))
             return
@@ -198,9 +231,16 @@ def _applied(base: Mapping[str, Mapping[str, Any]], point: Mapping[str, Any]) ->
 def _dense_points(
     base: Mapping[str, Mapping[str, Any]], points: Iterable[Mapping[str, Any]], adjust: Adjust
 ) -> list[dict[str, Any]]:
-    """One dense control for each setting of all that is no experts': neither theirs, nor the width that is adjusted.
+    """One dense control for each setting of all that is no experts': neither theirs, nor the width that is adjusted."""
+    adjusted = "model.d_ff" if adjust == "width" else ""
+    controls = [_without_experts(base, {key: point[key] for key in point if key != adjusted}) for point in points]
+    return [dict(control) for control in dict.fromkeys(tuple(sorted(each.items())) for each in controls)]
 
-    Nothing that would be about experts stays in it: layers that differ, and schedules of their knobs.
+
+def _without_experts(base: Mapping[str, Mapping[str, Any]], point: Mapping[str, Any]) -> dict[str, Any]:
+    """A point of a dense model: what it sets of experts is left out, and so is what the recipe sets that needs them.
+
+    That is layers that differ, and schedules of the experts' knobs.
     """
     off = {"moe.per_layer": "", **{f"schedule.{name}": "constant" for name in base.get("schedule", {})}}
     dense: dict[str, Any] = {"moe.num_experts": 0}
@@ -208,12 +248,7 @@ def _dense_points(
         section, _, name = key.partition(".")
         if base.get(section, {}).get(name, value) != value:
             dense[key] = value
-    adjusted = ("model.d_ff",) if adjust == "width" else ()
-    settings = [
-        {key: value for key, value in point.items() if not key.startswith(("moe.", "schedule.", *adjusted))}
-        for point in points
-    ]
-    return [dict(setting) | dense for setting in dict.fromkeys(tuple(sorted(each.items())) for each in settings)]
+    return {key: value for key, value in point.items() if not key.startswith(("moe.", "schedule."))} | dense
 
 
 def _list_errors(errors: list[str], num_points: int) -> str:

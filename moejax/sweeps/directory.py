@@ -1,7 +1,8 @@
 """A sweep's directory: `sweep.json` says what is to run, `arms/<id>/` are run directories like any other.
 
-An arm has ended when its folder holds `record.json`. Whoever trains a pack holds a lock on it, which the system takes
-away from a process that dies: nobody waits for the dead, and no arm is trained by two.
+An arm has ended when its folder holds `record.json`. Whoever trains a pack holds a lock on each of its arms, which the
+system takes away from a process that dies: nobody waits for the dead, and no arm is trained by two, whatever packs the
+arms have been put into since.
 """
 
 import contextlib
@@ -12,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from moejax.sweeps.arms import Arm, Plan, SweepError
+from moejax.sweeps.arms import Arm, Plan, SweepError, check_same
 from moejax.sweeps.packs import Ids, pack_arms
 from moejax.sweeps.records import RECORD_FILE, SWEEP_FILE, read_definition
 from moejax.training.run_directory import git_commit, versions, write_json
@@ -50,9 +51,14 @@ class Sweep:
         """Those that have not ended, of these or of all."""
         return [self.arms[arm_id] for arm_id in (self.arms if ids is None else ids) if not self.has_ended(arm_id)]
 
-    def claim(self, pack: int) -> contextlib.AbstractContextManager[bool]:
-        """Whether this process has the pack to itself until the end of the block; False if another one has."""
-        return locked(self.directory, f"pack{pack}", waits=False)
+    @contextlib.contextmanager
+    def claim(self, ids: Ids) -> Iterator[bool]:
+        """Whether this process has these arms to itself until the end of the block; False if another has one of them.
+
+        They are asked for in one order everywhere, so that of two who want some in common one gets all of its own.
+        """
+        with contextlib.ExitStack() as stack:
+            yield all(stack.enter_context(locked(self.directory, arm_id, waits=False)) for arm_id in sorted(ids))
 
 
 @contextlib.contextmanager
@@ -86,16 +92,16 @@ def write_sweep(
       SweepError: the directory holds arms that the plan has not, or cannot be written.
     """
     directory = Path(directory)
-    arms = {arm.id: arm for arm in plan.arms}
-    if (directory / SWEEP_FILE).exists():
-        lost = [entry["id"] for entry in read_definition(directory)["arms"] if entry["id"] not in arms]
-        if lost:
-            raise SweepError(
-                f"--dir={directory} holds a sweep with {len(lost)} arms that this one has not ({lost[0]} ...); "
-                "give the axes it was planned with and more, or another --dir"
-            )
-    sweep = Sweep(directory, arms, pack_arms(plan.arms, largest_pack), command)
-    _write(sweep, recipe, match)
+    sweep = Sweep(directory, {arm.id: arm for arm in plan.arms}, pack_arms(plan.arms, largest_pack), command)
+    with _defining(directory):
+        if (directory / SWEEP_FILE).exists():
+            lost = [entry["id"] for entry in read_definition(directory)["arms"] if entry["id"] not in sweep.arms]
+            if lost:
+                raise SweepError(
+                    f"--dir={directory} holds a sweep with {len(lost)} arms that this one has not ({lost[0]} ...); "
+                    "give the axes it was planned with and more, or another --dir"
+                )
+        _write(sweep, recipe, match)
     return sweep
 
 
@@ -106,16 +112,23 @@ def add_arm(directory: str | Path, arm: Arm, *, recipe: str, command: str) -> Sw
       SweepError: the directory cannot be written, or holds something else.
     """
     directory = Path(directory)
+    with _defining(directory):
+        known = open_sweep(directory) if (directory / SWEEP_FILE).exists() else Sweep(directory, {}, (), command)
+        if arm.id in known.arms:
+            check_same(known.arms[arm.id], arm)
+            return known
+        packs = (*known.packs, (arm.id,))
+        sweep = Sweep(directory, known.arms | {arm.id: arm}, packs, known.command)
+        _write(sweep, recipe, "")
+        return sweep
+
+
+@contextlib.contextmanager
+def _defining(directory: Path) -> Iterator[None]:
+    """Holds the lock of `sweep.json`, of which two may not each write what the other has not read."""
     try:
-        directory.mkdir(parents=True, exist_ok=True)
         with locked(directory, "definition"):
-            known = open_sweep(directory) if (directory / SWEEP_FILE).exists() else Sweep(directory, {}, (), command)
-            if arm.id in known.arms:
-                return known
-            packs = (*known.packs, (arm.id,))
-            sweep = Sweep(directory, known.arms | {arm.id: arm}, packs, known.command)
-            _write(sweep, recipe, "")
-            return sweep
+            yield
     except OSError as error:
         raise SweepError(f"--dir={directory} cannot be written: {error.strerror}; use another folder") from error
 
@@ -130,11 +143,8 @@ def _write(sweep: Sweep, recipe: str, match: str) -> None:
         "arms": [arm.to_json() for arm in sweep.arms.values()],
         "packs": [list(pack) for pack in sweep.packs],
     }
-    try:
-        (sweep.directory / ARMS_FOLDER).mkdir(parents=True, exist_ok=True)
-        write_json(sweep.directory / SWEEP_FILE, content)
-    except OSError as error:
-        raise SweepError(f"--dir={sweep.directory} cannot be written: {error.strerror}; use another folder") from error
+    (sweep.directory / ARMS_FOLDER).mkdir(parents=True, exist_ok=True)
+    write_json(sweep.directory / SWEEP_FILE, content)
 
 
 def open_sweep(directory: str | Path) -> Sweep:

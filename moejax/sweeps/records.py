@@ -8,6 +8,7 @@ comparing rows, and `moejax.sweeps.record_files` for how the joint files are wri
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from moejax.inspection.run import Run, RunError, open_run
-from moejax.inspection.sweep_tables import frame_of
+from moejax.inspection.sweep_tables import MATCHED, OVERRIDE, frame_of
 from moejax.sweeps.record_files import RecordError, read_jsonl, read_parquet, write_jsonl, write_parquet
 from moejax.training.alarms import AlarmFileError, read_alarms
 from moejax.training.run_directory import write_json
@@ -29,6 +30,7 @@ STATUSES = ("done", "stopped", "failed", "pruned")
 TAIL = 0.1  # of the planned steps: the window at the end of an arm that its `tail/` values are means of
 TAIL_PREFIXES = ("loss/", "moe/")
 TAIL_KEYS = ("perf/tokens_per_s",)
+ENDING = ("arm", "config_hash", "status", "error")  # the first columns
 
 
 def record_of(
@@ -51,9 +53,9 @@ def record_of(
       entry: of the arm, from `arms` in `sweep.json`.
       status: one of `STATUSES`.
       error: why it failed; its first line is kept.
-      wall_s: seconds that its training took, its share of a pack included.
-      step_s: median seconds of a step; in a pack of A arms, the pack's step over A.
-      packed: arms in its pack; 1 if it trained alone.
+      wall_s: seconds that its training took: of a pack of A arms, the pack's over A.
+      step_s: median seconds of a step, likewise.
+      packed: arms in its last pack; 1 if it trained alone.
 
     Raises:
       RecordError: an unknown status, an entry that lacks a key, or a damaged file of the run.
@@ -68,23 +70,14 @@ def record_of(
         begun = [line["rule"] for line in read_alarms(workdir) if line["state"] == "on"]
     except (RunError, AlarmFileError) as damage:
         raise RecordError(str(damage)) from damage
-    per_token, tokens = entry.get("flops_per_token"), measured["tokens"]
     row: Row = {
         "arm": entry["id"],
         "config_hash": entry["config_hash"],
         "status": status,
         "error": None if error is None else _first_line(error),
-        **{f"override/{key}": value for key, value in entry["overrides"].items()},
-        **{f"matched/{key}": value for key, value in entry["matched"].items()},
-        "seed": entry["config"].get("train", {}).get("seed"),
-        "params_total": entry.get("params_total"),
-        "params_active": entry.get("params_active"),
-        "flops_per_token": per_token,
-        "flops_total": None if per_token is None or tokens is None else float(per_token) * tokens,
-        "git_commit": None if run is None else run.git_commit,
-        "versions": None if run is None else json.dumps(run.versions),
-        "device": None if run is None else run.device,
-        "command": None if run is None else run.command,
+        **_axes(entry),
+        **_costs(entry, measured["tokens"]),
+        **_origin(run),
         **measured,
         "wall_s": wall_s,
         "step_s": step_s,
@@ -95,17 +88,47 @@ def record_of(
     return {key: _finite(value) for key, value in row.items()}
 
 
+def _axes(entry: Mapping[str, Any]) -> Row:
+    """What the sweep varies, and what matching changed for it."""
+    overrides = {OVERRIDE + key: value for key, value in entry["overrides"].items()}
+    return overrides | {MATCHED + key: value for key, value in entry["matched"].items()}
+
+
+def _costs(entry: Mapping[str, Any], tokens: int | None) -> Row:
+    """The seed, and what was counted from the configuration."""
+    per_token = entry.get("flops_per_token")
+    return {
+        "seed": entry["config"].get("train", {}).get("seed"),
+        "params_total": entry.get("params_total"),
+        "params_active": entry.get("params_active"),
+        "flops_per_token": per_token,
+        "flops_total": None if per_token is None or tokens is None else float(per_token) * tokens,
+    }
+
+
+def _origin(run: Run | None) -> Row:
+    """Code, versions, device and command of the run."""
+    return {
+        "git_commit": None if run is None else run.git_commit,
+        "versions": None if run is None else json.dumps(run.versions),
+        "device": None if run is None else run.device,
+        "command": None if run is None else run.command,
+    }
+
+
 def _first_line(error: str) -> str:
     """Without what UTF-8 cannot hold, such as the undecoded bytes of a file's name."""
     return next(iter(error.strip().splitlines()), "").encode("utf-8", "replace").decode()
 
 
 def check_entry(entry: Any, where: str) -> None:
-    """Raises `RecordError` if an entry of `arms` lacks what every row needs."""
+    """Raises `RecordError` if an entry of `arms` lacks what every row needs, or its id is none: it names a folder."""
     kinds = {"id": str, "config_hash": str, "overrides": dict, "matched": dict, "config": dict}
     for key, kind in kinds.items():
         if not isinstance(entry, Mapping) or not isinstance(entry.get(key), kind):
             raise RecordError(f"{where} must have {key}, a JSON {'string' if kind is str else 'object'}")
+    if not re.fullmatch("[0-9a-f]{10}", entry["id"]):
+        raise RecordError(f"{where}: id {entry['id']!r} must be ten hexadecimal digits in lower case")
 
 
 def _measured(run: Run | None, entry: Mapping[str, Any], status: str) -> Row:
@@ -219,6 +242,8 @@ def read_definition(directory: str | Path) -> dict[str, Any]:
 def collect(directory: str | Path) -> list[Row]:
     """The rows of all arms that have ended, in the order of `sweep.json`; writes them to both joint files.
 
+    Axes are those of `sweep.json`: an arm may have ended before the sweep got another axis.
+
     Raises:
       RecordError: `sweep.json` or a row is damaged, or a row is of another arm.
     """
@@ -234,7 +259,9 @@ def collect(directory: str | Path) -> list[Row]:
                 f"{workdir / RECORD_FILE} is of arm {row['arm']} with config_hash {row.get('config_hash')}, not "
                 f"{entry['config_hash']}; remove the folder {workdir} and run the sweep again"
             )
-        rows.append(row)
+        ending = {key: row.get(key) for key in ENDING}
+        rest = {key: value for key, value in row.items() if not key.startswith((OVERRIDE, MATCHED))}
+        rows.append({**ending, **{key: _finite(value) for key, value in _axes(entry).items()}, **rest})
     write_jsonl(directory / JSONL_FILE, rows)
     write_parquet(directory / PARQUET_FILE, rows)
     return rows

@@ -11,15 +11,17 @@ import statistics
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import pandas as pd
 
 from moejax.sharding import make_mesh
-from moejax.sweeps.arms import Arm, SweepError, plan_arms
+from moejax.sweeps.arms import Arm, SweepError, describe, plan_arms
 from moejax.sweeps.directory import Sweep, locked, write_sweep
 from moejax.sweeps.match import Match
+from moejax.sweeps.packs import Ids
+from moejax.sweeps.programs import keep_programs
 from moejax.sweeps.records import collect, read_records, record_of, write_record
 from moejax.training.alarms import AlarmError
 from moejax.training.loop import train
@@ -28,33 +30,30 @@ from moejax.training.packed import devices_of_arm
 from moejax.training.packed_loop import ArmResult, common_step, train_packed
 from moejax.training.signals import StopSignals
 
-CACHE_FOLDER = "compiled"
 WAIT_S = 1.0  # between looks at packs that others hold
 
 log = logging.getLogger("moejax")
 
 
-def prepare_devices(sweep: Sweep) -> None:
-    """Settings of jax for a process that trains arms: before anything is computed.
+def prepare_devices(packs: Sequence[Ids]) -> None:
+    """Settings of jax for a process that trains packs: before anything is computed.
 
-    Compiled programs are kept in the sweep's directory, for packs that have them in common and for processes that
-    start again. On CPU each core is a device, so that the arms of a pack share the cores out.
+    On CPU each core is a device, so that the arms of a pack share the cores out.
     """
-    if any(len(pack) > 1 for pack in sweep.packs):
+    if any(len(pack) > 1 for pack in packs):
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         jax.config.update("jax_num_cpu_devices", cores)
-    jax.config.update("jax_compilation_cache_dir", str((sweep.directory / CACHE_FOLDER).resolve()))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    keep_programs()
 
 
-def check_devices(sweep: Sweep) -> None:
+def check_devices(arms: Iterable[Arm]) -> None:
     """Raises `ConfigError` naming the first arm whose mesh does not fit the devices, before any arm trains."""
-    for arm in sweep.arms.values():
+    for arm in arms:
         devices = jax.devices()
         try:
             make_mesh(arm.config, devices[: devices_of_arm(arm.config)] if _is_cpu() else None)
         except ValueError as error:
-            raise type(error)(f"arm {arm.id}: {error}") from error
+            raise type(error)(f"arm {arm.id} ({describe(arm.overrides)}): {error}") from error
 
 
 def work(sweep: Sweep, stop: StopSignals) -> bool:
@@ -74,7 +73,7 @@ def work(sweep: Sweep, stop: StopSignals) -> bool:
             break
         is_idle = True
         for pack in open_packs:
-            with sweep.claim(pack) as is_mine:
+            with sweep.claim(sweep.packs[pack]) as is_mine:
                 if is_mine and not stop:
                     is_idle = False
                     if not _try_pack(sweep, pack, stop):
@@ -105,8 +104,13 @@ def train_pack(sweep: Sweep, ids: Sequence[str], stop: StopSignals) -> None:
         log.info("%d of %d arms have ended; training %s", started, len(sweep.arms), " ".join(arm.id for arm in arms))
         results = _train_arms(sweep, arms, stop)
         for arm, result in zip(arms, results, strict=True):
-            if result.stopped_by is None or result.error is not None:
-                _record(sweep, arm, result, packed=len(arms))
+            if result.stopped_by is None and result.error is None:
+                _record(sweep, arm, None, packed=len(arms))
+    join_records(sweep)
+
+
+def join_records(sweep: Sweep) -> None:
+    """Writes the joint files of the records there are."""
     with locked(sweep.directory, "records"):
         collect(sweep.directory)
 
@@ -136,14 +140,21 @@ def saved_steps(workdir: Path) -> list[int]:
 
 
 def _train_arms(sweep: Sweep, arms: Sequence[Arm], stop: StopSignals) -> list[ArmResult]:
+    """Trains arms together, or one alone on all devices; those that cannot go on are recorded when they end."""
     workdirs = [sweep.workdir(arm.id) for arm in arms]
+
+    def on_end(index: int, result: ArmResult) -> None:
+        _record(sweep, arms[index], result.error, packed=len(arms))
+
     if len(arms) > 1 or _is_cpu():
         configs = [arm.config for arm in arms]
-        return train_packed(configs, workdirs, command=sweep.command, stop=stop)
-    try:  # alone, on all devices
+        return train_packed(configs, workdirs, command=sweep.command, stop=stop, on_end=on_end)
+    try:
         result = train(arms[0].config, workdirs[0], command=sweep.command, stop=stop)
     except (AlarmError, NonFiniteError) as error:
-        return [ArmResult(0, None, None, error)]
+        ended = ArmResult(0, None, None, error)
+        on_end(0, ended)
+        return [ended]
     return [ArmResult(result.step, result.stopped_by, result.evaluation, None)]
 
 
@@ -151,39 +162,58 @@ def _is_cpu() -> bool:
     return jax.devices()[0].platform == "cpu"
 
 
-def _record(sweep: Sweep, arm: Arm, result: ArmResult, packed: int) -> None:
-    status = {type(None): "done", AlarmError: "stopped", NonFiniteError: "failed"}[type(result.error)]
-    record_arm(sweep.workdir(arm.id), arm, status, None if result.error is None else str(result.error), packed)
+def _record(sweep: Sweep, arm: Arm, error: AlarmError | NonFiniteError | None, packed: int) -> None:
+    status = {type(None): "done", AlarmError: "stopped", NonFiniteError: "failed"}[type(error)]
+    record_arm(sweep.workdir(arm.id), arm, status, None if error is None else str(error), packed)
     log.info("arm %s: %s", arm.id, status)
 
 
 def record_arm(workdir: Path, arm: Arm, status: str, error: str | None, packed: int) -> None:
-    """Writes the record of an arm that has ended, which says so."""
-    wall_s, step_s = training_seconds(workdir)
+    """Writes the record of an arm that has ended, which says so.
+
+    Args:
+      workdir: of the arm.
+      arm: it.
+      status: see `record_of`.
+      error: see there.
+      packed: arms in its pack, if the arm ended before it logged how many.
+    """
+    seconds = training_seconds(workdir)
     row = record_of(
-        workdir, arm.to_json(), status=status, error=error,
-        wall_s=None if wall_s is None else wall_s / packed, step_s=None if step_s is None else step_s / packed,
-        packed=packed,
+        workdir, arm.to_json(), status=status, error=error, wall_s=seconds and seconds.wall_s,
+        step_s=seconds and seconds.step_s, packed=seconds.arms if seconds else packed,
     )  # fmt: skip
     write_record(workdir, row)
 
 
-def training_seconds(workdir: Path) -> tuple[float | None, float | None]:
-    """Seconds of training, and the median of a step, from what each logging interval says of its tokens and their rate.
+class Seconds(NamedTuple):
+    """What an arm's training took: its share of what its packs took.
 
-    In a pack they are those of the whole pack.
+    Attributes:
+      wall_s: in all.
+      step_s: median of a step.
+      arms: in its last pack.
     """
+
+    wall_s: float
+    step_s: float
+    arms: int
+
+
+def training_seconds(workdir: Path) -> Seconds | None:
+    """From what each logging interval says of its tokens, their rate and the arms beside it; None if there is none."""
     path = workdir / "metrics.jsonl"
     if not path.exists():
-        return None, None
+        return None
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    total, of_step, tokens, step = 0.0, [], 0, 0
+    total, of_step, tokens, step, arms = 0.0, [], 0, 0, 1
     for line in lines:
         if "perf/tokens_per_s" in line:
-            seconds = (line["tokens"] - tokens) / line["perf/tokens_per_s"]
+            arms = int(line.get("perf/arms", 1))
+            seconds = (line["tokens"] - tokens) / line["perf/tokens_per_s"] / arms
             of_step.append(seconds / (line["step"] - step))
             total, tokens, step = total + seconds, line["tokens"], line["step"]
-    return (total, statistics.median(of_step)) if of_step else (None, None)
+    return Seconds(total, statistics.median(of_step), arms) if of_step else None
 
 
 def check_open(sweep: Sweep) -> None:
@@ -220,9 +250,10 @@ def run_sweep(
       SweepError: a point that cannot work, another sweep in the directory, or arms that could not be trained.
     """
     plan = plan_arms(base, points, match=match)
+    check_devices(plan.arms)
     sweep = write_sweep(directory, plan, largest_pack=largest_pack, recipe="", match=match, command="run_sweep")
-    check_devices(sweep)
     with StopSignals() as stop:
         work(sweep, stop)
+    join_records(sweep)
     check_open(sweep)
     return read_records(directory)

@@ -4,16 +4,19 @@ submitit hands what a job runs from process to process as a pickle in the sweep'
 words. moejax itself reads no pickles.
 """
 
+import contextlib
 import dataclasses
 import os
+import signal
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moejax.sweeps.arms import SweepError
 from moejax.sweeps.directory import Sweep
-from moejax.sweeps.pool import work_command
+from moejax.sweeps.pool import STOPPED, work_command
 
 if TYPE_CHECKING:
     from submitit import Job
@@ -23,21 +26,31 @@ SAVE_S = 120
 
 FOLDER = "slurm"
 
+TIMES = 1_000_000  # that a job may be queued again after its time was up: as often as it takes
+
 
 class Work:
     """A job: runs a command, and when it is interrupted lets it save and asks to be queued again.
+
+    SLURM signals all processes of a job, and so the command beside this one: SIGUSR2 (before its time is up, or to
+    preempt it) is this one's to answer, and the command does not hear it; SIGTERM makes the command save and leave.
 
     Args:
       command: words.
     """
 
+    _process: subprocess.Popen | None = None
+
     def __init__(self, command: list[str]):
         self.command = command
 
     def __call__(self) -> None:
-        """Raises `CalledProcessError` if the command fails."""
-        self._process = subprocess.Popen(self.command)
+        """Raises `CalledProcessError` if the command fails, or was stopped and nobody queues the job again."""
+        with _unheard(signal.SIGUSR1, signal.SIGUSR2):  # submitit can be told to use either
+            self._process = subprocess.Popen(self.command)
         code = self._process.wait()
+        if code in (STOPPED, -signal.SIGTERM):
+            time.sleep(SAVE_S)  # in which `checkpoint` is called, and does not come back, if the job is to go on
         if code:
             raise subprocess.CalledProcessError(code, self.command)
 
@@ -48,17 +61,31 @@ class Work:
         """Called by submitit in the job's process when its time is up or it is preempted."""
         from submitit.helpers import DelayedSubmission
 
-        self._process.terminate()
-        deadline = time.monotonic() + SAVE_S - 10
-        while not _has_ended(self._process.pid) and time.monotonic() < deadline:
-            time.sleep(0.2)
-        self._process.kill()
+        if self._process is not None:
+            self._process.terminate()
+            deadline = time.monotonic() + SAVE_S - 10
+            while not _has_ended(self._process.pid) and time.monotonic() < deadline:
+                time.sleep(0.2)
+            self._process.kill()
         return DelayedSubmission(Work(self.command))
+
+
+@contextlib.contextmanager
+def _unheard(*signals: signal.Signals) -> Iterator[None]:
+    """Keeps signals from processes that start in this block; this one hears them behind it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _has_ended(pid: int) -> bool:
     """Whether a child has ended, without taking its exit code: `__call__`, which a signal interrupted, waits for it."""
-    return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+    try:
+        return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+    except ChildProcessError:  # it has taken the code
+        return True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,23 +109,35 @@ class Jobs:
     cluster: str = "slurm"
 
 
-def submit(sweep: Sweep, jobs: Jobs) -> "list[Job[None]]":
-    """Queues the jobs; the sweep's folder and the environment must be on a file system that all nodes share.
+def check_jobs(jobs: Jobs) -> None:
+    """Whether such jobs can be queued, before anything is written.
 
     Raises:
-      SweepError: submitit is not installed, or there is no SLURM.
+      SweepError: submitit is not installed, there is no SLURM, or jobs would be too short.
     """
+    _executor(jobs, Path(FOLDER))
+
+
+def _executor(jobs: Jobs, folder: Path):
     try:
         import submitit
     except ImportError as error:
         raise SweepError(f"--runner=slurm needs submitit ({error}): pip install 'moejax[sweeps]'") from error
     if jobs.minutes * 60 <= 2 * SAVE_S:
         raise SweepError(f"--minutes={jobs.minutes} must be more than {2 * SAVE_S // 60}, to start and to save")
-    folder = Path(sweep.directory) / FOLDER
     try:
-        executor = submitit.AutoExecutor(folder=folder / "%j", cluster=jobs.cluster)
+        return submitit.AutoExecutor(folder=folder / "%j", cluster=jobs.cluster, slurm_max_num_timeout=TIMES)
     except RuntimeError as error:
         raise SweepError(f"--runner=slurm cannot submit ({error}); run it where sbatch is") from error
+
+
+def submit(sweep: Sweep, jobs: Jobs) -> "list[Job[None]]":
+    """Queues the jobs; the sweep's folder and the environment must be on a file system that all nodes share.
+
+    Raises:
+      SweepError: see `check_jobs`.
+    """
+    executor = _executor(jobs, Path(sweep.directory) / FOLDER)
     parameters: dict[str, Any] = {"timeout_min": jobs.minutes, "cpus_per_task": jobs.cpus, "tasks_per_node": 1}
     if jobs.gpus:
         parameters["gpus_per_node"] = jobs.gpus

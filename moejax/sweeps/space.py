@@ -5,6 +5,7 @@ that can be iterated again; a list of points can stand for one. Axes are spaces 
 together: `product`, `zip_`, `chain`, `where`. Ranges have no points to go through; a search draws values from them.
 """
 
+import abc
 import csv
 import dataclasses
 import itertools
@@ -26,7 +27,7 @@ class SpaceError(ValueError):
     """A space that has no points, or another one than was meant."""
 
 
-class Space:
+class Space(abc.ABC):
     """An iterable of points that can be iterated again."""
 
     @property
@@ -39,13 +40,18 @@ class Space:
         """Whether `where` is in it: `allows` may leave points out."""
         return False
 
+    @property
+    def size(self) -> int | None:
+        """The number of its points; None where only going through them tells."""
+        return None
+
+    @abc.abstractmethod
     def __iter__(self) -> Iterator[Point]:
         """The points, in order.
 
         Raises:
           SpaceError: it cannot be gone through.
         """
-        raise NotImplementedError
 
     def allows(self, point: Mapping[str, Any]) -> bool:
         """Whether a combination of values of all axes is in the space; False if `where` left it out."""
@@ -67,6 +73,11 @@ class Choice(Space):
     def axes(self) -> "tuple[Axis, ...]":
         """Itself."""
         return (self,)
+
+    @property
+    def size(self) -> int:
+        """One for each value."""
+        return len(self.values)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,7 +177,11 @@ def chain(*spaces: Any) -> Space:
 
 
 def where(space: Any, predicate: Callable[[Point], bool]) -> Space:
-    """The points for which `predicate(point)` holds, found while they are gone through."""
+    """The points for which `predicate(point)` holds, found while they are gone through.
+
+    Raises:
+      SpaceError: then, if the predicate raises.
+    """
     return _Where(_space("where", space), predicate)
 
 
@@ -205,6 +220,10 @@ def parse_axis(text: str) -> Axis:
 class _Listed(Space):
     points: tuple[Point, ...]
 
+    @property
+    def size(self):
+        return len(self.points)
+
     def __iter__(self):
         return iter(self.points)
 
@@ -225,6 +244,11 @@ class _Product(Space):
     @property
     def is_filtered(self):
         return any(space.is_filtered for space in self.spaces)
+
+    @property
+    def size(self):
+        known = [space.size for space in self.spaces if space.size is not None]
+        return math.prod(known) if len(known) == len(self.spaces) else None
 
     def allows(self, point):
         for space in self.spaces:
@@ -282,10 +306,20 @@ class _Where(Space):
         return True
 
     def allows(self, point):
-        return self.space.allows(point) and bool(self.predicate(dict(point)))
+        return self.space.allows(point) and self._holds(point)
 
     def __iter__(self):
-        return (point for point in self.space if self.predicate(dict(point)))
+        return (point for point in self.space if self._holds(point))
+
+    def _holds(self, point: Mapping[str, Any]) -> bool:
+        try:
+            return bool(self.predicate(dict(point)))
+        except Exception as error:  # it is the recipe's: it may raise anything
+            code = getattr(self.predicate, "__code__", None)
+            place = f"of {code.co_filename}, line {code.co_firstlineno}, " if code else ""
+            raise SpaceError(
+                f"where: the predicate {place}raised {type(error).__name__}: {error}, for the point {dict(point)}"
+            ) from error
 
 
 def _spaces(name: str, spaces: Iterable[Any]) -> tuple[Space, ...]:

@@ -102,6 +102,7 @@ class Recorder:
       progress: shown every finished step.
       start_step: steps done before this process began.
       alarms: what watches the routing; None where `routing` is.
+      num_arms: of the pack, whose seconds an interval has. It is said of each interval, for an arm may continue alone.
 
     Attributes:
       rate: tokens per second of the last step.
@@ -116,11 +117,13 @@ class Recorder:
         progress: StepProgress,
         start_step: int,
         alarms: AlarmLog | None = None,
+        num_arms: int = 1,
     ):
         self.metrics = metrics
         self.routing = routing
         self.progress = progress
         self.alarms = alarms
+        self._num_arms = num_arms
         self.stopping: list[Alarm] = []
         self.rate = 0.0
         self.rates: list[float] = []
@@ -185,6 +188,8 @@ class Recorder:
         seconds = sum(seconds for _, seconds in interval)
         values["perf/tokens_per_s"] = targets / seconds
         self.rates.append(values["perf/tokens_per_s"])
+        if self._num_arms > 1:
+            values["perf/arms"] = self._num_arms
         routing = summarize_routing(outputs)
         if routing is not None:
             values["moe/dead_experts"] = float((routing.counts_NE == 0).sum())

@@ -8,9 +8,10 @@ others are done.
 import dataclasses
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
+from typing import TypeAlias
 
 import jax
 
@@ -50,6 +51,9 @@ class ArmResult:
     error: AlarmError | NonFiniteError | None
 
 
+OnEnd: TypeAlias = Callable[[int, ArmResult], None]
+
+
 def train_packed(
     configs: Sequence[Config],
     workdirs: Sequence[str | Path],
@@ -57,6 +61,7 @@ def train_packed(
     command: str = "",
     stop: StopSignals | None = None,
     devices: Sequence[jax.Device] | None = None,
+    on_end: OnEnd | None = None,
 ) -> list[ArmResult]:
     """Trains arms that differ in knobs and seeds alone, side by side in one program.
 
@@ -69,6 +74,8 @@ def train_packed(
       command: recorded in each `config.json`.
       stop: signals that somebody else listens for; by default SIGINT and SIGTERM are heard during this call.
       devices: to spread the arms over; all by default.
+      on_end: called with the index and the result of an arm that ends before the others, when it does: they may train
+        on for hours, and be killed.
 
     Returns:
       How each arm ended. A signal ends all after the step at hand, saved.
@@ -87,7 +94,8 @@ def train_packed(
         open_run_directory(config, folder, command, corpus)
     with ExitStack() as stack:
         stop = stack.enter_context(StopSignals() if stop is None else stop)
-        arms = [_Arm(trainable, folder) for trainable, folder in zip(pack.trainables, folders, strict=True)]
+        num_arms = len(configs)
+        arms = [_Arm(trainable, folder, num_arms) for trainable, folder in zip(pack.trainables, folders, strict=True)]
         for arm in arms:
             stack.enter_context(arm.checkpoints)
         start_step = _start_step(arms)
@@ -96,7 +104,7 @@ def train_packed(
         stack.enter_context(jax.set_mesh(pack.mesh))
         limit_s = configs[0].train.step_limit_s * pack.lanes_of_device  # of the step of one arm
         with Watchdog(limit_s, pack.mesh) as watchdog:
-            return _PackedLoop(pack, corpus, arms, stop, watchdog).run(start_step)
+            return _PackedLoop(pack, corpus, arms, stop, watchdog, on_end).run(start_step)
 
 
 def common_step(steps: Sequence[Sequence[int]]) -> int:
@@ -109,10 +117,11 @@ class _Arm:
 
     files: RunFiles  # from when the first state is known
 
-    def __init__(self, trainable: Trainable, workdir: Path):
+    def __init__(self, trainable: Trainable, workdir: Path, num_arms: int):
         self.trainable = trainable
         self.config = trainable.config
         self.workdir = workdir
+        self.num_arms = num_arms
         self.checkpoints = Checkpoints(workdir, trainable)
         self.evaluation: Evaluation | None = None
         self.error: AlarmError | NonFiniteError | None = None
@@ -136,18 +145,13 @@ class _Arm:
         self.step = start_step
         silent = StepProgress(self.config.train.num_steps, start_step, is_shown=False)
         name = f"arm {self.workdir.name}"
-        self.files = RunFiles(self.workdir, self.config, self.checkpoints, start_step, silent, name)
+        self.files = RunFiles(self.workdir, self.config, self.checkpoints, start_step, silent, name, self.num_arms)
         return self.files
 
     def save(self, state: TrainState) -> None:
         """Starts to save the state, with its evaluation if it has one."""
         self.step = int(state.step)
         self.files.save(state, self.evaluation)
-
-    def end(self, error: AlarmError | NonFiniteError) -> None:
-        """It trains no more."""
-        self.error = error
-        log.warning("%s: %s", self.workdir, error)
 
 
 def _start_step(arms: Sequence[_Arm]) -> int:
@@ -162,12 +166,21 @@ def _start_step(arms: Sequence[_Arm]) -> int:
 class _PackedLoop:
     """The parts of a pack's run that the steps share."""
 
-    def __init__(self, pack: Pack, corpus: Corpus, arms: Sequence[_Arm], stop: StopSignals, watchdog: Watchdog):
+    def __init__(
+        self,
+        pack: Pack,
+        corpus: Corpus,
+        arms: Sequence[_Arm],
+        stop: StopSignals,
+        watchdog: Watchdog,
+        on_end: OnEnd | None,
+    ):
         self.pack = pack
         self.corpus = corpus
         self.arms = arms
         self.stop = stop
         self.watchdog = watchdog
+        self.on_end = on_end
         self.config = arms[0].config.train  # alike in all but the seed
         self.domains = domains_of(corpus)
         self.eval_step = pack.make_eval_step(len(self.domains.domains) if self.domains else 0)
@@ -259,7 +272,9 @@ class _PackedLoop:
         with jax.set_mesh(arm.trainable.mesh):
             (own,) = self.pack.split(state, [self.arms.index(arm)])
             batch = put_batch(self.batches[arm.config.train.seed][first - 1], arm.trainable)
-            arm.end(nonfinite_error(arm.trainable, own, batch, Knobs.of(arm.config), first, arm.last.skipped_in_row))
+            knobs = Knobs.of(arm.config)
+            error = nonfinite_error(arm.trainable, own, batch, knobs, first, arm.last.skipped_in_row)
+        self._end(arm, error)
 
     def _end_part(self, state: TrainState, step: int, arms: Sequence[_Arm]) -> None:
         """Evaluates what is due, and saves these arms; those that an alarm stops end."""
@@ -275,7 +290,13 @@ class _PackedLoop:
             arm.save(own)
         for arm in stopped:
             arm.checkpoints.wait()
-            arm.end(AlarmError(stop_message(step, arm.recorder.stopping)))
+            self._end(arm, AlarmError(stop_message(step, arm.recorder.stopping)))
+
+    def _end(self, arm: _Arm, error: AlarmError | NonFiniteError) -> None:
+        arm.error = error
+        log.warning("%s: %s", arm.workdir, error)
+        if self.on_end is not None:
+            self.on_end(self.arms.index(arm), ArmResult(arm.step, None, None, error))
 
     def _evaluate(self, state: TrainState, step: int, arms: Sequence[_Arm], noted: Sequence[_Arm]) -> None:
         """Evaluates the validation split for arms, and notes it for some; nothing if a signal comes meanwhile."""

@@ -29,6 +29,7 @@ class RunFiles:
       start_step: steps done.
       progress: shown every finished step.
       name: of the run, in the log; "" where there is but one.
+      num_arms: among which the time of a step is to be shared out.
 
     Attributes:
       recorder: takes the outputs of steps.
@@ -43,6 +44,7 @@ class RunFiles:
         start_step: int,
         progress: StepProgress,
         name: str = "",
+        num_arms: int = 1,
     ):
         self._checkpoints = checkpoints
         self._metrics = MetricsFile(workdir, after_step=start_step) if is_first() else None
@@ -55,7 +57,7 @@ class RunFiles:
             routing.truncate(start_step)
             counts = checkpoints.notes(start_step).get("alarms") if start_step else None
             self._alarms = AlarmLog(workdir, start_step, config, counts, name)
-        self.recorder = Recorder(self._metrics, routing, progress, start_step, self._alarms)
+        self.recorder = Recorder(self._metrics, routing, progress, start_step, self._alarms, num_arms)
         self.is_evaluated = self._metrics is not None and self._metrics.is_evaluated
 
     def note(self, step: int, evaluation: Evaluation) -> None:
