@@ -362,6 +362,7 @@ def test_a_sweep_is_written_by_one_process_at_a_time(tmp_path):
         ([[2], [2], [2]], [[0, 1, 2]]),
         ([[1, 2], [1], [1, 2]], [[0, 1, 2]]),
         ([[2], [1], [2]], [[0, 2], [1]]),
+        ([[1, 2], [1, 3], [1, 2]], [[0, 2], [1]]),  # at 1 all would lose what two saves lie apart
         ([[2], [], [2]], [[0, 2], [1]]),
         ([[2, 4], [2], [2]], [[0], [1, 2]]),  # trained to its end: not again
         ([[4], [4], [4]], [[0], [1], [2]]),

@@ -116,20 +116,23 @@ def join_records(sweep: Sweep) -> None:
 
 
 def together(sweep: Sweep, arms: Sequence[Arm]) -> list[list[Arm]]:
-    """Arms that continue from one step: all, if they have one in common or none has any.
+    """Arms that continue from one step: all, if none has any, or if all have the newest step of the one that is behind.
 
-    An arm that is trained to its end, and was killed before its record was written, is not trained again with others.
+    That is so where a pack was killed while it saved. Arms of other packs would lose more than what lies between two
+    saves. An arm that is trained to its end, and was killed before its record was written, is not trained again with others.
     """
     steps = {arm.id: saved_steps(sweep.workdir(arm.id)) for arm in arms}
     complete = [arm for arm in arms if steps[arm.id] and steps[arm.id][-1] >= arm.config.train.num_steps]
     others = [arm for arm in arms if arm not in complete]
     if not others:
         return [[arm] for arm in complete]
-    if common_step([steps[arm.id] for arm in others]) or not any(steps[arm.id] for arm in others):
+    newest = {arm.id: max(steps[arm.id], default=0) for arm in others}
+    behind = min(newest.values())
+    if all(behind in steps[arm.id] for arm in others) or not any(newest.values()):
         return [*([arm] for arm in complete), others]
     by_step: dict[int, list[Arm]] = {}
     for arm in others:
-        by_step.setdefault(max(steps[arm.id], default=0), []).append(arm)
+        by_step.setdefault(newest[arm.id], []).append(arm)
     return [*([arm] for arm in complete), *by_step.values()]
 
 
