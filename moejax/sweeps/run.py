@@ -27,7 +27,7 @@ from moejax.training.alarms import AlarmError
 from moejax.training.loop import train
 from moejax.training.nonfinite import NonFiniteError
 from moejax.training.packed import devices_of_arm
-from moejax.training.packed_loop import ArmResult, common_step, train_packed
+from moejax.training.packed_loop import ArmResult, train_packed
 from moejax.training.signals import StopSignals
 
 WAIT_S = 1.0  # between looks at packs that others hold
@@ -119,7 +119,8 @@ def together(sweep: Sweep, arms: Sequence[Arm]) -> list[list[Arm]]:
     """Arms that continue from one step: all, if none has any, or if all have the newest step of the one that is behind.
 
     That is so where a pack was killed while it saved. Arms of other packs would lose more than what lies between two
-    saves. An arm that is trained to its end, and was killed before its record was written, is not trained again with others.
+    saves. An arm that is trained to its end, and was killed before its record was written, is not trained again with
+    others.
     """
     steps = {arm.id: saved_steps(sweep.workdir(arm.id)) for arm in arms}
     complete = [arm for arm in arms if steps[arm.id] and steps[arm.id][-1] >= arm.config.train.num_steps]
