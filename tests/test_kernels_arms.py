@@ -62,10 +62,11 @@ def test_rows_that_are_spare_in_each_arm_are_spare_in_the_middle_of_all(implemen
 @every_implementation
 def test_an_arm_that_is_not_finite_leaves_the_others_as_they_are(implementation):
     arrays = draw_rows()
-    arrays[1][1] = np.inf
+    arrays[1][0] = np.inf
     found = jax.jit(jax.vmap(functools.partial(with_gradients, implementation)))(*arrays)
-    assert not np.isfinite(found[0][1]).all()
-    for arm in (0, 2, 3):
+    num_rows = sum(SIZES_AE[0])
+    assert not np.isfinite(found[0][0, :num_rows]).all() and not np.any(found[0][0, num_rows:])
+    for arm in (1, 2, 3):
         expected = oracle.grouped_matmul(*(array[arm] for array in arrays))
         oracle.assert_close(tuple(array[arm] for array in found), tuple(expected))
 
@@ -136,6 +137,16 @@ def test_the_experts_of_arms_equal_the_loop_over_the_choices_of_each():
         expected = oracle.feed_forward(*(array[arm] for array in arrays))
         for name, values_A, wanted in zip(("y", "dx", "dweights", "dgate_up", "ddown"), found, expected, strict=True):
             oracle.assert_close(values_A[arm], wanted, err_msg=f"{name} of arm {arm}")
+
+
+def test_an_arm_whose_combine_weights_are_not_finite_leaves_the_experts_of_others_as_they_are():
+    arrays = draw_choices()
+    arrays[1][2] = np.nan
+    found = jax.device_get(jax.jit(jax.vmap(run_layer))(*arrays))
+    for arm in (0, 1):
+        expected = oracle.feed_forward(*(array[arm] for array in arrays))
+        for values_A, wanted in zip(found, expected, strict=True):
+            oracle.assert_close(values_A[arm], wanted)
 
 
 def test_the_experts_of_arms_run_in_one_pass():

@@ -291,6 +291,8 @@ def test_packs_hold_arms_of_one_program_in_even_parts():
     experts = {arm.id: arm.config.moe.num_experts for arm in arms}
     assert [{experts[arm_id] for arm_id in pack} for pack in packs] == [{4}, {4}, {8}, {8}]
     assert pack_arms(arms, 1) == tuple((arm.id,) for arm in arms)
+    of_devices = planned(*({"train.seed": seed, "moe.balance_scope": "device"} for seed in range(3))).arms
+    assert pack_arms(of_devices, 3) == tuple((arm.id,) for arm in of_devices)  # they need all devices
 
 
 def test_a_sweep_is_read_as_it_was_written_and_may_only_grow(tmp_path):
