@@ -2,7 +2,11 @@
 
 import json
 import runpy
+import subprocess
 from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
 
 from moejax.benchmarks import packed
 from moejax.benchmarks.packed import ARMS, bench_packed
@@ -35,3 +39,20 @@ def test_every_side_trains_the_same_arms_and_starts_with_what_it_says(monkeypatc
     assert sweeps == [("1", str(ARMS), True), (str(ARMS), str(ARMS), False), (str(ARMS), str(ARMS), True)]
     folders = [flags.get("dir") or flags["workdir"] for _, flags, _ in started]
     assert len(set(folders)) == len(folders), "a side found what another had trained"
+
+
+def test_a_sweep_keeps_its_programs_in_the_folder_of_its_side_and_its_failure_is_told(monkeypatch, tmp_path):
+    started, codes = [], iter((0, 0, 3))
+
+    def start(command, env, **_):
+        started.append((command[3], env.get("XDG_CACHE_HOME")))
+        return SimpleNamespace(returncode=next(codes), stderr="no room")
+
+    monkeypatch.setattr(subprocess, "run", start)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    sides = packed._Sides(small_config(), tmp_path)
+    sides.warm_up()
+    assert started == [("sweep", str(tmp_path / "compiled_one")), ("sweep", str(tmp_path / "compiled_pack"))]
+    with pytest.raises(RuntimeError, match=r"moejax train .* failed: no room"):
+        sides.separate()
+    assert started[-1] == ("train", None)
