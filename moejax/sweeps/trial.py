@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+import jax
+
 from moejax.config import Config, ConfigError, TrainConfig
 from moejax.sweeps.arms import Arm, plan_arms
 from moejax.sweeps.directory import ARMS_FOLDER, add_arm, locked
@@ -139,6 +141,7 @@ class Trials:
         finally:
             if own.signal is not None:  # meant for the worker, however the arm ended
                 self.stop.request(own.signal)
+            jax.clear_caches()  # programs of other arms may have other shapes
         if is_pruned and result.step < arm.config.train.num_steps:
             return self._record(arm, "pruned", Outcome("pruned"), report)
         if result.evaluation is None:
