@@ -23,7 +23,7 @@ def test_every_side_trains_the_same_arms_and_starts_with_what_it_says(monkeypatc
         recipe = runpy.run_path(flags["config"])["get_config"]()
         assert resolve(recipe).model == small_config().model
         if programs:
-            assert programs.is_relative_to(Path(flags["config"]).parent) and programs not in kept
+            assert programs.is_relative_to(Path(flags["config"]).parent)
             kept.append(programs)
             programs.mkdir(exist_ok=True)
 
@@ -37,6 +37,9 @@ def test_every_side_trains_the_same_arms_and_starts_with_what_it_says(monkeypatc
     assert {verb for verb, *_ in first[:ARMS]} == {"train"}
     sweeps = [(flags["pack"], flags["seeds"], had) for _, flags, had in first[ARMS:]]
     assert sweeps == [("1", str(ARMS), True), (str(ARMS), str(ARMS), False), (str(ARMS), str(ARMS), True)]
+    one, pack = kept[:2]
+    assert kept[2::3] == [one] * 2 and kept[4::3] == [pack] * 2  # at one place, and of one side alone
+    assert len({one, pack, *kept[3::3]}) == 4
     folders = [flags.get("dir") or flags["workdir"] for _, flags, _ in started]
     assert len(set(folders)) == len(folders), "a side found what another had trained"
 
