@@ -481,7 +481,7 @@ def moejax(monkeypatch, tmp_path, capsys):
         code = main(arguments)
         return code, (capsys.readouterr().err.strip().splitlines() or [""])[-1]
 
-    monkeypatch.setattr("jax.config.update", lambda *_: None)  # tests have a cache of their own
+    monkeypatch.setattr("moejax.cli.sweep_search.keep_programs", lambda: None)  # tests have a folder of their own
     return run
 
 
