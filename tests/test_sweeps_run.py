@@ -230,6 +230,9 @@ def test_a_dry_run_lists_every_arm_with_its_cost_and_writes_nothing(tmp_path):
         (["moe.top_k=2,3", "--gpus=2", "--dir=DIR"], "--gpus=2 goes with --runner=pool or slurm, not here"),
         (["moe.top_k=2,3", "--runner=pool", "--partition=fast"], "--partition=fast goes with --runner=slurm, not pool"),
         (["moe.top_k=2,3", "--adjust=steps"], "add --match"),
+        (["moe.top_k=2,3", "moe.top_k=4"], "moe.top_k is given twice; give it once: as an axis, by --seeds, or in the"),
+        (["train.seed=1,2", "--seeds=2"], "train.seed is given twice"),
+        (["moe.z_weight=lin:0..1:2.5"], "must have the form moe.z_weight=lin:LOW..HIGH:NUMBER, such as lin:1e-4"),
         (["moe.num_experts=4,6", "--config.mesh.expert=4"], "moe.num_experts=6 must be a multiple of mesh.expert=4"),
         (["moe.top_k=2,3", "--config.mesh.data=64", "--config.train.batch_size=64", "--dir=DIR"], "do not fit"),
         (["moe.top_k=2,3", "--runner=slurm", "--dir=DIR"], "sbatch"),
@@ -252,6 +255,8 @@ def test_a_mistake_is_one_line_before_anything_trains(arguments, message, tmp_pa
     [
         ("pass", "sweep() gives nothing; return a space"),
         ("return 3", "sweep() raised TypeError"),
+        ("return; yield", "sweep() gives nothing; return a space"),
+        ("yield ('moe.top_k', 4)", "sweep() yields ('moe.top_k', 4), which is no point; yield dicts"),
         ("yield {}['no']", "sweep() raised KeyError: 'no'"),
         ("return where(choice('moe.top_k', 1), lambda point: 1 / 0)", "raised ZeroDivisionError: division by zero"),
     ],
@@ -355,6 +360,23 @@ def test_a_sweep_is_written_by_one_process_at_a_time(tmp_path):
         assert not (tmp_path / "sweep.json").exists()
     thread.join()
     assert (tmp_path / "sweep.json").exists()
+
+
+def test_a_search_and_a_sweep_of_given_points_share_no_directory(tmp_path):
+    from moejax.cli import main
+
+    one, other = planned({"train.seed": 0}), planned({"train.seed": 1})
+    facts = {"largest_pack": 1, "recipe": "r.py", "match": "", "command": "c"}
+    write_sweep(tmp_path / "grid", one, **facts)
+    with pytest.raises(SweepError, match="grid holds a sweep of given points; give the search another --dir"):
+        add_arm(tmp_path / "grid", other.arms[0], recipe="r.py", command="c")
+    flags = ["--search=random", "--trials=1", "moe.top_k=2,3", f"--dir={tmp_path / 'grid'}"]
+    assert main(["sweep", "--config=configs/debug.py", *flags]) == 2
+    assert not (tmp_path / "grid/study.journal").exists()
+    add_arm(tmp_path / "search", one.arms[0], recipe="r.py", command="c")
+    add_arm(tmp_path / "search", other.arms[0], recipe="r.py", command="c")
+    with pytest.raises(SweepError, match="search holds the arms of a search; give these points another --dir"):
+        write_sweep(tmp_path / "search", planned({"train.seed": 0}, {"train.seed": 1}), **facts)
 
 
 @pytest.mark.parametrize(

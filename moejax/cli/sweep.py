@@ -17,6 +17,7 @@ import math
 import os
 import runpy
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -184,6 +185,9 @@ def _space(values: FlagValues, rest: list[str]) -> Space:
         raise UsageError(
             "nothing varies; give axes such as moe.num_experts=4,8,16, or --seeds, or a recipe with a sweep()"
         )
+    keys = [axis.key for space in spaces if isinstance(space, Space) for axis in space.axes or ()]
+    if twice := [key for key in keys if keys.count(key) > 1]:
+        raise UsageError(f"{twice[0]} is given twice; give it once: as an axis, by --seeds, or in the recipe's sweep()")
     return product(*spaces)
 
 
@@ -195,10 +199,16 @@ def _own_space(recipe: str) -> list[Space | list[Any]]:
     try:
         found = function()
         if found is not None:
-            return [found if isinstance(found, Space) else [*found]]
+            points = found if isinstance(found, Space) else [*found]
     except Exception as error:  # it is the recipe's: it may raise anything
         raise UsageError(f"{recipe}: sweep() raised {type(error).__name__}: {error}") from error
-    raise UsageError(f"{recipe}: sweep() gives nothing; return a space, such as product(...), or yield points")
+    if found is None or points == []:
+        raise UsageError(f"{recipe}: sweep() gives nothing; return a space, such as product(...), or yield points")
+    if not isinstance(points, Space) and (wrong := [point for point in points if not isinstance(point, Mapping)]):
+        raise UsageError(
+            f"{recipe}: sweep() yields {wrong[0]!r}, which is no point; yield dicts, as {{'moe.top_k': 2}}"
+        )
+    return [points]
 
 
 def _recipe(values: FlagValues) -> str:

@@ -14,6 +14,7 @@ from moejax.cli import UsageError
 from moejax.cli.options import read_config_flag
 from moejax.cli.tables import print_result, print_table
 from moejax.sweeps import Space
+from moejax.sweeps.directory import check_search
 from moejax.sweeps.programs import keep_programs
 from moejax.sweeps.search import Definition, StudyError, search_axes
 from moejax.sweeps.study import (
@@ -95,6 +96,7 @@ def search(values: FlagValues, space: Space, recipe: str, directory: Path, comma
         fractions=common_fractions(read_config_flag(values), axes),
         is_filtered=space.is_filtered,
     )
+    check_search(directory)
     directory.mkdir(parents=True, exist_ok=True)
     name, storage = values.study or directory.name, values.storage or str(directory / "study.journal")
     study = create_study(storage, name, definition)
@@ -126,6 +128,7 @@ def join_search(values: FlagValues, command: str) -> None:
             "with the same flags and axes"
         )
     directory = Path(values.dir or f"runs/{values.study}")
+    check_search(directory)
     with StopSignals() as stop:
         _work(values, study, Trials(directory, definition, command, stop))
 

@@ -19,6 +19,7 @@ from moejax.sweeps.records import RECORD_FILE, SWEEP_FILE, read_definition
 from moejax.training.run_directory import git_commit, versions, write_json
 
 ARMS_FOLDER, LOCKS_FOLDER = "arms", "locks"
+IS_SEARCH = "is_search"  # in `sweep.json`: whether its arms were drawn
 
 log = logging.getLogger("moejax")
 
@@ -89,20 +90,28 @@ def write_sweep(
       command: that planned it.
 
     Raises:
-      SweepError: the directory holds arms that the plan has not, or cannot be written.
+      SweepError: the directory holds arms that the plan has not, or those of a search, or cannot be written.
     """
     directory = Path(directory)
     sweep = Sweep(directory, {arm.id: arm for arm in plan.arms}, pack_arms(plan.arms, largest_pack), command)
     with _defining(directory):
         if (directory / SWEEP_FILE).exists():
+            if read_definition(directory).get(IS_SEARCH):
+                raise SweepError(f"--dir={directory} holds the arms of a search; give these points another --dir")
             lost = [entry["id"] for entry in read_definition(directory)["arms"] if entry["id"] not in sweep.arms]
             if lost:
                 raise SweepError(
                     f"--dir={directory} holds a sweep with {len(lost)} arms that this one has not ({lost[0]} ...); "
                     "give the axes it was planned with and more, or another --dir"
                 )
-        _write(sweep, recipe, match)
+        _write(sweep, recipe, match, is_search=False)
     return sweep
+
+
+def check_search(directory: Path) -> None:
+    """Raises `SweepError` if the directory holds a sweep of given points: a search would add arms of its own to it."""
+    if (directory / SWEEP_FILE).exists() and not read_definition(directory).get(IS_SEARCH):
+        raise SweepError(f"--dir={directory} holds a sweep of given points; give the search another --dir")
 
 
 def add_arm(directory: str | Path, arm: Arm, *, recipe: str, command: str) -> Sweep:
@@ -113,13 +122,14 @@ def add_arm(directory: str | Path, arm: Arm, *, recipe: str, command: str) -> Sw
     """
     directory = Path(directory)
     with _defining(directory):
+        check_search(directory)
         known = open_sweep(directory) if (directory / SWEEP_FILE).exists() else Sweep(directory, {}, (), command)
         if arm.id in known.arms:
             check_same(known.arms[arm.id], arm)
             return known
         packs = (*known.packs, (arm.id,))
         sweep = Sweep(directory, known.arms | {arm.id: arm}, packs, known.command)
-        _write(sweep, recipe, "")
+        _write(sweep, recipe, "", is_search=True)
         return sweep
 
 
@@ -133,11 +143,12 @@ def _defining(directory: Path) -> Iterator[None]:
         raise SweepError(f"--dir={directory} cannot be written: {error.strerror}; use another folder") from error
 
 
-def _write(sweep: Sweep, recipe: str, match: str) -> None:
+def _write(sweep: Sweep, recipe: str, match: str, *, is_search: bool) -> None:
     content = {
         "recipe": recipe,
         "command": sweep.command,
         "match": match,
+        IS_SEARCH: is_search,
         "versions": versions(),
         "git_commit": git_commit(),
         "arms": [arm.to_json() for arm in sweep.arms.values()],
