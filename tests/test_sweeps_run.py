@@ -232,7 +232,7 @@ def test_a_dry_run_lists_every_arm_with_its_cost_and_writes_nothing(tmp_path):
         (["moe.top_k=2,3", "--adjust=steps"], "add --match"),
         (["moe.top_k=2,3", "moe.top_k=4"], "moe.top_k is given twice; give it once: as an axis, by --seeds, or in the"),
         (["train.seed=1,2", "--seeds=2"], "train.seed is given twice"),
-        (["moe.z_weight=lin:0..1:2.5"], "must have the form moe.z_weight=lin:LOW..HIGH:NUMBER, such as lin:1e-4"),
+        (["moe.z_weight=lin:0..1:2.5"], "must have the form moe.z_weight=lin:1e-4..1e-1:5, from..to:number"),
         (["moe.num_experts=4,6", "--config.mesh.expert=4"], "moe.num_experts=6 must be a multiple of mesh.expert=4"),
         (["moe.top_k=2,3", "--config.mesh.data=64", "--config.train.batch_size=64", "--dir=DIR"], "do not fit"),
         (["moe.top_k=2,3", "--runner=slurm", "--dir=DIR"], "sbatch"),

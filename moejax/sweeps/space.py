@@ -373,9 +373,7 @@ def _parse_interval(text: str, key: str, values: str) -> Axis:
         kind, low, high, num = found.groups()
         numbers = float(low), float(high), None if num is None else int(num)
     except ValueError as error:
-        raise SpaceError(
-            f"{text!r} must have the form {key}={values[:4]}LOW..HIGH:NUMBER, such as {values[:4]}1e-4..1e-1:5"
-        ) from error
+        raise SpaceError(f"{text!r} must have the form {key}={values[:4]}1e-4..1e-1:5, from..to:number") from error
     return (log_uniform if kind == "log" else uniform)(key, *numbers)
 
 
