@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from moejax.config import ConfigError, resolve, to_dict
+from moejax.config import Config, ConfigError, resolve, to_dict
 from moejax.training.checkpoint_meta import (
     CheckpointError,
     Damage,
@@ -64,14 +64,13 @@ class Checkpoints:
         best = policies.BestN(
             get_metric_fn=lambda metrics: -metrics["eval/loss"], n=1, keep_checkpoints_without_metrics=False
         )
-        options = ocp.CheckpointManagerOptions(
-            create=not read_only,
-            read_only=read_only,
-            preservation_policy=None if read_only else policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
-        )
+        policy = None if read_only else policies.AnyPreservationPolicy([policies.LatestN(keep), best])
         try:
             # In reading, orbax warns that it will not write.
             with _from_level("absl", logging.ERROR if read_only else logging.NOTSET):
+                options = ocp.CheckpointManagerOptions(
+                    create=not read_only, read_only=read_only, preservation_policy=policy
+                )
                 self._manager = ocp.CheckpointManager(
                     self.folder, options=options, item_names=("model", "optimizer", "meta")
                 )
@@ -258,6 +257,10 @@ class Checkpoints:
             raise self._unreadable(step, error) from error
         return {name: found[name] for name in named_arrays(self.trainable.abstract) if name in found}
 
+    def config(self, step: int) -> Config:
+        """The configuration that a step was saved with."""
+        return resolve(self._read_meta(step)["config"])
+
     def _read_meta(self, step: int) -> dict[str, Any]:
         try:
             return read_meta(self.folder / str(step))
@@ -325,7 +328,7 @@ def _from_level(name: str, level: int) -> Iterator[None]:
 
 def _reason(error: BaseException) -> str:
     """The first line of what the first error of a chain says, without what libraries add for their developers."""
-    while error.__cause__ is not None:
+    while error.__cause__ is not None and not isinstance(error, Damage):
         error = error.__cause__
     text = (str(error).strip() or type(error).__name__).splitlines()[0]
     return re.split(r" \[source locations=| \[tensorstore_spec|\. See full TensorStore", text)[0][:300]
