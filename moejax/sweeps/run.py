@@ -4,7 +4,6 @@
 leaves its pack to the others, who continue it from its newest checkpoint.
 """
 
-import json
 import logging
 import os
 import statistics
@@ -24,6 +23,7 @@ from moejax.sweeps.packs import Ids
 from moejax.sweeps.programs import keep_programs
 from moejax.sweeps.records import collect, read_records, record_of, write_record
 from moejax.training.alarms import AlarmError
+from moejax.training.line_file import parse_line
 from moejax.training.loop import train
 from moejax.training.nonfinite import NonFiniteError
 from moejax.training.packed import devices_of_arm
@@ -205,18 +205,25 @@ class Seconds(NamedTuple):
 
 
 def training_seconds(workdir: Path) -> Seconds | None:
-    """From what each logging interval says of its tokens, their rate and the arms beside it; None if there is none."""
+    """From what each logging interval says of its tokens, their rate and the arms beside it; None if there is none.
+
+    Lines that are damaged or cut off, and intervals in which nothing was predicted, say nothing of time.
+    """
     path = workdir / "metrics.jsonl"
-    if not path.exists():
+    if not path.is_file():
         return None
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    total, of_step, tokens, step, arms = 0.0, [], 0, 0, 1
-    for line in lines:
-        if "perf/tokens_per_s" in line:
-            arms = int(line.get("perf/arms", 1))
-            seconds = (line["tokens"] - tokens) / line["perf/tokens_per_s"] / arms
+    total, of_step, tokens, step, arms = 0.0, [], 0.0, 0, 1
+    for line in filter(None, map(parse_line, path.read_bytes().splitlines())):
+        values = [line.get(key) for key in ("tokens", "perf/tokens_per_s")]
+        if not all(type(value) in (int, float) for value in values) or line["step"] <= step:
+            continue
+        num_tokens, rate = map(float, values)
+        if num_tokens > tokens and rate > 0:
+            arms = line["perf/arms"] if type(line.get("perf/arms")) is int and line["perf/arms"] > 0 else 1
+            seconds = (num_tokens - tokens) / rate / arms
             of_step.append(seconds / (line["step"] - step))
-            total, tokens, step = total + seconds, line["tokens"], line["step"]
+            total += seconds
+        tokens, step = num_tokens, line["step"]
     return Seconds(total, statistics.median(of_step), arms) if of_step else None
 
 

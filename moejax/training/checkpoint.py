@@ -23,7 +23,7 @@ import orbax.checkpoint as ocp
 from moejax.config import Config, ConfigError, resolve, to_dict
 from moejax.training.checkpoint_meta import (
     CheckpointError,
-    Damage,
+    DamageError,
     check_saved,
     compare_digests,
     compare_manifests,
@@ -211,7 +211,7 @@ class Checkpoints:
         """Raises `CheckpointError` if there is the folder of a step that does not count: it must not be passed over."""
         for step in saved_steps(self.workdir):
             if step not in self.steps():
-                raise self._unreadable(step, Damage("it is not a whole checkpoint"))
+                raise self._unreadable(step, DamageError("it is not a whole checkpoint"))
 
     def _check_saved(self, step: int) -> None:
         model, optimizer = _split(named_arrays(self.trainable.abstract))
@@ -219,8 +219,8 @@ class Checkpoints:
             check_saved(self.folder / str(step), {"model": set(model), "optimizer": set(optimizer)})
         except Exception as error:  # tensorstore raises many kinds
             raise CheckpointError(
-                f"{self.folder / str(step)} was saved and cannot be read ({_reason(error)}); the run stops here: look at "
-                "the file system, and begin again in another --workdir"
+                f"{self.folder / str(step)} was saved and cannot be read ({_reason(error)}); the run stops here: "
+                "look at the file system, and begin again in another --workdir"
             ) from error
 
     def _choose(self, step: int | None) -> int | None:
@@ -250,7 +250,7 @@ class Checkpoints:
             else:
                 log.warning("%s was saved without digests by an earlier version: its arrays were not verified", folder)
             if "step" in found and int(found["step"]) != step:
-                raise Damage(f"it holds step {int(found['step'])}: the folder was renamed or copied")
+                raise DamageError(f"it holds step {int(found['step'])}: the folder was renamed or copied")
         except CheckpointError:
             raise
         except Exception as error:  # orbax raises many kinds for missing and damaged files
@@ -264,17 +264,17 @@ class Checkpoints:
     def _read_meta(self, step: int) -> dict[str, Any]:
         try:
             return read_meta(self.folder / str(step))
-        except (Damage, OSError) as error:
+        except (DamageError, OSError) as error:
             raise self._unreadable(step, error) from error
 
     def _unreadable(self, step: int, error: Exception) -> CheckpointError:
-        """What to say of a step that cannot be restored. Only what was proven is called damage, and nothing is deleted."""
+        """What to say of a step that cannot be restored; only what was proven is called damage."""
         folder = self.folder / str(step)
         if _lacks_rights(error):
             return CheckpointError(f"{folder} cannot be read ({_reason(error)}); {_rights_or_copy(error)}")
-        state = "is damaged" if isinstance(error, Damage) else "cannot be read"
+        state = "is damaged" if isinstance(error, DamageError) else "cannot be read"
         names = [name for name in named_arrays(self.trainable.abstract) if name in str(error)]
-        place = "" if isinstance(error, Damage) or not names else f" at {max(names, key=len)}"
+        place = "" if isinstance(error, DamageError) or not names else f" at {max(names, key=len)}"
         older = [other for other in saved_steps(self.workdir) if other < step]
         if older:
             move = shlex.join(["mv", str(folder), str(self.workdir / f"damaged-{step}")])
@@ -291,8 +291,8 @@ class Checkpoints:
             raise CheckpointError(f"{folder} was saved with a configuration that cannot be used: {error}") from error
         if change:
             raise CheckpointError(
-                f"{folder} was trained with {change.key}={change.saved}, not {change.wanted}; restore config.json, give "
-                f"--config.{change.key}={change.saved}, or use another --workdir"
+                f"{folder} was trained with {change.key}={change.saved}, not {change.wanted}; restore config.json, "
+                f"give --config.{change.key}={change.saved}, or use another --workdir"
             )
 
     def _compare_tokenizer(self, saved: Mapping[str, str], folder: Path) -> None:
@@ -328,7 +328,7 @@ def _from_level(name: str, level: int) -> Iterator[None]:
 
 def _reason(error: BaseException) -> str:
     """The first line of what the first error of a chain says, without what libraries add for their developers."""
-    while error.__cause__ is not None and not isinstance(error, Damage):
+    while error.__cause__ is not None and not isinstance(error, DamageError):
         error = error.__cause__
     text = (str(error).strip() or type(error).__name__).splitlines()[0]
     return re.split(r" \[source locations=| \[tensorstore_spec|\. See full TensorStore", text)[0][:300]

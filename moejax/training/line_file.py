@@ -55,8 +55,8 @@ class LineFile:
                 os.replace(temporary, path)
         except OSError as error:
             raise LineFileError(
-                f"{path} cannot be read and written ({error.strerror}); give this user the rights to it, or move it away "
-                "to go on without its history"
+                f"{path} cannot be read and written ({error.strerror}); give this user the rights to it, or "
+                "move it away to go on without its history"
             ) from error
         self._num_bytes = len(kept)
         self._hash = hashlib.blake2b(kept, digest_size=16)

@@ -17,8 +17,8 @@ so a process killed at any moment loses at most the entry it was writing. There 
 look at any time.
 
 Every chunk ends with its CRC-32C, and every chunk of a finished entry is on disk, so that reading notices what was
-changed or lost; the group's attributes carry a digest. Logs of earlier versions have neither. What is damaged is refused
-by name: it is never written anew over what is left.
+changed or lost; the group's attributes carry a digest. Logs of earlier versions have neither. What is damaged is
+refused by name: nothing is written over what is left.
 """
 
 import contextlib

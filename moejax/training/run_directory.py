@@ -35,7 +35,7 @@ MAY_CHANGE = (
 """Leaves that may differ when a run is continued: they change neither the model nor what a step computes, except that
 `train.num_steps` stretches the learning-rate schedule."""
 
-LOST_CONFIG = "restore it from a copy, or move it away and continue the run with its recipe: its checkpoints hold the configuration"
+LOST_CONFIG = "restore it from a copy, or move it away and continue the run by its recipe: its checkpoint knows if it fits"
 
 GLOB_LETTERS = "*?["
 
@@ -135,7 +135,7 @@ def check_path(workdir: Path) -> None:
         is_utf8 = False
     if not is_utf8:
         raise ConfigError(
-            f"--workdir={ascii(str(workdir))} is not the same name in UTF-8 as in this locale "
+            f"--workdir={str(workdir)!a} is not the same name in UTF-8 as in this locale "
             f"({sys.getfilesystemencoding()}); set LC_ALL=C.UTF-8, or use a name of ASCII letters"
         )
 
