@@ -313,7 +313,12 @@ def read_routing(workdir: str | Path) -> RoutingHistory | None:
       ValueError: the folder is damaged; the message names it and the remedy.
     """
     folder = Path(workdir) / FOLDER
-    return RoutingHistory(folder) if (folder / GROUP).exists() else None
+    if (folder / GROUP).exists():
+        return RoutingHistory(folder)
+    with _naming_damage(folder):
+        if _has_entries(folder):
+            raise ValueError(f"{GROUP} is lost; continuing the run writes it again")
+    return None
 
 
 def _finished(step_array: tensorstore.TensorStore) -> Int64[np.ndarray, "S"]:

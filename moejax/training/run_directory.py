@@ -35,7 +35,9 @@ MAY_CHANGE = (
 """Leaves that may differ when a run is continued: they change neither the model nor what a step computes, except that
 `train.num_steps` stretches the learning-rate schedule."""
 
-LOST_CONFIG = "restore it from a copy, or move it away and continue the run by its recipe: its checkpoint knows if it fits"
+LOST_CONFIG = (
+    "restore it from a copy, or move it away and continue the run by its recipe: its checkpoint knows if it fits"
+)
 
 GLOB_LETTERS = "*?["
 
