@@ -59,16 +59,16 @@ def programs():
 def train_to(config, workdir, step):
     """Trains until a signal comes during a step."""
     stop = StopSignals()
-    finish = metrics.Recorder._finish_running
+    add = metrics.Recorder.add
 
-    def finish_and_signal(self):
-        finished = finish(self)
-        if finished.step >= step - 1:
+    def add_and_signal(self, output):
+        finished = add(self, output)
+        if finished.step >= step - 1:  # that of the step before
             stop.request("SIGTERM")
         return finished
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(metrics.Recorder, "_finish_running", finish_and_signal)
+        patch.setattr(metrics.Recorder, "add", add_and_signal)
         return train(config, workdir, stop=stop)
 
 

@@ -212,12 +212,11 @@ def training_seconds(workdir: Path) -> Seconds | None:
     path = workdir / "metrics.jsonl"
     if not path.is_file():
         return None
-    total, of_step, tokens, step, arms = 0.0, [], 0.0, 0, 1
+    total, of_step, tokens, step, arms = 0.0, [], 0, 0, 1
     for line in filter(None, map(parse_line, path.read_bytes().splitlines())):
-        values = [line.get(key) for key in ("tokens", "perf/tokens_per_s")]
-        if not all(type(value) in (int, float) for value in values) or line["step"] <= step:
+        num_tokens, rate = line.get("tokens"), line.get("perf/tokens_per_s")
+        if type(num_tokens) not in (int, float) or type(rate) not in (int, float) or line["step"] <= step:
             continue
-        num_tokens, rate = map(float, values)
         if num_tokens > tokens and rate > 0:
             arms = line["perf/arms"] if type(line.get("perf/arms")) is int and line["perf/arms"] > 0 else 1
             seconds = (num_tokens - tokens) / rate / arms

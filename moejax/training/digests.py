@@ -31,7 +31,7 @@ class _Part(NamedTuple):
     """A part of an array that this process holds: where it lies, and its elements."""
 
     name: str
-    index: tuple[slice, ...]
+    place: tuple[slice, ...]
     shape: tuple[int, ...]
     data: Any
 
@@ -78,8 +78,8 @@ def _sums(part: _Part) -> np.ndarray:
         rows_R[first : first + at_once] = block.sum(axis=1, dtype=np.uint32)
         columns_C += block.sum(axis=0, dtype=np.uint32)
     weighted = (
-        rows_R * _weights(part.index[:split], part.shape[:split]),
-        columns_C * _weights(part.index[split:], part.shape[split:]),
+        rows_R * _weights(part.place[:split], part.shape[:split]),
+        columns_C * _weights(part.place[split:], part.shape[split:]),
     )
     return np.array([sums.sum(dtype=np.uint32) for sums in weighted], np.uint32)
 

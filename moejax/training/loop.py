@@ -88,10 +88,10 @@ def train(
       NonFiniteError: `train.max_nonfinite_steps` steps in a row were not finite.
       ProcessError: another process failed.
     """
-    workdir = Path(workdir)
     with ExitStack() as stack:
         stop = stack.enter_context(StopSignals() if stop is None else stop)
-        workdir = first_then_others(lambda: lock_run(config, workdir, stack))
+        given = Path(workdir)
+        workdir = first_then_others(lambda: lock_run(config, given, stack))
         mesh, corpus = first_then_others(lambda: _open(config, workdir, command))
         check_shared(workdir)
         trainable = make_trainable(config, mesh)
