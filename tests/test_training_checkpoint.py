@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import subprocess
 from contextlib import closing
@@ -191,14 +192,25 @@ def test_every_file_of_a_checkpoint_damaged_in_any_way_is_refused_or_restored_ex
 
 
 def test_a_flipped_bit_of_an_array_is_answered_with_array_and_checkpoint(saved, tmp_path):
-    config, workdir, _ = saved
+    config, workdir, expected = saved
     copy = copy_of(workdir, tmp_path)
     largest = max((copy / "checkpoints/0/model/ocdbt.process_0/d").iterdir(), key=lambda path: path.stat().st_size)
-    content = bytearray(largest.read_bytes())
-    content[len(content) // 2] ^= 1
-    largest.write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"checkpoints/0 (is damaged \(params/\w+|cannot be read at params/)"):
-        Checkpoints(copy, make(config, 8), read_only=True).restore_model()
+    content = largest.read_bytes()
+    answers = []
+    for place in np.linspace(100, len(content) - 100, 8).astype(int):
+        flipped = bytearray(content)
+        flipped[place] ^= 1
+        largest.write_bytes(flipped)
+        try:
+            _, params, _ = Checkpoints(copy, make(config, 8), read_only=True).restore_model()
+        except CheckpointError as error:
+            answers.append(str(error))
+        else:  # nothing refers to that byte
+            for a, b in zip(jax.tree.leaves(params), expected[1:], strict=False):
+                np.testing.assert_array_equal(a, b)
+    assert len(answers) >= 3
+    for answer in answers:
+        assert re.search(r"checkpoints/0 (is damaged \(params/\w+|cannot be read at params/\w+)", answer), answer
 
 
 def test_the_way_to_an_older_step_is_a_command_and_deletes_nothing(tmp_path):

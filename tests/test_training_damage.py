@@ -15,6 +15,7 @@ import pytest
 from damage_cases import copy_run, damage, kind_of, ways
 from moejax.inspection.run import open_run
 from moejax.locks import FolderLock, LockedError
+from moejax.sharding import make_mesh
 from moejax.training import loop, metrics
 from moejax.training.alarms import read_alarms
 from moejax.training.checkpoint import Checkpoints
@@ -37,7 +38,7 @@ KINDS = {
 
 @pytest.fixture(scope="module")
 def programs():
-    """Makes `train` compile its programs once for all calls within this file."""
+    """Makes `train` compile its programs once for all calls within this file, for one device."""
     patch = pytest.MonkeyPatch()
     known = {}
 
@@ -52,6 +53,7 @@ def programs():
     patch.setattr(loop._Loop, "_compile", once("step", loop._Loop._compile))
     patch.setattr(loop, "make_eval_step", once("eval", loop.make_eval_step))
     patch.setattr(loop, "make_trainable", once("trainable", loop.make_trainable))
+    patch.setattr(loop, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
     yield
     patch.undo()
 
@@ -106,7 +108,7 @@ def evaluations(workdir):
 
 
 def state(config, workdir):
-    checkpoints = Checkpoints(workdir, make(config, jax.device_count()), read_only=True)
+    checkpoints = Checkpoints(workdir, make(config), read_only=True)
     return [np.asarray(x) for x in jax.tree.leaves(checkpoints.restore(config.train.num_steps))]
 
 
@@ -295,6 +297,6 @@ def test_a_lowered_number_of_steps_trains_nothing_and_loses_nothing(runs, tmp_pa
     copy = copy_run(stopped, tmp_path / "run")
     before = lines(copy)
     lowered = replace(config, "train", num_steps=4)
-    monkeypatch.setattr(loop, "make_trainable", lambda config, mesh: make(config, jax.device_count()))
+    monkeypatch.setattr(loop, "make_trainable", lambda config, mesh: make(config))
     assert train(lowered, copy).step == STOP
     assert lines(copy) == before
