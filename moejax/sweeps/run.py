@@ -23,6 +23,7 @@ from moejax.sweeps.packs import Ids
 from moejax.sweeps.programs import keep_programs
 from moejax.sweeps.records import collect, read_records, record_of, write_record
 from moejax.training.alarms import AlarmError
+from moejax.training.checkpoint_meta import saved_steps
 from moejax.training.line_file import parse_line
 from moejax.training.loop import train
 from moejax.training.nonfinite import NonFiniteError
@@ -135,12 +136,6 @@ def together(sweep: Sweep, arms: Sequence[Arm]) -> list[list[Arm]]:
     for arm in others:
         by_step.setdefault(newest[arm.id], []).append(arm)
     return [*([arm] for arm in complete), *by_step.values()]
-
-
-def saved_steps(workdir: Path) -> list[int]:
-    """The steps of which a run directory has a checkpoint, rising."""
-    folder = workdir / "checkpoints"
-    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit()) if folder.is_dir() else []
 
 
 def _train_arms(sweep: Sweep, arms: Sequence[Arm], stop: StopSignals) -> list[ArmResult]:
