@@ -207,10 +207,10 @@ def training_seconds(workdir: Path) -> Seconds | None:
     path = workdir / "metrics.jsonl"
     if not path.is_file():
         return None
-    total, of_step, tokens, step, arms = 0.0, [], 0, 0, 1
+    total, of_step, tokens, step, arms = 0.0, [], 0.0, 0, 1
     for line in filter(None, map(parse_line, path.read_bytes().splitlines())):
-        num_tokens, rate = line.get("tokens"), line.get("perf/tokens_per_s")
-        if type(num_tokens) not in (int, float) or type(rate) not in (int, float) or line["step"] <= step:
+        num_tokens, rate = _number(line, "tokens"), _number(line, "perf/tokens_per_s")
+        if num_tokens is None or rate is None or line["step"] <= step:
             continue
         if num_tokens > tokens and rate > 0:
             arms = line["perf/arms"] if type(line.get("perf/arms")) is int and line["perf/arms"] > 0 else 1
@@ -219,6 +219,11 @@ def training_seconds(workdir: Path) -> Seconds | None:
             total += seconds
         tokens, step = num_tokens, line["step"]
     return Seconds(total, statistics.median(of_step), arms) if of_step else None
+
+
+def _number(line: Mapping[str, Any], key: str) -> float | None:
+    value = line.get(key)
+    return float(value) if type(value) in (int, float) else None
 
 
 def check_open(sweep: Sweep) -> None:

@@ -40,7 +40,9 @@ def unpack_steps(packed: Mapping[str, Any]) -> list[TimedOutput]:
     """
     try:
         columns = {name: _from_json(column) for name, column in packed["arrays"].items()}
-        rows = [{name: column[i] for name, column in columns.items()} for i in range(len(packed["seconds"]))]
+        rows = [
+            {name: np.asarray(column[i]) for name, column in columns.items()} for i in range(len(packed["seconds"]))
+        ]
         return [TimedOutput(_unflatten(row), float(s)) for row, s in zip(rows, packed["seconds"], strict=True)]
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         raise ValueError(f"no steps of a logging interval ({type(error).__name__}: {error})") from error
