@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import numpy as np
@@ -102,7 +102,7 @@ def parse_value(key: str, text: str, declared: Leaf, annotation: Any) -> Any:
         return _check_choice(key, text.strip(), choices, declared.aliases)
     if annotation is str:
         return text
-    readers = {bool: _read_bool, int: _read_int, float: float}
+    readers: dict[Any, Callable[[str], Any]] = {bool: _read_bool, int: _read_int, float: float}
     try:
         return readers[annotation](text.strip())
     except ValueError as error:

@@ -45,7 +45,8 @@ class LayerReading:
         if key == "moe.d_expert":
             return self.config.moe.d_expert * self.config.moe.top_k == self.config.model.d_ff
         name = key.removeprefix("moe.")
-        derived = derive_moe(dataclasses.replace(self.kind, **{name: 0}), self.config.data.seq_len)
+        left_open: dict[str, Any] = {name: 0}
+        derived = derive_moe(dataclasses.replace(self.kind, **left_open), self.config.data.seq_len)
         return getattr(derived, name) == getattr(self.kind, name)
 
     def has_dense_layer(self) -> bool:
