@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from absl import flags
 from absl.flags import FlagValues
 
-from moejax.config import check_key
+from moejax.config import check_key, read_value
 
 VERBS = {
     "train": "train a configuration in a run directory, or continue it",
@@ -108,11 +108,13 @@ def _run_verb(verb: str, arguments: list[str]) -> None:
 
 
 def _check_config_keys(arguments: Sequence[str]) -> None:
-    """Names the nearest key for an override of a key that does not exist."""
+    """Names the nearest key for an override of a key that does not exist, and what kind of value a key has."""
     for argument in arguments:
-        match = re.match(r"--?(?:no)?config\.([^=]+)", argument)
+        match = re.match(r"--?(?:no)?config\.([^=]+)(=(.*))?", argument, re.DOTALL)
         if match:
             check_key(match.group(1))
+        if match and match.group(2):
+            read_value(match.group(1), match.group(3))
 
 
 def _is_expected(error: Exception) -> bool:

@@ -5,7 +5,7 @@ import dataclasses
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,12 @@ def define_config(values: FlagValues, arguments: list[str], default: str | None 
     )
 
 
-def read_config_flag(values: FlagValues) -> Config:
+def read_config_flag(values: FlagValues, varied: Collection[str] = ()) -> Config:
     """The resolved configuration.
+
+    Args:
+      values: parsed flags.
+      varied: keys that a sweep varies: leaves of the recipe that need them may be read in some of its arms.
 
     Raises:
       UsageError: no `--config`, or its file cannot be used.
@@ -45,7 +49,7 @@ def read_config_flag(values: FlagValues) -> Config:
         raise UsageError(
             f"--config={config_flags.get_config_filename(values['config'])} cannot be read: {error}"
         ) from error
-    return resolve(recipe)
+    return resolve(recipe, typed=config_flags.get_override_values(values["config"]), varied=varied)
 
 
 def define_processes(values: FlagValues) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 
 import moejax
-from moejax.config import AlarmConfig, Config, ConfigError, leaves, resolve, to_dict
+from moejax.config import AlarmConfig, Config, ConfigError, leaves, resolve_recorded, to_dict
 from moejax.models.parameters import ParameterCount
 from moejax.training.processes import fail_together, first_says
 
@@ -122,7 +122,7 @@ def read_config(workdir: str | Path) -> Config:
     path = Path(workdir) / "config.json"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        return resolve(content["config"])
+        return resolve_recorded(content["config"])
     except FileNotFoundError as error:
         raise ConfigError(f"{path} does not exist; --workdir must name the folder of a trained run") from error
     except ConfigError as error:
