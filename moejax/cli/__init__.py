@@ -16,6 +16,7 @@ from absl import flags
 from absl.flags import FlagValues
 
 from moejax.config import check_key
+from moejax.training.signals import SignalWatch
 
 VERBS = {
     "train": "train a configuration in a run directory, or continue it",
@@ -56,9 +57,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     code = 1
     try:
         code = _run_and_explain(argv[0], [argument for argument in argv[1:] if argument != "--debug"], is_debug)
-    except Exception:
+    except Exception as error:
         if not _has_others():
             raise
+        print(f"moejax: {sys.modules[PROCESSES].why_it_ends(error)}", file=sys.stderr)
         traceback.print_exc()
     if code and _has_others():
         sys.modules[PROCESSES].leave_at_once(code)
@@ -68,7 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run_and_explain(verb: str, arguments: list[str], is_debug: bool) -> int:
     """Runs a verb; says what a user needs to know of an error and passes on others."""
     try:
-        _run_verb(verb, arguments)
+        with SignalWatch():
+            _run_verb(verb, arguments)
     except KeyboardInterrupt:
         print("moejax: interrupted", file=sys.stderr)
         return 130

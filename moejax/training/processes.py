@@ -11,12 +11,13 @@ is gone, and ends the others.
 
 import contextlib
 import itertools
+import json
 import os
 import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn, TypeVar
 
 import jax
@@ -25,6 +26,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moejax.sharding import replicated
+from moejax.training.roll_call import RollCallError, call_roll
 from moejax.training.signals import ALARM, StopSignals
 
 LOST_SECONDS = 30
@@ -36,8 +38,25 @@ WAIT_SECONDS = 24 * 3600
 FAREWELL_SECONDS = 2.0
 """How much longer process 0 lives after a failure: when it goes, the service goes and ends the others unheard."""
 
-LAUNCHERS = {"SLURM_STEP_NUM_TASKS": "srun", "OMPI_COMM_WORLD_SIZE": "mpirun"}
+MEETING_S = 30.0
+"""How long processes wait for each other at the start, unless they are told otherwise."""
+
+CONNECT_SECONDS = 120
+"""For jax's own service, once all processes are known to be there."""
+
+LAUNCHERS = (
+    "SLURM_STEP_NUM_TASKS",  # srun
+    "OMPI_COMM_WORLD_SIZE",  # Open MPI
+    "PMI_SIZE",  # MPICH, Intel MPI, Cray
+    "MV2_COMM_WORLD_SIZE",  # MVAPICH2
+    "JSM_NAMESPACE_SIZE",  # jsrun
+    "FLUX_JOB_SIZE",  # flux run
+    "WORLD_SIZE",  # torchrun
+)
 """Variables in which launchers say how many processes they started."""
+
+RANKS = ("PMIX_RANK",)  # prterun
+"""Variables in which launchers number processes without saying how many there are."""
 
 STOPS = {number.name: number.value for number in (signal.SIGINT, signal.SIGTERM)} | {ALARM: 128}
 """Reasons to stop, by the number that processes send each other."""
@@ -52,16 +71,30 @@ class ProcessError(RuntimeError):
 
 
 def launched() -> tuple[int, str]:
-    """How many processes a launcher started together with this one, and the variable that says so; (1, "") if none."""
+    """How many processes, at least, a launcher started together with this one, and what says so; (1, "") if none."""
     for variable in LAUNCHERS:
-        if os.environ.get(variable, "1").isdecimal() and int(os.environ.get(variable, "1")) > 1:
-            return int(os.environ[variable]), variable
+        if _number(variable) > 1:
+            return _number(variable), f"{variable}={_number(variable)}"
+    for variable in RANKS:
+        if _number(variable) > 0:
+            return _number(variable) + 1, f"{variable}={_number(variable)}"
     hosts = os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")
-    return (len(hosts), "TPU_WORKER_HOSTNAMES") if len(hosts) > 1 else (1, "")
+    return (len(hosts), f"TPU_WORKER_HOSTNAMES={','.join(hosts)}") if len(hosts) > 1 else (1, "")
+
+
+def _number(variable: str) -> int:
+    """The number in an environment variable; 0 if there is none."""
+    text = os.environ.get(variable, "")
+    return int(text) if text.isdecimal() else 0
 
 
 @contextlib.contextmanager
-def meet(coordinator: str = "", num_processes: int | None = None, process_id: int | None = None) -> Iterator[None]:
+def meet(
+    coordinator: str = "",
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    wait_s: float = MEETING_S,
+) -> Iterator[None]:
     """Within it, the devices of all processes are one machine's; must begin before anything touches a device.
 
     At the end every process waits for the others. After an error nobody is waited for: call `leave_at_once`.
@@ -71,20 +104,27 @@ def meet(coordinator: str = "", num_processes: int | None = None, process_id: in
         knows of SLURM, Open MPI, TPU pods and Kubernetes.
       num_processes: how many there are.
       process_id: which one this is, from 0.
+      wait_s: how long they wait for each other at the start.
 
     Raises:
       ProcessError: there is nothing of the kind in the environment, or they did not find each other.
+      RollCallError: a process is missing, comes twice, or runs something else.
     """
     where = coordinator or "the environment"
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM from `StopSignals`
     try:
+        coordinator, num_processes, process_id = _find_all(coordinator, num_processes, process_id, wait_s)
+        call_roll(coordinator, num_processes, process_id, wait_s)
         jax.distributed.initialize(
-            coordinator or None,
+            coordinator,
             num_processes,
             process_id,
+            initialization_timeout=CONNECT_SECONDS,
             heartbeat_timeout_seconds=LOST_SECONDS,
             shutdown_timeout_seconds=LOST_SECONDS,
         )
+    except RollCallError:
+        raise
     except (ValueError, RuntimeError) as error:  # jax's own, and those of the service
         raise ProcessError(
             f"the processes did not meet by {where} ({(str(error) or type(error).__name__).splitlines()[0]}); launch "
@@ -94,6 +134,65 @@ def meet(coordinator: str = "", num_processes: int | None = None, process_id: in
     yield
     wait_for_all()
     jax.distributed.shutdown()
+
+
+def _find_all(
+    coordinator: str, num_processes: int | None, process_id: int | None, wait_s: float
+) -> tuple[str, int, int]:
+    """The coordinator's address, the number of processes and this one's; what is not given comes from the environment.
+
+    Raises:
+      ValueError: the environment does not say.
+    """
+    if coordinator and num_processes is not None and process_id is not None:
+        return coordinator, num_processes, process_id
+    from jax._src import clusters  # jax looks there itself, and has no public name for it
+
+    address, number, index, _ = clusters.ClusterEnv.auto_detect_unset_distributed_params(
+        coordinator or None, num_processes, process_id, None, None, max(1, round(wait_s))
+    )
+    if not address or number is None or index is None:
+        raise ValueError("it names no coordinator, number of processes and number of this process")
+    return address, number, index
+
+
+def why_it_ends(error: BaseException) -> str:
+    """One line for an error that other processes may have caused: jax's own text says only which connection broke.
+
+    Args:
+      error: raised by a process that has met others.
+    """
+    reason = (str(error) or type(error).__name__).splitlines()[0]
+    return (
+        f"process {jax.process_index()} of {jax.process_count()} on {socket.gethostname()} ends ({reason}); if another "
+        "process has failed or was killed, its own output says why; the same command, started in all processes, "
+        "continues from the newest checkpoint"
+    )
+
+
+def agree(values: Mapping[str, Mapping[str, Any]], name: str) -> None:
+    """Returns if all processes have the same values as process 0.
+
+    Args:
+      values: sections of leaves that JSON can hold.
+      name: what they are, for the message.
+
+    Raises:
+      ProcessError: they differ, or do in another process.
+    """
+    of_first = json.loads(first_says(json.dumps(values)))
+
+    def compare() -> None:
+        for section, leaves in values.items():
+            for leaf, value in leaves.items():
+                other = of_first.get(section, {}).get(leaf)
+                if value != other:
+                    raise ProcessError(
+                        f"process {jax.process_index()} on {socket.gethostname()} has {section}.{leaf}={value}, and "
+                        f"process 0 has {other}; give all processes the same {name}"
+                    )
+
+    fail_together(compare)
 
 
 def has_others() -> bool:
