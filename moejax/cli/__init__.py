@@ -5,6 +5,7 @@ mistake is one line on standard error and exit code 2; `--debug` shows the trace
 """
 
 import difflib
+import faulthandler
 import importlib
 import logging
 import re
@@ -15,6 +16,7 @@ from collections.abc import Sequence
 from absl import flags
 from absl.flags import FlagValues
 
+from moejax.cli.memory import explain_memory, warn_of_small_limit
 from moejax.config import check_key
 from moejax.training.signals import SignalWatch
 
@@ -54,6 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0 if argv else 2
     is_debug = "--debug" in argv
     _set_up_logging(is_debug)
+    warn_of_small_limit()
+    if not faulthandler.is_enabled():
+        faulthandler.enable()  # a fault in a library leaves at least its stack
     code = 1
     try:
         code = _run_and_explain(argv[0], [argument for argument in argv[1:] if argument != "--debug"], is_debug)
@@ -78,6 +83,10 @@ def _run_and_explain(verb: str, arguments: list[str], is_debug: bool) -> int:
     except BrokenPipeError:  # the reader of our output has left
         return 1
     except Exception as error:
+        no_memory = explain_memory(error)
+        if no_memory and not is_debug:
+            print(f"moejax: {no_memory}", file=sys.stderr)
+            return 1
         if is_debug or not _is_expected(error):
             raise
         print(f"moejax: {' '.join(str(error).split())}", file=sys.stderr)

@@ -101,7 +101,7 @@ def meet_as_flagged(values: FlagValues, verb: str) -> contextlib.AbstractContext
 
 
 @contextlib.contextmanager
-def _meet(*address: Any, **wait: float) -> Iterator[None]:
+def _meet(*address: Any, **wait: Any) -> Iterator[None]:
     """`processes.meet`, with a clean standard output: gloo greets there, where one JSON document must stand alone."""
     sys.stdout.flush()
     kept = os.dup(1)

@@ -190,8 +190,8 @@ def _report(host: str, port: int, hello: Hello, wait_s: float) -> None:
             return
         time.sleep(RETRY_S)
     raise RollCallError(
-        f"{where} to {hello} ({reason}); start it with --process_id=0 on that host, check --coordinator, or wait longer "
-        "with --wait_s"
+        f"{where} to {hello} ({reason}); start it with --process_id=0 on that host, check --coordinator, or wait "
+        "longer with --wait_s"
     )
 
 

@@ -74,7 +74,7 @@ class StopSignals:
 
 
 class SignalWatch:
-    """While entered, says what a signal waits for when no handler has answered it, and lets a second SIGINT leave at once.
+    """While entered, says what a signal waits for that no handler has answered, and lets a second SIGINT leave at once.
 
     Entered outside the main thread, where signals cannot be watched, it does nothing.
     """
