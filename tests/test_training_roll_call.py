@@ -35,8 +35,10 @@ def meet(*processes, wait_s=20.0, port=None):
     def run(place, number, of, jax="0.10"):
         roll_call.of_this_thread.jax = jax
         try:
-            call_roll(f"127.0.0.1:{port}", of, number, wait_s)
+            links = call_roll(f"127.0.0.1:{port}", of, number, wait_s)
             told[place] = "begin"
+            for link in links.values():
+                link.close()
         except RollCallError as error:
             told[place] = str(error)
 

@@ -62,10 +62,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     code = 1
     try:
         code = _run_and_explain(argv[0], [argument for argument in argv[1:] if argument != "--debug"], is_debug)
-    except Exception as error:
+    except Exception:
         if not _has_others():
             raise
-        print(f"moejax: {sys.modules[PROCESSES].why_it_ends(error)}", file=sys.stderr)
+        sys.modules[PROCESSES].await_word_of_others()
         traceback.print_exc()
     if code and _has_others():
         sys.modules[PROCESSES].leave_at_once(code)

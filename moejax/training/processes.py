@@ -26,6 +26,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moejax.sharding import replicated
+from moejax.training.partners import Partners
 from moejax.training.roll_call import RollCallError, call_roll
 from moejax.training.signals import ALARM, StopSignals
 
@@ -34,6 +35,9 @@ LOST_SECONDS = 30
 
 WAIT_SECONDS = 24 * 3600
 """For a process that lives: it may be preparing data."""
+
+WORD_SECONDS = 1.0
+"""How long a process that failed waits to hear that another one had ended before."""
 
 FAREWELL_SECONDS = 2.0
 """How much longer process 0 lives after a failure: when it goes, the service goes and ends the others unheard."""
@@ -62,6 +66,8 @@ STOPS = {number.name: number.value for number in (signal.SIGINT, signal.SIGTERM)
 """Reasons to stop, by the number that processes send each other."""
 
 T = TypeVar("T")
+
+_connected: list[Partners] = []  # while this process has met others: one
 
 _calls = itertools.count()  # every process makes the same calls of `_gather` in the same order
 
@@ -114,7 +120,7 @@ def meet(
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM from `StopSignals`
     try:
         coordinator, num_processes, process_id = _find_all(coordinator, num_processes, process_id, wait_s)
-        call_roll(coordinator, num_processes, process_id, wait_s)
+        _connected.append(Partners(call_roll(coordinator, num_processes, process_id, wait_s)))
         jax.distributed.initialize(
             coordinator,
             num_processes,
@@ -133,6 +139,7 @@ def meet(
         ) from error
     yield
     wait_for_all()
+    _part("done")
     jax.distributed.shutdown()
 
 
@@ -156,18 +163,13 @@ def _find_all(
     return address, number, index
 
 
-def why_it_ends(error: BaseException) -> str:
-    """One line for an error that other processes may have caused: jax's own text says only which connection broke.
+def await_word_of_others() -> None:
+    """Returns once it was said which process is gone, or after a moment if none is.
 
-    Args:
-      error: raised by a process that has met others.
+    A process that is gone breaks the collectives of the others, and their tracebacks should not come first.
     """
-    reason = (str(error) or type(error).__name__).splitlines()[0]
-    return (
-        f"process {jax.process_index()} of {jax.process_count()} on {socket.gethostname()} ends ({reason}); if another "
-        "process has failed or was killed, its own output says why; the same command, started in all processes, "
-        "continues from the newest checkpoint"
-    )
+    for partners in _connected:
+        partners.is_told.wait(WORD_SECONDS)
 
 
 def agree(values: Mapping[str, Mapping[str, Any]], name: str) -> None:
@@ -202,9 +204,16 @@ def has_others() -> bool:
 
 def leave_at_once(code: int) -> NoReturn:
     """Ends a process that failed, so that the others fail too: a common exit would wait for them, and they for it."""
+    _part("failed")
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def _part(word: str) -> None:
+    """Tells the other processes that this one ends."""
+    while _connected:
+        _connected.pop().leave(word)
 
 
 def is_first() -> bool:
@@ -244,6 +253,9 @@ def fail_together(function: Callable[[], T]) -> T:
     except Exception as error:  # passed on below, once the others know
         failure = error
     outcomes = _gather(f"failed on {socket.gethostname()}" if failure else "")
+    if any(outcomes):
+        for partners in _connected:
+            partners.expect_their_end()
     if any(outcomes) and len(outcomes) > 1 and is_first():
         time.sleep(FAREWELL_SECONDS)
     if failure:

@@ -52,8 +52,8 @@ class Hello:
         return f"process {self.process} on {self.host}"
 
 
-def call_roll(coordinator: str, num_processes: int, process_id: int, wait_s: float) -> None:
-    """Returns once all processes have come and run the same.
+def call_roll(coordinator: str, num_processes: int, process_id: int, wait_s: float) -> dict[str, socket.socket]:
+    """Waits until all processes have come and run the same.
 
     Args:
       coordinator: HOST:PORT of process 0.
@@ -61,22 +61,26 @@ def call_roll(coordinator: str, num_processes: int, process_id: int, wait_s: flo
       process_id: which one this is, from 0.
       wait_s: how long to wait for the others.
 
+    Returns:
+      Open connections by the name of the process at the other end: of process 0 to all others, of each other to
+      process 0.
+
     Raises:
       RollCallError: a process is missing, comes twice, or runs something else; or the address cannot be used.
     """
     host, _, port = coordinator.rpartition(":")
     hello = Hello(process_id, num_processes, socket.gethostname(), what_runs())
     if process_id == 0:
-        _listen(int(port), hello, wait_s)
-    else:
-        _report(host.strip("[]"), int(port), hello, wait_s)
+        return _listen(int(port), hello, wait_s)
+    return {"process 0": _report(host.strip("[]"), int(port), hello, wait_s)}
 
 
-def _listen(port: int, own: Hello, wait_s: float) -> None:
-    """Process 0: hears the others and answers all of them."""
+def _listen(port: int, own: Hello, wait_s: float) -> dict[str, socket.socket]:
+    """Process 0: hears the others, answers all of them, and returns its connections to them."""
     heard: dict[int, tuple[Hello, socket.socket]] = {}
     with contextlib.ExitStack() as stack:
-        server = stack.enter_context(_server(port))
+        server = _server(port)
+        stack.callback(server.close)
         end = time.monotonic() + wait_s
         problem = ""
         while not problem and len(heard) < own.of - 1:
@@ -84,18 +88,22 @@ def _listen(port: int, own: Hello, wait_s: float) -> None:
             if connection is None:
                 problem = _missing(own, set(heard), wait_s)
                 break
-            stack.enter_context(connection)
             said = _hear(connection)
-            if said is None:
-                continue  # a port scanner, or a connection that broke: it is no process of ours
+            if said is None:  # a port scanner, or a connection that broke: it is no process of ours
+                connection.close()
+                continue
+            stack.callback(connection.close)
             first = heard.get(said.process, (None, None))[0]
             problem = _difference(own, said, first)
             heard[said.process if said.process not in heard else -len(heard)] = said, connection
         for _, connection in heard.values():
             with contextlib.suppress(OSError):  # it has left by itself
                 connection.sendall(json.dumps({"problem": problem}).encode() + b"\n")
-    if problem:
-        raise RollCallError(problem)
+        if problem:
+            raise RollCallError(problem)
+        stack.pop_all()
+        server.close()
+    return {str(said): connection for said, connection in heard.values()}
 
 
 def _server(port: int) -> socket.socket:
@@ -168,26 +176,30 @@ def _difference(own: Hello, said: Hello, first: Hello | None) -> str:
     return ""
 
 
-def _report(host: str, port: int, hello: Hello, wait_s: float) -> None:
-    """Another process: tells process 0 who it is and takes its answer."""
+def _report(host: str, port: int, hello: Hello, wait_s: float) -> socket.socket:
+    """Another process: tells process 0 who it is, takes its answer, and returns its connection."""
     end = time.monotonic() + wait_s
     where = f"process 0 did not answer at {host}:{port} within {wait_s:g} s"
     reason = "nothing was heard"
     while time.monotonic() < end:
-        try:
-            with socket.create_connection((host, port), timeout=max(end - time.monotonic(), 0.001)) as connection:
+        problem = None
+        with contextlib.ExitStack() as stack:
+            try:
+                address = (host, port)
+                connection = socket.create_connection(address, timeout=max(end - time.monotonic(), 0.001))
+                stack.callback(connection.close)
                 connection.sendall(json.dumps(dataclasses.asdict(hello)).encode() + b"\n")
                 # Process 0 answers once it has heard all: it gives up first, and says who is missing.
                 connection.settimeout(wait_s + ANSWER_S)
                 answer = _read_line(connection)
-            problem = json.loads(answer)["problem"] if answer else None
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-            problem = None
+                problem = json.loads(answer)["problem"] if answer else None
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+            if problem == "":
+                stack.pop_all()
+                return connection
         if problem:
             raise RollCallError(problem)
-        if problem == "":
-            return
         time.sleep(RETRY_S)
     raise RollCallError(
         f"{where} to {hello} ({reason}); start it with --process_id=0 on that host, check --coordinator, or wait "
