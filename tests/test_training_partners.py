@@ -25,7 +25,9 @@ def three():
 
 
 def die(partners):
-    """What the kernel does for a process that was killed."""
+    """What the kernel does for a process that was killed, which itself says nothing any more."""
+    partners.expect_their_end()
+    partners._tell = lambda *_: None
     for link in partners._links.values():
         link.shutdown(socket.SHUT_RDWR)
 
