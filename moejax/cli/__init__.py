@@ -5,6 +5,7 @@ mistake is one line on standard error and exit code 2; `--debug` shows the trace
 """
 
 import difflib
+import faulthandler
 import importlib
 import logging
 import re
@@ -15,7 +16,9 @@ from collections.abc import Sequence
 from absl import flags
 from absl.flags import FlagValues
 
+from moejax.cli.memory import explain_memory, warn_of_small_limit
 from moejax.config import check_key, read_value
+from moejax.training.signals import SignalWatch
 
 VERBS = {
     "train": "train a configuration in a run directory, or continue it",
@@ -53,12 +56,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0 if argv else 2
     is_debug = "--debug" in argv
     _set_up_logging(is_debug)
+    warn_of_small_limit()
+    if not faulthandler.is_enabled():
+        faulthandler.enable()  # a fault in a library leaves at least its stack
     code = 1
     try:
         code = _run_and_explain(argv[0], [argument for argument in argv[1:] if argument != "--debug"], is_debug)
     except Exception:
         if not _has_others():
             raise
+        sys.modules[PROCESSES].await_word_of_others()
         traceback.print_exc()
     if code and _has_others():
         sys.modules[PROCESSES].leave_at_once(code)
@@ -68,13 +75,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run_and_explain(verb: str, arguments: list[str], is_debug: bool) -> int:
     """Runs a verb; says what a user needs to know of an error and passes on others."""
     try:
-        _run_verb(verb, arguments)
+        with SignalWatch():
+            _run_verb(verb, arguments)
     except KeyboardInterrupt:
         print("moejax: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output has left
         return 1
     except Exception as error:
+        no_memory = explain_memory(error)
+        if no_memory and not is_debug:
+            print(f"moejax: {no_memory}", file=sys.stderr)
+            return 1
         if is_debug or not _is_expected(error):
             raise
         print(f"moejax: {' '.join(str(error).split())}", file=sys.stderr)
