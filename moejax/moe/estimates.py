@@ -84,7 +84,8 @@ def count_ties(routing: Routing, mask_T: Bool[Array, "T"]) -> Float[Array, ""]:
     chosen_TK = jnp.where(is_choice_TK, chosen_TK, jnp.inf)
     last_T1 = chosen_TK.min(axis=1, keepdims=True)
     is_tied_T = (ranking_TE == last_T1).sum(axis=1) > (chosen_TK == last_T1).sum(axis=1)
-    return (mask_T & is_choice_TK[:, 0] & is_tied_T).sum(dtype=jnp.float32)
+    is_ranked_T = jnp.isfinite(last_T1[:, 0])
+    return (mask_T & is_ranked_T & is_tied_T).sum(dtype=jnp.float32)
 
 
 def expected_load(routing: Routing, mask_T: Bool[Array, "T"], top_k: int) -> Float[Array, "E"]:

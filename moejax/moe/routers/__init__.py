@@ -12,7 +12,7 @@ from moejax.moe.routers.experts_choose import route_expert_choice as route_exper
 from moejax.moe.routers.experts_choose import route_soft as route_soft
 from moejax.moe.routers.routing import RouterInputs as RouterInputs
 from moejax.moe.routers.routing import Routing as Routing
-from moejax.moe.routers.scores import weigh
+from moejax.moe.routers.scores import log_weights, weigh
 from moejax.moe.routers.selection import named
 
 
@@ -43,5 +43,9 @@ def route(inputs: RouterInputs, config: MoeConfig, limit: Int[Array, ""] | None 
         return routing
     is_within_1K = jnp.arange(config.top_k)[None] < limit
     experts_TK = named(jnp.where(is_within_1K, routing.experts_TK, config.num_choices))
-    weights_TK = weigh(routing.log_scores_TE, experts_TK, config)
-    return dataclasses.replace(routing, experts_TK=experts_TK, weights_TK=weights_TK)
+    return dataclasses.replace(
+        routing,
+        experts_TK=experts_TK,
+        weights_TK=weigh(routing.log_scores_TE, experts_TK, config),
+        log_weights_TK=log_weights(routing.log_scores_TE, experts_TK),
+    )
