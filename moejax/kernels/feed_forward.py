@@ -20,6 +20,10 @@ from moejax.kernels.grouped_matmul.arms import each_arm, merge, split
 from moejax.kernels.tiles import Groups, put, take
 from moejax.kernels.varying import empty_varying_like, vary_alike, zeros_varying_like
 
+class SecondDerivativeError(ValueError):
+    """A derivative that is of too high an order."""
+
+
 Activate = Callable[[list[jax.Array]], jax.Array]
 
 
@@ -57,6 +61,7 @@ def feed_forward(
 
     Raises:
       ValueError: too few spare rows.
+      SecondDerivativeError: while its gradients are differentiated.
     """
     num_rows, num_needed = choice_R.shape[0], (max_rows or weights_TK.size) + sizes[-1]
     if num_rows < num_needed:
@@ -102,11 +107,25 @@ def _forward(activate, sizes, *arrays):
 
 def _backward(activate, sizes, residuals, dy_TD):
     projected_RP, arrays = residuals
-    gradients = _over_arms(functools.partial(_backward_pass, activate, sizes), *arrays, projected_RP, dy_TD)
-    return *gradients, None, None, None, None
+    return *_gradients(activate, sizes, *arrays, projected_RP, dy_TD), None, None, None, None
 
 
 _feed_forward.defvjp(_forward, _backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _gradients(activate, sizes, *arrays):
+    return _over_arms(functools.partial(_backward_pass, activate, sizes), *arrays)
+
+
+def _refuse(activate, sizes, *arrays):
+    raise SecondDerivativeError(
+        "moe.grouped_matmul=tiled: its pass from tokens to tokens has first derivatives only; for second ones use "
+        "moe.grouped_matmul=padded"
+    )
+
+
+_gradients.defvjp(_refuse, _refuse)
 
 
 def _over_arms(function, x_TD, weights_TK, gate_up_EDP, down_EFD, row_TK, choice_R, sizes_E, starts_E, *others):

@@ -346,7 +346,7 @@ def _travel_with_gradient(num_rows, a_RX, travel):
 
 _travel_with_gradient.defvjp(
     lambda num_rows, a_RX, travel: (_ragged_all_to_all(a_RX, travel, num_rows), (travel, a_RX.shape[0])),
-    lambda _, kept, da_RX: (_ragged_all_to_all(da_RX, kept[0].back(), kept[1]), None),
+    lambda _, kept, da_RX: (_travel_with_gradient(kept[1], da_RX, kept[0].back()), None),
 )
 
 
