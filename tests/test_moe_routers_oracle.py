@@ -324,7 +324,8 @@ def test_a_quantile_step_is_the_one_of_the_loop_and_balances_what_it_has_seen(to
     routing = router(config)({"logits_TE": logits_TE, "mask_T": mask_T, "bias_E": -beta_E})
     how = {"top_k": top_k, "score": "sigmoid", "renormalize": top_k > 1}
     check(routing, truth.route_quantile(logits_TE, mask_T, beta_E, **how), mask_T)
-    updated = update_quantiles(offers(routing, jnp.asarray(mask_T), top_k)[None], top_k)[0]
+    num_tokens_N = jnp.float32(mask_T.sum())[None]
+    updated = update_quantiles(offers(routing, jnp.asarray(mask_T), top_k)[None], num_tokens_N, top_k)[0]
     if mask_T.any():
         oracle.assert_close(updated, -truth.quantile_update(beta_E, logits_TE, mask_T, top_k), rtol=2e-5)
 

@@ -16,9 +16,11 @@ from jax import lax
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Float, Int
 
+from moejax.kernels.arrays import takes_numpy
 from moejax.kernels.grouped_matmul.arms import each_arm, merge, split
 from moejax.kernels.tiles import Groups, put, take
 from moejax.kernels.varying import empty_varying_like, vary_alike, zeros_varying_like
+
 
 class SecondDerivativeError(ValueError):
     """A derivative that is of too high an order."""
@@ -27,6 +29,7 @@ class SecondDerivativeError(ValueError):
 Activate = Callable[[list[jax.Array]], jax.Array]
 
 
+@takes_numpy
 def feed_forward(
     x_TD: Float[Array, "T D"],
     weights_TK: Float[Array, "T K"],

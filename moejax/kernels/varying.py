@@ -2,7 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import DTypeLike
 
 
 def varying_axes(x: jax.Array) -> frozenset[str]:
@@ -10,13 +10,12 @@ def varying_axes(x: jax.Array) -> frozenset[str]:
     return jax.typeof(x).mat.varying
 
 
-def vary_alike(*arrays: ArrayLike) -> tuple[jax.Array, ...]:
+def vary_alike(*arrays: jax.Array) -> tuple[jax.Array, ...]:
     """Gives the arrays the union of their varying axes.
 
     The transpose of this cast is a `psum`: it is what sums the gradient of replicated weights over devices. Outside
-    `shard_map` it does nothing. NumPy arrays become those of jax: inside a custom VJP they would stay what they are.
+    `shard_map` it does nothing.
     """
-    arrays = tuple(map(jnp.asarray, arrays))
     union = frozenset().union(*map(varying_axes, arrays))
     return tuple(_vary(x, union) for x in arrays)
 

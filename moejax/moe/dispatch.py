@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from moejax.kernels.arrays import takes_numpy
 from moejax.kernels.feed_forward import add_rows
 from moejax.kernels.varying import vary_alike, zeros_varying_like
 
@@ -35,6 +36,7 @@ class Plan:
     expert_R: jax.Array
 
 
+@takes_numpy
 def plan_dropless(
     experts_TK: Int[Array, "T K"], num_experts: int, spare_rows: int = 0, max_rows: int | None = None
 ) -> Plan:
@@ -62,6 +64,7 @@ def plan_dropless(
     )
 
 
+@takes_numpy
 def plan_capacity(experts_BLK: Int[Array, "B L K"], num_experts: int, slots: int) -> Plan:
     """Rows in slots `[E, B, C]`: each expert takes its first choices of each sequence and drops the rest.
 
@@ -103,14 +106,16 @@ def plan_capacity(experts_BLK: Int[Array, "B L K"], num_experts: int, slots: int
     )
 
 
+@takes_numpy
 def dispatch(x_TD: Float[Array, "T D"], plan: Plan) -> Float[Array, "R D"]:
     """Copies each token to the rows of its choices; empty rows are zeros."""
-    return _dispatch(vary_alike(x_TD, plan.choice_R)[0], jax.tree.map(jnp.asarray, plan))
+    return _dispatch(vary_alike(x_TD, plan.choice_R)[0], plan)
 
 
+@takes_numpy
 def add_up(y_RD: Float[Array, "R D"], plan: Plan) -> Float[Array, "T D"]:
     """Adds up each token's rows, with no weights: the transpose of `dispatch`, which keeps no rows for a gradient."""
-    return _add_up(vary_alike(y_RD, plan.row_TK)[0], jax.tree.map(jnp.asarray, plan))
+    return _add_up(vary_alike(y_RD, plan.row_TK)[0], plan)
 
 
 @jax.custom_vjp
@@ -127,17 +132,19 @@ _dispatch.defvjp(lambda x_TD, plan: (_dispatch(x_TD, plan), plan), lambda plan, 
 _add_up.defvjp(lambda y_RD, plan: (_add_up(y_RD, plan), plan), lambda plan, dy_TD: (_dispatch(dy_TD, plan), None))
 
 
+@takes_numpy
 def dispatch_weights(weights_TK: Float[Array, "T K"], plan: Plan) -> Float[Array, "R"]:
     """The weight of the choice in each row; 0 in empty rows."""
     # Each choice is a token of one choice: the same movement with K = 1.
     choices = dataclasses.replace(plan, row_TK=plan.row_TK.reshape(-1, 1))
-    return dispatch(jnp.reshape(weights_TK, (-1, 1)), choices)[:, 0]
+    return dispatch(weights_TK.reshape(-1, 1), choices)[:, 0]
 
 
+@takes_numpy
 def combine(y_RD: Float[Array, "R D"], weights_TK: Float[Array, "T K"], plan: Plan) -> Float[Array, "T D"]:
     """Adds up each token's rows with their weights; a choice without a row adds nothing."""
     y_RD, weights_TK, _ = vary_alike(y_RD, weights_TK, plan.row_TK)
-    return _combine(y_RD, weights_TK, jax.tree.map(jnp.asarray, plan))
+    return _combine(y_RD, weights_TK, plan)
 
 
 @jax.custom_vjp
@@ -162,11 +169,13 @@ def _combine_backward(residuals, dy_TD):
 _combine.defvjp(_combine_forward, _combine_backward)
 
 
+@takes_numpy
 def take_slots(x_BLD: Float[Array, "B L D"], positions_BEC: Int[Array, "B E C"]) -> Float[Array, "B E C D"]:
     """The token of each slot, where experts choose; zeros in empty ones, whose position is L."""
     return _take_slots(*vary_alike(x_BLD, positions_BEC), x_BLD.shape[1])
 
 
+@takes_numpy
 def add_slots(
     y_BECD: Float[Array, "B E C D"], positions_BEC: Int[Array, "B E C"], length: int
 ) -> Float[Array, "B L D"]:

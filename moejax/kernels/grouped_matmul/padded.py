@@ -8,7 +8,6 @@ all rows by all matrices. How often is known only when the program runs; memory 
 import functools
 import math
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int

@@ -8,7 +8,6 @@ in the same loop. Both loops are `lax.fori_loop`s, so the program has the same s
 
 import functools
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from jax.lax import RaggedDotDimensionNumbers
 from jaxtyping import Array, Float, Int
 
-from moejax.kernels.grouped_matmul.products import Products, multiply
 from moejax.kernels.grouped_matmul.dimensions import BY_MATRIX, BY_TRANSPOSE, OUTER
+from moejax.kernels.grouped_matmul.products import Products, multiply
 from moejax.kernels.grouped_matmul.tail import zero_tail
 from moejax.kernels.platform import platform
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from moejax.config import ROUTER_RULES, MoeConfig
+from moejax.kernels.arrays import takes_numpy
 from moejax.moe.routers.experts_choose import route_expert_choice as route_expert_choice
 from moejax.moe.routers.experts_choose import route_soft as route_soft
 from moejax.moe.routers.routing import RouterInputs as RouterInputs
@@ -30,6 +31,7 @@ UNRANKED = ("hash", "balanced", "expert_choice", "soft")
 """Routers in which no expert is next in rank for a token, so that none can be blocked."""
 
 
+@takes_numpy
 def route(inputs: RouterInputs, config: MoeConfig, limit: Int[Array, ""] | None = None) -> Routing:
     """Routes by the router that `moe.router` names; see the functions in `ROUTERS`.
 

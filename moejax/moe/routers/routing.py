@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from moejax.kernels.arrays import to_jax
+
 
 class Stream(enum.Enum):
     """Everything that a layer draws at random; the names, not their order, set the numbers of one apart from another's.
@@ -66,6 +68,10 @@ class RouterInputs:
     keys_B: Any = None
     is_training: bool = False
     noise: jax.Array | float = 1.0
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            object.__setattr__(self, field.name, to_jax(getattr(self, field.name)))
 
     def draw(
         self, stream: Stream, sampler: Callable[..., jax.Array], width: int, *, choice: int = 0
