@@ -45,9 +45,9 @@ def route_hierarchical(inputs: RouterInputs, config: MoeConfig) -> Routing:
         probs_TE=jnp.exp(log_probs_TE),
         experts_TK=experts_TK,
         weights_TK=weights_TK,
-        log_weights_TK=log_weights_TK,
         ranking_TE=ranking_TE,
         log_scores_TE=log_probs_TE,
+        log_weights_TK=log_weights_TK,
     )
 
 

@@ -108,10 +108,10 @@ class Routing:
       experts_TK: selected experts, int32, without repetition, the best first; E where the token is masked, so that it
         belongs to no expert.
       weights_TK: combine weights, float32; 0 where the token is masked.
-      log_weights_TK: logarithm of each weight, but for a summand common to its token: it tells weights apart that are
-        too small for float32. -1e30 where there is no expert.
       ranking_TE: what the selection was made by, float32, -inf where an expert was not eligible; no gradient.
       log_scores_TE: logarithm of each expert's score, from which weights are made.
+      log_weights_TK: logarithm of each weight, but for a summand common to its token: it tells weights apart that are
+        too small for float32. -1e30 where there is no expert.
       noisy_TE: logits with their noise (noisy_topk).
       noise_scale_TE: its standard deviation (noisy_topk).
     """
@@ -120,9 +120,9 @@ class Routing:
     probs_TE: jax.Array
     experts_TK: jax.Array
     weights_TK: jax.Array
-    log_weights_TK: jax.Array
     ranking_TE: jax.Array
     log_scores_TE: jax.Array
+    log_weights_TK: jax.Array
     noisy_TE: Any = None
     noise_scale_TE: Any = None
 

@@ -108,7 +108,7 @@ def routing_by_scores(
         probs_TE=probabilities(log_scores_TE),
         experts_TK=experts_TK,
         weights_TK=weigh(log_scores_TE, experts_TK, config),
-        log_weights_TK=log_weights(log_scores_TE, experts_TK),
         ranking_TE=jax.lax.stop_gradient(ranking_TE),
         log_scores_TE=log_scores_TE,
+        log_weights_TK=log_weights(log_scores_TE, experts_TK),
     )

@@ -58,9 +58,9 @@ def route_sparse_mixer(inputs: RouterInputs, config: MoeConfig) -> Routing:
         probs_TE=probabilities(log_scores_TE),
         experts_TK=experts_TK,
         weights_TK=jnp.where(is_expert_TK, weights_TK * config.route_scale, 0.0),
-        log_weights_TK=jnp.where(is_expert_TK, log_weights_TK, NO_WEIGHT),
         ranking_TE=jax.lax.stop_gradient(ranking_TE),
         log_scores_TE=log_scores_TE,
+        log_weights_TK=jnp.where(is_expert_TK, log_weights_TK, NO_WEIGHT),
     )
 
 
