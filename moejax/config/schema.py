@@ -35,7 +35,8 @@ class DataConfig:
     source: Literal["speeches", "domains", "tfds", "files", "synthetic"] = "speeches"
     name: str = ""  # source="tfds": name (or name/config) of a dataset prepared as ArrayRecord with a `text` feature
     source_dir: str = ""  # source="tfds": its data_dir
-    files: str = ""  # source="files": a glob of UTF-8 text files, one document each
+    files: str = ""  # source="files": a file, a folder, a glob, or several with commas between; see docs/your_data.md
+    text_field: str = "text"  # source="files": the field of JSON lines and Parquet that holds a document's text
     directory: str = "data"  # prepared rows are cached here
     tokenizer: Literal["bytes", "bpe"] = "bpe"
     vocab_size: int = 4096  # tokenizer="bpe"

@@ -5,35 +5,19 @@ determines them. No document is in both splits.
 """
 
 import dataclasses
-import glob
 import hashlib
 import os
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from moejax.config import ConfigError, DataConfig
 from moejax.data.atomic import atomic_folder
+from moejax.data.document import Document
 from moejax.data.errors import DataError
-from moejax.data.splits import held_out
 from moejax.data.synthetic import SYNTHETIC_VERSION, synthetic_documents
 
 SPLITS = ("train", "validation")
-
-
-class Document(NamedTuple):
-    """A text and what is known about it.
-
-    Attributes:
-      text: all of it.
-      name: of the document; empty if it has none.
-      domain: what it belongs to, such as "code"; empty if that is unknown.
-    """
-
-    text: str
-    name: str = ""
-    domain: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,53 +172,10 @@ def _as_text(value: Any, feature: Any) -> str:
 
 
 def _files(data: DataConfig) -> Source:
-    found = sorted(
-        Path(name) for name in glob.glob(os.path.expanduser(data.files), recursive=True) if os.path.isfile(name)
-    )
-    if not found:
-        raise ConfigError(f"data.files={data.files!r} matches no file; give a glob such as 'texts/**/*.txt'")
-    # A file's digest decides its place and its split: moving or renaming files changes nothing, and equal files fall
-    # into the same split.
-    digests = {path: hashlib.sha256(_read_bytes(path)).hexdigest() for path in found}
-    paths = sorted(found, key=lambda path: (digests[path], path))
-    identity = hashlib.sha256("\n".join(digests[path] for path in paths).encode()).hexdigest()
-    sizes: Counter[str] = Counter()
-    for path in paths:
-        sizes[digests[path]] += path.stat().st_size
-    if len(sizes) == 1:
-        return Source("files", identity, lambda split: iter([Document(_part_of_text(paths[0], split), paths[0].stem)]))
-    validation = held_out(sizes)
+    from moejax.data.file_source import FileDocuments
 
-    def documents(split: str) -> Iterator[Document]:
-        members = (path for path in paths if (digests[path] in validation) == (split == "validation"))
-        return (Document(_read_text(path), path.stem) for path in members)
-
-    return Source("files", identity, documents)
-
-
-def _part_of_text(path: Path, split: str) -> str:
-    """The last twentieth of a text for validation, the rest for training."""
-    text = _read_text(path)
-    if len(text) < 2:
-        raise ConfigError(f"{path}, the only text that data.files matches, is too short to hold out a part; add text")
-    cut = len(text) - max(1, len(text) // 20)
-    return text[cut:] if split == "validation" else text[:cut]
-
-
-def _read_bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}); leave it out of data.files or repair it") from error
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return _read_bytes(path).decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path} is not UTF-8 text (byte {error.start}); convert it, or leave it out of data.files"
-        ) from error
+    found = FileDocuments(data)
+    return Source("files", found.identity, found.documents)
 
 
 def _synthetic(data: DataConfig) -> Source:
