@@ -7,7 +7,6 @@ fields `name` and `domain` say, as those of a prepared dataset do.
 import difflib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from moejax.data.document import Document
@@ -57,7 +56,7 @@ def _read_text(file: TextFile, text_field: str) -> Iterator[Document]:
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         raise DataError(
-            f"{file.path} is not UTF-8 text (byte {error.start}); convert it, or {LEAVE_OUT}; the byte is in line {line}"
+            f"{file.path} is not UTF-8 text (byte {error.start}); convert it, or {LEAVE_OUT}; it is in line {line}"
         ) from error
 
 

@@ -70,7 +70,7 @@ class FileDocuments:
     def documents(self, split: str) -> Iterator[Document]:
         """The documents of "train" or "validation" that are not empty."""
         if self._split.is_single:
-            yield _part(next(self._all(self._files)), split, self._data.files)
+            yield self._part(split)
             return
         wanted = split == "validation"
         # A text's digest says its split before it is read.
@@ -85,6 +85,15 @@ class FileDocuments:
     def _all(self, files: Sequence[TextFile]) -> Iterator[Document]:
         for file in files:
             yield from (document for document in read_documents(file, self._data.text_field) if document.text)
+
+    def _part(self, split: str) -> Document:
+        """Of the only text the last twentieth for validation, the rest for training."""
+        path, document = next((file.path, document) for file in self._files for document in self._all([file]))
+        text = document.text
+        if len(text) < 2:
+            raise ConfigError(f"{path}, the only text of data.files, is too short to hold out a part; add text")
+        cut = len(text) - max(1, len(text) // 20)
+        return document._replace(text=text[cut:] if split == "validation" else text[:cut])
 
     @functools.cached_property
     def _split(self) -> _Split:
@@ -135,14 +144,3 @@ def _digest(path: Path) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise unreadable(path, error) from error
-
-
-def _part(document: Document, split: str, files: str) -> Document:
-    """Of the only text the last twentieth for validation, the rest for training."""
-    text = document.text
-    if len(text) < 2:
-        raise ConfigError(
-            f"data.files={files!r} names {document.name!r} as the only text, which is too short to hold out a part; add text"
-        )
-    cut = len(text) - max(1, len(text) // 20)
-    return document._replace(text=text[cut:] if split == "validation" else text[:cut])

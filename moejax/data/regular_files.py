@@ -1,4 +1,4 @@
-"""Reading files of folders that may come from elsewhere: links are not followed, pipes and devices are not waited for."""
+"""Reading files of folders that may come from elsewhere: links are not followed, nothing is waited for."""
 
 import errno
 import os
