@@ -81,7 +81,9 @@ def test_an_effect_is_the_mean_of_pairs_of_one_seed_with_students_interval():
     assert two.mean == np.mean(losses[6:]) and two.difference.mean == pytest.approx(3.5)
     assert two.difference.se == pytest.approx(error)
     # Student's quantile of 97.5 % with two degrees of freedom, as tables have it.
-    assert [two.difference.low, two.difference.high] == pytest.approx([3.5 - 4.3027 * error, 3.5 + 4.3027 * error], 1e-4)
+    assert [two.difference.low, two.difference.high] == pytest.approx(
+        [3.5 - 4.3027 * error, 3.5 + 4.3027 * error], 1e-4
+    )
     assert (two.difference.num_pairs, two.difference.num_seeds, two.difference.num_left_out) == (6, 3, 0)
     assert student_quantile(2) == pytest.approx(12.706, 1e-4)
 
@@ -171,6 +173,7 @@ def test_an_interaction_is_judged_from_whole_rows_or_columns_or_not_at_all():
 def test_settings_are_compared_over_the_seeds_that_both_have():
     arms = arms_of(product(a_b=[1, 2], train_seed=[0, 1, 2]), [1, 2, 3, 3, 5, math.nan])
     ids = arms["arm"].tolist()
-    found = sweep_effects.compare_settings(arms, LOSS, ids[:3], ids[3:])
+    same, found = sweep_effects.compare_settings(arms, LOSS, ids[:3], [ids[:3], ids[3:]])
+    assert (same.mean, same.se, same.num_seeds) == (0, 0, 3)
     assert (found.mean, found.num_pairs, found.num_seeds) == (2.5, 2, 2)
     assert found.se == pytest.approx(0.5)

@@ -243,15 +243,20 @@ def _largest_departure(values_IJS: Float[np.ndarray, "I J S"], num_cells: int) -
     return dataclasses.replace(found, num_pairs=num_cells * num_seeds)
 
 
-def compare_settings(arms: pd.DataFrame, metric: str, reference: Sequence[str], members: Sequence[str]) -> Difference:
-    """The difference of one setting from another, over the seeds that both have.
+def compare_settings(
+    arms: pd.DataFrame, metric: str, reference: Sequence[str], settings: Sequence[Sequence[str]]
+) -> list[Difference]:
+    """The difference of each setting from one of them, over the seeds that both have.
 
     Args:
-      arms: rows.
+      arms: at an equal fraction of the schedule.
       metric: a column.
       reference: ids of the arms of the setting that is compared with.
-      members: ids of the arms of the other.
+      settings: ids of the arms of each setting.
     """
     known = with_metric(arms, metric)
-    one, other = (measured_by_cell(known[known["arm"].isin(list(ids))], metric, ()) for ids in (reference, members))
-    return mean_difference(pair_up(one, other))
+    by_arm = dict(zip(known["arm"], zip(known["seed"], known[metric], strict=True), strict=True))
+    measured = [
+        {("", by_arm[arm][0]): by_arm[arm][1] for arm in ids if arm in by_arm} for ids in (reference, *settings)
+    ]
+    return [mean_difference(pair_up(measured[0], other)) for other in measured[1:]]

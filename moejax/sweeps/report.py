@@ -18,4 +18,5 @@ def build_sweep_report(directory: str | Path) -> Path:
     """
     directory = Path(directory)
     rows = collect(directory)
-    return write_page(directory / FILE_NAME, build_sweep_page(frame_of(rows), read_definition(directory)))
+    name = directory.resolve().name
+    return write_page(directory / FILE_NAME, build_sweep_page(frame_of(rows), read_definition(directory), name))
