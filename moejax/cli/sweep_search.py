@@ -16,7 +16,7 @@ from moejax.cli.tables import print_result, print_table
 from moejax.sweeps import Space
 from moejax.sweeps.directory import check_search
 from moejax.sweeps.programs import keep_programs
-from moejax.sweeps.search import Definition, StudyError, search_axes
+from moejax.sweeps.search import LOSS, Definition, StudyError, objective_of, search_axes
 from moejax.sweeps.study import (
     create_study,
     dashboard_command,
@@ -95,7 +95,10 @@ def search(values: FlagValues, space: Space, recipe: str, directory: Path, comma
         trials=values.trials,
         fractions=common_fractions(read_config_flag(values), axes),
         is_filtered=space.is_filtered,
+        objective=objective_of(axes),
     )
+    if definition.objective != LOSS:
+        log.info("axes change what a token is: points are compared by %s", definition.objective)
     check_search(directory)
     directory.mkdir(parents=True, exist_ok=True)
     name, storage = values.study or directory.name, values.storage or str(directory / "study.journal")

@@ -108,12 +108,15 @@ def numbered_settings(
     return settings
 
 
-def reference_setting(settings: pd.DataFrame, planned: Sequence[Mapping[str, Any]]) -> Mapping[Any, Any]:
+def reference_setting(rows: Sequence[Mapping[Any, Any]], planned: Sequence[Mapping[str, Any]]) -> Mapping[Any, Any]:
     """The setting that the others are compared with: the dense control, or without one the first of the sweep.
 
     It is chosen before anything is measured: the best of many would owe part of its lead to chance.
+
+    Args:
+      rows: of `numbered_settings`, at least one.
+      planned: entries of all arms in `sweep.json`.
     """
-    rows = settings.to_dict("records")
     dense = [row for row in rows if row.get(f"{OVERRIDE}moe.num_experts") == 0]
     place = {entry["id"]: i for i, entry in enumerate(planned)}
     return min(dense or rows, key=lambda row: min(place.get(arm, len(place)) for arm in row["arms"]))
@@ -176,8 +179,8 @@ def settings_table(
     axes = [str(name) for name in settings.columns if str(name).startswith(OVERRIDE) and name != SEED]
     metrics = [key for key in METRICS if key != loss and settings[key].notna().any()]
     of_arm = {row["arm"]: row for row in compared.to_dict("records")}
-    reference = reference_setting(settings, planned)
     rows = settings.to_dict("records")
+    reference = reference_setting(rows, planned)
     differences = compare_settings(compared, loss, reference["arms"], [row["arms"] for row in rows])
     has_others = len(rows) > 1
     head = [_head("setting", ""), _head(*METRICS[loss])]  # in sight, however many axes there are

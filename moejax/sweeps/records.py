@@ -149,8 +149,9 @@ def _measured(run: Run | None, entry: Mapping[str, Any], status: str) -> Row:
         best = int(np.argmin(np.where(is_finite, losses, np.inf)))
         row |= {"best/eval/loss": float(losses[best]), "best/step": int(steps[best])}
     row |= {f"tail/{key}": value for key, value in _tail_means(run, max(TAIL * (planned or 0), interval)).items()}
+    bits = dict(zip(*(values.tolist() for values in run.series("eval/bits_per_byte")), strict=True))
     evaluations = [
-        [step / planned if planned else None, step, _finite(loss)]
+        [step / planned if planned else None, step, _finite(loss), _finite(bits.get(step))]
         for step, loss in zip(steps.tolist(), losses.tolist(), strict=True)
     ]
     return row | {"evaluations": json.dumps(evaluations)}

@@ -41,7 +41,7 @@ def load_optuna() -> ModuleType:
 
 
 def create_study(storage: str, name: str, definition: Definition) -> "optuna.Study":
-    """The study `name`, which minimises eval/loss, made where it does not exist; one that does may get more trials.
+    """The study `name`, which minimises its objective, made where it does not exist; one that does may get more trials.
 
     Args:
       storage: a path that ends in .journal or .log (a journal), one in .db (SQLite), or a URL of SQLAlchemy.
