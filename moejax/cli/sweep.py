@@ -33,6 +33,7 @@ from moejax.cli.sweep_search import (
     OF_STUDIES,
     define_search,
     join_search,
+    refuse_addresses,
     refuse_flags,
     search,
     show_dashboard,
@@ -91,6 +92,7 @@ def define(values: FlagValues, arguments: list[str]) -> None:
 def run(values: FlagValues, rest: list[str]) -> None:
     """Plans, trains, joins or reads."""
     refuse_several_processes("sweep", "launch one; --runner=slurm makes jobs of its own")
+    refuse_addresses(rest)
     action = rest[0] if rest and "=" not in rest[0] else ""
     if action and action not in ACTIONS:
         raise UsageError(f"{action} is neither an axis, KEY=VALUES, nor one of {', '.join(ACTIONS)}")

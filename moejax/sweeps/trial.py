@@ -12,9 +12,9 @@ import jax
 
 from moejax.config import Config, ConfigError, TrainConfig
 from moejax.sweeps.arms import Arm, plan_arms
-from moejax.sweeps.directory import ARMS_FOLDER, add_arm, locked
+from moejax.sweeps.directory import ARMS_FOLDER, add_arm, claimed, join_records
 from moejax.sweeps.progress import Outcome, Report
-from moejax.sweeps.records import RECORD_FILE, collect, read_record
+from moejax.sweeps.records import RECORD_FILE, read_record
 from moejax.sweeps.run import record_arm
 from moejax.sweeps.search import BITS, Axis, Definition
 from moejax.sweeps.worker import Point
@@ -112,7 +112,7 @@ class Trials:
         False after a stop while it waited.
         """
         while not report.should_stop():
-            with locked(self.directory, f"arm-{arm_id}", waits=False) as is_mine:
+            with claimed(self.directory, arm_id) as is_mine:
                 if is_mine:
                     yield True
                     return
@@ -158,6 +158,5 @@ class Trials:
     def _record(self, arm: Arm, status: str, outcome: Outcome, report: Report) -> Outcome:
         report.check()  # the record of another worker's trial is not ours to write
         record_arm(self.directory / ARMS_FOLDER / arm.id, arm, status, outcome.error, packed=1)
-        with locked(self.directory, "records"):
-            collect(self.directory)
+        join_records(self.directory)
         return outcome
