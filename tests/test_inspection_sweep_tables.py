@@ -56,13 +56,14 @@ def test_below_the_end_arms_are_compared_at_that_fraction_alone():
         return row_of({"a.b": len(evaluations)}, 2.0, evaluations=json.dumps(evaluations), **more)
 
     rows = [
-        at([0.5, 50, 3.0], [1, 100, 2.0]),
+        at([0.5, 50, 3.0, 1.5], [1, 100, 2.0, 1.0]),
         at([0.25, 5, 4.0], [0.5, 10, 3.5], [0.75, 15, 1.0], steps_planned=21, status="pruned"),  # half is step 10.5
         at([0.49, 49, 1.0]),  # a step beside it
         at([0.5, 50, None], [0.6, 60, 1.0], [0.7, 70, 1.0], [0.8, 80, 1.0]),
     ]
     compared, left_out = tables.at_fraction(tables.frame_of(rows), 0.5)
     assert compared["at/eval/loss"].tolist() == [3, 3.5] and compared["at/step"].tolist() == [50, 10]
+    np.testing.assert_array_equal(compared["at/eval/bits_per_byte"], [1.5, np.nan])  # older records have no bits
     assert LOSS not in compared  # of the end, so of different fractions
     assert left_out["reason"].tolist() == [
         "no evaluation at 0.5 of its schedule (step 50)",
@@ -95,3 +96,16 @@ def test_no_setting_beats_those_on_the_front():
     assert tables.pareto_front(found, ["x", "y"]).tolist() == [True, True, False, True, True, False, False]
     assert tables.pareto_front(found, ["x", "y", "z"]).tolist() == [True, True, False, True, True, False, False]
     assert tables.pareto_front(found, ["x"]).tolist() == [True] + [False] * 6
+
+
+def test_arms_whose_tokens_differ_are_compared_by_bits_per_byte():
+    for key, value in (
+        ("data.vocab_size", 512),
+        ("data.tokenizer", "bytes"),
+        ("data.files", "a"),
+        ("data.text_field", "b"),
+    ):
+        assert tables.loss_of(frame([{key: value}, {"moe.top_k": 2}], [1, 2])) == tables.BITS
+    same = frame([{"data.seq_len": 8, "data.directory": "a"}, {"data.seq_len": 16, "data.directory": "b"}], [1, 2])
+    assert tables.loss_of(same) == LOSS
+    assert tables.loss_of(frame([{"data.vocab_size": 512}] * 2, [1, 2])) == LOSS

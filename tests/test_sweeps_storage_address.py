@@ -20,9 +20,10 @@ FORMS = (
     "{d}://u/x:{s}@h/d", "{d}://u:{s}", "{d}://u:{s}/d", "{d}://u:{s}@", "{d}://:{s}@h/d", "{d}://u:{s}@h:port/d",
     "{d}://h/d?password={s}", "{d}://h/d?dsn=host=h password={s}", "{d}://h/d?dsn={s}", "{d}://h/d?sslkey={s}&a=b",
     "{d}://h/d;password={s}", "{d}://h/d?a={s}&a={s}", "{d}://h/d#{s}@x", "{d}://u:%54{s}@h/d",
-    "{d}://h?{s}=1&pw {s}=2",    "{d}:///?odbc_connect=DRIVER=x;UID=u;PWD={s}", "{d}:///?odbc_connect=DRIVER%3Dx%3BPWD%3D{s}", "{d}://u:{s}@[::1]/d",
-    "{d}://u:{s}@h,k:1/d", "{d} ://u:{s}@h/d", " {d}://u:{s}@h/d", "{d}://u:p:{s}@h/d", "{d}://u:{s}@h/d.db",
-    "{d}:/u:{s}@h/d.journal", "u:{s}@h/d.db", "//u:{s}@h/d.log", "{d}://u:{s}@h/{{x}}", "{d}://u :{s} @h/d", "{d}:{s}",
+    "{d}://h?{s}=1&pw {s}=2", "{d}:///?odbc_connect=DRIVER=x;UID=u;PWD={s}",
+    "{d}:///?odbc_connect=DRIVER%3Dx%3BPWD%3D{s}", "{d}://u:{s}@[::1]/d", "{d}://u:{s}@h,k:1/d", "{d} ://u:{s}@h/d",
+    " {d}://u:{s}@h/d", "{d}://u:p:{s}@h/d", "{d}://u:{s}@h/d.db", "{d}:/u:{s}@h/d.journal", "u:{s}@h/d.db",
+    "//u:{s}@h/d.log", "{d}://u:{s}@h/{{x}}", "{d}://u :{s} @h/d", "{d}:{s}",
 )  # fmt: skip
 DIALECTS = ("postgresql+psycopg", "postgresql", "mysql+pymysql", "mssql+pyodbc", "sqlite", "oracle", "nosuch", "x+y.z")
 
