@@ -215,7 +215,7 @@ def test_an_arm_that_failed_has_a_record_though_what_it_logged_is_damaged(tmp_pa
     entry = entry_of({"moe.top_k": 1})
     workdir = write_run(tmp_path / "arm", entry)
     facts = {"wall_s": None, "step_s": None, "packed": 1}
-    for damaged in ('{"step": 1\n{"step": 2}\n', DEEP, '["a"]\n'):
+    for damaged in ('{"step": 1\n{"step": 2}\n', '["a"]\n'):
         (workdir / "metrics.jsonl").write_text(f"{damaged}\n{{}}\n")
         row = record_of(workdir, entry, status="failed", error="loss is nan\nat step 3", **facts)
         assert row["status"] == "failed" and row["error"].startswith("loss is nan; what it logged is not in its record")

@@ -68,7 +68,7 @@ def test_what_is_harmless_in_an_address_is_shown():
     shown = {
         "runs/a b.db": "runs/a b.db",
         "runs/p@1/study.journal": "runs/p@1/study.journal",
-        "postgresql+psycopg://someone:pw@host:5432/d_b?sslmode=x": "postgresql+psycopg://someone:***@host:5432/d_b?sslmode=***",
+        "postgresql+psycopg://someone:pw@host:5432/d_b?sslmode=x": "postgresql+psycopg://someone:***@host:5432/d_b?***",
         "mysql+pymysql://host/d": "mysql+pymysql://host/d",
         "postgresql+psycopg://u:pw@[::1]:5/d": "postgresql+psycopg://u:***@::1:5/d",
         "sqlite:////runs/a%20b.db": "sqlite:////runs/a b.db",

@@ -184,7 +184,11 @@ def interactions(arms: pd.DataFrame, axes: Names) -> str:
         if both.departure.is_told_apart
     ]  # fmt: skip
     rows = [
-        [f"{html.text(axes[along])} by {html.text(axes[lines])}", _size(both.departure), _told(both.departure)]
+        [
+            f"{html.text(axes[along])} by {html.text(axes[lines])}",
+            html.text(difference_in_words(both.departure)),
+            _told(both.departure),
+        ]
         for along, lines, both in found
     ]
     listed = table(["pair", "largest departure", "told apart from 0"], rows, "numbers") if rows else ""
@@ -206,15 +210,7 @@ def _order(arms: pd.DataFrame, one: str, other: str) -> tuple[str, str]:
 
 def _departure(both: Interaction) -> str:
     some = "" if both.is_whole else " Levels that lack a combination are left out."
-    return f"Largest departure from two separate effects: {_size(both.departure)}.{some}"
-
-
-def _size(departure: Difference) -> str:
-    """A departure without its sign, which depends on the cell, with its interval."""
-    sign = -1 if departure.mean < 0 else 1
-    ends = sorted((sign * departure.low, sign * departure.high))
-    turned = Difference(abs(departure.mean), departure.se, *ends, departure.num_pairs, departure.num_seeds)
-    return html.text(difference_in_words(turned))
+    return f"Largest departure from two separate effects: {html.text(difference_in_words(both.departure))}.{some}"
 
 
 def _told(departure: Difference) -> str:

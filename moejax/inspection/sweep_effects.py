@@ -162,8 +162,8 @@ class Interaction:
 
     Attributes:
       means: the first axis's levels are the index, the second's the columns; over the same cells and seeds everywhere.
-      departure: the largest departure of a cell of the table from the sum of two separate effects, with the interval
-        that all departures of the table keep together.
+      departure: the largest departure of a cell of the table from the sum of two separate effects, without its sign,
+        with the interval that all departures of the table keep together.
       is_whole: whether the table has all levels; those with holes are left out.
     """
 
@@ -239,7 +239,8 @@ def _largest_departure(values_IJS: Float[np.ndarray, "I J S"], num_cells: int) -
     num_looks = num_rows * num_columns
     num_looks //= 2 if num_rows == 2 else 1  # the two rows depart by the same with opposite signs
     num_looks //= 2 if num_columns == 2 else 1
-    found = mean_difference(departures_IJS[i, j][None], num_looks)
+    sign = -1 if departures_IJS[i, j].mean() < 0 else 1  # it depends on the cell and says nothing
+    found = mean_difference(sign * departures_IJS[i, j][None], num_looks)
     return dataclasses.replace(found, num_pairs=num_cells * num_seeds)
 
 

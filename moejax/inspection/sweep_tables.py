@@ -79,7 +79,7 @@ def levels_of(values: Iterable[Any]) -> list[Any]:
 
 def is_number(value: Any) -> bool:
     """Whether a level is a finite number, as a float can hold it; True and False are none."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and bool(abs(value) <= sys.float_info.max)
 
 
 def at_fraction(frame: pd.DataFrame, fraction: float = 1.0) -> tuple[pd.DataFrame, pd.DataFrame]:

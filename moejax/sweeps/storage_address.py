@@ -37,7 +37,7 @@ def is_path(storage: str) -> bool:
 
 
 def show_storage(storage: str) -> str:
-    """The storage as it may be shown: a path as it is; of a URL neither passwords nor the values of its query."""
+    """The storage as it may be shown: a path as it is; of a URL neither the password nor the query."""
     if is_path(storage):
         return storage
     scheme = _SCHEME.match(storage)
@@ -46,8 +46,9 @@ def show_storage(storage: str) -> str:
         url = parse_address(storage)
     except StudyError:
         return hidden
+    query = f"?{HIDDEN}" if url.query else ""  # keys, too: what was meant as a value may be read as one
     if url.get_backend_name() == "sqlite":
-        return f"{url.drivername}:///{url.database or ''}{_shown_query(url)}" if url.host is None else hidden
+        return f"{url.drivername}:///{url.database or ''}{query}" if url.host is None else hidden
     parts = [(_NAME, url.username), (_HOST, url.host), (_DATABASE, url.database)]
     if any(part is not None and not pattern.fullmatch(part) for pattern, part in parts):
         return hidden
@@ -55,12 +56,7 @@ def show_storage(storage: str) -> str:
     user = f"{url.username or ''}{password}@" if url.username or password else ""
     port = f":{url.port}" if url.port is not None else ""
     database = f"/{url.database}" if url.database is not None else ""
-    return f"{url.drivername}://{user}{url.host or ''}{port}{database}{_shown_query(url)}"
-
-
-def _shown_query(url: "URL") -> str:
-    keys = [key if _NAME.fullmatch(key) else HIDDEN for key in url.query]
-    return f"?{'&'.join(f'{key}={HIDDEN}' for key in keys)}" if keys else ""
+    return f"{url.drivername}://{user}{url.host or ''}{port}{database}{query}"
 
 
 def without_secrets(text: str, storage: str) -> str:
