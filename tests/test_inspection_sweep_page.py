@@ -221,9 +221,9 @@ def test_a_difference_is_drawn_with_its_interval_and_grey_where_it_may_be_noise(
     points = product(a_b=[1, 10, 100], c_d=["x", "y"], train_seed=[0, 1])
     effect = effect_of(points, [0, 0, 0, 0, 2, 2, 2, 2, 1, -1, 1, -1], "a.b")
     axes = sweep_figures.draw_effect(effect, "b", "loss").figure.axes[0]
-    assert [line.get_label() for line in axes.lines if line.get_marker() == "D"] == ["reference: 1"]
+    assert [line.get_label() for line in axes.lines if line.get_marker() == "D"] == ["reference"]
     told, noise = axes.containers
-    assert told.get_label() == "told apart from it" and noise.get_label() == "not told apart"
+    assert told.get_label() == "told apart from it" and noise.get_label() == "may be noise"
     assert told.lines[0].get_xydata().tolist() == [[1, 2]] and noise.lines[0].get_xydata().tolist() == [[2, 0]]
     assert told.lines[0].get_color() == sweep_figures.BLUE and noise.lines[0].get_color() == sweep_figures.GREY
     (bar,) = noise.lines[2][0].get_segments()
@@ -234,8 +234,10 @@ def test_a_difference_is_drawn_with_its_interval_and_grey_where_it_may_be_noise(
 
 def test_with_one_seed_no_picture_shows_noise_as_an_effect_and_a_sentence_says_so():
     points = product(moe_top_k=[1, 2], moe_router=["a", "b"])
-    document = page(points, [3.0, 2.0, 2.5, 4.0])
+    changed = {i: {"step_s": 0.1 * (i + 1)} for i in range(4)}
+    document = page(points, [3.0, 2.0, 2.5, 4.0], changed=changed)
     assert document.count(ONE_SEED) == 2  # of effects and of interactions
+    assert document.count("There is one seed: all that is seen here may be noise.") == 2  # all settings, and a front
     alts = [image["alt"] for image in Reader(document).images]
     assert not [alt for alt in alts if alt.startswith(("Difference", "Mean"))]
     text = " ".join(Reader(document).text)
@@ -284,7 +286,7 @@ def test_settings_are_compared_with_the_dense_control_or_else_the_first_of_the_s
 
     points = product(moe_num_experts=[4, 8], train_seed=[0, 1])
     head, found = differences(page(points, [3.0, 3.2, 2.0, 2.3]))
-    assert head == "2" and found["2"] == "0" and found["1"] == "<b>-0.950 (-1.585 to -0.315)</b>"
+    assert head == "2" and found["2"] == "0" and found["1"] == "<b>-0.95 (-1.59 to -0.31)</b>"
     dense = [{"moe.num_experts": 0, "train.seed": seed} for seed in (0, 1)]
     document = page([*points, *dense], [3.0, 3.2, 2.0, 2.3, 2.5, 2.7])
     assert differences(document)[0] == "2" and "the dense control" in document

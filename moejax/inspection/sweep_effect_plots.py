@@ -15,9 +15,9 @@ from moejax.inspection.page import figure, grid, table
 from moejax.inspection.sweep_differences import Difference
 from moejax.inspection.sweep_effects import AxisEffect, Interaction, axis_effect, distinct_axes, interaction
 from moejax.inspection.sweep_figures import MAX_LINES, draw_effect, draw_interaction
-from moejax.inspection.sweep_plots import ONE_SETTING, STEP_TIME, Names, count, unit_of, varies
+from moejax.inspection.sweep_plots import ONE_SETTING, STEP_TIME, Names, count, unit_of
 from moejax.inspection.sweep_scale import level_name, scale_of
-from moejax.inspection.sweep_settings import METRICS, difference_in_words, mean_and_error
+from moejax.inspection.sweep_settings import METRICS, constants_in_words, difference_in_words, mean_and_error, varies
 from moejax.inspection.sweep_tables import OVERRIDE, key_of, levels_of, loss_of
 
 EFFECT_METRICS = ("tail/moe/max_violation", "tail/moe/dropped", STEP_TIME)  # beside the loss
@@ -46,19 +46,10 @@ def effects(arms: pd.DataFrame, axes: Names, packs: str) -> str:
     if not axes:
         return ONE_SETTING
     metrics = [metric for metric in (loss_of(arms), *EFFECT_METRICS) if varies(arms.get(metric))]
-    parts = [ONE_SEED if has_one_seed(arms) else IN_PAIRS, _constants(arms)]
+    constants = constants_in_words(arms, EFFECT_METRICS, "arms")
+    parts = [ONE_SEED if has_one_seed(arms) else IN_PAIRS, f"<p>{constants}</p>" if constants else ""]
     parts += [_axis_section(arms, axis, axes, metrics, packs) for axis in distinct_axes(arms)]
     return "".join(parts)
-
-
-def _constants(arms: pd.DataFrame) -> str:
-    """What is the same in all arms needs no figure."""
-    known = [(metric, arms[metric].dropna()) for metric in EFFECT_METRICS if metric in arms]
-    same = [
-        (METRICS[metric][0], float(values.iloc[0])) for metric, values in known if len(values) and not varies(values)
-    ]
-    listed = ", ".join(f"{name} {mean_and_error(value, math.nan)}" for name, value in same)
-    return f"<p>The same in all arms: {html.text(listed)}.</p>" if same else ""
 
 
 def _axis_section(arms: pd.DataFrame, axis: str, axes: Names, metrics: Sequence[str], packs: str) -> str:
@@ -76,13 +67,13 @@ def _axis_section(arms: pd.DataFrame, axis: str, axes: Names, metrics: Sequence[
     drawn = []
     for metric, effect in found.items():
         if effect.num_seeds > 1:
-            image = draw_effect(effect, name, f"difference in {unit_of(metric)}")
+            image = draw_effect(effect, name, f"difference, {METRICS[metric][1]}")
             reading = packs if metric == STEP_TIME else ""
             alt = _effect_in_words(effect, name, metric)
             drawn.append(figure(METRICS[metric][0], reading, image, alt=alt))
     first = next(iter(found.values()))
     said = _note(first, axes) + (_headline(first) if loss_of(arms) in found else "")
-    return f"{head}<p>{said}</p>{_effect_table(found)}{grid(drawn) if drawn else ''}"
+    return f"{head}<p>{said}</p>{grid(drawn) if drawn else ''}{_effect_table(found)}"
 
 
 def _pairs(effect: AxisEffect) -> list[int]:

@@ -63,7 +63,7 @@ def draw_effect(effect: AxisEffect, axis: str, metric: str) -> Drawing:
         line = axes.axvline if scale.is_named else axes.axhline
         line(0, color=GREY, lw=1, ls=(0, (4, 3)), zorder=1)
         reference = [[0.0], [zero]] if scale.is_named else [[zero], [0.0]]
-        axes.plot(*reference, "D", color="#111111", ms=5, label=f"reference: {level_name(effect.reference)}")
+        axes.plot(*reference, "D", color="#111111", ms=5, label="reference")
         for is_told, look in ((True, {"color": BLUE}), (False, {"color": GREY, "mfc": "white"})):
             shown = [level for level in known if level.difference.is_told_apart == is_told]
             if not shown:
@@ -74,7 +74,7 @@ def draw_effect(effect: AxisEffect, axis: str, metric: str) -> Drawing:
             points = (
                 {"x": means, "y": places, "xerr": reach} if scale.is_named else {"x": places, "y": means, "yerr": reach}
             )
-            label = "told apart from it" if is_told else "not told apart"
+            label = "told apart from it" if is_told else "may be noise"
             axes.errorbar(**points, ls="none", marker="o", ms=5, elinewidth=1.2, capsize=3, label=label, **look)
         figure.legend(loc="outside upper left", ncols=3, borderaxespad=0.1, columnspacing=1.0, handletextpad=0.4)
         _label(axes, scale, axis, metric)

@@ -12,7 +12,7 @@ import pandas as pd
 
 from moejax.inspection import html
 from moejax.inspection.page import Section, details, render_page, table
-from moejax.inspection.sweep_effect_plots import effects, interactions
+from moejax.inspection.sweep_effect_plots import effects, has_one_seed, interactions
 from moejax.inspection.sweep_plots import count, fronts, parallel
 from moejax.inspection.sweep_scale import level_name
 from moejax.inspection.sweep_settings import (
@@ -60,8 +60,8 @@ def build_sweep_page(frame: pd.DataFrame, definition: Mapping[str, Any], name: s
             ("settings", "Settings", _token_note(axes) + settings_table(settings, compared, matched, planned)),
             ("effects", "Effect of each axis", effects(compared, axes, packs)),
             ("interactions", "Effect of pairs of axes", interactions(compared, axes)),
-            ("parallel", "All settings at once", parallel(settings, axes)),
-            ("fronts", "Loss against drops and time", fronts(settings, axes, packs)),
+            ("parallel", "All settings at once", parallel(settings, axes, has_one_seed(compared))),
+            ("fronts", "Loss against drops and time", fronts(settings, axes, packs, has_one_seed(compared))),
         ]
     else:
         sections.append(("settings", "Settings", "<p>No arm is done, so there is nothing to compare.</p>"))

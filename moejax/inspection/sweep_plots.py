@@ -10,12 +10,13 @@ from moejax.inspection import html
 from moejax.inspection.page import figure, grid, table
 from moejax.inspection.sweep_figures import draw_front, draw_parallel
 from moejax.inspection.sweep_scale import level_name
-from moejax.inspection.sweep_settings import METRICS, NUMBER, arms_in_words, mean_and_error
+from moejax.inspection.sweep_settings import METRICS, NUMBER, arms_in_words, mean_and_error, varies
 from moejax.inspection.sweep_tables import key_of, loss_of, pareto_front
 
 STEP_TIME = "step_s"
 TRADED = ("tail/moe/dropped", STEP_TIME)
 MAX_AXES = 10  # in the figure of all settings
+ALL_MAY_BE_NOISE = " There is one seed: all that is seen here may be noise."
 ONE_SETTING = "<p>No axis has more than one level among the arms that are compared.</p>"
 
 Names = Mapping[str, str]
@@ -33,13 +34,7 @@ def count(n: int, thing: str) -> str:
     return f"{n} {thing}" if n == 1 else f"{n} {thing}s"
 
 
-def varies(values: pd.Series | None) -> bool:
-    """Whether a metric is there and not the same everywhere."""
-    known = pd.Series(dtype=float) if values is None else values.dropna()
-    return len(known) > 1 and float(np.ptp(known)) > 1e-9 * float(known.abs().max())  # more than means are rounded
-
-
-def parallel(settings: pd.DataFrame, axes: Names) -> str:
+def parallel(settings: pd.DataFrame, axes: Names, is_one_seed: bool) -> str:
     """All settings as lines through their levels."""
     if not axes:
         return ONE_SETTING
@@ -53,14 +48,12 @@ def parallel(settings: pd.DataFrame, axes: Names) -> str:
     alt = f"{len(settings)} settings as lines through {through}; setting 1: {at_best}"
     image = draw_parallel(settings[np.isfinite(settings[loss])], shown, loss, METRICS[loss][0])
     some = "" if len(shown) == len(axes) else f" {len(shown)} of {len(axes)} axes are shown."
-    reading = (
-        "A line is a setting; dark is a low loss, and the thick line setting 1. The table of settings says which of "
-        f"them are told apart from noise.{some}"
-    )
+    noise = ALL_MAY_BE_NOISE if is_one_seed else " The table of settings says which of them are told apart from noise."
+    reading = f"A line is a setting; dark is a low loss, and the thick line setting 1.{noise}{some}"
     return figure("Settings and their loss", reading, image, alt=alt, kind="wide true-colors")
 
 
-def fronts(settings: pd.DataFrame, axes: Names, packs: str) -> str:
+def fronts(settings: pd.DataFrame, axes: Names, packs: str, is_one_seed: bool) -> str:
     """Loss against what it may cost, and the settings that no other beats in both; `packs` is of `pack_note`."""
     if not axes:
         return ONE_SETTING
@@ -90,12 +83,13 @@ def fronts(settings: pd.DataFrame, axes: Names, packs: str) -> str:
         of_loss = METRICS[loss][0].capitalize()
         alt = f"{of_loss} against {name} of {len(known)} settings; on the front are the settings {listed}"
         bars = "" if known[f"{loss}/se"].isna().all() else " Bars are standard errors of the loss over seeds."
+        bars += ALL_MAY_BE_NOISE * is_one_seed
         reading = f"Both are to be low.{bars}{f' {packs}' if metric == STEP_TIME else ''}"
         drawn.append(figure(f"Loss against {name}", reading, image, alt=alt))
         tables.append(f"<h3>On the front of loss and {name}</h3>" + _front_table(front, axes, (loss, metric)))
     text = (
         "<p>On the front are settings that no other beats in one without losing in the other. Means over seeds are "
-        "compared, or single arms where there is one seed: which of two settings is on the front may be noise. "
+        "compared, so which of two settings is on the front may be noise. "
         f"{' '.join(said)}</p>"
     )
     return text + (grid(drawn) if drawn else "") + "".join(tables)

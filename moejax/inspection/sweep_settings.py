@@ -2,7 +2,7 @@
 
 import collections
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -108,6 +108,24 @@ def numbered_settings(
     return settings
 
 
+def varies(values: pd.Series | None) -> bool:
+    """Whether a metric is there and not the same everywhere."""
+    known = pd.Series(dtype=float) if values is None else values.dropna()
+    return len(known) > 1 and float(np.ptp(known)) > 1e-9 * float(known.abs().max())  # more than means are rounded
+
+
+def constants_in_words(table: pd.DataFrame, metrics: Collection[str], rows: str) -> str:
+    """Metrics that are the same in all rows, which need neither a column nor a figure."""
+    same = []
+    for metric in [key for key in METRICS if key in metrics and key in table]:
+        values = table[metric].dropna()
+        if len(values) and not varies(values):
+            value = float(values.iloc[0])
+            shown = short_number(value) if metric in COUNTS else mean_and_error(value, math.nan)
+            same.append(f"{METRICS[metric][0]} {shown}")
+    return f"The same in all {rows}: {html.text(', '.join(same))}." if same else ""
+
+
 def reference_setting(rows: Sequence[Mapping[Any, Any]], planned: Sequence[Mapping[str, Any]]) -> Mapping[Any, Any]:
     """The setting that the others are compared with: the dense control, or without one the first of the sweep.
 
@@ -130,7 +148,7 @@ def difference_in_words(difference: Difference) -> str:
         return f"{float(f'{difference.mean:.3g}'):+g}"
     if difference.se <= 1e-9 * abs(difference.mean):  # but for rounding
         return f"{float(f'{difference.mean:.4g}'):+g} (in every seed)"
-    places = _places(difference.se)
+    places = _places(difference.high - difference.mean)
     mean, low, high = (f"{value:+,.{places}f}" for value in (difference.mean, difference.low, difference.high))
     return f"{mean} ({low} to {high})"
 
@@ -177,7 +195,7 @@ def settings_table(
     """
     loss = loss_of(compared)
     axes = [str(name) for name in settings.columns if str(name).startswith(OVERRIDE) and name != SEED]
-    metrics = [key for key in METRICS if key != loss and settings[key].notna().any()]
+    metrics = [key for key in METRICS if key != loss and varies(settings[key])]
     of_arm = {row["arm"]: row for row in compared.to_dict("records")}
     rows = settings.to_dict("records")
     reference = reference_setting(rows, planned)
@@ -196,11 +214,11 @@ def settings_table(
         cells += [_levels_cell([of_arm[arm].get(name) for arm in row["arms"]]) for name in matched]
         cells += [_metric_cell(row, key) for key in metrics]
         body.append(f"<tr>{''.join(cells)}<td><code>{html.text(' '.join(row['arms']))}</code></td></tr>")
-    said = [_introduction(settings, compared)]
+    said = [_introduction(settings, compared), constants_in_words(settings, set(METRICS) - {loss}, "settings")]
     if has_others:
         said.append(_told_apart(reference, rows, differences))
     return (
-        "".join(f"<p>{text}</p>" for text in said)
+        "".join(f"<p>{text}</p>" for text in said if text)
         + f'<div class="scroll"><table class="numbers sortable"><thead><tr>{"".join(head)}</tr></thead>'
         f"<tbody>{''.join(body)}</tbody></table></div>"
     )
