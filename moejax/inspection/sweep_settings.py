@@ -318,4 +318,6 @@ def mean_and_error(mean: float, error: float) -> str:
 
 def _places(error: float) -> int:
     """Decimal places that show two digits of an error."""
+    if not math.isfinite(error):  # of values near the largest that a float holds
+        return 0
     return min(6, max(0, 1 - math.floor(math.log10(error))))

@@ -134,7 +134,8 @@ def read_parquet(path: Path) -> list[dict[str, Any]]:
         for row in rows:
             row |= {name: json.loads(row[name]) for name in as_json if row[name] is not None}
     except (OSError, ValueError, KeyError, TypeError, RecursionError, pa.ArrowException) as error:
-        raise RecordError(f"{path} is damaged ({error}); {REMEDY}") from error
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise RecordError(f"{path} is damaged ({reason}); {REMEDY}") from error
     return rows
 
 

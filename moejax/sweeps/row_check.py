@@ -114,7 +114,7 @@ def check_entry(entry: Any, where: str) -> None:
         if not isinstance(entry, Mapping) or not isinstance(entry.get(key), kind):
             raise RecordError(f"{where} must have {key}, a JSON {_json_name(kind)}")
     if not re.fullmatch(ARM_ID, entry["id"]):
-        raise RecordError(f"{where}: id {entry['id']!r} must be ten hexadecimal digits in lower case")
+        raise RecordError(f"{where}: id {_shown(entry['id'])} must be ten hexadecimal digits in lower case")
 
 
 def _json_name(kind: type) -> str:
