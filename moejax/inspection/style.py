@@ -140,9 +140,9 @@ def legend_name(name: str) -> str:
 
 
 def label_steps(axes: Axes, xlabel: str = "training step") -> None:
-    """An x axis of whole numbers, long ones in short."""
+    """An x axis of training, long numbers in short."""
     axes.set_xlabel(xlabel)
-    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=xlabel == "training step"))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: short_number(x)))
 
 
