@@ -31,6 +31,7 @@ from moejax.inspection.style import (
     new_figure,
     ratio_bar,
     short_number,
+    tick_at,
 )  # fmt: skip
 from moejax.training.metrics import MEMORY, MFU, SPEED
 
@@ -67,6 +68,7 @@ class Chart:
       reading: what it means and what is good.
       reference: a level to compare with, and its name.
       from_zero: start the y axis at 0.
+      is_speed: the number beside the figure is the median over logging intervals, not the last value.
     """
 
     title: str
@@ -75,6 +77,7 @@ class Chart:
     reading: str
     reference: tuple[float, str] | None = None
     from_zero: bool = False
+    is_speed: bool = False
 
 
 LOSS_CHARTS = (
@@ -121,6 +124,7 @@ SPEED_CHARTS = (
         "tokens/s",
         "Of each logging interval, without evaluation and saving. Good: flat.",
         from_zero=True,
+        is_speed=True,
     ),
     Chart(
         "Model FLOPs utilisation",
@@ -128,6 +132,7 @@ SPEED_CHARTS = (
         "share of the devices' peak",
         "The arithmetic that the model asks for, over what its devices can do at most. Good: high; half is very good.",
         from_zero=True,
+        is_speed=True,
     ),
     Chart(
         "Peak memory",
@@ -258,6 +263,8 @@ def draw_curves(
         _label_values(axes, curves)
         axes.set_ylabel(ylabel)
         label_steps(axes, AXES[axis])
+        if axis == "steps" and all(curve.points for curve in curves):
+            tick_at(axes, np.concatenate([curve.steps for curve in curves]))
         return Drawing.of(figure)
 
 

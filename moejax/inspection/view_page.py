@@ -27,7 +27,7 @@ p{{margin:.1rem 0;max-width:46rem}}
 .soft{{color:var(--soft);font-size:.875rem}}
 .bad{{color:var(--bad);overflow-wrap:anywhere}}
 code{{font:.85rem ui-monospace,"DejaVu Sans Mono",Menlo,Consolas,monospace;overflow-wrap:anywhere}}
-code.command span{{display:inline-block;max-width:100%}}
+code.command span{{display:inline-block;max-width:100%;word-break:break-all}}
 .run{{display:grid;grid-template-columns:minmax(0,2.4fr) repeat(5,minmax(0,1fr)) minmax(0,1.6fr);gap:0 .9rem;
 padding:.25rem 0;border-bottom:1px solid var(--line);font-variant-numeric:tabular-nums}}
 .run>*{{min-width:0;overflow-wrap:anywhere}}

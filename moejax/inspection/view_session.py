@@ -65,7 +65,7 @@ class RunList:
             self._body.objects = [pn.Row(self._boxes[path], self._rows[path], **WIDE) for path in listed]
 
     def _add(self, path: str, *, is_chosen: bool) -> None:
-        self._boxes[path] = pn.widgets.Checkbox(value=is_chosen, width=20, margin=(7, 6, 0, 0))
+        self._boxes[path] = pn.widgets.Checkbox(value=is_chosen, width=20, margin=(10, 6, 0, 0))
         self._boxes[path].param.watch(self._on_change, "value")
         self._rows[path] = _text()
 
@@ -104,7 +104,7 @@ class Session:
         self._report = _text()
         self._tabs = pn.Tabs(
             (TABS[0], pn.Column(self._axis, self._curves, self._constants, **WIDE)), (TABS[1], self._load), (TABS[2], pn.Column(self._of, self._report, **WIDE)),
-            stylesheets=[page.TABS_STYLE], **WIDE,
+            stylesheets=[page.TABS_STYLE], sizing_mode="stretch_width", margin=(14, 0, 0, 0),
         )  # fmt: skip
         self._plots: list[CurvePlot] = []
         self._drawn: dict[str, Any] = {}
