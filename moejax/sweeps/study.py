@@ -13,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from moejax.extras import how_to_install
 from moejax.sweeps.search import Definition, StudyError
 
 if TYPE_CHECKING:  # an extra, imported where it is needed
@@ -35,7 +36,7 @@ def load_optuna() -> ModuleType:
     try:
         import optuna
     except ImportError as error:
-        raise StudyError(f"a search needs Optuna ({error}): pip install 'moejax[sweeps]'") from error
+        raise StudyError(f"a search needs Optuna ({error}): {how_to_install('sweeps')}") from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return optuna
 
@@ -169,7 +170,7 @@ def serve_dashboard(storage: str, host: str = "127.0.0.1", port: int = 8080) -> 
     try:
         from optuna_dashboard import run_server
     except ImportError as error:
-        raise StudyError(f"the dashboard is not installed ({error}): pip install 'moejax[sweeps]'") from error
+        raise StudyError(f"the dashboard is not installed ({error}): {how_to_install('sweeps')}") from error
     with storage_errors(show_storage(storage)):
         opened = _open_storage(storage, create=False)
     run_server(opened, host=host, port=port)
@@ -223,7 +224,7 @@ def _open_database(address: str, create: bool) -> "optuna.storages.BaseStorage":
             reason = error.__cause__ or error
             raise StudyError(
                 f"storage {show_storage(address)} needs a driver that is not installed ({reason}); "
-                "pip install 'moejax[sweeps]' brings that of postgresql+psycopg://"
+                f"that of postgresql+psycopg:// comes with extra sweeps: {how_to_install('sweeps')}"
             ) from error
         except sqlalchemy.exc.SQLAlchemyError as error:
             if not create or not _is_race(error) or attempt == CREATORS_RACE - 1:
@@ -261,7 +262,7 @@ def _parse_url(address: str) -> "Any":
     try:
         import sqlalchemy
     except ImportError as error:
-        raise StudyError(f"a search needs SQLAlchemy ({error}): pip install 'moejax[sweeps]'") from error
+        raise StudyError(f"a search needs SQLAlchemy ({error}): {how_to_install('sweeps')}") from error
     scheme = address.split("://")[0]
     try:
         url = sqlalchemy.make_url(address)
