@@ -6,8 +6,6 @@ The load is that of the validation split in the run's newest evaluation, or that
 load of a device over the mean: 1 is even. `moejax eval --mesh=expert=4 --replicas=1` evaluates the model so.
 """
 
-import json
-
 from absl import flags
 from absl.flags import FlagValues
 
@@ -15,6 +13,7 @@ from moejax.cli import UsageError
 from moejax.cli.options import define_json, define_workdir, read_workdir, refuse_several_processes
 from moejax.cli.tables import print_table
 from moejax.moe.placement import imbalance, in_order, place
+from moejax.strict_json import to_json
 from moejax.training.evaluation_log import newest_evaluation
 from moejax.training.run_directory import read_config
 
@@ -51,6 +50,6 @@ def run(values: FlagValues, rest: list[str]) -> None:
     ]
     rows.append({"layer": "worst", **{name: round(float(worst_N.max()), 3) for name, worst_N in columns.items()}})
     if values.json:
-        print(json.dumps(rows, indent=2))
+        print(to_json(rows, indent=2))
         return
     print_table(rows, f"Largest load of {devices} devices over the mean; {values.replicas} copies on each")

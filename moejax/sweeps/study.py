@@ -164,15 +164,21 @@ def serve_dashboard(storage: str, host: str = "127.0.0.1", port: int = 8080) -> 
     """Serves the studies of a storage to browsers of this machine until it is interrupted.
 
     Raises:
-      StudyError: the dashboard is not installed, or the storage cannot be used.
+      StudyError: the dashboard is not installed, or the storage cannot be used or holds no study.
     """
     load_optuna()
     try:
         from optuna_dashboard import run_server
     except ImportError as error:
         raise StudyError(f"the dashboard is not installed ({error}): {how_to_install('sweeps')}") from error
-    with storage_errors(show_storage(storage)):
+    missing = StudyError(f"{show_storage(storage)} holds no study; name the --storage of a search")
+    path = _sqlite_path(storage) or _journal_path(storage)
+    if path is not None and not path.is_file():  # opening would make it
+        raise missing
+    with storage_errors(show_storage(storage), no_tables=missing):
         opened = _open_storage(storage, create=False)
+        if not opened.get_all_studies():
+            raise missing
     run_server(opened, host=host, port=port)
 
 
