@@ -14,7 +14,10 @@ from absl.flags import FlagValues
 from ml_collections import config_flags
 
 from moejax.cli import UsageError
+from moejax.cli.recipe import define_recipe
 from moejax.config import Config, MeshConfig, resolve
+from moejax.paths import check_writable, check_writable_file, resolve_path
+from moejax.seeds import LARGEST_SEED
 from moejax.training import processes
 
 LONGEST_WAIT_S = 86400.0
@@ -23,13 +26,7 @@ LONGEST_WAIT_S = 86400.0
 
 def define_config(values: FlagValues, arguments: list[str], default: str | None = None) -> None:
     """`--config=FILE[:ARG]` and `--config.a.b=value` for every leaf."""
-    config_flags.DEFINE_config_file(
-        "config",
-        default,
-        "a recipe, FILE[:ARG]; --config.section.leaf=value overrides a leaf",
-        flag_values=values,
-        sys_argv=["moejax", *arguments],
-    )
+    define_recipe(values, arguments, default)
 
 
 def read_config_flag(values: FlagValues, varied: Collection[str] = ()) -> Config:
@@ -40,19 +37,22 @@ def read_config_flag(values: FlagValues, varied: Collection[str] = ()) -> Config
       varied: keys that a sweep varies: leaves of the recipe that need them may be read in some of its arms.
 
     Raises:
-      UsageError: no `--config`, or its file cannot be used.
+      UsageError: no `--config`.
       ConfigError: a value that cannot work.
+    """
+    recipe_text(values)
+    return resolve(values.config, typed=config_flags.get_override_values(values["config"]), varied=varied)
+
+
+def recipe_text(values: FlagValues) -> str:
+    """`FILE[:ARG]` as it was given.
+
+    Raises:
+      UsageError: no `--config`.
     """
     if values["config"].value is None:
         raise UsageError("--config is missing; give a recipe, such as --config=configs/tiny_moe.py")
-    try:
-        recipe = values.config
-        recipe.keys()  # a file that failed to load says so on first use
-    except OSError as error:
-        raise UsageError(
-            f"--config={config_flags.get_config_filename(values['config'])} cannot be read: {error}"
-        ) from error
-    return resolve(recipe, typed=config_flags.get_override_values(values["config"]), varied=varied)
+    return str(config_flags.get_config_filename(values["config"]))
 
 
 def define_processes(values: FlagValues) -> None:
@@ -144,10 +144,53 @@ def read_workdir(values: FlagValues) -> Path:
     """
     if not values.workdir:
         raise UsageError("--workdir is missing; name the folder of a run, such as --workdir=runs/tiny_moe")
-    path = Path(values.workdir)
+    path = resolve_path(values.workdir, "--workdir")
     if not path.is_dir():
-        raise UsageError(f"--workdir={path} is not a folder; train a run there first")
+        raise UsageError(f"--workdir={values.workdir} is not a folder; train a run there first")
     return path
+
+
+def read_workdir_to_write(values: FlagValues) -> Path:
+    """The run directory, which must exist and be writable.
+
+    Raises:
+      UsageError: the flag is missing or names no directory.
+      PathError: nothing can be written there.
+    """
+    path = read_workdir(values)
+    check_writable(path, "--workdir")
+    return path
+
+
+def read_folder_to_write(given: str, name: str) -> Path:
+    """The path of a folder that need not exist and can be written.
+
+    Args:
+      given: the flag's value.
+      name: the flag, such as `--workdir`.
+
+    Raises:
+      PathError: nothing can be written there.
+    """
+    path = resolve_path(given, name)
+    check_writable(path, name)
+    return path
+
+
+def read_file_to_write(given: str, name: str) -> Path:
+    """The path of a file that can be written, in a folder that exists; arguments as of `read_folder_to_write`.
+
+    Raises:
+      PathError: it cannot be written.
+    """
+    path = resolve_path(given, name)
+    check_writable_file(path, name)
+    return path
+
+
+def define_seed(values: FlagValues, name: str, text: str) -> None:
+    """A flag of a seed, 0 by default, in the range that all seeds have."""
+    flags.DEFINE_integer(name, 0, text, lower_bound=0, upper_bound=LARGEST_SEED, flag_values=values)
 
 
 def define_json(values: FlagValues) -> None:
