@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from moejax.config import Config, ConfigError, resolve, to_dict
+from moejax.config import Config, ConfigError, resolve_recorded, to_dict
 from moejax.training.checkpoint_meta import (
     CheckpointError,
     DamageError,
@@ -259,7 +259,7 @@ class Checkpoints:
 
     def config(self, step: int) -> Config:
         """The configuration that a step was saved with."""
-        return resolve(self._read_meta(step)["config"])
+        return resolve_recorded(self._read_meta(step)["config"])
 
     def _read_meta(self, step: int) -> dict[str, Any]:
         try:
@@ -286,7 +286,7 @@ class Checkpoints:
     def _compare_config(self, saved: Mapping[str, Any], folder: Path) -> None:
         """The configuration in the checkpoint is the one that trained it, whatever became of `config.json`."""
         try:
-            change = first_change(resolve(saved), self.trainable.config)
+            change = first_change(resolve_recorded(saved), self.trainable.config)
         except ConfigError as error:
             raise CheckpointError(f"{folder} was saved with a configuration that cannot be used: {error}") from error
         if change:

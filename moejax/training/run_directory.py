@@ -18,9 +18,10 @@ from typing import Any, NamedTuple
 import jax
 
 import moejax
-from moejax.config import AlarmConfig, Config, ConfigError, leaves, resolve, to_dict
+from moejax.config import AlarmConfig, Config, ConfigError, leaves, resolve_recorded, to_dict
 from moejax.models.parameters import ParameterCount
 from moejax.training.checkpoint_meta import newest_meta
+from moejax.training.numerics import changed_numerics, numerics
 from moejax.training.optimizer import make_schedule
 from moejax.training.processes import fail_together, first_says
 
@@ -82,7 +83,7 @@ def check_run_directory(workdir: Path, config: Config) -> None:
     meta = newest_meta(workdir)
     if meta is not None:
         with contextlib.suppress(ConfigError):  # of another version: restoring it says so
-            known.append(resolve(meta["config"]))
+            known.append(resolve_recorded(meta["config"]))
     for saved in known:
         change = first_change(saved, config)
         if change:
@@ -156,9 +157,16 @@ def write_run_directory(workdir: Path, config: Config, parameters: ParameterCoun
       ConfigError: the directory holds a run on other data, or cannot be written.
     """
     path = workdir / "config.json"
+    facts = _read_json(path) if path.exists() else {}
+    changed = changed_numerics(facts.get("numerics", {}))
+    if changed:
+        raise ConfigError(
+            f"{workdir} holds a run with {changed}, which changes its numbers; set that variable as it was, or use "
+            "another --workdir"
+        )
     meta = newest_meta(workdir)
     noted = meta.get("notes", {}).get("corpus") if meta else None
-    for before in (recorded_corpus(workdir), noted):
+    for before in (facts.get("corpus"), noted):
         if before is not None and before != corpus:
             raise ConfigError(
                 f"{workdir} holds a run on the rows {before}; the text has changed since and gives {corpus}; "
@@ -173,6 +181,7 @@ def write_run_directory(workdir: Path, config: Config, parameters: ParameterCoun
         "git_commit": git_commit(),
         "device": f"{jax.device_count()} x {device.device_kind} ({device.platform})",
         "processes": jax.process_count(),
+        "numerics": numerics(),
         "command": command,
     }
     try:
@@ -223,7 +232,7 @@ def read_config(workdir: str | Path) -> Config:
     if not isinstance(content, dict) or not isinstance(content.get("config"), dict):
         raise ConfigError(f"{path} is damaged (it has no entry config); {LOST_CONFIG}")
     try:
-        return resolve(content["config"])
+        return resolve_recorded(content["config"])
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from moejax.config import Config
+from moejax.planning.devices import utilisation_of_token
 from moejax.training.alarms import AlarmLog
 from moejax.training.checkpoint import Checkpoints
 from moejax.training.evaluation import Evaluation
@@ -73,7 +74,10 @@ class RunFiles:
                     workdir, after_step, config, notes.get("alarms"), name, notes.get("alarms_file")
                 )
         self._corpus = recorded_corpus(workdir) if is_first() else None
-        self.recorder = Recorder(self._metrics, routing, progress, start_step, self._alarms, num_arms, carried)
+        utilisation = utilisation_of_token(config) if num_arms == 1 else None
+        self.recorder = Recorder(
+            self._metrics, routing, progress, start_step, self._alarms, num_arms, utilisation, carried
+        )
         self.is_evaluated = self._metrics is not None and self._metrics.is_evaluated(start_step)
 
     def note(self, step: int, evaluation: Evaluation) -> None:
