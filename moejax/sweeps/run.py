@@ -235,7 +235,9 @@ def training_seconds(workdir: Path) -> Seconds | None:
 
 def _number(line: Mapping[str, Any], key: str) -> float | None:
     value = line.get(key)
-    return float(value) if type(value) in (int, float) else None
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return None
+    return float(value)
 
 
 def check_open(sweep: Sweep) -> None:

@@ -13,8 +13,10 @@ import logging
 import os
 import re
 import shlex
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import jax
@@ -310,8 +312,24 @@ def _quiet_tasks() -> Iterator[None]:
         try:
             yield
         except Exception:
+            _quiet_closed_loops()
             gc.collect()  # a task tells when it is collected
             raise
+
+
+def _quiet_closed_loops() -> None:
+    """Says nothing of reads that end after a failed one, whose event loop is gone: tensorstore prints each."""
+    previous = sys.excepthook
+    if getattr(previous, "__name__", "") == "tell_unless_loop_is_closed":
+        return
+
+    def tell_unless_loop_is_closed(
+        kind: type[BaseException], error: BaseException, trace: TracebackType | None
+    ) -> None:
+        if kind is not RuntimeError or str(error) != "Event loop is closed":
+            previous(kind, error, trace)
+
+    sys.excepthook = tell_unless_loop_is_closed
 
 
 @contextlib.contextmanager
