@@ -308,11 +308,11 @@ class Checkpoints:
 @contextlib.contextmanager
 def _quiet_tasks() -> Iterator[None]:
     """Keeps asyncio from telling of every task that failed together with the one whose error is passed on."""
+    _quiet_closed_loops()
     with _from_level("asyncio", logging.CRITICAL):
         try:
             yield
         except Exception:
-            _quiet_closed_loops()
             gc.collect()  # a task tells when it is collected
             raise
 
