@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _set_up_logging(is_debug)
     warn_of_small_limit()
     if not faulthandler.is_enabled():
-        faulthandler.enable()  # a fault in a library leaves at least its stack
+        faulthandler.enable(file=2)  # a fault in a library leaves at least its stack
     code = 1
     try:
         code = _run_and_explain(words[0], words[1:], is_debug)
