@@ -1,4 +1,4 @@
-"""The short form of `make soak`: a few kills, flipped bits, mistakes, two writers and configurations, none of them wrong."""
+"""The short form of `make soak`: a few kills, flipped bits, mistakes, two writers, configurations; none is wrong."""
 
 import re
 import subprocess
