@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import sys
-import types
 from pathlib import Path
 
 import jax
@@ -41,18 +40,8 @@ CONTEXTS |= {name: OTHER_CASES[name]["moe"] for name in ("experts", "weights on 
 READ_BY_THE_MODEL = {"first_dense", "every", "per_layer", "num_experts", "save_exchanged"}
 """Leaves of `moe` that are read outside of the layer."""
 
-READ_BY_VALIDATION = {"allow_noncausal"}
-"""Permissions: they decide whether a configuration is refused."""
-
-READ_IN_VAIN = {
-    "capacity_factor",
-    "eval_capacity_factor",
-    "exchange",
-    "exchange_buffer",
-    "exchange_chunks",
-    "weight_on",
-}
-"""Leaves that the layer reads before it knows whether they matter."""
+READ_BY_RESOLVE = {"allow_noncausal", "top_k"}
+"""A permission, which decides whether a configuration is refused; and what the slots of `soft` are derived from."""
 
 
 class Recorder:
@@ -113,7 +102,7 @@ def test_every_leaf_of_moe_is_read_by_the_layer_or_refused(context, monkeypatch)
     assert config.layers[0] is not None
     recorder = Recorder(monkeypatch, MoeConfig, Knobs)
     weights = run_layer(config)
-    found = recorder.names | weights | READ_BY_THE_MODEL | READ_BY_VALIDATION
+    found = recorder.names | weights | READ_BY_THE_MODEL | READ_BY_RESOLVE
     monkeypatch.undo()
     for field in dataclasses.fields(MoeConfig):
         key = f"moe.{field.name}"
@@ -121,22 +110,15 @@ def test_every_leaf_of_moe_is_read_by_the_layer_or_refused(context, monkeypatch)
         given = config_of(context).get("moe", {}).get(field.name, declared()[key].default)
         if field.name in found or value == given:
             continue
-        with pytest.raises(ConfigError, match=key):
+        try:
             resolve(config_of(context, **{field.name: value}))
+        except ConfigError as error:
+            assert key in str(error)
+        else:
+            pytest.fail(f"nothing reads {key}={value}, and it is accepted")
 
 
-@pytest.mark.parametrize("context", CONTEXTS)
-def test_no_leaf_that_the_layer_reads_is_said_to_be_unread(context, monkeypatch):
-    config = resolve(config_of(context))
-    assert config.layers[0] is not None
-    recorder = Recorder(monkeypatch, MoeConfig, Knobs)
-    run_layer(config)
-    names = recorder.names & {field.name for field in dataclasses.fields(MoeConfig)}
-    monkeypatch.undo()
-    assert [name for name in sorted(names - READ_IN_VAIN) if not is_read(config, f"moe.{name}")] == []
-
-
-@pytest.mark.parametrize("context", CONTEXTS)
+@pytest.mark.parametrize("context", ["softmax_topk", "soft", "hash", "experts"])
 def test_an_unread_leaf_is_refused_with_its_value_its_need_and_the_remedy(context):
     config = resolve(config_of(context))
     for key, each in declared().items():
@@ -245,9 +227,3 @@ def test_what_varies_in_a_sweep_may_make_a_leaf_of_its_recipe_read():
     assert resolve(recipe, varied=["moe.selection_bias"]).moe.bias_rate == 5e-3
     with pytest.raises(UnreadError, match=r"moe.bias_rate=0.005 .* it needs moe.selection_bias=True"):
         resolve(recipe, varied=["moe.top_k"])
-
-
-def test_the_rule_finds_a_leaf_that_nothing_reads():
-    needed = declared()["moe.sinkhorn_iterations"].leaf.needs
-    layer = types.SimpleNamespace(get=lambda key: "softmax_topk")
-    assert not needed.holds(layer) and needed.text == "moe.router=sinkhorn"

@@ -27,6 +27,7 @@ from moejax.cli.tables import print_result, summary_rows
 from moejax.config import Config
 from moejax.inspection.build import build_report
 from moejax.models.parameters import count_parameters
+from moejax.planning.memory import check_memory
 from moejax.training.loop import train
 from moejax.training.processes import first_then_others, has_others, is_first
 from moejax.training.signals import StopSignals
@@ -54,6 +55,7 @@ def run(values: FlagValues, rest: list[str]) -> None:
 def _train(values: FlagValues, config: Config) -> None:
     recipe = Path(config_flags.get_config_filename(values["config"]))
     workdir = Path(values.workdir or f"runs/{recipe.stem}")
+    check_memory(config)
     parameters = count_parameters(config)
     log.info("%s: %s parameters, %s active per token", recipe.stem, f"{parameters.total:,}", f"{parameters.active:,}")
     with StopSignals() as stop:

@@ -6,6 +6,8 @@ array shape travel apart, in one `Knobs` pytree, so that changing them recompile
 """
 
 from moejax.config.alarms import AlarmConfig as AlarmConfig
+from moejax.config.describe import rows_of as rows_of
+from moejax.config.describe import settings_page as settings_page
 from moejax.config.errors import ConfigError as ConfigError
 from moejax.config.errors import divisors as divisors
 from moejax.config.errors import nearest as nearest
