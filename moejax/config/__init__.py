@@ -25,6 +25,7 @@ from moejax.config.resolve import resolve as resolve
 from moejax.config.resolve import resolve_recorded as resolve_recorded
 from moejax.config.resolve import to_config_dict as to_config_dict
 from moejax.config.resolve import to_dict as to_dict
+from moejax.config.resolve import with_defaults as with_defaults
 from moejax.config.router_rules import ROUTER_RULES as ROUTER_RULES
 from moejax.config.schedules import Schedule as Schedule
 from moejax.config.schedules import ScheduleConfig as ScheduleConfig

@@ -30,6 +30,11 @@ def to_dict(config: Config) -> dict[str, dict[str, Any]]:
     return dataclasses.asdict(config)
 
 
+def with_defaults(recorded: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Recorded sections of leaves, with the defaults of leaves that there were not yet when they were recorded."""
+    return {section: values | {**recorded.get(section, {})} for section, values in to_dict(Config()).items()}
+
+
 def resolve(
     source: ConfigDict | Mapping[str, Any], *, typed: Collection[str] = (), varied: Collection[str] = ()
 ) -> Config:

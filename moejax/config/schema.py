@@ -51,7 +51,13 @@ class DataConfig:
         needs=value("data.source", "tfds"),
     )  # fmt: skip
     source_dir: str = leaf("", "the data_dir of that dataset", needs=value("data.source", "tfds"))
-    files: str = leaf("", "a glob of UTF-8 text files, one document each", needs=value("data.source", "files"))
+    files: str = leaf(
+        "", "a file, a folder, a glob, or several with commas between: docs/your_data.md",
+        needs=value("data.source", "files"),
+    )  # fmt: skip
+    text_field: str = leaf(
+        "text", "the field of JSON lines and Parquet that holds a document's text", needs=value("data.source", "files")
+    )
     directory: str = leaf("data", "where prepared rows are cached")
     tokenizer: Literal["bytes", "bpe"] = leaf("bpe", "tokens are bytes, or pieces that are learned from the text")
     vocab_size: int = leaf(

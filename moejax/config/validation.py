@@ -77,7 +77,8 @@ def _validate_data(config: Config) -> None:
     if data.source == "tfds":
         require(bool(data.name and data.source_dir), "data.source=tfds needs data.name and data.source_dir")
     if data.source == "files":
-        require(bool(data.files), "data.source=files needs data.files, a glob such as 'texts/*.txt'")
+        require(bool(data.files), "data.source=files needs data.files, such as a folder or a glob 'texts/*.txt'")
+        require(bool(data.text_field), "data.text_field='' must name the field of records that holds their text")
 
 
 def _validate_training(config: Config) -> None:

@@ -386,7 +386,13 @@ def _parse_interval(text: str, key: str, values: str) -> Axis:
         numbers = float(low), float(high), None if num is None else int(num)
     except ValueError as error:
         raise SpaceError(f"{text!r} must have the form {key}={values[:4]}1e-4..1e-1:5, from..to:number") from error
-    return (log_uniform if kind == "log" else uniform)(key, *numbers)
+    check_key(key)
+    if dict(leaves())[key] is not float:
+        raise SpaceError(f"{text}: a range is of fractions, and {key} has none; list values, as in {key}=4,8,16")
+    try:
+        return (log_uniform if kind == "log" else uniform)(key, *numbers)
+    except SpaceError as error:
+        raise SpaceError(f"{text}: {str(error).partition(': ')[2]}") from error  # without the name of the function
 
 
 def _parse_value(text: str, key: str, value: str) -> Any:
