@@ -281,7 +281,7 @@ def attribute_reads():
             if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
                 owner = getattr(node.value, "attr", getattr(node.value, "id", ""))
                 # The properties of a section read their own leaves.
-                yield ("config" if owner == "self" and path.parent.name == "config" else owner), node.attr
+                yield ("config" if owner == "self" and path.parent.name == "config" else owner.lstrip("_")), node.attr
 
 
 # Schedules are read in a loop over them (`training/schedules.py`); tests/test_training_schedules.py follows each.

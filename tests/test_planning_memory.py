@@ -1,7 +1,6 @@
 """What a step holds at the least, and the refusal of what cannot fit."""
 
 import time
-from types import SimpleNamespace
 
 import jax
 import pytest
@@ -10,7 +9,7 @@ from config_cases import nested
 from moejax.cli import main
 from moejax.config import ConfigError, resolve
 from moejax.planning import memory
-from moejax.planning.memory import check_memory, estimate_memory, host_memory, memory_of
+from moejax.planning.memory import check_memory, device_memory, estimate_memory, host_memory
 from moejax.sharding import make_mesh
 from moejax.training.state import make_trainable
 from training_cases import small_config
@@ -26,10 +25,14 @@ ABSURD = [
 ]
 
 
+def num_bytes(tree):
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
 def test_parameters_moments_and_gradients_are_those_of_the_state():
     config = small_config(mesh={"data": 1})
     abstract = make_trainable(config, make_mesh(config, jax.devices()[:1])).abstract
-    held = {name: sum(a.nbytes for a in jax.tree.leaves(getattr(abstract, name))) for name in ("params", "opt_state")}
+    held = {name: num_bytes(getattr(abstract, name)) for name in ("params", "opt_state")}
     found = estimate_memory(config, 1)
     assert found.parameters == found.gradients == held["params"]
     assert found.moments == pytest.approx(held["opt_state"], abs=16)  # which holds a count, too
@@ -76,8 +79,13 @@ def test_devices_of_the_host_share_its_memory_and_others_have_their_own(monkeypa
 
 
 def test_an_accelerator_says_what_it_has_or_nothing_is_refused():
-    assert memory_of(SimpleNamespace(platform="tpu", memory_stats=lambda: {"bytes_limit": 5})) == 5
-    assert memory_of(SimpleNamespace(platform="gpu", memory_stats=lambda: None)) is None
+    assert device_memory(lambda: {"bytes_limit": 5}) == 5
+    assert device_memory(lambda: {}) is device_memory(lambda: None) is None
+
+    def fail():
+        raise NotImplementedError
+
+    assert device_memory(fail) is None
 
 
 def test_the_limit_of_a_container_counts(tmp_path):

@@ -7,8 +7,9 @@ is left out, so that nothing is refused that works. `moejax bench compiled_step`
 import contextlib
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -99,7 +100,7 @@ def check_memory(config: Config, devices: Sequence[jax.Device] | None = None) ->
         return
     needed = estimate_memory(config, len(devices))
     sharing = _sharing(devices)
-    available = memory_of(devices[0])
+    available = host_memory() if devices[0].platform == "cpu" else device_memory(devices[0].memory_stats)
     if available is None or needed.total * sharing <= available:
         return
     where = "a device" if sharing == 1 else f"each of {sharing} devices that share the memory of this machine"
@@ -116,15 +117,13 @@ def check_memory(config: Config, devices: Sequence[jax.Device] | None = None) ->
     )
 
 
-def memory_of(device: jax.Device) -> int | None:
-    """Bytes of memory of a device, shared or not; None where nobody says."""
-    if device.platform == "cpu":
-        return host_memory()
+def device_memory(statistics: Callable[[], dict[str, Any] | None]) -> int | None:
+    """Bytes of memory of a device, from its `memory_stats`; None where it does not say."""
     try:
-        statistics = device.memory_stats()
+        found = statistics()
     except (jax.errors.JaxRuntimeError, NotImplementedError):
         return None
-    return (statistics or {}).get("bytes_limit")
+    return (found or {}).get("bytes_limit")
 
 
 def host_memory(limits: Sequence[str] = LIMITS) -> int | None:
