@@ -82,7 +82,7 @@ def check_value(key: str, value: Any, declared: Leaf, annotation: Any) -> Any:
     if choices:
         return _check_choice(key, value, choices, declared.aliases)
     if annotation is float and type(value) is int:
-        value = _to_float(key, value)
+        value = _to_float(key, value, declared)
     if type(value) is not annotation:
         given = TYPE_NAMES.get(type(value), type(value).__name__)
         raise ConfigError(f"{key}={shown(repr(value))} is {given}; it must be {TYPE_NAMES[annotation]}")
@@ -116,11 +116,12 @@ def _check_choice(key: str, value: Any, choices: tuple[str, ...], aliases: Mappi
     raise ConfigError(f"{key}={shown(repr(value))} must be one of {', '.join(choices)}; the nearest is {near}")
 
 
-def _to_float(key: str, value: int) -> float:
+def _to_float(key: str, value: int, declared: Leaf) -> float:
     try:
         return float(value)
     except OverflowError as error:
-        raise ConfigError(f"{key}={shown(value)} is too large; it must be at most {LARGEST_FLOAT:g}") from error
+        infinite = math.inf if value > 0 else -math.inf
+        raise ConfigError(f"{key}={shown(value)} must be {_range_for(infinite, declared)}") from error
 
 
 def _read_bool(text: str) -> bool:
