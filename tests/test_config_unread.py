@@ -31,6 +31,7 @@ from moejax.moe.balance import auxiliary_losses
 from moejax.moe.layer import MoE
 from moejax.training import router_state
 from moejax.training.optimizer import make_optimizer, make_schedule
+from moejax.training.run_directory import first_change
 from training_cases import OTHER_CASES, ROUTER_CASES, SMALL
 
 PACKAGE = Path(moejax.__file__).parent
@@ -204,6 +205,13 @@ def test_a_recorded_configuration_is_read_whatever_does_nothing_in_it():
         resolve(recorded)
     with pytest.raises(ConfigError, match=r"optimizer\.beta1"):
         resolve_recorded(nested({"optimizer.beta1": 1.0}))
+
+
+def test_a_run_with_a_leaf_that_did_nothing_goes_on_without_it():
+    recorded = resolve_recorded(nested({"data.files": "x", "moe.sinkhorn_iterations": 3}))
+    assert first_change(recorded, resolve({})) is None
+    change = first_change(recorded, resolve(nested({"data.source": "files", "data.files": "y"})))
+    assert change is not None and change.key == "data.source"
 
 
 def test_a_resolved_configuration_resolves_again_with_what_was_derived():

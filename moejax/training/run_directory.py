@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 
 import moejax
-from moejax.config import AlarmConfig, Config, ConfigError, leaves, resolve_recorded, to_dict
+from moejax.config import AlarmConfig, Config, ConfigError, is_read, leaves, resolve_recorded, to_dict
 from moejax.models.parameters import ParameterCount
 from moejax.training.checkpoint_meta import newest_meta
 from moejax.training.numerics import changed_numerics, numerics
@@ -60,8 +60,14 @@ def changes(saved: Config, wanted: Config) -> list[Change]:
 
 
 def first_change(saved: Config, wanted: Config) -> Change | None:
-    """The first difference that makes another run of it; None if there is none."""
-    return next((change for change in changes(saved, wanted) if change.key not in MAY_CHANGE), None)
+    """The first difference that makes another run of it; None if there is none.
+
+    A leaf that neither reads makes none: a run of an earlier version may have been started with one.
+    """
+    for change in changes(saved, wanted):
+        if change.key not in MAY_CHANGE and (is_read(saved, change.key) or is_read(wanted, change.key)):
+            return change
+    return None
 
 
 def check_run_directory(workdir: Path, config: Config) -> None:
