@@ -18,7 +18,7 @@ from rich.text import Text
 from moejax.cli import UsageError
 from moejax.cli.options import define_config, define_json, read_config_flag
 from moejax.cli.tables import print_result
-from moejax.config import default, resolve, rows_of, settings_page
+from moejax.config import declared, default, resolve, rows_of, settings_page
 
 
 def define(values: FlagValues, arguments: list[str]) -> None:
@@ -61,7 +61,8 @@ def _print(rows: list[dict[str, Any]]) -> None:
         console = Console(width=max(console.width, Console(width=10_000).measure(table).maximum + 10))
     console.print(table)
     differing = sum(row["differs"] for row in rows)
-    console.print(Text(f"{differing} of {len(rows)} shown differ from their default; * is derived from others"))
+    more = "; --all shows the others" if len(rows) < len(declared()) else ""
+    print(f"{differing} of {len(declared())} settings differ from their default{more}; * is derived from others")
 
 
 def _value(row: dict[str, Any]) -> str:
