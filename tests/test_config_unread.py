@@ -233,5 +233,7 @@ def test_a_leaf_that_another_layer_reads_is_accepted_and_one_that_none_reads_is_
 def test_what_varies_in_a_sweep_may_make_a_leaf_of_its_recipe_read():
     recipe = nested({"moe.bias_rate": 5e-3})
     assert resolve(recipe, varied=["moe.selection_bias"]).moe.bias_rate == 5e-3
+    scheduled = nested({"schedule.noise_scale": "linear:0.5"})
+    assert resolve(scheduled, varied=["moe.router"]).schedule.noise_scale == "linear:0.5"
     with pytest.raises(UnreadError, match=r"moe.bias_rate=0.005 .* it needs moe.selection_bias=True"):
         resolve(recipe, varied=["moe.top_k"])
