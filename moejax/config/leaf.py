@@ -26,7 +26,7 @@ class Leaf:
       meaning: one line.
       at_least, above, at_most, below: bounds of a number; floats are compared as float32, in which they are used.
       also: values outside of the bounds that mean something of their own.
-      choices: what a text may be; a callable where they are declared elsewhere.
+      choices: what a text may be, where its type does not say so.
       aliases: what others call the choices.
       needs: what must hold so that anything reads the leaf; None where something always does.
       may_rest: whether a recipe may set it although nothing reads it, since what it needs is chosen at the start of a
