@@ -78,8 +78,13 @@ def in_convention(balance_N: Float[Array, "N"], stats: RoutingStats, convention:
 
 @takes_numpy
 def cv_squared(values_NE: Float[Array, "N E"]) -> Float[Array, "N"]:
-    """Squared coefficient of variation over experts. Shazeer et al. 2017, equation 7."""
-    return values_NE.var(axis=-1) / (values_NE.mean(axis=-1) ** 2 + 1e-10)
+    """Squared coefficient of variation over experts, whatever their scale; 0 where all are 0.
+
+    Source: Shazeer et al. 2017, equation 7.
+    """
+    # A small constant in the denominator would let a router lower its loss by lowering all its weights.
+    mean_N1 = values_NE.mean(axis=-1, keepdims=True)
+    return (values_NE / jnp.where(mean_N1 > 0, mean_N1, 1.0)).var(axis=-1)
 
 
 @takes_numpy
