@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.lax import RaggedDotDimensionNumbers
 from jaxtyping import Array, Float, Int
 
+from moejax.extras import how_to_install
 from moejax.kernels.grouped_matmul.dimensions import BY_MATRIX, BY_TRANSPOSE, OUTER
 from moejax.kernels.grouped_matmul.products import Products, multiply
 from moejax.kernels.grouped_matmul.tail import zero_tail
@@ -33,7 +34,7 @@ def why_unavailable() -> str | None:
     if platform() == "gpu" and jax.__version_info__ >= (0, 12):
         return f"tokamax 0.0.12 needs jax before 0.12 on GPU, and this is {jax.__version__}; set up with Python 3.11"
     if importlib.util.find_spec("tokamax") is None:
-        return "tokamax is not installed; add the extra, as in pip install 'moejax[tokamax]', with Python 3.11"
+        return f"tokamax is not installed; with Python 3.11, {how_to_install('tokamax')}"
     device = jax.devices()[0]
     if device.platform == "gpu" and not _is_new_enough(device):
         return f"its Triton kernels need an NVIDIA GPU of compute capability 8.0, and this is {device.device_kind}"
