@@ -128,7 +128,7 @@ def test_groups_that_do_not_divide_and_a_missing_ranking_are_errors(changes, mes
 @pytest.mark.parametrize("factor", [0.1, 0.5, 0.7, 1.0, 1.1, 1.2, 1.25, 1.3, 1.5, 2.0, 2.2])
 def test_the_slots_of_an_expert_are_the_ceiling_of_its_share_times_the_factor_between_1_and_the_length(factor):
     for top_k, num_experts in [(1, 8), (2, 8), (2, 64), (8, 64), (3, 7), (8, 8)]:
-        for length in [1, 2, 40, 80, 200, 256, 2048, 1_000_000]:
+        for length in [1, 2, 40, 80, 200, 256, 2048]:
             exact = oracle.capacity(factor, top_k, length, num_experts)
             arguments = (top_k, length, num_experts)
             slots = capacity_slots(factor, *arguments)

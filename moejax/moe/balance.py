@@ -82,9 +82,12 @@ def cv_squared(values_NE: Float[Array, "N E"]) -> Float[Array, "N"]:
 
     Source: Shazeer et al. 2017, equation 7.
     """
-    # A small constant in the denominator would let a router lower its loss by lowering all its weights.
-    mean_N1 = values_NE.mean(axis=-1, keepdims=True)
-    return (values_NE / jnp.where(mean_N1 > 0, mean_N1, 1.0)).var(axis=-1)
+    # In units of the largest, where nothing underflows: a small constant in the denominator would let a router lower its
+    # loss by lowering all its weights.
+    largest_N1 = jax.lax.stop_gradient(values_NE.max(axis=-1, keepdims=True))
+    values_NE /= jnp.where(largest_N1 > 0, largest_N1, 1.0)
+    mean_N = values_NE.mean(axis=-1)
+    return values_NE.var(axis=-1) / jnp.where(mean_N > 0, mean_N, 1.0) ** 2
 
 
 @takes_numpy

@@ -130,9 +130,8 @@ def capacity_limit(
     capacity_factor: Float[Array, ""], top_k: int, tokens_per_group: int, num_experts: int
 ) -> Int[Array, ""]:
     """`capacity_slots` of a traced factor."""
-    # The small terms absorb float32 rounding: 1.1 * 2 * 80 / 8 is 22, not 22.000002; and 1.1 * 10^6 not one more.
-    share = capacity_factor * (top_k * tokens_per_group / num_experts)
-    limit = jnp.ceil(share - jnp.maximum(1e-4, 2e-7 * share))
+    # The small term absorbs float32 rounding: 1.1 * 2 * 80 / 8 is 22, not 22.000002.
+    limit = jnp.ceil(capacity_factor * (top_k * tokens_per_group / num_experts) - 1e-4)
     return jnp.clip(limit, 1, tokens_per_group).astype(jnp.int32)
 
 
