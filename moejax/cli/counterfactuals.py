@@ -20,7 +20,14 @@ from rich.console import Console
 from rich.text import Text
 
 from moejax.cli import UsageError
-from moejax.cli.options import define_json, define_workdir, read_workdir, refuse_several_processes
+from moejax.cli.options import (
+    define_json,
+    define_text,
+    define_workdir,
+    read_text_places,
+    read_workdir,
+    refuse_several_processes,
+)
 from moejax.cli.tables import print_table
 from moejax.inspection.changes import KINDS
 from moejax.inspection.counterfactual_result import FILE_NAME, Counterfactuals, Outcome
@@ -30,6 +37,7 @@ from moejax.inspection.counterfactuals import counterfactuals
 def define(values: FlagValues, arguments: list[str]) -> None:
     """Flags of the verb."""
     define_workdir(values)
+    define_text(values)
     define_json(values)
     flags.DEFINE_integer("step", None, "a saved step; default the newest", flag_values=values)
     flags.DEFINE_integer("rows", None, "validation rows, spread over the split; default all", flag_values=values)
@@ -43,7 +51,9 @@ def run(values: FlagValues, rest: list[str]) -> None:
     workdir = read_workdir(values)
     if values.csv and not Path(values.csv).parent.is_dir():
         raise UsageError(f"--csv={values.csv}: {Path(values.csv).parent} is not a folder; make it first")
-    result = counterfactuals(workdir, step=values.step, max_rows=values.rows, kinds=values.kinds)
+    result = counterfactuals(
+        workdir, step=values.step, max_rows=values.rows, kinds=values.kinds, places=read_text_places(values)
+    )
     result.save(workdir / FILE_NAME)
     if values.csv:
         _write_csv(Path(values.csv), result)

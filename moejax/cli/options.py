@@ -16,6 +16,7 @@ from ml_collections import config_flags
 from moejax.cli import UsageError
 from moejax.config import Config, MeshConfig, resolve
 from moejax.training import processes
+from moejax.training.run_text import TextPlaces
 
 
 def define_config(values: FlagValues, arguments: list[str], default: str | None = None) -> None:
@@ -131,6 +132,21 @@ def read_workdir(values: FlagValues) -> Path:
     if not path.is_dir():
         raise UsageError(f"--workdir={path} is not a folder; train a run there first")
     return path
+
+
+def define_text(values: FlagValues) -> None:
+    """`--data.directory=`, `--data.files=` and `--data.source_dir=`: where a run's text is now."""
+    flags.DEFINE_string(
+        "data.directory", "", "where the run's rows are, or are prepared again; default as it was recorded by you",
+        flag_values=values,
+    )  # fmt: skip
+    flags.DEFINE_string("data.files", "", "where the text of data.source=files is now", flag_values=values)
+    flags.DEFINE_string("data.source_dir", "", "where the dataset of data.source=tfds is now", flag_values=values)
+
+
+def read_text_places(values: FlagValues) -> TextPlaces:
+    """What the flags of `define_text` say."""
+    return TextPlaces(values["data.directory"].value, values["data.files"].value, values["data.source_dir"].value)
 
 
 def define_json(values: FlagValues) -> None:

@@ -19,6 +19,7 @@ from jaxtyping import Float64, Int64
 
 from moejax.inspection import html
 from moejax.training.routing_log import RoutingHistory, read_routing
+from moejax.training.run_tree import check_run_tree
 
 if TYPE_CHECKING:  # imported where they are needed: a run opens without them
     import pandas as pd
@@ -226,10 +227,12 @@ def open_run(workdir: str | Path) -> Run:
 
     Raises:
       RunError: there is no such directory, or its `config.json` is missing or damaged.
+      RunTreeError: the directory has links out of it, or pipes.
     """
     workdir = Path(workdir)
     if not workdir.is_dir():
         raise RunError(f"{workdir} is no directory; give the --workdir of a training run")
+    check_run_tree(workdir)
     facts = _read_config(workdir / "config.json")
     return Run(
         workdir=workdir,

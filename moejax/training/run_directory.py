@@ -18,10 +18,12 @@ import moejax
 from moejax.config import AlarmConfig, Config, ConfigError, leaves, resolve, to_dict
 from moejax.models.parameters import ParameterCount
 from moejax.training.processes import fail_together, first_says
+from moejax.training.run_tree import check_run_tree
+from moejax.training.text_record import record_text
 
 MAY_CHANGE = (
     "train.num_steps", "train.log_every", "train.eval_every", "train.checkpoint_every", "train.keep_checkpoints",
-    "train.max_nonfinite_steps", "train.step_limit_s", "data.directory", "moe.grouped_matmul", "moe.exchange",
+    "train.max_nonfinite_steps", "train.step_limit_s", "data.directory", "data.files", "data.source_dir", "moe.grouped_matmul", "moe.exchange",
     "moe.exchange_buffer", "moe.exchange_chunks", "moe.save_exchanged", "model.remat", "model.scan_layers",
     "mesh.data", "mesh.fsdp", "mesh.expert", "mesh.context", "mesh.tensor",
     "mesh.dcn_data", "mesh.dcn_fsdp", "mesh.dcn_expert",
@@ -40,6 +42,7 @@ def check_run_directory(workdir: Path, config: Config) -> None:
     """Raises `ConfigError` if the directory holds a run of another configuration; changes nothing."""
     if workdir.exists() and not workdir.is_dir():
         raise ConfigError(f"--workdir={workdir} is a file; name a folder")
+    check_run_tree(workdir)
     if not (workdir / "config.json").exists():
         return
     saved, wanted = to_dict(read_config(workdir)), to_dict(config)
@@ -77,6 +80,7 @@ def write_run_directory(workdir: Path, config: Config, parameters: ParameterCoun
     content = {
         "config": to_dict(config),
         "corpus": corpus,
+        "text": record_text(config.data, corpus),
         "parameters": dataclasses.asdict(parameters),
         "versions": versions(),
         "git_commit": git_commit(),
@@ -118,7 +122,9 @@ def read_config(workdir: str | Path) -> Config:
 
     Raises:
       ConfigError: there is no readable `config.json`, or it does not describe a valid configuration.
+      RunTreeError: the run directory has links out of it, or pipes.
     """
+    check_run_tree(workdir)
     path = Path(workdir) / "config.json"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
