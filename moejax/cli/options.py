@@ -206,7 +206,8 @@ def define_text(values: FlagValues) -> None:
 
 def read_text_places(values: FlagValues) -> TextPlaces:
     """What the flags of `define_text` say."""
-    return TextPlaces(values["data.directory"].value, values["data.files"].value, values["data.source_dir"].value)
+    leaves = [field.name for field in dataclasses.fields(TextPlaces)]
+    return TextPlaces(*(values[f"data.{leaf}"].value or "" for leaf in leaves))
 
 
 def define_json(values: FlagValues) -> None:

@@ -111,8 +111,8 @@ def prepare(data: DataConfig, tokenizer: Tokenizer | None = None, *, only: str =
     name = f"{source.name}-{tokenizer.kind}{tokenizer.vocab_size}-{data.seq_len}-{key}"
     if only not in ("", name):
         raise DataError(
-            f"the text of data.source={data.source} gives the rows {name} and not {only}, on which the run was trained: it "
-            "has changed since; restore it"
+            f"the text of data.source={data.source} gives the rows {name}, not {only}, on which the run was trained: "
+            "it has changed since; restore it"
         )
     folder = data_directory(data) / "rows" / name
 

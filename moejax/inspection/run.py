@@ -20,7 +20,7 @@ from jaxtyping import Float64, Int64
 from moejax.inspection import html
 from moejax.inspection.run_names import arm_name
 from moejax.training.routing_log import RoutingHistory, read_routing
-from moejax.training.run_tree import check_run_tree
+from moejax.training.run_tree import RunTreeError, check_run_tree
 
 if TYPE_CHECKING:  # imported where they are needed: a run opens without them
     import pandas as pd
@@ -242,13 +242,15 @@ def open_run(workdir: str | Path) -> Run:
     """Opens the run directory `workdir`; of its files only `config.json` is read.
 
     Raises:
-      RunError: there is no such directory, or its `config.json` is missing or damaged.
-      RunTreeError: the directory has links out of it, or pipes.
+      RunError: there is no such directory, it has links out of it or pipes, or its `config.json` is missing or damaged.
     """
     workdir = Path(workdir)
     if not workdir.is_dir():
         raise RunError(f"{workdir} is no directory; give the --workdir of a training run")
-    check_run_tree(workdir)
+    try:
+        check_run_tree(workdir)
+    except RunTreeError as error:
+        raise RunError(str(error)) from error
     facts = _read_config(workdir / "config.json")
     return Run(
         workdir=workdir,

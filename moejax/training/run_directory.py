@@ -27,7 +27,8 @@ from moejax.training.text_record import record_text
 
 MAY_CHANGE = (
     "train.num_steps", "train.log_every", "train.eval_every", "train.checkpoint_every", "train.keep_checkpoints",
-    "train.max_nonfinite_steps", "train.step_limit_s", "data.directory", "data.files", "data.source_dir", "moe.grouped_matmul", "moe.exchange",
+    "train.max_nonfinite_steps", "train.step_limit_s", "data.directory", "data.files", "data.source_dir",
+    "moe.grouped_matmul", "moe.exchange",
     "moe.exchange_buffer", "moe.exchange_chunks", "moe.save_exchanged", "model.remat", "model.scan_layers",
     "mesh.data", "mesh.fsdp", "mesh.expert", "mesh.context", "mesh.tensor",
     "mesh.dcn_data", "mesh.dcn_fsdp", "mesh.dcn_expert",
