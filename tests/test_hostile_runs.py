@@ -62,7 +62,7 @@ def test_links_and_pipes_in_place_of_any_file_stop_every_verb_before_it_is_opene
     canary.write_text(CANARY)
     files = [path for path in sorted(copy.rglob("*")) if path.is_file()]
     kinds = {path.relative_to(copy).parts[0]: path for path in files}
-    assert kinds.keys() >= {"config.json", "metrics.jsonl", "tokenizer.json", "checkpoints", "routing", "evaluations"}
+    assert kinds.keys() >= {"config.json", "metrics.jsonl", "tokenizer.json", "checkpoints", "routing"}
     for path in kinds.values():
         kept = path.with_name("kept")
         path.rename(kept)

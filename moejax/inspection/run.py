@@ -275,7 +275,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         facts = json.loads(path.read_bytes().decode())
     except FileNotFoundError as error:
         raise _missing(path) from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise RunError(f"{path} is damaged ({error}); {remedy}") from error
     missing = [key for key in CONFIG_KEYS if not isinstance(facts, dict) or key not in facts]
     if missing:
@@ -338,7 +338,7 @@ def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
         file = path.open("rb")
     except FileNotFoundError as error:
         raise _missing(path) from error
-    damage: tuple[int, ValueError] | None = None
+    damage: tuple[int, Exception] | None = None
     with file:
         for number, line in enumerate(file, start=1):
             if damage and line.strip():
@@ -347,7 +347,7 @@ def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
                 continue
             try:
                 values = json.loads(line.decode())
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            except (ValueError, RecursionError) as error:
                 damage = number, error
                 continue
             if not isinstance(values, dict) or type(values.get("step")) is not int:

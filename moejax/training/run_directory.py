@@ -199,7 +199,7 @@ def read_config(workdir: str | Path) -> Config:
         raise ConfigError(f"{path} does not exist; --workdir must name the folder of a trained run") from error
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigError(f"{path} is damaged ({error}); restore it, or train the run anew") from error
 
 
