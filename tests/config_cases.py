@@ -15,6 +15,7 @@ SPECIMENS = {
     "train.step_limit_s": (60.0, {}),
     "alarms.stop": ("ties, drops", {}),
     "data.source": ("synthetic", {}),
+    "data.text_field": ("body", {"data.source": "files", "data.files": "texts"}),
     "moe.score": ("softmax_after", {}),
     "moe.jitter": (0.01, {}),
     "moe.num_groups": (4, {"moe.top_k_groups": 2}),

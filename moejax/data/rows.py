@@ -93,12 +93,13 @@ class Corpus:
         return read_labels(self.directory, split, self.num_documents[split], self.digests)
 
 
-def prepare(data: DataConfig, tokenizer: Tokenizer | None = None) -> Corpus:
+def prepare(data: DataConfig, tokenizer: Tokenizer | None = None, *, only: str = "") -> Corpus:
     """Opens the corpus that `data` describes, and prepares it first if that was never done.
 
     Args:
       data: source, tokenizer, sequence length and the folder to keep the result in.
       tokenizer: used instead of the one `data` describes; a run passes its own.
+      only: the name of the rows of a run; text that gives others is refused.
 
     Raises:
       ConfigError: `data` names no documents, or its vocabulary does not fit them.
@@ -108,6 +109,11 @@ def prepare(data: DataConfig, tokenizer: Tokenizer | None = None) -> Corpus:
     tokenizer = tokenizer or _tokenizer(data, source)
     key = _key(source.identity, tokenizer.fingerprint, data.seq_len)
     name = f"{source.name}-{tokenizer.kind}{tokenizer.vocab_size}-{data.seq_len}-{key}"
+    if only not in ("", name):
+        raise DataError(
+            f"the text of data.source={data.source} gives the rows {name}, not {only}, on which the run was trained: "
+            "it has changed since; restore it"
+        )
     folder = data_directory(data) / "rows" / name
 
     def write(temporary: Path) -> None:

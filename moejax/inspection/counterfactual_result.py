@@ -179,7 +179,7 @@ class Counterfactuals:
             _ = found.ablation_NE  # layers and experts that the rows name exist
         except FileNotFoundError as error:
             raise CounterfactualError(f"{path} is missing; `moejax counterfactuals` writes it") from error
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
             raise CounterfactualError(
                 f"{path} is damaged ({type(error).__name__}: {error}); run `moejax counterfactuals` again"
             ) from error

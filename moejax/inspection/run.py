@@ -20,6 +20,7 @@ from jaxtyping import Float64, Int64
 from moejax.inspection import html
 from moejax.inspection.run_names import arm_name
 from moejax.training.routing_log import RoutingHistory, read_routing
+from moejax.training.run_tree import RunTreeError, check_run_tree
 
 if TYPE_CHECKING:  # imported where they are needed: a run opens without them
     import pandas as pd
@@ -241,11 +242,15 @@ def open_run(workdir: str | Path) -> Run:
     """Opens the run directory `workdir`; of its files only `config.json` is read.
 
     Raises:
-      RunError: there is no such directory, or its `config.json` is missing or damaged.
+      RunError: there is no such directory, it has links out of it or pipes, or its `config.json` is missing or damaged.
     """
     workdir = Path(workdir)
     if not workdir.is_dir():
         raise RunError(f"{workdir} is no directory; give the --workdir of a training run")
+    try:
+        check_run_tree(workdir)
+    except RunTreeError as error:
+        raise RunError(str(error)) from error
     facts = _read_config(workdir / "config.json")
     return Run(
         workdir=workdir,
@@ -270,7 +275,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         facts = json.loads(path.read_bytes().decode())
     except FileNotFoundError as error:
         raise _missing(path) from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise RunError(f"{path} is damaged ({error}); {remedy}") from error
     missing = [key for key in CONFIG_KEYS if not isinstance(facts, dict) or key not in facts]
     if missing:
@@ -333,7 +338,7 @@ def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
         file = path.open("rb")
     except FileNotFoundError as error:
         raise _missing(path) from error
-    damage: tuple[int, ValueError] | None = None
+    damage: tuple[int, Exception] | None = None
     with file:
         for number, line in enumerate(file, start=1):
             if damage and line.strip():
@@ -342,7 +347,7 @@ def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
                 continue
             try:
                 values = json.loads(line.decode())
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            except (ValueError, RecursionError) as error:
                 damage = number, error
                 continue
             if not isinstance(values, dict) or type(values.get("step")) is not int:

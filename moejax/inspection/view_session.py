@@ -7,9 +7,9 @@ import numpy as np
 import panel as pn
 
 from moejax.inspection import view_page as page
-from moejax.inspection.live import Library, LiveRun
 from moejax.inspection.axes import NAMES
 from moejax.inspection.figures import Chart
+from moejax.inspection.live import Library, LiveRun
 from moejax.inspection.run_paths import check_folder
 from moejax.inspection.view import CATCH_UP_MS, EVERY_MS, NUM_CHOSEN
 from moejax.inspection.view_plots import CurvePlot, charts_of, constant, load_plot, signature

@@ -76,7 +76,7 @@ def _truncate(path: Path, after_step: int) -> tuple[int, bool]:
         try:
             values = json.loads(line)
             is_kept = values["step"] <= after_step
-        except (json.JSONDecodeError, KeyError, TypeError):  # a line cut off by a crash
+        except (ValueError, KeyError, TypeError, RecursionError):  # a line cut off by a crash
             continue
         if is_kept:
             kept.append(line + "\n")

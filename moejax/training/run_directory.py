@@ -22,10 +22,13 @@ from moejax.models.parameters import ParameterCount
 from moejax.training.checkpoint_meta import newest_meta
 from moejax.training.numerics import changed_numerics, numerics
 from moejax.training.processes import fail_together, first_says
+from moejax.training.run_tree import check_run_tree
+from moejax.training.text_record import record_text
 
 MAY_CHANGE = (
     "train.num_steps", "train.log_every", "train.eval_every", "train.checkpoint_every", "train.keep_checkpoints",
-    "train.max_nonfinite_steps", "train.step_limit_s", "train.check_memory", "data.directory",
+    "train.max_nonfinite_steps", "train.step_limit_s", "train.check_memory",
+    "data.directory", "data.files", "data.source_dir",
     "moe.grouped_matmul", "moe.exchange",
     "moe.exchange_buffer", "moe.exchange_chunks", "moe.save_exchanged", "model.remat", "model.scan_layers",
     "mesh.data", "mesh.fsdp", "mesh.expert", "mesh.context", "mesh.tensor",
@@ -78,6 +81,7 @@ def check_run_directory(workdir: Path, config: Config) -> None:
     check_path(workdir)
     if workdir.exists() and not workdir.is_dir():
         raise ConfigError(f"--workdir={workdir} is a file; name a folder")
+    check_run_tree(workdir)
     known = [read_config(workdir)] if (workdir / "config.json").exists() else []
     meta = newest_meta(workdir)
     if meta is not None:
@@ -111,7 +115,7 @@ def check_path(workdir: Path) -> None:
         is_utf8 = False
     if not is_utf8:
         raise ConfigError(
-            f"--workdir={ascii(str(workdir))} is not the same name in UTF-8 as in this locale "
+            f"--workdir={str(workdir)!a} is not the same name in UTF-8 as in this locale "
             f"({sys.getfilesystemencoding()}); set LC_ALL=C.UTF-8, or use a name of ASCII letters"
         )
 
@@ -148,6 +152,7 @@ def write_run_directory(workdir: Path, config: Config, parameters: ParameterCoun
     content = {
         "config": to_dict(config),
         "corpus": corpus,
+        "text": record_text(config.data, corpus),
         "parameters": dataclasses.asdict(parameters),
         "versions": versions(),
         "git_commit": git_commit(),
@@ -190,7 +195,9 @@ def read_config(workdir: str | Path) -> Config:
 
     Raises:
       ConfigError: there is no readable `config.json`, or it does not describe a valid configuration.
+      RunTreeError: the run directory has links out of it, or pipes.
     """
+    check_run_tree(workdir)
     path = Path(workdir) / "config.json"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -199,7 +206,7 @@ def read_config(workdir: str | Path) -> Config:
         raise ConfigError(f"{path} does not exist; --workdir must name the folder of a trained run") from error
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigError(f"{path} is damaged ({error}); restore it, or train the run anew") from error
 
 
