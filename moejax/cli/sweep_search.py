@@ -11,9 +11,10 @@ from absl import flags
 from absl.flags import FlagValues
 
 from moejax.cli import UsageError
-from moejax.cli.options import read_config_flag
+from moejax.cli.options import define_seed, read_config_flag, read_folder_to_write
 from moejax.cli.tables import print_result, print_table
-from moejax.sweeps import Space
+from moejax.paths import resolve_path
+from moejax.sweeps import Space, varied_keys
 from moejax.sweeps.directory import check_search
 from moejax.sweeps.programs import keep_programs
 from moejax.sweeps.search import LOSS, Definition, StudyError, objective_of, search_axes
@@ -45,7 +46,7 @@ def define_search(values: FlagValues) -> None:
     flags.DEFINE_enum(
         "pruner", "none", ["none", "median", "halving"], "--search: which arms end early", flag_values=values
     )
-    flags.DEFINE_integer("search_seed", 0, "--search: of the draws", flag_values=values)
+    define_seed(values, "search_seed", "--search: of the draws")
     flags.DEFINE_string("study", "", "the search's name; default that of --dir", flag_values=values)
     flags.DEFINE_string(
         "storage", "", "where workers meet: a path ending in .journal or .db, or a database's URL; default "
@@ -101,7 +102,7 @@ def search(values: FlagValues, space: Space, recipe: str, directory: Path, comma
         pruner=values.pruner,
         seed=values.search_seed,
         trials=values.trials,
-        fractions=common_fractions(read_config_flag(values), axes),
+        fractions=common_fractions(read_config_flag(values, varied_keys(space)), axes),
         is_filtered=space.is_filtered,
         objective=objective_of(axes),
     )
@@ -109,7 +110,7 @@ def search(values: FlagValues, space: Space, recipe: str, directory: Path, comma
         log.info("axes change what a token is: points are compared by %s", definition.objective)
     check_search(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    name, storage = values.study or directory.name, values.storage or str(directory / "study.journal")
+    name, storage = values.study or directory.name, _storage(values) or str(directory / "study.journal")
     study = create_study(storage, name, definition)
     if definition.is_filtered:
         log.info("others join with the same command")
@@ -130,7 +131,7 @@ def join_search(values: FlagValues, command: str) -> None:
         values, ("search", *OF_DRAWS, *OF_GRIDS, *OF_RUNNERS), "is not for a worker, which does what the study says; "
         "leave it out, or give it to the command that made the study",
     )  # fmt: skip
-    study = open_study(values.storage, values.study)
+    study = open_study(_storage(values), values.study)
     definition = definition_of(study)
     if definition.is_filtered:
         raise StudyError(
@@ -138,7 +139,7 @@ def join_search(values: FlagValues, command: str) -> None:
             "worker does not know; join with the command that made the study, moejax sweep --config=... --search=..., "
             "with the same flags and axes"
         )
-    directory = Path(values.dir or f"runs/{values.study}")
+    directory = read_folder_to_write(values.dir or f"runs/{values.study}", "--dir")
     check_search(directory)
     with StopSignals() as stop:
         _work(values, study, Trials(directory, definition, command, stop))
@@ -176,4 +177,13 @@ def show_dashboard(values: FlagValues) -> None:
     """optuna-dashboard, until it is interrupted."""
     if not values.storage:
         raise UsageError("--storage is missing; moejax sweep --search says which")
-    serve_dashboard(values.storage, port=values.port)
+    if not 0 < values.port < 65536:
+        raise UsageError(f"--port={values.port} must be between 1 and 65535")
+    serve_dashboard(_storage(values), port=values.port)
+
+
+def _storage(values: FlagValues) -> str:
+    """Where a study is: a URL as it was given, or a path, resolved."""
+    if not values.storage or "://" in values.storage:
+        return values.storage
+    return str(resolve_path(values.storage, "--storage"))

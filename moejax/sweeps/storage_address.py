@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import unquote
 
+from moejax.extras import how_to_install
 from moejax.sweeps.search import StudyError
 
 if TYPE_CHECKING:  # an extra, imported where it is needed
@@ -82,7 +83,7 @@ def parse_address(address: str) -> "URL":
     try:
         import sqlalchemy
     except ImportError as error:
-        raise StudyError(f"a search needs SQLAlchemy ({error}): pip install 'moejax[sweeps]'") from error
+        raise StudyError(f"a search needs SQLAlchemy ({error}): {how_to_install('sweeps')}") from error
     scheme = _SCHEME.match(address)
     if scheme is None or not address.startswith(f"{scheme[0]}://"):
         raise StudyError("the storage is no URL of the form postgresql+psycopg://user@host/name; write it so")

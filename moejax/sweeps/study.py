@@ -13,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from moejax.extras import how_to_install
 from moejax.sweeps.search import Definition, StudyError
 from moejax.sweeps.storage_address import (
     is_path,
@@ -43,7 +44,7 @@ def load_optuna() -> ModuleType:
     try:
         import optuna
     except ImportError as error:
-        raise StudyError(f"a search needs Optuna ({error}): pip install 'moejax[sweeps]'") from error
+        raise StudyError(f"a search needs Optuna ({error}): {how_to_install('sweeps')}") from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return optuna
 
@@ -174,7 +175,7 @@ def serve_dashboard(storage: str, host: str = "127.0.0.1", port: int = 8080) -> 
     try:
         from optuna_dashboard import run_server
     except ImportError as error:
-        raise StudyError(f"the dashboard is not installed ({error}): pip install 'moejax[sweeps]'") from error
+        raise StudyError(f"the dashboard is not installed ({error}): {how_to_install('sweeps')}") from error
     shown = show_storage(storage)
     missing = StudyError(f"there is no study in {shown}; moejax sweep --search=... --storage={shown} makes one")
     if not _may_exist(storage):  # opening would make it
@@ -238,7 +239,7 @@ def _open_database(address: str, create: bool) -> "optuna.storages.BaseStorage":
             reason = without_secrets(str(error.__cause__ or error), address)
             raise StudyError(
                 f"storage {show_storage(address)} needs a driver that is not installed ({reason}); "
-                "pip install 'moejax[sweeps]' brings that of postgresql+psycopg://"
+                f"that of postgresql+psycopg:// comes with extra sweeps: {how_to_install('sweeps')}"
             ) from error
         except sqlalchemy.exc.SQLAlchemyError as error:
             if not create or not _is_race(error) or attempt == CREATORS_RACE - 1:
