@@ -59,6 +59,8 @@ def test_no_error_about_a_storage_holds_its_password(form, dialect, tmp_path, mo
     assert main(["sweep", "worker", address]) == 2
     assert main(["sweep", address]) == 2 and main(["sweep", "dashboard", address]) == 2
     assert main(["sweep", "worker", f"--storage={address}", "--study=s", "--trials=3"]) == 2
+    assert main(["sweep", "worker", f"--storage={address}", "--storage", f"{address}x"]) == 2
+    assert main(["sweep", "worker", f"--strage={address}"]) == 2
     said = capsys.readouterr()
     assert SECRET not in said.err + said.out + caplog.text
     assert list(tmp_path.iterdir()) == []
