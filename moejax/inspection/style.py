@@ -151,7 +151,9 @@ def tick_at(axes: Axes, places: np.ndarray) -> None:
     """Ticks of the x axis where something was measured, such as evaluations: all of them, or some evenly spaced ones."""
     known = np.unique(places[np.isfinite(places)])
     if known.size:
-        axes.set_xticks(known[np.unique(np.linspace(0, known.size - 1, min(known.size, MEASURED_TICKS)).round().astype(int))])
+        axes.set_xticks(
+            known[np.unique(np.linspace(0, known.size - 1, min(known.size, MEASURED_TICKS)).round().astype(int))]
+        )
 
 
 def heat_map(axes: Axes, values: np.ndarray, edges: np.ndarray | None = None, **look: Any) -> Any:

@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from moejax.config import ConfigError, resolve, to_dict
+from moejax.config import ConfigError, resolve_recorded, to_dict
 from moejax.training.checkpoint_meta import (
     CheckpointError,
     Damage,
@@ -283,7 +283,7 @@ class Checkpoints:
     def _compare_config(self, saved: Mapping[str, Any], folder: Path) -> None:
         """The configuration in the checkpoint is the one that trained it, whatever became of `config.json`."""
         try:
-            change = first_change(resolve(saved), self.trainable.config)
+            change = first_change(resolve_recorded(saved), self.trainable.config)
         except ConfigError as error:
             raise CheckpointError(f"{folder} was saved with a configuration that cannot be used: {error}") from error
         if change:
