@@ -104,12 +104,18 @@ def _cost(run: Run) -> list[tuple[str, str]]:
     speed, mfu, memory = median_speed(run.series(SPEED)[1]), median_speed(run.series(MFU)[1]), run.last(MEMORY)
     arithmetic = None if flops is None or tokens is None else flops * tokens
     return [
-        ("Training time", f"{duration(seconds[-1])}, without compilation, evaluation and saving" if seconds.size else ""),
+        (
+            "Training time",
+            f"{duration(seconds[-1])}, without compilation, evaluation and saving" if seconds.size else "",
+        ),
         (
             "Training FLOPs",
             "" if arithmetic is None or flops is None else f"{arithmetic:.3g}, {short_number(flops)} for a token",
         ),
-        ("Tokens per second", number(speed) + " (median over logging intervals)" if speed is not None else number(None)),
+        (
+            "Tokens per second",
+            number(speed) + " (median over logging intervals)" if speed is not None else number(None),
+        ),
         ("MFU", "" if mfu is None else f"{mfu:.1%} of the devices' peak in bfloat16 (median over logging intervals)"),
         ("Peak memory", "" if memory is None else f"{memory / 2**30:.2f} GiB of the fullest device"),
     ]

@@ -39,7 +39,9 @@ def arm_names(sweep: Path) -> dict[str, str]:
     given = list(names.values())
     prefix = sweep.resolve().name
     return {
-        arm: f"{prefix}: {name}" if name and given.count(name) == 1 else f"{prefix}: {', '.join(filter(None, [name, arm]))}"
+        arm: f"{prefix}: {name}"
+        if name and given.count(name) == 1
+        else f"{prefix}: {', '.join(filter(None, [name, arm]))}"
         for arm, name in names.items()
     }
 

@@ -104,7 +104,10 @@ def over_represented_tokens(
         for counts_V, z_V, ratio_V in zip(counts_EV, z_EV, ratio_EV, strict=True):
             chosen = _rank(counts_V, z_V, top, min_count)
             of_layer.append(
-                [TokenShare(int(v), int(counts_V[v]), float(counts_V[v] / seen_V[v]), float(ratio_V[v])) for v in chosen]
+                [
+                    TokenShare(int(v), int(counts_V[v]), float(counts_V[v] / seen_V[v]), float(ratio_V[v]))
+                    for v in chosen
+                ]
             )
         ranked.append(of_layer)
     return ranked

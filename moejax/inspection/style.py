@@ -148,10 +148,11 @@ def label_steps(axes: Axes, xlabel: str = "training step") -> None:
 
 
 def tick_at(axes: Axes, places: np.ndarray) -> None:
-    """Ticks of the x axis where something was measured, such as evaluations: all of them, or some evenly spaced ones."""
+    """Ticks of the x axis where something was measured, such as evaluations: at all of them, or at every nth to the last."""
     known = np.unique(places[np.isfinite(places)])
+    stride = -(-known.size // MEASURED_TICKS) or 1
     if known.size:
-        axes.set_xticks(known[np.unique(np.linspace(0, known.size - 1, min(known.size, MEASURED_TICKS)).round().astype(int))])
+        axes.set_xticks(known[::-1][::stride])
 
 
 def heat_map(axes: Axes, values: np.ndarray, edges: np.ndarray | None = None, **look: Any) -> Any:

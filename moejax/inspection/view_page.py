@@ -93,7 +93,9 @@ def run_row(run: LiveRun) -> str:
         number(state.bits_per_byte),
         number(state.tokens_per_s),
     )
-    cells = "".join(f'<span data-name="{name}">{value}</span>' for name, value in zip(COLUMNS[1:6], values, strict=True))
+    cells = "".join(
+        f'<span data-name="{name}">{value}</span>' for name, value in zip(COLUMNS[1:6], values, strict=True)
+    )
     notes = [f'<div class="bad">{html.text(text)}</div>' for text in (*state.alarms, state.problem) if text]
     last = f'<div class="wide">{"".join(notes)}</div>' if notes else f'<span data-name="{COLUMNS[6]}">none</span>'
     swatch = f'<i style="background:{run.color}"></i>'

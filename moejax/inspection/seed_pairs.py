@@ -1,0 +1,98 @@
+"""Settings of several runs, and their differences seed by seed.
+
+Runs that differ in `train.seed` alone are one setting. Two settings see the same text in the same order for the same seed, and
+begin with the same weights where their shapes agree; what a seed does to both of them is no part of their difference, so
+the error of that is taken over differences of equal seeds.
+"""
+
+import dataclasses
+import json
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+
+from moejax.inspection.run import Run
+
+SECTION, LEAF = "train", "seed"
+CONFIDENCE = 0.95
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """Runs that differ in their seed alone.
+
+    Attributes:
+      name: of the setting; that of its run, if it has one.
+      runs: by seed.
+    """
+
+    name: str
+    runs: Mapping[int, str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """A mean difference of two settings over the seeds that both have.
+
+    Attributes:
+      mean: of second minus first.
+      error: standard error of that over the seeds.
+      num_seeds: at least 2.
+    """
+
+    mean: float
+    error: float
+    num_seeds: int
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether 0 is outside of the 95 % interval of Student's t: with two or three seeds that is wide."""
+        from scipy import stats
+
+        return abs(self.mean) > self.error * float(stats.t.ppf((1 + CONFIDENCE) / 2, self.num_seeds - 1))
+
+
+def find_settings(runs: Mapping[str, Run]) -> list[Setting]:
+    """Groups runs into settings, in their order.
+
+    Args:
+      runs: by label.
+    """
+    groups: dict[str, dict[int, str]] = {}
+    for label, run in runs.items():
+        seed = run.config.get(SECTION, {}).get(LEAF)
+        key = _without_seed(run)
+        if type(seed) is not int or seed in groups.get(key, {}):  # the same run twice, or no seed: a setting of its own
+            groups[label] = {0 if type(seed) is not int else seed: label}
+        else:
+            groups.setdefault(key, {})[seed] = label
+    return [Setting(_name(list(labels.values())), labels) for labels in groups.values()]
+
+
+def difference(first: Mapping[int, float], second: Mapping[int, float]) -> Difference | None:
+    """The mean of second minus first over common seeds.
+
+    Args:
+      first: finite values by seed.
+      second: of the other setting.
+
+    Returns:
+      None if fewer than two seeds are common.
+    """
+    seeds = sorted(first.keys() & second.keys())
+    if len(seeds) < 2:
+        return None
+    differences = [second[seed] - first[seed] for seed in seeds]
+    error = statistics.stdev(differences) / math.sqrt(len(differences))
+    return Difference(statistics.fmean(differences), error, len(differences))
+
+
+def _without_seed(run: Run) -> str:
+    leaves = {section: dict(values) for section, values in run.config.items()}
+    leaves.get(SECTION, {}).pop(LEAF, None)
+    return json.dumps(leaves, sort_keys=True)
+
+
+def _name(labels: Sequence[str]) -> str:
+    """The label of its run, or of the first of several."""
+    return labels[0] if len(labels) == 1 else f"{labels[0]} ({len(labels)} seeds)"
