@@ -1,7 +1,9 @@
 """Several runs as one HTML page: how they ended, where they differ, and how loss and balance went in each."""
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -99,10 +101,17 @@ def _differences(comparison: Comparison) -> str:
     if not len(frame):
         return "<p>The configurations are the same.</p>"
     rows = [
-        [html.text(leaf), *(f"<code>{html.text(value)}</code>" for value in row)]
+        [html.text(leaf), *(_leaf(value) for value in row)]
         for leaf, row in zip(frame.index, frame.itertuples(index=False, name=None), strict=True)
     ]
     return f"<p>The leaves in which the runs differ.</p>{table(['leaf', *map(html.text, frame.columns)], rows, 'compared')}"
+
+
+def _leaf(value: Any) -> str:
+    """A value of a configuration; a dash where a run has no such leaf."""
+    if value is None:
+        return "–"
+    return f"<code>{html.text(value if value != '' else json.dumps(value))}</code>"
 
 
 def _losses(comparison: Comparison) -> str:

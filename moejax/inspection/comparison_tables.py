@@ -55,7 +55,7 @@ def results(comparison: Comparison) -> str:
     labels = [html.text(label) for label in comparison.runs]
     if len(labels) > MAX_ACROSS:
         rows = [[label, *(row.show(values[i]) for row, values in known)] for i, label in enumerate(labels)]
-        return intro + table(["run", *(row.title for row, _ in known)], rows, "numbers")
+        return intro + table(["run", *(row.title for row, _ in known)], rows, "compared")
     if len(labels) == 2:
         head = ["", *labels, f"difference: {labels[1]} minus {labels[0]}"]
         rows = [[row.title, *map(row.show, values), _minus(row, values[1], values[0])] for row, values in known]
