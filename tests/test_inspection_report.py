@@ -397,7 +397,10 @@ def test_layers_are_drawn_one_by_one_with_the_worst_named(tmp_path, undrawn):
     log_layers(tmp_path, (10, 20), [[0.9, 0.1], [0.25, 0.75]])
     text = Page(render(open_run(tmp_path))).text
     assert "worst: layer 2, 0.75" in text
-    assert "The same in every layer throughout: load entropy 0; router entropy 0; dropped 0; largest router logit 0" in text
+    assert (
+        "The same in every layer throughout: load entropy 0; router entropy 0; dropped 0; largest router logit 0"
+        in text
+    )
 
 
 def test_experts_that_go_together_are_named_with_their_share_and_chance(tmp_path, undrawn):

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 from moejax.config import ROUTER_RULES, ConfigError
 from moejax.data import Tokenizer
 from moejax.models import Decoder
+from moejax.seeds import check_seed
 
 MAX_TOKENS = 65_536
 """The cache holds keys and values of every position at once."""
@@ -53,6 +54,7 @@ def generate(
       ConfigError: no prompt, or an argument out of range.
     """
     _check(prompts, max_tokens, temperature, top_p)
+    check_seed("--seed", seed)
     rows = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]
     lengths = np.array([len(row) for row in rows], np.int32)
     trained_length = model.config.data.seq_len

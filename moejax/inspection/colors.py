@@ -25,8 +25,8 @@ def nth_color(n: int) -> str:
 class RunColors:
     """Colours that are given once and kept.
 
-    A name always asks for the same one of `FIRST`, so that a run keeps its colour when the server is started again; only
-    where another run has it does it get the next that is free.
+    A name always asks for the same one of `FIRST`, so that a run keeps its colour when the server is started again;
+    only where another run has it does it get the next that is free.
     """
 
     def __init__(self) -> None:

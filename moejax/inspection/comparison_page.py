@@ -11,7 +11,7 @@ from moejax.inspection import html
 from moejax.inspection.axes import NAMES
 from moejax.inspection.comparison import Comparison, compare
 from moejax.inspection.comparison_figures import MAX_RUNS, draw_runs, draw_sorted_load, looks
-from moejax.inspection.comparison_tables import OTHER_TOKENS, have_same_tokens, over_seeds, results
+from moejax.inspection.comparison_tables import other_tokens, over_seeds, results
 from moejax.inspection.figures import only_value
 from moejax.inspection.page import Section, drawn_layers, figure, grid, number, render_page, table, write_page
 from moejax.inspection.report_load import final_counts
@@ -115,7 +115,8 @@ def _leaf(value: Any) -> str:
 
 
 def _losses(comparison: Comparison) -> str:
-    losses = LOSSES if have_same_tokens(comparison) else BITS
+    note = other_tokens(comparison)
+    losses = BITS if note else LOSSES
     drawn = []
     for key, title, unit in losses:
         of_key = []
@@ -129,7 +130,7 @@ def _losses(comparison: Comparison) -> str:
     return (
         f"{_key(comparison)}<p>Experts are to be judged at equal arithmetic. FLOPs are what the model asks for in "
         "training, forward and backward, attention among them; time is that of training steps on the devices of each "
-        f"run.</p>{'' if losses == LOSSES else OTHER_TOKENS}{''.join(drawn)}"
+        f"run.</p>{note}{''.join(drawn)}"
     )
 
 

@@ -10,19 +10,15 @@ from moejax.inspection.comparison import Comparison, shown
 from moejax.inspection.page import table
 from moejax.inspection.report_training import duration
 from moejax.inspection.run import Run
-from moejax.inspection.seed_pairs import Difference, Setting, difference, find_settings
+from moejax.inspection.seed_pairs import Setting, difference, find_settings
 from moejax.inspection.style import short_number
+from moejax.inspection.sweep_differences import Difference
+from moejax.inspection.token_keys import comparison_note
 from moejax.training.metrics import MEMORY, MFU, median_speed
 
 MINUS = "−"  # as wide as +, and never a place to break a line
 MIN_SHARE = 5e-4  # less is 0.0 %
 MAX_ACROSS = 5  # runs that are columns; more are rows
-OTHER_TOKENS = (
-    "<p class='warning'>The runs read other tokens (data.source, data.tokenizer, data.vocab_size), so that losses in nats "
-    "per token do not compare, and are left out: bits per byte do.</p>"
-)
-TOKENS = ("source", "name", "source_dir", "files", "tokenizer", "vocab_size")
-"""Leaves of `data` that decide what a token is, and of which text."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,14 +40,13 @@ class Row:
 
 def results(comparison: Comparison) -> str:
     """How each run ended: runs as columns beside their differences, or as rows if there are many."""
-    is_same = have_same_tokens(comparison)
+    note = other_tokens(comparison)
     known: list[tuple[Row, list[float]]] = []
     for row in _rows(comparison):
         values = [row.value(run) for run in comparison.runs.values()]
-        if not all(math.isnan(value) for value in values) and (is_same or not row.is_in_nats):
+        if not all(math.isnan(value) for value in values) and not (note and row.is_in_nats):
             known.append((row, values))
-    intro = "<p>The last value of each run; tokens per second and MFU are medians over logging intervals."
-    intro += "</p>" if is_same else f"</p>{OTHER_TOKENS}"
+    intro = f"<p>The last value of each run; tokens per second and MFU are medians over logging intervals.</p>{note}"
     labels = [html.text(label) for label in comparison.runs]
     if len(labels) > MAX_ACROSS:
         rows = [[label, *(row.show(values[i]) for row, values in known)] for i, label in enumerate(labels)]
@@ -161,24 +156,24 @@ def over_seeds(comparison: Comparison) -> str:
             "<p>No two settings share two seeds, so how much of a difference is chance cannot be told. Train each "
             "setting with several, the same ones (train.seed), and compare all of the runs.</p>"
         )
-    return "".join(_pair(comparison, first, setting) for setting in paired) + (
+    return "".join(_pair(comparison, first, setting, len(paired)) for setting in paired) + (
         "<p class='soft'>Each difference is taken between runs of the same seed, and ± is its standard error over the "
-        "seeds. Clear: 0 is outside of the 95 % interval of Student's t, which is wide for few seeds.</p>"
+        "seeds. Told apart from noise: 0 is outside of the 95 % interval of Student's t, which is wide for few seeds, "
+        "and wider the more settings are compared.</p>"
     )
 
 
-def _pair(comparison: Comparison, first: Setting, second: Setting) -> str:
+def _pair(comparison: Comparison, first: Setting, second: Setting, num_looks: int) -> str:
     rows = []
     for column, title in _seeded(comparison):
         ones, others = _by_seed(comparison, first, column), _by_seed(comparison, second, column)
-        found = difference(ones, others)
-        if found is None:
+        found = difference(ones, others, num_looks)
+        if found.num_seeds < 2:
             continue
         common = ones.keys() & others.keys()
         means = [shown(sum(values[seed] for seed in common) / len(common)) for values in (ones, others)]
-        rows.append(
-            [title, *means, _in_words(found), str(found.num_seeds), "clear" if found.is_clear else "may be chance"]
-        )
+        verdict = "told apart from noise" if found.is_told_apart else "may be noise"
+        rows.append([title, *means, _in_words(found), str(found.num_seeds), verdict])
     names = [html.text(first.name), html.text(second.name)]
     if not rows:
         return f"<p>{names[0]} and {names[1]} logged nothing in common.</p>"
@@ -187,7 +182,7 @@ def _pair(comparison: Comparison, first: Setting, second: Setting) -> str:
 
 
 def _in_words(found: Difference) -> str:
-    return f"{found.mean:+.3g} ± {found.error:.2g}".replace("-", MINUS)
+    return f"{found.mean:+.3g} ± {found.se:.2g}".replace("-", MINUS)
 
 
 def _spread(comparison: Comparison, setting: Setting) -> str:
@@ -215,7 +210,7 @@ def _by_seed(comparison: Comparison, setting: Setting, column: str) -> Mapping[i
     return {seed: value for seed, value in values.items() if math.isfinite(value)}
 
 
-def have_same_tokens(comparison: Comparison) -> bool:
-    """Whether the runs read the same text in the same tokens, so that losses in nats per token compare."""
-    read = [[run.config.get("data", {}).get(leaf) for leaf in TOKENS] for run in comparison.runs.values()]
-    return all(leaves == read[0] for leaves in read)
+def other_tokens(comparison: Comparison) -> str:
+    """Why losses in nats per token are left out, as HTML; nothing where all runs have the same tokens."""
+    note = comparison_note(map(str, comparison.differences.index))
+    return f"<p class='warning'>{html.text(note)}</p>" if note else ""

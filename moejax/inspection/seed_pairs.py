@@ -2,19 +2,17 @@
 
 Runs that differ in `train.seed` alone are one setting. Two settings see the same text in the same order for the same seed, and
 begin with the same weights where their shapes agree; what a seed does to both of them is no part of their difference, so
-the error of that is taken over differences of equal seeds.
+the error of that is taken over differences of equal seeds (`moejax.inspection.sweep_differences`).
 """
 
 import dataclasses
 import json
-import math
-import statistics
 from collections.abc import Mapping, Sequence
 
 from moejax.inspection.run import Run
+from moejax.inspection.sweep_differences import Difference, mean_difference, pair_up
 
 SECTION, LEAF = "train", "seed"
-CONFIDENCE = 0.95
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,28 +26,6 @@ class Setting:
 
     name: str
     runs: Mapping[int, str]
-
-
-@dataclasses.dataclass(frozen=True)
-class Difference:
-    """A mean difference of two settings over the seeds that both have.
-
-    Attributes:
-      mean: of second minus first.
-      error: standard error of that over the seeds.
-      num_seeds: at least 2.
-    """
-
-    mean: float
-    error: float
-    num_seeds: int
-
-    @property
-    def is_clear(self) -> bool:
-        """Whether 0 is outside of the 95 % interval of Student's t: with two or three seeds that is wide."""
-        from scipy import stats
-
-        return abs(self.mean) > self.error * float(stats.t.ppf((1 + CONFIDENCE) / 2, self.num_seeds - 1))
 
 
 def find_settings(runs: Mapping[str, Run]) -> list[Setting]:
@@ -69,22 +45,17 @@ def find_settings(runs: Mapping[str, Run]) -> list[Setting]:
     return [Setting(_name(list(labels.values())), labels) for labels in groups.values()]
 
 
-def difference(first: Mapping[int, float], second: Mapping[int, float]) -> Difference | None:
+def difference(first: Mapping[int, float], second: Mapping[int, float], num_looks: int) -> Difference:
     """The mean of second minus first over common seeds.
 
     Args:
       first: finite values by seed.
       second: of the other setting.
-
-    Returns:
-      None if fewer than two seeds are common.
+      num_looks: settings that are compared with the first.
     """
-    seeds = sorted(first.keys() & second.keys())
-    if len(seeds) < 2:
-        return None
-    differences = [second[seed] - first[seed] for seed in seeds]
-    error = statistics.stdev(differences) / math.sqrt(len(differences))
-    return Difference(statistics.fmean(differences), error, len(differences))
+    ones = {("", seed): value for seed, value in first.items()}
+    others = {("", seed): value for seed, value in second.items()}
+    return mean_difference(pair_up(ones, others), num_looks)
 
 
 def _without_seed(run: Run) -> str:

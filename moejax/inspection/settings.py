@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from moejax.config import Config, ConfigError, resolve, to_dict
+from moejax.config import Config, ConfigError, resolve_recorded, to_dict
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +47,7 @@ def _follows(config: Mapping[str, Mapping[str, Any]], section: str, name: str, v
     """Whether a leaf gets this value from the others when it is left at its default."""
     without = {key: value for key, value in config[section].items() if key != name}
     try:
-        resolved = to_dict(resolve({**config, section: without}))
+        resolved = to_dict(resolve_recorded({**config, section: without}))
     except (ConfigError, TypeError, ArithmeticError):
         return False
     return bool(resolved.get(section, {}).get(name) == value)

@@ -20,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moejax.extras import how_to_install
 from moejax.inspection.live import Library
 
 if TYPE_CHECKING:  # an extra, imported where it is needed
@@ -59,7 +60,7 @@ def serve(folder: str | Path, port: int = 0, started: Callable[[str], None] = la
     try:
         import panel as pn
     except ImportError as error:
-        raise ViewError(f"moejax view needs Panel ({error}): pip install 'moejax[view]'") from error
+        raise ViewError(f"moejax view needs Panel ({error}): {how_to_install('view')}") from error
     library = Library(Path(folder).resolve())
     port = _find_port(port)
     token = secrets.token_hex(TOKEN_BYTES)
