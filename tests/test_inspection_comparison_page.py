@@ -11,6 +11,7 @@ from moejax.cli import main
 from moejax.inspection import comparison_figures as figures
 from moejax.inspection.comparison import compare
 from moejax.inspection.comparison_page import render_comparison, write_comparison
+from moejax.inspection.comparison_tables import MINUS
 from moejax.inspection.run import RunError, open_run
 from moejax.inspection.seed_pairs import difference
 from moejax.training.routing_log import RoutingLog
@@ -112,12 +113,12 @@ def test_two_runs_have_a_column_with_their_difference(tmp_path):
     folders = [make_run(tmp_path / name, loss=loss, num_experts=n) for name, loss, n in (("a", 8.0, 0), ("b", 7.0, 4))]
     text = Page(render_comparison(compare(folders))).text
     assert "a and b Side by side" in text and "difference: b minus a" in text
-    assert "Validation loss, nats per token 8 7 −1 (−12.5%)" in text
-    assert "Bits per byte 4 3.5 −0.5 (−12.5%)" in text
+    assert f"Validation loss, nats per token 8 7 {MINUS}1 ({MINUS}12.5%)" in text
+    assert f"Bits per byte 4 3.5 {MINUS}0.5 ({MINUS}12.5%)" in text
     assert "The same in all runs throughout: MaxVio 0.5." in text  # for a chart of one number
     assert "No two settings share two seeds" in text
     many = Page(render_comparison(compare([*folders, make_run(tmp_path / "c", loss=8.0)]))).text
-    assert "Below a value: its difference to a." in many and "Bits per byte 4 3.5 −0.5 (−12.5%) 4 " in many
+    assert "Below a value: its difference to a." in many and f"Bits per byte 4 3.5 {MINUS}0.5 ({MINUS}12.5%) 4 " in many
 
 
 def test_settings_are_compared_seed_by_seed(tmp_path):

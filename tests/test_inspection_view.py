@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 
 from moejax.inspection import view_page
-from moejax.inspection.figures import LOSS_CHARTS, MAX_POINTS, Chart
 from moejax.inspection.axes import place
 from moejax.inspection.colors import FIRST, RunColors
+from moejax.inspection.figures import LOSS_CHARTS, MAX_POINTS, Chart
 from moejax.inspection.live import Library, LiveRun, MetricsReader, age, find_runs
 from moejax.inspection.run import open_run
 from moejax.inspection.run_paths import RunPathError, check_folder

@@ -104,13 +104,14 @@ def _differences(comparison: Comparison) -> str:
         [html.text(leaf), *(_leaf(value) for value in row)]
         for leaf, row in zip(frame.index, frame.itertuples(index=False, name=None), strict=True)
     ]
-    return f"<p>The leaves in which the runs differ.</p>{table(['leaf', *map(html.text, frame.columns)], rows, 'compared')}"
+    head = ["leaf", *map(html.text, frame.columns)]
+    return f"<p>The leaves in which the runs differ.</p>{table(head, rows, 'compared')}"
 
 
 def _leaf(value: Any) -> str:
     """A value of a configuration; a dash where a run has no such leaf."""
     if value is None:
-        return "–"
+        return "&ndash;"
     return f"<code>{html.text(value if value != '' else json.dumps(value))}</code>"
 
 

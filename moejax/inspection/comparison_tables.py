@@ -16,7 +16,7 @@ from moejax.inspection.sweep_differences import Difference
 from moejax.inspection.token_keys import comparison_note
 from moejax.training.metrics import MEMORY, MFU, median_speed
 
-MINUS = "−"  # as wide as +, and never a place to break a line
+MINUS = "\u2212"  # as wide as +, and no place to break a line
 MIN_SHARE = 5e-4  # less is 0.0 %
 MAX_ACROSS = 5  # runs that are columns; more are rows
 

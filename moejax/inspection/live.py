@@ -2,14 +2,13 @@
 
 `metrics.jsonl` of a long run has millions of lines, so a look reads from where the last one ended, and no more bytes
 than it is allowed; the rest waits for the next look. Nothing here needs a server. What is wrong with a run is text for
-whoever looks, not an exception: the others are shown all the same. The folders may be anyone's: what is read of them are
-regular files inside of them (`moejax.inspection.run_paths`).
+whoever looks, not an exception: the others are shown all the same. The folders may be anyone's: what is read of them
+are regular files inside of them (`moejax.inspection.run_paths`).
 """
 
 import collections
 import dataclasses
 import json
-import math
 import os
 import time
 from collections.abc import Iterable, Iterator
@@ -22,7 +21,7 @@ from jaxtyping import Float64, Int64
 from moejax.inspection.colors import RunColors
 from moejax.inspection.run import Run, Series, add_values, open_run
 from moejax.inspection.run_names import ArmNames
-from moejax.inspection.run_paths import RunPathError, check_file, open_file, leads_out
+from moejax.inspection.run_paths import RunPathError, check_file, leads_out, open_file
 from moejax.inspection.style import BLUE
 from moejax.training import alarms
 from moejax.training.metrics import SPEED, median_speed

@@ -148,7 +148,7 @@ def label_steps(axes: Axes, xlabel: str = "training step") -> None:
 
 
 def tick_at(axes: Axes, places: np.ndarray) -> None:
-    """Ticks of the x axis where something was measured, such as evaluations: at all of them, or at every nth to the last."""
+    """Ticks of the x axis where something was measured: at all of the places, or at every nth up to the last."""
     known = np.unique(places[np.isfinite(places)])
     stride = -(-known.size // MEASURED_TICKS) or 1
     if known.size:
