@@ -17,13 +17,14 @@ import matplotlib
 import numpy as np
 
 from moejax.config import resolve
-from moejax.inspection.style import BLUE, GREY, ORANGE, PNG_DPI, PURPLE, STYLE
+from moejax.inspection.style import BLUE, GREY, ORANGE, PNG_DPI, PURPLE, STYLE, short_number
 from moejax.training.loop import train
 from moejax.training.routing_log import read_routing
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # after the choice of a backend
 from matplotlib.patches import Patch
+from matplotlib.ticker import FuncFormatter
 
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
@@ -117,6 +118,7 @@ def draw(results: dict[str, dict[str, Any]]) -> None:
                     runs[0][steps], values.min(axis=0), values.max(axis=0), color=color, alpha=0.15, linewidth=0
                 )
         axes[0].set(xlabel="training step", ylabel="MaxVio in training (mean over layers)", yscale="log")
+        axes[0].yaxis.set_major_formatter(FuncFormatter(lambda y, _: short_number(y)))
         axes[1].set(xlabel="training step", ylabel="dead experts of 16 (mean over layers)", ylim=(0, None))
         lines, names = axes[0].get_legend_handles_labels()
         band = Patch(color=GREY, alpha=0.3, linewidth=0)
