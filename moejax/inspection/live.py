@@ -355,11 +355,11 @@ def _is_run(folder: Path) -> bool:
 
 
 def age(written: float | None) -> str:
-    """How long ago, coarsely: `under a minute ago`, `3 min ago`, `2 h ago`, `5 days ago`."""
+    """How long ago, coarsely: `just now`, `3 min ago`, `2 h ago`, `5 days ago`."""
     if written is None:
         return "never"
     seconds = time.time() - written
     for size, unit in ((86_400, "days"), (3600, "h"), (60, "min")):
         if seconds >= 2 * size or (unit == "min" and seconds >= size):
             return f"{seconds / size:.0f} {unit} ago"
-    return "under a minute ago"
+    return "just now"
