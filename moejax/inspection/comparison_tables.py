@@ -198,10 +198,8 @@ def _spread(comparison: Comparison, setting: Setting) -> str:
 
 
 def _seeded(comparison: Comparison) -> list[tuple[str, str]]:
-    is_same = have_same_tokens(comparison)
-    return [
-        (column, title) for column, title in SEEDED if column in comparison.table and (is_same or column not in IN_NATS)
-    ]
+    left_out = IN_NATS if other_tokens(comparison) else ()
+    return [(column, title) for column, title in SEEDED if column in comparison.table and column not in left_out]
 
 
 def _by_seed(comparison: Comparison, setting: Setting, column: str) -> Mapping[int, float]:

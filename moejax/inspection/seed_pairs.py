@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 
 from moejax.inspection.run import Run
-from moejax.inspection.sweep_differences import Difference, mean_difference, pair_up
+from moejax.inspection.sweep_differences import Difference, Measured, mean_difference, pair_up
 
 SECTION, LEAF = "train", "seed"
 
@@ -53,8 +53,8 @@ def difference(first: Mapping[int, float], second: Mapping[int, float], num_look
       second: of the other setting.
       num_looks: settings that are compared with the first.
     """
-    ones = {("", seed): value for seed, value in first.items()}
-    others = {("", seed): value for seed, value in second.items()}
+    ones: Measured = {("", seed): value for seed, value in first.items()}
+    others: Measured = {("", seed): value for seed, value in second.items()}
     return mean_difference(pair_up(ones, others), num_looks)
 
 

@@ -74,7 +74,7 @@ class RunList:
 
     def _find_listed(self) -> list[str]:
         """Those chosen, and the newest of those with the wanted part in their name."""
-        part = self._part.value.lower()
+        part = str(self._part.value or "").lower()
         runs = self._library.runs
         found = [path for path, run in runs.items() if part in run.name.lower() or part in path.lower()]
         newest = set(found if len(found) <= MAX_LISTED else self._library.newest(MAX_LISTED, found))
