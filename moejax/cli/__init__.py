@@ -6,6 +6,7 @@ flags that a verb does not have, flags given twice and words that mean nothing t
 """
 
 import difflib
+import faulthandler
 import importlib
 import io
 import logging
@@ -18,7 +19,9 @@ from absl.flags import FlagValues
 
 from moejax.cli.arguments import check_arguments, config_first, plain_errors, verb_first
 from moejax.cli.errors import UsageError as UsageError
+from moejax.cli.memory import explain_memory, warn_of_small_limit
 from moejax.config import Config, leaves
+from moejax.training.signals import SignalWatch
 
 VERBS = {
     "train": "train a configuration in a run directory, or continue it",
@@ -61,12 +64,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(_overview())
         return 0 if given else 2
     _set_up_logging(is_debug)
+    warn_of_small_limit()
+    if not faulthandler.is_enabled():
+        faulthandler.enable()  # a fault in a library leaves at least its stack
     code = 1
     try:
         code = _run_and_explain(words[0], words[1:], is_debug)
     except Exception:
         if not _has_others():
             raise
+        sys.modules[PROCESSES].await_word_of_others()
         traceback.print_exc()
     if code and _has_others():
         sys.modules[PROCESSES].leave_at_once(code)
@@ -83,13 +90,18 @@ def _write_any_text() -> None:
 def _run_and_explain(verb: str, arguments: list[str], is_debug: bool) -> int:
     """Runs a verb; says what a user needs to know of an error and passes on others."""
     try:
-        _run_verb(verb, arguments)
+        with SignalWatch():
+            _run_verb(verb, arguments)
     except KeyboardInterrupt:
         print("moejax: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output has left
         return 1
     except Exception as error:
+        no_memory = explain_memory(error)
+        if no_memory and not is_debug:
+            print(f"moejax: {no_memory}", file=sys.stderr)
+            return 1
         if is_debug or not _is_expected(error):
             raise
         print(f"moejax: {' '.join(str(error).split())}", file=sys.stderr)

@@ -11,7 +11,7 @@ from absl import flags
 from absl.flags import FlagValues
 
 from moejax.cli.errors import UsageError
-from moejax.config import check_key, leaves
+from moejax.config import check_key, leaves, read_value
 
 OWN_CONFIGURATION = "takes the configuration that its run was trained with"
 
@@ -52,7 +52,7 @@ def check_arguments(verb: str, values: FlagValues, arguments: Sequence[str], tak
         if key != name:
             value = "false"
         if key.startswith("config."):
-            check_key(key.removeprefix("config."))
+            read_value(key.removeprefix("config."), value)
         if key in given and not (key in values and isinstance(values[key], flags.MultiFlag)):
             raise UsageError(f"--{key} is given twice, as {given[key]} and as {value}; give it once")
         given[key] = value

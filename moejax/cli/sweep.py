@@ -46,7 +46,7 @@ from moejax.cli.sweep_search import (
 from moejax.cli.tables import print_result, print_table
 from moejax.inspection.sweep_settings import PLANNED, numbered_settings
 from moejax.inspection.sweep_tables import LOSS, OVERRIDE, at_fraction
-from moejax.sweeps import Space, parse_axis, product, seeds
+from moejax.sweeps import Space, parse_axis, product, seeds, varied_keys
 from moejax.sweeps.arms import Arm, Plan, describe, plan_arms
 from moejax.sweeps.directory import Sweep, open_sweep, write_sweep
 from moejax.sweeps.match import short, training_flops
@@ -187,7 +187,7 @@ def _check_flags(values: FlagValues) -> None:
 
 def _plan(values: FlagValues, rest: list[str]) -> Plan:
     space = _space(values, rest)
-    read_config_flag(values)  # says what is wrong with the recipe itself, apart from any point
+    read_config_flag(values, varied_keys(space))  # says what is wrong with the recipe itself, apart from any point
     plan = plan_arms(values.config.to_dict(), space, match=values.match, adjust=values.adjust)
     for line in plan.changes:
         log.info("matched: %s", line)

@@ -14,7 +14,7 @@ from moejax.cli import UsageError
 from moejax.cli.options import define_seed, read_config_flag, read_folder_to_write
 from moejax.cli.tables import print_result, print_table
 from moejax.paths import resolve_path
-from moejax.sweeps import Space
+from moejax.sweeps import Space, varied_keys
 from moejax.sweeps.directory import check_search
 from moejax.sweeps.programs import keep_programs
 from moejax.sweeps.search import Definition, StudyError, search_axes
@@ -94,7 +94,7 @@ def search(values: FlagValues, space: Space, recipe: str, directory: Path, comma
         pruner=values.pruner,
         seed=values.search_seed,
         trials=values.trials,
-        fractions=common_fractions(read_config_flag(values), axes),
+        fractions=common_fractions(read_config_flag(values, varied_keys(space)), axes),
         is_filtered=space.is_filtered,
     )
     check_search(directory)

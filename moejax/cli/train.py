@@ -27,11 +27,11 @@ from moejax.cli.options import (
 )
 from moejax.cli.recipe import recipe_name
 from moejax.cli.tables import print_result, summary_rows
-from moejax.config import Config
+from moejax.config import Config, to_dict
 from moejax.inspection.build import build_report
 from moejax.models.parameters import count_parameters
 from moejax.training.loop import train
-from moejax.training.processes import first_then_others, has_others, is_first
+from moejax.training.processes import agree, first_then_others, has_others, is_first
 from moejax.training.signals import StopSignals
 
 log = logging.getLogger("moejax")
@@ -51,7 +51,9 @@ def run(values: FlagValues, rest: list[str]) -> None:
     with meet_as_flagged(values, "train"):
         if not is_first():
             logging.getLogger("moejax").setLevel(logging.WARNING)  # process 0 says what all would say
-        _train(values, first_then_others(lambda: read_config_flag(values)))
+        config = first_then_others(lambda: read_config_flag(values))
+        agree(to_dict(config), "recipe and flags")
+        _train(values, config)
 
 
 def _train(values: FlagValues, config: Config) -> None:

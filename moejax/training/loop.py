@@ -24,7 +24,7 @@ from moejax.training.processes import SharedStop, fail_together, first_says, fir
 from moejax.training.progress import StepProgress
 from moejax.training.run_directory import check_run_directory, check_shared, write_run_directory
 from moejax.training.run_files import RunFiles
-from moejax.training.signals import ALARM, StopSignals
+from moejax.training.signals import ALARM, StopSignals, uninterrupted
 from moejax.training.state import Trainable, TrainState, make_trainable
 from moejax.training.step import TrainStep, make_eval_step, make_train_step, put_batch, rows_of_process
 from moejax.training.watchdog import Watchdog
@@ -212,7 +212,9 @@ class _Loop:
         """Compiles the step before the clock starts, in all processes: gloo would not wait for a slow one."""
         started = time.perf_counter()
         arguments = (state, put_batch(batch, self.trainable), self.knobs)
-        compiled = make_train_step(self.trainable).lower(*arguments).compile()
+        log.info("compiling the train step")
+        with uninterrupted("compiling the train step"):
+            compiled = make_train_step(self.trainable).lower(*arguments).compile()
         log.info("compiled the train step in %.1f s", time.perf_counter() - started)
         wait_for_all()
         return compiled

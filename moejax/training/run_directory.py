@@ -15,8 +15,9 @@ from typing import Any
 import jax
 
 import moejax
-from moejax.config import AlarmConfig, Config, ConfigError, leaves, resolve, to_dict
+from moejax.config import AlarmConfig, Config, ConfigError, leaves, resolve_recorded, to_dict
 from moejax.models.parameters import ParameterCount
+from moejax.training.numerics import changed_numerics, numerics
 from moejax.training.processes import fail_together, first_says
 
 MAY_CHANGE = (
@@ -67,7 +68,14 @@ def write_run_directory(workdir: Path, config: Config, parameters: ParameterCoun
     """
     path = workdir / "config.json"
     if path.exists():
-        before = json.loads(path.read_text(encoding="utf-8")).get("corpus", corpus)
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        changed = changed_numerics(facts.get("numerics", {}))
+        if changed:
+            raise ConfigError(
+                f"{workdir} holds a run with {changed}, which changes its numbers; set that variable as it was, or use "
+                "another --workdir"
+            )
+        before = facts.get("corpus", corpus)
         if before != corpus:
             raise ConfigError(
                 f"{workdir} holds a run on the rows {before}; the text has changed since and gives {corpus}; "
@@ -82,6 +90,7 @@ def write_run_directory(workdir: Path, config: Config, parameters: ParameterCoun
         "git_commit": git_commit(),
         "device": f"{jax.device_count()} x {device.device_kind} ({device.platform})",
         "processes": jax.process_count(),
+        "numerics": numerics(),
         "command": command,
     }
     try:
@@ -122,7 +131,7 @@ def read_config(workdir: str | Path) -> Config:
     path = Path(workdir) / "config.json"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        return resolve(content["config"])
+        return resolve_recorded(content["config"])
     except FileNotFoundError as error:
         raise ConfigError(f"{path} does not exist; --workdir must name the folder of a trained run") from error
     except ConfigError as error:
