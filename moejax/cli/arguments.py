@@ -226,10 +226,13 @@ def _about_word(verb: str, values: FlagValues, word: str) -> str:
 
 
 def _leaf(name: str) -> str | None:
-    """The leaf that a name means for certain: its key, its last part if no other leaf has it, or a common synonym."""
+    """The leaf that a name means for certain: its key, its last part if no other has it, or a common synonym.
+
+    Schedules have the last parts of what they schedule, which is meant by a name alone.
+    """
     name = name.removeprefix("config.")
     keys = [key for key, _ in leaves()]
     if name in keys:
         return name
-    ends = [key for key in keys if key.partition(".")[2] == name]
+    ends = [key for key in keys if key.partition(".")[2] == name and not key.startswith("schedule.")]
     return ends[0] if len(ends) == 1 else LEAF_SYNONYMS.get(name)

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict, config_flags
 
 from moejax.cli.errors import UsageError
 from moejax.config import SECTIONS, ConfigError, check_key, leaves
-from moejax.paths import resolve_path
+from moejax.paths import SCHEME, resolve_path
 
 MODULE = "moejax_recipe"
 
@@ -56,12 +56,13 @@ class RecipeParser(flags.ArgumentParser):
 
 def define_recipe(values: FlagValues, arguments: list[str], default: str | None) -> None:
     """Defines `--config=FILE[:ARG]`, and `--config.a.b=value` for every leaf that `arguments` change."""
+    read = [argument for argument in arguments if not argument.lstrip("-").startswith("flagfile")]  # no flag of ours
     config_flags.DEFINE_config_file(
         "config",
         None,
         "a recipe, FILE[:ARG]; --config.section.leaf=value overrides a leaf",
         flag_values=values,
-        sys_argv=["moejax", *arguments],
+        sys_argv=["moejax", *read],
     )
     values["config"].parser = RecipeParser()
     if default is not None:
@@ -73,7 +74,7 @@ def split_recipe(text: str) -> tuple[str, str | None]:
     head, is_divided, argument = text.partition(".py:")
     if is_divided:
         return f"{head}.py", argument
-    if text.endswith(".py") or Path(text).exists():
+    if text.endswith(".py") or SCHEME.match(text) or Path(text).exists():
         return text, None
     file, is_divided, argument = text.partition(":")
     return file, argument if is_divided else None
@@ -138,7 +139,7 @@ def _execute(path: Path, file: str) -> types.ModuleType:
     return module
 
 
-def _configuration(module: types.ModuleType, file: str, argument: str | None) -> Mapping[str, Any]:
+def _configuration(module: types.ModuleType, file: str, argument: str | None) -> Mapping[str, Any] | ConfigDict:
     """What the recipe's `get_config` returns."""
     get_config = getattr(module, "get_config", None)
     if not callable(get_config):
@@ -199,7 +200,7 @@ def _cause(error: BaseException, source: str) -> str:
 
 def _unknown_leaf(name: str, source: str) -> str:
     """A key that a locked `ConfigDict` does not have, and the nearest that it has."""
-    section = re.search(rf"(\w+)(?:\.|\[['\"]){name}\b", source)
+    section = re.search(rf"(\w+)(?:\.|['\"]?\]?\[['\"]){name}\b", source)
     if section and section.group(1) in SECTIONS:
         try:
             check_key(f"{section.group(1)}.{name}")

@@ -105,7 +105,8 @@ def run(values: FlagValues, rest: list[str]) -> None:
     if action.endswith(".py"):
         raise UsageError(f"{action} is a recipe; write --config={action}")
     if action and action not in ACTIONS:
-        raise UsageError(f"{action} is neither an axis, KEY=VALUES, nor one of {', '.join(ACTIONS)}")
+        words = ", ".join(ACTIONS)
+        raise UsageError(f"{action} is neither an axis, KEY=VALUES, nor one of {words}; see moejax sweep --help")
     others = rest[1:] if action else rest
     _refuse_flags_of_others(values, action)
     if action == "report":
@@ -120,7 +121,8 @@ def run(values: FlagValues, rest: list[str]) -> None:
     elif action == "dashboard":
         show_dashboard(values)
     elif values.search:
-        search(values, _space(values, rest), recipe_text(values), _directory(values), _command())
+        directory = _directory(values)
+        search(values, _space(values, rest), recipe_text(values), directory, _command())
     else:
         _sweep(values, rest)
 
@@ -138,9 +140,10 @@ def _refuse_flags_of_others(values: FlagValues, action: str) -> None:
 def _sweep(values: FlagValues, rest: list[str]) -> None:
     refuse_flags(values, (*OF_DRAWS, *OF_STUDIES), "goes with a search; add --search=random or tpe, or leave it out")
     _check_flags(values)
+    directory = None if values["dry-run"].value else _directory(values)
     plan = _plan(values, rest)
     packs = pack_arms(plan.arms, values.pack)
-    if values["dry-run"].value:
+    if directory is None:
         _show(values, plan, packs)
         return
     parts: list[Share] = []
@@ -152,7 +155,7 @@ def _sweep(values: FlagValues, rest: list[str]) -> None:
         prepare_devices(packs)
         check_devices(plan.arms)
     sweep = write_sweep(
-        _directory(values), plan, largest_pack=values.pack, recipe=recipe_text(values), match=values.match,
+        directory, plan, largest_pack=values.pack, recipe=recipe_text(values), match=values.match,
         command=_command(),
     )  # fmt: skip
     if values.runner == "slurm":

@@ -165,7 +165,7 @@ class Counterfactuals:
         """Reads what `save` wrote.
 
         Raises:
-          CounterfactualError: the file is missing or damaged.
+          CounterfactualError: the file is missing or damaged, or may not be read.
         """
         try:
             values = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -179,7 +179,9 @@ class Counterfactuals:
             _ = found.ablation_NE  # layers and experts that the rows name exist
         except FileNotFoundError as error:
             raise CounterfactualError(f"{path} is missing; `moejax counterfactuals` writes it") from error
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        except OSError as error:
+            raise CounterfactualError(f"{path} cannot be read ({error.strerror}); see who may read it") from error
+        except (RecursionError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             raise CounterfactualError(
                 f"{path} is damaged ({type(error).__name__}: {error}); run `moejax counterfactuals` again"
             ) from error

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from moejax.paths import resolve_path
 from moejax.sweeps.arms import Arm, Plan, SweepError, check_same
 from moejax.sweeps.packs import Ids, pack_arms
 from moejax.sweeps.records import RECORD_FILE, SWEEP_FILE, read_definition
@@ -92,7 +93,7 @@ def write_sweep(
     Raises:
       SweepError: the directory holds arms that the plan has not, or those of a search, or cannot be written.
     """
-    directory = Path(directory)
+    directory = resolve_path(directory)
     sweep = Sweep(directory, {arm.id: arm for arm in plan.arms}, pack_arms(plan.arms, largest_pack), command)
     with _defining(directory):
         if (directory / SWEEP_FILE).exists():
@@ -120,7 +121,7 @@ def add_arm(directory: str | Path, arm: Arm, *, recipe: str, command: str) -> Sw
     Raises:
       SweepError: the directory cannot be written, or holds something else.
     """
-    directory = Path(directory)
+    directory = resolve_path(directory)
     with _defining(directory):
         check_search(directory)
         known = open_sweep(directory) if (directory / SWEEP_FILE).exists() else Sweep(directory, {}, (), command)
@@ -165,7 +166,7 @@ def open_sweep(directory: str | Path) -> Sweep:
       RecordError: there is no readable `sweep.json`.
       SweepError: an arm in it is damaged.
     """
-    directory = Path(directory)
+    directory = resolve_path(directory)
     definition: dict[str, Any] = read_definition(directory)
     arms = [Arm.from_json(entry) for entry in definition["arms"]]
     known = {arm.id: arm for arm in arms}

@@ -18,6 +18,7 @@ import pandas as pd
 
 from moejax.inspection.run import Run, RunError, open_run
 from moejax.inspection.sweep_tables import MATCHED, OVERRIDE, frame_of
+from moejax.paths import resolve_path
 from moejax.sweeps.record_files import RecordError, read_jsonl, read_parquet, write_jsonl, write_parquet
 from moejax.training.alarms import AlarmFileError, read_alarms
 from moejax.training.run_directory import write_json
@@ -247,7 +248,7 @@ def collect(directory: str | Path) -> list[Row]:
     Raises:
       RecordError: `sweep.json` or a row is damaged, or a row is of another arm.
     """
-    directory = Path(directory)
+    directory = resolve_path(directory)
     rows = []
     for entry in read_definition(directory)["arms"]:
         workdir = directory / "arms" / entry["id"]
@@ -276,7 +277,7 @@ def read_records(directory: str | Path) -> pd.DataFrame:
     Raises:
       RecordError: there is neither, or the one that is read is damaged.
     """
-    directory = Path(directory)
+    directory = resolve_path(directory)
     jsonl, parquet = directory / JSONL_FILE, directory / PARQUET_FILE
     if jsonl.exists():
         rows = read_jsonl(jsonl)

@@ -5,6 +5,7 @@ from pathlib import Path
 from moejax.inspection.page import write_page
 from moejax.inspection.sweep_page import build_sweep_page
 from moejax.inspection.sweep_tables import frame_of
+from moejax.paths import resolve_path
 from moejax.sweeps.records import collect, read_definition
 
 FILE_NAME = "report.html"
@@ -16,6 +17,6 @@ def build_sweep_report(directory: str | Path) -> Path:
     Raises:
       RecordError: `sweep.json` or a row is missing or damaged.
     """
-    directory = Path(directory)
+    directory = resolve_path(directory)
     rows = collect(directory)
     return write_page(directory / FILE_NAME, build_sweep_page(frame_of(rows), read_definition(directory)))
