@@ -27,7 +27,7 @@ import weakref
 from pathlib import Path
 from typing import Any
 
-__all__ = ["FolderLock", "LockedError"]
+__all__ = ["FolderLock", "HeldError", "LockedError"]
 
 BEAT_S = 5.0
 """Seconds between two beats of a holder."""
@@ -48,6 +48,10 @@ log = logging.getLogger("moejax")
 
 class LockedError(ValueError):
     """A folder that another process writes, or that cannot be locked: the message says who, since when, what to do."""
+
+
+class HeldError(LockedError):
+    """A folder that another process writes: who can do without it may go on."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,7 +177,7 @@ class FolderLock:
                 break
             holder = self._read_holder()
             if not self._waits:
-                raise LockedError(
+                raise HeldError(
                     f"{self.folder} is being written by {holder}; wait for its end, stop it, or choose another folder"
                 )
             if not is_told:
@@ -229,7 +233,7 @@ class FolderLock:
         time.sleep(2 * self._timing.poll_s)
         holder = self._read_holder()
         if holder.nonce != self._me.nonce:
-            raise LockedError(
+            raise HeldError(
                 f"{self.folder} is being written by {holder}, which started at the same time; choose another folder"
             )
 

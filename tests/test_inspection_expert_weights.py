@@ -14,7 +14,6 @@ from moejax.inspection.expert_weights import expert_outputs, expert_weights
 from moejax.models.decoder import Decoder
 from moejax.models.stack import Context
 from moejax.moe.layer import TokenInfo
-from moejax.nn.attention import row_mask
 from training_cases import small_config
 
 PLAIN = small_config(model={"num_layers": 4}, moe={"first_dense": 1, "every": 2})
@@ -62,9 +61,9 @@ def moe_layers(config, tokens_BL):
     info = TokenInfo(ones_BL > 0, tokens_BL, positions_BL, trace=True)
     model, found = model_of(config), []
     x_BLD = model.embed(tokens_BL)
-    for block, own in model.walk(Context(positions_BL, row_mask(ones_BL), info)):
+    for block, own in model.walk(Context(positions_BL, ones_BL, info)):
         if block.is_moe:
-            attended_BLD, _ = block.attention(block.attention_norm(x_BLD), positions_BL, own.mask_BLS, None)
+            attended_BLD, _ = block.attention(block.attention_norm(x_BLD), positions_BL, own.segments_BL, None)
             normed_BLD = block.ffn_norm(x_BLD + attended_BLD)
             y_BLD, stats = block.moe(normed_BLD, own.info)
             y_BLD -= block.moe.shared(normed_BLD) if config.moe.num_shared_experts else 0

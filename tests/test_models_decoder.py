@@ -18,7 +18,6 @@ from moejax.moe.balance import balance_loss, z_loss
 from moejax.moe.layer import TokenInfo
 from moejax.moe.routers.selection import SAVED_NAMES
 from moejax.moe.stats import join
-from moejax.nn.attention import row_mask
 from training_cases import small_config
 
 B, L, V = 2, 8, 320
@@ -226,7 +225,7 @@ def test_the_scanned_stacks_equal_a_loop_over_their_blocks_statistics_in_order_o
     @jax.jit
     def loop(state, tokens_BL, segments_BL, positions_BL):
         model = merge(RICH, state)
-        context = Context(positions_BL, row_mask(segments_BL), TokenInfo(segments_BL > 0))
+        context = Context(positions_BL, segments_BL, TokenInfo(segments_BL > 0))
         x_BLD, layers = model.embed(tokens_BL), []
         for block, own in model.walk(context):
             x_BLD, _, stats = block(x_BLD, own, None)
@@ -377,7 +376,7 @@ def test_walking_through_the_layers_draws_what_the_scan_draws():
     ones_BL, positions_BL = jnp.ones_like(tokens_BL), jnp.broadcast_to(jnp.arange(16, dtype=jnp.int32), (2, 16))
     info = TokenInfo(ones_BL > 0, tokens_BL, positions_BL, knobs, keys_B)
     x_BLD, dropped = model.embed(tokens_BL), []
-    for block, own in model.walk(Context(positions_BL, row_mask(ones_BL), info)):
+    for block, own in model.walk(Context(positions_BL, ones_BL, info)):
         x_BLD, _, stats = block(x_BLD, own, None)
         dropped += [float(stats.dropped_out)] if block.is_moe else []
     logits, found = model(tokens_BL, ones_BL, positions_BL, knobs=knobs, keys_B=keys_B)

@@ -10,7 +10,7 @@ from flax import nnx
 
 import oracle
 from moejax.config import ModelConfig
-from moejax.nn import attention
+from moejax.nn import attention, causal
 from moejax.nn.attention import Attention, cache_mask, rotate, row_mask
 from moejax.nn.norm import EPSILON, RMSNorm
 
@@ -98,7 +98,7 @@ def test_attention_equals_the_loop_over_queries_with_shared_heads(kv_heads, qk_n
 
     @jax.jit
     def run(x_BLD, positions_BL, segments_BL):
-        return nnx.merge(graphdef, state)(x_BLD, positions_BL, row_mask(segments_BL))[0]
+        return nnx.merge(graphdef, state)(x_BLD, positions_BL, segments_BL)[0]
 
     y_BLD = run(x_BLD, positions_BL, segments_BL)
     # Padded queries (segment 0) attend among themselves; nothing reads them, but they are finite.
@@ -150,3 +150,89 @@ def test_long_rows_attend_in_blocks_of_queries_as_if_at_once(monkeypatch, block,
     in_blocks, program = values_and_gradients()
     assert f"length={turns}" in program
     jax.tree.map(functools.partial(oracle.assert_close, rtol=1e-5), in_blocks, at_once)
+
+
+def rows_of(length, dtype=jnp.float32):
+    """Queries, keys, values and gradients, and rows of one document, of several, and with padding at the end."""
+    rng = np.random.default_rng(length)
+    arrays = [jnp.asarray(rng.normal(size=(3, length, heads, HEAD)), dtype) for heads in (HEADS, 2, 2, HEADS)]
+    segments_BL = np.ones((3, length), np.int32)
+    segments_BL[1] = 1 + np.arange(length) // max(1, length // 5)
+    segments_BL[2, length // 3 :] = 2
+    segments_BL[2, length - length // 4 :] = 0
+    return arrays, jnp.asarray(segments_BL)
+
+
+def results_and_gradients(attend, arrays, segments_BL):
+    """Of one form of attention, compiled."""
+    q, k, v, dy = arrays
+
+    def product(q, k, v):
+        y_BLHA = attend(q, k, v, segments_BL)
+        return (y_BLHA * dy).astype(jnp.float32).sum(), y_BLHA
+
+    (_, y_BLHA), gradients = jax.jit(jax.value_and_grad(product, (0, 1, 2), has_aux=True))(q, k, v)
+    return y_BLHA, *gradients
+
+
+def with_all_scores(q, k, v, segments_BL):
+    return attention.attend(q, k, v, row_mask(segments_BL))
+
+
+@pytest.mark.parametrize("length", [1, 5, 8, 9, 31, 32])
+def test_squares_and_triangles_equal_attention_with_all_scores(monkeypatch, length):
+    monkeypatch.setattr(causal, "SMALLEST", 4)
+    arrays, segments_BL = rows_of(length)
+    found = results_and_gradients(causal.attend_causally, arrays, segments_BL)
+    expected = results_and_gradients(with_all_scores, arrays, segments_BL)
+    jax.tree.map(functools.partial(oracle.assert_close, rtol=1e-5), found, expected)
+
+
+def test_long_rows_take_blocks_of_queries_and_keep_no_scores(monkeypatch):
+    monkeypatch.setattr(causal, "SMALLEST", 4)
+    arrays, segments_BL = rows_of(61)
+    expected = results_and_gradients(with_all_scores, arrays, segments_BL)
+    monkeypatch.setattr(causal, "LONGEST_AT_ONCE", 16)
+    monkeypatch.setattr(causal, "BLOCK", 8)
+    found = results_and_gradients(causal.attend_causally, arrays, segments_BL)
+    jax.tree.map(functools.partial(oracle.assert_close, rtol=1e-5), found, expected)
+    program = str(jax.make_jaxpr(causal.attend_causally)(*arrays[:3], segments_BL))
+    assert "length=4" in program and "remat" in program  # 32 queries of the largest square, 8 at a time
+
+
+def test_in_bfloat16_attention_is_the_exact_one_to_a_rounding():
+    arrays, segments_BL = rows_of(150, jnp.bfloat16)
+    found = results_and_gradients(causal.attend_causally, arrays, segments_BL)
+    wide = [array.astype(jnp.float32) for array in arrays]
+    exact = results_and_gradients(with_all_scores, wide, segments_BL)
+    assert all(array.dtype == jnp.bfloat16 for array in found)
+    for low, high in zip(found, exact, strict=True):
+        # Weights, results and gradients are rounded to 8 bits; a sum of such errors stays below 2 of them.
+        np.testing.assert_allclose(np.asarray(low, np.float32), high, atol=2 * 2**-8 * np.abs(high).max())
+
+
+def test_on_cpu_attention_computes_little_more_than_the_scores_it_needs():
+    arrays, segments_BL = rows_of(1024)
+
+    def products(attend):
+        lowered = jax.jit(attend).lower(*arrays[:3], segments_BL)
+        return lowered.compile().cost_analysis()["flops"]
+
+    assert products(attention.attend_in_rows) < 0.6 * products(with_all_scores)
+
+
+def test_scores_beyond_the_range_of_exponentials_leave_attention_exact():
+    arrays, segments_BL = rows_of(150)
+    q, k, v, dy = arrays
+    scaled = 300 * q, k, v, dy
+    found = results_and_gradients(causal.attend_causally, scaled, segments_BL)
+    expected = results_and_gradients(with_all_scores, scaled, segments_BL)
+    jax.tree.map(functools.partial(oracle.assert_close, rtol=1e-4), found, expected)  # scores of 1000: 1e-4 each
+
+
+def test_the_program_grows_with_the_logarithm_of_the_length():
+    def size(length):
+        arrays, segments_BL = rows_of(length)
+        return len(list(oracle.equations(jax.make_jaxpr(causal.attend_causally)(*arrays[:3], segments_BL).jaxpr)))
+
+    assert size(1024) - size(512) == size(512) - size(256)

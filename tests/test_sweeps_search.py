@@ -22,7 +22,8 @@ from optuna.trial import TrialState
 from moejax.sweeps import Choice, Range
 from moejax.sweeps.liveness import Watch
 from moejax.sweeps.search import Axis, Definition, StudyError, search_axes
-from moejax.sweeps.study import create_study, dashboard_command, open_study, serve_dashboard, show_storage
+from moejax.sweeps.storage_address import show_storage
+from moejax.sweeps.study import create_study, dashboard_command, open_study, serve_dashboard
 from moejax.sweeps.trials import best, trials_table
 from moejax.sweeps.worker import Outcome, TrialLostError, _successor, work
 from postgres_cases import postgres_server

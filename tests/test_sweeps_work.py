@@ -161,7 +161,7 @@ def test_a_sweep_from_a_notebook_has_the_records_of_arms_that_ended_before_a_kil
 def test_joint_files_are_written_by_one_process_at_a_time(trained, tmp_path):
     sweep = new_sweep(tmp_path, number=1)
     with locked(tmp_path, "records"):
-        thread = threading.Thread(target=run.join_records, args=(sweep,))
+        thread = threading.Thread(target=run.join_records, args=(sweep.directory,))
         thread.start()
         thread.join(0.2)
         assert not (tmp_path / "records.jsonl").exists()

@@ -20,6 +20,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from absl import flags
 from absl.flags import FlagValues
 
@@ -38,14 +39,16 @@ from moejax.cli.sweep_search import (
     OF_STUDIES,
     define_search,
     join_search,
+    refuse_addresses,
     refuse_flags,
     search,
     show_dashboard,
     shown_command,
 )
 from moejax.cli.tables import print_result, print_table
-from moejax.inspection.sweep_settings import PLANNED, numbered_settings
-from moejax.inspection.sweep_tables import LOSS, OVERRIDE, at_fraction
+from moejax.inspection.sweep_effects import compare_settings
+from moejax.inspection.sweep_settings import PLANNED, numbered_settings, reference_setting
+from moejax.inspection.sweep_tables import BITS, LOSS, OVERRIDE, at_fraction, loss_of
 from moejax.sweeps import Space, parse_axis, product, seeds, varied_keys
 from moejax.sweeps.arms import Arm, Plan, describe, plan_arms
 from moejax.sweeps.directory import Sweep, open_sweep, write_sweep
@@ -101,6 +104,7 @@ def define(values: FlagValues, arguments: list[str]) -> None:
 def run(values: FlagValues, rest: list[str]) -> None:
     """Plans, trains, joins or reads."""
     refuse_several_processes("sweep", "launch one; --runner=slurm makes jobs of its own")
+    refuse_addresses(rest)
     action = rest[0] if rest and "=" not in rest[0] else ""
     if action.endswith(".py"):
         raise UsageError(f"{action} is a recipe; write --config={action}")
@@ -327,20 +331,38 @@ def _finish(values: FlagValues, directory: Path) -> None:
     path = build_sweep_report(directory)
     compared, left_out = at_fraction(read_records(directory))
     found = {"compared": len(compared), "left out": len(left_out), "report": str(path)}
-    settings = numbered_settings(compared, [LOSS], read_definition(directory)["arms"])
-    rows = [
-        {
-            "setting": describe({key.removeprefix(OVERRIDE): row[key] for key in row if key.startswith(OVERRIDE)}),
-            "arms": len(row["arms"]),
-            "planned": row[PLANNED],
-            "validation loss": round(row[LOSS], 4),
-            "standard error": None if math.isnan(row[f"{LOSS}/se"]) else round(row[f"{LOSS}/se"], 4),
-        }
-        for row in settings.to_dict("records")
-    ]
+    rows = _settings_rows(compared, read_definition(directory)["arms"])
     if values.json:
         print_result(found | {"settings": rows}, is_json=True)
         return
     if rows:
-        print_table(rows, "settings, means over seeds")
+        print_table(rows, "settings, means over seeds, differences from the reference with 95 % intervals over seeds")
     print_result(found, is_json=False)
+
+
+def _settings_rows(compared: pd.DataFrame, planned: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row a setting, the best first."""
+    loss = loss_of(compared)
+    settings = numbered_settings(compared, [loss], planned).to_dict("records")
+    if not settings:
+        return []
+    reference = reference_setting(settings, planned)
+    differences = compare_settings(compared, loss, reference["arms"], [row["arms"] for row in settings])
+    names = {LOSS: "validation loss", BITS: "bits per byte"}
+    return [
+        {
+            "setting": describe({key.removeprefix(OVERRIDE): row[key] for key in row if key.startswith(OVERRIDE)}),
+            "arms": len(row["arms"]),
+            "planned": row[PLANNED],
+            names[loss]: _rounded(row[loss]),
+            "standard error": _rounded(row[f"{loss}/se"]),
+            "difference": "reference" if row is reference else _rounded(difference.mean),
+            "low": None if row is reference else _rounded(difference.low),
+            "high": None if row is reference else _rounded(difference.high),
+        }
+        for row, difference in zip(settings, differences, strict=True)
+    ]
+
+
+def _rounded(value: float) -> float | None:
+    return None if math.isnan(value) else round(value, 4)

@@ -17,14 +17,14 @@ from moejax.paths import resolve_path
 from moejax.sweeps import Space, varied_keys
 from moejax.sweeps.directory import check_search
 from moejax.sweeps.programs import keep_programs
-from moejax.sweeps.search import Definition, StudyError, search_axes
+from moejax.sweeps.search import LOSS, Definition, StudyError, objective_of, search_axes
+from moejax.sweeps.storage_address import HIDDEN, is_address, show_storage
 from moejax.sweeps.study import (
     create_study,
     dashboard_command,
     definition_of,
     open_study,
     serve_dashboard,
-    show_storage,
 )
 from moejax.sweeps.trial import Trials, common_fractions
 from moejax.sweeps.trials import best, trials_table, untrained
@@ -63,8 +63,14 @@ def refuse_flags(values: FlagValues, names: Sequence[str], remedy: str) -> None:
             raise UsageError(f"--{name}={value} {remedy}")
 
 
+def refuse_addresses(words: Sequence[str]) -> None:
+    """Raises `UsageError` for a storage that is given without its flag; it may hold a password and is not repeated."""
+    if any(map(is_address, words)):
+        raise UsageError("an address is no axis; write --storage=ADDRESS")
+
+
 def shown_command(arguments: Sequence[str]) -> str:
-    """A command line of moejax as it may be written down: the password of a storage is replaced by `***`."""
+    """A command line of moejax as it may be written down: what a storage's address hides is replaced by `***`."""
     shown = []
     for before, argument in zip(["", *arguments], arguments, strict=False):
         flag, equals, value = argument.partition("=")
@@ -72,6 +78,8 @@ def shown_command(arguments: Sequence[str]) -> str:
             argument = f"{flag}={show_storage(value)}"
         elif before in ("-storage", "--storage"):
             argument = show_storage(argument)
+        elif not argument.startswith("-") and is_address(argument):
+            argument = HIDDEN
         shown.append(argument)
     return shlex.join(["moejax", *shown])
 
@@ -96,7 +104,10 @@ def search(values: FlagValues, space: Space, recipe: str, directory: Path, comma
         trials=values.trials,
         fractions=common_fractions(read_config_flag(values, varied_keys(space)), axes),
         is_filtered=space.is_filtered,
+        objective=objective_of(axes),
     )
+    if definition.objective != LOSS:
+        log.info("axes change what a token is: points are compared by %s", definition.objective)
     check_search(directory)
     directory.mkdir(parents=True, exist_ok=True)
     name, storage = values.study or directory.name, _storage(values) or str(directory / "study.journal")

@@ -37,7 +37,6 @@ from moejax.inspection.trace import spread_rows
 from moejax.models import Decoder
 from moejax.models.stack import Block, Context
 from moejax.moe.layer import MoE, TokenInfo
-from moejax.nn.attention import row_mask
 from moejax.seeds import check_seed
 
 REPORT_SECONDS = 15.0  # between two lines on long work
@@ -232,7 +231,7 @@ class Parts:
 @functools.partial(jax.jit, static_argnums=0)
 def _embed(graphdef: nnx.GraphDef, state: nnx.State, batch: Batch) -> tuple[jax.Array, Context]:
     info = TokenInfo(jnp.asarray(batch.segments_BL) > 0, batch.tokens_BL, batch.positions_BL)
-    context = Context(batch.positions_BL, row_mask(batch.segments_BL), info)
+    context = Context(batch.positions_BL, batch.segments_BL, info)
     return nnx.merge(graphdef, state).embed(batch.tokens_BL), context
 
 

@@ -12,7 +12,6 @@ from moejax.models.decoder import Decoder
 from moejax.models.stack import Block, Context
 from moejax.moe.experts import apply_experts
 from moejax.moe.layer import MoE, TokenInfo
-from moejax.nn.attention import row_mask
 from moejax.sharding import whole
 
 PROJECTIONS = ("gate", "up")
@@ -71,7 +70,7 @@ def expert_outputs(model: Decoder, tokens_BL: Int[np.ndarray, "B L"]) -> Float32
     ids_BL = jnp.asarray(tokens_BL, jnp.int32)
     positions_BL = jnp.broadcast_to(jnp.arange(ids_BL.shape[1], dtype=jnp.int32), ids_BL.shape)
     ones_BL = jnp.ones_like(ids_BL)
-    context = Context(positions_BL, row_mask(ones_BL), TokenInfo(ones_BL > 0, ids_BL, positions_BL))
+    context = Context(positions_BL, ones_BL, TokenInfo(ones_BL > 0, ids_BL, positions_BL))
     run = jax.jit(lambda graphdef, state, x_BLD, own: _run(nnx.merge(graphdef, state), x_BLD, own), static_argnums=0)
     x_BLD, outputs = model.embed(ids_BL), []
     for block, own in model.walk(context):
@@ -85,7 +84,7 @@ def _run(block: Block, x_BLD: jax.Array, context: Context) -> tuple[jax.Array, j
     next_BLD, _, _ = block(x_BLD, context, None)
     if not block.is_moe:
         return next_BLD, None
-    y_BLD, _ = block.attention(block.attention_norm(x_BLD), context.positions_BL, context.mask_BLS, None)
+    y_BLD, _ = block.attention(block.attention_norm(x_BLD), context.positions_BL, context.segments_BL, None)
     return next_BLD, _outputs(block.moe, block.ffn_norm(x_BLD + y_BLD))
 
 

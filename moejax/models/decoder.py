@@ -15,7 +15,6 @@ from moejax.models.stack import Block, Context, Period, Stack
 from moejax.moe.layer import TokenInfo
 from moejax.moe.placement import PlacementError
 from moejax.moe.stats import RoutingStats
-from moejax.nn.attention import cache_mask, row_mask
 from moejax.nn.norm import RMSNorm
 from moejax.sharding import constrain_tokens, whole
 
@@ -64,7 +63,7 @@ class Decoder(nnx.Module):
         """
         context = Context(
             positions_BL=positions_BL,
-            mask_BLS=row_mask(segments_BL),
+            segments_BL=segments_BL,
             info=TokenInfo(segments_BL > 0, tokens_BL, positions_BL, knobs, keys_B, trace),
         )
         logits_BLV, _, stats = self._apply(tokens_BL, context, [None] * len(self.stacks))
@@ -89,13 +88,12 @@ class Decoder(nnx.Module):
         Returns:
           Logits, float32, and the cache.
         """
-        slots = jax.tree.leaves(cache)[0].shape[-3]
+        if is_token_BL is None:
+            is_token_BL = jnp.ones(tokens_BL.shape, bool)
         context = Context(
             positions_BL=positions_BL,
-            mask_BLS=cache_mask(positions_BL, slots),
-            info=TokenInfo(
-                jnp.ones(tokens_BL.shape, bool) if is_token_BL is None else is_token_BL, tokens_BL, positions_BL
-            ),
+            segments_BL=is_token_BL.astype(jnp.int32),
+            info=TokenInfo(is_token_BL, tokens_BL, positions_BL),
         )
         logits_BLV, cache, _ = self._apply(tokens_BL, context, cache)
         return logits_BLV, cache

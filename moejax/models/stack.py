@@ -30,12 +30,12 @@ class Context:
 
     Attributes:
       positions_BL: position of each token in its document.
-      mask_BLS: which keys a query may see.
+      segments_BL: number of the document within its row, 0 at padding.
       info: what MoE layers know about the tokens.
     """
 
     positions_BL: jax.Array
-    mask_BLS: jax.Array
+    segments_BL: jax.Array
     info: TokenInfo
 
     def of_layer(self, index: jax.Array | int) -> "Context":
@@ -69,7 +69,7 @@ class Block(nnx.Module):
     def __call__(self, x_BLD: jax.Array, context: Context, cache: KVCache | None):
         """Returns (x_BLD, cache, `RoutingStats` or None)."""
         with jax.named_scope("attention"):
-            y_BLD, cache = self.attention(self.attention_norm(x_BLD), context.positions_BL, context.mask_BLS, cache)
+            y_BLD, cache = self.attention(self.attention_norm(x_BLD), context.positions_BL, context.segments_BL, cache)
             x_BLD += y_BLD
         normed_BLD = self.ffn_norm(x_BLD)
         if not self.is_moe:

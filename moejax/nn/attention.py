@@ -9,12 +9,11 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from moejax.config import ModelConfig
+from moejax.kernels.platform import platform
 from moejax.kernels.project import project
+from moejax.nn.causal import BLOCK, LONGEST_AT_ONCE, attend_causally
 from moejax.nn.norm import RMSNorm
 from moejax.sharding import BATCH_AXES, TOKENS, has_context, whole
-
-LONGEST_AT_ONCE, BLOCK = 1024, 512
-"""Queries of a row that attend at once; of longer rows, as many as a block has."""
 
 
 @jax.tree_util.register_dataclass
@@ -53,7 +52,7 @@ class Attention(nnx.Module):
         self,
         x_BLD: Float[Array, "B L D"],
         positions_BL: Int[Array, "B L"],
-        mask_BLS: Bool[Array, "B L S"],
+        segments_BL: Int[Array, "B L"] | None = None,
         cache: KVCache | None = None,
     ) -> tuple[Float[Array, "B L D"], KVCache | None]:
         """Attends within the row, or to the cache and then S slots.
@@ -61,8 +60,8 @@ class Attention(nnx.Module):
         Args:
           x_BLD: normalised residual stream.
           positions_BL: position of each token in its document; with a cache also the slot it is written to.
-          mask_BLS: which keys a query may see.
-          cache: keys and values so far; None attends to `x_BLD` alone, S = L.
+          segments_BL: number of the document within its row, 0 at padding; not needed with a cache.
+          cache: keys and values so far, of which a query sees those up to its position; None attends to `x_BLD` alone.
 
         Returns:
           The output and the cache with the new keys and values.
@@ -81,22 +80,30 @@ class Attention(nnx.Module):
                 v_BSGA=cache.v_BSGA.at[row_B1, positions_BL].set(v_BLGA),
             )
             k_BLGA, v_BLGA = cache.k_BSGA, cache.v_BSGA
-        y_BLHA = attend_on_mesh(q_BLHA, k_BLGA, v_BLGA, mask_BLS)
+            mask_BLS = cache_mask(positions_BL, cache.k_BSGA.shape[1])
+            y_BLHA = attend(q_BLHA, k_BLGA, v_BLGA, mask_BLS)
+        else:
+            y_BLHA = attend_in_rows(q_BLHA, k_BLGA, v_BLGA, segments_BL)
         return project(y_BLHA, whole(self.out, self.dtype), num_contracted=2), cache
 
 
-def attend_on_mesh(
+def attend_in_rows(
     q_BLHA: Float[Array, "B L H A"],
-    k_BSGA: Float[Array, "B S G A"],
-    v_BSGA: Float[Array, "B S G A"],
-    mask_BLS: Bool[Array, "B L S"],
+    k_BLGA: Float[Array, "B L G A"],
+    v_BLGA: Float[Array, "B L G A"],
+    segments_BL: Int[Array, "B L"],
 ) -> Float[Array, "B L H A"]:
-    """`attend`, where a mesh in context may split sequences: each device's queries see keys and values of all."""
-    if not has_context():
-        return attend(q_BLHA, k_BSGA, v_BSGA, mask_BLS)
-    queries, keys = PartitionSpec(BATCH_AXES, "context", "tensor"), PartitionSpec(BATCH_AXES, None, "tensor")
-    sharded = jax.shard_map(attend, in_specs=(queries, keys, keys, TOKENS), out_specs=queries)
-    return sharded(q_BLHA, k_BSGA, v_BSGA, mask_BLS)
+    """Attention within packed rows, in the form that is fast on the platform.
+
+    Where a mesh in context splits sequences, the queries of each device see keys and values of all.
+    """
+    if has_context():
+        queries, keys = PartitionSpec(BATCH_AXES, "context", "tensor"), PartitionSpec(BATCH_AXES, None, "tensor")
+        sharded = jax.shard_map(attend, in_specs=(queries, keys, keys, TOKENS), out_specs=queries)
+        return sharded(q_BLHA, k_BLGA, v_BLGA, row_mask(segments_BL))
+    if platform() == "cpu":
+        return attend_causally(q_BLHA, k_BLGA, v_BLGA, segments_BL)
+    return attend(q_BLHA, k_BLGA, v_BLGA, row_mask(segments_BL))
 
 
 def attend(

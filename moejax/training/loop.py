@@ -2,7 +2,6 @@
 
 import dataclasses
 import logging
-import statistics
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, closing
@@ -18,7 +17,7 @@ from moejax.sharding import make_mesh
 from moejax.training.alarms import AlarmError, stop_message
 from moejax.training.checkpoint import Checkpoints
 from moejax.training.evaluation import Evaluation, domains_of, evaluate
-from moejax.training.metrics import FinishedStep, Recorder
+from moejax.training.metrics import FinishedStep, Recorder, median_speed
 from moejax.training.nonfinite import nonfinite_error
 from moejax.training.processes import SharedStop, fail_together, first_says, first_then_others, is_first, wait_for_all
 from moejax.training.progress import StepProgress
@@ -169,7 +168,7 @@ class _Loop:
             step=int(state.step),
             stopped_by=self.stop.received,
             evaluation=evaluation,
-            tokens_per_s=statistics.median(recorder.rates) if recorder.rates else None,
+            tokens_per_s=median_speed(recorder.rates),
         )
 
     def _train(

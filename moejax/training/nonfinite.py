@@ -12,7 +12,6 @@ from moejax.data.batches import Batch
 from moejax.models import Decoder
 from moejax.models.stack import Context
 from moejax.moe.layer import TokenInfo
-from moejax.nn.attention import row_mask
 from moejax.training.schedules import scheduled
 from moejax.training.state import Trainable, TrainState
 from moejax.training.step import loss_and_gradients, row_keys
@@ -47,7 +46,7 @@ def locate(trainable: Trainable, state: TrainState, batch: Batch, knobs: Knobs) 
     knobs = scheduled(knobs, trainable.config, state.step)
     context = Context(
         positions_BL=batch.positions_BL,
-        mask_BLS=row_mask(batch.segments_BL),
+        segments_BL=batch.segments_BL,
         info=TokenInfo(batch.segments_BL > 0, batch.tokens_BL, batch.positions_BL, knobs, keys_B),
     )
     run_block = jax.jit(lambda graphdef, block, x, own: nnx.merge(graphdef, block)(x, own, None)[0], static_argnums=0)

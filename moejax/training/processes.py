@@ -231,6 +231,11 @@ def first_says(word: str) -> str:
     return _gather(word)[0]
 
 
+def all_say(word: str) -> list[str]:
+    """What each process says, in their order; all must ask."""
+    return _gather(word)
+
+
 def first_then_others(function: Callable[[], T]) -> T:
     """Calls a function in process 0, which may write files, and when it has succeeded in the others, which read them.
 
