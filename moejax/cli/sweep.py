@@ -104,8 +104,10 @@ def define(values: FlagValues, arguments: list[str]) -> None:
 def run(values: FlagValues, rest: list[str]) -> None:
     """Plans, trains, joins or reads."""
     refuse_several_processes("sweep", "launch one; --runner=slurm makes jobs of its own")
-    refuse_addresses(rest)
     action = rest[0] if rest and "=" not in rest[0] else ""
+    if action == "report" and any("://" in word for word in rest):
+        raise UsageError("moejax sweep report takes a folder, no URL, and buckets are not supported yet")
+    refuse_addresses(rest)
     if action.endswith(".py"):
         raise UsageError(f"{action} is a recipe; write --config={action}")
     if action and action not in ACTIONS:
