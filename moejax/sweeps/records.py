@@ -18,6 +18,7 @@ import pandas as pd
 from moejax.inspection.run import Run, RunError, open_run
 from moejax.inspection.sweep_tables import MATCHED, OVERRIDE, frame_of
 from moejax.paths import resolve_path
+from moejax.strict_json import to_json
 from moejax.sweeps.record_files import (
     RecordError,
     check_inside,
@@ -158,7 +159,7 @@ def _measured(run: Run | None, entry: Mapping[str, Any], status: str) -> Row:
         [step / planned if planned else None, step, _finite(loss), _finite(bits.get(step))]
         for step, loss in zip(steps.tolist(), losses.tolist(), strict=True)
     ]
-    return row | {"evaluations": json.dumps(evaluations)}
+    return row | {"evaluations": to_json(evaluations)}
 
 
 def _final_values(run: Run, status: str) -> dict[str, float | None]:
