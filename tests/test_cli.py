@@ -315,9 +315,7 @@ def test_doctor_finds_this_set_up_working(capsys):
 def test_doctor_shows_each_check_when_it_is_done_and_says_what_comes(capsys, monkeypatch):
     seen = []
     monkeypatch.setattr("moejax.cli.doctor.check_grouped_matmul", lambda name: "ok")
-    monkeypatch.setattr(
-        "moejax.cli.doctor.check_experts", lambda: seen.append(capsys.readouterr()) or "ok, all of them"
-    )
+    monkeypatch.setattr("moejax.cli.doctor.check_experts", lambda: seen.append(capsys.readouterr()) or "ok, all")
     monkeypatch.setattr("moejax.cli.doctor.check_training_step", lambda: seen.append(capsys.readouterr()) or "ok")
     assert main(["doctor"]) == 0
     (before, during), after = seen, capsys.readouterr()

@@ -91,6 +91,8 @@ COMMAND_LINES = [
     (["bench", "layer", f"--config={DEBUG}"], "--config belongs to moejax bench compiled_step, step"),
     (["bench", "compiled", "--target=h10"], "--target=h10 must be one of h100, b200, v5p, v6e; the nearest is h100"),
     (["report", "a", "b"], "a is not a folder"),
+    ([*TRAIN, "--workdir=p[1]/run"], "has [ in it, which is read as a pattern"),
+    ([*SWEEP, "--dir=p*", "moe.top_k=2,3"], "has * in it, which is read as a pattern"),
     (["eval", "postgresql://u:SECRET@h/d"], "not ***; leave it out"),
     (
         ["sweep", "--storage=postgresql:/u:SECRET@h", "--storage=postgresql://u:SECRET@h"],

@@ -10,7 +10,7 @@ from moejax.inference.evaluate import evaluate_run
 from moejax.inference.load import load_run
 from moejax.inspection.comparison_page import write_comparison
 from moejax.inspection.run import open_run
-from moejax.paths import PathError, check_writable, check_writable_file, resolve_path
+from moejax.paths import PathError, check_run_folder, check_writable, check_writable_file, resolve_path
 from moejax.sweeps.directory import open_sweep
 from moejax.sweeps.report import build_sweep_report
 
@@ -54,6 +54,13 @@ def test_links_in_a_circle_and_unknown_homes_are_refused(tmp_path):
     for given in (tmp_path / "one/x", "~nosuchuser/x"):
         with pytest.raises(PathError, match=r"cannot be a path \(.+\); name another"):
             resolve_path(given)
+
+
+def test_a_folder_whose_checkpoints_could_not_be_read_is_refused(tmp_path):
+    check_run_folder(tmp_path / "p(1)/a b", "--workdir")
+    for name in ("p[1]/run", "run*", "what?"):
+        with pytest.raises(PathError, match=r"--workdir=.* has [\[*?] in it, .* use a folder whose path has none"):
+            check_run_folder(tmp_path / name, "--workdir")
 
 
 def test_what_cannot_be_written_is_found_before_anything_is_made(tmp_path, monkeypatch):

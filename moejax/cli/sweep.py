@@ -49,6 +49,7 @@ from moejax.cli.tables import print_result, print_table
 from moejax.inspection.sweep_effects import compare_settings
 from moejax.inspection.sweep_settings import PLANNED, numbered_settings, reference_setting
 from moejax.inspection.sweep_tables import BITS, LOSS, OVERRIDE, at_fraction, loss_of
+from moejax.paths import check_writable, resolve_path
 from moejax.sweeps import Space, parse_axis, product, seeds, varied_keys
 from moejax.sweeps.arms import Arm, Plan, describe, plan_arms
 from moejax.sweeps.directory import Sweep, open_sweep, write_sweep
@@ -325,7 +326,9 @@ def _report(values: FlagValues, others: list[str]) -> None:
     folders = [*others, *([values.dir] if values.dir else [])]
     if len(folders) != 1:
         raise UsageError("name one sweep: moejax sweep report DIR")
-    _finish(values, read_folder_to_write(folders[0], "--dir"))
+    directory = resolve_path(folders[0], "--dir")
+    check_writable(directory, "--dir")
+    _finish(values, directory)
 
 
 def _finish(values: FlagValues, directory: Path) -> None:
