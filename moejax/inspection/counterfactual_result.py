@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Float
 
 from moejax.inspection.changes import NOT_SELECTABLE, OUTPUT_ZERO
+from moejax.strict_json import to_json
 
 AS_TRAINED = "as trained"
 FILE_NAME = "counterfactuals.json"
@@ -156,7 +157,7 @@ class Counterfactuals:
         """Writes a JSON file in one rename, so that a reader never sees half of it."""
         path = Path(path)
         partial = path.with_name(path.name + ".partial")
-        partial.write_text(json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        partial.write_text(to_json(dataclasses.asdict(self), indent=1) + "\n", encoding="utf-8")
         os.replace(partial, path)
         return path
 
