@@ -209,8 +209,14 @@ def test_report_is_written_again_from_the_run_directory(in_folder, capsys):
         (["train"], "--config is missing"),
         (["train", "--config=nothing.py"], "nothing.py"),
         (["train", f"--config={DEBUG}", "--config.moe.num_expert=4"], "nearest is moe.num_experts"),
-        (["train", f"--config={DEBUG}", "--config.moe.num_experts=many"], "moe.num_experts=many"),
-        (["train", f"--config={DEBUG}", "--config.moe.num_experts=2.5"], "moe.num_experts=2.5"),
+        (
+            ["train", f"--config={DEBUG}", "--config.moe.num_experts=many"],
+            "moe.num_experts='many' must be a whole number",
+        ),
+        (
+            ["train", f"--config={DEBUG}", "--config.moe.num_experts=2.5"],
+            "moe.num_experts='2.5' must be a whole number",
+        ),
         (["train", f"--config={DEBUG}", "--config.moe.top_k=1"], "moe.renormalize=True with moe.top_k=1"),
         (["train", f"--config={DEBUG}", "--config.moe.top_k=9"], "moe.top_k=9 must be between 1 and moe.num_experts=4"),
         (["train", f"--config={DEBUG}", "--config.moe.router=switsh"], "nearest is switch"),

@@ -118,8 +118,8 @@ def _find(file: str) -> Path:
 def _nearest(file: str, path: Path) -> str:
     """Recipes with nearly the name of one that is missing."""
     folder = path.parent
-    names = {recipe.stem: recipe for recipe in sorted(folder.rglob("*.py"))} if folder.is_dir() else {}
-    recipes = {recipe.stem: recipe for recipe in sorted(Path("configs").rglob("*.py"))} | names
+    candidates = [*Path("configs").rglob("*.py"), *folder.glob("*.py")]
+    recipes = {recipe.stem: recipe for recipe in candidates}
     near = difflib.get_close_matches(path.stem, recipes, n=2, cutoff=0.6)
     if not near:
         return "give the path of a recipe, such as --config=configs/tiny_moe.py"
@@ -134,8 +134,9 @@ def _execute(path: Path, file: str) -> types.ModuleType:
     module = types.ModuleType(MODULE)
     module.__file__ = str(path)
     sys.modules[MODULE] = module  # where dataclasses look up their annotations
+    code = path.read_bytes()
     with explained(file):
-        exec(compile(path.read_bytes(), path, "exec"), module.__dict__)
+        exec(compile(code, path, "exec"), module.__dict__)
     return module
 
 
@@ -178,7 +179,6 @@ def _cause(error: BaseException, source: str) -> str:
     """What happened at a line of a recipe, and what to do."""
     if type(error).__module__.startswith("moejax."):  # our own errors name the remedy
         return str(error)
-    name = type(error).__name__
     if isinstance(error, SystemExit):
         return f"`{source}` ends the program; a recipe returns a configuration, or raises an error that says why not"
     if isinstance(error, ImportError) and "relative import" in str(error):
@@ -195,7 +195,8 @@ def _cause(error: BaseException, source: str) -> str:
     if wrong := re.match(WRONG_TYPE, text):
         key, value, found, wanted = wrong.groups()
         return f"`{source}`: {key}={value} is {found}; it must be {wanted}"
-    return f"{name}: {text}, at `{source}`; correct it, or see the traceback with --debug"
+    place = f", at `{source}`" if source else ""
+    return f"{type(error).__name__}: {text}{place}; correct it, or see the traceback with --debug"
 
 
 def _unknown_leaf(name: str, source: str) -> str:
