@@ -92,8 +92,9 @@ def _about_value(error: flags.IllegalFlagValueError, values: FlagValues) -> str:
     name, value, reason = match.groups()
     kind = _kind(values, name)
     given = f"{name.removeprefix('config.')}={value}" if name.startswith("config.") else f"--{name}={value}"
-    if kind == "enum":
-        choices = [choice for choice in values[name].parser.enum_values if choice]
+    parser = values[name].parser if name in values else None
+    if isinstance(parser, flags.EnumParser):
+        choices = [choice for choice in parser.enum_values if choice]
         near = difflib.get_close_matches(value, choices, n=1, cutoff=0.0)[0]
         return f"{given} must be one of {', '.join(choices)}; the nearest is {near}"
     if "range" in reason:
@@ -165,13 +166,11 @@ def _is_boolean(values: FlagValues, name: str) -> bool:
 
 
 def _kind(values: FlagValues, name: str) -> str:
-    """What a flag's value is: int, float, bool, enum or something else."""
+    """What a flag's value is: int, float, bool or something else."""
     if name.startswith("config."):
         annotation = dict(leaves()).get(name.removeprefix("config."))
         return getattr(annotation, "__name__", "text")
     flag = values[name]
-    if isinstance(flag.parser, flags.EnumParser):
-        return "enum"
     return "bool" if flag.boolean else flag.flag_type()
 
 

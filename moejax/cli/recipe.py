@@ -89,7 +89,8 @@ def recipe_name(text: str) -> str:
 
 def own_function(values: FlagValues, name: str) -> Callable[..., Any] | None:
     """A function of the recipe that `--config` gave; None if it has none of that name."""
-    return getattr(values["config"].parser.module, name, None)
+    parser = values["config"].parser
+    return getattr(parser.module, name, None) if isinstance(parser, RecipeParser) else None
 
 
 @contextlib.contextmanager
