@@ -62,6 +62,8 @@ COMMAND_LINES = [
     ([*TRAIN, "--config.moe.top_k=1", "--config.moe.top_k=2"], "--config.moe.top_k is given twice, as 1 and as 2"),
     ([*TRAIN, "--config=x.py"], f"--config is given twice, as {DEBUG} and as x.py"),
     ([*TRAIN, "--workdir"], "--workdir lacks its value"),
+    ([*TRAIN, "--workdir="], "--workdir= has an empty value"),
+    ([*SWEEP, "--storage", ""], "--storage= has an empty value"),
     ([*TRAIN, "--workdir", "--json"], "--workdir lacks its value"),
     (["train", "--config.moe.top_k=1"], "--config.moe.top_k=1 changes a recipe, and --config is missing"),
     ([*TRAIN, "--config.moe.num_experts=eight"], "moe.num_experts"),

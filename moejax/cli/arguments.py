@@ -51,6 +51,8 @@ def check_arguments(verb: str, values: FlagValues, arguments: Sequence[str], tak
         key = _without_no(values, name)
         if key != name:
             value = "false"
+        if value == "" and key in values and key != "prompt":  # of a shell's variable that is not set
+            raise UsageError(f"--{key}= has an empty value; give one, or leave the flag out")
         if key.startswith("config."):
             read_value(key.removeprefix("config."), value)
         if key in given and not (key in values and isinstance(values[key], flags.MultiFlag)):
