@@ -16,7 +16,7 @@ from moejax import config as moejax_config
 
 
 def get_config() -> ConfigDict:
-    """The recipe."""
+    """Returns the recipe."""
     config = moejax_config.default()
     config.model.num_layers = 4
     config.model.d_model = 128

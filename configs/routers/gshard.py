@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
-    """The recipe."""
+    """Returns the recipe."""
     config = runpy.run_path(str(Path(__file__).with_name("softmax_topk.py")))["get_config"]()
     config.moe.dispatch = "capacity"
     config.moe.capacity_factor = 1.0

@@ -17,7 +17,6 @@ import numpy as np
 from jaxtyping import Float
 
 from moejax.config import Config, MoeConfig
-from moejax.strict_json import to_json
 from moejax.training.telemetry import RoutingInterval
 
 FILE = "alarms.jsonl"
@@ -154,7 +153,7 @@ class AlarmLog:
         kept = [line for line in read_alarms(workdir) if line["step"] <= after_step]
         if self._path.exists():
             temporary = self._path.with_suffix(".tmp")
-            temporary.write_text("".join(to_json(line) + "\n" for line in kept), encoding="utf-8")
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
             os.replace(temporary, self._path)
         # By rule and layer, for how many intervals in a row rules in `LASTING` have held.
         self._held = _unlisted(counts["held"]) if counts else {}
@@ -209,7 +208,7 @@ class AlarmLog:
         finite = {key: value for key, value in more.items() if value != math.inf}
         line = {"step": step, "rule": rule, "state": state, "layers": list(layers), **finite}
         with self._path.open("a", encoding="utf-8") as file:
-            file.write(to_json(line) + "\n")
+            file.write(json.dumps(line) + "\n")
 
 
 def read_alarms(workdir: str | Path) -> list[dict[str, Any]]:

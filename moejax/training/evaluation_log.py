@@ -18,7 +18,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from moejax.moe.by_token import churn
-from moejax.paths import resolve_path
 from moejax.training.evaluation import Evaluation
 
 FOLDER = "routing/evaluations"
@@ -39,7 +38,7 @@ class EvaluationLog:
     """
 
     def __init__(self, workdir: str | Path, after_step: int):
-        self._folder = resolve_path(workdir) / FOLDER
+        self._folder = Path(workdir) / FOLDER
         self._folder.mkdir(parents=True, exist_ok=True)
         for step, path in self._files():
             if step > after_step:
@@ -78,7 +77,7 @@ class Evaluations:
     """
 
     def __init__(self, workdir: str | Path):
-        self._folder = resolve_path(workdir) / FOLDER
+        self._folder = Path(workdir) / FOLDER
 
     def __repr__(self) -> str:
         return f"Evaluations(steps={list(self.steps)})"

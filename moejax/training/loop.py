@@ -13,7 +13,6 @@ from jax.sharding import Mesh
 from moejax.config import Config, Knobs
 from moejax.data import Batch, Corpus, TrainBatches, eval_batches, load_tokenizer, prepare
 from moejax.models.parameters import count_parameters
-from moejax.paths import resolve_path
 from moejax.sharding import make_mesh
 from moejax.training.alarms import AlarmError, stop_message
 from moejax.training.checkpoint import Checkpoints
@@ -73,7 +72,6 @@ def train(
       How it ended. A signal ends it after the step at hand, saved.
 
     Raises:
-      PathError: no directory can have the path `workdir`.
       ConfigError: the configuration does not fit the devices, or `workdir` holds another run.
       DataError: data is missing or damaged.
       CheckpointError: the newest checkpoint is damaged or does not fit.
@@ -81,7 +79,7 @@ def train(
       NonFiniteError: `train.max_nonfinite_steps` steps in a row were not finite.
       ProcessError: another process failed.
     """
-    workdir = resolve_path(workdir)
+    workdir = Path(workdir)
     with StopSignals() if stop is None else stop as stop:
         mesh, corpus = first_then_others(lambda: _open(config, workdir, command))
         check_shared(workdir)

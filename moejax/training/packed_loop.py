@@ -17,7 +17,6 @@ import jax
 
 from moejax.config import Config, ConfigError, Knobs
 from moejax.data import Batch, Corpus, TrainBatches, eval_batches
-from moejax.paths import resolve_path
 from moejax.training.alarms import AlarmError, stop_message
 from moejax.training.checkpoint import CheckpointError, Checkpoints
 from moejax.training.evaluation import Evaluation, EvaluationSums, domains_of, eval_inputs
@@ -89,7 +88,7 @@ def train_packed(
     if len(configs) != len(workdirs):
         raise ConfigError(f"{len(configs)} arms have {len(workdirs)} workdirs; give one for each")
     pack = Pack(configs, devices)
-    folders = [resolve_path(workdir) for workdir in workdirs]
+    folders = [Path(workdir) for workdir in workdirs]
     corpus = open_run_directory(configs[0], folders[0], command)
     for config, folder in zip(configs[1:], folders[1:], strict=True):
         open_run_directory(config, folder, command, corpus)

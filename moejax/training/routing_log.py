@@ -170,7 +170,7 @@ class RoutingLog:
     """
 
     def __init__(self, workdir: str | Path, layers: Sequence[int], num_experts: int, metrics: Sequence[str] = ()):
-        self._folder = resolve_path(workdir) / FOLDER
+        self._folder = Path(workdir) / FOLDER
         attributes = {
             "layers": [int(layer) for layer in layers],
             "num_experts": int(num_experts),
@@ -268,7 +268,7 @@ def read_routing(workdir: str | Path) -> RoutingHistory | None:
     Raises:
       ValueError: the folder is damaged; the message names it and the remedy.
     """
-    folder = resolve_path(workdir) / FOLDER
+    folder = Path(workdir) / FOLDER
     return RoutingHistory(folder) if (folder / GROUP).exists() else None
 
 
