@@ -165,7 +165,8 @@ def _help(verb: str, description: str, values: FlagValues, *, is_full: bool) -> 
     if "config" not in values:
         return text
     if not is_full:
-        return f"{text}\n\nSettings, --config.section.leaf=value: moejax {verb} --helpfull lists all."
+        where = f"moejax config shows them, moejax {verb} --helpfull lists all"
+        return f"{text}\n\nSettings, --config.section.leaf=value: {where}."
     defaults = Config()
     listed = []
     for key, _ in leaves():

@@ -131,6 +131,7 @@ def join_search(values: FlagValues, command: str) -> None:
         values, ("search", *OF_DRAWS, *OF_GRIDS, *OF_RUNNERS), "is not for a worker, which does what the study says; "
         "leave it out, or give it to the command that made the study",
     )  # fmt: skip
+    directory = read_folder_to_write(values.dir or f"runs/{values.study}", "--dir")
     study = open_study(_storage(values), values.study)
     definition = definition_of(study)
     if definition.is_filtered:
@@ -139,7 +140,6 @@ def join_search(values: FlagValues, command: str) -> None:
             "worker does not know; join with the command that made the study, moejax sweep --config=... --search=..., "
             "with the same flags and axes"
         )
-    directory = read_folder_to_write(values.dir or f"runs/{values.study}", "--dir")
     check_search(directory)
     with StopSignals() as stop:
         _work(values, study, Trials(directory, definition, command, stop))
