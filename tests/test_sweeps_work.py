@@ -226,6 +226,23 @@ def test_seconds_of_training_are_those_of_the_logged_intervals(tmp_path):
     assert training_seconds(tmp_path) is None
 
 
+def test_lines_that_say_nothing_of_time_do_not_stop_a_record(tmp_path):
+    lines = [
+        {"step": 10, "tokens": 100, "perf/tokens_per_s": 50.0},
+        {"step": 20, "tokens": 100, "perf/tokens_per_s": 0.0},  # an interval without a target
+        {"step": 30, "tokens": 200, "perf/tokens_per_s": 25.0},
+        {"step": 40, "tokens": "many", "perf/tokens_per_s": 25.0},
+        {"step": 40, "tokens": 300, "perf/tokens_per_s": None},
+        {"step": 30, "tokens": 300, "perf/tokens_per_s": 25.0},
+    ]
+    write_lines(tmp_path, lines)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('[1]\n\x00\n{"step": 50, "tok')
+    assert training_seconds(tmp_path) == (2 + 4, pytest.approx(0.3), 1)
+    (tmp_path / "metrics.jsonl").write_bytes(b"\xff\xfe")
+    assert training_seconds(tmp_path) is None
+
+
 def test_an_arm_has_its_share_of_each_pack_it_was_in(tmp_path):
     lines = [
         {"step": 10, "tokens": 100, "perf/tokens_per_s": 25.0, "perf/arms": 4},
