@@ -15,7 +15,7 @@ from moejax.cli.options import read_config_flag
 from moejax.cli.tables import print_result, print_table
 from moejax.sweeps import Space
 from moejax.sweeps.directory import check_search
-from moejax.sweeps.programs import keep_programs
+from moejax.compilation_cache import keep_programs
 from moejax.sweeps.search import Definition, StudyError, search_axes
 from moejax.sweeps.study import (
     create_study,

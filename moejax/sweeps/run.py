@@ -21,7 +21,7 @@ from moejax.sweeps.arms import Arm, SweepError, describe, plan_arms
 from moejax.sweeps.directory import Sweep, locked, write_sweep
 from moejax.sweeps.match import Match
 from moejax.sweeps.packs import Ids
-from moejax.sweeps.programs import keep_programs
+from moejax.compilation_cache import keep_programs
 from moejax.sweeps.records import collect, read_records, record_of, write_record
 from moejax.training.alarms import AlarmError
 from moejax.training.loop import train
