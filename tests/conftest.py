@@ -11,7 +11,8 @@ import warnings
 # Before jax starts: tests must not depend on the machine's accelerator.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # jaxlib 0.10 compiles a small train step twice as fast without these emitters; later ones abort on the unknown flag.
-if importlib.metadata.version("jaxlib").startswith("0.10."):
+# tests/test_moe_optimized.py starts a process whose programs are as users run them.
+if "MOEJAX_TESTS_OPTIMIZED" not in os.environ and importlib.metadata.version("jaxlib").startswith("0.10."):
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false"
 
 # What another file or process of this session has compiled is read from a folder, which ends with the session.
@@ -26,7 +27,8 @@ from jaxtyping import install_import_hook
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
-jax.config.update("jax_disable_most_optimizations", True)  # compiles three times faster; shapes here are tiny
+if "MOEJAX_TESTS_OPTIMIZED" not in os.environ:
+    jax.config.update("jax_disable_most_optimizations", True)  # compiles three times faster; shapes here are tiny
 
 gc.set_threshold(100_000, 50, 50)  # millions of live objects of jax's caches are looked through less often
 

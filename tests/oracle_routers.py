@@ -66,16 +66,24 @@ def probs_one(logits_E, score):
     return scores_E / sum(scores_E)
 
 
-def allowed_by_groups(values_E, num_groups, top_k_groups, group_score):
+def allowed_by_groups(values_E, num_groups, top_k_groups, group_score, blocked=frozenset(), top_k=0):
     """Experts of the best groups. Groups are equal contiguous runs of experts; a group's score is its largest value
     (DeepSeek-V2, section 2.2.2) or the sum of its two largest (DeepSeek-V3; its paper sums the K/M largest, there 2).
+
+    Blocked experts do as if they were not there; further groups are allowed until there are `top_k` experts.
     """
     size = len(values_E) // num_groups
-    scores_G = []
+    experts_of, scores = {}, {}
     for g in range(num_groups):
-        best_first = sorted(values_E[g * size : (g + 1) * size], reverse=True)
-        scores_G.append({"top2_sum": sum(best_first[:2]), "max": best_first[0]}[group_score])
-    return {g * size + i for g in select_one(scores_G, top_k_groups) for i in range(size)}
+        experts_of[g] = {e for e in range(g * size, (g + 1) * size) if e not in blocked}
+        best_first = sorted((values_E[e] for e in experts_of[g]), reverse=True)
+        if best_first:
+            scores[g] = {"top2_sum": sum(best_first[:2]), "max": best_first[0]}[group_score]
+    allowed = set()
+    for rank, g in enumerate(sorted(scores, key=lambda g: (-scores[g], g))):
+        if rank < top_k_groups or len(allowed) < top_k:
+            allowed |= experts_of[g]
+    return allowed
 
 
 def select_one(values_E, top_k, allowed=None):

@@ -114,7 +114,7 @@ def test_a_target_whose_compiler_is_missing_is_an_error_that_names_the_extra_and
 )
 def test_on_tpu_ragged_computes_what_the_chosen_experts_need(name, shape):
     if not has_compiler(TARGETS[name]):
-        pytest.skip("the compiler for TPU is not installed: pip install 'moejax[tpu]'")
+        pytest.skip("the compiler for TPU is not installed: pip install -e '.[tpu]'")
     for row in bench_compiled(shape, ["ragged"], "bfloat16", TARGETS[name]):
         assert 0.99 < row["flops_over_ideal"] <= 1.05, row
         if row["implementation"] == "ragged":
@@ -131,7 +131,7 @@ def test_on_tpu_ragged_computes_what_the_chosen_experts_need(name, shape):
 )
 def test_on_gpu_tokamax_computes_what_the_chosen_experts_need_and_ragged_dot_is_seen_to_be_dense(name, dtype, shape):
     if not has_compiler(TARGETS[name]):
-        pytest.skip("the compiler for NVIDIA GPUs is not installed: pip install 'moejax[cuda13]'")
+        pytest.skip("the compiler for NVIDIA GPUs is not installed: pip install -e '.[cuda13]'")
     with jax.set_mesh(make_target_mesh(TARGETS[name])):
         if why := unavailable().get("tokamax"):
             pytest.skip(why)

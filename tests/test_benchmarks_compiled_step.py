@@ -189,7 +189,7 @@ def test_the_recipe_of_mixtral_has_its_sizes():
 @pytest.mark.slow
 def test_a_step_compiles_for_a_pod_and_its_collectives_have_axes(debug):
     if not has_compiler(TARGETS["v5p"]):
-        pytest.skip("the compiler for TPU is not installed: pip install 'moejax[tpu]'")
+        pytest.skip("the compiler for TPU is not installed: pip install -e '.[tpu]'")
     config = dataclasses.replace(debug, mesh=dataclasses.replace(debug.mesh, fsdp=2, expert=2))
     row = bench_compiled_step(config, TARGETS["v5p"], "2x2x1")
     assert row["fits"] and row["devices"] == 4 and row["peak_bytes"] > 0

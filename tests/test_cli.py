@@ -186,7 +186,7 @@ def test_view_without_panel_names_the_extra(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "panel", None)
     assert main(["view", f"--workdir={tmp_path}"]) == 2
     error = capsys.readouterr().err
-    assert "pip install 'moejax[view]'" in error and error.count("\n") == 1
+    assert "pip install -e '.[view]'" in error and error.count("\n") == 1
 
 
 def test_debug_shows_the_traceback(tmp_path):

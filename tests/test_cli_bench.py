@@ -193,4 +193,4 @@ def test_bench_compiled_without_the_compiler_ends_in_one_line_that_names_the_ext
     monkeypatch.setattr(topologies, "get_topology_desc", missing)
     assert main(["bench", "compiled", "--target=b200"]) == 2
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "pip install 'moejax[cuda13]'" in error
+    assert error.count("\n") == 1 and "pip install -e '.[cuda13]'" in error

@@ -63,7 +63,7 @@ def test_a_layer_that_does_not_look_at_tokens_has_no_jitter():
         ("4-2: dense", ["'4-2'"]),
         ("0: rooter=hash", ["'rooter'", "nearest is router"]),
         ("0: router=hsh", ["moe.router='hsh'", "must be one of", "nearest is hash"]),
-        ("0: top_k=two", ["top_k=two", "must be int"]),
+        ("0: top_k=two", ["top_k='two'", "must be a whole number"]),
         ("0: num_experts=8", ["moe.num_experts is the same for all layers"]),
         ("0: z_weight=0", ["moe.z_weight is the same for all layers"]),
         ("0:", ["changes nothing"]),

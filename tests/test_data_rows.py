@@ -168,7 +168,7 @@ def change_manifest(change):
 DAMAGE = {
     "a truncated file": lambda c: array_record(c).write_bytes(array_record(c).read_bytes()[:-70_000]),
     "a missing file": lambda c: array_record(c, "validation").unlink(),
-    "a missing description": lambda c: (c.directory / "rows" / "1.0.0" / "dataset_info.json").unlink(),
+    "a missing file of labels": lambda c: (c.directory / "documents.validation.jsonl").unlink(),
     "no manifest": lambda c: (c.directory / "manifest.json").unlink(),
     "an empty manifest": lambda c: (c.directory / "manifest.json").write_text(""),
     "a manifest of another type": lambda c: (c.directory / "manifest.json").write_text("[1]"),

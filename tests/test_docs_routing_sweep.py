@@ -4,6 +4,7 @@ import json
 import runpy
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from moejax.sweeps.arms import plan_arms
@@ -24,23 +25,61 @@ def rows():
 
 def test_the_tables_are_those_of_the_results(figures, rows):
     start, end = figures["MARKS"]
-    assert PAGE.split(start)[1].split(end)[0] == figures["write_tables"](figures["settings"](rows))
+    assert PAGE.split(start)[1].split(end)[0] == figures["write_tables"](figures["arms"](rows))
 
 
-def test_what_is_said_of_experts_and_k_holds_without_the_noisy_router_and_with_it(figures, rows):
-    moe, _ = figures["split"](figures["settings"](rows))
+def test_what_is_said_of_differences_holds_with_their_intervals(figures, rows):
+    moe = figures["kinds"](figures["arms"](rows))["all routers"]
     is_noisy = moe["override/router"] == "noisy_topk"
-    without, of_noisy = (figures["effects"](table) for table in (moe[~is_noisy], moe[is_noisy]))
-    few, many = without["num_experts"].table["mean"]
-    one, four = without["top_k"].table["mean"]
     text = " ".join(PAGE.split())
-    assert f"without the noisy router, does nothing by itself: {one:.3f} with 1, {four:.3f} with 4." in text
-    assert f"Over all balancings: {few:.3f} with 8, {many:.3f} with 32." in text
-    seeds = (moe[~is_noisy][f"{figures['LOSS']}/se"] * 3**0.5).mean()
-    assert max(abs(few - many), abs(one - four)) < seeds
-    few, many = of_noisy["num_experts"].table["mean"]
-    one, four = of_noisy["top_k"].table["mean"]
-    assert f"32 experts are {many - few:.3f} nats worse than 8, and K = 1 is {one - four:.3f} worse than K = 4" in text
+
+    def difference(arms, axis, level, **where):
+        for name, value in where.items():
+            arms = arms[arms[f"override/{name}"] == value]
+        return next(other.difference for other in figures["effects"](arms)[axis].others if other.level == level)
+
+    def interval(found, sign=1):
+        low, high = sorted((sign * found.low, sign * found.high))
+        return f"({low:+.3f} to {high:+.3f})"
+
+    noisy, others = moe[is_noisy], moe[~is_noisy]
+    of_experts, of_k = difference(noisy, "num_experts", 32), difference(noisy, "top_k", 4)
+    assert f"32 experts are {of_experts.mean:.3f} nats worse than 8 {interval(of_experts)}" in text
+    assert f"K = 1 is {-of_k.mean:.3f} worse than K = 4 {interval(of_k, -1)}" in text
+    assert of_experts.is_told_apart and of_k.is_told_apart
+    router = difference(moe, "router", "noisy_topk")
+    assert f"loses {router.mean:.3f} nats against softmax {interval(router)}" in text
+    for axis, level in (
+        ("num_experts", 32),
+        ("top_k", 4),
+        ("scheme", "loss"),
+        ("scheme", "bias"),
+        ("router", "sigmoid_topk"),
+    ):
+        assert not difference(others, axis, level).is_told_apart
+    loss, bias = (difference(others, "scheme", scheme) for scheme in ("loss", "bias"))
+    assert (
+        f"the loss gains {-loss.mean:.3f} {interval(loss, -1)} and the bias {-bias.mean:.3f} {interval(bias, -1)}"
+        in text
+    )
+    loss, bias = (difference(others, "scheme", scheme, top_k=1) for scheme in ("loss", "bias"))
+    assert f"the bias gains {-bias.mean:.3f} {interval(bias, -1)}, which is told apart" in text and bias.is_told_apart
+    assert f"the loss {-loss.mean:.3f} {interval(loss, -1)}, which is not" in text and not loss.is_told_apart
+    means = [difference(others, "scheme", scheme, top_k=4).mean for scheme in ("loss", "bias")]
+    assert max(map(abs, means)) < 0.003
+    for scheme, words in (("loss", "with the loss"), ("bias", "with the bias"), ("none", "without balancing")):
+        found = difference(others, "num_experts", 32, scheme=scheme)
+        assert f"{words} {found.mean:+.3f} {interval(found)}" in text
+
+
+def test_what_is_said_of_the_dense_control_holds(figures, rows):
+    table = figures["settings"](figures["arms"](rows))
+    table = table[figures["is_moe"](table)]
+    is_told = pd.Series([found.is_told_apart for found in table["difference"]], table.index)
+    is_noisy = table["override/router"] == "noisy_topk"
+    assert not is_told[~is_noisy].any() and is_told[is_noisy].sum() == 7 and is_noisy.sum() == 12
+    reach = [(found.high - found.low) / 2 for found in table["difference"][~is_noisy]]
+    assert min(reach) > 0.028 and max(reach) < 0.104
 
 
 def test_the_results_are_those_of_the_sweep_that_the_recipe_describes(rows):

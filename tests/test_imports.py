@@ -11,7 +11,7 @@ PACKAGE = ROOT / "moejax"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 RANKS = [
-    {"config"},
+    {"config", "locks"},
     {"kernels", "sharding", "compilation_cache"},
     {"moe"},
     {"nn"},

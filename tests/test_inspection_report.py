@@ -210,7 +210,7 @@ def test_the_summary_states_size_quality_speed_and_origin(whole):
         "3.125 nats per token, at step 30",
         "22.76",
         "1.062",  # bits per byte to four digits
-        "1,020 (median)",
+        "1,020 (median over logging intervals)",
         "30 of 2000",
         "4 x TPU v5e",
         "jax 0.10.2",
@@ -306,7 +306,7 @@ def test_metrics_that_are_not_finite_are_named_so(tmp_path):
         file.write(json.dumps({"step": 40} | nothing) + "\n")
     text = Page(render(open_run(tmp_path))).text
     assert "not finite nats per token" in text
-    assert "1,020 (median)" in text  # of those that are finite
+    assert "1,020 (median over logging intervals)" in text  # of those that are finite
 
 
 def test_dead_experts_are_named_by_model_layer(whole):
@@ -397,7 +397,10 @@ def test_layers_are_drawn_one_by_one_with_the_worst_named(tmp_path, undrawn):
     log_layers(tmp_path, (10, 20), [[0.9, 0.1], [0.25, 0.75]])
     text = Page(render(open_run(tmp_path))).text
     assert "worst: layer 2, 0.75" in text
-    assert "0 in every layer throughout: load entropy, router entropy, dropped, largest router logit" in text
+    assert (
+        "The same in every layer throughout: load entropy 0; router entropy 0; dropped 0; largest router logit 0"
+        in text
+    )
 
 
 def test_experts_that_go_together_are_named_with_their_share_and_chance(tmp_path, undrawn):

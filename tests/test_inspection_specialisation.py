@@ -50,7 +50,7 @@ def test_the_ratio_is_that_of_a_hand_worked_example():
     first, second = over_represented_tokens(counts)[0]
     assert [(t.token, t.num_assignments) for t in first] == [(1, 200)]
     assert first[0].ratio == pytest.approx(4 / 3)
-    assert second == [(2, 75, pytest.approx(3.0))]
+    assert second == [(2, 75, pytest.approx(0.75), pytest.approx(3.0))]
 
 
 def test_the_rank_is_the_signed_root_of_the_log_likelihood_ratio():

@@ -13,10 +13,11 @@ import pytest
 
 from moejax.cli import main
 from moejax.inspection import sweep_figures, sweep_scale
+from moejax.inspection.sweep_effect_plots import ONE_SEED
+from moejax.inspection.sweep_effects import axis_effect, interaction
 from moejax.inspection.sweep_page import build_sweep_page
-from moejax.inspection.sweep_plots import interactions
 from moejax.inspection.sweep_settings import mean_and_error, short_names
-from moejax.inspection.sweep_tables import LOSS, axes_of, frame_of, main_effect, settings_of
+from moejax.inspection.sweep_tables import LOSS, frame_of, settings_of
 from moejax.sweeps.records import record_of, write_record
 from moejax.sweeps.report import build_sweep_report
 from sweep_cases import entry_of, product, row_of, write_definition, write_run
@@ -62,7 +63,7 @@ def test_a_page_of_a_full_design_tells_what_was_swept_and_compares_it():
     assert "moe.d_expert" in text and '<td data-number="64">64</td>' in document
     assert "None: every arm is done and compared." in text
     alts = [image["alt"] for image in Reader(document).images]
-    assert "Mean eval loss by router: a: 2.60 ± 0.50; b: 4.60 ± 0.50" in alts
+    assert "Difference in eval loss from router a: b: +2 (in every seed)" in alts
     assert any(
         alt.startswith("Mean eval loss by balance_weight, a line for each router; lowest 2.1 at 0.1") for alt in alts
     )
@@ -83,10 +84,11 @@ def test_nothing_is_fetched_and_only_the_sorting_script_may_run():
 
 def test_no_name_of_a_sweep_breaks_the_page():
     evil = '<script>alert("&")</script>'
-    points = [{"moe.router": evil, "moe.top_k": 1}, {"moe.router": "_x\x01", "moe.top_k": 2}]
-    points += [{"moe.router": "$\\frac", "moe.top_k": 1}, {"moe.router": "", "moe.top_k": 2}]
-    changed = {3: {"status": "failed", "error": evil, "alarm_rules": json.dumps([evil])}}
-    document = page(points, [3.0, 2.0, 2.5, 4.0], changed=changed)
+    points = product(moe_router=[evil, "_x\x01", "$\\frac", ""], moe_top_k=[1, 2], train_seed=[0, 1])
+    changed = {15: {"status": "failed", "error": evil, "alarm_rules": json.dumps([evil])}}
+    changed |= {i: {"device": evil, "tail/moe/dropped": i / 100} for i in range(15)}
+    document = page(points, [3.0 + (7 * i % 11) / 5 for i in range(16)], changed=changed)
+    assert len(svgs(document)) > 3
     assert document.count("<script>") == 1 and "&lt;script&gt;alert(&quot;&amp;&quot;)" in document
     for svg in svgs(document):
         xml.dom.minidom.parseString(svg)
@@ -167,11 +169,11 @@ def test_arms_that_have_not_ended_count_among_those_of_their_setting():
 
 
 def test_step_times_of_packs_of_different_sizes_are_noted_wherever_they_are_compared():
-    points = product(moe_top_k=[1, 2])
-    changed = {i: {"step_s": 0.1 + i, "packed": 8} for i in range(2)}
-    assert "Arms trained in packs" not in page(points, [2.0, 1.0], changed=changed)
+    points = product(moe_top_k=[1, 2], train_seed=[0, 1])
+    changed = {i: {"step_s": 0.1 + i, "packed": 8} for i in range(4)}
+    assert "Arms trained in packs" not in page(points, [2.0, 2.1, 1.0, 1.1], changed=changed)
     changed[1]["packed"] = 1
-    _, of_effects, of_fronts = page(points, [2.0, 1.0], changed=changed).split(
+    _, of_effects, of_fronts = page(points, [2.0, 2.1, 1.0, 1.1], changed=changed).split(
         "Arms trained in packs of 1 to 8, and the time of an arm is its pack's over their number"
     )
     assert 'id="fronts"' in of_effects and 'id="fronts"' not in of_fronts
@@ -186,7 +188,7 @@ def test_a_search_of_many_sampled_arms_stays_readable_and_small():
     ]  # fmt: skip
     document = page(points, draw.uniform(2, 3, 120).tolist())
     assert "120 done" in document and len(document) < 1_000_000
-    assert "Not drawn: 3 pairs" in document
+    assert "No two arms of one seed differ in it alone" in document
 
 
 def test_axes_with_one_level_are_not_drawn():
@@ -210,50 +212,97 @@ def test_numbers_that_span_decades_are_logarithmic_and_those_with_zero_stand_sid
     assert [name for _, name in crowded] == ["1", "5"]
 
 
-def test_an_effect_is_drawn_where_its_numbers_are():
-    points = product(a_b=[1, 100], c_d=["x", "y"])
-    found = settings_of(frame_of([row_of(p, loss) for p, loss in zip(points, [1, 3, 2, 6], strict=True)]), [LOSS])
-    (container,) = (
-        sweep_figures.draw_effect(main_effect(found, LOSS, "override/a.b"), "b", "loss").figure.axes[0].containers
-    )
-    line = container.lines[0]
-    assert line.get_xdata().tolist() == [0, 2] and line.get_ydata().tolist() == [2, 4]  # logarithms of 1 and 100
-    bars = container.lines[2][0].get_segments()
-    assert [bar[:, 1].tolist() for bar in bars] == [[1, 3], [2, 6]]  # deviation over sqrt 2: 1 and 2
-    (container,) = (
-        sweep_figures.draw_effect(main_effect(found, LOSS, "override/c.d"), "d", "loss").figure.axes[0].containers
-    )
-    assert container.lines[0].get_ydata().tolist() == [0, 1]  # names below one another
+def effect_of(points, losses, axis):
+    arms = frame_of([row_of(point, loss) for point, loss in zip(points, losses, strict=True)])
+    return axis_effect(arms, LOSS, f"override/{axis}")
 
 
-def test_an_effect_without_other_axes_has_the_standard_errors_over_seeds_and_no_bars_without_them():
-    points = product(moe_top_k=[1, 2], train_seed=[0, 1, 2])
-    document = page(points, [2.7, 3, 3.3, 2.6, 2.9, 3.2])
+def test_a_difference_is_drawn_with_its_interval_and_grey_where_it_may_be_noise():
+    points = product(a_b=[1, 10, 100], c_d=["x", "y"], train_seed=[0, 1])
+    effect = effect_of(points, [0, 0, 0, 0, 2, 2, 2, 2, 1, -1, 1, -1], "a.b")
+    axes = sweep_figures.draw_effect(effect, "b", "loss").figure.axes[0]
+    assert [line.get_label() for line in axes.lines if line.get_marker() == "D"] == ["reference"]
+    told, noise = axes.containers
+    assert told.get_label() == "told apart from it" and noise.get_label() == "may be noise"
+    assert told.lines[0].get_xydata().tolist() == [[1, 2]] and noise.lines[0].get_xydata().tolist() == [[2, 0]]
+    assert told.lines[0].get_color() == sweep_figures.BLUE and noise.lines[0].get_color() == sweep_figures.GREY
+    (bar,) = noise.lines[2][0].get_segments()
+    assert bar[:, 1].tolist() == pytest.approx([-12.706, 12.706], 1e-4)  # one standard error is 1
+    names = sweep_figures.draw_effect(effect_of(points, range(12), "c.d"), "d", "loss").figure.axes[0]
+    assert names.containers[0].lines[0].get_ydata().tolist() == [1]  # names below one another, the reference at 0
+
+
+def test_with_one_seed_no_picture_shows_noise_as_an_effect_and_a_sentence_says_so():
+    points = product(moe_top_k=[1, 2], moe_router=["a", "b"])
+    changed = {i: {"step_s": 0.1 * (i + 1)} for i in range(4)}
+    document = page(points, [3.0, 2.0, 2.5, 4.0], changed=changed)
+    assert document.count(ONE_SEED) == 2  # of effects and of interactions
+    assert document.count("There is one seed: all that is seen here may be noise.") == 2  # all settings, and a front
     alts = [image["alt"] for image in Reader(document).images]
-    assert "Mean eval loss by top_k: 1: 3.00 ± 0.17; 2: 2.90 ± 0.17" in alts
-    assert "Each point is a setting's mean over its seeds" in document and "other axes" not in document
-    found = settings_of(frame_of([row_of(points[0], 3.0), row_of(points[3], 2.9), row_of(points[4], 3.1)]), [LOSS])
-    drawing = sweep_figures.draw_effect(main_effect(found, LOSS, "override/moe.top_k"), "K", "loss")
-    (container,) = drawing.figure.axes[0].containers
-    one_seed, two_seeds = container.lines[2][0].get_segments()
-    assert len(one_seed) == 0 and two_seeds[:, 1].tolist() == pytest.approx([2.9, 3.1])
+    assert not [alt for alt in alts if alt.startswith(("Difference", "Mean"))]
+    text = " ".join(Reader(document).text)
+    assert "nothing can be said about whether a difference is more than noise" in text
+    assert "+0.75" in text and "+0.75 (" not in text  # the difference of routers is told, without an interval
 
 
-def test_a_departure_that_other_axes_may_make_or_that_cannot_be_judged_is_said_to_be_such():
-    def departures(points, losses):
-        found = settings_of(frame_of([row_of(p, loss) for p, loss in zip(points, losses, strict=True)]), [LOSS])
-        return interactions(found, short_names(axes_of(found)))
+def test_differences_that_seeds_explain_are_called_noise_on_the_page():
+    points = product(moe_top_k=[1, 2], moe_router=["a", "b"], train_seed=[0, 1, 2])
+    of_seed = {1: [2.744, 2.700, 2.790], 2: [2.700, 2.755, 2.687]}  # the cells agree to 0.001
+    losses = [of_seed[p["moe.top_k"]][p["train.seed"]] + 0.001 * (p["moe.router"] == "b") for p in points]
+    document = page(points, losses)
+    section = document.split('id="effects"')[1].split('id="interactions"')[0]
+    assert "No level's loss is told apart from noise over 3 seeds." in section
+    assert "Told apart from noise over 3 seeds: b: +0.001 (in every seed)." in section
 
-    points = product(moe_top_k=[1, 2], moe_router=["a", "b"], model_d_ff=[1, 2])
-    additive = [p["moe.top_k"] + (p["moe.router"] == "b") + p["model.d_ff"] for p in points]
-    whole, holed = departures(points, additive), departures(points[:-1], additive[:-1])
-    note = "Its cells are means over different levels of the other axes, so it holds some of what those do."
-    assert holed.count("Largest departure from two separate effects: 0.125 nats. " + note) == 3 and note not in whole
-    points = product(moe_top_k=[1, 2, 3], moe_router=["a", "b", "c"])
-    text = departures([points[i] for i in (1, 2, 3, 5, 6, 7)], [1.0, 5.0, 2.0, 2.0, 9.0, 1.0])
-    assert "effects: not judged, as too many cells have no setting.<" in text and " nats" not in re.sub(
-        "<img.*?>", "", text
-    )
+
+def test_a_metric_that_is_the_same_in_all_arms_is_a_sentence_and_no_picture():
+    document = page(product(moe_top_k=[1, 2], train_seed=[0, 1]), [3, 3.1, 2, 2.2], tail__moe__dropped=0.0)
+    assert "The same in all arms: drop rate 0, step time 0.1." in document
+    assert not [image for image in Reader(document).images if "drop" in image["alt"]]
+
+
+def test_an_axis_without_pairs_says_that_its_effect_cannot_be_told():
+    points = [{"moe.top_k": k, "model.d_ff": d, "train.seed": s} for k, d in ((1, 8), (2, 16), (4, 8)) for s in (0, 1)]
+    document = page([*points, {"moe.top_k": 4, "model.d_ff": 32, "train.seed": 0}], [3, 3.1, 2, 2.2, 1, 1.3, 4])
+    assert document.count("No two arms of one seed differ in it alone") == 0
+    document = page([*points[:4], {"moe.top_k": 4, "model.d_ff": 32, "train.seed": 0}], [3, 3.1, 2, 2.2, 1])
+    assert document.count("No two arms of one seed differ in it alone") == 2
+
+
+def test_a_level_has_one_colour_in_all_figures_of_pairs():
+    points = product(a_b=[1, 2], c_d=["x", "y", "z"], train_seed=[0, 1])
+    arms = frame_of([row_of(p, p["a.b"] * (p["c.d"] == "z")) for p in points if p != {"a.b": 2, "c.d": "x"}])
+    means = interaction(arms, LOSS, "override/a.b", "override/c.d").means
+    whole = sweep_figures.draw_interaction(means, "b", "d", "loss", ["x", "y", "z"]).figure.axes[0].lines
+    part = sweep_figures.draw_interaction(means[["y", "z"]], "b", "d", "loss", ["x", "y", "z"]).figure.axes[0].lines
+    assert [line.get_color() for line in part] == [line.get_color() for line in whole][1:]
+
+
+def test_settings_are_compared_with_the_dense_control_or_else_the_first_of_the_sweep():
+    def differences(document):
+        head = re.search(r"difference from (\d+)", document)[1]
+        rows = re.findall(r'<tr><th scope="row" data-number="(\d+)">.*?</td><td.*?>(.*?)</td>', document)
+        return head, dict(rows)
+
+    points = product(moe_num_experts=[4, 8], train_seed=[0, 1])
+    head, found = differences(page(points, [3.0, 3.2, 2.0, 2.3]))
+    assert head == "2" and found["2"] == "0" and found["1"] == "<b>-0.95 (-1.59 to -0.31)</b>"
+    dense = [{"moe.num_experts": 0, "train.seed": seed} for seed in (0, 1)]
+    document = page([*points, *dense], [3.0, 3.2, 2.0, 2.3, 2.5, 2.7])
+    assert differences(document)[0] == "2" and "the dense control" in document
+    assert differences(document)[1]["3"] == "<b>+0.5 (in every seed)</b>"
+
+
+def test_arms_whose_tokens_differ_are_compared_by_bits_per_byte():
+    points = product(data_vocab_size=[512, 4096], train_seed=[0, 1])
+    changed = {i: {"final/eval/bits_per_byte": bits} for i, bits in enumerate([3.4, 3.5, 2.5, 2.6])}
+    document = page(points, [4.8, 4.9, 6.7, 6.8], changed=changed)
+    first, second = re.findall(r'<tr><th scope="row" data-number="(.*?)</tr>', document)
+    assert "2.550 ± 0.050" in first and "3.450 ± 0.050" in second
+    assert "They differ in data.vocab_size, so in what a token is, and are compared by bits per byte" in document
+    alts = [image["alt"] for image in Reader(document).images]
+    assert any(alt.startswith("Difference in bits per byte from vocab_size 512: 4096: -0.9") for alt in alts)
+    assert not any("eval loss" in alt for alt in alts)
 
 
 def test_the_first_setting_is_the_thick_line_and_a_line_stops_where_an_axis_is_not_set():

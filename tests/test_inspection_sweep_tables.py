@@ -56,13 +56,14 @@ def test_below_the_end_arms_are_compared_at_that_fraction_alone():
         return row_of({"a.b": len(evaluations)}, 2.0, evaluations=json.dumps(evaluations), **more)
 
     rows = [
-        at([0.5, 50, 3.0], [1, 100, 2.0]),
+        at([0.5, 50, 3.0, 1.5], [1, 100, 2.0, 1.0]),
         at([0.25, 5, 4.0], [0.5, 10, 3.5], [0.75, 15, 1.0], steps_planned=21, status="pruned"),  # half is step 10.5
         at([0.49, 49, 1.0]),  # a step beside it
         at([0.5, 50, None], [0.6, 60, 1.0], [0.7, 70, 1.0], [0.8, 80, 1.0]),
     ]
     compared, left_out = tables.at_fraction(tables.frame_of(rows), 0.5)
     assert compared["at/eval/loss"].tolist() == [3, 3.5] and compared["at/step"].tolist() == [50, 10]
+    np.testing.assert_array_equal(compared["at/eval/bits_per_byte"], [1.5, np.nan])  # older records have no bits
     assert LOSS not in compared  # of the end, so of different fractions
     assert left_out["reason"].tolist() == [
         "no evaluation at 0.5 of its schedule (step 50)",
@@ -88,67 +89,6 @@ def test_a_sweep_over_seeds_alone_is_one_setting():
     assert tables.over_seeds(frame([], []), LOSS).empty
 
 
-def test_a_main_effect_weighs_cells_equally_however_many_seeds_they_have():
-    points = [*product(a_b=[1, 2], c_d=["x", "y"], train_seed=[0]), {"a.b": 1, "c.d": "x", "train.seed": 1}]
-    found = tables.main_effect(settings(points, [2, 6, 3, 9, 4]), LOSS, "override/a.b")
-    # Level 1: the cells are (2 + 4) / 2 = 3 and 6; level 2: 3 and 9.
-    assert found.table["level"].tolist() == [1, 2] and found.table["mean"].tolist() == [4.5, 6]
-    # The deviation of 3 and 6 is 3 / sqrt(2), and over the root of 2 cells 1.5.
-    assert found.table["se"].tolist() == pytest.approx([1.5, 3]) and found.table["cells"].tolist() == [2, 2]
-    assert found.is_balanced and found.num_unset == 0
-
-
-def test_the_only_cell_of_a_level_has_the_standard_error_over_its_seeds():
-    points = [*product(moe_top_k=[1, 2], train_seed=[0, 1, 2]), {"moe.top_k": 4, "train.seed": 0}]
-    found = tables.main_effect(settings(points, [2.7, 3, 3.3, 2.6, 2.9, 3.2, 4]), LOSS, "override/moe.top_k").table
-    assert found["mean"].tolist() == pytest.approx([3, 2.9, 4]) and found["cells"].tolist() == [1, 1, 1]
-    assert found["se"].tolist()[:2] == pytest.approx([0.3 / math.sqrt(3)] * 2) and math.isnan(found["se"][2])
-
-
-def test_an_unbalanced_design_is_said_to_be_one():
-    points = [*product(a_b=[1, 2], c_d=["x", "y"])[:3], {"a.b": None, "moe.num_experts": 0}]
-    found = tables.main_effect(settings(points, [2, 6, 3, 9]), LOSS, "override/a.b")
-    assert found.table["mean"].tolist() == [4, 3] and found.table["cells"].tolist() == [2, 1]
-    assert not found.is_balanced and found.num_unset == 1
-
-
-def test_an_interaction_is_the_departure_of_cells_from_two_effects():
-    found = settings(product(a_b=[1, 2], c_d=["x", "y"], e_f=[0, 1]), [0, 2, 2, 4, 3, 5, 9, 11])
-    means = tables.interaction(found, LOSS, "override/a.b", "override/c.d")
-    assert means.loc[1, "x"] == 1 and means.to_numpy().tolist() == [[1, 3], [4, 10]]
-    # Rows mean 2 and 7, columns 2.5 and 6.5, all 4.5: a sum of effects gives 0, 4, 5 and 9.
-    assert tables.strength(means) == pytest.approx(1.0)
-    holed = tables.interaction(found.iloc[:6], LOSS, "override/a.b", "override/c.d")
-    assert math.isnan(holed.loc[2, "y"])
-
-
-def test_an_interaction_is_judged_from_whole_rows_or_columns_or_not_at_all():
-    whole = pd.DataFrame([[1, 3], [4, 10]])
-    assert tables.strength(whole.assign(hole=[5, math.nan])) == pytest.approx(1.0)
-    assert tables.strength(whole.T.assign(hole=[5, math.nan]).T) == pytest.approx(1.0)
-    every_row = pd.DataFrame(1.0 - np.eye(3)).replace(0, math.nan)
-    for unknown in (every_row, whole.iloc[:1], whole.iloc[:, :1], holed_square(), whole.iloc[:0]):
-        assert math.isnan(tables.strength(unknown))
-
-
-def holed_square():
-    return pd.DataFrame([[1, 3], [4, math.nan]])
-
-
-def test_means_of_a_pair_are_balanced_where_they_are_over_the_same_cells_of_the_other_axes():
-    points = product(a_b=[1, 2], c_d=["x", "y"], e_f=[0, 1])
-    additive = [point["a.b"] + (point["c.d"] == "y") + point["e.f"] / 2 for point in points]
-    pair = ["override/a.b", "override/c.d"]
-    found = settings(points, additive)
-    assert tables.is_balanced(found, LOSS, pair)
-    assert tables.strength(tables.interaction(found, LOSS, *pair)) == pytest.approx(0)
-    # Without the last arm the mean at 2 and y is lower by 0.25, of which a quarter is in no sum of effects.
-    found = settings(points, [*additive[:-1], None])
-    assert not tables.is_balanced(found, LOSS, pair)
-    assert tables.strength(tables.interaction(found, LOSS, *pair)) == pytest.approx(0.25 / 4)
-    assert tables.is_balanced(found.iloc[:6], LOSS, pair)  # a combination that no setting has is not looked at
-
-
 def test_no_setting_beats_those_on_the_front():
     values = {"x": [1, 2, 3, 3, 2, 9, math.nan], "y": [9, 4, 4, 1, 4, 1, 0], "z": [0.0] * 7}
     found = pd.DataFrame(values)
@@ -156,3 +96,16 @@ def test_no_setting_beats_those_on_the_front():
     assert tables.pareto_front(found, ["x", "y"]).tolist() == [True, True, False, True, True, False, False]
     assert tables.pareto_front(found, ["x", "y", "z"]).tolist() == [True, True, False, True, True, False, False]
     assert tables.pareto_front(found, ["x"]).tolist() == [True] + [False] * 6
+
+
+def test_arms_whose_tokens_differ_are_compared_by_bits_per_byte():
+    for key, value in (
+        ("data.vocab_size", 512),
+        ("data.tokenizer", "bytes"),
+        ("data.files", "a"),
+        ("data.text_field", "b"),
+    ):
+        assert tables.loss_of(frame([{key: value}, {"moe.top_k": 2}], [1, 2])) == tables.BITS
+    same = frame([{"data.seq_len": 8, "data.directory": "a"}, {"data.seq_len": 16, "data.directory": "b"}], [1, 2])
+    assert tables.loss_of(same) == LOSS
+    assert tables.loss_of(frame([{"data.vocab_size": 512}] * 2, [1, 2])) == LOSS

@@ -18,9 +18,12 @@ import pytest
 
 from moejax.inspection import view_page
 from moejax.inspection.figures import LOSS_CHARTS, MAX_POINTS, Chart
-from moejax.inspection.live import Library, LiveRun, MetricsReader, age, find_runs, tokens_at
+from moejax.inspection.axes import place
+from moejax.inspection.colors import FIRST, RunColors
+from moejax.inspection.live import Library, LiveRun, MetricsReader, age, find_runs
 from moejax.inspection.run import open_run
-from moejax.inspection.view_plots import CurvePlot, charts_of, columns, load_plot, signature
+from moejax.inspection.run_paths import RunPathError, check_folder
+from moejax.inspection.view_plots import CurvePlot, charts_of, columns, constant, load_plot, signature
 from moejax.training.routing_log import RoutingLog
 
 REPOSITORY = Path(__file__).parents[1]
@@ -123,7 +126,7 @@ def test_a_curve_is_thinned_to_its_extremes_and_ends(tmp_path):
     values = np.sin(np.arange(20_000) / 100)
     values[[7_777, 13_131, 0, -1]] = 50, -50, values[30], values[-30]  # the ends are no extremes
     write_run(tmp_path, *({"step": i, "a": value, "tokens": 8 * i} for i, value in enumerate(values)))
-    run = LiveRun(tmp_path, 0)
+    run = LiveRun(tmp_path)
     run.look()
     data = columns(run, "a", "tokens")
     assert len(data["x"]) <= MAX_POINTS
@@ -135,25 +138,119 @@ def test_tokens_lie_on_a_line_between_logged_steps(file):
     file.write_text(lines({"step": 10, "tokens": 100}, {"step": 20, "tokens": 300}))
     reader = MetricsReader(file)
     reader.read_on(PLENTY)
-    assert tokens_at(reader, np.array([5, 10, 15])).tolist() == [50, 100, 200]
+    assert place("tokens", np.array([5, 10, 15]), reader.points, None).tolist() == [50, 100, 200]
 
 
 def test_runs_are_found_below_a_folder_and_not_inside_of_one(tmp_path):
     for name in ("b", "a", "sweep/one", "a/inside", ".hidden/x", "d/e/f", "d/e/g/too_deep"):
         write_run(tmp_path / name)
     (tmp_path / "empty").mkdir()
-    assert list(find_runs(tmp_path)) == ["a", "b", "d/e/f", "sweep/one"]
-    assert find_runs(tmp_path / "a") == {"a": tmp_path / "a"}
-    assert find_runs(tmp_path / "none") == {}
+    assert list(find_runs(tmp_path)[0]) == ["a", "b", "d/e/f", "sweep/one"]
+    assert find_runs(tmp_path / "a") == ({"a": tmp_path / "a"}, [])
+    assert find_runs(tmp_path / "none") == ({}, [])
+
+
+def test_links_out_of_the_folder_are_named_and_not_followed(tmp_path):
+    outside = write_run(tmp_path / "outside/secret")
+    folder = tmp_path / "runs"
+    write_run(folder / "own")
+    (folder / "linked").symlink_to(outside)
+    (folder / "above").symlink_to(outside.parent)
+    (folder / "latest").symlink_to(folder / "own")
+    library = Library(folder)
+    library.look()
+    assert list(library.runs) == ["latest", "own"] and library.links == ["above", "linked"]
+    text = view_page.heading(folder, 2, library.links, is_behind=False)
+    assert "links that lead out of this folder: <code>above</code>, <code>linked</code>." in text
+
+
+def break_file(workdir, name, how):
+    """Puts a link to a file elsewhere, a named pipe or a device in the place of a run's file."""
+    path = workdir / name
+    path.unlink(missing_ok=True)
+    if how == "link":
+        secret = workdir.parent.parent / "secret"
+        secret.write_text(json.dumps(FACTS | {"step": 1, "device": "secret device"}))
+        path.symlink_to(secret)
+    elif how == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("/dev/zero")
+
+
+@pytest.mark.parametrize("how", ["link", "pipe", "device"])
+def test_files_that_are_none_of_a_run_are_named_and_not_read(tmp_path, how):
+    for name in ("config.json", "metrics.jsonl", "alarms.jsonl", "report.html"):
+        workdir = write_run(tmp_path / "runs" / name, {"step": 3, "a": 1})
+        break_file(workdir, name, how)
+        run = LiveRun(workdir)
+        run.look()
+        said = view_page.report_frame(run) if name == "report.html" else run.state.problem
+        assert f"{workdir / name} is " in said and "secret device" not in said
+        assert ("leads out of the run" in said) == (how != "pipe")
+        assert ("no regular file" in said) == (how == "pipe")
+    routing = tmp_path / "runs/report.html/routing"
+    (routing / "counts/c").mkdir(parents=True)
+    check_folder(routing.parent, "routing")
+    break_file(routing / "counts/c", "0", how)
+    with pytest.raises(RunPathError, match="routing/counts/c/0 is no regular file"):
+        check_folder(routing.parent, "routing")
+
+
+def test_each_run_has_its_own_colour_by_its_name_however_many_there_are():
+    names = [f"run {i}" for i in range(200)]
+    colors = RunColors()
+    given = [colors.of(name) for name in names]
+    assert len(set(given)) == 200 and [colors.of(name) for name in names] == given
+    assert set(given[:8]) == set(FIRST)  # the easiest to tell apart come first
+    assert RunColors().of("run 5") in FIRST and RunColors().of("run 5") == RunColors().of("run 5")
+
+
+def write_sweep(folder, *overrides):
+    arms = [{"id": f"{i:010d}", "overrides": values} for i, values in enumerate(overrides)]
+    for arm in arms:
+        write_run(folder / "arms" / arm["id"], {"step": 1, "a": 1})
+    (folder / "sweep.json").write_text(json.dumps({"arms": arms}))
+    return folder
+
+
+def test_arms_of_a_sweep_are_named_by_what_differs(tmp_path):
+    same = {"moe.num_experts": 8, "optimizer.learning_rate": 0.001}
+    sweep = write_sweep(
+        tmp_path / "widths", same | {"train.seed": 0, "moe.top_k": 1}, same | {"train.seed": 0, "moe.top_k": 2},
+        same | {"train.seed": 1, "moe.top_k": 1}, same | {"train.seed": 1, "moe.top_k": 1},
+    )  # fmt: skip
+    library = Library(tmp_path)
+    library.look()
+    assert [run.name for run in library.runs.values()] == [
+        "widths: top_k 1, seed 0",
+        "widths: top_k 2, seed 0",
+        "widths: top_k 1, seed 1, 0000000002",
+        "widths: top_k 1, seed 1, 0000000003",
+    ]
+    assert open_run(sweep / "arms/0000000001").name_in_words == "widths: top_k 2, seed 0"
+    (sweep / "sweep.json").write_text("[")
+    library.look()
+    assert next(iter(library.runs.values())).name == "widths/arms/0000000000"
+
+
+def test_what_never_changes_is_said_in_a_sentence(tmp_path):
+    for name, last in (("a", 0), ("b", 1)):
+        write_run(tmp_path / name, {"step": 1, "moe/dead_experts": 0}, {"step": 2, "moe/dead_experts": last})
+    library = Library(tmp_path)
+    library.look()
+    chart = Chart("Dead experts", (("moe/dead_experts", ""),), "experts", "")
+    a = {"a": library.runs["a"]}
+    assert constant(chart, library.runs) is None and constant(chart, a) == 0
+    assert "throughout: dead experts 0." in view_page.constants([(chart, 0.0)])
 
 
 def test_a_run_says_how_far_it_is_and_which_alarms_are_on(tmp_path):
-    write_run(
-        tmp_path, {"step": 10, "perf/tokens_per_s": 5e4}, {"step": 20, "eval/loss": 2.5, "eval/bits_per_byte": 1.5}
-    )
+    speeds = ({"step": step, "perf/tokens_per_s": speed} for step, speed in ((3, 1e3), (6, 9e4), (10, 5e4)))
+    write_run(tmp_path, *speeds, {"step": 20, "eval/loss": 2.5, "eval/bits_per_byte": 1.5})
     on = {"step": 10, "rule": "collapse", "state": "on", "layers": [3, 1]}
     (tmp_path / "alarms.jsonl").write_text(lines(on, {"step": 20, "rule": "drops", "state": "on", "layers": [1]}))
-    run = LiveRun(tmp_path, 0)
+    run = LiveRun(tmp_path)
     run.look()
     state = run.state
     assert (state.steps, state.num_steps, state.problem) == (20, 100, "")
@@ -192,7 +289,7 @@ def test_new_runs_appear_and_what_is_wrong_with_others_is_text(tmp_path):
     [{"num_experts": 4, "num_zero_experts": "2"}, {"num_experts": -1}, {"num_experts": 4, "num_zero_experts": 1e999}],
 )
 def test_a_run_with_impossible_experts_is_text(tmp_path, moe):
-    run = LiveRun(write_run(tmp_path / "a", config={"moe": moe}), 0)
+    run = LiveRun(write_run(tmp_path / "a", config={"moe": moe}))
     run.look()
     assert "config.json" in run.state.problem and run.run is None
 
@@ -215,6 +312,9 @@ def test_the_newest_runs_are_shown_at_first(tmp_path):
         os.utime(write_run(tmp_path / name) / "metrics.jsonl", (100, [300, 100, 200][i]))
     library.look()
     assert library.newest(2) == ["a", "c"]
+    append(tmp_path / "b/metrics.jsonl", lines({"step": 1, "a": 1}))
+    library.look()
+    assert library.newest(2) == ["b"]  # those without a curve would show nothing
 
 
 def test_ages_are_coarse():
@@ -277,19 +377,20 @@ def test_the_load_of_a_layer_is_a_row_of_colours(tmp_path):
 
 def test_what_comes_from_a_run_is_escaped(tmp_path):
     evil = '<img src=x onerror="1">'
-    run = LiveRun(write_run(tmp_path / evil), 0)
+    run = LiveRun(write_run(tmp_path / evil))
     (tmp_path / evil / "alarms.jsonl").write_text(lines({"step": 1, "rule": "<b>", "state": "on", "layers": [1]}))
     (tmp_path / evil / "report.html").write_text('"><script>1</script>')
     run.look()
-    frame = view_page.report_frame(evil, run.workdir)
-    for text in (view_page.runs_table({evil: run}), view_page.heading(tmp_path / evil, 1, is_behind=False), frame):
+    frame = view_page.report_frame(run)
+    for text in (view_page.run_row(run), view_page.heading(tmp_path / evil, 1, is_behind=False), frame):
         assert "<img" not in text and "<b>" not in text and "<script" not in text
     assert '<iframe sandbox="" ' in frame and 'srcdoc="&quot;&gt;&lt;script&gt;1' in frame
 
 
 def test_a_run_without_a_report_shows_the_command_that_makes_it(tmp_path):
-    text = view_page.report_frame("a b", tmp_path / "a b")
-    assert f"moejax report --workdir=&#x27;{tmp_path}/a b&#x27;" in text and "<iframe" not in text
+    (tmp_path / "a b").mkdir()
+    text = view_page.report_frame(LiveRun(tmp_path / "a b"))
+    assert f"<span>--workdir=&#x27;{tmp_path}/a b&#x27;</span>" in text and "<iframe" not in text
 
 
 class Browser:
@@ -356,10 +457,10 @@ class Browser:
 
 
 @contextlib.contextmanager
-def served(folder):
+def served(folder, modules=""):
     """The page, served by the command as a process of its own: the process and the page's address."""
     command = [sys.executable, "-m", "moejax", "view", f"--workdir={folder}"]
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    environment = os.environ | {"PYTHONPATH": f"{REPOSITORY}:{modules}"}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         yield process, process.stdout.readline().strip()
@@ -380,22 +481,65 @@ def heard_by(listener):
     return heard
 
 
-async def check_what_is_refused(url):
-    from tornado.httpclient import AsyncHTTPClient, HTTPClientError, HTTPRequest
+async def status(url, **headers):
+    """What the server answers a request: its code and body."""
+    from tornado.httpclient import AsyncHTTPClient, HTTPRequest
+
+    request = HTTPRequest(url, headers=headers, request_timeout=20)
+    answer = await AsyncHTTPClient().fetch(request, raise_error=False)
+    return answer.code, answer.body
+
+
+async def socket_status(url, origin):
+    """101 if a websocket opens, else the code of the refusal."""
+    from tornado.httpclient import HTTPClientError, HTTPRequest
     from tornado.websocket import websocket_connect
 
-    answer = await AsyncHTTPClient().fetch(url)
-    assert b"moejax view" in answer.body and b"first" not in answer.body  # runs are sent over the websocket alone
-    renamed = await AsyncHTTPClient().fetch(HTTPRequest(url, headers={"Host": "evil.example"}), raise_error=False)
-    assert (renamed.code, renamed.body) == (403, b"")
-    for origin, is_refused in (("http://evil.example", True), (url.rstrip("/"), False)):
-        request = HTTPRequest(url.replace("http", "ws") + "ws", headers={"Origin": origin})
-        try:
-            (await websocket_connect(request, subprotocols=["bokeh", "x"])).close()
-            code = 101
-        except HTTPClientError as error:
-            code = error.code
-        assert (code == 403) == is_refused, (origin, code)
+    try:
+        request = HTTPRequest(url.replace("http", "ws", 1), headers={"Origin": origin})
+        (await websocket_connect(request, subprotocols=["bokeh", "x"])).close()
+        return 101
+    except HTTPClientError as error:
+        return error.code
+
+
+async def check_what_is_refused(url, imported):
+    page, _, token = url.partition("?")
+    code, body = await status(url)
+    assert code == 200 and b"moejax view" in body and b"first" not in body  # runs are sent over the websocket alone
+    refused = 403, b""
+    wrong = f"{page}?token={'0' * 48}"
+    for address in (page, wrong, f"{url}&{token}", f"{page}?{token[:-1]}", f"{page}{token}", f"{page}?token="):
+        assert await status(address) == refused, address
+    for host in ("evil.example", "127.0.0.1", "localhost:1"):
+        assert await status(url, Host=host) == refused
+        assert await status(f"{page}static/js/bokeh.min.js", Host=host) == refused
+    assert (await status(f"{page}static/js/bokeh.min.js"))[0] == 200
+    for origin, query, code in (
+        ("http://evil.example", f"?{token}", 403), (page.rstrip("/"), "", 403), (page.rstrip("/"), f"?{token}", 101),
+    ):  # fmt: skip
+        assert await socket_status(f"{page}ws{query}", origin) == code, (origin, query)
+    attack = f"{page}components/payload/A/_css/x"
+    assert await status(attack) == refused
+    assert await status(f"{attack}?{token}", Host="evil.example") == refused
+    assert (await status(f"{attack}?{token}"))[0] == 404  # whoever knows the token imports nothing either
+    for route in ("metadata", "autoload.js", "../../etc/passwd", "static/../../../../etc/passwd"):
+        assert (await status(f"{page}{route}?{token}"))[0] in (403, 404), route
+    assert not imported.exists()
+
+
+def test_the_server_refuses_others_imports_nothing_and_waits_for_no_pipe(tmp_path):
+    folder, imported = tmp_path / "runs", tmp_path / "imported"
+    write_run(folder / "first", {"step": 20, "loss/lm": 2})
+    for name in ("config.json", "metrics.jsonl", "alarms.jsonl", "report.html"):
+        break_file(write_run(folder / f"pipe in {name}", {"step": 1, "a": 1}), name, "pipe")
+    (tmp_path / "modules").mkdir()
+    (tmp_path / "modules/payload.py").write_text(f"open({str(imported)!r}, 'w').close()")
+    with served(folder, tmp_path / "modules") as (process, url):
+        assert re.fullmatch(r"http://127\.0\.0\.1:\d+/\?token=[0-9a-f]{48}", url), process.stderr.read()
+        with pytest.raises(OSError):
+            socket.create_connection(("127.0.0.2", int(re.search(r":(\d+)/", url)[1])), timeout=5)
+        asyncio.run(check_what_is_refused(url, imported))
 
 
 async def check_what_is_shown(browser, url, folder):
@@ -415,7 +559,7 @@ async def check_what_is_shown(browser, url, folder):
     await asyncio.sleep(0.5)
     assert await browser.evaluate("document.title") == "moejax view"  # no script of a run has changed it
     asked = [request for request in browser.requests() if request.startswith(("http", "ws"))]
-    assert asked and all(request.startswith(url) or "/stolen" in request for request in asked), asked
+    assert asked and all(request.startswith(url.partition("?")[0]) or "/stolen" in request for request in asked), asked
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs chromium, chromium-browser or google-chrome on the path")
@@ -432,11 +576,6 @@ def test_the_page_lives_in_a_browser_fetches_nothing_and_stops_when_interrupted(
                 f'<img src="{steal}"><link rel=stylesheet href="{steal}"><script>top.document.title = 1</script>'
                 f'<meta http-equiv="refresh" content="0;url={steal}"><iframe src="{steal}"></iframe>'
             )
-        assert re.fullmatch(r"http://127\.0\.0\.1:\d+/", url), process.stderr.read()
-        port = int(url.split(":")[-1].strip("/"))
-        with pytest.raises(OSError):
-            socket.create_connection(("127.0.0.2", port), timeout=5)
-        asyncio.run(check_what_is_refused(url))
         browser = Browser(tmp_path / "profile")
         try:
             asyncio.run(check_what_is_shown(browser, url, folder))

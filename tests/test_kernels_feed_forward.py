@@ -11,7 +11,7 @@ from jax.sharding import AxisType, PartitionSpec
 import oracle
 import oracle_experts
 from moejax.kernels import feed_forward as module
-from moejax.kernels.feed_forward import add_rows, feed_forward
+from moejax.kernels.feed_forward import SecondDerivativeError, add_rows, feed_forward
 from moejax.kernels.tiles import guess_sizes
 from moejax.moe.dispatch import plan_dropless
 from moejax.moe.experts import Network
@@ -237,3 +237,14 @@ def test_bfloat16_matrices_are_converted_one_expert_at_a_time():
     temporary = jax.jit(run_layer).lower(*arguments).compile().memory_analysis().temp_size_in_bytes
     one_expert = 3 * 64 * 128 * 4
     assert temporary < 4 * one_expert
+
+
+def test_second_derivatives_are_refused_with_the_remedy_in_words():
+    x_TD, weights_TK, gate_up_EDPF, down_EFD, *_ = draw([[0, 1], [1, 0]], 2)
+    experts_TK = jnp.asarray([[0, 1], [1, 0]], jnp.int32)
+
+    def slope(x_TD):
+        return jnp.sum(jax.grad(lambda x: jnp.sum(run_layer(x, weights_TK, gate_up_EDPF, down_EFD, experts_TK)))(x_TD))
+
+    with pytest.raises(SecondDerivativeError, match=r"first derivatives only.*use moe.grouped_matmul=padded"):
+        jax.grad(slope)(x_TD)

@@ -188,3 +188,26 @@ def test_on_cpu_the_arithmetic_of_auto_does_not_grow_with_the_number_of_experts(
     assert flops("ragged", 32) > 16 * plain  # what is to be avoided, and that it would be seen
     assert flops("auto", 32) < 1.5 * plain
     assert flops("padded", 32) < 1.5 * plain  # a turn; XLA counts the bodies of loops once
+
+
+@every_implementation
+def test_second_derivatives_are_those_of_the_reference(implementation):
+    x_RD, w_EDF, sizes_E, _ = draw(40, (9, 0, 20))
+    rng = np.random.default_rng(1)
+    directions = rng.normal(size=x_RD.shape).astype(np.float32), rng.normal(size=w_EDF.shape).astype(np.float32)
+
+    def second(implementation):
+        """The gradient of the slope along the directions."""
+
+        def value(x_RD, w_EDF):
+            return jnp.sum(jnp.sin(grouped_matmul(x_RD, w_EDF, sizes_E, implementation=implementation)))
+
+        def slope(x_RD, w_EDF):
+            gradients = jax.grad(value, (0, 1))(x_RD, w_EDF)
+            return sum(jnp.sum(g * d) for g, d in zip(gradients, directions, strict=True))
+
+        return jax.jit(jax.grad(slope, (0, 1)))(x_RD, w_EDF)
+
+    dx_RD, dw_EDF = second(implementation)
+    oracle.assert_close((dx_RD, dw_EDF), second("dense"))
+    assert np.any(dx_RD) and np.any(dw_EDF) and not np.any(dx_RD[29:]) and not np.any(dw_EDF[1])

@@ -231,10 +231,10 @@ def test_a_layer_on_a_mesh_has_the_output_and_gradients_of_one_device_though_nob
     ("device", "version", "installed", "why"),
     [
         ("cpu", (0, 10, 2), True, "for NVIDIA GPUs and TPUs"),
-        ("tpu", (0, 12, 0), False, "pip install 'moejax[tokamax]'"),
+        ("tpu", (0, 12, 0), False, "pip install -e '.[tokamax]'"),
         ("tpu", (0, 12, 0), True, None),
         ("gpu", (0, 12, 0), True, "jax before 0.12 on GPU, and this is "),
-        ("gpu", (0, 10, 2), False, "pip install 'moejax[tokamax]', with Python 3.11"),
+        ("gpu", (0, 10, 2), False, "with Python 3.11, in a checkout"),
         ("gpu", (0, 10, 2), True, None),
     ],
 )

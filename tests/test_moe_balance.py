@@ -109,7 +109,7 @@ def test_a_tie_is_at_the_last_choice_that_a_token_makes():
     # The first token chooses expert 1 over the equal 2; the second and third make one choice, and 4 is no expert.
     experts_TK = jnp.array([[0, 1], [0, 4], [0, 4], [0, 1]])
     zeros_TE, weights_TK = jnp.zeros((4, 4)), jnp.zeros((4, 2))
-    routing = Routing(zeros_TE, zeros_TE, experts_TK, weights_TK, ranking_TE, zeros_TE)
+    routing = Routing(zeros_TE, zeros_TE, experts_TK, weights_TK, ranking_TE, zeros_TE, weights_TK)
     assert float(count_ties(routing, jnp.array([True, True, True, False]))) == 2  # the first and the third
 
 

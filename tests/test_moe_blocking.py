@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+import oracle_routers as truth
 from moe_cases import info_of
 from moejax.config import ROUTER_RULES, MoeConfig
 from moejax.config.moe import derive_moe
@@ -70,6 +71,8 @@ def test_the_next_in_rank_takes_a_blocked_experts_place_and_other_tokens_do_not_
         down = layer.experts.down
         layer.experts.down = down.replace(down[...].at[expert].set(1e6))
         np.testing.assert_array_equal(route(layer, [expert])[1], changed_TD)
+    if layer.config.num_groups > 1 and layer.config.router != "hierarchical":
+        return  # without the expert its group may fall behind another one, whoever visits it: see below
     affected_T = (before_TK == expert).any(axis=1)
     assert 0 < affected_T.sum() < len(mask_T) or top_k == none
     np.testing.assert_array_equal(after_TK[~affected_T], before_TK[~affected_T])
@@ -85,8 +88,44 @@ def test_the_next_in_rank_takes_a_blocked_experts_place_and_other_tokens_do_not_
         if layer.config.router == "hierarchical":  # the next of its group, if a token does not visit all of that
             group_E = np.arange(none) * layer.config.num_groups // none
             ranking_E[group_E != group_E[expert]] = -np.inf
-        if layer.config.router != "random":  # which ranks by a draw
+        if layer.config.router == "hierarchical" and ranking_E.max() == -np.inf:  # and else of another one
+            assert new != [none]
+        elif layer.config.router != "random":  # which ranks by a draw
             assert new == [np.argmax(ranking_E) if ranking_E.max() > -np.inf else none]
+
+
+MANY = {"num_experts": 12, "num_groups": 4, "top_k_groups": 2, "top_k": 4}
+VISITS = CASES | {
+    "two best of each group": MANY | {"router": "sigmoid_topk", "selection_bias": True},
+    "best of each group": MANY | {"router": "softmax_topk", "group_score": "max", "selection_bias": True},
+    "two levels": MANY | {"router": "hierarchical"},
+}
+
+
+@pytest.mark.parametrize("case", VISITS)
+def test_a_token_visits_top_k_experts_wherever_that_many_are_left(case):
+    layer = layer_of(VISITS[case])
+    none, config, rng = layer.config.num_choices, layer.config, np.random.default_rng(4)
+    bias_E = np.asarray(layer.selection_bias[...]) if config.has_selection_bias else np.zeros(none)
+    for num_blocked in range(1, none):
+        blocked = {int(e) for e in rng.choice(none, num_blocked, replace=False)}
+        mask_T, _, stats = route(layer, list(blocked))
+        experts_TK = stats.routing.experts_TK
+        num_visits_T = (experts_TK < none).sum(axis=1)
+        if case != "next":  # where slots run out
+            assert set(num_visits_T[mask_T]) == {min(config.top_k, none - num_blocked)}, blocked
+        assert not blocked & set(experts_TK.ravel().tolist())
+        if case in ("two best of each group", "best of each group", "groups of three"):
+            for token in np.flatnonzero(mask_T):
+                values_E = truth.scores_one(stats.routing.logits_TE[token], config.score) + bias_E
+                groups = config.num_groups, config.top_k_groups, config.group_score
+                allowed = truth.allowed_by_groups(values_E.tolist(), *groups, blocked, config.top_k)
+                expected = truth.select_one(values_E, config.top_k, allowed)
+                assert experts_TK[token][: len(expected)].tolist() == expected
+        weights_TK = stats.routing.weights_TK
+        assert np.isfinite(weights_TK).all()
+        if config.router == "hierarchical":  # shares of what a token visits
+            np.testing.assert_allclose(weights_TK.sum(axis=1)[mask_T], 1.0, rtol=1e-5)
 
 
 @pytest.mark.parametrize("case", ["softmax_topk", "sparse_mixer", "hierarchical", "dense", "random", "sinkhorn"])

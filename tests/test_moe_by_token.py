@@ -45,7 +45,7 @@ def test_choices_of_experts_become_those_of_tokens_and_runs_of_different_widths_
     chosen = draw(0)
     zeros = jnp.zeros(1)
     shares = np.where(chosen < E, np.random.default_rng(2).random((N, T, K)), 0).astype(np.float32)
-    routing = Routing(zeros, zeros, jnp.asarray(chosen), jnp.asarray(shares), zeros, zeros)
+    routing = Routing(zeros, zeros, jnp.asarray(chosen), jnp.asarray(shares), zeros, zeros, zeros)
     # One layer, two rows of six; each expert has two slots; expert 2 takes positions 0 and 5 of the first row.
     positions, weights = np.full((1, 2, E, 2), T // 2, np.int32), np.zeros((1, 2, E, 2), np.float32)
     positions[0, 0, 2], positions[0, 0, 4, 0], positions[0, 1, 2, 1] = (0, 5), 5, 3
@@ -70,7 +70,7 @@ def test_scores_of_soft_routing_are_those_of_experts_whatever_their_slots():
     logits_BLS = rng.normal(size=(1, 2, T // 2, 2 * E)).astype(np.float32)  # one layer, two slots of each expert
     combine_BLS = np.exp(logits_BLS) / np.exp(logits_BLS).sum(axis=-1, keepdims=True)
     soft = SoftRouting(jnp.asarray(logits_BLS), jnp.zeros(1), jnp.asarray(combine_BLS))
-    topk = Routing(*(jnp.asarray(rng.normal(size=(N, T, E)).astype(np.float32)) for _ in range(6)))
+    topk = Routing(*(jnp.asarray(rng.normal(size=(N, T, E)).astype(np.float32)) for _ in range(7)))
     logits_NTE, probs_NTE = scores_by_token([topk, soft], E)
     np.testing.assert_array_equal(logits_NTE[:N], topk.logits_TE)
     np.testing.assert_array_equal(probs_NTE[:N], topk.probs_TE)

@@ -10,7 +10,7 @@ from flax import nnx
 
 import oracle
 from moejax.models import Decoder
-from moejax.moe.placement import Copies, PlacementError, imbalance, in_order, place
+from moejax.moe.placement import Copies, PlacementError, imbalance, in_order, place, place_by_load
 from moejax.sharding import make_mesh
 from training_cases import packed_batch, small_config
 
@@ -21,17 +21,35 @@ def loads(seed, num_layers=3, num_experts=8):
 
 @pytest.mark.parametrize("replicas", [0, 1, 3])
 @pytest.mark.parametrize("num_devices", [1, 2, 4])
-def test_every_expert_has_a_slot_devices_have_equally_many_and_no_copy_is_twice_on_one(num_devices, replicas):
+def test_every_expert_has_a_slot_and_no_copy_that_helps_is_twice_on_one_device(num_devices, replicas):
     if num_devices == 1 and replicas:
         with pytest.raises(PlacementError, match="replicas on a device must be between 0 and 0"):
             place(loads(0), 1, replicas)
         return
     for seed in range(10):
-        experts_NP = place(loads(seed), num_devices, replicas)
+        load_NE = loads(seed)
+        experts_NP = place(load_NE, num_devices, replicas)
         assert experts_NP.shape == (3, 8 + num_devices * replicas)
-        for experts_nS in experts_NP.reshape(3, num_devices, -1):
+        bare_N = imbalance(load_NE, place(load_NE, num_devices), num_devices)
+        for layer, experts_nS in enumerate(experts_NP.reshape(3, num_devices, -1)):
             assert set(experts_nS.ravel().tolist()) == set(range(8))
-            assert all(len(set(experts_S)) == len(experts_S) for experts_S in experts_nS.tolist())
+            is_bare = imbalance(load_NE, experts_NP, num_devices)[layer] == pytest.approx(bare_N[layer])
+            assert is_bare or all(len(set(experts_S)) == len(experts_S) for experts_S in experts_nS.tolist())
+
+
+def test_an_even_layer_stays_as_it_is_and_copies_never_make_one_worse():
+    even_NE = np.array([[1.0, 1, 1, 1, 1, 1, 1, 1], [5, 1, 4, 2, 3, 3, 2, 4.01]])
+    for replicas in (0, 1, 3):
+        of_devices = place(even_NE, 4, replicas).reshape(2, 4, -1)
+        for experts_nS in of_devices.tolist():
+            assert [sorted(set(experts_S)) for experts_S in experts_nS] == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    worse = 0
+    for seed in range(200):
+        load_NE = np.random.default_rng(seed).dirichlet(np.full(8, 20.0), 3)
+        bare_N = imbalance(load_NE, place(load_NE, 4), 4)
+        worse += (imbalance(load_NE, place_by_load(load_NE, 4, 1), 4) > bare_N + 1e-6).sum()
+        assert (imbalance(load_NE, place(load_NE, 4, 1), 4) <= bare_N + 1e-9).all()
+    assert worse > 20  # by load alone copies are often worse than none
 
 
 def test_without_copies_the_greedy_places_are_close_to_the_best_of_all():

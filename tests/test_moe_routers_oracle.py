@@ -17,10 +17,12 @@ import oracle_routers as truth
 from moejax.config import MoeConfig
 from moejax.config.moe import derive_moe
 from moejax.moe.balance import update_bias, update_quantiles
-from moejax.moe.estimates import expected_load, expected_load_vmoe, offers
+from moejax.moe.estimates import count_ties, expected_load, expected_load_vmoe, offers
 from moejax.moe.logits import MIN_NOISE
 from moejax.moe.routers import RouterInputs, route, route_expert_choice, route_soft
 from moejax.moe.routers.fixed import route_random
+from moejax.moe.routers.routing import Stream
+from moejax.moe.routers.routing import draw as draw_numbers
 from moejax.moe.routers.sparse_mixer import route_sparse_mixer
 
 B, L, E = 3, 5, 8
@@ -324,7 +326,8 @@ def test_a_quantile_step_is_the_one_of_the_loop_and_balances_what_it_has_seen(to
     routing = router(config)({"logits_TE": logits_TE, "mask_T": mask_T, "bias_E": -beta_E})
     how = {"top_k": top_k, "score": "sigmoid", "renormalize": top_k > 1}
     check(routing, truth.route_quantile(logits_TE, mask_T, beta_E, **how), mask_T)
-    updated = update_quantiles(offers(routing, jnp.asarray(mask_T), top_k)[None], top_k)[0]
+    num_tokens_N = jnp.float32(mask_T.sum())[None]
+    updated = update_quantiles(offers(routing, jnp.asarray(mask_T), top_k)[None], num_tokens_N, top_k)[0]
     if mask_T.any():
         oracle.assert_close(updated, -truth.quantile_update(beta_E, logits_TE, mask_T, top_k), rtol=2e-5)
 
@@ -367,3 +370,85 @@ def test_scores_that_vanish_or_saturate_still_make_probabilities_and_weights_tha
     oracle.assert_close(weights_T, np.ones(T))
     gradient_TE = jax.grad(lambda x: jnp.sum(sums(x)[2] * draw(1)[0]))(logits_TE)
     assert np.all(np.isfinite(gradient_TE)) and np.all(np.isfinite(probs_TE))
+
+
+# Ties, what is no number, random numbers --------------------------------------------------------------------------
+
+
+def test_noise_breaks_the_ties_of_a_hierarchy_that_has_learnt_nothing():
+    config = config_of(router="hierarchical", num_groups=4, top_k_groups=2, top_k=4)
+    arrays = {"logits_TE": np.zeros((T, E), np.float32), "group_logits_TG": np.zeros((T, 4), np.float32)}
+    arrays |= {"noise_scale_TE": np.ones((T, E), np.float32), "group_noise_scale_TG": np.ones((T, 4), np.float32)}
+    arrays["mask_T"] = np.arange(T) != 3
+    noisy = router(config, is_training=True)(arrays | {"keys_B": keys()})
+    assert float(count_ties(noisy, arrays["mask_T"])) == 0
+    clean = router(config)(arrays)
+    assert float(count_ties(clean, arrays["mask_T"])) == T - 1
+
+
+def test_ties_of_a_hierarchy_are_those_within_groups_and_between_them():
+    config = config_of(router="hierarchical", num_groups=2, top_k_groups=2, top_k=4)
+    logits_TE = np.array([[4, 3, 2, 1, 9, 8, 7, 6], [4, 3, 3, 1, 9, 8, 7, 6], [4, 4, 2, 1, 9, 8, 7, 3]], np.float32)
+    some = {"noise_scale_TE": np.ones((3, E), np.float32), "group_noise_scale_TG": np.ones((3, 2), np.float32)}
+    arrays = some | {
+        "logits_TE": logits_TE,
+        "mask_T": np.ones(3, bool),
+        "group_logits_TG": np.zeros((3, 2), np.float32),
+    }
+
+    def ties(**changes):
+        routing = route(RouterInputs(length=1, **arrays), dataclasses.replace(config, **changes))
+        return float(count_ties(routing, arrays["mask_T"]))
+
+    assert ties() == 1  # the second token: 3 and 3 of the first group, of which one is chosen
+    assert ties(top_k_groups=1, top_k=2) == 3  # now every token might as well visit the other group
+    arrays["group_logits_TG"] = np.array([[0, 1], [1, 0], [0, 1]], np.float32)
+    assert ties(top_k_groups=1, top_k=2) == 1
+
+
+def test_sparse_mixers_draws_leave_no_ties_in_training():
+    config = config_of(router="sparse_mixer", mixer_threshold=0.2)
+    arrays = {"logits_TE": np.zeros((T, E), np.float32), "mask_T": np.ones(T, bool)}
+    drawn = router(config, is_training=True)(arrays | {"keys_B": keys()})
+    assert float(count_ties(drawn, arrays["mask_T"])) == 0
+    assert float(count_ties(router(config)(arrays), arrays["mask_T"])) == T
+
+
+def test_an_offer_that_is_no_number_concerns_its_own_expert_alone():
+    rng = np.random.default_rng(0)
+    offers_NTE = rng.normal(size=(1, 64, E)).astype(np.float32)
+    offers_NTE[:, 40:] = -np.inf  # padding
+    tokens_N = jnp.full(1, 40.0)
+    clean_NE = np.asarray(update_quantiles(jnp.asarray(offers_NTE), tokens_N, 2))
+    offers_NTE[:, :6, 0] = np.nan
+    torn_NE = np.asarray(update_quantiles(jnp.asarray(offers_NTE), tokens_N, 2))
+    assert np.isfinite(torn_NE).all()
+    np.testing.assert_allclose(np.diff(torn_NE[:, 1:]), np.diff(clean_NE[:, 1:]), rtol=1e-5, atol=1e-6)
+
+
+def test_no_two_draws_of_a_layer_share_random_numbers():
+    base = jax.random.key(0)
+    many = jnp.arange(600)
+
+    def folded(stream):
+        """Key data of all choices, as `draw` derives them."""
+        stream_key = jax.random.fold_in(base, stream.number)
+        return jax.random.key_data(jax.vmap(lambda choice: jax.random.fold_in(stream_key, choice))(many))
+
+    drawn = np.concatenate([folded(stream) for stream in Stream])
+    # Splitting a key, as parameters do, and folding it with a small integer give the same keys.
+    split = jax.random.key_data(jax.random.split(base, 2000))
+    assert len(np.unique(drawn, axis=0)) == len(Stream) * 600
+    assert len(np.unique(np.concatenate([drawn, split]), axis=0)) == len(Stream) * 600 + 2000
+
+
+@pytest.mark.parametrize("stream", [Stream.NOISE, Stream.KEEP])
+def test_draws_differ_by_stream_choice_and_sequence(stream):
+    def of(stream, choice):
+        return np.asarray(draw_numbers(keys(), stream, jax.random.uniform, 4, 5, choice=choice))
+
+    first = of(stream, 0)
+    assert len(np.unique(first)) == first.size
+    np.testing.assert_array_equal(first, of(stream, 0))
+    for other in (of(stream, 1), of(Stream.DROPOUT, 0)):
+        assert not np.any(first == other)

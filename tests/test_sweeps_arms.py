@@ -53,7 +53,7 @@ def test_all_points_that_cannot_work_are_named_before_one_runs():
     for expected in (
         "moe.top_k=9: moe.top_k=9 must be between 1 and moe.num_experts=4",
         "moe.num_expert=4: moe.num_expert is not a config key; the nearest is moe.num_experts",
-        "moe.num_experts=4: moe.num_experts='4' is str; it must be int",
+        "moe.num_experts=4: moe.num_experts='4' is text; it must be a whole number",
         "the nearest is hash",
     ):
         assert expected in text

@@ -117,12 +117,12 @@ def test_widths_are_multiples_of_the_parts_they_are_split_into():
 
 def test_there_is_a_dense_control_for_each_setting_of_what_is_not_the_experts():
     points = product(choice(E, 4, 8), choice("moe.balance_weight", 0.0, 0.1), choice(D_FF, 64, 128), seeds(2))
-    plan = plan_arms(BASE, points, match="total_params")
+    plan = plan_arms(changed(moe={"first_dense": 1}), points, match="total_params")
     controls = plan.arms[16:]
     assert [arm.overrides for arm in controls] == [{SEED: 0, E: 0}, {SEED: 1, E: 0}]
     for arm in controls:
         assert [*arm.matched] == [D_FF] and arm.config.moe_layers == ()
-        assert total(arm.config) == pytest.approx(total(resolve(BASE)), rel=0.01)
+        assert total(arm.config) == pytest.approx(total(resolve(changed(moe={"first_dense": 1}))), rel=0.01)
     assert not any(arm.config.moe.num_experts == 0 for arm in plan.arms[:16])
 
 

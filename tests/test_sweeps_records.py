@@ -43,7 +43,7 @@ def test_a_row_tells_what_an_arm_was_and_how_it_ended(tmp_path):
         "alarm_rules": "[]", "device": "1 x cpu (cpu)", "git_commit": "abc",
     }  # fmt: skip
     assert {key: row[key] for key in expected} == expected
-    evaluations = [[0.25, 25, 3.75], [0.5, 50, 3.5], [0.75, 75, 3.25], [1.0, 100, 3.0]]
+    evaluations = [[0.25, 25, 3.75, None], [0.5, 50, 3.5, None], [0.75, 75, 3.25, None], [1.0, 100, 3.0, None]]
     assert json.loads(row["evaluations"]) == evaluations
     assert json.loads(row["versions"])["jax"] == "0.9"
 

@@ -254,11 +254,14 @@ def test_a_mistake_is_one_line_before_anything_trains(arguments, message, tmp_pa
     ("body", "message"),
     [
         ("pass", "sweep() gives nothing; return a space"),
-        ("return 3", "sweep() raised TypeError"),
+        ("return 3", "sweep() returns 3; return a space"),
         ("return; yield", "sweep() gives nothing; return a space"),
         ("yield ('moe.top_k', 4)", "sweep() yields ('moe.top_k', 4), which is no point; yield dicts"),
-        ("yield {}['no']", "sweep() raised KeyError: 'no'"),
-        ("return where(choice('moe.top_k', 1), lambda point: 1 / 0)", "raised ZeroDivisionError: division by zero"),
+        ("yield {}['no']", "KeyError: 'no', at `yield {}['no']`"),
+        (
+            "return where(choice('moe.top_k', 1), lambda point: 1 / 0)",
+            "ZeroDivisionError: division by zero, at `return",
+        ),
     ],
 )
 def test_a_mistake_in_the_space_of_a_recipe_names_the_recipe(body, message, tmp_path, capsys):

@@ -22,7 +22,8 @@ from optuna.trial import TrialState
 from moejax.sweeps import Choice, Range
 from moejax.sweeps.liveness import Watch
 from moejax.sweeps.search import Axis, Definition, StudyError, search_axes
-from moejax.sweeps.study import create_study, dashboard_command, open_study, serve_dashboard, show_storage
+from moejax.sweeps.storage_address import show_storage
+from moejax.sweeps.study import create_study, dashboard_command, open_study, serve_dashboard
 from moejax.sweeps.trials import best, trials_table
 from moejax.sweeps.worker import Outcome, TrialLostError, _successor, work
 from postgres_cases import postgres_server
@@ -546,7 +547,7 @@ def test_a_storage_that_cannot_be_used_is_one_line_without_a_password(storage, m
 
 def test_a_search_without_optuna_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "optuna", None)
-    with pytest.raises(StudyError, match=r"needs Optuna .*pip install 'moejax\[sweeps\]'"):
+    with pytest.raises(StudyError, match=r"needs Optuna .*pip install -e '.\[sweeps\]'"):
         create_study(str(tmp_path / "a.journal"), "s", DEFINITION)
 
 
@@ -629,5 +630,5 @@ def test_the_dashboard_lists_the_study_to_this_machine_alone(tmp_path):
 
 def test_a_dashboard_that_is_not_installed_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "optuna_dashboard", None)
-    with pytest.raises(StudyError, match=r"pip install 'moejax\[sweeps\]'"):
+    with pytest.raises(StudyError, match=r"pip install -e '.\[sweeps\]'"):
         serve_dashboard(str(tmp_path / "a.journal"))

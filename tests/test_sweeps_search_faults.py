@@ -1,6 +1,7 @@
 """Searches when something goes wrong: signals, deaths, errors, takeovers, other studies. Training is a stub."""
 
 import contextlib
+import dataclasses
 import json
 import logging
 import os
@@ -15,9 +16,9 @@ from optuna.trial import TrialState
 
 from moejax.cli import main
 from moejax.config import ConfigError, resolve, to_dict
-from moejax.sweeps.directory import locked
+from moejax.sweeps.directory import claimed
 from moejax.sweeps.progress import Outcome, Report, TrialLostError
-from moejax.sweeps.search import Axis, Definition, StudyError
+from moejax.sweeps.search import Axis, Definition, StudyError, objective_of
 from moejax.sweeps.study import create_study, open_study
 from moejax.sweeps.trial import Trials, common_fractions
 from moejax.sweeps.trials import MAX_RETRIES, trials_table, untrained
@@ -31,6 +32,7 @@ from sweep_cases import EVAL_EVERY, LOG_EVERY, STEPS, write_run
 from training_cases import SMALL
 
 RATE = "optimizer.learning_rate"
+BITS = 1.25  # per byte, of every evaluation
 RATES = (1e-3, 2e-3, 3e-3, 4e-3)
 BASE = SMALL | {"train": {"batch_size": 8, "num_steps": STEPS, "eval_every": EVAL_EVERY, "log_every": LOG_EVERY}}
 
@@ -70,12 +72,12 @@ class Trainer:
                 write_run(workdir, entry, loss=config.optimizer.learning_rate, end=step)
                 facts = json.loads((workdir / "config.json").read_text()) | {"command": command}
                 (workdir / "config.json").write_text(json.dumps(facts))
-                on_evaluation(step, Evaluation(loss, 1.0, 1.0, 1, None))
+                on_evaluation(step, Evaluation(loss, 1.0, BITS, 1, None))
                 self.after(step)
                 (checkpoints / str(step)).mkdir(parents=True)
                 if stop and step < planned:
                     return TrainResult(step, stop.received, None, None)
-            return TrainResult(planned, stop.received, Evaluation(loss, 1.0, 1.0, 1, None), None)
+            return TrainResult(planned, stop.received, Evaluation(loss, 1.0, BITS, 1, None), None)
 
 
 @pytest.fixture
@@ -300,7 +302,7 @@ def test_an_heir_waits_until_the_worker_that_was_taken_for_dead_has_left_the_arm
         return False
 
     with contextlib.ExitStack() as holder:
-        assert holder.enter_context(locked(tmp_path, f"arm-{arm}"))
+        assert holder.enter_context(claimed(tmp_path, arm))
         outcome, _ = run_one(Quiet(is_lost=lost_while_it_is_held))
     assert outcome.status == "done" and asked[:3] == [0, 0, 0] and trainer.began == [(arm, 0)]
 
@@ -309,7 +311,7 @@ def test_an_heir_that_waits_heeds_a_stop(train_with, run_one, tmp_path):
     trainer = train_with()
     arm = Trials(tmp_path, new_definition(), "", StopSignals()).arm_of({RATE: 1e-3})
     looks = iter([False, False, True])
-    with locked(tmp_path, f"arm-{arm}"):
+    with claimed(tmp_path, arm):
         outcome, _ = run_one(Quiet(stop=lambda: next(looks)))
     assert outcome.status == "stopped" and not trainer.began
 
@@ -334,6 +336,44 @@ def test_an_heir_takes_the_record_that_the_worker_it_waited_for_has_written(trai
     trainer = train_with()
     outcome, _ = run_one()
     assert run_one()[0] == Outcome("done", pytest.approx(outcome.loss)) and len(trainer.began) == 1
+
+
+# What is minimised
+
+
+def test_a_search_over_what_a_token_is_minimises_bits_per_byte_and_prunes_by_them(train_with, tmp_path):
+    train_with()
+    of_tokens = Axis("data.tokenizer", ("bytes", "bpe"))
+    assert (
+        objective_of([of_tokens]) == "eval/bits_per_byte" and objective_of([Axis("data.seq_len", (8,))]) == "eval/loss"
+    )
+    told = []
+
+    class Told(Quiet):
+        def __call__(self, step, fraction, loss):
+            told.append(loss)
+            return False
+
+    definition = new_definition(axes=(of_tokens,), objective="eval/bits_per_byte")
+    trials = Trials(tmp_path, definition, "", StopSignals())
+    arm = trials.arm_of({"data.tokenizer": "bytes"})
+    outcome = trials.run({"data.tokenizer": "bytes"}, arm, Told())
+    assert told == [BITS] * 4 and outcome == Outcome("done", loss=BITS)
+    path = tmp_path / "arms" / arm / "record.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"final/eval/bits_per_byte": 1.5}))
+    assert trials.known(arm).loss == 1.5  # of the record, for another study
+    assert Trials(tmp_path, new_definition(), "", StopSignals()).known(arm).loss == pytest.approx(3e-3)  # by its nats
+
+
+def test_a_study_from_before_there_was_an_objective_goes_on_with_its_loss_and_no_other(tmp_path):
+    definition = new_definition(axes=(Axis("data.tokenizer", ("bytes", "bpe")),))
+    content = definition.to_json()
+    del content["objective"]
+    assert Definition.from_json(content) == definition
+    storage = str(tmp_path / "study.journal")
+    create_study(storage, "s", definition)
+    with pytest.raises(StudyError, match="has another objective; choose another --study"):
+        create_study(storage, "s", dataclasses.replace(definition, objective="eval/bits_per_byte"))
 
 
 # Arms of other studies in the directory

@@ -124,8 +124,8 @@ def test_a_range_is_for_a_search_and_cannot_be_gone_through():
         (lambda: uniform("moe.z_weight", 1, 0), "no range"),
         (lambda: uniform("moe.z_weight", 0, float("inf")), "finite"),
         (lambda: uniform("moe.z_weight", 0, 1, 1), "at least 2"),
-        (lambda: log_uniform(E, 4, 64, 5), "moe.num_experts is int, no float; list its values"),
-        (lambda: uniform("moe.dispatch", 0, 1), "is text, no float"),
+        (lambda: log_uniform(E, 4, 64, 5), "moe.num_experts is a whole number, and ranges are for"),
+        (lambda: uniform("moe.dispatch", 0, 1), "is text, and ranges"),
     ],
 )
 def test_axes_that_cannot_be_meant_are_refused(make, message):
@@ -166,7 +166,7 @@ def test_an_axis_without_a_number_of_values_is_a_range():
         ("moe.num_experts=4,,8", "'' must be a whole number"),
         ("moe.num_experts=4.5", "'4.5' must be a whole number"),
         ("moe.z_weight=nan", "must be a finite number"),
-        ("moe.router_bias=yes", "must be true or false"),
+        ("moe.router_bias=yes", "must be True or False"),
         ("moe.dispatch=dropped", "must be one of dropless, capacity"),
         ('moe.per_layer="0: dense', "quote values"),
         ("moe.z_weight=lin:0..", "must have the form"),

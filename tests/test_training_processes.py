@@ -20,6 +20,7 @@ import pytest
 
 from moejax.cli import main
 from moejax.config import to_dict
+from moejax.training import processes
 from moejax.training.checkpoint import Checkpoints
 from moejax.training.routing_log import read_routing
 from tfds_cases import write_dataset
@@ -207,6 +208,10 @@ def test_when_a_process_is_killed_the_others_fail_within_a_minute(killed):
     _, codes, errors, seconds = killed
     assert codes[3] == -signal.SIGKILL
     assert all(code != 0 for code in codes), errors
+    for index in (0, 1, 2):
+        said = [line for line in errors[index].splitlines() if re.match(r"moejax: process 3 on \S+ has ended or", line)]
+        assert len(said) == 1 and "continues from the newest checkpoint" in said[0], errors[index]
+        assert "Traceback" not in errors[index][: errors[index].index(said[0])], errors[index]
     assert seconds < 60
     print(f"the others ended after {seconds:.1f} s with {codes[:3]}")
 
@@ -444,13 +449,52 @@ def test_distributed_without_a_cluster_in_the_environment_says_what_it_looked_fo
     )
 
 
-@pytest.mark.parametrize("variable", ["SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "TPU_WORKER_HOSTNAMES"])
-@pytest.mark.parametrize("verb", ["train", "eval", "generate", "report"])
-def test_several_launched_processes_that_would_not_meet_are_refused(verb, variable, monkeypatch, capsys):
-    monkeypatch.setenv(variable, "host1,host2" if variable.startswith("TPU") else "2")
-    assert main(TRAIN if verb == "train" else [verb, "--workdir=nowhere"]) == 2
+LAUNCHED = {
+    "SLURM_STEP_NUM_TASKS": "2", "OMPI_COMM_WORLD_SIZE": "2", "PMI_SIZE": "2", "MV2_COMM_WORLD_SIZE": "2",
+    "JSM_NAMESPACE_SIZE": "2", "FLUX_JOB_SIZE": "2", "WORLD_SIZE": "2", "PMIX_RANK": "1",
+    "TPU_WORKER_HOSTNAMES": "host1,host2",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("verb", ["train", "eval", "generate", "report", "counterfactuals", "placement"])
+def test_several_launched_processes_that_would_not_meet_are_refused(verb, monkeypatch, capsys):
     remedy = "add --distributed, or launch one" if verb == "train" else "launch one"
-    captured = capsys.readouterr().err
-    assert captured.startswith(f"moejax: moejax {verb} ") and captured.endswith(
-        f"{variable}=2 were launched; {remedy}\n"
-    )
+    for variable, value in LAUNCHED.items():
+        with monkeypatch.context() as patched:
+            patched.setenv(variable, value)
+            assert main(TRAIN if verb == "train" else [verb, "--workdir=nowhere"]) == 2
+        captured = capsys.readouterr().err
+        assert captured.startswith(f"moejax: moejax {verb} ")
+        assert captured.endswith(f" ({variable}={value}); {remedy}\n")
+
+
+def test_one_launched_process_is_no_reason_to_refuse(monkeypatch):
+    for variable in LAUNCHED:
+        monkeypatch.setenv(variable, "0" if variable == "PMIX_RANK" else "1")
+    assert processes.launched() == (1, "")
+
+
+def test_a_port_in_use_and_a_missing_process_are_named_within_the_stated_wait(folder):
+    def without_process_1(index, flags):
+        return training(folder, folder / "none", "--wait_s=2")(0, [flags[0], "--num_processes=2", "--process_id=0"])
+
+    with started(folder, 2, 1, without_process_1) as started_processes:
+        codes, _, errors = ends(started_processes)
+    assert codes == [1, 1] and not (folder / "none").exists()
+    lines = sorted(own_lines(errors[0]) + own_lines(errors[1]))
+    assert len(lines) == 2, errors
+    assert lines[0].startswith("moejax: process 0 cannot listen at port ") and "choose another port" in lines[0]
+    assert lines[1].startswith("moejax: process 1 of 2 did not come to process 0 on ") and "within 2 s" in lines[1]
+
+
+def test_processes_of_different_configurations_are_refused_before_anything_is_written(folder):
+    def other_rate(index, flags):
+        more = ["--config.optimizer.learning_rate=0.5"] if index else []
+        return training(folder, folder / "none", *more)(index, flags)
+
+    with started(folder, 2, 1, other_rate) as started_processes:
+        codes, _, errors = ends(started_processes)
+    assert codes == [1, 1] and not (folder / "none").exists()
+    (line,) = own_lines(errors[1])
+    assert re.search(r"process 1 on \S+ has optimizer\.learning_rate=0\.5, and process 0 has [\d.]+;", line)
+    assert "process 1 failed" in errors[0]

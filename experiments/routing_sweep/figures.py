@@ -5,6 +5,7 @@
 With --from-results, figure and tables are made from `results.json` alone.
 """
 
+import itertools
 import json
 import runpy
 import sys
@@ -15,11 +16,15 @@ import matplotlib
 import numpy as np
 import pandas as pd
 
-from moejax.inspection.sweep_tables import Effect, interaction, main_effect, settings_of, strength
+from moejax.inspection.sweep_differences import Difference
+from moejax.inspection.sweep_effects import AxisEffect, axis_effect, compare_settings, interaction
+from moejax.inspection.sweep_settings import difference_in_words
+from moejax.inspection.sweep_tables import settings_of
 from moejax.sweeps.records import read_records
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # after the choice of a backend
+from matplotlib.axes import Axes
 
 ROOT, HERE = Path(__file__).parents[2], Path(__file__).parent
 SWEEP, RESULTS, PAGE = ROOT / "runs/routing_sweep", HERE / "results.json", HERE / "README.md"
@@ -27,7 +32,7 @@ MARKS = ("<!-- measured: written by figures.py -->\n", "<!-- end -->")
 AXES = {"router": "router", "scheme": "balancing", "num_experts": "experts", "top_k": "K"}
 LOSS, VIOLATION, DEAD, SECONDS = "final/eval/loss", "final/eval/max_violation", "tail/moe/dead_experts", "step_s"
 METRICS = (LOSS, VIOLATION, DEAD, SECONDS)
-COLOURS = {"softmax_topk": "#0072b2", "sigmoid_topk": "#d55e00", "noisy_topk": "#009e73"}
+COLOURS = {"softmax_topk": "#0072b2", "sigmoid_topk": "#e69f00", "noisy_topk": "#cc79a7"}
 MARKERS = {"none": "x", "loss": "o", "bias": "s"}
 
 
@@ -58,83 +63,144 @@ def read() -> list[dict[str, Any]]:
     return rows
 
 
-def settings(rows: list[dict[str, Any]]) -> pd.DataFrame:
-    """Means over seeds of the arms that are done, MoE and dense."""
+def arms(rows: list[dict[str, Any]]) -> pd.DataFrame:
+    """The arms that are done, MoE and dense."""
     columns = {f"override/{name}": [row[name] for row in rows] for name in AXES}
     frame = pd.DataFrame({name: pd.Series(values, dtype=object) for name, values in columns.items()})
-    frame["arm"] = [row["arm"] for row in rows]
+    for name in ("arm", "seed"):
+        frame[name] = [row[name] for row in rows]
     for name in METRICS:
         frame[name] = pd.Series([row[name] for row in rows], dtype=float)
-    return settings_of(frame[[row["status"] == "done" for row in rows]], list(METRICS))
+    return frame[[row["status"] == "done" for row in rows]].reset_index(drop=True)
 
 
-def split(table: pd.DataFrame) -> tuple[pd.DataFrame, pd.Series]:
-    """The MoE settings, and the dense control."""
-    is_dense = table["override/num_experts"] == 0
-    return table[~is_dense], table[is_dense].iloc[0]
+def settings(frame: pd.DataFrame) -> pd.DataFrame:
+    """Means over seeds, the best first, with `difference`: from the dense control, between arms of one seed."""
+    table = settings_of(frame, list(METRICS)).sort_values(LOSS, kind="stable").reset_index(drop=True)
+    dense = table.loc[table["override/num_experts"] == 0, "arms"].iloc[0]
+    table["difference"] = pd.Series(compare_settings(frame, LOSS, dense, list(table["arms"])), dtype=object)
+    return table
 
 
-def effects(table: pd.DataFrame) -> dict[str, Effect]:
+def is_moe(frame: pd.DataFrame) -> pd.Series:
+    """Of each row, whether it has experts."""
+    return frame["override/num_experts"] != 0
+
+
+def kinds(frame: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """The MoE arms of which effects are looked at, by name."""
+    moe = frame[is_moe(frame)]
+    return {"all routers": moe, "without the noisy router": moe[moe["override/router"] != "noisy_topk"]}
+
+
+def effects(frame: pd.DataFrame) -> dict[str, AxisEffect]:
     """Of each axis on the loss."""
-    return {name: main_effect(table, LOSS, f"override/{name}") for name in AXES}
+    return {name: axis_effect(frame, LOSS, f"override/{name}") for name in AXES}
 
 
-def write_tables(table: pd.DataFrame) -> str:
+def write_tables(frame: pd.DataFrame) -> str:
     """Settings from the best to the worst, effects of axes, interactions."""
-    moe, _ = split(table)
-    lines = ["| router | balancing | experts | K | loss, nats | MaxVio | dead of all experts | ms a step |"]
-    lines += ["|---|---|---|---|---|---|---|---|"]
-    for row in table.sort_values(LOSS).to_dict("records"):
-        names = ["dense control", "", "", ""] if row["override/num_experts"] == 0 else [
-            row[f"override/{name}"] for name in AXES]  # fmt: skip
+    return "\n".join([*_settings_lines(frame), "", *_effect_lines(frame), "", *_pair_lines(frame)]) + "\n"
+
+
+def _settings_lines(frame: pd.DataFrame) -> list[str]:
+    lines = [
+        "| router | balancing | experts | K | loss, nats | from the dense control | MaxVio | dead experts | ms a step |"
+    ]
+    lines += ["|---|---|---|---|---|---|---|---|---|"]
+    for row in settings(frame).to_dict("records"):
+        is_dense = row["override/num_experts"] == 0
+        names = ["dense control", "", "", ""] if is_dense else [row[f"override/{name}"] for name in AXES]
         loss = f"{row[LOSS]:.4f} ± {row[f'{LOSS}/se']:.4f}"
-        rest = ["", ""] if row["override/num_experts"] == 0 else [f"{row[VIOLATION]:.2f}", f"{row[DEAD]:.1f}"]
+        rest = ["", "", ""]
+        if not is_dense:
+            rest = [_in_words(row["difference"]), f"{row[VIOLATION]:.2f}", f"{row[DEAD]:.1f}"]
         lines.append("| " + " | ".join(map(str, [*names, loss, *rest, f"{1e3 * row[SECONDS]:.0f}"])) + " |")
-    lines += ["", "| axis | mean loss by level | range |", "|---|---|---|"]
-    for name, effect in effects(moe).items():
-        means = {row["level"]: row["mean"] for row in effect.table.to_dict("records")}
-        text = ", ".join(f"{level} {mean:.4f}" for level, mean in means.items())
-        lines.append(f"| {AXES[name]} | {text} | {max(means.values()) - min(means.values()):.4f} |")
-    lines += ["", "| pair | by how much its cells are not a sum of two effects, at most |", "|---|---|"]
-    names = list(AXES)
-    pairs = [(one, other) for i, one in enumerate(names) for other in names[i + 1 :]]
-    found = {(a, b): strength(interaction(moe, LOSS, f"override/{a}", f"override/{b}")) for a, b in pairs}
-    for (one, other), most in sorted(found.items(), key=lambda item: -item[1]):
-        lines.append(f"| {AXES[one]} and {AXES[other]} | {most:.4f} |")
-    return "\n".join(lines) + "\n"
+    return lines
 
 
-def draw(table: pd.DataFrame) -> None:
-    """Every setting with its standard error, and the effect of each axis."""
-    moe, dense = split(table)
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 5), width_ratios=(3, 2), layout="constrained")
+def _in_words(difference: Difference) -> str:
+    """With its 95 % interval, bold where that leaves out 0."""
+    text = difference_in_words(difference)
+    return f"**{text}**" if difference.is_told_apart else text
+
+
+def _effect_lines(frame: pd.DataFrame) -> list[str]:
+    lines = [f"| axis | level against level | {' | '.join(kinds(frame))} |", "|---|---|---|---|"]
+    found = {kind: effects(of_kind) for kind, of_kind in kinds(frame).items()}
+    for name, title in AXES.items():
+        first = found["all routers"][name]
+        for level in first.others:
+            by_kind = []
+            for of_kind in found.values():
+                same = [other for other in of_kind[name].others if other.level == level.level]
+                by_kind.append(_in_words(same[0].difference) if same else "")
+            lines.append(f"| {title} | {level.level} against {first.reference} | {' | '.join(by_kind)} |")
+    return lines
+
+
+def _pair_lines(frame: pd.DataFrame) -> list[str]:
+    lines = [f"| pair | {' | '.join(kinds(frame))} |", "|---|---|---|"]
+    for one, other in itertools.combinations(AXES, 2):
+        by_kind = []
+        for of_kind in kinds(frame).values():
+            found = interaction(of_kind, LOSS, f"override/{one}", f"override/{other}")
+            by_kind.append(_in_words(found.departure))
+        lines.append(f"| {AXES[one]} and {AXES[other]} | {' | '.join(by_kind)} |")
+    return lines
+
+
+def draw(frame: pd.DataFrame) -> None:
+    """Every setting with its standard error, and the effect of each axis with its interval."""
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 5.4), width_ratios=(3, 2), layout="constrained")
+    draw_settings(left, settings(frame))
+    draw_effects(right, frame)
+    figure.savefig(HERE / "figure.png", dpi=110)
+
+
+def draw_settings(axes: Axes, table: pd.DataFrame) -> None:
+    """The loss of every setting, and of the dense control."""
+    dense = table[~is_moe(table)].iloc[0]
     groups = [(experts, k) for experts in (8, 32) for k in (1, 4)]
     for router_index, (router, colour) in enumerate(COLOURS.items()):
         for scheme_index, (scheme, marker) in enumerate(MARKERS.items()):
-            own = moe[(moe["override/router"] == router) & (moe["override/scheme"] == scheme)]
+            own = table[(table["override/router"] == router) & (table["override/scheme"] == scheme)]
             by_group = {(row["override/num_experts"], row["override/top_k"]): row for row in own.to_dict("records")}
             places = [i + 0.26 * (router_index - 1) + 0.07 * (scheme_index - 1) for i in range(len(groups))]
-            found = [by_group.get(group) for group in groups]
-            left.errorbar(
-                [place for place, row in zip(places, found, strict=True) if row],
-                [row[LOSS] for row in found if row], yerr=[row[f"{LOSS}/se"] for row in found if row],
+            axes.errorbar(
+                places, [by_group[group][LOSS] for group in groups],
+                yerr=[by_group[group][f"{LOSS}/se"] for group in groups],
                 color=colour, marker=marker, linestyle="none", capsize=2, label=f"{router}, {scheme}",
             )  # fmt: skip
-    left.axhline(dense[LOSS], color="0.4", linestyle="--", label="dense control")
-    left.set_xticks(range(len(groups)), [f"{experts} experts, K = {k}" for experts, k in groups])
-    left.set_ylabel("validation loss, nats per token (standard error over seeds)")
-    left.legend(fontsize=7, ncols=2)
-    place, ticks = 0, []
-    for name, effect in effects(moe).items():
-        for row in effect.table.to_dict("records"):
-            right.errorbar(row["mean"], place, xerr=row["se"], marker="o", color="black", capsize=2)
-            ticks.append((place, f"{AXES[name]}: {row['level']}"))
-            place -= 1
-        place -= 0.6
-    right.set_yticks([at for at, _ in ticks], [label for _, label in ticks])
-    right.axvline(dense[LOSS], color="0.4", linestyle="--")
-    right.set_xlabel("mean loss over the cells of the other axes\n(standard error over cells)")
-    figure.savefig(HERE / "figure.png", dpi=110)
+    low, high = dense[LOSS] - dense[f"{LOSS}/se"], dense[LOSS] + dense[f"{LOSS}/se"]
+    axes.axhline(dense[LOSS], color="0.4", linestyle="--", label="dense control")
+    axes.axhspan(low, high, color="0.4", alpha=0.15, linewidth=0, label="its standard error")
+    axes.set_xticks(range(len(groups)), [f"{experts} experts, K = {k}" for experts, k in groups])
+    axes.set_ylabel("validation loss, nats per token\n(mean over seeds, with its standard error)")
+    axes.legend(fontsize=7, ncols=2)
+
+
+def draw_effects(axes: Axes, frame: pd.DataFrame) -> None:
+    """The difference of each level from the first; hollow where the interval holds 0."""
+    looks = {"all routers": ("black", "o", 0.0), "without the noisy router": ("#0072b2", "s", -0.3)}
+    ticks: dict[str, float] = {}
+    for name, effect in effects(kinds(frame)["all routers"]).items():
+        for level in effect.others:
+            ticks[f"{AXES[name]}: {level.level}\nagainst {effect.reference}"] = -1.0 * len(ticks)
+    for kind, (colour, marker, shift) in looks.items():
+        for name, effect in effects(kinds(frame)[kind]).items():
+            for level in effect.others:
+                place = ticks[f"{AXES[name]}: {level.level}\nagainst {effect.reference}"] + shift
+                found = level.difference
+                face = colour if found.is_told_apart else "white"
+                reach = found.high - found.mean
+                axes.errorbar(found.mean, place, xerr=reach, marker=marker, color=colour, mfc=face, capsize=2)
+        axes.plot([], [], marker=marker, color=colour, linestyle="none", label=kind)
+    axes.plot([], [], marker="o", color="black", mfc="white", linestyle="none", label="hollow: may be noise")
+    axes.axvline(0, color="0.4", linestyle="--", label="no difference")
+    axes.set_yticks([at - 0.15 for at in ticks.values()], list(ticks))
+    axes.set_xlabel("difference in loss, nats per token\n(arms of one seed, 95 % interval over 3 seeds)")
+    axes.legend(fontsize=7, loc="lower right")
 
 
 def main() -> None:
@@ -142,11 +208,11 @@ def main() -> None:
     if "--from-results" not in sys.argv[1:]:
         rows = read()
         RESULTS.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
-    table = settings(json.loads(RESULTS.read_text()))
+    frame = arms(json.loads(RESULTS.read_text()))
     before, rest = PAGE.read_text().split(MARKS[0])
-    PAGE.write_text(before + MARKS[0] + write_tables(table) + MARKS[1] + rest.split(MARKS[1], 1)[1])
-    draw(table)
-    print(write_tables(table))
+    PAGE.write_text(before + MARKS[0] + write_tables(frame) + MARKS[1] + rest.split(MARKS[1], 1)[1])
+    draw(frame)
+    print(write_tables(frame))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,15 @@
 """The `moejax` command: one file per verb.
 
 A verb module has a docstring (its help), `define(flag_values, arguments)` and `run(flag_values, rest)`. A user's
-mistake is one line on standard error and exit code 2; `--debug` shows the traceback.
+mistake is one line on standard error and exit code 2; `--debug` shows the traceback. Nothing that is typed is dropped:
+flags that a verb does not have, flags given twice and words that mean nothing to it are refused before it begins.
 """
 
 import difflib
+import faulthandler
 import importlib
+import io
 import logging
-import re
 import sys
 import traceback
 from collections.abc import Sequence
@@ -15,7 +17,11 @@ from collections.abc import Sequence
 from absl import flags
 from absl.flags import FlagValues
 
-from moejax.config import check_key
+from moejax.cli.arguments import check_arguments, config_first, plain_errors, verb_first
+from moejax.cli.errors import UsageError as UsageError
+from moejax.cli.memory import explain_memory, warn_of_small_limit
+from moejax.config import Config, leaves
+from moejax.training.signals import SignalWatch
 
 VERBS = {
     "train": "train a configuration in a run directory, or continue it",
@@ -30,11 +36,12 @@ VERBS = {
     "doctor": "print versions, devices and kernels, and check that they work",
 }
 
+WITH_WORDS = ("report", "sweep", "bench")
+"""Verbs to which words that are no flags mean something; the others refuse them."""
+
+HELP = ("-h", "-help", "--help", "--help=true", "--helpshort", "--helpfull")
+
 PROCESSES = "moejax.training.processes"
-
-
-class UsageError(ValueError):
-    """The command line is wrong."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,34 +54,54 @@ def main(argv: Sequence[str] | None = None) -> int:
       The exit code: 0, 1 for a failed run, 2 for a user's mistake, 130 when interrupted. (A watchdog ends a hanging
       step with 3.) One of several processes exits here if it fails, without waiting for the others.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if not argv or argv[0] in ("-h", "--help", "help"):
+    _write_any_text()
+    given = list(sys.argv[1:] if argv is None else argv)
+    is_debug = "--debug" in given
+    words = [word for word in given if word != "--debug"]
+    if words[:1] == ["help"] or (len(words) > 1 and words[0] in HELP):
+        words = [*words[1:2], "--help", *words[2:]]  # moejax help VERB
+    if not words or words[0] in HELP:
         print(_overview())
-        return 0 if argv else 2
-    is_debug = "--debug" in argv
+        return 0 if given else 2
     _set_up_logging(is_debug)
+    warn_of_small_limit()
+    if not faulthandler.is_enabled():
+        faulthandler.enable()  # a fault in a library leaves at least its stack
     code = 1
     try:
-        code = _run_and_explain(argv[0], [argument for argument in argv[1:] if argument != "--debug"], is_debug)
+        code = _run_and_explain(words[0], words[1:], is_debug)
     except Exception:
         if not _has_others():
             raise
+        sys.modules[PROCESSES].await_word_of_others()
         traceback.print_exc()
     if code and _has_others():
         sys.modules[PROCESSES].leave_at_once(code)
     return code
 
 
+def _write_any_text() -> None:
+    """Lets standard output and error show characters that the terminal lacks as escapes: none ends the command."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def _run_and_explain(verb: str, arguments: list[str], is_debug: bool) -> int:
     """Runs a verb; says what a user needs to know of an error and passes on others."""
     try:
-        _run_verb(verb, arguments)
+        with SignalWatch():
+            _run_verb(verb, arguments)
     except KeyboardInterrupt:
         print("moejax: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output has left
         return 1
     except Exception as error:
+        no_memory = explain_memory(error)
+        if no_memory and not is_debug:
+            print(f"moejax: {no_memory}", file=sys.stderr)
+            return 1
         if is_debug or not _is_expected(error):
             raise
         print(f"moejax: {' '.join(str(error).split())}", file=sys.stderr)
@@ -89,30 +116,35 @@ def _has_others() -> bool:
 
 def _run_verb(verb: str, arguments: list[str]) -> None:
     if verb not in VERBS:
-        near = difflib.get_close_matches(verb, VERBS, n=1, cutoff=0.0)[0]
-        raise UsageError(f"{verb} is not a verb of moejax; the nearest is {near}; see moejax --help")
+        raise UsageError(_about_verb(verb, arguments))
     module = importlib.import_module(f"moejax.cli.{verb}")
     values = FlagValues()
     flags.DEFINE_bool("help", False, "show this help", short_name="h", flag_values=values)
-    module.define(values, arguments)
-    if any(argument in ("-h", "--help", "--help=true") for argument in arguments):
-        description = (module.__doc__ or "").strip()
-        print(f"moejax {verb}: {description}\n\nFlags:\n{_flag_help(values)}")
-        return
-    _check_config_keys(arguments)
-    try:
-        rest = values(["moejax", *arguments])
-    except (AttributeError, KeyError, TypeError, OSError) as error:  # what config files and overrides raise
-        raise UsageError(str(error)) from error
+    arguments = config_first(arguments)
+    asked = [argument for argument in arguments if argument in HELP]
+    with plain_errors(values):
+        module.define(values, [] if asked else arguments)
+        if asked:
+            print(_help(verb, module.__doc__ or "", values, is_full="--helpfull" in asked))
+            return
+        check_arguments(verb, values, arguments, verb in WITH_WORDS)
+        try:
+            rest = values(["moejax", *arguments])
+        except (AttributeError, KeyError, TypeError, OSError) as error:  # what overrides raise
+            raise UsageError(str(error)) from error
     module.run(values, rest[1:])
 
 
-def _check_config_keys(arguments: Sequence[str]) -> None:
-    """Names the nearest key for an override of a key that does not exist."""
-    for argument in arguments:
-        match = re.match(r"--?(?:no)?config\.([^=]+)", argument)
-        if match:
-            check_key(match.group(1))
+def _about_verb(word: str, arguments: list[str]) -> str:
+    """Why the first word is refused, which is no verb."""
+    if word.startswith("-"):
+        return verb_first([word, *arguments], list(VERBS))
+    if word.endswith(".py"):
+        return f"{word} is not a verb of moejax; write moejax train --config={word}"
+    if word == "version":
+        return "version is not a verb of moejax; moejax doctor prints the versions"
+    near = difflib.get_close_matches(word, VERBS, n=1, cutoff=0.0)[0]
+    return f"{word} is not a verb of moejax; the nearest is {near}; see moejax --help"
 
 
 def _is_expected(error: Exception) -> bool:
@@ -124,6 +156,21 @@ def _is_expected(error: Exception) -> bool:
 def _overview() -> str:
     verbs = "\n".join(f"  {verb:<16}{text}" for verb, text in VERBS.items())
     return f"usage: moejax VERB [--flag=value ...]\n\nVerbs:\n{verbs}\n\nmoejax VERB --help lists a verb's flags."
+
+
+def _help(verb: str, description: str, values: FlagValues, *, is_full: bool) -> str:
+    """What a verb does and its flags; where settings are found, or with `is_full` each with its default."""
+    text = f"moejax {verb}: {description.strip()}\n\nFlags:\n{_flag_help(values)}"
+    if "config" not in values:
+        return text
+    if not is_full:
+        return f"{text}\n\nSettings, --config.section.leaf=value: moejax {verb} --helpfull lists all."
+    defaults = Config()
+    listed = []
+    for key, _ in leaves():
+        section, _, name = key.partition(".")
+        listed.append(f"  --config.{key}={getattr(getattr(defaults, section), name)}")
+    return "\n".join([text, "\nSettings and their defaults, which the recipe changes:", *listed])
 
 
 def _flag_help(values: FlagValues) -> str:

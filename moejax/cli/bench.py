@@ -10,10 +10,11 @@ moejax bench telemetry logging intervals of --config with all that is logged ove
 moejax bench packed    a sweep over 8 seeds of --config: separate processes and one process over a pack
 moejax bench compile   compile time of the train step, 64 over 8 experts and 8 over 2 layers
 moejax bench import    importing moejax over importing jax and flax
+
+Without --config, benchmarks of a recipe take configs/tiny_moe.py.
 """
 
 import csv
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,12 +31,13 @@ from moejax.benchmarks.step import bench_compile, bench_import, bench_step
 from moejax.benchmarks.telemetry import bench_telemetry
 from moejax.benchmarks.timing import measure_peaks
 from moejax.cli import UsageError
-from moejax.cli.options import define_config, define_json, read_config_flag
+from moejax.cli.options import define_config, define_json, read_config_flag, read_file_to_write
 from moejax.cli.tables import print_result, print_table
 from moejax.inspection.bench_figure import draw_layers
 from moejax.kernels.grouped_matmul import unavailable
 from moejax.kernels.tiles import TABLE, read_table
 from moejax.planning.targets import TARGETS, Target
+from moejax.strict_json import to_json
 
 BENCHMARKS = (
     "layer",
@@ -49,6 +51,10 @@ BENCHMARKS = (
     "compile",
     "import",
 )
+OF_RECIPES = ("compiled_step", "step", "telemetry", "packed", "compile", "import")
+"""Benchmarks of a configuration; the others have shapes."""
+
+DEFAULT_RECIPE = "configs/tiny_moe.py"
 DEFAULT_SHAPES = {
     "layer": "mixtral,mixtral-64,olmoe,deepseek",
     "compiled": "mixtral,mixtral-64,olmoe,deepseek",
@@ -59,7 +65,8 @@ DEFAULT_SHAPES = {
 
 def define(values: FlagValues, arguments: list[str]) -> None:
     """Flags of the verb."""
-    define_config(values, arguments, default="configs/tiny_moe.py")
+    reads_recipe = any(word in OF_RECIPES for word in arguments)
+    define_config(values, arguments, DEFAULT_RECIPE if reads_recipe else None)
     define_json(values)
     flags.DEFINE_integer(
         "repetitions", 0, "timed repetitions of each side; 0: 15, of layers 4, packed 3", flag_values=values
@@ -123,9 +130,11 @@ def _refuse_flags_of_others(values: FlagValues, benchmark: str) -> None:
         "implementations": ("layer", "decode", "compiled"),
         "target": ("compiled", "compiled_step"),
         "topology": ("compiled_step",),
+        "config": OF_RECIPES,
         "csv": ("layer", "decode", "compiled"),
         "plot": ("layer",),
         "table": ("tune",),
+        "repetitions": tuple(name for name in BENCHMARKS if not name.startswith("compiled")),
     }
     for name, allowed in users.items():
         if values[name].present and benchmark not in allowed:
@@ -139,9 +148,9 @@ def _read_layers(values: FlagValues, benchmark: str) -> tuple[list[layer.Shape],
     for name in values.implementations:
         if name not in known:
             raise UsageError(f"--implementations={name} must be some of {', '.join(known)}, separated by commas")
-    for file in filter(None, (values.csv, values.plot)):
-        if not Path(file).parent.is_dir():
-            raise UsageError(f"{file} cannot be written: {Path(file).parent} is not a folder; make it first")
+    for flag in ("csv", "plot"):
+        if values[flag].value:
+            read_file_to_write(values[flag].value, f"--{flag}")
     return shapes, values.implementations
 
 
@@ -155,7 +164,7 @@ def _read_target(values: FlagValues, benchmark: str) -> Target:
 def _run_compiled_step(values: FlagValues) -> None:
     row = bench_compiled_step(read_config_flag(values), _read_target(values, "compiled_step"), values.topology)
     if values.json:
-        print(json.dumps(row, indent=2))
+        print(to_json(row, indent=2))
         return
     print_result(_step_rows(row), is_json=False)
     if row["collectives"]:
@@ -172,7 +181,7 @@ def _run_compiled(values: FlagValues) -> None:
     for shape in shapes:
         rows += bench_compiled(shape, names, values.dtype or "bfloat16", target)
     if values.json:
-        print(json.dumps(rows, indent=2))
+        print(to_json(rows, indent=2))
     else:
         _print_tables(rows, _compiled_columns)
         print("Kernels count the rows they have; tiles that rows do not fill come on top.")
@@ -194,7 +203,7 @@ def _run_layers(values: FlagValues, benchmark: str) -> None:
         else:
             rows += decode.bench_decode(shape, names, dtype, values.repetitions or 15, peaks)
     if values.json:
-        print(json.dumps(rows, indent=2))
+        print(to_json(rows, indent=2))
     else:
         _print_tables(rows, _columns)
         print(f"This machine: {peaks.gflops:.0f} GFLOP/s in a large product, {peaks.gbytes:.1f} GB/s in a large copy.")
@@ -206,7 +215,7 @@ def _run_layers(values: FlagValues, benchmark: str) -> None:
 
 
 def _run_tune(values: FlagValues) -> None:
-    path, rows = Path(values.table), []
+    path, rows = read_file_to_write(values.table, "--table"), []
     if not path.is_file():
         raise UsageError(f"--table={path} is not a file; an empty table is one that holds {{}}")
     read_table(path)
@@ -219,7 +228,7 @@ def _run_tune(values: FlagValues) -> None:
             kept = " ".join(map(str, better)) if better else "the guess, which nothing beats beyond noise"
             print(f"Kept: {kept}.")
     if values.json:
-        print(json.dumps(rows, indent=2))
+        print(to_json(rows, indent=2))
 
 
 def _print_tables(rows: list[dict[str, Any]], columns: Callable[[dict[str, Any]], dict[str, Any]]) -> None:

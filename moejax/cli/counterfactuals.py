@@ -11,7 +11,6 @@ and the extremes of each layer; the file, --json and --csv have all.
 
 import csv
 import dataclasses
-import json
 from pathlib import Path
 
 from absl import flags
@@ -19,12 +18,18 @@ from absl.flags import FlagValues
 from rich.console import Console
 from rich.text import Text
 
-from moejax.cli import UsageError
-from moejax.cli.options import define_json, define_workdir, read_workdir, refuse_several_processes
+from moejax.cli.options import (
+    define_json,
+    define_workdir,
+    read_file_to_write,
+    read_workdir_to_write,
+    refuse_several_processes,
+)
 from moejax.cli.tables import print_table
 from moejax.inspection.changes import KINDS
 from moejax.inspection.counterfactual_result import FILE_NAME, Counterfactuals, Outcome
 from moejax.inspection.counterfactuals import counterfactuals
+from moejax.strict_json import to_json
 
 
 def define(values: FlagValues, arguments: list[str]) -> None:
@@ -40,15 +45,14 @@ def define(values: FlagValues, arguments: list[str]) -> None:
 def run(values: FlagValues, rest: list[str]) -> None:
     """Evaluates, writes the file and prints the outcomes."""
     refuse_several_processes("counterfactuals")
-    workdir = read_workdir(values)
-    if values.csv and not Path(values.csv).parent.is_dir():
-        raise UsageError(f"--csv={values.csv}: {Path(values.csv).parent} is not a folder; make it first")
+    workdir = read_workdir_to_write(values)
+    csv_file = read_file_to_write(values.csv, "--csv") if values.csv else None
     result = counterfactuals(workdir, step=values.step, max_rows=values.rows, kinds=values.kinds)
     result.save(workdir / FILE_NAME)
-    if values.csv:
-        _write_csv(Path(values.csv), result)
+    if csv_file:
+        _write_csv(csv_file, result)
     if values.json:
-        print(json.dumps(result.to_dict(), indent=1))
+        print(to_json(result.to_dict(), indent=1))
         return
     print_table(_rows(result), result.title())
     if result.of_kind("ablate"):

@@ -1,17 +1,27 @@
 """Continue prompts with a trained model; a single prompt streams to the terminal as it is written.
 
-moejax generate --workdir=runs/tiny_moe --prompt="My fellow citizens" --prompt="The war" --temperature=0.8 --top_p=0.95
+  moejax generate --workdir=runs/tiny_moe --prompt="The people of the United States" --prompt="The war"
+
+The defaults of --temperature and --top_p suit small models: at 1.0 a few million parameters invent many words, at 0
+they repeat themselves.
 """
 
-import json
+import logging
+import os
 import sys
 
 from absl import flags
 from absl.flags import FlagValues
 
-from moejax.cli.options import define_json, define_workdir, read_workdir, refuse_several_processes
+from moejax.cli.options import define_json, define_seed, define_workdir, read_workdir, refuse_several_processes
+from moejax.compilation_cache import keep_programs
 from moejax.inference.generate import generate, generate_text
-from moejax.inference.load import load_run
+from moejax.inference.load import LoadedRun, load_run
+from moejax.strict_json import to_json
+
+MAX_TOKENS = 200
+
+log = logging.getLogger("moejax")
 
 
 def define(values: FlagValues, arguments: list[str]) -> None:
@@ -19,20 +29,24 @@ def define(values: FlagValues, arguments: list[str]) -> None:
     define_workdir(values)
     define_json(values)
     flags.DEFINE_multi_string("prompt", None, "text to continue; repeat it for a batch", flag_values=values)
-    flags.DEFINE_integer("max_tokens", 200, "tokens to add at most", flag_values=values)
-    flags.DEFINE_float("temperature", 0.8, "0 always takes the most probable token", flag_values=values)
-    flags.DEFINE_float("top_p", 0.95, "sample from the most probable tokens that reach this mass", flag_values=values)
-    flags.DEFINE_integer("seed", 0, "of the sampling", flag_values=values)
+    flags.DEFINE_integer(
+        "max_tokens", None, f"tokens to add at most; default {MAX_TOKENS}, or fewer where training rows were shorter",
+        flag_values=values,
+    )  # fmt: skip
+    flags.DEFINE_float("temperature", 0.7, "0 always takes the most probable token", flag_values=values)
+    flags.DEFINE_float("top_p", 0.9, "sample from the most probable tokens that reach this mass", flag_values=values)
+    define_seed(values, "seed", "of the sampling")
     flags.DEFINE_integer("step", None, "a saved step; default the newest", flag_values=values)
 
 
 def run(values: FlagValues, rest: list[str]) -> None:
     """Prints prompts and their continuations."""
     refuse_several_processes("generate")
-    prompts = values.prompt or [""]
+    keep_programs()
+    prompts = [_as_text(prompt) for prompt in values.prompt or [""]]
     loaded = load_run(read_workdir(values), values.step)
     sampling = {
-        "max_tokens": values.max_tokens,
+        "max_tokens": _default_length(loaded, prompts) if values.max_tokens is None else values.max_tokens,
         "temperature": values.temperature,
         "top_p": values.top_p,
         "seed": values.seed,
@@ -43,9 +57,29 @@ def run(values: FlagValues, rest: list[str]) -> None:
     texts = generate_text(loaded.model, loaded.tokenizer, prompts, **sampling)
     results = [{"prompt": prompt, "text": text} for prompt, text in zip(prompts, texts, strict=True)]
     if values.json:
-        print(json.dumps(results, indent=2, ensure_ascii=False))
+        print(to_json(results, indent=2))
         return
     print("\n\n---\n\n".join(result["prompt"] + result["text"] for result in results))
+
+
+def _as_text(prompt: str) -> str:
+    """A prompt whose bytes that are not UTF-8 are replaced, which is said."""
+    text = os.fsencode(prompt).decode("utf-8", errors="replace") if _has_bytes(prompt) else prompt
+    if text != prompt:
+        log.warning("--prompt has bytes that are not UTF-8, which are replaced: %s", text)
+    return text
+
+
+def _has_bytes(text: str) -> bool:
+    """Whether Python has kept bytes of the command line that it could not decode."""
+    return any("\udc80" <= character <= "\udcff" for character in text)
+
+
+def _default_length(loaded: LoadedRun, prompts: list[str]) -> int:
+    """Tokens to add: as many as the rows leave that the model was trained on, if the prompts leave any."""
+    longest = 1 + max(len(loaded.tokenizer.encode(prompt)) for prompt in prompts)
+    left = loaded.config.data.seq_len - longest
+    return min(MAX_TOKENS, left) if left > 0 else MAX_TOKENS
 
 
 def _stream(model, tokenizer, prompt: str, sampling: dict) -> None:

@@ -5,7 +5,7 @@ import dataclasses
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,38 +14,45 @@ from absl.flags import FlagValues
 from ml_collections import config_flags
 
 from moejax.cli import UsageError
+from moejax.cli.recipe import define_recipe
 from moejax.config import Config, MeshConfig, resolve
+from moejax.paths import check_writable, check_writable_file, resolve_path
+from moejax.seeds import LARGEST_SEED
 from moejax.training import processes
+
+LONGEST_WAIT_S = 86400.0
+"""For processes at the start: a day."""
 
 
 def define_config(values: FlagValues, arguments: list[str], default: str | None = None) -> None:
     """`--config=FILE[:ARG]` and `--config.a.b=value` for every leaf."""
-    config_flags.DEFINE_config_file(
-        "config",
-        default,
-        "a recipe, FILE[:ARG]; --config.section.leaf=value overrides a leaf",
-        flag_values=values,
-        sys_argv=["moejax", *arguments],
-    )
+    define_recipe(values, arguments, default)
 
 
-def read_config_flag(values: FlagValues) -> Config:
+def read_config_flag(values: FlagValues, varied: Collection[str] = ()) -> Config:
     """The resolved configuration.
 
+    Args:
+      values: parsed flags.
+      varied: keys that a sweep varies: leaves of the recipe that need them may be read in some of its arms.
+
     Raises:
-      UsageError: no `--config`, or its file cannot be used.
+      UsageError: no `--config`.
       ConfigError: a value that cannot work.
+    """
+    recipe_text(values)
+    return resolve(values.config, typed=config_flags.get_override_values(values["config"]), varied=varied)
+
+
+def recipe_text(values: FlagValues) -> str:
+    """`FILE[:ARG]` as it was given.
+
+    Raises:
+      UsageError: no `--config`.
     """
     if values["config"].value is None:
         raise UsageError("--config is missing; give a recipe, such as --config=configs/tiny_moe.py")
-    try:
-        recipe = values.config
-        recipe.keys()  # a file that failed to load says so on first use
-    except OSError as error:
-        raise UsageError(
-            f"--config={config_flags.get_config_filename(values['config'])} cannot be read: {error}"
-        ) from error
-    return resolve(recipe)
+    return str(config_flags.get_config_filename(values["config"]))
 
 
 def define_processes(values: FlagValues) -> None:
@@ -56,6 +63,9 @@ def define_processes(values: FlagValues) -> None:
     flags.DEFINE_string("coordinator", "", "HOST:PORT at which process 0 listens to the others", flag_values=values)
     flags.DEFINE_integer("num_processes", None, "with --coordinator: how many there are", flag_values=values)
     flags.DEFINE_integer("process_id", None, "with --coordinator: which one this is, from 0", flag_values=values)
+    flags.DEFINE_float(
+        "wait_s", processes.MEETING_S, "seconds that processes wait for each other at the start", flag_values=values
+    )
 
 
 def meet_as_flagged(values: FlagValues, verb: str) -> contextlib.AbstractContextManager[None]:
@@ -64,6 +74,8 @@ def meet_as_flagged(values: FlagValues, verb: str) -> contextlib.AbstractContext
     Raises:
       UsageError: half of the flags, values that cannot work, or several processes launched that would not meet.
     """
+    if not 1 <= values.wait_s <= LONGEST_WAIT_S:
+        raise UsageError(f"--wait_s={values.wait_s:g} must be between 1 and {LONGEST_WAIT_S:g} seconds")
     given = {"--num_processes": values.num_processes, "--process_id": values.process_id}
     if not values.coordinator:
         for flag, value in given.items():
@@ -72,7 +84,7 @@ def meet_as_flagged(values: FlagValues, verb: str) -> contextlib.AbstractContext
                     f"{flag}={value} needs --coordinator=HOST:PORT of process 0; add it, or use --distributed"
                 )
         if values.distributed:
-            return _meet()
+            return _meet(wait_s=values.wait_s)
         refuse_several_processes(f"{verb} without --distributed", "add --distributed, or launch one")
         return contextlib.nullcontext()
     if values.distributed:
@@ -80,17 +92,20 @@ def meet_as_flagged(values: FlagValues, verb: str) -> contextlib.AbstractContext
     for flag, value in given.items():
         if value is None:
             raise UsageError(f"--coordinator={values.coordinator} needs {flag}, too; add it")
-    if not re.fullmatch(r".+:\d{1,5}", values.coordinator):
-        raise UsageError(f"--coordinator={values.coordinator} must be HOST:PORT, such as node1:8476")
+    address = re.fullmatch(r".+:(\d{1,5})", values.coordinator)
+    if not address or not 0 < int(address.group(1)) < 2**16:
+        raise UsageError(
+            f"--coordinator={values.coordinator} must be HOST:PORT with a port up to 65535, such as node1:8476"
+        )
     if values.num_processes < 1 or not 0 <= values.process_id < values.num_processes:
         raise UsageError(
             f"--process_id={values.process_id} must be between 0 and --num_processes={values.num_processes} less one"
         )
-    return _meet(values.coordinator, values.num_processes, values.process_id)
+    return _meet(values.coordinator, values.num_processes, values.process_id, values.wait_s)
 
 
 @contextlib.contextmanager
-def _meet(*address: Any) -> Iterator[None]:
+def _meet(*address: Any, **wait: Any) -> Iterator[None]:
     """`processes.meet`, with a clean standard output: gloo greets there, where one JSON document must stand alone."""
     sys.stdout.flush()
     kept = os.dup(1)
@@ -99,7 +114,7 @@ def _meet(*address: Any) -> Iterator[None]:
         with (
             os.fdopen(kept, "w", closefd=False) as output,
             contextlib.redirect_stdout(output),
-            processes.meet(*address),
+            processes.meet(*address, **wait),
         ):
             yield
     finally:
@@ -111,7 +126,9 @@ def refuse_several_processes(verb: str, remedy: str = "launch one") -> None:
     """Raises `UsageError` if a launcher started several processes, each of which would do the same work alone."""
     number, variable = processes.launched()
     if number > 1:
-        raise UsageError(f"moejax {verb} works in one process, and {variable}={number} were launched; {remedy}")
+        raise UsageError(
+            f"moejax {verb} works in one process, and a launcher started at least {number} ({variable}); {remedy}"
+        )
 
 
 def define_workdir(values: FlagValues, text: str = "the run directory") -> None:
@@ -127,10 +144,53 @@ def read_workdir(values: FlagValues) -> Path:
     """
     if not values.workdir:
         raise UsageError("--workdir is missing; name the folder of a run, such as --workdir=runs/tiny_moe")
-    path = Path(values.workdir)
+    path = resolve_path(values.workdir, "--workdir")
     if not path.is_dir():
-        raise UsageError(f"--workdir={path} is not a folder; train a run there first")
+        raise UsageError(f"--workdir={values.workdir} is not a folder; train a run there first")
     return path
+
+
+def read_workdir_to_write(values: FlagValues) -> Path:
+    """The run directory, which must exist and be writable.
+
+    Raises:
+      UsageError: the flag is missing or names no directory.
+      PathError: nothing can be written there.
+    """
+    path = read_workdir(values)
+    check_writable(path, "--workdir")
+    return path
+
+
+def read_folder_to_write(given: str, name: str) -> Path:
+    """The path of a folder that need not exist and can be written.
+
+    Args:
+      given: the flag's value.
+      name: the flag, such as `--workdir`.
+
+    Raises:
+      PathError: nothing can be written there.
+    """
+    path = resolve_path(given, name)
+    check_writable(path, name)
+    return path
+
+
+def read_file_to_write(given: str, name: str) -> Path:
+    """The path of a file that can be written, in a folder that exists; arguments as of `read_folder_to_write`.
+
+    Raises:
+      PathError: it cannot be written.
+    """
+    path = resolve_path(given, name)
+    check_writable_file(path, name)
+    return path
+
+
+def define_seed(values: FlagValues, name: str, text: str) -> None:
+    """A flag of a seed, 0 by default, in the range that all seeds have."""
+    flags.DEFINE_integer(name, 0, text, lower_bound=0, upper_bound=LARGEST_SEED, flag_values=values)
 
 
 def define_json(values: FlagValues) -> None:

@@ -6,15 +6,17 @@ The load is that of the validation split in the run's newest evaluation, or that
 load of a device over the mean: 1 is even. `moejax eval --mesh=expert=4 --replicas=1` evaluates the model so.
 """
 
-import json
+from collections.abc import Sequence
 
+import numpy as np
 from absl import flags
 from absl.flags import FlagValues
 
 from moejax.cli import UsageError
 from moejax.cli.options import define_json, define_workdir, read_workdir, refuse_several_processes
 from moejax.cli.tables import print_table
-from moejax.moe.placement import imbalance, in_order, place
+from moejax.moe.placement import imbalance, in_order, place, place_by_load
+from moejax.strict_json import to_json
 from moejax.training.evaluation_log import newest_evaluation
 from moejax.training.run_directory import read_config
 
@@ -51,6 +53,21 @@ def run(values: FlagValues, rest: list[str]) -> None:
     ]
     rows.append({"layer": "worst", **{name: round(float(worst_N.max()), 3) for name, worst_N in columns.items()}})
     if values.json:
-        print(json.dumps(rows, indent=2))
+        print(to_json(rows, indent=2))
         return
     print_table(rows, f"Largest load of {devices} devices over the mean; {values.replicas} copies on each")
+    if values.replicas:
+        _explain(config.moe_layers, load_NE, maps["placed, with copies"], devices, values.replicas)
+
+
+def _explain(layers: Sequence[int], load_NE: np.ndarray, placed_NP: np.ndarray, devices: int, replicas: int) -> None:
+    """Prints in which layers copies would help nothing, and what their spare slots hold instead."""
+    copied_N = imbalance(load_NE, place_by_load(load_NE, devices, replicas), devices)
+    placed_N = imbalance(load_NE, placed_NP, devices)
+    useless = np.flatnonzero(copied_N > placed_N)
+    if len(useless):
+        figures = ", ".join(f"layer {layers[i]}: {copied_N[i]:.3f} with, {placed_N[i]:.3f} without" for i in useless)
+        print(
+            f"Copies would make some layers less even ({figures}): a copy takes an equal share of its expert's load to "
+            "a device, which may have enough. There spare slots repeat experts of their own device, and move nothing."
+        )

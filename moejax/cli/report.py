@@ -13,9 +13,15 @@ from absl import flags
 from absl.flags import FlagValues
 
 from moejax.cli import UsageError
-from moejax.cli.options import define_workdir, read_workdir, refuse_several_processes
+from moejax.cli.options import (
+    define_workdir,
+    read_file_to_write,
+    read_workdir_to_write,
+    refuse_several_processes,
+)
 from moejax.inspection.build import build_report
-from moejax.inspection.comparison_page import write_comparison
+from moejax.inspection.comparison_page import FILE_NAME, write_comparison
+from moejax.paths import resolve_path
 
 
 def define(values: FlagValues, arguments: list[str]) -> None:
@@ -37,13 +43,14 @@ def run(values: FlagValues, rest: list[str]) -> None:
         raise UsageError(f"--output={values.output} is for comparisons; give two or more run directories")
     if rest:
         values["workdir"].value = rest[0]
-    print(build_report(read_workdir(values)))
+    print(build_report(read_workdir_to_write(values)))
 
 
 def _compare(workdirs: list[str], output: str) -> Path:
-    if not output:
-        return write_comparison(workdirs)
-    path = Path(output)
-    if (path.exists() and not path.is_file()) or not path.parent.is_dir():  # a device would be replaced
-        raise UsageError(f"--output={path} must be a file in a folder that exists, such as comparison.html")
-    return write_comparison(workdirs, path)
+    """Writes the page of several runs; says first what cannot be read or written."""
+    folders = [resolve_path(workdir) for workdir in workdirs]
+    for workdir, folder in zip(workdirs, folders, strict=True):
+        if not folder.is_dir():
+            raise UsageError(f"{workdir} is not a folder; name run directories, or see moejax report --help")
+    path = read_file_to_write(output or str(folders[0].parent / FILE_NAME), "--output")
+    return write_comparison(folders, path)

@@ -15,32 +15,41 @@ by side in one program. The same command goes on after an interruption, a crash 
 import logging
 import math
 import os
-import runpy
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from absl import flags
 from absl.flags import FlagValues
-from ml_collections import config_flags
 
 from moejax.cli import UsageError
-from moejax.cli.options import define_config, define_json, read_config_flag, refuse_several_processes
+from moejax.cli.options import (
+    define_config,
+    define_json,
+    read_config_flag,
+    read_folder_to_write,
+    recipe_text,
+    refuse_several_processes,
+)
+from moejax.cli.recipe import explained, own_function, recipe_name, split_recipe
 from moejax.cli.sweep_search import (
     OF_DRAWS,
     OF_STUDIES,
     define_search,
     join_search,
+    refuse_addresses,
     refuse_flags,
     search,
     show_dashboard,
     shown_command,
 )
 from moejax.cli.tables import print_result, print_table
-from moejax.inspection.sweep_settings import PLANNED, numbered_settings
-from moejax.inspection.sweep_tables import LOSS, OVERRIDE, at_fraction
-from moejax.sweeps import Space, parse_axis, product, seeds
+from moejax.inspection.sweep_effects import compare_settings
+from moejax.inspection.sweep_settings import PLANNED, numbered_settings, reference_setting
+from moejax.inspection.sweep_tables import BITS, LOSS, OVERRIDE, at_fraction, loss_of
+from moejax.sweeps import Space, parse_axis, product, seeds, varied_keys
 from moejax.sweeps.arms import Arm, Plan, describe, plan_arms
 from moejax.sweeps.directory import Sweep, open_sweep, write_sweep
 from moejax.sweeps.match import short, training_flops
@@ -52,7 +61,13 @@ from moejax.sweeps.run import check_devices, check_open, prepare_devices, work
 from moejax.sweeps.slurm import Jobs, check_jobs, submit
 from moejax.training.signals import StopSignals
 
-ACTIONS = ("work", "worker", "report", "dashboard")
+FLAGS_OF = {
+    "work": ("dir", "cores"), "worker": ("dir", "json", "study", "storage"), "report": ("dir", "json"),
+    "dashboard": ("storage", "port"),
+}  # fmt: skip
+"""What each word that begins no axis makes of flags; without such a word all have a meaning but the last two."""
+
+ACTIONS = tuple(FLAGS_OF)
 
 RUNNERS_OF = {
     "processes": ("pool", "slurm"), "gpus": ("pool", "slurm"),
@@ -69,7 +84,7 @@ def define(values: FlagValues, arguments: list[str]) -> None:
     define_json(values)
     flags.DEFINE_string("dir", "", "the sweep's folder; default runs/sweep_NAME-OF-THE-RECIPE", flag_values=values)
     flags.DEFINE_bool("dry-run", False, "check and list all arms, and stop", flag_values=values)
-    flags.DEFINE_integer("seeds", 0, "each point with so many seeds, from 0", flag_values=values)
+    flags.DEFINE_integer("seeds", None, "each point with so many seeds, from 0", flag_values=values)
     flags.DEFINE_enum(
         "match", "", ["", "active_params", "total_params", "flops"],
         "what all arms have in common with the recipe; dense controls are added", flag_values=values,
@@ -89,15 +104,19 @@ def define(values: FlagValues, arguments: list[str]) -> None:
 def run(values: FlagValues, rest: list[str]) -> None:
     """Plans, trains, joins or reads."""
     refuse_several_processes("sweep", "launch one; --runner=slurm makes jobs of its own")
+    refuse_addresses(rest)
     action = rest[0] if rest and "=" not in rest[0] else ""
+    if action.endswith(".py"):
+        raise UsageError(f"{action} is a recipe; write --config={action}")
     if action and action not in ACTIONS:
         raise UsageError(f"{action} is neither an axis, KEY=VALUES, nor one of {', '.join(ACTIONS)}")
     others = rest[1:] if action else rest
+    _refuse_flags_of_others(values, action)
     if action == "report":
         _report(values, others)
         return
     if action and others:
-        raise UsageError(f"moejax sweep {action} takes flags alone, not {others[0]!r}")
+        raise UsageError(f"moejax sweep {action} takes flags alone, not {others[0]}; leave it out")
     if action == "work":
         _work(values)
     elif action == "worker":
@@ -105,9 +124,19 @@ def run(values: FlagValues, rest: list[str]) -> None:
     elif action == "dashboard":
         show_dashboard(values)
     elif values.search:
-        search(values, _space(values, rest), _recipe(values), _directory(values), _command())
+        search(values, _space(values, rest), recipe_text(values), _directory(values), _command())
     else:
         _sweep(values, rest)
+
+
+def _refuse_flags_of_others(values: FlagValues, action: str) -> None:
+    """Raises `UsageError` for a flag that was given and would change nothing."""
+    if not action:
+        refuse_flags(values, ("cores",), "is for moejax sweep work; leave it out")
+        refuse_flags(values, ("port",), "is for moejax sweep dashboard; leave it out")
+    elif action != "worker":  # which says itself what it is for
+        others = [name for name in values if name not in FLAGS_OF[action]]
+        refuse_flags(values, others, f"is not for moejax sweep {action}; leave it out")
 
 
 def _sweep(values: FlagValues, rest: list[str]) -> None:
@@ -127,7 +156,7 @@ def _sweep(values: FlagValues, rest: list[str]) -> None:
         prepare_devices(packs)
         check_devices(plan.arms)
     sweep = write_sweep(
-        _directory(values), plan, largest_pack=values.pack, recipe=_recipe(values), match=values.match,
+        _directory(values), plan, largest_pack=values.pack, recipe=recipe_text(values), match=values.match,
         command=_command(),
     )  # fmt: skip
     if values.runner == "slurm":
@@ -162,7 +191,7 @@ def _check_flags(values: FlagValues) -> None:
 
 def _plan(values: FlagValues, rest: list[str]) -> Plan:
     space = _space(values, rest)
-    read_config_flag(values)  # says what is wrong with the recipe itself, apart from any point
+    read_config_flag(values, varied_keys(space))  # says what is wrong with the recipe itself, apart from any point
     plan = plan_arms(values.config.to_dict(), space, match=values.match, adjust=values.adjust)
     for line in plan.changes:
         log.info("matched: %s", line)
@@ -173,13 +202,11 @@ def _plan(values: FlagValues, rest: list[str]) -> Plan:
 
 def _space(values: FlagValues, rest: list[str]) -> Space:
     """The points: of the recipe's `sweep()`, times the axes given, times the seeds."""
-    if values["config"].value is None:
-        raise UsageError("--config is missing; give a recipe, such as --config=configs/tiny_moe.py")
-    spaces: list[Any] = _own_space(_recipe(values))
+    spaces: list[Any] = _own_space(values)
     spaces += [parse_axis(text) for text in rest]
-    if values.seeds < 0:
-        raise UsageError(f"--seeds={values.seeds} must be at least 1")
-    if values.seeds:
+    if values.seeds is not None:
+        if values.seeds < 1:
+            raise UsageError(f"--seeds={values.seeds} must be at least 1: how many seeds each point gets")
         spaces.append(seeds(values.seeds))
     if not spaces:
         raise UsageError(
@@ -191,18 +218,18 @@ def _space(values: FlagValues, rest: list[str]) -> Space:
     return product(*spaces)
 
 
-def _own_space(recipe: str) -> list[Space | list[Any]]:
+def _own_space(values: FlagValues) -> list[Space | list[Any]]:
     """What a recipe's `sweep()` gives; nothing if it has none."""
-    function = runpy.run_path(recipe).get("sweep")
+    recipe, _ = split_recipe(recipe_text(values))
+    function = own_function(values, "sweep")
     if function is None:
         return []
-    try:
+    with explained(recipe):
         found = function()
-        if found is not None:
-            points = found if isinstance(found, Space) else [*found]
-    except Exception as error:  # it is the recipe's: it may raise anything
-        raise UsageError(f"{recipe}: sweep() raised {type(error).__name__}: {error}") from error
-    if found is None or points == []:
+        points = [*found] if isinstance(found, Iterable) and not isinstance(found, Space) else found
+    if not isinstance(points, Space | list | None):
+        raise UsageError(f"{recipe}: sweep() returns {points!r}; return a space, such as product(...), or yield points")
+    if points is None or points == []:
         raise UsageError(f"{recipe}: sweep() gives nothing; return a space, such as product(...), or yield points")
     if not isinstance(points, Space) and (wrong := [point for point in points if not isinstance(point, Mapping)]):
         raise UsageError(
@@ -211,12 +238,8 @@ def _own_space(recipe: str) -> list[Space | list[Any]]:
     return [points]
 
 
-def _recipe(values: FlagValues) -> str:
-    return str(config_flags.get_config_filename(values["config"]))
-
-
 def _directory(values: FlagValues) -> Path:
-    return Path(values.dir or f"runs/sweep_{Path(_recipe(values)).stem}")
+    return read_folder_to_write(values.dir or f"runs/sweep_{recipe_name(recipe_text(values))}", "--dir")
 
 
 def _command() -> str:
@@ -271,9 +294,10 @@ def _work(values: FlagValues) -> None:
     """A process of a pool, or a job of a cluster; one that was told to stop says by its exit code if arms are open."""
     if not values.dir:
         raise UsageError("--dir is missing; name the folder of a sweep")
+    directory = read_folder_to_write(values.dir, "--dir")
     if values.cores:
-        os.sched_setaffinity(0, {int(core) for core in values.cores.split(",")})
-    sweep = open_sweep(values.dir)
+        _run_on(values.cores)
+    sweep = open_sweep(directory)
     prepare_devices(sweep.packs)
     check_devices(sweep.arms.values())
     with StopSignals() as stop:
@@ -283,11 +307,21 @@ def _work(values: FlagValues) -> None:
     check_open(sweep)
 
 
+def _run_on(cores: str) -> None:
+    """Keeps this process on some cores, where the system can do that."""
+    try:
+        wanted = {int(core) for core in cores.split(",")}
+        if hasattr(os, "sched_setaffinity"):
+            os.sched_setaffinity(0, wanted)
+    except (ValueError, OSError) as error:
+        raise UsageError(f"--cores={cores} must be numbers of cores that this machine has, such as 0,1") from error
+
+
 def _report(values: FlagValues, others: list[str]) -> None:
-    folders = others or ([values.dir] if values.dir else [])
+    folders = [*others, *([values.dir] if values.dir else [])]
     if len(folders) != 1:
         raise UsageError("name one sweep: moejax sweep report DIR")
-    _finish(values, Path(folders[0]))
+    _finish(values, read_folder_to_write(folders[0], "--dir"))
 
 
 def _finish(values: FlagValues, directory: Path) -> None:
@@ -295,20 +329,38 @@ def _finish(values: FlagValues, directory: Path) -> None:
     path = build_sweep_report(directory)
     compared, left_out = at_fraction(read_records(directory))
     found = {"compared": len(compared), "left out": len(left_out), "report": str(path)}
-    settings = numbered_settings(compared, [LOSS], read_definition(directory)["arms"])
-    rows = [
-        {
-            "setting": describe({key.removeprefix(OVERRIDE): row[key] for key in row if key.startswith(OVERRIDE)}),
-            "arms": len(row["arms"]),
-            "planned": row[PLANNED],
-            "validation loss": round(row[LOSS], 4),
-            "standard error": None if math.isnan(row[f"{LOSS}/se"]) else round(row[f"{LOSS}/se"], 4),
-        }
-        for row in settings.to_dict("records")
-    ]
+    rows = _settings_rows(compared, read_definition(directory)["arms"])
     if values.json:
         print_result(found | {"settings": rows}, is_json=True)
         return
     if rows:
-        print_table(rows, "settings, means over seeds")
+        print_table(rows, "settings, means over seeds, differences from the reference with 95 % intervals over seeds")
     print_result(found, is_json=False)
+
+
+def _settings_rows(compared: pd.DataFrame, planned: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row a setting, the best first."""
+    loss = loss_of(compared)
+    settings = numbered_settings(compared, [loss], planned).to_dict("records")
+    if not settings:
+        return []
+    reference = reference_setting(settings, planned)
+    differences = compare_settings(compared, loss, reference["arms"], [row["arms"] for row in settings])
+    names = {LOSS: "validation loss", BITS: "bits per byte"}
+    return [
+        {
+            "setting": describe({key.removeprefix(OVERRIDE): row[key] for key in row if key.startswith(OVERRIDE)}),
+            "arms": len(row["arms"]),
+            "planned": row[PLANNED],
+            names[loss]: _rounded(row[loss]),
+            "standard error": _rounded(row[f"{loss}/se"]),
+            "difference": "reference" if row is reference else _rounded(difference.mean),
+            "low": None if row is reference else _rounded(difference.low),
+            "high": None if row is reference else _rounded(difference.high),
+        }
+        for row, difference in zip(settings, differences, strict=True)
+    ]
+
+
+def _rounded(value: float) -> float | None:
+    return None if math.isnan(value) else round(value, 4)

@@ -11,19 +11,20 @@ from absl import flags
 from absl.flags import FlagValues
 
 from moejax.cli import UsageError
-from moejax.cli.options import read_config_flag
+from moejax.cli.options import define_seed, read_config_flag, read_folder_to_write
 from moejax.cli.tables import print_result, print_table
-from moejax.sweeps import Space
-from moejax.sweeps.directory import check_search
 from moejax.compilation_cache import keep_programs
-from moejax.sweeps.search import Definition, StudyError, search_axes
+from moejax.paths import resolve_path
+from moejax.sweeps import Space, varied_keys
+from moejax.sweeps.directory import check_search
+from moejax.sweeps.search import LOSS, Definition, StudyError, objective_of, search_axes
+from moejax.sweeps.storage_address import HIDDEN, is_address, show_storage
 from moejax.sweeps.study import (
     create_study,
     dashboard_command,
     definition_of,
     open_study,
     serve_dashboard,
-    show_storage,
 )
 from moejax.sweeps.trial import Trials, common_fractions
 from moejax.sweeps.trials import best, trials_table, untrained
@@ -45,7 +46,7 @@ def define_search(values: FlagValues) -> None:
     flags.DEFINE_enum(
         "pruner", "none", ["none", "median", "halving"], "--search: which arms end early", flag_values=values
     )
-    flags.DEFINE_integer("search_seed", 0, "--search: of the draws", flag_values=values)
+    define_seed(values, "search_seed", "--search: of the draws")
     flags.DEFINE_string("study", "", "the search's name; default that of --dir", flag_values=values)
     flags.DEFINE_string(
         "storage", "", "where workers meet: a path ending in .journal or .db, or a database's URL; default "
@@ -62,8 +63,14 @@ def refuse_flags(values: FlagValues, names: Sequence[str], remedy: str) -> None:
             raise UsageError(f"--{name}={value} {remedy}")
 
 
+def refuse_addresses(words: Sequence[str]) -> None:
+    """Raises `UsageError` for a storage that is given without its flag; it may hold a password and is not repeated."""
+    if any(map(is_address, words)):
+        raise UsageError("an address is no axis; write --storage=ADDRESS")
+
+
 def shown_command(arguments: Sequence[str]) -> str:
-    """A command line of moejax as it may be written down: the password of a storage is replaced by `***`."""
+    """A command line of moejax as it may be written down: what a storage's address hides is replaced by `***`."""
     shown = []
     for before, argument in zip(["", *arguments], arguments, strict=False):
         flag, equals, value = argument.partition("=")
@@ -71,6 +78,8 @@ def shown_command(arguments: Sequence[str]) -> str:
             argument = f"{flag}={show_storage(value)}"
         elif before in ("-storage", "--storage"):
             argument = show_storage(argument)
+        elif not argument.startswith("-") and is_address(argument):
+            argument = HIDDEN
         shown.append(argument)
     return shlex.join(["moejax", *shown])
 
@@ -93,12 +102,15 @@ def search(values: FlagValues, space: Space, recipe: str, directory: Path, comma
         pruner=values.pruner,
         seed=values.search_seed,
         trials=values.trials,
-        fractions=common_fractions(read_config_flag(values), axes),
+        fractions=common_fractions(read_config_flag(values, varied_keys(space)), axes),
         is_filtered=space.is_filtered,
+        objective=objective_of(axes),
     )
+    if definition.objective != LOSS:
+        log.info("axes change what a token is: points are compared by %s", definition.objective)
     check_search(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    name, storage = values.study or directory.name, values.storage or str(directory / "study.journal")
+    name, storage = values.study or directory.name, _storage(values) or str(directory / "study.journal")
     study = create_study(storage, name, definition)
     if definition.is_filtered:
         log.info("others join with the same command")
@@ -119,7 +131,7 @@ def join_search(values: FlagValues, command: str) -> None:
         values, ("search", *OF_DRAWS, *OF_GRIDS, *OF_RUNNERS), "is not for a worker, which does what the study says; "
         "leave it out, or give it to the command that made the study",
     )  # fmt: skip
-    study = open_study(values.storage, values.study)
+    study = open_study(_storage(values), values.study)
     definition = definition_of(study)
     if definition.is_filtered:
         raise StudyError(
@@ -127,7 +139,7 @@ def join_search(values: FlagValues, command: str) -> None:
             "worker does not know; join with the command that made the study, moejax sweep --config=... --search=..., "
             "with the same flags and axes"
         )
-    directory = Path(values.dir or f"runs/{values.study}")
+    directory = read_folder_to_write(values.dir or f"runs/{values.study}", "--dir")
     check_search(directory)
     with StopSignals() as stop:
         _work(values, study, Trials(directory, definition, command, stop))
@@ -165,4 +177,13 @@ def show_dashboard(values: FlagValues) -> None:
     """optuna-dashboard, until it is interrupted."""
     if not values.storage:
         raise UsageError("--storage is missing; moejax sweep --search says which")
-    serve_dashboard(values.storage, port=values.port)
+    if not 0 < values.port < 65536:
+        raise UsageError(f"--port={values.port} must be between 1 and 65535")
+    serve_dashboard(_storage(values), port=values.port)
+
+
+def _storage(values: FlagValues) -> str:
+    """Where a study is: a URL as it was given, or a path, resolved."""
+    if not values.storage or "://" in values.storage:
+        return values.storage
+    return str(resolve_path(values.storage, "--storage"))

@@ -1,6 +1,5 @@
 """Results as a table on standard output, or as one JSON document."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from rich.text import Text
 
 from moejax.config import Config
 from moejax.models.parameters import ParameterCount
+from moejax.strict_json import to_json
 from moejax.training.evaluation import Evaluation
 from moejax.training.loop import TrainResult
 
@@ -25,7 +25,7 @@ def print_result(rows: Mapping[str, Any], *, is_json: bool, title: str = "") -> 
       title: above the table.
     """
     if is_json:
-        print(json.dumps(rows, indent=2))
+        print(to_json(rows, indent=2))
         return
     table = Table(title=title or None, show_header=False)
     table.add_column(style="bold")

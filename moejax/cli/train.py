@@ -8,12 +8,12 @@ docs/pods.md.
 """
 
 import logging
+import shlex
 import sys
 from pathlib import Path
 
 from absl import flags
 from absl.flags import FlagValues
-from ml_collections import config_flags
 
 from moejax.cli.options import (
     define_config,
@@ -22,13 +22,17 @@ from moejax.cli.options import (
     define_workdir,
     meet_as_flagged,
     read_config_flag,
+    read_folder_to_write,
+    recipe_text,
 )
+from moejax.cli.recipe import recipe_name
 from moejax.cli.tables import print_result, summary_rows
-from moejax.config import Config
+from moejax.compilation_cache import keep_programs
+from moejax.config import Config, to_dict
 from moejax.inspection.build import build_report
 from moejax.models.parameters import count_parameters
 from moejax.training.loop import train
-from moejax.training.processes import first_then_others, has_others, is_first
+from moejax.training.processes import agree, first_then_others, has_others, is_first
 from moejax.training.signals import StopSignals
 
 log = logging.getLogger("moejax")
@@ -48,16 +52,19 @@ def run(values: FlagValues, rest: list[str]) -> None:
     with meet_as_flagged(values, "train"):
         if not is_first():
             logging.getLogger("moejax").setLevel(logging.WARNING)  # process 0 says what all would say
-        _train(values, first_then_others(lambda: read_config_flag(values)))
+        config = first_then_others(lambda: read_config_flag(values))
+        agree(to_dict(config), "recipe and flags")
+        keep_programs()
+        _train(values, config)
 
 
 def _train(values: FlagValues, config: Config) -> None:
-    recipe = Path(config_flags.get_config_filename(values["config"]))
-    workdir = Path(values.workdir or f"runs/{recipe.stem}")
+    name = recipe_name(recipe_text(values))
+    workdir = read_folder_to_write(values.workdir or f"runs/{name}", "--workdir")
     parameters = count_parameters(config)
-    log.info("%s: %s parameters, %s active per token", recipe.stem, f"{parameters.total:,}", f"{parameters.active:,}")
+    log.info("%s: %s parameters, %s active per token", name, f"{parameters.total:,}", f"{parameters.active:,}")
     with StopSignals() as stop:
-        result = train(config, workdir, command=" ".join(["moejax", *sys.argv[1:]]), stop=stop)
+        result = train(config, workdir, command=shlex.join(["moejax", *sys.argv[1:]]), stop=stop)
         if result.stopped_by:
             log.info("%s: saved step %d in %s; the same command continues", result.stopped_by, result.step, workdir)
             return

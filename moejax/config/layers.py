@@ -5,24 +5,26 @@ the runs of equal layers that the model scans.
 """
 
 import dataclasses
-import difflib
 import functools
 import itertools
 import types
 import typing
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from typing import Any
 
-from moejax.config.errors import ConfigError, require
-from moejax.config.moe import ROUTER_RULES, MoeConfig, derive_moe
+from moejax.config.errors import ConfigError, nearest, require, shown
+from moejax.config.leaf import Leaf, leaf_of, parse_value
+from moejax.config.moe import MoeConfig, derive_moe
+from moejax.config.router_rules import ROUTER_RULES
 
 SHARED = (
     "num_experts", "num_zero_experts", "num_identity_experts", "num_constant_experts", "first_dense", "every",
-    "per_layer", "allow_noncausal", "expert_dropout", "capacity_factor", "eval_capacity_factor",
+    "per_layer", "allow_noncausal", "expert_dropout", "capacity_factor", "eval_capacity_factor", "save_exchanged",
     "jitter", "noise_scale", "balance_weight", "balance_scope", "balance_convention", "sequence_balance_weight",
     "importance_weight", "vmoe_importance_weight", "load_weight", "vmoe_load_weight", "z_weight", "bias_rate",
 )  # fmt: skip
-"""Leaves of `moe` that are the same for all layers: the pattern itself, knobs, and what losses and statistics share."""
+"""Leaves of `moe` that are the same for all layers: the pattern itself, knobs, and what losses, statistics and scans
+share."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +43,21 @@ class Run:
     def moe(self) -> MoeConfig | None:
         """The configuration of its MoE layers, of which there is one a period; None for dense layers."""
         return self.kinds[-1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """An entry of `moe.per_layer`.
+
+    Attributes:
+      text: as written.
+      layers: which it is about.
+      changes: leaves of `moe` and their values; None where the layers are dense.
+    """
+
+    text: str
+    layers: tuple[int, ...]
+    changes: dict[str, Any] | None
 
 
 @functools.lru_cache(maxsize=64)
@@ -63,21 +80,15 @@ def layer_kinds(moe: MoeConfig, num_layers: int, seq_len: int) -> tuple[MoeConfi
     kinds: list[MoeConfig | None] = [
         base if i >= moe.first_dense and (i - moe.first_dense + 1) % moe.every == 0 else None for i in range(num_layers)
     ]
-    for entry in filter(None, map(str.strip, moe.per_layer.split(";"))):
-        where, colon, what = entry.partition(":")
-        require(
-            bool(colon),
-            f"moe.per_layer: {entry!r} must have the form LAYERS: CHANGES, such as 0-1: router=hash or -1: dense",
-        )
-        changes = _read_changes(what)
-        for layer in _read_layers(where, num_layers):
+    for entry in read_entries(moe.per_layer, num_layers):
+        for layer in entry.layers:
             kind = kinds[layer]
             if kind is None:
                 raise ConfigError(
                     f"moe.per_layer: layer {layer} is dense by moe.first_dense={moe.first_dense}, "
-                    f"moe.every={moe.every} or an earlier entry; change that, or leave it out of {entry!r}"
+                    f"moe.every={moe.every} or an earlier entry; change that, or leave it out of {entry.text!r}"
                 )
-            kinds[layer] = None if changes is None else _changed(kind, changes, seq_len)
+            kinds[layer] = None if entry.changes is None else _changed(kind, entry.changes, seq_len)
     return tuple(kinds)
 
 
@@ -96,6 +107,24 @@ def runs(kinds: tuple[MoeConfig | None, ...], first_dense: int, every: int) -> t
     return tuple(Run(kinds, len(list(equal))) for kinds, equal in itertools.groupby(units))
 
 
+def read_entries(per_layer: str, num_layers: int) -> list[Entry]:
+    """The entries of `moe.per_layer`, in order.
+
+    Raises:
+      ConfigError: an entry that cannot be read, or that names a layer that is absent.
+    """
+    entries = []
+    for text in filter(None, map(str.strip, per_layer.split(";"))):
+        where, colon, what = text.partition(":")
+        require(
+            bool(colon),
+            f"moe.per_layer: {shown(text)!r} must have the form LAYERS: CHANGES, such as 0-1: router=hash or -1: dense",
+        )
+        changes = _read_changes(what)
+        entries.append(Entry(text, tuple(_read_layers(where, num_layers)), changes))
+    return entries
+
+
 def _read_layers(text: str, num_layers: int) -> Iterator[int]:
     """Layers from "0", "-1", "2-4" and lists of those with commas."""
     for part in text.split(","):
@@ -106,11 +135,13 @@ def _read_layers(text: str, num_layers: int) -> Iterator[int]:
             last = int(high) if dash else first
         except ValueError as error:
             raise ConfigError(
-                f"moe.per_layer: {part!r} is no layer; use a number such as 0, -1 for the last, or a range such as 2-4"
+                f"moe.per_layer: {shown(part)!r} is no layer; use a number such as 0, -1 for the last, or a range such "
+                "as 2-4"
             ) from error
         require(
             0 <= first <= last < num_layers,
-            f"moe.per_layer: {part!r} must be within the model.num_layers={num_layers} layers 0 to {num_layers - 1}",
+            f"moe.per_layer: {shown(part)!r} must be within the model.num_layers={num_layers} layers 0 to "
+            f"{num_layers - 1}",
         )
         yield from range(first, last + 1)
 
@@ -119,40 +150,28 @@ def _read_changes(text: str) -> dict[str, Any] | None:
     """Leaves and values from "router=hash top_k=1"; None for "dense"."""
     if text.split() == ["dense"]:
         return None
-    hints = _annotations()
+    fields = _fields()
     changes: dict[str, Any] = {}
     for change in text.split():
         name, _, value = change.partition("=")
         if name in SHARED:
             raise ConfigError(f"moe.per_layer: moe.{name} is the same for all layers; set moe.{name} instead")
-        if name not in hints:
-            near = difflib.get_close_matches(name, hints, n=1, cutoff=0.0)[0]
-            raise ConfigError(f"moe.per_layer: {name!r} is not a leaf of moe; the nearest is {near}")
+        if name not in fields:
+            raise ConfigError(
+                f"moe.per_layer: {shown(name)!r} is not a leaf of moe; the nearest is {nearest(name, fields)}"
+            )
         require(name not in changes, f"moe.per_layer: {text.strip()!r} sets {name} twice; leave one out")
-        changes[name] = _read_value(f"moe.per_layer: {change}", value, hints[name])
+        changes[name] = parse_value(f"moe.per_layer: moe.{name}", value, *fields[name])
     require(bool(changes), f"moe.per_layer: {text!r} changes nothing; write dense, or leaves such as router=hash")
     return changes
 
 
 @functools.cache
-def _annotations() -> Mapping[str, Any]:
-    """Types of the leaves that a layer can change, read once."""
+def _fields() -> Mapping[str, tuple[Leaf, Any]]:
+    """What is declared of the leaves that a layer can change, and their types; read once."""
     hints = typing.get_type_hints(MoeConfig)
-    return types.MappingProxyType({name: hint for name, hint in hints.items() if name not in SHARED})
-
-
-def _read_value(what: str, text: str, hint: Any) -> Any:
-    if typing.get_origin(hint) is Literal:
-        choices = typing.get_args(hint)
-        require(text in choices, f"{what}: must be one of {', '.join(choices)}")
-        return text
-    if hint is bool:
-        require(text in ("True", "False"), f"{what}: must be True or False")
-        return text == "True"
-    try:
-        return hint(text)
-    except ValueError as error:
-        raise ConfigError(f"{what}: must be {hint.__name__}") from error
+    fields = [field for field in dataclasses.fields(MoeConfig) if field.name not in SHARED]
+    return types.MappingProxyType({field.name: (leaf_of(field), hints[field.name]) for field in fields})
 
 
 def _changed(kind: MoeConfig, changes: dict[str, Any], seq_len: int) -> MoeConfig:

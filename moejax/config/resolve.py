@@ -1,18 +1,17 @@
 """From a recipe's `ConfigDict` to a checked `Config`, and back."""
 
 import dataclasses
-import difflib
-import functools
-import types
-import typing
-from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from collections.abc import Collection, Mapping
+from typing import Any
 
 from ml_collections import ConfigDict
 
-from moejax.config.errors import ConfigError
+from moejax.config.errors import ConfigError, nearest, shown
+from moejax.config.leaf import check_value
+from moejax.config.leaves import check_key, declared
 from moejax.config.moe import derive_moe
 from moejax.config.schema import SECTIONS, Config
+from moejax.config.unread import refuse_unread
 from moejax.config.validation import validate
 
 
@@ -31,86 +30,64 @@ def to_dict(config: Config) -> dict[str, dict[str, Any]]:
     return dataclasses.asdict(config)
 
 
-def leaves() -> Iterator[tuple[str, Any]]:
-    """Yields (dotted key, annotated type) of every leaf."""
-    for section, make in SECTIONS.items():
-        for name, annotation in _annotations(make).items():
-            yield f"{section}.{name}", annotation
-
-
-@functools.cache
-def _annotations(section: type) -> Mapping[str, Any]:
-    """Types of a section's leaves, read once: a sweep resolves hundreds of configurations."""
-    return types.MappingProxyType(typing.get_type_hints(section))
-
-
-def check_key(key: str) -> None:
-    """Raises `ConfigError` naming the nearest key if `key` (dotted, without `config.`) is no leaf."""
-    section, _, name = key.partition(".")
-    if section not in SECTIONS or name not in _annotations(SECTIONS[section]):
-        known = [name for name, _ in leaves()]
-        near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
-        raise ConfigError(f"{key} is not a config key; the nearest is {near}")
-
-
-def resolve(source: ConfigDict | Mapping[str, Any]) -> Config:
+def resolve(
+    source: ConfigDict | Mapping[str, Any], *, typed: Collection[str] = (), varied: Collection[str] = ()
+) -> Config:
     """Turns a `ConfigDict` or nested mapping into a checked `Config`.
 
     Args:
       source: sections of leaves; sections and leaves that are absent take their defaults.
+      typed: dotted keys that were given beside a recipe, see `unread.refuse_unread`.
+      varied: dotted keys that a sweep varies, likewise.
 
     Returns:
       A `Config` with derived leaves filled in (`moe.d_expert`, `moe.score`).
 
     Raises:
+      ConfigError: an unknown key, a wrong type, a value out of range, an impossible combination, or a leaf that is set
+        and that nothing reads under the other choices.
+    """
+    config = resolve_recorded(source)
+    refuse_unread(config, typed=typed, varied=varied)
+    return config
+
+
+def resolve_recorded(source: ConfigDict | Mapping[str, Any]) -> Config:
+    """The configuration of a run or an arm that exists: as `resolve`, but leaves that nothing reads are no error.
+
+    Raises:
       ConfigError: an unknown key, a wrong type, a value out of range or an impossible combination.
     """
     values = source.to_dict() if isinstance(source, ConfigDict) else source
+    if not isinstance(values, Mapping):
+        raise ConfigError(
+            f"the configuration is {shown(repr(values))}; it must be sections of leaves, such as "
+            "moejax.config.default() gives"
+        )
     for name in values:
         if name not in SECTIONS:
-            near = difflib.get_close_matches(name, SECTIONS, n=1, cutoff=0.0)[0]
-            raise ConfigError(f"{name} is not a config section; the nearest is {near}")
-    sections = {}
-    for section, make in SECTIONS.items():
-        given, hints = values.get(section, {}), _annotations(make)
-        if not isinstance(given, Mapping):
-            raise ConfigError(f"{section}={given!r} is no section of leaves; set leaves such as {_first_leaf(section)}")
-        for name in given:
-            check_key(f"{section}.{name}")
-        sections[section] = make(
-            **{name: _checked(f"{section}.{name}", value, hints[name]) for name, value in given.items()}
-        )
-    config = _derive(Config(**sections))
+            raise ConfigError(f"{name} is not a config section; the nearest is {nearest(str(name), SECTIONS)}")
+    config = _derive(Config(**{section: _section(section, values.get(section, {})) for section in SECTIONS}))
     validate(config)
     return config
 
 
-def _first_leaf(section: str) -> str:
-    return next(key for key, _ in leaves() if key.startswith(f"{section}."))
-
-
-def _checked(key: str, value: Any, annotation: Any) -> Any:
-    """`value` as the annotated type, or a `ConfigError`."""
-    if typing.get_origin(annotation) is Literal:
-        choices = typing.get_args(annotation)
-        if value not in choices:
-            near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.0)[0]
-            raise ConfigError(f"{key}={value!r} must be one of {', '.join(choices)}; the nearest is {near}")
-        return value
-    if annotation is float and type(value) is int:
-        return float(value)
-    if type(value) is not annotation:
-        raise ConfigError(f"{key}={value!r} is {type(value).__name__}; it must be {annotation.__name__}")
-    return value
+def _section(section: str, given: Any) -> Any:
+    if not isinstance(given, Mapping):
+        first = next(key for key, each in declared().items() if each.section == section)
+        raise ConfigError(f"{section}={shown(repr(given))} is no section of leaves; set leaves such as {first}")
+    values = {}
+    for name, value in given.items():
+        key = f"{section}.{name}"
+        check_key(key)
+        values[name] = check_value(key, value, declared()[key].leaf, declared()[key].annotation)
+    return SECTIONS[section](**values)
 
 
 def _derive(config: Config) -> Config:
     moe = config.moe
-    if moe.num_experts and moe.d_expert == 0 and 0 < moe.top_k <= moe.num_choices:
-        if config.model.d_ff % moe.top_k:
-            raise ConfigError(
-                f"model.d_ff={config.model.d_ff} is not a multiple of moe.top_k={moe.top_k}, so moe.d_expert cannot be "
-                "derived; set moe.d_expert"
-            )
+    has_width = moe.d_expert > 0 or moe.num_experts == 0
+    # Where it cannot be derived, every layer may have a width of its own: `validate` looks at those that have none.
+    if not has_width and config.model.d_ff % moe.top_k == 0:
         moe = dataclasses.replace(moe, d_expert=config.model.d_ff // moe.top_k)
     return dataclasses.replace(config, moe=derive_moe(moe, config.data.seq_len))

@@ -1,12 +1,19 @@
 """How knobs change over training: one leaf per knob, which names a schedule of the factor on its value."""
 
 import dataclasses
-import difflib
 import math
 from collections.abc import Iterable
+from typing import Any
 
-from moejax.config.errors import ConfigError, require
-from moejax.config.moe import ROUTER_RULES, MoeConfig
+from moejax.config.errors import ConfigError, nearest, require, shown
+from moejax.config.leaf import leaf
+from moejax.config.moe import MoeConfig
+from moejax.config.needs import Scaled
+from moejax.config.router_rules import ROUTER_RULES
+
+
+def _of(key: str) -> Any:
+    return leaf("constant", f"schedule of the factor on {key}", needs=Scaled(key))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,19 +27,19 @@ class ScheduleConfig:
     - "warmup:FRACTION": from 0 to 1 over that fraction of the run.
     """
 
-    capacity_factor: str = "constant"
-    top_k: str = "constant"
-    jitter: str = "constant"
-    noise_scale: str = "constant"
-    bias_rate: str = "constant"
-    expert_dropout: str = "constant"
-    balance_weight: str = "constant"
-    sequence_balance_weight: str = "constant"
-    importance_weight: str = "constant"
-    vmoe_importance_weight: str = "constant"
-    load_weight: str = "constant"
-    vmoe_load_weight: str = "constant"
-    z_weight: str = "constant"
+    capacity_factor: str = _of("moe.capacity_factor")
+    top_k: str = _of("moe.top_k")
+    jitter: str = _of("moe.jitter")
+    noise_scale: str = _of("moe.noise_scale")
+    bias_rate: str = _of("moe.bias_rate")
+    expert_dropout: str = _of("moe.expert_dropout")
+    balance_weight: str = _of("moe.balance_weight")
+    sequence_balance_weight: str = _of("moe.sequence_balance_weight")
+    importance_weight: str = _of("moe.importance_weight")
+    vmoe_importance_weight: str = _of("moe.vmoe_importance_weight")
+    load_weight: str = _of("moe.load_weight")
+    vmoe_load_weight: str = _of("moe.vmoe_load_weight")
+    z_weight: str = _of("moe.z_weight")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,9 +91,9 @@ def parse_schedule(key: str, text: str) -> Schedule:
     """
     name, *texts = text.split(":")
     if name not in ARGUMENTS:
-        near = difflib.get_close_matches(name, ARGUMENTS, n=1, cutoff=0.0)[0]
         raise ConfigError(
-            f"{key}={text!r} must name one of the schedules {', '.join(ARGUMENTS)}; the nearest is {near}"
+            f"{key}={shown(text)!r} must name one of the schedules {', '.join(ARGUMENTS)}; the nearest is "
+            f"{nearest(name, ARGUMENTS)}"
         )
     form = ":".join([name, *ARGUMENTS[name]])
     try:
@@ -109,23 +116,10 @@ def validate_schedules(schedules: ScheduleConfig, moe: MoeConfig, kinds: Iterabl
       kinds: those of each layer; None where it is dense.
     """
     experts = [kind for kind in kinds if kind is not None]
-    uses = {
-        "capacity_factor": lambda kind: kind.dispatch == "capacity",
-        "noise_scale": lambda kind: kind.router in ("noisy_topk", "hierarchical"),
-        "bias_rate": lambda kind: kind.selection_bias,
-    }
     for name, text in dataclasses.asdict(schedules).items():
         schedule, value = parse_schedule(f"schedule.{name}", text), getattr(moe, name)
         if schedule.name == "constant":
             continue
-        require(
-            value > 0,
-            f"schedule.{name}={text!r} scales moe.{name}={value}: set moe.{name} to its value at factor 1",
-        )
-        require(
-            any(uses.get(name, bool)(kind) for kind in experts),
-            f"schedule.{name}={text!r} scales moe.{name}, which no layer uses; set constant",
-        )
         require(
             name not in ("capacity_factor", "top_k") or schedule.highest <= 1,
             f"schedule.{name}={text!r} must not exceed 1: arrays have the size that moe.{name}={value} needs",

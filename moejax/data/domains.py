@@ -25,6 +25,7 @@ import tensorflow_datasets as tfds
 from moejax.data import speeches
 from moejax.data.archives import Archive, fetch
 from moejax.data.splits import held_out
+from moejax.data.store import LocalInfo
 
 ARCHIVES: dict[str, Archive] = {
     "drama": Archive(
@@ -66,6 +67,12 @@ def identity() -> str:
     return hashlib.sha256("\n".join(determines).encode()).hexdigest()
 
 
+def features() -> tfds.features.FeaturesDict:
+    """What is stored of a document."""
+    text = tfds.features.Text()
+    return tfds.features.FeaturesDict({"text": text, "name": text, "domain": text})
+
+
 with tfds.core.registered.skip_registration():  # it takes an argument, so `tfds.builder("domains")` could not make one
 
     class Domains(tfds.core.GeneratorBasedBuilder):
@@ -82,11 +89,10 @@ with tfds.core.registered.skip_registration():  # it takes an argument, so `tfds
             super().__init__(**kwargs)
 
         def _info(self) -> tfds.core.DatasetInfo:
-            text = tfds.features.Text()
-            return tfds.core.DatasetInfo(
+            return LocalInfo(
                 builder=self,
                 description="Speeches, drama, a Bible in English and one in Japanese, and code.",
-                features=tfds.features.FeaturesDict({"text": text, "name": text, "domain": text}),
+                features=features(),
             )
 
         def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[str, dict[str, str]]]]:

@@ -1,16 +1,18 @@
 """What is known about the documents of a split: a file beside its rows, one line a document."""
 
 import dataclasses
+import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TextIO
 
 import numpy as np
 from jaxtyping import Int
 
+from moejax.data.document import Document
 from moejax.data.errors import DataError
-from moejax.data.sources import Document
+from moejax.data.regular_files import read_regular
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,21 +74,31 @@ class LabelsFile:
             self._file.close()
 
 
-def read_labels(folder: Path, split: str, num_documents: int) -> Labels:
+def read_labels(folder: Path, split: str, num_documents: int, digests: Mapping[str, str] | None = None) -> Labels:
     """The labels of a split; without a file, `num_documents` documents without labels.
+
+    Args:
+      folder: of the prepared corpus.
+      split: its name.
+      num_documents: of the split.
+      digests: SHA-256 by the file's name, where it is known.
 
     Raises:
       DataError: the file is damaged.
     """
     path = _path(folder, split)
-    if not path.exists():
+    digest = (digests or {}).get(path.name)
+    if digest is None and not path.exists():
         return Labels((), ("",), np.zeros(num_documents, np.int32))
     try:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        raw = read_regular(path)
+        if digest is not None and hashlib.sha256(raw).hexdigest() != digest:
+            raise ValueError("it is not the file that was prepared")
+        lines = [json.loads(line) for line in raw.decode("utf-8").split("\n")[:-1]]
         pairs = [(str(name), str(domain)) for name, domain in lines]
         if len(pairs) != num_documents:
             raise ValueError(f"{len(pairs)} lines for {num_documents} documents")
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise DataError(
             f"{path} is damaged ({error}); remove the folder {folder} and run the command again: it is prepared anew"
         ) from error

@@ -10,17 +10,21 @@ import dataclasses
 import hashlib
 import json
 import logging
+import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moejax.config import DataConfig
-from moejax.data.atomic import atomic_folder
+from moejax.data.atomic import complete_folder
+from moejax.data.document import Document
 from moejax.data.errors import DataError
 from moejax.data.labels import Labels, LabelsFile, read_labels
+from moejax.data.manifest import NAME as MANIFEST
+from moejax.data.manifest import check_sizes, digest_of, file_sizes, read_manifest, write_manifest
 from moejax.data.packing import Row, pack
-from moejax.data.sources import SPLITS, Document, Source, open_source
+from moejax.data.sources import SPLITS, Source, data_directory, open_source
 from moejax.data.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer, train_sentencepiece
 
 if TYPE_CHECKING:
@@ -30,6 +34,9 @@ __all__ = ["Corpus", "DataError", "prepare"]
 
 ROWS_VERSION = 2  # raise it when packing or storing changes what is in a row
 BPE_VERSION = 2  # raise it when `train_sentencepiece` changes
+
+ROWS_NAME = re.compile(r"[\w.+-]+-[0-9a-f]{12}")
+"""What the name of prepared rows can be: no way to another folder."""
 
 REPORT_SECONDS = 20.0  # between two reports on a long preparation
 
@@ -48,6 +55,7 @@ class Corpus:
       num_bytes: UTF-8 bytes of the documents by split.
       num_documents: documents by split.
       directory: where the rows are.
+      digests: SHA-256 of the small files beside the rows, by name; of rows prepared by older versions none.
     """
 
     tokenizer: Tokenizer
@@ -57,6 +65,7 @@ class Corpus:
     num_bytes: dict[str, int]
     num_documents: dict[str, int]
     directory: Path
+    digests: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def rows(self, split: str) -> "Rows":
         """Random access to the rows of a split: dicts of int32 arrays [L + 1], see `packing.pack`.
@@ -68,7 +77,7 @@ class Corpus:
 
         if split not in self.num_rows:
             raise ValueError(f"split={split!r} must be one of {', '.join(self.num_rows)}")
-        rows = Rows(self.directory, split)
+        rows = Rows(self.directory, split, self.seq_len)
         if len(rows) != self.num_rows[split]:
             raise _damaged(
                 self.directory, f"{self.directory}: {split} has {len(rows)} rows instead of {self.num_rows[split]}"
@@ -81,7 +90,7 @@ class Corpus:
         Raises:
           DataError: their file is damaged.
         """
-        return read_labels(self.directory, split, self.num_documents[split])
+        return read_labels(self.directory, split, self.num_documents[split], self.digests)
 
 
 def prepare(data: DataConfig, tokenizer: Tokenizer | None = None) -> Corpus:
@@ -97,15 +106,18 @@ def prepare(data: DataConfig, tokenizer: Tokenizer | None = None) -> Corpus:
     """
     source = open_source(data)
     tokenizer = tokenizer or _tokenizer(data, source)
-    key = _hash([ROWS_VERSION, source.identity, tokenizer.fingerprint, data.seq_len])
+    key = _key(source.identity, tokenizer.fingerprint, data.seq_len)
     name = f"{source.name}-{tokenizer.kind}{tokenizer.vocab_size}-{data.seq_len}-{key}"
-    folder = Path(data.directory).expanduser() / "rows" / name
-    if not folder.exists():
+    folder = data_directory(data) / "rows" / name
+
+    def write(temporary: Path) -> None:
         _log.info("preparing rows: %s", folder)
         start = time.monotonic()
-        with atomic_folder(folder) as temporary:
-            _write(temporary, source, tokenizer, data.seq_len)
+        _write(temporary, source, tokenizer, data.seq_len)
         _log.info("prepared rows in %.1f s", time.monotonic() - start)
+
+    if not folder.exists():
+        complete_folder(folder, write)
     corpus = _open(folder, tokenizer, data.seq_len)
     for split in SPLITS:
         _log.info(
@@ -117,6 +129,28 @@ def prepare(data: DataConfig, tokenizer: Tokenizer | None = None) -> Corpus:
     return corpus
 
 
+def find_rows(data: DataConfig, name: str, tokenizer: Tokenizer) -> Corpus | None:
+    """The rows of this name, if they were prepared in `data.directory`; their documents are not needed.
+
+    Args:
+      data: where to look.
+      name: `corpus` of a run's `config.json`.
+      tokenizer: of the run.
+
+    Raises:
+      DataError: the rows are damaged, or are not those of the name.
+    """
+    if not ROWS_NAME.fullmatch(name):
+        raise DataError(f"{name!r} is no name of prepared rows; restore the run's config.json from a copy")
+    folder = data_directory(data) / "rows" / name
+    return _open(folder, tokenizer, data.seq_len) if folder.is_dir() else None
+
+
+def _key(source: str, tokenizer: str, seq_len: int) -> str:
+    """What the name of prepared rows ends in."""
+    return _hash([ROWS_VERSION, source, tokenizer, seq_len])
+
+
 def _hash(determines: list[Any]) -> str:
     return hashlib.sha256(json.dumps(determines).encode()).hexdigest()[:12]
 
@@ -126,14 +160,17 @@ def _tokenizer(data: DataConfig, source: Source) -> Tokenizer:
     if data.tokenizer == "bytes":
         return ByteTokenizer()
     key = _hash([BPE_VERSION, source.identity, data.vocab_size])
-    folder = Path(data.directory).expanduser() / "tokenizers" / f"{source.name}-bpe{data.vocab_size}-{key}"
-    if not folder.exists():
+    folder = data_directory(data) / "tokenizers" / f"{source.name}-bpe{data.vocab_size}-{key}"
+
+    def write(temporary: Path) -> None:
         _log.info("learning a tokenizer of %d pieces: %s", data.vocab_size, folder)
         start = time.monotonic()
-        with atomic_folder(folder) as temporary:
-            texts = (document.text for document in source.documents("train"))
-            train_sentencepiece(texts, data.vocab_size).save(temporary)
+        texts = (document.text for document in source.documents("train"))
+        train_sentencepiece(texts, data.vocab_size).save(temporary)
         _log.info("learnt the tokenizer in %.1f s", time.monotonic() - start)
+
+    if not folder.exists():
+        complete_folder(folder, write)
     return load_tokenizer(folder)
 
 
@@ -156,10 +193,11 @@ def _write(folder: Path, source: Source, tokenizer: Tokenizer, seq_len: int) -> 
         labels = {split: stack.enter_context(LabelsFile(folder, split)) for split in SPLITS}
         documents = {split: labels[split].noting(source.documents(split)) for split in SPLITS}
         write_rows(folder, {s: _packed(documents[s], tokenizer, seq_len, s, counts[s]) for s in SPLITS}, seq_len)
-    files = {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
-    manifest = {"seq_len": seq_len, "tokenizer": tokenizer.fingerprint, "source": source.identity, "files": files}
+    manifest: dict[str, Any] = {"seq_len": seq_len, "tokenizer": tokenizer.fingerprint, "source": source.identity}
+    manifest["files"] = file_sizes(folder)
+    manifest["digests"] = {path.name: digest_of(path) for path in sorted(folder.glob("documents.*.jsonl"))}
     manifest["splits"] = {split: dataclasses.asdict(count) for split, count in counts.items()}
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    write_manifest(folder, manifest)
 
 
 def _packed(
@@ -188,22 +226,27 @@ def _packed(
 
 def _open(folder: Path, tokenizer: Tokenizer, seq_len: int) -> Corpus:
     """Reads the manifest and checks the files against it, by size; what is inside them is checked when read."""
-    path = folder / "manifest.json"
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        files = {folder / name: int(size) for name, size in manifest["files"].items()}
+        manifest = read_manifest(folder)
         numbers = {
             field.name: {split: int(manifest["splits"][split][field.name]) for split in SPLITS}
             for field in dataclasses.fields(_Counts)
         }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _damaged(folder, f"{path} is missing or corrupt ({type(error).__name__}: {error})") from error
-    for file, size in files.items():
-        if not file.is_file():
-            raise _damaged(folder, f"{file} is missing")
-        if file.stat().st_size != size:
-            raise _damaged(folder, f"{file} has {file.stat().st_size} bytes instead of {size}")
-    return Corpus(tokenizer=tokenizer, seq_len=seq_len, directory=folder, **numbers)
+        digests = {str(name): str(digest) for name, digest in manifest.get("digests", {}).items()}
+        key = _key(manifest["source"], manifest["tokenizer"], manifest["seq_len"])
+        check_sizes(folder, manifest["files"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise _damaged(folder, f"{folder / MANIFEST} is corrupt ({type(error).__name__}: {error})") from error
+    except ValueError as error:
+        raise _damaged(folder, str(error)) from error
+    if not folder.name.endswith(f"-{key}"):
+        raise _damaged(folder, f"{folder / MANIFEST} is that of other rows")
+    if (manifest["tokenizer"], manifest["seq_len"]) != (tokenizer.fingerprint, seq_len):
+        raise DataError(
+            f"{folder} holds rows of {manifest['seq_len']} tokens that another tokenizer made than the run's; restore "
+            "the run's tokenizer from a copy"
+        )
+    return Corpus(tokenizer=tokenizer, seq_len=seq_len, directory=folder, digests=digests, **numbers)
 
 
 def _damaged(folder: Path, problem: str) -> DataError:

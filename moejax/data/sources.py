@@ -5,35 +5,23 @@ determines them. No document is in both splits.
 """
 
 import dataclasses
-import glob
 import hashlib
-import os
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from moejax.config import ConfigError, DataConfig
-from moejax.data.atomic import atomic_folder
+from moejax.data.atomic import complete_folder
+from moejax.data.document import Document
 from moejax.data.errors import DataError
-from moejax.data.splits import held_out
+from moejax.data.manifest import check_sizes, file_sizes, read_manifest, write_manifest
 from moejax.data.synthetic import SYNTHETIC_VERSION, synthetic_documents
 
+if TYPE_CHECKING:
+    from moejax.data.store import Examples
+
 SPLITS = ("train", "validation")
-
-
-class Document(NamedTuple):
-    """A text and what is known about it.
-
-    Attributes:
-      text: all of it.
-      name: of the document; empty if it has none.
-      domain: what it belongs to, such as "code"; empty if that is unknown.
-    """
-
-    text: str
-    name: str = ""
-    domain: str = ""
+DOCUMENTS_VERSION = 2  # raise it when what is stored of the documents of our own builders changes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,117 +50,82 @@ def open_source(data: DataConfig) -> Source:
     return openers[data.source](data)
 
 
+def data_directory(data: DataConfig) -> Path:
+    """The folder of prepared rows, documents and tokenizers.
+
+    Raises:
+      ConfigError: it is no folder of this machine.
+    """
+    if "://" in data.directory:
+        raise ConfigError(f"data.directory={data.directory!r} is an address; name a folder of a file system")
+    return Path(data.directory).expanduser()
+
+
 def _speeches(data: DataConfig) -> Source:
     from moejax.data import speeches
 
-    return _built(data, speeches.Speeches, speeches.identity())
+    return _built(data, speeches.Speeches, speeches.identity(), speeches.features)
 
 
 def _domains(data: DataConfig) -> Source:
     from moejax.data import domains
 
-    archives = Path(data.directory).expanduser() / "archives"
-    return _built(data, domains.Domains, domains.identity(), archives=archives)
+    archives = data_directory(data) / "archives"
+    return _built(data, domains.Domains, domains.identity(), domains.features, archives=archives)
 
 
-def _built(data: DataConfig, builder: Any, identity: str, **arguments: Any) -> Source:
+def _built(data: DataConfig, builder: Any, identity: str, features: Callable[[], Any], **arguments: Any) -> Source:
     """The documents of one of our own builders, which is run once."""
-    folder = Path(data.directory).expanduser() / "documents" / f"{builder.name}-{identity[:12]}"
+    key = hashlib.sha256(f"{DOCUMENTS_VERSION} {identity}".encode()).hexdigest()[:12]
+    folder = data_directory(data) / "documents" / f"{builder.name}-{key}"
     remedy = f"remove the folder {folder} and run the command again: it is prepared anew"
+
+    def write(temporary: Path) -> None:
+        from moejax.data import store
+
+        store.run_builder(builder(data_dir=str(temporary), **arguments), temporary)
+        files = {name: size for name, size in file_sizes(temporary).items() if ".array_record-" in name}
+        write_manifest(temporary, {"files": files})
 
     def documents(split: str) -> Iterator[Document]:
         from moejax.data import store
 
         if not folder.exists():
-            with atomic_folder(folder) as temporary:
-                store.run_builder(builder(data_dir=str(temporary), **arguments), temporary)
-        dataset = folder / builder.name / str(builder.VERSION)
-        return _read_documents(_builder_from_directory(dataset, remedy), split, remedy)
+            complete_folder(folder, write)
+        try:
+            files = read_manifest(folder)["files"]
+            check_sizes(folder, files)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DataError(f"{store.first_line(error)}; {remedy}") from error
+        paths = [folder / name for name in sorted(files) if Path(name).name.startswith(f"{builder.name}-{split}.")]
+        return _read_documents(store.Examples(paths, features(), f"{folder}: {split}", remedy))
 
     return Source(builder.name, identity, documents)
 
 
 def _tfds(data: DataConfig) -> Source:
-    import tensorflow_datasets as tfds
-    from tensorflow_datasets.core.read_only_builder import builder_from_files
+    from moejax.data import foreign_dataset
 
-    where = f"data.name={data.name!r} with data.source_dir={data.source_dir!r}"
-    remedy = "prepare it there with tensorflow-datasets and file_format='array_record'"
-    try:
-        # From its files alone: the class that made it may need TensorFlow.
-        builder = builder_from_files(data.name, data_dir=os.path.expanduser(data.source_dir))
-    except (tfds.core.registered.DatasetNotFoundError, ValueError, OSError) as error:
-        raise ConfigError(
-            f"{where}: no such dataset, or one with several configs, which needs data.name=NAME/CONFIG; {remedy}"
-        ) from error
-    features = builder.info.features
-    if "text" not in features:
-        raise ConfigError(f"{where} has no feature `text` but {', '.join(features)}; choose a dataset of texts")
-    if not isinstance(features["text"], tfds.features.Text):
-        raise ConfigError(f"{where}: its feature `text` is {type(features['text']).__name__} and must be a tfds Text")
-    if "train" not in builder.info.splits:
-        raise ConfigError(f"{where} has no split `train` but {', '.join(builder.info.splits)}; {remedy}")
-    if builder.info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
-        raise ConfigError(f"{where} is not stored as ArrayRecord; {remedy}")
-    if "validation" not in builder.info.splits and builder.info.splits["train"].num_examples < 2:
-        raise ConfigError(f"{where} has fewer than 2 documents and no split `validation`; add documents")
+    dataset = foreign_dataset.open_dataset(data.name, data.source_dir)
 
     def documents(split: str) -> Iterator[Document]:
-        if "validation" in builder.info.splits:
-            return _read_documents(builder, split, f"{remedy} again")
+        if "validation" in dataset.splits:
+            return _read_documents(dataset.examples(split))
         # Every twentieth document, from the first: wherever the dataset is sorted, both splits see all of it.
-        return _read_documents(
-            builder, "train", f"{remedy} again", keep=lambda i: (i % 20 == 0) == (split == "validation")
-        )
+        return _read_documents(dataset.examples("train"), lambda i: (i % 20 == 0) == (split == "validation"))
 
-    return Source(data.name.replace("/", "-").replace(":", "-"), _dataset_identity(Path(builder.data_dir)), documents)
+    return Source(data.name.replace("/", "-").replace(":", "-"), dataset.identity, documents)
 
 
-def _dataset_identity(folder: Path) -> str:
-    """A digest of a prepared dataset's description and of the names and sizes of its files, not of their contents."""
-    digest = hashlib.sha256()
-    for path in sorted(path for path in folder.iterdir() if path.is_file()):
-        digest.update(f"{path.name} {path.stat().st_size}\n".encode())
-        if path.name in ("dataset_info.json", "features.json"):  # they hold the version and the checksums
-            digest.update(path.read_bytes())
-    return digest.hexdigest()
-
-
-def _builder_from_directory(folder: Path, remedy: str) -> Any:
-    import tensorflow_datasets as tfds
-
-    from moejax.data import store
-
-    try:
-        return tfds.builder_from_directory(str(folder))
-    except store.READ_ERRORS as error:
-        raise DataError(f"{folder} cannot be opened ({store.first_line(error)}); {remedy}") from error
-
-
-def _read_documents(
-    builder: Any, split: str, remedy: str, keep: Callable[[int], bool] = lambda index: True
-) -> Iterator[Document]:
-    """The examples of a prepared dataset whose index is kept: `text`, and `name` and `domain` if it has them."""
-    from moejax.data import store
-
-    try:
-        examples = builder.as_data_source(split=split)
-        size = len(examples)
-    except (*store.READ_ERRORS, NotImplementedError) as error:
-        raise DataError(
-            f"{builder.data_dir}: {split} cannot be opened ({store.first_line(error)}); {remedy}"
-        ) from error
-    features = builder.info.features
-    known = [name for name in Document._fields if name in features]
-    for index in filter(keep, range(size)):
+def _read_documents(examples: "Examples", keep: Callable[[int], bool] = lambda index: True) -> Iterator[Document]:
+    """The examples whose index is kept: `text`, and `name` and `domain` if they have them."""
+    known = [name for name in Document._fields if name in examples.features]
+    for index in filter(keep, range(len(examples))):
+        example = examples[index]
         try:
-            example = examples[index]
-            document = Document(**{name: _as_text(example[name], features[name]) for name in known})
-        except store.READ_ERRORS as error:  # UnicodeDecodeError among them
-            reason = store.first_line(error)
-            raise DataError(
-                f"{builder.data_dir}: document {index} of {split} cannot be read ({reason}); {remedy}"
-            ) from error
+            document = Document(**{name: _as_text(example[name], examples.features[name]) for name in known})
+        except (ValueError, KeyError, TypeError) as error:  # UnicodeDecodeError among them
+            raise examples.error(f"document {index} cannot be read", error) from error
         yield document
 
 
@@ -188,53 +141,10 @@ def _as_text(value: Any, feature: Any) -> str:
 
 
 def _files(data: DataConfig) -> Source:
-    found = sorted(
-        Path(name) for name in glob.glob(os.path.expanduser(data.files), recursive=True) if os.path.isfile(name)
-    )
-    if not found:
-        raise ConfigError(f"data.files={data.files!r} matches no file; give a glob such as 'texts/**/*.txt'")
-    # A file's digest decides its place and its split: moving or renaming files changes nothing, and equal files fall
-    # into the same split.
-    digests = {path: hashlib.sha256(_read_bytes(path)).hexdigest() for path in found}
-    paths = sorted(found, key=lambda path: (digests[path], path))
-    identity = hashlib.sha256("\n".join(digests[path] for path in paths).encode()).hexdigest()
-    sizes: Counter[str] = Counter()
-    for path in paths:
-        sizes[digests[path]] += path.stat().st_size
-    if len(sizes) == 1:
-        return Source("files", identity, lambda split: iter([Document(_part_of_text(paths[0], split), paths[0].stem)]))
-    validation = held_out(sizes)
+    from moejax.data.file_source import FileDocuments
 
-    def documents(split: str) -> Iterator[Document]:
-        members = (path for path in paths if (digests[path] in validation) == (split == "validation"))
-        return (Document(_read_text(path), path.stem) for path in members)
-
-    return Source("files", identity, documents)
-
-
-def _part_of_text(path: Path, split: str) -> str:
-    """The last twentieth of a text for validation, the rest for training."""
-    text = _read_text(path)
-    if len(text) < 2:
-        raise ConfigError(f"{path}, the only text that data.files matches, is too short to hold out a part; add text")
-    cut = len(text) - max(1, len(text) // 20)
-    return text[cut:] if split == "validation" else text[:cut]
-
-
-def _read_bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}); leave it out of data.files or repair it") from error
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return _read_bytes(path).decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path} is not UTF-8 text (byte {error.start}); convert it, or leave it out of data.files"
-        ) from error
+    found = FileDocuments(data)
+    return Source("files", found.identity, found.documents)
 
 
 def _synthetic(data: DataConfig) -> Source:

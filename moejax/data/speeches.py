@@ -16,6 +16,7 @@ import tensorflow_datasets as tfds
 
 from moejax.data.errors import DataError
 from moejax.data.splits import held_out
+from moejax.data.store import LocalInfo
 
 
 def data_folder() -> Path:
@@ -39,19 +40,22 @@ def identity() -> str:
     return digest.hexdigest()
 
 
+def features() -> tfds.features.FeaturesDict:
+    """What is stored of a document."""
+    text = tfds.features.Text()
+    return tfds.features.FeaturesDict({"text": text, "name": text, "year": np.int32, "president": text, "party": text})
+
+
 class Speeches(tfds.core.GeneratorBasedBuilder):
     """One document per address; about a twentieth of the bytes is held out, chosen by a hash of the address's name."""
 
     VERSION = tfds.core.Version("1.0.0")
 
     def _info(self) -> tfds.core.DatasetInfo:
-        text = tfds.features.Text()
-        return tfds.core.DatasetInfo(
+        return LocalInfo(
             builder=self,
             description="Annual messages and addresses to Congress of the presidents of the United States.",
-            features=tfds.features.FeaturesDict(
-                {"text": text, "name": text, "year": np.int32, "president": text, "party": text}
-            ),
+            features=features(),
         )
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[str, dict[str, Any]]]]:

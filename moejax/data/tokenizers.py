@@ -17,6 +17,7 @@ import numpy as np
 
 from moejax.config import BYTE_VOCAB_SIZE, ConfigError
 from moejax.data.errors import DataError
+from moejax.data.regular_files import read_regular
 
 PAD_ID, BOS_ID, EOS_ID = 0, 1, 2
 SPECIAL_PIECES = ("<pad>", "<bos>", "<eos>")
@@ -262,7 +263,7 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
     try:
         description = json.loads(_read(folder / "tokenizer.json"))
         kind, vocab_size = description["kind"], description["vocab_size"]
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise _load_error(folder / "tokenizer.json", "is corrupt") from error
     if kind == ByteTokenizer.kind and vocab_size == ByteTokenizer.vocab_size:
         return ByteTokenizer()
@@ -274,19 +275,24 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
     if hashlib.sha256(model).hexdigest() != description.get("sha256"):
         raise _load_error(folder / "tokenizer.model", "is corrupt: it is not the file that tokenizer.json describes")
     try:
-        return SentencePieceTokenizer(model)
+        tokenizer = SentencePieceTokenizer(model)
     except (RuntimeError, ValueError) as error:
         raise _load_error(folder / "tokenizer.model", f"is no model this version reads: {error}") from error
+    if vocab_size != tokenizer.vocab_size:
+        raise _load_error(folder / "tokenizer.json", f"has vocab_size={vocab_size} for {tokenizer.vocab_size} pieces")
+    return tokenizer
 
 
 def _read(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        return read_regular(path)
     except OSError as error:
         raise _load_error(path, f"cannot be read: {error.strerror}") from error
 
 
 def _load_error(path: Path, problem: str) -> DataError:
+    if (path.parent / "config.json").exists():
+        return DataError(f"{path} {problem}; restore it from a copy: the run's weights fit no other tokenizer")
     return DataError(
         f"{path} {problem}; restore it from a copy, or remove the folder {path.parent} so that it is made anew"
     )

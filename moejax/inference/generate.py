@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 from moejax.config import ROUTER_RULES, Config, ConfigError
 from moejax.data import Tokenizer
 from moejax.models import Decoder
+from moejax.seeds import check_seed
 
 MAX_TOKENS = 65_536
 """The cache holds keys and values of every position at once."""
@@ -57,6 +58,7 @@ def generate(
       ConfigError: no prompt, or an argument out of range.
     """
     _check(prompts, max_tokens, temperature, top_p)
+    check_seed("--seed", seed)
     rows = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]
     lengths = np.array([len(row) for row in rows], np.int32)
     trained_length = model.config.data.seq_len
@@ -148,6 +150,7 @@ def _sample_nucleus(scaled_BV: jax.Array, top_p: jax.Array, keys_B: jax.Array) -
     Source: Holtzman et al. 2020 (nucleus sampling, section 3.1).
     """
     vocab_size = scaled_BV.shape[-1]
+    scaled_BV = jnp.where(scaled_BV == 0, 0.0, scaled_BV)  # `top_k` ranks -0 below 0, and they are equal
     log_total_B1 = jax.nn.logsumexp(scaled_BV, axis=-1, keepdims=True)
 
     def draw(num_ranks: int) -> tuple[jax.Array, jax.Array]:
@@ -163,9 +166,7 @@ def _sample_nucleus(scaled_BV: jax.Array, top_p: jax.Array, keys_B: jax.Array) -
     if vocab_size <= CANDIDATES:
         return draw(vocab_size)[0]
     drawn_B, is_held_B = draw(CANDIDATES)
-    return jax.lax.cond(
-        is_held_B.all(), lambda: drawn_B, lambda: jnp.where(is_held_B, drawn_B, draw(vocab_size)[0])
-    )
+    return jax.lax.cond(is_held_B.all(), lambda: drawn_B, lambda: jnp.where(is_held_B, drawn_B, draw(vocab_size)[0]))
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=4)

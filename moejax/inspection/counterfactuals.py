@@ -37,6 +37,7 @@ from moejax.inspection.trace import spread_rows
 from moejax.models import Decoder
 from moejax.models.stack import Block, Context
 from moejax.moe.layer import MoE, TokenInfo
+from moejax.seeds import check_seed
 
 REPORT_SECONDS = 15.0  # between two lines on long work
 
@@ -81,6 +82,7 @@ def counterfactuals(
       CounterfactualError: a dense run, an unknown kind, or more rows than there are.
     """
     _check_kinds(kinds)
+    check_seed("seed", seed)
     if isinstance(run, LoadedRun):
         loaded = run
         if step not in (None, run.step):

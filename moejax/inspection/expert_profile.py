@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Float, Float64, Int, Int64
 
 from moejax.inspection.specialisation import count_tokens_by_expert
+from moejax.seeds import check_seed
 
 
 class ProfileError(ValueError):
@@ -72,6 +73,7 @@ def vocabulary_specialisation(
     Raises:
       ValueError: an id outside its range.
     """
+    check_seed("seed", seed)
     rng = np.random.default_rng(seed)
     parts = []
     for experts_TK in experts_NTK:  # by layer, for counts of all layers can be large

@@ -6,7 +6,7 @@ colour-blind readers can tell apart.
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import matplotlib
@@ -16,6 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from moejax.inspection.axes import AXES
 from moejax.inspection.style import (
     BLUE,
     COLORS,
@@ -30,7 +31,9 @@ from moejax.inspection.style import (
     new_figure,
     ratio_bar,
     short_number,
+    tick_at,
 )  # fmt: skip
+from moejax.training.metrics import MEMORY, MFU, SPEED
 
 MAX_POINTS = 600  # per curve: more cannot be told apart
 MAX_COLUMNS = 200  # of a heat map,
@@ -43,13 +46,13 @@ class Curve:
 
     Attributes:
       label: for the legend, which a chart with a single curve does without.
-      steps: x.
+      steps: x, in steps or in another of `axes.AXES`.
       values: y; NaN leaves a gap.
       points: draw markers above the lines instead of a line: few values, such as evaluations.
     """
 
     label: str
-    steps: Int[np.ndarray, "S"]
+    steps: Int[np.ndarray, "S"] | Float[np.ndarray, "S"]
     values: Float[np.ndarray, "S"]
     points: bool = False
 
@@ -65,6 +68,7 @@ class Chart:
       reading: what it means and what is good.
       reference: a level to compare with, and its name.
       from_zero: start the y axis at 0.
+      is_speed: the number beside the figure is the median over logging intervals, not the last value.
     """
 
     title: str
@@ -73,6 +77,7 @@ class Chart:
     reading: str
     reference: tuple[float, str] | None = None
     from_zero: bool = False
+    is_speed: bool = False
 
 
 LOSS_CHARTS = (
@@ -115,9 +120,25 @@ LOSS_CHARTS = (
 SPEED_CHARTS = (
     Chart(
         "Tokens per second",
-        (("perf/tokens_per_s", "tokens/s"),),
+        ((SPEED, "tokens/s"),),
         "tokens/s",
-        "Good: flat. The first value may include compilation.",
+        "Of each logging interval, without evaluation and saving. Good: flat.",
+        from_zero=True,
+        is_speed=True,
+    ),
+    Chart(
+        "Model FLOPs utilisation",
+        ((MFU, "MFU"),),
+        "share of the devices' peak",
+        "The arithmetic that the model asks for, over what its devices can do at most. Good: high; half is very good.",
+        from_zero=True,
+        is_speed=True,
+    ),
+    Chart(
+        "Peak memory",
+        ((MEMORY, "peak"),),
+        "bytes of the fullest device",
+        "The most that was in use at a time since the start of the process.",
         from_zero=True,
     ),
     Chart("Learning rate", (("learning_rate", "learning rate"),), "learning rate", "The schedule as applied."),
@@ -196,15 +217,17 @@ def draw_chart(chart: Chart, series: Callable[[str], tuple[np.ndarray, np.ndarra
 
 
 def draw_curves(
-    curves: Sequence[Curve], ylabel: str, *, reference: tuple[float, str] | None = None, from_zero: bool = False
-) -> Drawing:
-    """Draws curves over training steps.
+    curves: Sequence[Curve], ylabel: str, *, reference: tuple[float, str] | None = None, from_zero: bool = False,
+    axis: str = "steps",
+) -> Drawing:  # fmt: skip
+    """Draws curves over training steps, or over what these cost.
 
     Args:
       curves: at most four lines, and any points.
       ylabel: quantity and unit.
       reference: a level to compare with, and its name.
       from_zero: start the y axis at 0.
+      axis: of `AXES`, what the curves' `steps` are.
 
     Returns:
       An SVG data URI.
@@ -239,8 +262,21 @@ def draw_curves(
             axes.set_ylim(0, 1 if is_flat else None)
         _label_values(axes, curves)
         axes.set_ylabel(ylabel)
-        label_steps(axes)
+        label_steps(axes, AXES[axis])
+        if axis == "steps" and all(curve.points for curve in curves):
+            tick_at(axes, np.concatenate([curve.steps for curve in curves]))
         return Drawing.of(figure)
+
+
+def only_value(values: Iterable[Float[np.ndarray, "S"]]) -> float | None:
+    """The value that all curves have throughout, which a sentence says better than a chart; None if they have several.
+
+    Args:
+      values: of each curve; what is not finite says nothing.
+    """
+    finite = [values_S[np.isfinite(values_S)] for values_S in values]
+    found = {float(extreme) for values_S in finite if values_S.size for extreme in (values_S.min(), values_S.max())}
+    return found.pop() if len(found) == 1 else None
 
 
 def draw_load_over_time(steps: Int[np.ndarray, "S"], counts_SE: Int[np.ndarray, "S E"]) -> Drawing:

@@ -1,5 +1,6 @@
 """Pieces of HTML for notebooks, in which all that comes from a run is escaped."""
 
+import re
 from collections.abc import Iterable
 from html import escape
 from typing import Any
@@ -7,10 +8,18 @@ from typing import Any
 FORBIDDEN = {c: 0x2400 + c for c in range(32) if chr(c) not in "\t\n"}  # by HTML: shown as their control pictures,
 FORBIDDEN |= dict.fromkeys([*range(127, 160), *range(0xD800, 0xE000)], 0xFFFD)  # or as the replacement character
 
+WORD = re.compile(r"""(?:'[^']*'|"[^"]*"|\S)+""")  # of a command; quoted blanks are part of it
+
 
 def text(value: Any) -> str:
     """Text from a run, made harmless: escaped, and characters that HTML forbids replaced."""
     return escape(str(value).translate(FORBIDDEN))
+
+
+def command(line: str) -> str:
+    """A command as code that is broken between its words alone: `--flag` stays whole where it fits into a line."""
+    words = [f"<span>{text(word)}</span>" for word in WORD.findall(line)]
+    return f'<code class="command">{" ".join(words)}</code>'
 
 
 def visible(piece: str) -> str:

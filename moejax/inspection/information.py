@@ -29,6 +29,7 @@ import numpy as np
 from jaxtyping import Float64, Int, Int64
 
 from moejax.inspection.attributes import Attribute
+from moejax.seeds import check_seed
 
 DENSE_CELLS = 2**24  # larger tables are counted by sorting: slower, but in memory that the pairs bound
 COLUMNS = ("information", "baseline", "spread", "excess", "share", "adjusted", "entropy", "ceiling")
@@ -127,6 +128,7 @@ def expert_information(
         missing, too short, or in which the attribute varies.
     """
     _check(attribute, experts_NTK, num_experts, given, over, num_permutations)
+    check_seed("seed", seed)
     rng = np.random.default_rng(seed)
     documents_T = _check_documents(attribute, documents_T) if over == "documents" else None
     if documents_T is not None:

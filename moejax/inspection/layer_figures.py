@@ -1,6 +1,7 @@
 """Figures of one number per MoE layer over time: MaxVio, entropies, saturation, churn."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -18,12 +19,14 @@ from moejax.inspection.style import (
     name_rows,
     new_figure,
     short_number,
+    tick_at,
 )
 
 MAX_LINES = 8  # layers drawn as lines; of more, a heat map
 MAX_COLUMNS = 160  # of it
 MAX_POINTS = 200  # of a line
-DASHES = ("-", "--", "-.", ":")
+DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (6, 1.5, 1.5, 1.5)), (0, (2, 1)))
+BRIGHTEST = 0.78  # of the colour map: yellow would be too pale on white
 NO_VALUE = "#9ca3af"
 
 
@@ -36,10 +39,11 @@ def draw_layers(
     worst: Callable[[np.ndarray], float] | None = None,
     reference: tuple[float, str] | None = None,
     from_zero: bool = True,
+    is_measured: bool = False,
 ) -> Drawing:
     """Draws one number per layer over time: lines, or for more than `MAX_LINES` layers a heat map, a layer a row.
 
-    Lines are darker the earlier the layer.
+    Lines go from dark blue over purple to orange with the layer; neighbours also differ in dash.
 
     Args:
       steps: of training; at least one.
@@ -49,17 +53,18 @@ def draw_layers(
       worst: `np.nanmax` or `np.nanmin`: the layer that has it at the end is drawn thick; None marks none.
       reference: a level to compare with, and its name; of lines only.
       from_zero: start the scale at 0.
+      is_measured: the steps are those of evaluations, which the axis names.
     """
     with matplotlib.rc_context(STYLE):
         if len(layers) > MAX_LINES:
             return _draw_map(steps, values_SN, layers, label, from_zero)
         figure, axes = new_figure(2.55)
-        colors = matplotlib.colormaps["cividis"](np.linspace(0, 0.7, len(layers)))
+        colors = layer_colors(len(layers))
         bad = None if worst is None else worst_layer(values_SN, worst)
         for n, layer in enumerate(layers):
             x, values = thin(steps, values_SN[:, n], points=MAX_POINTS)
             axes.plot(
-                x, values, color=colors[n], ls=DASHES[n % len(DASHES)], lw=2.6 if n == bad else 1.2,
+                x, values, color=colors[n], ls=DASHES[n % len(DASHES)], lw=2.8 if n == bad else 1.5,
                 marker="o" if len(steps) <= 12 else None, ms=3, label=f"layer {layer}" + ", worst" * (n == bad),
                 clip_on=False, zorder=2.6,
             )  # fmt: skip
@@ -69,8 +74,15 @@ def draw_layers(
             axes.set_ylim(bottom=min(0.0, float(np.nanmin(values_SN, initial=0))))
         axes.set_ylabel(label)
         label_steps(axes)
+        if is_measured:
+            tick_at(axes, steps)
         figure.legend(loc="outside upper left", ncols=3, borderaxespad=0.1, columnspacing=1.0)
         return Drawing.of(figure)
+
+
+def layer_colors(num_layers: int) -> np.ndarray:
+    """Colours of layers in their order, from dark to bright, `[N, 4]`: colour-blind readers see the order, too."""
+    return np.asarray(matplotlib.colormaps["plasma"](np.linspace(0, BRIGHTEST, num_layers)))
 
 
 def _draw_map(

@@ -1,24 +1,31 @@
-"""Runs that may still be training: found anew at each look, and read only where they grew.
+"""Runs that may still be training: found again at each look, and read only where they grew.
 
 `metrics.jsonl` of a long run has millions of lines, so a look reads from where the last one ended, and no more bytes
 than it is allowed; the rest waits for the next look. Nothing here needs a server. What is wrong with a run is text for
-whoever looks, not an exception: the others are shown all the same.
+whoever looks, not an exception: the others are shown all the same. The folders may be anyone's: what is read of them are
+regular files inside of them (`moejax.inspection.run_paths`).
 """
 
+import collections
 import dataclasses
 import json
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float64, Int64
 
+from moejax.inspection.colors import RunColors
 from moejax.inspection.run import Run, Series, add_values, open_run
+from moejax.inspection.run_names import ArmNames
+from moejax.inspection.run_paths import RunPathError, check_file, open_file, leads_out
+from moejax.inspection.style import BLUE
 from moejax.training import alarms
+from moejax.training.metrics import SPEED, median_speed
 
 CONFIG, METRICS = "config.json", "metrics.jsonl"
 MAX_DEPTH = 3  # folders below the one that is viewed: a sweep's runs lie in a folder of their own
@@ -65,12 +72,13 @@ class MetricsReader:
 
         Raises:
           OSError: the file cannot be read.
+          RunPathError: it is no regular file of the run.
         """
         info = os.stat(self._path)
         now = (info.st_ino, info.st_size, info.st_mtime_ns)
         if now == self._seen and not self.is_behind:
             return 0
-        with self._path.open("rb") as file:
+        with open_file(self._path.parent, self._path.name) as file:
             if self._seen and (info.st_ino != self._seen[0] or not self._is_continued(file)):
                 self._forget()
             file.seek(self._offset)
@@ -133,7 +141,7 @@ class RunState:
       written: when metrics were last written, in seconds since the epoch; None before the first.
       eval_loss: last, in nats per token; None before the first.
       bits_per_byte: last; None before the first.
-      tokens_per_s: last; None before the first.
+      tokens_per_s: of the run, as `median_speed` says; None before the first.
       alarms: those that are on, each a rule and its layers.
       problem: why the run cannot be shown in full, and the remedy; empty if it can.
     """
@@ -153,7 +161,8 @@ class LiveRun:
 
     Args:
       workdir: the run directory.
-      number: of the run among those found, for its colour.
+      name: of the run; by default that of its directory.
+      color: of its curves.
 
     Attributes:
       metrics: what was read of `metrics.jsonl`.
@@ -162,9 +171,10 @@ class LiveRun:
       version: grows with each look that saw something new.
     """
 
-    def __init__(self, workdir: Path, number: int):
+    def __init__(self, workdir: Path, name: str = "", color: str = BLUE):
         self.workdir = workdir
-        self.number = number
+        self.name = name or workdir.name
+        self.color = color
         self.metrics = MetricsReader(workdir / METRICS)
         self.run: Run | None = None
         self.num_experts = 0
@@ -186,9 +196,16 @@ class LiveRun:
             self._problems[METRICS] = ""  # not written yet, or gone, which the missing configuration tells
         except OSError as error:
             self._problems[METRICS] = f"{error.filename} cannot be read: {error.strerror}"
+        except RunPathError as error:
+            self._problems[METRICS] = str(error)
         if is_new or num_bytes or before != self._problems:
             self.version += 1
         return num_bytes
+
+    @property
+    def has_curves(self) -> bool:
+        """Whether anything was read of its metrics, or is still to be read."""
+        return bool(self.metrics.series) or self.metrics.is_behind
 
     @property
     def state(self) -> RunState:
@@ -201,7 +218,7 @@ class LiveRun:
             written=self._written(),
             eval_loss=last("eval/loss"),
             bits_per_byte=last("eval/bits_per_byte"),
-            tokens_per_s=last("perf/tokens_per_s"),
+            tokens_per_s=median_speed(self.metrics.points(SPEED)[1]),
             alarms=self._alarms,
             problem="; ".join(problems),
         )
@@ -210,6 +227,8 @@ class LiveRun:
         if not self._has_changed(CONFIG):
             return False
         try:
+            if os.path.lexists(self.workdir / CONFIG):
+                check_file(self.workdir, CONFIG)
             run = open_run(self.workdir)
             num_steps = run.config.get("train", {}).get("num_steps")
             self.num_experts = int(run.num_choices)
@@ -227,6 +246,8 @@ class LiveRun:
         if not self._has_changed(alarms.FILE):
             return False
         try:
+            if os.path.lexists(self.workdir / alarms.FILE):
+                check_file(self.workdir, alarms.FILE)
             places = alarms.active(alarms.read_alarms(self.workdir))
             by_rule = {rule: [layer for other, layer in places if other == rule] for rule, _ in places}
             self._alarms = tuple(f"{rule} in {alarms.name_layers(sorted(at))}" for rule, at in by_rule.items())
@@ -260,14 +281,18 @@ class Library:
       folder: that is viewed.
 
     Attributes:
-      runs: by name, which is the path below the folder; a run stays when its directory vanishes.
+      runs: by path below the folder; a run stays when its directory vanishes.
+      links: folders below that are not looked into, for they are links that lead out of it.
       is_behind: whether the last look left something unread.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
         self.runs: dict[str, LiveRun] = {}
+        self.links: list[str] = []
         self.is_behind = False
+        self._colors = RunColors()
+        self._arms = ArmNames()
 
     def look(self, max_bytes: int = MAX_BYTES) -> None:
         """Finds new runs, and reads what the runs have written since the last look.
@@ -275,50 +300,59 @@ class Library:
         Args:
           max_bytes: of metrics to read at most, of all runs together.
         """
-        for name, workdir in find_runs(self.folder).items():
-            if name not in self.runs:
-                self.runs[name] = LiveRun(workdir, len(self.runs))
+        found, self.links = find_runs(self.folder)
+        for path, workdir in found.items():
+            if path not in self.runs:
+                self.runs[path] = LiveRun(workdir, path, self._colors.of(path))
+            self.runs[path].name = self._arms.of(workdir, path)
+        given = collections.Counter(run.name for run in self.runs.values())
+        for path, run in self.runs.items():
+            if given[run.name] > 1:
+                run.name = f"{run.name} ({path})"
         for run in self.runs.values():
             max_bytes -= run.look(max(max_bytes, 0))
         self.is_behind = any(run.metrics.is_behind for run in self.runs.values())
 
-    def newest(self, count: int) -> list[str]:
-        """Names of the runs that were written last."""
-        return sorted(self.runs, key=lambda name: self.runs[name].state.written or 0, reverse=True)[:count]
+    def newest(self, count: int, paths: Iterable[str] | None = None) -> list[str]:
+        """Of the runs, or of some of them, those that were written last; without a curve only if all are."""
+        known = list(self.runs if paths is None else paths)
+        with_curves = [path for path in known if self.runs[path].has_curves]
+        newest_first = sorted(with_curves or known, key=lambda path: self.runs[path].state.written or 0, reverse=True)
+        return newest_first[:count]
 
 
-def find_runs(folder: Path) -> dict[str, Path]:
+def find_runs(folder: Path) -> tuple[dict[str, Path], list[str]]:
     """Run directories by name: the folder itself, or those below it, `MAX_DEPTH` deep, sorted.
 
     A run is a folder with a `config.json` or a `metrics.jsonl`; none is looked for inside of one or in hidden folders.
+
+    Returns:
+      The runs, and the paths of links that lead out of the folder and are not followed.
     """
     if _is_run(folder):
-        return {folder.resolve().name: folder}
-    return {path.relative_to(folder).as_posix(): path for path in sorted(_below(folder, MAX_DEPTH))}
+        return {folder.resolve().name: folder}, []
+    links: list[str] = []
+    runs = {path.relative_to(folder).as_posix(): path for path in sorted(_below(folder, folder, MAX_DEPTH, links))}
+    return runs, sorted(links)
 
 
-def _below(folder: Path, depth: int) -> Iterator[Path]:
+def _below(folder: Path, root: Path, depth: int, links: list[str]) -> Iterator[Path]:
+    """The runs below a folder; notes in `links` those that lead out of `root`."""
     try:
         folders = [Path(entry.path) for entry in os.scandir(folder) if entry.name[0] != "." and entry.is_dir()]
     except OSError:  # not ours to read, or gone meanwhile
         return
     for path in folders:
-        if _is_run(path):
+        if path.is_symlink() and leads_out(path, root):
+            links.append(path.relative_to(root).as_posix())
+        elif _is_run(path):
             yield path
         elif depth > 1:
-            yield from _below(path, depth - 1)
+            yield from _below(path, root, depth - 1, links)
 
 
 def _is_run(folder: Path) -> bool:
     return os.path.isfile(folder / CONFIG) or os.path.isfile(folder / METRICS)
-
-
-def tokens_at(metrics: MetricsReader, steps_S: Int64[np.ndarray, "S"]) -> Float64[np.ndarray, "S"]:
-    """Tokens trained on at each step, between logged steps on a straight line; NaN if the run logs none."""
-    logged_S, tokens_S = metrics.points("tokens")
-    if not logged_S.size:
-        return np.full(len(steps_S), math.nan)
-    return np.interp(steps_S, np.append(0, logged_S), np.append(0.0, tokens_S))
 
 
 def age(written: float | None) -> str:

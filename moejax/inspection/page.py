@@ -24,9 +24,10 @@ from moejax.training.evaluation_log import EvaluationError
 MAX_LAYERS = 12  # drawn and listed; of deeper models, evenly spaced ones: they make a page's size
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; form-action 'none'; base-uri 'none'"
 STYLE = """
-:root{color-scheme:light dark;--ink:#1f2933;--soft:#5b6573;--paper:#fff;--panel:#f6f7f9;--line:#d9dde3;--link:#0b62a8}
+:root{color-scheme:light dark;--ink:#1f2933;--soft:#5b6573;--paper:#fff;--panel:#f6f7f9;--line:#d9dde3;--link:#0b62a8;
+--shade:#0006}
 @media(prefers-color-scheme:dark){:root{--ink:#e4e7eb;--soft:#a3adba;--paper:#14171b;--panel:#1e2329;--line:#363d46;
---link:#7cbcf0}}
+--link:#7cbcf0;--shade:#fff6}}
 *{box-sizing:border-box}
 html{-webkit-text-size-adjust:100%;text-size-adjust:100%;scroll-behavior:smooth}
 body{margin:0 auto;max-width:76rem;padding:1rem 1rem 4rem;background:var(--paper);color:var(--ink);
@@ -38,17 +39,31 @@ p{margin:.4rem 0 .8rem;max-width:46rem}
 a{color:var(--link)}
 nav ul{display:flex;flex-wrap:wrap;gap:.3rem 1.1rem;margin:1rem 0;padding:0;list-style:none}
 .soft,figcaption p{color:var(--soft)}
-.scroll{overflow-x:auto}
+.scroll{overflow-x:auto;background:linear-gradient(90deg,var(--paper) 30%,transparent) 0 0/3rem 100% local,
+linear-gradient(270deg,var(--paper) 30%,transparent) 100% 0/3rem 100% local,
+linear-gradient(90deg,var(--shade),transparent) 0 0/1rem 100%,
+linear-gradient(270deg,var(--shade),transparent) 100% 0/1rem 100%;background-repeat:no-repeat}
+.scroll:focus-visible{outline:2px solid var(--link)}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums}
 th,td{padding:.3rem .8rem .3rem 0;border-bottom:1px solid var(--line);text-align:left;vertical-align:top}
 thead th{color:var(--soft);font-weight:600}
 tbody th{font-weight:600;white-space:nowrap}
 td{overflow-wrap:anywhere}
 code span{display:inline-block;max-width:100%;word-break:break-all}
-@media(max-width:30rem){.facts th{width:7rem;white-space:normal}}
+@media(max-width:30rem){.facts th,.facts td{display:block;padding-right:0}.facts th{padding-bottom:0;border:0}}
 code,pre{font:.875rem/1.5 ui-monospace,"DejaVu Sans Mono",Menlo,Consolas,monospace}
 .grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,21rem),1fr));gap:0 1.4rem}
 .grid>*{min-width:0;margin:0 0 1.6rem}
+@media(min-width:48rem){.grid.four{grid-template-columns:repeat(2,minmax(0,1fr));max-width:60rem}}
+.columns{columns:20rem;column-gap:2rem}
+.columns>*{margin:0 0 1.6rem}
+.columns tr{break-inside:avoid}
+.columns table{width:100%}
+.columns td:last-child{padding-right:0;text-align:right;overflow-wrap:break-word}
+.columns h3{break-after:avoid;padding-bottom:.2rem;border-bottom:2px solid var(--line)}
+tr.changed{background:var(--panel)}
+tr.changed th::before{content:"● ";color:var(--link)}
+.default{display:block;color:var(--soft);font-size:.8rem}
 figure{display:grid;grid-row:span 2;grid-template-rows:subgrid}
 figure img{display:block;width:100%;max-width:32rem;height:auto}
 figcaption p{margin:.1rem 0 .4rem;font-size:.875rem}
@@ -155,18 +170,23 @@ def figure(title: str, reading: str, image: str, *, value: str = "", kind: str =
 
 
 def grid(parts: Iterable[str]) -> str:
-    """Figures side by side, as many as fit."""
-    return f'<div class="grid">{"".join(parts)}</div>'
+    """Figures side by side, as many as fit; four of them two by two."""
+    parts = list(parts)
+    kind = "grid four" if len(parts) == 4 else "grid"
+    return f'<div class="{kind}">{"".join(parts)}</div>'
 
 
 def table(head: Iterable[str], rows: Iterable[Sequence[str]], kind: str = "") -> str:
-    """A table whose first column names the rows. Cells are HTML."""
+    """A table whose first column names the rows. Cells are HTML.
+
+    Where it is wider than its place, a shade at its edge shows that there is more; it scrolls, by keyboard too.
+    """
     titles = "".join(f'<th scope="col">{cell}</th>' for cell in head)
     body = "".join(
         f'<tr><th scope="row">{row[0]}</th>{"".join(f"<td>{cell}</td>" for cell in row[1:])}</tr>' for row in rows
     )
     top = f"<thead><tr>{titles}</tr></thead>" if titles else ""
-    return f'<div class="scroll"><table class="{kind}">{top}<tbody>{body}</tbody></table></div>'
+    return f'<div class="scroll" tabindex="0"><table class="{kind}">{top}<tbody>{body}</tbody></table></div>'
 
 
 def details(summary: str, content: str, *, is_open: bool = False) -> str:

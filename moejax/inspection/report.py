@@ -46,7 +46,7 @@ def render_report(
     losses = (*figures.LOSS_CHARTS, *training.other_losses(run))
     sections: list[Section] = [
         ("summary", "Summary", training.summary(run)),
-        ("losses", "Losses", training.charts(run, losses)),
+        ("losses", "Losses", training.charts(run, losses) + training.losses_by_cost(run)),
         ("speed", "Speed and optimisation", training.charts(run, figures.SPEED_CHARTS)),
     ]
     if run.is_dense:
@@ -67,7 +67,7 @@ def render_report(
         ("samples", "Samples", training.written(samples)),
         ("config", "Configuration", training.configuration(run)),
     ]
-    return render_page(run.name, training.model_in_words(run), sections, kind="run report")
+    return render_page(run.name_in_words, training.subtitle(run), sections, kind="run report")
 
 
 def _routing(run: Run) -> list[Section]:

@@ -63,10 +63,17 @@ def tokens(run: Run, token_counts_nEV: Int[np.ndarray, "n E V"] | None, piece: C
         parts.append(details(f"Layer {layer}", listed, is_open=n == 0))
     return (
         "<p>The tokens that each expert gets more often than it would if routing ignored their identity, the strongest "
-        "evidence first (log-likelihood ratio; rare tokens and chance are left out). The number behind a token is how "
-        "many times more often; load is the expert's over the uniform load on the text counted. Nothing listed means "
-        f"routing by something else than the word.</p>{left_out(len(layers))}{''.join(parts)}"
+        "evidence first (log-likelihood ratio; rare tokens and chance are left out). After a token: which share of its "
+        f"visits to experts go to this one{_at_most(run)}, and how many times more often that is than by chance. Load "
+        "is the expert's over the uniform load on the text counted. Nothing listed means routing by something else "
+        f"than the word.</p>{left_out(len(layers))}{''.join(parts)}"
     )
+
+
+def _at_most(run: Run) -> str:
+    """The largest share of visits that an expert can have of a token."""
+    top_k = run.config.get("moe", {}).get("top_k")
+    return f" (at most {1 / top_k:.0%}, since a token has {top_k} experts)" if type(top_k) is int and top_k > 1 else ""
 
 
 def _pieces(ranked: Sequence[TokenShare], piece: Callable[[int], str]) -> str:
@@ -74,7 +81,7 @@ def _pieces(ranked: Sequence[TokenShare], piece: Callable[[int], str]) -> str:
         return '<i class="soft">nothing stands out</i>'
     return " ".join(
         f'<span title="id {t.token}, {t.num_assignments:,} times">{html.text(html.visible(piece(t.token)))}'
-        f"<small>{t.ratio:.1f}</small></span>"
+        f"<small>{t.share:.0%}, {t.ratio:.1f}×</small></span>"
         for t in ranked
     )
 
@@ -171,8 +178,8 @@ def changed_routing(run: Run) -> str:
     """What `counterfactuals.json` says."""
     if not (run.workdir / FILE_NAME).exists():
         return (
-            "<p>Not evaluated. <code>moejax counterfactuals --workdir=...</code> evaluates the run with other numbers "
-            "of experts, without each expert, and more; write the report again after it.</p>"
+            f"<p>Not evaluated. {html.command('moejax counterfactuals --workdir=...')} evaluates the run with other "
+            "numbers of experts, without each expert, and more; write the report again after it.</p>"
         )
     result = Counterfactuals.load(run.workdir / FILE_NAME)
     change = "Change of the validation loss against that as trained; bars are two standard errors."

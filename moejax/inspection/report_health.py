@@ -8,6 +8,7 @@ import numpy as np
 from moejax.config.alarms import RULES
 from moejax.inspection import html, layer_figures, pair_figures
 from moejax.inspection.expert_profile import coactivation_shares
+from moejax.inspection.figures import only_value
 from moejax.inspection.layer_figures import draw_layers, last_values, worst_layer
 from moejax.inspection.page import details, drawn_layers, figure, grid, left_out, number, table
 from moejax.inspection.run import Run
@@ -17,6 +18,7 @@ from moejax.training.alarms import active, name_layers, read_alarms
 
 MAX_ALARMS = 100  # listed, the newest
 MAX_EVALUATIONS = 20  # of which saturation is drawn
+MIN_EVALUATIONS = 3  # that a curve of it takes: the last point is always 1
 LAST_ENTRIES = 64  # among which the last finite value of a metric is looked for
 MAX_PAIR_LAYERS = 6  # drawn of deeper models: noise of many pairs does not compress
 FLOW_COLUMNS = 4  # layers in one figure of flows
@@ -33,7 +35,7 @@ LAYER_CHARTS: tuple[tuple[str, str, str, Callable[[np.ndarray], float] | None], 
     ),
     ("dropped", "Dropped, share of choices", "Choices that found no slot. Good: 0.", np.nanmax),
     ("logit_max", "Largest router logit", "In magnitude. Growing without end precedes instability.", np.nanmax),
-    ("top_prob", "Probability of the first choice", "Of a token, in the mean. 1: the router is certain.", None),
+    ("top_prob", "Top probability", "Of a token's first choice, in the mean. 1: the router is certain.", None),
 )
 """Metric of `routing/layers`, title with unit, how to read it, and what is worst."""
 
@@ -79,15 +81,16 @@ def layers_over_time(run: Run) -> str:
     drawn = [name for name, *_ in LAYER_CHARTS if name in names]
     columns = [names.index(name) for name in drawn]
     values_SNM = np.concatenate([block[:, :, columns] for block in routing.blocks("layers")])
-    shown, zero = [], []
+    shown, constant = [], []
     for name, title, reading, worst in LAYER_CHARTS:
         if name not in drawn:
             continue
         values_SN = values_SNM[:, :, drawn.index(name)].astype(np.float64)
         if not np.isfinite(values_SN).any():
             continue
-        if not np.nan_to_num(values_SN).any():
-            zero.append(title.partition(",")[0].lower())
+        value = only_value([values_SN.ravel()])
+        if value is not None:
+            constant.append(f"{title.partition(',')[0].lower()} {number(value)}")
             continue
         is_entropy = name in ("entropy", "load_entropy")
         reference = (math.log(run.num_choices), "uniform: ln E") if is_entropy else None
@@ -95,7 +98,7 @@ def layers_over_time(run: Run) -> str:
             routing.steps, values_SN, layers, title, worst=worst, reference=reference, from_zero=not is_entropy
         )
         shown.append(figure(title, reading, image, value=_worst(values_SN, layers, worst), kind=_colors(layers)))
-    none = f"<p>0 in every layer throughout: {', '.join(zero)}.</p>" if zero else ""
+    none = f"<p>The same in every layer throughout: {'; '.join(constant)}.</p>" if constant else ""
     last_SNM = routing.read("layers", -min(routing.num_entries, LAST_ENTRIES)).astype(np.float64)
     last_NM = np.stack([last_values(last_SNM[:, :, m]) for m in range(len(names))], axis=1)
     rows = [
@@ -166,6 +169,8 @@ def settling(run: Run) -> str:
     experts_S = [arrays["experts"] for arrays in found]
     layers, num_experts = _layers(run, len(experts_S[0])), found[-1]["load"].shape[1]
     saturation_SN = router_saturation(experts_S, num_experts)
+    if len(chosen) < MIN_EVALUATIONS:
+        return _settled_in_words(chosen, saturation_SN, found[-1].get("churn"), layers)
     visits = float((experts_S[-1] < num_experts).sum(axis=2).mean())
     shown = [
         figure(
@@ -173,7 +178,7 @@ def settling(run: Run) -> str:
             "Of each token's experts at the last evaluation, the share that it had already. Rising early: routing was "
             "decided early. Routing at random shows K / E where loads are equal, and more where they are not.",
             draw_layers(np.array(chosen), saturation_SN, layers, "share of the last experts",
-                        reference=(visits / num_experts, "uniform: K / E")),
+                        reference=(visits / num_experts, "uniform: K / E"), is_measured=True),
             kind=_colors(layers),
         )
     ]  # fmt: skip
@@ -181,8 +186,9 @@ def settling(run: Run) -> str:
     if churned:
         churn_SN = np.stack([churn_N for _, churn_N in churned]).astype(np.float64)
         image = draw_layers(
-            np.array([step for step, _ in churned]), churn_SN, layers, "share of a token's experts", worst=np.nanmax
-        )
+            np.array([step for step, _ in churned]), churn_SN, layers, "share of a token's experts", worst=np.nanmax,
+            is_measured=True,
+        )  # fmt: skip
         shown.append(
             figure(
                 "Churn",
@@ -191,6 +197,22 @@ def settling(run: Run) -> str:
             )
         )  # fmt: skip
     return f"<p>The same validation tokens, routed at {len(chosen)} evaluations.</p>{grid(shown)}"
+
+
+def _settled_in_words(
+    steps: Sequence[int], saturation_SN: np.ndarray, churn_N: np.ndarray | None, layers: Sequence[int]
+) -> str:
+    """Saturation and churn between two evaluations: one number a layer, which no curve shows."""
+    rows = []
+    for n, layer in enumerate(layers):
+        churn = "" if churn_N is None else f"{churn_N[n]:.0%}"
+        rows.append([f"layer {layer}", f"{saturation_SN[0, n]:.0%}", churn])
+    return (
+        f"<p>Two evaluations, at steps {steps[0]:,} and {steps[-1]:,}; with three or more, curves show how routing "
+        "settles. Saturation: of each token's experts at the second, the share that it had at the first. Churn: of its "
+        "experts at the first, the share that it no longer visits at the second.</p>"
+        + table(("", "saturation", "churn"), rows, "numbers")
+    )
 
 
 def flow(run: Run) -> str:

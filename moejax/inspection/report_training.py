@@ -2,15 +2,25 @@
 
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from moejax.inspection import figures, html
-from moejax.inspection.figures import Chart
+from moejax.inspection import axes, figures, html
+from moejax.inspection.figures import Chart, Curve
 from moejax.inspection.page import figure, grid, number, table
 from moejax.inspection.run import Run
+from moejax.inspection.run_names import recipe_name
+from moejax.inspection.settings import Setting, settings_of
+from moejax.inspection.style import short_number
+from moejax.training.metrics import MEMORY, MFU, SPEED, median_speed
+
+READING = {
+    "tokens": "Text read so far.",
+    "compute": "Arithmetic that the model asks for, forward and backward: what to judge experts by.",
+    "time": "Of training steps alone, without compilation, evaluation and saving.",
+}
+"""What the axes of `losses_by_cost` are."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,32 +51,84 @@ def model_in_words(run: Run) -> str:
     )
 
 
+def subtitle(run: Run) -> str:
+    """The model, the recipe that it came from, and the folder of a run that is named by what sets it apart."""
+    recipe = recipe_name(run.command)
+    parts = [
+        model_in_words(run),
+        f"recipe {html.text(recipe)}" if recipe else "",
+        f"folder {html.text(run.name)}" if run.name_in_words != run.name else "",
+    ]
+    return "; ".join(filter(None, parts))
+
+
 def summary(run: Run) -> str:
-    """Size, quality, speed and origin."""
-    eval_steps, losses = run.series("eval/loss")
-    loss = f"{number(losses[-1])} nats per token, at step {eval_steps[-1]:,}" if losses.size else "no evaluation yet"
-    if losses.size and np.isfinite(losses).any() and (best := int(np.nanargmin(losses))) != losses.size - 1:
-        loss += f" (lowest: {number(losses[best])} at step {eval_steps[best]:,})"
+    """Size, quality, cost and origin."""
     total, active = run.parameters_total, run.parameters_active
-    _, speeds = run.series("perf/tokens_per_s")
-    speeds = speeds[np.isfinite(speeds)]
-    steps = run.last_step
     skipped = run.last("skipped_steps")
     rows = [
         ("Parameters", f"{total:,} in total, {active:,} active for a token ({active / max(total, 1):.0%})"),
-        ("Validation loss", loss),
+        ("Validation loss", _validation_loss(run)),
         ("Perplexity", number(run.last("eval/perplexity"))),
         ("Bits per byte", number(run.last("eval/bits_per_byte"))),
-        ("Tokens per second", number(np.median(speeds)) + " (median)" if speeds.size else number(None)),
-        ("Steps done", f"{steps:,} of {html.text(run.config.get('train', {}).get('num_steps', '?'))}"),
+        ("Steps done", f"{run.last_step:,} of {html.text(run.config.get('train', {}).get('num_steps', '?'))}"),
         ("Steps skipped", "" if skipped is None else f"{skipped:,.0f}, for a gradient that was not finite"),
         ("Tokens seen", number(run.last("tokens"))),
+        *_cost(run),
         ("Device", html.text(run.device)),
         ("Versions", html.text(", ".join(f"{name} {version}" for name, version in run.versions.items()))),
         ("Commit", f"<code>{html.text(run.git_commit)}</code>"),
-        ("Command", f"<code>{' '.join(f'<span>{html.text(word)}</span>' for word in run.command.split())}</code>"),
+        ("Command", html.command(run.command)),
     ]
     return table((), [row for row in rows if row[1]], kind="facts")
+
+
+def _validation_loss(run: Run) -> str:
+    """The last, and the lowest if that is another."""
+    steps, losses = run.series("eval/loss")
+    if not losses.size:
+        return "no evaluation yet"
+    last = f"{number(losses[-1])} nats per token, at step {steps[-1]:,}"
+    if not np.isfinite(losses).any():
+        return last
+    best = int(np.nanargmin(losses))
+    if best == losses.size - 1:
+        return last
+    return f"{last} (lowest: {number(losses[best])} at step {steps[best]:,})"
+
+
+def _cost(run: Run) -> list[tuple[str, str]]:
+    """Time, arithmetic, speed, and what of the devices they used; a row is empty where the run does not tell."""
+    _, seconds = axes.seconds_trained(run.series)
+    tokens, flops = run.last("tokens"), run.flops_per_token
+    speed, mfu, memory = median_speed(run.series(SPEED)[1]), median_speed(run.series(MFU)[1]), run.last(MEMORY)
+    arithmetic = None if flops is None or tokens is None else flops * tokens
+    return [
+        (
+            "Training time",
+            f"{duration(seconds[-1])}, without compilation, evaluation and saving" if seconds.size else "",
+        ),
+        (
+            "Training FLOPs",
+            "" if arithmetic is None or flops is None else f"{arithmetic:.3g}, {short_number(flops)} for a token",
+        ),
+        (
+            "Tokens per second",
+            number(speed) + " (median over logging intervals)" if speed is not None else number(None),
+        ),
+        ("MFU", "" if mfu is None else f"{mfu:.1%} of the devices' peak in bfloat16 (median over logging intervals)"),
+        ("Peak memory", "" if memory is None else f"{memory / 2**30:.2f} GiB of the fullest device"),
+    ]
+
+
+def duration(seconds: float) -> str:
+    """A time in the units that fit: `42 s`, `3 min 5 s`, `2 h 10 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.1f} s" if whole < 10 else f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600:,} h {whole % 3600 // 60} min"
 
 
 def other_losses(run: Run) -> list[Chart]:
@@ -77,15 +139,46 @@ def other_losses(run: Run) -> list[Chart]:
 
 
 def charts(run: Run, wanted: Iterable[Chart]) -> str:
-    """The charts that have values."""
-    shown = []
+    """The charts that have values; a sentence says those that have the same throughout."""
+    shown, constant = [], []
     for chart in wanted:
+        value = figures.only_value(run.series(key)[1] for key, _ in chart.keys)
+        if value is not None:
+            constant.append(f"{html.text(chart.title)} {number(value)}")
+            continue
         image = figures.draw_chart(chart, run.series)
         if image is not None:
-            key, label = chart.keys[0]
-            last = f"{html.text(label) if len(chart.keys) > 1 else 'last'}: {number(run.last(key))}"
-            shown.append(figure(html.text(chart.title), html.text(chart.reading), image, value=last))
-    return grid(shown) if shown else "<p>Nothing is logged yet.</p>"
+            shown.append(figure(html.text(chart.title), html.text(chart.reading), image, value=_value(run, chart)))
+    if not shown and not constant:
+        return "<p>Nothing is logged yet.</p>"
+    throughout = f"<p>The same throughout: {'; '.join(constant)}.</p>" if constant else ""
+    return (grid(shown) if shown else "") + throughout
+
+
+def _value(run: Run, chart: Chart) -> str:
+    """The number beside a chart: of its first metric, with its name."""
+    key, label = chart.keys[0]
+    if chart.is_speed:
+        return f"median: {number(median_speed(run.series(key)[1]))}"
+    name = html.text(label) if len(chart.keys) > 1 else "last"
+    return f"{name}: {number(run.last(key))}"
+
+
+def losses_by_cost(run: Run) -> str:
+    """The language-model loss against tokens, arithmetic and time; nothing if there is no curve."""
+    chart = figures.LOSS_CHARTS[0]
+    shown = []
+    for axis in ("tokens", "compute", "time"):
+        curves = []
+        for key, label in chart.keys:
+            steps, values = run.series(key)
+            x = axes.place(axis, steps, run.series, run.flops_per_token)
+            if np.isfinite(x).any():
+                curves.append(Curve(label, x, values, points=key.startswith("eval/")))
+        if any(len(curve.values) > 1 for curve in curves):
+            image = figures.draw_curves(curves, chart.ylabel, axis=axis)
+            shown.append(figure(f"Loss over {axes.NAMES[axis]}", READING[axis], image))
+    return grid(shown) if shown else ""
 
 
 def written(samples: Sequence[Sample]) -> str:
@@ -100,10 +193,28 @@ def written(samples: Sequence[Sample]) -> str:
 
 
 def configuration(run: Run) -> str:
-    """Every leaf."""
+    """Every leaf, a section beside the other; what differs from the defaults is marked, and listed first."""
+    settings = settings_of(run.config)
+    chosen = [setting for setting in settings if setting.is_chosen]
+    sections: dict[str, list[Setting]] = {}
+    for setting in settings:
+        sections.setdefault(setting.section, []).append(setting)
+    parts = [
+        f"<div><h3>{html.text(name)}</h3>{_settings_table(of_section)}</div>" for name, of_section in sections.items()
+    ]
+    return (
+        f"<p>{len(chosen)} of {len(settings)} leaves were set to something else than their default. They are marked, "
+        f"with the default below.</p><div class='columns'>{''.join(parts)}</div>"
+    )
 
-    def section(name: str, leaves: Mapping[str, Any]) -> str:
-        rows = [(html.text(key), f"<code>{html.text(json.dumps(value))}</code>") for key, value in leaves.items()]
-        return f"<div><h3>{html.text(name)}</h3>{table((), rows)}</div>"
 
-    return grid(section(*item) for item in run.config.items())
+def _settings_table(settings: Sequence[Setting]) -> str:
+    """Names and values; see `configuration`."""
+    rows = []
+    for setting in settings:
+        value = f"<code>{html.text(json.dumps(setting.value))}</code>"
+        if setting.is_chosen:
+            value += f"<span class='default'>default {html.text(json.dumps(setting.default))}</span>"
+        kind = " class='changed'" if setting.is_chosen else ""
+        rows.append(f"<tr{kind}><th scope='row'>{html.text(setting.name)}</th><td>{value}</td></tr>")
+    return f"<table><tbody>{''.join(rows)}</tbody></table>"

@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Float64, Int64
 
 from moejax.inspection import html
+from moejax.inspection.run_names import arm_name
 from moejax.training.routing_log import RoutingHistory, read_routing
 
 if TYPE_CHECKING:  # imported where they are needed: a run opens without them
@@ -86,6 +87,21 @@ class Run:
         from moejax.training.run_directory import read_config
 
         return read_config(self.workdir)
+
+    @functools.cached_property
+    def flops_per_token(self) -> int | None:
+        """Arithmetic of training for one token, by `moejax.planning.count`; None if the configuration is none today."""
+        from moejax.planning.count import count
+
+        try:
+            return count(self.settings).flops_per_token
+        except (ValueError, ArithmeticError):
+            return None
+
+    @property
+    def name_in_words(self) -> str:
+        """What sets an arm of a sweep apart; the directory's name for other runs."""
+        return arm_name(self.workdir) or self.name
 
     @property
     def keys(self) -> tuple[str, ...]:

@@ -20,11 +20,13 @@ class TokenShare(NamedTuple):
     Attributes:
       token: id.
       num_assignments: times the expert got it.
-      ratio: that over the number expected if routing ignored identity.
+      share: of the token's visits to experts of the layer; at most 1 / K, where each of its K choices is another.
+      ratio: times over the number expected if routing ignored identity.
     """
 
     token: int
     num_assignments: int
+    share: float
     ratio: float
 
 
@@ -97,8 +99,17 @@ def over_represented_tokens(
     ranked = []
     for counts_EV in counts_NEV:
         z_EV, ratio_EV = _surprise(counts_EV)
-        rows = zip(counts_EV, z_EV, ratio_EV, strict=True)
-        ranked.append([_rank(counts_V, z_V, ratio_V, top, min_count) for counts_V, z_V, ratio_V in rows])
+        seen_V = counts_EV.sum(axis=0)
+        of_layer = []
+        for counts_V, z_V, ratio_V in zip(counts_EV, z_EV, ratio_EV, strict=True):
+            chosen = _rank(counts_V, z_V, top, min_count)
+            of_layer.append(
+                [
+                    TokenShare(int(v), int(counts_V[v]), float(counts_V[v] / seen_V[v]), float(ratio_V[v]))
+                    for v in chosen
+                ]
+            )
+        ranked.append(of_layer)
     return ranked
 
 
@@ -122,12 +133,8 @@ def _x_log_ratio(x: Float64[np.ndarray, "E V"], y: Float64[np.ndarray, "E V"]) -
 
 
 def _rank(
-    counts_V: Int[np.ndarray, "V"],
-    z_V: Float64[np.ndarray, "V"],
-    ratio_V: Float64[np.ndarray, "V"],
-    top: int,
-    min_count: int,
-) -> list[TokenShare]:
+    counts_V: Int[np.ndarray, "V"], z_V: Float64[np.ndarray, "V"], top: int, min_count: int
+) -> Int64[np.ndarray, "n"]:
+    """Ids of the tokens that stand out, strongest first; of equal ranks the lower id first."""
     eligible = np.flatnonzero((counts_V >= min_count) & (z_V >= MIN_Z))
-    order = eligible[np.argsort(-z_V[eligible], kind="stable")][:top]  # equal ranks: the lower id first
-    return [TokenShare(int(v), int(counts_V[v]), float(ratio_V[v])) for v in order]
+    return eligible[np.argsort(-z_V[eligible], kind="stable")][:top]

@@ -25,6 +25,7 @@ from moejax.inspection.html import FORBIDDEN
 WIDTH = 4.0  # inches; at 96 px each, a phone shows the figure in its natural size
 PNG_DPI = 200
 MAX_TICKS = 16  # of names below one another
+MEASURED_TICKS = 5  # at most, of evaluations on an x axis
 RATIO_TICKS = ((-2, "¼"), (-1, "½"), (0, "1"), (1, "2"), (2, "4"))
 COLORS = 41  # of a heat map: odd, so that a ratio of 1 is white; few, so that it compresses
 BLUE, ORANGE, GREEN, PURPLE, GREY, DEAD = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#6b7280", "#111111"
@@ -140,10 +141,19 @@ def legend_name(name: str) -> str:
 
 
 def label_steps(axes: Axes, xlabel: str = "training step") -> None:
-    """An x axis of whole numbers, long ones in short."""
+    """An x axis of training, long numbers in short."""
     axes.set_xlabel(xlabel)
-    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=xlabel == "training step"))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: short_number(x)))
+
+
+def tick_at(axes: Axes, places: np.ndarray) -> None:
+    """Ticks of the x axis where something was measured, such as evaluations: all of them, or some evenly spaced ones."""
+    known = np.unique(places[np.isfinite(places)])
+    if known.size:
+        axes.set_xticks(
+            known[np.unique(np.linspace(0, known.size - 1, min(known.size, MEASURED_TICKS)).round().astype(int))]
+        )
 
 
 def heat_map(axes: Axes, values: np.ndarray, edges: np.ndarray | None = None, **look: Any) -> Any:

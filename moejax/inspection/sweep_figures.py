@@ -30,8 +30,9 @@ from moejax.inspection.style import (
     new_figure,
     short_number,
 )
+from moejax.inspection.sweep_effects import AxisEffect
 from moejax.inspection.sweep_scale import Scale, level_name, scale_of
-from moejax.inspection.sweep_tables import Effect
+from moejax.inspection.sweep_tables import key_of
 
 COLORS = (BLUE, ORANGE, GREEN, PURPLE, "#E69F00", "#56B4E9", "#8c6d1f", "#111111")
 DASHES = ("-", "--", "-.", ":") * 2
@@ -44,49 +45,63 @@ NAME_LETTERS = 17
 NEIGHBOUR_LETTERS = 16  # of names side by side, in the mean
 
 
-def draw_effect(effect: Effect, axis: str, metric: str) -> Drawing:
-    """Draws the mean of a metric at each level, with one standard error to both sides where it is known.
+def draw_effect(effect: AxisEffect, axis: str, metric: str) -> Drawing:
+    """Draws the difference of each level from the reference with its 95 % interval, and the reference at zero.
+
+    A difference whose interval holds zero is grey and hollow, so that it does not look like an effect.
 
     Args:
-      effect: at least one level.
+      effect: with at least one difference over several seeds; others are left out.
       axis: name of the axis.
       metric: quantity and unit.
     """
-    table = effect.table
-    scale = scale_of(table["level"])
-    places, means = scale.places(table["level"]), table["mean"].to_numpy(np.float64)
-    errors = table["se"].to_numpy(np.float64)
-    marks: dict[str, Any] = {"color": BLUE, "marker": "o", "ms": 5, "elinewidth": 1.2, "capsize": 3}
+    known = [level for level in effect.others if level.difference.num_seeds > 1]
+    scale = scale_of(level.level for level in effect.levels)
+    (zero,) = scale.places([effect.reference])
     with matplotlib.rc_context(STYLE):
-        figure, axes = new_figure(_height(scale))
-        if scale.is_named:
-            axes.errorbar(means, places, xerr=errors, ls="none", **marks)
-        else:
-            axes.errorbar(places, means, yerr=errors, ls="-" if len(places) <= 2 * MAX_LINES else "none", **marks)
+        figure, axes = new_figure(_height(scale) + 0.25)
+        line = axes.axvline if scale.is_named else axes.axhline
+        line(0, color=GREY, lw=1, ls=(0, (4, 3)), zorder=1)
+        reference = [[0.0], [zero]] if scale.is_named else [[zero], [0.0]]
+        axes.plot(*reference, "D", color="#111111", ms=5, label="reference")
+        for is_told, look in ((True, {"color": BLUE}), (False, {"color": GREY, "mfc": "white"})):
+            shown = [level for level in known if level.difference.is_told_apart == is_told]
+            if not shown:
+                continue
+            places = scale.places([level.level for level in shown])
+            means = np.array([level.difference.mean for level in shown])
+            reach = np.array([level.difference.high - level.difference.mean for level in shown])
+            points = (
+                {"x": means, "y": places, "xerr": reach} if scale.is_named else {"x": places, "y": means, "yerr": reach}
+            )
+            label = "told apart from it" if is_told else "may be noise"
+            axes.errorbar(**points, ls="none", marker="o", ms=5, elinewidth=1.2, capsize=3, label=label, **look)
+        figure.legend(loc="outside upper left", ncols=3, borderaxespad=0.1, columnspacing=1.0, handletextpad=0.4)
         _label(axes, scale, axis, metric)
         return Drawing.of(figure)
 
 
-def draw_interaction(means: pd.DataFrame, axis: str, other: str, metric: str) -> Drawing:
+def draw_interaction(means: pd.DataFrame, axis: str, other: str, metric: str, order: Sequence[Any]) -> Drawing:
     """Draws a metric by the levels of two axes: lines that are not parallel are an interaction.
 
     Args:
-      means: of `sweep_tables.interaction`; a column is a line, at most `MAX_LINES`.
+      means: of `sweep_effects.interaction`; a column is a line, at most `MAX_LINES`.
       axis: name of the index.
       other: name of the columns.
       metric: quantity and unit.
+      order: all levels of the columns' axis in the sweep: a level has one colour in all figures.
     """
     scale = scale_of(means.index)
     places = scale.places(means.index)
+    look_of = {key_of(level): i % MAX_LINES for i, level in enumerate(order)}
     with matplotlib.rc_context(STYLE):
         figure, axes = new_figure(_height(scale) + 0.5)
         labels = [level_name(level) for level in means.columns]
-        for i, label in enumerate(labels):
-            values = means.iloc[:, i].to_numpy(np.float64)
-            is_known = np.isfinite(values)
-            points = (places[is_known], values[is_known])
-            axes.plot(*(points[::-1] if scale.is_named else points), color=COLORS[i], ls=DASHES[i], marker=MARKERS[i],
-                      ms=5, label=label)  # fmt: skip
+        for column, (level, label) in enumerate(zip(means.columns, labels, strict=True)):
+            i = look_of[key_of(level)]
+            values = means.iloc[:, column].to_numpy(np.float64)
+            points = (values, places) if scale.is_named else (places, values)
+            axes.plot(*points, color=COLORS[i], ls=DASHES[i], marker=MARKERS[i], ms=5, label=label)
         columns = max(1, min(len(labels), LEGEND_LETTERS // (max(map(len, labels)) + 6)))
         figure.legend(loc="outside upper left", ncols=columns, borderaxespad=0.1, columnspacing=1.2,
                       title=_name(other, 40), alignment="left", title_fontsize=9)  # fmt: skip
@@ -191,12 +206,15 @@ def draw_front(
     numbers: Sequence[int],
     xlabel: str,
     ylabel: str,
+    *,
+    errors: Float[np.ndarray, "S"],
 ) -> Drawing:
     """Draws what two metrics trade; both are to be low.
 
     Args:
       x: of each setting, finite.
       y: of each setting, finite.
+      errors: standard errors of `y`, drawn as bars; NaN where there is none.
       is_front: no other setting is as low in both and lower in one.
       numbers: of the settings; those of the front are written beside it.
       xlabel: quantity and unit.
@@ -204,6 +222,7 @@ def draw_front(
     """
     with matplotlib.rc_context(STYLE):
         figure, axes = new_figure(2.7)
+        axes.errorbar(x, y, yerr=errors, ls="none", color=GREY, elinewidth=0.8, alpha=0.6, zorder=1.5)
         axes.plot(x[~is_front], y[~is_front], "o", color=GREY, ms=4, alpha=0.6, label="others")
         order = np.flatnonzero(is_front)[np.argsort(x[is_front], kind="stable")]
         axes.step(x[order], y[order], "-", where="post", color=ORANGE, lw=1, zorder=2.5)

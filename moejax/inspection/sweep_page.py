@@ -12,7 +12,8 @@ import pandas as pd
 
 from moejax.inspection import html
 from moejax.inspection.page import Section, details, render_page, table
-from moejax.inspection.sweep_plots import count, effects, fronts, interactions, parallel
+from moejax.inspection.sweep_effect_plots import effects, has_one_seed, interactions
+from moejax.inspection.sweep_plots import count, fronts, parallel
 from moejax.inspection.sweep_scale import level_name
 from moejax.inspection.sweep_settings import (
     METRIC_KEYS,
@@ -23,6 +24,7 @@ from moejax.inspection.sweep_settings import (
     short_names,
 )
 from moejax.inspection.sweep_tables import MATCHED, OVERRIDE, at_fraction, axes_of, levels_of, setting_key
+from moejax.inspection.token_keys import comparison_note
 
 STATUSES = ("done", "stopped", "failed", "pruned")
 MATCHES = {
@@ -35,12 +37,13 @@ MAX_LEVELS = 12  # of an axis, listed
 MAX_OPEN = 20  # rows of a list that is open from the start
 
 
-def build_sweep_page(frame: pd.DataFrame, definition: Mapping[str, Any]) -> str:
+def build_sweep_page(frame: pd.DataFrame, definition: Mapping[str, Any], name: str = "") -> str:
     """Renders the page.
 
     Args:
       frame: rows of the arms that have ended, from `sweep_tables.frame_of`.
       definition: what `sweep.json` holds.
+      name: of the sweep, its title; without one it is the recipe.
 
     Returns:
       An HTML document.
@@ -48,23 +51,29 @@ def build_sweep_page(frame: pd.DataFrame, definition: Mapping[str, Any]) -> str:
     planned = definition["arms"]
     compared, left_out = at_fraction(frame)
     settings = numbered_settings(compared, METRIC_KEYS, planned)
-    axes = short_names(axes_of(settings))
+    axes = short_names(axes_of(compared))
     sections: list[Section] = [("summary", "What was swept", _summary(frame, definition) + _outcome(frame, planned))]
     if len(settings):
         packs = pack_note(compared)
         matched = [str(name) for name in compared.columns if str(name).startswith(MATCHED)]
         sections += [
-            ("settings", "Settings", settings_table(settings, compared, matched)),
-            ("effects", "Effect of each axis", effects(settings, axes, packs)),
-            ("interactions", "Effect of pairs of axes", interactions(settings, axes)),
-            ("parallel", "All settings at once", parallel(settings, axes)),
-            ("fronts", "Loss against drops and time", fronts(settings, axes, packs)),
+            ("settings", "Settings", _token_note(axes) + settings_table(settings, compared, matched, planned)),
+            ("effects", "Effect of each axis", effects(compared, axes, packs)),
+            ("interactions", "Effect of pairs of axes", interactions(compared, axes)),
+            ("parallel", "All settings at once", parallel(settings, axes, has_one_seed(compared))),
+            ("fronts", "Loss against drops and time", fronts(settings, axes, packs, has_one_seed(compared))),
         ]
     else:
         sections.append(("settings", "Settings", "<p>No arm is done, so there is nothing to compare.</p>"))
     sections.append(("left-out", "Arms that are not compared", _left_out(frame, left_out, planned)))
-    title = str(definition.get("recipe") or "Sweep")
-    return render_page(title, "A sweep", sections, kind="sweep", script=SORT_SCRIPT)
+    recipe = str(definition.get("recipe") or "")
+    subtitle = f"A sweep of <code>{html.text(recipe)}</code>" if recipe and name else "A sweep"
+    return render_page(name or recipe or "Sweep", subtitle, sections, kind="sweep", script=SORT_SCRIPT)
+
+
+def _token_note(axes: Mapping[str, str]) -> str:
+    note = comparison_note(axis.removeprefix(OVERRIDE) for axis in axes)
+    return f"<p>{html.text(note)}</p>" if note else ""
 
 
 def _summary(frame: pd.DataFrame, definition: Mapping[str, Any]) -> str:
@@ -76,7 +85,7 @@ def _summary(frame: pd.DataFrame, definition: Mapping[str, Any]) -> str:
     match = str(definition.get("match") or "")
     rows = [
         ("Recipe", html.text(definition.get("recipe") or "not known")),
-        ("Command", f"<code>{html.text(definition.get('command') or 'not known')}</code>"),
+        ("Command", _command(str(definition.get("command") or "not known"))),
         (
             "Arms",
             f"{len(planned)}: {count(len(settings), 'setting')}, "
@@ -92,6 +101,12 @@ def _summary(frame: pd.DataFrame, definition: Mapping[str, Any]) -> str:
     if devices:
         rows.append(("Device" if len(devices) == 1 else "Devices", html.text("; ".join(map(str, devices)))))
     return table((), rows, "facts")
+
+
+def _command(command: str) -> str:
+    """A command whose flags are not broken at their hyphens where a line ends."""
+    words = " ".join(f"<span>{html.text(word)}</span>" for word in command.split())
+    return f"<code>{words}</code>"
 
 
 def _levels(levels: Sequence[Any]) -> str:

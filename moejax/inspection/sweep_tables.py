@@ -1,21 +1,23 @@
-"""What the rows of a sweep say: comparisons at an equal fraction of the schedule, means over seeds, effects, fronts.
+"""What the rows of a sweep say: comparisons at an equal fraction of the schedule, means over seeds, fronts.
 
 A row is an arm. Columns `override/KEY` are the raw axes, what the sweep itself set; arms that agree in all of them but
 `train.seed` are one setting, measured once for each seed. All functions are pure: frames in, frames out.
 """
 
-import dataclasses
 import json
 import math
+import sys
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from moejax.inspection.token_keys import token_keys
+
 OVERRIDE, MATCHED = "override/", "matched/"
 SEED = "override/train.seed"
-LOSS = "final/eval/loss"
+LOSS, BITS = "final/eval/loss", "final/eval/bits_per_byte"
 COLUMNS = ("arm", "config_hash", "status", "error", "seed", "steps", "steps_planned", "fraction", "evaluations")
 TEXTS = ("arm", "config_hash", "status", "error", "git_commit", "versions", "device", "command", "alarm_rules",
          "evaluations")  # fmt: skip
@@ -40,15 +42,18 @@ def frame_of(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
 
 
 def _as_number(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return math.nan
-    return float(value) if math.isfinite(value) else math.nan
+    return float(value) if is_number(value) else math.nan
 
 
 def axes_of(frame: pd.DataFrame) -> list[str]:
     """The raw axes, seeds excluded, on which rows differ; columns of the frame."""
     axes = [str(name) for name in frame.columns if str(name).startswith(OVERRIDE) and name != SEED]
     return [axis for axis in axes if len({key_of(value) for value in frame[axis]}) > 1]
+
+
+def loss_of(arms: pd.DataFrame) -> str:
+    """The column by which arms are compared: the loss in nats per token, or bits per byte where their tokens differ."""
+    return BITS if token_keys(axis.removeprefix(OVERRIDE) for axis in axes_of(arms)) else LOSS
 
 
 def key_of(value: Any) -> Hashable:
@@ -73,8 +78,8 @@ def levels_of(values: Iterable[Any]) -> list[Any]:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a level is a number; True and False are none."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether a level is a finite number, as a float can hold it; True and False are none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and bool(abs(value) <= sys.float_info.max)
 
 
 def at_fraction(frame: pd.DataFrame, fraction: float = 1.0) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -88,8 +93,9 @@ def at_fraction(frame: pd.DataFrame, fraction: float = 1.0) -> tuple[pd.DataFram
       fraction: of the planned steps, above 0 and at most 1.
 
     Returns:
-      The compared arms with the columns `at/step` and `at/eval/loss`; below a fraction of 1 without the columns that
-      tell of an arm's end. And `arm`, `status`, `fraction` and `reason` of those that are left out.
+      The compared arms with the columns `at/step`, `at/eval/loss` and `at/eval/bits_per_byte` (NaN where the record
+      does not tell); below a fraction of 1 without the columns that tell of an arm's end. And `arm`, `status`,
+      `fraction` and `reason` of those that are left out.
 
     Raises:
       ValueError: another fraction.
@@ -104,24 +110,26 @@ def at_fraction(frame: pd.DataFrame, fraction: float = 1.0) -> tuple[pd.DataFram
     if fraction < 1:
         compared = compared.drop(columns=[name for name in frame.columns if str(name).startswith(OF_THE_END)])
     kept = [found for found in evaluated if not isinstance(found, str)]
-    compared["at/step"] = pd.Series([step for step, _ in kept], compared.index, dtype=np.float64)
-    compared["at/eval/loss"] = pd.Series([loss for _, loss in kept], compared.index, dtype=np.float64)
+    for i, name in enumerate(("at/step", "at/eval/loss", "at/eval/bits_per_byte")):
+        compared[name] = pd.Series([found[i] for found in kept], compared.index, dtype=np.float64)
     return compared.reset_index(drop=True), left_out.reset_index(drop=True)
 
 
-def _evaluation(row: Mapping[Any, Any], fraction: float) -> tuple[float, float] | str:
-    """Step and loss, or why there are none."""
+def _evaluation(row: Mapping[Any, Any], fraction: float) -> tuple[float, float, float] | str:
+    """Step, loss and bits per byte, or why there are none."""
     if fraction == 1:
         if row["status"] != "done":
             reached = "" if math.isnan(row["fraction"]) else f" at {row['fraction']:.0%} of its schedule"
             why = f": {row['error']}" if row["error"] else ""
             return f"{row['status']}{reached}{why}"
         loss = row.get(LOSS, math.nan)
-        return "its last evaluation is not finite or absent" if math.isnan(loss) else (row["steps"], loss)
+        if math.isnan(loss):
+            return "its last evaluation is not finite or absent"
+        return row["steps"], loss, row.get(BITS, math.nan)
     wanted = fraction * row["steps_planned"]
-    for _, step, loss in json.loads(row["evaluations"] or "[]"):
+    for _, step, loss, *bits in json.loads(row["evaluations"] or "[]"):
         if abs(step - wanted) <= 0.5:
-            return "its evaluation there is not finite" if loss is None else (step, loss)
+            return "its evaluation there is not finite" if loss is None else (step, loss, _as_number(*(bits or [None])))
     return f"no evaluation at {fraction:g} of its schedule (step {wanted:g})"
 
 
@@ -179,99 +187,6 @@ def over_seeds(frame: pd.DataFrame, metric: str) -> pd.DataFrame:
     names = {metric: "mean", f"{metric}/se": "se", f"{metric}/n": "n"}
     axes = [name for name in found.columns if str(name).startswith(OVERRIDE)]
     return found.rename(columns=names)[[*axes, "n", "mean", "se", "arms"]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Effect:
-    """A metric by level of one axis.
-
-    Attributes:
-      table: a row a level: `level`, `mean` over its cells (each weighs the same, however many seeds it has), `se`, the
-        standard error over the cells (of one cell that over its seeds: NaN if it has one), and `cells`, their number.
-      is_balanced: see `is_balanced`.
-      num_unset: settings without this axis, which are left out.
-    """
-
-    table: pd.DataFrame
-    is_balanced: bool
-    num_unset: int
-
-
-def main_effect(settings: pd.DataFrame, metric: str, axis: str) -> Effect:
-    """Means of a metric by level of an axis, over the cells of the other axes.
-
-    Args:
-      settings: of `settings_of`; a cell is a setting with a finite mean.
-      metric: a metric of it.
-      axis: a column `override/KEY` of it.
-    """
-    known = settings[np.isfinite(settings[metric])]
-    is_set = np.array([key_of(level) is not None for level in known[axis]], bool)
-    num_unset, known = int((~is_set).sum()), known[is_set]
-    keys = [key_of(level) for level in known[axis]]
-    rows = []
-    for level in levels_of(known[axis]):
-        of_level = known[[key == key_of(level) for key in keys]]
-        mean, error, n = _summary(of_level[metric].to_numpy())
-        rows.append((level, mean, float(of_level[f"{metric}/se"].iloc[0]) if n == 1 else error, n))
-    table = pd.DataFrame(rows, columns=["level", "mean", "se", "cells"])
-    return Effect(table.astype({"level": object}), is_balanced(settings, metric, [axis]), num_unset)
-
-
-def is_balanced(settings: pd.DataFrame, metric: str, axes: Sequence[str]) -> bool:
-    """Whether means by the levels of some axes are over the same cells of all others, so differ in those alone.
-
-    Args:
-      settings: of `settings_of`; those that lack the metric or one of the axes are left out.
-      metric: a metric of it.
-      axes: columns of it; combinations of their levels that no setting has are not looked at.
-    """
-    others = [name for name in axes_of(settings) if name not in axes]
-    cells: dict[tuple[Hashable, ...], set[tuple[Hashable, ...]]] = {}
-    for row in settings[np.isfinite(settings[metric])].to_dict("records"):
-        levels = tuple(key_of(row[axis]) for axis in axes)
-        if None not in levels:
-            cells.setdefault(levels, set()).add(tuple(key_of(row[other]) for other in others))
-    first, *rest = cells.values() or [set()]
-    return all(cell == first for cell in rest)
-
-
-def interaction(settings: pd.DataFrame, metric: str, one: str, other: str) -> pd.DataFrame:
-    """Means of a metric by the levels of two axes, over the cells of all others, each of the same weight.
-
-    Args:
-      settings: of `settings_of`; those that lack one of the axes are left out.
-      metric: a metric of it.
-      one: the axis whose levels are the index.
-      other: the axis whose levels are the columns.
-
-    Returns:
-      NaN where no setting has both levels.
-    """
-    rows, columns = levels_of(settings[one]), levels_of(settings[other])
-    found: dict[tuple[Hashable, Hashable], list[float]] = {}
-    for row in settings[[one, other, metric]].to_dict("records"):
-        if math.isfinite(row[metric]):
-            found.setdefault((key_of(row[one]), key_of(row[other])), []).append(row[metric])
-    means = [[float(np.mean(found.get((key_of(r), key_of(c)), [np.nan]))) for c in columns] for r in rows]
-    return pd.DataFrame(means, index=pd.Index(rows, dtype=object), columns=pd.Index(columns, dtype=object))
-
-
-def strength(means: pd.DataFrame) -> float:
-    """How far the cells of an `interaction` are from a sum of two effects: the largest residual.
-
-    Only a table without holes is judged: the rows that have one are left out, or the columns, whichever leaves more.
-    NaN if two rows and two columns are not left.
-    """
-    cells = means.to_numpy(np.float64)
-    is_known = np.isfinite(cells)
-    whole = [cells[is_known.all(axis=1)], cells[:, is_known.all(axis=0)]]
-    judged = [part for part in whole if min(part.shape) >= 2]
-    if not judged:
-        return math.nan
-    cells = max(judged, key=np.size)
-    sums = cells.mean(axis=1, keepdims=True) + cells.mean(axis=0, keepdims=True) - cells.mean()
-    return float(np.abs(cells - sums).max())
 
 
 def pareto_front(settings: pd.DataFrame, metrics: Sequence[str]) -> np.ndarray:

@@ -15,6 +15,7 @@ from jaxtyping import Float, Float32, Int, Int32
 
 from moejax.data.packing import FEATURES
 from moejax.inspection import show_trace
+from moejax.seeds import check_seed
 
 if TYPE_CHECKING:  # imported where they are needed: a trace can be looked at without a model
     import pandas as pd
@@ -220,6 +221,7 @@ def spread_rows(num_rows: int, max_rows: int | None, seed: int) -> Int[np.ndarra
     if max_rows is None or max_rows >= num_rows:
         return np.arange(num_rows)
     edges = np.linspace(0, num_rows, max_rows + 1).astype(int)
+    check_seed("seed", seed)
     return np.random.default_rng(seed).integers(edges[:-1], edges[1:])
 
 

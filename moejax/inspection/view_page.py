@@ -1,14 +1,16 @@
 """What the page of `moejax view` says in HTML. All that comes from a run is escaped."""
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 
 from moejax.inspection import html
 from moejax.inspection.figures import Chart
-from moejax.inspection.live import LiveRun, RunState, age
-from moejax.inspection.view_plots import color
+from moejax.inspection.live import LiveRun, age
+from moejax.inspection.run_paths import RunPathError, open_file
 
+REPORT = "report.html"
+MAX_LINKS = 8  # named
 MAX_REPORT = 2**25  # bytes; a report has less than a megabyte
 COLUMNS = ("Run", "Steps", "Written", "Validation loss", "Bits per byte", "Tokens/s", "Alarms")
 INK = """
@@ -25,24 +27,23 @@ p{{margin:.1rem 0;max-width:46rem}}
 .soft{{color:var(--soft);font-size:.875rem}}
 .bad{{color:var(--bad);overflow-wrap:anywhere}}
 code{{font:.85rem ui-monospace,"DejaVu Sans Mono",Menlo,Consolas,monospace;overflow-wrap:anywhere}}
-table{{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}}
-th,td{{padding:.3rem .9rem .3rem 0;border-bottom:1px solid var(--line);text-align:left;vertical-align:top}}
-thead th{{color:var(--soft);font-weight:600}}
-tbody th{{font-weight:600;overflow-wrap:anywhere}}
+code.command span{{display:inline-block;max-width:100%;word-break:break-all}}
+.run{{display:grid;grid-template-columns:minmax(0,2.4fr) repeat(5,minmax(0,1fr)) minmax(0,1.6fr);gap:0 .9rem;
+padding:.25rem 0;border-bottom:1px solid var(--line);font-variant-numeric:tabular-nums}}
+.run>*{{min-width:0;overflow-wrap:anywhere}}
+.head{{color:var(--soft);font-weight:600;padding-left:1.7rem}}
 i{{display:inline-block;width:.7rem;height:.7rem;margin-right:.4rem;border-radius:.15rem}}
-.runs{{max-height:24rem;overflow:auto}}
 iframe{{display:block;width:100%;height:85vh;border:1px solid var(--line);border-radius:.4rem;background:transparent}}
 @media(prefers-color-scheme:dark){{i{{filter:invert(.91) hue-rotate(180deg)}}}}
 @media(max-width:44rem){{
-thead{{display:none}}
-tr{{display:grid;grid-template-columns:1fr 1fr;gap:0 1rem;padding:.5rem 0;border-bottom:1px solid var(--line)}}
-tbody th,td.wide{{grid-column:1/-1}}
-th,td{{border:0;padding:.05rem 0}}
-td[data-name]:before{{content:attr(data-name) ": ";color:var(--soft)}}
+.head{{display:none}}
+.run{{grid-template-columns:1fr 1fr}}
+.run strong,.run .wide{{grid-column:1/-1}}
+.run [data-name]:before{{content:attr(data-name) ": ";color:var(--soft)}}
 }}
 """
 CHOICE_STYLE = f"""{INK}
-.bk-input-group{{display:flex;flex-flow:row wrap;gap:.2rem 1.1rem;max-height:9rem;overflow:auto}}
+.bk-input-group{{display:flex;flex-flow:row wrap;gap:.2rem 1.1rem}}
 .bk-input-group:before{{color:var(--soft)}}
 .bk-input-group label{{margin:0!important;overflow-wrap:anywhere}}
 label input{{accent-color:#0b62a8}}
@@ -63,23 +64,27 @@ body{padding:1rem!important;background:#fff}
 @media(prefers-color-scheme:dark){html,body{background:#171717}}</style>{% endblock %}"""
 
 
-def heading(folder: Path, num_runs: int, *, is_behind: bool) -> str:
-    """What is viewed."""
+def heading(folder: Path, num_runs: int, links: Sequence[str] = (), *, is_behind: bool) -> str:
+    """What is viewed, and what is not for it is elsewhere."""
     runs = "1 run" if num_runs == 1 else f"{num_runs:,} runs"
     more = " Reading what was logged so far." if is_behind else ""
     if not num_runs:
         more = " A run appears here once <code>moejax train</code> has begun it in a folder below."
+    if links:
+        shown = ", ".join(f"<code>{html.text(link)}</code>" for link in links[:MAX_LINKS])
+        rest = f" and {len(links) - MAX_LINKS} more" if len(links) > MAX_LINKS else ""
+        more += f" Not followed, for they are links that lead out of this folder: {shown}{rest}."
     return f"<h1>moejax view</h1><p class='soft'>{runs} in <code>{html.text(folder)}</code>.{more}</p>"
 
 
-def runs_table(runs: Mapping[str, LiveRun]) -> str:
-    """A row for each run; on a phone, a card."""
-    head = "".join(f'<th scope="col">{column}</th>' for column in COLUMNS)
-    rows = "".join(_row(name, color(run), run.state) for name, run in runs.items())
-    return f'<div class="runs"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>' if rows else ""
+def runs_head() -> str:
+    """Titles of the columns of runs; a phone shows them in each row."""
+    return f"<div class='run head'>{''.join(f'<span>{column}</span>' for column in COLUMNS)}</div>"
 
 
-def _row(name: str, swatch: str, state: RunState) -> str:
+def run_row(run: LiveRun) -> str:
+    """What is said of a run in the list of them; on a phone, a card."""
+    state = run.state
     of_all = "" if state.num_steps is None else f" of {state.num_steps:,}"
     values = (
         f"{state.steps:,}{of_all}",
@@ -88,10 +93,29 @@ def _row(name: str, swatch: str, state: RunState) -> str:
         number(state.bits_per_byte),
         number(state.tokens_per_s),
     )
-    cells = "".join(f'<td data-name="{name}">{value}</td>' for name, value in zip(COLUMNS[1:6], values, strict=True))
+    cells = "".join(
+        f'<span data-name="{name}">{value}</span>' for name, value in zip(COLUMNS[1:6], values, strict=True)
+    )
     notes = [f'<div class="bad">{html.text(text)}</div>' for text in (*state.alarms, state.problem) if text]
-    last = f'<td class="wide">{"".join(notes)}</td>' if notes else f'<td data-name="{COLUMNS[6]}">none</td>'
-    return f'<tr><th scope="row"><i style="background:{swatch}"></i>{html.text(name)}</th>{cells}{last}</tr>'
+    last = f'<div class="wide">{"".join(notes)}</div>' if notes else f'<span data-name="{COLUMNS[6]}">none</span>'
+    swatch = f'<i style="background:{run.color}"></i>'
+    return f'<div class="run"><strong>{swatch}{html.text(run.name)}</strong>{cells}{last}</div>'
+
+
+def left_out(num_listed: int, num_runs: int) -> str:
+    """Says that the list of runs is not all of them."""
+    if num_listed == num_runs:
+        return ""
+    return (
+        f"<p class='soft'>{num_listed:,} of {num_runs:,} runs are listed: those shown, and the newest. Type a part of a "
+        "name for others.</p>"
+    )
+
+
+def constants(found: Sequence[tuple[Chart, float]]) -> str:
+    """Says what is the same throughout, in place of charts."""
+    listed = ", ".join(f"{html.text(chart.title.lower())} {number(value)}" for chart, value in found)
+    return f"<p class='soft'>The same in all runs shown, throughout: {listed}.</p>" if found else ""
 
 
 def chart_text(chart: Chart, caption: str) -> str:
@@ -111,21 +135,23 @@ def problem(text: str) -> str:
     return f'<p class="bad">{html.text(text)}</p>'
 
 
-def report_frame(name: str, workdir: Path) -> str:
+def report_frame(run: LiveRun) -> str:
     """The run's report in a frame that runs no script and fetches nothing; the command for it if it is absent."""
-    path = workdir / "report.html"
-    command = f"moejax report --workdir={shlex.quote(str(workdir))}"
+    path = run.workdir / REPORT
+    command = f"moejax report --workdir={shlex.quote(str(run.workdir))}"
     try:
-        with path.open("rb") as file:
+        with open_file(run.workdir, REPORT) as file:
             page = file.read(MAX_REPORT + 1)
     except FileNotFoundError:
-        return f"<p>{html.text(name)} has no report yet. This makes one: <code>{html.text(command)}</code></p>"
+        return f"<p>{html.text(run.name)} has no report yet. This makes one: {html.command(command)}</p>"
     except OSError as error:
         return problem(f"{path} cannot be read: {error.strerror}")
+    except RunPathError as error:
+        return problem(str(error))
     if len(page) > MAX_REPORT:
         return problem(f"{path} has more than {MAX_REPORT:,} bytes, which is no report; make it again: {command}")
     text = html.text(page.decode(errors="replace"))
-    return f'<iframe sandbox="" title="Report of {html.text(name)}" srcdoc="{text}"></iframe>'
+    return f'<iframe sandbox="" title="Report of {html.text(run.name)}" srcdoc="{text}"></iframe>'
 
 
 def number(value: float | None) -> str:

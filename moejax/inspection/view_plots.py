@@ -25,19 +25,13 @@ from bokeh.plotting import figure
 from jaxtyping import Int
 
 from moejax.inspection import figures
+from moejax.inspection.axes import AXES, place
 from moejax.inspection.figures import Chart
-from moejax.inspection.live import LiveRun, tokens_at
-from moejax.inspection.style import BLUE, DEAD, GREEN, GREY, ORANGE, PURPLE, RATIO_TICKS
+from moejax.inspection.live import LiveRun
+from moejax.inspection.style import DEAD, GREY, RATIO_TICKS
 
-COLORS = (BLUE, ORANGE, GREEN, PURPLE, "#56B4E9", "#B07C00", "#6A3D9A", GREY)  # of runs, over and over
 DASHES = ("solid", "dashed", "dotdash", "dotted")  # of a chart's metrics
-AXES = {"steps": "training step", "tokens": "tokens trained on"}
 WHITE = "#ffffff"
-
-
-def color(run: LiveRun) -> str:
-    """Of the run's curves."""
-    return COLORS[run.number % len(COLORS)]
 
 
 def charts_of(runs: Iterable[LiveRun]) -> tuple[Chart, ...]:
@@ -58,7 +52,7 @@ def columns(run: LiveRun, key: str, axis: str) -> dict[str, np.ndarray]:
       axis: one of `AXES`.
     """
     steps, values = figures.thin(*run.metrics.points(key))
-    x = steps.astype(float) if axis == "steps" else tokens_at(run.metrics, steps)
+    x = place(axis, steps, run.metrics.points, run.run.flops_per_token if run.run else None)
     return {"step": steps, "x": x, "y": values}
 
 
@@ -117,14 +111,21 @@ class CurvePlot:
         source = self._sources[name, key]
         if _is_points(key):
             return plot.scatter(
-                "x", "y", source=source, size=7, color=color(run), line_color=WHITE, line_width=0.7, name=name
+                "x", "y", source=source, size=7, color=run.color, line_color=WHITE, line_width=0.7, name=run.name
             )
         if len(source.data["x"]) == 1:  # a line through one point shows nothing
-            return plot.scatter("x", "y", source=source, size=5, color=color(run), name=name)
-        return plot.line("x", "y", source=source, color=color(run), line_width=2, line_dash=DASHES[i], name=name)
+            return plot.scatter("x", "y", source=source, size=5, color=run.color, name=run.name)
+        return plot.line("x", "y", source=source, color=run.color, line_width=2, line_dash=DASHES[i], name=run.name)
 
     def _bounds(self) -> dict[str, Any]:
         return {"start": 0} if self.chart.from_zero else {}
+
+
+def constant(chart: Chart, runs: Mapping[str, LiveRun]) -> float | None:
+    """The one value that the chart's metrics have had in all runs, twice or more in one of them; else None."""
+    values = [run.metrics.points(key)[1] for run in runs.values() for key, _ in chart.keys]
+    is_repeated = any(len(values_S) > 1 for values_S in values)
+    return figures.only_value(values) if is_repeated else None
 
 
 def signature(chart: Chart, runs: Mapping[str, LiveRun]) -> tuple[Any, ...]:

@@ -16,13 +16,20 @@ from jax import lax
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Float, Int
 
+from moejax.kernels.arrays import takes_numpy
 from moejax.kernels.grouped_matmul.arms import each_arm, merge, split
 from moejax.kernels.tiles import Groups, put, take
 from moejax.kernels.varying import empty_varying_like, vary_alike, zeros_varying_like
 
+
+class SecondDerivativeError(ValueError):
+    """A derivative that is of too high an order."""
+
+
 Activate = Callable[[list[jax.Array]], jax.Array]
 
 
+@takes_numpy
 def feed_forward(
     x_TD: Float[Array, "T D"],
     weights_TK: Float[Array, "T K"],
@@ -57,6 +64,7 @@ def feed_forward(
 
     Raises:
       ValueError: too few spare rows.
+      SecondDerivativeError: while its gradients are differentiated.
     """
     num_rows, num_needed = choice_R.shape[0], (max_rows or weights_TK.size) + sizes[-1]
     if num_rows < num_needed:
@@ -69,19 +77,25 @@ def feed_forward(
     return _feed_forward(activate, sizes, *arrays, starts_E)
 
 
-def add_rows(x_RD: Float[Array, "R D"], row_TK: Int[Array, "T K"]) -> Float[Array, "T D"]:
-    """For each token the sum of its rows; those out of range add nothing.
+def add_rows(
+    x_RD: Float[Array, "R D"], row_TK: Int[Array, "T K"], weights_TK: Float[Array, "T K"] | None = None
+) -> Float[Array, "T D"]:
+    """For each token the sum of its rows, times their weights if there are any; those out of range add nothing.
 
-    A gather for each of the K: XLA:CPU does not fuse one gather of all with the sum, which takes three times as long.
+    Products and sums are float32, and the result has the dtype of the rows. A gather for each of the K: XLA:CPU does
+    not fuse one gather of all with the sum, which takes three times as long.
     """
 
     def add(k, sum_TD):
         row_T = lax.dynamic_index_in_dim(row_TK, k, axis=1, keepdims=False)
-        return sum_TD + x_RD.at[row_T].get(mode="fill", fill_value=0)
+        rows_TD = _wide(x_RD.at[row_T].get(mode="fill", fill_value=0))
+        if weights_TK is not None:
+            rows_TD *= _wide(lax.dynamic_slice_in_dim(weights_TK, k, 1, axis=1))
+        return sum_TD + rows_TD
 
     num_tokens, top_k = row_TK.shape
-    zeros_TD = zeros_varying_like(x_RD, (num_tokens, x_RD.shape[1]), x_RD.dtype)
-    return lax.fori_loop(0, top_k, add, zeros_TD, unroll=min(8, top_k))
+    zeros_TD = zeros_varying_like(x_RD, (num_tokens, x_RD.shape[1]), jnp.float32)
+    return lax.fori_loop(0, top_k, add, zeros_TD, unroll=min(8, top_k)).astype(x_RD.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -96,11 +110,25 @@ def _forward(activate, sizes, *arrays):
 
 def _backward(activate, sizes, residuals, dy_TD):
     projected_RP, arrays = residuals
-    gradients = _over_arms(functools.partial(_backward_pass, activate, sizes), *arrays, projected_RP, dy_TD)
-    return *gradients, None, None, None, None
+    return *_gradients(activate, sizes, *arrays, projected_RP, dy_TD), None, None, None, None
 
 
 _feed_forward.defvjp(_forward, _backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _gradients(activate, sizes, *arrays):
+    return _over_arms(functools.partial(_backward_pass, activate, sizes), *arrays)
+
+
+def _refuse(activate, sizes, *arrays):
+    raise SecondDerivativeError(
+        "moe.grouped_matmul=tiled: its pass from tokens to tokens has first derivatives only; for second ones use "
+        "moe.grouped_matmul=padded"
+    )
+
+
+_gradients.defvjp(_refuse, _refuse)
 
 
 def _over_arms(function, x_TD, weights_TK, gate_up_EDP, down_EFD, row_TK, choice_R, sizes_E, starts_E, *others):

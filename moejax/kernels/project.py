@@ -8,7 +8,12 @@ from jax.typing import DTypeLike
 
 
 def project(
-    x: jax.Array, weight: jax.Array, *, num_contracted: int = 1, out_dtype: DTypeLike | None = None
+    x: jax.Array,
+    weight: jax.Array,
+    *,
+    num_contracted: int = 1,
+    out_dtype: DTypeLike | None = None,
+    precision: str | None = None,
 ) -> jax.Array:
     """Contracts the last axes of `x` with the first axes of `weight`.
 
@@ -20,6 +25,7 @@ def project(
       weight: `[*contracted, *features]`.
       num_contracted: how many axes are contracted.
       out_dtype: of the result, in which it is accumulated; the dtype of `x` by default.
+      precision: of `jax.lax.Precision`; without "highest", accelerators round float32 before they multiply it.
 
     Returns:
       `[*tokens, *features]`.
@@ -27,5 +33,5 @@ def project(
     tokens = x.shape[: x.ndim - num_contracted]
     contracted, features = weight.shape[:num_contracted], weight.shape[num_contracted:]
     x_TP, weight_PQ = x.reshape(-1, math.prod(contracted)), weight.reshape(math.prod(contracted), -1)
-    y = jnp.matmul(x_TP, weight_PQ, preferred_element_type=out_dtype)
+    y = jnp.matmul(x_TP, weight_PQ, preferred_element_type=out_dtype, precision=precision)
     return y.reshape(*tokens, *features)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from moejax.config import MoeConfig
+from moejax.kernels.arrays import takes_numpy
 from moejax.moe.stats import RoutingStats
 
 
@@ -28,6 +29,7 @@ class AuxiliaryLoss:
     term_N: jax.Array
 
 
+@takes_numpy
 def auxiliary_losses(stats: RoutingStats, config: MoeConfig) -> dict[str, AuxiliaryLoss]:
     """The losses of a configuration by name: `balance` and `z` always, the others where their weight is above 0."""
     found = {}
@@ -40,6 +42,7 @@ def auxiliary_losses(stats: RoutingStats, config: MoeConfig) -> dict[str, Auxili
     return found
 
 
+@takes_numpy
 def balance_loss(stats: RoutingStats) -> Float[Array, "N"]:
     """The load-balancing loss of GShard and Switch, 1 at perfect balance and at most E/K.
 
@@ -54,6 +57,7 @@ def balance_loss(stats: RoutingStats) -> Float[Array, "N"]:
     return _balance(load_fractions(stats), stats)
 
 
+@takes_numpy
 def in_convention(balance_N: Float[Array, "N"], stats: RoutingStats, convention: str) -> Float[Array, "N"]:
     """A balance loss as another codebase counts it, so that its coefficient can be carried over.
 
@@ -72,11 +76,13 @@ def in_convention(balance_N: Float[Array, "N"], stats: RoutingStats, convention:
     return balance_N * factors[convention]
 
 
+@takes_numpy
 def cv_squared(values_NE: Float[Array, "N E"]) -> Float[Array, "N"]:
     """Squared coefficient of variation over experts. Shazeer et al. 2017, equation 7."""
     return values_NE.var(axis=-1) / (values_NE.mean(axis=-1) ** 2 + 1e-10)
 
 
+@takes_numpy
 def z_loss(stats: RoutingStats) -> Float[Array, "N"]:
     """Mean over tokens of logsumexp(logits)^2, which keeps router logits small.
 
@@ -85,11 +91,13 @@ def z_loss(stats: RoutingStats) -> Float[Array, "N"]:
     return stats.z / _tokens(stats)
 
 
+@takes_numpy
 def load_fractions(stats: RoutingStats) -> Float[Array, "N E"]:
     """Fraction of all choices that fell on each expert, before dropping; rows sum to 1."""
     return _fractions(stats.assignments_E)
 
 
+@takes_numpy
 def routing_metrics(stats: RoutingStats) -> dict[str, Float[Array, "N"]]:
     """Metrics of each layer.
 
@@ -146,6 +154,7 @@ LOSSES: dict[str, Callable[[RoutingStats], jax.Array]] = {
 """Each auxiliary loss; its weight is the knob, and the leaf of `moe`, of its name and `_weight`."""
 
 
+@takes_numpy
 def update_bias(
     bias_NE: Float[Array, "N E"], assignments_NE: Int[Array, "N E"], rate: Float[Array, ""], *, is_centered: bool
 ) -> Float[Array, "N E"]:
@@ -164,21 +173,25 @@ def update_bias(
     return bias_NE - bias_NE.mean(axis=-1, keepdims=True) if is_centered else bias_NE
 
 
-def update_quantiles(offers_NTE: Float[Array, "N T E"], top_k: int) -> Float[Array, "N E"]:
+@takes_numpy
+def update_quantiles(
+    offers_NTE: Float[Array, "N T E"], num_tokens_N: Float[Array, "N"], top_k: int
+) -> Float[Array, "N E"]:
     """The selection bias with which each expert would have been chosen by its share of the tokens: minus beta, centred.
 
     beta_e is the (T K / E + 1)-th largest offer to expert e among the T real tokens. It is found bit by bit from
     counts, so that tokens may lie on any number of devices and none has to move.
 
     Args:
-      offers_NTE: of the whole global batch, from `estimates.offers`; -inf at padding.
+      offers_NTE: of the whole global batch, from `estimates.offers`; -inf at padding. What is not a number concerns
+        its own expert alone.
+      num_tokens_N: how many of the tokens are no padding; the same for every layer.
       top_k: experts per token, K.
 
     Source: quantile balancing, 2026.
     """
     num_experts = offers_NTE.shape[-1]
-    tokens_N = jnp.isfinite(offers_NTE[:, :, 0]).sum(axis=1)
-    rank_N1 = (tokens_N * top_k // num_experts + 1)[:, None]
+    rank_N1 = (num_tokens_N.astype(jnp.int32) * top_k // num_experts + 1)[:, None]
     # Floats in the order of unsigned integers: flip all bits of negative ones, the sign bit of the others.
     bits_NTE = jax.lax.bitcast_convert_type(offers_NTE, jnp.uint32)
     sign = jnp.uint32(1 << 31)
@@ -196,6 +209,7 @@ def update_quantiles(offers_NTE: Float[Array, "N T E"], top_k: int) -> Float[Arr
     return beta_NE.mean(axis=-1, keepdims=True) - beta_NE
 
 
+@takes_numpy
 def update_idle_steps(idle_NE: Int[Array, "N E"], assignments_NE: Int[Array, "N E"]) -> Int[Array, "N E"]:
     """Steps since each expert was last chosen."""
     return jnp.where(assignments_NE > 0, 0, idle_NE + 1)

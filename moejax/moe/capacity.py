@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from moejax.kernels.arrays import takes_numpy
 from moejax.kernels.varying import vary_alike, zeros_varying_like
 
 
@@ -31,6 +32,7 @@ class Admission:
     is_moved_TK: jax.Array
 
 
+@takes_numpy
 def admit(
     experts_TK: Int[Array, "T K"],
     ranking_TE: Float[Array, "T E"] | None,
@@ -123,6 +125,7 @@ def capacity_slots(capacity_factor: float, top_k: int, tokens_per_group: int, nu
     return int(min(tokens_per_group, max(1, -(-share // num_experts))))
 
 
+@takes_numpy
 def capacity_limit(
     capacity_factor: Float[Array, ""], top_k: int, tokens_per_group: int, num_experts: int
 ) -> Int[Array, ""]:

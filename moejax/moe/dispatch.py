@@ -1,16 +1,20 @@
 """Dispatch and combine on one device: tokens become rows grouped by expert, and rows become tokens again.
 
 Both movements are permutations (up to repetition and dropping), so both directions are gathers, and the transpose of
-each is a gather by the inverse indices: own VJPs spare XLA's scatter-add.
+each is a gather by the inverse indices: own VJPs spare XLA's scatter-add. Combine weights are float32 whatever the
+dtype of the rows, and so are products with them and sums over a token's choices, which are rounded once, at the end.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from moejax.kernels.varying import vary_alike
+from moejax.kernels.arrays import takes_numpy
+from moejax.kernels.feed_forward import add_rows
+from moejax.kernels.varying import vary_alike, zeros_varying_like
 
 
 @jax.tree_util.register_dataclass
@@ -32,6 +36,7 @@ class Plan:
     expert_R: jax.Array
 
 
+@takes_numpy
 def plan_dropless(
     experts_TK: Int[Array, "T K"], num_experts: int, spare_rows: int = 0, max_rows: int | None = None
 ) -> Plan:
@@ -59,6 +64,7 @@ def plan_dropless(
     )
 
 
+@takes_numpy
 def plan_capacity(experts_BLK: Int[Array, "B L K"], num_experts: int, slots: int) -> Plan:
     """Rows in slots `[E, B, C]`: each expert takes its first choices of each sequence and drops the rest.
 
@@ -100,11 +106,13 @@ def plan_capacity(experts_BLK: Int[Array, "B L K"], num_experts: int, slots: int
     )
 
 
+@takes_numpy
 def dispatch(x_TD: Float[Array, "T D"], plan: Plan) -> Float[Array, "R D"]:
     """Copies each token to the rows of its choices; empty rows are zeros."""
     return _dispatch(vary_alike(x_TD, plan.choice_R)[0], plan)
 
 
+@takes_numpy
 def add_up(y_RD: Float[Array, "R D"], plan: Plan) -> Float[Array, "T D"]:
     """Adds up each token's rows, with no weights: the transpose of `dispatch`, which keeps no rows for a gradient."""
     return _add_up(vary_alike(y_RD, plan.row_TK)[0], plan)
@@ -117,13 +125,14 @@ def _dispatch(x_TD, plan):
 
 @jax.custom_vjp
 def _add_up(y_RD, plan):
-    return _gather(y_RD, plan.row_TK).sum(axis=1)
+    return add_rows(y_RD, plan.row_TK)
 
 
 _dispatch.defvjp(lambda x_TD, plan: (_dispatch(x_TD, plan), plan), lambda plan, dy_RD: (_add_up(dy_RD, plan), None))
 _add_up.defvjp(lambda y_RD, plan: (_add_up(y_RD, plan), plan), lambda plan, dy_TD: (_dispatch(dy_TD, plan), None))
 
 
+@takes_numpy
 def dispatch_weights(weights_TK: Float[Array, "T K"], plan: Plan) -> Float[Array, "R"]:
     """The weight of the choice in each row; 0 in empty rows."""
     # Each choice is a token of one choice: the same movement with K = 1.
@@ -131,15 +140,16 @@ def dispatch_weights(weights_TK: Float[Array, "T K"], plan: Plan) -> Float[Array
     return dispatch(weights_TK.reshape(-1, 1), choices)[:, 0]
 
 
+@takes_numpy
 def combine(y_RD: Float[Array, "R D"], weights_TK: Float[Array, "T K"], plan: Plan) -> Float[Array, "T D"]:
     """Adds up each token's rows with their weights; a choice without a row adds nothing."""
-    return _combine(*vary_alike(y_RD, weights_TK), plan)
+    y_RD, weights_TK, _ = vary_alike(y_RD, weights_TK, plan.row_TK)
+    return _combine(y_RD, weights_TK, plan)
 
 
 @jax.custom_vjp
 def _combine(y_RD, weights_TK, plan):
-    y_TKD = _gather(y_RD, plan.row_TK)
-    return jnp.einsum("TK,TKD->TD", weights_TK.astype(y_RD.dtype), y_TKD)
+    return add_rows(y_RD, plan.row_TK, weights_TK)
 
 
 def _combine_forward(y_RD, weights_TK, plan):
@@ -149,13 +159,52 @@ def _combine_forward(y_RD, weights_TK, plan):
 def _combine_backward(residuals, dy_TD):
     y_RD, weights_TK, plan = residuals
     top_k = weights_TK.shape[1]
-    weight_R = _gather(weights_TK.reshape(-1), plan.choice_R)
-    dy_RD = weight_R[:, None].astype(dy_TD.dtype) * _gather(dy_TD, plan.choice_R // top_k)
-    dweights_TK = jnp.einsum("TD,TKD->TK", dy_TD, _gather(y_RD, plan.row_TK), preferred_element_type=jnp.float32)
-    return dy_RD, dweights_TK.astype(weights_TK.dtype), None
+    weight_R1 = _gather(weights_TK.reshape(-1), plan.choice_R)[:, None].astype(jnp.float32)
+    dy_RD = weight_R1 * _gather(dy_TD, plan.choice_R // top_k).astype(jnp.float32)
+    y_TKD = _gather(y_RD, plan.row_TK)
+    dweights_TK = jnp.einsum("TD,TKD->TK", dy_TD, y_TKD, precision="highest", preferred_element_type=jnp.float32)
+    return dy_RD.astype(y_RD.dtype), dweights_TK.astype(weights_TK.dtype), None
 
 
 _combine.defvjp(_combine_forward, _combine_backward)
+
+
+@takes_numpy
+def take_slots(x_BLD: Float[Array, "B L D"], positions_BEC: Int[Array, "B E C"]) -> Float[Array, "B E C D"]:
+    """The token of each slot, where experts choose; zeros in empty ones, whose position is L."""
+    return _take_slots(*vary_alike(x_BLD, positions_BEC), x_BLD.shape[1])
+
+
+@takes_numpy
+def add_slots(
+    y_BECD: Float[Array, "B E C D"], positions_BEC: Int[Array, "B E C"], length: int
+) -> Float[Array, "B L D"]:
+    """Adds up the slots of each token in float32, in the dtype of the slots: the transpose of `take_slots`."""
+    return _add_slots(*vary_alike(y_BECD, positions_BEC), length)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _take_slots(x_BLD, positions_BEC, length):
+    return jax.vmap(_gather)(x_BLD, positions_BEC)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _add_slots(y_BECD, positions_BEC, length):
+    def add_sequence(y_ECD, positions_EC):
+        zeros_LD = zeros_varying_like(y_ECD, (length, y_ECD.shape[-1]), jnp.float32)
+        return zeros_LD.at[positions_EC].add(y_ECD.astype(jnp.float32), mode="drop")
+
+    return jax.vmap(add_sequence)(y_BECD, positions_BEC).astype(y_BECD.dtype)
+
+
+_take_slots.defvjp(
+    lambda x_BLD, positions_BEC, length: (_take_slots(x_BLD, positions_BEC, length), positions_BEC),
+    lambda length, positions_BEC, dx_BECD: (_add_slots(dx_BECD, positions_BEC, length), None),
+)
+_add_slots.defvjp(
+    lambda y_BECD, positions_BEC, length: (_add_slots(y_BECD, positions_BEC, length), positions_BEC),
+    lambda length, positions_BEC, dy_BLD: (_take_slots(dy_BLD, positions_BEC, length), None),
+)
 
 
 def _gather(x, index):

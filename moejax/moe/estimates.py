@@ -5,9 +5,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from moejax.config import MoeConfig
+from moejax.kernels.arrays import takes_numpy
 from moejax.moe.routers.routing import Routing
 
 
+@takes_numpy
 def count_assignments(experts_TK: Int[Array, "T K"], num_experts: int, num_parts: int = 1) -> Int[Array, "E"]:
     """How often each expert was chosen; ids outside [0, E) count nowhere.
 
@@ -22,6 +24,7 @@ def count_assignments(experts_TK: Int[Array, "T K"], num_experts: int, num_parts
     return jnp.diff(find(sorted_PR).astype(jnp.int32), prepend=0, axis=1).sum(axis=0)
 
 
+@takes_numpy
 def sum_by_expert(
     experts_TK: Int[Array, "T K"], weights_TK: Float[Array, "T K"], num_experts: int
 ) -> Float[Array, "E"]:
@@ -29,6 +32,7 @@ def sum_by_expert(
     return jnp.zeros(num_experts).at[experts_TK.reshape(-1)].add(weights_TK.reshape(-1), mode="drop")
 
 
+@takes_numpy
 def balance_of_scopes(
     experts_TK: Int[Array, "T K"], probs_TE: Float[Array, "T E"], mask_T: Bool[Array, "T"], num_scopes: int
 ) -> Float[Array, "2"]:
@@ -50,6 +54,7 @@ def balance_of_scopes(
     return jnp.stack([num_experts * jnp.sum(load_SE * probs_SE), jnp.sum(tokens_S > 0, dtype=jnp.float32)])
 
 
+@takes_numpy
 def unbiased_choices(routing: Routing, mask_T: Bool[Array, "T"], config: MoeConfig) -> Int[Array, "T K"]:
     """The top K of the scores themselves, without bias and groups, as DeepSeek-V3's sequence-wise loss counts them.
 
@@ -62,6 +67,7 @@ def unbiased_choices(routing: Routing, mask_T: Bool[Array, "T"], config: MoeConf
     return jnp.where(is_chosen_TK, experts_TK, num_choices).astype(jnp.int32)
 
 
+@takes_numpy
 def sum_of_margins(probs_TE: Float[Array, "T E"], mask_T: Bool[Array, "T"], top_k: int) -> Float[Array, ""]:
     """Sum over tokens of the K-th largest probability minus the next one (0 if there is none)."""
     probs_TE = jax.lax.stop_gradient(probs_TE)
@@ -73,6 +79,7 @@ def sum_of_margins(probs_TE: Float[Array, "T E"], mask_T: Bool[Array, "T"], top_
     return jnp.where(mask_T, margin_T, 0.0).sum()
 
 
+@takes_numpy
 def count_ties(routing: Routing, mask_T: Bool[Array, "T"]) -> Float[Array, ""]:
     """Tokens for which an expert that was not selected ranks exactly as high as the last one that was.
 
@@ -84,9 +91,11 @@ def count_ties(routing: Routing, mask_T: Bool[Array, "T"]) -> Float[Array, ""]:
     chosen_TK = jnp.where(is_choice_TK, chosen_TK, jnp.inf)
     last_T1 = chosen_TK.min(axis=1, keepdims=True)
     is_tied_T = (ranking_TE == last_T1).sum(axis=1) > (chosen_TK == last_T1).sum(axis=1)
-    return (mask_T & is_choice_TK[:, 0] & is_tied_T).sum(dtype=jnp.float32)
+    is_ranked_T = jnp.isfinite(last_T1[:, 0])
+    return (mask_T & is_ranked_T & is_tied_T).sum(dtype=jnp.float32)
 
 
+@takes_numpy
 def expected_load(routing: Routing, mask_T: Bool[Array, "T"], top_k: int) -> Float[Array, "E"]:
     """Expected number of tokens of each expert if its noise alone were drawn anew.
 
@@ -102,6 +111,7 @@ def expected_load(routing: Routing, mask_T: Bool[Array, "T"], top_k: int) -> Flo
     return _sum_of_probabilities(routing.logits_TE - threshold_TE, routing.noise_scale_TE, mask_T)
 
 
+@takes_numpy
 def expected_load_vmoe(routing: Routing, mask_T: Bool[Array, "T"], top_k: int) -> Float[Array, "E"]:
     """The same with one threshold for all experts, the K-th largest noisy logit, and a noise of 1/E.
 
@@ -118,6 +128,7 @@ def _sum_of_probabilities(distance_TE, scale, mask_T) -> jax.Array:
     return jnp.where(mask_T[:, None], probability_TE, 0.0).sum(axis=0)
 
 
+@takes_numpy
 def offers(routing: Routing, mask_T: Bool[Array, "T"], top_k: int) -> Float[Array, "T E"]:
     """Each logit minus alpha_t, the (K+1)-th largest of what the token's selection was made by; -inf at padding.
 

@@ -193,12 +193,33 @@ def _add_bias_once(weights: ExpertWeights) -> ExpertWeights:
 
 def _ring(run_local: LocalExperts, x_bLD, chosen, weights: ExpertWeights):
     """All tokens of the axes of experts through this device's experts."""
-    arrived = jax.tree.map(lambda a: jax.lax.all_gather(a, EXPERT_AXES, axis=0, tiled=True), (x_bLD, chosen))
+    arrived = _gather_tokens(x_bLD), jax.tree.map(_gather_all, chosen)
     x_BLD, chosen = jax.tree.map(lambda a: checkpoint_name(a, EXCHANGED), arrived)
     num_local = weights.down_EFD.shape[0]
     here = chosen.of_experts(jax.lax.axis_index(EXPERT_AXES) * num_local, num_local)
     y_BLD = run_local(x_BLD, here, weights)
-    return jax.lax.psum_scatter(y_BLD, EXPERT_AXES, scatter_dimension=0, tiled=True)
+    return _add_and_scatter(y_BLD)
+
+
+def _gather_all(a_bX: jax.Array) -> jax.Array:
+    return jax.lax.all_gather(a_bX, EXPERT_AXES, axis=0, tiled=True)
+
+
+@jax.custom_vjp
+def _gather_tokens(x_bLD):
+    """The tokens of all devices along the axes of experts; their gradients are added up as outputs are."""
+    return _gather_all(x_bLD)
+
+
+@jax.custom_vjp
+def _add_and_scatter(y_BLD):
+    """Adds up what devices made of all tokens, in float32, and gives each its own tokens' outputs."""
+    sum_bLD = jax.lax.psum_scatter(y_BLD.astype(jnp.float32), EXPERT_AXES, scatter_dimension=0, tiled=True)
+    return sum_bLD.astype(y_BLD.dtype)
+
+
+_gather_tokens.defvjp(lambda x_bLD: (_gather_tokens(x_bLD), None), lambda _, dx_BLD: (_add_and_scatter(dx_BLD),))
+_add_and_scatter.defvjp(lambda y_BLD: (_add_and_scatter(y_BLD), None), lambda _, dy_bLD: (_gather_tokens(dy_bLD),))
 
 
 def _send(how: Exchange, strategy: str, run_rows: LocalExperts, x_bLD, chosen: Chosen, weights: ExpertWeights):
@@ -325,7 +346,7 @@ def _travel_with_gradient(num_rows, a_RX, travel):
 
 _travel_with_gradient.defvjp(
     lambda num_rows, a_RX, travel: (_ragged_all_to_all(a_RX, travel, num_rows), (travel, a_RX.shape[0])),
-    lambda _, kept, da_RX: (_ragged_all_to_all(da_RX, kept[0].back(), kept[1]), None),
+    lambda _, kept, da_RX: (_travel_with_gradient(kept[1], da_RX, kept[0].back()), None),
 )
 
 
@@ -380,7 +401,8 @@ def _rest(
             (x_1tD, left_t), sender = part_and_sender
             is_mine = jax.lax.axis_index(axes) == sender
             x_1tD, left_t = jax.tree.map(lambda a: jax.lax.psum(jnp.where(is_mine, a, 0), axes), (x_1tD, left_t))
-            y_1tD = jax.lax.psum(run_rows(x_1tD, left_t.of_experts(first, num_behind), weights), axes)
+            part_1tD = run_rows(x_1tD, left_t.of_experts(first, num_behind), weights)
+            y_1tD = jax.lax.psum(part_1tD.astype(jnp.float32), axes).astype(part_1tD.dtype)
             return sum_1tD + jnp.where(is_mine, y_1tD, 0), None
 
         def one_part(part):

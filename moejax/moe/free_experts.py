@@ -33,13 +33,13 @@ class FreeExperts(nnx.Module):
         experts_BLK: Int[Array, "B L K"],
         weights_BLK: Float[Array, "B L K"],
     ) -> Float[Array, "B L D"]:
-        """The weighted sum of their outputs; ids of other experts, and of none, add nothing."""
+        """The weighted sum of their outputs, in float32; ids of other experts, and of none, add nothing."""
         is_identity_BLK = (experts_BLK >= self.first_identity) & (experts_BLK < self.first_constant)
         identity_BL1 = jnp.where(is_identity_BLK, weights_BLK, 0.0).sum(axis=-1, keepdims=True)
-        y_BLD = identity_BL1.astype(x_BLD.dtype) * x_BLD
+        y_BLD = identity_BL1 * x_BLD.astype(jnp.float32)
         if self.num_constant:
             constant_BLKJ = jax.nn.one_hot(experts_BLK - self.first_constant, self.num_constant)
-            weights_BLJ = jnp.einsum("BLKJ,BLK->BLJ", constant_BLKJ, weights_BLK)
-            vectors_JD = whole(self.vectors, x_BLD.dtype)
-            y_BLD += jnp.einsum("BLJ,JD->BLD", weights_BLJ.astype(x_BLD.dtype), vectors_JD)
+            weights_BLJ = jnp.einsum("BLKJ,BLK->BLJ", constant_BLKJ, weights_BLK, precision="highest")
+            vectors_JD = whole(self.vectors, x_BLD.dtype).astype(jnp.float32)
+            y_BLD += jnp.einsum("BLJ,JD->BLD", weights_BLJ, vectors_JD, precision="highest")
         return y_BLD

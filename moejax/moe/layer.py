@@ -21,13 +21,11 @@ from moejax.moe.local import Chosen, Mixing, Slots, run_dropless, run_slots, run
 from moejax.moe.logits import Logits, make_router
 from moejax.moe.placement import Copies
 from moejax.moe.routers import UNRANKED, RouterInputs, Routing, route, route_expert_choice, route_soft
-from moejax.moe.routers.routing import draw
-from moejax.moe.routers.scores import weigh
+from moejax.moe.routers.routing import Stream, draw
+from moejax.moe.routers.scores import spread_over_survivors, weigh
 from moejax.moe.routers.selection import named
 from moejax.moe.stats import RoutingStats, Service, collect, collect_slots, collect_soft
 from moejax.sharding import batch_devices, whole
-
-JITTER, DROPOUT = 1000, 1001  # streams of random numbers, apart from those of the routers
 
 
 class BlockError(ValueError):
@@ -130,7 +128,8 @@ class MoE(nnx.Module):
         """Keeps tokens from experts: the next in rank take their place; not for training.
 
         Scores and their normalisation over all experts stay as they are, but for `sparse_mixer`, where only experts
-        that are left compete. A token for which fewer than K experts are left has fewer.
+        that are left compete. Groups of experts are ranked by those that are left, and a token visits further groups
+        where its own have too few: it visits K experts wherever K are left.
 
         Args:
           is_blocked_E: which experts; with a leading axis of layers where parameters have one.
@@ -169,6 +168,8 @@ class MoE(nnx.Module):
         Returns:
           The layer's output, zeros at padding, and its `RoutingStats`.
         """
+        # Whatever stands at padding, NaN too, would reach sums over tokens in spite of weights of 0.
+        x_BLD = jnp.where(info.is_token_BL[..., None], x_BLD, 0)
         with jax.named_scope("route"):
             logits = self.router(self._jittered(x_BLD.astype(jnp.float32), info))
         y_BLD, stats = {"expert_choice": self._experts_choose, "soft": self._mix}.get(
@@ -184,17 +185,20 @@ class MoE(nnx.Module):
 
         Added with weight 1 (DeepSeekMoE), weighed by a sigmoid of the token (Qwen1.5-MoE), or averaged (Command).
         """
-        shared_BLD = self.shared(x_BLD)
+        shared_BLD = self.shared(x_BLD).astype(jnp.float32)
         if self.config.shared_combine == "gated":
-            shared_BLD *= jax.nn.sigmoid(project(x_BLD, whole(self.shared_gate, x_BLD.dtype)))
-        y_BLD += jnp.where(info.is_token_BL[..., None], shared_BLD, 0)
-        return y_BLD / 2 if self.config.shared_combine == "averaged" else y_BLD
+            gate_BL1 = project(x_BLD.astype(jnp.float32), whole(self.shared_gate), precision="highest")
+            shared_BLD *= jax.nn.sigmoid(gate_BL1)
+        sum_BLD = y_BLD.astype(jnp.float32) + jnp.where(info.is_token_BL[..., None], shared_BLD, 0)
+        if self.config.shared_combine == "averaged":
+            sum_BLD /= 2
+        return sum_BLD.astype(y_BLD.dtype)
 
     def _jittered(self, x_BLD, info: TokenInfo):
         """The router's input, in training multiplied by uniform noise (Fedus et al. 2021, section 2.4)."""
         if self.config.jitter == 0 or info.knobs is None or info.keys_B is None:
             return x_BLD
-        uniform_BLD = draw(info.keys_B, JITTER, jax.random.uniform, *x_BLD.shape[1:])
+        uniform_BLD = draw(info.keys_B, Stream.JITTER, jax.random.uniform, *x_BLD.shape[1:])
         return x_BLD * (1 + info.knobs.jitter * (2 * uniform_BLD - 1))
 
     def _tokens_choose(self, x_BLD, logits: Logits, info: TokenInfo):
@@ -261,12 +265,11 @@ class MoE(nnx.Module):
             # A choice that stays without a slot keeps its part in the normalisation.
             held_TK = jnp.where(admission.is_dropped_TK, routing.experts_TK, admission.experts_TK)
             weights_TK = weigh(routing.log_scores_TE, held_TK, config)
-        kept_TK = jnp.where(admission.is_dropped_TK, 0.0, weights_TK)
         if config.overflow == "renormalize":
-            # The survivors share the weight of all, as if the dropped had not been chosen.
-            survivors_T1 = kept_TK.sum(axis=1, keepdims=True)
-            share_T1 = weights_TK.sum(axis=1, keepdims=True) / jnp.where(survivors_T1 > 0, survivors_T1, 1.0)
-            kept_TK *= share_T1
+            is_kept_TK = ~admission.is_dropped_TK & (routing.experts_TK < config.num_choices)
+            kept_TK = spread_over_survivors(weights_TK, routing.log_weights_TK, is_kept_TK)
+        else:
+            kept_TK = jnp.where(admission.is_dropped_TK, 0.0, weights_TK)
         return named(admission.experts_TK), self._service(kept_TK, admission, info, length)
 
     def _service(self, weights_TK, admission: Admission, info: TokenInfo, length: int) -> Service:
@@ -283,7 +286,7 @@ class MoE(nnx.Module):
         if self.config.expert_dropout == 0 or info.knobs is None or info.keys_B is None:
             return None
         rate = info.knobs.expert_dropout
-        uniform_TK = draw(info.keys_B, DROPOUT, jax.random.uniform, length, shape[1]).reshape(shape)
+        uniform_TK = draw(info.keys_B, Stream.DROPOUT, jax.random.uniform, length, shape[1]).reshape(shape)
         return jnp.where(uniform_TK < rate, 0.0, 1 / (1 - rate))
 
     def _run(self, x_BLD, experts_TK, service: Service, info: TokenInfo):
@@ -304,7 +307,8 @@ class MoE(nnx.Module):
             ones_BLK = jnp.ones_like(weights_BLK) if factors_BLK is None else factors_BLK
             y_BLD, left_over = self._through_experts(local, x_BLD, Chosen(chosen_BLK, ones_BLK, weights_BLK))
         if config.num_free_experts:
-            y_BLD += self.free_experts(x_BLD, experts_BLK, out_BLK)
+            free_BLD = self.free_experts(x_BLD, experts_BLK, out_BLK)
+            y_BLD = (y_BLD.astype(jnp.float32) + free_BLD).astype(y_BLD.dtype)
         return y_BLD, left_over
 
     def _dropless(self) -> Local:

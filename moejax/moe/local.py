@@ -14,7 +14,15 @@ import jax.numpy as jnp
 from moejax.kernels.feed_forward import feed_forward
 from moejax.kernels.grouped_matmul import grouped_matmul, resolve_implementation, spare_rows_for
 from moejax.kernels.tiles import tile_sizes
-from moejax.moe.dispatch import combine, dispatch, dispatch_weights, plan_capacity, plan_dropless
+from moejax.moe.dispatch import (
+    add_slots,
+    combine,
+    dispatch,
+    dispatch_weights,
+    plan_capacity,
+    plan_dropless,
+    take_slots,
+)
 from moejax.moe.experts import ExpertWeights, apply_experts
 
 
@@ -130,7 +138,8 @@ def _run(plan, x_BLD, chosen: Chosen, weights: ExpertWeights, matmul):
     x_RD = dispatch(x_BLD.reshape(-1, x_BLD.shape[-1]), plan)
     if chosen.input_weights_BLK is not None:
         weights_TK = chosen.input_weights_BLK.reshape(plan.row_TK.shape)
-        x_RD *= dispatch_weights(weights_TK, plan)[:, None].astype(x_RD.dtype)
+        weighted_RD = dispatch_weights(weights_TK, plan)[:, None] * x_RD.astype(jnp.float32)
+        x_RD = weighted_RD.astype(x_RD.dtype)
     y_RD = apply_experts(x_RD, weights, matmul, plan.expert_R)
     return combine(y_RD, chosen.weights_BLK.reshape(plan.row_TK.shape), plan).reshape(x_BLD.shape)
 
@@ -154,20 +163,18 @@ def apply_slotted(x_RD: jax.Array, weights: ExpertWeights) -> jax.Array:
 
 def run_slots(x_BLD, slots: Slots, weights: ExpertWeights):
     """Where experts choose."""
-    positions_BEC, weights_BEC = slots.positions_BEC, slots.weights_BEC
-    num_experts, width = weights.down_EFD.shape[0], x_BLD.shape[-1]
-    x_BECD = jax.vmap(lambda x_LD, at_EC: x_LD.at[at_EC].get(mode="fill", fill_value=0))(x_BLD, positions_BEC)
-    y_RD = apply_slotted(x_BECD.swapaxes(0, 1).reshape(-1, width), weights)
-    y_BECD = y_RD.reshape(num_experts, x_BLD.shape[0], -1, width).swapaxes(0, 1)
-    y_BECD *= weights_BEC[..., None].astype(y_BECD.dtype)
-    return jax.vmap(lambda y_ECD, at_EC: jnp.zeros_like(x_BLD[0]).at[at_EC].add(y_ECD, mode="drop"))(
-        y_BECD, positions_BEC
-    )
+    positions_BEC, weights_BEC1 = slots.positions_BEC, slots.weights_BEC[..., None]
+    num_experts, (batch, length, width) = weights.down_EFD.shape[0], x_BLD.shape
+    x_EBCD = take_slots(x_BLD, positions_BEC).swapaxes(0, 1)
+    y_RD = apply_slotted(x_EBCD.reshape(-1, width), weights)
+    y_BECD = y_RD.reshape(num_experts, batch, -1, width).swapaxes(0, 1)
+    weighted_BECD = weights_BEC1 * y_BECD.astype(jnp.float32)
+    return add_slots(weighted_BECD, positions_BEC, length).astype(x_BLD.dtype)
 
 
 def run_soft(x_BLD, mixing: Mixing, weights: ExpertWeights):
-    """Where slots mix tokens."""
-    dispatch_BLES, combine_BLES = (a.astype(x_BLD.dtype) for a in (mixing.dispatch_BLES, mixing.combine_BLES))
-    x_EBSD = jnp.einsum("BLES,BLD->EBSD", dispatch_BLES, x_BLD)
+    """Where slots mix tokens: the weights of both mixtures stay float32."""
+    x_EBSD = jnp.einsum("BLES,BLD->EBSD", mixing.dispatch_BLES, x_BLD.astype(jnp.float32)).astype(x_BLD.dtype)
     y_EBSD = apply_slotted(x_EBSD.reshape(-1, x_BLD.shape[-1]), weights).reshape(x_EBSD.shape)
-    return jnp.einsum("BLES,EBSD->BLD", combine_BLES, y_EBSD)
+    y_BLD = jnp.einsum("BLES,EBSD->BLD", mixing.combine_BLES, y_EBSD.astype(jnp.float32))
+    return y_BLD.astype(x_BLD.dtype)

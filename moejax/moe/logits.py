@@ -39,7 +39,7 @@ class Router(nnx.Module):
 
     def __call__(self, x_BLD: Float[Array, "B L D"]) -> Logits:
         """Logits of each expert for each token."""
-        logits_BLE = project(x_BLD, whole(self.kernel))
+        logits_BLE = _exact(x_BLD, whole(self.kernel))
         return Logits(logits_BLE + self.bias[...][None, None] if self.has_bias else logits_BLE)
 
 
@@ -63,7 +63,7 @@ class NoisyRouter(nnx.Module):
         logits_BLE = self.linear(x_BLD).logits_BLE
         if not self.is_learned:
             return Logits(logits_BLE, jnp.full_like(logits_BLE, 1 / logits_BLE.shape[-1]))
-        return Logits(logits_BLE, jax.nn.softplus(project(x_BLD, whole(self.noise_kernel))) + MIN_NOISE)
+        return Logits(logits_BLE, jax.nn.softplus(_exact(x_BLD, whole(self.noise_kernel))) + MIN_NOISE)
 
 
 class CosineRouter(nnx.Module):
@@ -83,9 +83,9 @@ class CosineRouter(nnx.Module):
 
     def __call__(self, x_BLD: Float[Array, "B L D"]) -> Logits:
         """Logits between -1 and 1 over the temperature."""
-        x_BLR = _unit(project(x_BLD, whole(self.down)), axis=-1)
+        x_BLR = _unit(_exact(x_BLD, whole(self.down)), axis=-1)
         scale = jnp.exp(jnp.minimum(self.log_scale[...], jnp.log(100.0)))
-        return Logits(project(x_BLR, _unit(self.vectors[...], axis=-1).T) * scale[None, None])
+        return Logits(_exact(x_BLR, _unit(self.vectors[...], axis=-1).T) * scale[None, None])
 
 
 class HierarchicalRouter(nnx.Module):
@@ -130,7 +130,7 @@ class SoftRouter(nnx.Module):
         """Logits of tokens and slots, `[B, L, E * P]`."""
         slots_DS = whole(self.slots).reshape(x_BLD.shape[-1], -1)
         scaled_DS = _unit(slots_DS, axis=0) * self.scale[...][None]
-        return Logits(project(_unit(x_BLD, axis=-1), scaled_DS))
+        return Logits(_exact(_unit(x_BLD, axis=-1), scaled_DS))
 
 
 def make_router(config: MoeConfig, d_model: int, *, rngs: nnx.Rngs) -> Callable[[jax.Array], Logits]:
@@ -144,6 +144,11 @@ def make_router(config: MoeConfig, d_model: int, *, rngs: nnx.Rngs) -> Callable[
         "soft": SoftRouter,
     }
     return special.get(config.router, Router)(config, d_model, rngs=rngs)
+
+
+def _exact(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """The product in float32 on every platform: TPUs would round to bfloat16, and GPUs to TF32, before multiplying."""
+    return project(x, weight, precision="highest")
 
 
 def _unit(x: jax.Array, axis: int) -> jax.Array:

@@ -9,6 +9,9 @@ import dataclasses
 import numpy as np
 from jaxtyping import Float, Int
 
+EVEN = 0.005
+"""Differences of `imbalance` up to this are none: load that was measured says no more of load to come."""
+
 
 class PlacementError(ValueError):
     """Experts that cannot be placed so."""
@@ -51,9 +54,9 @@ def in_order(num_layers: int, num_experts: int) -> Int[np.ndarray, "N E"]:
 def place(load_NE: Float[np.ndarray, "N E"], num_devices: int, replicas: int = 0) -> Int[np.ndarray, "N P"]:
     """The expert in each slot, so that devices have nearly the same load.
 
-    Spare slots go one by one to the expert with most load a copy. Then copies, those with most load first, go to the
-    device with least load that has a free slot and, if there is one, no copy of the same expert. Without spare slots a
-    layer keeps its order where that is more even.
+    A layer takes the simplest of three maps that is not less even than a later one by more than `EVEN`: experts in
+    order, experts in other places, and those with copies (`place_by_load`). Where it takes one of the first two, its
+    spare slots repeat experts of the same device, which changes no load: copies never make a layer less even.
 
     Args:
       load_NE: of each expert in each layer, in any unit.
@@ -66,6 +69,20 @@ def place(load_NE: Float[np.ndarray, "N E"], num_devices: int, replicas: int = 0
     Raises:
       PlacementError: experts do not divide over the devices, or a size that cannot be.
     """
+    with_copies_NP = place_by_load(load_NE, num_devices, replicas)
+    chosen_NP = _repeat(in_order(*load_NE.shape), num_devices, replicas)
+    for other_NP in (_repeat(place_by_load(load_NE, num_devices), num_devices, replicas), with_copies_NP):
+        gain_N = imbalance(load_NE, chosen_NP, num_devices) - imbalance(load_NE, other_NP, num_devices)
+        chosen_NP = np.where(gain_N[:, None] > EVEN, other_NP, chosen_NP)
+    return chosen_NP
+
+
+def place_by_load(load_NE: Float[np.ndarray, "N E"], num_devices: int, replicas: int = 0) -> Int[np.ndarray, "N P"]:
+    """The expert in each slot by load alone, even where experts in order would be more even; see `place`.
+
+    Spare slots go one by one to the expert with most load a copy. Then copies, those with most load first, go to the
+    device with least load that has a free slot and, if there is one, no copy of the same expert.
+    """
     num_experts = load_NE.shape[1]
     if num_devices < 1 or num_experts % num_devices:
         raise PlacementError(
@@ -74,12 +91,15 @@ def place(load_NE: Float[np.ndarray, "N E"], num_devices: int, replicas: int = 0
     if not 0 <= replicas <= num_experts - num_experts // num_devices:
         most = num_experts - num_experts // num_devices
         raise PlacementError(f"{replicas} replicas on a device must be between 0 and {most}, as many as it lacks")
-    experts_NP = np.stack([_place_layer(load_E, num_devices, replicas) for load_E in load_NE.astype(np.float64)])
-    if replicas:
-        return experts_NP
-    plain_NP = in_order(*load_NE.shape)
-    is_worse_N = imbalance(load_NE, experts_NP, num_devices) > imbalance(load_NE, plain_NP, num_devices)
-    return np.where(is_worse_N[:, None], plain_NP, experts_NP)
+    return np.stack([_place_layer(load_E, num_devices, replicas) for load_E in load_NE.astype(np.float64)])
+
+
+def _repeat(experts_NE: Int[np.ndarray, "N E"], num_devices: int, replicas: int) -> Int[np.ndarray, "N P"]:
+    """The same map with spare slots, which repeat the experts of their device in turn."""
+    experts_NnS = experts_NE.reshape(len(experts_NE), num_devices, -1)
+    num_slots = experts_NnS.shape[2] + replicas
+    repeated_NnS = np.take(experts_NnS, np.arange(num_slots), axis=2, mode="wrap")
+    return np.sort(repeated_NnS, axis=2).reshape(len(experts_NE), -1)
 
 
 def _place_layer(load_E, num_devices: int, replicas: int):

@@ -12,6 +12,8 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 
+from moejax.extras import how_to_install
+
 
 class TargetError(ValueError):
     """The compiler of a target is not installed, or the target has not what was asked for."""
@@ -95,8 +97,8 @@ def target_devices(target: Target, topology: str = "") -> list[jax.Device]:
     except Exception as error:  # a compiler that does not know the target fails in many ways
         if not has_compiler(target):
             raise TargetError(
-                f"target {target.name} needs the compiler for {target.platform}, which is not installed; add the "
-                f"extra, as in pip install 'moejax[{target.extra}]'"
+                f"target {target.name} needs the compiler for {target.platform}, which is not installed; "
+                f"{how_to_install(target.extra)}"
             ) from error
         if topology == target.smallest:
             raise

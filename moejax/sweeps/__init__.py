@@ -23,5 +23,6 @@ from moejax.sweeps.space import parse_axis as parse_axis
 from moejax.sweeps.space import product as product
 from moejax.sweeps.space import seeds as seeds
 from moejax.sweeps.space import uniform as uniform
+from moejax.sweeps.space import varied_keys as varied_keys
 from moejax.sweeps.space import where as where
 from moejax.sweeps.space import zip_ as zip_

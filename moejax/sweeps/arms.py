@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from moejax.config import Config, ConfigError, check_key, resolve, to_dict
+from moejax.config import Config, ConfigError, UnreadError, check_key, refuse_unread, resolve_recorded, to_dict
 from moejax.planning.count import Count, count
 from moejax.sharding import check_divisible
 from moejax.sweeps.match import Adjust, Match, Matched, MatchError, Target
@@ -69,7 +69,7 @@ class Arm:
           SweepError: the entry is none of an arm.
         """
         try:
-            config = resolve(entry["config"])
+            config = resolve_recorded(entry["config"])
             names = entry["id"], entry["config_hash"]
             return cls(*names, dict(entry["overrides"]), dict(entry["matched"]), config, count(config))
         except (KeyError, TypeError, ValueError) as error:
@@ -120,7 +120,7 @@ def plan_arms(
       MatchError: no such match, or parameters matched by steps.
       ConfigError: the recipe itself cannot work, and is matched with.
     """
-    target = Target.of(resolve(base), match, adjust) if match else None
+    target = Target.of(resolve_recorded(base), match, adjust) if match else None
     points, errors = _listed(points), []
     planning = _Planning(base, target)
     for point in points:
@@ -195,17 +195,18 @@ class _Planning:
             raise SweepError("is no point; give a dict of config keys and values, such as {'moe.top_k': 1}")
         for key in point:
             check_key(str(key))
-        config, settings = resolve(_applied(self.base, point)), dict(point)
+        config, settings = resolve_recorded(_applied(self.base, point)), dict(point)
         if not config.moe.num_experts:
             settings = _without_experts(self.base, point)
-            config = resolve(_applied(self.base, settings))
+            config = resolve_recorded(_applied(self.base, settings))
+        _refuse_dead_axes(config, settings)
         matched: dict[str, Any] = {}
         found: Matched | None = None
         if self.target is not None:
             found = self.target.match_arm(config, point)
             if found.is_changed:
                 matched = {found.leaf: found.value}
-                config = resolve(_applied(self.base, settings | matched))
+                config = resolve_recorded(_applied(self.base, settings | matched))
         sizes = {axis: max(1, size) for axis, size in dataclasses.asdict(config.mesh).items()}  # -1 is for the devices
         check_divisible(config, dataclasses.replace(config.mesh, **sizes))
         arm = Arm.of(config, point, matched)
@@ -218,6 +219,19 @@ class _Planning:
         if found is not None and found.is_changed:
             setting = {key: value for key, value in point.items() if key != "train.seed"}
             self.changes[f"{describe(setting)}: {found.change}"] = None
+
+
+def _refuse_dead_axes(config: Config, settings: Mapping[str, Any]) -> None:
+    """Raises `SweepError` for a leaf that a point sets and its arm does not read: it would train an arm twice.
+
+    Leaves of the recipe may be for other arms; `config.resolve` looks at them, with what varies.
+    """
+    try:
+        refuse_unread(config, keys=settings, typed=settings)
+    except UnreadError as error:
+        raise SweepError(
+            f"{error}; or leave such points out by where(space, predicate) in the recipe's sweep()"
+        ) from error
 
 
 def _applied(base: Mapping[str, Mapping[str, Any]], point: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

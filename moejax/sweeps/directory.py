@@ -1,24 +1,24 @@
 """A sweep's directory: `sweep.json` says what is to run, `arms/<id>/` are run directories like any other.
 
-An arm has ended when its folder holds `record.json`. Whoever trains a pack holds a lock on each of its arms, which the
-system takes away from a process that dies: nobody waits for the dead, and no arm is trained by two, whatever packs the
-arms have been put into since.
+An arm has ended when its folder holds `record.json`. Processes share a sweep's directory, and arms are what they share
+out: whoever trains a pack holds a lock on each of its arms, which death releases (see `moejax.locks`). So nobody waits
+for the dead, and no arm is trained by two, whatever packs the arms have been put into since.
 """
 
 import contextlib
 import dataclasses
-import fcntl
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
+from moejax.locks import FolderLock, HeldError, LockedError
 from moejax.sweeps.arms import Arm, Plan, SweepError, check_same
 from moejax.sweeps.packs import Ids, pack_arms
-from moejax.sweeps.records import RECORD_FILE, SWEEP_FILE, read_definition
+from moejax.sweeps.record_files import check_inside
+from moejax.sweeps.records import RECORD_FILE, SWEEP_FILE, Row, collect, read_definition
 from moejax.training.run_directory import git_commit, versions, write_json
 
-ARMS_FOLDER, LOCKS_FOLDER = "arms", "locks"
+ARMS_FOLDER, CLAIMS_FOLDER = "arms", "claims"
 IS_SEARCH = "is_search"  # in `sweep.json`: whether its arms were drawn
 
 log = logging.getLogger("moejax")
@@ -59,21 +59,40 @@ class Sweep:
         They are asked for in one order everywhere, so that of two who want some in common one gets all of its own.
         """
         with contextlib.ExitStack() as stack:
-            yield all(stack.enter_context(locked(self.directory, arm_id, waits=False)) for arm_id in sorted(ids))
+            yield all(stack.enter_context(claimed(self.directory, arm_id)) for arm_id in sorted(ids))
 
 
 @contextlib.contextmanager
-def locked(directory: Path, name: str, *, waits: bool = True) -> Iterator[bool]:
-    """Holds a lock of a sweep's directory during the block; without waiting, says whether it got it."""
-    path = directory / LOCKS_FOLDER / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
+def claimed(directory: Path, arm_id: str) -> Iterator[bool]:
+    """Whether this process has an arm to itself during the block; False if another has it.
+
+    Raises:
+      LockedError: the directory cannot be written.
+    """
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX if waits else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        yield True
+            stack.enter_context(FolderLock(directory / CLAIMS_FOLDER / arm_id, f"trains arm {arm_id}"))
+            is_mine = True
+        except HeldError:
+            is_mine = False
+        yield is_mine
+
+
+def locked(directory: Path, name: str) -> FolderLock:
+    """A context in which this process alone writes one of a sweep's joint files; it waits for others to leave."""
+    return FolderLock(directory / CLAIMS_FOLDER / name, f"writes {name}", waits=True)
+
+
+def join_records(directory: Path) -> list[Row]:
+    """Writes the joint files of the records there are, one process at a time; the rows.
+
+    Raises:
+      RecordError: see `collect`.
+      LockedError: the directory cannot be written.
+    """
+    check_inside(directory)
+    with locked(directory, "records"):
+        return collect(directory)
 
 
 def write_sweep(
@@ -136,11 +155,14 @@ def add_arm(directory: str | Path, arm: Arm, *, recipe: str, command: str) -> Sw
 @contextlib.contextmanager
 def _defining(directory: Path) -> Iterator[None]:
     """Holds the lock of `sweep.json`, of which two may not each write what the other has not read."""
+    check_inside(directory)
     try:
         with locked(directory, "definition"):
             yield
-    except OSError as error:
-        raise SweepError(f"--dir={directory} cannot be written: {error.strerror}; use another folder") from error
+    except (OSError, LockedError) as error:
+        cause = error if isinstance(error, OSError) else error.__cause__
+        reason = cause.strerror if isinstance(cause, OSError) else error
+        raise SweepError(f"--dir={directory} cannot be written: {reason}; use another folder") from error
 
 
 def _write(sweep: Sweep, recipe: str, match: str, *, is_search: bool) -> None:
@@ -166,7 +188,7 @@ def open_sweep(directory: str | Path) -> Sweep:
       SweepError: an arm in it is damaged.
     """
     directory = Path(directory)
-    definition: dict[str, Any] = read_definition(directory)
+    definition = read_definition(directory)
     arms = [Arm.from_json(entry) for entry in definition["arms"]]
     known = {arm.id: arm for arm in arms}
     packs = tuple(tuple(pack) for pack in definition.get("packs", []))

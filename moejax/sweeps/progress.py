@@ -21,7 +21,7 @@ class Outcome:
 
     Attributes:
       status: "done", "pruned", "failed" (not finite, an error), or "stopped" early, for another worker to go on.
-      loss: final eval/loss of an arm that is done.
+      loss: of an arm that is done: the last value of what the study minimises.
       error: of an arm that failed, one line.
       is_result: False if the arm failed without being trained, so that nothing is known of its point.
     """
@@ -52,7 +52,7 @@ class Report:
         Args:
           step: after which it was.
           fraction: of the schedule, in ]0, 1].
-          loss: eval/loss.
+          loss: what the study minimises.
 
         Returns:
           Whether to end the arm now, as pruned. Never at the end of the schedule, while the storage is away, at an

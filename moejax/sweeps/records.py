@@ -8,7 +8,6 @@ comparing rows, and `moejax.sweeps.record_files` for how the joint files are wri
 
 import json
 import math
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,16 @@ import pandas as pd
 
 from moejax.inspection.run import Run, RunError, open_run
 from moejax.inspection.sweep_tables import MATCHED, OVERRIDE, frame_of
-from moejax.sweeps.record_files import RecordError, read_jsonl, read_parquet, write_jsonl, write_parquet
+from moejax.sweeps.record_files import (
+    RecordError,
+    check_inside,
+    read_jsonl,
+    read_parquet,
+    read_text,
+    write_jsonl,
+    write_parquet,
+)
+from moejax.sweeps.row_check import STATUSES, check_definition, check_entry, check_row
 from moejax.training.alarms import AlarmFileError, read_alarms
 from moejax.training.run_directory import write_json
 
@@ -26,7 +34,6 @@ Row = dict[str, Any]
 
 SWEEP_FILE, RECORD_FILE = "sweep.json", "record.json"
 JSONL_FILE, PARQUET_FILE = "records.jsonl", "records.parquet"
-STATUSES = ("done", "stopped", "failed", "pruned")
 TAIL = 0.1  # of the planned steps: the window at the end of an arm that its `tail/` values are means of
 TAIL_PREFIXES = ("loss/", "moe/")
 TAIL_KEYS = ("perf/tokens_per_s",)
@@ -45,6 +52,8 @@ def record_of(
 ) -> Row:
     """The row of an arm that has ended.
 
+    An arm that is not done has a record even if what it logged is damaged: that it ended so is known.
+
     A value that is not finite or unknown is None. `final/` values are those of the last evaluation and of the last
     logged interval: None if they were not finite then, even if an earlier one was.
 
@@ -58,7 +67,8 @@ def record_of(
       packed: arms in its last pack; 1 if it trained alone.
 
     Raises:
-      RecordError: an unknown status, an entry that lacks a key, or a damaged file of the run.
+      RecordError: an unknown status, an entry that lacks a key, or a damaged file of the run of an
+        arm that is done.
     """
     if status not in STATUSES:
         raise RecordError(f"status={status!r} must be one of {', '.join(STATUSES)}")
@@ -69,7 +79,10 @@ def record_of(
         measured = _measured(run if (workdir / "metrics.jsonl").exists() else None, entry, status)
         begun = [line["rule"] for line in read_alarms(workdir) if line["state"] == "on"]
     except (RunError, AlarmFileError) as damage:
-        raise RecordError(str(damage)) from damage
+        if status == "done":
+            raise RecordError(str(damage)) from damage
+        run, measured, begun = None, _measured(None, entry, status), []
+        error = f"{_first_line(error or status)}; what it logged is not in its record: {damage}"
     row: Row = {
         "arm": entry["id"],
         "config_hash": entry["config_hash"],
@@ -121,16 +134,6 @@ def _first_line(error: str) -> str:
     return next(iter(error.strip().splitlines()), "").encode("utf-8", "replace").decode()
 
 
-def check_entry(entry: Any, where: str) -> None:
-    """Raises `RecordError` if an entry of `arms` lacks what every row needs, or its id is none: it names a folder."""
-    kinds = {"id": str, "config_hash": str, "overrides": dict, "matched": dict, "config": dict}
-    for key, kind in kinds.items():
-        if not isinstance(entry, Mapping) or not isinstance(entry.get(key), kind):
-            raise RecordError(f"{where} must have {key}, a JSON {'string' if kind is str else 'object'}")
-    if not re.fullmatch("[0-9a-f]{10}", entry["id"]):
-        raise RecordError(f"{where}: id {entry['id']!r} must be ten hexadecimal digits in lower case")
-
-
 def _measured(run: Run | None, entry: Mapping[str, Any], status: str) -> Row:
     """What the arm logged; None for all of it if it logged nothing."""
     train = entry["config"].get("train", {})
@@ -149,8 +152,9 @@ def _measured(run: Run | None, entry: Mapping[str, Any], status: str) -> Row:
         best = int(np.argmin(np.where(is_finite, losses, np.inf)))
         row |= {"best/eval/loss": float(losses[best]), "best/step": int(steps[best])}
     row |= {f"tail/{key}": value for key, value in _tail_means(run, max(TAIL * (planned or 0), interval)).items()}
+    bits = dict(zip(*(values.tolist() for values in run.series("eval/bits_per_byte")), strict=True))
     evaluations = [
-        [step / planned if planned else None, step, _finite(loss)]
+        [step / planned if planned else None, step, _finite(loss), _finite(bits.get(step))]
         for step, loss in zip(steps.tolist(), losses.tolist(), strict=True)
     ]
     return row | {"evaluations": json.dumps(evaluations)}
@@ -205,13 +209,14 @@ def read_record(workdir: str | Path) -> Row | None:
     path = Path(workdir) / RECORD_FILE
     remedy = "remove it and run the sweep again: it makes the row anew"
     try:
-        row = json.loads(path.read_bytes().decode())
+        row = json.loads(read_text(path))
     except FileNotFoundError:
         return None
+    except RecordError:
+        raise
     except (OSError, ValueError, RecursionError) as error:
         raise RecordError(f"{path} is damaged ({error}); {remedy}") from error
-    if not isinstance(row, dict) or not isinstance(row.get("arm"), str) or row.get("status") not in STATUSES:
-        raise RecordError(f"{path} must be a JSON object with an arm and a status; {remedy}")
+    check_row(row, str(path), remedy)
     return row
 
 
@@ -224,18 +229,14 @@ def read_definition(directory: str | Path) -> dict[str, Any]:
     path = Path(directory) / SWEEP_FILE
     remedy = "restore it, or start the sweep in another directory"
     try:
-        definition = json.loads(path.read_bytes().decode())
+        definition = json.loads(read_text(path))
+    except RecordError:
+        raise
     except FileNotFoundError as error:
         raise RecordError(f"{path} is missing; `moejax sweep` writes it, so give the directory of a sweep") from error
     except (OSError, ValueError, RecursionError) as error:
         raise RecordError(f"{path} is damaged ({error}); {remedy}") from error
-    if not isinstance(definition, dict) or not isinstance(definition.get("arms"), list):
-        raise RecordError(f"{path} must be a JSON object with a list of arms; {remedy}")
-    for number, entry in enumerate(definition["arms"]):
-        try:
-            check_entry(entry, f"{path}: arm {number}")
-        except RecordError as error:
-            raise RecordError(f"{error}; {remedy}") from error
+    check_definition(definition, str(path), remedy)
     return definition
 
 
@@ -251,6 +252,7 @@ def collect(directory: str | Path) -> list[Row]:
     rows = []
     for entry in read_definition(directory)["arms"]:
         workdir = directory / "arms" / entry["id"]
+        check_inside(directory, workdir)
         row = read_record(workdir)
         if row is None:
             continue
@@ -287,9 +289,5 @@ def read_records(directory: str | Path) -> pd.DataFrame:
     else:
         raise RecordError(f"{directory} has neither {JSONL_FILE} nor {PARQUET_FILE}; give the directory of a sweep")
     for number, row in enumerate(rows, start=1):
-        if not isinstance(row.get("arm"), str) or row.get("status") not in STATUSES:
-            raise RecordError(
-                f"{path}: row {number} has no arm or no status; remove the file and run the sweep again: "
-                "it joins the rows anew"
-            )
+        check_row(row, f"{path}: row {number}", "remove the file and run the sweep again: it joins the rows anew")
     return frame_of(rows)

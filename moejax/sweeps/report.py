@@ -5,7 +5,8 @@ from pathlib import Path
 from moejax.inspection.page import write_page
 from moejax.inspection.sweep_page import build_sweep_page
 from moejax.inspection.sweep_tables import frame_of
-from moejax.sweeps.records import collect, read_definition
+from moejax.sweeps.directory import join_records
+from moejax.sweeps.records import read_definition
 
 FILE_NAME = "report.html"
 
@@ -14,8 +15,11 @@ def build_sweep_report(directory: str | Path) -> Path:
     """Joins the rows of all arms that have ended, and writes `report.html` into the sweep's directory.
 
     Raises:
-      RecordError: `sweep.json` or a row is missing or damaged.
+      RecordError: `sweep.json` or a row is missing or damaged, or a file is a link out of the directory.
+      LockedError: the directory cannot be written.
     """
     directory = Path(directory)
-    rows = collect(directory)
-    return write_page(directory / FILE_NAME, build_sweep_page(frame_of(rows), read_definition(directory)))
+    read_definition(directory)  # before anything is written there
+    rows = join_records(directory)
+    name = directory.resolve().name
+    return write_page(directory / FILE_NAME, build_sweep_page(frame_of(rows), read_definition(directory), name))

@@ -6,7 +6,6 @@ leaves its pack to the others, who continue it from its newest checkpoint.
 
 import json
 import logging
-import os
 import statistics
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,13 +15,15 @@ from typing import Any, NamedTuple
 import jax
 import pandas as pd
 
+from moejax.compilation_cache import keep_programs
 from moejax.sharding import make_mesh
 from moejax.sweeps.arms import Arm, SweepError, describe, plan_arms
-from moejax.sweeps.directory import Sweep, locked, write_sweep
+from moejax.sweeps.directory import Sweep, join_records, write_sweep
 from moejax.sweeps.match import Match
 from moejax.sweeps.packs import Ids
-from moejax.compilation_cache import keep_programs
-from moejax.sweeps.records import collect, read_records, record_of, write_record
+from moejax.sweeps.pool import usable_cores
+from moejax.sweeps.record_files import RecordError
+from moejax.sweeps.records import read_records, record_of, write_record
 from moejax.training.alarms import AlarmError
 from moejax.training.loop import train
 from moejax.training.nonfinite import NonFiniteError
@@ -41,8 +42,7 @@ def prepare_devices(packs: Sequence[Ids]) -> None:
     On CPU each core is a device, so that the arms of a pack share the cores out.
     """
     if any(len(pack) > 1 for pack in packs):
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        jax.config.update("jax_num_cpu_devices", cores)
+        jax.config.update("jax_num_cpu_devices", len(usable_cores()))
     keep_programs()
 
 
@@ -88,7 +88,8 @@ def _try_pack(sweep: Sweep, pack: int, stop: StopSignals) -> bool:
     try:
         train_pack(sweep, sweep.packs[pack], stop)
     except Exception as error:  # whatever it is, it must not end the other packs
-        log.error("pack %d (%s) failed: %s", pack, " ".join(sweep.packs[pack]), error, exc_info=True)
+        is_said = isinstance(error, ValueError)  # in one line, with its remedy
+        log.error("pack %d (%s) failed: %s", pack, " ".join(sweep.packs[pack]), error, exc_info=not is_said)
         return False
     finally:
         jax.clear_caches()  # programs of other packs have other shapes
@@ -103,16 +104,26 @@ def train_pack(sweep: Sweep, ids: Sequence[str], stop: StopSignals) -> None:
         started = sum(sweep.has_ended(arm_id) for arm_id in sweep.arms)
         log.info("%d of %d arms have ended; training %s", started, len(sweep.arms), " ".join(arm.id for arm in arms))
         results = _train_arms(sweep, arms, stop)
-        for arm, result in zip(arms, results, strict=True):
-            if result.stopped_by is None and result.error is None:
-                _record(sweep, arm, None, packed=len(arms))
-    join_records(sweep)
+        done = [arm for arm, result in zip(arms, results, strict=True) if _is_done(result)]
+        _record_all(sweep, done, packed=len(arms))
+    join_records(sweep.directory)
 
 
-def join_records(sweep: Sweep) -> None:
-    """Writes the joint files of the records there are."""
-    with locked(sweep.directory, "records"):
-        collect(sweep.directory)
+def _is_done(result: ArmResult) -> bool:
+    return result.stopped_by is None and result.error is None
+
+
+def _record_all(sweep: Sweep, arms: Sequence[Arm], packed: int) -> None:
+    """Records arms that were trained together; one whose files are damaged does not cost the others their records."""
+    damages = []
+    for arm in arms:
+        try:
+            _record(sweep, arm, None, packed)
+        except RecordError as damage:
+            damages.append(f"arm {arm.id} is trained to its end and has no record: {damage}")
+    if damages:
+        join_records(sweep.directory)
+        raise RecordError("; ".join(damages))
 
 
 def together(sweep: Sweep, arms: Sequence[Arm]) -> list[list[Arm]]:
@@ -258,6 +269,6 @@ def run_sweep(
     sweep = write_sweep(directory, plan, largest_pack=largest_pack, recipe="", match=match, command="run_sweep")
     with StopSignals() as stop:
         work(sweep, stop)
-    join_records(sweep)
+    join_records(sweep.directory)
     check_open(sweep)
     return read_records(directory)

@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from moejax.inspection.token_keys import token_keys
 from moejax.sweeps.space import Choice, Range
 
 if TYPE_CHECKING:  # an extra, imported where it is needed
@@ -20,6 +21,7 @@ SAMPLERS = ("random", "tpe")
 PRUNERS = ("none", "median", "halving")
 MEDIAN_AFTER_TRIALS = 5  # complete ones, before which the median says little
 HALVING_FACTOR = 2
+LOSS, BITS = "eval/loss", "eval/bits_per_byte"
 LABELS = (bool, int, float, str, type(None))  # choices that Optuna keeps as they are
 
 
@@ -98,6 +100,11 @@ def _search_axis(axis: Choice | Range) -> Axis:
     return Axis(axis.key, (), low, high, axis.is_log)
 
 
+def objective_of(axes: Sequence[Axis]) -> str:
+    """The loss, or bits per byte where an axis changes what a token is: nats per token would favour short ones."""
+    return BITS if token_keys(axis.key for axis in axes) else LOSS
+
+
 @dataclasses.dataclass(frozen=True)
 class Definition:
     """What a study's workers need to know, kept in the study as JSON.
@@ -114,6 +121,7 @@ class Definition:
       trials: number of points that the study evaluates.
       fractions: of the schedule at which every arm is evaluated, ascending: `place` counts them.
       is_filtered: whether the space leaves points out by a predicate (`where`), which is code and is not kept.
+      objective: what is minimised, and what pruners compare, see `objective_of`.
     """
 
     recipe: str
@@ -125,9 +133,13 @@ class Definition:
     trials: int
     fractions: tuple[float, ...]
     is_filtered: bool
+    objective: str = LOSS  # of studies that were made before there was another
 
     def __post_init__(self) -> None:
-        for name, value, known in [("sampler", self.sampler, SAMPLERS), ("pruner", self.pruner, PRUNERS)]:
+        for name, value, known in [
+            ("sampler", self.sampler, SAMPLERS), ("pruner", self.pruner, PRUNERS),
+            ("objective", self.objective, (LOSS, BITS)),
+        ]:  # fmt: skip
             if value not in known:
                 raise StudyError(f"{name}={value} is unknown; use one of {', '.join(known)}")
         if self.trials < 1:

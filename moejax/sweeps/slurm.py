@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moejax.extras import how_to_install
 from moejax.sweeps.arms import SweepError
 from moejax.sweeps.directory import Sweep
 from moejax.sweeps.pool import STOPPED, work_command
@@ -122,7 +123,7 @@ def _executor(jobs: Jobs, folder: Path):
     try:
         import submitit
     except ImportError as error:
-        raise SweepError(f"--runner=slurm needs submitit ({error}): pip install 'moejax[sweeps]'") from error
+        raise SweepError(f"--runner=slurm needs submitit ({error}): {how_to_install('sweeps')}") from error
     if jobs.minutes * 60 <= 2 * SAVE_S:
         raise SweepError(f"--minutes={jobs.minutes} must be more than {2 * SAVE_S // 60}, to start and to save")
     try:

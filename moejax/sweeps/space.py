@@ -11,11 +11,12 @@ import dataclasses
 import itertools
 import math
 import re
-import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
-from moejax.config import check_key, leaves
+from moejax.config import ConfigError, check_key, leaves, read_value
+
+LOOKED_AT = 10_000  # points, to see which keys vary
 
 Point = dict[str, Any]
 """What an arm overrides: values by dotted key, such as `{"moe.num_experts": 16}`."""
@@ -185,6 +186,14 @@ def where(space: Any, predicate: Callable[[Point], bool]) -> Space:
     return _Where(_space("where", space), predicate)
 
 
+def varied_keys(space: Iterable[Mapping[str, Any]]) -> set[str]:
+    """The keys that a space's points set; the first points are gone through where it is no product of axes."""
+    axes = space.axes if isinstance(space, Space) else None
+    if axes is not None:
+        return {axis.key for axis in axes}
+    return {str(key) for point in itertools.islice(space, LOOKED_AT) for key in point}
+
+
 def parse_axis(text: str) -> Axis:
     """An axis from the command line.
 
@@ -213,7 +222,7 @@ def parse_axis(text: str) -> Axis:
         raise SpaceError(
             f'{text!r}: {error}; quote values that hold commas as in CSV: "0,1: router=hash",""'
         ) from error
-    return choice(key, *(_parse_value(text, value, annotation) for value in texts))
+    return choice(key, *(_parse_value(text, key, value) for value in texts))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -350,8 +359,11 @@ def _interval(key: str, low: float, high: float, num: int | None, *, is_log: boo
     name = "log_uniform" if is_log else "uniform"
     annotation = dict(leaves())[key]
     if annotation is not float:
-        kind = "text" if typing.get_origin(annotation) is Literal else annotation.__name__
-        raise SpaceError(f"{name}: {key} is {kind}, no float; list its values, as in choice({key!r}, ...)")
+        kind = {int: "a whole number", bool: "True or False"}.get(annotation, "text")
+        raise SpaceError(
+            f"{name}: {key} is {kind}, and ranges are for leaves that may be any number; list its values, as in "
+            f"choice({key!r}, ...) or {key}=A,B on the command line"
+        )
     if not (math.isfinite(low) and math.isfinite(high) and low < high and (low > 0 or not is_log)):
         above = ", the lower above 0," if is_log else ""
         raise SpaceError(f"{name}: {key} from {low:g} to {high:g} is no range; give two finite numbers{above} rising")
@@ -374,27 +386,20 @@ def _parse_interval(text: str, key: str, values: str) -> Axis:
         numbers = float(low), float(high), None if num is None else int(num)
     except ValueError as error:
         raise SpaceError(f"{text!r} must have the form {key}={values[:4]}1e-4..1e-1:5, from..to:number") from error
-    return (log_uniform if kind == "log" else uniform)(key, *numbers)
-
-
-def _parse_value(text: str, value: str, annotation: Any) -> Any:
-    if annotation is str:
-        return value
-    value = value.strip()
-    if typing.get_origin(annotation) is Literal:
-        choices = typing.get_args(annotation)
-        if value not in choices:
-            raise SpaceError(f"{text!r}: {value!r} must be one of {', '.join(choices)}")
-        return value
-    if annotation is bool:
-        if value.lower() not in ("true", "false"):
-            raise SpaceError(f"{text!r}: {value!r} must be true or false")
-        return value.lower() == "true"
+    check_key(key)
+    if dict(leaves())[key] is not float:
+        raise SpaceError(f"{text}: a range is of fractions, and {key} has none; list values, as in {key}=4,8,16")
     try:
-        number = annotation(value)
-        if not math.isfinite(number):
-            raise ValueError
-    except ValueError as error:
-        kind = "a whole number" if annotation is int else "a finite number"
-        raise SpaceError(f"{text!r}: {value!r} must be {kind}; separate values by commas") from error
-    return number
+        return (log_uniform if kind == "log" else uniform)(key, *numbers)
+    except SpaceError as error:
+        raise SpaceError(f"{text}: {str(error).partition(': ')[2]}") from error  # without the name of the function
+
+
+def _parse_value(text: str, key: str, value: str) -> Any:
+    try:
+        found = read_value(key, value)
+    except ConfigError as error:
+        raise SpaceError(f"{text!r}: {error}; separate values by commas") from error
+    if isinstance(found, float) and not math.isfinite(found):
+        raise SpaceError(f"{text!r}: {key}={value} must be a finite number; separate values by commas")
+    return found

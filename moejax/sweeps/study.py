@@ -13,13 +13,22 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from moejax.extras import how_to_install
 from moejax.sweeps.search import Definition, StudyError
+from moejax.sweeps.storage_address import (
+    is_path,
+    journal_path,
+    parse_address,
+    show_storage,
+    sqlite_address,
+    sqlite_path,
+    without_secrets,
+)
 
 if TYPE_CHECKING:  # an extra, imported where it is needed
     import optuna
 
 ATTRIBUTE = "moejax"  # the study's user attribute that holds its definition
-JOURNALS = (".journal", ".log")
 CONNECT_TIMEOUT_S = 10
 LOCK_TIMEOUT_S = 60  # of SQLite, while other workers write
 JOURNAL_LOCK_S = 15  # after which a journal's lock counts as left by a dead worker
@@ -35,13 +44,13 @@ def load_optuna() -> ModuleType:
     try:
         import optuna
     except ImportError as error:
-        raise StudyError(f"a search needs Optuna ({error}): pip install 'moejax[sweeps]'") from error
+        raise StudyError(f"a search needs Optuna ({error}): {how_to_install('sweeps')}") from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return optuna
 
 
 def create_study(storage: str, name: str, definition: Definition) -> "optuna.Study":
-    """The study `name`, which minimises eval/loss, made where it does not exist; one that does may get more trials.
+    """The study `name`, which minimises its objective, made where it does not exist; one that does may get more trials.
 
     Args:
       storage: a path that ends in .journal or .log (a journal), one in .db (SQLite), or a URL of SQLAlchemy.
@@ -53,7 +62,7 @@ def create_study(storage: str, name: str, definition: Definition) -> "optuna.Stu
         has more trials.
     """
     optuna = load_optuna()
-    with storage_errors(show_storage(storage)):
+    with storage_errors(storage):
         study = optuna.create_study(
             storage=_open_storage(storage, create=True), study_name=name, direction="minimize", load_if_exists=True
         )
@@ -89,16 +98,21 @@ def open_study(storage: str, name: str) -> "optuna.Study":
     optuna = load_optuna()
     shown = show_storage(storage)
     missing = StudyError(f"there is no study {name!r} in {shown}; moejax sweep --study={name} makes it")
-    path = _sqlite_path(storage) or _journal_path(storage)
-    if path is not None and not path.is_file():  # opening would make it
+    if not _may_exist(storage):  # opening would make it
         raise missing
-    with storage_errors(shown, no_tables=missing):
+    with storage_errors(storage, no_tables=missing):
         try:
             study = optuna.load_study(study_name=name, storage=_open_storage(storage, create=False))
         except KeyError as error:
             raise missing from error
         definition_of(study)
     return study
+
+
+def _may_exist(storage: str) -> bool:
+    """Whether a storage is a database that has to be asked, or a file that is there."""
+    path = sqlite_path(storage) or journal_path(storage)
+    return path is None or path.is_file()
 
 
 def definition_of(study: "optuna.Study") -> Definition:
@@ -118,11 +132,11 @@ def _not_ours(study: "optuna.Study") -> StudyError:
 
 
 @contextlib.contextmanager
-def storage_errors(shown: str, no_tables: StudyError | None = None) -> Iterator[None]:
+def storage_errors(storage: str, no_tables: StudyError | None = None) -> Iterator[None]:
     """Turns errors of a storage into one line, without SQL and without a password.
 
     Args:
-      shown: the storage as messages name it.
+      storage: its address, or words for it.
       no_tables: raised where the database is reached and has no tables of Optuna.
 
     Raises:
@@ -137,25 +151,17 @@ def storage_errors(shown: str, no_tables: StudyError | None = None) -> Iterator[
         cause = error.__cause__ if isinstance(error, optuna.exceptions.StorageInternalError) else error
         if no_tables is not None and _has_no_tables(cause):
             raise no_tables from error
-        reason = str(getattr(cause, "orig", None) or cause or error).strip().splitlines()[0]
+        said = str(getattr(cause, "orig", None) or cause or error).strip().splitlines()[0]
         raise StudyError(
-            f"storage {shown} cannot be used ({reason}); is the server up and the address right?"
-        ) from error
-
-
-def show_storage(storage: str) -> str:
-    """The storage as it may be printed: passwords are replaced by `***`."""
-    if "://" not in storage:
-        return storage
-    url = _parse_url(storage)
-    secret = [key for key in url.query if "pass" in key.lower()]
-    return url.update_query_dict(dict.fromkeys(secret, "***")).render_as_string(hide_password=True)
+            f"storage {show_storage(storage)} cannot be used ({without_secrets(said, storage)}); is the server up and "
+            "the address right?"
+        ) from None  # what the driver raised may quote the address
 
 
 def dashboard_command(storage: str, host: str = "127.0.0.1", port: int = 8080) -> str:
     """The command line that shows a storage's studies in a browser; a password is left to the reader to fill in."""
-    path = _sqlite_path(storage)
-    address = f"sqlite:///{path}" if path is not None else show_storage(storage)
+    path = sqlite_path(storage)
+    address = sqlite_address(path) if path is not None else show_storage(storage)
     return f"optuna-dashboard {shlex.quote(address)} --host {host} --port {port}"
 
 
@@ -163,28 +169,36 @@ def serve_dashboard(storage: str, host: str = "127.0.0.1", port: int = 8080) -> 
     """Serves the studies of a storage to browsers of this machine until it is interrupted.
 
     Raises:
-      StudyError: the dashboard is not installed, or the storage cannot be used.
+      StudyError: the dashboard is not installed, or the storage holds no study or cannot be used.
     """
     load_optuna()
     try:
         from optuna_dashboard import run_server
     except ImportError as error:
-        raise StudyError(f"the dashboard is not installed ({error}): pip install 'moejax[sweeps]'") from error
-    with storage_errors(show_storage(storage)):
+        raise StudyError(f"the dashboard is not installed ({error}): {how_to_install('sweeps')}") from error
+    shown = show_storage(storage)
+    missing = StudyError(f"there is no study in {shown}; moejax sweep --search=... --storage={shown} makes one")
+    if not _may_exist(storage):  # opening would make it
+        raise missing
+    with storage_errors(storage, no_tables=missing):
         opened = _open_storage(storage, create=False)
+        if not opened.get_all_studies():
+            raise missing
     run_server(opened, host=host, port=port)
 
 
 def _open_storage(storage: str, create: bool) -> "optuna.storages.BaseStorage":
     """The storage behind a path or URL; with `create` its tables are made where they are missing."""
-    if "://" in storage:
+    sqlite = sqlite_path(storage) if is_path(storage) else None
+    if sqlite is not None:
+        return _open_database(sqlite_address(sqlite), create)
+    if not is_path(storage):
         return _open_database(storage, create)
-    if _sqlite_path(storage) is not None:
-        return _open_database(f"sqlite:///{_sqlite_path(storage)}", create)
-    path = _journal_path(storage)
+    path = journal_path(storage)
     if path is None:
         raise StudyError(
-            f"storage {storage!r} must end in .journal, .log or .db, or be a URL such as postgresql+psycopg://host/name"
+            f"storage {show_storage(storage)!r} must end in .journal, .log or .db, or be a URL such as "
+            "postgresql+psycopg://host/name"
         )
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
@@ -205,7 +219,7 @@ def _open_database(address: str, create: bool) -> "optuna.storages.BaseStorage":
     import sqlalchemy
     from optuna.storages import RDBStorage
 
-    url = _parse_url(address)
+    url = parse_address(address)
     options: dict[str, Any] = {"pool_pre_ping": True}  # a restarted server is connected to again
     is_sqlite = url.get_backend_name() == "sqlite"
     options["connect_args"] = {"timeout": LOCK_TIMEOUT_S} if is_sqlite else {"connect_timeout": CONNECT_TIMEOUT_S}
@@ -213,17 +227,19 @@ def _open_database(address: str, create: bool) -> "optuna.storages.BaseStorage":
         try:
             Path(url.database).parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise StudyError(f"storage {address} cannot be made ({error.strerror}); choose another path") from error
+            raise StudyError(
+                f"storage {show_storage(address)} cannot be made ({error.strerror}); choose another path"
+            ) from error
     template = address.replace("{", "{{").replace("}", "}}")  # Optuna formats the address
     for attempt in range(CREATORS_RACE):
         try:
             storage = RDBStorage(template, engine_kwargs=options, skip_table_creation=not create)
             break
         except ImportError as error:
-            reason = error.__cause__ or error
+            reason = without_secrets(str(error.__cause__ or error), address)
             raise StudyError(
                 f"storage {show_storage(address)} needs a driver that is not installed ({reason}); "
-                "pip install 'moejax[sweeps]' brings that of postgresql+psycopg://"
+                f"that of postgresql+psycopg:// comes with extra sweeps: {how_to_install('sweeps')}"
             ) from error
         except sqlalchemy.exc.SQLAlchemyError as error:
             if not create or not _is_race(error) or attempt == CREATORS_RACE - 1:
@@ -250,45 +266,6 @@ def _serialise(engine: "Any") -> None:
         connection.exec_driver_sql("BEGIN IMMEDIATE")
 
     engine.dispose()  # connections opened before
-
-
-def _parse_url(address: str) -> "Any":
-    """SQLAlchemy's URL of an address.
-
-    Raises:
-      StudyError: it is none, or of a database that SQLAlchemy does not know.
-    """
-    try:
-        import sqlalchemy
-    except ImportError as error:
-        raise StudyError(f"a search needs SQLAlchemy ({error}): pip install 'moejax[sweeps]'") from error
-    scheme = address.split("://")[0]
-    try:
-        url = sqlalchemy.make_url(address)
-    except (sqlalchemy.exc.ArgumentError, ValueError) as error:  # the message may hold the password
-        raise StudyError(
-            f"the storage that begins {scheme}:// is no URL of the form {scheme}://user@host/name"
-        ) from error
-    try:
-        url.get_dialect()
-    except sqlalchemy.exc.NoSuchModuleError as error:
-        raise StudyError(
-            f"storage {scheme}:// is of no known kind; use postgresql+psycopg://, mysql+pymysql:// or sqlite:///"
-        ) from error
-    return url
-
-
-def _sqlite_path(storage: str) -> Path | None:
-    """The absolute path of an SQLite file; None for other storages."""
-    if storage.startswith("sqlite") and "://" in storage:
-        database = _parse_url(storage).database
-        return Path(database).absolute() if database else None
-    return Path(storage).absolute() if storage.endswith(".db") and "://" not in storage else None
-
-
-def _journal_path(storage: str) -> Path | None:
-    """The absolute path of a journal; None for other storages."""
-    return Path(storage).absolute() if storage.endswith(JOURNALS) and "://" not in storage else None
 
 
 def _has_no_tables(error: BaseException | None) -> bool:

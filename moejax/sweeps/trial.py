@@ -12,11 +12,11 @@ import jax
 
 from moejax.config import Config, ConfigError, TrainConfig
 from moejax.sweeps.arms import Arm, plan_arms
-from moejax.sweeps.directory import ARMS_FOLDER, add_arm, locked
+from moejax.sweeps.directory import ARMS_FOLDER, add_arm, claimed, join_records
 from moejax.sweeps.progress import Outcome, Report
-from moejax.sweeps.records import RECORD_FILE, collect, read_record
+from moejax.sweeps.records import RECORD_FILE, read_record
 from moejax.sweeps.run import record_arm
-from moejax.sweeps.search import Axis, Definition
+from moejax.sweeps.search import BITS, Axis, Definition
 from moejax.sweeps.worker import Point
 from moejax.training.alarms import AlarmError
 from moejax.training.evaluation import Evaluation
@@ -85,7 +85,7 @@ class Trials:
         if row is None or row["status"] == "pruned":
             return None
         if row["status"] == "done":
-            return Outcome("done", loss=row.get("final/eval/loss"))
+            return Outcome("done", loss=row.get(f"final/{self.definition.objective}"))
         return Outcome("failed", error=row.get("error"))  # stopped by an alarm, too: that gives no loss
 
     def run(self, point: Point, arm_id: str, report: Report) -> Outcome:
@@ -112,7 +112,7 @@ class Trials:
         False after a stop while it waited.
         """
         while not report.should_stop():
-            with locked(self.directory, f"arm-{arm_id}", waits=False) as is_mine:
+            with claimed(self.directory, arm_id) as is_mine:
                 if is_mine:
                     yield True
                     return
@@ -124,7 +124,7 @@ class Trials:
 
         def on_evaluation(step: int, evaluation: Evaluation) -> None:
             nonlocal is_pruned
-            if report(step, step / arm.config.train.num_steps, evaluation.loss):
+            if report(step, step / arm.config.train.num_steps, self._value(evaluation)):
                 is_pruned = True
                 own.request("PRUNED")
             elif report.should_stop():
@@ -146,7 +146,11 @@ class Trials:
             return self._record(arm, "pruned", Outcome("pruned"), report)
         if result.evaluation is None:
             return Outcome("stopped")
-        return self._record(arm, "done", Outcome("done", loss=result.evaluation.loss), report)
+        return self._record(arm, "done", Outcome("done", loss=self._value(result.evaluation)), report)
+
+    def _value(self, evaluation: Evaluation) -> float:
+        """What the study minimises."""
+        return evaluation.bits_per_byte if self.definition.objective == BITS else evaluation.loss
 
     def _arm(self, point: Point) -> Arm:
         return plan_arms(self.definition.base, [point]).arms[0]
@@ -154,6 +158,5 @@ class Trials:
     def _record(self, arm: Arm, status: str, outcome: Outcome, report: Report) -> Outcome:
         report.check()  # the record of another worker's trial is not ours to write
         record_arm(self.directory / ARMS_FOLDER / arm.id, arm, status, outcome.error, packed=1)
-        with locked(self.directory, "records"):
-            collect(self.directory)
+        join_records(self.directory)
         return outcome

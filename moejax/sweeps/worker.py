@@ -241,7 +241,7 @@ class _Worker:
         is_finite = outcome.loss is not None and math.isfinite(outcome.loss)
         if outcome.status == "failed" or (outcome.status == "done" and not is_finite):
             trial.set_user_attr("outcome", "failed")
-            trial.set_user_attr("error", outcome.error or f"eval/loss is {outcome.loss}")
+            trial.set_user_attr("error", outcome.error or f"{self.definition.objective} is {outcome.loss}")
             trial.set_user_attr("is_result", outcome.is_result)
             self._fail(trial.number)
             return True

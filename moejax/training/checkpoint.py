@@ -1,29 +1,48 @@
 """Checkpoints through orbax: asynchronous, complete or absent, restored strictly.
 
-A checkpoint holds these items: `model` (parameters and router state), `optimizer` (moments and counters), `meta` (a
-manifest of every array's path, shape and dtype, the configuration, and digests of the tokenizer's files) and, if it was
-evaluated, `metrics` (its validation loss). Inference
+A checkpoint holds these items: `model` (parameters and router state), `optimizer` (moments and counters), `meta` (what
+it says about itself, see `checkpoint_meta`) and, if it was evaluated, `metrics` (its validation loss). Inference
 restores `model` alone. A restore compares the manifest with what the program expects first: every array, shape and
-dtype must agree, for orbax itself would fill in or cast.
+dtype must agree, for orbax itself would fill in or cast. Then it compares a digest of every array with that of what was
+in memory when it was saved, for orbax does not check the bytes that it reads.
 """
 
-import hashlib
-from collections.abc import Mapping
+import contextlib
+import gc
+import logging
+import os
+import re
+import shlex
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 
-from moejax.config import to_dict
+from moejax.config import ConfigError, resolve_recorded, to_dict
+from moejax.training.checkpoint_meta import (
+    CheckpointError,
+    Damage,
+    check_saved,
+    compare_digests,
+    compare_manifests,
+    manifest,
+    named_arrays,
+    read_meta,
+    saved_steps,
+    seal,
+    tokenizer_digests,
+)
+from moejax.training.digests import digest_arrays
+from moejax.training.processes import is_first
+from moejax.training.run_directory import first_change
 from moejax.training.state import Trainable, TrainState
 
 MODEL_FIELDS = ("params", "router_state")
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+NO_RIGHTS = ("PERMISSION_DENIED", "EACCES", "EPERM")  # in what tensorstore says
 
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be used: the message names the folder, the array and the remedy."""
+log = logging.getLogger("moejax")
 
 
 class Checkpoints:
@@ -39,23 +58,29 @@ class Checkpoints:
         self.workdir = Path(workdir).resolve()
         self.trainable = trainable
         self.folder = self.workdir / "checkpoints"
-        self._notes: dict[int, dict[str, Any]] = {}
+        self._unchecked: int | None = None  # a step that is being saved
         policies = ocp.checkpoint_managers
         keep = trainable.config.train.keep_checkpoints
         best = policies.BestN(
             get_metric_fn=lambda metrics: -metrics["eval/loss"], n=1, keep_checkpoints_without_metrics=False
         )
-        self._manager = ocp.CheckpointManager(
-            self.folder,
-            options=ocp.CheckpointManagerOptions(
-                create=not read_only,
-                read_only=read_only,
-                preservation_policy=None
-                if read_only
-                else policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
-            ),
-            item_names=("model", "optimizer", "meta"),
+        options = ocp.CheckpointManagerOptions(
+            create=not read_only,
+            read_only=read_only,
+            preservation_policy=None if read_only else policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
         )
+        try:
+            # In reading, orbax warns that it will not write.
+            with _from_level("absl", logging.ERROR if read_only else logging.NOTSET):
+                self._manager = ocp.CheckpointManager(
+                    self.folder, options=options, item_names=("model", "optimizer", "meta")
+                )
+        except Exception as error:  # orbax raises many kinds for missing and damaged files
+            for step in saved_steps(self.workdir):
+                self._read_meta(step)
+            raise CheckpointError(
+                f"{self.folder} cannot be opened ({_reason(error)}); {_rights_or_copy(error)}"
+            ) from error
 
     def steps(self) -> list[int]:
         """Complete steps, oldest first."""
@@ -81,17 +106,20 @@ class Checkpoints:
         if step in self._manager.all_steps():
             return False
         self.wait()
-        model, optimizer = _split(_named_arrays(state))
+        model, optimizer = _split(named_arrays(state))
         meta = {
+            "step": step,
             "manifest": manifest(state),
+            "digests": digest_arrays(named_arrays(state)),
             "config": to_dict(self.trainable.config),
             "tokenizer": tokenizer_digests(self.workdir),
+            "metrics": dict(metrics) if metrics else None,
             "notes": dict(notes or {}),
         }
         items = {
             "model": ocp.args.StandardSave(model),
             "optimizer": ocp.args.StandardSave(optimizer),
-            "meta": ocp.args.JsonSave(meta),
+            "meta": ocp.args.JsonSave(seal(meta)),
         }
         if metrics:
             # Orbax, which reads this item when it opens the folder, writes it by itself only where it has a `best_fn`.
@@ -104,6 +132,7 @@ class Checkpoints:
                 f"{self.folder} holds step {self.steps()[-1]}: step {step} cannot be saved before it; remove the later "
                 "steps, or go on from the newest"
             )
+        self._unchecked = step
         return True
 
     def drop_after(self, step: int) -> None:
@@ -125,10 +154,9 @@ class Checkpoints:
         return jax.tree.unflatten(jax.tree.structure(self.trainable.abstract), arrays.values())
 
     def notes(self, step: int) -> dict[str, Any]:
-        """What was noted with a step; of several processes one alone can ask once it was restored."""
-        if step not in self._notes:
-            self._notes[step] = self._read_meta(step).get("notes", {})
-        return self._notes[step]
+        """What was noted with a step."""
+        notes = self._read_meta(step).get("notes")
+        return notes if isinstance(notes, dict) else {}
 
     def restore_model(self, step: int | None = None) -> tuple[int, Any, Any]:
         """Returns (step, params, router_state) without reading the optimizer's arrays.
@@ -163,45 +191,106 @@ class Checkpoints:
             self._manager.close()
 
     def wait(self) -> None:
-        """Returns when what was saved is on disk; raises `CheckpointError` if saving failed."""
+        """Returns when what was saved is on disk and was looked at.
+
+        Raises:
+          CheckpointError: saving failed, or what it left cannot be read.
+        """
+        step, self._unchecked = self._unchecked, None
         try:
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
         except Exception as error:  # orbax passes on whatever the writing thread met: a full disk, lost rights
             raise CheckpointError(
-                f"saving to {self.folder} failed ({(str(error) or type(error).__name__).splitlines()[0]}); "
+                f"saving to {self.folder} failed ({_reason(error)}); "
                 "the steps saved before are whole: make room or rights, and run the command again"
+            ) from error
+        if step is not None and is_first():
+            self._check_saved(step)
+
+    def check_listing(self) -> None:
+        """Raises `CheckpointError` if there is the folder of a step that does not count: it must not be passed over."""
+        for step in saved_steps(self.workdir):
+            if step not in self.steps():
+                raise self._unreadable(step, Damage("it is not a whole checkpoint"))
+
+    def _check_saved(self, step: int) -> None:
+        model, optimizer = _split(named_arrays(self.trainable.abstract))
+        try:
+            check_saved(self.folder / str(step), {"model": set(model), "optimizer": set(optimizer)})
+        except Exception as error:  # tensorstore raises many kinds
+            raise CheckpointError(
+                f"{self.folder / str(step)} was saved and cannot be read ({_reason(error)}); the run stops here: look at "
+                "the file system, and begin again in another --workdir"
             ) from error
 
     def _choose(self, step: int | None) -> int | None:
         steps = self.steps()
         if step is not None and step not in steps:
             raise CheckpointError(f"{self.folder} holds no step {step}; it holds {steps}")
-        return step if step is not None else (steps[-1] if steps else None)
+        if step is not None:
+            return step
+        self.check_listing()
+        return steps[-1] if steps else None
 
     def _read(self, step: int, items: tuple[str, ...]) -> dict[str, jax.Array]:
-        """Reads items of a step after comparing the whole manifest; arrays come in the order of the state's leaves."""
+        """Reads and verifies items of a step; arrays come in the order of the state's leaves."""
         folder = self.folder / str(step)
-        remedy = f"remove {folder} to continue from an older one"
+        parts = dict(zip(("model", "optimizer"), _split(_abstract_arrays(self.trainable)), strict=True))
+        args = {item: ocp.args.StandardRestore(parts[item]) for item in items}
         try:
-            meta = self._read_meta(step)
-            self._notes[step] = meta.get("notes", {})
-            compare_manifests(meta["manifest"], manifest(self.trainable.abstract), folder)
-            self._compare_tokenizer(meta["tokenizer"], folder)
-            parts = dict(zip(("model", "optimizer"), _split(_abstract_arrays(self.trainable)), strict=True))
-            args = {item: ocp.args.StandardRestore(parts[item]) for item in items}
-            restored = self._manager.restore(step, args=ocp.args.Composite(**args))
+            with _quiet_tasks():
+                meta = read_meta(folder)
+                compare_manifests(meta["manifest"], manifest(self.trainable.abstract), folder)
+                self._compare_config(meta["config"], folder)
+                self._compare_tokenizer(meta["tokenizer"], folder)
+                restored = self._manager.restore(step, args=ocp.args.Composite(**args))
+            found = {name: value for item in items for name, value in restored[item].items()}
+            if "digests" in meta:
+                compare_digests(meta["digests"], digest_arrays(found))
+            else:
+                log.warning("%s was saved without digests by an earlier version: its arrays were not verified", folder)
+            if "step" in found and int(found["step"]) != step:
+                raise Damage(f"it holds step {int(found['step'])}: the folder was renamed or copied")
         except CheckpointError:
             raise
         except Exception as error:  # orbax raises many kinds for missing and damaged files
-            raise CheckpointError(
-                f"{folder} cannot be read ({(str(error) or type(error).__name__).splitlines()[0]}); {remedy}"
-            ) from error
-        arrays = {name: value for item in items for name, value in restored[item].items()}
-        return {name: arrays[name] for name in _named_arrays(self.trainable.abstract) if name in arrays}
+            raise self._unreadable(step, error) from error
+        return {name: found[name] for name in named_arrays(self.trainable.abstract) if name in found}
 
     def _read_meta(self, step: int) -> dict[str, Any]:
-        return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+        try:
+            return read_meta(self.folder / str(step))
+        except (Damage, OSError) as error:
+            raise self._unreadable(step, error) from error
+
+    def _unreadable(self, step: int, error: Exception) -> CheckpointError:
+        """What to say of a step that cannot be restored. Only what was proven is called damage, and nothing is deleted."""
+        folder = self.folder / str(step)
+        if _lacks_rights(error):
+            return CheckpointError(f"{folder} cannot be read ({_reason(error)}); {_rights_or_copy(error)}")
+        state = "is damaged" if isinstance(error, Damage) else "cannot be read"
+        names = [name for name in named_arrays(self.trainable.abstract) if name in str(error)]
+        place = "" if isinstance(error, Damage) or not names else f" at {max(names, key=len)}"
+        older = [other for other in saved_steps(self.workdir) if other < step]
+        if older:
+            move = shlex.join(["mv", str(folder), str(self.workdir / f"damaged-{step}")])
+            remedy = f"restore it from a copy, or go on from step {older[-1]} after: {move}"
+        else:
+            remedy = "restore it from a copy; no older step is saved"
+        return CheckpointError(f"{folder} {state}{place} ({_reason(error)}); {remedy}")
+
+    def _compare_config(self, saved: Mapping[str, Any], folder: Path) -> None:
+        """The configuration in the checkpoint is the one that trained it, whatever became of `config.json`."""
+        try:
+            change = first_change(resolve_recorded(saved), self.trainable.config)
+        except ConfigError as error:
+            raise CheckpointError(f"{folder} was saved with a configuration that cannot be used: {error}") from error
+        if change:
+            raise CheckpointError(
+                f"{folder} was trained with {change.key}={change.saved}, not {change.wanted}; restore config.json, give "
+                f"--config.{change.key}={change.saved}, or use another --workdir"
+            )
 
     def _compare_tokenizer(self, saved: Mapping[str, str], folder: Path) -> None:
         if saved != tokenizer_digests(self.workdir):
@@ -211,44 +300,53 @@ class Checkpoints:
             )
 
 
-def manifest(state: TrainState) -> dict[str, dict[str, Any]]:
-    """Path, shape and dtype of every array."""
-    return {
-        name: {"shape": list(array.shape), "dtype": str(array.dtype)} for name, array in _named_arrays(state).items()
-    }
+@contextlib.contextmanager
+def _quiet_tasks() -> Iterator[None]:
+    """Keeps asyncio from telling of every task that failed together with the one whose error is passed on."""
+    with _from_level("asyncio", logging.CRITICAL):
+        try:
+            yield
+        except Exception:
+            gc.collect()  # a task tells when it is collected
+            raise
 
 
-def compare_manifests(saved: Mapping[str, Any], expected: Mapping[str, Any], folder: str | Path) -> None:
-    """Raises `CheckpointError` naming the first array that is missing, unknown, or of another shape or dtype."""
-    for name in (*expected, *saved):
-        if saved.get(name) != expected.get(name):
-            raise CheckpointError(
-                f"{folder}: {name} is {_describe(saved.get(name))} in the checkpoint but "
-                f"{_describe(expected.get(name))} in the model; use the configuration of the run, or another --workdir"
-            )
+@contextlib.contextmanager
+def _from_level(name: str, level: int) -> Iterator[None]:
+    """Passes on a library's messages from a level on; a level of 0 changes nothing."""
+    logger = logging.getLogger(name)
+    before = logger.level
+    logger.setLevel(max(before, level))
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
-def tokenizer_digests(workdir: str | Path) -> dict[str, str]:
-    """SHA-256 of the tokenizer's files in a run directory."""
-    paths = [Path(workdir) / name for name in TOKENIZER_FILES]
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths if path.exists()}
+def _reason(error: BaseException) -> str:
+    """The first line of what the first error of a chain says, without what libraries add for their developers."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return re.split(r" \[source locations=| \[tensorstore_spec|\. See full TensorStore", text)[0][:300]
 
 
-def _describe(entry: Mapping[str, Any] | None) -> str:
-    return "absent" if entry is None else f"{entry['dtype']}{entry['shape']}"
+def _lacks_rights(error: BaseException) -> bool:
+    """Whether it is the file system that refuses."""
+    return isinstance(error, PermissionError) or any(word in str(error) for word in NO_RIGHTS)
 
 
-def _named_arrays(state: TrainState) -> dict[str, Any]:
-    """Arrays by path, in the order of the tree's leaves: `params/stacks/0/block/attention/key`."""
-    leaves = jax.tree_util.tree_leaves_with_path(state)
-    return {jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value"): x for path, x in leaves}
+def _rights_or_copy(error: BaseException) -> str:
+    if _lacks_rights(error):
+        return f"give this user (id {os.getuid()}) the right to read and write it"
+    return "restore it from a copy, or use another --workdir"
 
 
 def _abstract_arrays(trainable: Trainable) -> dict[str, jax.ShapeDtypeStruct]:
-    shardings = _named_arrays(trainable.shardings)
+    shardings = named_arrays(trainable.shardings)
     return {
         name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=shardings[name])
-        for name, x in _named_arrays(trainable.abstract).items()
+        for name, x in named_arrays(trainable.abstract).items()
     }
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import logging
-import statistics
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, closing
@@ -18,13 +17,13 @@ from moejax.sharding import make_mesh
 from moejax.training.alarms import AlarmError, stop_message
 from moejax.training.checkpoint import Checkpoints
 from moejax.training.evaluation import Evaluation, domains_of, evaluate
-from moejax.training.metrics import FinishedStep, Recorder
+from moejax.training.metrics import FinishedStep, Recorder, median_speed
 from moejax.training.nonfinite import nonfinite_error
 from moejax.training.processes import SharedStop, fail_together, first_says, first_then_others, is_first, wait_for_all
 from moejax.training.progress import StepProgress
 from moejax.training.run_directory import check_run_directory, check_shared, write_run_directory
 from moejax.training.run_files import RunFiles
-from moejax.training.signals import ALARM, StopSignals
+from moejax.training.signals import ALARM, StopSignals, uninterrupted
 from moejax.training.state import Trainable, TrainState, make_trainable
 from moejax.training.step import TrainStep, make_eval_step, make_train_step, put_batch, rows_of_process
 from moejax.training.watchdog import Watchdog
@@ -169,7 +168,7 @@ class _Loop:
             step=int(state.step),
             stopped_by=self.stop.received,
             evaluation=evaluation,
-            tokens_per_s=statistics.median(recorder.rates) if recorder.rates else None,
+            tokens_per_s=median_speed(recorder.rates),
         )
 
     def _train(
@@ -212,7 +211,9 @@ class _Loop:
         """Compiles the step before the clock starts, in all processes: gloo would not wait for a slow one."""
         started = time.perf_counter()
         arguments = (state, put_batch(batch, self.trainable), self.knobs)
-        compiled = make_train_step(self.trainable).lower(*arguments).compile()
+        log.info("compiling the train step")
+        with uninterrupted("compiling the train step"):
+            compiled = make_train_step(self.trainable).lower(*arguments).compile()
         log.info("compiled the train step in %.1f s", time.perf_counter() - started)
         wait_for_all()
         return compiled

@@ -8,12 +8,14 @@ import dataclasses
 import json
 import math
 import os
+import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import jax
 
+from moejax.planning.devices import peak_memory_bytes
 from moejax.training.alarms import Alarm, AlarmLog
 from moejax.training.progress import StepProgress
 from moejax.training.routing_log import RoutingLog
@@ -22,6 +24,7 @@ from moejax.training.telemetry import summarize_routing
 
 SUMMED = ("num_targets",)
 LAST = ("skipped_steps", "learning_rate")
+SPEED, SECONDS, MFU, MEMORY = "perf/tokens_per_s", "perf/seconds", "perf/mfu", "perf/peak_bytes"
 
 
 class MetricsFile:
@@ -103,6 +106,7 @@ class Recorder:
       start_step: steps done before this process began.
       alarms: what watches the routing; None where `routing` is.
       num_arms: of the pack, whose seconds an interval has. It is said of each interval, for an arm may continue alone.
+      utilisation: model FLOPs utilisation at one token per second; None where it is not known.
 
     Attributes:
       rate: tokens per second of the last step.
@@ -118,12 +122,14 @@ class Recorder:
         start_step: int,
         alarms: AlarmLog | None = None,
         num_arms: int = 1,
+        utilisation: float | None = None,
     ):
         self.metrics = metrics
         self.routing = routing
         self.progress = progress
         self.alarms = alarms
         self._num_arms = num_arms
+        self._utilisation = utilisation
         self.stopping: list[Alarm] = []
         self.rate = 0.0
         self.rates: list[float] = []
@@ -186,8 +192,13 @@ class Recorder:
         self.metrics.tokens += int(targets)
         values["tokens"] = self.metrics.tokens
         seconds = sum(seconds for _, seconds in interval)
-        values["perf/tokens_per_s"] = targets / seconds
-        self.rates.append(values["perf/tokens_per_s"])
+        values[SECONDS] = seconds
+        values[SPEED] = targets / seconds
+        self.rates.append(values[SPEED])
+        if self._utilisation is not None:
+            values[MFU] = values[SPEED] * self._utilisation
+        if (peak := peak_memory_bytes()) is not None:
+            values[MEMORY] = peak
         if self._num_arms > 1:
             values["perf/arms"] = self._num_arms
         routing = summarize_routing(outputs)
@@ -198,6 +209,21 @@ class Recorder:
             if self.alarms is not None:
                 self.stopping = self.alarms.update(self._written_step, routing) or self.stopping
         self.metrics.write(self._written_step, values)
+
+
+def median_speed(rates: Iterable[float]) -> float | None:
+    """Tokens per second of a run, wherever one number is said of it: the median over its logging intervals.
+
+    Slow intervals, such as one during which the machine did other work, move a mean but not the median.
+
+    Args:
+      rates: of intervals; those that are not finite are left out.
+
+    Returns:
+      None if there is none.
+    """
+    finite = [float(rate) for rate in rates if math.isfinite(rate)]
+    return statistics.median(finite) if finite else None
 
 
 def summarize(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:

@@ -11,12 +11,13 @@ is gone, and ends the others.
 
 import contextlib
 import itertools
+import json
 import os
 import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn, TypeVar
 
 import jax
@@ -25,6 +26,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moejax.sharding import replicated
+from moejax.training.partners import Partners
+from moejax.training.roll_call import RollCallError, call_roll
 from moejax.training.signals import ALARM, StopSignals
 
 LOST_SECONDS = 30
@@ -33,16 +36,38 @@ LOST_SECONDS = 30
 WAIT_SECONDS = 24 * 3600
 """For a process that lives: it may be preparing data."""
 
+WORD_SECONDS = 1.0
+"""How long a process that failed waits to hear that another one had ended before."""
+
 FAREWELL_SECONDS = 2.0
 """How much longer process 0 lives after a failure: when it goes, the service goes and ends the others unheard."""
 
-LAUNCHERS = {"SLURM_STEP_NUM_TASKS": "srun", "OMPI_COMM_WORLD_SIZE": "mpirun"}
+MEETING_S = 30.0
+"""How long processes wait for each other at the start, unless they are told otherwise."""
+
+CONNECT_SECONDS = 120
+"""For jax's own service, once all processes are known to be there."""
+
+LAUNCHERS = (
+    "SLURM_STEP_NUM_TASKS",  # srun
+    "OMPI_COMM_WORLD_SIZE",  # Open MPI
+    "PMI_SIZE",  # MPICH, Intel MPI, Cray
+    "MV2_COMM_WORLD_SIZE",  # MVAPICH2
+    "JSM_NAMESPACE_SIZE",  # jsrun
+    "FLUX_JOB_SIZE",  # flux run
+    "WORLD_SIZE",  # torchrun
+)
 """Variables in which launchers say how many processes they started."""
+
+RANKS = ("PMIX_RANK",)  # prterun
+"""Variables in which launchers number processes without saying how many there are."""
 
 STOPS = {number.name: number.value for number in (signal.SIGINT, signal.SIGTERM)} | {ALARM: 128}
 """Reasons to stop, by the number that processes send each other."""
 
 T = TypeVar("T")
+
+_connected: list[Partners] = []  # while this process has met others: one
 
 _calls = itertools.count()  # every process makes the same calls of `_gather` in the same order
 
@@ -52,16 +77,30 @@ class ProcessError(RuntimeError):
 
 
 def launched() -> tuple[int, str]:
-    """How many processes a launcher started together with this one, and the variable that says so; (1, "") if none."""
+    """How many processes, at least, a launcher started together with this one, and what says so; (1, "") if none."""
     for variable in LAUNCHERS:
-        if os.environ.get(variable, "1").isdecimal() and int(os.environ.get(variable, "1")) > 1:
-            return int(os.environ[variable]), variable
+        if _number(variable) > 1:
+            return _number(variable), f"{variable}={_number(variable)}"
+    for variable in RANKS:
+        if _number(variable) > 0:
+            return _number(variable) + 1, f"{variable}={_number(variable)}"
     hosts = os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")
-    return (len(hosts), "TPU_WORKER_HOSTNAMES") if len(hosts) > 1 else (1, "")
+    return (len(hosts), f"TPU_WORKER_HOSTNAMES={','.join(hosts)}") if len(hosts) > 1 else (1, "")
+
+
+def _number(variable: str) -> int:
+    """The number in an environment variable; 0 if there is none."""
+    text = os.environ.get(variable, "")
+    return int(text) if text.isdecimal() else 0
 
 
 @contextlib.contextmanager
-def meet(coordinator: str = "", num_processes: int | None = None, process_id: int | None = None) -> Iterator[None]:
+def meet(
+    coordinator: str = "",
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    wait_s: float = MEETING_S,
+) -> Iterator[None]:
     """Within it, the devices of all processes are one machine's; must begin before anything touches a device.
 
     At the end every process waits for the others. After an error nobody is waited for: call `leave_at_once`.
@@ -71,20 +110,27 @@ def meet(coordinator: str = "", num_processes: int | None = None, process_id: in
         knows of SLURM, Open MPI, TPU pods and Kubernetes.
       num_processes: how many there are.
       process_id: which one this is, from 0.
+      wait_s: how long they wait for each other at the start.
 
     Raises:
       ProcessError: there is nothing of the kind in the environment, or they did not find each other.
+      RollCallError: a process is missing, comes twice, or runs something else.
     """
     where = coordinator or "the environment"
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM from `StopSignals`
     try:
+        coordinator, num_processes, process_id = _find_all(coordinator, num_processes, process_id, wait_s)
+        _connected.append(Partners(call_roll(coordinator, num_processes, process_id, wait_s)))
         jax.distributed.initialize(
-            coordinator or None,
+            coordinator,
             num_processes,
             process_id,
+            initialization_timeout=CONNECT_SECONDS,
             heartbeat_timeout_seconds=LOST_SECONDS,
             shutdown_timeout_seconds=LOST_SECONDS,
         )
+    except RollCallError:
+        raise
     except (ValueError, RuntimeError) as error:  # jax's own, and those of the service
         raise ProcessError(
             f"the processes did not meet by {where} ({(str(error) or type(error).__name__).splitlines()[0]}); launch "
@@ -93,7 +139,62 @@ def meet(coordinator: str = "", num_processes: int | None = None, process_id: in
         ) from error
     yield
     wait_for_all()
+    _part("done")
     jax.distributed.shutdown()
+
+
+def _find_all(
+    coordinator: str, num_processes: int | None, process_id: int | None, wait_s: float
+) -> tuple[str, int, int]:
+    """The coordinator's address, the number of processes and this one's; what is not given comes from the environment.
+
+    Raises:
+      ValueError: the environment does not say.
+    """
+    if coordinator and num_processes is not None and process_id is not None:
+        return coordinator, num_processes, process_id
+    from jax._src import clusters  # jax looks there itself, and has no public name for it
+
+    address, number, index, _ = clusters.ClusterEnv.auto_detect_unset_distributed_params(
+        coordinator or None, num_processes, process_id, None, None, max(1, round(wait_s))
+    )
+    if not address or number is None or index is None:
+        raise ValueError("it names no coordinator, number of processes and number of this process")
+    return address, number, index
+
+
+def await_word_of_others() -> None:
+    """Returns once it was said which process is gone, or after a moment if none is.
+
+    A process that is gone breaks the collectives of the others, and their tracebacks should not come first.
+    """
+    for partners in _connected:
+        partners.is_told.wait(WORD_SECONDS)
+
+
+def agree(values: Mapping[str, Mapping[str, Any]], name: str) -> None:
+    """Returns if all processes have the same values as process 0.
+
+    Args:
+      values: sections of leaves that JSON can hold.
+      name: what they are, for the message.
+
+    Raises:
+      ProcessError: they differ, or do in another process.
+    """
+    of_first = json.loads(first_says(json.dumps(values)))
+
+    def compare() -> None:
+        for section, leaves in values.items():
+            for leaf, value in leaves.items():
+                other = of_first.get(section, {}).get(leaf)
+                if value != other:
+                    raise ProcessError(
+                        f"process {jax.process_index()} on {socket.gethostname()} has {section}.{leaf}={value}, and "
+                        f"process 0 has {other}; give all processes the same {name}"
+                    )
+
+    fail_together(compare)
 
 
 def has_others() -> bool:
@@ -103,9 +204,16 @@ def has_others() -> bool:
 
 def leave_at_once(code: int) -> NoReturn:
     """Ends a process that failed, so that the others fail too: a common exit would wait for them, and they for it."""
+    _part("failed")
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def _part(word: str) -> None:
+    """Tells the other processes that this one ends."""
+    while _connected:
+        _connected.pop().leave(word)
 
 
 def is_first() -> bool:
@@ -121,6 +229,11 @@ def wait_for_all() -> None:
 def first_says(word: str) -> str:
     """What process 0 says; all must ask."""
     return _gather(word)[0]
+
+
+def all_say(word: str) -> list[str]:
+    """What each process says, in their order; all must ask."""
+    return _gather(word)
 
 
 def first_then_others(function: Callable[[], T]) -> T:
@@ -145,6 +258,9 @@ def fail_together(function: Callable[[], T]) -> T:
     except Exception as error:  # passed on below, once the others know
         failure = error
     outcomes = _gather(f"failed on {socket.gethostname()}" if failure else "")
+    if any(outcomes):
+        for partners in _connected:
+            partners.expect_their_end()
     if any(outcomes) and len(outcomes) > 1 and is_first():
         time.sleep(FAREWELL_SECONDS)
     if failure:

@@ -43,7 +43,7 @@ def _update(name: str, value: jax.Array, stats: RoutingStats, moe: MoeConfig, kn
     if name == "idle_steps":
         return update_idle_steps(value, stats.assignments_E)
     if name == "selection_bias" and stats.offers_TE is not None:
-        return update_quantiles(stats.offers_TE, moe.top_k)
+        return update_quantiles(stats.offers_TE, stats.num_tokens, moe.top_k)
     if name == "selection_bias":
         return update_bias(value, stats.assignments_E, knobs.bias_rate, is_centered=moe.bias_centered)
     return value  # a hash router's table

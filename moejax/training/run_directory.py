@@ -1,5 +1,6 @@
 """`workdir/config.json`: what a run is, and the check that a resumed run is still the same."""
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -8,15 +9,18 @@ import os
 import platform
 import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
 import moejax
-from moejax.config import AlarmConfig, Config, ConfigError, leaves, resolve, to_dict
+from moejax.config import AlarmConfig, Config, ConfigError, leaves, resolve_recorded, to_dict
 from moejax.models.parameters import ParameterCount
+from moejax.training.checkpoint_meta import newest_meta
+from moejax.training.numerics import changed_numerics, numerics
 from moejax.training.processes import fail_together, first_says
 
 MAY_CHANGE = (
@@ -30,26 +34,79 @@ MAY_CHANGE = (
 """Leaves that may differ when a run is continued: they change neither the model nor what a step computes, except that
 `train.num_steps` stretches the learning-rate schedule."""
 
+GLOB_LETTERS = "*?["
+
 SHARED_SECONDS = 60.0
 """Network file systems may show a new file so much later in another host."""
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "numpy")
 
 
+class Change(NamedTuple):
+    """A leaf in which two configurations differ."""
+
+    key: str
+    saved: Any
+    wanted: Any
+
+
+def changes(saved: Config, wanted: Config) -> list[Change]:
+    """The leaves in which a run's configuration and another one differ."""
+    before, after = to_dict(saved), to_dict(wanted)
+    pairs = [(key, *key.split(".")) for key, _ in leaves()]
+    found = [Change(key, before[section][name], after[section][name]) for key, section, name in pairs]
+    return [change for change in found if change.saved != change.wanted]
+
+
+def first_change(saved: Config, wanted: Config) -> Change | None:
+    """The first difference that makes another run of it; None if there is none."""
+    return next((change for change in changes(saved, wanted) if change.key not in MAY_CHANGE), None)
+
+
 def check_run_directory(workdir: Path, config: Config) -> None:
-    """Raises `ConfigError` if the directory holds a run of another configuration; changes nothing."""
+    """Raises `ConfigError` if the directory holds a run of another configuration, or cannot hold one; changes nothing.
+
+    The run's configuration is what `config.json` says and, should that be lost or edited, what its checkpoint says.
+    """
+    check_path(workdir)
     if workdir.exists() and not workdir.is_dir():
         raise ConfigError(f"--workdir={workdir} is a file; name a folder")
-    if not (workdir / "config.json").exists():
-        return
-    saved, wanted = to_dict(read_config(workdir)), to_dict(config)
-    for key, _ in leaves():
-        section, name = key.split(".")
-        if saved[section][name] != wanted[section][name] and key not in MAY_CHANGE:
+    known = [read_config(workdir)] if (workdir / "config.json").exists() else []
+    meta = newest_meta(workdir)
+    if meta is not None:
+        with contextlib.suppress(ConfigError):  # of another version: restoring it says so
+            known.append(resolve_recorded(meta["config"]))
+    for saved in known:
+        change = first_change(saved, config)
+        if change:
             raise ConfigError(
-                f"{workdir} holds a run with {key}={saved[section][name]}, not {wanted[section][name]}; "
-                "use another --workdir, or remove that folder"
+                f"{workdir} holds a run with {change.key}={change.saved}, not {change.wanted}; give "
+                f"--config.{change.key}={change.saved} to continue it, or use another --workdir for a new one"
             )
+
+
+def check_path(workdir: Path) -> None:
+    """Raises `ConfigError` for a path below which orbax loses what it saves, without an error.
+
+    It looks for its files by patterns, in which brackets and stars are no letters; and tensorstore, which writes them,
+    takes names for UTF-8, whatever the locale says.
+    """
+    whole = str(workdir.resolve())
+    special = [letter for letter in GLOB_LETTERS if letter in whole]
+    if special:
+        raise ConfigError(
+            f"--workdir={workdir}: checkpoints cannot be saved below a folder whose name has {' '.join(special)} "
+            f"({whole}); use another folder"
+        )
+    try:
+        is_utf8 = os.fsencode(whole) == whole.encode()
+    except UnicodeEncodeError:
+        is_utf8 = False
+    if not is_utf8:
+        raise ConfigError(
+            f"--workdir={ascii(str(workdir))} is not the same name in UTF-8 as in this locale "
+            f"({sys.getfilesystemencoding()}); set LC_ALL=C.UTF-8, or use a name of ASCII letters"
+        )
 
 
 def write_run_directory(workdir: Path, config: Config, parameters: ParameterCount, corpus: str, command: str) -> None:
@@ -67,7 +124,14 @@ def write_run_directory(workdir: Path, config: Config, parameters: ParameterCoun
     """
     path = workdir / "config.json"
     if path.exists():
-        before = json.loads(path.read_text(encoding="utf-8")).get("corpus", corpus)
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        changed = changed_numerics(facts.get("numerics", {}))
+        if changed:
+            raise ConfigError(
+                f"{workdir} holds a run with {changed}, which changes its numbers; set that variable as it was, or use "
+                "another --workdir"
+            )
+        before = facts.get("corpus", corpus)
         if before != corpus:
             raise ConfigError(
                 f"{workdir} holds a run on the rows {before}; the text has changed since and gives {corpus}; "
@@ -82,6 +146,7 @@ def write_run_directory(workdir: Path, config: Config, parameters: ParameterCoun
         "git_commit": git_commit(),
         "device": f"{jax.device_count()} x {device.device_kind} ({device.platform})",
         "processes": jax.process_count(),
+        "numerics": numerics(),
         "command": command,
     }
     try:
@@ -122,7 +187,7 @@ def read_config(workdir: str | Path) -> Config:
     path = Path(workdir) / "config.json"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        return resolve(content["config"])
+        return resolve_recorded(content["config"])
     except FileNotFoundError as error:
         raise ConfigError(f"{path} does not exist; --workdir must name the folder of a trained run") from error
     except ConfigError as error:

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 
 from moejax.config import Config
+from moejax.planning.devices import utilisation_of_token
 from moejax.training.alarms import AlarmLog
 from moejax.training.checkpoint import Checkpoints
 from moejax.training.evaluation import Evaluation
@@ -57,7 +58,8 @@ class RunFiles:
             routing.truncate(start_step)
             counts = checkpoints.notes(start_step).get("alarms") if start_step else None
             self._alarms = AlarmLog(workdir, start_step, config, counts, name)
-        self.recorder = Recorder(self._metrics, routing, progress, start_step, self._alarms, num_arms)
+        utilisation = utilisation_of_token(config) if num_arms == 1 else None
+        self.recorder = Recorder(self._metrics, routing, progress, start_step, self._alarms, num_arms, utilisation)
         self.is_evaluated = self._metrics is not None and self._metrics.is_evaluated
 
     def note(self, step: int, evaluation: Evaluation) -> None:

@@ -17,9 +17,9 @@ import logging
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from moejax.kernels.arrays import takes_numpy
 from moejax.kernels.grouped_matmul.dense import grouped_matmul_dense
 from moejax.kernels.grouped_matmul.padded import grouped_matmul_padded
 from moejax.kernels.grouped_matmul.ragged import grouped_matmul_ragged, needs_megablox
@@ -47,6 +47,7 @@ ANYWHERE = "padded"
 """Where nothing better runs: XLA multiplies all rows by all matrices in `ragged_dot` on most platforms."""
 
 
+@takes_numpy
 def grouped_matmul(
     x_RD: Float[Array, "R D"],
     w_EDF: Float[Array, "E D F"],
@@ -72,7 +73,7 @@ def grouped_matmul(
       ValueError: an unknown implementation.
     """
     name = resolve_implementation(implementation)
-    x_RD, w_EDF, group_sizes_E = vary_alike(jnp.asarray(x_RD), jnp.asarray(w_EDF), jnp.asarray(group_sizes_E))
+    x_RD, w_EDF, group_sizes_E = vary_alike(x_RD, w_EDF, group_sizes_E)
     return IMPLEMENTATIONS[name](x_RD, w_EDF, group_sizes_E, spare_rows)
 
 

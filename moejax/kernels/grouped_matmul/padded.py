@@ -8,35 +8,19 @@ all rows by all matrices. How often is known only when the program runs; memory 
 import functools
 import math
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from moejax.kernels.grouped_matmul.arms import fold_arms
+from moejax.kernels.grouped_matmul.products import Products, multiply
 from moejax.kernels.varying import zeros_varying_like
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def grouped_matmul_padded(
     x_RD: Float[Array, "R D"], w_EDF: Float[Array, "E D F"], group_sizes_E: Int[Array, "E"], spare_rows: int = 0
 ) -> Float[Array, "R F"]:
     """See `grouped_matmul`."""
-    return fold_arms(_BY_MATRIX, x_RD, w_EDF, group_sizes_E, spare_rows)
-
-
-def _forward(x_RD, w_EDF, group_sizes_E, spare_rows):
-    return grouped_matmul_padded(x_RD, w_EDF, group_sizes_E, spare_rows), (x_RD, w_EDF, group_sizes_E)
-
-
-def _backward(spare_rows, residuals, dy_RF):
-    x_RD, w_EDF, group_sizes_E = residuals
-    dx_RD = fold_arms(_BY_TRANSPOSE, dy_RF, w_EDF, group_sizes_E, spare_rows)
-    dw_EDF = fold_arms(_outer_products, x_RD, dy_RF, group_sizes_E, spare_rows)
-    return dx_RD, dw_EDF.astype(w_EDF.dtype), None
-
-
-grouped_matmul_padded.defvjp(_forward, _backward)
+    return multiply(PRODUCTS, x_RD, w_EDF, group_sizes_E, spare_rows)
 
 
 def _outer_products(x_RD, dy_RF, group_sizes_E, spare_rows: int):
@@ -85,3 +69,6 @@ def _rows_of_turn(turn, group_sizes_E, num_rows: int):
 
 def _gather(x_RP, rows_EC):
     return x_RP.at[rows_EC].get(mode="fill", fill_value=0)
+
+
+PRODUCTS = Products(_BY_MATRIX, _BY_TRANSPOSE, _outer_products)

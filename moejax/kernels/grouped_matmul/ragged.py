@@ -12,37 +12,22 @@ import jax.numpy as jnp
 from jax.lax import ragged_dot_general
 from jaxtyping import Array, Float, Int
 
-from moejax.kernels.grouped_matmul.arms import Product, fold_arms, loop_over_arms
+from moejax.kernels.grouped_matmul.arms import fold_arms, loop_over_arms
 from moejax.kernels.grouped_matmul.dimensions import BY_MATRIX, BY_TRANSPOSE, OUTER
 from moejax.kernels.grouped_matmul.megablox import outer_products_megablox
+from moejax.kernels.grouped_matmul.products import Products, multiply
 from moejax.kernels.grouped_matmul.tail import zero_tail
 from moejax.kernels.platform import platform
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def grouped_matmul_ragged(
     x_RD: Float[Array, "R D"], w_EDF: Float[Array, "E D F"], group_sizes_E: Int[Array, "E"], spare_rows: int = 0
 ) -> Float[Array, "R F"]:
     """See `grouped_matmul`."""
-    return _product(_BY_MATRIX, x_RD, w_EDF, group_sizes_E, spare_rows)
+    return multiply(PRODUCTS, x_RD, w_EDF, group_sizes_E, spare_rows)
 
 
-def _forward(x_RD, w_EDF, group_sizes_E, spare_rows):
-    return grouped_matmul_ragged(x_RD, w_EDF, group_sizes_E, spare_rows), (x_RD, w_EDF, group_sizes_E)
-
-
-def _backward(spare_rows, residuals, dy_RF):
-    x_RD, w_EDF, group_sizes_E = residuals
-    dx_RD = _product(_BY_TRANSPOSE, dy_RF, w_EDF, group_sizes_E, spare_rows)
-    product = functools.partial(_outer_products, dtype=w_EDF.dtype)
-    dw_EDF = _product(product, x_RD, dy_RF, group_sizes_E, spare_rows)
-    return dx_RD, dw_EDF.astype(w_EDF.dtype), None
-
-
-grouped_matmul_ragged.defvjp(_forward, _backward)
-
-
-def _product(product: Product, x_RP, other, group_sizes_E, spare_rows: int):
+def _over_arms(product, x_RP, other, group_sizes_E, spare_rows: int):
     """Off TPU arms are not folded: a dense product would multiply each one's rows by the matrices of all."""
     over_arms = fold_arms if platform() == "tpu" else loop_over_arms
     return over_arms(product, x_RP, other, group_sizes_E, spare_rows)
@@ -53,9 +38,9 @@ def needs_megablox() -> bool:
     return platform() == "tpu" and jax.__version_info__ < (0, 12)
 
 
-def _outer_products(x_RD, dy_RF, group_sizes_E, spare_rows: int, *, dtype):
+def _outer_products(x_RD, dy_RF, group_sizes_E, spare_rows: int):
     if needs_megablox():
-        return outer_products_megablox(x_RD, dy_RF, group_sizes_E, dtype)
+        return outer_products_megablox(x_RD, dy_RF, group_sizes_E, x_RD.dtype)
     x_RD, dy_RF = zero_tail(x_RD, group_sizes_E), zero_tail(dy_RF, group_sizes_E)
     return ragged_dot_general(x_RD, dy_RF, group_sizes_E, OUTER, preferred_element_type=jnp.float32)
 
@@ -70,3 +55,4 @@ def _rows_by_matrices(x_RP, w_EDF, group_sizes_E, spare_rows: int, *, dimensions
 
 _BY_MATRIX = functools.partial(_rows_by_matrices, dimensions=BY_MATRIX)
 _BY_TRANSPOSE = functools.partial(_rows_by_matrices, dimensions=BY_TRANSPOSE)
+PRODUCTS = Products(_BY_MATRIX, _BY_TRANSPOSE, _outer_products, _over_arms)

@@ -15,8 +15,9 @@ import jax.numpy as jnp
 from jax.lax import RaggedDotDimensionNumbers
 from jaxtyping import Array, Float, Int
 
-from moejax.kernels.grouped_matmul.arms import fold_arms
+from moejax.extras import how_to_install
 from moejax.kernels.grouped_matmul.dimensions import BY_MATRIX, BY_TRANSPOSE, OUTER
+from moejax.kernels.grouped_matmul.products import Products, multiply
 from moejax.kernels.grouped_matmul.tail import zero_tail
 from moejax.kernels.platform import platform
 
@@ -33,7 +34,7 @@ def why_unavailable() -> str | None:
     if platform() == "gpu" and jax.__version_info__ >= (0, 12):
         return f"tokamax 0.0.12 needs jax before 0.12 on GPU, and this is {jax.__version__}; set up with Python 3.11"
     if importlib.util.find_spec("tokamax") is None:
-        return "tokamax is not installed; add the extra, as in pip install 'moejax[tokamax]', with Python 3.11"
+        return f"tokamax is not installed; with Python 3.11, {how_to_install('tokamax')}"
     device = jax.devices()[0]
     if device.platform == "gpu" and not _is_new_enough(device):
         return f"its Triton kernels need an NVIDIA GPU of compute capability 8.0, and this is {device.device_kind}"
@@ -48,25 +49,11 @@ BLOCK = 128
 """At least as many rows as a block has in tokamax's kernel for outer products, in any of its configurations."""
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def grouped_matmul_tokamax(
     x_RD: Float[Array, "R D"], w_EDF: Float[Array, "E D F"], group_sizes_E: Int[Array, "E"], spare_rows: int = 0
 ) -> Float[Array, "R F"]:
     """See `grouped_matmul`."""
-    return fold_arms(_BY_MATRIX, x_RD, w_EDF, group_sizes_E, spare_rows)
-
-
-def _forward(x_RD, w_EDF, group_sizes_E, spare_rows):
-    return grouped_matmul_tokamax(x_RD, w_EDF, group_sizes_E, spare_rows), (x_RD, w_EDF, group_sizes_E)
-
-
-def _backward(spare_rows, residuals, dy_RF):
-    x_RD, w_EDF, group_sizes_E = residuals
-    dx_RD = fold_arms(_BY_TRANSPOSE, dy_RF, w_EDF, group_sizes_E, spare_rows)
-    return dx_RD, fold_arms(_outer_products, x_RD, dy_RF, group_sizes_E, spare_rows), None
-
-
-grouped_matmul_tokamax.defvjp(_forward, _backward)
+    return multiply(PRODUCTS, x_RD, w_EDF, group_sizes_E, spare_rows)
 
 
 def _outer_products(x_RD, dy_RF, group_sizes_E, spare_rows: int):
@@ -101,3 +88,6 @@ def _product(a, b, group_sizes_E, dimensions: RaggedDotDimensionNumbers):
         return tokamax.ragged_dot_general(
             a, b, group_sizes_E, dimensions, preferred_element_type=a.dtype, implementation=KERNELS[platform()]
         )
+
+
+PRODUCTS = Products(_BY_MATRIX, _BY_TRANSPOSE, _outer_products)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from moejax.config import MoeConfig
+from moejax.kernels.arrays import takes_numpy
 from moejax.moe.routers.routing import RouterInputs, SlotRouting, SoftRouting
 from moejax.moe.routers.selection import named
 
@@ -32,6 +33,7 @@ def route_expert_choice(inputs: RouterInputs, config: MoeConfig, slots: int) -> 
     return SlotRouting(inputs.logits_TE, probs_TE, positions_BEC, weights_BEC)
 
 
+@takes_numpy
 def route_soft(logits_BLS: Float[Array, "B L S"], mask_BL: Bool[Array, "B L"]) -> SoftRouting:
     """Each slot is a mixture of all tokens of its sequence, each token's output a mixture of all slots.
 

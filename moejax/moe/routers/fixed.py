@@ -4,11 +4,9 @@ import jax
 import jax.numpy as jnp
 
 from moejax.config import MoeConfig
-from moejax.moe.routers.routing import RouterInputs, Routing, no_expert
+from moejax.moe.routers.routing import RouterInputs, Routing, Stream, no_expert
 from moejax.moe.routers.scores import log_scores, routing_by_scores
 from moejax.moe.routers.selection import eligible, named, select
-
-RANDOM = 2  # stream of random numbers
 
 
 def route_hash(inputs: RouterInputs, config: MoeConfig) -> Routing:
@@ -28,7 +26,7 @@ def route_random(inputs: RouterInputs, config: MoeConfig) -> Routing:
     a sequence in any batch.
     """
     if inputs.is_training:
-        values_TE = inputs.draw(RANDOM, jax.random.uniform, config.num_choices)
+        values_TE = inputs.draw(Stream.RANDOM, jax.random.uniform, config.num_choices)
     else:
         base = jax.random.key(0)
 

@@ -1,12 +1,36 @@
 """What routers see and what they return."""
 
 import dataclasses
+import enum
+import zlib
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+
+from moejax.kernels.arrays import to_jax
+
+
+class Stream(enum.Enum):
+    """Everything that a layer draws at random; the names, not their order, set the numbers of one apart from another's.
+
+    Small integers would not do: splitting a key gives the keys that small integers give, and so parameters are drawn.
+    """
+
+    NOISE = "noise"
+    GROUP_NOISE = "group noise"
+    RANDOM = "random"
+    GUMBEL = "gumbel"
+    KEEP = "keep"
+    JITTER = "jitter"
+    DROPOUT = "dropout"
+
+    @property
+    def number(self) -> int:
+        """What a key is folded with: 32 bits of the name."""
+        return zlib.crc32(self.value.encode())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,22 +69,32 @@ class RouterInputs:
     is_training: bool = False
     noise: jax.Array | float = 1.0
 
-    def draw(self, stream: int, sampler: Callable[..., jax.Array], width: int) -> Float[Array, "T width"]:
-        """Random numbers, one row a token; `stream` sets the draws of one layer apart.
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            object.__setattr__(self, field.name, to_jax(getattr(self, field.name)))
+
+    def draw(
+        self, stream: Stream, sampler: Callable[..., jax.Array], width: int, *, choice: int = 0
+    ) -> Float[Array, "T width"]:
+        """Random numbers, one row a token, for one of its choices where each draws its own; see `draw`.
 
         Raises:
           ValueError: there are no keys.
         """
         if self.keys_B is None:
             raise ValueError("this router draws random numbers in training: pass keys_B, a key per sequence")
-        return draw(self.keys_B, stream, sampler, self.length, width).reshape(-1, width)
+        return draw(self.keys_B, stream, sampler, self.length, width, choice=choice).reshape(-1, width)
 
 
 def draw(
-    keys_B: jax.Array, stream: int, sampler: Callable[..., jax.Array], length: int, width: int
+    keys_B: jax.Array, stream: Stream, sampler: Callable[..., jax.Array], length: int, width: int, *, choice: int = 0
 ) -> Float[Array, "B L width"]:
-    """Draws `sampler(key, (length, width))` for each sequence from its own key."""
-    return jax.vmap(lambda key: sampler(jax.random.fold_in(key, stream), (length, width)))(keys_B)
+    """Draws `sampler(key, (length, width))` for each sequence from its own key, folded with stream and choice."""
+
+    def draw_sequence(key):
+        return sampler(jax.random.fold_in(jax.random.fold_in(key, stream.number), choice), (length, width))
+
+    return jax.vmap(draw_sequence)(keys_B)
 
 
 @jax.tree_util.register_dataclass
@@ -76,6 +110,8 @@ class Routing:
       weights_TK: combine weights, float32; 0 where the token is masked.
       ranking_TE: what the selection was made by, float32, -inf where an expert was not eligible; no gradient.
       log_scores_TE: logarithm of each expert's score, from which weights are made.
+      log_weights_TK: logarithm of each weight, but for a summand common to its token: it tells weights apart that are
+        too small for float32. -1e30 where there is no expert.
       noisy_TE: logits with their noise (noisy_topk).
       noise_scale_TE: its standard deviation (noisy_topk).
     """
@@ -86,6 +122,7 @@ class Routing:
     weights_TK: jax.Array
     ranking_TE: jax.Array
     log_scores_TE: jax.Array
+    log_weights_TK: jax.Array
     noisy_TE: Any = None
     noise_scale_TE: Any = None
 

@@ -9,11 +9,9 @@ import dataclasses
 import jax
 
 from moejax.config import MoeConfig
-from moejax.moe.routers.routing import RouterInputs, Routing
+from moejax.moe.routers.routing import RouterInputs, Routing, Stream
 from moejax.moe.routers.scores import log_scores, probabilities, routing_by_scores
-from moejax.moe.routers.selection import eligible, select, selection_values
-
-NOISE, GROUP_NOISE = 0, 1  # streams of random numbers
+from moejax.moe.routers.selection import select, selection_values
 
 
 def route_scored(inputs: RouterInputs, config: MoeConfig) -> Routing:
@@ -28,8 +26,7 @@ def route_scored(inputs: RouterInputs, config: MoeConfig) -> Routing:
       config: score function, normalisation, groups.
     """
     log_scores_TE = log_scores(inputs.logits_TE, config.score)
-    ranking_TE = selection_values(inputs.logits_TE, log_scores_TE, inputs.bias_E, config)
-    ranking_TE = eligible(ranking_TE, inputs.is_blocked_E)
+    ranking_TE = selection_values(inputs.logits_TE, log_scores_TE, inputs.bias_E, config, inputs.is_blocked_E)
     experts_TK = select(ranking_TE, inputs.mask_T, config.top_k, inputs.is_blocked_E)
     return routing_by_scores(inputs, log_scores_TE, ranking_TE, experts_TK, config)
 
@@ -44,7 +41,7 @@ def route_noisy(inputs: RouterInputs, config: MoeConfig) -> Routing:
     """
     noisy_TE = inputs.logits_TE
     if inputs.is_training:
-        draws_TE = inputs.draw(NOISE, jax.random.normal, noisy_TE.shape[-1])
+        draws_TE = inputs.draw(Stream.NOISE, jax.random.normal, noisy_TE.shape[-1])
         noisy_TE += inputs.noise * inputs.noise_scale_TE * draws_TE
     routing = route_scored(dataclasses.replace(inputs, logits_TE=noisy_TE), config)
     return dataclasses.replace(

@@ -6,10 +6,13 @@ constant then hides the collapse of all scores; the softmax of log scores is the
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from moejax.config import MoeConfig
 from moejax.moe.routers.routing import RouterInputs, Routing
+
+NO_WEIGHT = -1e30
+"""The logarithm of the weight where there is no expert: finite, so that a token without any gives no NaN."""
 
 
 def log_scores(logits_TE: Float[Array, "T E"], score: str) -> Float[Array, "T E"]:
@@ -41,6 +44,13 @@ def probabilities(log_scores_TE: Float[Array, "T E"]) -> Float[Array, "T E"]:
     return jax.nn.softmax(log_scores_TE, axis=-1)
 
 
+def log_weights(log_scores_TE: Float[Array, "T E"], experts_TK: Int[Array, "T K"]) -> Float[Array, "T K"]:
+    """Logarithms of the selected experts' scores; `NO_WEIGHT` where an id is E."""
+    is_expert_TK = experts_TK < log_scores_TE.shape[-1]
+    taken_TK = jnp.take_along_axis(log_scores_TE, jnp.where(is_expert_TK, experts_TK, 0), axis=-1)
+    return jnp.where(is_expert_TK, taken_TK, NO_WEIGHT)
+
+
 def weigh(log_scores_TE: Float[Array, "T E"], experts_TK: Int[Array, "T K"], config: MoeConfig) -> Float[Array, "T K"]:
     """Combine weights of the selected experts: their scores, normalised or not, times `route_scale`.
 
@@ -51,15 +61,30 @@ def weigh(log_scores_TE: Float[Array, "T E"], experts_TK: Int[Array, "T K"], con
       experts_TK: selected experts; where an id is E the weight is 0, and the others share what there is.
       config: for `score`, `renormalize` and `route_scale`.
     """
-    num_experts = log_scores_TE.shape[-1]
-    is_expert_TK = experts_TK < num_experts
-    taken_TK = jnp.take_along_axis(log_scores_TE, jnp.where(is_expert_TK, experts_TK, 0), axis=-1)
+    taken_TK = log_weights(log_scores_TE, experts_TK)
     if config.renormalize or config.score == "uniform":
-        # Finite, so that a row without any expert gives no NaN.
-        weights_TK = jax.nn.softmax(jnp.where(is_expert_TK, taken_TK, -1e30), axis=-1)
+        weights_TK = jax.nn.softmax(taken_TK, axis=-1)
     else:
         weights_TK = jnp.exp(taken_TK)
-    return jnp.where(is_expert_TK, weights_TK * config.route_scale, 0.0)
+    return jnp.where(experts_TK < log_scores_TE.shape[-1], weights_TK * config.route_scale, 0.0)
+
+
+def spread_over_survivors(
+    weights_TK: Float[Array, "T K"], log_weights_TK: Float[Array, "T K"], is_kept_TK: Bool[Array, "T K"]
+) -> Float[Array, "T K"]:
+    """The weights of all choices of a token, shared among those that are kept as if only they had been chosen.
+
+    Their shares are the softmax of their logarithms: a quotient of weights would be 0/0 where the kept ones underflow
+    beside the others, and its gradient would overflow long before.
+
+    Args:
+      weights_TK: combine weights.
+      log_weights_TK: their logarithms, see `Routing`.
+      is_kept_TK: which are left; the weights of the others become 0.
+    """
+    total_T1 = weights_TK.sum(axis=1, keepdims=True)
+    shares_TK = jax.nn.softmax(jnp.where(is_kept_TK, log_weights_TK, NO_WEIGHT), axis=-1)
+    return jnp.where(is_kept_TK, total_T1 * shares_TK, 0.0)
 
 
 def routing_by_scores(
@@ -85,4 +110,5 @@ def routing_by_scores(
         weights_TK=weigh(log_scores_TE, experts_TK, config),
         ranking_TE=jax.lax.stop_gradient(ranking_TE),
         log_scores_TE=log_scores_TE,
+        log_weights_TK=log_weights(log_scores_TE, experts_TK),
     )

@@ -36,7 +36,11 @@ def named(experts_TK: Int[Array, "T K"]) -> Int[Array, "T K"]:
 
 
 def selection_values(
-    logits_TE: Float[Array, "T E"], log_scores_TE: Float[Array, "T E"], bias_E: jax.Array | None, config: MoeConfig
+    logits_TE: Float[Array, "T E"],
+    log_scores_TE: Float[Array, "T E"],
+    bias_E: jax.Array | None,
+    config: MoeConfig,
+    is_blocked_E: Bool[Array, "E"] | None = None,
 ) -> Float[Array, "T E"]:
     """What experts are ranked by: scores or logits, plus the selection bias, -inf outside the best groups.
 
@@ -51,17 +55,44 @@ def selection_values(
     values_TE = jax.lax.stop_gradient(values_TE)
     if bias_E is not None:
         values_TE += bias_E[None]
-    if config.num_groups > 1:
-        values_TE = mask_groups(values_TE, config)
-    return values_TE
+    values_TE = eligible(values_TE, is_blocked_E)
+    return mask_groups(values_TE, config, is_blocked_E) if config.num_groups > 1 else values_TE
 
 
-def mask_groups(values_TE: Float[Array, "T E"], config: MoeConfig) -> Float[Array, "T E"]:
-    """-inf outside the `top_k_groups` best of `num_groups` contiguous groups of experts."""
+def mask_groups(
+    values_TE: Float[Array, "T E"], config: MoeConfig, is_blocked_E: Bool[Array, "E"] | None = None
+) -> Float[Array, "T E"]:
+    """-inf outside the `top_k_groups` best of `num_groups` contiguous groups of experts.
+
+    Where experts are blocked, groups are ranked by the others, and as many more groups are kept as a token needs to
+    find `top_k` experts.
+
+    Args:
+      values_TE: by which experts are ranked, -inf where they are blocked.
+      config: for the groups.
+      is_blocked_E: experts that must not be selected; None blocks none.
+    """
     groups = config.num_groups
     values_TGS = values_TE.reshape(-1, groups, values_TE.shape[-1] // groups)
     best = 2 if config.group_score == "top2_sum" else 1
-    group_values_TG = jax.lax.top_k(values_TGS, best)[0].sum(axis=-1)
-    _, kept_TM = jax.lax.top_k(group_values_TG, config.top_k_groups)
-    is_kept_TG = (kept_TM[:, :, None] == jnp.arange(groups)[None, None]).any(axis=1)
+    best_TGX = jax.lax.top_k(values_TGS, best)[0]
+    if is_blocked_E is None:
+        _, kept_TM = jax.lax.top_k(best_TGX.sum(axis=-1), config.top_k_groups)
+        is_kept_TG = (kept_TM[:, :, None] == jnp.arange(groups)[None, None]).any(axis=1)
+    else:
+        num_open_G = (~is_blocked_E).reshape(groups, -1).sum(axis=1)
+        open_TG = jnp.where(best_TGX > -jnp.inf, best_TGX, 0.0).sum(axis=-1)
+        is_kept_TG = _groups_with_enough(jnp.where(num_open_G[None] > 0, open_TG, -jnp.inf), num_open_G, config)
     return jnp.where(is_kept_TG[:, :, None], values_TGS, -jnp.inf).reshape(values_TE.shape)
+
+
+def _groups_with_enough(
+    group_values_TG: Float[Array, "T G"], num_open_G: Int[Array, "G"], config: MoeConfig
+) -> Bool[Array, "T G"]:
+    """The `top_k_groups` best groups, and the next best until they have `top_k` experts that are not blocked."""
+    group_values_TG, order_TG = jax.lax.top_k(group_values_TG, config.num_groups)
+    num_open_TG = num_open_G[order_TG]
+    before_TG = jnp.cumsum(num_open_TG, axis=1) - num_open_TG
+    is_kept_TG = (jnp.arange(config.num_groups)[None] < config.top_k_groups) | (before_TG < config.top_k)
+    place_TG = jnp.argsort(order_TG, axis=1)
+    return jnp.take_along_axis(is_kept_TG, place_TG, axis=1)

@@ -1,0 +1,5 @@
+"""How a command line is refused."""
+
+
+class UsageError(ValueError):
+    """The command line is wrong."""

@@ -1,0 +1,211 @@
+"""Recipes: Python files whose `get_config` gives a configuration. What is wrong in one is said in one line."""
+
+import contextlib
+import difflib
+import inspect
+import linecache
+import re
+import sys
+import traceback
+import types
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from absl.flags import FlagValues
+from ml_collections import ConfigDict, config_flags
+
+from moejax.cli.errors import UsageError
+from moejax.config import SECTIONS, ConfigError, check_key, leaves
+from moejax.paths import resolve_path
+
+MODULE = "moejax_recipe"
+
+UNKNOWN_KEY = (r'\W*Key "(\w+)" does not exist', r'\W*(\w+)\W+(?:n)?Did you mean "')
+"""How a locked `ConfigDict` says that it lacks a key: when it is set, and when it is read."""
+
+WRONG_TYPE = r"Could not override field '(\w+)' .*?\. (.*) is of original type <class '(\w+)'> .* type <class '(\w+)'>"
+
+
+class RecipeError(UsageError):
+    """A recipe that cannot be used: the message names the file, the line, the cause and the remedy."""
+
+
+class RecipeParser(flags.ArgumentParser):
+    """Reads `--config=FILE[:ARG]`.
+
+    Attributes:
+      module: of the recipe that was read last, executed once; None before.
+    """
+
+    module: types.ModuleType | None = None
+
+    def parse(self, path: str) -> ConfigDict:
+        """The locked `ConfigDict` of a recipe.
+
+        Raises:
+          RecipeError: there is none, or it is wrong.
+        """
+        file, argument = split_recipe(path)
+        self.module = _execute(_find(file), file)
+        found = _configuration(self.module, file, argument)
+        config = found if isinstance(found, ConfigDict) else ConfigDict(found)
+        return config.lock()
+
+
+def define_recipe(values: FlagValues, arguments: list[str], default: str | None) -> None:
+    """Defines `--config=FILE[:ARG]`, and `--config.a.b=value` for every leaf that `arguments` change."""
+    config_flags.DEFINE_config_file(
+        "config",
+        None,
+        "a recipe, FILE[:ARG]; --config.section.leaf=value overrides a leaf",
+        flag_values=values,
+        sys_argv=["moejax", *arguments],
+    )
+    values["config"].parser = RecipeParser()
+    if default is not None:
+        values.set_default("config", default)
+
+
+def split_recipe(text: str) -> tuple[str, str | None]:
+    """The file and the argument of `FILE[:ARG]`; None if there is no argument."""
+    head, is_divided, argument = text.partition(".py:")
+    if is_divided:
+        return f"{head}.py", argument
+    if text.endswith(".py") or Path(text).exists():
+        return text, None
+    file, is_divided, argument = text.partition(":")
+    return file, argument if is_divided else None
+
+
+def recipe_name(text: str) -> str:
+    """What runs of a recipe are called: the file's name, and after it the argument."""
+    file, argument = split_recipe(text)
+    stem = Path(file).stem
+    return stem if argument is None else f"{stem}_{re.sub(r'[^A-Za-z0-9.-]', '_', argument)}"
+
+
+def own_function(values: FlagValues, name: str) -> Callable[..., Any] | None:
+    """A function of the recipe that `--config` gave; None if it has none of that name."""
+    return getattr(values["config"].parser.module, name, None)
+
+
+@contextlib.contextmanager
+def explained(file: str) -> Iterator[None]:
+    """Turns whatever the code of a recipe raises into a `RecipeError`."""
+    try:
+        yield
+    except (Exception, SystemExit) as error:  # it is the user's code: it may raise anything
+        raise RecipeError(_explain(error, file)) from error
+
+
+def _find(file: str) -> Path:
+    """The recipe's path, which is a file."""
+    path = resolve_path(file, "--config")
+    if path.is_file() and path.suffix == ".py":
+        return path
+    if path.is_file():
+        raise RecipeError(f"--config={file} is no recipe, which is a Python file, NAME.py; docs/sweeps.md shows one")
+    if path.is_dir():
+        found = sorted(path.glob("*.py"))
+        such = f", such as --config={Path(file) / found[0].name}" if found else ""
+        raise RecipeError(f"--config={file} is a folder; name a recipe in it{such}")
+    raise RecipeError(f"--config={file} does not exist; {_nearest(file, path)}")
+
+
+def _nearest(file: str, path: Path) -> str:
+    """Recipes with nearly the name of one that is missing."""
+    folder = path.parent
+    names = {recipe.stem: recipe for recipe in sorted(folder.rglob("*.py"))} if folder.is_dir() else {}
+    recipes = {recipe.stem: recipe for recipe in sorted(Path("configs").rglob("*.py"))} | names
+    near = difflib.get_close_matches(path.stem, recipes, n=2, cutoff=0.6)
+    if not near:
+        return "give the path of a recipe, such as --config=configs/tiny_moe.py"
+    here = Path.cwd()
+    found = [recipes[name].resolve() for name in near]
+    shown = [str(recipe.relative_to(here)) if recipe.is_relative_to(here) else str(recipe) for recipe in found]
+    return f"did you mean {' or '.join(f'--config={name}' for name in shown)}?"
+
+
+def _execute(path: Path, file: str) -> types.ModuleType:
+    """The recipe's module, made anew: two recipes of one process do not see each other."""
+    module = types.ModuleType(MODULE)
+    module.__file__ = str(path)
+    sys.modules[MODULE] = module  # where dataclasses look up their annotations
+    with explained(file):
+        exec(compile(path.read_bytes(), path, "exec"), module.__dict__)
+    return module
+
+
+def _configuration(module: types.ModuleType, file: str, argument: str | None) -> Mapping[str, Any]:
+    """What the recipe's `get_config` returns."""
+    get_config = getattr(module, "get_config", None)
+    if not callable(get_config):
+        raise RecipeError(f"{file} has no function get_config; define one that returns a ConfigDict, as configs/ does")
+    arguments = [] if argument is None else [argument]
+    try:
+        inspect.signature(get_config).bind(*arguments)
+    except TypeError as error:
+        if argument is None:
+            raise RecipeError(f"{file}: get_config needs an argument; write --config={file}:ARG") from error
+        raise RecipeError(f"{file}: get_config takes no argument; leave :{argument} out") from error
+    with explained(file):
+        config = get_config(*arguments)
+    if config is None:
+        line = get_config.__code__.co_firstlineno if hasattr(get_config, "__code__") else 1
+        raise RecipeError(f"{file}, line {line}: get_config returns nothing; end it with `return config`")
+    if not isinstance(config, Mapping | ConfigDict):
+        raise RecipeError(f"{file}: get_config returns {type(config).__name__}; it must return a ConfigDict")
+    return config
+
+
+def _explain(error: BaseException, file: str) -> str:
+    """One line: the file, the line, the cause, the remedy."""
+    path = str(resolve_path(file))
+    if isinstance(error, SyntaxError) and error.filename == path:
+        source = (error.text or "").strip()
+        return f"{file}, line {error.lineno}: {error.msg}: {source or 'no text'}; correct that line"
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+    line = lines[-1] if lines else None
+    source = linecache.getline(path, line).strip() if line else ""
+    where = f"{file}, line {line}" if line else file
+    return f"{where}: {_cause(error, source)}"
+
+
+def _cause(error: BaseException, source: str) -> str:
+    """What happened at a line of a recipe, and what to do."""
+    if type(error).__module__.startswith("moejax."):  # our own errors name the remedy
+        return str(error)
+    name = type(error).__name__
+    if isinstance(error, SystemExit):
+        return f"`{source}` ends the program; a recipe returns a configuration, or raises an error that says why not"
+    if isinstance(error, ImportError) and "relative import" in str(error):
+        return (
+            f"`{source}` is relative, and a recipe is read from its file alone; import by full name, "
+            "with the folder on PYTHONPATH"
+        )
+    if isinstance(error, ModuleNotFoundError):
+        return f"{error}; install it in this environment, correct the name, or put its folder on PYTHONPATH"
+    text = " ".join(str(error).split())
+    for pattern in UNKNOWN_KEY:
+        if isinstance(error, AttributeError | KeyError) and (missing := re.match(pattern, text)):
+            return _unknown_leaf(missing.group(1), source)
+    if wrong := re.match(WRONG_TYPE, text):
+        key, value, found, wanted = wrong.groups()
+        return f"`{source}`: {key}={value} is {found}; it must be {wanted}"
+    return f"{name}: {text}, at `{source}`; correct it, or see the traceback with --debug"
+
+
+def _unknown_leaf(name: str, source: str) -> str:
+    """A key that a locked `ConfigDict` does not have, and the nearest that it has."""
+    section = re.search(rf"(\w+)(?:\.|\[['\"]){name}\b", source)
+    if section and section.group(1) in SECTIONS:
+        try:
+            check_key(f"{section.group(1)}.{name}")
+        except ConfigError as error:
+            return str(error)
+    known = [*SECTIONS, *(key for key, _ in leaves())]
+    tails = {key.rpartition(".")[2]: key for key in known}
+    near = tails[difflib.get_close_matches(name, tails, n=1, cutoff=0.0)[0]]
+    return f"{name} is not a config key; the nearest is {near}"

@@ -1,0 +1,230 @@
+"""Leaves of a Mixture-of-Experts layer that do not go together."""
+
+from moejax.config.errors import require
+from moejax.config.moe import MoeConfig
+from moejax.config.router_rules import ROUTER_RULES
+
+
+def validate_moe(moe: MoeConfig) -> None:
+    """Raises `ConfigError` for leaves that do not go together."""
+    require(
+        1 <= moe.top_k <= moe.num_choices,
+        f"moe.top_k={moe.top_k} must be between 1 and moe.num_experts={moe.num_experts}"
+        + (f" plus {moe.num_free_experts} zero, identity and constant experts" if moe.num_free_experts else ""),
+    )
+    _validate_experts(moe)
+    _validate_router(moe)
+    _validate_groups(moe)
+    _validate_capacity(moe)
+    _validate_balancing(moe)
+    _validate_exchange(moe)
+
+
+def _validate_experts(moe: MoeConfig) -> None:
+    rules = ROUTER_RULES[moe.router]
+    require(
+        moe.shared_combine == "sum" or moe.num_shared_experts > 0,
+        f"moe.shared_combine={moe.shared_combine} needs shared experts: moe.num_shared_experts=0 must be above 0",
+    )
+    for key in ("num_zero_experts", "num_identity_experts", "num_constant_experts"):
+        value = getattr(moe, key)
+        require(
+            value == 0 or (rules.takes_capacity and moe.router != "hierarchical" and moe.num_groups == 1),
+            f"moe.{key}={value} adds choices for tokens outside any group of experts, which moe.router={moe.router} "
+            f"with moe.num_groups={moe.num_groups} does not offer; set 0",
+        )
+    require(
+        moe.weight_on == "output" or (rules.takes_capacity and moe.num_constant_experts == 0),
+        "moe.weight_on=input: where experts choose tokens or outputs are constant (moe.router="
+        f"{moe.router}, moe.num_constant_experts={moe.num_constant_experts}) no input takes the weight; use output",
+    )
+    require(
+        moe.expert_dropout == 0 or rules.takes_capacity,
+        f"moe.expert_dropout={moe.expert_dropout} drops choices of tokens, and with moe.router={moe.router} tokens do "
+        "not choose; set 0",
+    )
+
+
+def _validate_router(moe: MoeConfig) -> None:
+    rules = ROUTER_RULES[moe.router]
+    require(
+        moe.router != "switch" or moe.top_k == 1,
+        f"moe.router=switch sends a token to one expert, so moe.top_k={moe.top_k} must be 1; or use softmax_topk",
+    )
+    require(
+        moe.score in rules.scores,
+        f"moe.score={moe.score} does not go with moe.router={moe.router}; use one of {', '.join(rules.scores)}",
+    )
+    selects = moe.score != "uniform" and rules.takes_capacity and moe.router != "sparse_mixer"
+    require(
+        not (selects and moe.top_k == 1 and moe.score == "softmax_after"),
+        "moe.score=softmax_after with moe.top_k=1 makes every weight 1 and the task gradient of the router 0; "
+        "use moe.score=softmax or sigmoid with moe.renormalize=False",
+    )
+    require(
+        not (selects and moe.top_k == 1 and moe.renormalize),
+        "moe.renormalize=True with moe.top_k=1 makes every weight 1 and the task gradient of the router 0; "
+        "set moe.renormalize=False",
+    )
+    require(
+        moe.score != "softmax_after" or moe.renormalize,
+        "moe.renormalize=False with moe.score=softmax_after: a softmax over the selected sums to 1 in any case; "
+        "set moe.renormalize=True, or moe.score=softmax",
+    )
+    require(
+        not moe.selection_bias or rules.takes_bias,
+        f"moe.selection_bias=True does not go with moe.router={moe.router}; use one of {_routers('takes_bias')}",
+    )
+    require(
+        moe.router != "quantile" or moe.top_k < moe.num_choices,
+        f"moe.router=quantile compares with the expert behind the last chosen one, so moe.top_k={moe.top_k} must be "
+        f"below moe.num_experts={moe.num_choices}",
+    )
+    require(
+        moe.router != "dense" or moe.top_k == moe.num_choices,
+        f"moe.router=dense sends a token to every expert, so moe.top_k={moe.top_k} must be {moe.num_choices}",
+    )
+    require(
+        rules.is_causal or moe.allow_noncausal,
+        f"moe.router={moe.router} lets the routing of a token depend on later tokens of its sequence, which a causal "
+        "model would exploit; set moe.allow_noncausal=True to try it all the same",
+    )
+    require(
+        moe.jitter == 0 or moe.score != "uniform",
+        f"moe.jitter={moe.jitter}: moe.router={moe.router} with moe.score=uniform does not look at the token; set 0",
+    )
+    require(
+        moe.router_noise == "learned" or moe.router == "noisy_topk",
+        f"moe.router_noise={moe.router_noise} is for moe.router=noisy_topk, not {moe.router}; set learned",
+    )
+    require(
+        moe.route_scale == 1 or moe.router != "soft",
+        f"moe.route_scale={moe.route_scale}: the weights of moe.router=soft sum to 1 over slots; set 1",
+    )
+    require(
+        not moe.router_bias or (moe.score != "uniform" and moe.router not in ("cosine", "soft")),
+        f"moe.router_bias=True: moe.router={moe.router} with moe.score={moe.score} has no linear logits to add it to",
+    )
+
+
+def _validate_groups(moe: MoeConfig) -> None:
+    rules = ROUTER_RULES[moe.router]
+    if moe.num_groups == 1:
+        require(
+            moe.router != "hierarchical",
+            "moe.router=hierarchical chooses among groups, so moe.num_groups=1 must be at least 2",
+        )
+        require(moe.top_k_groups == 1, f"moe.top_k_groups={moe.top_k_groups} must be at most moe.num_groups=1")
+        return
+    require(
+        rules.takes_groups or moe.router == "hierarchical",
+        f"moe.num_groups={moe.num_groups} does not go with moe.router={moe.router}; use one of "
+        f"{_routers('takes_groups')}, hierarchical",
+    )
+    require(
+        moe.num_experts % moe.num_groups == 0,
+        f"moe.num_experts={moe.num_experts} must be a multiple of moe.num_groups={moe.num_groups}",
+    )
+    require(
+        1 <= moe.top_k_groups <= moe.num_groups,
+        f"moe.top_k_groups={moe.top_k_groups} must be between 1 and moe.num_groups={moe.num_groups}",
+    )
+    size = moe.num_experts // moe.num_groups
+    require(
+        moe.top_k <= moe.top_k_groups * size,
+        f"moe.top_k={moe.top_k} must be at most the {moe.top_k_groups * size} experts of moe.top_k_groups="
+        f"{moe.top_k_groups} groups; raise moe.top_k_groups",
+    )
+    if moe.router == "hierarchical":
+        require(
+            moe.top_k_groups >= 2 and moe.top_k % moe.top_k_groups == 0 and moe.top_k >= 2 * moe.top_k_groups,
+            f"moe.router=hierarchical chooses moe.top_k_groups={moe.top_k_groups} groups and as many experts in each, "
+            f"at least 2 of both, or the weight is 1 and its router learns nothing: moe.top_k={moe.top_k} must be a "
+            "multiple of moe.top_k_groups, such as 4 with 2",
+        )
+    else:
+        require(
+            moe.group_score != "top2_sum" or size >= 2,
+            f"moe.group_score=top2_sum needs groups of at least 2 experts, not {size}; use max",
+        )
+
+
+def _validate_capacity(moe: MoeConfig) -> None:
+    rules = ROUTER_RULES[moe.router]
+    for key in ("capacity_factor", "eval_capacity_factor"):
+        value = getattr(moe, key)
+        require(
+            moe.dispatch != "capacity" or 0 < value <= moe.num_experts or (value == 0 and key.startswith("eval")),
+            f"moe.{key}={value} must be above 0 and at most moe.num_experts={moe.num_experts}, "
+            "where one expert could take every token",
+        )
+    require(
+        moe.dispatch == "capacity" or moe.eval_capacity_factor == 0,
+        f"moe.eval_capacity_factor={moe.eval_capacity_factor} needs moe.dispatch=capacity, not {moe.dispatch}; set 0 "
+        "for evaluation without dropping",
+    )
+    require(
+        moe.dispatch != "capacity" or rules.takes_capacity,
+        f"moe.dispatch=capacity: with moe.router={moe.router} experts choose, and none can overflow; use dropless",
+    )
+    require(
+        moe.dispatch == "dropless" or moe.capacity_order == "position" or moe.allow_noncausal,
+        f"moe.capacity_order={moe.capacity_order} serves some choices of later tokens first, which a causal model "
+        "would exploit; use position, or set moe.allow_noncausal=True to try it all the same",
+    )
+    require(
+        moe.overflow != "next" or (moe.score != "uniform" and moe.router not in ("sparse_mixer", "hierarchical")),
+        f"moe.overflow=next needs a ranking of all experts, which moe.router={moe.router} does not give; use drop",
+    )
+    require(
+        moe.overflow != "renormalize" or moe.top_k > 1,
+        "moe.overflow=renormalize spreads the weight of a dropped choice over the others, and moe.top_k=1 has none; "
+        "use drop or next",
+    )
+
+
+def _validate_exchange(moe: MoeConfig) -> None:
+    require(
+        moe.exchange in ("auto", "gather", "ring") or moe.router not in ("expert_choice", "soft"),
+        f"moe.exchange={moe.exchange} sends tokens to the experts they chose, and with moe.router={moe.router} they "
+        "choose none; use auto or ring",
+    )
+    require(
+        moe.exchange_chunks > 0,
+        f"moe.exchange_chunks={moe.exchange_chunks} must be at least 1: parts of a device's tokens",
+    )
+    require(
+        moe.exchange_buffer > 0,
+        f"moe.exchange_buffer={moe.exchange_buffer} must be above 0, such as 1.5: rows of a buffer over their mean",
+    )
+
+
+def _validate_balancing(moe: MoeConfig) -> None:
+    for key in ("load_weight", "vmoe_load_weight"):
+        value = getattr(moe, key)
+        require(
+            value == 0 or (moe.router == "noisy_topk" and moe.top_k < moe.num_choices),
+            f"moe.{key}={value} estimates the load from routing noise: it needs moe.router=noisy_topk, not "
+            f"{moe.router}, and moe.top_k={moe.top_k} below moe.num_experts={moe.num_choices}",
+        )
+        require(
+            value == 0 or (moe.noise_scale > 0 and not moe.selection_bias and moe.num_groups == 1),
+            f"moe.{key}={value} estimates the load of plain noisy top-k: it needs moe.noise_scale={moe.noise_scale} "
+            f"above 0, moe.selection_bias={moe.selection_bias} False and moe.num_groups={moe.num_groups} to be 1",
+        )
+    for key, off in (
+        ("sequence_balance_weight", 0.0),
+        ("importance_weight", 0.0),
+        ("vmoe_importance_weight", 0.0),
+        ("balance_scope", "global"),
+        ("balance_convention", "normalized"),
+    ):
+        value = getattr(moe, key)
+        require(
+            value == off or ROUTER_RULES[moe.router].takes_capacity,
+            f"moe.{key}={value} is for routers in which tokens choose experts, not moe.router={moe.router}; set {off}",
+        )
+
+
+def _routers(attribute: str) -> str:
+    return ", ".join(name for name, rules in ROUTER_RULES.items() if getattr(rules, attribute))

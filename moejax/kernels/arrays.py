@@ -1,0 +1,32 @@
+"""Arrays of NumPy and of jax."""
+
+import functools
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
+
+
+def takes_numpy(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+    """Returns the function with every NumPy array among its arguments, and in their pytrees, made an array of jax.
+
+    Traced values cannot index a NumPy array, which has no `at` either: without this, what works on its own fails under
+    `jax.grad` or `jax.jit` with arrays of NumPy that are no arguments of the differentiated function.
+    """
+
+    @functools.wraps(function)
+    def call(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+        args, kwargs = jax.tree.map(to_jax, (args, kwargs))
+        return function(*args, **kwargs)
+
+    return call
+
+
+def to_jax(value: object) -> object:
+    """An array as one of jax, anything else as it is; traced values, too, may be those of a NumPy array."""
+    return jnp.asarray(value) if isinstance(value, np.ndarray | jax.Array) else value

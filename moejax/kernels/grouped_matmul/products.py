@@ -1,0 +1,83 @@
+"""Derivatives of a grouped product, of any order.
+
+Three products of grouped rows are each other's derivatives: rows by matrices, rows by their transposes, and the sums of
+outer products of rows. An implementation gives all three; none has to be differentiated itself.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+from jaxtyping import Array, Float, Int
+
+from moejax.kernels.grouped_matmul.arms import Product, fold_arms
+
+OverArms = Callable[[Product, jax.Array, jax.Array, jax.Array, int], jax.Array]
+"""What makes one call of a product with several models under `vmap`; see `arms.py`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Products:
+    """An implementation.
+
+    Attributes:
+      by_matrix: rows `[R, D]` by `[E, D, F]`.
+      by_transpose: rows `[R, F]` by the transposes of `[E, D, F]`.
+      outer: sums over the rows of each group of outer products, `[E, D, F]`, in the dtype of the rows or in float32.
+      over_arms: for several models.
+    """
+
+    by_matrix: Product
+    by_transpose: Product
+    outer: Product
+    over_arms: OverArms = fold_arms
+
+
+def multiply(
+    products: Products,
+    x_RD: Float[Array, "R D"],
+    w_EDF: Float[Array, "E D F"],
+    group_sizes_E: Int[Array, "E"],
+    spare_rows: int,
+) -> Float[Array, "R F"]:
+    """Each group's rows by its matrix; see `grouped_matmul`."""
+    return _by_matrix(products, spare_rows, x_RD, w_EDF, group_sizes_E)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _by_matrix(products, spare_rows, x_RD, w_EDF, group_sizes_E):
+    return products.over_arms(products.by_matrix, x_RD, w_EDF, group_sizes_E, spare_rows)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _by_transpose(products, spare_rows, dy_RF, w_EDF, group_sizes_E):
+    return products.over_arms(products.by_transpose, dy_RF, w_EDF, group_sizes_E, spare_rows)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _outer(products, spare_rows, x_RD, dy_RF, group_sizes_E):
+    return products.over_arms(products.outer, x_RD, dy_RF, group_sizes_E, spare_rows).astype(x_RD.dtype)
+
+
+def _by_matrix_backward(products, spare_rows, arrays, dy_RF):
+    x_RD, w_EDF, sizes_E = arrays
+    dx_RD = _by_transpose(products, spare_rows, dy_RF, w_EDF, sizes_E)
+    return dx_RD, _outer(products, spare_rows, x_RD, dy_RF, sizes_E), None
+
+
+def _by_transpose_backward(products, spare_rows, arrays, ddx_RD):
+    dy_RF, w_EDF, sizes_E = arrays
+    ddy_RF = _by_matrix(products, spare_rows, ddx_RD, w_EDF, sizes_E)
+    return ddy_RF, _outer(products, spare_rows, ddx_RD, dy_RF, sizes_E), None
+
+
+def _outer_backward(products, spare_rows, arrays, ddw_EDF):
+    x_RD, dy_RF, sizes_E = arrays
+    dx_RD = _by_transpose(products, spare_rows, dy_RF, ddw_EDF, sizes_E)
+    return dx_RD, _by_matrix(products, spare_rows, x_RD, ddw_EDF, sizes_E), None
+
+
+_by_matrix.defvjp(lambda p, s, *arrays: (_by_matrix(p, s, *arrays), arrays), _by_matrix_backward)
+_by_transpose.defvjp(lambda p, s, *arrays: (_by_transpose(p, s, *arrays), arrays), _by_transpose_backward)
+_outer.defvjp(lambda p, s, *arrays: (_outer(p, s, *arrays), arrays), _outer_backward)

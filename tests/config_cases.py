@@ -1,0 +1,89 @@
+"""What the tests of the configuration set leaves to."""
+
+import typing
+
+from moejax.config import declared
+
+SPECIMENS = {
+    "moe.router": ("switch", {"moe.top_k": 1, "moe.renormalize": False}),
+    "moe.first_dense": (1, {}),
+    "moe.every": (2, {}),
+    "model.num_heads": (8, {}),
+    "moe.top_k": (4, {}),
+    "model.num_kv_heads": (4, {}),
+    "train.accumulation": (2, {}),
+    "train.step_limit_s": (60.0, {}),
+    "alarms.stop": ("ties, drops", {}),
+    "data.source": ("synthetic", {}),
+    "moe.score": ("softmax_after", {}),
+    "moe.jitter": (0.01, {}),
+    "moe.num_groups": (4, {"moe.top_k_groups": 2}),
+    "moe.top_k_groups": (2, {"moe.num_groups": 4}),
+    "moe.eval_capacity_factor": (2.0, {"moe.dispatch": "capacity"}),
+    "moe.router_noise": ("fixed", {"moe.router": "noisy_topk"}),
+    "moe.sequence_balance_weight": (1e-4, {}),
+    "moe.importance_weight": (0.1, {}),
+    "moe.vmoe_importance_weight": (0.1, {}),
+    "schedule.vmoe_importance_weight": ("linear:2", {"moe.vmoe_importance_weight": 0.1}),
+    "moe.load_weight": (0.1, {"moe.router": "noisy_topk"}),
+    "moe.vmoe_load_weight": (0.1, {"moe.router": "noisy_topk"}),
+    "moe.shared_combine": ("gated", {"moe.num_shared_experts": 1}),
+    "moe.expert_dropout": (0.1, {}),
+    "moe.per_layer": ("0: top_k=1 renormalize=False", {}),
+    "schedule.capacity_factor": ("linear:0.5", {"moe.dispatch": "capacity"}),
+    "schedule.top_k": ("step:0.5:0.5", {"moe.top_k": 4}),
+    "schedule.jitter": ("cosine:0.5", {"moe.jitter": 0.1}),
+    "schedule.noise_scale": ("exponential:0.1", {"moe.router": "noisy_topk"}),
+    "schedule.bias_rate": ("step:0.8:0", {"moe.selection_bias": True}),
+    "schedule.expert_dropout": ("warmup:0.5", {"moe.expert_dropout": 0.1}),
+    "schedule.balance_weight": ("warmup:0.5", {}),
+    "schedule.sequence_balance_weight": ("linear:0", {"moe.sequence_balance_weight": 1e-4}),
+    "schedule.importance_weight": ("linear:2", {"moe.importance_weight": 0.1}),
+    "schedule.load_weight": ("linear:2", {"moe.load_weight": 0.1, "moe.router": "noisy_topk"}),
+    "schedule.vmoe_load_weight": ("linear:2", {"moe.vmoe_load_weight": 0.1, "moe.router": "noisy_topk"}),
+    "schedule.z_weight": ("cosine:0.1", {}),
+    "moe.activation_limit": (3.5, {"moe.activation": "clamped_swiglu"}),
+    "moe.select_by": ("logits", {"moe.selection_bias": True}),
+    "moe.noise_scale": (0.5, {"moe.router": "noisy_topk"}),
+    "moe.group_score": ("max", {"moe.num_groups": 4, "moe.top_k_groups": 2}),
+    "moe.mixer_threshold": (0.1, {"moe.router": "sparse_mixer"}),
+    "moe.sinkhorn_iterations": (16, {"moe.router": "sinkhorn", "moe.allow_noncausal": True}),
+    "moe.d_router": (16, {"moe.router": "cosine"}),
+    "moe.slots_per_expert": (16, {"moe.router": "soft", "moe.allow_noncausal": True}),
+    "moe.capacity_factor": (2.0, {"moe.dispatch": "capacity"}),
+    "moe.capacity_group": ("global", {"moe.dispatch": "capacity"}),
+    "moe.capacity_order": ("weight", {"moe.dispatch": "capacity", "moe.allow_noncausal": True}),
+    "moe.overflow": ("next", {"moe.dispatch": "capacity"}),
+    "moe.bias_rate": (5e-4, {"moe.selection_bias": True}),
+    "moe.bias_centered": (True, {"moe.selection_bias": True}),
+    "data.name": ("set", {"data.source": "tfds", "data.source_dir": "folder"}),
+    "data.source_dir": ("folder", {"data.source": "tfds", "data.name": "set"}),
+    "data.files": ("texts/*.txt", {"data.source": "files"}),
+    "optimizer.decay_fraction": (0.1, {"optimizer.schedule": "wsd"}),
+}
+"""A value of leaves for which a type is not enough, and what must change with it so that it is accepted."""
+
+
+def nested(changes):
+    """Dotted keys as nested dicts."""
+    sections = {}
+    for key, value in changes.items():
+        section, name = key.split(".")
+        sections.setdefault(section, {})[name] = value
+    return sections
+
+
+def other_value(key):
+    """A value of the leaf that is not its default, and what else must change with it."""
+    each = declared()[key]
+    if key in SPECIMENS:
+        return SPECIMENS[key]
+    if choices := typing.get_args(each.annotation):
+        return choices[-1 if each.default != choices[-1] else 0], {}
+    by_type = {
+        bool: lambda: not each.default,
+        int: lambda: each.default + 8,
+        float: lambda: each.default * 0.5,
+        str: lambda: each.default + "x",
+    }
+    return by_type[each.annotation](), {}

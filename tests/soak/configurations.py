@@ -1,0 +1,54 @@
+"""Any configuration gives on eight devices what it gives on one."""
+
+import numpy as np
+
+from moejax.config import ConfigError
+from soak.field import Field
+from test_training_invariance import assert_same, run
+from training_cases import OTHER_CASES, ROUTER_CASES, case_config
+
+MESHES = (
+    {"data": 8},
+    {"fsdp": 4, "data": 2},
+    {"expert": 4, "data": 2},
+    {"expert": 2, "fsdp": 2, "tensor": 2},
+    {"dcn_expert": 2, "expert": 2, "data": 2},
+    {"context": 2, "expert": 2, "data": 2},
+)
+EXCHANGES = ("auto", "gather", "ring", "all_to_all", "ragged", "dedup")
+MOE_CHANGES = (
+    {},
+    {"num_shared_experts": 1},
+    {"activation": "geglu"},
+    {"expert_bias": True},
+    {"exchange_chunks": 2},
+    {"exchange_buffer": 0.6},
+    {"balance_scope": "sequence"},
+)
+MODEL_CHANGES = ({}, {"remat": False}, {"scan_layers": False}, {"qk_norm": True}, {"tied_embeddings": False})
+
+
+def trial(field: Field, seed: int) -> str:
+    """Draws a configuration, and compares losses, gradients and sums on a mesh with those on one device."""
+    rng = np.random.default_rng(seed)
+    case = _one_of(rng, [*ROUTER_CASES, *OTHER_CASES])
+    mesh = {"data": 1} | _one_of(rng, MESHES)
+    moe = _one_of(rng, MOE_CHANGES)
+    model = _one_of(rng, MODEL_CHANGES)
+    train = {"accumulation": _one_of(rng, (1, 2)), "batch_size": 16}
+    exchange = {"exchange": _one_of(rng, EXCHANGES)}
+    try:
+        here = case_config(case, moe=moe, model=model, train={"batch_size": 16}, mesh={"data": 1})
+        there = case_config(case, moe=moe | exchange, model=model, train=train, mesh=mesh)
+        expected, actual = run(here), run(there, 8)
+    except ConfigError:
+        return ""  # refused before anything is traced
+    try:
+        assert_same(actual, expected)
+    except AssertionError as error:
+        return f"{case} {mesh} {moe} {model} {train} {exchange}: {' '.join(str(error).split())[:600]}"
+    return ""
+
+
+def _one_of(rng: np.random.Generator, choices):
+    return choices[rng.integers(len(choices))]

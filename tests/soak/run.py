@@ -1,0 +1,161 @@
+"""Tries moejax out for an hour with kills, flipped bits, two writers, mistakes and random configurations.
+
+  python tests/soak/run.py --minutes=60
+
+Each trial follows from its number, so that one that went wrong can be repeated: `--only=flips --first=17 --trials=1`.
+The exit code is 1 if anything was wrong.
+"""
+
+import argparse
+import dataclasses
+import importlib
+import multiprocessing
+import os
+import queue
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+TESTS = Path(__file__).parents[1]
+
+KINDS = {
+    "kills": ("kills of a training run, four of each", 4, 50),
+    "flips": ("flipped bits in files of a run", 1, 300),
+    "inputs": ("mistakes on the command line", 1, 1000),
+    "writers": ("two trainings in one folder", 1, 50),
+    "partners": ("deaths of one of two processes", 1, 20),
+    "configurations": ("random configurations, on eight devices and on one", 1, 100),
+}
+"""By name: what is tried, how often in one trial, and trials of a whole soak."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One trial: its kind and its number."""
+
+    kind: str
+    seed: int
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs trials until all are done or the time is over; prints the table."""
+    options = _options(argv)
+    with tempfile.TemporaryDirectory(prefix="moejax-soak-") as folder:
+        tasks = list(_tasks(options))
+        wrong, done = _run_all(tasks, Path(folder), options)
+    _print(done, wrong, len(tasks))
+    return 1 if wrong or not done else 0
+
+
+def _options(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=60.0, help="no trial begins after this")
+    parser.add_argument("--only", default="", help=f"kinds, separated by commas, of {', '.join(KINDS)}")
+    parser.add_argument("--trials", type=int, default=0, help="of each kind; default as many as a whole soak has")
+    parser.add_argument("--first", type=int, default=0, help="number of the first trial of each kind")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="trials at the same time")
+    options = parser.parse_args(argv)
+    options.kinds = options.only.split(",") if options.only else list(KINDS)
+    unknown = [kind for kind in options.kinds if kind not in KINDS]
+    if unknown:
+        parser.error(f"--only={options.only}: {unknown[0]} must be one of {', '.join(KINDS)}")
+    return options
+
+
+def _tasks(options: argparse.Namespace) -> Iterator[Task]:
+    """The trials of all kinds, mixed evenly: whenever the time is over, each kind has had its share."""
+    trials = {kind: options.trials or KINDS[kind][2] for kind in options.kinds}
+    places = [(number / total, kind, number) for kind, total in trials.items() for number in range(total)]
+    for _, kind, number in sorted(places):
+        yield Task(kind, options.first + number)
+
+
+def _run_all(
+    tasks: list[Task], folder: Path, options: argparse.Namespace
+) -> tuple[list[tuple[Task, str]], dict[str, int]]:
+    """What was wrong, and how many trials of each kind were done."""
+    from soak.field import make_field
+
+    deadline = time.monotonic() + 60 * options.minutes
+    print("training the undisturbed runs", file=sys.stderr)
+    make_field(folder)
+    context = multiprocessing.get_context("spawn")
+    todo, results = context.Queue(), context.Queue()
+    for task in tasks:
+        todo.put(task)
+    workers = [context.Process(target=_work, args=(todo, results, folder, deadline)) for _ in range(options.workers)]
+    for worker in workers:
+        worker.start()
+    wrong: list[tuple[Task, str]] = []
+    done: dict[str, int] = dict.fromkeys(options.kinds, 0)
+    while any(worker.is_alive() for worker in workers) or not results.empty():
+        try:
+            task, problem = results.get(timeout=1.0)
+        except queue.Empty:
+            continue
+        done[task.kind] += 1
+        if problem:
+            wrong.append((task, problem))
+            print(f"WRONG {task.kind} {task.seed}: {problem}", file=sys.stderr)
+        total = sum(done.values())
+        if total % 50 == 0:
+            print(f"{total} of {len(tasks)} trials done, {len(wrong)} wrong", file=sys.stderr)
+    crashed = [worker.exitcode for worker in workers if worker.exitcode]
+    if crashed:
+        wrong.append((Task("worker", 0), f"a worker ended with exit code {crashed[0]}"))
+    for worker in workers:
+        worker.join()
+    return wrong, done
+
+
+def _work(todo: Any, results: Any, folder: Path, deadline: float) -> None:
+    """A worker: takes trials until none is left or the time is over."""
+    prepare_process(folder)
+    from soak.field import Field
+
+    field = Field(folder)
+    while time.monotonic() < deadline:
+        try:
+            task = todo.get(timeout=1.0)
+        except queue.Empty:
+            break
+        results.put((task, run_trial(task.kind, field, task.seed)))
+    todo.cancel_join_thread()
+
+
+def prepare_process(folder: Path) -> None:
+    """Has this process find the modules, and what is compiled already."""
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.chdir(TESTS.parent)
+    sys.path[:0] = [str(TESTS), str(TESTS.parent)]
+    import jax
+
+    jax.config.update("jax_num_cpu_devices", 8)
+    jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+def run_trial(kind: str, field: Any, seed: int) -> str:
+    """One trial; an exception in it is wrong, too."""
+    try:
+        return importlib.import_module(f"soak.{kind}").trial(field, seed)
+    except Exception as error:
+        return f"the trial itself failed: {type(error).__name__}: {error}"
+
+
+def _print(done: dict[str, int], wrong: list[tuple[Task, str]], total: int) -> None:
+    print(f"{'what':<55}{'tried':>8}{'wrong':>8}")
+    for kind, (what, each, _) in KINDS.items():
+        if kind in done:
+            num_wrong = sum(task.kind == kind for task, _ in wrong)
+            print(f"{what:<55}{done[kind] * each:>8}{num_wrong:>8}")
+    if sum(done.values()) < total:
+        print(f"The time was over after {sum(done.values())} of {total} trials.")
+
+
+if __name__ == "__main__":
+    sys.path[:0] = [str(TESTS), str(TESTS.parent)]
+    sys.exit(main())

@@ -1,0 +1,167 @@
+"""One writer a folder: what a second one learns, what death releases, and what shared file systems need."""
+
+import errno
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from moejax import locks
+from moejax.locks import FolderLock, LockedError, Timing
+
+QUICK = Timing(beat_s=0.05, grace_s=0.4, poll_s=0.02)
+
+HOLD = """
+import sys, time
+from moejax.locks import FolderLock
+with FolderLock(sys.argv[1], "train"):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def other(tmp_path):
+    """Another process that holds the lock of `tmp_path`."""
+    environment = os.environ | {"PYTHONPATH": str(Path(locks.__file__).parents[1])}
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True, env=environment
+    )
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.wait()
+    process.stdout.close()
+
+
+def foreign_record(folder, beat=1):
+    """What a process of another machine would have written."""
+    record = {"pid": 7, "host": "node9", "boot": "b", "since": "then", "does": "train", "nonce": "n", "beat": beat}
+    (folder / ".lock").write_text(json.dumps(record))
+
+
+def test_a_second_process_learns_who_writes_the_folder(tmp_path, other):
+    with pytest.raises(LockedError) as caught, FolderLock(tmp_path, "train"):
+        pass
+    message = str(caught.value)
+    assert re.search(rf"process {other.pid} on \S+ \(train, since \d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d\)", message), message
+    assert str(tmp_path) in message and "\n" not in message
+
+
+def test_the_death_of_the_holder_releases_the_lock_at_once(tmp_path, other, caplog):
+    other.send_signal(signal.SIGKILL)
+    other.wait()
+    with caplog.at_level("INFO", "moejax"), FolderLock(tmp_path, "train") as lock:
+        lock.check()
+    assert "watching" not in caplog.text
+
+
+def test_the_end_of_the_holder_releases_the_lock_and_leaves_no_record(tmp_path):
+    for _ in range(2):
+        with FolderLock(tmp_path, "train"):
+            assert json.loads((tmp_path / ".lock").read_text())["pid"] == os.getpid()
+        assert (tmp_path / ".lock").read_bytes() == b""
+
+
+def test_one_process_does_not_write_a_folder_twice_at_once(tmp_path):
+    with FolderLock(tmp_path, "train"):
+        with pytest.raises(LockedError, match=f"process {os.getpid()} "), FolderLock(tmp_path, "report"):
+            pass
+        with pytest.raises(LockedError), FolderLock(tmp_path, "report"):  # the refused one released nothing
+            pass
+
+
+def test_one_that_waits_goes_on_when_the_holder_dies(tmp_path, other, caplog):
+    started = time.monotonic()
+    with caplog.at_level("INFO", "moejax"):
+        threading.Timer(0.3, other.kill).start()
+        with FolderLock(tmp_path, "prepare", waits=True, timing=QUICK):
+            assert time.monotonic() - started >= 0.3
+    said = [record.getMessage() for record in caplog.records if "waiting for" in record.getMessage()]
+    assert len(said) == 1 and f"process {other.pid} " in said[0]
+
+
+def test_a_record_of_another_machine_that_stands_still_is_taken_over(tmp_path, caplog):
+    foreign_record(tmp_path)
+    started = time.monotonic()
+    with FolderLock(tmp_path, "train", timing=QUICK) as lock:
+        assert time.monotonic() - started >= QUICK.grace_s
+        lock.check()
+    assert "process 7 on node9 (train, since then) is gone" in caplog.text
+
+
+def test_a_record_of_another_machine_that_beats_is_respected(tmp_path):
+    foreign_record(tmp_path)
+    beats = threading.Timer(0.1, foreign_record, (tmp_path, 2))
+    beats.start()
+    with pytest.raises(LockedError, match=r"process 7 on node9 \(train, since then\)"):
+        FolderLock(tmp_path, "train", timing=QUICK).__enter__()
+    beats.join()
+
+
+def test_without_flock_the_record_alone_decides(tmp_path, monkeypatch):
+    def no_flock(*_):
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr(locks.fcntl, "flock", no_flock)
+    is_refused = pytest.raises(LockedError, match=f"process {os.getpid()} ")
+    with FolderLock(tmp_path, "train", timing=QUICK), is_refused:
+        FolderLock(tmp_path, "train", timing=QUICK).__enter__()
+    with FolderLock(tmp_path, "train", timing=QUICK):  # released: nothing to wait for
+        pass
+
+
+def test_a_holder_that_was_taken_over_is_told_and_leaves_the_record(tmp_path):
+    with FolderLock(tmp_path, "train", timing=QUICK) as lock:
+        foreign_record(tmp_path)
+        deadline = time.monotonic() + 10
+        while not lock._is_lost.is_set() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        with pytest.raises(LockedError, match="taken over by process 7 on node9"):
+            lock.check()
+    assert json.loads((tmp_path / ".lock").read_text())["pid"] == 7
+
+
+@pytest.mark.parametrize("record", ["{", "[]", '{"pid": "x"}', "[" * 4000, "\x00\xff"])
+def test_a_damaged_record_neither_blocks_nor_raises(tmp_path, record):
+    (tmp_path / ".lock").write_bytes(record.encode("latin-1"))
+    with FolderLock(tmp_path, "train", timing=QUICK) as lock:
+        lock.check()
+
+
+def test_a_lock_that_is_a_link_or_a_pipe_is_refused_in_a_line(tmp_path):
+    (tmp_path / "target").write_text("kept")
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / ".lock").symlink_to(tmp_path / "target")
+    (tmp_path / "b").mkdir()
+    os.mkfifo(tmp_path / "b" / ".lock")
+    (tmp_path / "c").write_text("a file")
+    for name in "abc":
+        with pytest.raises(LockedError, match=str(tmp_path / name)), FolderLock(tmp_path / name, "train"):
+            pass
+    assert (tmp_path / "target").read_text() == "kept"
+
+
+def test_a_forked_child_does_not_hold_the_lock_of_a_dead_parent(tmp_path):
+    fork = 'import os; child = os.fork(); child and os.write(1, b"%d\\n" % child)'
+    code = HOLD.replace('print("held", flush=True)', fork)
+    environment = os.environ | {"PYTHONPATH": str(Path(locks.__file__).parents[1])}
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True, env=environment
+    )
+    child = int(process.stdout.readline())
+    try:
+        process.kill()
+        process.wait()
+        with FolderLock(tmp_path, "train"):
+            pass
+    finally:
+        os.kill(child, signal.SIGKILL)
+        process.stdout.close()
