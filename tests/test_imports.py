@@ -12,7 +12,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 RANKS = [
     {"config", "extras", "locks", "paths", "seeds", "strict_json"},
-    {"kernels", "sharding"},
+    {"kernels", "sharding", "compilation_cache"},
     {"moe"},
     {"nn"},
     {"models"},

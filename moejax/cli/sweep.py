@@ -317,7 +317,8 @@ def _run_on(cores: str) -> None:
     """Keeps this process on some cores, where the system can do that."""
     try:
         wanted = {int(core) for core in cores.split(",")}
-        os.sched_setaffinity(0, wanted)
+        if hasattr(os, "sched_setaffinity"):
+            os.sched_setaffinity(0, wanted)
     except (ValueError, OSError) as error:
         raise UsageError(f"--cores={cores} must be numbers of cores that this machine has, such as 0,1") from error
 

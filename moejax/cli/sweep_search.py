@@ -13,10 +13,10 @@ from absl.flags import FlagValues
 from moejax.cli import UsageError
 from moejax.cli.options import define_seed, read_config_flag, read_folder_to_write
 from moejax.cli.tables import print_result, print_table
+from moejax.compilation_cache import keep_programs
 from moejax.paths import resolve_path
 from moejax.sweeps import Space, varied_keys
 from moejax.sweeps.directory import check_search
-from moejax.sweeps.programs import keep_programs
 from moejax.sweeps.search import LOSS, Definition, StudyError, objective_of, search_axes
 from moejax.sweeps.storage_address import HIDDEN, is_address, is_path, show_storage
 from moejax.sweeps.study import (

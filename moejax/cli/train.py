@@ -28,6 +28,7 @@ from moejax.cli.options import (
 )
 from moejax.cli.recipe import recipe_name
 from moejax.cli.tables import print_result, summary_rows
+from moejax.compilation_cache import keep_programs
 from moejax.config import ROUTER_RULES, Config, to_dict
 from moejax.inspection.build import build_report
 from moejax.models.parameters import count_parameters
@@ -57,6 +58,7 @@ def run(values: FlagValues, rest: list[str]) -> None:
             logging.getLogger("moejax").setLevel(logging.WARNING)  # process 0 says what all would say
         config = first_then_others(lambda: read_config_flag(values))
         agree(to_dict(config), "recipe and flags")
+        keep_programs()
         _train(values, config)
 
 

@@ -5,7 +5,6 @@ leaves its pack to the others, who continue it from its newest checkpoint.
 """
 
 import logging
-import os
 import statistics
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,13 +14,14 @@ from typing import Any, NamedTuple
 import jax
 import pandas as pd
 
+from moejax.compilation_cache import keep_programs
 from moejax.planning.memory import check_memory
 from moejax.sharding import make_mesh
 from moejax.sweeps.arms import Arm, SweepError, describe, plan_arms
 from moejax.sweeps.directory import Sweep, join_records, write_sweep
 from moejax.sweeps.match import Match
 from moejax.sweeps.packs import Ids
-from moejax.sweeps.programs import keep_programs
+from moejax.sweeps.pool import usable_cores
 from moejax.sweeps.record_files import RecordError
 from moejax.sweeps.records import read_records, record_of, write_record
 from moejax.training.alarms import AlarmError
@@ -44,8 +44,7 @@ def prepare_devices(packs: Sequence[Ids]) -> None:
     On CPU each core is a device, so that the arms of a pack share the cores out.
     """
     if any(len(pack) > 1 for pack in packs):
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        jax.config.update("jax_num_cpu_devices", cores)
+        jax.config.update("jax_num_cpu_devices", len(usable_cores()))
     keep_programs()
 
 
