@@ -5,7 +5,6 @@ leaves its pack to the others, who continue it from its newest checkpoint.
 """
 
 import logging
-import os
 import statistics
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,12 +14,14 @@ from typing import Any, NamedTuple
 import jax
 import pandas as pd
 
+from moejax.compilation_cache import keep_programs
+from moejax.planning.memory import check_memory
 from moejax.sharding import make_mesh
 from moejax.sweeps.arms import Arm, SweepError, describe, plan_arms
 from moejax.sweeps.directory import Sweep, join_records, write_sweep
 from moejax.sweeps.match import Match
 from moejax.sweeps.packs import Ids
-from moejax.sweeps.programs import keep_programs
+from moejax.sweeps.pool import usable_cores
 from moejax.sweeps.record_files import RecordError
 from moejax.sweeps.records import read_records, record_of, write_record
 from moejax.training.alarms import AlarmError
@@ -43,17 +44,18 @@ def prepare_devices(packs: Sequence[Ids]) -> None:
     On CPU each core is a device, so that the arms of a pack share the cores out.
     """
     if any(len(pack) > 1 for pack in packs):
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        jax.config.update("jax_num_cpu_devices", cores)
+        jax.config.update("jax_num_cpu_devices", len(usable_cores()))
     keep_programs()
 
 
 def check_devices(arms: Iterable[Arm]) -> None:
-    """Raises `ConfigError` naming the first arm whose mesh does not fit the devices, before any arm trains."""
+    """Raises `ConfigError` naming the first arm that does not fit the devices or their memory, before any trains."""
     for arm in arms:
         devices = jax.devices()
         try:
-            make_mesh(arm.config, devices[: devices_of_arm(arm.config)] if _is_cpu() else None)
+            own = devices[: devices_of_arm(arm.config)] if _is_cpu() else devices
+            make_mesh(arm.config, own)
+            check_memory(arm.config, own)
         except ValueError as error:
             raise type(error)(f"arm {arm.id} ({describe(arm.overrides)}): {error}") from error
 

@@ -14,6 +14,7 @@ from moejax.config import Config, Knobs
 from moejax.data import Batch, Corpus, TrainBatches, eval_batches, load_tokenizer, prepare
 from moejax.locks import FolderLock
 from moejax.models.parameters import count_parameters
+from moejax.planning.memory import check_memory
 from moejax.sharding import make_mesh
 from moejax.training.alarms import AlarmError, stop_message
 from moejax.training.checkpoint import Checkpoints
@@ -128,6 +129,7 @@ def lock_run(config: Config, workdir: Path, stack: ExitStack) -> Path:
 
 def _open(config: Config, workdir: Path, command: str) -> tuple[Mesh, Corpus]:
     """The mesh and the rows."""
+    check_memory(config)
     return make_mesh(config), open_run_directory(config, workdir, command)
 
 

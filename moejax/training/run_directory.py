@@ -18,16 +18,21 @@ from typing import Any, NamedTuple
 import jax
 
 import moejax
-from moejax.config import AlarmConfig, Config, ConfigError, leaves, resolve_recorded, to_dict
+from moejax.config import AlarmConfig, Config, ConfigError, is_read, leaves, resolve_recorded, to_dict
 from moejax.models.parameters import ParameterCount
+from moejax.strict_json import to_json
 from moejax.training.checkpoint_meta import newest_meta
 from moejax.training.numerics import changed_numerics, numerics
 from moejax.training.optimizer import make_schedule
 from moejax.training.processes import fail_together, first_says
+from moejax.training.run_tree import check_run_tree
+from moejax.training.text_record import record_text
 
 MAY_CHANGE = (
     "train.num_steps", "train.log_every", "train.eval_every", "train.checkpoint_every", "train.keep_checkpoints",
-    "train.max_nonfinite_steps", "train.step_limit_s", "data.directory", "moe.grouped_matmul", "moe.exchange",
+    "train.max_nonfinite_steps", "train.step_limit_s", "train.check_memory",
+    "data.directory", "data.files", "data.source_dir",
+    "moe.grouped_matmul", "moe.exchange",
     "moe.exchange_buffer", "moe.exchange_chunks", "moe.save_exchanged", "model.remat", "model.scan_layers",
     "mesh.data", "mesh.fsdp", "mesh.expert", "mesh.context", "mesh.tensor",
     "mesh.dcn_data", "mesh.dcn_fsdp", "mesh.dcn_expert",
@@ -67,8 +72,14 @@ def changes(saved: Config, wanted: Config) -> list[Change]:
 
 
 def first_change(saved: Config, wanted: Config) -> Change | None:
-    """The first difference that makes another run of it; None if there is none."""
-    return next((change for change in changes(saved, wanted) if change.key not in MAY_CHANGE), None)
+    """The first difference that makes another run of it; None if there is none.
+
+    A leaf that neither reads makes none: a run of an earlier version may have been started with one.
+    """
+    for change in changes(saved, wanted):
+        if change.key not in MAY_CHANGE and (is_read(saved, change.key) or is_read(wanted, change.key)):
+            return change
+    return None
 
 
 def check_run_directory(workdir: Path, config: Config) -> None:
@@ -79,6 +90,7 @@ def check_run_directory(workdir: Path, config: Config) -> None:
     check_path(workdir)
     if workdir.exists() and not workdir.is_dir():
         raise ConfigError(f"--workdir={workdir} is a file; name a folder")
+    check_run_tree(workdir)
     known = [read_config(workdir)] if (workdir / "config.json").exists() else []
     meta = newest_meta(workdir)
     if meta is not None:
@@ -176,6 +188,7 @@ def write_run_directory(workdir: Path, config: Config, parameters: ParameterCoun
     content = {
         "config": to_dict(config),
         "corpus": corpus,
+        "text": record_text(config.data, corpus),
         "parameters": dataclasses.asdict(parameters),
         "versions": versions(),
         "git_commit": git_commit(),
@@ -224,7 +237,9 @@ def read_config(workdir: str | Path) -> Config:
 
     Raises:
       ConfigError: there is no readable `config.json`, or it does not describe a valid configuration.
+      RunTreeError: the run directory has links out of it, or pipes.
     """
+    check_run_tree(workdir)
     path = Path(workdir) / "config.json"
     if not path.exists():
         raise ConfigError(f"{path} does not exist; --workdir must name the folder of a trained run")
@@ -272,5 +287,5 @@ def git_commit() -> str:
 def write_json(path: Path, content: Any) -> None:
     """Writes a JSON document, whole or not at all."""
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    temporary.write_text(to_json(content, indent=2) + "\n", encoding="utf-8")
     os.replace(temporary, path)
