@@ -198,5 +198,6 @@ def _set_up_logging(is_debug: bool) -> None:
 
 
 def _is_no_failed_thread(record: logging.LogRecord) -> bool:
-    """Keeps back the traceback of each thread of orbax that fails in saving: `Checkpoints.wait` raises that error."""
-    return record.name != "absl" or not record.exc_info
+    """Keeps back the traceback of each thread and task of orbax that fails: `Checkpoints` raises that error."""
+    is_task = record.name == "asyncio" and "orbax" in record.getMessage()
+    return not record.exc_info or not (is_task or record.name == "absl")
