@@ -19,7 +19,7 @@ import matplotlib
 import numpy as np
 
 from moejax.config import resolve
-from moejax.data import Corpus, prepare
+from moejax.data import Corpus
 from moejax.data.labels import Labels
 from moejax.inspection import open_run
 from moejax.inspection.attributes import Attribute, attributes_of
@@ -103,7 +103,7 @@ def measure(condition: str, seed: int) -> dict[str, Any]:
 def look(run) -> dict[str, Any]:
     """What the experts of a run specialise in."""
     model = run.load()
-    corpus = prepare(model.config.data, model.tokenizer)
+    corpus = model.corpus()
     labels = corpus.labels("validation")
     routed = route_corpus(model, corpus)
     domains_T = labels.domain_of_document[routed.documents_T]
