@@ -26,7 +26,8 @@ def _finite(values: np.ndarray, summarise: Callable[[np.ndarray], Any]) -> float
     return float(summarise(values)) if values.size else math.nan
 
 
-def _or_nan(value: float | None) -> float:
+def or_nan(value: float | None) -> float:
+    """The value, or NaN for none."""
     return math.nan if value is None else value
 
 
@@ -36,7 +37,7 @@ COLUMNS: Mapping[str, tuple[str, Callable[[np.ndarray], float]]] = {
     "bits_per_byte": ("eval/bits_per_byte", _last),
     "train_loss": ("loss/lm", _last),
     "tokens": ("tokens", _last),
-    "tokens_per_s": (SPEED, lambda values: _or_nan(median_speed(values))),
+    "tokens_per_s": (SPEED, lambda values: or_nan(median_speed(values))),
     "max_violation": ("moe/max_violation", _last),
     "eval_max_violation": ("eval/max_violation", _last),
     "dead_experts": ("moe/dead_experts", _last),

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from moejax.inspection import html
 from moejax.inspection.axes import seconds_trained
-from moejax.inspection.comparison import Comparison, shown
+from moejax.inspection.comparison import Comparison, or_nan, shown
 from moejax.inspection.page import table
 from moejax.inspection.report_training import duration
 from moejax.inspection.run import Run
@@ -79,8 +79,8 @@ def _rows(comparison: Comparison) -> list[Row]:
         Row("Training FLOPs", _flops, _count),
         Row("Training time", _seconds, _duration),
         Row("Tokens per second", of("tokens_per_s"), shown),
-        Row("MFU", lambda run: _or_nan(median_speed(run.series(MFU)[1])), _percent),
-        Row("Peak memory, GiB", lambda run: _or_nan(run.last(MEMORY)) / 2**30, shown),
+        Row("MFU", lambda run: or_nan(median_speed(run.series(MFU)[1])), _percent),
+        Row("Peak memory, GiB", lambda run: or_nan(run.last(MEMORY)) / 2**30, shown),
         Row("MaxVio in training", of("max_violation"), shown),
         Row("MaxVio on the validation split", of("eval_max_violation"), shown),
         Row("Dead experts", of("dead_experts"), shown),
@@ -90,16 +90,12 @@ def _rows(comparison: Comparison) -> list[Row]:
 
 
 def _flops(run: Run) -> float:
-    return math.nan if run.flops_per_token is None else _or_nan(run.last("tokens")) * run.flops_per_token
+    return math.nan if run.flops_per_token is None else or_nan(run.last("tokens")) * run.flops_per_token
 
 
 def _seconds(run: Run) -> float:
     _, seconds = seconds_trained(run.series)
     return float(seconds[-1]) if seconds.size else math.nan
-
-
-def _or_nan(value: float | None) -> float:
-    return math.nan if value is None else value
 
 
 def _count(value: float) -> str:
