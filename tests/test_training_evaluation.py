@@ -15,8 +15,8 @@ import training_cases as cases
 from moejax.data import Corpus
 from moejax.data.labels import Labels
 from moejax.data.tokenizers import ByteTokenizer
+from moejax.training.eval_step import make_eval_step
 from moejax.training.evaluation import domains_of, evaluate
-from moejax.training.step import make_eval_step
 
 DOMAINS = Labels((), ("code", "drama", "empty"), np.array([0, 1, 1, 0, 0], np.int32))
 

@@ -17,6 +17,7 @@ from moejax.training import packed_loop
 from moejax.training.alarms import AlarmError, read_alarms
 from moejax.training.checkpoint import CheckpointError, Checkpoints
 from moejax.training.checkpoint_meta import saved_steps
+from moejax.training.eval_step import make_eval_step
 from moejax.training.evaluation import EvaluationSums, eval_inputs
 from moejax.training.loop import train
 from moejax.training.metrics import Recorder
@@ -25,7 +26,7 @@ from moejax.training.packed import Pack, depends_on_devices, program_of
 from moejax.training.packed_loop import common_step, train_packed
 from moejax.training.routing_log import read_routing
 from moejax.training.signals import StopSignals
-from moejax.training.step import make_eval_step, make_train_step, put_batch
+from moejax.training.step import make_train_step, put_batch
 from training_cases import case_config, make, packed_batch, replace, small_config
 
 TRAIN = {"num_steps": 50, "log_every": 5, "eval_every": 25, "checkpoint_every": 10, "keep_checkpoints": 9}

@@ -15,8 +15,9 @@ from moejax.data.batches import Batch
 from moejax.data.labels import Labels
 from moejax.moe.balance import load_fractions
 from moejax.moe.stats import join
+from moejax.training.eval_step import EvalOutput
 from moejax.training.state import Trainable
-from moejax.training.step import EvalOutput, add_sums, put_batch
+from moejax.training.step import add_sums, put_batch
 
 
 @dataclasses.dataclass(frozen=True)

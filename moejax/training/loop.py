@@ -18,6 +18,7 @@ from moejax.planning.memory import check_memory
 from moejax.sharding import make_mesh
 from moejax.training.alarms import AlarmError, stop_message
 from moejax.training.checkpoint import Checkpoints
+from moejax.training.eval_step import make_eval_step
 from moejax.training.evaluation import Evaluation, domains_of, evaluate
 from moejax.training.metrics import FinishedStep, Recorder, median_speed
 from moejax.training.nonfinite import nonfinite_error
@@ -33,7 +34,7 @@ from moejax.training.run_directory import (
 from moejax.training.run_files import RunFiles
 from moejax.training.signals import ALARM, StopSignals, uninterrupted
 from moejax.training.state import Trainable, TrainState, make_trainable
-from moejax.training.step import TrainStep, make_eval_step, make_train_step, put_batch, rows_of_process
+from moejax.training.step import TrainStep, make_train_step, put_batch, rows_of_process
 from moejax.training.watchdog import Watchdog
 
 log = logging.getLogger("moejax")

@@ -16,8 +16,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from moejax.config import Config, ConfigError, Knobs, to_dict
 from moejax.data import Batch
 from moejax.sharding import BATCH_AXES, MESH_AXES, make_mesh
+from moejax.training.eval_step import eval_step_of
 from moejax.training.state import TrainState, make_trainable
-from moejax.training.step import StepOutput, compiler_options, eval_step_of, train_step_of
+from moejax.training.step import StepOutput, compiler_options, train_step_of
 
 ARMS = "arms"
 """The mesh axis of the arms."""

@@ -21,15 +21,8 @@ changed or lost; the group's attributes carry a digest. Logs of earlier versions
 refused by name: nothing is written over what is left.
 """
 
-import contextlib
 import functools
-import hashlib
-import json
 import logging
-import math
-import os
-import re
-import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,29 +31,30 @@ import numpy as np
 import tensorstore
 from jaxtyping import Float32, Int, Int64
 
-FOLDER = "routing"
-GROUP = "zarr.json"
-UNFINISHED = -1  # the fill value of `step`
-CHUNK_BYTES = 2**20  # an append rewrites one chunk: about a megabyte, so that long runs leave few files
-CHUNKS_AT_ONCE = 8  # read for a sum
-CHECKSUM = "crc32c"  # the codec
-ARRAYS: Mapping[str, tuple[str, int | str]] = {
-    "counts": ("int64", 0),
-    "probs": ("float32", "NaN"),
-    "importance": ("float32", "NaN"),
-    "idle_steps": ("int32", 0),
-    "bias": ("float32", "NaN"),
-    "layers": ("float32", "NaN"),
-    "step": ("int64", UNFINISHED),
-}
-"""Type and fill value of each; `step` is the last, in which order they are written."""
+from moejax.training.routing_store import (
+    ARRAYS,
+    FOLDER,
+    GROUP,
+    UNFINISHED,
+    RoutingLogError,
+    array_shapes,
+    check_stored,
+    chunk_entries,
+    create_arrays,
+    finished_steps,
+    has_checksums,
+    has_entries,
+    move_command,
+    naming_damage,
+    open_array,
+    read_attributes,
+    read_group,
+    write_group,
+)
 
+CHUNKS_AT_ONCE = 8  # read for a sum
 
 log = logging.getLogger("moejax")
-
-
-class RoutingLogError(ValueError):
-    """A routing log that cannot be used: the message names the folder and the remedy."""
 
 
 class RoutingHistory:
@@ -84,15 +78,15 @@ class RoutingHistory:
 
     def __init__(self, folder: Path):
         self._folder = folder
-        with _naming_damage(folder):
-            self.attributes: Mapping[str, Any] = _read_group(folder)
+        with naming_damage(folder):
+            self.attributes: Mapping[str, Any] = read_group(folder)
             self.layers = np.array(self.attributes["layers"], np.int64)
             self.num_experts = int(self.attributes["num_experts"])
-            step_array = _open(folder, "step")
-            self.steps = _finished(step_array)  # first: what it commits is complete in the others
-            is_checked = _has_checksums(step_array)
+            step_array = open_array(folder, "step")
+            self.steps = finished_steps(step_array)  # first: what it commits is complete in the others
+            is_checked = has_checksums(step_array)
             names = [name for name in ARRAYS if name != "step" and (is_checked or (folder / name).is_dir())]
-            self._arrays = {name: _open(folder, name) for name in names}
+            self._arrays = {name: open_array(folder, name) for name in names}
             shape = (len(self.layers), self.num_experts)
             for name, array in self._arrays.items():
                 if array.shape[1 : 1 + (1 if name == "layers" else 2)] != (shape[:1] if name == "layers" else shape):
@@ -121,9 +115,9 @@ class RoutingHistory:
         """
         array = self._array(name)
         first, end, _ = slice(start, stop).indices(self.num_entries)
-        with _naming_damage(self._folder):
+        with naming_damage(self._folder):
             part = array[first : max(first, end)]
-            _check_stored(name, part)
+            check_stored(name, part)
             return part.read().result()
 
     def blocks(self, name: str, first: int = 0) -> Iterator[np.ndarray]:
@@ -197,28 +191,28 @@ class RoutingLog:
             "metrics": list(metrics),
         }
         if not (self._folder / GROUP).exists():
-            with _naming_damage(self._folder):
-                has_entries = _has_entries(self._folder)
-            if has_entries:
+            with naming_damage(self._folder):
+                is_filled = has_entries(self._folder)
+            if is_filled:
                 log.warning("%s/%s is lost and is written again", self._folder, GROUP)
-                _write_group(self._folder, attributes)
+                write_group(self._folder, attributes)
             else:
-                _create(self._folder, attributes)
-        with _naming_damage(self._folder):
-            found = _read_attributes(self._folder)
+                create_arrays(self._folder, attributes)
+        with naming_damage(self._folder):
+            found = read_attributes(self._folder)
         if found != attributes:
             raise RoutingLogError(
                 f"{self._folder} logs layers {found['layers']} with {found['num_experts']} experts, this run has "
                 f"layers {attributes['layers']} with {num_experts}, and the metrics logged of a layer must be the "
-                f"same; use another workdir, or move that folder away: {_move(self._folder)}"
+                f"same; use another workdir, or move that folder away: {move_command(self._folder)}"
             )
-        self._shapes = _shapes(attributes)
-        self._chunk_entries = _chunk_entries(self._shapes)
-        with _naming_damage(self._folder):
-            self._arrays = {name: _open(self._folder, name) for name in ARRAYS}
-            self._steps = _finished(self._arrays["step"]).tolist()
+        self._shapes = array_shapes(attributes)
+        self._chunk_entries = chunk_entries(self._shapes)
+        with naming_damage(self._folder):
+            self._arrays = {name: open_array(self._folder, name) for name in ARRAYS}
+            self._steps = finished_steps(self._arrays["step"]).tolist()
             for name, array in self._arrays.items():
-                _check_stored(name, array[: len(self._steps)])
+                check_stored(name, array[: len(self._steps)])
             self._cut(len(self._steps))
 
     def append(
@@ -254,7 +248,7 @@ class RoutingLog:
         absent = {
             name: np.dtype(dtype).type(fill) for name, (dtype, fill) in ARRAYS.items() if name not in (*arrays, "step")
         }
-        with _naming_damage(self._folder):
+        with naming_damage(self._folder):
             self._make_room(entry)
             written = [self._arrays[name][entry].write(array) for name, array in (arrays | absent).items()]
             for future in written:  # they wait for the disk together
@@ -274,7 +268,7 @@ class RoutingLog:
           after_step: the last step to keep.
           noted: `num_entries` at that step, from its checkpoint: having fewer is a loss that the log says.
         """
-        with _naming_damage(self._folder):
+        with naming_damage(self._folder):
             self._cut(sum(step <= after_step for step in self._steps))
         if noted is not None and noted != self.num_entries:
             log.warning(
@@ -315,132 +309,7 @@ def read_routing(workdir: str | Path) -> RoutingHistory | None:
     folder = Path(workdir) / FOLDER
     if (folder / GROUP).exists():
         return RoutingHistory(folder)
-    with _naming_damage(folder):
-        if _has_entries(folder):
+    with naming_damage(folder):
+        if has_entries(folder):
             raise ValueError(f"{GROUP} is lost; continuing the run writes it again")
     return None
-
-
-def _finished(step_array: tensorstore.TensorStore) -> Int64[np.ndarray, "S"]:
-    """Steps in front of the first unfinished entry."""
-    steps = step_array.read().result()
-    unfinished = np.flatnonzero(steps == UNFINISHED)
-    return steps[: unfinished[0]] if unfinished.size else steps
-
-
-def _create(folder: Path, attributes: dict[str, Any]) -> None:
-    """Makes empty arrays, then the group file: a folder without it is not a log yet and is made anew."""
-    shapes = _shapes(attributes)
-    if min(shapes["counts"]) < 1:
-        raise RoutingLogError(f"a routing log needs MoE layers and experts, got {attributes}; a dense run has none")
-    entries = _chunk_entries(shapes)
-    for name, (dtype, fill) in ARRAYS.items():
-        inner = list(shapes[name])
-        last = "metric" if name == "layers" else "expert"
-        metadata = {
-            "shape": [0, *inner],
-            "data_type": dtype,
-            "fill_value": fill,
-            "dimension_names": ["step", "layer", last][: 1 + len(inner)],
-            "chunk_grid": {
-                "name": "regular",
-                "configuration": {"chunk_shape": [entries, *(max(size, 1) for size in inner)]},
-            },
-            "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "zstd"}, {"name": CHECKSUM}],
-        }
-        spec = _spec(folder, name) | {"metadata": metadata}
-        tensorstore.open(spec, create=True, delete_existing=True).result()
-    _write_group(folder, attributes)
-
-
-def _write_group(folder: Path, attributes: dict[str, Any]) -> None:
-    sealed = attributes | {"digest": _digest(attributes)}
-    group = {"zarr_format": 3, "node_type": "group", "attributes": sealed}
-    partial = folder / f"{GROUP}.partial"
-    partial.write_text(json.dumps(group))
-    os.replace(partial, folder / GROUP)
-
-
-def _digest(attributes: Mapping[str, Any]) -> str:
-    return hashlib.blake2b(json.dumps(attributes, sort_keys=True).encode(), digest_size=16).hexdigest()
-
-
-def _read_group(folder: Path) -> dict[str, Any]:
-    """The group's attributes; raises `ValueError` if they differ from what was written."""
-    attributes = json.loads((folder / GROUP).read_bytes().decode())["attributes"]
-    others = {key: value for key, value in attributes.items() if key != "digest"}
-    if "digest" in attributes and attributes["digest"] != _digest(others):
-        raise ValueError(f"{GROUP} differs from the digest written with it")
-    if set(others) - {"layers", "num_experts", "metrics"}:
-        raise ValueError(f"{GROUP} has the attributes {', '.join(others)}")
-    return attributes
-
-
-def _has_entries(folder: Path) -> bool:
-    """Whether a folder without a group file holds entries: making it was not only begun."""
-    return (folder / "step" / GROUP).exists() and len(_finished(_open(folder, "step"))) > 0
-
-
-def _has_checksums(array: tensorstore.TensorStore) -> bool:
-    return any(codec["name"] == CHECKSUM for codec in array.spec().to_json()["metadata"]["codecs"])
-
-
-def _check_stored(name: str, array: tensorstore.TensorStore) -> None:
-    """Raises `ValueError` if a chunk of finished entries is gone, for which the fill value would be read."""
-    if not array.size or not _has_checksums(array):
-        return
-    if not array.storage_statistics(query_fully_stored=True).result().fully_stored:
-        raise ValueError(f"chunks of {name} are lost")
-
-
-def _shapes(attributes: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Each array's shape without its first axis."""
-    num_layers = len(attributes["layers"])
-    by_expert = (num_layers, attributes["num_experts"])
-    own = {"layers": (num_layers, len(attributes["metrics"])), "step": ()}
-    return {name: own.get(name, by_expert) for name in ARRAYS}
-
-
-def _chunk_entries(shapes: Mapping[str, tuple[int, ...]]) -> int:
-    """How many entries a chunk holds."""
-    return int(np.clip(CHUNK_BYTES // (8 * math.prod(shapes["counts"])), 1, 256))
-
-
-def _spec(folder: Path, name: str) -> dict[str, Any]:
-    kvstore = {"driver": "file", "path": str(folder.resolve() / name)}
-    return {"driver": "zarr3", "kvstore": kvstore, "store_data_equal_to_fill_value": True}
-
-
-def _open(folder: Path, name: str) -> tensorstore.TensorStore:
-    return tensorstore.open(_spec(folder, name), open=True).result()
-
-
-def _read_attributes(folder: Path) -> dict[str, Any]:
-    attributes = _read_group(folder)
-    return {
-        "layers": list(attributes["layers"]),
-        "num_experts": int(attributes["num_experts"]),
-        "metrics": list(attributes["metrics"]),
-    }
-
-
-@contextlib.contextmanager
-def _naming_damage(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except RoutingLogError:
-        raise
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError, OSError) as error:
-        text = " ".join(re.split(r" \[(source locations|tensorstore_spec)", str(error))[0].split())[:300]
-        if isinstance(error, PermissionError) or "PERMISSION_DENIED" in text:
-            raise RoutingLogError(f"{folder} cannot be read ({text}); give this user the right to it") from error
-        state = "cannot be read" if isinstance(error, OSError) else "is damaged"
-        raise RoutingLogError(
-            f"{folder} {state} ({type(error).__name__}: {text}); restore it from a copy, or go on without its history, "
-            f"that of evaluations included: {_move(folder)}"
-        ) from error
-
-
-def _move(folder: Path) -> str:
-    """The command that puts a log out of the way."""
-    return shlex.join(["mv", str(folder), str(folder.with_name("damaged-routing"))])

@@ -1,4 +1,4 @@
-"""One training step and one evaluation step: sums first, losses of the sums, then optax.
+"""One training step: sums first, losses of the sums, then optax.
 
 The forward pass returns sums over tokens (`Sums`). Every loss is a pure function of the sums of the whole global batch,
 so that it is the same for any mesh and any gradient accumulation.
@@ -16,7 +16,6 @@ from jax.sharding import Mesh
 from moejax.config import Config, Knobs
 from moejax.data.batches import Batch
 from moejax.moe.balance import LOSSES, auxiliary_losses, routing_metrics
-from moejax.moe.by_token import coactivation, experts_by_token
 from moejax.moe.stats import RoutingStats, add_stats, join
 from moejax.sharding import batch_sharding, replicated
 from moejax.training.optimizer import make_schedule
@@ -64,28 +63,6 @@ class StepOutput:
     state: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class EvalOutput:
-    """What evaluating a batch gives.
-
-    Attributes:
-      sums: over its targets and tokens.
-      coactivation_NEE: tokens that visit both experts of a pair, int32; None for a dense model.
-      probe_NTK: the experts of the first `PROBE_TOKENS` tokens of its first row, as `experts_by_token` gives them; None
-        for a dense model.
-      nats_by_domain_G2: cross-entropy and number of the targets of each domain, float32; None without domains.
-    """
-
-    sums: Sums
-    coactivation_NEE: jax.Array | None = None
-    probe_NTK: jax.Array | None = None
-    nats_by_domain_G2: jax.Array | None = None
-
-
-PROBE_TOKENS = 512
-"""Of a row, whose routing is kept at every evaluation, to see how much of it changes."""
-
 COMPILER_OPTIONS: dict[str, dict[str, bool | str]] = {"tpu": {"xla_tpu_enable_async_all_to_all": True}}
 """By platform: else XLA:TPU computes nothing while tokens travel."""
 
@@ -105,11 +82,11 @@ def forward_sums(
       keys_B: a key per row, from which training draws.
       trace: keep token-level routing in the sums of routing.
     """
-    nats_BL, routing = _forward(model, batch, knobs, keys_B, trace)
+    nats_BL, routing = forward(model, batch, knobs, keys_B, trace)
     return Sums(nats_BL.sum(), count_targets(batch), routing)
 
 
-def _forward(model, batch: Batch, knobs: Knobs | None, keys_B: jax.Array | None, trace: bool):
+def forward(model, batch: Batch, knobs: Knobs | None, keys_B: jax.Array | None, trace: bool):
     """Cross-entropy of each target, 0 where there is none, and the routing."""
     logits_BLV, routing = model(
         batch.tokens_BL, batch.segments_BL, batch.positions_BL, knobs=knobs, keys_B=keys_B, trace=trace
@@ -311,45 +288,6 @@ def all_finite(tree) -> jax.Array:
     """Whether all floating-point arrays of a tree are finite."""
     leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)]
     return jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]).all()
-
-
-def make_eval_step(trainable: Trainable, num_domains: int = 0) -> Callable[..., EvalOutput]:
-    """Compiles, on first call, `(params, router_state, batch) -> EvalOutput`, dropless by default and without noise.
-
-    Args:
-      trainable: the run's fixed part.
-      num_domains: above 0, the step takes a fourth argument: the domain of each target, int32 [B, L], -1 for none.
-    """
-    return jax.jit(eval_step_of(trainable, num_domains), out_shardings=replicated(trainable.mesh))
-
-
-def eval_step_of(trainable: Trainable, num_domains: int = 0) -> Callable[..., EvalOutput]:
-    """The function that `make_eval_step` compiles."""
-    num_choices = trainable.config.moe.num_choices
-
-    def eval_step(params: nnx.State, router_state: nnx.State, batch: Batch, *domains_BL: jax.Array) -> EvalOutput:
-        model = nnx.merge(trainable.graphdef, params, router_state)
-        nats_BL, routing = _forward(model, batch, None, None, True)
-        by_domain_G2 = _sum_by_domain(nats_BL, batch, domains_BL[0], num_domains) if num_domains else None
-        bare = tuple(dataclasses.replace(stats, offers_TE=None, routing=None) for stats in routing)
-        sums = Sums(nats_BL.sum(), count_targets(batch), bare)
-        if not routing:
-            return EvalOutput(sums, nats_by_domain_G2=by_domain_G2)
-        experts_NTK = experts_by_token([stats.routing for stats in routing], num_choices)
-        return EvalOutput(
-            sums=sums,
-            coactivation_NEE=coactivation(experts_NTK, num_choices),
-            probe_NTK=experts_NTK[:, : min(batch.tokens_BL.shape[1], PROBE_TOKENS)],
-            nats_by_domain_G2=by_domain_G2,
-        )
-
-    return eval_step
-
-
-def _sum_by_domain(nats_BL: jax.Array, batch: Batch, domains_BL: jax.Array, num_domains: int) -> jax.Array:
-    is_of_BLG = (domains_BL[..., None] == jnp.arange(num_domains)[None, None]) & batch.loss_mask_BL[..., None]
-    nats_G = jnp.where(is_of_BLG, nats_BL[..., None], 0.0).sum(axis=(0, 1))
-    return jnp.stack([nats_G, is_of_BLG.sum(axis=(0, 1), dtype=jnp.float32)], axis=1)
 
 
 def rows_of_process(mesh: Mesh, batch_size: int) -> list[int]:
