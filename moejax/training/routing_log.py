@@ -38,6 +38,8 @@ import numpy as np
 import tensorstore
 from jaxtyping import Float32, Int, Int64
 
+from moejax.paths import resolve_path
+
 FOLDER = "routing"
 GROUP = "zarr.json"
 UNFINISHED = -1  # the fill value of `step`
@@ -312,7 +314,7 @@ def read_routing(workdir: str | Path) -> RoutingHistory | None:
     Raises:
       ValueError: the folder is damaged; the message names it and the remedy.
     """
-    folder = Path(workdir) / FOLDER
+    folder = resolve_path(workdir) / FOLDER
     if (folder / GROUP).exists():
         return RoutingHistory(folder)
     with _naming_damage(folder):
