@@ -98,7 +98,7 @@ COMMAND_LINES = [
     (["eval", "postgresql://u:SECRET@h/d"], "not ***; leave it out"),
     (
         ["sweep", "--storage=postgresql:/u:SECRET@h", "--storage=postgresql://u:SECRET@h"],
-        "given twice, as *** and as ***",
+        "--storage is given twice",
     ),
     (["--storage=postgresql://u:SECRET@h", "sweep"], "*** stands before the verb; write moejax sweep ***"),
     (["report", "--workdir=.", "--output=x.html"], "--output=x.html is for comparisons"),

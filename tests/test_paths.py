@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from moejax.config import resolve
 from moejax.inference.evaluate import evaluate_run
 from moejax.inference.load import load_run
 from moejax.inspection.comparison_page import write_comparison
@@ -13,6 +14,8 @@ from moejax.inspection.run import open_run
 from moejax.paths import PathError, check_run_folder, check_writable, check_writable_file, resolve_path
 from moejax.sweeps.directory import open_sweep
 from moejax.sweeps.report import build_sweep_report
+from moejax.training.loop import train
+from moejax.training.routing_log import read_routing
 
 
 def test_a_path_is_resolved_with_its_home_its_dots_and_its_links(tmp_path, monkeypatch):
@@ -29,7 +32,7 @@ def test_a_path_is_resolved_with_its_home_its_dots_and_its_links(tmp_path, monke
 @pytest.mark.parametrize("given", ["gs://b/x", "s3://b", "file:///tmp/x", Path("gs://b/x"), "a\0b", "caf\udce9"])
 @pytest.mark.parametrize(
     "door", [resolve_path, open_run, load_run, evaluate_run, open_sweep, build_sweep_report,
-             lambda path: write_comparison([path, path])],
+             lambda path: write_comparison([path, path]), lambda path: train(resolve({}), path), read_routing],
 )  # fmt: skip
 def test_a_path_that_cannot_work_is_refused_at_every_door(given, door, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -14,6 +14,7 @@ from moejax.config import Config, Knobs
 from moejax.data import Batch, Corpus, TrainBatches, eval_batches, load_tokenizer, prepare
 from moejax.locks import FolderLock
 from moejax.models.parameters import count_parameters
+from moejax.paths import resolve_path
 from moejax.planning.memory import check_memory
 from moejax.sharding import make_mesh
 from moejax.training.alarms import AlarmError, stop_message
@@ -81,6 +82,7 @@ def train(
       How it ended. A signal ends it after the step at hand, saved.
 
     Raises:
+      PathError: no directory can have the path `workdir`.
       ConfigError: the configuration does not fit the devices, or `workdir` holds another run.
       LockedError: another process writes `workdir`.
       DataError: data is missing or damaged.
@@ -91,7 +93,7 @@ def train(
     """
     with ExitStack() as stack:
         stop = stack.enter_context(StopSignals() if stop is None else stop)
-        given = Path(workdir)
+        given = resolve_path(workdir)
         workdir = first_then_others(lambda: lock_run(config, given, stack))
         mesh, corpus = first_then_others(lambda: _open(config, workdir, command))
         check_shared(workdir)

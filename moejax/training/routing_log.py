@@ -31,6 +31,7 @@ import numpy as np
 import tensorstore
 from jaxtyping import Float32, Int, Int64
 
+from moejax.paths import resolve_path
 from moejax.training.routing_store import (
     ARRAYS,
     FOLDER,
@@ -306,7 +307,7 @@ def read_routing(workdir: str | Path) -> RoutingHistory | None:
     Raises:
       ValueError: the folder is damaged; the message names it and the remedy.
     """
-    folder = Path(workdir) / FOLDER
+    folder = resolve_path(workdir) / FOLDER
     if (folder / GROUP).exists():
         return RoutingHistory(folder)
     with naming_damage(folder):
