@@ -341,7 +341,7 @@ def _read_attributes(folder: Path) -> dict[str, Any]:
 def _naming_damage(folder: Path) -> Iterator[None]:
     try:
         yield
-    except (ValueError, KeyError, TypeError, IndexError) as error:
+    except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
         reason = f"{type(error).__name__}: {str(error)[:200]}"
         raise RoutingLogError(
             f"{folder} is damaged ({reason}); delete it to do without its routing history, that of evaluations included"
