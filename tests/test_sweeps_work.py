@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import threading
@@ -11,6 +12,7 @@ import types
 import jax
 import pytest
 
+from moejax.locks import LockedError
 from moejax.sweeps import pool, programs, run
 from moejax.sweeps.arms import SweepError, plan_arms
 from moejax.sweeps.directory import locked, open_sweep, write_sweep
@@ -126,6 +128,33 @@ def test_an_arm_that_ends_early_has_its_record_before_the_others_end(trained, tm
     trained.ends.clear()
     assert work(sweep, StopSignals()) and trained[-1] == [1]
     assert read_record(sweep.workdir(sweep.packs[0][0])) == first and status_of(sweep) == ["stopped", "done"]
+
+
+def test_an_arm_whose_files_are_damaged_does_not_cost_the_others_of_its_pack_their_records(trained, tmp_path, caplog):
+    sweep = new_sweep(tmp_path, number=4, largest_pack=4)
+    trained.ends[3] = ArmResult(2, None, None, NonFiniteError("loss is nan"))
+    for arm in (1, 3):
+        workdir = sweep.workdir(sweep.packs[0][arm])
+        workdir.mkdir(parents=True)
+        (workdir / "config.json").write_text("{")
+    assert not work(sweep, StopSignals())
+    assert status_of(sweep) == ["done", None, "done", "failed"]
+    assert list(read_records(tmp_path)["status"]) == ["done", "done", "failed"]
+    assert f"arm {sweep.packs[0][1]} is trained to its end and has no record: " in caplog.text
+    assert "Traceback" not in caplog.text
+    error = read_record(sweep.workdir(sweep.packs[0][3]))["error"]
+    assert error.startswith("loss is nan; what it logged is not in its record: ")
+
+
+def test_a_lock_that_cannot_be_made_ends_the_work_and_is_not_waited_for(trained, tmp_path):
+    sweep = new_sweep(tmp_path)
+    shutil.rmtree(tmp_path / "claims")
+    (tmp_path / "claims").touch()
+    with pytest.raises(LockedError, match="cannot be locked for writing"):
+        work(sweep, StopSignals())
+    with pytest.raises(SweepError, match="cannot be written: Not a directory; use another folder"):
+        new_sweep(tmp_path)
+    assert trained == []
 
 
 def test_packs_that_another_process_holds_are_waited_for_and_not_trained(trained, tmp_path, monkeypatch):

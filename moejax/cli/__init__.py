@@ -33,6 +33,7 @@ VERBS = {
     "counterfactuals": "evaluate a checkpoint under changed routing: fewer experts, without one, swapped, random",
     "bench": "measure: layer, decode, compiled, compiled_step, tune, step, telemetry, packed, compile, import",
     "placement": "show how even devices are loaded, and would be with experts in other places",
+    "config": "show every setting of a recipe: value, default, range, meaning",
     "doctor": "print versions, devices and kernels, and check that they work",
 }
 
@@ -66,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _set_up_logging(is_debug)
     warn_of_small_limit()
     if not faulthandler.is_enabled():
-        faulthandler.enable()  # a fault in a library leaves at least its stack
+        faulthandler.enable(file=2)  # a fault in a library leaves at least its stack
     code = 1
     try:
         code = _run_and_explain(words[0], words[1:], is_debug)

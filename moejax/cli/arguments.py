@@ -15,6 +15,9 @@ from moejax.config import check_key, leaves, read_value
 
 OWN_CONFIGURATION = "takes the configuration that its run was trained with"
 
+HIDDEN_FLAG = "storage"
+"""Its value may hold a password."""
+
 SYNONYMS = {
     "workdir": ("dir",), "dir": ("workdir",), "output_dir": ("workdir", "dir"), "logdir": ("workdir", "dir"),
     "run": ("workdir",), "max_new_tokens": ("max_tokens",), "num_tokens": ("max_tokens",), "topp": ("top_p",),
@@ -55,7 +58,8 @@ def check_arguments(verb: str, values: FlagValues, arguments: Sequence[str], tak
             check_key(key.removeprefix("config."))
             read_value(key.removeprefix("config."), value)
         if key in given and not (key in values and isinstance(values[key], flags.MultiFlag)):
-            raise UsageError(f"--{key} is given twice, as {given[key]} and as {value}; give it once")
+            values_given = "" if key == HIDDEN_FLAG else f", as {given[key]} and as {value}"
+            raise UsageError(f"--{key} is given twice{values_given}; give it once")
         given[key] = value
     if "config" in values and "config" not in given and values["config"].default is None:
         overrides = [key for key in given if key.startswith("config.")]

@@ -37,6 +37,7 @@ from moejax.config import Config, Knobs, resolve
 from moejax.kernels.grouped_matmul import IMPLEMENTATIONS, grouped_matmul, resolve_implementation, unavailable
 from moejax.moe.experts import ExpertWeights
 from moejax.moe.local import Chosen, run_dropless
+from moejax.planning.memory import check_memory
 from moejax.planning.mesh_check import check_mesh
 from moejax.sharding import make_mesh
 from moejax.training.processes import has_others, is_first
@@ -88,6 +89,7 @@ def _run(values: FlagValues) -> None:
         checks["training step"] = check_training_step
     collectives: list[dict[str, Any]] = []
     if config:
+        check_memory(config)
         mesh = make_mesh(config)
         rows["mesh"] = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
         checks["exchange"] = functools.partial(check_exchange, config, mesh, rows, collectives)

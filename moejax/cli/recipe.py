@@ -138,7 +138,7 @@ def _execute(path: Path, file: str) -> types.ModuleType:
     return module
 
 
-def _configuration(module: types.ModuleType, file: str, argument: str | None) -> Mapping[str, Any]:
+def _configuration(module: types.ModuleType, file: str, argument: str | None) -> Mapping[str, Any] | ConfigDict:
     """What the recipe's `get_config` returns."""
     get_config = getattr(module, "get_config", None)
     if not callable(get_config):

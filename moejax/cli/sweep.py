@@ -104,7 +104,8 @@ def define(values: FlagValues, arguments: list[str]) -> None:
 def run(values: FlagValues, rest: list[str]) -> None:
     """Plans, trains, joins or reads."""
     refuse_several_processes("sweep", "launch one; --runner=slurm makes jobs of its own")
-    refuse_addresses(rest)
+    if rest[:1] != ["report"]:
+        refuse_addresses(rest)
     action = rest[0] if rest and "=" not in rest[0] else ""
     if action.endswith(".py"):
         raise UsageError(f"{action} is a recipe; write --config={action}")

@@ -18,7 +18,7 @@ from moejax.sweeps import Space, varied_keys
 from moejax.sweeps.directory import check_search
 from moejax.sweeps.programs import keep_programs
 from moejax.sweeps.search import LOSS, Definition, StudyError, objective_of, search_axes
-from moejax.sweeps.storage_address import HIDDEN, is_address, show_storage
+from moejax.sweeps.storage_address import HIDDEN, is_address, is_path, show_storage
 from moejax.sweeps.study import (
     create_study,
     dashboard_command,
@@ -184,6 +184,6 @@ def show_dashboard(values: FlagValues) -> None:
 
 def _storage(values: FlagValues) -> str:
     """Where a study is: a URL as it was given, or a path, resolved."""
-    if not values.storage or "://" in values.storage:
+    if not values.storage or not is_path(values.storage):
         return values.storage
     return str(resolve_path(values.storage, "--storage"))

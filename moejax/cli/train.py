@@ -30,6 +30,7 @@ from moejax.cli.tables import print_result, summary_rows
 from moejax.config import Config, to_dict
 from moejax.inspection.build import build_report
 from moejax.models.parameters import count_parameters
+from moejax.planning.memory import check_memory
 from moejax.training.loop import train
 from moejax.training.processes import agree, first_then_others, has_others, is_first
 from moejax.training.signals import StopSignals
@@ -57,6 +58,7 @@ def run(values: FlagValues, rest: list[str]) -> None:
 
 
 def _train(values: FlagValues, config: Config) -> None:
+    check_memory(config)
     name = recipe_name(recipe_text(values))
     workdir = read_folder_to_write(values.workdir or f"runs/{name}", "--workdir")
     parameters = count_parameters(config)

@@ -2,8 +2,8 @@
 
 `metrics.jsonl` of a long run has millions of lines, so a look reads from where the last one ended, and no more bytes
 than it is allowed; the rest waits for the next look. Nothing here needs a server. What is wrong with a run is text for
-whoever looks, not an exception: the others are shown all the same. The folders may be anyone's: what is read of them are
-regular files inside of them (`moejax.inspection.run_paths`).
+whoever looks, not an exception: the others are shown all the same. The folders may be anyone's: what is read of them
+are regular files inside of them (`moejax.inspection.run_paths`).
 """
 
 import collections
@@ -355,11 +355,11 @@ def _is_run(folder: Path) -> bool:
 
 
 def age(written: float | None) -> str:
-    """How long ago, coarsely: `under a minute ago`, `3 min ago`, `2 h ago`, `5 days ago`."""
+    """How long ago, coarsely: `just now`, `3 min ago`, `2 h ago`, `5 days ago`."""
     if written is None:
         return "never"
     seconds = time.time() - written
     for size, unit in ((86_400, "days"), (3600, "h"), (60, "min")):
         if seconds >= 2 * size or (unit == "min" and seconds >= size):
             return f"{seconds / size:.0f} {unit} ago"
-    return "under a minute ago"
+    return "just now"

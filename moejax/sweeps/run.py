@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import pandas as pd
 
+from moejax.planning.memory import check_memory
 from moejax.sharding import make_mesh
 from moejax.sweeps.arms import Arm, SweepError, describe, plan_arms
 from moejax.sweeps.directory import Sweep, join_records, write_sweep
@@ -48,11 +49,13 @@ def prepare_devices(packs: Sequence[Ids]) -> None:
 
 
 def check_devices(arms: Iterable[Arm]) -> None:
-    """Raises `ConfigError` naming the first arm whose mesh does not fit the devices, before any arm trains."""
+    """Raises `ConfigError` naming the first arm that does not fit the devices or their memory, before any trains."""
     for arm in arms:
         devices = jax.devices()
         try:
-            make_mesh(arm.config, devices[: devices_of_arm(arm.config)] if _is_cpu() else None)
+            own = devices[: devices_of_arm(arm.config)] if _is_cpu() else devices
+            make_mesh(arm.config, own)
+            check_memory(arm.config, own)
         except ValueError as error:
             raise type(error)(f"arm {arm.id} ({describe(arm.overrides)}): {error}") from error
 

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from moejax.config import Config, Knobs
 from moejax.data import Batch, Corpus, TrainBatches, eval_batches, load_tokenizer, prepare
 from moejax.models.parameters import count_parameters
+from moejax.planning.memory import check_memory
 from moejax.sharding import make_mesh
 from moejax.training.alarms import AlarmError, stop_message
 from moejax.training.checkpoint import Checkpoints
@@ -95,6 +96,7 @@ def train(
 
 def _open(config: Config, workdir: Path, command: str) -> tuple[Mesh, Corpus]:
     """The mesh and the rows."""
+    check_memory(config)
     return make_mesh(config), open_run_directory(config, workdir, command)
 
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 
 import moejax
-from moejax.config import AlarmConfig, Config, ConfigError, leaves, resolve_recorded, to_dict
+from moejax.config import AlarmConfig, Config, ConfigError, is_read, leaves, resolve_recorded, to_dict
 from moejax.models.parameters import ParameterCount
 from moejax.training.checkpoint_meta import newest_meta
 from moejax.training.numerics import changed_numerics, numerics
@@ -27,7 +27,8 @@ from moejax.training.text_record import record_text
 
 MAY_CHANGE = (
     "train.num_steps", "train.log_every", "train.eval_every", "train.checkpoint_every", "train.keep_checkpoints",
-    "train.max_nonfinite_steps", "train.step_limit_s", "data.directory", "data.files", "data.source_dir",
+    "train.max_nonfinite_steps", "train.step_limit_s", "train.check_memory",
+    "data.directory", "data.files", "data.source_dir",
     "moe.grouped_matmul", "moe.exchange",
     "moe.exchange_buffer", "moe.exchange_chunks", "moe.save_exchanged", "model.remat", "model.scan_layers",
     "mesh.data", "mesh.fsdp", "mesh.expert", "mesh.context", "mesh.tensor",
@@ -62,8 +63,14 @@ def changes(saved: Config, wanted: Config) -> list[Change]:
 
 
 def first_change(saved: Config, wanted: Config) -> Change | None:
-    """The first difference that makes another run of it; None if there is none."""
-    return next((change for change in changes(saved, wanted) if change.key not in MAY_CHANGE), None)
+    """The first difference that makes another run of it; None if there is none.
+
+    A leaf that neither reads makes none: a run of an earlier version may have been started with one.
+    """
+    for change in changes(saved, wanted):
+        if change.key not in MAY_CHANGE and (is_read(saved, change.key) or is_read(wanted, change.key)):
+            return change
+    return None
 
 
 def check_run_directory(workdir: Path, config: Config) -> None:
