@@ -18,7 +18,8 @@ from moejax.config import resolve
 from moejax.sweeps.arms import Plan, SweepError, plan_arms
 from moejax.sweeps.directory import add_arm, locked, open_sweep, write_sweep
 from moejax.sweeps.packs import pack_arms
-from moejax.sweeps.run import saved_steps, together
+from moejax.sweeps.run import together
+from moejax.training.checkpoint_meta import saved_steps
 from training_cases import SMALL
 
 ROOT = Path(__file__).parents[1]

@@ -13,7 +13,7 @@ import jax
 import pytest
 
 from moejax.locks import LockedError
-from moejax.sweeps import pool, programs, run
+from moejax.sweeps import pool, run
 from moejax.sweeps.arms import SweepError, plan_arms
 from moejax.sweeps.directory import locked, open_sweep, write_sweep
 from moejax.sweeps.pool import RESTARTS, STOPPED, Share, run_pool, share_out, shares
@@ -226,6 +226,23 @@ def test_seconds_of_training_are_those_of_the_logged_intervals(tmp_path):
     assert training_seconds(tmp_path) is None
 
 
+def test_lines_that_say_nothing_of_time_do_not_stop_a_record(tmp_path):
+    lines = [
+        {"step": 10, "tokens": 100, "perf/tokens_per_s": 50.0},
+        {"step": 20, "tokens": 100, "perf/tokens_per_s": 0.0},  # an interval without a target
+        {"step": 30, "tokens": 200, "perf/tokens_per_s": 25.0},
+        {"step": 40, "tokens": "many", "perf/tokens_per_s": 25.0},
+        {"step": 40, "tokens": 300, "perf/tokens_per_s": None},
+        {"step": 30, "tokens": 300, "perf/tokens_per_s": 25.0},
+    ]
+    write_lines(tmp_path, lines)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('[1]\n\x00\n{"step": 50, "tok')
+    assert training_seconds(tmp_path) == (2 + 4, pytest.approx(0.3), 1)
+    (tmp_path / "metrics.jsonl").write_bytes(b"\xff\xfe")
+    assert training_seconds(tmp_path) is None
+
+
 def test_an_arm_has_its_share_of_each_pack_it_was_in(tmp_path):
     lines = [
         {"step": 10, "tokens": 100, "perf/tokens_per_s": 25.0, "perf/arms": 4},
@@ -375,31 +392,19 @@ def test_a_stop_is_passed_on_once_and_what_dies_of_it_is_not_started_again(proce
 @pytest.fixture
 def cache_options(monkeypatch):
     found = {}
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
     monkeypatch.setattr(jax.config, "update", found.__setitem__)
     return found
-
-
-def test_programs_are_kept_in_the_users_cache_folder(cache_options, monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    programs.keep_programs()
-    folder = tmp_path / "cache/moejax/compiled"
-    assert cache_options["jax_compilation_cache_dir"] == str(folder)
-    assert folder.is_dir() and not list(folder.iterdir()) and folder.stat().st_mode & 0o777 == 0o700
-    for value in ("", "relative"):
-        monkeypatch.setenv("XDG_CACHE_HOME", value)
-        monkeypatch.setenv("HOME", str(tmp_path))
-        assert programs.programs_folder() == tmp_path / ".cache/moejax/compiled"
-
-
-def test_where_programs_cannot_be_kept_none_are_and_the_log_says_so(cache_options, monkeypatch, tmp_path, caplog):
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    programs.keep_programs()
-    assert not cache_options and "compiled programs are not kept" in caplog.text
 
 
 def test_nothing_is_loaded_from_a_sweeps_directory(cache_options, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     run.prepare_devices(new_sweep(tmp_path / "sweep").packs)
     assert not any(str(tmp_path / "sweep") in str(value) for value in cache_options.values())
-    assert cache_options["jax_num_cpu_devices"] == len(os.sched_getaffinity(0))
+    assert cache_options["jax_num_cpu_devices"] == len(pool.usable_cores())
+
+
+def test_where_the_system_does_not_tell_all_cores_may_be_used(monkeypatch):
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    assert pool.usable_cores() == [0, 1, 2]

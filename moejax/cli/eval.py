@@ -18,6 +18,7 @@ from moejax.cli.options import (
     refuse_several_processes,
 )
 from moejax.cli.tables import evaluation_rows, print_result
+from moejax.compilation_cache import keep_programs
 from moejax.inference.evaluate import evaluate_run
 
 
@@ -37,6 +38,7 @@ def define(values: FlagValues, arguments: list[str]) -> None:
 def run(values: FlagValues, rest: list[str]) -> None:
     """Evaluates and prints the figures."""
     refuse_several_processes("eval")
+    keep_programs()
     config, step, evaluation = evaluate_run(
         read_workdir(values), values.step, parse_mesh(values.mesh) if values.mesh else None, values.replicas,
         places=read_text_places(values),

@@ -16,7 +16,7 @@ from ml_collections import config_flags
 from moejax.cli import UsageError
 from moejax.cli.recipe import define_recipe
 from moejax.config import Config, MeshConfig, resolve
-from moejax.paths import check_writable, check_writable_file, resolve_path
+from moejax.paths import check_run_folder, check_writable, check_writable_file, resolve_path
 from moejax.seeds import LARGEST_SEED
 from moejax.training import processes
 from moejax.training.run_text import TextPlaces
@@ -164,17 +164,17 @@ def read_workdir_to_write(values: FlagValues) -> Path:
 
 
 def read_folder_to_write(given: str, name: str) -> Path:
-    """The path of a folder that need not exist and can be written.
+    """The path of a folder of one run or of several, which need not exist and can be written.
 
     Args:
       given: the flag's value.
       name: the flag, such as `--workdir`.
 
     Raises:
-      PathError: nothing can be written there.
+      PathError: nothing can be written there, or no checkpoint.
     """
     path = resolve_path(given, name)
-    check_writable(path, name)
+    check_run_folder(path, name)
     return path
 
 

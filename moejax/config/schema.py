@@ -160,6 +160,11 @@ class Config:
         return self.data.vocab_size if self.data.tokenizer == "bpe" else -(-BYTE_VOCAB_SIZE // 64) * 64
 
     @property
+    def num_token_ids(self) -> int:
+        """Ids that are tokens: all rows of the embedding, but those with which bytes are rounded up."""
+        return self.data.vocab_size if self.data.tokenizer == "bpe" else BYTE_VOCAB_SIZE
+
+    @property
     def head_dim(self) -> int:
         """Width of an attention head."""
         return self.model.d_model // self.model.num_heads

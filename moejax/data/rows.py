@@ -7,6 +7,7 @@ complete, so an interrupted preparation leaves nothing that could be mistaken fo
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
@@ -126,13 +127,19 @@ def prepare(data: DataConfig, tokenizer: Tokenizer | None = None, *, only: str =
         complete_folder(folder, write)
     corpus = _open(folder, tokenizer, data.seq_len)
     for split in SPLITS:
-        _log.info(
-            "%s %s: %d rows, %d tokens, %d bytes, %d documents", source.name, split, corpus.num_rows[split],
-            corpus.num_tokens[split], corpus.num_bytes[split], corpus.num_documents[split],
-        )  # fmt: skip
+        _say_once(
+            f"{source.name} {split}: {corpus.num_rows[split]} rows, {corpus.num_tokens[split]} tokens, "
+            f"{corpus.num_bytes[split]} bytes, {corpus.num_documents[split]} documents"
+        )
         if not corpus.num_bytes[split]:
             raise DataError(f"data.source={data.source}: all documents of its {split} split are empty; add text")
     return corpus
+
+
+@functools.cache
+def _say_once(line: str) -> None:
+    """Logs a line that this process has not logged: a run opens its rows to train and to report."""
+    _log.info(line)
 
 
 def find_rows(data: DataConfig, name: str, tokenizer: Tokenizer) -> Corpus | None:

@@ -11,6 +11,7 @@ from flax import nnx
 from moejax.config import Config, MeshConfig
 from moejax.data import eval_batches, load_tokenizer
 from moejax.moe.placement import PlacementError, place
+from moejax.paths import resolve_path
 from moejax.sharding import EXPERT_AXES, make_mesh, tree_shardings
 from moejax.training.checkpoint import Checkpoints
 from moejax.training.evaluation import Evaluation, domains_of, evaluate
@@ -46,6 +47,7 @@ def evaluate_run(
       ConfigError: the model does not fit the mesh.
       PlacementError: experts cannot be placed so.
     """
+    workdir = resolve_path(workdir)
     config = read_config(workdir)
     microbatch = config.train.batch_size // config.train.accumulation
     num_devices = max(n for n in range(1, jax.device_count() + 1) if microbatch % n == 0)

@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from moejax.config import Config, MeshConfig
 from moejax.data import Corpus, Tokenizer, load_tokenizer, prepare
 from moejax.models import Decoder
+from moejax.paths import resolve_path
 from moejax.sharding import make_mesh
 from moejax.training.checkpoint import Checkpoints
 from moejax.training.run_directory import read_config
@@ -57,6 +58,7 @@ def load_run(workdir: str | Path, step: int | None = None, mesh: MeshConfig | No
       DataError: the tokenizer is missing or damaged.
       CheckpointError: no such checkpoint, or it is damaged.
     """
+    workdir = resolve_path(workdir)
     config = read_config(workdir)
     tokenizer = load_tokenizer(workdir)
     here = dataclasses.replace(config, mesh=mesh or MeshConfig(data=1))

@@ -59,7 +59,7 @@ def build_report(workdir: str | Path, places: TextPlaces | None = None) -> Path:
         record, token_counts_nEV=token_counts_nEV, piece=loaded.tokenizer.piece,
         samples=write_samples(loaded, corpus), findings=findings,
     )  # fmt: skip
-    return write_report(workdir, html)
+    return write_report(record.workdir, html)
 
 
 def count_routed_tokens(routed: RoutedTokens, vocab_size: int) -> np.ndarray:

@@ -18,6 +18,7 @@ from moejax.inspection.report_load import final_counts
 from moejax.inspection.report_training import model_in_words
 from moejax.inspection.run import RunError
 from moejax.inspection.run_names import recipe_name
+from moejax.paths import resolve_path
 
 FILE_NAME = "comparison.html"
 LOSSES = (("eval/loss", "Validation loss", "nats per token"), ("loss/lm", "Training loss", "nats per token"))
@@ -55,8 +56,9 @@ def write_comparison(workdirs: Sequence[str | Path], output: str | Path | None =
     """
     if not 2 <= len(workdirs) <= MAX_RUNS:
         raise RunError(f"{len(workdirs)} runs were given; a comparison takes 2 to {MAX_RUNS} run directories")
-    found = compare([Path(workdir) for workdir in workdirs])
-    path = Path(workdirs[0]).resolve().parent / FILE_NAME if output is None else Path(output)
+    folders = [resolve_path(workdir) for workdir in workdirs]
+    found = compare(folders)
+    path = folders[0].parent / FILE_NAME if output is None else resolve_path(output)
     return write_page(path, render_comparison(found))
 
 
