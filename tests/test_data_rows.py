@@ -4,8 +4,11 @@ import dataclasses
 import importlib
 import json
 import logging
+import resource
 import subprocess
 import sys
+import threading
+from shutil import rmtree
 
 import numpy as np
 import pytest
@@ -233,6 +236,40 @@ def test_a_vocabulary_that_does_not_fit_leaves_nothing(tmp_path):
     with pytest.raises(ConfigError, match=r"data\.vocab_size=4096 is too large"):
         prepare(synthetic(tmp_path, tokenizer="bpe", vocab_size=4096))
     assert list((tmp_path / "tokenizers").iterdir()) == []
+
+
+def test_a_second_preparation_waits_and_says_for_whom_and_death_releases_it(tmp_path, caplog):
+    first = prepare(synthetic(tmp_path)).directory
+    rmtree(first)
+    code = """if True:
+        import sys, time
+        from moejax.locks import FolderLock
+        with FolderLock(sys.argv[1], "prepare"):
+            print("held", flush=True)
+            time.sleep(60)"""
+    lock = tmp_path / "locks" / f"rows-{first.name}"
+    with subprocess.Popen([sys.executable, "-c", code, str(lock)], stdout=subprocess.PIPE) as holder:
+        assert holder.stdout.readline() == b"held\n"
+        killer = threading.Timer(1.0, holder.kill)
+        killer.start()
+        with caplog.at_level(logging.INFO, logger="moejax"):
+            assert prepare(synthetic(tmp_path)).directory == first
+        killer.join()
+    assert f"waiting for process {holder.pid} on " in caplog.text
+
+
+def test_a_full_disk_is_named_and_leaves_nothing(tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
+        with pytest.raises(
+            DataError, match=r"cannot be written \(.*File too large.*\); free space there, or choose"
+        ) as error:
+            prepare(synthetic(tmp_path))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "\n" not in str(error.value)
+    assert list((tmp_path / "rows").iterdir()) == []
 
 
 def test_a_folder_that_cannot_be_made_names_the_key(tmp_path):

@@ -53,7 +53,7 @@ def pack(streams: Iterable[Sequence[int]], seq_len: int) -> Iterator[Row]:
             if len(ids) == seq_len + 1:
                 yield lay_out([(ids, document)], seq_len)
             else:
-                waiting.append((ids, document))
+                waiting.append((ids.copy(), document))  # a view would keep all of its document in memory
                 slots += len(ids)
         if slots >= WINDOW_SLOTS:
             yield from _pack_window(waiting, seq_len)
