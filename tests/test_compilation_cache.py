@@ -92,13 +92,13 @@ def test_the_verbs_that_compile_keep_their_programs(monkeypatch, verb):
     """Each asks for it before anything is compiled; here that is where it ends."""
     from moejax import cli
 
-    class Asked(Exception):
+    class AskedError(Exception):
         pass
 
     def ask():
-        raise Asked
+        raise AskedError
 
     monkeypatch.setattr(f"moejax.cli.{verb}.keep_programs", ask)
     given = ["--config=configs/debug.py"] if verb == "train" else ["--workdir=runs/none"]
-    with pytest.raises(Asked):
+    with pytest.raises(AskedError):
         cli.main([verb, *given])
