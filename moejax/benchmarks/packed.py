@@ -1,8 +1,9 @@
 """What packing arms saves: a sweep of seeds, packed, beside the same runs one after another.
 
 Every side is what a user would start, from the start of the process to the last checkpoint: `moejax train` for each
-seed, of which the first compiles and the others find its programs; one process that trains one after another, with compiled programs kept from before; and the
-pack, which compiles (`packed`) or has its programs from before (`packed_again`).
+seed, of which the first compiles and the others find its programs; one process that trains one after another, with
+compiled programs kept from before; and the pack, which compiles (`packed`) or has its programs from before
+(`packed_again`).
 """
 
 import json
