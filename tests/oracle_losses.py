@@ -13,8 +13,6 @@ import numpy as np
 from oracle import logsumexp
 from oracle_routers import largest, select_one
 
-CV_EPSILON = 1e-10  # as in Tensor2Tensor
-
 
 def real_tokens(mask_T):
     """Indices of the tokens that are not padding."""
@@ -92,9 +90,9 @@ def sequence_balance_loss(scores_TE, mask_T, top_k, length):
 
 
 def cv_squared(values_E):
-    """Population variance / (mean^2 + 1e-10); Shazeer 2017, eq. 7."""
+    """Population variance / mean^2; Shazeer 2017, eq. 7. 0 where all are 0."""
     centre = mean(values_E)
-    return mean((value - centre) ** 2 for value in values_E) / (centre**2 + CV_EPSILON)
+    return mean((value / centre - 1) ** 2 for value in values_E) if centre else 0.0
 
 
 def importance(experts_TK, weights_TK, num_experts):

@@ -11,7 +11,7 @@ PACKAGE = ROOT / "moejax"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 RANKS = [
-    {"config", "locks"},
+    {"config", "extras", "locks", "paths", "seeds", "strict_json"},
     {"kernels", "sharding", "compilation_cache"},
     {"moe"},
     {"nn"},

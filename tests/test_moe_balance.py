@@ -12,8 +12,8 @@ import oracle
 import oracle_losses
 import oracle_routers
 from moejax.config import MoeConfig
-from moejax.moe.balance import auxiliary_losses, balance_loss, load_fractions, routing_metrics, z_loss
-from moejax.moe.estimates import count_assignments, count_ties
+from moejax.moe.balance import auxiliary_losses, balance_loss, cv_squared, load_fractions, routing_metrics, z_loss
+from moejax.moe.estimates import count_assignments, count_ties, expected_load
 from moejax.moe.routers import RouterInputs, Routing, route
 from moejax.moe.stats import Service, add_stats, collect
 
@@ -314,3 +314,28 @@ def test_first_choices_are_averaged_over_the_scope_too(scope, scopes):
     oracle.assert_close(loss.value_N, [oracle_losses.scoped_balance_loss(*arguments)])
     oracle.assert_close(loss.term_N, [oracle_losses.scoped_balance_loss(*arguments, "first_choice")])
     assert abs(loss.term_N[0] - loss.value_N[0]) > 1e-3
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-6, 1e6])
+def test_the_variation_of_weights_does_not_depend_on_their_scale(scale):
+    values_NE = np.array([[1.0, 3.0, 0.0, 4.0]], np.float32)
+    oracle.assert_close(cv_squared(scale * values_NE), cv_squared(values_NE))
+    slope_NE = jax.grad(lambda values_NE: cv_squared(values_NE)[0])(jnp.float32(scale) * values_NE)
+    assert abs(np.sum(slope_NE * scale * values_NE)) < 1e-6  # nothing is won by lowering all
+    assert float(cv_squared(0 * values_NE)[0]) == 0
+
+
+def test_an_expected_load_without_noise_counts_choices_and_has_no_gradient():
+    logits_TE = jnp.zeros((6, 4)).at[:, 2].set(jnp.arange(6.0))
+    mask_T = jnp.ones(6, bool)
+
+    def load(scale):
+        zeros_TK = jnp.zeros((6, 2))
+        routing = Routing(
+            logits_TE, logits_TE, zeros_TK.astype(int), zeros_TK, logits_TE, logits_TE, zeros_TK, logits_TE, scale
+        )
+        return expected_load(routing, mask_T, 2)
+
+    load_E, slope_E = load(jnp.float32(0)), jax.jacobian(load)(jnp.float32(0))
+    assert np.isfinite(load_E).all() and np.isfinite(slope_E).all()
+    assert float(load_E[2]) == 5.5  # a token of equal logits counts half

@@ -168,6 +168,31 @@ def test_the_layer_equals_the_oracle_with_every_other_grouped_product(implementa
     check(config, fresh_weights(config), *draw())
 
 
+@pytest.mark.parametrize("changes", [{"grouped_matmul": "padded"}, {"dispatch": "capacity"}], ids=str)
+def test_second_derivatives_are_those_of_the_dense_formulation(changes):
+    config, (x_BLD, mask_BL, cotangent_BLD) = config_of(**changes), draw()
+    factor = jnp.float32(E) if config.dispatch == "capacity" else None
+    weights, direction_BLD = fresh_weights(config), draw(1)[0]
+    masks = oracle.selection(oracle.layer(x_BLD, mask_BL, weights, top_k=2, renormalize=True))
+
+    def ours(x_BLD, weights):
+        return objective_of(config, x_BLD, weights, mask_BL, factor, cotangent_BLD, 1.0)[0]
+
+    def theirs(x_BLD, weights):
+        more = cotangent_BLD, BALANCE_WEIGHT, Z_WEIGHT, True
+        return oracle.dense_objective(x_BLD, weights, mask_BL, *masks, *more)
+
+    def second(objective):
+        """Gradients of the slope along a direction of the tokens."""
+
+        def slope(x_BLD, weights):
+            return jnp.sum(jax.grad(objective)(x_BLD, weights) * direction_BLD)
+
+        return jax.jit(jax.grad(slope, (0, 1)))(x_BLD, jax.tree.map(jnp.asarray, weights))
+
+    oracle.assert_close(second(ours), second(theirs), rtol=5e-5)
+
+
 @pytest.mark.parametrize("dispatch", ["dropless", "capacity"])
 def test_a_layer_without_shared_experts_equals_the_oracle(dispatch):
     config = config_of(num_shared_experts=0, dispatch=dispatch)

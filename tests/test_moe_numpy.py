@@ -41,7 +41,7 @@ def inputs(logits_TE, config=CONFIG):
         bias_E=np.zeros(E, np.float32),
         table_VK=np.argsort(RNG.normal(size=(5, E)), axis=1)[:, :K].astype(np.int32),
         noise_scale_TE=np.ones((T, E), np.float32),
-        group_logits_TG=np.ones((T, 2), np.float32),
+        group_logits_TG=np.broadcast_to(np.arange(2, dtype=np.float32), (T, 2)),
         group_noise_scale_TG=np.ones((T, 2), np.float32),
         is_blocked_E=np.arange(E) == 1,
     )
@@ -133,14 +133,14 @@ DOORS = {
     "update_idle_steps": (
         lambda x: x * balance.update_idle_steps(STATS.assignments_E, STATS.assignments_E), STATS.probs_E,
     ),
-    "count_assignments": (lambda x: x * estimates.count_assignments(EXPERTS_TK, E), STATS.probs_E),
+    "count_assignments": (lambda x: x * estimates.count_assignments(EXPERTS_TK, E)[None], STATS.probs_E),
     "sum_by_expert": (lambda w_TK: estimates.sum_by_expert(EXPERTS_TK, w_TK, E), WEIGHTS_TK),
     "balance_of_scopes": (lambda p_TE: estimates.balance_of_scopes(EXPERTS_TK, p_TE, MASK_T, 2), LOGITS_TE),
     "unbiased_choices": (lambda w_TK: w_TK * estimates.unbiased_choices(ROUTING, MASK_T, CONFIG), WEIGHTS_TK),
     "sum_of_margins": (lambda p_TE: p_TE * estimates.sum_of_margins(p_TE, MASK_T, K), LOGITS_TE),
     "count_ties": (lambda x: x * estimates.count_ties(ROUTING, MASK_T), LOGITS_TE),
-    "expected_load": (lambda x: x * estimates.expected_load(ROUTING, MASK_T, K), STATS.probs_E),
-    "expected_load_vmoe": (lambda x: x * estimates.expected_load_vmoe(ROUTING, MASK_T, K), STATS.probs_E),
+    "expected_load": (lambda x: x * estimates.expected_load(ROUTING, MASK_T, K)[None], STATS.probs_E),
+    "expected_load_vmoe": (lambda x: x * estimates.expected_load_vmoe(ROUTING, MASK_T, K)[None], STATS.probs_E),
     "offers": (lambda x: jnp.nan_to_num(estimates.offers(ROUTING, MASK_T, K)) * x, LOGITS_TE),
 }  # fmt: skip
 TOKEN_CHOICE = {
@@ -161,7 +161,9 @@ def test_every_public_door_is_tried():
         functions = inspect.getmembers(module, inspect.isfunction)
         own = (n for n, f in functions if f.__module__.startswith(module.__name__) and not n.startswith("_"))
         doors |= {name for name in own if has_arrays(getattr(module, name))}
-    inner = {"add_rows", "route", *(name for name in dir(grouped_matmul_module) if name.startswith("grouped_matmul_"))}
+    inner = {"add_rows", "route", "weigh", "log_weights", "named"} | {
+        *(name for name in dir(grouped_matmul_module) if name.startswith("grouped_matmul_"))
+    }
     assert doors - inner <= DOORS.keys()
 
 

@@ -142,7 +142,7 @@ def test_soft_mixtures_are_rounded_once_a_way():
 def test_weights_travel_as_float32(strategy):
     factors_E, weights = exact_experts(8)
     x_BLD = np.concatenate([tokens(seed) for seed in range(4)])
-    drawn = [choices(8, 8, seed) for seed in range(4)]
+    drawn = [choices(8, 1, seed) for seed in range(4)]  # of one device each: nothing is rounded on the way back
     experts_BLK, weights_BLK = (jnp.concatenate(arrays) for arrays in zip(*drawn, strict=True))
     local = Local(functools.partial(run_dropless, implementation="auto"))
     mesh = jax.make_mesh((1, 1, 2, 2, 1, 1), MESH_AXES, (AxisType.Auto,) * 6, devices=jax.devices()[:4])
@@ -155,51 +155,55 @@ def test_weights_travel_as_float32(strategy):
             return exchange(how, local, local, x_BLD, chosen, weights)[0]
 
         arrays = jnp.asarray(x_BLD, jnp.bfloat16), experts_BLK, weights_BLK, weights
-        y_BLD = np.asarray(jax.device_get(run(*arrays)), np.float64)
-    # Besides the sum, each of the four devices rounds its part of it, the way back between groups one more.
-    assert np.abs(y_BLD / expected_BLD - 1).max() <= 3 * 2**-9
-    assert np.sqrt(np.mean((y_BLD / expected_BLD - 1) ** 2)) < 2**-9
+        y_BLD = jax.device_get(run(*arrays))
+    check_rounded_once(y_BLD, expected_BLD)
 
 
-def layer_of(num_experts=8, **leaves):
-    config = derive_moe(MoeConfig(num_experts=num_experts, d_expert=8, **leaves), L)
-    make = functools.partial(MoE, config, D, vocab_size=7)
-    wide, narrow = (make(jnp.dtype(dtype), rngs=nnx.Rngs(params=0)) for dtype in ("float32", "bfloat16"))
-    return config, wide, narrow
+def run_layer(layer, x_BLD):
+    """Output and token-level routing of a layer in bfloat16."""
+    info = info_of(layer.config, np.ones(x_BLD.shape[:2], bool), trace=True)
+    graphdef, state = nnx.split(layer)
+    run = jax.jit(lambda state, x_BLD: nnx.merge(graphdef, state)(x_BLD, info))
+    y_BLD, stats = run(state, jnp.asarray(x_BLD, jnp.bfloat16))
+    return y_BLD, jax.device_get(stats.routing)
 
 
-@pytest.mark.parametrize(
-    "leaves",
-    [
-        {"num_shared_experts": 1, "shared_combine": "gated"},
-        {"num_shared_experts": 1, "shared_combine": "averaged"},
-        {"num_identity_experts": 6, "num_constant_experts": 6, "top_k": 10},
-    ],
-    ids=["gated", "averaged", "free experts"],
-)
-def test_what_joins_the_routed_output_is_added_in_float32(leaves):
-    """Experts with the same rounded weights and outputs: what is left is the rounding of weights and sums."""
-    config, wide, narrow = layer_of(**leaves)
-    round_off = functools.partial(jax.tree.map, lambda w: w.astype(jnp.bfloat16).astype(jnp.float32))
-    names = [name for name in ("experts", "shared", "free_experts") if hasattr(wide, name)]
-    for name in names:  # and no output of theirs is rounded: they return nothing, but for vectors and the token itself
-        module = round_off(nnx.state(getattr(wide, name)))
-        nnx.update(getattr(wide, name), module)
-        nnx.update(getattr(narrow, name), module)
-    if hasattr(wide, "shared_gate"):
-        for layer in (wide, narrow):
-            layer.experts.down[...] = jnp.zeros_like(layer.experts.down[...])
-    x_BLD = jnp.asarray(np.random.default_rng(0).normal(size=(4, L, D)), jnp.bfloat16)
-    info = info_of(config, np.ones((4, L), bool))
+def layer_of(**leaves):
+    config = derive_moe(MoeConfig(num_experts=4, d_expert=D, activation="relu", **leaves), L)
+    return MoE(config, D, jnp.dtype("bfloat16"), vocab_size=7, rngs=nnx.Rngs(params=0))
 
-    @functools.partial(jax.jit, static_argnums=0)
-    def run(graphdef, state, x_BLD):
-        return nnx.merge(graphdef, state)(x_BLD, info)[0]
 
-    y_BLD = np.asarray(run(*nnx.split(narrow), x_BLD), np.float64)
-    expected_BLD = np.asarray(run(*nnx.split(wide), x_BLD.astype(jnp.float32)), np.float64)
-    relative = np.sqrt(np.mean((y_BLD - expected_BLD) ** 2) / np.mean(expected_BLD**2))
-    assert relative < {"gated": 2.5, "averaged": 2.5}.get(leaves.get("shared_combine"), 1.0) * 2**-9
+@pytest.mark.parametrize("how", ["gated", "averaged"])
+def test_a_shared_experts_gate_and_sum_are_float32(how):
+    layer, x_BLD = layer_of(num_shared_experts=1, shared_combine=how, top_k=1, renormalize=False), tokens()
+    factors_E, exact = exact_experts(4)
+    layer.experts.gate_up[...], layer.experts.down[...] = (
+        w.astype(jnp.float32) for w in (exact.gate_up_EDPF, exact.down_EFD)
+    )
+    if how == "gated":  # alone
+        layer.experts.down[...] = jnp.zeros_like(layer.experts.down[...])
+    layer.shared.gate_up[...], layer.shared.down[...] = jnp.eye(D)[:, None, :], 3 * jnp.eye(D)
+    y_BLD, routing = run_layer(layer, x_BLD)
+    if how == "gated":
+        logits_BL1 = x_BLD @ np.asarray(layer.shared_gate[...], np.float64)
+        check_rounded_once(y_BLD, 3 * x_BLD / (1 + np.exp(-logits_BL1)))
+    else:  # the routed part is rounded before
+        routed_BLD = (routing.weights_TK * factors_E[routing.experts_TK])[None].astype(np.float64) * x_BLD
+        check_rounded_once(y_BLD, (np.asarray(jnp.asarray(routed_BLD, jnp.bfloat16), np.float64) + 3 * x_BLD) / 2)
+
+
+def test_free_experts_are_weighed_and_added_in_float32():
+    layer, x_BLD = layer_of(num_identity_experts=4, num_constant_experts=4, top_k=8), tokens()
+    vectors_JD = np.random.default_rng(0).integers(1, 8, (4, D))
+    layer.free_experts.vectors[...] = jnp.asarray(vectors_JD, jnp.float32)
+    layer.experts.down[...] = jnp.zeros_like(layer.experts.down[...])
+    y_BLD, routing = run_layer(layer, x_BLD)
+    expected_TD = np.zeros((L, D))
+    for t, (experts_K, weights_K) in enumerate(zip(routing.experts_TK, routing.weights_TK, strict=True)):
+        for expert, weight in zip(experts_K, weights_K.astype(np.float64), strict=True):
+            if expert >= 4:
+                expected_TD[t] += weight * (x_BLD[0, t] if expert < 8 else vectors_JD[expert - 8])
+    check_rounded_once(y_BLD, expected_TD[None])
 
 
 @pytest.mark.parametrize("router", ROUTER_RULES)

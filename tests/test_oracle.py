@@ -292,7 +292,7 @@ def test_the_sequence_loss_by_hand():
 
 
 def test_importance_by_hand():
-    near(losses.cv_squared([1, 3]), 0.25, 1e-9)  # mean 2, population variance 1; the epsilon is 1e-10
+    near(losses.cv_squared([1, 3]), 0.25, 1e-9)  # mean 2, population variance 1
     near(losses.cv_squared([0, 0]), 0)
     experts_TK, weights_TK = [[0, 1], [2, 0], [-1, -1]], [[0.75, 0.25], [0.5, 0.5], [0, 0]]
     near(losses.importance(experts_TK, weights_TK, 3), [1.25, 0.25, 0.5])

@@ -85,6 +85,7 @@ class TrainConfig:
         0.0, "a step that takes longer ends the process with the stacks of its threads; 0: no limit", at_least=0,
         at_most=1e9,
     )  # fmt: skip
+    check_memory: bool = leaf(True, "refuse, before anything is compiled, what cannot fit the memory of the devices")
 
     def is_evaluated(self, step: int) -> bool:
         """Whether the state after so many steps is evaluated."""

@@ -15,6 +15,8 @@ Result = TypeVar("Result")
 def takes_numpy(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
     """Returns the function with every NumPy array among its arguments, and in their pytrees, made an array of jax.
 
+    So are floating-point scalars of NumPy; integers, which may be sizes, stay as they are.
+
     Traced values cannot index a NumPy array, which has no `at` either: without this, what works on its own fails under
     `jax.grad` or `jax.jit` with arrays of NumPy that are no arguments of the differentiated function.
     """
@@ -29,4 +31,4 @@ def takes_numpy(function: Callable[Parameters, Result]) -> Callable[Parameters, 
 
 def to_jax(value: object) -> object:
     """An array as one of jax, anything else as it is; traced values, too, may be those of a NumPy array."""
-    return jnp.asarray(value) if isinstance(value, np.ndarray | jax.Array) else value
+    return jnp.asarray(value) if isinstance(value, np.ndarray | np.floating | jax.Array) else value

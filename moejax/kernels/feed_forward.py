@@ -104,7 +104,7 @@ def _feed_forward(activate, sizes, *arrays):
 
 
 def _forward(activate, sizes, *arrays):
-    y_TD, projected_RP = _over_arms(functools.partial(_forward_pass, activate, sizes, keep=True), *arrays)
+    y_TD, projected_RP = _with_projections(activate, sizes, *arrays)
     return y_TD, (projected_RP, arrays)
 
 
@@ -117,17 +117,24 @@ _feed_forward.defvjp(_forward, _backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _with_projections(activate, sizes, *arrays):
+    return _over_arms(functools.partial(_forward_pass, activate, sizes, keep=True), *arrays)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _gradients(activate, sizes, *arrays):
     return _over_arms(functools.partial(_backward_pass, activate, sizes), *arrays)
 
 
 def _refuse(activate, sizes, *arrays):
+    """What a second derivative asks for: neither pass of the first can be differentiated."""
     raise SecondDerivativeError(
         "moe.grouped_matmul=tiled: its pass from tokens to tokens has first derivatives only; for second ones use "
         "moe.grouped_matmul=padded"
     )
 
 
+_with_projections.defvjp(_refuse, _refuse)
 _gradients.defvjp(_refuse, _refuse)
 
 

@@ -78,8 +78,16 @@ def in_convention(balance_N: Float[Array, "N"], stats: RoutingStats, convention:
 
 @takes_numpy
 def cv_squared(values_NE: Float[Array, "N E"]) -> Float[Array, "N"]:
-    """Squared coefficient of variation over experts. Shazeer et al. 2017, equation 7."""
-    return values_NE.var(axis=-1) / (values_NE.mean(axis=-1) ** 2 + 1e-10)
+    """Squared coefficient of variation over experts, whatever their scale; 0 where all are 0.
+
+    Source: Shazeer et al. 2017, equation 7.
+    """
+    # In units of the largest, where nothing underflows: a small constant in the denominator would let a router lower its
+    # loss by lowering all its weights.
+    largest_N1 = jax.lax.stop_gradient(values_NE.max(axis=-1, keepdims=True))
+    values_NE /= jnp.where(largest_N1 > 0, largest_N1, 1.0)
+    mean_N = values_NE.mean(axis=-1)
+    return values_NE.var(axis=-1) / jnp.where(mean_N > 0, mean_N, 1.0) ** 2
 
 
 @takes_numpy

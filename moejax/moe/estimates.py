@@ -8,6 +8,9 @@ from moejax.config import MoeConfig
 from moejax.kernels.arrays import takes_numpy
 from moejax.moe.routers.routing import Routing
 
+LEAST_NOISE = 1e-6
+"""Smaller standard deviations count as this one."""
+
 
 @takes_numpy
 def count_assignments(experts_TK: Int[Array, "T K"], num_experts: int, num_parts: int = 1) -> Int[Array, "E"]:
@@ -124,7 +127,8 @@ def expected_load_vmoe(routing: Routing, mask_T: Bool[Array, "T"], top_k: int) -
 
 
 def _sum_of_probabilities(distance_TE, scale, mask_T) -> jax.Array:
-    probability_TE = jax.scipy.stats.norm.cdf(distance_TE / scale)
+    # Without noise, which a schedule may end at, the probability is 0 or 1, and its gradient 0 in place of 0/0.
+    probability_TE = jax.scipy.stats.norm.cdf(distance_TE / jnp.maximum(scale, LEAST_NOISE))
     return jnp.where(mask_T[:, None], probability_TE, 0.0).sum(axis=0)
 
 
