@@ -59,4 +59,6 @@ def test_a_sweep_keeps_its_programs_in_the_folder_of_its_side_and_its_failure_is
     assert started == [("sweep", str(tmp_path / "compiled_one")), ("sweep", str(tmp_path / "compiled_pack"))]
     with pytest.raises(RuntimeError, match=r"moejax train .* failed: no room"):
         sides.separate()
-    assert started[-1] == ("train", None)
+    verb, programs = started[-1]
+    assert verb == "train" and Path(programs).parent == tmp_path
+    assert programs not in [folder for _, folder in started[:-1]]
