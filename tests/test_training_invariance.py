@@ -213,7 +213,7 @@ def test_capacity_dispatch_with_room_for_all_equals_dropless(moe):
 
 
 def test_what_a_device_holds_during_a_step_falls_as_the_number_of_devices(monkeypatch):
-    # Attention in one form on all meshes: where sequences are split all scores are computed, and on one CPU half of them.
+    # Attention in one form: where sequences are split all scores are computed, and on one CPU half of them.
     monkeypatch.setattr("moejax.nn.attention.platform", lambda: "other than cpu")
 
     def temporary_bytes(num_devices, mesh):
