@@ -1,7 +1,7 @@
 """Compiled programs that outlive a process: for processes that start again, and for packs that have them in common.
 
-They are machine code, which jax runs as it finds it. So they are in a folder that nobody but the user can write, and not
-in a run's or a sweep's directory, of which nothing is executed, whoever it comes from.
+They are machine code, which jax runs as it finds it. So they are in a folder that nobody but the user can write, and
+not in a run's or a sweep's directory, of which nothing is executed, whoever it comes from.
 """
 
 import logging
@@ -35,8 +35,8 @@ def programs_folder() -> Path:
 def keep_programs() -> None:
     """Has jax keep what it compiles in `programs_folder`, or where `JAX_COMPILATION_CACHE_DIR` says.
 
-    Where that cannot be, everything is compiled anew, and the log says why: a folder that cannot be written, or one that
-    others could put their programs in.
+    Where that cannot be, everything is compiled again, and the log says why: a folder that cannot be written, or one
+    that others could put their programs in.
     """
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
@@ -65,4 +65,5 @@ def check_is_own(folder: Path) -> None:
         if found.st_uid != os.getuid():
             raise ProgramsFolderError(f"{one} belongs to user {found.st_uid}, who could put programs there")
         if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-            raise ProgramsFolderError(f"others may write to {one}, mode {stat.S_IMODE(found.st_mode):o}: chmod 700 {one}")
+            mode = stat.S_IMODE(found.st_mode)
+            raise ProgramsFolderError(f"others may write to {one}, mode {mode:o}: chmod 700 {one}")

@@ -17,15 +17,15 @@ from training_cases import small_config
 def test_every_side_trains_the_same_arms_and_starts_with_what_it_says(monkeypatch):
     started, kept = [], []
 
-    def note(self, *arguments, programs=None):
+    def note(self, *arguments, programs):
         flags = dict(argument.removeprefix("--").split("=", 1) for argument in arguments if "=" in argument)
-        started.append((arguments[0], flags, bool(programs and programs.exists())))
+        started.append((arguments[0], flags, programs.exists()))
         recipe = runpy.run_path(flags["config"])["get_config"]()
         assert resolve(recipe).model == small_config().model
-        if programs:
-            assert programs.is_relative_to(Path(flags["config"]).parent)
+        assert programs.is_relative_to(Path(flags["config"]).parent)
+        programs.mkdir(exist_ok=True)
+        if arguments[0] == "sweep":
             kept.append(programs)
-            programs.mkdir(exist_ok=True)
 
     monkeypatch.setattr(packed._Sides, "_run", note)
     found = bench_packed(small_config(), 2)
@@ -35,6 +35,7 @@ def test_every_side_trains_the_same_arms_and_starts_with_what_it_says(monkeypatc
     assert [(flags["pack"], had) for _, flags, had in warm_up] == [("1", False), (str(ARMS), False)]
     assert [flags.get("config.train.seed") for _, flags, _ in first[:ARMS]] == [str(seed) for seed in range(ARMS)]
     assert {verb for verb, *_ in first[:ARMS]} == {"train"}
+    assert [had for *_, had in first[:ARMS]] == [False] + [True] * (ARMS - 1)
     sweeps = [(flags["pack"], flags["seeds"], had) for _, flags, had in first[ARMS:]]
     assert sweeps == [("1", str(ARMS), True), (str(ARMS), str(ARMS), False), (str(ARMS), str(ARMS), True)]
     one, pack = kept[:2]
@@ -58,4 +59,6 @@ def test_a_sweep_keeps_its_programs_in_the_folder_of_its_side_and_its_failure_is
     assert started == [("sweep", str(tmp_path / "compiled_one")), ("sweep", str(tmp_path / "compiled_pack"))]
     with pytest.raises(RuntimeError, match=r"moejax train .* failed: no room"):
         sides.separate()
-    assert started[-1] == ("train", None)
+    verb, programs = started[-1]
+    assert verb == "train" and Path(programs).parent == tmp_path
+    assert programs not in [folder for _, folder in started[:-1]]

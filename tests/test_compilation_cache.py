@@ -8,6 +8,7 @@ import jax
 import pytest
 
 from moejax.compilation_cache import ProgramsFolderError, check_is_own, keep_programs, programs_folder
+from training_cases import small_config
 
 
 @pytest.fixture
@@ -92,13 +93,14 @@ def test_the_verbs_that_compile_keep_their_programs(monkeypatch, verb):
     """Each asks for it before anything is compiled; here that is where it ends."""
     from moejax import cli
 
-    class Asked(Exception):
+    class AskedError(Exception):
         pass
 
     def ask():
-        raise Asked
+        raise AskedError
 
     monkeypatch.setattr(f"moejax.cli.{verb}.keep_programs", ask)
+    monkeypatch.setattr("moejax.cli.train.read_config_flag", lambda values: small_config())
     given = ["--config=configs/debug.py"] if verb == "train" else ["--workdir=runs/none"]
-    with pytest.raises(Asked):
+    with pytest.raises(AskedError):
         cli.main([verb, *given])

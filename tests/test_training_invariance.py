@@ -212,7 +212,10 @@ def test_capacity_dispatch_with_room_for_all_equals_dropless(moe):
     assert_same(run(small_config(moe={"dispatch": "capacity", "capacity_factor": 2.0})), moe)
 
 
-def test_what_a_device_holds_during_a_step_falls_as_the_number_of_devices():
+def test_what_a_device_holds_during_a_step_falls_as_the_number_of_devices(monkeypatch):
+    # Attention in one form: where sequences are split all scores are computed, and on one CPU half of them.
+    monkeypatch.setattr("moejax.nn.attention.platform", lambda: "other than cpu")
+
     def temporary_bytes(num_devices, mesh):
         config = small_config(moe={"num_experts": 8, "exchange": "dedup"}, mesh=mesh, data={"seq_len": 256})
         trainable = make(config, num_devices)

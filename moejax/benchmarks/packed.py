@@ -1,8 +1,9 @@
 """What packing arms saves: a sweep of seeds, packed, beside the same runs one after another.
 
 Every side is what a user would start, from the start of the process to the last checkpoint: `moejax train` for each
-seed, compiling each time; one process that trains one after another, with compiled programs kept from before; and the
-pack, which compiles (`packed`) or has its programs from before (`packed_again`).
+seed, of which the first compiles and the others find its programs; one process that trains one after another, with
+compiled programs kept from before; and the pack, which compiles (`packed`) or has its programs from before
+(`packed_again`).
 """
 
 import json
@@ -79,10 +80,10 @@ class _Sides:
 
     def separate(self) -> None:
         """A process for each seed."""
-        directory = self._new()
+        directory, programs = self._new(), self._new()
         for seed in range(ARMS):
             arguments = [f"--workdir={directory / str(seed)}", f"--config.train.seed={seed}", "--noreport"]
-            self._run("train", f"--config={self._recipe}", *arguments)
+            self._run("train", f"--config={self._recipe}", *arguments, programs=programs)
 
     def one_process(self) -> None:
         """One after another in one process."""
@@ -104,10 +105,11 @@ class _Sides:
         self._turn += 1
         return self._folder / str(self._turn)
 
-    def _run(self, *arguments: str, programs: Path | None = None) -> None:
-        """Runs moejax; the user's cache folder, in which a sweep keeps its programs, is `programs`."""
+    def _run(self, *arguments: str, programs: Path) -> None:
+        """Runs moejax; the user's cache folder, in which it keeps its programs, is `programs`."""
         command = [sys.executable, "-m", "moejax", *arguments]
-        environment = os.environ | ({"XDG_CACHE_HOME": str(programs)} if programs else {})
+        environment = os.environ | {"XDG_CACHE_HOME": str(programs)}
+        environment.pop("JAX_COMPILATION_CACHE_DIR", None)  # it would serve all sides
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if done.returncode:
             raise RuntimeError(f"moejax {' '.join(arguments)} failed: {done.stderr[-2000:]}")
