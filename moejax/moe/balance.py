@@ -82,8 +82,8 @@ def cv_squared(values_NE: Float[Array, "N E"]) -> Float[Array, "N"]:
 
     Source: Shazeer et al. 2017, equation 7.
     """
-    # In units of the largest, where nothing underflows: a small constant in the denominator would let a router lower its
-    # loss by lowering all its weights.
+    # In units of the largest, where nothing underflows: a small constant in the denominator would let a router lower
+    # its loss by lowering all its weights.
     largest_N1 = jax.lax.stop_gradient(values_NE.max(axis=-1, keepdims=True))
     values_NE /= jnp.where(largest_N1 > 0, largest_N1, 1.0)
     mean_N = values_NE.mean(axis=-1)
