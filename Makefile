@@ -10,11 +10,12 @@ ARGS ?=
 RUN = $(subst :,_,$(subst .py,,$(notdir $(CONFIG))))
 
 .DEFAULT_GOAL := help
-.PHONY: help train test lint bench notebooks setup clean FORCE
+.PHONY: help train test soak lint bench notebooks setup clean FORCE
 
 help:
 	@echo 'make train   set up .venv and train $(CONFIG) in runs/$(RUN), or continue that run'
 	@echo 'make test    set up .venv, lint, and run the tests'
+	@echo 'make soak    try it out for an hour: kills, flipped bits, two writers, mistakes; prints what was wrong'
 	@echo 'make lint    check format, style and types, changing nothing'
 	@echo 'make bench   measure import, compilation and a training step'
 	@echo 'make notebooks  run the notebooks in place, on runs/$(RUN) if it exists'
@@ -37,6 +38,10 @@ train: .venv/made-for
 test: lint
 	@echo 'Testing'
 	@.venv/bin/python -m pytest -n logical --maxprocesses=8 --dist loadfile --no-loadscope-reorder $(ARGS)
+
+soak: .venv/made-for
+	@echo 'Trying out, for an hour at most'
+	@.venv/bin/python tests/soak/run.py $(ARGS)
 
 lint: .venv/made-for
 	@echo 'Checking format, style and types'

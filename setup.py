@@ -25,6 +25,7 @@ REQUIRES = [
     "ml-collections>=1.1,<2",
     "absl-py>=2.5,<3",
     "numpy>=2.4,<3",
+    "scipy>=1.17,<2",  # Student's quantiles; jax needs it, too
     "jaxtyping>=0.3.11,<0.4",
     "rich>=15,<16",
     "matplotlib>=3.11,<4",

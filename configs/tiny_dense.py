@@ -13,9 +13,8 @@ from ml_collections import ConfigDict
 from moejax import config as moejax_config
 
 
-def get_config(arg: str = "") -> ConfigDict:
-    """The recipe; it takes no argument."""
-    del arg
+def get_config() -> ConfigDict:
+    """Returns the recipe."""
     config = moejax_config.default()
     config.model.num_layers = 4
     config.model.d_model = 128

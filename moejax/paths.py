@@ -70,6 +70,20 @@ def check_writable(folder: Path, name: str) -> None:
         raise PathError(f"{name}={folder} cannot be written: {there}: {error.strerror}; name another folder") from error
 
 
+def check_run_folder(folder: Path, name: str) -> None:
+    """Raises `PathError` unless runs can be kept in `folder`, or in folders below it; arguments as of `check_writable`.
+
+    Orbax 0.12 finds the parts of a checkpoint by a pattern that begins with the folder's own path: in a folder such as
+    `p[1]` it finds none, and what it saves cannot be read.
+    """
+    if found := re.search(r"[*?[]", str(folder)):
+        raise PathError(
+            f"{name}={folder} has {found[0]} in it, which is read as a pattern where checkpoints are saved; "
+            "use a folder whose path has none of *, ? and ["
+        )
+    check_writable(folder, name)
+
+
 def check_writable_file(file: Path, name: str) -> None:
     """Raises `PathError` unless `file` can be written, in a folder that exists; leaves nothing there.
 

@@ -1,5 +1,7 @@
 """Seeds: one range for all, so that none is taken modulo something without a word."""
 
+import numpy as np
+
 LARGEST_SEED = 2**31 - 1
 """A seed is an int32 on the device, and at least 0."""
 
@@ -8,7 +10,7 @@ class SeedError(ValueError):
     """A seed out of range."""
 
 
-def check_seed(name: str, seed: int) -> None:
+def check_seed(name: str, seed: int | np.integer) -> None:
     """Raises `SeedError` unless `seed`, which a caller gave as `name`, is an integer from 0 to `LARGEST_SEED`."""
-    if not isinstance(seed, int) or not 0 <= seed <= LARGEST_SEED:
+    if not isinstance(seed, int | np.integer) or not 0 <= seed <= LARGEST_SEED:
         raise SeedError(f"{name}={seed} must be an integer between 0 and {LARGEST_SEED}; use another")

@@ -148,11 +148,12 @@ def check_divisible(config: Config, mesh: MeshConfig) -> None:
             "with moe.router=expert_choice or soft, need all of it; use mesh.context=1"
         )
     tokens = microbatch // batch * config.data.seq_len // sizes["context"]
-    if sizes["expert"] > 1 and tokens % moe.exchange_chunks:
-        raise ConfigError(
-            f"moe.exchange_chunks={moe.exchange_chunks} must divide the {tokens} tokens of a device; "
-            f"use one of {divisors(tokens)}"
-        )
+    for chunks in sorted({kind.exchange_chunks for kind in config.moe_runs}):  # moe.per_layer may change it
+        if sizes["expert"] > 1 and tokens % chunks:
+            raise ConfigError(
+                f"moe.exchange_chunks={chunks} must divide the {tokens} tokens of a device; use one of "
+                f"{divisors(tokens, chunks)}"
+            )
     splits = [
         ("model.d_model", model.d_model, "fsdp"),
         ("model.num_heads", model.num_heads, "tensor"),

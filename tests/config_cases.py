@@ -15,6 +15,7 @@ SPECIMENS = {
     "train.step_limit_s": (60.0, {}),
     "alarms.stop": ("ties, drops", {}),
     "data.source": ("synthetic", {}),
+    "data.text_field": ("body", {"data.source": "files", "data.files": "texts"}),
     "moe.score": ("softmax_after", {}),
     "moe.jitter": (0.01, {}),
     "moe.num_groups": (4, {"moe.top_k_groups": 2}),
@@ -59,6 +60,7 @@ SPECIMENS = {
     "data.name": ("set", {"data.source": "tfds", "data.source_dir": "folder"}),
     "data.source_dir": ("folder", {"data.source": "tfds", "data.name": "set"}),
     "data.files": ("texts/*.txt", {"data.source": "files"}),
+    "data.text_field": ("body", {"data.source": "files", "data.files": "texts/*.jsonl"}),
     "optimizer.decay_fraction": (0.1, {"optimizer.schedule": "wsd"}),
 }
 """A value of leaves for which a type is not enough, and what must change with it so that it is accepted."""

@@ -21,9 +21,14 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
+# The user's key, by which runs of these tests are known as the user's own, ends with the session, too.
+os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="moejax-tests-state-")
+
 import jax
 import pytest
 from jaxtyping import install_import_hook
+
+atexit.register(shutil.rmtree, os.environ["XDG_STATE_HOME"], ignore_errors=True)
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")

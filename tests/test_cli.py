@@ -1,8 +1,10 @@
 """The command: mistakes are one line and exit 2; --json is one document; what is printed is true."""
 
+import errno
 import json
 import os
 import re
+import shlex
 import socket
 import subprocess
 import sys
@@ -10,9 +12,11 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from moejax.cli import VERBS, main
+from moejax.inspection.run import open_run
 from moejax.models import Decoder
 from moejax.moe import local
 from moejax.training.loop import TrainResult
@@ -29,10 +33,11 @@ def trained(tmp_path_factory):
     environment = os.environ | one_device | {"PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(
         [sys.executable, "-m", "moejax", "train", f"--config={DEBUG}", "--json",
-         "--config.moe.num_experts=6", "--config.train.num_steps=10"],
+         "--config.moe.num_experts=6", "--config.train.num_steps=10", "--workdir=no such/../runs/debug"],
         cwd=folder, env=environment, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+    (folder / "log").write_text(done.stderr)
     return folder, folder / "runs/debug", json.loads(done.stdout)
 
 
@@ -52,6 +57,48 @@ def test_train_prints_its_figures_and_writes_the_report(trained):
     page = (workdir / "report.html").read_text()
     assert "bits per byte" in page.lower() and "<img" in page
     assert 'class="moejax-trace"' in page and "Routing goes most by" in page
+
+
+def test_the_log_of_a_training_says_where_it_runs_and_repeats_nothing(trained):
+    lines = (trained[0] / "log").read_text().splitlines()
+    assert "1 x cpu, mesh: one device" in lines
+    assert len([line for line in lines if line.startswith("grouped_matmul: tiled on cpu")]) == 1
+    assert len([line for line in lines if line.startswith("synthetic train: ")]) == 1
+    steps = [line for line in lines if re.match(r"step \d+/10  loss", line)]
+    assert steps[0].startswith("step 1/10") and "left" not in steps[0] and steps[-1].endswith("0:00 left")
+
+
+def test_a_path_with_dots_is_the_folder_that_it_means_for_training_and_looking(trained, in_folder, monkeypatch, capsys):
+    assert sorted(path.name for path in trained[0].iterdir()) == ["data", "log", "runs"]
+    monkeypatch.chdir(in_folder / "routing")
+    for given in ("..", "../../debug", "../routing/.."):
+        run = open_run(given)
+        assert run.workdir == in_folder.resolve() and run.name == "debug" and len(run.routing.steps) == 2
+    command = shlex.split(run.command)
+    assert command[:2] == ["moejax", "train"] and command[-1] == "--workdir=no such/../runs/debug"
+    assert main(["report", "--workdir=../../debug"]) == 0
+    assert "is damaged" not in (in_folder / "report.html").read_text()
+
+
+def test_a_run_that_cannot_be_written_is_said_before_any_work(in_folder, monkeypatch, capsys):
+    def refuse(**_):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    def work(*_, **__):
+        raise AssertionError("the work began")
+
+    monkeypatch.setattr("moejax.paths.tempfile.TemporaryFile", refuse)
+    for name in ("train.train", "report.build_report", "report.write_comparison", "counterfactuals.counterfactuals"):
+        monkeypatch.setattr(f"moejax.cli.{name}", work)
+    workdir = f"--workdir={in_folder}"
+    for arguments in (
+        ["train", f"--config={DEBUG}", workdir], ["report", workdir], ["report", str(in_folder), str(in_folder.parent)],
+        ["counterfactuals", workdir], ["sweep", f"--config={DEBUG}", f"--dir={in_folder}", "moe.top_k=2,3"],
+        ["sweep", "report", str(in_folder)],
+    ):  # fmt: skip
+        assert main(arguments) == 2, arguments
+        error = capsys.readouterr().err
+        assert "cannot be written" in error and "Read-only file system" in error and error.count("\n") == 1, error
 
 
 def test_eval_from_the_run_directory_gives_the_figures_of_training(trained, in_folder, capsys):
@@ -91,6 +138,19 @@ def test_placement_shows_how_even_devices_are_and_eval_so_gives_the_same_figures
     assert rows["expert load, layer 1"] == pytest.approx(trained[2]["expert load, layer 1"], abs=0.02)
 
 
+def test_placement_says_where_copies_would_not_help(in_folder, monkeypatch, capsys):
+    load_NE = np.array([[5.0, 7, 7, 8, 8, 3], [9, 1, 1, 1, 1, 2]])
+    monkeypatch.setattr("moejax.cli.placement.newest_evaluation", lambda workdir, step: {"load": load_NE})
+    arguments = ["placement", f"--workdir={in_folder}", "--devices=2", "--replicas=1"]
+    assert main(arguments) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "Copies would make some layers less even (layer 0: 1.053 with, 1.000 without)" in shown
+    assert main([*arguments, "--json"]) == 0
+    even, skewed, _ = json.loads(capsys.readouterr().out)
+    assert even["placed, with copies"] == even["in order"] == 1
+    assert skewed["placed, with copies"] < skewed["placed"] <= skewed["in order"]
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
@@ -123,6 +183,17 @@ def test_generate_takes_a_batch_of_prompts(in_folder, capsys):
     assert json.loads(capsys.readouterr().out) == first
 
 
+def test_generate_stays_in_the_length_of_training_and_takes_prompts_that_are_no_utf8(in_folder, capsys, caplog):
+    arguments = ["generate", f"--workdir={in_folder}", "--prompt=caf\udce9 \u65e5", "--prompt=a", "--json"]
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert printed.isascii() and json.loads(printed)[0]["prompt"] == "caf\ufffd \u65e5"
+    assert caplog.messages[0] == "--prompt has bytes that are not UTF-8, which are replaced: caf\ufffd \u65e5"
+    assert not [message for message in caplog.messages if "unknown ground" in message]
+    assert main([*arguments, "--max_tokens=60"]) == 0
+    assert "beyond 64 tokens" in caplog.text
+
+
 def test_report_is_written_again_from_the_run_directory(in_folder, capsys):
     page = in_folder / "report.html"
     page.unlink()
@@ -138,8 +209,14 @@ def test_report_is_written_again_from_the_run_directory(in_folder, capsys):
         (["train"], "--config is missing"),
         (["train", "--config=nothing.py"], "nothing.py"),
         (["train", f"--config={DEBUG}", "--config.moe.num_expert=4"], "nearest is moe.num_experts"),
-        (["train", f"--config={DEBUG}", "--config.moe.num_experts=many"], "moe.num_experts=many"),
-        (["train", f"--config={DEBUG}", "--config.moe.num_experts=2.5"], "moe.num_experts=2.5"),
+        (
+            ["train", f"--config={DEBUG}", "--config.moe.num_experts=many"],
+            "moe.num_experts='many' must be a whole number",
+        ),
+        (
+            ["train", f"--config={DEBUG}", "--config.moe.num_experts=2.5"],
+            "moe.num_experts='2.5' must be a whole number",
+        ),
         (["train", f"--config={DEBUG}", "--config.moe.top_k=1"], "moe.renormalize=True with moe.top_k=1"),
         (["train", f"--config={DEBUG}", "--config.moe.top_k=9"], "moe.top_k=9 must be between 1 and moe.num_experts=4"),
         (["train", f"--config={DEBUG}", "--config.moe.router=switsh"], "nearest is switch"),
@@ -239,6 +316,18 @@ def test_doctor_finds_this_set_up_working(capsys):
     assert rows["grouped_matmul=auto"] == "tiled"
     assert rows["check: experts"].startswith("ok, within")
     assert rows["check: training step"].startswith("ok on mesh data 8")
+
+
+def test_doctor_shows_each_check_when_it_is_done_and_says_what_comes(capsys, monkeypatch):
+    seen = []
+    monkeypatch.setattr("moejax.cli.doctor.check_grouped_matmul", lambda name: "ok")
+    monkeypatch.setattr("moejax.cli.doctor.check_experts", lambda: seen.append(capsys.readouterr()) or "ok, all")
+    monkeypatch.setattr("moejax.cli.doctor.check_training_step", lambda: seen.append(capsys.readouterr()) or "ok")
+    assert main(["doctor"]) == 0
+    (before, during), after = seen, capsys.readouterr()
+    assert "jaxlib" in before.out and "grouped_matmul=tiled: ok" in before.out
+    assert before.err.endswith("checking experts ...\n") and during.err == "checking training step ...\n"
+    assert during.out == "experts: ok, all\n" and after.out == "training step: ok\n"
 
 
 def test_doctor_compares_products_at_the_full_precision_of_float32(monkeypatch):

@@ -124,7 +124,7 @@ def test_a_file_that_is_no_tuning_table_is_a_line_and_stays_as_it_is(capsys, tmp
         (["decode", "--plot=x.svg"], "--plot belongs to moejax bench layer"),
         (["step", "--shapes=mixtral"], "--shapes belongs to moejax bench layer, decode, compiled, tune"),
         (["layer", "--table=x.json"], "--table belongs to moejax bench tune"),
-        (["tune", "--table=/nowhere/table.json"], "--table=/nowhere/table.json is not a file"),
+        (["tune", "--table=/nowhere/table.json"], "--table=/nowhere/table.json cannot be written"),
         (["layer", "--csv=/nowhere/rows.csv"], "/nowhere is not a folder"),
         (["layer", "--repetitions=-1"], "--repetitions=-1 must be at least 0"),
     ],

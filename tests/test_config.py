@@ -4,6 +4,8 @@ import ast
 import dataclasses
 import importlib.util
 import json
+import math
+import time
 import typing
 from pathlib import Path
 
@@ -23,8 +25,11 @@ from moejax.config import (
     Knobs,
     MeshConfig,
     ScheduleConfig,
+    declared,
     default,
+    divisors,
     leaves,
+    read_value,
     resolve,
     resolve_recorded,
     to_config_dict,
@@ -165,6 +170,105 @@ def test_a_value_out_of_range_is_an_error_that_names_key_and_value(key, value):
     assert message.startswith(f"{key}={value} must be "), message
 
 
+@pytest.mark.parametrize("key", [each.key for each in declared().values() if each.annotation in (int, float)])
+def test_no_number_is_so_absurd_that_it_is_not_refused_at_once(key):
+    absurd = [10**9 if declared()[key].leaf.at_most == 10_000 else 10**12, 10**400, 10**5000, -(10**400)]
+    if declared()[key].annotation is float:
+        absurd = [1e31, math.nan, math.inf, -math.inf, 10**400, 10**5000, -(10**400)]
+    for value in absurd:
+        started = time.perf_counter()
+        message = refusal({key: value})
+        assert message.startswith(f"{key}=") and len(message) < 250
+        assert time.perf_counter() - started < 1
+
+
+@pytest.mark.parametrize("key", ["optimizer.beta1", "optimizer.beta2"])
+def test_a_decay_that_is_1_in_float32_is_refused_and_one_below_it_is_not(key):
+    for value in (1.0, 1 - 1e-9):
+        assert refusal({key: value}).startswith(f"{key}={value} must be at least 0 and below 1")
+    assert refusal({key: 1 - 1e-9}).endswith("and is 1 in float32")
+    for value in (0.0, 0.5, 1 - 1e-6):
+        assert resolve(nested({key: value}))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "text"),
+    [
+        ("moe.num_experts", -4, "moe.num_experts=-4 must be at least 0"),
+        ("train.seed", 2**31, "train.seed=2147483648 must be at least 0 and at most 2147483647"),
+        ("optimizer.weight_decay", math.nan, "optimizer.weight_decay=nan must be at least 0 and finite"),
+        ("moe.exchange_buffer", math.inf, "moe.exchange_buffer=inf must be above 0 and at most 1000000"),
+        ("moe.exchange_buffer", 1e-60, "moe.exchange_buffer=1e-60 must be above 0 and at most 1000000, "
+         "and is 0 in float32"),
+        ("mesh.tensor", 0, "mesh.tensor=0 must be at least 1, or -1"),
+    ],
+)  # fmt: skip
+def test_a_message_names_the_bound_that_counts_in_plain_numbers(key, value, text):
+    assert refusal({key: value}) == text
+
+
+def test_a_bound_itself_is_accepted_although_float32_cannot_hold_it():
+    assert resolve(nested({"moe.jitter": 0.99})).moe.jitter == 0.99
+
+
+@pytest.mark.parametrize("source", [None, [], "moe", 3, [("moe", {})]])
+def test_what_is_no_mapping_is_an_error_that_says_what_it_must_be(source):
+    with pytest.raises(ConfigError, match="it must be sections of leaves"):
+        moejax_config.resolve_recorded(source)
+
+
+def test_divisors_are_found_at_once_and_the_nearest_of_many_are_named():
+    assert divisors(16) == "1, 2, 4, 8, 16" and divisors(1) == "1"
+    started = time.perf_counter()
+    assert divisors(2**31 - 1) == f"1, {2**31 - 1}"
+    near = [int(number) for number in divisors(720_720, near=1000).split(", ")]
+    assert len(near) == 12 and {990, 1001} <= set(near) and near == sorted(near)
+    assert time.perf_counter() - started < 1
+
+
+@pytest.mark.parametrize(
+    ("wrong", "known", "near"),
+    [
+        ("moe.router", "topk", "softmax_topk"),
+        ("moe.router", "deepseek", "sigmoid_topk"),
+        ("data.source", "txt", "files"),
+        ("data.source", "text", "files"),
+        ("data.source", "local", "files"),
+    ],
+)
+def test_a_name_that_people_use_is_led_to_the_choice_that_is_meant(wrong, known, near):
+    assert refusal({wrong: known}).endswith(f"the nearest is {near}")
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "found"),
+    [
+        ("moe.num_experts", "0x10", 16), ("moe.num_experts", " 8 ", 8), ("model.remat", "False", False),
+        ("model.remat", "true", True), ("optimizer.learning_rate", "1e-3", 1e-3), ("data.files", " a b", " a b"),
+        ("moe.router", "hash", "hash"),
+    ],
+)  # fmt: skip
+def test_text_is_read_as_the_type_of_its_leaf(key, text, found):
+    value = read_value(key, text)
+    assert value == found and type(value) is type(found)
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "message"),
+    [
+        ("moe.num_experts", "eight", "moe.num_experts='eight' must be a whole number"),
+        ("moe.num_experts", "4.5", "moe.num_experts='4.5' must be a whole number"),
+        ("model.remat", "maybe", "model.remat='maybe' must be True or False"),
+        ("moe.z_weight", "small", "moe.z_weight='small' must be a number"),
+        ("moe.num_experts", "9" * 5000, "must be a whole number"),
+    ],
+)
+def test_text_that_is_no_value_of_a_leaf_is_refused_in_plain_words(key, text, message):
+    with pytest.raises(ConfigError) as caught:
+        read_value(key, text)
+    assert message in str(caught.value) and len(str(caught.value)) < 150
+
+
 @pytest.mark.parametrize(
     ("changes", "parts"),
     [
@@ -281,7 +385,7 @@ def attribute_reads():
             if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
                 owner = getattr(node.value, "attr", getattr(node.value, "id", ""))
                 # The properties of a section read their own leaves.
-                yield ("config" if owner == "self" and path.parent.name == "config" else owner), node.attr
+                yield ("config" if owner == "self" and path.parent.name == "config" else owner.lstrip("_")), node.attr
 
 
 # Schedules are read in a loop over them (`training/schedules.py`); tests/test_training_schedules.py follows each.
@@ -411,6 +515,8 @@ def test_a_mesh_that_does_not_fit_is_an_error_that_names_sizes_that_would(sizes,
         ({"mesh.dcn_data": 2, "train.batch_size": 12},
          ["train.batch_size=12", "mesh.dcn_data * mesh.data * mesh.fsdp * mesh.expert = 8", "16"]),
         ({"mesh.expert": 2, "moe.exchange_chunks": 3, "data.seq_len": 8},
+         ["moe.exchange_chunks=3", "16 tokens of a device", "1, 2, 4, 8, 16"]),
+        ({"mesh.expert": 2, "moe.per_layer": "0: exchange_chunks=3", "data.seq_len": 8},
          ["moe.exchange_chunks=3", "16 tokens of a device", "1, 2, 4, 8, 16"]),
         ({"train.batch_size": 12}, ["train.batch_size=12", "mesh.data * mesh.fsdp * mesh.expert = 8", "16"]),
         ({"train.batch_size": 16, "train.accumulation": 4}, ["train.accumulation=4", "microbatches of 4", "32"]),

@@ -65,6 +65,9 @@ def test_a_layer_that_does_not_look_at_tokens_has_no_jitter():
         ("0: router=hsh", ["moe.router='hsh'", "must be one of", "nearest is hash"]),
         ("0: top_k=two", ["top_k='two'", "must be a whole number"]),
         ("0: num_experts=8", ["moe.num_experts is the same for all layers"]),
+        ("0: save_exchanged=False", ["moe.save_exchanged is the same for all layers"]),
+        ("0: score=sigmoyd", ["moe.score='sigmoyd'", "the nearest is sigmoid"]),
+        ("0: renormalize=yes", ["moe.renormalize='yes' must be True or False"]),
         ("0: z_weight=0", ["moe.z_weight is the same for all layers"]),
         ("0:", ["changes nothing"]),
         ("0: top_k=3 top_k=2", ["sets top_k twice"]),
@@ -82,3 +85,17 @@ def test_an_entry_that_cannot_be_read_or_cannot_work_names_itself_and_the_remedy
     with pytest.raises(ConfigError) as caught:
         config_of(per_layer)
     assert all(part in str(caught.value) for part in parts), str(caught.value)
+
+
+def test_a_value_that_every_layer_overrides_is_not_held_against_the_model():
+    config = config_of("0-5: top_k=1 renormalize=False", num_experts=1)  # top_k=2 by default
+    assert [kind.top_k for kind in config.layers] == [1] * 6
+    widths = {"d_expert": 0, "top_k": 3}  # of which no width can be derived
+    assert config_of("0-5: d_expert=8", **widths).layers[5].d_expert == 8
+    with pytest.raises(ConfigError, match=r"model.d_ff=1024 is not a multiple of moe.top_k=3"):
+        config_of("0-4: d_expert=8", **widths)
+
+
+def test_what_every_layer_overrides_is_refused_where_it_is_set():
+    with pytest.raises(ConfigError, match=r"moe.router='cosine' does nothing: moe.per_layer=.* sets it in every layer"):
+        config_of("0-5: router=hash", router="cosine")

@@ -11,6 +11,7 @@ from moejax.data import prepare
 from moejax.data.errors import DataError
 from moejax.data.sources import open_source
 from moejax.data.splits import held_out
+from moejax.paths import PathError
 from tfds_cases import write_dataset
 
 SPLITS = ("train", "validation")
@@ -160,6 +161,8 @@ def test_an_unsuitable_dataset_is_refused_with_the_reason(tmp_path, splits, opti
 
 
 def test_a_missing_dataset_names_both_keys_and_the_remedy(tmp_path):
+    with pytest.raises(PathError, match=r"data\.source_dir=gs://bucket is a URL, and buckets are not supported"):
+        prepare(DataConfig(source="tfds", name="nothing", source_dir="gs://bucket"))
     data = DataConfig(source="tfds", name="nothing", source_dir=str(tmp_path))
     with pytest.raises(ConfigError, match=r"data\.name='nothing' with data\.source_dir=.*array_record") as error:
         open_source(data)

@@ -11,8 +11,8 @@ PACKAGE = ROOT / "moejax"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 RANKS = [
-    {"config", "locks"},
-    {"kernels", "sharding"},
+    {"config", "extras", "locks", "paths", "seeds", "strict_json"},
+    {"kernels", "sharding", "compilation_cache"},
     {"moe"},
     {"nn"},
     {"models"},

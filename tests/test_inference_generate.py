@@ -8,7 +8,7 @@ from flax import nnx
 
 import oracle
 from moejax.data.tokenizers import ByteTokenizer
-from moejax.inference.generate import generate, generate_text, sample
+from moejax.inference.generate import CANDIDATES, Sampling, generate, generate_text, sample
 from moejax.models import Decoder
 from training_cases import case_config, small_config
 
@@ -65,7 +65,31 @@ def test_what_stands_behind_a_prompt_takes_no_slot_where_evaluation_has_capacity
     np.testing.assert_array_equal(*found)
     with caplog.at_level("WARNING", logger="moejax"):
         next(generate(model, ByteTokenizer(), ["a"], max_tokens=1))
-    assert "moe.eval_capacity_factor drops tokens here" in caplog.text
+    assert "moe.eval_capacity_factor drops choices here as well" in caplog.text
+
+
+def test_one_token_at_a_time_drops_nothing_of_its_sequence_and_the_log_says_so(caplog):
+    moe = {"dispatch": "capacity", "capacity_group": "sequence", "eval_capacity_factor": 0.5}
+    limited = Decoder(case_config("softmax_topk", moe=moe), rngs=nnx.Rngs(params=0))
+    dropless = Decoder(case_config("softmax_topk"), rngs=nnx.Rngs(params=0))
+    tokens_BL = jnp.asarray(np.random.default_rng(0).integers(3, 250, (2, 8)), jnp.int32)
+    positions_BL = jnp.broadcast_to(jnp.arange(8, dtype=jnp.int32), (2, 8))
+
+    def at_once(model):
+        return model(tokens_BL, jnp.ones_like(tokens_BL), positions_BL)[0]
+
+    graphdef, state = nnx.split(limited)
+    extend = jax.jit(lambda t, p, c: nnx.merge(graphdef, state).extend(t, p, c))
+    cache, found = limited.init_cache(2, 8), []
+    for i in range(8):
+        logits_B1V, cache = extend(tokens_BL[:, i : i + 1], positions_BL[:, i : i + 1], cache)
+        found.append(logits_B1V[:, 0])
+    oracle.assert_close(jnp.stack(found, axis=1), at_once(dropless))
+    assert np.abs(at_once(limited) - at_once(dropless)).max() > 0.01
+    with caplog.at_level("WARNING", logger="moejax"):
+        next(generate(limited, ByteTokenizer(), ["a"], max_tokens=1))
+    assert "drops choices of the prompt, never of what is written" in caplog.text
+    assert "depends on the batch" not in caplog.text
 
 
 def test_generating_with_a_router_that_looks_ahead_says_so(caplog):
@@ -98,10 +122,13 @@ def test_a_finished_document_stays_finished(model):
     assert list(generate(model, tokenizer, ["q"], max_tokens=5, temperature=0.0)) == [[None]]
 
 
+sample = jax.jit(sample)
+
+
 def draw(logits, temperature, top_p, count=2000):
-    keys = jax.random.split(jax.random.key(0), count)
+    sampling = Sampling.of(temperature, top_p, jax.random.split(jax.random.key(0), count))
     logits = jnp.broadcast_to(jnp.log(jnp.array(logits)), (count, len(logits)))
-    drawn = sample(logits, jnp.float32(temperature), jnp.float32(top_p), keys, jnp.zeros(count, jnp.int32))
+    drawn = sample(logits, sampling, jnp.zeros(count, jnp.int32))
     return np.bincount(np.asarray(drawn), minlength=logits.shape[1]) / count
 
 
@@ -117,6 +144,72 @@ def test_the_nucleus_is_the_smallest_set_that_reaches_top_p():
 def test_temperature_sharpens_and_zero_is_greedy():
     np.testing.assert_allclose(draw([0.6, 0.4], 0.5, 1.0), [0.36 / 0.52, 0.16 / 0.52], atol=0.04)
     np.testing.assert_allclose(draw([0.4, 0.6], 0.0, 1.0), [0, 1])
+
+
+def sorted_nucleus(logits_V, top_p):
+    """The nucleus as defined: tokens by probability, of equals the first ones first, until their mass is reached."""
+    wide_V = np.asarray(logits_V, np.float64)
+    probs_V = np.exp(wide_V - wide_V.max()) / np.exp(wide_V - wide_V.max()).sum()
+    order_V = np.argsort(-probs_V, kind="stable")
+    mass_before_V = np.cumsum(probs_V[order_V]) - probs_V[order_V]
+    return order_V[mass_before_V < top_p], np.abs(mass_before_V - top_p).min()
+
+
+@pytest.mark.parametrize("top_p", [0.0507, 0.3007, 0.9007])  # of 600 equals, not a whole number
+def test_partial_selection_draws_what_the_sorted_vocabulary_gives(top_p):
+    rng = np.random.default_rng(0)
+    # Of 600 tokens: peaked rows, flat ones whose nucleus is larger than the candidates, and ties.
+    logits_BV = np.concatenate([rng.normal(size=(8, 600)) * scale for scale in (6, 1, 0.01)]).astype(np.float32)
+    logits_BV = np.concatenate([logits_BV, np.round(logits_BV), np.zeros((2, 600), np.float32)])
+    keys_B = jax.random.split(jax.random.key(1), len(logits_BV))
+    positions_B = jnp.arange(len(logits_BV), dtype=jnp.int32)
+    drawn_B = sample(jnp.asarray(logits_BV), Sampling.of(1.0, top_p, keys_B), positions_B)
+    draw_keys_B = jax.vmap(jax.random.fold_in)(keys_B, positions_B)
+    noise_BV = jax.vmap(lambda key: jax.random.gumbel(key, (600,)))(draw_keys_B)
+    sizes = set()
+    for row, (logits_V, noise_V) in enumerate(zip(logits_BV, np.asarray(noise_BV), strict=True)):
+        nucleus, distance = sorted_nucleus(logits_V, top_p)
+        assert distance > 1e-6  # no token is on the edge, where rounding decides
+        assert drawn_B[row] == nucleus[np.argmax(logits_V[nucleus] + noise_V[: len(nucleus)])]
+        sizes.add(len(nucleus) > CANDIDATES)
+    assert True in sizes or top_p < 0.9
+    assert False in sizes
+
+
+def test_a_nucleus_larger_than_the_candidates_changes_no_other_sequence():
+    peaked_V, flat_V = np.linspace(30, 0, 600, dtype=np.float32), np.zeros(600, np.float32)
+    keys_B = jax.random.split(jax.random.key(1), 2)
+    sampling, positions_B = Sampling.of(1.0, 0.999, keys_B), jnp.zeros(2, jnp.int32)
+    alone = sample(jnp.stack([peaked_V, peaked_V]), sampling, positions_B)
+    beside = sample(jnp.stack([peaked_V, flat_V]), sampling, positions_B)
+    assert alone[0] == beside[0]
+
+
+@pytest.mark.parametrize(("temperature", "top_p", "sorts"), [(0, 0.9, 0), (1, 1.0, 0), (1, 0.9, 2)])
+def test_nothing_is_sorted_where_nothing_is_cut(temperature, top_p, sorts):
+    sampling = Sampling.of(temperature, top_p, jax.random.split(jax.random.key(0), 2))
+    program = jax.make_jaxpr(sample)(jnp.zeros((2, 600)), sampling, jnp.zeros(2, jnp.int32))
+    names = oracle.primitives(program)
+    assert names.count("top_k") + names.count("sort") == sorts
+
+
+def test_temperatures_and_masses_share_the_programs_of_their_method():
+    keys = jax.random.split(jax.random.key(0), 2)
+    kinds = [Sampling.of(*given, keys) for given in [(0.5, 0.9), (0.7, 0.5), (0.5, 1), (2, 1), (0, 0.9), (0, 1)]]
+    assert [kind.method for kind in kinds] == ["nucleus"] * 2 + ["all"] * 2 + ["greedy"] * 2
+    assert jax.tree.structure(kinds[0]) == jax.tree.structure(kinds[1])
+
+
+def test_ids_that_are_no_token_are_never_drawn(model):
+    tokens_BL = jnp.asarray(np.random.default_rng(0).integers(3, 250, (2, 8)), jnp.int32)
+    logits_BLV, _ = model(tokens_BL, jnp.ones_like(tokens_BL), jnp.zeros_like(tokens_BL))
+    assert logits_BLV.shape[-1] == 320
+    for temperature, top_p in [(0.0, 1.0), (1e9, 1.0), (1e9, 0.999)]:  # so hot that all tokens are alike
+        sampling = Sampling.of(temperature, top_p, jax.random.split(jax.random.key(0), 500))
+        logits_BV = jnp.broadcast_to(logits_BLV[0, 0], (500, 320))
+        drawn_B = sample(logits_BV, sampling, jnp.zeros(500, jnp.int32))
+        assert drawn_B.max() < ByteTokenizer.vocab_size
+        assert temperature == 0 or len(set(drawn_B.tolist())) > 150
 
 
 @pytest.mark.parametrize(

@@ -11,19 +11,22 @@ from moejax.cli import main
 from moejax.inspection import comparison_figures as figures
 from moejax.inspection.comparison import compare
 from moejax.inspection.comparison_page import render_comparison, write_comparison
+from moejax.inspection.comparison_tables import MINUS
 from moejax.inspection.run import RunError, open_run
+from moejax.inspection.seed_pairs import difference
 from moejax.training.routing_log import RoutingLog
+from test_inspection_report import Page
 
 
-def make_run(workdir, *, num_experts=4, layers=(0, 1), active=1000, learning_rate=0.1, tokens=100):
+def make_run(workdir, *, num_experts=4, layers=(0, 1), active=1000, learning_rate=0.1, tokens=100, loss=7.5, **config):
     moe = {"num_experts": num_experts, "top_k": 2}
     facts = {
-        "config": {"moe": moe, "optimizer": {"learning_rate": learning_rate}},
+        "config": {"moe": moe, "optimizer": {"learning_rate": learning_rate}} | config,
         "versions": {}, "git_commit": None, "device": "cpu", "command": "moejax train",
         "parameters": {"total": 4000, "active": active},
     }  # fmt: skip
     lines = [{"step": step, "tokens": tokens * step, "loss/lm": 9.0 - step / 10} for step in (10, 20)]
-    lines.append({"step": 15, "eval/loss": 7.5})
+    lines.append({"step": 15, "eval/loss": loss, "eval/bits_per_byte": loss / 2})
     if num_experts:
         lines[1]["moe/max_violation"] = 0.5
     workdir.mkdir(parents=True)
@@ -40,14 +43,20 @@ def texts(drawing):
     return drawing.svg.decode()
 
 
-def test_a_metric_is_placed_by_steps_tokens_or_compute(tmp_path):
+def test_a_metric_is_placed_by_steps_tokens_flops_or_time(tmp_path):
     run = open_run(make_run(tmp_path / "run"))
-    for against, x in (("steps", [10, 20]), ("tokens", [1000, 2000]), ("compute", [1e6, 2e6])):
+    flops = run.flops_per_token
+    assert flops > 1000  # of attention and logits, too
+    for against, x in (("steps", [10, 20]), ("tokens", [1000, 2000]), ("compute", [1000 * flops, 2000 * flops])):
         found, values = figures.series_against(run, "loss/lm", against)
         assert (found.tolist(), values.tolist()) == (x, [8, 7])
     assert figures.series_against(run, "eval/loss", "tokens")[0].tolist() == [1500]  # between two logged steps
     (run.workdir / "metrics.jsonl").write_text('{"step": 3, "loss/lm": 1.0}\n')
     assert figures.series_against(run.reload(), "loss/lm", "tokens")[0].size == 0
+    speeds = [{"step": step, "tokens": 100 * step, "perf/tokens_per_s": 50, "loss/lm": 1} for step in (3, 9)]
+    for seconds, minutes in (({}, [0.1, 0.3]), ({"perf/seconds": 30}, [0.5, 1])):  # the latter says it itself
+        (run.workdir / "metrics.jsonl").write_text("".join(json.dumps(line | seconds) + "\n" for line in speeds))
+        assert figures.series_against(run.reload(), "loss/lm", "time")[0].tolist() == pytest.approx(minutes)
 
 
 def test_curves_of_runs_are_drawn_in_looks_that_differ_and_keep_to_their_run(tmp_path):
@@ -55,8 +64,8 @@ def test_curves_of_runs_are_drawn_in_looks_that_differ_and_keep_to_their_run(tmp
     drawing = figures.draw_runs(runs, "loss/lm", "nats", against="compute")
     lines = drawing.figure.axes[0].lines
     assert [line.get_label() for line in lines] == ["dense", "moe"]
-    assert lines[1].get_xdata().tolist() == [1e6, 2e6]
-    assert "tokens x active parameters" in texts(drawing) and ">moe<" in texts(drawing)
+    assert lines[1].get_xdata().tolist() == [1000 * runs["moe"].flops_per_token, 2000 * runs["moe"].flops_per_token]
+    assert "training FLOPs" in texts(drawing) and ">moe<" in texts(drawing)
     (line,) = figures.draw_runs(runs, "moe/max_violation", "MaxVio").figure.axes[0].lines
     assert line.get_color() == lines[1].get_color()  # though it is the first that is drawn
     assert figures.draw_runs(runs, "none", "") is None
@@ -88,8 +97,55 @@ def test_the_page_has_results_differences_curves_and_load_and_obeys_nothing_from
         assert f'<section id="{anchor}">' in html and f'href="#{anchor}"' in html
     assert "<b>" not in html and "<script" not in html and "&lt;b&gt;run" in html
     assert "optimizer.learning_rate" in html and "&lt;script&gt;" in html
-    assert html.count("Validation loss against") == 6  # three figures, each named in its heading and its alt
+    assert html.count("Validation loss over") == 6  # three figures, each named in its heading and its alt
     assert "Layer 1" in html and "default-src" in html
+
+
+def test_evaluations_have_their_ticks_where_they_were(tmp_path):
+    run = open_run(make_run(tmp_path / "run"))
+    lines = [{"step": step, "eval/loss": 1.0} for step in range(7, 80, 7)]
+    (run.workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    drawing = figures.draw_runs({"run": run}, "eval/loss", "nats")
+    assert drawing.figure.axes[0].get_xticks().tolist() == [14, 35, 56, 77]
+
+
+def test_two_runs_have_a_column_with_their_difference(tmp_path):
+    folders = [make_run(tmp_path / name, loss=loss, num_experts=n) for name, loss, n in (("a", 8.0, 0), ("b", 7.0, 4))]
+    text = Page(render_comparison(compare(folders))).text
+    assert "a and b Side by side" in text and "difference: b minus a" in text
+    assert f"Validation loss, nats per token 8 7 {MINUS}1 ({MINUS}12.5%)" in text
+    assert f"Bits per byte 4 3.5 {MINUS}0.5 ({MINUS}12.5%)" in text
+    assert "The same in all runs throughout: MaxVio 0.5." in text  # for a chart of one number
+    assert "No two settings share two seeds" in text
+    many = Page(render_comparison(compare([*folders, make_run(tmp_path / "c", loss=8.0)]))).text
+    assert "Below a value: its difference to a." in many and f"Bits per byte 4 3.5 {MINUS}0.5 ({MINUS}12.5%) 4 " in many
+
+
+def test_settings_are_compared_seed_by_seed(tmp_path):
+    losses = {"one": [1.0, 3.0, 5.0], "two": [2.0, 4.5, 5.5]}  # the seed moves both: differences 1, 1.5, 0.5
+    folders = [
+        make_run(tmp_path / f"{name}_{seed}", loss=loss, num_experts={"one": 4, "two": 8}[name], train={"seed": seed})
+        for name in losses for seed, loss in enumerate(losses[name])
+    ]  # fmt: skip
+    text = Page(render_comparison(compare(folders))).text
+    error = 0.5 / 3**0.5
+    assert f"Validation loss, nats per token 3 4 +1 ± {error:.2g} 3 may be noise" in text  # t is 3.5; 4.3 is clear
+    assert difference({0: 1.0, 1: 2.0}, {0: 2.0, 2: 9.0}, 1).num_seeds == 1
+    clear = difference({0: 1.0, 1: 3.0, 2: 5.0}, {0: 2.0, 1: 4.25, 2: 5.75}, 1)
+    assert clear.is_told_apart and clear.mean == 1
+    alone = Page(render_comparison(compare(folders[:3]))).text
+    assert "The runs are one setting with 3 seeds." in alone and "Validation loss, nats per token 3 2" in alone
+
+
+def test_losses_of_other_tokens_are_not_compared(tmp_path):
+    data = {"source": "synthetic", "tokenizer": "bytes", "vocab_size": 512}
+    folders = [
+        make_run(tmp_path / "bytes", data=data, train={"seed": 0}),
+        make_run(tmp_path / "pieces", data=data | {"tokenizer": "bpe"}, train={"seed": 0}),
+    ]
+    text = Page(render_comparison(compare(folders))).text
+    assert "They differ in data.tokenizer, so in what a token is" in text and "Bits per byte over steps" in text
+    assert "Validation loss" not in text and "Training loss" not in text
 
 
 def test_dense_runs_alone_have_no_routing(tmp_path):
@@ -138,12 +194,12 @@ def test_the_command_writes_beside_the_first_run_or_where_it_is_told(tmp_path, c
     ("arguments", "message"),
     [
         (["a", "a"], "is given twice"),
-        (["a", "nowhere"], "nowhere is no directory"),
+        (["a", "nowhere"], "nowhere is not a folder"),
         (["nowhere"], "--workdir=nowhere is not a folder"),
         (["a", "--workdir=a"], "name run directories one way"),
         (["a", "--output=x.html"], "--output=x.html is for comparisons"),
-        (["a", "b", "--output=none/x.html"], "must be a file in a folder that exists"),
-        (["a", "b", "--output=pipe"], "--output=pipe must be a file in a folder that exists"),
+        (["a", "b", "--output=none/x.html"], "none is not a folder; make it first"),
+        (["a", "b", "--output=pipe"], "pipe must be a file, and is something else"),
         (["a"] * 17, "17 runs were given"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

@@ -7,7 +7,9 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
+from moejax.config import resolve, to_dict
 from moejax.data.labels import Labels
+from moejax.inspection import html
 from moejax.inspection.build import find_specialisation
 from moejax.inspection.counterfactual_result import AS_TRAINED, FILE_NAME, Counterfactuals, Outcome
 from moejax.inspection.expert_profile import DomainSpecialisation
@@ -15,8 +17,9 @@ from moejax.inspection.information import Information
 from moejax.inspection.report import render_report, write_report
 from moejax.inspection.report_experts import Findings, domains
 from moejax.inspection.report_health import FLOW_COLUMNS, MAX_FLOW_FIGURES, flow_windows
-from moejax.inspection.report_training import Sample
+from moejax.inspection.report_training import Sample, configuration
 from moejax.inspection.run import open_run
+from moejax.inspection.settings import settings_of
 from moejax.inspection.style import Drawing
 from moejax.inspection.trace import RoutedTokens, Trace
 from moejax.training.evaluation import Evaluation
@@ -333,10 +336,12 @@ def test_the_final_load_sums_the_last_tenth_of_the_intervals(tmp_path, undrawn):
 
 def test_tokens_are_shown_with_their_ratio_and_visible_blanks(tmp_path, undrawn):
     names = {7: " the\n\u200b"}
-    page = Page(render(make_run(tmp_path), token_counts(), piece=lambda token: names.get(token, "?")))
+    text = render(make_run(tmp_path), token_counts(), piece=lambda token: names.get(token, "?"))
+    page = Page(text)
     assert "␣the⏎U+200B" in page.text
     spans = [a["title"] for tag, a in page.elements if tag == "span" and "title" in a]
     assert "id 7, 4,000 times" in spans
+    assert "97%, 1.6&times;" in text  # 4,000 of its 4,120 visits; the expert has 59 % of all
     assert "nothing stands out" in page.text  # of the experts without the planted token
 
 
@@ -422,6 +427,36 @@ def test_saturation_and_churn_are_drawn_of_the_same_tokens(tmp_path, undrawn):
     assert {"Saturation, as a figure", "Churn, as a figure", "Layers 0 to 2, as a figure"} <= {
         attributes["alt"] for tag, attributes in page.elements if tag == "img"
     }
+
+
+def test_two_evaluations_are_a_table_not_a_curve(tmp_path, undrawn):
+    run = make_run(tmp_path)
+    evaluate(tmp_path, (10, 20), choices())
+    page = Page(render(run))
+    assert "Two evaluations, at steps 10 and 20;" in page.text
+    assert "Saturation, as a figure" not in {a.get("alt") for tag, a in page.elements if tag == "img"}
+
+
+def test_what_never_changes_is_a_sentence_and_four_figures_are_two_by_two(tmp_path, undrawn):
+    make_run(tmp_path, layers=(0, 1, 2, 3))
+    text = render(open_run(tmp_path))
+    assert "The same throughout:" in Page(text).text
+    load = text.partition('<section id="load">')[2].partition("</section>")[0]
+    assert '<div class="grid four">' in load
+
+
+def test_what_differs_from_the_defaults_is_marked_and_what_follows_is_not(tmp_path):
+    config = to_dict(resolve({"moe": {"num_experts": 16}, "model": {"d_ff": 64}}))
+    chosen = {(s.section, s.name): (s.value, s.default) for s in settings_of(config) if s.is_chosen}
+    assert chosen == {("moe", "num_experts"): (16, 8), ("model", "d_ff"): (64, 1024)}
+    assert config["moe"]["d_expert"] == 32  # follows from d_ff, whose default it is not
+    text = configuration(make_run(tmp_path, config=config))
+    assert text.count("class='changed'") == 2 and "2 of " in text and "default 1024" in text
+
+
+def test_a_flag_is_never_broken_after_its_hyphens():
+    text = html.command("moejax train --config=a.py '--workdir=a b' <x>")
+    assert text.count("<span>") == 5 and "<span>--config=a.py</span>" in text and "&lt;x&gt;" in text
 
 
 def test_flows_are_drawn_in_windows_that_share_their_ends():

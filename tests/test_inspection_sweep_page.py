@@ -136,6 +136,7 @@ def test_arms_that_failed_or_are_missing_are_counted_and_listed_with_the_reason(
         assert reason in text
     assert text.count("its last evaluation is not finite or absent") == 2
     assert "moe.top_k=9" in text and "collapse" in text and "1 of 5 arms raised alarms." in text
+    assert re.search(r"[0-9a-f]{10} \(top_k 3\)", text)
 
 
 def test_a_sweep_of_which_nothing_is_done_says_so():

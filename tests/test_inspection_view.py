@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 
 from moejax.inspection import view_page
-from moejax.inspection.figures import LOSS_CHARTS, MAX_POINTS, Chart
 from moejax.inspection.axes import place
 from moejax.inspection.colors import FIRST, RunColors
+from moejax.inspection.figures import LOSS_CHARTS, MAX_POINTS, Chart
 from moejax.inspection.live import Library, LiveRun, MetricsReader, age, find_runs
 from moejax.inspection.run import open_run
 from moejax.inspection.run_paths import RunPathError, check_folder
@@ -234,6 +234,24 @@ def test_arms_of_a_sweep_are_named_by_what_differs(tmp_path):
     assert next(iter(library.runs.values())).name == "widths/arms/0000000000"
 
 
+def test_of_many_runs_the_newest_are_listed_and_a_part_of_a_name_finds_others(tmp_path):
+    from moejax.inspection.view_session import MAX_LISTED, RunList
+
+    for i in range(MAX_LISTED + 5):
+        os.utime(write_run(tmp_path / f"run {i:02}", {"step": 1, "a": 1}) / "metrics.jsonl", (100, 100 + i))
+    library = Library(tmp_path)
+    library.look()
+    shown = RunList(library, lambda *_: None)
+    shown.show()
+    assert list(shown.chosen) == ["run 41", "run 42", "run 43", "run 44"]
+    assert len(shown._body.objects) == MAX_LISTED and "40 of 45 runs are listed" in shown._left_out.object
+    shown._part.value = "RUN 00"
+    shown.show()
+    assert len(shown._body.objects) == 1 + 4  # those shown stay
+    shown._boxes["run 00"].value = True
+    assert "run 00" in shown.chosen
+
+
 def test_what_never_changes_is_said_in_a_sentence(tmp_path):
     for name, last in (("a", 0), ("b", 1)):
         write_run(tmp_path / name, {"step": 1, "moe/dead_experts": 0}, {"step": 2, "moe/dead_experts": last})
@@ -322,7 +340,7 @@ def test_ages_are_coarse():
     ages = [None, now, now - 61, now - 7190, now - 7300, now - 3 * 86_400]
     assert [age(x) for x in ages] == [
         "never",
-        "under a minute ago",
+        "just now",
         "1 min ago",
         "120 min ago",
         "2 h ago",

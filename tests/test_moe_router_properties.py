@@ -378,7 +378,7 @@ NONCAUSAL = {"router": "expert_choice", "allow_noncausal": True}
         (NONCAUSAL | {"balance_convention": "first_choice"}, ["moe.balance_convention=first_choice", "expert_choice"]),
         (NONCAUSAL | {"balance_scope": "sequence"}, ["moe.balance_scope=sequence", "set global"]),
         ({"router": "soft", "allow_noncausal": True, "route_scale": 2.0}, ["moe.route_scale=2.0", "moe.router=soft"]),
-        ({"router": "hash", "jitter": 0.1}, ["moe.jitter=0.1", "moe.router=hash"]),
+        ({"router": "hash", "jitter": 0.1}, ["moe.jitter=0.1", "moe.score=uniform"]),
         ({"router_noise": "fixed"}, ["moe.router_noise=fixed", "softmax_topk"]),
         ({"router": "noisy_topk", "load_weight": 0.1, "noise_scale": 0.0}, ["moe.load_weight=0.1", "noise_scale=0.0"]),
         ({"router": "noisy_topk", "load_weight": 0.1, "selection_bias": True}, ["moe.selection_bias=True"]),

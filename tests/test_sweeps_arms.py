@@ -11,7 +11,7 @@ import pytest
 
 from moejax.config import ConfigError, resolve, to_dict
 from moejax.models.parameters import count_parameters
-from moejax.sweeps import arms, choice, product, seeds
+from moejax.sweeps import arms, choice, parse_axis, product, seeds, where
 from moejax.sweeps.arms import Arm, SweepError, describe, plan_arms
 from training_cases import SMALL
 
@@ -132,7 +132,9 @@ def test_an_id_follows_from_the_resolved_configuration_without_the_folder_of_the
     assert elsewhere.config_hash == first.config_hash
     # In the order of the alphabet, whatever the order of leaves in the source.
     values = {section: dict(sorted(leaves.items())) for section, leaves in sorted(to_dict(first.config).items())}
-    del values["data"]["directory"]
+    left_out = ("data", "directory"), ("data", "text_field"), ("train", "check_memory")  # see sweeps/ids.py
+    for section, name in left_out:
+        del values[section][name]
     text = json.dumps(values).replace(": ", ":").replace(", ", ",")
     assert first.config_hash == hashlib.sha256(text.encode()).hexdigest()
 
@@ -182,3 +184,31 @@ def test_hundreds_of_points_resolve_without_reading_types_anew(monkeypatch):
 def test_a_recipe_that_cannot_work_is_refused_where_arms_are_matched_with_it():
     with pytest.raises(ConfigError, match=r"moe.top_k=9"):
         plan_arms(SMALL | {"moe": {"top_k": 9, "d_expert": 4}}, [{K: 2}], match="flops")
+
+
+def test_a_point_that_sets_what_its_arm_does_not_read_is_refused_and_led_to_where():
+    iterations = choice("moe.sinkhorn_iterations", 3, 8)
+    space = product(choice("moe.router", "softmax_topk", "sinkhorn"), iterations)
+    base = SMALL | {"moe": SMALL["moe"] | {"allow_noncausal": True}}
+    with pytest.raises(SweepError) as error:
+        plan_arms(base, space)
+    text = str(error.value)
+    assert text.startswith("1 of 4 points cannot work")
+    assert "moe.sinkhorn_iterations=3 does nothing with moe.router=softmax_topk" in text and "where(space" in text
+    allowed = where(space, lambda point: point["moe.router"] == "sinkhorn" or point["moe.sinkhorn_iterations"] == 8)
+    assert len(plan_arms(base, allowed).arms) == 3
+    for dead in ("data.files=x", "optimizer.decay_fraction=0.5", "moe.exchange=ring"):
+        with pytest.raises(SweepError, match="does nothing"):
+            plan_arms(SMALL, parse_axis(dead))
+
+
+def test_what_the_recipe_sets_may_be_for_some_of_the_arms():
+    base = SMALL | {"moe": SMALL["moe"] | {"bias_rate": 5e-3}}
+    plan = plan_arms(base, choice("moe.selection_bias", False, True))
+    assert [arm.config.moe.bias_rate for arm in plan.arms] == [5e-3, 5e-3]
+
+
+def test_an_arm_that_was_planned_with_a_dead_leaf_is_read():
+    entry = plan_arms(SMALL, [{}]).arms[0].to_json()
+    entry["config"]["moe"]["sinkhorn_iterations"] = 3
+    assert Arm.from_json(entry).config.moe.sinkhorn_iterations == 3

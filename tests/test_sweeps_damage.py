@@ -39,9 +39,9 @@ VALUES = (
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A sweep of two settings with two seeds, of which one arm failed."""
+    """A sweep of one setting, whose page has no figures and is made in no time; of its four arms one failed."""
     directory = tmp_path_factory.mktemp("sweeps") / "whole"
-    entries = [entry_of(point) for point in product(moe_top_k=[1, 2], train_seed=[0, 1])]
+    entries = [entry_of(point) for point in product(moe_top_k=[1], train_seed=[0, 1, 2, 3])]
     write_definition(directory, entries)
     for i, entry in enumerate(entries):
         workdir = write_run(directory / "arms" / entry["id"], entry, loss=2.0 + i / 7, dropped=0.1)
@@ -223,3 +223,14 @@ def test_an_arm_that_failed_has_a_record_though_what_it_logged_is_damaged(tmp_pa
         assert read_record(workdir) == row
         with pytest.raises(RecordError, match=r"metrics.jsonl"):
             record_of(workdir, entry, status="done", error=None, **facts)
+
+
+def test_names_of_a_sweep_of_others_do_nothing_to_a_terminal(sweep, capsys):
+    path = sweep / "sweep.json"
+    definition = json.loads(path.read_text())
+    for entry in definition["arms"]:
+        entry["overrides"]["moe.router"] = "a\x1b]0;title\x07\x9b2J\u202e"
+    path.write_text(json.dumps(definition))
+    assert main(["sweep", "report", str(sweep)]) == 0
+    shown = capsys.readouterr().out
+    assert "moe.router=a\\x1b]0;title" in shown and not {"\x1b", "\x07", "\x9b", "\u202e"} & set(shown)

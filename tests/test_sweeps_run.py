@@ -18,7 +18,8 @@ from moejax.config import resolve
 from moejax.sweeps.arms import Plan, SweepError, plan_arms
 from moejax.sweeps.directory import add_arm, locked, open_sweep, write_sweep
 from moejax.sweeps.packs import pack_arms
-from moejax.sweeps.run import saved_steps, together
+from moejax.sweeps.run import together
+from moejax.training.checkpoint_meta import saved_steps
 from training_cases import SMALL
 
 ROOT = Path(__file__).parents[1]
@@ -151,8 +152,9 @@ def test_a_sweep_told_to_stop_saves_and_the_same_command_goes_on_and_may_add_arm
 
 
 def test_a_search_draws_trains_prunes_and_records(data, tmp_path):
+    often = [flag.replace("eval_every=60", "eval_every=20") for flag in SMALL_RUN]
     arguments = [
-        *SMALL_RUN, "--config.train.eval_every=20", data, f"--dir={tmp_path}", "moe.balance_weight=log:1e-3..1",
+        *often, data, f"--dir={tmp_path}", "moe.balance_weight=log:1e-3..1",
         "optimizer.learning_rate=log:1e-5..1e-2", "--search=random", "--trials=4", "--pruner=halving", "--json",
     ]  # fmt: skip
     output, errors = finish(sweep(*arguments))

@@ -532,7 +532,7 @@ def test_a_study_of_something_else_is_refused(tmp_path):
         ("/proc/none/a.journal", r"/proc/none/a.journal cannot be opened|no study 's'"),
         ("/proc/none/a.db", r"/proc/none/a.db cannot be made|no study 's'"),
         ("cassandra://h/d", r"cassandra:// is of no known kind; use postgresql"),
-        ("mysql+mysqldb://u:secret@h/d", r"mysqldb://u:\*\*\*@h/d needs a driver .*moejax\[sweeps\]"),
+        ("mysql+mysqldb://u:secret@h/d", r"mysqldb://u:\*\*\*@h/d needs a driver .*comes with extra sweeps"),
         ("postgresql+psycopg://u:secret@h:port/d", r"is no URL of the form postgresql\+psycopg://user@host/name"),
         ("postgresql+psycopg://u:sec{ret@127.0.0.1:1/d", r"u:\*\*\*@127.0.0.1:1/d cannot be used \(.*refused"),
         ("postgresql+psycopg://u@127.0.0.1:1/d?password=secret", r"127.0.0.1:1/d.* cannot be used \(.*refused"),

@@ -172,7 +172,7 @@ def test_an_axis_without_a_number_of_values_is_a_range():
         ("moe.z_weight=lin:0..", "must have the form"),
         ("moe.z_weight=log:1e-4..1:x", "must have the form"),
         ("moe.z_weight=log:0..1:3", "the lower above 0"),
-        ("moe.num_experts=log:4..64:5", "list its values"),
+        ("moe.num_experts=log:4..64:5", "list values"),
     ],
 )
 def test_an_axis_that_cannot_be_read_is_refused_with_its_text_and_a_remedy(text, message):

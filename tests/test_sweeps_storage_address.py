@@ -46,7 +46,7 @@ def test_no_part_of_an_address_that_may_hold_a_password_is_shown(address):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("dialect", DIALECTS[:5])
+@pytest.mark.parametrize("dialect", DIALECTS[:3])
 def test_no_error_about_a_storage_holds_its_password(form, dialect, tmp_path, monkeypatch, capsys, caplog):
     caplog.set_level(logging.DEBUG)
     monkeypatch.chdir(tmp_path)
@@ -59,6 +59,8 @@ def test_no_error_about_a_storage_holds_its_password(form, dialect, tmp_path, mo
     assert main(["sweep", "worker", address]) == 2
     assert main(["sweep", address]) == 2 and main(["sweep", "dashboard", address]) == 2
     assert main(["sweep", "worker", f"--storage={address}", "--study=s", "--trials=3"]) == 2
+    assert main(["sweep", "worker", f"--storage={address}", "--storage", f"{address}x"]) == 2
+    assert main(["sweep", "worker", f"--strage={address}"]) == 2
     said = capsys.readouterr()
     assert SECRET not in said.err + said.out + caplog.text
     assert list(tmp_path.iterdir()) == []
@@ -117,3 +119,23 @@ def test_a_dashboard_without_a_study_is_refused_and_makes_nothing(definition, tm
     monkeypatch.setattr("optuna_dashboard.run_server", lambda *_, **__: None)
     create_study(str(tmp_path / "c.db"), "s", definition)
     assert main(["sweep", "dashboard", f"--storage={tmp_path / 'c.db'}"]) == 0
+
+
+def test_a_damaged_journal_is_one_line_that_names_it(definition, tmp_path):
+    path = tmp_path / "study.journal"
+    create_study(str(path), "s", definition)
+    content = path.read_bytes()
+    deep = b"[" * 100_000
+    for damaged in (
+        b"x\n" + content,
+        b"[1]\n" + content,
+        b"3\n",
+        b'{"op_code": 99, "worker_id": "a"}\n',
+        deep,
+        b"\xff\n",
+    ):
+        path.write_bytes(damaged + b"\n")
+        with pytest.raises(StudyError) as caught:
+            open_study(str(path), "s")
+        assert "study.journal is no journal of Optuna, or damaged" in str(caught.value)
+        assert "\n" not in str(caught.value)

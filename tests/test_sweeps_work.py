@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import threading
@@ -11,7 +12,8 @@ import types
 import jax
 import pytest
 
-from moejax.sweeps import pool, programs, run
+from moejax.locks import LockedError
+from moejax.sweeps import pool, run
 from moejax.sweeps.arms import SweepError, plan_arms
 from moejax.sweeps.directory import locked, open_sweep, write_sweep
 from moejax.sweeps.pool import RESTARTS, STOPPED, Share, run_pool, share_out, shares
@@ -128,6 +130,33 @@ def test_an_arm_that_ends_early_has_its_record_before_the_others_end(trained, tm
     assert read_record(sweep.workdir(sweep.packs[0][0])) == first and status_of(sweep) == ["stopped", "done"]
 
 
+def test_an_arm_whose_files_are_damaged_does_not_cost_the_others_of_its_pack_their_records(trained, tmp_path, caplog):
+    sweep = new_sweep(tmp_path, number=4, largest_pack=4)
+    trained.ends[3] = ArmResult(2, None, None, NonFiniteError("loss is nan"))
+    for arm in (1, 3):
+        workdir = sweep.workdir(sweep.packs[0][arm])
+        workdir.mkdir(parents=True)
+        (workdir / "config.json").write_text("{")
+    assert not work(sweep, StopSignals())
+    assert status_of(sweep) == ["done", None, "done", "failed"]
+    assert list(read_records(tmp_path)["status"]) == ["done", "done", "failed"]
+    assert f"arm {sweep.packs[0][1]} is trained to its end and has no record: " in caplog.text
+    assert "Traceback" not in caplog.text
+    error = read_record(sweep.workdir(sweep.packs[0][3]))["error"]
+    assert error.startswith("loss is nan; what it logged is not in its record: ")
+
+
+def test_a_lock_that_cannot_be_made_ends_the_work_and_is_not_waited_for(trained, tmp_path):
+    sweep = new_sweep(tmp_path)
+    shutil.rmtree(tmp_path / "claims")
+    (tmp_path / "claims").touch()
+    with pytest.raises(LockedError, match="cannot be locked for writing"):
+        work(sweep, StopSignals())
+    with pytest.raises(SweepError, match="cannot be written: Not a directory; use another folder"):
+        new_sweep(tmp_path)
+    assert trained == []
+
+
 def test_packs_that_another_process_holds_are_waited_for_and_not_trained(trained, tmp_path, monkeypatch):
     sweep = new_sweep(tmp_path)
     others = sweep.packs[1]
@@ -194,6 +223,23 @@ def test_seconds_of_training_are_those_of_the_logged_intervals(tmp_path):
     assert training_seconds(tmp_path) == (2 + 4 + 1, 0.4, 1)
     assert training_seconds(tmp_path / "nothing") is None
     write_lines(tmp_path, [{"step": 10, "eval/loss": 3.0}])
+    assert training_seconds(tmp_path) is None
+
+
+def test_lines_that_say_nothing_of_time_do_not_stop_a_record(tmp_path):
+    lines = [
+        {"step": 10, "tokens": 100, "perf/tokens_per_s": 50.0},
+        {"step": 20, "tokens": 100, "perf/tokens_per_s": 0.0},  # an interval without a target
+        {"step": 30, "tokens": 200, "perf/tokens_per_s": 25.0},
+        {"step": 40, "tokens": "many", "perf/tokens_per_s": 25.0},
+        {"step": 40, "tokens": 300, "perf/tokens_per_s": None},
+        {"step": 30, "tokens": 300, "perf/tokens_per_s": 25.0},
+    ]
+    write_lines(tmp_path, lines)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('[1]\n\x00\n{"step": 50, "tok')
+    assert training_seconds(tmp_path) == (2 + 4, pytest.approx(0.3), 1)
+    (tmp_path / "metrics.jsonl").write_bytes(b"\xff\xfe")
     assert training_seconds(tmp_path) is None
 
 
@@ -346,31 +392,19 @@ def test_a_stop_is_passed_on_once_and_what_dies_of_it_is_not_started_again(proce
 @pytest.fixture
 def cache_options(monkeypatch):
     found = {}
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
     monkeypatch.setattr(jax.config, "update", found.__setitem__)
     return found
-
-
-def test_programs_are_kept_in_the_users_cache_folder(cache_options, monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    programs.keep_programs()
-    folder = tmp_path / "cache/moejax/compiled"
-    assert cache_options["jax_compilation_cache_dir"] == str(folder)
-    assert folder.is_dir() and not list(folder.iterdir()) and folder.stat().st_mode & 0o777 == 0o700
-    for value in ("", "relative"):
-        monkeypatch.setenv("XDG_CACHE_HOME", value)
-        monkeypatch.setenv("HOME", str(tmp_path))
-        assert programs.programs_folder() == tmp_path / ".cache/moejax/compiled"
-
-
-def test_where_programs_cannot_be_kept_none_are_and_the_log_says_so(cache_options, monkeypatch, tmp_path, caplog):
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    programs.keep_programs()
-    assert not cache_options and "compiled programs are not kept" in caplog.text
 
 
 def test_nothing_is_loaded_from_a_sweeps_directory(cache_options, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     run.prepare_devices(new_sweep(tmp_path / "sweep").packs)
     assert not any(str(tmp_path / "sweep") in str(value) for value in cache_options.values())
-    assert cache_options["jax_num_cpu_devices"] == len(os.sched_getaffinity(0))
+    assert cache_options["jax_num_cpu_devices"] == len(pool.usable_cores())
+
+
+def test_where_the_system_does_not_tell_all_cores_may_be_used(monkeypatch):
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    assert pool.usable_cores() == [0, 1, 2]

@@ -192,7 +192,7 @@ def test_many_layers_are_named_by_the_first_and_their_number():
     [
         ({"stop": "colapse"}, "alarms.stop='colapse' names 'colapse'; use some of collapse, "),
         ({"stop": "ties", "ties": 0.0}, "names ties, which alarms.ties=0 switches off"),
-        ({"drops": 1.5}, "alarms.drops=1.5 must be between 0 (off) and 1"),
+        ({"drops": 1.5}, "alarms.drops=1.5 must be at least 0 and at most 1"),
         ({"logits": -1.0}, "alarms.logits=-1.0 must be at least 0"),
         ({"entropy": math.nan}, "alarms.entropy=nan must be"),
     ],

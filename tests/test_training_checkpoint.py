@@ -2,14 +2,22 @@
 
 import dataclasses
 import json
+import os
+import re
 import shutil
+import subprocess
 from contextlib import closing
 
 import jax
 import numpy as np
 import pytest
 
-from moejax.training.checkpoint import CheckpointError, Checkpoints, compare_manifests, manifest
+from damage_cases import copy_run, damage, ways
+from moejax.config import ConfigError
+from moejax.training import checkpoint
+from moejax.training.checkpoint import CheckpointError, Checkpoints
+from moejax.training.checkpoint_meta import compare_manifests, manifest, seal
+from moejax.training.run_directory import check_run_directory
 from training_cases import make, replace, small_config
 
 
@@ -85,7 +93,7 @@ def test_a_damaged_checkpoint_is_refused_with_the_remedy(saved, tmp_path):
     config, workdir, _ = saved
     shutil.copytree(workdir, tmp_path / "run")
     shutil.rmtree(tmp_path / "run/checkpoints/0/model")
-    with pytest.raises(CheckpointError, match=r"checkpoints/0 cannot be read.*remove .*checkpoints/0"):
+    with pytest.raises(CheckpointError, match=r"checkpoints/0 cannot be read.*restore it from a copy; no older"):
         Checkpoints(tmp_path / "run", make(config, 8), read_only=True).restore()
 
 
@@ -142,3 +150,168 @@ def test_a_step_before_a_saved_one_is_not_saved_in_silence(tmp_path):
         checkpoints.drop_after(10)
         assert checkpoints.save(dataclasses.replace(state, step=np.int32(15)))
         assert checkpoints.steps() == [10, 15]
+
+
+# Damage -------------------------------------------------------------------------------------------------------------
+
+
+def copy_of(workdir, tmp_path):
+    return copy_run(workdir, tmp_path / "run")
+
+
+def rewrite_meta(workdir, change, *, is_sealed=True):
+    """Replaces the `meta` of step 0 as whoever knew the format could."""
+    path = workdir / "checkpoints/0/meta/metadata"
+    meta = json.loads(path.read_text())
+    del meta["digest"]
+    change(meta)
+    path.write_text(json.dumps(seal(meta) if is_sealed else meta))
+
+
+def test_every_file_of_a_checkpoint_damaged_in_any_way_is_refused_or_restored_exactly(saved, tmp_path):
+    config, workdir, expected = saved
+    trainable, rng = make(config, 8), np.random.default_rng(0)
+    step = workdir / "checkpoints/0"
+    files = sorted(path.relative_to(workdir) for path in step.rglob("*") if path.is_file())
+    num_refused = 0
+    for turn, (file, how) in enumerate((file, how) for file in files for how in ways()):
+        if turn % 3 and "ocdbt.process_0/d" not in str(file):
+            continue
+        copy = copy_of(workdir, tmp_path)
+        if not damage(copy / file, how, rng):
+            continue
+        try:
+            state = Checkpoints(copy, trainable, read_only=True).restore()
+        except CheckpointError as error:
+            num_refused += 1
+            assert "\n" not in str(error) and str(copy / "checkpoints/0") in str(error), (file, how)
+            continue
+        for a, b in zip(jax.tree.leaves(state), expected, strict=True):
+            np.testing.assert_array_equal(a, b, err_msg=f"{file} {how}")
+    assert num_refused > 20
+
+
+def test_a_flipped_bit_of_an_array_is_answered_with_array_and_checkpoint(saved, tmp_path):
+    config, workdir, expected = saved
+    copy = copy_of(workdir, tmp_path)
+    largest = max((copy / "checkpoints/0/model/ocdbt.process_0/d").iterdir(), key=lambda path: path.stat().st_size)
+    content = largest.read_bytes()
+    answers = []
+    for place in np.linspace(100, len(content) - 100, 8).astype(int):
+        flipped = bytearray(content)
+        flipped[place] ^= 1
+        largest.write_bytes(flipped)
+        try:
+            _, params, _ = Checkpoints(copy, make(config, 8), read_only=True).restore_model()
+        except CheckpointError as error:
+            answers.append(str(error))
+        else:  # nothing refers to that byte
+            for a, b in zip(jax.tree.leaves(params), expected[1:], strict=False):
+                np.testing.assert_array_equal(a, b)
+    assert len(answers) >= 3
+    for answer in answers:
+        assert re.search(r"checkpoints/0 (is damaged \(params/\w+|cannot be read at params/\w+)", answer), answer
+
+
+def test_the_way_to_an_older_step_is_a_command_and_deletes_nothing(tmp_path):
+    trainable = make(small_config())
+    state = trainable.init(0)
+    with closing(Checkpoints(tmp_path, trainable)) as checkpoints:
+        for step in (10, 20):
+            checkpoints.save(dataclasses.replace(state, step=np.int32(step)))
+    (tmp_path / "checkpoints/20/meta/metadata").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="go on from step 10 after: ") as caught:
+        Checkpoints(tmp_path, trainable, read_only=True).restore()
+    command = str(caught.value).split("after: ")[1]
+    assert command == f"mv {tmp_path}/checkpoints/20 {tmp_path}/damaged-20"
+    subprocess.run(command, shell=True, check=True)
+    assert int(Checkpoints(tmp_path, trainable, read_only=True).restore().step) == 10
+
+
+def test_a_checkpoint_copied_under_another_number_is_refused(saved, tmp_path):
+    config, workdir, _ = saved
+    copy = copy_of(workdir, tmp_path)
+    shutil.copytree(copy / "checkpoints/0", copy / "checkpoints/30")
+    with pytest.raises(CheckpointError, match=r"checkpoints/30 is damaged \(it holds step 0: the folder was renamed"):
+        Checkpoints(copy, make(config, 8), read_only=True).restore()
+
+
+def test_a_folder_of_a_step_that_is_no_checkpoint_is_not_passed_over(saved, tmp_path):
+    config, workdir, _ = saved
+    copy = copy_of(workdir, tmp_path)
+    (copy / "checkpoints/40").write_text("")
+    checkpoints = Checkpoints(copy, make(config, 8), read_only=True)
+    if checkpoints.steps() == [0]:
+        with pytest.raises(CheckpointError, match="checkpoints/40 is damaged"):
+            checkpoints.restore()
+        assert int(checkpoints.restore(0).step) == 0
+    else:
+        with pytest.raises(CheckpointError, match="checkpoints/40 cannot be read"):
+            checkpoints.restore()
+
+
+def test_missing_rights_are_no_damage(saved, tmp_path, monkeypatch):
+    config, workdir, _ = saved
+
+    def refuse(folder):
+        raise PermissionError(13, "Permission denied", str(folder))
+
+    monkeypatch.setattr(checkpoint, "read_meta", refuse)
+    with pytest.raises(CheckpointError, match=r"cannot be read .*Permission denied.*the right to read") as caught:
+        Checkpoints(workdir, make(config, 8), read_only=True).restore()
+    assert "damaged" not in str(caught.value) and "mv " not in str(caught.value)
+
+
+def test_a_checkpoint_without_digests_is_restored_and_that_is_said(saved, tmp_path, caplog):
+    config, workdir, expected = saved
+    copy = copy_of(workdir, tmp_path)
+
+    def make_old(meta):
+        for key in ("step", "digests", "metrics"):
+            del meta[key]
+
+    rewrite_meta(copy, make_old, is_sealed=False)
+    state = Checkpoints(copy, make(config, 8), read_only=True).restore()
+    for a, b in zip(jax.tree.leaves(state), expected, strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert [r.message for r in caplog.records if r.name == "moejax"] == [
+        f"{copy}/checkpoints/0 was saved without digests by an earlier version: its arrays were not verified"
+    ]
+
+
+def test_a_checkpoint_of_another_configuration_is_refused_whatever_config_json_says(saved):
+    config, workdir, _ = saved
+    other = make(replace(config, "optimizer", learning_rate=0.5), 8)
+    with pytest.raises(
+        CheckpointError, match=r"trained with optimizer.learning_rate=0.003, not 0.5; restore config.json"
+    ):
+        Checkpoints(workdir, other, read_only=True).restore()
+    with pytest.raises(ConfigError, match=r"optimizer.learning_rate=0.003, not 0.5; give --config.optimizer.learning_"):
+        check_run_directory(workdir, other.config)  # which has no config.json
+
+
+def test_a_save_that_left_nothing_readable_does_not_count(tmp_path, monkeypatch):
+    trainable = make(small_config())
+    checkpoints = Checkpoints(tmp_path, trainable)
+    finish = checkpoints._manager.wait_until_finished
+
+    def lose_the_tree():
+        finish()
+        for path in tmp_path.glob("checkpoints/*/model/manifest.ocdbt"):
+            path.unlink()
+
+    monkeypatch.setattr(checkpoints._manager, "wait_until_finished", lose_the_tree)
+    checkpoints.save(trainable.init(0))
+    with pytest.raises(CheckpointError, match=r"checkpoints/0 was saved and cannot be read \(model lacks params/embed"):
+        checkpoints.wait()
+
+
+@pytest.mark.parametrize("name", ["p[1]", "p*", "p?"])
+def test_a_folder_below_which_orbax_finds_nothing_is_refused_at_the_start(tmp_path, name):
+    with pytest.raises(ConfigError, match=r"checkpoints cannot be saved below a folder whose name has [\[*?]"):
+        check_run_directory(tmp_path / name / "run", small_config())
+
+
+def test_a_name_that_is_no_utf_8_is_refused_at_the_start(tmp_path):
+    with pytest.raises(ConfigError, match="not the same name in UTF-8 as in this locale"):
+        check_run_directory(tmp_path / os.fsdecode(b"caf\xe9"), small_config())

@@ -27,6 +27,14 @@ def test_wsd_is_constant_until_its_last_phase():
     np.testing.assert_allclose(rates[85], 0.5, atol=1e-5)
 
 
+@pytest.mark.parametrize("fractions", [(0.5, 0.5), (0.9, 0.1), (0.25, 0.75), (0.95, 0.05), (0.3, 0.2)])
+def test_wsd_ends_at_the_final_fraction_whatever_its_fractions_round_to(fractions):
+    warmup, decay = fractions
+    config = OptimizerConfig(schedule="wsd", warmup_fraction=warmup, decay_fraction=decay, final_fraction=0.1)
+    for num_steps in range(2, 24):
+        assert make_schedule(config, num_steps)(num_steps) == pytest.approx(0.1), num_steps
+
+
 def test_without_warm_up_the_first_step_has_the_full_rate():
     config = OptimizerConfig(warmup_fraction=0.0)
     assert make_schedule(config, 100)(0) == 1.0

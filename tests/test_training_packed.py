@@ -13,10 +13,10 @@ import pytest
 
 from moejax.config import ConfigError, Knobs
 from moejax.inspection.run import open_run
-from moejax.sweeps.run import saved_steps
 from moejax.training import packed_loop
 from moejax.training.alarms import AlarmError, read_alarms
 from moejax.training.checkpoint import CheckpointError, Checkpoints
+from moejax.training.checkpoint_meta import saved_steps
 from moejax.training.evaluation import EvaluationSums, eval_inputs
 from moejax.training.loop import train
 from moejax.training.metrics import Recorder

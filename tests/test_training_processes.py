@@ -144,7 +144,7 @@ def wait_for(condition, processes):
 def curve(workdir):
     """Every line of the metrics but for the speed."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "perf/tokens_per_s"} for line in lines]
+    return [{key: value for key, value in line.items() if not key.startswith("perf/")} for line in lines]
 
 
 @pytest.fixture(scope="module")

@@ -79,7 +79,7 @@ def test_a_slice_reads_only_its_chunks(tmp_path, monkeypatch):
         expected = [entry(step)[0] for step in list(range(1, 11))[start:stop]]
         np.testing.assert_array_equal(history.read("counts", start, stop), np.reshape(expected, (-1, 2, 4)))
     np.testing.assert_array_equal(history.probs_SNE[8], entry(9)[1])
-    with pytest.raises(ValueError, match=rf"{tmp_path}/routing is damaged .*delete it to do without"):
+    with pytest.raises(ValueError, match=rf"{tmp_path}/routing is damaged .*go on without its history.*: mv "):
         history.read("counts", 5, 7)
 
 
@@ -228,7 +228,7 @@ def test_a_writer_killed_at_a_random_moment_loses_no_entry_it_reported(tmp_path)
 def test_another_shape_is_refused_with_folder_and_remedy(tmp_path):
     RoutingLog(tmp_path, LAYERS, NUM_EXPERTS)
     for layers, num_experts in (([1, 3, 5], 4), ([0, 2], 4), (LAYERS, 8)):
-        with pytest.raises(ValueError, match=rf"{tmp_path}/routing .*use another workdir, or delete"):
+        with pytest.raises(ValueError, match=rf"{tmp_path}/routing .*use another workdir, or move that folder"):
             RoutingLog(tmp_path, layers, num_experts)
 
 
@@ -266,7 +266,7 @@ def test_a_dense_run_has_no_log_to_create(tmp_path):
 def test_a_damaged_log_is_refused_with_file_and_remedy(tmp_path, victim):
     append_steps(RoutingLog(tmp_path, LAYERS, NUM_EXPERTS), [10])
     (tmp_path / "routing" / victim).write_text(json.dumps({"zarr_format": 3}))
-    with pytest.raises(ValueError, match=rf"{tmp_path}/routing is damaged .*delete it to do without"):
+    with pytest.raises(ValueError, match=rf"{tmp_path}/routing is damaged .*go on without its history.*: mv "):
         read_routing(tmp_path)
-    with pytest.raises(ValueError, match=rf"{tmp_path}/routing is damaged .*delete it to do without"):
+    with pytest.raises(ValueError, match=rf"{tmp_path}/routing is damaged .*go on without its history.*: mv "):
         RoutingLog(tmp_path, LAYERS, NUM_EXPERTS)

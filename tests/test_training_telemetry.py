@@ -1,6 +1,7 @@
 """Telemetry: what a logging interval keeps of its steps, and that files hold what the steps did."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ import tensorstore
 import training_cases as cases
 from moejax.config import Knobs
 from moejax.moe.balance import routing_metrics
-from moejax.training.metrics import MetricsFile, Recorder
+from moejax.training.metrics import MetricsFile, Recorder, median_speed
 from moejax.training.progress import StepProgress
 from moejax.training.routing_log import RoutingLog
 from moejax.training.step import make_train_step, put_batch
@@ -109,6 +110,32 @@ def test_the_files_hold_what_the_steps_did_one_interval_late(tmp_path, outputs):
     assert set(expected) == set(stored)
     for name, array in stored.items():
         np.testing.assert_array_equal(array[0].read().result(), expected[name], err_msg=name)
+
+
+def written(folder, steps, **known):
+    """The line that a recorder writes of some steps."""
+    with MetricsFile(folder, 0) as metrics, StepProgress(3, 0, False) as progress:
+        recorder = Recorder(metrics, None, progress, 0, **known)
+        for output in steps:
+            recorder.add(output)
+        recorder.flush()
+    return json.loads((folder / "metrics.jsonl").read_text())
+
+
+def test_seconds_are_logged_and_what_the_device_tells_is(tmp_path, outputs, monkeypatch):
+    _, steps = outputs
+    (tmp_path / "known").mkdir()
+    line = written(tmp_path, steps)
+    assert line["perf/tokens_per_s"] * line["perf/seconds"] == pytest.approx(line["tokens"])
+    assert "perf/mfu" not in line and "perf/peak_bytes" not in line  # on CPU
+    monkeypatch.setattr("moejax.training.metrics.peak_memory_bytes", lambda: 123)
+    line = written(tmp_path / "known", steps, utilisation=0.25)
+    assert line["perf/mfu"] == pytest.approx(0.25 * line["perf/tokens_per_s"]) and line["perf/peak_bytes"] == 123
+
+
+def test_the_speed_of_a_run_is_the_median_of_its_intervals():
+    assert median_speed([100.0, 1.0, np.nan, np.inf, 3.0]) == 3.0
+    assert median_speed([]) is None and median_speed([np.nan]) is None
 
 
 def test_a_dense_model_has_no_routing():

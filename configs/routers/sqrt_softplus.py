@@ -12,9 +12,8 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 
-def get_config(arg: str = "") -> ConfigDict:
-    """The recipe; it takes no argument."""
-    del arg
+def get_config() -> ConfigDict:
+    """Returns the recipe."""
     config = runpy.run_path(str(Path(__file__).with_name("softmax_topk.py")))["get_config"]()
     config.moe.router = "sigmoid_topk"
     config.moe.score = "sqrt_softplus"

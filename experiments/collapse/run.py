@@ -1,8 +1,9 @@
 """Does routing collapse without balancing, and which schemes prevent it? Writes `results.json` and `figure.png`.
 
-  python experiments/collapse/run.py [SCHEME ...]
+  python experiments/collapse/run.py [--from-results] [SCHEME ...]
 
-Without arguments all schemes, three seeds each; a run that is done is not run again (`runs/collapse/SCHEME-SEED`).
+Without arguments all schemes, three seeds each; a run that is done is not run again (`runs/collapse/SCHEME-SEED`). With
+--from-results nothing is run: figure and table are made from `results.json`.
 """
 
 import json
@@ -16,15 +17,19 @@ import matplotlib
 import numpy as np
 
 from moejax.config import resolve
+from moejax.inspection.style import BLUE, GREY, ORANGE, PNG_DPI, PURPLE, STYLE, short_number
 from moejax.training.loop import train
 from moejax.training.routing_log import read_routing
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # after the choice of a backend
+from matplotlib.patches import Patch
+from matplotlib.ticker import FuncFormatter
 
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
 SEEDS = (0, 1, 2)
+FROM_RESULTS = "--from-results"
 DEAD_STEPS, DEAD_SHARE = 50, 0.05  # an expert with less than this part of a fair share over so many steps is dead
 
 NOISY: dict[str, Any] = {"router": "noisy_topk", "score": "softmax"}
@@ -42,6 +47,21 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "sinkhorn": {"router": "sinkhorn", "score": "sigmoid", "allow_noncausal": True},
 }
 """What each scheme changes in the base: top-1 softmax routing among 16 experts without any balancing."""
+
+LOOKS = {
+    "none": ("#111111", "--"),
+    "none_sigmoid": (GREY, "--"),
+    "balance": (BLUE, "-"),
+    "sequence_balance": ("#56B4E9", "-"),
+    "importance": (ORANGE, "-"),
+    "importance_load": (ORANGE, "--"),
+    "importance_load_vmoe": ("#E69F00", "-"),
+    "importance_no_noise": ("#E69F00", "-."),
+    "bias": (PURPLE, "-"),
+    "quantile": (PURPLE, "--"),
+    "sinkhorn": ("#6A3D9A", "-"),
+}
+"""Colour and dash of each scheme: without balancing dark, losses on loads blue, on importance orange, biases purple."""
 
 
 def config_of(scheme: str, seed: int):
@@ -86,21 +106,24 @@ def read(workdir: Path) -> dict[str, Any]:
 
 def draw(results: dict[str, dict[str, Any]]) -> None:
     """MaxVio and dead experts over time: mean of the seeds, with their range."""
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 5), layout="constrained")
-    colours = (*pyplot.get_cmap("tab20").colors[::2], "black")
-    for index, (scheme, by_seed) in enumerate(results.items()):
-        runs = list(by_seed.values())
-        style = {"color": colours[index % len(colours)], "linestyle": "--" if scheme.startswith("none") else "-"}
-        for axis, steps, key in ((axes[0], "steps", "max_violation"), (axes[1], "dead_steps", "dead")):
-            values = np.array([run[key] for run in runs])
-            axis.plot(runs[0][steps], values.mean(axis=0), label=scheme, **style)
-            axis.fill_between(
-                runs[0][steps], values.min(axis=0), values.max(axis=0), color=style["color"], alpha=0.15, linewidth=0
-            )
-    axes[0].set(xlabel="step", ylabel="MaxVio in training (mean over layers)", yscale="log")
-    axes[1].set(xlabel="step", ylabel="dead experts of 16 (mean over layers)")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=8)
-    figure.savefig(HERE / "figure.png", dpi=110)
+    with matplotlib.rc_context(STYLE):
+        figure, axes = pyplot.subplots(1, 2, figsize=(9, 5), layout="constrained")
+        for scheme, by_seed in results.items():
+            runs = list(by_seed.values())
+            color, dash = LOOKS[scheme]
+            for axis, steps, key in ((axes[0], "steps", "max_violation"), (axes[1], "dead_steps", "dead")):
+                values = np.array([run[key] for run in runs])
+                axis.plot(runs[0][steps], values.mean(axis=0), label=scheme, color=color, linestyle=dash)
+                axis.fill_between(
+                    runs[0][steps], values.min(axis=0), values.max(axis=0), color=color, alpha=0.15, linewidth=0
+                )
+        axes[0].set(xlabel="training step", ylabel="MaxVio in training (mean over layers)", yscale="log")
+        axes[0].yaxis.set_major_formatter(FuncFormatter(lambda y, _: short_number(y)))
+        axes[1].set(xlabel="training step", ylabel="dead experts of 16 (mean over layers)", ylim=(0, None))
+        lines, names = axes[0].get_legend_handles_labels()
+        band = Patch(color=GREY, alpha=0.3, linewidth=0)
+        figure.legend([*lines, band], [*names, f"range of {len(SEEDS)} seeds"], loc="outside lower center", ncols=4)
+        figure.savefig(HERE / "figure.png", dpi=PNG_DPI, facecolor="white")
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
@@ -121,8 +144,11 @@ def table(results: dict[str, dict[str, Any]]) -> str:
 def main() -> None:
     """Runs what is named, or everything; then table and figure of all that is known."""
     path = HERE / "results.json"
+    named = sys.argv[1:] or list(SCHEMES)
+    if FROM_RESULTS in named:
+        named = []
     for seed in SEEDS:
-        for scheme in sys.argv[1:] or SCHEMES:
+        for scheme in named:
             print(f"{scheme}, seed {seed}", flush=True)
             measured = measure(scheme, seed)
             results = json.loads(path.read_text()) if path.exists() else {}

@@ -16,6 +16,7 @@ import matplotlib
 import numpy as np
 import pandas as pd
 
+from moejax.inspection.style import PNG_DPI, STYLE
 from moejax.inspection.sweep_differences import Difference
 from moejax.inspection.sweep_effects import AxisEffect, axis_effect, compare_settings, interaction
 from moejax.inspection.sweep_settings import difference_in_words
@@ -152,10 +153,10 @@ def _pair_lines(frame: pd.DataFrame) -> list[str]:
 
 def draw(frame: pd.DataFrame) -> None:
     """Every setting with its standard error, and the effect of each axis with its interval."""
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 5.4), width_ratios=(3, 2), layout="constrained")
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 5.4), width_ratios=(3, 2), layout="constrained")
     draw_settings(left, settings(frame))
     draw_effects(right, frame)
-    figure.savefig(HERE / "figure.png", dpi=110)
+    figure.savefig(HERE / "figure.png", dpi=PNG_DPI, facecolor="white")
 
 
 def draw_settings(axes: Axes, table: pd.DataFrame) -> None:
@@ -211,7 +212,8 @@ def main() -> None:
     frame = arms(json.loads(RESULTS.read_text()))
     before, rest = PAGE.read_text().split(MARKS[0])
     PAGE.write_text(before + MARKS[0] + write_tables(frame) + MARKS[1] + rest.split(MARKS[1], 1)[1])
-    draw(frame)
+    with matplotlib.rc_context(STYLE):
+        draw(frame)
     print(write_tables(frame))
 
 

@@ -27,9 +27,8 @@ SCHEMES: dict[str, dict[str, Any]] = {
 """Balancing: nothing, the balance loss, or a bias on the selection without a loss."""
 
 
-def get_config(arg: str = "") -> ConfigDict:
+def get_config() -> ConfigDict:
     """The recipe that arms are matched with: 8 experts of width 64, of which a token visits 2."""
-    del arg
     config = moejax_config.default()
     config.model.num_layers = 2
     config.model.d_model = 32

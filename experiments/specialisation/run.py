@@ -1,9 +1,10 @@
 """Do experts follow the token, its form, or the domain? Writes results, figure and tables of `docs/specialisation.md`.
 
-  python experiments/specialisation/run.py [CONDITION ...]
+  python experiments/specialisation/run.py [--from-results] [CONDITION ...]
 
 Without arguments all conditions; a run that is done is not run again (`runs/specialisation/CONDITION_SEED`), and
-figures of conditions that are not named stay.
+figures of conditions that are not named stay. With --from-results nothing is run: figure and tables are made from
+`results.json`.
 """
 
 import json
@@ -18,7 +19,7 @@ import matplotlib
 import numpy as np
 
 from moejax.config import resolve
-from moejax.data import Corpus, prepare
+from moejax.data import Corpus
 from moejax.data.labels import Labels
 from moejax.inspection import open_run
 from moejax.inspection.attributes import Attribute, attributes_of
@@ -27,11 +28,14 @@ from moejax.inspection.expert_similarity import linear_cka, output_cosine
 from moejax.inspection.expert_weights import expert_outputs
 from moejax.inspection.information import expert_information, information_table
 from moejax.inspection.saturation import router_saturation
+from moejax.inspection.style import BLUE, GREY, ORANGE, PNG_DPI, PURPLE, STYLE
 from moejax.inspection.trace import route_corpus
 from moejax.training.loop import train
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # after the choice of a backend
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
@@ -39,6 +43,8 @@ RESULTS = HERE / "results.json"
 PAGE = ROOT / "docs/specialisation.md"
 MARKS = ("<!-- measured: written by experiments/specialisation/run.py -->\n", "<!-- end -->")
 NUM_PERMUTATIONS = {"tokens": 10, "documents": 100}
+BITS = "bits above chance"
+FROM_RESULTS = "--from-results"
 PASSAGE_TOKENS = 128  # of each domain, on which outputs of experts are compared
 
 Results = dict[str, dict[str, dict[str, Any]]]  # by condition and seed
@@ -97,7 +103,7 @@ def measure(condition: str, seed: int) -> dict[str, Any]:
 def look(run) -> dict[str, Any]:
     """What the experts of a run specialise in."""
     model = run.load()
-    corpus = prepare(model.config.data, model.tokenizer)
+    corpus = model.corpus()
     labels = corpus.labels("validation")
     routed = route_corpus(model, corpus)
     domains_T = labels.domain_of_document[routed.documents_T]
@@ -245,33 +251,45 @@ def tables(results: Results) -> str:
     return "\n\n".join("\n".join(part(results)) for part in parts) + "\n"
 
 
+LOOKS = {
+    ("token", "", "tokens"): ("#111111", "-"),
+    ("token", "domain", "tokens"): (BLUE, "-"),
+    ("domain", "token", "tokens"): (ORANGE, "-"),
+    ("domain", "", "tokens"): ("#E69F00", "--"),
+    ("character class", "", "tokens"): ("#56B4E9", "--"),
+    ("previous token", "token", "tokens"): (PURPLE, "-."),
+}
+"""Questions that are drawn: colour and dash of each."""
+
+
 def draw(results: Results) -> None:
     """What attributes tell by layer: mean of the seeds and their range, and dotted before training."""
-    questions = {
-        ("token", "", "tokens"): ("black", "-"),
-        ("token", "domain", "tokens"): ("#0072B2", "-"),
-        ("domain", "token", "tokens"): ("#D55E00", "-"),
-        ("domain", "", "tokens"): ("#E69F00", "--"),
-        ("character class", "", "tokens"): ("#009E73", "--"),
-        ("previous token", "token", "tokens"): ("#CC79A7", "-."),
-    }
     layers = next(iter(results["moe"].values()))["layers"]
-    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4.6), layout="constrained")
-    for axis, column, name in zip(axes, ("excess", "adjusted"), ("bits above chance", "0 chance, 1 all"), strict=True):
-        for question, (color, dashes) in questions.items():
-            values = by_seed(results, "moe", question, column)
-            axis.plot(layers, values.mean(axis=0), dashes, color=color, label=name_of(question))
-            axis.fill_between(layers, values.min(axis=0), values.max(axis=0), color=color, alpha=0.15, linewidth=0)
-            axis.plot(layers, by_seed(results, "untrained", question, column).mean(axis=0), ":", color=color, lw=1)
-        axis.set(xlabel="layer", ylabel=name, xticks=layers, ylim=(0, None))
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    figure.savefig(HERE / "figure.png", dpi=110)
+    num_seeds = len(results["moe"])
+    with matplotlib.rc_context(STYLE):
+        figure, axes = pyplot.subplots(1, 2, figsize=(9, 4.6), layout="constrained")
+        for axis, column, name in zip(axes, ("excess", "adjusted"), (BITS, "0: chance, 1: all of it"), strict=True):
+            for question, (color, dashes) in LOOKS.items():
+                values = by_seed(results, "moe", question, column)
+                before = by_seed(results, "untrained", question, column).mean(axis=0)
+                axis.plot(layers, values.mean(axis=0), dashes, color=color, label=name_of(question))
+                axis.fill_between(layers, values.min(axis=0), values.max(axis=0), color=color, alpha=0.15, linewidth=0)
+                axis.plot(layers, before, ":", color=color, lw=1)
+            axis.set(xlabel="layer", ylabel=name, xticks=layers, ylim=(0, None))
+        lines, names = axes[0].get_legend_handles_labels()
+        lines += [Patch(color=GREY, alpha=0.3, linewidth=0), Line2D([], [], color=GREY, ls=":", lw=1)]
+        names += [f"range of {num_seeds} seeds", "the same before training"]
+        figure.legend(lines, names, loc="outside lower center", ncols=3)
+        figure.savefig(HERE / "figure.png", dpi=PNG_DPI, facecolor="white")
 
 
 def main() -> None:
     """Runs what is named, or everything; then tables and figure of all that is known."""
     results: Results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    for condition in sys.argv[1:] or CONDITIONS:
+    named = sys.argv[1:] or list(CONDITIONS)
+    if FROM_RESULTS in named:
+        named = []
+    for condition in named:
         for seed in CONDITIONS[condition][0]:
             print(f"{condition}, seed {seed}", flush=True)
             results.setdefault(condition, {})[str(seed)] = measure(condition, seed)

@@ -33,6 +33,7 @@ VERBS = {
     "counterfactuals": "evaluate a checkpoint under changed routing: fewer experts, without one, swapped, random",
     "bench": "measure: layer, decode, compiled, compiled_step, tune, step, telemetry, packed, compile, import",
     "placement": "show how even devices are loaded, and would be with experts in other places",
+    "config": "show every setting of a recipe: value, default, range, meaning",
     "doctor": "print versions, devices and kernels, and check that they work",
 }
 
@@ -66,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _set_up_logging(is_debug)
     warn_of_small_limit()
     if not faulthandler.is_enabled():
-        faulthandler.enable()  # a fault in a library leaves at least its stack
+        faulthandler.enable(file=2)  # a fault in a library leaves at least its stack
     code = 1
     try:
         code = _run_and_explain(words[0], words[1:], is_debug)
@@ -164,7 +165,8 @@ def _help(verb: str, description: str, values: FlagValues, *, is_full: bool) -> 
     if "config" not in values:
         return text
     if not is_full:
-        return f"{text}\n\nSettings, --config.section.leaf=value: moejax {verb} --helpfull lists all."
+        where = f"moejax config shows them, moejax {verb} --helpfull lists all"
+        return f"{text}\n\nSettings, --config.section.leaf=value: {where}."
     defaults = Config()
     listed = []
     for key, _ in leaves():
@@ -184,8 +186,18 @@ def _flag_help(values: FlagValues) -> str:
 
 
 def _set_up_logging(is_debug: bool) -> None:
-    """Our messages to standard error, plainly; other libraries' warnings only."""
+    """Our messages to standard error, plainly; warnings of what saves a run, and of other libraries errors only."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("moejax").setLevel(logging.DEBUG if is_debug else logging.INFO)
-    for library in ("absl", "orbax", "jax"):
-        logging.getLogger(library).setLevel(logging.WARNING if is_debug else logging.ERROR)
+    if not is_debug:
+        for handler in logging.root.handlers:
+            handler.addFilter(_is_no_failed_thread)
+    for library in ("absl", "orbax"):  # checkpoints are saved by orbax, which speaks by absl
+        logging.getLogger(library).setLevel(logging.WARNING)
+    logging.getLogger("jax").setLevel(logging.WARNING if is_debug else logging.ERROR)
+
+
+def _is_no_failed_thread(record: logging.LogRecord) -> bool:
+    """Keeps back the traceback of each thread and task of orbax that fails: `Checkpoints` raises that error."""
+    is_task = record.name == "asyncio" and "orbax" in record.getMessage()
+    return not record.exc_info or not (is_task or record.name == "absl")

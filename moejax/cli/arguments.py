@@ -15,6 +15,9 @@ from moejax.config import check_key, leaves, read_value
 
 OWN_CONFIGURATION = "takes the configuration that its run was trained with"
 
+HIDDEN_FLAG = "storage"
+"""Its value may hold a password."""
+
 SYNONYMS = {
     "workdir": ("dir",), "dir": ("workdir",), "output_dir": ("workdir", "dir"), "logdir": ("workdir", "dir"),
     "run": ("workdir",), "max_new_tokens": ("max_tokens",), "num_tokens": ("max_tokens",), "topp": ("top_p",),
@@ -51,11 +54,13 @@ def check_arguments(verb: str, values: FlagValues, arguments: Sequence[str], tak
         key = _without_no(values, name)
         if key != name:
             value = "false"
+        if value == "" and key in values and key != "prompt":  # of a shell's variable that is not set
+            raise UsageError(f"--{key}= has an empty value; give one, or leave the flag out")
         if key.startswith("config."):
-            check_key(key.removeprefix("config."))
             read_value(key.removeprefix("config."), value)
         if key in given and not (key in values and isinstance(values[key], flags.MultiFlag)):
-            raise UsageError(f"--{key} is given twice, as {given[key]} and as {value}; give it once")
+            values_given = "" if key == HIDDEN_FLAG else f", as {shown(given[key])} and as {shown(value)}"
+            raise UsageError(f"--{key} is given twice{values_given}; give it once")
         given[key] = value
     if "config" in values and "config" not in given and values["config"].default is None:
         overrides = [key for key in given if key.startswith("config.")]
@@ -92,24 +97,31 @@ def _about_value(error: flags.IllegalFlagValueError, values: FlagValues) -> str:
         return str(error)
     name, value, reason = match.groups()
     kind = _kind(values, name)
-    shown = f"{name.removeprefix('config.')}={value}" if name.startswith("config.") else f"--{name}={value}"
-    if kind == "enum":
-        choices = [choice for choice in values[name].parser.enum_values if choice]
+    given = f"{name.removeprefix('config.')}={value}" if name.startswith("config.") else f"--{name}={value}"
+    parser = values[name].parser if name in values else None
+    if isinstance(parser, flags.EnumParser):
+        choices = [choice for choice in parser.enum_values if choice]
         near = difflib.get_close_matches(value, choices, n=1, cutoff=0.0)[0]
-        return f"{shown} must be one of {', '.join(choices)}; the nearest is {near}"
+        return f"{given} must be one of {', '.join(choices)}; the nearest is {near}"
     if "range" in reason:
-        return f"{shown} must be {reason.partition(' is not ')[2]}"
+        return f"{given} must be {reason.partition(' is not ')[2]}"
     needed = {"int": "an integer", "float": "a number", "bool": "true or false"}.get(kind)
-    return f"{shown}: {reason}" if needed is None else f"{shown} must be {needed}"
+    return f"{given}: {reason}" if needed is None else f"{given} must be {needed}"
 
 
 def verb_first(arguments: Sequence[str], verbs: Sequence[str]) -> str:
     """The message for flags that stand before the verb."""
+    arguments = [shown(argument) for argument in arguments]
     found = next((argument for argument in arguments if argument in verbs), None)
     if found is None:
         return f"{arguments[0]} is a flag, and the verb is missing: moejax VERB {arguments[0]}; see moejax --help"
     others = [argument for argument in arguments if argument != found]
     return f"{arguments[0]} stands before the verb; write moejax {found} {' '.join(others)}"
+
+
+def shown(text: str) -> str:
+    """An argument as it may be repeated: what may be an address with a password is left out."""
+    return "***" if ":/" in text and ("@" in text or "?" in text) else text
 
 
 def _parts(values: FlagValues, arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
@@ -160,13 +172,11 @@ def _is_boolean(values: FlagValues, name: str) -> bool:
 
 
 def _kind(values: FlagValues, name: str) -> str:
-    """What a flag's value is: int, float, bool, enum or something else."""
+    """What a flag's value is: int, float, bool or something else."""
     if name.startswith("config."):
         annotation = dict(leaves()).get(name.removeprefix("config."))
         return getattr(annotation, "__name__", "text")
     flag = values[name]
-    if isinstance(flag.parser, flags.EnumParser):
-        return "enum"
     return "bool" if flag.boolean else flag.flag_type()
 
 
@@ -177,8 +187,8 @@ def _check_text(name: str, value: str) -> None:
     try:
         f"{name}={value}".encode()
     except UnicodeEncodeError as error:
-        shown = os.fsencode(value).decode(errors="backslashreplace")
-        where = f"--{name}={shown}" if name else shown
+        escaped = os.fsencode(value).decode(errors="backslashreplace")
+        where = f"--{name}={escaped}" if name else escaped
         raise UsageError(f"{where} is not UTF-8; give names that are, such as plain letters") from error
 
 
@@ -207,9 +217,9 @@ def _about_unknown(verb: str, values: FlagValues, name: str, value: str) -> str:
 def _about_word(verb: str, values: FlagValues, word: str) -> str:
     """Why a word that is no flag is refused, and what was probably meant."""
     key, equals, value = word.partition("=")
-    start = f"moejax {verb} takes flags alone, not {word}"
+    start = f"moejax {verb} takes flags alone, not {shown(word)}"
     if equals and key in values:
-        return f"{start}; write --{word}"
+        return f"{start}; write --{shown(word)}"
     leaf = _leaf(key) if equals else None
     if leaf and "config" in values:
         return f"{start}; write --config.{leaf}={value}"
@@ -227,10 +237,13 @@ def _about_word(verb: str, values: FlagValues, word: str) -> str:
 
 
 def _leaf(name: str) -> str | None:
-    """The leaf that a name means for certain: its key, its last part if no other leaf has it, or a common synonym."""
+    """The leaf that a name means for certain: its key, its last part if no other has it, or a common synonym.
+
+    Schedules have the last parts of what they schedule, which is meant by a name alone.
+    """
     name = name.removeprefix("config.")
     keys = [key for key, _ in leaves()]
     if name in keys:
         return name
-    ends = [key for key in keys if key.partition(".")[2] == name]
+    ends = [key for key in keys if key.partition(".")[2] == name and not key.startswith("schedule.")]
     return ends[0] if len(ends) == 1 else LEAF_SYNONYMS.get(name)

@@ -150,7 +150,7 @@ def _read_layers(values: FlagValues, benchmark: str) -> tuple[list[layer.Shape],
             raise UsageError(f"--implementations={name} must be some of {', '.join(known)}, separated by commas")
     for flag in ("csv", "plot"):
         if values[flag].value:
-            read_file_to_write(values[flag].value, f"--{flag}")
+            read_file_to_write(str(values[flag].value), f"--{flag}")
     return shapes, values.implementations
 
 

@@ -20,8 +20,10 @@ from rich.text import Text
 
 from moejax.cli.options import (
     define_json,
+    define_text,
     define_workdir,
     read_file_to_write,
+    read_text_places,
     read_workdir_to_write,
     refuse_several_processes,
 )
@@ -35,6 +37,7 @@ from moejax.strict_json import to_json
 def define(values: FlagValues, arguments: list[str]) -> None:
     """Flags of the verb."""
     define_workdir(values)
+    define_text(values)
     define_json(values)
     flags.DEFINE_integer("step", None, "a saved step; default the newest", flag_values=values)
     flags.DEFINE_integer("rows", None, "validation rows, spread over the split; default all", flag_values=values)
@@ -47,7 +50,9 @@ def run(values: FlagValues, rest: list[str]) -> None:
     refuse_several_processes("counterfactuals")
     workdir = read_workdir_to_write(values)
     csv_file = read_file_to_write(values.csv, "--csv") if values.csv else None
-    result = counterfactuals(workdir, step=values.step, max_rows=values.rows, kinds=values.kinds)
+    result = counterfactuals(
+        workdir, step=values.step, max_rows=values.rows, kinds=values.kinds, places=read_text_places(values)
+    )
     result.save(workdir / FILE_NAME)
     if csv_file:
         _write_csv(csv_file, result)

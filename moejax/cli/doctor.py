@@ -12,6 +12,7 @@ says what travels. Exits 1 if a check fails.
 import dataclasses
 import functools
 import logging
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -37,6 +38,7 @@ from moejax.config import Config, Knobs, resolve
 from moejax.kernels.grouped_matmul import IMPLEMENTATIONS, grouped_matmul, resolve_implementation, unavailable
 from moejax.moe.experts import ExpertWeights
 from moejax.moe.local import Chosen, run_dropless
+from moejax.planning.memory import check_memory
 from moejax.planning.mesh_check import check_mesh
 from moejax.sharding import make_mesh
 from moejax.training.processes import has_others, is_first
@@ -60,7 +62,10 @@ def define(values: FlagValues, arguments: list[str]) -> None:
 
 
 def run(values: FlagValues, rest: list[str]) -> None:
-    """Checks everything, prints tables, and fails if a check did; of several processes each checks its own devices."""
+    """Checks everything, prints what is found as it is found, and fails if a check did.
+
+    Of several processes each checks its own devices.
+    """
     with meet_as_flagged(values, "doctor"):
         _run(values)
 
@@ -88,10 +93,16 @@ def _run(values: FlagValues) -> None:
         checks["training step"] = check_training_step
     collectives: list[dict[str, Any]] = []
     if config:
+        check_memory(config)
         mesh = make_mesh(config)
         rows["mesh"] = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
         checks["exchange"] = functools.partial(check_exchange, config, mesh, rows, collectives)
+    is_told = is_first() and not values.json
+    if is_told:
+        print_result(rows, is_json=False)
     for name, check in checks.items():
+        if is_first():
+            print(f"checking {name} ...", file=sys.stderr, flush=True)
         try:
             # Else GPU and TPU multiply float32 with fewer bits, and differ from the reference by that.
             with jax.default_matmul_precision("highest"):
@@ -99,17 +110,21 @@ def _run(values: FlagValues) -> None:
         except Exception as error:  # a broken set-up can fail in any way
             rows[f"check: {name}"] = f"FAILED: {str(error) or type(error).__name__}".splitlines()[0]
             failures.append(f"{name} failed: {rows[f'check: {name}'].removeprefix('FAILED: ')}")
-    if is_first():
-        _print(rows, collectives if config else None, is_json=values.json)
+        if is_told:
+            print(f"{name}: {rows[f'check: {name}']}", flush=True)
+    if is_told:
+        _print_exchange(rows, collectives)
+    elif is_first():
+        print_result(rows | {"collectives": collectives} if config else rows, is_json=True)
     if failures:
         raise DoctorError(f"{'; '.join(failures)}; report it with the versions above")
 
 
-def _print(rows: dict[str, Any], collectives: list[dict[str, Any]] | None, *, is_json: bool) -> None:
-    if is_json:
-        print_result(rows if collectives is None else rows | {"collectives": collectives}, is_json=True)
-        return
-    print_result(rows, is_json=False)
+def _print_exchange(rows: dict[str, Any], collectives: list[dict[str, Any]]) -> None:
+    """Prints what the check of the exchange found, if there was one."""
+    found = {name: value for name, value in rows.items() if name == "exchange" or name.startswith("on a device: ")}
+    if found:
+        print_result(found, is_json=False)
     if collectives:
         shown = [
             {"kind": row["kind"], "along": row["axis"] or "-", "devices": row["devices"], "times": row["count"],

@@ -10,18 +10,22 @@ from absl.flags import FlagValues
 from moejax.cli.options import (
     define_json,
     define_mesh,
+    define_text,
     define_workdir,
     parse_mesh,
+    read_text_places,
     read_workdir,
     refuse_several_processes,
 )
 from moejax.cli.tables import evaluation_rows, print_result
+from moejax.compilation_cache import keep_programs
 from moejax.inference.evaluate import evaluate_run
 
 
 def define(values: FlagValues, arguments: list[str]) -> None:
     """Flags of the verb."""
     define_workdir(values)
+    define_text(values)
     define_json(values)
     flags.DEFINE_integer("step", None, "a saved step; default the newest", flag_values=values)
     define_mesh(values, "devices by axis instead of all for data")
@@ -34,8 +38,10 @@ def define(values: FlagValues, arguments: list[str]) -> None:
 def run(values: FlagValues, rest: list[str]) -> None:
     """Evaluates and prints the figures."""
     refuse_several_processes("eval")
+    keep_programs()
     config, step, evaluation = evaluate_run(
-        read_workdir(values), values.step, parse_mesh(values.mesh) if values.mesh else None, values.replicas
-    )
+        read_workdir(values), values.step, parse_mesh(values.mesh) if values.mesh else None, values.replicas,
+        places=read_text_places(values),
+    )  # fmt: skip
     rows = {"step": step, "tokens": evaluation.num_targets, **evaluation_rows(config, evaluation)}
     print_result(rows, is_json=values.json)

@@ -14,6 +14,7 @@ from absl import flags
 from absl.flags import FlagValues
 
 from moejax.cli.options import define_json, define_seed, define_workdir, read_workdir, refuse_several_processes
+from moejax.compilation_cache import keep_programs
 from moejax.inference.generate import generate, generate_text
 from moejax.inference.load import LoadedRun, load_run
 from moejax.strict_json import to_json
@@ -41,6 +42,7 @@ def define(values: FlagValues, arguments: list[str]) -> None:
 def run(values: FlagValues, rest: list[str]) -> None:
     """Prints prompts and their continuations."""
     refuse_several_processes("generate")
+    keep_programs()
     prompts = [_as_text(prompt) for prompt in values.prompt or [""]]
     loaded = load_run(read_workdir(values), values.step)
     sampling = {

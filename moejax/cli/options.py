@@ -16,9 +16,10 @@ from ml_collections import config_flags
 from moejax.cli import UsageError
 from moejax.cli.recipe import define_recipe
 from moejax.config import Config, MeshConfig, resolve
-from moejax.paths import check_writable, check_writable_file, resolve_path
+from moejax.paths import check_run_folder, check_writable, check_writable_file, resolve_path
 from moejax.seeds import LARGEST_SEED
 from moejax.training import processes
+from moejax.training.run_text import TextPlaces
 
 LONGEST_WAIT_S = 86400.0
 """For processes at the start: a day."""
@@ -163,17 +164,17 @@ def read_workdir_to_write(values: FlagValues) -> Path:
 
 
 def read_folder_to_write(given: str, name: str) -> Path:
-    """The path of a folder that need not exist and can be written.
+    """The path of a folder of one run or of several, which need not exist and can be written.
 
     Args:
       given: the flag's value.
       name: the flag, such as `--workdir`.
 
     Raises:
-      PathError: nothing can be written there.
+      PathError: nothing can be written there, or no checkpoint.
     """
     path = resolve_path(given, name)
-    check_writable(path, name)
+    check_run_folder(path, name)
     return path
 
 
@@ -191,6 +192,22 @@ def read_file_to_write(given: str, name: str) -> Path:
 def define_seed(values: FlagValues, name: str, text: str) -> None:
     """A flag of a seed, 0 by default, in the range that all seeds have."""
     flags.DEFINE_integer(name, 0, text, lower_bound=0, upper_bound=LARGEST_SEED, flag_values=values)
+
+
+def define_text(values: FlagValues) -> None:
+    """`--data.directory=`, `--data.files=` and `--data.source_dir=`: where a run's text is now."""
+    flags.DEFINE_string(
+        "data.directory", "", "where the run's rows are, or are prepared again; default as it was recorded by you",
+        flag_values=values,
+    )  # fmt: skip
+    flags.DEFINE_string("data.files", "", "where the text of data.source=files is now", flag_values=values)
+    flags.DEFINE_string("data.source_dir", "", "where the dataset of data.source=tfds is now", flag_values=values)
+
+
+def read_text_places(values: FlagValues) -> TextPlaces:
+    """What the flags of `define_text` say."""
+    leaves = [field.name for field in dataclasses.fields(TextPlaces)]
+    return TextPlaces(*(values[f"data.{leaf}"].value or "" for leaf in leaves))
 
 
 def define_json(values: FlagValues) -> None:

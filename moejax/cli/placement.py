@@ -64,8 +64,8 @@ def _explain(layers: Sequence[int], load_NE: np.ndarray, placed_NP: np.ndarray, 
     """Prints in which layers copies would help nothing, and what their spare slots hold instead."""
     copied_N = imbalance(load_NE, place_by_load(load_NE, devices, replicas), devices)
     placed_N = imbalance(load_NE, placed_NP, devices)
-    useless = np.flatnonzero(copied_N > placed_N)
-    if len(useless):
+    useless = np.flatnonzero(copied_N > placed_N).tolist()
+    if useless:
         figures = ", ".join(f"layer {layers[i]}: {copied_N[i]:.3f} with, {placed_N[i]:.3f} without" for i in useless)
         print(
             f"Copies would make some layers less even ({figures}): a copy takes an equal share of its expert's load to "

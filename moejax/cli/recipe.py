@@ -18,7 +18,7 @@ from ml_collections import ConfigDict, config_flags
 
 from moejax.cli.errors import UsageError
 from moejax.config import SECTIONS, ConfigError, check_key, leaves
-from moejax.paths import resolve_path
+from moejax.paths import SCHEME, resolve_path
 
 MODULE = "moejax_recipe"
 
@@ -56,12 +56,13 @@ class RecipeParser(flags.ArgumentParser):
 
 def define_recipe(values: FlagValues, arguments: list[str], default: str | None) -> None:
     """Defines `--config=FILE[:ARG]`, and `--config.a.b=value` for every leaf that `arguments` change."""
+    read = [argument for argument in arguments if not argument.lstrip("-").startswith("flagfile")]  # no flag of ours
     config_flags.DEFINE_config_file(
         "config",
         None,
         "a recipe, FILE[:ARG]; --config.section.leaf=value overrides a leaf",
         flag_values=values,
-        sys_argv=["moejax", *arguments],
+        sys_argv=["moejax", *read],
     )
     values["config"].parser = RecipeParser()
     if default is not None:
@@ -73,7 +74,7 @@ def split_recipe(text: str) -> tuple[str, str | None]:
     head, is_divided, argument = text.partition(".py:")
     if is_divided:
         return f"{head}.py", argument
-    if text.endswith(".py") or Path(text).exists():
+    if text.endswith(".py") or SCHEME.match(text) or Path(text).exists():
         return text, None
     file, is_divided, argument = text.partition(":")
     return file, argument if is_divided else None
@@ -88,7 +89,8 @@ def recipe_name(text: str) -> str:
 
 def own_function(values: FlagValues, name: str) -> Callable[..., Any] | None:
     """A function of the recipe that `--config` gave; None if it has none of that name."""
-    return getattr(values["config"].parser.module, name, None)
+    parser = values["config"].parser
+    return getattr(parser.module, name, None) if isinstance(parser, RecipeParser) else None
 
 
 @contextlib.contextmanager
@@ -117,8 +119,8 @@ def _find(file: str) -> Path:
 def _nearest(file: str, path: Path) -> str:
     """Recipes with nearly the name of one that is missing."""
     folder = path.parent
-    names = {recipe.stem: recipe for recipe in sorted(folder.rglob("*.py"))} if folder.is_dir() else {}
-    recipes = {recipe.stem: recipe for recipe in sorted(Path("configs").rglob("*.py"))} | names
+    candidates = [*Path("configs").rglob("*.py"), *folder.glob("*.py")]
+    recipes = {recipe.stem: recipe for recipe in candidates}
     near = difflib.get_close_matches(path.stem, recipes, n=2, cutoff=0.6)
     if not near:
         return "give the path of a recipe, such as --config=configs/tiny_moe.py"
@@ -133,12 +135,13 @@ def _execute(path: Path, file: str) -> types.ModuleType:
     module = types.ModuleType(MODULE)
     module.__file__ = str(path)
     sys.modules[MODULE] = module  # where dataclasses look up their annotations
+    code = path.read_bytes()
     with explained(file):
-        exec(compile(path.read_bytes(), path, "exec"), module.__dict__)
+        exec(compile(code, path, "exec"), module.__dict__)
     return module
 
 
-def _configuration(module: types.ModuleType, file: str, argument: str | None) -> Mapping[str, Any]:
+def _configuration(module: types.ModuleType, file: str, argument: str | None) -> Mapping[str, Any] | ConfigDict:
     """What the recipe's `get_config` returns."""
     get_config = getattr(module, "get_config", None)
     if not callable(get_config):
@@ -177,7 +180,6 @@ def _cause(error: BaseException, source: str) -> str:
     """What happened at a line of a recipe, and what to do."""
     if type(error).__module__.startswith("moejax."):  # our own errors name the remedy
         return str(error)
-    name = type(error).__name__
     if isinstance(error, SystemExit):
         return f"`{source}` ends the program; a recipe returns a configuration, or raises an error that says why not"
     if isinstance(error, ImportError) and "relative import" in str(error):
@@ -194,12 +196,13 @@ def _cause(error: BaseException, source: str) -> str:
     if wrong := re.match(WRONG_TYPE, text):
         key, value, found, wanted = wrong.groups()
         return f"`{source}`: {key}={value} is {found}; it must be {wanted}"
-    return f"{name}: {text}, at `{source}`; correct it, or see the traceback with --debug"
+    place = f", at `{source}`" if source else ""
+    return f"{type(error).__name__}: {text}{place}; correct it, or see the traceback with --debug"
 
 
 def _unknown_leaf(name: str, source: str) -> str:
     """A key that a locked `ConfigDict` does not have, and the nearest that it has."""
-    section = re.search(rf"(\w+)(?:\.|\[['\"]){name}\b", source)
+    section = re.search(rf"(\w+)(?:\.|['\"]?\]?\[['\"]){name}\b", source)
     if section and section.group(1) in SECTIONS:
         try:
             check_key(f"{section.group(1)}.{name}")

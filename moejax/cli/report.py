@@ -14,8 +14,10 @@ from absl.flags import FlagValues
 
 from moejax.cli import UsageError
 from moejax.cli.options import (
+    define_text,
     define_workdir,
     read_file_to_write,
+    read_text_places,
     read_workdir_to_write,
     refuse_several_processes,
 )
@@ -28,6 +30,7 @@ def define(values: FlagValues, arguments: list[str]) -> None:
     """Flags of the verb; they may stand behind run directories."""
     values.set_gnu_getopt(True)
     define_workdir(values, "the run directory, of one run")
+    define_text(values)
     flags.DEFINE_string("output", "", "where to write a comparison, FILE.html", flag_values=values)
 
 
@@ -37,13 +40,16 @@ def run(values: FlagValues, rest: list[str]) -> None:
     if rest and values.workdir:
         raise UsageError(f"--workdir={values.workdir} and {' '.join(rest)} are given; name run directories one way")
     if len(rest) > 1:
+        if said := read_text_places(values).said():
+            leaf, place = next(iter(said.items()))
+            raise UsageError(f"--data.{leaf}={place} is for the report of one run; a comparison reads no text")
         print(_compare(rest, values.output))
         return
     if values.output:
         raise UsageError(f"--output={values.output} is for comparisons; give two or more run directories")
     if rest:
         values["workdir"].value = rest[0]
-    print(build_report(read_workdir_to_write(values)))
+    print(build_report(read_workdir_to_write(values), read_text_places(values)))
 
 
 def _compare(workdirs: list[str], output: str) -> Path:

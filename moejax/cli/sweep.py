@@ -49,6 +49,7 @@ from moejax.cli.tables import print_result, print_table
 from moejax.inspection.sweep_effects import compare_settings
 from moejax.inspection.sweep_settings import PLANNED, numbered_settings, reference_setting
 from moejax.inspection.sweep_tables import BITS, LOSS, OVERRIDE, at_fraction, loss_of
+from moejax.paths import check_writable, resolve_path
 from moejax.sweeps import Space, parse_axis, product, seeds, varied_keys
 from moejax.sweeps.arms import Arm, Plan, describe, plan_arms
 from moejax.sweeps.directory import Sweep, open_sweep, write_sweep
@@ -104,12 +105,15 @@ def define(values: FlagValues, arguments: list[str]) -> None:
 def run(values: FlagValues, rest: list[str]) -> None:
     """Plans, trains, joins or reads."""
     refuse_several_processes("sweep", "launch one; --runner=slurm makes jobs of its own")
-    refuse_addresses(rest)
     action = rest[0] if rest and "=" not in rest[0] else ""
+    if action == "report" and any("://" in word for word in rest):
+        raise UsageError("moejax sweep report takes a folder, no URL, and buckets are not supported yet")
+    refuse_addresses(rest)
     if action.endswith(".py"):
         raise UsageError(f"{action} is a recipe; write --config={action}")
     if action and action not in ACTIONS:
-        raise UsageError(f"{action} is neither an axis, KEY=VALUES, nor one of {', '.join(ACTIONS)}")
+        words = ", ".join(ACTIONS)
+        raise UsageError(f"{action} is neither an axis, KEY=VALUES, nor one of {words}; see moejax sweep --help")
     others = rest[1:] if action else rest
     _refuse_flags_of_others(values, action)
     if action == "report":
@@ -124,7 +128,8 @@ def run(values: FlagValues, rest: list[str]) -> None:
     elif action == "dashboard":
         show_dashboard(values)
     elif values.search:
-        search(values, _space(values, rest), recipe_text(values), _directory(values), _command())
+        directory = _directory(values)
+        search(values, _space(values, rest), recipe_text(values), directory, _command())
     else:
         _sweep(values, rest)
 
@@ -142,9 +147,10 @@ def _refuse_flags_of_others(values: FlagValues, action: str) -> None:
 def _sweep(values: FlagValues, rest: list[str]) -> None:
     refuse_flags(values, (*OF_DRAWS, *OF_STUDIES), "goes with a search; add --search=random or tpe, or leave it out")
     _check_flags(values)
+    directory = None if values["dry-run"].value else _directory(values)
     plan = _plan(values, rest)
     packs = pack_arms(plan.arms, values.pack)
-    if values["dry-run"].value:
+    if directory is None:
         _show(values, plan, packs)
         return
     parts: list[Share] = []
@@ -156,7 +162,7 @@ def _sweep(values: FlagValues, rest: list[str]) -> None:
         prepare_devices(packs)
         check_devices(plan.arms)
     sweep = write_sweep(
-        _directory(values), plan, largest_pack=values.pack, recipe=recipe_text(values), match=values.match,
+        directory, plan, largest_pack=values.pack, recipe=recipe_text(values), match=values.match,
         command=_command(),
     )  # fmt: skip
     if values.runner == "slurm":
@@ -311,7 +317,8 @@ def _run_on(cores: str) -> None:
     """Keeps this process on some cores, where the system can do that."""
     try:
         wanted = {int(core) for core in cores.split(",")}
-        os.sched_setaffinity(0, wanted)
+        if hasattr(os, "sched_setaffinity"):
+            os.sched_setaffinity(0, wanted)
     except (ValueError, OSError) as error:
         raise UsageError(f"--cores={cores} must be numbers of cores that this machine has, such as 0,1") from error
 
@@ -320,7 +327,9 @@ def _report(values: FlagValues, others: list[str]) -> None:
     folders = [*others, *([values.dir] if values.dir else [])]
     if len(folders) != 1:
         raise UsageError("name one sweep: moejax sweep report DIR")
-    _finish(values, read_folder_to_write(folders[0], "--dir"))
+    directory = resolve_path(folders[0], "--dir")
+    check_writable(directory, "--dir")
+    _finish(values, directory)
 
 
 def _finish(values: FlagValues, directory: Path) -> None:

@@ -13,12 +13,12 @@ from absl.flags import FlagValues
 from moejax.cli import UsageError
 from moejax.cli.options import define_seed, read_config_flag, read_folder_to_write
 from moejax.cli.tables import print_result, print_table
+from moejax.compilation_cache import keep_programs
 from moejax.paths import resolve_path
 from moejax.sweeps import Space, varied_keys
 from moejax.sweeps.directory import check_search
-from moejax.sweeps.programs import keep_programs
 from moejax.sweeps.search import LOSS, Definition, StudyError, objective_of, search_axes
-from moejax.sweeps.storage_address import HIDDEN, is_address, show_storage
+from moejax.sweeps.storage_address import HIDDEN, is_address, is_path, show_storage
 from moejax.sweeps.study import (
     create_study,
     dashboard_command,
@@ -131,6 +131,7 @@ def join_search(values: FlagValues, command: str) -> None:
         values, ("search", *OF_DRAWS, *OF_GRIDS, *OF_RUNNERS), "is not for a worker, which does what the study says; "
         "leave it out, or give it to the command that made the study",
     )  # fmt: skip
+    directory = read_folder_to_write(values.dir or f"runs/{values.study}", "--dir")
     study = open_study(_storage(values), values.study)
     definition = definition_of(study)
     if definition.is_filtered:
@@ -139,7 +140,6 @@ def join_search(values: FlagValues, command: str) -> None:
             "worker does not know; join with the command that made the study, moejax sweep --config=... --search=..., "
             "with the same flags and axes"
         )
-    directory = read_folder_to_write(values.dir or f"runs/{values.study}", "--dir")
     check_search(directory)
     with StopSignals() as stop:
         _work(values, study, Trials(directory, definition, command, stop))
@@ -184,6 +184,6 @@ def show_dashboard(values: FlagValues) -> None:
 
 def _storage(values: FlagValues) -> str:
     """Where a study is: a URL as it was given, or a path, resolved."""
-    if not values.storage or "://" in values.storage:
+    if not values.storage or not is_path(values.storage):
         return values.storage
     return str(resolve_path(values.storage, "--storage"))

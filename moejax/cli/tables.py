@@ -87,4 +87,9 @@ def _show(value: Any) -> str:
         return f"{value:,}"
     if isinstance(value, list):
         return " ".join(str(item) for item in value)
-    return str(value)
+    return _harmless(str(value))
+
+
+def _harmless(text: str) -> str:
+    """Text of a folder that may be another's, without what makes a terminal do something."""
+    return "".join(c if c.isprintable() or c == "\n" else f"\\x{ord(c):02x}" for c in text)

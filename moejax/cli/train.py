@@ -12,6 +12,7 @@ import shlex
 import sys
 from pathlib import Path
 
+import jax
 from absl import flags
 from absl.flags import FlagValues
 
@@ -27,9 +28,13 @@ from moejax.cli.options import (
 )
 from moejax.cli.recipe import recipe_name
 from moejax.cli.tables import print_result, summary_rows
-from moejax.config import Config, to_dict
+from moejax.compilation_cache import keep_programs
+from moejax.config import ROUTER_RULES, Config, to_dict
 from moejax.inspection.build import build_report
 from moejax.models.parameters import count_parameters
+from moejax.moe.exchange import Exchange, choose
+from moejax.planning.memory import check_memory
+from moejax.sharding import EXPERT_AXES, make_mesh
 from moejax.training.loop import train
 from moejax.training.processes import agree, first_then_others, has_others, is_first
 from moejax.training.signals import StopSignals
@@ -53,14 +58,17 @@ def run(values: FlagValues, rest: list[str]) -> None:
             logging.getLogger("moejax").setLevel(logging.WARNING)  # process 0 says what all would say
         config = first_then_others(lambda: read_config_flag(values))
         agree(to_dict(config), "recipe and flags")
+        keep_programs()
         _train(values, config)
 
 
 def _train(values: FlagValues, config: Config) -> None:
+    check_memory(config)
     name = recipe_name(recipe_text(values))
     workdir = read_folder_to_write(values.workdir or f"runs/{name}", "--workdir")
     parameters = count_parameters(config)
     log.info("%s: %s parameters, %s active per token", name, f"{parameters.total:,}", f"{parameters.active:,}")
+    _log_devices(config)
     with StopSignals() as stop:
         result = train(config, workdir, command=shlex.join(["moejax", *sys.argv[1:]]), stop=stop)
         if result.stopped_by:
@@ -69,6 +77,19 @@ def _train(values: FlagValues, config: Config) -> None:
         report = _report(workdir) if values.report and is_first() else None
     if is_first():
         print_result(summary_rows(config, parameters, result, report), is_json=values.json)
+
+
+def _log_devices(config: Config) -> None:
+    """Says what trains: devices, mesh, and how tokens reach the experts. The kernel is said where it is chosen."""
+    mesh = make_mesh(config)
+    axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
+    log.info("%d x %s, mesh: %s", mesh.size, jax.devices()[0].device_kind, axes or "one device")
+    slow, fast = (mesh.shape[axis] for axis in EXPERT_AXES)
+    if config.num_moe_layers and slow * fast > 1:
+        moe = config.moe
+        how = Exchange(moe.exchange, moe.exchange_buffer, moe.exchange_chunks)
+        top_k = moe.top_k if ROUTER_RULES[moe.router].takes_capacity else 0
+        log.info("tokens reach experts by moe.exchange=%s", choose(how, slow, fast, moe.num_experts, top_k))
 
 
 def _report(workdir: Path) -> Path | None:

@@ -6,6 +6,8 @@ array shape travel apart, in one `Knobs` pytree, so that changing them recompile
 """
 
 from moejax.config.alarms import AlarmConfig as AlarmConfig
+from moejax.config.describe import rows_of as rows_of
+from moejax.config.describe import settings_page as settings_page
 from moejax.config.errors import ConfigError as ConfigError
 from moejax.config.errors import divisors as divisors
 from moejax.config.errors import nearest as nearest
@@ -23,6 +25,7 @@ from moejax.config.resolve import resolve as resolve
 from moejax.config.resolve import resolve_recorded as resolve_recorded
 from moejax.config.resolve import to_config_dict as to_config_dict
 from moejax.config.resolve import to_dict as to_dict
+from moejax.config.resolve import with_defaults as with_defaults
 from moejax.config.router_rules import ROUTER_RULES as ROUTER_RULES
 from moejax.config.schedules import Schedule as Schedule
 from moejax.config.schedules import ScheduleConfig as ScheduleConfig

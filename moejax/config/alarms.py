@@ -44,8 +44,8 @@ def validate_alarms(alarms: AlarmConfig) -> None:
     for name in alarms.stopping:
         if name not in RULES:
             raise ConfigError(
-                f"alarms.stop={shown(alarms.stop)} names {shown(name)}; use some of {', '.join(RULES)}; the nearest is "
-                f"{nearest(name, RULES)}"
+                f"alarms.stop={shown(alarms.stop)!r} names {shown(name)!r}; use some of {', '.join(RULES)}; the "
+                f"nearest is {nearest(name, RULES)}"
             )
         if not getattr(alarms, name):
             raise ConfigError(f"alarms.stop={alarms.stop!r} names {name}, which alarms.{name}=0 switches off")

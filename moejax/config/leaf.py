@@ -26,7 +26,7 @@ class Leaf:
       meaning: one line.
       at_least, above, at_most, below: bounds of a number; floats are compared as float32, in which they are used.
       also: values outside of the bounds that mean something of their own.
-      choices: what a text may be; a callable where they are declared elsewhere.
+      choices: what a text may be, where its type does not say so.
       aliases: what others call the choices.
       needs: what must hold so that anything reads the leaf; None where something always does.
       may_rest: whether a recipe may set it although nothing reads it, since what it needs is chosen at the start of a
@@ -82,7 +82,7 @@ def check_value(key: str, value: Any, declared: Leaf, annotation: Any) -> Any:
     if choices:
         return _check_choice(key, value, choices, declared.aliases)
     if annotation is float and type(value) is int:
-        value = _to_float(key, value)
+        value = _to_float(key, value, declared)
     if type(value) is not annotation:
         given = TYPE_NAMES.get(type(value), type(value).__name__)
         raise ConfigError(f"{key}={shown(repr(value))} is {given}; it must be {TYPE_NAMES[annotation]}")
@@ -116,11 +116,12 @@ def _check_choice(key: str, value: Any, choices: tuple[str, ...], aliases: Mappi
     raise ConfigError(f"{key}={shown(repr(value))} must be one of {', '.join(choices)}; the nearest is {near}")
 
 
-def _to_float(key: str, value: int) -> float:
+def _to_float(key: str, value: int, declared: Leaf) -> float:
     try:
         return float(value)
     except OverflowError as error:
-        raise ConfigError(f"{key}={shown(value)} is too large; it must be at most {LARGEST_FLOAT:g}") from error
+        infinite = math.inf if value > 0 else -math.inf
+        raise ConfigError(f"{key}={shown(value)} must be {_range_for(infinite, declared)}") from error
 
 
 def _read_bool(text: str) -> bool:

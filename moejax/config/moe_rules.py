@@ -22,10 +22,6 @@ def validate_moe(moe: MoeConfig) -> None:
 
 def _validate_experts(moe: MoeConfig) -> None:
     rules = ROUTER_RULES[moe.router]
-    require(
-        moe.shared_combine == "sum" or moe.num_shared_experts > 0,
-        f"moe.shared_combine={moe.shared_combine} needs shared experts: moe.num_shared_experts=0 must be above 0",
-    )
     for key in ("num_zero_experts", "num_identity_experts", "num_constant_experts"):
         value = getattr(moe, key)
         require(
@@ -37,11 +33,6 @@ def _validate_experts(moe: MoeConfig) -> None:
         moe.weight_on == "output" or (rules.takes_capacity and moe.num_constant_experts == 0),
         "moe.weight_on=input: where experts choose tokens or outputs are constant (moe.router="
         f"{moe.router}, moe.num_constant_experts={moe.num_constant_experts}) no input takes the weight; use output",
-    )
-    require(
-        moe.expert_dropout == 0 or rules.takes_capacity,
-        f"moe.expert_dropout={moe.expert_dropout} drops choices of tokens, and with moe.router={moe.router} tokens do "
-        "not choose; set 0",
     )
 
 
@@ -88,18 +79,6 @@ def _validate_router(moe: MoeConfig) -> None:
         rules.is_causal or moe.allow_noncausal,
         f"moe.router={moe.router} lets the routing of a token depend on later tokens of its sequence, which a causal "
         "model would exploit; set moe.allow_noncausal=True to try it all the same",
-    )
-    require(
-        moe.jitter == 0 or moe.score != "uniform",
-        f"moe.jitter={moe.jitter}: moe.router={moe.router} with moe.score=uniform does not look at the token; set 0",
-    )
-    require(
-        moe.router_noise == "learned" or moe.router == "noisy_topk",
-        f"moe.router_noise={moe.router_noise} is for moe.router=noisy_topk, not {moe.router}; set learned",
-    )
-    require(
-        moe.route_scale == 1 or moe.router != "soft",
-        f"moe.route_scale={moe.route_scale}: the weights of moe.router=soft sum to 1 over slots; set 1",
     )
     require(
         not moe.router_bias or (moe.score != "uniform" and moe.router not in ("cosine", "soft")),
@@ -159,11 +138,6 @@ def _validate_capacity(moe: MoeConfig) -> None:
             "where one expert could take every token",
         )
     require(
-        moe.dispatch == "capacity" or moe.eval_capacity_factor == 0,
-        f"moe.eval_capacity_factor={moe.eval_capacity_factor} needs moe.dispatch=capacity, not {moe.dispatch}; set 0 "
-        "for evaluation without dropping",
-    )
-    require(
         moe.dispatch != "capacity" or rules.takes_capacity,
         f"moe.dispatch=capacity: with moe.router={moe.router} experts choose, and none can overflow; use dropless",
     )
@@ -188,14 +162,6 @@ def _validate_exchange(moe: MoeConfig) -> None:
         moe.exchange in ("auto", "gather", "ring") or moe.router not in ("expert_choice", "soft"),
         f"moe.exchange={moe.exchange} sends tokens to the experts they chose, and with moe.router={moe.router} they "
         "choose none; use auto or ring",
-    )
-    require(
-        moe.exchange_chunks > 0,
-        f"moe.exchange_chunks={moe.exchange_chunks} must be at least 1: parts of a device's tokens",
-    )
-    require(
-        moe.exchange_buffer > 0,
-        f"moe.exchange_buffer={moe.exchange_buffer} must be above 0, such as 1.5: rows of a buffer over their mean",
     )
 
 

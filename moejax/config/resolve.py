@@ -30,13 +30,17 @@ def to_dict(config: Config) -> dict[str, dict[str, Any]]:
     return dataclasses.asdict(config)
 
 
-def resolve(
-    source: ConfigDict | Mapping[str, Any], *, typed: Collection[str] = (), varied: Collection[str] = ()
-) -> Config:
+def with_defaults(recorded: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Recorded sections of leaves, with the defaults of leaves that there were not yet when they were recorded."""
+    return {section: values | {**recorded.get(section, {})} for section, values in to_dict(Config()).items()}
+
+
+def resolve(source: object, *, typed: Collection[str] = (), varied: Collection[str] = ()) -> Config:
     """Turns a `ConfigDict` or nested mapping into a checked `Config`.
 
     Args:
-      source: sections of leaves; sections and leaves that are absent take their defaults.
+      source: sections of leaves, of which those that are absent take their defaults. Whatever else a recipe may return
+        is refused.
       typed: dotted keys that were given beside a recipe, see `unread.refuse_unread`.
       varied: dotted keys that a sweep varies, likewise.
 
@@ -52,7 +56,7 @@ def resolve(
     return config
 
 
-def resolve_recorded(source: ConfigDict | Mapping[str, Any]) -> Config:
+def resolve_recorded(source: object) -> Config:
     """The configuration of a run or an arm that exists: as `resolve`, but leaves that nothing reads are no error.
 
     Raises:

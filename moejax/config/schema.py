@@ -85,6 +85,7 @@ class TrainConfig:
         0.0, "a step that takes longer ends the process with the stacks of its threads; 0: no limit", at_least=0,
         at_most=1e9,
     )  # fmt: skip
+    check_memory: bool = leaf(True, "refuse, before anything is compiled, what cannot fit the memory of the devices")
 
     def is_evaluated(self, step: int) -> bool:
         """Whether the state after so many steps is evaluated."""
@@ -157,6 +158,11 @@ class Config:
     def vocab_size(self) -> int:
         """Rows of the embedding: the tokenizer's ids; for bytes rounded up to 320, which divides well over devices."""
         return self.data.vocab_size if self.data.tokenizer == "bpe" else -(-BYTE_VOCAB_SIZE // 64) * 64
+
+    @property
+    def num_token_ids(self) -> int:
+        """Ids that are tokens: all rows of the embedding, but those with which bytes are rounded up."""
+        return self.data.vocab_size if self.data.tokenizer == "bpe" else BYTE_VOCAB_SIZE
 
     @property
     def head_dim(self) -> int:

@@ -126,6 +126,9 @@ def _may_rest(config: Config, each: Declared) -> bool:
 def _may_be_read(each: Declared, varied: Collection[str]) -> bool:
     """Whether it could be where other leaves vary."""
     keys = {*each.leaf.needs.keys} if each.leaf.needs else set()
+    for key in [*keys]:  # a schedule needs what the leaf needs that it scales
+        scaled = declared()[key].leaf.needs
+        keys |= {*scaled.keys} if scaled else set()
     if each.section in OF_EXPERTS or each.section == "schedule":
         keys |= {"moe.num_experts", "moe.per_layer"}
     return not keys.isdisjoint(varied)

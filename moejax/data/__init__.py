@@ -7,7 +7,17 @@ prepares those rows once on disk, `batches` shuffles and stacks them. Nothing he
 
 from moejax.data.batches import Batch, TrainBatches, eval_batches
 from moejax.data.errors import DataError
-from moejax.data.rows import Corpus, prepare
+from moejax.data.rows import Corpus, find_rows, prepare
 from moejax.data.tokenizers import Tokenizer, load_tokenizer
 
-__all__ = ["Batch", "Corpus", "DataError", "Tokenizer", "TrainBatches", "eval_batches", "load_tokenizer", "prepare"]
+__all__ = [
+    "Batch",
+    "Corpus",
+    "DataError",
+    "Tokenizer",
+    "TrainBatches",
+    "eval_batches",
+    "find_rows",
+    "load_tokenizer",
+    "prepare",
+]

@@ -7,7 +7,6 @@ here first, and only classes that tensorflow-datasets itself offers pass.
 import dataclasses
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +21,7 @@ from moejax.data import store
 from moejax.data.document import Document
 from moejax.data.errors import DataError
 from moejax.data.regular_files import read_regular
+from moejax.paths import resolve_path
 
 CLASS_KEYS = ("pythonClassName", "python_class_name", "type")
 """Under which `features.json` names a class: protobuf reads both spellings of the first, old files have the last."""
@@ -72,16 +72,18 @@ def open_dataset(name: str, source_dir: str) -> ForeignDataset:
 
     Raises:
       ConfigError: there is none, or none of texts.
+      PathError: no folder of this machine can have that path.
       DataError: its description is damaged, or names classes that tensorflow-datasets does not offer.
     """
     where = f"data.name={name!r} with data.source_dir={source_dir!r}"
     remedy = "prepare it there with tensorflow-datasets and file_format='array_record'"
-    folder = Path(os.path.expanduser(source_dir)) / re.split("[/:]", name)[0]
+    root = resolve_path(source_dir, "data.source_dir")
+    folder = root / re.split("[/:]", name)[0]
     for path in folder.rglob("features.json"):
         _check_features(path, where)
     try:
         # From its files alone: the class that made it may need TensorFlow.
-        builder = builder_from_files(name, data_dir=os.path.expanduser(source_dir))
+        builder = builder_from_files(name, data_dir=str(root))
     except ParseError as error:
         raise DataError(f"{where}: its description is damaged ({store.first_line(error)}); {remedy} again") from error
     except (tfds.core.registered.DatasetNotFoundError, ValueError, KeyError, OSError) as error:

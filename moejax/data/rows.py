@@ -7,6 +7,7 @@ complete, so an interrupted preparation leaves nothing that could be mistaken fo
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
@@ -93,12 +94,13 @@ class Corpus:
         return read_labels(self.directory, split, self.num_documents[split], self.digests)
 
 
-def prepare(data: DataConfig, tokenizer: Tokenizer | None = None) -> Corpus:
+def prepare(data: DataConfig, tokenizer: Tokenizer | None = None, *, only: str = "") -> Corpus:
     """Opens the corpus that `data` describes, and prepares it first if that was never done.
 
     Args:
       data: source, tokenizer, sequence length and the folder to keep the result in.
       tokenizer: used instead of the one `data` describes; a run passes its own.
+      only: the name of the rows of a run; text that gives others is refused.
 
     Raises:
       ConfigError: `data` names no documents, or its vocabulary does not fit them.
@@ -108,6 +110,11 @@ def prepare(data: DataConfig, tokenizer: Tokenizer | None = None) -> Corpus:
     tokenizer = tokenizer or _tokenizer(data, source)
     key = _key(source.identity, tokenizer.fingerprint, data.seq_len)
     name = f"{source.name}-{tokenizer.kind}{tokenizer.vocab_size}-{data.seq_len}-{key}"
+    if only not in ("", name):
+        raise DataError(
+            f"the text of data.source={data.source} gives the rows {name}, not {only}, on which the run was trained: "
+            "it has changed since; restore it"
+        )
     folder = data_directory(data) / "rows" / name
 
     def write(temporary: Path) -> None:
@@ -120,13 +127,19 @@ def prepare(data: DataConfig, tokenizer: Tokenizer | None = None) -> Corpus:
         complete_folder(folder, write)
     corpus = _open(folder, tokenizer, data.seq_len)
     for split in SPLITS:
-        _log.info(
-            "%s %s: %d rows, %d tokens, %d bytes, %d documents", source.name, split, corpus.num_rows[split],
-            corpus.num_tokens[split], corpus.num_bytes[split], corpus.num_documents[split],
-        )  # fmt: skip
+        _say_once(
+            f"{source.name} {split}: {corpus.num_rows[split]} rows, {corpus.num_tokens[split]} tokens, "
+            f"{corpus.num_bytes[split]} bytes, {corpus.num_documents[split]} documents"
+        )
         if not corpus.num_bytes[split]:
             raise DataError(f"data.source={data.source}: all documents of its {split} split are empty; add text")
     return corpus
+
+
+@functools.cache
+def _say_once(line: str) -> None:
+    """Logs a line that this process has not logged: a run opens its rows to train and to report."""
+    _log.info(line)
 
 
 def find_rows(data: DataConfig, name: str, tokenizer: Tokenizer) -> Corpus | None:

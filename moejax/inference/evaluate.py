@@ -9,19 +9,26 @@ import jax
 from flax import nnx
 
 from moejax.config import Config, MeshConfig
-from moejax.data import eval_batches, load_tokenizer, prepare
+from moejax.data import eval_batches, load_tokenizer
 from moejax.moe.placement import PlacementError, place
+from moejax.paths import resolve_path
 from moejax.sharding import EXPERT_AXES, make_mesh, tree_shardings
 from moejax.training.checkpoint import Checkpoints
 from moejax.training.evaluation import Evaluation, domains_of, evaluate
 from moejax.training.evaluation_log import newest_evaluation
 from moejax.training.run_directory import read_config
+from moejax.training.run_text import TextPlaces, open_run_corpus
 from moejax.training.state import Trainable, logical_axes, make_trainable, split_model
 from moejax.training.step import make_eval_step
 
 
 def evaluate_run(
-    workdir: str | Path, step: int | None = None, mesh: MeshConfig | None = None, replicas: int | None = None
+    workdir: str | Path,
+    step: int | None = None,
+    mesh: MeshConfig | None = None,
+    replicas: int | None = None,
+    *,
+    places: TextPlaces | None = None,
 ) -> tuple[Config, int, Evaluation]:
     """Evaluates a checkpoint on the validation split, with the run's own tokenizer.
 
@@ -31,6 +38,7 @@ def evaluate_run(
       mesh: of all devices; None splits the batch over as many as divide it, with the weights on each of them.
       replicas: experts are placed by the load of the run's newest evaluation, with so many copies on each device;
         None: in order, without copies.
+      places: where the user says that the run's text is.
 
     Returns:
       The run's configuration, the step and the figures.
@@ -39,6 +47,7 @@ def evaluate_run(
       ConfigError: the model does not fit the mesh.
       PlacementError: experts cannot be placed so.
     """
+    workdir = resolve_path(workdir)
     config = read_config(workdir)
     microbatch = config.train.batch_size // config.train.accumulation
     num_devices = max(n for n in range(1, jax.device_count() + 1) if microbatch % n == 0)
@@ -47,7 +56,7 @@ def evaluate_run(
     step, params, router_state = Checkpoints(workdir, trainable, read_only=True).restore_model(step)
     if replicas is not None:
         trainable, params, router_state = _placed(workdir, trainable, params, router_state, replicas)
-    corpus = prepare(config.data, load_tokenizer(workdir))
+    corpus = open_run_corpus(workdir, load_tokenizer(workdir), places)
     with jax.set_mesh(trainable.mesh), closing(eval_batches(corpus, microbatch)) as batches:
         domains = domains_of(corpus)
         eval_step = make_eval_step(trainable, len(domains.domains) if domains else 0)

@@ -4,6 +4,7 @@ Prompts of a batch may differ in length: they are padded on the right, and each 
 padded position wrote to the cache is overwritten before anything sees it.
 """
 
+import dataclasses
 import functools
 import logging
 from collections.abc import Iterator, Sequence
@@ -14,13 +15,16 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from moejax.config import ROUTER_RULES, ConfigError
+from moejax.config import ROUTER_RULES, Config, ConfigError
 from moejax.data import Tokenizer
 from moejax.models import Decoder
 from moejax.seeds import check_seed
 
 MAX_TOKENS = 65_536
 """The cache holds keys and values of every position at once."""
+
+CANDIDATES = 256
+"""Of the most probable tokens, which hold most nuclei; to find them is much faster than to sort a vocabulary."""
 
 log = logging.getLogger("moejax")
 
@@ -39,7 +43,7 @@ def generate(
 
     Args:
       model: the decoder; routing is dropless, so that a sequence does not depend on the others of its batch, unless
-        `moe.eval_capacity_factor` limits it.
+        `moe.eval_capacity_factor` limits it, of which the log tells.
       tokenizer: the run's own.
       prompts: texts; each is preceded by the begin-of-document token.
       max_tokens: how many tokens to add at most.
@@ -64,24 +68,25 @@ def generate(
     blind = sorted({moe.router for moe in model.config.moe_runs if not ROUTER_RULES[moe.router].takes_capacity})
     if blind:
         log.warning("moe.router=%s looks at later tokens, which do not exist yet: text will be poor", ", ".join(blind))
-    if any(moe.eval_capacity_factor > 0 for moe in model.config.moe_runs):
-        log.warning("moe.eval_capacity_factor drops tokens here as well: what is written depends on the batch")
+    _warn_of_capacity(model.config)
     tokens_BL = np.full((len(rows), longest), tokenizer.pad_id, np.int32)
     for row, ids in zip(tokens_BL, rows, strict=True):
         row[: len(ids)] = ids
     graphdef, state = nnx.split(model)
     cache = model.init_cache(len(rows), _round_up(longest + max_tokens))
     keys_B = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(jnp.arange(len(rows)))
-    sampling = (jnp.float32(temperature), jnp.float32(top_p), keys_B)
-    next_B, cache = _prefill(graphdef, state, tokens_BL, lengths, cache, sampling)
+    sampling = Sampling.of(temperature, top_p, keys_B)
+    next_B, positions_B, cache = _prefill(graphdef, state, tokens_BL, lengths, cache, sampling)
     is_done_B = np.zeros(len(rows), bool)
     for step in range(max_tokens):
-        ids_B = np.asarray(next_B)
+        last_B = next_B
+        if step + 1 < max_tokens:  # the device goes on while this token is read
+            next_B, positions_B, cache = _decode(graphdef, state, next_B, positions_B, cache, sampling)
+        ids_B = np.asarray(last_B)
         is_done_B |= ids_B == tokenizer.eos_id
         yield [None if done else int(token) for token, done in zip(ids_B, is_done_B, strict=True)]
-        if is_done_B.all() or step + 1 == max_tokens:
+        if is_done_B.all():
             return
-        next_B, cache = _decode(graphdef, state, next_B, jnp.asarray(lengths + step), cache, sampling)
 
 
 def generate_text(model: Decoder, tokenizer: Tokenizer, prompts: Sequence[str], **sampling) -> list[str]:
@@ -94,51 +99,106 @@ def generate_text(model: Decoder, tokenizer: Tokenizer, prompts: Sequence[str], 
     return [tokenizer.decode(row) for row in ids]
 
 
-def sample(
-    logits_BV: Float[Array, "B V"],
-    temperature: Float[Array, ""],
-    top_p: Float[Array, ""],
-    keys_B: jax.Array,
-    positions_B: Int[Array, "B"],
-) -> Int[Array, "B"]:
-    """Draws one token per sequence from the nucleus of its distribution.
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn from logits.
+
+    Attributes:
+      temperature: logits are divided by it.
+      top_p: mass of the nucleus; its most probable token always belongs to it.
+      keys_B: one key per sequence.
+      method: what is compiled: `greedy` takes the most probable token, `all` draws from all tokens, `nucleus` from the
+        most probable ones.
+    """
+
+    temperature: Float[Array, ""]
+    top_p: Float[Array, ""]
+    keys_B: jax.Array
+    method: str = dataclasses.field(metadata={"static": True})
+
+    @classmethod
+    def of(cls, temperature: float, top_p: float, keys_B: jax.Array) -> "Sampling":
+        """With the method that does no more than these need."""
+        cut = "nucleus" if top_p < 1 else "all"
+        return cls(jnp.float32(temperature), jnp.float32(top_p), keys_B, cut if temperature > 0 else "greedy")
+
+
+def sample(logits_BV: Float[Array, "B V"], sampling: Sampling, positions_B: Int[Array, "B"]) -> Int[Array, "B"]:
+    """Draws one token per sequence.
 
     Args:
       logits_BV: float32.
-      temperature: 0 takes the most probable token.
-      top_p: mass of the nucleus; its most probable token always belongs to it.
-      keys_B: one key per sequence.
+      sampling: how.
       positions_B: folded into the keys, so that each position has its own draw.
+    """
+    if sampling.method == "greedy":
+        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+    scaled_BV = logits_BV / jnp.maximum(sampling.temperature, 1e-6)
+    keys_B = jax.vmap(jax.random.fold_in)(sampling.keys_B, positions_B)
+    if sampling.method == "all":
+        return jax.vmap(jax.random.categorical)(keys_B, scaled_BV).astype(jnp.int32)
+    return _sample_nucleus(scaled_BV, sampling.top_p, keys_B)
+
+
+def _sample_nucleus(scaled_BV: jax.Array, top_p: jax.Array, keys_B: jax.Array) -> jax.Array:
+    """Draws from the smallest set of most probable tokens whose probability reaches `top_p`; of equals the first count.
+
+    All tokens are sorted only in a step in which a nucleus is larger than `CANDIDATES`. A draw belongs to a rank, so
+    that it does not depend on how many ranks are looked at.
 
     Source: Holtzman et al. 2020 (nucleus sampling, section 3.1).
     """
-    scaled_BV = logits_BV / jnp.maximum(temperature, 1e-6)
-    order_BV = jnp.argsort(-scaled_BV, axis=-1)
-    sorted_BV = jnp.take_along_axis(scaled_BV, order_BV, axis=-1)
-    probs_BV = jax.nn.softmax(sorted_BV, axis=-1)
-    mass_before_BV = jnp.cumsum(probs_BV, axis=-1) - probs_BV
-    nucleus_BV = jnp.where((mass_before_BV < top_p) | (mass_before_BV == 0), sorted_BV, -jnp.inf)
-    draw_keys_B = jax.vmap(jax.random.fold_in)(keys_B, positions_B)
-    drawn_B = jax.vmap(jax.random.categorical)(draw_keys_B, nucleus_BV)
-    chosen_B = jnp.where(temperature > 0, drawn_B, 0)
-    return jnp.take_along_axis(order_BV, chosen_B[:, None], axis=-1)[:, 0].astype(jnp.int32)
+    vocab_size = scaled_BV.shape[-1]
+    scaled_BV = jnp.where(scaled_BV == 0, 0.0, scaled_BV)  # `top_k` ranks -0 below 0, and they are equal
+    log_total_B1 = jax.nn.logsumexp(scaled_BV, axis=-1, keepdims=True)
+
+    def draw(num_ranks: int) -> tuple[jax.Array, jax.Array]:
+        """The tokens drawn from so many ranks, and whether these hold the nucleus."""
+        sorted_BR, tokens_BR = jax.lax.top_k(scaled_BV, num_ranks)
+        probs_BR = jnp.exp(sorted_BR - log_total_B1)
+        mass_BR = jnp.cumsum(probs_BR, axis=-1)
+        is_in_BR = (mass_BR - probs_BR < top_p).at[:, 0].set(True)
+        chosen_B = jax.vmap(jax.random.categorical)(keys_B, jnp.where(is_in_BR, sorted_BR, -jnp.inf))
+        drawn_B = jnp.take_along_axis(tokens_BR, chosen_B[:, None], axis=-1)[:, 0]
+        return drawn_B, mass_BR[:, -1] >= top_p
+
+    if vocab_size <= CANDIDATES:
+        return draw(vocab_size)[0]
+    drawn_B, is_held_B = draw(CANDIDATES)
+    return jax.lax.cond(is_held_B.all(), lambda: drawn_B, lambda: jnp.where(is_held_B, drawn_B, draw(vocab_size)[0]))
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=4)
 def _prefill(graphdef, state, tokens_BL, lengths_B, cache, sampling):
-    model, (temperature, top_p, keys_B) = nnx.merge(graphdef, state), sampling
+    """The first token of each sequence, its position, and the cache of the prompts."""
+    model = nnx.merge(graphdef, state)
     positions_BL = jnp.broadcast_to(jnp.arange(tokens_BL.shape[1]), tokens_BL.shape)
     is_token_BL = positions_BL < lengths_B[:, None]
     logits_BLV, cache = model.extend(tokens_BL, positions_BL, cache, is_token_BL)
     last_BV = jnp.take_along_axis(logits_BLV, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
-    return sample(last_BV, temperature, top_p, keys_B, lengths_B), cache
+    return sample(last_BV, sampling, lengths_B), lengths_B, cache
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=4)
 def _decode(graphdef, state, tokens_B, positions_B, cache, sampling):
-    model, (temperature, top_p, keys_B) = nnx.merge(graphdef, state), sampling
+    """The token after these ones, its position, and the cache with these."""
+    model = nnx.merge(graphdef, state)
     logits_B1V, cache = model.extend(tokens_B[:, None], positions_B[:, None], cache)
-    return sample(logits_B1V[:, 0], temperature, top_p, keys_B, positions_B + 1), cache
+    return sample(logits_B1V[:, 0], sampling, positions_B + 1), positions_B + 1, cache
+
+
+def _warn_of_capacity(config: Config) -> None:
+    """Says what a capacity in evaluation means for tokens that come one at a time."""
+    limited = [moe for moe in config.moe_runs if moe.dispatch == "capacity" and moe.eval_capacity_factor > 0]
+    groups = {moe.capacity_group for moe in limited}
+    if "sequence" in groups:
+        log.warning(
+            "moe.eval_capacity_factor with moe.capacity_group=sequence drops choices of the prompt, never of what is "
+            "written: a token alone in its step finds room; evaluation of the same text may drop some"
+        )
+    if groups - {"sequence"}:
+        log.warning("moe.eval_capacity_factor drops choices here as well: what is written depends on the batch")
 
 
 def _check(prompts, max_tokens, temperature, top_p) -> None:

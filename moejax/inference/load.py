@@ -8,11 +8,13 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from moejax.config import Config, MeshConfig
-from moejax.data import Tokenizer, load_tokenizer
+from moejax.data import Corpus, Tokenizer, load_tokenizer, prepare
 from moejax.models import Decoder
+from moejax.paths import resolve_path
 from moejax.sharding import make_mesh
 from moejax.training.checkpoint import Checkpoints
 from moejax.training.run_directory import read_config
+from moejax.training.run_text import TextPlaces, open_run_corpus
 from moejax.training.state import make_trainable
 
 
@@ -26,6 +28,7 @@ class LoadedRun:
       tokenizer: the run's own.
       step: of the checkpoint.
       mesh: over which the weights are split, to be in context where the model is called; None: they are on one device.
+      workdir: the run directory; None for a model that was made in memory.
     """
 
     config: Config
@@ -33,6 +36,13 @@ class LoadedRun:
     tokenizer: Tokenizer
     step: int
     mesh: Mesh | None = None
+    workdir: Path | None = None
+
+    def corpus(self, places: TextPlaces | None = None) -> Corpus:
+        """The rows it was trained on; see `moejax.training.run_text.open_run_corpus`."""
+        if self.workdir is None:
+            return prepare(self.config.data, self.tokenizer)
+        return open_run_corpus(self.workdir, self.tokenizer, places)
 
 
 def load_run(workdir: str | Path, step: int | None = None, mesh: MeshConfig | None = None) -> LoadedRun:
@@ -48,10 +58,11 @@ def load_run(workdir: str | Path, step: int | None = None, mesh: MeshConfig | No
       DataError: the tokenizer is missing or damaged.
       CheckpointError: no such checkpoint, or it is damaged.
     """
+    workdir = resolve_path(workdir)
     config = read_config(workdir)
     tokenizer = load_tokenizer(workdir)
     here = dataclasses.replace(config, mesh=mesh or MeshConfig(data=1))
     trainable = make_trainable(here, make_mesh(here, None if mesh else jax.devices()[:1]))
     step, params, router_state = Checkpoints(workdir, trainable, read_only=True).restore_model(step)
     model = nnx.merge(trainable.graphdef, params, router_state)
-    return LoadedRun(config, model, tokenizer, step, trainable.mesh if mesh else None)
+    return LoadedRun(config, model, tokenizer, step, trainable.mesh if mesh else None, Path(workdir))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from moejax.data import Corpus, prepare
+from moejax.data import Corpus
 from moejax.data.labels import Labels
 from moejax.inference.generate import generate_text
 from moejax.inference.load import LoadedRun, load_run
@@ -22,6 +22,7 @@ from moejax.inspection.run import open_run
 from moejax.inspection.specialisation import count_tokens_by_expert
 from moejax.inspection.trace import RoutedTokens, Trace, route_corpus, trace
 from moejax.training.evaluation import domains_of
+from moejax.training.run_text import TextPlaces
 
 TRACED_TOKENS = 65_536
 MEASURED_TOKENS = 32_768  # of these, in which attributes are measured: more take long with many experts
@@ -35,15 +36,19 @@ TEMPERATURE, TOP_P = 0.8, 0.95
 log = logging.getLogger("moejax")
 
 
-def build_report(workdir: str | Path) -> Path:
-    """Writes `workdir/report.html`, from the run directory alone; validation rows are prepared again if they are gone.
+def build_report(workdir: str | Path, places: TextPlaces | None = None) -> Path:
+    """Writes `workdir/report.html`; validation rows are prepared again if they are gone.
+
+    Args:
+      workdir: the run directory.
+      places: where the user says that the run's text is.
 
     Returns:
       The page's path.
     """
     record = open_run(workdir)
     loaded = load_run(workdir)
-    corpus = prepare(loaded.config.data, loaded.tokenizer)
+    corpus = loaded.corpus(places)
     token_counts_nEV, findings = None, Findings()
     if loaded.config.num_moe_layers:
         routed = route_corpus(loaded, corpus, max_rows=max(1, TRACED_TOKENS // corpus.seq_len))
@@ -54,7 +59,7 @@ def build_report(workdir: str | Path) -> Path:
         record, token_counts_nEV=token_counts_nEV, piece=loaded.tokenizer.piece,
         samples=write_samples(loaded, corpus), findings=findings,
     )  # fmt: skip
-    return write_report(workdir, html)
+    return write_report(record.workdir, html)
 
 
 def count_routed_tokens(routed: RoutedTokens, vocab_size: int) -> np.ndarray:

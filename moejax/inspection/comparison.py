@@ -10,6 +10,8 @@ import numpy as np
 
 from moejax.inspection import html
 from moejax.inspection.run import Run, RunError, open_run
+from moejax.inspection.run_names import arm_name
+from moejax.training.metrics import SPEED, median_speed
 
 if TYPE_CHECKING:  # imported where it is needed
     import pandas as pd
@@ -24,13 +26,17 @@ def _finite(values: np.ndarray, summarise: Callable[[np.ndarray], Any]) -> float
     return float(summarise(values)) if values.size else math.nan
 
 
+def _or_nan(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
 COLUMNS: Mapping[str, tuple[str, Callable[[np.ndarray], float]]] = {
     "eval_loss": ("eval/loss", _last),
     "best_eval_loss": ("eval/loss", lambda values: _finite(values, np.min)),
     "bits_per_byte": ("eval/bits_per_byte", _last),
     "train_loss": ("loss/lm", _last),
     "tokens": ("tokens", _last),
-    "tokens_per_s": ("perf/tokens_per_s", lambda values: _finite(values, np.median)),
+    "tokens_per_s": (SPEED, lambda values: _or_nan(median_speed(values))),
     "max_violation": ("moe/max_violation", _last),
     "eval_max_violation": ("eval/max_violation", _last),
     "dead_experts": ("moe/dead_experts", _last),
@@ -122,7 +128,8 @@ def compare(runs: Sequence[Run | str | Path]) -> Comparison:
     """Puts runs side by side.
 
     Args:
-      runs: runs or their directories. Of equal names, as many parent folders are added as tell them apart.
+      runs: runs or their directories. Arms of a sweep are named by what sets them apart, others by their directories;
+        of equal names, as many parent folders are added as tell them apart.
 
     Raises:
       RunError: no run, one given twice, or a directory that is none.
@@ -134,7 +141,11 @@ def compare(runs: Sequence[Run | str | Path]) -> Comparison:
     for path in paths:
         if paths.count(path) > 1:
             raise RunError(f"{path} is given twice; leave one out")
-    return Comparison({_label(path, paths): run for path, run in zip(paths, opened, strict=True)})
+    arms = [arm_name(path) for path in paths]
+    labels = [
+        arm if arm and arms.count(arm) == 1 else _label(path, paths) for arm, path in zip(arms, paths, strict=True)
+    ]
+    return Comparison(dict(zip(labels, opened, strict=True)))
 
 
 def _label(path: Path, paths: Sequence[Path]) -> str:

@@ -1,4 +1,4 @@
-"""Figures of several runs: one metric of all against steps, tokens or compute, and how evenly experts are loaded."""
+"""Figures of several runs: one metric of all against steps or what they cost, and how evenly experts are loaded."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -7,8 +7,9 @@ from typing import Any
 import matplotlib
 import numpy as np
 from jaxtyping import Float, Int
-from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
+from matplotlib.ticker import PercentFormatter
 
+from moejax.inspection.axes import AXES, place
 from moejax.inspection.figures import load_ratio, thin
 from moejax.inspection.run import Run
 from moejax.inspection.style import (
@@ -19,9 +20,10 @@ from moejax.inspection.style import (
     PURPLE,
     STYLE,
     Drawing,
+    label_steps,
     legend_name,
     new_figure,
-    short_number,
+    tick_at,
 )
 
 COLORS = (BLUE, ORANGE, GREEN, PURPLE, "#E69F00", "#56B4E9", "#8c6d1f", "#111111")  # Okabe and Ito; yellow is darkened
@@ -30,12 +32,6 @@ MAX_POINTS = 160  # of a curve
 MAX_STEPS = 64  # experts drawn as steps; more are a curve
 CSS = ("solid", "dashed")
 MAX_RUNS = len(COLORS) * len(DASHES)
-XLABELS = {
-    "steps": "training step",
-    "tokens": "training tokens",
-    "compute": "tokens x active parameters",
-}
-"""What curves can be drawn against."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,28 +59,21 @@ def looks(labels: Sequence[str]) -> dict[str, Look]:
 
 
 def series_against(run: Run, key: str, against: str) -> tuple[Float[np.ndarray, "S"], Float[np.ndarray, "S"]]:
-    """A metric of a run against steps, tokens, or tokens times active parameters.
-
-    The latter is proportional to compute: a training step costs about 6 FLOPs for each active parameter and token
-    (Kaplan et al. 2020, section 2.1), whatever attention adds. Between logged steps, tokens are interpolated.
+    """A metric of a run against steps, tokens, arithmetic or time; see `axes.place`.
 
     Args:
       run: an open run.
       key: metric name.
-      against: of `XLABELS`.
+      against: of `AXES`.
 
     Returns:
-      x and y; empty where the run has no such metric, or logged no tokens to place it by.
+      x and y; empty where the run has no such metric, or does not tell where it was.
     """
     steps, values = run.series(key)
-    if against == "steps":
-        return steps.astype(np.float64), values
-    token_steps, tokens = run.series("tokens")
-    finite = np.isfinite(tokens)
-    if not finite.any():
+    x = place(against, steps, run.series, run.flops_per_token)
+    if not np.isfinite(x).any():
         return np.zeros(0), np.zeros(0)
-    seen = np.interp(steps, np.append(0, token_steps[finite]), np.append(0.0, tokens[finite]))
-    return (seen if against == "tokens" else seen * run.parameters_active), values
+    return x, values
 
 
 def draw_runs(
@@ -97,7 +86,7 @@ def draw_runs(
       runs: by label, at most `MAX_RUNS`.
       key: metric name; evaluations have markers.
       ylabel: quantity and unit.
-      against: "steps", "tokens" or "compute", tokens times active parameters.
+      against: of `AXES`: "steps", "tokens", "compute" (FLOPs of training) or "time".
       from_zero: start the y axis at 0.
       legend: name the runs; a page that names them once does without.
 
@@ -119,9 +108,9 @@ def draw_runs(
                 x, values, color=look.color, ls=look.dash, marker=marker, ms=3.5, mec="white", mew=0.5,
                 label=legend_name(label), zorder=2.6, clip_on=False,
             )  # fmt: skip
-        axes.set_xlabel(XLABELS[against])
-        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: short_number(x)))
+        label_steps(axes, AXES[against])
+        if against == "steps" and key.startswith("eval/"):
+            tick_at(axes, np.concatenate([x for x, _ in curves.values()]))
         axes.set_ylabel(ylabel)
         if from_zero:
             axes.set_ylim(bottom=0)

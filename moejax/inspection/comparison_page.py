@@ -1,20 +1,29 @@
 """Several runs as one HTML page: how they ended, where they differ, and how loss and balance went in each."""
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from moejax.inspection import html
-from moejax.inspection.comparison import Comparison, compare, shown
-from moejax.inspection.comparison_figures import MAX_RUNS, XLABELS, draw_runs, draw_sorted_load, looks
-from moejax.inspection.page import Section, drawn_layers, figure, grid, render_page, table, write_page
+from moejax.inspection.axes import NAMES
+from moejax.inspection.comparison import Comparison, compare
+from moejax.inspection.comparison_figures import MAX_RUNS, draw_runs, draw_sorted_load, looks
+from moejax.inspection.comparison_tables import other_tokens, over_seeds, results
+from moejax.inspection.figures import only_value
+from moejax.inspection.page import Section, drawn_layers, figure, grid, number, render_page, table, write_page
 from moejax.inspection.report_load import final_counts
 from moejax.inspection.report_training import model_in_words
 from moejax.inspection.run import RunError
+from moejax.inspection.run_names import recipe_name
+from moejax.paths import resolve_path
 
 FILE_NAME = "comparison.html"
-LOSSES = (("eval/loss", "Validation loss"), ("loss/lm", "Training loss"))
+LOSSES = (("eval/loss", "Validation loss", "nats per token"), ("loss/lm", "Training loss", "nats per token"))
+BITS = (("eval/bits_per_byte", "Bits per byte", "bits per byte"),)
+MAX_TITLE = 70  # characters of a title that names the runs
 ROUTING = (
     ("moe/max_violation", "MaxVio", "busiest / mean - 1", "0 is perfect balance. Good: low."),
     ("moe/load_entropy", "Load entropy", "nats", "How evenly tokens spread. Good: close to ln E."),
@@ -47,21 +56,36 @@ def write_comparison(workdirs: Sequence[str | Path], output: str | Path | None =
     """
     if not 2 <= len(workdirs) <= MAX_RUNS:
         raise RunError(f"{len(workdirs)} runs were given; a comparison takes 2 to {MAX_RUNS} run directories")
-    found = compare([Path(workdir) for workdir in workdirs])
-    path = Path(workdirs[0]).resolve().parent / FILE_NAME if output is None else Path(output)
+    folders = [resolve_path(workdir) for workdir in workdirs]
+    found = compare(folders)
+    path = folders[0].parent / FILE_NAME if output is None else resolve_path(output)
     return write_page(path, render_comparison(found))
 
 
 def render_comparison(comparison: Comparison) -> str:
     """Renders the page of at most `MAX_RUNS` runs."""
     sections: list[Section] = [
-        ("runs", "Runs", _key(comparison) + _results(comparison)),
+        ("runs", "Runs", _key(comparison) + results(comparison)),
+        ("seeds", "Differences over seeds", over_seeds(comparison)),
         ("differences", "Configuration", _differences(comparison)),
         ("losses", "Loss", _losses(comparison)),
     ]
     if not all(run.is_dense for run in comparison.runs.values()):
         sections += [("routing", "Routing health", _routing(comparison)), ("load", "Final load", _load(comparison))]
-    return render_page(f"{len(comparison.runs)} runs", "Side by side", sections, kind="comparison")
+    return render_page(_title(comparison), _recipes(comparison), sections, kind="comparison")
+
+
+def _title(comparison: Comparison) -> str:
+    """The runs that are compared, or how many there are."""
+    labels = list(comparison.runs)
+    named = f"{', '.join(labels[:-1])} and {labels[-1]}"
+    return named if len(named) <= MAX_TITLE else f"{len(labels)} runs"
+
+
+def _recipes(comparison: Comparison) -> str:
+    names = dict.fromkeys(recipe_name(run.command) for run in comparison.runs.values())
+    known = [html.text(name) for name in names if name]
+    return f"Side by side; recipe{'s' * (len(known) > 1)} {', '.join(known)}" if known else "Side by side"
 
 
 def _key(comparison: Comparison) -> str:
@@ -74,55 +98,59 @@ def _key(comparison: Comparison) -> str:
     return f'<ul class="key">{"".join(items)}</ul>'
 
 
-def _results(comparison: Comparison) -> str:
-    frame = comparison.table
-    rows = [
-        [html.text(label), *(html.text(shown(value)) for value in row)]
-        for label, row in zip(frame.index, frame.itertuples(index=False, name=None), strict=True)
-    ]
-    names = [str(name).replace("_", " ") for name in frame.columns]
-    return (
-        "<p>The last value of each run; the lowest of best eval loss, and the median of tokens per second. Losses are "
-        "in nats per token, and compare only between runs with the same tokenizer; bits per byte compare always.</p>"
-        + table(["run", *map(html.text, names)], rows, "numbers")
-    )
-
-
 def _differences(comparison: Comparison) -> str:
     frame = comparison.differences
     if not len(frame):
         return "<p>The configurations are the same.</p>"
     rows = [
-        [html.text(leaf), *(f"<code>{html.text(value)}</code>" for value in row)]
+        [html.text(leaf), *(_leaf(value) for value in row)]
         for leaf, row in zip(frame.index, frame.itertuples(index=False, name=None), strict=True)
     ]
-    return (
-        f"<p>The leaves in which the runs differ.</p>{table(['leaf', *map(html.text, frame.columns)], rows, 'numbers')}"
-    )
+    head = ["leaf", *map(html.text, frame.columns)]
+    return f"<p>The leaves in which the runs differ.</p>{table(head, rows, 'compared')}"
+
+
+def _leaf(value: Any) -> str:
+    """A value of a configuration; a dash where a run has no such leaf."""
+    if value is None:
+        return "&ndash;"
+    return f"<code>{html.text(value if value != '' else json.dumps(value))}</code>"
 
 
 def _losses(comparison: Comparison) -> str:
+    note = other_tokens(comparison)
+    losses = BITS if note else LOSSES
     drawn = []
-    for key, title in LOSSES:
-        for against in XLABELS:
-            image = draw_runs(comparison.runs, key, "nats per token", against=against, legend=False)
+    for key, title, unit in losses:
+        of_key = []
+        for against, name in NAMES.items():
+            image = draw_runs(comparison.runs, key, unit, against=against, legend=False)
             if image is not None:
-                drawn.append(figure(f"{title} against {against}", "", image))
-    if not drawn:
+                of_key.append(figure(f"{title} over {name}", "", image))
+        drawn.append(grid(of_key) if of_key else "")
+    if not any(drawn):
         return "<p>No losses are logged yet.</p>"
     return (
-        f"{_key(comparison)}<p>Experts are to be judged at equal compute. Tokens times active parameters is about a "
-        "sixth of the FLOPs of training, without those of attention over long rows.</p>" + grid(drawn)
+        f"{_key(comparison)}<p>Experts are to be judged at equal arithmetic. FLOPs are what the model asks for in "
+        "training, forward and backward, attention among them; time is that of training steps on the devices of each "
+        f"run.</p>{note}{''.join(drawn)}"
     )
 
 
 def _routing(comparison: Comparison) -> str:
-    drawn = []
+    drawn, constant = [], []
     for key, title, ylabel, reading in ROUTING:
+        value = only_value(run.series(key)[1] for run in comparison.runs.values())
+        if value is not None:
+            constant.append(f"{title} {number(value)}")
+            continue
         image = draw_runs(comparison.runs, key, ylabel, from_zero=True, legend=False)
         if image is not None:
             drawn.append(figure(title, reading, image))
-    return _key(comparison) + grid(drawn) if drawn else "<p>No routing is logged yet.</p>"
+    if not drawn and not constant:
+        return "<p>No routing is logged yet.</p>"
+    same = f"<p>The same in all runs throughout: {'; '.join(constant)}.</p>" if constant else ""
+    return _key(comparison) + (grid(drawn) if drawn else "") + same
 
 
 def _load(comparison: Comparison) -> str:

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Float
 
 from moejax.inspection.changes import NOT_SELECTABLE, OUTPUT_ZERO
+from moejax.strict_json import to_json
 
 AS_TRAINED = "as trained"
 FILE_NAME = "counterfactuals.json"
@@ -156,7 +157,7 @@ class Counterfactuals:
         """Writes a JSON file in one rename, so that a reader never sees half of it."""
         path = Path(path)
         partial = path.with_name(path.name + ".partial")
-        partial.write_text(json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        partial.write_text(to_json(dataclasses.asdict(self), indent=1) + "\n", encoding="utf-8")
         os.replace(partial, path)
         return path
 
@@ -165,7 +166,7 @@ class Counterfactuals:
         """Reads what `save` wrote.
 
         Raises:
-          CounterfactualError: the file is missing or damaged.
+          CounterfactualError: the file is missing or damaged, or may not be read.
         """
         try:
             values = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -179,7 +180,9 @@ class Counterfactuals:
             _ = found.ablation_NE  # layers and experts that the rows name exist
         except FileNotFoundError as error:
             raise CounterfactualError(f"{path} is missing; `moejax counterfactuals` writes it") from error
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        except OSError as error:
+            raise CounterfactualError(f"{path} cannot be read ({error.strerror}); see who may read it") from error
+        except (RecursionError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             raise CounterfactualError(
                 f"{path} is damaged ({type(error).__name__}: {error}); run `moejax counterfactuals` again"
             ) from error

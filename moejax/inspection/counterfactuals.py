@@ -20,7 +20,7 @@ import optax
 from flax import nnx
 from jaxtyping import Float
 
-from moejax.data import Batch, Corpus, prepare
+from moejax.data import Batch, Corpus
 from moejax.data.batches import to_batch
 from moejax.data.packing import empty_row
 from moejax.inference.load import LoadedRun, load_run
@@ -38,6 +38,7 @@ from moejax.models import Decoder
 from moejax.models.stack import Block, Context
 from moejax.moe.layer import MoE, TokenInfo
 from moejax.seeds import check_seed
+from moejax.training.run_text import TextPlaces
 
 REPORT_SECONDS = 15.0  # between two lines on long work
 
@@ -54,6 +55,7 @@ def counterfactuals(
     capacity_factors: Sequence[float] = CAPACITY_FACTORS,
     num_pairs: int = NUM_PAIRS,
     seed: int = 0,
+    places: TextPlaces | None = None,
 ) -> Counterfactuals:
     """Evaluates a checkpoint as it was trained and under each change of its routing, on one device.
 
@@ -77,6 +79,7 @@ def counterfactuals(
       capacity_factors: of evaluation.
       num_pairs: at random, in each layer.
       seed: of those, and of the choice of rows.
+      places: where the user says that the run's text is.
 
     Raises:
       CounterfactualError: a dense run, an unknown kind, or more rows than there are.
@@ -92,7 +95,7 @@ def counterfactuals(
     if loaded.config.num_moe_layers == 0:
         raise CounterfactualError("this is a run of a dense model, which routes nothing; give one with experts")
     batches = read_rows(
-        prepare(loaded.config.data, loaded.tokenizer),
+        loaded.corpus(places),
         max_rows,
         loaded.config.train.batch_size // loaded.config.train.accumulation,
         seed,

@@ -2,14 +2,13 @@
 
 `metrics.jsonl` of a long run has millions of lines, so a look reads from where the last one ended, and no more bytes
 than it is allowed; the rest waits for the next look. Nothing here needs a server. What is wrong with a run is text for
-whoever looks, not an exception: the others are shown all the same. The folders may be anyone's: what is read of them are
-regular files inside of them (`moejax.inspection.run_paths`).
+whoever looks, not an exception: the others are shown all the same. The folders may be anyone's: what is read of them
+are regular files inside of them (`moejax.inspection.run_paths`).
 """
 
 import collections
 import dataclasses
 import json
-import math
 import os
 import time
 from collections.abc import Iterable, Iterator
@@ -22,7 +21,7 @@ from jaxtyping import Float64, Int64
 from moejax.inspection.colors import RunColors
 from moejax.inspection.run import Run, Series, add_values, open_run
 from moejax.inspection.run_names import ArmNames
-from moejax.inspection.run_paths import RunPathError, check_file, open_file, leads_out
+from moejax.inspection.run_paths import RunPathError, check_file, leads_out, open_file
 from moejax.inspection.style import BLUE
 from moejax.training import alarms
 from moejax.training.metrics import SPEED, median_speed
@@ -356,11 +355,11 @@ def _is_run(folder: Path) -> bool:
 
 
 def age(written: float | None) -> str:
-    """How long ago, coarsely: `under a minute ago`, `3 min ago`, `2 h ago`, `5 days ago`."""
+    """How long ago, coarsely: `just now`, `3 min ago`, `2 h ago`, `5 days ago`."""
     if written is None:
         return "never"
     seconds = time.time() - written
     for size, unit in ((86_400, "days"), (3600, "h"), (60, "min")):
         if seconds >= 2 * size or (unit == "min" and seconds >= size):
             return f"{seconds / size:.0f} {unit} ago"
-    return "under a minute ago"
+    return "just now"

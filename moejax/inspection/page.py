@@ -82,6 +82,11 @@ overflow-wrap:anywhere}
 pre b{color:var(--link)}
 .warning{padding:.5rem .8rem;border-left:4px solid #d55e00;background:var(--panel)}
 .numbers{font-size:.875rem;white-space:nowrap}
+.compared{font-size:.9rem}
+.compared td{white-space:nowrap}
+.compared thead th{min-width:5.5rem;max-width:14rem;overflow-wrap:break-word}
+.compared tbody th{white-space:normal;min-width:7.5rem}
+.compared th:first-child{position:sticky;left:0;background:var(--paper)}
 .events td{white-space:nowrap}
 .events td:last-child{min-width:12rem;white-space:normal}
 .key{display:flex;flex-wrap:wrap;gap:.2rem 1.4rem;margin:.6rem 0 1rem;padding:0;list-style:none}

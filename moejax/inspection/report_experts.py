@@ -81,7 +81,7 @@ def _pieces(ranked: Sequence[TokenShare], piece: Callable[[int], str]) -> str:
         return '<i class="soft">nothing stands out</i>'
     return " ".join(
         f'<span title="id {t.token}, {t.num_assignments:,} times">{html.text(html.visible(piece(t.token)))}'
-        f"<small>{t.share:.0%}, {t.ratio:.1f}×</small></span>"
+        f"<small>{t.share:.0%}, {t.ratio:.1f}&times;</small></span>"
         for t in ranked
     )
 

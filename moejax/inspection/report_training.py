@@ -144,7 +144,7 @@ def charts(run: Run, wanted: Iterable[Chart]) -> str:
     for chart in wanted:
         value = figures.only_value(run.series(key)[1] for key, _ in chart.keys)
         if value is not None:
-            constant.append(f"{html.text(chart.title)} {number(value)}")
+            constant.append(f"{html.text(chart.title)} {number(value)}{_where(run, chart)}")
             continue
         image = figures.draw_chart(chart, run.series)
         if image is not None:
@@ -153,6 +153,12 @@ def charts(run: Run, wanted: Iterable[Chart]) -> str:
         return "<p>Nothing is logged yet.</p>"
     throughout = f"<p>The same throughout: {'; '.join(constant)}.</p>" if constant else ""
     return (grid(shown) if shown else "") + throughout
+
+
+def _where(run: Run, chart: Chart) -> str:
+    """At which step a chart has its only value; nothing if it has several equal ones."""
+    steps = [step for key, _ in chart.keys for step in run.series(key)[0].tolist()]
+    return f" (at step {steps[0]:,} alone)" if len(steps) == 1 else ""
 
 
 def _value(run: Run, chart: Chart) -> str:

@@ -19,7 +19,9 @@ from jaxtyping import Float64, Int64
 
 from moejax.inspection import html
 from moejax.inspection.run_names import arm_name
+from moejax.paths import resolve_path
 from moejax.training.routing_log import RoutingHistory, read_routing
+from moejax.training.run_tree import RunTreeError, check_run_tree
 
 if TYPE_CHECKING:  # imported where they are needed: a run opens without them
     import pandas as pd
@@ -241,15 +243,21 @@ def open_run(workdir: str | Path) -> Run:
     """Opens the run directory `workdir`; of its files only `config.json` is read.
 
     Raises:
-      RunError: there is no such directory, or its `config.json` is missing or damaged.
+      PathError: no directory can have that path.
+      RunError: there is no such directory, it has links out of it or pipes, or its `config.json` is missing, damaged or
+        may not be read.
     """
-    workdir = Path(workdir)
+    given, workdir = workdir, resolve_path(workdir)
     if not workdir.is_dir():
-        raise RunError(f"{workdir} is no directory; give the --workdir of a training run")
+        raise RunError(f"{given} is no directory; give the --workdir of a training run")
+    try:
+        check_run_tree(workdir)
+    except RunTreeError as error:
+        raise RunError(str(error)) from error
     facts = _read_config(workdir / "config.json")
     return Run(
         workdir=workdir,
-        name=workdir.resolve().name,
+        name=workdir.name,
         config=facts["config"],
         versions=facts["versions"],
         git_commit=_as_text(facts["git_commit"]),
@@ -264,13 +272,20 @@ def _missing(path: Path) -> RunError:
     return RunError(f"{path} is missing; `moejax train` writes it, so give the --workdir of a run")
 
 
+def _unreadable(path: Path, error: OSError) -> RunError:
+    """A file that is there and cannot be read: nothing says that it is damaged."""
+    return RunError(f"{path} cannot be read ({error.strerror}); see who may read it, and whether its disk is well")
+
+
 def _read_config(path: Path) -> dict[str, Any]:
     remedy = "restore it, or start the run's `moejax train` command again: it rewrites the file"
     try:
         facts = json.loads(path.read_bytes().decode())
     except FileNotFoundError as error:
         raise _missing(path) from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    except (ValueError, RecursionError) as error:
         raise RunError(f"{path} is damaged ({error}); {remedy}") from error
     missing = [key for key in CONFIG_KEYS if not isinstance(facts, dict) or key not in facts]
     if missing:
@@ -333,7 +348,9 @@ def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
         file = path.open("rb")
     except FileNotFoundError as error:
         raise _missing(path) from error
-    damage: tuple[int, ValueError] | None = None
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    damage: tuple[int, Exception] | None = None
     with file:
         for number, line in enumerate(file, start=1):
             if damage and line.strip():
@@ -342,7 +359,7 @@ def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
                 continue
             try:
                 values = json.loads(line.decode())
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            except (ValueError, RecursionError) as error:
                 damage = number, error
                 continue
             if not isinstance(values, dict) or type(values.get("step")) is not int:

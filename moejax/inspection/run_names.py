@@ -1,4 +1,4 @@
-"""What a run is called: the arm of a sweep by what sets it apart, for its folder's name is a hash; others by their folder.
+"""What a run is called: the arm of a sweep by what sets it apart, since its folder has a hash for a name.
 
 The sweep's `sweep.json`, two folders above an arm's run directory, says what each arm overrides.
 """
@@ -76,7 +76,7 @@ class ArmNames:
 
 
 def recipe_name(command: str) -> str:
-    """The recipe in a command line of `moejax train`: `debug` for `--config=configs/debug.py`; empty if it names none."""
+    """The recipe of a command line: `debug` for `--config=configs/debug.py`; empty if it names none."""
     try:
         words = shlex.split(command)
     except ValueError:

@@ -1,13 +1,15 @@
 """Files of a run directory that anyone may have made: only regular ones that are inside of it are read.
 
-A named pipe, a device or a link to a file elsewhere may stand where a run has its file. Opening a pipe waits for ever, a
-device may never end, and a link would show what the run does not own.
+A named pipe, a device or a link to a file elsewhere may stand where a run has its file. Opening a pipe waits for ever,
+a device may never end, and a link would show what the run does not own.
 """
 
 import os
 import stat
 from pathlib import Path
 from typing import BinaryIO
+
+from moejax.data.regular_files import open_regular
 
 
 class RunPathError(ValueError):
@@ -40,12 +42,7 @@ def leads_out(path: Path, folder: Path) -> bool:
 def open_file(workdir: Path, name: str) -> BinaryIO:
     """Opens a file of a run for reading; raises as `check_file` does."""
     check_file(workdir, name)
-    descriptor = os.open(workdir / name, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # waits for no pipe's other end
-    file = os.fdopen(descriptor, "rb")
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):  # another file has taken its place since the check
-        file.close()
-        raise RunPathError(f"{workdir / name} is no regular file; remove it")
-    return file
+    return os.fdopen(open_regular((workdir / name).resolve()), "rb")
 
 
 def check_folder(workdir: Path, name: str) -> None:

@@ -7,6 +7,7 @@ of Okabe and Ito (2008), told apart by colour-blind readers; lines also differ i
 
 import base64
 import io
+import math
 from pathlib import Path
 from typing import Any
 
@@ -148,12 +149,11 @@ def label_steps(axes: Axes, xlabel: str = "training step") -> None:
 
 
 def tick_at(axes: Axes, places: np.ndarray) -> None:
-    """Ticks of the x axis where something was measured, such as evaluations: all of them, or some evenly spaced ones."""
-    known = np.unique(places[np.isfinite(places)])
+    """Ticks of the x axis where something was measured: at all of the places, or at every nth up to the last."""
+    known = np.unique(places[np.isfinite(places)]).astype(float)
+    stride = max(1, math.ceil(known.size / MEASURED_TICKS))
     if known.size:
-        axes.set_xticks(
-            known[np.unique(np.linspace(0, known.size - 1, min(known.size, MEASURED_TICKS)).round().astype(int))]
-        )
+        axes.set_xticks(np.sort(known[::-1][::stride]))
 
 
 def heat_map(axes: Axes, values: np.ndarray, edges: np.ndarray | None = None, **look: Any) -> Any:

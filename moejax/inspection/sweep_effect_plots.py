@@ -7,6 +7,7 @@ is.
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pandas as pd
 
@@ -110,19 +111,24 @@ def _effect_table(found: Mapping[str, AxisEffect]) -> str:
     head = ["level", "pairs"]
     for metric in found:
         head += [METRICS[metric][0], "difference"]
-    by_metric = [{key_of(level.level): level for level in effect.levels} for effect in found.values()]
     rows = []
     for level in first.levels:
         is_reference = key_of(level.level) == key_of(first.reference)
         cells = [html.text(level_name(level.level)), "" if is_reference else _pairs_in_words(level.difference)]
-        for levels in by_metric:
-            own = levels.get(key_of(level.level))
-            cells += ["", ""] if own is None else [
-                html.text(mean_and_error(own.mean, math.nan)),
-                "reference" if is_reference else html.text(difference_in_words(own.difference)),
-            ]  # fmt: skip
+        for effect in found.values():
+            cells += _metric_cells(effect, level.level)
         rows.append(cells)
     return table(head, rows, "numbers")
+
+
+def _metric_cells(effect: AxisEffect, level: Any) -> list[str]:
+    """Mean and difference of a level; a metric that the first level lacks has another reference."""
+    own = next((other for other in effect.levels if key_of(other.level) == key_of(level)), None)
+    if own is None:
+        return ["", ""]
+    is_reference = key_of(level) == key_of(effect.reference)
+    difference = "reference" if is_reference else html.text(difference_in_words(own.difference))
+    return [html.text(mean_and_error(own.mean, math.nan)), difference]
 
 
 def _pairs_in_words(difference: Difference) -> str:

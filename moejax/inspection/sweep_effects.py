@@ -257,7 +257,8 @@ def compare_settings(
     """
     known = with_metric(arms, metric)
     by_arm = dict(zip(known["arm"], zip(known["seed"], known[metric], strict=True), strict=True))
-    measured = [
-        {("", by_arm[arm][0]): by_arm[arm][1] for arm in ids if arm in by_arm} for ids in (reference, *settings)
-    ]
+    measured: list[dict[tuple[Hashable, Hashable], float]] = []
+    for ids in (reference, *settings):
+        found = [by_arm[arm] for arm in ids if arm in by_arm]
+        measured.append({("", seed): float(value) for seed, value in found})
     return [mean_difference(pair_up(measured[0], other)) for other in measured[1:]]

@@ -64,18 +64,22 @@ def draw_effect(effect: AxisEffect, axis: str, metric: str) -> Drawing:
         line(0, color=GREY, lw=1, ls=(0, (4, 3)), zorder=1)
         reference = [[0.0], [zero]] if scale.is_named else [[zero], [0.0]]
         axes.plot(*reference, "D", color="#111111", ms=5, label="reference")
-        for is_told, look in ((True, {"color": BLUE}), (False, {"color": GREY, "mfc": "white"})):
+        for is_told in (True, False):
             shown = [level for level in known if level.difference.is_told_apart == is_told]
             if not shown:
                 continue
             places = scale.places([level.level for level in shown])
             means = np.array([level.difference.mean for level in shown])
             reach = np.array([level.difference.high - level.difference.mean for level in shown])
-            points = (
-                {"x": means, "y": places, "xerr": reach} if scale.is_named else {"x": places, "y": means, "yerr": reach}
-            )
-            label = "told apart from it" if is_told else "may be noise"
-            axes.errorbar(**points, ls="none", marker="o", ms=5, elinewidth=1.2, capsize=3, label=label, **look)
+            marks: dict[str, Any] = {"ls": "none", "marker": "o", "ms": 5, "elinewidth": 1.2, "capsize": 3}
+            if is_told:
+                marks |= {"color": BLUE, "label": "told apart from it"}
+            else:
+                marks |= {"color": GREY, "mfc": "white", "label": "may be noise"}
+            if scale.is_named:
+                axes.errorbar(means, places, xerr=reach, **marks)
+            else:
+                axes.errorbar(places, means, yerr=reach, **marks)
         figure.legend(loc="outside upper left", ncols=3, borderaxespad=0.1, columnspacing=1.0, handletextpad=0.4)
         _label(axes, scale, axis, metric)
         return Drawing.of(figure)

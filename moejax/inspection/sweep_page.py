@@ -134,14 +134,17 @@ def _outcome(frame: pd.DataFrame, planned: Sequence[Mapping[str, Any]]) -> str:
 
 def _alarms(frame: pd.DataFrame) -> str:
     arms: dict[str, list[str]] = {}
+    names = short_names([str(name) for name in frame.columns if str(name).startswith(OVERRIDE)])
     if "alarm_rules" in frame:
         for row in frame.to_dict("records"):
+            levels = [f"{name} {level_name(row[axis])}" for axis, name in names.items() if row[axis] is not None]
+            arm = f"{row['arm']} ({', '.join(levels)})" if levels else str(row["arm"])
             for rule in json.loads(row["alarm_rules"] or "[]"):
-                arms.setdefault(str(rule), []).append(str(row["arm"]))
+                arms.setdefault(str(rule), []).append(arm)
     if not arms:
         return "<p>No arm raised an alarm.</p>"
     rows = [
-        (html.text(rule), str(len(of_rule)), f"<code>{html.text(', '.join(of_rule))}</code>")
+        (html.text(rule), str(len(of_rule)), "<br>".join(f"<code>{html.text(arm)}</code>" for arm in of_rule))
         for rule, of_rule in sorted(arms.items(), key=lambda item: -len(item[1]))
     ]
     total = len({arm for of_rule in arms.values() for arm in of_rule})

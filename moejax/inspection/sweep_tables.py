@@ -171,8 +171,9 @@ def _summary(values: np.ndarray) -> tuple[float, float, int]:
     """Mean, standard error and number of the values that are finite."""
     values = values[np.isfinite(values)]
     n = len(values)
-    mean = float(values.mean()) if n else math.nan
-    error = float(values.std(ddof=1)) / math.sqrt(n) if n > 1 else math.nan
+    with np.errstate(over="ignore"):  # of values near the largest that a float holds
+        mean = float(values.mean()) if n else math.nan
+        error = float(values.std(ddof=1)) / math.sqrt(n) if n > 1 else math.nan
     return mean, error, n
 
 

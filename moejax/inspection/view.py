@@ -61,7 +61,7 @@ def serve(folder: str | Path, port: int = 0, started: Callable[[str], None] = la
         import panel as pn
     except ImportError as error:
         raise ViewError(f"moejax view needs Panel ({error}): {how_to_install('view')}") from error
-    library = Library(Path(folder))
+    library = Library(Path(folder).resolve())
     port = _find_port(port)
     token = secrets.token_hex(TOKEN_BYTES)
     hosts = [f"{ADDRESS}:{port}", f"localhost:{port}"]

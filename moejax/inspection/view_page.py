@@ -107,8 +107,8 @@ def left_out(num_listed: int, num_runs: int) -> str:
     if num_listed == num_runs:
         return ""
     return (
-        f"<p class='soft'>{num_listed:,} of {num_runs:,} runs are listed: those shown, and the newest. Type a part of a "
-        "name for others.</p>"
+        f"<p class='soft'>{num_listed:,} of {num_runs:,} runs are listed: those shown, and the newest. Type a part of "
+        "a name for others.</p>"
     )
 
 

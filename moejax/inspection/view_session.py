@@ -7,9 +7,9 @@ import numpy as np
 import panel as pn
 
 from moejax.inspection import view_page as page
-from moejax.inspection.live import Library, LiveRun
 from moejax.inspection.axes import NAMES
 from moejax.inspection.figures import Chart
+from moejax.inspection.live import Library, LiveRun
 from moejax.inspection.run_paths import check_folder
 from moejax.inspection.view import CATCH_UP_MS, EVERY_MS, NUM_CHOSEN
 from moejax.inspection.view_plots import CurvePlot, charts_of, constant, load_plot, signature
@@ -74,7 +74,7 @@ class RunList:
 
     def _find_listed(self) -> list[str]:
         """Those chosen, and the newest of those with the wanted part in their name."""
-        part = self._part.value.lower()
+        part = str(self._part.value or "").lower()
         runs = self._library.runs
         found = [path for path, run in runs.items() if part in run.name.lower() or part in path.lower()]
         newest = set(found if len(found) <= MAX_LISTED else self._library.newest(MAX_LISTED, found))
@@ -103,9 +103,13 @@ class Session:
         self._of = pn.widgets.RadioBoxGroup(**_choice("Of"))
         self._report = _text()
         self._tabs = pn.Tabs(
-            (TABS[0], pn.Column(self._axis, self._curves, self._constants, **WIDE)), (TABS[1], self._load), (TABS[2], pn.Column(self._of, self._report, **WIDE)),
-            stylesheets=[page.TABS_STYLE], sizing_mode="stretch_width", margin=(14, 0, 0, 0),
-        )  # fmt: skip
+            (TABS[0], pn.Column(self._axis, self._curves, self._constants, **WIDE)),
+            (TABS[1], self._load),
+            (TABS[2], pn.Column(self._of, self._report, **WIDE)),
+            stylesheets=[page.TABS_STYLE],
+            sizing_mode="stretch_width",
+            margin=(14, 0, 0, 0),
+        )
         self._plots: list[CurvePlot] = []
         self._drawn: dict[str, Any] = {}
         self._versions: dict[str, int] = {}

@@ -18,6 +18,9 @@ from moejax.moe.stats import RoutingStats
 from moejax.nn.norm import RMSNorm
 from moejax.sharding import constrain_tokens, whole
 
+NO_TOKEN = -1e30
+"""The logit of an id that is no token: its probability is 0, and it is finite at any temperature."""
+
 
 class Decoder(nnx.Module):
     """Embedding, stacks of blocks, norm, logits.
@@ -134,10 +137,14 @@ class Decoder(nnx.Module):
         return constrain_tokens(embedding_VD[tokens_BL]) * self.config.model.d_model**0.5
 
     def unembed(self, x_BLD: Float[Array, "B L D"]) -> Float[Array, "B L V"]:
-        """Logits from the residual stream after the last layer."""
+        """Logits from the residual stream after the last layer; those of ids that are no token are `NO_TOKEN`."""
         weight = self.embedding if self.config.model.tied_embeddings else self.unembedding
         weight_VD = whole(weight, self.config.model.compute_dtype)
-        return project(self.final_norm(x_BLD), weight_VD.T, out_dtype=jnp.float32)
+        logits_BLV = project(self.final_norm(x_BLD), weight_VD.T, out_dtype=jnp.float32)
+        if self.config.num_token_ids == self.config.vocab_size:
+            return logits_BLV
+        is_token_V = jnp.arange(self.config.vocab_size) < self.config.num_token_ids
+        return jnp.where(is_token_V[None, None], logits_BLV, NO_TOKEN)
 
     def _apply(self, tokens_BL, context: Context, cache: list):
         x_BLD = self.embed(tokens_BL)

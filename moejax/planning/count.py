@@ -51,11 +51,13 @@ class Count:
     Attributes:
       total: parameters.
       active: those that take part in one token's forward pass, as `models.parameters.ParameterCount` says.
+      experts: those of the experts that tokens are routed to, which `mesh.expert` splits.
       flops: arithmetic per token, by part.
     """
 
     total: int
     active: int
+    experts: int
     flops: Flops
 
     @property
@@ -95,7 +97,7 @@ def count(config: Config) -> Count:
     norms = 2 * d_model + (2 * config.head_dim if model.qk_norm else 0)
     embedding = config.vocab_size * d_model
     total = embedding * (1 if model.tied_embeddings else 2) + d_model + model.num_layers * (projections + norms)
-    active = total
+    active, experts = total, 0
     flops = [
         Flops(
             projections=2 * length * projections * model.num_layers,
@@ -106,10 +108,11 @@ def count(config: Config) -> Count:
     for kind, num in collections.Counter(config.layers).items():
         layer = _dense(config) if kind is None else _experts(kind, d_model, length)
         total += num * (layer.always + layer.num_experts * layer.per_expert)
+        experts += num * layer.num_experts * layer.per_expert
         active += num * (layer.always + layer.num_active * layer.per_expert)
         flops += [layer.flops] * num
     sums = map(sum, zip(*map(dataclasses.astuple, flops), strict=True))
-    return Count(total, active, Flops(*(round(BACKWARD_AND_FORWARD * row / length) for row in sums)))
+    return Count(total, active, experts, Flops(*(round(BACKWARD_AND_FORWARD * row / length) for row in sums)))
 
 
 def _dense(config: Config) -> _Layer:

@@ -1,9 +1,10 @@
-"""What accelerators can do at most, and model FLOPs utilisation (MFU): the share of that which a run uses for its model.
+"""What accelerators can do at most, and model FLOPs utilisation (MFU): the share of it that a run uses for its model.
 
-MFU (Chowdhery et al. 2022, PaLM, appendix B) is the arithmetic that the mathematics of the model asks for, per second, over
-the peak of all devices. The arithmetic is that of `moejax.planning.count.count`, forward and backward: matrix products
-of the parameters that a token uses, so of its `moe.top_k` experts alone, and attention with all positions of the row, of
-which the causal mask takes nothing off. What is computed again (remat), empty slots, and padding count as nothing.
+MFU (Chowdhery et al. 2022, PaLM, appendix B) is the arithmetic that the mathematics of the model asks for, per second,
+over the peak of all devices. The arithmetic is that of `moejax.planning.count.count`, forward and backward: matrix
+products of the parameters that a token uses, so of its `moe.top_k` experts alone, and attention with all positions of
+the row, of which the causal mask takes nothing off. What is computed again (remat), empty slots, and padding count as
+nothing.
 """
 
 import jax

@@ -1,19 +1,17 @@
 """The arms of a sweep: every point becomes a checked configuration before the first of them runs."""
 
 import dataclasses
-import hashlib
 import itertools
-import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from moejax.config import Config, ConfigError, UnreadError, check_key, refuse_unread, resolve_recorded, to_dict
 from moejax.planning.count import Count, count
 from moejax.sharding import check_divisible
+from moejax.sweeps.ids import ID_DIGITS, hash_config
 from moejax.sweeps.match import Adjust, Match, Matched, MatchError, Target
 from moejax.sweeps.space import Space
 
-ID_DIGITS = 10  # of the hash: among 10,000 arms two share one with a probability of 1 in 22,000
 LISTED = 10  # bad points that an error names
 MOST = 100_000  # points: each is resolved before the first arm trains, some thousands a second
 
@@ -28,7 +26,7 @@ class Arm:
 
     Attributes:
       id: the first digits of `config_hash`, which name its run directory.
-      config_hash: of the resolved configuration, see `hash_config`.
+      config_hash: of the resolved configuration, see `ids.hash_config`.
       overrides: what its point sets, by dotted key.
       matched: leaves that matching changed; empty without.
       config: resolved.
@@ -159,16 +157,6 @@ def describe(overrides: Any) -> str:
     if not isinstance(overrides, Mapping):
         return repr(overrides)
     return " ".join(f"{key}={value}" for key, value in overrides.items()) or "the recipe itself"
-
-
-def hash_config(config: Config) -> str:
-    """SHA-256 of a resolved configuration as JSON with sorted keys, in hexadecimal digits.
-
-    Where rows are cached (`data.directory`) is left out, for it changes nothing.
-    """
-    values = to_dict(config)
-    del values["data"]["directory"]
-    return hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def check_same(first: Arm, second: Arm) -> None:

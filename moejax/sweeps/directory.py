@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from moejax.locks import FolderLock, HeldError, LockedError
+from moejax.paths import resolve_path
 from moejax.sweeps.arms import Arm, Plan, SweepError, check_same
 from moejax.sweeps.packs import Ids, pack_arms
 from moejax.sweeps.record_files import check_inside
@@ -111,7 +112,7 @@ def write_sweep(
     Raises:
       SweepError: the directory holds arms that the plan has not, or those of a search, or cannot be written.
     """
-    directory = Path(directory)
+    directory = resolve_path(directory)
     sweep = Sweep(directory, {arm.id: arm for arm in plan.arms}, pack_arms(plan.arms, largest_pack), command)
     with _defining(directory):
         if (directory / SWEEP_FILE).exists():
@@ -139,7 +140,7 @@ def add_arm(directory: str | Path, arm: Arm, *, recipe: str, command: str) -> Sw
     Raises:
       SweepError: the directory cannot be written, or holds something else.
     """
-    directory = Path(directory)
+    directory = resolve_path(directory)
     with _defining(directory):
         check_search(directory)
         known = open_sweep(directory) if (directory / SWEEP_FILE).exists() else Sweep(directory, {}, (), command)
@@ -187,7 +188,7 @@ def open_sweep(directory: str | Path) -> Sweep:
       RecordError: there is no readable `sweep.json`.
       SweepError: an arm in it is damaged.
     """
-    directory = Path(directory)
+    directory = resolve_path(directory)
     definition = read_definition(directory)
     arms = [Arm.from_json(entry) for entry in definition["arms"]]
     known = {arm.id: arm for arm in arms}

@@ -58,7 +58,14 @@ def share_out(processes: int, gpus: int) -> list[Share]:
         raise SweepError(f"--gpus={gpus} must be at least 0; 0 trains on CPU")
     if gpus:
         return [Share(gpus=tuple(part)) for part in shares(_visible_gpus(gpus), processes)]
-    return [Share(cores=tuple(part)) for part in shares(sorted(os.sched_getaffinity(0)), processes)]
+    return [Share(cores=tuple(part)) for part in shares(usable_cores(), processes)]
+
+
+def usable_cores() -> list[int]:
+    """Numbers of the cores that this process may use; all of the machine where it cannot be asked (macOS, Windows)."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
 
 
 def _visible_gpus(number: int) -> list[str]:

@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from moejax.strict_json import to_json
+
 JSON_COLUMNS = b"moejax.json_columns"
 REMEDY = "remove it and run the sweep again: it joins the rows anew"
 MAX_INTEGER = 2**63
@@ -56,7 +58,7 @@ def read_text(path: Path) -> str:
 
 def write_jsonl(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Writes a row a line, in one rename."""
-    text = "".join(json.dumps(row) + "\n" for row in rows)
+    text = "".join(to_json(row) + "\n" for row in rows)
     _replace(path, lambda file: file.write(text.encode()))
 
 

@@ -17,6 +17,8 @@ import pandas as pd
 
 from moejax.inspection.run import Run, RunError, open_run
 from moejax.inspection.sweep_tables import MATCHED, OVERRIDE, frame_of
+from moejax.paths import resolve_path
+from moejax.strict_json import to_json
 from moejax.sweeps.record_files import (
     RecordError,
     check_inside,
@@ -157,7 +159,7 @@ def _measured(run: Run | None, entry: Mapping[str, Any], status: str) -> Row:
         [step / planned if planned else None, step, _finite(loss), _finite(bits.get(step))]
         for step, loss in zip(steps.tolist(), losses.tolist(), strict=True)
     ]
-    return row | {"evaluations": json.dumps(evaluations)}
+    return row | {"evaluations": to_json(evaluations)}
 
 
 def _final_values(run: Run, status: str) -> dict[str, float | None]:
@@ -248,7 +250,7 @@ def collect(directory: str | Path) -> list[Row]:
     Raises:
       RecordError: `sweep.json` or a row is damaged, or a row is of another arm.
     """
-    directory = Path(directory)
+    directory = resolve_path(directory)
     rows = []
     for entry in read_definition(directory)["arms"]:
         workdir = directory / "arms" / entry["id"]
@@ -278,7 +280,7 @@ def read_records(directory: str | Path) -> pd.DataFrame:
     Raises:
       RecordError: there is neither, or the one that is read is damaged.
     """
-    directory = Path(directory)
+    directory = resolve_path(directory)
     jsonl, parquet = directory / JSONL_FILE, directory / PARQUET_FILE
     if jsonl.exists():
         rows = read_jsonl(jsonl)

@@ -5,6 +5,7 @@ from pathlib import Path
 from moejax.inspection.page import write_page
 from moejax.inspection.sweep_page import build_sweep_page
 from moejax.inspection.sweep_tables import frame_of
+from moejax.paths import resolve_path
 from moejax.sweeps.directory import join_records
 from moejax.sweeps.records import read_definition
 
@@ -18,8 +19,9 @@ def build_sweep_report(directory: str | Path) -> Path:
       RecordError: `sweep.json` or a row is missing or damaged, or a file is a link out of the directory.
       LockedError: the directory cannot be written.
     """
-    directory = Path(directory)
+    directory = resolve_path(directory)
     read_definition(directory)  # before anything is written there
     rows = join_records(directory)
-    name = directory.resolve().name
-    return write_page(directory / FILE_NAME, build_sweep_page(frame_of(rows), read_definition(directory), name))
+    return write_page(
+        directory / FILE_NAME, build_sweep_page(frame_of(rows), read_definition(directory), directory.name)
+    )

@@ -4,9 +4,7 @@
 leaves its pack to the others, who continue it from its newest checkpoint.
 """
 
-import json
 import logging
-import os
 import statistics
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,15 +14,19 @@ from typing import Any, NamedTuple
 import jax
 import pandas as pd
 
+from moejax.compilation_cache import keep_programs
+from moejax.planning.memory import check_memory
 from moejax.sharding import make_mesh
 from moejax.sweeps.arms import Arm, SweepError, describe, plan_arms
 from moejax.sweeps.directory import Sweep, join_records, write_sweep
 from moejax.sweeps.match import Match
 from moejax.sweeps.packs import Ids
-from moejax.sweeps.programs import keep_programs
+from moejax.sweeps.pool import usable_cores
 from moejax.sweeps.record_files import RecordError
 from moejax.sweeps.records import read_records, record_of, write_record
 from moejax.training.alarms import AlarmError
+from moejax.training.checkpoint_meta import saved_steps
+from moejax.training.line_file import parse_line
 from moejax.training.loop import train
 from moejax.training.nonfinite import NonFiniteError
 from moejax.training.packed import devices_of_arm
@@ -42,17 +44,18 @@ def prepare_devices(packs: Sequence[Ids]) -> None:
     On CPU each core is a device, so that the arms of a pack share the cores out.
     """
     if any(len(pack) > 1 for pack in packs):
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        jax.config.update("jax_num_cpu_devices", cores)
+        jax.config.update("jax_num_cpu_devices", len(usable_cores()))
     keep_programs()
 
 
 def check_devices(arms: Iterable[Arm]) -> None:
-    """Raises `ConfigError` naming the first arm whose mesh does not fit the devices, before any arm trains."""
+    """Raises `ConfigError` naming the first arm that does not fit the devices or their memory, before any trains."""
     for arm in arms:
         devices = jax.devices()
         try:
-            make_mesh(arm.config, devices[: devices_of_arm(arm.config)] if _is_cpu() else None)
+            own = devices[: devices_of_arm(arm.config)] if _is_cpu() else devices
+            make_mesh(arm.config, own)
+            check_memory(arm.config, own)
         except ValueError as error:
             raise type(error)(f"arm {arm.id} ({describe(arm.overrides)}): {error}") from error
 
@@ -149,12 +152,6 @@ def together(sweep: Sweep, arms: Sequence[Arm]) -> list[list[Arm]]:
     return [*([arm] for arm in complete), *by_step.values()]
 
 
-def saved_steps(workdir: Path) -> list[int]:
-    """The steps of which a run directory has a checkpoint, rising."""
-    folder = workdir / "checkpoints"
-    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit()) if folder.is_dir() else []
-
-
 def _train_arms(sweep: Sweep, arms: Sequence[Arm], stop: StopSignals) -> list[ArmResult]:
     """Trains arms together, or one alone on all devices; those that cannot go on are recorded when they end."""
     workdirs = [sweep.workdir(arm.id) for arm in arms]
@@ -217,19 +214,32 @@ class Seconds(NamedTuple):
 
 
 def training_seconds(workdir: Path) -> Seconds | None:
-    """From what each logging interval says of its tokens, their rate and the arms beside it; None if there is none."""
+    """From what each logging interval says of its tokens, their rate and the arms beside it; None if there is none.
+
+    Lines that are damaged or cut off, and intervals in which nothing was predicted, say nothing of time.
+    """
     path = workdir / "metrics.jsonl"
-    if not path.exists():
+    if not path.is_file():
         return None
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    total, of_step, tokens, step, arms = 0.0, [], 0, 0, 1
-    for line in lines:
-        if "perf/tokens_per_s" in line:
-            arms = int(line.get("perf/arms", 1))
-            seconds = (line["tokens"] - tokens) / line["perf/tokens_per_s"] / arms
+    total, of_step, tokens, step, arms = 0.0, [], 0.0, 0, 1
+    for line in filter(None, map(parse_line, path.read_bytes().splitlines())):
+        num_tokens, rate = _number(line, "tokens"), _number(line, "perf/tokens_per_s")
+        if num_tokens is None or rate is None or line["step"] <= step:
+            continue
+        if num_tokens > tokens and rate > 0:
+            arms = line["perf/arms"] if type(line.get("perf/arms")) is int and line["perf/arms"] > 0 else 1
+            seconds = (num_tokens - tokens) / rate / arms
             of_step.append(seconds / (line["step"] - step))
-            total, tokens, step = total + seconds, line["tokens"], line["step"]
+            total += seconds
+        tokens, step = num_tokens, line["step"]
     return Seconds(total, statistics.median(of_step), arms) if of_step else None
+
+
+def _number(line: Mapping[str, Any], key: str) -> float | None:
+    value = line.get(key)
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return None
+    return float(value)
 
 
 def check_open(sweep: Sweep) -> None:

@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from moejax.config import with_defaults
 from moejax.inspection.token_keys import token_keys
 from moejax.sweeps.space import Choice, Range
 
@@ -176,6 +177,8 @@ class Definition:
     def differing(self, other: "Definition") -> list[str]:
         """Names of the fields in which `other` differs."""
         mine, its = self.to_json(), other.to_json()
+        for content in (mine, its):
+            content["base"] = with_defaults(content["base"])
         return [name for name in mine if mine[name] != its[name]]
 
     def place(self, fraction: float) -> int | None:

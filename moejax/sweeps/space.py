@@ -356,21 +356,20 @@ def _join(name: str, first: Mapping[str, Any], second: Mapping[str, Any]) -> Poi
 
 def _interval(key: str, low: float, high: float, num: int | None, *, is_log: bool) -> Axis:
     check_key(key)
-    name = "log_uniform" if is_log else "uniform"
     annotation = dict(leaves())[key]
     if annotation is not float:
         kind = {int: "a whole number", bool: "True or False"}.get(annotation, "text")
         raise SpaceError(
-            f"{name}: {key} is {kind}, and ranges are for leaves that may be any number; list its values, as in "
+            f"{key} is {kind}, and ranges are for leaves that may be any number; list its values, as in "
             f"choice({key!r}, ...) or {key}=A,B on the command line"
         )
     if not (math.isfinite(low) and math.isfinite(high) and low < high and (low > 0 or not is_log)):
         above = ", the lower above 0," if is_log else ""
-        raise SpaceError(f"{name}: {key} from {low:g} to {high:g} is no range; give two finite numbers{above} rising")
+        raise SpaceError(f"{key} from {low:g} to {high:g} is no range; give two finite numbers{above} rising")
     if num is None:
         return Range(key, float(low), float(high), is_log)
     if num < 2:
-        raise SpaceError(f"{name}: num={num} of {key} must be at least 2, for a grid has both ends")
+        raise SpaceError(f"num={num} of {key} must be at least 2, for a grid has both ends")
     parts = [i / (num - 1) for i in range(1, num - 1)]
     inner = [low * (high / low) ** part if is_log else low + (high - low) * part for part in parts]
     rounded = [float(f"{value:.{SIGNIFICANT_DIGITS}g}") for value in inner]
@@ -386,13 +385,9 @@ def _parse_interval(text: str, key: str, values: str) -> Axis:
         numbers = float(low), float(high), None if num is None else int(num)
     except ValueError as error:
         raise SpaceError(f"{text!r} must have the form {key}={values[:4]}1e-4..1e-1:5, from..to:number") from error
-    check_key(key)
-    if dict(leaves())[key] is not float:
+    if dict(leaves()).get(key, float) is not float:
         raise SpaceError(f"{text}: a range is of fractions, and {key} has none; list values, as in {key}=4,8,16")
-    try:
-        return (log_uniform if kind == "log" else uniform)(key, *numbers)
-    except SpaceError as error:
-        raise SpaceError(f"{text}: {str(error).partition(': ')[2]}") from error  # without the name of the function
+    return (log_uniform if kind == "log" else uniform)(key, *numbers)
 
 
 def _parse_value(text: str, key: str, value: str) -> Any:

@@ -24,9 +24,7 @@ MIN_SECRET = 4  # letters of a hidden piece that is replaced within words, too
 _ADDRESS = re.compile(r"[A-Za-z][\w+.-]*:")  # how a URL begins, well formed or not
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+_.-]*(?=:)")
 _NO_SCHEME = re.compile(r"[^/]*@")  # USER:PASSWORD@HOST begins as a URL does
-_CREDENTIALS = re.compile(
-    r"[^/@]*:[^/]*@|//"
-)  # in what looks like a path: USER:PASSWORD@HOST, or a URL without its scheme
+_CREDENTIALS = re.compile(r":[^/]*@|^//")  # in what looks like a path: USER:PASSWORD@HOST, a URL without its scheme
 _HOST = re.compile(r"[\w.-]*|\[?[0-9A-Fa-f:.]+\]?")
 _NAME = re.compile(r"[\w.+-]*")
 _DATABASE = re.compile(r"[\w./ +-]*")

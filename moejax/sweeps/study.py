@@ -210,8 +210,11 @@ def _open_storage(storage: str, create: bool) -> "optuna.storages.BaseStorage":
         return JournalStorage(JournalFileBackend(str(path), lock_obj=lock))
     except OSError as error:
         raise StudyError(f"storage {storage} cannot be opened ({error.strerror}); choose another path") from error
-    except ValueError as error:
-        raise StudyError(f"storage {storage} is no journal of Optuna ({error}); choose another path") from error
+    except Exception as error:  # Optuna reads the lines as its own, and raises anything for others
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise StudyError(
+            f"storage {storage} is no journal of Optuna, or damaged ({reason}); restore it, or choose another path"
+        ) from error
 
 
 def _open_database(address: str, create: bool) -> "optuna.storages.BaseStorage":

@@ -5,18 +5,17 @@ lasts is said once when it begins and once when it ends. A rule in `alarms.stop`
 """
 
 import dataclasses
-import json
 import logging
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from jaxtyping import Float
 
 from moejax.config import Config, MoeConfig
+from moejax.training.line_file import LineFile, parse_line
 from moejax.training.telemetry import RoutingInterval
 
 FILE = "alarms.jsonl"
@@ -137,6 +136,10 @@ class AlarmLog:
       counts: `counts` of the run at that step; without them, intervals are counted anew, so that the beginning or the
         end of an alarm may be said up to `PATIENCE` intervals later.
       name: of the run, in the log; "" where there is but one.
+      noted: `state` at that step, from its checkpoint.
+
+    Raises:
+      LineFileError: the file cannot be read or written.
     """
 
     def __init__(
@@ -146,19 +149,25 @@ class AlarmLog:
         config: Config,
         counts: Mapping[str, Any] | None = None,
         name: str = "",
+        noted: Mapping[str, Any] | None = None,
     ):
         self._config = config
         self._name = f"{name}, " if name else ""
-        self._path = Path(workdir) / FILE
-        kept = [line for line in read_alarms(workdir) if line["step"] <= after_step]
-        if self._path.exists():
-            temporary = self._path.with_suffix(".tmp")
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-            os.replace(temporary, self._path)
+        self._file = LineFile(Path(workdir) / FILE, after_step, noted, lambda line: not _fault(line))
+        held, quiet = _counted(counts)
         # By rule and layer, for how many intervals in a row rules in `LASTING` have held.
-        self._held = _unlisted(counts["held"]) if counts else {}
+        self._held = held
         # By rule and layer, the intervals since it last held.
-        self._quiet = _unlisted(counts["quiet"]) if counts else dict.fromkeys(active(kept), 0)
+        self._quiet = dict.fromkeys(active(self._file.lines), 0) if quiet is None else quiet
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint notes of the file."""
+        return self._file.state
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
 
     @property
     def counts(self) -> dict[str, Any]:
@@ -206,9 +215,7 @@ class AlarmLog:
 
     def _write(self, step: int, rule: str, state: str, layers: Iterable[int], **more: Any) -> None:
         finite = {key: value for key, value in more.items() if value != math.inf}
-        line = {"step": step, "rule": rule, "state": state, "layers": list(layers), **finite}
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        self._file.append({"step": step, "rule": rule, "state": state, "layers": list(layers), **finite})
 
 
 def read_alarms(workdir: str | Path) -> list[dict[str, Any]]:
@@ -218,23 +225,33 @@ def read_alarms(workdir: str | Path) -> list[dict[str, Any]]:
       AlarmFileError: a line is damaged.
     """
     path = Path(workdir) / FILE
-    if not path.exists():
-        return []
-    text = path.read_text(encoding="utf-8", errors="replace")
+    try:
+        content = path.read_bytes() if path.exists() else b""
+    except OSError as error:
+        raise AlarmFileError(
+            f"{path} cannot be read ({error.strerror}); give this user the right to read it"
+        ) from error
     lines: list[dict[str, Any]] = []
-    for number, line in enumerate(text.splitlines(), start=1):
-        try:
-            values = json.loads(line)
-            if type(values["step"]) is not int or values["state"] not in ("on", "off"):
-                raise ValueError("no step or state")
-            if not isinstance(values["rule"], str) or any(type(layer) is not int for layer in values["layers"]):
-                raise ValueError("no rule, or layers that are not integers")
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            if number == text.count("\n") + 1:  # it has no end of line
-                break
-            raise AlarmFileError(f"{path}: line {number} is damaged ({error}); delete that line") from error
+    for number, line in enumerate(content.splitlines(keepends=True), start=1):
+        values = parse_line(line)
+        fault = "no JSON object with a step" if values is None else _fault(values)
+        if fault and not line.endswith(b"\n"):
+            break
+        if values is None or fault:
+            raise AlarmFileError(f"{path}: line {number} is damaged ({fault}); delete that line")
         lines.append(values)
     return lines
+
+
+def _fault(line: Mapping[str, Any]) -> str:
+    """What an alarm's line lacks; empty if it is sound."""
+    if line.get("state") not in ("on", "off"):
+        return "no state"
+    if not isinstance(line.get("rule"), str):
+        return "no rule"
+    layers = line.get("layers")
+    is_listed = isinstance(layers, list) and all(type(layer) is int for layer in layers)
+    return "" if is_listed else "layers that are not integers"
 
 
 def active(lines: Iterable[Mapping[str, Any]]) -> list[tuple[str, int]]:
@@ -256,8 +273,22 @@ def name_layers(layers: Sequence[int]) -> str:
     return f"layers {shown}" + (f" and {len(layers) - 8} more" if len(layers) > 8 else "")
 
 
-def _unlisted(places: Sequence[Sequence[Any]]) -> dict[tuple[str, int], int]:
-    return {(rule, layer): number for rule, layer, number in places}
+Counts: TypeAlias = dict[tuple[str, int], int]
+"""By rule and layer."""
+
+
+def _counted(counts: Mapping[str, Any] | None) -> tuple[Counts, Counts | None]:
+    """For how many intervals rules have held, and since how many not; ({}, None) if nobody has counted."""
+    if counts is None:
+        return {}, None
+    try:
+        held, quiet = (
+            {(str(rule), int(layer)): int(number) for rule, layer, number in counts[name]} for name in ("held", "quiet")
+        )
+    except (KeyError, TypeError, ValueError):
+        log.warning("the checkpoint's counts of alarms are damaged: intervals are counted anew")
+        return {}, None
+    return held, quiet
 
 
 def stop_message(step: int, alarms: Sequence[Alarm]) -> str:

@@ -13,17 +13,19 @@ import logging
 import os
 import re
 import shlex
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 
-from moejax.config import ConfigError, resolve_recorded, to_dict
+from moejax.config import Config, ConfigError, resolve_recorded, to_dict
 from moejax.training.checkpoint_meta import (
     CheckpointError,
-    Damage,
+    DamageError,
     check_saved,
     compare_digests,
     compare_manifests,
@@ -64,14 +66,13 @@ class Checkpoints:
         best = policies.BestN(
             get_metric_fn=lambda metrics: -metrics["eval/loss"], n=1, keep_checkpoints_without_metrics=False
         )
-        options = ocp.CheckpointManagerOptions(
-            create=not read_only,
-            read_only=read_only,
-            preservation_policy=None if read_only else policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
-        )
+        policy = None if read_only else policies.AnyPreservationPolicy([policies.LatestN(keep), best])
         try:
             # In reading, orbax warns that it will not write.
             with _from_level("absl", logging.ERROR if read_only else logging.NOTSET):
+                options = ocp.CheckpointManagerOptions(
+                    create=not read_only, read_only=read_only, preservation_policy=policy
+                )
                 self._manager = ocp.CheckpointManager(
                     self.folder, options=options, item_names=("model", "optimizer", "meta")
                 )
@@ -212,7 +213,7 @@ class Checkpoints:
         """Raises `CheckpointError` if there is the folder of a step that does not count: it must not be passed over."""
         for step in saved_steps(self.workdir):
             if step not in self.steps():
-                raise self._unreadable(step, Damage("it is not a whole checkpoint"))
+                raise self._unreadable(step, DamageError("it is not a whole checkpoint"))
 
     def _check_saved(self, step: int) -> None:
         model, optimizer = _split(named_arrays(self.trainable.abstract))
@@ -220,8 +221,8 @@ class Checkpoints:
             check_saved(self.folder / str(step), {"model": set(model), "optimizer": set(optimizer)})
         except Exception as error:  # tensorstore raises many kinds
             raise CheckpointError(
-                f"{self.folder / str(step)} was saved and cannot be read ({_reason(error)}); the run stops here: look at "
-                "the file system, and begin again in another --workdir"
+                f"{self.folder / str(step)} was saved and cannot be read ({_reason(error)}); the run stops here: "
+                "look at the file system, and begin again in another --workdir"
             ) from error
 
     def _choose(self, step: int | None) -> int | None:
@@ -251,27 +252,31 @@ class Checkpoints:
             else:
                 log.warning("%s was saved without digests by an earlier version: its arrays were not verified", folder)
             if "step" in found and int(found["step"]) != step:
-                raise Damage(f"it holds step {int(found['step'])}: the folder was renamed or copied")
+                raise DamageError(f"it holds step {int(found['step'])}: the folder was renamed or copied")
         except CheckpointError:
             raise
         except Exception as error:  # orbax raises many kinds for missing and damaged files
             raise self._unreadable(step, error) from error
         return {name: found[name] for name in named_arrays(self.trainable.abstract) if name in found}
 
+    def config(self, step: int) -> Config:
+        """The configuration that a step was saved with."""
+        return resolve_recorded(self._read_meta(step)["config"])
+
     def _read_meta(self, step: int) -> dict[str, Any]:
         try:
             return read_meta(self.folder / str(step))
-        except (Damage, OSError) as error:
+        except (DamageError, OSError) as error:
             raise self._unreadable(step, error) from error
 
     def _unreadable(self, step: int, error: Exception) -> CheckpointError:
-        """What to say of a step that cannot be restored. Only what was proven is called damage, and nothing is deleted."""
+        """What to say of a step that cannot be restored; only what was proven is called damage."""
         folder = self.folder / str(step)
         if _lacks_rights(error):
             return CheckpointError(f"{folder} cannot be read ({_reason(error)}); {_rights_or_copy(error)}")
-        state = "is damaged" if isinstance(error, Damage) else "cannot be read"
+        state = "is damaged" if isinstance(error, DamageError) else "cannot be read"
         names = [name for name in named_arrays(self.trainable.abstract) if name in str(error)]
-        place = "" if isinstance(error, Damage) or not names else f" at {max(names, key=len)}"
+        place = "" if isinstance(error, DamageError) or not names else f" at {max(names, key=len)}"
         older = [other for other in saved_steps(self.workdir) if other < step]
         if older:
             move = shlex.join(["mv", str(folder), str(self.workdir / f"damaged-{step}")])
@@ -288,8 +293,8 @@ class Checkpoints:
             raise CheckpointError(f"{folder} was saved with a configuration that cannot be used: {error}") from error
         if change:
             raise CheckpointError(
-                f"{folder} was trained with {change.key}={change.saved}, not {change.wanted}; restore config.json, give "
-                f"--config.{change.key}={change.saved}, or use another --workdir"
+                f"{folder} was trained with {change.key}={change.saved}, not {change.wanted}; restore config.json, "
+                f"give --config.{change.key}={change.saved}, or use another --workdir"
             )
 
     def _compare_tokenizer(self, saved: Mapping[str, str], folder: Path) -> None:
@@ -303,12 +308,28 @@ class Checkpoints:
 @contextlib.contextmanager
 def _quiet_tasks() -> Iterator[None]:
     """Keeps asyncio from telling of every task that failed together with the one whose error is passed on."""
+    _quiet_closed_loops()
     with _from_level("asyncio", logging.CRITICAL):
         try:
             yield
         except Exception:
             gc.collect()  # a task tells when it is collected
             raise
+
+
+def _quiet_closed_loops() -> None:
+    """Says nothing of reads that end after a failed one, whose event loop is gone: tensorstore prints each."""
+    previous = sys.excepthook
+    if getattr(previous, "__name__", "") == "tell_unless_loop_is_closed":
+        return
+
+    def tell_unless_loop_is_closed(
+        kind: type[BaseException], error: BaseException, trace: TracebackType | None
+    ) -> None:
+        if kind is not RuntimeError or str(error) != "Event loop is closed":
+            previous(kind, error, trace)
+
+    sys.excepthook = tell_unless_loop_is_closed
 
 
 @contextlib.contextmanager
@@ -325,7 +346,7 @@ def _from_level(name: str, level: int) -> Iterator[None]:
 
 def _reason(error: BaseException) -> str:
     """The first line of what the first error of a chain says, without what libraries add for their developers."""
-    while error.__cause__ is not None:
+    while error.__cause__ is not None and not isinstance(error, DamageError):
         error = error.__cause__
     text = (str(error).strip() or type(error).__name__).splitlines()[0]
     return re.split(r" \[source locations=| \[tensorstore_spec|\. See full TensorStore", text)[0][:300]

@@ -33,7 +33,7 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be used: the message names the folder, the array and the remedy."""
 
 
-class Damage(Exception):
+class DamageError(Exception):
     """What is wrong with a checkpoint's files, proven by comparison; the caller names the folder and the remedy."""
 
 
@@ -46,21 +46,21 @@ def read_meta(folder: Path) -> dict[str, Any]:
     """The `meta` of a checkpoint folder.
 
     Raises:
-      Damage: it differs from what was written, or the folder is another step's.
+      DamageError: it differs from what was written, or the folder is another step's.
       OSError: it cannot be read.
     """
     try:
         meta = json.loads((folder / FILE).read_bytes().decode())
     except (ValueError, RecursionError) as error:
-        raise Damage(f"{FILE} is no JSON document ({str(error)[:80]})") from error
+        raise DamageError(f"{FILE} is no JSON document ({str(error)[:80]})") from error
     keys = set(meta) if isinstance(meta, dict) else set()
     is_old = keys in (OLD_KEYS, OLD_KEYS - {"notes"})
     if not is_old and keys != KEYS:
-        raise Damage(f"{FILE} has the entries {', '.join(sorted(keys)) or 'of no object'}")
+        raise DamageError(f"{FILE} has the entries {', '.join(sorted(keys)) or 'of no object'}")
     if not is_old and meta["digest"] != _digest({key: meta[key] for key in meta if key != "digest"}):
-        raise Damage(f"{FILE} differs from the digest that was saved with it")
+        raise DamageError(f"{FILE} differs from the digest that was saved with it")
     if not is_old and meta["step"] != int(folder.name):
-        raise Damage(f"it holds step {meta['step']}: the folder was renamed or copied")
+        raise DamageError(f"it holds step {meta['step']}: the folder was renamed or copied")
     if not is_old:
         _check_metrics(folder, meta["metrics"])
     return meta
@@ -71,7 +71,7 @@ def newest_meta(workdir: Path) -> dict[str, Any] | None:
     for step in reversed(saved_steps(workdir)):
         try:
             return read_meta(workdir / "checkpoints" / str(step))
-        except (Damage, OSError):  # whoever restores it says so
+        except (DamageError, OSError):  # whoever restores it says so
             continue
     return None
 
@@ -90,14 +90,14 @@ def check_saved(folder: Path, items: Mapping[str, set[str]]) -> None:
       items: the names of the arrays of each item.
 
     Raises:
-      Damage: a part of it is absent.
+      DamageError: a part of it is absent.
       OSError, ValueError: a part of it cannot be read.
     """
     read_meta(folder)
     for item, names in items.items():
         absent = sorted(names - _stored_arrays(folder / item))
         if absent:
-            raise Damage(f"{item} lacks {absent[0]}" + (f" and {len(absent) - 1} more" if len(absent) > 1 else ""))
+            raise DamageError(f"{item} lacks {absent[0]}" + (f" and {len(absent) - 1} more" if len(absent) > 1 else ""))
 
 
 def _stored_arrays(folder: Path) -> set[str]:
@@ -127,11 +127,11 @@ def compare_manifests(saved: Mapping[str, Any], expected: Mapping[str, Any], fol
 
 
 def compare_digests(saved: Mapping[str, str], found: Mapping[str, str]) -> None:
-    """Raises `Damage` naming the arrays that differ from what was saved."""
+    """Raises `DamageError` naming the arrays that differ from what was saved."""
     changed = [name for name, digest in found.items() if saved.get(name) != digest]
     if changed:
         more = f" and {len(changed) - 1} more arrays differ" if len(changed) > 1 else " differs"
-        raise Damage(f"{changed[0]}{more} from the digest saved with it")
+        raise DamageError(f"{changed[0]}{more} from the digest saved with it")
 
 
 def tokenizer_digests(workdir: str | Path) -> dict[str, str]:
@@ -162,6 +162,6 @@ def _check_metrics(folder: Path, expected: Mapping[str, float] | None) -> None:
     try:
         found = json.loads(path.read_bytes().decode())
     except (ValueError, RecursionError, FileNotFoundError) as error:
-        raise Damage(f"{METRICS_FILE} is absent or no JSON document") from error
+        raise DamageError(f"{METRICS_FILE} is absent or no JSON document") from error
     if found != expected:
-        raise Damage(f"{METRICS_FILE} says {str(found)[:80]} and not {expected}")
+        raise DamageError(f"{METRICS_FILE} says {str(found)[:80]} and not {expected}")

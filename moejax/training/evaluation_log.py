@@ -12,6 +12,7 @@ import logging
 import os
 import zipfile
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -35,14 +36,32 @@ class EvaluationLog:
     Args:
       workdir: the run directory.
       after_step: files of later steps are removed: a resumed run writes them again.
+      noted: `steps` at that step, from its checkpoint; None if they are not known.
+
+    Raises:
+      EvaluationError: the newest evaluation, with which the next is to be compared, is damaged.
     """
 
-    def __init__(self, workdir: str | Path, after_step: int):
+    def __init__(self, workdir: str | Path, after_step: int, noted: Sequence[int] | None = None):
         self._folder = Path(workdir) / FOLDER
         self._folder.mkdir(parents=True, exist_ok=True)
         for step, path in self._files():
             if step > after_step:
                 path.unlink()
+        self._is_newest_lost = False
+        steps = self.steps
+        lost = [step for step in noted or () if step not in steps]
+        if lost:
+            self._is_newest_lost = lost[-1] > max(steps, default=-1)
+            churn = ", and the next has no churn" if self._is_newest_lost else ""
+            log.warning("%s lacks the evaluations of step %s%s", self._folder, ", ".join(map(str, lost)), churn)
+        if steps:
+            read_evaluation(self._folder / f"{steps[-1]}.npz")
+
+    @property
+    def steps(self) -> list[int]:
+        """The steps that have been written, rising."""
+        return [step for step, _ in self._files()]
 
     def append(self, step: int, evaluation: Evaluation) -> dict[str, float]:
         """Writes an evaluation; returns `eval/routing_churn` against the newest earlier one, if there is one."""
@@ -52,7 +71,8 @@ class EvaluationLog:
         small = experts_NTK.astype(np.min_scalar_type(load_NE.shape[1]))
         arrays = {"load": load_NE, "coactivation": evaluation.coactivation_NEE, "experts": small}
         earlier = [path for before, path in self._files() if before < step]
-        if earlier:
+        is_newest_lost, self._is_newest_lost = self._is_newest_lost, False
+        if earlier and not is_newest_lost:
             before_NTK = read_evaluation(earlier[-1])["experts"]
             if before_NTK.shape == experts_NTK.shape:
                 arrays["churn"] = np.asarray(churn(jnp.asarray(before_NTK), jnp.asarray(experts_NTK), load_NE.shape[1]))
@@ -121,4 +141,6 @@ def read_evaluation(path: str | Path) -> dict[str, np.ndarray]:
             found = dict(arrays)
             return found | {"load": found["load"], "experts": found["experts"].astype(np.int32)}
     except (OSError, ValueError, KeyError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
-        raise EvaluationError(f"{path} cannot be read ({error}); delete it to do without that evaluation") from error
+        raise EvaluationError(
+            f"{path} cannot be read ({error}); restore it from a copy, or move it away to do without that evaluation"
+        ) from error

@@ -12,7 +12,9 @@ from jax.sharding import Mesh
 
 from moejax.config import Config, Knobs
 from moejax.data import Batch, Corpus, TrainBatches, eval_batches, load_tokenizer, prepare
+from moejax.locks import FolderLock
 from moejax.models.parameters import count_parameters
+from moejax.planning.memory import check_memory
 from moejax.sharding import make_mesh
 from moejax.training.alarms import AlarmError, stop_message
 from moejax.training.checkpoint import Checkpoints
@@ -21,7 +23,13 @@ from moejax.training.metrics import FinishedStep, Recorder, median_speed
 from moejax.training.nonfinite import nonfinite_error
 from moejax.training.processes import SharedStop, fail_together, first_says, first_then_others, is_first, wait_for_all
 from moejax.training.progress import StepProgress
-from moejax.training.run_directory import check_run_directory, check_shared, write_run_directory
+from moejax.training.run_directory import (
+    check_run_directory,
+    check_shared,
+    tell_changes,
+    warn_of_lost_checkpoints,
+    write_run_directory,
+)
 from moejax.training.run_files import RunFiles
 from moejax.training.signals import ALARM, StopSignals, uninterrupted
 from moejax.training.state import Trainable, TrainState, make_trainable
@@ -73,28 +81,55 @@ def train(
 
     Raises:
       ConfigError: the configuration does not fit the devices, or `workdir` holds another run.
+      LockedError: another process writes `workdir`.
       DataError: data is missing or damaged.
       CheckpointError: the newest checkpoint is damaged or does not fit.
       AlarmError: a rule in `alarms.stop` held.
       NonFiniteError: `train.max_nonfinite_steps` steps in a row were not finite.
       ProcessError: another process failed.
     """
-    workdir = Path(workdir)
-    with StopSignals() if stop is None else stop as stop:
+    with ExitStack() as stack:
+        stop = stack.enter_context(StopSignals() if stop is None else stop)
+        given = Path(workdir)
+        workdir = first_then_others(lambda: lock_run(config, given, stack))
         mesh, corpus = first_then_others(lambda: _open(config, workdir, command))
         check_shared(workdir)
         trainable = make_trainable(config, mesh)
-        with Checkpoints(workdir, trainable) as checkpoints, jax.set_mesh(mesh):
-            state = checkpoints.restore()
-            if state is None:
-                state = trainable.init(config.train.seed)
-            else:
-                log.info("continuing %s from step %d", workdir, int(state.step))
-            return _Loop(trainable, corpus, checkpoints, workdir, stop, on_evaluation).run(state)
+        checkpoints = stack.enter_context(Checkpoints(workdir, trainable))
+        stack.enter_context(jax.set_mesh(mesh))
+        state = checkpoints.restore()
+        if state is None:
+            warn_of_lost_checkpoints(workdir)
+            state = trainable.init(config.train.seed)
+        else:
+            log.info("continuing %s from step %d", workdir, int(state.step))
+            tell_changes(checkpoints.config(int(state.step)), config, int(state.step))
+        return _Loop(trainable, corpus, checkpoints, workdir, stop, on_evaluation).run(state)
+
+
+def lock_run(config: Config, workdir: Path, stack: ExitStack) -> Path:
+    """The absolute path of a run directory that no other process writes from now on, nor another run.
+
+    Args:
+      config: of the run.
+      workdir: the directory; process 0 creates and locks it.
+      stack: holds the lock.
+
+    Raises:
+      ConfigError: it holds another run, or cannot hold one.
+      LockedError: another process writes it.
+    """
+    check_run_directory(workdir, config)
+    workdir = workdir.resolve()
+    if is_first():
+        stack.enter_context(FolderLock(workdir, "train"))
+        check_run_directory(workdir, config)  # again: who held the lock until now may have begun a run
+    return workdir
 
 
 def _open(config: Config, workdir: Path, command: str) -> tuple[Mesh, Corpus]:
     """The mesh and the rows."""
+    check_memory(config)
     return make_mesh(config), open_run_directory(config, workdir, command)
 
 
@@ -107,7 +142,6 @@ def open_run_directory(config: Config, workdir: Path, command: str, corpus: Corp
       command: recorded there.
       corpus: of another run on the same data; None prepares it.
     """
-    check_run_directory(workdir, config)
     if corpus is None:
         # A run keeps its tokenizer: one learned anew from changed text would not fit its weights.
         corpus = prepare(config.data, load_tokenizer(workdir) if (workdir / "tokenizer.json").exists() else None)
@@ -159,6 +193,7 @@ class _Loop:
             if start_step > 0 and self.config.is_evaluated(start_step) and not is_known:
                 evaluation = self._evaluate(state)  # a signal came before it was done
             state, evaluation = self._train(state, recorder, evaluation)
+            recorder.flush()
             if self._is_alarmed(recorder):
                 self._stop_by_alarm(state, recorder)
             if evaluation is None and not self.stop:  # the run was complete before this call

@@ -5,18 +5,19 @@ which are long computed, so that reading never makes the device wait.
 """
 
 import dataclasses
-import json
 import math
-import os
 import statistics
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 
 from moejax.planning.devices import peak_memory_bytes
 from moejax.training.alarms import Alarm, AlarmLog
+from moejax.training.intervals import TimedOutput, pack_steps
+from moejax.training.line_file import LineFile
 from moejax.training.progress import StepProgress
 from moejax.training.routing_log import RoutingLog
 from moejax.training.step import StepOutput
@@ -33,25 +34,43 @@ class MetricsFile:
     Args:
       workdir: the run directory.
       after_step: lines beyond this step are dropped: a resumed run writes them again.
+      tokens: targets trained on up to that step, from its checkpoint; None: what the file says.
+      noted: `state` at that step, from its checkpoint.
 
     Attributes:
       tokens: targets trained on so far.
-      is_evaluated: whether the file holds an evaluation of step `after_step`.
+
+    Raises:
+      LineFileError: the file cannot be read or written.
     """
 
-    def __init__(self, workdir: str | Path, after_step: int):
+    def __init__(
+        self,
+        workdir: str | Path,
+        after_step: int,
+        tokens: int | None = None,
+        noted: Mapping[str, Any] | None = None,
+    ):
         from tensorboardX import SummaryWriter
 
-        self.path = Path(workdir) / "metrics.jsonl"
-        self.tokens, self.is_evaluated = _truncate(self.path, after_step)
-        self._file = self.path.open("a", encoding="utf-8")
+        self._file = LineFile(Path(workdir) / "metrics.jsonl", after_step, noted, _is_metrics)
+        known = [line["tokens"] for line in self._file.lines if "tokens" in line]
+        self.tokens = int(known[-1] if known else 0) if tokens is None else tokens
         self._board = SummaryWriter(str(Path(workdir) / "tensorboard"), purge_step=after_step + 1)
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint notes of the file."""
+        return self._file.state
+
+    def is_evaluated(self, step: int) -> bool:
+        """Whether the file held an evaluation of a step when it was opened."""
+        return any(line["step"] == step and "eval/loss" in line for line in self._file.lines)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Appends one line; values that are not finite are left out, since JSON has no NaN."""
         finite = {key: value for key, value in values.items() if math.isfinite(value)}
-        self._file.write(json.dumps({"step": step, **finite}) + "\n")
-        self._file.flush()
+        self._file.append({"step": step, **finite})
         for key, value in finite.items():
             self._board.add_scalar(key, value, step)
 
@@ -67,25 +86,8 @@ class MetricsFile:
         self.close()
 
 
-def _truncate(path: Path, after_step: int) -> tuple[int, bool]:
-    """Drops later lines and damaged ones; returns the tokens trained on, and whether the last step was evaluated."""
-    if not path.exists():
-        return 0, False
-    kept, tokens, is_evaluated = [], 0, False
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            values = json.loads(line)
-            is_kept = values["step"] <= after_step
-        except (json.JSONDecodeError, KeyError, TypeError):  # a line cut off by a crash
-            continue
-        if is_kept:
-            kept.append(line + "\n")
-            tokens = values.get("tokens", tokens)
-            is_evaluated |= values["step"] == after_step and "eval/loss" in values
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    os.replace(temporary, path)
-    return int(tokens), is_evaluated
+def _is_metrics(line: Mapping[str, Any]) -> bool:
+    return all(isinstance(value, int | float) for value in line.values())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,11 +109,13 @@ class Recorder:
       alarms: what watches the routing; None where `routing` is.
       num_arms: of the pack, whose seconds an interval has. It is said of each interval, for an arm may continue alone.
       utilisation: model FLOPs utilisation at one token per second; None where it is not known.
+      carried: the last of those steps, of an interval that a stop has cut.
 
     Attributes:
       rate: tokens per second of the last step.
       rates: tokens per second of each interval.
       stopping: alarms that are to stop the run, once there are any.
+      cut: `notes` as of the beginning of the last interval that `flush` wrote, with the steps of that interval.
     """
 
     def __init__(
@@ -123,6 +127,7 @@ class Recorder:
         alarms: AlarmLog | None = None,
         num_arms: int = 1,
         utilisation: float | None = None,
+        carried: Sequence[TimedOutput] = (),
     ):
         self.metrics = metrics
         self.routing = routing
@@ -133,11 +138,12 @@ class Recorder:
         self.stopping: list[Alarm] = []
         self.rate = 0.0
         self.rates: list[float] = []
-        self._written_step = start_step
+        self._written_step = start_step - len(carried)
         self._last = FinishedStep(start_step, 0)
         self._running: StepOutput | None = None
-        self._current: list[tuple[StepOutput, float]] = []
-        self._waiting: list[tuple[StepOutput, float]] = []
+        self._current: list[TimedOutput] = list(carried)
+        self._waiting: list[TimedOutput] = []
+        self.cut: dict[str, Any] = {}
         self.resume()
 
     def resume(self) -> None:
@@ -164,8 +170,22 @@ class Recorder:
         """Writes everything, waiting for it: before evaluation, saving and the end."""
         finished = self._finish_running()
         self.end_interval()
+        self.cut = {}
+        if self.metrics is not None and self._waiting:
+            self.cut = self.notes() | {"interval": pack_steps(self._waiting)}
         self.end_interval()
         return finished
+
+    def notes(self) -> dict[str, Any]:
+        """What a run that continues from here must know of what was written, as JSON."""
+        notes: dict[str, Any] = {}
+        if self.metrics is not None:
+            notes |= {"tokens": self.metrics.tokens, "metrics": self.metrics.state}
+        if self.alarms is not None:
+            notes |= {"alarms": self.alarms.counts, "alarms_file": self.alarms.state}
+        if self.routing is not None:
+            notes |= {"routing": self.routing.num_entries}
+        return notes
 
     def _finish_running(self) -> FinishedStep:
         if self._running is None:
@@ -174,13 +194,13 @@ class Recorder:
         scalars = jax.device_get({key: output.scalars[key] for key in ("loss/lm", "num_targets", "skipped_in_row")})
         now = time.perf_counter()
         seconds, self._since = now - self._since, now
-        self._current.append((output, seconds))
+        self._current.append(TimedOutput(output, seconds))
         self._last = FinishedStep(self._last.step + 1, int(scalars["skipped_in_row"]))
         self.rate = float(scalars["num_targets"]) / seconds
         self.progress.update(self._last.step, float(scalars["loss/lm"]), self.rate)
         return self._last
 
-    def _write(self, interval: Sequence[tuple[StepOutput, float]]) -> None:
+    def _write(self, interval: Sequence[TimedOutput]) -> None:
         if not interval or self.metrics is None:
             return
         outputs: list[StepOutput] = jax.device_get([output for output, _ in interval])

@@ -1,10 +1,12 @@
 """Finding where a value first stopped being finite, once a run has given up."""
 
+import dataclasses
 import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import nnx
 
 from moejax.config import Knobs
@@ -12,22 +14,28 @@ from moejax.data.batches import Batch
 from moejax.models import Decoder
 from moejax.models.stack import Context
 from moejax.moe.layer import TokenInfo
+from moejax.training.optimizer import make_schedule
+from moejax.training.router_state import schedule_router_state
 from moejax.training.schedules import scheduled
 from moejax.training.state import Trainable, TrainState
-from moejax.training.step import loss_and_gradients, row_keys
+from moejax.training.step import apply_gradients, loss_and_gradients, row_keys
 
 
 class NonFiniteError(RuntimeError):
-    """Too many steps in a row had a loss or gradient that is not finite."""
+    """Too many steps in a row had a loss, a gradient or an update that is not finite."""
 
 
 def nonfinite_error(
     trainable: Trainable, state: TrainState, batch: Batch, knobs: Knobs, first_step: int, num_steps: int
 ) -> NonFiniteError:
     """What to raise after `num_steps` such steps in a row; `batch` is that of the first of them."""
-    place = locate(trainable, state, batch, knobs)
+    router_state = state.router_state
+    if trainable.config.num_moe_layers:
+        router_state = schedule_router_state(router_state, trainable.config, first_step - 1)
+    then = dataclasses.replace(state, step=jnp.int32(first_step - 1), router_state=router_state)
+    place = locate(trainable, then, batch, knobs)
     return NonFiniteError(
-        f"loss or gradients were not finite in {num_steps} steps in a row, from step {first_step} on; "
+        f"loss, gradients or updates were not finite in {num_steps} steps in a row, from step {first_step} on; "
         f"the first such value is in {place}; none of these steps changed the parameters; lower "
         "optimizer.learning_rate, or raise train.max_nonfinite_steps"
     )
@@ -62,7 +70,25 @@ def locate(trainable: Trainable, state: TrainState, batch: Batch, knobs: Knobs) 
         state.params, state.router_state, batch, knobs, keys_B
     )
     place = _last_bad_gradient(nnx.merge(trainable.graphdef, grads, state.router_state))
-    return f"the gradient of {place}" if place else "the global gradient norm (it overflows)"
+    if place:
+        return f"the gradient of {place}"
+    if not _is_finite(optax.tree.norm(grads)):
+        return "the global gradient norm (it overflows)"
+    return _bad_update(trainable, state, grads, knobs)
+
+
+def _bad_update(trainable: Trainable, state: TrainState, grads: nnx.State, knobs: Knobs) -> str:
+    """The first value that is not finite after finite gradients: of the optimizer, or of the parameters it gives."""
+    schedule = make_schedule(trainable.config.optimizer, trainable.config.train.num_steps)
+    learning_rate = schedule(state.step) * knobs.learning_rate
+    params, opt_state = jax.jit(functools.partial(apply_gradients, trainable))(state, grads, learning_rate)
+    for name, value in _named(opt_state):
+        if not _is_finite(value):
+            return f"the optimizer's {name}"
+    for name, value in _named(params):
+        if not _is_finite(value):
+            return f"the update of {name}"
+    return "the state of a router"
 
 
 def _last_bad_gradient(grads: Decoder) -> str | None:

@@ -12,19 +12,22 @@ from moejax.config import OptimizerConfig
 def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
     """Learning rate by step, over its highest.
 
-    A linear warm-up, then cosine or linear decay, or 1 with a linear end (`wsd`). The schedule
-    falls to `final_fraction` at `num_steps`.
+    A linear warm-up, then cosine or linear decay, or 1 with a linear end (`wsd`). The schedule falls to
+    `final_fraction` at `num_steps`, whatever the fractions round to, unless the warm-up is the whole run.
     """
     peak, last = 1.0, config.final_fraction
     warmup_steps = round(config.warmup_fraction * num_steps)
+    if config.warmup_fraction < 1:
+        warmup_steps = min(warmup_steps, num_steps - 1)
     rest = max(1, num_steps - warmup_steps)
     if config.schedule == "cosine":
         decay = optax.cosine_decay_schedule(peak, rest, alpha=config.final_fraction)
     elif config.schedule == "linear":
         decay = optax.linear_schedule(peak, last, rest)
     else:
-        decay_steps = max(1, round(config.decay_fraction * num_steps))
-        decay = optax.linear_schedule(peak, last, decay_steps, transition_begin=max(0, rest - decay_steps))
+        # Warm-up and decay may each be rounded up: together they last no longer than the run.
+        decay_steps = min(rest, max(1, round(config.decay_fraction * num_steps)))
+        decay = optax.linear_schedule(peak, last, decay_steps, transition_begin=rest - decay_steps)
     if warmup_steps == 0:
         return decay
     # Step 0 already learns: the ramp starts one step above zero.

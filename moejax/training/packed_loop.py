@@ -20,7 +20,7 @@ from moejax.data import Batch, Corpus, TrainBatches, eval_batches
 from moejax.training.alarms import AlarmError, stop_message
 from moejax.training.checkpoint import CheckpointError, Checkpoints
 from moejax.training.evaluation import Evaluation, EvaluationSums, domains_of, eval_inputs
-from moejax.training.loop import open_run_directory
+from moejax.training.loop import lock_run, open_run_directory
 from moejax.training.metrics import FinishedStep, Recorder
 from moejax.training.nonfinite import NonFiniteError, nonfinite_error
 from moejax.training.packed import Pack
@@ -82,17 +82,19 @@ def train_packed(
 
     Raises:
       ConfigError: arms that no single program can train, a run directory of another run, or another number of them.
+      LockedError: another process writes a run directory.
       DataError: data is missing or damaged.
       CheckpointError: a checkpoint is damaged or does not fit, or arms have some but none of a common step.
     """
     if len(configs) != len(workdirs):
         raise ConfigError(f"{len(configs)} arms have {len(workdirs)} workdirs; give one for each")
     pack = Pack(configs, devices)
-    folders = [Path(workdir) for workdir in workdirs]
-    corpus = open_run_directory(configs[0], folders[0], command)
-    for config, folder in zip(configs[1:], folders[1:], strict=True):
-        open_run_directory(config, folder, command, corpus)
     with ExitStack() as stack:
+        given = zip(configs, map(Path, workdirs), strict=True)
+        folders = [lock_run(config, workdir, stack) for config, workdir in given]
+        corpus = open_run_directory(configs[0], folders[0], command)
+        for config, folder in zip(configs[1:], folders[1:], strict=True):
+            open_run_directory(config, folder, command, corpus)
         stop = stack.enter_context(StopSignals() if stop is None else stop)
         num_arms = len(configs)
         arms = [_Arm(trainable, folder, num_arms) for trainable, folder in zip(pack.trainables, folders, strict=True)]
@@ -155,6 +157,8 @@ class _Arm:
 
 
 def _start_step(arms: Sequence[_Arm]) -> int:
+    for arm in arms:
+        arm.checkpoints.check_listing()
     steps = [arm.checkpoints.steps() for arm in arms]
     common = common_step(steps)
     if not common and any(steps):
@@ -205,6 +209,8 @@ class _PackedLoop:
                 # A signal came before it was done, or the result is asked for again.
                 self._evaluate(state, start_step, self.arms, unknown)
             self._train(state, start_step)
+            for arm in self.training:
+                arm.recorder.flush()
         return [ArmResult(a.step, self.stop.received, None if a.error else a.evaluation, a.error) for a in self.arms]
 
     def _train(self, state: TrainState, step: int) -> None:

@@ -24,10 +24,9 @@ class StepProgress:
 
     def __init__(self, num_steps: int, start_step: int, is_shown: bool = True):
         self._num_steps = num_steps
-        self._start_step = start_step
         self._is_shown = is_shown
         self._bar: Progress | None = None
-        self._started = time.perf_counter()
+        self._first: tuple[int, float] | None = None
         self._last_line = 0.0
         if is_shown and sys.stderr.isatty():
             self._bar = Progress(
@@ -57,11 +56,18 @@ class StepProgress:
             self._bar.update(self._task, completed=step, loss=f"{loss:.3f}", rate=f"{tokens_per_s:,.0f}")
             return
         now = time.perf_counter()
+        if self._first is None:
+            self._first = step, now
         if not self._is_shown or (now - self._last_line < PLAIN_SECONDS and step < self._num_steps):
             return
         self._last_line = now
-        left = (now - self._started) / max(1, step - self._start_step) * (self._num_steps - step)
-        log.info(
-            "step %d/%d  loss %.3f  %s tokens/s  %d:%02d left",
-            step, self._num_steps, loss, f"{tokens_per_s:,.0f}", left // 60, left % 60,
-        )  # fmt: skip
+        rate = f"{tokens_per_s:,.0f}"
+        log.info("step %d/%d  loss %.3f  %s tokens/s%s", step, self._num_steps, loss, rate, self._left(step, now))
+
+    def _left(self, step: int, now: float) -> str:
+        """The time left, by the steps after the first: what came before it comes once. Empty at the first."""
+        if self._first is None or step == self._first[0]:
+            return ""
+        first_step, since = self._first
+        seconds = (now - since) / (step - first_step) * (self._num_steps - step)
+        return f"  {int(seconds) // 60}:{int(seconds) % 60:02d} left"

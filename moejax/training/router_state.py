@@ -12,26 +12,32 @@ from moejax.moe.stats import RoutingStats
 from moejax.training.schedules import factor
 
 
-def update_router_state(
-    state: nnx.State, routing: Sequence[RoutingStats], config: Config, knobs: Knobs, step: jax.Array
-) -> nnx.State:
-    """The state after a step: selection biases, for how long experts have been idle, and how many a token may visit.
+def update_router_state(state: nnx.State, routing: Sequence[RoutingStats], config: Config, knobs: Knobs) -> nnx.State:
+    """The state after a step: selection biases, and for how long experts have been idle.
 
     Args:
       state: arrays with a leading axis of the layers of a run, by path; runs in the order of the model.
       routing: sums over the global batch of each run of MoE layers.
       config: of the training run.
       knobs: for the step of the bias.
-      step: steps done before this one.
     """
     updated = []
     for (_, group), stats, moe in zip(_by_run(state), routing, config.moe_runs, strict=True):
         for name, (path, variable) in group.items():
-            value = _update(name, variable[...], stats, moe, knobs)
-            if name == "limit":
-                value = jnp.full_like(value, limit_at(config, moe.top_k, step + 1))
-            updated.append((path, variable.replace(value)))
+            updated.append((path, variable.replace(_update(name, variable[...], stats, moe, knobs))))
     return nnx.from_flat_state(updated)
+
+
+def schedule_router_state(state: nnx.State, config: Config, step: jax.Array | int) -> nnx.State:
+    """The state with what schedules set at a step: how many experts a token may visit."""
+    scheduled = []
+    for (_, group), moe in zip(_by_run(state), config.moe_runs, strict=True):
+        for name, (path, variable) in group.items():
+            value = variable[...]
+            if name == "limit":
+                value = jnp.full_like(value, limit_at(config, moe.top_k, step))
+            scheduled.append((path, variable.replace(value)))
+    return nnx.from_flat_state(scheduled)
 
 
 def limit_at(config: Config, top_k: int, step: jax.Array | int) -> jax.Array:

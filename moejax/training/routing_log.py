@@ -14,14 +14,22 @@ layer behind each row; the arrays grow together by one entry per logging interva
 `step` is written last and is the commit marker: an entry whose step is absent or -1 was never finished, and readers
 stop in front of it; arrays grow by whole chunks, so most end with such entries. Every file is replaced in one rename,
 so a process killed at any moment loses at most the entry it was writing. There is one writer, process 0; readers may
-look at any time. Only this file knows `tensorstore`.
+look at any time.
+
+Every chunk ends with its CRC-32C, and every chunk of a finished entry is on disk, so that reading notices what was
+changed or lost; the group's attributes carry a digest. Logs of earlier versions have neither. What is damaged is
+refused by name: nothing is written over what is left.
 """
 
 import contextlib
 import functools
+import hashlib
 import json
+import logging
 import math
 import os
+import re
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,6 +43,7 @@ GROUP = "zarr.json"
 UNFINISHED = -1  # the fill value of `step`
 CHUNK_BYTES = 2**20  # an append rewrites one chunk: about a megabyte, so that long runs leave few files
 CHUNKS_AT_ONCE = 8  # read for a sum
+CHECKSUM = "crc32c"  # the codec
 ARRAYS: Mapping[str, tuple[str, int | str]] = {
     "counts": ("int64", 0),
     "probs": ("float32", "NaN"),
@@ -45,6 +54,9 @@ ARRAYS: Mapping[str, tuple[str, int | str]] = {
     "step": ("int64", UNFINISHED),
 }
 """Type and fill value of each; `step` is the last, in which order they are written."""
+
+
+log = logging.getLogger("moejax")
 
 
 class RoutingLogError(ValueError):
@@ -73,12 +85,18 @@ class RoutingHistory:
     def __init__(self, folder: Path):
         self._folder = folder
         with _naming_damage(folder):
-            self.attributes: Mapping[str, Any] = json.loads((folder / GROUP).read_text())["attributes"]
+            self.attributes: Mapping[str, Any] = _read_group(folder)
             self.layers = np.array(self.attributes["layers"], np.int64)
             self.num_experts = int(self.attributes["num_experts"])
-            self.steps = _finished(_open(folder, "step"))  # first: what it commits is complete in the others
-            names = [name for name in ARRAYS if name != "step" and (folder / name).is_dir()]
+            step_array = _open(folder, "step")
+            self.steps = _finished(step_array)  # first: what it commits is complete in the others
+            is_checked = _has_checksums(step_array)
+            names = [name for name in ARRAYS if name != "step" and (is_checked or (folder / name).is_dir())]
             self._arrays = {name: _open(folder, name) for name in names}
+            shape = (len(self.layers), self.num_experts)
+            for name, array in self._arrays.items():
+                if array.shape[1 : 1 + (1 if name == "layers" else 2)] != (shape[:1] if name == "layers" else shape):
+                    raise ValueError(f"{name} has the shape {array.shape} for {shape[0]} layers, {shape[1]} experts")
         self.names = tuple(names)
 
     def __repr__(self) -> str:
@@ -104,7 +122,9 @@ class RoutingHistory:
         array = self._array(name)
         first, end, _ = slice(start, stop).indices(self.num_entries)
         with _naming_damage(self._folder):
-            return array[first : max(first, end)].read().result()
+            part = array[first : max(first, end)]
+            _check_stored(name, part)
+            return part.read().result()
 
     def blocks(self, name: str, first: int = 0) -> Iterator[np.ndarray]:
         """All entries from `first` on, `[s, N, ...]` for some s at a time: a few chunks are in memory at once."""
@@ -177,20 +197,28 @@ class RoutingLog:
             "metrics": list(metrics),
         }
         if not (self._folder / GROUP).exists():
-            _create(self._folder, attributes)
+            with _naming_damage(self._folder):
+                has_entries = _has_entries(self._folder)
+            if has_entries:
+                log.warning("%s/%s is lost and is written again", self._folder, GROUP)
+                _write_group(self._folder, attributes)
+            else:
+                _create(self._folder, attributes)
         with _naming_damage(self._folder):
             found = _read_attributes(self._folder)
         if found != attributes:
             raise RoutingLogError(
                 f"{self._folder} logs layers {found['layers']} with {found['num_experts']} experts, this run has "
                 f"layers {attributes['layers']} with {num_experts}, and the metrics logged of a layer must be the "
-                "same; use another workdir, or delete that folder, evaluations' routing included, to begin anew"
+                f"same; use another workdir, or move that folder away: {_move(self._folder)}"
             )
         self._shapes = _shapes(attributes)
         self._chunk_entries = _chunk_entries(self._shapes)
         with _naming_damage(self._folder):
             self._arrays = {name: _open(self._folder, name) for name in ARRAYS}
             self._steps = _finished(self._arrays["step"]).tolist()
+            for name, array in self._arrays.items():
+                _check_stored(name, array[: len(self._steps)])
             self._cut(len(self._steps))
 
     def append(
@@ -234,9 +262,25 @@ class RoutingLog:
             self._arrays["step"][entry].write(step).result()  # last: from here on the entry exists
         self._steps.append(step)
 
-    def truncate(self, after_step: int) -> None:
-        """Drops the entries behind `after_step`, for a run that resumes there and will write them again."""
-        self._cut(sum(step <= after_step for step in self._steps))
+    @property
+    def num_entries(self) -> int:
+        """How many intervals are logged."""
+        return len(self._steps)
+
+    def truncate(self, after_step: int, noted: int | None = None) -> None:
+        """Drops the entries behind `after_step`, for a run that resumes there and will write them again.
+
+        Args:
+          after_step: the last step to keep.
+          noted: `num_entries` at that step, from its checkpoint: having fewer is a loss that the log says.
+        """
+        with _naming_damage(self._folder):
+            self._cut(sum(step <= after_step for step in self._steps))
+        if noted is not None and noted != self.num_entries:
+            log.warning(
+                "%s has %d entries up to step %d, of %d that were written: a part of the routing history is lost",
+                self._folder, self.num_entries, after_step, noted,
+            )  # fmt: skip
 
     def _make_room(self, entry: int) -> None:
         """Lets arrays grow, `step` last, by whole chunks: each time their description is written anew."""
@@ -269,7 +313,12 @@ def read_routing(workdir: str | Path) -> RoutingHistory | None:
       ValueError: the folder is damaged; the message names it and the remedy.
     """
     folder = Path(workdir) / FOLDER
-    return RoutingHistory(folder) if (folder / GROUP).exists() else None
+    if (folder / GROUP).exists():
+        return RoutingHistory(folder)
+    with _naming_damage(folder):
+        if _has_entries(folder):
+            raise ValueError(f"{GROUP} is lost; continuing the run writes it again")
+    return None
 
 
 def _finished(step_array: tensorstore.TensorStore) -> Int64[np.ndarray, "S"]:
@@ -297,14 +346,51 @@ def _create(folder: Path, attributes: dict[str, Any]) -> None:
                 "name": "regular",
                 "configuration": {"chunk_shape": [entries, *(max(size, 1) for size in inner)]},
             },
-            "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "zstd"}],
+            "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "zstd"}, {"name": CHECKSUM}],
         }
         spec = _spec(folder, name) | {"metadata": metadata}
         tensorstore.open(spec, create=True, delete_existing=True).result()
-    group = {"zarr_format": 3, "node_type": "group", "attributes": attributes}
+    _write_group(folder, attributes)
+
+
+def _write_group(folder: Path, attributes: dict[str, Any]) -> None:
+    sealed = attributes | {"digest": _digest(attributes)}
+    group = {"zarr_format": 3, "node_type": "group", "attributes": sealed}
     partial = folder / f"{GROUP}.partial"
     partial.write_text(json.dumps(group))
     os.replace(partial, folder / GROUP)
+
+
+def _digest(attributes: Mapping[str, Any]) -> str:
+    return hashlib.blake2b(json.dumps(attributes, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def _read_group(folder: Path) -> dict[str, Any]:
+    """The group's attributes; raises `ValueError` if they differ from what was written."""
+    attributes = json.loads((folder / GROUP).read_bytes().decode())["attributes"]
+    others = {key: value for key, value in attributes.items() if key != "digest"}
+    if "digest" in attributes and attributes["digest"] != _digest(others):
+        raise ValueError(f"{GROUP} differs from the digest written with it")
+    if set(others) - {"layers", "num_experts", "metrics"}:
+        raise ValueError(f"{GROUP} has the attributes {', '.join(others)}")
+    return attributes
+
+
+def _has_entries(folder: Path) -> bool:
+    """Whether a folder without a group file holds entries: making it was not only begun."""
+    return (folder / "step" / GROUP).exists() and len(_finished(_open(folder, "step"))) > 0
+
+
+def _has_checksums(array: tensorstore.TensorStore) -> bool:
+    return any(codec["name"] == CHECKSUM for codec in array.spec().to_json()["metadata"]["codecs"])
+
+
+def _check_stored(name: str, array: tensorstore.TensorStore) -> None:
+    """Raises `ValueError` if a chunk of finished entries is gone, for which the fill value would be read."""
+    if not array.size or not _has_checksums(array):
+        return
+    if not array.storage_statistics(query_fully_stored=True).result().fully_stored:
+        raise ValueError(f"chunks of {name} are lost")
 
 
 def _shapes(attributes: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -321,7 +407,8 @@ def _chunk_entries(shapes: Mapping[str, tuple[int, ...]]) -> int:
 
 
 def _spec(folder: Path, name: str) -> dict[str, Any]:
-    return {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(folder / name)}}
+    kvstore = {"driver": "file", "path": str(folder.resolve() / name)}
+    return {"driver": "zarr3", "kvstore": kvstore, "store_data_equal_to_fill_value": True}
 
 
 def _open(folder: Path, name: str) -> tensorstore.TensorStore:
@@ -329,7 +416,7 @@ def _open(folder: Path, name: str) -> tensorstore.TensorStore:
 
 
 def _read_attributes(folder: Path) -> dict[str, Any]:
-    attributes = json.loads((folder / GROUP).read_text())["attributes"]
+    attributes = _read_group(folder)
     return {
         "layers": list(attributes["layers"]),
         "num_experts": int(attributes["num_experts"]),
@@ -341,8 +428,19 @@ def _read_attributes(folder: Path) -> dict[str, Any]:
 def _naming_damage(folder: Path) -> Iterator[None]:
     try:
         yield
-    except (ValueError, KeyError, TypeError, IndexError) as error:
-        reason = f"{type(error).__name__}: {str(error)[:200]}"
+    except RoutingLogError:
+        raise
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError, OSError) as error:
+        text = " ".join(re.split(r" \[(source locations|tensorstore_spec)", str(error))[0].split())[:300]
+        if isinstance(error, PermissionError) or "PERMISSION_DENIED" in text:
+            raise RoutingLogError(f"{folder} cannot be read ({text}); give this user the right to it") from error
+        state = "cannot be read" if isinstance(error, OSError) else "is damaged"
         raise RoutingLogError(
-            f"{folder} is damaged ({reason}); delete it to do without its routing history, that of evaluations included"
+            f"{folder} {state} ({type(error).__name__}: {text}); restore it from a copy, or go on without its history, "
+            f"that of evaluations included: {_move(folder)}"
         ) from error
+
+
+def _move(folder: Path) -> str:
+    """The command that puts a log out of the way."""
+    return shlex.join(["mv", str(folder), str(folder.with_name("damaged-routing"))])

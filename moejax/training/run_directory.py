@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 import socket
@@ -17,15 +18,21 @@ from typing import Any, NamedTuple
 import jax
 
 import moejax
-from moejax.config import AlarmConfig, Config, ConfigError, leaves, resolve_recorded, to_dict
+from moejax.config import AlarmConfig, Config, ConfigError, is_read, leaves, resolve_recorded, to_dict
 from moejax.models.parameters import ParameterCount
+from moejax.strict_json import to_json
 from moejax.training.checkpoint_meta import newest_meta
 from moejax.training.numerics import changed_numerics, numerics
+from moejax.training.optimizer import make_schedule
 from moejax.training.processes import fail_together, first_says
+from moejax.training.run_tree import check_run_tree
+from moejax.training.text_record import record_text
 
 MAY_CHANGE = (
     "train.num_steps", "train.log_every", "train.eval_every", "train.checkpoint_every", "train.keep_checkpoints",
-    "train.max_nonfinite_steps", "train.step_limit_s", "data.directory", "moe.grouped_matmul", "moe.exchange",
+    "train.max_nonfinite_steps", "train.step_limit_s", "train.check_memory",
+    "data.directory", "data.files", "data.source_dir",
+    "moe.grouped_matmul", "moe.exchange",
     "moe.exchange_buffer", "moe.exchange_chunks", "moe.save_exchanged", "model.remat", "model.scan_layers",
     "mesh.data", "mesh.fsdp", "mesh.expert", "mesh.context", "mesh.tensor",
     "mesh.dcn_data", "mesh.dcn_fsdp", "mesh.dcn_expert",
@@ -34,7 +41,13 @@ MAY_CHANGE = (
 """Leaves that may differ when a run is continued: they change neither the model nor what a step computes, except that
 `train.num_steps` stretches the learning-rate schedule."""
 
+LOST_CONFIG = (
+    "restore it from a copy, or move it away and continue the run by its recipe: its checkpoint knows if it fits"
+)
+
 GLOB_LETTERS = "*?["
+
+log = logging.getLogger("moejax")
 
 SHARED_SECONDS = 60.0
 """Network file systems may show a new file so much later in another host."""
@@ -59,8 +72,14 @@ def changes(saved: Config, wanted: Config) -> list[Change]:
 
 
 def first_change(saved: Config, wanted: Config) -> Change | None:
-    """The first difference that makes another run of it; None if there is none."""
-    return next((change for change in changes(saved, wanted) if change.key not in MAY_CHANGE), None)
+    """The first difference that makes another run of it; None if there is none.
+
+    A leaf that neither reads makes none: a run of an earlier version may have been started with one.
+    """
+    for change in changes(saved, wanted):
+        if change.key not in MAY_CHANGE and (is_read(saved, change.key) or is_read(wanted, change.key)):
+            return change
+    return None
 
 
 def check_run_directory(workdir: Path, config: Config) -> None:
@@ -71,6 +90,7 @@ def check_run_directory(workdir: Path, config: Config) -> None:
     check_path(workdir)
     if workdir.exists() and not workdir.is_dir():
         raise ConfigError(f"--workdir={workdir} is a file; name a folder")
+    check_run_tree(workdir)
     known = [read_config(workdir)] if (workdir / "config.json").exists() else []
     meta = newest_meta(workdir)
     if meta is not None:
@@ -83,6 +103,32 @@ def check_run_directory(workdir: Path, config: Config) -> None:
                 f"{workdir} holds a run with {change.key}={change.saved}, not {change.wanted}; give "
                 f"--config.{change.key}={change.saved} to continue it, or use another --workdir for a new one"
             )
+
+
+def tell_changes(saved: Config, config: Config, step: int) -> None:
+    """Logs how a continued run differs from what it was, and what that means for its schedule and its length."""
+    told = [f"{change.key}={change.wanted} (was {change.saved})" for change in changes(saved, config)]
+    if told:
+        log.info("continuing with %s", ", ".join(told))
+    before, after = saved.train.num_steps, config.train.num_steps
+    if step > after or (step == after and before != after):
+        log.info("train.num_steps=%d: the run is already at step %d, and nothing is trained", after, step)
+    elif before != after:
+        rates = [
+            float(make_schedule(config.optimizer, num_steps)(step)) * config.optimizer.learning_rate
+            for num_steps in (before, after)
+        ]
+        log.info(
+            "train.num_steps=%d stretches the schedules: the learning rate goes on at %.3g, where %d steps had %.3g",
+            after, rates[1], before, rates[0],
+        )  # fmt: skip
+
+
+def warn_of_lost_checkpoints(workdir: Path) -> None:
+    """Says that a run begins again although it was trained before, where its checkpoints are gone."""
+    path = workdir / "metrics.jsonl"
+    if path.is_file() and path.stat().st_size:
+        log.warning("%s has metrics and no checkpoint: the run begins at step 0, and they are written again", workdir)
 
 
 def check_path(workdir: Path) -> None:
@@ -104,7 +150,7 @@ def check_path(workdir: Path) -> None:
         is_utf8 = False
     if not is_utf8:
         raise ConfigError(
-            f"--workdir={ascii(str(workdir))} is not the same name in UTF-8 as in this locale "
+            f"--workdir={str(workdir)!a} is not the same name in UTF-8 as in this locale "
             f"({sys.getfilesystemencoding()}); set LC_ALL=C.UTF-8, or use a name of ASCII letters"
         )
 
@@ -123,16 +169,17 @@ def write_run_directory(workdir: Path, config: Config, parameters: ParameterCoun
       ConfigError: the directory holds a run on other data, or cannot be written.
     """
     path = workdir / "config.json"
-    if path.exists():
-        facts = json.loads(path.read_text(encoding="utf-8"))
-        changed = changed_numerics(facts.get("numerics", {}))
-        if changed:
-            raise ConfigError(
-                f"{workdir} holds a run with {changed}, which changes its numbers; set that variable as it was, or use "
-                "another --workdir"
-            )
-        before = facts.get("corpus", corpus)
-        if before != corpus:
+    facts = _read_json(path) if path.exists() else {}
+    changed = changed_numerics(facts.get("numerics", {}))
+    if changed:
+        raise ConfigError(
+            f"{workdir} holds a run with {changed}, which changes its numbers; set that variable as it was, or use "
+            "another --workdir"
+        )
+    meta = newest_meta(workdir)
+    noted = meta.get("notes", {}).get("corpus") if meta else None
+    for before in (facts.get("corpus"), noted):
+        if before is not None and before != corpus:
             raise ConfigError(
                 f"{workdir} holds a run on the rows {before}; the text has changed since and gives {corpus}; "
                 "restore the text, or use another --workdir"
@@ -141,6 +188,7 @@ def write_run_directory(workdir: Path, config: Config, parameters: ParameterCoun
     content = {
         "config": to_dict(config),
         "corpus": corpus,
+        "text": record_text(config.data, corpus),
         "parameters": dataclasses.asdict(parameters),
         "versions": versions(),
         "git_commit": git_commit(),
@@ -154,6 +202,12 @@ def write_run_directory(workdir: Path, config: Config, parameters: ParameterCoun
         write_json(path, content)
     except OSError as error:
         raise ConfigError(f"--workdir={workdir} cannot be written: {error.strerror}; use another folder") from error
+
+
+def recorded_corpus(workdir: Path) -> str | None:
+    """The rows that a run is trained on, as `config.json` says; None without one."""
+    content = _read_json(workdir / "config.json") if (workdir / "config.json").exists() else {}
+    return content.get("corpus") if isinstance(content, dict) else None
 
 
 def check_shared(workdir: Path) -> None:
@@ -183,17 +237,28 @@ def read_config(workdir: str | Path) -> Config:
 
     Raises:
       ConfigError: there is no readable `config.json`, or it does not describe a valid configuration.
+      RunTreeError: the run directory has links out of it, or pipes.
     """
+    check_run_tree(workdir)
     path = Path(workdir) / "config.json"
+    if not path.exists():
+        raise ConfigError(f"{path} does not exist; --workdir must name the folder of a trained run")
+    content = _read_json(path)
+    if not isinstance(content, dict) or not isinstance(content.get("config"), dict):
+        raise ConfigError(f"{path} is damaged (it has no entry config); {LOST_CONFIG}")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
         return resolve_recorded(content["config"])
-    except FileNotFoundError as error:
-        raise ConfigError(f"{path} does not exist; --workdir must name the folder of a trained run") from error
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{path} is damaged ({error}); restore it, or train the run anew") from error
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes().decode())
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({error.strerror}); give this user the right to read it") from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} is damaged ({error}); {LOST_CONFIG}") from error
 
 
 def versions() -> dict[str, str]:
@@ -222,5 +287,5 @@ def git_commit() -> str:
 def write_json(path: Path, content: Any) -> None:
     """Writes a JSON document, whole or not at all."""
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    temporary.write_text(to_json(content, indent=2) + "\n", encoding="utf-8")
     os.replace(temporary, path)

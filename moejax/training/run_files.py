@@ -3,8 +3,11 @@
 Alone (`loop`) or in a pack (`packed_loop`), a run writes the same.
 """
 
+import logging
 import math
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from moejax.config import Config
 from moejax.planning.devices import utilisation_of_token
@@ -12,12 +15,16 @@ from moejax.training.alarms import AlarmLog
 from moejax.training.checkpoint import Checkpoints
 from moejax.training.evaluation import Evaluation
 from moejax.training.evaluation_log import EvaluationLog
+from moejax.training.intervals import TimedOutput, unpack_steps
 from moejax.training.metrics import MetricsFile, Recorder
 from moejax.training.processes import is_first
 from moejax.training.progress import StepProgress
 from moejax.training.routing_log import RoutingLog
+from moejax.training.run_directory import recorded_corpus
 from moejax.training.state import TrainState
 from moejax.training.telemetry import LAYER_METRICS
+
+log = logging.getLogger("moejax")
 
 
 class RunFiles:
@@ -47,20 +54,31 @@ class RunFiles:
         name: str = "",
         num_arms: int = 1,
     ):
+        self._config = config
         self._checkpoints = checkpoints
-        self._metrics = MetricsFile(workdir, after_step=start_step) if is_first() else None
+        self._metrics: MetricsFile | None = None
         self._evaluations: EvaluationLog | None = None
         self._alarms: AlarmLog | None = None
         routing: RoutingLog | None = None
-        if config.num_moe_layers and is_first():
-            self._evaluations = EvaluationLog(workdir, after_step=start_step)
-            routing = RoutingLog(workdir, config.moe_layers, config.moe.num_choices, LAYER_METRICS)
-            routing.truncate(start_step)
-            counts = checkpoints.notes(start_step).get("alarms") if start_step else None
-            self._alarms = AlarmLog(workdir, start_step, config, counts, name)
+        carried: list[TimedOutput] = []
+        if is_first():
+            notes = checkpoints.notes(start_step) if start_step else {}
+            carried = _carried(notes)
+            after_step = start_step - len(carried)  # what a stop has cut is written again, as a whole
+            self._metrics = MetricsFile(workdir, after_step, notes.get("tokens"), notes.get("metrics"))
+            if config.num_moe_layers:
+                self._evaluations = EvaluationLog(workdir, start_step, notes.get("evaluations"))
+                routing = RoutingLog(workdir, config.moe_layers, config.moe.num_choices, LAYER_METRICS)
+                routing.truncate(after_step, notes.get("routing"))
+                self._alarms = AlarmLog(
+                    workdir, after_step, config, notes.get("alarms"), name, notes.get("alarms_file")
+                )
+        self._corpus = recorded_corpus(workdir) if is_first() else None
         utilisation = utilisation_of_token(config) if num_arms == 1 else None
-        self.recorder = Recorder(self._metrics, routing, progress, start_step, self._alarms, num_arms, utilisation)
-        self.is_evaluated = self._metrics is not None and self._metrics.is_evaluated
+        self.recorder = Recorder(
+            self._metrics, routing, progress, start_step, self._alarms, num_arms, utilisation, carried
+        )
+        self.is_evaluated = self._metrics is not None and self._metrics.is_evaluated(start_step)
 
     def note(self, step: int, evaluation: Evaluation) -> None:
         """Writes an evaluation."""
@@ -69,10 +87,19 @@ class RunFiles:
             self._metrics.write(step, evaluation.scalars() | of_routing)
 
     def save(self, state: TrainState, evaluation: Evaluation | None) -> None:
-        """Starts to save the state, with its evaluation if it has one, and what the alarms have counted."""
+        """Starts to save the state, with its evaluation if it has one, and what a continued run must know besides.
+
+        All steps before it must be written (`Recorder.flush`). A stop may cut an interval short: then a continued run
+        writes it again, as a whole.
+        """
         is_known = evaluation is not None and math.isfinite(evaluation.loss)
         metrics = {"eval/loss": evaluation.loss} if evaluation and is_known else None
-        self._checkpoints.save(state, metrics, {"alarms": self._alarms.counts} if self._alarms else None)
+        step = int(state.step)
+        is_whole = self._config.train.is_saved(step) or step % self._config.train.log_every == 0
+        notes = self.recorder.notes() if is_whole or not self.recorder.cut else self.recorder.cut
+        if self._evaluations:
+            notes = notes | {"evaluations": self._evaluations.steps}
+        self._checkpoints.save(state, metrics, notes | {"corpus": self._corpus})
 
     def __enter__(self) -> "RunFiles":
         return self
@@ -80,3 +107,16 @@ class RunFiles:
     def __exit__(self, *exception: object) -> None:
         if self._metrics:
             self._metrics.close()
+        if self._alarms:
+            self._alarms.close()
+
+
+def _carried(notes: Mapping[str, Any]) -> list[TimedOutput]:
+    """The steps of the interval that a stop has cut."""
+    if "interval" not in notes:
+        return []
+    try:
+        return unpack_steps(notes["interval"])
+    except ValueError as error:
+        log.warning("the logging interval that the last stop has cut stays so: %s", error)
+        return []

@@ -33,7 +33,7 @@ def scheduled(knobs: Knobs, config: Config, step: jax.Array) -> Knobs:
     changed = {
         name: getattr(knobs, name) * factor(config, name, step)
         for name in scheduled_leaves(config)
-        if name != "top_k"  # no knob: `router_state.update_router_state` limits the choices
+        if name != "top_k"  # no knob: `router_state.schedule_router_state` limits the choices
     }
     return dataclasses.replace(knobs, **changed)
 

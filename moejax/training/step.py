@@ -20,7 +20,12 @@ from moejax.moe.by_token import coactivation, experts_by_token
 from moejax.moe.stats import RoutingStats, add_stats, join
 from moejax.sharding import batch_sharding, replicated
 from moejax.training.optimizer import make_schedule
-from moejax.training.router_state import state_arrays, state_metrics, update_router_state
+from moejax.training.router_state import (
+    schedule_router_state,
+    state_arrays,
+    state_metrics,
+    update_router_state,
+)
 from moejax.training.schedules import factor, scheduled, scheduled_leaves
 from moejax.training.state import Trainable, TrainState
 
@@ -251,19 +256,25 @@ def train_step_of(trainable: Trainable) -> TrainStep:
         grads, sums = loss_and_gradients(trainable, state.params, state.router_state, batch, knobs, keys_B)
         scalars = losses(sums, knobs, config)
         grad_norm = optax.tree.norm(grads)
-        is_finite = jnp.isfinite(scalars["loss/total"]) & jnp.isfinite(grad_norm)
         learning_rate = schedule(state.step) * knobs.learning_rate
-        updates, opt_state = trainable.optimizer.update(grads, state.opt_state, state.params)
-        params = jax.tree.map(lambda p, u: p - learning_rate * u, state.params, updates)
+        params, opt_state = apply_gradients(trainable, state, grads, learning_rate)
+        router_state, routing = state.router_state, join(sums.routing)
+        if routing is not None:
+            router_state = update_router_state(router_state, sums.routing, config, knobs)
+        # An update may overflow although loss and gradient are finite: the new state is looked at, too.
+        is_finite = (
+            jnp.isfinite(scalars["loss/total"])
+            & jnp.isfinite(grad_norm)
+            & all_finite((params, opt_state, router_state))
+        )
 
         def keep(new, old):
             return jax.tree.map(lambda n, o: jnp.where(is_finite, n, o), new, old)
 
-        router_state, routing = state.router_state, join(sums.routing)
         by_layer, by_expert = {}, {}
         if routing is not None:
-            updated = update_router_state(router_state, sums.routing, config, knobs, state.step)
-            router_state = keep(updated, router_state)
+            # What a schedule sets is a function of the step, whether or not the step was applied.
+            router_state = schedule_router_state(keep(router_state, state.router_state), config, state.step + 1)
             by_layer, by_expert = routing_metrics(routing), state_arrays(router_state)
             scalars |= {f"moe/{name}": values_N.mean() for name, values_N in by_layer.items()}
             scalars |= state_metrics(by_expert)
@@ -286,6 +297,20 @@ def train_step_of(trainable: Trainable) -> TrainStep:
         return state, StepOutput(scalars, routing, by_layer, by_expert)
 
     return train_step
+
+
+def apply_gradients(
+    trainable: Trainable, state: TrainState, grads: nnx.State, learning_rate: jax.Array
+) -> tuple[nnx.State, optax.OptState]:
+    """The parameters and the state of the optimizer after a step."""
+    updates, opt_state = trainable.optimizer.update(grads, state.opt_state, state.params)
+    return jax.tree.map(lambda p, u: p - learning_rate * u, state.params, updates), opt_state
+
+
+def all_finite(tree) -> jax.Array:
+    """Whether all floating-point arrays of a tree are finite."""
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]).all()
 
 
 def make_eval_step(trainable: Trainable, num_domains: int = 0) -> Callable[..., EvalOutput]:

@@ -1,11 +1,12 @@
 """Any configuration gives on eight devices what it gives on one."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 
-from moejax.config import ConfigError
-from soak.field import Field
-from test_training_invariance import assert_same, run
-from training_cases import OTHER_CASES, ROUTER_CASES, case_config
+from soak.field import LONGEST_S, REPOSITORY, Field
 
 MESHES = (
     {"data": 8},
@@ -29,12 +30,26 @@ MODEL_CHANGES = ({}, {"remat": False}, {"scan_layers": False}, {"qk_norm": True}
 
 
 def trial(field: Field, seed: int) -> str:
+    """Compares in a process of its own, which has eight devices; says what was wrong."""
+    environment = field.environment(num_devices=8)
+    environment["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])
+    command = [sys.executable, "-m", "soak.configurations", str(seed)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=LONGEST_S, check=False)
+    if done.returncode:
+        return f"exit code {done.returncode}: {done.stderr[-600:]}"
+    return done.stdout.strip()
+
+
+def compare(seed: int) -> str:
     """Draws a configuration, and compares losses, gradients and sums on a mesh with those on one device."""
+    from moejax.config import ConfigError
+    from test_training_invariance import assert_same, run
+    from training_cases import OTHER_CASES, ROUTER_CASES, case_config
+
     rng = np.random.default_rng(seed)
     case = _one_of(rng, [*ROUTER_CASES, *OTHER_CASES])
+    moe, model = _one_of(rng, MOE_CHANGES), _one_of(rng, MODEL_CHANGES)
     mesh = {"data": 1} | _one_of(rng, MESHES)
-    moe = _one_of(rng, MOE_CHANGES)
-    model = _one_of(rng, MODEL_CHANGES)
     train = {"accumulation": _one_of(rng, (1, 2)), "batch_size": 16}
     exchange = {"exchange": _one_of(rng, EXCHANGES)}
     try:
@@ -52,3 +67,7 @@ def trial(field: Field, seed: int) -> str:
 
 def _one_of(rng: np.random.Generator, choices):
     return choices[rng.integers(len(choices))]
+
+
+if __name__ == "__main__":
+    print(compare(int(sys.argv[1])))

@@ -12,7 +12,7 @@ from soak.field import REPOSITORY, Field, call, refusal
 CONFIGS = sorted(path.relative_to(REPOSITORY).as_posix() for path in (REPOSITORY / "configs").rglob("*.py"))
 OF_A_RUN = ("eval", "generate", "report", "counterfactuals", "placement")
 KEYS = [key for key, _ in leaves()]
-NUMBERS = [key for key, default in leaves() if type(default) in (int, float)]
+NUMBERS = [key for key, annotation in leaves() if annotation in (int, float)]
 
 
 def trial(field: Field, seed: int) -> str:

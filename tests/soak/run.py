@@ -21,15 +21,32 @@ from typing import Any
 
 TESTS = Path(__file__).parents[1]
 
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """A kind of trial.
+
+    Attributes:
+      what: is tried, in words.
+      trials: of a whole soak.
+      short: trials of the short form.
+      each: how often it is tried in one trial.
+    """
+
+    what: str
+    trials: int
+    short: int
+    each: int = 1
+
+
 KINDS = {
-    "kills": ("kills of a training run, four of each", 4, 50),
-    "flips": ("flipped bits in files of a run", 1, 300),
-    "inputs": ("mistakes on the command line", 1, 1000),
-    "writers": ("two trainings in one folder", 1, 50),
-    "partners": ("deaths of one of two processes", 1, 20),
-    "configurations": ("random configurations, on eight devices and on one", 1, 100),
+    "kills": Kind("kills of a training run", trials=50, short=1, each=4),
+    "flips": Kind("flipped bits in files of a run", trials=300, short=8),
+    "inputs": Kind("mistakes on the command line", trials=1000, short=60),
+    "writers": Kind("two trainings in one folder", trials=50, short=1),
+    "partners": Kind("deaths of one of two processes", trials=20, short=1),
+    "configurations": Kind("random configurations, eight devices against one", trials=60, short=1),
 }
-"""By name: what is tried, how often in one trial, and trials of a whole soak."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +72,7 @@ def _options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=60.0, help="no trial begins after this")
     parser.add_argument("--only", default="", help=f"kinds, separated by commas, of {', '.join(KINDS)}")
     parser.add_argument("--trials", type=int, default=0, help="of each kind; default as many as a whole soak has")
+    parser.add_argument("--short", action="store_true", help="a few trials of each kind")
     parser.add_argument("--first", type=int, default=0, help="number of the first trial of each kind")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="trials at the same time")
     options = parser.parse_args(argv)
@@ -67,7 +85,10 @@ def _options(argv: list[str] | None) -> argparse.Namespace:
 
 def _tasks(options: argparse.Namespace) -> Iterator[Task]:
     """The trials of all kinds, mixed evenly: whenever the time is over, each kind has had its share."""
-    trials = {kind: options.trials or KINDS[kind][2] for kind in options.kinds}
+    trials = {}
+    for kind in options.kinds:
+        usual = KINDS[kind].short if options.short else KINDS[kind].trials
+        trials[kind] = options.trials or usual
     places = [(number / total, kind, number) for kind, total in trials.items() for number in range(total)]
     for _, kind, number in sorted(places):
         yield Task(kind, options.first + number)
@@ -133,7 +154,7 @@ def prepare_process(folder: Path) -> None:
     sys.path[:0] = [str(TESTS), str(TESTS.parent)]
     import jax
 
-    jax.config.update("jax_num_cpu_devices", 8)
+    jax.config.update("jax_num_cpu_devices", 1)
     jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
@@ -148,10 +169,9 @@ def run_trial(kind: str, field: Any, seed: int) -> str:
 
 def _print(done: dict[str, int], wrong: list[tuple[Task, str]], total: int) -> None:
     print(f"{'what':<55}{'tried':>8}{'wrong':>8}")
-    for kind, (what, each, _) in KINDS.items():
-        if kind in done:
-            num_wrong = sum(task.kind == kind for task, _ in wrong)
-            print(f"{what:<55}{done[kind] * each:>8}{num_wrong:>8}")
+    for name in done:
+        num_wrong = sum(task.kind == name for task, _ in wrong)
+        print(f"{KINDS[name].what:<55}{done[name] * KINDS[name].each:>8}{num_wrong:>8}")
     if sum(done.values()) < total:
         print(f"The time was over after {sum(done.values())} of {total} trials.")
 

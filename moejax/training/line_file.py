@@ -1,0 +1,112 @@
+"""Files of one JSON object a line, which a run appends to: what a continued run finds in them, and misses.
+
+A checkpoint notes the extent of such a file and a digest of it. A continued run compares: history that was lost or
+changed is said in one line, and the run goes on, since nothing it computes depends on it.
+"""
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+log = logging.getLogger("moejax")
+
+
+class LineFileError(ValueError):
+    """A file of a run that cannot be read or written: the message names it and the remedy."""
+
+
+class LineFile:
+    """A file of lines, open for appending.
+
+    Args:
+      path: of the file, in the run directory.
+      after_step: lines of later steps are dropped: a continued run writes them again.
+      noted: `state` of the file when the run was at that step, from the checkpoint; None if it is not known.
+      is_line: whether an object is a line of this file.
+
+    Attributes:
+      lines: what was kept of it when it was opened.
+
+    Raises:
+      LineFileError: the file cannot be read or written.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        after_step: int,
+        noted: Mapping[str, Any] | None,
+        is_line: Callable[[Any], bool],
+    ):
+        self.path = path
+        self.lines: list[dict[str, Any]] = []
+        self._num_damaged = 0
+        self._file: BinaryIO | None = None  # opened when there is a line to write
+        try:
+            content = path.read_bytes() if path.exists() else b""
+            kept = self._keep(content, after_step, is_line)
+            if path.exists():
+                temporary = path.with_suffix(".tmp")
+                temporary.write_bytes(kept)
+                os.replace(temporary, path)
+        except OSError as error:
+            raise LineFileError(
+                f"{path} cannot be read and written ({error.strerror}); give this user the rights to it, or "
+                "move it away to go on without its history"
+            ) from error
+        self._num_bytes = len(kept)
+        self._hash = hashlib.blake2b(kept, digest_size=16)
+        if self._num_damaged or (noted is not None and noted != self.state):
+            log.warning(
+                "%s is not what was written up to step %d: a part of its history is lost or damaged; the run goes on "
+                "from its checkpoint", path, after_step,
+            )  # fmt: skip
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """The extent of what was written, and a digest of it, as JSON."""
+        return {"bytes": self._num_bytes, "digest": self._hash.hexdigest()}
+
+    def append(self, line: Mapping[str, Any]) -> None:
+        """Writes a line; it is in the file on return."""
+        text = (json.dumps(line) + "\n").encode()
+        if self._file is None:
+            self._file = self.path.open("ab")
+        self._file.write(text)
+        self._file.flush()
+        self._num_bytes += len(text)
+        self._hash.update(text)
+
+    def close(self) -> None:
+        """Closes the file."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _keep(self, content: bytes, after_step: int, is_line: Callable[[Any], bool]) -> bytes:
+        """The bytes of the lines up to a step, without damaged ones."""
+        kept = []
+        for line in content.splitlines(keepends=True):
+            if not line.endswith(b"\n"):  # the last, which a crash has cut off
+                break
+            values = parse_line(line)
+            if values is None or not is_line(values):
+                self._num_damaged += 1
+            elif values["step"] <= after_step:
+                kept.append(line)
+                self.lines.append(values)
+        return b"".join(kept)
+
+
+def parse_line(line: bytes) -> dict[str, Any] | None:
+    """The object of a line; None if it is damaged, or cut off by a crash."""
+    try:
+        values = json.loads(line.decode())
+    except (ValueError, RecursionError):
+        return None
+    is_stepped = isinstance(values, dict) and type(values.get("step")) is int
+    return values if is_stepped else None

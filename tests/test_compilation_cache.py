@@ -1,0 +1,104 @@
+"""Compiled programs that outlive a process: where they are kept, and which folders are refused."""
+
+import os
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from moejax.compilation_cache import ProgramsFolderError, check_is_own, keep_programs, programs_folder
+
+
+@pytest.fixture
+def options(monkeypatch, tmp_path):
+    """What is set of jax; the cache folder of the user is `tmp_path / "cache"`."""
+    found = {}
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(jax.config, "update", found.__setitem__)
+    return found
+
+
+def test_programs_are_kept_in_the_users_cache_folder(options, monkeypatch, tmp_path):
+    keep_programs()
+    folder = tmp_path / "cache/moejax/compiled"
+    assert options["jax_compilation_cache_dir"] == str(folder)
+    assert folder.is_dir() and not list(folder.iterdir()) and folder.stat().st_mode & 0o777 == 0o700
+    for value in ("", "relative"):
+        monkeypatch.setenv("XDG_CACHE_HOME", value)
+        monkeypatch.setenv("HOME", str(tmp_path))
+        assert programs_folder() == tmp_path / ".cache/moejax/compiled"
+
+
+def test_a_folder_that_the_user_gives_to_jax_is_left_alone(options, monkeypatch, tmp_path):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "own"))
+    keep_programs()
+    assert not options and not (tmp_path / "cache").exists()
+
+
+def test_where_programs_cannot_be_kept_none_are_and_the_log_says_so(options, monkeypatch, tmp_path, caplog):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    keep_programs()
+    assert not options and "compiled programs are not kept" in caplog.text
+
+
+@pytest.mark.parametrize("mode", [0o770, 0o707, 0o777, 0o1777])
+@pytest.mark.parametrize("name", ["cache/moejax/compiled", "cache/moejax"])
+def test_a_folder_that_others_can_write_is_refused(options, tmp_path, caplog, name, mode):
+    (tmp_path / "cache/moejax/compiled").mkdir(parents=True)
+    (tmp_path / name).chmod(mode)
+    keep_programs()
+    assert not options
+    assert f"others may write to {tmp_path / name}" in caplog.text and "chmod 700" in caplog.text
+
+
+def test_a_folder_of_another_user_is_refused(options, monkeypatch, tmp_path, caplog):
+    (tmp_path / "cache/moejax/compiled").mkdir(parents=True, mode=0o700)
+    monkeypatch.setattr(os, "getuid", lambda: os.geteuid() + 1)
+    with pytest.raises(ProgramsFolderError, match="belongs to user"):
+        check_is_own(tmp_path / "cache/moejax/compiled")
+    keep_programs()
+    assert not options and "could put programs there" in caplog.text
+
+
+COMPILE = """
+import sys, jax
+from moejax import compilation_cache
+compilation_cache.WORTH_KEEPING_S = 0.0
+compilation_cache.keep_programs()
+hits = []
+jax.monitoring.register_event_listener(lambda event, **_: hits.append(event))
+jax.jit(lambda x: x * 3 + 1)(jax.numpy.ones(7)).block_until_ready()
+print(hits.count("/jax/compilation_cache/cache_hits"))
+"""
+
+
+def test_a_second_process_finds_the_program_of_the_first(tmp_path):
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("JAX_")}
+    environment |= {"XDG_CACHE_HOME": str(tmp_path), "JAX_PLATFORMS": "cpu"}
+
+    def hits():
+        command = [sys.executable, "-c", COMPILE]
+        return int(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
+
+    assert hits() == 0
+    assert hits() > 0
+
+
+@pytest.mark.parametrize("verb", ["train", "eval", "generate"])
+def test_the_verbs_that_compile_keep_their_programs(monkeypatch, verb):
+    """Each asks for it before anything is compiled; here that is where it ends."""
+    from moejax import cli
+
+    class Asked(Exception):
+        pass
+
+    def ask():
+        raise Asked
+
+    monkeypatch.setattr(f"moejax.cli.{verb}.keep_programs", ask)
+    given = ["--config=configs/debug.py"] if verb == "train" else ["--workdir=runs/none"]
+    with pytest.raises(Asked):
+        cli.main([verb, *given])
