@@ -135,20 +135,21 @@ def test_a_layer_whose_first_choice_overflows_has_the_survivors_output_and_gradi
         4,
     )
     layer = MoE(config, 2, jnp.dtype("float32"), vocab_size=7, rngs=nnx.Rngs(params=0))
-    layer.router.kernel[...] = jnp.asarray([[lead + 1, 1.0, 0.0], [0.0, 0.0, 0.0]])
+    # All want expert 0 first; then they take turns between the others, which have room.
+    layer.router.kernel[...] = jnp.asarray([[lead + 2, 0.0, 0.0], [0.0, 2.0, -2.0]])
     graphdef, params, rest = nnx.split(layer, nnx.Param, ...)
-    x_BLD = jnp.broadcast_to(jnp.asarray([1.0, 0.5]), (1, 4, 2))
-    info = info_of(config, np.ones((1, 4), bool), factor=0.75)  # an expert has 2 slots: later tokens find none
+    x_BLD = jnp.asarray([[[1.0, 0.5], [1.0, -0.5], [1.0, 0.5], [1.0, -0.5]]])
+    info = info_of(config, np.ones((1, 4), bool), factor=0.5)  # 2 slots: the last two tokens find none of expert 0
 
     @jax.jit
     def run(params, x_BLD):
         y_BLD, stats = nnx.merge(graphdef, params, rest)(x_BLD, info)
-        return jnp.sum(y_BLD**2), (y_BLD, stats.gate_mass)
+        return jnp.sum(y_BLD**2), (y_BLD, stats.gate_mass, stats.dropped)
 
-    (_, (y_BLD, mass)), gradients = jax.value_and_grad(run, (0, 1), has_aux=True)(params, x_BLD)
+    (_, (y_BLD, mass, dropped)), gradients = jax.value_and_grad(run, (0, 1), has_aux=True)(params, x_BLD)
     assert all(np.isfinite(g).all() for g in jax.tree.leaves(gradients))
-    assert np.isfinite(y_BLD).all()
-    np.testing.assert_allclose(mass, np.asarray(y_BLD[0]).any(axis=1).sum(), rtol=1e-6)  # 1 for each token served
+    np.testing.assert_allclose(mass, 4.0, rtol=1e-6)  # 1 for each token
+    assert float(dropped) == 2 and np.isfinite(y_BLD).all() and np.asarray(y_BLD[0]).any(axis=1).all()
 
 
 def test_an_oracle_by_logarithms_is_the_quotient_where_nothing_underflows():
