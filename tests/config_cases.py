@@ -60,7 +60,6 @@ SPECIMENS = {
     "data.name": ("set", {"data.source": "tfds", "data.source_dir": "folder"}),
     "data.source_dir": ("folder", {"data.source": "tfds", "data.name": "set"}),
     "data.files": ("texts/*.txt", {"data.source": "files"}),
-    "data.text_field": ("body", {"data.source": "files", "data.files": "texts/*.jsonl"}),
     "optimizer.decay_fraction": (0.1, {"optimizer.schedule": "wsd"}),
 }
 """A value of leaves for which a type is not enough, and what must change with it so that it is accepted."""

@@ -13,10 +13,11 @@ from jax.sharding import AxisType
 import oracle
 from moejax.config import ConfigError, resolve
 from moejax.moe import exchange as exchange_module
-from moejax.moe.exchange import Exchange, Local, choose, exchange
+from moejax.moe.exchange import exchange
 from moejax.moe.experts import ExpertWeights
 from moejax.moe.local import Chosen, Slots, run_dropless, run_slots
 from moejax.moe.parcels import mean_receivers
+from moejax.moe.strategy import Exchange, Local, choose
 from moejax.sharding import BATCH_AXES, EXPERT_AXES, MESH_AXES
 
 B, L, D, F, E = 8, 6, 6, 4, 8

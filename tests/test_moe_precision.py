@@ -13,11 +13,12 @@ import oracle
 from moe_cases import info_of
 from moejax.config import ROUTER_RULES, MoeConfig
 from moejax.config.moe import derive_moe
-from moejax.moe.exchange import Exchange, Local, exchange
+from moejax.moe.exchange import exchange
 from moejax.moe.experts import ExpertWeights, Network
 from moejax.moe.layer import MoE
 from moejax.moe.local import Chosen, Mixing, Slots, run_dropless, run_slots, run_soft, run_with_capacity
 from moejax.moe.logits import make_router
+from moejax.moe.strategy import Exchange, Local
 from moejax.sharding import MESH_AXES
 from training_cases import ROUTER_CASES
 

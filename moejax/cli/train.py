@@ -32,7 +32,7 @@ from moejax.compilation_cache import keep_programs
 from moejax.config import ROUTER_RULES, Config, to_dict
 from moejax.inspection.build import build_report
 from moejax.models.parameters import count_parameters
-from moejax.moe.exchange import Exchange, choose
+from moejax.moe.strategy import Exchange, choose
 from moejax.planning.memory import check_memory
 from moejax.sharding import EXPERT_AXES, make_mesh
 from moejax.training.loop import train

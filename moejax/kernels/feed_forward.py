@@ -18,8 +18,9 @@ from jaxtyping import Array, Float, Int
 
 from moejax.kernels.arrays import takes_numpy
 from moejax.kernels.grouped_matmul.arms import each_arm, merge, split
+from moejax.kernels.rows import add_rows
 from moejax.kernels.tiles import Groups, put, take
-from moejax.kernels.varying import empty_varying_like, vary_alike, zeros_varying_like
+from moejax.kernels.varying import empty_varying_like, vary_alike
 
 
 class SecondDerivativeError(ValueError):
@@ -75,27 +76,6 @@ def feed_forward(
     arrays = vary_alike(x_TD, weights_TK, gate_up_EDP, down_EFD, row_TK, choice_R, group_sizes_E)
     starts_E = jnp.cumsum(arrays[-1]) - arrays[-1]
     return _feed_forward(activate, sizes, *arrays, starts_E)
-
-
-def add_rows(
-    x_RD: Float[Array, "R D"], row_TK: Int[Array, "T K"], weights_TK: Float[Array, "T K"] | None = None
-) -> Float[Array, "T D"]:
-    """For each token the sum of its rows, times their weights if there are any; those out of range add nothing.
-
-    Products and sums are float32, and the result has the dtype of the rows. A gather for each of the K: XLA:CPU does
-    not fuse one gather of all with the sum, which takes three times as long.
-    """
-
-    def add(k, sum_TD):
-        row_T = lax.dynamic_index_in_dim(row_TK, k, axis=1, keepdims=False)
-        rows_TD = _wide(x_RD.at[row_T].get(mode="fill", fill_value=0))
-        if weights_TK is not None:
-            rows_TD *= _wide(lax.dynamic_slice_in_dim(weights_TK, k, 1, axis=1))
-        return sum_TD + rows_TD
-
-    num_tokens, top_k = row_TK.shape
-    zeros_TD = zeros_varying_like(x_RD, (num_tokens, x_RD.shape[1]), jnp.float32)
-    return lax.fori_loop(0, top_k, add, zeros_TD, unroll=min(8, top_k)).astype(x_RD.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

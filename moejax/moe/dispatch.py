@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from moejax.kernels.arrays import takes_numpy
-from moejax.kernels.feed_forward import add_rows
+from moejax.kernels.rows import add_rows
 from moejax.kernels.varying import vary_alike, zeros_varying_like
 
 

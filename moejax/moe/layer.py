@@ -14,7 +14,7 @@ from moejax.config import Knobs, MoeConfig
 from moejax.kernels.grouped_matmul import can_check_vma
 from moejax.kernels.project import project
 from moejax.moe.capacity import Admission, admit, capacity_limit, capacity_slots
-from moejax.moe.exchange import Exchange, Local, exchange
+from moejax.moe.exchange import exchange
 from moejax.moe.experts import Experts, FeedForward, Network, initialize
 from moejax.moe.free_experts import FreeExperts
 from moejax.moe.local import Chosen, Mixing, Slots, run_dropless, run_slots, run_soft, run_with_capacity
@@ -25,6 +25,7 @@ from moejax.moe.routers.routing import Stream, draw
 from moejax.moe.routers.scores import spread_over_survivors, weigh
 from moejax.moe.routers.selection import named
 from moejax.moe.stats import RoutingStats, Service, collect, collect_slots, collect_soft
+from moejax.moe.strategy import Exchange, Local
 from moejax.sharding import batch_devices, whole
 
 

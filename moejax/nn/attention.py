@@ -82,6 +82,8 @@ class Attention(nnx.Module):
             k_BLGA, v_BLGA = cache.k_BSGA, cache.v_BSGA
             mask_BLS = cache_mask(positions_BL, cache.k_BSGA.shape[1])
             y_BLHA = attend(q_BLHA, k_BLGA, v_BLGA, mask_BLS)
+        elif segments_BL is None:
+            raise ValueError("attention within rows needs segments_BL, and attention to a cache needs cache; give one")
         else:
             y_BLHA = attend_in_rows(q_BLHA, k_BLGA, v_BLGA, segments_BL)
         return project(y_BLHA, whole(self.out, self.dtype), num_contracted=2), cache

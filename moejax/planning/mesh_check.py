@@ -15,9 +15,10 @@ from jax.sharding import Mesh, NamedSharding
 
 from moejax.config import Config
 from moejax.kernels.grouped_matmul import can_check_vma
-from moejax.moe.exchange import Exchange, Local, choose, exchange
+from moejax.moe.exchange import exchange
 from moejax.moe.experts import ExpertWeights
 from moejax.moe.local import Chosen, run_dropless
+from moejax.moe.strategy import Exchange, Local, choose
 from moejax.planning.collectives import collective_rows, list_collectives
 from moejax.sharding import BATCH_AXES, EXPERT_AXES, TOKENS, partition_spec
 
