@@ -318,6 +318,28 @@ def test_tied_embeddings_are_one_matrix_and_untied_ones_two():
     assert logits.dtype == jnp.float32
 
 
+@pytest.mark.parametrize("config", [PLAIN, RICH], ids=["tied", "untied"])
+def test_ids_that_are_no_token_have_no_part_in_losses_and_gradients(config):
+    tokens_BL, params = tokens_of(3), weights_of(config)
+    name = "embedding" if config.model.tied_embeddings else "unembedding"
+    wild = jax.tree.map(lambda x: x, params)
+    wild[name][...] = params[name][...].at[config.num_token_ids :].set(1e3)
+
+    @jax.jit
+    @functools.partial(jax.value_and_grad, has_aux=True)
+    def loss(params):
+        logits_BLV = apply(config, params, *map(jnp.asarray, (tokens_BL, *ONE_DOCUMENT)))[0]
+        return optax.softmax_cross_entropy_with_integer_labels(logits_BLV, tokens_BL).mean(), logits_BLV
+
+    (value, logits_BLV), grads = loss(params)
+    tokens_alone = optax.softmax_cross_entropy_with_integer_labels(logits_BLV[..., : config.num_token_ids], tokens_BL)
+    np.testing.assert_allclose(value, tokens_alone.mean(), rtol=1e-6)
+    assert config.num_token_ids < config.vocab_size and not grads[name][...][config.num_token_ids :].any()
+    (value_of_wild, _), grads_of_wild = loss(wild)
+    for a, b in zip(jax.tree.leaves((value, grads)), jax.tree.leaves((value_of_wild, grads_of_wild)), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 def test_qk_norm_and_grouped_queries_have_their_parameters_in_every_layer():
     config = config_of(model={"num_layers": 3, "qk_norm": True, "num_heads": 4, "num_kv_heads": 2})
     attention = shapes_of(config)["stacks"][0]["block"]["attention"]
