@@ -224,6 +224,10 @@ def test_a_dry_run_lists_every_arm_with_its_cost_and_writes_nothing(tmp_path):
         (["worker", "--study=x"], "--storage is missing"),
         (["report"], "name one sweep"),
         (["report", "/nowhere"], "sweep.json is missing"),
+        (
+            ["report", "runs/sweep", "--config=configs/debug.py"],
+            "--config=configs/debug.py is not for moejax sweep rep",
+        ),
         (["work", "--dir=/nowhere"], "sweep.json is missing"),
         (["moe.num_experts=4,8", "--match=active"], "--match"),
         (["moe.top_k=2,3", "--runner=pool", "--processes=999", "--dir=DIR"], "--processes=999 must be at most"),
@@ -246,7 +250,9 @@ def test_a_mistake_is_one_line_before_anything_trains(arguments, message, tmp_pa
 
     monkeypatch.setattr("moejax.sweeps.run.keep_programs", lambda: None)  # of this process
     arguments = [argument.replace("DIR", str(tmp_path / "sweep")) for argument in arguments]
-    assert main(["sweep", "--config=configs/debug.py", *arguments]) == 2
+    is_recipe_free = arguments[:1] in (["report"], ["work"])
+    recipe = [] if is_recipe_free else ["--config=configs/debug.py"]
+    assert main(["sweep", *recipe, *arguments]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert message in error, error
     assert not (tmp_path / "sweep").exists()
@@ -262,7 +268,7 @@ def test_a_mistake_is_one_line_before_anything_trains(arguments, message, tmp_pa
         ("yield {}['no']", "KeyError: 'no', at `yield {}['no']`"),
         (
             "return where(choice('moe.top_k', 1), lambda point: 1 / 0)",
-            "ZeroDivisionError: division by zero, at `return",
+            "raised ZeroDivisionError: division by zero, for the point",
         ),
     ],
 )

@@ -6,12 +6,13 @@ import shlex
 import socket
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 from absl.flags import FlagValues
 
 from moejax.cli import UsageError
-from moejax.cli.options import define_seed, read_config_flag, read_folder_to_write
+from moejax.cli.options import define_seed, read_config_flag, read_folder_to_write, recipe_text
 from moejax.cli.tables import print_result, print_table
 from moejax.compilation_cache import keep_programs
 from moejax.paths import resolve_path
@@ -59,8 +60,14 @@ def refuse_flags(values: FlagValues, names: Sequence[str], remedy: str) -> None:
     """Raises `UsageError` for a flag that was given and would change nothing here; `remedy` ends the sentence."""
     for name in names:
         if values[name].present:
-            value = show_storage(values.storage) if name == "storage" else values[name].value
-            raise UsageError(f"--{name}={value} {remedy}")
+            raise UsageError(f"--{name}={_shown_value(values, name)} {remedy}")
+
+
+def _shown_value(values: FlagValues, name: str) -> Any:
+    """A flag's value as it was given, without what must not be repeated."""
+    if name == "storage":
+        return show_storage(values.storage)
+    return recipe_text(values) if name == "config" else values[name].value
 
 
 def refuse_addresses(words: Sequence[str]) -> None:
