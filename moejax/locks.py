@@ -110,6 +110,7 @@ class FolderLock:
         self._does = does
         self._me = Holder()
         self._file = -1
+        self._made: list[Path] = []  # folders, the innermost first
         self._beats = 0
         self._is_lost = threading.Event()
         self._is_over = threading.Event()
@@ -137,6 +138,7 @@ class FolderLock:
         if not self._is_lost.is_set() and self._file >= 0:
             with contextlib.suppress(OSError):  # a disk that went away: the grace period frees the lock
                 os.ftruncate(self._file, 0)
+                self._remove_what_stayed_empty()
         self._close()
 
     def check(self) -> None:
@@ -147,7 +149,16 @@ class FolderLock:
                 f"for {self._timing.grace_s:g} s; nothing more is written there"
             )
 
+    def _remove_what_stayed_empty(self) -> None:
+        """Leaves no folder behind that was made for the lock and in which nothing was written."""
+        if not self._made or [path.name for path in self.folder.iterdir()] != [self.path.name]:
+            return
+        self.path.unlink()
+        for folder in self._made:
+            folder.rmdir()
+
     def _open(self) -> int:
+        self._made = [folder for folder in (self.folder, *self.folder.parents) if not folder.exists()]
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             # O_NONBLOCK: opening a named pipe must not wait for its other end.
@@ -173,6 +184,10 @@ class FolderLock:
         is_told = False
         while True:
             has_flock = self._flock()
+            if has_flock and not self._is_there():
+                self._close()
+                self._file = self._open()
+                continue
             if has_flock is not False and self._is_free(has_flock is True):
                 break
             holder = self._read_holder()
@@ -207,6 +222,13 @@ class FolderLock:
                 return None
             raise LockedError(f"{self.path} cannot be locked ({error.strerror}); choose another folder") from error
         return True
+
+    def _is_there(self) -> bool:
+        """Whether the file that is locked still has its name: the last holder may have removed it meanwhile."""
+        try:
+            return os.path.samestat(os.stat(self.path), os.fstat(self._file))
+        except OSError:
+            return False
 
     def _is_free(self, has_flock: bool) -> bool:
         """Whether the record's holder has released the lock or is dead."""

@@ -129,6 +129,31 @@ def test_a_holder_that_was_taken_over_is_told_and_leaves_the_record(tmp_path):
     assert json.loads((tmp_path / ".lock").read_text())["pid"] == 7
 
 
+def test_folders_that_were_made_for_a_lock_and_stayed_empty_are_removed(tmp_path):
+    folder = tmp_path / "runs" / "debug"
+    with FolderLock(folder, "train"):
+        assert (folder / ".lock").exists()
+    assert list(tmp_path.iterdir()) == []
+    with FolderLock(folder, "train"):
+        (folder / "config.json").write_text("{}")
+    assert sorted(path.name for path in folder.iterdir()) == [".lock", "config.json"]
+    (tmp_path / "mine").mkdir()
+    with FolderLock(tmp_path / "mine", "train"):
+        pass
+    assert (tmp_path / "mine").exists()
+
+
+def test_one_that_waited_for_a_lock_that_was_removed_holds_a_new_one(tmp_path):
+    folder = tmp_path / "run"
+    first = FolderLock(folder, "train")
+    first.__enter__()
+    threading.Timer(0.2, first.__exit__, (None, None, None)).start()
+    with FolderLock(folder, "prepare", waits=True, timing=QUICK):
+        assert json.loads((folder / ".lock").read_text())["does"] == "prepare"
+        with pytest.raises(LockedError), FolderLock(folder, "train"):
+            pass
+
+
 @pytest.mark.parametrize("record", ["{", "[]", '{"pid": "x"}', "[" * 4000, "\x00\xff"])
 def test_a_damaged_record_neither_blocks_nor_raises(tmp_path, record):
     (tmp_path / ".lock").write_bytes(record.encode("latin-1"))

@@ -328,7 +328,7 @@ def test_arms_whose_results_depend_on_how_many_devices_there_are_train_apart():
     Pack([replace(config, "mesh", data=1) for config in configs], jax.devices()[:2])
     slots = {"dispatch": "capacity", "capacity_group": "device"}
     assert depends_on_devices(small_config(moe=slots))
-    assert not depends_on_devices(small_config(moe=slots | {"dispatch": "dropless"}))
+    assert not depends_on_devices(small_config(moe={"dispatch": "capacity"}))
 
 
 @pytest.mark.parametrize(
@@ -338,7 +338,6 @@ def test_arms_whose_results_depend_on_how_many_devices_there_are_train_apart():
         ({"moe": {"balance_weight": 0.1}}, {"moe": {"balance_weight": 0.2}}, True),
         ({"moe": {"balance_weight": 0.1}}, {"moe": {"balance_weight": 0.0}}, False),
         ({"moe": {"num_experts": 4}}, {"moe": {"num_experts": 8}}, False),
-        ({"moe": {"capacity_factor": 1.0}}, {"moe": {"capacity_factor": 2.0}}, False),  # dropless: not used, but told
         (
             {"moe": {"capacity_factor": 1.0, "dispatch": "capacity"}},
             {"moe": {"capacity_factor": 2.0, "dispatch": "capacity"}},

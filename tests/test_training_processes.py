@@ -161,7 +161,7 @@ def stopped(folder):
     """A run of two processes on two devices each, of which the second got SIGTERM before its first step."""
     workdir = folder / "run"
     with started(folder, 2, 2, training(folder, workdir)) as processes:
-        wait_for((workdir / "metrics.jsonl").exists, processes)
+        wait_for((workdir / "routing/zarr.json").exists, processes)
         processes[1].send_signal(signal.SIGTERM)
         return workdir, *ends(processes)
 
@@ -201,7 +201,7 @@ def test_what_all_processes_would_say_is_said_once(stopped):
     _, _, outputs, errors = stopped
     assert outputs == ["", ""]
     assert errors[0].count("compiled the train step") == 1
-    assert "compiled" not in errors[1] and "rows" not in errors[1]
+    assert "compiled the train step" not in errors[1] and "rows" not in errors[1]
 
 
 def test_when_a_process_is_killed_the_others_fail_within_a_minute(killed):
@@ -209,8 +209,9 @@ def test_when_a_process_is_killed_the_others_fail_within_a_minute(killed):
     assert codes[3] == -signal.SIGKILL
     assert all(code != 0 for code in codes), errors
     for index in (0, 1, 2):
-        said = [line for line in errors[index].splitlines() if re.match(r"moejax: process 3 on \S+ has ended or", line)]
-        assert len(said) == 1 and "continues from the newest checkpoint" in said[0], errors[index]
+        # Not always a line of its own: what ends the process may write at the same time.
+        said = re.findall(r"moejax: process 3 on \S+ has ended or .* from the newest checkpoint", errors[index])
+        assert len(said) == 1, errors[index]
         assert "Traceback" not in errors[index][: errors[index].index(said[0])], errors[index]
     assert seconds < 60
     print(f"the others ended after {seconds:.1f} s with {codes[:3]}")

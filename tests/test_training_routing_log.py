@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pytest
 
-from moejax.training import routing_log
+from moejax.training import routing_log, routing_store
 from moejax.training.routing_log import RoutingLog, read_routing
 
 LAYERS = [1, 3]
@@ -61,7 +61,7 @@ def test_counts_beyond_32_bits_survive(tmp_path):
 
 
 def test_a_log_that_spans_many_chunks_is_read_back_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr(routing_log, "CHUNK_BYTES", 3 * 8 * 8)  # three entries a chunk
+    monkeypatch.setattr(routing_store, "CHUNK_BYTES", 3 * 8 * 8)  # three entries a chunk
     log = RoutingLog(tmp_path, LAYERS, NUM_EXPERTS)
     append_steps(log, range(1, 11))
     assert_holds(tmp_path, range(1, 11))
@@ -71,7 +71,7 @@ def test_a_log_that_spans_many_chunks_is_read_back_whole(tmp_path, monkeypatch):
 
 
 def test_a_slice_reads_only_its_chunks(tmp_path, monkeypatch):
-    monkeypatch.setattr(routing_log, "CHUNK_BYTES", 3 * 8 * 8)  # three entries a chunk
+    monkeypatch.setattr(routing_store, "CHUNK_BYTES", 3 * 8 * 8)  # three entries a chunk
     append_steps(RoutingLog(tmp_path, LAYERS, NUM_EXPERTS), range(1, 11))
     (tmp_path / "routing/counts/c/2/0/0").write_bytes(b"damaged")  # entries 6 to 8
     history = read_routing(tmp_path)
@@ -85,7 +85,7 @@ def test_a_slice_reads_only_its_chunks(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("columns", [1, 3, 7, 20])
 def test_sums_over_neighbouring_entries_are_those_of_all_read_at_once(tmp_path, monkeypatch, columns):
-    monkeypatch.setattr(routing_log, "CHUNK_BYTES", 3 * 8 * 8)  # three entries a chunk
+    monkeypatch.setattr(routing_store, "CHUNK_BYTES", 3 * 8 * 8)  # three entries a chunk
     monkeypatch.setattr(routing_log, "CHUNKS_AT_ONCE", 1)
     append_steps(RoutingLog(tmp_path, LAYERS, NUM_EXPERTS), range(10, 120, 10))
     history = read_routing(tmp_path)

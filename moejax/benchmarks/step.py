@@ -129,7 +129,7 @@ class Step:
 def random_batch(config: Config) -> Batch:
     """Full rows of random tokens, one document each."""
     shape = (config.train.batch_size, config.data.seq_len)
-    tokens_BL = np.random.default_rng(0).integers(0, config.vocab_size, (shape[0], shape[1] + 1)).astype(np.int32)
+    tokens_BL = np.random.default_rng(0).integers(0, config.num_token_ids, (shape[0], shape[1] + 1)).astype(np.int32)
     return Batch(
         tokens_BL=tokens_BL[:, :-1],
         targets_BL=tokens_BL[:, 1:],

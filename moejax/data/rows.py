@@ -128,8 +128,9 @@ def prepare(data: DataConfig, tokenizer: Tokenizer | None = None, *, only: str =
     corpus = _open(folder, tokenizer, data.seq_len)
     for split in SPLITS:
         _say_once(
+            folder,
             f"{source.name} {split}: {corpus.num_rows[split]} rows, {corpus.num_tokens[split]} tokens, "
-            f"{corpus.num_bytes[split]} bytes, {corpus.num_documents[split]} documents"
+            f"{corpus.num_bytes[split]} bytes, {corpus.num_documents[split]} documents",
         )
         if not corpus.num_bytes[split]:
             raise DataError(f"data.source={data.source}: all documents of its {split} split are empty; add text")
@@ -137,8 +138,8 @@ def prepare(data: DataConfig, tokenizer: Tokenizer | None = None, *, only: str =
 
 
 @functools.cache
-def _say_once(line: str) -> None:
-    """Logs a line that this process has not logged: a run opens its rows to train and to report."""
+def _say_once(folder: Path, line: str) -> None:
+    """Logs a line about rows that this process has not logged: a run opens them to train and to report."""
     _log.info(line)
 
 
