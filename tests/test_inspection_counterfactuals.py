@@ -69,8 +69,9 @@ def workdir(tmp_path_factory):
     for path, variable in nnx.to_flat_state(state.router_state):
         if "selection_bias" in path:
             variable.set_value(bias_NE)
-    prepare(config.data).tokenizer.save(folder / "run")
-    write_run_directory(folder / "run", config, count_parameters(config), "files", "test")
+    corpus = prepare(config.data)
+    corpus.tokenizer.save(folder / "run")
+    write_run_directory(folder / "run", config, count_parameters(config), corpus.directory.name, "test")
     with Checkpoints(folder / "run", trainable) as checkpoints:
         checkpoints.save(state)
     return folder / "run"
@@ -502,7 +503,7 @@ def test_requests_that_make_no_sense_are_refused(loaded, monkeypatch):
         counterfactuals(loaded, kinds=[])
     with pytest.raises(CounterfactualError, match="step=7 is not that of the loaded run, 0"):
         counterfactuals(loaded, step=7)
-    dense = dataclasses.replace(loaded, config=small_config(moe={"num_experts": 0, "top_k": 0}))
+    dense = dataclasses.replace(loaded, config=small_config(moe={"num_experts": 0}))
     with pytest.raises(CounterfactualError, match="dense model"):
         counterfactuals(dense)
     placed = nnx.merge(*nnx.split(loaded.model))

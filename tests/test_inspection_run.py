@@ -176,7 +176,7 @@ def test_saved_and_evaluated_steps_are_listed_in_order_and_only_complete_ones(tm
     assert run.checkpoints == (20, 100) and run.evaluations.steps == (20, 100)
     assert run.evaluations.read()["load"][0, 0] == 100 and run.evaluations.read(20)["load"][0, 0] == 20
     (folder / "20.npz").write_bytes(b"PK damaged")
-    with pytest.raises(ValueError, match=r"evaluations/20.npz cannot be read .*delete it"):
+    with pytest.raises(ValueError, match=r"evaluations/20.npz cannot be read .*restore it from a copy"):
         run.evaluations.read(20)
 
 

@@ -281,7 +281,7 @@ def packed_corpus(seq_len, num_rows=5):
     for row in range(num_rows):
         pieces = [(rng.integers(3, 200, size).astype(np.int32), 7 + 2 * row + i) for i, size in enumerate((6, 4))]
         rows.append(lay_out(pieces, seq_len))
-    return Stored(ByteTokenizer(), seq_len, {}, {}, {}, {}, None, tuple(rows))
+    return Stored(ByteTokenizer(), seq_len, {}, {}, {}, {}, None, stored=tuple(rows))
 
 
 def test_rows_of_a_corpus_are_routed_as_the_model_routes_each_alone(loaded):

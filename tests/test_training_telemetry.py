@@ -12,9 +12,10 @@ import tensorstore
 import training_cases as cases
 from moejax.config import Knobs
 from moejax.moe.balance import routing_metrics
-from moejax.training.metrics import MetricsFile, Recorder, median_speed
+from moejax.training.metrics import MetricsFile, Recorder
 from moejax.training.progress import StepProgress
 from moejax.training.routing_log import RoutingLog
+from moejax.training.speed import median_speed
 from moejax.training.step import make_train_step, put_batch
 from moejax.training.telemetry import LAYER_METRICS, summarize_routing
 

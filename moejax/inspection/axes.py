@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 from jaxtyping import Float64, Int64
 
-from moejax.training.metrics import SECONDS, SPEED
+from moejax.training.speed import SECONDS, SPEED
 
 AXES = {
     "steps": "training step",

@@ -11,7 +11,7 @@ import numpy as np
 from moejax.inspection import html
 from moejax.inspection.run import Run, RunError, open_run
 from moejax.inspection.run_names import arm_name
-from moejax.training.metrics import SPEED, median_speed
+from moejax.training.speed import SPEED, median_speed
 
 if TYPE_CHECKING:  # imported where it is needed
     import pandas as pd

@@ -14,7 +14,7 @@ from moejax.inspection.seed_pairs import Setting, difference, find_settings
 from moejax.inspection.style import short_number
 from moejax.inspection.sweep_differences import Difference
 from moejax.inspection.token_keys import comparison_note
-from moejax.training.metrics import MEMORY, MFU, median_speed
+from moejax.training.speed import MEMORY, MFU, median_speed
 
 MINUS = "\u2212"  # as wide as +, and no place to break a line
 MIN_SHARE = 5e-4  # less is 0.0 %

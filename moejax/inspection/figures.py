@@ -33,7 +33,7 @@ from moejax.inspection.style import (
     short_number,
     tick_at,
 )  # fmt: skip
-from moejax.training.metrics import MEMORY, MFU, SPEED
+from moejax.training.speed import MEMORY, MFU, SPEED
 
 MAX_POINTS = 600  # per curve: more cannot be told apart
 MAX_COLUMNS = 200  # of a heat map,

@@ -24,7 +24,7 @@ from moejax.inspection.run_names import ArmNames
 from moejax.inspection.run_paths import RunPathError, check_file, leads_out, open_file
 from moejax.inspection.style import BLUE
 from moejax.training import alarms
-from moejax.training.metrics import SPEED, median_speed
+from moejax.training.speed import SPEED, median_speed
 
 CONFIG, METRICS = "config.json", "metrics.jsonl"
 MAX_DEPTH = 3  # folders below the one that is viewed: a sweep's runs lie in a folder of their own

@@ -13,7 +13,7 @@ from moejax.inspection.run import Run
 from moejax.inspection.run_names import recipe_name
 from moejax.inspection.settings import Setting, settings_of
 from moejax.inspection.style import short_number
-from moejax.training.metrics import MEMORY, MFU, SPEED, median_speed
+from moejax.training.speed import MEMORY, MFU, SPEED, median_speed
 
 READING = {
     "tokens": "Text read so far.",

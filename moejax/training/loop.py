@@ -21,7 +21,7 @@ from moejax.training.alarms import AlarmError, stop_message
 from moejax.training.checkpoint import Checkpoints
 from moejax.training.eval_step import make_eval_step
 from moejax.training.evaluation import Evaluation, domains_of, evaluate
-from moejax.training.metrics import FinishedStep, Recorder, median_speed
+from moejax.training.metrics import FinishedStep, Recorder
 from moejax.training.nonfinite import nonfinite_error
 from moejax.training.processes import SharedStop, fail_together, first_says, first_then_others, is_first, wait_for_all
 from moejax.training.progress import StepProgress
@@ -34,6 +34,7 @@ from moejax.training.run_directory import (
 )
 from moejax.training.run_files import RunFiles
 from moejax.training.signals import ALARM, StopSignals, uninterrupted
+from moejax.training.speed import median_speed
 from moejax.training.state import Trainable, TrainState, make_trainable
 from moejax.training.step import TrainStep, make_train_step, put_batch, rows_of_process
 from moejax.training.watchdog import Watchdog

@@ -6,9 +6,8 @@ which are long computed, so that reading never makes the device wait.
 
 import dataclasses
 import math
-import statistics
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +19,12 @@ from moejax.training.intervals import TimedOutput, pack_steps
 from moejax.training.line_file import LineFile
 from moejax.training.progress import StepProgress
 from moejax.training.routing_log import RoutingLog
+from moejax.training.speed import MEMORY, MFU, SECONDS, SPEED
 from moejax.training.step import StepOutput
 from moejax.training.telemetry import summarize_routing
 
 SUMMED = ("num_targets",)
 LAST = ("skipped_steps", "learning_rate")
-SPEED, SECONDS, MFU, MEMORY = "perf/tokens_per_s", "perf/seconds", "perf/mfu", "perf/peak_bytes"
 
 
 class MetricsFile:
@@ -229,21 +228,6 @@ class Recorder:
             if self.alarms is not None:
                 self.stopping = self.alarms.update(self._written_step, routing) or self.stopping
         self.metrics.write(self._written_step, values)
-
-
-def median_speed(rates: Iterable[float]) -> float | None:
-    """Tokens per second of a run, wherever one number is said of it: the median over its logging intervals.
-
-    Slow intervals, such as one during which the machine did other work, move a mean but not the median.
-
-    Args:
-      rates: of intervals; those that are not finite are left out.
-
-    Returns:
-      None if there is none.
-    """
-    finite = [float(rate) for rate in rates if math.isfinite(rate)]
-    return statistics.median(finite) if finite else None
 
 
 def summarize(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
