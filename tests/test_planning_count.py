@@ -135,8 +135,8 @@ def test_a_dense_model_multiplies_what_its_compiled_step_multiplies():
 def test_with_as_many_slots_as_choices_the_compiled_step_multiplies_what_is_counted(moe):
     # Capacity 1 has K * L slots for the K * L choices of a row: no product of rows that nobody chose.
     config = without_remat(moe={"dispatch": "capacity", "capacity_factor": 1.0} | moe)
-    # Combining outputs by their weights is written as products, too: 2 K D, and as much for the weights' gradient.
-    combine = 4 * config.moe.top_k * (config.moe.d_latent or config.model.d_model) * config.num_moe_layers
+    # Combining outputs by their weights is no product of matrices, but the gradient of the weights is one: 2 K D.
+    combine = 2 * config.moe.top_k * (config.moe.d_latent or config.model.d_model) * config.num_moe_layers
     # The gate is one column: for the gradient of its input XLA multiplies by a number, and calls it no product.
     gate = 2 * config.model.d_model * config.num_moe_layers * (config.moe.shared_combine == "gated")
     assert products_of_training(config) == count(config).flops_per_token + combine - gate

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Literal
 
 import numpy as np
@@ -26,7 +26,7 @@ class Leaf:
       meaning: one line.
       at_least, above, at_most, below: bounds of a number; floats are compared as float32, in which they are used.
       also: values outside of the bounds that mean something of their own.
-      choices: what a text may be, where its type does not say so.
+      choices: what a text may be, where its type does not say so; a table that grows is looked up each time.
       aliases: what others call the choices.
       needs: what must hold so that anything reads the leaf; None where something always does.
       may_rest: whether a recipe may set it although nothing reads it, since what it needs is chosen at the start of a
@@ -39,7 +39,7 @@ class Leaf:
     at_most: float | None = None
     below: float | None = None
     also: tuple[Any, ...] = ()
-    choices: tuple[str, ...] = ()
+    choices: Collection[str] = ()
     aliases: Mapping[str, str] | None = None
     needs: Need | None = None
     may_rest: bool = False
@@ -63,7 +63,8 @@ TYPE_NAMES: dict[Any, str] = {int: "a whole number", float: "a number", bool: "T
 
 def choices_of(declared: Leaf, annotation: Any) -> tuple[str, ...]:
     """The values that a leaf of text may have; none where it may have any."""
-    return typing.get_args(annotation) if typing.get_origin(annotation) is Literal else declared.choices
+    is_literal = typing.get_origin(annotation) is Literal
+    return typing.get_args(annotation) if is_literal else tuple(declared.choices)
 
 
 def type_text(declared: Leaf, annotation: Any) -> str:

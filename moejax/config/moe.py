@@ -76,7 +76,7 @@ class MoeConfig:
     per_layer: str = leaf("", 'layers that differ, such as "0: router=hash; -1: top_k=1 renormalize=False; 2-3: dense"')
 
     # Router
-    router: str = leaf("softmax_topk", "how experts are chosen", choices=tuple(ROUTER_RULES), aliases=ROUTER_ALIASES)
+    router: str = leaf("softmax_topk", "how experts are chosen", choices=ROUTER_RULES, aliases=ROUTER_ALIASES)
     score: Literal["auto", "softmax", "softmax_after", "sigmoid", "sqrt_softplus", "uniform"] = leaf(
         "auto", "score of an expert from its logit; auto takes that of the router"
     )
