@@ -1,5 +1,6 @@
 """The short form of `make soak`: a few kills, flipped bits, mistakes, two writers, configurations; none is wrong."""
 
+import os
 import re
 import subprocess
 import sys
@@ -9,7 +10,9 @@ SOAK = Path(__file__).parent / "soak/run.py"
 
 
 def test_a_short_soak_finds_nothing_wrong():
-    done = subprocess.run([sys.executable, str(SOAK), "--short"], capture_output=True, text=True, check=False)
+    environment = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # most of its time would be compilation
+    command = [sys.executable, str(SOAK), "--short"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     table = re.findall(r"^(\S.*\S) +(\d+) +(\d+)$", done.stdout, re.MULTILINE)
     assert done.returncode == 0, done.stdout + done.stderr
     assert len(table) == 6, done.stdout

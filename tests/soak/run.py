@@ -41,7 +41,7 @@ class Kind:
 
 KINDS = {
     "kills": Kind("kills of a training run", trials=50, short=1, each=4),
-    "flips": Kind("flipped bits in files of a run", trials=300, short=8),
+    "flips": Kind("flipped bits in files of a run", trials=300, short=5),
     "inputs": Kind("mistakes on the command line", trials=1000, short=60),
     "writers": Kind("two trainings in one folder", trials=50, short=1),
     "partners": Kind("deaths of one of two processes", trials=20, short=1),
