@@ -123,7 +123,8 @@ def test_a_pool_gives_the_same_records_though_one_of_its_processes_is_killed(und
     found, expected = rows_of(tmp_path), rows_of(directory)
     for row, other in zip(found, expected, strict=True):
         assert row.keys() == other.keys()
-        assert row["final/eval/loss"] == pytest.approx(other["final/eval/loss"], rel=1e-5)  # one core, not two
+        # One core adds up in another order than two, and a choice of experts that is nearly a tie may fall otherwise.
+        assert row["final/eval/loss"] == pytest.approx(other["final/eval/loss"], rel=5e-3)
         assert (row["arm"], row["status"], row["tokens"]) == (other["arm"], other["status"], other["tokens"])
 
 
