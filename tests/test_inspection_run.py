@@ -1,10 +1,12 @@
 """Opening a run: from its directory alone, as one however often it was interrupted; errors name file and remedy."""
 
+import errno
 import json
 import math
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -205,6 +207,21 @@ def test_a_damaged_config_is_named_with_a_remedy(tmp_path, text):
     (tmp_path / "config.json").write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(ValueError, match=rf"{tmp_path}/config.json (is damaged|lacks) .*restore it, or start"):
         open_run(tmp_path)
+
+
+def test_a_file_that_may_not_be_read_is_not_called_damaged(tmp_path, monkeypatch):
+    write_run(tmp_path)
+    run = open_run(tmp_path)
+
+    def refused(path, *_):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", refused)
+    monkeypatch.setattr(Path, "open", refused)
+    for name, look in (("config.json", lambda: open_run(tmp_path)), ("metrics.jsonl", lambda: run.series("a"))):
+        with pytest.raises(ValueError, match=rf"{name} cannot be read \(Permission denied\); see who may") as caught:
+            look()
+        assert "damaged" not in str(caught.value) and "delete" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
