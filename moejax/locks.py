@@ -130,7 +130,7 @@ class FolderLock:
         _held.add(self)
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         _held.discard(self)
         self._is_over.set()
         if self._thread:
@@ -138,7 +138,8 @@ class FolderLock:
         if not self._is_lost.is_set() and self._file >= 0:
             with contextlib.suppress(OSError):  # a disk that went away: the grace period frees the lock
                 os.ftruncate(self._file, 0)
-                self._remove_what_stayed_empty()
+                if kind is not None:
+                    self._remove_what_stayed_empty()
         self._close()
 
     def check(self) -> None:
@@ -150,14 +151,14 @@ class FolderLock:
             )
 
     def _remove_what_stayed_empty(self) -> None:
-        """Leaves no folder behind that was made for the lock and in which nothing was written."""
+        """After a failure, removes the folders that were made for the lock if nothing was written in them."""
         if not self._made or [path.name for path in self.folder.iterdir()] != [self.path.name]:
             return
         self.path.unlink()
         for folder in self._made:
             folder.rmdir()
 
-    def _open(self) -> int:
+    def _open(self, attempts: int = 10) -> int:
         self._made = [folder for folder in (self.folder, *self.folder.parents) if not folder.exists()]
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -165,6 +166,8 @@ class FolderLock:
             flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
             file = os.open(self.path, flags, 0o644)
         except OSError as error:
+            if isinstance(error, FileNotFoundError) and attempts > 1:
+                return self._open(attempts - 1)  # another process, which failed, has just removed the folder
             raise LockedError(
                 f"{self.folder} cannot be locked for writing ({error.strerror}: {self.path}); make it writable, or "
                 "choose another folder"

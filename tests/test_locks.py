@@ -129,25 +129,25 @@ def test_a_holder_that_was_taken_over_is_told_and_leaves_the_record(tmp_path):
     assert json.loads((tmp_path / ".lock").read_text())["pid"] == 7
 
 
-def test_folders_that_were_made_for_a_lock_and_stayed_empty_are_removed(tmp_path):
+def test_a_failure_before_anything_was_written_leaves_no_folder(tmp_path):
     folder = tmp_path / "runs" / "debug"
-    with FolderLock(folder, "train"):
-        assert (folder / ".lock").exists()
-    assert list(tmp_path.iterdir()) == []
-    with FolderLock(folder, "train"):
-        (folder / "config.json").write_text("{}")
-    assert sorted(path.name for path in folder.iterdir()) == [".lock", "config.json"]
     (tmp_path / "mine").mkdir()
-    with FolderLock(tmp_path / "mine", "train"):
-        pass
-    assert (tmp_path / "mine").exists()
+    for path in (folder, tmp_path / "mine"):
+        with pytest.raises(RuntimeError), FolderLock(path, "train"):
+            assert (path / ".lock").exists()
+            raise RuntimeError("before anything was written")
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+    with pytest.raises(RuntimeError), FolderLock(folder, "train"):
+        (folder / "config.json").write_text("{}")
+        raise RuntimeError("afterwards")
+    assert sorted(path.name for path in folder.iterdir()) == [".lock", "config.json"]
 
 
 def test_one_that_waited_for_a_lock_that_was_removed_holds_a_new_one(tmp_path):
     folder = tmp_path / "run"
     first = FolderLock(folder, "train")
     first.__enter__()
-    threading.Timer(0.2, first.__exit__, (None, None, None)).start()
+    threading.Timer(0.2, first.__exit__, (RuntimeError, None, None)).start()
     with FolderLock(folder, "prepare", waits=True, timing=QUICK):
         assert json.loads((folder / ".lock").read_text())["does"] == "prepare"
         with pytest.raises(LockedError), FolderLock(folder, "train"):
@@ -168,6 +168,8 @@ def test_a_lock_that_is_a_link_or_a_pipe_is_refused_in_a_line(tmp_path):
     (tmp_path / "b").mkdir()
     os.mkfifo(tmp_path / "b" / ".lock")
     (tmp_path / "c").write_text("a file")
+    with pytest.raises(LockedError, match="/proc/nowhere cannot be locked"), FolderLock("/proc/nowhere", "train"):
+        pass
     for name in "abc":
         with pytest.raises(LockedError, match=str(tmp_path / name)), FolderLock(tmp_path / name, "train"):
             pass
