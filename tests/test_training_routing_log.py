@@ -225,6 +225,15 @@ def test_a_writer_killed_at_a_random_moment_loses_no_entry_it_reported(tmp_path)
         assert_holds(tmp_path, range(1, held + 1))
 
 
+def test_what_a_killed_writer_left_of_a_write_does_not_end_in_the_next_one(tmp_path):
+    append_steps(RoutingLog(tmp_path, LAYERS, NUM_EXPERTS), [10])
+    chunks = [path for path in (tmp_path / "routing").rglob("*") if path.is_file()]
+    for chunk in chunks:  # as if killed in front of each rename
+        chunk.with_name(f"{chunk.name}.__lock").write_bytes(b"x" * 5000)
+    append_steps(RoutingLog(tmp_path, LAYERS, NUM_EXPERTS), [20])
+    assert_holds(tmp_path, [10, 20])
+
+
 def test_another_shape_is_refused_with_folder_and_remedy(tmp_path):
     RoutingLog(tmp_path, LAYERS, NUM_EXPERTS)
     for layers, num_experts in (([1, 3, 5], 4), ([0, 2], 4), (LAYERS, 8)):

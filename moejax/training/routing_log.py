@@ -50,6 +50,7 @@ from moejax.training.routing_store import (
     open_array,
     read_attributes,
     read_group,
+    remove_unfinished_writes,
     write_group,
 )
 
@@ -191,6 +192,7 @@ class RoutingLog:
             "num_experts": int(num_experts),
             "metrics": list(metrics),
         }
+        remove_unfinished_writes(self._folder)
         if not (self._folder / GROUP).exists():
             with naming_damage(self._folder):
                 is_filled = has_entries(self._folder)

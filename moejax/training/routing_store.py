@@ -68,6 +68,16 @@ def create_arrays(folder: Path, attributes: dict[str, Any]) -> None:
     write_group(folder, attributes)
 
 
+def remove_unfinished_writes(folder: Path) -> None:
+    """Removes what a writer that was killed within a write left behind; only the one writer may call this.
+
+    TensorStore writes a file as `NAME.__lock` and renames it. One left by a killed process is written over without
+    being cut to the new length, so that the old end would follow the new content into the file.
+    """
+    for path in folder.rglob("*.__lock"):
+        path.unlink(missing_ok=True)
+
+
 def write_group(folder: Path, attributes: dict[str, Any]) -> None:
     """Writes the group file in one rename; its attributes carry a digest."""
     sealed = attributes | {"digest": _digest(attributes)}
