@@ -60,7 +60,8 @@ def _damaged(content: bytes, how: str, rng: np.random.Generator) -> bytes:
 
 def copy_run(source: Path, target: Path) -> Path:
     """A copy of a run directory in the place of what was there."""
-    shutil.rmtree(target, ignore_errors=True)
+    if target.exists():
+        shutil.rmtree(target)
     return shutil.copytree(source, target, ignore=shutil.ignore_patterns(".lock"))
 
 

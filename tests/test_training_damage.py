@@ -7,6 +7,7 @@ compiled once.
 import json
 import logging
 import re
+import threading
 
 import jax
 import numpy as np
@@ -247,6 +248,17 @@ def test_a_lost_evaluation_is_said_and_is_no_reference_for_churn(runs, tmp_path,
     train(config, copy)
     assert any("lacks the evaluations of step 4, and the next has no churn" in r.message for r in caplog.records)
     assert "churn" not in Evaluations(copy).read(6)
+
+
+def test_after_a_refusal_nothing_goes_on_writing(runs, tmp_path):
+    config, stopped, _ = runs
+    copy = copy_run(stopped, tmp_path / "run")
+    (copy / "routing/zarr.json").write_text("{}")
+    before = set(threading.enumerate())
+    with pytest.raises(ValueError, match="routing is damaged"):
+        train(config, copy)
+    writers = [thread for thread in set(threading.enumerate()) - before if "tensorboardX" in type(thread).__module__]
+    assert not writers
 
 
 def test_a_second_training_of_a_run_is_told_who_trains_it(runs, tmp_path):
