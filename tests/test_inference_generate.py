@@ -10,6 +10,7 @@ import oracle
 from moejax.data.tokenizers import ByteTokenizer
 from moejax.inference.generate import CANDIDATES, Sampling, generate, generate_text, sample
 from moejax.models import Decoder
+from moejax.moe.placement import PlacementError
 from training_cases import case_config, small_config
 
 
@@ -50,6 +51,42 @@ def test_routers_route_alike_token_by_token_and_all_at_once(router):
         logits_B1V, cache = extend(state, tokens_BL[:, i : i + 1], positions_BL[:, i : i + 1], cache)
         found.append(logits_B1V[:, 0])
     oracle.assert_close(jnp.stack(found, axis=1), forward(state))
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_layers_with_arrays_of_their_own_compute_what_a_scan_over_them_does(every):
+    config = case_config("softmax_topk", model={"num_layers": 5}, moe={"every": every, "first_dense": 1})
+    model = Decoder(config, rngs=nnx.Rngs(params=0))
+    tokens_BL = jnp.asarray(np.random.default_rng(0).integers(3, 250, (2, 8)), jnp.int32)
+    positions_BL = jnp.broadcast_to(jnp.arange(8, dtype=jnp.int32), (2, 8))
+
+    def outputs():
+        logits_BLV, stats = nnx.jit(lambda model: model(tokens_BL, jnp.ones_like(tokens_BL), positions_BL))(model)
+        cache, extended = model.init_cache(2, 8), []
+        step = nnx.jit(lambda model, *arguments: model.extend(*arguments))
+        for i in range(8):
+            logits_B1V, cache = step(model, tokens_BL[:, i : i + 1], positions_BL[:, i : i + 1], cache)
+            extended.append(logits_B1V[:, 0])
+        return logits_BLV, stats, jnp.stack(extended, axis=1)
+
+    stacked, weights = outputs(), [block.attention.query[...] for block, _ in model.walk()]
+    model.unstack()
+    assert not [path for path, _ in jax.tree.leaves_with_path(nnx.state(model)) if "'block'" in str(path)]
+    jax.tree.map(np.testing.assert_array_equal, weights, [block.attention.query[...] for block, _ in model.walk()])
+    for a, b in zip(jax.tree.leaves(outputs()), jax.tree.leaves(stacked), strict=True):
+        oracle.assert_close(a, b)
+    with pytest.raises(PlacementError, match="call unstack afterwards"):
+        model.place_experts(np.tile(np.arange(4), (config.num_moe_layers, 1)))
+
+
+def test_a_large_model_is_not_copied(model, monkeypatch):
+    def text():
+        return generate_text(model, ByteTokenizer(), ["to be"], max_tokens=5, temperature=0.0)
+
+    copied = text()
+    monkeypatch.setattr("moejax.inference.generate.COPIED_BYTES", 0)
+    monkeypatch.setattr(Decoder, "unstack", lambda self: pytest.fail("copied"))
+    assert text() == copied
 
 
 def test_what_stands_behind_a_prompt_takes_no_slot_where_evaluation_has_capacity(caplog):

@@ -26,6 +26,9 @@ MAX_TOKENS = 65_536
 CANDIDATES = 256
 """Of the most probable tokens, which hold most nuclei; to find them is much faster than to sort a vocabulary."""
 
+COPIED_BYTES = 2**30
+"""Of parameters: layers of a model up to this size are given arrays of their own while it writes."""
+
 log = logging.getLogger("moejax")
 
 
@@ -42,8 +45,9 @@ def generate(
     """Continues prompts, yielding the next token of each as soon as it is known.
 
     Args:
-      model: the decoder; routing is dropless, so that a sequence does not depend on the others of its batch, unless
-        `moe.eval_capacity_factor` limits it, of which the log tells.
+      model: the decoder, best after `Decoder.unstack`; one that is small is copied to that form. Routing is dropless,
+        so that a sequence does not depend on the others of its batch, unless `moe.eval_capacity_factor` limits it, of
+        which the log tells.
       tokenizer: the run's own.
       prompts: texts; each is preceded by the begin-of-document token.
       max_tokens: how many tokens to add at most.
@@ -72,6 +76,7 @@ def generate(
     tokens_BL = np.full((len(rows), longest), tokenizer.pad_id, np.int32)
     for row, ids in zip(tokens_BL, rows, strict=True):
         row[: len(ids)] = ids
+    model = _unstacked_copy(model)
     graphdef, state = nnx.split(model)
     cache = model.init_cache(len(rows), _round_up(longest + max_tokens))
     keys_B = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(jnp.arange(len(rows)))
@@ -186,6 +191,16 @@ def _decode(graphdef, state, tokens_B, positions_B, cache, sampling):
     model = nnx.merge(graphdef, state)
     logits_B1V, cache = model.extend(tokens_B[:, None], positions_B[:, None], cache)
     return sample(logits_B1V[:, 0], sampling, positions_B + 1), positions_B + 1, cache
+
+
+def _unstacked_copy(model: Decoder) -> Decoder:
+    """The model with layers that have arrays of their own, or itself if a copy would be large."""
+    graphdef, state = nnx.split(model)
+    if sum(array.nbytes for array in jax.tree.leaves(state)) > COPIED_BYTES:
+        return model
+    copy = nnx.merge(graphdef, state)
+    copy.unstack()
+    return copy
 
 
 def _warn_of_capacity(config: Config) -> None:

@@ -105,6 +105,11 @@ class Decoder(nnx.Module):
         """An empty cache for `batch` sequences of up to `slots` tokens."""
         return [stack.init_cache(batch, slots) for stack in self.stacks]
 
+    def unstack(self) -> None:
+        """Gives each layer arrays of its own, with which decoding is faster; for inference. See `Stack.unstack`."""
+        for stack in self.stacks:
+            stack.unstack()
+
     def place_experts(self, experts_NP: Int[np.ndarray, "N P"]) -> None:
         """Gives experts other places, and some of them several, in this model; not for training.
 
@@ -112,9 +117,12 @@ class Decoder(nnx.Module):
           experts_NP: the expert in each slot of each MoE layer, from `moe.placement.place`.
 
         Raises:
-          PlacementError: another number of layers, or an expert without a slot; or a router that does not send tokens.
+          PlacementError: another number of layers, or an expert without a slot; or a router that does not send tokens,
+            or layers that are unstacked.
         """
         config = self.config
+        if any(stack.layers for stack in self.stacks):
+            raise PlacementError("experts are placed in stacked layers; call unstack afterwards")
         if len(experts_NP) != config.num_moe_layers:
             raise PlacementError(f"{len(experts_NP)} layers are placed, and the model has {config.num_moe_layers}")
         if any(kind.router in ("expert_choice", "soft") for kind in config.moe_runs):

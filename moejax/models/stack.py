@@ -3,10 +3,14 @@
 A `Stack` holds one block whose parameters carry a leading axis of layers, and scans it: the traced program has the same
 size for any depth. A block is a `Block` (one layer) or a `Period` (some dense layers and a MoE layer), so that stacks
 nest: "every other layer is MoE" is a stack of periods, each with a stack of dense blocks inside.
+
+A scan copies the weights of a layer, and its cache, before it uses them. Where a step does little else, as in decoding,
+`Stack.unstack` gives each layer arrays of its own.
 """
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -81,12 +85,15 @@ class Block(nnx.Module):
 
     def init_cache(self, batch: int, slots: int) -> KVCache:
         """An empty cache."""
-        zeros = jnp.zeros((batch, slots, *self.cache_shape), self.dtype)
-        return KVCache(zeros, zeros)
+        shape = (batch, slots, *self.cache_shape)
+        return KVCache(jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype))
 
     def walk(self, context: Context | None = None) -> Iterator[tuple["Block", Context | None]]:
         """The layers of this module with the context of each: for looking at a model, not for traced code."""
         yield self, context
+
+    def unstack(self) -> None:
+        """Nothing: it holds no stack."""
 
 
 class Period(nnx.Module):
@@ -112,6 +119,10 @@ class Period(nnx.Module):
         yield from self.dense.walk(context)
         yield self.moe_block, context
 
+    def unstack(self) -> None:
+        """Gives each dense layer arrays of its own."""
+        self.dense.unstack()
+
 
 class Stack(nnx.Module):
     """`num` blocks of one kind, applied one after the other by `lax.scan`.
@@ -128,6 +139,7 @@ class Stack(nnx.Module):
         states_N = jax.vmap(lambda key: nnx.state(make_block(nnx.Rngs(params=key))))(keys_N)
         graphdef, _ = nnx.split(nnx.eval_shape(lambda: make_block(nnx.Rngs(params=0))))
         self.block = nnx.merge(graphdef, _with_layer_axis(states_N))
+        self.layers: nnx.List[Any] = nnx.List([])  # in place of `block`, once unstacked
         self.num = num
         self.remat = config.model.remat
         self.saved = (*SAVED_NAMES, EXCHANGED) if config.moe.save_exchanged else SAVED_NAMES
@@ -135,6 +147,8 @@ class Stack(nnx.Module):
 
     def __call__(self, x_BLD: jax.Array, context: Context, cache=None) -> tuple[jax.Array, object, RoutingStats | None]:
         """Returns (x_BLD, cache, `RoutingStats` with a leading axis of MoE layers, or None)."""
+        if self.layers:
+            return self._apply_in_turn(x_BLD, context, cache or [None] * self.num)
         graphdef, states_N = nnx.split(self.block)
 
         def one_block(x_BLD, layer):
@@ -149,8 +163,39 @@ class Stack(nnx.Module):
         x_BLD, (cache, stats) = jax.lax.scan(one_block, x_BLD, layers, unroll=self.num if self.unroll else 1)
         return x_BLD, cache, stats
 
+    def _apply_in_turn(self, x_BLD: jax.Array, context: Context, caches: list):
+        """The same by layers that have arrays of their own, whose caches are a list."""
+        new_caches, stats = [], []
+        for index, (layer, cache) in enumerate(zip(self.layers, caches, strict=True)):
+            x_BLD, cache, layer_stats = layer(x_BLD, context.of_layer(index), cache)
+            x_BLD = constrain_tokens(x_BLD)
+            new_caches.append(cache)
+            stats.append(layer_stats)
+        return x_BLD, new_caches, jax.tree.map(lambda *layers: jnp.stack(layers), *stats)
+
+    def unstack(self) -> None:
+        """Gives each layer arrays of its own in place of the stacked ones; for inference.
+
+        Programs then read weights and caches where they lie, and grow with the number of layers.
+        """
+        if self.layers:
+            return
+        graphdef, states_N = nnx.split(self.block)
+        stacked, structure = jax.tree.flatten(states_N)
+        del self.block, states_N
+        by_layer: list[list[jax.Array]] = [[] for _ in range(self.num)]
+        while stacked:  # one at a time, so that no two copies of a model are in memory
+            array_N = stacked.pop()
+            for index, arrays in enumerate(by_layer):
+                arrays.insert(0, array_N[index])
+        self.layers = nnx.List([nnx.merge(graphdef, jax.tree.unflatten(structure, arrays)) for arrays in by_layer])
+        for layer in self.layers:
+            layer.unstack()
+
     def init_cache(self, batch: int, slots: int):
-        """An empty cache with a leading axis of layers."""
+        """An empty cache with a leading axis of layers, or a list of one for each layer that has its own arrays."""
+        if self.layers:
+            return [layer.init_cache(batch, slots) for layer in self.layers]
         one = self._block(0).init_cache(batch, slots)
         return jax.tree.map(lambda x: jnp.broadcast_to(x, (self.num, *x.shape)), one)
 
@@ -160,6 +205,8 @@ class Stack(nnx.Module):
             yield from self._block(index).walk(context and context.of_layer(index))
 
     def _block(self, index: int):
+        if self.layers:
+            return self.layers[index]
         graphdef, states_N = nnx.split(self.block)
         return nnx.merge(graphdef, jax.tree.map(lambda x: x[index], states_N))
 
