@@ -9,8 +9,8 @@ from flax import nnx
 import oracle
 from moejax.data.tokenizers import ByteTokenizer
 from moejax.inference.generate import CANDIDATES, Sampling, generate, generate_text, sample
+from moejax.inference.layered import LayeredDecoder
 from moejax.models import Decoder
-from moejax.moe.placement import PlacementError
 from training_cases import case_config, small_config
 
 
@@ -38,6 +38,16 @@ def test_greedy_generation_equals_repeated_full_forward_passes(model):
     assert text == tokenizer.decode(ids[length:])
 
 
+def token_by_token(model, tokens_BL, positions_BL):
+    """Logits of tokens that come one after the other."""
+    decoder, found = LayeredDecoder(model), []
+    cache = decoder.init_cache(*tokens_BL.shape)
+    for i in range(tokens_BL.shape[1]):
+        x_B1D, cache = decoder.extend(tokens_BL[:, i : i + 1], positions_BL[:, i : i + 1], cache)
+        found.append(decoder.logits(x_B1D)[:, 0])
+    return jnp.stack(found, axis=1)
+
+
 @pytest.mark.parametrize("router", ["softmax_topk", "sigmoid_topk", "hierarchical", "hash", "random", "balanced"])
 def test_routers_route_alike_token_by_token_and_all_at_once(router):
     model = Decoder(case_config(router, model={"num_layers": 1}), rngs=nnx.Rngs(params=0))
@@ -45,48 +55,7 @@ def test_routers_route_alike_token_by_token_and_all_at_once(router):
     tokens_BL = jnp.asarray(np.random.default_rng(0).integers(3, 250, (2, 6)), jnp.int32)
     positions_BL = jnp.broadcast_to(jnp.arange(6, dtype=jnp.int32), (2, 6))
     forward = jax.jit(lambda s: nnx.merge(graphdef, s)(tokens_BL, jnp.ones_like(tokens_BL), positions_BL)[0])
-    extend = jax.jit(lambda s, t, p, c: nnx.merge(graphdef, s).extend(t, p, c))
-    cache, found = model.init_cache(2, 8), []
-    for i in range(6):
-        logits_B1V, cache = extend(state, tokens_BL[:, i : i + 1], positions_BL[:, i : i + 1], cache)
-        found.append(logits_B1V[:, 0])
-    oracle.assert_close(jnp.stack(found, axis=1), forward(state))
-
-
-@pytest.mark.parametrize("every", [1, 2])
-def test_layers_with_arrays_of_their_own_compute_what_a_scan_over_them_does(every):
-    config = case_config("softmax_topk", model={"num_layers": 5}, moe={"every": every, "first_dense": 1})
-    model = Decoder(config, rngs=nnx.Rngs(params=0))
-    tokens_BL = jnp.asarray(np.random.default_rng(0).integers(3, 250, (2, 8)), jnp.int32)
-    positions_BL = jnp.broadcast_to(jnp.arange(8, dtype=jnp.int32), (2, 8))
-
-    def outputs():
-        logits_BLV, stats = nnx.jit(lambda model: model(tokens_BL, jnp.ones_like(tokens_BL), positions_BL))(model)
-        cache, extended = model.init_cache(2, 8), []
-        step = nnx.jit(lambda model, *arguments: model.extend(*arguments))
-        for i in range(8):
-            logits_B1V, cache = step(model, tokens_BL[:, i : i + 1], positions_BL[:, i : i + 1], cache)
-            extended.append(logits_B1V[:, 0])
-        return logits_BLV, stats, jnp.stack(extended, axis=1)
-
-    stacked, weights = outputs(), [block.attention.query[...] for block, _ in model.walk()]
-    model.unstack()
-    assert not [path for path, _ in jax.tree.leaves_with_path(nnx.state(model)) if "'block'" in str(path)]
-    jax.tree.map(np.testing.assert_array_equal, weights, [block.attention.query[...] for block, _ in model.walk()])
-    for a, b in zip(jax.tree.leaves(outputs()), jax.tree.leaves(stacked), strict=True):
-        oracle.assert_close(a, b)
-    with pytest.raises(PlacementError, match="call unstack afterwards"):
-        model.place_experts(np.tile(np.arange(4), (config.num_moe_layers, 1)))
-
-
-def test_a_large_model_is_not_copied(model, monkeypatch):
-    def text():
-        return generate_text(model, ByteTokenizer(), ["to be"], max_tokens=5, temperature=0.0)
-
-    copied = text()
-    monkeypatch.setattr("moejax.inference.generate.COPIED_BYTES", 0)
-    monkeypatch.setattr(Decoder, "unstack", lambda self: pytest.fail("copied"))
-    assert text() == copied
+    oracle.assert_close(token_by_token(model, tokens_BL, positions_BL), forward(state))
 
 
 def test_what_stands_behind_a_prompt_takes_no_slot_where_evaluation_has_capacity(caplog):
@@ -95,8 +64,9 @@ def test_what_stands_behind_a_prompt_takes_no_slot_where_evaluation_has_capacity
     tokens_BL = jnp.asarray(np.random.default_rng(0).integers(3, 250, (1, 32)), jnp.int32)
     positions_BL = jnp.arange(32, dtype=jnp.int32)[None]
     is_token_BL = positions_BL < 12
+    decoder = LayeredDecoder(model)
     found = [
-        model.extend(t, positions_BL, model.init_cache(1, 32), is_token_BL)[0][:, :12]
+        decoder.extend(t, positions_BL, decoder.init_cache(1, 32), is_token_BL)[0][:, :12]
         for t in (tokens_BL, jnp.where(is_token_BL, tokens_BL, 7))
     ]
     np.testing.assert_array_equal(*found)
@@ -115,13 +85,7 @@ def test_one_token_at_a_time_drops_nothing_of_its_sequence_and_the_log_says_so(c
     def at_once(model):
         return model(tokens_BL, jnp.ones_like(tokens_BL), positions_BL)[0]
 
-    graphdef, state = nnx.split(limited)
-    extend = jax.jit(lambda t, p, c: nnx.merge(graphdef, state).extend(t, p, c))
-    cache, found = limited.init_cache(2, 8), []
-    for i in range(8):
-        logits_B1V, cache = extend(tokens_BL[:, i : i + 1], positions_BL[:, i : i + 1], cache)
-        found.append(logits_B1V[:, 0])
-    oracle.assert_close(jnp.stack(found, axis=1), at_once(dropless))
+    oracle.assert_close(token_by_token(limited, tokens_BL, positions_BL), at_once(dropless))
     assert np.abs(at_once(limited) - at_once(dropless)).max() > 0.01
     with caplog.at_level("WARNING", logger="moejax"):
         next(generate(limited, ByteTokenizer(), ["a"], max_tokens=1))

@@ -69,7 +69,7 @@ def moe_layers(config, tokens_BL):
             y_BLD -= block.moe.shared(normed_BLD) if config.moe.num_shared_experts else 0
             flat = [a.reshape(-1, a.shape[-1]) for a in (normed_BLD, y_BLD)]
             found.append([*flat, stats.routing.experts_TK, stats.routing.weights_TK])
-        x_BLD, _, _ = block(x_BLD, own, None)
+        x_BLD, _, _ = block(x_BLD, own)
     return found
 
 

@@ -12,6 +12,7 @@ from flax import nnx
 
 import oracle
 from moejax.config import Knobs, resolve
+from moejax.inference.layered import LayeredDecoder
 from moejax.models.decoder import Decoder
 from moejax.models.stack import Context
 from moejax.moe.balance import balance_loss, z_loss
@@ -168,28 +169,22 @@ def test_what_stands_at_padding_changes_no_logit_of_a_token_and_no_statistic():
 # Cached decoding --------------------------------------------------------------------------------------------------
 
 
-@functools.cache
-def extend(config):
-    def step(state, tokens_BL, positions_BL, cache):
-        return merge(config, state).extend(tokens_BL, positions_BL, cache)
-
-    return functools.partial(jax.jit(step), weights_of(config))
-
-
 @pytest.mark.parametrize("config", [PLAIN, RICH], ids=["plain", "rich"])
 @pytest.mark.parametrize("lengths", [(4, 4), (4, 2)], ids=["equal prompts", "ragged prompts"])
 def test_cached_decoding_equals_the_full_forward_pass(config, lengths):
-    tokens_BL = tokens_of(0)
+    tokens_BL, positions_BL = jnp.asarray(tokens_of(0)), jnp.asarray(ONE_DOCUMENT[1])
     full, _ = run(config, tokens_BL)
-    cache = merge(config, weights_of(config)).init_cache(B, L)
-    prompt_BL = np.where(np.arange(4) < np.array(lengths)[:, None], tokens_BL[:, :4], 7)
-    logits, cache = extend(config)(prompt_BL, ONE_DOCUMENT[1][:, :4], cache)
+    decoder = LayeredDecoder(merge(config, weights_of(config)))
+    cache = decoder.init_cache(B, L)
+    prompt_BL = jnp.where(jnp.arange(4)[None] < jnp.array(lengths)[:, None], tokens_BL[:, :4], 7)
+    x_BLD, cache = decoder.extend(prompt_BL, positions_BL[:, :4], cache)
+    logits = decoder.logits(x_BLD)
     for b, length in enumerate(lengths):
         oracle.assert_close(logits[b, :length], full[b, :length])
     for step in range(4):
-        at_B = np.array(lengths) + step
-        logits, cache = extend(config)(tokens_BL[[0, 1], at_B][:, None], at_B[:, None].astype(np.int32), cache)
-        oracle.assert_close(logits[:, 0], np.asarray(full)[[0, 1], at_B])
+        at_B = jnp.array(lengths) + step
+        x_BLD, cache = decoder.extend(tokens_BL[jnp.arange(B), at_B][:, None], at_B[:, None], cache)
+        oracle.assert_close(decoder.logits(x_BLD)[:, 0], np.asarray(full)[[0, 1], at_B])
 
 
 # Layers -----------------------------------------------------------------------------------------------------------
@@ -228,7 +223,7 @@ def test_the_scanned_stacks_equal_a_loop_over_their_blocks_statistics_in_order_o
         context = Context(positions_BL, segments_BL, TokenInfo(segments_BL > 0))
         x_BLD, layers = model.embed(tokens_BL), []
         for block, own in model.walk(context):
-            x_BLD, _, stats = block(x_BLD, own, None)
+            x_BLD, stats, _ = block(x_BLD, own)
             layers += [stats] if block.is_moe else []
         return model.unembed(x_BLD), jax.tree.map(lambda *a: jnp.stack(a), *layers)
 
@@ -402,7 +397,7 @@ def test_walking_through_the_layers_draws_what_the_scan_draws():
     info = TokenInfo(ones_BL > 0, tokens_BL, positions_BL, knobs, keys_B)
     x_BLD, dropped = model.embed(tokens_BL), []
     for block, own in model.walk(Context(positions_BL, ones_BL, info)):
-        x_BLD, _, stats = block(x_BLD, own, None)
+        x_BLD, stats, _ = block(x_BLD, own)
         dropped += [float(stats.dropped_out)] if block.is_moe else []
     logits, found = model(tokens_BL, ones_BL, positions_BL, knobs=knobs, keys_B=keys_B)
     oracle.assert_close(model.unembed(x_BLD), logits)

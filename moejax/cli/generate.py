@@ -45,7 +45,6 @@ def run(values: FlagValues, rest: list[str]) -> None:
     keep_programs()
     prompts = [_as_text(prompt) for prompt in values.prompt or [""]]
     loaded = load_run(read_workdir(values), values.step)
-    loaded.model.unstack()
     sampling = {
         "max_tokens": _default_length(loaded, prompts) if values.max_tokens is None else values.max_tokens,
         "temperature": values.temperature,

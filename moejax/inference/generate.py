@@ -5,18 +5,17 @@ padded position wrote to the cache is overwritten before anything sees it.
 """
 
 import dataclasses
-import functools
 import logging
 from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from moejax.config import ROUTER_RULES, Config, ConfigError
 from moejax.data import Tokenizer
+from moejax.inference.layered import LayeredDecoder
 from moejax.models import Decoder
 from moejax.seeds import check_seed
 
@@ -26,14 +25,11 @@ MAX_TOKENS = 65_536
 CANDIDATES = 256
 """Of the most probable tokens, which hold most nuclei; to find them is much faster than to sort a vocabulary."""
 
-COPIED_BYTES = 2**30
-"""Of parameters: layers of a model up to this size are given arrays of their own while it writes."""
-
 log = logging.getLogger("moejax")
 
 
 def generate(
-    model: Decoder,
+    model: Decoder | LayeredDecoder,
     tokenizer: Tokenizer,
     prompts: Sequence[str],
     *,
@@ -45,9 +41,9 @@ def generate(
     """Continues prompts, yielding the next token of each as soon as it is known.
 
     Args:
-      model: the decoder, best after `Decoder.unstack`; one that is small is copied to that form. Routing is dropless,
-        so that a sequence does not depend on the others of its batch, unless `moe.eval_capacity_factor` limits it, of
-        which the log tells.
+      model: the decoder; one that is given whole is taken apart in each call, which needs memory for its weights once
+        more. Routing is dropless, so that a sequence does not depend on the others of its batch, unless
+        `moe.eval_capacity_factor` limits it, of which the log tells.
       tokenizer: the run's own.
       prompts: texts; each is preceded by the begin-of-document token.
       max_tokens: how many tokens to add at most.
@@ -76,17 +72,16 @@ def generate(
     tokens_BL = np.full((len(rows), longest), tokenizer.pad_id, np.int32)
     for row, ids in zip(tokens_BL, rows, strict=True):
         row[: len(ids)] = ids
-    model = _unstacked_copy(model)
-    graphdef, state = nnx.split(model)
-    cache = model.init_cache(len(rows), _round_up(longest + max_tokens))
+    decoder = LayeredDecoder(model) if isinstance(model, Decoder) else model
+    cache = decoder.init_cache(len(rows), _round_up(longest + max_tokens))
     keys_B = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(jnp.arange(len(rows)))
     sampling = Sampling.of(temperature, top_p, keys_B)
-    next_B, positions_B, cache = _prefill(graphdef, state, tokens_BL, lengths, cache, sampling)
+    next_B, positions_B, cache = _prefill(decoder, jnp.asarray(tokens_BL), jnp.asarray(lengths), cache, sampling)
     is_done_B = np.zeros(len(rows), bool)
     for step in range(max_tokens):
         last_B = next_B
         if step + 1 < max_tokens:  # the device goes on while this token is read
-            next_B, positions_B, cache = _decode(graphdef, state, next_B, positions_B, cache, sampling)
+            next_B, positions_B, cache = _decode(decoder, next_B, positions_B, cache, sampling)
         ids_B = np.asarray(last_B)
         is_done_B |= ids_B == tokenizer.eos_id
         yield [None if done else int(token) for token, done in zip(ids_B, is_done_B, strict=True)]
@@ -94,7 +89,9 @@ def generate(
             return
 
 
-def generate_text(model: Decoder, tokenizer: Tokenizer, prompts: Sequence[str], **sampling) -> list[str]:
+def generate_text(
+    model: Decoder | LayeredDecoder, tokenizer: Tokenizer, prompts: Sequence[str], **sampling
+) -> list[str]:
     """Whole continuations, without the prompts; see `generate`."""
     ids: list[list[int]] = [[] for _ in prompts]
     for step in generate(model, tokenizer, prompts, **sampling):
@@ -174,33 +171,24 @@ def _sample_nucleus(scaled_BV: jax.Array, top_p: jax.Array, keys_B: jax.Array) -
     return jax.lax.cond(is_held_B.all(), lambda: drawn_B, lambda: jnp.where(is_held_B, drawn_B, draw(vocab_size)[0]))
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=4)
-def _prefill(graphdef, state, tokens_BL, lengths_B, cache, sampling):
+def _prefill(decoder, tokens_BL, lengths_B, cache, sampling):
     """The first token of each sequence, its position, and the cache of the prompts."""
-    model = nnx.merge(graphdef, state)
     positions_BL = jnp.broadcast_to(jnp.arange(tokens_BL.shape[1]), tokens_BL.shape)
-    is_token_BL = positions_BL < lengths_B[:, None]
-    logits_BLV, cache = model.extend(tokens_BL, positions_BL, cache, is_token_BL)
-    last_BV = jnp.take_along_axis(logits_BLV, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
-    return sample(last_BV, sampling, lengths_B), lengths_B, cache
+    x_BLD, cache = decoder.extend(tokens_BL, positions_BL, cache, positions_BL < lengths_B[:, None])
+    last_B1D = jnp.take_along_axis(x_BLD, (lengths_B - 1)[:, None, None], axis=1)
+    return *_draw(decoder.logits(last_B1D), lengths_B - 1, sampling), cache
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=4)
-def _decode(graphdef, state, tokens_B, positions_B, cache, sampling):
+def _decode(decoder, tokens_B, positions_B, cache, sampling):
     """The token after these ones, its position, and the cache with these."""
-    model = nnx.merge(graphdef, state)
-    logits_B1V, cache = model.extend(tokens_B[:, None], positions_B[:, None], cache)
-    return sample(logits_B1V[:, 0], sampling, positions_B + 1), positions_B + 1, cache
+    x_B1D, cache = decoder.extend(tokens_B[:, None], positions_B[:, None], cache)
+    return *_draw(decoder.logits(x_B1D), positions_B, sampling), cache
 
 
-def _unstacked_copy(model: Decoder) -> Decoder:
-    """The model with layers that have arrays of their own, or itself if a copy would be large."""
-    graphdef, state = nnx.split(model)
-    if sum(array.nbytes for array in jax.tree.leaves(state)) > COPIED_BYTES:
-        return model
-    copy = nnx.merge(graphdef, state)
-    copy.unstack()
-    return copy
+@jax.jit
+def _draw(logits_B1V, positions_B, sampling):
+    """The token after those at `positions_B`, and its position."""
+    return sample(logits_B1V[:, 0], sampling, positions_B + 1), positions_B + 1
 
 
 def _warn_of_capacity(config: Config) -> None:

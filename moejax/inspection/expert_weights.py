@@ -81,7 +81,7 @@ def expert_outputs(model: Decoder, tokens_BL: Int[np.ndarray, "B L"]) -> Float32
 
 def _run(block: Block, x_BLD: jax.Array, context: Context) -> tuple[jax.Array, jax.Array | None]:
     """One layer: the residual stream behind it, and the outputs of its experts."""
-    next_BLD, _, _ = block(x_BLD, context, None)
+    next_BLD, _, _ = block(x_BLD, context)
     if not block.is_moe:
         return next_BLD, None
     y_BLD, _ = block.attention(block.attention_norm(x_BLD), context.positions_BL, context.segments_BL, None)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from moejax.config import Config, Knobs, Run
 from moejax.kernels.project import project
@@ -69,46 +69,13 @@ class Decoder(nnx.Module):
             segments_BL=segments_BL,
             info=TokenInfo(segments_BL > 0, tokens_BL, positions_BL, knobs, keys_B, trace),
         )
-        logits_BLV, _, stats = self._apply(tokens_BL, context, [None] * len(self.stacks))
-        return logits_BLV, stats
-
-    def extend(
-        self,
-        tokens_BL: Int[Array, "B L"],
-        positions_BL: Int[Array, "B L"],
-        cache: list,
-        is_token_BL: Bool[Array, "B L"] | None = None,
-    ) -> tuple[Float[Array, "B L V"], list]:
-        """Logits of L more positions, with the keys and values of the earlier ones in the cache.
-
-        Args:
-          tokens_BL: the next tokens of each sequence.
-          positions_BL: their positions, which are also the slots they fill; slots behind a sequence's end may hold
-            anything, for they are written before they are seen.
-          cache: from `init_cache` or an earlier call.
-          is_token_BL: False behind the end of a sequence; None: all are tokens.
-
-        Returns:
-          Logits, float32, and the cache.
-        """
-        if is_token_BL is None:
-            is_token_BL = jnp.ones(tokens_BL.shape, bool)
-        context = Context(
-            positions_BL=positions_BL,
-            segments_BL=is_token_BL.astype(jnp.int32),
-            info=TokenInfo(is_token_BL, tokens_BL, positions_BL),
-        )
-        logits_BLV, cache, _ = self._apply(tokens_BL, context, cache)
-        return logits_BLV, cache
-
-    def init_cache(self, batch: int, slots: int) -> list:
-        """An empty cache for `batch` sequences of up to `slots` tokens."""
-        return [stack.init_cache(batch, slots) for stack in self.stacks]
-
-    def unstack(self) -> None:
-        """Gives each layer arrays of its own, with which decoding is faster; for inference. See `Stack.unstack`."""
-        for stack in self.stacks:
-            stack.unstack()
+        x_BLD = self.embed(tokens_BL)
+        stats = []
+        for index, stack in enumerate(self.stacks):
+            x_BLD, stack_stats = stack(x_BLD, context.of_layer(index))
+            if stack_stats is not None:
+                stats.append(stack_stats)
+        return self.unembed(x_BLD), tuple(stats)
 
     def place_experts(self, experts_NP: Int[np.ndarray, "N P"]) -> None:
         """Gives experts other places, and some of them several, in this model; not for training.
@@ -117,12 +84,9 @@ class Decoder(nnx.Module):
           experts_NP: the expert in each slot of each MoE layer, from `moe.placement.place`.
 
         Raises:
-          PlacementError: another number of layers, or an expert without a slot; or a router that does not send tokens,
-            or layers that are unstacked.
+          PlacementError: another number of layers, or an expert without a slot; or a router that does not send tokens.
         """
         config = self.config
-        if any(stack.layers for stack in self.stacks):
-            raise PlacementError("experts are placed in stacked layers; call unstack afterwards")
         if len(experts_NP) != config.num_moe_layers:
             raise PlacementError(f"{len(experts_NP)} layers are placed, and the model has {config.num_moe_layers}")
         if any(kind.router in ("expert_choice", "soft") for kind in config.moe_runs):
@@ -153,16 +117,6 @@ class Decoder(nnx.Module):
             return logits_BLV
         is_token_V = jnp.arange(self.config.vocab_size) < self.config.num_token_ids
         return jnp.where(is_token_V[None, None], logits_BLV, NO_TOKEN)
-
-    def _apply(self, tokens_BL, context: Context, cache: list):
-        x_BLD = self.embed(tokens_BL)
-        new_cache, stats = [], []
-        for index, (stack, stack_cache) in enumerate(zip(self.stacks, cache, strict=True)):
-            x_BLD, stack_cache, stack_stats = stack(x_BLD, context.of_layer(index), stack_cache)
-            new_cache.append(stack_cache)
-            if stack_stats is not None:
-                stats.append(stack_stats)
-        return self.unembed(x_BLD), new_cache, tuple(stats)
 
 
 def make_stacks(config: Config, rngs: nnx.Rngs) -> list[Stack]:

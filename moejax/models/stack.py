@@ -3,14 +3,10 @@
 A `Stack` holds one block whose parameters carry a leading axis of layers, and scans it: the traced program has the same
 size for any depth. A block is a `Block` (one layer) or a `Period` (some dense layers and a MoE layer), so that stacks
 nest: "every other layer is MoE" is a stack of periods, each with a stack of dense blocks inside.
-
-A scan copies the weights of a layer, and its cache, before it uses them. Where a step does little else, as in decoding,
-`Stack.unstack` gives each layer arrays of its own.
 """
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -70,18 +66,18 @@ class Block(nnx.Module):
         self.cache_shape = (config.model.num_kv_heads, config.head_dim)
         self.dtype = dtype
 
-    def __call__(self, x_BLD: jax.Array, context: Context, cache: KVCache | None):
-        """Returns (x_BLD, cache, `RoutingStats` or None)."""
+    def __call__(self, x_BLD: jax.Array, context: Context, cache: KVCache | None = None):
+        """Returns (x_BLD, `RoutingStats` or None, cache); without a cache it attends to `x_BLD` alone."""
         with jax.named_scope("attention"):
             y_BLD, cache = self.attention(self.attention_norm(x_BLD), context.positions_BL, context.segments_BL, cache)
             x_BLD += y_BLD
         normed_BLD = self.ffn_norm(x_BLD)
         if not self.is_moe:
             with jax.named_scope("ffn"):
-                return x_BLD + self.ffn(normed_BLD), cache, None
+                return x_BLD + self.ffn(normed_BLD), None, cache
         with jax.named_scope("moe"):
             y_BLD, stats = self.moe(normed_BLD, context.info)
-        return x_BLD + y_BLD, cache, stats
+        return x_BLD + y_BLD, stats, cache
 
     def init_cache(self, batch: int, slots: int) -> KVCache:
         """An empty cache."""
@@ -92,9 +88,6 @@ class Block(nnx.Module):
         """The layers of this module with the context of each: for looking at a model, not for traced code."""
         yield self, context
 
-    def unstack(self) -> None:
-        """Nothing: it holds no stack."""
-
 
 class Period(nnx.Module):
     """`num_dense` dense layers and then a MoE layer."""
@@ -103,25 +96,15 @@ class Period(nnx.Module):
         self.dense = Stack(lambda rngs: Block(config, None, rngs=rngs), num_dense, config, rngs=rngs)
         self.moe_block = Block(config, moe, rngs=rngs)
 
-    def __call__(self, x_BLD: jax.Array, context: Context, cache: tuple | None):
-        """Returns (x_BLD, cache, `RoutingStats` of the MoE layer)."""
-        dense_cache, moe_cache = (None, None) if cache is None else cache
-        x_BLD, dense_cache, _ = self.dense(x_BLD, context, dense_cache)
-        x_BLD, moe_cache, stats = self.moe_block(x_BLD, context, moe_cache)
-        return x_BLD, (None if cache is None else (dense_cache, moe_cache)), stats
-
-    def init_cache(self, batch: int, slots: int) -> tuple:
-        """An empty cache of each part."""
-        return self.dense.init_cache(batch, slots), self.moe_block.init_cache(batch, slots)
+    def __call__(self, x_BLD: jax.Array, context: Context):
+        """Returns (x_BLD, `RoutingStats` of the MoE layer, None)."""
+        x_BLD, _ = self.dense(x_BLD, context)
+        return self.moe_block(x_BLD, context)
 
     def walk(self, context: Context | None = None) -> Iterator[tuple[Block, Context | None]]:
         """The layers of this module with the context of each."""
         yield from self.dense.walk(context)
         yield self.moe_block, context
-
-    def unstack(self) -> None:
-        """Gives each dense layer arrays of its own."""
-        self.dense.unstack()
 
 
 class Stack(nnx.Module):
@@ -139,65 +122,25 @@ class Stack(nnx.Module):
         states_N = jax.vmap(lambda key: nnx.state(make_block(nnx.Rngs(params=key))))(keys_N)
         graphdef, _ = nnx.split(nnx.eval_shape(lambda: make_block(nnx.Rngs(params=0))))
         self.block = nnx.merge(graphdef, _with_layer_axis(states_N))
-        self.layers: nnx.List[Any] = nnx.List([])  # in place of `block`, once unstacked
         self.num = num
         self.remat = config.model.remat
         self.saved = (*SAVED_NAMES, EXCHANGED) if config.moe.save_exchanged else SAVED_NAMES
         self.unroll = not config.model.scan_layers
 
-    def __call__(self, x_BLD: jax.Array, context: Context, cache=None) -> tuple[jax.Array, object, RoutingStats | None]:
-        """Returns (x_BLD, cache, `RoutingStats` with a leading axis of MoE layers, or None)."""
-        if self.layers:
-            return self._apply_in_turn(x_BLD, context, cache or [None] * self.num)
+    def __call__(self, x_BLD: jax.Array, context: Context) -> tuple[jax.Array, RoutingStats | None]:
+        """Returns (x_BLD, `RoutingStats` with a leading axis of MoE layers, or None)."""
         graphdef, states_N = nnx.split(self.block)
 
         def one_block(x_BLD, layer):
-            index, state, cache = layer
-            x_BLD, cache, stats = nnx.merge(graphdef, state)(x_BLD, context.of_layer(index), cache)
-            return constrain_tokens(x_BLD), (cache, stats)
+            index, state = layer
+            x_BLD, stats, _ = nnx.merge(graphdef, state)(x_BLD, context.of_layer(index))
+            return constrain_tokens(x_BLD), stats
 
         if self.remat:
             policy = jax.checkpoint_policies.save_only_these_names(*self.saved)
             one_block = jax.checkpoint(one_block, policy=policy, prevent_cse=self.unroll)
-        layers = (jnp.arange(self.num), states_N, cache)
-        x_BLD, (cache, stats) = jax.lax.scan(one_block, x_BLD, layers, unroll=self.num if self.unroll else 1)
-        return x_BLD, cache, stats
-
-    def _apply_in_turn(self, x_BLD: jax.Array, context: Context, caches: list):
-        """The same by layers that have arrays of their own, whose caches are a list."""
-        new_caches, stats = [], []
-        for index, (layer, cache) in enumerate(zip(self.layers, caches, strict=True)):
-            x_BLD, cache, layer_stats = layer(x_BLD, context.of_layer(index), cache)
-            x_BLD = constrain_tokens(x_BLD)
-            new_caches.append(cache)
-            stats.append(layer_stats)
-        return x_BLD, new_caches, jax.tree.map(lambda *layers: jnp.stack(layers), *stats)
-
-    def unstack(self) -> None:
-        """Gives each layer arrays of its own in place of the stacked ones; for inference.
-
-        Programs then read weights and caches where they lie, and grow with the number of layers.
-        """
-        if self.layers:
-            return
-        graphdef, states_N = nnx.split(self.block)
-        stacked, structure = jax.tree.flatten(states_N)
-        del self.block, states_N
-        by_layer: list[list[jax.Array]] = [[] for _ in range(self.num)]
-        while stacked:  # one at a time, so that no two copies of a model are in memory
-            array_N = stacked.pop()
-            for index, arrays in enumerate(by_layer):
-                arrays.insert(0, array_N[index])
-        self.layers = nnx.List([nnx.merge(graphdef, jax.tree.unflatten(structure, arrays)) for arrays in by_layer])
-        for layer in self.layers:
-            layer.unstack()
-
-    def init_cache(self, batch: int, slots: int):
-        """An empty cache with a leading axis of layers, or a list of one for each layer that has its own arrays."""
-        if self.layers:
-            return [layer.init_cache(batch, slots) for layer in self.layers]
-        one = self._block(0).init_cache(batch, slots)
-        return jax.tree.map(lambda x: jnp.broadcast_to(x, (self.num, *x.shape)), one)
+        layers = (jnp.arange(self.num), states_N)
+        return jax.lax.scan(one_block, x_BLD, layers, unroll=self.num if self.unroll else 1)
 
     def walk(self, context: Context | None = None) -> Iterator[tuple[Block, Context | None]]:
         """The layers of this module with the context of each."""
@@ -205,8 +148,6 @@ class Stack(nnx.Module):
             yield from self._block(index).walk(context and context.of_layer(index))
 
     def _block(self, index: int):
-        if self.layers:
-            return self.layers[index]
         graphdef, states_N = nnx.split(self.block)
         return nnx.merge(graphdef, jax.tree.map(lambda x: x[index], states_N))
 

@@ -57,7 +57,7 @@ def locate(trainable: Trainable, state: TrainState, batch: Batch, knobs: Knobs) 
         segments_BL=batch.segments_BL,
         info=TokenInfo(batch.segments_BL > 0, batch.tokens_BL, batch.positions_BL, knobs, keys_B),
     )
-    run_block = jax.jit(lambda graphdef, block, x, own: nnx.merge(graphdef, block)(x, own, None)[0], static_argnums=0)
+    run_block = jax.jit(lambda graphdef, block, x, own: nnx.merge(graphdef, block)(x, own)[0], static_argnums=0)
     x_BLD = model.embed(batch.tokens_BL)
     for layer, (block, own) in enumerate(model.walk(context)):
         x_BLD = run_block(*nnx.split(block), x_BLD, own)

@@ -1,0 +1,113 @@
+"""A decoder taken apart for decoding: one program for each kind of layer, called layer after layer.
+
+A scan over layers copies the weights of a layer, of all its experts, before it uses them, and its cache twice. Where a
+step computes little, that is most of its time. Here each layer has arrays of its own: weights are read where they lie,
+caches are written in place, and what is compiled does not grow with the number of layers.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from moejax.models import Decoder
+from moejax.models.stack import Context
+from moejax.moe.layer import TokenInfo
+from moejax.nn.attention import KVCache
+
+
+class LayeredDecoder:
+    """A decoder whose layers have arrays of their own, with a cache of keys and values.
+
+    Args:
+      model: its layers are copied, so that their weights are in memory twice while it exists.
+    """
+
+    def __init__(self, model: Decoder):
+        self.config = model.config
+        self._blocks = [block for block, _ in model.walk()]
+        self._layers = [_program(_layer_program, block) for block in self._blocks]
+        ends = nnx.clone(model)
+        ends.stacks = nnx.List([])
+        self._begin = _program(_begin_program, ends)
+        self._end = _program(_end_program, ends)
+
+    def init_cache(self, batch: int, slots: int) -> list[KVCache]:
+        """An empty cache of each layer for `batch` sequences of up to `slots` tokens."""
+        return [block.init_cache(batch, slots) for block in self._blocks]
+
+    def extend(
+        self,
+        tokens_BL: Int[Array, "B L"],
+        positions_BL: Int[Array, "B L"],
+        cache: list[KVCache],
+        is_token_BL: Bool[Array, "B L"] | None = None,
+    ) -> tuple[Float[Array, "B L D"], list[KVCache]]:
+        """The residual stream after the last layer for L more positions; for `logits`.
+
+        Args:
+          tokens_BL: the next tokens of each sequence.
+          positions_BL: their positions, which are also the slots they fill; slots behind a sequence's end may hold
+            anything, for they are written before they are seen.
+          cache: from `init_cache` or an earlier call, with the keys and values of the earlier positions; overwritten.
+          is_token_BL: False behind the end of a sequence; None: all are tokens.
+
+        Returns:
+          The residual stream, and the cache with these positions.
+        """
+        x_BLD, context = self._begin(tokens_BL, positions_BL, is_token_BL)
+        extended = []
+        for layer, layer_cache in zip(self._layers, cache, strict=True):
+            x_BLD, layer_cache = layer(x_BLD, context, layer_cache)
+            extended.append(layer_cache)
+        return x_BLD, extended
+
+    def logits(self, x_BLD: Float[Array, "B L D"]) -> Float[Array, "B L V"]:
+        """Logits of the next token, float32, from what `extend` returns."""
+        return self._end(x_BLD)
+
+
+def _program(make: Callable, module: nnx.Module) -> Callable:
+    """A compiled function of a module, with its arrays. Modules of one kind share what is compiled.
+
+    Arrays are passed as a flat list: to take a module apart takes longer than to run a small layer.
+    """
+    graphdef, state = nnx.split(module)
+    arrays, structure = jax.tree.flatten(state)
+    return functools.partial(make(graphdef, structure), arrays)
+
+
+@functools.lru_cache(maxsize=64)
+def _begin_program(graphdef, structure) -> Callable:
+    @jax.jit
+    def begin(arrays, tokens_BL, positions_BL, is_token_BL):
+        if is_token_BL is None:
+            is_token_BL = jnp.ones(tokens_BL.shape, bool)
+        x_BLD = nnx.merge(graphdef, jax.tree.unflatten(structure, arrays)).embed(tokens_BL)
+        info = TokenInfo(is_token_BL, tokens_BL, positions_BL)
+        return x_BLD, Context(positions_BL, is_token_BL.astype(jnp.int32), info)
+
+    return begin
+
+
+@functools.lru_cache(maxsize=64)
+def _layer_program(graphdef, structure) -> Callable:
+    @functools.partial(jax.jit, donate_argnums=(1, 3))
+    def apply(arrays, x_BLD, context, cache):
+        block = nnx.merge(graphdef, jax.tree.unflatten(structure, arrays))
+        x_BLD, _, cache = block(x_BLD, context, cache)
+        return x_BLD, cache
+
+    return apply
+
+
+@functools.lru_cache(maxsize=64)
+def _end_program(graphdef, structure) -> Callable:
+    @jax.jit
+    def end(arrays, x_BLD):
+        return nnx.merge(graphdef, jax.tree.unflatten(structure, arrays)).unembed(x_BLD)
+
+    return end
