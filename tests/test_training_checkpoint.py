@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from contextlib import closing
 
 import jax
@@ -189,6 +190,33 @@ def test_every_file_of_a_checkpoint_damaged_in_any_way_is_refused_or_restored_ex
         for a, b in zip(jax.tree.leaves(state), expected, strict=True):
             np.testing.assert_array_equal(a, b, err_msg=f"{file} {how}")
     assert num_refused > 20
+
+
+RESTORE_AGAIN_AND_AGAIN = """
+import sys
+from moejax.training.checkpoint import CheckpointError, Checkpoints
+from training_cases import make, small_config
+trainable = make(small_config())
+with open(sys.argv[1] + "/checkpoints/0/model/manifest.ocdbt", "r+b") as file:
+    good = file.read()
+    for place in range(0, len(good), len(good) // 20):
+        file.seek(0)
+        file.write(good[:place] + bytes([good[place] ^ 1]) + good[place + 1 :])
+        file.flush()
+        try:
+            Checkpoints(sys.argv[1], trainable, read_only=True).restore()
+        except CheckpointError:
+            print("refused")
+"""
+
+
+def test_reads_that_fail_beside_the_one_that_is_told_say_nothing(saved, tmp_path):
+    workdir = copy_of(saved[0], tmp_path)
+    command = [sys.executable, "-c", RESTORE_AGAIN_AND_AGAIN, str(workdir)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=True)
+    assert done.stdout.count("refused") > 10
+    assert done.stderr == ""
 
 
 def test_a_flipped_bit_of_an_array_is_answered_with_array_and_checkpoint(saved, tmp_path):

@@ -8,15 +8,16 @@ in memory when it was saved, for orbax does not check the bytes that it reads.
 """
 
 import contextlib
+import functools
 import gc
 import logging
 import os
 import re
 import shlex
 import sys
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import jax
@@ -307,29 +308,34 @@ class Checkpoints:
 
 @contextlib.contextmanager
 def _quiet_tasks() -> Iterator[None]:
-    """Keeps asyncio from telling of every task that failed together with the one whose error is passed on."""
-    _quiet_closed_loops()
-    with _from_level("asyncio", logging.CRITICAL):
-        try:
-            yield
-        except Exception:
-            gc.collect()  # a task tells when it is collected
-            raise
+    """Keeps asyncio and tensorstore from telling of every read that failed with the one whose error is passed on."""
+    _leave_out_failed_reads()
+    try:
+        yield
+    except Exception:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+            gc.collect()  # what was begun and is not awaited any more tells when it is collected
+        raise
 
 
-def _quiet_closed_loops() -> None:
-    """Says nothing of reads that end after a failed one, whose event loop is gone: tensorstore prints each."""
-    previous = sys.excepthook
-    if getattr(previous, "__name__", "") == "tell_unless_loop_is_closed":
-        return
+def _leave_out_failed_reads() -> None:
+    """Says nothing, from now on, of orbax's reads that fail or end after the first failure: some end much later."""
+    logger = logging.getLogger("asyncio")
+    if _is_told not in logger.filters:
+        logger.addFilter(_is_told)
+        sys.unraisablehook = functools.partial(_tell_unless_loop_is_closed, sys.unraisablehook)
 
-    def tell_unless_loop_is_closed(
-        kind: type[BaseException], error: BaseException, trace: TracebackType | None
-    ) -> None:
-        if kind is not RuntimeError or str(error) != "Event loop is closed":
-            previous(kind, error, trace)
 
-    sys.excepthook = tell_unless_loop_is_closed
+def _is_told(record: logging.LogRecord) -> bool:
+    text = record.getMessage()
+    return "Task exception was never retrieved" not in text or "orbax" not in text
+
+
+def _tell_unless_loop_is_closed(previous: Callable[[Any], object], unraisable: Any) -> None:
+    error = unraisable.exc_value
+    if not isinstance(error, RuntimeError) or str(error) != "Event loop is closed":
+        previous(unraisable)
 
 
 @contextlib.contextmanager
