@@ -211,7 +211,7 @@ with open(sys.argv[1] + "/checkpoints/0/model/manifest.ocdbt", "r+b") as file:
 
 
 def test_reads_that_fail_beside_the_one_that_is_told_say_nothing(saved, tmp_path):
-    workdir = copy_of(saved[0], tmp_path)
+    workdir = copy_of(saved[1], tmp_path)
     command = [sys.executable, "-c", RESTORE_AGAIN_AND_AGAIN, str(workdir)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=True)
