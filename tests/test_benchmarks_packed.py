@@ -10,6 +10,7 @@ import pytest
 
 from moejax.benchmarks import packed
 from moejax.benchmarks.packed import ARMS, bench_packed
+from moejax.benchmarks.recipe import ChildError
 from moejax.config import resolve
 from training_cases import small_config
 
@@ -57,7 +58,7 @@ def test_a_sweep_keeps_its_programs_in_the_folder_of_its_side_and_its_failure_is
     sides = packed._Sides(small_config(), tmp_path)
     sides.warm_up()
     assert started == [("sweep", str(tmp_path / "compiled_one")), ("sweep", str(tmp_path / "compiled_pack"))]
-    with pytest.raises(RuntimeError, match=r"moejax train .* failed: no room"):
+    with pytest.raises(ChildError, match=r"moejax train .* failed: no room"):
         sides.separate()
     verb, programs = started[-1]
     assert verb == "train" and Path(programs).parent == tmp_path

@@ -2,14 +2,24 @@
 
 import csv
 import json
+import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from flax import nnx
 
-from moejax.benchmarks import tune
+from moejax.benchmarks import generation, start, tune
+from moejax.benchmarks.recipe import ChildError
 from moejax.benchmarks.timing import Peaks, Times
 from moejax.cli import bench, main
+from moejax.inference.layered import LayeredDecoder
+from moejax.models import Decoder
+from training_cases import small_config
 
 DEBUG = Path(__file__).parents[1] / "configs/debug.py"
 
@@ -30,6 +40,102 @@ def test_bench_telemetry_compares_intervals_with_and_without_what_is_logged(caps
     assert rows["ratio"] == pytest.approx(rows["watched_step_ms"] / rows["bare_step_ms"], rel=0.05)
     assert rows["write_share"] == pytest.approx(rows["write_ms"] / (2 * rows["bare_step_ms"]), rel=0.05)
     assert rows["log_every"] == rows["repetitions"] == 2
+
+
+def test_bench_generate_compares_ways_to_draw_a_token(capsys, monkeypatch):
+    monkeypatch.setattr(generation, "STEPS", 3)
+    assert main(["bench", "generate", f"--config={DEBUG}", "--repetitions=2", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert rows["greedy_tokens_per_s"] == pytest.approx(16e3 / rows["greedy_ms_of_step"], rel=0.01)
+    ratio = rows["nucleus_ms_of_step"] / rows["greedy_ms_of_step"]
+    assert rows["ratio_nucleus_to_greedy"] == pytest.approx(ratio, rel=0.02)
+
+
+def test_a_writer_of_the_benchmark_writes_what_the_model_does_and_again(monkeypatch):
+    monkeypatch.setattr(generation, "STEPS", 8)
+    config = small_config()
+    model = Decoder(config, rngs=nnx.Rngs(params=0))
+    writer = generation._Writer(LayeredDecoder(model), 0.0, 1.0)
+    last_B = np.asarray(writer())
+    np.testing.assert_array_equal(np.asarray(writer()), last_B)
+    prompts = jax.random.randint(jax.random.key(0), (16, 16), 0, config.num_token_ids, jnp.int32)
+    forward = jax.jit(lambda t: model(t, jnp.ones_like(t), jnp.broadcast_to(jnp.arange(t.shape[1])[None], t.shape))[0])
+    row = np.zeros((1, 24), np.int32)
+    row[0, :16] = prompts[3]
+    for place in range(16, 24):
+        row[0, place] = forward(row)[0, place - 1].argmax()
+    assert forward(row)[0, -1].argmax() == last_B[3]
+
+
+def test_bench_attention_compares_rows_with_rows_four_times_as_long(capsys):
+    arguments = [f"--config={DEBUG}", "--config.train.batch_size=32", "--config.data.seq_len=16", "--repetitions=1"]
+    assert main(["bench", "attention", *arguments, "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert (rows["short_positions"], rows["long_positions"]) == (16, 64)
+    ratio = rows["long_step_ms"] / rows["short_step_ms"]
+    assert rows["step_ratio_long_to_short"] == pytest.approx(ratio, rel=0.01)
+    ratio = rows["long_rows_ms"] / rows["long_scores_ms"]
+    assert rows["attention_ratio_to_all_scores_long"] == pytest.approx(ratio, rel=0.15)
+    assert main(["bench", "attention", f"--config={DEBUG}", "--config.train.batch_size=6"]) == 2
+    assert "train.batch_size=6 must be a multiple of 4" in capsys.readouterr().err
+
+
+def test_bench_start_times_processes_up_to_their_first_step(monkeypatch, capsys):
+    started = []
+
+    class Process:
+        def __init__(self, command, env, **_):
+            programs = Path(env["XDG_CACHE_HOME"])
+            started.append((dict(flag.split("=") for flag in command[4:] if "=" in flag), programs, programs.exists()))
+            programs.mkdir(exist_ok=True)
+            self.stderr, self.is_killed = iter(["compiling\n", "step 1/20  loss 6\n", "step 2/20\n"]), False
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            assert self.is_killed and next(self.stderr) == "step 2/20\n"
+
+        def kill(self):
+            self.is_killed = True
+
+    monkeypatch.setattr(subprocess, "Popen", Process)
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "/nowhere")
+    assert main(["bench", "start", f"--config={DEBUG}", "--repetitions=2", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert len(rows["each_s"]["first"]) == len(rows["each_s"]["again"]) == 2
+    assert [had for *_, had in started] == [False, False, True, False, True]
+    assert started[0][1] == started[2][1] == started[4][1]
+    assert len({flags["--workdir"] for flags, *_ in started}) == 5
+
+
+def test_a_start_that_ends_before_its_first_step_is_told(tmp_path):
+    recipe = tmp_path / "recipe.py"
+    recipe.write_text("def get_config(): return {}['missing']")
+    with pytest.raises(ChildError, match=r"ended before its first step: .*missing"):
+        start._start(recipe, tmp_path / "run", tmp_path / "kept")
+
+
+def test_several_processes_give_a_median_and_what_lies_between_them(capsys, monkeypatch):
+    commands, ratios = [], [1.5, 1.1, 1.2, 1.0, 3.0]
+
+    def run(command, **_):
+        commands.append(command)
+        row = {"dtype": "float32", "ratio": ratios.pop(0), "quartiles_ms": [1, 2], "repetitions": 2}
+        return SimpleNamespace(returncode=0, stdout=json.dumps([row] if command[4] == "layer" else row))
+
+    monkeypatch.setattr(subprocess, "run", run)
+    assert main(["bench", "layer", "--shapes=64:8:4:4:2", "--repetitions=2", "--processes=3", "--json"]) == 0
+    spread = {"median": 1.2, "lowest": 1.1, "highest": 1.5}
+    row = {"dtype": "float32", "ratio": spread, "repetitions": 2}
+    assert json.loads(capsys.readouterr().out) == {"processes": 3, "rows": [row]}
+    assert all({"--shapes=64:8:4:4:2", "--repetitions=2", "--json"} <= set(command) for command in commands)
+    assert not any("--processes" in flag for flag in commands[0])
+    assert main(["bench", "step", f"--config={DEBUG}", "--processes=2"]) == 0
+    assert "2.0 (1.0 to 3.0)" in capsys.readouterr().out
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=3, stderr="no room"))
+    assert main(["bench", "step", f"--config={DEBUG}", "--processes=2"]) == 1
+    assert "failed: no room" in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -127,6 +233,9 @@ def test_a_file_that_is_no_tuning_table_is_a_line_and_stays_as_it_is(capsys, tmp
         (["tune", "--table=/nowhere/table.json"], "--table=/nowhere/table.json cannot be written"),
         (["layer", "--csv=/nowhere/rows.csv"], "/nowhere is not a folder"),
         (["layer", "--repetitions=-1"], "--repetitions=-1 must be at least 0"),
+        (["layer", "--processes=0"], "--processes=0 must be at least 1"),
+        (["packed", "--processes=2"], "--processes belongs to moejax bench layer, decode, step"),
+        (["layer", "--processes=2", "--csv=rows.csv"], "--csv is of one process"),
     ],
 )
 def test_a_wrong_benchmark_is_refused_before_anything_is_measured(capsys, arguments, message):

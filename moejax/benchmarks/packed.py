@@ -6,7 +6,6 @@ compiled programs kept from before; and the pack, which compiles (`packed`) or h
 (`packed_again`).
 """
 
-import json
 import os
 import statistics
 import subprocess
@@ -18,20 +17,10 @@ from typing import Any
 
 import jax
 
-from moejax.config import Config, to_dict
+from moejax.benchmarks.recipe import ChildError, write_recipe
+from moejax.config import Config
 
 ARMS = 8
-
-RECIPE = """
-import json
-from pathlib import Path
-from moejax import config as moejax_config
-
-def get_config(arg=""):
-    config = moejax_config.default()
-    config.update(json.loads(Path(__file__).with_suffix(".json").read_text()))
-    return config
-"""
 
 
 def bench_packed(config: Config, repetitions: int) -> dict[str, Any]:
@@ -66,11 +55,7 @@ class _Sides:
 
     def __init__(self, config: Config, folder: Path):
         self._folder = folder
-        self._recipe = folder / "recipe.py"
-        self._recipe.write_text(RECIPE)
-        content = to_dict(config)
-        content["data"]["directory"] = str(Path(config.data.directory).resolve())
-        self._recipe.with_suffix(".json").write_text(json.dumps(content))
+        self._recipe = write_recipe(config, folder)
         self._turn = 0
 
     def warm_up(self) -> None:
@@ -112,4 +97,4 @@ class _Sides:
         environment.pop("JAX_COMPILATION_CACHE_DIR", None)  # it would serve all sides
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if done.returncode:
-            raise RuntimeError(f"moejax {' '.join(arguments)} failed: {done.stderr[-2000:]}")
+            raise ChildError(f"moejax {' '.join(arguments)} failed: {done.stderr[-2000:]}")

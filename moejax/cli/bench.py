@@ -6,12 +6,16 @@ moejax bench compiled  the experts of a layer compiled for --target: arithmetic 
 moejax bench compiled_step  the train step of --config compiled for --target and --topology: memory, what travels
 moejax bench tune      sizes of tiles for a shape; enters in the tuning table what is better than the guess beyond noise
 moejax bench step      the train step of --config over its dense twin's
+moejax bench attention the train step of --config with rows four times as long, and attention over that with all scores
+moejax bench generate  decode steps of 16 sequences of --config, by how tokens are drawn
+moejax bench start     from the start of `moejax train` to its first step, with compiled programs kept and without
 moejax bench telemetry logging intervals of --config with all that is logged over those with their loss alone
 moejax bench packed    a sweep over 8 seeds of --config: separate processes and one process over a pack
 moejax bench compile   compile time of the train step, 64 over 8 experts and 8 over 2 layers
 moejax bench import    importing moejax over importing jax and flax
 
-Without --config, benchmarks of a recipe take configs/tiny_moe.py.
+Without --config, benchmarks of a recipe take configs/tiny_moe.py. Ratios can differ from process to process by more
+than within one: --processes=5 runs a benchmark in five and shows the median, the lowest and the highest.
 """
 
 import csv
@@ -24,9 +28,13 @@ from absl import flags
 from absl.flags import FlagValues
 
 from moejax.benchmarks import decode, layer, tune
+from moejax.benchmarks.attention import bench_attention
 from moejax.benchmarks.compiled import bench_compiled
 from moejax.benchmarks.compiled_step import bench_compiled_step
+from moejax.benchmarks.generation import bench_generate
 from moejax.benchmarks.packed import bench_packed
+from moejax.benchmarks.processes import bench_in_processes
+from moejax.benchmarks.start import bench_start
 from moejax.benchmarks.step import bench_compile, bench_import, bench_step
 from moejax.benchmarks.telemetry import bench_telemetry
 from moejax.benchmarks.timing import measure_peaks
@@ -46,13 +54,19 @@ BENCHMARKS = (
     "compiled_step",
     "tune",
     "step",
+    "attention",
+    "generate",
+    "start",
     "telemetry",
     "packed",
     "compile",
     "import",
 )
-OF_RECIPES = ("compiled_step", "step", "telemetry", "packed", "compile", "import")
+OF_RECIPES = ("compiled_step", "step", "attention", "generate", "start", "telemetry", "packed", "compile", "import")
 """Benchmarks of a configuration; the others have shapes."""
+
+IN_PROCESSES = ("layer", "decode", "step", "attention", "generate", "telemetry", "compile")
+"""Benchmarks that --processes repeats; the others start processes, or time nothing."""
 
 DEFAULT_RECIPE = "configs/tiny_moe.py"
 DEFAULT_SHAPES = {
@@ -69,7 +83,7 @@ def define(values: FlagValues, arguments: list[str]) -> None:
     define_config(values, arguments, DEFAULT_RECIPE if reads_recipe else None)
     define_json(values)
     flags.DEFINE_integer(
-        "repetitions", 0, "timed repetitions of each side; 0: 15, of layers 4, packed 3", flag_values=values
+        "repetitions", 0, "timed repetitions of each side; 0: 15, of layers 4, packed and start 3", flag_values=values
     )
     shapes = (
         f"layer, decode, compiled, tune: some of {', '.join(layer.PRESETS)}, or T:D:F:E:K; :skewed after it gives one "
@@ -89,6 +103,9 @@ def define(values: FlagValues, arguments: list[str]) -> None:
     flags.DEFINE_string(
         "topology", "", "compiled_step: 4x4x4 chips of a v5p, or 1x8x8 slices, hosts and GPUs", flag_values=values
     )
+    flags.DEFINE_integer(
+        "processes", 1, f"{', '.join(IN_PROCESSES)}: how many to run, one after the other", flag_values=values
+    )
     flags.DEFINE_string("csv", "", "layer, decode, compiled: a file to write the rows to", flag_values=values)
     flags.DEFINE_string("table", str(TABLE), "tune: the tuning table to update", flag_values=values)
     flags.DEFINE_string("plot", "", "layer: a file for a picture of the ratios (.svg)", flag_values=values)
@@ -100,7 +117,11 @@ def run(values: FlagValues, rest: list[str]) -> None:
         raise UsageError(f"moejax bench takes one of {', '.join(BENCHMARKS)}; got {' '.join(rest) or 'nothing'}")
     if values.repetitions < 0:
         raise UsageError(f"--repetitions={values.repetitions} must be at least 0, which stands for the default")
+    if values.processes < 1:
+        raise UsageError(f"--processes={values.processes} must be at least 1")
     _refuse_flags_of_others(values, rest[0])
+    if values.processes > 1:
+        return _run_in_processes(values, rest[0])
     if rest[0] == "tune":
         return _run_tune(values)
     if rest[0] == "compiled":
@@ -109,11 +130,15 @@ def run(values: FlagValues, rest: list[str]) -> None:
         return _run_compiled_step(values)
     if rest[0] in DEFAULT_SHAPES:
         return _run_layers(values, rest[0])
-    config, repetitions = read_config_flag(values), values.repetitions or (3 if rest[0] == "packed" else 15)
+    config = read_config_flag(values)
+    repetitions = values.repetitions or (3 if rest[0] in ("packed", "start") else 15)
     if rest[0] in ("step", "telemetry") and config.num_moe_layers == 0:
         raise UsageError(f"moe.num_experts={config.moe.num_experts}: bench {rest[0]} needs a MoE configuration")
     measure = {
         "step": bench_step,
+        "attention": bench_attention,
+        "generate": bench_generate,
+        "start": bench_start,
         "telemetry": bench_telemetry,
         "packed": bench_packed,
         "compile": bench_compile,
@@ -131,6 +156,7 @@ def _refuse_flags_of_others(values: FlagValues, benchmark: str) -> None:
         "target": ("compiled", "compiled_step"),
         "topology": ("compiled_step",),
         "config": OF_RECIPES,
+        "processes": IN_PROCESSES,
         "csv": ("layer", "decode", "compiled"),
         "plot": ("layer",),
         "table": ("tune",),
@@ -139,6 +165,30 @@ def _refuse_flags_of_others(values: FlagValues, benchmark: str) -> None:
     for name, allowed in users.items():
         if values[name].present and benchmark not in allowed:
             raise UsageError(f"--{name} belongs to moejax bench {', '.join(allowed)}; leave it out of {benchmark}")
+
+
+def _run_in_processes(values: FlagValues, benchmark: str) -> None:
+    for flag in ("csv", "plot"):
+        if values[flag].value:
+            raise UsageError(f"--{flag} is of one process; leave it out, or --processes, whose rows --json prints")
+    if benchmark in OF_RECIPES:
+        config = read_config_flag(values)
+    else:
+        config = None
+        _read_layers(values, benchmark)
+    given = [name for name in ("repetitions", "shapes", "implementations", "dtype") if values[name].present]
+    rows = bench_in_processes(benchmark, config, [values[name].serialize() for name in given], values.processes)
+    if values.json:
+        print(to_json({"processes": values.processes, "rows": rows}, indent=2))
+        return
+    for row in rows:
+        names = [str(value) for value in row.values() if isinstance(value, str)]
+        shown = {name: _spread(value) for name, value in row.items() if isinstance(value, dict)}
+        print_result(shown, is_json=False, title=f"{', '.join(names)}: median of {values.processes} processes")
+
+
+def _spread(figure: dict[str, float]) -> str:
+    return f"{figure['median']:,} ({figure['lowest']:,} to {figure['highest']:,})"
 
 
 def _read_layers(values: FlagValues, benchmark: str) -> tuple[list[layer.Shape], list[str]]:

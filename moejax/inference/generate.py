@@ -17,6 +17,7 @@ from moejax.config import ROUTER_RULES, Config, ConfigError
 from moejax.data import Tokenizer
 from moejax.inference.layered import LayeredDecoder
 from moejax.models import Decoder
+from moejax.nn.attention import KVCache
 from moejax.seeds import check_seed
 
 MAX_TOKENS = 65_536
@@ -76,12 +77,12 @@ def generate(
     cache = decoder.init_cache(len(rows), _round_up(longest + max_tokens))
     keys_B = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(jnp.arange(len(rows)))
     sampling = Sampling.of(temperature, top_p, keys_B)
-    next_B, positions_B, cache = _prefill(decoder, jnp.asarray(tokens_BL), jnp.asarray(lengths), cache, sampling)
+    next_B, positions_B, cache = prefill(decoder, jnp.asarray(tokens_BL), jnp.asarray(lengths), cache, sampling)
     is_done_B = np.zeros(len(rows), bool)
     for step in range(max_tokens):
         last_B = next_B
         if step + 1 < max_tokens:  # the device goes on while this token is read
-            next_B, positions_B, cache = _decode(decoder, next_B, positions_B, cache, sampling)
+            next_B, positions_B, cache = decode(decoder, next_B, positions_B, cache, sampling)
         ids_B = np.asarray(last_B)
         is_done_B |= ids_B == tokenizer.eos_id
         yield [None if done else int(token) for token, done in zip(ids_B, is_done_B, strict=True)]
@@ -171,16 +172,36 @@ def _sample_nucleus(scaled_BV: jax.Array, top_p: jax.Array, keys_B: jax.Array) -
     return jax.lax.cond(is_held_B.all(), lambda: drawn_B, lambda: jnp.where(is_held_B, drawn_B, draw(vocab_size)[0]))
 
 
-def _prefill(decoder, tokens_BL, lengths_B, cache, sampling):
-    """The first token of each sequence, its position, and the cache of the prompts."""
+def prefill(
+    decoder: LayeredDecoder,
+    tokens_BL: Int[Array, "B L"],
+    lengths_B: Int[Array, "B"],
+    cache: list[KVCache],
+    sampling: Sampling,
+) -> tuple[Int[Array, "B"], Int[Array, "B"], list[KVCache]]:
+    """The first token behind each prompt, its position, and the cache of the prompts.
+
+    Args:
+      decoder: the model.
+      tokens_BL: prompts, padded on the right.
+      lengths_B: of the prompts.
+      cache: an empty one, which is overwritten.
+      sampling: how tokens are drawn.
+    """
     positions_BL = jnp.broadcast_to(jnp.arange(tokens_BL.shape[1]), tokens_BL.shape)
     x_BLD, cache = decoder.extend(tokens_BL, positions_BL, cache, positions_BL < lengths_B[:, None])
     last_B1D = jnp.take_along_axis(x_BLD, (lengths_B - 1)[:, None, None], axis=1)
     return *_draw(decoder.logits(last_B1D), lengths_B - 1, sampling), cache
 
 
-def _decode(decoder, tokens_B, positions_B, cache, sampling):
-    """The token after these ones, its position, and the cache with these."""
+def decode(
+    decoder: LayeredDecoder,
+    tokens_B: Int[Array, "B"],
+    positions_B: Int[Array, "B"],
+    cache: list[KVCache],
+    sampling: Sampling,
+) -> tuple[Int[Array, "B"], Int[Array, "B"], list[KVCache]]:
+    """The token behind each of these ones, its position, and the cache with these; see `prefill`."""
     x_B1D, cache = decoder.extend(tokens_B[:, None], positions_B[:, None], cache)
     return *_draw(decoder.logits(x_B1D), positions_B, sampling), cache
 

@@ -45,7 +45,7 @@ KINDS = {
     "inputs": Kind("mistakes on the command line", trials=1000, short=60),
     "writers": Kind("two trainings in one folder", trials=50, short=1),
     "partners": Kind("deaths of one of two processes", trials=20, short=1),
-    "configurations": Kind("random configurations, eight devices against one", trials=60, short=1),
+    "configurations": Kind("random configurations, eight devices against one", trials=20, short=1),
 }
 
 

@@ -1,0 +1,69 @@
+"""What longer rows cost: attention over all scores, and a train step with as many tokens in rows four times as long."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from moejax.benchmarks.step import Step
+from moejax.benchmarks.timing import interleave
+from moejax.config import Config, ConfigError
+from moejax.nn.attention import attend, attend_in_rows, row_mask
+
+LONGER = 4
+
+
+def bench_attention(config: Config, repetitions: int) -> dict[str, Any]:
+    """Times train steps of both lengths, and one layer's attention, forward and backward, with that over all scores.
+
+    Rows are one document each.
+
+    Raises:
+      ConfigError: the batch cannot be divided by 4.
+    """
+    if config.train.batch_size % LONGER:
+        raise ConfigError(
+            f"train.batch_size={config.train.batch_size} must be a multiple of {LONGER}: with as many tokens, rows "
+            f"{LONGER} times as long are that much fewer"
+        )
+    longer = dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, seq_len=LONGER * config.data.seq_len),
+        train=dataclasses.replace(config.train, batch_size=config.train.batch_size // LONGER),
+    )
+    programs: dict[str, Callable[[], Any]] = {}
+    for name, one in (("short", config), ("long", longer)):
+        programs[f"{name} step"] = Step(one)
+        programs[f"{name} rows"] = _layer(one, lambda q, k, v, segments: attend_in_rows(q, k, v, segments))
+        programs[f"{name} scores"] = _layer(one, lambda q, k, v, segments: attend(q, k, v, row_mask(segments)))
+    ms = {name: times.median_ms for name, times in interleave(programs, repetitions).items()}
+    return {
+        "step_ratio_long_to_short": round(ms["long step"] / ms["short step"], 3),
+        "attention_ratio_to_all_scores_short": round(ms["short rows"] / ms["short scores"], 3),
+        "attention_ratio_to_all_scores_long": round(ms["long rows"] / ms["long scores"], 3),
+        **{f"{name.replace(' ', '_')}_ms": round(median, 2) for name, median in ms.items()},
+        "short_positions": config.data.seq_len,
+        "long_positions": longer.data.seq_len,
+        "repetitions": repetitions,
+        "device": jax.devices()[0].device_kind,
+    }
+
+
+def _layer(config: Config, attention: Callable[..., jax.Array]) -> Callable[[], Any]:
+    """Attention and its gradients for random queries, keys and values of one layer of a batch."""
+    shape = (config.train.batch_size, config.data.seq_len)
+    heads, dtype = (config.model.num_heads, config.model.num_kv_heads), config.model.compute_dtype
+    query, key, value = jax.random.split(jax.random.key(0), 3)
+    arrays = [
+        jax.random.normal(one, (*shape, num, config.head_dim), dtype)
+        for one, num in ((query, heads[0]), (key, heads[1]), (value, heads[1]))
+    ]
+    segments_BL = jnp.ones(shape, jnp.int32)
+
+    @jax.jit
+    def gradients(arrays, segments_BL):
+        return jax.grad(lambda arrays: attention(*arrays, segments_BL).astype(jnp.float32).sum())(arrays)
+
+    return lambda: gradients(arrays, segments_BL)
