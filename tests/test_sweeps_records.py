@@ -5,8 +5,10 @@ import json
 import pyarrow.parquet as pq
 import pytest
 
+from moejax.inspection.run import open_run
 from moejax.sweeps.record_files import RecordError, read_parquet, write_parquet
 from moejax.sweeps.records import collect, read_definition, read_record, read_records, record_of, write_record
+from moejax.training.speed import median_speed
 from sweep_cases import entry_of, write_definition, write_run
 
 
@@ -39,7 +41,7 @@ def test_a_row_tells_what_an_arm_was_and_how_it_ended(tmp_path):
         "params_total": 4000, "params_active": 1000, "flops_per_token": 6000, "flops_total": 6000.0 * 6400,
         "steps": 100, "steps_planned": 100, "fraction": 1.0, "tokens": 6400, "wall_s": 5.0, "step_s": 0.05,
         "final/eval/loss": 3.0, "final/loss/lm": 3.0, "best/eval/loss": 3.0, "best/step": 100,
-        "tail/moe/dropped": 0.25, "tail/loss/lm": 3.0, "tail/perf/tokens_per_s": 1000.0, "alarms": 0,
+        "tail/moe/dropped": 0.25, "tail/loss/lm": 3.0, "median/perf/tokens_per_s": 1000.0, "alarms": 0,
         "alarm_rules": "[]", "device": "1 x cpu (cpu)", "git_commit": "abc",
     }  # fmt: skip
     assert {key: row[key] for key in expected} == expected
@@ -57,6 +59,15 @@ def test_the_tail_is_a_tenth_of_the_planned_steps_and_at_least_one_interval(tmp_
     entry = entry_of({}, steps=20)
     row = record(write_run(tmp_path / "b", entry, end=20), entry)
     assert row["tail/loss/lm"] == 3.0  # two steps would hold no interval
+
+
+def test_the_speed_of_an_arm_is_the_median_over_its_intervals(tmp_path):
+    entry = entry_of({})
+    workdir = write_run(tmp_path / "a", entry)
+    slow = lambda line: line | {"perf/tokens_per_s": 10.0} if line["step"] > 80 else line  # noqa: E731
+    rewrite(workdir / "metrics.jsonl", slow)
+    row = record(workdir, entry)
+    assert row["median/perf/tokens_per_s"] == 1000.0 == median_speed(open_run(workdir).series("perf/tokens_per_s")[1])
 
 
 def test_the_best_evaluation_need_not_be_the_last(tmp_path):

@@ -29,7 +29,7 @@ SMALL_RUN = [
     "--config.train.batch_size=4", "--config.data.seq_len=32",
 ]  # fmt: skip
 AXES = ["moe.top_k=2,3", "moe.balance_weight=0.01,0.1"]
-MEASURED = ("wall_s", "step_s", "tail/perf/tokens_per_s", "command")  # differ from one process to the next
+MEASURED = ("wall_s", "step_s", "median/perf/tokens_per_s", "command")  # differ from one process to the next
 
 
 def sweep(*arguments, **popen):

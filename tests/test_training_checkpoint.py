@@ -197,7 +197,7 @@ import sys
 from moejax.training.checkpoint import CheckpointError, Checkpoints
 from training_cases import make, small_config
 trainable = make(small_config())
-with open(sys.argv[1] + "/checkpoints/0/model/manifest.ocdbt", "r+b") as file:
+with open(sys.argv[1] + "/checkpoints/0/model/" + sys.argv[2], "r+b") as file:
     good = file.read()
     for place in range(0, len(good), len(good) // 20):
         file.seek(0)
@@ -210,9 +210,10 @@ with open(sys.argv[1] + "/checkpoints/0/model/manifest.ocdbt", "r+b") as file:
 """
 
 
-def test_reads_that_fail_beside_the_one_that_is_told_say_nothing(saved, tmp_path):
+@pytest.mark.parametrize("name", ["manifest.ocdbt", "array_metadatas/process_0"])
+def test_reads_that_fail_beside_the_one_that_is_told_say_nothing(saved, tmp_path, name):
     workdir = copy_of(saved[1], tmp_path)
-    command = [sys.executable, "-c", RESTORE_AGAIN_AND_AGAIN, str(workdir)]
+    command = [sys.executable, "-c", RESTORE_AGAIN_AND_AGAIN, str(workdir), name]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=True)
     assert done.stdout.count("refused") > 10

@@ -33,7 +33,7 @@ METRICS: Mapping[str, tuple[str, str]] = {
     "tail/moe/max_violation": ("MaxVio", "busiest / mean - 1"),
     "tail/moe/dropped": ("drop rate", "share"),
     "step_s": ("step time", "s"),
-    "tail/perf/tokens_per_s": ("tokens per second", "tokens/s"),
+    "median/perf/tokens_per_s": ("tokens per second", "tokens/s"),
     "params_total": ("parameters", "in total"),
     "params_active": ("active", "parameters of a token"),
     "flops_per_token": ("FLOPs per token", "FLOPs"),
@@ -234,8 +234,9 @@ def _introduction(settings: pd.DataFrame, compared: pd.DataFrame) -> str:
     )
     return (
         "A setting is what all raw axes but the seed say; its values are means over seeds ± one standard error (none "
-        f"if there is one seed). Settings are numbered by loss, the lowest first{partial}. MaxVio, drop rate and "
-        "tokens per second are means over the last tenth of the schedule. Empty: not measured, or not set."
+        f"if there is one seed). Settings are numbered by loss, the lowest first{partial}. MaxVio and drop "
+        "rate are means over the last tenth of the schedule, tokens per second medians over all intervals. Empty: not "
+        "measured, or not set."
         f"{shared}"
     )
 

@@ -21,7 +21,8 @@ LOSS, BITS = "final/eval/loss", "final/eval/bits_per_byte"
 COLUMNS = ("arm", "config_hash", "status", "error", "seed", "steps", "steps_planned", "fraction", "evaluations")
 TEXTS = ("arm", "config_hash", "status", "error", "git_commit", "versions", "device", "command", "alarm_rules",
          "evaluations")  # fmt: skip
-OF_THE_END = ("final/", "best/", "tail/", "tokens", "flops_total", "wall_s")  # columns that no earlier step has
+OF_THE_END = ("final/", "best/", "tail/", "median/", "tokens", "flops_total", "wall_s")
+"""How columns begin that no earlier step has."""
 
 
 def frame_of(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:

@@ -31,6 +31,7 @@ from moejax.sweeps.record_files import (
 from moejax.sweeps.row_check import STATUSES, check_definition, check_entry, check_row
 from moejax.training.alarms import AlarmFileError, read_alarms
 from moejax.training.run_directory import write_json
+from moejax.training.speed import SPEED, median_speed
 
 Row = dict[str, Any]
 
@@ -38,7 +39,6 @@ SWEEP_FILE, RECORD_FILE = "sweep.json", "record.json"
 JSONL_FILE, PARQUET_FILE = "records.jsonl", "records.parquet"
 TAIL = 0.1  # of the planned steps: the window at the end of an arm that its `tail/` values are means of
 TAIL_PREFIXES = ("loss/", "moe/")
-TAIL_KEYS = ("perf/tokens_per_s",)
 ENDING = ("arm", "config_hash", "status", "error")  # the first columns
 
 
@@ -154,6 +154,7 @@ def _measured(run: Run | None, entry: Mapping[str, Any], status: str) -> Row:
         best = int(np.argmin(np.where(is_finite, losses, np.inf)))
         row |= {"best/eval/loss": float(losses[best]), "best/step": int(steps[best])}
     row |= {f"tail/{key}": value for key, value in _tail_means(run, max(TAIL * (planned or 0), interval)).items()}
+    row[f"median/{SPEED}"] = median_speed(run.series(SPEED)[1])
     bits = dict(zip(*(values.tolist() for values in run.series("eval/bits_per_byte")), strict=True))
     evaluations = [
         [step / planned if planned else None, step, _finite(loss), _finite(bits.get(step))]
@@ -183,7 +184,7 @@ def _tail_means(run: Run, window: float) -> dict[str, float | None]:
     """Means over the intervals that ended within `window` steps of the last one; None where none was finite."""
     means: dict[str, float | None] = {}
     for key in run.keys:
-        if key.startswith(TAIL_PREFIXES) or key in TAIL_KEYS:
+        if key.startswith(TAIL_PREFIXES):
             steps, values = run.series(key)
             values = values[(steps > run.last_step - window) & np.isfinite(values)]
             means[key] = float(values.mean()) if values.size else None

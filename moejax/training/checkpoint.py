@@ -313,9 +313,8 @@ def _quiet_tasks() -> Iterator[None]:
     try:
         yield
     except Exception:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
-            gc.collect()  # what was begun and is not awaited any more tells when it is collected
+        warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)  # nor will they be
+        gc.collect()  # what was begun and is not awaited any more tells when it is collected
         raise
 
 
@@ -324,17 +323,20 @@ def _leave_out_failed_reads() -> None:
     logger = logging.getLogger("asyncio")
     if _is_told not in logger.filters:
         logger.addFilter(_is_told)
-        sys.unraisablehook = functools.partial(_tell_unless_loop_is_closed, sys.unraisablehook)
+        sys.unraisablehook = functools.partial(_tell_of_others, sys.unraisablehook)
 
 
 def _is_told(record: logging.LogRecord) -> bool:
     text = record.getMessage()
-    return "Task exception was never retrieved" not in text or "orbax" not in text
+    return "exception was never retrieved" not in text or ("orbax" not in text and "tensorstore" not in text)
 
 
-def _tell_unless_loop_is_closed(previous: Callable[[Any], object], unraisable: Any) -> None:
+def _tell_of_others(previous: Callable[[Any], object], unraisable: Any) -> None:
+    code = getattr(unraisable.object, "cr_code", None)
+    is_read = code is not None and "orbax" in Path(code.co_filename).parts
     error = unraisable.exc_value
-    if not isinstance(error, RuntimeError) or str(error) != "Event loop is closed":
+    is_late = isinstance(error, RuntimeError) and str(error) == "Event loop is closed"
+    if not is_read and not is_late:
         previous(unraisable)
 
 
