@@ -232,7 +232,7 @@ def test_report_is_written_again_from_the_run_directory(in_folder, capsys):
         (["view", "--workdir=.", "--port=70000"], "port"),
         (
             ["bench", "speed"],
-            "one of layer, decode, compiled, compiled_step, tune, step, telemetry, packed, compile, import; got speed",
+            "start, telemetry, packed, compile, import; got speed",
         ),
     ],
     ids=lambda value: " ".join(value[-2:])[-40:] if isinstance(value, list) else None,

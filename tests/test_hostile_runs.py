@@ -17,6 +17,7 @@ from training_cases import small_config
 
 DEBUG = Path(__file__).parents[1] / "configs/debug.py"
 CANARY = "SECRET canary text"
+MARKUP = "<script>alert(1)</script>"
 TEXTS = "".join(json.dumps({"text": f"document {i} " * 9}) + "\n" for i in range(40))
 
 
@@ -77,6 +78,21 @@ def test_links_and_pipes_in_place_of_any_file_stop_every_verb_before_it_is_opene
     printed = capfd.readouterr()
     assert CANARY not in printed.out + printed.err and "Traceback" not in printed.err
     assert canary.read_text() == CANARY
+
+
+def test_names_with_markup_and_control_characters_stay_text_wherever_they_are_shown(copy, tmp_path, capfd):
+    folder = copy.rename(tmp_path / "<img src=x onerror=alert(1)>\x1b[2J")
+    change_record(folder, lambda recorded: recorded.update(command=f"moejax train {MARKUP}", device=MARKUP))
+    for arguments in verbs(folder)[:-1]:
+        code = main(arguments)
+        printed = capfd.readouterr()
+        assert code in (0, 2), (arguments, printed.err)
+        assert "\x1b" not in printed.out + printed.err and "Traceback" not in printed.err, arguments
+    pages = list(tmp_path.rglob("*.html"))
+    assert pages
+    for page in pages:
+        text = page.read_text()
+        assert "<img src=x" not in text and MARKUP not in text and "\x1b" not in text
 
 
 def test_links_that_stay_inside_of_a_run_are_followed(copy):

@@ -20,6 +20,7 @@ from absl.flags import FlagValues
 from moejax.cli.arguments import check_arguments, config_first, plain_errors, verb_first
 from moejax.cli.errors import UsageError as UsageError
 from moejax.cli.memory import explain_memory, warn_of_small_limit
+from moejax.cli.printable import PrintableFormatter, printable
 from moejax.config import Config, leaves
 from moejax.training.signals import SignalWatch
 
@@ -101,11 +102,11 @@ def _run_and_explain(verb: str, arguments: list[str], is_debug: bool) -> int:
     except Exception as error:
         no_memory = explain_memory(error)
         if no_memory and not is_debug:
-            print(f"moejax: {no_memory}", file=sys.stderr)
+            print(f"moejax: {printable(no_memory)}", file=sys.stderr)
             return 1
         if is_debug or not _is_expected(error):
             raise
-        print(f"moejax: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"moejax: {printable(' '.join(str(error).split()))}", file=sys.stderr)
         return 2 if isinstance(error, ValueError | flags.Error | OSError) else 1
     return 0
 
@@ -187,7 +188,9 @@ def _flag_help(values: FlagValues) -> str:
 
 def _set_up_logging(is_debug: bool) -> None:
     """Our messages to standard error, plainly; warnings of what saves a run, and of other libraries errors only."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
+    for handler in logging.root.handlers:
+        handler.setFormatter(PrintableFormatter("%(message)s"))
     logging.getLogger("moejax").setLevel(logging.DEBUG if is_debug else logging.INFO)
     if not is_debug:
         for handler in logging.root.handlers:

@@ -21,6 +21,7 @@ from moejax.cli.options import (
     read_workdir_to_write,
     refuse_several_processes,
 )
+from moejax.cli.printable import printable
 from moejax.inspection.build import build_report
 from moejax.inspection.comparison_page import FILE_NAME, write_comparison
 from moejax.paths import resolve_path
@@ -43,13 +44,13 @@ def run(values: FlagValues, rest: list[str]) -> None:
         if said := read_text_places(values).said():
             leaf, place = next(iter(said.items()))
             raise UsageError(f"--data.{leaf}={place} is for the report of one run; a comparison reads no text")
-        print(_compare(rest, values.output))
+        print(printable(str(_compare(rest, values.output))))
         return
     if values.output:
         raise UsageError(f"--output={values.output} is for comparisons; give two or more run directories")
     if rest:
         values["workdir"].value = rest[0]
-    print(build_report(read_workdir_to_write(values), read_text_places(values)))
+    print(printable(str(build_report(read_workdir_to_write(values), read_text_places(values)))))
 
 
 def _compare(workdirs: list[str], output: str) -> Path:

@@ -33,6 +33,7 @@ from moejax.cli.options import (
     recipe_text,
     refuse_several_processes,
 )
+from moejax.cli.printable import printable
 from moejax.cli.recipe import explained, own_function, recipe_name, split_recipe
 from moejax.cli.sweep_search import (
     OF_DRAWS,
@@ -293,7 +294,7 @@ def _jobs(values: FlagValues) -> Jobs:
 def _submit(values: FlagValues, sweep: Sweep) -> None:
     for job in submit(sweep, _jobs(values)):
         log.info("job %s: logs in %s", job.job_id, job.paths.stdout)
-    print(f"moejax sweep report {sweep.directory}  shows what has ended")
+    print(f"moejax sweep report {printable(str(sweep.directory))}  shows what has ended")
 
 
 def _work(values: FlagValues) -> None:

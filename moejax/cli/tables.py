@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from moejax.cli.printable import printable
 from moejax.config import Config
 from moejax.models.parameters import ParameterCount
 from moejax.strict_json import to_json
@@ -87,9 +88,4 @@ def _show(value: Any) -> str:
         return f"{value:,}"
     if isinstance(value, list):
         return " ".join(str(item) for item in value)
-    return _harmless(str(value))
-
-
-def _harmless(text: str) -> str:
-    """Text of a folder that may be another's, without what makes a terminal do something."""
-    return "".join(c if c.isprintable() or c == "\n" else f"\\x{ord(c):02x}" for c in text)
+    return printable(str(value))

@@ -240,7 +240,7 @@ def _embed(graphdef: nnx.GraphDef, state: nnx.State, batch: Batch) -> tuple[jax.
 
 @functools.partial(jax.jit, static_argnums=0)
 def _apply(graphdef: nnx.GraphDef, state: nnx.State, x_BLD: jax.Array, context: Context):
-    x_BLD, _, stats = nnx.merge(graphdef, state)(x_BLD, context, None)
+    x_BLD, stats, _ = nnx.merge(graphdef, state)(x_BLD, context)
     if stats is None:
         return x_BLD, None
     num_choices = stats.assignments_E.sum()
