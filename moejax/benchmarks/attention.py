@@ -33,12 +33,13 @@ def bench_attention(config: Config, repetitions: int) -> dict[str, Any]:
         data=dataclasses.replace(config.data, seq_len=LONGER * config.data.seq_len),
         train=dataclasses.replace(config.train, batch_size=config.train.batch_size // LONGER),
     )
-    programs: dict[str, Callable[[], Any]] = {}
+    layers: dict[str, Callable[[], Any]] = {}
     for name, one in (("short", config), ("long", longer)):
-        programs[f"{name} step"] = Step(one)
-        programs[f"{name} rows"] = _layer(one, lambda q, k, v, segments: attend_in_rows(q, k, v, segments))
-        programs[f"{name} scores"] = _layer(one, lambda q, k, v, segments: attend(q, k, v, row_mask(segments)))
-    ms = {name: times.median_ms for name, times in interleave(programs, repetitions).items()}
+        layers[f"{name} rows"] = _layer(one, lambda q, k, v, segments: attend_in_rows(q, k, v, segments))
+        layers[f"{name} scores"] = _layer(one, lambda q, k, v, segments: attend(q, k, v, row_mask(segments)))
+    times = interleave(layers, repetitions)  # apart: among steps, which take much memory, both would wait for theirs
+    times |= interleave({"short step": Step(config), "long step": Step(longer)}, repetitions)
+    ms = {name: one.median_ms for name, one in times.items()}
     return {
         "step_ratio_long_to_short": round(ms["long step"] / ms["short step"], 3),
         "attention_ratio_to_all_scores_short": round(ms["short rows"] / ms["short scores"], 3),
@@ -55,15 +56,15 @@ def _layer(config: Config, attention: Callable[..., jax.Array]) -> Callable[[], 
     """Attention and its gradients for random queries, keys and values of one layer of a batch."""
     shape = (config.train.batch_size, config.data.seq_len)
     heads, dtype = (config.model.num_heads, config.model.num_kv_heads), config.model.compute_dtype
-    query, key, value = jax.random.split(jax.random.key(0), 3)
-    arrays = [
-        jax.random.normal(one, (*shape, num, config.head_dim), dtype)
-        for one, num in ((query, heads[0]), (key, heads[1]), (value, heads[1]))
-    ]
+    keys = jax.random.split(jax.random.key(0), 4)
+    sizes = (heads[0], heads[1], heads[1], heads[0])  # of queries, keys, values and the gradient of the output
+    *arrays, weight = (
+        jax.random.normal(key, (*shape, num, config.head_dim), dtype) for key, num in zip(keys, sizes, strict=True)
+    )
     segments_BL = jnp.ones(shape, jnp.int32)
 
     @jax.jit
-    def gradients(arrays, segments_BL):
-        return jax.grad(lambda arrays: attention(*arrays, segments_BL).astype(jnp.float32).sum())(arrays)
+    def gradients(arrays, weight, segments_BL):
+        return jax.grad(lambda arrays: (attention(*arrays, segments_BL) * weight).astype(jnp.float32).sum())(arrays)
 
-    return lambda: gradients(arrays, segments_BL)
+    return lambda: gradients(arrays, weight, segments_BL)
