@@ -176,6 +176,18 @@ def test_remat_sends_no_token_twice_if_what_arrived_is_saved(saves, ways):
     assert not gathered & {"4,32,2,16", "4,32,32", "4,16,32"}, "expert weights stay where they are"
 
 
+def test_a_step_on_one_device_sends_nothing_not_even_to_itself():
+    config = small_config()
+    trainable = make(config, 1)
+    batch = put_batch(packed_batch(config), trainable)
+    with jax.set_mesh(trainable.mesh):
+        lowered = make_train_step(trainable).lower(trainable.abstract, batch, Knobs.of(config))
+    sent = re.findall(
+        r"\b(all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute)", lowered.compile().as_text()
+    )
+    assert not sent
+
+
 def test_mesh_and_accumulation_together_change_nothing(moe):
     assert_same(run(small_config(mesh={"data": 2, "fsdp": 2}, train={"accumulation": 2}), 4, num_steps=2), moe)
 
