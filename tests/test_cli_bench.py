@@ -132,7 +132,7 @@ def test_several_processes_give_a_median_and_what_lies_between_them(capsys, monk
     assert all({"--shapes=64:8:4:4:2", "--repetitions=2", "--json"} <= set(command) for command in commands)
     assert not any("--processes" in flag for flag in commands[0])
     assert main(["bench", "step", f"--config={DEBUG}", "--processes=2"]) == 0
-    assert "2.0 (1.0 to 3.0)" in capsys.readouterr().out
+    assert "2 (1 to 3)" in capsys.readouterr().out
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=3, stderr="no room"))
     assert main(["bench", "step", f"--config={DEBUG}", "--processes=2"]) == 1
     assert "failed: no room" in capsys.readouterr().err

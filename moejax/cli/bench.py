@@ -188,7 +188,7 @@ def _run_in_processes(values: FlagValues, benchmark: str) -> None:
 
 
 def _spread(figure: dict[str, float]) -> str:
-    return f"{figure['median']:,} ({figure['lowest']:,} to {figure['highest']:,})"
+    return f"{figure['median']:,.6g} ({figure['lowest']:,.6g} to {figure['highest']:,.6g})"
 
 
 def _read_layers(values: FlagValues, benchmark: str) -> tuple[list[layer.Shape], list[str]]:
