@@ -55,16 +55,19 @@ def test_a_writer_of_the_benchmark_writes_what_the_model_does_and_again(monkeypa
     monkeypatch.setattr(generation, "STEPS", 8)
     config = small_config()
     model = Decoder(config, rngs=nnx.Rngs(params=0))
+    for name in ("query", "key", "value", "out"):  # strong attention, so that a wrong position changes what is written
+        weight = getattr(model.stacks[0].block.attention, name)
+        weight[...] = 3 * weight[...]
     writer = generation._Writer(LayeredDecoder(model), 0.0, 1.0)
     last_B = np.asarray(writer())
     np.testing.assert_array_equal(np.asarray(writer()), last_B)
-    prompts = jax.random.randint(jax.random.key(0), (16, 16), 0, config.num_token_ids, jnp.int32)
+    prompts_BL = jax.random.randint(jax.random.key(0), (16, 16), 0, config.num_token_ids, jnp.int32)
     forward = jax.jit(lambda t: model(t, jnp.ones_like(t), jnp.broadcast_to(jnp.arange(t.shape[1])[None], t.shape))[0])
-    row = np.zeros((1, 24), np.int32)
-    row[0, :16] = prompts[3]
-    for place in range(16, 24):
-        row[0, place] = forward(row)[0, place - 1].argmax()
-    assert forward(row)[0, -1].argmax() == last_B[3]
+    rows_BL = np.zeros((16, 25), np.int32)
+    rows_BL[:, :16] = prompts_BL
+    for place in range(16, 25):
+        rows_BL[:, place] = forward(rows_BL)[:, place - 1].argmax(-1)
+    np.testing.assert_array_equal(rows_BL[:, -1], last_B)
 
 
 def test_bench_attention_compares_rows_with_rows_four_times_as_long(capsys):
