@@ -180,7 +180,7 @@ def with_all_scores(q, k, v, segments_BL):
 
 
 @pytest.mark.parametrize("length", [1, 5, 8, 9, 31, 32])
-def test_squares_and_triangles_equal_attention_with_all_scores(monkeypatch, length):
+def test_blocks_equal_attention_with_all_scores(monkeypatch, length):
     monkeypatch.setattr(causal, "SMALLEST", 4)
     arrays, segments_BL = rows_of(length)
     found = results_and_gradients(causal.attend_causally, arrays, segments_BL)
@@ -197,7 +197,68 @@ def test_long_rows_take_blocks_of_queries_and_keep_no_scores(monkeypatch):
     found = results_and_gradients(causal.attend_causally, arrays, segments_BL)
     jax.tree.map(functools.partial(oracle.assert_close, rtol=1e-5), found, expected)
     program = str(jax.make_jaxpr(causal.attend_causally)(*arrays[:3], segments_BL))
-    assert "length=4" in program and "remat" in program  # 32 queries of the largest square, 8 at a time
+    assert "length=2" in program and "remat" in program  # 16 queries of the largest blocks, 8 at a time
+
+
+@pytest.mark.parametrize("length", [29, 64])
+def test_documents_in_any_order_attend_as_with_all_scores(monkeypatch, length):
+    monkeypatch.setattr(causal, "SMALLEST", 4)
+    arrays, _ = rows_of(length)
+    segments_BL = jnp.asarray(np.random.default_rng(length).integers(0, 4, (3, length)), jnp.int32)
+    found = results_and_gradients(causal.attend_causally, arrays, segments_BL)
+    expected = results_and_gradients(with_all_scores, arrays, segments_BL)
+    jax.tree.map(functools.partial(oracle.assert_close, rtol=1e-5), found, expected)
+
+
+def short_documents(*lengths):
+    """Segments of one row, with padding behind."""
+    numbers = np.repeat(1 + np.arange(len(lengths)), lengths)
+    return np.pad(numbers, (0, 64 - len(numbers))).astype(np.int32)
+
+
+SHORT = [short_documents(*[5] * 12), short_documents(*[3, 4] * 9), short_documents(*[1] * 60)]
+MIXED = [SHORT[0], short_documents(9, 8, 7, 6, 5), short_documents(20, 40)]
+
+
+@pytest.mark.parametrize("rows", [SHORT, MIXED], ids=["short", "mixed"])
+def test_skipping_what_does_not_meet_changes_no_bit(monkeypatch, rows):
+    monkeypatch.setattr(causal, "SMALLEST", 4)
+    arrays, _ = rows_of(64)
+    found = results_and_gradients(causal.attend_causally, arrays, jnp.stack(rows))
+    monkeypatch.setattr(causal, "_can_meet", lambda queries, keys: jnp.array(True))
+    expected = results_and_gradients(causal.attend_causally, arrays, jnp.stack(rows))
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def first_values_not_finite(rows):
+    """What attention makes of rows whose first two values are not finite; a weight of 0 leaves them so."""
+    (q, k, v, _), _ = rows_of(64)
+    return np.asarray(jax.jit(causal.attend_causally)(q, k, v.at[:, :2].set(jnp.nan), jnp.stack(rows)))
+
+
+def test_what_does_not_meet_is_not_computed(monkeypatch):
+    monkeypatch.setattr(causal, "SMALLEST", 4)
+    touching = 8  # positions of the first block and of the next one
+    assert np.isnan(first_values_not_finite(SHORT)[:, :touching]).all(-1).any()
+    assert np.isfinite(first_values_not_finite(SHORT)[:, touching:]).all()
+    assert np.isnan(first_values_not_finite(MIXED)[0, touching:]).any()  # another row of the batch has long documents
+
+
+def test_arms_that_train_together_skip_what_none_of_them_needs(monkeypatch):
+    monkeypatch.setattr(causal, "SMALLEST", 4)
+    arrays, _ = rows_of(64)
+    rows_ABL = jnp.stack([jnp.stack(SHORT), jnp.stack(SHORT[::-1]), jnp.stack(MIXED)])
+    arms = [jnp.stack([scale * array for scale in (1.0, 0.5, -1.0)]) for array in arrays]
+    each = jax.vmap(lambda *a: results_and_gradients(causal.attend_causally, a[:4], a[4]))
+
+    found = each(*arms, rows_ABL)
+    for arm in range(3):
+        alone = results_and_gradients(causal.attend_causally, [a[arm] for a in arms], rows_ABL[arm])
+        jax.tree.map(lambda x, y, arm=arm: oracle.assert_close(x[arm], y, rtol=1e-5), found, alone)
+
+    q, k, v, dy = arms
+    together = each(q[:2], k[:2], v[:2].at[:, :, :2].set(jnp.nan), dy[:2], rows_ABL[:2])[0]
+    assert np.isfinite(together[:, :, 8:]).all()
 
 
 def test_in_bfloat16_attention_is_the_exact_one_to_a_rounding():

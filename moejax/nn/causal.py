@@ -1,14 +1,16 @@
-"""Causal attention of packed rows in squares and triangles: almost no score of a later key is computed.
+"""Causal attention of packed rows in blocks: almost no score of a later key is computed, nor of another document.
 
-A row is halved again and again, down to `SMALLEST` positions. Every query of a second half sees its whole first half, a
-square of scores, and every smallest part sees itself, a triangle. All squares of one size are one product, so that the
-program grows with the logarithm of the length. Each gives a part of a query's softmax; the parts are added up with
-respect to the largest score of all.
+Every block of `SMALLEST` positions or fewer sees itself and the block before it. What lies further back is seen by
+blocks of this size, of twice, of four times, ... the size: two blocks of one pair see those of the pair before which
+they do not touch. All of one size is two products, so that the program grows with the logarithm of the length; where no
+documents of the batch meet in them, they are not computed. Each product gives a part of a query's softmax; the parts
+are added up with respect to the largest score of all.
 
 It serves XLA:CPU, where attention that computes all scores and masks half of them takes two to four times as long.
 
 Sources: the sum of parts is that of Milakov & Gimelshein 2018, section 3 (online softmax); long rows keep no scores for
-the backward pass, as in Rabe & Staats 2021.
+the backward pass, as in Rabe & Staats 2021; the blocks are the interaction lists of the fast multipole method,
+Greengard & Rokhlin 1987.
 """
 
 import dataclasses
@@ -16,13 +18,20 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Bool, Float, Int
 
 SMALLEST = 64
-"""Positions of a triangle at most: in smaller ones there is more to add up than to skip."""
+"""Positions of a block at most: of smaller ones there is more to add up than to skip."""
 
 LONGEST_AT_ONCE, BLOCK = 1024, 512
 """Queries of a row that attend at once; of longer rows, as many as a block has."""
+
+PADDING = jnp.iinfo(jnp.int32).max
+"""The document of padding, which lies behind all others."""
+
+NO_DOCUMENT = -1
+"""The document of what is before the first block."""
 
 MASKED = -1e30
 """The score of a key that a query may not see; its exponential is 0."""
@@ -44,6 +53,10 @@ class Part:
     weighted: jax.Array
 
 
+NOTHING = (MASKED, 0.0, 0.0)
+"""What no key adds to a softmax: the values of a `Part`."""
+
+
 def attend_causally(
     q_BLHA: Float[Array, "B L H A"],
     k_BLGA: Float[Array, "B L G A"],
@@ -56,16 +69,17 @@ def attend_causally(
       q_BLHA: queries.
       k_BLGA: keys.
       v_BLGA: values.
-      segments_BL: number of the document within its row.
+      segments_BL: number of the document within its row; what can be skipped is found where numbers do not fall, and
+        padding (0) is last.
     """
     length = q_BLHA.shape[1]
     halvings = max(0, (length - 1) // SMALLEST).bit_length()
     missing = ((0, 0), (0, -length % (1 << halvings)))  # added positions are seen by each other alone
     q_BLHA, k_BLGA, v_BLGA = (jnp.pad(a, (*missing, (0, 0), (0, 0))) for a in (q_BLHA, k_BLGA, v_BLGA))
     row = _Row.of(q_BLHA, k_BLGA, v_BLGA, jnp.pad(segments_BL, missing))
-    parts = [row.triangles(1 << halvings)]
-    for level in range(halvings):
-        parts.append(row.squares(1 << level))
+    parts = [row.near(1 << halvings)]
+    for level in range(halvings, 1, -1):
+        parts.append(row.far(1 << level))
     y_BGRLA = _add_up(parts).astype(q_BLHA.dtype)
     return y_BGRLA.transpose(0, 3, 1, 2, 4).reshape(q_BLHA.shape)[:, :length]
 
@@ -84,26 +98,58 @@ class _Row:
         batch, length, _, head = q_BLHA.shape
         q_BLGRA = q_BLHA.reshape(batch, length, k_BLGA.shape[2], -1, head)
         return cls(
-            q_BLGRA.transpose(0, 2, 3, 1, 4), k_BLGA.transpose(0, 2, 1, 3), v_BLGA.transpose(0, 2, 1, 3), segments_BL
+            q_BLGRA.transpose(0, 2, 3, 1, 4),
+            k_BLGA.transpose(0, 2, 1, 3),
+            v_BLGA.transpose(0, 2, 1, 3),
+            jnp.where(segments_BL == 0, PADDING, segments_BL),
         )
 
-    def triangles(self, num: int) -> Part:
-        """The row in `num` parts, each of which sees itself."""
+    def near(self, num: int) -> Part:
+        """The row in `num` blocks, each of which sees itself up to each position, and the block before it."""
         q_BGRnlA, k_BGnlA, v_BGnlA = (_cut(a, num, -2) for a in (self.q_BGRLA, self.k_BGLA, self.v_BGLA))
         segments_Bnl = _cut(self.segments_BL, num, -1)
         length = segments_Bnl.shape[-1]
         is_causal_ll = jnp.tril(jnp.ones((length, length), bool))
-        mask_Bnll = _is_same(segments_Bnl, segments_Bnl) & is_causal_ll[None, None]
-        return self._whole(self._attend(q_BGRnlA, k_BGnlA, v_BGnlA, mask_Bnll))
+        mask_Bnls = _is_same(segments_Bnl, segments_Bnl) & is_causal_ll[None, None]
+        if num > 1:
+            k_BGnlA, v_BGnlA = (jnp.concatenate([_previous(a, 2, 0), a], -2) for a in (k_BGnlA, v_BGnlA))
+            of_previous_Bnll = _is_same(segments_Bnl, _previous(segments_Bnl, 1, NO_DOCUMENT))
+            mask_Bnls = jnp.concatenate([of_previous_Bnll, mask_Bnls], -1)
+        return self._whole(self._attend(q_BGRnlA, k_BGnlA, v_BGnlA, mask_Bnls))
 
-    def squares(self, num: int) -> Part:
-        """The row in `num` parts, the second half of each of which sees the first one."""
-        q_BGRnlA = _cut(self.q_BGRLA, 2 * num, -2)[..., 1::2, :, :]
-        k_BGnlA, v_BGnlA = (_cut(a, 2 * num, -2)[..., ::2, :, :] for a in (self.k_BGLA, self.v_BGLA))
-        segments_Bnl = _cut(self.segments_BL, 2 * num, -1)
-        mask_Bnll = _is_same(segments_Bnl[:, 1::2], segments_Bnl[:, ::2])
-        part = self._attend(q_BGRnlA, k_BGnlA, v_BGnlA, mask_Bnll)
-        return self._whole(Part(*(_behind(x, x_0) for x, x_0 in zip(_arrays(part), (MASKED, 0.0, 0.0), strict=True))))
+    def far(self, num: int) -> Part:
+        """The row in `num` blocks, which see, in the pair of blocks before their own pair, what they do not touch.
+
+        The first block of a pair sees the first one of the pair before, and the second block sees both.
+        """
+        pairs, length = num // 2, self.segments_BL.shape[1] // num
+        q_BGRplA = _cut(self.q_BGRLA, pairs, -2)[..., 1:, :, :]
+        k_BGpsA, v_BGpsA = (_cut(a, pairs, -2)[..., :-1, :, :] for a in (self.k_BGLA, self.v_BGLA))
+        segments_Bpl = _cut(self.segments_BL, pairs, -1)[:, 1:]
+        segments_Bps = _cut(self.segments_BL, pairs, -1)[:, :-1]
+        first_Bpl, second_Bpl = segments_Bpl[..., :length], segments_Bpl[..., length:]
+        first_Bps = segments_Bps[..., :length]
+
+        def attend() -> Part:
+            first = self._attend(
+                q_BGRplA[..., :length, :],
+                k_BGpsA[..., :length, :],
+                v_BGpsA[..., :length, :],
+                _is_same(first_Bpl, first_Bps),
+            )
+            second = self._attend(q_BGRplA[..., length:, :], k_BGpsA, v_BGpsA, _is_same(second_Bpl, segments_Bps))
+            both = [jnp.concatenate(halves, 4) for halves in zip(_arrays(first), _arrays(second), strict=True)]
+            return self._whole(Part(*(_behind(x, fill) for x, fill in zip(both, NOTHING, strict=True))))
+
+        def skip() -> Part:
+            largest, total, weighted = NOTHING
+            shape = self.q_BGRLA.shape
+            return Part(
+                jnp.full(shape[:-1], largest), jnp.full(shape[:-1], total), jnp.full(shape, weighted, jnp.float32)
+            )
+
+        do_meet = _can_meet(first_Bpl, first_Bps) | _can_meet(second_Bpl, segments_Bps)
+        return jax.lax.cond(_of_any_arm(do_meet), attend, skip)
 
     def _attend(self, q_BGRnlA, k_BGnlA, v_BGnlA, mask_Bnll) -> Part:
         """Of long rows, a block of queries after the other, whose scores are computed again in the backward pass."""
@@ -162,6 +208,27 @@ def _add_up(parts: list[Part]) -> jax.Array:
     return weighted / total[..., None]
 
 
+def _can_meet(segments_Bnl: Int[Array, "B n l"], segments_Bns: Int[Array, "B n s"]) -> Bool[Array, ""]:
+    """Whether any block of queries may hold a document that its block of keys holds too."""
+    is_after_Bn = segments_Bnl.min(-1) > segments_Bns.max(-1)
+    is_before_Bn = segments_Bnl.max(-1) < segments_Bns.min(-1)
+    return ~(is_after_Bn | is_before_Bn).all()
+
+
+@custom_vmap
+def _of_any_arm(condition: Bool[Array, ""]) -> Bool[Array, ""]:
+    """The condition; for the arms of a sweep, which `vmap` trains together, whether it holds for any of them.
+
+    Plain `vmap` would compute both branches for all arms, and choose.
+    """
+    return condition
+
+
+@_of_any_arm.def_vmap
+def _(num_arms: int, is_batched: list[bool], condition_A: Bool[Array, "A"]) -> tuple[Bool[Array, ""], bool]:
+    return condition_A.any(), False
+
+
 def _is_same(segments_Bnl: jax.Array, segments_Bns: jax.Array) -> jax.Array:
     return segments_Bnl[..., :, None] == segments_Bns[..., None, :]
 
@@ -182,5 +249,11 @@ def _join(x: jax.Array, axis: int) -> jax.Array:
 
 
 def _behind(x_BGRnl: jax.Array, fill: float) -> jax.Array:
-    """Each of the n parts behind as much of `fill`, along l."""
-    return jnp.concatenate([jnp.full_like(x_BGRnl, fill), x_BGRnl], axis=4)
+    """The n blocks behind one of `fill`."""
+    return jnp.concatenate([jnp.full_like(x_BGRnl[:, :, :, :1], fill), x_BGRnl], axis=3)
+
+
+def _previous(x: jax.Array, axis: int, fill: float) -> jax.Array:
+    """What stands before each entry of an axis; before the first one, `fill`."""
+    first = jnp.full_like(jax.lax.slice_in_dim(x, 0, 1, axis=axis), fill)
+    return jnp.concatenate([first, jax.lax.slice_in_dim(x, 0, -1, axis=axis)], axis)
