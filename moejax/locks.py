@@ -27,7 +27,7 @@ import weakref
 from pathlib import Path
 from typing import Any
 
-__all__ = ["FolderLock", "HeldError", "LockedError"]
+__all__ = ["FolderLock", "HeldError", "LockedError", "check_held"]
 
 BEAT_S = 5.0
 """Seconds between two beats of a holder."""
@@ -135,7 +135,7 @@ class FolderLock:
         self._is_over.set()
         if self._thread:
             self._thread.join()
-        if not self._is_lost.is_set() and self._file >= 0:
+        if self._file >= 0 and not (self._is_lost.is_set() or self._is_taken()):
             with contextlib.suppress(OSError):  # a disk that went away: the grace period frees the lock
                 os.ftruncate(self._file, 0)
                 if kind is not None:
@@ -144,7 +144,7 @@ class FolderLock:
 
     def check(self) -> None:
         """Raises `LockedError` if another process has taken the lock, for which this one must have stood still."""
-        if self._is_lost.is_set():
+        if self._is_lost.is_set() or self._is_taken():
             raise LockedError(
                 f"{self.folder} was taken over by {self._read_holder()}, because this process had not been heard of "
                 f"for {self._timing.grace_s:g} s; nothing more is written there"
@@ -265,13 +265,24 @@ class FolderLock:
     def _beat_on(self) -> None:
         while not self._is_over.wait(self._timing.beat_s):
             try:
-                if self._read_holder().nonce != self._me.nonce:
+                if self._is_taken():
                     self._is_lost.set()
                     log.error("%s was taken over by %s", self.folder, self._read_holder())
                     return
                 self._write()
             except OSError as error:  # the disk may be full or away for a moment: the next beat tries again
                 log.debug("%s: a beat was not written (%s)", self.path, error)
+
+    def _is_taken(self) -> bool:
+        """Whether the record is another's, or was released or removed by another; not if it cannot be read just now."""
+        try:
+            record = self._read_now()
+        except FileNotFoundError:
+            return True
+        except OSError:
+            return False
+        holder = _parse(record)
+        return not record or (holder.pid != 0 and holder.nonce != self._me.nonce)
 
     def _write(self) -> None:
         """Renews the record; in one call, so that a reader sees the old one or the new one."""
@@ -282,11 +293,15 @@ class FolderLock:
         os.fsync(self._file)  # other machines see it
 
     def _read(self) -> bytes:
-        """The record as it is now; opened again, which is when network file systems look for changes."""
+        """The record as it is now, empty if it cannot be read."""
         try:
-            file = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+            return self._read_now()
         except OSError:
             return b""
+
+    def _read_now(self) -> bytes:
+        """The record; opened again, which is when network file systems look for changes."""
+        file = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
         try:
             return os.pread(file, MAX_RECORD_BYTES, 0)
         finally:
@@ -294,6 +309,19 @@ class FolderLock:
 
     def _read_holder(self) -> Holder:
         return _parse(self._read())
+
+
+def check_held(path: str | Path) -> None:
+    """Raises `LockedError` if a lock of this process on a path, or on a folder above it, was taken over by another.
+
+    Who writes asks before: a process that was suspended for long finds that it does not have its folder any more. It
+    may have no lock there; it must not have lost one.
+    """
+    wanted = Path(path).absolute()
+    for lock in list(_held):
+        folder = lock.folder.absolute()
+        if wanted == folder or folder in wanted.parents:
+            lock.check()
 
 
 def _parse(record: bytes) -> Holder:

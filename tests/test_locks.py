@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from moejax import locks
-from moejax.locks import FolderLock, LockedError, Timing
+from moejax.locks import FolderLock, LockedError, Timing, check_held
 
 QUICK = Timing(beat_s=0.05, grace_s=0.4, poll_s=0.02)
 
@@ -127,6 +127,60 @@ def test_a_holder_that_was_taken_over_is_told_and_leaves_the_record(tmp_path):
         with pytest.raises(LockedError, match="taken over by process 7 on node9"):
             lock.check()
     assert json.loads((tmp_path / ".lock").read_text())["pid"] == 7
+
+
+SLOW = Timing(beat_s=60, grace_s=0.4, poll_s=0.02)
+
+
+def test_a_writer_that_asks_learns_of_a_takeover_before_its_next_beat(tmp_path):
+    check_held(tmp_path / "run/metrics.jsonl")  # nobody holds it
+    with FolderLock(tmp_path / "run", "train", timing=SLOW):
+        check_held(tmp_path / "run/metrics.jsonl")
+        foreign_record(tmp_path / "run")
+        for path in ("run", "run/metrics.jsonl", "run/checkpoints"):
+            with pytest.raises(LockedError, match="run was taken over by process 7 on node9"):
+                check_held(tmp_path / path)
+        check_held(tmp_path)
+        check_held(tmp_path / "running")
+    assert json.loads((tmp_path / "run/.lock").read_text())["pid"] == 7  # left as it is
+    check_held(tmp_path / "run")
+
+
+@pytest.mark.parametrize("record", [b"", None], ids=["released", "removed"])
+def test_a_record_that_another_has_released_or_removed_is_lost(tmp_path, record):
+    with FolderLock(tmp_path, "train", timing=SLOW):
+        if record is None:
+            (tmp_path / ".lock").unlink()
+        else:
+            (tmp_path / ".lock").write_bytes(record)
+        with pytest.raises(LockedError, match="was taken over by a process that cannot be named"):
+            check_held(tmp_path)
+
+
+def test_a_record_that_cannot_be_read_for_a_moment_is_not_lost(tmp_path, monkeypatch):
+    with FolderLock(tmp_path, "train", timing=QUICK) as lock:
+        with monkeypatch.context() as patch:
+            patch.setattr(locks.os, "open", raises(OSError(errno.ESTALE, "Stale file handle")))
+            check_held(tmp_path)
+            time.sleep(4 * QUICK.beat_s)
+        (tmp_path / ".lock").write_bytes(b'{"pid": 7, "ho')  # torn
+        check_held(tmp_path)
+        wait_for(lambda: b"nonce" in (tmp_path / ".lock").read_bytes())  # the next beat writes it anew
+        assert not lock._is_lost.is_set()
+
+
+def raises(error):
+    def function(*_):
+        raise error
+
+    return function
+
+
+def wait_for(condition, seconds=10):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def test_a_failure_before_anything_was_written_leaves_no_folder(tmp_path):

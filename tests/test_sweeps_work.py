@@ -13,12 +13,12 @@ import jax
 import pytest
 
 from moejax.locks import LockedError
-from moejax.sweeps import pool, run
+from moejax.sweeps import directory, pool, run
 from moejax.sweeps.arms import SweepError, plan_arms
-from moejax.sweeps.directory import locked, open_sweep, write_sweep
+from moejax.sweeps.directory import claimed, locked, open_sweep, write_sweep
 from moejax.sweeps.pool import RESTARTS, STOPPED, Share, run_pool, share_out, shares
 from moejax.sweeps.records import read_record, read_records, write_record
-from moejax.sweeps.run import run_sweep, train_pack, training_seconds, work
+from moejax.sweeps.run import record_arm, run_sweep, train_pack, training_seconds, work
 from moejax.training.alarms import AlarmError
 from moejax.training.nonfinite import NonFiniteError
 from moejax.training.packed_loop import ArmResult
@@ -155,6 +155,22 @@ def test_a_lock_that_cannot_be_made_ends_the_work_and_is_not_waited_for(trained,
     with pytest.raises(SweepError, match="cannot be written: Not a directory; use another folder"):
         new_sweep(tmp_path)
     assert trained == []
+
+
+def test_what_another_process_has_taken_over_is_not_written(tmp_path):
+    sweep = new_sweep(tmp_path)
+    arm_id = sweep.packs[0][0]
+    taken = {"pid": 7, "host": "node9", "boot": "b", "since": "then", "does": "trains", "nonce": "n", "beat": 1}
+    with claimed(tmp_path, arm_id), locked(tmp_path, "definition"):
+        for name in (arm_id, "definition"):
+            (tmp_path / "claims" / name / ".lock").write_text(json.dumps(taken))
+        before = (tmp_path / "sweep.json").read_bytes()
+        with pytest.raises(LockedError, match=f"claims/{arm_id} was taken over by process 7 on node9"):
+            record_arm(sweep.workdir(arm_id), sweep.arms[arm_id], "done", None, packed=1)
+        with pytest.raises(LockedError, match="claims/definition was taken over by process 7 on node9"):
+            directory._write(sweep, "r.py", "", is_search=False)
+    assert read_record(sweep.workdir(arm_id)) is None
+    assert (tmp_path / "sweep.json").read_bytes() == before
 
 
 def test_packs_that_another_process_holds_are_waited_for_and_not_trained(trained, tmp_path, monkeypatch):

@@ -271,6 +271,26 @@ def test_a_second_training_of_a_run_is_told_who_trains_it(runs, tmp_path):
     open_run(copy)  # looking at it needs no lock
 
 
+@pytest.mark.parametrize("is_saved", [True, False])
+def test_a_run_that_another_process_has_taken_over_writes_nothing_more(runs, tmp_path, monkeypatch, is_saved):
+    config, _, _ = runs
+    if not is_saved:  # the next that is written is a line of metrics
+        monkeypatch.setattr(Checkpoints, "save", lambda *_: True)
+    record = {"pid": 7, "host": "node9", "boot": "b", "since": "then", "does": "train", "nonce": "n", "beat": 1}
+    contents = []
+
+    def take_over(step, _):
+        if step == 4:
+            (tmp_path / "run/.lock").write_text(json.dumps(record))
+            contents.append((tmp_path / "run/metrics.jsonl").read_bytes())
+
+    with pytest.raises(LockedError, match=r"run was taken over by process 7 on node9 \(train, since then\)"):
+        train(config, tmp_path / "run", on_evaluation=take_over)
+    assert [(tmp_path / "run/metrics.jsonl").read_bytes()] == contents
+    assert not [path for path in (tmp_path / "run/checkpoints").iterdir() if path.name.isdigit()]
+    assert json.loads((tmp_path / "run/.lock").read_text()) == record
+
+
 def test_without_config_json_a_run_goes_on_under_its_own_configuration_alone(runs, tmp_path):
     config, stopped, whole = runs
     copy = copy_run(stopped, tmp_path / "run")

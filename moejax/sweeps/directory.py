@@ -11,7 +11,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from moejax.locks import FolderLock, HeldError, LockedError
+from moejax.locks import FolderLock, HeldError, LockedError, check_held
 from moejax.paths import resolve_path
 from moejax.sweeps.arms import Arm, Plan, SweepError, check_same
 from moejax.sweeps.packs import Ids, pack_arms
@@ -167,6 +167,7 @@ def _defining(directory: Path) -> Iterator[None]:
 
 
 def _write(sweep: Sweep, recipe: str, match: str, *, is_search: bool) -> None:
+    check_held(sweep.directory / CLAIMS_FOLDER / "definition")
     content = {
         "recipe": recipe,
         "command": sweep.command,

@@ -15,10 +15,11 @@ import jax
 import pandas as pd
 
 from moejax.compilation_cache import keep_programs
+from moejax.locks import check_held
 from moejax.planning.memory import check_memory
 from moejax.sharding import make_mesh
 from moejax.sweeps.arms import Arm, SweepError, describe, plan_arms
-from moejax.sweeps.directory import Sweep, join_records, write_sweep
+from moejax.sweeps.directory import CLAIMS_FOLDER, Sweep, join_records, write_sweep
 from moejax.sweeps.match import Match
 from moejax.sweeps.packs import Ids
 from moejax.sweeps.pool import usable_cores
@@ -190,7 +191,11 @@ def record_arm(workdir: Path, arm: Arm, status: str, error: str | None, packed: 
       status: see `record_of`.
       error: see there.
       packed: arms in its pack, if the arm ended before it logged how many.
+
+    Raises:
+      LockedError: another process has taken over the arm, whose record is not ours to write.
     """
+    check_held(workdir.parents[1] / CLAIMS_FOLDER / arm.id)
     seconds = training_seconds(workdir)
     row = record_of(
         workdir, arm.to_json(), status=status, error=error, wall_s=seconds and seconds.wall_s,

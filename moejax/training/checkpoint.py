@@ -24,6 +24,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from moejax.config import Config, ConfigError, resolve_recorded, to_dict
+from moejax.locks import check_held
 from moejax.training.checkpoint_meta import (
     CheckpointError,
     DamageError,
@@ -103,7 +104,9 @@ class Checkpoints:
 
         Raises:
           CheckpointError: the save before failed, or a later step is saved: see `drop_after`.
+          LockedError: another process has taken over the run directory.
         """
+        check_held(self.workdir)
         step = int(state.step)
         if step in self._manager.all_steps():
             return False

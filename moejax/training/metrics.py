@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 
+from moejax.locks import check_held
 from moejax.planning.devices import peak_memory_bytes
 from moejax.training.alarms import Alarm, AlarmLog
 from moejax.training.intervals import TimedOutput, pack_steps
@@ -37,6 +38,7 @@ class MetricsFile:
       noted: `state` at that step, from its checkpoint.
 
     Attributes:
+      path: of the file of scalars.
       tokens: targets trained on so far.
 
     Raises:
@@ -52,7 +54,8 @@ class MetricsFile:
     ):
         from tensorboardX import SummaryWriter
 
-        self._file = LineFile(Path(workdir) / "metrics.jsonl", after_step, noted, _is_metrics)
+        self.path = Path(workdir) / "metrics.jsonl"
+        self._file = LineFile(self.path, after_step, noted, _is_metrics)
         known = [line["tokens"] for line in self._file.lines if "tokens" in line]
         self.tokens = int(known[-1] if known else 0) if tokens is None else tokens
         self._board = SummaryWriter(str(Path(workdir) / "tensorboard"), purge_step=after_step + 1)
@@ -202,6 +205,7 @@ class Recorder:
     def _write(self, interval: Sequence[TimedOutput]) -> None:
         if not interval or self.metrics is None:
             return
+        check_held(self.metrics.path)
         outputs: list[StepOutput] = jax.device_get([output for output, _ in interval])
         steps = [{key: float(value) for key, value in output.scalars.items()} for output in outputs]
         self._written_step += len(steps)

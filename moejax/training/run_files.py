@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from moejax.config import Config
+from moejax.locks import check_held
 from moejax.planning.devices import utilisation_of_token
 from moejax.training.alarms import AlarmLog
 from moejax.training.checkpoint import Checkpoints
@@ -90,6 +91,7 @@ class RunFiles:
     def note(self, step: int, evaluation: Evaluation) -> None:
         """Writes an evaluation."""
         if self._metrics:
+            check_held(self._metrics.path)
             of_routing = self._evaluations.append(step, evaluation) if self._evaluations else {}
             self._metrics.write(step, evaluation.scalars() | of_routing)
 
