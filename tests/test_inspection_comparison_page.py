@@ -119,6 +119,9 @@ def test_two_runs_have_a_column_with_their_difference(tmp_path):
     assert "No two settings share two seeds" in text
     many = Page(render_comparison(compare([*folders, make_run(tmp_path / "c", loss=8.0)]))).text
     assert "Below a value: its difference to a." in many and f"Bits per byte 4 3.5 {MINUS}0.5 ({MINUS}12.5%) 4 " in many
+    as_rows = [make_run(tmp_path / name, loss=8.0) for name in ("d", "e", "f", "g")]
+    text = Page(render_comparison(compare([*folders, *as_rows]))).text
+    assert f"b 20 4k 1k 7 {MINUS}1 ({MINUS}12.5%) " in text
 
 
 def test_settings_are_compared_seed_by_seed(tmp_path):

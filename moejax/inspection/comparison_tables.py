@@ -48,16 +48,18 @@ def results(comparison: Comparison) -> str:
             known.append((row, values))
     intro = f"<p>The last value of each run; tokens per second and MFU are medians over logging intervals.</p>{note}"
     labels = [html.text(label) for label in comparison.runs]
-    if len(labels) > MAX_ACROSS:
-        rows = [[label, *(row.show(values[i]) for row, values in known)] for i, label in enumerate(labels)]
-        return intro + table(["run", *(row.title for row, _ in known)], rows, "compared")
     if len(labels) == 2:
         head = ["", *labels, f"difference: {labels[1]} minus {labels[0]}"]
         rows = [[row.title, *map(row.show, values), _minus(row, values[1], values[0])] for row, values in known]
         return intro + table(head, rows, "compared")
-    head = ["", *labels]
-    rows = [[row.title, row.show(values[0]), *_with_differences(row, values)] for row, values in known]
-    return f"{intro}<p>Below a value: its difference to {labels[0]}.</p>{table(head, rows, 'compared')}"
+    titles = [row.title for row, _ in known]
+    by_title = [[row.show(values[0]), *_with_differences(row, values)] for row, values in known]
+    intro += f"<p>Below a value: its difference to {labels[0]}.</p>"
+    if len(labels) > MAX_ACROSS:
+        rows = [[label, *(cells[i] for cells in by_title)] for i, label in enumerate(labels)]
+        return intro + table(["run", *titles], rows, "compared")
+    rows = [[title, *cells] for title, cells in zip(titles, by_title, strict=True)]
+    return intro + table(["", *labels], rows, "compared")
 
 
 def _rows(comparison: Comparison) -> list[Row]:
