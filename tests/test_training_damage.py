@@ -21,6 +21,7 @@ from moejax.training import loop, metrics
 from moejax.training.alarms import read_alarms
 from moejax.training.checkpoint import Checkpoints
 from moejax.training.evaluation_log import Evaluations
+from moejax.training.line_file import is_as_noted
 from moejax.training.loop import train
 from moejax.training.routing_log import read_routing
 from moejax.training.run_directory import tell_changes, warn_of_lost_checkpoints
@@ -248,6 +249,36 @@ def test_a_lost_evaluation_is_said_and_is_no_reference_for_churn(runs, tmp_path,
     train(config, copy)
     assert any("lacks the evaluations of step 4, and the next has no churn" in r.message for r in caplog.records)
     assert "churn" not in Evaluations(copy).read(6)
+
+
+@pytest.mark.parametrize("change", ["none", "digit", "line", "cut"])
+def test_who_looks_at_a_run_learns_that_its_metrics_were_changed(runs, tmp_path, caplog, change):
+    copy = copy_run(runs[2], tmp_path / "run")
+    content = (copy / "metrics.jsonl").read_bytes()
+    rows = content.splitlines(keepends=True)
+    place = content.index(b'"loss/lm": ') + len(b'"loss/lm": ')
+    digit = b"%d" % ((int(content[place : place + 1]) + 1) % 10)
+    changed = {
+        "none": content,
+        "digit": content[:place] + digit + content[place + 1 :],
+        "line": b"".join(rows[1:]),
+        "cut": b"".join(rows[:-1]),
+    }
+    (copy / "metrics.jsonl").write_bytes(changed[change])
+    run = open_run(copy)
+    assert run.keys and run.last("loss/lm") is not None
+    said = [record.getMessage() for record in caplog.records if "is not what was written" in record.getMessage()]
+    assert len(said) == (change != "none")
+    expected = f"{copy / 'metrics.jsonl'} is not what was written up to step 6: a part of it is lost or changed"
+    assert all(line.startswith(expected) for line in said)
+
+
+@pytest.mark.parametrize(
+    "noted", [[], {"bytes": "9", "digest": ""}, {"bytes": -1, "digest": ""}, {"bytes": 2**80, "digest": ["x"]}, "x"]
+)
+def test_what_a_checkpoint_notes_of_a_file_may_be_anything(tmp_path, noted):
+    (tmp_path / "metrics.jsonl").write_bytes(b"{}")
+    assert not is_as_noted(tmp_path / "metrics.jsonl", noted)
 
 
 def test_after_a_refusal_nothing_goes_on_writing(runs, tmp_path):

@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+DIGEST_BYTES = 16
+
 log = logging.getLogger("moejax")
 
 
@@ -59,7 +61,7 @@ class LineFile:
                 "move it away to go on without its history"
             ) from error
         self._num_bytes = len(kept)
-        self._hash = hashlib.blake2b(kept, digest_size=16)
+        self._hash = hashlib.blake2b(kept, digest_size=DIGEST_BYTES)
         if self._num_damaged or (noted is not None and noted != self.state):
             log.warning(
                 "%s is not what was written up to step %d: a part of its history is lost or damaged; the run goes on "
@@ -69,7 +71,7 @@ class LineFile:
     @property
     def state(self) -> dict[str, Any]:
         """The extent of what was written, and a digest of it, as JSON."""
-        return {"bytes": self._num_bytes, "digest": self._hash.hexdigest()}
+        return _state(self._num_bytes, self._hash)
 
     def append(self, line: Mapping[str, Any]) -> None:
         """Writes a line; it is in the file on return."""
@@ -100,6 +102,18 @@ class LineFile:
                 kept.append(line)
                 self.lines.append(values)
         return b"".join(kept)
+
+
+def _state(num_bytes: int, digest: "hashlib.blake2b") -> dict[str, Any]:
+    return {"bytes": num_bytes, "digest": digest.hexdigest()}
+
+
+def is_as_noted(path: Path, noted: Any) -> bool:
+    """Whether a file still begins with what `LineFile.state` was noted of, perhaps in a folder made elsewhere."""
+    if not isinstance(noted, dict) or type(noted.get("bytes")) is not int or noted["bytes"] < 0:
+        return False
+    content = path.read_bytes()[: noted["bytes"]]
+    return _state(len(content), hashlib.blake2b(content, digest_size=DIGEST_BYTES)) == noted
 
 
 def parse_line(line: bytes) -> dict[str, Any] | None:
