@@ -1,14 +1,17 @@
 """Every file of prepared data, damaged in eight ways: one line that names it and the remedy, or equal rows."""
 
 import dataclasses
+import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from data_damage_cases import WAYS, damage, restore
-from moejax.config import DataConfig
+from moejax.config import ConfigError, DataConfig
 from moejax.data import DataError, prepare
+from moejax.data.foreign_dataset import open_dataset
 from moejax.data.packing import FEATURES
 from moejax.data.sources import open_source
 from tfds_cases import write_dataset
@@ -120,6 +123,46 @@ def test_classes_that_features_name_are_never_imported(tmp_path, monkeypatch):
             open_source(data)
     path.write_text(text)
     assert len([*open_source(data).documents("train")]) == 4
+
+
+def test_a_dataset_is_checked_wherever_links_and_names_lead(tmp_path, monkeypatch):
+    data = write_dataset(tmp_path / "sets", {"train": [{"text": f"a{i}"} for i in range(5)]})
+    (tmp_path / "canary_module.py").write_text("raise SystemExit('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    folder = tmp_path / "sets/letters/1.2.0"
+    good = (folder / "features.json").read_text()
+    (folder / "features.json").write_text(good.replace("tensorflow_datasets", "canary_module"))
+    payload = tmp_path / "sets/1.2.0"
+    folder.rename(payload)
+    folder.symlink_to("../1.2.0")
+    with pytest.raises(DataError, match=r"letters/1.2.0/features\.json names the class 'canary_module"):
+        open_source(data)
+    folder.unlink()
+    (tmp_path / "sets/letters/.config").mkdir(exist_ok=True)
+    (tmp_path / "sets/letters/.config/metadata.json").write_text('{"defaultConfigName": ".."}')
+    for name in ("letters", "letters/..:1.2.0", "letters/..", "..", "letters/../letters", "kaggle:letters", "letters/"):
+        with pytest.raises(ConfigError, match=rf"data\.name='{re.escape(name)}' "):
+            open_source(dataclasses.replace(data, name=name))
+
+
+def test_of_several_versions_and_configs_the_one_meant_is_opened(tmp_path):
+    data = write_dataset(tmp_path, {"train": [{"text": f"a{i}"} for i in range(5)]})
+    folder = tmp_path / "letters"
+    shutil.copytree(folder / "1.2.0", folder / "big/1.10.0")
+    shutil.copytree(folder / "1.2.0", folder / "big/1.9.0")
+    shutil.copytree(folder / "1.2.0", folder / "big/2.0.0-partial")
+
+    def opened(name):
+        return Path(open_dataset(name, str(tmp_path)).builder.data_dir).relative_to(folder).as_posix()
+
+    assert [opened(name) for name in ("letters", "letters:1.*.*", "letters:1.2.0")] == ["1.2.0"] * 3
+    assert [opened(name) for name in ("letters/big", "letters/big:1.9.0")] == ["big/1.10.0", "big/1.9.0"]
+    shutil.rmtree(folder / "1.2.0")
+    assert opened("letters") == "big/1.10.0"  # the only config
+    shutil.copytree(folder / "big", folder / "small")
+    for name in ("letters", "letters:1.9.0", "letters/big:1.2.0"):
+        with pytest.raises(ConfigError, match="no such dataset, or one with several configs"):
+            open_source(dataclasses.replace(data, name=name))
 
 
 def test_what_killed_preparations_leave_is_removed_and_nothing_stays_in_the_temporary_folder(

@@ -14,17 +14,21 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 from google.protobuf.json_format import ParseError
-from tensorflow_datasets.core.read_only_builder import builder_from_files
 
 from moejax.config import ConfigError
 from moejax.data import store
 from moejax.data.document import Document
 from moejax.data.errors import DataError
 from moejax.data.regular_files import read_regular
-from moejax.paths import resolve_path
+from moejax.paths import PathError, resolve_path
 
 CLASS_KEYS = ("pythonClassName", "python_class_name", "type")
 """Under which `features.json` names a class: protobuf reads both spellings of the first, old files have the last."""
+
+NAME = re.compile(
+    r"(?P<name>[A-Za-z_]\w*)(/(?P<config>\w[\w.+-]*))?(:(?P<version>([0-9]+|[*])([.]([0-9]+|[*])){2}))?", re.ASCII
+)
+"""Of a dataset, in ASCII: no part of it is the folder above."""
 
 DESCRIPTIONS = ("dataset_info.json", "features.json")
 
@@ -77,21 +81,49 @@ def open_dataset(name: str, source_dir: str) -> ForeignDataset:
     """
     where = f"data.name={name!r} with data.source_dir={source_dir!r}"
     remedy = "prepare it there with tensorflow-datasets and file_format='array_record'"
-    root = resolve_path(source_dir, "data.source_dir")
-    folder = root / re.split("[/:]", name)[0]
-    for path in folder.rglob("features.json"):
-        _check_features(path, where)
     try:
+        folder = _find_folder(name, resolve_path(source_dir, "data.source_dir"))
+        if folder is None:
+            raise ConfigError(
+                f"{where}: no such dataset, or one with several configs, which needs data.name=NAME/CONFIG; {remedy}"
+            )
+        _check_features(folder / "features.json", where)
         # From its files alone: the class that made it may need TensorFlow.
-        builder = builder_from_files(name, data_dir=str(root))
+        builder = tfds.builder_from_directory(folder)
     except ParseError as error:
         raise DataError(f"{where}: its description is damaged ({store.first_line(error)}); {remedy} again") from error
-    except (tfds.core.registered.DatasetNotFoundError, ValueError, KeyError, OSError) as error:
-        raise ConfigError(
-            f"{where}: no such dataset, or one with several configs, which needs data.name=NAME/CONFIG; {remedy}"
-        ) from error
+    except (ValueError, KeyError, OSError) as error:
+        if isinstance(error, ConfigError | DataError | PathError):
+            raise
+        raise ConfigError(f"{where} cannot be opened ({store.first_line(error)}); {remedy}") from error
     _check_builder(builder, where, remedy)
     return ForeignDataset(builder, _identity(Path(builder.data_dir)), remedy)
+
+
+def _find_folder(name: str, root: Path) -> Path | None:
+    """The folder of the dataset `NAME[/CONFIG][:VERSION]`, of its newest version that fits; None if there is none.
+
+    It is looked up here because tensorflow-datasets also follows what files name, and imports its own code for a name.
+    """
+    parts = NAME.fullmatch(name)
+    if not parts:
+        raise ConfigError(f"data.name={name!r} must be NAME, NAME/CONFIG, NAME:VERSION or NAME/CONFIG:VERSION")
+    of_dataset = root / parts["name"]
+    folder = of_dataset / parts["config"] if parts["config"] else of_dataset
+    versions = _versions(folder, parts["version"])
+    if not parts["config"] and not versions and of_dataset.is_dir():
+        configs = {path: _versions(path, parts["version"]) for path in of_dataset.iterdir() if path.is_dir()}
+        found = [of_config for of_config in configs.values() if of_config]
+        versions = found[0] if len(found) == 1 else {}
+    return versions[max(versions)] if versions else None
+
+
+def _versions(folder: Path, wanted: str | None) -> dict[tuple[int, ...], Path]:
+    """The versions in a folder that fit one such as `1.2.0` or `1.*.*`, by number."""
+    pattern = re.escape(wanted).replace(r"\*", "[0-9]+") if wanted else "[0-9]+[.][0-9]+[.][0-9]+"
+    paths = folder.iterdir() if folder.is_dir() else ()
+    fitting = [path for path in paths if re.fullmatch(pattern, path.name) and (path / "features.json").exists()]
+    return {tuple(map(int, path.name.split("."))): path for path in fitting}
 
 
 def _check_builder(builder: Any, where: str, remedy: str) -> None:
