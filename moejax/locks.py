@@ -122,8 +122,12 @@ class FolderLock:
         self._file = self._open()
         try:
             self._acquire()
-        except BaseException:
+        except BaseException as error:
             self._close()
+            if isinstance(error, OSError):
+                raise LockedError(
+                    f"{self.path} cannot be written ({error.strerror}); make room there, or choose another folder"
+                ) from error
             raise
         self._thread = threading.Thread(target=self._beat_on, name=f"lock of {self.folder}", daemon=True)
         self._thread.start()

@@ -8,6 +8,7 @@ import pytest
 from moejax import cli
 from moejax.cli import main
 from moejax.cli.memory import warn_of_small_limit
+from moejax.training.routing_store import RoutingLogError
 
 
 @pytest.mark.parametrize(
@@ -27,6 +28,16 @@ def test_an_allocation_that_fails_is_one_line_with_a_remedy(error, where, monkey
     assert line.startswith(f"moejax: there is no more memory on {where}") and "train.batch_size" in line
     with pytest.raises(type(error)):
         main(["train", "--debug"])
+
+
+def test_a_full_disk_is_not_called_a_full_device(monkeypatch, capsys):
+    def fails(*_):
+        raise RoutingLogError("r cannot be written (RESOURCE_EXHAUSTED: No space left on device); make room there")
+
+    monkeypatch.setattr(cli, "_run_verb", fails)
+    assert main(["train"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("moejax: r cannot be written") and "train.batch_size" not in line
 
 
 def test_an_error_of_another_kind_keeps_its_traceback(monkeypatch):

@@ -129,6 +129,12 @@ def test_a_holder_that_was_taken_over_is_told_and_leaves_the_record(tmp_path):
     assert json.loads((tmp_path / ".lock").read_text())["pid"] == 7
 
 
+def test_a_lock_on_a_full_disk_names_its_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(locks.os, "pwrite", raises(OSError(errno.ENOSPC, "No space left on device")))
+    with pytest.raises(LockedError, match=r"run/\.lock cannot be written \(No space left on device\); make room there"):
+        FolderLock(tmp_path / "run", "train").__enter__()
+
+
 SLOW = Timing(beat_s=60, grace_s=0.4, poll_s=0.02)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -11,7 +12,9 @@ import numpy as np
 import pytest
 
 from moejax.training import routing_log, routing_store
+from moejax.training.line_file import LineFile, LineFileError
 from moejax.training.routing_log import RoutingLog, read_routing
+from moejax.training.routing_store import RoutingLogError
 
 LAYERS = [1, 3]
 NUM_EXPERTS = 4
@@ -232,6 +235,37 @@ def test_what_a_killed_writer_left_of_a_write_does_not_end_in_the_next_one(tmp_p
         chunk.with_name(f"{chunk.name}.__lock").write_bytes(b"x" * 5000)
     append_steps(RoutingLog(tmp_path, LAYERS, NUM_EXPERTS), [20])
     assert_holds(tmp_path, [10, 20])
+
+
+@pytest.fixture
+def full_disk():
+    """A function from which on this process can write no file of more than some bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda num_bytes: resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_is_no_damage(tmp_path, full_disk):
+    log = RoutingLog(tmp_path, LAYERS, NUM_EXPERTS)
+    append_steps(log, [10])
+    full_disk(64)
+    with pytest.raises(RoutingLogError, match=r"routing cannot be written \(.*make room there, and run the") as error:
+        append_steps(log, [20])
+    assert "mv " not in str(error.value) and "is damaged" not in str(error.value)
+    full_disk(resource.RLIM_INFINITY)
+    assert_holds(tmp_path, [10])
+    append_steps(RoutingLog(tmp_path, LAYERS, NUM_EXPERTS), [20])
+    assert_holds(tmp_path, [10, 20])
+
+
+def test_lines_that_cannot_be_written_name_their_file(tmp_path, full_disk):
+    file = LineFile(tmp_path / "metrics.jsonl", 0, None, lambda line: True)
+    file.append({"step": 1})
+    full_disk(20)
+    with pytest.raises(LineFileError, match=r"metrics.jsonl cannot be written \(File too large\); make room there"):
+        for step in range(2, 9):
+            file.append({"step": step})
+    file.close()
 
 
 def test_another_shape_is_refused_with_folder_and_remedy(tmp_path):

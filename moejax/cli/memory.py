@@ -6,6 +6,9 @@ import resource
 ENOUGH_BYTES = 4 * 10**9
 """Of address space: the smallest recipe trained with 3 GB and ended with a fault below 1.5 (jax 0.10.2 on CPU)."""
 
+DEVICE_ERROR = "JaxRuntimeError"
+"""The type of jax's errors; a full disk is RESOURCE_EXHAUSTED too, in errors of others."""
+
 log = logging.getLogger("moejax")
 
 
@@ -25,7 +28,7 @@ def explain_memory(error: BaseException) -> str | None:
     reason = (str(error) or type(error).__name__).splitlines()[0]
     if isinstance(error, MemoryError):
         where = "the host"
-    elif "RESOURCE_EXHAUSTED" in reason:
+    elif "RESOURCE_EXHAUSTED" in reason and type(error).__name__ == DEVICE_ERROR:
         where = "a device"
     else:
         return None

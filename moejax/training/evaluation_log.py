@@ -20,6 +20,7 @@ import numpy as np
 
 from moejax.moe.by_token import churn
 from moejax.training.evaluation import Evaluation
+from moejax.training.routing_store import RoutingLogError
 
 FOLDER = "routing/evaluations"
 
@@ -79,9 +80,14 @@ class EvaluationLog:
             else:  # written by another version
                 log.warning("%s holds the experts of other tokens: no churn at step %d", earlier[-1], step)
         partial = self._folder / f"{step}.partial"
-        with partial.open("wb") as file:
-            np.savez_compressed(file, allow_pickle=False, **arrays)
-        os.replace(partial, self._folder / f"{step}.npz")
+        try:
+            with partial.open("wb") as file:
+                np.savez_compressed(file, allow_pickle=False, **arrays)
+            os.replace(partial, self._folder / f"{step}.npz")
+        except OSError as error:
+            raise RoutingLogError(
+                f"{self._folder} cannot be written ({error.strerror}); make room there, and run the command again"
+            ) from error
         return {"eval/routing_churn": float(arrays["churn"].mean())} if "churn" in arrays else {}
 
     def _files(self) -> list[tuple[int, Path]]:

@@ -4,6 +4,7 @@ A checkpoint notes the extent of such a file and a digest of it. A continued run
 changed is said in one line, and the run goes on, since nothing it computes depends on it.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -74,20 +75,30 @@ class LineFile:
         return _state(self._num_bytes, self._hash)
 
     def append(self, line: Mapping[str, Any]) -> None:
-        """Writes a line; it is in the file on return."""
-        text = (json.dumps(line) + "\n").encode()
-        if self._file is None:
-            self._file = self.path.open("ab")
-        self._file.write(text)
-        self._file.flush()
+        """Writes a line; it is in the file on return.
+
+        Raises:
+          LineFileError: the file cannot be written.
+        """
+        text = (json.dumps(line, allow_nan=False) + "\n").encode()
+        try:
+            if self._file is None:
+                self._file = self.path.open("ab")
+            self._file.write(text)
+            self._file.flush()
+        except OSError as error:
+            raise LineFileError(
+                f"{self.path} cannot be written ({error.strerror}); make room there, and run the command again"
+            ) from error
         self._num_bytes += len(text)
         self._hash.update(text)
 
     def close(self) -> None:
         """Closes the file."""
         if self._file is not None:
-            self._file.close()
-            self._file = None
+            file, self._file = self._file, None
+            with contextlib.suppress(OSError):  # of a line that could not be written, which was said
+                file.close()
 
     def _keep(self, content: bytes, after_step: int, is_line: Callable[[Any], bool]) -> bytes:
         """The bytes of the lines up to a step, without damaged ones."""

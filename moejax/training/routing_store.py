@@ -155,15 +155,19 @@ def read_attributes(folder: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def naming_damage(folder: Path) -> Iterator[None]:
-    """Turns what reading a damaged or unreadable log raises into a `RoutingLogError` with its remedy."""
+    """Turns what using a damaged or unreadable log, or a full disk, raises into a `RoutingLogError` with its remedy."""
     try:
         yield
     except RoutingLogError:
         raise
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError, OSError) as error:
-        text = " ".join(re.split(r" \[(source locations|tensorstore_spec)", str(error))[0].split())[:300]
+        text = " ".join(re.split(r" \[(source locations|tensorstore_spec|os_error_code)", str(error))[0].split())[:300]
         if isinstance(error, PermissionError) or "PERMISSION_DENIED" in text:
             raise RoutingLogError(f"{folder} cannot be read ({text}); give this user the right to it") from error
+        if "Error writing" in text:
+            raise RoutingLogError(
+                f"{folder} cannot be written ({text}); make room there, and run the command again"
+            ) from error
         state = "cannot be read" if isinstance(error, OSError) else "is damaged"
         raise RoutingLogError(
             f"{folder} {state} ({type(error).__name__}: {text}); restore it from a copy, or go on without its history, "
