@@ -1,8 +1,10 @@
 """One's own text: which files, which documents, in which split; and what is wrong with one, by file and line."""
 
 import dataclasses
+import errno
 import gzip
 import json
+import os
 import tracemalloc
 
 import numpy as np
@@ -42,6 +44,42 @@ def compressed(raw, kind):
     with pyarrow.CompressedOutputStream(sink, kind) as stream:
         stream.write(raw)
     return sink.getvalue().to_pybytes()
+
+
+def test_a_folder_gives_what_links_below_it_lead_to_once(tmp_path):
+    (tmp_path / "texts/own").mkdir(parents=True)
+    (tmp_path / "elsewhere/deep").mkdir(parents=True)
+    (tmp_path / "texts/own/a.txt").write_text("one")
+    (tmp_path / "elsewhere/deep/b.txt").write_text("two")
+    (tmp_path / "elsewhere/round").symlink_to("../texts")
+    (tmp_path / "texts/there").symlink_to("../elsewhere")
+    (tmp_path / "texts/same").symlink_to("own")
+    (tmp_path / "texts/c.txt").symlink_to("../elsewhere/deep/b.txt")
+    assert all_texts(tmp_path / "texts") == ["one", "two"]
+
+
+def test_what_a_folder_holds_and_cannot_be_read_is_an_error(tmp_path, monkeypatch, caplog):
+    (tmp_path / "texts/secret").mkdir(parents=True)
+    for i in range(3):
+        (tmp_path / f"texts/{i}.txt").write_text("a text")
+    os.mkfifo(tmp_path / "texts/pipe")
+    with caplog.at_level("INFO", logger="moejax"):
+        source_of(tmp_path / "texts")
+    assert "left out 1 files that are no text, such as" in caplog.text and "texts/pipe" in caplog.text
+    scan = os.scandir
+
+    def scandir(path):
+        if str(path).endswith("secret"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scan(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", scandir)
+        with pytest.raises(DataError, match=r"texts/secret cannot be read \(Permission denied\); leave it out"):
+            source_of(tmp_path / "texts")
+    (tmp_path / "texts/gone.txt").symlink_to("nowhere")
+    with pytest.raises(DataError, match=r"texts/gone\.txt is a link to a file that is not there; remove it or repair"):
+        source_of(tmp_path / "texts")
 
 
 def test_a_folder_gives_its_files_of_text_and_says_what_it_leaves_out(tmp_path, caplog):

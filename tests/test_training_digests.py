@@ -13,7 +13,7 @@ SHAPES = ((), (1,), (7,), (8, 12), (2, 4, 6, 8), (1, 1000, 3), (3, 700, 300))
 
 def random_array(shape, dtype):
     values = np.random.default_rng(0).standard_normal(shape) * 100
-    return np.asarray(jnp.asarray(values).astype(dtype))
+    return np.asarray(jnp.asarray(values).astype(dtype)) if dtype == "bfloat16" else values.astype(dtype)
 
 
 def digest(array):
@@ -26,9 +26,18 @@ def test_a_digest_does_not_depend_on_how_an_array_is_split(spec):
     host = random_array((8, 1000, 600), "float32")  # groups end within the parts
     split = jax.device_put(host, NamedSharding(mesh, PartitionSpec(*spec)))
     assert digest(split) == digest(host) == digest(jnp.asarray(host))
+    with jax.enable_x64(True):  # elements of two words
+        wide = host.astype(np.float64)
+        split = jax.device_put(wide, NamedSharding(mesh, PartitionSpec(*spec)))
+        assert split.dtype == np.float64
+        assert digest(split) == digest(wide) != digest(host)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32", "bool"])
+def test_an_array_without_elements_has_a_digest():
+    assert digest(np.zeros((0, 4), np.float32)) == digest(np.zeros((4, 0), np.float64)) == "0" * 16
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32", "bool", "float64", "int64", "complex64"])
 def test_a_change_of_any_one_byte_changes_the_digest(dtype):
     rng = np.random.default_rng(1)
     for shape in SHAPES:

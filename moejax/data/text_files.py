@@ -120,6 +120,11 @@ def _files_below(folder: Path) -> list[TextFile]:
     """The files with text below a folder; hidden ones and those that are no text are left out."""
     found, others = [], []
     for path in _walk(folder):
+        if not os.path.exists(path):
+            raise DataError(f"{path} is a link to a file that is not there; remove it or repair it")
+        if not path.is_file():  # a pipe or a device
+            others.append(path)
+            continue
         below = path.relative_to(folder).parts
         file = _describe(path, domain=below[0] if len(below) > 1 else "")
         if file.kind == "text" and not _is_text(file):
@@ -134,10 +139,20 @@ def _files_below(folder: Path) -> list[TextFile]:
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    for parent, folders, names in os.walk(folder):
+    """What is below a folder, also through links, but for hidden names; raises `DataError` for what cannot be read."""
+
+    def fail(error: OSError) -> None:
+        raise unreadable(Path(error.filename), error) from error
+
+    seen = {os.path.realpath(folder)}
+    for parent, folders, names in os.walk(folder, onerror=fail, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        paths = [Path(parent, name) for name in sorted(names) if not name.startswith(".")]
-        yield from (path for path in paths if path.is_file())
+        for name in list(folders):
+            place = os.path.realpath(os.path.join(parent, name))
+            if place in seen:  # a link to a folder that is read anyway, perhaps to one that it is in
+                folders.remove(name)
+            seen.add(place)
+        yield from (Path(parent, name) for name in sorted(names) if not name.startswith("."))
 
 
 def _is_text(file: TextFile) -> bool:

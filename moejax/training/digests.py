@@ -1,8 +1,8 @@
 """Digests of arrays: what was in memory when a checkpoint was saved, compared when it is restored.
 
-The elements of an array, as unsigned integers, are laid out as a matrix whose rows are taken in groups of about a
-megabyte. Each group is summed by columns modulo 2^32; a digest is two sums of all these, weighted by odd numbers that
-depend on column and group. So
+The elements of an array, as unsigned integers of up to 4 bytes, are laid out as a matrix whose rows are taken in groups
+of about a megabyte. Each group is summed by columns modulo 2^32; a digest is two sums of all these, weighted by odd
+numbers that depend on column and group. So
 
 - damage within one element, or within several of one row, changes the digest but for one case in 2^32 or fewer, and for
   certain where it is one element, since odd numbers have inverses modulo 2^32; wider damage remains unnoticed once in
@@ -29,6 +29,7 @@ from moejax.training.processes import all_say
 GROUP_BYTES = 2**20
 MIN_COLUMNS = 256  # of shorter rows the sums by columns would be slow
 WORDS = {1: np.uint8, 2: np.uint16, 4: np.uint32}  # by the bytes of an element
+WORD_BYTES = 4  # elements of more, float64 for one, are several words
 
 
 class _Part(NamedTuple):
@@ -70,6 +71,11 @@ def _parts(name: str, array: Any) -> list[_Part]:
 def _sums(part: _Part) -> np.ndarray:
     """Both weighted sums of a part, uint32 [2]."""
     data = np.asarray(part.data)
+    if not data.size:
+        return np.zeros(2, np.uint32)
+    if data.dtype.itemsize > WORD_BYTES:  # its words are one more axis
+        data = np.ascontiguousarray(data).reshape(*data.shape, 1).view(np.uint32)
+        part = part._replace(place=(*part.place, slice(0, data.shape[-1])), shape=(*part.shape, data.shape[-1]))
     words = data.view(WORDS[data.dtype.itemsize])
     split = _split(part.shape)
     rows_R = _places(part.place[:split], part.shape[:split])
