@@ -7,6 +7,7 @@ compiled once.
 import json
 import logging
 import re
+import shutil
 import threading
 
 import jax
@@ -17,9 +18,10 @@ from damage_cases import copy_run, damage, kind_of, ways
 from moejax.inspection.run import open_run
 from moejax.locks import FolderLock, LockedError
 from moejax.sharding import make_mesh
-from moejax.training import loop, metrics
+from moejax.training import checkpoint_meta, loop, metrics
 from moejax.training.alarms import read_alarms
 from moejax.training.checkpoint import Checkpoints
+from moejax.training.checkpoint_meta import add_metrics, read_meta
 from moejax.training.evaluation_log import Evaluations
 from moejax.training.line_file import is_as_noted
 from moejax.training.loop import train
@@ -279,6 +281,53 @@ def test_who_looks_at_a_run_learns_that_its_metrics_were_changed(runs, tmp_path,
 def test_what_a_checkpoint_notes_of_a_file_may_be_anything(tmp_path, noted):
     (tmp_path / "metrics.jsonl").write_bytes(b"{}")
     assert not is_as_noted(tmp_path / "metrics.jsonl", noted)
+
+
+def test_an_evaluation_that_a_signal_cut_off_is_made_up_for_as_if_it_had_not_been(runs, tmp_path, caplog, monkeypatch):
+    config, _, whole = runs
+    copy = tmp_path / "run"
+    stop = StopSignals()
+
+    def cut_off(*arguments, **keywords):
+        stop.request("SIGTERM")
+        return evaluate(*arguments, **keywords)
+
+    evaluate = loop.evaluate
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "evaluate", cut_off)
+        assert train(config, copy, stop=stop).step == 4
+    assert read_meta(copy / "checkpoints/4")["metrics"] is None
+    for _ in range(2):  # the second finds the line that the first has added
+        assert train_to(config, copy, 1).step == 5
+        for later in (5, 6):
+            shutil.rmtree(copy / f"checkpoints/{later}", ignore_errors=True)
+    assert read_meta(copy / "checkpoints/4")["metrics"] == read_meta(whole / "checkpoints/4")["metrics"]
+    train(config, copy)
+    assert "is not what was written" not in caplog.text
+    assert lines(copy) == lines(whole)
+    with Checkpoints(copy, make(config, 1), read_only=True) as found:
+        losses = {step: found._manager.metrics(step) for step in found.steps()}
+    assert losses == {step: read_meta(whole / f"checkpoints/{step}")["metrics"] for step in losses} and losses[4]
+
+
+def test_a_kill_while_an_evaluation_is_added_leaves_a_whole_checkpoint(runs, tmp_path, monkeypatch):
+    _, stopped, _ = runs
+    copy = copy_run(stopped, tmp_path / "run")
+    folder = copy / f"checkpoints/{STOP}"
+    assert read_meta(folder)["metrics"] is None
+    replaced = checkpoint_meta.os.replace
+
+    def killed(source, target):
+        if "meta" in str(target):
+            raise KeyboardInterrupt
+        replaced(source, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(checkpoint_meta.os, "replace", killed)
+        add_metrics(folder, {"eval/loss": 1.0})
+    assert read_meta(folder)["metrics"] is None
+    add_metrics(folder, {"eval/loss": 2.0})
+    assert read_meta(folder)["metrics"] == {"eval/loss": 2.0}
 
 
 def test_after_a_refusal_nothing_goes_on_writing(runs, tmp_path):

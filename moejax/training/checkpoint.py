@@ -28,6 +28,7 @@ from moejax.locks import check_held
 from moejax.training.checkpoint_meta import (
     CheckpointError,
     DamageError,
+    add_metrics,
     check_saved,
     compare_digests,
     compare_manifests,
@@ -39,7 +40,7 @@ from moejax.training.checkpoint_meta import (
     tokenizer_digests,
 )
 from moejax.training.digests import digest_arrays
-from moejax.training.processes import is_first
+from moejax.training.processes import is_first, wait_for_all
 from moejax.training.run_directory import first_change
 from moejax.training.state import Trainable, TrainState
 
@@ -139,6 +140,22 @@ class Checkpoints:
             )
         self._unchecked = step
         return True
+
+    def add_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Adds the evaluation of a step that was saved before it was evaluated; of several processes all must ask.
+
+        Raises:
+          CheckpointError: the step is damaged, or cannot be written.
+        """
+        self.wait()
+        if is_first():
+            check_held(self.workdir)
+            try:
+                add_metrics(self.folder / str(step), metrics)
+            except (DamageError, OSError) as error:
+                raise self._unreadable(step, error) from error
+        wait_for_all()
+        self._manager.reload()
 
     def drop_after(self, step: int) -> None:
         """Removes later steps, of a run that goes on from this one."""

@@ -14,6 +14,7 @@ Checkpoints of earlier versions have neither `step`, `digests`, `metrics` nor `d
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,29 @@ def read_meta(folder: Path) -> dict[str, Any]:
     if not is_old:
         _check_metrics(folder, meta["metrics"])
     return meta
+
+
+def add_metrics(folder: Path, metrics: Mapping[str, float]) -> None:
+    """Adds the evaluation of a checkpoint that was saved before it was evaluated.
+
+    The item comes first: where `meta` knows of none it is not looked at, so that a kill between both leaves no damage.
+
+    Raises:
+      DamageError: `meta` differs from what was written.
+      OSError: it cannot be read or written.
+    """
+    meta = read_meta(folder)
+    if "digest" not in meta:  # of an earlier version
+        return
+    (folder / METRICS_FILE).parent.mkdir(exist_ok=True)
+    _replace(folder / METRICS_FILE, dict(metrics))
+    _replace(folder / FILE, seal({key: meta[key] for key in meta if key != "digest"} | {"metrics": dict(metrics)}))
+
+
+def _replace(path: Path, content: Mapping[str, Any]) -> None:
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(json.dumps(content))
+    os.replace(partial, path)
 
 
 def newest_meta(workdir: Path) -> dict[str, Any] | None:

@@ -63,7 +63,7 @@ class LineFile:
             ) from error
         self._num_bytes = len(kept)
         self._hash = hashlib.blake2b(kept, digest_size=DIGEST_BYTES)
-        if self._num_damaged or (noted is not None and noted != self.state):
+        if self._num_damaged or (noted is not None and not self._is_as_noted(kept, noted, after_step)):
             log.warning(
                 "%s is not what was written up to step %d: a part of its history is lost or damaged; the run goes on "
                 "from its checkpoint", path, after_step,
@@ -100,6 +100,13 @@ class LineFile:
             with contextlib.suppress(OSError):  # of a line that could not be written, which was said
                 file.close()
 
+    def _is_as_noted(self, kept: bytes, noted: Mapping[str, Any], after_step: int) -> bool:
+        """Whether a file has what was noted, and behind it lines of the last step alone: they came after its save."""
+        if not _begins_as_noted(kept, noted):
+            return False
+        later = (parse_line(line) for line in kept[noted["bytes"] :].splitlines())
+        return all(line is not None and line["step"] == after_step for line in later)
+
     def _keep(self, content: bytes, after_step: int, is_line: Callable[[Any], bool]) -> bytes:
         """The bytes of the lines up to a step, without damaged ones."""
         kept = []
@@ -121,9 +128,13 @@ def _state(num_bytes: int, digest: "hashlib.blake2b") -> dict[str, Any]:
 
 def is_as_noted(path: Path, noted: Any) -> bool:
     """Whether a file still begins with what `LineFile.state` was noted of, perhaps in a folder made elsewhere."""
+    return _begins_as_noted(path.read_bytes(), noted)
+
+
+def _begins_as_noted(content: bytes, noted: Any) -> bool:
     if not isinstance(noted, dict) or type(noted.get("bytes")) is not int or noted["bytes"] < 0:
         return False
-    content = path.read_bytes()[: noted["bytes"]]
+    content = content[: noted["bytes"]]
     return _state(len(content), hashlib.blake2b(content, digest_size=DIGEST_BYTES)) == noted
 
 

@@ -196,6 +196,8 @@ class _Loop:
             is_known = first_says("evaluated" if self.files.is_evaluated else "")
             if start_step > 0 and self.config.is_evaluated(start_step) and not is_known:
                 evaluation = self._evaluate(state)  # a signal came before it was done
+                if evaluation:
+                    self.files.add_evaluation(start_step, evaluation)
             state, evaluation = self._train(state, recorder, evaluation)
             recorder.flush()
             if self._is_alarmed(recorder):

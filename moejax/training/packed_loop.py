@@ -208,6 +208,9 @@ class _PackedLoop:
             if unknown or start_step >= self.config.num_steps:
                 # A signal came before it was done, or the result is asked for again.
                 self._evaluate(state, start_step, self.arms, unknown)
+                for arm in unknown:
+                    if arm.evaluation:
+                        arm.files.add_evaluation(start_step, arm.evaluation)
             self._train(state, start_step)
             for arm in self.training:
                 arm.recorder.flush()

@@ -95,6 +95,11 @@ class RunFiles:
             of_routing = self._evaluations.append(step, evaluation) if self._evaluations else {}
             self._metrics.write(step, evaluation.scalars() | of_routing)
 
+    def add_evaluation(self, step: int, evaluation: Evaluation) -> None:
+        """Adds an evaluation, which a signal had cut off, to the checkpoint of its step."""
+        if math.isfinite(evaluation.loss):
+            self._checkpoints.add_metrics(step, {"eval/loss": evaluation.loss})
+
     def save(self, state: TrainState, evaluation: Evaluation | None) -> None:
         """Starts to save the state, with its evaluation if it has one, and what a continued run must know besides.
 
