@@ -42,7 +42,8 @@ def keep_programs() -> None:
         return
     try:
         folder = programs_folder()
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, exist_ok=True)  # each by itself: `parents` leaves theirs to the umask
         check_is_own(folder)
         with tempfile.TemporaryFile(dir=folder):
             pass

@@ -51,6 +51,11 @@ def _check_encoding(path: Path, shown: str) -> None:
         )
 
 
+def is_number(name: str) -> bool:
+    """Whether a file is named by a number, such as a step, in the digits that Python writes: `²` is none."""
+    return name.isascii() and name.isdigit()
+
+
 def check_writable(folder: Path, name: str) -> None:
     """Raises `PathError` unless files can be made in `folder`, or in the nearest folder above it; leaves nothing there.
 

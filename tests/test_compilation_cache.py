@@ -21,6 +21,17 @@ def options(monkeypatch, tmp_path):
     return found
 
 
+@pytest.mark.parametrize("umask", [0o022, 0o002, 0o000])
+def test_programs_are_kept_whatever_new_folders_are_open_to(options, monkeypatch, tmp_path, umask):
+    before = os.umask(umask)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "new/cache"))
+    try:
+        keep_programs()
+    finally:
+        os.umask(before)
+    assert options["jax_compilation_cache_dir"] == str(tmp_path / "new/cache/moejax/compiled")
+
+
 def test_programs_are_kept_in_the_users_cache_folder(options, monkeypatch, tmp_path):
     keep_programs()
     folder = tmp_path / "cache/moejax/compiled"

@@ -160,6 +160,11 @@ def test_an_unsuitable_dataset_is_refused_with_the_reason(tmp_path, splits, opti
         open_source(data)
 
 
+def test_the_home_of_nobody_is_no_folder_of_rows():
+    with pytest.raises(PathError, match=r"data\.directory=~nosuchuser/x cannot be a path"):
+        prepare(DataConfig(source="synthetic", directory="~nosuchuser/x"))
+
+
 def test_a_missing_dataset_names_both_keys_and_the_remedy(tmp_path):
     with pytest.raises(PathError, match=r"data\.source_dir=gs://bucket is a URL, and buckets are not supported"):
         prepare(DataConfig(source="tfds", name="nothing", source_dir="gs://bucket"))

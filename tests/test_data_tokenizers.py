@@ -1,6 +1,8 @@
 """Tokenizers are lossless, learn deterministically, and travel as two files."""
 
+import errno
 import json
+from pathlib import Path
 
 import pytest
 from hypothesis import example, given, settings
@@ -182,6 +184,21 @@ def test_a_model_with_other_special_ids_is_refused(tmp_path):
     (tmp_path / "tokenizer.json").write_text(json.dumps({"kind": "bpe", "vocab_size": 270, "sha256": digest}))
     with pytest.raises(DataError, match="no model this version reads"):
         load_tokenizer(tmp_path)
+
+
+def test_a_tokenizer_that_could_not_be_written_is_not_found_damaged(bpe, tmp_path, monkeypatch):
+    write = Path.write_bytes
+
+    def full(path, content):
+        write(path, content[:1])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr(Path, "write_bytes", full)
+        bpe.save(tmp_path)
+    assert not (tmp_path / "tokenizer.json").exists() and not (tmp_path / "tokenizer.model").exists()
+    bpe.save(tmp_path)
+    assert load_tokenizer(tmp_path).fingerprint == bpe.fingerprint
 
 
 def test_an_indentation_is_one_token_and_comes_back(bpe):

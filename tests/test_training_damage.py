@@ -15,13 +15,14 @@ import numpy as np
 import pytest
 
 from damage_cases import copy_run, damage, kind_of, ways
+from moejax.config import ConfigError
 from moejax.inspection.run import open_run
 from moejax.locks import FolderLock, LockedError
 from moejax.sharding import make_mesh
 from moejax.training import checkpoint_meta, loop, metrics
 from moejax.training.alarms import read_alarms
 from moejax.training.checkpoint import Checkpoints
-from moejax.training.checkpoint_meta import add_metrics, read_meta
+from moejax.training.checkpoint_meta import add_metrics, read_meta, saved_steps
 from moejax.training.evaluation_log import Evaluations
 from moejax.training.line_file import is_as_noted
 from moejax.training.loop import train
@@ -308,6 +309,25 @@ def test_an_evaluation_that_a_signal_cut_off_is_made_up_for_as_if_it_had_not_bee
     with Checkpoints(copy, make(config, 1), read_only=True) as found:
         losses = {step: found._manager.metrics(step) for step in found.steps()}
     assert losses == {step: read_meta(whole / f"checkpoints/{step}")["metrics"] for step in losses} and losses[4]
+
+
+def test_numbers_that_moejax_does_not_write_are_no_steps(runs, tmp_path):
+    copy = copy_run(runs[1], tmp_path / "run")
+    for name in ("checkpoints/²", "checkpoints/٣"):
+        (copy / name).mkdir()
+    (copy / "routing/evaluations/².npz").write_bytes(b"")
+    run = open_run(copy)
+    assert run.checkpoints == tuple(saved_steps(copy)) == (4, STOP)
+    assert run.evaluations.steps == (4,)
+
+
+def test_facts_of_another_kind_than_what_is_written_are_named(runs, tmp_path):
+    config, stopped, _ = runs
+    copy = copy_run(stopped, tmp_path / "run")
+    facts = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(facts | {"numerics": ["x"]}))
+    with pytest.raises(ConfigError, match=r"config\.json is damaged: numerics=\['x'\] must be an object"):
+        train(config, copy)
 
 
 def test_a_kill_while_an_evaluation_is_added_leaves_a_whole_checkpoint(runs, tmp_path, monkeypatch):

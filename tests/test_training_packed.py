@@ -201,12 +201,35 @@ def test_arms_without_a_checkpoint_of_a_common_step_are_not_begun_anew(packed, t
         train_packed(configs[:2], [tmp_path / "arm0"])
 
 
-def test_arms_that_are_beyond_their_last_step_tell_their_losses(packed, tmp_path):
+def test_a_pack_says_what_of_its_arms_is_lost_or_removed(packed, tmp_path, caplog):
+    configs, workdirs, _ = packed
+    for case, kept in (("lost", {0: [], 1: []}), ("removed", {0: ["40", "50"], 1: ["40"]})):
+        caplog.clear()
+        folders = [tmp_path / case / f"arm{arm}" for arm in kept]
+        for folder, steps, arm in zip(folders, kept.values(), kept, strict=True):
+            shutil.copytree(workdirs[arm], folder)
+            for path in (folder / "checkpoints").iterdir():
+                if path.name not in steps:
+                    shutil.rmtree(path)
+        stop = StopSignals()
+        stop.request("SIGTERM")
+        with caplog.at_level("INFO", logger="moejax"):
+            train_packed(configs[:2], folders, stop=stop, devices=jax.devices()[:2])
+        said = [record.getMessage() for record in caplog.records]
+        lost = [line for line in said if "has metrics and no checkpoint: the run begins at step 0" in line]
+        assert len(lost) == (2 if case == "lost" else 0)
+        removed = [line for line in said if line.endswith("is removed: the run goes on from step 40")]
+        assert removed == ([] if case == "lost" else [f"{folders[0]}/checkpoints/50 {removed[0].split(' ', 1)[1]}"])
+
+
+def test_arms_that_are_beyond_their_last_step_tell_their_losses(packed, tmp_path, caplog):
     configs, workdirs, results = packed
     for arm in (0, 1):
         shutil.copytree(workdirs[arm], tmp_path / f"arm{arm}")
     shorter = [replace(config, "train", num_steps=45) for config in configs[:2]]
-    again = train_packed(shorter, [tmp_path / "arm0", tmp_path / "arm1"], devices=jax.devices()[:2])
+    with caplog.at_level("INFO", logger="moejax"):
+        again = train_packed(shorter, [tmp_path / "arm0", tmp_path / "arm1"], devices=jax.devices()[:2])
+    assert caplog.text.count("continuing with train.num_steps=45 (was 50)") == 2
     for arm in (0, 1):
         assert again[arm].step == 50
         assert again[arm].evaluation.loss == pytest.approx(results[arm].evaluation.loss, rel=1e-6)

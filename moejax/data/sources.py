@@ -16,6 +16,7 @@ from moejax.data.document import Document
 from moejax.data.errors import DataError
 from moejax.data.manifest import check_sizes, file_sizes, read_manifest, write_manifest
 from moejax.data.synthetic import SYNTHETIC_VERSION, synthetic_documents
+from moejax.paths import resolve_path
 
 if TYPE_CHECKING:
     from moejax.data.store import Examples
@@ -54,10 +55,11 @@ def data_directory(data: DataConfig) -> Path:
     """The folder of prepared rows, documents and tokenizers.
 
     Raises:
-      ConfigError: it is no folder of this machine.
+      ConfigError, PathError: it is no folder of this machine.
     """
     if "://" in data.directory:
         raise ConfigError(f"data.directory={data.directory!r} is an address; name a folder of a file system")
+    resolve_path(data.directory, "data.directory")  # refuses what is no path, such as the home of nobody
     return Path(data.directory).expanduser()
 
 

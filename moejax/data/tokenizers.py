@@ -8,6 +8,7 @@ document and end of document in both; `encode` never produces them.
 import hashlib
 import io
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -78,8 +79,14 @@ def _save(directory: str | Path, description: dict, model: bytes | None = None) 
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     if model is not None:
-        (folder / "tokenizer.model").write_bytes(model)
-    (folder / "tokenizer.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+        _replace(folder / "tokenizer.model", model)
+    _replace(folder / "tokenizer.json", (json.dumps(description, indent=2) + "\n").encode())  # last: it is looked for
+
+
+def _replace(path: Path, content: bytes) -> None:
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_bytes(content)
+    os.replace(partial, path)
 
 
 class ByteTokenizer:

@@ -20,7 +20,7 @@ from jaxtyping import Float64, Int64
 
 from moejax.inspection import html
 from moejax.inspection.run_names import arm_name
-from moejax.paths import resolve_path
+from moejax.paths import is_number, resolve_path
 from moejax.training.line_file import is_as_noted
 from moejax.training.routing_log import RoutingHistory, read_routing
 from moejax.training.run_tree import RunTreeError, check_run_tree
@@ -204,7 +204,7 @@ class Run:
     def checkpoints(self) -> tuple[int, ...]:
         """Saved steps, oldest first."""
         folders = (self.workdir / "checkpoints").glob("*")  # a checkpoint has a number for a name once it is complete
-        return tuple(sorted(int(folder.name) for folder in folders if folder.name.isdigit() and folder.is_dir()))
+        return tuple(sorted(int(folder.name) for folder in folders if is_number(folder.name) and folder.is_dir()))
 
     @functools.cached_property
     def tokenizer(self) -> "Tokenizer":

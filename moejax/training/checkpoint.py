@@ -161,6 +161,7 @@ class Checkpoints:
         """Removes later steps, of a run that goes on from this one."""
         for later in self.steps():
             if later > step:
+                log.info("%s/%d is removed: the run goes on from step %d", self.folder, later, step)
                 self._manager.delete(later)
 
     def restore(self, step: int | None = None) -> TrainState | None:

@@ -21,6 +21,7 @@ from typing import Any
 
 import jax
 
+from moejax.paths import is_number
 from moejax.training.state import TrainState
 
 FILE = "meta/metadata"  # where orbax keeps a JSON item of that name
@@ -103,7 +104,7 @@ def newest_meta(workdir: Path) -> dict[str, Any] | None:
 def saved_steps(workdir: Path) -> list[int]:
     """The steps that have a folder, rising: orbax gives a checkpoint its name once it is complete."""
     folder = workdir / "checkpoints"
-    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit()) if folder.is_dir() else []
+    return sorted(int(path.name) for path in folder.iterdir() if is_number(path.name)) if folder.is_dir() else []
 
 
 def check_saved(folder: Path, items: Mapping[str, set[str]]) -> None:

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moejax.moe.by_token import churn
+from moejax.paths import is_number
 from moejax.training.evaluation import Evaluation
 from moejax.training.routing_store import RoutingLogError
 
@@ -92,7 +93,7 @@ class EvaluationLog:
 
     def _files(self) -> list[tuple[int, Path]]:
         """Steps and files, in order."""
-        return sorted((int(path.stem), path) for path in self._folder.glob("*.npz") if path.stem.isdigit())
+        return sorted((int(path.stem), path) for path in self._folder.glob("*.npz") if is_number(path.stem))
 
 
 class Evaluations:
@@ -111,7 +112,7 @@ class Evaluations:
     @property
     def steps(self) -> tuple[int, ...]:
         """Steps that were evaluated, oldest first."""
-        return tuple(sorted(int(path.stem) for path in self._folder.glob("*.npz") if path.stem.isdigit()))
+        return tuple(sorted(int(path.stem) for path in self._folder.glob("*.npz") if is_number(path.stem)))
 
     def read(self, step: int | None = None) -> dict[str, np.ndarray]:
         """The arrays of an evaluation, by default of the newest.

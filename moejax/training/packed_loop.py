@@ -25,6 +25,7 @@ from moejax.training.metrics import FinishedStep, Recorder
 from moejax.training.nonfinite import NonFiniteError, nonfinite_error
 from moejax.training.packed import Pack
 from moejax.training.progress import StepProgress
+from moejax.training.run_directory import tell_changes, warn_of_lost_checkpoints
 from moejax.training.run_files import RunFiles
 from moejax.training.signals import StopSignals
 from moejax.training.state import Trainable, TrainState
@@ -103,6 +104,11 @@ def train_packed(
         start_step = _start_step(arms)
         if start_step:
             log.info("continuing %d arms from step %d", len(arms), start_step)
+        for arm in arms:
+            if start_step:
+                tell_changes(arm.checkpoints.config(start_step), arm.config, start_step)
+            else:
+                warn_of_lost_checkpoints(arm.workdir)
         stack.enter_context(jax.set_mesh(pack.mesh))
         limit_s = configs[0].train.step_limit_s * pack.lanes_of_device  # of the step of one arm
         with Watchdog(limit_s, pack.mesh) as watchdog:

@@ -170,14 +170,18 @@ def write_run_directory(workdir: Path, config: Config, parameters: ParameterCoun
     """
     path = workdir / "config.json"
     facts = _read_json(path) if path.exists() else {}
-    changed = changed_numerics(facts.get("numerics", {}))
+    before = facts.get("numerics", {})
+    if not isinstance(before, dict):
+        raise ConfigError(f"{path} is damaged: numerics={before!r} must be an object; restore it from a copy")
+    changed = changed_numerics(before)
     if changed:
         raise ConfigError(
             f"{workdir} holds a run with {changed}, which changes its numbers; set that variable as it was, or use "
             "another --workdir"
         )
     meta = newest_meta(workdir)
-    noted = meta.get("notes", {}).get("corpus") if meta else None
+    notes = meta.get("notes") if meta else None
+    noted = notes.get("corpus") if isinstance(notes, dict) else None
     for before in (facts.get("corpus"), noted):
         if before is not None and before != corpus:
             raise ConfigError(
