@@ -516,7 +516,8 @@ def moejax(monkeypatch, tmp_path, capsys):
 
     def run(*arguments, config="configs/debug.py"):
         arguments = [argument.replace("DIR", str(tmp_path)) for argument in arguments]
-        arguments = ["sweep", f"--config={config}", *settings, *arguments]
+        recipe = [] if arguments[0] == "worker" else [f"--config={config}", *settings]
+        arguments = ["sweep", *recipe, *arguments]
         monkeypatch.setattr(sys, "argv", ["moejax", *arguments])
         code = main(arguments)
         return code, (capsys.readouterr().err.strip().splitlines() or [""])[-1]
@@ -604,7 +605,10 @@ def test_a_flag_that_would_change_nothing_is_refused(moejax, tmp_path, arguments
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("flag", ["--trials=3", "--search=random", "--pack=2", "--gpus=1"])
+@pytest.mark.parametrize(
+    "flag",
+    ["--trials=3", "--search=random", "--pack=2", "--gpus=1", "--config=configs/debug.py", "--port=99", "--cores=0"],
+)
 def test_a_worker_takes_no_flag_that_the_study_settles(moejax, flag):
     code, error = moejax("worker", "--study=s", "--storage=DIR/a.journal", flag)
     assert code == 2 and error.startswith(f"moejax: {flag} is not for a worker, which does what the study says"), error

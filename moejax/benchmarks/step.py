@@ -81,7 +81,7 @@ def bench_compile(config: Config, repetitions: int) -> dict[str, Any]:
     }
 
 
-def bench_import(config: Config, repetitions: int) -> dict[str, Any]:
+def bench_import(repetitions: int) -> dict[str, Any]:
     """Times fresh interpreters that import jax and flax, or moejax's model code."""
     times: dict[str, list[float]] = {statement: [] for statement in IMPORTS}
     for repetition in range(repetitions + 1):

@@ -62,8 +62,8 @@ BENCHMARKS = (
     "compile",
     "import",
 )
-OF_RECIPES = ("compiled_step", "step", "attention", "generate", "start", "telemetry", "packed", "compile", "import")
-"""Benchmarks of a configuration; the others have shapes."""
+OF_RECIPES = ("compiled_step", "step", "attention", "generate", "start", "telemetry", "packed", "compile")
+"""Benchmarks of a configuration; the others have shapes, or neither."""
 
 IN_PROCESSES = ("layer", "decode", "step", "attention", "generate", "telemetry", "compile")
 """Benchmarks that --processes repeats; the others start processes, or time nothing."""
@@ -130,6 +130,9 @@ def run(values: FlagValues, rest: list[str]) -> None:
         return _run_compiled_step(values)
     if rest[0] in DEFAULT_SHAPES:
         return _run_layers(values, rest[0])
+    if rest[0] == "import":
+        print_result(bench_import(values.repetitions or 15), is_json=values.json)
+        return None
     config = read_config_flag(values)
     repetitions = values.repetitions or (3 if rest[0] in ("packed", "start") else 15)
     if rest[0] in ("step", "telemetry") and config.num_moe_layers == 0:
@@ -142,7 +145,6 @@ def run(values: FlagValues, rest: list[str]) -> None:
         "telemetry": bench_telemetry,
         "packed": bench_packed,
         "compile": bench_compile,
-        "import": bench_import,
     }[rest[0]]
     print_result(measure(config, repetitions), is_json=values.json)
     return None

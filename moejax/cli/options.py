@@ -86,6 +86,10 @@ def meet_as_flagged(values: FlagValues, verb: str) -> contextlib.AbstractContext
                 )
         if values.distributed:
             return _meet(wait_s=values.wait_s)
+        if values["wait_s"].present:
+            raise UsageError(
+                f"--wait_s={values.wait_s:g} needs --distributed or --coordinator; add one, or leave it out"
+            )
         refuse_several_processes(f"{verb} without --distributed", "add --distributed, or launch one")
         return contextlib.nullcontext()
     if values.distributed:
@@ -227,9 +231,12 @@ def parse_mesh(text: str) -> MeshConfig:
       UsageError: text that is no list of axes and sizes.
     """
     sizes = {field.name: 1 for field in dataclasses.fields(MeshConfig)}
+    axes = [part.partition("=")[0] for part in text.split(",")]
     for part in text.split(","):
         axis, _, size = part.partition("=")
         if axis not in sizes or not size.removeprefix("-").isdecimal():
             raise UsageError(f"--mesh={text}: {part!r} must be AXIS=SIZE, such as expert=4, of {', '.join(sizes)}")
+        if axes.count(axis) > 1:
+            raise UsageError(f"--mesh={text}: {axis} is given {axes.count(axis)} times; give each axis once")
         sizes[axis] = int(size)
     return MeshConfig(**sizes)

@@ -140,9 +140,16 @@ def _refuse_flags_of_others(values: FlagValues, action: str) -> None:
     if not action:
         refuse_flags(values, ("cores",), "is for moejax sweep work; leave it out")
         refuse_flags(values, ("port",), "is for moejax sweep dashboard; leave it out")
-    elif action != "worker":  # which says itself what it is for
-        others = [name for name in values if name not in FLAGS_OF[action]]
-        refuse_flags(values, others, f"is not for moejax sweep {action}; leave it out")
+        return
+    others = [name for name in values if name not in FLAGS_OF[action]]
+    if action == "worker":
+        remedy = (
+            "is not for a worker, which does what the study says; leave it out, or give it to the command that made "
+            "the study"
+        )
+    else:
+        remedy = f"is not for moejax sweep {action}; leave it out"
+    refuse_flags(values, others, remedy)
 
 
 def _sweep(values: FlagValues, rest: list[str]) -> None:

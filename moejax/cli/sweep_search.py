@@ -134,10 +134,6 @@ def join_search(values: FlagValues, command: str) -> None:
     for flag in ("study", "storage"):
         if not values[flag].value:
             raise UsageError(f"--{flag} is missing; moejax sweep --search says which")
-    refuse_flags(
-        values, ("search", *OF_DRAWS, *OF_GRIDS, *OF_RUNNERS), "is not for a worker, which does what the study says; "
-        "leave it out, or give it to the command that made the study",
-    )  # fmt: skip
     directory = read_folder_to_write(values.dir or f"runs/{values.study}", "--dir")
     study = open_study(_storage(values), values.study)
     definition = definition_of(study)
