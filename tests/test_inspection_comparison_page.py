@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import xml.dom.minidom
 
 import numpy as np
@@ -122,6 +123,36 @@ def test_two_runs_have_a_column_with_their_difference(tmp_path):
     as_rows = [make_run(tmp_path / name, loss=8.0) for name in ("d", "e", "f", "g")]
     text = Page(render_comparison(compare([*folders, *as_rows]))).text
     assert f"b 20 4k 1k 7 {MINUS}1 ({MINUS}12.5%) " in text
+
+
+def end_at(folder, step, loss, before=9.0):
+    """Gives a run these evaluations: one at step 50, and one at `step`."""
+    lines = [{"step": 50, "eval/loss": before}, {"step": step, "eval/loss": loss}]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("step", "loss", "left_out"),
+    [(100, 4.0, ""), (60, 4.0, "two_2"), (100, None, "two_2"), (50, 4.0, "two_2")],
+    ids=["whole", "not at its end", "not finite", "not logged"],
+)
+def test_runs_without_a_value_at_their_end_are_left_out_and_named(tmp_path, step, loss, left_out):
+    folders = []
+    for name, offset in (("one", 0.0), ("two", 1.0)):
+        for seed in range(3):
+            train = {"seed": seed, "num_steps": 100}
+            folder = make_run(tmp_path / f"{name}_{seed}", num_experts=0, learning_rate=offset, train=train)
+            is_odd = (name, seed) == ("two", 2)
+            last = (step, loss) if is_odd else (100, 1.0 + offset + seed)
+            folders.append(end_at(folder, *last))
+    folders.append(end_at(make_run(tmp_path / "single", num_experts=0, train={"seed": 0, "num_steps": 100}), 100, 1.0))
+    text = Page(render_comparison(compare(folders))).text
+    said = re.search(r"Left out, for they have no finite value at their last step: (\S+)\.", text)
+    assert (said[1] if said else "") == left_out
+    row = "2 3 +1 ± 0 3 told apart from noise" if not left_out else "1.5 2.5 +1 ± 0 2 none: seeds are left out"
+    assert f"Validation loss, nats per token {row}" in text
+    assert "Not compared, for fewer than two seeds in common with one_0 (3 seeds): single." in text
 
 
 def test_settings_are_compared_seed_by_seed(tmp_path):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from moejax.inspection import html
 from moejax.inspection.axes import seconds_trained
-from moejax.inspection.comparison import Comparison, or_nan, shown
+from moejax.inspection.comparison import COLUMNS, Comparison, or_nan, shown
 from moejax.inspection.page import table
 from moejax.inspection.report_training import duration
 from moejax.inspection.run import Run
@@ -147,17 +147,30 @@ def over_seeds(comparison: Comparison) -> str:
     settings = find_settings(comparison.runs)
     first, others = settings[0], settings[1:]
     if not others:
-        return f"<p>The runs are one setting with {len(first.runs)} seeds.</p>{_spread(comparison, first)}"
+        return (
+            f"<p>The runs are one setting with {len(first.runs)} seeds.</p>{_spread(comparison, first)}"
+            f"{_unfinished(comparison, [first])}"
+        )
     paired = [setting for setting in others if len(setting.runs.keys() & first.runs.keys()) > 1]
     if not paired:
         return (
             "<p>No two settings share two seeds, so how much of a difference is chance cannot be told. Train each "
             "setting with several, the same ones (train.seed), and compare all of the runs.</p>"
         )
-    return "".join(_pair(comparison, first, setting, len(paired)) for setting in paired) + (
-        "<p class='soft'>Each difference is taken between runs of the same seed, and ± is its standard error over the "
-        "seeds. Told apart from noise: 0 is outside of the 95 % interval of Student's t, which is wide for few seeds, "
-        "and wider the more settings are compared.</p>"
+    alone = [html.text(setting.name) for setting in others if setting not in paired]
+    unpaired = (
+        f"<p>Not compared, for fewer than two seeds in common with {html.text(first.name)}: {', '.join(alone)}.</p>"
+    )
+    tables = "".join(_pair(comparison, first, setting, len(paired)) for setting in paired)
+    return (
+        tables
+        + (unpaired if alone else "")
+        + _unfinished(comparison, [first, *paired])
+        + (
+            "<p class='soft'>Each difference is taken between runs of the same seed, and ± is its standard error over the "
+            "seeds. Told apart from noise: 0 is outside of the 95 % interval of Student's t, which is wide for few seeds, "
+            "and wider the more settings are compared.</p>"
+        )
     )
 
 
@@ -171,6 +184,8 @@ def _pair(comparison: Comparison, first: Setting, second: Setting, num_looks: in
         common = ones.keys() & others.keys()
         means = [shown(sum(values[seed] for seed in common) / len(common)) for values in (ones, others)]
         verdict = "told apart from noise" if found.is_told_apart else "may be noise"
+        if len(common) < len(first.runs.keys() & second.runs.keys()):
+            verdict = "none: seeds are left out"
         rows.append([title, *means, _in_words(found), str(found.num_seeds), verdict])
     names = [html.text(first.name), html.text(second.name)]
     if not rows:
@@ -201,9 +216,42 @@ def _seeded(comparison: Comparison) -> list[tuple[str, str]]:
 
 
 def _by_seed(comparison: Comparison, setting: Setting, column: str) -> Mapping[int, float]:
-    """Finite values of a column by seed."""
-    values = {seed: float(comparison.table.at[label, column]) for seed, label in setting.runs.items()}
+    """Finite values of a column by seed, of runs that have one at their last step."""
+    values = {seed: _at_end(comparison.runs[label], COLUMNS[column][0]) for seed, label in setting.runs.items()}
     return {seed: value for seed, value in values.items() if math.isfinite(value)}
+
+
+def _at_end(run: Run, key: str) -> float:
+    """The value of a metric at the last step of the whole run; NaN if it has none there, or not come so far."""
+    steps, values = run.series(key)
+    if not steps.size:
+        return math.nan
+    num_steps = run.config.get("train", {}).get("num_steps", steps[-1])  # absent from runs of earlier versions
+    return float(values[-1]) if steps[-1] == num_steps else math.nan
+
+
+def _unfinished(comparison: Comparison, settings: Sequence[Setting]) -> str:
+    """Which runs lack a value of their last step: what is left may be the lucky ones."""
+    columns = [column for column, _ in _seeded(comparison)]
+    found = [
+        label
+        for setting in settings
+        for seed, label in setting.runs.items()
+        if any(_is_missing(comparison, setting, seed, column) for column in columns)
+    ]
+    if not found:
+        return ""
+    return (
+        f"<p class='warning'>Left out, for they have no finite value at their last step: "
+        f"{', '.join(map(html.text, found))}. What is left may be the lucky ones.</p>"
+    )
+
+
+def _is_missing(comparison: Comparison, setting: Setting, seed: int, column: str) -> bool:
+    """Whether a run lacks at its end what a run of its setting has logged at some time."""
+    key = COLUMNS[column][0]
+    is_logged = any(key in comparison.runs[label].keys for label in setting.runs.values())
+    return is_logged and seed not in _by_seed(comparison, setting, column)
 
 
 def other_tokens(comparison: Comparison) -> str:
