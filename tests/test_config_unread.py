@@ -230,6 +230,14 @@ def test_a_leaf_that_another_layer_reads_is_accepted_and_one_that_none_reads_is_
         resolve(nested(every))
 
 
+def test_the_choices_of_a_model_are_read_where_the_width_of_experts_follows_from_them():
+    given = {"model": {"d_ff": 1024, "num_layers": 4}, "moe": {"num_experts": 8, "top_k": 4}}
+    in_layers = {"per_layer": "0-3: top_k=1 renormalize=False"}
+    assert resolve(given | {"moe": given["moe"] | in_layers}).moe.d_expert == 256
+    with pytest.raises(UnreadError, match=r"moe\.top_k=4 does nothing: .* sets it in every layer"):
+        resolve(given | {"moe": given["moe"] | in_layers | {"d_expert": 100}})
+
+
 def test_what_varies_in_a_sweep_may_make_a_leaf_of_its_recipe_read():
     recipe = nested({"moe.bias_rate": 5e-3})
     assert resolve(recipe, varied=["moe.selection_bias"]).moe.bias_rate == 5e-3

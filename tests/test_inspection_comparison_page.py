@@ -116,7 +116,7 @@ def test_two_runs_have_a_column_with_their_difference(tmp_path):
     assert "a and b Side by side" in text and "difference: b minus a" in text
     assert f"Validation loss, nats per token 8 7 {MINUS}1 ({MINUS}12.5%)" in text
     assert f"Bits per byte 4 3.5 {MINUS}0.5 ({MINUS}12.5%)" in text
-    assert "The same in all runs throughout: MaxVio 0.5." in text  # for a chart of one number
+    assert "The same throughout in the runs that log it: MaxVio 0.5 (1 of 2)." in text  # for a chart of one number
     assert "No two settings share two seeds" in text
     many = Page(render_comparison(compare([*folders, make_run(tmp_path / "c", loss=8.0)]))).text
     assert "Below a value: its difference to a." in many and f"Bits per byte 4 3.5 {MINUS}0.5 ({MINUS}12.5%) 4 " in many

@@ -262,6 +262,16 @@ def test_a_metric_that_is_the_same_in_all_arms_is_a_sentence_and_no_picture():
     assert not [image for image in Reader(document).images if "drop" in image["alt"]]
 
 
+def test_what_some_arms_lack_is_not_called_the_same_in_all():
+    points = product(moe_num_experts=[0, 4], train_seed=[0, 1])
+    changed = {i: {"tail/moe/max_violation": math.nan, "tail/moe/dropped": math.nan} for i in (0, 1)}
+    document = page(points, [3, 3.1, 2, 2.2], changed=changed, tail__moe__dropped=0.02, tail__moe__max_violation=0.3)
+    text = " ".join(" ".join(Reader(document).text).split())
+    assert "The same in the arms that have it: MaxVio 0.3 (2 of 4), drop rate 0.02 (2 of 4)." in text
+    assert "The same in the settings that have it: MaxVio 0.3 (1 of 2), drop rate 0.02 (1 of 2)" in text
+    assert "The same in all arms: step time 0.1." in text
+
+
 def test_an_axis_without_pairs_says_that_its_effect_cannot_be_told():
     points = [{"moe.top_k": k, "model.d_ff": d, "train.seed": s} for k, d in ((1, 8), (2, 16), (4, 8)) for s in (0, 1)]
     document = page([*points, {"moe.top_k": 4, "model.d_ff": 32, "train.seed": 0}], [3, 3.1, 2, 2.2, 1, 1.3, 4])

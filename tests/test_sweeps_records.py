@@ -2,12 +2,15 @@
 
 import json
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from moejax.inspection.axes import seconds_trained
 from moejax.inspection.run import open_run
 from moejax.sweeps.record_files import RecordError, read_parquet, write_parquet
 from moejax.sweeps.records import collect, read_definition, read_record, read_records, record_of, write_record
+from moejax.sweeps.run import training_seconds
 from moejax.training.speed import median_speed
 from sweep_cases import entry_of, write_definition, write_run
 
@@ -68,6 +71,27 @@ def test_the_speed_of_an_arm_is_the_median_over_its_intervals(tmp_path):
     rewrite(workdir / "metrics.jsonl", slow)
     row = record(workdir, entry)
     assert row["median/perf/tokens_per_s"] == 1000.0 == median_speed(open_run(workdir).series("perf/tokens_per_s")[1])
+
+
+def test_an_arm_of_a_pack_has_its_share_of_the_packs_time_in_every_number_of_speed(tmp_path):
+    entry = entry_of({})
+    alone, packed = (write_run(tmp_path / name, entry) for name in ("alone", "packed"))
+    together = {"perf/tokens_per_s": 250.0, "perf/arms": 4}  # a machine that does 1,000
+    rewrite(packed / "metrics.jsonl", lambda line: line | together if "perf/tokens_per_s" in line else line)
+    rows = [record(alone, entry), record(packed, entry)]
+    assert rows[0]["median/perf/tokens_per_s"] == rows[1]["median/perf/tokens_per_s"] == 1000.0
+    shares = [training_seconds(workdir) for workdir in (alone, packed)]
+    assert shares[0].step_s == shares[1].step_s and (shares[0].arms, shares[1].arms) == (1, 4)
+    runs = [open_run(workdir) for workdir in (alone, packed)]
+    whole = [seconds_trained(run.series)[1] for run in runs]
+    np.testing.assert_allclose(whole[0], whole[1], rtol=1e-12)
+
+
+def test_a_schedule_of_top_k_leaves_the_arithmetic_of_an_arm_unknown(tmp_path):
+    entry = entry_of({})
+    entry["config"] |= {"schedule": {"top_k": "linear"}}
+    row = record(write_run(tmp_path / "a", entry), entry)
+    assert row["flops_per_token"] is None and row["flops_total"] is None
 
 
 def test_the_best_evaluation_need_not_be_the_last(tmp_path):

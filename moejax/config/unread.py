@@ -107,7 +107,12 @@ def _is_overridden(config: Config, each: Declared) -> bool:
     value = each.value(config)
     if any(getattr(kind, each.name) == value for kind in config.layers if kind is not None):
         return False
-    return not _is_derived(config, each)
+    return not _is_derived(config, each) and not _decides_width(config, each)
+
+
+def _decides_width(config: Config, each: Declared) -> bool:
+    """Whether the width of experts follows from it: by default d_ff / top_k, whatever K layers have."""
+    return each.name == "top_k" and LayerReading(config, config.moe).is_derived("moe.d_expert")
 
 
 def _is_derived(config: Config, each: Declared) -> bool:

@@ -138,18 +138,24 @@ def _losses(comparison: Comparison) -> str:
 
 
 def _routing(comparison: Comparison) -> str:
-    drawn, constant = [], []
+    drawn, in_all, in_some = [], [], []
     for key, title, ylabel, reading in ROUTING:
         value = only_value(run.series(key)[1] for run in comparison.runs.values())
         if value is not None:
-            constant.append(f"{title} {number(value)}")
+            having = sum(run.last(key) is not None for run in comparison.runs.values())
+            if having == len(comparison.runs):
+                in_all.append(f"{title} {number(value)}")
+            else:
+                in_some.append(f"{title} {number(value)} ({having} of {len(comparison.runs)})")
             continue
         image = draw_runs(comparison.runs, key, ylabel, from_zero=True, legend=False)
         if image is not None:
             drawn.append(figure(title, reading, image))
-    if not drawn and not constant:
+    if not drawn and not in_all and not in_some:
         return "<p>No routing is logged yet.</p>"
-    same = f"<p>The same in all runs throughout: {'; '.join(constant)}.</p>" if constant else ""
+    same = f"<p>The same in all runs throughout: {'; '.join(in_all)}.</p>" if in_all else ""
+    if in_some:
+        same += f"<p>The same throughout in the runs that log it: {'; '.join(in_some)}.</p>"
     return _key(comparison) + (grid(drawn) if drawn else "") + same
 
 

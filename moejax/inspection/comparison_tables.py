@@ -162,16 +162,12 @@ def over_seeds(comparison: Comparison) -> str:
         f"<p>Not compared, for fewer than two seeds in common with {html.text(first.name)}: {', '.join(alone)}.</p>"
     )
     tables = "".join(_pair(comparison, first, setting, len(paired)) for setting in paired)
-    return (
-        tables
-        + (unpaired if alone else "")
-        + _unfinished(comparison, [first, *paired])
-        + (
-            "<p class='soft'>Each difference is taken between runs of the same seed, and ± is its standard error over the "
-            "seeds. Told apart from noise: 0 is outside of the 95 % interval of Student's t, which is wide for few seeds, "
-            "and wider the more settings are compared.</p>"
-        )
+    explained = (
+        "<p class='soft'>Each difference is taken between runs of the same seed, and ± is its standard error over the "
+        "seeds. Told apart from noise: 0 is outside of the 95 % interval of Student's t, which is wide for few seeds, "
+        "and wider the more settings are compared.</p>"
     )
+    return tables + (unpaired if alone else "") + _unfinished(comparison, [first, *paired]) + explained
 
 
 def _pair(comparison: Comparison, first: Setting, second: Setting, num_looks: int) -> str:

@@ -13,7 +13,7 @@ from moejax.inspection.run import Run
 from moejax.inspection.run_names import recipe_name
 from moejax.inspection.settings import Setting, settings_of
 from moejax.inspection.style import short_number
-from moejax.training.speed import MEMORY, MFU, SPEED, median_speed
+from moejax.training.speed import ARMS, MEMORY, MFU, SPEED, median_speed
 
 READING = {
     "tokens": "Text read so far.",
@@ -114,11 +114,16 @@ def _cost(run: Run) -> list[tuple[str, str]]:
         ),
         (
             "Tokens per second",
-            number(speed) + " (median over logging intervals)" if speed is not None else number(None),
+            number(speed) + f" ({_of_pack(run)}median over logging intervals)" if speed is not None else number(None),
         ),
         ("MFU", "" if mfu is None else f"{mfu:.1%} of the devices' peak in bfloat16 (median over logging intervals)"),
         ("Peak memory", "" if memory is None else f"{memory / 2**30:.2f} GiB of the fullest device"),
     ]
+
+
+def _of_pack(run: Run) -> str:
+    arms = run.last(ARMS)
+    return f"{arms:.0f} arms trained together, of whose time this is a share; " if arms else ""
 
 
 def duration(seconds: float) -> str:

@@ -24,6 +24,7 @@ from moejax.paths import is_number, resolve_path
 from moejax.training.line_file import is_as_noted
 from moejax.training.routing_log import RoutingHistory, read_routing
 from moejax.training.run_tree import RunTreeError, check_run_tree
+from moejax.training.speed import shares_of_pack
 
 if TYPE_CHECKING:  # imported where they are needed: a run opens without them
     import pandas as pd
@@ -96,10 +97,15 @@ class Run:
 
     @functools.cached_property
     def flops_per_token(self) -> int | None:
-        """Arithmetic of training for one token, by `moejax.planning.count`; None if the configuration is none today."""
+        """Arithmetic of training for one token, by `moejax.planning.count`.
+
+        None where it changes with `schedule.top_k`, and if the configuration is none today.
+        """
         from moejax.planning.count import count
 
         try:
+            if self.settings.schedule.top_k != "constant":
+                return None
             return count(self.settings).flops_per_token
         except (ValueError, ArithmeticError):
             return None
@@ -120,7 +126,7 @@ class Run:
         return max((steps[-1] for steps, _ in self._series.values()), default=0)
 
     def series(self, key: str) -> tuple[Int64[np.ndarray, "S"], Float64[np.ndarray, "S"]]:
-        """One metric over time.
+        """One metric over time; of an arm of a pack, speed and seconds are its share of the pack's time.
 
         A resumed run writes some steps again: where the step of a key falls back, the values from there on replace the
         earlier ones.
@@ -328,6 +334,8 @@ def _read_config(path: Path) -> dict[str, Any]:
 def add_values(series: Series, line: dict[str, Any], path: Path) -> None:
     """Adds a line of `metrics.jsonl` to what is known; see `Run.series` for steps that come again.
 
+    The time of a pack is shared out among its arms.
+
     Args:
       series: steps and values of each metric; changed in place.
       line: the line's object, with an integer `step`.
@@ -336,7 +344,7 @@ def add_values(series: Series, line: dict[str, Any], path: Path) -> None:
     Raises:
       RunError: a value is no number.
     """
-    step = line["step"]
+    step, shares = line["step"], shares_of_pack(line)
     for key, value in line.items():
         if key == "step":
             continue
@@ -347,7 +355,7 @@ def add_values(series: Series, line: dict[str, Any], path: Path) -> None:
             steps.pop()
             values.pop()
         try:
-            number = math.nan if value is None else float(value)
+            number = math.nan if value is None else float(value) * shares.get(key, 1.0)
             steps.append(step)
             values.append(number)
         except OverflowError as error:

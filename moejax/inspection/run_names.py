@@ -3,6 +3,7 @@
 The sweep's `sweep.json`, two folders above an arm's run directory, says what each arm overrides.
 """
 
+import collections
 import json
 import os
 import shlex
@@ -13,7 +14,7 @@ from typing import Any
 from moejax.inspection.run_paths import RunPathError, open_file
 
 SWEEP, ARMS = "sweep.json", "arms"
-MAX_SWEEP = 2**26  # bytes: 100,000 arms have less
+MAX_SWEEP = 2**30  # bytes: an arm has about 4,000
 SEED = "train.seed"
 MAX_TEXT = 40  # of a value's characters
 
@@ -36,12 +37,10 @@ def arm_names(sweep: Path) -> dict[str, str]:
     keys = dict.fromkeys(key for values in overrides.values() for key in values)
     differing = [key for key in keys if len({_text(values.get(key)) for values in overrides.values()}) > 1]
     names = {arm: _in_words(values, differing) for arm, values in overrides.items()}
-    given = list(names.values())
+    given = collections.Counter(names.values())
     prefix = sweep.resolve().name
     return {
-        arm: f"{prefix}: {name}"
-        if name and given.count(name) == 1
-        else f"{prefix}: {', '.join(filter(None, [name, arm]))}"
+        arm: f"{prefix}: {name}" if name and given[name] == 1 else f"{prefix}: {', '.join(filter(None, [name, arm]))}"
         for arm, name in names.items()
     }
 

@@ -82,7 +82,7 @@ def _pairs(effect: AxisEffect) -> list[int]:
 
 
 def _note(effect: AxisEffect, axes: Names) -> str:
-    said = [f"Compared with {html.text(level_name(effect.reference))}, which the sweep names first."]
+    said = [f"Compared with {html.text(level_name(effect.reference))}, the first of the sweep that is compared."]
     if effect.changes_with:
         said.append(f"With it changes {html.text(', '.join(axes[name] for name in effect.changes_with))}.")
     num_left_out = sum(level.difference.num_left_out for level in effect.others)

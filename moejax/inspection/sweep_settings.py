@@ -115,15 +115,23 @@ def varies(values: pd.Series | None) -> bool:
 
 
 def constants_in_words(table: pd.DataFrame, metrics: Collection[str], rows: str) -> str:
-    """Metrics that are the same in all rows, which need neither a column nor a figure."""
-    same = []
+    """Metrics that are the same in all rows, which need neither a column nor a figure; some rows may lack them."""
+    in_all, in_some = [], []
     for metric in [key for key in METRICS if key in metrics and key in table]:
         values = table[metric].dropna()
         if len(values) and not varies(values):
             value = float(values.iloc[0])
             shown = short_number(value) if metric in COUNTS else mean_and_error(value, math.nan)
-            same.append(f"{METRICS[metric][0]} {shown}")
-    return f"The same in all {rows}: {html.text(', '.join(same))}." if same else ""
+            said = f"{METRICS[metric][0]} {shown}"
+            if len(values) == len(table):
+                in_all.append(said)
+            else:
+                in_some.append(f"{said} ({len(values)} of {len(table)})")
+    return " ".join(
+        f"The same in {which}: {html.text(', '.join(same))}."
+        for which, same in ((f"all {rows}", in_all), (f"the {rows} that have it", in_some))
+        if same
+    )
 
 
 def reference_setting(rows: Sequence[Mapping[Any, Any]], planned: Sequence[Mapping[str, Any]]) -> Mapping[Any, Any]:
@@ -247,7 +255,8 @@ def _told_apart(
     """How many settings differ from the reference by more than seeds do."""
     number, others = reference[NUMBER], len(rows) - 1
     is_dense = reference.get(f"{OVERRIDE}moe.num_experts") == 0
-    what = f"Differences are from setting {number}, {'the dense control' if is_dense else 'the first of the sweep'}"
+    kind = "the dense control" if is_dense else "the first of the sweep that is compared"
+    what = f"Differences are from setting {number}, {kind}"
     num_seeds = [
         difference.num_seeds for row, difference in zip(rows, differences, strict=True) if row[NUMBER] != number
     ]

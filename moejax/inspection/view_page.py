@@ -115,7 +115,7 @@ def left_out(num_listed: int, num_runs: int) -> str:
 def constants(found: Sequence[tuple[Chart, float]]) -> str:
     """Says what is the same throughout, in place of charts."""
     listed = ", ".join(f"{html.text(chart.title.lower())} {number(value)}" for chart, value in found)
-    return f"<p class='soft'>The same in all runs shown, throughout: {listed}.</p>" if found else ""
+    return f"<p class='soft'>The same in all runs shown that log it, throughout: {listed}.</p>" if found else ""
 
 
 def chart_text(chart: Chart, caption: str) -> str:

@@ -112,6 +112,8 @@ def _axes(entry: Mapping[str, Any]) -> Row:
 def _costs(entry: Mapping[str, Any], tokens: int | None) -> Row:
     """The seed, and what was counted from the configuration."""
     per_token = entry.get("flops_per_token")
+    if entry["config"].get("schedule", {}).get("top_k", "constant") != "constant":
+        per_token = None  # it changes as the run goes on
     return {
         "seed": entry["config"].get("train", {}).get("seed"),
         "params_total": entry.get("params_total"),

@@ -20,7 +20,7 @@ from moejax.training.intervals import TimedOutput, pack_steps
 from moejax.training.line_file import LineFile
 from moejax.training.progress import StepProgress
 from moejax.training.routing_log import RoutingLog
-from moejax.training.speed import MEMORY, MFU, SECONDS, SPEED
+from moejax.training.speed import ARMS, MEMORY, MFU, SECONDS, SPEED
 from moejax.training.step import StepOutput
 from moejax.training.telemetry import summarize_routing
 
@@ -223,7 +223,7 @@ class Recorder:
         if (peak := peak_memory_bytes()) is not None:
             values[MEMORY] = peak
         if self._num_arms > 1:
-            values["perf/arms"] = self._num_arms
+            values[ARMS] = self._num_arms
         routing = summarize_routing(outputs)
         if routing is not None:
             values["moe/dead_experts"] = float((routing.counts_NE == 0).sum())
