@@ -48,6 +48,7 @@ def test_a_metric_is_placed_by_steps_tokens_flops_or_time(tmp_path):
     run = open_run(make_run(tmp_path / "run"))
     flops = run.flops_per_token
     assert flops > 1000  # of attention and logits, too
+    assert open_run(make_run(tmp_path / "annealed", schedule={"top_k": "step:0.5:0.5"})).flops_per_token is None
     for against, x in (("steps", [10, 20]), ("tokens", [1000, 2000]), ("compute", [1000 * flops, 2000 * flops])):
         found, values = figures.series_against(run, "loss/lm", against)
         assert (found.tolist(), values.tolist()) == (x, [8, 7])
