@@ -48,7 +48,11 @@ def test_a_metric_is_placed_by_steps_tokens_flops_or_time(tmp_path):
     run = open_run(make_run(tmp_path / "run"))
     flops = run.flops_per_token
     assert flops > 1000  # of attention and logits, too
-    assert open_run(make_run(tmp_path / "annealed", schedule={"top_k": "step:0.5:0.5"})).flops_per_token is None
+    for name, schedule, is_known in (("constant", "constant", True), ("annealed", "step:0.5:0.5", False)):
+        of_four = make_run(
+            tmp_path / name, num_experts=8, moe={"num_experts": 8, "top_k": 4}, schedule={"top_k": schedule}
+        )
+        assert (open_run(of_four).flops_per_token is not None) == is_known
     for against, x in (("steps", [10, 20]), ("tokens", [1000, 2000]), ("compute", [1000 * flops, 2000 * flops])):
         found, values = figures.series_against(run, "loss/lm", against)
         assert (found.tolist(), values.tolist()) == (x, [8, 7])
