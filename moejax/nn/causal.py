@@ -1,10 +1,11 @@
 """Causal attention of packed rows in blocks: almost no score of a later key is computed, nor of another document.
 
-Every block of `SMALLEST` positions or fewer sees itself and the block before it. What lies further back is seen by
-blocks of this size, of twice, of four times, ... the size: two blocks of one pair see those of the pair before which
-they do not touch. All of one size is two products, so that the program grows with the logarithm of the length; where no
-documents of the batch meet in them, they are not computed. Each product gives a part of a query's softmax; the parts
-are added up with respect to the largest score of all.
+A block of up to `LEAST_SKIPPED` positions is halved again and again, down to `SMALLEST`: the second half sees the whole
+first half, a square of scores, and the smallest parts see themselves, triangles. A block also sees the one before it.
+What lies further back is seen by blocks of this size, of twice, of four times, ... the size: two blocks of one pair see
+those of the pair before which they do not touch. All of one kind is one product or two, so that the program grows with
+the logarithm of the length; where no documents of the batch meet far away, those are not computed. Each product gives a
+part of a query's softmax; the parts are added up with respect to the largest score of all.
 
 It serves XLA:CPU, where attention that computes all scores and masks half of them takes two to four times as long.
 
@@ -22,16 +23,16 @@ from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Bool, Float, Int
 
 SMALLEST = 64
-"""Positions of a block at most: of smaller ones there is more to add up than to skip."""
+"""Positions of a triangle at most: in smaller ones there is more to add up than to leave out."""
+
+LEAST_SKIPPED = 256
+"""Positions from which on blocks are left out where no documents meet: it takes longer to tell of smaller ones."""
 
 LONGEST_AT_ONCE, BLOCK = 1024, 512
 """Queries of a row that attend at once; of longer rows, as many as a block has."""
 
 PADDING = jnp.iinfo(jnp.int32).max
 """The document of padding, which lies behind all others."""
-
-NO_DOCUMENT = -1
-"""The document of what is before the first block."""
 
 MASKED = -1e30
 """The score of a key that a query may not see; its exponential is 0."""
@@ -77,9 +78,16 @@ def attend_causally(
     missing = ((0, 0), (0, -length % (1 << halvings)))  # added positions are seen by each other alone
     q_BLHA, k_BLGA, v_BLGA = (jnp.pad(a, (*missing, (0, 0), (0, 0))) for a in (q_BLHA, k_BLGA, v_BLGA))
     row = _Row.of(q_BLHA, k_BLGA, v_BLGA, jnp.pad(segments_BL, missing))
-    parts = [row.near(1 << halvings)]
-    for level in range(halvings, 1, -1):
-        parts.append(row.far(1 << level))
+    num = 1 << halvings
+    parts = [row.triangles(num)]
+    while num > 1 and row.length // num < LEAST_SKIPPED:
+        num //= 2
+        parts.append(row.squares(num))
+    if num > 1:
+        parts.append(row.previous(num))
+    while num > 2:
+        parts.append(row.far(num))
+        num //= 2
     y_BGRLA = _add_up(parts).astype(q_BLHA.dtype)
     return y_BGRLA.transpose(0, 3, 1, 2, 4).reshape(q_BLHA.shape)[:, :length]
 
@@ -104,18 +112,35 @@ class _Row:
             jnp.where(segments_BL == 0, PADDING, segments_BL),
         )
 
-    def near(self, num: int) -> Part:
-        """The row in `num` blocks, each of which sees itself up to each position, and the block before it."""
+    @property
+    def length(self) -> int:
+        """Positions of the row."""
+        return self.segments_BL.shape[1]
+
+    def triangles(self, num: int) -> Part:
+        """The row in `num` blocks, each of which sees itself."""
         q_BGRnlA, k_BGnlA, v_BGnlA = (_cut(a, num, -2) for a in (self.q_BGRLA, self.k_BGLA, self.v_BGLA))
         segments_Bnl = _cut(self.segments_BL, num, -1)
         length = segments_Bnl.shape[-1]
         is_causal_ll = jnp.tril(jnp.ones((length, length), bool))
-        mask_Bnls = _is_same(segments_Bnl, segments_Bnl) & is_causal_ll[None, None]
-        if num > 1:
-            k_BGnlA, v_BGnlA = (jnp.concatenate([_previous(a, 2, 0), a], -2) for a in (k_BGnlA, v_BGnlA))
-            of_previous_Bnll = _is_same(segments_Bnl, _previous(segments_Bnl, 1, NO_DOCUMENT))
-            mask_Bnls = jnp.concatenate([of_previous_Bnll, mask_Bnls], -1)
-        return self._whole(self._attend(q_BGRnlA, k_BGnlA, v_BGnlA, mask_Bnls))
+        mask_Bnll = _is_same(segments_Bnl, segments_Bnl) & is_causal_ll[None, None]
+        return self._whole(self._attend(q_BGRnlA, k_BGnlA, v_BGnlA, mask_Bnll))
+
+    def squares(self, num: int) -> Part:
+        """The row in `num` blocks, the second half of each of which sees the first one."""
+        q_BGRnlA = _cut(self.q_BGRLA, 2 * num, -2)[..., 1::2, :, :]
+        k_BGnlA, v_BGnlA = (_cut(a, 2 * num, -2)[..., ::2, :, :] for a in (self.k_BGLA, self.v_BGLA))
+        segments_Bnl = _cut(self.segments_BL, 2 * num, -1)
+        part = self._attend(q_BGRnlA, k_BGnlA, v_BGnlA, _is_same(segments_Bnl[:, 1::2], segments_Bnl[:, ::2]))
+        return self._whole(_behind_nothing(part, axis=4))
+
+    def previous(self, num: int) -> Part:
+        """The row in `num` blocks, each of which sees the one before it."""
+        q_BGRnlA = _cut(self.q_BGRLA, num, -2)[..., 1:, :, :]
+        k_BGnlA, v_BGnlA = (_cut(a, num, -2)[..., :-1, :, :] for a in (self.k_BGLA, self.v_BGLA))
+        segments_Bnl = _cut(self.segments_BL, num, -1)
+        part = self._attend(q_BGRnlA, k_BGnlA, v_BGnlA, _is_same(segments_Bnl[:, 1:], segments_Bnl[:, :-1]))
+        return self._whole(_behind_nothing(part, axis=3, size=1))
 
     def far(self, num: int) -> Part:
         """The row in `num` blocks, which see, in the pair of blocks before their own pair, what they do not touch.
@@ -138,8 +163,8 @@ class _Row:
                 _is_same(first_Bpl, first_Bps),
             )
             second = self._attend(q_BGRplA[..., length:, :], k_BGpsA, v_BGpsA, _is_same(second_Bpl, segments_Bps))
-            both = [jnp.concatenate(halves, 4) for halves in zip(_arrays(first), _arrays(second), strict=True)]
-            return self._whole(Part(*(_behind(x, fill) for x, fill in zip(both, NOTHING, strict=True))))
+            both = Part(*(jnp.concatenate(halves, 4) for halves in zip(_arrays(first), _arrays(second), strict=True)))
+            return self._whole(_behind_nothing(both, axis=3, size=1))
 
         def skip() -> Part:
             largest, total, weighted = NOTHING
@@ -248,12 +273,10 @@ def _join(x: jax.Array, axis: int) -> jax.Array:
     return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
 
 
-def _behind(x_BGRnl: jax.Array, fill: float) -> jax.Array:
-    """The n blocks behind one of `fill`."""
-    return jnp.concatenate([jnp.full_like(x_BGRnl[:, :, :, :1], fill), x_BGRnl], axis=3)
-
-
-def _previous(x: jax.Array, axis: int, fill: float) -> jax.Array:
-    """What stands before each entry of an axis; before the first one, `fill`."""
-    first = jnp.full_like(jax.lax.slice_in_dim(x, 0, 1, axis=axis), fill)
-    return jnp.concatenate([first, jax.lax.slice_in_dim(x, 0, -1, axis=axis)], axis)
+def _behind_nothing(part: Part, axis: int, size: int | None = None) -> Part:
+    """A part behind queries that see no key, `size` or as many as there are, along an axis of `[B, G, R, n, l]`."""
+    before = (
+        jnp.full_like(jax.lax.slice_in_dim(x, 0, size, axis=axis), fill)
+        for x, fill in zip(_arrays(part), NOTHING, strict=True)
+    )
+    return Part(*(jnp.concatenate(both, axis) for both in zip(before, _arrays(part), strict=True)))
