@@ -8,7 +8,6 @@ that was interrupted and resumed reads as one run.
 import dataclasses
 import functools
 import json
-import logging
 import math
 from array import array
 from collections.abc import Iterator, Mapping
@@ -21,7 +20,6 @@ from jaxtyping import Float64, Int64
 from moejax.inspection import html
 from moejax.inspection.run_names import arm_name
 from moejax.paths import is_number, resolve_path
-from moejax.training.line_file import is_as_noted
 from moejax.training.routing_log import RoutingHistory, read_routing
 from moejax.training.run_tree import RunTreeError, check_run_tree
 from moejax.training.speed import shares_of_pack
@@ -39,8 +37,6 @@ Series: TypeAlias = dict[str, tuple["array[int]", "array[float]"]]
 
 EXPERT_KINDS = ("num_experts", "num_zero_experts", "num_identity_experts", "num_constant_experts")
 CONFIG_KEYS = ("config", "versions", "git_commit", "device", "command", "parameters")
-
-log = logging.getLogger("moejax")
 
 
 class RunError(ValueError):
@@ -176,19 +172,10 @@ class Run:
         path = self.workdir / "metrics.jsonl"
         series = _read_series(path)
         if self.checkpoints:
-            self._compare_with_checkpoint(path)
+            from moejax.training.checkpoint_meta import warn_of_changed_metrics
+
+            warn_of_changed_metrics(path)
         return series
-
-    def _compare_with_checkpoint(self, path: Path) -> None:
-        from moejax.training.checkpoint_meta import newest_meta
-
-        meta = newest_meta(self.workdir)
-        noted = meta["notes"].get("metrics") if meta and isinstance(meta.get("notes"), dict) else None
-        if noted and not is_as_noted(path, noted):
-            log.warning(
-                "%s is not what was written up to step %d: a part of it is lost or changed; values of those steps may "
-                "be wrong", path, meta["step"],
-            )  # fmt: skip
 
     @functools.cached_property
     def routing(self) -> RoutingHistory | None:

@@ -8,15 +8,11 @@ in memory when it was saved, for orbax does not check the bytes that it reads.
 """
 
 import contextlib
-import functools
-import gc
 import logging
 import os
 import re
 import shlex
-import sys
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +36,7 @@ from moejax.training.checkpoint_meta import (
     tokenizer_digests,
 )
 from moejax.training.digests import digest_arrays
+from moejax.training.failed_reads import quiet_reads
 from moejax.training.processes import is_first, wait_for_all
 from moejax.training.run_directory import first_change
 from moejax.training.state import Trainable, TrainState
@@ -262,7 +259,7 @@ class Checkpoints:
         parts = dict(zip(("model", "optimizer"), _split(_abstract_arrays(self.trainable)), strict=True))
         args = {item: ocp.args.StandardRestore(parts[item]) for item in items}
         try:
-            with _quiet_tasks():
+            with quiet_reads():
                 meta = read_meta(folder)
                 compare_manifests(meta["manifest"], manifest(self.trainable.abstract), folder)
                 self._compare_config(meta["config"], folder)
@@ -325,40 +322,6 @@ class Checkpoints:
                 f"{folder} was saved with another tokenizer than {self.workdir}/tokenizer.*; restore those files, or "
                 "start a new run in another --workdir"
             )
-
-
-@contextlib.contextmanager
-def _quiet_tasks() -> Iterator[None]:
-    """Keeps asyncio and tensorstore from telling of every read that failed with the one whose error is passed on."""
-    _leave_out_failed_reads()
-    try:
-        yield
-    except Exception:
-        warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)  # nor will they be
-        gc.collect()  # what was begun and is not awaited any more tells when it is collected
-        raise
-
-
-def _leave_out_failed_reads() -> None:
-    """Says nothing, from now on, of orbax's reads that fail or end after the first failure: some end much later."""
-    logger = logging.getLogger("asyncio")
-    if _is_told not in logger.filters:
-        logger.addFilter(_is_told)
-        sys.unraisablehook = functools.partial(_tell_of_others, sys.unraisablehook)
-
-
-def _is_told(record: logging.LogRecord) -> bool:
-    text = record.getMessage()
-    return "exception was never retrieved" not in text or ("orbax" not in text and "tensorstore" not in text)
-
-
-def _tell_of_others(previous: Callable[[Any], object], unraisable: Any) -> None:
-    code = getattr(unraisable.object, "cr_code", None)
-    is_read = code is not None and "orbax" in Path(code.co_filename).parts
-    error = unraisable.exc_value
-    is_late = isinstance(error, RuntimeError) and str(error) == "Event loop is closed"
-    if not is_read and not is_late:
-        previous(unraisable)
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ Checkpoints of earlier versions have neither `step`, `digests`, `metrics` nor `d
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,6 +23,7 @@ from typing import Any
 import jax
 
 from moejax.paths import is_number
+from moejax.training.line_file import is_as_noted
 from moejax.training.state import TrainState
 
 FILE = "meta/metadata"  # where orbax keeps a JSON item of that name
@@ -29,6 +31,8 @@ METRICS_FILE = "metrics/metrics"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 OLD_KEYS = {"manifest", "config", "tokenizer", "notes"}
 KEYS = {*OLD_KEYS, "step", "digests", "metrics", "digest"}
+
+log = logging.getLogger("moejax")
 
 
 class CheckpointError(ValueError):
@@ -99,6 +103,18 @@ def newest_meta(workdir: Path) -> dict[str, Any] | None:
         except (DamageError, OSError):  # whoever restores it says so
             continue
     return None
+
+
+def warn_of_changed_metrics(path: Path) -> None:
+    """Says that a run's `metrics.jsonl` is not what its newest checkpoint noted of it."""
+    meta = newest_meta(path.parent)
+    notes = meta.get("notes") if meta else None
+    noted = notes.get("metrics") if isinstance(notes, dict) else None
+    if meta and noted and not is_as_noted(path, noted):
+        log.warning(
+            "%s is not what was written up to step %d: a part of it is lost or changed; values of those steps may be "
+            "wrong", path, meta["step"],
+        )  # fmt: skip
 
 
 def saved_steps(workdir: Path) -> list[int]:
