@@ -251,7 +251,7 @@ def test_a_mistake_is_one_line_before_anything_trains(arguments, message, tmp_pa
 
     monkeypatch.setattr("moejax.sweeps.run.keep_programs", lambda: None)  # of this process
     arguments = [argument.replace("DIR", str(tmp_path / "sweep")) for argument in arguments]
-    is_recipe_free = arguments[:1] in (["report"], ["work"])
+    is_recipe_free = arguments[:1] in (["report"], ["work"], ["worker"])
     recipe = [] if is_recipe_free else ["--config=configs/debug.py"]
     assert main(["sweep", *recipe, *arguments]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
