@@ -8,7 +8,7 @@ from flax import nnx
 
 import oracle
 from moejax.data.tokenizers import ByteTokenizer
-from moejax.inference.generate import CANDIDATES, Sampling, generate, generate_text, sample
+from moejax.inference.generate import CANDIDATES, HOTTEST, Sampling, generate, generate_text, sample
 from moejax.inference.layered import LayeredDecoder
 from moejax.models import Decoder
 from training_cases import case_config, small_config
@@ -205,7 +205,7 @@ def test_ids_that_are_no_token_are_never_drawn(model):
     tokens_BL = jnp.asarray(np.random.default_rng(0).integers(3, 250, (2, 8)), jnp.int32)
     logits_BLV, _ = model(tokens_BL, jnp.ones_like(tokens_BL), jnp.zeros_like(tokens_BL))
     assert logits_BLV.shape[-1] == 320
-    for temperature, top_p in [(0.0, 1.0), (1e9, 1.0), (1e9, 0.999)]:  # so hot that all tokens are alike
+    for temperature, top_p in [(0.0, 1.0), (HOTTEST, 1.0), (HOTTEST, 0.999)]:  # so hot that all tokens are alike
         sampling = Sampling.of(temperature, top_p, jax.random.split(jax.random.key(0), 500))
         logits_BV = jnp.broadcast_to(logits_BLV[0, 0], (500, 320))
         drawn_B = sample(logits_BV, sampling, jnp.zeros(500, jnp.int32))
@@ -218,6 +218,8 @@ def test_ids_that_are_no_token_are_never_drawn(model):
     [
         ({"max_tokens": 0}, "max_tokens=0"),
         ({"max_tokens": 1, "temperature": -1.0}, "temperature=-1.0"),
+        ({"max_tokens": 1, "temperature": 1e7}, r"--temperature=10000000.0 must be between 0 and 1e\+06"),
+        ({"max_tokens": 1, "temperature": float("nan")}, "--temperature=nan must be between 0"),
         ({"max_tokens": 1, "top_p": 0.0}, "top_p=0.0"),
     ],
 )

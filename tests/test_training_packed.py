@@ -11,8 +11,10 @@ import jax
 import numpy as np
 import pytest
 
-from moejax.config import ConfigError, Knobs
+from moejax.config import ConfigError, Knobs, to_dict
 from moejax.inspection.run import open_run
+from moejax.sweeps.arms import plan_arms
+from moejax.sweeps.packs import pack_arms
 from moejax.training import packed_loop
 from moejax.training.alarms import AlarmError, read_alarms
 from moejax.training.checkpoint import CheckpointError, Checkpoints
@@ -22,7 +24,7 @@ from moejax.training.evaluation import EvaluationSums, eval_inputs
 from moejax.training.loop import train
 from moejax.training.metrics import Recorder
 from moejax.training.nonfinite import NonFiniteError
-from moejax.training.packed import Pack, depends_on_devices, program_of
+from moejax.training.packed import Pack, depends_on_devices, program_of, trains_alone
 from moejax.training.packed_loop import common_step, train_packed
 from moejax.training.routing_log import read_routing
 from moejax.training.signals import StopSignals
@@ -339,6 +341,19 @@ def test_arms_within_a_mesh_of_their_own_equal_one_device():
         assert_states_are_close(jax.device_get(states[arm].params), jax.device_get(alone.params), rtol=1e-4)
         for name, value in jax.device_get(expected.scalars).items():
             assert pack.outputs(output)[arm].scalars[name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
+
+
+def test_arms_that_split_batch_and_matrices_train_apart():
+    """The compiler would end this process by SIGABRT."""
+    for mesh in ({"data": 2, "tensor": 2}, {"expert": 2, "tensor": 2}, {"fsdp": 2, "tensor": 2}):
+        configs = [small_config(mesh={"data": 1} | mesh, train={"seed": seed}) for seed in (0, 1)]
+        with pytest.raises(ConfigError, match=r"mesh.tensor=2 beside another axis .* train the arms apart"):
+            Pack(configs)
+        assert trains_alone(configs[0]) and len(Pack(configs[:1]).trainables) == 1
+        plan = plan_arms(to_dict(configs[0]), [{"train.seed": seed} for seed in (0, 1)])
+        assert [len(ids) for ids in pack_arms(plan.arms, 8)] == [1, 1]
+    for mesh in ({"tensor": 2}, {"context": 2, "tensor": 2}):
+        Pack([small_config(mesh={"data": 1} | mesh, train={"seed": seed}) for seed in (0, 1)])
 
 
 def test_arms_whose_results_depend_on_how_many_devices_there_are_train_apart():

@@ -26,6 +26,9 @@ MAX_TOKENS = 65_536
 CANDIDATES = 256
 """Of the most probable tokens, which hold most nuclei; to find them is much faster than to sort a vocabulary."""
 
+HOTTEST = 1e6
+"""The highest temperature: all tokens are alike there, and ids that are no token are still never drawn."""
+
 log = logging.getLogger("moejax")
 
 
@@ -230,8 +233,8 @@ def _check(prompts, max_tokens, temperature, top_p) -> None:
         raise ConfigError("--prompt is missing; give at least one")
     if not 1 <= max_tokens <= MAX_TOKENS:
         raise ConfigError(f"--max_tokens={max_tokens} must be between 1 and {MAX_TOKENS}")
-    if not 0 <= temperature < float("inf"):
-        raise ConfigError(f"--temperature={temperature} must be at least 0")
+    if not 0 <= temperature <= HOTTEST:
+        raise ConfigError(f"--temperature={temperature} must be between 0 and {HOTTEST:g}")
     if not 0 < top_p <= 1:
         raise ConfigError(f"--top_p={top_p} must be above 0 and at most 1")
 

@@ -19,7 +19,7 @@ from moejax.nn.norm import RMSNorm
 from moejax.sharding import constrain_tokens, whole
 
 NO_TOKEN = -1e30
-"""The logit of an id that is no token: its probability is 0, and it is finite at any temperature."""
+"""The logit of an id that is no token: finite, and its probability is 0 at any temperature that `generate` takes."""
 
 
 class Decoder(nnx.Module):

@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Sequence
 
 from moejax.sweeps.arms import Arm
-from moejax.training.packed import depends_on_devices, program_of
+from moejax.training.packed import program_of, trains_alone
 
 Ids = tuple[str, ...]
 
@@ -14,7 +14,7 @@ def pack_arms(arms: Sequence[Arm], largest: int) -> tuple[Ids, ...]:
 
     Args:
       arms: of the sweep.
-      largest: arms of a pack at most; 1 trains each alone, as arms are whose results depend on the number of devices.
+      largest: arms of a pack at most; 1 trains each alone, as arms are that no pack can hold.
 
     Returns:
       The ids of each pack; packs of one program follow one another and differ by one arm in size at most. Programs come
@@ -24,7 +24,7 @@ def pack_arms(arms: Sequence[Arm], largest: int) -> tuple[Ids, ...]:
     for arm in arms:
         by_program.setdefault(program_of(arm.config), []).append(arm.id)
     packs = []
-    alone = {arm.id for arm in arms if depends_on_devices(arm.config)}
+    alone = {arm.id for arm in arms if trains_alone(arm.config)}
     for ids in by_program.values():
         number = len(ids) if ids[0] in alone else -(-len(ids) // largest)
         edges = [round(i * len(ids) / number) for i in range(number + 1)]

@@ -154,6 +154,20 @@ def depends_on_devices(config: Config) -> bool:
     return config.num_moe_layers > 0 and "device" in scopes and -1 in dataclasses.asdict(config.mesh).values()
 
 
+def is_split_twice(config: Config) -> bool:
+    """Whether an arm's mesh splits matrices, and batch or experts besides.
+
+    Over several such arms the partitioner of XLA ends the process, by a check of its own (jaxlib 0.10.2).
+    """
+    sizes = dataclasses.asdict(config.mesh)
+    return sizes["tensor"] > 1 and any(sizes[axis] > 1 for axis in BATCH_AXES)
+
+
+def trains_alone(config: Config) -> bool:
+    """Whether no pack of several arms can train it."""
+    return depends_on_devices(config) or is_split_twice(config)
+
+
 def _check_arms(configs: Sequence[Config]) -> None:
     """Raises `ConfigError` unless one program can train them all."""
     if not configs:
@@ -173,6 +187,11 @@ def _check_arms(configs: Sequence[Config]) -> None:
             f"moe.balance_scope={configs[0].moe.balance_scope}, moe.capacity_group={configs[0].moe.capacity_group}: "
             "what a device computes depends on how many there are, which a mesh axis of -1 leaves open; give the axes "
             "of mesh as numbers, or train the arms apart"
+        )
+    if len(configs) > 1 and is_split_twice(configs[0]):
+        raise ConfigError(
+            f"mesh.tensor={configs[0].mesh.tensor} beside another axis that splits the batch or the experts: XLA "
+            "cannot compile a pack of such arms; use one of both, or train the arms apart"
         )
 
 

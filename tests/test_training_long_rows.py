@@ -1,0 +1,105 @@
+"""Train steps on rows that attend in several blocks: the same on a mesh, in a pack, and over all scores."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from moejax.config import Knobs
+from moejax.nn import attention, causal
+from moejax.training.packed import Pack
+from moejax.training.step import make_train_step, put_batch
+from training_cases import make, packed_batch, replace, small_config
+
+LENGTH = 64
+SCALARS = ("loss/total", "grad_norm")
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    """Rows of 64 are cut as rows of 2,048 are."""
+    monkeypatch.setattr(causal, "SMALLEST", 4)
+    monkeypatch.setattr(causal, "LEAST_SKIPPED", 8)
+
+
+def config_of(seed=0, **mesh):
+    return small_config(
+        data={"seq_len": LENGTH}, mesh={"data": 1} | mesh, model={"remat": True, "num_layers": 2}, train={"seed": seed}
+    )
+
+
+def batch_of(config, document):
+    """Rows of documents of one length; the last one is cut off."""
+    batch = jax.device_get(packed_batch(config))
+    places_BL = np.broadcast_to(np.arange(LENGTH, dtype=np.int32), batch.segments_BL.shape)
+    return dataclasses.replace(batch, segments_BL=1 + places_BL // document, positions_BL=places_BL % document)
+
+
+def step(config, num_devices, document):
+    """A step's scalars and parameters."""
+    trainable = make(config, num_devices)
+    with jax.set_mesh(trainable.mesh):
+        state = trainable.init(config.train.seed)
+        batch = put_batch(batch_of(config, document), trainable)
+        state, output = make_train_step(trainable)(state, batch, Knobs.of(config))
+    return {name: float(output.scalars[name]) for name in SCALARS}, jax.device_get(state.params)
+
+
+@pytest.fixture(scope="module")
+def by_document():
+    """One device; documents of 5 leave blocks out, those of 40 do not."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(causal, "SMALLEST", 4)
+        patch.setattr(causal, "LEAST_SKIPPED", 8)
+        return {document: step(config_of(), 1, document) for document in (5, 40)}
+
+
+def assert_is_close(found, expected):
+    for name in SCALARS:
+        assert found[0][name] == pytest.approx(expected[0][name], rel=1e-5)
+    for one, other in zip(jax.tree.leaves(found[1]), jax.tree.leaves(expected[1]), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-4 * np.abs(other).max())
+
+
+@pytest.mark.parametrize("document", [5, 40])
+def test_blocks_equal_all_scores_within_a_model(by_document, monkeypatch, document):
+    monkeypatch.setattr(attention, "platform", lambda: "gpu")
+    assert_is_close(step(config_of(), 1, document), by_document[document])
+
+
+@pytest.mark.parametrize("document", [5, 40])
+@pytest.mark.parametrize("mesh", [{"data": 2, "tensor": 2}, {"data": 2, "expert": 4}], ids=str)
+def test_blocks_on_a_mesh_equal_one_device(by_document, mesh, document):
+    assert_is_close(step(config_of(**mesh), int(np.prod(list(mesh.values()))), document), by_document[document])
+
+
+def test_arms_of_a_pack_with_near_and_far_documents_equal_each_alone(by_document):
+    configs = [config_of(data=2), config_of(data=2)]
+    pack = Pack(configs, jax.devices()[:4])
+    batches = [batch_of(config, document) for config, document in zip(configs, (5, 40), strict=True)]
+    with jax.set_mesh(pack.mesh):
+        state = pack.join(trainable.init(0) for trainable in pack.trainables)
+        compiled = pack.compile_step(state, pack.put_batches(batches))
+        state, output = compiled(state, pack.put_batches(batches), pack.knobs)
+    assert "conditional(" in compiled.as_text()
+    states = list(pack.split(state, range(2)))
+    for arm, document in enumerate((5, 40)):
+        scalars = {name: float(pack.outputs(output)[arm].scalars[name]) for name in SCALARS}
+        assert_is_close((scalars, jax.device_get(states[arm].params)), by_document[document])
+
+
+def test_arms_on_one_device_leave_blocks_out_together(by_document):
+    """`vmap` over arms keeps the choice one for all of them."""
+    configs = [config_of(), replace(config_of(), "optimizer", learning_rate=config_of().optimizer.learning_rate)]
+    pack = Pack(configs, jax.devices()[:1])
+    batches = [batch_of(config, document) for config, document in zip(configs, (5, 40), strict=True)]
+    with jax.set_mesh(pack.mesh):
+        state = pack.join(trainable.init(0) for trainable in pack.trainables)
+        compiled = pack.compile_step(state, pack.put_batches(batches))
+        state, output = compiled(state, pack.put_batches(batches), pack.knobs)
+    assert "conditional(" in compiled.as_text()
+    for arm, document in enumerate((5, 40)):
+        for name in SCALARS:
+            value = float(pack.outputs(output)[arm].scalars[name])
+            assert value == pytest.approx(by_document[document][0][name], rel=1e-5)
