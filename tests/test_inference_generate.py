@@ -4,9 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from absl.flags import FlagValues
 from flax import nnx
 
 import oracle
+from moejax.cli.generate import define
 from moejax.data.tokenizers import ByteTokenizer
 from moejax.inference.generate import CANDIDATES, HOTTEST, Sampling, generate, generate_text, sample
 from moejax.inference.layered import LayeredDecoder
@@ -140,6 +142,17 @@ def test_sampling_follows_the_distribution():
 def test_the_nucleus_is_the_smallest_set_that_reaches_top_p():
     np.testing.assert_allclose(draw([0.5, 0.2, 0.3], 1.0, 0.6), [0.625, 0, 0.375], atol=0.04)
     np.testing.assert_allclose(draw([0.5, 0.2, 0.3], 1.0, 0.01), [1, 0, 0])
+
+
+def test_the_defaults_of_the_command_neither_invent_nor_repeat():
+    """Of a next token that ten likely ones and a long tail share, as a small model has it, the tail is hardly drawn."""
+    values = FlagValues()
+    define(values, [])
+    values.mark_as_parsed()
+    probabilities = np.r_[np.full(10, 0.085), np.full(300, 0.15 / 300)]
+    drawn = draw(np.log(probabilities), values.temperature, values.top_p)
+    assert (drawn >= 10).mean() < 0.02  # at temperature 1 and without a cut 0.15
+    assert len(set(drawn[drawn < 10].tolist())) == 10
 
 
 def test_temperature_sharpens_and_zero_is_greedy():
