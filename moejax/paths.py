@@ -51,6 +51,13 @@ def _check_encoding(path: Path, shown: str) -> None:
         )
 
 
+def replace_file(path: Path, content: bytes) -> None:
+    """Writes a file in one rename: it is there whole, or as it was."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_bytes(content)
+    os.replace(partial, path)
+
+
 def is_number(name: str) -> bool:
     """Whether a file is named by a number, such as a step, in the digits that Python writes: `²` is none."""
     return name.isascii() and name.isdigit()

@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 
 from damage_cases import copy_run, damage, kind_of, ways
+from moejax import paths
 from moejax.config import ConfigError
 from moejax.inspection.run import open_run
 from moejax.locks import FolderLock, LockedError
 from moejax.sharding import make_mesh
-from moejax.training import checkpoint_meta, loop, metrics
+from moejax.training import loop, metrics
 from moejax.training.alarms import read_alarms
 from moejax.training.checkpoint import Checkpoints
 from moejax.training.checkpoint_meta import add_metrics, read_meta, saved_steps
@@ -335,7 +336,7 @@ def test_a_kill_while_an_evaluation_is_added_leaves_a_whole_checkpoint(runs, tmp
     copy = copy_run(stopped, tmp_path / "run")
     folder = copy / f"checkpoints/{STOP}"
     assert read_meta(folder)["metrics"] is None
-    replaced = checkpoint_meta.os.replace
+    replaced = paths.os.replace
 
     def killed(source, target):
         if "meta" in str(target):
@@ -343,7 +344,7 @@ def test_a_kill_while_an_evaluation_is_added_leaves_a_whole_checkpoint(runs, tmp
         replaced(source, target)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(checkpoint_meta.os, "replace", killed)
+        patch.setattr(paths.os, "replace", killed)
         add_metrics(folder, {"eval/loss": 1.0})
     assert read_meta(folder)["metrics"] is None
     add_metrics(folder, {"eval/loss": 2.0})

@@ -8,7 +8,6 @@ document and end of document in both; `encode` never produces them.
 import hashlib
 import io
 import json
-import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy as np
 from moejax.config import BYTE_VOCAB_SIZE, ConfigError
 from moejax.data.errors import DataError
 from moejax.data.regular_files import read_regular
+from moejax.paths import replace_file
 
 PAD_ID, BOS_ID, EOS_ID = 0, 1, 2
 SPECIAL_PIECES = ("<pad>", "<bos>", "<eos>")
@@ -79,14 +79,10 @@ def _save(directory: str | Path, description: dict, model: bytes | None = None) 
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     if model is not None:
-        _replace(folder / "tokenizer.model", model)
-    _replace(folder / "tokenizer.json", (json.dumps(description, indent=2) + "\n").encode())  # last: it is looked for
-
-
-def _replace(path: Path, content: bytes) -> None:
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_bytes(content)
-    os.replace(partial, path)
+        replace_file(folder / "tokenizer.model", model)
+    replace_file(
+        folder / "tokenizer.json", (json.dumps(description, indent=2) + "\n").encode()
+    )  # last: it is looked for
 
 
 class ByteTokenizer:

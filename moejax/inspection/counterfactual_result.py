@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 from jaxtyping import Float
 
 from moejax.inspection.changes import NOT_SELECTABLE, OUTPUT_ZERO
+from moejax.paths import replace_file
 from moejax.strict_json import to_json
 
 AS_TRAINED = "as trained"
@@ -156,9 +156,7 @@ class Counterfactuals:
     def save(self, path: str | Path) -> Path:
         """Writes a JSON file in one rename, so that a reader never sees half of it."""
         path = Path(path)
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(to_json(dataclasses.asdict(self), indent=1) + "\n", encoding="utf-8")
-        os.replace(partial, path)
+        replace_file(path, (to_json(dataclasses.asdict(self), indent=1) + "\n").encode())
         return path
 
     @classmethod

@@ -15,14 +15,13 @@ Checkpoints of earlier versions have neither `step`, `digests`, `metrics` nor `d
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from moejax.paths import is_number
+from moejax.paths import is_number, replace_file
 from moejax.training.line_file import is_as_noted
 from moejax.training.state import TrainState
 
@@ -85,14 +84,9 @@ def add_metrics(folder: Path, metrics: Mapping[str, float]) -> None:
     if "digest" not in meta:  # of an earlier version
         return
     (folder / METRICS_FILE).parent.mkdir(exist_ok=True)
-    _replace(folder / METRICS_FILE, dict(metrics))
-    _replace(folder / FILE, seal({key: meta[key] for key in meta if key != "digest"} | {"metrics": dict(metrics)}))
-
-
-def _replace(path: Path, content: Mapping[str, Any]) -> None:
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps(content))
-    os.replace(partial, path)
+    others = {key: meta[key] for key in meta if key != "digest"}
+    replace_file(folder / METRICS_FILE, json.dumps(dict(metrics)).encode())
+    replace_file(folder / FILE, json.dumps(seal(others | {"metrics": dict(metrics)})).encode())
 
 
 def newest_meta(workdir: Path) -> dict[str, Any] | None:

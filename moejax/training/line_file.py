@@ -8,10 +8,11 @@ import contextlib
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from moejax.paths import replace_file
 
 DIGEST_BYTES = 16
 
@@ -53,9 +54,7 @@ class LineFile:
             content = path.read_bytes() if path.exists() else b""
             kept = self._keep(content, after_step, is_line)
             if path.exists():
-                temporary = path.with_suffix(".tmp")
-                temporary.write_bytes(kept)
-                os.replace(temporary, path)
+                replace_file(path, kept)
         except OSError as error:
             raise LineFileError(
                 f"{path} cannot be read and written ({error.strerror}); give this user the rights to it, or "

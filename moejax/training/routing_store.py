@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import json
 import math
-import os
 import re
 import shlex
 from collections.abc import Iterator, Mapping
@@ -14,6 +13,8 @@ from typing import Any
 import numpy as np
 import tensorstore
 from jaxtyping import Int64
+
+from moejax.paths import replace_file
 
 FOLDER = "routing"
 GROUP = "zarr.json"
@@ -82,9 +83,7 @@ def write_group(folder: Path, attributes: dict[str, Any]) -> None:
     """Writes the group file in one rename; its attributes carry a digest."""
     sealed = attributes | {"digest": _digest(attributes)}
     group = {"zarr_format": 3, "node_type": "group", "attributes": sealed}
-    partial = folder / f"{GROUP}.partial"
-    partial.write_text(json.dumps(group))
-    os.replace(partial, folder / GROUP)
+    replace_file(folder / GROUP, json.dumps(group).encode())
 
 
 def _digest(attributes: Mapping[str, Any]) -> str:

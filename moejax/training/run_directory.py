@@ -20,6 +20,7 @@ import jax
 import moejax
 from moejax.config import AlarmConfig, Config, ConfigError, is_read, leaves, resolve_recorded, to_dict
 from moejax.models.parameters import ParameterCount
+from moejax.paths import replace_file
 from moejax.strict_json import to_json
 from moejax.training.checkpoint_meta import newest_meta
 from moejax.training.numerics import changed_numerics, numerics
@@ -290,6 +291,4 @@ def git_commit() -> str:
 
 def write_json(path: Path, content: Any) -> None:
     """Writes a JSON document, whole or not at all."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(to_json(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    replace_file(path, (to_json(content, indent=2) + "\n").encode())
