@@ -149,6 +149,11 @@ class FolderLock:
     def check(self) -> None:
         """Raises `LockedError` if another process has taken the lock, for which this one must have stood still."""
         if self._is_lost.is_set() or self._is_taken():
+            if not self._read_holder().pid:
+                raise LockedError(
+                    f"{self.path} was removed or emptied while {self._me} wrote there: another process may do so by "
+                    "now, and nothing more is written; run the command again to go on from the last checkpoint"
+                )
             raise LockedError(
                 f"{self.folder} was taken over by {self._read_holder()}, because this process had not been heard of "
                 f"for {self._timing.grace_s:g} s; nothing more is written there"
