@@ -9,7 +9,8 @@ numbers that depend on column and group. So
   2^64. Rows of a group in another order have one digest: chunks, which might be mixed up, are larger or are checked;
 - the sums of the parts of an array add up to the sums of the whole: a digest depends neither on how an array is split
   over devices and processes nor on the mesh that reads it;
-- it costs one pass over memory, a few hundredths of the time of a restore. A cryptographic digest would take a third.
+- it costs one pass over memory, 0.1 s a gigabyte on two cores: a tenth of the time of a restore of what the file cache
+  holds, and less from a disk. A cryptographic digest would take a third.
 
 A digest finds damage. It is no protection against somebody who writes checkpoints on purpose.
 """
