@@ -10,7 +10,7 @@ from moejax.config import Knobs
 from moejax.nn import attention, causal
 from moejax.training.packed import Pack
 from moejax.training.step import make_train_step, put_batch
-from training_cases import make, packed_batch, replace, small_config
+from training_cases import make, packed_batch, small_config
 
 LENGTH = 64
 SCALARS = ("loss/total", "grad_norm")
@@ -74,9 +74,11 @@ def test_blocks_on_a_mesh_equal_one_device(by_document, mesh, document):
     assert_is_close(step(config_of(**mesh), int(np.prod(list(mesh.values()))), document), by_document[document])
 
 
-def test_arms_of_a_pack_with_near_and_far_documents_equal_each_alone(by_document):
-    configs = [config_of(data=2), config_of(data=2)]
-    pack = Pack(configs, jax.devices()[:4])
+@pytest.mark.parametrize(("mesh", "num_devices"), [({"data": 2}, 4), ({}, 1)], ids=["apart", "together"])
+def test_arms_of_a_pack_with_near_and_far_documents_equal_each_alone(by_document, mesh, num_devices):
+    """Arms on one device are one `vmap`, which leaves blocks out for all of them or for none."""
+    configs = [config_of(**mesh), config_of(**mesh)]
+    pack = Pack(configs, jax.devices()[:num_devices])
     batches = [batch_of(config, document) for config, document in zip(configs, (5, 40), strict=True)]
     with jax.set_mesh(pack.mesh):
         state = pack.join(trainable.init(0) for trainable in pack.trainables)
@@ -87,19 +89,3 @@ def test_arms_of_a_pack_with_near_and_far_documents_equal_each_alone(by_document
     for arm, document in enumerate((5, 40)):
         scalars = {name: float(pack.outputs(output)[arm].scalars[name]) for name in SCALARS}
         assert_is_close((scalars, jax.device_get(states[arm].params)), by_document[document])
-
-
-def test_arms_on_one_device_leave_blocks_out_together(by_document):
-    """`vmap` over arms keeps the choice one for all of them."""
-    configs = [config_of(), replace(config_of(), "optimizer", learning_rate=config_of().optimizer.learning_rate)]
-    pack = Pack(configs, jax.devices()[:1])
-    batches = [batch_of(config, document) for config, document in zip(configs, (5, 40), strict=True)]
-    with jax.set_mesh(pack.mesh):
-        state = pack.join(trainable.init(0) for trainable in pack.trainables)
-        compiled = pack.compile_step(state, pack.put_batches(batches))
-        state, output = compiled(state, pack.put_batches(batches), pack.knobs)
-    assert "conditional(" in compiled.as_text()
-    for arm, document in enumerate((5, 40)):
-        for name in SCALARS:
-            value = float(pack.outputs(output)[arm].scalars[name])
-            assert value == pytest.approx(by_document[document][0][name], rel=1e-5)

@@ -147,7 +147,7 @@ class _Row:
 
         The first block of a pair sees the first one of the pair before, and the second block sees both.
         """
-        pairs, length = num // 2, self.segments_BL.shape[1] // num
+        pairs, length = num // 2, self.length // num
         q_BGRplA = _cut(self.q_BGRLA, pairs, -2)[..., 1:, :, :]
         k_BGpsA, v_BGpsA = (_cut(a, pairs, -2)[..., :-1, :, :] for a in (self.k_BGLA, self.v_BGLA))
         segments_Bpl = _cut(self.segments_BL, pairs, -1)[:, 1:]
@@ -178,7 +178,7 @@ class _Row:
 
     def _attend(self, q_BGRnlA, k_BGnlA, v_BGnlA, mask_Bnll) -> Part:
         """Of long rows, a block of queries after the other, whose scores are computed again in the backward pass."""
-        if self.segments_BL.shape[1] <= LONGEST_AT_ONCE:
+        if self.length <= LONGEST_AT_ONCE:
             return _attend(q_BGRnlA, k_BGnlA, v_BGnlA, mask_Bnll)
         length = q_BGRnlA.shape[-2]
         num_blocks = 1
