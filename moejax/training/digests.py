@@ -9,8 +9,8 @@ numbers that depend on column and group. So
   2^64. Rows of a group in another order have one digest: chunks, which might be mixed up, are larger or are checked;
 - the sums of the parts of an array add up to the sums of the whole: a digest depends neither on how an array is split
   over devices and processes nor on the mesh that reads it;
-- it costs one pass over memory, 0.1 s a gigabyte on two cores: a tenth of the time of a restore of what the file cache
-  holds, and less from a disk. A cryptographic digest would take a third.
+- it costs one pass over memory, 0.05 s a gigabyte on two cores: less than a twentieth of the time of a restore of what
+  the file cache holds, and less from a disk. A cryptographic digest would take a third.
 
 A digest finds damage. It is no protection against somebody who writes checkpoints on purpose.
 """
@@ -49,6 +49,7 @@ def digest_arrays(arrays: Mapping[str, Any]) -> dict[str, str]:
       arrays: by name; split over devices in whatever way. Copies on other devices are not looked at.
     """
     parts = [part for name, array in arrays.items() for part in _parts(name, array)]
+    parts.sort(key=lambda part: part.data.nbytes, reverse=True)  # no thread is left alone with a large one at the end
     rows = {name: row for row, name in enumerate(arrays)}
     sums_A2 = np.zeros((len(arrays), 2), np.uint32)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
@@ -85,13 +86,13 @@ def _sums(part: _Part) -> np.ndarray:
     # Groups and weights are those of the whole array, of which this process may hold some rows and columns.
     groups_R = rows_R // np.uint32(max(1, GROUP_BYTES // (math.prod(part.shape[split:]) * data.dtype.itemsize)))
     starts = np.flatnonzero(np.diff(groups_R)) + 1
-    weights_C2 = np.stack([_weights(columns_C), _weights(columns_C + np.uint32(2**31))], axis=1)
-    sums_2 = np.zeros(2, np.uint32)
-    for first, last in itertools.pairwise([0, *starts.tolist(), len(rows_R)]):
-        sums_C = words_RC[first:last].sum(axis=0, dtype=np.uint32)
-        of_group_2 = (sums_C[:, None] * weights_C2).sum(axis=0, dtype=np.uint32)
-        sums_2 += of_group_2 * _weights(groups_R[first : first + 1])
-    return sums_2
+    bounds = itertools.pairwise([0, *starts.tolist(), len(rows_R)])
+    sums_GC = np.stack([words_RC[first:last].sum(axis=0, dtype=np.uint32) for first, last in bounds])
+    weights_G = _weights(groups_R[np.concatenate([[0], starts])])
+    weights_2C = np.stack([_weights(columns_C), _weights(columns_C + np.uint32(2**31))])
+    # Sums over the last axis, whose elements are neighbours: along the other one NumPy takes ten times as long.
+    sums_C = np.einsum("gc,g->c", sums_GC, weights_G)
+    return (sums_C * weights_2C).sum(axis=1, dtype=np.uint32)
 
 
 def _split(shape: tuple[int, ...]) -> int:
