@@ -11,7 +11,7 @@ import warnings
 # Before jax starts: tests must not depend on the machine's accelerator.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # jaxlib 0.10 compiles a small train step twice as fast without these emitters; later ones abort on the unknown flag.
-# tests/test_moe_optimized.py starts a process whose programs are as users run them.
+# tests/moe/test_optimized.py starts a process whose programs are as users run them.
 if "MOEJAX_TESTS_OPTIMIZED" not in os.environ and importlib.metadata.version("jaxlib").startswith("0.10."):
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false"
 
@@ -67,6 +67,5 @@ def _compiled_programs_last_for_a_file(request):
 
 def pytest_collection_modifyitems(items):
     """Long files first: a process takes a file at a time (`make test`), and the longest must not come last."""
-    items.sort(
-        key=lambda item: not item.path.name.startswith(("test_training_", "test_moe_exchange", "test_sweeps_run"))
-    )
+    long = ("tests/training", "tests/moe/expert_parallel", "tests/sweeps/runners")
+    items.sort(key=lambda item: not item.nodeid.startswith(long))

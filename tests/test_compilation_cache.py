@@ -7,8 +7,8 @@ import sys
 import jax
 import pytest
 
+from cases.training import small_config
 from moejax.compilation_cache import ProgramsFolderError, check_is_own, keep_programs, programs_folder
-from training_cases import small_config
 
 
 @pytest.fixture
@@ -111,7 +111,7 @@ def test_the_verbs_that_compile_keep_their_programs(monkeypatch, verb):
         raise AskedError
 
     monkeypatch.setattr(f"moejax.cli.{verb}.keep_programs", ask)
-    monkeypatch.setattr("moejax.cli.train.read_config_flag", lambda values: small_config())
+    monkeypatch.setattr("moejax.cli.verbs.train.read_config_flag", lambda values: small_config())
     given = ["--config=configs/debug.py"] if verb == "train" else ["--workdir=runs/none"]
     with pytest.raises(AskedError):
         cli.main([verb, *given])

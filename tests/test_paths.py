@@ -9,13 +9,13 @@ import pytest
 from moejax.config import resolve
 from moejax.inference.evaluate import evaluate_run
 from moejax.inference.load import load_run
-from moejax.inspection.comparison_page import write_comparison
-from moejax.inspection.run import open_run
+from moejax.inspection.report.comparison_page import write_comparison
+from moejax.inspection.runs.run import open_run
 from moejax.paths import PathError, check_run_folder, check_writable, check_writable_file, resolve_path
-from moejax.sweeps.directory import open_sweep
-from moejax.sweeps.report import build_sweep_report
+from moejax.sweeps.report.write import build_sweep_report
+from moejax.sweeps.store.directory import open_sweep
 from moejax.training.loop import train
-from moejax.training.routing_log import read_routing
+from moejax.training.run_directory.routing_log import read_routing
 
 
 def test_a_path_is_resolved_with_its_home_its_dots_and_its_links(tmp_path, monkeypatch):

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from moejax.config import ConfigError, resolve
-from moejax.inspection.counterfactuals import counterfactuals
-from moejax.inspection.trace import spread_rows
+from moejax.inspection.analysis.trace import spread_rows
+from moejax.inspection.counterfactuals.evaluate import counterfactuals
 from moejax.seeds import LARGEST_SEED, SeedError, check_seed
 
 WRONG = [-1, LARGEST_SEED + 1, 2**32, 2**64, 10**40]

@@ -17,9 +17,9 @@ import matplotlib
 import numpy as np
 
 from moejax.config import resolve
-from moejax.inspection.style import BLUE, GREY, ORANGE, PNG_DPI, PURPLE, STYLE, short_number
+from moejax.inspection.figures.style import BLUE, GREY, ORANGE, PNG_DPI, PURPLE, STYLE, short_number
 from moejax.training.loop import train
-from moejax.training.routing_log import read_routing
+from moejax.training.run_directory.routing_log import read_routing
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # after the choice of a backend

@@ -16,12 +16,12 @@ import matplotlib
 import numpy as np
 import pandas as pd
 
-from moejax.inspection.style import PNG_DPI, STYLE
-from moejax.inspection.sweep_differences import Difference
-from moejax.inspection.sweep_effects import AxisEffect, axis_effect, compare_settings, interaction
-from moejax.inspection.sweep_settings import difference_in_words
-from moejax.inspection.sweep_tables import settings_of
-from moejax.sweeps.records import read_records
+from moejax.inspection.analysis.differences import Difference
+from moejax.inspection.figures.style import PNG_DPI, STYLE
+from moejax.sweeps.report.effects import AxisEffect, axis_effect, compare_settings, interaction
+from moejax.sweeps.report.settings import difference_in_words
+from moejax.sweeps.store.records import read_records
+from moejax.sweeps.tables import settings_of
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # after the choice of a backend

@@ -22,14 +22,14 @@ from moejax.config import resolve
 from moejax.data import Corpus
 from moejax.data.labels import Labels
 from moejax.inspection import open_run
-from moejax.inspection.attributes import Attribute, attributes_of
-from moejax.inspection.expert_profile import domain_specialisation, vocabulary_specialisation
-from moejax.inspection.expert_similarity import linear_cka, output_cosine
-from moejax.inspection.expert_weights import expert_outputs
-from moejax.inspection.information import expert_information, information_table
-from moejax.inspection.saturation import router_saturation
-from moejax.inspection.style import BLUE, GREY, ORANGE, PNG_DPI, PURPLE, STYLE
-from moejax.inspection.trace import route_corpus
+from moejax.inspection.analysis.attributes import Attribute, attributes_of
+from moejax.inspection.analysis.expert_profile import domain_specialisation, vocabulary_specialisation
+from moejax.inspection.analysis.expert_similarity import linear_cka, output_cosine
+from moejax.inspection.analysis.expert_weights import expert_outputs
+from moejax.inspection.analysis.information import expert_information, information_table
+from moejax.inspection.analysis.saturation import router_saturation
+from moejax.inspection.analysis.trace import route_corpus
+from moejax.inspection.figures.style import BLUE, GREY, ORANGE, PNG_DPI, PURPLE, STYLE
 from moejax.training.loop import train
 
 matplotlib.use("Agg")

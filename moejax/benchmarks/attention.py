@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from moejax.benchmarks.step import Step
 from moejax.benchmarks.timing import interleave
 from moejax.config import Config, ConfigError
-from moejax.nn.attention import attend, attend_in_rows, row_mask
+from moejax.nn.attention.grouped_query import attend, attend_in_rows, row_mask
 
 LONGER = 4
 

@@ -22,7 +22,7 @@ from moejax.benchmarks.layer import (
     through,
 )
 from moejax.kernels.grouped_matmul import resolve_implementation, unavailable
-from moejax.planning.arithmetic import Arithmetic, count_arithmetic
+from moejax.planning.hlo.arithmetic import Arithmetic, count_arithmetic
 from moejax.planning.targets import Target, TargetError, make_target_mesh
 
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from moejax.config import Config, Knobs
 from moejax.data import Batch
-from moejax.planning.collectives import collective_rows, list_collectives
+from moejax.planning.hlo.collectives import collective_rows, list_collectives
 from moejax.planning.targets import Target, TargetError, target_devices
 from moejax.sharding import batch_sharding, make_mesh, replicated
 from moejax.training.state import Trainable, make_trainable

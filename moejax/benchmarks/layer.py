@@ -17,8 +17,8 @@ import numpy as np
 
 from moejax.benchmarks.timing import Peaks, Times, interleave
 from moejax.kernels.grouped_matmul import IMPLEMENTATIONS, resolve_implementation
-from moejax.moe.experts import ExpertWeights
-from moejax.moe.local import Chosen, apply_slotted, run_dropless, run_with_capacity
+from moejax.moe.dispatch.on_device import Chosen, apply_slotted, run_dropless, run_with_capacity
+from moejax.moe.experts.experts import ExpertWeights
 
 DIRECTIONS = ("forward", "forward_backward")
 CAPACITY_FACTORS = (1.0, 1.25)

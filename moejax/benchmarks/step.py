@@ -14,7 +14,7 @@ from moejax.benchmarks.timing import interleave
 from moejax.config import Config, Knobs, ScheduleConfig
 from moejax.data import Batch
 from moejax.models.parameters import count_parameters
-from moejax.moe.experts import Network
+from moejax.moe.experts.experts import Network
 from moejax.sharding import make_mesh
 from moejax.training.state import make_trainable
 from moejax.training.step import make_train_step, put_batch

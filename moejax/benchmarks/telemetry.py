@@ -12,13 +12,13 @@ from moejax.benchmarks.step import random_batch
 from moejax.benchmarks.timing import interleave
 from moejax.config import Config, Knobs
 from moejax.sharding import make_mesh
-from moejax.training.alarms import AlarmLog
-from moejax.training.metrics import MetricsFile, Recorder
-from moejax.training.progress import StepProgress
-from moejax.training.routing_log import RoutingLog
+from moejax.training.health.alarms import AlarmLog
+from moejax.training.health.progress import StepProgress
+from moejax.training.health.telemetry import LAYER_METRICS
+from moejax.training.run_directory.metrics import MetricsFile, Recorder
+from moejax.training.run_directory.routing_log import RoutingLog
 from moejax.training.state import make_trainable
 from moejax.training.step import compiler_options, make_train_step, put_batch, train_step_of
-from moejax.training.telemetry import LAYER_METRICS
 
 READ_EVERY_STEP = ("loss/lm", "num_targets", "skipped_in_row")
 """Scalars that any training loop reads, for its progress and to notice steps that are not finite."""

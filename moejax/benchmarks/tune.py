@@ -11,7 +11,7 @@ import jax
 from moejax.benchmarks.layer import Program, Shape, draw, through
 from moejax.benchmarks.timing import Times, interleave
 from moejax.kernels.tiles import guess_sizes, problem, read_table
-from moejax.moe.local import run_dropless
+from moejax.moe.dispatch.on_device import run_dropless
 
 
 def candidates(num_rows: int, num_groups: int) -> list[tuple[int, ...]]:

@@ -22,7 +22,7 @@ from moejax.cli.errors import UsageError as UsageError
 from moejax.cli.memory import explain_memory, warn_of_small_limit
 from moejax.cli.printable import PrintableFormatter, printable
 from moejax.config import Config, leaves
-from moejax.training.signals import SignalWatch
+from moejax.training.multihost.signals import SignalWatch
 
 VERBS = {
     "train": "train a configuration in a run directory, or continue it",
@@ -43,7 +43,7 @@ WITH_WORDS = ("report", "sweep", "bench")
 
 HELP = ("-h", "-help", "--help", "--help=true", "--helpshort", "--helpfull")
 
-PROCESSES = "moejax.training.processes"
+PROCESSES = "moejax.training.multihost.processes"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -119,7 +119,7 @@ def _has_others() -> bool:
 def _run_verb(verb: str, arguments: list[str]) -> None:
     if verb not in VERBS:
         raise UsageError(_about_verb(verb, arguments))
-    module = importlib.import_module(f"moejax.cli.{verb}")
+    module = importlib.import_module(f"moejax.cli.verbs.{verb}")
     values = FlagValues()
     flags.DEFINE_bool("help", False, "show this help", short_name="h", flag_values=values)
     arguments = config_first(arguments)

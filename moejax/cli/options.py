@@ -18,8 +18,8 @@ from moejax.cli.recipe import define_recipe
 from moejax.config import Config, MeshConfig, resolve
 from moejax.paths import check_run_folder, check_writable, check_writable_file, resolve_path
 from moejax.seeds import LARGEST_SEED
-from moejax.training import processes
-from moejax.training.run_text import TextPlaces
+from moejax.training.multihost import processes
+from moejax.training.run_directory.text import TextPlaces
 
 LONGEST_WAIT_S = 86400.0
 """For processes at the start: a day."""

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from moejax.config.schema import Config
+from moejax.config.sections.root import Config
 
 
 @jax.tree_util.register_dataclass

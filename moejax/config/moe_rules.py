@@ -1,8 +1,8 @@
 """Leaves of a Mixture-of-Experts layer that do not go together."""
 
 from moejax.config.errors import require
-from moejax.config.moe import MoeConfig
 from moejax.config.router_rules import ROUTER_RULES
+from moejax.config.sections.moe import MoeConfig
 
 
 def validate_moe(moe: MoeConfig) -> None:

@@ -7,11 +7,11 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from moejax.config.errors import ConfigError, nearest, shown
-from moejax.config.leaf import check_value
-from moejax.config.leaves import check_key, declared
-from moejax.config.moe import derive_moe
-from moejax.config.schema import SECTIONS, Config
-from moejax.config.unread import refuse_unread
+from moejax.config.schema.leaf import check_value
+from moejax.config.schema.tree import check_key, declared
+from moejax.config.schema.unread import refuse_unread
+from moejax.config.sections.moe import derive_moe
+from moejax.config.sections.root import SECTIONS, Config
 from moejax.config.validation import validate
 
 

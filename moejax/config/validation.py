@@ -2,14 +2,14 @@
 
 import dataclasses
 
-from moejax.config.alarms import validate_alarms
 from moejax.config.errors import ConfigError, divisors, require
-from moejax.config.leaf import check_range
-from moejax.config.leaves import declared
-from moejax.config.moe import MoeConfig
 from moejax.config.moe_rules import validate_moe
-from moejax.config.schedules import validate_schedules
-from moejax.config.schema import Config
+from moejax.config.schema.leaf import check_range
+from moejax.config.schema.tree import declared
+from moejax.config.sections.alarms import validate_alarms
+from moejax.config.sections.moe import MoeConfig
+from moejax.config.sections.root import Config
+from moejax.config.sections.schedules import validate_schedules
 
 
 def validate(config: Config) -> None:

@@ -10,9 +10,9 @@ from typing import TextIO
 import numpy as np
 from jaxtyping import Int
 
-from moejax.data.document import Document
 from moejax.data.errors import DataError
-from moejax.data.regular_files import read_regular
+from moejax.data.sources.document import Document
+from moejax.data.storage.regular_files import read_regular
 
 
 @dataclasses.dataclass(frozen=True)

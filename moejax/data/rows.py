@@ -18,18 +18,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moejax.config import DataConfig
-from moejax.data.atomic import complete_folder
-from moejax.data.document import Document
 from moejax.data.errors import DataError
 from moejax.data.labels import Labels, LabelsFile, read_labels
-from moejax.data.manifest import NAME as MANIFEST
-from moejax.data.manifest import check_sizes, digest_of, file_sizes, read_manifest, write_manifest
 from moejax.data.packing import Row, pack
-from moejax.data.sources import SPLITS, Source, data_directory, open_source
+from moejax.data.sources.choose import SPLITS, Source, data_directory, open_source
+from moejax.data.sources.document import Document
+from moejax.data.storage.atomic import complete_folder
+from moejax.data.storage.manifest import NAME as MANIFEST
+from moejax.data.storage.manifest import check_sizes, digest_of, file_sizes, read_manifest, write_manifest
 from moejax.data.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer, train_sentencepiece
 
 if TYPE_CHECKING:
-    from moejax.data.store import Rows
+    from moejax.data.storage.records import Rows
 
 __all__ = ["Corpus", "DataError", "prepare"]
 
@@ -74,7 +74,7 @@ class Corpus:
         Raises:
           DataError: the rows are damaged; also raised when a damaged row is read.
         """
-        from moejax.data.store import Rows
+        from moejax.data.storage.records import Rows
 
         if split not in self.num_rows:
             raise ValueError(f"split={split!r} must be one of {', '.join(self.num_rows)}")
@@ -200,7 +200,7 @@ class _Counts:
 
 def _write(folder: Path, source: Source, tokenizer: Tokenizer, seq_len: int) -> None:
     """Writes the rows of every split and, last, the manifest."""
-    from moejax.data.store import write_rows
+    from moejax.data.storage.records import write_rows
 
     counts = {split: _Counts() for split in SPLITS}
     with contextlib.ExitStack() as stack:

@@ -17,7 +17,7 @@ import numpy as np
 
 from moejax.config import BYTE_VOCAB_SIZE, ConfigError
 from moejax.data.errors import DataError
-from moejax.data.regular_files import read_regular
+from moejax.data.storage.regular_files import read_regular
 from moejax.paths import replace_file
 
 PAD_ID, BOS_ID, EOS_ID = 0, 1, 2

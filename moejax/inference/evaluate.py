@@ -10,15 +10,15 @@ from flax import nnx
 
 from moejax.config import Config, MeshConfig
 from moejax.data import eval_batches, load_tokenizer
-from moejax.moe.placement import PlacementError, place
+from moejax.moe.expert_parallel.placement import PlacementError, place
 from moejax.paths import resolve_path
 from moejax.sharding import EXPERT_AXES, make_mesh, tree_shardings
-from moejax.training.checkpoint import Checkpoints
+from moejax.training.checkpoints.checkpoint import Checkpoints
 from moejax.training.eval_step import make_eval_step
 from moejax.training.evaluation import Evaluation, domains_of, evaluate
-from moejax.training.evaluation_log import newest_evaluation
-from moejax.training.run_directory import read_config
-from moejax.training.run_text import TextPlaces, open_run_corpus
+from moejax.training.run_directory.evaluation_log import newest_evaluation
+from moejax.training.run_directory.layout import read_config
+from moejax.training.run_directory.text import TextPlaces, open_run_corpus
 from moejax.training.state import Trainable, logical_axes, make_trainable, split_model
 
 

@@ -17,7 +17,7 @@ from moejax.config import ROUTER_RULES, Config, ConfigError
 from moejax.data import Tokenizer
 from moejax.inference.layered import LayeredDecoder
 from moejax.models import Decoder
-from moejax.nn.attention import KVCache
+from moejax.nn.attention.grouped_query import KVCache
 from moejax.seeds import check_seed
 
 MAX_TOKENS = 65_536

@@ -14,9 +14,9 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from moejax.models import Decoder
-from moejax.models.stack import Context
+from moejax.models.blocks import Context
 from moejax.moe.layer import TokenInfo
-from moejax.nn.attention import KVCache
+from moejax.nn.attention.grouped_query import KVCache
 
 
 class LayeredDecoder:

@@ -12,9 +12,9 @@ from moejax.data import Corpus, Tokenizer, load_tokenizer, prepare
 from moejax.models import Decoder
 from moejax.paths import resolve_path
 from moejax.sharding import make_mesh
-from moejax.training.checkpoint import Checkpoints
-from moejax.training.run_directory import read_config
-from moejax.training.run_text import TextPlaces, open_run_corpus
+from moejax.training.checkpoints.checkpoint import Checkpoints
+from moejax.training.run_directory.layout import read_config
+from moejax.training.run_directory.text import TextPlaces, open_run_corpus
 from moejax.training.state import make_trainable
 
 
@@ -39,7 +39,7 @@ class LoadedRun:
     workdir: Path | None = None
 
     def corpus(self, places: TextPlaces | None = None) -> Corpus:
-        """The rows it was trained on; see `moejax.training.run_text.open_run_corpus`."""
+        """The rows it was trained on; see `moejax.training.run_directory.text.open_run_corpus`."""
         if self.workdir is None:
             return prepare(self.config.data, self.tokenizer)
         return open_run_corpus(self.workdir, self.tokenizer, places)

@@ -11,7 +11,7 @@ from jaxtyping import Int
 
 from moejax.config import Config, ConfigError
 from moejax.inference.load import LoadedRun
-from moejax.moe.by_token import choices_by_token, scores_by_token
+from moejax.moe.router.by_token import choices_by_token, scores_by_token
 from moejax.sharding import BATCH_AXES
 
 SHORTEST = 64

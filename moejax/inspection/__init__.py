@@ -10,9 +10,9 @@ In a notebook:
 These names load neither a model nor a plotting library before they need it.
 """
 
-from moejax.inspection.comparison import Comparison as Comparison
-from moejax.inspection.comparison import compare as compare
-from moejax.inspection.run import Run as Run
-from moejax.inspection.run import open_run as open_run
-from moejax.inspection.trace import Trace as Trace
-from moejax.inspection.trace import trace as trace
+from moejax.inspection.analysis.trace import trace as trace
+from moejax.inspection.analysis.trace_view import Trace as Trace
+from moejax.inspection.runs.comparison import Comparison as Comparison
+from moejax.inspection.runs.comparison import compare as compare
+from moejax.inspection.runs.run import Run as Run
+from moejax.inspection.runs.run import open_run as open_run

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from moejax.kernels.varying import zeros_varying_like
+from moejax.kernels.vma import zeros_varying_like
 
 
 def add_rows(

@@ -10,11 +10,11 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from moejax.config import Config, Knobs, Run
-from moejax.kernels.project import project
-from moejax.models.stack import Block, Context, Period, Stack
+from moejax.kernels.matmul import project
+from moejax.models.blocks import Block, Context, Period, Stack
+from moejax.moe.balancing.stats import RoutingStats
+from moejax.moe.expert_parallel.placement import PlacementError
 from moejax.moe.layer import TokenInfo
-from moejax.moe.placement import PlacementError
-from moejax.moe.stats import RoutingStats
 from moejax.nn.norm import RMSNorm
 from moejax.sharding import constrain_tokens, whole
 

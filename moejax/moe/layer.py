@@ -12,20 +12,20 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moejax.config import Knobs, MoeConfig
 from moejax.kernels.grouped_matmul import can_check_vma
-from moejax.kernels.project import project
-from moejax.moe.capacity import Admission, admit, capacity_limit, capacity_slots
-from moejax.moe.exchange import exchange
-from moejax.moe.experts import Experts, FeedForward, Network, initialize
-from moejax.moe.free_experts import FreeExperts
-from moejax.moe.local import Chosen, Mixing, Slots, run_dropless, run_slots, run_soft, run_with_capacity
-from moejax.moe.logits import Logits, make_router
-from moejax.moe.placement import Copies
-from moejax.moe.routers import UNRANKED, RouterInputs, Routing, route, route_expert_choice, route_soft
-from moejax.moe.routers.routing import Stream, draw
-from moejax.moe.routers.scores import spread_over_survivors, weigh
-from moejax.moe.routers.selection import named
-from moejax.moe.stats import RoutingStats, Service, collect, collect_slots, collect_soft
-from moejax.moe.strategy import Exchange, Local
+from moejax.kernels.matmul import project
+from moejax.moe.balancing.stats import RoutingStats, Service, collect, collect_slots, collect_soft
+from moejax.moe.dispatch.capacity import Admission, admit, capacity_limit, capacity_slots
+from moejax.moe.dispatch.on_device import Chosen, Mixing, Slots, run_dropless, run_slots, run_soft, run_with_capacity
+from moejax.moe.expert_parallel.exchange import exchange
+from moejax.moe.expert_parallel.placement import Copies
+from moejax.moe.expert_parallel.strategy import Exchange, Local
+from moejax.moe.experts.experts import Experts, FeedForward, Network, initialize
+from moejax.moe.experts.zero_computation import FreeExperts
+from moejax.moe.router import UNRANKED, RouterInputs, Routing, route, route_expert_choice, route_soft
+from moejax.moe.router.modules import Logits, make_router
+from moejax.moe.router.routing import Stream, draw
+from moejax.moe.router.scores import spread_over_survivors, weigh
+from moejax.moe.router.selection import named
 from moejax.sharding import batch_devices, whole
 
 

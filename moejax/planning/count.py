@@ -9,8 +9,8 @@ import collections
 import dataclasses
 
 from moejax.config import Config, MoeConfig
-from moejax.moe.capacity import capacity_slots
-from moejax.moe.experts import Network
+from moejax.moe.dispatch.capacity import capacity_slots
+from moejax.moe.experts.experts import Network
 
 BACKWARD_AND_FORWARD = 3
 """Passes: every product `x @ w` has two of the same size in the backward pass, for the gradients of x and of w."""

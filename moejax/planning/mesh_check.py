@@ -15,11 +15,11 @@ from jax.sharding import Mesh, NamedSharding
 
 from moejax.config import Config
 from moejax.kernels.grouped_matmul import can_check_vma
-from moejax.moe.exchange import exchange
-from moejax.moe.experts import ExpertWeights
-from moejax.moe.local import Chosen, run_dropless
-from moejax.moe.strategy import Exchange, Local, choose
-from moejax.planning.collectives import collective_rows, list_collectives
+from moejax.moe.dispatch.on_device import Chosen, run_dropless
+from moejax.moe.expert_parallel.exchange import exchange
+from moejax.moe.expert_parallel.strategy import Exchange, Local, choose
+from moejax.moe.experts.experts import ExpertWeights
+from moejax.planning.hlo.collectives import collective_rows, list_collectives
 from moejax.sharding import BATCH_AXES, EXPERT_AXES, TOKENS, partition_spec
 
 TOKENS_OF_CHUNK = 32

@@ -9,7 +9,7 @@ from moejax.config import Config, ConfigError, UnreadError, check_key, refuse_un
 from moejax.planning.count import Count, count
 from moejax.sharding import check_divisible
 from moejax.sweeps.ids import ID_DIGITS, hash_config
-from moejax.sweeps.match import Adjust, Match, Matched, MatchError, Target
+from moejax.sweeps.matching import Adjust, Match, Matched, MatchError, Target
 from moejax.sweeps.space import Space
 
 LISTED = 10  # bad points that an error names

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moejax.data.batches import Batch
-from moejax.moe.by_token import coactivation, experts_by_token
+from moejax.moe.router.by_token import coactivation, experts_by_token
 from moejax.sharding import replicated
 from moejax.training.state import Trainable
 from moejax.training.step import Sums, count_targets, forward

@@ -17,27 +17,34 @@ from moejax.models.parameters import count_parameters
 from moejax.paths import resolve_path
 from moejax.planning.memory import check_memory
 from moejax.sharding import make_mesh
-from moejax.training.alarms import AlarmError, stop_message
-from moejax.training.checkpoint import Checkpoints
+from moejax.training.checkpoints.checkpoint import Checkpoints
 from moejax.training.eval_step import make_eval_step
 from moejax.training.evaluation import Evaluation, domains_of, evaluate
-from moejax.training.metrics import FinishedStep, Recorder
-from moejax.training.nonfinite import nonfinite_error
-from moejax.training.processes import SharedStop, fail_together, first_says, first_then_others, is_first, wait_for_all
-from moejax.training.progress import StepProgress
-from moejax.training.run_directory import (
+from moejax.training.health.alarms import AlarmError, stop_message
+from moejax.training.health.nonfinite import nonfinite_error
+from moejax.training.health.progress import StepProgress
+from moejax.training.health.speed import median_speed
+from moejax.training.health.watchdog import Watchdog
+from moejax.training.multihost.processes import (
+    SharedStop,
+    fail_together,
+    first_says,
+    first_then_others,
+    is_first,
+    wait_for_all,
+)
+from moejax.training.multihost.signals import ALARM, StopSignals, uninterrupted
+from moejax.training.run_directory.files import RunFiles
+from moejax.training.run_directory.layout import (
     check_run_directory,
     check_shared,
     tell_changes,
     warn_of_lost_checkpoints,
     write_run_directory,
 )
-from moejax.training.run_files import RunFiles
-from moejax.training.signals import ALARM, StopSignals, uninterrupted
-from moejax.training.speed import median_speed
+from moejax.training.run_directory.metrics import FinishedStep, Recorder
 from moejax.training.state import Trainable, TrainState, make_trainable
 from moejax.training.step import TrainStep, make_train_step, put_batch, rows_of_process
-from moejax.training.watchdog import Watchdog
 
 log = logging.getLogger("moejax")
 

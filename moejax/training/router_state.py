@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moejax.config import Config, Knobs, MoeConfig
-from moejax.moe.balance import update_bias, update_idle_steps, update_quantiles
-from moejax.moe.stats import RoutingStats
+from moejax.moe.balancing.losses import update_bias, update_idle_steps, update_quantiles
+from moejax.moe.balancing.stats import RoutingStats
 from moejax.training.schedules import factor
 
 

@@ -15,8 +15,8 @@ from jax.sharding import Mesh
 
 from moejax.config import Config, Knobs
 from moejax.data.batches import Batch
-from moejax.moe.balance import LOSSES, auxiliary_losses, routing_metrics
-from moejax.moe.stats import RoutingStats, add_stats, join
+from moejax.moe.balancing.losses import LOSSES, auxiliary_losses, routing_metrics
+from moejax.moe.balancing.stats import RoutingStats, add_stats, join
 from moejax.sharding import batch_sharding, replicated
 from moejax.training.optimizer import make_schedule
 from moejax.training.router_state import (

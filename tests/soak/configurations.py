@@ -42,9 +42,10 @@ def trial(field: Field, seed: int) -> str:
 
 def compare(seed: int) -> str:
     """Draws a configuration, and compares losses, gradients and sums on a mesh with those on one device."""
-    from moejax.config import ConfigError
     from test_training_invariance import assert_same, run
-    from training_cases import OTHER_CASES, ROUTER_CASES, case_config
+
+    from cases.training import OTHER_CASES, ROUTER_CASES, case_config
+    from moejax.config import ConfigError
 
     rng = np.random.default_rng(seed)
     case = _one_of(rng, [*ROUTER_CASES, *OTHER_CASES])

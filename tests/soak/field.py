@@ -181,7 +181,7 @@ def state_difference(workdir: Path, expected: Path) -> str:
 
 
 def _state(workdir: Path) -> Any:
-    from moejax.training.checkpoint import Checkpoints
+    from moejax.training.checkpoints.checkpoint import Checkpoints
 
     return Checkpoints(workdir, _trainable(workdir / "config.json"), read_only=True).restore()
 

@@ -20,13 +20,13 @@ import jax
 from jaxtyping import Array, Float, Int
 
 from moejax.kernels.arrays import takes_numpy
-from moejax.kernels.grouped_matmul.dense import grouped_matmul_dense
+from moejax.kernels.device import platform
 from moejax.kernels.grouped_matmul.padded import grouped_matmul_padded
 from moejax.kernels.grouped_matmul.ragged import grouped_matmul_ragged, needs_megablox
+from moejax.kernels.grouped_matmul.reference import grouped_matmul_dense
 from moejax.kernels.grouped_matmul.tiled import block_rows, grouped_matmul_tiled
 from moejax.kernels.grouped_matmul.tokamax import grouped_matmul_tokamax, why_unavailable
-from moejax.kernels.platform import platform
-from moejax.kernels.varying import vary_alike
+from moejax.kernels.vma import vary_alike
 
 IMPLEMENTATIONS: dict[str, Callable[[jax.Array, jax.Array, jax.Array, int], jax.Array]] = {
     "tiled": grouped_matmul_tiled,

@@ -13,7 +13,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from moejax.kernels.grouped_matmul.products import Products, multiply
-from moejax.kernels.varying import zeros_varying_like
+from moejax.kernels.vma import zeros_varying_like
 
 
 def grouped_matmul_padded(

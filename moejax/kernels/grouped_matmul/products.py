@@ -11,7 +11,7 @@ from collections.abc import Callable
 import jax
 from jaxtyping import Array, Float, Int
 
-from moejax.kernels.grouped_matmul.arms import Product, fold_arms
+from moejax.kernels.batching import Product, fold_arms
 
 OverArms = Callable[[Product, jax.Array, jax.Array, jax.Array, int], jax.Array]
 """What makes one call of a product with several models under `vmap`; see `arms.py`."""

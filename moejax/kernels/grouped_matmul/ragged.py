@@ -12,12 +12,12 @@ import jax.numpy as jnp
 from jax.lax import ragged_dot_general
 from jaxtyping import Array, Float, Int
 
-from moejax.kernels.grouped_matmul.arms import fold_arms, loop_over_arms
+from moejax.kernels.batching import fold_arms, loop_over_arms
+from moejax.kernels.device import platform
 from moejax.kernels.grouped_matmul.dimensions import BY_MATRIX, BY_TRANSPOSE, OUTER
 from moejax.kernels.grouped_matmul.megablox import outer_products_megablox
 from moejax.kernels.grouped_matmul.products import Products, multiply
-from moejax.kernels.grouped_matmul.tail import zero_tail
-from moejax.kernels.platform import platform
+from moejax.kernels.zero_padding import zero_tail
 
 
 def grouped_matmul_ragged(

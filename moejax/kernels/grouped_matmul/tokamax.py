@@ -16,10 +16,10 @@ from jax.lax import RaggedDotDimensionNumbers
 from jaxtyping import Array, Float, Int
 
 from moejax.extras import how_to_install
+from moejax.kernels.device import platform
 from moejax.kernels.grouped_matmul.dimensions import BY_MATRIX, BY_TRANSPOSE, OUTER
 from moejax.kernels.grouped_matmul.products import Products, multiply
-from moejax.kernels.grouped_matmul.tail import zero_tail
-from moejax.kernels.platform import platform
+from moejax.kernels.zero_padding import zero_tail
 
 KERNELS: dict[str, tuple[Any, ...]] = {"gpu": ("triton",), "tpu": ("mosaic", "xla")}
 """By platform, the first that takes the shapes. On TPU "xla", which is `ragged_dot`, takes those below 128."""

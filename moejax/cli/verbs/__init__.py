@@ -1,0 +1,1 @@
+"""The verbs of `moejax`, one file each."""

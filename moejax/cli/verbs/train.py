@@ -1,0 +1,104 @@
+"""Train a configuration in a run directory, or continue it from its newest checkpoint.
+
+  moejax train --config=configs/tiny_moe.py --workdir=runs/tiny_moe --config.moe.num_experts=16
+
+SIGINT and SIGTERM save the state and exit 0; the same command continues. Several processes, each with the same command,
+train one model on all their devices with --distributed, or with --coordinator, --num_processes and --process_id:
+docs/pods.md.
+"""
+
+import logging
+import shlex
+import sys
+from pathlib import Path
+
+import jax
+from absl import flags
+from absl.flags import FlagValues
+
+from moejax.cli.options import (
+    define_config,
+    define_json,
+    define_processes,
+    define_workdir,
+    meet_as_flagged,
+    read_config_flag,
+    read_folder_to_write,
+    recipe_text,
+)
+from moejax.cli.recipe import recipe_name
+from moejax.cli.tables import print_result, summary_rows
+from moejax.compilation_cache import keep_programs
+from moejax.config import ROUTER_RULES, Config, to_dict
+from moejax.inspection.report.build import build_report
+from moejax.models.parameters import count_parameters
+from moejax.moe.expert_parallel.strategy import Exchange, choose
+from moejax.planning.memory import check_memory
+from moejax.sharding import EXPERT_AXES, make_mesh
+from moejax.training.loop import train
+from moejax.training.multihost.processes import agree, first_then_others, has_others, is_first
+from moejax.training.multihost.signals import StopSignals
+
+log = logging.getLogger("moejax")
+
+
+def define(values: FlagValues, arguments: list[str]) -> None:
+    """Flags of the verb."""
+    define_config(values, arguments)
+    define_workdir(values, "the run directory; default runs/NAME-OF-THE-RECIPE")
+    define_json(values)
+    define_processes(values)
+    flags.DEFINE_bool("report", True, "write report.html at the end", flag_values=values)
+
+
+def run(values: FlagValues, rest: list[str]) -> None:
+    """Trains, reports, prints the table."""
+    with meet_as_flagged(values, "train"):
+        if not is_first():
+            logging.getLogger("moejax").setLevel(logging.WARNING)  # process 0 says what all would say
+        config = first_then_others(lambda: read_config_flag(values))
+        agree(to_dict(config), "recipe and flags")
+        keep_programs()
+        _train(values, config)
+
+
+def _train(values: FlagValues, config: Config) -> None:
+    check_memory(config)
+    name = recipe_name(recipe_text(values))
+    workdir = read_folder_to_write(values.workdir or f"runs/{name}", "--workdir")
+    parameters = count_parameters(config)
+    log.info("%s: %s parameters, %s active per token", name, f"{parameters.total:,}", f"{parameters.active:,}")
+    _log_devices(config)
+    with StopSignals() as stop:
+        result = train(config, workdir, command=shlex.join(["moejax", *sys.argv[1:]]), stop=stop)
+        if result.stopped_by:
+            log.info("%s: saved step %d in %s; the same command continues", result.stopped_by, result.step, workdir)
+            return
+        report = _report(workdir) if values.report and is_first() else None
+    if is_first():
+        print_result(summary_rows(config, parameters, result, report), is_json=values.json)
+
+
+def _log_devices(config: Config) -> None:
+    """Says what trains: devices, mesh, and how tokens reach the experts. The kernel is said where it is chosen."""
+    mesh = make_mesh(config)
+    axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
+    log.info("%d x %s, mesh: %s", mesh.size, jax.devices()[0].device_kind, axes or "one device")
+    slow, fast = (mesh.shape[axis] for axis in EXPERT_AXES)
+    if config.num_moe_layers and slow * fast > 1:
+        moe = config.moe
+        how = Exchange(moe.exchange, moe.exchange_buffer, moe.exchange_chunks)
+        top_k = moe.top_k if ROUTER_RULES[moe.router].takes_capacity else 0
+        log.info("tokens reach experts by moe.exchange=%s", choose(how, slow, fast, moe.num_experts, top_k))
+
+
+def _report(workdir: Path) -> Path | None:
+    """The page; a failure is logged and does not hide the figures of a finished run."""
+    if has_others():
+        log.info("no report by several processes; moejax report --workdir=%s writes it in one", workdir)
+        return None
+    try:
+        return build_report(workdir)
+    except Exception as error:  # any part of it: data gone, memory, disk
+        log.warning("no report: %s; moejax report --workdir=%s tries again", error, workdir)
+        return None

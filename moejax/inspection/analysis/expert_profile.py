@@ -1,0 +1,168 @@
+"""Portraits of experts by what they get: which tokens of the vocabulary, which domains, and together with whom.
+
+The measures follow OLMoE (Muennighoff et al. 2024, section 5). Arrays `experts_NTK` hold expert ids, `num_experts` for
+no (further) expert. Those of most routers come in falling order of the score that selects, so that the first is the
+top-1 choice; where experts choose tokens they come in order of id: sort them with `by_weight`.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Float64, Int, Int64
+
+from moejax.inspection.analysis.specialisation import count_tokens_by_expert
+from moejax.seeds import check_seed
+
+
+class ProfileError(ValueError):
+    """Arrays that a measure of experts cannot be computed from."""
+
+
+def by_weight(
+    experts_NTK: Int[np.ndarray, "N T K"], weights_NTK: Float[np.ndarray, "N T K"]
+) -> Int[np.ndarray, "N T K"]:
+    """The experts of each token in falling order of their combine weights; none, which has weight 0, comes last."""
+    order_NTK = np.argsort(-weights_NTK, axis=-1, kind="stable")
+    return np.take_along_axis(experts_NTK, order_NTK, axis=-1)
+
+
+class VocabularySpecialisation(NamedTuple):
+    """How far each token of the vocabulary belongs to one expert.
+
+    Attributes:
+      share_NV: of the token's occurrences, the fraction that has its favourite expert as the top-1 choice: the largest
+        N(x, e) / N(x) over e; NaN for tokens seen less than `min_count` times.
+      expert_NV: the favourite, of several the lowest id; num_experts where the share is NaN.
+      mean_N: mean share over tokens of the vocabulary, each with weight 1; NaN without any.
+      chance_N: the same where experts are dealt out to tokens at random, with their loads kept. Well above the largest
+        load, because the favourite of a rare token has a large share by chance.
+      mean_NE: mean share of the tokens whose favourite is the expert; NaN for an expert that is nobody's.
+    """
+
+    share_NV: Float64[np.ndarray, "N V"]
+    expert_NV: Int64[np.ndarray, "N V"]
+    mean_N: Float64[np.ndarray, "N"]
+    chance_N: Float64[np.ndarray, "N"]
+    mean_NE: Float64[np.ndarray, "N E"]
+
+
+def vocabulary_specialisation(
+    tokens_T: Int[np.ndarray, "T"],
+    experts_NTK: Int[np.ndarray, "N T K"],
+    vocab_size: int,
+    num_experts: int,
+    *,
+    min_count: int = 10,
+    seed: int = 0,
+) -> VocabularySpecialisation:
+    """For each token of the vocabulary, how much of it its favourite expert gets.
+
+    Follows the vocabulary specialisation of OLMoE, N(x, e) / N(x) with k = 1: of the N(x) occurrences of token x, the
+    fraction whose top-1 choice is expert e, summarised by the largest over e and its mean over the vocabulary. Departs
+    from it by leaving rare tokens out of the mean too, and by showing chance beside it.
+
+    Args:
+      tokens_T: ids in [0, vocab_size), negative to leave a token out. The input tokens give the version for inputs;
+        the next tokens, `attributes.next_token(...).values_T`, that for outputs.
+      experts_NTK: the first of K is the top-1 choice; tokens without one are left out.
+      vocab_size: V.
+      num_experts: E.
+      min_count: occurrences with an expert that a token needs.
+      seed: of the deal that chance is measured with.
+
+    Raises:
+      ValueError: an id outside its range.
+    """
+    check_seed("seed", seed)
+    rng = np.random.default_rng(seed)
+    parts = []
+    for experts_TK in experts_NTK:  # by layer, for counts of all layers can be large
+        top_1T1 = experts_TK[None, :, :1]
+        mask_T = (tokens_T >= 0) & (top_1T1[0, :, 0] < num_experts)  # who has an expert is not dealt
+        dealt_1T1 = top_1T1.copy()
+        dealt_1T1[:, mask_T] = rng.permutation(top_1T1[:, mask_T], axis=1)
+        counts_EV, chance_EV = (
+            count_tokens_by_expert(tokens_T, top, vocab_size, num_experts, mask_T)[0] for top in (top_1T1, dealt_1T1)
+        )
+        parts.append(_favourites(counts_EV, chance_EV, min_count))
+    return VocabularySpecialisation(*map(np.array, zip(*parts, strict=True)))
+
+
+def _favourites(counts_EV: np.ndarray, chance_EV: np.ndarray, min_count: int) -> tuple[np.ndarray | float, ...]:
+    """One layer of `VocabularySpecialisation`."""
+    share_V, chance_V = (_largest_share(counts, min_count) for counts in (counts_EV, chance_EV))
+    is_known_V = ~np.isnan(share_V)
+    expert_V = np.where(is_known_V, counts_EV.argmax(axis=0), len(counts_EV))
+    shares_v, experts_v = share_V[is_known_V], expert_V[is_known_V]
+    sum_E, num_E = (np.bincount(experts_v, w, minlength=len(counts_EV)) for w in (shares_v, np.ones_like(shares_v)))
+    return share_V, expert_V, _mean(shares_v), _mean(chance_V[is_known_V]), _divide(sum_E, num_E)
+
+
+def _largest_share(counts_EV: np.ndarray, min_count: int) -> np.ndarray:
+    seen_V = counts_EV.sum(axis=0)
+    return _divide(counts_EV.max(axis=0), np.where(seen_V >= max(min_count, 1), seen_V, 0))
+
+
+def _mean(values: np.ndarray) -> float:
+    return float(values.mean()) if values.size else float("nan")
+
+
+def _divide(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    """NaN where the whole is 0."""
+    return np.divide(part, whole, out=np.full(np.shape(whole), np.nan), where=whole > 0)
+
+
+class DomainSpecialisation(NamedTuple):
+    """How the tokens of each domain spread over experts.
+
+    Attributes:
+      share_NDE: fraction of a domain's tokens that visit the expert, N(e, D) / N(D); sums to the number of experts
+        that tokens visit, and is NaN for a domain without tokens.
+      overall_NE: the same fraction of all tokens.
+      uniform_N: the level of uniform routing, K / E, with K the mean number of experts that a token visits.
+      tokens_D: N(D).
+    """
+
+    share_NDE: Float64[np.ndarray, "N D E"]
+    overall_NE: Float64[np.ndarray, "N E"]
+    uniform_N: Float64[np.ndarray, "N"]
+    tokens_D: Int64[np.ndarray, "D"]
+
+
+def domain_specialisation(
+    domains_T: Int[np.ndarray, "T"], experts_NTK: Int[np.ndarray, "N T K"], num_domains: int, num_experts: int
+) -> DomainSpecialisation:
+    """How often the tokens of each domain visit each expert (OLMoE, section 5: domain specialisation).
+
+    Args:
+      domains_T: in [0, num_domains), negative for tokens to be left out.
+      experts_NTK: all choices count; pass `experts_NTK[:, :, :1]` for the top-1 version.
+      num_domains: D.
+      num_experts: E.
+
+    Raises:
+      ValueError: an id outside its range.
+    """
+    mask_T = domains_T >= 0
+    counts_NED = count_tokens_by_expert(domains_T, experts_NTK, num_domains, num_experts, mask_T)
+    tokens_D = np.bincount(domains_T[mask_T], minlength=num_domains)
+    counts_NDE = counts_NED.swapaxes(1, 2).astype(np.float64)
+    overall_NE = _divide(counts_NDE.sum(axis=1), np.full((len(counts_NED), num_experts), tokens_D.sum()))
+    share_NDE = _divide(counts_NDE, np.broadcast_to(tokens_D[:, None], counts_NDE.shape))
+    return DomainSpecialisation(share_NDE, overall_NE, overall_NE.mean(axis=1), tokens_D)
+
+
+def coactivation_shares(coactivation_NEE: Int[np.ndarray, "N E E"]) -> Float64[np.ndarray, "N E E"]:
+    """Of the tokens of expert i, the fraction that also visits expert j (OLMoE, section 5: N(i, j) / N(i)).
+
+    Not symmetric, for a rare expert may be seen only beside a frequent one. OLMoE's own script counts only pairs that
+    are neighbours in the order of a token's choices; here all pairs count, as in its text.
+
+    Args:
+      coactivation_NEE: tokens that visit both, with each expert's tokens on the diagonal (`moe.by_token.coactivation`).
+
+    Returns:
+      `[n, i, j]`, 1 on the diagonal; NaN in the rows of experts without tokens.
+    """
+    tokens_NE1 = np.diagonal(coactivation_NEE, axis1=1, axis2=2)[:, :, None]
+    return _divide(coactivation_NEE, np.broadcast_to(tokens_NE1, coactivation_NEE.shape))

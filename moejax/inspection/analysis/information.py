@@ -1,0 +1,301 @@
+"""How much an attribute of tokens tells about their experts, in bits, and how much of that is chance.
+
+For one layer, every token and each of its choices is a pair (attribute x, expert e), and
+
+  I(expert; attribute) = sum over x, e of p(x, e) log2(p(x, e) / (p(x) p(e)))
+
+with the pairs' relative frequencies for p. This plug-in estimate is too high, the more so the more values x has: with
+32,000 token ids, routing at random shows more than a bit. So the attribute is also permuted over tokens, which keeps
+its distribution and each token's set of experts but breaks their relation; what is left is chance, and the excess over
+it is what the attribute tells.
+
+"Identity more than topic" is a question about two attributes that go together, for domains differ in their words. It is
+answered by conditional information: I(expert; token | domain) against I(expert; domain | token), which is what the
+domain still tells of the experts of one and the same token. Its chance level permutes the attribute among tokens of
+equal condition.
+
+Tokens of one document are not independent, so an attribute that is constant in documents, such as the domain, beats a
+permutation over tokens even if each document merely has a taste of its own. The stricter test permutes the values over
+whole documents (`over="documents"`). Documents may only trade places if they are of one size: where one domain has few
+long documents and another many short ones, a permutation would change how much text each domain has, and chance would
+seem low. So this test takes the same number of tokens of each document, drawn at random. With a condition that goes
+together with the attribute it leans to the side of chance: permuted values meet more values of the condition.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float64, Int, Int64
+
+from moejax.inspection.analysis.attributes import Attribute
+from moejax.seeds import check_seed
+
+DENSE_CELLS = 2**24  # larger tables are counted by sorting: slower, but in memory that the pairs bound
+COLUMNS = ("information", "baseline", "spread", "excess", "share", "adjusted", "entropy", "ceiling")
+OVER = ("tokens", "documents")
+
+
+class InformationError(ValueError):
+    """Arrays that information cannot be computed from."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Information:
+    """What one attribute tells about the experts of N layers; all in bits.
+
+    Attributes:
+      attribute: its name.
+      given: name of the condition, or None.
+      over: what the baseline permuted, "tokens" or "documents".
+      information_N: I(expert; attribute), or I(expert; attribute | condition); the plug-in estimate.
+      baseline_N: its mean over permutations.
+      spread_N: its standard deviation over them.
+      entropy_N: H(expert) of pairs; at most log2 E.
+      ceiling_N: the information if routing were a function of the attribute (and the condition): H(expert) less the
+        mean of log2(number of the token's choices), for which of a token's experts a pair has stays open; with a
+        condition, less I(expert; condition) too.
+    """
+
+    attribute: str
+    given: str | None
+    over: str
+    information_N: Float64[np.ndarray, "N"]
+    baseline_N: Float64[np.ndarray, "N"]
+    spread_N: Float64[np.ndarray, "N"]
+    entropy_N: Float64[np.ndarray, "N"]
+    ceiling_N: Float64[np.ndarray, "N"]
+
+    @property
+    def excess_N(self) -> Float64[np.ndarray, "N"]:
+        """Information above chance, bits."""
+        return self.information_N - self.baseline_N
+
+    @property
+    def share_N(self) -> Float64[np.ndarray, "N"]:
+        """The part of H(expert) that the attribute tells above chance.
+
+        Below 1 even where routing is a function of the attribute: with K choices for each token by
+        (H - log2 K) / H, and by what chance alone would tell. `adjusted_N` corrects for both.
+        """
+        return _ratio(self.excess_N, self.entropy_N)
+
+    @property
+    def adjusted_N(self) -> Float64[np.ndarray, "N"]:
+        """0 at chance, 1 where routing is a function of the attribute: adjusted mutual information.
+
+        (I - baseline) / (ceiling - baseline); Vinh et al. 2010, "Information Theoretic Measures for Clusterings
+        Comparison". Unsteady where chance alone comes near the ceiling, as with attributes of a few tokens per value.
+        """
+        return _ratio(self.excess_N, self.ceiling_N - self.baseline_N)
+
+
+def _ratio(part_N: np.ndarray, whole_N: np.ndarray) -> np.ndarray:
+    """0 where the whole is."""
+    return np.divide(part_N, whole_N, out=np.zeros_like(part_N), where=whole_N > 1e-9)
+
+
+def expert_information(
+    attribute: Attribute,
+    experts_NTK: Int[np.ndarray, "N T K"],
+    num_experts: int,
+    *,
+    given: Attribute | None = None,
+    over: str = "tokens",
+    documents_T: Int[np.ndarray, "T"] | None = None,
+    tokens_per_document: int | None = None,
+    num_permutations: int = 10,
+    seed: int = 0,
+) -> Information:
+    """Measures what an attribute tells about the experts of each layer.
+
+    Args:
+      attribute: of each token.
+      experts_NTK: in [0, num_experts], num_experts for no expert.
+      num_experts: E.
+      given: a condition: what the attribute tells of tokens that agree in this one.
+      over: the baseline permutes the attribute over "tokens", with a condition among those that agree in it; or over
+        "documents", the values of whole documents, for an attribute that is constant in each. The latter leaves the
+        condition where it is.
+      documents_T: the document of each token, in [0, ...); for `over="documents"`.
+      tokens_per_document: for the same: how many tokens of each are drawn, shorter ones left out; None: as many as the
+        shortest has. All numbers are of those tokens.
+      num_permutations: at least 2.
+      seed: of the permutations, which are the same for all layers, and of that draw.
+
+    Raises:
+      InformationError: arrays of other lengths or ids out of range, too few permutations, or documents that are
+        missing, too short, or in which the attribute varies.
+    """
+    _check(attribute, experts_NTK, num_experts, given, over, num_permutations)
+    check_seed("seed", seed)
+    rng = np.random.default_rng(seed)
+    documents_T = _check_documents(attribute, documents_T) if over == "documents" else None
+    if documents_T is not None:
+        drawn_t = _draw_equally(documents_T, tokens_per_document, rng)
+        attribute, given = attribute.at(drawn_t), None if given is None else given.at(drawn_t)
+        experts_NTK, documents_T = experts_NTK[:, drawn_t], documents_T[drawn_t]
+    values = _Codes.of(attribute.values_T)
+    condition = _Codes.of(np.zeros_like(values.codes_T) if given is None else given.values_T)
+    pairs = [_Pairs(experts_TK, num_experts) for experts_TK in experts_NTK]
+    entropy_N = np.array([layer.entropy for layer in pairs], np.float64)
+    told_N = np.array([layer.information(condition) for layer in pairs], np.float64)  # by the condition
+
+    def conditional(codes: _Codes) -> np.ndarray:
+        joint = codes if given is None else codes.joined(condition)
+        return np.array([layer.information(joint) for layer in pairs], np.float64) - told_N
+
+    permute = _over_tokens(condition) if documents_T is None else _over_documents(documents_T)
+    chance_PN = np.stack([conditional(values.permuted(permute(rng))) for _ in range(num_permutations)])
+    return Information(
+        attribute=attribute.name,
+        given=None if given is None else given.name,
+        over=over,
+        information_N=conditional(values),
+        baseline_N=chance_PN.mean(axis=0),
+        spread_N=chance_PN.std(axis=0, ddof=1),
+        entropy_N=entropy_N,
+        ceiling_N=entropy_N - np.array([layer.own_choice() for layer in pairs], np.float64) - told_N,
+    )
+
+
+def information_table(results: Sequence[Information], layers: Sequence[int]) -> list[dict[str, str | int | float]]:
+    """Rows of attributes by layers, for a table or a file.
+
+    Args:
+      results: of the same model.
+      layers: the model layer of each MoE layer.
+
+    Returns:
+      One dict for each result and layer: attribute, given ("" for none), over, layer, and in bits information,
+      baseline, spread, excess, entropy and ceiling; and share and adjusted.
+    """
+    rows = []
+    for result in results:
+        for n, layer in enumerate(layers):
+            row: dict[str, str | int | float] = {
+                "attribute": result.attribute, "given": result.given or "", "over": result.over, "layer": int(layer),
+            }  # fmt: skip
+            rows.append(row | {column: float(getattr(result, f"{column}_N")[n]) for column in COLUMNS})
+    return rows
+
+
+@dataclasses.dataclass(frozen=True)
+class _Codes:
+    """Values of tokens as `codes_T` in [0, size)."""
+
+    codes_T: Int64[np.ndarray, "T"]
+    size: int
+
+    @classmethod
+    def of(cls, values_T: np.ndarray) -> "_Codes":
+        found, codes_T = np.unique(values_T, return_inverse=True)
+        return cls(codes_T.astype(np.int64), len(found))
+
+    def joined(self, other: "_Codes") -> "_Codes":
+        """Values that agree in both."""
+        return _Codes.of(self.codes_T * other.size + other.codes_T)
+
+    def permuted(self, from_T: np.ndarray) -> "_Codes":
+        return _Codes(self.codes_T[from_T], self.size)
+
+
+class _Pairs:
+    """The (token, choice) pairs of one layer."""
+
+    def __init__(self, experts_TK: np.ndarray, num_experts: int):
+        self.num_experts = num_experts
+        self.is_choice_TK = experts_TK < num_experts
+        self.experts_TK = experts_TK.astype(np.int64)
+        self.visits_T = self.is_choice_TK.sum(axis=1)
+        self.entropy = _entropy(np.bincount(self.experts_TK[self.is_choice_TK]))  # H(expert)
+
+    def own_choice(self) -> float:
+        """H(expert | token of the text): log2 of its number of choices, over pairs."""
+        visits_t = self.visits_T[self.visits_T > 0]
+        return float((visits_t * np.log2(visits_t)).sum() / max(visits_t.sum(), 1))
+
+    def information(self, values: _Codes) -> float:
+        """I(expert; value), by the entropies of both and of the pair."""
+        if values.size < 2:
+            return 0.0
+        of_values = np.bincount(values.codes_T, weights=self.visits_T)
+        return self.entropy + _entropy(of_values) - _entropy(self._joint_counts(values))
+
+    def _joint_counts(self, values: _Codes) -> np.ndarray:
+        cells_TK = values.codes_T[:, None] * self.num_experts + self.experts_TK
+        cells = cells_TK.ravel() if self.is_choice_TK.all() else cells_TK[self.is_choice_TK]
+        if values.size * self.num_experts <= DENSE_CELLS:
+            return np.bincount(cells)
+        return np.unique(cells, return_counts=True)[1]
+
+
+def _entropy(counts: np.ndarray) -> float:
+    """Of relative frequencies, in bits."""
+    counts = counts[counts > 0]
+    total = counts.sum()
+    return float(np.log2(total) - (counts * np.log2(counts)).sum() / total) if total else 0.0
+
+
+def _over_tokens(condition: _Codes):
+    """A permutation of tokens among those of equal condition, as the token that each takes its value from."""
+    places_T = np.argsort(condition.codes_T, kind="stable")
+
+    def permute(rng: np.random.Generator) -> np.ndarray:
+        from_T = np.empty_like(places_T)
+        from_T[places_T] = np.lexsort((rng.random(places_T.size), condition.codes_T))
+        return from_T
+
+    return permute
+
+
+def _over_documents(documents_T: np.ndarray):
+    """A permutation of documents, as a token of the document that each token takes its value from."""
+    _, first_d, document_T = np.unique(documents_T, return_index=True, return_inverse=True)
+    return lambda rng: rng.permutation(first_d)[document_T]
+
+
+def _draw_equally(documents_T: np.ndarray, number: int | None, rng: np.random.Generator) -> np.ndarray:
+    """Increasing tokens: `number` of each document that has so many, by default as many as the shortest has."""
+    found_d, document_T, sizes_d = np.unique(documents_T, return_inverse=True, return_counts=True)
+    number = int(sizes_d.min(initial=documents_T.size)) if number is None else number
+    if number < 1 or (sizes_d >= number).sum() < 2:
+        raise InformationError(
+            f"tokens_per_document={number} must be at least 1, and two documents must have so many; the longest of "
+            f"{len(found_d)} has {sizes_d.max(initial=0)}"
+        )
+    order_T = np.lexsort((rng.random(documents_T.size), document_T))  # by document, at random within
+    rank_T = np.arange(documents_T.size) - np.repeat(np.cumsum(sizes_d) - sizes_d, sizes_d)
+    return np.sort(order_T[(rank_T < number) & (sizes_d[document_T[order_T]] >= number)])
+
+
+def _check_documents(attribute: Attribute, documents_T: np.ndarray | None) -> np.ndarray:
+    if documents_T is None or (documents_T.size and documents_T.min() < 0):
+        raise InformationError(
+            'over="documents" needs documents_T, the document of every token; pass it, without tokens of unknown '
+            'documents, or use over="tokens"'
+        )
+    _, first_d, document_T = np.unique(documents_T, return_index=True, return_inverse=True)
+    if np.any(attribute.values_T[first_d][document_T] != attribute.values_T):
+        raise InformationError(
+            f'over="documents" needs an attribute that is constant in each document, and {attribute.name!r} is not; '
+            'use over="tokens"'
+        )
+    return documents_T
+
+
+def _check(attribute, experts_NTK, num_experts: int, given, over: str, num_permutations: int) -> None:
+    num_tokens = experts_NTK.shape[1]
+    for one in filter(None, (attribute, given)):
+        if one.values_T.size != num_tokens:
+            raise InformationError(
+                f"attribute {one.name!r} has {one.values_T.size} values and experts_NTK {num_tokens} tokens; "
+                "take both from the same tokens"
+            )
+    if experts_NTK.size and (experts_NTK.min() < 0 or experts_NTK.max() > num_experts):
+        low, high = experts_NTK.min(), experts_NTK.max()
+        raise InformationError(f"experts_NTK has values from {low} to {high}; they must be in [0, {num_experts}]")
+    if over not in OVER:
+        raise InformationError(f"over={over!r} must be one of {', '.join(OVER)}")
+    if num_permutations < 2:
+        raise InformationError(f"num_permutations={num_permutations} must be at least 2, for a standard deviation")

@@ -1,0 +1,49 @@
+"""Router saturation: how early in training tokens find the experts that they have in the end."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float64, Int
+
+from moejax.inspection.analysis.expert_profile import ProfileError
+
+
+def router_saturation(
+    experts_S: Sequence[Int[np.ndarray, "..."]], num_experts: int, num_choices: int | None = None
+) -> Float64[np.ndarray, "S N"]:
+    """Of each token's experts at the last checkpoint, the fraction that it had at each checkpoint (OLMoE, section 5).
+
+    Routing at random shows K / E, and more where loads are unequal.
+
+    Args:
+      experts_S: `[N, T, K]` of each checkpoint in order, of the same tokens: `experts` of the files in
+        `routing/evaluations`. K may differ between checkpoints.
+      num_experts: E, which stands for no expert.
+      num_choices: k, only the first k choices of both count, 1 for the top-1 choice; None: all. Only for routers whose
+        choices come in order of their score.
+
+    Returns:
+      Mean over the tokens that have an expert at the last checkpoint, NaN if none has; the last row is 1.
+
+    Raises:
+      ProfileError: no checkpoint, or checkpoints of other layers or tokens.
+    """
+    if not experts_S:
+        raise ProfileError("router saturation needs at least one checkpoint, and there is none")
+    shapes = sorted({experts_NTK.shape[:2] for experts_NTK in experts_S})
+    if len(shapes) > 1:
+        raise ProfileError(f"checkpoints differ in layers and tokens, [N, T]: {shapes}; use evaluations of one run")
+    last_NTK = experts_S[-1][:, :, :num_choices]
+    return np.stack([_kept(experts_NTK[:, :, :num_choices], last_NTK, num_experts) for experts_NTK in experts_S])
+
+
+def _kept(early_NTK: np.ndarray, last_NTK: np.ndarray, num_experts: int) -> np.ndarray:
+    """By layer, the mean fraction of the last experts that are among the early ones."""
+    kept_NT = np.zeros(last_NTK.shape[:2], np.int64)
+    for k in range(last_NTK.shape[2]):
+        one_NT1 = last_NTK[:, :, k : k + 1]
+        kept_NT += ((early_NTK == one_NT1) & (one_NT1 < num_experts)).any(axis=2)
+    visits_NT = (last_NTK < num_experts).sum(axis=2)
+    share_NT = np.divide(kept_NT, visits_NT, out=np.zeros(kept_NT.shape), where=visits_NT > 0)
+    num_N = (visits_NT > 0).sum(axis=1)
+    return np.divide(share_NT.sum(axis=1), num_N, out=np.full(num_N.shape, np.nan), where=num_N > 0)

@@ -1,0 +1,174 @@
+"""How a model routes the tokens of a text, or of many rows of a corpus.
+
+`trace` shows one text in full: experts, weights, logits and probabilities of every token in every MoE layer. A `Trace`
+shows itself in a notebook and becomes a table. `route_corpus` keeps experts and weights alone, of many tokens.
+
+Routing is that of evaluation: nothing is drawn at random, and choices are those before any capacity drops some.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jaxtyping import Float32, Int, Int32
+
+from moejax.data.packing import FEATURES
+from moejax.inspection.analysis.trace_view import Trace
+from moejax.seeds import check_seed
+
+if TYPE_CHECKING:  # imported where they are needed
+    from moejax.data import Corpus
+    from moejax.inference.load import LoadedRun
+
+TOKENS_AT_ONCE = 8192  # of a corpus, on the device
+
+
+class TraceError(ValueError):
+    """Tokens that cannot be traced."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class RoutedTokens:
+    """Real tokens of rows of a split in reading order, padding left out.
+
+    Attributes:
+      tokens_T: ids, int32.
+      rows_T: row of the split, int32.
+      positions_T: position in its piece of a document, int32; 0 starts a piece.
+      documents_T: document of the split, int32, in the order of its labels.
+      experts_NTK: the experts of each token, the best first, int32; `num_experts` where there is no (further) expert.
+      weights_NTK: their combine weights, float32; 0 where there is no expert.
+      num_experts: width of the router, E.
+      layers: model layer of each MoE layer.
+    """
+
+    tokens_T: Int32[np.ndarray, "T"]
+    rows_T: Int32[np.ndarray, "T"]
+    positions_T: Int32[np.ndarray, "T"]
+    documents_T: Int32[np.ndarray, "T"]
+    experts_NTK: Int32[np.ndarray, "N T K"]
+    weights_NTK: Float32[np.ndarray, "N T K"]
+    num_experts: int
+    layers: tuple[int, ...]
+
+    def __repr__(self) -> str:
+        num_rows = len(np.unique(self.rows_T))
+        return (
+            f"RoutedTokens({len(self.tokens_T):,} tokens of {num_rows:,} rows through {len(self.layers)} MoE layers of "
+            f"{self.num_experts} experts)"
+        )
+
+
+def trace(model: "LoadedRun", text_or_tokens: str | Sequence[int] | np.ndarray) -> Trace:
+    """Routes a text.
+
+    It may be longer than the rows that the model was trained on: rotary positions and attention have no end, but there
+    the model is on unknown ground. Memory grows with the square of the length.
+
+    Args:
+      model: from `Run.load` or `load_run`.
+      text_or_tokens: a text, before which the begin-of-document token is put, as in training; or token ids as they are.
+
+    Raises:
+      TraceError: no tokens, or ids outside the vocabulary.
+      ConfigError: the model has no experts.
+    """
+    from moejax.inference.route import padded_length, route_rows, rows_at_once
+
+    tokens_T = _as_tokens(model, text_or_tokens)
+    length = len(tokens_T)
+    shape = (rows_at_once(model, 1), padded_length(model, length))
+    tokens_BL, segments_BL, positions_BL = (np.zeros(shape, np.int32) for _ in range(3))
+    tokens_BL[0, :length] = tokens_T
+    segments_BL[0, :length] = 1
+    positions_BL[:] = np.arange(shape[1])
+    routed = route_rows(model, tokens_BL, segments_BL, positions_BL, with_scores=True)
+    experts_NTK, weights_NTK, logits_NTE, probs_NTE = (np.asarray(x)[:, :length] for x in routed)
+    return Trace(
+        tokens_T=tokens_T,
+        pieces=tuple(model.tokenizer.piece(int(token)) for token in tokens_T),
+        layers=model.config.moe_layers,
+        experts_NTK=experts_NTK,
+        weights_NTK=weights_NTK,
+        logits_NTE=logits_NTE,
+        probs_NTE=probs_NTE,
+        num_experts=model.config.moe.num_choices,
+    )
+
+
+def route_corpus(
+    model: "LoadedRun", corpus: "Corpus", *, split: str = "validation", max_rows: int | None = None, seed: int = 0
+) -> RoutedTokens:
+    """Routes rows of a corpus, as evaluation does. Memory grows with the rows: about 8 N K bytes a token.
+
+    Args:
+      model: from `Run.load` or `load_run`.
+      corpus: rows made with the model's tokenizer.
+      split: which of its splits.
+      max_rows: at most so many rows, spread over the split; None routes all.
+      seed: of the choice of rows.
+
+    Raises:
+      TraceError: `max_rows` is below 1.
+      ConfigError: the model has no experts.
+    """
+    from moejax.inference.route import route_rows, rows_at_once
+
+    stored = corpus.rows(split)
+    chosen = spread_rows(len(stored), max_rows, seed)
+    at_once = rows_at_once(model, min(len(chosen), max(1, TOKENS_AT_ONCE // corpus.seq_len)))
+    parts = []
+    for first in range(0, len(chosen), at_once):
+        indices = chosen[first : first + at_once]
+        rows = _stack([stored[int(index)] for index in indices], at_once, corpus.seq_len)
+        routed = route_rows(model, rows["tokens"], rows["segments"], rows["positions"])
+        rows["rows"] = np.broadcast_to(np.pad(indices, (0, at_once - len(indices)))[:, None], rows["tokens"].shape)
+        is_token_T = rows["segments"].reshape(-1) > 0
+        part: dict[str, Any] = {name: rows[name].reshape(-1)[is_token_T].astype(np.int32) for name in PER_TOKEN}
+        part["experts"], part["weights"] = (np.asarray(x)[:, is_token_T] for x in routed)
+        parts.append(part)
+    whole = {f"{name}_T": np.concatenate([part[name] for part in parts]) for name in PER_TOKEN}
+    whole |= {f"{name}_NTK": np.concatenate([part[name] for part in parts], axis=1) for name in ("experts", "weights")}
+    return RoutedTokens(**whole, num_experts=model.config.moe.num_choices, layers=model.config.moe_layers)
+
+
+PER_TOKEN = ("tokens", "rows", "positions", "documents")
+
+
+def spread_rows(num_rows: int, max_rows: int | None, seed: int) -> Int[np.ndarray, "R"]:
+    """Increasing rows: one drawn from each of `max_rows` equal parts of the split, or all if there are no more.
+
+    Raises:
+      TraceError: `max_rows` is below 1.
+    """
+    if max_rows is not None and max_rows < 1:
+        raise TraceError(f"max_rows={max_rows} must be at least 1, or None for all rows")
+    if max_rows is None or max_rows >= num_rows:
+        return np.arange(num_rows)
+    edges = np.linspace(0, num_rows, max_rows + 1).astype(int)
+    check_seed("seed", seed)
+    return np.random.default_rng(seed).integers(edges[:-1], edges[1:])
+
+
+def _stack(rows: Sequence[dict[str, np.ndarray]], num_rows: int, seq_len: int) -> dict[str, np.ndarray]:
+    """The inputs of rows, `[num_rows, seq_len]`, filled up with rows of padding."""
+    stacked = {}
+    for name in FEATURES:
+        stacked[name] = np.zeros((num_rows, seq_len), np.int32)
+        stacked[name][: len(rows)] = [row[name][:-1] for row in rows]
+    return stacked
+
+
+def _as_tokens(model: "LoadedRun", text_or_tokens: str | Sequence[int] | np.ndarray) -> Int32[np.ndarray, "T"]:
+    if isinstance(text_or_tokens, str):
+        return np.array([model.tokenizer.bos_id, *model.tokenizer.encode(text_or_tokens)], np.int32)
+    tokens = np.asarray(text_or_tokens)
+    if tokens.ndim != 1 or not tokens.size or not np.issubdtype(tokens.dtype, np.integer):
+        raise TraceError(
+            f"tokens of shape {tokens.shape} and type {tokens.dtype} must be integers [T], at least one; trace one text"
+        )
+    vocab_size = model.config.vocab_size
+    if tokens.min() < 0 or tokens.max() >= vocab_size:
+        raise TraceError(f"token ids from {tokens.min()} to {tokens.max()} must be in [0, {vocab_size})")
+    return tokens.astype(np.int32)

@@ -1,0 +1,139 @@
+"""From a run directory to its report: routes validation text, writes samples, renders the page."""
+
+import dataclasses
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from moejax.data import Corpus
+from moejax.data.labels import Labels
+from moejax.inference.generate import generate_text
+from moejax.inference.load import LoadedRun, load_run
+from moejax.inspection.analysis.attributes import Attribute, attributes_of
+from moejax.inspection.analysis.expert_profile import domain_specialisation
+from moejax.inspection.analysis.information import Information, expert_information
+from moejax.inspection.analysis.specialisation import count_tokens_by_expert
+from moejax.inspection.analysis.trace import RoutedTokens, route_corpus, trace
+from moejax.inspection.analysis.trace_view import Trace
+from moejax.inspection.report.assemble import render_report, write_report
+from moejax.inspection.report.experts import Findings
+from moejax.inspection.report.page import drawn_layers
+from moejax.inspection.report.training import Sample
+from moejax.inspection.runs.run import open_run
+from moejax.training.evaluation import domains_of
+from moejax.training.run_directory.text import TextPlaces
+
+TRACED_TOKENS = 65_536
+MEASURED_TOKENS = 32_768  # of these, in which attributes are measured: more take long with many experts
+NUM_PERMUTATIONS = 4
+PASSAGE_TOKENS, PASSAGE_CELLS = 256, 1_600  # at most: tokens, and tokens times layers
+NUM_SAMPLES = 3
+PROMPT_TOKENS = 12
+SAMPLE_TOKENS = 120
+TEMPERATURE, TOP_P = 0.8, 0.95
+
+log = logging.getLogger("moejax")
+
+
+def build_report(workdir: str | Path, places: TextPlaces | None = None) -> Path:
+    """Writes `workdir/report.html`; validation rows are prepared again if they are gone.
+
+    Args:
+      workdir: the run directory.
+      places: where the user says that the run's text is.
+
+    Returns:
+      The page's path.
+    """
+    record = open_run(workdir)
+    loaded = load_run(workdir)
+    corpus = loaded.corpus(places)
+    token_counts_nEV, findings = None, Findings()
+    if loaded.config.num_moe_layers:
+        routed = route_corpus(loaded, corpus, max_rows=max(1, TRACED_TOKENS // corpus.seq_len))
+        token_counts_nEV = count_routed_tokens(routed, loaded.config.vocab_size)
+        findings = find_specialisation(routed, loaded.tokenizer.piece, labels=domains_of(corpus))
+        findings = dataclasses.replace(findings, trace=trace_passage(loaded, corpus))
+    html = render_report(
+        record, token_counts_nEV=token_counts_nEV, piece=loaded.tokenizer.piece,
+        samples=write_samples(loaded, corpus), findings=findings,
+    )  # fmt: skip
+    return write_report(record.workdir, html)
+
+
+def count_routed_tokens(routed: RoutedTokens, vocab_size: int) -> np.ndarray:
+    """How often each expert of the `drawn_layers` got each token of the vocabulary: `[n, E, V]`."""
+    is_token_T = np.ones(len(routed.tokens_T), bool)
+    experts_nTK = routed.experts_NTK[drawn_layers(len(routed.layers))]
+    return count_tokens_by_expert(routed.tokens_T, experts_nTK, vocab_size, routed.num_experts, is_token_T)
+
+
+def find_specialisation(
+    routed: RoutedTokens,
+    piece: Callable[[int], str],
+    *,
+    labels: Labels | None = None,
+) -> Findings:
+    """What attributes of tokens, and domains of documents, tell of the experts.
+
+    Args:
+      routed: validation tokens. Of deep models, evenly spaced layers are measured.
+      piece: token id to text.
+      labels: the domains of the split's documents; None if they have none.
+    """
+    layers = drawn_layers(len(routed.layers))
+    experts_NTK = routed.experts_NTK[layers]
+    num_tokens = len(routed.tokens_T)
+    chosen = np.arange(num_tokens)
+    if num_tokens > MEASURED_TOKENS:
+        chosen = np.sort(np.random.default_rng(0).choice(num_tokens, MEASURED_TOKENS, replace=False))
+    attributes = attributes_of(routed.tokens_T, routed.rows_T, routed.positions_T, piece)
+
+    def measure(attribute: Attribute, tokens: np.ndarray, **more: Attribute) -> Information:
+        return expert_information(
+            attribute.at(tokens), experts_NTK[:, tokens], routed.num_experts, num_permutations=NUM_PERMUTATIONS,
+            given=more["given"].at(tokens) if more else None,
+        )  # fmt: skip
+
+    information = [measure(attribute, chosen) for attribute in attributes]
+    found = Findings(information, [routed.layers[n] for n in layers], num_tokens)
+    if labels is None:
+        return found
+    domains_T = np.where(routed.documents_T >= 0, labels.domain_of_document[routed.documents_T], -1)
+    labelled = chosen[domains_T[chosen] >= 0]
+    domain, token = Attribute("domain", domains_T), attributes[0]
+    information += [
+        measure(domain, labelled), measure(domain, labelled, given=token), measure(token, labelled, given=domain)
+    ]  # fmt: skip
+    domains = domain_specialisation(domains_T, experts_NTK, len(labels.domains), routed.num_experts)
+    return dataclasses.replace(found, information=information, domains=domains, domain_names=labels.domains)
+
+
+def trace_passage(loaded: LoadedRun, corpus: Corpus) -> Trace:
+    """The first words of the first validation row, routed; of deep models evenly spaced layers."""
+    layers = drawn_layers(loaded.config.num_moe_layers)
+    row = corpus.rows("validation")[0]
+    length = min(PASSAGE_TOKENS, PASSAGE_CELLS // len(layers))
+    found = trace(loaded, row["tokens"][:length][row["segments"][:length] == 1])
+    return dataclasses.replace(
+        found, layers=tuple(found.layers[n] for n in layers), experts_NTK=found.experts_NTK[layers],
+        weights_NTK=found.weights_NTK[layers], logits_NTE=found.logits_NTE[layers], probs_NTE=found.probs_NTE[layers],
+    )  # fmt: skip
+
+
+def write_samples(loaded: LoadedRun, corpus: Corpus) -> list[Sample]:
+    """Continues the first words of some validation rows."""
+    rows = corpus.rows("validation")
+    step = max(1, len(rows) // NUM_SAMPLES)
+    prompts = [_beginning(rows[i], loaded.tokenizer.decode) for i in range(0, len(rows), step)][:NUM_SAMPLES]
+    texts = generate_text(
+        loaded.model, loaded.tokenizer, prompts, max_tokens=SAMPLE_TOKENS, temperature=TEMPERATURE, top_p=TOP_P
+    )
+    return [Sample(prompt, text, TEMPERATURE, TOP_P) for prompt, text in zip(prompts, texts, strict=True)]
+
+
+def _beginning(row: dict[str, np.ndarray], decode: Callable[[list[int]], str]) -> str:
+    is_first = row["segments"][:PROMPT_TOKENS] == 1
+    return decode(row["tokens"][:PROMPT_TOKENS][is_first].tolist())

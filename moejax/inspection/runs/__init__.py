@@ -1,0 +1,1 @@
+"""Run directories, opened and compared."""

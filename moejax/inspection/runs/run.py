@@ -1,0 +1,388 @@
+"""Open a run from its directory alone: what was trained, with which numbers, and where its tokens went.
+
+Opening reads `config.json` and nothing else, however long the run. `metrics.jsonl` is read when a metric is first asked
+for, `routing/` in the slices that are asked for. All of it is data: nothing found there is executed or unpickled. A run
+that was interrupted and resumed reads as one run.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+from array import array
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+from jaxtyping import Float64, Int64
+
+from moejax.inspection import html
+from moejax.inspection.runs.names import arm_name
+from moejax.paths import is_number, resolve_path
+from moejax.training.health.speed import shares_of_pack
+from moejax.training.run_directory.routing_log import RoutingHistory, read_routing
+from moejax.training.run_directory.tree import RunTreeError, check_run_tree
+
+if TYPE_CHECKING:  # imported where they are needed: a run opens without them
+    import pandas as pd
+
+    from moejax.config import Config, MeshConfig
+    from moejax.data import Tokenizer
+    from moejax.inference.load import LoadedRun
+    from moejax.training.run_directory.evaluation_log import Evaluations
+
+Series: TypeAlias = dict[str, tuple["array[int]", "array[float]"]]
+"""Steps and values of each metric, eight bytes a number: lines of Python objects would need a hundred."""
+
+EXPERT_KINDS = ("num_experts", "num_zero_experts", "num_identity_experts", "num_constant_experts")
+CONFIG_KEYS = ("config", "versions", "git_commit", "device", "command", "parameters")
+
+
+class RunError(ValueError):
+    """A run directory that cannot be read: the message names the file and the remedy."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Run:
+    """One run as its directory describes it.
+
+    Attributes:
+      workdir: the directory.
+      name: the directory's name.
+      config: sections of leaves, as `moejax.config.to_dict` gives them.
+      versions: library name to version.
+      git_commit: of the code that trained.
+      device: in words.
+      command: the command line that started the run.
+      parameters_total: of the model.
+      parameters_active: used by one token.
+    """
+
+    workdir: Path
+    name: str
+    config: Mapping[str, Mapping[str, Any]]
+    versions: Mapping[str, str]
+    git_commit: str
+    device: str
+    command: str
+    parameters_total: int
+    parameters_active: int
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether the model has no experts."""
+        return self.config.get("moe", {}).get("num_experts", 0) == 0
+
+    @property
+    def num_choices(self) -> int:
+        """Width of the router: experts with weights, then zero, identity and constant ones."""
+        moe = self.config.get("moe", {})
+        return sum(moe.get(kind, 0) for kind in EXPERT_KINDS)
+
+    @functools.cached_property
+    def settings(self) -> "Config":
+        """The resolved configuration.
+
+        Raises:
+          ConfigError: this version of moejax cannot resolve it.
+        """
+        from moejax.training.run_directory.layout import read_config
+
+        return read_config(self.workdir)
+
+    @functools.cached_property
+    def flops_per_token(self) -> int | None:
+        """Arithmetic of training for one token, by `moejax.planning.count`.
+
+        None where it changes with `schedule.top_k`, and if the configuration is none today.
+        """
+        from moejax.planning.count import count
+
+        try:
+            if self.settings.schedule.top_k != "constant":
+                return None
+            return count(self.settings).flops_per_token
+        except (ValueError, ArithmeticError):
+            return None
+
+    @property
+    def name_in_words(self) -> str:
+        """What sets an arm of a sweep apart; the directory's name for other runs."""
+        return arm_name(self.workdir) or self.name
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The name of every metric, sorted."""
+        return tuple(sorted(self._series))
+
+    @property
+    def last_step(self) -> int:
+        """The last step with a metric; 0 before the first."""
+        return max((steps[-1] for steps, _ in self._series.values()), default=0)
+
+    def series(self, key: str) -> tuple[Int64[np.ndarray, "S"], Float64[np.ndarray, "S"]]:
+        """One metric over time; of an arm of a pack, speed and seconds are its share of the pack's time.
+
+        A resumed run writes some steps again: where the step of a key falls back, the values from there on replace the
+        earlier ones.
+
+        Args:
+          key: a metric name such as `loss/lm` or `eval/loss`.
+
+        Returns:
+          Steps, strictly increasing, and values; NaN where the log says null. Both empty if no line has the key.
+
+        Raises:
+          RunError: `metrics.jsonl` is missing or damaged.
+        """
+        steps, values = self._series.get(key, (array("q"), array("d")))
+        return np.array(steps, np.int64), np.array(values, np.float64)
+
+    def last(self, key: str) -> float | None:
+        """The newest value of a metric; None if no line has it."""
+        _, values = self._series.get(key, ((), ()))
+        return float(values[-1]) if values else None
+
+    @property
+    def metrics(self) -> "pd.DataFrame":
+        """All metrics: a row per step, training and evaluation of a step in one; a float column per metric, sorted.
+
+        NaN where a step has no such metric. See `series` for steps that a resumed run wrote again.
+
+        Raises:
+          RunError: `metrics.jsonl` is missing or damaged.
+        """
+        return self._metrics.copy(deep=False)  # copied on write: changes of one table do not reach the next
+
+    @functools.cached_property
+    def _metrics(self) -> "pd.DataFrame":
+        import pandas as pd
+
+        series = {key: self.series(key) for key in self.keys}
+        steps_S = np.unique(np.concatenate([np.zeros(0, np.int64), *(steps for steps, _ in series.values())]))
+        columns = {key: np.full(len(steps_S), np.nan) for key in series}
+        for key, (steps, values) in series.items():
+            columns[key][np.searchsorted(steps_S, steps)] = values
+        return pd.DataFrame(columns, index=pd.Index(steps_S, name="step"))
+
+    @functools.cached_property
+    def _series(self) -> Series:
+        """Steps and values of each metric; a warning if they are not those that were written."""
+        path = self.workdir / "metrics.jsonl"
+        series = _read_series(path)
+        if self.checkpoints:
+            from moejax.training.checkpoints.meta import warn_of_changed_metrics
+
+            warn_of_changed_metrics(path)
+        return series
+
+    @functools.cached_property
+    def routing(self) -> RoutingHistory | None:
+        """Assignments and more per layer and expert over time; None for a dense run or before the first entry.
+
+        Raises:
+          RoutingLogError: the log is damaged.
+        """
+        return read_routing(self.workdir)
+
+    @property
+    def evaluations(self) -> "Evaluations":
+        """What evaluations saw of the routing: their steps, and a reader of their arrays."""
+        from moejax.training.run_directory.evaluation_log import Evaluations
+
+        return Evaluations(self.workdir)
+
+    @property
+    def checkpoints(self) -> tuple[int, ...]:
+        """Saved steps, oldest first."""
+        folders = (self.workdir / "checkpoints").glob("*")  # a checkpoint has a number for a name once it is complete
+        return tuple(sorted(int(folder.name) for folder in folders if is_number(folder.name) and folder.is_dir()))
+
+    @functools.cached_property
+    def tokenizer(self) -> "Tokenizer":
+        """The run's own tokenizer.
+
+        Raises:
+          DataError: it is missing or damaged.
+        """
+        from moejax.data import load_tokenizer
+
+        return load_tokenizer(self.workdir)
+
+    def load(self, step: int | None = None, mesh: "MeshConfig | None" = None) -> "LoadedRun":
+        """The model with the weights of a checkpoint; see `moejax.inference.load.load_run`."""
+        from moejax.inference.load import load_run
+
+        return load_run(self.workdir, step, mesh)
+
+    def reload(self) -> "Run":
+        """Forgets metrics and routing, so that what a running run has written since is seen; returns the run itself."""
+        for name in ("_series", "_metrics", "routing"):
+            self.__dict__.pop(name, None)
+        return self
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.workdir)!r}: {self._model}; {self._parameters} parameters)"
+
+    def _repr_html_(self) -> str:
+        train, data = self.config.get("train", {}), self.config.get("data", {})
+        rows = [
+            ("Model", self._model),
+            ("Parameters", self._parameters),
+            ("Text", f"{data.get('source', '?')}, rows of {data.get('seq_len', '?')} tokens"),
+            ("Training", f"{train.get('num_steps', '?')} steps of {train.get('batch_size', '?')} rows"),
+            ("Checkpoints", ", ".join(map(str, self.checkpoints)) or "none"),
+            ("Device", self.device),
+            ("Commit", self.git_commit),
+        ]
+        return f"<div><strong>{html.text(self.name)}</strong>{html.facts(rows)}</div>"
+
+    @property
+    def _model(self) -> str:
+        model, moe = self.config.get("model", {}), self.config.get("moe", {})
+        layers = f"{model.get('num_layers', '?')} layers of width {model.get('d_model', '?')}"
+        if self.is_dense:
+            return f"dense, {layers}"
+        return f"{self.num_choices} experts, top {moe.get('top_k', '?')}, {moe.get('router', '?')}, {layers}"
+
+    @property
+    def _parameters(self) -> str:
+        return f"{self.parameters_total:,} ({self.parameters_active:,} active)"
+
+
+def open_run(workdir: str | Path) -> Run:
+    """Opens the run directory `workdir`; of its files only `config.json` is read.
+
+    Raises:
+      PathError: no directory can have that path.
+      RunError: there is no such directory, it has links out of it or pipes, or its `config.json` is missing, damaged or
+        may not be read.
+    """
+    given, workdir = workdir, resolve_path(workdir)
+    if not workdir.is_dir():
+        raise RunError(f"{given} is no directory; give the --workdir of a training run")
+    try:
+        check_run_tree(workdir)
+    except RunTreeError as error:
+        raise RunError(str(error)) from error
+    facts = _read_config(workdir / "config.json")
+    return Run(
+        workdir=workdir,
+        name=workdir.name,
+        config=facts["config"],
+        versions=facts["versions"],
+        git_commit=_as_text(facts["git_commit"]),
+        device=_as_text(facts["device"]),
+        command=_as_text(facts["command"]),
+        parameters_total=facts["parameters"]["total"],
+        parameters_active=facts["parameters"]["active"],
+    )
+
+
+def _missing(path: Path) -> RunError:
+    return RunError(f"{path} is missing; `moejax train` writes it, so give the --workdir of a run")
+
+
+def _unreadable(path: Path, error: OSError) -> RunError:
+    """A file that is there and cannot be read: nothing says that it is damaged."""
+    return RunError(f"{path} cannot be read ({error.strerror}); see who may read it, and whether its disk is well")
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    remedy = "restore it, or start the run's `moejax train` command again: it rewrites the file"
+    try:
+        facts = json.loads(path.read_bytes().decode())
+    except FileNotFoundError as error:
+        raise _missing(path) from error
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    except (ValueError, RecursionError) as error:
+        raise RunError(f"{path} is damaged ({error}); {remedy}") from error
+    missing = [key for key in CONFIG_KEYS if not isinstance(facts, dict) or key not in facts]
+    if missing:
+        raise RunError(f"{path} lacks {', '.join(missing)}; {remedy}")
+    for key in ("config", "versions", "parameters"):
+        if not isinstance(facts[key], dict):
+            raise RunError(f"{path}: {key} must be a JSON object; {remedy}")
+    for section, leaves in facts["config"].items():
+        if not isinstance(leaves, dict):
+            raise RunError(f"{path}: config.{section} must be a JSON object; {remedy}")
+    for kind in EXPERT_KINDS:
+        number = facts["config"].get("moe", {}).get(kind, 0)
+        if type(number) is not int or number < 0:
+            raise RunError(f"{path}: config.moe.{kind}={number!r} must be an integer of at least 0; {remedy}")
+    for key in ("total", "active"):
+        if not isinstance(facts["parameters"].get(key), int):
+            raise RunError(f"{path}: parameters.{key} must be an integer; {remedy}")
+    return facts
+
+
+def add_values(series: Series, line: dict[str, Any], path: Path) -> None:
+    """Adds a line of `metrics.jsonl` to what is known; see `Run.series` for steps that come again.
+
+    The time of a pack is shared out among its arms.
+
+    Args:
+      series: steps and values of each metric; changed in place.
+      line: the line's object, with an integer `step`.
+      path: of the file, for errors.
+
+    Raises:
+      RunError: a value is no number.
+    """
+    step, shares = line["step"], shares_of_pack(line)
+    for key, value in line.items():
+        if key == "step":
+            continue
+        if not isinstance(value, (int, float, type(None))):
+            raise RunError(f"{path}, step {step}: {key}={value!r} must be a number or null; delete that line")
+        steps, values = series.setdefault(key, (array("q"), array("d")))
+        while steps and steps[-1] >= step:
+            steps.pop()
+            values.pop()
+        try:
+            number = math.nan if value is None else float(value) * shares.get(key, 1.0)
+            steps.append(step)
+            values.append(number)
+        except OverflowError as error:
+            raise RunError(f"{path}: step {step} or {key} is no number of 64 bits; delete that line") from error
+
+
+def _read_series(path: Path) -> Series:
+    series: Series = {}
+    for line in _read_lines(path):
+        add_values(series, line, path)
+    return series
+
+
+def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Yields the objects of `metrics.jsonl`; a last line that a crash cut off is left out."""
+    try:
+        file = path.open("rb")
+    except FileNotFoundError as error:
+        raise _missing(path) from error
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    damage: tuple[int, Exception] | None = None
+    with file:
+        for number, line in enumerate(file, start=1):
+            if damage and line.strip():
+                raise RunError(f"{path}: line {damage[0]} is damaged ({damage[1]}); delete that line") from damage[1]
+            if damage:
+                continue
+            try:
+                values = json.loads(line.decode())
+            except (ValueError, RecursionError) as error:
+                damage = number, error
+                continue
+            if not isinstance(values, dict) or type(values.get("step")) is not int:
+                raise RunError(f"{path}: line {number} must be a JSON object with an integer `step`; delete that line")
+            yield values
+
+
+def _as_text(value: Any) -> str:
+    """Text as it is, `unknown` for null, and anything else as JSON."""
+    if value is None:
+        return "unknown"
+    return value if isinstance(value, str) else json.dumps(value)

@@ -1,0 +1,1 @@
+"""`moejax view`: runs in a browser while they train."""

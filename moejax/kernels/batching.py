@@ -1,0 +1,90 @@
+"""Grouped products of several models at once: what `vmap` over the arms of a sweep makes of them.
+
+Plain `vmap` would run a loop whose turns depend on data for as long as its slowest arm needs, and throw away what it
+computes for the others; kernels cannot be `vmap`ped at all. But A arms of E groups are one product of A * E groups. The
+rows of an arm that belong to no group join its last one as zeros, so that the next arm's begin where groups end.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.custom_batching import custom_vmap
+
+from moejax.kernels.zero_padding import zero_tail
+
+Product = Callable[[jax.Array, jax.Array, jax.Array, int], jax.Array]
+"""`(rows, matrices, group_sizes, spare_rows) -> rows`, or `(rows, rows, group_sizes, spare_rows) -> matrices`."""
+
+
+def fold_arms(
+    product: Product, x_RP: jax.Array, other: jax.Array, group_sizes_E: jax.Array, spare_rows: int
+) -> jax.Array:
+    """`product(x_RP, other, group_sizes_E, spare_rows)`; `vmap` folds its arms into groups.
+
+    Args:
+      product: of rows by matrices, or the outer products of rows.
+      x_RP: rows of all groups.
+      other: matrices `[E, P, Q]`, or rows `[R, Q]`.
+      group_sizes_E: rows of each group.
+      spare_rows: how many at the end belong to no group, at least.
+
+    Returns:
+      Rows `[R, Q]`, or matrices `[E, P, Q]`.
+    """
+    gives_rows = other.ndim == 3
+
+    @custom_vmap
+    def one(x_RP, other, group_sizes_E):
+        return product(x_RP, other, group_sizes_E, spare_rows)
+
+    @one.def_vmap
+    def all_arms(num_arms: int, is_batched: Any, *arrays: jax.Array):
+        x_ARP, others, sizes_AE = each_arm(num_arms, is_batched, arrays)
+        if not gives_rows:
+            others = jax.vmap(zero_tail)(others, sizes_AE)
+        folded = merge(jax.vmap(zero_tail)(x_ARP, sizes_AE)), merge(others), merge(_with_tail(sizes_AE, x_ARP.shape[1]))
+        result = split(fold_arms(product, *folded, 0), num_arms)
+        return (jax.vmap(zero_tail)(result, sizes_AE) if gives_rows else result), True
+
+    return one(x_RP, other, group_sizes_E)
+
+
+def loop_over_arms(
+    product: Product, x_RP: jax.Array, other: jax.Array, group_sizes_E: jax.Array, spare_rows: int
+) -> jax.Array:
+    """As `fold_arms`, for a product that multiplies all rows by all matrices: one arm after another."""
+
+    @custom_vmap
+    def one(x_RP, other, group_sizes_E):
+        return product(x_RP, other, group_sizes_E, spare_rows)
+
+    @one.def_vmap
+    def all_arms(num_arms: int, is_batched: Any, *arrays: jax.Array):
+        return jax.lax.map(lambda arm: one(*arm), tuple(each_arm(num_arms, is_batched, arrays))), True
+
+    return one(x_RP, other, group_sizes_E)
+
+
+def each_arm(num_arms: int, is_batched: Any, arrays: tuple[jax.Array, ...]) -> list[jax.Array]:
+    """Arrays with a leading axis of arms; what arms share is repeated."""
+    return [
+        array if batched else jnp.broadcast_to(array[None], (num_arms, *array.shape))
+        for array, batched in zip(arrays, is_batched, strict=True)
+    ]
+
+
+def merge(array: jax.Array) -> jax.Array:
+    """The axes of arms and of what each has, `[A, X, ...]`, as one, `[A * X, ...]`."""
+    return array.reshape(-1, *array.shape[2:])
+
+
+def split(array: jax.Array, num_arms: int) -> jax.Array:
+    """Undoes `merge`."""
+    return array.reshape(num_arms, -1, *array.shape[1:])
+
+
+def _with_tail(sizes_AE: jax.Array, num_rows: int) -> jax.Array:
+    """The last group of each arm takes what is left of its rows."""
+    return sizes_AE.at[:, -1].add(num_rows - sizes_AE.sum(axis=1).astype(sizes_AE.dtype))

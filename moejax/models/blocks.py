@@ -1,0 +1,159 @@
+"""Blocks, and stacks of them scanned over layers.
+
+A `Stack` holds one block whose parameters carry a leading axis of layers, and scans it: the traced program has the same
+size for any depth. A block is a `Block` (one layer) or a `Period` (some dense layers and a MoE layer), so that stacks
+nest: "every other layer is MoE" is a stack of periods, each with a stack of dense blocks inside.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from moejax.config import Config, MoeConfig, limit_of, parse_schedule
+from moejax.moe.balancing.stats import RoutingStats
+from moejax.moe.expert_parallel.exchange import EXCHANGED
+from moejax.moe.experts.experts import FeedForward
+from moejax.moe.layer import MoE, TokenInfo
+from moejax.moe.router.selection import SAVED_NAMES
+from moejax.nn.attention.grouped_query import Attention, KVCache
+from moejax.nn.norm import RMSNorm
+from moejax.sharding import constrain_tokens
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What every layer of a pass shares.
+
+    Attributes:
+      positions_BL: position of each token in its document.
+      segments_BL: number of the document within its row, 0 at padding.
+      info: what MoE layers know about the tokens.
+    """
+
+    positions_BL: jax.Array
+    segments_BL: jax.Array
+    info: TokenInfo
+
+    def of_layer(self, index: jax.Array | int) -> "Context":
+        """The same with keys of its own for one of several layers."""
+        if self.info.keys_B is None:
+            return self
+        keys_B = jax.vmap(lambda key: jax.random.fold_in(key, index))(self.info.keys_B)
+        return dataclasses.replace(self, info=dataclasses.replace(self.info, keys_B=keys_B))
+
+
+class Block(nnx.Module):
+    """One layer: attention, then a MoE layer or, where `moe` is None, a feed-forward network; norms and residuals."""
+
+    def __init__(self, config: Config, moe: MoeConfig | None, *, rngs: nnx.Rngs):
+        dtype = jnp.dtype(config.model.compute_dtype)
+        width = config.model.d_model
+        self.attention_norm = RMSNorm(width)
+        self.attention = Attention(config.model, dtype, rngs=rngs)
+        self.ffn_norm = RMSNorm(width)
+        if moe is not None:
+            limit = None
+            if config.schedule.top_k != "constant":
+                limit = limit_of(moe.top_k, parse_schedule("schedule.top_k", config.schedule.top_k).start)
+            self.moe = MoE(moe, width, dtype, vocab_size=config.vocab_size, limit=limit, rngs=rngs)
+        else:
+            self.ffn = FeedForward(width, config.model.d_ff, dtype, rngs=rngs)
+        self.is_moe = moe is not None
+        self.cache_shape = (config.model.num_kv_heads, config.head_dim)
+        self.dtype = dtype
+
+    def __call__(self, x_BLD: jax.Array, context: Context, cache: KVCache | None = None):
+        """Returns (x_BLD, `RoutingStats` or None, cache); without a cache it attends to `x_BLD` alone."""
+        with jax.named_scope("attention"):
+            y_BLD, cache = self.attention(self.attention_norm(x_BLD), context.positions_BL, context.segments_BL, cache)
+            x_BLD += y_BLD
+        normed_BLD = self.ffn_norm(x_BLD)
+        if not self.is_moe:
+            with jax.named_scope("ffn"):
+                return x_BLD + self.ffn(normed_BLD), None, cache
+        with jax.named_scope("moe"):
+            y_BLD, stats = self.moe(normed_BLD, context.info)
+        return x_BLD + y_BLD, stats, cache
+
+    def init_cache(self, batch: int, slots: int) -> KVCache:
+        """An empty cache."""
+        shape = (batch, slots, *self.cache_shape)
+        return KVCache(jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype))
+
+    def walk(self, context: Context | None = None) -> Iterator[tuple["Block", Context | None]]:
+        """The layers of this module with the context of each: for looking at a model, not for traced code."""
+        yield self, context
+
+
+class Period(nnx.Module):
+    """`num_dense` dense layers and then a MoE layer."""
+
+    def __init__(self, config: Config, moe: MoeConfig | None, num_dense: int, *, rngs: nnx.Rngs):
+        self.dense = Stack(lambda rngs: Block(config, None, rngs=rngs), num_dense, config, rngs=rngs)
+        self.moe_block = Block(config, moe, rngs=rngs)
+
+    def __call__(self, x_BLD: jax.Array, context: Context):
+        """Returns (x_BLD, `RoutingStats` of the MoE layer, None)."""
+        x_BLD, _ = self.dense(x_BLD, context)
+        return self.moe_block(x_BLD, context)
+
+    def walk(self, context: Context | None = None) -> Iterator[tuple[Block, Context | None]]:
+        """The layers of this module with the context of each."""
+        yield from self.dense.walk(context)
+        yield self.moe_block, context
+
+
+class Stack(nnx.Module):
+    """`num` blocks of one kind, applied one after the other by `lax.scan`.
+
+    Args:
+      make_block: makes one block from its `Rngs`.
+      num: how many.
+      config: for `model.remat` and `model.scan_layers`.
+      rngs: split into one key per block.
+    """
+
+    def __init__(self, make_block: Callable[[nnx.Rngs], nnx.Module], num: int, config: Config, *, rngs: nnx.Rngs):
+        keys_N = jax.random.split(rngs.params(), num)
+        states_N = jax.vmap(lambda key: nnx.state(make_block(nnx.Rngs(params=key))))(keys_N)
+        graphdef, _ = nnx.split(nnx.eval_shape(lambda: make_block(nnx.Rngs(params=0))))
+        self.block = nnx.merge(graphdef, _with_layer_axis(states_N))
+        self.num = num
+        self.remat = config.model.remat
+        self.saved = (*SAVED_NAMES, EXCHANGED) if config.moe.save_exchanged else SAVED_NAMES
+        self.unroll = not config.model.scan_layers
+
+    def __call__(self, x_BLD: jax.Array, context: Context) -> tuple[jax.Array, RoutingStats | None]:
+        """Returns (x_BLD, `RoutingStats` with a leading axis of MoE layers, or None)."""
+        graphdef, states_N = nnx.split(self.block)
+
+        def one_block(x_BLD, layer):
+            index, state = layer
+            x_BLD, stats, _ = nnx.merge(graphdef, state)(x_BLD, context.of_layer(index))
+            return constrain_tokens(x_BLD), stats
+
+        if self.remat:
+            policy = jax.checkpoint_policies.save_only_these_names(*self.saved)
+            one_block = jax.checkpoint(one_block, policy=policy, prevent_cse=self.unroll)
+        layers = (jnp.arange(self.num), states_N)
+        return jax.lax.scan(one_block, x_BLD, layers, unroll=self.num if self.unroll else 1)
+
+    def walk(self, context: Context | None = None) -> Iterator[tuple[Block, Context | None]]:
+        """The layers of this module with the context of each."""
+        for index in range(self.num):
+            yield from self._block(index).walk(context and context.of_layer(index))
+
+    def _block(self, index: int):
+        graphdef, states_N = nnx.split(self.block)
+        return nnx.merge(graphdef, jax.tree.map(lambda x: x[index], states_N))
+
+
+def _with_layer_axis(states_N):
+    """Names the leading axis that `vmap` gave every parameter."""
+    return jax.tree.map(
+        lambda v: v.replace(axes=("layers", *v.axes)), states_N, is_leaf=lambda v: isinstance(v, nnx.Variable)
+    )

@@ -1,0 +1,1 @@
+"""Statistics of routing, and the losses, metrics and router states that follow from them."""

@@ -1,0 +1,179 @@
+"""Capacity: which choices keep a slot when more want an expert than it has slots.
+
+This comes between the router and dispatch: `admit` decides who has a slot, `dispatch.py` where the rows lie. Tokens
+come in groups (a sequence, a device's batch, the whole batch), each with its own slots, so that no group sees another;
+here L is the number of tokens of a group.
+"""
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from moejax.kernels.arrays import takes_numpy
+from moejax.kernels.vma import vary_alike, zeros_varying_like
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Admission:
+    """What became of each choice.
+
+    Attributes:
+      experts_TK: final experts, int32; E where a choice was dropped, unchanged where it needs no slot (masked tokens).
+      is_dropped_TK: the choice found no slot.
+      is_moved_TK: the choice went to another expert than the router's; never for a dropped one.
+    """
+
+    experts_TK: jax.Array
+    is_dropped_TK: jax.Array
+    is_moved_TK: jax.Array
+
+
+@takes_numpy
+def admit(
+    experts_TK: Int[Array, "T K"],
+    ranking_TE: Float[Array, "T E"] | None,
+    weights_TK: Float[Array, "T K"],
+    limit: Int[Array, ""] | int,
+    *,
+    num_experts: int,
+    num_groups: int,
+    order: Literal["position", "choice", "weight"],
+    overflow: Literal["drop", "next", "renormalize"],
+) -> Admission:
+    """Gives the slots of each expert to the choices that come first; the others are dropped or move on.
+
+    In which order:
+
+    - "position": token by token, each with all its choices. No token's fate depends on a later one (causal).
+    - "choice": all first choices by position, then all second choices (GShard). A later token's first choice takes
+      room from an earlier token's second: this leaks the future.
+    - "weight": as "choice", with tokens in falling order of the weight of their first choice, ties to the lower
+      position (V-MoE's batch-priority routing). Leaks the future, too.
+
+    What happens to a choice whose expert is full:
+
+    - "drop", "renormalize": it is dropped. They differ in the weights of the survivors, which are the caller's.
+    - "next": it moves to the expert that ranks best of those with room, that the token neither holds nor has yet to
+      ask for by its own choice; it is dropped if there is none. So no token visits an expert twice.
+
+    "next" must be sequential. Where a choice moves depends on the counts all choices before it left behind, moved ones
+    included. In rounds (everybody's first wish, then the second wish of those refused) a later token's first wish
+    would take the room that an earlier refused token moves to, and "position" would leak the future. It costs L * K
+    dependent steps of O(K * E) work for each group, side by side for all groups; "drop" costs one sort.
+
+    Args:
+      experts_TK: the router's choices, without repetition in a token. Ids from `num_experts` on need no slot and are
+        left as they are: masked tokens (E), and experts without weights (zero, identity, constant), which are columns
+        of the router behind those with slots.
+      ranking_TE: what the router selected by; ties to the lowest index, and -inf is never moved to. Columns from
+        `num_experts` on have room without limit. Needed by "next" only. E is its width, or `num_experts` without it:
+        where there are experts without weights pass it always, or a dropped choice has the id of the first of them.
+      weights_TK: combine weights before capacity; needed by "weight" only.
+      limit: slots per expert and group, 0 or more; may be traced.
+      num_experts: experts that have slots.
+      num_groups: the tokens are so many contiguous runs of equal length.
+      order: who comes first.
+      overflow: what happens to those who come too late.
+
+    Returns:
+      The `Admission`. No gradient flows through it.
+
+    Raises:
+      ValueError: `num_groups` does not divide the tokens, or "next" has no ranking of at least `num_experts` columns.
+
+    Source: Fedus et al. 2021, section 2.2 ("position", "drop"); Lepikhin et al. 2020 (GShard), algorithm 1 ("choice");
+    Riquelme et al. 2021 (V-MoE), section 4.1 ("weight", there by the largest weight of a token, which is its first
+    choice's where choices are in order of weight).
+    """
+    num_tokens = experts_TK.shape[0]
+    if num_groups < 1 or num_tokens % num_groups:
+        raise ValueError(f"num_groups={num_groups} must divide the {num_tokens} tokens")
+    if overflow == "next" and ranking_TE is None:
+        raise ValueError('overflow="next" needs ranking_TE, the values that the router selected by')
+    no_expert = num_experts if ranking_TE is None else ranking_TE.shape[1]
+    if no_expert < num_experts:
+        raise ValueError(f"ranking_TE has {no_expert} columns, fewer than num_experts={num_experts}")
+
+    def admit_group(experts_LK, ranking_LE, weights_LK):
+        if order == "weight":
+            turn_L = _argsort(-weights_LK[:, 0])
+            experts_LK, ranking_LE = jax.tree.map(lambda x: x[turn_L], (experts_LK, ranking_LE))
+        choice_major = order != "position"
+        if overflow == "next":
+            final_LK = _move_on(experts_LK, ranking_LE, limit, num_experts, choice_major)
+        else:
+            is_late_LK = _is_late(experts_LK, limit, num_experts, choice_major)
+            final_LK = jnp.where(is_late_LK, no_expert, experts_LK)
+        return final_LK[_argsort(turn_L)] if order == "weight" else final_LK
+
+    experts_TK = experts_TK.astype(jnp.int32)
+    arrays = jax.lax.stop_gradient((experts_TK, ranking_TE, weights_TK))
+    groups = jax.tree.map(lambda x: x.reshape(num_groups, -1, x.shape[1]), arrays)
+    final_TK = jax.vmap(admit_group)(*groups).reshape(experts_TK.shape)
+    is_changed_TK = final_TK != experts_TK
+    is_dropped_TK = is_changed_TK & (final_TK == no_expert)
+    return Admission(experts_TK=final_TK, is_dropped_TK=is_dropped_TK, is_moved_TK=is_changed_TK & ~is_dropped_TK)
+
+
+def capacity_slots(capacity_factor: float, top_k: int, tokens_per_group: int, num_experts: int) -> int:
+    """Slots of an expert for one group of tokens: ceil(capacity_factor * K * tokens / E), between 1 and the tokens."""
+    share = capacity_factor * top_k * tokens_per_group
+    return int(min(tokens_per_group, max(1, -(-share // num_experts))))
+
+
+@takes_numpy
+def capacity_limit(
+    capacity_factor: Float[Array, ""], top_k: int, tokens_per_group: int, num_experts: int
+) -> Int[Array, ""]:
+    """`capacity_slots` of a traced factor."""
+    # The small term absorbs float32 rounding: 1.1 * 2 * 80 / 8 is 22, not 22.000002.
+    limit = jnp.ceil(capacity_factor * (top_k * tokens_per_group / num_experts) - 1e-4)
+    return jnp.clip(limit, 1, tokens_per_group).astype(jnp.int32)
+
+
+def _is_late(experts_LK, limit, num_experts, choice_major):
+    """Whether `limit` choices of the same expert come before a choice."""
+    wanted_S = (experts_LK.T if choice_major else experts_LK).reshape(-1)
+    choice_S = _argsort(wanted_S)
+    expert_S, index_S = wanted_S[choice_S], jnp.arange(wanted_S.shape[0])
+    # Sorted by expert, `limit` of the same come before a choice just if the one `limit` places before it is the same.
+    is_late_S = (index_S >= limit) & (expert_S == expert_S[index_S - limit]) & (expert_S < num_experts)
+    is_late_S = jnp.zeros_like(is_late_S).at[choice_S].set(is_late_S)
+    return is_late_S.reshape(experts_LK.shape[::-1]).T if choice_major else is_late_S.reshape(experts_LK.shape)
+
+
+def _move_on(experts_LK, ranking_LE, limit, num_experts, choice_major):
+    """Final experts of one group, choice by choice; E where a choice is dropped."""
+    top_k, width = experts_LK.shape[1], ranking_LE.shape[1]
+    choice_LK = jnp.arange(experts_LK.size).reshape(experts_LK.shape)
+    expert_E = jnp.arange(width, dtype=jnp.int32)
+
+    def take(carry, choice):
+        taken_E, final_LK = carry
+        token, rank = choice // top_k, choice % top_k
+        # What the token holds by earlier choices, and what its later choices will ask for.
+        own_K, ranking_E = final_LK[token], ranking_LE[token]
+        wanted = own_K[rank]
+        has_room_E = (taken_E < limit) | (expert_E >= num_experts)
+        is_own_E = jnp.any(own_K[:, None] == expert_E[None, :], axis=0)
+        is_open_E = has_room_E & ~is_own_E & (ranking_E > -jnp.inf)
+        best = jnp.argmax(jnp.where(is_open_E, ranking_E, -jnp.inf)).astype(jnp.int32)
+        is_full = jnp.any(~has_room_E & (expert_E == wanted))
+        final = jnp.where(is_full, jnp.where(jnp.any(is_open_E), best, width), wanted)
+        final_LK = jax.lax.dynamic_update_slice(final_LK, final[None, None], (token, rank))
+        return (taken_E + (expert_E == final), final_LK), None
+
+    experts_LK, ranking_LE, limit = vary_alike(experts_LK, ranking_LE, jnp.asarray(limit))
+    start = (zeros_varying_like(experts_LK, (width,), jnp.int32), experts_LK)
+    (_, final_LK), _ = jax.lax.scan(take, start, (choice_LK.T if choice_major else choice_LK).reshape(-1))
+    return final_LK
+
+
+def _argsort(keys):
+    """The stable permutation that sorts the keys."""
+    keys, index = vary_alike(keys, jnp.arange(keys.shape[0], dtype=jnp.int32))
+    return jax.lax.sort((keys, index), num_keys=1, is_stable=True)[1]

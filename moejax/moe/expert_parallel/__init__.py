@@ -1,0 +1,1 @@
+"""Experts on several devices: how tokens and experts meet."""

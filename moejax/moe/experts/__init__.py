@@ -1,0 +1,1 @@
+"""Feed-forward networks on rows grouped by expert."""

@@ -1,0 +1,31 @@
+"""Expert choice: each expert takes the tokens that want it most. Not causal."""
+
+import jax
+import jax.numpy as jnp
+
+from moejax.config import MoeConfig
+from moejax.moe.router.routing import RouterInputs, SlotRouting
+from moejax.moe.router.selection import named
+
+
+def route_expert_choice(inputs: RouterInputs, config: MoeConfig, slots: int) -> SlotRouting:
+    """Each expert takes the `slots` tokens of a sequence that give it the highest probability.
+
+    The weight is that probability, not normalised. A slot is empty where a sequence has too few tokens; a token may be
+    taken by no expert.
+
+    Source: Zhou et al. 2022, section 3; they choose among the tokens of a batch, here it is those of a sequence, so
+    that a sequence does not depend on the others.
+    """
+    num_experts = inputs.logits_TE.shape[-1]
+    probs_TE = jax.nn.softmax(inputs.logits_TE, axis=-1)
+    probs_BEL = probs_TE.reshape(-1, inputs.length, num_experts).swapaxes(1, 2)
+    mask_B1L = inputs.mask_T.reshape(-1, 1, inputs.length)
+    ranking_BEL = jnp.where(mask_B1L, jax.lax.stop_gradient(probs_BEL), -1.0)
+    values_BEC, positions_BEC = jax.lax.top_k(ranking_BEL, slots)
+    positions_BEC = jnp.where(values_BEC >= 0, positions_BEC, inputs.length)
+    batch = positions_BEC.shape[0]
+    positions_BEC = named(positions_BEC.astype(jnp.int32).reshape(batch, -1)).reshape(positions_BEC.shape)
+    taken_BEC = jnp.take_along_axis(probs_BEL, jnp.minimum(positions_BEC, inputs.length - 1), axis=-1)
+    weights_BEC = jnp.where(positions_BEC < inputs.length, taken_BEC * config.route_scale, 0.0)
+    return SlotRouting(inputs.logits_TE, probs_TE, positions_BEC, weights_BEC)

@@ -1,0 +1,114 @@
+"""From logits to scores, probabilities and combine weights.
+
+Everything is computed from logarithms of scores. A sigmoid far below 0 underflows, and a normaliser with a small
+constant then hides the collapse of all scores; the softmax of log scores is the same ratio without either.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from moejax.config import MoeConfig
+from moejax.moe.router.routing import RouterInputs, Routing
+
+NO_WEIGHT = -1e30
+"""The logarithm of the weight where there is no expert: finite, so that a token without any gives no NaN."""
+
+
+def log_scores(logits_TE: Float[Array, "T E"], score: str) -> Float[Array, "T E"]:
+    """Logarithm of each expert's score.
+
+    Args:
+      logits_TE: float32.
+      score: "softmax" over all experts, also for "softmax_after" (selected first, normalised afterwards: the same up to
+        a factor that the normalisation removes); "sigmoid" (DeepSeek-V3); "sqrt_softplus" (DeepSeek-V4); "uniform".
+
+    Raises:
+      ValueError: another score, such as "auto", which is not resolved.
+    """
+    if score in ("softmax", "softmax_after"):
+        return jax.nn.log_softmax(logits_TE, axis=-1)
+    if score == "sigmoid":
+        return jax.nn.log_sigmoid(logits_TE)
+    if score == "sqrt_softplus":
+        # log(softplus(l)) is l up to rounding below -20, where softplus itself soon underflows.
+        clipped_TE = jnp.maximum(logits_TE, -20.0)
+        return 0.5 * jnp.where(logits_TE < -20.0, logits_TE, jnp.log(jax.nn.softplus(clipped_TE)))
+    if score == "uniform":
+        return jnp.zeros_like(logits_TE)
+    raise ValueError(f"moe.score={score} is no score function; `config.resolve` derives it from moe.score=auto")
+
+
+def probabilities(log_scores_TE: Float[Array, "T E"]) -> Float[Array, "T E"]:
+    """Scores divided by their sum over all experts: what the balance loss averages."""
+    return jax.nn.softmax(log_scores_TE, axis=-1)
+
+
+def log_weights(log_scores_TE: Float[Array, "T E"], experts_TK: Int[Array, "T K"]) -> Float[Array, "T K"]:
+    """Logarithms of the selected experts' scores; `NO_WEIGHT` where an id is E."""
+    is_expert_TK = experts_TK < log_scores_TE.shape[-1]
+    taken_TK = jnp.take_along_axis(log_scores_TE, jnp.where(is_expert_TK, experts_TK, 0), axis=-1)
+    return jnp.where(is_expert_TK, taken_TK, NO_WEIGHT)
+
+
+def weigh(log_scores_TE: Float[Array, "T E"], experts_TK: Int[Array, "T K"], config: MoeConfig) -> Float[Array, "T K"]:
+    """Combine weights of the selected experts: their scores, normalised or not, times `route_scale`.
+
+    The selection bias is not in them: it steers the choice only.
+
+    Args:
+      log_scores_TE: from `log_scores`.
+      experts_TK: selected experts; where an id is E the weight is 0, and the others share what there is.
+      config: for `score`, `renormalize` and `route_scale`.
+    """
+    taken_TK = log_weights(log_scores_TE, experts_TK)
+    if config.renormalize or config.score == "uniform":
+        weights_TK = jax.nn.softmax(taken_TK, axis=-1)
+    else:
+        weights_TK = jnp.exp(taken_TK)
+    return jnp.where(experts_TK < log_scores_TE.shape[-1], weights_TK * config.route_scale, 0.0)
+
+
+def spread_over_survivors(
+    weights_TK: Float[Array, "T K"], log_weights_TK: Float[Array, "T K"], is_kept_TK: Bool[Array, "T K"]
+) -> Float[Array, "T K"]:
+    """The weights of all choices of a token, shared among those that are kept as if only they had been chosen.
+
+    Their shares are the softmax of their logarithms: a quotient of weights would be 0/0 where the kept ones underflow
+    beside the others, and its gradient would overflow long before.
+
+    Args:
+      weights_TK: combine weights.
+      log_weights_TK: their logarithms, see `Routing`.
+      is_kept_TK: which are left; the weights of the others become 0.
+    """
+    total_T1 = weights_TK.sum(axis=1, keepdims=True)
+    shares_TK = jax.nn.softmax(jnp.where(is_kept_TK, log_weights_TK, NO_WEIGHT), axis=-1)
+    return jnp.where(is_kept_TK, total_T1 * shares_TK, 0.0)
+
+
+def routing_by_scores(
+    inputs: RouterInputs,
+    log_scores_TE: Float[Array, "T E"],
+    ranking_TE: Float[Array, "T E"],
+    experts_TK: Int[Array, "T K"],
+    config: MoeConfig,
+) -> Routing:
+    """The routing to selected experts whose weights and probabilities are the scores.
+
+    Args:
+      inputs: for the raw logits.
+      log_scores_TE: from `log_scores`.
+      ranking_TE: what the selection was made by.
+      experts_TK: the selection.
+      config: for the weights, see `weigh`.
+    """
+    return Routing(
+        logits_TE=inputs.logits_TE,
+        probs_TE=probabilities(log_scores_TE),
+        experts_TK=experts_TK,
+        weights_TK=weigh(log_scores_TE, experts_TK, config),
+        ranking_TE=jax.lax.stop_gradient(ranking_TE),
+        log_scores_TE=log_scores_TE,
+        log_weights_TK=log_weights(log_scores_TE, experts_TK),
+    )

@@ -1,0 +1,98 @@
+"""Which experts a token visits: bias, groups, top K."""
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Bool, Float, Int
+
+from moejax.config import MoeConfig
+from moejax.moe.router.routing import no_expert
+
+SAVED_NAMES = ("routing_experts", "routing_weights")
+"""Names under which selection and weights are saved by remat, so that a recomputation can never route differently."""
+
+
+def select(
+    values_TE: Float[Array, "T E"], mask_T: Bool[Array, "T"], top_k: int, is_blocked_E: Bool[Array, "E"] | None = None
+) -> Int[Array, "T K"]:
+    """The K experts of highest value, the best first; ties go to the lowest index. E where the token is masked.
+
+    Where some are blocked, with values from `eligible`, E also stands for choices for which too few others are left.
+    """
+    values_TK, experts_TK = jax.lax.top_k(jax.lax.stop_gradient(values_TE), top_k)
+    if is_blocked_E is not None:
+        experts_TK = jnp.where(values_TK > -jnp.inf, experts_TK, values_TE.shape[-1])
+    return named(no_expert(experts_TK, mask_T, values_TE.shape[-1]))
+
+
+def eligible(values_TE: Float[Array, "T E"], is_blocked_E: Bool[Array, "E"] | None) -> Float[Array, "T E"]:
+    """The values that experts are ranked by, -inf for those that are blocked; None blocks none."""
+    return values_TE if is_blocked_E is None else jnp.where(is_blocked_E[None], -jnp.inf, values_TE)
+
+
+def named(experts_TK: Int[Array, "T K"]) -> Int[Array, "T K"]:
+    """Under the name by which remat saves a selection."""
+    return checkpoint_name(experts_TK, "routing_experts")
+
+
+def selection_values(
+    logits_TE: Float[Array, "T E"],
+    log_scores_TE: Float[Array, "T E"],
+    bias_E: jax.Array | None,
+    config: MoeConfig,
+    is_blocked_E: Bool[Array, "E"] | None = None,
+) -> Float[Array, "T E"]:
+    """What experts are ranked by: scores or logits, plus the selection bias, -inf outside the best groups.
+
+    Without bias and groups, scores rank as logits do, and logits have no rounding ties.
+
+    Source: DeepSeek-V3 (DeepSeek-AI 2024), section 2.1.2: bias, groups by the sum of their two best; DeepSeek-V2,
+    section 2.2.2: groups by their best.
+    """
+    by_logits = config.score == "softmax_after" or config.select_by == "logits"
+    is_plain = bias_E is None and config.num_groups == 1
+    values_TE = logits_TE if by_logits or is_plain else jnp.exp(log_scores_TE)
+    values_TE = jax.lax.stop_gradient(values_TE)
+    if bias_E is not None:
+        values_TE += bias_E[None]
+    values_TE = eligible(values_TE, is_blocked_E)
+    return mask_groups(values_TE, config, is_blocked_E) if config.num_groups > 1 else values_TE
+
+
+def mask_groups(
+    values_TE: Float[Array, "T E"], config: MoeConfig, is_blocked_E: Bool[Array, "E"] | None = None
+) -> Float[Array, "T E"]:
+    """-inf outside the `top_k_groups` best of `num_groups` contiguous groups of experts.
+
+    Where experts are blocked, groups are ranked by the others, and as many more groups are kept as a token needs to
+    find `top_k` experts.
+
+    Args:
+      values_TE: by which experts are ranked, -inf where they are blocked.
+      config: for the groups.
+      is_blocked_E: experts that must not be selected; None blocks none.
+    """
+    groups = config.num_groups
+    values_TGS = values_TE.reshape(-1, groups, values_TE.shape[-1] // groups)
+    best = 2 if config.group_score == "top2_sum" else 1
+    best_TGX = jax.lax.top_k(values_TGS, best)[0]
+    if is_blocked_E is None:
+        _, kept_TM = jax.lax.top_k(best_TGX.sum(axis=-1), config.top_k_groups)
+        is_kept_TG = (kept_TM[:, :, None] == jnp.arange(groups)[None, None]).any(axis=1)
+    else:
+        num_open_G = (~is_blocked_E).reshape(groups, -1).sum(axis=1)
+        open_TG = jnp.where(best_TGX > -jnp.inf, best_TGX, 0.0).sum(axis=-1)
+        is_kept_TG = _groups_with_enough(jnp.where(num_open_G[None] > 0, open_TG, -jnp.inf), num_open_G, config)
+    return jnp.where(is_kept_TG[:, :, None], values_TGS, -jnp.inf).reshape(values_TE.shape)
+
+
+def _groups_with_enough(
+    group_values_TG: Float[Array, "T G"], num_open_G: Int[Array, "G"], config: MoeConfig
+) -> Bool[Array, "T G"]:
+    """The `top_k_groups` best groups, and the next best until they have `top_k` experts that are not blocked."""
+    group_values_TG, order_TG = jax.lax.top_k(group_values_TG, config.num_groups)
+    num_open_TG = num_open_G[order_TG]
+    before_TG = jnp.cumsum(num_open_TG, axis=1) - num_open_TG
+    is_kept_TG = (jnp.arange(config.num_groups)[None] < config.top_k_groups) | (before_TG < config.top_k)
+    place_TG = jnp.argsort(order_TG, axis=1)
+    return jnp.take_along_axis(is_kept_TG, place_TG, axis=1)

@@ -1,0 +1,80 @@
+"""SparseMixer: experts close to the best compete for each of a token's choices."""
+
+import jax
+import jax.numpy as jnp
+
+from moejax.config import MoeConfig
+from moejax.moe.router.routing import RouterInputs, Routing, Stream, no_expert
+from moejax.moe.router.scores import NO_WEIGHT, log_scores, probabilities
+from moejax.moe.router.selection import eligible, named
+
+
+def route_sparse_mixer(inputs: RouterInputs, config: MoeConfig) -> Routing:
+    """Chooses one expert after the other among those whose logits are relatively close to the best remaining one.
+
+    For each choice: entries whose distance to the best, relative to the larger of their magnitude and the best, exceeds
+    2 `mixer_threshold` are out; the weight is the softmax over the rest at the chosen one. In evaluation the best is
+    chosen. In training one of the rest is sampled by its probability; where that is not the best, its weight is
+    multiplied by 1/3 in three of four cases, while the gradient is that of the plain weight (Heun's rule for the
+    gradient of sampling). The weights of a token are close to 1 each and are not normalised.
+
+    Source: Liu et al. 2023 (SparseMixer), Liu et al. 2024 (GRIN, section 2); the relative threshold as in Phi-3.5-MoE.
+    """
+    logits_TE = inputs.logits_TE
+    num_experts = logits_TE.shape[-1]
+    is_open_TE = jnp.ones(logits_TE.shape, bool)
+    if inputs.is_blocked_E is not None:
+        is_open_TE &= ~inputs.is_blocked_E[None]
+    ranking_TE = eligible(logits_TE, inputs.is_blocked_E)
+    experts, log_weights, factors = [], [], []
+    for k in range(config.top_k):
+        is_near_TE = _near_best(jax.lax.stop_gradient(logits_TE), is_open_TE, config.mixer_threshold)
+        near_TE = jnp.where(is_near_TE, logits_TE, NO_WEIGHT)
+        best_T1 = jnp.argmax(near_TE, axis=-1, keepdims=True)
+        chosen_T1, factor_T1 = best_T1, jnp.ones(best_T1.shape)
+        if inputs.is_training:
+            values_TE = near_TE + inputs.draw(Stream.GUMBEL, jax.random.gumbel, num_experts, choice=k)
+            chosen_T1 = jnp.argmax(values_TE, axis=-1, keepdims=True)
+            taken_or_far_TE = jnp.where(is_open_TE, -jnp.inf, jnp.inf)
+            ranking_TE = eligible(jnp.where(is_near_TE, values_TE, taken_or_far_TE), inputs.is_blocked_E)
+        chosen_T1 = named(chosen_T1.astype(jnp.int32))
+        if inputs.is_training:
+            is_whole_T1 = inputs.draw(Stream.KEEP, jax.random.uniform, 1, choice=k) > 0.75
+            factor_T1 = jnp.where((chosen_T1 == best_T1) | is_whole_T1, 1.0, 1 / 3)
+        log_weight_T1 = jnp.take_along_axis(jax.nn.log_softmax(near_TE, axis=-1), chosen_T1, axis=-1)
+        if inputs.is_blocked_E is not None:  # perhaps no expert is left
+            has_open_T1 = is_open_TE.any(axis=-1, keepdims=True)
+            chosen_T1 = jnp.where(has_open_T1, chosen_T1, num_experts)
+        experts.append(chosen_T1)
+        log_weights.append(log_weight_T1)
+        factors.append(factor_T1)
+        is_open_TE &= jnp.arange(num_experts)[None] != chosen_T1
+    experts_TK = no_expert(jnp.concatenate(experts, axis=1), inputs.mask_T, num_experts)
+    weights_TK, log_weights_TK = _scaled(jnp.concatenate(log_weights, axis=1), jnp.concatenate(factors, axis=1))
+    is_expert_TK = experts_TK < num_experts
+    log_scores_TE = log_scores(logits_TE, "softmax")
+    return Routing(
+        logits_TE=logits_TE,
+        probs_TE=probabilities(log_scores_TE),
+        experts_TK=experts_TK,
+        weights_TK=jnp.where(is_expert_TK, weights_TK * config.route_scale, 0.0),
+        ranking_TE=jax.lax.stop_gradient(ranking_TE),
+        log_scores_TE=log_scores_TE,
+        log_weights_TK=jnp.where(is_expert_TK, log_weights_TK, NO_WEIGHT),
+    )
+
+
+def _scaled(log_weights_TK, factors_TK):
+    """Weights times factors, whose gradients are those of the weights themselves, and their logarithms."""
+    weights_TK = jnp.exp(log_weights_TK)
+    weights_TK -= jax.lax.stop_gradient((1 - factors_TK) * weights_TK)
+    raised_TK = log_weights_TK / factors_TK  # the gradient of the logarithm is over the scaled weight
+    values_TK = log_weights_TK + jnp.log(factors_TK)
+    return weights_TK, raised_TK + jax.lax.stop_gradient(values_TK - raised_TK)
+
+
+def _near_best(logits_TE, is_open_TE, threshold):
+    best_T1 = jnp.where(is_open_TE, logits_TE, -jnp.inf).max(axis=-1, keepdims=True)
+    magnitude_TE = jnp.maximum(jnp.abs(logits_TE), best_T1)
+    # Written so that the best itself stays where everything is 0 and the quotient is not a number.
+    return is_open_TE & ~((best_T1 - logits_TE) / magnitude_TE > 2 * threshold)

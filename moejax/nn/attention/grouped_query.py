@@ -1,0 +1,169 @@
+"""Grouped-query attention with rotary positions, in packed rows or with a cache."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Bool, Float, Int
+
+from moejax.config import ModelConfig
+from moejax.kernels.device import platform
+from moejax.kernels.matmul import project
+from moejax.nn.attention.causal_blocks import BLOCK, LONGEST_AT_ONCE, attend_causally
+from moejax.nn.norm import RMSNorm
+from moejax.sharding import BATCH_AXES, TOKENS, has_context, whole
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KVCache:
+    """Keys and values of the positions seen so far, one slot per position.
+
+    Attributes:
+      k_BSGA: keys, already rotated; S slots.
+      v_BSGA: values.
+    """
+
+    k_BSGA: jax.Array
+    v_BSGA: jax.Array
+
+
+class Attention(nnx.Module):
+    """Causal attention with H query heads that share G key and value heads. Ainslie et al. 2023."""
+
+    def __init__(self, config: ModelConfig, dtype: jnp.dtype, *, rngs: nnx.Rngs):
+        width, heads, kv_heads = config.d_model, config.num_heads, config.num_kv_heads
+        head = width // heads
+        init_in = jax.nn.initializers.lecun_normal(in_axis=0, out_axis=(1, 2))
+        init_out = jax.nn.initializers.lecun_normal(in_axis=(0, 1), out_axis=2)
+        self.query = nnx.Param(init_in(rngs.params(), (width, heads, head)), axes=("embed", "heads", "head"))
+        self.key = nnx.Param(init_in(rngs.params(), (width, kv_heads, head)), axes=("embed", "kv_heads", "head"))
+        self.value = nnx.Param(init_in(rngs.params(), (width, kv_heads, head)), axes=("embed", "kv_heads", "head"))
+        self.out = nnx.Param(init_out(rngs.params(), (heads, head, width)), axes=("heads", "head", "embed"))
+        if config.qk_norm:
+            self.query_norm = RMSNorm(head)
+            self.key_norm = RMSNorm(head)
+        self.config = config
+        self.dtype = dtype
+
+    def __call__(
+        self,
+        x_BLD: Float[Array, "B L D"],
+        positions_BL: Int[Array, "B L"],
+        segments_BL: Int[Array, "B L"] | None = None,
+        cache: KVCache | None = None,
+    ) -> tuple[Float[Array, "B L D"], KVCache | None]:
+        """Attends within the row, or to the cache and then S slots.
+
+        Args:
+          x_BLD: normalised residual stream.
+          positions_BL: position of each token in its document; with a cache also the slot it is written to.
+          segments_BL: number of the document within its row, 0 at padding; not needed with a cache.
+          cache: keys and values so far, of which a query sees those up to its position; None attends to `x_BLD` alone.
+
+        Returns:
+          The output and the cache with the new keys and values.
+        """
+        q_BLHA = project(x_BLD, whole(self.query, self.dtype))
+        k_BLGA = project(x_BLD, whole(self.key, self.dtype))
+        v_BLGA = project(x_BLD, whole(self.value, self.dtype))
+        if self.config.qk_norm:
+            q_BLHA, k_BLGA = self.query_norm(q_BLHA), self.key_norm(k_BLGA)
+        q_BLHA = rotate(q_BLHA, positions_BL, self.config.rope_theta)
+        k_BLGA = rotate(k_BLGA, positions_BL, self.config.rope_theta)
+        if cache is not None:
+            row_B1 = jnp.arange(x_BLD.shape[0])[:, None]
+            cache = KVCache(
+                k_BSGA=cache.k_BSGA.at[row_B1, positions_BL].set(k_BLGA),
+                v_BSGA=cache.v_BSGA.at[row_B1, positions_BL].set(v_BLGA),
+            )
+            k_BLGA, v_BLGA = cache.k_BSGA, cache.v_BSGA
+            mask_BLS = cache_mask(positions_BL, cache.k_BSGA.shape[1])
+            y_BLHA = attend(q_BLHA, k_BLGA, v_BLGA, mask_BLS)
+        elif segments_BL is None:
+            raise ValueError("attention within rows needs segments_BL, and attention to a cache needs cache; give one")
+        else:
+            y_BLHA = attend_in_rows(q_BLHA, k_BLGA, v_BLGA, segments_BL)
+        return project(y_BLHA, whole(self.out, self.dtype), num_contracted=2), cache
+
+
+def attend_in_rows(
+    q_BLHA: Float[Array, "B L H A"],
+    k_BLGA: Float[Array, "B L G A"],
+    v_BLGA: Float[Array, "B L G A"],
+    segments_BL: Int[Array, "B L"],
+) -> Float[Array, "B L H A"]:
+    """Attention within packed rows, in the form that is fast on the platform.
+
+    Where a mesh in context splits sequences, the queries of each device see keys and values of all.
+    """
+    if has_context():
+        queries, keys = PartitionSpec(BATCH_AXES, "context", "tensor"), PartitionSpec(BATCH_AXES, None, "tensor")
+        sharded = jax.shard_map(attend, in_specs=(queries, keys, keys, TOKENS), out_specs=queries)
+        return sharded(q_BLHA, k_BLGA, v_BLGA, row_mask(segments_BL))
+    if platform() == "cpu":
+        return attend_causally(q_BLHA, k_BLGA, v_BLGA, segments_BL)
+    return attend(q_BLHA, k_BLGA, v_BLGA, row_mask(segments_BL))
+
+
+def attend(
+    q_BLHA: Float[Array, "B L H A"],
+    k_BSGA: Float[Array, "B S G A"],
+    v_BSGA: Float[Array, "B S G A"],
+    mask_BLS: Bool[Array, "B L S"],
+) -> Float[Array, "B L H A"]:
+    """Softmax attention; queries of long rows take turns, in blocks.
+
+    Scores `[B, H, L, S]` in float32 of all queries at once would need more memory than the rest of the model. Those of
+    a block are computed again in the backward pass.
+    """
+    length = q_BLHA.shape[1]
+    if length <= LONGEST_AT_ONCE:
+        return jax.nn.dot_product_attention(q_BLHA, k_BSGA, v_BSGA, mask=mask_BLS[:, None])
+
+    @jax.checkpoint
+    def one_block(block):
+        q_BlHA, mask_BlS = block
+        return jax.nn.dot_product_attention(q_BlHA, k_BSGA, v_BSGA, mask=mask_BlS[:, None])
+
+    def split(a_BLX):
+        return a_BLX.reshape(a_BLX.shape[0], -1, BLOCK, *a_BLX.shape[2:]).swapaxes(0, 1)
+
+    # Queries that fill up the last block see something, so that their softmax is not empty; nobody reads it.
+    missing = ((0, 0), (0, -length % BLOCK))
+    q_BMHA = jnp.pad(q_BLHA, (*missing, (0, 0), (0, 0)))
+    mask_BMS = jnp.pad(mask_BLS, (*missing, (0, 0)), constant_values=True)
+    y_NBlHA = jax.lax.map(one_block, (split(q_BMHA), split(mask_BMS)))
+    return y_NBlHA.swapaxes(0, 1).reshape(q_BMHA.shape)[:, :length]
+
+
+def rotate(x_BLHA: Float[Array, "B L H A"], positions_BL: Int[Array, "B L"], theta: float) -> Float[Array, "B L H A"]:
+    """Rotary position embedding: dimension i turns with dimension i + A/2 by the angle position * theta^(-2i/A).
+
+    Source: Su et al. 2021 (RoFormer, section 3.2); the pairing of halves is that of GPT-NeoX and Llama checkpoints.
+    """
+    half = x_BLHA.shape[-1] // 2
+    frequency_a = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle_BL1a = positions_BL[..., None, None].astype(jnp.float32) * frequency_a[None, None, None]
+    cos, sin = jnp.cos(angle_BL1a), jnp.sin(angle_BL1a)
+    first, second = jnp.split(x_BLHA.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x_BLHA.dtype)
+
+
+def row_mask(segments_BL: Int[Array, "B L"]) -> Bool[Array, "B L L"]:
+    """Which keys a query of a packed row may see: its own segment, not later ones. Segment 0 is padding.
+
+    A padded query sees its own position, so that no softmax is empty; nothing reads its output.
+    """
+    length = segments_BL.shape[1]
+    is_causal_LL = jnp.tril(jnp.ones((length, length), bool))
+    is_same_BLL = segments_BL[:, :, None] == segments_BL[:, None, :]
+    return is_same_BLL & is_causal_LL[None]
+
+
+def cache_mask(positions_BL: Int[Array, "B L"], slots: int) -> Bool[Array, "B L S"]:
+    """Which slots of a cache a query may see: those up to its own position."""
+    return jnp.arange(slots)[None, None, :] <= positions_BL[:, :, None]

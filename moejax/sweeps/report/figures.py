@@ -1,0 +1,246 @@
+"""Figures of a sweep: effects of one axis and of two, all settings at once, and the fronts of what is traded."""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+import pandas as pd
+from jaxtyping import Bool, Float
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.collections import LineCollection
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from moejax.inspection.figures.style import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    PURPLE,
+    STYLE,
+    WIDTH,
+    Drawing,
+    color_bar,
+    legend_name,
+    new_figure,
+    short_number,
+)
+from moejax.sweeps.report.effects import AxisEffect
+from moejax.sweeps.report.scale import Scale, level_name, scale_of
+from moejax.sweeps.tables import key_of
+
+COLORS = (BLUE, ORANGE, GREEN, PURPLE, "#E69F00", "#56B4E9", "#8c6d1f", "#111111")
+DASHES = ("-", "--", "-.", ":") * 2
+MARKERS = "osD^vPX*"
+MAX_LINES = len(COLORS)  # levels of the second axis of an interaction
+LEGEND_LETTERS = 46  # side by side in a figure's width
+AXIS_WIDTH = 1.9  # inches between two axes of `draw_parallel`
+COLOR_MAP = "viridis"
+NAME_LETTERS = 17
+NEIGHBOUR_LETTERS = 16  # of names side by side, in the mean
+
+
+def draw_effect(effect: AxisEffect, axis: str, metric: str) -> Drawing:
+    """Draws the difference of each level from the reference with its 95 % interval, and the reference at zero.
+
+    A difference whose interval holds zero is grey and hollow, so that it does not look like an effect.
+
+    Args:
+      effect: with at least one difference over several seeds; others are left out.
+      axis: name of the axis.
+      metric: quantity and unit.
+    """
+    known = [level for level in effect.others if level.difference.num_seeds > 1]
+    scale = scale_of(level.level for level in effect.levels)
+    (zero,) = scale.places([effect.reference])
+    with matplotlib.rc_context(STYLE):
+        figure, axes = new_figure(_height(scale) + 0.25)
+        line = axes.axvline if scale.is_named else axes.axhline
+        line(0, color=GREY, lw=1, ls=(0, (4, 3)), zorder=1)
+        reference = [[0.0], [zero]] if scale.is_named else [[zero], [0.0]]
+        axes.plot(*reference, "D", color="#111111", ms=5, label="reference")
+        for is_told in (True, False):
+            shown = [level for level in known if level.difference.is_told_apart == is_told]
+            if not shown:
+                continue
+            places = scale.places([level.level for level in shown])
+            means = np.array([level.difference.mean for level in shown])
+            reach = np.array([level.difference.high - level.difference.mean for level in shown])
+            marks: dict[str, Any] = {"ls": "none", "marker": "o", "ms": 5, "elinewidth": 1.2, "capsize": 3}
+            if is_told:
+                marks |= {"color": BLUE, "label": "told apart from it"}
+            else:
+                marks |= {"color": GREY, "mfc": "white", "label": "may be noise"}
+            if scale.is_named:
+                axes.errorbar(means, places, xerr=reach, **marks)
+            else:
+                axes.errorbar(places, means, yerr=reach, **marks)
+        figure.legend(loc="outside upper left", ncols=3, borderaxespad=0.1, columnspacing=1.0, handletextpad=0.4)
+        _label(axes, scale, axis, metric)
+        return Drawing.of(figure)
+
+
+def draw_interaction(means: pd.DataFrame, axis: str, other: str, metric: str, order: Sequence[Any]) -> Drawing:
+    """Draws a metric by the levels of two axes: lines that are not parallel are an interaction.
+
+    Args:
+      means: of `sweep_effects.interaction`; a column is a line, at most `MAX_LINES`.
+      axis: name of the index.
+      other: name of the columns.
+      metric: quantity and unit.
+      order: all levels of the columns' axis in the sweep: a level has one colour in all figures.
+    """
+    scale = scale_of(means.index)
+    places = scale.places(means.index)
+    look_of = {key_of(level): i % MAX_LINES for i, level in enumerate(order)}
+    with matplotlib.rc_context(STYLE):
+        figure, axes = new_figure(_height(scale) + 0.5)
+        labels = [level_name(level) for level in means.columns]
+        for column, (level, label) in enumerate(zip(means.columns, labels, strict=True)):
+            i = look_of[key_of(level)]
+            values = means.iloc[:, column].to_numpy(np.float64)
+            points = (values, places) if scale.is_named else (places, values)
+            axes.plot(*points, color=COLORS[i], ls=DASHES[i], marker=MARKERS[i], ms=5, label=label)
+        columns = max(1, min(len(labels), LEGEND_LETTERS // (max(map(len, labels)) + 6)))
+        figure.legend(loc="outside upper left", ncols=columns, borderaxespad=0.1, columnspacing=1.2,
+                      title=_name(other, 40), alignment="left", title_fontsize=9)  # fmt: skip
+        _label(axes, scale, axis, metric)
+        return Drawing.of(figure)
+
+
+def _height(scale: Scale) -> float:
+    return float(np.clip(1.0 + 0.3 * len(scale.levels), 1.6, 4.6)) if scale.is_named else 2.45
+
+
+def _label(axes: Axes, scale: Scale, axis: str, metric: str) -> None:
+    """Levels with names stand below one another, where there is room for them."""
+    name = _name(axis, 40)
+    if scale.is_named:
+        scale.label(axes.yaxis)
+        axes.set_ylim(len(scale.levels) - 0.5, -0.5)
+        axes.set_ylabel(name if len(scale.levels) > 3 or len(name) < 18 else "")
+        axes.set_xlabel(metric)
+    else:
+        scale.label(axes.xaxis)
+        axes.margins(x=0.08)
+        axes.set_xlabel(f"{name} (logarithmic)" if scale.kind == "log" else name)
+        axes.set_ylabel(metric)
+    of_metric = axes.xaxis if scale.is_named else axes.yaxis
+    of_metric.set_major_locator(MaxNLocator(5))
+    of_metric.set_major_formatter(FuncFormatter(lambda y, _: f"{y:.4g}" if abs(y) < 10_000 else short_number(y)))
+
+
+def _name(name: str, most: int = NAME_LETTERS) -> str:
+    """The end of a long name says more than its beginning."""
+    name = legend_name(name)
+    return name if len(name) <= most else f"…{name[-most + 1 :]}"
+
+
+def draw_parallel(settings: pd.DataFrame, axes_names: Mapping[str, str], metric: str, label: str) -> Drawing:
+    """Draws each setting as a line through its levels and its metric, in the colour of the metric.
+
+    A line stops where an axis is not set. The first setting is drawn last and thick.
+
+    Args:
+      settings: a row a setting, the best first; the metric is finite, with at least two different values.
+      axes_names: names of the axes, by column.
+      metric: a column.
+      label: of the metric.
+    """
+    values = settings[metric].to_numpy(np.float64)
+    scales = [*(scale_of(settings[axis]) for axis in axes_names), Scale(tuple(sorted(set(values))), "linear")]
+    columns = [*(settings[axis] for axis in axes_names), settings[metric]]
+    heights = [_unit(scale, scale.places(column)) for scale, column in zip(scales, columns, strict=True)]
+    lines = [np.column_stack([np.arange(len(scales)), row]) for row in np.column_stack(heights)]
+    norm = Normalize(float(values.min()), float(values.max()))
+    with matplotlib.rc_context(STYLE):
+        layout = ConstrainedLayoutEngine(w_pad=0.04, h_pad=0.04)
+        width = max(WIDTH, 0.9 + AXIS_WIDTH * (len(scales) - 1) + 0.9)
+        figure = Figure(figsize=(width, 3.4), dpi=144, facecolor="none", layout=layout)
+        axes = figure.add_subplot()
+        collection = LineCollection(
+            lines[::-1], cmap=COLOR_MAP, norm=norm, array=values[::-1], alpha=0.85,
+            linewidths=[*[1.1] * (len(lines) - 1), 3.2],
+        )  # fmt: skip
+        axes.add_collection(collection)
+        _draw_scales(axes, scales, [*axes_names.values(), label])
+        mesh = ScalarMappable(norm, COLOR_MAP)
+        color_bar(figure, axes, mesh, label)
+        return Drawing.of(figure)
+
+
+def _unit(scale: Scale, places: Float[np.ndarray, "S"]) -> Float[np.ndarray, "S"]:
+    """Places on an axis from 0 to 1; the only level in the middle."""
+    ends = scale.places(scale.levels)
+    span = float(np.ptp(ends))
+    return (places - ends.min()) / span if span else np.where(np.isfinite(places), 0.5, np.nan)
+
+
+def _draw_scales(axes: Axes, scales: Sequence[Scale], names: Sequence[str]) -> None:
+    """The axes of `draw_parallel`; names that would touch stand alternately high and low."""
+    lengths = [min(len(name), NAME_LETTERS) for name in names]
+    is_tight = any(one + other > 2 * NEIGHBOUR_LETTERS for one, other in itertools.pairwise(lengths))
+    ground = {"boxstyle": "round,pad=0.12", "facecolor": "white", "edgecolor": "none", "alpha": 0.8}
+    for i, (scale, name) in enumerate(zip(scales, names, strict=True)):
+        axes.plot([i, i], [0, 1], color=GREY, lw=1, zorder=3)
+        ticks = scale.ticks()
+        for place, (_, text) in zip(_unit(scale, np.array([x for x, _ in ticks])), ticks, strict=True):
+            axes.plot([i - 0.02, i + 0.02], [place, place], color=GREY, lw=1, zorder=3)
+            shown = text if len(text) <= 14 else f"{text[:13]}…"
+            axes.text(i + 0.05, place, shown, va="center", ha="left", fontsize=8.5, zorder=4, bbox=ground)
+        suffix = "\n(logarithmic)" if scale.kind == "log" else ""
+        is_high = is_tight and i % 2
+        axes.text(
+            i, 1.22 if is_high else 1.06, _name(name) + suffix, va="bottom", ha="center", fontsize=9, linespacing=1.1
+        )
+    axes.set_xlim(-0.35, len(scales) - 0.35)
+    axes.set_ylim(-0.05, 1.42 if is_tight else 1.25)
+    axes.axis("off")
+
+
+def draw_front(
+    x: Float[np.ndarray, "S"],
+    y: Float[np.ndarray, "S"],
+    is_front: Bool[np.ndarray, "S"],
+    numbers: Sequence[int],
+    xlabel: str,
+    ylabel: str,
+    *,
+    errors: Float[np.ndarray, "S"],
+) -> Drawing:
+    """Draws what two metrics trade; both are to be low.
+
+    Args:
+      x: of each setting, finite.
+      y: of each setting, finite.
+      errors: standard errors of `y`, drawn as bars; NaN where there is none.
+      is_front: no other setting is as low in both and lower in one.
+      numbers: of the settings; those of the front are written beside it.
+      xlabel: quantity and unit.
+      ylabel: quantity and unit.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure, axes = new_figure(2.7)
+        axes.errorbar(x, y, yerr=errors, ls="none", color=GREY, elinewidth=0.8, alpha=0.6, zorder=1.5)
+        axes.plot(x[~is_front], y[~is_front], "o", color=GREY, ms=4, alpha=0.6, label="others")
+        order = np.flatnonzero(is_front)[np.argsort(x[is_front], kind="stable")]
+        axes.step(x[order], y[order], "-", where="post", color=ORANGE, lw=1, zorder=2.5)
+        axes.plot(x[order], y[order], "D", color=ORANGE, ms=6, mec="white", mew=0.7, zorder=3, label="on the front")
+        last: tuple[float, float] | None = None
+        for i in order:
+            here = (float(x[i] / (np.ptp(x) or 1)), float(y[i] / (np.ptp(y) or 1)))
+            if last is None or max(abs(here[0] - last[0]) * 3, abs(here[1] - last[1]) * 2) > 0.2:
+                axes.annotate(str(numbers[i]), (x[i], y[i]), xytext=(5, 4), textcoords="offset points", zorder=4)
+                last = here
+        figure.legend(loc="outside upper left", ncols=2, borderaxespad=0.1)
+        axes.margins(0.09)
+        axes.set_xlabel(xlabel)
+        axes.set_ylabel(ylabel)
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+        return Drawing.of(figure)

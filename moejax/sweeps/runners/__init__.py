@@ -1,0 +1,1 @@
+"""Who trains the arms of a sweep: this process, a pool of processes, jobs of a cluster."""

@@ -1,0 +1,290 @@
+"""Training a sweep's packs, whoever does it: this process, one of a pool, a job of a cluster.
+
+`work` goes through the packs, takes those that nobody holds, and leaves when all arms have ended. A process that dies
+leaves its pack to the others, who continue it from its newest checkpoint.
+"""
+
+import logging
+import statistics
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import pandas as pd
+
+from moejax.compilation_cache import keep_programs
+from moejax.locks import check_held
+from moejax.planning.memory import check_memory
+from moejax.sharding import make_mesh
+from moejax.sweeps.arms import Arm, SweepError, describe, plan_arms
+from moejax.sweeps.matching import Match
+from moejax.sweeps.packing import Ids
+from moejax.sweeps.runners.pool import usable_cores
+from moejax.sweeps.store.directory import CLAIMS_FOLDER, Sweep, join_records, write_sweep
+from moejax.sweeps.store.record_files import RecordError
+from moejax.sweeps.store.records import read_records, record_of, write_record
+from moejax.training.checkpoints.meta import saved_steps
+from moejax.training.health.alarms import AlarmError
+from moejax.training.health.nonfinite import NonFiniteError
+from moejax.training.loop import train
+from moejax.training.multihost.signals import StopSignals
+from moejax.training.packed.arms import devices_of_arm
+from moejax.training.packed.loop import ArmResult, train_packed
+from moejax.training.run_directory.line_file import parse_line
+
+WAIT_S = 1.0  # between looks at packs that others hold
+
+log = logging.getLogger("moejax")
+
+
+def prepare_devices(packs: Sequence[Ids]) -> None:
+    """Settings of jax for a process that trains packs: before anything is computed.
+
+    On CPU each core is a device, so that the arms of a pack share the cores out.
+    """
+    if any(len(pack) > 1 for pack in packs):
+        jax.config.update("jax_num_cpu_devices", len(usable_cores()))
+    keep_programs()
+
+
+def check_devices(arms: Iterable[Arm]) -> None:
+    """Raises `ConfigError` naming the first arm that does not fit the devices or their memory, before any trains."""
+    for arm in arms:
+        devices = jax.devices()
+        try:
+            own = devices[: devices_of_arm(arm.config)] if _is_cpu() else devices
+            make_mesh(arm.config, own)
+            check_memory(arm.config, own)
+        except ValueError as error:
+            raise type(error)(f"arm {arm.id} ({describe(arm.overrides)}): {error}") from error
+
+
+def work(sweep: Sweep, stop: StopSignals) -> bool:
+    """Trains packs until all arms have ended.
+
+    Args:
+      sweep: planned.
+      stop: ends it: the pack at hand is saved.
+
+    Returns:
+      Whether all arms have ended; False after a stop, and if some could not be trained, which the log says.
+    """
+    failed: set[int] = set()
+    while not stop:
+        open_packs = [i for i, pack in enumerate(sweep.packs) if i not in failed and sweep.open_arms(pack)]
+        if not open_packs:
+            break
+        is_idle = True
+        for pack in open_packs:
+            with sweep.claim(sweep.packs[pack]) as is_mine:
+                if is_mine and not stop:
+                    is_idle = False
+                    if not _try_pack(sweep, pack, stop):
+                        failed.add(pack)
+        if is_idle:
+            time.sleep(WAIT_S)
+    return not sweep.open_arms()
+
+
+def _try_pack(sweep: Sweep, pack: int, stop: StopSignals) -> bool:
+    """Trains a pack; False if it failed, which is no result of its arms: they get no record, and others go on."""
+    try:
+        train_pack(sweep, sweep.packs[pack], stop)
+    except Exception as error:  # whatever it is, it must not end the other packs
+        is_said = isinstance(error, ValueError)  # in one line, with its remedy
+        log.error("pack %d (%s) failed: %s", pack, " ".join(sweep.packs[pack]), error, exc_info=not is_said)
+        return False
+    finally:
+        jax.clear_caches()  # programs of other packs have other shapes
+    return True
+
+
+def train_pack(sweep: Sweep, ids: Sequence[str], stop: StopSignals) -> None:
+    """Trains those of these arms that have not ended, together as far as their checkpoints allow, and records them."""
+    for arms in together(sweep, sweep.open_arms(ids)):
+        if stop:
+            return
+        started = sum(sweep.has_ended(arm_id) for arm_id in sweep.arms)
+        log.info("%d of %d arms have ended; training %s", started, len(sweep.arms), " ".join(arm.id for arm in arms))
+        results = _train_arms(sweep, arms, stop)
+        done = [arm for arm, result in zip(arms, results, strict=True) if _is_done(result)]
+        _record_all(sweep, done, packed=len(arms))
+    join_records(sweep.directory)
+
+
+def _is_done(result: ArmResult) -> bool:
+    return result.stopped_by is None and result.error is None
+
+
+def _record_all(sweep: Sweep, arms: Sequence[Arm], packed: int) -> None:
+    """Records arms that were trained together; one whose files are damaged does not cost the others their records."""
+    damages = []
+    for arm in arms:
+        try:
+            _record(sweep, arm, None, packed)
+        except RecordError as damage:
+            damages.append(f"arm {arm.id} is trained to its end and has no record: {damage}")
+    if damages:
+        join_records(sweep.directory)
+        raise RecordError("; ".join(damages))
+
+
+def together(sweep: Sweep, arms: Sequence[Arm]) -> list[list[Arm]]:
+    """Arms that continue from one step: all, if none has any, or if all have the newest step of the one that is behind.
+
+    That is so where a pack was killed while it saved. Arms of other packs would lose more than what lies between two
+    saves. An arm that is trained to its end, and was killed before its record was written, is not trained again with
+    others.
+    """
+    steps = {arm.id: saved_steps(sweep.workdir(arm.id)) for arm in arms}
+    complete = [arm for arm in arms if steps[arm.id] and steps[arm.id][-1] >= arm.config.train.num_steps]
+    others = [arm for arm in arms if arm not in complete]
+    if not others:
+        return [[arm] for arm in complete]
+    newest = {arm.id: max(steps[arm.id], default=0) for arm in others}
+    behind = min(newest.values())
+    if all(behind in steps[arm.id] for arm in others) or not any(newest.values()):
+        return [*([arm] for arm in complete), others]
+    by_step: dict[int, list[Arm]] = {}
+    for arm in others:
+        by_step.setdefault(newest[arm.id], []).append(arm)
+    return [*([arm] for arm in complete), *by_step.values()]
+
+
+def _train_arms(sweep: Sweep, arms: Sequence[Arm], stop: StopSignals) -> list[ArmResult]:
+    """Trains arms together, or one alone on all devices; those that cannot go on are recorded when they end."""
+    workdirs = [sweep.workdir(arm.id) for arm in arms]
+
+    def on_end(index: int, result: ArmResult) -> None:
+        _record(sweep, arms[index], result.error, packed=len(arms))
+
+    if len(arms) > 1 or _is_cpu():
+        configs = [arm.config for arm in arms]
+        return train_packed(configs, workdirs, command=sweep.command, stop=stop, on_end=on_end)
+    try:
+        result = train(arms[0].config, workdirs[0], command=sweep.command, stop=stop)
+    except (AlarmError, NonFiniteError) as error:
+        ended = ArmResult(0, None, None, error)
+        on_end(0, ended)
+        return [ended]
+    return [ArmResult(result.step, result.stopped_by, result.evaluation, None)]
+
+
+def _is_cpu() -> bool:
+    return jax.devices()[0].platform == "cpu"
+
+
+def _record(sweep: Sweep, arm: Arm, error: AlarmError | NonFiniteError | None, packed: int) -> None:
+    status = {type(None): "done", AlarmError: "stopped", NonFiniteError: "failed"}[type(error)]
+    record_arm(sweep.workdir(arm.id), arm, status, None if error is None else str(error), packed)
+    log.info("arm %s: %s", arm.id, status)
+
+
+def record_arm(workdir: Path, arm: Arm, status: str, error: str | None, packed: int) -> None:
+    """Writes the record of an arm that has ended, which says so.
+
+    Args:
+      workdir: of the arm.
+      arm: it.
+      status: see `record_of`.
+      error: see there.
+      packed: arms in its pack, if the arm ended before it logged how many.
+
+    Raises:
+      LockedError: another process has taken over the arm, whose record is not ours to write.
+    """
+    check_held(workdir.parents[1] / CLAIMS_FOLDER / arm.id)
+    seconds = training_seconds(workdir)
+    row = record_of(
+        workdir, arm.to_json(), status=status, error=error, wall_s=seconds and seconds.wall_s,
+        step_s=seconds and seconds.step_s, packed=seconds.arms if seconds else packed,
+    )  # fmt: skip
+    write_record(workdir, row)
+
+
+class Seconds(NamedTuple):
+    """What an arm's training took: its share of what its packs took.
+
+    Attributes:
+      wall_s: in all.
+      step_s: median of a step.
+      arms: in its last pack.
+    """
+
+    wall_s: float
+    step_s: float
+    arms: int
+
+
+def training_seconds(workdir: Path) -> Seconds | None:
+    """From what each logging interval says of its tokens, their rate and the arms beside it; None if there is none.
+
+    Lines that are damaged or cut off, and intervals in which nothing was predicted, say nothing of time.
+    """
+    path = workdir / "metrics.jsonl"
+    if not path.is_file():
+        return None
+    total, of_step, tokens, step, arms = 0.0, [], 0.0, 0, 1
+    for line in filter(None, map(parse_line, path.read_bytes().splitlines())):
+        num_tokens, rate = _number(line, "tokens"), _number(line, "perf/tokens_per_s")
+        if num_tokens is None or rate is None or line["step"] <= step:
+            continue
+        if num_tokens > tokens and rate > 0:
+            arms = line["perf/arms"] if type(line.get("perf/arms")) is int and line["perf/arms"] > 0 else 1
+            seconds = (num_tokens - tokens) / rate / arms
+            of_step.append(seconds / (line["step"] - step))
+            total += seconds
+        tokens, step = num_tokens, line["step"]
+    return Seconds(total, statistics.median(of_step), arms) if of_step else None
+
+
+def _number(line: Mapping[str, Any], key: str) -> float | None:
+    value = line.get(key)
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return None
+    return float(value)
+
+
+def check_open(sweep: Sweep) -> None:
+    """Raises `SweepError` if arms have not ended."""
+    left = sweep.open_arms()
+    if left:
+        raise SweepError(
+            f"{len(left)} of {len(sweep.arms)} arms have not ended ({left[0].id} ...): the log says why; the same "
+            "command tries them again"
+        )
+
+
+def run_sweep(
+    base: Mapping[str, Mapping[str, Any]],
+    points: Iterable[Mapping[str, Any]],
+    directory: str | Path,
+    *,
+    largest_pack: int = 8,
+    match: Match = "",
+) -> pd.DataFrame:
+    """Plans and trains a sweep in this process, as `moejax sweep` does: for notebooks. It continues what was begun.
+
+    Args:
+      base: the recipe: sections of leaves.
+      points: what arms override.
+      directory: of the sweep.
+      largest_pack: arms that train side by side, at most.
+      match: see `plan_arms`.
+
+    Returns:
+      The records, see `read_records`.
+
+    Raises:
+      SweepError: a point that cannot work, another sweep in the directory, or arms that could not be trained.
+    """
+    plan = plan_arms(base, points, match=match)
+    check_devices(plan.arms)
+    sweep = write_sweep(directory, plan, largest_pack=largest_pack, recipe="", match=match, command="run_sweep")
+    with StopSignals() as stop:
+        work(sweep, stop)
+    join_records(sweep.directory)
+    check_open(sweep)
+    return read_records(directory)

@@ -1,0 +1,1 @@
+"""Searches with Optuna: the study, its trials and its workers."""

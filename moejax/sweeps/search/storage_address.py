@@ -1,0 +1,138 @@
+"""Addresses of storages: paths of files, and URLs of databases, which may hold passwords.
+
+Everything that shows, logs, writes or quotes an address goes through `show_storage`, and everything that quotes what a
+driver said about one through `without_secrets`. Both show what is known to be harmless, and nothing else: in an address
+that is not well formed, a password may be in any place.
+"""
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import unquote
+
+from moejax.extras import how_to_install
+from moejax.sweeps.search.definition import StudyError
+
+if TYPE_CHECKING:  # an extra, imported where it is needed
+    from sqlalchemy import URL
+
+JOURNALS = (".journal", ".log")
+DATABASES = (".db",)
+HIDDEN = "***"
+MIN_SECRET = 4  # letters of a hidden piece that is replaced within words, too
+
+_ADDRESS = re.compile(r"[A-Za-z][\w+.-]*:")  # how a URL begins, well formed or not
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+_.-]*(?=:)")
+_NO_SCHEME = re.compile(r"[^/]*@")  # USER:PASSWORD@HOST begins as a URL does
+_CREDENTIALS = re.compile(r":[^/]*@|^//")  # in what looks like a path: USER:PASSWORD@HOST, a URL without its scheme
+_HOST = re.compile(r"[\w.-]*|\[?[0-9A-Fa-f:.]+\]?")
+_NAME = re.compile(r"[\w.+-]*")
+_DATABASE = re.compile(r"[\w./ +-]*")
+
+
+def is_path(storage: str) -> bool:
+    """Whether an address is a path of a file, and neither a URL nor what was meant to be one."""
+    return not _ADDRESS.match(storage) and not _CREDENTIALS.search(storage)
+
+
+def show_storage(storage: str) -> str:
+    """The storage as it may be shown: a path as it is; of a URL neither the password nor the query."""
+    if is_path(storage):
+        return storage
+    scheme = _SCHEME.match(storage)
+    hidden = f"{scheme[0]}:{HIDDEN}" if scheme and not _NO_SCHEME.match(storage) else HIDDEN
+    try:
+        url = parse_address(storage)
+    except StudyError:
+        return hidden
+    query = f"?{HIDDEN}" if url.query else ""  # keys, too: what was meant as a value may be read as one
+    if url.get_backend_name() == "sqlite":
+        return f"{url.drivername}:///{url.database or ''}{query}" if url.host is None else hidden
+    parts = [(_NAME, url.username), (_HOST, url.host), (_DATABASE, url.database)]
+    if any(part is not None and not pattern.fullmatch(part) for pattern, part in parts):
+        return hidden
+    password = f":{HIDDEN}" if url.password is not None else ""
+    user = f"{url.username or ''}{password}@" if url.username or password else ""
+    port = f":{url.port}" if url.port is not None else ""
+    database = f"/{url.database}" if url.database is not None else ""
+    return f"{url.drivername}://{user}{url.host or ''}{port}{database}{query}"
+
+
+def without_secrets(text: str, storage: str) -> str:
+    """What was said about a storage, without the pieces of its address that `show_storage` hides."""
+    shown = set(_pieces(show_storage(storage)))
+    hidden = {piece for address in (storage, unquote(storage)) for piece in _pieces(address)} - shown
+    for piece in sorted(hidden, key=len, reverse=True):
+        pattern = re.escape(piece)
+        if len(piece) < MIN_SECRET:
+            pattern = rf"(?<!\w){pattern}(?!\w)"
+        text = re.sub(pattern, HIDDEN, text)
+    return text
+
+
+def _pieces(address: str) -> list[str]:
+    return [] if is_path(address) else [piece for piece in re.split(r"[:/@?&=;,{}\s'\"]+", address) if piece]
+
+
+def parse_address(address: str) -> "URL":
+    """SQLAlchemy's URL of an address.
+
+    Raises:
+      StudyError: it is none, or of a database that SQLAlchemy does not know.
+    """
+    try:
+        import sqlalchemy
+    except ImportError as error:
+        raise StudyError(f"a search needs SQLAlchemy ({error}): {how_to_install('sweeps')}") from error
+    scheme = _SCHEME.match(address)
+    if scheme is None or not address.startswith(f"{scheme[0]}://"):
+        raise StudyError("the storage is no URL of the form postgresql+psycopg://user@host/name; write it so")
+    try:
+        url = sqlalchemy.make_url(address)
+    except (sqlalchemy.exc.ArgumentError, ValueError):
+        raise StudyError(
+            f"the storage that begins {scheme[0]}:// is no URL of the form {scheme[0]}://user@host/name"
+        ) from None  # its message may hold the password
+    try:
+        url.get_dialect()
+    except sqlalchemy.exc.NoSuchModuleError:
+        raise StudyError(
+            f"storage {scheme[0]}:// is of no known kind; use postgresql+psycopg://, mysql+pymysql:// or sqlite:///"
+        ) from None
+    return url
+
+
+def sqlite_address(path: Path) -> str:
+    """SQLAlchemy's URL of an SQLite file, whatever its name; it may be read back.
+
+    Raises:
+      StudyError: this version of SQLAlchemy cannot write the name in a URL.
+    """
+    import sqlalchemy
+
+    address = sqlalchemy.URL.create("sqlite", database=str(path)).render_as_string(hide_password=False)
+    if sqlalchemy.make_url(address).database != str(path):
+        raise StudyError(
+            f"storage {path} has a name that SQLAlchemy {sqlalchemy.__version__} cannot open; choose another"
+        )
+    return address
+
+
+def is_address(word: str) -> bool:
+    """Whether a word of a command line that is no flag was meant to be a storage, and may hold a password."""
+    return re.search("[:@]", word.partition("=")[0]) is not None
+
+
+def sqlite_path(storage: str) -> Path | None:
+    """The absolute path of an SQLite file; None for other storages."""
+    if is_path(storage):
+        return Path(storage).absolute() if storage.endswith(DATABASES) else None
+    if not storage.startswith("sqlite"):
+        return None
+    database = parse_address(storage).database
+    return Path(database).absolute() if database and database != ":memory:" else None
+
+
+def journal_path(storage: str) -> Path | None:
+    """The absolute path of a journal; None for other storages."""
+    return Path(storage).absolute() if is_path(storage) and storage.endswith(JOURNALS) else None

@@ -1,0 +1,162 @@
+"""What a worker of a search does with a point: its arm, trained alone, reported at its evaluations and recorded."""
+
+import contextlib
+import dataclasses
+import itertools
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import jax
+
+from moejax.config import Config, ConfigError, TrainConfig
+from moejax.sweeps.arms import Arm, plan_arms
+from moejax.sweeps.runners.packs import record_arm
+from moejax.sweeps.search.definition import BITS, Axis, Definition
+from moejax.sweeps.search.progress import Outcome, Report
+from moejax.sweeps.search.worker import Point
+from moejax.sweeps.store.directory import ARMS_FOLDER, add_arm, claimed, join_records
+from moejax.sweeps.store.records import RECORD_FILE, read_record
+from moejax.training.evaluation import Evaluation
+from moejax.training.health.alarms import AlarmError
+from moejax.training.health.nonfinite import NonFiniteError
+from moejax.training.loop import train
+from moejax.training.multihost.signals import StopSignals
+
+LOCK_POLL_S = 0.2  # between looks at an arm that another process still trains
+
+log = logging.getLogger("moejax")
+
+
+def common_fractions(config: Config, axes: Sequence[Axis]) -> tuple[float, ...]:
+    """Of the schedule: those at which every arm of a search is evaluated, ascending.
+
+    Args:
+      config: the recipe.
+      axes: of the search; its lengths and cadences, if they are axes, are listed values.
+    """
+    listed = {axis.key: axis.values for axis in axes}
+    lengths = listed.get("train.num_steps", (config.train.num_steps,))
+    cadences = listed.get("train.eval_every", (config.train.eval_every,))
+    kinds = [
+        dataclasses.replace(config.train, num_steps=length, eval_every=cadence)
+        for length, cadence in itertools.product(lengths, cadences)
+    ]
+    return tuple(sorted(set.intersection(*map(_fractions, kinds))))
+
+
+def _fractions(config: TrainConfig) -> set[float]:
+    """Those at which a run is evaluated: equal ones are equal floats, for a quotient is rounded correctly."""
+    return {step / config.num_steps for step in range(1, config.num_steps + 1) if config.is_evaluated(step)}
+
+
+@dataclasses.dataclass
+class Trials:
+    """The trials of one worker.
+
+    Attributes:
+      directory: of the sweep: workers that share it go on with each other's arms.
+      definition: of the study.
+      command: recorded in each run.
+      stop: of the worker; a signal that comes during an arm is handed to it.
+      allows: a predicate on points; of a process that has the recipe's space alone (`Definition.is_filtered`).
+    """
+
+    directory: Path
+    definition: Definition
+    command: str
+    stop: StopSignals
+    allows: Callable[[Mapping[str, object]], bool] = lambda point: True
+
+    def arm_of(self, point: Point) -> str:
+        """The id of a point's arm.
+
+        Raises:
+          ConfigError: the space does not allow the point, or the configuration cannot work.
+        """
+        if not self.allows(point):
+            raise ConfigError(f"{point} is not in the space")
+        return self._arm(point).id
+
+    def known(self, arm_id: str) -> Outcome | None:
+        """The outcome of an arm that has ended, from its record; one that was pruned has not, for another study."""
+        row = read_record(self.directory / ARMS_FOLDER / arm_id)
+        if row is None or row["status"] == "pruned":
+            return None
+        if row["status"] == "done":
+            return Outcome("done", loss=row.get(f"final/{self.definition.objective}"))
+        return Outcome("failed", error=row.get("error"))  # stopped by an alarm, too: that gives no loss
+
+    def run(self, point: Point, arm_id: str, report: Report) -> Outcome:
+        """Trains a point's arm, from its newest checkpoint if it has one, and records it unless it was stopped.
+
+        Raises:
+          TrialLostError: the trial is another worker's by now.
+        """
+        arm = self._arm(point)
+        workdir = add_arm(self.directory, arm, recipe=self.definition.recipe, command=self.command).workdir(arm_id)
+        with self._claim(arm_id, report) as is_mine:
+            if not is_mine:
+                return Outcome("stopped")
+            known = self.known(arm_id)  # by now: of a worker that was taken for dead
+            if known is not None:
+                return known
+            (workdir / RECORD_FILE).unlink(missing_ok=True)  # of a study that pruned it: it has not ended
+            return self._train(arm, workdir, report)
+
+    @contextlib.contextmanager
+    def _claim(self, arm_id: str, report: Report) -> Iterator[bool]:
+        """Holds the arm's lock during the block: a worker that was taken for dead may train it yet.
+
+        False after a stop while it waited.
+        """
+        while not report.should_stop():
+            with claimed(self.directory, arm_id) as is_mine:
+                if is_mine:
+                    yield True
+                    return
+            time.sleep(LOCK_POLL_S)
+        yield False
+
+    def _train(self, arm: Arm, workdir: Path, report: Report) -> Outcome:
+        own, is_pruned = StopSignals(), False
+
+        def on_evaluation(step: int, evaluation: Evaluation) -> None:
+            nonlocal is_pruned
+            if report(step, step / arm.config.train.num_steps, self._value(evaluation)):
+                is_pruned = True
+                own.request("PRUNED")
+            elif report.should_stop():
+                own.request("STOP")
+
+        try:
+            result = train(arm.config, workdir, command=self.command, stop=own, on_evaluation=on_evaluation)
+        except ConfigError as error:
+            log.error("arm %s cannot be trained: %s", arm.id, error)
+            return Outcome("failed", error=str(error), is_result=False)
+        except (AlarmError, NonFiniteError) as error:
+            status = "stopped" if isinstance(error, AlarmError) else "failed"
+            return self._record(arm, status, Outcome("failed", error=str(error)), report)
+        finally:
+            if own.signal is not None:  # meant for the worker, however the arm ended
+                self.stop.request(own.signal)
+            jax.clear_caches()  # programs of other arms may have other shapes
+        if is_pruned and result.step < arm.config.train.num_steps:
+            return self._record(arm, "pruned", Outcome("pruned"), report)
+        if result.evaluation is None:
+            return Outcome("stopped")
+        return self._record(arm, "done", Outcome("done", loss=self._value(result.evaluation)), report)
+
+    def _value(self, evaluation: Evaluation) -> float:
+        """What the study minimises."""
+        return evaluation.bits_per_byte if self.definition.objective == BITS else evaluation.loss
+
+    def _arm(self, point: Point) -> Arm:
+        return plan_arms(self.definition.base, [point]).arms[0]
+
+    def _record(self, arm: Arm, status: str, outcome: Outcome, report: Report) -> Outcome:
+        report.check()  # the record of another worker's trial is not ours to write
+        record_arm(self.directory / ARMS_FOLDER / arm.id, arm, status, outcome.error, packed=1)
+        join_records(self.directory)
+        return outcome

@@ -1,0 +1,1 @@
+"""A sweep on disk: its definition and its records."""

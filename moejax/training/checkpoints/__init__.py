@@ -1,0 +1,1 @@
+"""Checkpoints: complete or absent, restored strictly, verified."""

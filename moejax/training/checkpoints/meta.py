@@ -1,0 +1,202 @@
+"""What a checkpoint says about itself: its item `meta`, a JSON document that carries a digest of its own.
+
+  step       of the training run; the folder's name says the same
+  manifest   path, shape and dtype of every array
+  digests    of every array, see `digests`
+  config     of the run
+  tokenizer  SHA-256 of its files
+  metrics    the validation loss by which the best checkpoint is chosen, or null
+  notes      what else a continued run needs
+  digest     of all of this
+
+Checkpoints of earlier versions have neither `step`, `digests`, `metrics` nor `digest`.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from moejax.paths import is_number, replace_file
+from moejax.training.run_directory.line_file import is_as_noted
+from moejax.training.state import TrainState
+
+FILE = "meta/metadata"  # where orbax keeps a JSON item of that name
+METRICS_FILE = "metrics/metrics"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+OLD_KEYS = {"manifest", "config", "tokenizer", "notes"}
+KEYS = {*OLD_KEYS, "step", "digests", "metrics", "digest"}
+
+log = logging.getLogger("moejax")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used: the message names the folder, the array and the remedy."""
+
+
+class DamageError(Exception):
+    """What is wrong with a checkpoint's files, proven by comparison; the caller names the folder and the remedy."""
+
+
+def seal(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """The document with its own digest."""
+    return {**meta, "digest": _digest(meta)}
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    """The `meta` of a checkpoint folder.
+
+    Raises:
+      DamageError: it differs from what was written, or the folder is another step's.
+      OSError: it cannot be read.
+    """
+    try:
+        meta = json.loads((folder / FILE).read_bytes().decode())
+    except (ValueError, RecursionError) as error:
+        raise DamageError(f"{FILE} is no JSON document ({str(error)[:80]})") from error
+    keys = set(meta) if isinstance(meta, dict) else set()
+    is_old = keys in (OLD_KEYS, OLD_KEYS - {"notes"})
+    if not is_old and keys != KEYS:
+        raise DamageError(f"{FILE} has the entries {', '.join(sorted(keys)) or 'of no object'}")
+    if not is_old and meta["digest"] != _digest({key: meta[key] for key in meta if key != "digest"}):
+        raise DamageError(f"{FILE} differs from the digest that was saved with it")
+    if not is_old and meta["step"] != int(folder.name):
+        raise DamageError(f"it holds step {meta['step']}: the folder was renamed or copied")
+    if not is_old:
+        _check_metrics(folder, meta["metrics"])
+    return meta
+
+
+def add_metrics(folder: Path, metrics: Mapping[str, float]) -> None:
+    """Adds the evaluation of a checkpoint that was saved before it was evaluated.
+
+    The item comes first: where `meta` knows of none it is not looked at, so that a kill between both leaves no damage.
+
+    Raises:
+      DamageError: `meta` differs from what was written.
+      OSError: it cannot be read or written.
+    """
+    meta = read_meta(folder)
+    if "digest" not in meta:  # of an earlier version
+        return
+    (folder / METRICS_FILE).parent.mkdir(exist_ok=True)
+    others = {key: meta[key] for key in meta if key != "digest"}
+    replace_file(folder / METRICS_FILE, json.dumps(dict(metrics)).encode())
+    replace_file(folder / FILE, json.dumps(seal(others | {"metrics": dict(metrics)})).encode())
+
+
+def newest_meta(workdir: Path) -> dict[str, Any] | None:
+    """The `meta` of the newest checkpoint of a run directory that has a readable one; None without any."""
+    for step in reversed(saved_steps(workdir)):
+        try:
+            return read_meta(workdir / "checkpoints" / str(step))
+        except (DamageError, OSError):  # whoever restores it says so
+            continue
+    return None
+
+
+def warn_of_changed_metrics(path: Path) -> None:
+    """Says that a run's `metrics.jsonl` is not what its newest checkpoint noted of it."""
+    meta = newest_meta(path.parent)
+    notes = meta.get("notes") if meta else None
+    noted = notes.get("metrics") if isinstance(notes, dict) else None
+    if meta and noted and not is_as_noted(path, noted):
+        log.warning(
+            "%s is not what was written up to step %d: a part of it is lost or changed; values of those steps may be "
+            "wrong", path, meta["step"],
+        )  # fmt: skip
+
+
+def saved_steps(workdir: Path) -> list[int]:
+    """The steps that have a folder, rising: orbax gives a checkpoint its name once it is complete."""
+    folder = workdir / "checkpoints"
+    return sorted(int(path.name) for path in folder.iterdir() if is_number(path.name)) if folder.is_dir() else []
+
+
+def check_saved(folder: Path, items: Mapping[str, set[str]]) -> None:
+    """Looks at a checkpoint that was just saved.
+
+    Args:
+      folder: its own.
+      items: the names of the arrays of each item.
+
+    Raises:
+      DamageError: a part of it is absent.
+      OSError, ValueError: a part of it cannot be read.
+    """
+    read_meta(folder)
+    for item, names in items.items():
+        absent = sorted(names - _stored_arrays(folder / item))
+        if absent:
+            raise DamageError(f"{item} lacks {absent[0]}" + (f" and {len(absent) - 1} more" if len(absent) > 1 else ""))
+
+
+def _stored_arrays(folder: Path) -> set[str]:
+    """The names of the arrays that an item's B-tree lists."""
+    import tensorstore
+
+    spec = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{folder}/"}}
+    keys = tensorstore.KvStore.open(spec).result().list().result()
+    return {key.decode().removesuffix("/.zarray") for key in keys if key.endswith(b"/.zarray")}
+
+
+def manifest(state: TrainState) -> dict[str, dict[str, Any]]:
+    """Path, shape and dtype of every array."""
+    return {
+        name: {"shape": list(array.shape), "dtype": str(array.dtype)} for name, array in named_arrays(state).items()
+    }
+
+
+def compare_manifests(saved: Mapping[str, Any], expected: Mapping[str, Any], folder: str | Path) -> None:
+    """Raises `CheckpointError` naming the first array that is missing, unknown, or of another shape or dtype."""
+    for name in (*expected, *saved):
+        if saved.get(name) != expected.get(name):
+            raise CheckpointError(
+                f"{folder}: {name} is {_describe(saved.get(name))} in the checkpoint but "
+                f"{_describe(expected.get(name))} in the model; use the configuration of the run, or another --workdir"
+            )
+
+
+def compare_digests(saved: Mapping[str, str], found: Mapping[str, str]) -> None:
+    """Raises `DamageError` naming the arrays that differ from what was saved."""
+    changed = [name for name, digest in found.items() if saved.get(name) != digest]
+    if changed:
+        more = f" and {len(changed) - 1} more arrays differ" if len(changed) > 1 else " differs"
+        raise DamageError(f"{changed[0]}{more} from the digest saved with it")
+
+
+def tokenizer_digests(workdir: str | Path) -> dict[str, str]:
+    """SHA-256 of the tokenizer's files in a run directory."""
+    paths = [Path(workdir) / name for name in TOKENIZER_FILES]
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths if path.exists()}
+
+
+def named_arrays(state: TrainState) -> dict[str, Any]:
+    """Arrays by path, in the order of the tree's leaves: `params/stacks/0/block/attention/key`."""
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    return {jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value"): x for path, x in leaves}
+
+
+def _describe(entry: Mapping[str, Any] | None) -> str:
+    return "absent" if entry is None else f"{entry['dtype']}{entry['shape']}"
+
+
+def _digest(meta: Mapping[str, Any]) -> str:
+    return hashlib.blake2b(json.dumps(meta, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def _check_metrics(folder: Path, expected: Mapping[str, float] | None) -> None:
+    """Compares the item from which orbax learns which checkpoint is the best."""
+    path = folder / METRICS_FILE
+    if expected is None:
+        return
+    try:
+        found = json.loads(path.read_bytes().decode())
+    except (ValueError, RecursionError, FileNotFoundError) as error:
+        raise DamageError(f"{METRICS_FILE} is absent or no JSON document") from error
+    if found != expected:
+        raise DamageError(f"{METRICS_FILE} says {str(found)[:80]} and not {expected}")

@@ -1,0 +1,1 @@
+"""Several arms of a sweep trained as one program."""

@@ -1,0 +1,249 @@
+"""Metrics leave the device one logging interval late and go to files, one JSON object a line.
+
+`Recorder.add` keeps references to a step's outputs; at the end of an interval it fetches those of the interval before,
+which are long computed, so that reading never makes the device wait.
+"""
+
+import dataclasses
+import math
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from moejax.locks import check_held
+from moejax.planning.devices import peak_memory_bytes
+from moejax.training.health.alarms import Alarm, AlarmLog
+from moejax.training.health.progress import StepProgress
+from moejax.training.health.speed import ARMS, MEMORY, MFU, SECONDS, SPEED
+from moejax.training.health.telemetry import summarize_routing
+from moejax.training.run_directory.intervals import TimedOutput, pack_steps
+from moejax.training.run_directory.line_file import LineFile
+from moejax.training.run_directory.routing_log import RoutingLog
+from moejax.training.step import StepOutput
+
+SUMMED = ("num_targets",)
+LAST = ("skipped_steps", "learning_rate")
+
+
+class MetricsFile:
+    """`workdir/metrics.jsonl` and the same scalars for TensorBoard.
+
+    Args:
+      workdir: the run directory.
+      after_step: lines beyond this step are dropped: a resumed run writes them again.
+      tokens: targets trained on up to that step, from its checkpoint; None: what the file says.
+      noted: `state` at that step, from its checkpoint.
+
+    Attributes:
+      path: of the file of scalars.
+      tokens: targets trained on so far.
+
+    Raises:
+      LineFileError: the file cannot be read or written.
+    """
+
+    def __init__(
+        self,
+        workdir: str | Path,
+        after_step: int,
+        tokens: int | None = None,
+        noted: Mapping[str, Any] | None = None,
+    ):
+        from tensorboardX import SummaryWriter
+
+        self.path = Path(workdir) / "metrics.jsonl"
+        self._file = LineFile(self.path, after_step, noted, _is_metrics)
+        known = [line["tokens"] for line in self._file.lines if "tokens" in line]
+        self.tokens = int(known[-1] if known else 0) if tokens is None else tokens
+        self._board = SummaryWriter(str(Path(workdir) / "tensorboard"), purge_step=after_step + 1)
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint notes of the file."""
+        return self._file.state
+
+    def is_evaluated(self, step: int) -> bool:
+        """Whether the file held an evaluation of a step when it was opened."""
+        return any(line["step"] == step and "eval/loss" in line for line in self._file.lines)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Appends one line; values that are not finite are left out, since JSON has no NaN."""
+        finite = {key: value for key, value in values.items() if math.isfinite(value)}
+        self._file.append({"step": step, **finite})
+        for key, value in finite.items():
+            self._board.add_scalar(key, value, step)
+
+    def close(self) -> None:
+        """Flushes both."""
+        self._file.close()
+        self._board.close()
+
+    def __enter__(self) -> "MetricsFile":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def _is_metrics(line: Mapping[str, Any]) -> bool:
+    return all(isinstance(value, int | float) for value in line.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class FinishedStep:
+    """The little that is read of every step, once the next one is under way."""
+
+    step: int
+    skipped_in_row: int
+
+
+class Recorder:
+    """Collects step outputs, hands each logging interval to the files one interval late, and keeps time.
+
+    Args:
+      metrics: where scalars go; None in a process that writes nothing.
+      routing: where per-expert arrays go; None there, and for a dense model.
+      progress: shown every finished step.
+      start_step: steps done before this process began.
+      alarms: what watches the routing; None where `routing` is.
+      num_arms: of the pack, whose seconds an interval has. It is said of each interval, for an arm may continue alone.
+      utilisation: model FLOPs utilisation at one token per second; None where it is not known.
+      carried: the last of those steps, of an interval that a stop has cut.
+
+    Attributes:
+      rate: tokens per second of the last step.
+      rates: tokens per second of each interval.
+      stopping: alarms that are to stop the run, once there are any.
+      cut: `notes` as of the beginning of the last interval that `flush` wrote, with the steps of that interval.
+    """
+
+    def __init__(
+        self,
+        metrics: MetricsFile | None,
+        routing: RoutingLog | None,
+        progress: StepProgress,
+        start_step: int,
+        alarms: AlarmLog | None = None,
+        num_arms: int = 1,
+        utilisation: float | None = None,
+        carried: Sequence[TimedOutput] = (),
+    ):
+        self.metrics = metrics
+        self.routing = routing
+        self.progress = progress
+        self.alarms = alarms
+        self._num_arms = num_arms
+        self._utilisation = utilisation
+        self.stopping: list[Alarm] = []
+        self.rate = 0.0
+        self.rates: list[float] = []
+        self._written_step = start_step - len(carried)
+        self._last = FinishedStep(start_step, 0)
+        self._running: StepOutput | None = None
+        self._current: list[TimedOutput] = list(carried)
+        self._waiting: list[TimedOutput] = []
+        self.cut: dict[str, Any] = {}
+        self.resume()
+
+    def resume(self) -> None:
+        """Starts the clock anew, after work that is not training."""
+        self._since = time.perf_counter()
+
+    def add(self, output: StepOutput) -> FinishedStep:
+        """Takes the output of the step just dispatched, and waits for the one before."""
+        finished = self._finish_running()
+        self._running = output
+        return finished
+
+    def add_finished(self, output: StepOutput) -> FinishedStep:
+        """Takes the output, already on the host, of a step that is done."""
+        self.add(output)
+        return self._finish_running()
+
+    def end_interval(self) -> None:
+        """Writes the interval before this one, whose values have long been computed."""
+        finished, self._waiting, self._current = self._waiting, self._current, []
+        self._write(finished)
+
+    def flush(self) -> FinishedStep:
+        """Writes everything, waiting for it: before evaluation, saving and the end."""
+        finished = self._finish_running()
+        self.end_interval()
+        self.cut = {}
+        if self.metrics is not None and self._waiting:
+            self.cut = self.notes() | {"interval": pack_steps(self._waiting)}
+        self.end_interval()
+        return finished
+
+    def notes(self) -> dict[str, Any]:
+        """What a run that continues from here must know of what was written, as JSON."""
+        notes: dict[str, Any] = {}
+        if self.metrics is not None:
+            notes |= {"tokens": self.metrics.tokens, "metrics": self.metrics.state}
+        if self.alarms is not None:
+            notes |= {"alarms": self.alarms.counts, "alarms_file": self.alarms.state}
+        if self.routing is not None:
+            notes |= {"routing": self.routing.num_entries}
+        return notes
+
+    def _finish_running(self) -> FinishedStep:
+        if self._running is None:
+            return self._last
+        output, self._running = self._running, None
+        scalars = jax.device_get({key: output.scalars[key] for key in ("loss/lm", "num_targets", "skipped_in_row")})
+        now = time.perf_counter()
+        seconds, self._since = now - self._since, now
+        self._current.append(TimedOutput(output, seconds))
+        self._last = FinishedStep(self._last.step + 1, int(scalars["skipped_in_row"]))
+        self.rate = float(scalars["num_targets"]) / seconds
+        self.progress.update(self._last.step, float(scalars["loss/lm"]), self.rate)
+        return self._last
+
+    def _write(self, interval: Sequence[TimedOutput]) -> None:
+        if not interval or self.metrics is None:
+            return
+        check_held(self.metrics.path)
+        outputs: list[StepOutput] = jax.device_get([output for output, _ in interval])
+        steps = [{key: float(value) for key, value in output.scalars.items()} for output in outputs]
+        self._written_step += len(steps)
+        values = summarize(steps)
+        del values["skipped_in_row"]
+        targets = values.pop("num_targets")
+        self.metrics.tokens += int(targets)
+        values["tokens"] = self.metrics.tokens
+        seconds = sum(seconds for _, seconds in interval)
+        values[SECONDS] = seconds
+        values[SPEED] = targets / seconds
+        self.rates.append(values[SPEED])
+        if self._utilisation is not None:
+            values[MFU] = values[SPEED] * self._utilisation
+        if (peak := peak_memory_bytes()) is not None:
+            values[MEMORY] = peak
+        if self._num_arms > 1:
+            values[ARMS] = self._num_arms
+        routing = summarize_routing(outputs)
+        if routing is not None:
+            values["moe/dead_experts"] = float((routing.counts_NE == 0).sum())
+            if self.routing is not None:
+                self.routing.append(self._written_step, **routing.arrays())
+            if self.alarms is not None:
+                self.stopping = self.alarms.update(self._written_step, routing) or self.stopping
+        self.metrics.write(self._written_step, values)
+
+
+def summarize(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """One value per key for an interval: sums, last values, and means over the steps in which it was finite."""
+    values: dict[str, float] = {}
+    for key in steps[0]:
+        column = [step[key] for step in steps]
+        if key in LAST:
+            values[key] = column[-1]
+        elif key in SUMMED:
+            values[key] = sum(column)
+        else:
+            finite = [value for value in column if math.isfinite(value)]
+            values[key] = sum(finite) / len(finite) if finite else math.nan
+    return values

@@ -1,0 +1,108 @@
+"""The text of a run: which rows it was trained on, and where they may be looked for.
+
+A run directory may come from anybody, and what its `config.json` says of places could name any file of this machine. So
+the rows are looked for where the user says now; else where the run recorded them, if the record bears the signature of
+this user; else in `data` below the current folder, where nothing is written unasked. Rows under another name than the
+run's `corpus` are never used.
+"""
+
+import dataclasses
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from moejax.config import DataConfig
+from moejax.data import Corpus, DataError, Tokenizer, find_rows, prepare
+from moejax.data.storage.regular_files import read_regular
+from moejax.training.run_directory.layout import read_config
+from moejax.training.run_directory.signature import is_signed
+from moejax.training.run_directory.text_record import signed_text
+
+PLACES_OF_SOURCE = {"files": "files", "tfds": "source_dir"}
+"""The leaf that says where the documents of a source are; the others bring theirs along."""
+
+log = logging.getLogger("moejax")
+
+
+@dataclasses.dataclass(frozen=True)
+class TextPlaces:
+    """Where the user says that a run's text is, in the words of `DataConfig`; empty: not said.
+
+    Attributes:
+      directory: of prepared rows; they are prepared there if they are absent.
+      files: the documents of `data.source=files`.
+      source_dir: that of `data.source=tfds`.
+    """
+
+    directory: str = ""
+    files: str = ""
+    source_dir: str = ""
+
+    @classmethod
+    def from_config(cls, data: DataConfig) -> "TextPlaces":
+        """The places of a configuration that the user gives now."""
+        return cls(data.directory, data.files, data.source_dir)
+
+    def said(self) -> dict[str, str]:
+        """What is said, by leaf."""
+        return {leaf: place for leaf, place in dataclasses.asdict(self).items() if place}
+
+
+def open_run_corpus(workdir: str | Path, tokenizer: Tokenizer, places: TextPlaces | None = None) -> Corpus:
+    """The rows that a run was trained on, which are prepared again if they are gone.
+
+    Args:
+      workdir: the run directory.
+      tokenizer: of the run.
+      places: where the user says that its text is.
+
+    Raises:
+      ConfigError: no readable `config.json`, or its text is not found.
+      DataError: the rows are damaged, or cannot be found without the user's word, or the text has changed.
+    """
+    workdir = Path(workdir)
+    said = (places or TextPlaces()).said()
+    config_data = read_config(workdir).data
+    recorded = json.loads(read_regular(workdir / "config.json"))
+    corpus = recorded.get("corpus")
+    if not isinstance(corpus, str):
+        raise DataError(f"{workdir}/config.json does not say on which rows the run was trained; restore it from a copy")
+    own = _own_places(config_data, recorded.get("text"), corpus)
+    default = {"directory": DataConfig().directory, "files": "", "source_dir": ""}
+    known = {**(own or {}), **said}
+    place = default | known
+    data = dataclasses.replace(
+        config_data, directory=place["directory"], files=place["files"], source_dir=place["source_dir"]
+    )
+    rows = find_rows(data, corpus, tokenizer)
+    if rows is not None:
+        log.info("rows: %s", rows.directory)
+        return rows
+    _check_known(workdir, data, corpus, known)
+    log.info("the run's rows %s are not in %s and are prepared there", corpus, data.directory)
+    return prepare(data, tokenizer, only=corpus)
+
+
+def _own_places(data: DataConfig, recorded: Any, corpus: str) -> dict[str, str] | None:
+    """The places that the run recorded; None unless this user's moejax did it."""
+    leaves = [field.name for field in dataclasses.fields(TextPlaces)]
+    if not isinstance(recorded, dict) or not all(isinstance(recorded.get(leaf), str) for leaf in leaves):
+        return None
+    if not is_signed(signed_text(data, recorded, corpus), recorded.get("signature")):
+        return None
+    return {leaf: recorded[leaf] for leaf in leaves}
+
+
+def _check_known(workdir: Path, data: DataConfig, corpus: str, known: dict[str, str]) -> None:
+    """Raises `DataError` if it is not known where to prepare rows again, and from what."""
+    needed = [leaf for leaf in ("directory", PLACES_OF_SOURCE.get(data.source)) if leaf and not known.get(leaf)]
+    if not needed:
+        return
+    flags = " and ".join(f"--data.{leaf}=" for leaf in needed)
+    raise DataError(
+        f"{workdir}: its rows {corpus} are not in {os.path.abspath(data.directory)}, and places that config.json names "
+        f"are not believed, since it was not written by this user here; say where the text is, by {flags}, "
+        "or where the rows are, by --data.directory="
+    )

@@ -1,0 +1,241 @@
+"""Generation: prompts of a batch do not disturb each other, sampling obeys its arguments."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from absl.flags import FlagValues
+from flax import nnx
+
+import oracle
+from cases.training import case_config, small_config
+from moejax.cli.verbs.generate import define
+from moejax.data.tokenizers import ByteTokenizer
+from moejax.inference.generate import CANDIDATES, HOTTEST, Sampling, generate, generate_text, sample
+from moejax.inference.layered import LayeredDecoder
+from moejax.models import Decoder
+
+
+@pytest.fixture(scope="module")
+def model():
+    """A model whose attention is strong, so that a wrong position or cache slot changes what it writes."""
+    model = Decoder(small_config(), rngs=nnx.Rngs(params=0))
+    for stack in model.stacks:
+        for name in ("query", "key", "value", "out"):
+            weight = getattr(stack.block.attention, name)
+            weight[...] = 3 * weight[...]
+    return model
+
+
+def test_greedy_generation_equals_repeated_full_forward_passes(model):
+    tokenizer = ByteTokenizer()
+    (text,) = generate_text(model, tokenizer, ["to be"], max_tokens=9, temperature=0.0)
+    ids = [tokenizer.bos_id, *tokenizer.encode("to be")]
+    forward = jax.jit(lambda t: model(t, jnp.ones_like(t), jnp.arange(t.shape[1])[None])[0])
+    length = len(ids)
+    for _ in range(9):
+        padded = np.zeros((1, 16), np.int32)
+        padded[0, : len(ids)] = ids
+        ids.append(int(forward(padded)[0, len(ids) - 1].argmax()))
+    assert text == tokenizer.decode(ids[length:])
+
+
+def token_by_token(model, tokens_BL, positions_BL):
+    """Logits of tokens that come one after the other."""
+    decoder, found = LayeredDecoder(model), []
+    cache = decoder.init_cache(*tokens_BL.shape)
+    for i in range(tokens_BL.shape[1]):
+        x_B1D, cache = decoder.extend(tokens_BL[:, i : i + 1], positions_BL[:, i : i + 1], cache)
+        found.append(decoder.logits(x_B1D)[:, 0])
+    return jnp.stack(found, axis=1)
+
+
+@pytest.mark.parametrize("router", ["softmax_topk", "sigmoid_topk", "hierarchical", "hash", "random", "balanced"])
+def test_routers_route_alike_token_by_token_and_all_at_once(router):
+    model = Decoder(case_config(router, model={"num_layers": 1}), rngs=nnx.Rngs(params=0))
+    graphdef, state = nnx.split(model)
+    tokens_BL = jnp.asarray(np.random.default_rng(0).integers(3, 250, (2, 6)), jnp.int32)
+    positions_BL = jnp.broadcast_to(jnp.arange(6, dtype=jnp.int32), (2, 6))
+    forward = jax.jit(lambda s: nnx.merge(graphdef, s)(tokens_BL, jnp.ones_like(tokens_BL), positions_BL)[0])
+    oracle.assert_close(token_by_token(model, tokens_BL, positions_BL), forward(state))
+
+
+def test_what_stands_behind_a_prompt_takes_no_slot_where_evaluation_has_capacity(caplog):
+    moe = {"dispatch": "capacity", "capacity_group": "global", "eval_capacity_factor": 1.0}
+    model = Decoder(case_config("softmax_topk", moe=moe), rngs=nnx.Rngs(params=0))
+    tokens_BL = jnp.asarray(np.random.default_rng(0).integers(3, 250, (1, 32)), jnp.int32)
+    positions_BL = jnp.arange(32, dtype=jnp.int32)[None]
+    is_token_BL = positions_BL < 12
+    decoder = LayeredDecoder(model)
+    found = [
+        decoder.extend(t, positions_BL, decoder.init_cache(1, 32), is_token_BL)[0][:, :12]
+        for t in (tokens_BL, jnp.where(is_token_BL, tokens_BL, 7))
+    ]
+    np.testing.assert_array_equal(*found)
+    with caplog.at_level("WARNING", logger="moejax"):
+        next(generate(model, ByteTokenizer(), ["a"], max_tokens=1))
+    assert "moe.eval_capacity_factor drops choices here as well" in caplog.text
+
+
+def test_one_token_at_a_time_drops_nothing_of_its_sequence_and_the_log_says_so(caplog):
+    moe = {"dispatch": "capacity", "capacity_group": "sequence", "eval_capacity_factor": 0.5}
+    limited = Decoder(case_config("softmax_topk", moe=moe), rngs=nnx.Rngs(params=0))
+    dropless = Decoder(case_config("softmax_topk"), rngs=nnx.Rngs(params=0))
+    tokens_BL = jnp.asarray(np.random.default_rng(0).integers(3, 250, (2, 8)), jnp.int32)
+    positions_BL = jnp.broadcast_to(jnp.arange(8, dtype=jnp.int32), (2, 8))
+
+    def at_once(model):
+        return model(tokens_BL, jnp.ones_like(tokens_BL), positions_BL)[0]
+
+    oracle.assert_close(token_by_token(limited, tokens_BL, positions_BL), at_once(dropless))
+    assert np.abs(at_once(limited) - at_once(dropless)).max() > 0.01
+    with caplog.at_level("WARNING", logger="moejax"):
+        next(generate(limited, ByteTokenizer(), ["a"], max_tokens=1))
+    assert "drops choices of the prompt, never of what is written" in caplog.text
+    assert "depends on the batch" not in caplog.text
+
+
+def test_generating_with_a_router_that_looks_ahead_says_so(caplog):
+    model = Decoder(case_config("expert_choice"), rngs=nnx.Rngs(params=0))
+    with caplog.at_level("WARNING", logger="moejax"):
+        next(generate(model, ByteTokenizer(), ["a"], max_tokens=1))
+    assert "moe.router=expert_choice looks at later tokens" in caplog.text
+
+
+def test_a_sequence_does_not_depend_on_the_others_of_its_batch(model):
+    prompts = ["a", "some longer prompt", "mid"]
+    together = generate_text(model, ByteTokenizer(), prompts, max_tokens=8, seed=3)
+    reordered = generate_text(model, ByteTokenizer(), [prompts[0], "other", "words"], max_tokens=8, seed=3)
+    assert together[0] == reordered[0]
+    assert len(set(together)) == 3
+
+
+def test_the_seed_decides_the_samples(model):
+    first, again, other = (generate_text(model, ByteTokenizer(), ["x"], max_tokens=12, seed=seed) for seed in (1, 1, 2))
+    assert first == again != other
+
+
+def test_a_finished_document_stays_finished(model):
+    class Stops(ByteTokenizer):
+        eos_id = property(lambda self: self.stop)
+
+    greedy = next(generate(model, ByteTokenizer(), ["q"], max_tokens=1, temperature=0.0))[0]
+    tokenizer = Stops()
+    object.__setattr__(tokenizer, "stop", greedy)
+    assert list(generate(model, tokenizer, ["q"], max_tokens=5, temperature=0.0)) == [[None]]
+
+
+sample = jax.jit(sample)
+
+
+def draw(logits, temperature, top_p, count=2000):
+    sampling = Sampling.of(temperature, top_p, jax.random.split(jax.random.key(0), count))
+    logits = jnp.broadcast_to(jnp.log(jnp.array(logits)), (count, len(logits)))
+    drawn = sample(logits, sampling, jnp.zeros(count, jnp.int32))
+    return np.bincount(np.asarray(drawn), minlength=logits.shape[1]) / count
+
+
+def test_sampling_follows_the_distribution():
+    np.testing.assert_allclose(draw([0.5, 0.2, 0.3], 1.0, 1.0), [0.5, 0.2, 0.3], atol=0.04)
+
+
+def test_the_nucleus_is_the_smallest_set_that_reaches_top_p():
+    np.testing.assert_allclose(draw([0.5, 0.2, 0.3], 1.0, 0.6), [0.625, 0, 0.375], atol=0.04)
+    np.testing.assert_allclose(draw([0.5, 0.2, 0.3], 1.0, 0.01), [1, 0, 0])
+
+
+def test_the_defaults_of_the_command_neither_invent_nor_repeat():
+    """Of a next token that ten likely ones and a long tail share, as a small model has it, the tail is hardly drawn."""
+    values = FlagValues()
+    define(values, [])
+    values.mark_as_parsed()
+    probabilities = np.r_[np.full(10, 0.085), np.full(300, 0.15 / 300)]
+    shares = draw(probabilities, values.temperature, values.top_p)
+    assert shares[10:].sum() < 0.02  # at temperature 1 and without a cut 0.15
+    assert shares[:10].min() > 0.05  # at temperature 0 one of them is always drawn
+
+
+def test_temperature_sharpens_and_zero_is_greedy():
+    np.testing.assert_allclose(draw([0.6, 0.4], 0.5, 1.0), [0.36 / 0.52, 0.16 / 0.52], atol=0.04)
+    np.testing.assert_allclose(draw([0.4, 0.6], 0.0, 1.0), [0, 1])
+
+
+def sorted_nucleus(logits_V, top_p):
+    """The nucleus as defined: tokens by probability, of equals the first ones first, until their mass is reached."""
+    wide_V = np.asarray(logits_V, np.float64)
+    probs_V = np.exp(wide_V - wide_V.max()) / np.exp(wide_V - wide_V.max()).sum()
+    order_V = np.argsort(-probs_V, kind="stable")
+    mass_before_V = np.cumsum(probs_V[order_V]) - probs_V[order_V]
+    return order_V[mass_before_V < top_p], np.abs(mass_before_V - top_p).min()
+
+
+@pytest.mark.parametrize("top_p", [0.0507, 0.3007, 0.9007])  # of 600 equals, not a whole number
+def test_partial_selection_draws_what_the_sorted_vocabulary_gives(top_p):
+    rng = np.random.default_rng(0)
+    # Of 600 tokens: peaked rows, flat ones whose nucleus is larger than the candidates, and ties.
+    logits_BV = np.concatenate([rng.normal(size=(8, 600)) * scale for scale in (6, 1, 0.01)]).astype(np.float32)
+    logits_BV = np.concatenate([logits_BV, np.round(logits_BV), np.zeros((2, 600), np.float32)])
+    keys_B = jax.random.split(jax.random.key(1), len(logits_BV))
+    positions_B = jnp.arange(len(logits_BV), dtype=jnp.int32)
+    drawn_B = sample(jnp.asarray(logits_BV), Sampling.of(1.0, top_p, keys_B), positions_B)
+    draw_keys_B = jax.vmap(jax.random.fold_in)(keys_B, positions_B)
+    noise_BV = jax.vmap(lambda key: jax.random.gumbel(key, (600,)))(draw_keys_B)
+    sizes = set()
+    for row, (logits_V, noise_V) in enumerate(zip(logits_BV, np.asarray(noise_BV), strict=True)):
+        nucleus, distance = sorted_nucleus(logits_V, top_p)
+        assert distance > 1e-6  # no token is on the edge, where rounding decides
+        assert drawn_B[row] == nucleus[np.argmax(logits_V[nucleus] + noise_V[: len(nucleus)])]
+        sizes.add(len(nucleus) > CANDIDATES)
+    assert True in sizes or top_p < 0.9
+    assert False in sizes
+
+
+def test_a_nucleus_larger_than_the_candidates_changes_no_other_sequence():
+    peaked_V, flat_V = np.linspace(30, 0, 600, dtype=np.float32), np.zeros(600, np.float32)
+    keys_B = jax.random.split(jax.random.key(1), 2)
+    sampling, positions_B = Sampling.of(1.0, 0.999, keys_B), jnp.zeros(2, jnp.int32)
+    alone = sample(jnp.stack([peaked_V, peaked_V]), sampling, positions_B)
+    beside = sample(jnp.stack([peaked_V, flat_V]), sampling, positions_B)
+    assert alone[0] == beside[0]
+
+
+@pytest.mark.parametrize(("temperature", "top_p", "sorts"), [(0, 0.9, 0), (1, 1.0, 0), (1, 0.9, 2)])
+def test_nothing_is_sorted_where_nothing_is_cut(temperature, top_p, sorts):
+    sampling = Sampling.of(temperature, top_p, jax.random.split(jax.random.key(0), 2))
+    program = jax.make_jaxpr(sample)(jnp.zeros((2, 600)), sampling, jnp.zeros(2, jnp.int32))
+    names = oracle.primitives(program)
+    assert names.count("top_k") + names.count("sort") == sorts
+
+
+def test_temperatures_and_masses_share_the_programs_of_their_method():
+    keys = jax.random.split(jax.random.key(0), 2)
+    kinds = [Sampling.of(*given, keys) for given in [(0.5, 0.9), (0.7, 0.5), (0.5, 1), (2, 1), (0, 0.9), (0, 1)]]
+    assert [kind.method for kind in kinds] == ["nucleus"] * 2 + ["all"] * 2 + ["greedy"] * 2
+    assert jax.tree.structure(kinds[0]) == jax.tree.structure(kinds[1])
+
+
+def test_ids_that_are_no_token_are_never_drawn(model):
+    tokens_BL = jnp.asarray(np.random.default_rng(0).integers(3, 250, (2, 8)), jnp.int32)
+    logits_BLV, _ = model(tokens_BL, jnp.ones_like(tokens_BL), jnp.zeros_like(tokens_BL))
+    assert logits_BLV.shape[-1] == 320
+    for temperature, top_p in [(0.0, 1.0), (HOTTEST, 1.0), (HOTTEST, 0.999)]:  # so hot that all tokens are alike
+        sampling = Sampling.of(temperature, top_p, jax.random.split(jax.random.key(0), 500))
+        logits_BV = jnp.broadcast_to(logits_BLV[0, 0], (500, 320))
+        drawn_B = sample(logits_BV, sampling, jnp.zeros(500, jnp.int32))
+        assert drawn_B.max() < ByteTokenizer.vocab_size
+        assert temperature == 0 or len(set(drawn_B.tolist())) > 150
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"max_tokens": 0}, "max_tokens=0"),
+        ({"max_tokens": 1, "temperature": -1.0}, "temperature=-1.0"),
+        ({"max_tokens": 1, "temperature": 1e7}, r"--temperature=10000000.0 must be between 0 and 1e\+06"),
+        ({"max_tokens": 1, "temperature": float("nan")}, "--temperature=nan must be between 0"),
+        ({"max_tokens": 1, "top_p": 0.0}, "top_p=0.0"),
+    ],
+)
+def test_arguments_out_of_range_are_refused_by_name(model, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        next(generate(model, ByteTokenizer(), ["x"], **arguments))

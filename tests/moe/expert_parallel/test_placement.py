@@ -1,0 +1,147 @@
+"""Other places for experts, and copies of them: more even loads, and the same model."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import oracle
+from cases.training import packed_batch, small_config
+from moejax.models import Decoder
+from moejax.moe.expert_parallel.placement import Copies, PlacementError, imbalance, in_order, place, place_by_load
+from moejax.sharding import make_mesh
+
+
+def loads(seed, num_layers=3, num_experts=8):
+    return np.random.default_rng(seed).dirichlet(np.full(num_experts, 0.5), num_layers).astype(np.float32)
+
+
+@pytest.mark.parametrize("replicas", [0, 1, 3])
+@pytest.mark.parametrize("num_devices", [1, 2, 4])
+def test_every_expert_has_a_slot_and_no_copy_that_helps_is_twice_on_one_device(num_devices, replicas):
+    if num_devices == 1 and replicas:
+        with pytest.raises(PlacementError, match="replicas on a device must be between 0 and 0"):
+            place(loads(0), 1, replicas)
+        return
+    for seed in range(10):
+        load_NE = loads(seed)
+        experts_NP = place(load_NE, num_devices, replicas)
+        assert experts_NP.shape == (3, 8 + num_devices * replicas)
+        bare_N = imbalance(load_NE, place(load_NE, num_devices), num_devices)
+        for layer, experts_nS in enumerate(experts_NP.reshape(3, num_devices, -1)):
+            assert set(experts_nS.ravel().tolist()) == set(range(8))
+            is_bare = imbalance(load_NE, experts_NP, num_devices)[layer] == pytest.approx(bare_N[layer])
+            assert is_bare or all(len(set(experts_S)) == len(experts_S) for experts_S in experts_nS.tolist())
+
+
+def test_an_even_layer_stays_as_it_is_and_copies_never_make_one_worse():
+    even_NE = np.array([[1.0, 1, 1, 1, 1, 1, 1, 1], [5, 1, 4, 2, 3, 3, 2, 4.01]])
+    for replicas in (0, 1, 3):
+        of_devices = place(even_NE, 4, replicas).reshape(2, 4, -1)
+        for experts_nS in of_devices.tolist():
+            assert [sorted(set(experts_S)) for experts_S in experts_nS] == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    worse = 0
+    for seed in range(200):
+        load_NE = np.random.default_rng(seed).dirichlet(np.full(8, 20.0), 3)
+        bare_N = imbalance(load_NE, place(load_NE, 4), 4)
+        worse += (imbalance(load_NE, place_by_load(load_NE, 4, 1), 4) > bare_N + 1e-6).sum()
+        assert (imbalance(load_NE, place(load_NE, 4, 1), 4) <= bare_N + 1e-9).all()
+    assert worse > 20  # by load alone copies are often worse than none
+
+
+def test_without_copies_the_greedy_places_are_close_to_the_best_of_all():
+    best_of_all = []
+    for seed in range(30):
+        load_NE = loads(seed, num_layers=1, num_experts=6)
+        ways = {tuple(sorted((way[:3], way[3:]))) for way in itertools.permutations(range(6))}
+        best = min(imbalance(load_NE, np.array([[*a, *b]]), 2)[0] for a, b in ways)
+        found = imbalance(load_NE, place(load_NE, 2), 2)[0]
+        assert best <= found + 1e-9 and found <= imbalance(load_NE, in_order(1, 6), 2)[0] + 1e-9
+        best_of_all.append(found / best)
+    assert np.mean(best_of_all) < 1.05
+
+
+def test_imbalance_is_the_largest_load_over_the_mean_and_copies_share_their_load():
+    load_NE = np.array([[6.0, 2, 2, 2], [0, 0, 0, 0]])
+    np.testing.assert_allclose(imbalance(load_NE, in_order(2, 4), 2), [8 / 6, 0])
+    experts_NP = np.array([[0, 1, 0, 2, 3, 1]] * 2)
+    np.testing.assert_allclose(imbalance(load_NE, experts_NP, 2), [(3 + 1 + 3) / 6, 0])
+
+
+def test_copies_of_hot_experts_make_even_what_no_order_could():
+    load_NE = np.array([[12.0, 1, 1, 2]])
+    assert imbalance(load_NE, place(load_NE, 2), 2)[0] > 1.6
+    experts_NP = place(load_NE, 2, replicas=1)
+    assert np.bincount(experts_NP[0]).tolist()[0] == 2
+    assert imbalance(load_NE, experts_NP, 2)[0] < 1.2
+
+
+def test_slots_of_an_expert_are_listed_and_one_without_is_an_error():
+    copies = Copies.of(np.array([[1, 0, 1, 2, 1]]), 3)
+    assert copies.num_NE.tolist() == [[1, 3, 1]]
+    assert copies.slots_NEM.tolist() == [[[1, 1, 1], [0, 2, 4], [3, 3, 3]]]
+    for experts_P in ([0, 0, 1], [0, 1, 3], [0, 1, 2, 3]):
+        with pytest.raises(PlacementError, match="every one of 3 experts, and no other"):
+            Copies.of(np.array([experts_P]), 3)
+    with pytest.raises(PlacementError, match="every one of 3 experts"):
+        Copies.of(np.array([[0, 1, 2], [0, 1, 3]]), 3)
+
+
+def test_experts_that_do_not_divide_are_an_error():
+    with pytest.raises(PlacementError, match="8 experts do not divide over 3 devices"):
+        place(loads(0), 3)
+
+
+CASES = {
+    "plain": ({}, {}),
+    "every other layer, shared and free experts, biases": (
+        {"every": 2, "num_shared_experts": 1, "num_zero_experts": 1, "num_constant_experts": 1, "expert_bias": True},
+        {"num_layers": 4},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("mesh", [{}, {"data": 2, "expert": 2, "dcn_expert": 2}], ids=["one device", "mesh"])
+def test_a_model_with_other_places_and_copies_is_the_same_model(case, mesh):
+    moe, model_leaves = CASES[case]
+    config = small_config(moe={"num_experts": 8, **moe}, model=model_leaves, mesh=mesh)
+    batch = jax.tree.map(jnp.asarray, packed_batch(config))
+
+    def logits(model):
+        graphdef, state = nnx.split(model)
+
+        def run(state, batch):
+            y, stats = nnx.merge(graphdef, state)(batch.tokens_BL, batch.segments_BL, batch.positions_BL)
+            return y, [run.assignments_E for run in stats]
+
+        return jax.jit(run)(state, batch)
+
+    model = Decoder(config, rngs=nnx.Rngs(params=0))
+    expected = logits(model)
+    model.place_experts(place(loads(0, config.num_moe_layers), 4, replicas=1))
+    with jax.set_mesh(make_mesh(config, jax.devices()[: 8 if mesh else 1])):
+        actual = logits(model)
+    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        oracle.assert_close(a, e)  # the counts are those of experts, not of slots
+
+
+def test_tokens_take_turns_among_the_copies_of_an_expert():
+    config = small_config(moe={"num_experts": 4, "top_k": 1, "renormalize": False}, model={"num_layers": 1})
+    model = Decoder(config, rngs=nnx.Rngs(params=0))
+    model.place_experts(np.array([[0, 1, 2, 3, 2, 2]]))
+    moe = next(block for block, _ in model.walk()).moe
+    assert moe._to_slots(jnp.full((3, 1, 1), 2))[:, 0, 0].tolist() == [2, 4, 5]  # of three sequences that grow
+    slots_BLK = moe._to_slots(jnp.asarray([[[2], [2], [2], [1], [2], [4], [3]]]))
+    assert slots_BLK[0, :, 0].tolist() == [2, 4, 5, 1, 4, 6, 3]  # by position; 4 is no expert, and 6 no slot
+
+
+def test_a_model_cannot_be_placed_by_another_number_of_layers_or_if_its_experts_choose():
+    with pytest.raises(PlacementError, match="3 layers are placed, and the model has 2"):
+        Decoder(small_config(), rngs=nnx.Rngs(params=0)).place_experts(in_order(3, 4))
+    soft = small_config(moe={"router": "soft", "allow_noncausal": True})
+    with pytest.raises(PlacementError, match="choose tokens"):
+        Decoder(soft, rngs=nnx.Rngs(params=0)).place_experts(in_order(2, 4))

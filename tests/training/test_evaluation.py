@@ -1,0 +1,91 @@
+"""Loss by domain: the mean over the targets of each domain's documents, whatever the mesh."""
+
+import dataclasses
+import math
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from cases import training as cases
+from moejax.data import Corpus
+from moejax.data.labels import Labels
+from moejax.data.tokenizers import ByteTokenizer
+from moejax.training.eval_step import make_eval_step
+from moejax.training.evaluation import domains_of, evaluate
+
+DOMAINS = Labels((), ("code", "drama", "empty"), np.array([0, 1, 1, 0, 0], np.int32))
+
+
+def batches(config):
+    """Two batches whose rows hold two documents each."""
+    found = []
+    for seed in range(2):
+        batch = cases.packed_batch(config, seed)
+        rows = np.arange(len(batch.tokens_BL))[:, None]
+        documents_BL = np.where(batch.segments_BL == 1, rows % 5, (3 * rows + 1) % 5)
+        found.append(dataclasses.replace(batch, documents_BL=np.where(batch.segments_BL > 0, documents_BL, -1)))
+    return found
+
+
+@pytest.mark.parametrize("mesh", [{"data": 1}, {"data": 2, "expert": 2}], ids=str)
+@pytest.mark.parametrize("num_experts", [0, 4])
+def test_the_loss_of_a_domain_is_the_mean_over_its_targets_on_any_mesh(mesh, num_experts):
+    config = cases.small_config(mesh=mesh, moe={"num_experts": num_experts}, model={"num_layers": 1})
+    trainable = cases.make(config, math.prod(mesh.values()))
+    state = cases.initial_state(trainable)
+    with jax.set_mesh(trainable.mesh):
+        evaluation = evaluate(
+            make_eval_step(trainable, 3), trainable, state.params, state.router_state, iter(batches(config)), 100,
+            domains=DOMAINS,
+        )  # fmt: skip
+        model = nnx.merge(trainable.graphdef, state.params, state.router_state)
+        inputs = [map(jnp.asarray, (b.tokens_BL, b.segments_BL, b.positions_BL)) for b in batches(config)]
+        logits = [jax.device_get(model(*arrays)[0]) for arrays in inputs]
+    nats, number = {"code": 0.0, "drama": 0.0}, {"code": 0, "drama": 0}
+    for batch, logits_BLV in zip(batches(config), logits, strict=True):
+        nats_BL = np.asarray(optax.softmax_cross_entropy_with_integer_labels(logits_BLV, batch.targets_BL))
+        for b, position in np.argwhere(batch.loss_mask_BL):
+            domain = DOMAINS.domains[DOMAINS.domain_of_document[batch.documents_BL[b, position]]]
+            nats[domain] += float(nats_BL[b, position])
+            number[domain] += 1
+    assert evaluation.loss_by_domain.keys() == nats.keys()  # none for a domain without targets
+    for domain, total in nats.items():
+        assert evaluation.loss_by_domain[domain] == pytest.approx(total / number[domain], rel=1e-5)
+        assert evaluation.scalars()[f"eval/loss/{domain}"] == evaluation.loss_by_domain[domain]
+    weighted = sum(evaluation.loss_by_domain[d] * number[d] for d in nats) / sum(number.values())
+    assert evaluation.loss == pytest.approx(weighted, rel=1e-5)
+
+
+def test_the_probe_is_the_first_row_of_batches_spread_over_the_split(monkeypatch):
+    monkeypatch.setattr("moejax.training.evaluation.PROBE_ROWS", 4)
+    config = cases.small_config(moe={"num_experts": 4}, model={"num_layers": 2})
+    trainable = cases.make(config, 1)
+    state = cases.initial_state(trainable)
+    every = [cases.packed_batch(config, seed) for seed in range(11)]
+    with jax.set_mesh(trainable.mesh):
+        step = make_eval_step(trainable)
+
+        def probe(batches):
+            return evaluate(step, trainable, state.params, state.router_state, iter(batches), 100).probe_NTK
+
+        alone = [probe([batch]) for batch in every]
+        assert all(one.shape == (2, every[0].tokens_BL.shape[1], config.moe.top_k) for one in alone)
+        assert not np.array_equal(alone[0], alone[4])  # else the order would not show
+        for number, chosen in {1: [0], 4: [0, 1, 2, 3], 5: [0, 2, 4], 8: [0, 2, 4, 6], 11: [0, 4, 8]}.items():
+            np.testing.assert_array_equal(probe(every[:number]), np.concatenate([alone[i] for i in chosen], axis=1))
+
+
+def test_without_several_domains_there_is_no_loss_by_domain(monkeypatch):
+    corpus = Corpus(ByteTokenizer(), 16, {}, {}, {}, {"validation": 5}, Path("nowhere"))
+    with monkeypatch.context() as patch:
+        patch.setattr(Corpus, "labels", lambda self, split: DOMAINS)
+        assert domains_of(corpus) is DOMAINS
+        many = Labels((), tuple(map(str, range(40))), np.arange(40, dtype=np.int32))
+        patch.setattr(Corpus, "labels", lambda self, split: many)
+        assert len(domains_of(corpus).domains) == 16
+    assert domains_of(corpus) is None  # it has no file of labels

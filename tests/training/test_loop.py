@@ -1,0 +1,342 @@
+"""The loop as a user meets it: it learns, resumes bit for bit, stops on signals, refuses bad values."""
+
+import dataclasses
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from cases.training import case_config, initial_state, make, packed_batch, replace, small_config
+from moejax.config import ConfigError, Knobs
+from moejax.data import prepare
+from moejax.training import loop
+from moejax.training.checkpoints.checkpoint import Checkpoints
+from moejax.training.health.nonfinite import NonFiniteError, locate, nonfinite_error
+from moejax.training.loop import train
+from moejax.training.router_state import limit_at
+from moejax.training.run_directory.routing_log import read_routing
+from moejax.training.step import make_train_step, put_batch
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def tiny(tmp_path, **sections):
+    """A small run; all in this process share the prepared rows."""
+    train_leaves = {"num_steps": 20, "log_every": 5, "eval_every": 10, "checkpoint_every": 5, "batch_size": 8}
+    return small_config(
+        **sections | {
+            "train": train_leaves | sections.get("train", {}),
+            "data": {"directory": str(tmp_path.parent / "data")} | sections.get("data", {}),
+            "optimizer": {"learning_rate": 1e-2} | sections.get("optimizer", {}),
+        }
+    )  # fmt: skip
+
+
+def lines(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def arrays(workdir, config, step):
+    checkpoints = Checkpoints(workdir, make(config), read_only=True)
+    return [np.asarray(x) for x in jax.tree.leaves(checkpoints.restore(step))]
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """Twenty steps without interruption: (config, workdir, result)."""
+    folder = tmp_path_factory.mktemp("straight")
+    config = tiny(folder)
+    return config, folder / "run", train(config, folder / "run")
+
+
+def command(config, workdir, *arguments):
+    """A subprocess that trains `config` in `workdir` as the command line would."""
+    leaves = [f"--config.{section}.{name}={value}" for section, name, value in arguments]
+    return [
+        sys.executable,
+        "-m",
+        "moejax",
+        "train",
+        f"--config={config}",
+        f"--workdir={workdir}",
+        "--noreport",
+        *leaves,
+    ]
+
+
+def environment():
+    return os.environ | {
+        "JAX_NUM_CPU_DEVICES": "1",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "PYTHONPATH": str(REPOSITORY),
+    }
+
+
+def test_training_lowers_the_loss_and_fills_the_run_directory(straight):
+    _, workdir, result = straight
+    training = [line for line in lines(workdir) if "loss/lm" in line]
+    assert training[-1]["loss/lm"] < training[0]["loss/lm"] - 0.5
+    assert [line["step"] for line in training] == [5, 10, 15, 20]
+    assert training[-1]["tokens"] > 0
+    assert result.step == 20 and result.stopped_by is None
+    evaluations = [line for line in lines(workdir) if "eval/loss" in line]
+    assert [line["step"] for line in evaluations] == [10, 20]
+    assert evaluations[-1]["eval/loss"] == pytest.approx(result.evaluation.loss)
+    for name in ("config.json", "tokenizer.json", "tensorboard", "checkpoints/20"):
+        assert (workdir / name).exists()
+    assert json.loads((workdir / "config.json").read_text())["parameters"]["total"] > 0
+
+
+def test_logged_losses_are_apart_and_add_up(straight):
+    config, workdir, _ = straight
+    line = next(line for line in lines(workdir) if "loss/lm" in line)
+    parts = line["loss/lm"] + line["loss/balance_weighted"] + line["loss/z_weighted"]
+    assert line["loss/total"] == pytest.approx(parts, rel=1e-5)
+    layers = config.num_moe_layers
+    assert line["loss/balance_weighted"] == pytest.approx(
+        config.moe.balance_weight * layers * line["loss/balance"], rel=1e-5
+    )
+
+
+def test_the_routing_log_counts_every_choice(straight):
+    config, workdir, _ = straight
+    history = read_routing(workdir)
+    np.testing.assert_array_equal(history.steps, [5, 10, 15, 20])
+    assert history.counts_SNE.shape == (4, 2, 4)
+    np.testing.assert_allclose(history.probs_SNE.sum(axis=-1), 1, rtol=1e-4)
+    assert (history.counts_SNE.sum(axis=-1) % config.moe.top_k == 0).all()
+
+
+def test_evaluation_counts_every_target_of_the_split(straight):
+    config, _, result = straight
+    corpus = prepare(config.data)
+    assert result.evaluation.num_targets == corpus.num_tokens["validation"]
+    nats = result.evaluation.loss * corpus.num_tokens["validation"]
+    assert result.evaluation.bits_per_byte == pytest.approx(nats / np.log(2) / corpus.num_bytes["validation"])
+    assert result.evaluation.load_NE.sum(axis=1) == pytest.approx(1.0)
+
+
+def test_a_finished_run_is_evaluated_again_and_not_trained(straight):
+    config, workdir, first = straight
+    again = train(config, workdir)
+    assert again.step == 20 and again.tokens_per_s is None
+    assert again.evaluation.loss == first.evaluation.loss
+
+
+def test_only_the_newest_and_the_best_checkpoints_stay(straight):
+    config, workdir, _ = straight
+    assert Checkpoints(workdir, make(config), read_only=True).steps() == [15, 20]
+
+
+def write_recipe(path, config):
+    from moejax.config import to_dict
+
+    path.write_text(
+        "from ml_collections import ConfigDict\n"
+        f"VALUES = {to_dict(config)!r}\n"
+        "def get_config(arg=''):\n    return ConfigDict(VALUES)\n"
+    )
+    return path
+
+
+def test_killed_with_sigkill_and_resumed_equals_twenty_steps_straight(straight, tmp_path):
+    config, _, _ = straight
+    recipe = write_recipe(tmp_path / "recipe.py", config)
+    process = subprocess.Popen(command(recipe, tmp_path / "run"), env=environment(), stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: (tmp_path / "run/checkpoints/10").exists(), process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (tmp_path / "run/checkpoints/20").exists()
+    resumed = subprocess.run(command(recipe, tmp_path / "run"), env=environment(), capture_output=True, text=True)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "continuing" in resumed.stderr
+    # The same program on one device must give the same bits: compare with a straight run of the same command.
+    straight_run = subprocess.run(
+        command(recipe, tmp_path / "whole"), env=environment(), capture_output=True, text=True
+    )
+    assert straight_run.returncode == 0, straight_run.stderr
+    for a, b in zip(arrays(tmp_path / "run", config, 20), arrays(tmp_path / "whole", config, 20), strict=True):
+        np.testing.assert_array_equal(a, b)
+    without_timing = [
+        [{k: v for k, v in line.items() if not k.startswith("perf/")} for line in lines(tmp_path / name)]
+        for name in ("run", "whole")
+    ]
+    assert without_timing[0] == without_timing[1]
+    np.testing.assert_array_equal(
+        read_routing(tmp_path / "run").counts_SNE, read_routing(tmp_path / "whole").counts_SNE
+    )
+
+
+def wait_for(condition, process, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+def test_a_signal_during_training_saves_and_exits_zero(tmp_path, number):
+    recipe = write_recipe(
+        tmp_path / "recipe.py",
+        tiny(tmp_path, train={"num_steps": 100_000, "checkpoint_every": 90_000, "eval_every": 0, "log_every": 7}),
+    )
+    process = subprocess.Popen(command(recipe, tmp_path / "run"), env=environment(), stderr=subprocess.PIPE, text=True)
+    metrics = tmp_path / "run/metrics.jsonl"
+    wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") > 1, process)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 0, errors
+    assert f"{number.name}: saved step" in errors
+    (saved,) = [int(path.name) for path in (tmp_path / "run/checkpoints").iterdir() if path.name.isdigit()]
+    assert f"saved step {saved} " in errors
+    assert lines(tmp_path / "run")[-1]["step"] == saved  # no metrics are lost
+
+
+def test_a_signal_during_evaluation_gives_it_up_saves_and_is_made_up_for(straight, tmp_path, monkeypatch):
+    config = tiny(tmp_path)
+    real = loop.evaluate
+
+    def signalled(*arguments, **keywords):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real(*arguments, **keywords)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "evaluate", signalled)
+        result = train(config, tmp_path / "run")
+    assert (result.step, result.stopped_by, result.evaluation) == (10, "SIGTERM", None)
+    assert 10 in Checkpoints(tmp_path / "run", make(config), read_only=True).steps()
+    assert not any("eval/loss" in line for line in lines(tmp_path / "run"))
+    # Run again, it is made up for: the metrics are those of a run without interruption.
+    train(config, tmp_path / "run")
+    assert evaluations(tmp_path / "run") == pytest.approx(evaluations(straight[1]))
+
+
+def evaluations(workdir):
+    return {line["step"]: line["eval/loss"] for line in lines(workdir) if "eval/loss" in line}
+
+
+def test_steps_that_are_not_finite_are_skipped_and_end_the_run(tmp_path, monkeypatch):
+    config = tiny(tmp_path, train={"max_nonfinite_steps": 3, "checkpoint_every": 1})
+    bad = dataclasses.replace(Knobs.of(config), z_weight=jax.numpy.float32(np.nan))
+    monkeypatch.setattr(loop.Knobs, "of", lambda config: bad)
+    with pytest.raises(
+        NonFiniteError,
+        match=r"3 steps in a row, from step 1 on.*the gradient of .*none of these steps changed the par.*learning_rate",
+    ):
+        train(config, tmp_path / "run")
+    last = Checkpoints(tmp_path / "run", make(config), read_only=True).steps()[-1]
+    for a, b in zip(
+        arrays(tmp_path / "run", config, last)[1:-2], jax.tree.leaves(make(config).init(0))[1:-2], strict=True
+    ):
+        np.testing.assert_array_equal(a, b)  # all but the counters is as it was
+
+
+def test_the_first_layer_with_a_value_that_is_not_finite_is_named():
+    config = small_config(model={"num_layers": 3}, moe={"first_dense": 1})
+    trainable = make(config)
+    batch = put_batch(packed_batch(config), trainable)
+    with jax.set_mesh(trainable.mesh):
+        state = initial_state(trainable)
+        knobs = Knobs.of(config)
+        assert locate(trainable, state, batch, knobs) == "the state of a router"  # all before it is finite
+        bad_loss = dataclasses.replace(knobs, z_weight=jax.numpy.float32(np.nan))
+        assert re.search(r"the gradient of moe/.* in layer 2", locate(trainable, state, batch, bad_loss))
+        down = state.params.stacks[1].block.moe.experts.down
+        down[...] = down[...].at[1].set(3e38)
+        assert locate(trainable, state, batch, Knobs.of(config)) == "layer 2 (output)"
+        down[...] = down[...].at[0].set(np.nan)
+        assert locate(trainable, state, batch, Knobs.of(config)) == "parameter stacks/1/block/moe/experts/down"
+
+
+def test_one_step_that_is_not_finite_changes_nothing_but_the_counts():
+    config = small_config(moe={"selection_bias": True, "bias_rate": 0.1})
+    trainable = make(config)
+    batch = put_batch(packed_batch(config), trainable)
+    knobs = Knobs.of(config)
+    with jax.set_mesh(trainable.mesh):
+        step = make_train_step(trainable)
+        state, seen_before = step(initial_state(trainable), batch, knobs)
+        before = jax.device_get(state)
+        bad, seen_after = step(state, batch, dataclasses.replace(knobs, z_weight=jax.numpy.float32(np.nan)))
+        after = jax.device_get(bad)
+        good, _ = step(bad, batch, knobs)
+    for a, b in zip(
+        jax.tree.leaves((before.params, before.router_state, before.opt_state, seen_before.state)),
+        jax.tree.leaves((after.params, after.router_state, after.opt_state, seen_after.state)),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(a, b)
+    assert (after.step, after.skipped, after.skipped_in_row) == (2, 1, 1)
+    assert (good.skipped, good.skipped_in_row) == (1, 0)
+    assert any(
+        (np.asarray(a) != b).any()
+        for a, b in zip(jax.tree.leaves(good.params), jax.tree.leaves(after.params), strict=True)
+    )
+
+
+def test_an_update_that_is_not_finite_is_not_applied_and_is_named():
+    config = replace(small_config(), "optimizer", beta1=1.0)  # its bias correction divides 0 by 0
+    trainable = make(config)
+    batch, knobs = put_batch(packed_batch(config), trainable), Knobs.of(config)
+    with jax.set_mesh(trainable.mesh):
+        before = jax.device_get(initial_state(trainable))
+        after, output = make_train_step(trainable)(initial_state(trainable), batch, knobs)
+        assert np.isfinite(output.scalars["loss/total"]) and np.isfinite(output.scalars["grad_norm"])
+        assert (after.step, after.skipped, after.skipped_in_row) == (1, 1, 1)
+        error = nonfinite_error(trainable, after, batch, knobs, 1, 1)
+    for a, b in zip(
+        jax.tree.leaves((before.params, before.router_state, before.opt_state)),
+        jax.tree.leaves((after.params, after.router_state, after.opt_state)),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(a, b)
+    assert "the first such value is in the update of embedding" in str(error)
+
+
+def test_a_scheduled_number_of_experts_follows_the_step_also_after_a_skipped_one():
+    config = case_config("schedules")
+    trainable = make(config)
+    batch, knobs = put_batch(packed_batch(config), trainable), Knobs.of(config)
+    bad = dataclasses.replace(knobs, z_weight=jax.numpy.float32(np.nan))
+    with jax.set_mesh(trainable.mesh):
+        train_step, state = make_train_step(trainable), initial_state(trainable)
+        for step in range(3):
+            state, output = train_step(state, batch, bad)
+            assert state.skipped == step + 1
+            experts = output.routing.assignments_E.sum() / output.routing.num_tokens.sum()
+            assert experts == limit_at(config, 4, step)
+            limits = [x for path, x in jax.tree.leaves_with_path(state.router_state) if "limit" in str(path)]
+            assert limits and all((limit == limit_at(config, 4, step + 1)).all() for limit in limits)
+
+
+def test_a_run_directory_of_another_configuration_is_refused_by_key(straight):
+    config, workdir, _ = straight
+    with pytest.raises(ConfigError, match=r"moe.num_experts=4, not 8; give --config.moe.num_experts=4 to"):
+        train(replace(config, "moe", num_experts=8), workdir)
+
+
+def random_words(seed):
+    letters = np.random.default_rng(seed).choice([*"abcdefghijklmnopqrstuvwxyz    "], 20_000)
+    return "".join(letters)
+
+
+def test_a_run_keeps_its_tokenizer_and_refuses_text_that_has_changed(tmp_path):
+    text = tmp_path / "a.txt"
+    data = {"source": "files", "files": str(tmp_path / "*.txt"), "tokenizer": "bpe", "vocab_size": 512}
+    text.write_text(random_words(0))
+    config = tiny(tmp_path, data=data, train={"num_steps": 2})
+    train(config, tmp_path / "run")
+    tokenizer = (tmp_path / "run/tokenizer.model").read_bytes()
+    text.write_text(random_words(1))
+    with pytest.raises(ConfigError, match=r"the text has changed since.*restore the text, or use another --workdir"):
+        train(config, tmp_path / "run")
+    assert (tmp_path / "run/tokenizer.model").read_bytes() == tokenizer
