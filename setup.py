@@ -75,7 +75,6 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["moejax", "moejax.*"]),
-    package_data={"moejax.kernels": ["tuned_tiles.json"]},
     install_requires=REQUIRES,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["moejax = moejax.cli:main"]},

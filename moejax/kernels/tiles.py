@@ -6,12 +6,8 @@ rest. All loops are `lax.fori_loop`s; the program has the same size for any numb
 """
 
 import dataclasses
-import functools
-import importlib.resources
 import itertools
-import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import TypeVar
 
 import jax
@@ -22,58 +18,12 @@ from jaxtyping import Array, Int
 Carry = TypeVar("Carry")
 
 
-class TableError(ValueError):
-    """A tuning table that cannot be used."""
-
-
 FEW_ROWS = 4096
 """Below, arithmetic takes less time than compiling a loop body per size of tile would."""
 
 
-TABLE = Path(str(importlib.resources.files("moejax.kernels"))) / "tuned_tiles.json"
-"""Sizes that `moejax bench tune` found better than those of `guess_sizes`: by platform, and by `problem`."""
-
-
-def tile_sizes(num_rows: int, num_groups: int, d_model: int, d_hidden: int) -> tuple[int, ...]:
-    """Rising sizes of tiles for `num_rows` rows in `num_groups` groups: tuned ones, or a guess.
-
-    Args:
-      num_rows: of all groups.
-      num_groups: groups, each with matrices of its own.
-      d_model: width of the rows.
-      d_hidden: width between the matrices.
-    """
-    tuned = read_table(TABLE).get(jax.default_backend(), {}).get(problem(num_rows, num_groups, d_model, d_hidden))
-    return tuned or guess_sizes(num_rows, num_groups)
-
-
-def problem(num_rows: int, num_groups: int, d_model: int, d_hidden: int) -> str:
-    """What the table calls it."""
-    return f"{num_rows}:{num_groups}:{d_model}:{d_hidden}"
-
-
-@functools.cache
-def read_table(path: Path) -> dict[str, dict[str, tuple[int, ...]]]:
-    """The tuning table of a file.
-
-    Raises:
-      TableError: no table, or sizes that are not rising positive integers.
-    """
-    try:
-        table = json.loads(path.read_text(encoding="utf-8"))
-        entries_of = {platform: dict(entries) for platform, entries in table.items()}
-    except (ValueError, TypeError, AttributeError) as error:
-        raise TableError(f"{path} is no table of sizes by platform and problem ({error}); start with {{}}") from error
-    for platform, entries in entries_of.items():
-        for name, sizes in entries.items():
-            are_whole = isinstance(sizes, list) and all(isinstance(size, int) for size in sizes)
-            if not are_whole or not sizes or any(low >= high for low, high in itertools.pairwise([0, *sizes])):
-                raise TableError(f"{path}: {platform} {name}: {sizes} must be rising positive integers; tune it again")
-    return {platform: {name: tuple(s) for name, s in entries.items()} for platform, entries in entries_of.items()}
-
-
-def guess_sizes(num_rows: int, num_groups: int) -> tuple[int, ...]:
-    """Sizes from the mean group alone.
+def tile_sizes(num_rows: int, num_groups: int) -> tuple[int, ...]:
+    """Rising sizes of tiles for `num_rows` rows in `num_groups` groups, from the mean group alone.
 
     Groups differ from their mean, mostly by less than half of it: sizes lie close together around the mean. Products of
     fewer than 64 rows run at less than the full speed, those of more than 512 gain nothing.

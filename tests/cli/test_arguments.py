@@ -143,7 +143,6 @@ FLAGS_OF_PATHS = [
     ["sweep", "work", "--dir=PATH"],
     ["sweep", "worker", "--study=s", "--storage=s.journal", "--dir=PATH"],
     ["bench", "layer", "--csv=PATH"],
-    ["bench", "tune", "--table=PATH"],
     ["doctor", "--config=PATH"],
 ]
 WRITERS = [words for words in FLAGS_OF_PATHS if words[0] in ("sweep", "bench") or "--config=CONFIG" in words]

@@ -14,9 +14,9 @@ import pytest
 from flax import nnx
 
 from cases.training import small_config
-from moejax.benchmarks import generation, start, tune
+from moejax.benchmarks import generation, start
 from moejax.benchmarks.recipe import ChildError
-from moejax.benchmarks.timing import Peaks, Times
+from moejax.benchmarks.timing import Peaks
 from moejax.cli import main
 from moejax.cli.verbs import bench
 from moejax.inference.layered import LayeredDecoder
@@ -192,37 +192,6 @@ def test_bench_decode_says_what_reading_the_chosen_experts_would_take(capsys):
     assert "1 tokens, D 8, F 4, E 64, K 2, float32: forward" in capsys.readouterr().out
 
 
-def test_bench_tune_enters_what_is_better_than_the_guess_and_nothing_else(capsys, tmp_path, monkeypatch):
-    table = tmp_path / "table.json"
-    table.write_text('{"cpu": {"128:4:8:4": [8, 16], "1:1:1:1": [2]}}')
-    arguments = ["bench", "tune", "--shapes=64:8:4:4:2", f"--table={table}", "--repetitions=1"]
-    assert main([*arguments, "--json"]) == 0  # an upper quartile of one repetition is its lower one
-    rows = json.loads(capsys.readouterr().out)
-    assert rows[0]["sizes"] == "16 64" and rows[0]["ratio_to_guess"] == 1 and len(rows) >= 4
-    best = min(rows, key=lambda row: row["ms"])["sizes"]
-    entries = json.loads(table.read_text())["cpu"]
-    assert entries.pop("1:1:1:1") == [2]
-    assert entries == ({} if best == "16 64" else {"128:4:8:4": [int(size) for size in best.split()]})
-
-    def unclear(programs, _):
-        """All are faster than the guess, by less than times scatter."""
-        return {name: Times(1.5 if i else 2.0, (1, 3)) for i, name in enumerate(programs)}
-
-    monkeypatch.setattr(tune, "interleave", unclear)
-    assert main(arguments) == 0
-    assert "Kept: the guess" in capsys.readouterr().out
-    assert json.loads(table.read_text()) == {"cpu": {"1:1:1:1": [2]}}
-
-
-def test_a_file_that_is_no_tuning_table_is_a_line_and_stays_as_it_is(capsys, tmp_path):
-    table = tmp_path / "table.json"
-    table.write_text('{"cpu": {"128:4:8:4": [16, 8]}}')
-    assert main(["bench", "tune", "--shapes=64:8:4:4:2", f"--table={table}"]) == 2
-    errors = capsys.readouterr().err
-    assert "[16, 8] must be rising positive integers" in errors and "Traceback" not in errors
-    assert table.read_text() == '{"cpu": {"128:4:8:4": [16, 8]}}'
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -232,9 +201,7 @@ def test_a_file_that_is_no_tuning_table_is_a_line_and_stays_as_it_is(capsys, tmp
         (["layer", "--shapes=64:8:4:4:5"], "top_k=5 must be at most num_experts=4"),
         (["layer", "--implementations=tilde"], "--implementations=tilde must be some of auto, tiled"),
         (["decode", "--plot=x.svg"], "--plot belongs to moejax bench layer"),
-        (["step", "--shapes=mixtral"], "--shapes belongs to moejax bench layer, decode, compiled, tune"),
-        (["layer", "--table=x.json"], "--table belongs to moejax bench tune"),
-        (["tune", "--table=/nowhere/table.json"], "--table=/nowhere/table.json cannot be written"),
+        (["step", "--shapes=mixtral"], "--shapes belongs to moejax bench layer, decode, compiled"),
         (["layer", "--csv=/nowhere/rows.csv"], "/nowhere is not a folder"),
         (["layer", "--repetitions=-1"], "--repetitions=-1 must be at least 0"),
         (["layer", "--processes=0"], "--processes=0 must be at least 1"),

@@ -11,7 +11,7 @@ import oracle
 from moejax.kernels import fused_feed_forward as module
 from moejax.kernels.fused_feed_forward import feed_forward
 from moejax.kernels.grouped_matmul import IMPLEMENTATIONS, grouped_matmul, ragged, unavailable
-from moejax.kernels.tiles import guess_sizes
+from moejax.kernels.tiles import tile_sizes
 from moejax.moe.dispatch.plan import plan_dropless
 from moejax.moe.experts.experts import Network
 
@@ -117,7 +117,7 @@ def draw_choices(num_arms=3, num_experts=4):
 
 
 def run_layer(x_TD, weights_TK, gate_up_EDPF, down_EFD, experts_TK, dy_TD):
-    num_experts, sizes = down_EFD.shape[0], guess_sizes(experts_TK.size, down_EFD.shape[0])
+    num_experts, sizes = down_EFD.shape[0], tile_sizes(experts_TK.size, down_EFD.shape[0])
     plan = plan_dropless(experts_TK, num_experts, spare_rows=sizes[-1])
 
     def layer(*arrays):

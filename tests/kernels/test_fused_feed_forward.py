@@ -11,7 +11,7 @@ from jax.sharding import AxisType, PartitionSpec
 import oracle
 from moejax.kernels import fused_feed_forward as module
 from moejax.kernels.fused_feed_forward import SecondDerivativeError, add_rows, feed_forward
-from moejax.kernels.tiles import guess_sizes
+from moejax.kernels.tiles import tile_sizes
 from moejax.moe.dispatch.plan import plan_dropless
 from moejax.moe.experts.experts import Network
 from oracle import experts as oracle_experts
@@ -22,7 +22,7 @@ NAMES = ("y_TD", "dx_TD", "dweights_TK", "dgate_up_EDPF", "ddown_EFD")
 
 def run_layer(x_TD, weights_TK, gate_up_EDPF, down_EFD, experts_TK, activation="swiglu"):
     num_experts = down_EFD.shape[0]
-    sizes = guess_sizes(experts_TK.size, num_experts)
+    sizes = tile_sizes(experts_TK.size, num_experts)
     plan = plan_dropless(experts_TK, num_experts, spare_rows=sizes[-1])
     return feed_forward(
         x_TD, weights_TK, gate_up_EDPF, down_EFD, plan.row_TK, plan.choice_R, plan.group_sizes_E,
@@ -94,13 +94,13 @@ def test_output_and_gradients_equal_the_loop_for_ragged_experts_and_poisoned_mas
 
 @pytest.mark.parametrize("sizes", [(128, 129), (511, 512), (513, 1024), (1025, 3071), (0, 4096), (4096, 0)])
 def test_large_groups_are_right_at_the_borders_of_tiles(sizes):
-    assert guess_sizes(4096, 2)[-1] == 512
+    assert tile_sizes(4096, 2)[-1] == 512
     check(choices_of(sizes, 4096, 1), 2, d=3, f=2)
 
 
 def test_groups_of_every_size_of_tile_are_right_at_once():
     num_experts, tokens, top_k = 32, 1100, 4
-    sizes = guess_sizes(tokens * top_k, num_experts)
+    sizes = tile_sizes(tokens * top_k, num_experts)
     assert len(sizes) == 9
     check(choices_of([*sizes, *(s + 1 for s in sizes), *(s - 1 for s in sizes), 1, 0, 1, 0, 5], tokens, top_k), 32, d=3)
 

@@ -1,7 +1,6 @@
 """Tiles cover every row of every group once, and no more than the sizes at hand make necessary."""
 
 import functools
-import json
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moejax.kernels import tiles
-from moejax.kernels.tiles import FEW_ROWS, TABLE, Groups, TableError, guess_sizes, problem, read_table, tile_sizes
+from moejax.kernels.tiles import FEW_ROWS, Groups, tile_sizes
 
 SIZES, NUM_GROUPS, NUM_ROWS = (8, 16, 32), 5, 400
 
@@ -66,36 +64,7 @@ def test_a_group_at_the_border_of_a_tile_is_covered(size):
 @pytest.mark.parametrize("num_rows", [1, 2, 100, FEW_ROWS - 1, FEW_ROWS, 8192, 32768, 10**6])
 @pytest.mark.parametrize("num_groups", [1, 8, 64, 256, 10_000])
 def test_sizes_rise_and_lie_around_the_mean_with_few_of_them_where_there_are_few_rows(num_rows, num_groups):
-    sizes, mean = guess_sizes(num_rows, num_groups), num_rows // num_groups
+    sizes, mean = tile_sizes(num_rows, num_groups), num_rows // num_groups
     assert list(sizes) == sorted(set(sizes)) and all(size % 2 == 0 for size in sizes)
     assert sizes[0] <= max(16, mean) and sizes[-1] >= min(256, mean)
     assert len(sizes) == 2 if num_rows < FEW_ROWS else 4 <= len(sizes) <= 9
-
-
-def test_a_problem_in_the_table_has_its_sizes_on_its_platform_and_others_the_guess(tmp_path, monkeypatch):
-    table = tmp_path / "table.json"
-    table.write_text(json.dumps({"cpu": {problem(8192, 64, 512, 1024): [96, 128]}, "gpu": {"1:1:1:1": [4]}}))
-    monkeypatch.setattr(tiles, "TABLE", table)
-    assert tile_sizes(8192, 64, 512, 1024) == (96, 128)
-    assert tile_sizes(8192, 64, 512, 1023) == guess_sizes(8192, 64)
-    assert tile_sizes(1, 1, 1, 1) == guess_sizes(1, 1)
-
-
-@pytest.mark.parametrize("sizes", [[], [128, 96], [0, 8], [8, 8], [8.5], ["8"], 8])
-def test_a_table_with_impossible_sizes_is_refused_with_its_place(tmp_path, sizes):
-    table = tmp_path / "table.json"
-    table.write_text(json.dumps({"cpu": {"8192:64:512:1024": sizes}}))
-    with pytest.raises(TableError, match=r"table.json: cpu 8192:64:512:1024: .* rising positive integers"):
-        read_table(table)
-
-
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"cpu": 8}'])
-def test_a_file_that_is_no_table_is_refused_by_name(tmp_path, text):
-    table = tmp_path / "table.json"
-    table.write_text(text)
-    with pytest.raises(TableError, match=r"table.json is no table of sizes"):
-        read_table(table)
-
-
-def test_the_table_that_is_installed_can_be_read():
-    assert isinstance(read_table(TABLE), dict)

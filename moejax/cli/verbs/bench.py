@@ -4,7 +4,6 @@ moejax bench layer     the experts of a layer over a dense layer with the same a
 moejax bench decode    the same for a few tokens, over reading the weights of the chosen experts once
 moejax bench compiled  the experts of a layer compiled for --target: arithmetic over the ideal, memory, kernels
 moejax bench compiled_step  the train step of --config compiled for --target and --topology: memory, what travels
-moejax bench tune      sizes of tiles for a shape; enters in the tuning table what is better than the guess beyond noise
 moejax bench step      the train step of --config over its dense twin's
 moejax bench attention the train step of --config with rows four times as long, and attention over that with all scores
 moejax bench generate  decode steps of 16 sequences of --config, by how tokens are drawn
@@ -27,7 +26,7 @@ import jax
 from absl import flags
 from absl.flags import FlagValues
 
-from moejax.benchmarks import decode, layer, tune
+from moejax.benchmarks import decode, layer
 from moejax.benchmarks.attention import bench_attention
 from moejax.benchmarks.compiled import bench_compiled
 from moejax.benchmarks.compiled_step import bench_compiled_step
@@ -43,7 +42,6 @@ from moejax.cli.options import define_config, define_json, read_config_flag, rea
 from moejax.cli.tables import print_result, print_table
 from moejax.inspection.figures.bench import draw_layers
 from moejax.kernels.grouped_matmul import unavailable
-from moejax.kernels.tiles import TABLE, read_table
 from moejax.planning.targets import TARGETS, Target
 from moejax.strict_json import to_json
 
@@ -52,7 +50,6 @@ BENCHMARKS = (
     "decode",
     "compiled",
     "compiled_step",
-    "tune",
     "step",
     "attention",
     "generate",
@@ -72,7 +69,6 @@ DEFAULT_RECIPE = "configs/tiny_moe.py"
 DEFAULT_SHAPES = {
     "layer": "mixtral,mixtral-64,olmoe,deepseek",
     "compiled": "mixtral,mixtral-64,olmoe,deepseek",
-    "tune": "mixtral,mixtral-64,olmoe,deepseek",
     "decode": "1:512:1024:64:2,16:512:1024:64:2,64:512:1024:64:2",
 }
 
@@ -86,7 +82,7 @@ def define(values: FlagValues, arguments: list[str]) -> None:
         "repetitions", 0, "timed repetitions of each side; 0: 15, of layers 4, packed and start 3", flag_values=values
     )
     shapes = (
-        f"layer, decode, compiled, tune: some of {', '.join(layer.PRESETS)}, or T:D:F:E:K; :skewed after it gives one "
+        f"layer, decode, compiled: some of {', '.join(layer.PRESETS)}, or T:D:F:E:K; :skewed after it gives one "
         "expert half"
     )
     flags.DEFINE_string("shapes", "", f"{shapes}; separated by commas", flag_values=values)
@@ -96,7 +92,7 @@ def define(values: FlagValues, arguments: list[str]) -> None:
         "dtype",
         None,
         ["float32", "bfloat16"],
-        "layer, decode, tune, compiled: of all arrays; by default float32, and bfloat16 for compiled",
+        "layer, decode, compiled: of all arrays; by default float32, and bfloat16 for compiled",
         flag_values=values,
     )
     flags.DEFINE_enum("target", None, [*TARGETS], "compiled, compiled_step: the device", flag_values=values)
@@ -107,7 +103,6 @@ def define(values: FlagValues, arguments: list[str]) -> None:
         "processes", 1, f"{', '.join(IN_PROCESSES)}: how many to run, one after the other", flag_values=values
     )
     flags.DEFINE_string("csv", "", "layer, decode, compiled: a file to write the rows to", flag_values=values)
-    flags.DEFINE_string("table", str(TABLE), "tune: the tuning table to update", flag_values=values)
     flags.DEFINE_string("plot", "", "layer: a file for a picture of the ratios (.svg)", flag_values=values)
 
 
@@ -122,8 +117,6 @@ def run(values: FlagValues, rest: list[str]) -> None:
     _refuse_flags_of_others(values, rest[0])
     if values.processes > 1:
         return _run_in_processes(values, rest[0])
-    if rest[0] == "tune":
-        return _run_tune(values)
     if rest[0] == "compiled":
         return _run_compiled(values)
     if rest[0] == "compiled_step":
@@ -152,8 +145,8 @@ def run(values: FlagValues, rest: list[str]) -> None:
 
 def _refuse_flags_of_others(values: FlagValues, benchmark: str) -> None:
     users: dict[str, tuple[str, ...]] = {
-        "shapes": ("layer", "decode", "compiled", "tune"),
-        "dtype": ("layer", "decode", "compiled", "tune"),
+        "shapes": ("layer", "decode", "compiled"),
+        "dtype": ("layer", "decode", "compiled"),
         "implementations": ("layer", "decode", "compiled"),
         "target": ("compiled", "compiled_step"),
         "topology": ("compiled_step",),
@@ -161,7 +154,6 @@ def _refuse_flags_of_others(values: FlagValues, benchmark: str) -> None:
         "processes": IN_PROCESSES,
         "csv": ("layer", "decode", "compiled"),
         "plot": ("layer",),
-        "table": ("tune",),
         "repetitions": tuple(name for name in BENCHMARKS if not name.startswith("compiled")),
     }
     for name, allowed in users.items():
@@ -264,23 +256,6 @@ def _run_layers(values: FlagValues, benchmark: str) -> None:
         _write_csv(Path(values.csv), rows)
     if values.plot:
         Path(values.plot).write_bytes(draw_layers(rows))
-
-
-def _run_tune(values: FlagValues) -> None:
-    path, rows = read_file_to_write(values.table, "--table"), []
-    if not path.is_file():
-        raise UsageError(f"--table={path} is not a file; an empty table is one that holds {{}}")
-    read_table(path)
-    for shape in layer.parse_shapes(values.shapes or DEFAULT_SHAPES["tune"]):
-        of_shape, better = tune.bench_tune(shape, values.dtype or "float32", values.repetitions or 7)
-        tune.update_table(path, shape, better)
-        rows += of_shape
-        if not values.json:
-            print_table([{k: v for k, v in row.items() if k != "shape"} for row in of_shape], title=str(shape))
-            kept = " ".join(map(str, better)) if better else "the guess, which nothing beats beyond noise"
-            print(f"Kept: {kept}.")
-    if values.json:
-        print(to_json(rows, indent=2))
 
 
 def _print_tables(rows: list[dict[str, Any]], columns: Callable[[dict[str, Any]], dict[str, Any]]) -> None:

@@ -86,16 +86,14 @@ class Mixing:
         return jax.tree.map(lambda a_BLES: jax.lax.dynamic_slice_in_dim(a_BLES, first, count, axis=2), self)
 
 
-def run_dropless(
-    x_BLD, chosen: Chosen, weights: ExpertWeights, *, implementation: str, sizes: tuple[int, ...] | None = None
-):
-    """As many rows as there are choices. `sizes`: of tiles, where `moejax bench tune` compares them."""
+def run_dropless(x_BLD, chosen: Chosen, weights: ExpertWeights, *, implementation: str):
+    """As many rows as there are choices."""
     experts_BLK = chosen.experts_BLK
     top_k, num_experts = experts_BLK.shape[-1], weights.down_EFD.shape[0]
     experts_TK = experts_BLK.reshape(-1, top_k)
     num_rows = min(experts_TK.size, chosen.max_choices or experts_TK.size)
     if resolve_implementation(implementation) == "tiled" and _is_plain(chosen, weights):
-        sizes = sizes or tile_sizes(num_rows, num_experts, x_BLD.shape[-1], weights.down_EFD.shape[1])
+        sizes = tile_sizes(num_rows, num_experts)
         plan = plan_dropless(experts_TK, num_experts, spare_rows=sizes[-1], max_rows=num_rows)
         return _run_in_one_pass(plan, x_BLD, chosen, weights, sizes, num_rows)
     spare_rows = spare_rows_for(num_rows, num_experts, implementation)
