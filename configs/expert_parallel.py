@@ -24,9 +24,15 @@ def get_config() -> ConfigDict:
     config.moe.top_k = 2
     config.moe.d_expert = 64
     config.moe.exchange = "all_to_all"
-    config.moe.exchange_buffer = 1.5  # a load more uneven than that makes a step slower, and drops nothing
-    config.moe.exchange_chunks = 2  # one half of a device's tokens can travel while the other is computed
-    config.moe.save_exchanged = True  # False: less memory, and tokens travel again in the backward pass
+    config.moe.exchange_buffer = (
+        1.5  # a load more uneven than that makes a step slower, and drops nothing
+    )
+    config.moe.exchange_chunks = (
+        2  # one half of a device's tokens can travel while the other is computed
+    )
+    config.moe.save_exchanged = (
+        True  # False: less memory, and tokens travel again in the backward pass
+    )
     config.data.source = "synthetic"
     config.data.tokenizer = "bytes"
     config.data.seq_len = 64

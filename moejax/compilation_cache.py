@@ -43,12 +43,17 @@ def keep_programs() -> None:
     try:
         folder = programs_folder()
         folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        folder.mkdir(mode=0o700, exist_ok=True)  # each by itself: `parents` leaves theirs to the umask
+        folder.mkdir(
+            mode=0o700, exist_ok=True
+        )  # each by itself: `parents` leaves theirs to the umask
         check_is_own(folder)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except (OSError, RuntimeError, ProgramsFolderError) as error:
-        log.warning("compiled programs are not kept (%s): set XDG_CACHE_HOME to a folder that you alone write", error)
+        log.warning(
+            "compiled programs are not kept (%s): set XDG_CACHE_HOME to a folder that you alone write",
+            error,
+        )
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", WORTH_KEEPING_S)
@@ -64,7 +69,9 @@ def check_is_own(folder: Path) -> None:
     for one in (folder, folder.parent):
         found = one.stat()
         if found.st_uid != os.getuid():
-            raise ProgramsFolderError(f"{one} belongs to user {found.st_uid}, who could put programs there")
+            raise ProgramsFolderError(
+                f"{one} belongs to user {found.st_uid}, who could put programs there"
+            )
         if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
             mode = stat.S_IMODE(found.st_mode)
             raise ProgramsFolderError(f"others may write to {one}, mode {mode:o}: chmod 700 {one}")

@@ -102,7 +102,9 @@ class FolderLock:
       LockedError: on entry, if another process holds the lock or the folder cannot be written.
     """
 
-    def __init__(self, folder: str | Path, does: str, *, waits: bool = False, timing: Timing | None = None):
+    def __init__(
+        self, folder: str | Path, does: str, *, waits: bool = False, timing: Timing | None = None
+    ):
         self.folder = Path(folder)
         self.path = self.folder / ".lock"
         self._waits = waits
@@ -129,7 +131,9 @@ class FolderLock:
                     f"{self.path} cannot be written ({error.strerror}); make room there, or choose another folder"
                 ) from error
             raise
-        self._thread = threading.Thread(target=self._beat_on, name=f"lock of {self.folder}", daemon=True)
+        self._thread = threading.Thread(
+            target=self._beat_on, name=f"lock of {self.folder}", daemon=True
+        )
         self._thread.start()
         _held.add(self)
         return self
@@ -140,7 +144,9 @@ class FolderLock:
         if self._thread:
             self._thread.join()
         if self._file >= 0 and not (self._is_lost.is_set() or self._is_taken()):
-            with contextlib.suppress(OSError):  # a disk that went away: the grace period frees the lock
+            with contextlib.suppress(
+                OSError
+            ):  # a disk that went away: the grace period frees the lock
                 os.ftruncate(self._file, 0)
                 if kind is not None:
                     self._remove_what_stayed_empty()
@@ -168,7 +174,9 @@ class FolderLock:
             folder.rmdir()
 
     def _open(self, attempts: int = 10) -> int:
-        self._made = [folder for folder in (self.folder, *self.folder.parents) if not folder.exists()]
+        self._made = [
+            folder for folder in (self.folder, *self.folder.parents) if not folder.exists()
+        ]
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             # O_NONBLOCK: opening a named pipe must not wait for its other end.
@@ -176,7 +184,9 @@ class FolderLock:
             file = os.open(self.path, flags, 0o644)
         except OSError as error:
             if isinstance(error, FileNotFoundError) and attempts > 1:
-                return self._open(attempts - 1)  # another process, which failed, has just removed the folder
+                return self._open(
+                    attempts - 1
+                )  # another process, which failed, has just removed the folder
             raise LockedError(
                 f"{self.folder} cannot be locked for writing ({error.strerror}: {self.path}); make it writable, or "
                 "choose another folder"
@@ -232,7 +242,9 @@ class FolderLock:
         except OSError as error:
             if error.errno in NO_FLOCK:
                 return None
-            raise LockedError(f"{self.path} cannot be locked ({error.strerror}); choose another folder") from error
+            raise LockedError(
+                f"{self.path} cannot be locked ({error.strerror}); choose another folder"
+            ) from error
         return True
 
     def _is_there(self) -> bool:
@@ -250,7 +262,12 @@ class FolderLock:
         holder = _parse(seen)
         if has_flock and holder.boot == _boot_id():
             return True  # the kernel of this machine released it: its process is dead
-        log.info("%s: watching for %g s whether %s still writes it", self.folder, self._timing.grace_s, holder)
+        log.info(
+            "%s: watching for %g s whether %s still writes it",
+            self.folder,
+            self._timing.grace_s,
+            holder,
+        )
         end = time.monotonic() + self._timing.grace_s
         while time.monotonic() < end:
             time.sleep(self._timing.poll_s)
@@ -259,7 +276,9 @@ class FolderLock:
                 return True
             if now != seen:
                 return False
-        log.warning("%s: %s is gone without releasing its lock; it is taken over", self.folder, holder)
+        log.warning(
+            "%s: %s is gone without releasing its lock; it is taken over", self.folder, holder
+        )
         return True
 
     def _confirm(self) -> None:
@@ -279,7 +298,9 @@ class FolderLock:
                     log.error("%s was taken over by %s", self.folder, self._read_holder())
                     return
                 self._write()
-            except OSError as error:  # the disk may be full or away for a moment: the next beat tries again
+            except (
+                OSError
+            ) as error:  # the disk may be full or away for a moment: the next beat tries again
                 log.debug("%s: a beat was not written (%s)", self.path, error)
 
     def _is_taken(self) -> bool:

@@ -29,10 +29,16 @@ def resolve_path(given: str | os.PathLike[str], name: str = "") -> Path:
     text = os.fspath(given)
     shown = f"{name}={text}" if name else text
     if SCHEME.match(text):
-        raise PathError(f"{shown} is a URL, and buckets are not supported yet; name a folder of a mounted file system")
+        raise PathError(
+            f"{shown} is a URL, and buckets are not supported yet; name a folder of a mounted file system"
+        )
     try:
         path = Path(text).expanduser().resolve()
-    except (ValueError, RuntimeError, OSError) as error:  # a null byte, a home that is unknown, links in a circle
+    except (
+        ValueError,
+        RuntimeError,
+        OSError,
+    ) as error:  # a null byte, a home that is unknown, links in a circle
         raise PathError(f"{shown} cannot be a path ({error}); name another") from error
     _check_encoding(path, shown)
     return path
@@ -79,7 +85,9 @@ def check_writable(folder: Path, name: str) -> None:
         with tempfile.TemporaryFile(dir=there):
             pass
     except OSError as error:
-        raise PathError(f"{name}={folder} cannot be written: {there}: {error.strerror}; name another folder") from error
+        raise PathError(
+            f"{name}={folder} cannot be written: {there}: {error.strerror}; name another folder"
+        ) from error
 
 
 def check_run_folder(folder: Path, name: str) -> None:
@@ -104,7 +112,9 @@ def check_writable_file(file: Path, name: str) -> None:
       name: what it was given as, for errors.
     """
     if not file.parent.is_dir():
-        raise PathError(f"{name}={file} cannot be written: {file.parent} is not a folder; make it first")
+        raise PathError(
+            f"{name}={file} cannot be written: {file.parent} is not a folder; make it first"
+        )
     if file.exists() and not file.is_file():  # a device would be replaced
         raise PathError(f"{name}={file} must be a file, and is something else; name another")
     if file.exists() and not os.access(file, os.W_OK):

@@ -13,4 +13,6 @@ class SeedError(ValueError):
 def check_seed(name: str, seed: int | np.integer) -> None:
     """Raises `SeedError` unless `seed`, which a caller gave as `name`, is an integer from 0 to `LARGEST_SEED`."""
     if not isinstance(seed, int | np.integer) or not 0 <= seed <= LARGEST_SEED:
-        raise SeedError(f"{name}={seed} must be an integer between 0 and {LARGEST_SEED}; use another")
+        raise SeedError(
+            f"{name}={seed} must be an integer between 0 and {LARGEST_SEED}; use another"
+        )

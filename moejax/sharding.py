@@ -54,14 +54,20 @@ def resolve_mesh(mesh: MeshConfig, num_devices: int) -> MeshConfig:
     fixed = 1
     for axis, size in sizes.items():
         if size != -1 and size < 1:
-            raise ConfigError(f"mesh.{axis}={size} must be at least 1, or -1 for all remaining devices")
+            raise ConfigError(
+                f"mesh.{axis}={size} must be at least 1, or -1 for all remaining devices"
+            )
         fixed *= max(size, 1)
     if len(open_axes) > 1:
-        raise ConfigError(f"mesh.{open_axes[0]}=-1 and mesh.{open_axes[1]}=-1: only one mesh size may be -1")
+        raise ConfigError(
+            f"mesh.{open_axes[0]}=-1 and mesh.{open_axes[1]}=-1: only one mesh size may be -1"
+        )
     if open_axes and num_devices % fixed == 0:
         return dataclasses.replace(mesh, **{open_axes[0]: num_devices // fixed})
     if fixed != num_devices or open_axes:
-        named = {axis: size for axis, size in sizes.items() if size != 1 or not axis.startswith("dcn_")}
+        named = {
+            axis: size for axis, size in sizes.items() if size != 1 or not axis.startswith("dcn_")
+        }
         axes = ", ".join(f"mesh.{axis}={size}" for axis, size in named.items())
         raise ConfigError(
             f"{axes} do not fit {num_devices} devices: sizes must be divisors ({divisors(num_devices)}) whose product "
@@ -88,7 +94,10 @@ def make_mesh(config: Config, devices: list[jax.Device] | None = None) -> Mesh:
     # An array [*slow, *fast] of devices, in which each axis of the mesh is split in two, slow before fast. Within a
     # group, an axis may take a part of a physical one: 8 x 8 of a torus of 4 x 4 x 4.
     groups = _groups(devices, math.prod(slow))
-    laid_out = [mesh_utils.create_device_mesh(fast, group, allow_split_physical_axes=True) for group in groups]
+    laid_out = [
+        mesh_utils.create_device_mesh(fast, group, allow_split_physical_axes=True)
+        for group in groups
+    ]
     split = np.stack(laid_out).reshape(*slow, *fast)
     joined = split.transpose(*(axis for i in range(len(slow)) for axis in (i, i + len(slow))))
     shape = tuple(s * f for s, f in zip(slow, fast, strict=True))
@@ -109,9 +118,13 @@ def _groups(devices: list[Any], num_groups: int) -> list[list[Any]]:
         )
     if num_groups == 1:
         return [devices]
-    order = sorted(range(len(devices)), key=lambda i: (slices[i], devices[i].process_index, devices[i].id))
+    order = sorted(
+        range(len(devices)), key=lambda i: (slices[i], devices[i].process_index, devices[i].id)
+    )
     size = len(devices) // num_groups
-    return [[devices[i] for i in order[first : first + size]] for first in range(0, len(order), size)]
+    return [
+        [devices[i] for i in order[first : first + size]] for first in range(0, len(order), size)
+    ]
 
 
 def parts(mesh: MeshConfig) -> dict[str, int]:
@@ -131,7 +144,12 @@ def check_divisible(config: Config, mesh: MeshConfig) -> None:
 
     def product(*axes: str) -> str:
         """What a message calls the parts of these axes: with the slow sizes where there are any."""
-        names = [name for axis in axes for name in (f"dcn_{axis}", axis) if getattr(mesh, name, 1) > 1 or name == axis]
+        names = [
+            name
+            for axis in axes
+            for name in (f"dcn_{axis}", axis)
+            if getattr(mesh, name, 1) > 1 or name == axis
+        ]
         return " * ".join(f"mesh.{name}" for name in names)
 
     batch = sizes["data"] * sizes["fsdp"] * sizes["expert"]
@@ -142,13 +160,17 @@ def check_divisible(config: Config, mesh: MeshConfig) -> None:
             f"microbatches of {microbatch}, which must be a multiple of {product('data', 'fsdp', 'expert')} = {batch}; "
             f"use train.batch_size={batch * config.train.accumulation * max(1, round(microbatch / batch))}"
         )
-    if sizes["context"] > 1 and any(kind.router in ("expert_choice", "soft") for kind in config.moe_runs):
+    if sizes["context"] > 1 and any(
+        kind.router in ("expert_choice", "soft") for kind in config.moe_runs
+    ):
         raise ConfigError(
             f"mesh.context={sizes['context']} splits sequences, and experts that choose among a sequence's tokens, as "
             "with moe.router=expert_choice or soft, need all of it; use mesh.context=1"
         )
     tokens = microbatch // batch * config.data.seq_len // sizes["context"]
-    for chunks in sorted({kind.exchange_chunks for kind in config.moe_runs}):  # moe.per_layer may change it
+    for chunks in sorted(
+        {kind.exchange_chunks for kind in config.moe_runs}
+    ):  # moe.per_layer may change it
         if sizes["expert"] > 1 and tokens % chunks:
             raise ConfigError(
                 f"moe.exchange_chunks={chunks} must divide the {tokens} tokens of a device; use one of "
@@ -166,14 +188,18 @@ def check_divisible(config: Config, mesh: MeshConfig) -> None:
     if config.num_moe_layers:
         splits += [("moe.num_experts", moe.num_experts, "expert")]
         splits += [("moe.d_expert", kind.d_expert, "tensor") for kind in config.moe_runs]
-        splits += [("moe.d_latent", kind.d_latent, "fsdp") for kind in config.moe_runs if kind.d_latent]
+        splits += [
+            ("moe.d_latent", kind.d_latent, "fsdp") for kind in config.moe_runs if kind.d_latent
+        ]
     for key, value, axis in splits:
         size = sizes[axis]
         if value % size:
             below, above = value // size * size, -(-value // size) * size
             works = f"{below} or {above}" if below else f"{above}"
             equals = "=" if product(axis) == f"mesh.{axis}" else " = "
-            raise ConfigError(f"{key}={value} must be a multiple of {product(axis)}{equals}{size}; use {works}")
+            raise ConfigError(
+                f"{key}={value} must be a multiple of {product(axis)}{equals}{size}; use {works}"
+            )
 
 
 def partition_spec(axes: tuple[str, ...]) -> PartitionSpec:
@@ -184,14 +210,18 @@ def partition_spec(axes: tuple[str, ...]) -> PartitionSpec:
     """
     for axis in axes:
         if axis not in RULES:
-            raise ValueError(f"logical axis {axis!r} has no rule in sharding.RULES; known are {[*RULES]}")
+            raise ValueError(
+                f"logical axis {axis!r} has no rule in sharding.RULES; known are {[*RULES]}"
+            )
     return PartitionSpec(*(RULES[axis] for axis in axes))
 
 
 def tree_shardings(axes_tree: Any, mesh: Mesh) -> Any:
     """Maps a tree whose leaves are tuples of logical axes to `NamedSharding`s."""
     return jax.tree.map(
-        lambda axes: NamedSharding(mesh, partition_spec(axes)), axes_tree, is_leaf=lambda x: isinstance(x, tuple)
+        lambda axes: NamedSharding(mesh, partition_spec(axes)),
+        axes_tree,
+        is_leaf=lambda x: isinstance(x, tuple),
     )
 
 

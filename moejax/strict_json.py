@@ -32,7 +32,10 @@ def _finite(value: Any, place: str, places: list[str]) -> Any:
         places.append(place or "the value")
         return None
     if isinstance(value, dict):
-        return {key: _finite(item, f"{place}.{key}" if place else str(key), places) for key, item in value.items()}
+        return {
+            key: _finite(item, f"{place}.{key}" if place else str(key), places)
+            for key, item in value.items()
+        }
     if isinstance(value, list | tuple):
         return [_finite(item, f"{place}[{i}]", places) for i, item in enumerate(value)]
     return value

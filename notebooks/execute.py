@@ -30,7 +30,11 @@ class ThisPython(AsyncKernelManager):
 
 
 def execute(
-    notebook: nbformat.NotebookNode, folder: str | Path, *, timeout: int = TIMEOUT, env: dict[str, str] | None = None
+    notebook: nbformat.NotebookNode,
+    folder: str | Path,
+    *,
+    timeout: int = TIMEOUT,
+    env: dict[str, str] | None = None,
 ) -> None:
     """Runs all cells of a notebook, which gets their outputs.
 

@@ -12,8 +12,12 @@ import warnings
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # jaxlib 0.10 compiles a small train step twice as fast without these emitters; later ones abort on the unknown flag.
 # tests/moe/test_optimized.py starts a process whose programs are as users run them.
-if "MOEJAX_TESTS_OPTIMIZED" not in os.environ and importlib.metadata.version("jaxlib").startswith("0.10."):
-    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false"
+if "MOEJAX_TESTS_OPTIMIZED" not in os.environ and importlib.metadata.version("jaxlib").startswith(
+    "0.10."
+):
+    os.environ["XLA_FLAGS"] = (
+        os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false"
+    )
 
 # Eight devices on two busy cores may wait for each other longer than the 40 s after which XLA ends the process.
 if importlib.metadata.version("jaxlib").startswith("0.10."):
@@ -39,9 +43,13 @@ atexit.register(shutil.rmtree, os.environ["XDG_STATE_HOME"], ignore_errors=True)
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 if "MOEJAX_TESTS_OPTIMIZED" not in os.environ:
-    jax.config.update("jax_disable_most_optimizations", True)  # compiles three times faster; shapes here are tiny
+    jax.config.update(
+        "jax_disable_most_optimizations", True
+    )  # compiles three times faster; shapes here are tiny
 
-gc.set_threshold(100_000, 50, 50)  # millions of live objects of jax's caches are looked through less often
+gc.set_threshold(
+    100_000, 50, 50
+)  # millions of live objects of jax's caches are looked through less often
 
 install_import_hook("moejax", "strict_types.check")
 

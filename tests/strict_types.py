@@ -6,7 +6,9 @@ from collections.abc import Callable
 from beartype import BeartypeConf, beartype
 from beartype.roar import BeartypeDecorHintPep585DeprecationWarning
 
-warnings.filterwarnings("ignore", category=BeartypeDecorHintPep585DeprecationWarning)  # hints of flax and optax
+warnings.filterwarnings(
+    "ignore", category=BeartypeDecorHintPep585DeprecationWarning
+)  # hints of flax and optax
 
 _check = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int is a float, as in PEP 484
 

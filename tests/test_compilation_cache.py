@@ -8,7 +8,12 @@ import jax
 import pytest
 
 from cases.training import small_config
-from moejax.compilation_cache import ProgramsFolderError, check_is_own, keep_programs, programs_folder
+from moejax.compilation_cache import (
+    ProgramsFolderError,
+    check_is_own,
+    keep_programs,
+    programs_folder,
+)
 
 
 @pytest.fixture
@@ -49,7 +54,9 @@ def test_a_folder_that_the_user_gives_to_jax_is_left_alone(options, monkeypatch,
     assert not options and not (tmp_path / "cache").exists()
 
 
-def test_where_programs_cannot_be_kept_none_are_and_the_log_says_so(options, monkeypatch, tmp_path, caplog):
+def test_where_programs_cannot_be_kept_none_are_and_the_log_says_so(
+    options, monkeypatch, tmp_path, caplog
+):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     keep_programs()
@@ -93,7 +100,11 @@ def test_a_second_process_finds_the_program_of_the_first(tmp_path):
 
     def hits():
         command = [sys.executable, "-c", COMPILE]
-        return int(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
+        return int(
+            subprocess.run(
+                command, env=environment, capture_output=True, text=True, check=True
+            ).stdout
+        )
 
     assert hits() == 0
     assert hits() > 0

@@ -27,7 +27,11 @@ DOORS = {
     "tensorflow_datasets": ["data/"],
     "grain": ["data/"],
     "ml_collections": ["config/", "cli/"],
-    "absl": ["config/", "cli/", "kernels/grouped_matmul/tokamax.py"],  # tokamax reads its options from absl flags
+    "absl": [
+        "config/",
+        "cli/",
+        "kernels/grouped_matmul/tokamax.py",
+    ],  # tokamax reads its options from absl flags
     "tokamax": ["kernels/"],
     "optuna": ["sweeps/"],
     "optuna_dashboard": ["sweeps/"],
@@ -39,7 +43,10 @@ DOORS = {
 }
 
 
-OWN_WEIGHTS = ("moe/router/modules.py", "moe/dispatch/on_device.py")  # in folders that need no Flax else
+OWN_WEIGHTS = (
+    "moe/router/modules.py",
+    "moe/dispatch/on_device.py",
+)  # in folders that need no Flax else
 
 
 def dotted_name(path):
@@ -59,7 +66,9 @@ def imports(path):
             base = node.module or ""
             if node.level:
                 package = path.relative_to(ROOT).parts[:-1]
-                base = ".".join([*package[: len(package) - node.level + 1], *filter(None, [node.module])])
+                base = ".".join(
+                    [*package[: len(package) - node.level + 1], *filter(None, [node.module])]
+                )
             # `from a import b` may import the module a.b.
             found |= {base} | {f"{base}.{alias.name}" for alias in node.names}
     return frozenset(found)
@@ -73,7 +82,9 @@ def layer_of(name):
 
 @functools.cache
 def layers():
-    return {dotted_name(path).split(".")[1] for path in FILES if dotted_name(path).count(".")} - {"__main__"}
+    return {dotted_name(path).split(".")[1] for path in FILES if dotted_name(path).count(".")} - {
+        "__main__"
+    }
 
 
 @functools.cache
@@ -133,7 +144,9 @@ def test_imports_run_one_way():
 
 
 def test_neighbours_of_one_rank_do_not_import_each_other_both_ways():
-    knows = {(layer_of(dotted_name(path)), layer_of(name)) for path in FILES for name in imports(path)}
+    knows = {
+        (layer_of(dotted_name(path)), layer_of(name)) for path in FILES for name in imports(path)
+    }
     for one, other in knows:
         if one and other and one != other and RANK[one] == RANK[other]:
             assert (other, one) not in knows, f"{one} and {other} import each other"
@@ -160,7 +173,9 @@ def test_no_file_imports_itself_through_others():
 
 def test_no_folder_has_more_files_than_one_looks_through():
     folders = {path.parent for path in FILES}
-    counts = {inside(folder): len([*folder.glob("*.py")]) - 1 for folder in folders if folder != PACKAGE}
+    counts = {
+        inside(folder): len([*folder.glob("*.py")]) - 1 for folder in folders if folder != PACKAGE
+    }
     assert {folder: count for folder, count in counts.items() if count > 14} == {}
 
 
@@ -181,7 +196,11 @@ def test_nobody_imports_tests_or_recipes_or_experiments_or_notebooks():
 
 def test_routers_losses_dispatch_and_statistics_need_neither_flax_nor_a_mesh():
     folders = ("moe/router/", "moe/balancing/", "moe/dispatch/")
-    files = [path for path in FILES if inside(path).startswith(folders) and inside(path) not in OWN_WEIGHTS]
+    files = [
+        path
+        for path in FILES
+        if inside(path).startswith(folders) and inside(path) not in OWN_WEIGHTS
+    ]
     assert len(files) >= 15 and all((PACKAGE / name).exists() for name in OWN_WEIGHTS)
     for path in files:
         names = reached(path)
@@ -190,7 +209,15 @@ def test_routers_losses_dispatch_and_statistics_need_neither_flax_nor_a_mesh():
 
 
 def test_collectives_are_in_expert_parallel_alone():
-    collectives = {"psum", "pmean", "all_gather", "all_to_all", "ppermute", "psum_scatter", "ragged_all_to_all"}
+    collectives = {
+        "psum",
+        "pmean",
+        "all_gather",
+        "all_to_all",
+        "ppermute",
+        "psum_scatter",
+        "ragged_all_to_all",
+    }
     users = {
         (inside(path), node.attr)
         for path in FILES
@@ -198,9 +225,14 @@ def test_collectives_are_in_expert_parallel_alone():
         if isinstance(node, ast.Attribute) and node.attr in collectives | {"shard_map"}
     }
     # Attention on parts of a sequence says which arrays it needs whole, and XLA moves them; nothing moves between arms.
-    others = {("nn/attention/grouped_query.py", "shard_map"), ("training/packed/arms.py", "shard_map")}
+    others = {
+        ("nn/attention/grouped_query.py", "shard_map"),
+        ("training/packed/arms.py", "shard_map"),
+    }
     assert others < users
-    assert {Path(file).parent.as_posix() for file, name in users - others} == {"moe/expert_parallel"}, users
+    assert {Path(file).parent.as_posix() for file, name in users - others} == {
+        "moe/expert_parallel"
+    }, users
 
 
 def test_no_file_asserts_bare_or_is_longer_than_400_lines():
@@ -222,7 +254,11 @@ def test_no_nnx_transform_and_no_sow_is_used():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Attribute) and node.attr == "sow":
                 yield f"sow in line {node.lineno}"
-            if isinstance(node, ast.Attribute) and node.attr in transforms and getattr(node.value, "id", "") == "nnx":
+            if (
+                isinstance(node, ast.Attribute)
+                and node.attr in transforms
+                and getattr(node.value, "id", "") == "nnx"
+            ):
                 yield f"nnx.{node.attr} in line {node.lineno}"
 
     assert violations(check) == []

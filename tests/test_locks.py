@@ -32,7 +32,10 @@ def other(tmp_path):
     """Another process that holds the lock of `tmp_path`."""
     environment = os.environ | {"PYTHONPATH": str(Path(locks.__file__).parents[1])}
     process = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True, env=environment
+        [sys.executable, "-c", HOLD, str(tmp_path)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
     )
     assert process.stdout.readline() == "held\n"
     yield process
@@ -43,7 +46,15 @@ def other(tmp_path):
 
 def foreign_record(folder, beat=1):
     """What a process of another machine would have written."""
-    record = {"pid": 7, "host": "node9", "boot": "b", "since": "then", "does": "train", "nonce": "n", "beat": beat}
+    record = {
+        "pid": 7,
+        "host": "node9",
+        "boot": "b",
+        "since": "then",
+        "does": "train",
+        "nonce": "n",
+        "beat": beat,
+    }
     (folder / ".lock").write_text(json.dumps(record))
 
 
@@ -51,7 +62,9 @@ def test_a_second_process_learns_who_writes_the_folder(tmp_path, other):
     with pytest.raises(LockedError) as caught, FolderLock(tmp_path, "train"):
         pass
     message = str(caught.value)
-    assert re.search(rf"process {other.pid} on \S+ \(train, since \d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d\)", message), message
+    assert re.search(
+        rf"process {other.pid} on \S+ \(train, since \d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d\)", message
+    ), message
     assert str(tmp_path) in message and "\n" not in message
 
 
@@ -72,9 +85,15 @@ def test_the_end_of_the_holder_releases_the_lock_and_leaves_no_record(tmp_path):
 
 def test_one_process_does_not_write_a_folder_twice_at_once(tmp_path):
     with FolderLock(tmp_path, "train"):
-        with pytest.raises(LockedError, match=f"process {os.getpid()} "), FolderLock(tmp_path, "report"):
+        with (
+            pytest.raises(LockedError, match=f"process {os.getpid()} "),
+            FolderLock(tmp_path, "report"),
+        ):
             pass
-        with pytest.raises(LockedError), FolderLock(tmp_path, "report"):  # the refused one released nothing
+        with (
+            pytest.raises(LockedError),
+            FolderLock(tmp_path, "report"),
+        ):  # the refused one released nothing
             pass
 
 
@@ -84,7 +103,9 @@ def test_one_that_waits_goes_on_when_the_holder_dies(tmp_path, other, caplog):
         threading.Timer(0.3, other.kill).start()
         with FolderLock(tmp_path, "prepare", waits=True, timing=QUICK):
             assert time.monotonic() - started >= 0.3
-    said = [record.getMessage() for record in caplog.records if "waiting for" in record.getMessage()]
+    said = [
+        record.getMessage() for record in caplog.records if "waiting for" in record.getMessage()
+    ]
     assert len(said) == 1 and f"process {other.pid} " in said[0]
 
 
@@ -130,8 +151,13 @@ def test_a_holder_that_was_taken_over_is_told_and_leaves_the_record(tmp_path):
 
 
 def test_a_lock_on_a_full_disk_names_its_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(locks.os, "pwrite", raises(OSError(errno.ENOSPC, "No space left on device")))
-    with pytest.raises(LockedError, match=r"run/\.lock cannot be written \(No space left on device\); make room there"):
+    monkeypatch.setattr(
+        locks.os, "pwrite", raises(OSError(errno.ENOSPC, "No space left on device"))
+    )
+    with pytest.raises(
+        LockedError,
+        match=r"run/\.lock cannot be written \(No space left on device\); make room there",
+    ):
         FolderLock(tmp_path / "run", "train").__enter__()
 
 
@@ -159,7 +185,9 @@ def test_a_record_that_another_has_released_or_removed_is_lost(tmp_path, record)
             (tmp_path / ".lock").unlink()
         else:
             (tmp_path / ".lock").write_bytes(record)
-        with pytest.raises(LockedError, match=rf"\.lock was removed or emptied while process {os.getpid()} "):
+        with pytest.raises(
+            LockedError, match=rf"\.lock was removed or emptied while process {os.getpid()} "
+        ):
             check_held(tmp_path)
 
 
@@ -171,7 +199,9 @@ def test_a_record_that_cannot_be_read_for_a_moment_is_not_lost(tmp_path, monkeyp
             time.sleep(4 * QUICK.beat_s)
         (tmp_path / ".lock").write_bytes(b'{"pid": 7, "ho')  # torn
         check_held(tmp_path)
-        wait_for(lambda: b"nonce" in (tmp_path / ".lock").read_bytes())  # the next beat writes it anew
+        wait_for(
+            lambda: b"nonce" in (tmp_path / ".lock").read_bytes()
+        )  # the next beat writes it anew
         assert not lock._is_lost.is_set()
 
 
@@ -228,10 +258,16 @@ def test_a_lock_that_is_a_link_or_a_pipe_is_refused_in_a_line(tmp_path):
     (tmp_path / "b").mkdir()
     os.mkfifo(tmp_path / "b" / ".lock")
     (tmp_path / "c").write_text("a file")
-    with pytest.raises(LockedError, match="/proc/nowhere cannot be locked"), FolderLock("/proc/nowhere", "train"):
+    with (
+        pytest.raises(LockedError, match="/proc/nowhere cannot be locked"),
+        FolderLock("/proc/nowhere", "train"),
+    ):
         pass
     for name in "abc":
-        with pytest.raises(LockedError, match=str(tmp_path / name)), FolderLock(tmp_path / name, "train"):
+        with (
+            pytest.raises(LockedError, match=str(tmp_path / name)),
+            FolderLock(tmp_path / name, "train"),
+        ):
             pass
     assert (tmp_path / "target").read_text() == "kept"
 
@@ -241,9 +277,14 @@ def test_a_forked_child_does_not_hold_the_lock_of_a_dead_parent(tmp_path):
     code = HOLD.replace('print("held", flush=True)', fork)
     environment = os.environ | {"PYTHONPATH": str(Path(locks.__file__).parents[1])}
     process = subprocess.Popen(
-        [sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True, env=environment
+        [sys.executable, "-c", code, str(tmp_path)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
     )
-    child = max(int(process.stdout.readline()) for _ in range(2))  # of the parent, and 0 of the child itself
+    child = max(
+        int(process.stdout.readline()) for _ in range(2)
+    )  # of the parent, and 0 of the child itself
     try:
         process.kill()
         process.wait()

@@ -11,7 +11,13 @@ from moejax.inference.evaluate import evaluate_run
 from moejax.inference.load import load_run
 from moejax.inspection.report.comparison_page import write_comparison
 from moejax.inspection.runs.run import open_run
-from moejax.paths import PathError, check_run_folder, check_writable, check_writable_file, resolve_path
+from moejax.paths import (
+    PathError,
+    check_run_folder,
+    check_writable,
+    check_writable_file,
+    resolve_path,
+)
 from moejax.sweeps.report.write import build_sweep_report
 from moejax.sweeps.store.directory import open_sweep
 from moejax.training.loop import train
@@ -24,12 +30,21 @@ def test_a_path_is_resolved_with_its_home_its_dots_and_its_links(tmp_path, monke
     monkeypatch.chdir(tmp_path / "a/b")
     monkeypatch.setenv("HOME", str(tmp_path))
     expected = tmp_path.resolve() / "a/new"
-    for given in ("../new", "../../link/../new", "~/a/new", "./../b/../new", Path("../new"), str(expected)):
+    for given in (
+        "../new",
+        "../../link/../new",
+        "~/a/new",
+        "./../b/../new",
+        Path("../new"),
+        str(expected),
+    ):
         assert resolve_path(given, "--workdir") == expected
     assert not expected.exists()
 
 
-@pytest.mark.parametrize("given", ["gs://b/x", "s3://b", "file:///tmp/x", Path("gs://b/x"), "a\0b", "caf\udce9"])
+@pytest.mark.parametrize(
+    "given", ["gs://b/x", "s3://b", "file:///tmp/x", Path("gs://b/x"), "a\0b", "caf\udce9"]
+)
 @pytest.mark.parametrize(
     "door", [resolve_path, open_run, load_run, evaluate_run, open_sweep, build_sweep_report,
              lambda path: write_comparison([path, path]), lambda path: train(resolve({}), path), read_routing],
@@ -45,7 +60,8 @@ def test_a_name_that_libraries_would_write_otherwise_is_refused(tmp_path, monkey
     assert resolve_path(tmp_path / "ünï") == tmp_path / "ünï"
     monkeypatch.setattr(os, "fsencode", lambda path: str(path).encode("latin-1"))
     with pytest.raises(
-        PathError, match="ünï, is not UTF-8 here; use a folder with a plain name, or a locale with UTF-8"
+        PathError,
+        match="ünï, is not UTF-8 here; use a folder with a plain name, or a locale with UTF-8",
     ):
         resolve_path(tmp_path / "ünï")
     assert resolve_path(tmp_path / "plain") == tmp_path / "plain"
@@ -62,7 +78,9 @@ def test_links_in_a_circle_and_unknown_homes_are_refused(tmp_path):
 def test_a_folder_whose_checkpoints_could_not_be_read_is_refused(tmp_path):
     check_run_folder(tmp_path / "p(1)/a b", "--workdir")
     for name in ("p[1]/run", "run*", "what?"):
-        with pytest.raises(PathError, match=r"--workdir=.* has [\[*?] in it, .* use a folder whose path has none"):
+        with pytest.raises(
+            PathError, match=r"--workdir=.* has [\[*?] in it, .* use a folder whose path has none"
+        ):
             check_run_folder(tmp_path / name, "--workdir")
 
 
@@ -85,4 +103,6 @@ def test_what_cannot_be_written_is_found_before_anything_is_made(tmp_path, monke
     monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
     with pytest.raises(PathError, match=r"--csv=.*file cannot be written: the file is read-only"):
         check_writable_file(tmp_path / "file", "--csv")
-    assert stat.S_ISREG((tmp_path / "file").stat().st_mode) and (tmp_path / "file").read_text() == "x"
+    assert (
+        stat.S_ISREG((tmp_path / "file").stat().st_mode) and (tmp_path / "file").read_text() == "x"
+    )

@@ -18,7 +18,9 @@ def test_a_seed_out_of_range_is_refused_wherever_one_is_given():
             lambda seed: spread_rows(10, 2, seed),
             lambda seed: counterfactuals("nowhere", seed=seed),
         ):
-            with pytest.raises(SeedError, match=f"seed={seed} must be an integer between 0 and 2147483647"):
+            with pytest.raises(
+                SeedError, match=f"seed={seed} must be an integer between 0 and 2147483647"
+            ):
                 door(seed)
         with pytest.raises(ConfigError, match=r"train\.seed"):
             resolve({"train": {"seed": seed}})

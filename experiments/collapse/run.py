@@ -30,7 +30,10 @@ ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
 SEEDS = (0, 1, 2)
 FROM_RESULTS = "--from-results"
-DEAD_STEPS, DEAD_SHARE = 50, 0.05  # an expert with less than this part of a fair share over so many steps is dead
+DEAD_STEPS, DEAD_SHARE = (
+    50,
+    0.05,
+)  # an expert with less than this part of a fair share over so many steps is dead
 
 NOISY: dict[str, Any] = {"router": "noisy_topk", "score": "softmax"}
 SCHEMES: dict[str, dict[str, Any]] = {
@@ -40,9 +43,15 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "sequence_balance": {"sequence_balance_weight": 0.01},
     "importance": NOISY | {"importance_weight": 0.1},
     "importance_load": NOISY | {"importance_weight": 0.1, "load_weight": 0.1},
-    "importance_load_vmoe": NOISY | {"router_noise": "fixed", "vmoe_importance_weight": 0.1, "vmoe_load_weight": 0.1},
+    "importance_load_vmoe": NOISY
+    | {"router_noise": "fixed", "vmoe_importance_weight": 0.1, "vmoe_load_weight": 0.1},
     "importance_no_noise": {"importance_weight": 0.1},
-    "bias": {"router": "sigmoid_topk", "score": "sigmoid", "selection_bias": True, "bias_rate": 5e-3},
+    "bias": {
+        "router": "sigmoid_topk",
+        "score": "sigmoid",
+        "selection_bias": True,
+        "bias_rate": 5e-3,
+    },
     "quantile": {"router": "quantile", "score": "sigmoid"},
     "sinkhorn": {"router": "sinkhorn", "score": "sigmoid", "allow_noncausal": True},
 }
@@ -93,12 +102,17 @@ def read(workdir: Path) -> dict[str, Any]:
     evaluated = [line for line in lines if "eval/loss" in line][-1]
     history = read_routing(workdir)
     window = DEAD_STEPS // int(history.steps[1] - history.steps[0])
-    recent = np.lib.stride_tricks.sliding_window_view(history.counts_SNE, window, axis=0).sum(axis=-1)
+    recent = np.lib.stride_tricks.sliding_window_view(history.counts_SNE, window, axis=0).sum(
+        axis=-1
+    )
     return {
         "steps": [line["step"] for line in trained],
         "max_violation": [line["moe/max_violation"] for line in trained],
         "dead_steps": history.steps[window - 1 :].tolist(),
-        "dead": (recent < DEAD_SHARE * recent.mean(axis=2, keepdims=True)).sum(axis=2).mean(axis=1).tolist(),
+        "dead": (recent < DEAD_SHARE * recent.mean(axis=2, keepdims=True))
+        .sum(axis=2)
+        .mean(axis=1)
+        .tolist(),
         "eval_max_violation": evaluated["eval/max_violation"],
         "eval_bits_per_byte": evaluated["eval/bits_per_byte"],
     }
@@ -111,24 +125,46 @@ def draw(results: dict[str, dict[str, Any]]) -> None:
         for scheme, by_seed in results.items():
             runs = list(by_seed.values())
             color, dash = LOOKS[scheme]
-            for axis, steps, key in ((axes[0], "steps", "max_violation"), (axes[1], "dead_steps", "dead")):
+            for axis, steps, key in (
+                (axes[0], "steps", "max_violation"),
+                (axes[1], "dead_steps", "dead"),
+            ):
                 values = np.array([run[key] for run in runs])
-                axis.plot(runs[0][steps], values.mean(axis=0), label=scheme, color=color, linestyle=dash)
-                axis.fill_between(
-                    runs[0][steps], values.min(axis=0), values.max(axis=0), color=color, alpha=0.15, linewidth=0
+                axis.plot(
+                    runs[0][steps], values.mean(axis=0), label=scheme, color=color, linestyle=dash
                 )
-        axes[0].set(xlabel="training step", ylabel="MaxVio in training (mean over layers)", yscale="log")
+                axis.fill_between(
+                    runs[0][steps],
+                    values.min(axis=0),
+                    values.max(axis=0),
+                    color=color,
+                    alpha=0.15,
+                    linewidth=0,
+                )
+        axes[0].set(
+            xlabel="training step", ylabel="MaxVio in training (mean over layers)", yscale="log"
+        )
         axes[0].yaxis.set_major_formatter(FuncFormatter(lambda y, _: short_number(y)))
-        axes[1].set(xlabel="training step", ylabel="dead experts of 16 (mean over layers)", ylim=(0, None))
+        axes[1].set(
+            xlabel="training step", ylabel="dead experts of 16 (mean over layers)", ylim=(0, None)
+        )
         lines, names = axes[0].get_legend_handles_labels()
         band = Patch(color=GREY, alpha=0.3, linewidth=0)
-        figure.legend([*lines, band], [*names, f"range of {len(SEEDS)} seeds"], loc="outside lower center", ncols=4)
+        figure.legend(
+            [*lines, band],
+            [*names, f"range of {len(SEEDS)} seeds"],
+            loc="outside lower center",
+            ncols=4,
+        )
         figure.savefig(HERE / "figure.png", dpi=PNG_DPI, facecolor="white")
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
     """The results as Markdown: means over seeds, and the range in parentheses."""
-    rows = ["| scheme | MaxVio on held-out text | dead experts of 16 | bits per byte |", "|---|---|---|---|"]
+    rows = [
+        "| scheme | MaxVio on held-out text | dead experts of 16 | bits per byte |",
+        "|---|---|---|---|",
+    ]
     for scheme, by_seed in results.items():
         cells = []
         for values in (

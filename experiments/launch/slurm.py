@@ -29,27 +29,45 @@ SECONDS_TO_END = 10
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The options of the job; what follows `--` is in `train`."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--cluster", choices=("slurm", "local"), default="slurm")
     parser.add_argument("--nodes", type=int, default=1)
-    parser.add_argument("--gpus_per_node", type=int, default=8, help="0: one process on each node, on its CPU")
+    parser.add_argument(
+        "--gpus_per_node", type=int, default=8, help="0: one process on each node, on its CPU"
+    )
     parser.add_argument("--cpus_per_task", type=int, default=8)
-    parser.add_argument("--mem_gb", type=int, default=0, help="memory of a node; 0: as the cluster has it")
+    parser.add_argument(
+        "--mem_gb", type=int, default=0, help="memory of a node; 0: as the cluster has it"
+    )
     parser.add_argument("--minutes", type=int, default=240)
-    parser.add_argument("--jobs", type=int, default=1, help="jobs, one after another, that continue one run")
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="jobs, one after another, that continue one run"
+    )
     parser.add_argument("--partition", default="")
     parser.add_argument("--account", default="")
-    parser.add_argument("--name", default="moejax", help="of the job; jobs of one name and user run one after another")
-    parser.add_argument("--folder", default="runs/slurm", help="scripts, logs and pickles of submitit")
+    parser.add_argument(
+        "--name",
+        default="moejax",
+        help="of the job; jobs of one name and user run one after another",
+    )
+    parser.add_argument(
+        "--folder", default="runs/slurm", help="scripts, logs and pickles of submitit"
+    )
     parser.add_argument("--local_processes", type=int, default=2, help="--cluster=local: how many")
-    parser.add_argument("--wait", action="store_true", help="until the jobs have ended; exits 1 if one failed")
+    parser.add_argument(
+        "--wait", action="store_true", help="until the jobs have ended; exits 1 if one failed"
+    )
     split = arguments.index("--") if "--" in arguments else len(arguments)
     own, train = arguments[:split], arguments[split + 1 :]
     options = parser.parse_args(own)
     if not train:
         parser.error("nothing to train; give the flags of moejax train after --")
     if options.minutes * 60 <= 2 * SECONDS_TO_SAVE:
-        parser.error(f"--minutes={options.minutes} must be more than {2 * SECONDS_TO_SAVE // 60}, to start and to save")
+        parser.error(
+            f"--minutes={options.minutes} must be more than {2 * SECONDS_TO_SAVE // 60}, to start and to save"
+        )
     options.train = train
     return options
 
@@ -59,7 +77,14 @@ def command(options: argparse.Namespace) -> list[str]:
     train = [sys.executable, "-m", "moejax", "train", *options.train]
     if options.cluster == "slurm":
         seconds = options.minutes * 60 - SECONDS_TO_SAVE
-        return ["timeout", "--preserve-status", "--signal=TERM", str(seconds), *train, "--distributed"]
+        return [
+            "timeout",
+            "--preserve-status",
+            "--signal=TERM",
+            str(seconds),
+            *train,
+            "--distributed",
+        ]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -71,7 +96,9 @@ def make_executor(options: argparse.Namespace) -> submitit.AutoExecutor:
     """The executor with all parameters of the job."""
     executor = submitit.AutoExecutor(folder=Path(options.folder) / "%j", cluster=options.cluster)
     if options.cluster == "local":
-        executor.update_parameters(timeout_min=options.minutes, tasks_per_node=options.local_processes)
+        executor.update_parameters(
+            timeout_min=options.minutes, tasks_per_node=options.local_processes
+        )
         return executor
     parameters = {
         "name": options.name,
@@ -81,7 +108,9 @@ def make_executor(options: argparse.Namespace) -> submitit.AutoExecutor:
         "timeout_min": options.minutes,
         "slurm_signal_delay_s": SECONDS_TO_END,
         "slurm_additional_parameters": {"dependency": "singleton"},
-        "slurm_srun_args": ["--kill-on-bad-exit=1"],  # those of a failed process that do not end by themselves
+        "slurm_srun_args": [
+            "--kill-on-bad-exit=1"
+        ],  # those of a failed process that do not end by themselves
     }
     if options.gpus_per_node:
         parameters["gpus_per_node"] = options.gpus_per_node
@@ -98,7 +127,10 @@ def main() -> int:
     """Submits and prints the jobs and where their logs are."""
     options = parse(sys.argv[1:])
     executor = make_executor(options)
-    jobs = [executor.submit(CommandFunction(command(options), cwd=Path.cwd())) for _ in range(options.jobs)]
+    jobs = [
+        executor.submit(CommandFunction(command(options), cwd=Path.cwd()))
+        for _ in range(options.jobs)
+    ]
     for job in jobs:
         print(f"job {job.job_id}: logs {job.paths.stdout}, {job.paths.stderr}")
     if options.wait or options.cluster == "local":

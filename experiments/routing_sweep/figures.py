@@ -31,7 +31,12 @@ ROOT, HERE = Path(__file__).parents[2], Path(__file__).parent
 SWEEP, RESULTS, PAGE = ROOT / "runs/routing_sweep", HERE / "results.json", HERE / "README.md"
 MARKS = ("<!-- measured: written by figures.py -->\n", "<!-- end -->")
 AXES = {"router": "router", "scheme": "balancing", "num_experts": "experts", "top_k": "K"}
-LOSS, VIOLATION, DEAD, SECONDS = "final/eval/loss", "final/eval/max_violation", "tail/moe/dead_experts", "step_s"
+LOSS, VIOLATION, DEAD, SECONDS = (
+    "final/eval/loss",
+    "final/eval/max_violation",
+    "tail/moe/dead_experts",
+    "step_s",
+)
 METRICS = (LOSS, VIOLATION, DEAD, SECONDS)
 COLOURS = {"softmax_topk": "#0072b2", "sigmoid_topk": "#e69f00", "noisy_topk": "#cc79a7"}
 MARKERS = {"none": "x", "loss": "o", "bias": "s"}
@@ -45,7 +50,9 @@ def read() -> list[dict[str, Any]]:
     for arm in frame.to_dict("records"):
         is_dense = arm["override/moe.num_experts"] == 0
         names = [
-            name for name, leaves in schemes.items() if all(arm[f"override/{key}"] == v for key, v in leaves.items())
+            name
+            for name, leaves in schemes.items()
+            if all(arm[f"override/{key}"] == v for key, v in leaves.items())
         ]
         rows.append(
             {
@@ -67,7 +74,9 @@ def read() -> list[dict[str, Any]]:
 def arms(rows: list[dict[str, Any]]) -> pd.DataFrame:
     """The arms that are done, MoE and dense."""
     columns = {f"override/{name}": [row[name] for row in rows] for name in AXES}
-    frame = pd.DataFrame({name: pd.Series(values, dtype=object) for name, values in columns.items()})
+    frame = pd.DataFrame(
+        {name: pd.Series(values, dtype=object) for name, values in columns.items()}
+    )
     for name in ("arm", "seed"):
         frame[name] = [row[name] for row in rows]
     for name in METRICS:
@@ -77,9 +86,13 @@ def arms(rows: list[dict[str, Any]]) -> pd.DataFrame:
 
 def settings(frame: pd.DataFrame) -> pd.DataFrame:
     """Means over seeds, the best first, with `difference`: from the dense control, between arms of one seed."""
-    table = settings_of(frame, list(METRICS)).sort_values(LOSS, kind="stable").reset_index(drop=True)
+    table = (
+        settings_of(frame, list(METRICS)).sort_values(LOSS, kind="stable").reset_index(drop=True)
+    )
     dense = table.loc[table["override/num_experts"] == 0, "arms"].iloc[0]
-    table["difference"] = pd.Series(compare_settings(frame, LOSS, dense, list(table["arms"])), dtype=object)
+    table["difference"] = pd.Series(
+        compare_settings(frame, LOSS, dense, list(table["arms"])), dtype=object
+    )
     return table
 
 
@@ -91,7 +104,10 @@ def is_moe(frame: pd.DataFrame) -> pd.Series:
 def kinds(frame: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """The MoE arms of which effects are looked at, by name."""
     moe = frame[is_moe(frame)]
-    return {"all routers": moe, "without the noisy router": moe[moe["override/router"] != "noisy_topk"]}
+    return {
+        "all routers": moe,
+        "without the noisy router": moe[moe["override/router"] != "noisy_topk"],
+    }
 
 
 def effects(frame: pd.DataFrame) -> dict[str, AxisEffect]:
@@ -101,7 +117,10 @@ def effects(frame: pd.DataFrame) -> dict[str, AxisEffect]:
 
 def write_tables(frame: pd.DataFrame) -> str:
     """Settings from the best to the worst, effects of axes, interactions."""
-    return "\n".join([*_settings_lines(frame), "", *_effect_lines(frame), "", *_pair_lines(frame)]) + "\n"
+    return (
+        "\n".join([*_settings_lines(frame), "", *_effect_lines(frame), "", *_pair_lines(frame)])
+        + "\n"
+    )
 
 
 def _settings_lines(frame: pd.DataFrame) -> list[str]:
@@ -111,12 +130,18 @@ def _settings_lines(frame: pd.DataFrame) -> list[str]:
     lines += ["|---|---|---|---|---|---|---|---|---|"]
     for row in settings(frame).to_dict("records"):
         is_dense = row["override/num_experts"] == 0
-        names = ["dense control", "", "", ""] if is_dense else [row[f"override/{name}"] for name in AXES]
+        names = (
+            ["dense control", "", "", ""]
+            if is_dense
+            else [row[f"override/{name}"] for name in AXES]
+        )
         loss = f"{row[LOSS]:.4f} ± {row[f'{LOSS}/se']:.4f}"
         rest = ["", "", ""]
         if not is_dense:
             rest = [_in_words(row["difference"]), f"{row[VIOLATION]:.2f}", f"{row[DEAD]:.1f}"]
-        lines.append("| " + " | ".join(map(str, [*names, loss, *rest, f"{1e3 * row[SECONDS]:.0f}"])) + " |")
+        lines.append(
+            "| " + " | ".join(map(str, [*names, loss, *rest, f"{1e3 * row[SECONDS]:.0f}"])) + " |"
+        )
     return lines
 
 
@@ -136,7 +161,9 @@ def _effect_lines(frame: pd.DataFrame) -> list[str]:
             for of_kind in found.values():
                 same = [other for other in of_kind[name].others if other.level == level.level]
                 by_kind.append(_in_words(same[0].difference) if same else "")
-            lines.append(f"| {title} | {level.level} against {first.reference} | {' | '.join(by_kind)} |")
+            lines.append(
+                f"| {title} | {level.level} against {first.reference} | {' | '.join(by_kind)} |"
+            )
     return lines
 
 
@@ -153,7 +180,9 @@ def _pair_lines(frame: pd.DataFrame) -> list[str]:
 
 def draw(frame: pd.DataFrame) -> None:
     """Every setting with its standard error, and the effect of each axis with its interval."""
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 5.4), width_ratios=(3, 2), layout="constrained")
+    figure, (left, right) = pyplot.subplots(
+        1, 2, figsize=(11, 5.4), width_ratios=(3, 2), layout="constrained"
+    )
     draw_settings(left, settings(frame))
     draw_effects(right, frame)
     figure.savefig(HERE / "figure.png", dpi=PNG_DPI, facecolor="white")
@@ -166,8 +195,14 @@ def draw_settings(axes: Axes, table: pd.DataFrame) -> None:
     for router_index, (router, colour) in enumerate(COLOURS.items()):
         for scheme_index, (scheme, marker) in enumerate(MARKERS.items()):
             own = table[(table["override/router"] == router) & (table["override/scheme"] == scheme)]
-            by_group = {(row["override/num_experts"], row["override/top_k"]): row for row in own.to_dict("records")}
-            places = [i + 0.26 * (router_index - 1) + 0.07 * (scheme_index - 1) for i in range(len(groups))]
+            by_group = {
+                (row["override/num_experts"], row["override/top_k"]): row
+                for row in own.to_dict("records")
+            }
+            places = [
+                i + 0.26 * (router_index - 1) + 0.07 * (scheme_index - 1)
+                for i in range(len(groups))
+            ]
             axes.errorbar(
                 places, [by_group[group][LOSS] for group in groups],
                 yerr=[by_group[group][f"{LOSS}/se"] for group in groups],
@@ -195,12 +230,24 @@ def draw_effects(axes: Axes, frame: pd.DataFrame) -> None:
                 found = level.difference
                 face = colour if found.is_told_apart else "white"
                 reach = found.high - found.mean
-                axes.errorbar(found.mean, place, xerr=reach, marker=marker, color=colour, mfc=face, capsize=2)
+                axes.errorbar(
+                    found.mean, place, xerr=reach, marker=marker, color=colour, mfc=face, capsize=2
+                )
         axes.plot([], [], marker=marker, color=colour, linestyle="none", label=kind)
-    axes.plot([], [], marker="o", color="black", mfc="white", linestyle="none", label="hollow: may be noise")
+    axes.plot(
+        [],
+        [],
+        marker="o",
+        color="black",
+        mfc="white",
+        linestyle="none",
+        label="hollow: may be noise",
+    )
     axes.axvline(0, color="0.4", linestyle="--", label="no difference")
     axes.set_yticks([at - 0.15 for at in ticks.values()], list(ticks))
-    axes.set_xlabel("difference in loss, nats per token\n(arms of one seed, 95 % interval over 3 seeds)")
+    axes.set_xlabel(
+        "difference in loss, nats per token\n(arms of one seed, 95 % interval over 3 seeds)"
+    )
     axes.legend(fontsize=7, loc="lower right")
 
 

@@ -56,8 +56,13 @@ def get_config() -> ConfigDict:
 
 def sweep() -> Iterator[dict[str, Any]]:
     """Points without seeds: a single expert's weight stays a probability, those of several are made to sum to 1."""
-    axes = product(choice("moe.router", *ROUTERS), choice("moe.num_experts", 8, 32), choice("moe.top_k", 1, 4))
+    axes = product(
+        choice("moe.router", *ROUTERS), choice("moe.num_experts", 8, 32), choice("moe.top_k", 1, 4)
+    )
     for point in axes:
         for scheme in SCHEMES.values():
-            rest = {"moe.score": ROUTERS[point["moe.router"]], "moe.renormalize": point["moe.top_k"] > 1}
+            rest = {
+                "moe.score": ROUTERS[point["moe.router"]],
+                "moe.renormalize": point["moe.top_k"] > 1,
+            }
             yield point | rest | scheme

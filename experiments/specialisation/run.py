@@ -23,7 +23,10 @@ from moejax.data import Corpus
 from moejax.data.labels import Labels
 from moejax.inspection import open_run
 from moejax.inspection.analysis.attributes import Attribute, attributes_of
-from moejax.inspection.analysis.expert_profile import domain_specialisation, vocabulary_specialisation
+from moejax.inspection.analysis.expert_profile import (
+    domain_specialisation,
+    vocabulary_specialisation,
+)
 from moejax.inspection.analysis.expert_similarity import linear_cka, output_cosine
 from moejax.inspection.analysis.expert_weights import expert_outputs
 from moejax.inspection.analysis.information import expert_information, information_table
@@ -51,7 +54,10 @@ Results = dict[str, dict[str, dict[str, Any]]]  # by condition and seed
 
 CONDITIONS: dict[str, tuple[Sequence[int], dict[str, Any]]] = {
     "moe": ((0, 1, 2), {}),
-    "untrained": ((0, 1, 2), {"train.num_steps": 1, "train.eval_every": 0, "optimizer.learning_rate": 1e-9}),
+    "untrained": (
+        (0, 1, 2),
+        {"train.num_steps": 1, "train.eval_every": 0, "optimizer.learning_rate": 1e-9},
+    ),
     "dense": ((0,), {"moe.num_experts": 0}),
 }
 """By name: seeds, and what each changes in `configs/domains_moe.py`."""
@@ -93,7 +99,9 @@ def config_of(condition: str, seed: int):
 def measure(condition: str, seed: int) -> dict[str, Any]:
     """Trains, or takes the finished run, and looks at all validation rows at its last checkpoint."""
     workdir = ROOT / "runs/specialisation" / f"{condition}_{seed}"
-    if train(config_of(condition, seed), workdir, command=" ".join(["python", *sys.argv])).stopped_by:
+    if train(
+        config_of(condition, seed), workdir, command=" ".join(["python", *sys.argv])
+    ).stopped_by:
         sys.exit(0)
     run = open_run(workdir)
     measured: dict[str, Any] = {key: run.last(key) for key in run.keys if key.startswith("eval/")}
@@ -110,7 +118,9 @@ def look(run) -> dict[str, Any]:
     attributes = {
         attribute.name: attribute
         for attribute in (
-            *attributes_of(routed.tokens_T, routed.rows_T, routed.positions_T, model.tokenizer.piece),
+            *attributes_of(
+                routed.tokens_T, routed.rows_T, routed.positions_T, model.tokenizer.piece
+            ),
             Attribute("domain", domains_T, labels.domains),
             Attribute("document", routed.documents_T),
         )
@@ -123,8 +133,12 @@ def look(run) -> dict[str, Any]:
         )
         for name, given, over in QUESTIONS
     ]  # fmt: skip
-    vocabulary = vocabulary_specialisation(routed.tokens_T, routed.experts_NTK, model.tokenizer.vocab_size, num_experts)
-    by_domain = domain_specialisation(domains_T, routed.experts_NTK, len(labels.domains), num_experts)
+    vocabulary = vocabulary_specialisation(
+        routed.tokens_T, routed.experts_NTK, model.tokenizer.vocab_size, num_experts
+    )
+    by_domain = domain_specialisation(
+        domains_T, routed.experts_NTK, len(labels.domains), num_experts
+    )
     steps = run.evaluations.steps
     probes = [run.evaluations.read(step)["experts"] for step in steps]
     outputs_NETD = expert_outputs(model.model, passages(corpus, labels))
@@ -137,13 +151,20 @@ def look(run) -> dict[str, Any]:
         "domains": {
             "names": list(labels.domains),
             "tokens": by_domain.tokens_D.tolist(),
-            "share_over_uniform": (by_domain.share_NDE / by_domain.uniform_N[:, None, None]).round(4).tolist(),
+            "share_over_uniform": (by_domain.share_NDE / by_domain.uniform_N[:, None, None])
+            .round(4)
+            .tolist(),
         },
-        "saturation": {"steps": list(steps), "share": router_saturation(probes, num_experts).tolist()}
+        "saturation": {
+            "steps": list(steps),
+            "share": router_saturation(probes, num_experts).tolist(),
+        }
         if probes
         else {},
         "output_cka": [mean_of_pairs(linear_cka(outputs_ETD)) for outputs_ETD in outputs_NETD],
-        "output_cosine": [mean_of_pairs(output_cosine(outputs_ETD)) for outputs_ETD in outputs_NETD],
+        "output_cosine": [
+            mean_of_pairs(output_cosine(outputs_ETD)) for outputs_ETD in outputs_NETD
+        ],
     }
 
 
@@ -164,11 +185,17 @@ def mean_of_pairs(of_pairs_EE: np.ndarray) -> float:
     return float(of_pairs_EE[~np.eye(len(of_pairs_EE), dtype=bool)].mean())
 
 
-def by_seed(results: Results, condition: str, question: tuple[str, str, str], column: str) -> np.ndarray:
+def by_seed(
+    results: Results, condition: str, question: tuple[str, str, str], column: str
+) -> np.ndarray:
     """A column of the information table, `[seeds, layers]`."""
     return np.array(
         [
-            [row[column] for row in found["information"] if (row["attribute"], row["given"], row["over"]) == question]
+            [
+                row[column]
+                for row in found["information"]
+                if (row["attribute"], row["given"], row["over"]) == question
+            ]
             for found in results[condition].values()
         ]
     )
@@ -183,7 +210,9 @@ def spread(values: np.ndarray, form: str = "{:.3f}") -> str:
 def name_of(question: tuple[str, str, str]) -> str:
     """For tables and the figure."""
     attribute, given, over = question
-    return attribute + f" given {given}" * bool(given) + ", documents permuted" * (over == "documents")
+    return (
+        attribute + f" given {given}" * bool(given) + ", documents permuted" * (over == "documents")
+    )
 
 
 def information_rows(results: Results) -> Iterator[str]:
@@ -192,10 +221,17 @@ def information_rows(results: Results) -> Iterator[str]:
     yield "|---|---|---|---|---|"
     for question in QUESTIONS:
         bits, chance, adjusted = (
-            by_seed(results, "moe", question, column) for column in ("information", "baseline", "adjusted")
+            by_seed(results, "moe", question, column)
+            for column in ("information", "baseline", "adjusted")
         )
         before = by_seed(results, "untrained", question, "adjusted")
-        cells = name_of(question), f"{bits.mean():.3f}", f"{chance.mean():.3f}", spread(adjusted), spread(before)
+        cells = (
+            name_of(question),
+            f"{bits.mean():.3f}",
+            f"{chance.mean():.3f}",
+            spread(adjusted),
+            spread(before),
+        )
         yield f"| {' | '.join(cells)} |"
 
 
@@ -204,7 +240,11 @@ def layer_rows(results: Results) -> Iterator[str]:
     layers = next(iter(results["moe"].values()))["layers"]
     yield f"| bits above chance, by layer | {' | '.join(map(str, layers))} |"
     yield f"|---|{'---|' * len(layers)}"
-    for question in (("token", "domain", "tokens"), ("domain", "token", "tokens"), ("domain", "token", "documents")):
+    for question in (
+        ("token", "domain", "tokens"),
+        ("domain", "token", "tokens"),
+        ("domain", "token", "documents"),
+    ):
         excess = by_seed(results, "moe", question, "excess").mean(axis=0)
         yield f"| {name_of(question)} | {' | '.join(f'{x:.3f}' for x in excess)} |"
     for name, read in LAYER_ROWS.items():
@@ -268,16 +308,28 @@ def draw(results: Results) -> None:
     num_seeds = len(results["moe"])
     with matplotlib.rc_context(STYLE):
         figure, axes = pyplot.subplots(1, 2, figsize=(9, 4.6), layout="constrained")
-        for axis, column, name in zip(axes, ("excess", "adjusted"), (BITS, "0: chance, 1: all of it"), strict=True):
+        for axis, column, name in zip(
+            axes, ("excess", "adjusted"), (BITS, "0: chance, 1: all of it"), strict=True
+        ):
             for question, (color, dashes) in LOOKS.items():
                 values = by_seed(results, "moe", question, column)
                 before = by_seed(results, "untrained", question, column).mean(axis=0)
                 axis.plot(layers, values.mean(axis=0), dashes, color=color, label=name_of(question))
-                axis.fill_between(layers, values.min(axis=0), values.max(axis=0), color=color, alpha=0.15, linewidth=0)
+                axis.fill_between(
+                    layers,
+                    values.min(axis=0),
+                    values.max(axis=0),
+                    color=color,
+                    alpha=0.15,
+                    linewidth=0,
+                )
                 axis.plot(layers, before, ":", color=color, lw=1)
             axis.set(xlabel="layer", ylabel=name, xticks=layers, ylim=(0, None))
         lines, names = axes[0].get_legend_handles_labels()
-        lines += [Patch(color=GREY, alpha=0.3, linewidth=0), Line2D([], [], color=GREY, ls=":", lw=1)]
+        lines += [
+            Patch(color=GREY, alpha=0.3, linewidth=0),
+            Line2D([], [], color=GREY, ls=":", lw=1),
+        ]
         names += [f"range of {num_seeds} seeds", "the same before training"]
         figure.legend(lines, names, loc="outside lower center", ncols=3)
         figure.savefig(HERE / "figure.png", dpi=PNG_DPI, facecolor="white")

@@ -35,9 +35,15 @@ def bench_attention(config: Config, repetitions: int) -> dict[str, Any]:
     )
     layers: dict[str, Callable[[], Any]] = {}
     for name, one in (("short", config), ("long", longer)):
-        layers[f"{name} rows"] = _layer(one, lambda q, k, v, segments: attend_in_rows(q, k, v, segments))
-        layers[f"{name} scores"] = _layer(one, lambda q, k, v, segments: attend(q, k, v, row_mask(segments)))
-    times = interleave(layers, repetitions)  # apart: among steps, which take much memory, both would wait for theirs
+        layers[f"{name} rows"] = _layer(
+            one, lambda q, k, v, segments: attend_in_rows(q, k, v, segments)
+        )
+        layers[f"{name} scores"] = _layer(
+            one, lambda q, k, v, segments: attend(q, k, v, row_mask(segments))
+        )
+    times = interleave(
+        layers, repetitions
+    )  # apart: among steps, which take much memory, both would wait for theirs
     times |= interleave({"short step": Step(config), "long step": Step(longer)}, repetitions)
     ms = {name: one.median_ms for name, one in times.items()}
     return {
@@ -57,14 +63,22 @@ def _layer(config: Config, attention: Callable[..., jax.Array]) -> Callable[[], 
     shape = (config.train.batch_size, config.data.seq_len)
     heads, dtype = (config.model.num_heads, config.model.num_kv_heads), config.model.compute_dtype
     keys = jax.random.split(jax.random.key(0), 4)
-    sizes = (heads[0], heads[1], heads[1], heads[0])  # of queries, keys, values and the gradient of the output
+    sizes = (
+        heads[0],
+        heads[1],
+        heads[1],
+        heads[0],
+    )  # of queries, keys, values and the gradient of the output
     *arrays, weight = (
-        jax.random.normal(key, (*shape, num, config.head_dim), dtype) for key, num in zip(keys, sizes, strict=True)
+        jax.random.normal(key, (*shape, num, config.head_dim), dtype)
+        for key, num in zip(keys, sizes, strict=True)
     )
     segments_BL = jnp.ones(shape, jnp.int32)
 
     @jax.jit
     def gradients(arrays, weight, segments_BL):
-        return jax.grad(lambda arrays: (attention(*arrays, segments_BL) * weight).astype(jnp.float32).sum())(arrays)
+        return jax.grad(
+            lambda arrays: (attention(*arrays, segments_BL) * weight).astype(jnp.float32).sum()
+        )(arrays)
 
     return lambda: gradients(arrays, weight, segments_BL)

@@ -26,7 +26,9 @@ from moejax.planning.hlo.arithmetic import Arithmetic, count_arithmetic
 from moejax.planning.targets import Target, TargetError, make_target_mesh
 
 
-def bench_compiled(shape: Shape, implementations: Sequence[str], dtype: str, target: Target) -> list[dict[str, Any]]:
+def bench_compiled(
+    shape: Shape, implementations: Sequence[str], dtype: str, target: Target
+) -> list[dict[str, Any]]:
     """Compiles all of these on one shape, the dense layer among them.
 
     Args:
@@ -50,7 +52,9 @@ def bench_compiled(shape: Shape, implementations: Sequence[str], dtype: str, tar
             if name in unavailable():
                 raise TargetError(f"{name} cannot run on {target.name}: {unavailable()[name]}")
         arrays = jax.tree.map(
-            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, PartitionSpec())),
+            lambda a: jax.ShapeDtypeStruct(
+                a.shape, a.dtype, sharding=NamedSharding(mesh, PartitionSpec())
+            ),
             jax.eval_shape(lambda: vars(draw(shape, dtype))),
         )
         programs: dict[str, tuple[Any, tuple, tuple]] = {
@@ -63,13 +67,20 @@ def bench_compiled(shape: Shape, implementations: Sequence[str], dtype: str, tar
         rows = []
         for direction in DIRECTIONS:
             for name, (layer, inputs, choices) in programs.items():
-                lowered = jax.jit(program_of(layer, direction)).lower(arrays["dy_TD"], inputs, choices)
-                rows.append(named_row(shape, name, direction, dtype) | _row(shape, direction, target, lowered))
+                lowered = jax.jit(program_of(layer, direction)).lower(
+                    arrays["dy_TD"], inputs, choices
+                )
+                rows.append(
+                    named_row(shape, name, direction, dtype)
+                    | _row(shape, direction, target, lowered)
+                )
     return rows
 
 
 def _row(shape: Shape, direction: str, target: Target, lowered: Any) -> dict[str, Any]:
-    row: dict[str, Any] = dict.fromkeys(("flops", "flops_over_ideal", "temporary_bytes", "kernels", "open_loops"))
+    row: dict[str, Any] = dict.fromkeys(
+        ("flops", "flops_over_ideal", "temporary_bytes", "kernels", "open_loops")
+    )
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:

@@ -50,7 +50,14 @@ def bench_compiled_step(config: Config, target: Target, topology: str) -> dict[s
         "mesh": dict(mesh.shape),
         "tokens_per_device": config.train.batch_size * config.data.seq_len // mesh.size,
     }
-    names = ("peak_bytes", "argument_bytes", "temporary_bytes", "wire_bytes", "conditional_wire_bytes", "collectives")
+    names = (
+        "peak_bytes",
+        "argument_bytes",
+        "temporary_bytes",
+        "wire_bytes",
+        "conditional_wire_bytes",
+        "collectives",
+    )
     started = time.perf_counter()
     try:
         compiled = lower_step(make_trainable(config, mesh)).compile()
@@ -78,7 +85,9 @@ def lower_step(trainable: Trainable) -> jax.stages.Lowered:
     config, mesh = trainable.config, trainable.mesh
 
     def split(tree: Any, sharding: Any) -> Any:
-        return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), tree)
+        return jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), tree
+        )
 
     state = jax.tree.map(split, trainable.abstract, trainable.shardings)
     shape = (config.train.batch_size, config.data.seq_len)

@@ -22,12 +22,17 @@ DRAWN = {"greedy": (0.0, 1.0), "all": (1.0, 1.0), "nucleus": (1.0, 0.9)}
 def bench_generate(config: Config, repetitions: int) -> dict[str, Any]:
     """Times decode steps; ratios are to those that take the most probable token."""
     decoder = LayeredDecoder(Decoder(config, rngs=nnx.Rngs(params=config.train.seed)))
-    times = interleave({name: _Writer(decoder, *drawn) for name, drawn in DRAWN.items()}, repetitions)
+    times = interleave(
+        {name: _Writer(decoder, *drawn) for name, drawn in DRAWN.items()}, repetitions
+    )
     greedy = times["greedy"]
     return {
         "ratio_all_to_greedy": round(times["all"].median_ms / greedy.median_ms, 3),
         "ratio_nucleus_to_greedy": round(times["nucleus"].median_ms / greedy.median_ms, 3),
-        **{f"{name}_tokens_per_s": round(1e3 * SEQUENCES * STEPS / one.median_ms) for name, one in times.items()},
+        **{
+            f"{name}_tokens_per_s": round(1e3 * SEQUENCES * STEPS / one.median_ms)
+            for name, one in times.items()
+        },
         **{f"{name}_ms_of_step": round(one.median_ms / STEPS, 3) for name, one in times.items()},
         "greedy_quartiles_ms_of_step": [round(ms / STEPS, 3) for ms in greedy.quartiles_ms],
         "sequences": SEQUENCES,
@@ -43,7 +48,9 @@ class _Writer:
 
     def __init__(self, decoder: LayeredDecoder, temperature: float, top_p: float):
         self._decoder = decoder
-        self._sampling = Sampling.of(temperature, top_p, jax.random.split(jax.random.key(1), SEQUENCES))
+        self._sampling = Sampling.of(
+            temperature, top_p, jax.random.split(jax.random.key(1), SEQUENCES)
+        )
         ids = (SEQUENCES, PROMPT), 0, decoder.config.num_token_ids
         prompts_BL = jax.random.randint(jax.random.key(0), *ids, jnp.int32)
         lengths_B = jnp.full(SEQUENCES, PROMPT, jnp.int32)

@@ -102,7 +102,12 @@ def _parse_shape(item: str) -> Shape:
 
 
 def bench_layer(
-    shape: Shape, implementations: Sequence[str], directions: Sequence[str], dtype: str, repetitions: int, peaks: Peaks
+    shape: Shape,
+    implementations: Sequence[str],
+    directions: Sequence[str],
+    dtype: str,
+    repetitions: int,
+    peaks: Peaks,
 ) -> list[dict[str, Any]]:
     """Times all of these on one shape, the dense layer among them.
 
@@ -126,23 +131,36 @@ def bench_layer(
         programs = {DENSE: Program.compile(dense_layer, direction, arrays.dy_TD, dense_inputs)}
         for name in implementations:
             layer = functools.partial(through, layers[name])
-            programs[name] = Program.compile(layer, direction, arrays.dy_TD, inputs, (arrays.experts_TK,))
-        logging.getLogger("moejax").info("measuring %s %s: %s", shape, direction, ", ".join(programs))
+            programs[name] = Program.compile(
+                layer, direction, arrays.dy_TD, inputs, (arrays.experts_TK,)
+            )
+        logging.getLogger("moejax").info(
+            "measuring %s %s: %s", shape, direction, ", ".join(programs)
+        )
         times = interleave(programs, repetitions, warm_up=1)  # they are compiled
-        rows += [_row(shape, name, direction, dtype, times, programs[name], peaks) for name in programs]
+        rows += [
+            _row(shape, name, direction, dtype, times, programs[name], peaks) for name in programs
+        ]
     return rows
 
 
 def implementations_of(shape: Shape) -> dict[str, Callable[..., jax.Array]]:
     """By name: functions of tokens `[1, T, D]`, `Chosen` and `ExpertWeights`."""
-    dropless = {name: functools.partial(run_dropless, implementation=name) for name in ("auto", *IMPLEMENTATIONS)}
+    dropless = {
+        name: functools.partial(run_dropless, implementation=name)
+        for name in ("auto", *IMPLEMENTATIONS)
+    }
     capacity = {f"capacity {factor:g}": _capacity(shape, factor) for factor in CAPACITY_FACTORS}
     return dropless | capacity | {SORTED: _run_sorted}
 
 
 def default_implementations() -> list[str]:
     """The one of this platform, and what it stands beside."""
-    return [resolve_implementation("auto"), *(f"capacity {factor:g}" for factor in CAPACITY_FACTORS), SORTED]
+    return [
+        resolve_implementation("auto"),
+        *(f"capacity {factor:g}" for factor in CAPACITY_FACTORS),
+        SORTED,
+    ]
 
 
 def _capacity(shape: Shape, factor: float) -> Callable[..., jax.Array]:
@@ -158,10 +176,14 @@ def _run_sorted(x_BLD: jax.Array, chosen: Chosen, weights: ExpertWeights) -> jax
     """Each token K times in order, in equal groups without a rest (rows of zeros), and the weighted sum."""
     x_TD, weights_TK = x_BLD[0], chosen.weights_BLK[0].astype(x_BLD.dtype)
     num_tokens, top_k = weights_TK.shape
-    rest_RD = jnp.zeros((-num_tokens * top_k % weights.down_EFD.shape[0], x_TD.shape[1]), x_TD.dtype)
+    rest_RD = jnp.zeros(
+        (-num_tokens * top_k % weights.down_EFD.shape[0], x_TD.shape[1]), x_TD.dtype
+    )
     y_RD = apply_slotted(jnp.concatenate([*[x_TD] * top_k, rest_RD]), weights)
     # Not as reshapes and sums over K, which XLA:CPU does not fuse: they took half as long as the products.
-    parts = [y_RD[k * num_tokens : (k + 1) * num_tokens] * weights_TK[:, k : k + 1] for k in range(top_k)]
+    parts = [
+        y_RD[k * num_tokens : (k + 1) * num_tokens] * weights_TK[:, k : k + 1] for k in range(top_k)
+    ]
     return functools.reduce(jnp.add, parts)[None]
 
 
@@ -201,7 +223,9 @@ def draw(shape: Shape, dtype: str) -> Arrays:
 def choose(shape: Shape) -> np.ndarray:
     """Experts `[T, K]`, no expert twice for a token."""
     rng = np.random.default_rng(0)
-    experts_TK = np.argsort(rng.normal(size=(shape.tokens, shape.num_experts)), axis=1)[:, : shape.top_k]
+    experts_TK = np.argsort(rng.normal(size=(shape.tokens, shape.num_experts)), axis=1)[
+        :, : shape.top_k
+    ]
     if shape.is_skewed:
         without = np.flatnonzero((experts_TK != 0).all(axis=1))
         missing = min(shape.tokens, shape.tokens * shape.top_k // 2) - (shape.tokens - len(without))
@@ -209,7 +233,9 @@ def choose(shape: Shape) -> np.ndarray:
     return experts_TK.astype(np.int32)
 
 
-def dense_layer(x_TD: jax.Array, gate_DF: jax.Array, up_DF: jax.Array, down_FD: jax.Array) -> jax.Array:
+def dense_layer(
+    x_TD: jax.Array, gate_DF: jax.Array, up_DF: jax.Array, down_FD: jax.Array
+) -> jax.Array:
     """SwiGLU of K * F hidden units."""
     return (jax.nn.silu(x_TD @ gate_DF) * (x_TD @ up_DF)) @ down_FD
 
@@ -244,7 +270,9 @@ class Program:
     arguments: tuple[Any, ...]
 
     @classmethod
-    def compile(cls, function, direction: str, dy_TD, inputs: tuple, choices: tuple = ()) -> "Program":
+    def compile(
+        cls, function, direction: str, dy_TD, inputs: tuple, choices: tuple = ()
+    ) -> "Program":
         """Of `function(*inputs, *choices)` or with its gradients for `inputs`; see `program_of`."""
         arguments = dy_TD, inputs, choices
         return cls(jax.jit(program_of(function, direction)).lower(*arguments).compile(), arguments)
@@ -261,7 +289,12 @@ class Program:
 
 def named_row(shape: Shape, name: str, direction: str, dtype: str) -> dict[str, Any]:
     """What every row of a table of layers begins with."""
-    row: dict[str, Any] = {**dataclasses.asdict(shape), "implementation": name, "direction": direction, "dtype": dtype}
+    row: dict[str, Any] = {
+        **dataclasses.asdict(shape),
+        "implementation": name,
+        "direction": direction,
+        "dtype": dtype,
+    }
     row["skewed"] = row.pop("is_skewed")
     return row
 
@@ -274,7 +307,13 @@ def _weight_bytes(shape: Shape, name: str, direction: str, dtype: str) -> int:
 
 
 def _row(
-    shape: Shape, name: str, direction: str, dtype: str, times: dict[str, Times], program: Program, peaks: Peaks
+    shape: Shape,
+    name: str,
+    direction: str,
+    dtype: str,
+    times: dict[str, Times],
+    program: Program,
+    peaks: Peaks,
 ) -> dict[str, Any]:
     seconds = times[name].median_ms / 1e3
     gflops = shape.flops(direction) / seconds / 1e9

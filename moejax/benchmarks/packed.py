@@ -25,7 +25,12 @@ ARMS = 8
 
 def bench_packed(config: Config, repetitions: int) -> dict[str, Any]:
     """Times the four in turn; ratios are of medians, and `each_s` has the seconds of every turn."""
-    seconds: dict[str, list[float]] = {"separate": [], "one_process": [], "packed": [], "packed_again": []}
+    seconds: dict[str, list[float]] = {
+        "separate": [],
+        "one_process": [],
+        "packed": [],
+        "packed_again": [],
+    }
     with tempfile.TemporaryDirectory() as folder:
         bench = _Sides(config, Path(folder))
         bench.warm_up()
@@ -67,7 +72,11 @@ class _Sides:
         """A process for each seed."""
         directory, programs = self._new(), self._new()
         for seed in range(ARMS):
-            arguments = [f"--workdir={directory / str(seed)}", f"--config.train.seed={seed}", "--noreport"]
+            arguments = [
+                f"--workdir={directory / str(seed)}",
+                f"--config.train.seed={seed}",
+                "--noreport",
+            ]
             self._run("train", f"--config={self._recipe}", *arguments, programs=programs)
 
     def one_process(self) -> None:
@@ -83,7 +92,12 @@ class _Sides:
         self._sweep(self._new(), ARMS, self._folder / "compiled_pack")
 
     def _sweep(self, directory: Path, pack: int, programs: Path) -> None:
-        arguments = [f"--config={self._recipe}", f"--seeds={ARMS}", f"--pack={pack}", f"--dir={directory}"]
+        arguments = [
+            f"--config={self._recipe}",
+            f"--seeds={ARMS}",
+            f"--pack={pack}",
+            f"--dir={directory}",
+        ]
         self._run("sweep", *arguments, programs=programs)
 
     def _new(self) -> Path:

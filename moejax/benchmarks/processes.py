@@ -54,7 +54,11 @@ def _gathered(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         if "quartiles" in name:
             continue
         if all(isinstance(value, int | float) for value in values) and len(set(values)) > 1:
-            found[name] = {"median": statistics.median(values), "lowest": min(values), "highest": max(values)}
+            found[name] = {
+                "median": statistics.median(values),
+                "lowest": min(values),
+                "highest": max(values),
+            }
         else:
             found[name] = values[0]
     return found

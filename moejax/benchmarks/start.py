@@ -26,7 +26,9 @@ def bench_start(config: Config, repetitions: int) -> dict[str, Any]:
         recipe = write_recipe(config, folder)
         _start(recipe, folder / "warm-up", folder / "kept")  # prepares the data, and keeps programs
         for turn in range(repetitions):
-            seconds["first"].append(_start(recipe, folder / f"{turn}-first", folder / f"{turn}-kept"))
+            seconds["first"].append(
+                _start(recipe, folder / f"{turn}-first", folder / f"{turn}-kept")
+            )
             seconds["again"].append(_start(recipe, folder / f"{turn}-again", folder / "kept"))
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     return {
@@ -44,7 +46,15 @@ def _start(recipe: Path, workdir: Path, programs: Path) -> float:
     Raises:
       ChildError: it ended before.
     """
-    command = [sys.executable, "-m", "moejax", "train", f"--config={recipe}", f"--workdir={workdir}", "--noreport"]
+    command = [
+        sys.executable,
+        "-m",
+        "moejax",
+        "train",
+        f"--config={recipe}",
+        f"--workdir={workdir}",
+        "--noreport",
+    ]
     environment = os.environ | {"XDG_CACHE_HOME": str(programs)}
     environment.pop("JAX_COMPILATION_CACHE_DIR", None)
     started, said = time.perf_counter(), []

@@ -27,7 +27,10 @@ def dense_twin(config: Config) -> Config:
     moe, d_model = config.moe, config.model.d_model
     projections = Network(moe.activation).num_projections + 1
     inner = moe.d_latent or d_model
-    routed = min(moe.top_k, moe.num_experts) * projections * inner * moe.d_expert + 2 * d_model * moe.d_latent
+    routed = (
+        min(moe.top_k, moe.num_experts) * projections * inner * moe.d_expert
+        + 2 * d_model * moe.d_latent
+    )
     shared = moe.num_shared_experts * projections * d_model * moe.d_expert
     width = round((routed + shared) / (3 * d_model))
     return dataclasses.replace(
@@ -108,7 +111,9 @@ class Step:
         self.batch = put_batch(random_batch(config), self.trainable)
         self.state = self.trainable.init(config.train.seed)
         with jax.set_mesh(self.trainable.mesh):
-            self._step = make_train_step(self.trainable).lower(self.state, self.batch, self.knobs).compile()
+            self._step = (
+                make_train_step(self.trainable).lower(self.state, self.batch, self.knobs).compile()
+            )
 
     def __call__(self) -> Any:
         """Takes one step and returns its metrics, which may not be there yet."""
@@ -129,7 +134,11 @@ class Step:
 def random_batch(config: Config) -> Batch:
     """Full rows of random tokens, one document each."""
     shape = (config.train.batch_size, config.data.seq_len)
-    tokens_BL = np.random.default_rng(0).integers(0, config.num_token_ids, (shape[0], shape[1] + 1)).astype(np.int32)
+    tokens_BL = (
+        np.random.default_rng(0)
+        .integers(0, config.num_token_ids, (shape[0], shape[1] + 1))
+        .astype(np.int32)
+    )
     return Batch(
         tokens_BL=tokens_BL[:, :-1],
         targets_BL=tokens_BL[:, 1:],

@@ -30,7 +30,10 @@ def bench_telemetry(config: Config, repetitions: int) -> dict[str, Any]:
         watched = Watched(config, Path(workdir))
         times = interleave({"watched": watched, "bare": Bare(config)}, repetitions)
         watched.close()
-    steps, write_ms = config.train.log_every, 1e3 * statistics.median(watched.write_seconds[-repetitions:])
+    steps, write_ms = (
+        config.train.log_every,
+        1e3 * statistics.median(watched.write_seconds[-repetitions:]),
+    )
     return {
         "ratio": round(times["watched"].median_ms / times["bare"].median_ms, 4),
         "write_share": round(write_ms / times["bare"].median_ms, 4),
@@ -60,7 +63,9 @@ class Bare:
             return state, {key: output.scalars[key] for key in READ_EVERY_STEP}
 
         with jax.set_mesh(self.trainable.mesh):
-            compiled = jax.jit(step, donate_argnums=0, compiler_options=compiler_options(self.trainable.mesh))
+            compiled = jax.jit(
+                step, donate_argnums=0, compiler_options=compiler_options(self.trainable.mesh)
+            )
             self._step = compiled.lower(self.state, *self._inputs).compile()
 
     def __call__(self) -> Any:
@@ -88,7 +93,9 @@ class Watched:
         self._metrics = MetricsFile(workdir, 0)
         self._progress = StepProgress(10**9, 0, False)
         routing = RoutingLog(workdir, config.moe_layers, config.moe.num_choices, LAYER_METRICS)
-        self._recorder = Recorder(self._metrics, routing, self._progress, 0, AlarmLog(workdir, 0, config))
+        self._recorder = Recorder(
+            self._metrics, routing, self._progress, 0, AlarmLog(workdir, 0, config)
+        )
         self.write_seconds: list[float] = []
         with jax.set_mesh(self.trainable.mesh):
             self._step = make_train_step(self.trainable).lower(self.state, *self._inputs).compile()

@@ -30,7 +30,9 @@ class Times:
         return cls(1e3 * statistics.median(seconds), (low, high))
 
 
-def interleave(programs: Mapping[str, Callable[[], Any]], repetitions: int, warm_up: int = 2) -> dict[str, Times]:
+def interleave(
+    programs: Mapping[str, Callable[[], Any]], repetitions: int, warm_up: int = 2
+) -> dict[str, Times]:
     """Runs all programs in turn.
 
     Args:
@@ -69,7 +71,9 @@ def measure_peaks(repetitions: int = 7, size: int = 2048, megabytes: int = 256) 
     matrix = jax.random.normal(jax.random.key(0), (size, size))
     array = jnp.zeros(megabytes * 250_000)
     multiply, copy = jax.jit(jnp.matmul), jax.jit(lambda x: x + 1)
-    times = interleave({"multiply": lambda: multiply(matrix, matrix), "copy": lambda: copy(array)}, repetitions)
+    times = interleave(
+        {"multiply": lambda: multiply(matrix, matrix), "copy": lambda: copy(array)}, repetitions
+    )
     return Peaks(
         gflops=2 * size**3 / times["multiply"].median_ms / 1e6,
         gbytes=2 * array.nbytes / times["copy"].median_ms / 1e6,

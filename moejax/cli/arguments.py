@@ -33,7 +33,9 @@ LEAF_SYNONYMS = {
 """Leaves that people know by another name."""
 
 
-def check_arguments(verb: str, values: FlagValues, arguments: Sequence[str], takes_words: bool) -> None:
+def check_arguments(
+    verb: str, values: FlagValues, arguments: Sequence[str], takes_words: bool
+) -> None:
     """Raises `UsageError` for a flag that the verb does not have or that is given twice, and for a word too many.
 
     Args:
@@ -54,12 +56,16 @@ def check_arguments(verb: str, values: FlagValues, arguments: Sequence[str], tak
         key = _without_no(values, name)
         if key != name:
             value = "false"
-        if value == "" and key in values and key != "prompt":  # of a shell's variable that is not set
+        if (
+            value == "" and key in values and key != "prompt"
+        ):  # of a shell's variable that is not set
             raise UsageError(f"--{key}= has an empty value; give one, or leave the flag out")
         if key.startswith("config."):
             read_value(key.removeprefix("config."), value)
         if key in given and not (key in values and isinstance(values[key], flags.MultiFlag)):
-            values_given = "" if key == HIDDEN_FLAG else f", as {shown(given[key])} and as {shown(value)}"
+            values_given = (
+                "" if key == HIDDEN_FLAG else f", as {shown(given[key])} and as {shown(value)}"
+            )
             raise UsageError(f"--{key} is given twice{values_given}; give it once")
         given[key] = value
     if "config" in values and "config" not in given and values["config"].default is None:
@@ -86,7 +92,9 @@ def plain_errors(values: FlagValues) -> Iterator[None]:
     try:
         yield
     except flags.IllegalFlagValueError as error:
-        if isinstance(error.__context__, UsageError):  # a recipe that is wrong, in the words of absl
+        if isinstance(
+            error.__context__, UsageError
+        ):  # a recipe that is wrong, in the words of absl
             raise error.__context__ from error.__context__.__cause__
         raise UsageError(_about_value(error, values)) from error
 
@@ -97,7 +105,11 @@ def _about_value(error: flags.IllegalFlagValueError, values: FlagValues) -> str:
         return str(error)
     name, value, reason = match.groups()
     kind = _kind(values, name)
-    given = f"{name.removeprefix('config.')}={value}" if name.startswith("config.") else f"--{name}={value}"
+    given = (
+        f"{name.removeprefix('config.')}={value}"
+        if name.startswith("config.")
+        else f"--{name}={value}"
+    )
     parser = values[name].parser if name in values else None
     if isinstance(parser, flags.EnumParser):
         choices = [choice for choice in parser.enum_values if choice]
@@ -189,7 +201,9 @@ def _check_text(name: str, value: str) -> None:
     except UnicodeEncodeError as error:
         escaped = os.fsencode(value).decode(errors="backslashreplace")
         where = f"--{name}={escaped}" if name else escaped
-        raise UsageError(f"{where} is not UTF-8; give names that are, such as plain letters") from error
+        raise UsageError(
+            f"{where} is not UTF-8; give names that are, such as plain letters"
+        ) from error
 
 
 def _about_unknown(verb: str, values: FlagValues, name: str, value: str) -> str:
@@ -201,7 +215,11 @@ def _about_unknown(verb: str, values: FlagValues, name: str, value: str) -> str:
             return f"{start}; write --{synonym}{equals}"
     leaf = _leaf(name)
     if "config" not in values and (leaf or name == "config" or name.startswith("config.")):
-        return f"{start}, which {OWN_CONFIGURATION}; leave it out" if "workdir" in values else f"{start}; leave it out"
+        return (
+            f"{start}, which {OWN_CONFIGURATION}; leave it out"
+            if "workdir" in values
+            else f"{start}; leave it out"
+        )
     if leaf:
         return f"{start}; write --config.{leaf}{equals}"
     known = [flag for flag in values if flag != "h"]
@@ -245,5 +263,7 @@ def _leaf(name: str) -> str | None:
     keys = [key for key, _ in leaves()]
     if name in keys:
         return name
-    ends = [key for key in keys if key.partition(".")[2] == name and not key.startswith("schedule.")]
+    ends = [
+        key for key in keys if key.partition(".")[2] == name and not key.startswith("schedule.")
+    ]
     return ends[0] if len(ends) == 1 else LEAF_SYNONYMS.get(name)

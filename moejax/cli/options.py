@@ -42,7 +42,9 @@ def read_config_flag(values: FlagValues, varied: Collection[str] = ()) -> Config
       ConfigError: a value that cannot work.
     """
     recipe_text(values)
-    return resolve(values.config, typed=config_flags.get_override_values(values["config"]), varied=varied)
+    return resolve(
+        values.config, typed=config_flags.get_override_values(values["config"]), varied=varied
+    )
 
 
 def recipe_text(values: FlagValues) -> str:
@@ -59,13 +61,25 @@ def recipe_text(values: FlagValues) -> str:
 def define_processes(values: FlagValues) -> None:
     """`--distributed`, or `--coordinator`, `--num_processes` and `--process_id`."""
     flags.DEFINE_bool(
-        "distributed", False, "one of several processes, as SLURM, Open MPI, a TPU pod or GKE say", flag_values=values
+        "distributed",
+        False,
+        "one of several processes, as SLURM, Open MPI, a TPU pod or GKE say",
+        flag_values=values,
     )
-    flags.DEFINE_string("coordinator", "", "HOST:PORT at which process 0 listens to the others", flag_values=values)
-    flags.DEFINE_integer("num_processes", None, "with --coordinator: how many there are", flag_values=values)
-    flags.DEFINE_integer("process_id", None, "with --coordinator: which one this is, from 0", flag_values=values)
+    flags.DEFINE_string(
+        "coordinator", "", "HOST:PORT at which process 0 listens to the others", flag_values=values
+    )
+    flags.DEFINE_integer(
+        "num_processes", None, "with --coordinator: how many there are", flag_values=values
+    )
+    flags.DEFINE_integer(
+        "process_id", None, "with --coordinator: which one this is, from 0", flag_values=values
+    )
     flags.DEFINE_float(
-        "wait_s", processes.MEETING_S, "seconds that processes wait for each other at the start", flag_values=values
+        "wait_s",
+        processes.MEETING_S,
+        "seconds that processes wait for each other at the start",
+        flag_values=values,
     )
 
 
@@ -76,7 +90,9 @@ def meet_as_flagged(values: FlagValues, verb: str) -> contextlib.AbstractContext
       UsageError: half of the flags, values that cannot work, or several processes launched that would not meet.
     """
     if not 1 <= values.wait_s <= LONGEST_WAIT_S:
-        raise UsageError(f"--wait_s={values.wait_s:g} must be between 1 and {LONGEST_WAIT_S:g} seconds")
+        raise UsageError(
+            f"--wait_s={values.wait_s:g} must be between 1 and {LONGEST_WAIT_S:g} seconds"
+        )
     given = {"--num_processes": values.num_processes, "--process_id": values.process_id}
     if not values.coordinator:
         for flag, value in given.items():
@@ -90,10 +106,14 @@ def meet_as_flagged(values: FlagValues, verb: str) -> contextlib.AbstractContext
             raise UsageError(
                 f"--wait_s={values.wait_s:g} needs --distributed or --coordinator; add one, or leave it out"
             )
-        refuse_several_processes(f"{verb} without --distributed", "add --distributed, or launch one")
+        refuse_several_processes(
+            f"{verb} without --distributed", "add --distributed, or launch one"
+        )
         return contextlib.nullcontext()
     if values.distributed:
-        raise UsageError(f"--distributed and --coordinator={values.coordinator} exclude each other; give one")
+        raise UsageError(
+            f"--distributed and --coordinator={values.coordinator} exclude each other; give one"
+        )
     for flag, value in given.items():
         if value is None:
             raise UsageError(f"--coordinator={values.coordinator} needs {flag}, too; add it")
@@ -148,7 +168,9 @@ def read_workdir(values: FlagValues) -> Path:
       UsageError: the flag is missing or names no directory.
     """
     if not values.workdir:
-        raise UsageError("--workdir is missing; name the folder of a run, such as --workdir=runs/tiny_moe")
+        raise UsageError(
+            "--workdir is missing; name the folder of a run, such as --workdir=runs/tiny_moe"
+        )
     path = resolve_path(values.workdir, "--workdir")
     if not path.is_dir():
         raise UsageError(f"--workdir={values.workdir} is not a folder; train a run there first")
@@ -204,8 +226,12 @@ def define_text(values: FlagValues) -> None:
         "data.directory", "", "where the run's rows are, or are prepared again; default as it was recorded by you",
         flag_values=values,
     )  # fmt: skip
-    flags.DEFINE_string("data.files", "", "where the text of data.source=files is now", flag_values=values)
-    flags.DEFINE_string("data.source_dir", "", "where the dataset of data.source=tfds is now", flag_values=values)
+    flags.DEFINE_string(
+        "data.files", "", "where the text of data.source=files is now", flag_values=values
+    )
+    flags.DEFINE_string(
+        "data.source_dir", "", "where the dataset of data.source=tfds is now", flag_values=values
+    )
 
 
 def read_text_places(values: FlagValues) -> TextPlaces:
@@ -216,7 +242,9 @@ def read_text_places(values: FlagValues) -> TextPlaces:
 
 def define_json(values: FlagValues) -> None:
     """`--json`."""
-    flags.DEFINE_bool("json", False, "print one JSON document instead of a table", flag_values=values)
+    flags.DEFINE_bool(
+        "json", False, "print one JSON document instead of a table", flag_values=values
+    )
 
 
 def define_mesh(values: FlagValues, text: str) -> None:
@@ -235,8 +263,12 @@ def parse_mesh(text: str) -> MeshConfig:
     for part in text.split(","):
         axis, _, size = part.partition("=")
         if axis not in sizes or not size.removeprefix("-").isdecimal():
-            raise UsageError(f"--mesh={text}: {part!r} must be AXIS=SIZE, such as expert=4, of {', '.join(sizes)}")
+            raise UsageError(
+                f"--mesh={text}: {part!r} must be AXIS=SIZE, such as expert=4, of {', '.join(sizes)}"
+            )
         if axes.count(axis) > 1:
-            raise UsageError(f"--mesh={text}: {axis} is given {axes.count(axis)} times; give each axis once")
+            raise UsageError(
+                f"--mesh={text}: {axis} is given {axes.count(axis)} times; give each axis once"
+            )
         sizes[axis] = int(size)
     return MeshConfig(**sizes)

@@ -5,7 +5,9 @@ import logging
 
 def printable(text: str) -> str:
     """The text with an escape for each character that is not printable; line ends and tabs stay."""
-    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+    return "".join(
+        c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text
+    )
 
 
 class PrintableFormatter(logging.Formatter):

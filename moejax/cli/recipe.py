@@ -56,7 +56,9 @@ class RecipeParser(flags.ArgumentParser):
 
 def define_recipe(values: FlagValues, arguments: list[str], default: str | None) -> None:
     """Defines `--config=FILE[:ARG]`, and `--config.a.b=value` for every leaf that `arguments` change."""
-    read = [argument for argument in arguments if not argument.lstrip("-").startswith("flagfile")]  # no flag of ours
+    read = [
+        argument for argument in arguments if not argument.lstrip("-").startswith("flagfile")
+    ]  # no flag of ours
     config_flags.DEFINE_config_file(
         "config",
         None,
@@ -108,7 +110,9 @@ def _find(file: str) -> Path:
     if path.is_file() and path.suffix == ".py":
         return path
     if path.is_file():
-        raise RecipeError(f"--config={file} is no recipe, which is a Python file, NAME.py; docs/sweeps.md shows one")
+        raise RecipeError(
+            f"--config={file} is no recipe, which is a Python file, NAME.py; docs/sweeps.md shows one"
+        )
     if path.is_dir():
         found = sorted(path.glob("*.py"))
         such = f", such as --config={Path(file) / found[0].name}" if found else ""
@@ -126,7 +130,10 @@ def _nearest(file: str, path: Path) -> str:
         return "give the path of a recipe, such as --config=configs/tiny_moe.py"
     here = Path.cwd()
     found = [recipes[name].resolve() for name in near]
-    shown = [str(recipe.relative_to(here)) if recipe.is_relative_to(here) else str(recipe) for recipe in found]
+    shown = [
+        str(recipe.relative_to(here)) if recipe.is_relative_to(here) else str(recipe)
+        for recipe in found
+    ]
     return f"did you mean {' or '.join(f'--config={name}' for name in shown)}?"
 
 
@@ -141,25 +148,35 @@ def _execute(path: Path, file: str) -> types.ModuleType:
     return module
 
 
-def _configuration(module: types.ModuleType, file: str, argument: str | None) -> Mapping[str, Any] | ConfigDict:
+def _configuration(
+    module: types.ModuleType, file: str, argument: str | None
+) -> Mapping[str, Any] | ConfigDict:
     """What the recipe's `get_config` returns."""
     get_config = getattr(module, "get_config", None)
     if not callable(get_config):
-        raise RecipeError(f"{file} has no function get_config; define one that returns a ConfigDict, as configs/ does")
+        raise RecipeError(
+            f"{file} has no function get_config; define one that returns a ConfigDict, as configs/ does"
+        )
     arguments = [] if argument is None else [argument]
     try:
         inspect.signature(get_config).bind(*arguments)
     except TypeError as error:
         if argument is None:
-            raise RecipeError(f"{file}: get_config needs an argument; write --config={file}:ARG") from error
+            raise RecipeError(
+                f"{file}: get_config needs an argument; write --config={file}:ARG"
+            ) from error
         raise RecipeError(f"{file}: get_config takes no argument; leave :{argument} out") from error
     with explained(file):
         config = get_config(*arguments)
     if config is None:
         line = get_config.__code__.co_firstlineno if hasattr(get_config, "__code__") else 1
-        raise RecipeError(f"{file}, line {line}: get_config returns nothing; end it with `return config`")
+        raise RecipeError(
+            f"{file}, line {line}: get_config returns nothing; end it with `return config`"
+        )
     if not isinstance(config, Mapping | ConfigDict):
-        raise RecipeError(f"{file}: get_config returns {type(config).__name__}; it must return a ConfigDict")
+        raise RecipeError(
+            f"{file}: get_config returns {type(config).__name__}; it must return a ConfigDict"
+        )
     return config
 
 
@@ -169,7 +186,11 @@ def _explain(error: BaseException, file: str) -> str:
     if isinstance(error, SyntaxError) and error.filename == path:
         source = (error.text or "").strip()
         return f"{file}, line {error.lineno}: {error.msg}: {source or 'no text'}; correct that line"
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+    lines = [
+        frame.lineno
+        for frame in traceback.extract_tb(error.__traceback__)
+        if frame.filename == path
+    ]
     line = lines[-1] if lines else None
     source = linecache.getline(path, line).strip() if line else ""
     where = f"{file}, line {line}" if line else file

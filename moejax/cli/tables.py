@@ -32,20 +32,30 @@ def print_result(rows: Mapping[str, Any], *, is_json: bool, title: str = "") -> 
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     for name, value in rows.items():
-        table.add_row(Text(name), Text(_show(value)))  # plain text: rich would read [brackets] as markup
+        table.add_row(
+            Text(name), Text(_show(value))
+        )  # plain text: rich would read [brackets] as markup
     Console().print(table)
 
 
 def print_table(rows: Sequence[Mapping[str, Any]], title: str) -> None:
     """Prints rows with the same keys below a title and their names; the first column is a name, the rest figures."""
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table = Table(
+        title=title,
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+    )
     for i, name in enumerate(rows[0]):
         table.add_column(name, justify="right" if i else "left")
     for row in rows:
         table.add_row(*(Text(_show(value)) for value in row.values()))
     console = Console()
     if not console.is_terminal:  # a file or a pipe has room for every column
-        wanted = Console(width=10_000).measure(table).maximum + 2 * len(rows[0])  # it measures without all padding
+        wanted = Console(width=10_000).measure(table).maximum + 2 * len(
+            rows[0]
+        )  # it measures without all padding
         console = Console(width=max(console.width, wanted))
     console.print(table)
 
@@ -73,11 +83,16 @@ def evaluation_rows(config: Config, evaluation: Evaluation) -> dict[str, Any]:
         "perplexity": round(evaluation.perplexity, 2),
         "bits per byte": round(evaluation.bits_per_byte, 4),
     }
-    rows |= {f"validation loss, {domain}": round(loss, 4) for domain, loss in evaluation.loss_by_domain.items()}
+    rows |= {
+        f"validation loss, {domain}": round(loss, 4)
+        for domain, loss in evaluation.loss_by_domain.items()
+    }
     if evaluation.load_NE is not None:
         num_experts = evaluation.load_NE.shape[1]
         for layer, load_E in zip(config.moe_layers, evaluation.load_NE, strict=True):
-            rows[f"expert load, layer {layer}"] = [round(float(load) * num_experts, 2) for load in load_E]
+            rows[f"expert load, layer {layer}"] = [
+                round(float(load) * num_experts, 2) for load in load_E
+            ]
     return rows
 
 

@@ -47,7 +47,11 @@ class Knobs:
     @classmethod
     def of(cls, config: Config) -> "Knobs":
         """The knobs as the configuration sets them."""
-        names = [field.name for field in dataclasses.fields(cls) if field.name not in ("seed", "learning_rate")]
+        names = [
+            field.name
+            for field in dataclasses.fields(cls)
+            if field.name not in ("seed", "learning_rate")
+        ]
         return cls(
             seed=jnp.int32(config.train.seed),
             learning_rate=jnp.float32(config.optimizer.learning_rate),

@@ -74,11 +74,15 @@ def layer_kinds(moe: MoeConfig, num_layers: int, seq_len: int) -> tuple[MoeConfi
         share.
     """
     if moe.num_experts == 0:
-        require(not moe.per_layer, f"moe.per_layer={moe.per_layer!r} needs experts, and moe.num_experts=0 has none")
+        require(
+            not moe.per_layer,
+            f"moe.per_layer={moe.per_layer!r} needs experts, and moe.num_experts=0 has none",
+        )
         return (None,) * num_layers
     base = dataclasses.replace(moe, per_layer="")
     kinds: list[MoeConfig | None] = [
-        base if i >= moe.first_dense and (i - moe.first_dense + 1) % moe.every == 0 else None for i in range(num_layers)
+        base if i >= moe.first_dense and (i - moe.first_dense + 1) % moe.every == 0 else None
+        for i in range(num_layers)
     ]
     for entry in read_entries(moe.per_layer, num_layers):
         for layer in entry.layers:
@@ -155,14 +159,21 @@ def _read_changes(text: str) -> dict[str, Any] | None:
     for change in text.split():
         name, _, value = change.partition("=")
         if name in SHARED:
-            raise ConfigError(f"moe.per_layer: moe.{name} is the same for all layers; set moe.{name} instead")
+            raise ConfigError(
+                f"moe.per_layer: moe.{name} is the same for all layers; set moe.{name} instead"
+            )
         if name not in fields:
             raise ConfigError(
                 f"moe.per_layer: {shown(name)!r} is not a leaf of moe; the nearest is {nearest(name, fields)}"
             )
-        require(name not in changes, f"moe.per_layer: {text.strip()!r} sets {name} twice; leave one out")
+        require(
+            name not in changes, f"moe.per_layer: {text.strip()!r} sets {name} twice; leave one out"
+        )
         changes[name] = parse_value(f"moe.per_layer: moe.{name}", value, *fields[name])
-    require(bool(changes), f"moe.per_layer: {text!r} changes nothing; write dense, or leaves such as router=hash")
+    require(
+        bool(changes),
+        f"moe.per_layer: {text!r} changes nothing; write dense, or leaves such as router=hash",
+    )
     return changes
 
 
@@ -171,7 +182,9 @@ def _fields() -> Mapping[str, tuple[Leaf, Any]]:
     """What is declared of the leaves that a layer can change, and their types; read once."""
     hints = typing.get_type_hints(MoeConfig)
     fields = [field for field in dataclasses.fields(MoeConfig) if field.name not in SHARED]
-    return types.MappingProxyType({field.name: (leaf_of(field), hints[field.name]) for field in fields})
+    return types.MappingProxyType(
+        {field.name: (leaf_of(field), hints[field.name]) for field in fields}
+    )
 
 
 def _changed(kind: MoeConfig, changes: dict[str, Any], seq_len: int) -> MoeConfig:

@@ -10,7 +10,11 @@ def validate_moe(moe: MoeConfig) -> None:
     require(
         1 <= moe.top_k <= moe.num_choices,
         f"moe.top_k={moe.top_k} must be between 1 and moe.num_experts={moe.num_experts}"
-        + (f" plus {moe.num_free_experts} zero, identity and constant experts" if moe.num_free_experts else ""),
+        + (
+            f" plus {moe.num_free_experts} zero, identity and constant experts"
+            if moe.num_free_experts
+            else ""
+        ),
     )
     _validate_experts(moe)
     _validate_router(moe)
@@ -25,7 +29,8 @@ def _validate_experts(moe: MoeConfig) -> None:
     for key in ("num_zero_experts", "num_identity_experts", "num_constant_experts"):
         value = getattr(moe, key)
         require(
-            value == 0 or (rules.takes_capacity and moe.router != "hierarchical" and moe.num_groups == 1),
+            value == 0
+            or (rules.takes_capacity and moe.router != "hierarchical" and moe.num_groups == 1),
             f"moe.{key}={value} adds choices for tokens outside any group of experts, which moe.router={moe.router} "
             f"with moe.num_groups={moe.num_groups} does not offer; set 0",
         )
@@ -93,7 +98,10 @@ def _validate_groups(moe: MoeConfig) -> None:
             moe.router != "hierarchical",
             "moe.router=hierarchical chooses among groups, so moe.num_groups=1 must be at least 2",
         )
-        require(moe.top_k_groups == 1, f"moe.top_k_groups={moe.top_k_groups} must be at most moe.num_groups=1")
+        require(
+            moe.top_k_groups == 1,
+            f"moe.top_k_groups={moe.top_k_groups} must be at most moe.num_groups=1",
+        )
         return
     require(
         rules.takes_groups or moe.router == "hierarchical",
@@ -116,7 +124,9 @@ def _validate_groups(moe: MoeConfig) -> None:
     )
     if moe.router == "hierarchical":
         require(
-            moe.top_k_groups >= 2 and moe.top_k % moe.top_k_groups == 0 and moe.top_k >= 2 * moe.top_k_groups,
+            moe.top_k_groups >= 2
+            and moe.top_k % moe.top_k_groups == 0
+            and moe.top_k >= 2 * moe.top_k_groups,
             f"moe.router=hierarchical chooses moe.top_k_groups={moe.top_k_groups} groups and as many experts in each, "
             f"at least 2 of both, or the weight is 1 and its router learns nothing: moe.top_k={moe.top_k} must be a "
             "multiple of moe.top_k_groups, such as 4 with 2",
@@ -133,7 +143,9 @@ def _validate_capacity(moe: MoeConfig) -> None:
     for key in ("capacity_factor", "eval_capacity_factor"):
         value = getattr(moe, key)
         require(
-            moe.dispatch != "capacity" or 0 < value <= moe.num_experts or (value == 0 and key.startswith("eval")),
+            moe.dispatch != "capacity"
+            or 0 < value <= moe.num_experts
+            or (value == 0 and key.startswith("eval")),
             f"moe.{key}={value} must be above 0 and at most moe.num_experts={moe.num_experts}, "
             "where one expert could take every token",
         )
@@ -147,7 +159,8 @@ def _validate_capacity(moe: MoeConfig) -> None:
         "would exploit; use position, or set moe.allow_noncausal=True to try it all the same",
     )
     require(
-        moe.overflow != "next" or (moe.score != "uniform" and moe.router not in ("sparse_mixer", "hierarchical")),
+        moe.overflow != "next"
+        or (moe.score != "uniform" and moe.router not in ("sparse_mixer", "hierarchical")),
         f"moe.overflow=next needs a ranking of all experts, which moe.router={moe.router} does not give; use drop",
     )
     require(

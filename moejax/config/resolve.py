@@ -32,7 +32,10 @@ def to_dict(config: Config) -> dict[str, dict[str, Any]]:
 
 def with_defaults(recorded: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """Recorded sections of leaves, with the defaults of leaves that there were not yet when they were recorded."""
-    return {section: values | {**recorded.get(section, {})} for section, values in to_dict(Config()).items()}
+    return {
+        section: values | {**recorded.get(section, {})}
+        for section, values in to_dict(Config()).items()
+    }
 
 
 def resolve(source: object, *, typed: Collection[str] = (), varied: Collection[str] = ()) -> Config:
@@ -70,8 +73,12 @@ def resolve_recorded(source: object) -> Config:
         )
     for name in values:
         if name not in SECTIONS:
-            raise ConfigError(f"{name} is not a config section; the nearest is {nearest(str(name), SECTIONS)}")
-    config = _derive(Config(**{section: _section(section, values.get(section, {})) for section in SECTIONS}))
+            raise ConfigError(
+                f"{name} is not a config section; the nearest is {nearest(str(name), SECTIONS)}"
+            )
+    config = _derive(
+        Config(**{section: _section(section, values.get(section, {})) for section in SECTIONS})
+    )
     validate(config)
     return config
 
@@ -79,7 +86,9 @@ def resolve_recorded(source: object) -> Config:
 def _section(section: str, given: Any) -> Any:
     if not isinstance(given, Mapping):
         first = next(key for key, each in declared().items() if each.section == section)
-        raise ConfigError(f"{section}={shown(repr(given))} is no section of leaves; set leaves such as {first}")
+        raise ConfigError(
+            f"{section}={shown(repr(given))} is no section of leaves; set leaves such as {first}"
+        )
     values = {}
     for name, value in given.items():
         key = f"{section}.{name}"

@@ -55,7 +55,9 @@ def _validate_layers(config: Config) -> None:
         except ConfigError as error:
             if kind == base:
                 raise
-            raise ConfigError(f"layer {layer} by moe.per_layer={moe.per_layer!r}: {error}") from error
+            raise ConfigError(
+                f"layer {layer} by moe.per_layer={moe.per_layer!r}: {error}"
+            ) from error
 
 
 def _validate_experts(config: Config, moe: MoeConfig) -> None:
@@ -75,10 +77,19 @@ def _validate_experts(config: Config, moe: MoeConfig) -> None:
 def _validate_data(config: Config) -> None:
     data = config.data
     if data.source == "tfds":
-        require(bool(data.name and data.source_dir), "data.source=tfds needs data.name and data.source_dir")
+        require(
+            bool(data.name and data.source_dir),
+            "data.source=tfds needs data.name and data.source_dir",
+        )
     if data.source == "files":
-        require(bool(data.files), "data.source=files needs data.files, such as a folder or a glob 'texts/*.txt'")
-        require(bool(data.text_field), "data.text_field='' must name the field of records that holds their text")
+        require(
+            bool(data.files),
+            "data.source=files needs data.files, such as a folder or a glob 'texts/*.txt'",
+        )
+        require(
+            bool(data.text_field),
+            "data.text_field='' must name the field of records that holds their text",
+        )
 
 
 def _validate_training(config: Config) -> None:
@@ -88,7 +99,9 @@ def _validate_training(config: Config) -> None:
             f"train.batch_size={train.batch_size} must be a multiple of train.accumulation={train.accumulation}; "
             f"use one of {divisors(train.batch_size, train.accumulation)} for train.accumulation"
         )
-    fractions = optimizer.warmup_fraction + (optimizer.decay_fraction if optimizer.schedule == "wsd" else 0.0)
+    fractions = optimizer.warmup_fraction + (
+        optimizer.decay_fraction if optimizer.schedule == "wsd" else 0.0
+    )
     require(
         fractions <= 1,
         f"optimizer.warmup_fraction={optimizer.warmup_fraction} and "

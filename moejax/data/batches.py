@@ -63,7 +63,9 @@ def to_batch(rows: Row, has_documents: bool = False) -> Batch:
 class TrainBatches:
     """Endless training batches: every epoch shows each row once, in an order of its own."""
 
-    def __init__(self, corpus: "Corpus", batch_size: int, seed: int, rows: Sequence[int] | None = None):
+    def __init__(
+        self, corpus: "Corpus", batch_size: int, seed: int, rows: Sequence[int] | None = None
+    ):
         """Opens the training rows.
 
         Args:
@@ -120,13 +122,17 @@ def eval_batches(
 
     def read(step: int) -> Batch:
         indices = [step * batch_size + row for row in rows_here]
-        return _stack([stored[i] if i < len(stored) else padding for i in indices], has_documents=True)
+        return _stack(
+            [stored[i] if i < len(stored) else padding for i in indices], has_documents=True
+        )
 
     return _read_ahead(grain.MapDataset.range(-(-len(stored) // batch_size)).map(read))
 
 
 def _stack(rows: Sequence[Row], has_documents: bool = False) -> Batch:
-    return to_batch({name: np.stack([row[name] for row in rows]) for name in FEATURES}, has_documents)
+    return to_batch(
+        {name: np.stack([row[name] for row in rows]) for name in FEATURES}, has_documents
+    )
 
 
 def _read_ahead(batches: Any) -> Generator[Batch]:
@@ -152,5 +158,7 @@ def _checked_rows(batch_size: int, rows: Sequence[int] | None) -> Sequence[int]:
         raise ConfigError(f"train.batch_size={batch_size} must be at least 1")
     rows = range(batch_size) if rows is None else rows
     if not rows or not 0 <= min(rows) <= max(rows) < batch_size:
-        raise ConfigError(f"train.batch_size={batch_size} has rows 0 to {batch_size - 1}, not {[*rows]}")
+        raise ConfigError(
+            f"train.batch_size={batch_size} has rows 0 to {batch_size - 1}, not {[*rows]}"
+        )
     return rows

@@ -38,7 +38,9 @@ class Labels:
         kept = sorted(np.argsort(-counts, kind="stable")[: number - 1].tolist())
         place = np.full(len(self.domains), number - 1, np.int32)
         place[kept] = np.arange(number - 1)
-        return Labels(self.names, (*(self.domains[i] for i in kept), "other"), place[self.domain_of_document])
+        return Labels(
+            self.names, (*(self.domains[i] for i in kept), "other"), place[self.domain_of_document]
+        )
 
 
 class LabelsFile:
@@ -74,7 +76,9 @@ class LabelsFile:
             self._file.close()
 
 
-def read_labels(folder: Path, split: str, num_documents: int, digests: Mapping[str, str] | None = None) -> Labels:
+def read_labels(
+    folder: Path, split: str, num_documents: int, digests: Mapping[str, str] | None = None
+) -> Labels:
     """The labels of a split; without a file, `num_documents` documents without labels.
 
     Args:
@@ -104,7 +108,11 @@ def read_labels(folder: Path, split: str, num_documents: int, digests: Mapping[s
         ) from error
     domains = tuple(sorted({domain for _, domain in pairs}))
     index = {domain: i for i, domain in enumerate(domains)}
-    return Labels(tuple(name for name, _ in pairs), domains, np.array([index[domain] for _, domain in pairs], np.int32))
+    return Labels(
+        tuple(name for name, _ in pairs),
+        domains,
+        np.array([index[domain] for _, domain in pairs], np.int32),
+    )
 
 
 def _path(folder: Path, split: str) -> Path:

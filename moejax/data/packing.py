@@ -18,7 +18,9 @@ Piece = tuple[np.ndarray, int]  # ids, and the number of their document
 FEATURES = ("tokens", "segments", "positions", "documents")
 PADDING = {"documents": -1}  # of other features 0
 
-WINDOW_SLOTS = 1 << 20  # short pieces are packed in groups of so many slots: memory stays flat however large the corpus
+WINDOW_SLOTS = (
+    1 << 20
+)  # short pieces are packed in groups of so many slots: memory stays flat however large the corpus
 
 
 def cut(stream: Sequence[int], seq_len: int) -> list[np.ndarray]:
@@ -53,7 +55,9 @@ def pack(streams: Iterable[Sequence[int]], seq_len: int) -> Iterator[Row]:
             if len(ids) == seq_len + 1:
                 yield lay_out([(ids, document)], seq_len)
             else:
-                waiting.append((ids.copy(), document))  # a view would keep all of its document in memory
+                waiting.append(
+                    (ids.copy(), document)
+                )  # a view would keep all of its document in memory
                 slots += len(ids)
         if slots >= WINDOW_SLOTS:
             yield from _pack_window(waiting, seq_len)
@@ -79,7 +83,9 @@ def first_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int
     room = np.full(len(lengths), capacity)  # there are never more bins than items
     bins: list[list[int]] = []
     for item in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        bin_ = int(np.argmax(room[: len(bins) + 1] >= lengths[item]))  # the last of these is a new bin, which has room
+        bin_ = int(
+            np.argmax(room[: len(bins) + 1] >= lengths[item])
+        )  # the last of these is a new bin, which has room
         if bin_ == len(bins):
             bins.append([])
         bins[bin_].append(item)

@@ -25,7 +25,13 @@ from moejax.data.sources.choose import SPLITS, Source, data_directory, open_sour
 from moejax.data.sources.document import Document
 from moejax.data.storage.atomic import complete_folder
 from moejax.data.storage.manifest import NAME as MANIFEST
-from moejax.data.storage.manifest import check_sizes, digest_of, file_sizes, read_manifest, write_manifest
+from moejax.data.storage.manifest import (
+    check_sizes,
+    digest_of,
+    file_sizes,
+    read_manifest,
+    write_manifest,
+)
 from moejax.data.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer, train_sentencepiece
 
 if TYPE_CHECKING:
@@ -81,7 +87,8 @@ class Corpus:
         rows = Rows(self.directory, split, self.seq_len)
         if len(rows) != self.num_rows[split]:
             raise _damaged(
-                self.directory, f"{self.directory}: {split} has {len(rows)} rows instead of {self.num_rows[split]}"
+                self.directory,
+                f"{self.directory}: {split} has {len(rows)} rows instead of {self.num_rows[split]}",
             )
         return rows
 
@@ -133,7 +140,9 @@ def prepare(data: DataConfig, tokenizer: Tokenizer | None = None, *, only: str =
             f"{corpus.num_bytes[split]} bytes, {corpus.num_documents[split]} documents",
         )
         if not corpus.num_bytes[split]:
-            raise DataError(f"data.source={data.source}: all documents of its {split} split are empty; add text")
+            raise DataError(
+                f"data.source={data.source}: all documents of its {split} split are empty; add text"
+            )
     return corpus
 
 
@@ -155,7 +164,9 @@ def find_rows(data: DataConfig, name: str, tokenizer: Tokenizer) -> Corpus | Non
       DataError: the rows are damaged, or are not those of the name.
     """
     if not ROWS_NAME.fullmatch(name):
-        raise DataError(f"{name!r} is no name of prepared rows; restore the run's config.json from a copy")
+        raise DataError(
+            f"{name!r} is no name of prepared rows; restore the run's config.json from a copy"
+        )
     folder = data_directory(data) / "rows" / name
     return _open(folder, tokenizer, data.seq_len) if folder.is_dir() else None
 
@@ -206,10 +217,20 @@ def _write(folder: Path, source: Source, tokenizer: Tokenizer, seq_len: int) -> 
     with contextlib.ExitStack() as stack:
         labels = {split: stack.enter_context(LabelsFile(folder, split)) for split in SPLITS}
         documents = {split: labels[split].noting(source.documents(split)) for split in SPLITS}
-        write_rows(folder, {s: _packed(documents[s], tokenizer, seq_len, s, counts[s]) for s in SPLITS}, seq_len)
-    manifest: dict[str, Any] = {"seq_len": seq_len, "tokenizer": tokenizer.fingerprint, "source": source.identity}
+        write_rows(
+            folder,
+            {s: _packed(documents[s], tokenizer, seq_len, s, counts[s]) for s in SPLITS},
+            seq_len,
+        )
+    manifest: dict[str, Any] = {
+        "seq_len": seq_len,
+        "tokenizer": tokenizer.fingerprint,
+        "source": source.identity,
+    }
     manifest["files"] = file_sizes(folder)
-    manifest["digests"] = {path.name: digest_of(path) for path in sorted(folder.glob("documents.*.jsonl"))}
+    manifest["digests"] = {
+        path.name: digest_of(path) for path in sorted(folder.glob("documents.*.jsonl"))
+    }
     manifest["splits"] = {split: dataclasses.asdict(count) for split, count in counts.items()}
     write_manifest(folder, manifest)
 
@@ -228,7 +249,12 @@ def _packed(
             counts.num_tokens += len(stream) - 1
             if time.monotonic() - reported > REPORT_SECONDS:
                 reported = time.monotonic()
-                _log.info("%s: %d documents, %.1f MB so far", split, counts.num_documents, counts.num_bytes / 1e6)
+                _log.info(
+                    "%s: %d documents, %.1f MB so far",
+                    split,
+                    counts.num_documents,
+                    counts.num_bytes / 1e6,
+                )
             yield stream
 
     for row in pack(streams(), seq_len):
@@ -250,7 +276,9 @@ def _open(folder: Path, tokenizer: Tokenizer, seq_len: int) -> Corpus:
         key = _key(manifest["source"], manifest["tokenizer"], manifest["seq_len"])
         check_sizes(folder, manifest["files"])
     except (KeyError, TypeError, AttributeError) as error:
-        raise _damaged(folder, f"{folder / MANIFEST} is corrupt ({type(error).__name__}: {error})") from error
+        raise _damaged(
+            folder, f"{folder / MANIFEST} is corrupt ({type(error).__name__}: {error})"
+        ) from error
     except ValueError as error:
         raise _damaged(folder, str(error)) from error
     if not folder.name.endswith(f"-{key}"):
@@ -260,8 +288,12 @@ def _open(folder: Path, tokenizer: Tokenizer, seq_len: int) -> Corpus:
             f"{folder} holds rows of {manifest['seq_len']} tokens that another tokenizer made than the run's; restore "
             "the run's tokenizer from a copy"
         )
-    return Corpus(tokenizer=tokenizer, seq_len=seq_len, directory=folder, digests=digests, **numbers)
+    return Corpus(
+        tokenizer=tokenizer, seq_len=seq_len, directory=folder, digests=digests, **numbers
+    )
 
 
 def _damaged(folder: Path, problem: str) -> DataError:
-    return DataError(f"{problem}; remove the folder {folder} and run the command again: it is prepared anew")
+    return DataError(
+        f"{problem}; remove the folder {folder} and run the command again: it is prepared anew"
+    )

@@ -26,7 +26,9 @@ SPECIAL_PIECES = ("<pad>", "<bos>", "<eos>")
 SPACE_MARK = "\u2581"  # what sentencepiece, and every table here, writes for a space
 UNREADABLE = b"\xff"  # never part of valid UTF-8: an id without a meaning decodes to the replacement character
 
-TRAINING_BYTES = 64_000_000  # text that the BPE is learnt from; more changes the pieces little and costs memory
+TRAINING_BYTES = (
+    64_000_000  # text that the BPE is learnt from; more changes the pieces little and costs memory
+)
 MAX_LINE = 4096  # characters: sentencepiece refuses unbroken words of 65,536
 
 
@@ -97,7 +99,9 @@ class ByteTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """See `Tokenizer.encode`."""
-        return (np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int32) + len(SPECIAL_PIECES)).tolist()
+        return (
+            np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int32) + len(SPECIAL_PIECES)
+        ).tolist()
 
     def decode(self, ids: Iterable[int]) -> str:
         """See `Tokenizer.decode`."""
@@ -107,7 +111,11 @@ class ByteTokenizer:
         """See `Tokenizer.piece`."""
         if not 0 <= id < self.vocab_size:
             return f"<{id}>"
-        return SPECIAL_PIECES[id] if id < len(SPECIAL_PIECES) else _byte_piece(id - len(SPECIAL_PIECES))
+        return (
+            SPECIAL_PIECES[id]
+            if id < len(SPECIAL_PIECES)
+            else _byte_piece(id - len(SPECIAL_PIECES))
+        )
 
     def save(self, directory: str | Path) -> None:
         """See `Tokenizer.save`."""
@@ -134,9 +142,16 @@ class SentencePieceTokenizer:
         self.fingerprint = f"bpe-{hashlib.sha256(model).hexdigest()}"
         ids = list(range(self.vocab_size))
         self._pieces = self._processor.id_to_piece(ids)
-        self._byte_of = {i: int(self._pieces[i][3:5], 16) for i in ids if self._processor.is_byte(i)}
-        if tuple(self._pieces[: len(SPECIAL_PIECES)]) != SPECIAL_PIECES or len(self._byte_of) != 256:
-            raise ValueError("it must have byte fallback, and ids 0, 1, 2 for padding, begin and end of document")
+        self._byte_of = {
+            i: int(self._pieces[i][3:5], 16) for i in ids if self._processor.is_byte(i)
+        }
+        if (
+            tuple(self._pieces[: len(SPECIAL_PIECES)]) != SPECIAL_PIECES
+            or len(self._byte_of) != 256
+        ):
+            raise ValueError(
+                "it must have byte fallback, and ids 0, 1, 2 for padding, begin and end of document"
+            )
         self._id_of_byte = {byte: i for i, byte in self._byte_of.items()}
         self._table = [self._bytes_of(i) for i in ids]
 
@@ -172,7 +187,11 @@ class SentencePieceTokenizer:
         """See `Tokenizer.save`."""
         _save(
             directory,
-            {"kind": self.kind, "vocab_size": self.vocab_size, "sha256": hashlib.sha256(self._model).hexdigest()},
+            {
+                "kind": self.kind,
+                "vocab_size": self.vocab_size,
+                "sha256": hashlib.sha256(self._model).hexdigest(),
+            },
             self._model,
         )
 
@@ -232,7 +251,9 @@ def _training_lines(texts: Iterable[str]) -> Iterator[str]:
     """Lines that are not empty, at most `MAX_LINE` characters each, up to `TRAINING_BYTES` bytes."""
     remaining = TRAINING_BYTES
     for text in texts:
-        for line in text.replace("\0", "\n").split("\n"):  # sentencepiece skips lines with a null character
+        for line in text.replace("\0", "\n").split(
+            "\n"
+        ):  # sentencepiece skips lines with a null character
             for start in range(0, len(line), MAX_LINE):
                 part = line[start : start + MAX_LINE]
                 remaining -= len(part.encode("utf-8"))
@@ -253,7 +274,9 @@ def _size_error(message: str, vocab_size: int) -> ConfigError:
             f"data.vocab_size={vocab_size} is too small for the characters of the training text; use more than "
             f"{smallest[1]}, or data.tokenizer=bytes"
         )
-    return ConfigError(f"data.vocab_size={vocab_size}: sentencepiece cannot learn from the training text: {message}")
+    return ConfigError(
+        f"data.vocab_size={vocab_size}: sentencepiece cannot learn from the training text: {message}"
+    )
 
 
 def load_tokenizer(directory: str | Path) -> Tokenizer:
@@ -272,17 +295,26 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
         return ByteTokenizer()
     if kind != SentencePieceTokenizer.kind:
         raise _load_error(
-            folder / "tokenizer.json", f"has kind={kind!r} and vocab_size={vocab_size}, which do not exist"
+            folder / "tokenizer.json",
+            f"has kind={kind!r} and vocab_size={vocab_size}, which do not exist",
         )
     model = _read(folder / "tokenizer.model")
     if hashlib.sha256(model).hexdigest() != description.get("sha256"):
-        raise _load_error(folder / "tokenizer.model", "is corrupt: it is not the file that tokenizer.json describes")
+        raise _load_error(
+            folder / "tokenizer.model",
+            "is corrupt: it is not the file that tokenizer.json describes",
+        )
     try:
         tokenizer = SentencePieceTokenizer(model)
     except (RuntimeError, ValueError) as error:
-        raise _load_error(folder / "tokenizer.model", f"is no model this version reads: {error}") from error
+        raise _load_error(
+            folder / "tokenizer.model", f"is no model this version reads: {error}"
+        ) from error
     if vocab_size != tokenizer.vocab_size:
-        raise _load_error(folder / "tokenizer.json", f"has vocab_size={vocab_size} for {tokenizer.vocab_size} pieces")
+        raise _load_error(
+            folder / "tokenizer.json",
+            f"has vocab_size={vocab_size} for {tokenizer.vocab_size} pieces",
+        )
     return tokenizer
 
 
@@ -295,7 +327,9 @@ def _read(path: Path) -> bytes:
 
 def _load_error(path: Path, problem: str) -> DataError:
     if (path.parent / "config.json").exists():
-        return DataError(f"{path} {problem}; restore it from a copy: the run's weights fit no other tokenizer")
+        return DataError(
+            f"{path} {problem}; restore it from a copy: the run's weights fit no other tokenizer"
+        )
     return DataError(
         f"{path} {problem}; restore it from a copy, or remove the folder {path.parent} so that it is made anew"
     )

@@ -55,26 +55,40 @@ def evaluate_run(
     trainable = make_trainable(here, make_mesh(here, None if mesh else jax.devices()[:num_devices]))
     step, params, router_state = Checkpoints(workdir, trainable, read_only=True).restore_model(step)
     if replicas is not None:
-        trainable, params, router_state = _placed(workdir, trainable, params, router_state, replicas)
+        trainable, params, router_state = _placed(
+            workdir, trainable, params, router_state, replicas
+        )
     corpus = open_run_corpus(workdir, load_tokenizer(workdir), places)
     with jax.set_mesh(trainable.mesh), closing(eval_batches(corpus, microbatch)) as batches:
         domains = domains_of(corpus)
         eval_step = make_eval_step(trainable, len(domains.domains) if domains else 0)
         num_bytes = corpus.num_bytes["validation"]
-        evaluation = evaluate(eval_step, trainable, params, router_state, batches, num_bytes, domains=domains)
+        evaluation = evaluate(
+            eval_step, trainable, params, router_state, batches, num_bytes, domains=domains
+        )
     if evaluation is None:
         raise RuntimeError("the evaluation was given up though nothing asked for it")
     return config, step, evaluation
 
 
-def _placed(workdir: str | Path, trainable: Trainable, params: nnx.State, router_state: nnx.State, replicas: int):
+def _placed(
+    workdir: str | Path,
+    trainable: Trainable,
+    params: nnx.State,
+    router_state: nnx.State,
+    replicas: int,
+):
     """The same model with experts in other places, each array where the mesh wants it."""
     config, mesh = trainable.config, trainable.mesh
     devices = math.prod(mesh.shape[axis] for axis in EXPERT_AXES)
     if devices == 1 or config.num_moe_layers == 0:
         raise PlacementError(
             f"--replicas={replicas} places experts on several devices; "
-            + ("say how many, as in --mesh=expert=4" if config.num_moe_layers else "this model has none")
+            + (
+                "say how many, as in --mesh=expert=4"
+                if config.num_moe_layers
+                else "this model has none"
+            )
         )
     load_NE = newest_evaluation(workdir)["load"][:, : config.moe.num_experts]
     model = nnx.merge(trainable.graphdef, params, router_state)

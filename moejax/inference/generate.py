@@ -67,11 +67,19 @@ def generate(
     lengths = np.array([len(row) for row in rows], np.int32)
     trained_length = model.config.data.seq_len
     if lengths.max() + max_tokens > trained_length:
-        log.warning("beyond %d tokens, the length of training rows, the model is on unknown ground", trained_length)
+        log.warning(
+            "beyond %d tokens, the length of training rows, the model is on unknown ground",
+            trained_length,
+        )
     longest = _round_up(int(lengths.max()))  # few distinct lengths, so few compilations
-    blind = sorted({moe.router for moe in model.config.moe_runs if not ROUTER_RULES[moe.router].takes_capacity})
+    blind = sorted(
+        {moe.router for moe in model.config.moe_runs if not ROUTER_RULES[moe.router].takes_capacity}
+    )
     if blind:
-        log.warning("moe.router=%s looks at later tokens, which do not exist yet: text will be poor", ", ".join(blind))
+        log.warning(
+            "moe.router=%s looks at later tokens, which do not exist yet: text will be poor",
+            ", ".join(blind),
+        )
     _warn_of_capacity(model.config)
     tokens_BL = np.full((len(rows), longest), tokenizer.pad_id, np.int32)
     for row, ids in zip(tokens_BL, rows, strict=True):
@@ -80,7 +88,9 @@ def generate(
     cache = decoder.init_cache(len(rows), _round_up(longest + max_tokens))
     keys_B = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(jnp.arange(len(rows)))
     sampling = Sampling.of(temperature, top_p, keys_B)
-    next_B, positions_B, cache = prefill(decoder, jnp.asarray(tokens_BL), jnp.asarray(lengths), cache, sampling)
+    next_B, positions_B, cache = prefill(
+        decoder, jnp.asarray(tokens_BL), jnp.asarray(lengths), cache, sampling
+    )
     is_done_B = np.zeros(len(rows), bool)
     for step in range(max_tokens):
         last_B = next_B
@@ -127,10 +137,17 @@ class Sampling:
     def of(cls, temperature: float, top_p: float, keys_B: jax.Array) -> "Sampling":
         """With the method that does no more than these need."""
         cut = "nucleus" if top_p < 1 else "all"
-        return cls(jnp.float32(temperature), jnp.float32(top_p), keys_B, cut if temperature > 0 else "greedy")
+        return cls(
+            jnp.float32(temperature),
+            jnp.float32(top_p),
+            keys_B,
+            cut if temperature > 0 else "greedy",
+        )
 
 
-def sample(logits_BV: Float[Array, "B V"], sampling: Sampling, positions_B: Int[Array, "B"]) -> Int[Array, "B"]:
+def sample(
+    logits_BV: Float[Array, "B V"], sampling: Sampling, positions_B: Int[Array, "B"]
+) -> Int[Array, "B"]:
     """Draws one token per sequence.
 
     Args:
@@ -156,7 +173,9 @@ def _sample_nucleus(scaled_BV: jax.Array, top_p: jax.Array, keys_B: jax.Array) -
     Source: Holtzman et al. 2020 (nucleus sampling, section 3.1).
     """
     vocab_size = scaled_BV.shape[-1]
-    scaled_BV = jnp.where(scaled_BV == 0, 0.0, scaled_BV)  # `top_k` ranks -0 below 0, and they are equal
+    scaled_BV = jnp.where(
+        scaled_BV == 0, 0.0, scaled_BV
+    )  # `top_k` ranks -0 below 0, and they are equal
     log_total_B1 = jax.nn.logsumexp(scaled_BV, axis=-1, keepdims=True)
 
     def draw(num_ranks: int) -> tuple[jax.Array, jax.Array]:
@@ -165,14 +184,18 @@ def _sample_nucleus(scaled_BV: jax.Array, top_p: jax.Array, keys_B: jax.Array) -
         probs_BR = jnp.exp(sorted_BR - log_total_B1)
         mass_BR = jnp.cumsum(probs_BR, axis=-1)
         is_in_BR = (mass_BR - probs_BR < top_p).at[:, 0].set(True)
-        chosen_B = jax.vmap(jax.random.categorical)(keys_B, jnp.where(is_in_BR, sorted_BR, -jnp.inf))
+        chosen_B = jax.vmap(jax.random.categorical)(
+            keys_B, jnp.where(is_in_BR, sorted_BR, -jnp.inf)
+        )
         drawn_B = jnp.take_along_axis(tokens_BR, chosen_B[:, None], axis=-1)[:, 0]
         return drawn_B, mass_BR[:, -1] >= top_p
 
     if vocab_size <= CANDIDATES:
         return draw(vocab_size)[0]
     drawn_B, is_held_B = draw(CANDIDATES)
-    return jax.lax.cond(is_held_B.all(), lambda: drawn_B, lambda: jnp.where(is_held_B, drawn_B, draw(vocab_size)[0]))
+    return jax.lax.cond(
+        is_held_B.all(), lambda: drawn_B, lambda: jnp.where(is_held_B, drawn_B, draw(vocab_size)[0])
+    )
 
 
 def prefill(
@@ -217,7 +240,11 @@ def _draw(logits_B1V, positions_B, sampling):
 
 def _warn_of_capacity(config: Config) -> None:
     """Says what a capacity in evaluation means for tokens that come one at a time."""
-    limited = [moe for moe in config.moe_runs if moe.dispatch == "capacity" and moe.eval_capacity_factor > 0]
+    limited = [
+        moe
+        for moe in config.moe_runs
+        if moe.dispatch == "capacity" and moe.eval_capacity_factor > 0
+    ]
     groups = {moe.capacity_group for moe in limited}
     if "sequence" in groups:
         log.warning(
@@ -225,7 +252,9 @@ def _warn_of_capacity(config: Config) -> None:
             "written: a token alone in its step finds room; evaluation of the same text may drop some"
         )
     if groups - {"sequence"}:
-        log.warning("moe.eval_capacity_factor drops choices here as well: what is written depends on the batch")
+        log.warning(
+            "moe.eval_capacity_factor drops choices here as well: what is written depends on the batch"
+        )
 
 
 def _check(prompts, max_tokens, temperature, top_p) -> None:

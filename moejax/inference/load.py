@@ -45,7 +45,9 @@ class LoadedRun:
         return open_run_corpus(self.workdir, self.tokenizer, places)
 
 
-def load_run(workdir: str | Path, step: int | None = None, mesh: MeshConfig | None = None) -> LoadedRun:
+def load_run(
+    workdir: str | Path, step: int | None = None, mesh: MeshConfig | None = None
+) -> LoadedRun:
     """Loads a checkpoint, whatever mesh the run was trained on.
 
     Args:
@@ -65,4 +67,6 @@ def load_run(workdir: str | Path, step: int | None = None, mesh: MeshConfig | No
     trainable = make_trainable(here, make_mesh(here, None if mesh else jax.devices()[:1]))
     step, params, router_state = Checkpoints(workdir, trainable, read_only=True).restore_model(step)
     model = nnx.merge(trainable.graphdef, params, router_state)
-    return LoadedRun(config, model, tokenizer, step, trainable.mesh if mesh else None, Path(workdir))
+    return LoadedRun(
+        config, model, tokenizer, step, trainable.mesh if mesh else None, Path(workdir)
+    )

@@ -59,7 +59,9 @@ def route_rows(
       ConfigError: the model has no MoE layers.
     """
     if not loaded.config.num_moe_layers:
-        raise ConfigError("moe.num_experts=0: this model has no experts, so nothing is routed; load a MoE run")
+        raise ConfigError(
+            "moe.num_experts=0: this model has no experts, so nothing is routed; load a MoE run"
+        )
     graphdef, state = nnx.split(loaded.model)
     arrays = (tokens_BL, segments_BL, positions_BL)
     if loaded.mesh is None:
@@ -78,4 +80,6 @@ def _route(graphdef: Any, with_scores: bool, state: Any, tokens_BL, segments_BL,
 
 
 def _depends_on_length(config: Config) -> bool:
-    return any(moe.router == "expert_choice" or moe.eval_capacity_factor > 0 for moe in config.moe_runs)
+    return any(
+        moe.router == "expert_choice" or moe.eval_capacity_factor > 0 for moe in config.moe_runs
+    )

@@ -5,8 +5,12 @@ from collections.abc import Iterable
 from html import escape
 from typing import Any
 
-FORBIDDEN = {c: 0x2400 + c for c in range(32) if chr(c) not in "\t\n"}  # by HTML: shown as their control pictures,
-FORBIDDEN |= dict.fromkeys([*range(127, 160), *range(0xD800, 0xE000)], 0xFFFD)  # or as the replacement character
+FORBIDDEN = {
+    c: 0x2400 + c for c in range(32) if chr(c) not in "\t\n"
+}  # by HTML: shown as their control pictures,
+FORBIDDEN |= dict.fromkeys(
+    [*range(127, 160), *range(0xD800, 0xE000)], 0xFFFD
+)  # or as the replacement character
 
 WORD = re.compile(r"""(?:'[^']*'|"[^"]*"|\S)+""")  # of a command; quoted blanks are part of it
 
@@ -42,4 +46,6 @@ def table(head: Iterable[Any], rows: Iterable[Iterable[Any]]) -> str:
 
 
 def _row(name: Any, *cells: Any) -> str:
-    return f'<th scope="row">{text(name)}</th>' + "".join(f"<td>{text(cell)}</td>" for cell in cells)
+    return f'<th scope="row">{text(name)}</th>' + "".join(
+        f"<td>{text(cell)}</td>" for cell in cells
+    )

@@ -44,7 +44,11 @@ def fold_arms(
         x_ARP, others, sizes_AE = each_arm(num_arms, is_batched, arrays)
         if not gives_rows:
             others = jax.vmap(zero_tail)(others, sizes_AE)
-        folded = merge(jax.vmap(zero_tail)(x_ARP, sizes_AE)), merge(others), merge(_with_tail(sizes_AE, x_ARP.shape[1]))
+        folded = (
+            merge(jax.vmap(zero_tail)(x_ARP, sizes_AE)),
+            merge(others),
+            merge(_with_tail(sizes_AE, x_ARP.shape[1])),
+        )
         result = split(fold_arms(product, *folded, 0), num_arms)
         return (jax.vmap(zero_tail)(result, sizes_AE) if gives_rows else result), True
 
@@ -62,7 +66,9 @@ def loop_over_arms(
 
     @one.def_vmap
     def all_arms(num_arms: int, is_batched: Any, *arrays: jax.Array):
-        return jax.lax.map(lambda arm: one(*arm), tuple(each_arm(num_arms, is_batched, arrays))), True
+        return jax.lax.map(
+            lambda arm: one(*arm), tuple(each_arm(num_arms, is_batched, arrays))
+        ), True
 
     return one(x_RP, other, group_sizes_E)
 

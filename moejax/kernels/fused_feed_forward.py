@@ -70,7 +70,9 @@ def feed_forward(
     num_rows, num_needed = choice_R.shape[0], (max_rows or weights_TK.size) + sizes[-1]
     if num_rows < num_needed:
         # A slice that would pass the end is moved back in silence, onto rows of other experts.
-        raise ValueError(f"choice_R has {num_rows} rows and must have {num_needed}; plan with spare_rows={sizes[-1]}")
+        raise ValueError(
+            f"choice_R has {num_rows} rows and must have {num_needed}; plan with spare_rows={sizes[-1]}"
+        )
     gate_up_EDP = gate_up_EDPF.reshape(*gate_up_EDPF.shape[:2], -1)
     # Outside of the custom VJP: the transpose sums the gradient of replicated weights over devices.
     arrays = vary_alike(x_TD, weights_TK, gate_up_EDP, down_EFD, row_TK, choice_R, group_sizes_E)
@@ -118,7 +120,9 @@ _with_projections.defvjp(_refuse, _refuse)
 _gradients.defvjp(_refuse, _refuse)
 
 
-def _over_arms(function, x_TD, weights_TK, gate_up_EDP, down_EFD, row_TK, choice_R, sizes_E, starts_E, *others):
+def _over_arms(
+    function, x_TD, weights_TK, gate_up_EDP, down_EFD, row_TK, choice_R, sizes_E, starts_E, *others
+):
     """`function` of these arrays; `vmap` over the arms of a sweep makes one call of A * E experts of it.
 
     Plain `vmap` would run each loop over tiles for as long as the fullest of an expert's arms needs, and throw away
@@ -133,22 +137,62 @@ def _over_arms(function, x_TD, weights_TK, gate_up_EDP, down_EFD, row_TK, choice
     @one.def_vmap
     def all_arms(num_arms: int, is_batched, *arrays):
         each = each_arm(num_arms, is_batched, arrays)
-        x_ATD, weights_ATK, gate_up_AEDP, down_AEFD, row_ATK, choice_AR, sizes_AE, starts_AE, *others = each
+        (
+            x_ATD,
+            weights_ATK,
+            gate_up_AEDP,
+            down_AEFD,
+            row_ATK,
+            choice_AR,
+            sizes_AE,
+            starts_AE,
+            *others,
+        ) = each
         num_rows, num_choices = choice_AR.shape[1], weights_ATK[0].size
-        first_row_A, first_choice_A = jnp.arange(num_arms) * num_rows, jnp.arange(num_arms) * num_choices
-        row_ATK = jnp.where(row_ATK < num_rows, row_ATK + first_row_A[:, None, None], num_arms * num_rows)
+        first_row_A, first_choice_A = (
+            jnp.arange(num_arms) * num_rows,
+            jnp.arange(num_arms) * num_choices,
+        )
+        row_ATK = jnp.where(
+            row_ATK < num_rows, row_ATK + first_row_A[:, None, None], num_arms * num_rows
+        )
         is_choice_AR = choice_AR < num_choices
-        choice_AR = jnp.where(is_choice_AR, choice_AR + first_choice_A[:, None], num_arms * num_choices)
+        choice_AR = jnp.where(
+            is_choice_AR, choice_AR + first_choice_A[:, None], num_arms * num_choices
+        )
         starts_AE = starts_AE + first_row_A[:, None].astype(starts_AE.dtype)
-        folded = x_ATD, weights_ATK, gate_up_AEDP, down_AEFD, row_ATK, choice_AR, sizes_AE, starts_AE, *others
+        folded = (
+            x_ATD,
+            weights_ATK,
+            gate_up_AEDP,
+            down_AEFD,
+            row_ATK,
+            choice_AR,
+            sizes_AE,
+            starts_AE,
+            *others,
+        )
         results = _over_arms(function, *map(merge, folded))
         return tuple(split(result, num_arms) for result in results), tuple(True for _ in results)
 
-    return one(x_TD, weights_TK, gate_up_EDP, down_EFD, row_TK, choice_R, sizes_E, starts_E, *others)
+    return one(
+        x_TD, weights_TK, gate_up_EDP, down_EFD, row_TK, choice_R, sizes_E, starts_E, *others
+    )
 
 
 def _forward_pass(
-    activate, sizes, x_TD, weights_TK, gate_up_EDP, down_EFD, row_TK, choice_R, sizes_E, starts_E, *, keep: bool
+    activate,
+    sizes,
+    x_TD,
+    weights_TK,
+    gate_up_EDP,
+    down_EFD,
+    row_TK,
+    choice_R,
+    sizes_E,
+    starts_E,
+    *,
+    keep: bool,
 ):
     """The outputs of tokens, and the projections of rows (none, unless they are to be kept)."""
     groups = Groups.of(sizes_E, starts_E, sizes)
@@ -158,18 +202,33 @@ def _forward_pass(
 
 
 def _backward_pass(
-    activate, sizes, x_TD, weights_TK, gate_up_EDP, down_EFD, row_TK, choice_R, sizes_E, starts_E, projected_RP, dy_TD
+    activate,
+    sizes,
+    x_TD,
+    weights_TK,
+    gate_up_EDP,
+    down_EFD,
+    row_TK,
+    choice_R,
+    sizes_E,
+    starts_E,
+    projected_RP,
+    dy_TD,
 ):
     """Gradients of tokens, of combine weights and of all matrices."""
     groups = Groups.of(sizes_E, starts_E, sizes)
     arrays = x_TD, weights_TK, gate_up_EDP, down_EFD, choice_R
-    dx_RD, dweight_R, dgate_up_EDP, ddown_EFD = _backward_rows(activate, groups, dy_TD, projected_RP, *arrays)
+    dx_RD, dweight_R, dgate_up_EDP, ddown_EFD = _backward_rows(
+        activate, groups, dy_TD, projected_RP, *arrays
+    )
     dweights_TK = dweight_R.at[row_TK].get(mode="fill", fill_value=0).astype(weights_TK.dtype)
     dmatrices = dgate_up_EDP.astype(gate_up_EDP.dtype), ddown_EFD.astype(down_EFD.dtype)
     return add_rows(dx_RD, row_TK).astype(dy_TD.dtype), dweights_TK, *dmatrices
 
 
-def _forward_rows(activate, groups, x_TD, weights_TK, gate_up_EDP, down_EFD, choice_R, *, keep: bool):
+def _forward_rows(
+    activate, groups, x_TD, weights_TK, gate_up_EDP, down_EFD, choice_R, *, keep: bool
+):
     """Weighted outputs of the rows and, to `keep` for the backward pass, their projections; rest is left undefined."""
     token_R, weight_R = _of_rows(weights_TK, choice_R)
     num_rows, d_model, num_projected = choice_R.shape[0], x_TD.shape[1], gate_up_EDP.shape[2]
@@ -181,7 +240,10 @@ def _forward_rows(activate, groups, x_TD, weights_TK, gate_up_EDP, down_EFD, cho
         def one_tile(size, row, carry):
             y_RD, projected_RP = carry
             projected_bP = _dot(_gather(x_TD, take(token_R, row, size)), gate_up_DP, 1, 0)
-            hidden_bF = activate(_split(projected_bP, down_FD.shape[0])) * take(weight_R, row, size)[:, None]
+            hidden_bF = (
+                activate(_split(projected_bP, down_FD.shape[0]))
+                * take(weight_R, row, size)[:, None]
+            )
             y_RD = put(y_RD, _dot(hidden_bF, down_FD, 1, 0), row)
             return y_RD, put(projected_RP, projected_bP, row) if keep else projected_RP
 
@@ -192,7 +254,9 @@ def _forward_rows(activate, groups, x_TD, weights_TK, gate_up_EDP, down_EFD, cho
     return groups.for_each_active(one_expert, (y_RD, projected_RP))
 
 
-def _backward_rows(activate, groups, dy_TD, projected_RP, x_TD, weights_TK, gate_up_EDP, down_EFD, choice_R):
+def _backward_rows(
+    activate, groups, dy_TD, projected_RP, x_TD, weights_TK, gate_up_EDP, down_EFD, choice_R
+):
     """Gradients of the rows and of their weights, rest left undefined, and in float32 of all matrices."""
     token_R, weight_R = _of_rows(weights_TK, choice_R)
     num_rows, d_model = choice_R.shape[0], x_TD.shape[1]
@@ -207,7 +271,9 @@ def _backward_rows(activate, groups, dy_TD, projected_RP, x_TD, weights_TK, gate
             token_b = take(token_R, row, size)
             # Rows past the group's end are of other experts, or undefined: they must not reach the matrices.
             is_row_b1 = (row + jnp.arange(size) < groups.ends_E[e])[:, None]
-            x_bD, dy_bD = (jnp.where(is_row_b1, _gather(a_TD, token_b), 0) for a_TD in (x_TD, dy_TD))
+            x_bD, dy_bD = (
+                jnp.where(is_row_b1, _gather(a_TD, token_b), 0) for a_TD in (x_TD, dy_TD)
+            )
             weight_b1 = take(weight_R, row, size)[:, None]
             projected_bP = jnp.where(is_row_b1, take(projected_RP, row, size), 0)
             hidden_bF, pull = jax.vjp(activate, _split(projected_bP, down_FD.shape[0]))
@@ -216,21 +282,31 @@ def _backward_rows(activate, groups, dy_TD, projected_RP, x_TD, weights_TK, gate
             dprojected_bP = jnp.concatenate(dparts, axis=1)
             dx_RD = put(dx_RD, _dot(dprojected_bP, gate_up_DP, 1, 1), row)
             dweight_R = put(dweight_R, (hidden_bF * dhidden_bF).sum(axis=1), row)
-            parts = _outer_products(x_bD, dprojected_bP), _outer_products(hidden_bF * weight_b1, dy_bD)
+            parts = (
+                _outer_products(x_bD, dprojected_bP),
+                _outer_products(hidden_bF * weight_b1, dy_bD),
+            )
             return (dx_RD, dweight_R), parts
 
         def rest(size, row, carry):
             rows, parts = one_tile(size, row, carry[0])
-            return rows, tuple(_replace(total, part, e) for total, part in zip(carry[1], parts, strict=True))
+            return rows, tuple(
+                _replace(total, part, e) for total, part in zip(carry[1], parts, strict=True)
+            )
 
         def full(size, row, carry):
             rows, parts = one_tile(size, row, carry[0])
-            return rows, tuple(_replace(total, total[e] + part, e) for total, part in zip(carry[1], parts, strict=True))
+            return rows, tuple(
+                _replace(total, total[e] + part, e)
+                for total, part in zip(carry[1], parts, strict=True)
+            )
 
         return groups.for_each_tile(e, rest, full, carry)
 
     def no_rows(e, totals):
-        return tuple(_replace(total, jnp.zeros_like(total, shape=total.shape[1:]), e) for total in totals)
+        return tuple(
+            _replace(total, jnp.zeros_like(total, shape=total.shape[1:]), e) for total in totals
+        )
 
     rows = (
         empty_varying_like(x_TD, (num_rows, d_model), jnp.float32),
@@ -271,7 +347,9 @@ def _split(projected_bP, width: int) -> list[jax.Array]:
 
 
 def _dot(a, b, a_axis: int, b_axis: int):
-    return lax.dot_general(a, b, (((a_axis,), (b_axis,)), ((), ())), preferred_element_type=jnp.float32)
+    return lax.dot_general(
+        a, b, (((a_axis,), (b_axis,)), ((), ())), preferred_element_type=jnp.float32
+    )
 
 
 def _outer_products(a_bP, b_bQ):

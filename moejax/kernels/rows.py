@@ -8,7 +8,9 @@ from moejax.kernels.vma import zeros_varying_like
 
 
 def add_rows(
-    x_RD: Float[Array, "R D"], row_TK: Int[Array, "T K"], weights_TK: Float[Array, "T K"] | None = None
+    x_RD: Float[Array, "R D"],
+    row_TK: Int[Array, "T K"],
+    weights_TK: Float[Array, "T K"] | None = None,
 ) -> Float[Array, "T D"]:
     """For each token the sum of its rows, times their weights if there are any; those out of range add nothing.
 

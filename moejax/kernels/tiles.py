@@ -65,12 +65,16 @@ class Groups:
     num_full_E: jax.Array
 
     @classmethod
-    def of(cls, group_sizes_E: Int[Array, "E"], starts_E: Int[Array, "E"], sizes: tuple[int, ...]) -> "Groups":
+    def of(
+        cls, group_sizes_E: Int[Array, "E"], starts_E: Int[Array, "E"], sizes: tuple[int, ...]
+    ) -> "Groups":
         """Tiles of these sizes for groups of these sizes, whose first rows are in rising order."""
         num_full_E = jnp.maximum(group_sizes_E - 1, 0) // sizes[-1]
         rest_E = group_sizes_E - num_full_E * sizes[-1]
         # Not as arrays of sizes: under `vmap` constants of the traced function count as batched, which it may not have.
-        is_rest = [(rest_E > below) & (rest_E <= upto) for below, upto in itertools.pairwise((0, *sizes))]
+        is_rest = [
+            (rest_E > below) & (rest_E <= upto) for below, upto in itertools.pairwise((0, *sizes))
+        ]
         return cls(
             sizes=sizes,
             num_active=(group_sizes_E > 0).sum(),
@@ -83,12 +87,16 @@ class Groups:
 
     def for_each_active(self, body: Callable[[jax.Array, Carry], Carry], carry: Carry) -> Carry:
         """Runs `body(group, carry)` for the groups that have rows, in rising order."""
-        return lax.fori_loop(0, self.num_active, lambda i, carry: body(self.order_E[i], carry), carry)
+        return lax.fori_loop(
+            0, self.num_active, lambda i, carry: body(self.order_E[i], carry), carry
+        )
 
     def for_each_empty(self, body: Callable[[jax.Array, Carry], Carry], carry: Carry) -> Carry:
         """Runs `body(group, carry)` for the groups that have none."""
         num_groups = self.order_E.shape[0]
-        return lax.fori_loop(self.num_active, num_groups, lambda i, carry: body(self.order_E[i], carry), carry)
+        return lax.fori_loop(
+            self.num_active, num_groups, lambda i, carry: body(self.order_E[i], carry), carry
+        )
 
     def for_each_tile(
         self,
@@ -109,7 +117,9 @@ class Groups:
                 return rest(size, start + (num_full + j) * largest, carry)
 
             carry = lax.fori_loop(0, self.counts_ES[group, i], one, carry)
-        return lax.fori_loop(0, num_full, lambda j, carry: full(largest, start + j * largest, carry), carry)
+        return lax.fori_loop(
+            0, num_full, lambda j, carry: full(largest, start + j * largest, carry), carry
+        )
 
 
 def take(x: jax.Array, first: jax.Array, count: int) -> jax.Array:

@@ -58,7 +58,9 @@ class Block(nnx.Module):
         if moe is not None:
             limit = None
             if config.schedule.top_k != "constant":
-                limit = limit_of(moe.top_k, parse_schedule("schedule.top_k", config.schedule.top_k).start)
+                limit = limit_of(
+                    moe.top_k, parse_schedule("schedule.top_k", config.schedule.top_k).start
+                )
             self.moe = MoE(moe, width, dtype, vocab_size=config.vocab_size, limit=limit, rngs=rngs)
         else:
             self.ffn = FeedForward(width, config.model.d_ff, dtype, rngs=rngs)
@@ -69,7 +71,9 @@ class Block(nnx.Module):
     def __call__(self, x_BLD: jax.Array, context: Context, cache: KVCache | None = None):
         """Returns (x_BLD, `RoutingStats` or None, cache); without a cache it attends to `x_BLD` alone."""
         with jax.named_scope("attention"):
-            y_BLD, cache = self.attention(self.attention_norm(x_BLD), context.positions_BL, context.segments_BL, cache)
+            y_BLD, cache = self.attention(
+                self.attention_norm(x_BLD), context.positions_BL, context.segments_BL, cache
+            )
             x_BLD += y_BLD
         normed_BLD = self.ffn_norm(x_BLD)
         if not self.is_moe:
@@ -93,7 +97,9 @@ class Period(nnx.Module):
     """`num_dense` dense layers and then a MoE layer."""
 
     def __init__(self, config: Config, moe: MoeConfig | None, num_dense: int, *, rngs: nnx.Rngs):
-        self.dense = Stack(lambda rngs: Block(config, None, rngs=rngs), num_dense, config, rngs=rngs)
+        self.dense = Stack(
+            lambda rngs: Block(config, None, rngs=rngs), num_dense, config, rngs=rngs
+        )
         self.moe_block = Block(config, moe, rngs=rngs)
 
     def __call__(self, x_BLD: jax.Array, context: Context):
@@ -117,7 +123,14 @@ class Stack(nnx.Module):
       rngs: split into one key per block.
     """
 
-    def __init__(self, make_block: Callable[[nnx.Rngs], nnx.Module], num: int, config: Config, *, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        make_block: Callable[[nnx.Rngs], nnx.Module],
+        num: int,
+        config: Config,
+        *,
+        rngs: nnx.Rngs,
+    ):
         keys_N = jax.random.split(rngs.params(), num)
         states_N = jax.vmap(lambda key: nnx.state(make_block(nnx.Rngs(params=key))))(keys_N)
         graphdef, _ = nnx.split(nnx.eval_shape(lambda: make_block(nnx.Rngs(params=0))))
@@ -155,5 +168,7 @@ class Stack(nnx.Module):
 def _with_layer_axis(states_N):
     """Names the leading axis that `vmap` gave every parameter."""
     return jax.tree.map(
-        lambda v: v.replace(axes=("layers", *v.axes)), states_N, is_leaf=lambda v: isinstance(v, nnx.Variable)
+        lambda v: v.replace(axes=("layers", *v.axes)),
+        states_N,
+        is_leaf=lambda v: isinstance(v, nnx.Variable),
     )

@@ -37,7 +37,9 @@ class Decoder(nnx.Module):
         self.stacks = nnx.List(make_stacks(config, rngs))
         self.final_norm = RMSNorm(width)
         if not config.model.tied_embeddings:
-            self.unembedding = nnx.Param(init(rngs.params(), (vocab, width)), axes=("vocab", "embed"))
+            self.unembedding = nnx.Param(
+                init(rngs.params(), (vocab, width)), axes=("vocab", "embed")
+            )
         self.config = config
 
     def __call__(
@@ -88,7 +90,9 @@ class Decoder(nnx.Module):
         """
         config = self.config
         if len(experts_NP) != config.num_moe_layers:
-            raise PlacementError(f"{len(experts_NP)} layers are placed, and the model has {config.num_moe_layers}")
+            raise PlacementError(
+                f"{len(experts_NP)} layers are placed, and the model has {config.num_moe_layers}"
+            )
         if any(kind.router in ("expert_choice", "soft") for kind in config.moe_runs):
             raise PlacementError("experts that choose tokens cannot have copies, nor other places")
         first = 0

@@ -15,13 +15,28 @@ from moejax.kernels.grouped_matmul import can_check_vma
 from moejax.kernels.matmul import project
 from moejax.moe.balancing.stats import RoutingStats, Service, collect, collect_slots, collect_soft
 from moejax.moe.dispatch.capacity import Admission, admit, capacity_limit, capacity_slots
-from moejax.moe.dispatch.on_device import Chosen, Mixing, Slots, run_dropless, run_slots, run_soft, run_with_capacity
+from moejax.moe.dispatch.on_device import (
+    Chosen,
+    Mixing,
+    Slots,
+    run_dropless,
+    run_slots,
+    run_soft,
+    run_with_capacity,
+)
 from moejax.moe.expert_parallel.exchange import exchange
 from moejax.moe.expert_parallel.placement import Copies
 from moejax.moe.expert_parallel.strategy import Exchange, Local
 from moejax.moe.experts.experts import Experts, FeedForward, Network, initialize
 from moejax.moe.experts.zero_computation import FreeExperts
-from moejax.moe.router import UNRANKED, RouterInputs, Routing, route, route_expert_choice, route_soft
+from moejax.moe.router import (
+    UNRANKED,
+    RouterInputs,
+    Routing,
+    route,
+    route_expert_choice,
+    route_soft,
+)
 from moejax.moe.router.modules import Logits, make_router
 from moejax.moe.router.routing import Stream, draw
 from moejax.moe.router.scores import spread_over_survivors, weigh
@@ -85,17 +100,27 @@ class MoE(nnx.Module):
         self.router = make_router(config, d_model, rngs=rngs)
         network = Network(config.activation, config.activation_limit, config.expert_bias)
         width = config.d_latent or d_model
-        self.experts = Experts(config.num_experts, width, config.d_expert, dtype, network, rngs=rngs)
+        self.experts = Experts(
+            config.num_experts, width, config.d_expert, dtype, network, rngs=rngs
+        )
         if config.d_latent:
-            self.into_latent = nnx.Param(initialize(rngs.params(), (d_model, width)), axes=("embed", "latent"))
-            self.out_of_latent = nnx.Param(initialize(rngs.params(), (width, d_model)), axes=("latent", "embed"))
+            self.into_latent = nnx.Param(
+                initialize(rngs.params(), (d_model, width)), axes=("embed", "latent")
+            )
+            self.out_of_latent = nnx.Param(
+                initialize(rngs.params(), (width, d_model)), axes=("latent", "embed")
+            )
         if config.num_free_experts:
             self.free_experts = FreeExperts(config, d_model, rngs=rngs)
         if config.num_shared_experts:
             # The sum of several networks is one wider network.
-            self.shared = FeedForward(d_model, config.num_shared_experts * config.d_expert, dtype, network, rngs=rngs)
+            self.shared = FeedForward(
+                d_model, config.num_shared_experts * config.d_expert, dtype, network, rngs=rngs
+            )
         if config.shared_combine == "gated":
-            self.shared_gate = nnx.Param(initialize(rngs.params(), (d_model, 1)), axes=("embed", "router"))
+            self.shared_gate = nnx.Param(
+                initialize(rngs.params(), (d_model, 1)), axes=("embed", "router")
+            )
         self.idle_steps = RouterState(jnp.zeros(config.num_choices, jnp.int32), axes=("router",))
         if config.has_selection_bias:
             self.selection_bias = RouterState(jnp.zeros(config.num_choices), axes=("router",))
@@ -119,7 +144,9 @@ class MoE(nnx.Module):
         for name in ("gate_up", "down", "gate_up_bias", "down_bias"):
             if hasattr(self.experts, name):
                 weight = getattr(self.experts, name)
-                placed_NP = jax.vmap(lambda weight_E, experts_P: weight_E[experts_P])(weight[...], experts_NP)
+                placed_NP = jax.vmap(lambda weight_E, experts_P: weight_E[experts_P])(
+                    weight[...], experts_NP
+                )
                 setattr(self.experts, name, weight.replace(placed_NP))
         self.slots = RouterState(jnp.asarray(copies.slots_NEM), axes=("layers", "router", "router"))
         self.num_copies = RouterState(jnp.asarray(copies.num_NE), axes=("layers", "router"))
@@ -144,7 +171,9 @@ class MoE(nnx.Module):
                 f"blocked; it can with any router but {', '.join(UNRANKED)}"
             )
         if is_blocked_E.shape != self.idle_steps.shape:
-            raise BlockError(f"is_blocked_E has shape {is_blocked_E.shape}; it must be {self.idle_steps.shape}")
+            raise BlockError(
+                f"is_blocked_E has shape {is_blocked_E.shape}; it must be {self.idle_steps.shape}"
+            )
         self.is_blocked = RouterState(jnp.asarray(is_blocked_E), axes=self.idle_steps.axes)
         self.is_blocking = True
 
@@ -159,7 +188,9 @@ class MoE(nnx.Module):
         slot_BLK = self.slots[...][expert_BLK, turn_BL1 % self.num_copies[...][expert_BLK]]
         return jnp.where(is_expert_BLK, slot_BLK, self.experts.down.shape[0])
 
-    def __call__(self, x_BLD: Float[Array, "B L D"], info: TokenInfo) -> tuple[Float[Array, "B L D"], RoutingStats]:
+    def __call__(
+        self, x_BLD: Float[Array, "B L D"], info: TokenInfo
+    ) -> tuple[Float[Array, "B L D"], RoutingStats]:
         """Sends each token to its experts and adds up what they return.
 
         Args:
@@ -188,7 +219,9 @@ class MoE(nnx.Module):
         """
         shared_BLD = self.shared(x_BLD).astype(jnp.float32)
         if self.config.shared_combine == "gated":
-            gate_BL1 = project(x_BLD.astype(jnp.float32), whole(self.shared_gate), precision="highest")
+            gate_BL1 = project(
+                x_BLD.astype(jnp.float32), whole(self.shared_gate), precision="highest"
+            )
             shared_BLD *= jax.nn.sigmoid(gate_BL1)
         sum_BLD = y_BLD.astype(jnp.float32) + jnp.where(info.is_token_BL[..., None], shared_BLD, 0)
         if self.config.shared_combine == "averaged":
@@ -237,20 +270,28 @@ class MoE(nnx.Module):
             noise=1.0 if info.knobs is None else info.knobs.noise_scale,
         )
 
-    def _admit(self, routing: Routing, info: TokenInfo, length: int) -> tuple[Int[Array, "T K"], Service]:
+    def _admit(
+        self, routing: Routing, info: TokenInfo, length: int
+    ) -> tuple[Int[Array, "T K"], Service]:
         """Who finds a slot, where the others go, and with which weights."""
         config = self.config
         factor = config.eval_capacity_factor if info.knobs is None else info.knobs.capacity_factor
         none_TK = jnp.zeros(routing.experts_TK.shape, bool)
-        if config.dispatch == "dropless" or (info.knobs is None and config.eval_capacity_factor == 0):
+        if config.dispatch == "dropless" or (
+            info.knobs is None and config.eval_capacity_factor == 0
+        ):
             admission = Admission(routing.experts_TK, none_TK, none_TK)
             return routing.experts_TK, self._service(routing.weights_TK, admission, info, length)
         num_tokens = routing.experts_TK.shape[0]
-        groups = {"sequence": num_tokens // length, "device": batch_devices(), "global": 1}[config.capacity_group]
+        groups = {"sequence": num_tokens // length, "device": batch_devices(), "global": 1}[
+            config.capacity_group
+        ]
         size = (config.top_k, num_tokens // groups, config.num_experts)
         limit = capacity_limit(jnp.float32(factor), *size)
         if info.knobs is not None:
-            limit = jnp.minimum(limit, capacity_slots(config.capacity_factor, *size))  # the size of the buffers
+            limit = jnp.minimum(
+                limit, capacity_slots(config.capacity_factor, *size)
+            )  # the size of the buffers
         admission = admit(
             routing.experts_TK,
             routing.ranking_TE,
@@ -276,10 +317,15 @@ class MoE(nnx.Module):
     def _service(self, weights_TK, admission: Admission, info: TokenInfo, length: int) -> Service:
         dropout_TK = self._dropout(weights_TK.shape, info, length)
         return Service(
-            checkpoint_name(weights_TK, "routing_weights"), admission.is_dropped_TK, admission.is_moved_TK, dropout_TK
+            checkpoint_name(weights_TK, "routing_weights"),
+            admission.is_dropped_TK,
+            admission.is_moved_TK,
+            dropout_TK,
         )
 
-    def _dropout(self, shape: tuple[int, ...], info: TokenInfo, length: int) -> Float[Array, "T K"] | None:
+    def _dropout(
+        self, shape: tuple[int, ...], info: TokenInfo, length: int
+    ) -> Float[Array, "T K"] | None:
         """Factors on the choices' outputs: 0 for some drawn at random, and more than 1 for the rest to make up for it.
 
         Not dropout within an expert: a token loses the whole output of an expert.
@@ -287,18 +333,26 @@ class MoE(nnx.Module):
         if self.config.expert_dropout == 0 or info.knobs is None or info.keys_B is None:
             return None
         rate = info.knobs.expert_dropout
-        uniform_TK = draw(info.keys_B, Stream.DROPOUT, jax.random.uniform, length, shape[1]).reshape(shape)
+        uniform_TK = draw(
+            info.keys_B, Stream.DROPOUT, jax.random.uniform, length, shape[1]
+        ).reshape(shape)
         return jnp.where(uniform_TK < rate, 0.0, 1 / (1 - rate))
 
     def _run(self, x_BLD, experts_TK, service: Service, info: TokenInfo):
         batch, length, _ = x_BLD.shape
         config = self.config
         local = self._dropless()
-        if config.dispatch == "capacity" and config.capacity_group == "sequence" and info.knobs is not None:
+        if (
+            config.dispatch == "capacity"
+            and config.capacity_group == "sequence"
+            and info.knobs is not None
+        ):
             slots = capacity_slots(config.capacity_factor, config.top_k, length, config.num_experts)
             local = Local(functools.partial(run_with_capacity, slots=slots))
         weights_TK, factors_TK = service.weights_TK, service.dropout_TK
-        experts_BLK, weights_BLK = (a.reshape(batch, length, config.top_k) for a in (experts_TK, weights_TK))
+        experts_BLK, weights_BLK = (
+            a.reshape(batch, length, config.top_k) for a in (experts_TK, weights_TK)
+        )
         factors_BLK = None if factors_TK is None else factors_TK.reshape(weights_BLK.shape)
         out_BLK = weights_BLK if factors_BLK is None else weights_BLK * factors_BLK
         chosen_BLK = self._to_slots(experts_BLK) if self.is_placed else experts_BLK
@@ -306,7 +360,9 @@ class MoE(nnx.Module):
             y_BLD, left_over = self._through_experts(local, x_BLD, Chosen(chosen_BLK, out_BLK))
         else:
             ones_BLK = jnp.ones_like(weights_BLK) if factors_BLK is None else factors_BLK
-            y_BLD, left_over = self._through_experts(local, x_BLD, Chosen(chosen_BLK, ones_BLK, weights_BLK))
+            y_BLD, left_over = self._through_experts(
+                local, x_BLD, Chosen(chosen_BLK, ones_BLK, weights_BLK)
+            )
         if config.num_free_experts:
             free_BLD = self.free_experts(x_BLD, experts_BLK, out_BLK)
             y_BLD = (y_BLD.astype(jnp.float32) + free_BLD).astype(y_BLD.dtype)
@@ -337,7 +393,9 @@ class MoE(nnx.Module):
             slots = capacity_slots(1.0, self.config.top_k, length, self.config.num_experts)
             routing = route_expert_choice(self._inputs(logits, info, length), self.config, slots)
         with jax.named_scope("experts"):
-            chosen = Slots(routing.positions_BEC, checkpoint_name(routing.weights_BEC, "routing_weights"))
+            chosen = Slots(
+                routing.positions_BEC, checkpoint_name(routing.weights_BEC, "routing_weights")
+            )
             y_BLD, _ = self._through_experts(Local(run_slots), x_BLD, chosen)
         return y_BLD, collect_slots(routing, info.is_token_BL, trace=info.trace)
 
@@ -346,6 +404,10 @@ class MoE(nnx.Module):
             routing = route_soft(logits.logits_BLE, info.is_token_BL)
         with jax.named_scope("experts"):
             by_expert = (*logits.logits_BLE.shape[:2], self.config.num_experts, -1)
-            mixing = Mixing(routing.dispatch_BLS.reshape(by_expert), routing.combine_BLS.reshape(by_expert))
+            mixing = Mixing(
+                routing.dispatch_BLS.reshape(by_expert), routing.combine_BLS.reshape(by_expert)
+            )
             y_BLD, _ = self._through_experts(Local(run_soft), x_BLD, mixing)
-        return y_BLD, collect_soft(routing, info.is_token_BL, self.config.num_experts, trace=info.trace)
+        return y_BLD, collect_soft(
+            routing, info.is_token_BL, self.config.num_experts, trace=info.trace
+        )

@@ -96,7 +96,11 @@ def count(config: Config) -> Count:
     projections = 2 * d_model * d_model + 2 * d_model * d_kv
     norms = 2 * d_model + (2 * config.head_dim if model.qk_norm else 0)
     embedding = config.vocab_size * d_model
-    total = embedding * (1 if model.tied_embeddings else 2) + d_model + model.num_layers * (projections + norms)
+    total = (
+        embedding * (1 if model.tied_embeddings else 2)
+        + d_model
+        + model.num_layers * (projections + norms)
+    )
     active, experts = total, 0
     flops = [
         Flops(
@@ -112,7 +116,9 @@ def count(config: Config) -> Count:
         active += num * (layer.always + layer.num_active * layer.per_expert)
         flops += [layer.flops] * num
     sums = map(sum, zip(*map(dataclasses.astuple, flops), strict=True))
-    return Count(total, active, experts, Flops(*(round(BACKWARD_AND_FORWARD * row / length) for row in sums)))
+    return Count(
+        total, active, experts, Flops(*(round(BACKWARD_AND_FORWARD * row / length) for row in sums))
+    )
 
 
 def _dense(config: Config) -> _Layer:
@@ -134,7 +140,11 @@ def _experts(moe: MoeConfig, d_model: int, length: int) -> _Layer:
     width, d_shared = moe.d_latent or d_model, moe.num_shared_experts * moe.d_expert
     expert, into_and_out = _weights(network, width, moe.d_expert), 2 * d_model * moe.d_latent
     shared = _weights(network, d_model, d_shared) if d_shared else 0
-    beside = shared + (d_model if moe.shared_combine == "gated" else 0) + moe.num_constant_experts * d_model
+    beside = (
+        shared
+        + (d_model if moe.shared_combine == "gated" else 0)
+        + moe.num_constant_experts * d_model
+    )
     router_weights, router_rest = _router(moe, d_model)
     num_active = min(moe.top_k, moe.num_experts)
     rows, mixing = num_active * length, 0

@@ -48,7 +48,11 @@ def utilisation_of_token(config: Config) -> float | None:
       arithmetic changes with `schedule.top_k`.
     """
     peak = PEAK_BFLOAT16.get(jax.devices()[0].device_kind)
-    if peak is None or config.model.compute_dtype != "bfloat16" or config.schedule.top_k != "constant":
+    if (
+        peak is None
+        or config.model.compute_dtype != "bfloat16"
+        or config.schedule.top_k != "constant"
+    ):
         return None
     return count(config).flops_per_token / (peak * jax.device_count())
 
@@ -58,6 +62,8 @@ def peak_memory_bytes() -> int | None:
 
     None where devices do not count it, as on CPU.
     """
-    peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in jax.local_devices()]
+    peaks = [
+        (device.memory_stats() or {}).get("peak_bytes_in_use") for device in jax.local_devices()
+    ]
     known = [peak for peak in peaks if peak is not None]
     return max(known, default=None)

@@ -100,10 +100,16 @@ def check_memory(config: Config, devices: Sequence[jax.Device] | None = None) ->
         return
     needed = estimate_memory(config, len(devices))
     sharing = _sharing(devices)
-    available = host_memory() if devices[0].platform == "cpu" else device_memory(devices[0].memory_stats)
+    available = (
+        host_memory() if devices[0].platform == "cpu" else device_memory(devices[0].memory_stats)
+    )
     if available is None or needed.total * sharing <= available:
         return
-    where = "a device" if sharing == 1 else f"each of {sharing} devices that share the memory of this machine"
+    where = (
+        "a device"
+        if sharing == 1
+        else f"each of {sharing} devices that share the memory of this machine"
+    )
     remedy = (
         "lower moe.num_experts, moe.d_expert, model.d_model or model.num_layers, or split the model over more devices"
         if needed.state > needed.total // 2
@@ -133,7 +139,9 @@ def host_memory(limits: Sequence[str] = LIMITS) -> int | None:
       limits: files that may hold a limit.
     """
     found = []
-    with contextlib.suppress(AttributeError, ValueError, OSError):  # it has no such call, as on Windows
+    with contextlib.suppress(
+        AttributeError, ValueError, OSError
+    ):  # it has no such call, as on Windows
         found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     for name in limits:
         try:

@@ -34,7 +34,13 @@ SPECS = (
     TOKENS,
     TOKENS,
 )
-NAMES = ("output", "gradient of tokens", "gradient of weights", "gradient of gate and up", "gradient of down")
+NAMES = (
+    "output",
+    "gradient of tokens",
+    "gradient of weights",
+    "gradient of gate and up",
+    "gradient of down",
+)
 LOADS = ("even", "on one expert")
 
 
@@ -70,11 +76,14 @@ def check_mesh(config: Config, mesh: Mesh) -> MeshCheck:
     how = dataclasses.replace(how, strategy=strategy)
     shardings = [NamedSharding(mesh, spec) for spec in SPECS]
     # Results lie as the arguments do: the output like the tokens, and a gradient like what it is of.
-    run = jax.jit(_layer(how, moe.grouped_matmul), out_shardings=tuple(shardings[i] for i in (0, 0, 1, 2, 3)))
+    run = jax.jit(
+        _layer(how, moe.grouped_matmul), out_shardings=tuple(shardings[i] for i in (0, 0, 1, 2, 3))
+    )
     expect = jax.jit(_layer(how, "dense"))
     arrays = {load: _draw(config, mesh, load) for load in LOADS}
     placed = {
-        load: [_place(a, sharding) for a, sharding in zip(arrays[load], shardings, strict=True)] for load in LOADS
+        load: [_place(a, sharding) for a, sharding in zip(arrays[load], shardings, strict=True)]
+        for load in LOADS
     }
     worst = {}
     with jax.set_mesh(mesh):
@@ -83,7 +92,10 @@ def check_mesh(config: Config, mesh: Mesh) -> MeshCheck:
     for load in LOADS:
         for name, a, e in zip(NAMES, actual[load], expect(*arrays[load]), strict=True):
             worst[load, name] = _difference(a, np.asarray(e))
-    shapes = {name: a.sharding.shard_shape(a.shape) for name, a in zip(ARRAYS, placed[LOADS[0]], strict=True)}
+    shapes = {
+        name: a.sharding.shard_shape(a.shape)
+        for name, a in zip(ARRAYS, placed[LOADS[0]], strict=True)
+    }
     rows = collective_rows(list_collectives(program.as_text() or "", mesh))
     return MeshCheck(strategy, shapes, rows, worst)
 
@@ -91,9 +103,14 @@ def check_mesh(config: Config, mesh: Mesh) -> MeshCheck:
 def _layer(how: Exchange, implementation: str) -> Callable[..., tuple[jax.Array, ...]]:
     def run(x_BLD, weights_BLK, gate_up_EDPF, down_EFD, experts_BLK, dy_BLD):
         def forward(x_BLD, weights_BLK, gate_up_EDPF, down_EFD):
-            local = Local(functools.partial(run_dropless, implementation=implementation), can_check_vma(implementation))
+            local = Local(
+                functools.partial(run_dropless, implementation=implementation),
+                can_check_vma(implementation),
+            )
             chosen = Chosen(experts_BLK, weights_BLK)
-            return exchange(how, local, local, x_BLD, chosen, ExpertWeights(gate_up_EDPF, down_EFD))[0]
+            return exchange(
+                how, local, local, x_BLD, chosen, ExpertWeights(gate_up_EDPF, down_EFD)
+            )[0]
 
         y_BLD, pull = jax.vjp(forward, x_BLD, weights_BLK, gate_up_EDPF, down_EFD)
         return y_BLD, *pull(dy_BLD)
@@ -110,7 +127,9 @@ def _draw(config: Config, mesh: Mesh, load: str) -> list[np.ndarray]:
     )
     d_model, width = 8 * mesh.shape["fsdp"], 8 * mesh.shape["tensor"]
     # Whatever is drawn, the experts of a token differ; "on one expert" has the first one among them all.
-    scores_BLE = rng.random((batch, length, moe.num_experts)) + (load != LOADS[0]) * (np.arange(moe.num_experts) == 0)
+    scores_BLE = rng.random((batch, length, moe.num_experts)) + (load != LOADS[0]) * (
+        np.arange(moe.num_experts) == 0
+    )
     experts_BLK = np.argsort(-scores_BLE, axis=-1)[..., : moe.top_k].astype(np.int32)
     sizes = [
         (batch, length, d_model), experts_BLK.shape, (moe.num_experts, d_model, 2, width),
@@ -126,5 +145,8 @@ def _place(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
 
 def _difference(actual: jax.Array, expected: np.ndarray) -> float:
     """Of the parts on this process's devices, over the largest value; NaN stays NaN."""
-    parts = [np.abs(np.asarray(shard.data) - expected[shard.index]).max() for shard in actual.addressable_shards]
+    parts = [
+        np.abs(np.asarray(shard.data) - expected[shard.index]).max()
+        for shard in actual.addressable_shards
+    ]
     return float(np.max(parts) / max(np.abs(expected).max(), 1e-30))

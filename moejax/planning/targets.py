@@ -40,7 +40,9 @@ class Target:
     memory_bytes: int = 0
 
 
-def _gpu(name: str, description: str, cores: int, major: int, gbytes_per_s: int, l2: int, memory: int) -> Target:
+def _gpu(
+    name: str, description: str, cores: int, major: int, gbytes_per_s: int, l2: int, memory: int
+) -> Target:
     """A GPU of NVIDIA. The rest is the same for Hopper and Blackwell."""
     properties = f"""
     gpu_device_info {{
@@ -75,7 +77,9 @@ def make_target_mesh(target: Target) -> Mesh:
     Raises:
       TargetError: its compiler is missing.
     """
-    return jax.make_mesh((1,), ("device",), axis_types=(AxisType.Auto,), devices=target_devices(target)[:1])
+    return jax.make_mesh(
+        (1,), ("device",), axis_types=(AxisType.Auto,), devices=target_devices(target)[:1]
+    )
 
 
 def target_devices(target: Target, topology: str = "") -> list[jax.Device]:
@@ -91,7 +95,9 @@ def target_devices(target: Target, topology: str = "") -> list[jax.Device]:
     """
     topology = topology or target.smallest
     if not re.fullmatch(r"\d+(x\d+)*", topology):
-        raise TargetError(f"topology {topology} must be sizes joined by x, such as {target.smallest}")
+        raise TargetError(
+            f"topology {topology} must be sizes joined by x, such as {target.smallest}"
+        )
     try:
         return list((_tpu_devices if target.platform == "tpu" else _gpu_devices)(target, topology))
     except Exception as error:  # a compiler that does not know the target fails in many ways
@@ -109,7 +115,9 @@ def target_devices(target: Target, topology: str = "") -> list[jax.Device]:
 
 def has_compiler(target: Target) -> bool:
     """Whether the target's compiler is installed."""
-    packages = {"tpu": ["libtpu"], "gpu": ["jax_cuda12_plugin", "jax_cuda13_plugin"]}[target.platform]
+    packages = {"tpu": ["libtpu"], "gpu": ["jax_cuda12_plugin", "jax_cuda13_plugin"]}[
+        target.platform
+    ]
     return any(importlib.util.find_spec(package) for package in packages)
 
 
@@ -124,5 +132,7 @@ def _tpu_devices(target: Target, topology: str):
 
 def _gpu_devices(target: Target, topology: str):
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # of the driver
-    description = topologies.get_topology_desc(topology, "cuda", topology=topology, target_config=target.properties)
+    description = topologies.get_topology_desc(
+        topology, "cuda", topology=topology, target_config=target.properties
+    )
     return description.devices

@@ -5,7 +5,15 @@ import itertools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from moejax.config import Config, ConfigError, UnreadError, check_key, refuse_unread, resolve_recorded, to_dict
+from moejax.config import (
+    Config,
+    ConfigError,
+    UnreadError,
+    check_key,
+    refuse_unread,
+    resolve_recorded,
+    to_dict,
+)
 from moejax.planning.count import Count, count
 from moejax.sharding import check_divisible
 from moejax.sweeps.ids import ID_DIGITS, hash_config
@@ -44,7 +52,9 @@ class Arm:
     def of(cls, config: Config, overrides: Mapping[str, Any], matched: Mapping[str, Any]) -> "Arm":
         """An arm of a resolved configuration."""
         digits = hash_config(config)
-        return cls(digits[:ID_DIGITS], digits, dict(overrides), dict(matched), config, count(config))
+        return cls(
+            digits[:ID_DIGITS], digits, dict(overrides), dict(matched), config, count(config)
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Its entry in `sweep.json`."""
@@ -69,7 +79,9 @@ class Arm:
         try:
             config = resolve_recorded(entry["config"])
             names = entry["id"], entry["config_hash"]
-            return cls(*names, dict(entry["overrides"]), dict(entry["matched"]), config, count(config))
+            return cls(
+                *names, dict(entry["overrides"]), dict(entry["matched"]), config, count(config)
+            )
         except (KeyError, TypeError, ValueError) as error:
             raise SweepError(
                 f"an arm in sweep.json is damaged ({error}); restore it, or plan the sweep anew"
@@ -133,7 +145,9 @@ def plan_arms(
             try:
                 planning.add(control, is_control=True)
             except (ConfigError, MatchError, SweepError) as error:
-                raise SweepError(f"the dense control {describe(control)}: {error}; or plan without it") from error
+                raise SweepError(
+                    f"the dense control {describe(control)}: {error}; or plan without it"
+                ) from error
     return Plan(tuple(planning.arms.values()), tuple(planning.duplicates), tuple(planning.changes))
 
 
@@ -180,7 +194,9 @@ class _Planning:
     def add(self, point: Any, is_control: bool = False) -> None:
         """Adds the arm of a point, or what it equals."""
         if not isinstance(point, Mapping):
-            raise SweepError("is no point; give a dict of config keys and values, such as {'moe.top_k': 1}")
+            raise SweepError(
+                "is no point; give a dict of config keys and values, such as {'moe.top_k': 1}"
+            )
         for key in point:
             check_key(str(key))
         config, settings = resolve_recorded(_applied(self.base, point)), dict(point)
@@ -195,7 +211,9 @@ class _Planning:
             if found.is_changed:
                 matched = {found.leaf: found.value}
                 config = resolve_recorded(_applied(self.base, settings | matched))
-        sizes = {axis: max(1, size) for axis, size in dataclasses.asdict(config.mesh).items()}  # -1 is for the devices
+        sizes = {
+            axis: max(1, size) for axis, size in dataclasses.asdict(config.mesh).items()
+        }  # -1 is for the devices
         check_divisible(config, dataclasses.replace(config.mesh, **sizes))
         arm = Arm.of(config, point, matched)
         if arm.id in self.arms:
@@ -222,7 +240,9 @@ def _refuse_dead_axes(config: Config, settings: Mapping[str, Any]) -> None:
         ) from error
 
 
-def _applied(base: Mapping[str, Mapping[str, Any]], point: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def _applied(
+    base: Mapping[str, Mapping[str, Any]], point: Mapping[str, Any]
+) -> dict[str, dict[str, Any]]:
     values = {section: dict(of_section) for section, of_section in base.items()}
     for key, value in point.items():
         section, _, name = key.partition(".")
@@ -235,25 +255,39 @@ def _dense_points(
 ) -> list[dict[str, Any]]:
     """One dense control for each setting of all that is no experts': neither theirs, nor the width that is adjusted."""
     adjusted = "model.d_ff" if adjust == "width" else ""
-    controls = [_without_experts(base, {key: point[key] for key in point if key != adjusted}) for point in points]
-    return [dict(control) for control in dict.fromkeys(tuple(sorted(each.items())) for each in controls)]
+    controls = [
+        _without_experts(base, {key: point[key] for key in point if key != adjusted})
+        for point in points
+    ]
+    return [
+        dict(control) for control in dict.fromkeys(tuple(sorted(each.items())) for each in controls)
+    ]
 
 
-def _without_experts(base: Mapping[str, Mapping[str, Any]], point: Mapping[str, Any]) -> dict[str, Any]:
+def _without_experts(
+    base: Mapping[str, Mapping[str, Any]], point: Mapping[str, Any]
+) -> dict[str, Any]:
     """A point of a dense model: what it sets of experts is left out, and so is what the recipe sets that needs them.
 
     That is layers that differ, and schedules of the experts' knobs.
     """
-    off = {"moe.per_layer": "", **{f"schedule.{name}": "constant" for name in base.get("schedule", {})}}
+    off = {
+        "moe.per_layer": "",
+        **{f"schedule.{name}": "constant" for name in base.get("schedule", {})},
+    }
     dense: dict[str, Any] = {"moe.num_experts": 0}
     for key, value in off.items():
         section, _, name = key.partition(".")
         if base.get(section, {}).get(name, value) != value:
             dense[key] = value
-    return {key: value for key, value in point.items() if not key.startswith(("moe.", "schedule."))} | dense
+    return {
+        key: value for key, value in point.items() if not key.startswith(("moe.", "schedule."))
+    } | dense
 
 
 def _list_errors(errors: list[str], num_points: int) -> str:
     lines = [f"{number}. {error}" for number, error in enumerate(errors[:LISTED], start=1)]
     more = [f"and {len(errors) - LISTED} more"] if len(errors) > LISTED else []
-    return "\n  ".join([f"{len(errors)} of {num_points} points cannot work, so none is run:", *lines, *more])
+    return "\n  ".join(
+        [f"{len(errors)} of {num_points} points cannot work, so none is run:", *lines, *more]
+    )

@@ -64,4 +64,6 @@ def hash_config(config: Config) -> str:
         is_first = each.name in FIRST_LEAVES.get(each.section, "").split()
         if key not in LEFT_OUT and (is_first or each.value(config) != each.default):
             values.setdefault(each.section, {})[each.name] = each.value(config)
-    return hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps(values, sort_keys=True, separators=(",", ":")).encode()
+    ).hexdigest()

@@ -116,7 +116,9 @@ class Target:
         best = before
         for step in (1,) if self.adjust == "steps" else (math.lcm(8, parts), parts):
             lower = max(1, math.floor(exact / step)) * step
-            candidates = [lower, lower + step] + ([before] if before and before % parts == 0 else [])
+            candidates = [lower, lower + step] + (
+                [before] if before and before % parts == 0 else []
+            )
             best = min(candidates, key=lambda value: abs(self._deviation(config, leaf, value)))
             if abs(self._deviation(config, leaf, best)) <= CLOSE:
                 break
@@ -125,7 +127,9 @@ class Target:
     def _exact(self, config: Config, leaf: str) -> float:
         """What the leaf would be without rounding: every number is a constant and a multiple of it."""
         low, high = 1, 1 + 2**20
-        at_low, at_high = (_number(_set(config, leaf, value), self.match, self.adjust) for value in (low, high))
+        at_low, at_high = (
+            _number(_set(config, leaf, value), self.match, self.adjust) for value in (low, high)
+        )
         if at_low == at_high:
             raise MatchError(
                 f"no layer has the width {leaf}, as moe.per_layer sets others; leave d_expert out of "
@@ -156,7 +160,12 @@ def _percent(deviation: float) -> str:
 
 def training_flops(config: Config, counted: Count) -> int:
     """FLOPs of all tokens of a run, forward and backward."""
-    return counted.flops_per_token * config.data.seq_len * config.train.batch_size * config.train.num_steps
+    return (
+        counted.flops_per_token
+        * config.data.seq_len
+        * config.train.batch_size
+        * config.train.num_steps
+    )
 
 
 def _number(config: Config, match: Match, adjust: Adjust) -> int:
@@ -182,5 +191,7 @@ def _get(config: Config, leaf: str) -> int:
 
 def _set(config: Config, leaf: str, value: int) -> Config:
     section, name = leaf.split(".")
-    changes: dict[str, Any] = {section: dataclasses.replace(getattr(config, section), **{name: value})}
+    changes: dict[str, Any] = {
+        section: dataclasses.replace(getattr(config, section), **{name: value})
+    }
     return dataclasses.replace(config, **changes)

@@ -124,7 +124,9 @@ def choice(key: str, *values: Any) -> Choice:
     """
     check_key(key)
     if not values:
-        raise SpaceError(f"{key} has no values to choose from; give some, as in choice({key!r}, 1, 2)")
+        raise SpaceError(
+            f"{key} has no values to choose from; give some, as in choice({key!r}, 1, 2)"
+        )
     return Choice(key, values)
 
 
@@ -242,7 +244,9 @@ class _Product(Space):
         self.spaces = spaces
         keys = [axis.key for space in spaces for axis in space.axes or ()]
         if twice := [key for key in keys if keys.count(key) > 1]:
-            raise SpaceError(f"product: {twice[0]} is in several of its spaces; leave all but one out, or chain them")
+            raise SpaceError(
+                f"product: {twice[0]} is in several of its spaces; leave all but one out, or chain them"
+            )
 
     @property
     def axes(self):
@@ -285,7 +289,9 @@ class _Zip(Space):
         columns = [list(space) for space in self.spaces]
         lengths = [len(column) for column in columns]
         if len(set(lengths)) > 1:
-            raise SpaceError(f"zip_: its spaces have {', '.join(map(str, lengths))} points; give each as many")
+            raise SpaceError(
+                f"zip_: its spaces have {', '.join(map(str, lengths))} points; give each as many"
+            )
         for points in zip(*columns, strict=True):
             joined: Point = {}
             for point in points:
@@ -339,7 +345,9 @@ def _space(name: str, space: Any) -> Space:
     """Lists of points as they are, and generators, which can be gone through once, as lists."""
     if isinstance(space, Space):
         return space
-    points = () if isinstance(space, (Mapping, str)) or not isinstance(space, Iterable) else tuple(space)
+    points = (
+        () if isinstance(space, (Mapping, str)) or not isinstance(space, Iterable) else tuple(space)
+    )
     if not points or not all(isinstance(point, Mapping) for point in points):
         raise SpaceError(
             f"{name}: {space!r} is no space; give axes such as choice('moe.top_k', 1, 2), or a list of points such as "
@@ -350,7 +358,9 @@ def _space(name: str, space: Any) -> Space:
 
 def _join(name: str, first: Mapping[str, Any], second: Mapping[str, Any]) -> Point:
     if both := [key for key in first if key in second]:
-        raise SpaceError(f"{name}: {both[0]} is in several of its spaces; leave all but one out, or chain them")
+        raise SpaceError(
+            f"{name}: {both[0]} is in several of its spaces; leave all but one out, or chain them"
+        )
     return {**first, **second}
 
 
@@ -365,7 +375,9 @@ def _interval(key: str, low: float, high: float, num: int | None, *, is_log: boo
         )
     if not (math.isfinite(low) and math.isfinite(high) and low < high and (low > 0 or not is_log)):
         above = ", the lower above 0," if is_log else ""
-        raise SpaceError(f"{key} from {low:g} to {high:g} is no range; give two finite numbers{above} rising")
+        raise SpaceError(
+            f"{key} from {low:g} to {high:g} is no range; give two finite numbers{above} rising"
+        )
     if num is None:
         return Range(key, float(low), float(high), is_log)
     if num < 2:
@@ -384,9 +396,13 @@ def _parse_interval(text: str, key: str, values: str) -> Axis:
         kind, low, high, num = found.groups()
         numbers = float(low), float(high), None if num is None else int(num)
     except ValueError as error:
-        raise SpaceError(f"{text!r} must have the form {key}={values[:4]}1e-4..1e-1:5, from..to:number") from error
+        raise SpaceError(
+            f"{text!r} must have the form {key}={values[:4]}1e-4..1e-1:5, from..to:number"
+        ) from error
     if dict(leaves()).get(key, float) is not float:
-        raise SpaceError(f"{text}: a range is of fractions, and {key} has none; list values, as in {key}=4,8,16")
+        raise SpaceError(
+            f"{text}: a range is of fractions, and {key} has none; list values, as in {key}=4,8,16"
+        )
     return (log_uniform if kind == "log" else uniform)(key, *numbers)
 
 
@@ -396,5 +412,7 @@ def _parse_value(text: str, key: str, value: str) -> Any:
     except ConfigError as error:
         raise SpaceError(f"{text!r}: {error}; separate values by commas") from error
     if isinstance(found, float) and not math.isfinite(found):
-        raise SpaceError(f"{text!r}: {key}={value} must be a finite number; separate values by commas")
+        raise SpaceError(
+            f"{text!r}: {key}={value} must be a finite number; separate values by commas"
+        )
     return found

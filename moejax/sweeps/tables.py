@@ -18,7 +18,17 @@ from moejax.inspection.runs.token_keys import token_keys
 OVERRIDE, MATCHED = "override/", "matched/"
 SEED = "override/train.seed"
 LOSS, BITS = "final/eval/loss", "final/eval/bits_per_byte"
-COLUMNS = ("arm", "config_hash", "status", "error", "seed", "steps", "steps_planned", "fraction", "evaluations")
+COLUMNS = (
+    "arm",
+    "config_hash",
+    "status",
+    "error",
+    "seed",
+    "steps",
+    "steps_planned",
+    "fraction",
+    "evaluations",
+)
 TEXTS = ("arm", "config_hash", "status", "error", "git_commit", "versions", "device", "command", "alarm_rules",
          "evaluations")  # fmt: skip
 OF_THE_END = ("final/", "best/", "tail/", "median/", "tokens", "flops_total", "wall_s")
@@ -80,7 +90,11 @@ def levels_of(values: Iterable[Any]) -> list[Any]:
 
 def is_number(value: Any) -> bool:
     """Whether a level is a finite number, as a float can hold it; True and False are none."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and bool(abs(value) <= sys.float_info.max)
+    return (
+        isinstance(value, (int, float))
+        and not isinstance(value, bool)
+        and bool(abs(value) <= sys.float_info.max)
+    )
 
 
 def at_fraction(frame: pd.DataFrame, fraction: float = 1.0) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -102,14 +116,20 @@ def at_fraction(frame: pd.DataFrame, fraction: float = 1.0) -> tuple[pd.DataFram
       ValueError: another fraction.
     """
     if not 0 < fraction <= 1:
-        raise ValueError(f"fraction={fraction} must be above 0 and at most 1, which is the end of the schedule")
+        raise ValueError(
+            f"fraction={fraction} must be above 0 and at most 1, which is the end of the schedule"
+        )
     evaluated = [_evaluation(row, fraction) for row in frame.to_dict("records")]
     is_compared = np.array([not isinstance(found, str) for found in evaluated], bool)
     left_out = frame.loc[~is_compared, ["arm", "status", "fraction"]].copy()
-    left_out["reason"] = pd.Series([x for x in evaluated if isinstance(x, str)], left_out.index, dtype=object)
+    left_out["reason"] = pd.Series(
+        [x for x in evaluated if isinstance(x, str)], left_out.index, dtype=object
+    )
     compared = frame[is_compared].copy()
     if fraction < 1:
-        compared = compared.drop(columns=[name for name in frame.columns if str(name).startswith(OF_THE_END)])
+        compared = compared.drop(
+            columns=[name for name in frame.columns if str(name).startswith(OF_THE_END)]
+        )
     kept = [found for found in evaluated if not isinstance(found, str)]
     for i, name in enumerate(("at/step", "at/eval/loss", "at/eval/bits_per_byte")):
         compared[name] = pd.Series([found[i] for found in kept], compared.index, dtype=np.float64)
@@ -120,7 +140,9 @@ def _evaluation(row: Mapping[Any, Any], fraction: float) -> tuple[float, float, 
     """Step, loss and bits per byte, or why there are none."""
     if fraction == 1:
         if row["status"] != "done":
-            reached = "" if math.isnan(row["fraction"]) else f" at {row['fraction']:.0%} of its schedule"
+            reached = (
+                "" if math.isnan(row["fraction"]) else f" at {row['fraction']:.0%} of its schedule"
+            )
             why = f": {row['error']}" if row["error"] else ""
             return f"{row['status']}{reached}{why}"
         loss = row.get(LOSS, math.nan)
@@ -130,13 +152,19 @@ def _evaluation(row: Mapping[Any, Any], fraction: float) -> tuple[float, float, 
     wanted = fraction * row["steps_planned"]
     for _, step, loss, *bits in json.loads(row["evaluations"] or "[]"):
         if abs(step - wanted) <= 0.5:
-            return "its evaluation there is not finite" if loss is None else (step, loss, _as_number(*(bits or [None])))
+            return (
+                "its evaluation there is not finite"
+                if loss is None
+                else (step, loss, _as_number(*(bits or [None])))
+            )
     return f"no evaluation at {fraction:g} of its schedule (step {wanted:g})"
 
 
 def setting_key(overrides: Mapping[str, Any]) -> Hashable:
     """Equal for overrides, by dotted key, that differ in their seed at most; what is None is not set."""
-    levels = {key: key_of(value) for key, value in overrides.items() if key != SEED.removeprefix(OVERRIDE)}
+    levels = {
+        key: key_of(value) for key, value in overrides.items() if key != SEED.removeprefix(OVERRIDE)
+    }
     return frozenset((key, level) for key, level in levels.items() if level is not None)
 
 
@@ -154,17 +182,25 @@ def settings_of(frame: pd.DataFrame, metrics: Sequence[str]) -> pd.DataFrame:
     """
     axes = [str(name) for name in frame.columns if str(name).startswith(OVERRIDE) and name != SEED]
     groups: dict[tuple[Hashable, ...], list[int]] = {}
-    for i, levels in enumerate(zip(*(frame[axis] for axis in axes), strict=True) if axes else [()] * len(frame)):
+    for i, levels in enumerate(
+        zip(*(frame[axis] for axis in axes), strict=True) if axes else [()] * len(frame)
+    ):
         groups.setdefault(tuple(key_of(level) for level in levels), []).append(i)
     members = list(groups.values())
     first = [rows[0] for rows in members]
-    columns: dict[str, Any] = {axis: pd.Series([frame[axis].iloc[i] for i in first], dtype=object) for axis in axes}
+    columns: dict[str, Any] = {
+        axis: pd.Series([frame[axis].iloc[i] for i in first], dtype=object) for axis in axes
+    }
     columns["arms"] = pd.Series([tuple(frame["arm"].iloc[rows]) for rows in members], dtype=object)
     for metric in metrics:
-        values = frame[metric].to_numpy(np.float64) if metric in frame else np.full(len(frame), np.nan)
+        values = (
+            frame[metric].to_numpy(np.float64) if metric in frame else np.full(len(frame), np.nan)
+        )
         summaries = [_summary(values[rows]) for rows in members]
         for i, name in enumerate((metric, f"{metric}/se", f"{metric}/n")):
-            columns[name] = pd.Series([summary[i] for summary in summaries], dtype=np.float64 if i < 2 else np.int64)
+            columns[name] = pd.Series(
+                [summary[i] for summary in summaries], dtype=np.float64 if i < 2 else np.int64
+            )
     return pd.DataFrame(columns)
 
 
@@ -205,6 +241,11 @@ def pareto_front(settings: pd.DataFrame, metrics: Sequence[str]) -> np.ndarray:
     is_known_R = np.isfinite(values_RM).all(axis=1)
 
     def is_beaten(row_M: np.ndarray) -> bool:
-        return bool(((values_RM <= row_M).all(axis=1) & (values_RM < row_M).any(axis=1) & is_known_R).any())
+        return bool(
+            ((values_RM <= row_M).all(axis=1) & (values_RM < row_M).any(axis=1) & is_known_R).any()
+        )
 
-    return np.array([known and not is_beaten(row) for row, known in zip(values_RM, is_known_R, strict=True)], bool)
+    return np.array(
+        [known and not is_beaten(row) for row, known in zip(values_RM, is_known_R, strict=True)],
+        bool,
+    )

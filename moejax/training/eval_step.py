@@ -50,10 +50,14 @@ def eval_step_of(trainable: Trainable, num_domains: int = 0) -> Callable[..., Ev
     """The function that `make_eval_step` compiles."""
     num_choices = trainable.config.moe.num_choices
 
-    def eval_step(params: nnx.State, router_state: nnx.State, batch: Batch, *domains_BL: jax.Array) -> EvalOutput:
+    def eval_step(
+        params: nnx.State, router_state: nnx.State, batch: Batch, *domains_BL: jax.Array
+    ) -> EvalOutput:
         model = nnx.merge(trainable.graphdef, params, router_state)
         nats_BL, routing = forward(model, batch, None, None, True)
-        by_domain_G2 = _sum_by_domain(nats_BL, batch, domains_BL[0], num_domains) if num_domains else None
+        by_domain_G2 = (
+            _sum_by_domain(nats_BL, batch, domains_BL[0], num_domains) if num_domains else None
+        )
         bare = tuple(dataclasses.replace(stats, offers_TE=None, routing=None) for stats in routing)
         sums = Sums(nats_BL.sum(), count_targets(batch), bare)
         if not routing:
@@ -69,7 +73,11 @@ def eval_step_of(trainable: Trainable, num_domains: int = 0) -> Callable[..., Ev
     return eval_step
 
 
-def _sum_by_domain(nats_BL: jax.Array, batch: Batch, domains_BL: jax.Array, num_domains: int) -> jax.Array:
-    is_of_BLG = (domains_BL[..., None] == jnp.arange(num_domains)[None, None]) & batch.loss_mask_BL[..., None]
+def _sum_by_domain(
+    nats_BL: jax.Array, batch: Batch, domains_BL: jax.Array, num_domains: int
+) -> jax.Array:
+    is_of_BLG = (domains_BL[..., None] == jnp.arange(num_domains)[None, None]) & batch.loss_mask_BL[
+        ..., None
+    ]
     nats_G = jnp.where(is_of_BLG, nats_BL[..., None], 0.0).sum(axis=(0, 1))
     return jnp.stack([nats_G, is_of_BLG.sum(axis=(0, 1), dtype=jnp.float32)], axis=1)

@@ -55,7 +55,9 @@ class Evaluation:
         }
         values |= {f"eval/loss/{domain}": loss for domain, loss in self.loss_by_domain.items()}
         if self.load_NE is not None:
-            values["eval/max_violation"] = float((self.load_NE.max(axis=1) * self.load_NE.shape[1] - 1).mean())
+            values["eval/max_violation"] = float(
+                (self.load_NE.max(axis=1) * self.load_NE.shape[1] - 1).mean()
+            )
         return values
 
 
@@ -171,15 +173,21 @@ class EvaluationSums:
             bits_per_byte=float(nats / math.log(2) / num_bytes),
             num_targets=int(num_targets),
             load_NE=load_NE,
-            coactivation_NEE=None if total.coactivation_NEE is None else np.asarray(total.coactivation_NEE),
+            coactivation_NEE=None
+            if total.coactivation_NEE is None
+            else np.asarray(total.coactivation_NEE),
             probe_NTK=np.concatenate(jax.device_get(probes), axis=1) if probes else None,
-            loss_by_domain={} if self._domains is None else _means(self._domains, jax.device_get(by_domain)),
+            loss_by_domain={}
+            if self._domains is None
+            else _means(self._domains, jax.device_get(by_domain)),
         )
 
 
 def _look_up(domains: Labels, documents_BL: np.ndarray) -> np.ndarray:
     """The domain of each target, which is of its input's document; -1 at padding."""
-    return np.where(documents_BL >= 0, domains.domain_of_document[documents_BL], -1).astype(np.int32)
+    return np.where(documents_BL >= 0, domains.domain_of_document[documents_BL], -1).astype(
+        np.int32
+    )
 
 
 def _means(domains: Labels, nats_G2: Sequence[np.ndarray]) -> dict[str, float]:

@@ -134,7 +134,9 @@ def lock_run(config: Config, workdir: Path, stack: ExitStack) -> Path:
     workdir = workdir.resolve()
     if is_first():
         stack.enter_context(FolderLock(workdir, "train"))
-        check_run_directory(workdir, config)  # again: who held the lock until now may have begun a run
+        check_run_directory(
+            workdir, config
+        )  # again: who held the lock until now may have begun a run
     return workdir
 
 
@@ -144,7 +146,9 @@ def _open(config: Config, workdir: Path, command: str) -> tuple[Mesh, Corpus]:
     return make_mesh(config), open_run_directory(config, workdir, command)
 
 
-def open_run_directory(config: Config, workdir: Path, command: str, corpus: Corpus | None = None) -> Corpus:
+def open_run_directory(
+    config: Config, workdir: Path, command: str, corpus: Corpus | None = None
+) -> Corpus:
     """The rows; process 0 writes what the run directory lacks of configuration and tokenizer.
 
     Args:
@@ -155,9 +159,13 @@ def open_run_directory(config: Config, workdir: Path, command: str, corpus: Corp
     """
     if corpus is None:
         # A run keeps its tokenizer: one learned anew from changed text would not fit its weights.
-        corpus = prepare(config.data, load_tokenizer(workdir) if (workdir / "tokenizer.json").exists() else None)
+        corpus = prepare(
+            config.data, load_tokenizer(workdir) if (workdir / "tokenizer.json").exists() else None
+        )
     if is_first():
-        write_run_directory(workdir, config, count_parameters(config), corpus.directory.name, command)
+        write_run_directory(
+            workdir, config, count_parameters(config), corpus.directory.name, command
+        )
         if not (workdir / "tokenizer.json").exists():
             corpus.tokenizer.save(workdir)
     return corpus
@@ -195,8 +203,12 @@ class _Loop:
         start_step = int(state.step)
         with ExitStack() as stack:
             stack.enter_context(self.watchdog)
-            progress = stack.enter_context(StepProgress(self.config.num_steps, start_step, is_first()))
-            opened = RunFiles(self.workdir, self.trainable.config, self.checkpoints, start_step, progress)
+            progress = stack.enter_context(
+                StepProgress(self.config.num_steps, start_step, is_first())
+            )
+            opened = RunFiles(
+                self.workdir, self.trainable.config, self.checkpoints, start_step, progress
+            )
             self.files = stack.enter_context(opened)
             recorder = self.files.recorder
             evaluation = None
@@ -270,7 +282,9 @@ class _Loop:
         """Evaluates the validation split and notes the result; None if a signal came meanwhile."""
         self.watchdog.other_work(f"the evaluation of step {int(state.step)}")
         microbatch = self.config.batch_size // self.config.accumulation
-        batches = eval_batches(self.corpus, microbatch, rows=rows_of_process(self.trainable.mesh, microbatch))
+        batches = eval_batches(
+            self.corpus, microbatch, rows=rows_of_process(self.trainable.mesh, microbatch)
+        )
         with closing(batches):
             evaluation = evaluate(
                 self.eval_step, self.trainable, state.params, state.router_state, batches,
@@ -315,7 +329,9 @@ class _Loop:
         self.watchdog.other_work("the search for values that are not finite")
         first = finished.step - finished.skipped_in_row + 1
         batch = put_batch(self.batches[first - 1], self.trainable)
-        error = nonfinite_error(self.trainable, state, batch, self.knobs, first, finished.skipped_in_row)
+        error = nonfinite_error(
+            self.trainable, state, batch, self.knobs, first, finished.skipped_in_row
+        )
 
         def fail() -> None:
             if is_first():

@@ -12,7 +12,9 @@ from moejax.moe.balancing.stats import RoutingStats
 from moejax.training.schedules import factor
 
 
-def update_router_state(state: nnx.State, routing: Sequence[RoutingStats], config: Config, knobs: Knobs) -> nnx.State:
+def update_router_state(
+    state: nnx.State, routing: Sequence[RoutingStats], config: Config, knobs: Knobs
+) -> nnx.State:
     """The state after a step: selection biases, and for how long experts have been idle.
 
     Args:
@@ -24,7 +26,9 @@ def update_router_state(state: nnx.State, routing: Sequence[RoutingStats], confi
     updated = []
     for (_, group), stats, moe in zip(_by_run(state), routing, config.moe_runs, strict=True):
         for name, (path, variable) in group.items():
-            updated.append((path, variable.replace(_update(name, variable[...], stats, moe, knobs))))
+            updated.append(
+                (path, variable.replace(_update(name, variable[...], stats, moe, knobs)))
+            )
     return nnx.from_flat_state(updated)
 
 
@@ -42,16 +46,22 @@ def schedule_router_state(state: nnx.State, config: Config, step: jax.Array | in
 
 def limit_at(config: Config, top_k: int, step: jax.Array | int) -> jax.Array:
     """Experts per token at a step, int32: `limit_of`, traced."""
-    return jnp.maximum(1, jnp.floor(top_k * factor(config, "top_k", jnp.int32(step)) + 0.5)).astype(jnp.int32)
+    return jnp.maximum(1, jnp.floor(top_k * factor(config, "top_k", jnp.int32(step)) + 0.5)).astype(
+        jnp.int32
+    )
 
 
-def _update(name: str, value: jax.Array, stats: RoutingStats, moe: MoeConfig, knobs: Knobs) -> jax.Array:
+def _update(
+    name: str, value: jax.Array, stats: RoutingStats, moe: MoeConfig, knobs: Knobs
+) -> jax.Array:
     if name == "idle_steps":
         return update_idle_steps(value, stats.assignments_E)
     if name == "selection_bias" and stats.offers_TE is not None:
         return update_quantiles(stats.offers_TE, stats.num_tokens, moe.top_k)
     if name == "selection_bias":
-        return update_bias(value, stats.assignments_E, knobs.bias_rate, is_centered=moe.bias_centered)
+        return update_bias(
+            value, stats.assignments_E, knobs.bias_rate, is_centered=moe.bias_centered
+        )
     return value  # a hash router's table
 
 
@@ -60,11 +70,17 @@ def state_arrays(state: nnx.State) -> dict[str, jax.Array]:
 
     There is no `bias` if no layer has one.
     """
-    groups = [{name: variable[...] for name, (_, variable) in group.items()} for _, group in _by_run(state)]
+    groups = [
+        {name: variable[...] for name, (_, variable) in group.items()}
+        for _, group in _by_run(state)
+    ]
     arrays = {"idle_steps": jnp.concatenate([group["idle_steps"] for group in groups])}
     if any("selection_bias" in group for group in groups):
         nan = jnp.float32(jnp.nan)
-        biases = [group.get("selection_bias", jnp.full(group["idle_steps"].shape, nan)) for group in groups]
+        biases = [
+            group.get("selection_bias", jnp.full(group["idle_steps"].shape, nan))
+            for group in groups
+        ]
         arrays["bias"] = jnp.concatenate(biases)
     return arrays
 
@@ -73,7 +89,9 @@ def state_metrics(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """Metrics of `state_arrays`: the longest any expert has been idle, in steps, and the mean of the bias's range."""
     metrics = {"moe/idle_steps": arrays["idle_steps"].max().astype(jnp.float32)}
     if "bias" in arrays:
-        metrics["moe/bias_range"] = jnp.nanmean(arrays["bias"].max(axis=1) - arrays["bias"].min(axis=1))
+        metrics["moe/bias_range"] = jnp.nanmean(
+            arrays["bias"].max(axis=1) - arrays["bias"].min(axis=1)
+        )
     return metrics
 
 

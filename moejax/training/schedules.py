@@ -12,12 +12,19 @@ from moejax.config import Config, Knobs, Schedule, parse_schedule
 SCHEDULES: dict[str, Callable[[Schedule, int], optax.Schedule]] = {
     "constant": lambda schedule, steps: optax.constant_schedule(1.0),
     "linear": lambda schedule, steps: optax.linear_schedule(1.0, schedule.end, steps),
-    "cosine": lambda schedule, steps: _between(optax.cosine_decay_schedule(1.0, steps), schedule.end),
-    "exponential": lambda schedule, steps: optax.exponential_decay(1.0, steps, schedule.end, end_value=schedule.end),
-    "step": lambda schedule, steps: optax.join_schedules(
-        [optax.constant_schedule(1.0), optax.constant_schedule(schedule.end)], [round(schedule.fraction * steps)]
+    "cosine": lambda schedule, steps: _between(
+        optax.cosine_decay_schedule(1.0, steps), schedule.end
     ),
-    "warmup": lambda schedule, steps: optax.linear_schedule(0.0, 1.0, max(1, round(schedule.fraction * steps))),
+    "exponential": lambda schedule, steps: optax.exponential_decay(
+        1.0, steps, schedule.end, end_value=schedule.end
+    ),
+    "step": lambda schedule, steps: optax.join_schedules(
+        [optax.constant_schedule(1.0), optax.constant_schedule(schedule.end)],
+        [round(schedule.fraction * steps)],
+    ),
+    "warmup": lambda schedule, steps: optax.linear_schedule(
+        0.0, 1.0, max(1, round(schedule.fraction * steps))
+    ),
 }
 """The factor on a knob, from a parsed schedule and the number of steps; `config.schedules` describes them."""
 
@@ -47,7 +54,9 @@ def factor(config: Config, name: str, step: jax.Array) -> jax.Array:
 
 def scheduled_leaves(config: Config) -> list[str]:
     """The leaves of `schedule` that are not constant."""
-    return [name for name, text in dataclasses.asdict(config.schedule).items() if text != "constant"]
+    return [
+        name for name, text in dataclasses.asdict(config.schedule).items() if text != "constant"
+    ]
 
 
 def _between(falling: optax.Schedule, end: float) -> optax.Schedule:

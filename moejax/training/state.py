@@ -88,9 +88,13 @@ def split_model(model: Decoder) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
 
 def logical_axes(state: nnx.State) -> nnx.State:
     """The same tree with each array's tuple of logical axes in its place."""
-    return jax.tree.map(lambda v: v.replace(v.axes), state, is_leaf=lambda v: isinstance(v, nnx.Variable))
+    return jax.tree.map(
+        lambda v: v.replace(v.axes), state, is_leaf=lambda v: isinstance(v, nnx.Variable)
+    )
 
 
-def _fresh(params: nnx.State, router_state: nnx.State, optimizer: optax.GradientTransformation) -> TrainState:
+def _fresh(
+    params: nnx.State, router_state: nnx.State, optimizer: optax.GradientTransformation
+) -> TrainState:
     zero = jnp.int32(0)
     return TrainState(zero, params, router_state, optimizer.init(params), zero, zero)

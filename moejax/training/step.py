@@ -63,7 +63,9 @@ class StepOutput:
     state: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
 
 
-COMPILER_OPTIONS: dict[str, dict[str, bool | str]] = {"tpu": {"xla_tpu_enable_async_all_to_all": True}}
+COMPILER_OPTIONS: dict[str, dict[str, bool | str]] = {
+    "tpu": {"xla_tpu_enable_async_all_to_all": True}
+}
 """By platform: else XLA:TPU computes nothing while tokens travel."""
 
 TrainStep = Callable[[TrainState, Batch, Knobs], tuple[TrainState, StepOutput]]
@@ -71,7 +73,12 @@ TrainStep = Callable[[TrainState, Batch, Knobs], tuple[TrainState, StepOutput]]
 
 
 def forward_sums(
-    model, batch: Batch, knobs: Knobs | None = None, keys_B: jax.Array | None = None, *, trace: bool = False
+    model,
+    batch: Batch,
+    knobs: Knobs | None = None,
+    keys_B: jax.Array | None = None,
+    *,
+    trace: bool = False,
 ) -> Sums:
     """Runs the model on packed rows and sums up its losses and routing.
 
@@ -89,7 +96,12 @@ def forward_sums(
 def forward(model, batch: Batch, knobs: Knobs | None, keys_B: jax.Array | None, trace: bool):
     """Cross-entropy of each target, 0 where there is none, and the routing."""
     logits_BLV, routing = model(
-        batch.tokens_BL, batch.segments_BL, batch.positions_BL, knobs=knobs, keys_B=keys_B, trace=trace
+        batch.tokens_BL,
+        batch.segments_BL,
+        batch.positions_BL,
+        knobs=knobs,
+        keys_B=keys_B,
+        trace=trace,
     )
     nats_BL = optax.softmax_cross_entropy_with_integer_labels(logits_BLV, batch.targets_BL)
     return jnp.where(batch.loss_mask_BL, nats_BL, 0.0), routing
@@ -132,10 +144,15 @@ def losses(sums: Sums, knobs: Knobs, config: Config) -> dict[str, jax.Array]:
     """
     reported = sum(stats.num_tokens.size for stats in sums.routing)
     if reported != config.num_moe_layers:
-        raise ValueError(f"{reported} layers reported routing, and the model has {config.num_moe_layers} MoE layers")
+        raise ValueError(
+            f"{reported} layers reported routing, and the model has {config.num_moe_layers} MoE layers"
+        )
     found = {"loss/lm": sums.nats / jnp.maximum(sums.num_targets, 1.0)}
     total = found["loss/lm"]
-    by_run = [auxiliary_losses(stats, moe) for stats, moe in zip(sums.routing, config.moe_runs, strict=True)]
+    by_run = [
+        auxiliary_losses(stats, moe)
+        for stats, moe in zip(sums.routing, config.moe_runs, strict=True)
+    ]
     for name in LOSSES:
         parts = [run[name] for run in by_run if name in run]
         if parts:
@@ -188,7 +205,9 @@ def loss_and_gradients(
 
     parts = _split((batch, keys_B), config.train.accumulation)
     if config.num_moe_layers:
-        total, offers = _sum_over(lambda part: _without_offers(sums_of(params, part)), add_sums, parts)
+        total, offers = _sum_over(
+            lambda part: _without_offers(sums_of(params, part)), add_sums, parts
+        )
     else:
         # Cross-entropy is linear in its sum: only the number of targets matters to the gradient.
         total, offers = Sums(jnp.float32(0), count_targets(batch), ()), ()
@@ -196,7 +215,9 @@ def loss_and_gradients(
     def gradients_of(part):
         def loss(params):
             sums, _ = _without_offers(sums_of(params, part))
-            return total_of(jax.tree.map(lambda t, s: t + (s - jax.lax.stop_gradient(s)), total, sums)), sums
+            return total_of(
+                jax.tree.map(lambda t, s: t + (s - jax.lax.stop_gradient(s)), total, sums)
+            ), sums
 
         return jax.grad(loss, has_aux=True)(params), None
 
@@ -230,7 +251,9 @@ def train_step_of(trainable: Trainable) -> TrainStep:
     def train_step(state: TrainState, batch: Batch, knobs: Knobs) -> tuple[TrainState, StepOutput]:
         keys_B = row_keys(config, knobs, state.step, batch.tokens_BL.shape[0])
         knobs = scheduled(knobs, config, state.step)
-        grads, sums = loss_and_gradients(trainable, state.params, state.router_state, batch, knobs, keys_B)
+        grads, sums = loss_and_gradients(
+            trainable, state.params, state.router_state, batch, knobs, keys_B
+        )
         scalars = losses(sums, knobs, config)
         grad_norm = optax.tree.norm(grads)
         learning_rate = schedule(state.step) * knobs.learning_rate
@@ -251,11 +274,16 @@ def train_step_of(trainable: Trainable) -> TrainStep:
         by_layer, by_expert = {}, {}
         if routing is not None:
             # What a schedule sets is a function of the step, whether or not the step was applied.
-            router_state = schedule_router_state(keep(router_state, state.router_state), config, state.step + 1)
+            router_state = schedule_router_state(
+                keep(router_state, state.router_state), config, state.step + 1
+            )
             by_layer, by_expert = routing_metrics(routing), state_arrays(router_state)
             scalars |= {f"moe/{name}": values_N.mean() for name, values_N in by_layer.items()}
             scalars |= state_metrics(by_expert)
-            scalars |= {f"schedule/{name}": factor(config, name, state.step) for name in scheduled_leaves(config)}
+            scalars |= {
+                f"schedule/{name}": factor(config, name, state.step)
+                for name in scheduled_leaves(config)
+            }
         state = TrainState(
             step=state.step + 1,
             params=keep(params, state.params),
@@ -325,7 +353,9 @@ def _sum_over(function, add, parts):
 def _without_offers(sums: Sums) -> tuple[Sums, tuple[jax.Array | None, ...]]:
     """The sums apart from the arrays that do not add up."""
     routing = tuple(dataclasses.replace(stats, offers_TE=None) for stats in sums.routing)
-    return dataclasses.replace(sums, routing=routing), tuple(stats.offers_TE for stats in sums.routing)
+    return dataclasses.replace(sums, routing=routing), tuple(
+        stats.offers_TE for stats in sums.routing
+    )
 
 
 def _with_offers(sums: Sums, offers: tuple[jax.Array | None, ...]) -> Sums:
@@ -338,6 +368,7 @@ def _with_offers(sums: Sums, offers: tuple[jax.Array | None, ...]) -> Sums:
         return offers_PNTE.swapaxes(0, 1).reshape(layers, parts * tokens, experts)
 
     routing = tuple(
-        dataclasses.replace(stats, offers_TE=whole(o)) for stats, o in zip(sums.routing, offers, strict=True)
+        dataclasses.replace(stats, offers_TE=whole(o))
+        for stats, o in zip(sums.routing, offers, strict=True)
     )
     return dataclasses.replace(sums, routing=routing)

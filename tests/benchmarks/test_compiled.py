@@ -28,7 +28,9 @@ def _here(monkeypatch):
 
 @pytest.mark.usefixtures("_here")
 def test_arithmetic_is_counted_for_every_direction_and_implementation_and_dense_lowerings_are_seen():
-    rows = bench_compiled(SMALL, ["dense", "ragged", "padded", "capacity 1.25", "sorted"], "float32", HERE)
+    rows = bench_compiled(
+        SMALL, ["dense", "ragged", "padded", "capacity 1.25", "sorted"], "float32", HERE
+    )
     assert [(row["direction"], row["implementation"]) for row in rows] == [
         (direction, name)
         for direction in ("forward", "forward_backward")
@@ -38,16 +40,27 @@ def test_arithmetic_is_counted_for_every_direction_and_implementation_and_dense_
     slots = -(-1.25 * 64 * 2 // 4 // 8) * 8  # of `padded`, whose turns are counted once
     for direction in ("forward", "forward_backward"):
         assert over[direction, "dense_layer"] == 1.0
-        assert over[direction, "ragged"] == pytest.approx(4.0, rel=0.02)  # and what finds the groups
+        assert over[direction, "ragged"] == pytest.approx(
+            4.0, rel=0.02
+        )  # and what finds the groups
         assert over[direction, "dense"] >= 4.0  # and the products that pick the right ones
         assert over[direction, "padded"] == pytest.approx(slots / 32, rel=0.02)
         assert over[direction, "sorted"] == pytest.approx(1.0, rel=0.02)
         assert over[direction, "capacity 1.25"] == pytest.approx(40 / 32, rel=0.02)
-    open_loops = {row["implementation"]: row["open_loops"] for row in rows if row["direction"] == "forward"}
+    open_loops = {
+        row["implementation"]: row["open_loops"] for row in rows if row["direction"] == "forward"
+    }
     assert open_loops["padded"] >= 2 and open_loops["dense_layer"] == 0
     for row in rows:
-        assert row["target"] == "here" and row["fits"] and row["flops"] > 0 and row["temporary_bytes"] >= 0
-        assert row["flops"] == pytest.approx(row["flops_over_ideal"] * SMALL.flops(row["direction"]), rel=1e-3)
+        assert (
+            row["target"] == "here"
+            and row["fits"]
+            and row["flops"] > 0
+            and row["temporary_bytes"] >= 0
+        )
+        assert row["flops"] == pytest.approx(
+            row["flops_over_ideal"] * SMALL.flops(row["direction"]), rel=1e-3
+        )
 
 
 @pytest.mark.usefixtures("_here")
@@ -63,8 +76,12 @@ def test_an_implementation_that_the_target_does_not_have_is_an_error():
 
 
 @pytest.mark.usefixtures("_here")
-@pytest.mark.parametrize(("message", "fits"), [("RESOURCE_EXHAUSTED: out of HBM", False), ("INTERNAL: a bug", None)])
-def test_what_does_not_fit_the_target_is_a_row_that_says_so_and_other_failures_are_not(message, fits, monkeypatch):
+@pytest.mark.parametrize(
+    ("message", "fits"), [("RESOURCE_EXHAUSTED: out of HBM", False), ("INTERNAL: a bug", None)]
+)
+def test_what_does_not_fit_the_target_is_a_row_that_says_so_and_other_failures_are_not(
+    message, fits, monkeypatch
+):
     bench_compiled(SMALL, ["padded"], "float32", HERE)  # compiles what draws the arrays
 
     def fail(self, *args, **kwargs):
@@ -76,7 +93,12 @@ def test_what_does_not_fit_the_target_is_a_row_that_says_so_and_other_failures_a
             bench_compiled(SMALL, ["padded"], "float32", HERE)
         return
     for row in bench_compiled(SMALL, ["padded"], "float32", HERE):
-        assert (row["fits"], row["flops"], row["flops_over_ideal"], row["kernels"]) == (False, None, None, None)
+        assert (row["fits"], row["flops"], row["flops_over_ideal"], row["kernels"]) == (
+            False,
+            None,
+            None,
+            None,
+        )
 
 
 @pytest.mark.usefixtures("_here")
@@ -100,7 +122,9 @@ def test_a_target_whose_compiler_is_missing_is_an_error_that_names_the_extra_and
     monkeypatch.setattr(topologies, "get_topology_desc", missing)
     extra = {"gpu": "cuda13", "tpu": "tpu"}[TARGETS[name].platform]
     monkeypatch.setattr(targets, "has_compiler", lambda target: False)
-    with pytest.raises(TargetError, match=rf"target {name} needs .* not installed; .*EXTRAS=dev,{extra} or"):
+    with pytest.raises(
+        TargetError, match=rf"target {name} needs .* not installed; .*EXTRAS=dev,{extra} or"
+    ):
         make_target_mesh(TARGETS[name])
     monkeypatch.setattr(targets, "has_compiler", lambda target: True)
     with pytest.raises(NotImplementedError, match="not implemented for it"):
@@ -129,7 +153,9 @@ def test_on_tpu_ragged_computes_what_the_chosen_experts_need(name, shape):
     ],
     ids=str,
 )
-def test_on_gpu_tokamax_computes_what_the_chosen_experts_need_and_ragged_dot_is_seen_to_be_dense(name, dtype, shape):
+def test_on_gpu_tokamax_computes_what_the_chosen_experts_need_and_ragged_dot_is_seen_to_be_dense(
+    name, dtype, shape
+):
     if not has_compiler(TARGETS[name]):
         pytest.skip("the compiler for NVIDIA GPUs is not installed: pip install -e '.[cuda13]'")
     with jax.set_mesh(make_target_mesh(TARGETS[name])):
@@ -142,4 +168,7 @@ def test_on_gpu_tokamax_computes_what_the_chosen_experts_need_and_ragged_dot_is_
             assert 0.99 < row["flops_over_ideal"] <= 1.05, row
         if row["implementation"] == "tokamax":
             assert row["kernels"] == {"tokamax triton": 2 if row["direction"] == "forward" else 6}
-            assert row["temporary_bytes"] <= 3 * 2 * shape.tokens * shape.top_k * (512 + 2 * shape.d_expert) * 4
+            assert (
+                row["temporary_bytes"]
+                <= 3 * 2 * shape.tokens * shape.top_k * (512 + 2 * shape.d_expert) * 4
+            )

@@ -49,10 +49,19 @@ def debug():
 
 
 @pytest.mark.usefixtures("_here")
-def test_a_step_has_its_memory_and_what_travels_along_each_axis_with_the_way_out_of_an_overflow_apart(debug):
+def test_a_step_has_its_memory_and_what_travels_along_each_axis_with_the_way_out_of_an_overflow_apart(
+    debug,
+):
     row = bench_compiled_step(debug, HERE, "")
     assert (row["target"], row["topology"], row["devices"]) == ("here", "8", 8)
-    assert row["mesh"] == {"data": 1, "fsdp": 2, "dcn_expert": 1, "expert": 4, "context": 1, "tensor": 1}
+    assert row["mesh"] == {
+        "data": 1,
+        "fsdp": 2,
+        "dcn_expert": 1,
+        "expert": 4,
+        "context": 1,
+        "tensor": 1,
+    }
     assert row["tokens_per_device"] == 8 * 64 / 8 and row["fits"]
     # A device's part of the state; its one row of five arrays of 64 positions, one of them of bytes; three knobs.
     trainable = make_trainable(debug, make_mesh(debug))
@@ -64,7 +73,9 @@ def test_a_step_has_its_memory_and_what_travels_along_each_axis_with_the_way_out
     assert row["peak_bytes"] >= row["argument_bytes"] and row["temporary_bytes"] > 0
     rows = {(one["kind"], one["axis"]): one for one in row["collectives"]}
     assert row["wire_bytes"] == sum(one["bytes"] for one in row["collectives"])
-    assert row["conditional_wire_bytes"] == sum(one["conditional_bytes"] for one in row["collectives"])
+    assert row["conditional_wire_bytes"] == sum(
+        one["conditional_bytes"] for one in row["collectives"]
+    )
     # Two layers: tokens, weights, ids and outputs forward, and backward the gradients of all but the ids.
     swaps = rows["all-to-all", "expert"]
     assert (swaps["count"], swaps["conditional_count"]) == (14, 0) and swaps["bytes"] > 0
@@ -73,14 +84,21 @@ def test_a_step_has_its_memory_and_what_travels_along_each_axis_with_the_way_out
 
 
 @pytest.mark.usefixtures("_here")
-def test_memory_of_the_target_decides_what_fits_and_a_refusal_is_a_row_without_figures(debug, monkeypatch, caplog):
+def test_memory_of_the_target_decides_what_fits_and_a_refusal_is_a_row_without_figures(
+    debug, monkeypatch, caplog
+):
     monkeypatch.setattr(compiled_step, "lower_step", lambda trainable: Lowered())
     for memory, fits in ((10**9, True), (10**3, False)):
         row = bench_compiled_step(debug, dataclasses.replace(HERE, memory_bytes=memory), "8")
         assert (row["fits"], row["peak_bytes"]) == (fits, 2000)
     Lowered.error = "RESOURCE_EXHAUSTED: Ran out of memory: 157G\nand more"
     row = bench_compiled_step(debug, HERE, "8")
-    assert (row["fits"], row["peak_bytes"], row["wire_bytes"], row["collectives"]) == (False, None, None, None)
+    assert (row["fits"], row["peak_bytes"], row["wire_bytes"], row["collectives"]) == (
+        False,
+        None,
+        None,
+        None,
+    )
     assert "Ran out of memory: 157G" in caplog.text and "and more" not in caplog.text
     Lowered.error = "INTERNAL: a bug"
     with pytest.raises(jax.errors.JaxRuntimeError, match="a bug"):
@@ -93,7 +111,9 @@ def test_a_mesh_that_cannot_be_laid_over_the_devices_is_an_error(debug, monkeypa
         raise NotImplementedError("Failed to find assignment for logical_axis_index 2")
 
     monkeypatch.setattr(mesh_utils, "create_device_mesh", fail)
-    with pytest.raises(TargetError, match=r"cannot be laid over topology 4x4x4 of here: each of its axes"):
+    with pytest.raises(
+        TargetError, match=r"cannot be laid over topology 4x4x4 of here: each of its axes"
+    ):
         bench_compiled_step(debug, HERE, "4x4x4")
 
 
@@ -115,8 +135,20 @@ class Lowered:
         return "ENTRY %main (x: f32[]) -> f32[] {\n  ROOT %x = f32[] parameter(0)\n}"
 
 
-TRAVELS = {"kind": "all-gather", "axis": "fsdp", "devices": 64, "count": 96, "bytes": 12_300_000_000, "is_open": True}
-APART = {"conditional_count": 3, "conditional_bytes": 4_560_000_000, "asynchronous": 64, "overlapped": 32}
+TRAVELS = {
+    "kind": "all-gather",
+    "axis": "fsdp",
+    "devices": 64,
+    "count": 96,
+    "bytes": 12_300_000_000,
+    "is_open": True,
+}
+APART = {
+    "conditional_count": 3,
+    "conditional_bytes": 4_560_000_000,
+    "asynchronous": 64,
+    "overlapped": 32,
+}
 ROW = {
     "target": "v5p", "topology": "4x4x4", "devices": 64, "mesh": {"data": 1, "fsdp": 64}, "tokens_per_device": 49152,
     "fits": True, "peak_bytes": 44_700_000_000, "argument_bytes": 8_760_000_000, "temporary_bytes": 1,
@@ -126,18 +158,40 @@ ROW = {
 
 def test_the_command_shows_memory_and_what_travels_and_no_times(capsys, monkeypatch):
     asked = []
-    monkeypatch.setattr(bench, "bench_compiled_step", lambda *arguments: asked.append(arguments) or ROW)
-    arguments = ["bench", "compiled_step", "--target=v5p", "--topology=4x4x4", f"--config={CONFIGS / 'debug.py'}"]
+    monkeypatch.setattr(
+        bench, "bench_compiled_step", lambda *arguments: asked.append(arguments) or ROW
+    )
+    arguments = [
+        "bench",
+        "compiled_step",
+        "--target=v5p",
+        "--topology=4x4x4",
+        f"--config={CONFIGS / 'debug.py'}",
+    ]
     assert main([*arguments, "--config.mesh.fsdp=16", "--config.mesh.expert=4"]) == 0
     shown = capsys.readouterr().out
-    for text in ("64 v5p, 4x4x4", "fsdp 64", "49,152", "44.70", "8.76", "12.30", "4.56", "all-gather", "96 or more"):
+    for text in (
+        "64 v5p, 4x4x4",
+        "fsdp 64",
+        "49,152",
+        "44.70",
+        "8.76",
+        "12.30",
+        "4.56",
+        "all-gather",
+        "96 or more",
+    ):
         assert text in shown
     ((config, target, topology),) = asked
     assert (config.mesh.fsdp, config.mesh.expert, target.name, topology) == (16, 4, "v5p", "4x4x4")
     assert main([*arguments, "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == ROW
-    refused = dict.fromkeys(("peak_bytes", "wire_bytes", "argument_bytes", "conditional_wire_bytes", "collectives"))
-    monkeypatch.setattr(bench, "bench_compiled_step", lambda *arguments: ROW | refused | {"fits": False})
+    refused = dict.fromkeys(
+        ("peak_bytes", "wire_bytes", "argument_bytes", "conditional_wire_bytes", "collectives")
+    )
+    monkeypatch.setattr(
+        bench, "bench_compiled_step", lambda *arguments: ROW | refused | {"fits": False}
+    )
     assert main(arguments) == 0
     assert "no" in capsys.readouterr().out
 
@@ -145,13 +199,22 @@ def test_the_command_shows_memory_and_what_travels_and_no_times(capsys, monkeypa
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["compiled_step"], "moejax bench compiled_step needs --target, one of h100, b200, v5p, v6e"),
+        (
+            ["compiled_step"],
+            "moejax bench compiled_step needs --target, one of h100, b200, v5p, v6e",
+        ),
         (
             ["compiled_step", "--target=v5p", "--topology=4by4"],
             "topology 4by4 must be sizes joined by x, such as 2x2x1",
         ),
-        (["compiled", "--target=v5p", "--topology=4x4"], "--topology belongs to moejax bench compiled_step"),
-        (["compiled_step", "--target=v5p", "--shapes=olmoe"], "--shapes belongs to moejax bench layer"),
+        (
+            ["compiled", "--target=v5p", "--topology=4x4"],
+            "--topology belongs to moejax bench compiled_step",
+        ),
+        (
+            ["compiled_step", "--target=v5p", "--shapes=olmoe"],
+            "--shapes belongs to moejax bench layer",
+        ),
     ],
 )
 def test_the_command_refuses_what_cannot_be(arguments, message, capsys):
@@ -167,7 +230,9 @@ def test_a_topology_that_the_compiler_does_not_know_is_an_error(monkeypatch):
 
     monkeypatch.setattr(topologies, "get_topology_desc", unknown)
     monkeypatch.setattr("moejax.planning.targets.has_compiler", lambda target: True)
-    with pytest.raises(TargetError, match="v5p cannot have topology 9x9x9, which should look like 2x2x1: no such"):
+    with pytest.raises(
+        TargetError, match="v5p cannot have topology 9x9x9, which should look like 2x2x1: no such"
+    ):
         target_devices(TARGETS["v5p"], "9x9x9")
 
 
@@ -177,7 +242,9 @@ def test_a_topology_that_the_compiler_does_not_know_is_an_error(monkeypatch):
 )
 def test_topologies_have_as_many_devices_as_their_sizes_say(name, topology, devices):
     if not has_compiler(TARGETS[name]):
-        pytest.skip(f"the compiler for {TARGETS[name].platform} is not installed: moejax[{TARGETS[name].extra}]")
+        pytest.skip(
+            f"the compiler for {TARGETS[name].platform} is not installed: moejax[{TARGETS[name].extra}]"
+        )
     assert len(target_devices(TARGETS[name], topology)) == devices
 
 
@@ -195,5 +262,7 @@ def test_a_step_compiles_for_a_pod_and_its_collectives_have_axes(debug):
     row = bench_compiled_step(config, TARGETS["v5p"], "2x2x1")
     assert row["fits"] and row["devices"] == 4 and row["peak_bytes"] > 0
     assert {"fsdp", "expert"} <= {one["axis"] for one in row["collectives"]}
-    assert not any(one["is_open"] for one in row["collectives"])  # the turns of every loop are known
+    assert not any(
+        one["is_open"] for one in row["collectives"]
+    )  # the turns of every loop are known
     assert any(one["count"] % 2 == 0 and one["axis"] == "fsdp" for one in row["collectives"])

@@ -20,7 +20,11 @@ def test_every_implementation_that_is_timed_computes_the_layer_of_the_oracle(nam
     every = layer.implementations_of(SHAPE) | {"room for all": layer._capacity(SHAPE, 4.0)}
     inputs = arrays.x_TD, arrays.weights_TK, *arrays.expert_weights
     program = Program.compile(
-        functools.partial(layer.through, every[name]), "forward_backward", arrays.dy_TD, inputs, (arrays.experts_TK,)
+        functools.partial(layer.through, every[name]),
+        "forward_backward",
+        arrays.dy_TD,
+        inputs,
+        (arrays.experts_TK,),
     )
     y_TD, gradients = program()
     expected = oracle.feed_forward(*inputs, np.asarray(arrays.experts_TK), arrays.dy_TD)
@@ -28,7 +32,9 @@ def test_every_implementation_that_is_timed_computes_the_layer_of_the_oracle(nam
 
 
 @pytest.mark.parametrize("tokens", [64, 63])
-def test_sorted_is_the_layer_of_choices_that_are_equal_groups_in_order_with_the_arithmetic_of_the_products(tokens):
+def test_sorted_is_the_layer_of_choices_that_are_equal_groups_in_order_with_the_arithmetic_of_the_products(
+    tokens,
+):
     shape = dataclasses.replace(SHAPE, tokens=tokens)
     arrays = layer.draw(shape, "float32")
     inputs = arrays.x_TD, arrays.weights_TK, *arrays.expert_weights
@@ -43,14 +49,18 @@ def test_a_dense_layer_has_the_arithmetic_of_the_chosen_experts():
     arrays = layer.draw(SHAPE, "float32")
     inputs = arrays.x_TD, *arrays.dense_weights
     for direction in layer.DIRECTIONS:
-        flops = Program.compile(layer.dense_layer, direction, arrays.dy_TD, inputs).compiled.cost_analysis()["flops"]
+        flops = Program.compile(
+            layer.dense_layer, direction, arrays.dy_TD, inputs
+        ).compiled.cost_analysis()["flops"]
         # Besides the products only the activation, a few operations for each of T * K * F hidden units.
         assert SHAPE.flops(direction) < flops < SHAPE.flops(direction) + 30 * 64 * 2 * 4
 
 
 @pytest.mark.parametrize("is_skewed", [False, True])
 @pytest.mark.parametrize(("num_experts", "top_k"), [(8, 2), (64, 8), (4, 1), (4, 4)])
-def test_choices_are_of_different_experts_and_skewed_ones_give_one_of_them_half(num_experts, top_k, is_skewed):
+def test_choices_are_of_different_experts_and_skewed_ones_give_one_of_them_half(
+    num_experts, top_k, is_skewed
+):
     shape = Shape(512, 8, 8, num_experts, top_k, is_skewed)
     experts_TK = layer.choose(shape)
     assert experts_TK.shape == (512, top_k)
@@ -58,7 +68,11 @@ def test_choices_are_of_different_experts_and_skewed_ones_give_one_of_them_half(
     counts_E = np.bincount(experts_TK.ravel(), minlength=num_experts)
     mean = 512 * top_k / num_experts
     assert counts_E[1:].min() > 0
-    assert counts_E[0] == min(512, 512 * top_k // 2) if is_skewed else abs(counts_E[0] - mean) <= 5 * mean**0.5
+    assert (
+        counts_E[0] == min(512, 512 * top_k // 2)
+        if is_skewed
+        else abs(counts_E[0] - mean) <= 5 * mean**0.5
+    )
 
 
 def test_a_shape_is_written_as_it_is_read():
@@ -77,10 +91,15 @@ def test_programs_take_turns_and_the_first_turns_do_not_count(monkeypatch):
         calls.append(name)
         now[0] += 100 if len(calls) <= 4 else seconds
 
-    times = timing.interleave({"a": lambda: program("a", 1), "b": lambda: program("b", len(calls))}, 4)
+    times = timing.interleave(
+        {"a": lambda: program("a", 1), "b": lambda: program("b", len(calls))}, 4
+    )
     assert calls == ["a", "b"] * 6
     assert times["a"].median_ms == 1000
-    assert times["b"].median_ms == 8000 and times["b"].quartiles_ms == (6500, 9500)  # after 5, 7, 9, 11 calls
+    assert times["b"].median_ms == 8000 and times["b"].quartiles_ms == (
+        6500,
+        9500,
+    )  # after 5, 7, 9, 11 calls
 
 
 def test_peaks_are_those_of_a_product_and_a_copy(monkeypatch):

@@ -41,7 +41,10 @@ SPECIMENS = {
     "schedule.sequence_balance_weight": ("linear:0", {"moe.sequence_balance_weight": 1e-4}),
     "schedule.importance_weight": ("linear:2", {"moe.importance_weight": 0.1}),
     "schedule.load_weight": ("linear:2", {"moe.load_weight": 0.1, "moe.router": "noisy_topk"}),
-    "schedule.vmoe_load_weight": ("linear:2", {"moe.vmoe_load_weight": 0.1, "moe.router": "noisy_topk"}),
+    "schedule.vmoe_load_weight": (
+        "linear:2",
+        {"moe.vmoe_load_weight": 0.1, "moe.router": "noisy_topk"},
+    ),
     "schedule.z_weight": ("cosine:0.1", {}),
     "moe.activation_limit": (3.5, {"moe.activation": "clamped_swiglu"}),
     "moe.select_by": ("logits", {"moe.selection_bias": True}),

@@ -6,7 +6,17 @@ from pathlib import Path
 
 import numpy as np
 
-WAYS = ("bit", "first byte", "half", "emptied", "removed", "folder", "random", "extended", "unreadable")
+WAYS = (
+    "bit",
+    "first byte",
+    "half",
+    "emptied",
+    "removed",
+    "folder",
+    "random",
+    "extended",
+    "unreadable",
+)
 """What `damage` can do to a file; the last means nothing to a superuser, see `ways`."""
 
 

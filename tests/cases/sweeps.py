@@ -10,7 +10,13 @@ VERSIONS = {"python": "3.11", "moejax": "0.1", "jax": "0.9"}
 
 def entry_of(overrides, *, matched=None, steps=STEPS, active=1000):
     """An arm's entry in `sweep.json`."""
-    config = {"train": {"num_steps": steps, "log_every": LOG_EVERY, "seed": overrides.get("train.seed", 0)}}
+    config = {
+        "train": {
+            "num_steps": steps,
+            "log_every": LOG_EVERY,
+            "seed": overrides.get("train.seed", 0),
+        }
+    }
     for key, value in {**overrides, **(matched or {})}.items():
         section, leaf = key.split(".")
         config.setdefault(section, {})[leaf] = value
@@ -36,7 +42,13 @@ def write_run(workdir, entry, *, loss=3.0, end=STEPS, evaluated=True, **routing)
             lines.append({"step": step, "loss/lm": loss + (planned - step) / planned, **of_routing, "tokens": 64 * step,
                           "perf/tokens_per_s": 1000.0})  # fmt: skip
         if evaluated and (step % EVAL_EVERY == 0 or step == planned):
-            lines.append({"step": step, "eval/loss": loss + (planned - step) / planned, "eval/max_violation": 0.5})
+            lines.append(
+                {
+                    "step": step,
+                    "eval/loss": loss + (planned - step) / planned,
+                    "eval/max_violation": 0.5,
+                }
+            )
     (workdir / "config.json").write_text(json.dumps(facts))
     (workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return workdir

@@ -28,7 +28,9 @@ def write_dataset(data_dir, splits, file_format="array_record", features=None):
 
             def _info(self):
                 described = tfds.features.FeaturesDict(features)
-                return tfds.core.DatasetInfo(builder=self, features=described, disable_shuffling=True)
+                return tfds.core.DatasetInfo(
+                    builder=self, features=described, disable_shuffling=True
+                )
 
             def _split_generators(self, dl_manager):
                 return {split: enumerate(examples) for split, examples in splits.items()}

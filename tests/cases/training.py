@@ -86,7 +86,9 @@ def case_config(case: str, **sections: dict[str, Any]) -> Config:
 
 def small_config(**sections: dict[str, Any]) -> Config:
     """`SMALL` with some leaves changed."""
-    return resolve({name: SMALL.get(name, {}) | sections.get(name, {}) for name in {*SMALL, *sections}})
+    return resolve(
+        {name: SMALL.get(name, {}) | sections.get(name, {}) for name in {*SMALL, *sections}}
+    )
 
 
 def make(config: Config, num_devices: int = 1) -> Trainable:
@@ -121,7 +123,9 @@ def packed_batch(config: Config, seed: int = 0) -> Batch:
     for row in range(0, batch, 3):
         segments_BL[row, length - 2 - row :] = 0
     positions_BL = np.where(
-        np.arange(length + 1) < length // 3, np.arange(length + 1), np.arange(length + 1) - length // 3
+        np.arange(length + 1) < length // 3,
+        np.arange(length + 1),
+        np.arange(length + 1) - length // 3,
     )
     return Batch(
         tokens_BL=tokens_BL[:, :-1],
@@ -134,4 +138,6 @@ def packed_batch(config: Config, seed: int = 0) -> Batch:
 
 def replace(config: Config, section: str, **leaves: Any) -> Config:
     """The configuration with some leaves of a section changed."""
-    return dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **leaves)})
+    return dataclasses.replace(
+        config, **{section: dataclasses.replace(getattr(config, section), **leaves)}
+    )

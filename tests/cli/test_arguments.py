@@ -44,7 +44,10 @@ COMMAND_LINES = [
     ([*TRAIN, "-"], "takes flags alone, not -"),
     (["train", DEBUG], f"write --config={DEBUG}"),
     (["train", "x.py:wide"], "write --config=x.py:wide"),
-    ([f"--config={DEBUG}", "train"], f"stands before the verb; write moejax train --config={DEBUG}"),
+    (
+        [f"--config={DEBUG}", "train"],
+        f"stands before the verb; write moejax train --config={DEBUG}",
+    ),
     (["--json", "--workdir=x"], "the verb is missing"),
     ([DEBUG], f"write moejax train --config={DEBUG}"),
     (["help", "banana"], "banana is not a verb"),
@@ -59,29 +62,56 @@ COMMAND_LINES = [
     ([*SWEEP, "--workdir=runs/x", "moe.top_k=1,2"], "write --dir=runs/x"),
     ([*TRAIN, "--workdir=a", "--workdir=b"], "--workdir is given twice, as a and as b"),
     ([*TRAIN, "--json", "--nojson"], "--json is given twice, as true and as false"),
-    ([*TRAIN, "--config.moe.top_k=1", "--config.moe.top_k=2"], "--config.moe.top_k is given twice, as 1 and as 2"),
+    (
+        [*TRAIN, "--config.moe.top_k=1", "--config.moe.top_k=2"],
+        "--config.moe.top_k is given twice, as 1 and as 2",
+    ),
     ([*TRAIN, "--config=x.py"], f"--config is given twice, as {DEBUG} and as x.py"),
     ([*TRAIN, "--workdir"], "--workdir lacks its value"),
     ([*TRAIN, "--workdir="], "--workdir= has an empty value"),
     ([*SWEEP, "--storage", ""], "--storage= has an empty value"),
     ([*TRAIN, "--workdir", "--json"], "--workdir lacks its value"),
-    (["train", "--config.moe.top_k=1"], "--config.moe.top_k=1 changes a recipe, and --config is missing"),
+    (
+        ["train", "--config.moe.top_k=1"],
+        "--config.moe.top_k=1 changes a recipe, and --config is missing",
+    ),
     ([*TRAIN, "--config.moe.num_experts=eight"], "moe.num_experts"),
     ([*TRAIN, "--config.model.remat=maybe"], "model.remat"),
-    (["eval", "--workdir=.", "--config=x.py"], "takes the configuration that its run was trained with"),
-    (["eval", "--workdir=.", "--config.moe.top_k=1"], "takes the configuration that its run was trained with"),
+    (
+        ["eval", "--workdir=.", "--config=x.py"],
+        "takes the configuration that its run was trained with",
+    ),
+    (
+        ["eval", "--workdir=.", "--config.moe.top_k=1"],
+        "takes the configuration that its run was trained with",
+    ),
     (["eval", "--workdir=.", "--top_k=1"], "takes the configuration that its run was trained with"),
     (["eval", "."], "write --workdir=."),
     (["placement", "--workdir=.", "--devices=two"], "--devices=two must be an integer"),
     (["generate", "--workdir=.", "--temperature=hot"], "--temperature=hot must be a number"),
     (["generate", "--workdir=.", "--temp=1"], "write --temperature=1"),
-    (["generate", "--workdir=.", "--seed=-1"], "--seed=-1 must be an integer in the range [0, 2147483647]"),
-    (["generate", "--workdir=.", "--seed=4294967296"], "--seed=4294967296 must be an integer in the range"),
+    (
+        ["generate", "--workdir=.", "--seed=-1"],
+        "--seed=-1 must be an integer in the range [0, 2147483647]",
+    ),
+    (
+        ["generate", "--workdir=.", "--seed=4294967296"],
+        "--seed=4294967296 must be an integer in the range",
+    ),
     (["generate", "--workdir=.", f"--seed={10**40}"], "must be an integer in the range"),
-    ([*SWEEP, "--search=random", "--search_seed=-1", "moe.top_k=1,2"], "--search_seed=-1 must be an integer in"),
+    (
+        [*SWEEP, "--search=random", "--search_seed=-1", "moe.top_k=1,2"],
+        "--search_seed=-1 must be an integer in",
+    ),
     ([*SWEEP, "--seeds=0"], "--seeds=0 must be at least 1"),
-    ([*SWEEP, "--dry-run", "moe.num_experts=log:4..8"], "moe.num_experts=log:4..8: a range is of fractions"),
-    ([*SWEEP, "--dry-run", "optimizer.learning_rate=log:2..1:3"], "optimizer.learning_rate from 2 to 1 is no range"),
+    (
+        [*SWEEP, "--dry-run", "moe.num_experts=log:4..8"],
+        "moe.num_experts=log:4..8: a range is of fractions",
+    ),
+    (
+        [*SWEEP, "--dry-run", "optimizer.learning_rate=log:2..1:3"],
+        "optimizer.learning_rate from 2 to 1 is no range",
+    ),
     ([*SWEEP, "--cores=0", "moe.top_k=1,2"], "--cores=0 is for moejax sweep work"),
     ([*SWEEP, DEBUG], f"write --config={DEBUG}"),
     (["sweep", "report", "a", "--seeds=3"], "--seeds=3 is not for moejax sweep report"),
@@ -90,17 +120,32 @@ COMMAND_LINES = [
     (["sweep", "dashboard", "--storage=no.journal"], "there is no study in"),
     (["sweep", "dashboard", "--storage=no.db"], "there is no study in"),
     (["sweep", "worker", "--storage=no.journal", "--study=s"], "there is no study 's'"),
-    (["bench", "layer", f"--config={DEBUG}"], "--config belongs to moejax bench compiled_step, step"),
-    (["bench", "import", f"--config={DEBUG}"], "--config belongs to moejax bench compiled_step, step"),
-    (["bench", "import", "--config.moe.top_k=1"], "--config.moe.top_k=1 changes a recipe, and --config is missing"),
+    (
+        ["bench", "layer", f"--config={DEBUG}"],
+        "--config belongs to moejax bench compiled_step, step",
+    ),
+    (
+        ["bench", "import", f"--config={DEBUG}"],
+        "--config belongs to moejax bench compiled_step, step",
+    ),
+    (
+        ["bench", "import", "--config.moe.top_k=1"],
+        "--config.moe.top_k=1 changes a recipe, and --config is missing",
+    ),
     ([*TRAIN, "--wait_s=7"], "--wait_s=7 needs --distributed or --coordinator"),
     (["doctor", "--wait_s=7"], "--wait_s=7 needs --distributed or --coordinator"),
     (
         ["doctor", f"--config={DEBUG}", "--mesh=expert=2,data=1,expert=4"],
         "expert is given 2 times; give each axis once",
     ),
-    (["sweep", "worker", "--study=s", "--storage=no.journal", "--config.moe.top_k=1"], "--config.moe.top_k=1"),
-    (["bench", "compiled", "--target=h10"], "--target=h10 must be one of h100, b200, v5p, v6e; the nearest is h100"),
+    (
+        ["sweep", "worker", "--study=s", "--storage=no.journal", "--config.moe.top_k=1"],
+        "--config.moe.top_k=1",
+    ),
+    (
+        ["bench", "compiled", "--target=h10"],
+        "--target=h10 must be one of h100, b200, v5p, v6e; the nearest is h100",
+    ),
     (["report", "a", "b"], "a is not a folder"),
     ([*TRAIN, "--workdir=p[1]/run"], "has [ in it, which is read as a pattern"),
     ([*SWEEP, "--dir=p*", "moe.top_k=2,3"], "has * in it, which is read as a pattern"),
@@ -109,7 +154,10 @@ COMMAND_LINES = [
         ["sweep", "--storage=postgresql:/u:SECRET@h", "--storage=postgresql://u:SECRET@h"],
         "--storage is given twice",
     ),
-    (["--storage=postgresql://u:SECRET@h", "sweep"], "*** stands before the verb; write moejax sweep ***"),
+    (
+        ["--storage=postgresql://u:SECRET@h", "sweep"],
+        "*** stands before the verb; write moejax sweep ***",
+    ),
     (["report", "--workdir=.", "--output=x.html"], "--output=x.html is for comparisons"),
 ]
 
@@ -145,7 +193,11 @@ FLAGS_OF_PATHS = [
     ["bench", "layer", "--csv=PATH"],
     ["doctor", "--config=PATH"],
 ]
-WRITERS = [words for words in FLAGS_OF_PATHS if words[0] in ("sweep", "bench") or "--config=CONFIG" in words]
+WRITERS = [
+    words
+    for words in FLAGS_OF_PATHS
+    if words[0] in ("sweep", "bench") or "--config=CONFIG" in words
+]
 
 
 def test_a_path_that_cannot_work_is_refused_by_every_flag_that_takes_one(refused):
@@ -153,23 +205,32 @@ def test_a_path_that_cannot_work_is_refused_by_every_flag_that_takes_one(refused
         for path, fragment in PATHS.items():
             arguments = [word.replace("PATH", path).replace("CONFIG", DEBUG) for word in words]
             error = refused(arguments)
-            is_named = path.split("\0")[0].strip("\udce9") in error or words[:2] == ["sweep", "report"]
+            is_named = path.split("\0")[0].strip("\udce9") in error or words[:2] == [
+                "sweep",
+                "report",
+            ]
             assert fragment in error and is_named, (arguments, error)
 
 
-def test_a_home_folder_is_expanded_and_one_that_cannot_be_written_is_said_first(refused, tmp_path, monkeypatch):
+def test_a_home_folder_is_expanded_and_one_that_cannot_be_written_is_said_first(
+    refused, tmp_path, monkeypatch
+):
     home = tmp_path / "home"
     home.mkdir()
     (home / "file").write_text("")
     monkeypatch.setenv("HOME", str(home))
     for words in FLAGS_OF_PATHS:
-        error = refused([word.replace("PATH", "~/file/x").replace("CONFIG", DEBUG) for word in words])
+        error = refused(
+            [word.replace("PATH", "~/file/x").replace("CONFIG", DEBUG) for word in words]
+        )
         assert "file/x" in error
         if words in WRITERS:
             assert "cannot be written" in error and f"{home}/file is not a folder" in error, error
     (home / "read-only").mkdir(mode=0o500)
     for words in WRITERS if os.getuid() else []:  # root may write anywhere
-        arguments = [word.replace("PATH", "~/read-only/x").replace("CONFIG", DEBUG) for word in words]
+        arguments = [
+            word.replace("PATH", "~/read-only/x").replace("CONFIG", DEBUG) for word in words
+        ]
         assert "cannot be written" in refused(arguments)
 
 
@@ -180,7 +241,9 @@ def test_a_word_that_means_nothing_to_a_verb_is_refused_by_every_verb(refused):
             if verb == "sweep" and "=" in word and not word.startswith("-"):
                 continue  # an axis
             error = refused([verb, *config, word])
-            assert word.lstrip("-").partition("=")[0] in error and ("; " in error or ": " in error[8:]), error
+            assert word.lstrip("-").partition("=")[0] in error and (
+                "; " in error or ": " in error[8:]
+            ), error
 
 
 RECIPE = "from ml_collections import ConfigDict\nfrom moejax import config as c\n"
@@ -211,7 +274,10 @@ def test_a_recipe_that_fails_is_one_line_with_the_file_the_line_and_the_cause(re
     for text, fragment in RECIPES.items():
         recipe.write_bytes(text.encode(errors="surrogateescape"))
         error = refused(["train", "--config=recipe.py"])
-        assert fragment in error and ("recipe.py" in error or "return {'moe'" in text), (text, error)
+        assert fragment in error and ("recipe.py" in error or "return {'moe'" in text), (
+            text,
+            error,
+        )
     recipe.write_text("def get_config():\n    return {}\ndef sweep():\n    yield 1 / 0\n")
     assert "recipe.py, line 4: ZeroDivisionError" in refused(["sweep", "--config=recipe.py"])
     recipe.write_text("1 / 0\n")
@@ -221,7 +287,9 @@ def test_a_recipe_that_fails_is_one_line_with_the_file_the_line_and_the_cause(re
 
 def test_the_argument_of_a_recipe_reaches_it_or_is_refused(refused, tmp_path):
     (tmp_path / "plain.py").write_text("def get_config():\n    return {}\n")
-    assert "get_config takes no argument; leave :wide out" in refused(["train", "--config=plain.py:wide"])
+    assert "get_config takes no argument; leave :wide out" in refused(
+        ["train", "--config=plain.py:wide"]
+    )
     (tmp_path / "a:b.py").write_text("def get_config(arg):\n    raise ValueError(arg)\n")
     assert "ValueError: c:d" in refused(["train", "--config=a:b.py:c:d"])
     for path in sorted((REPOSITORY / "configs").rglob("*.py")):
@@ -234,19 +302,32 @@ def test_a_recipe_that_is_missing_is_told_the_nearest_names(refused, tmp_path, m
     (tmp_path / "configs/text.json").write_text("{}")
     assert "did you mean --config=configs/debug.py?" in refused(["train", "--config=configs/debug"])
     assert "did you mean --config=configs/debug.py?" in refused(["train", "--config=debug"])
-    assert "did you mean --config=configs/debug.py?" in refused(["sweep", "--config=config/debgu.py"])
+    assert "did you mean --config=configs/debug.py?" in refused(
+        ["sweep", "--config=config/debgu.py"]
+    )
     assert "is a folder; name a recipe in it, such as --config=configs/debug.py" in refused(
         ["train", "--config=configs"]
     )
-    assert "is no recipe, which is a Python file" in refused(["train", "--config=configs/text.json"])
+    assert "is no recipe, which is a Python file" in refused(
+        ["train", "--config=configs/text.json"]
+    )
     assert "such as --config=configs/tiny_moe.py" in refused(["train", "--config=xyz"])
 
 
-def test_flags_may_stand_before_the_recipe_and_settings_after_it_or_before(tmp_path, monkeypatch, capsys):
+def test_flags_may_stand_before_the_recipe_and_settings_after_it_or_before(
+    tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     orders = [
         ["--config.moe.top_k=1", "--dry-run", "--config", DEBUG, "moe.num_experts=4,8", "--json"],
-        [f"-config={DEBUG}", "moe.num_experts=4,8", "--json", "--dry-run", "--config.moe.top_k", "1"],
+        [
+            f"-config={DEBUG}",
+            "moe.num_experts=4,8",
+            "--json",
+            "--dry-run",
+            "--config.moe.top_k",
+            "1",
+        ],
     ]
     found = []
     for order in orders:

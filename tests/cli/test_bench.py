@@ -26,7 +26,14 @@ DEBUG = Path(__file__).parents[2] / "configs/debug.py"
 
 
 def test_bench_step_compares_moe_and_dense_in_one_run(capsys):
-    arguments = ["bench", "step", f"--config={DEBUG}", "--config.train.num_steps=2", "--repetitions=2", "--json"]
+    arguments = [
+        "bench",
+        "step",
+        f"--config={DEBUG}",
+        "--config.train.num_steps=2",
+        "--repetitions=2",
+        "--json",
+    ]
     assert main(arguments) == 0
     rows = json.loads(capsys.readouterr().out)
     assert rows["ratio"] == pytest.approx(rows["moe_ms"] / rows["dense_ms"], abs=0.01)
@@ -35,11 +42,20 @@ def test_bench_step_compares_moe_and_dense_in_one_run(capsys):
 
 
 def test_bench_telemetry_compares_intervals_with_and_without_what_is_logged(capsys):
-    arguments = ["bench", "telemetry", f"--config={DEBUG}", "--config.train.log_every=2", "--repetitions=2", "--json"]
+    arguments = [
+        "bench",
+        "telemetry",
+        f"--config={DEBUG}",
+        "--config.train.log_every=2",
+        "--repetitions=2",
+        "--json",
+    ]
     assert main(arguments) == 0
     rows = json.loads(capsys.readouterr().out)
     assert rows["ratio"] == pytest.approx(rows["watched_step_ms"] / rows["bare_step_ms"], rel=0.05)
-    assert rows["write_share"] == pytest.approx(rows["write_ms"] / (2 * rows["bare_step_ms"]), rel=0.05)
+    assert rows["write_share"] == pytest.approx(
+        rows["write_ms"] / (2 * rows["bare_step_ms"]), rel=0.05
+    )
     assert rows["log_every"] == rows["repetitions"] == 2
 
 
@@ -56,14 +72,23 @@ def test_a_writer_of_the_benchmark_writes_what_the_model_does_and_again(monkeypa
     monkeypatch.setattr(generation, "STEPS", 8)
     config = small_config()
     model = Decoder(config, rngs=nnx.Rngs(params=0))
-    for name in ("query", "key", "value", "out"):  # strong attention, so that a wrong position changes what is written
+    for name in (
+        "query",
+        "key",
+        "value",
+        "out",
+    ):  # strong attention, so that a wrong position changes what is written
         weight = getattr(model.stacks[0].block.attention, name)
         weight[...] = 3 * weight[...]
     writer = generation._Writer(LayeredDecoder(model), 0.0, 1.0)
     last_B = np.asarray(writer())
     np.testing.assert_array_equal(np.asarray(writer()), last_B)
     prompts_BL = jax.random.randint(jax.random.key(0), (16, 16), 0, config.num_token_ids, jnp.int32)
-    forward = jax.jit(lambda t: model(t, jnp.ones_like(t), jnp.broadcast_to(jnp.arange(t.shape[1])[None], t.shape))[0])
+    forward = jax.jit(
+        lambda t: model(
+            t, jnp.ones_like(t), jnp.broadcast_to(jnp.arange(t.shape[1])[None], t.shape)
+        )[0]
+    )
     rows_BL = np.zeros((16, 25), np.int32)
     rows_BL[:, :16] = prompts_BL
     for place in range(16, 25):
@@ -72,7 +97,12 @@ def test_a_writer_of_the_benchmark_writes_what_the_model_does_and_again(monkeypa
 
 
 def test_bench_attention_compares_rows_with_rows_four_times_as_long(capsys):
-    arguments = [f"--config={DEBUG}", "--config.train.batch_size=32", "--config.data.seq_len=16", "--repetitions=1"]
+    arguments = [
+        f"--config={DEBUG}",
+        "--config.train.batch_size=32",
+        "--config.data.seq_len=16",
+        "--repetitions=1",
+    ]
     assert main(["bench", "attention", *arguments, "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
     assert (rows["short_positions"], rows["long_positions"]) == (16, 64)
@@ -90,9 +120,18 @@ def test_bench_start_times_processes_up_to_their_first_step(monkeypatch, capsys)
     class Process:
         def __init__(self, command, env, **_):
             programs = Path(env["XDG_CACHE_HOME"])
-            started.append((dict(flag.split("=") for flag in command[4:] if "=" in flag), programs, programs.exists()))
+            started.append(
+                (
+                    dict(flag.split("=") for flag in command[4:] if "=" in flag),
+                    programs,
+                    programs.exists(),
+                )
+            )
             programs.mkdir(exist_ok=True)
-            self.stderr, self.is_killed = iter(["compiling\n", "step 1/20  loss 6\n", "step 2/20\n"]), False
+            self.stderr, self.is_killed = (
+                iter(["compiling\n", "step 1/20  loss 6\n", "step 2/20\n"]),
+                False,
+            )
 
         def __enter__(self):
             return self
@@ -126,18 +165,29 @@ def test_several_processes_give_a_median_and_what_lies_between_them(capsys, monk
     def run(command, **_):
         commands.append(command)
         row = {"dtype": "float32", "ratio": ratios.pop(0), "quartiles_ms": [1, 2], "repetitions": 2}
-        return SimpleNamespace(returncode=0, stdout=json.dumps([row] if command[4] == "layer" else row))
+        return SimpleNamespace(
+            returncode=0, stdout=json.dumps([row] if command[4] == "layer" else row)
+        )
 
     monkeypatch.setattr(subprocess, "run", run)
-    assert main(["bench", "layer", "--shapes=64:8:4:4:2", "--repetitions=2", "--processes=3", "--json"]) == 0
+    assert (
+        main(
+            ["bench", "layer", "--shapes=64:8:4:4:2", "--repetitions=2", "--processes=3", "--json"]
+        )
+        == 0
+    )
     spread = {"median": 1.2, "lowest": 1.1, "highest": 1.5}
     row = {"dtype": "float32", "ratio": spread, "repetitions": 2}
     assert json.loads(capsys.readouterr().out) == {"processes": 3, "rows": [row]}
-    assert all({"--shapes=64:8:4:4:2", "--repetitions=2", "--json"} <= set(command) for command in commands)
+    assert all(
+        {"--shapes=64:8:4:4:2", "--repetitions=2", "--json"} <= set(command) for command in commands
+    )
     assert not any("--processes" in flag for flag in commands[0])
     assert main(["bench", "step", f"--config={DEBUG}", "--processes=2"]) == 0
     assert "2 (1 to 3)" in capsys.readouterr().out
-    monkeypatch.setattr(subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=3, stderr="no room"))
+    monkeypatch.setattr(
+        subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=3, stderr="no room")
+    )
     assert main(["bench", "step", f"--config={DEBUG}", "--processes=2"]) == 1
     assert "failed: no room" in capsys.readouterr().err
 
@@ -154,7 +204,12 @@ LAYER = ["bench", "layer", "--repetitions=1", "--shapes=64:8:4:4:2,64:8:4:4:2:sk
 @pytest.mark.usefixtures("_peaks")
 def test_bench_layer_writes_a_row_for_every_shape_direction_and_implementation(capsys, tmp_path):
     files = [f"--csv={tmp_path / 'rows.csv'}", f"--plot={tmp_path / 'ratios.svg'}"]
-    assert main([*LAYER, "--implementations=tiled,ragged,padded,dense,capacity 1.25", "--json", *files]) == 0
+    assert (
+        main(
+            [*LAYER, "--implementations=tiled,ragged,padded,dense,capacity 1.25", "--json", *files]
+        )
+        == 0
+    )
     rows = json.loads(capsys.readouterr().out)
     names = ["dense_layer", "tiled", "ragged", "padded", "dense", "capacity 1.25"]
     assert [(row["skewed"], row["direction"], row["implementation"]) for row in rows] == [
@@ -162,9 +217,13 @@ def test_bench_layer_writes_a_row_for_every_shape_direction_and_implementation(c
         for skewed in (False, True) for direction in ("forward", "forward_backward") for name in names
     ]  # fmt: skip
     for row in rows:
-        sizes = {name: row[name] for name in ("tokens", "d_model", "d_expert", "num_experts", "top_k")}
+        sizes = {
+            name: row[name] for name in ("tokens", "d_model", "d_expert", "num_experts", "top_k")
+        }
         assert sizes == {"tokens": 64, "d_model": 8, "d_expert": 4, "num_experts": 4, "top_k": 2}
-        dense = next(r for r in rows if r["skewed"] == row["skewed"] and r["direction"] == row["direction"])
+        dense = next(
+            r for r in rows if r["skewed"] == row["skewed"] and r["direction"] == row["direction"]
+        )
         assert row["ratio_to_dense"] == pytest.approx(row["ms"] / dense["ms"], rel=0.02, abs=2e-3)
         assert row["quartiles_ms"][0] <= row["ms"] <= row["quartiles_ms"][1]
         assert row["gflops"] > 0 and row["temporary_bytes"] >= 0
@@ -182,7 +241,13 @@ def test_bench_layer_writes_a_row_for_every_shape_direction_and_implementation(c
 
 @pytest.mark.usefixtures("_peaks")
 def test_bench_decode_says_what_reading_the_chosen_experts_would_take(capsys):
-    arguments = ["bench", "decode", "--repetitions=1", "--shapes=1:8:4:64:2", "--implementations=tiled"]
+    arguments = [
+        "bench",
+        "decode",
+        "--repetitions=1",
+        "--shapes=1:8:4:64:2",
+        "--implementations=tiled",
+    ]
     assert main([*arguments, "--json"]) == 0
     (row,) = json.loads(capsys.readouterr().out)
     assert row["active_experts"] == 2 and row["direction"] == "forward"
@@ -199,7 +264,10 @@ def test_bench_decode_says_what_reading_the_chosen_experts_would_take(capsys):
         (["layer", "--shapes=1:2:3:4"], "'1:2:3:4' must be one of"),
         (["layer", "--shapes=64:8:4:4:0"], "five positive numbers"),
         (["layer", "--shapes=64:8:4:4:5"], "top_k=5 must be at most num_experts=4"),
-        (["layer", "--implementations=tilde"], "--implementations=tilde must be some of auto, tiled"),
+        (
+            ["layer", "--implementations=tilde"],
+            "--implementations=tilde must be some of auto, tiled",
+        ),
         (["decode", "--plot=x.svg"], "--plot belongs to moejax bench layer"),
         (["step", "--shapes=mixtral"], "--shapes belongs to moejax bench layer, decode, compiled"),
         (["layer", "--csv=/nowhere/rows.csv"], "/nowhere is not a folder"),
@@ -214,10 +282,19 @@ def test_a_wrong_benchmark_is_refused_before_anything_is_measured(capsys, argume
     assert message in capsys.readouterr().err
 
 
-LAYER_OF_ROWS = {"tokens": 64, "d_model": 8, "d_expert": 4, "num_experts": 4, "top_k": 2, "skewed": False}
+LAYER_OF_ROWS = {
+    "tokens": 64,
+    "d_model": 8,
+    "d_expert": 4,
+    "num_experts": 4,
+    "top_k": 2,
+    "skewed": False,
+}
 FIGURES = {"fits": True, "flops": 2_500_000_000, "temporary_bytes": 1_500_000, "open_loops": 0}
 ROWS = [
-    LAYER_OF_ROWS | {"implementation": name, "direction": "forward", "dtype": "bfloat16", "target": "h100"} | figures
+    LAYER_OF_ROWS
+    | {"implementation": name, "direction": "forward", "dtype": "bfloat16", "target": "h100"}
+    | figures
     for name, figures in {
         "dense_layer": FIGURES | {"flops_over_ideal": 1.0, "kernels": {}},
         "tokamax": FIGURES | {"flops_over_ideal": 1.002, "kernels": {"tokamax triton": 2}},
@@ -226,10 +303,18 @@ ROWS = [
 ]
 
 
-def test_bench_compiled_shows_arithmetic_memory_and_kernels_and_no_times(capsys, monkeypatch, tmp_path):
+def test_bench_compiled_shows_arithmetic_memory_and_kernels_and_no_times(
+    capsys, monkeypatch, tmp_path
+):
     asked = []
     monkeypatch.setattr(bench, "bench_compiled", lambda *arguments: asked.append(arguments) or ROWS)
-    arguments = ["bench", "compiled", "--target=h100", "--shapes=olmoe", f"--csv={tmp_path / 'rows.csv'}"]
+    arguments = [
+        "bench",
+        "compiled",
+        "--target=h100",
+        "--shapes=olmoe",
+        f"--csv={tmp_path / 'rows.csv'}",
+    ]
     assert main(arguments) == 0
     shown = capsys.readouterr().out
     for text in ("64 tokens", "1.002", "2.5", "1.5", "2 tokamax triton", "XLA's own", "too large"):
@@ -250,7 +335,10 @@ def test_bench_compiled_shows_arithmetic_memory_and_kernels_and_no_times(capsys,
     [
         (["compiled"], "needs --target, one of h100, b200, v5p, v6e"),
         (["compiled", "--target=a100"], "a100"),
-        (["compiled", "--target=h100", "--implementations=cublas"], "--implementations=cublas must be some of auto"),
+        (
+            ["compiled", "--target=h100", "--implementations=cublas"],
+            "--implementations=cublas must be some of auto",
+        ),
         (["layer", "--target=h100"], "--target belongs to moejax bench compiled"),
         (
             ["layer", "--implementations=tokamax"],
@@ -264,7 +352,9 @@ def test_bench_compiled_refuses_what_cannot_be(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_bench_compiled_without_the_compiler_ends_in_one_line_that_names_the_extra(capsys, monkeypatch):
+def test_bench_compiled_without_the_compiler_ends_in_one_line_that_names_the_extra(
+    capsys, monkeypatch
+):
     from jax.experimental import topologies
 
     def missing(*args, **kwargs):

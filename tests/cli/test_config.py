@@ -19,7 +19,9 @@ def printed(capsys, *arguments):
 
 def test_the_page_of_settings_is_what_the_leaves_declare():
     text = (REPOSITORY / "docs/settings.md").read_text()
-    assert text == settings_page(), "docs/settings.md is old; run: moejax config --markdown > docs/settings.md"
+    assert text == settings_page(), (
+        "docs/settings.md is old; run: moejax config --markdown > docs/settings.md"
+    )
 
 
 def test_the_command_prints_the_page(capsys):
@@ -36,11 +38,23 @@ def test_every_leaf_is_on_the_page_with_its_default_and_its_meaning():
 
 def test_json_has_every_leaf_with_what_is_known_of_it(capsys):
     rows = json.loads(
-        printed(capsys, DEBUG, "--config.moe.top_k=1", "--config.moe.renormalize=False", "--all", "--json")
+        printed(
+            capsys,
+            DEBUG,
+            "--config.moe.top_k=1",
+            "--config.moe.renormalize=False",
+            "--all",
+            "--json",
+        )
     )
     assert list(rows) == list(declared())
     top_k = rows["moe.top_k"]
-    assert (top_k["value"], top_k["default"], top_k["differs"], top_k["range"]) == (1, 2, True, "at least 1")
+    assert (top_k["value"], top_k["default"], top_k["differs"], top_k["range"]) == (
+        1,
+        2,
+        True,
+        "at least 1",
+    )
     assert rows["moe.score"] | {"choices": 0} == rows["moe.score"] | {
         "value": "softmax", "default": "auto", "differs": False, "derived": True, "choices": 0,
     }  # fmt: skip
@@ -62,7 +76,9 @@ def test_a_recipe_is_shown_by_what_it_changes_and_without_one_all_is_shown(capsy
 
 def test_what_nothing_reads_is_marked_in_the_table(capsys):
     table = printed(capsys, DEBUG, "--all")
-    line = next(line for line in table.splitlines() if line.strip().startswith("moe.sinkhorn_iterations"))
+    line = next(
+        line for line in table.splitlines() if line.strip().startswith("moe.sinkhorn_iterations")
+    )
     assert "not read here: it needs moe.router=sinkhorn" in line
 
 
@@ -70,15 +86,27 @@ def test_what_nothing_reads_is_marked_in_the_table(capsys):
     ("arguments", "parts"),
     [
         (["--markdown", "--json"], ["--markdown prints the same page"]),
-        ([DEBUG, "--config.data.files=my.jsonl"], ["data.files='my.jsonl' does nothing", "data.source=files"]),
-        ([DEBUG, "--config.moe.num_experts=eight"], ["moe.num_experts='eight' must be a whole number"]),
+        (
+            [DEBUG, "--config.data.files=my.jsonl"],
+            ["data.files='my.jsonl' does nothing", "data.source=files"],
+        ),
+        (
+            [DEBUG, "--config.moe.num_experts=eight"],
+            ["moe.num_experts='eight' must be a whole number"],
+        ),
         ([DEBUG, "--config.model.remat=maybe"], ["model.remat='maybe' must be True or False"]),
         ([DEBUG, "--config.moe.router=topk"], ["moe.router='topk'", "the nearest is softmax_topk"]),
         ([DEBUG, "--config.data.source=txt"], ["data.source='txt'", "the nearest is files"]),
         ([DEBUG, "--config.moe.num_experts=-4"], ["moe.num_experts=-4 must be at least 0"]),
         ([DEBUG, "--config.train.seed=2147483648"], ["must be at least 0 and at most 2147483647"]),
-        ([DEBUG, "--config.moe.num_experts=0", "--config.moe.top_k=1"], ["moe.top_k=1 does nothing in a dense model"]),
-        ([DEBUG, "--config.moe.exchange=ring"], ["moe.exchange=ring does nothing with mesh.expert=1"]),
+        (
+            [DEBUG, "--config.moe.num_experts=0", "--config.moe.top_k=1"],
+            ["moe.top_k=1 does nothing in a dense model"],
+        ),
+        (
+            [DEBUG, "--config.moe.exchange=ring"],
+            ["moe.exchange=ring does nothing with mesh.expert=1"],
+        ),
     ],
 )
 def test_a_setting_that_cannot_be_meant_is_one_line_with_the_remedy(arguments, parts, capsys):

@@ -65,15 +65,25 @@ def test_the_log_of_a_training_says_where_it_runs_and_repeats_nothing(trained):
     assert len([line for line in lines if line.startswith("grouped_matmul: tiled on cpu")]) == 1
     assert len([line for line in lines if line.startswith("synthetic train: ")]) == 1
     steps = [line for line in lines if re.match(r"step \d+/10  loss", line)]
-    assert steps[0].startswith("step 1/10") and "left" not in steps[0] and steps[-1].endswith("0:00 left")
+    assert (
+        steps[0].startswith("step 1/10")
+        and "left" not in steps[0]
+        and steps[-1].endswith("0:00 left")
+    )
 
 
-def test_a_path_with_dots_is_the_folder_that_it_means_for_training_and_looking(trained, in_folder, monkeypatch, capsys):
+def test_a_path_with_dots_is_the_folder_that_it_means_for_training_and_looking(
+    trained, in_folder, monkeypatch, capsys
+):
     assert sorted(path.name for path in trained[0].iterdir()) == ["data", "log", "runs"]
     monkeypatch.chdir(in_folder / "routing")
     for given in ("..", "../../debug", "../routing/.."):
         run = open_run(given)
-        assert run.workdir == in_folder.resolve() and run.name == "debug" and len(run.routing.steps) == 2
+        assert (
+            run.workdir == in_folder.resolve()
+            and run.name == "debug"
+            and len(run.routing.steps) == 2
+        )
     command = shlex.split(run.command)
     assert command[:2] == ["moejax", "train"] and command[-1] == "--workdir=no such/../runs/debug"
     assert main(["report", "--workdir=../../debug"]) == 0
@@ -88,7 +98,12 @@ def test_a_run_that_cannot_be_written_is_said_before_any_work(in_folder, monkeyp
         raise AssertionError("the work began")
 
     monkeypatch.setattr("moejax.paths.tempfile.TemporaryFile", refuse)
-    for name in ("train.train", "report.build_report", "report.write_comparison", "counterfactuals.counterfactuals"):
+    for name in (
+        "train.train",
+        "report.build_report",
+        "report.write_comparison",
+        "counterfactuals.counterfactuals",
+    ):
         monkeypatch.setattr(f"moejax.cli.{name}", work)
     workdir = f"--workdir={in_folder}"
     for arguments in (
@@ -98,7 +113,11 @@ def test_a_run_that_cannot_be_written_is_said_before_any_work(in_folder, monkeyp
     ):  # fmt: skip
         assert main(arguments) == 2, arguments
         error = capsys.readouterr().err
-        assert "cannot be written" in error and "Read-only file system" in error and error.count("\n") == 1, error
+        assert (
+            "cannot be written" in error
+            and "Read-only file system" in error
+            and error.count("\n") == 1
+        ), error
 
 
 def test_eval_from_the_run_directory_gives_the_figures_of_training(trained, in_folder, capsys):
@@ -117,11 +136,16 @@ def test_eval_opens_an_older_step_and_names_the_steps_there_are(in_folder, capsy
 def test_placement_shows_how_even_devices_are_and_eval_so_gives_the_same_figures(
     trained, in_folder, capsys, monkeypatch
 ):
-    assert main(["placement", f"--workdir={in_folder}", "--devices=2", "--replicas=2", "--json"]) == 0
+    assert (
+        main(["placement", f"--workdir={in_folder}", "--devices=2", "--replicas=2", "--json"]) == 0
+    )
     *rows, worst = json.loads(capsys.readouterr().out)
     assert worst["layer"] == "worst" and [row["layer"] for row in rows] == ["0", "1"]
     for column in ("in order", "placed", "placed, with copies"):
-        assert worst[column] == max(row[column] for row in rows) and min(row[column] for row in rows) >= 1
+        assert (
+            worst[column] == max(row[column] for row in rows)
+            and min(row[column] for row in rows) >= 1
+        )
     assert worst["placed"] <= worst["in order"]
     loads = trained[2]["expert load, layer 0"]
     halves = sum(loads[:3]), sum(loads[3:])
@@ -129,18 +153,24 @@ def test_placement_shows_how_even_devices_are_and_eval_so_gives_the_same_figures
     assert main(["placement", f"--workdir={in_folder}", "--devices=2"]) == 0
     assert "worst" in capsys.readouterr().out
     placed, real = [], Decoder.place_experts
-    monkeypatch.setattr(Decoder, "place_experts", lambda self, slots: placed.append(slots) or real(self, slots))
+    monkeypatch.setattr(
+        Decoder, "place_experts", lambda self, slots: placed.append(slots) or real(self, slots)
+    )
     command = ["eval", f"--workdir={in_folder}", "--mesh=data=4,expert=2", "--replicas=2", "--json"]
     assert main(command) == 0
     assert [slots.shape for slots in placed] == [(2, 6 + 2 * 2)]
     rows = json.loads(capsys.readouterr().out)
     assert rows["validation loss"] == pytest.approx(trained[2]["validation loss"], abs=2e-4)
-    assert rows["expert load, layer 1"] == pytest.approx(trained[2]["expert load, layer 1"], abs=0.02)
+    assert rows["expert load, layer 1"] == pytest.approx(
+        trained[2]["expert load, layer 1"], abs=0.02
+    )
 
 
 def test_placement_says_where_copies_would_not_help(in_folder, monkeypatch, capsys):
     load_NE = np.array([[5.0, 7, 7, 8, 8, 3], [9, 1, 1, 1, 1, 2]])
-    monkeypatch.setattr("moejax.cli.verbs.placement.newest_evaluation", lambda workdir, step: {"load": load_NE})
+    monkeypatch.setattr(
+        "moejax.cli.verbs.placement.newest_evaluation", lambda workdir, step: {"load": load_NE}
+    )
     arguments = ["placement", f"--workdir={in_folder}", "--devices=2", "--replicas=1"]
     assert main(arguments) == 0
     shown = " ".join(capsys.readouterr().out.split())
@@ -163,7 +193,9 @@ def test_placement_says_where_copies_would_not_help(in_folder, monkeypatch, caps
         (["eval", "--replicas=1"], ["--replicas=1", "as in --mesh=expert=4"]),
     ],
 )
-def test_experts_that_cannot_be_placed_so_are_an_error_that_says_why(in_folder, flags, words, capsys):
+def test_experts_that_cannot_be_placed_so_are_an_error_that_says_why(
+    in_folder, flags, words, capsys
+):
     assert main([flags[0], f"--workdir={in_folder}", *flags[1:]]) == 2
     error = capsys.readouterr().err
     assert all(word in error for word in words), error
@@ -175,7 +207,14 @@ def test_generate_streams_a_prompt_and_its_continuation(in_folder, capsys):
 
 
 def test_generate_takes_a_batch_of_prompts(in_folder, capsys):
-    arguments = ["generate", f"--workdir={in_folder}", "--prompt=a", "--prompt=some words", "--max_tokens=4", "--json"]
+    arguments = [
+        "generate",
+        f"--workdir={in_folder}",
+        "--prompt=a",
+        "--prompt=some words",
+        "--max_tokens=4",
+        "--json",
+    ]
     assert main(arguments) == 0
     first = json.loads(capsys.readouterr().out)
     assert [result["prompt"] for result in first] == ["a", "some words"]
@@ -183,12 +222,23 @@ def test_generate_takes_a_batch_of_prompts(in_folder, capsys):
     assert json.loads(capsys.readouterr().out) == first
 
 
-def test_generate_stays_in_the_length_of_training_and_takes_prompts_that_are_no_utf8(in_folder, capsys, caplog):
-    arguments = ["generate", f"--workdir={in_folder}", "--prompt=caf\udce9 \u65e5", "--prompt=a", "--json"]
+def test_generate_stays_in_the_length_of_training_and_takes_prompts_that_are_no_utf8(
+    in_folder, capsys, caplog
+):
+    arguments = [
+        "generate",
+        f"--workdir={in_folder}",
+        "--prompt=caf\udce9 \u65e5",
+        "--prompt=a",
+        "--json",
+    ]
     assert main(arguments) == 0
     printed = capsys.readouterr().out
     assert printed.isascii() and json.loads(printed)[0]["prompt"] == "caf\ufffd \u65e5"
-    assert caplog.messages[0] == "--prompt has bytes that are not UTF-8, which are replaced: caf\ufffd \u65e5"
+    assert (
+        caplog.messages[0]
+        == "--prompt has bytes that are not UTF-8, which are replaced: caf\ufffd \u65e5"
+    )
     assert not [message for message in caplog.messages if "unknown ground" in message]
     assert main([*arguments, "--max_tokens=60"]) == 0
     assert "beyond 64 tokens" in caplog.text
@@ -217,14 +267,31 @@ def test_report_is_written_again_from_the_run_directory(in_folder, capsys):
             ["train", f"--config={DEBUG}", "--config.moe.num_experts=2.5"],
             "moe.num_experts='2.5' must be a whole number",
         ),
-        (["train", f"--config={DEBUG}", "--config.moe.top_k=1"], "moe.renormalize=True with moe.top_k=1"),
-        (["train", f"--config={DEBUG}", "--config.moe.top_k=9"], "moe.top_k=9 must be between 1 and moe.num_experts=4"),
+        (
+            ["train", f"--config={DEBUG}", "--config.moe.top_k=1"],
+            "moe.renormalize=True with moe.top_k=1",
+        ),
+        (
+            ["train", f"--config={DEBUG}", "--config.moe.top_k=9"],
+            "moe.top_k=9 must be between 1 and moe.num_experts=4",
+        ),
         (["train", f"--config={DEBUG}", "--config.moe.router=switsh"], "nearest is switch"),
-        (["train", f"--config={DEBUG}", "--config.mesh.tensor=3"], "mesh.tensor=3 do not fit 8 devices"),
+        (
+            ["train", f"--config={DEBUG}", "--config.mesh.tensor=3"],
+            "mesh.tensor=3 do not fit 8 devices",
+        ),
         (["train", f"--config={DEBUG}", "--config.train.batch_size=9"], "train.batch_size=9"),
         (["train", f"--config={DEBUG}", "--confg.moe.top_k=2"], "confg.moe.top_k"),
         (["train", f"--config={DEBUG}", "--config.data.source=files"], "data.files"),
-        (["train", f"--config={DEBUG}", "--config.data.source=files", "--config.data.files=none/*.txt"], "none/*.txt"),
+        (
+            [
+                "train",
+                f"--config={DEBUG}",
+                "--config.data.source=files",
+                "--config.data.files=none/*.txt",
+            ],
+            "none/*.txt",
+        ),
         (["eval"], "--workdir is missing"),
         (["report", "--workdir=nowhere"], "--workdir=nowhere is not a folder"),
         (["view"], "--workdir is missing"),
@@ -237,7 +304,9 @@ def test_report_is_written_again_from_the_run_directory(in_folder, capsys):
     ],
     ids=lambda value: " ".join(value[-2:])[-40:] if isinstance(value, list) else None,
 )
-def test_a_mistake_is_one_line_that_names_it_and_exit_code_2(arguments, message, tmp_path, monkeypatch, capsys):
+def test_a_mistake_is_one_line_that_names_it_and_exit_code_2(
+    arguments, message, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     assert main(arguments) == 2
     captured = capsys.readouterr()
@@ -303,7 +372,8 @@ def test_a_report_that_fails_does_not_hide_the_figures(tmp_path, monkeypatch, ca
         raise MemoryError("no room")
 
     monkeypatch.setattr(
-        "moejax.cli.verbs.train.train", lambda *arguments, **keywords: TrainResult(7, None, None, 123.4)
+        "moejax.cli.verbs.train.train",
+        lambda *arguments, **keywords: TrainResult(7, None, None, 123.4),
     )
     monkeypatch.setattr("moejax.cli.verbs.train.build_report", fails)
     assert main(["train", f"--config={DEBUG}", f"--workdir={tmp_path}", "--json"]) == 0
@@ -323,12 +393,21 @@ def test_doctor_finds_this_set_up_working(capsys):
 def test_doctor_shows_each_check_when_it_is_done_and_says_what_comes(capsys, monkeypatch):
     seen = []
     monkeypatch.setattr("moejax.cli.verbs.doctor.check_grouped_matmul", lambda name: "ok")
-    monkeypatch.setattr("moejax.cli.verbs.doctor.check_experts", lambda: seen.append(capsys.readouterr()) or "ok, all")
-    monkeypatch.setattr("moejax.cli.verbs.doctor.check_training_step", lambda: seen.append(capsys.readouterr()) or "ok")
+    monkeypatch.setattr(
+        "moejax.cli.verbs.doctor.check_experts",
+        lambda: seen.append(capsys.readouterr()) or "ok, all",
+    )
+    monkeypatch.setattr(
+        "moejax.cli.verbs.doctor.check_training_step",
+        lambda: seen.append(capsys.readouterr()) or "ok",
+    )
     assert main(["doctor"]) == 0
     (before, during), after = seen, capsys.readouterr()
     assert "jaxlib" in before.out and "grouped_matmul=tiled: ok" in before.out
-    assert before.err.endswith("checking experts ...\n") and during.err == "checking training step ...\n"
+    assert (
+        before.err.endswith("checking experts ...\n")
+        and during.err == "checking training step ...\n"
+    )
     assert during.out == "experts: ok, all\n" and after.out == "training step: ok\n"
 
 
@@ -351,7 +430,9 @@ def test_doctor_fails_when_a_kernel_is_wrong(capsys, monkeypatch):
     wrong = {
         "values": lambda x, w, sizes, spare: 2 * ragged(x, w, sizes, spare),
         # The root of zero adds nothing to the value and NaN to the gradient.
-        "gradient": lambda x, w, sizes, spare: ragged(x, w, sizes, spare) + 0 * jnp.sqrt(0 * x.sum()),
+        "gradient": lambda x, w, sizes, spare: (
+            ragged(x, w, sizes, spare) + 0 * jnp.sqrt(0 * x.sum())
+        ),
     }
     monkeypatch.setattr("moejax.cli.verbs.doctor.check_training_step", lambda: "ok")
     for kernel in wrong.values():
@@ -359,7 +440,9 @@ def test_doctor_fails_when_a_kernel_is_wrong(capsys, monkeypatch):
         assert main(["doctor", "--json"]) == 1
         captured = capsys.readouterr()
         assert "grouped_matmul=tiled failed" in captured.err
-        assert "differs from the reference" in json.loads(captured.out)["check: grouped_matmul=tiled"]
+        assert (
+            "differs from the reference" in json.loads(captured.out)["check: grouped_matmul=tiled"]
+        )
 
 
 def test_doctor_fails_when_the_experts_in_one_pass_are_wrong(capsys, monkeypatch):

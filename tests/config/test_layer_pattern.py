@@ -11,12 +11,16 @@ def config_of(per_layer, num_layers=6, **moe):
 
 
 def test_entries_name_layers_from_either_end_and_ranges_and_change_what_they_say():
-    config = config_of("0: router=hash; 2-3: num_shared_experts=1; -1: top_k=1 renormalize=False d_expert=16")
+    config = config_of(
+        "0: router=hash; 2-3: num_shared_experts=1; -1: top_k=1 renormalize=False d_expert=16"
+    )
     kinds = [kind for kind in config.layers if kind is not None]
     assert [kind.router for kind in kinds] == ["hash"] + ["softmax_topk"] * 5
     assert [kind.score for kind in kinds] == ["uniform"] + ["softmax"] * 5
     assert [kind.num_shared_experts for kind in kinds] == [0, 0, 1, 1, 0, 0]
-    assert [(kind.top_k, kind.renormalize, kind.d_expert) for kind in kinds] == [(2, True, 8)] * 5 + [(1, False, 16)]
+    assert [(kind.top_k, kind.renormalize, kind.d_expert) for kind in kinds] == [
+        (2, True, 8)
+    ] * 5 + [(1, False, 16)]
 
 
 def test_equal_neighbours_are_one_run_to_scan():
@@ -97,5 +101,8 @@ def test_a_value_that_every_layer_overrides_is_not_held_against_the_model():
 
 
 def test_what_every_layer_overrides_is_refused_where_it_is_set():
-    with pytest.raises(ConfigError, match=r"moe.router='cosine' does nothing: moe.per_layer=.* sets it in every layer"):
+    with pytest.raises(
+        ConfigError,
+        match=r"moe.router='cosine' does nothing: moe.per_layer=.* sets it in every layer",
+    ):
         config_of("0-5: router=hash", router="cosine")

@@ -40,14 +40,24 @@ from moejax.kernels.grouped_matmul import IMPLEMENTATIONS
 from moejax.models import Decoder
 from moejax.moe.balancing.losses import LOSSES
 from moejax.moe.router import ROUTERS
-from moejax.sharding import BATCH_AXES, MESH_AXES, RULES, _groups, make_mesh, partition_spec, resolve_mesh
+from moejax.sharding import (
+    BATCH_AXES,
+    MESH_AXES,
+    RULES,
+    _groups,
+    make_mesh,
+    partition_spec,
+    resolve_mesh,
+)
 
 ROOT = Path(__file__).parents[2]
 SECTIONS = {section.name: type(section.default) for section in dataclasses.fields(Config)}
 RECIPES = sorted((ROOT / "configs").rglob("*.py"))
 
 PERMISSIONS = {("moe", "allow_noncausal")}  # what only decides whether a configuration is refused
-KNOBS = {field.name for field in dataclasses.fields(Knobs)}  # read under that name, see the test of knobs
+KNOBS = {
+    field.name for field in dataclasses.fields(Knobs)
+}  # read under that name, see the test of knobs
 
 
 def refusal(changes):
@@ -79,7 +89,9 @@ def test_an_unknown_key_is_an_error_that_names_the_nearest_one(wrong, nearest):
 
 
 def test_an_unknown_section_is_an_error_that_names_the_nearest_one():
-    with pytest.raises(ConfigError, match="optimiser is not a config section; the nearest is optimizer"):
+    with pytest.raises(
+        ConfigError, match="optimiser is not a config section; the nearest is optimizer"
+    ):
         resolve({"optimiser": {}})
 
 
@@ -112,7 +124,11 @@ def test_whole_numbers_are_accepted_for_fractions():
 
 
 def literal_leaves():
-    literals = [(key, typing.get_args(hint)) for key, hint in leaves() if typing.get_origin(hint) is typing.Literal]
+    literals = [
+        (key, typing.get_args(hint))
+        for key, hint in leaves()
+        if typing.get_origin(hint) is typing.Literal
+    ]
     return [*literals, ("moe.router", tuple(ROUTER_RULES))]
 
 
@@ -126,9 +142,13 @@ def test_a_name_that_is_no_choice_is_an_error_that_lists_the_choices_and_the_nea
 def test_the_choices_of_routers_and_grouped_products_are_the_tables():
     choices = dict(literal_leaves())
     assert set(ROUTER_RULES) == {*ROUTERS, "expert_choice", "soft"}
-    assert {score for rules in ROUTER_RULES.values() for score in rules.scores} == {*choices["moe.score"]} - {"auto"}
+    assert {score for rules in ROUTER_RULES.values() for score in rules.scores} == {
+        *choices["moe.score"]
+    } - {"auto"}
     assert set(choices["moe.grouped_matmul"]) == {"auto", *IMPLEMENTATIONS}
-    assert [jax.numpy.dtype(name).name for name in choices["model.compute_dtype"]] == [*choices["model.compute_dtype"]]
+    assert [jax.numpy.dtype(name).name for name in choices["model.compute_dtype"]] == [
+        *choices["model.compute_dtype"]
+    ]
 
 
 # Ranges and combinations ------------------------------------------------------------------------------------------
@@ -170,9 +190,16 @@ def test_a_value_out_of_range_is_an_error_that_names_key_and_value(key, value):
     assert message.startswith(f"{key}={value} must be "), message
 
 
-@pytest.mark.parametrize("key", [each.key for each in declared().values() if each.annotation in (int, float)])
+@pytest.mark.parametrize(
+    "key", [each.key for each in declared().values() if each.annotation in (int, float)]
+)
 def test_no_number_is_so_absurd_that_it_is_not_refused_at_once(key):
-    absurd = [10**9 if declared()[key].leaf.at_most == 10_000 else 10**12, 10**400, 10**5000, -(10**400)]
+    absurd = [
+        10**9 if declared()[key].leaf.at_most == 10_000 else 10**12,
+        10**400,
+        10**5000,
+        -(10**400),
+    ]
     if declared()[key].annotation is float:
         absurd = [1e31, math.nan, math.inf, -math.inf, 10**400, 10**5000, -(10**400)]
     for value in absurd:
@@ -273,7 +300,10 @@ def test_text_that_is_no_value_of_a_leaf_is_refused_in_plain_words(key, text, me
     ("changes", "parts"),
     [
         ({"model.d_model": 30}, ["model.d_model=30", "model.num_heads=4", "use 32"]),
-        ({"model.d_model": 12}, ["model.d_model=12", "model.num_heads=4", "use "]),  # heads of odd width
+        (
+            {"model.d_model": 12},
+            ["model.d_model=12", "model.num_heads=4", "use "],
+        ),  # heads of odd width
         ({"model.num_kv_heads": 3}, ["model.num_heads=4", "model.num_kv_heads=3", "1, 2, 4"]),
         ({"moe.router": "switch"}, ["moe.router=switch", "moe.top_k=2", "1"]),
         ({"moe.top_k": 1}, ["moe.renormalize=True", "moe.top_k=1", "moe.renormalize=False"]),
@@ -282,14 +312,24 @@ def test_text_that_is_no_value_of_a_leaf_is_refused_in_plain_words(key, text, me
             {"moe.dispatch": "capacity", "moe.capacity_factor": 8.5},
             ["moe.capacity_factor=8.5", "moe.num_experts=8"],
         ),
-        ({"moe.first_dense": 4}, ["model.num_layers=4", "moe.first_dense=4", "moe.every=1", "no MoE layer"]),
+        (
+            {"moe.first_dense": 4},
+            ["model.num_layers=4", "moe.first_dense=4", "moe.every=1", "no MoE layer"],
+        ),
         ({"moe.first_dense": 9}, ["model.num_layers=4", "moe.first_dense=9", "no MoE layer"]),
         ({"moe.every": 5}, ["model.num_layers=4", "moe.every=5", "no MoE layer"]),
         ({"data.source": "tfds"}, ["data.source=tfds", "data.name", "data.source_dir"]),
         ({"data.source": "files"}, ["data.source=files", "data.files"]),
-        ({"train.accumulation": 3}, ["train.batch_size=16", "train.accumulation=3", "1, 2, 4, 8, 16"]),
         (
-            {"optimizer.schedule": "wsd", "optimizer.warmup_fraction": 0.6, "optimizer.decay_fraction": 0.6},
+            {"train.accumulation": 3},
+            ["train.batch_size=16", "train.accumulation=3", "1, 2, 4, 8, 16"],
+        ),
+        (
+            {
+                "optimizer.schedule": "wsd",
+                "optimizer.warmup_fraction": 0.6,
+                "optimizer.decay_fraction": 0.6,
+            },
             ["optimizer.warmup_fraction=0.6", "optimizer.decay_fraction=0.6"],
         ),
     ],
@@ -311,11 +351,16 @@ def test_the_remedies_that_messages_name_work():
 
 
 def test_more_choices_than_experts_are_refused_as_such_not_for_the_expert_width_derived_from_them():
-    assert refusal({"moe.top_k": 9}).startswith("moe.top_k=9 must be between 1 and moe.num_experts=8")
+    assert refusal({"moe.top_k": 9}).startswith(
+        "moe.top_k=9 must be between 1 and moe.num_experts=8"
+    )
 
 
 def test_fields_that_a_dense_model_does_not_use_do_not_refuse_it():
-    assert resolve(nested({"moe.num_experts": 0, "moe.first_dense": 9, "moe.top_k": 3})).num_moe_layers == 0
+    assert (
+        resolve(nested({"moe.num_experts": 0, "moe.first_dense": 9, "moe.top_k": 3})).num_moe_layers
+        == 0
+    )
 
 
 # Derived values and round trips -----------------------------------------------------------------------------------
@@ -329,9 +374,17 @@ def test_resolve_derives_the_width_of_an_expert_and_leaves_a_given_one_alone():
 
 
 def test_derived_properties_follow_their_sources():
-    assert resolve({}).vocab_size == 4096 and resolve(nested({"data.tokenizer": "bytes"})).vocab_size == 320
+    assert (
+        resolve({}).vocab_size == 4096
+        and resolve(nested({"data.tokenizer": "bytes"})).vocab_size == 320
+    )
     assert resolve(nested({"model.num_heads": 8, "model.num_kv_heads": 8})).head_dim == 32
-    assert resolve(nested({"model.num_layers": 7, "moe.first_dense": 1, "moe.every": 2})).num_moe_layers == 3
+    assert (
+        resolve(
+            nested({"model.num_layers": 7, "moe.first_dense": 1, "moe.every": 2})
+        ).num_moe_layers
+        == 3
+    )
 
 
 @pytest.mark.parametrize("key", [key for key, _ in leaves()])
@@ -347,10 +400,14 @@ def test_every_leaf_can_be_set_and_survives_config_dict_json_and_back(key):
 def test_the_default_config_dict_is_locked_and_holds_every_leaf():
     source = default()
     assert isinstance(source, ConfigDict) and source.is_locked
-    assert {f"{s}.{name}" for s, leaves_ in source.to_dict().items() for name in leaves_} == {k for k, _ in leaves()}
+    assert {f"{s}.{name}" for s, leaves_ in source.to_dict().items() for name in leaves_} == {
+        k for k, _ in leaves()
+    }
     with pytest.raises(AttributeError):
         source.moe.num_expert = 3
-    assert all(value is not None for section in source.to_dict().values() for value in section.values())
+    assert all(
+        value is not None for section in source.to_dict().values() for value in section.values()
+    )
 
 
 def test_a_resolved_config_cannot_be_changed():
@@ -359,15 +416,23 @@ def test_a_resolved_config_cannot_be_changed():
 
 
 def test_knobs_are_scalars_with_the_values_of_the_config():
-    names = [field.name for field in dataclasses.fields(Knobs) if field.name not in ("seed", "learning_rate")]
+    names = [
+        field.name
+        for field in dataclasses.fields(Knobs)
+        if field.name not in ("seed", "learning_rate")
+    ]
     values = {name: other_value(f"moe.{name}")[0] for name in names}
     others = {"moe.router": "noisy_topk", "optimizer.learning_rate": 2e-3, "train.seed": 2**31 - 1}
     # The weights of the load losses do not go with a selection bias: what is read is not in question here.
-    config = resolve_recorded(nested({f"moe.{name}": value for name, value in values.items()} | others))
+    config = resolve_recorded(
+        nested({f"moe.{name}": value for name, value in values.items()} | others)
+    )
     knobs = Knobs.of(config)
     assert (knobs.seed.dtype, int(knobs.seed)) == (np.int32, 2**31 - 1)
     assert knobs.learning_rate == np.float32(2e-3)
-    assert {name: float(getattr(knobs, name)) for name in names} == {n: np.float32(v) for n, v in values.items()}
+    assert {name: float(getattr(knobs, name)) for name in names} == {
+        n: np.float32(v) for n, v in values.items()
+    }
     assert all(value.shape == () for value in jax.tree.leaves(knobs))
     assert all(getattr(knobs, name).dtype == np.float32 for name in (*names, "learning_rate"))
 
@@ -379,13 +444,22 @@ def attribute_reads():
     """(what it is read from, attribute) for each attribute read in moejax; config.py's functions only validate."""
     for path in sorted((ROOT / "moejax").rglob("*.py")):
         tree = ast.parse(path.read_text())
-        if path.parent.name == "config" and path.name != "layers.py":  # which derives the layers from their leaves
+        if (
+            path.parent.name == "config" and path.name != "layers.py"
+        ):  # which derives the layers from their leaves
             tree.body = [node for node in tree.body if isinstance(node, ast.ClassDef)]
         for node in ast.walk(tree):
             if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
                 owner = getattr(node.value, "attr", getattr(node.value, "id", ""))
                 # The properties of a section read their own leaves.
-                yield ("config" if owner == "self" and path.parent.name == "config" else owner.lstrip("_")), node.attr
+                yield (
+                    (
+                        "config"
+                        if owner == "self" and path.parent.name == "config"
+                        else owner.lstrip("_")
+                    ),
+                    node.attr,
+                )
 
 
 # Schedules are read in a loop over them (`training/schedules.py`); tests/training/test_schedules.py follows each.
@@ -401,7 +475,9 @@ def dead_leaves(reads):
         key
         for key, _ in leaves()
         for section, name in [key.split(".")]
-        if (section, name) not in reads and ("config", name) not in reads and not (section == "moe" and name in KNOBS)
+        if (section, name) not in reads
+        and ("config", name) not in reads
+        and not (section == "moe" and name in KNOBS)
     ]
 
 
@@ -446,7 +522,11 @@ def test_every_recipe_resolves_and_its_header_says_what_it_is_and_how_to_run_it(
 
 
 def test_there_is_a_recipe_for_every_router():
-    routers = {load_recipe(path).get_config().moe.router for path in RECIPES if path.parent.name == "routers"}
+    routers = {
+        load_recipe(path).get_config().moe.router
+        for path in RECIPES
+        if path.parent.name == "routers"
+    }
     assert routers == ROUTER_RULES.keys()
 
 
@@ -522,7 +602,9 @@ def test_a_mesh_that_does_not_fit_is_an_error_that_names_sizes_that_would(sizes,
         ({"train.batch_size": 16, "train.accumulation": 4}, ["train.accumulation=4", "microbatches of 4", "32"]),
     ],
 )  # fmt: skip
-def test_a_size_that_the_mesh_cannot_split_is_an_error_that_names_sizes_that_would_work(changes, parts):
+def test_a_size_that_the_mesh_cannot_split_is_an_error_that_names_sizes_that_would_work(
+    changes, parts
+):
     with pytest.raises(ConfigError) as caught:
         make_mesh(resolve(nested(changes)))
     assert all(part in str(caught.value) for part in parts), str(caught.value)
@@ -530,7 +612,14 @@ def test_a_size_that_the_mesh_cannot_split_is_an_error_that_names_sizes_that_wou
 
 def test_the_mesh_has_all_axes_and_auto_types_and_one_device_is_a_mesh_too():
     mesh = make_mesh(resolve(nested({"mesh.expert": 4, "mesh.tensor": 2})))
-    assert dict(mesh.shape) == {"data": 1, "fsdp": 1, "dcn_expert": 1, "expert": 4, "context": 1, "tensor": 2}
+    assert dict(mesh.shape) == {
+        "data": 1,
+        "fsdp": 1,
+        "dcn_expert": 1,
+        "expert": 4,
+        "context": 1,
+        "tensor": 2,
+    }
     assert set(mesh.axis_types) == {jax.sharding.AxisType.Auto}
     assert dict(make_mesh(resolve({}), jax.devices()[:1]).shape) == dict.fromkeys(MESH_AXES, 1)
 
@@ -545,10 +634,24 @@ class FakeDevice:
 
 
 def test_fast_axes_stay_within_a_group_of_devices_and_slow_ones_go_from_one_group_to_the_next():
-    mesh = make_mesh(resolve(nested({"mesh.data": 1, "mesh.fsdp": 2, "mesh.dcn_fsdp": 2, "mesh.expert": 2})))
+    mesh = make_mesh(
+        resolve(nested({"mesh.data": 1, "mesh.fsdp": 2, "mesh.dcn_fsdp": 2, "mesh.expert": 2}))
+    )
     ids = np.vectorize(lambda device: device.id)(mesh.devices)
-    assert dict(mesh.shape) == {"data": 1, "fsdp": 4, "dcn_expert": 1, "expert": 2, "context": 1, "tensor": 1}
-    assert ids.reshape(4, 2).tolist() == [[0, 1], [2, 3], [4, 5], [6, 7]]  # of `fsdp` the first two in one group
+    assert dict(mesh.shape) == {
+        "data": 1,
+        "fsdp": 4,
+        "dcn_expert": 1,
+        "expert": 2,
+        "context": 1,
+        "tensor": 1,
+    }
+    assert ids.reshape(4, 2).tolist() == [
+        [0, 1],
+        [2, 3],
+        [4, 5],
+        [6, 7],
+    ]  # of `fsdp` the first two in one group
     mesh = make_mesh(resolve(nested({"mesh.data": 2, "mesh.dcn_data": 2, "mesh.dcn_expert": 2})))
     ids = np.vectorize(lambda device: device.id)(mesh.devices)
     assert ids.reshape(4, 2).tolist() == [[0, 2], [1, 3], [4, 6], [5, 7]]
@@ -557,15 +660,23 @@ def test_fast_axes_stay_within_a_group_of_devices_and_slow_ones_go_from_one_grou
 
 def test_no_slice_is_torn_apart_and_slices_ask_for_slow_axes():
     devices = [FakeDevice(i, slice_index=i % 2, platform="tpu") for i in range(8)]
-    assert [[device.id for device in group] for group in _groups(devices, 2)] == [[0, 2, 4, 6], [1, 3, 5, 7]]
+    assert [[device.id for device in group] for group in _groups(devices, 2)] == [
+        [0, 2, 4, 6],
+        [1, 3, 5, 7],
+    ]
     assert [len(group) for group in _groups(devices, 4)] == [2, 2, 2, 2]
     assert {device.slice_index for device in _groups(devices, 4)[1]} == {0}
     for num_groups in (1, 3):
-        with pytest.raises(ConfigError, match=f"= {num_groups} does not fit 2 slices.*use mesh.dcn_data=2"):
+        with pytest.raises(
+            ConfigError, match=f"= {num_groups} does not fit 2 slices.*use mesh.dcn_data=2"
+        ):
             _groups(devices, num_groups)
     hosts = [FakeDevice(i, slice_index=i % 2, platform="gpu") for i in range(8)]
     assert _groups(hosts, 1) == [hosts]
-    assert [[device.slice_index for device in group] for group in _groups(hosts, 2)] == [[0] * 4, [1] * 4]
+    assert [[device.slice_index for device in group] for group in _groups(hosts, 2)] == [
+        [0] * 4,
+        [1] * 4,
+    ]
 
 
 # Sharding rules ---------------------------------------------------------------------------------------------------
@@ -584,7 +695,11 @@ def all_axes():
         "model.qk_norm": True, "model.tied_embeddings": False, "moe.first_dense": 1, "moe.every": 2,
         "moe.num_shared_experts": 1, "moe.d_latent": 16,
     }  # fmt: skip
-    return [*parameter_axes(every_part), *parameter_axes({}), *parameter_axes({"moe.num_experts": 0})]
+    return [
+        *parameter_axes(every_part),
+        *parameter_axes({}),
+        *parameter_axes({"moe.num_experts": 0}),
+    ]
 
 
 def test_every_axis_of_every_parameter_has_a_name_and_a_rule(all_axes):
@@ -624,7 +739,9 @@ def test_rules_name_axes_of_the_mesh_and_the_batch_is_split_over_all_but_context
 
 def test_the_dense_twin_differs_from_the_tiny_moe_in_its_experts_alone():
     moe, dense = (
-        to_dict(resolve(load_recipe(Path(__file__).parents[2] / f"configs/tiny_{kind}.py").get_config()))
+        to_dict(
+            resolve(load_recipe(Path(__file__).parents[2] / f"configs/tiny_{kind}.py").get_config())
+        )
         for kind in ("moe", "dense")
     )
     assert {section for section in moe if moe[section] != dense[section]} == {"moe"}

@@ -36,7 +36,10 @@ from moejax.training.run_directory.layout import first_change
 
 PACKAGE = Path(moejax.__file__).parent
 CONTEXTS = {name: {"router": name} | case for name, case in ROUTER_CASES.items()}
-CONTEXTS |= {name: OTHER_CASES[name]["moe"] for name in ("experts", "weights on the input", "capacity of all")}
+CONTEXTS |= {
+    name: OTHER_CASES[name]["moe"]
+    for name in ("experts", "weights on the input", "capacity of all")
+}
 
 READ_BY_THE_MODEL = {"first_dense", "every", "per_layer", "num_experts", "save_exchanged"}
 """Leaves of `moe` that are read outside of the layer."""
@@ -82,7 +85,13 @@ def run_layer(config):
     keys_B = jax.random.split(jax.random.key(0), 2)
 
     def call(factor):
-        layer = MoE(moe, config.model.d_model, jnp.float32, vocab_size=config.vocab_size, rngs=nnx.Rngs(params=0))
+        layer = MoE(
+            moe,
+            config.model.d_model,
+            jnp.float32,
+            vocab_size=config.vocab_size,
+            rngs=nnx.Rngs(params=0),
+        )
         y_BLD, stats = layer(x_BLD, info_of(moe, mask_BL, factor, keys_B))
         stats = jax.tree.map(lambda a: a[None], stats)
         if moe.has_selection_bias:
@@ -191,7 +200,12 @@ def test_what_may_rest_in_a_recipe_is_refused_where_it_is_typed():
 
 
 def test_a_recipe_has_its_dense_twin_and_what_is_typed_for_it_is_refused():
-    recipe = {"moe.num_experts": 0, "moe.top_k": 4, "moe.router": "sinkhorn", "alarms.collapse": 0.5}
+    recipe = {
+        "moe.num_experts": 0,
+        "moe.top_k": 4,
+        "moe.router": "sinkhorn",
+        "alarms.collapse": 0.5,
+    }
     assert resolve(nested(recipe)).num_moe_layers == 0
     for key in ("moe.top_k", "moe.router", "alarms.collapse"):
         with pytest.raises(UnreadError, match=rf"{key}=.* in a dense model \(moe.num_experts=0\)"):
@@ -199,7 +213,9 @@ def test_a_recipe_has_its_dense_twin_and_what_is_typed_for_it_is_refused():
 
 
 def test_a_recorded_configuration_is_read_whatever_does_nothing_in_it():
-    recorded = nested({"moe.sinkhorn_iterations": 3, "data.files": "x", "optimizer.decay_fraction": 0.5})
+    recorded = nested(
+        {"moe.sinkhorn_iterations": 3, "data.files": "x", "optimizer.decay_fraction": 0.5}
+    )
     assert resolve_recorded(recorded).moe.sinkhorn_iterations == 3
     with pytest.raises(UnreadError):
         resolve(recorded)
@@ -216,17 +232,27 @@ def test_a_run_with_a_leaf_that_did_nothing_goes_on_without_it():
 
 def test_a_resolved_configuration_resolves_again_with_what_was_derived():
     for router in ("cosine", "soft", "hash", "sinkhorn"):
-        config = resolve(nested({"moe.router": router, "moe.allow_noncausal": True, "model.d_ff": 512}))
+        config = resolve(
+            nested({"moe.router": router, "moe.allow_noncausal": True, "model.d_ff": 512})
+        )
         assert resolve(to_dict(config)) == config
 
 
 def test_a_leaf_that_another_layer_reads_is_accepted_and_one_that_none_reads_is_not():
-    one = {"moe.per_layer": "0: router=sinkhorn", "moe.allow_noncausal": True, "moe.sinkhorn_iterations": 3}
+    one = {
+        "moe.per_layer": "0: router=sinkhorn",
+        "moe.allow_noncausal": True,
+        "moe.sinkhorn_iterations": 3,
+    }
     assert resolve(nested(one)).layers[0].sinkhorn_iterations == 3
-    with pytest.raises(UnreadError, match=r"moe.per_layer: sinkhorn_iterations=3 does nothing in layer 1"):
+    with pytest.raises(
+        UnreadError, match=r"moe.per_layer: sinkhorn_iterations=3 does nothing in layer 1"
+    ):
         resolve(nested({"moe.per_layer": "1: sinkhorn_iterations=3"}))
     every = {"moe.router": "cosine", "moe.per_layer": "0-3: router=hash"}
-    with pytest.raises(UnreadError, match=r"moe.router='cosine' does nothing: moe.per_layer=.* sets it in every"):
+    with pytest.raises(
+        UnreadError, match=r"moe.router='cosine' does nothing: moe.per_layer=.* sets it in every"
+    ):
         resolve(nested(every))
 
 
@@ -243,5 +269,7 @@ def test_what_varies_in_a_sweep_may_make_a_leaf_of_its_recipe_read():
     assert resolve(recipe, varied=["moe.selection_bias"]).moe.bias_rate == 5e-3
     scheduled = nested({"schedule.noise_scale": "linear:0.5"})
     assert resolve(scheduled, varied=["moe.router"]).schedule.noise_scale == "linear:0.5"
-    with pytest.raises(UnreadError, match=r"moe.bias_rate=0.005 .* it needs moe.selection_bias=True"):
+    with pytest.raises(
+        UnreadError, match=r"moe.bias_rate=0.005 .* it needs moe.selection_bias=True"
+    ):
         resolve(recipe, varied=["moe.top_k"])

@@ -17,7 +17,9 @@ BATCH = 8
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
     directory = tmp_path_factory.mktemp("data")
-    return prepare(DataConfig(source="synthetic", tokenizer="bytes", seq_len=128, directory=str(directory)))
+    return prepare(
+        DataConfig(source="synthetic", tokenizer="bytes", seq_len=128, directory=str(directory))
+    )
 
 
 def assert_equal(first, second):
@@ -31,7 +33,8 @@ def concatenated(batches):
 def keys(batch):
     """One hashable value per row, to recognise it by."""
     return [
-        tokens.tobytes() + targets.tobytes() for tokens, targets in zip(batch.tokens_BL, batch.targets_BL, strict=True)
+        tokens.tobytes() + targets.tobytes()
+        for tokens, targets in zip(batch.tokens_BL, batch.targets_BL, strict=True)
     ]
 
 
@@ -77,7 +80,10 @@ def only(batch, rows):
 
 @pytest.mark.parametrize("rows", [[0], [4, 5, 6, 7], [0, 1, 4, 5], [*range(BATCH)]])
 def test_rows_of_a_batch_are_those_of_the_global_batch(corpus, rows):
-    whole, part = TrainBatches(corpus, BATCH, seed=0), TrainBatches(corpus, BATCH, seed=0, rows=rows)
+    whole, part = (
+        TrainBatches(corpus, BATCH, seed=0),
+        TrainBatches(corpus, BATCH, seed=0, rows=rows),
+    )
     for step in (0, 5, 400):
         assert_equal(part[step], only(whole[step], rows))
         assert part[step].tokens_BL.shape == (len(rows), 128)
@@ -129,7 +135,9 @@ def test_the_background_threads_end_with_the_generator(corpus):
     next(iterator)
     started = readers()
     assert started
-    inner = iterator.gi_frame.f_locals["iterator"]  # keeps grain's iterator alive: only closing it ends its threads
+    inner = iterator.gi_frame.f_locals[
+        "iterator"
+    ]  # keeps grain's iterator alive: only closing it ends its threads
     iterator.close()
     for thread in started:
         thread.join(timeout=10)
@@ -153,7 +161,9 @@ def test_reading_happens_in_the_background(corpus, monkeypatch):
     names = set()
     read = records.Rows.__getitem__
     monkeypatch.setattr(
-        records.Rows, "__getitem__", lambda self, i: (names.add(threading.current_thread().name), read(self, i))[1]
+        records.Rows,
+        "__getitem__",
+        lambda self, i: (names.add(threading.current_thread().name), read(self, i))[1],
     )
     iterator = TrainBatches(corpus, BATCH, seed=0).iterate()
     next(iterator)
@@ -178,7 +188,9 @@ def test_evaluation_covers_every_row_once_and_counts_every_target(corpus, batch_
 
 
 def test_evaluation_can_read_the_training_split(corpus):
-    counted = sum(int(batch.loss_mask_BL.sum()) for batch in eval_batches(corpus, 64, split="train"))
+    counted = sum(
+        int(batch.loss_mask_BL.sum()) for batch in eval_batches(corpus, 64, split="train")
+    )
     assert counted == corpus.num_tokens["train"]
 
 
@@ -191,7 +203,11 @@ def test_rows_of_evaluation_batches_are_those_of_the_global_batches(corpus, rows
 
 
 @pytest.mark.parametrize(
-    "make", [lambda c, b, rows: TrainBatches(c, b, 0, rows), lambda c, b, rows: eval_batches(c, b, "train", rows)]
+    "make",
+    [
+        lambda c, b, rows: TrainBatches(c, b, 0, rows),
+        lambda c, b, rows: eval_batches(c, b, "train", rows),
+    ],
 )
 def test_rows_that_a_batch_does_not_have_are_refused_at_once(corpus, make):
     with pytest.raises(ConfigError, match=r"train\.batch_size=8 has rows 0 to 7, not \[6, 8\]"):

@@ -24,11 +24,19 @@ TRIES = {"bit": 6, "random": 2}  # these depend on chance
 def data(tmp_path_factory):
     """Documents in JSON lines with names and domains, read by pieces that were learnt."""
     folder = tmp_path_factory.mktemp("damage")
-    lines = [f'{{"text": "{"abc def ghi " * (3 + i)}", "name": "n{i}", "domain": "d{i % 3}"}}\n' for i in range(60)]
+    lines = [
+        f'{{"text": "{"abc def ghi " * (3 + i)}", "name": "n{i}", "domain": "d{i % 3}"}}\n'
+        for i in range(60)
+    ]
     (folder / "texts.jsonl").write_text("".join(lines))
     files = str(folder / "texts.jsonl")
     return DataConfig(
-        source="files", files=files, directory=str(folder / "data"), tokenizer="bpe", vocab_size=270, seq_len=32
+        source="files",
+        files=files,
+        directory=str(folder / "data"),
+        tokenizer="bpe",
+        vocab_size=270,
+        seq_len=32,
     )
 
 
@@ -36,7 +44,10 @@ def everything(data):
     """All that reading prepared rows gives."""
     corpus = prepare(data)
     rows = {split: corpus.rows(split) for split in SPLITS}
-    arrays = {split: [np.stack([row[name] for name in FEATURES]) for row in rows[split]] for split in SPLITS}
+    arrays = {
+        split: [np.stack([row[name] for name in FEATURES]) for row in rows[split]]
+        for split in SPLITS
+    }
     stacked = {split: np.stack(found) for split, found in arrays.items()}
     labels = {split: dataclasses.astuple(corpus.labels(split)) for split in SPLITS}
     counts = (corpus.num_rows, corpus.num_tokens, corpus.num_bytes, corpus.num_documents)
@@ -69,7 +80,12 @@ def test_damaged_rows_labels_and_tokenizers_are_refused_or_change_nothing(data):
     corpus = prepare(data)
     root = corpus.directory.parents[1]
     files = [path for path in sorted(root.rglob("*")) if path.is_file() and path.name != ".lock"]
-    assert {path.suffix.split("-")[0] for path in files} == {".array_record", ".jsonl", ".json", ".model"}
+    assert {path.suffix.split("-")[0] for path in files} == {
+        ".array_record",
+        ".jsonl",
+        ".json",
+        ".model",
+    }
     outcomes = check(lambda: everything(data), files, "remove the folder")
     assert outcomes["refused"] > 5 * len(files)
 
@@ -88,7 +104,9 @@ def test_damaged_documents_of_our_own_builders_are_refused_or_change_nothing(tmp
 
 
 def test_damaged_datasets_of_others_are_refused_in_one_line(tmp_path):
-    data = write_dataset(tmp_path / "sets", {"train": [{"text": f"a{i}", "domain": "x"} for i in range(30)]})
+    data = write_dataset(
+        tmp_path / "sets", {"train": [{"text": f"a{i}", "domain": "x"} for i in range(30)]}
+    )
     folder = tmp_path / "sets/letters/1.2.0"
     rng = np.random.default_rng(1)
     for name in ("dataset_info.json", "features.json"):
@@ -96,10 +114,17 @@ def test_damaged_datasets_of_others_are_refused_in_one_line(tmp_path):
         for how in WAYS:
             damage(folder / name, how, rng)
             try:
-                found = [document.text for split in SPLITS for document in open_source(data).documents(split)]
+                found = [
+                    document.text
+                    for split in SPLITS
+                    for document in open_source(data).documents(split)
+                ]
                 assert sorted(found) == sorted(f"a{i}" for i in range(30)), how
             except ValueError as error:
-                assert type(error).__module__.startswith("moejax.") and "\n" not in str(error), (name, how)
+                assert type(error).__module__.startswith("moejax.") and "\n" not in str(error), (
+                    name,
+                    how,
+                )
             restore(folder / name, raw)
 
 
@@ -111,7 +136,9 @@ def test_classes_that_features_name_are_never_imported(tmp_path, monkeypatch):
     text = path.read_text()
     for damaged in (
         text.replace("tensorflow_datasets.core.features.text_feature.Text", "canary_module.Text"),
-        text.replace("pythonClassName", "python_class_name").replace("tensorflow_datasets", "canary_module"),
+        text.replace("pythonClassName", "python_class_name").replace(
+            "tensorflow_datasets", "canary_module"
+        ),
         '{"type": "canary_module.Features", "content": {}}',
         '{"pythonClassName": "tensorflow_datasets.core.features.features_dict.FeaturesDict", "content": '
         '{"type": "canary_module.X"}}',
@@ -135,12 +162,22 @@ def test_a_dataset_is_checked_wherever_links_and_names_lead(tmp_path, monkeypatc
     payload = tmp_path / "sets/1.2.0"
     folder.rename(payload)
     folder.symlink_to("../1.2.0")
-    with pytest.raises(DataError, match=r"letters/1.2.0/features\.json names the class 'canary_module"):
+    with pytest.raises(
+        DataError, match=r"letters/1.2.0/features\.json names the class 'canary_module"
+    ):
         open_source(data)
     folder.unlink()
     (tmp_path / "sets/letters/.config").mkdir(exist_ok=True)
     (tmp_path / "sets/letters/.config/metadata.json").write_text('{"defaultConfigName": ".."}')
-    for name in ("letters", "letters/..:1.2.0", "letters/..", "..", "letters/../letters", "kaggle:letters", "letters/"):
+    for name in (
+        "letters",
+        "letters/..:1.2.0",
+        "letters/..",
+        "..",
+        "letters/../letters",
+        "kaggle:letters",
+        "letters/",
+    ):
         with pytest.raises(ConfigError, match=rf"data\.name='{re.escape(name)}' "):
             open_source(dataclasses.replace(data, name=name))
 
@@ -153,10 +190,15 @@ def test_of_several_versions_and_configs_the_one_meant_is_opened(tmp_path):
     shutil.copytree(folder / "1.2.0", folder / "big/2.0.0-partial")
 
     def opened(name):
-        return Path(open_dataset(name, str(tmp_path)).builder.data_dir).relative_to(folder).as_posix()
+        return (
+            Path(open_dataset(name, str(tmp_path)).builder.data_dir).relative_to(folder).as_posix()
+        )
 
     assert [opened(name) for name in ("letters", "letters:1.*.*", "letters:1.2.0")] == ["1.2.0"] * 3
-    assert [opened(name) for name in ("letters/big", "letters/big:1.9.0")] == ["big/1.10.0", "big/1.9.0"]
+    assert [opened(name) for name in ("letters/big", "letters/big:1.9.0")] == [
+        "big/1.10.0",
+        "big/1.9.0",
+    ]
     shutil.rmtree(folder / "1.2.0")
     assert opened("letters") == "big/1.10.0"  # the only config
     shutil.copytree(folder / "big", folder / "small")

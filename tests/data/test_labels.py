@@ -44,7 +44,9 @@ def test_documents_without_labels_cost_no_file_and_some_without_keep_their_place
 def test_a_damaged_file_is_an_error_that_names_it_and_the_remedy(tmp_path, damage):
     write(tmp_path, DOCUMENTS)
     (tmp_path / "documents.validation.jsonl").write_text(damage)
-    with pytest.raises(DataError, match=r"documents\.validation\.jsonl is damaged .*remove the folder"):
+    with pytest.raises(
+        DataError, match=r"documents\.validation\.jsonl is damaged .*remove the folder"
+    ):
         read_labels(tmp_path, "validation", 4)
 
 
@@ -60,7 +62,14 @@ def test_the_smallest_of_many_domains_become_one():
 def test_a_domain_of_the_name_of_the_rest_is_part_of_it():
     labels = Labels((), ("a", "other", "z"), np.array([0, 1, 1, 1, 2, 0], np.int32))
     fewer = labels.largest(2)
-    assert fewer.domains == ("a", "other") and fewer.domain_of_document.tolist() == [0, 1, 1, 1, 1, 0]
+    assert fewer.domains == ("a", "other") and fewer.domain_of_document.tolist() == [
+        0,
+        1,
+        1,
+        1,
+        1,
+        0,
+    ]
 
 
 def test_a_corpus_knows_the_domain_of_every_token_of_a_dataset_that_names_them(tmp_path):

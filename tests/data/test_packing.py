@@ -26,7 +26,9 @@ def numbered(lengths):
 def pieces_of(row):
     """The pieces of a row, read slot by slot: lists of (token, position)."""
     pieces, last = [], 0
-    for token, segment, position, document in zip(*(row[name].tolist() for name in packing.FEATURES), strict=True):
+    for token, segment, position, document in zip(
+        *(row[name].tolist() for name in packing.FEATURES), strict=True
+    ):
         if segment == 0:
             assert (token, position, document) == (0, 0, -1)
         elif segment == last:
@@ -58,7 +60,9 @@ def test_every_token_but_bos_is_a_target_exactly_once_after_its_own_predecessor(
 def test_positions_restart_at_every_piece_and_rows_are_int32_of_one_size(lengths):
     for row in pack(numbered(lengths), SEQ_LEN):
         assert set(row) == set(packing.FEATURES)
-        assert all(array.shape == (SEQ_LEN + 1,) and array.dtype == np.int32 for array in row.values())
+        assert all(
+            array.shape == (SEQ_LEN + 1,) and array.dtype == np.int32 for array in row.values()
+        )
         for piece in pieces_of(row):
             assert [position for _, position in piece] == list(range(len(piece)))
             assert len(piece) >= 2  # at least one prediction
@@ -68,7 +72,9 @@ def test_positions_restart_at_every_piece_and_rows_are_int32_of_one_size(lengths
 def test_every_token_keeps_the_number_of_its_document(lengths):
     document_of = {token: i for i, stream in enumerate(numbered(lengths)) for token in stream}
     for row in pack(numbered(lengths), SEQ_LEN):
-        for token, segment, document in zip(row["tokens"], row["segments"], row["documents"], strict=True):
+        for token, segment, document in zip(
+            row["tokens"], row["segments"], row["documents"], strict=True
+        ):
             assert document == (document_of[int(token)] if segment else -1)
 
 
@@ -80,17 +86,27 @@ def test_the_loss_mask_of_a_batch_counts_every_target_once(lengths):
     batch = to_batch({name: np.stack([row[name] for row in rows]) for name in packing.FEATURES})
     targets = batch.targets_BL[batch.loss_mask_BL]
     assert sorted(targets) == sorted(token for stream in numbered(lengths) for token in stream[1:])
-    assert (batch.targets_BL == batch.tokens_BL + 1)[batch.loss_mask_BL].all()  # the numbered streams count up
+    assert (batch.targets_BL == batch.tokens_BL + 1)[
+        batch.loss_mask_BL
+    ].all()  # the numbered streams count up
 
 
 def test_a_hand_worked_row():
     # L = 5. [1 2 3] and [4 5] share the 6 slots; [6 .. 12] has 6 predictions: a full piece 6..11 and the piece [11 12],
     # which opens a row of its own: 3 + 2 slots are taken and only 1 is left.
     rows = list(pack([[1, 2, 3], [4, 5], [6, 7, 8, 9, 10, 11, 12]], 5))
-    assert [row["tokens"].tolist() for row in rows] == [[6, 7, 8, 9, 10, 11], [1, 2, 3, 4, 5, 0], [11, 12, 0, 0, 0, 0]]
+    assert [row["tokens"].tolist() for row in rows] == [
+        [6, 7, 8, 9, 10, 11],
+        [1, 2, 3, 4, 5, 0],
+        [11, 12, 0, 0, 0, 0],
+    ]
     assert rows[1]["segments"].tolist() == [1, 1, 1, 2, 2, 0]
     assert rows[1]["positions"].tolist() == [0, 1, 2, 0, 1, 0]
-    assert [row["documents"].tolist() for row in rows] == [[2] * 6, [0, 0, 0, 1, 1, -1], [2, 2, -1, -1, -1, -1]]
+    assert [row["documents"].tolist() for row in rows] == [
+        [2] * 6,
+        [0, 0, 0, 1, 1, -1],
+        [2, 2, -1, -1, -1, -1],
+    ]
     batch = to_batch({name: rows[1][name][None] for name in packing.FEATURES})
     assert batch.loss_mask_BL.tolist() == [[True, True, False, True, False]]
     assert batch.segments_BL.tolist() == [[1, 1, 1, 2, 2]]

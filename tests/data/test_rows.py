@@ -26,7 +26,13 @@ SPLITS = ("train", "validation")
 
 def synthetic(directory, **changes):
     return DataConfig(
-        **{"source": "synthetic", "tokenizer": "bytes", "seq_len": 64, "directory": str(directory), **changes}
+        **{
+            "source": "synthetic",
+            "tokenizer": "bytes",
+            "seq_len": 64,
+            "directory": str(directory),
+            **changes,
+        }
     )
 
 
@@ -47,11 +53,18 @@ def test_prepared_rows_are_the_packed_documents_in_order(corpus):
             np.testing.assert_equal(row, wanted)
         assert corpus.num_documents[split] == len(texts)
         assert corpus.num_bytes[split] == sum(len(text.encode()) for text in texts)
-        assert corpus.num_tokens[split] == corpus.num_bytes[split] + len(texts)  # and one end of document each
+        assert corpus.num_tokens[split] == corpus.num_bytes[split] + len(
+            texts
+        )  # and one end of document each
 
 
 def test_each_setting_that_changes_rows_has_a_folder_of_its_own(tmp_path):
-    settings = [{}, {"seq_len": 65}, {"tokenizer": "bpe", "vocab_size": 512}, {"tokenizer": "bpe", "vocab_size": 520}]
+    settings = [
+        {},
+        {"seq_len": 65},
+        {"tokenizer": "bpe", "vocab_size": 512},
+        {"tokenizer": "bpe", "vocab_size": 520},
+    ]
     folders = {prepare(synthetic(tmp_path, **changes)).directory for changes in settings}
     assert len(folders) == 4
     assert all(folder.name.startswith("synthetic-") for folder in folders)
@@ -82,7 +95,11 @@ def test_bpe_never_sees_validation_text(tmp_path):
     train, validation = "common words again and again. " * 380, "Ж zebra " * 75
     (tmp_path / "text.txt").write_text(train + validation, encoding="utf-8")
     data = synthetic(
-        tmp_path / "data", source="files", files=str(tmp_path / "text.txt"), tokenizer="bpe", vocab_size=300
+        tmp_path / "data",
+        source="files",
+        files=str(tmp_path / "text.txt"),
+        tokenizer="bpe",
+        vocab_size=300,
     )
     assert "Ж" not in "".join(document.text for document in open_source(data).documents("train"))
     tokenizer = prepare(data).tokenizer
@@ -169,7 +186,9 @@ def change_manifest(change):
 
 
 DAMAGE = {
-    "a truncated file": lambda c: array_record(c).write_bytes(array_record(c).read_bytes()[:-70_000]),
+    "a truncated file": lambda c: array_record(c).write_bytes(
+        array_record(c).read_bytes()[:-70_000]
+    ),
     "a missing file": lambda c: array_record(c, "validation").unlink(),
     "a missing file of labels": lambda c: (c.directory / "documents.validation.jsonl").unlink(),
     "no manifest": lambda c: (c.directory / "manifest.json").unlink(),
@@ -199,7 +218,9 @@ def test_damage_inside_a_file_of_the_right_size_is_found_on_reading(corpus, tmp_
     raw[20_000:21_000] = bytes(byte ^ 0xFF for byte in raw[20_000:21_000])
     file.write_bytes(raw)
     rows = prepare(synthetic(tmp_path)).rows("train")
-    with pytest.raises(DataError, match=rf"row \d+ cannot be read .*remove the folder {corpus.directory}") as error:
+    with pytest.raises(
+        DataError, match=rf"row \d+ cannot be read .*remove the folder {corpus.directory}"
+    ) as error:
         for i in range(len(rows)):
             assert rows[i]["positions"][1] in (0, 1)
     assert "\n" not in str(error.value)
@@ -226,7 +247,9 @@ def test_documents_that_fail_while_preparing_say_so_and_leave_nothing(tmp_path):
 
 
 def test_a_split_without_documents_is_refused(tmp_path, monkeypatch):
-    empty = Source("empty", "empty", lambda split: iter([Document("text")] if split == "train" else []))
+    empty = Source(
+        "empty", "empty", lambda split: iter([Document("text")] if split == "train" else [])
+    )
     monkeypatch.setattr("moejax.data.rows.open_source", lambda data: empty)
     with pytest.raises(DataError, match="split validation of the data has no documents; add some"):
         prepare(synthetic(tmp_path))
@@ -248,7 +271,9 @@ def test_a_second_preparation_waits_and_says_for_whom_and_death_releases_it(tmp_
             print("held", flush=True)
             time.sleep(60)"""
     lock = tmp_path / "locks" / f"rows-{first.name}"
-    with subprocess.Popen([sys.executable, "-c", code, str(lock)], stdout=subprocess.PIPE) as holder:
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(lock)], stdout=subprocess.PIPE
+    ) as holder:
         assert holder.stdout.readline() == b"held\n"
         killer = threading.Timer(1.0, holder.kill)
         killer.start()
@@ -263,7 +288,8 @@ def test_a_full_disk_is_named_and_leaves_nothing(tmp_path):
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
         with pytest.raises(
-            DataError, match=r"cannot be written \(.*File too large.*\); free space there, or choose"
+            DataError,
+            match=r"cannot be written \(.*File too large.*\); free space there, or choose",
         ) as error:
             prepare(synthetic(tmp_path))
     finally:
@@ -280,7 +306,12 @@ def test_a_folder_that_cannot_be_made_names_the_key(tmp_path):
 
 def test_importing_the_package_loads_neither_tensorflow_datasets_nor_grain():
     code = "import sys, moejax.data; print({'tensorflow_datasets', 'grain', 'sentencepiece'} & set(sys.modules))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout
+        == "set()\n"
+    )
 
 
 def test_the_package_offers_what_it_lists():

@@ -11,7 +11,12 @@ from hypothesis import strategies as st
 from moejax.config import ConfigError
 from moejax.data.errors import DataError
 from moejax.data.sources.synthetic import synthetic_documents
-from moejax.data.tokenizers import ByteTokenizer, SentencePieceTokenizer, load_tokenizer, train_sentencepiece
+from moejax.data.tokenizers import (
+    ByteTokenizer,
+    SentencePieceTokenizer,
+    load_tokenizer,
+    train_sentencepiece,
+)
 
 TRICKY = [
     "", " ", "  leading and trailing  ", "\n\n\t\r\n", "a\u2581b \u2581\u2581", "emoji 👩‍👩‍👧 🇫🇷 é e\u0301", "\0 null",
@@ -64,7 +69,12 @@ def test_decoding_skips_special_ids_and_replaces_broken_characters(tokenizer):
 def test_byte_b_is_id_b_plus_3():
     tokenizer = ByteTokenizer()
     assert tokenizer.encode("A\n") == [65 + 3, 10 + 3]
-    assert (tokenizer.vocab_size, tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id) == (259, 0, 1, 2)
+    assert (tokenizer.vocab_size, tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id) == (
+        259,
+        0,
+        1,
+        2,
+    )
 
 
 def test_pieces_are_distinct_and_show_whitespace(tokenizer):
@@ -92,14 +102,18 @@ def test_training_prints_nothing(capfd):
 
 
 def test_a_vocabulary_too_large_for_the_text_names_the_largest_that_works():
-    with pytest.raises(ConfigError, match=r"data\.vocab_size=4096 .* largest value that works is (\d+)") as error:
+    with pytest.raises(
+        ConfigError, match=r"data\.vocab_size=4096 .* largest value that works is (\d+)"
+    ) as error:
         train_sentencepiece(synthetic_documents("train"), 4096)
     largest = int(str(error.value).split("works is ")[1].split(",")[0])
     assert train_sentencepiece(synthetic_documents("train"), largest).vocab_size == largest
 
 
 def test_a_vocabulary_too_small_for_the_characters_says_so():
-    with pytest.raises(ConfigError, match=r"data\.vocab_size=512 is too small .* use more than 2\d\d\d"):
+    with pytest.raises(
+        ConfigError, match=r"data\.vocab_size=512 is too small .* use more than 2\d\d\d"
+    ):
         train_sentencepiece(["".join(map(chr, range(0x4E00, 0x4E00 + 2000)))], 512)
 
 
@@ -137,7 +151,9 @@ def test_a_tokenizer_travels_as_files(tokenizer, tmp_path):
     tokenizer.save(tmp_path / "run")
     loaded = load_tokenizer(tmp_path / "run")
     names = {path.name for path in (tmp_path / "run").iterdir()}
-    assert names == ({"tokenizer.json"} if tokenizer.kind == "bytes" else {"tokenizer.json", "tokenizer.model"})
+    assert names == (
+        {"tokenizer.json"} if tokenizer.kind == "bytes" else {"tokenizer.json", "tokenizer.model"}
+    )
     assert (loaded.kind, loaded.vocab_size, loaded.fingerprint) == (
         tokenizer.kind, tokenizer.vocab_size, tokenizer.fingerprint,
     )  # fmt: skip
@@ -155,7 +171,10 @@ def test_a_tokenizer_travels_as_files(tokenizer, tmp_path):
         ("tokenizer.json", lambda path: path.write_text('{"kind": "words", "vocab_size": 9}')),
         ("tokenizer.model", lambda path: path.unlink()),
         ("tokenizer.model", lambda path: path.write_bytes(path.read_bytes()[:1000])),
-        ("tokenizer.model", lambda path: path.write_bytes(path.read_bytes().replace(b"harbour", b"HARBOUR"))),
+        (
+            "tokenizer.model",
+            lambda path: path.write_bytes(path.read_bytes().replace(b"harbour", b"HARBOUR")),
+        ),
     ],
 )
 def test_a_damaged_tokenizer_names_the_file_and_the_remedy(bpe, tmp_path, file, damage):
@@ -181,7 +200,9 @@ def test_a_model_with_other_special_ids_is_refused(tmp_path):
         SentencePieceTokenizer(model.getvalue())
     (tmp_path / "tokenizer.model").write_bytes(model.getvalue())
     digest = hashlib.sha256(model.getvalue()).hexdigest()
-    (tmp_path / "tokenizer.json").write_text(json.dumps({"kind": "bpe", "vocab_size": 270, "sha256": digest}))
+    (tmp_path / "tokenizer.json").write_text(
+        json.dumps({"kind": "bpe", "vocab_size": 270, "sha256": digest})
+    )
     with pytest.raises(DataError, match="no model this version reads"):
         load_tokenizer(tmp_path)
 
@@ -196,7 +217,9 @@ def test_a_tokenizer_that_could_not_be_written_is_not_found_damaged(bpe, tmp_pat
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
         patch.setattr(Path, "write_bytes", full)
         bpe.save(tmp_path)
-    assert not (tmp_path / "tokenizer.json").exists() and not (tmp_path / "tokenizer.model").exists()
+    assert (
+        not (tmp_path / "tokenizer.json").exists() and not (tmp_path / "tokenizer.model").exists()
+    )
     bpe.save(tmp_path)
     assert load_tokenizer(tmp_path).fingerprint == bpe.fingerprint
 

@@ -17,7 +17,9 @@ PATHS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 MAX_LINES = 10  # of a definition
 MAX_BYTES = 1_000_000
 CELL_SECONDS = 180  # against cells that hang; other work may run beside them
-MACHINE = re.compile(r"(?<![\w.])/(tmp|root|work|home|Users|content|var|opt)/|https?://|localhost|\b\d+(\.\d+){3}\b")
+MACHINE = re.compile(
+    r"(?<![\w.])/(tmp|root|work|home|Users|content|var|opt)/|https?://|localhost|\b\d+(\.\d+){3}\b"
+)
 BASE64 = re.compile(r"base64,[A-Za-z0-9+/=]+")
 
 of_each = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
@@ -25,7 +27,9 @@ of_each = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
 
 def load_execute():
     """`notebooks/execute.py`, which is no package."""
-    spec = importlib.util.spec_from_file_location("execute_notebooks", ROOT / "notebooks" / "execute.py")
+    spec = importlib.util.spec_from_file_location(
+        "execute_notebooks", ROOT / "notebooks" / "execute.py"
+    )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -56,7 +60,9 @@ def environment(tmp_path_factory):
     env = {name: value for name, value in env.items() if name not in ("MOEJAX_RUN", "MOEJAX_RUNS")}
     (cell,) = (cell for cell in nbformat.read(PATHS[0], as_version=4).cells if cell.id == "run")
     script = f"{cell.source}\nprint(os.path.abspath(RUN))"  # as the notebook trains a run where there is none
-    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=env, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     run = Path(done.stdout.splitlines()[-1])
     return env | {"MOEJAX_RUN": str(run), "MOEJAX_RUNS": str(run.parents[1])}
@@ -72,7 +78,9 @@ def test_a_notebook_runs_from_top_to_bottom(path, environment, tmp_path):
     for cell in code_cells(notebook):
         cell.outputs, cell.execution_count = [], None
     load_execute().execute(notebook, tmp_path, timeout=CELL_SECONDS, env=environment)
-    assert [cell.execution_count for cell in code_cells(notebook)] == [*range(1, len(code_cells(notebook)) + 1)]
+    assert [cell.execution_count for cell in code_cells(notebook)] == [
+        *range(1, len(code_cells(notebook)) + 1)
+    ]
     for cell in code_cells(notebook):
         assert cell.outputs or not shows_something(cell), cell.source
 
@@ -93,7 +101,9 @@ def test_a_notebook_is_committed_as_it_ran(path):
     cells = code_cells(notebook)
     assert [cell.execution_count for cell in cells] == [*range(1, len(cells) + 1)]
     for cell in cells:
-        assert cell.outputs or not shows_something(cell), f"{cell.id} has no output; run `make notebooks`"
+        assert cell.outputs or not shows_something(cell), (
+            f"{cell.id} has no output; run `make notebooks`"
+        )
         assert not any(output.output_type == "error" for output in cell.outputs), cell.id
     assert path.stat().st_size < MAX_BYTES
 

@@ -21,9 +21,13 @@ def load(path):
 
 
 def test_the_table_has_a_row_for_every_router_that_says_whether_it_is_causal():
-    rows = [line.split("|") for line in PAGE.split("\n### ")[0].splitlines() if line.startswith("| `")]
+    rows = [
+        line.split("|") for line in PAGE.split("\n### ")[0].splitlines() if line.startswith("| `")
+    ]
     causal = {row[1].strip(" `"): row[6].strip() for row in rows if "moe.router" not in row[1]}
-    assert causal == {name: "yes" if rules.is_causal else "no" for name, rules in ROUTER_RULES.items()}
+    assert causal == {
+        name: "yes" if rules.is_causal else "no" for name, rules in ROUTER_RULES.items()
+    }
 
 
 def test_every_option_that_the_page_names_exists_and_every_option_of_experts_is_named():
@@ -44,8 +48,17 @@ def test_every_option_that_the_page_names_exists_and_every_option_of_experts_is_
         "noise_scale",
         "d_router",
     }
-    unnamed = {key for key in known if key.startswith("moe.")} - named - {f"moe.{name}" for name in elsewhere}
-    assert unnamed <= {"moe.mixer_threshold", "moe.sinkhorn_iterations", "moe.slots_per_expert", "moe.router_noise"}
+    unnamed = (
+        {key for key in known if key.startswith("moe.")}
+        - named
+        - {f"moe.{name}" for name in elsewhere}
+    )
+    assert unnamed <= {
+        "moe.mixer_threshold",
+        "moe.sinkhorn_iterations",
+        "moe.slots_per_expert",
+        "moe.router_noise",
+    }
 
 
 def test_the_measured_table_is_the_one_of_the_results_and_every_recipe_is_in_it():
@@ -55,7 +68,9 @@ def test_the_measured_table_is_the_one_of_the_results_and_every_recipe_is_in_it(
     assert PAGE.split(start)[1].split(end)[0] == experiment.table(results)
     assert results.keys() == {path.stem for path in (ROOT / "configs/routers").glob("*.py")}
     for path in (ROOT / "configs/routers").glob("*.py"):
-        assert (path.stem in experiment.SEES_THE_FUTURE) == ("allow_noncausal" in path.read_text().split('"""')[-1])
+        assert (path.stem in experiment.SEES_THE_FUTURE) == (
+            "allow_noncausal" in path.read_text().split('"""')[-1]
+        )
 
 
 def test_the_collapse_experiment_says_what_its_results_say():

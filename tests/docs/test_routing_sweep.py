@@ -36,7 +36,11 @@ def test_what_is_said_of_differences_holds_with_their_intervals(figures, rows):
     def difference(arms, axis, level, **where):
         for name, value in where.items():
             arms = arms[arms[f"override/{name}"] == value]
-        return next(other.difference for other in figures["effects"](arms)[axis].others if other.level == level)
+        return next(
+            other.difference
+            for other in figures["effects"](arms)[axis].others
+            if other.level == level
+        )
 
     def interval(found, sign=1):
         low, high = sorted((sign * found.low, sign * found.high))
@@ -63,11 +67,21 @@ def test_what_is_said_of_differences_holds_with_their_intervals(figures, rows):
         in text
     )
     loss, bias = (difference(others, "scheme", scheme, top_k=1) for scheme in ("loss", "bias"))
-    assert f"the bias gains {-bias.mean:.3f} {interval(bias, -1)}, which is told apart" in text and bias.is_told_apart
-    assert f"the loss {-loss.mean:.3f} {interval(loss, -1)}, which is not" in text and not loss.is_told_apart
+    assert (
+        f"the bias gains {-bias.mean:.3f} {interval(bias, -1)}, which is told apart" in text
+        and bias.is_told_apart
+    )
+    assert (
+        f"the loss {-loss.mean:.3f} {interval(loss, -1)}, which is not" in text
+        and not loss.is_told_apart
+    )
     means = [difference(others, "scheme", scheme, top_k=4).mean for scheme in ("loss", "bias")]
     assert max(map(abs, means)) < 0.003
-    for scheme, words in (("loss", "with the loss"), ("bias", "with the bias"), ("none", "without balancing")):
+    for scheme, words in (
+        ("loss", "with the loss"),
+        ("bias", "with the bias"),
+        ("none", "without balancing"),
+    ):
         found = difference(others, "num_experts", 32, scheme=scheme)
         assert f"{words} {found.mean:+.3f} {interval(found)}" in text
 

@@ -19,7 +19,15 @@ def test_the_five_commands_work_in_a_folder_with_the_recipes_alone(tmp_path):
     environment = os.environ | {"PYTHONPATH": paths, "XDG_STATE_HOME": str(tmp_path / "state")}
     for command in commands:
         command = re.sub(r"^moejax ", f"{sys.executable} -m moejax ", command)
-        done = subprocess.run(["bash", "-c", command], cwd=tmp_path, env=environment, capture_output=True, text=True)
+        done = subprocess.run(
+            ["bash", "-c", command], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
         assert done.returncode == 0, (command, done.stderr)
     assert (tmp_path / "runs/own_text/report.html").exists()
-    assert {path.name for path in tmp_path.iterdir()} == {"configs", "my_texts", "runs", "data", "state"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "configs",
+        "my_texts",
+        "runs",
+        "data",
+        "state",
+    }

@@ -50,13 +50,17 @@ def token_by_token(model, tokens_BL, positions_BL):
     return jnp.stack(found, axis=1)
 
 
-@pytest.mark.parametrize("router", ["softmax_topk", "sigmoid_topk", "hierarchical", "hash", "random", "balanced"])
+@pytest.mark.parametrize(
+    "router", ["softmax_topk", "sigmoid_topk", "hierarchical", "hash", "random", "balanced"]
+)
 def test_routers_route_alike_token_by_token_and_all_at_once(router):
     model = Decoder(case_config(router, model={"num_layers": 1}), rngs=nnx.Rngs(params=0))
     graphdef, state = nnx.split(model)
     tokens_BL = jnp.asarray(np.random.default_rng(0).integers(3, 250, (2, 6)), jnp.int32)
     positions_BL = jnp.broadcast_to(jnp.arange(6, dtype=jnp.int32), (2, 6))
-    forward = jax.jit(lambda s: nnx.merge(graphdef, s)(tokens_BL, jnp.ones_like(tokens_BL), positions_BL)[0])
+    forward = jax.jit(
+        lambda s: nnx.merge(graphdef, s)(tokens_BL, jnp.ones_like(tokens_BL), positions_BL)[0]
+    )
     oracle.assert_close(token_by_token(model, tokens_BL, positions_BL), forward(state))
 
 
@@ -105,13 +109,17 @@ def test_generating_with_a_router_that_looks_ahead_says_so(caplog):
 def test_a_sequence_does_not_depend_on_the_others_of_its_batch(model):
     prompts = ["a", "some longer prompt", "mid"]
     together = generate_text(model, ByteTokenizer(), prompts, max_tokens=8, seed=3)
-    reordered = generate_text(model, ByteTokenizer(), [prompts[0], "other", "words"], max_tokens=8, seed=3)
+    reordered = generate_text(
+        model, ByteTokenizer(), [prompts[0], "other", "words"], max_tokens=8, seed=3
+    )
     assert together[0] == reordered[0]
     assert len(set(together)) == 3
 
 
 def test_the_seed_decides_the_samples(model):
-    first, again, other = (generate_text(model, ByteTokenizer(), ["x"], max_tokens=12, seed=seed) for seed in (1, 1, 2))
+    first, again, other = (
+        generate_text(model, ByteTokenizer(), ["x"], max_tokens=12, seed=seed) for seed in (1, 1, 2)
+    )
     assert first == again != other
 
 
@@ -173,7 +181,9 @@ def sorted_nucleus(logits_V, top_p):
 def test_partial_selection_draws_what_the_sorted_vocabulary_gives(top_p):
     rng = np.random.default_rng(0)
     # Of 600 tokens: peaked rows, flat ones whose nucleus is larger than the candidates, and ties.
-    logits_BV = np.concatenate([rng.normal(size=(8, 600)) * scale for scale in (6, 1, 0.01)]).astype(np.float32)
+    logits_BV = np.concatenate(
+        [rng.normal(size=(8, 600)) * scale for scale in (6, 1, 0.01)]
+    ).astype(np.float32)
     logits_BV = np.concatenate([logits_BV, np.round(logits_BV), np.zeros((2, 600), np.float32)])
     keys_B = jax.random.split(jax.random.key(1), len(logits_BV))
     positions_B = jnp.arange(len(logits_BV), dtype=jnp.int32)
@@ -209,7 +219,10 @@ def test_nothing_is_sorted_where_nothing_is_cut(temperature, top_p, sorts):
 
 def test_temperatures_and_masses_share_the_programs_of_their_method():
     keys = jax.random.split(jax.random.key(0), 2)
-    kinds = [Sampling.of(*given, keys) for given in [(0.5, 0.9), (0.7, 0.5), (0.5, 1), (2, 1), (0, 0.9), (0, 1)]]
+    kinds = [
+        Sampling.of(*given, keys)
+        for given in [(0.5, 0.9), (0.7, 0.5), (0.5, 1), (2, 1), (0, 0.9), (0, 1)]
+    ]
     assert [kind.method for kind in kinds] == ["nucleus"] * 2 + ["all"] * 2 + ["greedy"] * 2
     assert jax.tree.structure(kinds[0]) == jax.tree.structure(kinds[1])
 
@@ -218,7 +231,11 @@ def test_ids_that_are_no_token_are_never_drawn(model):
     tokens_BL = jnp.asarray(np.random.default_rng(0).integers(3, 250, (2, 8)), jnp.int32)
     logits_BLV, _ = model(tokens_BL, jnp.ones_like(tokens_BL), jnp.zeros_like(tokens_BL))
     assert logits_BLV.shape[-1] == 320
-    for temperature, top_p in [(0.0, 1.0), (HOTTEST, 1.0), (HOTTEST, 0.999)]:  # so hot that all tokens are alike
+    for temperature, top_p in [
+        (0.0, 1.0),
+        (HOTTEST, 1.0),
+        (HOTTEST, 0.999),
+    ]:  # so hot that all tokens are alike
         sampling = Sampling.of(temperature, top_p, jax.random.split(jax.random.key(0), 500))
         logits_BV = jnp.broadcast_to(logits_BLV[0, 0], (500, 320))
         drawn_B = sample(logits_BV, sampling, jnp.zeros(500, jnp.int32))
@@ -231,7 +248,10 @@ def test_ids_that_are_no_token_are_never_drawn(model):
     [
         ({"max_tokens": 0}, "max_tokens=0"),
         ({"max_tokens": 1, "temperature": -1.0}, "temperature=-1.0"),
-        ({"max_tokens": 1, "temperature": 1e7}, r"--temperature=10000000.0 must be between 0 and 1e\+06"),
+        (
+            {"max_tokens": 1, "temperature": 1e7},
+            r"--temperature=10000000.0 must be between 0 and 1e\+06",
+        ),
         ({"max_tokens": 1, "temperature": float("nan")}, "--temperature=nan must be between 0"),
         ({"max_tokens": 1, "top_p": 0.0}, "top_p=0.0"),
     ],

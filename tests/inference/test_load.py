@@ -28,7 +28,9 @@ def workdir(tmp_path_factory):
     trainable = make(config)
     corpus = prepare(config.data)
     corpus.tokenizer.save(folder / "run")
-    write_run_directory(folder / "run", config, count_parameters(config), corpus.directory.name, "test")
+    write_run_directory(
+        folder / "run", config, count_parameters(config), corpus.directory.name, "test"
+    )
     with Checkpoints(folder / "run", trainable) as checkpoints:
         checkpoints.save(trainable.init(0))
     return folder / "run"

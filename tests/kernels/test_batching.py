@@ -15,8 +15,15 @@ from moejax.kernels.tiles import tile_sizes
 from moejax.moe.dispatch.plan import plan_dropless
 from moejax.moe.experts.experts import Network
 
-SIZES_AE = ((31, 0, 32, 0), (0, 0, 0, 70), (0, 0, 0, 0), (40, 20, 5, 5))  # rows of the groups of each arm, of 70
-every_implementation = pytest.mark.parametrize("implementation", [n for n in IMPLEMENTATIONS if n not in unavailable()])
+SIZES_AE = (
+    (31, 0, 32, 0),
+    (0, 0, 0, 70),
+    (0, 0, 0, 0),
+    (40, 20, 5, 5),
+)  # rows of the groups of each arm, of 70
+every_implementation = pytest.mark.parametrize(
+    "implementation", [n for n in IMPLEMENTATIONS if n not in unavailable()]
+)
 
 
 def draw_rows():
@@ -31,7 +38,9 @@ def draw_rows():
 
 def with_gradients(implementation, x_RD, w_EDF, sizes_E, dy_RF, spare_rows=0):
     def product(x_RD, w_EDF):
-        return grouped_matmul(x_RD, w_EDF, sizes_E, implementation=implementation, spare_rows=spare_rows)
+        return grouped_matmul(
+            x_RD, w_EDF, sizes_E, implementation=implementation, spare_rows=spare_rows
+        )
 
     y_RF, pull = jax.vjp(product, x_RD, w_EDF)
     return y_RF, *pull(dy_RF)
@@ -51,7 +60,9 @@ def test_products_and_gradients_of_arms_equal_the_loop_over_the_rows_of_each(imp
 def test_rows_that_are_spare_in_each_arm_are_spare_in_the_middle_of_all(implementation):
     x_ARD, w_AEDF, sizes_AE, dy_ARF = draw_rows()
     spare = 16
-    x_ARD, dy_ARF = (np.pad(a, ((0, 0), (0, spare), (0, 0)), constant_values=np.nan) for a in (x_ARD, dy_ARF))
+    x_ARD, dy_ARF = (
+        np.pad(a, ((0, 0), (0, spare), (0, 0)), constant_values=np.nan) for a in (x_ARD, dy_ARF)
+    )
     run = functools.partial(with_gradients, implementation, spare_rows=spare)
     found = jax.jit(jax.vmap(run))(x_ARD, w_AEDF, sizes_AE, dy_ARF)
     for arm in range(len(SIZES_AE)):
@@ -81,7 +92,9 @@ def test_arms_in_bfloat16_are_what_each_is_alone(implementation):
         alone = jax.jit(run)(x_ARD[arm], w_AEDF[arm], sizes_AE[arm], dy_ARF[arm])
         for array, expected in zip(found, alone, strict=True):
             assert array.dtype == jnp.bfloat16
-            oracle.assert_close(np.asarray(array[arm], np.float32), np.asarray(expected, np.float32), rtol=1e-2)
+            oracle.assert_close(
+                np.asarray(array[arm], np.float32), np.asarray(expected, np.float32), rtol=1e-2
+            )
 
 
 @every_implementation
@@ -99,9 +112,15 @@ def test_arms_may_share_matrices_and_be_nested(implementation):
 @pytest.mark.parametrize("implementation", ["tiled", "ragged", "padded"])
 def test_arms_are_one_product_of_all_their_groups(implementation, monkeypatch):
     monkeypatch.setattr(ragged, "platform", lambda: "tpu")  # elsewhere its product is dense
-    program = str(jax.make_jaxpr(jax.vmap(functools.partial(with_gradients, implementation)))(*draw_rows()))
+    program = str(
+        jax.make_jaxpr(jax.vmap(functools.partial(with_gradients, implementation)))(*draw_rows())
+    )
     assert "f32[16,5,7]" in program  # 4 arms of 4 groups
-    alone = str(jax.make_jaxpr(functools.partial(with_gradients, implementation))(*(a[0] for a in draw_rows())))
+    alone = str(
+        jax.make_jaxpr(functools.partial(with_gradients, implementation))(
+            *(a[0] for a in draw_rows())
+        )
+    )
     assert program.count(" while[") == alone.count(" while[")
 
 
@@ -135,7 +154,9 @@ def test_the_experts_of_arms_equal_the_loop_over_the_choices_of_each():
     found = jax.device_get(jax.jit(jax.vmap(run_layer))(*arrays))
     for arm in range(3):
         expected = oracle.feed_forward(*(array[arm] for array in arrays))
-        for name, values_A, wanted in zip(("y", "dx", "dweights", "dgate_up", "ddown"), found, expected, strict=True):
+        for name, values_A, wanted in zip(
+            ("y", "dx", "dweights", "dgate_up", "ddown"), found, expected, strict=True
+        ):
             oracle.assert_close(values_A[arm], wanted, err_msg=f"{name} of arm {arm}")
 
 
@@ -157,7 +178,9 @@ def test_the_experts_of_arms_run_in_one_pass():
 
 
 def test_memory_of_arms_that_nobody_wrote_reaches_no_result(monkeypatch):
-    monkeypatch.setattr(module, "empty_varying_like", lambda like, shape, dtype: jnp.full(shape, jnp.nan, dtype))
+    monkeypatch.setattr(
+        module, "empty_varying_like", lambda like, shape, dtype: jnp.full(shape, jnp.nan, dtype)
+    )
     arrays = draw_choices()
     for values_A in jax.jit(jax.vmap(run_layer))(*arrays):
         assert np.isfinite(values_A).all()

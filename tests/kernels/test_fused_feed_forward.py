@@ -32,7 +32,9 @@ def run_layer(x_TD, weights_TK, gate_up_EDPF, down_EFD, experts_TK, activation="
 
 def with_gradients(layer):
     def run(x_TD, weights_TK, gate_up_EDPF, down_EFD, experts_TK, dy_TD):
-        y_TD, pull = jax.vjp(lambda *a: layer(*a, experts_TK), x_TD, weights_TK, gate_up_EDPF, down_EFD)
+        y_TD, pull = jax.vjp(
+            lambda *a: layer(*a, experts_TK), x_TD, weights_TK, gate_up_EDPF, down_EFD
+        )
         return y_TD, *pull(dy_TD)
 
     return run
@@ -47,7 +49,9 @@ def draw(experts_TK, num_experts, d=5, f=3, seed=0):
     experts_TK = np.asarray(experts_TK, np.int32)
     tokens, top_k = experts_TK.shape
     shapes = (tokens, d), (tokens, top_k), (num_experts, d, 2, f), (num_experts, f, d), (tokens, d)
-    x_TD, weights_TK, gate_up_EDPF, down_EFD, dy_TD = (rng.normal(size=s).astype(np.float32) for s in shapes)
+    x_TD, weights_TK, gate_up_EDPF, down_EFD, dy_TD = (
+        rng.normal(size=s).astype(np.float32) for s in shapes
+    )
     is_masked_T = (experts_TK == num_experts).all(axis=1)
     x_TD[is_masked_T], dy_TD[is_masked_T] = np.nan, np.nan
     return x_TD, weights_TK, gate_up_EDPF, down_EFD, experts_TK, dy_TD
@@ -60,7 +64,9 @@ def check(experts_TK, num_experts, **kwargs):
         oracle.assert_close(a, e, err_msg=name)
     for e in range(num_experts):
         if not np.any(arguments[4] == e):
-            assert not np.any(actual[3][e]) and not np.any(actual[4][e]), f"the empty expert {e} has a gradient"
+            assert not np.any(actual[3][e]) and not np.any(actual[4][e]), (
+                f"the empty expert {e} has a gradient"
+            )
     masked_T = (arguments[4] == num_experts).all(axis=1)
     assert not np.any(actual[0][masked_T]) and not np.any(actual[1][masked_T])  # zeros, not NaN
 
@@ -68,7 +74,9 @@ def check(experts_TK, num_experts, **kwargs):
 def choices_of(sizes, num_tokens, top_k):
     """Choices in which expert e has `sizes[e]` tokens, and the others are masked, in an order without pattern."""
     flat = np.full(num_tokens * top_k, len(sizes))
-    flat[: sum(sizes)] = np.random.default_rng(0).permutation(np.repeat(np.arange(len(sizes)), sizes))
+    flat[: sum(sizes)] = np.random.default_rng(0).permutation(
+        np.repeat(np.arange(len(sizes)), sizes)
+    )
     experts_TK = flat.reshape(num_tokens, top_k)
     # The masked lie everywhere, and last: a row past all groups may read the last token.
     experts_TK[:-1] = np.random.default_rng(1).permutation(experts_TK[:-1])
@@ -92,7 +100,9 @@ def test_output_and_gradients_equal_the_loop_for_ragged_experts_and_poisoned_mas
     check(choices_of(sizes, 50, 2), 5)
 
 
-@pytest.mark.parametrize("sizes", [(128, 129), (511, 512), (513, 1024), (1025, 3071), (0, 4096), (4096, 0)])
+@pytest.mark.parametrize(
+    "sizes", [(128, 129), (511, 512), (513, 1024), (1025, 3071), (0, 4096), (4096, 0)]
+)
 def test_large_groups_are_right_at_the_borders_of_tiles(sizes):
     assert tile_sizes(4096, 2)[-1] == 512
     check(choices_of(sizes, 4096, 1), 2, d=3, f=2)
@@ -102,10 +112,18 @@ def test_groups_of_every_size_of_tile_are_right_at_once():
     num_experts, tokens, top_k = 32, 1100, 4
     sizes = tile_sizes(tokens * top_k, num_experts)
     assert len(sizes) == 9
-    check(choices_of([*sizes, *(s + 1 for s in sizes), *(s - 1 for s in sizes), 1, 0, 1, 0, 5], tokens, top_k), 32, d=3)
+    check(
+        choices_of(
+            [*sizes, *(s + 1 for s in sizes), *(s - 1 for s in sizes), 1, 0, 1, 0, 5], tokens, top_k
+        ),
+        32,
+        d=3,
+    )
 
 
-@pytest.mark.parametrize(("tokens", "top_k", "num_experts"), [(1, 1, 1), (1, 2, 64), (16, 2, 64), (3, 12, 12)])
+@pytest.mark.parametrize(
+    ("tokens", "top_k", "num_experts"), [(1, 1, 1), (1, 2, 64), (16, 2, 64), (3, 12, 12)]
+)
 def test_a_few_tokens_are_right_as_in_decoding(tokens, top_k, num_experts):
     rng = np.random.default_rng(0)
     check(np.stack([rng.permutation(num_experts)[:top_k] for _ in range(tokens)]), num_experts)
@@ -116,11 +134,16 @@ def test_every_activation_equals_all_experts_computed_for_all_tokens(activation)
     arguments = draw(choices_of((31, 0, 32, 20, 3), 50, 2), 5)
     num_projections = Network(activation).num_projections
     x_TD, weights_TK, gate_up_EDPF, down_EFD, experts_TK, dy_TD = arguments
-    x_TD, dy_TD = np.nan_to_num(x_TD), np.nan_to_num(dy_TD)  # the plain formula multiplies them by zeros
+    x_TD, dy_TD = (
+        np.nan_to_num(x_TD),
+        np.nan_to_num(dy_TD),
+    )  # the plain formula multiplies them by zeros
     chosen_TKE = jax.nn.one_hot(experts_TK, 5)
 
     def plain(x_TD, weights_TK, gate_up_EDPF, down_EFD, experts_TK):
-        projected = [jnp.einsum("TD,EDF->ETF", x_TD, gate_up_EDPF[:, :, i]) for i in range(num_projections)]
+        projected = [
+            jnp.einsum("TD,EDF->ETF", x_TD, gate_up_EDPF[:, :, i]) for i in range(num_projections)
+        ]
         hidden_ETF = oracle_experts.activation(activation, projected[0], projected[-1], 0.5)
         return jnp.einsum("TK,TKE,ETF,EFD->TD", weights_TK, chosen_TKE, hidden_ETF, down_EFD)
 
@@ -154,27 +177,49 @@ def test_too_few_spare_rows_are_an_error_that_says_how_many_to_plan_with():
     plan = plan_dropless(experts_TK, 5, spare_rows=63)
     rows = plan.row_TK, plan.choice_R, plan.group_sizes_E
     with pytest.raises(ValueError, match=r"163 rows and must have 164; plan with spare_rows=64"):
-        feed_forward(x_TD, weights_TK, gate_up_EDPF, down_EFD, *rows, activate=Network().activate, sizes=(16, 64))
+        feed_forward(
+            x_TD,
+            weights_TK,
+            gate_up_EDPF,
+            down_EFD,
+            *rows,
+            activate=Network().activate,
+            sizes=(16, 64),
+        )
 
 
 def test_bfloat16_is_accumulated_in_float32_and_rounded_once():
     arguments = draw(choices_of((300, 0, 90, 10), 200, 2), 4, d=16, f=8)
-    low = [jnp.asarray(a, jnp.bfloat16) if np.issubdtype(a.dtype, np.floating) else a for a in arguments]
+    low = [
+        jnp.asarray(a, jnp.bfloat16) if np.issubdtype(a.dtype, np.floating) else a
+        for a in arguments
+    ]
     low[1] = arguments[1]  # combine weights are float32 whatever the compute dtype
     actual = value_and_gradients(*low)
-    exact = oracle.feed_forward(*[np.asarray(a, np.float64) if i != 4 else a for i, a in enumerate(low)])
+    exact = oracle.feed_forward(
+        *[np.asarray(a, np.float64) if i != 4 else a for i, a in enumerate(low)]
+    )
     assert [a.dtype for a in actual] == ["bfloat16", "bfloat16", "float32", "bfloat16", "bfloat16"]
     for name, a, e in zip(NAMES, actual, exact, strict=True):
         # Projections, rows and results are rounded, each by at most 2^-9 of its value; sums of hundreds are not.
         scale = np.abs(e).max()
-        np.testing.assert_allclose(np.asarray(a, np.float64), e, rtol=2**-6, atol=2**-8 * scale, err_msg=name)
+        np.testing.assert_allclose(
+            np.asarray(a, np.float64), e, rtol=2**-6, atol=2**-8 * scale, err_msg=name
+        )
 
 
 def test_every_product_of_bfloat16_comes_out_in_float32():
-    shapes = [((64, 4), "bfloat16"), ((64, 2), "float32"), ((3, 4, 2, 4), "bfloat16"), ((3, 4, 4), "bfloat16")]
+    shapes = [
+        ((64, 4), "bfloat16"),
+        ((64, 2), "float32"),
+        ((3, 4, 2, 4), "bfloat16"),
+        ((3, 4, 4), "bfloat16"),
+    ]
     shapes += [((64, 2), "int32"), ((64, 4), "bfloat16")]
     jaxpr = jax.make_jaxpr(value_and_gradients)(*(jax.ShapeDtypeStruct(*s) for s in shapes))
-    products = [e.outvars[0].aval.dtype for e in oracle.equations(jaxpr) if "dot" in e.primitive.name]
+    products = [
+        e.outvars[0].aval.dtype for e in oracle.equations(jaxpr) if "dot" in e.primitive.name
+    ]
     assert len(products) >= 6 and set(products) == {jnp.dtype("float32")}
 
 
@@ -185,21 +230,34 @@ def test_rows_are_added_to_their_token_and_none_stands_for_zeros(top_k):
     row_TK = rng.integers(0, 33, (7, top_k)).astype(np.int32)
     row_TK[0] = 30
     rows_RD = np.concatenate([x_RD, np.zeros((3, 3), np.float32)])
-    oracle.assert_close(jax.jit(add_rows)(x_RD, row_TK), rows_RD[row_TK].astype(np.float64).sum(axis=1))
+    oracle.assert_close(
+        jax.jit(add_rows)(x_RD, row_TK), rows_RD[row_TK].astype(np.float64).sum(axis=1)
+    )
 
 
 def test_gradients_of_replicated_weights_in_shard_map_sum_over_devices_whose_tokens_differ():
     sizes = [(31, 0, 9), (0, 33, 0), (0, 0, 0), (5, 6, 29)]
     shards = [draw(choices_of(s, 20, 2), 3, seed=i) for i, s in enumerate(sizes)]
-    x_TD, weights_TK, experts_TK, dy_TD = (np.concatenate([shard[i] for shard in shards]) for i in (0, 1, 4, 5))
+    x_TD, weights_TK, experts_TK, dy_TD = (
+        np.concatenate([shard[i] for shard in shards]) for i in (0, 1, 4, 5)
+    )
     gate_up_EDPF, down_EFD = shards[0][2:4]
     mesh = jax.make_mesh((4,), ("devices",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
     split, whole = PartitionSpec("devices"), PartitionSpec()
     layer = jax.shard_map(
-        run_layer, mesh=mesh, in_specs=(split, split, whole, whole, split), out_specs=split, check_vma=True
+        run_layer,
+        mesh=mesh,
+        in_specs=(split, split, whole, whole, split),
+        out_specs=split,
+        check_vma=True,
     )
-    actual = jax.jit(with_gradients(layer))(x_TD, weights_TK, gate_up_EDPF, down_EFD, experts_TK, dy_TD)
-    expected = [oracle.feed_forward(shard[0], shard[1], gate_up_EDPF, down_EFD, shard[4], shard[5]) for shard in shards]
+    actual = jax.jit(with_gradients(layer))(
+        x_TD, weights_TK, gate_up_EDPF, down_EFD, experts_TK, dy_TD
+    )
+    expected = [
+        oracle.feed_forward(shard[0], shard[1], gate_up_EDPF, down_EFD, shard[4], shard[5])
+        for shard in shards
+    ]
     for i, (name, a) in enumerate(zip(NAMES, actual, strict=True)):
         parts = [e[i] for e in expected]
         oracle.assert_close(a, np.concatenate(parts) if i < 3 else sum(parts), err_msg=name)
@@ -207,7 +265,11 @@ def test_gradients_of_replicated_weights_in_shard_map_sum_over_devices_whose_tok
 
 def test_the_traced_program_has_the_same_size_for_8_and_64_experts():
     def size(num_experts):
-        return len(oracle.primitives(jax.make_jaxpr(value_and_gradients)(*abstract(8192, 4, 4, num_experts, 2))))
+        return len(
+            oracle.primitives(
+                jax.make_jaxpr(value_and_gradients)(*abstract(8192, 4, 4, num_experts, 2))
+            )
+        )
 
     assert size(8) < size(64)  # four sizes of tiles, and nine
     assert size(64) == size(128) > 100
@@ -244,7 +306,13 @@ def test_second_derivatives_are_refused_with_the_remedy_in_words():
     experts_TK = jnp.asarray([[0, 1], [1, 0]], jnp.int32)
 
     def slope(x_TD):
-        return jnp.sum(jax.grad(lambda x: jnp.sum(run_layer(x, weights_TK, gate_up_EDPF, down_EFD, experts_TK)))(x_TD))
+        return jnp.sum(
+            jax.grad(
+                lambda x: jnp.sum(run_layer(x, weights_TK, gate_up_EDPF, down_EFD, experts_TK))
+            )(x_TD)
+        )
 
-    with pytest.raises(SecondDerivativeError, match=r"first derivatives only.*use moe.grouped_matmul=padded"):
+    with pytest.raises(
+        SecondDerivativeError, match=r"first derivatives only.*use moe.grouped_matmul=padded"
+    ):
         jax.grad(slope)(x_TD)

@@ -102,13 +102,17 @@ def interpreted_megablox():
 
 KERNELS = {"tokamax": interpreted_tokamax, "ragged": interpreted_megablox}
 
-each_kernel = pytest.mark.parametrize("name", [pytest.param("tokamax", marks=needs_tokamax), "ragged"])
+each_kernel = pytest.mark.parametrize(
+    "name", [pytest.param("tokamax", marks=needs_tokamax), "ragged"]
+)
 
 
 def draw(sizes, rows=ROWS, d=24, f=40, seed=0):
     """Rows, matrices, sizes and cotangent; what belongs to no group is NaN."""
     rng = np.random.default_rng(seed)
-    x_RD, w_EDF, dy_RF = (rng.normal(size=s).astype(np.float32) for s in ((rows, d), (len(sizes), d, f), (rows, f)))
+    x_RD, w_EDF, dy_RF = (
+        rng.normal(size=s).astype(np.float32) for s in ((rows, d), (len(sizes), d, f), (rows, f))
+    )
     x_RD[sum(sizes) :], dy_RF[sum(sizes) :] = np.nan, np.nan
     return x_RD, w_EDF, np.array(sizes, np.int32), dy_RF
 
@@ -118,7 +122,9 @@ def compiled(name, dtype="float32"):
     """Value and gradients of one kernel, compiled once for all sizes of groups."""
 
     def run(x_RD, w_EDF, sizes_E, dy_RF):
-        y_RF, pull = jax.vjp(lambda x, w: grouped_matmul(x, w, sizes_E, implementation=name), x_RD, w_EDF)
+        y_RF, pull = jax.vjp(
+            lambda x, w: grouped_matmul(x, w, sizes_E, implementation=name), x_RD, w_EDF
+        )
         return y_RF, *pull(dy_RF)
 
     shapes = [(a.shape, a.dtype if a.dtype == np.int32 else dtype) for a in draw(SIZES[0])]
@@ -128,7 +134,9 @@ def compiled(name, dtype="float32"):
 
 @each_kernel
 @pytest.mark.parametrize("sizes", SIZES)
-def test_values_and_gradients_are_those_of_the_loop_with_poisoned_tails_and_empty_groups(name, sizes):
+def test_values_and_gradients_are_those_of_the_loop_with_poisoned_tails_and_empty_groups(
+    name, sizes
+):
     arguments = draw(sizes)
     y_RF, dx_RD, dw_EDF = compiled(name)(*arguments)
     oracle.assert_close((y_RF, dx_RD, dw_EDF), oracle.grouped_matmul(*arguments))
@@ -152,7 +160,9 @@ def test_bfloat16_products_are_accumulated_in_float32_and_rounded_once(name):
 def test_the_mosaic_kernels_give_values_and_gradients_of_the_loop(sizes):
     x_RD, w_EDF, sizes_E, dy_RF = map(jnp.asarray, draw(sizes, rows=256, d=128, f=256))
     with interpreted_mosaic():
-        y_RF, pull = jax.vjp(lambda x, w: tokamax.grouped_matmul_tokamax(x, w, sizes_E), x_RD, w_EDF)
+        y_RF, pull = jax.vjp(
+            lambda x, w: tokamax.grouped_matmul_tokamax(x, w, sizes_E), x_RD, w_EDF
+        )
         actual = y_RF, *pull(dy_RF)
     oracle.assert_close(actual, oracle.grouped_matmul(x_RD, w_EDF, sizes_E, dy_RF))
     for e, size in enumerate(sizes):
@@ -160,11 +170,14 @@ def test_the_mosaic_kernels_give_values_and_gradients_of_the_loop(sizes):
 
 
 @pytest.mark.parametrize(
-    ("rows", "sizes"), [(1100, (600, 0, 500)), (1500, (700, 0)), (1400, (700, 600)), (1, (1, 0)), (700, (5, 690))]
+    ("rows", "sizes"),
+    [(1100, (600, 0, 500)), (1500, (700, 0)), (1400, (700, 600)), (1, (1, 0)), (700, (5, 690))],
 )
 def test_megablox_adds_up_groups_across_its_tiles_of_128_and_512_rows(rows, sizes):
     x_RD, w_EDF, sizes_E, dy_RF = draw(sizes, rows=rows, d=520 if rows == 1400 else 24)
-    dw_EDF = outer_products_megablox(jnp.asarray(x_RD), jnp.asarray(dy_RF), jnp.asarray(sizes_E), interpret=True)
+    dw_EDF = outer_products_megablox(
+        jnp.asarray(x_RD), jnp.asarray(dy_RF), jnp.asarray(sizes_E), interpret=True
+    )
     oracle.assert_close(dw_EDF, oracle.grouped_matmul(x_RD, w_EDF, sizes_E, dy_RF)[2])
 
 
@@ -196,13 +209,23 @@ def test_the_gradient_of_replicated_weights_sums_over_devices_whose_rows_differ(
 
 
 @each_kernel
-@pytest.mark.parametrize("variant", [{}, {"expert_bias": True, "weight_on": "input", "top_k": 1, "renormalize": False}])
-def test_a_layer_on_a_mesh_has_the_output_and_gradients_of_one_device_though_nobody_checks_what_varies(name, variant):
+@pytest.mark.parametrize(
+    "variant", [{}, {"expert_bias": True, "weight_on": "input", "top_k": 1, "renormalize": False}]
+)
+def test_a_layer_on_a_mesh_has_the_output_and_gradients_of_one_device_though_nobody_checks_what_varies(
+    name, variant
+):
     x_BLD = jnp.asarray(np.random.default_rng(0).normal(size=(4, 8, 16)), jnp.float32)
     is_token_BL = np.arange(8) < np.array([[8], [5], [8], [3]])
 
     def run(implementation):
-        leaves = {"num_experts": 4, "top_k": 2, "d_expert": 8, "score": "softmax", "grouped_matmul": implementation}
+        leaves = {
+            "num_experts": 4,
+            "top_k": 2,
+            "d_expert": 8,
+            "score": "softmax",
+            "grouped_matmul": implementation,
+        }
         config = MoeConfig(**leaves | variant)
         layer = MoE(config, 16, jnp.dtype("float32"), vocab_size=7, rngs=nnx.Rngs(params=0))
         graphdef, params, rest = nnx.split(layer, nnx.Param, ...)
@@ -275,7 +298,9 @@ def test_what_runs_where_tokamax_does_not_is_logged_once_with_the_reason(
     ],
 )
 def test_an_old_or_other_gpu_is_named_as_the_reason(kind, capability, works, monkeypatch):
-    device = mock.Mock(spec=jax.Device, platform="gpu", device_kind=kind, compute_capability=capability)
+    device = mock.Mock(
+        spec=jax.Device, platform="gpu", device_kind=kind, compute_capability=capability
+    )
     monkeypatch.setattr(tokamax, "platform", lambda: "gpu")
     monkeypatch.setattr(jax, "__version_info__", (0, 10, 2))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
@@ -296,5 +321,7 @@ def test_the_platform_is_that_of_the_mesh_in_context(monkeypatch):
     for device in ("cpu", jax.devices()[0]):
         with jax.default_device(device):
             assert platform() == "cpu"
-    with jax.set_mesh(jax.make_mesh((1,), ("devices",), axis_types=(AxisType.Auto,), devices=jax.devices()[:1])):
+    with jax.set_mesh(
+        jax.make_mesh((1,), ("devices",), axis_types=(AxisType.Auto,), devices=jax.devices()[:1])
+    ):
         assert platform() == "cpu"

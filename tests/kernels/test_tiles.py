@@ -21,15 +21,21 @@ def visits(group_sizes_E, sizes):
 
     def tile(e, size, row, carry):
         owner_R, visits_R, total = carry
-        is_inside_R = (jnp.arange(NUM_ROWS) >= row) & (jnp.arange(NUM_ROWS) < jnp.minimum(row + size, groups.ends_E[e]))
+        is_inside_R = (jnp.arange(NUM_ROWS) >= row) & (
+            jnp.arange(NUM_ROWS) < jnp.minimum(row + size, groups.ends_E[e])
+        )
         return jnp.where(is_inside_R, e, owner_R), visits_R + is_inside_R, total + size
 
     def one_group(e, carry):
-        return groups.for_each_tile(e, functools.partial(tile, e), functools.partial(tile, e), carry)
+        return groups.for_each_tile(
+            e, functools.partial(tile, e), functools.partial(tile, e), carry
+        )
 
     zeros_R = jnp.zeros(NUM_ROWS, jnp.int32)
     carry = groups.for_each_active(one_group, (zeros_R - 1, zeros_R, jnp.int32(0)))
-    return *carry, groups.for_each_empty(lambda e, seen_E: seen_E.at[e].add(1), jnp.zeros(NUM_GROUPS, jnp.int32))
+    return *carry, groups.for_each_empty(
+        lambda e, seen_E: seen_E.at[e].add(1), jnp.zeros(NUM_GROUPS, jnp.int32)
+    )
 
 
 @settings(max_examples=60, deadline=None)
@@ -63,7 +69,9 @@ def test_a_group_at_the_border_of_a_tile_is_covered(size):
 
 @pytest.mark.parametrize("num_rows", [1, 2, 100, FEW_ROWS - 1, FEW_ROWS, 8192, 32768, 10**6])
 @pytest.mark.parametrize("num_groups", [1, 8, 64, 256, 10_000])
-def test_sizes_rise_and_lie_around_the_mean_with_few_of_them_where_there_are_few_rows(num_rows, num_groups):
+def test_sizes_rise_and_lie_around_the_mean_with_few_of_them_where_there_are_few_rows(
+    num_rows, num_groups
+):
     sizes, mean = tile_sizes(num_rows, num_groups), num_rows // num_groups
     assert list(sizes) == sorted(set(sizes)) and all(size % 2 == 0 for size in sizes)
     assert sizes[0] <= max(16, mean) and sizes[-1] >= min(256, mean)

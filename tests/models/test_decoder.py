@@ -46,13 +46,19 @@ DENSE = config_of(moe={"num_experts": 0})
 @functools.cache
 def abstract(config):
     """Structure and abstract parameters."""
-    return nnx.split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(params=0))), nnx.Param, ...)[:2]
+    return nnx.split(
+        nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(params=0))), nnx.Param, ...
+    )[:2]
 
 
 def merge(config, params):
     """The decoder with these parameters and the router state of a fresh one, which is 0."""
-    fresh = nnx.split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(params=0))), nnx.Param, ...)[2]
-    return nnx.merge(abstract(config)[0], params, jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), fresh))
+    fresh = nnx.split(
+        nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(params=0))), nnx.Param, ...
+    )[2]
+    return nnx.merge(
+        abstract(config)[0], params, jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), fresh)
+    )
 
 
 @functools.cache
@@ -69,7 +75,9 @@ def weights_of(config):
 
 def apply(config, state, tokens_BL, segments_BL, positions_BL, factor=None):
     """Logits, and the statistics of all MoE layers; training with a capacity factor, or evaluation without."""
-    knobs = None if factor is None else dataclasses.replace(Knobs.of(config), capacity_factor=factor)
+    knobs = (
+        None if factor is None else dataclasses.replace(Knobs.of(config), capacity_factor=factor)
+    )
     logits_BLV, runs = merge(config, state)(tokens_BL, segments_BL, positions_BL, knobs=knobs)
     return logits_BLV, join(runs)
 
@@ -88,12 +96,16 @@ def tokens_of(seed):
 ONE_DOCUMENT = (np.ones((B, L), np.int32), np.tile(np.arange(L, dtype=np.int32), (B, 1)))
 
 every_kind = pytest.mark.parametrize(
-    ("config", "factor"), [(PLAIN, None), (CAPACITY, 0.5), (RICH, None)], ids=["dropless", "capacity", "rich"]
+    ("config", "factor"),
+    [(PLAIN, None), (CAPACITY, 0.5), (RICH, None)],
+    ids=["dropless", "capacity", "rich"],
 )
 
 
 def run(config, tokens_BL, segments_BL=ONE_DOCUMENT[0], positions_BL=ONE_DOCUMENT[1], factor=None):
-    return forward(config)(tokens_BL, segments_BL, positions_BL, None if factor is None else jnp.float32(factor))
+    return forward(config)(
+        tokens_BL, segments_BL, positions_BL, None if factor is None else jnp.float32(factor)
+    )
 
 
 # What a token depends on ------------------------------------------------------------------------------------------
@@ -104,7 +116,10 @@ def run(config, tokens_BL, segments_BL=ONE_DOCUMENT[0], positions_BL=ONE_DOCUMEN
 def test_changing_later_tokens_changes_no_earlier_logits(config, factor, cut):
     tokens_BL, other_BL = tokens_of(0), tokens_of(1)
     other_BL[:, :cut] = tokens_BL[:, :cut]
-    (logits, stats), (changed, _) = run(config, tokens_BL, factor=factor), run(config, other_BL, factor=factor)
+    (logits, stats), (changed, _) = (
+        run(config, tokens_BL, factor=factor),
+        run(config, other_BL, factor=factor),
+    )
     oracle.assert_close(changed[:, :cut], logits[:, :cut])
     assert np.all(np.abs(changed[:, cut:] - logits[:, cut:]).max(-1) > 1e-2)
     assert factor is None or np.all(stats.dropped > 0)  # or the test of capacity would test nothing
@@ -149,7 +164,9 @@ def test_attention_does_not_cross_from_one_document_into_the_next():
     segments_BL = np.array([[1] * 4 + [2] * 4] * B, np.int32)
     positions_BL = np.array([[0, 1, 2, 3] * 2] * B, np.int32)
     other_BL = np.concatenate([tokens_of(1)[:, :4], tokens_BL[:, 4:]], axis=1)
-    logits, changed = (run(PLAIN, tokens, segments_BL, positions_BL)[0] for tokens in (tokens_BL, other_BL))
+    logits, changed = (
+        run(PLAIN, tokens, segments_BL, positions_BL)[0] for tokens in (tokens_BL, other_BL)
+    )
     oracle.assert_close(changed[:, 4:], logits[:, 4:])
     # In one document it does look back:
     logits, changed = (run(PLAIN, tokens)[0] for tokens in (tokens_BL, other_BL))
@@ -160,7 +177,9 @@ def test_what_stands_at_padding_changes_no_logit_of_a_token_and_no_statistic():
     segments_BL = np.array([[1] * 5 + [0] * 3, [1] * 8], np.int32)
     tokens_BL = tokens_of(0)
     other_BL = np.where(segments_BL > 0, tokens_BL, tokens_of(1))
-    (logits, stats), (changed, changed_stats) = (run(PLAIN, tokens, segments_BL) for tokens in (tokens_BL, other_BL))
+    (logits, stats), (changed, changed_stats) = (
+        run(PLAIN, tokens, segments_BL) for tokens in (tokens_BL, other_BL)
+    )
     oracle.assert_close(changed[segments_BL > 0], logits[segments_BL > 0])
     oracle.assert_close(changed_stats, stats)
     assert np.all(stats.num_tokens == 13)
@@ -189,14 +208,26 @@ def test_cached_decoding_equals_the_full_forward_pass(config, lengths):
 
 # Layers -----------------------------------------------------------------------------------------------------------
 
-PATTERNS = [(1, 0, 1), (3, 0, 1), (4, 1, 1), (4, 0, 2), (5, 0, 2), (6, 1, 2), (7, 2, 3), (4, 3, 1), (12, 1, 4)]
+PATTERNS = [
+    (1, 0, 1),
+    (3, 0, 1),
+    (4, 1, 1),
+    (4, 0, 2),
+    (5, 0, 2),
+    (6, 1, 2),
+    (7, 2, 3),
+    (4, 3, 1),
+    (12, 1, 4),
+]
 
 
 @pytest.mark.parametrize(("num_layers", "first_dense", "every"), PATTERNS)
 def test_there_is_one_balance_term_for_each_moe_layer_and_the_layers_are_where_the_config_puts_them(
     num_layers, first_dense, every
 ):
-    config = config_of(model={"num_layers": num_layers}, moe={"first_dense": first_dense, "every": every})
+    config = config_of(
+        model={"num_layers": num_layers}, moe={"first_dense": first_dense, "every": every}
+    )
     expected = [i for i in range(first_dense, num_layers) if (i - first_dense + 1) % every == 0]
     assert list(config.moe_layers) == expected
     assert config.num_moe_layers == len(expected)
@@ -204,7 +235,9 @@ def test_there_is_one_balance_term_for_each_moe_layer_and_the_layers_are_where_t
     kinds = [block.is_moe for block, _ in model.walk()]
     assert kinds == [i in expected for i in range(num_layers)]
     shape = jax.ShapeDtypeStruct((B, L), jnp.int32)
-    _, stats = jax.eval_shape(functools.partial(apply, config), abstract(config)[1], shape, shape, shape)
+    _, stats = jax.eval_shape(
+        functools.partial(apply, config), abstract(config)[1], shape, shape, shape
+    )
     terms = jax.eval_shape(lambda s: (balance_loss(s), z_loss(s)), stats)
     assert [term.shape for term in terms] == [(len(expected),)] * 2
     assert stats.assignments_E.shape == (len(expected), 4)
@@ -247,7 +280,9 @@ def loss_and_gradients(remat, scan_layers):
     )
 
 
-@pytest.mark.parametrize(("remat", "scan_layers"), [(False, True), (True, False)], ids=["no remat", "unrolled"])
+@pytest.mark.parametrize(
+    ("remat", "scan_layers"), [(False, True), (True, False)], ids=["no remat", "unrolled"]
+)
 def test_neither_remat_nor_the_scan_changes_the_loss_or_a_gradient(remat, scan_layers):
     oracle.assert_close(loss_and_gradients(remat, scan_layers), loss_and_gradients(True, True))
 
@@ -258,35 +293,54 @@ def test_neither_remat_nor_the_scan_changes_the_loss_or_a_gradient(remat, scan_l
 @functools.cache
 def gradient_jaxpr(config):
     shape = jax.ShapeDtypeStruct((B, L), jnp.int32)
-    return jax.make_jaxpr(jax.grad(functools.partial(loss_of, config)))(abstract(config)[1], shape, shape, shape)
+    return jax.make_jaxpr(jax.grad(functools.partial(loss_of, config)))(
+        abstract(config)[1], shape, shape, shape
+    )
 
 
 def test_every_name_that_remat_saves_occurs_in_the_program():
-    names = {e.params["name"] for e in oracle.equations(gradient_jaxpr(PLAIN)) if e.primitive.name == "name"}
+    names = {
+        e.params["name"]
+        for e in oracle.equations(gradient_jaxpr(PLAIN))
+        if e.primitive.name == "name"
+    }
     assert set(SAVED_NAMES) and set(SAVED_NAMES) <= names
 
 
 def test_the_backward_pass_never_selects_experts_again():
     # Two layers are one scanned block: one selection in the whole gradient, and one of K + 1 for metrics.
-    selections = [e.params["k"] for e in oracle.equations(gradient_jaxpr(PLAIN)) if e.primitive.name == "top_k"]
+    selections = [
+        e.params["k"]
+        for e in oracle.equations(gradient_jaxpr(PLAIN))
+        if e.primitive.name == "top_k"
+    ]
     assert selections.count(PLAIN.moe.top_k) == 1
 
 
 @pytest.mark.parametrize("dispatch", ["dropless", "capacity"])
 @pytest.mark.parametrize(
     ("small", "large"),
-    [({"moe": {"num_experts": 8}}, {"moe": {"num_experts": 64}}), ({"model": {"num_layers": 8}}, {})],
+    [
+        ({"moe": {"num_experts": 8}}, {"moe": {"num_experts": 64}}),
+        ({"model": {"num_layers": 8}}, {}),
+    ],
     ids=["8 and 64 experts", "2 and 8 layers"],
 )
-def test_the_traced_program_of_the_gradient_has_the_same_size_for_more_experts_and_more_layers(small, large, dispatch):
+def test_the_traced_program_of_the_gradient_has_the_same_size_for_more_experts_and_more_layers(
+    small, large, dispatch
+):
     def size(sections):
         moe = sections.get("moe", {}) | {"dispatch": dispatch}
         jaxpr = gradient_jaxpr(config_of(**sections | {"moe": moe}))
         scans = [
-            (e.params["length"], e.params["unroll"]) for e in oracle.equations(jaxpr) if e.primitive.name == "scan"
+            (e.params["length"], e.params["unroll"])
+            for e in oracle.equations(jaxpr)
+            if e.primitive.name == "scan"
         ]
         # An unrolled scan is one equation, but not one to compile: only over a token's choices is it small enough.
-        assert len(scans) >= 2 and all(unroll == 1 for length, unroll in scans if length > PLAIN.moe.top_k)
+        assert len(scans) >= 2 and all(
+            unroll == 1 for length, unroll in scans if length > PLAIN.moe.top_k
+        )
         return len(oracle.primitives(jaxpr))
 
     assert size(small) == size(large) > 100
@@ -310,7 +364,8 @@ def test_tied_embeddings_are_one_matrix_and_untied_ones_two():
     doubled = merge(PLAIN, final)
     x_BLD = jnp.ones((1, 1, 8))
     logits_of = [
-        model.unembed(x_BLD)[..., : PLAIN.num_token_ids] for model in (doubled, merge(PLAIN, weights_of(PLAIN)))
+        model.unembed(x_BLD)[..., : PLAIN.num_token_ids]
+        for model in (doubled, merge(PLAIN, weights_of(PLAIN)))
     ]
     oracle.assert_close(logits_of[0], 2 * logits_of[1])
     assert logits.dtype == jnp.float32
@@ -327,14 +382,25 @@ def test_ids_that_are_no_token_have_no_part_in_losses_and_gradients(config):
     @functools.partial(jax.value_and_grad, has_aux=True)
     def loss(params):
         logits_BLV = apply(config, params, *map(jnp.asarray, (tokens_BL, *ONE_DOCUMENT)))[0]
-        return optax.softmax_cross_entropy_with_integer_labels(logits_BLV, tokens_BL).mean(), logits_BLV
+        return optax.softmax_cross_entropy_with_integer_labels(
+            logits_BLV, tokens_BL
+        ).mean(), logits_BLV
 
     (value, logits_BLV), grads = loss(params)
-    tokens_alone = optax.softmax_cross_entropy_with_integer_labels(logits_BLV[..., : config.num_token_ids], tokens_BL)
+    tokens_alone = optax.softmax_cross_entropy_with_integer_labels(
+        logits_BLV[..., : config.num_token_ids], tokens_BL
+    )
     np.testing.assert_allclose(value, tokens_alone.mean(), rtol=1e-6)
-    assert config.num_token_ids < config.vocab_size and not grads[name][...][config.num_token_ids :].any()
+    assert (
+        config.num_token_ids < config.vocab_size
+        and not grads[name][...][config.num_token_ids :].any()
+    )
     (value_of_wild, _), grads_of_wild = loss(wild)
-    for a, b in zip(jax.tree.leaves((value, grads)), jax.tree.leaves((value_of_wild, grads_of_wild)), strict=True):
+    for a, b in zip(
+        jax.tree.leaves((value, grads)),
+        jax.tree.leaves((value_of_wild, grads_of_wild)),
+        strict=True,
+    ):
         np.testing.assert_array_equal(a, b)
 
 
@@ -359,22 +425,33 @@ def test_embeddings_enter_with_unit_scale_and_leave_with_logits_of_unit_scale():
     @jax.jit
     def run(tokens_BL):
         model = Decoder(config, rngs=nnx.Rngs(params=0))
-        return model.embed(tokens_BL), model.unembed(jax.random.normal(jax.random.key(1), (B, L, 64)))
+        return model.embed(tokens_BL), model.unembed(
+            jax.random.normal(jax.random.key(1), (B, L, 64))
+        )
 
     x_BLD, logits = run(tokens_of(0))
     # 1,024 and 4,144 numbers, some of them dependent.
-    np.testing.assert_allclose([x_BLD.std(), logits[..., : config.num_token_ids].std()], 1, rtol=0.1)
+    np.testing.assert_allclose(
+        [x_BLD.std(), logits[..., : config.num_token_ids].std()], 1, rtol=0.1
+    )
 
 
 def test_a_bfloat16_decoder_keeps_parameters_and_logits_in_float32():
     config = config_of(model={"compute_dtype": "bfloat16"})
     assert all(a.dtype == jnp.float32 for a in jax.tree.leaves(abstract(config)[1]))
     shape = jax.ShapeDtypeStruct((B, L), jnp.int32)
-    logits, stats = jax.eval_shape(functools.partial(apply, config), abstract(config)[1], shape, shape, shape)
+    logits, stats = jax.eval_shape(
+        functools.partial(apply, config), abstract(config)[1], shape, shape, shape
+    )
     assert logits.dtype == jnp.float32 and stats.probs_E.dtype == stats.z.dtype == jnp.float32
-    jaxpr = jax.make_jaxpr(functools.partial(apply, config))(abstract(config)[1], shape, shape, shape)
+    jaxpr = jax.make_jaxpr(functools.partial(apply, config))(
+        abstract(config)[1], shape, shape, shape
+    )
     products = {
-        v.aval.dtype.name for e in oracle.equations(jaxpr) if e.primitive.name == "dot_general" for v in e.invars
+        v.aval.dtype.name
+        for e in oracle.equations(jaxpr)
+        if e.primitive.name == "dot_general"
+        for v in e.invars
     }
     assert "bfloat16" in products
 
@@ -382,7 +459,10 @@ def test_a_bfloat16_decoder_keeps_parameters_and_logits_in_float32():
 @pytest.mark.parametrize("batch", [1, 3])
 def test_any_batch_size_runs_and_a_row_is_the_same_in_each(batch):
     tokens_BL = np.concatenate([tokens_of(0), tokens_of(1)])[:batch]
-    segments_BL, positions_BL = np.ones((batch, L), np.int32), np.tile(np.arange(L, dtype=np.int32), (batch, 1))
+    segments_BL, positions_BL = (
+        np.ones((batch, L), np.int32),
+        np.tile(np.arange(L, dtype=np.int32), (batch, 1)),
+    )
     logits, _ = run(PLAIN, tokens_BL, segments_BL, positions_BL)
     oracle.assert_close(logits[0], run(PLAIN, tokens_of(0))[0][0])
 
@@ -393,7 +473,10 @@ def test_walking_through_the_layers_draws_what_the_scan_draws():
     model = Decoder(config, rngs=nnx.Rngs(params=0))
     knobs, keys_B = Knobs.of(config), jax.random.split(jax.random.key(3), 2)
     tokens_BL = jnp.asarray(np.random.default_rng(0).integers(3, 250, (2, 16)), jnp.int32)
-    ones_BL, positions_BL = jnp.ones_like(tokens_BL), jnp.broadcast_to(jnp.arange(16, dtype=jnp.int32), (2, 16))
+    ones_BL, positions_BL = (
+        jnp.ones_like(tokens_BL),
+        jnp.broadcast_to(jnp.arange(16, dtype=jnp.int32), (2, 16)),
+    )
     info = TokenInfo(ones_BL > 0, tokens_BL, positions_BL, knobs, keys_B)
     x_BLD, dropped = model.embed(tokens_BL), []
     for block, own in model.walk(Context(positions_BL, ones_BL, info)):
@@ -401,4 +484,7 @@ def test_walking_through_the_layers_draws_what_the_scan_draws():
         dropped += [float(stats.dropped_out)] if block.is_moe else []
     logits, found = model(tokens_BL, ones_BL, positions_BL, knobs=knobs, keys_B=keys_B)
     oracle.assert_close(model.unembed(x_BLD), logits)
-    assert np.concatenate([stats.dropped_out for stats in found]).tolist() == dropped and len(set(dropped)) > 1
+    assert (
+        np.concatenate([stats.dropped_out for stats in found]).tolist() == dropped
+        and len(set(dropped)) > 1
+    )

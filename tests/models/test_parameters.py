@@ -22,7 +22,14 @@ def test_a_dense_model_has_the_parameters_counted_by_hand_all_of_them_active():
 
 
 def test_a_moe_model_has_the_parameters_counted_by_hand_of_which_a_token_uses_k_of_e_experts():
-    moe = {"num_experts": 8, "top_k": 2, "d_expert": 24, "num_shared_experts": 1, "first_dense": 1, "every": 2}
+    moe = {
+        "num_experts": 8,
+        "top_k": 2,
+        "d_expert": 24,
+        "num_shared_experts": 1,
+        "first_dense": 1,
+        "every": 2,
+    }
     model = MODEL | {"tied_embeddings": False, "qk_norm": True}
     count = count_parameters(resolve({"model": model, "data": BYTES, "moe": moe}))
     attention = ATTENTION + 2 * 4  # norms of query and key, one head wide
@@ -43,13 +50,24 @@ def test_a_moe_model_has_the_parameters_counted_by_hand_of_which_a_token_uses_k_
     ],
 )
 def test_the_dense_twin_has_as_many_active_parameters_but_for_the_router(moe):
-    config = resolve({"model": MODEL, "data": BYTES, "moe": {"num_experts": 8, "top_k": 2, "d_expert": 24} | moe})
+    config = resolve(
+        {"model": MODEL, "data": BYTES, "moe": {"num_experts": 8, "top_k": 2, "d_expert": 24} | moe}
+    )
     router = 4 * 16 * config.moe.num_choices
-    moe_active, twin = count_parameters(config).active - router, count_parameters(dense_twin(config)).active
+    moe_active, twin = (
+        count_parameters(config).active - router,
+        count_parameters(dense_twin(config)).active,
+    )
     assert abs(moe_active - twin) <= 4 * 3 * 16 / 2  # the width is rounded
 
 
 def test_a_token_never_has_more_experts_with_weights_than_there_are():
-    moe = {"num_experts": 2, "top_k": 4, "d_expert": 24, "num_zero_experts": 4, "router": "softmax_topk"}
+    moe = {
+        "num_experts": 2,
+        "top_k": 4,
+        "d_expert": 24,
+        "num_zero_experts": 4,
+        "router": "softmax_topk",
+    }
     config = resolve({"model": MODEL, "data": BYTES, "moe": moe})
     assert count_parameters(config).active == count_parameters(config).total

@@ -25,7 +25,10 @@ CASES["groups of three"] = {
 CASES["groups of four"] = {
     "router": "hierarchical", "num_experts": 8, "num_groups": 2, "top_k_groups": 2, "top_k": 4,
 }  # fmt: skip
-CASES["free experts"] = OTHER_CASES["experts"]["moe"] | {"expert_dropout": 0.0, "shared_combine": "sum"}
+CASES["free experts"] = OTHER_CASES["experts"]["moe"] | {
+    "expert_dropout": 0.0,
+    "shared_combine": "sum",
+}
 CASES["next"] = {"dispatch": "capacity", "eval_capacity_factor": 0.7, "overflow": "next"}
 
 
@@ -36,14 +39,23 @@ def apply(graphdef, state, x_BLD, info):
 
 def layer_of(case):
     """A layer whose router and bias matter."""
-    config = derive_moe(MoeConfig(**{"num_experts": 4, "top_k": 2, "d_expert": 6, "grouped_matmul": "dense"} | case), L)
+    config = derive_moe(
+        MoeConfig(
+            **{"num_experts": 4, "top_k": 2, "d_expert": 6, "grouped_matmul": "dense"} | case
+        ),
+        L,
+    )
     layer = MoE(config, D, jnp.dtype("float32"), vocab_size=7, rngs=nnx.Rngs(params=1))
     rng = np.random.default_rng(0)
     graphdef, params, rest = nnx.split(layer, nnx.Param, ...)
     if "router" in params:
-        params["router"] = jax.tree.map(lambda p: p + jnp.asarray(rng.normal(size=p.shape), p.dtype), params["router"])
+        params["router"] = jax.tree.map(
+            lambda p: p + jnp.asarray(rng.normal(size=p.shape), p.dtype), params["router"]
+        )
     if config.has_selection_bias:
-        rest["selection_bias"].set_value(jnp.asarray(rng.normal(size=config.num_choices) / 4, jnp.float32))
+        rest["selection_bias"].set_value(
+            jnp.asarray(rng.normal(size=config.num_choices) / 4, jnp.float32)
+        )
     return nnx.merge(graphdef, params, rest)
 
 
@@ -85,10 +97,14 @@ def test_the_next_in_rank_takes_a_blocked_experts_place_and_other_tokens_do_not_
         assert len(new) == 1 and set(stays) < {*after_TK[token]}
         ranking_E = trained.routing.ranking_TE[token].copy()
         ranking_E[before_TK[token]] = -np.inf
-        if layer.config.router == "hierarchical":  # the next of its group, if a token does not visit all of that
+        if (
+            layer.config.router == "hierarchical"
+        ):  # the next of its group, if a token does not visit all of that
             group_E = np.arange(none) * layer.config.num_groups // none
             ranking_E[group_E != group_E[expert]] = -np.inf
-        if layer.config.router == "hierarchical" and ranking_E.max() == -np.inf:  # and else of another one
+        if (
+            layer.config.router == "hierarchical" and ranking_E.max() == -np.inf
+        ):  # and else of another one
             assert new != [none]
         elif layer.config.router != "random":  # which ranks by a draw
             assert new == [np.argmax(ranking_E) if ranking_E.max() > -np.inf else none]
@@ -97,7 +113,8 @@ def test_the_next_in_rank_takes_a_blocked_experts_place_and_other_tokens_do_not_
 MANY = {"num_experts": 12, "num_groups": 4, "top_k_groups": 2, "top_k": 4}
 VISITS = CASES | {
     "two best of each group": MANY | {"router": "sigmoid_topk", "selection_bias": True},
-    "best of each group": MANY | {"router": "softmax_topk", "group_score": "max", "selection_bias": True},
+    "best of each group": MANY
+    | {"router": "softmax_topk", "group_score": "max", "selection_bias": True},
     "two levels": MANY | {"router": "hierarchical"},
 }
 
@@ -128,7 +145,9 @@ def test_a_token_visits_top_k_experts_wherever_that_many_are_left(case):
             np.testing.assert_allclose(weights_TK.sum(axis=1)[mask_T], 1.0, rtol=1e-5)
 
 
-@pytest.mark.parametrize("case", ["softmax_topk", "sparse_mixer", "hierarchical", "dense", "random", "sinkhorn"])
+@pytest.mark.parametrize(
+    "case", ["softmax_topk", "sparse_mixer", "hierarchical", "dense", "random", "sinkhorn"]
+)
 def test_where_too_few_experts_are_left_tokens_have_fewer_or_none(case):
     layer = layer_of(CASES[case])
     num = layer.config.num_choices
@@ -149,14 +168,18 @@ def test_those_who_are_left_share_the_weight_if_the_run_normalises():
     for token in np.flatnonzero(mask_T):
         probs_E = trained.routing.probs_TE[token]
         expected = np.delete(probs_E, 2) / np.delete(probs_E, 2).sum()
-        weights = dict(zip(changed.routing.experts_TK[token], changed.routing.weights_TK[token], strict=True))
+        weights = dict(
+            zip(changed.routing.experts_TK[token], changed.routing.weights_TK[token], strict=True)
+        )
         np.testing.assert_allclose([weights[e] for e in (0, 1, 3)], expected, rtol=1e-5)
         assert weights[4] == 0
 
 
 @pytest.mark.parametrize("router", UNRANKED)
 def test_a_router_that_ranks_no_experts_refuses(router):
-    with pytest.raises(BlockError, match=rf"moe.router={router} ranks no expert.*any router but hash, balanced"):
+    with pytest.raises(
+        BlockError, match=rf"moe.router={router} ranks no expert.*any router but hash, balanced"
+    ):
         layer_of({"router": router} | ROUTER_CASES[router]).block(np.zeros(4, bool))
 
 

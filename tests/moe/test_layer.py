@@ -32,13 +32,19 @@ ALLOWED = [("softmax_topk", 1, False), ("switch", 1, False)] + [
 
 def config_of(**changes):
     """A tiny layer; capacity buffers have room for every token unless told otherwise."""
-    base = MoeConfig(num_experts=E, top_k=2, d_expert=F, capacity_factor=float(E), num_shared_experts=2)
+    base = MoeConfig(
+        num_experts=E, top_k=2, d_expert=F, capacity_factor=float(E), num_shared_experts=2
+    )
     return derive_moe(dataclasses.replace(base, **changes), L)
 
 
 @functools.cache
 def abstract_layer(config, dtype):
-    return nnx.split(nnx.eval_shape(lambda: MoE(config, D, jnp.dtype(dtype), vocab_size=7, rngs=nnx.Rngs(params=0))))
+    return nnx.split(
+        nnx.eval_shape(
+            lambda: MoE(config, D, jnp.dtype(dtype), vocab_size=7, rngs=nnx.Rngs(params=0))
+        )
+    )
 
 
 def layer_with(config, weights, dtype="float32"):
@@ -92,7 +98,9 @@ def objective_of(config, x_BLD, weights, mask_BL, factor, cotangent_BLD, aux):
 @functools.cache
 def value_and_gradients(config):
     """Compiled once for each config: `(x, weights, mask, factor, cotangent) -> (objective, (y, stats)), gradients`."""
-    run = jax.jit(jax.value_and_grad(functools.partial(objective_of, config), argnums=(0, 1), has_aux=True))
+    run = jax.jit(
+        jax.value_and_grad(functools.partial(objective_of, config), argnums=(0, 1), has_aux=True)
+    )
     return lambda *arguments, aux=1.0: run(*arguments, jnp.float32(aux))
 
 
@@ -116,9 +124,13 @@ def draw(seed=0, masked=0.2):
 
 def check(config, weights, x_BLD, mask_BL, cotangent_BLD, factor=None, limit=None):
     """Output, statistics, losses, metrics and every gradient against the oracle, whose result is returned."""
-    expected = oracle.layer(x_BLD, mask_BL, weights, top_k=config.top_k, renormalize=config.renormalize, limit=limit)
+    expected = oracle.layer(
+        x_BLD, mask_BL, weights, top_k=config.top_k, renormalize=config.renormalize, limit=limit
+    )
     factor = None if factor is None else jnp.float32(factor)
-    (objective, (y_BLD, stats)), gradients = value_and_gradients(config)(x_BLD, weights, mask_BL, factor, cotangent_BLD)
+    (objective, (y_BLD, stats)), gradients = value_and_gradients(config)(
+        x_BLD, weights, mask_BL, factor, cotangent_BLD
+    )
     oracle.assert_close(y_BLD, expected.y_BLD)
     assert stats.assignments_E[0].tolist() == oracle.counts(expected).tolist()
     if mask_BL.any():
@@ -157,7 +169,9 @@ def test_the_capacity_layer_and_all_its_gradients_equal_the_oracle_also_when_it_
     limit = oracle.capacity(factor, top_k, L, E)
     dropped = 0
     for seed in range(3):
-        expected, _ = check(config, fresh_weights(config, seed), *draw(seed), factor=factor, limit=limit)
+        expected, _ = check(
+            config, fresh_weights(config, seed), *draw(seed), factor=factor, limit=limit
+        )
         dropped += np.sum((expected.experts_BLK >= 0) & ~expected.kept_BLK)
     assert dropped > 0 or factor == 2.0 or (top_k == E and factor == 1.0)
 
@@ -168,7 +182,9 @@ def test_the_layer_equals_the_oracle_with_every_other_grouped_product(implementa
     check(config, fresh_weights(config), *draw())
 
 
-@pytest.mark.parametrize("changes", [{"grouped_matmul": "padded"}, {"dispatch": "capacity"}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{"grouped_matmul": "padded"}, {"dispatch": "capacity"}], ids=str
+)
 def test_second_derivatives_are_those_of_the_dense_formulation(changes):
     config, (x_BLD, mask_BL, cotangent_BLD) = config_of(**changes), draw()
     factor = jnp.float32(E) if config.dispatch == "capacity" else None
@@ -215,17 +231,23 @@ def with_favourites(weights, x_BLD, experts):
 
 @pytest.mark.parametrize("dispatch", ["dropless", "capacity"])
 @pytest.mark.parametrize("favourites", [(0, 1), (3, 0), (2, 3)])
-def test_experts_without_tokens_get_exactly_zero_gradient_and_full_ones_the_right_one(dispatch, favourites):
+def test_experts_without_tokens_get_exactly_zero_gradient_and_full_ones_the_right_one(
+    dispatch, favourites
+):
     config = config_of(dispatch=dispatch)
     x_BLD, mask_BL, cotangent_BLD = draw()
     weights, x_BLD = with_favourites(fresh_weights(config), x_BLD, favourites)
     factor = 1.0 if dispatch == "capacity" else None
     limit = oracle.capacity(1.0, 2, L, E) if factor else None
-    expected, gradients = check(config, weights, x_BLD, mask_BL, cotangent_BLD, factor=factor, limit=limit)
+    expected, gradients = check(
+        config, weights, x_BLD, mask_BL, cotangent_BLD, factor=factor, limit=limit
+    )
     counts_E = oracle.counts(expected)
     assert set(np.flatnonzero(counts_E)) == set(favourites) and counts_E.max() == mask_BL.sum()
     idle_E = counts_E == 0
-    assert not np.any(gradients[1].gate_up_ED2F[idle_E]) and not np.any(gradients[1].down_EFD[idle_E])
+    assert not np.any(gradients[1].gate_up_ED2F[idle_E]) and not np.any(
+        gradients[1].down_EFD[idle_E]
+    )
 
 
 @pytest.mark.parametrize("dispatch", ["dropless", "capacity"])
@@ -270,7 +292,9 @@ def test_any_mask_router_scale_and_capacity_equal_the_oracle(seed, mask, scale, 
     mask_BL = np.array(mask).reshape(B, L)
     expected = oracle.layer(x_BLD, mask_BL, weights, top_k=2, renormalize=True, limit=limit)
     traced = None if factor is None else jnp.float32(factor)
-    _, (y_BLD, stats) = value_and_gradients(config)(x_BLD, weights, mask_BL, traced, cotangent_BLD)[0]
+    _, (y_BLD, stats) = value_and_gradients(config)(x_BLD, weights, mask_BL, traced, cotangent_BLD)[
+        0
+    ]
     oracle.assert_close(y_BLD, expected.y_BLD)
     real = expected.experts_BLK >= 0
     assert float(stats.dropped[0]) == np.sum(real & ~expected.kept_BLK)
@@ -293,7 +317,9 @@ def test_capacity_dispatch_without_a_factor_is_dropless():
     weights, (x_BLD, mask_BL, cotangent_BLD) = fresh_weights(config_of()), draw()
     config = config_of(dispatch="capacity", capacity_factor=0.1)
     evaluated = value_and_gradients(config)(x_BLD, weights, mask_BL, None, cotangent_BLD)
-    oracle.assert_close(evaluated, value_and_gradients(config_of())(x_BLD, weights, mask_BL, None, cotangent_BLD))
+    oracle.assert_close(
+        evaluated, value_and_gradients(config_of())(x_BLD, weights, mask_BL, None, cotangent_BLD)
+    )
 
 
 def test_a_traced_capacity_limits_below_the_static_one_and_cannot_exceed_it():
@@ -301,15 +327,23 @@ def test_a_traced_capacity_limits_below_the_static_one_and_cannot_exceed_it():
     tight = config_of(dispatch="capacity", capacity_factor=0.6)
     ample = config_of(dispatch="capacity")
     tight_run = value_and_gradients(tight)(x_BLD, weights, mask_BL, jnp.float32(0.6), cotangent_BLD)
-    oracle.assert_close(value_and_gradients(ample)(x_BLD, weights, mask_BL, jnp.float32(0.6), cotangent_BLD), tight_run)
-    oracle.assert_close(value_and_gradients(tight)(x_BLD, weights, mask_BL, jnp.float32(3.0), cotangent_BLD), tight_run)
+    oracle.assert_close(
+        value_and_gradients(ample)(x_BLD, weights, mask_BL, jnp.float32(0.6), cotangent_BLD),
+        tight_run,
+    )
+    oracle.assert_close(
+        value_and_gradients(tight)(x_BLD, weights, mask_BL, jnp.float32(3.0), cotangent_BLD),
+        tight_run,
+    )
     assert tight_run[0][1][1].dropped > 0
 
 
 # Invariances ------------------------------------------------------------------------------------------------------
 
 
-both_dispatches = pytest.mark.parametrize(("dispatch", "factor"), [("dropless", None), ("capacity", 0.6)])
+both_dispatches = pytest.mark.parametrize(
+    ("dispatch", "factor"), [("dropless", None), ("capacity", 0.6)]
+)
 
 
 @both_dispatches
@@ -320,13 +354,17 @@ def test_what_stands_at_padding_changes_no_output_and_no_statistic(dispatch, fac
     other_BLD = np.where(mask_BL[..., None], x_BLD, garbage_BLD)
     one = forward(config, x_BLD, weights, mask_BL, factor)
     assert not mask_BL.all() and not np.any(one[0][~mask_BL])
-    jax.tree.map(np.testing.assert_array_equal, one, forward(config, other_BLD, weights, mask_BL, factor))
+    jax.tree.map(
+        np.testing.assert_array_equal, one, forward(config, other_BLD, weights, mask_BL, factor)
+    )
 
 
 def test_padding_appended_to_every_sequence_changes_nothing():
     config, short = config_of(), L - 3
     weights, (x_BLD, mask_BL, _) = fresh_weights(config), draw()
-    expected = oracle.layer(x_BLD[:, :short], mask_BL[:, :short], weights, top_k=2, renormalize=True)
+    expected = oracle.layer(
+        x_BLD[:, :short], mask_BL[:, :short], weights, top_k=2, renormalize=True
+    )
     padded_mask_BL = np.where(np.arange(L) < short, mask_BL, False)
     y_BLD, stats = forward(config, x_BLD, weights, padded_mask_BL)
     oracle.assert_close(y_BLD[:, :short], expected.y_BLD)
@@ -355,7 +393,9 @@ def test_statistics_of_two_parts_of_a_batch_add_up_to_those_of_the_whole(dispatc
     config = config_of(dispatch=dispatch)
     weights, (x_BLD, mask_BL, _) = fresh_weights(config), draw()
     first_B1 = np.array([[True], [False]])
-    parts = [forward(config, x_BLD, weights, mask_BL & part, factor) for part in (first_B1, ~first_B1)]
+    parts = [
+        forward(config, x_BLD, weights, mask_BL & part, factor) for part in (first_B1, ~first_B1)
+    ]
     y_BLD, stats = forward(config, x_BLD, weights, mask_BL, factor)
     oracle.assert_close(add_stats(parts[0][1], parts[1][1]), stats)
     oracle.assert_close(oracle.add(parts[0][0], parts[1][0]), y_BLD)
@@ -376,18 +416,26 @@ def test_a_token_does_not_depend_on_later_ones(dispatch, factor):
     weights, (x_BLD, _, _), (others_BLD, _, _) = fresh_weights(config), draw(0), draw(1)
     full, cut = np.ones((B, L), bool), L // 2
     changed_BLD = np.concatenate([x_BLD[:, :cut], others_BLD[:, cut:]], axis=1)
-    y_BLD, changed_y_BLD = (forward(config, x, weights, full, factor)[0] for x in (x_BLD, changed_BLD))
+    y_BLD, changed_y_BLD = (
+        forward(config, x, weights, full, factor)[0] for x in (x_BLD, changed_BLD)
+    )
     oracle.assert_close(changed_y_BLD[:, :cut], y_BLD[:, :cut])
     assert np.all(np.any(changed_y_BLD[:, cut:] != y_BLD[:, cut:], axis=-1))
 
 
 def test_on_a_mesh_outputs_counts_and_gradients_are_those_of_the_oracle():
     config = config_of(dispatch="capacity")  # dropless on a mesh: tests/training/test_invariance.py
-    x_BLD, mask_BL, cotangent_BLD = (np.concatenate([a, b]) for a, b in zip(draw(0), draw(1), strict=True))
+    x_BLD, mask_BL, cotangent_BLD = (
+        np.concatenate([a, b]) for a, b in zip(draw(0), draw(1), strict=True)
+    )
     weights, limit = fresh_weights(config), oracle.capacity(0.6, 2, L, E)
     mesh = jax.make_mesh((2, 1, 1, 2, 1, 2), MESH_AXES, axis_types=(AxisType.Auto,) * 6)
     with jax.set_mesh(mesh):
-        run = jax.jit(jax.value_and_grad(functools.partial(objective_of, config), argnums=(0, 1), has_aux=True))
+        run = jax.jit(
+            jax.value_and_grad(
+                functools.partial(objective_of, config), argnums=(0, 1), has_aux=True
+            )
+        )
         arguments = (x_BLD, weights, mask_BL, jnp.float32(0.6), cotangent_BLD, jnp.float32(1))
         (_, (y_BLD, stats)), gradients = run(*arguments)
     expected = oracle.layer(x_BLD, mask_BL, weights, top_k=2, renormalize=True, limit=limit)
@@ -395,7 +443,13 @@ def test_on_a_mesh_outputs_counts_and_gradients_are_those_of_the_oracle():
     real = expected.experts_BLK >= 0
     assert float(stats.dropped[0]) == np.sum(real & ~expected.kept_BLK) > 0
     _, expected_of_all = expected_gradients(True)(
-        x_BLD, weights, mask_BL, *oracle.selection(expected), cotangent_BLD, BALANCE_WEIGHT, Z_WEIGHT
+        x_BLD,
+        weights,
+        mask_BL,
+        *oracle.selection(expected),
+        cotangent_BLD,
+        BALANCE_WEIGHT,
+        Z_WEIGHT,
     )
     oracle.assert_close(jax.device_get(gradients), expected_of_all, rtol=2e-5)
 
@@ -405,7 +459,9 @@ def test_on_a_mesh_outputs_counts_and_gradients_are_those_of_the_oracle():
 
 @both_dispatches
 @pytest.mark.parametrize(("router", "top_k", "renormalize"), ALLOWED)
-def test_the_task_alone_gives_every_allowed_router_a_gradient(router, top_k, renormalize, dispatch, factor):
+def test_the_task_alone_gives_every_allowed_router_a_gradient(
+    router, top_k, renormalize, dispatch, factor
+):
     config = config_of(router=router, top_k=top_k, renormalize=renormalize, dispatch=dispatch)
     x_BLD, mask_BL, cotangent_BLD = draw()
     traced = None if factor is None else jnp.float32(factor)
@@ -419,7 +475,9 @@ def test_the_task_alone_gives_every_allowed_router_a_gradient(router, top_k, ren
 
 def traced(config, batch, length, width=8, gradient=False):
     """The jaxpr of a layer, or of its gradient, on abstract arrays."""
-    layer = nnx.eval_shape(lambda: MoE(config, width, jnp.dtype("float32"), vocab_size=7, rngs=nnx.Rngs(params=0)))
+    layer = nnx.eval_shape(
+        lambda: MoE(config, width, jnp.dtype("float32"), vocab_size=7, rngs=nnx.Rngs(params=0))
+    )
     graphdef, params, rest = nnx.split(layer, nnx.Param, ...)
     x_BLD = jax.ShapeDtypeStruct((batch, length, width), jnp.float32)
     mask_BL = jax.ShapeDtypeStruct((batch, length), jnp.bool)
@@ -428,11 +486,15 @@ def traced(config, batch, length, width=8, gradient=False):
         y_BLD, stats = nnx.merge(graphdef, params, rest)(x_BLD, info_of(config, mask_BL))
         return jnp.sum(y_BLD**2) + jnp.sum(stats.probs_E) + stats.z
 
-    return jax.make_jaxpr(jax.grad(run, argnums=(0, 1)) if gradient else run)(params, x_BLD, mask_BL, rest)
+    return jax.make_jaxpr(jax.grad(run, argnums=(0, 1)) if gradient else run)(
+        params, x_BLD, mask_BL, rest
+    )
 
 
 @pytest.mark.parametrize("gradient", [False, True])
-def test_no_intermediate_of_the_dropless_layer_has_an_entry_per_token_and_expert_and_choice(gradient):
+def test_no_intermediate_of_the_dropless_layer_has_an_entry_per_token_and_expert_and_choice(
+    gradient,
+):
     batch, length, num_experts, top_k, width = 2, 256, 32, 2, 8
     tokens = batch * length
 
@@ -450,7 +512,11 @@ def test_no_intermediate_of_the_dropless_layer_has_an_entry_per_token_and_expert
 @functools.cache
 def initial(module, *sizes):
     """The initial arrays of a module, by name."""
-    make = jax.jit(lambda: nnx.to_pure_dict(nnx.state(module(*sizes, jnp.dtype("float32"), rngs=nnx.Rngs(params=0)))))
+    make = jax.jit(
+        lambda: nnx.to_pure_dict(
+            nnx.state(module(*sizes, jnp.dtype("float32"), rngs=nnx.Rngs(params=0)))
+        )
+    )
     return jax.tree.map(np.asarray, make())
 
 
@@ -464,7 +530,9 @@ def test_every_expert_starts_with_the_deviation_of_a_dense_layer(num_experts):
         assert stacked.shape == (num_experts, *one.shape)
         # 6,144 draws or more: their deviation is known to 1 %.
         np.testing.assert_allclose(one.std(), fan_in**-0.5, rtol=0.04)
-        np.testing.assert_allclose(stacked.reshape(num_experts, -1).std(axis=1), fan_in**-0.5, rtol=0.04)
+        np.testing.assert_allclose(
+            stacked.reshape(num_experts, -1).std(axis=1), fan_in**-0.5, rtol=0.04
+        )
         assert len(np.unique(stacked.reshape(num_experts, -1)[:, 0])) == num_experts  # no two alike
 
 
@@ -482,12 +550,19 @@ def test_router_logits_probabilities_and_weights_stay_float32_under_bfloat16():
     y_BLD, stats = jax.jit(lambda x_BLD: layer(x_BLD, info_of(config, mask_BL, trace=True)))(x_BLD)
     assert y_BLD.dtype == jnp.bfloat16
     routing = stats.routing
-    assert routing.logits_TE.dtype == routing.probs_TE.dtype == routing.weights_TK.dtype == jnp.float32
+    assert (
+        routing.logits_TE.dtype == routing.probs_TE.dtype == routing.weights_TK.dtype == jnp.float32
+    )
     assert all(x.dtype in (jnp.float32, jnp.int32) for x in jax.tree.leaves(stats))
-    logits_BLE = np.asarray(x_BLD, np.float64) @ weights.router_DE  # of the rounded inputs, not rounded again
+    logits_BLE = (
+        np.asarray(x_BLD, np.float64) @ weights.router_DE
+    )  # of the rounded inputs, not rounded again
     logits_BLE[~mask_BL] = 0
     oracle.assert_close(routing.logits_TE, logits_BLE.reshape(B * L, E))
-    assert all(v.dtype == jnp.float32 for v in jax.tree.leaves(abstract_layer(config, "bfloat16")[1].filter(nnx.Param)))
+    assert all(
+        v.dtype == jnp.float32
+        for v in jax.tree.leaves(abstract_layer(config, "bfloat16")[1].filter(nnx.Param))
+    )
     expected = oracle.layer(x_BLD, mask_BL, weights, top_k=2, renormalize=True)
     # Two products and a sum in bfloat16, whose unit is 2^-8.
     oracle.assert_close(y_BLD, expected.y_BLD, rtol=0.03)
@@ -498,7 +573,9 @@ def test_a_trace_keeps_the_routing_of_every_token_and_nothing_is_kept_without_it
     weights, (x_BLD, mask_BL, _) = fresh_weights(config), draw()
     assert forward(config, x_BLD, weights, mask_BL)[1].routing is None
     layer = layer_with(config, weights)
-    routing = jax.jit(lambda x_BLD: layer(x_BLD, info_of(config, mask_BL, trace=True)))(x_BLD)[1].routing
+    routing = jax.jit(lambda x_BLD: layer(x_BLD, info_of(config, mask_BL, trace=True)))(x_BLD)[
+        1
+    ].routing
     expected = oracle.layer(x_BLD, mask_BL, weights, top_k=2, renormalize=True)
     experts_TK = np.where(expected.experts_BLK < 0, E, expected.experts_BLK).reshape(B * L, 2)
     np.testing.assert_array_equal(routing.experts_TK, experts_TK)
@@ -509,7 +586,9 @@ def test_a_dense_feed_forward_network_is_the_oracles_swiglu():
     network = FeedForward(D, F, jnp.dtype("float32"), rngs=nnx.Rngs(params=0))
     x_BLD = draw()[0]
     gate_up_D2F, down_FD = (np.asarray(w[...], np.float64) for w in (network.gate_up, network.down))
-    expected = [[oracle.swiglu(x.astype(np.float64), gate_up_D2F, down_FD) for x in row] for row in x_BLD]
+    expected = [
+        [oracle.swiglu(x.astype(np.float64), gate_up_D2F, down_FD) for x in row] for row in x_BLD
+    ]
     oracle.assert_close(jax.jit(network)(x_BLD), expected)
 
 
@@ -522,7 +601,12 @@ def test_shared_experts_are_the_sum_of_as_many_networks_of_an_experts_width():
     without = dataclasses.replace(weights, shared_gate_up_D2F=0 * gate_up_D2F)
     shared_BLD = forward(config, x_BLD, weights, full)[0] - forward(config, x_BLD, without, full)[0]
     expected = sum(
-        np.array([[oracle.swiglu(x, gate_up_D2F[:, :, part], down_FD[part]) for x in row] for row in x_BLD])
+        np.array(
+            [
+                [oracle.swiglu(x, gate_up_D2F[:, :, part], down_FD[part]) for x in row]
+                for row in x_BLD
+            ]
+        )
         for part in (slice(0, F), slice(F, 2 * F))
     )
     oracle.assert_close(shared_BLD, expected, rtol=3e-5)  # a difference of two outputs

@@ -25,9 +25,13 @@ T, E, K, D, F, L = 8, 4, 2, 3, 5, 4
 RNG = np.random.default_rng(0)
 CONFIG = derive_moe(MoeConfig(num_experts=E, top_k=K, d_expert=F, router="noisy_topk"), L)
 MASK_T = np.arange(T) != 3
-EXPERTS_TK = np.where(MASK_T[:, None], np.argsort(RNG.normal(size=(T, E)), axis=1)[:, :K], E).astype(np.int32)
+EXPERTS_TK = np.where(
+    MASK_T[:, None], np.argsort(RNG.normal(size=(T, E)), axis=1)[:, :K], E
+).astype(np.int32)
 PLAN = jax.tree.map(np.asarray, dispatch.plan_dropless(jnp.asarray(EXPERTS_TK), E))
-SPARE_PLAN = jax.tree.map(np.asarray, dispatch.plan_dropless(jnp.asarray(EXPERTS_TK), E, spare_rows=4))
+SPARE_PLAN = jax.tree.map(
+    np.asarray, dispatch.plan_dropless(jnp.asarray(EXPERTS_TK), E, spare_rows=4)
+)
 GATE_UP_EDPF, DOWN_EFD = RNG.random((E, D, 1, F), np.float32), RNG.random((E, F, D), np.float32)
 WEIGHTS_TK = RNG.random((T, K), np.float32)
 Y_RD = RNG.random((T * K, D), np.float32)
@@ -148,22 +152,41 @@ DOORS = {
     "offers": (lambda x: jnp.nan_to_num(estimates.offers(ROUTING, MASK_T, K)) * x, LOGITS_TE),
 }  # fmt: skip
 TOKEN_CHOICE = {
-    name: {"num_groups": 2, "top_k_groups": 1} if name == "hierarchical" else {} for name in routers.ROUTERS
+    name: {"num_groups": 2, "top_k_groups": 1} if name == "hierarchical" else {}
+    for name in routers.ROUTERS
 }
 
 
 def has_arrays(function):
     """Whether a function takes arrays, or records of them."""
-    hints = [str(parameter.annotation) for parameter in inspect.signature(function).parameters.values()]
-    return any(word in hint for hint in hints for word in ("Array", "Plan", "Routing", "RouterInputs", "Float", "Int"))
+    hints = [
+        str(parameter.annotation) for parameter in inspect.signature(function).parameters.values()
+    ]
+    return any(
+        word in hint
+        for hint in hints
+        for word in ("Array", "Plan", "Routing", "RouterInputs", "Float", "Int")
+    )
 
 
 def test_every_public_door_is_tried():
-    modules = balance, capacity, dispatch, estimates, routers, feed_forward_module, grouped_matmul_module
+    modules = (
+        balance,
+        capacity,
+        dispatch,
+        estimates,
+        routers,
+        feed_forward_module,
+        grouped_matmul_module,
+    )
     doors = set()
     for module in modules:
         functions = inspect.getmembers(module, inspect.isfunction)
-        own = (n for n, f in functions if f.__module__.startswith(module.__name__) and not n.startswith("_"))
+        own = (
+            n
+            for n, f in functions
+            if f.__module__.startswith(module.__name__) and not n.startswith("_")
+        )
         doors |= {name for name in own if has_arrays(getattr(module, name))}
     inner = {"add_rows", "route", "weigh", "log_weights", "named"} | {
         *(name for name in dir(grouped_matmul_module) if name.startswith("grouped_matmul_"))
@@ -182,9 +205,15 @@ def test_a_gradient_flows_past_arrays_of_numpy(door):
 
 @pytest.mark.parametrize("router", TOKEN_CHOICE)
 def test_every_router_takes_arrays_of_numpy_under_a_gradient(router):
-    leaves = {"router": router, "top_k": 1 if router == "switch" else K, "renormalize": router != "switch"}
+    leaves = {
+        "router": router,
+        "top_k": 1 if router == "switch" else K,
+        "renormalize": router != "switch",
+    }
     leaves |= {"top_k": E} if router == "dense" else {}
     config = derive_moe(MoeConfig(num_experts=E, d_expert=F, **leaves, **TOKEN_CHOICE[router]), L)
-    gradient_TE = jax.grad(lambda logits_TE: jnp.sum(route(inputs(logits_TE), config, None).weights_TK ** 2))(LOGITS_TE)
+    gradient_TE = jax.grad(
+        lambda logits_TE: jnp.sum(route(inputs(logits_TE), config, None).weights_TK ** 2)
+    )(LOGITS_TE)
     assert np.isfinite(gradient_TE).all()
     assert np.any(gradient_TE) or config.score == "uniform"

@@ -33,12 +33,19 @@ CHOSEN = {
         "how_tokens_meet_experts_changes_nothing[two_level]",
     ],
     # Outputs in bfloat16 are rounded once; survivors' weights.
-    "test_moe_precision.py": ["weighted_sums_of_bfloat16_outputs_are_rounded_once", "weights_travel_as_float32"],
-    "test_moe_overflow_weights.py": ["a_layer_whose_first_choice_overflows_has_the_survivors_output_and_gradient"],
+    "test_moe_precision.py": [
+        "weighted_sums_of_bfloat16_outputs_are_rounded_once",
+        "weights_travel_as_float32",
+    ],
+    "test_moe_overflow_weights.py": [
+        "a_layer_whose_first_choice_overflows_has_the_survivors_output_and_gradient"
+    ],
 }
 
 
-@pytest.mark.skipif("MOEJAX_TESTS_OPTIMIZED" not in os.environ, reason="for the process that the next test starts")
+@pytest.mark.skipif(
+    "MOEJAX_TESTS_OPTIMIZED" not in os.environ, reason="for the process that the next test starts"
+)
 def test_this_process_compiles_as_users_do():
     assert not jax.config.values["jax_disable_most_optimizations"]
     assert "fusion_emitters" not in os.environ.get("XLA_FLAGS", "")
@@ -47,7 +54,9 @@ def test_this_process_compiles_as_users_do():
 @pytest.mark.skipif("MOEJAX_TESTS_OPTIMIZED" in os.environ, reason="this is that process")
 def test_the_oracles_agree_with_programs_as_users_run_them():
     environment = os.environ | {"MOEJAX_TESTS_OPTIMIZED": "1"}
-    flags = re.sub(r"--xla_cpu_use_fusion_emitters=\S+", "", environment.pop("XLA_FLAGS", "")).strip()
+    flags = re.sub(
+        r"--xla_cpu_use_fusion_emitters=\S+", "", environment.pop("XLA_FLAGS", "")
+    ).strip()
     if flags:  # XLA takes a blank for the name of a file, and exits without a word
         environment["XLA_FLAGS"] = flags
     chosen = [f"{TESTS / file}::test_{name}" for file, names in CHOSEN.items() for name in names]

@@ -14,7 +14,15 @@ from cases.moe import info_of
 from cases.training import ROUTER_CASES
 from moejax.config import ROUTER_RULES, MoeConfig
 from moejax.config.sections.moe import derive_moe
-from moejax.moe.dispatch.on_device import Chosen, Mixing, Slots, run_dropless, run_slots, run_soft, run_with_capacity
+from moejax.moe.dispatch.on_device import (
+    Chosen,
+    Mixing,
+    Slots,
+    run_dropless,
+    run_slots,
+    run_soft,
+    run_with_capacity,
+)
 from moejax.moe.expert_parallel.exchange import exchange
 from moejax.moe.expert_parallel.strategy import Exchange, Local
 from moejax.moe.experts.experts import ExpertWeights, Network
@@ -38,7 +46,9 @@ def exact_experts(num_experts, seed=0):
     gate_up_EDPF = np.broadcast_to(np.eye(D)[None, :, None], (num_experts, D, 1, D))
     down_EFD = factors_E[:, None, None] * np.eye(D)
     weights = ExpertWeights(
-        jnp.asarray(gate_up_EDPF, jnp.bfloat16), jnp.asarray(down_EFD, jnp.bfloat16), network=Network("relu")
+        jnp.asarray(gate_up_EDPF, jnp.bfloat16),
+        jnp.asarray(down_EFD, jnp.bfloat16),
+        network=Network("relu"),
     )
     return factors_E, weights
 
@@ -50,12 +60,16 @@ def tokens(seed=0):
 
 def choices(num_experts, top_k, seed=0):
     rng = np.random.default_rng(seed)
-    experts_BLK = np.argsort(rng.normal(size=(1, L, num_experts)), axis=-1)[..., :top_k].astype(np.int32)
+    experts_BLK = np.argsort(rng.normal(size=(1, L, num_experts)), axis=-1)[..., :top_k].astype(
+        np.int32
+    )
     return jnp.asarray(experts_BLK), jnp.asarray(rng.random((1, L, top_k)), jnp.float32)
 
 
 def expected_of(x_BLD, factors_E, experts_BLK, weights_BLK):
-    weights_BL = (np.asarray(weights_BLK, np.float64) * factors_E[np.asarray(experts_BLK)]).sum(axis=-1)
+    weights_BL = (np.asarray(weights_BLK, np.float64) * factors_E[np.asarray(experts_BLK)]).sum(
+        axis=-1
+    )
     return weights_BL[..., None] * x_BLD
 
 
@@ -65,7 +79,10 @@ def check_rounded_once(y_BLD, expected_BLD):
     assert (error_BLD <= HALF * ulp(expected_BLD)).all()
 
 
-LOCAL = {name: functools.partial(run_dropless, implementation=name) for name in ("tiled", "padded", "ragged", "dense")}
+LOCAL = {
+    name: functools.partial(run_dropless, implementation=name)
+    for name in ("tiled", "padded", "ragged", "dense")
+}
 LOCAL["capacity"] = functools.partial(run_with_capacity, slots=L)
 
 
@@ -104,8 +121,12 @@ def test_weights_on_the_input_are_float32():
     x_BLD = tokens()
     chosen = Chosen(experts_BLK, jnp.ones_like(weights_BLK), weights_BLK)
     y_BLD = jax.jit(LOCAL["padded"])(jnp.asarray(x_BLD, jnp.bfloat16), chosen, weights)
-    error_BLD = np.abs(np.asarray(y_BLD, np.float64) / expected_of(x_BLD, factors_E, experts_BLK, weights_BLK) - 1)
-    assert error_BLD.max() <= 2**-8 + 2**-9  # the input and the output are rounded, and the weight is not
+    error_BLD = np.abs(
+        np.asarray(y_BLD, np.float64) / expected_of(x_BLD, factors_E, experts_BLK, weights_BLK) - 1
+    )
+    assert (
+        error_BLD.max() <= 2**-8 + 2**-9
+    )  # the input and the output are rounded, and the weight is not
 
 
 def test_an_experts_choice_adds_many_experts_up_without_rounding_between():
@@ -139,14 +160,20 @@ def test_soft_mixtures_are_rounded_once_a_way():
     check_rounded_once(y_BLD, scale_L[None, :, None] * x_BLD[:, 3:4])
 
 
-@pytest.mark.parametrize("strategy", ["gather", "ring", "all_to_all", "ragged", "dedup", "two_level"])
+@pytest.mark.parametrize(
+    "strategy", ["gather", "ring", "all_to_all", "ragged", "dedup", "two_level"]
+)
 def test_weights_travel_as_float32(strategy):
     factors_E, weights = exact_experts(8)
     x_BLD = np.concatenate([tokens(seed) for seed in range(4)])
-    drawn = [choices(8, 1, seed) for seed in range(4)]  # of one device each: nothing is rounded on the way back
+    drawn = [
+        choices(8, 1, seed) for seed in range(4)
+    ]  # of one device each: nothing is rounded on the way back
     experts_BLK, weights_BLK = (jnp.concatenate(arrays) for arrays in zip(*drawn, strict=True))
     local = Local(functools.partial(run_dropless, implementation="auto"))
-    mesh = jax.make_mesh((1, 1, 2, 2, 1, 1), MESH_AXES, (AxisType.Auto,) * 6, devices=jax.devices()[:4])
+    mesh = jax.make_mesh(
+        (1, 1, 2, 2, 1, 1), MESH_AXES, (AxisType.Auto,) * 6, devices=jax.devices()[:4]
+    )
     expected_BLD = expected_of(x_BLD, factors_E, experts_BLK, weights_BLK)
     with jax.set_mesh(mesh):
 
@@ -176,7 +203,10 @@ def layer_of(**leaves):
 
 @pytest.mark.parametrize("how", ["gated", "averaged"])
 def test_a_shared_experts_gate_and_sum_are_float32(how):
-    layer, x_BLD = layer_of(num_shared_experts=1, shared_combine=how, top_k=1, renormalize=False), tokens()
+    layer, x_BLD = (
+        layer_of(num_shared_experts=1, shared_combine=how, top_k=1, renormalize=False),
+        tokens(),
+    )
     factors_E, exact = exact_experts(4)
     layer.experts.gate_up[...], layer.experts.down[...] = (
         w.astype(jnp.float32) for w in (exact.gate_up_EDPF, exact.down_EFD)
@@ -189,8 +219,12 @@ def test_a_shared_experts_gate_and_sum_are_float32(how):
         logits_BL1 = x_BLD @ np.asarray(layer.shared_gate[...], np.float64)
         check_rounded_once(y_BLD, 3 * x_BLD / (1 + np.exp(-logits_BL1)))
     else:  # the routed part is rounded before
-        routed_BLD = (routing.weights_TK * factors_E[routing.experts_TK])[None].astype(np.float64) * x_BLD
-        check_rounded_once(y_BLD, (np.asarray(jnp.asarray(routed_BLD, jnp.bfloat16), np.float64) + 3 * x_BLD) / 2)
+        routed_BLD = (routing.weights_TK * factors_E[routing.experts_TK])[None].astype(
+            np.float64
+        ) * x_BLD
+        check_rounded_once(
+            y_BLD, (np.asarray(jnp.asarray(routed_BLD, jnp.bfloat16), np.float64) + 3 * x_BLD) / 2
+        )
 
 
 def test_free_experts_are_weighed_and_added_in_float32():
@@ -200,7 +234,9 @@ def test_free_experts_are_weighed_and_added_in_float32():
     layer.experts.down[...] = jnp.zeros_like(layer.experts.down[...])
     y_BLD, routing = run_layer(layer, x_BLD)
     expected_TD = np.zeros((L, D))
-    for t, (experts_K, weights_K) in enumerate(zip(routing.experts_TK, routing.weights_TK, strict=True)):
+    for t, (experts_K, weights_K) in enumerate(
+        zip(routing.experts_TK, routing.weights_TK, strict=True)
+    ):
         for expert, weight in zip(experts_K, weights_K.astype(np.float64), strict=True):
             if expert >= 4:
                 expected_TD[t] += weight * (x_BLD[0, t] if expert < 8 else vectors_JD[expert - 8])
@@ -209,12 +245,18 @@ def test_free_experts_are_weighed_and_added_in_float32():
 
 @pytest.mark.parametrize("router", ROUTER_RULES)
 def test_no_accelerator_rounds_what_logits_are_made_of(router):
-    config = derive_moe(MoeConfig(**{"num_experts": 4, "d_expert": 8, "router": router} | ROUTER_CASES[router]), L)
+    config = derive_moe(
+        MoeConfig(**{"num_experts": 4, "d_expert": 8, "router": router} | ROUTER_CASES[router]), L
+    )
     module = nnx.eval_shape(lambda: make_router(config, D, rngs=nnx.Rngs(params=0)))
     graphdef, state = nnx.split(module)
     x_BLD = jax.ShapeDtypeStruct((2, L, D), jnp.float32)
-    jaxpr = jax.make_jaxpr(lambda state, x_BLD: nnx.merge(graphdef, state)(x_BLD).logits_BLE)(state, x_BLD)
-    products = [equation for equation in oracle.equations(jaxpr) if equation.primitive.name == "dot_general"]
+    jaxpr = jax.make_jaxpr(lambda state, x_BLD: nnx.merge(graphdef, state)(x_BLD).logits_BLE)(
+        state, x_BLD
+    )
+    products = [
+        equation for equation in oracle.equations(jaxpr) if equation.primitive.name == "dot_general"
+    ]
     assert len(products) > 0 or config.score == "uniform"
     for equation in products:
         assert equation.params["precision"] == (jax.lax.Precision.HIGHEST,) * 2

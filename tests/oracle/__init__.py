@@ -72,7 +72,9 @@ def route_one(logits_E, top_k, renormalize):
 
 def capacity(capacity_factor, top_k, length, num_experts):
     """ceil(capacity_factor * K * L / E), between 1 and L, without rounding: 1.1 means eleven tenths."""
-    return min(length, max(1, math.ceil(Fraction(str(capacity_factor)) * top_k * length / num_experts)))
+    return min(
+        length, max(1, math.ceil(Fraction(str(capacity_factor)) * top_k * length / num_experts))
+    )
 
 
 def keep_within_capacity(experts_BLK, num_experts, limit):
@@ -120,7 +122,9 @@ def layer(x_BLD, mask_BL, weights: LayerWeights, *, top_k, renormalize, limit=No
         for t in range(length):
             if mask_BL[b, t]:
                 logits_BLE[b, t] = x_BLD[b, t] @ weights.router_DE
-                probs_BLE[b, t], experts_BLK[b, t], weights_BLK[b, t] = route_one(logits_BLE[b, t], top_k, renormalize)
+                probs_BLE[b, t], experts_BLK[b, t], weights_BLK[b, t] = route_one(
+                    logits_BLE[b, t], top_k, renormalize
+                )
     kept_BLK = keep_within_capacity(experts_BLK, num_experts, length if limit is None else limit)
     y_BLD = np.zeros((batch, length, width))
     for b in range(batch):
@@ -130,7 +134,9 @@ def layer(x_BLD, mask_BL, weights: LayerWeights, *, top_k, renormalize, limit=No
                     y_e = swiglu(x_BLD[b, t], weights.gate_up_ED2F[e], weights.down_EFD[e])
                     y_BLD[b, t] += weights_BLK[b, t, k] * y_e
             if mask_BL[b, t] and weights.shared_gate_up_D2F is not None:
-                y_BLD[b, t] += swiglu(x_BLD[b, t], weights.shared_gate_up_D2F, weights.shared_down_FD)
+                y_BLD[b, t] += swiglu(
+                    x_BLD[b, t], weights.shared_gate_up_D2F, weights.shared_down_FD
+                )
     return LayerResult(y_BLD, logits_BLE, probs_BLE, experts_BLK, weights_BLK, kept_BLK, mask_BL)
 
 
@@ -169,7 +175,9 @@ def _is_tied(result: LayerResult, token) -> bool:
     """Whether an expert that was not chosen has exactly the logit of the worst that was."""
     chosen = set(result.experts_BLK[token].tolist())
     logits = result.logits_BLE[token].tolist()
-    return min(logits[e] for e in chosen) in [logit for e, logit in enumerate(logits) if e not in chosen]
+    return min(logits[e] for e in chosen) in [
+        logit for e, logit in enumerate(logits) if e not in chosen
+    ]
 
 
 def metrics(result: LayerResult) -> dict[str, float]:
@@ -186,20 +194,25 @@ def metrics(result: LayerResult) -> dict[str, float]:
         for e, weight in zip(result.experts_BLK[token], result.weights_BLK[token], strict=True):
             importance_E[e] += float(weight)
     importance = sum(importance_E) / num_experts
-    falling = [[*sorted(map(float, result.probs_BLE[token]), reverse=True), 0.0] for token in tokens]
+    falling = [
+        [*sorted(map(float, result.probs_BLE[token]), reverse=True), 0.0] for token in tokens
+    ]
     return {
         "max_violation": max(counts_E) / mean - 1,
         "load_cv": math.sqrt(sum((count - mean) ** 2 for count in counts_E) / num_experts) / mean,
-        "importance_cv": math.sqrt(sum((i - importance) ** 2 for i in importance_E) / num_experts) / importance,
+        "importance_cv": math.sqrt(sum((i - importance) ** 2 for i in importance_E) / num_experts)
+        / importance,
         "load_entropy": -sum(f * math.log(f) for f in load if f > 0),
-        "entropy": sum(-sum(p * math.log(p) for p in result.probs_BLE[t] if p > 0) for t in tokens) / len(tokens),
+        "entropy": sum(-sum(p * math.log(p) for p in result.probs_BLE[t] if p > 0) for t in tokens)
+        / len(tokens),
         "idle_experts": float(sum(count == 0 for count in counts_E)),
         "dropped": sum(dropped) / (top_k * len(tokens)),
         "moved": 0.0,
         "dropped_out": 0.0,
         "left_over": 0.0,
         "unserved": sum(number == top_k for number in dropped) / len(tokens),
-        "gate_mass": sum(sum(result.weights_BLK[t][result.kept_BLK[t]]) for t in tokens) / len(tokens),
+        "gate_mass": sum(sum(result.weights_BLK[t][result.kept_BLK[t]]) for t in tokens)
+        / len(tokens),
         "top_prob": sum(max(result.probs_BLE[token]) for token in tokens) / len(tokens),
         "margin": sum(probs[top_k - 1] - probs[top_k] for probs in falling) / len(tokens),
         "ties": sum(_is_tied(result, token) for token in tokens) / len(tokens),
@@ -256,7 +269,9 @@ def feed_forward(x_TD, weights_TK, gate_up_ED2F, down_EFD, experts_TK, dy_TD):
 def selection(result: LayerResult):
     """The oracle's choices as masks over experts: `(chosen_BLE, kept_BLE)`, 0 or 1."""
     num_experts = result.probs_BLE.shape[-1]
-    chosen_BLE, kept_BLE = (np.zeros((*result.mask_BL.shape, num_experts), np.float32) for _ in range(2))
+    chosen_BLE, kept_BLE = (
+        np.zeros((*result.mask_BL.shape, num_experts), np.float32) for _ in range(2)
+    )
     for b, t, k in np.ndindex(result.experts_BLK.shape):
         if result.mask_BL[b, t]:
             chosen_BLE[b, t, result.experts_BLK[b, t, k]] = 1
@@ -265,7 +280,15 @@ def selection(result: LayerResult):
 
 
 def dense_objective(
-    x_BLD, weights: LayerWeights, mask_BL, chosen_BLE, kept_BLE, cotangent_BLD, balance_weight, z_weight, renormalize
+    x_BLD,
+    weights: LayerWeights,
+    mask_BL,
+    chosen_BLE,
+    kept_BLE,
+    cotangent_BLD,
+    balance_weight,
+    z_weight,
+    renormalize,
 ):
     """<cotangent, layer output> + weighted auxiliary losses, with every expert computed for every token."""
 
@@ -275,12 +298,16 @@ def dense_objective(
 
     mask_BL1 = mask_BL[..., None].astype(jnp.float32)
     logits_BLE = x_BLD @ weights.router_DE
-    exponentials_BLE = jnp.exp(logits_BLE - jax.lax.stop_gradient(logits_BLE.max(-1, keepdims=True)))
+    exponentials_BLE = jnp.exp(
+        logits_BLE - jax.lax.stop_gradient(logits_BLE.max(-1, keepdims=True))
+    )
     probs_BLE = exponentials_BLE / exponentials_BLE.sum(-1, keepdims=True)
     gates_BLE = probs_BLE * chosen_BLE
     if renormalize:
         gates_BLE = gates_BLE / (gates_BLE.sum(-1, keepdims=True) + (1 - mask_BL1))
-    y_EBLD = jax.vmap(feed_forward, in_axes=(None, 0, 0))(x_BLD, weights.gate_up_ED2F, weights.down_EFD)
+    y_EBLD = jax.vmap(feed_forward, in_axes=(None, 0, 0))(
+        x_BLD, weights.gate_up_ED2F, weights.down_EFD
+    )
     y_BLD = jnp.einsum("BLE,EBLD->BLD", gates_BLE * kept_BLE, y_EBLD)
     if weights.shared_gate_up_D2F is not None:
         y_BLD += mask_BL1 * feed_forward(x_BLD, weights.shared_gate_up_D2F, weights.shared_down_FD)
@@ -312,7 +339,9 @@ def assert_close(actual, expected, rtol=1e-5, err_msg=""):
         a, e = np.asarray(a, np.float64), np.asarray(e, np.float64)
         assert a.shape == e.shape
         scale = np.abs(e[np.abs(e) < 1e29]).max(initial=0.0)
-        np.testing.assert_allclose(a, e, rtol=rtol, atol=rtol * scale, equal_nan=False, err_msg=err_msg)
+        np.testing.assert_allclose(
+            a, e, rtol=rtol, atol=rtol * scale, equal_nan=False, err_msg=err_msg
+        )
 
 
 def equations(jaxpr) -> Iterator:
@@ -321,7 +350,8 @@ def equations(jaxpr) -> Iterator:
     for equation in jaxpr.eqns:
         yield equation
         for parameter in jax.tree.leaves(
-            list(equation.params.values()), is_leaf=lambda p: hasattr(p, "eqns") or hasattr(p, "jaxpr")
+            list(equation.params.values()),
+            is_leaf=lambda p: hasattr(p, "eqns") or hasattr(p, "jaxpr"),
         ):
             if hasattr(parameter, "eqns") or hasattr(parameter, "jaxpr"):
                 yield from equations(parameter)

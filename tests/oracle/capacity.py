@@ -41,7 +41,9 @@ def _admit_group(experts_LK, ranking_LE, weights_LK, limit, num_experts, order, 
         if not has_room(wanted):
             others = final_LK[t]
             open_ = [
-                e for e in range(len(ranking_LE[t])) if has_room(e) and e not in others and ranking_LE[t][e] > -math.inf
+                e
+                for e in range(len(ranking_LE[t]))
+                if has_room(e) and e not in others and ranking_LE[t][e] > -math.inf
             ]
             if overflow == "next" and open_:
                 final_LK[t][k] = max(open_, key=lambda e: (float(ranking_LE[t][e]), -e))

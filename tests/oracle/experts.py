@@ -24,7 +24,9 @@ def activation_of_numbers(name, gate, up, limit):
         "gelu": up * 0.5 * (1 + math.erf(up / math.sqrt(2))),
         "relu": max(up, 0.0),
         "squared_relu": max(up, 0.0) ** 2,
-        "clamped_swiglu": clamped / (1 + math.exp(-1.702 * clamped)) * (max(-limit, min(up, limit)) + 1),
+        "clamped_swiglu": clamped
+        / (1 + math.exp(-1.702 * clamped))
+        * (max(-limit, min(up, limit)) + 1),
     }[name]
 
 
@@ -50,7 +52,10 @@ def network(x, params, config, expert=None):
     hidden = [x @ params["gate_up"][:, i] for i in range(params["gate_up"].shape[1])]
     if config.expert_bias:
         hidden = [h + params["gate_up_bias"][i][None, None] for i, h in enumerate(hidden)]
-    y = activation(config.activation, hidden[0], hidden[-1], config.activation_limit) @ params["down"]
+    y = (
+        activation(config.activation, hidden[0], hidden[-1], config.activation_limit)
+        @ params["down"]
+    )
     return y + params["down_bias"][None, None] if config.expert_bias else y
 
 
@@ -59,7 +64,9 @@ def choose(x_BLD, mask_BL, params, config):
     router_DE = np.asarray(params["router"]["kernel"], np.float64)
     chosen_BLE = np.zeros((*mask_BL.shape, router_DE.shape[1]), np.float32)
     for b, t in np.argwhere(mask_BL):
-        _, experts, _ = route_one(np.asarray(x_BLD[b, t], np.float64) @ router_DE, config.top_k, config.renormalize)
+        _, experts, _ = route_one(
+            np.asarray(x_BLD[b, t], np.float64) @ router_DE, config.top_k, config.renormalize
+        )
         chosen_BLE[b, t, experts] = 1
     return chosen_BLE
 
@@ -93,9 +100,9 @@ def layer(x_BLD, mask_BL, params, config, chosen_BLE, factors_BLE=1.0):
         y_BLD += (weights_BLE * factors_BLE)[..., first + i : first + i + 1] * x_BLD
     first += config.num_identity_experts
     for j in range(config.num_constant_experts):
-        y_BLD += (weights_BLE * factors_BLE)[..., first + j : first + j + 1] * params["free_experts"]["vectors"][j][
-            None, None
-        ]
+        y_BLD += (weights_BLE * factors_BLE)[..., first + j : first + j + 1] * params[
+            "free_experts"
+        ]["vectors"][j][None, None]
     if config.num_shared_experts:
         shared_BLD = network(x_BLD, params["shared"], config)
         if config.shared_combine == "gated":

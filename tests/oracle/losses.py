@@ -42,12 +42,17 @@ def balance_loss(probs_TE, experts_TK, mask_T, convention="normalized"):
     f_e from each token's first expert only (GShard, algorithm 1); `times_k`: f_e = c_e / T, K at balance (Mixtral in
     Transformers); `over_k`: f_e = c_e / (K^2 T), 1/K at balance (Levanter).
     """
-    tokens, (num_experts, top_k) = real_tokens(mask_T), (np.shape(probs_TE)[1], np.shape(experts_TK)[1])
+    tokens, (num_experts, top_k) = (
+        real_tokens(mask_T),
+        (np.shape(probs_TE)[1], np.shape(experts_TK)[1]),
+    )
     if not tokens:
         return 0.0
     if convention == "first_choice":
         experts_TK = [row[:1] for row in experts_TK]
-    per_token = {"normalized": top_k, "first_choice": 1, "times_k": 1, "over_k": top_k**2}[convention]
+    per_token = {"normalized": top_k, "first_choice": 1, "times_k": 1, "over_k": top_k**2}[
+        convention
+    ]
     counts_E = count([experts_TK[t] for t in tokens], num_experts)
     total = 0.0
     for e in range(num_experts):
@@ -111,7 +116,10 @@ def importance_loss(experts_TK, weights_TK, num_experts):
 
 def importance_vmoe(probs_TE, mask_T):
     """importance_e = sum over tokens of p_e before selection and noise; Riquelme 2021 (V-MoE), appendix A."""
-    return sum((np.asarray(probs_TE[t], np.float64) for t in real_tokens(mask_T)), np.zeros(np.shape(probs_TE)[1]))
+    return sum(
+        (np.asarray(probs_TE[t], np.float64) for t in real_tokens(mask_T)),
+        np.zeros(np.shape(probs_TE)[1]),
+    )
 
 
 def normal_cdf(z):
@@ -127,7 +135,9 @@ def load_shazeer(clean_TE, noisy_TE, sigma_TE, mask_T, top_k):
     load_E = np.zeros(num_experts)
     for t in real_tokens(mask_T):
         for e in range(num_experts):
-            threshold = largest([noisy_TE[t][other] for other in range(num_experts) if other != e], top_k)
+            threshold = largest(
+                [noisy_TE[t][other] for other in range(num_experts) if other != e], top_k
+            )
             load_E[e] += normal_cdf((clean_TE[t][e] - threshold) / sigma_TE[t][e])
     return load_E
 
@@ -194,7 +204,9 @@ def coefficient_of_variation(counts_E):
 
 def load_entropy(counts_E):
     """-sum f log f in nats, f = c / sum c; log E at balance."""
-    return -sum(value / sum(counts_E) * math.log(value / sum(counts_E)) for value in counts_E if value > 0)
+    return -sum(
+        value / sum(counts_E) * math.log(value / sum(counts_E)) for value in counts_E if value > 0
+    )
 
 
 def coactivation(experts_TK, num_experts):
@@ -232,7 +244,10 @@ def top_prob(probs_TE, mask_T):
 
 def margin(probs_TE, mask_T, top_k):
     """Mean over tokens of the K-th largest p minus the (K+1)-th, which is 0 if K = E."""
-    return mean(largest(probs_TE[t], top_k) - largest([*probs_TE[t], 0.0], top_k + 1) for t in real_tokens(mask_T))
+    return mean(
+        largest(probs_TE[t], top_k) - largest([*probs_TE[t], 0.0], top_k + 1)
+        for t in real_tokens(mask_T)
+    )
 
 
 def gate_mass(weights_TK, mask_T):

@@ -66,7 +66,9 @@ def probs_one(logits_E, score):
     return scores_E / sum(scores_E)
 
 
-def allowed_by_groups(values_E, num_groups, top_k_groups, group_score, blocked=frozenset(), top_k=0):
+def allowed_by_groups(
+    values_E, num_groups, top_k_groups, group_score, blocked=frozenset(), top_k=0
+):
     """Experts of the best groups. Groups are equal contiguous runs of experts; a group's score is its largest value
     (DeepSeek-V2, section 2.2.2) or the sum of its two largest (DeepSeek-V3; its paper sums the K/M largest, there 2).
 
@@ -134,14 +136,23 @@ def route_scored(
         values_E = [unbiased_E[e] + bias_E[e] for e in range(num_experts)]
         allowed = allowed_by_groups(values_E, num_groups, top_k_groups, group_score)
         experts = select_one(values_E, top_k, allowed)
-        return probs_one(logits_TE[t], score), experts, weigh_one(logits_TE[t], experts, score, renormalize, scale)
+        return (
+            probs_one(logits_TE[t], score),
+            experts,
+            weigh_one(logits_TE[t], experts, score, renormalize, scale),
+        )
 
     return route_each(mask_T, num_experts, top_k, route_token)
 
 
 def noise_sigma(raw_TE, floor=1e-2):
     """sigma = log(1 + exp(x W_noise)) + floor, raw = x W_noise; Shazeer 2017, eq. 4; the floor is Tensor2Tensor's."""
-    return np.array([[np.logaddexp(0.0, raw) + floor for raw in raw_E] for raw_E in np.asarray(raw_TE, np.float64)])
+    return np.array(
+        [
+            [np.logaddexp(0.0, raw) + floor for raw in raw_E]
+            for raw_E in np.asarray(raw_TE, np.float64)
+        ]
+    )
 
 
 def route_noisy(clean_TE, noisy_TE, mask_T, **how) -> Routed:
@@ -152,7 +163,9 @@ def route_noisy(clean_TE, noisy_TE, mask_T, **how) -> Routed:
 
 def route_quantile(logits_TE, mask_T, beta_E, **how) -> Routed:
     """Quantile balancing: top-K of l - beta; weights as without it."""
-    return route_scored(logits_TE, mask_T, bias_E=[-beta for beta in beta_E], select_by="logits", **how)
+    return route_scored(
+        logits_TE, mask_T, bias_E=[-beta for beta in beta_E], select_by="logits", **how
+    )
 
 
 def cosine_logits(x_TD, down_DR, vectors_ER, temperature):
@@ -175,7 +188,14 @@ def unit(vector):
 
 
 def route_hash(
-    table_VK, tokens_T, mask_T, logits_TE=None, score="uniform", renormalize=True, scale=1.0, num_experts=None
+    table_VK,
+    tokens_T,
+    mask_T,
+    logits_TE=None,
+    score="uniform",
+    renormalize=True,
+    scale=1.0,
+    num_experts=None,
 ) -> Routed:
     """Token id -> the table's experts, in the table's order. Weights 1/K (Hash Layers, Roller 2021), or the scores of
     the logits at these experts (hash layers of DeepSeek-V4). Without logits all are 0, so the probabilities are 1/E.
@@ -186,7 +206,11 @@ def route_hash(
 
     def route_token(t):
         experts = list(table_VK[tokens_T[t]])
-        return probs_one(logits_TE[t], score), experts, weigh_one(logits_TE[t], experts, score, renormalize, scale)
+        return (
+            probs_one(logits_TE[t], score),
+            experts,
+            weigh_one(logits_TE[t], experts, score, renormalize, scale),
+        )
 
     return route_each(mask_T, len(logits_TE[0]), table_VK.shape[1], route_token)
 
@@ -221,7 +245,9 @@ def route_hierarchical(
     """
     num_experts, num_groups = np.shape(logits_TE)[1], np.shape(group_logits_TG)[1]
     size = num_experts // num_groups
-    clean_group_logits_TG = group_logits_TG if clean_group_logits_TG is None else clean_group_logits_TG
+    clean_group_logits_TG = (
+        group_logits_TG if clean_group_logits_TG is None else clean_group_logits_TG
+    )
     clean_logits_TE = logits_TE if clean_logits_TE is None else clean_logits_TE
 
     def route_token(t):
@@ -230,10 +256,14 @@ def route_hierarchical(
         for g, gate in zip(groups, softmax([group_logits_TG[t][g] for g in groups]), strict=True):
             within = select_one(logits_TE[t], per_group, set(range(g * size, (g + 1) * size)))
             experts += within
-            weights += [scale * gate * inner for inner in softmax([logits_TE[t][e] for e in within])]
+            weights += [
+                scale * gate * inner for inner in softmax([logits_TE[t][e] for e in within])
+            ]
         probs_E = []
         for g, prob in enumerate(softmax(clean_group_logits_TG[t])):
-            probs_E += [prob * inner for inner in softmax(clean_logits_TE[t][g * size : (g + 1) * size])]
+            probs_E += [
+                prob * inner for inner in softmax(clean_logits_TE[t][g * size : (g + 1) * size])
+            ]
         return probs_E, experts, weights
 
     return route_each(mask_T, num_experts, top_k_groups * per_group, route_token)
@@ -259,7 +289,9 @@ def sinkhorn_plan(logits_LE, mask_L, iterations):
     return plan_LE
 
 
-def route_sinkhorn(logits_TE, mask_T, *, length, top_k, iterations, training, score, renormalize, scale=1.0) -> Routed:
+def route_sinkhorn(
+    logits_TE, mask_T, *, length, top_k, iterations, training, score, renormalize, scale=1.0
+) -> Routed:
     """Top-K of each sequence's transport plan in training, of the logits in evaluation; weights from the logits. The
     tokens are sequences of `length`. The source weighs by softmax for K > 1 and by sigmoid for K = 1.
     """
@@ -270,7 +302,11 @@ def route_sinkhorn(logits_TE, mask_T, *, length, top_k, iterations, training, sc
 
     def route_token(t):
         experts = select_one(values_TE[t], top_k)
-        return probs_one(logits_TE[t], score), experts, weigh_one(logits_TE[t], experts, score, renormalize, scale)
+        return (
+            probs_one(logits_TE[t], score),
+            experts,
+            weigh_one(logits_TE[t], experts, score, renormalize, scale),
+        )
 
     return route_each(mask_T, values_TE.shape[1], top_k, route_token)
 
@@ -308,7 +344,9 @@ def sparse_mixer_one(logits_E, top_k, threshold):
 
 def sparse_mixer_sequence_probability(logits_E, experts, threshold):
     """Probability that training samples exactly these experts in this order: the product over its choices."""
-    return math.prod(sparse_mixer_support(logits_E, experts[:k], threshold)[e] for k, e in enumerate(experts))
+    return math.prod(
+        sparse_mixer_support(logits_E, experts[:k], threshold)[e] for k, e in enumerate(experts)
+    )
 
 
 def sparse_mixer_factors(is_best):
@@ -376,7 +414,10 @@ def soft_moe(logits_BLS, mask_BL):
 def bias_update(bias_E, counts_E, rate, centered):
     """b_e + rate * sign(mean c - c_e), then minus its mean if centered; DeepSeek-V3, section 2.1.2, Wang 2024."""
     mean = sum(counts_E) / len(counts_E)
-    moved_E = [bias + rate * ((mean > count) - (mean < count)) for bias, count in zip(bias_E, counts_E, strict=True)]
+    moved_E = [
+        bias + rate * ((mean > count) - (mean < count))
+        for bias, count in zip(bias_E, counts_E, strict=True)
+    ]
     shift = sum(moved_E) / len(moved_E) if centered else 0.0
     return np.array([bias - shift for bias in moved_E])
 
@@ -388,7 +429,10 @@ def quantile_update(beta_E, logits_TE, mask_T, top_k):
     num_experts, real = len(beta_E), [t for t in range(len(mask_T)) if mask_T[t]]
     if not real:
         return np.array(beta_E, np.float64)
-    alpha = {t: largest([logits_TE[t][e] - beta_E[e] for e in range(num_experts)], top_k + 1) for t in real}
+    alpha = {
+        t: largest([logits_TE[t][e] - beta_E[e] for e in range(num_experts)], top_k + 1)
+        for t in real
+    }
     rank = min(len(real) * top_k // num_experts + 1, len(real))
     new_E = [largest([logits_TE[t][e] - alpha[t] for t in real], rank) for e in range(num_experts)]
     return np.array([beta - sum(new_E) / num_experts for beta in new_E])

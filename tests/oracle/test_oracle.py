@@ -76,12 +76,15 @@ def test_the_bias_changes_the_choice_never_the_weight():
 
 
 @pytest.mark.parametrize(
-    "score, select_by, expert", [("sigmoid", "score", 1), ("sigmoid", "logits", 0), ("softmax_after", "score", 0)]
+    "score, select_by, expert",
+    [("sigmoid", "score", 1), ("sigmoid", "logits", 0), ("softmax_after", "score", 0)],
 )
 def test_the_bias_is_added_to_the_score_or_to_the_logit(score, select_by, expert):
     # s + b = .75 against .5 + .8; l + b = 1.099 against 0 + .8; exp(l - max) + b would be 1 against 1/3 + .8
     how = {"top_k": 1, "renormalize": False, "bias_E": [0, 0.8], "select_by": select_by}
-    assert routers.route_scored([QUARTERS[:2]], [True], score=score, **how).experts_TK.tolist() == [[expert]]
+    assert routers.route_scored([QUARTERS[:2]], [True], score=score, **how).experts_TK.tolist() == [
+        [expert]
+    ]
 
 
 def test_experts_outside_the_best_groups_are_never_chosen_even_when_all_values_are_negative():
@@ -126,7 +129,9 @@ def test_the_balanced_router_goes_round():
 
 
 def test_a_hierarchical_gate_is_the_product_of_two():
-    groups = np.log([1.0, 6.0, 2.0])  # the best two: group 1 with 3/4, group 2 with 1/4; all: 1/9 6/9 2/9
+    groups = np.log(
+        [1.0, 6.0, 2.0]
+    )  # the best two: group 1 with 3/4, group 2 with 1/4; all: 1/9 6/9 2/9
     logits = np.log([9.0, 9.0, 9.0, 1.0, 2.0, 2.0, 4.0, 3.0, 1.0])
     # within group 1: experts 4 and 5 (1/2 each; of all three 1/5 2/5 2/5), within group 2: 6 and 7 (4/7 and 3/7)
     routed = routers.route_hierarchical([groups], [logits], [True], top_k_groups=2, per_group=2)
@@ -134,14 +139,19 @@ def test_a_hierarchical_gate_is_the_product_of_two():
     near(routed.weights_TK, [[3 / 8, 3 / 8, 1 / 7, 3 / 28]])
     near(routed.probs_TE[0], np.array([5 / 3, 5 / 3, 5 / 3, 6, 12, 12, 5, 15 / 4, 5 / 4]) / 45)
     clean = {"clean_group_logits_TG": np.zeros((1, 3)), "clean_logits_TE": np.zeros((1, 9))}
-    noisy = routers.route_hierarchical([groups], [logits], [True], top_k_groups=2, per_group=2, scale=2.0, **clean)
+    noisy = routers.route_hierarchical(
+        [groups], [logits], [True], top_k_groups=2, per_group=2, scale=2.0, **clean
+    )
     near(noisy.weights_TK, 2 * routed.weights_TK)
     near(noisy.probs_TE, np.full((1, 9), 1 / 9))
 
 
 def test_cosine_logits_ignore_lengths():
     # x P = (3, 4): cosines .6 with (5, 0) and .8 with (0, .1); zero has cosine 0
-    near(routers.cosine_logits([[3, 4, 7], [0, 0, 1]], np.eye(3)[:, :2], [[5, 0], [0, 0.1]], 0.5), [[1.2, 1.6], [0, 0]])
+    near(
+        routers.cosine_logits([[3, 4, 7], [0, 0, 1]], np.eye(3)[:, :2], [[5, 0], [0, 0.1]], 0.5),
+        [[1.2, 1.6], [0, 0]],
+    )
 
 
 # Sinkhorn, quantile, SparseMixer ----------------------------------------------------------------------------------
@@ -153,7 +163,10 @@ def test_one_sinkhorn_iteration_scales_columns_then_rows():
     # columns 6 and 2 to sum 1: 2/3 1/2 | 1/3 1/2; rows 7/6 and 5/6 to sum 1: 4/7 3/7 | 2/5 3/5
     near(routers.sinkhorn_plan(SKEWED, [True, True], 1), [[4 / 7, 3 / 7], [2 / 5, 3 / 5]])
     padded = np.concatenate([SKEWED[:1], np.full((1, 2), 50.0), SKEWED[1:]])
-    near(routers.sinkhorn_plan(padded, [True, False, True], 1), [[4 / 7, 3 / 7], [0, 0], [2 / 5, 3 / 5]])
+    near(
+        routers.sinkhorn_plan(padded, [True, False, True], 1),
+        [[4 / 7, 3 / 7], [0, 0], [2 / 5, 3 / 5]],
+    )
 
 
 def test_many_sinkhorn_iterations_balance_the_experts():
@@ -167,7 +180,10 @@ def test_sinkhorn_chooses_by_the_plan_of_each_sequence_in_training_and_by_logits
     # exp(l) = 4 1 | 2 1 as above, and 2 1 | 1 1 with columns 3 and 2: 2/3 1/2 | 1/3 1/2. As one sequence the columns
     # would be 9 and 4, and the row 2 1, as 2/9 1/4, would go to expert 1.
     how = {"length": 3, "top_k": 1, "iterations": 1, "score": "softmax", "renormalize": False}
-    logits_TE, mask_T = np.log([[4, 1], [2, 1], [9, 9], [2, 1], [1, 1], [9, 9]]), [True, True, False] * 2
+    logits_TE, mask_T = (
+        np.log([[4, 1], [2, 1], [9, 9], [2, 1], [1, 1], [9, 9]]),
+        [True, True, False] * 2,
+    )
     train = routers.route_sinkhorn(logits_TE, mask_T, training=True, **how)
     assert train.experts_TK.ravel().tolist() == [0, 1, -1, 0, 1, -1]
     near(train.weights_TK.ravel(), [4 / 5, 1 / 3, 0, 2 / 3, 1 / 2, 0])
@@ -185,7 +201,11 @@ def test_a_quantile_step_by_hand():
 
 def test_quantile_steps_balance_a_skewed_router():
     logits_TE = np.random.default_rng(1).normal(size=(64, 8)) + np.linspace(2, -2, 8)
-    how, mask_T, beta_E = {"top_k": 2, "score": "sigmoid", "renormalize": True}, [True] * 64, np.zeros(8)
+    how, mask_T, beta_E = (
+        {"top_k": 2, "score": "sigmoid", "renormalize": True},
+        [True] * 64,
+        np.zeros(8),
+    )
     before = routers.route_quantile(logits_TE, mask_T, beta_E, **how)
     for _ in range(30):
         beta_E = routers.quantile_update(beta_E, logits_TE, mask_T, 2)
@@ -201,7 +221,10 @@ def test_sparse_mixer_weighs_within_a_threshold_of_the_best_expert_left():
     assert experts == [0, 1]
     near(weights, [1 / (1 + math.exp(-1)), 1])
     # A large negative logit is compared with itself: (1 + 4) / 4 = 1.25, not 5.
-    near(routers.sparse_mixer_support([1, -4], [], 0.7), [1 / (1 + math.exp(-5)), 1 / (1 + math.exp(5))])
+    near(
+        routers.sparse_mixer_support([1, -4], [], 0.7),
+        [1 / (1 + math.exp(-5)), 1 / (1 + math.exp(5))],
+    )
     # 0/0 is in, (0 + 1) / 1 is out; at threshold 1/8, (4 - 3) / 4 = 2 * threshold is in.
     near(routers.sparse_mixer_support([0, 0, -1], [], 0.1), [0.5, 0.5, 0])
     assert routers.sparse_mixer_support([4, 3], [], 0.125)[1] > 0
@@ -213,14 +236,22 @@ def test_sparse_mixer_weighs_within_a_threshold_of_the_best_expert_left():
 def test_sparse_mixer_samples_ordered_pairs_with_probabilities_that_sum_to_one():
     logits_E = [1.0, 0.8, 0.9, -2.0]
     pairs = [list(pair) for pair in itertools.permutations(range(4), 2)]
-    probabilities = [routers.sparse_mixer_sequence_probability(logits_E, pair, 0.2) for pair in pairs]
+    probabilities = [
+        routers.sparse_mixer_sequence_probability(logits_E, pair, 0.2) for pair in pairs
+    ]
     near(sum(probabilities), 1)
-    assert all(probability == 0 for pair, probability in zip(pairs, probabilities, strict=True) if 3 in pair)
+    assert all(
+        probability == 0
+        for pair, probability in zip(pairs, probabilities, strict=True)
+        if 3 in pair
+    )
     support = math.exp(1.0) + math.exp(0.8) + math.exp(0.9)
     expected = math.exp(0.8) / support * math.exp(0.9) / (math.exp(1.0) + math.exp(0.9))
     near(routers.sparse_mixer_sequence_probability(logits_E, [1, 2], 0.2), expected)
     assert routers.sparse_mixer_factors(True) == {1.0: 1.0}
-    near(sum(factor * share for factor, share in routers.sparse_mixer_factors(False).items()), 0.5)  # 1/4 + 3/4 / 3
+    near(
+        sum(factor * share for factor, share in routers.sparse_mixer_factors(False).items()), 0.5
+    )  # 1/4 + 3/4 / 3
 
 
 # Experts choose, soft experts, state ------------------------------------------------------------------------------
@@ -228,7 +259,9 @@ def test_sparse_mixer_samples_ordered_pairs_with_probabilities_that_sum_to_one()
 
 def test_each_expert_takes_its_most_probable_real_tokens_of_each_sequence():
     probs_BLE = np.array([[[0.9, 0.1], [0.6, 0.4], [0.6, 0.4], [0.2, 0.8]]] * 2)
-    weights_BLE = routers.route_expert_choice(np.log(probs_BLE), [[True] * 4, [False, False, False, True]], 2, 3.0)
+    weights_BLE = routers.route_expert_choice(
+        np.log(probs_BLE), [[True] * 4, [False, False, False, True]], 2, 3.0
+    )
     near(weights_BLE[0] / 3, [[0.9, 0], [0.6, 0.4], [0, 0], [0, 0.8]])  # ties to the lower position
     near(weights_BLE[1] / 3, [[0, 0], [0, 0], [0, 0], [0.2, 0.8]])  # a slot stays empty
 
@@ -247,7 +280,9 @@ def test_soft_experts_mix_real_tokens_in_and_all_slots_out():
 
 def test_the_bias_rises_where_the_load_is_below_its_mean():
     near(routers.bias_update([0.5, 0, 0], [3, 1, 2], 0.1, False), [0.4, 0.1, 0])
-    near(routers.bias_update([0, 0, 0], [4, 1, 1], 0.3, True), [-0.4, 0.2, 0.2])  # -.3 .3 .3 minus .1
+    near(
+        routers.bias_update([0, 0, 0], [4, 1, 1], 0.3, True), [-0.4, 0.2, 0.2]
+    )  # -.3 .3 .3 minus .1
 
 
 # Losses -----------------------------------------------------------------------------------------------------------
@@ -284,7 +319,10 @@ def test_the_mean_of_local_balance_losses_is_not_the_global_one():
 def test_the_sequence_loss_by_hand():
     # First sequence, K = 1, E = 2: s = .6 .2 | .1 .3, so s' = .75 .25 | .25 .75: f = 1 1, P = .5 .5: 1. Second, one
     # real token: f = 2 0, P = .75 .25: 1.5. The third is padding. Mean 1.25.
-    scores_TE, mask = [[0.6, 0.2], [0.1, 0.3], [0.6, 0.2], [9, 9], [9, 9], [9, 9]], [1, 1, 1, 0, 0, 0]
+    scores_TE, mask = (
+        [[0.6, 0.2], [0.1, 0.3], [0.6, 0.2], [9, 9], [9, 9], [9, 9]],
+        [1, 1, 1, 0, 0, 0],
+    )
     near(losses.sequence_balance_loss(scores_TE, mask, 1, 2), 1.25)
     near(losses.sequence_balance_loss(scores_TE[:2], mask[:2], 2, 2), 1)  # K = E: always 1
 
@@ -302,10 +340,22 @@ def test_importance_by_hand():
 def test_the_load_by_hand():
     logits_TE, mask = [[2, 1, 0], [9, 9, 9]], [True, False]
     # K = 1: the best of the others is 1 2 2, so Phi(1) Phi(-1) Phi(-2); at sigma 2 Phi(1/2) Phi(-1/2) Phi(-1)
-    near(losses.load_shazeer(logits_TE, logits_TE, np.ones((2, 3)), mask, 1), [0.841345, 0.158655, 0.022750], 1e-6)
-    near(losses.load_shazeer(logits_TE, logits_TE, np.full((2, 3), 2), mask, 1), [0.691462, 0.308538, 0.158655], 1e-6)
+    near(
+        losses.load_shazeer(logits_TE, logits_TE, np.ones((2, 3)), mask, 1),
+        [0.841345, 0.158655, 0.022750],
+        1e-6,
+    )
+    near(
+        losses.load_shazeer(logits_TE, logits_TE, np.full((2, 3), 2), mask, 1),
+        [0.691462, 0.308538, 0.158655],
+        1e-6,
+    )
     # K = 2: the second best of the others is 0 0 1: Phi(2) Phi(1) Phi(-1)
-    near(losses.load_shazeer(logits_TE, logits_TE, np.ones((2, 3)), mask, 2), [0.977250, 0.841345, 0.158655], 1e-6)
+    near(
+        losses.load_shazeer(logits_TE, logits_TE, np.ones((2, 3)), mask, 2),
+        [0.977250, 0.841345, 0.158655],
+        1e-6,
+    )
     # V-MoE: 2 for all, sigma 1/3: Phi(0) Phi(-3) Phi(-6)
     near(losses.load_vmoe(logits_TE, logits_TE, mask, 1), [0.5, 0.001350, 0], 1e-6)
 
@@ -314,8 +364,13 @@ def test_the_load_of_shazeer_is_what_redrawing_the_noise_counts_and_that_of_vmoe
     rng = np.random.default_rng(0)
     num_tokens, num_experts, top_k, draws = 48, 8, 2, 400
     clean_TE = 0.2 * rng.normal(size=(num_tokens, num_experts))
-    sigma_TE = np.full(clean_TE.shape, 1 / num_experts)  # V-MoE's own, so that only its threshold is wrong
-    noisy_TE, mask = clean_TE + sigma_TE * rng.normal(size=clean_TE.shape), [True] * 40 + [False] * 8
+    sigma_TE = np.full(
+        clean_TE.shape, 1 / num_experts
+    )  # V-MoE's own, so that only its threshold is wrong
+    noisy_TE, mask = (
+        clean_TE + sigma_TE * rng.normal(size=clean_TE.shape),
+        [True] * 40 + [False] * 8,
+    )
     truth_E = losses.monte_carlo_load(clean_TE, noisy_TE, sigma_TE, mask, top_k, draws, rng)
     standard_error = math.sqrt(40 / (4 * draws))  # at most
     shazeer_E = losses.load_shazeer(clean_TE, noisy_TE, sigma_TE, mask, top_k)
@@ -340,7 +395,10 @@ def test_metrics_by_hand():
     near(losses.gate_mass([[0.5, 0.25], [0.8, 0.2], [9, 9]], mask), 0.875)
     near(losses.logit_rms([[1, 7], [-5, 5], [99, 99]], mask), 5)  # (1 + 49 + 25 + 25) / 4
     near(losses.logit_max([[1, 4], [-5, 3], [99, 99]], mask), 4)
-    near(losses.z_loss(np.log([[1.0, 3.0], [1.0, 1.0], [9.0, 9.0]]), mask), (math.log(4) ** 2 + math.log(2) ** 2) / 2)
+    near(
+        losses.z_loss(np.log([[1.0, 3.0], [1.0, 1.0], [9.0, 9.0]]), mask),
+        (math.log(4) ** 2 + math.log(2) ** 2) / 2,
+    )
 
 
 def test_counts_coactivation_and_churn_by_hand():
@@ -358,7 +416,13 @@ FAMILIES = {
     "olmoe": {"score": "softmax", "renormalize": False},
     "qwen2_moe": {"score": "softmax", "renormalize": False},
     "gpt_oss": {"score": "softmax_after", "renormalize": False},
-    "deepseek_v3": {"score": "sigmoid", "renormalize": True, "scale": 2.5, "num_groups": 4, "top_k_groups": 2},
+    "deepseek_v3": {
+        "score": "sigmoid",
+        "renormalize": True,
+        "scale": 2.5,
+        "num_groups": 4,
+        "top_k_groups": 2,
+    },
     "switch_transformers": {"score": "softmax", "renormalize": False},
 }
 
@@ -370,7 +434,11 @@ def test_the_oracle_agrees_with_a_published_implementation(family):
     config = json.loads((FIXTURES / "index.json").read_text())[family]["config"]
     arrays = np.load(FIXTURES / f"{family}.npz")
     layers = [name.removesuffix(".logits") for name in arrays.files if name.endswith(".logits")]
-    assert layers and config.get("norm_topk_prob", FAMILIES[family]["renormalize"]) == FAMILIES[family]["renormalize"]
+    assert (
+        layers
+        and config.get("norm_topk_prob", FAMILIES[family]["renormalize"])
+        == FAMILIES[family]["renormalize"]
+    )
     for layer in layers:
         logits_TE, experts_TK = arrays[f"{layer}.logits"], arrays[f"{layer}.indices"]
         bias = f"bias.{layer.split('.')[-1]}"
@@ -379,7 +447,9 @@ def test_the_oracle_agrees_with_a_published_implementation(family):
         routed = routers.route_scored(logits_TE, [True] * len(logits_TE), **how)
         weights_TK = routed.weights_TK
         if f"{layer}.kept" in arrays.files:  # two sequences; a dropped choice has weight 0
-            kept_BLK = keep_within_capacity(routed.experts_TK.reshape(2, -1, 1), 8, config["expert_capacity"])
+            kept_BLK = keep_within_capacity(
+                routed.experts_TK.reshape(2, -1, 1), 8, config["expert_capacity"]
+            )
             assert not kept_BLK.all()
             near(kept_BLK.reshape(-1, 1), arrays[f"{layer}.kept"])
             weights_TK = weights_TK * kept_BLK.reshape(-1, 1)

@@ -46,7 +46,9 @@ def configurations(draw):
     moe = {
         "router": router,
         "d_expert": draw(st.sampled_from([4, 12])),
-        "activation": draw(st.sampled_from(["swiglu", "geglu", "gelu", "squared_relu", "clamped_swiglu"])),
+        "activation": draw(
+            st.sampled_from(["swiglu", "geglu", "gelu", "squared_relu", "clamped_swiglu"])
+        ),
         "expert_bias": draw(bit),
         "d_latent": draw(st.sampled_from([0, 0, 8])),
         "num_shared_experts": draw(st.sampled_from([0, 1, 2])),
@@ -62,9 +64,14 @@ def configurations(draw):
     if router == "cosine":
         moe["d_router"] = draw(st.sampled_from([0, 5]))
     if router in ("switch", "cosine", "noisy_topk", "sinkhorn", "quantile", "random"):
-        moe |= {f"num_{kind}_experts": draw(st.sampled_from([0, 1, 3])) for kind in ("zero", "identity", "constant")}
+        moe |= {
+            f"num_{kind}_experts": draw(st.sampled_from([0, 1, 3]))
+            for kind in ("zero", "identity", "constant")
+        }
     if draw(bit):
-        moe["per_layer"] = draw(st.sampled_from(["-1: dense", "-1: router=hash", "-1: d_expert=20", "-1: d_latent=6"]))
+        moe["per_layer"] = draw(
+            st.sampled_from(["-1: dense", "-1: router=hash", "-1: d_expert=20", "-1: d_latent=6"])
+        )
     model = {
         "num_layers": draw(st.sampled_from([3, 5])),
         "qk_norm": draw(bit),
@@ -99,22 +106,34 @@ def products_of_training(config, batch=2):
     rows_BL = jax.ShapeDtypeStruct((batch, config.data.seq_len), jnp.int32)
 
     def loss(params, state, tokens_BL, segments_BL, positions_BL):
-        model, keys_B = nnx.merge(graphdef, params, state), jax.random.split(jax.random.key(0), batch)
-        logits_BLV, _ = model(tokens_BL, segments_BL, positions_BL, knobs=Knobs.of(config), keys_B=keys_B)
+        model, keys_B = (
+            nnx.merge(graphdef, params, state),
+            jax.random.split(jax.random.key(0), batch),
+        )
+        logits_BLV, _ = model(
+            tokens_BL, segments_BL, positions_BL, knobs=Knobs.of(config), keys_B=keys_B
+        )
         return (jax.nn.logsumexp(logits_BLV, axis=-1) - logits_BLV[..., 0]).sum()
 
-    text = jax.jit(jax.grad(loss)).lower(params, state, rows_BL, rows_BL, rows_BL).compile().as_text()
+    text = (
+        jax.jit(jax.grad(loss)).lower(params, state, rows_BL, rows_BL, rows_BL).compile().as_text()
+    )
     counted = count_arithmetic(text)
     assert counted.open_loops == 0
     return counted.flops / (batch * config.data.seq_len)
 
 
 def without_remat(**sections):
-    return small_config(**sections | {"model": {"remat": False, "scan_layers": False} | sections.get("model", {})})
+    return small_config(
+        **sections | {"model": {"remat": False, "scan_layers": False} | sections.get("model", {})}
+    )
 
 
 def test_a_dense_model_multiplies_what_its_compiled_step_multiplies():
-    for model in ({}, {"num_kv_heads": 4, "tied_embeddings": False, "qk_norm": True, "num_layers": 3}):
+    for model in (
+        {},
+        {"num_kv_heads": 4, "tied_embeddings": False, "qk_norm": True, "num_layers": 3},
+    ):
         config = without_remat(moe={"num_experts": 0}, model=model)
         assert products_of_training(config) == count(config).flops_per_token
 
@@ -136,7 +155,9 @@ def test_with_as_many_slots_as_choices_the_compiled_step_multiplies_what_is_coun
     # Capacity 1 has K * L slots for the K * L choices of a row: no product of rows that nobody chose.
     config = without_remat(moe={"dispatch": "capacity", "capacity_factor": 1.0} | moe)
     # Combining outputs by their weights is no product of matrices, but the gradient of the weights is one: 2 K D.
-    combine = 2 * config.moe.top_k * (config.moe.d_latent or config.model.d_model) * config.num_moe_layers
+    combine = (
+        2 * config.moe.top_k * (config.moe.d_latent or config.model.d_model) * config.num_moe_layers
+    )
     # The gate is one column: for the gradient of its input XLA multiplies by a number, and calls it no product.
     gate = 2 * config.model.d_model * config.num_moe_layers * (config.moe.shared_combine == "gated")
     assert products_of_training(config) == count(config).flops_per_token + combine - gate
@@ -150,7 +171,9 @@ def test_where_experts_choose_the_compiled_step_multiplies_what_is_counted(route
 
 def test_learned_vectors_of_constant_experts_cost_little_and_are_counted():
     moe = {"dispatch": "capacity", "capacity_factor": 1.0}
-    without, beside = (without_remat(moe=moe | {"num_constant_experts": number}) for number in (0, 3))
+    without, beside = (
+        without_remat(moe=moe | {"num_constant_experts": number}) for number in (0, 3)
+    )
     more = products_of_training(beside) - products_of_training(without)
     counted = count(beside).flops_per_token - count(without).flops_per_token
     # Which expert is which vector, `[K, J]`, has no gradient: one of three products less than is counted.
@@ -158,9 +181,13 @@ def test_learned_vectors_of_constant_experts_cost_little_and_are_counted():
 
 
 def test_the_parts_are_those_worked_out_by_hand():
-    config = small_config(moe={"num_shared_experts": 1, "first_dense": 1})  # D = 32, F = 16, K = 2, L = 16, V = 320
+    config = small_config(
+        moe={"num_shared_experts": 1, "first_dense": 1}
+    )  # D = 32, F = 16, K = 2, L = 16, V = 320
     flops = count(config).flops
-    assert flops.projections == 2 * 3 * 2 * (2 * 32 * 32 + 2 * 32 * 16)  # 2 layers, 3 passes, 2 a multiplication
+    assert flops.projections == 2 * 3 * 2 * (
+        2 * 32 * 32 + 2 * 32 * 16
+    )  # 2 layers, 3 passes, 2 a multiplication
     assert flops.scores == 2 * 3 * 2 * 2 * 16 * 32
     assert flops.dense == 3 * 2 * 3 * 32 * 32
     assert flops.router == 3 * 2 * 32 * 4

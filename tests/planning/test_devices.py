@@ -39,9 +39,17 @@ def test_utilisation_is_the_models_arithmetic_over_the_peak_of_all_devices(monke
 
 def test_more_experts_that_no_token_visits_change_no_utilisation_but_by_the_router(monkeypatch):
     have(monkeypatch, Accelerator("NVIDIA H200"))
-    few, many = (small_config(model={"compute_dtype": "bfloat16"}, moe={"num_experts": n, "top_k": 2}) for n in (4, 64))
-    per_token = [devices.utilisation_of_token(config) * devices.PEAK_BFLOAT16["NVIDIA H200"] for config in (few, many)]
-    router = 3 * 2 * 60 * few.model.d_model * few.num_moe_layers  # forward and backward, 60 more logits
+    few, many = (
+        small_config(model={"compute_dtype": "bfloat16"}, moe={"num_experts": n, "top_k": 2})
+        for n in (4, 64)
+    )
+    per_token = [
+        devices.utilisation_of_token(config) * devices.PEAK_BFLOAT16["NVIDIA H200"]
+        for config in (few, many)
+    ]
+    router = (
+        3 * 2 * 60 * few.model.d_model * few.num_moe_layers
+    )  # forward and backward, 60 more logits
     assert per_token[1] - per_token[0] == pytest.approx(router)
 
 
@@ -51,7 +59,9 @@ def test_utilisation_is_absent_where_it_is_not_known(monkeypatch):
     have(monkeypatch, Accelerator("NVIDIA H200"))
     assert devices.utilisation_of_token(small_config(**bfloat16)) is not None
     assert devices.utilisation_of_token(small_config()) is None  # float32 has another peak
-    falling = dataclasses.replace(small_config(**bfloat16), schedule=ScheduleConfig(top_k="step 0.5 0.5"))
+    falling = dataclasses.replace(
+        small_config(**bfloat16), schedule=ScheduleConfig(top_k="step 0.5 0.5")
+    )
     assert devices.utilisation_of_token(falling) is None
     have(monkeypatch, Accelerator("NVIDIA GeForce RTX 9090"))
     assert devices.utilisation_of_token(small_config(**bfloat16)) is None

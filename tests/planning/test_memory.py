@@ -58,7 +58,15 @@ def test_an_absurd_size_is_refused_in_one_line_at_once(changes):
     assert time.perf_counter() - started < 2  # with types checked at every call; without, 0.02
     message = str(caught.value)
     assert "\n" not in message and "a step needs at least" in message
-    for part in ("parameters", "moments", "gradients", "batch", "activations", "logits", "train.check_memory=False"):
+    for part in (
+        "parameters",
+        "moments",
+        "gradients",
+        "batch",
+        "activations",
+        "logits",
+        "train.check_memory=False",
+    ):
         assert part in message
 
 
@@ -74,7 +82,9 @@ def test_devices_of_the_host_share_its_memory_and_others_have_their_own(monkeypa
     monkeypatch.setattr(memory, "host_memory", lambda: 8 * needed)
     check_memory(config, jax.devices())
     monkeypatch.setattr(memory, "host_memory", lambda: 8 * needed - 1)
-    with pytest.raises(ConfigError, match="each of 8 devices that share the memory of this machine"):
+    with pytest.raises(
+        ConfigError, match="each of 8 devices that share the memory of this machine"
+    ):
         check_memory(config, jax.devices())
 
 
@@ -110,5 +120,7 @@ def test_train_and_doctor_refuse_it_before_anything_else(tmp_path, capsys, monke
 def test_a_sweep_refuses_the_arm_that_cannot_fit(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     recipe = f"--config={memory.__file__.rsplit('/moejax/', 1)[0]}/configs/debug.py"
-    assert main(["sweep", recipe, f"--dir={tmp_path / 'sweep'}", "moe.num_experts=4,1000000000"]) == 2
+    assert (
+        main(["sweep", recipe, f"--dir={tmp_path / 'sweep'}", "moe.num_experts=4,1000000000"]) == 2
+    )
     assert "moe.num_experts=1000000000): a step needs at least" in capsys.readouterr().err

@@ -31,7 +31,9 @@ def found(mesh, **moe):
         ({"data": 8}, {}, "gather", {"all-reduce"}),
     ],
 )  # fmt: skip
-def test_an_exchange_agrees_with_one_device_on_every_mesh_and_says_what_travels(mesh, moe, strategy, kinds):
+def test_an_exchange_agrees_with_one_device_on_every_mesh_and_says_what_travels(
+    mesh, moe, strategy, kinds
+):
     check = found(mesh, **moe)
     assert check.strategy == strategy
     assert {row["kind"] for row in check.collectives if row["bytes"]} == kinds
@@ -44,20 +46,25 @@ def test_an_exchange_agrees_with_one_device_on_every_mesh_and_says_what_travels(
 
 def test_tokens_that_are_left_over_and_forgotten_are_found(monkeypatch):
     monkeypatch.setattr(
-        exchange, "_rest", lambda axes, run, like_1TD, *rest: (jnp.zeros_like(like_1TD), jnp.float32(0))
+        exchange,
+        "_rest",
+        lambda axes, run, like_1TD, *rest: (jnp.zeros_like(like_1TD), jnp.float32(0)),
     )
     check = found({"expert": 8}, exchange="all_to_all")
     even, skewed = ([check.worst[load, name] for name in NAMES] for load in LOADS)
     assert min(skewed) > 0.1 and max(even) > 0  # an even load may leave some over, too
 
 
-def test_doctor_checks_the_exchange_of_a_recipe_on_a_mesh_and_fails_if_it_is_wrong(capsys, monkeypatch):
+def test_doctor_checks_the_exchange_of_a_recipe_on_a_mesh_and_fails_if_it_is_wrong(
+    capsys, monkeypatch
+):
     for check in ("check_training_step", "check_experts"):
         monkeypatch.setattr(f"moejax.cli.verbs.doctor.{check}", lambda: "ok")
     monkeypatch.setattr("moejax.cli.verbs.doctor.check_grouped_matmul", lambda name: "ok")
     kept = []
     monkeypatch.setattr(
-        "moejax.cli.verbs.doctor.check_mesh", lambda config, mesh: kept.append(check_mesh(config, mesh)) or kept[-1]
+        "moejax.cli.verbs.doctor.check_mesh",
+        lambda config, mesh: kept.append(check_mesh(config, mesh)) or kept[-1],
     )
     command = ["doctor", RECIPE, "--mesh=data=2,expert=4"]
     assert main([*command, "--json"]) == 0

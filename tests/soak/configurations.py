@@ -26,7 +26,13 @@ MOE_CHANGES = (
     {"exchange_buffer": 0.6},
     {"balance_scope": "sequence"},
 )
-MODEL_CHANGES = ({}, {"remat": False}, {"scan_layers": False}, {"qk_norm": True}, {"tied_embeddings": False})
+MODEL_CHANGES = (
+    {},
+    {"remat": False},
+    {"scan_layers": False},
+    {"qk_norm": True},
+    {"tied_embeddings": False},
+)
 
 
 def trial(field: Field, seed: int) -> str:
@@ -34,7 +40,9 @@ def trial(field: Field, seed: int) -> str:
     environment = field.environment(num_devices=8)
     environment["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])
     command = [sys.executable, "-m", "soak.configurations", str(seed)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=LONGEST_S, check=False)
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=LONGEST_S, check=False
+    )
     if done.returncode:
         return f"exit code {done.returncode}: {done.stderr[-600:]}"
     return done.stdout.strip()
@@ -62,7 +70,9 @@ def compare(seed: int) -> str:
     try:
         assert_same(actual, expected)
     except AssertionError as error:
-        return f"{case} {mesh} {moe} {model} {train} {exchange}: {' '.join(str(error).split())[:600]}"
+        return (
+            f"{case} {mesh} {moe} {model} {train} {exchange}: {' '.join(str(error).split())[:600]}"
+        )
     return ""
 
 

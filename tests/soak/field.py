@@ -64,7 +64,14 @@ class Field:
             "alarms.stop": "",
         }
         settings = [f"--config.{key}={value}" for key, value in leaves.items()]
-        return ["train", f"--config={RECIPE}", f"--workdir={workdir}", "--noreport", "--json", *settings]
+        return [
+            "train",
+            f"--config={RECIPE}",
+            f"--workdir={workdir}",
+            "--noreport",
+            "--json",
+            *settings,
+        ]
 
     def environment(self, num_devices: int = 1) -> dict[str, str]:
         """Of a process of its own; compiled programs are shared."""
@@ -155,9 +162,15 @@ def _history_difference(workdir: Path, expected: Path) -> str:
         return f"{len(actual_lines)} lines of metrics, and {len(expected_lines)} undisturbed"
     for actual, wanted in zip(actual_lines, expected_lines, strict=True):
         if actual != wanted:
-            keys = sorted(key for key in actual.keys() | wanted.keys() if actual.get(key) != wanted.get(key))
+            keys = sorted(
+                key for key in actual.keys() | wanted.keys() if actual.get(key) != wanted.get(key)
+            )
             return f"metrics of step {wanted['step']} differ in {', '.join(keys)}"
-    alarms = [(path / "alarms.jsonl").read_text() for path in (workdir, expected) if (path / "alarms.jsonl").exists()]
+    alarms = [
+        (path / "alarms.jsonl").read_text()
+        for path in (workdir, expected)
+        if (path / "alarms.jsonl").exists()
+    ]
     if len(set(alarms)) > 1:
         return "alarms differ"
     return ""
@@ -167,7 +180,9 @@ def _lines(workdir: Path) -> Iterator[dict[str, Any]]:
     """The lines of the metrics without what depends on the clock and the machine."""
     for line in (workdir / "metrics.jsonl").read_text().splitlines():
         values = json.loads(line)
-        yield {key: value for key, value in values.items() if not key.startswith(("perf/", "time/"))}
+        yield {
+            key: value for key, value in values.items() if not key.startswith(("perf/", "time/"))
+        }
 
 
 def state_difference(workdir: Path, expected: Path) -> str:

@@ -9,7 +9,9 @@ from moejax.cli import VERBS
 from moejax.config import leaves
 from soak.field import REPOSITORY, Field, call, refusal
 
-CONFIGS = sorted(path.relative_to(REPOSITORY).as_posix() for path in (REPOSITORY / "configs").rglob("*.py"))
+CONFIGS = sorted(
+    path.relative_to(REPOSITORY).as_posix() for path in (REPOSITORY / "configs").rglob("*.py")
+)
 OF_A_RUN = ("eval", "generate", "report", "counterfactuals", "placement")
 KEYS = [key for key, _ in leaves()]
 NUMBERS = [key for key, annotation in leaves() if annotation in (int, float)]
@@ -18,7 +20,16 @@ NUMBERS = [key for key, annotation in leaves() if annotation in (int, float)]
 def trial(field: Field, seed: int) -> str:
     """Draws a mistake; says what was wrong with the answer."""
     rng = np.random.default_rng(seed)
-    mistakes = (_stray_word, _unknown_verb, _unknown_flag, _unknown_key, _wrong_value, _no_recipe, _no_run, _flag_twice)
+    mistakes = (
+        _stray_word,
+        _unknown_verb,
+        _unknown_flag,
+        _unknown_key,
+        _wrong_value,
+        _no_recipe,
+        _no_run,
+        _flag_twice,
+    )
     arguments = _one_of(rng, mistakes)(field, rng)
     code, out, errors = call(arguments)
     problem = refusal(code, errors)
@@ -81,12 +92,16 @@ def _wrong_value(field: Field, rng: np.random.Generator) -> list[str]:
 
 
 def _no_recipe(field: Field, rng: np.random.Generator) -> list[str]:
-    recipe = _one_of(rng, (f"configs/{_word(rng)}.py", "configs", "configs/debug", f"{CONFIGS[0]}:{_word(rng)}"))
+    recipe = _one_of(
+        rng, (f"configs/{_word(rng)}.py", "configs", "configs/debug", f"{CONFIGS[0]}:{_word(rng)}")
+    )
     return ["train", f"--config={recipe}", f"--workdir={field.folder / 'never'}"]
 
 
 def _no_run(field: Field, rng: np.random.Generator) -> list[str]:
-    workdir = _one_of(rng, (field.folder / _word(rng), field.folder / "data", REPOSITORY / "setup.py", ""))
+    workdir = _one_of(
+        rng, (field.folder / _word(rng), field.folder / "data", REPOSITORY / "setup.py", "")
+    )
     return [_one_of(rng, OF_A_RUN), f"--workdir={workdir}"]
 
 

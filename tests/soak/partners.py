@@ -28,7 +28,9 @@ def trial(field: Field, seed: int) -> str:
     ends = [end(process) for process in _start_both(field, workdir)]
     for index, (code, errors) in enumerate(ends):
         if code:
-            return f"process {index} ended with exit code {code} when started again: {errors[-600:]}"
+            return (
+                f"process {index} ended with exit code {code} when started again: {errors[-600:]}"
+            )
     return difference(workdir, field.undisturbed_by_two)
 
 

@@ -68,13 +68,23 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _options(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--minutes", type=float, default=60.0, help="no trial begins after this")
-    parser.add_argument("--only", default="", help=f"kinds, separated by commas, of {', '.join(KINDS)}")
-    parser.add_argument("--trials", type=int, default=0, help="of each kind; default as many as a whole soak has")
+    parser.add_argument(
+        "--only", default="", help=f"kinds, separated by commas, of {', '.join(KINDS)}"
+    )
+    parser.add_argument(
+        "--trials", type=int, default=0, help="of each kind; default as many as a whole soak has"
+    )
     parser.add_argument("--short", action="store_true", help="a few trials of each kind")
-    parser.add_argument("--first", type=int, default=0, help="number of the first trial of each kind")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="trials at the same time")
+    parser.add_argument(
+        "--first", type=int, default=0, help="number of the first trial of each kind"
+    )
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count() or 1, help="trials at the same time"
+    )
     options = parser.parse_args(argv)
     options.kinds = options.only.split(",") if options.only else list(KINDS)
     unknown = [kind for kind in options.kinds if kind not in KINDS]
@@ -89,7 +99,9 @@ def _tasks(options: argparse.Namespace) -> Iterator[Task]:
     for kind in options.kinds:
         usual = KINDS[kind].short if options.short else KINDS[kind].trials
         trials[kind] = options.trials or usual
-    places = [(number / total, kind, number) for kind, total in trials.items() for number in range(total)]
+    places = [
+        (number / total, kind, number) for kind, total in trials.items() for number in range(total)
+    ]
     for _, kind, number in sorted(places):
         yield Task(kind, options.first + number)
 
@@ -107,7 +119,10 @@ def _run_all(
     todo, results = context.Queue(), context.Queue()
     for task in tasks:
         todo.put(task)
-    workers = [context.Process(target=_work, args=(todo, results, folder, deadline)) for _ in range(options.workers)]
+    workers = [
+        context.Process(target=_work, args=(todo, results, folder, deadline))
+        for _ in range(options.workers)
+    ]
     for worker in workers:
         worker.start()
     wrong: list[tuple[Task, str]] = []

@@ -63,7 +63,10 @@ def test_of_many_bad_points_ten_are_named_and_all_are_counted():
     with pytest.raises(SweepError, match=r"25 of 26 points") as error:
         plan_arms(SMALL, choice(K, *range(4, 30)))
     lines = str(error.value).splitlines()
-    assert len(re.findall(r"\d+\. moe.top_k=", str(error.value))) == 10 and lines[-1].strip() == "and 15 more"
+    assert (
+        len(re.findall(r"\d+\. moe.top_k=", str(error.value))) == 10
+        and lines[-1].strip() == "and 15 more"
+    )
 
 
 def test_a_key_that_is_no_leaf_or_a_point_that_is_none_is_an_error():
@@ -86,11 +89,19 @@ def test_points_of_one_configuration_are_one_arm_and_the_others_are_reported():
 
 
 def test_dense_arms_that_differ_in_what_experts_have_alone_are_one():
-    points = product(choice(E, 0, 4), choice("moe.balance_weight", 0.0, 0.5), choice("schedule.z_weight", "constant"))
+    points = product(
+        choice(E, 0, 4),
+        choice("moe.balance_weight", 0.0, 0.5),
+        choice("schedule.z_weight", "constant"),
+    )
     plan = plan_arms(SMALL, points)
     assert [arm.overrides[E] for arm in plan.arms] == [0, 4, 4]
     dense = plan.arms[0]
-    assert dense.overrides == {E: 0, "moe.balance_weight": 0.0, "schedule.z_weight": "constant"}  # the axes stay raw
+    assert dense.overrides == {
+        E: 0,
+        "moe.balance_weight": 0.0,
+        "schedule.z_weight": "constant",
+    }  # the axes stay raw
     assert [arm_id for _, arm_id in plan.duplicates] == [dense.id]
     assert dense.config == resolve(SMALL | {"moe": SMALL["moe"] | {"num_experts": 0}})
     for arm in plan.arms[1:]:
@@ -102,20 +113,26 @@ def test_dense_arms_that_differ_in_what_experts_have_alone_are_one():
 
 def test_two_configurations_of_one_id_are_an_error(monkeypatch):
     monkeypatch.setattr(arms, "hash_config", lambda config: 10 * "a" + f"{config.train.seed}")
-    with pytest.raises(SweepError, match=r"the id a{10} is that of two .*, train.seed=0 and train.seed=1; give one"):
+    with pytest.raises(
+        SweepError, match=r"the id a{10} is that of two .*, train.seed=0 and train.seed=1; give one"
+    ):
         plan_arms(SMALL, seeds(2))
 
 
 def test_sizes_of_the_mesh_must_divide_in_the_plan_already():
     with pytest.raises(
-        SweepError, match=r"1 of 2 points .*\n.*moe.num_experts=6: moe.num_experts=6 .* of mesh.expert=4"
+        SweepError,
+        match=r"1 of 2 points .*\n.*moe.num_experts=6: moe.num_experts=6 .* of mesh.expert=4",
     ):
         plan_arms(SMALL | {"mesh": {"data": -1, "expert": 4}}, choice(E, 4, 6))
 
 
 def test_more_points_than_anybody_waits_for_are_refused_before_they_are_made():
     start = time.monotonic()
-    with pytest.raises(SweepError, match=r"has 1,000,000,000 points and may have 100,000; give its axes fewer values"):
+    with pytest.raises(
+        SweepError,
+        match=r"has 1,000,000,000 points and may have 100,000; give its axes fewer values",
+    ):
         plan_arms(SMALL, product(*(choice(key, *range(1000)) for key in (E, K, SEED))))
     with pytest.raises(SweepError, match=r"has more than 100,000 points"):
         plan_arms(SMALL, ({SEED: seed} for seed in itertools.count()))
@@ -131,8 +148,15 @@ def test_an_id_follows_from_the_resolved_configuration_without_the_folder_of_the
     (elsewhere,) = plan_arms(SMALL, [{"data.directory": "elsewhere"}]).arms
     assert elsewhere.config_hash == first.config_hash
     # In the order of the alphabet, whatever the order of leaves in the source.
-    values = {section: dict(sorted(leaves.items())) for section, leaves in sorted(to_dict(first.config).items())}
-    left_out = ("data", "directory"), ("data", "text_field"), ("train", "check_memory")  # see sweeps/ids.py
+    values = {
+        section: dict(sorted(leaves.items()))
+        for section, leaves in sorted(to_dict(first.config).items())
+    }
+    left_out = (
+        ("data", "directory"),
+        ("data", "text_field"),
+        ("train", "check_memory"),
+    )  # see sweeps/ids.py
     for section, name in left_out:
         del values[section][name]
     text = json.dumps(values).replace(": ", ":").replace(", ", ",")
@@ -176,7 +200,11 @@ def test_hundreds_of_points_resolve_without_reading_types_anew(monkeypatch):
         raise AssertionError("types are read again")
 
     monkeypatch.setattr("typing.get_type_hints", refuse)
-    points = product(choice(E, 4, 8, 16), choice("moe.d_expert", *range(8, 88, 8)), choice("model.num_layers", 2, 3))
+    points = product(
+        choice(E, 4, 8, 16),
+        choice("moe.d_expert", *range(8, 88, 8)),
+        choice("model.num_layers", 2, 3),
+    )
     plan = plan_arms(SMALL, points)
     assert len(plan.arms) == 60 and len({dataclasses.astuple(arm.count) for arm in plan.arms}) == 60
 
@@ -194,8 +222,14 @@ def test_a_point_that_sets_what_its_arm_does_not_read_is_refused_and_led_to_wher
         plan_arms(base, space)
     text = str(error.value)
     assert text.startswith("1 of 4 points cannot work")
-    assert "moe.sinkhorn_iterations=3 does nothing with moe.router=softmax_topk" in text and "where(space" in text
-    allowed = where(space, lambda point: point["moe.router"] == "sinkhorn" or point["moe.sinkhorn_iterations"] == 8)
+    assert (
+        "moe.sinkhorn_iterations=3 does nothing with moe.router=softmax_topk" in text
+        and "where(space" in text
+    )
+    allowed = where(
+        space,
+        lambda point: point["moe.router"] == "sinkhorn" or point["moe.sinkhorn_iterations"] == 8,
+    )
     assert len(plan_arms(base, allowed).arms) == 3
     for dead in ("data.files=x", "optimizer.decay_fraction=0.5", "moe.exchange=ring"):
         with pytest.raises(SweepError, match="does nothing"):

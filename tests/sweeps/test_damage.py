@@ -11,7 +11,14 @@ from moejax.cli import main
 from moejax.sweeps.report.page import build_sweep_page
 from moejax.sweeps.report.write import build_sweep_report
 from moejax.sweeps.store.record_files import RecordError
-from moejax.sweeps.store.records import collect, read_definition, read_record, read_records, record_of, write_record
+from moejax.sweeps.store.records import (
+    collect,
+    read_definition,
+    read_record,
+    read_records,
+    record_of,
+    write_record,
+)
 from moejax.sweeps.tables import frame_of
 
 DEEP = "[" * 100_000
@@ -45,7 +52,11 @@ def whole(tmp_path_factory):
     write_definition(directory, entries)
     for i, entry in enumerate(entries):
         workdir = write_run(directory / "arms" / entry["id"], entry, loss=2.0 + i / 7, dropped=0.1)
-        ending = {"status": "failed", "error": "not finite"} if i == 3 else {"status": "done", "error": None}
+        ending = (
+            {"status": "failed", "error": "not finite"}
+            if i == 3
+            else {"status": "done", "error": None}
+        )
         write_record(workdir, record_of(workdir, entry, **ending, wall_s=1, step_s=0.1, packed=1))
     build_sweep_report(directory)
     return directory
@@ -100,7 +111,9 @@ def test_a_damaged_file_of_a_sweep_is_one_line_that_names_it(name, sweep, tmp_pa
 
 
 @pytest.mark.parametrize("name", ["records.jsonl", "records.parquet", "report.html"])
-def test_a_damaged_file_that_a_report_writes_is_written_again_or_named(name, sweep, tmp_path, capsys):
+def test_a_damaged_file_that_a_report_writes_is_written_again_or_named(
+    name, sweep, tmp_path, capsys
+):
     path = sweep / name
     content = path.read_bytes()
     outside = tmp_path / "outside"
@@ -116,7 +129,11 @@ def test_a_damaged_file_that_a_report_writes_is_written_again_or_named(name, swe
         put()
         code = main(["sweep", "report", str(sweep)])
         error = capsys.readouterr().err
-        assert (code == 2 and name in error and error.count("\n") == 1) if damage == "a folder" else code == 0, damage
+        assert (
+            (code == 2 and name in error and error.count("\n") == 1)
+            if damage == "a folder"
+            else code == 0
+        ), damage
         if path.is_dir():
             path.rmdir()
             path.touch()
@@ -155,7 +172,8 @@ def test_a_record_whose_texts_are_no_json_is_named(sweep):
     for key in ("versions", "alarm_rules", "evaluations"):
         path.write_text(json.dumps(row | {key: "no JSON"}))
         with pytest.raises(
-            RecordError, match=f"record.json: {key}='no JSON' must be .* as JSON text; remove it and run"
+            RecordError,
+            match=f"record.json: {key}='no JSON' must be .* as JSON text; remove it and run",
         ):
             collect(sweep)
 
@@ -180,8 +198,13 @@ def test_every_value_in_a_definition_is_refused_or_has_its_place_on_the_page(swe
         accepted += sum(look(definition | {key: value}) for key in definition)
         entry = definition["arms"][0]
         others = definition["arms"][1:]
-        accepted += sum(look(definition | {"arms": [entry | {key: value}, *others]}) for key in entry)
-        accepted += look(definition | {"arms": [entry | {"overrides": {"a.b": value, "train.seed": value}}, *others]})
+        accepted += sum(
+            look(definition | {"arms": [entry | {key: value}, *others]}) for key in entry
+        )
+        accepted += look(
+            definition
+            | {"arms": [entry | {"overrides": {"a.b": value, "train.seed": value}}, *others]}
+        )
         accepted += look(definition | {"packs": [value]})
     assert accepted > 50
     with pytest.raises(RecordError, match="is there twice"):
@@ -218,7 +241,9 @@ def test_an_arm_that_failed_has_a_record_though_what_it_logged_is_damaged(tmp_pa
     for damaged in ('{"step": 1\n{"step": 2}\n', '["a"]\n'):
         (workdir / "metrics.jsonl").write_text(f"{damaged}\n{{}}\n")
         row = record_of(workdir, entry, status="failed", error="loss is nan\nat step 3", **facts)
-        assert row["status"] == "failed" and row["error"].startswith("loss is nan; what it logged is not in its record")
+        assert row["status"] == "failed" and row["error"].startswith(
+            "loss is nan; what it logged is not in its record"
+        )
         write_record(workdir, row)
         assert read_record(workdir) == row
         with pytest.raises(RecordError, match=r"metrics.jsonl"):
@@ -233,4 +258,6 @@ def test_names_of_a_sweep_of_others_do_nothing_to_a_terminal(sweep, capsys):
     path.write_text(json.dumps(definition))
     assert main(["sweep", "report", str(sweep)]) == 0
     shown = capsys.readouterr().out
-    assert "moe.router=a\\x1b]0;title" in shown and not {"\x1b", "\x07", "\x9b", "\u202e"} & set(shown)
+    assert "moe.router=a\\x1b]0;title" in shown and not {"\x1b", "\x07", "\x9b", "\u202e"} & set(
+        shown
+    )

@@ -38,7 +38,11 @@ def test_every_leaf_that_changes_what_is_computed_changes_the_id():
 
 
 def test_a_new_leaf_changes_no_id_until_it_differs_from_its_default():
-    late = [key for key, each in declared().items() if each.name not in FIRST_LEAVES[each.section].split()]
+    late = [
+        key
+        for key, each in declared().items()
+        if each.name not in FIRST_LEAVES[each.section].split()
+    ]
     assert "data.text_field" in late and "train.check_memory" in late
     config = resolve({"data": {"source": "files", "files": "x.jsonl"}})
     body = dataclasses.replace(config, data=dataclasses.replace(config.data, text_field="body"))

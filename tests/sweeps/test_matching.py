@@ -67,7 +67,8 @@ def test_the_width_is_what_one_works_out_by_hand():
     assert active(arm.config) - active(resolve(BASE)) == 3 * 64 * 8
     (line,) = plan.changes
     assert (
-        line == f"moe.num_experts=16 moe.top_k=4: moe.d_expert 128 -> 64, active {short(active(arm.config))} (+0.7 %)"
+        line
+        == f"moe.num_experts=16 moe.top_k=4: moe.d_expert 128 -> 64, active {short(active(arm.config))} (+0.7 %)"
     )
 
 
@@ -79,7 +80,9 @@ def test_what_matching_changed_is_said_once_for_all_seeds_of_a_setting():
 
 
 def test_the_recipe_itself_and_arms_that_have_its_number_stay_as_they_are():
-    plan = plan_arms(changed(moe={"d_expert": 1027}), [{}, {SEED: 1}], match="flops", dense_control=False)
+    plan = plan_arms(
+        changed(moe={"d_expert": 1027}), [{}, {SEED: 1}], match="flops", dense_control=False
+    )
     assert [arm.matched for arm in plan.arms] == [{}, {}] and plan.changes == ()
     assert [arm.config.moe.d_expert for arm in plan.arms] == [
         1027,
@@ -89,7 +92,11 @@ def test_the_recipe_itself_and_arms_that_have_its_number_stay_as_they_are():
 
 def test_shared_experts_latent_widths_and_layers_that_differ_count():
     moe = {"num_shared_experts": 1, "d_latent": 32, "first_dense": 1, "per_layer": "-1: top_k=1"}
-    plan = plan_arms(changed(moe=moe), [{"moe.num_shared_experts": 2}, {"moe.d_latent": 0}], match="active_params")
+    plan = plan_arms(
+        changed(moe=moe),
+        [{"moe.num_shared_experts": 2}, {"moe.d_latent": 0}],
+        match="active_params",
+    )
     for arm in plan.arms:
         assert active(arm.config) == pytest.approx(active(resolve(changed(moe=moe))), rel=0.01)
     assert plan.arms[0].matched and plan.arms[1].matched
@@ -116,18 +123,25 @@ def test_widths_are_multiples_of_the_parts_they_are_split_into():
 
 
 def test_there_is_a_dense_control_for_each_setting_of_what_is_not_the_experts():
-    points = product(choice(E, 4, 8), choice("moe.balance_weight", 0.0, 0.1), choice(D_FF, 64, 128), seeds(2))
+    points = product(
+        choice(E, 4, 8), choice("moe.balance_weight", 0.0, 0.1), choice(D_FF, 64, 128), seeds(2)
+    )
     plan = plan_arms(changed(moe={"first_dense": 1}), points, match="total_params")
     controls = plan.arms[16:]
     assert [arm.overrides for arm in controls] == [{SEED: 0, E: 0}, {SEED: 1, E: 0}]
     for arm in controls:
         assert [*arm.matched] == [D_FF] and arm.config.moe_layers == ()
-        assert total(arm.config) == pytest.approx(total(resolve(changed(moe={"first_dense": 1}))), rel=0.01)
+        assert total(arm.config) == pytest.approx(
+            total(resolve(changed(moe={"first_dense": 1}))), rel=0.01
+        )
     assert not any(arm.config.moe.num_experts == 0 for arm in plan.arms[:16])
 
 
 def test_the_control_takes_what_is_about_experts_out_of_the_recipe():
-    base = changed(moe={"per_layer": "0: router=hash"}, schedule={"top_k": "step:0.5:0.5", "jitter": "constant"})
+    base = changed(
+        moe={"per_layer": "0: router=hash"},
+        schedule={"top_k": "step:0.5:0.5", "jitter": "constant"},
+    )
     plan = plan_arms(base, [{E: 4, "schedule.z_weight": "linear:0"}], match="active_params")
     assert plan.arms[-1].overrides == {E: 0, "moe.per_layer": "", "schedule.top_k": "constant"}
 
@@ -150,7 +164,9 @@ def test_steps_are_adjusted_so_that_training_costs_the_same():
     wanted = training_flops(resolve(BASE), count(resolve(BASE)))
     for arm in plan.arms:
         config = arm.config
-        cost = config.train.num_steps * config.train.batch_size * config.data.seq_len * flops(config)
+        cost = (
+            config.train.num_steps * config.train.batch_size * config.data.seq_len * flops(config)
+        )
         assert cost == pytest.approx(wanted, rel=0.005)
         assert set(arm.matched) <= {STEPS} and config.model.d_ff == 256
     assert plan.arms[2].matched == {STEPS: 100}
@@ -161,7 +177,11 @@ def test_steps_are_adjusted_so_that_training_costs_the_same():
 @pytest.mark.parametrize(
     ("points", "settings", "message"),
     [
-        ([{WIDTH: 64}], {"match": "flops"}, "sets moe.d_expert=64, which match=flops adjusts; leave it out"),
+        (
+            [{WIDTH: 64}],
+            {"match": "flops"},
+            "sets moe.d_expert=64, which match=flops adjusts; leave it out",
+        ),
         ([{E: 0, D_FF: 64}], {"match": "flops"}, "sets model.d_ff=64"),
         ([{STEPS: 9}], {"match": "flops", "adjust": "steps"}, "sets train.num_steps=9"),
         (
@@ -170,7 +190,11 @@ def test_steps_are_adjusted_so_that_training_costs_the_same():
             r"model.d_model=512: cannot have .* with moe.d_expert=1,",
         ),
         ([{E: 16}, {"model.num_layers": 90}], {"match": "flops"}, "1 of 2 points"),
-        ([{"moe.per_layer": "0-2: d_expert=64"}], {"match": "flops"}, "no layer has the width moe.d_expert"),
+        (
+            [{"moe.per_layer": "0-2: d_expert=64"}],
+            {"match": "flops"},
+            "no layer has the width moe.d_expert",
+        ),
     ],
 )
 def test_arms_that_cannot_be_matched_are_refused_with_the_remedy(points, settings, message):
@@ -186,7 +210,12 @@ def test_parameters_cannot_be_matched_by_steps():
 
 def test_steps_too_few_to_come_close_are_refused():
     with pytest.raises(SweepError, match=r"closest.*train longer"):
-        plan_arms(changed(train={"num_steps": 3}), [{"train.batch_size": 7}], match="flops", adjust="steps")
+        plan_arms(
+            changed(train={"num_steps": 3}),
+            [{"train.batch_size": 7}],
+            match="flops",
+            adjust="steps",
+        )
 
 
 def test_a_matched_arm_is_the_same_behind_its_entry_in_a_file():
@@ -196,9 +225,15 @@ def test_a_matched_arm_is_the_same_behind_its_entry_in_a_file():
 
 @settings(max_examples=60, deadline=None)
 @given(
-    st.sampled_from([*NUMBERS]), st.integers(2, 40), st.integers(1, 4), st.integers(0, 3), st.sampled_from([1, 2, 5])
+    st.sampled_from([*NUMBERS]),
+    st.integers(2, 40),
+    st.integers(1, 4),
+    st.integers(0, 3),
+    st.sampled_from([1, 2, 5]),
 )
-def test_no_other_width_would_come_closer_than_the_tolerance_allows(match, experts, top_k, shared, tensor):
+def test_no_other_width_would_come_closer_than_the_tolerance_allows(
+    match, experts, top_k, shared, tensor
+):
     base = changed(mesh={"tensor": tensor})
     point = {E: experts, K: min(top_k, experts), "moe.num_shared_experts": shared}
     try:
@@ -214,13 +249,17 @@ def test_no_other_width_would_come_closer_than_the_tolerance_allows(match, exper
     width = arm.config.moe.d_expert
     assert width % tensor == 0
     assert deviation(width) <= 0.01 or all(
-        deviation(width) <= deviation(other) for other in (width - tensor, width + tensor) if other > 0
+        deviation(width) <= deviation(other)
+        for other in (width - tensor, width + tensor)
+        if other > 0
     )
 
 
 def count_of(config, match):
     counted = count(config)
-    return {"active_params": counted.active, "total_params": counted.total}.get(match, counted.flops_per_token)
+    return {"active_params": counted.active, "total_params": counted.total}.get(
+        match, counted.flops_per_token
+    )
 
 
 def test_numbers_are_short():

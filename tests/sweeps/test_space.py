@@ -68,7 +68,9 @@ def test_where_leaves_points_out_while_they_are_gone_through_and_says_so_to_a_se
     assert values(space) == [(4, 1), (8, 1), (8, 2)]
     outer = product(space, seeds(2))
     assert [axis.key for axis in outer.axes] == [E, K, "train.seed"]
-    assert outer.allows({E: 8, K: 2, "train.seed": 0}) and not outer.allows({E: 4, K: 2, "train.seed": 0})
+    assert outer.allows({E: 8, K: 2, "train.seed": 0}) and not outer.allows(
+        {E: 4, K: 2, "train.seed": 0}
+    )
     assert len(list(outer)) == 6
     assert product(choice(E, 4), [{K: 1}]).axes is None
 
@@ -76,7 +78,10 @@ def test_where_leaves_points_out_while_they_are_gone_through_and_says_so_to_a_se
 def test_a_predicate_that_raises_is_named_with_its_file():
     space = where(choice(E, 4, 8), lambda point: point[K] > 1)
     for use in (lambda: list(space), lambda: space.allows({E: 4})):
-        with pytest.raises(SpaceError, match=r"test_sweeps_space.py, line \d+, raised KeyError: 'moe.top_k', for the"):
+        with pytest.raises(
+            SpaceError,
+            match=r"test_sweeps_space.py, line \d+, raised KeyError: 'moe.top_k', for the",
+        ):
             use()
 
 
@@ -101,7 +106,12 @@ def test_what_is_no_list_of_points_is_no_space(bad):
 
 
 def test_grids_include_both_ends_and_have_readable_values():
-    assert values(log_uniform("moe.balance_weight", 1e-4, 1e-1, 4)) == [(1e-4,), (1e-3,), (1e-2,), (1e-1,)]
+    assert values(log_uniform("moe.balance_weight", 1e-4, 1e-1, 4)) == [
+        (1e-4,),
+        (1e-3,),
+        (1e-2,),
+        (1e-1,),
+    ]
     assert values(log_uniform("moe.balance_weight", 1, 2, 3)) == [(1.0,), (1.41421,), (2.0,)]
     assert values(uniform("moe.z_weight", 0, 1e-2, 3)) == [(0.0,), (5e-3,), (1e-2,)]
     assert all(type(value) is float for (value,) in values(uniform("moe.z_weight", 0, 3, 4)))
@@ -183,4 +193,6 @@ def test_an_axis_that_cannot_be_read_is_refused_with_its_text_and_a_remedy(text,
 
 def test_the_size_of_a_product_is_that_of_its_parts():
     assert len(list(product(*(choice(key, 1, 2) for key in (E, K, "train.seed"))))) == 8
-    assert list(product()) == [{}] and list(itertools.islice(product(seeds(3)), 1)) == [{"train.seed": 0}]
+    assert list(product()) == [{}] and list(itertools.islice(product(seeds(3)), 1)) == [
+        {"train.seed": 0}
+    ]

@@ -101,7 +101,9 @@ def runs(tmp_path_factory, programs):
 def lines(workdir):
     """Metrics without times."""
     found = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if not key.startswith("perf/")} for line in found]
+    return [
+        {key: value for key, value in line.items() if not key.startswith("perf/")} for line in found
+    ]
 
 
 def routing(workdir):
@@ -125,7 +127,9 @@ def assert_same(a, b):
         np.testing.assert_array_equal(a[key], b[key], err_msg=key)
 
 
-def test_a_stop_within_a_logging_interval_changes_neither_metrics_nor_routing_nor_alarms(runs, tmp_path):
+def test_a_stop_within_a_logging_interval_changes_neither_metrics_nor_routing_nor_alarms(
+    runs, tmp_path
+):
     config, stopped, whole = runs
     assert lines(stopped)[-1]["step"] == STOP  # the cut interval can be seen until the run goes on
     copy = copy_run(stopped, tmp_path / "run")
@@ -155,7 +159,11 @@ def test_a_file_damaged_in_any_way_gives_one_line_or_an_exact_continuation(runs,
             if damage(copy / path.relative_to(stopped), how, rng):
                 caplog.clear()
                 outcomes[kind, how] = continued(config, copy, whole, expected, caplog)
-    wrong = {case: outcome for case, outcome in outcomes.items() if outcome not in ("refused", "exact", "warned")}
+    wrong = {
+        case: outcome
+        for case, outcome in outcomes.items()
+        if outcome not in ("refused", "exact", "warned")
+    }
     assert not wrong
     assert {"refused", "exact", "warned"} == set(outcomes.values())
 
@@ -166,11 +174,15 @@ def continued(config, workdir, whole, expected, caplog):
         train(config, workdir)
     except Exception as error:  # whatever it is, it is looked at
         is_ours = type(error).__module__.startswith("moejax.") and isinstance(error, ValueError)
-        return "refused" if is_ours and "\n" not in str(error) else f"{type(error).__name__}: {error}"
+        return (
+            "refused" if is_ours and "\n" not in str(error) else f"{type(error).__name__}: {error}"
+        )
     for a, b in zip(state(config, workdir), expected, strict=True):
         if not np.array_equal(a, b):
             return "another state"
-    warnings = [r.message for r in caplog.records if r.name == "moejax" and r.levelno >= logging.WARNING]
+    warnings = [
+        r.message for r in caplog.records if r.name == "moejax" and r.levelno >= logging.WARNING
+    ]
     is_warned = any(str(workdir) in message for message in warnings)
     found, wanted = lines(workdir), lines(whole)
     if any("and the next has no churn" in message for message in warnings):
@@ -179,7 +191,9 @@ def continued(config, workdir, whole, expected, caplog):
         return "other metrics"
     if found[-2:] != wanted[-2:]:
         return "other metrics after the checkpoint"
-    if read_alarms(workdir) != read_alarms(whole) and not any("alarms.jsonl" in message for message in warnings):
+    if read_alarms(workdir) != read_alarms(whole) and not any(
+        "alarms.jsonl" in message for message in warnings
+    ):
         return "other alarms"
     try:
         assert_same(routing(workdir), routing(whole))
@@ -191,7 +205,10 @@ def continued(config, workdir, whole, expected, caplog):
 def test_a_file_damaged_in_any_way_is_read_exactly_or_refused(runs, tmp_path):
     _, stopped, _ = runs
     rng = np.random.default_rng(1)
-    expected = {"routing": routing(stopped), **{f"eval {k}": v for k, v in evaluations(stopped).items()}}
+    expected = {
+        "routing": routing(stopped),
+        **{f"eval {k}": v for k, v in evaluations(stopped).items()},
+    }
     files = [path for path in sorted((stopped / "routing").rglob("*")) if path.is_file()]
     for path in files:
         for how in ways():
@@ -218,7 +235,13 @@ def test_lost_metrics_are_said_once_and_counters_come_from_the_checkpoint(runs, 
     copy = copy_run(stopped, tmp_path / "run")
     (copy / "metrics.jsonl").write_text("")
     train(config, copy)
-    assert sum("metrics.jsonl is not what was written up to step 4" in r.message for r in caplog.records) == 1
+    assert (
+        sum(
+            "metrics.jsonl is not what was written up to step 4" in r.message
+            for r in caplog.records
+        )
+        == 1
+    )
     assert lines(copy) == [line for line in lines(whole) if line["step"] > 4]  # `tokens` included
     caplog.clear()
     train(config, copy)
@@ -228,14 +251,22 @@ def test_lost_metrics_are_said_once_and_counters_come_from_the_checkpoint(runs, 
 def test_lines_that_are_no_metrics_are_left_out_and_that_is_said(runs, tmp_path, caplog):
     config, stopped, whole = runs
     deep = '{"step": 2, "tokens": ' + "[" * 100_000 + "]" * 100_000 + "}"
-    for line in ('{"step": 2, "tokens": "many"}', '{"step": 2, "tokens": null}', deep, "[1]", "\x00"):
+    for line in (
+        '{"step": 2, "tokens": "many"}',
+        '{"step": 2, "tokens": null}',
+        deep,
+        "[1]",
+        "\x00",
+    ):
         copy = copy_run(stopped, tmp_path / "run")
         path = copy / "metrics.jsonl"
         path.write_text(line + "\n" + path.read_text())
         caplog.clear()
         train(config, copy)
         assert lines(copy) == lines(whole)
-        assert any("metrics.jsonl is not what was written" in record.message for record in caplog.records)
+        assert any(
+            "metrics.jsonl is not what was written" in record.message for record in caplog.records
+        )
 
 
 def test_a_lost_routing_group_file_is_written_again(runs, tmp_path, caplog):
@@ -244,7 +275,10 @@ def test_a_lost_routing_group_file_is_written_again(runs, tmp_path, caplog):
     (copy / "routing/zarr.json").unlink()
     train(config, copy)
     assert_same(routing(copy), routing(whole))
-    assert any("routing/zarr.json is lost and is written again" in record.message for record in caplog.records)
+    assert any(
+        "routing/zarr.json is lost and is written again" in record.message
+        for record in caplog.records
+    )
 
 
 def test_a_lost_evaluation_is_said_and_is_no_reference_for_churn(runs, tmp_path, caplog):
@@ -252,7 +286,10 @@ def test_a_lost_evaluation_is_said_and_is_no_reference_for_churn(runs, tmp_path,
     copy = copy_run(stopped, tmp_path / "run")
     (copy / "routing/evaluations/4.npz").unlink()
     train(config, copy)
-    assert any("lacks the evaluations of step 4, and the next has no churn" in r.message for r in caplog.records)
+    assert any(
+        "lacks the evaluations of step 4, and the next has no churn" in r.message
+        for r in caplog.records
+    )
     assert "churn" not in Evaluations(copy).read(6)
 
 
@@ -272,21 +309,34 @@ def test_who_looks_at_a_run_learns_that_its_metrics_were_changed(runs, tmp_path,
     (copy / "metrics.jsonl").write_bytes(changed[change])
     run = open_run(copy)
     assert run.keys and run.last("loss/lm") is not None
-    said = [record.getMessage() for record in caplog.records if "is not what was written" in record.getMessage()]
+    said = [
+        record.getMessage()
+        for record in caplog.records
+        if "is not what was written" in record.getMessage()
+    ]
     assert len(said) == (change != "none")
     expected = f"{copy / 'metrics.jsonl'} is not what was written up to step 6: a part of it is lost or changed"
     assert all(line.startswith(expected) for line in said)
 
 
 @pytest.mark.parametrize(
-    "noted", [[], {"bytes": "9", "digest": ""}, {"bytes": -1, "digest": ""}, {"bytes": 2**80, "digest": ["x"]}, "x"]
+    "noted",
+    [
+        [],
+        {"bytes": "9", "digest": ""},
+        {"bytes": -1, "digest": ""},
+        {"bytes": 2**80, "digest": ["x"]},
+        "x",
+    ],
 )
 def test_what_a_checkpoint_notes_of_a_file_may_be_anything(tmp_path, noted):
     (tmp_path / "metrics.jsonl").write_bytes(b"{}")
     assert not is_as_noted(tmp_path / "metrics.jsonl", noted)
 
 
-def test_an_evaluation_that_a_signal_cut_off_is_made_up_for_as_if_it_had_not_been(runs, tmp_path, caplog, monkeypatch):
+def test_an_evaluation_that_a_signal_cut_off_is_made_up_for_as_if_it_had_not_been(
+    runs, tmp_path, caplog, monkeypatch
+):
     config, _, whole = runs
     copy = tmp_path / "run"
     stop = StopSignals()
@@ -304,13 +354,19 @@ def test_an_evaluation_that_a_signal_cut_off_is_made_up_for_as_if_it_had_not_bee
         assert train_to(config, copy, 1).step == 5
         for later in (5, 6):
             shutil.rmtree(copy / f"checkpoints/{later}", ignore_errors=True)
-    assert read_meta(copy / "checkpoints/4")["metrics"] == read_meta(whole / "checkpoints/4")["metrics"]
+    assert (
+        read_meta(copy / "checkpoints/4")["metrics"]
+        == read_meta(whole / "checkpoints/4")["metrics"]
+    )
     train(config, copy)
     assert "is not what was written" not in caplog.text
     assert lines(copy) == lines(whole)
     with Checkpoints(copy, make(config, 1), read_only=True) as found:
         losses = {step: found._manager.metrics(step) for step in found.steps()}
-    assert losses == {step: read_meta(whole / f"checkpoints/{step}")["metrics"] for step in losses} and losses[4]
+    assert (
+        losses == {step: read_meta(whole / f"checkpoints/{step}")["metrics"] for step in losses}
+        and losses[4]
+    )
 
 
 def test_numbers_that_moejax_does_not_write_are_no_steps(runs, tmp_path):
@@ -328,7 +384,9 @@ def test_facts_of_another_kind_than_what_is_written_are_named(runs, tmp_path):
     copy = copy_run(stopped, tmp_path / "run")
     facts = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(facts | {"numerics": ["x"]}))
-    with pytest.raises(ConfigError, match=r"config\.json is damaged: numerics=\['x'\] must be an object"):
+    with pytest.raises(
+        ConfigError, match=r"config\.json is damaged: numerics=\['x'\] must be an object"
+    ):
         train(config, copy)
 
 
@@ -359,7 +417,11 @@ def test_after_a_refusal_nothing_goes_on_writing(runs, tmp_path):
     before = set(threading.enumerate())
     with pytest.raises(ValueError, match="routing is damaged"):
         train(config, copy)
-    writers = [thread for thread in set(threading.enumerate()) - before if "tensorboardX" in type(thread).__module__]
+    writers = [
+        thread
+        for thread in set(threading.enumerate()) - before
+        if "tensorboardX" in type(thread).__module__
+    ]
     assert not writers
 
 
@@ -367,18 +429,31 @@ def test_a_second_training_of_a_run_is_told_who_trains_it(runs, tmp_path):
     config, stopped, _ = runs
     copy = copy_run(stopped, tmp_path / "run")
     before = (copy / "metrics.jsonl").read_bytes()
-    with FolderLock(copy, "train"), pytest.raises(LockedError, match=r"run is being written by process \d+ on .*train"):
+    with (
+        FolderLock(copy, "train"),
+        pytest.raises(LockedError, match=r"run is being written by process \d+ on .*train"),
+    ):
         train(config, copy)
     assert (copy / "metrics.jsonl").read_bytes() == before
     open_run(copy)  # looking at it needs no lock
 
 
 @pytest.mark.parametrize("is_saved", [True, False])
-def test_a_run_that_another_process_has_taken_over_writes_nothing_more(runs, tmp_path, monkeypatch, is_saved):
+def test_a_run_that_another_process_has_taken_over_writes_nothing_more(
+    runs, tmp_path, monkeypatch, is_saved
+):
     config, _, _ = runs
     if not is_saved:  # the next that is written is a line of metrics
         monkeypatch.setattr(Checkpoints, "save", lambda *_: True)
-    record = {"pid": 7, "host": "node9", "boot": "b", "since": "then", "does": "train", "nonce": "n", "beat": 1}
+    record = {
+        "pid": 7,
+        "host": "node9",
+        "boot": "b",
+        "since": "then",
+        "does": "train",
+        "nonce": "n",
+        "beat": 1,
+    }
     contents = []
 
     def take_over(step, _):
@@ -386,7 +461,9 @@ def test_a_run_that_another_process_has_taken_over_writes_nothing_more(runs, tmp
             (tmp_path / "run/.lock").write_text(json.dumps(record))
             contents.append((tmp_path / "run/metrics.jsonl").read_bytes())
 
-    with pytest.raises(LockedError, match=r"run was taken over by process 7 on node9 \(train, since then\)"):
+    with pytest.raises(
+        LockedError, match=r"run was taken over by process 7 on node9 \(train, since then\)"
+    ):
         train(config, tmp_path / "run", on_evaluation=take_over)
     assert [(tmp_path / "run/metrics.jsonl").read_bytes()] == contents
     assert not [path for path in (tmp_path / "run/checkpoints").iterdir() if path.name.isdigit()]

@@ -28,14 +28,20 @@ def batches(config):
         batch = cases.packed_batch(config, seed)
         rows = np.arange(len(batch.tokens_BL))[:, None]
         documents_BL = np.where(batch.segments_BL == 1, rows % 5, (3 * rows + 1) % 5)
-        found.append(dataclasses.replace(batch, documents_BL=np.where(batch.segments_BL > 0, documents_BL, -1)))
+        found.append(
+            dataclasses.replace(
+                batch, documents_BL=np.where(batch.segments_BL > 0, documents_BL, -1)
+            )
+        )
     return found
 
 
 @pytest.mark.parametrize("mesh", [{"data": 1}, {"data": 2, "expert": 2}], ids=str)
 @pytest.mark.parametrize("num_experts", [0, 4])
 def test_the_loss_of_a_domain_is_the_mean_over_its_targets_on_any_mesh(mesh, num_experts):
-    config = cases.small_config(mesh=mesh, moe={"num_experts": num_experts}, model={"num_layers": 1})
+    config = cases.small_config(
+        mesh=mesh, moe={"num_experts": num_experts}, model={"num_layers": 1}
+    )
     trainable = cases.make(config, math.prod(mesh.values()))
     state = cases.initial_state(trainable)
     with jax.set_mesh(trainable.mesh):
@@ -44,11 +50,15 @@ def test_the_loss_of_a_domain_is_the_mean_over_its_targets_on_any_mesh(mesh, num
             domains=DOMAINS,
         )  # fmt: skip
         model = nnx.merge(trainable.graphdef, state.params, state.router_state)
-        inputs = [map(jnp.asarray, (b.tokens_BL, b.segments_BL, b.positions_BL)) for b in batches(config)]
+        inputs = [
+            map(jnp.asarray, (b.tokens_BL, b.segments_BL, b.positions_BL)) for b in batches(config)
+        ]
         logits = [jax.device_get(model(*arrays)[0]) for arrays in inputs]
     nats, number = {"code": 0.0, "drama": 0.0}, {"code": 0, "drama": 0}
     for batch, logits_BLV in zip(batches(config), logits, strict=True):
-        nats_BL = np.asarray(optax.softmax_cross_entropy_with_integer_labels(logits_BLV, batch.targets_BL))
+        nats_BL = np.asarray(
+            optax.softmax_cross_entropy_with_integer_labels(logits_BLV, batch.targets_BL)
+        )
         for b, position in np.argwhere(batch.loss_mask_BL):
             domain = DOMAINS.domains[DOMAINS.domain_of_document[batch.documents_BL[b, position]]]
             nats[domain] += float(nats_BL[b, position])
@@ -71,13 +81,23 @@ def test_the_probe_is_the_first_row_of_batches_spread_over_the_split(monkeypatch
         step = make_eval_step(trainable)
 
         def probe(batches):
-            return evaluate(step, trainable, state.params, state.router_state, iter(batches), 100).probe_NTK
+            return evaluate(
+                step, trainable, state.params, state.router_state, iter(batches), 100
+            ).probe_NTK
 
         alone = [probe([batch]) for batch in every]
         assert all(one.shape == (2, every[0].tokens_BL.shape[1], config.moe.top_k) for one in alone)
         assert not np.array_equal(alone[0], alone[4])  # else the order would not show
-        for number, chosen in {1: [0], 4: [0, 1, 2, 3], 5: [0, 2, 4], 8: [0, 2, 4, 6], 11: [0, 4, 8]}.items():
-            np.testing.assert_array_equal(probe(every[:number]), np.concatenate([alone[i] for i in chosen], axis=1))
+        for number, chosen in {
+            1: [0],
+            4: [0, 1, 2, 3],
+            5: [0, 2, 4],
+            8: [0, 2, 4, 6],
+            11: [0, 4, 8],
+        }.items():
+            np.testing.assert_array_equal(
+                probe(every[:number]), np.concatenate([alone[i] for i in chosen], axis=1)
+            )
 
 
 def test_without_several_domains_there_is_no_loss_by_domain(monkeypatch):

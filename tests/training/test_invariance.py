@@ -11,7 +11,14 @@ from flax import nnx
 from cases.training import initial_state, make, packed_batch, small_config
 from moejax.config import Config, Knobs
 from moejax.moe.expert_parallel.buffers import mean_receivers, room_for
-from moejax.training.step import forward_sums, loss_and_gradients, losses, make_train_step, put_batch, row_keys
+from moejax.training.step import (
+    forward_sums,
+    loss_and_gradients,
+    losses,
+    make_train_step,
+    put_batch,
+    row_keys,
+)
 
 TOLERANCE = 1e-5
 
@@ -37,7 +44,9 @@ def run(config: Config, num_devices: int = 1, num_steps: int = 0) -> Outcome:
         @jax.jit
         def gradients(params, batch):
             keys_B = row_keys(config, knobs, state.step, config.train.batch_size)
-            grads, sums = loss_and_gradients(trainable, params, state.router_state, batch, knobs, keys_B)
+            grads, sums = loss_and_gradients(
+                trainable, params, state.router_state, batch, knobs, keys_B
+            )
             parts = losses(sums, knobs, config)
             parts["dropped"] = sum(stats.dropped.sum() for stats in sums.routing)
             return grads, sums, parts
@@ -50,7 +59,10 @@ def run(config: Config, num_devices: int = 1, num_steps: int = 0) -> Outcome:
             before, step = flat(state.params), make_train_step(trainable)
             for _ in range(num_steps):
                 state, output = step(state, batch, knobs)
-            outcome.updates, outcome.scalars = flat(state.params) - before, jax.device_get(output.scalars)
+            outcome.updates, outcome.scalars = (
+                flat(state.params) - before,
+                jax.device_get(output.scalars),
+            )
             outcome.scalars.pop("moe/left_over", None)
     return outcome
 
@@ -62,16 +74,24 @@ def flat(tree) -> np.ndarray:
 def assert_same(actual: Outcome, expected: Outcome) -> None:
     for key, value in expected.losses.items():
         # Some losses are squares of what rounding left of 0.
-        np.testing.assert_allclose(actual.losses[key], value, rtol=TOLERANCE, atol=1e-12, err_msg=key)
+        np.testing.assert_allclose(
+            actual.losses[key], value, rtol=TOLERANCE, atol=1e-12, err_msg=key
+        )
     for name in ("grads", "routing"):
         for a, e in zip(getattr(actual, name), getattr(expected, name), strict=True):
             # Relative to the array's scale: single entries of a gradient may cancel to almost zero.
-            np.testing.assert_allclose(a, e, rtol=0, atol=TOLERANCE * max(np.abs(e).max(), 1e-6), err_msg=name)
+            np.testing.assert_allclose(
+                a, e, rtol=0, atol=TOLERANCE * max(np.abs(e).max(), 1e-6), err_msg=name
+            )
     if actual.updates is not None:
         # Adam divides by the gradient's own size and so enlarges rounding where a gradient is almost zero.
-        assert np.linalg.norm(actual.updates - expected.updates) < 1e-3 * np.linalg.norm(expected.updates)
+        assert np.linalg.norm(actual.updates - expected.updates) < 1e-3 * np.linalg.norm(
+            expected.updates
+        )
         for key, value in expected.scalars.items():
-            np.testing.assert_allclose(actual.scalars[key], value, rtol=1e-3, atol=1e-6, err_msg=key)
+            np.testing.assert_allclose(
+                actual.scalars[key], value, rtol=1e-3, atol=1e-6, err_msg=key
+            )
 
 
 @pytest.fixture(scope="module")
@@ -92,10 +112,15 @@ def test_a_moe_layer_without_loss_terms_is_an_error_while_tracing():
         trainable.abstract.params, trainable.abstract.router_state, packed_batch(config),
     )  # fmt: skip
     one_layer = dataclasses.replace(
-        sums, routing=jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype), sums.routing)
+        sums,
+        routing=jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype), sums.routing
+        ),
     )
     for bad, reported in ((one_layer, 1), (dataclasses.replace(sums, routing=()), 0)):
-        with pytest.raises(ValueError, match=rf"{reported} layers reported routing, and the model has 2 MoE layers"):
+        with pytest.raises(
+            ValueError, match=rf"{reported} layers reported routing, and the model has 2 MoE layers"
+        ):
             jax.eval_shape(lambda sums: losses(sums, Knobs.of(config), config), bad)
 
 
@@ -132,7 +157,9 @@ def test_the_mesh_changes_nothing(moe, mesh):
     assert_same(run(small_config(mesh=mesh), int(np.prod(list(mesh.values())))), moe)
 
 
-@pytest.mark.parametrize("strategy", ["gather", "ring", "all_to_all", "ragged", "dedup", "two_level"])
+@pytest.mark.parametrize(
+    "strategy", ["gather", "ring", "all_to_all", "ragged", "dedup", "two_level"]
+)
 def test_how_tokens_meet_experts_changes_nothing(moe, strategy):
     mesh = {"data": 1, "fsdp": 2, "expert": 2, "dcn_expert": 2}
     how = {"exchange": strategy, "exchange_buffer": 1.25, "exchange_chunks": 2}
@@ -154,15 +181,24 @@ def eight_experts() -> Outcome:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
-@pytest.mark.parametrize("strategy", ["gather", "ring", "all_to_all", "ragged", "dedup", "two_level"])
-def test_two_steps_are_the_same_on_every_mesh_however_tokens_meet_experts(eight_experts, strategy, mesh):
+@pytest.mark.parametrize(
+    "strategy", ["gather", "ring", "all_to_all", "ragged", "dedup", "two_level"]
+)
+def test_two_steps_are_the_same_on_every_mesh_however_tokens_meet_experts(
+    eight_experts, strategy, mesh
+):
     moe = {"num_experts": 8, "selection_bias": True, "exchange": strategy, "exchange_buffer": 1.25}
-    assert_same(run(small_config(moe=moe, mesh=mesh), int(np.prod(list(mesh.values()))), num_steps=2), eight_experts)
+    assert_same(
+        run(small_config(moe=moe, mesh=mesh), int(np.prod(list(mesh.values()))), num_steps=2),
+        eight_experts,
+    )
 
 
 @pytest.mark.parametrize(("saves", "ways"), [(True, 4), (False, 5)])
 def test_remat_sends_no_token_twice_if_what_arrived_is_saved(saves, ways):
-    config = small_config(moe={"exchange": "dedup", "save_exchanged": saves}, mesh={"data": 1, "expert": 2})
+    config = small_config(
+        moe={"exchange": "dedup", "save_exchanged": saves}, mesh={"data": 1, "expert": 2}
+    )
     trainable = make(config, 2)
     batch = put_batch(packed_batch(config), trainable)
     with jax.set_mesh(trainable.mesh):
@@ -183,13 +219,17 @@ def test_a_step_on_one_device_sends_nothing_not_even_to_itself():
     with jax.set_mesh(trainable.mesh):
         lowered = make_train_step(trainable).lower(trainable.abstract, batch, Knobs.of(config))
     sent = re.findall(
-        r"\b(all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute)", lowered.compile().as_text()
+        r"\b(all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute)",
+        lowered.compile().as_text(),
     )
     assert not sent
 
 
 def test_mesh_and_accumulation_together_change_nothing(moe):
-    assert_same(run(small_config(mesh={"data": 2, "fsdp": 2}, train={"accumulation": 2}), 4, num_steps=2), moe)
+    assert_same(
+        run(small_config(mesh={"data": 2, "fsdp": 2}, train={"accumulation": 2}), 4, num_steps=2),
+        moe,
+    )
 
 
 def test_the_mesh_changes_nothing_for_capacity_dispatch():
@@ -197,12 +237,17 @@ def test_the_mesh_changes_nothing_for_capacity_dispatch():
     one = run(small_config(moe=capacity))
     assert one.losses["dropped"] > 0
     for mesh in ({"data": 2, "fsdp": 2, "tensor": 2}, {"data": 1, "expert": 2, "context": 2}):
-        moe = capacity | {"exchange": "gather"}  # for which a device plans the slots of its own sequences
+        moe = capacity | {
+            "exchange": "gather"
+        }  # for which a device plans the slots of its own sequences
         assert_same(run(small_config(moe=moe, mesh=mesh), int(np.prod(list(mesh.values())))), one)
 
 
 def test_the_mesh_changes_nothing_for_a_pattern_of_layers_with_shared_experts():
-    sections = {"model": {"num_layers": 3}, "moe": {"every": 2, "first_dense": 1, "num_shared_experts": 1}}
+    sections = {
+        "model": {"num_layers": 3},
+        "moe": {"every": 2, "first_dense": 1, "num_shared_experts": 1},
+    }
     one = run(small_config(**sections))
     assert_same(run(small_config(**sections, mesh={"data": 2, "tensor": 2}), 4), one)
 
@@ -230,7 +275,9 @@ def test_what_a_device_holds_during_a_step_falls_as_the_number_of_devices(monkey
     monkeypatch.setattr("moejax.nn.attention.grouped_query.platform", lambda: "other than cpu")
 
     def temporary_bytes(num_devices, mesh):
-        config = small_config(moe={"num_experts": 8, "exchange": "dedup"}, mesh=mesh, data={"seq_len": 256})
+        config = small_config(
+            moe={"num_experts": 8, "exchange": "dedup"}, mesh=mesh, data={"seq_len": 256}
+        )
         trainable = make(config, num_devices)
         with jax.set_mesh(trainable.mesh):
             batch = put_batch(packed_batch(config), trainable)
@@ -292,7 +339,14 @@ def test_the_learning_rate_knob_scales_the_step():
         for rate in (0.0, 1e-3, 2e-3):
             knobs = dataclasses.replace(Knobs.of(config), learning_rate=jax.numpy.float32(rate))
             state, _ = step(initial_state(trainable), batch, knobs)
-            moved.append([a - b for a, b in zip(jax.device_get(jax.tree.leaves(state.params)), before, strict=True)])
+            moved.append(
+                [
+                    a - b
+                    for a, b in zip(
+                        jax.device_get(jax.tree.leaves(state.params)), before, strict=True
+                    )
+                ]
+            )
     for none, once, twice in zip(*moved, strict=True):
         assert np.abs(none).max() == 0
         np.testing.assert_allclose(twice, 2 * once, atol=1e-6)

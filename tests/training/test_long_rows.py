@@ -26,7 +26,10 @@ def small_blocks(monkeypatch):
 
 def config_of(seed=0, **mesh):
     return small_config(
-        data={"seq_len": LENGTH}, mesh={"data": 1} | mesh, model={"remat": True, "num_layers": 2}, train={"seed": seed}
+        data={"seq_len": LENGTH},
+        mesh={"data": 1} | mesh,
+        model={"remat": True, "num_layers": 2},
+        train={"seed": seed},
     )
 
 
@@ -34,7 +37,9 @@ def batch_of(config, document):
     """Rows of documents of one length; the last one is cut off."""
     batch = jax.device_get(packed_batch(config))
     places_BL = np.broadcast_to(np.arange(LENGTH, dtype=np.int32), batch.segments_BL.shape)
-    return dataclasses.replace(batch, segments_BL=1 + places_BL // document, positions_BL=places_BL % document)
+    return dataclasses.replace(
+        batch, segments_BL=1 + places_BL // document, positions_BL=places_BL % document
+    )
 
 
 def step(config, num_devices, document):
@@ -72,15 +77,23 @@ def test_blocks_equal_all_scores_within_a_model(by_document, monkeypatch, docume
 @pytest.mark.parametrize("document", [5, 40])
 @pytest.mark.parametrize("mesh", [{"data": 2, "tensor": 2}, {"data": 2, "expert": 4}], ids=str)
 def test_blocks_on_a_mesh_equal_one_device(by_document, mesh, document):
-    assert_is_close(step(config_of(**mesh), int(np.prod(list(mesh.values()))), document), by_document[document])
+    assert_is_close(
+        step(config_of(**mesh), int(np.prod(list(mesh.values()))), document), by_document[document]
+    )
 
 
-@pytest.mark.parametrize(("mesh", "num_devices"), [({"data": 2}, 4), ({}, 1)], ids=["apart", "together"])
-def test_arms_of_a_pack_with_near_and_far_documents_equal_each_alone(by_document, mesh, num_devices):
+@pytest.mark.parametrize(
+    ("mesh", "num_devices"), [({"data": 2}, 4), ({}, 1)], ids=["apart", "together"]
+)
+def test_arms_of_a_pack_with_near_and_far_documents_equal_each_alone(
+    by_document, mesh, num_devices
+):
     """Arms on one device are one `vmap`, which leaves blocks out for all of them or for none."""
     configs = [config_of(**mesh), config_of(**mesh)]
     pack = Pack(configs, jax.devices()[:num_devices])
-    batches = [batch_of(config, document) for config, document in zip(configs, (5, 40), strict=True)]
+    batches = [
+        batch_of(config, document) for config, document in zip(configs, (5, 40), strict=True)
+    ]
     with jax.set_mesh(pack.mesh):
         state = pack.join(trainable.init(0) for trainable in pack.trainables)
         compiled = pack.compile_step(state, pack.put_batches(batches))

@@ -30,7 +30,13 @@ REPOSITORY = Path(__file__).parents[2]
 
 def tiny(tmp_path, **sections):
     """A small run; all in this process share the prepared rows."""
-    train_leaves = {"num_steps": 20, "log_every": 5, "eval_every": 10, "checkpoint_every": 5, "batch_size": 8}
+    train_leaves = {
+        "num_steps": 20,
+        "log_every": 5,
+        "eval_every": 10,
+        "checkpoint_every": 5,
+        "batch_size": 8,
+    }
     return small_config(
         **sections | {
             "train": train_leaves | sections.get("train", {}),
@@ -120,7 +126,9 @@ def test_evaluation_counts_every_target_of_the_split(straight):
     corpus = prepare(config.data)
     assert result.evaluation.num_targets == corpus.num_tokens["validation"]
     nats = result.evaluation.loss * corpus.num_tokens["validation"]
-    assert result.evaluation.bits_per_byte == pytest.approx(nats / np.log(2) / corpus.num_bytes["validation"])
+    assert result.evaluation.bits_per_byte == pytest.approx(
+        nats / np.log(2) / corpus.num_bytes["validation"]
+    )
     assert result.evaluation.load_NE.sum(axis=1) == pytest.approx(1.0)
 
 
@@ -150,12 +158,16 @@ def write_recipe(path, config):
 def test_killed_with_sigkill_and_resumed_equals_twenty_steps_straight(straight, tmp_path):
     config, _, _ = straight
     recipe = write_recipe(tmp_path / "recipe.py", config)
-    process = subprocess.Popen(command(recipe, tmp_path / "run"), env=environment(), stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command(recipe, tmp_path / "run"), env=environment(), stderr=subprocess.PIPE, text=True
+    )
     wait_for(lambda: (tmp_path / "run/checkpoints/10").exists(), process)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert not (tmp_path / "run/checkpoints/20").exists()
-    resumed = subprocess.run(command(recipe, tmp_path / "run"), env=environment(), capture_output=True, text=True)
+    resumed = subprocess.run(
+        command(recipe, tmp_path / "run"), env=environment(), capture_output=True, text=True
+    )
     assert resumed.returncode == 0, resumed.stderr
     assert "continuing" in resumed.stderr
     # The same program on one device must give the same bits: compare with a straight run of the same command.
@@ -163,10 +175,15 @@ def test_killed_with_sigkill_and_resumed_equals_twenty_steps_straight(straight, 
         command(recipe, tmp_path / "whole"), env=environment(), capture_output=True, text=True
     )
     assert straight_run.returncode == 0, straight_run.stderr
-    for a, b in zip(arrays(tmp_path / "run", config, 20), arrays(tmp_path / "whole", config, 20), strict=True):
+    for a, b in zip(
+        arrays(tmp_path / "run", config, 20), arrays(tmp_path / "whole", config, 20), strict=True
+    ):
         np.testing.assert_array_equal(a, b)
     without_timing = [
-        [{k: v for k, v in line.items() if not k.startswith("perf/")} for line in lines(tmp_path / name)]
+        [
+            {k: v for k, v in line.items() if not k.startswith("perf/")}
+            for line in lines(tmp_path / name)
+        ]
         for name in ("run", "whole")
     ]
     assert without_timing[0] == without_timing[1]
@@ -187,21 +204,35 @@ def wait_for(condition, process, seconds=120):
 def test_a_signal_during_training_saves_and_exits_zero(tmp_path, number):
     recipe = write_recipe(
         tmp_path / "recipe.py",
-        tiny(tmp_path, train={"num_steps": 100_000, "checkpoint_every": 90_000, "eval_every": 0, "log_every": 7}),
+        tiny(
+            tmp_path,
+            train={
+                "num_steps": 100_000,
+                "checkpoint_every": 90_000,
+                "eval_every": 0,
+                "log_every": 7,
+            },
+        ),
     )
-    process = subprocess.Popen(command(recipe, tmp_path / "run"), env=environment(), stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command(recipe, tmp_path / "run"), env=environment(), stderr=subprocess.PIPE, text=True
+    )
     metrics = tmp_path / "run/metrics.jsonl"
     wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") > 1, process)
     process.send_signal(number)
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 0, errors
     assert f"{number.name}: saved step" in errors
-    (saved,) = [int(path.name) for path in (tmp_path / "run/checkpoints").iterdir() if path.name.isdigit()]
+    (saved,) = [
+        int(path.name) for path in (tmp_path / "run/checkpoints").iterdir() if path.name.isdigit()
+    ]
     assert f"saved step {saved} " in errors
     assert lines(tmp_path / "run")[-1]["step"] == saved  # no metrics are lost
 
 
-def test_a_signal_during_evaluation_gives_it_up_saves_and_is_made_up_for(straight, tmp_path, monkeypatch):
+def test_a_signal_during_evaluation_gives_it_up_saves_and_is_made_up_for(
+    straight, tmp_path, monkeypatch
+):
     config = tiny(tmp_path)
     real = loop.evaluate
 
@@ -235,7 +266,9 @@ def test_steps_that_are_not_finite_are_skipped_and_end_the_run(tmp_path, monkeyp
         train(config, tmp_path / "run")
     last = Checkpoints(tmp_path / "run", make(config), read_only=True).steps()[-1]
     for a, b in zip(
-        arrays(tmp_path / "run", config, last)[1:-2], jax.tree.leaves(make(config).init(0))[1:-2], strict=True
+        arrays(tmp_path / "run", config, last)[1:-2],
+        jax.tree.leaves(make(config).init(0))[1:-2],
+        strict=True,
     ):
         np.testing.assert_array_equal(a, b)  # all but the counters is as it was
 
@@ -247,14 +280,21 @@ def test_the_first_layer_with_a_value_that_is_not_finite_is_named():
     with jax.set_mesh(trainable.mesh):
         state = initial_state(trainable)
         knobs = Knobs.of(config)
-        assert locate(trainable, state, batch, knobs) == "the state of a router"  # all before it is finite
+        assert (
+            locate(trainable, state, batch, knobs) == "the state of a router"
+        )  # all before it is finite
         bad_loss = dataclasses.replace(knobs, z_weight=jax.numpy.float32(np.nan))
-        assert re.search(r"the gradient of moe/.* in layer 2", locate(trainable, state, batch, bad_loss))
+        assert re.search(
+            r"the gradient of moe/.* in layer 2", locate(trainable, state, batch, bad_loss)
+        )
         down = state.params.stacks[1].block.moe.experts.down
         down[...] = down[...].at[1].set(3e38)
         assert locate(trainable, state, batch, Knobs.of(config)) == "layer 2 (output)"
         down[...] = down[...].at[0].set(np.nan)
-        assert locate(trainable, state, batch, Knobs.of(config)) == "parameter stacks/1/block/moe/experts/down"
+        assert (
+            locate(trainable, state, batch, Knobs.of(config))
+            == "parameter stacks/1/block/moe/experts/down"
+        )
 
 
 def test_one_step_that_is_not_finite_changes_nothing_but_the_counts():
@@ -266,7 +306,9 @@ def test_one_step_that_is_not_finite_changes_nothing_but_the_counts():
         step = make_train_step(trainable)
         state, seen_before = step(initial_state(trainable), batch, knobs)
         before = jax.device_get(state)
-        bad, seen_after = step(state, batch, dataclasses.replace(knobs, z_weight=jax.numpy.float32(np.nan)))
+        bad, seen_after = step(
+            state, batch, dataclasses.replace(knobs, z_weight=jax.numpy.float32(np.nan))
+        )
         after = jax.device_get(bad)
         good, _ = step(bad, batch, knobs)
     for a, b in zip(
@@ -290,7 +332,9 @@ def test_an_update_that_is_not_finite_is_not_applied_and_is_named():
     with jax.set_mesh(trainable.mesh):
         before = jax.device_get(initial_state(trainable))
         after, output = make_train_step(trainable)(initial_state(trainable), batch, knobs)
-        assert np.isfinite(output.scalars["loss/total"]) and np.isfinite(output.scalars["grad_norm"])
+        assert np.isfinite(output.scalars["loss/total"]) and np.isfinite(
+            output.scalars["grad_norm"]
+        )
         assert (after.step, after.skipped, after.skipped_in_row) == (1, 1, 1)
         error = nonfinite_error(trainable, after, batch, knobs, 1, 1)
     for a, b in zip(
@@ -314,13 +358,21 @@ def test_a_scheduled_number_of_experts_follows_the_step_also_after_a_skipped_one
             assert state.skipped == step + 1
             experts = output.routing.assignments_E.sum() / output.routing.num_tokens.sum()
             assert experts == limit_at(config, 4, step)
-            limits = [x for path, x in jax.tree.leaves_with_path(state.router_state) if "limit" in str(path)]
-            assert limits and all((limit == limit_at(config, 4, step + 1)).all() for limit in limits)
+            limits = [
+                x
+                for path, x in jax.tree.leaves_with_path(state.router_state)
+                if "limit" in str(path)
+            ]
+            assert limits and all(
+                (limit == limit_at(config, 4, step + 1)).all() for limit in limits
+            )
 
 
 def test_a_run_directory_of_another_configuration_is_refused_by_key(straight):
     config, workdir, _ = straight
-    with pytest.raises(ConfigError, match=r"moe.num_experts=4, not 8; give --config.moe.num_experts=4 to"):
+    with pytest.raises(
+        ConfigError, match=r"moe.num_experts=4, not 8; give --config.moe.num_experts=4 to"
+    ):
         train(replace(config, "moe", num_experts=8), workdir)
 
 
@@ -331,12 +383,19 @@ def random_words(seed):
 
 def test_a_run_keeps_its_tokenizer_and_refuses_text_that_has_changed(tmp_path):
     text = tmp_path / "a.txt"
-    data = {"source": "files", "files": str(tmp_path / "*.txt"), "tokenizer": "bpe", "vocab_size": 512}
+    data = {
+        "source": "files",
+        "files": str(tmp_path / "*.txt"),
+        "tokenizer": "bpe",
+        "vocab_size": 512,
+    }
     text.write_text(random_words(0))
     config = tiny(tmp_path, data=data, train={"num_steps": 2})
     train(config, tmp_path / "run")
     tokenizer = (tmp_path / "run/tokenizer.model").read_bytes()
     text.write_text(random_words(1))
-    with pytest.raises(ConfigError, match=r"the text has changed since.*restore the text, or use another --workdir"):
+    with pytest.raises(
+        ConfigError, match=r"the text has changed since.*restore the text, or use another --workdir"
+    ):
         train(config, tmp_path / "run")
     assert (tmp_path / "run/tokenizer.model").read_bytes() == tokenizer

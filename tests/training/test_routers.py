@@ -17,7 +17,15 @@ from moejax.training.checkpoints.checkpoint import Checkpoints
 from moejax.training.step import make_train_step, put_batch
 
 # Whose sums over microbatches differ in kind: two passes through the model take long to compile.
-ACCUMULATED = {"softmax_topk", "noisy_topk", "sigmoid_topk", "quantile", "expert_choice", "schedules", "experts"}
+ACCUMULATED = {
+    "softmax_topk",
+    "noisy_topk",
+    "sigmoid_topk",
+    "quantile",
+    "expert_choice",
+    "schedules",
+    "experts",
+}
 
 # The rest differ from these in a router that is a function of each token or sequence alone: their layers are compared
 # on a mesh in tests/moe/router/test_properties.py, their whole steps by `pytest -m slow`.
@@ -25,7 +33,10 @@ ALWAYS = {"noisy_topk", "sigmoid_topk", "quantile", "expert_choice", "soft", *OT
 
 each_case = pytest.mark.parametrize(
     "case",
-    [pytest.param(case, marks=[] if case in ALWAYS else [pytest.mark.slow]) for case in [*ROUTER_CASES, *OTHER_CASES]],
+    [
+        pytest.param(case, marks=[] if case in ALWAYS else [pytest.mark.slow])
+        for case in [*ROUTER_CASES, *OTHER_CASES]
+    ],
 )
 
 
@@ -37,8 +48,16 @@ def two_steps(case, is_other=False):
     """
     sections = {"mesh": {"data": 1}}
     if is_other:
-        mesh = {"data": 1, "expert": 2, "tensor": 2} if case in OTHER_CASES else {"data": 2, "expert": 2}
-        sections = {"mesh": mesh, "train": {"accumulation": 2 if case in ACCUMULATED else 1}, "model": {"remat": False}}
+        mesh = (
+            {"data": 1, "expert": 2, "tensor": 2}
+            if case in OTHER_CASES
+            else {"data": 2, "expert": 2}
+        )
+        sections = {
+            "mesh": mesh,
+            "train": {"accumulation": 2 if case in ACCUMULATED else 1},
+            "model": {"remat": False},
+        }
     config = case_config(case, **sections)
     trainable = make(config, 4 if is_other else 1)
     with jax.set_mesh(trainable.mesh):
@@ -68,10 +87,14 @@ def test_mesh_accumulation_and_remat_change_nothing(case):
     for name, value in one[0].items():
         np.testing.assert_allclose(many[0][name], value, rtol=1e-4, atol=1e-5, err_msg=name)
     assert one[1].assignments_E.tolist() == many[1].assignments_E.tolist()
-    for (path, a), (_, b) in zip(*(jax.tree_util.tree_leaves_with_path(x[2]) for x in (one, many)), strict=True):
+    for (path, a), (_, b) in zip(
+        *(jax.tree_util.tree_leaves_with_path(x[2]) for x in (one, many)), strict=True
+    ):
         # Adam divides by the gradient's own size and so enlarges rounding where a gradient is almost zero.
         assert np.linalg.norm(a - b) <= 2e-3 * np.linalg.norm(a) + 1e-6, path
-    for (path, a), (_, b) in zip(*(jax.tree_util.tree_leaves_with_path(x[3]) for x in (one, many)), strict=True):
+    for (path, a), (_, b) in zip(
+        *(jax.tree_util.tree_leaves_with_path(x[3]) for x in (one, many)), strict=True
+    ):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6, err_msg=str(path))
 
 
@@ -99,7 +122,9 @@ def test_a_resumed_run_continues_bit_for_bit_with_biases_noise_and_limits(case, 
             checkpoints.save(steps(initial_state(trainable), 2))
         restored = Checkpoints(tmp_path, trainable, read_only=True).restore()
         resumed = jax.device_get(steps(restored, 2))
-    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(straight), jax.tree.leaves(resumed), strict=True):
+    for (path, a), b in zip(
+        jax.tree_util.tree_leaves_with_path(straight), jax.tree.leaves(resumed), strict=True
+    ):
         np.testing.assert_array_equal(a, b, err_msg=str(path))
     state = jax.tree.leaves(straight.router_state)
     assert any(np.any(x) and x.dtype == np.float32 for x in state) or case == "noisy_topk"

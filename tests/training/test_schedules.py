@@ -56,9 +56,13 @@ NEEDS = {
 }
 
 
-@pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(ScheduleConfig) if f.name != "top_k"])
+@pytest.mark.parametrize(
+    "name", [f.name for f in dataclasses.fields(ScheduleConfig) if f.name != "top_k"]
+)
 def test_every_leaf_scales_the_knob_of_its_name_and_no_other(name):
-    config = small_config(moe=NEEDS.get(name, {}), schedule={name: "linear:0.5"}, train={"num_steps": NUM_STEPS})
+    config = small_config(
+        moe=NEEDS.get(name, {}), schedule={name: "linear:0.5"}, train={"num_steps": NUM_STEPS}
+    )
     knobs = Knobs.of(config)
     now = scheduled(knobs, config, jnp.int32(10))
     for field in dataclasses.fields(Knobs):
@@ -88,7 +92,9 @@ def test_top_k_falls_during_training_and_tokens_then_visit_their_best_experts_on
         mesh={"data": 1},
     )  # fmt: skip
     found = outputs(config, 5)
-    choices = [float(o.routing.assignments_E.sum(axis=1)[0] / o.routing.num_tokens[0]) for o in found]
+    choices = [
+        float(o.routing.assignments_E.sum(axis=1)[0] / o.routing.num_tokens[0]) for o in found
+    ]
     assert choices == [4, 4, 1, 1, 1]
     assert all(np.all(np.isfinite(list(o.scalars.values()))) for o in found)
     assert [float(o.scalars["schedule/top_k"]) for o in found] == [1, 1, 0.25, 0.25, 0.25]
@@ -105,7 +111,9 @@ def test_a_bias_rests_once_its_rate_is_scheduled_to_zero_and_its_weighted_loss_f
     assert ranges[0] > 0 and ranges[1] == ranges[2] == ranges[3] == ranges[4] != ranges[0]
     weighted = [float(o.scalars["loss/balance_weighted"]) for o in found]
     plain = [float(o.scalars["loss/balance"]) for o in found]
-    np.testing.assert_allclose(weighted, 2 * 0.1 * np.linspace(1, 0, 5) * plain, rtol=1e-5)  # two layers
+    np.testing.assert_allclose(
+        weighted, 2 * 0.1 * np.linspace(1, 0, 5) * plain, rtol=1e-5
+    )  # two layers
 
 
 @pytest.mark.parametrize(
@@ -116,7 +124,11 @@ def test_a_bias_rests_once_its_rate_is_scheduled_to_zero_and_its_weighted_loss_f
         ({"z_weight": "step:2:0"}, {}, ["FRACTION above 0 and at most 1"]),
         ({"z_weight": "exponential:0"}, {}, ["between 1e-06 and 1e6"]),
         ({"z_weight": "linear:0.5"}, {"z_weight": 0.0}, ["schedule.z_weight", "moe.z_weight=0.0"]),
-        ({"capacity_factor": "linear:2"}, {"dispatch": "capacity"}, ["schedule.capacity_factor", "must not exceed 1"]),
+        (
+            {"capacity_factor": "linear:2"},
+            {"dispatch": "capacity"},
+            ["schedule.capacity_factor", "must not exceed 1"],
+        ),
         ({"capacity_factor": "linear:0.5"}, {}, ["schedule.capacity_factor", "read by a layer"]),
         ({"bias_rate": "linear:0.5"}, {}, ["schedule.bias_rate", "read by a layer"]),
         ({"noise_scale": "linear:0.5"}, {}, ["schedule.noise_scale", "read by a layer"]),
@@ -125,11 +137,23 @@ def test_a_bias_rests_once_its_rate_is_scheduled_to_zero_and_its_weighted_loss_f
             {"router": "noisy_topk", "load_weight": 0.1},
             ["schedule.noise_scale", "moe.load_weight=0.1"],
         ),
-        ({"balance_weight": "linaer:0"}, {"num_experts": 0}, ["schedule.balance_weight='linaer:0'"]),
-        ({"balance_weight": "linear:0"}, {"num_experts": 0}, ["schedule.balance_weight", "read by a layer"]),
+        (
+            {"balance_weight": "linaer:0"},
+            {"num_experts": 0},
+            ["schedule.balance_weight='linaer:0'"],
+        ),
+        (
+            {"balance_weight": "linear:0"},
+            {"num_experts": 0},
+            ["schedule.balance_weight", "read by a layer"],
+        ),
         ({"jitter": "linear:20"}, {"jitter": 0.1}, ["schedule.jitter", "below 1"]),
         ({"top_k": "linear:0.5"}, {}, ["falls to 1 expert", "moe.renormalize=False"]),
-        ({"top_k": "linear:0.5"}, {"router": "quantile"}, ["schedule.top_k", "moe.router=quantile"]),
+        (
+            {"top_k": "linear:0.5"},
+            {"router": "quantile"},
+            ["schedule.top_k", "moe.router=quantile"],
+        ),
     ],
 )
 def test_a_schedule_that_cannot_be_read_or_does_not_fit_is_refused(schedule, moe, parts):

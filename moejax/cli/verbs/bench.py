@@ -59,7 +59,16 @@ BENCHMARKS = (
     "compile",
     "import",
 )
-OF_RECIPES = ("compiled_step", "step", "attention", "generate", "start", "telemetry", "packed", "compile")
+OF_RECIPES = (
+    "compiled_step",
+    "step",
+    "attention",
+    "generate",
+    "start",
+    "telemetry",
+    "packed",
+    "compile",
+)
 """Benchmarks of a configuration; the others have shapes, or neither."""
 
 IN_PROCESSES = ("layer", "decode", "step", "attention", "generate", "telemetry", "compile")
@@ -79,7 +88,10 @@ def define(values: FlagValues, arguments: list[str]) -> None:
     define_config(values, arguments, DEFAULT_RECIPE if reads_recipe else None)
     define_json(values)
     flags.DEFINE_integer(
-        "repetitions", 0, "timed repetitions of each side; 0: 15, of layers 4, packed and start 3", flag_values=values
+        "repetitions",
+        0,
+        "timed repetitions of each side; 0: 15, of layers 4, packed and start 3",
+        flag_values=values,
     )
     shapes = (
         f"layer, decode, compiled: some of {', '.join(layer.PRESETS)}, or T:D:F:E:K; :skewed after it gives one "
@@ -87,7 +99,9 @@ def define(values: FlagValues, arguments: list[str]) -> None:
     )
     flags.DEFINE_string("shapes", "", f"{shapes}; separated by commas", flag_values=values)
     names = ", ".join(layer.implementations_of(layer.PRESETS["mixtral"]))
-    flags.DEFINE_list("implementations", [], f"layer, decode, compiled: some of {names}", flag_values=values)
+    flags.DEFINE_list(
+        "implementations", [], f"layer, decode, compiled: some of {names}", flag_values=values
+    )
     flags.DEFINE_enum(
         "dtype",
         None,
@@ -95,23 +109,39 @@ def define(values: FlagValues, arguments: list[str]) -> None:
         "layer, decode, compiled: of all arrays; by default float32, and bfloat16 for compiled",
         flag_values=values,
     )
-    flags.DEFINE_enum("target", None, [*TARGETS], "compiled, compiled_step: the device", flag_values=values)
+    flags.DEFINE_enum(
+        "target", None, [*TARGETS], "compiled, compiled_step: the device", flag_values=values
+    )
     flags.DEFINE_string(
-        "topology", "", "compiled_step: 4x4x4 chips of a v5p, or 1x8x8 slices, hosts and GPUs", flag_values=values
+        "topology",
+        "",
+        "compiled_step: 4x4x4 chips of a v5p, or 1x8x8 slices, hosts and GPUs",
+        flag_values=values,
     )
     flags.DEFINE_integer(
-        "processes", 1, f"{', '.join(IN_PROCESSES)}: how many to run, one after the other", flag_values=values
+        "processes",
+        1,
+        f"{', '.join(IN_PROCESSES)}: how many to run, one after the other",
+        flag_values=values,
     )
-    flags.DEFINE_string("csv", "", "layer, decode, compiled: a file to write the rows to", flag_values=values)
-    flags.DEFINE_string("plot", "", "layer: a file for a picture of the ratios (.svg)", flag_values=values)
+    flags.DEFINE_string(
+        "csv", "", "layer, decode, compiled: a file to write the rows to", flag_values=values
+    )
+    flags.DEFINE_string(
+        "plot", "", "layer: a file for a picture of the ratios (.svg)", flag_values=values
+    )
 
 
 def run(values: FlagValues, rest: list[str]) -> None:
     """Runs one benchmark and prints its figures."""
     if len(rest) != 1 or rest[0] not in BENCHMARKS:
-        raise UsageError(f"moejax bench takes one of {', '.join(BENCHMARKS)}; got {' '.join(rest) or 'nothing'}")
+        raise UsageError(
+            f"moejax bench takes one of {', '.join(BENCHMARKS)}; got {' '.join(rest) or 'nothing'}"
+        )
     if values.repetitions < 0:
-        raise UsageError(f"--repetitions={values.repetitions} must be at least 0, which stands for the default")
+        raise UsageError(
+            f"--repetitions={values.repetitions} must be at least 0, which stands for the default"
+        )
     if values.processes < 1:
         raise UsageError(f"--processes={values.processes} must be at least 1")
     _refuse_flags_of_others(values, rest[0])
@@ -129,7 +159,9 @@ def run(values: FlagValues, rest: list[str]) -> None:
     config = read_config_flag(values)
     repetitions = values.repetitions or (3 if rest[0] in ("packed", "start") else 15)
     if rest[0] in ("step", "telemetry") and config.num_moe_layers == 0:
-        raise UsageError(f"moe.num_experts={config.moe.num_experts}: bench {rest[0]} needs a MoE configuration")
+        raise UsageError(
+            f"moe.num_experts={config.moe.num_experts}: bench {rest[0]} needs a MoE configuration"
+        )
     measure = {
         "step": bench_step,
         "attention": bench_attention,
@@ -158,27 +190,41 @@ def _refuse_flags_of_others(values: FlagValues, benchmark: str) -> None:
     }
     for name, allowed in users.items():
         if values[name].present and benchmark not in allowed:
-            raise UsageError(f"--{name} belongs to moejax bench {', '.join(allowed)}; leave it out of {benchmark}")
+            raise UsageError(
+                f"--{name} belongs to moejax bench {', '.join(allowed)}; leave it out of {benchmark}"
+            )
 
 
 def _run_in_processes(values: FlagValues, benchmark: str) -> None:
     for flag in ("csv", "plot"):
         if values[flag].value:
-            raise UsageError(f"--{flag} is of one process; leave it out, or --processes, whose rows --json prints")
+            raise UsageError(
+                f"--{flag} is of one process; leave it out, or --processes, whose rows --json prints"
+            )
     if benchmark in OF_RECIPES:
         config = read_config_flag(values)
     else:
         config = None
         _read_layers(values, benchmark)
-    given = [name for name in ("repetitions", "shapes", "implementations", "dtype") if values[name].present]
-    rows = bench_in_processes(benchmark, config, [values[name].serialize() for name in given], values.processes)
+    given = [
+        name
+        for name in ("repetitions", "shapes", "implementations", "dtype")
+        if values[name].present
+    ]
+    rows = bench_in_processes(
+        benchmark, config, [values[name].serialize() for name in given], values.processes
+    )
     if values.json:
         print(to_json({"processes": values.processes, "rows": rows}, indent=2))
         return
     for row in rows:
         names = [str(value) for value in row.values() if isinstance(value, str)]
         shown = {name: _spread(value) for name, value in row.items() if isinstance(value, dict)}
-        print_result(shown, is_json=False, title=f"{', '.join(names)}: median of {values.processes} processes")
+        print_result(
+            shown,
+            is_json=False,
+            title=f"{', '.join(names)}: median of {values.processes} processes",
+        )
 
 
 def _spread(figure: dict[str, float]) -> str:
@@ -191,7 +237,9 @@ def _read_layers(values: FlagValues, benchmark: str) -> tuple[list[layer.Shape],
     known = layer.implementations_of(shapes[0])
     for name in values.implementations:
         if name not in known:
-            raise UsageError(f"--implementations={name} must be some of {', '.join(known)}, separated by commas")
+            raise UsageError(
+                f"--implementations={name} must be some of {', '.join(known)}, separated by commas"
+            )
     for flag in ("csv", "plot"):
         if values[flag].value:
             read_file_to_write(str(values[flag].value), f"--{flag}")
@@ -206,16 +254,21 @@ def _read_target(values: FlagValues, benchmark: str) -> Target:
 
 
 def _run_compiled_step(values: FlagValues) -> None:
-    row = bench_compiled_step(read_config_flag(values), _read_target(values, "compiled_step"), values.topology)
+    row = bench_compiled_step(
+        read_config_flag(values), _read_target(values, "compiled_step"), values.topology
+    )
     if values.json:
         print(to_json(row, indent=2))
         return
     print_result(_step_rows(row), is_json=False)
     if row["collectives"]:
         print_table(
-            [_collective_columns(one) for one in row["collectives"]], title="What travels, by a device in a step"
+            [_collective_columns(one) for one in row["collectives"]],
+            title="What travels, by a device in a step",
         )
-        print("GB by the model of a ring; beside it what comes to that if branches are taken every time.")
+        print(
+            "GB by the model of a ring; beside it what comes to that if branches are taken every time."
+        )
 
 
 def _run_compiled(values: FlagValues) -> None:
@@ -243,14 +296,18 @@ def _run_layers(values: FlagValues, benchmark: str) -> None:
     peaks, rows = measure_peaks(), []
     for shape in shapes:
         if benchmark == "layer":
-            rows += layer.bench_layer(shape, names, layer.DIRECTIONS, dtype, values.repetitions or 4, peaks)
+            rows += layer.bench_layer(
+                shape, names, layer.DIRECTIONS, dtype, values.repetitions or 4, peaks
+            )
         else:
             rows += decode.bench_decode(shape, names, dtype, values.repetitions or 15, peaks)
     if values.json:
         print(to_json(rows, indent=2))
     else:
         _print_tables(rows, _columns)
-        print(f"This machine: {peaks.gflops:.0f} GFLOP/s in a large product, {peaks.gbytes:.1f} GB/s in a large copy.")
+        print(
+            f"This machine: {peaks.gflops:.0f} GFLOP/s in a large product, {peaks.gbytes:.1f} GB/s in a large copy."
+        )
     # After the figures are shown: a full disk must not lose them.
     if values.csv:
         _write_csv(Path(values.csv), rows)
@@ -258,7 +315,9 @@ def _run_layers(values: FlagValues, benchmark: str) -> None:
         Path(values.plot).write_bytes(draw_layers(rows))
 
 
-def _print_tables(rows: list[dict[str, Any]], columns: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+def _print_tables(
+    rows: list[dict[str, Any]], columns: Callable[[dict[str, Any]], dict[str, Any]]
+) -> None:
     """A table for each layer and direction."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
@@ -342,7 +401,9 @@ def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
         if quartiles := row.pop("quartiles_ms", None):
             row |= {"q25_ms": quartiles[0], "q75_ms": quartiles[1]}
         if row.get("kernels") is not None:
-            row["kernels"] = "; ".join(f"{number} {name}" for name, number in row["kernels"].items())
+            row["kernels"] = "; ".join(
+                f"{number} {name}" for name, number in row["kernels"].items()
+            )
         flat.append(row)
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, [*flat[0]])

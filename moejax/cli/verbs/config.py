@@ -25,15 +25,24 @@ def define(values: FlagValues, arguments: list[str]) -> None:
     """Flags of the verb."""
     define_config(values, arguments)
     define_json(values)
-    flags.DEFINE_bool("all", False, "show every setting, not only those that differ", flag_values=values)
-    flags.DEFINE_bool("markdown", False, "print docs/settings.md, which describes every setting", flag_values=values)
+    flags.DEFINE_bool(
+        "all", False, "show every setting, not only those that differ", flag_values=values
+    )
+    flags.DEFINE_bool(
+        "markdown",
+        False,
+        "print docs/settings.md, which describes every setting",
+        flag_values=values,
+    )
 
 
 def run(values: FlagValues, rest: list[str]) -> None:
     """Prints the settings."""
     if values.markdown:
         if values["config"].value is not None or values.all or values.json:
-            raise UsageError("--markdown prints the same page for every recipe; leave the other flags out")
+            raise UsageError(
+                "--markdown prints the same page for every recipe; leave the other flags out"
+            )
         print(settings_page(), end="")
         return
     has_recipe = values["config"].value is not None
@@ -53,16 +62,28 @@ def _print(rows: list[dict[str, Any]]) -> None:
         table.add_column(name, overflow="fold")
     for row in rows:
         style = "bold" if row["differs"] else ""
-        unread = f" (not read here: it needs {row['needs'] or 'experts'})" if not row["read"] else ""
-        cells = [row["key"], _value(row), str(row["default"]), row["takes"], row["meaning"] + unread]
+        unread = (
+            f" (not read here: it needs {row['needs'] or 'experts'})" if not row["read"] else ""
+        )
+        cells = [
+            row["key"],
+            _value(row),
+            str(row["default"]),
+            row["takes"],
+            row["meaning"] + unread,
+        ]
         table.add_row(*(Text(cell, style=style) for cell in cells))
     console = Console()
     if not console.is_terminal:  # a file or a pipe has room for every column
-        console = Console(width=max(console.width, Console(width=10_000).measure(table).maximum + 10))
+        console = Console(
+            width=max(console.width, Console(width=10_000).measure(table).maximum + 10)
+        )
     console.print(table)
     differing = sum(row["differs"] for row in rows)
     more = "; --all shows the others" if len(rows) < len(declared()) else ""
-    print(f"{differing} of {len(declared())} settings differ from their default{more}; * is derived from others")
+    print(
+        f"{differing} of {len(declared())} settings differ from their default{more}; * is derived from others"
+    )
 
 
 def _value(row: dict[str, Any]) -> str:

@@ -40,7 +40,9 @@ def define(values: FlagValues, arguments: list[str]) -> None:
     define_text(values)
     define_json(values)
     flags.DEFINE_integer("step", None, "a saved step; default the newest", flag_values=values)
-    flags.DEFINE_integer("rows", None, "validation rows, spread over the split; default all", flag_values=values)
+    flags.DEFINE_integer(
+        "rows", None, "validation rows, spread over the split; default all", flag_values=values
+    )
     flags.DEFINE_list("kinds", list(KINDS), "kinds of change", flag_values=values)
     flags.DEFINE_string("csv", "", "also write all outcomes to this file", flag_values=values)
 
@@ -51,7 +53,11 @@ def run(values: FlagValues, rest: list[str]) -> None:
     workdir = read_workdir_to_write(values)
     csv_file = read_file_to_write(values.csv, "--csv") if values.csv else None
     result = counterfactuals(
-        workdir, step=values.step, max_rows=values.rows, kinds=values.kinds, places=read_text_places(values)
+        workdir,
+        step=values.step,
+        max_rows=values.rows,
+        kinds=values.kinds,
+        places=read_text_places(values),
     )
     result.save(workdir / FILE_NAME)
     if csv_file:
@@ -61,7 +67,10 @@ def run(values: FlagValues, rest: list[str]) -> None:
         return
     print_table(_rows(result), result.title())
     if result.of_kind("ablate"):
-        print_table(result.summary(), "Without one expert: change of the loss over a layer's experts, and by which")
+        print_table(
+            result.summary(),
+            "Without one expert: change of the loss over a layer's experts, and by which",
+        )
     for what, reason in result.left_out.items():
         Console().print(Text(f"left out: {what}: {reason}"))
 
@@ -70,7 +79,9 @@ def _rows(result: Counterfactuals) -> list[dict[str, str]]:
     """All outcomes but those of ablations, in a line's width."""
     return [
         {
-            "what": f"{row['kind']} {row['what']}" if row["kind"] in ("swap", "merge") else row["what"],
+            "what": f"{row['kind']} {row['what']}"
+            if row["kind"] in ("swap", "merge")
+            else row["what"],
             "layer": row["layer"],
             "experts": row["experts"],
             "change": f"{row['change']} ± {row['standard error']}" if row["change"] else "",

@@ -35,7 +35,12 @@ from moejax.cli.options import (
 )
 from moejax.cli.tables import print_result, print_table
 from moejax.config import Config, Knobs, resolve
-from moejax.kernels.grouped_matmul import IMPLEMENTATIONS, grouped_matmul, resolve_implementation, unavailable
+from moejax.kernels.grouped_matmul import (
+    IMPLEMENTATIONS,
+    grouped_matmul,
+    resolve_implementation,
+    unavailable,
+)
 from moejax.moe.dispatch.on_device import Chosen, run_dropless
 from moejax.moe.experts.experts import ExpertWeights
 from moejax.planning.memory import check_memory
@@ -122,7 +127,11 @@ def _run(values: FlagValues) -> None:
 
 def _print_exchange(rows: dict[str, Any], collectives: list[dict[str, Any]]) -> None:
     """Prints what the check of the exchange found, if there was one."""
-    found = {name: value for name, value in rows.items() if name == "exchange" or name.startswith("on a device: ")}
+    found = {
+        name: value
+        for name, value in rows.items()
+        if name == "exchange" or name.startswith("on a device: ")
+    }
     if found:
         print_result(found, is_json=False)
     if collectives:
@@ -131,7 +140,10 @@ def _print_exchange(rows: dict[str, Any], collectives: list[dict[str, Any]]) -> 
              "bytes": row["bytes"], "times*": row["conditional_count"], "bytes*": row["conditional_bytes"]}
             for row in collectives
         ]  # fmt: skip
-        print_table(shown, "What a device sends for a layer's experts, both passes; *: if tokens are left over")
+        print_table(
+            shown,
+            "What a device sends for a layer's experts, both passes; *: if tokens are left over",
+        )
 
 
 def check_grouped_matmul(name: str) -> str:
@@ -141,17 +153,25 @@ def check_grouped_matmul(name: str) -> str:
     x_RD = jnp.asarray(rng.normal(size=(80, 16)), jnp.float32)
     w_EDF = jnp.asarray(rng.normal(size=(4, 16, 24)), jnp.float32)
     groups = np.split(np.asarray(x_RD)[: sizes.sum()], np.cumsum(sizes)[:-1])
-    expected_RF = np.concatenate([rows @ w for rows, w in zip(groups, np.asarray(w_EDF), strict=True)])
+    expected_RF = np.concatenate(
+        [rows @ w for rows, w in zip(groups, np.asarray(w_EDF), strict=True)]
+    )
     actual_RF = grouped_matmul(x_RD, w_EDF, jnp.asarray(sizes), implementation=name)
     worst = np.abs(np.asarray(actual_RF)[: sizes.sum()] - expected_RF).max()
 
     def loss(implementation):
-        return lambda x, w: (grouped_matmul(x, w, jnp.asarray(sizes), implementation=implementation) ** 2).sum()
+        return lambda x, w: (
+            grouped_matmul(x, w, jnp.asarray(sizes), implementation=implementation) ** 2
+        ).sum()
 
     for actual, expected in zip(
-        jax.grad(loss(name), (0, 1))(x_RD, w_EDF), jax.grad(loss("dense"), (0, 1))(x_RD, w_EDF), strict=True
+        jax.grad(loss(name), (0, 1))(x_RD, w_EDF),
+        jax.grad(loss("dense"), (0, 1))(x_RD, w_EDF),
+        strict=True,
     ):
-        worst = np.maximum(worst, jnp.abs(actual - expected).max() / jnp.abs(expected).max())  # keeps a NaN
+        worst = np.maximum(
+            worst, jnp.abs(actual - expected).max() / jnp.abs(expected).max()
+        )  # keeps a NaN
     if not worst < TOLERANCE:
         raise DoctorError(f"differs from the reference by {worst:.1e}")
     return f"ok, within {worst:.0e} of the reference"
@@ -162,7 +182,9 @@ def check_experts() -> str:
     rng = np.random.default_rng(0)
     shapes = (1, 40, 16), (1, 40, 2), (4, 16, 2, 24), (4, 24, 16)
     arrays = [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
-    experts_BLK = jnp.asarray(rng.integers(0, 3, (1, 40, 2)), jnp.int32)  # the last expert gets nothing
+    experts_BLK = jnp.asarray(
+        rng.integers(0, 3, (1, 40, 2)), jnp.int32
+    )  # the last expert gets nothing
 
     def layer(implementation, x_BLD, weights_BLK, gate_up_EDPF, down_EFD):
         chosen, weights = Chosen(experts_BLK, weights_BLK), ExpertWeights(gate_up_EDPF, down_EFD)
@@ -179,11 +201,15 @@ def check_experts() -> str:
     return f"ok, within {worst:.0e} of the reference"
 
 
-def check_exchange(config: Config, mesh: Mesh, rows: dict[str, Any], collectives: list[dict[str, Any]]) -> str:
+def check_exchange(
+    config: Config, mesh: Mesh, rows: dict[str, Any], collectives: list[dict[str, Any]]
+) -> str:
     """Compares experts on the mesh with those on one device; adds to the tables what lies where and what travels."""
     found = check_mesh(config, mesh)
     rows["exchange"] = found.strategy
-    rows |= {f"on a device: {name}": " x ".join(map(str, shape)) for name, shape in found.shapes.items()}
+    rows |= {
+        f"on a device: {name}": " x ".join(map(str, shape)) for name, shape in found.shapes.items()
+    }
     collectives += found.collectives
     bad = {key: worst for key, worst in found.worst.items() if not worst < TOLERANCE}
     if bad:
@@ -196,11 +222,15 @@ def _config(values: FlagValues) -> Config | None:
     """The recipe with the sizes of `--mesh`; None without a recipe."""
     if values["config"].value is None:
         if values.mesh:
-            raise UsageError(f"--mesh={values.mesh} needs --config; give a recipe, such as configs/expert_parallel.py")
+            raise UsageError(
+                f"--mesh={values.mesh} needs --config; give a recipe, such as configs/expert_parallel.py"
+            )
         return None
     config = read_config_flag(values)
     if config.num_moe_layers == 0:
-        raise UsageError("--config has no experts (moe.num_experts=0); give a recipe that has, or none")
+        raise UsageError(
+            "--config has no experts (moe.num_experts=0); give a recipe that has, or none"
+        )
     return dataclasses.replace(config, mesh=parse_mesh(values.mesh)) if values.mesh else config
 
 
@@ -209,7 +239,13 @@ def check_training_step() -> str:
     num_devices = jax.device_count()
     config = resolve(
         {
-            "model": {"num_layers": 2, "d_model": 32 * num_devices, "num_heads": 2, "num_kv_heads": 1, "d_ff": 64},
+            "model": {
+                "num_layers": 2,
+                "d_model": 32 * num_devices,
+                "num_heads": 2,
+                "num_kv_heads": 1,
+                "d_ff": 64,
+            },
             "moe": {"num_experts": 4, "d_expert": 32},
             "data": {"tokenizer": "bytes", "seq_len": 32},
             "train": {"num_steps": 5, "batch_size": 2 * num_devices},
@@ -223,6 +259,8 @@ def check_training_step() -> str:
             state, output = step(state, batch, Knobs.of(config))
             losses.append(float(output.scalars["loss/lm"]))
     if not losses[-1] < losses[0]:
-        raise DoctorError(f"the loss went from {losses[0]:.3f} to {losses[-1]:.3f} in {len(losses)} steps")
+        raise DoctorError(
+            f"the loss went from {losses[0]:.3f} to {losses[-1]:.3f} in {len(losses)} steps"
+        )
     mesh = ", ".join(f"{axis} {size}" for axis, size in trainable.mesh.shape.items())
     return f"ok on mesh {mesh}: loss {losses[0]:.3f} to {losses[-1]:.3f}"

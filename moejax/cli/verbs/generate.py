@@ -13,7 +13,13 @@ import sys
 from absl import flags
 from absl.flags import FlagValues
 
-from moejax.cli.options import define_json, define_seed, define_workdir, read_workdir, refuse_several_processes
+from moejax.cli.options import (
+    define_json,
+    define_seed,
+    define_workdir,
+    read_workdir,
+    refuse_several_processes,
+)
 from moejax.compilation_cache import keep_programs
 from moejax.inference.generate import generate, generate_text
 from moejax.inference.load import LoadedRun, load_run
@@ -28,13 +34,22 @@ def define(values: FlagValues, arguments: list[str]) -> None:
     """Flags of the verb."""
     define_workdir(values)
     define_json(values)
-    flags.DEFINE_multi_string("prompt", None, "text to continue; repeat it for a batch", flag_values=values)
+    flags.DEFINE_multi_string(
+        "prompt", None, "text to continue; repeat it for a batch", flag_values=values
+    )
     flags.DEFINE_integer(
         "max_tokens", None, f"tokens to add at most; default {MAX_TOKENS}, or fewer where training rows were shorter",
         flag_values=values,
     )  # fmt: skip
-    flags.DEFINE_float("temperature", 0.7, "0 always takes the most probable token", flag_values=values)
-    flags.DEFINE_float("top_p", 0.9, "sample from the most probable tokens that reach this mass", flag_values=values)
+    flags.DEFINE_float(
+        "temperature", 0.7, "0 always takes the most probable token", flag_values=values
+    )
+    flags.DEFINE_float(
+        "top_p",
+        0.9,
+        "sample from the most probable tokens that reach this mass",
+        flag_values=values,
+    )
     define_seed(values, "seed", "of the sampling")
     flags.DEFINE_integer("step", None, "a saved step; default the newest", flag_values=values)
 
@@ -46,7 +61,9 @@ def run(values: FlagValues, rest: list[str]) -> None:
     prompts = [_as_text(prompt) for prompt in values.prompt or [""]]
     loaded = load_run(read_workdir(values), values.step)
     sampling = {
-        "max_tokens": _default_length(loaded, prompts) if values.max_tokens is None else values.max_tokens,
+        "max_tokens": _default_length(loaded, prompts)
+        if values.max_tokens is None
+        else values.max_tokens,
         "temperature": values.temperature,
         "top_p": values.top_p,
         "seed": values.seed,
@@ -55,7 +72,9 @@ def run(values: FlagValues, rest: list[str]) -> None:
         _stream(loaded.model, loaded.tokenizer, prompts[0], sampling)
         return
     texts = generate_text(loaded.model, loaded.tokenizer, prompts, **sampling)
-    results = [{"prompt": prompt, "text": text} for prompt, text in zip(prompts, texts, strict=True)]
+    results = [
+        {"prompt": prompt, "text": text} for prompt, text in zip(prompts, texts, strict=True)
+    ]
     if values.json:
         print(to_json(results, indent=2))
         return
@@ -88,7 +107,9 @@ def _stream(model, tokenizer, prompt: str, sampling: dict) -> None:
     written = ""
     for (token,) in generate(model, tokenizer, [prompt], **sampling):
         if not ids:
-            sys.stdout.write(prompt)  # not before compilation, during which there is something to log
+            sys.stdout.write(
+                prompt
+            )  # not before compilation, during which there is something to log
         if token is None:
             break
         ids.append(token)

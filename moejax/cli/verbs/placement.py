@@ -25,7 +25,9 @@ def define(values: FlagValues, arguments: list[str]) -> None:
     """Flags of the verb."""
     define_workdir(values)
     define_json(values)
-    flags.DEFINE_integer("devices", None, "that share the experts; default as in the run", flag_values=values)
+    flags.DEFINE_integer(
+        "devices", None, "that share the experts; default as in the run", flag_values=values
+    )
     flags.DEFINE_integer("replicas", 1, "spare slots of each device for copies", flag_values=values)
     flags.DEFINE_integer("step", None, "of an evaluation; default the newest", flag_values=values)
 
@@ -36,37 +38,61 @@ def run(values: FlagValues, rest: list[str]) -> None:
     workdir = read_workdir(values)
     config = read_config(workdir)
     if config.num_moe_layers == 0:
-        raise UsageError(f"--workdir={workdir} is a run of a dense model, which has no experts to place")
+        raise UsageError(
+            f"--workdir={workdir} is a run of a dense model, which has no experts to place"
+        )
     if any(kind.router in ("expert_choice", "soft") for kind in config.moe_runs):
-        raise UsageError(f"--workdir={workdir}: experts that choose tokens have equal loads, wherever they are")
-    devices = values.devices if values.devices is not None else config.mesh.dcn_expert * config.mesh.expert
+        raise UsageError(
+            f"--workdir={workdir}: experts that choose tokens have equal loads, wherever they are"
+        )
+    devices = (
+        values.devices
+        if values.devices is not None
+        else config.mesh.dcn_expert * config.mesh.expert
+    )
     if devices < 2:
-        raise UsageError(f"--devices={devices} must be at least 2: how many devices share the experts, such as 4")
+        raise UsageError(
+            f"--devices={devices} must be at least 2: how many devices share the experts, such as 4"
+        )
     load_NE = newest_evaluation(workdir, values.step)["load"][:, : config.moe.num_experts]
     maps = {"in order": in_order(*load_NE.shape), "placed": place(load_NE, devices)}
     if values.replicas:
         maps["placed, with copies"] = place(load_NE, devices, values.replicas)
     columns = {name: imbalance(load_NE, experts_NP, devices) for name, experts_NP in maps.items()}
     rows = [
-        {"layer": str(layer), **{name: round(float(worst_N[i]), 3) for name, worst_N in columns.items()}}
+        {
+            "layer": str(layer),
+            **{name: round(float(worst_N[i]), 3) for name, worst_N in columns.items()},
+        }
         for i, layer in enumerate(config.moe_layers)
     ]
-    rows.append({"layer": "worst", **{name: round(float(worst_N.max()), 3) for name, worst_N in columns.items()}})
+    rows.append(
+        {
+            "layer": "worst",
+            **{name: round(float(worst_N.max()), 3) for name, worst_N in columns.items()},
+        }
+    )
     if values.json:
         print(to_json(rows, indent=2))
         return
-    print_table(rows, f"Largest load of {devices} devices over the mean; {values.replicas} copies on each")
+    print_table(
+        rows, f"Largest load of {devices} devices over the mean; {values.replicas} copies on each"
+    )
     if values.replicas:
         _explain(config.moe_layers, load_NE, maps["placed, with copies"], devices, values.replicas)
 
 
-def _explain(layers: Sequence[int], load_NE: np.ndarray, placed_NP: np.ndarray, devices: int, replicas: int) -> None:
+def _explain(
+    layers: Sequence[int], load_NE: np.ndarray, placed_NP: np.ndarray, devices: int, replicas: int
+) -> None:
     """Prints in which layers copies would help nothing, and what their spare slots hold instead."""
     copied_N = imbalance(load_NE, place_by_load(load_NE, devices, replicas), devices)
     placed_N = imbalance(load_NE, placed_NP, devices)
     useless = np.flatnonzero(copied_N > placed_N).tolist()
     if useless:
-        figures = ", ".join(f"layer {layers[i]}: {copied_N[i]:.3f} with, {placed_N[i]:.3f} without" for i in useless)
+        figures = ", ".join(
+            f"layer {layers[i]}: {copied_N[i]:.3f} with, {placed_N[i]:.3f} without" for i in useless
+        )
         print(
             f"Copies would make some layers less even ({figures}): a copy takes an equal share of its expert's load to "
             "a device, which may have enough. There spare slots repeat experts of their own device, and move nothing."

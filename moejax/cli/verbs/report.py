@@ -39,15 +39,21 @@ def run(values: FlagValues, rest: list[str]) -> None:
     """Writes the page and prints its path."""
     refuse_several_processes("report")
     if rest and values.workdir:
-        raise UsageError(f"--workdir={values.workdir} and {' '.join(rest)} are given; name run directories one way")
+        raise UsageError(
+            f"--workdir={values.workdir} and {' '.join(rest)} are given; name run directories one way"
+        )
     if len(rest) > 1:
         if said := read_text_places(values).said():
             leaf, place = next(iter(said.items()))
-            raise UsageError(f"--data.{leaf}={place} is for the report of one run; a comparison reads no text")
+            raise UsageError(
+                f"--data.{leaf}={place} is for the report of one run; a comparison reads no text"
+            )
         print(printable(str(_compare(rest, values.output))))
         return
     if values.output:
-        raise UsageError(f"--output={values.output} is for comparisons; give two or more run directories")
+        raise UsageError(
+            f"--output={values.output} is for comparisons; give two or more run directories"
+        )
     if rest:
         values["workdir"].value = rest[0]
     print(printable(str(build_report(read_workdir_to_write(values), read_text_places(values)))))
@@ -58,6 +64,8 @@ def _compare(workdirs: list[str], output: str) -> Path:
     folders = [resolve_path(workdir) for workdir in workdirs]
     for workdir, folder in zip(workdirs, folders, strict=True):
         if not folder.is_dir():
-            raise UsageError(f"{workdir} is not a folder; name run directories, or see moejax report --help")
+            raise UsageError(
+                f"{workdir} is not a folder; name run directories, or see moejax report --help"
+            )
     path = read_file_to_write(output or str(folders[0].parent / FILE_NAME), "--output")
     return write_comparison(folders, path)

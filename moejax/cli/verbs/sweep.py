@@ -84,19 +84,32 @@ def define(values: FlagValues, arguments: list[str]) -> None:
     """Flags of the verb."""
     define_config(values, arguments)
     define_json(values)
-    flags.DEFINE_string("dir", "", "the sweep's folder; default runs/sweep_NAME-OF-THE-RECIPE", flag_values=values)
+    flags.DEFINE_string(
+        "dir", "", "the sweep's folder; default runs/sweep_NAME-OF-THE-RECIPE", flag_values=values
+    )
     flags.DEFINE_bool("dry-run", False, "check and list all arms, and stop", flag_values=values)
     flags.DEFINE_integer("seeds", None, "each point with so many seeds, from 0", flag_values=values)
     flags.DEFINE_enum(
         "match", "", ["", "active_params", "total_params", "flops"],
         "what all arms have in common with the recipe; dense controls are added", flag_values=values,
     )  # fmt: skip
-    flags.DEFINE_enum("adjust", "width", ["width", "steps"], "with --match: what is changed", flag_values=values)
-    flags.DEFINE_integer("pack", 8, "arms that train side by side, at most; 1: none", flag_values=values)
+    flags.DEFINE_enum(
+        "adjust", "width", ["width", "steps"], "with --match: what is changed", flag_values=values
+    )
+    flags.DEFINE_integer(
+        "pack", 8, "arms that train side by side, at most; 1: none", flag_values=values
+    )
     flags.DEFINE_enum("runner", "here", ["here", "pool", "slurm"], "who trains", flag_values=values)
     flags.DEFINE_integer("processes", 2, "--runner=pool: how many; slurm: jobs", flag_values=values)
-    flags.DEFINE_integer("gpus", 0, "--runner=pool: GPUs to share out; slurm: of each job; 0: CPU", flag_values=values)
-    flags.DEFINE_integer("minutes", 240, "--runner=slurm: of a job, which is queued again", flag_values=values)
+    flags.DEFINE_integer(
+        "gpus",
+        0,
+        "--runner=pool: GPUs to share out; slurm: of each job; 0: CPU",
+        flag_values=values,
+    )
+    flags.DEFINE_integer(
+        "minutes", 240, "--runner=slurm: of a job, which is queued again", flag_values=values
+    )
     flags.DEFINE_string("partition", "", "--runner=slurm", flag_values=values)
     flags.DEFINE_string("account", "", "--runner=slurm", flag_values=values)
     flags.DEFINE_string("cores", "", "work: CPU cores to run on, such as 0,1", flag_values=values)
@@ -108,13 +121,17 @@ def run(values: FlagValues, rest: list[str]) -> None:
     refuse_several_processes("sweep", "launch one; --runner=slurm makes jobs of its own")
     action = rest[0] if rest and "=" not in rest[0] else ""
     if action == "report" and any("://" in word for word in rest):
-        raise UsageError("moejax sweep report takes a folder, no URL, and buckets are not supported yet")
+        raise UsageError(
+            "moejax sweep report takes a folder, no URL, and buckets are not supported yet"
+        )
     refuse_addresses(rest)
     if action.endswith(".py"):
         raise UsageError(f"{action} is a recipe; write --config={action}")
     if action and action not in ACTIONS:
         words = ", ".join(ACTIONS)
-        raise UsageError(f"{action} is neither an axis, KEY=VALUES, nor one of {words}; see moejax sweep --help")
+        raise UsageError(
+            f"{action} is neither an axis, KEY=VALUES, nor one of {words}; see moejax sweep --help"
+        )
     others = rest[1:] if action else rest
     _refuse_flags_of_others(values, action)
     if action == "report":
@@ -153,7 +170,11 @@ def _refuse_flags_of_others(values: FlagValues, action: str) -> None:
 
 
 def _sweep(values: FlagValues, rest: list[str]) -> None:
-    refuse_flags(values, (*OF_DRAWS, *OF_STUDIES), "goes with a search; add --search=random or tpe, or leave it out")
+    refuse_flags(
+        values,
+        (*OF_DRAWS, *OF_STUDIES),
+        "goes with a search; add --search=random or tpe, or leave it out",
+    )
     _check_flags(values)
     directory = None if values["dry-run"].value else _directory(values)
     plan = _plan(values, rest)
@@ -190,7 +211,11 @@ def _sweep(values: FlagValues, rest: list[str]) -> None:
 
 def _check_flags(values: FlagValues) -> None:
     """Raises `UsageError` for a number that cannot be, and for a flag that would change nothing."""
-    for flag, number, least in (("pack", values.pack, 1), ("processes", values.processes, 1), ("gpus", values.gpus, 0)):
+    for flag, number, least in (
+        ("pack", values.pack, 1),
+        ("processes", values.processes, 1),
+        ("gpus", values.gpus, 0),
+    ):
         if number < least:
             raise UsageError(f"--{flag}={number} must be at least {least}")
     for flag, known in RUNNERS_OF.items():
@@ -200,17 +225,25 @@ def _check_flags(values: FlagValues) -> None:
                 "leave one out"
             )
     if values["adjust"].present and not values.match:
-        raise UsageError(f"--adjust={values.adjust} says what --match changes; add --match, or leave it out")
+        raise UsageError(
+            f"--adjust={values.adjust} says what --match changes; add --match, or leave it out"
+        )
 
 
 def _plan(values: FlagValues, rest: list[str]) -> Plan:
     space = _space(values, rest)
-    read_config_flag(values, varied_keys(space))  # says what is wrong with the recipe itself, apart from any point
+    read_config_flag(
+        values, varied_keys(space)
+    )  # says what is wrong with the recipe itself, apart from any point
     plan = plan_arms(values.config.to_dict(), space, match=values.match, adjust=values.adjust)
     for line in plan.changes:
         log.info("matched: %s", line)
     for overrides, arm_id in plan.duplicates:
-        log.info("left out: %s, which is arm %s", " ".join(f"{k}={v}" for k, v in overrides.items()), arm_id)
+        log.info(
+            "left out: %s, which is arm %s",
+            " ".join(f"{k}={v}" for k, v in overrides.items()),
+            arm_id,
+        )
     return plan
 
 
@@ -220,7 +253,9 @@ def _space(values: FlagValues, rest: list[str]) -> Space:
     spaces += [parse_axis(text) for text in rest]
     if values.seeds is not None:
         if values.seeds < 1:
-            raise UsageError(f"--seeds={values.seeds} must be at least 1: how many seeds each point gets")
+            raise UsageError(
+                f"--seeds={values.seeds} must be at least 1: how many seeds each point gets"
+            )
         spaces.append(seeds(values.seeds))
     if not spaces:
         raise UsageError(
@@ -228,7 +263,9 @@ def _space(values: FlagValues, rest: list[str]) -> Space:
         )
     keys = [axis.key for space in spaces if isinstance(space, Space) for axis in space.axes or ()]
     if twice := [key for key in keys if keys.count(key) > 1]:
-        raise UsageError(f"{twice[0]} is given twice; give it once: as an axis, by --seeds, or in the recipe's sweep()")
+        raise UsageError(
+            f"{twice[0]} is given twice; give it once: as an axis, by --seeds, or in the recipe's sweep()"
+        )
     return product(*spaces)
 
 
@@ -242,10 +279,16 @@ def _own_space(values: FlagValues) -> list[Space | list[Any]]:
         found = function()
         points = [*found] if isinstance(found, Iterable) and not isinstance(found, Space) else found
     if not isinstance(points, Space | list | None):
-        raise UsageError(f"{recipe}: sweep() returns {points!r}; return a space, such as product(...), or yield points")
+        raise UsageError(
+            f"{recipe}: sweep() returns {points!r}; return a space, such as product(...), or yield points"
+        )
     if points is None or points == []:
-        raise UsageError(f"{recipe}: sweep() gives nothing; return a space, such as product(...), or yield points")
-    if not isinstance(points, Space) and (wrong := [point for point in points if not isinstance(point, Mapping)]):
+        raise UsageError(
+            f"{recipe}: sweep() gives nothing; return a space, such as product(...), or yield points"
+        )
+    if not isinstance(points, Space) and (
+        wrong := [point for point in points if not isinstance(point, Mapping)]
+    ):
         raise UsageError(
             f"{recipe}: sweep() yields {wrong[0]!r}, which is no point; yield dicts, as {{'moe.top_k': 2}}"
         )
@@ -253,7 +296,9 @@ def _own_space(values: FlagValues) -> list[Space | list[Any]]:
 
 
 def _directory(values: FlagValues) -> Path:
-    return read_folder_to_write(values.dir or f"runs/sweep_{recipe_name(recipe_text(values))}", "--dir")
+    return read_folder_to_write(
+        values.dir or f"runs/sweep_{recipe_name(recipe_text(values))}", "--dir"
+    )
 
 
 def _command() -> str:
@@ -272,11 +317,16 @@ def _show(values: FlagValues, plan: Plan, packs: tuple[tuple[str, ...], ...]) ->
         "FLOPs": sum(costs.values()),
     }
     if values.json:
-        rows = [arm.to_json() | {"pack": pack_of[arm.id], "flops_total": costs[arm.id]} for arm in plan.arms]
+        rows = [
+            arm.to_json() | {"pack": pack_of[arm.id], "flops_total": costs[arm.id]}
+            for arm in plan.arms
+        ]
         print_result(summary | {"list": rows, "matched": list(plan.changes)}, is_json=True)
         return
     keys = dict.fromkeys(key for arm in plan.arms for key in (*arm.overrides, *arm.matched))
-    print_table([_row(arm, list(keys), pack_of[arm.id], costs[arm.id]) for arm in plan.arms], "arms")
+    print_table(
+        [_row(arm, list(keys), pack_of[arm.id], costs[arm.id]) for arm in plan.arms], "arms"
+    )
     print_result({**summary, "FLOPs": short(summary["FLOPs"])}, is_json=False)
 
 
@@ -328,7 +378,9 @@ def _run_on(cores: str) -> None:
         if hasattr(os, "sched_setaffinity"):
             os.sched_setaffinity(0, wanted)
     except (ValueError, OSError) as error:
-        raise UsageError(f"--cores={cores} must be numbers of cores that this machine has, such as 0,1") from error
+        raise UsageError(
+            f"--cores={cores} must be numbers of cores that this machine has, such as 0,1"
+        ) from error
 
 
 def _report(values: FlagValues, others: list[str]) -> None:
@@ -350,7 +402,10 @@ def _finish(values: FlagValues, directory: Path) -> None:
         print_result(found | {"settings": rows}, is_json=True)
         return
     if rows:
-        print_table(rows, "settings, means over seeds, differences from the reference with 95 % intervals over seeds")
+        print_table(
+            rows,
+            "settings, means over seeds, differences from the reference with 95 % intervals over seeds",
+        )
     print_result(found, is_json=False)
 
 
@@ -361,11 +416,15 @@ def _settings_rows(compared: pd.DataFrame, planned: list[dict[str, Any]]) -> lis
     if not settings:
         return []
     reference = reference_setting(settings, planned)
-    differences = compare_settings(compared, loss, reference["arms"], [row["arms"] for row in settings])
+    differences = compare_settings(
+        compared, loss, reference["arms"], [row["arms"] for row in settings]
+    )
     names = {LOSS: "validation loss", BITS: "bits per byte"}
     return [
         {
-            "setting": describe({key.removeprefix(OVERRIDE): row[key] for key in row if key.startswith(OVERRIDE)}),
+            "setting": describe(
+                {key.removeprefix(OVERRIDE): row[key] for key in row if key.startswith(OVERRIDE)}
+            ),
             "arms": len(row["arms"]),
             "planned": row[PLANNED],
             names[loss]: _rounded(row[loss]),

@@ -42,10 +42,16 @@ log = logging.getLogger("moejax")
 
 def define_search(values: FlagValues) -> None:
     """Flags of searches."""
-    flags.DEFINE_enum("search", "", ["", "random", "tpe"], "draw points instead of taking all", flag_values=values)
+    flags.DEFINE_enum(
+        "search", "", ["", "random", "tpe"], "draw points instead of taking all", flag_values=values
+    )
     flags.DEFINE_integer("trials", 20, "--search: how many points", flag_values=values)
     flags.DEFINE_enum(
-        "pruner", "none", ["none", "median", "halving"], "--search: which arms end early", flag_values=values
+        "pruner",
+        "none",
+        ["none", "median", "halving"],
+        "--search: which arms end early",
+        flag_values=values,
     )
     define_seed(values, "search_seed", "--search: of the draws")
     flags.DEFINE_string("study", "", "the search's name; default that of --dir", flag_values=values)
@@ -94,8 +100,12 @@ def shown_command(arguments: Sequence[str]) -> str:
 def search(values: FlagValues, space: Space, recipe: str, directory: Path, command: str) -> None:
     """Makes a study, or finds it, and works on it."""
     if space.axes is None:
-        raise UsageError("--search draws from axes; a sweep() that yields points has none: return a product of axes")
-    refuse_flags(values, OF_GRIDS, "goes with a sweep of given points, not with --search; leave one out")
+        raise UsageError(
+            "--search draws from axes; a sweep() that yields points has none: return a product of axes"
+        )
+    refuse_flags(
+        values, OF_GRIDS, "goes with a sweep of given points, not with --search; leave one out"
+    )
     refuse_flags(
         values, OF_RUNNERS, "is for sweeps of given points; leave it out, and start moejax sweep worker, or the same "
         "command, as often as you like",
@@ -117,7 +127,10 @@ def search(values: FlagValues, space: Space, recipe: str, directory: Path, comma
         log.info("axes change what a token is: points are compared by %s", definition.objective)
     check_search(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    name, storage = values.study or directory.name, _storage(values) or str(directory / "study.journal")
+    name, storage = (
+        values.study or directory.name,
+        _storage(values) or str(directory / "study.journal"),
+    )
     study = create_study(storage, name, definition)
     if definition.is_filtered:
         log.info("others join with the same command")
@@ -165,7 +178,10 @@ def _work(values: FlagValues, study, trials: Trials) -> None:
         print_table(rows, "trials")
     found = best(study)
     print_result(
-        {"trials told by this worker": told, "best": found if values.json else found and str(found)},
+        {
+            "trials told by this worker": told,
+            "best": found if values.json else found and str(found),
+        },
         is_json=values.json,
     )
     failed = untrained(study)

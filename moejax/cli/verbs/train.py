@@ -55,7 +55,9 @@ def run(values: FlagValues, rest: list[str]) -> None:
     """Trains, reports, prints the table."""
     with meet_as_flagged(values, "train"):
         if not is_first():
-            logging.getLogger("moejax").setLevel(logging.WARNING)  # process 0 says what all would say
+            logging.getLogger("moejax").setLevel(
+                logging.WARNING
+            )  # process 0 says what all would say
         config = first_then_others(lambda: read_config_flag(values))
         agree(to_dict(config), "recipe and flags")
         keep_programs()
@@ -67,12 +69,22 @@ def _train(values: FlagValues, config: Config) -> None:
     name = recipe_name(recipe_text(values))
     workdir = read_folder_to_write(values.workdir or f"runs/{name}", "--workdir")
     parameters = count_parameters(config)
-    log.info("%s: %s parameters, %s active per token", name, f"{parameters.total:,}", f"{parameters.active:,}")
+    log.info(
+        "%s: %s parameters, %s active per token",
+        name,
+        f"{parameters.total:,}",
+        f"{parameters.active:,}",
+    )
     _log_devices(config)
     with StopSignals() as stop:
         result = train(config, workdir, command=shlex.join(["moejax", *sys.argv[1:]]), stop=stop)
         if result.stopped_by:
-            log.info("%s: saved step %d in %s; the same command continues", result.stopped_by, result.step, workdir)
+            log.info(
+                "%s: saved step %d in %s; the same command continues",
+                result.stopped_by,
+                result.step,
+                workdir,
+            )
             return
         report = _report(workdir) if values.report and is_first() else None
     if is_first():
@@ -89,13 +101,18 @@ def _log_devices(config: Config) -> None:
         moe = config.moe
         how = Exchange(moe.exchange, moe.exchange_buffer, moe.exchange_chunks)
         top_k = moe.top_k if ROUTER_RULES[moe.router].takes_capacity else 0
-        log.info("tokens reach experts by moe.exchange=%s", choose(how, slow, fast, moe.num_experts, top_k))
+        log.info(
+            "tokens reach experts by moe.exchange=%s",
+            choose(how, slow, fast, moe.num_experts, top_k),
+        )
 
 
 def _report(workdir: Path) -> Path | None:
     """The page; a failure is logged and does not hide the figures of a finished run."""
     if has_others():
-        log.info("no report by several processes; moejax report --workdir=%s writes it in one", workdir)
+        log.info(
+            "no report by several processes; moejax report --workdir=%s writes it in one", workdir
+        )
         return None
     try:
         return build_report(workdir)

@@ -16,7 +16,12 @@ def define(values: FlagValues, arguments: list[str]) -> None:
     """Flags of the verb."""
     define_workdir(values, "a run directory, or a folder of them")
     flags.DEFINE_integer(
-        "port", 0, "to serve at; 0 takes a free one", lower_bound=0, upper_bound=65535, flag_values=values
+        "port",
+        0,
+        "to serve at; 0 takes a free one",
+        lower_bound=0,
+        upper_bound=65535,
+        flag_values=values,
     )
 
 

@@ -57,7 +57,12 @@ def leaf_of(field: dataclasses.Field[Any]) -> Leaf:
 
 # Types --------------------------------------------------------------------------------------------------------------
 
-TYPE_NAMES: dict[Any, str] = {int: "a whole number", float: "a number", bool: "True or False", str: "text"}
+TYPE_NAMES: dict[Any, str] = {
+    int: "a whole number",
+    float: "a number",
+    bool: "True or False",
+    str: "text",
+}
 """What messages call the types of leaves."""
 
 
@@ -86,7 +91,9 @@ def check_value(key: str, value: Any, declared: Leaf, annotation: Any) -> Any:
         value = _to_float(key, value, declared)
     if type(value) is not annotation:
         given = TYPE_NAMES.get(type(value), type(value).__name__)
-        raise ConfigError(f"{key}={shown(repr(value))} is {given}; it must be {TYPE_NAMES[annotation]}")
+        raise ConfigError(
+            f"{key}={shown(repr(value))} is {given}; it must be {TYPE_NAMES[annotation]}"
+        )
     if annotation in (int, float):
         check_range(key, value, declared)
     return value
@@ -110,11 +117,15 @@ def parse_value(key: str, text: str, declared: Leaf, annotation: Any) -> Any:
         raise ConfigError(f"{key}={shown(text)!r} must be {TYPE_NAMES[annotation]}") from error
 
 
-def _check_choice(key: str, value: Any, choices: tuple[str, ...], aliases: Mapping[str, str] | None) -> str:
+def _check_choice(
+    key: str, value: Any, choices: tuple[str, ...], aliases: Mapping[str, str] | None
+) -> str:
     if value in choices:
         return value
     near = nearest(str(value), choices, aliases)
-    raise ConfigError(f"{key}={shown(repr(value))} must be one of {', '.join(choices)}; the nearest is {near}")
+    raise ConfigError(
+        f"{key}={shown(repr(value))} must be one of {', '.join(choices)}; the nearest is {near}"
+    )
 
 
 def _to_float(key: str, value: int, declared: Leaf) -> float:
@@ -122,7 +133,9 @@ def _to_float(key: str, value: int, declared: Leaf) -> float:
         return float(value)
     except OverflowError as error:
         infinite = math.inf if value > 0 else -math.inf
-        raise ConfigError(f"{key}={shown(value)} must be {_range_for(infinite, declared)}") from error
+        raise ConfigError(
+            f"{key}={shown(value)} must be {_range_for(infinite, declared)}"
+        ) from error
 
 
 def _read_bool(text: str) -> bool:
@@ -167,7 +180,9 @@ def _is_within(value: float, declared: Leaf) -> bool:
     # Both ways: 1 - 1e-9 is 1 in float32, and a number a little above a bound is that bound.
     with np.errstate(over="ignore", under="ignore"):
         in_float32 = [None if bound is None else np.float32(bound) for bound in bounds]
-        return math.isfinite(value) and _fits(value, *bounds) and _fits(np.float32(value), *in_float32)
+        return (
+            math.isfinite(value) and _fits(value, *bounds) and _fits(np.float32(value), *in_float32)
+        )
 
 
 def _fits(value: Any, at_least: Any, above: Any, at_most: Any, below: Any) -> bool:

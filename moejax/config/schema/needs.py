@@ -126,7 +126,9 @@ class AllOf:
     @property
     def text(self) -> str:
         """Joined by "and"."""
-        return " and ".join(f"({need.text})" if isinstance(need, AnyOf) else need.text for need in self.needs)
+        return " and ".join(
+            f"({need.text})" if isinstance(need, AnyOf) else need.text for need in self.needs
+        )
 
     @property
     def keys(self) -> tuple[str, ...]:

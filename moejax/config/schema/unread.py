@@ -71,7 +71,11 @@ def is_read(config: Config, key: str) -> bool:
 
 
 def refuse_unread(
-    config: Config, *, keys: Iterable[str] | None = None, typed: Collection[str] = (), varied: Collection[str] = ()
+    config: Config,
+    *,
+    keys: Iterable[str] | None = None,
+    typed: Collection[str] = (),
+    varied: Collection[str] = (),
 ) -> None:
     """Refuses leaves that differ from their default and that nothing reads.
 
@@ -120,7 +124,9 @@ def _is_derived(config: Config, each: Declared) -> bool:
     if each.name == "score":
         open_score = dataclasses.replace(config.moe, score="auto")
         return derive_moe(open_score, config.data.seq_len).score == config.moe.score
-    return each.name in ("d_expert", "d_router", "slots_per_expert") and reading.is_derived(each.key)
+    return each.name in ("d_expert", "d_router", "slots_per_expert") and reading.is_derived(
+        each.key
+    )
 
 
 def _may_rest(config: Config, each: Declared) -> bool:
@@ -140,14 +146,17 @@ def _may_be_read(each: Declared, varied: Collection[str]) -> bool:
 
 
 def _explain(config: Config, each: Declared) -> str:
-    value, need = shown(repr(each.value(config)) if each.annotation is str else each.value(config)), each.leaf.needs
-    leave = f"leave {each.key} at {each.default}" if each.default != "" else f"leave {each.key} empty"
+    value, need = (
+        shown(repr(each.value(config)) if each.annotation is str else each.value(config)),
+        each.leaf.needs,
+    )
+    leave = (
+        f"leave {each.key} at {each.default}" if each.default != "" else f"leave {each.key} empty"
+    )
     if each.section in OF_EXPERTS and not config.moe.num_experts:
         return f"{each.key}={value} does nothing in a dense model (moe.num_experts=0); set moe.num_experts, or {leave}"
     if need is None or any(need.holds(reading) for reading in _readings(config)):
-        return (
-            f"{each.key}={value} does nothing: moe.per_layer={config.moe.per_layer!r} sets it in every layer; {leave}"
-        )
+        return f"{each.key}={value} does nothing: moe.per_layer={config.moe.per_layer!r} sets it in every layer; {leave}"
     others = [(key, declared()[key].value(config)) for key in need.keys]
     having = ", ".join(f"{key}={shown(other)}" for key, other in others if other != "")
     return f"{each.key}={value} does nothing with {having}: it needs {each.needs_text}; set that, or {leave}"

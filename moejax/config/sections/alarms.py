@@ -14,13 +14,20 @@ RULES = ("collapse", "dead_experts", "balance_floor", "logits", "ties", "drops",
 class AlarmConfig:
     """Thresholds, each for one layer over one logging interval; 0 switches a rule off."""
 
-    collapse: float = leaf(0.6, "MaxVio over the largest possible, E / K - 1", at_least=0, at_most=1)
+    collapse: float = leaf(
+        0.6, "MaxVio over the largest possible, E / K - 1", at_least=0, at_most=1
+    )
     dead_experts: int = leaf(500, "steps without a token", at_least=0)
     balance_floor: float = leaf(
-        0.9, 'balance loss below its floor of 1: scores "hacked" under a normaliser\'s epsilon', at_least=0, at_most=1
+        0.9,
+        'balance loss below its floor of 1: scores "hacked" under a normaliser\'s epsilon',
+        at_least=0,
+        at_most=1,
     )
     logits: float = leaf(
-        100.0, "largest magnitude of a router logit; not finite is an alarm unless the rule is off", at_least=0
+        100.0,
+        "largest magnitude of a router logit; not finite is an alarm unless the rule is off",
+        at_least=0,
     )
     ties: float = leaf(
         0.01, "share of tokens whose K-th and next expert rank equal: bfloat16 logits give 0.04 to 0.07", at_least=0,
@@ -48,4 +55,6 @@ def validate_alarms(alarms: AlarmConfig) -> None:
                 f"nearest is {nearest(name, RULES)}"
             )
         if not getattr(alarms, name):
-            raise ConfigError(f"alarms.stop={alarms.stop!r} names {name}, which alarms.{name}=0 switches off")
+            raise ConfigError(
+                f"alarms.stop={alarms.stop!r} names {name}, which alarms.{name}=0 switches off"
+            )

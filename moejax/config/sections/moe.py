@@ -12,9 +12,13 @@ IS_SCORED = other_than("moe.score", "uniform")
 HAS_CAPACITY = value("moe.dispatch", "capacity")
 HAS_GROUPS = other_than("moe.num_groups", 1)
 HAS_BIAS = value("moe.selection_bias", True)
-SELECTS_BY_SCORE = value("moe.router", "softmax_topk", "switch", "noisy_topk", "sigmoid_topk", "cosine")
+SELECTS_BY_SCORE = value(
+    "moe.router", "softmax_topk", "switch", "noisy_topk", "sigmoid_topk", "cosine"
+)
 EXPERTS_ARE_SPLIT = any_of(other_than("mesh.expert", 1), other_than("mesh.dcn_expert", 1))
-SENDS_CHOICES = all_of(EXPERTS_ARE_SPLIT, other_than("moe.exchange", "gather", "ring"), TOKENS_CHOOSE)
+SENDS_CHOICES = all_of(
+    EXPERTS_ARE_SPLIT, other_than("moe.exchange", "gather", "ring"), TOKENS_CHOOSE
+)
 
 ROUTER_ALIASES = {
     "topk": "softmax_topk", "top_k": "softmax_topk", "top-k": "softmax_topk", "softmax": "softmax_topk",
@@ -43,9 +47,13 @@ class MoeConfig:
         needs=any_of(other_than("moe.router", "soft"), Derived("moe.slots_per_expert"), Derived("moe.d_expert")),
     )  # fmt: skip
     d_expert: int = leaf(
-        0, "hidden width of one expert; 0 derives d_ff / top_k: the active parameters of the dense twin", at_least=0
+        0,
+        "hidden width of one expert; 0 derives d_ff / top_k: the active parameters of the dense twin",
+        at_least=0,
     )
-    num_shared_experts: int = leaf(0, "experts of width d_expert that every token visits", at_least=0)
+    num_shared_experts: int = leaf(
+        0, "experts of width d_expert that every token visits", at_least=0
+    )
     shared_combine: Literal["sum", "gated", "averaged"] = leaf(
         "sum", "how their output joins: added; times a sigmoid of the token; averaged with the routed output",
         needs=other_than("moe.num_shared_experts", 0),
@@ -59,7 +67,9 @@ class MoeConfig:
     )  # fmt: skip
     expert_bias: bool = leaf(False, "biases in the experts")
     d_latent: int = leaf(
-        0, "width to which tokens are projected for the experts, and back from; 0: as they are", at_least=0
+        0,
+        "width to which tokens are projected for the experts, and back from; 0: as they are",
+        at_least=0,
     )
     weight_on: Literal["output", "input"] = leaf(
         "output", "of the expert: where the combine weight is multiplied", needs=TOKENS_CHOOSE
@@ -69,16 +79,25 @@ class MoeConfig:
         at_most=0.99, needs=TOKENS_CHOOSE,
     )  # fmt: skip
     num_zero_experts: int = leaf(0, "further choices of the router whose output is 0", at_least=0)
-    num_identity_experts: int = leaf(0, "further choices whose output is the token itself", at_least=0)
-    num_constant_experts: int = leaf(0, "further choices whose output is a learned vector", at_least=0)
+    num_identity_experts: int = leaf(
+        0, "further choices whose output is the token itself", at_least=0
+    )
+    num_constant_experts: int = leaf(
+        0, "further choices whose output is a learned vector", at_least=0
+    )
     first_dense: int = leaf(0, "this many first layers are dense", at_least=0)
     every: int = leaf(1, "of the rest, every n-th layer is a MoE layer", at_least=1)
-    per_layer: str = leaf("", 'layers that differ, such as "0: router=hash; -1: top_k=1 renormalize=False; 2-3: dense"')
+    per_layer: str = leaf(
+        "",
+        'layers that differ, such as "0: router=hash; -1: top_k=1 renormalize=False; 2-3: dense"',
+    )
 
     # Router
-    router: str = leaf("softmax_topk", "how experts are chosen", choices=ROUTER_RULES, aliases=ROUTER_ALIASES)
-    score: Literal["auto", "softmax", "softmax_after", "sigmoid", "sqrt_softplus", "uniform"] = leaf(
-        "auto", "score of an expert from its logit; auto takes that of the router"
+    router: str = leaf(
+        "softmax_topk", "how experts are chosen", choices=ROUTER_RULES, aliases=ROUTER_ALIASES
+    )
+    score: Literal["auto", "softmax", "softmax_after", "sigmoid", "sqrt_softplus", "uniform"] = (
+        leaf("auto", "score of an expert from its logit; auto takes that of the router")
     )
     select_by: Literal["score", "logits"] = leaf(
         "score", "what the selection bias is added to, and what groups are ranked by",
@@ -89,10 +108,16 @@ class MoeConfig:
         needs=all_of(IS_SCORED, other_than("moe.router", "sparse_mixer", "hierarchical", "expert_choice", "soft")),
     )  # fmt: skip
     route_scale: float = leaf(
-        1.0, "multiplies the weights", at_least=1e-6, at_most=1e6, needs=other_than("moe.router", "soft")
+        1.0,
+        "multiplies the weights",
+        at_least=1e-6,
+        at_most=1e6,
+        needs=other_than("moe.router", "soft"),
     )
     router_bias: bool = leaf(
-        False, "a learned bias on the logits", needs=all_of(IS_SCORED, other_than("moe.router", "cosine", "soft"))
+        False,
+        "a learned bias on the logits",
+        needs=all_of(IS_SCORED, other_than("moe.router", "cosine", "soft")),
     )
     jitter: float = leaf(
         0.0, "training: the router sees x times a uniform draw from 1 - jitter to 1 + jitter", at_least=0,
@@ -103,9 +128,14 @@ class MoeConfig:
         needs=value("moe.router", "noisy_topk"),
     )  # fmt: skip
     noise_scale: float = leaf(
-        1.0, "multiplies that noise", at_least=0, needs=value("moe.router", "noisy_topk", "hierarchical")
+        1.0,
+        "multiplies that noise",
+        at_least=0,
+        needs=value("moe.router", "noisy_topk", "hierarchical"),
     )
-    num_groups: int = leaf(1, "groups of experts, of which a token may visit top_k_groups", at_least=1)
+    num_groups: int = leaf(
+        1, "groups of experts, of which a token may visit top_k_groups", at_least=1
+    )
     top_k_groups: int = leaf(1, "groups that a token may visit", at_least=1)
     group_score: Literal["top2_sum", "max"] = leaf(
         "top2_sum", "what groups are ranked by: the sum of their two best experts, or their best",
@@ -116,7 +146,11 @@ class MoeConfig:
         needs=value("moe.router", "sparse_mixer"),
     )  # fmt: skip
     sinkhorn_iterations: int = leaf(
-        8, "iterations of the balanced plan", at_least=1, at_most=10_000, needs=value("moe.router", "sinkhorn")
+        8,
+        "iterations of the balanced plan",
+        at_least=1,
+        at_most=10_000,
+        needs=value("moe.router", "sinkhorn"),
     )
     d_router: int = leaf(
         0, "width in which tokens and experts are compared; 0 derives max(num_experts / 2, 8)", at_least=0,
@@ -127,21 +161,29 @@ class MoeConfig:
         needs=value("moe.router", "soft"),
     )  # fmt: skip
     allow_noncausal: bool = leaf(
-        False, "a permission: a token's routing in training may depend on later tokens of its sequence"
+        False,
+        "a permission: a token's routing in training may depend on later tokens of its sequence",
     )
 
     # Capacity
     dispatch: Literal["dropless", "capacity"] = leaf(
         "dropless", "whether an expert serves every token that chose it, or as many as it has slots"
     )
-    capacity_factor: float = _capacity(1.25, "slots per expert over a perfectly balanced load", at_least=0)
-    eval_capacity_factor: float = _capacity(0.0, "the same for evaluation; 0 is dropless", at_least=0)
+    capacity_factor: float = _capacity(
+        1.25, "slots per expert over a perfectly balanced load", at_least=0
+    )
+    eval_capacity_factor: float = _capacity(
+        0.0, "the same for evaluation; 0 is dropless", at_least=0
+    )
     capacity_group: Literal["sequence", "device", "global"] = _capacity(
         "sequence", "the tokens that share an expert's slots"
     )
-    capacity_order: Literal["position", "choice", "weight"] = _capacity("position", "who is served first")
+    capacity_order: Literal["position", "choice", "weight"] = _capacity(
+        "position", "who is served first"
+    )
     overflow: Literal["drop", "next", "renormalize"] = _capacity(
-        "drop", "what becomes of a choice without a slot: dropped, to the next expert, or its weight to the others"
+        "drop",
+        "what becomes of a choice without a slot: dropped, to the next expert, or its weight to the others",
     )
     exchange: Literal["auto", "gather", "ring", "all_to_all", "ragged", "dedup", "two_level"] = leaf(
         "auto", "what travels between devices, where experts are split over them", needs=EXPERTS_ARE_SPLIT,
@@ -160,26 +202,40 @@ class MoeConfig:
         needs=all_of(EXPERTS_ARE_SPLIT, value("model.remat", True)), may_rest=True,
     )  # fmt: skip
     grouped_matmul: Literal["auto", "tiled", "ragged", "tokamax", "padded", "dense"] = leaf(
-        "auto", "the kernel for the products of tokens with their experts' weights", needs=TOKENS_CHOOSE
+        "auto",
+        "the kernel for the products of tokens with their experts' weights",
+        needs=TOKENS_CHOOSE,
     )
 
     # Balancing
-    balance_weight: float = _weight(0.01, "of the load-balancing loss of GShard and Switch", needs=None)
+    balance_weight: float = _weight(
+        0.01, "of the load-balancing loss of GShard and Switch", needs=None
+    )
     balance_scope: Literal["global", "microbatch", "device", "sequence"] = leaf(
         "global", "the tokens over which its means are taken", needs=TOKENS_CHOOSE
     )
     balance_convention: Literal["normalized", "first_choice", "times_k", "over_k"] = leaf(
-        "normalized", "how it is counted: 1 at balance, by first choices, K at balance, 1/K", needs=TOKENS_CHOOSE
+        "normalized",
+        "how it is counted: 1 at balance, by first choices, K at balance, 1/K",
+        needs=TOKENS_CHOOSE,
     )
     sequence_balance_weight: float = _weight(0.0, "of DeepSeek-V3's loss within each sequence")
     importance_weight: float = _weight(0.0, "of Shazeer's loss on the sums of weights")
     vmoe_importance_weight: float = _weight(0.0, "of V-MoE's loss on the sums of all probabilities")
-    load_weight: float = _weight(0.0, "of Shazeer's loss on the expected load", needs=value("moe.router", "noisy_topk"))
-    vmoe_load_weight: float = _weight(0.0, "of V-MoE's estimate of it", needs=value("moe.router", "noisy_topk"))
+    load_weight: float = _weight(
+        0.0, "of Shazeer's loss on the expected load", needs=value("moe.router", "noisy_topk")
+    )
+    vmoe_load_weight: float = _weight(
+        0.0, "of V-MoE's estimate of it", needs=value("moe.router", "noisy_topk")
+    )
     z_weight: float = _weight(1e-3, "of the squared log-sum-exp of the router's logits", needs=None)
-    selection_bias: bool = leaf(False, "a bias per expert that steers the selection only, updated from counts")
+    selection_bias: bool = leaf(
+        False, "a bias per expert that steers the selection only, updated from counts"
+    )
     bias_rate: float = leaf(1e-3, "the step of that bias", at_least=0, needs=HAS_BIAS)
-    bias_centered: bool = leaf(False, "subtract the mean of that bias after each step", needs=HAS_BIAS)
+    bias_centered: bool = leaf(
+        False, "subtract the mean of that bias after each step", needs=HAS_BIAS
+    )
 
     @property
     def num_choices(self) -> int:
@@ -210,7 +266,9 @@ def derive_moe(moe: MoeConfig, seq_len: int) -> MoeConfig:
     if moe.score == "auto":
         # A single sigmoid is a weight that learns; a softmax over the one selected expert is always 1.
         derived["score"] = (
-            "sigmoid" if moe.router == "sinkhorn" and moe.top_k == 1 else ROUTER_RULES[moe.router].scores[0]
+            "sigmoid"
+            if moe.router == "sinkhorn" and moe.top_k == 1
+            else ROUTER_RULES[moe.router].scores[0]
         )
     if moe.router == "cosine" and moe.d_router == 0:
         derived["d_router"] = max(moe.num_experts // 2, 8)

@@ -17,7 +17,9 @@ BYTE_VOCAB_SIZE = 259  # 256 byte values and the ids of padding, begin and end o
 class ModelConfig:
     """The decoder around the experts."""
 
-    num_layers: int = leaf(4, "layers, each of attention and a feed-forward block", at_least=1, at_most=10_000)
+    num_layers: int = leaf(
+        4, "layers, each of attention and a feed-forward block", at_least=1, at_most=10_000
+    )
     d_model: int = leaf(256, "width of the residual stream", at_least=1)
     num_heads: int = leaf(4, "query heads; the head width is d_model / num_heads", at_least=1)
     num_kv_heads: int = leaf(2, "key and value heads, shared by groups of query heads", at_least=1)
@@ -32,10 +34,14 @@ class ModelConfig:
         "float32", "in which products are computed; parameters are float32 either way"
     )
     remat: bool = leaf(True, "recompute each layer in the backward pass, but never its routing")
-    scan_layers: bool = leaf(True, "one program for all equal layers; False unrolls it: longer compile")
+    scan_layers: bool = leaf(
+        True, "one program for all equal layers; False unrolls it: longer compile"
+    )
 
 
-SOURCE_ALIASES = dict.fromkeys(("text", "txt", "local", "file", "folder", "json", "jsonl", "parquet", "own"), "files")
+SOURCE_ALIASES = dict.fromkeys(
+    ("text", "txt", "local", "file", "folder", "json", "jsonl", "parquet", "own"), "files"
+)
 """What people write for their own text."""
 
 
@@ -56,12 +62,20 @@ class DataConfig:
         needs=value("data.source", "files"),
     )  # fmt: skip
     text_field: str = leaf(
-        "text", "the field of JSON lines and Parquet that holds a document's text", needs=value("data.source", "files")
+        "text",
+        "the field of JSON lines and Parquet that holds a document's text",
+        needs=value("data.source", "files"),
     )
     directory: str = leaf("data", "where prepared rows are cached")
-    tokenizer: Literal["bytes", "bpe"] = leaf("bpe", "tokens are bytes, or pieces that are learned from the text")
+    tokenizer: Literal["bytes", "bpe"] = leaf(
+        "bpe", "tokens are bytes, or pieces that are learned from the text"
+    )
     vocab_size: int = leaf(
-        4096, "pieces of the tokenizer", at_least=512, at_most=65_536, needs=value("data.tokenizer", "bpe")
+        4096,
+        "pieces of the tokenizer",
+        at_least=512,
+        at_most=65_536,
+        needs=value("data.tokenizer", "bpe"),
     )
     seq_len: int = leaf(256, "tokens of a row", at_least=1)
 
@@ -73,19 +87,27 @@ class TrainConfig:
     num_steps: int = leaf(1000, "optimizer steps", at_least=1)
     batch_size: int = leaf(16, "rows of the global batch", at_least=1)
     accumulation: int = leaf(1, "microbatches per optimizer step", at_least=1)
-    seed: int = leaf(0, "of the initial weights, the order of rows, and what training draws", at_least=0)
+    seed: int = leaf(
+        0, "of the initial weights, the order of rows, and what training draws", at_least=0
+    )
     log_every: int = leaf(20, "steps between lines of metrics", at_least=1)
-    eval_every: int = leaf(250, "steps between evaluations, which are also saved; 0: only at the end", at_least=0)
+    eval_every: int = leaf(
+        250, "steps between evaluations, which are also saved; 0: only at the end", at_least=0
+    )
     checkpoint_every: int = leaf(250, "steps between checkpoints", at_least=1)
     keep_checkpoints: int = leaf(
-        2, "the newest ones that are kept; the best by validation loss is kept beside them", at_least=1
+        2,
+        "the newest ones that are kept; the best by validation loss is kept beside them",
+        at_least=1,
     )
     max_nonfinite_steps: int = leaf(5, "so many skipped steps in a row end the run", at_least=1)
     step_limit_s: float = leaf(
         0.0, "a step that takes longer ends the process with the stacks of its threads; 0: no limit", at_least=0,
         at_most=1e9,
     )  # fmt: skip
-    check_memory: bool = leaf(True, "refuse, before anything is compiled, what cannot fit the memory of the devices")
+    check_memory: bool = leaf(
+        True, "refuse, before anything is compiled, what cannot fit the memory of the devices"
+    )
 
     def is_evaluated(self, step: int) -> bool:
         """Whether the state after so many steps is evaluated."""
@@ -102,9 +124,12 @@ class OptimizerConfig:
 
     learning_rate: float = leaf(3e-3, "the highest", at_least=0)
     schedule: Literal["cosine", "linear", "wsd"] = leaf(
-        "cosine", "how it falls after the warm-up; wsd stays at the highest until the last decay_fraction"
+        "cosine",
+        "how it falls after the warm-up; wsd stays at the highest until the last decay_fraction",
     )
-    warmup_fraction: float = leaf(0.05, "of num_steps, rising linearly from 0", at_least=0, at_most=1)
+    warmup_fraction: float = leaf(
+        0.05, "of num_steps, rising linearly from 0", at_least=0, at_most=1
+    )
     decay_fraction: float = leaf(
         0.2,
         "of num_steps, falling linearly at the end",
@@ -112,7 +137,9 @@ class OptimizerConfig:
         at_most=1,
         needs=value("optimizer.schedule", "wsd"),
     )
-    final_fraction: float = leaf(0.1, "the last learning rate over the highest", at_least=0, at_most=1)
+    final_fraction: float = leaf(
+        0.1, "the last learning rate over the highest", at_least=0, at_most=1
+    )
     beta1: float = leaf(0.9, "decay of the mean of gradients", at_least=0, below=1)
     beta2: float = leaf(0.95, "decay of the mean of squared gradients", at_least=0, below=1)
     weight_decay: float = leaf(0.1, "decoupled; of matrices alone", at_least=0)
@@ -134,7 +161,9 @@ class MeshConfig:
     data: int = _axis(-1, "parts of the batch; -1 in one axis: all devices that remain")
     fsdp: int = _axis(1, "parts of the batch, and of every parameter")
     expert: int = _axis(1, "parts of the batch, and of the experts")
-    context: int = _axis(1, "parts of each sequence; queries stay where they are, and see the keys and values of all")
+    context: int = _axis(
+        1, "parts of each sequence; queries stay where they are, and see the keys and values of all"
+    )
     tensor: int = _axis(1, "parts of heads, hidden widths and vocabulary")
     dcn_data: int = _axis(1, "groups between which links are slow, along data")
     dcn_fsdp: int = _axis(1, "the same along fsdp")
@@ -157,7 +186,9 @@ class Config:
     @property
     def vocab_size(self) -> int:
         """Rows of the embedding: the tokenizer's ids; for bytes rounded up to 320, which divides well over devices."""
-        return self.data.vocab_size if self.data.tokenizer == "bpe" else -(-BYTE_VOCAB_SIZE // 64) * 64
+        return (
+            self.data.vocab_size if self.data.tokenizer == "bpe" else -(-BYTE_VOCAB_SIZE // 64) * 64
+        )
 
     @property
     def num_token_ids(self) -> int:

@@ -100,14 +100,19 @@ def parse_schedule(key: str, text: str) -> Schedule:
         arguments = dict(zip(ARGUMENTS[name], map(float, texts), strict=True))
     except ValueError as error:
         raise ConfigError(f"{key}={text!r} must have the form {form}, with numbers") from error
-    fraction, end = arguments.get("FRACTION", 1.0), arguments.get("END", arguments.get("VALUE", 1.0))
+    fraction, end = (
+        arguments.get("FRACTION", 1.0),
+        arguments.get("END", arguments.get("VALUE", 1.0)),
+    )
     require(0 < fraction <= 1, f"{key}={text!r} must have a FRACTION above 0 and at most 1")
     lowest = 1e-6 if name == "exponential" else 0.0
     require(lowest <= end <= 1e6, f"{key}={text!r}: the factor must be between {lowest:g} and 1e6")
     return Schedule(name, end, fraction)
 
 
-def validate_schedules(schedules: ScheduleConfig, moe: MoeConfig, kinds: Iterable[MoeConfig | None]) -> None:
+def validate_schedules(
+    schedules: ScheduleConfig, moe: MoeConfig, kinds: Iterable[MoeConfig | None]
+) -> None:
     """Raises `ConfigError` for a schedule that cannot be read, or that does not go with what it scales.
 
     Args:

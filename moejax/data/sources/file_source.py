@@ -74,7 +74,9 @@ class FileDocuments:
             return
         wanted = split == "validation"
         # A text's digest says its split before it is read.
-        files = [file for file in self._files if not _is_plain(file) or self._is_held_out(file) == wanted]
+        files = [
+            file for file in self._files if not _is_plain(file) or self._is_held_out(file) == wanted
+        ]
         for document in self._all(files):
             if (_key(document.text) <= self._split.last_key) == wanted:
                 yield document
@@ -84,14 +86,22 @@ class FileDocuments:
 
     def _all(self, files: Sequence[TextFile]) -> Iterator[Document]:
         for file in files:
-            yield from (document for document in read_documents(file, self._data.text_field) if document.text)
+            yield from (
+                document
+                for document in read_documents(file, self._data.text_field)
+                if document.text
+            )
 
     def _part(self, split: str) -> Document:
         """Of the only text the last twentieth for validation, the rest for training."""
-        path, document = next((file.path, document) for file in self._files for document in self._all([file]))
+        path, document = next(
+            (file.path, document) for file in self._files for document in self._all([file])
+        )
         text = document.text
         if len(text) < 2:
-            raise ConfigError(f"{path}, the only text of data.files, is too short to hold out a part; add text")
+            raise ConfigError(
+                f"{path}, the only text of data.files, is too short to hold out a part; add text"
+            )
         cut = len(text) - max(1, len(text) // 20)
         return document._replace(text=text[cut:] if split == "validation" else text[:cut])
 
@@ -114,7 +124,9 @@ class FileDocuments:
                 num_empty, num_empty + len(keys), first_empty,
             )  # fmt: skip
         if not keys:
-            raise DataError(f"data.files={self._data.files!r} names no document with text, only empty ones; add text")
+            raise DataError(
+                f"data.files={self._data.files!r} names no document with text, only empty ones; add text"
+            )
         keys_D, sizes_D = np.frombuffer(keys, np.uint64), np.frombuffer(sizes, np.uint64)
         if (keys_D == keys_D[0]).all():
             return _Split(0, is_single=True)

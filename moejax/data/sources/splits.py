@@ -47,5 +47,7 @@ def held_out(sizes: Mapping[str, int]) -> set[str]:
     with_text = [name for name, size in sizes.items() if size]
     names = with_text if len(with_text) > 1 else list(sizes)
     keys = {name: split_key(name) for name in names}
-    last = last_held_out(np.array(list(keys.values()), np.uint64), np.array([sizes[name] for name in names]))
+    last = last_held_out(
+        np.array(list(keys.values()), np.uint64), np.array([sizes[name] for name in names])
+    )
     return {name for name, key in keys.items() if key <= last}

@@ -16,14 +16,22 @@ def _words(text: str) -> tuple[str, ...]:
     return tuple(text.split())
 
 
-_PEOPLE = _words("Ada Bruno Clara Dmitri Edith Farid Greta Hugo Ines Jonas Kira Leopold Mina Noor Oscar Petra")
-_PLACES = _words("harbour market library orchard workshop station museum garden kitchen observatory bakery mill")
+_PEOPLE = _words(
+    "Ada Bruno Clara Dmitri Edith Farid Greta Hugo Ines Jonas Kira Leopold Mina Noor Oscar Petra"
+)
+_PLACES = _words(
+    "harbour market library orchard workshop station museum garden kitchen observatory bakery mill"
+)
 _THINGS = _words(
     "lantern ledger ladder compass kettle basket violin letter map bicycle telescope hammer blanket candle notebook "
     "clock umbrella wheel barrel mirror key bridge window boat"
 )
-_QUALITIES = _words("old bright heavy broken quiet narrow painted wooden silver forgotten curious careful empty warm")
-_ACTIONS = _words("carried mended borrowed painted measured found hid sold opened described cleaned returned admired")
+_QUALITIES = _words(
+    "old bright heavy broken quiet narrow painted wooden silver forgotten curious careful empty warm"
+)
+_ACTIONS = _words(
+    "carried mended borrowed painted measured found hid sold opened described cleaned returned admired"
+)
 _SAYINGS = (
     "Nobody knew why.",
     "The rain had not stopped since morning!",

@@ -15,7 +15,12 @@ from moejax.data.errors import DataError
 
 Kind: TypeAlias = Literal["text", "lines", "parquet"]
 
-KINDS: dict[str, Kind] = {".jsonl": "lines", ".ndjson": "lines", ".json": "lines", ".parquet": "parquet"}
+KINDS: dict[str, Kind] = {
+    ".jsonl": "lines",
+    ".ndjson": "lines",
+    ".json": "lines",
+    ".parquet": "parquet",
+}
 """By suffix; files of any other are one text each."""
 
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
@@ -58,7 +63,9 @@ class TextFile:
                 return self.path.open("rb", buffering=READ_BYTES)
             import pyarrow
 
-            compressed = pyarrow.input_stream(str(self.path), compression=self.compression, buffer_size=READ_BYTES)
+            compressed = pyarrow.input_stream(
+                str(self.path), compression=self.compression, buffer_size=READ_BYTES
+            )
             return cast(BinaryIO, io.BufferedReader(compressed, READ_BYTES))
         except OSError as error:
             raise unreadable(self.path, error) from error
@@ -66,7 +73,10 @@ class TextFile:
 
 def unreadable(path: Path, error: Exception) -> DataError:
     """That a file of `data.files` cannot be read."""
-    reason = getattr(error, "strerror", None) or next(iter(str(error).splitlines()), type(error).__name__)[:200]
+    reason = (
+        getattr(error, "strerror", None)
+        or next(iter(str(error).splitlines()), type(error).__name__)[:200]
+    )
     return DataError(f"{path} cannot be read ({reason}); leave it out of data.files or repair it")
 
 
@@ -79,19 +89,27 @@ def find_text_files(files: str) -> list[TextFile]:
       ConfigError: a part of it names no file.
     """
     whole = os.path.expanduser(files)
-    items = [files] if os.path.exists(whole) else [item.strip() for item in files.split(",") if item.strip()]
+    items = (
+        [files]
+        if os.path.exists(whole)
+        else [item.strip() for item in files.split(",") if item.strip()]
+    )
     found: dict[str, TextFile] = {}
     for item in items:
         for file in _files_of(item):
             found.setdefault(os.path.realpath(file.path), file)
     if not found:
-        raise ConfigError(f"data.files={files!r} names no file; give a file, a folder or a glob such as 'texts/*.txt'")
+        raise ConfigError(
+            f"data.files={files!r} names no file; give a file, a folder or a glob such as 'texts/*.txt'"
+        )
     return sorted(found.values(), key=lambda file: file.path)
 
 
 def _files_of(item: str) -> list[TextFile]:
     if re.match(r"[A-Za-z0-9]+://", item):
-        raise ConfigError(f"data.files={item!r} is an address; copy the files to a disk and name them there")
+        raise ConfigError(
+            f"data.files={item!r} is an address; copy the files to a disk and name them there"
+        )
     path = Path(os.path.expanduser(item))
     if path.is_file():
         return [_describe(path)]
@@ -113,7 +131,9 @@ def _describe(path: Path, domain: str = "") -> TextFile:
     compression = COMPRESSIONS.get(suffixes[-1], "") if suffixes else ""
     if compression:
         suffixes = suffixes[:-1]
-    return TextFile(path, KINDS.get(suffixes[-1], "text") if suffixes else "text", compression, domain)
+    return TextFile(
+        path, KINDS.get(suffixes[-1], "text") if suffixes else "text", compression, domain
+    )
 
 
 def _files_below(folder: Path) -> list[TextFile]:
@@ -132,9 +152,16 @@ def _files_below(folder: Path) -> list[TextFile]:
         else:
             found.append(file)
     if others:
-        log.info("data.files=%s: left out %d files that are no text, such as %s", folder, len(others), others[0])
+        log.info(
+            "data.files=%s: left out %d files that are no text, such as %s",
+            folder,
+            len(others),
+            others[0],
+        )
     if not found:
-        raise ConfigError(f"data.files={str(folder)!r} is a folder without a file of text; name another")
+        raise ConfigError(
+            f"data.files={str(folder)!r} is a folder without a file of text; name another"
+        )
     return found
 
 
@@ -149,7 +176,9 @@ def _walk(folder: Path) -> Iterator[Path]:
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in list(folders):
             place = os.path.realpath(os.path.join(parent, name))
-            if place in seen:  # a link to a folder that is read anyway, perhaps to one that it is in
+            if (
+                place in seen
+            ):  # a link to a folder that is read anyway, perhaps to one that it is in
                 folders.remove(name)
             seen.add(place)
         yield from (Path(parent, name) for name in sorted(names) if not name.startswith("."))

@@ -30,7 +30,9 @@ def complete_folder(folder: Path, write: Callable[[Path], None]) -> None:
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise DataError(f"{folder.parent} cannot be made ({error.strerror}); choose another data.directory") from error
+        raise DataError(
+            f"{folder.parent} cannot be made ({error.strerror}); choose another data.directory"
+        ) from error
     with _lock(folder, waits=True) as is_alone:
         if folder.exists():
             return
@@ -44,7 +46,9 @@ def _write(folder: Path, write: Callable[[Path], None]) -> None:
     try:
         temporary.mkdir()
     except OSError as error:
-        raise DataError(f"{temporary} cannot be made ({error.strerror}); choose another data.directory") from error
+        raise DataError(
+            f"{temporary} cannot be made ({error.strerror}); choose another data.directory"
+        ) from error
     try:
         write(temporary)
         try:
@@ -88,6 +92,9 @@ def _remove_leftovers(folder: Path) -> None:
         if name == folder.name:
             shutil.rmtree(leftover, ignore_errors=True)
             continue
-        with contextlib.suppress(LockedError), _lock(folder.with_name(name), waits=False) as is_alone:
+        with (
+            contextlib.suppress(LockedError),
+            _lock(folder.with_name(name), waits=False) as is_alone,
+        ):
             if is_alone:
                 shutil.rmtree(leftover, ignore_errors=True)

@@ -12,7 +12,9 @@ NAME = "manifest.json"
 
 def write_manifest(folder: Path, content: dict[str, Any]) -> None:
     """Writes the manifest, after everything else in `folder`."""
-    (folder / NAME).write_text(json.dumps(content | {"sha256": _digest(content)}, indent=2) + "\n", encoding="utf-8")
+    (folder / NAME).write_text(
+        json.dumps(content | {"sha256": _digest(content)}, indent=2) + "\n", encoding="utf-8"
+    )
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -27,7 +29,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         content = json.loads(read_regular(path).decode("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is missing or corrupt ({type(error).__name__}: {error})") from error
+        raise ValueError(
+            f"{path} is missing or corrupt ({type(error).__name__}: {error})"
+        ) from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} is corrupt: it holds no object")
     if content.pop("sha256", None) not in (None, _digest(content)):

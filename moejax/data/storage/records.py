@@ -37,7 +37,9 @@ def run_builder(builder: tfds.core.DatasetBuilder, folder: Path) -> None:
     """Prepares a builder, made with `data_dir=folder`, as ArrayRecord; prints nothing to standard output."""
     if not sys.stderr.isatty():
         tfds.disable_progress_bar()
-    downloads = folder / "downloads"  # tensorflow-datasets makes it even when there is nothing to download
+    downloads = (
+        folder / "downloads"
+    )  # tensorflow-datasets makes it even when there is nothing to download
     with contextlib.redirect_stdout(io.StringIO()):
         builder.download_and_prepare(file_format="array_record", download_dir=str(downloads))
     shutil.rmtree(downloads, ignore_errors=True)
@@ -47,7 +49,9 @@ def run_builder(builder: tfds.core.DatasetBuilder, folder: Path) -> None:
 def row_features(seq_len: int) -> tfds.features.FeaturesDict:
     """What a row of `seq_len` predictions consists of."""
     raw = tfds.features.Encoding.BYTES
-    tensor = functools.partial(tfds.features.Tensor, shape=(seq_len + 1,), dtype=np.int32, encoding=raw)
+    tensor = functools.partial(
+        tfds.features.Tensor, shape=(seq_len + 1,), dtype=np.int32, encoding=raw
+    )
     return tfds.features.FeaturesDict({name: tensor() for name in FEATURES})
 
 
@@ -63,7 +67,9 @@ def write_rows(folder: Path, rows: Mapping[str, Iterator[Row]], seq_len: int) ->
         _write_examples(path, of_split, row_features(seq_len))
 
 
-def _write_examples(path: Path, examples: Iterator[Row], features: tfds.features.FeaturesDict) -> None:
+def _write_examples(
+    path: Path, examples: Iterator[Row], features: tfds.features.FeaturesDict
+) -> None:
     from array_record.python.array_record_module import ArrayRecordWriter
 
     serializer = tfds.core.example_serializer.ExampleSerializer(features.get_serialized_info())
@@ -150,7 +156,9 @@ class Rows:
         paths = sorted(folder.glob(f"{pattern}-*"))  # earlier versions wrote several
         if not paths:
             raise DataError(f"{folder}: {split}: its files are missing; {remedy}")
-        self._examples = Examples(paths, row_features(seq_len), f"{folder}: {split}", remedy, word="row")
+        self._examples = Examples(
+            paths, row_features(seq_len), f"{folder}: {split}", remedy, word="row"
+        )
 
     def __len__(self) -> int:
         return len(self._examples)

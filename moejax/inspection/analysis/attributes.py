@@ -134,7 +134,9 @@ def position_in_row(rows_T: Int[np.ndarray, "T"]) -> Attribute:
     """
     index_T = np.arange(rows_T.size)
     starts_T = np.append(True, rows_T[1:] != rows_T[:-1])[: rows_T.size]
-    return _buckets("position in row", index_T - np.maximum.accumulate(np.where(starts_T, index_T, 0)))
+    return _buckets(
+        "position in row", index_T - np.maximum.accumulate(np.where(starts_T, index_T, 0))
+    )
 
 
 def _buckets(name: str, positions_T: np.ndarray) -> Attribute:

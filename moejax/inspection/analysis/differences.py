@@ -65,7 +65,9 @@ def mean_difference(pairs_CS: Float[np.ndarray, "C S"], num_looks: int = 1) -> D
     of_seed_S = block_CS.mean(axis=0)
     mean, num_seeds = float(of_seed_S.mean()), len(of_seed_S)
     if num_seeds < 2:
-        return Difference(mean, num_pairs=block_CS.size, num_seeds=num_seeds, num_left_out=num_left_out)
+        return Difference(
+            mean, num_pairs=block_CS.size, num_seeds=num_seeds, num_left_out=num_left_out
+        )
     se = float(of_seed_S.std(ddof=1)) / math.sqrt(num_seeds)
     half = se * student_quantile(num_seeds, num_looks)
     return Difference(mean, se, mean - half, mean + half, block_CS.size, num_seeds, num_left_out)
@@ -82,7 +84,9 @@ def whole_block(is_known_CS: Bool[np.ndarray, "C S"]) -> tuple[np.ndarray, np.nd
     A cell that lacks a seed would bring its own level into that seed's mean, which is no noise. Two seeds or more are
     preferred to any number of pairs with one, which say nothing of noise.
     """
-    by_size = np.argsort(-is_known_CS.sum(axis=0), kind="stable")  # seeds, those with the most cells first
+    by_size = np.argsort(
+        -is_known_CS.sum(axis=0), kind="stable"
+    )  # seeds, those with the most cells first
     best: tuple[bool, int, np.ndarray, np.ndarray] | None = None
     for number in range(1, len(by_size) + 1):
         seeds = np.sort(by_size[:number])
@@ -99,7 +103,9 @@ def pair_up(one: Measured, other: Measured) -> Float[np.ndarray, "C S"]:
     return as_table(other, cells, seeds) - as_table(one, cells, seeds)
 
 
-def as_table(values: Measured, cells: Sequence[Hashable], seeds: Sequence[Hashable]) -> Float[np.ndarray, "C S"]:
+def as_table(
+    values: Measured, cells: Sequence[Hashable], seeds: Sequence[Hashable]
+) -> Float[np.ndarray, "C S"]:
     """Values by cell and seed; NaN where there is none."""
     table_CS = np.full((len(cells), len(seeds)), np.nan)
     rows = {cell: i for i, cell in enumerate(cells)}
@@ -112,4 +118,6 @@ def as_table(values: Measured, cells: Sequence[Hashable], seeds: Sequence[Hashab
 def places_of(*measured: Measured) -> tuple[list[Hashable], list[Hashable]]:
     """All cells and all seeds, in the order of their appearance."""
     keys = dict.fromkeys(key for values in measured for key in values)
-    return list(dict.fromkeys(cell for cell, _ in keys)), list(dict.fromkeys(seed for _, seed in keys))
+    return list(dict.fromkeys(cell for cell, _ in keys)), list(
+        dict.fromkeys(seed for _, seed in keys)
+    )

@@ -78,23 +78,31 @@ def vocabulary_specialisation(
     parts = []
     for experts_TK in experts_NTK:  # by layer, for counts of all layers can be large
         top_1T1 = experts_TK[None, :, :1]
-        mask_T = (tokens_T >= 0) & (top_1T1[0, :, 0] < num_experts)  # who has an expert is not dealt
+        mask_T = (tokens_T >= 0) & (
+            top_1T1[0, :, 0] < num_experts
+        )  # who has an expert is not dealt
         dealt_1T1 = top_1T1.copy()
         dealt_1T1[:, mask_T] = rng.permutation(top_1T1[:, mask_T], axis=1)
         counts_EV, chance_EV = (
-            count_tokens_by_expert(tokens_T, top, vocab_size, num_experts, mask_T)[0] for top in (top_1T1, dealt_1T1)
+            count_tokens_by_expert(tokens_T, top, vocab_size, num_experts, mask_T)[0]
+            for top in (top_1T1, dealt_1T1)
         )
         parts.append(_favourites(counts_EV, chance_EV, min_count))
     return VocabularySpecialisation(*map(np.array, zip(*parts, strict=True)))
 
 
-def _favourites(counts_EV: np.ndarray, chance_EV: np.ndarray, min_count: int) -> tuple[np.ndarray | float, ...]:
+def _favourites(
+    counts_EV: np.ndarray, chance_EV: np.ndarray, min_count: int
+) -> tuple[np.ndarray | float, ...]:
     """One layer of `VocabularySpecialisation`."""
     share_V, chance_V = (_largest_share(counts, min_count) for counts in (counts_EV, chance_EV))
     is_known_V = ~np.isnan(share_V)
     expert_V = np.where(is_known_V, counts_EV.argmax(axis=0), len(counts_EV))
     shares_v, experts_v = share_V[is_known_V], expert_V[is_known_V]
-    sum_E, num_E = (np.bincount(experts_v, w, minlength=len(counts_EV)) for w in (shares_v, np.ones_like(shares_v)))
+    sum_E, num_E = (
+        np.bincount(experts_v, w, minlength=len(counts_EV))
+        for w in (shares_v, np.ones_like(shares_v))
+    )
     return share_V, expert_V, _mean(shares_v), _mean(chance_V[is_known_V]), _divide(sum_E, num_E)
 
 
@@ -130,7 +138,10 @@ class DomainSpecialisation(NamedTuple):
 
 
 def domain_specialisation(
-    domains_T: Int[np.ndarray, "T"], experts_NTK: Int[np.ndarray, "N T K"], num_domains: int, num_experts: int
+    domains_T: Int[np.ndarray, "T"],
+    experts_NTK: Int[np.ndarray, "N T K"],
+    num_domains: int,
+    num_experts: int,
 ) -> DomainSpecialisation:
     """How often the tokens of each domain visit each expert (OLMoE, section 5: domain specialisation).
 
@@ -147,7 +158,9 @@ def domain_specialisation(
     counts_NED = count_tokens_by_expert(domains_T, experts_NTK, num_domains, num_experts, mask_T)
     tokens_D = np.bincount(domains_T[mask_T], minlength=num_domains)
     counts_NDE = counts_NED.swapaxes(1, 2).astype(np.float64)
-    overall_NE = _divide(counts_NDE.sum(axis=1), np.full((len(counts_NED), num_experts), tokens_D.sum()))
+    overall_NE = _divide(
+        counts_NDE.sum(axis=1), np.full((len(counts_NED), num_experts), tokens_D.sum())
+    )
     share_NDE = _divide(counts_NDE, np.broadcast_to(tokens_D[:, None], counts_NDE.shape))
     return DomainSpecialisation(share_NDE, overall_NE, overall_NE.mean(axis=1), tokens_D)
 

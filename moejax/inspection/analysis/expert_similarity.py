@@ -69,7 +69,9 @@ def linear_cka(outputs_ETD: Float[np.ndarray, "E T D"]) -> Float64[np.ndarray, "
     """
     num_tokens = outputs_ETD.shape[1]
     if num_tokens < MIN_TOKENS:
-        raise ProfileError(f"linear_cka has outputs for {num_tokens} tokens and needs at least {MIN_TOKENS}")
+        raise ProfileError(
+            f"linear_cka has outputs for {num_tokens} tokens and needs at least {MIN_TOKENS}"
+        )
     is_constant_E = (outputs_ETD == outputs_ETD[:, :1]).all(axis=(1, 2))
     outputs_ETD = outputs_ETD.astype(np.float64)
     outputs_ETD -= outputs_ETD.mean(axis=1, keepdims=True)  # changes nothing but the rounding

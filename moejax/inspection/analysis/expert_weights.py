@@ -44,14 +44,18 @@ def expert_weights(model: Decoder) -> dict[str, Float[np.ndarray, "N E ..."]]:
 def _weights_of(moe: MoE) -> dict[str, np.ndarray]:
     experts = moe.experts
     names = PROJECTIONS[-experts.network.num_projections :]
-    arrays = {name: experts.gate_up[...][:, :, i] for i, name in enumerate(names)} | {"down": experts.down[...]}
+    arrays = {name: experts.gate_up[...][:, :, i] for i, name in enumerate(names)} | {
+        "down": experts.down[...]
+    }
     if experts.network.has_bias:
         arrays |= {f"{name}_bias": experts.gate_up_bias[...][:, i] for i, name in enumerate(names)}
         arrays["down_bias"] = experts.down_bias[...]
     return {name: np.asarray(array, np.float32) for name, array in arrays.items()}
 
 
-def expert_outputs(model: Decoder, tokens_BL: Int[np.ndarray, "B L"]) -> Float32[np.ndarray, "N E T D"]:
+def expert_outputs(
+    model: Decoder, tokens_BL: Int[np.ndarray, "B L"]
+) -> Float32[np.ndarray, "N E T D"]:
     """What every expert of every MoE layer returns for the same tokens, whether or not they would visit it.
 
     The inputs are those of the layer in a pass over the tokens, the normed residual stream, and outputs come without
@@ -71,7 +75,10 @@ def expert_outputs(model: Decoder, tokens_BL: Int[np.ndarray, "B L"]) -> Float32
     positions_BL = jnp.broadcast_to(jnp.arange(ids_BL.shape[1], dtype=jnp.int32), ids_BL.shape)
     ones_BL = jnp.ones_like(ids_BL)
     context = Context(positions_BL, ones_BL, TokenInfo(ones_BL > 0, ids_BL, positions_BL))
-    run = jax.jit(lambda graphdef, state, x_BLD, own: _run(nnx.merge(graphdef, state), x_BLD, own), static_argnums=0)
+    run = jax.jit(
+        lambda graphdef, state, x_BLD, own: _run(nnx.merge(graphdef, state), x_BLD, own),
+        static_argnums=0,
+    )
     x_BLD, outputs = model.embed(ids_BL), []
     for block, own in model.walk(context):
         x_BLD, outputs_ETD = run(*nnx.split(block), x_BLD, own)
@@ -84,7 +91,9 @@ def _run(block: Block, x_BLD: jax.Array, context: Context) -> tuple[jax.Array, j
     next_BLD, _, _ = block(x_BLD, context)
     if not block.is_moe:
         return next_BLD, None
-    y_BLD, _ = block.attention(block.attention_norm(x_BLD), context.positions_BL, context.segments_BL, None)
+    y_BLD, _ = block.attention(
+        block.attention_norm(x_BLD), context.positions_BL, context.segments_BL, None
+    )
     return next_BLD, _outputs(block.moe, block.ffn_norm(x_BLD + y_BLD))
 
 
@@ -98,7 +107,9 @@ def _outputs(moe: MoE, x_BLD: Float[Array, "B L D"]) -> Float32[Array, "E T D"]:
         of_one = jax.tree.map(lambda w: w[None], weights)
         return apply_experts(x_TD, of_one, lambda x_RP, w_1PQ: x_RP @ w_1PQ[0], alone_T)
 
-    y_ETD = jax.lax.map(of_expert, moe.experts.weights())  # one after the other: hidden units take memory
+    y_ETD = jax.lax.map(
+        of_expert, moe.experts.weights()
+    )  # one after the other: hidden units take memory
     if moe.config.d_latent:
         y_ETD = project(y_ETD, whole(moe.out_of_latent, y_ETD.dtype))
     return y_ETD.astype(jnp.float32)
@@ -107,5 +118,7 @@ def _outputs(moe: MoE, x_BLD: Float[Array, "B L D"]) -> Float32[Array, "E T D"]:
 def _some(layers: list) -> list:
     """The same, if there are any."""
     if not layers:
-        raise ProfileError("the model has no MoE layer, and so no experts to look at; use one with moe.num_experts > 0")
+        raise ProfileError(
+            "the model has no MoE layer, and so no experts to look at; use one with moe.num_experts > 0"
+        )
     return layers

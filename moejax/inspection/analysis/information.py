@@ -31,7 +31,9 @@ from jaxtyping import Float64, Int, Int64
 from moejax.inspection.analysis.attributes import Attribute
 from moejax.seeds import check_seed
 
-DENSE_CELLS = 2**24  # larger tables are counted by sorting: slower, but in memory that the pairs bound
+DENSE_CELLS = (
+    2**24
+)  # larger tables are counted by sorting: slower, but in memory that the pairs bound
 COLUMNS = ("information", "baseline", "spread", "excess", "share", "adjusted", "entropy", "ceiling")
 OVER = ("tokens", "documents")
 
@@ -139,14 +141,18 @@ def expert_information(
     condition = _Codes.of(np.zeros_like(values.codes_T) if given is None else given.values_T)
     pairs = [_Pairs(experts_TK, num_experts) for experts_TK in experts_NTK]
     entropy_N = np.array([layer.entropy for layer in pairs], np.float64)
-    told_N = np.array([layer.information(condition) for layer in pairs], np.float64)  # by the condition
+    told_N = np.array(
+        [layer.information(condition) for layer in pairs], np.float64
+    )  # by the condition
 
     def conditional(codes: _Codes) -> np.ndarray:
         joint = codes if given is None else codes.joined(condition)
         return np.array([layer.information(joint) for layer in pairs], np.float64) - told_N
 
     permute = _over_tokens(condition) if documents_T is None else _over_documents(documents_T)
-    chance_PN = np.stack([conditional(values.permuted(permute(rng))) for _ in range(num_permutations)])
+    chance_PN = np.stack(
+        [conditional(values.permuted(permute(rng))) for _ in range(num_permutations)]
+    )
     return Information(
         attribute=attribute.name,
         given=None if given is None else given.name,
@@ -155,11 +161,15 @@ def expert_information(
         baseline_N=chance_PN.mean(axis=0),
         spread_N=chance_PN.std(axis=0, ddof=1),
         entropy_N=entropy_N,
-        ceiling_N=entropy_N - np.array([layer.own_choice() for layer in pairs], np.float64) - told_N,
+        ceiling_N=entropy_N
+        - np.array([layer.own_choice() for layer in pairs], np.float64)
+        - told_N,
     )
 
 
-def information_table(results: Sequence[Information], layers: Sequence[int]) -> list[dict[str, str | int | float]]:
+def information_table(
+    results: Sequence[Information], layers: Sequence[int]
+) -> list[dict[str, str | int | float]]:
     """Rows of attributes by layers, for a table or a file.
 
     Args:
@@ -176,7 +186,9 @@ def information_table(results: Sequence[Information], layers: Sequence[int]) -> 
             row: dict[str, str | int | float] = {
                 "attribute": result.attribute, "given": result.given or "", "over": result.over, "layer": int(layer),
             }  # fmt: skip
-            rows.append(row | {column: float(getattr(result, f"{column}_N")[n]) for column in COLUMNS})
+            rows.append(
+                row | {column: float(getattr(result, f"{column}_N")[n]) for column in COLUMNS}
+            )
     return rows
 
 
@@ -255,7 +267,9 @@ def _over_documents(documents_T: np.ndarray):
     return lambda rng: rng.permutation(first_d)[document_T]
 
 
-def _draw_equally(documents_T: np.ndarray, number: int | None, rng: np.random.Generator) -> np.ndarray:
+def _draw_equally(
+    documents_T: np.ndarray, number: int | None, rng: np.random.Generator
+) -> np.ndarray:
     """Increasing tokens: `number` of each document that has so many, by default as many as the shortest has."""
     found_d, document_T, sizes_d = np.unique(documents_T, return_inverse=True, return_counts=True)
     number = int(sizes_d.min(initial=documents_T.size)) if number is None else number
@@ -264,7 +278,9 @@ def _draw_equally(documents_T: np.ndarray, number: int | None, rng: np.random.Ge
             f"tokens_per_document={number} must be at least 1, and two documents must have so many; the longest of "
             f"{len(found_d)} has {sizes_d.max(initial=0)}"
         )
-    order_T = np.lexsort((rng.random(documents_T.size), document_T))  # by document, at random within
+    order_T = np.lexsort(
+        (rng.random(documents_T.size), document_T)
+    )  # by document, at random within
     rank_T = np.arange(documents_T.size) - np.repeat(np.cumsum(sizes_d) - sizes_d, sizes_d)
     return np.sort(order_T[(rank_T < number) & (sizes_d[document_T[order_T]] >= number)])
 
@@ -284,7 +300,9 @@ def _check_documents(attribute: Attribute, documents_T: np.ndarray | None) -> np
     return documents_T
 
 
-def _check(attribute, experts_NTK, num_experts: int, given, over: str, num_permutations: int) -> None:
+def _check(
+    attribute, experts_NTK, num_experts: int, given, over: str, num_permutations: int
+) -> None:
     num_tokens = experts_NTK.shape[1]
     for one in filter(None, (attribute, given)):
         if one.values_T.size != num_tokens:
@@ -294,8 +312,12 @@ def _check(attribute, experts_NTK, num_experts: int, given, over: str, num_permu
             )
     if experts_NTK.size and (experts_NTK.min() < 0 or experts_NTK.max() > num_experts):
         low, high = experts_NTK.min(), experts_NTK.max()
-        raise InformationError(f"experts_NTK has values from {low} to {high}; they must be in [0, {num_experts}]")
+        raise InformationError(
+            f"experts_NTK has values from {low} to {high}; they must be in [0, {num_experts}]"
+        )
     if over not in OVER:
         raise InformationError(f"over={over!r} must be one of {', '.join(OVER)}")
     if num_permutations < 2:
-        raise InformationError(f"num_permutations={num_permutations} must be at least 2, for a standard deviation")
+        raise InformationError(
+            f"num_permutations={num_permutations} must be at least 2, for a standard deviation"
+        )

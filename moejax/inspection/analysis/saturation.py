@@ -32,9 +32,13 @@ def router_saturation(
         raise ProfileError("router saturation needs at least one checkpoint, and there is none")
     shapes = sorted({experts_NTK.shape[:2] for experts_NTK in experts_S})
     if len(shapes) > 1:
-        raise ProfileError(f"checkpoints differ in layers and tokens, [N, T]: {shapes}; use evaluations of one run")
+        raise ProfileError(
+            f"checkpoints differ in layers and tokens, [N, T]: {shapes}; use evaluations of one run"
+        )
     last_NTK = experts_S[-1][:, :, :num_choices]
-    return np.stack([_kept(experts_NTK[:, :, :num_choices], last_NTK, num_experts) for experts_NTK in experts_S])
+    return np.stack(
+        [_kept(experts_NTK[:, :, :num_choices], last_NTK, num_experts) for experts_NTK in experts_S]
+    )
 
 
 def _kept(early_NTK: np.ndarray, last_NTK: np.ndarray, num_experts: int) -> np.ndarray:

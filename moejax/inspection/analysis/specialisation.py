@@ -57,7 +57,9 @@ def count_tokens_by_expert(
     tokens_t = tokens_T[mask_T].astype(np.int64)
     _check_range("tokens_T", tokens_t, vocab_size)
     counts_NEV = np.zeros((len(experts_NTK), num_experts, vocab_size), np.int64)
-    for counts_EV, experts_TK in zip(counts_NEV, experts_NTK, strict=True):  # one after the other, for memory
+    for counts_EV, experts_TK in zip(
+        counts_NEV, experts_NTK, strict=True
+    ):  # one after the other, for memory
         experts_tk = experts_TK[mask_T].astype(np.int64)
         _check_range("experts_NTK", experts_tk, num_experts + 1)
         cells_tk = experts_tk * vocab_size + tokens_t[:, None]
@@ -68,7 +70,9 @@ def count_tokens_by_expert(
 
 def _check_range(name: str, values: np.ndarray, size: int) -> None:
     if values.size and (values.min() < 0 or values.max() >= size):
-        raise ValueError(f"{name} has values from {values.min()} to {values.max()}; they must be in [0, {size})")
+        raise ValueError(
+            f"{name} has values from {values.min()} to {values.max()}; they must be in [0, {size})"
+        )
 
 
 def over_represented_tokens(
@@ -105,7 +109,9 @@ def over_represented_tokens(
             chosen = _rank(counts_V, z_V, top, min_count)
             of_layer.append(
                 [
-                    TokenShare(int(v), int(counts_V[v]), float(counts_V[v] / seen_V[v]), float(ratio_V[v]))
+                    TokenShare(
+                        int(v), int(counts_V[v]), float(counts_V[v] / seen_V[v]), float(ratio_V[v])
+                    )
                     for v in chosen
                 ]
             )
@@ -113,20 +119,28 @@ def over_represented_tokens(
     return ranked
 
 
-def _surprise(counts_EV: Int[np.ndarray, "E V"]) -> tuple[Float64[np.ndarray, "E V"], Float64[np.ndarray, "E V"]]:
+def _surprise(
+    counts_EV: Int[np.ndarray, "E V"],
+) -> tuple[Float64[np.ndarray, "E V"], Float64[np.ndarray, "E V"]]:
     """The signed root z of the log-likelihood ratio, and the ratio of count to expected count; 0 for unseen tokens."""
     counts_EV = counts_EV.astype(np.float64)
     seen_V = counts_EV.sum(axis=0)
     share_E1 = counts_EV.sum(axis=1, keepdims=True) / max(seen_V.sum(), 1)
     expected_EV = share_E1 * seen_V
     rest_EV, expected_rest_EV = seen_V - counts_EV, (1 - share_E1) * seen_V
-    deviance_EV = 2 * (_x_log_ratio(counts_EV, expected_EV) + _x_log_ratio(rest_EV, expected_rest_EV))
+    deviance_EV = 2 * (
+        _x_log_ratio(counts_EV, expected_EV) + _x_log_ratio(rest_EV, expected_rest_EV)
+    )
     z_EV = np.sign(counts_EV - expected_EV) * np.sqrt(np.maximum(deviance_EV, 0))
-    ratio_EV = np.divide(counts_EV, expected_EV, out=np.zeros_like(counts_EV), where=expected_EV > 0)
+    ratio_EV = np.divide(
+        counts_EV, expected_EV, out=np.zeros_like(counts_EV), where=expected_EV > 0
+    )
     return z_EV, ratio_EV
 
 
-def _x_log_ratio(x: Float64[np.ndarray, "E V"], y: Float64[np.ndarray, "E V"]) -> Float64[np.ndarray, "E V"]:
+def _x_log_ratio(
+    x: Float64[np.ndarray, "E V"], y: Float64[np.ndarray, "E V"]
+) -> Float64[np.ndarray, "E V"]:
     """Computes x * log(x / y), which is 0 where x is 0."""
     positive = x > 0
     return x * np.log(np.divide(x, y, out=np.ones_like(x), where=positive))

@@ -18,7 +18,9 @@ class TokenFlow(NamedTuple):
     expected_MEE: Float64[np.ndarray, "M E E"]
 
 
-def token_flow(experts_NTK: Int[np.ndarray, "N T K"], num_experts: int, num_choices: int | None = None) -> TokenFlow:
+def token_flow(
+    experts_NTK: Int[np.ndarray, "N T K"], num_experts: int, num_choices: int | None = None
+) -> TokenFlow:
     """Counts tokens on their way from expert to expert, layer by layer.
 
     Args:

@@ -98,7 +98,12 @@ def trace(model: "LoadedRun", text_or_tokens: str | Sequence[int] | np.ndarray) 
 
 
 def route_corpus(
-    model: "LoadedRun", corpus: "Corpus", *, split: str = "validation", max_rows: int | None = None, seed: int = 0
+    model: "LoadedRun",
+    corpus: "Corpus",
+    *,
+    split: str = "validation",
+    max_rows: int | None = None,
+    seed: int = 0,
 ) -> RoutedTokens:
     """Routes rows of a corpus, as evaluation does. Memory grows with the rows: about 8 N K bytes a token.
 
@@ -123,14 +128,23 @@ def route_corpus(
         indices = chosen[first : first + at_once]
         rows = _stack([stored[int(index)] for index in indices], at_once, corpus.seq_len)
         routed = route_rows(model, rows["tokens"], rows["segments"], rows["positions"])
-        rows["rows"] = np.broadcast_to(np.pad(indices, (0, at_once - len(indices)))[:, None], rows["tokens"].shape)
+        rows["rows"] = np.broadcast_to(
+            np.pad(indices, (0, at_once - len(indices)))[:, None], rows["tokens"].shape
+        )
         is_token_T = rows["segments"].reshape(-1) > 0
-        part: dict[str, Any] = {name: rows[name].reshape(-1)[is_token_T].astype(np.int32) for name in PER_TOKEN}
+        part: dict[str, Any] = {
+            name: rows[name].reshape(-1)[is_token_T].astype(np.int32) for name in PER_TOKEN
+        }
         part["experts"], part["weights"] = (np.asarray(x)[:, is_token_T] for x in routed)
         parts.append(part)
     whole = {f"{name}_T": np.concatenate([part[name] for part in parts]) for name in PER_TOKEN}
-    whole |= {f"{name}_NTK": np.concatenate([part[name] for part in parts], axis=1) for name in ("experts", "weights")}
-    return RoutedTokens(**whole, num_experts=model.config.moe.num_choices, layers=model.config.moe_layers)
+    whole |= {
+        f"{name}_NTK": np.concatenate([part[name] for part in parts], axis=1)
+        for name in ("experts", "weights")
+    }
+    return RoutedTokens(
+        **whole, num_experts=model.config.moe.num_choices, layers=model.config.moe_layers
+    )
 
 
 PER_TOKEN = ("tokens", "rows", "positions", "documents")
@@ -151,7 +165,9 @@ def spread_rows(num_rows: int, max_rows: int | None, seed: int) -> Int[np.ndarra
     return np.random.default_rng(seed).integers(edges[:-1], edges[1:])
 
 
-def _stack(rows: Sequence[dict[str, np.ndarray]], num_rows: int, seq_len: int) -> dict[str, np.ndarray]:
+def _stack(
+    rows: Sequence[dict[str, np.ndarray]], num_rows: int, seq_len: int
+) -> dict[str, np.ndarray]:
     """The inputs of rows, `[num_rows, seq_len]`, filled up with rows of padding."""
     stacked = {}
     for name in FEATURES:
@@ -160,7 +176,9 @@ def _stack(rows: Sequence[dict[str, np.ndarray]], num_rows: int, seq_len: int) -
     return stacked
 
 
-def _as_tokens(model: "LoadedRun", text_or_tokens: str | Sequence[int] | np.ndarray) -> Int32[np.ndarray, "T"]:
+def _as_tokens(
+    model: "LoadedRun", text_or_tokens: str | Sequence[int] | np.ndarray
+) -> Int32[np.ndarray, "T"]:
     if isinstance(text_or_tokens, str):
         return np.array([model.tokenizer.bos_id, *model.tokenizer.encode(text_or_tokens)], np.int32)
     tokens = np.asarray(text_or_tokens)
@@ -170,5 +188,7 @@ def _as_tokens(model: "LoadedRun", text_or_tokens: str | Sequence[int] | np.ndar
         )
     vocab_size = model.config.vocab_size
     if tokens.min() < 0 or tokens.max() >= vocab_size:
-        raise TraceError(f"token ids from {tokens.min()} to {tokens.max()} must be in [0, {vocab_size})")
+        raise TraceError(
+            f"token ids from {tokens.min()} to {tokens.max()} must be in [0, {vocab_size})"
+        )
     return tokens.astype(np.int32)

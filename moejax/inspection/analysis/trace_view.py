@@ -19,7 +19,10 @@ if TYPE_CHECKING:  # imported where it is needed
 
 WIDTH = 100  # columns of text
 TEXT_TOKENS = 24
-HTML_TOKENS, HTML_CELLS = 1024, 16_384  # tokens shown at most, and tokens times layers: each costs some 200 bytes
+HTML_TOKENS, HTML_CELLS = (
+    1024,
+    16_384,
+)  # tokens shown at most, and tokens times layers: each costs some 200 bytes
 SHOWN_CHOICES = 4  # of one token
 COLORS = ("#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#F0E442", "#0072B2", "#D55E00", "#999999")
 LINES = ("none", "solid", "dashed", "dotted")  # set experts apart that share a colour
@@ -86,7 +89,10 @@ class Trace:
         is_row_NTK = has_expert_NTK.copy()
         is_row_NTK[:, :, 0] = True
         layer, token, rank = np.nonzero(is_row_NTK)
-        expert, has_expert = self.experts_NTK[layer, token, rank], has_expert_NTK[layer, token, rank]
+        expert, has_expert = (
+            self.experts_NTK[layer, token, rank],
+            has_expert_NTK[layer, token, rank],
+        )
         column = np.where(has_expert, expert, 0)
         return pd.DataFrame(
             {
@@ -121,8 +127,14 @@ def as_text(trace: Trace) -> str:
             break
         columns.append(column)
     widths = [max(map(len, column)) for column in columns]
-    rows = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) for row in zip(*columns, strict=True)]
-    left_out = [(len(trace.tokens_T) - len(tokens), "tokens"), (len(trace.layers) - len(columns) + 2, "layers")]
+    rows = [
+        "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True))
+        for row in zip(*columns, strict=True)
+    ]
+    left_out = [
+        (len(trace.tokens_T) - len(tokens), "tokens"),
+        (len(trace.layers) - len(columns) + 2, "layers"),
+    ]
     more = [f"{number} more {what}" for number, what in left_out if number]
     foot = [f"... {' and '.join(more)}; to_frame() has all"] if more else []
     return "\n".join(row.rstrip()[:WIDTH] for row in [_title(trace), *rows, *foot])
@@ -138,7 +150,8 @@ def as_html(trace: Trace) -> str:
     )
     rules = "".join(_rule(style) for style in range(min(trace.num_experts, NUM_STYLES)))
     rules += "".join(
-        f'.moejax-trace:has(input[value="{n}"]:checked) .layer-{n}{{display:block}}' for n in range(num_layers)
+        f'.moejax-trace:has(input[value="{n}"]:checked) .layer-{n}{{display:block}}'
+        for n in range(num_layers)
     )
     layers = "".join(
         f'<div class="layer layer-{n}">{"".join(cells.as_html(n, t) for t in range(num_shown))}</div>'
@@ -166,10 +179,17 @@ class _Cells:
         """The experts of a token with their weights; where a layer mixes all experts, all with what they count."""
         probs_E, experts_K = self.trace.probs_NTE[n, t], self.trace.experts_NTK[n, t]
         if self.is_mixed_N[n]:
-            return [(int(expert), float(probs_E[expert])) for expert in np.argsort(-probs_E, kind="stable")]
+            return [
+                (int(expert), float(probs_E[expert]))
+                for expert in np.argsort(-probs_E, kind="stable")
+            ]
         weights_K = self.trace.weights_NTK[n, t]
         found = zip(experts_K, weights_K, strict=True)
-        return [(int(expert), float(weight)) for expert, weight in found if expert < self.trace.num_experts]
+        return [
+            (int(expert), float(weight))
+            for expert, weight in found
+            if expert < self.trace.num_experts
+        ]
 
     def in_short(self, n: int, t: int) -> str:
         """`3 0.61, 1 0.39`."""
@@ -180,7 +200,9 @@ class _Cells:
     def as_html(self, n: int, t: int) -> str:
         """The token's text under the number and in the colour of its first expert."""
         choices, piece = self.choices(n, t), self.trace.pieces[t]
-        number, style = (choices[0][0], f" s{choices[0][0] % NUM_STYLES}") if choices else ("none", "")
+        number, style = (
+            (choices[0][0], f" s{choices[0][0] % NUM_STYLES}") if choices else ("none", "")
+        )
         line_break = "<br>" if "\n" in piece or piece == "\\n" else ""
         return (
             f'<span class="token{style}" title="{html.text(self._in_full(n, t, choices))}">'
@@ -201,9 +223,7 @@ class _Cells:
 
 
 def _title(trace: Trace) -> str:
-    return (
-        f"Trace of {len(trace.tokens_T):,} tokens through {len(trace.layers)} MoE layers of {trace.num_experts} experts"
-    )
+    return f"Trace of {len(trace.tokens_T):,} tokens through {len(trace.layers)} MoE layers of {trace.num_experts} experts"
 
 
 def _short(piece: str) -> str:

@@ -39,7 +39,9 @@ APOSTROPHES = ("'", "\u2019")
 CLOSERS = "\"'\u201d\u2019\u00bb\u203a)]}\u300d\u300f\uff09\u3011"
 STOPS, WIDE_STOPS = (".", "!", "?", "\u2026"), ("\u3002", "\uff01", "\uff1f")
 
-_SPECIAL = re.compile("|".join([*map(re.escape, SPECIAL_PIECES), "<unk>", r"<-?\d+>"]))  # <12>: no id of the tokenizer
+_SPECIAL = re.compile(
+    "|".join([*map(re.escape, SPECIAL_PIECES), "<unk>", r"<-?\d+>"])
+)  # <12>: no id of the tokenizer
 _BYTE = re.compile("<0x[0-9A-F]{2}>")
 
 
@@ -103,7 +105,9 @@ class Words:
         return np.where(self.is_word_T, words_T - before_T, 0)
 
 
-def find_words(tokens_T: Int[np.ndarray, "T"], starts_T: Bool[np.ndarray, "T"], piece: Callable[[int], str]) -> Words:
+def find_words(
+    tokens_T: Int[np.ndarray, "T"], starts_T: Bool[np.ndarray, "T"], piece: Callable[[int], str]
+) -> Words:
     """Finds words and sentences by the rules at the top of this module.
 
     Args:
@@ -114,7 +118,12 @@ def find_words(tokens_T: Int[np.ndarray, "T"], starts_T: Bool[np.ndarray, "T"], 
     table = _PieceTable.of(tokens_T, piece)
     starts_T = starts_T | (np.arange(tokens_T.size) == 0)
     starts_word_T = table.is_word & ~_continues(table, starts_T)
-    return Words(table.kind, table.is_word, starts_word_T, starts_T | _before(_ends_sentence(table, starts_T)))
+    return Words(
+        table.kind,
+        table.is_word,
+        starts_word_T,
+        starts_T | _before(_ends_sentence(table, starts_T)),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +156,18 @@ def _facts(piece: str) -> tuple[int, ...]:
     kind, text = kind_of_piece(piece), _text(piece)
     if kind in ("special", "byte"):
         is_byte = kind == "byte"
-        return KINDS.index(kind), is_byte, False, not is_byte, is_byte, False, False, False, False, 0
+        return (
+            KINDS.index(kind),
+            is_byte,
+            False,
+            not is_byte,
+            is_byte,
+            False,
+            False,
+            False,
+            False,
+            0,
+        )
     body = text.strip()
     last = _kind_of_character(text[-1])
     inner = body.rstrip(CLOSERS)
@@ -178,7 +198,8 @@ def _ends_sentence(table: _PieceTable, starts_T: np.ndarray) -> np.ndarray:
     closed_T = _last(~table.is_closer)  # the token that closing quotes and brackets stand behind
     is_same_T = context_T[closed_T] == context_T
     next_starts_T, next_spaces_T, next_goes_on_T = (
-        np.append(a_T[1:], False) for a_T in (starts_T, table.begins_with_space, table.is_closer | table.is_stop)
+        np.append(a_T[1:], False)
+        for a_T in (starts_T, table.begins_with_space, table.is_closer | table.is_stop)
     )
     after_stop_T = table.is_stop[closed_T] & is_same_T & (next_spaces_T | next_starts_T)
     after_wide_T = table.is_wide_stop[closed_T] & is_same_T & ~next_goes_on_T

@@ -26,7 +26,14 @@ from moejax.data.packing import empty_row
 from moejax.inference.load import LoadedRun, load_run
 from moejax.inspection.analysis.trace import spread_rows
 from moejax.inspection.counterfactuals import interventions
-from moejax.inspection.counterfactuals.plan import CAPACITY_FACTORS, KINDS, NUM_PAIRS, Change, Layers, plan
+from moejax.inspection.counterfactuals.plan import (
+    CAPACITY_FACTORS,
+    KINDS,
+    NUM_PAIRS,
+    Change,
+    Layers,
+    plan,
+)
 from moejax.inspection.counterfactuals.result import (
     AS_TRAINED,
     CounterfactualError,
@@ -89,11 +96,15 @@ def counterfactuals(
     if isinstance(run, LoadedRun):
         loaded = run
         if step not in (None, run.step):
-            raise CounterfactualError(f"step={step} is not that of the loaded run, {run.step}; load_run that step")
+            raise CounterfactualError(
+                f"step={step} is not that of the loaded run, {run.step}; load_run that step"
+            )
     else:
         loaded = load_run(run, step)
     if loaded.config.num_moe_layers == 0:
-        raise CounterfactualError("this is a run of a dense model, which routes nothing; give one with experts")
+        raise CounterfactualError(
+            "this is a run of a dense model, which routes nothing; give one with experts"
+        )
     batches = read_rows(
         loaded.corpus(places),
         max_rows,
@@ -103,14 +114,23 @@ def counterfactuals(
     parts = Parts(loaded.model)
     numbers = loaded.config.moe_layers
     trained = [parts.run(batch) for batch in batches]
-    load_NE = np.sum([[traffic.load_E for traffic in passed.traffic.values()] for passed in trained], axis=0)
+    load_NE = np.sum(
+        [[traffic.load_E for traffic in passed.traffic.values()] for passed in trained], axis=0
+    )
     layers = Layers(parts.moes, numbers, load_NE)
     changes, left_out = plan(
-        layers, kinds, top_k=top_k, capacity_factors=capacity_factors, num_pairs=num_pairs, seed=seed
+        layers,
+        kinds,
+        top_k=top_k,
+        capacity_factors=capacity_factors,
+        num_pairs=num_pairs,
+        seed=seed,
     )
     log.info("%d changes on %d batches of validation rows", len(changes), len(batches))
     passes = _run_all(parts, batches, changes)
-    targets_R = np.concatenate([np.asarray(batch.loss_mask_BL).sum(axis=1) for batch in batches]).astype(np.float64)
+    targets_R = np.concatenate(
+        [np.asarray(batch.loss_mask_BL).sum(axis=1) for batch in batches]
+    ).astype(np.float64)
     whole = Change(AS_TRAINED, "no change", dict.fromkeys(range(len(parts.moes)), lambda moe: moe))
     outcomes = [
         _outcome(change, passed, trained, targets_R)
@@ -193,7 +213,9 @@ class Parts:
         self.places = [index for index, block in enumerate(blocks) if block.is_moe]
         self.moes: list[MoE] = [blocks[index].moe for index in self.places]
         if any(moe.is_placed for moe in self.moes):
-            raise CounterfactualError("experts of this model were placed elsewhere; load the run anew")
+            raise CounterfactualError(
+                "experts of this model were placed elsewhere; load the run anew"
+            )
 
     def run(self, batch: Batch) -> Passed:
         """A pass as trained."""
@@ -211,7 +233,9 @@ class Parts:
                 found[self.places.index(index)] = traffic
         return Residuals(context, before, found)
 
-    def run_changed(self, batch: Batch, residuals: Residuals, surgeries: Mapping[int, interventions.Surgery]) -> Passed:
+    def run_changed(
+        self, batch: Batch, residuals: Residuals, surgeries: Mapping[int, interventions.Surgery]
+    ) -> Passed:
         """A pass from the first changed layer on."""
         first = self.places[min(surgeries)]
         x_BLD, found = residuals.before[first], {}
@@ -244,17 +268,23 @@ def _apply(graphdef: nnx.GraphDef, state: nnx.State, x_BLD: jax.Array, context: 
     if stats is None:
         return x_BLD, None
     num_choices = stats.assignments_E.sum()
-    return x_BLD, Traffic(stats.num_tokens, num_choices, stats.dropped, stats.gate_mass, stats.assignments_E)
+    return x_BLD, Traffic(
+        stats.num_tokens, num_choices, stats.dropped, stats.gate_mass, stats.assignments_E
+    )
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _count_nats(graphdef: nnx.GraphDef, state: nnx.State, x_BLD: jax.Array, batch: Batch) -> jax.Array:
+def _count_nats(
+    graphdef: nnx.GraphDef, state: nnx.State, x_BLD: jax.Array, batch: Batch
+) -> jax.Array:
     logits_BLV = nnx.merge(graphdef, state).unembed(x_BLD)
     nats_BL = optax.softmax_cross_entropy_with_integer_labels(logits_BLV, batch.targets_BL)
     return jnp.where(batch.loss_mask_BL, nats_BL, 0.0).sum(axis=1)
 
 
-def _run_all(parts: Parts, batches: Sequence[Batch], changes: Sequence[Change]) -> list[list[Passed]]:
+def _run_all(
+    parts: Parts, batches: Sequence[Batch], changes: Sequence[Change]
+) -> list[list[Passed]]:
     """The passes of each change over all batches."""
     passes: list[list[Passed]] = [[] for _ in changes]
     started = reported = time.monotonic()
@@ -263,7 +293,11 @@ def _run_all(parts: Parts, batches: Sequence[Batch], changes: Sequence[Change]) 
             passes[index].append(parts.run_changed(batch, residuals, change.surgeries))
             now = time.monotonic()
             if now - reported > REPORT_SECONDS:
-                log.info(_progress(number * len(changes) + index + 1, len(changes), len(batches), now - started))
+                log.info(
+                    _progress(
+                        number * len(changes) + index + 1, len(changes), len(batches), now - started
+                    )
+                )
                 reported = now
         if number == 0:  # the first batch compiles
             started = time.monotonic()
@@ -275,7 +309,9 @@ def _progress(done: int, num_changes: int, num_batches: int, seconds: float) -> 
     if done <= num_changes:
         return f"batch 1 of {num_batches}: {done} of {num_changes} changes; what is new is compiled"
     rest = (num_changes * num_batches - done) / (done - num_changes)
-    return f"batch {(done - 1) // num_changes + 1} of {num_batches}; about {seconds * rest:.0f} s left"
+    return (
+        f"batch {(done - 1) // num_changes + 1} of {num_batches}; about {seconds * rest:.0f} s left"
+    )
 
 
 def _with_residuals(parts: Parts, batches: Sequence[Batch]) -> Iterator[tuple[Batch, Residuals]]:
@@ -284,9 +320,14 @@ def _with_residuals(parts: Parts, batches: Sequence[Batch]) -> Iterator[tuple[Ba
 
 
 def _outcome(change: Change, passed: list[Passed], trained: list[Passed], targets_R) -> Outcome:
-    nats_R, trained_R = (np.concatenate([p.nats_B for p in batch]).astype(np.float64) for batch in (passed, trained))
+    nats_R, trained_R = (
+        np.concatenate([p.nats_B for p in batch]).astype(np.float64) for batch in (passed, trained)
+    )
     difference, standard_error = paired_change(nats_R, trained_R, targets_R)
-    sums = [jax.tree.map(lambda *x: np.sum(x), *(p.traffic[layer] for p in passed)) for layer in passed[0].traffic]
+    sums = [
+        jax.tree.map(lambda *x: np.sum(x), *(p.traffic[layer] for p in passed))
+        for layer in passed[0].traffic
+    ]
     return Outcome(
         kind=change.kind,
         what=change.what,
@@ -296,7 +337,9 @@ def _outcome(change: Change, passed: list[Passed], trained: list[Passed], target
         loss=float(nats_R.sum() / targets_R.sum()),
         change=difference,
         standard_error=standard_error,
-        gate_mass=float(np.mean([traffic.gate_mass / max(traffic.num_tokens, 1) for traffic in sums])),
+        gate_mass=float(
+            np.mean([traffic.gate_mass / max(traffic.num_tokens, 1) for traffic in sums])
+        ),
         dropped=float(np.mean([traffic.dropped / max(traffic.num_choices, 1) for traffic in sums])),
     )
 
@@ -307,4 +350,6 @@ def _check_kinds(kinds: Sequence[str]) -> None:
     for kind in kinds:
         if kind not in KINDS:
             near = difflib.get_close_matches(kind, KINDS, n=1, cutoff=0.0)[0]
-            raise CounterfactualError(f"{kind!r} must be one of {', '.join(KINDS)}; the nearest is {near}")
+            raise CounterfactualError(
+                f"{kind!r} must be one of {', '.join(KINDS)}; the nearest is {near}"
+            )

@@ -22,7 +22,9 @@ from moejax.moe.router.modules import NoLogits
 Surgery = Callable[[MoE], MoE]
 
 WEIGHTS = ("gate_up", "down", "gate_up_bias", "down_bias")
-UNUSED: dict[str, Any] = dict.fromkeys(("load_weight", "vmoe_load_weight", "sequence_balance_weight"), 0.0)
+UNUSED: dict[str, Any] = dict.fromkeys(
+    ("load_weight", "vmoe_load_weight", "sequence_balance_weight"), 0.0
+)
 """Losses that evaluation has no use for, and whose sums do not go with every K."""
 
 
@@ -101,12 +103,16 @@ def silenced(moe: MoE, expert: int) -> MoE:
 
 def swapped(moe: MoE, first: int, second: int) -> MoE:
     """Two experts with each other's weights; the router is as it was."""
-    return _with_weights(moe, lambda w: w.at[np.array([first, second])].set(w[np.array([second, first])]))
+    return _with_weights(
+        moe, lambda w: w.at[np.array([first, second])].set(w[np.array([second, first])])
+    )
 
 
 def merged(moe: MoE, first: int, second: int) -> MoE:
     """Two experts that both have the mean of their weights; the router is as it was."""
-    return _with_weights(moe, lambda w: w.at[np.array([first, second])].set((w[first] + w[second])[None] / 2))
+    return _with_weights(
+        moe, lambda w: w.at[np.array([first, second])].set((w[first] + w[second])[None] / 2)
+    )
 
 
 def with_random_routing(moe: MoE) -> MoE:
@@ -144,7 +150,13 @@ def _with_config(moe: MoE, **leaves: Any) -> MoE:
 
 def _without_router(moe: MoE, **leaves: Any) -> MoE:
     """Dropless and without whatever steers a selection; equal scores for all experts."""
-    plain = {"score": "uniform", "num_groups": 1, "top_k_groups": 1, "selection_bias": False, "dispatch": "dropless"}
+    plain = {
+        "score": "uniform",
+        "num_groups": 1,
+        "top_k_groups": 1,
+        "selection_bias": False,
+        "dispatch": "dropless",
+    }
     changed = _with_config(moe, **plain, **UNUSED, **leaves)
     changed.router = NoLogits(changed.config, 0, rngs=nnx.Rngs(0))
     return changed

@@ -70,7 +70,8 @@ class Layers:
         if len(by_reason) == 1 and len(reasons) == len(self.moes):
             return next(iter(by_reason))
         return "; ".join(
-            f"layer{'s' * (len(where) > 1)} {', '.join(where)}: {reason}" for reason, where in by_reason.items()
+            f"layer{'s' * (len(where) > 1)} {', '.join(where)}: {reason}"
+            for reason, where in by_reason.items()
         )
 
 
@@ -113,12 +114,20 @@ def plan(
 
 
 def _plan_top_k(layers: Layers, top_k: Sequence[int] | None) -> tuple[list[Change], LeftOut]:
-    most = max(min(moe.config.num_choices, 2 * interventions.chosen_per_token(moe)) for moe in layers.moes)
+    most = max(
+        min(moe.config.num_choices, 2 * interventions.chosen_per_token(moe)) for moe in layers.moes
+    )
     changes, left_out = [], {}
     for k in range(1, most + 1) if top_k is None else top_k:
-        reasons = {n: reason for n, moe in enumerate(layers.moes) if (reason := interventions.why_not_top_k(moe, k))}
+        reasons = {
+            n: reason
+            for n, moe in enumerate(layers.moes)
+            if (reason := interventions.why_not_top_k(moe, k))
+        }
         surgeries = {
-            n: functools.partial(interventions.with_top_k, top_k=k) for n in range(len(layers.moes)) if n not in reasons
+            n: functools.partial(interventions.with_top_k, top_k=k)
+            for n in range(len(layers.moes))
+            if n not in reasons
         }
         if reasons:
             left_out[f"top_k: K={k}"] = layers.explain(reasons)
@@ -138,7 +147,10 @@ def _plan_capacity(layers: Layers, factors: Sequence[float]) -> tuple[list[Chang
         Change(
             "capacity",
             f"capacity factor {factor:g}",
-            {n: functools.partial(interventions.with_capacity, factor=float(factor)) for n in others},
+            {
+                n: functools.partial(interventions.with_capacity, factor=float(factor))
+                for n in others
+            },
             setting=float(factor),
         )
         for factor in factors
@@ -151,14 +163,18 @@ def _plan_bias_off(layers: Layers) -> tuple[list[Change], LeftOut]:
     with_bias = [n for n, moe in enumerate(layers.moes) if moe.config.has_selection_bias]
     if not with_bias:
         return [], {"bias_off": "no layer has a selection bias"}
-    return [Change("bias_off", "selection bias 0", dict.fromkeys(with_bias, interventions.without_bias))], {}
+    return [
+        Change("bias_off", "selection bias 0", dict.fromkeys(with_bias, interventions.without_bias))
+    ], {}
 
 
 def _plan_ablations(layers: Layers) -> tuple[list[Change], LeftOut]:
     changes, unranked, unsilenced = [], {}, {}
     for n, moe in enumerate(layers.moes):
         if moe.config.router in UNRANKED:
-            unranked[n] = f"moe.router={moe.config.router} ranks no expert behind those that a token visits"
+            unranked[n] = (
+                f"moe.router={moe.config.router} ranks no expert behind those that a token visits"
+            )
         for expert in range(moe.config.num_choices):
             where: dict[str, Any] = {"layer": layers.numbers[n], "experts": (expert,)}
             if n not in unranked:
@@ -170,10 +186,14 @@ def _plan_ablations(layers: Layers) -> tuple[list[Change], LeftOut]:
                 at = {n: functools.partial(interventions.silenced, expert=expert)}
                 changes.append(Change("ablate", OUTPUT_ZERO, at, **where))
     ways = {NOT_SELECTABLE: unranked, OUTPUT_ZERO: unsilenced}
-    return changes, {f"ablate: {way}": layers.explain(reasons) for way, reasons in ways.items() if reasons}
+    return changes, {
+        f"ablate: {way}": layers.explain(reasons) for way, reasons in ways.items() if reasons
+    }
 
 
-def _plan_pairs(layers: Layers, kind: str, num_pairs: int, seed: int) -> tuple[list[Change], LeftOut]:
+def _plan_pairs(
+    layers: Layers, kind: str, num_pairs: int, seed: int
+) -> tuple[list[Change], LeftOut]:
     operate = {"swap": interventions.swapped, "merge": interventions.merged}[kind]
     changes, reasons = [], {}
     for n, moe in enumerate(layers.moes):
@@ -186,7 +206,8 @@ def _plan_pairs(layers: Layers, kind: str, num_pairs: int, seed: int) -> tuple[l
         else:
             name, pair = "most similar", most_similar(interventions.similarity(moe.experts))
         pairs = [(name, pair)] + [
-            ("random pair", other) for other in random_pairs(num_experts, num_pairs, [seed, n], without=pair)
+            ("random pair", other)
+            for other in random_pairs(num_experts, num_pairs, [seed, n], without=pair)
         ]
         for what, (first, second) in pairs:
             at = {n: functools.partial(operate, first=first, second=second)}
@@ -195,7 +216,10 @@ def _plan_pairs(layers: Layers, kind: str, num_pairs: int, seed: int) -> tuple[l
 
 
 def _plan_routing(layers: Layers, kind: str) -> tuple[list[Change], LeftOut]:
-    operate = {"random": interventions.with_random_routing, "uniform": interventions.with_uniform_routing}[kind]
+    operate = {
+        "random": interventions.with_random_routing,
+        "uniform": interventions.with_uniform_routing,
+    }[kind]
     what = {"random": "random experts", "uniform": "all experts alike"}[kind]
     reasons = {
         n: "moe.router=soft mixes all tokens into every slot, and chooses no experts"
@@ -226,6 +250,8 @@ def random_pairs(
     num_experts: int, num_pairs: int, seed: Sequence[int], *, without: tuple[int, int]
 ) -> list[tuple[int, int]]:
     """Different pairs of experts, fewer if there are no more; `without` is not among them."""
-    pairs = [pair for pair in itertools.combinations(range(num_experts), 2) if set(pair) != set(without)]
+    pairs = [
+        pair for pair in itertools.combinations(range(num_experts), 2) if set(pair) != set(without)
+    ]
     drawn = np.random.default_rng(seed).permutation(len(pairs))[:num_pairs]
     return [pairs[i] for i in drawn]

@@ -17,7 +17,17 @@ from moejax.strict_json import to_json
 
 AS_TRAINED = "as trained"
 FILE_NAME = "counterfactuals.json"
-COLUMNS = ("kind", "what", "layer", "experts", "change", "standard error", "loss", "gate mass", "dropped")
+COLUMNS = (
+    "kind",
+    "what",
+    "layer",
+    "experts",
+    "change",
+    "standard error",
+    "loss",
+    "gate mass",
+    "dropped",
+)
 
 
 class CounterfactualError(ValueError):
@@ -109,7 +119,9 @@ class Counterfactuals:
         try:
             import pandas
         except ImportError as error:
-            raise CounterfactualError("a frame needs pandas, which is not installed: pip install pandas") from error
+            raise CounterfactualError(
+                "a frame needs pandas, which is not installed: pip install pandas"
+            ) from error
         return pandas.DataFrame([dataclasses.asdict(row) for row in self.rows])
 
     def table(self) -> list[dict[str, str]]:
@@ -124,10 +136,20 @@ class Counterfactuals:
             for layer, change_E, error_E in zip(self.layers, change_NE, error_NE, strict=True):
                 if np.isnan(change_E).all():
                     continue
-                ends = {"largest": int(np.nanargmax(change_E)), "smallest": int(np.nanargmin(change_E))}
+                ends = {
+                    "largest": int(np.nanargmax(change_E)),
+                    "smallest": int(np.nanargmin(change_E)),
+                }
                 found.append(
-                    {"layer": str(layer), "expert": way, "mean change": f"{np.nanmean(change_E):+.4f}"}
-                    | {name: f"{change_E[e]:+.4f} ± {error_E[e]:.4f} ({e})" for name, e in ends.items()}
+                    {
+                        "layer": str(layer),
+                        "expert": way,
+                        "mean change": f"{np.nanmean(change_E):+.4f}",
+                    }
+                    | {
+                        name: f"{change_E[e]:+.4f} ± {error_E[e]:.4f} ({e})"
+                        for name, e in ends.items()
+                    }
                 )
         return found
 
@@ -143,11 +165,16 @@ class Counterfactuals:
     def _repr_html_(self) -> str:
         head = "".join(f"<th>{escape(name)}</th>" for name in COLUMNS)
         body = "".join(
-            f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row.values())}</tr>" for row in self.table()
+            f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row.values())}</tr>"
+            for row in self.table()
         )
-        left = "".join(f"<li>{escape(what)}: {escape(reason)}</li>" for what, reason in self.left_out.items())
+        left = "".join(
+            f"<li>{escape(what)}: {escape(reason)}</li>" for what, reason in self.left_out.items()
+        )
         table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-        return f"<p>{escape(self.title())}</p>{table}" + (f"<p>Left out:</p><ul>{left}</ul>" if left else "")
+        return f"<p>{escape(self.title())}</p>{table}" + (
+            f"<p>Left out:</p><ul>{left}</ul>" if left else ""
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data, for JSON; None for NaN."""
@@ -169,7 +196,9 @@ class Counterfactuals:
         try:
             values = json.loads(Path(path).read_text(encoding="utf-8"))
             rows = tuple(Outcome(**_outcome(row)) for row in values.pop("rows"))
-            layers, top_k = (tuple(int(x) for x in values.pop(name)) for name in ("layers", "top_k"))
+            layers, top_k = (
+                tuple(int(x) for x in values.pop(name)) for name in ("layers", "top_k")
+            )
             left_out = {str(what): str(reason) for what, reason in values.pop("left_out").items()}
             numbers = {name: int(value) for name, value in values.items()}
             found = cls(rows=rows, layers=layers, top_k=top_k, left_out=left_out, **numbers)
@@ -177,10 +206,21 @@ class Counterfactuals:
                 raise ValueError(f"the first row must be {AS_TRAINED}")
             _ = found.ablation_NE  # layers and experts that the rows name exist
         except FileNotFoundError as error:
-            raise CounterfactualError(f"{path} is missing; `moejax counterfactuals` writes it") from error
+            raise CounterfactualError(
+                f"{path} is missing; `moejax counterfactuals` writes it"
+            ) from error
         except OSError as error:
-            raise CounterfactualError(f"{path} cannot be read ({error.strerror}); see who may read it") from error
-        except (RecursionError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            raise CounterfactualError(
+                f"{path} cannot be read ({error.strerror}); see who may read it"
+            ) from error
+        except (
+            RecursionError,
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            IndexError,
+        ) as error:
             raise CounterfactualError(
                 f"{path} is damaged ({type(error).__name__}: {error}); run `moejax counterfactuals` again"
             ) from error
@@ -188,7 +228,9 @@ class Counterfactuals:
 
 
 def paired_change(
-    nats_R: Float[np.ndarray, "R"], trained_R: Float[np.ndarray, "R"], targets_R: Float[np.ndarray, "R"]
+    nats_R: Float[np.ndarray, "R"],
+    trained_R: Float[np.ndarray, "R"],
+    targets_R: Float[np.ndarray, "R"],
 ) -> tuple[float, float]:
     """The change of the mean loss on the same rows, and its standard error.
 
@@ -234,7 +276,9 @@ def _as_text(row: Outcome) -> tuple[str, ...]:
 def _aligned(rows: Sequence[Mapping[str, str]]) -> str:
     lines = [list(rows[0]), *(list(row.values()) for row in rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+    return "\n".join(
+        "  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines
+    )
 
 
 def _plain(value: Any) -> Any:

@@ -5,7 +5,16 @@ from typing import Any
 
 import matplotlib
 
-from moejax.inspection.figures.style import BLUE, GREEN, GREY, ORANGE, PURPLE, STYLE, new_figure, svg_bytes
+from moejax.inspection.figures.style import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    PURPLE,
+    STYLE,
+    new_figure,
+    svg_bytes,
+)
 
 COLORS = (BLUE, ORANGE, GREEN, PURPLE)
 HATCHES = ("", "///", "\\\\\\", "xx")
@@ -18,7 +27,11 @@ def draw_layers(rows: Sequence[dict[str, Any]]) -> bytes:
       rows: of `bench_layer`; those of the dense layer are the line at 1.
     """
     direction = rows[-1]["direction"]
-    bars = [row for row in rows if row["direction"] == direction and row["implementation"] != "dense_layer"]
+    bars = [
+        row
+        for row in rows
+        if row["direction"] == direction and row["implementation"] != "dense_layer"
+    ]
     names = list(dict.fromkeys(row["implementation"] for row in bars))
     shapes = list(dict.fromkeys(_label(row) for row in bars))
     highest, step = max(row["ratio_to_dense"] for row in bars), 0.8 / len(names)
@@ -33,7 +46,12 @@ def draw_layers(rows: Sequence[dict[str, Any]]) -> bytes:
             )  # fmt: skip
             for row in of_name:
                 y = shapes.index(_label(row)) + (i - (len(names) - 1) / 2) * step
-                axes.text(row["ratio_to_dense"] + 0.01 * highest, y, f"{row['ratio_to_dense']:.2f}", va="center")
+                axes.text(
+                    row["ratio_to_dense"] + 0.01 * highest,
+                    y,
+                    f"{row['ratio_to_dense']:.2f}",
+                    va="center",
+                )
         axes.axvline(1, color=GREY, linestyle="--", linewidth=1)
         axes.set_yticks(range(len(shapes)), labels=shapes)
         axes.invert_yaxis()
@@ -47,4 +65,6 @@ def draw_layers(rows: Sequence[dict[str, Any]]) -> bytes:
 
 def _label(row: dict[str, Any]) -> str:
     sizes = f"E {row['num_experts']}, K {row['top_k']}, F {row['d_expert']}"
-    return f"{sizes}\n{row['tokens']} tokens, D {row['d_model']}" + (", skewed" if row["skewed"] else "")
+    return f"{sizes}\n{row['tokens']} tokens, D {row['d_model']}" + (
+        ", skewed" if row["skewed"] else ""
+    )

@@ -26,7 +26,16 @@ from moejax.inspection.figures.style import (
 )
 from moejax.inspection.runs.run import Run
 
-COLORS = (BLUE, ORANGE, GREEN, PURPLE, "#E69F00", "#56B4E9", "#8c6d1f", "#111111")  # Okabe and Ito; yellow is darkened
+COLORS = (
+    BLUE,
+    ORANGE,
+    GREEN,
+    PURPLE,
+    "#E69F00",
+    "#56B4E9",
+    "#8c6d1f",
+    "#111111",
+)  # Okabe and Ito; yellow is darkened
 DASHES = ("-", "--")
 MAX_POINTS = 160  # of a curve
 MAX_STEPS = 64  # experts drawn as steps; more are a curve
@@ -58,7 +67,9 @@ def looks(labels: Sequence[str]) -> dict[str, Look]:
     return found
 
 
-def series_against(run: Run, key: str, against: str) -> tuple[Float[np.ndarray, "S"], Float[np.ndarray, "S"]]:
+def series_against(
+    run: Run, key: str, against: str
+) -> tuple[Float[np.ndarray, "S"], Float[np.ndarray, "S"]]:
     """A metric of a run against steps, tokens, arithmetic or time; see `axes.place`.
 
     Args:
@@ -135,11 +146,21 @@ def draw_sorted_load(counts: Mapping[str, Int[np.ndarray, "E"]], *, legend: bool
         for label, look in looks(list(counts)).items():
             if counts[label].size:
                 ratio_E = np.sort(load_ratio(counts[label][None])[0])[::-1]
-                style: dict[str, Any] = {"color": look.color, "ls": look.dash, "lw": 1.5, "label": legend_name(label)}
+                style: dict[str, Any] = {
+                    "color": look.color,
+                    "ls": look.dash,
+                    "lw": 1.5,
+                    "label": legend_name(label),
+                }
                 if len(ratio_E) <= MAX_STEPS:
-                    axes.stairs(ratio_E, np.linspace(0, 1, len(ratio_E) + 1), baseline=None, **style)
+                    axes.stairs(
+                        ratio_E, np.linspace(0, 1, len(ratio_E) + 1), baseline=None, **style
+                    )
                 else:
-                    axes.plot(*thin((np.arange(len(ratio_E)) + 0.5) / len(ratio_E), ratio_E, MAX_POINTS), **style)
+                    axes.plot(
+                        *thin((np.arange(len(ratio_E)) + 0.5) / len(ratio_E), ratio_E, MAX_POINTS),
+                        **style,
+                    )
         axes.axhline(1, color=GREY, lw=1, ls=(0, (2, 2)), zorder=1)
         axes.set_xlim(0, 1)
         axes.set_ylim(bottom=0)

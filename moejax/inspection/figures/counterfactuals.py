@@ -14,7 +14,16 @@ from matplotlib.ticker import MaxNLocator
 
 from moejax.inspection.counterfactuals.plan import NOT_SELECTABLE, OUTPUT_ZERO
 from moejax.inspection.counterfactuals.result import Counterfactuals, Outcome
-from moejax.inspection.figures.style import BLUE, GREEN, GREY, ORANGE, PURPLE, STYLE, Drawing, new_figure
+from moejax.inspection.figures.style import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    PURPLE,
+    STYLE,
+    Drawing,
+    new_figure,
+)
 
 MAX_LAYERS = 12  # with bars; of deeper models, evenly spaced ones
 MAX_TICKS = 8  # labels below one another of settings and what came of them
@@ -71,7 +80,8 @@ def draw_ablation(result: Counterfactuals, way: str) -> Drawing | None:
     if np.isnan(change_NE).all():
         return None
     limit = max(
-        float(np.nanmax(np.abs(result.by_expert(each)), initial=1e-6)) for each in (NOT_SELECTABLE, OUTPUT_ZERO)
+        float(np.nanmax(np.abs(result.by_expert(each)), initial=1e-6))
+        for each in (NOT_SELECTABLE, OUTPUT_ZERO)
     )
     num_layers, num_experts = change_NE.shape
     with matplotlib.rc_context(STYLE):
@@ -118,7 +128,9 @@ def draw_bars(result: Counterfactuals, kinds: Sequence[str]) -> Drawing | None:
         for i, (kind, what) in enumerate(names):
             places, changes, errors = [], [], []
             for place, layer in enumerate(groups):
-                cells = [row for row in rows if (row.kind, row.what, row.layer) == (kind, what, layer)]
+                cells = [
+                    row for row in rows if (row.kind, row.what, row.layer) == (kind, what, layer)
+                ]
                 if cells:
                     places.append(place + (i - (len(names) - 1) / 2) * step)
                     changes.append(np.mean([row.change for row in cells]))
@@ -127,14 +139,23 @@ def draw_bars(result: Counterfactuals, kinds: Sequence[str]) -> Drawing | None:
                 places, changes, 0.92 * step, color=COLORS[i % 4], hatch=HATCHES[i % 4], edgecolor="white", lw=0.4,
                 label=f"{kind} {what}" if kind in ("swap", "merge") else what,
             )  # fmt: skip
-            axes.errorbar(places, changes, errors, fmt="none", ecolor="#111111", elinewidth=1, capsize=1.5)
+            axes.errorbar(
+                places, changes, errors, fmt="none", ecolor="#111111", elinewidth=1, capsize=1.5
+            )
         axes.axhline(0, color=GREY, lw=1)
-        axes.set_xticks(range(len(groups)), labels=["all" if layer is None else str(layer) for layer in groups])
+        axes.set_xticks(
+            range(len(groups)), labels=["all" if layer is None else str(layer) for layer in groups]
+        )
         axes.grid(visible=False, axis="x")
         axes.set_xlabel("changed layer")
         axes.set_ylabel(YLABEL)
         axes.set_xlim(-0.6, max(len(groups), 2) - 0.4)
-        figure.legend(loc="outside upper left", ncols=1 if len(names) > 2 else 2, borderaxespad=0.1, columnspacing=1.2)
+        figure.legend(
+            loc="outside upper left",
+            ncols=1 if len(names) > 2 else 2,
+            borderaxespad=0.1,
+            columnspacing=1.2,
+        )
         return Drawing.of(figure)
 
 
@@ -145,7 +166,9 @@ def _groups(rows: Sequence[Outcome]) -> list[int | None]:
     return [None] * any(row.layer is None for row in rows) + [layers[i] for i in shown]
 
 
-def _draw_line(rows: Sequence[Outcome], labels: Sequence[str], xlabel: str, trained: float | None = None) -> Drawing:
+def _draw_line(
+    rows: Sequence[Outcome], labels: Sequence[str], xlabel: str, trained: float | None = None
+) -> Drawing:
     """Changes against settings, at equal distances."""
     with matplotlib.rc_context(STYLE):
         figure, axes = new_figure(2.45)
@@ -171,7 +194,9 @@ def _mark_cells(axes: Axes, change_NE: np.ndarray, error_NE: np.ndarray, limit: 
     """Numbers where there is room for them, and dots where there may be nothing but noise."""
     if change_NE.size > MAX_DOTTED:
         return
-    is_noise_NE = ~(np.abs(change_NE) > 2 * error_NE) & ~np.isnan(change_NE)  # one row has no standard error
+    is_noise_NE = ~(np.abs(change_NE) > 2 * error_NE) & ~np.isnan(
+        change_NE
+    )  # one row has no standard error
     if change_NE.shape[1] > MAX_WRITTEN:
         layers, experts = np.nonzero(is_noise_NE)
         axes.plot(experts, layers, ".", color="#111111", ms=2.5)

@@ -86,7 +86,11 @@ def layer_colors(num_layers: int) -> np.ndarray:
 
 
 def _draw_map(
-    steps: Int[np.ndarray, "S"], values_SN: Float[np.ndarray, "S N"], layers: Sequence[int], label: str, from_zero: bool
+    steps: Int[np.ndarray, "S"],
+    values_SN: Float[np.ndarray, "S N"],
+    layers: Sequence[int],
+    label: str,
+    from_zero: bool,
 ) -> Drawing:
     edges, values_CN = mean_columns(steps, values_SN)
     figure, axes = new_figure(float(np.clip(1.2 + 0.05 * len(layers), 2.0, 4.4)))
@@ -101,7 +105,9 @@ def _draw_map(
     return Drawing.of(figure)
 
 
-def worst_layer(values_SN: Float[np.ndarray, "S N"], worst: Callable[[np.ndarray], float]) -> int | None:
+def worst_layer(
+    values_SN: Float[np.ndarray, "S N"], worst: Callable[[np.ndarray], float]
+) -> int | None:
     """The first column that ends without a finite value, else that whose last value is the `worst`.
 
     None if no value is finite.
@@ -133,5 +139,7 @@ def mean_columns(
     is_finite_SN = np.isfinite(values_SN)
     number_CN = np.add.reduceat(is_finite_SN, starts, axis=0, dtype=np.int64)
     total_CN = np.add.reduceat(np.where(is_finite_SN, values_SN, 0.0), starts, axis=0)
-    mean_CN = np.divide(total_CN, number_CN, out=np.full(total_CN.shape, np.nan), where=number_CN > 0)
+    mean_CN = np.divide(
+        total_CN, number_CN, out=np.full(total_CN.shape, np.nan), where=number_CN > 0
+    )
     return np.append(min(max(first, 0), steps[0] - 1), steps[ends]).astype(float), mean_CN

@@ -67,7 +67,9 @@ def coactivation_ratio(coactivation_EE: Int[np.ndarray, "E E"]) -> Float[np.ndar
     """Counts over those expected from loads alone; NaN on the diagonal and where too few are expected to tell."""
     expected_EE = expected_coactivation(coactivation_EE)
     enough_EE = np.nan_to_num(expected_EE) >= MIN_EXPECTED
-    return np.divide(coactivation_EE, expected_EE, out=np.full(expected_EE.shape, np.nan), where=enough_EE)
+    return np.divide(
+        coactivation_EE, expected_EE, out=np.full(expected_EE.shape, np.nan), where=enough_EE
+    )
 
 
 def draw_coactivation(coactivation_EE: Int[np.ndarray, "E E"]) -> Drawing:
@@ -85,16 +87,23 @@ def draw_coactivation(coactivation_EE: Int[np.ndarray, "E E"]) -> Drawing:
     log_EE = np.log2(ratio_EE, out=np.full_like(ratio_EE, np.nan), where=ratio_EE > 0)
     with matplotlib.rc_context(STYLE):
         figure, axes = new_figure(3.0)
-        colors = matplotlib.colormaps["RdBu_r"].resampled(COLORS).with_extremes(bad=NO_VALUE, under=DEAD)
+        colors = (
+            matplotlib.colormaps["RdBu_r"].resampled(COLORS).with_extremes(bad=NO_VALUE, under=DEAD)
+        )
         log_EE[ratio_EE == 0] = -99.0  # under the scale
         mesh = heat_map(
-            axes, np.where(ratio_EE > 0, np.clip(log_EE, -2, 2), log_EE), cmap=colors, norm=Normalize(-2, 2)
+            axes,
+            np.where(ratio_EE > 0, np.clip(log_EE, -2, 2), log_EE),
+            cmap=colors,
+            norm=Normalize(-2, 2),
         )
         axes.set_aspect("equal")
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_locator(MaxNLocator(8, integer=True))
             if len(shown) < len(coactivation_EE):
-                axis.set_major_formatter(lambda x, _: str(shown[int(x)]) if 0 <= x < len(shown) else "")
+                axis.set_major_formatter(
+                    lambda x, _: str(shown[int(x)]) if 0 <= x < len(shown) else ""
+                )
         axes.set_xlabel("and expert")
         axes.set_ylabel("expert")
         ratio_bar(figure, axes, mesh, "tokens of both / chance")
@@ -128,7 +137,9 @@ def strongest_flows(
 
 
 def draw_flow(
-    counts_MEE: Int[np.ndarray, "M E E"], expected_MEE: Float[np.ndarray, "M E E"], layers: Sequence[int]
+    counts_MEE: Int[np.ndarray, "M E E"],
+    expected_MEE: Float[np.ndarray, "M E E"],
+    layers: Sequence[int],
 ) -> Drawing:
     """Draws the paths of tokens through the experts of neighbouring MoE layers.
 
@@ -161,7 +172,10 @@ def draw_flow(
         axes.set_yticks([])
         for side in ("left", "bottom"):
             axes.spines[side].set_visible(False)
-        ticks = [(float(m), f"layer {layer}" if len(layers) < 4 else str(layer)) for m, layer in enumerate(layers)]
+        ticks = [
+            (float(m), f"layer {layer}" if len(layers) < 4 else str(layer))
+            for m, layer in enumerate(layers)
+        ]
         ticks += [(m + 0.5, f"{share:.0%}") for m, share in enumerate(shares)]
         axes.set_xticks([x for x, _ in ticks], labels=[name for _, name in ticks])
         axes.tick_params(length=0)
@@ -182,12 +196,20 @@ def _draw_blocks(axes: Axes, m: int, top_E: np.ndarray, bottom_E: np.ndarray) ->
         top_E, bottom_E = top_E[:1], bottom_E[-1:]
     corners, codes = [], []
     for top, bottom in zip(top_E, bottom_E, strict=True):
-        corners += [(m - NODE, top), (m + NODE, top), (m + NODE, bottom), (m - NODE, bottom), (m - NODE, top)]
+        corners += [
+            (m - NODE, top),
+            (m + NODE, top),
+            (m + NODE, bottom),
+            (m - NODE, bottom),
+            (m - NODE, top),
+        ]
         codes += [Outline.MOVETO, Outline.LINETO, Outline.LINETO, Outline.LINETO, Outline.CLOSEPOLY]
     axes.add_patch(PathPatch(Outline(corners, codes), facecolor="#374151", lw=0, zorder=3))
     if 1 < len(top_E) <= 16:
         for expert, middle in enumerate((top_E + bottom_E) / 2):
-            axes.text(m + NODE + 0.02, middle, str(expert), va="center", ha="left", fontsize=8.5, zorder=4)
+            axes.text(
+                m + NODE + 0.02, middle, str(expert), va="center", ha="left", fontsize=8.5, zorder=4
+            )
 
 
 def _draw_bands(
@@ -217,4 +239,6 @@ def _draw_bands(
         curve = [Outline.CURVE4] * 3
         codes = [Outline.MOVETO, *curve, Outline.LINETO, *curve, Outline.CLOSEPOLY]
         color = FLOW_COLORS[pair[0] % len(FLOW_COLORS)]
-        axes.add_patch(PathPatch(Outline(corners, codes), facecolor=color, alpha=0.55, lw=0, zorder=2))
+        axes.add_patch(
+            PathPatch(Outline(corners, codes), facecolor=color, alpha=0.55, lw=0, zorder=2)
+        )

@@ -141,7 +141,12 @@ SPEED_CHARTS = (
         "The most that was in use at a time since the start of the process.",
         from_zero=True,
     ),
-    Chart("Learning rate", (("learning_rate", "learning rate"),), "learning rate", "The schedule as applied."),
+    Chart(
+        "Learning rate",
+        (("learning_rate", "learning rate"),),
+        "learning rate",
+        "The schedule as applied.",
+    ),
     Chart(
         "Gradient norm",
         (("grad_norm", "gradient norm"),),
@@ -182,7 +187,11 @@ def routing_charts(num_experts: int) -> tuple[Chart, ...]:
         ),
         Chart(
             "Dropped assignments",
-            (("moe/dropped", "dropped"), ("moe/moved", "moved"), ("moe/dropped_out", "expert dropout")),
+            (
+                ("moe/dropped", "dropped"),
+                ("moe/moved", "moved"),
+                ("moe/dropped_out", "expert dropout"),
+            ),
             "share of assignments",
             "Assignments that found their expert full and skipped it, or went to another. Good: 0, as it always is "
             "with dropless dispatch; a few percent are usual with a capacity limit. Expert dropout drops on purpose.",
@@ -199,7 +208,9 @@ def routing_charts(num_experts: int) -> tuple[Chart, ...]:
     )
 
 
-def draw_chart(chart: Chart, series: Callable[[str], tuple[np.ndarray, np.ndarray]]) -> Drawing | None:
+def draw_chart(
+    chart: Chart, series: Callable[[str], tuple[np.ndarray, np.ndarray]]
+) -> Drawing | None:
     """Draws a chart from a run's series.
 
     Args:
@@ -209,7 +220,9 @@ def draw_chart(chart: Chart, series: Callable[[str], tuple[np.ndarray, np.ndarra
     Returns:
       An SVG data URI; None if no metric of the chart has values.
     """
-    curves = [Curve(label, *series(key), points=key.startswith("eval/")) for key, label in chart.keys]
+    curves = [
+        Curve(label, *series(key), points=key.startswith("eval/")) for key, label in chart.keys
+    ]
     curves = [curve for curve in curves if curve.steps.size]
     if not curves:
         return None
@@ -248,10 +261,19 @@ def draw_curves(
                 axes.plot(curve.steps, curve.values, color=ORANGE, label=curve.label, **marks)
                 continue
             color, dash = next(lines)
-            alone = "o" if np.isfinite(curve.values).sum() == 1 else None  # a line through one point shows nothing
+            alone = (
+                "o" if np.isfinite(curve.values).sum() == 1 else None
+            )  # a line through one point shows nothing
             steps, values = thin(curve.steps, curve.values)
             axes.plot(  # over the axis, so that a line at 0 shows
-                steps, values, color=color, ls=dash, marker=alone, label=curve.label, clip_on=False, zorder=2.6
+                steps,
+                values,
+                color=color,
+                ls=dash,
+                marker=alone,
+                label=curve.label,
+                clip_on=False,
+                zorder=2.6,
             )
         if reference is not None:
             axes.axhline(reference[0], color=GREY, lw=1, ls=(0, (2, 2)), label=reference[1])
@@ -275,7 +297,12 @@ def only_value(values: Iterable[Float[np.ndarray, "S"]]) -> float | None:
       values: of each curve; what is not finite says nothing.
     """
     finite = [values_S[np.isfinite(values_S)] for values_S in values]
-    found = {float(extreme) for values_S in finite if values_S.size for extreme in (values_S.min(), values_S.max())}
+    found = {
+        float(extreme)
+        for values_S in finite
+        if values_S.size
+        for extreme in (values_S.min(), values_S.max())
+    }
     return found.pop() if len(found) == 1 else None
 
 
@@ -319,11 +346,15 @@ def draw_final_load(counts_E: Int[np.ndarray, "E"]) -> Drawing:
     with matplotlib.rc_context(STYLE):
         figure, axes = new_figure(1.9)
         edges = (experts_E[:, None] + [-0.4, 0.4]).ravel()
-        heights = np.stack([ratio_E, np.zeros_like(ratio_E)], axis=1).ravel()[:-1]  # bars, and gaps between them
+        heights = np.stack([ratio_E, np.zeros_like(ratio_E)], axis=1).ravel()[
+            :-1
+        ]  # bars, and gaps between them
         axes.stairs(heights, edges, fill=True, color=BLUE)  # one path, however many experts
         axes.axhline(1, color=GREY, lw=1, ls=(0, (2, 2)))
         dead = experts_E[ratio_E == 0]
-        axes.plot(dead, np.zeros(len(dead)), "x", color=ORANGE, ms=6, mew=1.8, clip_on=False, zorder=3)
+        axes.plot(
+            dead, np.zeros(len(dead)), "x", color=ORANGE, ms=6, mew=1.8, clip_on=False, zorder=3
+        )
         axes.set_xlim(-0.7, len(ratio_E) - 0.3)
         axes.set_ylim(0, max(1.5, 1.08 * ratio_E.max()))
         axes.grid(axis="x", visible=False)
@@ -352,7 +383,9 @@ def _label_values(axes: Axes, curves: Sequence[Curve]) -> None:
 
 
 def thin(
-    x: Int[np.ndarray, "S"] | Float[np.ndarray, "S"], values: Float[np.ndarray, "S"], points: int = MAX_POINTS
+    x: Int[np.ndarray, "S"] | Float[np.ndarray, "S"],
+    values: Float[np.ndarray, "S"],
+    points: int = MAX_POINTS,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Keeps the ends, and the least and the greatest of each stretch, so that a spike is still seen.
 
@@ -374,10 +407,16 @@ def thin(
     return x[kept_S], values[kept_S]
 
 
-def _columns(steps: Int[np.ndarray, "S"], counts_SE: Int[np.ndarray, "S E"]) -> tuple[np.ndarray, np.ndarray]:
+def _columns(
+    steps: Int[np.ndarray, "S"], counts_SE: Int[np.ndarray, "S E"]
+) -> tuple[np.ndarray, np.ndarray]:
     """Edges in steps of few enough columns, and the counts summed over the intervals of each."""
-    first = 2 * steps[0] - steps[1] if len(steps) > 1 else 0  # the first interval is as long as the second
+    first = (
+        2 * steps[0] - steps[1] if len(steps) > 1 else 0
+    )  # the first interval is as long as the second
     num_columns = min(len(steps), MAX_COLUMNS, max(1, MAX_CELLS // counts_SE.shape[1]))
     starts = np.linspace(0, len(steps), num_columns, endpoint=False).astype(int)
     ends = np.append(starts[1:], len(steps)) - 1
-    return np.append(min(max(first, 0), steps[0] - 1), steps[ends]), np.add.reduceat(counts_SE, starts, axis=0)
+    return np.append(min(max(first, 0), steps[0] - 1), steps[ends]), np.add.reduceat(
+        counts_SE, starts, axis=0
+    )

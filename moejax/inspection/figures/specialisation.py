@@ -43,13 +43,17 @@ def draw_information(results: Sequence[Information]) -> Drawing:
     with matplotlib.rc_context(STYLE):
         figure, axes = new_figure(0.95 + 0.27 * len(results))
         rows = np.arange(len(results))
-        axes.barh(rows, [x.mean() for x in whole], height=0.66, color=BLUE, label="told by the attribute")
+        axes.barh(
+            rows, [x.mean() for x in whole], height=0.66, color=BLUE, label="told by the attribute"
+        )
         axes.barh(
             rows, [x.mean() for x in chance], height=0.66, color="#d1d5db", hatch="////", edgecolor=GREY, lw=0,
             label="chance",
         )  # fmt: skip
         for row, shares in enumerate(whole):
-            axes.plot(shares, np.full(len(shares), row), "o", color="#111111", ms=2.6, mew=0, zorder=3)
+            axes.plot(
+                shares, np.full(len(shares), row), "o", color="#111111", ms=2.6, mew=0, zorder=3
+            )
         axes.plot([], [], "o", color="#111111", ms=2.6, mew=0, label="a layer")
         axes.set_yticks(rows, labels=names)
         axes.invert_yaxis()
@@ -58,7 +62,13 @@ def draw_information(results: Sequence[Information]) -> Drawing:
         axes.xaxis.set_major_locator(MaxNLocator(4))
         axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         axes.set_xlabel("share of the experts' entropy")
-        figure.legend(loc="outside upper left", ncols=3, borderaxespad=0.1, columnspacing=1.0, handlelength=1.2)
+        figure.legend(
+            loc="outside upper left",
+            ncols=3,
+            borderaxespad=0.1,
+            columnspacing=1.0,
+            handlelength=1.2,
+        )
         return Drawing.of(figure)
 
 
@@ -76,15 +86,28 @@ def draw_information_by_layer(results: Sequence[Information], layers: Sequence[i
         top = max(float(share_AN.max()), 0.01)
         mesh = heat_map(axes, np.maximum(share_AN, 0.0), cmap=colors, norm=Normalize(0, top))
         if len(layers) <= MAX_WRITTEN:
-            _write(axes, share_AN, "{:.0%}", lambda share: "white" if share < 0.6 * top else "#111111")
-        axes.set_yticks(range(len(results)), labels=[information_name(result) for result in results])
+            _write(
+                axes, share_AN, "{:.0%}", lambda share: "white" if share < 0.6 * top else "#111111"
+            )
+        axes.set_yticks(
+            range(len(results)), labels=[information_name(result) for result in results]
+        )
         _name_columns(axes, layers)
         axes.set_xlabel("layer")
-        color_bar(figure, axes, mesh, "above chance", format=PercentFormatter(1.0, decimals=0), ticks=MaxNLocator(4))
+        color_bar(
+            figure,
+            axes,
+            mesh,
+            "above chance",
+            format=PercentFormatter(1.0, decimals=0),
+            ticks=MaxNLocator(4),
+        )
         return Drawing.of(figure)
 
 
-def draw_domains(share_DE: Float[np.ndarray, "D E"], uniform: float, domains: Sequence[str]) -> Drawing:
+def draw_domains(
+    share_DE: Float[np.ndarray, "D E"], uniform: float, domains: Sequence[str]
+) -> Drawing:
     """Draws how often tokens of each domain visit each expert of a layer, over the level of uniform routing.
 
     White is that level, red above, blue below, black never; grey is a domain without tokens. Logarithmic.
@@ -99,7 +122,9 @@ def draw_domains(share_DE: Float[np.ndarray, "D E"], uniform: float, domains: Se
     log_DE = np.where(ratio_DE > 0, np.clip(log_DE, -2, 2), np.where(ratio_DE == 0, -99.0, np.nan))
     with matplotlib.rc_context(STYLE):
         figure, axes = new_figure(0.95 + 0.2 * len(log_DE))
-        colors = matplotlib.colormaps["RdBu_r"].resampled(COLORS).with_extremes(bad=NO_VALUE, under=DEAD)
+        colors = (
+            matplotlib.colormaps["RdBu_r"].resampled(COLORS).with_extremes(bad=NO_VALUE, under=DEAD)
+        )
         mesh = heat_map(axes, log_DE, cmap=colors, norm=Normalize(-2, 2))
         axes.set_yticks(range(len(log_DE)), labels=[_short(name) for name in domains[:MAX_DOMAINS]])
         axes.set_xlabel("expert")
@@ -115,13 +140,23 @@ def information_name(result: Information) -> str:
 
 
 def _share(bits_N: np.ndarray, result: Information) -> np.ndarray:
-    return np.divide(bits_N, result.entropy_N, out=np.zeros_like(bits_N), where=result.entropy_N > 1e-9)
+    return np.divide(
+        bits_N, result.entropy_N, out=np.zeros_like(bits_N), where=result.entropy_N > 1e-9
+    )
 
 
 def _write(axes: Axes, values: np.ndarray, form: str, color) -> None:
     for row, column in np.ndindex(values.shape):
         value = float(values[row, column])
-        axes.text(column, row, form.format(value), ha="center", va="center", fontsize=8.5, color=color(value))
+        axes.text(
+            column,
+            row,
+            form.format(value),
+            ha="center",
+            va="center",
+            fontsize=8.5,
+            color=color(value),
+        )
 
 
 def _name_columns(axes: Axes, layers: Sequence[int]) -> None:

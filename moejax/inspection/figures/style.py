@@ -29,7 +29,14 @@ MAX_TICKS = 16  # of names below one another
 MEASURED_TICKS = 5  # at most, of evaluations on an x axis
 RATIO_TICKS = ((-2, "¼"), (-1, "½"), (0, "1"), (1, "2"), (2, "4"))
 COLORS = 41  # of a heat map: odd, so that a ratio of 1 is white; few, so that it compresses
-BLUE, ORANGE, GREEN, PURPLE, GREY, DEAD = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#6b7280", "#111111"
+BLUE, ORANGE, GREEN, PURPLE, GREY, DEAD = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#6b7280",
+    "#111111",
+)
 LINES = ((BLUE, "-"), (ORANGE, "--"), (GREEN, "-."), (PURPLE, ":"))
 STYLE: dict[Any, Any] = {
     "font.family": ["sans-serif"],
@@ -91,7 +98,9 @@ class Drawing(str):
         buffer = io.BytesIO()
         with matplotlib.rc_context(STYLE):
             FigureCanvasAgg(self.figure)
-            self.figure.savefig(buffer, format="png", dpi=PNG_DPI, facecolor="white", metadata={"Software": None})
+            self.figure.savefig(
+                buffer, format="png", dpi=PNG_DPI, facecolor="white", metadata={"Software": None}
+            )
         return buffer.getvalue()
 
     def save(self, path: str | Path) -> Path:
@@ -105,7 +114,9 @@ class Drawing(str):
         """
         path = Path(path)
         if path.suffix not in (".svg", ".png"):
-            raise DrawingError(f"{path} must end in .svg or .png; no other kind of figure is written")
+            raise DrawingError(
+                f"{path} must end in .svg or .png; no other kind of figure is written"
+            )
         path.write_bytes(self.svg if path.suffix == ".svg" else self.png)
         return path
 

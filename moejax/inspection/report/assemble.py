@@ -47,7 +47,13 @@ def render_report(
         ("speed", "Speed and optimisation", training.charts(run, figures.SPEED_CHARTS)),
     ]
     if run.is_dense:
-        sections.append(("routing", "Routing", "<p>This is a dense run: it has no experts, so nothing is routed.</p>"))
+        sections.append(
+            (
+                "routing",
+                "Routing",
+                "<p>This is a dense run: it has no experts, so nothing is routed.</p>",
+            )
+        )
     else:
         sections += _routing(run)
         sections += [
@@ -70,7 +76,11 @@ def render_report(
 def _routing(run: Run) -> list[Section]:
     return [
         ("alarms", "Alarms", guarded(lambda: health.alarms(run))),
-        ("routing", "Routing health", training.charts(run, figures.routing_charts(run.num_choices))),
+        (
+            "routing",
+            "Routing health",
+            training.charts(run, figures.routing_charts(run.num_choices)),
+        ),
         ("layers", "Layer by layer", health.layers_over_time(run)),
         ("load", "Expert load over time", load.load_over_time(run)),
         ("final-load", "Final expert load", load.final_load(run)),

@@ -26,7 +26,9 @@ from moejax.training.evaluation import domains_of
 from moejax.training.run_directory.text import TextPlaces
 
 TRACED_TOKENS = 65_536
-MEASURED_TOKENS = 32_768  # of these, in which attributes are measured: more take long with many experts
+MEASURED_TOKENS = (
+    32_768  # of these, in which attributes are measured: more take long with many experts
+)
 NUM_PERMUTATIONS = 4
 PASSAGE_TOKENS, PASSAGE_CELLS = 256, 1_600  # at most: tokens, and tokens times layers
 NUM_SAMPLES = 3
@@ -67,7 +69,9 @@ def count_routed_tokens(routed: RoutedTokens, vocab_size: int) -> np.ndarray:
     """How often each expert of the `drawn_layers` got each token of the vocabulary: `[n, E, V]`."""
     is_token_T = np.ones(len(routed.tokens_T), bool)
     experts_nTK = routed.experts_NTK[drawn_layers(len(routed.layers))]
-    return count_tokens_by_expert(routed.tokens_T, experts_nTK, vocab_size, routed.num_experts, is_token_T)
+    return count_tokens_by_expert(
+        routed.tokens_T, experts_nTK, vocab_size, routed.num_experts, is_token_T
+    )
 
 
 def find_specialisation(
@@ -88,7 +92,9 @@ def find_specialisation(
     num_tokens = len(routed.tokens_T)
     chosen = np.arange(num_tokens)
     if num_tokens > MEASURED_TOKENS:
-        chosen = np.sort(np.random.default_rng(0).choice(num_tokens, MEASURED_TOKENS, replace=False))
+        chosen = np.sort(
+            np.random.default_rng(0).choice(num_tokens, MEASURED_TOKENS, replace=False)
+        )
     attributes = attributes_of(routed.tokens_T, routed.rows_T, routed.positions_T, piece)
 
     def measure(attribute: Attribute, tokens: np.ndarray, **more: Attribute) -> Information:
@@ -108,7 +114,9 @@ def find_specialisation(
         measure(domain, labelled), measure(domain, labelled, given=token), measure(token, labelled, given=domain)
     ]  # fmt: skip
     domains = domain_specialisation(domains_T, experts_NTK, len(labels.domains), routed.num_experts)
-    return dataclasses.replace(found, information=information, domains=domains, domain_names=labels.domains)
+    return dataclasses.replace(
+        found, information=information, domains=domains, domain_names=labels.domains
+    )
 
 
 def trace_passage(loaded: LoadedRun, corpus: Corpus) -> Trace:
@@ -127,11 +135,21 @@ def write_samples(loaded: LoadedRun, corpus: Corpus) -> list[Sample]:
     """Continues the first words of some validation rows."""
     rows = corpus.rows("validation")
     step = max(1, len(rows) // NUM_SAMPLES)
-    prompts = [_beginning(rows[i], loaded.tokenizer.decode) for i in range(0, len(rows), step)][:NUM_SAMPLES]
+    prompts = [_beginning(rows[i], loaded.tokenizer.decode) for i in range(0, len(rows), step)][
+        :NUM_SAMPLES
+    ]
     texts = generate_text(
-        loaded.model, loaded.tokenizer, prompts, max_tokens=SAMPLE_TOKENS, temperature=TEMPERATURE, top_p=TOP_P
+        loaded.model,
+        loaded.tokenizer,
+        prompts,
+        max_tokens=SAMPLE_TOKENS,
+        temperature=TEMPERATURE,
+        top_p=TOP_P,
     )
-    return [Sample(prompt, text, TEMPERATURE, TOP_P) for prompt, text in zip(prompts, texts, strict=True)]
+    return [
+        Sample(prompt, text, TEMPERATURE, TOP_P)
+        for prompt, text in zip(prompts, texts, strict=True)
+    ]
 
 
 def _beginning(row: dict[str, np.ndarray], decode: Callable[[list[int]], str]) -> str:

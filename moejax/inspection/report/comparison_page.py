@@ -13,7 +13,16 @@ from moejax.inspection.figures.comparison import MAX_RUNS, draw_runs, draw_sorte
 from moejax.inspection.figures.run import only_value
 from moejax.inspection.report.comparison_tables import other_tokens, over_seeds, results
 from moejax.inspection.report.load import final_counts
-from moejax.inspection.report.page import Section, drawn_layers, figure, grid, number, render_page, table, write_page
+from moejax.inspection.report.page import (
+    Section,
+    drawn_layers,
+    figure,
+    grid,
+    number,
+    render_page,
+    table,
+    write_page,
+)
 from moejax.inspection.report.training import model_in_words
 from moejax.inspection.runs.comparison import Comparison, compare
 from moejax.inspection.runs.names import recipe_name
@@ -21,7 +30,10 @@ from moejax.inspection.runs.run import RunError
 from moejax.paths import resolve_path
 
 FILE_NAME = "comparison.html"
-LOSSES = (("eval/loss", "Validation loss", "nats per token"), ("loss/lm", "Training loss", "nats per token"))
+LOSSES = (
+    ("eval/loss", "Validation loss", "nats per token"),
+    ("loss/lm", "Training loss", "nats per token"),
+)
 BITS = (("eval/bits_per_byte", "Bits per byte", "bits per byte"),)
 MAX_TITLE = 70  # characters of a title that names the runs
 ROUTING = (
@@ -33,7 +45,12 @@ ROUTING = (
         "nats",
         "How undecided the router is about a token; it falls as experts specialise.",
     ),
-    ("moe/dropped", "Dropped", "share of assignments", "Assignments that found their expert full. Good: 0."),
+    (
+        "moe/dropped",
+        "Dropped",
+        "share of assignments",
+        "Assignments that found their expert full. Good: 0.",
+    ),
     ("moe/dead_experts", "Dead experts", "experts", "Without a token in the interval. Good: 0."),
     (
         "eval/routing_churn",
@@ -55,7 +72,9 @@ def write_comparison(workdirs: Sequence[str | Path], output: str | Path | None =
       RunError: too few or too many runs, one given twice, or a directory that is none.
     """
     if not 2 <= len(workdirs) <= MAX_RUNS:
-        raise RunError(f"{len(workdirs)} runs were given; a comparison takes 2 to {MAX_RUNS} run directories")
+        raise RunError(
+            f"{len(workdirs)} runs were given; a comparison takes 2 to {MAX_RUNS} run directories"
+        )
     folders = [resolve_path(workdir) for workdir in workdirs]
     found = compare(folders)
     path = folders[0].parent / FILE_NAME if output is None else resolve_path(output)
@@ -71,7 +90,10 @@ def render_comparison(comparison: Comparison) -> str:
         ("losses", "Loss", _losses(comparison)),
     ]
     if not all(run.is_dense for run in comparison.runs.values()):
-        sections += [("routing", "Routing health", _routing(comparison)), ("load", "Final load", _load(comparison))]
+        sections += [
+            ("routing", "Routing health", _routing(comparison)),
+            ("load", "Final load", _load(comparison)),
+        ]
     return render_page(_title(comparison), _recipes(comparison), sections, kind="comparison")
 
 
@@ -85,7 +107,11 @@ def _title(comparison: Comparison) -> str:
 def _recipes(comparison: Comparison) -> str:
     names = dict.fromkeys(recipe_name(run.command) for run in comparison.runs.values())
     known = [html.text(name) for name in names if name]
-    return f"Side by side; recipe{'s' * (len(known) > 1)} {', '.join(known)}" if known else "Side by side"
+    return (
+        f"Side by side; recipe{'s' * (len(known) > 1)} {', '.join(known)}"
+        if known
+        else "Side by side"
+    )
 
 
 def _key(comparison: Comparison) -> str:
@@ -169,7 +195,11 @@ def _load(comparison: Comparison) -> str:
     for layer in [layers[i] for i in drawn_layers(len(layers))]:
         of_layer = {label: by_layer.get(layer, nothing) for label, by_layer in counts.items()}
         drawn.append(figure(f"Layer {layer}", "", draw_sorted_load(of_layer, legend=False)))
-    some = "" if len(drawn) == len(layers) else f" {len(drawn)} of {len(layers)} layers are shown, evenly spaced."
+    some = (
+        ""
+        if len(drawn) == len(layers)
+        else f" {len(drawn)} of {len(layers)} layers are shown, evenly spaced."
+    )
     return (
         f"{_key(comparison)}<p>Load over uniform load in the last tenth of each run, experts sorted by it: flat is "
         f"even. Experts of different runs have nothing in common but their rank.{some}</p>{grid(drawn)}"

@@ -50,7 +50,10 @@ def results(comparison: Comparison) -> str:
     labels = [html.text(label) for label in comparison.runs]
     if len(labels) == 2:
         head = ["", *labels, f"difference: {labels[1]} minus {labels[0]}"]
-        rows = [[row.title, *map(row.show, values), _minus(row, values[1], values[0])] for row, values in known]
+        rows = [
+            [row.title, *map(row.show, values), _minus(row, values[1], values[0])]
+            for row, values in known
+        ]
         return intro + table(head, rows, "compared")
     titles = [row.title for row, _ in known]
     by_title = [[row.show(values[0]), *_with_differences(row, values)] for row, values in known]
@@ -67,7 +70,9 @@ def _rows(comparison: Comparison) -> list[Row]:
     label_of = {id(run): label for label, run in comparison.runs.items()}
 
     def of(column: str) -> Callable[[Run], float]:
-        return lambda run: float(frame.at[label_of[id(run)], column]) if column in frame else math.nan
+        return lambda run: (
+            float(frame.at[label_of[id(run)], column]) if column in frame else math.nan
+        )
 
     return [
         Row("Steps", of("steps"), shown),
@@ -92,7 +97,11 @@ def _rows(comparison: Comparison) -> list[Row]:
 
 
 def _flops(run: Run) -> float:
-    return math.nan if run.flops_per_token is None else or_nan(run.last("tokens")) * run.flops_per_token
+    return (
+        math.nan
+        if run.flops_per_token is None
+        else or_nan(run.last("tokens")) * run.flops_per_token
+    )
 
 
 def _seconds(run: Run) -> float:
@@ -158,16 +167,16 @@ def over_seeds(comparison: Comparison) -> str:
             "setting with several, the same ones (train.seed), and compare all of the runs.</p>"
         )
     alone = [html.text(setting.name) for setting in others if setting not in paired]
-    unpaired = (
-        f"<p>Not compared, for fewer than two seeds in common with {html.text(first.name)}: {', '.join(alone)}.</p>"
-    )
+    unpaired = f"<p>Not compared, for fewer than two seeds in common with {html.text(first.name)}: {', '.join(alone)}.</p>"
     tables = "".join(_pair(comparison, first, setting, len(paired)) for setting in paired)
     explained = (
         "<p class='soft'>Each difference is taken between runs of the same seed, and ± is its standard error over the "
         "seeds. Told apart from noise: 0 is outside of the 95 % interval of Student's t, which is wide for few seeds, "
         "and wider the more settings are compared.</p>"
     )
-    return tables + (unpaired if alone else "") + _unfinished(comparison, [first, *paired]) + explained
+    return (
+        tables + (unpaired if alone else "") + _unfinished(comparison, [first, *paired]) + explained
+    )
 
 
 def _pair(comparison: Comparison, first: Setting, second: Setting, num_looks: int) -> str:
@@ -178,7 +187,9 @@ def _pair(comparison: Comparison, first: Setting, second: Setting, num_looks: in
         if found.num_seeds < 2:
             continue
         common = ones.keys() & others.keys()
-        means = [shown(sum(values[seed] for seed in common) / len(common)) for values in (ones, others)]
+        means = [
+            shown(sum(values[seed] for seed in common) / len(common)) for values in (ones, others)
+        ]
         verdict = "told apart from noise" if found.is_told_apart else "may be noise"
         if len(common) < len(first.runs.keys() & second.runs.keys()):
             verdict = "none: seeds are left out"
@@ -208,12 +219,19 @@ def _spread(comparison: Comparison, setting: Setting) -> str:
 
 def _seeded(comparison: Comparison) -> list[tuple[str, str]]:
     left_out = IN_NATS if other_tokens(comparison) else ()
-    return [(column, title) for column, title in SEEDED if column in comparison.table and column not in left_out]
+    return [
+        (column, title)
+        for column, title in SEEDED
+        if column in comparison.table and column not in left_out
+    ]
 
 
 def _by_seed(comparison: Comparison, setting: Setting, column: str) -> Mapping[int, float]:
     """Finite values of a column by seed, of runs that have one at their last step."""
-    values = {seed: _at_end(comparison.runs[label], COLUMNS[column][0]) for seed, label in setting.runs.items()}
+    values = {
+        seed: _at_end(comparison.runs[label], COLUMNS[column][0])
+        for seed, label in setting.runs.items()
+    }
     return {seed: value for seed, value in values.items() if math.isfinite(value)}
 
 
@@ -222,7 +240,9 @@ def _at_end(run: Run, key: str) -> float:
     steps, values = run.series(key)
     if not steps.size:
         return math.nan
-    num_steps = run.config.get("train", {}).get("num_steps", steps[-1])  # absent from runs of earlier versions
+    num_steps = run.config.get("train", {}).get(
+        "num_steps", steps[-1]
+    )  # absent from runs of earlier versions
     return float(values[-1]) if steps[-1] == num_steps else math.nan
 
 

@@ -22,7 +22,9 @@ from moejax.inspection.figures import specialisation as specialisation_figures
 from moejax.inspection.report.page import details, drawn_layers, figure, grid, left_out, table
 from moejax.inspection.runs.run import Run
 
-NO_EXPERT = "<p>No token was sent to an expert: soft routing gives each a mixture of all tokens.</p>"
+NO_EXPERT = (
+    "<p>No token was sent to an expert: soft routing gives each a mixture of all tokens.</p>"
+)
 MAX_TOKENS = 9_000  # listed in all, fewer for each expert where there are many experts
 
 
@@ -47,7 +49,9 @@ class Findings:
     trace: Trace | None = None
 
 
-def tokens(run: Run, token_counts_nEV: Int[np.ndarray, "n E V"] | None, piece: Callable[[int], str]) -> str:
+def tokens(
+    run: Run, token_counts_nEV: Int[np.ndarray, "n E V"] | None, piece: Callable[[int], str]
+) -> str:
     """The tokens that each expert gets more often than chance would give it; counts are those of `drawn_layers`."""
     if token_counts_nEV is None or not token_counts_nEV.size:
         return "<p>Not counted for this report.</p>"
@@ -59,7 +63,9 @@ def tokens(run: Run, token_counts_nEV: Int[np.ndarray, "n E V"] | None, piece: C
     top = int(np.clip(MAX_TOKENS // (num_drawn * E), 1, 12))
     share_nE = figures.load_ratio(token_counts_nEV.sum(axis=2))
     parts = []
-    for n, (layer, ranked) in enumerate(zip(drawn, over_represented_tokens(token_counts_nEV, top=top), strict=True)):
+    for n, (layer, ranked) in enumerate(
+        zip(drawn, over_represented_tokens(token_counts_nEV, top=top), strict=True)
+    ):
         rows = [(str(e), f"{share_nE[n, e]:.2f}", _pieces(ranked[e], piece)) for e in range(E)]
         listed = table(("Expert", "Load", "Tokens"), rows, kind="tokens")
         parts.append(details(f"Layer {layer}", listed, is_open=n == 0))
@@ -75,7 +81,11 @@ def tokens(run: Run, token_counts_nEV: Int[np.ndarray, "n E V"] | None, piece: C
 def _at_most(run: Run) -> str:
     """The largest share of visits that an expert can have of a token."""
     top_k = run.config.get("moe", {}).get("top_k")
-    return f" (at most {1 / top_k:.0%}, since a token has {top_k} experts)" if type(top_k) is int and top_k > 1 else ""
+    return (
+        f" (at most {1 / top_k:.0%}, since a token has {top_k} experts)"
+        if type(top_k) is int and top_k > 1
+        else ""
+    )
 
 
 def _pieces(ranked: Sequence[TokenShare], piece: Callable[[int], str]) -> str:
@@ -153,7 +163,9 @@ def domains(findings: Findings) -> str:
     names = [findings.domain_names[d] for d in order_D]
     shown = []
     for n, layer in enumerate(findings.layers):
-        image = specialisation_figures.draw_domains(found.share_NDE[n][order_D], float(found.uniform_N[n]), names)
+        image = specialisation_figures.draw_domains(
+            found.share_NDE[n][order_D], float(found.uniform_N[n]), names
+        )
         domain, expert = divmod(int(np.nanargmax(found.share_NDE[n])), found.share_NDE.shape[2])
         reading = (
             f"{html.text(findings.domain_names[domain])} visits expert {expert} with "
@@ -164,7 +176,11 @@ def domains(findings: Findings) -> str:
     return (
         "<p>The share of a domain's tokens that visit each expert, over the level of uniform routing: white is that "
         "level, red above, blue below, black never.</p>"
-        + (f"<p>The {specialisation_figures.MAX_DOMAINS} largest domains; {more} are left out.</p>" if more > 0 else "")
+        + (
+            f"<p>The {specialisation_figures.MAX_DOMAINS} largest domains; {more} are left out.</p>"
+            if more > 0
+            else ""
+        )
         + grid(shown)
     )
 
@@ -199,13 +215,19 @@ def changed_routing(run: Run) -> str:
     rows = [row for row in result.table() if row["kind"] != "ablate"]
     parts = [
         f"<p>{html.text(result.title())}.</p>",
-        grid(figure(title, reading, image, kind=kind) for title, reading, image, kind in drawn if image),
+        grid(
+            figure(title, reading, image, kind=kind)
+            for title, reading, image, kind in drawn
+            if image
+        ),
         details("All but ablations, as a table", _as_table(rows)),
     ]
     if ablations := result.summary():
         parts.append(details("Ablations by layer, as a table", _as_table(ablations)))
     if result.left_out:
-        listed = "".join(f"<li>{html.text(what)}: {html.text(why)}</li>" for what, why in result.left_out.items())
+        listed = "".join(
+            f"<li>{html.text(what)}: {html.text(why)}</li>" for what, why in result.left_out.items()
+        )
         parts.append(f"<p>Left out, for it has no meaning here:</p><ul>{listed}</ul>")
     return "".join(parts)
 

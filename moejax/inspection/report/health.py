@@ -14,7 +14,15 @@ from moejax.inspection.figures import layers as layer_figures
 from moejax.inspection.figures import pairs as pair_figures
 from moejax.inspection.figures.layers import draw_layers, last_values, worst_layer
 from moejax.inspection.figures.run import only_value
-from moejax.inspection.report.page import details, drawn_layers, figure, grid, left_out, number, table
+from moejax.inspection.report.page import (
+    details,
+    drawn_layers,
+    figure,
+    grid,
+    left_out,
+    number,
+    table,
+)
 from moejax.inspection.runs.run import Run
 from moejax.training.health.alarms import active, name_layers, read_alarms
 
@@ -27,8 +35,18 @@ FLOW_COLUMNS = 4  # layers in one figure of flows
 MAX_FLOW_FIGURES = 3
 NOT_EVALUATED = "<p>No evaluation has logged routing yet (train.eval_every).</p>"
 LAYER_CHARTS: tuple[tuple[str, str, str, Callable[[np.ndarray], float] | None], ...] = (
-    ("max_violation", "MaxVio", "Busiest expert over the mean load, less 1. Good: below about 0.5.", np.nanmax),
-    ("load_entropy", "Load entropy, nats", "How evenly tokens spread. Good: close to ln E.", np.nanmin),
+    (
+        "max_violation",
+        "MaxVio",
+        "Busiest expert over the mean load, less 1. Good: below about 0.5.",
+        np.nanmax,
+    ),
+    (
+        "load_entropy",
+        "Load entropy, nats",
+        "How evenly tokens spread. Good: close to ln E.",
+        np.nanmin,
+    ),
     (
         "entropy",
         "Router entropy, nats",
@@ -36,8 +54,18 @@ LAYER_CHARTS: tuple[tuple[str, str, str, Callable[[np.ndarray], float] | None], 
         np.nanmin,
     ),
     ("dropped", "Dropped, share of choices", "Choices that found no slot. Good: 0.", np.nanmax),
-    ("logit_max", "Largest router logit", "In magnitude. Growing without end precedes instability.", np.nanmax),
-    ("top_prob", "Top probability", "Of a token's first choice, in the mean. 1: the router is certain.", None),
+    (
+        "logit_max",
+        "Largest router logit",
+        "In magnitude. Growing without end precedes instability.",
+        np.nanmax,
+    ),
+    (
+        "top_prob",
+        "Top probability",
+        "Of a token's first choice, in the mean. 1: the router is certain.",
+        None,
+    ),
 )
 """Metric of `routing/layers`, title with unit, how to read it, and what is worst."""
 
@@ -48,11 +76,20 @@ def alarms(run: Run) -> str:
     thresholds = run.config.get("alarms", {})
     on = [f"{rule} ({number(thresholds[rule])})" for rule in RULES if isinstance(thresholds.get(rule), int | float)
           and thresholds[rule]]  # fmt: skip
-    watched = f"Rules, with their thresholds: {html.text(', '.join(on))}." if on else "No rule is on (alarms.*)."
+    watched = (
+        f"Rules, with their thresholds: {html.text(', '.join(on))}."
+        if on
+        else "No rule is on (alarms.*)."
+    )
     places = active(lines)
-    by_rule = {rule: sorted(layer for other, layer in places if other == rule) for rule, _ in places}
+    by_rule = {
+        rule: sorted(layer for other, layer in places if other == rule) for rule, _ in places
+    }
     if by_rule:
-        holding = "; ".join(f"{html.text(rule)} in {html.text(name_layers(found))}" for rule, found in by_rule.items())
+        holding = "; ".join(
+            f"{html.text(rule)} in {html.text(name_layers(found))}"
+            for rule, found in by_rule.items()
+        )
         verdict = f'<p class="warning"><strong>On at the end: {holding}.</strong></p>'
     else:
         verdict = "<p><strong>No alarm is on at the end.</strong></p>" if on or lines else ""
@@ -68,7 +105,11 @@ def alarms(run: Run) -> str:
         )
         for line in lines[-MAX_ALARMS:]
     ]
-    more = f"<p>The newest {MAX_ALARMS} of {len(lines):,} lines.</p>" if len(lines) > MAX_ALARMS else ""
+    more = (
+        f"<p>The newest {MAX_ALARMS} of {len(lines):,} lines.</p>"
+        if len(lines) > MAX_ALARMS
+        else ""
+    )
     history = more + table(("step", "rule", "", "where", "what was seen"), rows, "events")
     return f"{verdict}<p>{watched}</p>{details(f'History: {len(lines):,} lines', history, is_open=len(lines) <= 12)}"
 
@@ -97,9 +138,19 @@ def layers_over_time(run: Run) -> str:
         is_entropy = name in ("entropy", "load_entropy")
         reference = (math.log(run.num_choices), "uniform: ln E") if is_entropy else None
         image = draw_layers(
-            routing.steps, values_SN, layers, title, worst=worst, reference=reference, from_zero=not is_entropy
+            routing.steps,
+            values_SN,
+            layers,
+            title,
+            worst=worst,
+            reference=reference,
+            from_zero=not is_entropy,
         )
-        shown.append(figure(title, reading, image, value=_worst(values_SN, layers, worst), kind=_colors(layers)))
+        shown.append(
+            figure(
+                title, reading, image, value=_worst(values_SN, layers, worst), kind=_colors(layers)
+            )
+        )
     none = f"<p>The same in every layer throughout: {'; '.join(constant)}.</p>" if constant else ""
     last_SNM = routing.read("layers", -min(routing.num_entries, LAST_ENTRIES)).astype(np.float64)
     last_NM = np.stack([last_values(last_SNM[:, :, m]) for m in range(len(names))], axis=1)
@@ -112,9 +163,13 @@ def layers_over_time(run: Run) -> str:
     return f"<p>Means over each logging interval, layer by layer.</p>{none}{grid(shown)}{last}"
 
 
-def _worst(values_SN: np.ndarray, layers: Sequence[int], worst: Callable[[np.ndarray], float] | None) -> str:
+def _worst(
+    values_SN: np.ndarray, layers: Sequence[int], worst: Callable[[np.ndarray], float] | None
+) -> str:
     n = None if worst is None else worst_layer(values_SN, worst)
-    return "" if n is None else f"worst: layer {layers[n]}, {number(float(last_values(values_SN)[n]))}"
+    return (
+        "" if n is None else f"worst: layer {layers[n]}, {number(float(last_values(values_SN)[n]))}"
+    )
 
 
 def _colors(layers: Sequence[int]) -> str:
@@ -134,10 +189,14 @@ def coactivation(run: Run) -> str:
     shown = []
     for n in drawn_layers(len(pairs_NEE), MAX_PAIR_LAYERS if len(pairs_NEE) > 12 else 12):
         image = pair_figures.draw_coactivation(pairs_NEE[n])
-        shown.append(figure(f"Layer {layers[n]}", _strongest_pair(pairs_NEE[n]), image, kind="true-colors"))
+        shown.append(
+            figure(f"Layer {layers[n]}", _strongest_pair(pairs_NEE[n]), image, kind="true-colors")
+        )
     note = ""
     if pairs_NEE.shape[1] > pair_figures.MAX_EXPERTS:
-        note = f" Of the experts, the {pair_figures.MAX_EXPERTS} with the strongest pairs are drawn."
+        note = (
+            f" Of the experts, the {pair_figures.MAX_EXPERTS} with the strongest pairs are drawn."
+        )
     some = left_out(len(pairs_NEE), MAX_PAIR_LAYERS) if len(pairs_NEE) > 12 else ""
     return (
         "<p>How many validation tokens visit both experts of a pair, over how many would if each expert's load alone "
@@ -184,7 +243,11 @@ def settling(run: Run) -> str:
             kind=_colors(layers),
         )
     ]  # fmt: skip
-    churned = [(step, arrays["churn"]) for step, arrays in zip(chosen, found, strict=True) if "churn" in arrays]
+    churned = [
+        (step, arrays["churn"])
+        for step, arrays in zip(chosen, found, strict=True)
+        if "churn" in arrays
+    ]
     if churned:
         churn_SN = np.stack([churn_N for _, churn_N in churned]).astype(np.float64)
         image = draw_layers(
@@ -202,7 +265,10 @@ def settling(run: Run) -> str:
 
 
 def _settled_in_words(
-    steps: Sequence[int], saturation_SN: np.ndarray, churn_N: np.ndarray | None, layers: Sequence[int]
+    steps: Sequence[int],
+    saturation_SN: np.ndarray,
+    churn_N: np.ndarray | None,
+    layers: Sequence[int],
 ) -> str:
     """Saturation and churn between two evaluations: one number a layer, which no curve shows."""
     rows = []
@@ -230,13 +296,21 @@ def flow(run: Run) -> str:
     shown = []
     for first, last in windows:
         drawn_NT1 = experts_NTK[first : last + 1, :, :1]
-        is_whole_T = (drawn_NT1 < num_experts).all(axis=(0, 2))  # else bands would not fill their blocks
+        is_whole_T = (drawn_NT1 < num_experts).all(
+            axis=(0, 2)
+        )  # else bands would not fill their blocks
         found = token_flow(drawn_NT1[:, is_whole_T], num_experts)
         if not found.counts_MEE.any():
             return "<p>No token visits an expert in each of some neighbouring layers.</p>"
-        image = pair_figures.draw_flow(found.counts_MEE, found.expected_MEE, layers[first : last + 1])
+        image = pair_figures.draw_flow(
+            found.counts_MEE, found.expected_MEE, layers[first : last + 1]
+        )
         shown.append(figure(f"Layers {layers[first]} to {layers[last]}", "", image))
-    some = "" if len(windows) * (FLOW_COLUMNS - 1) >= len(layers) - 1 else " Of the layers, some windows are shown."
+    some = (
+        ""
+        if len(windows) * (FLOW_COLUMNS - 1) >= len(layers) - 1
+        else " Of the layers, some windows are shown."
+    )
     return (
         "<p>Each token's first expert in one layer and in the next. A block is an expert, as high as its share of "
         "tokens; a band is the tokens that go from one to another. Drawn are the bands furthest above what independent "
@@ -248,7 +322,9 @@ def flow(run: Run) -> str:
 def flow_windows(num_layers: int) -> list[tuple[int, int]]:
     """First and last layer of each figure of flows; windows share their ends, and deep models show a few of them."""
     step = FLOW_COLUMNS - 1
-    windows = [(first, min(first + step, num_layers - 1)) for first in range(0, num_layers - 1, step)]
+    windows = [
+        (first, min(first + step, num_layers - 1)) for first in range(0, num_layers - 1, step)
+    ]
     return [windows[i] for i in drawn_layers(len(windows), MAX_FLOW_FIGURES)] if windows else []
 
 

@@ -17,7 +17,10 @@ def final_counts(routing: RoutingHistory) -> tuple[Int64[np.ndarray, "N E"], int
     """Assignments to each expert over the last `FINAL_FRACTION` of the intervals, and the step they begin behind."""
     entries = math.ceil(FINAL_FRACTION * routing.num_entries)
     since = int(routing.steps[-entries - 1]) if entries < routing.num_entries else 0
-    total_NE = sum(counts_SNE.sum(axis=0) for counts_SNE in routing.blocks("counts", routing.num_entries - entries))
+    total_NE = sum(
+        counts_SNE.sum(axis=0)
+        for counts_SNE in routing.blocks("counts", routing.num_entries - entries)
+    )
     return np.asarray(total_NE), since
 
 
@@ -46,8 +49,15 @@ def final_load(run: Run) -> str:
         return "<p>No routing is logged yet.</p>"
     counts_NE, since = final_counts(routing)
     ratio_NE, N = figures.load_ratio(counts_NE), len(counts_NE)
-    dead = [(layer, np.flatnonzero(row == 0)) for layer, row in zip(routing.layers, counts_NE, strict=True)]
-    names = [f"in layer {layer}: {', '.join(map(str, experts))}" for layer, experts in dead if experts.size]
+    dead = [
+        (layer, np.flatnonzero(row == 0))
+        for layer, row in zip(routing.layers, counts_NE, strict=True)
+    ]
+    names = [
+        f"in layer {layer}: {', '.join(map(str, experts))}"
+        for layer, experts in dead
+        if experts.size
+    ]
     num_dead = f"{(counts_NE == 0).sum()} of {counts_NE.size} experts"
     verdict = f"Dead: {num_dead}; {'; '.join(names)}." if names else "No expert is dead."
     shown = []
@@ -56,7 +66,9 @@ def final_load(run: Run) -> str:
         reading = f"Busiest: {high} ({ratio_NE[n, high]:.2f}). Least used: {low} ({ratio_NE[n, low]:.2f})."
         if dead[n][1].size:
             reading += f" Dead: {', '.join(map(str, dead[n][1]))}."
-        shown.append(figure(f"Layer {routing.layers[n]}", reading, figures.draw_final_load(counts_NE[n])))
+        shown.append(
+            figure(f"Layer {routing.layers[n]}", reading, figures.draw_final_load(counts_NE[n]))
+        )
     return (
         f"<p>Load over uniform load, summed over steps {since + 1:,} to {routing.steps[-1]:,}: 1 is an even share. An "
         f"expert is dead if it got no token in that time. <strong>{verdict}</strong></p>"

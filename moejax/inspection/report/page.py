@@ -106,7 +106,9 @@ Section = tuple[str, str, str]
 """Anchor, title and HTML."""
 
 
-def render_page(title: str, subtitle: str, sections: Sequence[Section], *, kind: str, script: str = "") -> str:
+def render_page(
+    title: str, subtitle: str, sections: Sequence[Section], *, kind: str, script: str = ""
+) -> str:
     """The whole document, with a list of contents.
 
     Args:
@@ -120,7 +122,10 @@ def render_page(title: str, subtitle: str, sections: Sequence[Section], *, kind:
     policy = f"{POLICY}; script-src 'sha256-{digest}'" if script else POLICY
     run = f"<script>{script}</script>" if script else ""
     links = "".join(f'<li><a href="#{anchor}">{name}</a></li>' for anchor, name, _ in sections)
-    body = "".join(f'<section id="{anchor}"><h2>{name}</h2>{content}</section>\n' for anchor, name, content in sections)
+    body = "".join(
+        f'<section id="{anchor}"><h2>{name}</h2>{content}</section>\n'
+        for anchor, name, content in sections
+    )
     return (
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.text(title)}: {kind}</title>'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -133,7 +138,9 @@ def render_page(title: str, subtitle: str, sections: Sequence[Section], *, kind:
 def write_page(path: str | Path, document: str) -> Path:
     """Writes a page in one rename, so that a reader never sees half of it."""
     path = Path(path)
-    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, suffix=".partial", delete=False) as file:
+    with tempfile.NamedTemporaryFile(
+        "w", encoding="utf-8", dir=path.parent, suffix=".partial", delete=False
+    ) as file:
         try:
             file.write(document)
             file.close()
@@ -162,7 +169,9 @@ def number(value: float | None) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
-def figure(title: str, reading: str, image: str, *, value: str = "", kind: str = "", alt: str = "") -> str:
+def figure(
+    title: str, reading: str, image: str, *, value: str = "", kind: str = "", alt: str = ""
+) -> str:
     """A figure under its heading. `title`, `reading` and `value` are HTML; `kind` is a class of the style.
 
     `alt`, text, says what the figure shows to those who do not see it; without it, it is the title.
@@ -188,7 +197,8 @@ def table(head: Iterable[str], rows: Iterable[Sequence[str]], kind: str = "") ->
     """
     titles = "".join(f'<th scope="col">{cell}</th>' for cell in head)
     body = "".join(
-        f'<tr><th scope="row">{row[0]}</th>{"".join(f"<td>{cell}</td>" for cell in row[1:])}</tr>' for row in rows
+        f'<tr><th scope="row">{row[0]}</th>{"".join(f"<td>{cell}</td>" for cell in row[1:])}</tr>'
+        for row in rows
     )
     top = f"<thead><tr>{titles}</tr></thead>" if titles else ""
     return f'<div class="scroll" tabindex="0"><table class="{kind}">{top}<tbody>{body}</tbody></table></div>'
@@ -201,10 +211,16 @@ def details(summary: str, content: str, *, is_open: bool = False) -> str:
 
 def drawn_layers(num_layers: int, most: int = MAX_LAYERS) -> list[int]:
     """Rows of the layers that are shown."""
-    return np.unique(np.linspace(0, num_layers - 1, min(num_layers, most)).round().astype(int)).tolist()
+    return np.unique(
+        np.linspace(0, num_layers - 1, min(num_layers, most)).round().astype(int)
+    ).tolist()
 
 
 def left_out(num_layers: int, most: int = MAX_LAYERS) -> str:
     """Says which layers `drawn_layers` leaves out."""
     shown = len(drawn_layers(num_layers, most))
-    return "" if shown == num_layers else f"<p>{shown} of {num_layers} MoE layers are shown, evenly spaced.</p>"
+    return (
+        ""
+        if shown == num_layers
+        else f"<p>{shown} of {num_layers} MoE layers are shown, evenly spaced.</p>"
+    )

@@ -48,9 +48,7 @@ def model_in_words(run: Run) -> str:
         return "Dense model"
     moe = run.config["moe"]
     layers = "" if run.routing is None else f" in {len(run.routing.layers)} layers"
-    return (
-        f"Mixture of Experts: {html.text(moe['num_experts'])} experts, top {html.text(moe.get('top_k', '?'))}{layers}"
-    )
+    return f"Mixture of Experts: {html.text(moe['num_experts'])} experts, top {html.text(moe.get('top_k', '?'))}{layers}"
 
 
 def subtitle(run: Run) -> str:
@@ -69,16 +67,28 @@ def summary(run: Run) -> str:
     total, active = run.parameters_total, run.parameters_active
     skipped = run.last("skipped_steps")
     rows = [
-        ("Parameters", f"{total:,} in total, {active:,} active for a token ({active / max(total, 1):.0%})"),
+        (
+            "Parameters",
+            f"{total:,} in total, {active:,} active for a token ({active / max(total, 1):.0%})",
+        ),
         ("Validation loss", _validation_loss(run)),
         ("Perplexity", number(run.last("eval/perplexity"))),
         ("Bits per byte", number(run.last("eval/bits_per_byte"))),
-        ("Steps done", f"{run.last_step:,} of {html.text(run.config.get('train', {}).get('num_steps', '?'))}"),
-        ("Steps skipped", "" if skipped is None else f"{skipped:,.0f}, for a gradient that was not finite"),
+        (
+            "Steps done",
+            f"{run.last_step:,} of {html.text(run.config.get('train', {}).get('num_steps', '?'))}",
+        ),
+        (
+            "Steps skipped",
+            "" if skipped is None else f"{skipped:,.0f}, for a gradient that was not finite",
+        ),
         ("Tokens seen", number(run.last("tokens"))),
         *_cost(run),
         ("Device", html.text(run.device)),
-        ("Versions", html.text(", ".join(f"{name} {version}" for name, version in run.versions.items()))),
+        (
+            "Versions",
+            html.text(", ".join(f"{name} {version}" for name, version in run.versions.items())),
+        ),
         ("Commit", f"<code>{html.text(run.git_commit)}</code>"),
         ("Command", html.command(run.command)),
     ]
@@ -103,23 +113,41 @@ def _cost(run: Run) -> list[tuple[str, str]]:
     """Time, arithmetic, speed, and what of the devices they used; a row is empty where the run does not tell."""
     _, seconds = axes.seconds_trained(run.series)
     tokens, flops = run.last("tokens"), run.flops_per_token
-    speed, mfu, memory = median_speed(run.series(SPEED)[1]), median_speed(run.series(MFU)[1]), run.last(MEMORY)
+    speed, mfu, memory = (
+        median_speed(run.series(SPEED)[1]),
+        median_speed(run.series(MFU)[1]),
+        run.last(MEMORY),
+    )
     arithmetic = None if flops is None or tokens is None else flops * tokens
     return [
         (
             "Training time",
-            f"{duration(seconds[-1])}, without compilation, evaluation and saving" if seconds.size else "",
+            f"{duration(seconds[-1])}, without compilation, evaluation and saving"
+            if seconds.size
+            else "",
         ),
         (
             "Training FLOPs",
-            "" if arithmetic is None or flops is None else f"{arithmetic:.3g}, {short_number(flops)} for a token",
+            ""
+            if arithmetic is None or flops is None
+            else f"{arithmetic:.3g}, {short_number(flops)} for a token",
         ),
         (
             "Tokens per second",
-            number(speed) + f" ({_of_pack(run)}median over logging intervals)" if speed is not None else number(None),
+            number(speed) + f" ({_of_pack(run)}median over logging intervals)"
+            if speed is not None
+            else number(None),
         ),
-        ("MFU", "" if mfu is None else f"{mfu:.1%} of the devices' peak in bfloat16 (median over logging intervals)"),
-        ("Peak memory", "" if memory is None else f"{memory / 2**30:.2f} GiB of the fullest device"),
+        (
+            "MFU",
+            ""
+            if mfu is None
+            else f"{mfu:.1%} of the devices' peak in bfloat16 (median over logging intervals)",
+        ),
+        (
+            "Peak memory",
+            "" if memory is None else f"{memory / 2**30:.2f} GiB of the fullest device",
+        ),
     ]
 
 
@@ -155,7 +183,14 @@ def charts(run: Run, wanted: Iterable[Chart]) -> str:
             continue
         image = figures.draw_chart(chart, run.series)
         if image is not None:
-            shown.append(figure(html.text(chart.title), html.text(chart.reading), image, value=_value(run, chart)))
+            shown.append(
+                figure(
+                    html.text(chart.title),
+                    html.text(chart.reading),
+                    image,
+                    value=_value(run, chart),
+                )
+            )
     if not shown and not constant:
         return "<p>Nothing is logged yet.</p>"
     throughout = f"<p>The same throughout: {'; '.join(constant)}.</p>" if constant else ""
@@ -213,7 +248,8 @@ def configuration(run: Run) -> str:
     for setting in settings:
         sections.setdefault(setting.section, []).append(setting)
     parts = [
-        f"<div><h3>{html.text(name)}</h3>{_settings_table(of_section)}</div>" for name, of_section in sections.items()
+        f"<div><h3>{html.text(name)}</h3>{_settings_table(of_section)}</div>"
+        for name, of_section in sections.items()
     ]
     return (
         f"<p>{len(chosen)} of {len(settings)} leaves were set to something else than their default. They are marked, "
@@ -227,7 +263,11 @@ def _settings_table(settings: Sequence[Setting]) -> str:
     for setting in settings:
         value = f"<code>{html.text(json.dumps(setting.value))}</code>"
         if setting.is_chosen:
-            value += f"<span class='default'>default {html.text(json.dumps(setting.default))}</span>"
+            value += (
+                f"<span class='default'>default {html.text(json.dumps(setting.default))}</span>"
+            )
         kind = " class='changed'" if setting.is_chosen else ""
-        rows.append(f"<tr{kind}><th scope='row'>{html.text(setting.name)}</th><td>{value}</td></tr>")
+        rows.append(
+            f"<tr{kind}><th scope='row'>{html.text(setting.name)}</th><td>{value}</td></tr>"
+        )
     return f"<table><tbody>{''.join(rows)}</tbody></table>"

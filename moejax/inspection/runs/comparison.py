@@ -81,7 +81,11 @@ class Comparison:
         leaves = {label: _leaves(run) for label, run in self.runs.items()}
         keys = dict.fromkeys(key for of_run in leaves.values() for key in of_run)
         rows = {key: [of_run.get(key) for of_run in leaves.values()] for key in keys}
-        differing = {key: values for key, values in rows.items() if any(value != values[0] for value in values)}
+        differing = {
+            key: values
+            for key, values in rows.items()
+            if any(value != values[0] for value in values)
+        }
         return pd.DataFrame(
             list(differing.values()), index=pd.Index(differing, name="leaf", dtype=object), columns=list(self.runs),
             dtype=object,
@@ -110,7 +114,9 @@ class Comparison:
     def __repr__(self) -> str:
         import pandas as pd
 
-        with pd.option_context("display.width", 100, "display.max_columns", None, "display.precision", 4):
+        with pd.option_context(
+            "display.width", 100, "display.max_columns", None, "display.precision", 4
+        ):
             return f"{self._title}\n{self.table}"
 
     def _repr_html_(self) -> str:
@@ -144,7 +150,8 @@ def compare(runs: Sequence[Run | str | Path]) -> Comparison:
             raise RunError(f"{path} is given twice; leave one out")
     arms = [arm_name(path) for path in paths]
     labels = [
-        arm if arm and arms.count(arm) == 1 else _label(path, paths) for arm, path in zip(arms, paths, strict=True)
+        arm if arm and arms.count(arm) == 1 else _label(path, paths)
+        for arm, path in zip(arms, paths, strict=True)
     ]
     return Comparison(dict(zip(labels, opened, strict=True)))
 
@@ -153,7 +160,9 @@ def _label(path: Path, paths: Sequence[Path]) -> str:
     """The shortest end of a path that none of the others has."""
     depths = range(1, len(path.parts) + 1)
     ends = (path.parts[-depth:] for depth in depths)
-    return "/".join(next(end for end in ends if sum(other.parts[-len(end) :] == end for other in paths) == 1))
+    return "/".join(
+        next(end for end in ends if sum(other.parts[-len(end) :] == end for other in paths) == 1)
+    )
 
 
 def _summary(run: Run) -> dict[str, float]:
@@ -161,17 +170,27 @@ def _summary(run: Run) -> dict[str, float]:
     for column, (key, summarise) in COLUMNS.items():
         _, values = run.series(key)
         row[column] = summarise(values) if values.size else math.nan
-    steps = {"steps": run.last_step, "parameters": run.parameters_total, "active": run.parameters_active}
+    steps = {
+        "steps": run.last_step,
+        "parameters": run.parameters_total,
+        "active": run.parameters_active,
+    }
     return steps | row
 
 
 def _leaves(run: Run) -> dict[str, Any]:
-    return {f"{section}.{name}": value for section, leaves in run.config.items() for name, value in leaves.items()}
+    return {
+        f"{section}.{name}": value
+        for section, leaves in run.config.items()
+        for name, value in leaves.items()
+    }
 
 
 def _as_html(what: str, frame: "pd.DataFrame") -> str:
     rows = zip(frame.index, frame.itertuples(index=False, name=None), strict=True)
-    return html.table([what, *frame.columns], [[name, *map(shown, values)] for name, values in rows])
+    return html.table(
+        [what, *frame.columns], [[name, *map(shown, values)] for name, values in rows]
+    )
 
 
 def shown(value: Any) -> str:

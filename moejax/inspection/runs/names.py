@@ -35,12 +35,16 @@ def arm_names(sweep: Path) -> dict[str, str]:
     except (OSError, RunPathError, ValueError, KeyError, TypeError, RecursionError):
         return {}  # the sweep's own page says what is wrong with the file
     keys = dict.fromkeys(key for values in overrides.values() for key in values)
-    differing = [key for key in keys if len({_text(values.get(key)) for values in overrides.values()}) > 1]
+    differing = [
+        key for key in keys if len({_text(values.get(key)) for values in overrides.values()}) > 1
+    ]
     names = {arm: _in_words(values, differing) for arm, values in overrides.items()}
     given = collections.Counter(names.values())
     prefix = sweep.resolve().name
     return {
-        arm: f"{prefix}: {name}" if name and given[name] == 1 else f"{prefix}: {', '.join(filter(None, [name, arm]))}"
+        arm: f"{prefix}: {name}"
+        if name and given[name] == 1
+        else f"{prefix}: {', '.join(filter(None, [name, arm]))}"
         for arm, name in names.items()
     }
 
@@ -92,7 +96,10 @@ def _in_words(overrides: Mapping[str, Any], keys: list[str]) -> str:
     """The overrides under some keys, the seed last."""
     ordered = [key for key in keys if key != SEED] + [key for key in keys if key == SEED]
     leaves = [key.rpartition(".")[2] for key in keys]
-    names = {key: leaf if leaves.count(leaf) == 1 else key for key, leaf in zip(keys, leaves, strict=True)}
+    names = {
+        key: leaf if leaves.count(leaf) == 1 else key
+        for key, leaf in zip(keys, leaves, strict=True)
+    }
     return ", ".join(f"{names[key]} {_text(overrides[key])}" for key in ordered if key in overrides)
 
 

@@ -29,7 +29,9 @@ def check_file(workdir: Path, name: str) -> None:
     """
     path = workdir / name
     if leads_out(path, workdir):
-        raise RunPathError(f"{path} is a link that leads out of the run directory; replace it by the file")
+        raise RunPathError(
+            f"{path} is a link that leads out of the run directory; replace it by the file"
+        )
     if not stat.S_ISREG(path.stat().st_mode):
         raise RunPathError(f"{path} is no regular file; remove it")
 

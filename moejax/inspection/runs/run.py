@@ -153,14 +153,18 @@ class Run:
         Raises:
           RunError: `metrics.jsonl` is missing or damaged.
         """
-        return self._metrics.copy(deep=False)  # copied on write: changes of one table do not reach the next
+        return self._metrics.copy(
+            deep=False
+        )  # copied on write: changes of one table do not reach the next
 
     @functools.cached_property
     def _metrics(self) -> "pd.DataFrame":
         import pandas as pd
 
         series = {key: self.series(key) for key in self.keys}
-        steps_S = np.unique(np.concatenate([np.zeros(0, np.int64), *(steps for steps, _ in series.values())]))
+        steps_S = np.unique(
+            np.concatenate([np.zeros(0, np.int64), *(steps for steps, _ in series.values())])
+        )
         columns = {key: np.full(len(steps_S), np.nan) for key in series}
         for key, (steps, values) in series.items():
             columns[key][np.searchsorted(steps_S, steps)] = values
@@ -196,8 +200,14 @@ class Run:
     @property
     def checkpoints(self) -> tuple[int, ...]:
         """Saved steps, oldest first."""
-        folders = (self.workdir / "checkpoints").glob("*")  # a checkpoint has a number for a name once it is complete
-        return tuple(sorted(int(folder.name) for folder in folders if is_number(folder.name) and folder.is_dir()))
+        folders = (self.workdir / "checkpoints").glob(
+            "*"
+        )  # a checkpoint has a number for a name once it is complete
+        return tuple(
+            sorted(
+                int(folder.name) for folder in folders if is_number(folder.name) and folder.is_dir()
+            )
+        )
 
     @functools.cached_property
     def tokenizer(self) -> "Tokenizer":
@@ -231,7 +241,10 @@ class Run:
             ("Model", self._model),
             ("Parameters", self._parameters),
             ("Text", f"{data.get('source', '?')}, rows of {data.get('seq_len', '?')} tokens"),
-            ("Training", f"{train.get('num_steps', '?')} steps of {train.get('batch_size', '?')} rows"),
+            (
+                "Training",
+                f"{train.get('num_steps', '?')} steps of {train.get('batch_size', '?')} rows",
+            ),
             ("Checkpoints", ", ".join(map(str, self.checkpoints)) or "none"),
             ("Device", self.device),
             ("Commit", self.git_commit),
@@ -286,7 +299,9 @@ def _missing(path: Path) -> RunError:
 
 def _unreadable(path: Path, error: OSError) -> RunError:
     """A file that is there and cannot be read: nothing says that it is damaged."""
-    return RunError(f"{path} cannot be read ({error.strerror}); see who may read it, and whether its disk is well")
+    return RunError(
+        f"{path} cannot be read ({error.strerror}); see who may read it, and whether its disk is well"
+    )
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -311,7 +326,9 @@ def _read_config(path: Path) -> dict[str, Any]:
     for kind in EXPERT_KINDS:
         number = facts["config"].get("moe", {}).get(kind, 0)
         if type(number) is not int or number < 0:
-            raise RunError(f"{path}: config.moe.{kind}={number!r} must be an integer of at least 0; {remedy}")
+            raise RunError(
+                f"{path}: config.moe.{kind}={number!r} must be an integer of at least 0; {remedy}"
+            )
     for key in ("total", "active"):
         if not isinstance(facts["parameters"].get(key), int):
             raise RunError(f"{path}: parameters.{key} must be an integer; {remedy}")
@@ -336,7 +353,9 @@ def add_values(series: Series, line: dict[str, Any], path: Path) -> None:
         if key == "step":
             continue
         if not isinstance(value, (int, float, type(None))):
-            raise RunError(f"{path}, step {step}: {key}={value!r} must be a number or null; delete that line")
+            raise RunError(
+                f"{path}, step {step}: {key}={value!r} must be a number or null; delete that line"
+            )
         steps, values = series.setdefault(key, (array("q"), array("d")))
         while steps and steps[-1] >= step:
             steps.pop()
@@ -346,7 +365,9 @@ def add_values(series: Series, line: dict[str, Any], path: Path) -> None:
             steps.append(step)
             values.append(number)
         except OverflowError as error:
-            raise RunError(f"{path}: step {step} or {key} is no number of 64 bits; delete that line") from error
+            raise RunError(
+                f"{path}: step {step} or {key} is no number of 64 bits; delete that line"
+            ) from error
 
 
 def _read_series(path: Path) -> Series:
@@ -368,7 +389,9 @@ def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
     with file:
         for number, line in enumerate(file, start=1):
             if damage and line.strip():
-                raise RunError(f"{path}: line {damage[0]} is damaged ({damage[1]}); delete that line") from damage[1]
+                raise RunError(
+                    f"{path}: line {damage[0]} is damaged ({damage[1]}); delete that line"
+                ) from damage[1]
             if damage:
                 continue
             try:
@@ -377,7 +400,9 @@ def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
                 damage = number, error
                 continue
             if not isinstance(values, dict) or type(values.get("step")) is not int:
-                raise RunError(f"{path}: line {number} must be a JSON object with an integer `step`; delete that line")
+                raise RunError(
+                    f"{path}: line {number} must be a JSON object with an integer `step`; delete that line"
+                )
             yield values
 
 

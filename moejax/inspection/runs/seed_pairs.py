@@ -38,14 +38,18 @@ def find_settings(runs: Mapping[str, Run]) -> list[Setting]:
     for label, run in runs.items():
         seed = run.config.get(SECTION, {}).get(LEAF)
         key = _without_seed(run)
-        if type(seed) is not int or seed in groups.get(key, {}):  # the same run twice, or no seed: a setting of its own
+        if type(seed) is not int or seed in groups.get(
+            key, {}
+        ):  # the same run twice, or no seed: a setting of its own
             groups[label] = {0 if type(seed) is not int else seed: label}
         else:
             groups.setdefault(key, {})[seed] = label
     return [Setting(_name(list(labels.values())), labels) for labels in groups.values()]
 
 
-def difference(first: Mapping[int, float], second: Mapping[int, float], num_looks: int) -> Difference:
+def difference(
+    first: Mapping[int, float], second: Mapping[int, float], num_looks: int
+) -> Difference:
     """The mean of second minus first over common seeds.
 
     Args:

@@ -74,7 +74,9 @@ def heading(folder: Path, num_runs: int, links: Sequence[str] = (), *, is_behind
         shown = ", ".join(f"<code>{html.text(link)}</code>" for link in links[:MAX_LINKS])
         rest = f" and {len(links) - MAX_LINKS} more" if len(links) > MAX_LINKS else ""
         more += f" Not followed, for they are links that lead out of this folder: {shown}{rest}."
-    return f"<h1>moejax view</h1><p class='soft'>{runs} in <code>{html.text(folder)}</code>.{more}</p>"
+    return (
+        f"<h1>moejax view</h1><p class='soft'>{runs} in <code>{html.text(folder)}</code>.{more}</p>"
+    )
 
 
 def runs_head() -> str:
@@ -94,10 +96,19 @@ def run_row(run: LiveRun) -> str:
         number(state.tokens_per_s),
     )
     cells = "".join(
-        f'<span data-name="{name}">{value}</span>' for name, value in zip(COLUMNS[1:6], values, strict=True)
+        f'<span data-name="{name}">{value}</span>'
+        for name, value in zip(COLUMNS[1:6], values, strict=True)
     )
-    notes = [f'<div class="bad">{html.text(text)}</div>' for text in (*state.alarms, state.problem) if text]
-    last = f'<div class="wide">{"".join(notes)}</div>' if notes else f'<span data-name="{COLUMNS[6]}">none</span>'
+    notes = [
+        f'<div class="bad">{html.text(text)}</div>'
+        for text in (*state.alarms, state.problem)
+        if text
+    ]
+    last = (
+        f'<div class="wide">{"".join(notes)}</div>'
+        if notes
+        else f'<span data-name="{COLUMNS[6]}">none</span>'
+    )
     swatch = f'<i style="background:{run.color}"></i>'
     return f'<div class="run"><strong>{swatch}{html.text(run.name)}</strong>{cells}{last}</div>'
 
@@ -114,13 +125,23 @@ def left_out(num_listed: int, num_runs: int) -> str:
 
 def constants(found: Sequence[tuple[Chart, float]]) -> str:
     """Says what is the same throughout, in place of charts."""
-    listed = ", ".join(f"{html.text(chart.title.lower())} {number(value)}" for chart, value in found)
-    return f"<p class='soft'>The same in all runs shown that log it, throughout: {listed}.</p>" if found else ""
+    listed = ", ".join(
+        f"{html.text(chart.title.lower())} {number(value)}" for chart, value in found
+    )
+    return (
+        f"<p class='soft'>The same in all runs shown that log it, throughout: {listed}.</p>"
+        if found
+        else ""
+    )
 
 
 def chart_text(chart: Chart, caption: str) -> str:
     """The heading of a plot, and how to read it."""
-    parts = [chart.reading, caption, f"Dotted line: {chart.reference[1]}." if chart.reference else ""]
+    parts = [
+        chart.reading,
+        caption,
+        f"Dotted line: {chart.reference[1]}." if chart.reference else "",
+    ]
     text = html.text(" ".join(part for part in parts if part))
     return f"<h3>{html.text(chart.title)}</h3><p class='soft'>{text}</p>"
 
@@ -149,7 +170,9 @@ def report_frame(run: LiveRun) -> str:
     except RunPathError as error:
         return problem(str(error))
     if len(page) > MAX_REPORT:
-        return problem(f"{path} has more than {MAX_REPORT:,} bytes, which is no report; make it again: {command}")
+        return problem(
+            f"{path} has more than {MAX_REPORT:,} bytes, which is no report; make it again: {command}"
+        )
     text = html.text(page.decode(errors="replace"))
     return f'<iframe sandbox="" title="Report of {html.text(run.name)}" srcdoc="{text}"></iframe>'
 

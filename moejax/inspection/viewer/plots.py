@@ -74,9 +74,15 @@ class CurvePlot:
         self._axis = axis
         keys = [(key, i) for i, (key, _) in enumerate(chart.keys)]
         self._drawn = [
-            (name, run, key, i) for name, run in runs.items() for key, i in keys if key in run.metrics.series
+            (name, run, key, i)
+            for name, run in runs.items()
+            for key, i in keys
+            if key in run.metrics.series
         ]
-        self._sources = {(name, key): ColumnDataSource(columns(run, key, axis)) for name, run, key, _ in self._drawn}
+        self._sources = {
+            (name, key): ColumnDataSource(columns(run, key, axis))
+            for name, run, key, _ in self._drawn
+        }
         self.plot = self._new_plot() if self._drawn else None
 
     @property
@@ -85,7 +91,10 @@ class CurvePlot:
         shown = {key: i for _, _, key, i in self._drawn}
         if len(self.chart.keys) == 1:
             return ""
-        marks = [f"{'dots' if _is_points(key) else DASHES[i]}: {self.chart.keys[i][1]}" for key, i in shown.items()]
+        marks = [
+            f"{'dots' if _is_points(key) else DASHES[i]}: {self.chart.keys[i][1]}"
+            for key, i in shown.items()
+        ]
         return f"{'; '.join(marks)}.".capitalize()
 
     def update(self, changed: Iterable[str]) -> None:
@@ -96,14 +105,23 @@ class CurvePlot:
                 self._sources[name, key].data = columns(run, key, self._axis)
 
     def _new_plot(self) -> figure:
-        plot = _figure(230, x_range=DataRange1d(range_padding=0.03), y_range=DataRange1d(**self._bounds()))
+        plot = _figure(
+            230, x_range=DataRange1d(range_padding=0.03), y_range=DataRange1d(**self._bounds())
+        )
         plot.xaxis.axis_label, plot.yaxis.axis_label = AXES[self._axis], self.chart.ylabel
         plot.xaxis.formatter = NumeralTickFormatter(format="0.[00]a")
         if max(_largest(source.data["y"]) for source in self._sources.values()) >= 10_000:
             plot.yaxis.formatter = NumeralTickFormatter(format="0.[00]a")
         lines = [self._draw(plot, *drawn) for drawn in self._drawn]
         if self.chart.reference is not None:
-            plot.add_layout(Span(location=self.chart.reference[0], dimension="width", line_color=GREY, line_dash="2 2"))
+            plot.add_layout(
+                Span(
+                    location=self.chart.reference[0],
+                    dimension="width",
+                    line_color=GREY,
+                    line_dash="2 2",
+                )
+            )
         tooltips = [("run", "$name"), ("step", "@step{0,0}"), (self.chart.ylabel, "@y{0.[0000]}")]
         plot.add_tools(HoverTool(renderers=lines, tooltips=tooltips))
         return plot
@@ -112,11 +130,26 @@ class CurvePlot:
         source = self._sources[name, key]
         if _is_points(key):
             return plot.scatter(
-                "x", "y", source=source, size=7, color=run.color, line_color=WHITE, line_width=0.7, name=run.name
+                "x",
+                "y",
+                source=source,
+                size=7,
+                color=run.color,
+                line_color=WHITE,
+                line_width=0.7,
+                name=run.name,
             )
         if len(source.data["x"]) == 1:  # a line through one point shows nothing
             return plot.scatter("x", "y", source=source, size=5, color=run.color, name=run.name)
-        return plot.line("x", "y", source=source, color=run.color, line_width=2, line_dash=DASHES[i], name=run.name)
+        return plot.line(
+            "x",
+            "y",
+            source=source,
+            color=run.color,
+            line_width=2,
+            line_dash=DASHES[i],
+            name=run.name,
+        )
 
     def _bounds(self) -> dict[str, Any]:
         return {"start": 0} if self.chart.from_zero else {}
@@ -146,7 +179,9 @@ def load_plot(counts_NE: Int[np.ndarray, "N E"], layers: Sequence[int]) -> figur
     N, E = counts_NE.shape
     ratio_NE = figures.load_ratio(counts_NE)
     log_NE = np.log2(ratio_NE, out=np.full_like(ratio_NE, np.nan), where=ratio_NE > 0)
-    plot = _figure(int(np.clip(110 + 24 * N, 170, 620)), x_range=(-0.5, E - 0.5), y_range=(N - 0.5, -0.5))
+    plot = _figure(
+        int(np.clip(110 + 24 * N, 170, 620)), x_range=(-0.5, E - 0.5), y_range=(N - 0.5, -0.5)
+    )
     ticks = (-2, -1, 0, 1, 2)
     mapper = LinearColorMapper(palette=load_colors(figures.COLORS), low=-2, high=2, nan_color=DEAD)
     data = {"log": [log_NE.astype(np.float32)], "ratio": [ratio_NE.astype(np.float32)]}
@@ -154,7 +189,10 @@ def load_plot(counts_NE: Int[np.ndarray, "N E"], layers: Sequence[int]) -> figur
     place: dict[str, Any] = {"x": -0.5, "y": -0.5, "dw": E, "dh": N, "color_mapper": mapper}
     image = plot.image("log", source=ColumnDataSource(data), **place)
     plot.add_tools(
-        HoverTool(renderers=[image], tooltips=[("layer", "@layer"), ("expert", "$x{0}"), ("load", "@ratio{0.00}")])
+        HoverTool(
+            renderers=[image],
+            tooltips=[("layer", "@layer"), ("expert", "$x{0}"), ("load", "@ratio{0.00}")],
+        )
     )
     plot.xaxis.axis_label, plot.yaxis.axis_label = "expert", "layer"
     plot.xaxis.ticker = BasicTicker(min_interval=1, num_minor_ticks=0)
@@ -185,7 +223,10 @@ def _figure(height: int, **ranges: Any) -> figure:
     plot.axis.minor_tick_line_color = None
     plot.axis.axis_label_text_font_style = "normal"
     plot.axis.axis_label_text_color = plot.axis.major_label_text_color = "#374151"
-    plot.xaxis.ticker, plot.yaxis.ticker = BasicTicker(desired_num_ticks=5), BasicTicker(desired_num_ticks=5)
+    plot.xaxis.ticker, plot.yaxis.ticker = (
+        BasicTicker(desired_num_ticks=5),
+        BasicTicker(desired_num_ticks=5),
+    )
     return plot
 
 

@@ -127,7 +127,9 @@ class MetricsReader:
             self._note(f"is damaged ({error})")
 
     def _note(self, what: str) -> None:
-        self.problem = self.problem or f"{self._path}: line {max(self._num_lines, 1)} {what}; delete that line"
+        self.problem = (
+            self.problem or f"{self._path}: line {max(self._num_lines, 1)} {what}; delete that line"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,7 +194,9 @@ class LiveRun:
             num_bytes = self.metrics.read_on(max_bytes)
             self._problems[METRICS] = self.metrics.problem
         except FileNotFoundError:
-            self._problems[METRICS] = ""  # not written yet, or gone, which the missing configuration tells
+            self._problems[METRICS] = (
+                ""  # not written yet, or gone, which the missing configuration tells
+            )
         except OSError as error:
             self._problems[METRICS] = f"{error.filename} cannot be read: {error.strerror}"
         except RunPathError as error:
@@ -236,9 +240,13 @@ class LiveRun:
             self._problems[CONFIG] = ""
         except (ValueError, OSError, RecursionError) as error:
             self.run = None
-            self._problems[CONFIG] = str(error) if self.workdir.is_dir() else f"{self.workdir} is gone"
+            self._problems[CONFIG] = (
+                str(error) if self.workdir.is_dir() else f"{self.workdir} is gone"
+            )
         except (TypeError, OverflowError):
-            self._problems[CONFIG] = f"{self.workdir / CONFIG} holds numbers of experts that are none; restore it"
+            self._problems[CONFIG] = (
+                f"{self.workdir / CONFIG} holds numbers of experts that are none; restore it"
+            )
         return True
 
     def _look_at_alarms(self) -> bool:
@@ -248,8 +256,12 @@ class LiveRun:
             if os.path.lexists(self.workdir / alarms.FILE):
                 check_file(self.workdir, alarms.FILE)
             places = alarms.active(alarms.read_alarms(self.workdir))
-            by_rule = {rule: [layer for other, layer in places if other == rule] for rule, _ in places}
-            self._alarms = tuple(f"{rule} in {alarms.name_layers(sorted(at))}" for rule, at in by_rule.items())
+            by_rule = {
+                rule: [layer for other, layer in places if other == rule] for rule, _ in places
+            }
+            self._alarms = tuple(
+                f"{rule} in {alarms.name_layers(sorted(at))}" for rule, at in by_rule.items()
+            )
             self._problems[alarms.FILE] = ""
         except (ValueError, OSError, TypeError, RecursionError) as error:
             self._problems[alarms.FILE] = str(error)
@@ -316,7 +328,9 @@ class Library:
         """Of the runs, or of some of them, those that were written last; without a curve only if all are."""
         known = list(self.runs if paths is None else paths)
         with_curves = [path for path in known if self.runs[path].has_curves]
-        newest_first = sorted(with_curves or known, key=lambda path: self.runs[path].state.written or 0, reverse=True)
+        newest_first = sorted(
+            with_curves or known, key=lambda path: self.runs[path].state.written or 0, reverse=True
+        )
         return newest_first[:count]
 
 
@@ -331,14 +345,21 @@ def find_runs(folder: Path) -> tuple[dict[str, Path], list[str]]:
     if _is_run(folder):
         return {folder.resolve().name: folder}, []
     links: list[str] = []
-    runs = {path.relative_to(folder).as_posix(): path for path in sorted(_below(folder, folder, MAX_DEPTH, links))}
+    runs = {
+        path.relative_to(folder).as_posix(): path
+        for path in sorted(_below(folder, folder, MAX_DEPTH, links))
+    }
     return runs, sorted(links)
 
 
 def _below(folder: Path, root: Path, depth: int, links: list[str]) -> Iterator[Path]:
     """The runs below a folder; notes in `links` those that lead out of `root`."""
     try:
-        folders = [Path(entry.path) for entry in os.scandir(folder) if entry.name[0] != "." and entry.is_dir()]
+        folders = [
+            Path(entry.path)
+            for entry in os.scandir(folder)
+            if entry.name[0] != "." and entry.is_dir()
+        ]
     except OSError:  # not ours to read, or gone meanwhile
         return
     for path in folders:

@@ -29,8 +29,17 @@ if TYPE_CHECKING:  # an extra, imported where it is needed
 ADDRESS = "127.0.0.1"
 TOKEN = "token"  # the argument of the address
 TOKEN_BYTES = 24
-PATHS = ("/", "/ws", "/favicon.ico", "/static/js/bokeh.js", "/static/extensions/panel/panel.js")  # one of each route
-FILES = ("/static/", "/favicon.ico")  # of Bokeh and Panel, which nothing of a run is in: they need no token
+PATHS = (
+    "/",
+    "/ws",
+    "/favicon.ico",
+    "/static/js/bokeh.js",
+    "/static/extensions/panel/panel.js",
+)  # one of each route
+FILES = (
+    "/static/",
+    "/favicon.ico",
+)  # of Bokeh and Panel, which nothing of a run is in: they need no token
 POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
     "img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self' {sockets}; frame-src 'self'; "
@@ -42,7 +51,9 @@ class ViewError(ValueError):
     """The page cannot be served: the message says why and names the remedy."""
 
 
-def serve(folder: str | Path, port: int = 0, started: Callable[[str], None] = lambda url: None) -> None:
+def serve(
+    folder: str | Path, port: int = 0, started: Callable[[str], None] = lambda url: None
+) -> None:
     """Serves the page until it is interrupted.
 
     Args:
@@ -91,7 +102,9 @@ def _find_port(port: int) -> int:
             return int(probe.getsockname()[1])
     except OSError as error:
         reason = os.strerror(error.errno or 0)
-        raise ViewError(f"--port={port} cannot be had ({reason}); use another, or 0 for a free one") from error
+        raise ViewError(
+            f"--port={port} cannot be had ({reason}); use another, or 0 for a free one"
+        ) from error
 
 
 def _guard(application: Any, hosts: list[str], token: str) -> None:
@@ -122,14 +135,18 @@ def _guard(application: Any, hosts: list[str], token: str) -> None:
         def __init__(self, request: Any):
             pass
 
-        def transform_first_chunk(self, status_code: int, headers: Any, chunk: bytes, finishing: bool) -> Any:
+        def transform_first_chunk(
+            self, status_code: int, headers: Any, chunk: bytes, finishing: bool
+        ) -> Any:
             headers["Content-Security-Policy"] = policy
             headers["X-Content-Type-Options"] = "nosniff"
             headers["Referrer-Policy"] = "no-referrer"
             return status_code, headers, chunk
 
     application.add_transform(Policy)
-    application.wildcard_router.rules = [rule for rule in application.wildcard_router.rules if _is_served(rule)]
+    application.wildcard_router.rules = [
+        rule for rule in application.wildcard_router.rules if _is_served(rule)
+    ]
     application.default_router.rules.insert(0, Rule(IsRefused(), Refusal))
 
 

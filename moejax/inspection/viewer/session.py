@@ -14,7 +14,11 @@ from moejax.inspection.viewer.plots import CurvePlot, charts_of, constant, load_
 from moejax.inspection.viewer.run_folder import Library, LiveRun
 from moejax.training.run_directory.routing_log import FOLDER
 
-GRID = {"display": "grid", "grid-template-columns": "repeat(auto-fill, minmax(min(100%, 22rem), 1fr))", "gap": "1.2rem"}
+GRID = {
+    "display": "grid",
+    "grid-template-columns": "repeat(auto-fill, minmax(min(100%, 22rem), 1fr))",
+    "gap": "1.2rem",
+}
 TABS = ("Curves", "Load", "Report")
 EVERY_MS = 2000  # looks for what is new
 CATCH_UP_MS = 200  # reads on while something is left unread
@@ -39,11 +43,15 @@ class RunList:
         self._boxes: dict[str, pn.widgets.Checkbox] = {}
         self._rows: dict[str, pn.pane.HTML] = {}
         self._listed: list[str] = []
-        self._part = pn.widgets.TextInput(placeholder="part of a run's name", width=280, margin=(4, 0), visible=False)
+        self._part = pn.widgets.TextInput(
+            placeholder="part of a run's name", width=280, margin=(4, 0), visible=False
+        )
         self._part.param.watch(on_change, "value")
         self._left_out = _text()
         self._body = pn.Column(**WIDE)
-        self.page = pn.Column(self._part, self._left_out, _text(page.runs_head()), self._body, **WIDE)
+        self.page = pn.Column(
+            self._part, self._left_out, _text(page.runs_head()), self._body, **WIDE
+        )
         for path in library.newest(NUM_CHOSEN):
             self._add(path, is_chosen=True)
 
@@ -64,7 +72,9 @@ class RunList:
         _set(self._left_out, page.left_out(len(listed), num_runs))
         if listed != self._listed:
             self._listed = listed
-            self._body.objects = [pn.Row(self._boxes[path], self._rows[path], **WIDE) for path in listed]
+            self._body.objects = [
+                pn.Row(self._boxes[path], self._rows[path], **WIDE) for path in listed
+            ]
 
     def _add(self, path: str, *, is_chosen: bool) -> None:
         self._boxes[path] = pn.widgets.Checkbox(value=is_chosen, width=20, margin=(10, 6, 0, 0))
@@ -78,7 +88,9 @@ class RunList:
         """Those chosen, and the newest of those with the wanted part in their name."""
         part = str(self._part.value or "").lower()
         runs = self._library.runs
-        found = [path for path, run in runs.items() if part in run.name.lower() or part in path.lower()]
+        found = [
+            path for path, run in runs.items() if part in run.name.lower() or part in path.lower()
+        ]
         newest = set(found if len(found) <= MAX_LISTED else self._library.newest(MAX_LISTED, found))
         return [path for path in runs if path in newest or self._is_chosen(path)]
 
@@ -121,7 +133,9 @@ class Session:
         self._tabs.param.watch(self._show, "active")
         self.page = pn.Column(self._heading, self._runs.page, self._tabs, **WIDE)
         if pn.state.curdoc is not None:
-            pn.state.curdoc.template = pn.io.resources.BASE_TEMPLATE.environment.from_string(page.PAGE)
+            pn.state.curdoc.template = pn.io.resources.BASE_TEMPLATE.environment.from_string(
+                page.PAGE
+            )
             pn.state.add_periodic_callback(self._look, period=EVERY_MS)
             pn.state.add_periodic_callback(self._catch_up, period=CATCH_UP_MS)
 
@@ -137,7 +151,9 @@ class Session:
     def _show(self, *_: Any) -> None:
         """Sends the browser what differs from what it was sent."""
         library = self._library
-        heading = page.heading(library.folder, len(library.runs), library.links, is_behind=library.is_behind)
+        heading = page.heading(
+            library.folder, len(library.runs), library.links, is_behind=library.is_behind
+        )
         _set(self._heading, heading)
         self._runs.show()
         chosen = self._runs.chosen
@@ -157,12 +173,19 @@ class Session:
                 plot.update(changed)
             return
         self._drawn["curves"] = wanted
-        plots = [CurvePlot(chart, runs, self._axis.value) for chart in charts if values[chart.title] is None]
+        plots = [
+            CurvePlot(chart, runs, self._axis.value)
+            for chart in charts
+            if values[chart.title] is None
+        ]
         self._plots = [plot for plot in plots if plot.plot is not None]
         cells: list[pn.viewable.Viewable] = [
-            _cell(page.chart_text(plot.chart, plot.caption), plot.plot, page.PLOT_STYLE) for plot in self._plots
+            _cell(page.chart_text(plot.chart, plot.caption), plot.plot, page.PLOT_STYLE)
+            for plot in self._plots
         ]
-        self._curves.objects = cells or [_text("<p>No curve yet: no run is chosen, or none has logged a step.</p>")]
+        self._curves.objects = cells or [
+            _text("<p>No curve yet: no run is chosen, or none has logged a step.</p>")
+        ]
         same: list[tuple[Chart, float]] = []
         for chart in charts:
             value = values[chart.title]
@@ -175,7 +198,9 @@ class Session:
         if TABS[self._tabs.active] != "Load" or self._drawn.get("load") == wanted:
             return
         self._drawn["load"] = wanted
-        self._load.objects = [_load_of(run) for run in runs.values()] or [_text("<p>No run is chosen.</p>")]
+        self._load.objects = [_load_of(run) for run in runs.values()] or [
+            _text("<p>No run is chosen.</p>")
+        ]
 
     def _show_report(self, runs: dict[str, LiveRun]) -> None:
         options = {run.name: path for path, run in runs.items()}
@@ -195,11 +220,18 @@ WIDE: dict[str, Any] = {"sizing_mode": "stretch_width", "margin": 0}
 
 
 def _text(html: str = "") -> pn.pane.HTML:
-    return pn.pane.HTML(html, stylesheets=[page.TEXT_STYLE], sizing_mode="stretch_width", margin=(4, 0))
+    return pn.pane.HTML(
+        html, stylesheets=[page.TEXT_STYLE], sizing_mode="stretch_width", margin=(4, 0)
+    )
 
 
 def _choice(title: str) -> dict[str, Any]:
-    return {"inline": True, "sizing_mode": "stretch_width", "margin": (4, 0), "stylesheets": [page.choice_style(title)]}
+    return {
+        "inline": True,
+        "sizing_mode": "stretch_width",
+        "margin": (4, 0),
+        "stylesheets": [page.choice_style(title)],
+    }
 
 
 def _set(pane: pn.pane.HTML, html: str) -> None:
@@ -219,7 +251,11 @@ def _load_of(run: LiveRun) -> pn.viewable.Viewable:
         check_folder(run.workdir, FOLDER)
         routing = None if run.run is None else run.run.reload().routing
         if routing is None or not routing.num_entries:
-            what = "it is a dense run" if run.run is not None and not run.num_experts else "none is logged yet"
+            what = (
+                "it is a dense run"
+                if run.run is not None and not run.num_experts
+                else "none is logged yet"
+            )
             return _text(f"{title}<p class='soft'>No load: {what}.</p>")
         counts_NE: np.ndarray = routing.read("counts", -1)[0]
     except (ValueError, OSError) as error:

@@ -79,7 +79,9 @@ def grouped_matmul(
 
 def spare_rows_for(num_rows: int, num_groups: int, implementation: str = "auto") -> int:
     """Rows to append to `num_rows` rows of content, so that `grouped_matmul` copies nothing; see `spare_rows`."""
-    return block_rows(num_rows, num_groups) if resolve_implementation(implementation) == "tiled" else 0
+    return (
+        block_rows(num_rows, num_groups) if resolve_implementation(implementation) == "tiled" else 0
+    )
 
 
 def resolve_implementation(implementation: str) -> str:
@@ -123,7 +125,13 @@ def _choose(wanted: str, platform: str, missing: tuple[tuple[str, str], ...]) ->
     if best in why_missing:
         best, why = ANYWHERE, why_missing[best]
     if wanted in why_missing:
-        log.warning("grouped_matmul: %s instead of %s on %s (%s)", best, wanted, platform, why_missing[wanted])
+        log.warning(
+            "grouped_matmul: %s instead of %s on %s (%s)",
+            best,
+            wanted,
+            platform,
+            why_missing[wanted],
+        )
         return best
     if wanted == "auto":
         log.info("grouped_matmul: %s on %s (%s)", best, platform, why)

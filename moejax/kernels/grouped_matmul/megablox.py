@@ -28,11 +28,17 @@ def outer_products_megablox(
     Returns:
       The sums; zeros for a group without rows.
     """
-    from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm  # imports Pallas, which takes time
+    from jax.experimental.pallas.ops.tpu.megablox.gmm import (
+        tgmm,
+    )  # imports Pallas, which takes time
 
     num_rows, num_groups = x_RD.shape[0], group_sizes_E.shape[0]
     height = 128 if num_rows < 512 * num_groups else 512
     x_RD, dy_RF = (jnp.pad(rows, ((0, -num_rows % height), (0, 0))) for rows in (x_RD, dy_RF))
-    tiles = height, min(512, x_RD.shape[1]), min(512, dy_RF.shape[1])  # larger ones do not fit the memory of a core
+    tiles = (
+        height,
+        min(512, x_RD.shape[1]),
+        min(512, dy_RF.shape[1]),
+    )  # larger ones do not fit the memory of a core
     sizes_E = group_sizes_E.astype(jnp.int32)
     return tgmm(x_RD.T, dy_RF, sizes_E, jnp.dtype(dtype), tiles, interpret=interpret)

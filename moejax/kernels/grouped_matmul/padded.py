@@ -17,7 +17,10 @@ from moejax.kernels.vma import zeros_varying_like
 
 
 def grouped_matmul_padded(
-    x_RD: Float[Array, "R D"], w_EDF: Float[Array, "E D F"], group_sizes_E: Int[Array, "E"], spare_rows: int = 0
+    x_RD: Float[Array, "R D"],
+    w_EDF: Float[Array, "E D F"],
+    group_sizes_E: Int[Array, "E"],
+    spare_rows: int = 0,
 ) -> Float[Array, "R F"]:
     """See `grouped_matmul`."""
     return multiply(PRODUCTS, x_RD, w_EDF, group_sizes_E, spare_rows)
@@ -27,7 +30,9 @@ def _outer_products(x_RD, dy_RF, group_sizes_E, spare_rows: int):
     def add(turn, dw_EDF):
         rows_EC = _rows_of_turn(turn, group_sizes_E, x_RD.shape[0])
         x_ECD, dy_ECF = _gather(x_RD, rows_EC), _gather(dy_RF, rows_EC)
-        return dw_EDF + jnp.einsum("ECD,ECF->EDF", x_ECD, dy_ECF, preferred_element_type=jnp.float32)
+        return dw_EDF + jnp.einsum(
+            "ECD,ECF->EDF", x_ECD, dy_ECF, preferred_element_type=jnp.float32
+        )
 
     shape = group_sizes_E.shape[0], x_RD.shape[1], dy_RF.shape[1]
     dw_EDF = zeros_varying_like(dy_RF, shape, jnp.float32)
@@ -44,7 +49,9 @@ def _rows_by_matrices(x_RP, w_EDF, group_sizes_E, spare_rows: int, *, equation: 
 
     def one_turn(turn, y_RQ):
         rows_EC = _rows_of_turn(turn, group_sizes_E, num_rows)
-        y_ECQ = jnp.einsum(equation, _gather(x_RP, rows_EC), w_EDF, preferred_element_type=jnp.float32)
+        y_ECQ = jnp.einsum(
+            equation, _gather(x_RP, rows_EC), w_EDF, preferred_element_type=jnp.float32
+        )
         return y_RQ.at[rows_EC].set(y_ECQ.astype(y_RQ.dtype), mode="drop")
 
     y_RQ = zeros_varying_like(x_RP, (num_rows, width), x_RP.dtype)

@@ -57,7 +57,9 @@ def _by_transpose(products, spare_rows, dy_RF, w_EDF, group_sizes_E):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _outer(products, spare_rows, x_RD, dy_RF, group_sizes_E):
-    return products.over_arms(products.outer, x_RD, dy_RF, group_sizes_E, spare_rows).astype(x_RD.dtype)
+    return products.over_arms(products.outer, x_RD, dy_RF, group_sizes_E, spare_rows).astype(
+        x_RD.dtype
+    )
 
 
 def _by_matrix_backward(products, spare_rows, arrays, dy_RF):
@@ -79,5 +81,7 @@ def _outer_backward(products, spare_rows, arrays, ddw_EDF):
 
 
 _by_matrix.defvjp(lambda p, s, *arrays: (_by_matrix(p, s, *arrays), arrays), _by_matrix_backward)
-_by_transpose.defvjp(lambda p, s, *arrays: (_by_transpose(p, s, *arrays), arrays), _by_transpose_backward)
+_by_transpose.defvjp(
+    lambda p, s, *arrays: (_by_transpose(p, s, *arrays), arrays), _by_transpose_backward
+)
 _outer.defvjp(lambda p, s, *arrays: (_outer(p, s, *arrays), arrays), _outer_backward)

@@ -8,7 +8,10 @@ from moejax.kernels.zero_padding import zero_tail
 
 
 def grouped_matmul_dense(
-    x_RD: Float[Array, "R D"], w_EDF: Float[Array, "E D F"], group_sizes_E: Int[Array, "E"], spare_rows: int = 0
+    x_RD: Float[Array, "R D"],
+    w_EDF: Float[Array, "E D F"],
+    group_sizes_E: Int[Array, "E"],
+    spare_rows: int = 0,
 ) -> Float[Array, "R F"]:
     """See `grouped_matmul`; materialises `[E, R, F]`."""
     x_RD = zero_tail(x_RD, group_sizes_E)

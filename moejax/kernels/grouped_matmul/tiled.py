@@ -17,7 +17,10 @@ from moejax.kernels.vma import zeros_varying_like
 
 
 def grouped_matmul_tiled(
-    x_RD: Float[Array, "R D"], w_EDF: Float[Array, "E D F"], group_sizes_E: Int[Array, "E"], spare_rows: int = 0
+    x_RD: Float[Array, "R D"],
+    w_EDF: Float[Array, "E D F"],
+    group_sizes_E: Int[Array, "E"],
+    spare_rows: int = 0,
 ) -> Float[Array, "R F"]:
     """See `grouped_matmul`."""
     return multiply(PRODUCTS, x_RD, w_EDF, group_sizes_E, spare_rows)

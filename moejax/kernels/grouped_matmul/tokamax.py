@@ -50,7 +50,10 @@ BLOCK = 128
 
 
 def grouped_matmul_tokamax(
-    x_RD: Float[Array, "R D"], w_EDF: Float[Array, "E D F"], group_sizes_E: Int[Array, "E"], spare_rows: int = 0
+    x_RD: Float[Array, "R D"],
+    w_EDF: Float[Array, "E D F"],
+    group_sizes_E: Int[Array, "E"],
+    spare_rows: int = 0,
 ) -> Float[Array, "R F"]:
     """See `grouped_matmul`."""
     return multiply(PRODUCTS, x_RD, w_EDF, group_sizes_E, spare_rows)
@@ -86,7 +89,12 @@ def _product(a, b, group_sizes_E, dimensions: RaggedDotDimensionNumbers):
     # Compiling for devices of another machine, it must not look at those of this one.
     with tokamax.config.cross_compile(True) if is_foreign else contextlib.nullcontext():
         return tokamax.ragged_dot_general(
-            a, b, group_sizes_E, dimensions, preferred_element_type=a.dtype, implementation=KERNELS[platform()]
+            a,
+            b,
+            group_sizes_E,
+            dimensions,
+            preferred_element_type=a.dtype,
+            implementation=KERNELS[platform()],
         )
 
 

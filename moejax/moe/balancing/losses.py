@@ -38,7 +38,9 @@ def auxiliary_losses(stats: RoutingStats, config: MoeConfig) -> dict[str, Auxili
             value_N = loss(stats)
             found[name] = AuxiliaryLoss(value_N, value_N)
     balance_N = found["balance"].value_N
-    found["balance"] = AuxiliaryLoss(balance_N, in_convention(balance_N, stats, config.balance_convention))
+    found["balance"] = AuxiliaryLoss(
+        balance_N, in_convention(balance_N, stats, config.balance_convention)
+    )
     return found
 
 
@@ -58,7 +60,9 @@ def balance_loss(stats: RoutingStats) -> Float[Array, "N"]:
 
 
 @takes_numpy
-def in_convention(balance_N: Float[Array, "N"], stats: RoutingStats, convention: str) -> Float[Array, "N"]:
+def in_convention(
+    balance_N: Float[Array, "N"], stats: RoutingStats, convention: str
+) -> Float[Array, "N"]:
     """A balance loss as another codebase counts it, so that its coefficient can be carried over.
 
     Args:
@@ -72,7 +76,11 @@ def in_convention(balance_N: Float[Array, "N"], stats: RoutingStats, convention:
         return _mean_over_scopes(stats.first_scope_balance)
     if convention == "first_choice":
         return _balance(_fractions(stats.first_assignments_E), stats)
-    factors = {"normalized": jnp.ones_like(top_k_N), "times_k": top_k_N, "over_k": 1 / jnp.maximum(top_k_N, 1e-9)}
+    factors = {
+        "normalized": jnp.ones_like(top_k_N),
+        "times_k": top_k_N,
+        "over_k": 1 / jnp.maximum(top_k_N, 1e-9),
+    }
     return balance_N * factors[convention]
 
 
@@ -164,7 +172,11 @@ LOSSES: dict[str, Callable[[RoutingStats], jax.Array]] = {
 
 @takes_numpy
 def update_bias(
-    bias_NE: Float[Array, "N E"], assignments_NE: Int[Array, "N E"], rate: Float[Array, ""], *, is_centered: bool
+    bias_NE: Float[Array, "N E"],
+    assignments_NE: Int[Array, "N E"],
+    rate: Float[Array, ""],
+    *,
+    is_centered: bool,
 ) -> Float[Array, "N E"]:
     """One step of the selection bias: up for experts with less than the mean load, down for those with more.
 
@@ -210,7 +222,9 @@ def update_quantiles(
         is_enough_NE = (keys_NTE >= candidate_NE[:, None]).sum(axis=1) >= rank_N1
         return jnp.where(is_enough_NE, candidate_NE, found_NE)
 
-    found_NE = jax.lax.fori_loop(0, 32, set_bit, jnp.zeros((offers_NTE.shape[0], num_experts), jnp.uint32))
+    found_NE = jax.lax.fori_loop(
+        0, 32, set_bit, jnp.zeros((offers_NTE.shape[0], num_experts), jnp.uint32)
+    )
     beta_bits_NE = jnp.where(found_NE >= sign, found_NE ^ sign, ~found_NE)
     beta_NE = jax.lax.bitcast_convert_type(beta_bits_NE, jnp.float32)
     beta_NE = jnp.where(jnp.isfinite(beta_NE), beta_NE, 0.0)
@@ -218,7 +232,9 @@ def update_quantiles(
 
 
 @takes_numpy
-def update_idle_steps(idle_NE: Int[Array, "N E"], assignments_NE: Int[Array, "N E"]) -> Int[Array, "N E"]:
+def update_idle_steps(
+    idle_NE: Int[Array, "N E"], assignments_NE: Int[Array, "N E"]
+) -> Int[Array, "N E"]:
     """Steps since each expert was last chosen."""
     return jnp.where(assignments_NE > 0, 0, idle_NE + 1)
 

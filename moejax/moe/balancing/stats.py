@@ -106,9 +106,13 @@ def join(runs: Sequence[RoutingStats]) -> RoutingStats | None:
     if not runs:
         return None
     whole = [dataclasses.replace(run, offers_TE=None, routing=None) for run in runs]
-    arrays = [{field.name: getattr(run, field.name) for field in dataclasses.fields(run)} for run in whole]
+    arrays = [
+        {field.name: getattr(run, field.name) for field in dataclasses.fields(run)} for run in whole
+    ]
     everywhere = {name for name in arrays[0] if all(run[name] is not None for run in arrays)}
-    return RoutingStats(**{name: jnp.concatenate([run[name] for run in arrays]) for name in sorted(everywhere)})
+    return RoutingStats(
+        **{name: jnp.concatenate([run[name] for run in arrays]) for name in sorted(everywhere)}
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,7 +166,9 @@ def collect(
         importance_E=sum_by_expert(routing.experts_TK, routing.weights_TK, num_choices),
         gate_mass=service.weights_TK.sum(),
         margin=sum_of_margins(probs_TE, mask_T, config.top_k),
-        ties=jnp.float32(0) if ROUTER_RULES[config.router].is_fixed else count_ties(routing, mask_T),
+        ties=jnp.float32(0)
+        if ROUTER_RULES[config.router].is_fixed
+        else count_ties(routing, mask_T),
         dropped=service.is_dropped_TK.sum(dtype=jnp.float32),
         moved=service.is_moved_TK.sum(dtype=jnp.float32),
         dropped_out=_count_dropped_out(service, routing.experts_TK < num_choices),
@@ -171,10 +177,14 @@ def collect(
         first_assignments_E=count_assignments(routing.experts_TK[:, :1], num_choices, num_devices)
         if config.balance_convention == "first_choice"
         else None,
-        scope_balance=balance_of_scopes(routing.experts_TK, probs_TE, mask_T, scopes[config.balance_scope])
+        scope_balance=balance_of_scopes(
+            routing.experts_TK, probs_TE, mask_T, scopes[config.balance_scope]
+        )
         if config.balance_scope != "global"
         else None,
-        first_scope_balance=balance_of_scopes(routing.experts_TK[:, :1], probs_TE, mask_T, scopes[config.balance_scope])
+        first_scope_balance=balance_of_scopes(
+            routing.experts_TK[:, :1], probs_TE, mask_T, scopes[config.balance_scope]
+        )
         if config.balance_scope != "global" and config.balance_convention == "first_choice"
         else None,
         sequence_balance=balance_of_scopes(
@@ -182,7 +192,9 @@ def collect(
         )
         if config.sequence_balance_weight > 0
         else None,
-        load_E=expected_load(routing, mask_T, config.top_k) if config.load_weight > 0 and has_noise else None,
+        load_E=expected_load(routing, mask_T, config.top_k)
+        if config.load_weight > 0 and has_noise
+        else None,
         vmoe_load_E=expected_load_vmoe(routing, mask_T, config.top_k)
         if config.vmoe_load_weight > 0 and has_noise
         else None,
@@ -191,12 +203,16 @@ def collect(
     )
 
 
-def collect_slots(routing: SlotRouting, mask_BL: Bool[Array, "B L"], *, trace: bool = False) -> RoutingStats:
+def collect_slots(
+    routing: SlotRouting, mask_BL: Bool[Array, "B L"], *, trace: bool = False
+) -> RoutingStats:
     """Sums up one layer's routing where experts choose."""
     mask_T, length = mask_BL.reshape(-1), mask_BL.shape[1]
     is_filled_BEC = routing.positions_BEC < length
     batch = jnp.arange(mask_BL.shape[0])[:, None, None]
-    served_BL = jnp.zeros(mask_BL.shape, bool).at[batch, routing.positions_BEC].set(True, mode="drop")
+    served_BL = (
+        jnp.zeros(mask_BL.shape, bool).at[batch, routing.positions_BEC].set(True, mode="drop")
+    )
     zero = jnp.float32(0)
     return RoutingStats(
         **_sums_of_logits(routing.logits_TE, routing.probs_TE, mask_T),
@@ -245,7 +261,9 @@ def collect_soft(
 def _count_dropped_out(service: Service, is_choice_TK: jax.Array) -> jax.Array:
     if service.dropout_TK is None:
         return jnp.float32(0)
-    return (is_choice_TK & ~service.is_dropped_TK & (service.dropout_TK == 0)).sum(dtype=jnp.float32)
+    return (is_choice_TK & ~service.is_dropped_TK & (service.dropout_TK == 0)).sum(
+        dtype=jnp.float32
+    )
 
 
 def _sums_of_logits(logits_TX, probs_TE, mask_T) -> dict[str, Any]:

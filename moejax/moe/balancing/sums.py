@@ -13,7 +13,9 @@ LEAST_NOISE = 1e-6
 
 
 @takes_numpy
-def count_assignments(experts_TK: Int[Array, "T K"], num_experts: int, num_parts: int = 1) -> Int[Array, "E"]:
+def count_assignments(
+    experts_TK: Int[Array, "T K"], num_experts: int, num_parts: int = 1
+) -> Int[Array, "E"]:
     """How often each expert was chosen; ids outside [0, E) count nowhere.
 
     Args:
@@ -23,7 +25,9 @@ def count_assignments(experts_TK: Int[Array, "T K"], num_experts: int, num_parts
     """
     # Comparing sorted ids with each boundary needs no [T, K, E] array and no scatter.
     sorted_PR = jnp.sort(experts_TK.reshape(num_parts, -1), axis=1)
-    find = jax.vmap(lambda sorted_R: jnp.searchsorted(sorted_R, jnp.arange(num_experts), side="right"))
+    find = jax.vmap(
+        lambda sorted_R: jnp.searchsorted(sorted_R, jnp.arange(num_experts), side="right")
+    )
     return jnp.diff(find(sorted_PR).astype(jnp.int32), prepend=0, axis=1).sum(axis=0)
 
 
@@ -32,12 +36,17 @@ def sum_by_expert(
     experts_TK: Int[Array, "T K"], weights_TK: Float[Array, "T K"], num_experts: int
 ) -> Float[Array, "E"]:
     """The sum of the weights with which each expert was chosen: its importance (Shazeer et al. 2017, section 4)."""
-    return jnp.zeros(num_experts).at[experts_TK.reshape(-1)].add(weights_TK.reshape(-1), mode="drop")
+    return (
+        jnp.zeros(num_experts).at[experts_TK.reshape(-1)].add(weights_TK.reshape(-1), mode="drop")
+    )
 
 
 @takes_numpy
 def balance_of_scopes(
-    experts_TK: Int[Array, "T K"], probs_TE: Float[Array, "T E"], mask_T: Bool[Array, "T"], num_scopes: int
+    experts_TK: Int[Array, "T K"],
+    probs_TE: Float[Array, "T E"],
+    mask_T: Bool[Array, "T"],
+    num_scopes: int,
 ) -> Float[Array, "2"]:
     """Sum over scopes of E sum_e f_e P_e with means over the scope, and how many scopes have a token.
 
@@ -49,16 +58,25 @@ def balance_of_scopes(
     """
     num_experts = probs_TE.shape[-1]
     experts_SX = experts_TK.reshape(num_scopes, -1)
-    counts_SE = jax.vmap(lambda experts_X: count_assignments(experts_X[:, None], num_experts))(experts_SX)
+    counts_SE = jax.vmap(lambda experts_X: count_assignments(experts_X[:, None], num_experts))(
+        experts_SX
+    )
     tokens_S = mask_T.reshape(num_scopes, -1).sum(axis=1, dtype=jnp.float32)
     safe_S1 = jnp.maximum(tokens_S, 1.0)[:, None]
-    probs_SE = jnp.where(mask_T[:, None], probs_TE, 0.0).reshape(num_scopes, -1, num_experts).sum(axis=1) / safe_S1
+    probs_SE = (
+        jnp.where(mask_T[:, None], probs_TE, 0.0).reshape(num_scopes, -1, num_experts).sum(axis=1)
+        / safe_S1
+    )
     load_SE = counts_SE / jnp.maximum(counts_SE.sum(axis=1, keepdims=True), 1)
-    return jnp.stack([num_experts * jnp.sum(load_SE * probs_SE), jnp.sum(tokens_S > 0, dtype=jnp.float32)])
+    return jnp.stack(
+        [num_experts * jnp.sum(load_SE * probs_SE), jnp.sum(tokens_S > 0, dtype=jnp.float32)]
+    )
 
 
 @takes_numpy
-def unbiased_choices(routing: Routing, mask_T: Bool[Array, "T"], config: MoeConfig) -> Int[Array, "T K"]:
+def unbiased_choices(
+    routing: Routing, mask_T: Bool[Array, "T"], config: MoeConfig
+) -> Int[Array, "T K"]:
     """The top K of the scores themselves, without bias and groups, as DeepSeek-V3's sequence-wise loss counts them.
 
     As many for each token as it has experts.
@@ -71,7 +89,9 @@ def unbiased_choices(routing: Routing, mask_T: Bool[Array, "T"], config: MoeConf
 
 
 @takes_numpy
-def sum_of_margins(probs_TE: Float[Array, "T E"], mask_T: Bool[Array, "T"], top_k: int) -> Float[Array, ""]:
+def sum_of_margins(
+    probs_TE: Float[Array, "T E"], mask_T: Bool[Array, "T"], top_k: int
+) -> Float[Array, ""]:
     """Sum over tokens of the K-th largest probability minus the next one (0 if there is none)."""
     probs_TE = jax.lax.stop_gradient(probs_TE)
     if top_k == probs_TE.shape[-1]:
@@ -90,7 +110,9 @@ def count_ties(routing: Routing, mask_T: Bool[Array, "T"]) -> Float[Array, ""]:
     """
     ranking_TE, num_choices = routing.ranking_TE, routing.ranking_TE.shape[-1]
     is_choice_TK = routing.experts_TK < num_choices
-    chosen_TK = jnp.take_along_axis(ranking_TE, jnp.minimum(routing.experts_TK, num_choices - 1), axis=1)
+    chosen_TK = jnp.take_along_axis(
+        ranking_TE, jnp.minimum(routing.experts_TK, num_choices - 1), axis=1
+    )
     chosen_TK = jnp.where(is_choice_TK, chosen_TK, jnp.inf)
     last_T1 = chosen_TK.min(axis=1, keepdims=True)
     is_tied_T = (ranking_TE == last_T1).sum(axis=1) > (chosen_TK == last_T1).sum(axis=1)
@@ -123,7 +145,9 @@ def expected_load_vmoe(routing: Routing, mask_T: Bool[Array, "T"], top_k: int) -
     Source: Riquelme et al. 2021 (V-MoE), section A.2.
     """
     kth_T1 = jax.lax.top_k(routing.noisy_TE, top_k)[0][:, -1:]
-    return _sum_of_probabilities(routing.logits_TE - kth_T1, 1 / routing.logits_TE.shape[-1], mask_T)
+    return _sum_of_probabilities(
+        routing.logits_TE - kth_T1, 1 / routing.logits_TE.shape[-1], mask_T
+    )
 
 
 def _sum_of_probabilities(distance_TE, scale, mask_T) -> jax.Array:

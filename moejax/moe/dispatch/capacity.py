@@ -96,7 +96,9 @@ def admit(
         raise ValueError('overflow="next" needs ranking_TE, the values that the router selected by')
     no_expert = num_experts if ranking_TE is None else ranking_TE.shape[1]
     if no_expert < num_experts:
-        raise ValueError(f"ranking_TE has {no_expert} columns, fewer than num_experts={num_experts}")
+        raise ValueError(
+            f"ranking_TE has {no_expert} columns, fewer than num_experts={num_experts}"
+        )
 
     def admit_group(experts_LK, ranking_LE, weights_LK):
         if order == "weight":
@@ -116,10 +118,14 @@ def admit(
     final_TK = jax.vmap(admit_group)(*groups).reshape(experts_TK.shape)
     is_changed_TK = final_TK != experts_TK
     is_dropped_TK = is_changed_TK & (final_TK == no_expert)
-    return Admission(experts_TK=final_TK, is_dropped_TK=is_dropped_TK, is_moved_TK=is_changed_TK & ~is_dropped_TK)
+    return Admission(
+        experts_TK=final_TK, is_dropped_TK=is_dropped_TK, is_moved_TK=is_changed_TK & ~is_dropped_TK
+    )
 
 
-def capacity_slots(capacity_factor: float, top_k: int, tokens_per_group: int, num_experts: int) -> int:
+def capacity_slots(
+    capacity_factor: float, top_k: int, tokens_per_group: int, num_experts: int
+) -> int:
     """Slots of an expert for one group of tokens: ceil(capacity_factor * K * tokens / E), between 1 and the tokens."""
     share = capacity_factor * top_k * tokens_per_group
     return int(min(tokens_per_group, max(1, -(-share // num_experts))))
@@ -141,9 +147,15 @@ def _is_late(experts_LK, limit, num_experts, choice_major):
     choice_S = _argsort(wanted_S)
     expert_S, index_S = wanted_S[choice_S], jnp.arange(wanted_S.shape[0])
     # Sorted by expert, `limit` of the same come before a choice just if the one `limit` places before it is the same.
-    is_late_S = (index_S >= limit) & (expert_S == expert_S[index_S - limit]) & (expert_S < num_experts)
+    is_late_S = (
+        (index_S >= limit) & (expert_S == expert_S[index_S - limit]) & (expert_S < num_experts)
+    )
     is_late_S = jnp.zeros_like(is_late_S).at[choice_S].set(is_late_S)
-    return is_late_S.reshape(experts_LK.shape[::-1]).T if choice_major else is_late_S.reshape(experts_LK.shape)
+    return (
+        is_late_S.reshape(experts_LK.shape[::-1]).T
+        if choice_major
+        else is_late_S.reshape(experts_LK.shape)
+    )
 
 
 def _move_on(experts_LK, ranking_LE, limit, num_experts, choice_major):
@@ -169,7 +181,9 @@ def _move_on(experts_LK, ranking_LE, limit, num_experts, choice_major):
 
     experts_LK, ranking_LE, limit = vary_alike(experts_LK, ranking_LE, jnp.asarray(limit))
     start = (zeros_varying_like(experts_LK, (width,), jnp.int32), experts_LK)
-    (_, final_LK), _ = jax.lax.scan(take, start, (choice_LK.T if choice_major else choice_LK).reshape(-1))
+    (_, final_LK), _ = jax.lax.scan(
+        take, start, (choice_LK.T if choice_major else choice_LK).reshape(-1)
+    )
     return final_LK
 
 

@@ -65,7 +65,9 @@ class Slots:
 
     def of_experts(self, first: jax.Array, count: int) -> "Slots":
         """The same for `count` experts from `first` on."""
-        return jax.tree.map(lambda a_BEC: jax.lax.dynamic_slice_in_dim(a_BEC, first, count, axis=1), self)
+        return jax.tree.map(
+            lambda a_BEC: jax.lax.dynamic_slice_in_dim(a_BEC, first, count, axis=1), self
+        )
 
 
 @jax.tree_util.register_dataclass
@@ -83,7 +85,9 @@ class Mixing:
 
     def of_experts(self, first: jax.Array, count: int) -> "Mixing":
         """The same for `count` experts from `first` on."""
-        return jax.tree.map(lambda a_BLES: jax.lax.dynamic_slice_in_dim(a_BLES, first, count, axis=2), self)
+        return jax.tree.map(
+            lambda a_BLES: jax.lax.dynamic_slice_in_dim(a_BLES, first, count, axis=2), self
+        )
 
 
 def run_dropless(x_BLD, chosen: Chosen, weights: ExpertWeights, *, implementation: str):
@@ -99,7 +103,10 @@ def run_dropless(x_BLD, chosen: Chosen, weights: ExpertWeights, *, implementatio
     spare_rows = spare_rows_for(num_rows, num_experts, implementation)
     plan = plan_dropless(experts_TK, num_experts, spare_rows, num_rows)
     matmul = functools.partial(
-        grouped_matmul, group_sizes_E=plan.group_sizes_E, implementation=implementation, spare_rows=spare_rows
+        grouped_matmul,
+        group_sizes_E=plan.group_sizes_E,
+        implementation=implementation,
+        spare_rows=spare_rows,
     )
     return _run(plan, x_BLD, chosen, weights, matmul)
 
@@ -109,7 +116,9 @@ def _is_plain(chosen: Chosen, weights: ExpertWeights) -> bool:
     return chosen.input_weights_BLK is None and not weights.network.has_bias
 
 
-def _run_in_one_pass(plan, x_BLD, chosen: Chosen, weights: ExpertWeights, sizes: tuple[int, ...], num_rows: int):
+def _run_in_one_pass(
+    plan, x_BLD, chosen: Chosen, weights: ExpertWeights, sizes: tuple[int, ...], num_rows: int
+):
     y_TD = feed_forward(
         x_BLD.reshape(-1, x_BLD.shape[-1]),
         chosen.weights_BLK.reshape(plan.row_TK.shape),
@@ -172,7 +181,9 @@ def run_slots(x_BLD, slots: Slots, weights: ExpertWeights):
 
 def run_soft(x_BLD, mixing: Mixing, weights: ExpertWeights):
     """Where slots mix tokens: the weights of both mixtures stay float32."""
-    x_EBSD = jnp.einsum("BLES,BLD->EBSD", mixing.dispatch_BLES, x_BLD.astype(jnp.float32)).astype(x_BLD.dtype)
+    x_EBSD = jnp.einsum("BLES,BLD->EBSD", mixing.dispatch_BLES, x_BLD.astype(jnp.float32)).astype(
+        x_BLD.dtype
+    )
     y_EBSD = apply_slotted(x_EBSD.reshape(-1, x_BLD.shape[-1]), weights).reshape(x_EBSD.shape)
     y_BLD = jnp.einsum("BLES,EBSD->BLD", mixing.combine_BLES, y_EBSD.astype(jnp.float32))
     return y_BLD.astype(x_BLD.dtype)

@@ -38,7 +38,10 @@ class Plan:
 
 @takes_numpy
 def plan_dropless(
-    experts_TK: Int[Array, "T K"], num_experts: int, spare_rows: int = 0, max_rows: int | None = None
+    experts_TK: Int[Array, "T K"],
+    num_experts: int,
+    spare_rows: int = 0,
+    max_rows: int | None = None,
 ) -> Plan:
     """Rows sorted by expert, one for each choice; rows of masked tokens (expert id E) come last and are empty.
 
@@ -51,7 +54,9 @@ def plan_dropless(
     num_tokens, top_k = experts_TK.shape
     num_choices = num_tokens * top_k
     expert_R, choice_R = _sort_with_index(experts_TK.reshape(num_choices), num_experts)
-    row_of_choice = jnp.zeros(num_choices, jnp.int32).at[choice_R].set(jnp.arange(num_choices, dtype=jnp.int32))
+    row_of_choice = (
+        jnp.zeros(num_choices, jnp.int32).at[choice_R].set(jnp.arange(num_choices, dtype=jnp.int32))
+    )
     num_rows = num_choices if max_rows is None else min(max_rows, num_choices)
     expert_R, choice_R = expert_R[:num_rows], choice_R[:num_rows]
     choice_R = jnp.where(expert_R < num_experts, choice_R, num_choices)
@@ -128,8 +133,14 @@ def _add_up(y_RD, plan):
     return add_rows(y_RD, plan.row_TK)
 
 
-_dispatch.defvjp(lambda x_TD, plan: (_dispatch(x_TD, plan), plan), lambda plan, dy_RD: (_add_up(dy_RD, plan), None))
-_add_up.defvjp(lambda y_RD, plan: (_add_up(y_RD, plan), plan), lambda plan, dy_TD: (_dispatch(dy_TD, plan), None))
+_dispatch.defvjp(
+    lambda x_TD, plan: (_dispatch(x_TD, plan), plan),
+    lambda plan, dy_RD: (_add_up(dy_RD, plan), None),
+)
+_add_up.defvjp(
+    lambda y_RD, plan: (_add_up(y_RD, plan), plan),
+    lambda plan, dy_TD: (_dispatch(dy_TD, plan), None),
+)
 
 
 @takes_numpy
@@ -141,7 +152,9 @@ def dispatch_weights(weights_TK: Float[Array, "T K"], plan: Plan) -> Float[Array
 
 
 @takes_numpy
-def combine(y_RD: Float[Array, "R D"], weights_TK: Float[Array, "T K"], plan: Plan) -> Float[Array, "T D"]:
+def combine(
+    y_RD: Float[Array, "R D"], weights_TK: Float[Array, "T K"], plan: Plan
+) -> Float[Array, "T D"]:
     """Adds up each token's rows with their weights; a choice without a row adds nothing."""
     y_RD, weights_TK, _ = vary_alike(y_RD, weights_TK, plan.row_TK)
     return _combine(y_RD, weights_TK, plan)
@@ -162,7 +175,9 @@ def _combine_backward(residuals, dy_TD):
     weight_R1 = _gather(weights_TK.reshape(-1), plan.choice_R)[:, None].astype(jnp.float32)
     dy_RD = weight_R1 * _gather(dy_TD, plan.choice_R // top_k).astype(jnp.float32)
     y_TKD = _gather(y_RD, plan.row_TK)
-    dweights_TK = jnp.einsum("TD,TKD->TK", dy_TD, y_TKD, precision="highest", preferred_element_type=jnp.float32)
+    dweights_TK = jnp.einsum(
+        "TD,TKD->TK", dy_TD, y_TKD, precision="highest", preferred_element_type=jnp.float32
+    )
     return dy_RD.astype(y_RD.dtype), dweights_TK.astype(weights_TK.dtype), None
 
 
@@ -170,7 +185,9 @@ _combine.defvjp(_combine_forward, _combine_backward)
 
 
 @takes_numpy
-def take_slots(x_BLD: Float[Array, "B L D"], positions_BEC: Int[Array, "B E C"]) -> Float[Array, "B E C D"]:
+def take_slots(
+    x_BLD: Float[Array, "B L D"], positions_BEC: Int[Array, "B E C"]
+) -> Float[Array, "B E C D"]:
     """The token of each slot, where experts choose; zeros in empty ones, whose position is L."""
     return _take_slots(*vary_alike(x_BLD, positions_BEC), x_BLD.shape[1])
 
@@ -202,7 +219,10 @@ _take_slots.defvjp(
     lambda length, positions_BEC, dx_BECD: (_add_slots(dx_BECD, positions_BEC, length), None),
 )
 _add_slots.defvjp(
-    lambda y_BECD, positions_BEC, length: (_add_slots(y_BECD, positions_BEC, length), positions_BEC),
+    lambda y_BECD, positions_BEC, length: (
+        _add_slots(y_BECD, positions_BEC, length),
+        positions_BEC,
+    ),
     lambda length, positions_BEC, dy_BLD: (_take_slots(dy_BLD, positions_BEC, length), None),
 )
 
@@ -227,5 +247,7 @@ def _sort_with_index(keys, num_experts):
 
 
 def _group_sizes(sorted_experts, num_experts):
-    ends_E = jnp.searchsorted(sorted_experts, jnp.arange(num_experts), side="right").astype(jnp.int32)
+    ends_E = jnp.searchsorted(sorted_experts, jnp.arange(num_experts), side="right").astype(
+        jnp.int32
+    )
     return jnp.diff(ends_E, prepend=0)

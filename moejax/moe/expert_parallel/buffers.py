@@ -30,7 +30,9 @@ class Parcels:
     is_left_TK: Bool[Array, "T K"]
     by_choice: bool = dataclasses.field(metadata={"static": True})
 
-    def load(self, x_TD: Float[Array, "T D"], chosen: Chosen, none: int) -> tuple[jax.Array, Chosen]:
+    def load(
+        self, x_TD: Float[Array, "T D"], chosen: Chosen, none: int
+    ) -> tuple[jax.Array, Chosen]:
         """The rows that are sent, and the choices of each, `[R, 1]` or `[R, K]`; an empty row's expert is `none`."""
         top_k, plan = self.plan.row_TK.shape[1], self.plan
         experts_TK, weights_TK = chosen.experts_BLK[0], chosen.weights_BLK[0]
@@ -38,7 +40,11 @@ class Parcels:
         experts_UK = experts_TK.reshape(-1, 1) if self.by_choice else experts_TK
 
         def of_rows(weights_TK):
-            return dispatch_weights(weights_TK, plan)[:, None] if self.by_choice else dispatch(weights_TK, plan)
+            return (
+                dispatch_weights(weights_TK, plan)[:, None]
+                if self.by_choice
+                else dispatch(weights_TK, plan)
+            )
 
         inputs_BLK = chosen.input_weights_BLK
         rows = Chosen(
@@ -59,7 +65,9 @@ def mean_receivers(num_experts: int, top_k: int, num_receivers: int) -> float:
 
     Those of a receiver are E / n of the experts: none of K is among them with probability C(E - E/n, K) / C(E, K).
     """
-    top_k = min(top_k, num_experts)  # choices of experts without weights, which need no receiver, come on top
+    top_k = min(
+        top_k, num_experts
+    )  # choices of experts without weights, which need no receiver, come on top
     others = num_experts - num_experts // num_receivers
     return num_receivers * (1 - math.comb(others, top_k) / math.comb(num_experts, top_k))
 
@@ -77,7 +85,9 @@ def pack_choices(receiver_TK: Int[Array, "T K"], num_receivers: int, slots: int)
     return Parcels(plan, (receiver_TK < num_receivers) & has_none_TK, by_choice=True)
 
 
-def pack_tokens(receiver_TK: Int[Array, "T K"], num_receivers: int, slots: int, max_choices: int) -> Parcels:
+def pack_tokens(
+    receiver_TK: Int[Array, "T K"], num_receivers: int, slots: int, max_choices: int
+) -> Parcels:
     """A row for each receiver of a token, however many of its choices are there.
 
     Args:
@@ -89,7 +99,9 @@ def pack_tokens(receiver_TK: Int[Array, "T K"], num_receivers: int, slots: int, 
     num_tokens, top_k = receiver_TK.shape
     choices_Tn = jax.nn.one_hot(receiver_TK, num_receivers, dtype=jnp.int32).sum(axis=1)
     is_sent_Tn = choices_Tn > 0
-    place_Tn, before_Tn = (jnp.cumsum(a, axis=0) - a for a in (is_sent_Tn.astype(jnp.int32), choices_Tn))
+    place_Tn, before_Tn = (
+        jnp.cumsum(a, axis=0) - a for a in (is_sent_Tn.astype(jnp.int32), choices_Tn)
+    )
     is_in_Tn = is_sent_Tn & (place_Tn < slots) & (before_Tn + choices_Tn <= max_choices)
     num_rows = num_receivers * slots
     row_Tn = jnp.where(is_in_Tn, jnp.arange(num_receivers)[None] * slots + place_Tn, num_rows)
@@ -143,11 +155,25 @@ class Travel:
         places_nn = jnp.minimum(jnp.cumsum(sizes_nn, axis=0) - sizes_nn, room)
         sent_nn = jnp.minimum(sizes_nn, room - places_nn)
         starts_nn = jnp.cumsum(sizes_nn, axis=1) - sizes_nn
-        return cls(starts_nn[me], sent_nn[me], places_nn[me], sent_nn[:, me], places_nn[:, me], starts_nn[:, me])
+        return cls(
+            starts_nn[me],
+            sent_nn[me],
+            places_nn[me],
+            sent_nn[:, me],
+            places_nn[:, me],
+            starts_nn[:, me],
+        )
 
     def back(self) -> "Travel":
         """The same rows on their way back, to where they were."""
-        return Travel(self.arrivals_n, self.arriving_n, self.returns_n, self.sent_n, self.starts_n, self.places_n)
+        return Travel(
+            self.arrivals_n,
+            self.arriving_n,
+            self.returns_n,
+            self.sent_n,
+            self.starts_n,
+            self.places_n,
+        )
 
     def is_row(self, num_rows: int) -> Bool[Array, "R 1"]:
         """Which rows of the array of arrivals are filled."""

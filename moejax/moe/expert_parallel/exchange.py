@@ -31,7 +31,14 @@ from moejax.kernels.device import platform
 from moejax.kernels.vma import vary_alike, zeros_varying_like
 from moejax.moe.dispatch.on_device import Chosen
 from moejax.moe.dispatch.plan import add_up, plan_dropless
-from moejax.moe.expert_parallel.buffers import Parcels, Travel, mean_receivers, pack_choices, pack_tokens, room_for
+from moejax.moe.expert_parallel.buffers import (
+    Parcels,
+    Travel,
+    mean_receivers,
+    pack_choices,
+    pack_tokens,
+    room_for,
+)
 from moejax.moe.expert_parallel.strategy import Exchange, Local, LocalExperts, choose
 from moejax.moe.experts.experts import ExpertWeights
 from moejax.sharding import EXPERT_AXES, MESH_AXES, TOKENS
@@ -51,7 +58,12 @@ EXCHANGED = "exchanged"
 
 
 def exchange(
-    how: Exchange, local: Local, rows: Local | None, x_BLD: jax.Array, chosen: Any, weights: ExpertWeights
+    how: Exchange,
+    local: Local,
+    rows: Local | None,
+    x_BLD: jax.Array,
+    chosen: Any,
+    weights: ExpertWeights,
 ) -> tuple[jax.Array, jax.Array]:
     """Runs dispatch, experts and combine on each device's part of the batch or of the experts.
 
@@ -67,7 +79,9 @@ def exchange(
       The combined outputs, and how many choices went the slow way because a buffer had no room, a float32 scalar.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or all(mesh.shape[axis] == 1 for axis in MESH_AXES):  # XLA:CPU copies what is summed over one device
+    if mesh.empty or all(
+        mesh.shape[axis] == 1 for axis in MESH_AXES
+    ):  # XLA:CPU copies what is summed over one device
         return local.run(x_BLD, chosen, weights), jnp.float32(0)
     slow, fast = (mesh.shape[axis] for axis in EXPERT_AXES)
     top_k = chosen.experts_BLK.shape[-1] if rows is not None else 0
@@ -94,7 +108,9 @@ def exchange(
         down_bias_ED=PartitionSpec(EXPERT_AXES, "fsdp") if has_bias else None,
     )
     in_specs, out_specs = (TOKENS, TOKENS, split), (TOKENS, PartitionSpec())
-    sharded = jax.shard_map(run, in_specs=in_specs, out_specs=out_specs, check_vma=used.can_check_vma)
+    sharded = jax.shard_map(
+        run, in_specs=in_specs, out_specs=out_specs, check_vma=used.can_check_vma
+    )
     return sharded(x_BLD, chosen, weights)
 
 
@@ -157,15 +173,28 @@ def _gather_tokens(x_bLD):
 @jax.custom_vjp
 def _add_and_scatter(y_BLD):
     """Adds up what devices made of all tokens, in float32, and gives each its own tokens' outputs."""
-    sum_bLD = jax.lax.psum_scatter(y_BLD.astype(jnp.float32), EXPERT_AXES, scatter_dimension=0, tiled=True)
+    sum_bLD = jax.lax.psum_scatter(
+        y_BLD.astype(jnp.float32), EXPERT_AXES, scatter_dimension=0, tiled=True
+    )
     return sum_bLD.astype(y_BLD.dtype)
 
 
-_gather_tokens.defvjp(lambda x_bLD: (_gather_tokens(x_bLD), None), lambda _, dx_BLD: (_add_and_scatter(dx_BLD),))
-_add_and_scatter.defvjp(lambda y_BLD: (_add_and_scatter(y_BLD), None), lambda _, dy_bLD: (_gather_tokens(dy_bLD),))
+_gather_tokens.defvjp(
+    lambda x_bLD: (_gather_tokens(x_bLD), None), lambda _, dx_BLD: (_add_and_scatter(dx_BLD),)
+)
+_add_and_scatter.defvjp(
+    lambda y_BLD: (_add_and_scatter(y_BLD), None), lambda _, dy_bLD: (_gather_tokens(dy_bLD),)
+)
 
 
-def _send(how: Exchange, strategy: str, run_rows: LocalExperts, x_bLD, chosen: Chosen, weights: ExpertWeights):
+def _send(
+    how: Exchange,
+    strategy: str,
+    run_rows: LocalExperts,
+    x_bLD,
+    chosen: Chosen,
+    weights: ExpertWeights,
+):
     """Tokens to their experts and back, in chunks; and then what was left over."""
     x_1TD = x_bLD.reshape(1, -1, x_bLD.shape[-1])
     chosen = jax.tree.map(lambda a: a.reshape(1, -1, a.shape[-1]), chosen)
@@ -179,7 +208,9 @@ def _send(how: Exchange, strategy: str, run_rows: LocalExperts, x_bLD, chosen: C
         leg = jax.checkpoint(leg, policy=jax.checkpoint_policies.save_only_these_names(EXCHANGED))
     parts = []
     for first in range(0, num_tokens, size):
-        x_1tD, chosen_t = jax.tree.map(lambda a, first=first: a[:, first : first + size], (x_1TD, chosen))
+        x_1tD, chosen_t = jax.tree.map(
+            lambda a, first=first: a[:, first : first + size], (x_1TD, chosen)
+        )
         parts.append(leg(x_1tD, chosen_t, weights))
     y_1TD = jnp.concatenate([y_1tD for y_1tD, _, _ in parts], axis=1)
     is_left_TK = jnp.concatenate([is_left_tK for _, is_left_tK, _ in parts])
@@ -187,7 +218,14 @@ def _send(how: Exchange, strategy: str, run_rows: LocalExperts, x_bLD, chosen: C
     return (y_1TD + rest_1TD).reshape(x_bLD.shape), num_left + sum(number for _, _, number in parts)
 
 
-def _leg(factor: float, strategy: str, run_rows: LocalExperts, num_tokens: int, top_k: int, num_experts: int) -> Leg:
+def _leg(
+    factor: float,
+    strategy: str,
+    run_rows: LocalExperts,
+    num_tokens: int,
+    top_k: int,
+    num_experts: int,
+) -> Leg:
     """The way there and back of as many tokens on every device."""
     slow, fast = (jax.lax.axis_size(axis) for axis in EXPERT_AXES)
     num_devices, num_choices = slow * fast, num_tokens * top_k
@@ -205,12 +243,19 @@ def _leg(factor: float, strategy: str, run_rows: LocalExperts, num_tokens: int, 
     rows = num_tokens * mean_receivers(num_experts, top_k, num_devices)
     if strategy == "dedup":
         slots = room_for(rows / num_devices, factor, num_tokens)
-        pack = functools.partial(pack_tokens, num_receivers=num_devices, slots=slots, max_choices=choices_each)
+        pack = functools.partial(
+            pack_tokens, num_receivers=num_devices, slots=slots, max_choices=choices_each
+        )
         return functools.partial(_by_buffers, EXPERT_AXES, pack, num_devices * choices_each, run)
     # Between groups, to the device with this one's place in its group; its tokens are those of all groups in turn.
-    groups_slots = room_for(num_tokens * mean_receivers(num_experts, top_k, slow) / slow, factor, num_tokens)
+    groups_slots = room_for(
+        num_tokens * mean_receivers(num_experts, top_k, slow) / slow, factor, num_tokens
+    )
     arrived = slow * groups_slots
-    slots, choices = room_for(rows / fast, factor, arrived), room_for(num_choices / fast, factor, arrived * top_k)
+    slots, choices = (
+        room_for(rows / fast, factor, arrived),
+        room_for(num_choices / fast, factor, arrived * top_k),
+    )
     pack = functools.partial(pack_tokens, num_receivers=fast, slots=slots, max_choices=choices)
     within = functools.partial(_by_buffers, ("expert",), pack, fast * choices, run)
 
@@ -219,13 +264,17 @@ def _leg(factor: float, strategy: str, run_rows: LocalExperts, num_tokens: int, 
         rest_1TD, num_left = _rest(("expert",), run_rows, y_1TD, is_left_TK, x_1TD, chosen, weights)
         return y_1TD + rest_1TD, num_left
 
-    pack = functools.partial(pack_tokens, num_receivers=slow, slots=groups_slots, max_choices=num_choices)
+    pack = functools.partial(
+        pack_tokens, num_receivers=slow, slots=groups_slots, max_choices=num_choices
+    )
     return functools.partial(_by_buffers, ("dcn_expert",), pack, None, in_group)
 
 
 def _scope(axes: tuple[str, ...], weights: ExpertWeights) -> tuple[int, int, jax.Array]:
     """Devices along axes of experts, the experts behind each of them, and the first of those behind this one."""
-    behind = math.prod(jax.lax.axis_size(axis) for axis in EXPERT_AXES[EXPERT_AXES.index(axes[-1]) + 1 :])
+    behind = math.prod(
+        jax.lax.axis_size(axis) for axis in EXPERT_AXES[EXPERT_AXES.index(axes[-1]) + 1 :]
+    )
     num_behind = behind * weights.down_EFD.shape[0]
     return jax.lax.axis_size(axes), num_behind, jax.lax.axis_index(axes) * num_behind
 
@@ -252,13 +301,16 @@ def _by_buffers(
     sent = parcels.load(x_1TD[0], chosen, none=num_receivers * num_behind)
     x_RD, there = jax.tree.map(lambda a: checkpoint_name(swap(a), EXCHANGED), sent)
     there = dataclasses.replace(
-        jax.tree.map(lambda a: a[None], there).of_experts(first, num_behind), max_choices=max_choices
+        jax.tree.map(lambda a: a[None], there).of_experts(first, num_behind),
+        max_choices=max_choices,
     )
     y_1RD, num_left = run_there(x_RD[None], there, weights)
     return add_up(swap(y_1RD[0]), parcels.plan)[None], parcels.is_left_TK, num_left
 
 
-def _by_offsets(room: int, run_there: Counted, x_1TD: jax.Array, chosen: Chosen, weights: ExpertWeights):
+def _by_offsets(
+    room: int, run_there: Counted, x_1TD: jax.Array, chosen: Chosen, weights: ExpertWeights
+):
     """Rows sorted by receiver, each at its place among those that arrive there: `room` of them at most. A leg."""
     num_devices, num_local, first = _scope(EXPERT_AXES, weights)
     receiver_TK = jnp.minimum(chosen.experts_BLK[0] // num_local, num_devices)
@@ -268,7 +320,9 @@ def _by_offsets(room: int, run_there: Counted, x_1TD: jax.Array, chosen: Chosen,
     parcels = travel.pack(plan, receiver_TK)
     sent = parcels.load(x_1TD[0], chosen, none=num_devices * num_local)
     x_RD, there = jax.tree.map(lambda a: checkpoint_name(_travel(a, travel, room), EXCHANGED), sent)
-    there = dataclasses.replace(there, experts_BLK=jnp.where(travel.is_row(room), there.experts_BLK, first - 1))
+    there = dataclasses.replace(
+        there, experts_BLK=jnp.where(travel.is_row(room), there.experts_BLK, first - 1)
+    )
     there = jax.tree.map(lambda a: a[None], there).of_experts(first, num_local)
     y_1RD, num_left = run_there(x_RD[None], there, weights)
     y_RD = _travel(y_1RD[0], travel.back(), num_rows=sent[0].shape[0])
@@ -288,7 +342,10 @@ def _travel_with_gradient(num_rows, a_RX, travel):
 
 
 _travel_with_gradient.defvjp(
-    lambda num_rows, a_RX, travel: (_ragged_all_to_all(a_RX, travel, num_rows), (travel, a_RX.shape[0])),
+    lambda num_rows, a_RX, travel: (
+        _ragged_all_to_all(a_RX, travel, num_rows),
+        (travel, a_RX.shape[0]),
+    ),
     lambda _, kept, da_RX: (_travel_with_gradient(kept[1], da_RX, kept[0].back()), None),
 )
 
@@ -343,20 +400,28 @@ def _rest(
         def turn(sum_1tD, part_and_sender):
             (x_1tD, left_t), sender = part_and_sender
             is_mine = jax.lax.axis_index(axes) == sender
-            x_1tD, left_t = jax.tree.map(lambda a: jax.lax.psum(jnp.where(is_mine, a, 0), axes), (x_1tD, left_t))
+            x_1tD, left_t = jax.tree.map(
+                lambda a: jax.lax.psum(jnp.where(is_mine, a, 0), axes), (x_1tD, left_t)
+            )
             part_1tD = run_rows(x_1tD, left_t.of_experts(first, num_behind), weights)
             y_1tD = jax.lax.psum(part_1tD.astype(jnp.float32), axes).astype(part_1tD.dtype)
             return sum_1tD + jnp.where(is_mine, y_1tD, 0), None
 
         def one_part(part):
             zeros_1tD = zeros_1TD[:, : part[0].shape[1]]
-            return jax.lax.scan(lambda s, sender: turn(s, (part, sender)), zeros_1tD, jnp.arange(num_devices))[0]
+            return jax.lax.scan(
+                lambda s, sender: turn(s, (part, sender)), zeros_1tD, jnp.arange(num_devices)
+            )[0]
 
         num_parts = math.gcd(REST_PARTS, x_1TD.shape[1])
-        parts = jax.tree.map(lambda a: a.reshape(1, num_parts, -1, a.shape[-1]).swapaxes(0, 1), (x_1TD, left))
+        parts = jax.tree.map(
+            lambda a: a.reshape(1, num_parts, -1, a.shape[-1]).swapaxes(0, 1), (x_1TD, left)
+        )
         return jax.lax.map(one_part, parts).swapaxes(0, 1).reshape(zeros_1TD.shape)
 
     # The same on all devices, which must take the same branch.
     num_left = jax.lax.psum(vary_alike(is_left_TK.sum(dtype=jnp.float32), like_1TD)[0], MESH_AXES)
-    y_1TD = jax.lax.cond(num_left == 0, lambda *_: zeros_1TD, jax.checkpoint(in_turns), x_1TD, left, weights)
+    y_1TD = jax.lax.cond(
+        num_left == 0, lambda *_: zeros_1TD, jax.checkpoint(in_turns), x_1TD, left, weights
+    )
     return y_1TD, num_left / jax.lax.axis_size("tensor")  # whose devices all count the same

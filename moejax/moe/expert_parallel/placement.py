@@ -38,11 +38,15 @@ class Copies:
         """
         num_NE = (experts_NP[:, :, None] == np.arange(num_experts)).sum(axis=1)
         if num_NE.min() < 1 or num_NE.sum() != experts_NP.size:
-            raise PlacementError(f"every one of {num_experts} experts, and no other, must have a slot in every layer")
+            raise PlacementError(
+                f"every one of {num_experts} experts, and no other, must have a slot in every layer"
+            )
         slots_NEM = np.zeros((*num_NE.shape, num_NE.max()), np.int32)
         for layer, experts_P in enumerate(experts_NP):
             for expert in range(num_experts):
-                slots_NEM[layer, expert] = np.resize(np.flatnonzero(experts_P == expert), num_NE.max())
+                slots_NEM[layer, expert] = np.resize(
+                    np.flatnonzero(experts_P == expert), num_NE.max()
+                )
         return cls(slots_NEM, num_NE.astype(np.int32))
 
 
@@ -51,7 +55,9 @@ def in_order(num_layers: int, num_experts: int) -> Int[np.ndarray, "N E"]:
     return np.tile(np.arange(num_experts, dtype=np.int32), (num_layers, 1))
 
 
-def place(load_NE: Float[np.ndarray, "N E"], num_devices: int, replicas: int = 0) -> Int[np.ndarray, "N P"]:
+def place(
+    load_NE: Float[np.ndarray, "N E"], num_devices: int, replicas: int = 0
+) -> Int[np.ndarray, "N P"]:
     """The expert in each slot, so that devices have nearly the same load.
 
     A layer takes the simplest of three maps that is not less even than a later one by more than `EVEN`: experts in
@@ -71,13 +77,20 @@ def place(load_NE: Float[np.ndarray, "N E"], num_devices: int, replicas: int = 0
     """
     with_copies_NP = place_by_load(load_NE, num_devices, replicas)
     chosen_NP = _repeat(in_order(*load_NE.shape), num_devices, replicas)
-    for other_NP in (_repeat(place_by_load(load_NE, num_devices), num_devices, replicas), with_copies_NP):
-        gain_N = imbalance(load_NE, chosen_NP, num_devices) - imbalance(load_NE, other_NP, num_devices)
+    for other_NP in (
+        _repeat(place_by_load(load_NE, num_devices), num_devices, replicas),
+        with_copies_NP,
+    ):
+        gain_N = imbalance(load_NE, chosen_NP, num_devices) - imbalance(
+            load_NE, other_NP, num_devices
+        )
         chosen_NP = np.where(gain_N[:, None] > EVEN, other_NP, chosen_NP)
     return chosen_NP
 
 
-def place_by_load(load_NE: Float[np.ndarray, "N E"], num_devices: int, replicas: int = 0) -> Int[np.ndarray, "N P"]:
+def place_by_load(
+    load_NE: Float[np.ndarray, "N E"], num_devices: int, replicas: int = 0
+) -> Int[np.ndarray, "N P"]:
     """The expert in each slot by load alone, even where experts in order would be more even; see `place`.
 
     Spare slots go one by one to the expert with most load a copy. Then copies, those with most load first, go to the
@@ -90,11 +103,17 @@ def place_by_load(load_NE: Float[np.ndarray, "N E"], num_devices: int, replicas:
         )
     if not 0 <= replicas <= num_experts - num_experts // num_devices:
         most = num_experts - num_experts // num_devices
-        raise PlacementError(f"{replicas} replicas on a device must be between 0 and {most}, as many as it lacks")
-    return np.stack([_place_layer(load_E, num_devices, replicas) for load_E in load_NE.astype(np.float64)])
+        raise PlacementError(
+            f"{replicas} replicas on a device must be between 0 and {most}, as many as it lacks"
+        )
+    return np.stack(
+        [_place_layer(load_E, num_devices, replicas) for load_E in load_NE.astype(np.float64)]
+    )
 
 
-def _repeat(experts_NE: Int[np.ndarray, "N E"], num_devices: int, replicas: int) -> Int[np.ndarray, "N P"]:
+def _repeat(
+    experts_NE: Int[np.ndarray, "N E"], num_devices: int, replicas: int
+) -> Int[np.ndarray, "N P"]:
     """The same map with spare slots, which repeat the experts of their device in turn."""
     experts_NnS = experts_NE.reshape(len(experts_NE), num_devices, -1)
     num_slots = experts_NnS.shape[2] + replicas

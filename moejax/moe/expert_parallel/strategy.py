@@ -66,4 +66,6 @@ def choose(how: Exchange, slow: int, fast: int, num_experts: int, top_k: int) ->
         return "two_level"
     # Where tokens have more choices than there are devices, "ring" sends no more rows; but it has room for all choices
     # of all devices, n times as many as a device's share.
-    return "dedup" if mean_receivers(num_experts, top_k, num_devices) < 0.95 * top_k else "all_to_all"
+    return (
+        "dedup" if mean_receivers(num_experts, top_k, num_devices) < 0.95 * top_k else "all_to_all"
+    )

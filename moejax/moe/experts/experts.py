@@ -79,8 +79,18 @@ class ExpertWeights:
 class FeedForward(nnx.Module):
     """One network, by default SwiGLU without biases."""
 
-    def __init__(self, d_model: int, d_hidden: int, dtype: jnp.dtype, network: Network = Network(), *, rngs: nnx.Rngs):
-        gate_up_DPF, down_FD = init_feed_forward(rngs.params(), d_model, d_hidden, network.num_projections)
+    def __init__(
+        self,
+        d_model: int,
+        d_hidden: int,
+        dtype: jnp.dtype,
+        network: Network = Network(),
+        *,
+        rngs: nnx.Rngs,
+    ):
+        gate_up_DPF, down_FD = init_feed_forward(
+            rngs.params(), d_model, d_hidden, network.num_projections
+        )
         self.gate_up = nnx.Param(gate_up_DPF, axes=("embed", "gate_up", "mlp"))
         self.down = nnx.Param(down_FD, axes=("mlp", "embed"))
         if network.has_bias:
@@ -97,7 +107,11 @@ class FeedForward(nnx.Module):
             bias_PF = self.gate_up_bias[...].astype(self.dtype)
             hidden = [h_BLF + bias_PF[i][None, None] for i, h_BLF in enumerate(hidden)]
         y_BLD = project(self.network.activate(hidden), whole(self.down, self.dtype))
-        return y_BLD + whole(self.down_bias, self.dtype)[None, None] if self.network.has_bias else y_BLD
+        return (
+            y_BLD + whole(self.down_bias, self.dtype)[None, None]
+            if self.network.has_bias
+            else y_BLD
+        )
 
 
 class Experts(nnx.Module):
@@ -142,7 +156,9 @@ def init_feed_forward(
 ) -> tuple[jax.Array, jax.Array]:
     """Weights of one network: P projections in `[D, P, F]`, one out `[F, D]`."""
     in_key, out_key = jax.random.split(key)
-    gate_up_DPF = initialize(in_key, (d_model, num_projections * d_hidden)).reshape(d_model, -1, d_hidden)
+    gate_up_DPF = initialize(in_key, (d_model, num_projections * d_hidden)).reshape(
+        d_model, -1, d_hidden
+    )
     return gate_up_DPF, initialize(out_key, (d_hidden, d_model))
 
 
@@ -165,7 +181,9 @@ def apply_experts(
     hidden_RP = matmul(x_RD, gate_up_EDPF.reshape(*gate_up_EDPF.shape[:2], -1))
     if network.has_bias:
         hidden_RP += _of_rows(weights.gate_up_bias_EPF.reshape(gate_up_EDPF.shape[0], -1), expert_R)
-    hidden = [hidden_RP[:, i * d_expert : (i + 1) * d_expert] for i in range(network.num_projections)]
+    hidden = [
+        hidden_RP[:, i * d_expert : (i + 1) * d_expert] for i in range(network.num_projections)
+    ]
     y_RD = matmul(network.activate(hidden), weights.down_EFD)
     return y_RD + _of_rows(weights.down_bias_ED, expert_R) if network.has_bias else y_RD
 

@@ -24,7 +24,9 @@ class FreeExperts(nnx.Module):
         self.first_constant = self.first_identity + config.num_identity_experts
         self.num_constant = config.num_constant_experts
         if self.num_constant:
-            vectors_JD = jax.random.normal(rngs.params(), (self.num_constant, d_model)) * d_model**-0.5
+            vectors_JD = (
+                jax.random.normal(rngs.params(), (self.num_constant, d_model)) * d_model**-0.5
+            )
             self.vectors = nnx.Param(vectors_JD, axes=("router", "embed"))
 
     def __call__(
@@ -39,7 +41,9 @@ class FreeExperts(nnx.Module):
         y_BLD = identity_BL1 * x_BLD.astype(jnp.float32)
         if self.num_constant:
             constant_BLKJ = jax.nn.one_hot(experts_BLK - self.first_constant, self.num_constant)
-            weights_BLJ = jnp.einsum("BLKJ,BLK->BLJ", constant_BLKJ, weights_BLK, precision="highest")
+            weights_BLJ = jnp.einsum(
+                "BLKJ,BLK->BLJ", constant_BLKJ, weights_BLK, precision="highest"
+            )
             vectors_JD = whole(self.vectors, x_BLD.dtype).astype(jnp.float32)
             y_BLD += jnp.einsum("BLJ,JD->BLD", weights_BLJ, vectors_JD, precision="highest")
         return y_BLD

@@ -75,7 +75,9 @@ def _choices(routing: AnyRouting, num_choices: int) -> tuple[jax.Array, jax.Arra
     experts_NBLE = jnp.full(shape, num_choices, jnp.int32).at[place].set(expert, mode="drop")
     weights_NBLE = jnp.zeros(shape).at[place].set(routing.weights_BEC, mode="drop")
     order_NBLE = jnp.argsort(jnp.where(experts_NBLE < num_choices, -weights_NBLE, jnp.inf), axis=-1)
-    experts_NBLE, weights_NBLE = (jnp.take_along_axis(x, order_NBLE, axis=-1) for x in (experts_NBLE, weights_NBLE))
+    experts_NBLE, weights_NBLE = (
+        jnp.take_along_axis(x, order_NBLE, axis=-1) for x in (experts_NBLE, weights_NBLE)
+    )
     return experts_NBLE.reshape(layers, tokens, -1), weights_NBLE.reshape(layers, tokens, -1)
 
 
@@ -103,7 +105,9 @@ def coactivation(experts_NTK: Int[Array, "N T K"], num_choices: int) -> Int[Arra
     return jax.lax.map(of_layer, experts_NTK)
 
 
-def churn(before_NTK: Int[Array, "N T K"], after_NTK: Int[Array, "N T K"], num_choices: int) -> Float[Array, "N"]:
+def churn(
+    before_NTK: Int[Array, "N T K"], after_NTK: Int[Array, "N T K"], num_choices: int
+) -> Float[Array, "N"]:
     """Routing churn by layer: of the experts that a token visited before, the fraction that it no longer visits.
 
     The mean is over tokens that visited any.
@@ -117,4 +121,6 @@ def churn(before_NTK: Int[Array, "N T K"], after_NTK: Int[Array, "N T K"], num_c
     stays_NTK = (before_NTK[..., :, None] == after_NTK[..., None, :]).any(axis=-1)
     visits_NT = is_visit_NTK.sum(axis=-1)
     lost_NT = (is_visit_NTK & ~stays_NTK).sum(axis=-1) / jnp.maximum(visits_NT, 1)
-    return jnp.where(visits_NT > 0, lost_NT, 0.0).sum(axis=-1) / jnp.maximum((visits_NT > 0).sum(axis=-1), 1)
+    return jnp.where(visits_NT > 0, lost_NT, 0.0).sum(axis=-1) / jnp.maximum(
+        (visits_NT > 0).sum(axis=-1), 1
+    )

@@ -25,7 +25,11 @@ def route_expert_choice(inputs: RouterInputs, config: MoeConfig, slots: int) -> 
     values_BEC, positions_BEC = jax.lax.top_k(ranking_BEL, slots)
     positions_BEC = jnp.where(values_BEC >= 0, positions_BEC, inputs.length)
     batch = positions_BEC.shape[0]
-    positions_BEC = named(positions_BEC.astype(jnp.int32).reshape(batch, -1)).reshape(positions_BEC.shape)
-    taken_BEC = jnp.take_along_axis(probs_BEL, jnp.minimum(positions_BEC, inputs.length - 1), axis=-1)
+    positions_BEC = named(positions_BEC.astype(jnp.int32).reshape(batch, -1)).reshape(
+        positions_BEC.shape
+    )
+    taken_BEC = jnp.take_along_axis(
+        probs_BEL, jnp.minimum(positions_BEC, inputs.length - 1), axis=-1
+    )
     weights_BEC = jnp.where(positions_BEC < inputs.length, taken_BEC * config.route_scale, 0.0)
     return SlotRouting(inputs.logits_TE, probs_TE, positions_BEC, weights_BEC)

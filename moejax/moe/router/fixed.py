@@ -36,7 +36,9 @@ def route_random(inputs: RouterInputs, config: MoeConfig) -> Routing:
 
         values_TE = jax.vmap(draw_one)(inputs.tokens_T, inputs.positions_T)
     values_TE = eligible(values_TE, inputs.is_blocked_E)
-    return _fixed(select(values_TE, inputs.mask_T, config.top_k, inputs.is_blocked_E), inputs, config)
+    return _fixed(
+        select(values_TE, inputs.mask_T, config.top_k, inputs.is_blocked_E), inputs, config
+    )
 
 
 def route_balanced(inputs: RouterInputs, config: MoeConfig) -> Routing:

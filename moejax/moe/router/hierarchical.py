@@ -38,7 +38,9 @@ def route_hierarchical(inputs: RouterInputs, config: MoeConfig) -> Routing:
         experts_TK = _fill_up(experts_TK, eligible(joint_TE, inputs.is_blocked_E))
     experts_TK = named(no_expert(experts_TK, inputs.mask_T, config.num_experts))
     log_weights_TK = _log_gates(noisy_TG, noisy_TE, experts_TK)
-    weights_TK = jnp.where(experts_TK < config.num_experts, jnp.exp(log_weights_TK) * config.route_scale, 0.0)
+    weights_TK = jnp.where(
+        experts_TK < config.num_experts, jnp.exp(log_weights_TK) * config.route_scale, 0.0
+    )
     log_probs_TE = _log_probs(group_logits_TG, logits_TE)
     return Routing(
         logits_TE=logits_TE + jnp.repeat(group_logits_TG, config.num_experts // groups, axis=1),
@@ -111,7 +113,9 @@ def _pairs(group_TK: Int[Array, "T K"]) -> Bool[Array, "T K K"]:
     return group_TK[:, :, None] == group_TK[:, None, :]
 
 
-def _log_probs(group_logits_TG: Float[Array, "T G"], logits_TE: Float[Array, "T E"]) -> Float[Array, "T E"]:
+def _log_probs(
+    group_logits_TG: Float[Array, "T G"], logits_TE: Float[Array, "T E"]
+) -> Float[Array, "T E"]:
     """Logarithms of the softmax over groups times the one within the group."""
     log_groups_TG1 = jax.nn.log_softmax(group_logits_TG, axis=-1)[:, :, None]
     log_within_TGS = jax.nn.log_softmax(logits_TE.reshape(*group_logits_TG.shape, -1), axis=-1)

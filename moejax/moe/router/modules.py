@@ -32,7 +32,9 @@ class Router(nnx.Module):
     def __init__(self, config: MoeConfig, d_model: int, *, rngs: nnx.Rngs):
         # A tenth of the usual variance keeps early routing close to uniform (Fedus et al. 2021, section 2.4).
         init = jax.nn.initializers.variance_scaling(0.1, "fan_in", "truncated_normal")
-        self.kernel = nnx.Param(init(rngs.params(), (d_model, config.num_choices)), axes=("embed", "router"))
+        self.kernel = nnx.Param(
+            init(rngs.params(), (d_model, config.num_choices)), axes=("embed", "router")
+        )
         if config.router_bias:
             self.bias = nnx.Param(jnp.zeros(config.num_choices), axes=("router",))
         self.has_bias = config.router_bias
@@ -56,14 +58,18 @@ class NoisyRouter(nnx.Module):
         self.is_learned = config.router_noise == "learned"
         if self.is_learned:
             self.linear.kernel[...] = jnp.zeros_like(self.linear.kernel[...])
-            self.noise_kernel = nnx.Param(jnp.zeros((d_model, config.num_choices)), axes=("embed", "router"))
+            self.noise_kernel = nnx.Param(
+                jnp.zeros((d_model, config.num_choices)), axes=("embed", "router")
+            )
 
     def __call__(self, x_BLD: Float[Array, "B L D"]) -> Logits:
         """Logits, and the standard deviation of the noise on each."""
         logits_BLE = self.linear(x_BLD).logits_BLE
         if not self.is_learned:
             return Logits(logits_BLE, jnp.full_like(logits_BLE, 1 / logits_BLE.shape[-1]))
-        return Logits(logits_BLE, jax.nn.softplus(_exact(x_BLD, whole(self.noise_kernel))) + MIN_NOISE)
+        return Logits(
+            logits_BLE, jax.nn.softplus(_exact(x_BLD, whole(self.noise_kernel))) + MIN_NOISE
+        )
 
 
 class CosineRouter(nnx.Module):
@@ -76,7 +82,9 @@ class CosineRouter(nnx.Module):
 
     def __init__(self, config: MoeConfig, d_model: int, *, rngs: nnx.Rngs):
         init = jax.nn.initializers.lecun_normal()
-        self.down = nnx.Param(init(rngs.params(), (d_model, config.d_router)), axes=("embed", "router"))
+        self.down = nnx.Param(
+            init(rngs.params(), (d_model, config.d_router)), axes=("embed", "router")
+        )
         vectors_ER = jax.random.normal(rngs.params(), (config.num_choices, config.d_router))
         self.vectors = nnx.Param(vectors_ER, axes=("router", "router"))
         self.log_scale = nnx.Param(jnp.log(jnp.full(1, 2.0)), axes=("router",))
@@ -94,12 +102,16 @@ class HierarchicalRouter(nnx.Module):
     def __init__(self, config: MoeConfig, d_model: int, *, rngs: nnx.Rngs):
         learned = dataclasses.replace(config, router_noise="learned")
         self.experts = NoisyRouter(learned, d_model, rngs=rngs)
-        self.groups = NoisyRouter(dataclasses.replace(learned, num_experts=config.num_groups), d_model, rngs=rngs)
+        self.groups = NoisyRouter(
+            dataclasses.replace(learned, num_experts=config.num_groups), d_model, rngs=rngs
+        )
 
     def __call__(self, x_BLD: Float[Array, "B L D"]) -> Logits:
         """Logits and noise of both levels."""
         experts, groups = self.experts(x_BLD), self.groups(x_BLD)
-        return Logits(experts.logits_BLE, experts.noise_scale_BLE, groups.logits_BLE, groups.noise_scale_BLE)
+        return Logits(
+            experts.logits_BLE, experts.noise_scale_BLE, groups.logits_BLE, groups.noise_scale_BLE
+        )
 
 
 class NoLogits(nnx.Module):
@@ -133,7 +145,9 @@ class SoftRouter(nnx.Module):
         return Logits(_exact(_unit(x_BLD, axis=-1), scaled_DS))
 
 
-def make_router(config: MoeConfig, d_model: int, *, rngs: nnx.Rngs) -> Callable[[jax.Array], Logits]:
+def make_router(
+    config: MoeConfig, d_model: int, *, rngs: nnx.Rngs
+) -> Callable[[jax.Array], Logits]:
     """The module that makes the logits of the configured router."""
     if config.score == "uniform":
         return NoLogits(config, d_model, rngs=rngs)

@@ -82,17 +82,29 @@ class RouterInputs:
           ValueError: there are no keys.
         """
         if self.keys_B is None:
-            raise ValueError("this router draws random numbers in training: pass keys_B, a key per sequence")
-        return draw(self.keys_B, stream, sampler, self.length, width, choice=choice).reshape(-1, width)
+            raise ValueError(
+                "this router draws random numbers in training: pass keys_B, a key per sequence"
+            )
+        return draw(self.keys_B, stream, sampler, self.length, width, choice=choice).reshape(
+            -1, width
+        )
 
 
 def draw(
-    keys_B: jax.Array, stream: Stream, sampler: Callable[..., jax.Array], length: int, width: int, *, choice: int = 0
+    keys_B: jax.Array,
+    stream: Stream,
+    sampler: Callable[..., jax.Array],
+    length: int,
+    width: int,
+    *,
+    choice: int = 0,
 ) -> Float[Array, "B L width"]:
     """Draws `sampler(key, (length, width))` for each sequence from its own key, folded with stream and choice."""
 
     def draw_sequence(key):
-        return sampler(jax.random.fold_in(jax.random.fold_in(key, stream.number), choice), (length, width))
+        return sampler(
+            jax.random.fold_in(jax.random.fold_in(key, stream.number), choice), (length, width)
+        )
 
     return jax.vmap(draw_sequence)(keys_B)
 

@@ -36,7 +36,9 @@ def log_scores(logits_TE: Float[Array, "T E"], score: str) -> Float[Array, "T E"
         return 0.5 * jnp.where(logits_TE < -20.0, logits_TE, jnp.log(jax.nn.softplus(clipped_TE)))
     if score == "uniform":
         return jnp.zeros_like(logits_TE)
-    raise ValueError(f"moe.score={score} is no score function; `config.resolve` derives it from moe.score=auto")
+    raise ValueError(
+        f"moe.score={score} is no score function; `config.resolve` derives it from moe.score=auto"
+    )
 
 
 def probabilities(log_scores_TE: Float[Array, "T E"]) -> Float[Array, "T E"]:
@@ -44,14 +46,18 @@ def probabilities(log_scores_TE: Float[Array, "T E"]) -> Float[Array, "T E"]:
     return jax.nn.softmax(log_scores_TE, axis=-1)
 
 
-def log_weights(log_scores_TE: Float[Array, "T E"], experts_TK: Int[Array, "T K"]) -> Float[Array, "T K"]:
+def log_weights(
+    log_scores_TE: Float[Array, "T E"], experts_TK: Int[Array, "T K"]
+) -> Float[Array, "T K"]:
     """Logarithms of the selected experts' scores; `NO_WEIGHT` where an id is E."""
     is_expert_TK = experts_TK < log_scores_TE.shape[-1]
     taken_TK = jnp.take_along_axis(log_scores_TE, jnp.where(is_expert_TK, experts_TK, 0), axis=-1)
     return jnp.where(is_expert_TK, taken_TK, NO_WEIGHT)
 
 
-def weigh(log_scores_TE: Float[Array, "T E"], experts_TK: Int[Array, "T K"], config: MoeConfig) -> Float[Array, "T K"]:
+def weigh(
+    log_scores_TE: Float[Array, "T E"], experts_TK: Int[Array, "T K"], config: MoeConfig
+) -> Float[Array, "T K"]:
     """Combine weights of the selected experts: their scores, normalised or not, times `route_scale`.
 
     The selection bias is not in them: it steers the choice only.
@@ -70,7 +76,9 @@ def weigh(log_scores_TE: Float[Array, "T E"], experts_TK: Int[Array, "T K"], con
 
 
 def spread_over_survivors(
-    weights_TK: Float[Array, "T K"], log_weights_TK: Float[Array, "T K"], is_kept_TK: Bool[Array, "T K"]
+    weights_TK: Float[Array, "T K"],
+    log_weights_TK: Float[Array, "T K"],
+    is_kept_TK: Bool[Array, "T K"],
 ) -> Float[Array, "T K"]:
     """The weights of all choices of a token, shared among those that are kept as if only they had been chosen.
 

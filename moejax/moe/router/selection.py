@@ -13,7 +13,10 @@ SAVED_NAMES = ("routing_experts", "routing_weights")
 
 
 def select(
-    values_TE: Float[Array, "T E"], mask_T: Bool[Array, "T"], top_k: int, is_blocked_E: Bool[Array, "E"] | None = None
+    values_TE: Float[Array, "T E"],
+    mask_T: Bool[Array, "T"],
+    top_k: int,
+    is_blocked_E: Bool[Array, "E"] | None = None,
 ) -> Int[Array, "T K"]:
     """The K experts of highest value, the best first; ties go to the lowest index. E where the token is masked.
 
@@ -25,7 +28,9 @@ def select(
     return named(no_expert(experts_TK, mask_T, values_TE.shape[-1]))
 
 
-def eligible(values_TE: Float[Array, "T E"], is_blocked_E: Bool[Array, "E"] | None) -> Float[Array, "T E"]:
+def eligible(
+    values_TE: Float[Array, "T E"], is_blocked_E: Bool[Array, "E"] | None
+) -> Float[Array, "T E"]:
     """The values that experts are ranked by, -inf for those that are blocked; None blocks none."""
     return values_TE if is_blocked_E is None else jnp.where(is_blocked_E[None], -jnp.inf, values_TE)
 
@@ -82,7 +87,9 @@ def mask_groups(
     else:
         num_open_G = (~is_blocked_E).reshape(groups, -1).sum(axis=1)
         open_TG = jnp.where(best_TGX > -jnp.inf, best_TGX, 0.0).sum(axis=-1)
-        is_kept_TG = _groups_with_enough(jnp.where(num_open_G[None] > 0, open_TG, -jnp.inf), num_open_G, config)
+        is_kept_TG = _groups_with_enough(
+            jnp.where(num_open_G[None] > 0, open_TG, -jnp.inf), num_open_G, config
+        )
     return jnp.where(is_kept_TG[:, :, None], values_TGS, -jnp.inf).reshape(values_TE.shape)
 
 
@@ -93,6 +100,8 @@ def _groups_with_enough(
     group_values_TG, order_TG = jax.lax.top_k(group_values_TG, config.num_groups)
     num_open_TG = num_open_G[order_TG]
     before_TG = jnp.cumsum(num_open_TG, axis=1) - num_open_TG
-    is_kept_TG = (jnp.arange(config.num_groups)[None] < config.top_k_groups) | (before_TG < config.top_k)
+    is_kept_TG = (jnp.arange(config.num_groups)[None] < config.top_k_groups) | (
+        before_TG < config.top_k
+    )
     place_TG = jnp.argsort(order_TG, axis=1)
     return jnp.take_along_axis(is_kept_TG, place_TG, axis=1)

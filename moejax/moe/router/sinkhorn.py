@@ -27,16 +27,18 @@ def route_sinkhorn(inputs: RouterInputs, config: MoeConfig) -> Routing:
         num_experts = ranking_TE.shape[-1]
         logits_BLE = ranking_TE.reshape(-1, inputs.length, num_experts)
         mask_BL = inputs.mask_T.reshape(-1, inputs.length)
-        plans_BLE = jax.vmap(lambda logits_LE, mask_L: log_plan(logits_LE, mask_L, config.sinkhorn_iterations))(
-            logits_BLE, mask_BL
-        )
+        plans_BLE = jax.vmap(
+            lambda logits_LE, mask_L: log_plan(logits_LE, mask_L, config.sinkhorn_iterations)
+        )(logits_BLE, mask_BL)
         ranking_TE = plans_BLE.reshape(-1, num_experts)
     ranking_TE = eligible(ranking_TE, inputs.is_blocked_E)
     experts_TK = select(ranking_TE, inputs.mask_T, config.top_k, inputs.is_blocked_E)
     return routing_by_scores(inputs, log_scores_TE, ranking_TE, experts_TK, config)
 
 
-def log_plan(logits_LE: Float[Array, "L E"], mask_L: Bool[Array, "L"], iterations: int) -> Float[Array, "L E"]:
+def log_plan(
+    logits_LE: Float[Array, "L E"], mask_L: Bool[Array, "L"], iterations: int
+) -> Float[Array, "L E"]:
     """Logarithm of a plan whose rows sum to 1 and whose columns approach an equal share of the real tokens.
 
     Each iteration scales columns, to 1 instead of their share since a common factor cancels, then rows.

@@ -28,20 +28,28 @@ def route_sparse_mixer(inputs: RouterInputs, config: MoeConfig) -> Routing:
     ranking_TE = eligible(logits_TE, inputs.is_blocked_E)
     experts, log_weights, factors = [], [], []
     for k in range(config.top_k):
-        is_near_TE = _near_best(jax.lax.stop_gradient(logits_TE), is_open_TE, config.mixer_threshold)
+        is_near_TE = _near_best(
+            jax.lax.stop_gradient(logits_TE), is_open_TE, config.mixer_threshold
+        )
         near_TE = jnp.where(is_near_TE, logits_TE, NO_WEIGHT)
         best_T1 = jnp.argmax(near_TE, axis=-1, keepdims=True)
         chosen_T1, factor_T1 = best_T1, jnp.ones(best_T1.shape)
         if inputs.is_training:
-            values_TE = near_TE + inputs.draw(Stream.GUMBEL, jax.random.gumbel, num_experts, choice=k)
+            values_TE = near_TE + inputs.draw(
+                Stream.GUMBEL, jax.random.gumbel, num_experts, choice=k
+            )
             chosen_T1 = jnp.argmax(values_TE, axis=-1, keepdims=True)
             taken_or_far_TE = jnp.where(is_open_TE, -jnp.inf, jnp.inf)
-            ranking_TE = eligible(jnp.where(is_near_TE, values_TE, taken_or_far_TE), inputs.is_blocked_E)
+            ranking_TE = eligible(
+                jnp.where(is_near_TE, values_TE, taken_or_far_TE), inputs.is_blocked_E
+            )
         chosen_T1 = named(chosen_T1.astype(jnp.int32))
         if inputs.is_training:
             is_whole_T1 = inputs.draw(Stream.KEEP, jax.random.uniform, 1, choice=k) > 0.75
             factor_T1 = jnp.where((chosen_T1 == best_T1) | is_whole_T1, 1.0, 1 / 3)
-        log_weight_T1 = jnp.take_along_axis(jax.nn.log_softmax(near_TE, axis=-1), chosen_T1, axis=-1)
+        log_weight_T1 = jnp.take_along_axis(
+            jax.nn.log_softmax(near_TE, axis=-1), chosen_T1, axis=-1
+        )
         if inputs.is_blocked_E is not None:  # perhaps no expert is left
             has_open_T1 = is_open_TE.any(axis=-1, keepdims=True)
             chosen_T1 = jnp.where(has_open_T1, chosen_T1, num_experts)
@@ -50,7 +58,9 @@ def route_sparse_mixer(inputs: RouterInputs, config: MoeConfig) -> Routing:
         factors.append(factor_T1)
         is_open_TE &= jnp.arange(num_experts)[None] != chosen_T1
     experts_TK = no_expert(jnp.concatenate(experts, axis=1), inputs.mask_T, num_experts)
-    weights_TK, log_weights_TK = _scaled(jnp.concatenate(log_weights, axis=1), jnp.concatenate(factors, axis=1))
+    weights_TK, log_weights_TK = _scaled(
+        jnp.concatenate(log_weights, axis=1), jnp.concatenate(factors, axis=1)
+    )
     is_expert_TK = experts_TK < num_experts
     log_scores_TE = log_scores(logits_TE, "softmax")
     return Routing(
@@ -68,7 +78,9 @@ def _scaled(log_weights_TK, factors_TK):
     """Weights times factors, whose gradients are those of the weights themselves, and their logarithms."""
     weights_TK = jnp.exp(log_weights_TK)
     weights_TK -= jax.lax.stop_gradient((1 - factors_TK) * weights_TK)
-    raised_TK = log_weights_TK / factors_TK  # the gradient of the logarithm is over the scaled weight
+    raised_TK = (
+        log_weights_TK / factors_TK
+    )  # the gradient of the logarithm is over the scaled weight
     values_TK = log_weights_TK + jnp.log(factors_TK)
     return weights_TK, raised_TK + jax.lax.stop_gradient(values_TK - raised_TK)
 

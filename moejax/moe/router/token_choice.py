@@ -26,7 +26,9 @@ def route_scored(inputs: RouterInputs, config: MoeConfig) -> Routing:
       config: score function, normalisation, groups.
     """
     log_scores_TE = log_scores(inputs.logits_TE, config.score)
-    ranking_TE = selection_values(inputs.logits_TE, log_scores_TE, inputs.bias_E, config, inputs.is_blocked_E)
+    ranking_TE = selection_values(
+        inputs.logits_TE, log_scores_TE, inputs.bias_E, config, inputs.is_blocked_E
+    )
     experts_TK = select(ranking_TE, inputs.mask_T, config.top_k, inputs.is_blocked_E)
     return routing_by_scores(inputs, log_scores_TE, ranking_TE, experts_TK, config)
 

@@ -75,8 +75,13 @@ def attend_causally(
     """
     length = q_BLHA.shape[1]
     halvings = max(0, (length - 1) // SMALLEST).bit_length()
-    missing = ((0, 0), (0, -length % (1 << halvings)))  # added positions are seen by each other alone
-    q_BLHA, k_BLGA, v_BLGA = (jnp.pad(a, (*missing, (0, 0), (0, 0))) for a in (q_BLHA, k_BLGA, v_BLGA))
+    missing = (
+        (0, 0),
+        (0, -length % (1 << halvings)),
+    )  # added positions are seen by each other alone
+    q_BLHA, k_BLGA, v_BLGA = (
+        jnp.pad(a, (*missing, (0, 0), (0, 0))) for a in (q_BLHA, k_BLGA, v_BLGA)
+    )
     row = _Row.of(q_BLHA, k_BLGA, v_BLGA, jnp.pad(segments_BL, missing))
     num = 1 << halvings
     parts = [row.triangles(num)]
@@ -119,7 +124,9 @@ class _Row:
 
     def triangles(self, num: int) -> Part:
         """The row in `num` blocks, each of which sees itself."""
-        q_BGRnlA, k_BGnlA, v_BGnlA = (_cut(a, num, -2) for a in (self.q_BGRLA, self.k_BGLA, self.v_BGLA))
+        q_BGRnlA, k_BGnlA, v_BGnlA = (
+            _cut(a, num, -2) for a in (self.q_BGRLA, self.k_BGLA, self.v_BGLA)
+        )
         segments_Bnl = _cut(self.segments_BL, num, -1)
         length = segments_Bnl.shape[-1]
         is_causal_ll = jnp.tril(jnp.ones((length, length), bool))
@@ -129,9 +136,13 @@ class _Row:
     def squares(self, num: int) -> Part:
         """The row in `num` blocks, the second half of each of which sees the first one."""
         q_BGRnlA = _cut(self.q_BGRLA, 2 * num, -2)[..., 1::2, :, :]
-        k_BGnlA, v_BGnlA = (_cut(a, 2 * num, -2)[..., ::2, :, :] for a in (self.k_BGLA, self.v_BGLA))
+        k_BGnlA, v_BGnlA = (
+            _cut(a, 2 * num, -2)[..., ::2, :, :] for a in (self.k_BGLA, self.v_BGLA)
+        )
         segments_Bnl = _cut(self.segments_BL, 2 * num, -1)
-        part = self._attend(q_BGRnlA, k_BGnlA, v_BGnlA, _is_same(segments_Bnl[:, 1::2], segments_Bnl[:, ::2]))
+        part = self._attend(
+            q_BGRnlA, k_BGnlA, v_BGnlA, _is_same(segments_Bnl[:, 1::2], segments_Bnl[:, ::2])
+        )
         return self._whole(_behind_nothing(part, axis=4))
 
     def previous(self, num: int) -> Part:
@@ -139,7 +150,9 @@ class _Row:
         q_BGRnlA = _cut(self.q_BGRLA, num, -2)[..., 1:, :, :]
         k_BGnlA, v_BGnlA = (_cut(a, num, -2)[..., :-1, :, :] for a in (self.k_BGLA, self.v_BGLA))
         segments_Bnl = _cut(self.segments_BL, num, -1)
-        part = self._attend(q_BGRnlA, k_BGnlA, v_BGnlA, _is_same(segments_Bnl[:, 1:], segments_Bnl[:, :-1]))
+        part = self._attend(
+            q_BGRnlA, k_BGnlA, v_BGnlA, _is_same(segments_Bnl[:, 1:], segments_Bnl[:, :-1])
+        )
         return self._whole(_behind_nothing(part, axis=3, size=1))
 
     def far(self, num: int) -> Part:
@@ -162,15 +175,24 @@ class _Row:
                 v_BGpsA[..., :length, :],
                 _is_same(first_Bpl, first_Bps),
             )
-            second = self._attend(q_BGRplA[..., length:, :], k_BGpsA, v_BGpsA, _is_same(second_Bpl, segments_Bps))
-            both = Part(*(jnp.concatenate(halves, 4) for halves in zip(_arrays(first), _arrays(second), strict=True)))
+            second = self._attend(
+                q_BGRplA[..., length:, :], k_BGpsA, v_BGpsA, _is_same(second_Bpl, segments_Bps)
+            )
+            both = Part(
+                *(
+                    jnp.concatenate(halves, 4)
+                    for halves in zip(_arrays(first), _arrays(second), strict=True)
+                )
+            )
             return self._whole(_behind_nothing(both, axis=3, size=1))
 
         def skip() -> Part:
             largest, total, weighted = NOTHING
             shape = self.q_BGRLA.shape
             return Part(
-                jnp.full(shape[:-1], largest), jnp.full(shape[:-1], total), jnp.full(shape, weighted, jnp.float32)
+                jnp.full(shape[:-1], largest),
+                jnp.full(shape[:-1], total),
+                jnp.full(shape, weighted, jnp.float32),
             )
 
         do_meet = _can_meet(first_Bpl, first_Bps) | _can_meet(second_Bpl, segments_Bps)
@@ -233,7 +255,9 @@ def _add_up(parts: list[Part]) -> jax.Array:
     return weighted / total[..., None]
 
 
-def _can_meet(segments_Bnl: Int[Array, "B n l"], segments_Bns: Int[Array, "B n s"]) -> Bool[Array, ""]:
+def _can_meet(
+    segments_Bnl: Int[Array, "B n l"], segments_Bns: Int[Array, "B n s"]
+) -> Bool[Array, ""]:
     """Whether any block of queries may hold a document that its block of keys holds too."""
     is_after_Bn = segments_Bnl.min(-1) > segments_Bns.max(-1)
     is_before_Bn = segments_Bnl.max(-1) < segments_Bns.min(-1)
@@ -250,7 +274,9 @@ def _of_any_arm(condition: Bool[Array, ""]) -> Bool[Array, ""]:
 
 
 @_of_any_arm.def_vmap
-def _(num_arms: int, is_batched: list[bool], condition_A: Bool[Array, "A"]) -> tuple[Bool[Array, ""], bool]:
+def _(
+    num_arms: int, is_batched: list[bool], condition_A: Bool[Array, "A"]
+) -> tuple[Bool[Array, ""], bool]:
     return condition_A.any(), False
 
 

@@ -38,10 +38,18 @@ class Attention(nnx.Module):
         head = width // heads
         init_in = jax.nn.initializers.lecun_normal(in_axis=0, out_axis=(1, 2))
         init_out = jax.nn.initializers.lecun_normal(in_axis=(0, 1), out_axis=2)
-        self.query = nnx.Param(init_in(rngs.params(), (width, heads, head)), axes=("embed", "heads", "head"))
-        self.key = nnx.Param(init_in(rngs.params(), (width, kv_heads, head)), axes=("embed", "kv_heads", "head"))
-        self.value = nnx.Param(init_in(rngs.params(), (width, kv_heads, head)), axes=("embed", "kv_heads", "head"))
-        self.out = nnx.Param(init_out(rngs.params(), (heads, head, width)), axes=("heads", "head", "embed"))
+        self.query = nnx.Param(
+            init_in(rngs.params(), (width, heads, head)), axes=("embed", "heads", "head")
+        )
+        self.key = nnx.Param(
+            init_in(rngs.params(), (width, kv_heads, head)), axes=("embed", "kv_heads", "head")
+        )
+        self.value = nnx.Param(
+            init_in(rngs.params(), (width, kv_heads, head)), axes=("embed", "kv_heads", "head")
+        )
+        self.out = nnx.Param(
+            init_out(rngs.params(), (heads, head, width)), axes=("heads", "head", "embed")
+        )
         if config.qk_norm:
             self.query_norm = RMSNorm(head)
             self.key_norm = RMSNorm(head)
@@ -83,7 +91,9 @@ class Attention(nnx.Module):
             mask_BLS = cache_mask(positions_BL, cache.k_BSGA.shape[1])
             y_BLHA = attend(q_BLHA, k_BLGA, v_BLGA, mask_BLS)
         elif segments_BL is None:
-            raise ValueError("attention within rows needs segments_BL, and attention to a cache needs cache; give one")
+            raise ValueError(
+                "attention within rows needs segments_BL, and attention to a cache needs cache; give one"
+            )
         else:
             y_BLHA = attend_in_rows(q_BLHA, k_BLGA, v_BLGA, segments_BL)
         return project(y_BLHA, whole(self.out, self.dtype), num_contracted=2), cache
@@ -100,7 +110,10 @@ def attend_in_rows(
     Where a mesh in context splits sequences, the queries of each device see keys and values of all.
     """
     if has_context():
-        queries, keys = PartitionSpec(BATCH_AXES, "context", "tensor"), PartitionSpec(BATCH_AXES, None, "tensor")
+        queries, keys = (
+            PartitionSpec(BATCH_AXES, "context", "tensor"),
+            PartitionSpec(BATCH_AXES, None, "tensor"),
+        )
         sharded = jax.shard_map(attend, in_specs=(queries, keys, keys, TOKENS), out_specs=queries)
         return sharded(q_BLHA, k_BLGA, v_BLGA, row_mask(segments_BL))
     if platform() == "cpu":
@@ -139,7 +152,9 @@ def attend(
     return y_NBlHA.swapaxes(0, 1).reshape(q_BMHA.shape)[:, :length]
 
 
-def rotate(x_BLHA: Float[Array, "B L H A"], positions_BL: Int[Array, "B L"], theta: float) -> Float[Array, "B L H A"]:
+def rotate(
+    x_BLHA: Float[Array, "B L H A"], positions_BL: Int[Array, "B L"], theta: float
+) -> Float[Array, "B L H A"]:
     """Rotary position embedding: dimension i turns with dimension i + A/2 by the angle position * theta^(-2i/A).
 
     Source: Su et al. 2021 (RoFormer, section 3.2); the pairing of halves is that of GPT-NeoX and Llama checkpoints.

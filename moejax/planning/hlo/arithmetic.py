@@ -75,7 +75,9 @@ def _flops(instruction: Instruction, program: Program) -> int:
         return 2 * math.prod(instruction.shape) * math.prod(left[axis] for axis in summed)
     kernel = kernel_of(instruction) or ""
     if kernel.startswith(("__cublas", "__cudnn")):
-        raise UnknownKernelError(f"{kernel} is a product of a library's, whose arithmetic is not known here")
+        raise UnknownKernelError(
+            f"{kernel} is a product of a library's, whose arithmetic is not known here"
+        )
     if kernel.startswith("tokamax "):
         # Rows by the matrices of their groups `[E, P, Q]`, or outer products of rows with rows: P * Q for every row.
         rows, width = program.operands(instruction)[0].shape

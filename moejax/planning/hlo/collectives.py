@@ -22,7 +22,17 @@ KINDS = (
     "all-gather", "reduce-scatter", "all-reduce", "ragged-all-to-all", "all-to-all", "collective-permute",
     "collective-broadcast",
 )  # fmt: skip
-COMPUTE = ("fusion", "dot", "convolution", "custom-call", "while", "conditional", "sort", "scatter", "gather")
+COMPUTE = (
+    "fusion",
+    "dot",
+    "convolution",
+    "custom-call",
+    "while",
+    "conditional",
+    "sort",
+    "scatter",
+    "gather",
+)
 """Instructions that take time, and may run while a collective is under way."""
 
 
@@ -81,7 +91,8 @@ def list_collectives(text: str, mesh: Mesh) -> list[Collective]:
     return [
         _collective(program, mesh, kind, instruction, executions)
         for instruction, executions in program.run()
-        if (kind := instruction.opcode.removesuffix("-start")) in KINDS and not _is_repeated(program, instruction)
+        if (kind := instruction.opcode.removesuffix("-start")) in KINDS
+        and not _is_repeated(program, instruction)
     ]
 
 
@@ -99,7 +110,13 @@ def collective_rows(collectives: Iterable[Collective]) -> list[dict[str, Any]]:
         row = rows.setdefault(
             (one.kind, one.axis, one.devices),
             {"kind": one.kind, "axis": one.axis, "devices": one.devices, "count": 0, "bytes": 0.0}
-            | {"conditional_count": 0, "conditional_bytes": 0.0, "asynchronous": 0, "overlapped": 0, "is_open": False},
+            | {
+                "conditional_count": 0,
+                "conditional_bytes": 0.0,
+                "asynchronous": 0,
+                "overlapped": 0,
+                "is_open": False,
+            },
         )
         row["count"] += one.count
         row["bytes"] += one.count * one.wire_bytes
@@ -109,8 +126,14 @@ def collective_rows(collectives: Iterable[Collective]) -> list[dict[str, Any]]:
         row["overlapped"] += (one.count + one.conditional_count) * (one.overlapped > 0)
         row["is_open"] |= one.is_open
     for row in rows.values():
-        row["bytes"], row["conditional_bytes"] = round(row["bytes"]), round(row["conditional_bytes"])
-    return sorted(rows.values(), key=lambda row: (-row["bytes"], -row["conditional_bytes"], row["kind"], row["axis"]))
+        row["bytes"], row["conditional_bytes"] = (
+            round(row["bytes"]),
+            round(row["conditional_bytes"]),
+        )
+    return sorted(
+        rows.values(),
+        key=lambda row: (-row["bytes"], -row["conditional_bytes"], row["kind"], row["axis"]),
+    )
 
 
 def _collective(
@@ -121,7 +144,9 @@ def _collective(
     done = program.done_of(start)
     operands = program.operands(instruction)
     if kind == "ragged-all-to-all":
-        operands = operands[:1]  # the buffer that is sent from; the others are that of the result, and sizes
+        operands = operands[
+            :1
+        ]  # the buffer that is sent from; the others are that of the result, and sizes
     result = done if done and start is instruction else instruction
     if kind == "all-reduce" and program.home[instruction.name].startswith("all-reduce-scatter"):
         # So XLA:TPU writes a reduce-scatter of padded operands.
@@ -152,12 +177,18 @@ def _is_repeated(program: Program, instruction: Instruction) -> bool:
 def _computing_between(program: Program, start: Instruction, done: Instruction) -> int:
     instructions = program.computations[program.home[start.name]]
     between = instructions[instructions.index(start) + 1 : instructions.index(done)]
-    return sum(i.opcode in COMPUTE and (i.opcode != "custom-call" or kernel_of(i) is not None) for i in between)
+    return sum(
+        i.opcode in COMPUTE and (i.opcode != "custom-call" or kernel_of(i) is not None)
+        for i in between
+    )
 
 
 def bytes_of(result: str) -> int:
     """Of the arrays of a type, `bf16[8,4096]{1,0}` or a tuple of them."""
-    return sum(math.ceil(_bits(dtype) * math.prod(sizes(shape)) / 8) for dtype, shape in SHAPE.findall(result))
+    return sum(
+        math.ceil(_bits(dtype) * math.prod(sizes(shape)) / 8)
+        for dtype, shape in SHAPE.findall(result)
+    )
 
 
 def _bits(dtype: str) -> int:
@@ -171,7 +202,9 @@ def _axes(attributes: str, mesh: Mesh) -> tuple[list[str], int]:
     groups = _groups(attributes, mesh.size)
     coordinates = np.stack(np.unravel_index(groups, tuple(mesh.shape.values())), axis=-1)
     differ = (coordinates != coordinates[:, :1]).any(axis=(0, 1))
-    return [name for name, differs in zip(mesh.shape, differ, strict=True) if differs], groups.shape[1]
+    return [
+        name for name, differs in zip(mesh.shape, differ, strict=True) if differs
+    ], groups.shape[1]
 
 
 def _groups(attributes: str, num_devices: int) -> np.ndarray:
@@ -186,9 +219,13 @@ def _groups(attributes: str, num_devices: int) -> np.ndarray:
         return np.arange(num_devices)[None]
     if listed := re.search(r"replica_groups=\{(\{.*?\})\}", attributes):
         return np.array([sizes(group) for group in re.findall(r"\{([\d,]*)\}", listed[1])])
-    if named := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((.*?\)?)\))? \{([^}]*)\}", attributes):
+    if named := re.search(
+        r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((.*?\)?)\))? \{([^}]*)\}", attributes
+    ):
         return _groups_of_mesh(*named.groups())
-    if counted := re.search(r"replica_groups=(\[[\d,]+\])<=(\[[\d,]+\](?:T\([\d,]+\))?)", attributes):
+    if counted := re.search(
+        r"replica_groups=(\[[\d,]+\])<=(\[[\d,]+\](?:T\([\d,]+\))?)", attributes
+    ):
         return _iota(counted[2]).reshape(sizes(counted[1]))
     raise ValueError(f"groups of devices in an unknown form: {attributes[:200]}")
 
@@ -196,7 +233,9 @@ def _groups(attributes: str, num_devices: int) -> np.ndarray:
 def _iota(text: str) -> np.ndarray:
     """`[4,2]T(1,0)`: numbers from 0 in this shape, transposed, one after the other."""
     shape, order = (sizes(part) for part in re.findall(r"(\[.*?\])(?:T\((.*)\))?", text)[0])
-    return np.arange(math.prod(shape)).reshape(shape).transpose(order or range(len(shape))).reshape(-1)
+    return (
+        np.arange(math.prod(shape)).reshape(shape).transpose(order or range(len(shape))).reshape(-1)
+    )
 
 
 def _groups_of_mesh(axes: str, devices: str | None, along: str) -> np.ndarray:
@@ -205,7 +244,11 @@ def _groups_of_mesh(axes: str, devices: str | None, along: str) -> np.ndarray:
     numbers = np.arange(math.prod(lengths.values()))
     if devices is not None:
         numbers = _iota(devices) if devices.startswith("[") else np.array(sizes(devices))
-    rest = dict(zip(lengths, np.unravel_index(np.arange(numbers.size), tuple(lengths.values())), strict=True))
+    rest = dict(
+        zip(
+            lengths, np.unravel_index(np.arange(numbers.size), tuple(lengths.values())), strict=True
+        )
+    )
     for name, before, size in re.findall(r"'?([^',:]+)'?(?::\((\d+)\)(\d+))?", along):
         behind = lengths[name] // (int(before) * int(size)) if before else 1
         place = rest[name] // behind % int(size or lengths[name])

@@ -108,8 +108,12 @@ class Program:
         if entry is None:
             raise ValueError("no ENTRY computation: this is not the text of a compiled program")
         self.entry = entry
-        self.by_name = {i.name: i for instructions in self.computations.values() for i in instructions}
-        self.home = {i.name: name for name, instructions in self.computations.items() for i in instructions}
+        self.by_name = {
+            i.name: i for instructions in self.computations.values() for i in instructions
+        }
+        self.home = {
+            i.name: name for name, instructions in self.computations.items() for i in instructions
+        }
 
     def operands(self, instruction: Instruction) -> list[Instruction]:
         """The instructions whose results it takes."""
@@ -124,7 +128,9 @@ class Program:
             for user in self._users.get(name, []):
                 if _is_called(user, "done"):
                     return user
-                if user.opcode in ("async-update", "get-tuple-element") or self.goes_on(user.called):
+                if user.opcode in ("async-update", "get-tuple-element") or self.goes_on(
+                    user.called
+                ):
                     names.append(user.name)
         return None
 
@@ -154,16 +160,24 @@ class Program:
     @functools.cached_property
     def executions(self) -> dict[str, Executions]:
         """How often each computation runs."""
-        found = {name: Executions() for name in self.computations} | {self.entry: Executions(always=1)}
-        for name in reversed(self.computations):  # those that are called stand before those that call them
+        found = {name: Executions() for name in self.computations} | {
+            self.entry: Executions(always=1)
+        }
+        for name in reversed(
+            self.computations
+        ):  # those that are called stand before those that call them
             here = found[name]
             for instruction in self.computations[name]:
                 trips = self.trips(instruction) if instruction.opcode == "while" else 1
                 times, is_open = (1, True) if trips is None else (trips, here.is_open)
                 for called in filter(found.__contains__, instruction.called):
-                    found[called] = _add(found[called], times * here.always, times * here.conditional, is_open)
+                    found[called] = _add(
+                        found[called], times * here.always, times * here.conditional, is_open
+                    )
                 for branch in filter(found.__contains__, instruction.branches):
-                    found[branch] = _add(found[branch], 0, times * (here.always + here.conditional), is_open)
+                    found[branch] = _add(
+                        found[branch], 0, times * (here.always + here.conditional), is_open
+                    )
         return found
 
     def run(self) -> Iterator[tuple[Instruction, Executions]]:
@@ -190,7 +204,11 @@ class Program:
         step = self._source(body.operands[index])
         if first is None or last is None or not _does(step, "add"):
             return None
-        return max(0, last - first) if 1 in [_number(self._source(name)) for name in step.operands] else None
+        return (
+            max(0, last - first)
+            if 1 in [_number(self._source(name)) for name in step.operands]
+            else None
+        )
 
     def root(self, computation: str | None) -> Instruction | None:
         """What a computation returns."""
@@ -212,7 +230,11 @@ def sizes(text: str) -> tuple[int, ...]:
 
 def _add(found: Executions, always: int, conditional: int, is_open: bool) -> Executions:
     is_reached = always + conditional > 0
-    return Executions(found.always + always, found.conditional + conditional, found.is_open or (is_open and is_reached))
+    return Executions(
+        found.always + always,
+        found.conditional + conditional,
+        found.is_open or (is_open and is_reached),
+    )
 
 
 def _does(instruction: Instruction | None, opcode: str) -> TypeGuard[Instruction]:
@@ -221,11 +243,17 @@ def _does(instruction: Instruction | None, opcode: str) -> TypeGuard[Instruction
 
 def _is_called(instruction: Instruction, word: str) -> bool:
     """Whether the opcode says so or, where XLA:TPU makes a fusion of it, the name."""
-    is_fusion = instruction.opcode == "fusion" and instruction.name.startswith(f"async-collective-{word}")
+    is_fusion = instruction.opcode == "fusion" and instruction.name.startswith(
+        f"async-collective-{word}"
+    )
     return instruction.opcode.endswith(f"-{word}") or is_fusion
 
 
 def _number(instruction: Instruction | None) -> int | None:
     """The value of an integer constant."""
-    found = re.match(r"(-?\d+)\)", instruction.rest) if instruction and instruction.opcode == "constant" else None
+    found = (
+        re.match(r"(-?\d+)\)", instruction.rest)
+        if instruction and instruction.opcode == "constant"
+        else None
+    )
     return int(found[1]) if found else None

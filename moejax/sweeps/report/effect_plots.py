@@ -14,11 +14,23 @@ import pandas as pd
 from moejax.inspection import html
 from moejax.inspection.analysis.differences import Difference
 from moejax.inspection.report.page import figure, grid, table
-from moejax.sweeps.report.effects import AxisEffect, Interaction, axis_effect, distinct_axes, interaction
+from moejax.sweeps.report.effects import (
+    AxisEffect,
+    Interaction,
+    axis_effect,
+    distinct_axes,
+    interaction,
+)
 from moejax.sweeps.report.figures import MAX_LINES, draw_effect, draw_interaction
 from moejax.sweeps.report.plots import ONE_SETTING, STEP_TIME, Names, count, unit_of
 from moejax.sweeps.report.scale import level_name, scale_of
-from moejax.sweeps.report.settings import METRICS, constants_in_words, difference_in_words, mean_and_error, varies
+from moejax.sweeps.report.settings import (
+    METRICS,
+    constants_in_words,
+    difference_in_words,
+    mean_and_error,
+    varies,
+)
 from moejax.sweeps.tables import OVERRIDE, key_of, levels_of, loss_of
 
 EFFECT_METRICS = ("tail/moe/max_violation", "tail/moe/dropped", STEP_TIME)  # beside the loss
@@ -48,12 +60,17 @@ def effects(arms: pd.DataFrame, axes: Names, packs: str) -> str:
         return ONE_SETTING
     metrics = [metric for metric in (loss_of(arms), *EFFECT_METRICS) if varies(arms.get(metric))]
     constants = constants_in_words(arms, EFFECT_METRICS, "arms")
-    parts = [ONE_SEED if has_one_seed(arms) else IN_PAIRS, f"<p>{constants}</p>" if constants else ""]
+    parts = [
+        ONE_SEED if has_one_seed(arms) else IN_PAIRS,
+        f"<p>{constants}</p>" if constants else "",
+    ]
     parts += [_axis_section(arms, axis, axes, metrics, packs) for axis in distinct_axes(arms)]
     return "".join(parts)
 
 
-def _axis_section(arms: pd.DataFrame, axis: str, axes: Names, metrics: Sequence[str], packs: str) -> str:
+def _axis_section(
+    arms: pd.DataFrame, axis: str, axes: Names, metrics: Sequence[str], packs: str
+) -> str:
     name = axes[axis]
     head = f"<h3><code>{html.text(axis.removeprefix(OVERRIDE))}</code></h3>"
     num_levels = len(levels_of(arms[axis]))
@@ -62,9 +79,7 @@ def _axis_section(arms: pd.DataFrame, axis: str, axes: Names, metrics: Sequence[
     found = {metric: axis_effect(arms, metric, axis) for metric in metrics}
     found = {metric: effect for metric, effect in found.items() if any(_pairs(effect))}
     if not found:
-        return (
-            f"{head}<p>No two arms of one seed differ in it alone, so its effect cannot be told; see the settings.</p>"
-        )
+        return f"{head}<p>No two arms of one seed differ in it alone, so its effect cannot be told; see the settings.</p>"
     drawn = []
     for metric, effect in found.items():
         if effect.num_seeds > 1:
@@ -82,12 +97,18 @@ def _pairs(effect: AxisEffect) -> list[int]:
 
 
 def _note(effect: AxisEffect, axes: Names) -> str:
-    said = [f"Compared with {html.text(level_name(effect.reference))}, the first of the sweep that is compared."]
+    said = [
+        f"Compared with {html.text(level_name(effect.reference))}, the first of the sweep that is compared."
+    ]
     if effect.changes_with:
-        said.append(f"With it changes {html.text(', '.join(axes[name] for name in effect.changes_with))}.")
+        said.append(
+            f"With it changes {html.text(', '.join(axes[name] for name in effect.changes_with))}."
+        )
     num_left_out = sum(level.difference.num_left_out for level in effect.others)
     if num_left_out:
-        said.append(f"{count(num_left_out, 'pair')} left out, as their cells lack a seed that others have.")
+        said.append(
+            f"{count(num_left_out, 'pair')} left out, as their cells lack a seed that others have."
+        )
     if effect.num_unset:
         said.append(f"{count(effect.num_unset, 'arm')} without it left out.")
     return " ".join(said) + " "
@@ -96,12 +117,18 @@ def _note(effect: AxisEffect, axes: Names) -> str:
 def _headline(effect: AxisEffect) -> str:
     """Which levels differ in their loss by more than seeds do."""
     if effect.num_seeds < 2:
-        return "" if effect.num_seeds == 0 else "With pairs of one seed, nothing can be said about noise."
+        return (
+            ""
+            if effect.num_seeds == 0
+            else "With pairs of one seed, nothing can be said about noise."
+        )
     told = [level for level in effect.others if level.difference.is_told_apart]
     over = f"over {count(effect.num_seeds, 'seed')}"
     if not told:
         return f"<strong>No level's loss is told apart from noise {over}.</strong>"
-    listed = "; ".join(f"{level_name(level.level)}: {difference_in_words(level.difference)}" for level in told)
+    listed = "; ".join(
+        f"{level_name(level.level)}: {difference_in_words(level.difference)}" for level in told
+    )
     return f"<strong>Told apart from noise {over}: {html.text(listed)}.</strong>"
 
 
@@ -114,7 +141,10 @@ def _effect_table(found: Mapping[str, AxisEffect]) -> str:
     rows = []
     for level in first.levels:
         is_reference = key_of(level.level) == key_of(first.reference)
-        cells = [html.text(level_name(level.level)), "" if is_reference else _pairs_in_words(level.difference)]
+        cells = [
+            html.text(level_name(level.level)),
+            "" if is_reference else _pairs_in_words(level.difference),
+        ]
         for effect in found.values():
             cells += _metric_cells(effect, level.level)
         rows.append(cells)
@@ -139,8 +169,12 @@ def _pairs_in_words(difference: Difference) -> str:
 
 def _effect_in_words(effect: AxisEffect, name: str, metric: str) -> str:
     known = [level for level in effect.others if level.difference.num_seeds > 1]
-    listed = "; ".join(f"{level_name(level.level)}: {difference_in_words(level.difference)}" for level in known)
-    return f"Difference in {METRICS[metric][0]} from {name} {level_name(effect.reference)}: {listed}"
+    listed = "; ".join(
+        f"{level_name(level.level)}: {difference_in_words(level.difference)}" for level in known
+    )
+    return (
+        f"Difference in {METRICS[metric][0]} from {name} {level_name(effect.reference)}: {listed}"
+    )
 
 
 def interactions(arms: pd.DataFrame, axes: Names) -> str:
@@ -155,7 +189,9 @@ def interactions(arms: pd.DataFrame, axes: Names) -> str:
     found, num_sparse = [], 0
     for pair in itertools.combinations(names, 2):
         along, lines = _order(arms, *pair)
-        is_small = len(levels_of(arms[along])) <= MAX_LEVELS and len(levels_of(arms[lines])) <= MAX_LINES
+        is_small = (
+            len(levels_of(arms[along])) <= MAX_LEVELS and len(levels_of(arms[lines])) <= MAX_LINES
+        )
         both = interaction(arms, loss_of(arms), along, lines) if is_small else None
         if both is None:
             num_sparse += 1
@@ -168,9 +204,13 @@ def interactions(arms: pd.DataFrame, axes: Names) -> str:
         "whose departure is told apart from 0 are drawn: lines that are not parallel are often noise."
     ]
     if num_sparse:
-        said.append(f"Not judged: {count(num_sparse, 'pair')} with too few cells or too many levels.")
+        said.append(
+            f"Not judged: {count(num_sparse, 'pair')} with too few cells or too many levels."
+        )
     if found and not any(both.departure.is_told_apart for _, _, both in found):
-        said.append("<strong>No pair departs from two separate effects by more than noise.</strong>")
+        said.append(
+            "<strong>No pair departs from two separate effects by more than noise.</strong>"
+        )
     drawn = [
         figure(
             f"{html.text(axes[along])} by {html.text(axes[lines])}", _departure(both),
@@ -188,7 +228,9 @@ def interactions(arms: pd.DataFrame, axes: Names) -> str:
         ]
         for along, lines, both in found
     ]
-    listed = table(["pair", "largest departure", "told apart from 0"], rows, "numbers") if rows else ""
+    listed = (
+        table(["pair", "largest departure", "told apart from 0"], rows, "numbers") if rows else ""
+    )
     return f"<p>{' '.join(said)}</p>{listed}{grid(drawn) if drawn else ''}"
 
 
@@ -218,4 +260,6 @@ def _interaction_in_words(means: pd.DataFrame, along: str, lines: str, metric: s
     cells = means.stack()
     lowest = cells.idxmin()
     where = f"{level_name(lowest[0])} and {level_name(lowest[1])}"
-    return f"Mean {metric} by {along}, a line for each {lines}; lowest {cells[lowest]:.4g} at {where}"
+    return (
+        f"Mean {metric} by {along}, a line for each {lines}; lowest {cells[lowest]:.4g} at {where}"
+    )

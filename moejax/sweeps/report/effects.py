@@ -60,7 +60,9 @@ class AxisEffect:
     @property
     def others(self) -> tuple[Level, ...]:
         """All levels but the reference."""
-        return tuple(level for level in self.levels if key_of(level.level) != key_of(self.reference))
+        return tuple(
+            level for level in self.levels if key_of(level.level) != key_of(self.reference)
+        )
 
     @property
     def num_seeds(self) -> int:
@@ -84,7 +86,10 @@ def axis_effect(arms: pd.DataFrame, metric: str, axis: str) -> AxisEffect:
         return AxisEffect(None, (), tuple(together), num_unset)
     cells = [name for name in axes_of(known) if name not in (axis, *together)]
     keys = pd.Series([key_of(level) for level in known[axis]], known.index, dtype=object)
-    measured = {key: measured_by_cell(of_level, metric, cells) for key, of_level in known.groupby(keys, sort=False)}
+    measured = {
+        key: measured_by_cell(of_level, metric, cells)
+        for key, of_level in known.groupby(keys, sort=False)
+    }
     reference = known[axis].iloc[0]
     found = []
     for level in levels_of(known[axis]):
@@ -105,7 +110,11 @@ def _has_level(arms: pd.DataFrame, axis: str, level: Any) -> Bool[np.ndarray, "S
 
 def _mean_of_cells(measured: Measured) -> float:
     cells, seeds = places_of(measured)
-    return float(np.mean([np.nanmean(row_S) for row_S in as_table(measured, cells, seeds)])) if cells else math.nan
+    return (
+        float(np.mean([np.nanmean(row_S) for row_S in as_table(measured, cells, seeds)]))
+        if cells
+        else math.nan
+    )
 
 
 def measured_by_cell(arms: pd.DataFrame, metric: str, cells: Sequence[str]) -> Measured:
@@ -153,7 +162,9 @@ def _followers(codes: pd.DataFrame, axis: str) -> list[str]:
     if 2 * int((num_settings > 1).sum()) <= len(num_settings):
         return []
     others = [name for name in codes if name != axis]
-    return [name for name in others if len(codes[[axis, name]].drop_duplicates()) == len(num_settings)]
+    return [
+        name for name in others if len(codes[[axis, name]].drop_duplicates()) == len(num_settings)
+    ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,7 +203,9 @@ def interaction(arms: pd.DataFrame, metric: str, one: str, other: str) -> Intera
     for i, j in itertools.product(range(len(rows)), range(len(columns))):
         of_both = known[_has_level(known, one, rows[i]) & _has_level(known, other, columns[j])]
         measured[i, j] = measured_by_cell(of_both, metric, cells)
-    is_there = np.array([[bool(measured[i, j]) for j in range(len(columns))] for i in range(len(rows))], bool)
+    is_there = np.array(
+        [[bool(measured[i, j]) for j in range(len(columns))] for i in range(len(rows))], bool
+    )
     kept_rows, kept_columns = _whole_levels(is_there.reshape(len(rows), len(columns)))
     if min(len(kept_rows), len(kept_columns)) < 2:
         return None

@@ -71,7 +71,13 @@ def draw_effect(effect: AxisEffect, axis: str, metric: str) -> Drawing:
             places = scale.places([level.level for level in shown])
             means = np.array([level.difference.mean for level in shown])
             reach = np.array([level.difference.high - level.difference.mean for level in shown])
-            marks: dict[str, Any] = {"ls": "none", "marker": "o", "ms": 5, "elinewidth": 1.2, "capsize": 3}
+            marks: dict[str, Any] = {
+                "ls": "none",
+                "marker": "o",
+                "ms": 5,
+                "elinewidth": 1.2,
+                "capsize": 3,
+            }
             if is_told:
                 marks |= {"color": BLUE, "label": "told apart from it"}
             else:
@@ -80,12 +86,20 @@ def draw_effect(effect: AxisEffect, axis: str, metric: str) -> Drawing:
                 axes.errorbar(means, places, xerr=reach, **marks)
             else:
                 axes.errorbar(places, means, yerr=reach, **marks)
-        figure.legend(loc="outside upper left", ncols=3, borderaxespad=0.1, columnspacing=1.0, handletextpad=0.4)
+        figure.legend(
+            loc="outside upper left",
+            ncols=3,
+            borderaxespad=0.1,
+            columnspacing=1.0,
+            handletextpad=0.4,
+        )
         _label(axes, scale, axis, metric)
         return Drawing.of(figure)
 
 
-def draw_interaction(means: pd.DataFrame, axis: str, other: str, metric: str, order: Sequence[Any]) -> Drawing:
+def draw_interaction(
+    means: pd.DataFrame, axis: str, other: str, metric: str, order: Sequence[Any]
+) -> Drawing:
     """Draws a metric by the levels of two axes: lines that are not parallel are an interaction.
 
     Args:
@@ -132,7 +146,9 @@ def _label(axes: Axes, scale: Scale, axis: str, metric: str) -> None:
         axes.set_ylabel(metric)
     of_metric = axes.xaxis if scale.is_named else axes.yaxis
     of_metric.set_major_locator(MaxNLocator(5))
-    of_metric.set_major_formatter(FuncFormatter(lambda y, _: f"{y:.4g}" if abs(y) < 10_000 else short_number(y)))
+    of_metric.set_major_formatter(
+        FuncFormatter(lambda y, _: f"{y:.4g}" if abs(y) < 10_000 else short_number(y))
+    )
 
 
 def _name(name: str, most: int = NAME_LETTERS) -> str:
@@ -141,7 +157,9 @@ def _name(name: str, most: int = NAME_LETTERS) -> str:
     return name if len(name) <= most else f"…{name[-most + 1 :]}"
 
 
-def draw_parallel(settings: pd.DataFrame, axes_names: Mapping[str, str], metric: str, label: str) -> Drawing:
+def draw_parallel(
+    settings: pd.DataFrame, axes_names: Mapping[str, str], metric: str, label: str
+) -> Drawing:
     """Draws each setting as a line through its levels and its metric, in the colour of the metric.
 
     A line stops where an axis is not set. The first setting is drawn last and thick.
@@ -153,9 +171,14 @@ def draw_parallel(settings: pd.DataFrame, axes_names: Mapping[str, str], metric:
       label: of the metric.
     """
     values = settings[metric].to_numpy(np.float64)
-    scales = [*(scale_of(settings[axis]) for axis in axes_names), Scale(tuple(sorted(set(values))), "linear")]
+    scales = [
+        *(scale_of(settings[axis]) for axis in axes_names),
+        Scale(tuple(sorted(set(values))), "linear"),
+    ]
     columns = [*(settings[axis] for axis in axes_names), settings[metric]]
-    heights = [_unit(scale, scale.places(column)) for scale, column in zip(scales, columns, strict=True)]
+    heights = [
+        _unit(scale, scale.places(column)) for scale, column in zip(scales, columns, strict=True)
+    ]
     lines = [np.column_stack([np.arange(len(scales)), row]) for row in np.column_stack(heights)]
     norm = Normalize(float(values.min()), float(values.max()))
     with matplotlib.rc_context(STYLE):
@@ -184,19 +207,31 @@ def _unit(scale: Scale, places: Float[np.ndarray, "S"]) -> Float[np.ndarray, "S"
 def _draw_scales(axes: Axes, scales: Sequence[Scale], names: Sequence[str]) -> None:
     """The axes of `draw_parallel`; names that would touch stand alternately high and low."""
     lengths = [min(len(name), NAME_LETTERS) for name in names]
-    is_tight = any(one + other > 2 * NEIGHBOUR_LETTERS for one, other in itertools.pairwise(lengths))
+    is_tight = any(
+        one + other > 2 * NEIGHBOUR_LETTERS for one, other in itertools.pairwise(lengths)
+    )
     ground = {"boxstyle": "round,pad=0.12", "facecolor": "white", "edgecolor": "none", "alpha": 0.8}
     for i, (scale, name) in enumerate(zip(scales, names, strict=True)):
         axes.plot([i, i], [0, 1], color=GREY, lw=1, zorder=3)
         ticks = scale.ticks()
-        for place, (_, text) in zip(_unit(scale, np.array([x for x, _ in ticks])), ticks, strict=True):
+        for place, (_, text) in zip(
+            _unit(scale, np.array([x for x, _ in ticks])), ticks, strict=True
+        ):
             axes.plot([i - 0.02, i + 0.02], [place, place], color=GREY, lw=1, zorder=3)
             shown = text if len(text) <= 14 else f"{text[:13]}…"
-            axes.text(i + 0.05, place, shown, va="center", ha="left", fontsize=8.5, zorder=4, bbox=ground)
+            axes.text(
+                i + 0.05, place, shown, va="center", ha="left", fontsize=8.5, zorder=4, bbox=ground
+            )
         suffix = "\n(logarithmic)" if scale.kind == "log" else ""
         is_high = is_tight and i % 2
         axes.text(
-            i, 1.22 if is_high else 1.06, _name(name) + suffix, va="bottom", ha="center", fontsize=9, linespacing=1.1
+            i,
+            1.22 if is_high else 1.06,
+            _name(name) + suffix,
+            va="bottom",
+            ha="center",
+            fontsize=9,
+            linespacing=1.1,
         )
     axes.set_xlim(-0.35, len(scales) - 0.35)
     axes.set_ylim(-0.05, 1.42 if is_tight else 1.25)
@@ -226,16 +261,34 @@ def draw_front(
     """
     with matplotlib.rc_context(STYLE):
         figure, axes = new_figure(2.7)
-        axes.errorbar(x, y, yerr=errors, ls="none", color=GREY, elinewidth=0.8, alpha=0.6, zorder=1.5)
+        axes.errorbar(
+            x, y, yerr=errors, ls="none", color=GREY, elinewidth=0.8, alpha=0.6, zorder=1.5
+        )
         axes.plot(x[~is_front], y[~is_front], "o", color=GREY, ms=4, alpha=0.6, label="others")
         order = np.flatnonzero(is_front)[np.argsort(x[is_front], kind="stable")]
         axes.step(x[order], y[order], "-", where="post", color=ORANGE, lw=1, zorder=2.5)
-        axes.plot(x[order], y[order], "D", color=ORANGE, ms=6, mec="white", mew=0.7, zorder=3, label="on the front")
+        axes.plot(
+            x[order],
+            y[order],
+            "D",
+            color=ORANGE,
+            ms=6,
+            mec="white",
+            mew=0.7,
+            zorder=3,
+            label="on the front",
+        )
         last: tuple[float, float] | None = None
         for i in order:
             here = (float(x[i] / (np.ptp(x) or 1)), float(y[i] / (np.ptp(y) or 1)))
             if last is None or max(abs(here[0] - last[0]) * 3, abs(here[1] - last[1]) * 2) > 0.2:
-                axes.annotate(str(numbers[i]), (x[i], y[i]), xytext=(5, 4), textcoords="offset points", zorder=4)
+                axes.annotate(
+                    str(numbers[i]),
+                    (x[i], y[i]),
+                    xytext=(5, 4),
+                    textcoords="offset points",
+                    zorder=4,
+                )
                 last = here
         figure.legend(loc="outside upper left", ncols=2, borderaxespad=0.1)
         axes.margins(0.09)

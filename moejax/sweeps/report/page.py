@@ -52,23 +52,37 @@ def build_sweep_page(frame: pd.DataFrame, definition: Mapping[str, Any], name: s
     compared, left_out = at_fraction(frame)
     settings = numbered_settings(compared, METRIC_KEYS, planned)
     axes = short_names(axes_of(compared))
-    sections: list[Section] = [("summary", "What was swept", _summary(frame, definition) + _outcome(frame, planned))]
+    sections: list[Section] = [
+        ("summary", "What was swept", _summary(frame, definition) + _outcome(frame, planned))
+    ]
     if len(settings):
         packs = pack_note(compared)
         matched = [str(name) for name in compared.columns if str(name).startswith(MATCHED)]
         sections += [
-            ("settings", "Settings", _token_note(axes) + settings_table(settings, compared, matched, planned)),
+            (
+                "settings",
+                "Settings",
+                _token_note(axes) + settings_table(settings, compared, matched, planned),
+            ),
             ("effects", "Effect of each axis", effects(compared, axes, packs)),
             ("interactions", "Effect of pairs of axes", interactions(compared, axes)),
             ("parallel", "All settings at once", parallel(settings, axes, has_one_seed(compared))),
-            ("fronts", "Loss against drops and time", fronts(settings, axes, packs, has_one_seed(compared))),
+            (
+                "fronts",
+                "Loss against drops and time",
+                fronts(settings, axes, packs, has_one_seed(compared)),
+            ),
         ]
     else:
-        sections.append(("settings", "Settings", "<p>No arm is done, so there is nothing to compare.</p>"))
+        sections.append(
+            ("settings", "Settings", "<p>No arm is done, so there is nothing to compare.</p>")
+        )
     sections.append(("left-out", "Arms that are not compared", _left_out(frame, left_out, planned)))
     recipe = str(definition.get("recipe") or "")
     subtitle = f"A sweep of <code>{html.text(recipe)}</code>" if recipe and name else "A sweep"
-    return render_page(name or recipe or "Sweep", subtitle, sections, kind="sweep", script=SORT_SCRIPT)
+    return render_page(
+        name or recipe or "Sweep", subtitle, sections, kind="sweep", script=SORT_SCRIPT
+    )
 
 
 def _token_note(axes: Mapping[str, str]) -> str:
@@ -94,12 +108,17 @@ def _summary(frame: pd.DataFrame, definition: Mapping[str, Any]) -> str:
         *((f"<code>{html.text(key)}</code>", _levels(levels)) for key, levels in axes),
         ("Matched", html.text(MATCHES.get(match, match))),
         ("Packs", _packs(definition.get("packs") or [])),
-        ("Versions", html.text(", ".join(f"{k} {v}" for k, v in (definition.get("versions") or {}).items()))),
+        (
+            "Versions",
+            html.text(", ".join(f"{k} {v}" for k, v in (definition.get("versions") or {}).items())),
+        ),
         ("Commit", html.text(definition.get("git_commit") or "not known")),
     ]
     devices = list(dict.fromkeys(frame["device"].dropna())) if "device" in frame else []
     if devices:
-        rows.append(("Device" if len(devices) == 1 else "Devices", html.text("; ".join(map(str, devices)))))
+        rows.append(
+            ("Device" if len(devices) == 1 else "Devices", html.text("; ".join(map(str, devices))))
+        )
     return table((), rows, "facts")
 
 
@@ -110,7 +129,9 @@ def _command(command: str) -> str:
 
 
 def _levels(levels: Sequence[Any]) -> str:
-    shown = ", ".join(f"<code>{html.text(level_name(level, 60))}</code>" for level in levels[:MAX_LEVELS])
+    shown = ", ".join(
+        f"<code>{html.text(level_name(level, 60))}</code>" for level in levels[:MAX_LEVELS]
+    )
     return shown if len(levels) <= MAX_LEVELS else f"{shown} and {len(levels) - MAX_LEVELS} more"
 
 
@@ -118,7 +139,11 @@ def _packs(packs: Sequence[Sequence[str]]) -> str:
     if not packs:
         return "none"
     largest = max(map(len, packs))
-    return f"{len(packs)}, of at most {largest} arms trained together" if largest > 1 else "none: one arm at a time"
+    return (
+        f"{len(packs)}, of at most {largest} arms trained together"
+        if largest > 1
+        else "none: one arm at a time"
+    )
 
 
 def _outcome(frame: pd.DataFrame, planned: Sequence[Mapping[str, Any]]) -> str:
@@ -137,14 +162,22 @@ def _alarms(frame: pd.DataFrame) -> str:
     names = short_names([str(name) for name in frame.columns if str(name).startswith(OVERRIDE)])
     if "alarm_rules" in frame:
         for row in frame.to_dict("records"):
-            levels = [f"{name} {level_name(row[axis])}" for axis, name in names.items() if row[axis] is not None]
+            levels = [
+                f"{name} {level_name(row[axis])}"
+                for axis, name in names.items()
+                if row[axis] is not None
+            ]
             arm = f"{row['arm']} ({', '.join(levels)})" if levels else str(row["arm"])
             for rule in json.loads(row["alarm_rules"] or "[]"):
                 arms.setdefault(str(rule), []).append(arm)
     if not arms:
         return "<p>No arm raised an alarm.</p>"
     rows = [
-        (html.text(rule), str(len(of_rule)), "<br>".join(f"<code>{html.text(arm)}</code>" for arm in of_rule))
+        (
+            html.text(rule),
+            str(len(of_rule)),
+            "<br>".join(f"<code>{html.text(arm)}</code>" for arm in of_rule),
+        )
         for rule, of_rule in sorted(arms.items(), key=lambda item: -len(item[1]))
     ]
     total = len({arm for of_rule in arms.values() for arm in of_rule})
@@ -154,10 +187,14 @@ def _alarms(frame: pd.DataFrame) -> str:
     )
 
 
-def _left_out(frame: pd.DataFrame, left_out: pd.DataFrame, planned: Sequence[Mapping[str, Any]]) -> str:
+def _left_out(
+    frame: pd.DataFrame, left_out: pd.DataFrame, planned: Sequence[Mapping[str, Any]]
+) -> str:
     overrides = {entry["id"]: entry["overrides"] for entry in planned}
     known = {
-        row["arm"]: {str(k).removeprefix(OVERRIDE): v for k, v in row.items() if str(k).startswith(OVERRIDE)}
+        row["arm"]: {
+            str(k).removeprefix(OVERRIDE): v for k, v in row.items() if str(k).startswith(OVERRIDE)
+        }
         for row in frame.to_dict("records")
     }
     reasons = {row["arm"]: str(row["reason"]) for row in left_out.to_dict("records")}
@@ -166,7 +203,11 @@ def _left_out(frame: pd.DataFrame, left_out: pd.DataFrame, planned: Sequence[Map
     if not reasons:
         return "<p>None: every arm is done and compared.</p>"
     rows = [
-        (f"<code>{html.text(arm)}</code>", _overrides(overrides.get(arm) or known.get(arm, {})), html.text(reason))
+        (
+            f"<code>{html.text(arm)}</code>",
+            _overrides(overrides.get(arm) or known.get(arm, {})),
+            html.text(reason),
+        )
         for arm, reason in reasons.items()
     ]
     listed = table(("arm", "overrides", "why"), rows, "events")
@@ -177,4 +218,6 @@ def _left_out(frame: pd.DataFrame, left_out: pd.DataFrame, planned: Sequence[Map
 
 def _overrides(values: Mapping[str, Any]) -> str:
     set_ = [(key, value) for key, value in values.items() if value is not None]
-    return "<br>".join(f"<code>{html.text(key)}={html.text(level_name(value, 60))}</code>" for key, value in set_)
+    return "<br>".join(
+        f"<code>{html.text(key)}={html.text(level_name(value, 60))}</code>" for key, value in set_
+    )

@@ -48,7 +48,11 @@ def parallel(settings: pd.DataFrame, axes: Names, is_one_seed: bool) -> str:
     alt = f"{len(settings)} settings as lines through {through}; setting 1: {at_best}"
     image = draw_parallel(settings[np.isfinite(settings[loss])], shown, loss, METRICS[loss][0])
     some = "" if len(shown) == len(axes) else f" {len(shown)} of {len(axes)} axes are shown."
-    noise = ALL_MAY_BE_NOISE if is_one_seed else " The table of settings says which of them are told apart from noise."
+    noise = (
+        ALL_MAY_BE_NOISE
+        if is_one_seed
+        else " The table of settings says which of them are told apart from noise."
+    )
     reading = f"A line is a setting; dark is a low loss, and the thick line setting 1.{noise}{some}"
     return figure("Settings and their loss", reading, image, alt=alt, kind="wide true-colors")
 
@@ -82,11 +86,17 @@ def fronts(settings: pd.DataFrame, axes: Names, packs: str, is_one_seed: bool) -
         listed = ", ".join(map(str, front[NUMBER]))
         of_loss = METRICS[loss][0].capitalize()
         alt = f"{of_loss} against {name} of {len(known)} settings; on the front are the settings {listed}"
-        bars = "" if known[f"{loss}/se"].isna().all() else " Bars are standard errors of the loss over seeds."
+        bars = (
+            ""
+            if known[f"{loss}/se"].isna().all()
+            else " Bars are standard errors of the loss over seeds."
+        )
         bars += ALL_MAY_BE_NOISE * is_one_seed
         reading = f"Both are to be low.{bars}{f' {packs}' if metric == STEP_TIME else ''}"
         drawn.append(figure(f"Loss against {name}", reading, image, alt=alt))
-        tables.append(f"<h3>On the front of loss and {name}</h3>" + _front_table(front, axes, (loss, metric)))
+        tables.append(
+            f"<h3>On the front of loss and {name}</h3>" + _front_table(front, axes, (loss, metric))
+        )
     text = (
         "<p>On the front are settings that no other beats in one without losing in the other. Means over seeds are "
         "compared, so which of two settings is on the front may be noise. "
@@ -100,7 +110,10 @@ def _front_table(front: pd.DataFrame, axes: Names, traded: tuple[str, str]) -> s
         [
             str(row[NUMBER]),
             arms_in_words(row),
-            *(html.text("" if key_of(row[axis]) is None else level_name(row[axis])) for axis in axes),
+            *(
+                html.text("" if key_of(row[axis]) is None else level_name(row[axis]))
+                for axis in axes
+            ),
             *(html.text(mean_and_error(row[key], row[f"{key}/se"])) for key in traded),
         ]
         for row in front.to_dict("records")

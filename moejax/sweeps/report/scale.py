@@ -58,11 +58,16 @@ class Scale:
         places = self.places(self.levels)
         if self.kind == "categorical":
             step = -(-len(places) // (2 * MAX_NAMED))
-            return [(float(x), level_name(v)) for x, v in zip(places[::step], self.levels[::step], strict=True)]
+            return [
+                (float(x), level_name(v))
+                for x, v in zip(places[::step], self.levels[::step], strict=True)
+            ]
         if len(self.levels) <= MAX_NAMED:
             found = [(float(x), level_name(v)) for x, v in zip(places, self.levels, strict=True)]
         else:
-            found = [(x, level_name(10**x if self.kind == "log" else x)) for x in self._round(places)]
+            found = [
+                (x, level_name(10**x if self.kind == "log" else x)) for x in self._round(places)
+            ]
         gap, kept = MIN_GAP * float(np.ptp(places)), found[:1]
         for place, name in found[1:]:
             if place - kept[-1][0] >= gap:
@@ -73,7 +78,11 @@ class Scale:
         low, high = float(places.min()), float(places.max())
         if self.kind == "log":
             decades = range(math.floor(low), math.floor(high + 1e-9) + 1)
-            for digits in ((1,), (1, 3), (1, 2, 5)):  # more of them where a few decades are few ticks
+            for digits in (
+                (1,),
+                (1, 3),
+                (1, 2, 5),
+            ):  # more of them where a few decades are few ticks
                 found = [decade + math.log10(digit) for decade in decades for digit in digits]
                 found = [x for x in found if low - 1e-9 <= x <= high + 1e-9]
                 if len(found) > 2:

@@ -78,7 +78,8 @@ def short_names(axes: Sequence[str]) -> dict[str, str]:
     keys = {axis: axis.removeprefix(OVERRIDE) for axis in axes}
     leaves = [key.rpartition(".")[2] for key in keys.values()]
     return {
-        axis: key if leaves.count(leaf) > 1 else leaf for (axis, key), leaf in zip(keys.items(), leaves, strict=True)
+        axis: key if leaves.count(leaf) > 1 else leaf
+        for (axis, key), leaf in zip(keys.items(), leaves, strict=True)
     }
 
 
@@ -100,7 +101,8 @@ def numbered_settings(
     settings = settings_of(compared, metrics)
     num_planned = collections.Counter(setting_key(entry["overrides"]) for entry in planned)
     settings[PLANNED] = [
-        max(len(row["arms"]), num_planned[setting_key(_overrides(row))]) for row in settings.to_dict("records")
+        max(len(row["arms"]), num_planned[setting_key(_overrides(row))])
+        for row in settings.to_dict("records")
     ]
     order = np.lexsort((settings[loss_of(compared)], _is_partial(settings)))
     settings = settings.iloc[order].reset_index(drop=True)
@@ -111,7 +113,9 @@ def numbered_settings(
 def varies(values: pd.Series | None) -> bool:
     """Whether a metric is there and not the same everywhere."""
     known = pd.Series(dtype=float) if values is None else values.dropna()
-    return len(known) > 1 and float(np.ptp(known)) > 1e-9 * float(known.abs().max())  # more than means are rounded
+    return len(known) > 1 and float(np.ptp(known)) > 1e-9 * float(
+        known.abs().max()
+    )  # more than means are rounded
 
 
 def constants_in_words(table: pd.DataFrame, metrics: Collection[str], rows: str) -> str:
@@ -134,7 +138,9 @@ def constants_in_words(table: pd.DataFrame, metrics: Collection[str], rows: str)
     )
 
 
-def reference_setting(rows: Sequence[Mapping[Any, Any]], planned: Sequence[Mapping[str, Any]]) -> Mapping[Any, Any]:
+def reference_setting(
+    rows: Sequence[Mapping[Any, Any]], planned: Sequence[Mapping[str, Any]]
+) -> Mapping[Any, Any]:
     """The setting that the others are compared with: the dense control, or without one the first of the sweep.
 
     It is chosen before anything is measured: the best of many would owe part of its lead to chance.
@@ -145,7 +151,9 @@ def reference_setting(rows: Sequence[Mapping[Any, Any]], planned: Sequence[Mappi
     """
     dense = [row for row in rows if row.get(f"{OVERRIDE}moe.num_experts") == 0]
     place = {entry["id"]: i for i, entry in enumerate(planned)}
-    return min(dense or rows, key=lambda row: min(place.get(arm, len(place)) for arm in row["arms"]))
+    return min(
+        dense or rows, key=lambda row: min(place.get(arm, len(place)) for arm in row["arms"])
+    )
 
 
 def difference_in_words(difference: Difference) -> str:
@@ -157,7 +165,9 @@ def difference_in_words(difference: Difference) -> str:
     if difference.se <= 1e-9 * abs(difference.mean):  # but for rounding
         return f"{float(f'{difference.mean:.4g}'):+g} (in every seed)"
     places = _places(difference.high - difference.mean)
-    mean, low, high = (f"{value:+,.{places}f}" for value in (difference.mean, difference.low, difference.high))
+    mean, low, high = (
+        f"{value:+,.{places}f}" for value in (difference.mean, difference.low, difference.high)
+    )
     return f"{mean} ({low} to {high})"
 
 
@@ -166,7 +176,11 @@ def _is_partial(settings: pd.DataFrame) -> np.ndarray:
 
 
 def _overrides(row: Mapping[Any, Any]) -> dict[str, Any]:
-    return {name.removeprefix(OVERRIDE): value for name, value in row.items() if name.startswith(OVERRIDE)}
+    return {
+        name.removeprefix(OVERRIDE): value
+        for name, value in row.items()
+        if name.startswith(OVERRIDE)
+    }
 
 
 def arms_in_words(row: Mapping[Any, Any]) -> str:
@@ -187,11 +201,16 @@ def pack_note(compared: pd.DataFrame) -> str:
 
 
 def _pack_sizes(compared: pd.DataFrame) -> list[int]:
-    return sorted({int(size) for size in compared["packed"].dropna()}) if "packed" in compared else []
+    return (
+        sorted({int(size) for size in compared["packed"].dropna()}) if "packed" in compared else []
+    )
 
 
 def settings_table(
-    settings: pd.DataFrame, compared: pd.DataFrame, matched: Sequence[str], planned: Sequence[Mapping[str, Any]]
+    settings: pd.DataFrame,
+    compared: pd.DataFrame,
+    matched: Sequence[str],
+    planned: Sequence[Mapping[str, Any]],
 ) -> str:
     """The table with its introduction.
 
@@ -202,7 +221,9 @@ def settings_table(
       planned: entries of all arms in `sweep.json`.
     """
     loss = loss_of(compared)
-    axes = [str(name) for name in settings.columns if str(name).startswith(OVERRIDE) and name != SEED]
+    axes = [
+        str(name) for name in settings.columns if str(name).startswith(OVERRIDE) and name != SEED
+    ]
     metrics = [key for key in METRICS if key != loss and varies(settings[key])]
     of_arm = {row["arm"]: row for row in compared.to_dict("records")}
     rows = settings.to_dict("records")
@@ -216,13 +237,24 @@ def settings_table(
     head += [*(_head(*METRICS[key]) for key in metrics), _head("folders", "in arms/")]
     body = []
     for row, difference in zip(rows, differences, strict=True):
-        cells = [f'<th scope="row" data-number="{row[NUMBER]}">{row[NUMBER]}</th>', _metric_cell(row, loss)]
+        cells = [
+            f'<th scope="row" data-number="{row[NUMBER]}">{row[NUMBER]}</th>',
+            _metric_cell(row, loss),
+        ]
         cells += [_difference_cell(difference, row[NUMBER] == reference[NUMBER])] * has_others
-        cells += [_number_cell(len(row["arms"]), arms_in_words(row)), *(_level_cell(row[axis]) for axis in axes)]
+        cells += [
+            _number_cell(len(row["arms"]), arms_in_words(row)),
+            *(_level_cell(row[axis]) for axis in axes),
+        ]
         cells += [_levels_cell([of_arm[arm].get(name) for arm in row["arms"]]) for name in matched]
         cells += [_metric_cell(row, key) for key in metrics]
-        body.append(f"<tr>{''.join(cells)}<td><code>{html.text(' '.join(row['arms']))}</code></td></tr>")
-    said = [_introduction(settings, compared), constants_in_words(settings, set(METRICS) - {loss}, "settings")]
+        body.append(
+            f"<tr>{''.join(cells)}<td><code>{html.text(' '.join(row['arms']))}</code></td></tr>"
+        )
+    said = [
+        _introduction(settings, compared),
+        constants_in_words(settings, set(METRICS) - {loss}, "settings"),
+    ]
     if has_others:
         said.append(_told_apart(reference, rows, differences))
     return (
@@ -237,8 +269,9 @@ def _introduction(settings: pd.DataFrame, compared: pd.DataFrame) -> str:
         "; those of which some arms are not compared come last, and their means, on all of this page, are over the "
         "other arms alone, which may be the lucky ones"
     ) * any(_is_partial(settings))  # fmt: skip
-    shared = " Arms of a pack train together: their step time is the pack's over its number of arms." * (
-        max(_pack_sizes(compared), default=1) > 1
+    shared = (
+        " Arms of a pack train together: their step time is the pack's over its number of arms."
+        * (max(_pack_sizes(compared), default=1) > 1)
     )
     return (
         "A setting is what all raw axes but the seed say; its values are means over seeds ± one standard error (none "
@@ -250,7 +283,9 @@ def _introduction(settings: pd.DataFrame, compared: pd.DataFrame) -> str:
 
 
 def _told_apart(
-    reference: Mapping[Any, Any], rows: Sequence[Mapping[Any, Any]], differences: Sequence[Difference]
+    reference: Mapping[Any, Any],
+    rows: Sequence[Mapping[Any, Any]],
+    differences: Sequence[Difference],
 ) -> str:
     """How many settings differ from the reference by more than seeds do."""
     number, others = reference[NUMBER], len(rows) - 1
@@ -258,7 +293,9 @@ def _told_apart(
     kind = "the dense control" if is_dense else "the first of the sweep that is compared"
     what = f"Differences are from setting {number}, {kind}"
     num_seeds = [
-        difference.num_seeds for row, difference in zip(rows, differences, strict=True) if row[NUMBER] != number
+        difference.num_seeds
+        for row, difference in zip(rows, differences, strict=True)
+        if row[NUMBER] != number
     ]
     if max(num_seeds) < 2:
         return (
@@ -306,7 +343,11 @@ def _level_cell(level: Any) -> str:
 def _levels_cell(values: Sequence[Any]) -> str:
     """A matched leaf of the arms of one setting: one value, as matching does not look at seeds."""
     levels = levels_of(values)
-    return _level_cell(levels[0]) if len(levels) == 1 else f"<td>{html.text(', '.join(map(level_name, levels)))}</td>"
+    return (
+        _level_cell(levels[0])
+        if len(levels) == 1
+        else f"<td>{html.text(', '.join(map(level_name, levels)))}</td>"
+    )
 
 
 def _metric_cell(row: Mapping[Any, Any], key: str) -> str:

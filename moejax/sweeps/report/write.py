@@ -23,5 +23,6 @@ def build_sweep_report(directory: str | Path) -> Path:
     read_definition(directory)  # before anything is written there
     rows = join_records(directory)
     return write_page(
-        directory / FILE_NAME, build_sweep_page(frame_of(rows), read_definition(directory), directory.name)
+        directory / FILE_NAME,
+        build_sweep_page(frame_of(rows), read_definition(directory), directory.name),
     )

@@ -73,7 +73,9 @@ def work(sweep: Sweep, stop: StopSignals) -> bool:
     """
     failed: set[int] = set()
     while not stop:
-        open_packs = [i for i, pack in enumerate(sweep.packs) if i not in failed and sweep.open_arms(pack)]
+        open_packs = [
+            i for i, pack in enumerate(sweep.packs) if i not in failed and sweep.open_arms(pack)
+        ]
         if not open_packs:
             break
         is_idle = True
@@ -94,7 +96,13 @@ def _try_pack(sweep: Sweep, pack: int, stop: StopSignals) -> bool:
         train_pack(sweep, sweep.packs[pack], stop)
     except Exception as error:  # whatever it is, it must not end the other packs
         is_said = isinstance(error, ValueError)  # in one line, with its remedy
-        log.error("pack %d (%s) failed: %s", pack, " ".join(sweep.packs[pack]), error, exc_info=not is_said)
+        log.error(
+            "pack %d (%s) failed: %s",
+            pack,
+            " ".join(sweep.packs[pack]),
+            error,
+            exc_info=not is_said,
+        )
         return False
     finally:
         jax.clear_caches()  # programs of other packs have other shapes
@@ -107,7 +115,12 @@ def train_pack(sweep: Sweep, ids: Sequence[str], stop: StopSignals) -> None:
         if stop:
             return
         started = sum(sweep.has_ended(arm_id) for arm_id in sweep.arms)
-        log.info("%d of %d arms have ended; training %s", started, len(sweep.arms), " ".join(arm.id for arm in arms))
+        log.info(
+            "%d of %d arms have ended; training %s",
+            started,
+            len(sweep.arms),
+            " ".join(arm.id for arm in arms),
+        )
         results = _train_arms(sweep, arms, stop)
         done = [arm for arm, result in zip(arms, results, strict=True) if _is_done(result)]
         _record_all(sweep, done, packed=len(arms))
@@ -139,7 +152,9 @@ def together(sweep: Sweep, arms: Sequence[Arm]) -> list[list[Arm]]:
     others.
     """
     steps = {arm.id: saved_steps(sweep.workdir(arm.id)) for arm in arms}
-    complete = [arm for arm in arms if steps[arm.id] and steps[arm.id][-1] >= arm.config.train.num_steps]
+    complete = [
+        arm for arm in arms if steps[arm.id] and steps[arm.id][-1] >= arm.config.train.num_steps
+    ]
     others = [arm for arm in arms if arm not in complete]
     if not others:
         return [[arm] for arm in complete]
@@ -232,7 +247,11 @@ def training_seconds(workdir: Path) -> Seconds | None:
         if num_tokens is None or rate is None or line["step"] <= step:
             continue
         if num_tokens > tokens and rate > 0:
-            arms = line["perf/arms"] if type(line.get("perf/arms")) is int and line["perf/arms"] > 0 else 1
+            arms = (
+                line["perf/arms"]
+                if type(line.get("perf/arms")) is int and line["perf/arms"] > 0
+                else 1
+            )
             seconds = (num_tokens - tokens) / rate / arms
             of_step.append(seconds / (line["step"] - step))
             total += seconds
@@ -282,7 +301,9 @@ def run_sweep(
     """
     plan = plan_arms(base, points, match=match)
     check_devices(plan.arms)
-    sweep = write_sweep(directory, plan, largest_pack=largest_pack, recipe="", match=match, command="run_sweep")
+    sweep = write_sweep(
+        directory, plan, largest_pack=largest_pack, recipe="", match=match, command="run_sweep"
+    )
     with StopSignals() as stop:
         work(sweep, stop)
     join_records(sweep.directory)

@@ -41,7 +41,9 @@ class Share:
     @property
     def environment(self) -> dict[str, str]:
         """What the process finds set otherwise than this one does."""
-        return {"CUDA_VISIBLE_DEVICES": ",".join(self.gpus)} if self.gpus else {"JAX_PLATFORMS": "cpu"}
+        return (
+            {"CUDA_VISIBLE_DEVICES": ",".join(self.gpus)} if self.gpus else {"JAX_PLATFORMS": "cpu"}
+        )
 
 
 def share_out(processes: int, gpus: int) -> list[Share]:
@@ -73,7 +75,9 @@ def _visible_gpus(number: int) -> list[str]:
     variable = os.environ.get("CUDA_VISIBLE_DEVICES")
     if variable is None:
         return [str(gpu) for gpu in range(number)]
-    known = list(itertools.takewhile(lambda gpu: gpu not in ("", "-1"), map(str.strip, variable.split(","))))
+    known = list(
+        itertools.takewhile(lambda gpu: gpu not in ("", "-1"), map(str.strip, variable.split(",")))
+    )
     if number > len(known):
         raise SweepError(
             f"--gpus={number} must be at most {len(known)}, as CUDA_VISIBLE_DEVICES={variable} has no more"
@@ -84,7 +88,9 @@ def _visible_gpus(number: int) -> list[str]:
 def shares(items: Sequence[Any], number: int) -> list[list[Any]]:
     """As even parts of what there is, each of one at least."""
     if not 1 <= number <= len(items):
-        raise SweepError(f"--processes={number} must be at most {len(items)}, one for each core or GPU, and at least 1")
+        raise SweepError(
+            f"--processes={number} must be at most {len(items)}, one for each core or GPU, and at least 1"
+        )
     edges = [i * len(items) // number for i in range(number + 1)]
     return [list(items[low:high]) for low, high in itertools.pairwise(edges)]
 
@@ -119,9 +125,15 @@ def run_pool(sweep: Sweep, parts: Sequence[Share], stop: StopSignals) -> bool:
                 if code is None:
                     continue
                 del running[number]
-                if code < 0 and not stop and sweep.open_arms():  # by a signal; others have said what is wrong
+                if (
+                    code < 0 and not stop and sweep.open_arms()
+                ):  # by a signal; others have said what is wrong
                     died += 1
-                    log.warning("process %d of the pool was ended by signal %d; starting it again", number, -code)
+                    log.warning(
+                        "process %d of the pool was ended by signal %d; starting it again",
+                        number,
+                        -code,
+                    )
                     if died > RESTARTS:
                         raise SweepError(
                             f"{died} processes of the pool died; {sweep.directory / LOGS_FOLDER} says more; the same "

@@ -51,7 +51,9 @@ class Work:
             self._process = subprocess.Popen(self.command)
         code = self._process.wait()
         if code in (STOPPED, -signal.SIGTERM):
-            time.sleep(SAVE_S)  # in which `checkpoint` is called, and does not come back, if the job is to go on
+            time.sleep(
+                SAVE_S
+            )  # in which `checkpoint` is called, and does not come back, if the job is to go on
         if code:
             raise subprocess.CalledProcessError(code, self.command)
 
@@ -123,13 +125,21 @@ def _executor(jobs: Jobs, folder: Path):
     try:
         import submitit
     except ImportError as error:
-        raise SweepError(f"--runner=slurm needs submitit ({error}): {how_to_install('sweeps')}") from error
+        raise SweepError(
+            f"--runner=slurm needs submitit ({error}): {how_to_install('sweeps')}"
+        ) from error
     if jobs.minutes * 60 <= 2 * SAVE_S:
-        raise SweepError(f"--minutes={jobs.minutes} must be more than {2 * SAVE_S // 60}, to start and to save")
+        raise SweepError(
+            f"--minutes={jobs.minutes} must be more than {2 * SAVE_S // 60}, to start and to save"
+        )
     try:
-        return submitit.AutoExecutor(folder=folder / "%j", cluster=jobs.cluster, slurm_max_num_timeout=TIMES)
+        return submitit.AutoExecutor(
+            folder=folder / "%j", cluster=jobs.cluster, slurm_max_num_timeout=TIMES
+        )
     except RuntimeError as error:
-        raise SweepError(f"--runner=slurm cannot submit ({error}); run it where sbatch is") from error
+        raise SweepError(
+            f"--runner=slurm cannot submit ({error}); run it where sbatch is"
+        ) from error
 
 
 def submit(sweep: Sweep, jobs: Jobs) -> "list[Job[None]]":
@@ -139,7 +149,11 @@ def submit(sweep: Sweep, jobs: Jobs) -> "list[Job[None]]":
       SweepError: see `check_jobs`.
     """
     executor = _executor(jobs, Path(sweep.directory) / FOLDER)
-    parameters: dict[str, Any] = {"timeout_min": jobs.minutes, "cpus_per_task": jobs.cpus, "tasks_per_node": 1}
+    parameters: dict[str, Any] = {
+        "timeout_min": jobs.minutes,
+        "cpus_per_task": jobs.cpus,
+        "tasks_per_node": 1,
+    }
     if jobs.gpus:
         parameters["gpus_per_node"] = jobs.gpus
     if jobs.cluster == "slurm":
@@ -150,7 +164,11 @@ def submit(sweep: Sweep, jobs: Jobs) -> "list[Job[None]]":
             "slurm_signal_delay_s": SAVE_S,
             "slurm_additional_parameters": {"requeue": True},
         }
-        parameters |= {f"slurm_{k}": v for k, v in (("partition", jobs.partition), ("account", jobs.account)) if v}
+        parameters |= {
+            f"slurm_{k}": v
+            for k, v in (("partition", jobs.partition), ("account", jobs.account))
+            if v
+        }
     executor.update_parameters(**parameters)
     work = Work(work_command(sweep.directory.resolve()))
     with executor.batch():

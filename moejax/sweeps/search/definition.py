@@ -70,12 +70,16 @@ def search_axes(axes: Sequence[Choice | Range]) -> tuple[Axis, ...]:
       StudyError: there is none, a key comes twice, a range is empty, a value is not JSON, or the seed is an axis.
     """
     if not axes:
-        raise StudyError("a search needs at least one axis, such as optimizer.learning_rate=log:1e-4..1e-2")
+        raise StudyError(
+            "a search needs at least one axis, such as optimizer.learning_rate=log:1e-4..1e-2"
+        )
     found = tuple(_search_axis(axis) for axis in axes)
     keys = [axis.key for axis in found]
     for key in keys:
         if keys.count(key) > 1:
-            raise StudyError(f"axis {key} is given {keys.count(key)} times; a search takes each key once")
+            raise StudyError(
+                f"axis {key} is given {keys.count(key)} times; a search takes each key once"
+            )
     if "train.seed" in keys:
         raise StudyError(
             "train.seed cannot be an axis of a search, which would pick the luckiest seed; "
@@ -95,7 +99,9 @@ def _search_axis(axis: Choice | Range) -> Axis:
         return Axis(axis.key, tuple(values))
     low, high = axis.low, axis.high
     if not (math.isfinite(low) and math.isfinite(high) and low < high):
-        raise StudyError(f"axis {axis.key} goes from {low} to {high}; the first must be the smaller, both finite")
+        raise StudyError(
+            f"axis {axis.key} goes from {low} to {high}; the first must be the smaller, both finite"
+        )
     if axis.is_log and low <= 0:
         raise StudyError(f"axis {axis.key} is logarithmic from {low}; it must begin above 0")
     return Axis(axis.key, (), low, high, axis.is_log)
@@ -147,9 +153,13 @@ class Definition:
             raise StudyError(f"trials={self.trials} must be at least 1")
         if self.seed < 0:
             raise StudyError(f"seed={self.seed} must not be negative")
-        rising = all(one < other for one, other in zip(self.fractions, self.fractions[1:], strict=False))
+        rising = all(
+            one < other for one, other in zip(self.fractions, self.fractions[1:], strict=False)
+        )
         if not (self.fractions and rising and self.fractions[0] > 0 and self.fractions[-1] <= 1):
-            raise StudyError(f"fractions={list(self.fractions)} must ascend within ]0, 1]; a pruner acts at them")
+            raise StudyError(
+                f"fractions={list(self.fractions)} must ascend within ]0, 1]; a pruner acts at them"
+            )
         if self.pruner != "none" and self.fractions[0] == 1:
             raise StudyError(
                 f"pruner={self.pruner} has nothing to compare: before the end there is no fraction of the schedule at "
@@ -172,7 +182,9 @@ class Definition:
             axes = tuple(Axis.from_json(axis) for axis in content["axes"])
             return cls(**{**content, "axes": axes, "fractions": tuple(content["fractions"])})
         except (KeyError, TypeError) as error:
-            raise StudyError(f"the study's definition cannot be read ({error}); was another version used?") from error
+            raise StudyError(
+                f"the study's definition cannot be read ({error}); was another version used?"
+            ) from error
 
     def differing(self, other: "Definition") -> list[str]:
         """Names of the fields in which `other` differs."""
@@ -207,7 +219,9 @@ class Definition:
         if self.pruner == "median":
             return optuna.pruners.MedianPruner(n_startup_trials=MEDIAN_AFTER_TRIALS)
         if self.pruner == "halving":
-            return optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=HALVING_FACTOR)
+            return optuna.pruners.SuccessiveHalvingPruner(
+                min_resource=1, reduction_factor=HALVING_FACTOR
+            )
         return optuna.pruners.NopPruner()
 
 

@@ -20,7 +20,9 @@ class Watch:
 
     def __init__(self, grace_s: float, clock: Callable[[], float] = time.monotonic):
         self._grace_s, self._clock = grace_s, clock
-        self._seen: dict[int, tuple[float | None, float]] = {}  # number -> beat, and when it was first seen
+        self._seen: dict[
+            int, tuple[float | None, float]
+        ] = {}  # number -> beat, and when it was first seen
         self._lock = threading.Lock()  # the worker and its heart observe
 
     def observe(self, trials: Iterable["FrozenTrial"]) -> list["FrozenTrial"]:
@@ -36,7 +38,9 @@ class Watch:
             for trial in running:
                 beat = trial.user_attrs.get("beat")
                 seen = before.get(trial.number)
-                self._seen[trial.number] = seen if seen is not None and seen[0] == beat else (beat, now)
+                self._seen[trial.number] = (
+                    seen if seen is not None and seen[0] == beat else (beat, now)
+                )
             return [trial for trial in running if now - self._seen[trial.number][1] > self._grace_s]
 
 
@@ -51,7 +55,9 @@ class Heart:
         self._study, self._trial, self._watch, self._every_s = study, trial, watch, every_s
         self.is_lost = threading.Event()
         self._is_over = threading.Event()
-        self._thread = threading.Thread(target=self._beat_on, name=f"beat of trial {trial.number}", daemon=True)
+        self._thread = threading.Thread(
+            target=self._beat_on, name=f"beat of trial {trial.number}", daemon=True
+        )
 
     def __enter__(self) -> "Heart":
         self._thread.start()
@@ -67,7 +73,11 @@ class Heart:
         while not self._is_over.is_set():
             try:
                 self._trial.set_user_attr("beat", time.time())
-                self._watch.observe(self._study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,)))
+                self._watch.observe(
+                    self._study.get_trials(
+                        deepcopy=False, states=(optuna.trial.TrialState.RUNNING,)
+                    )
+                )
             except optuna.exceptions.UpdateFinishedTrialError:
                 self.is_lost.set()
                 return

@@ -74,7 +74,9 @@ class Report:
                 return False
             self._trial.report(loss, place)
             self._reported.add(place)
-            return fraction < 1 and len(self._reported) == place and bool(self._trial.should_prune())
+            return (
+                fraction < 1 and len(self._reported) == place and bool(self._trial.should_prune())
+            )
         except optuna.exceptions.UpdateFinishedTrialError as error:
             raise TrialLostError from error
         except optuna.exceptions.StorageInternalError:

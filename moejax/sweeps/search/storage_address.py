@@ -24,7 +24,9 @@ MIN_SECRET = 4  # letters of a hidden piece that is replaced within words, too
 _ADDRESS = re.compile(r"[A-Za-z][\w+.-]*:")  # how a URL begins, well formed or not
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+_.-]*(?=:)")
 _NO_SCHEME = re.compile(r"[^/]*@")  # USER:PASSWORD@HOST begins as a URL does
-_CREDENTIALS = re.compile(r":[^/]*@|^//")  # in what looks like a path: USER:PASSWORD@HOST, a URL without its scheme
+_CREDENTIALS = re.compile(
+    r":[^/]*@|^//"
+)  # in what looks like a path: USER:PASSWORD@HOST, a URL without its scheme
 _HOST = re.compile(r"[\w.-]*|\[?[0-9A-Fa-f:.]+\]?")
 _NAME = re.compile(r"[\w.+-]*")
 _DATABASE = re.compile(r"[\w./ +-]*")
@@ -45,7 +47,9 @@ def show_storage(storage: str) -> str:
         url = parse_address(storage)
     except StudyError:
         return hidden
-    query = f"?{HIDDEN}" if url.query else ""  # keys, too: what was meant as a value may be read as one
+    query = (
+        f"?{HIDDEN}" if url.query else ""
+    )  # keys, too: what was meant as a value may be read as one
     if url.get_backend_name() == "sqlite":
         return f"{url.drivername}:///{url.database or ''}{query}" if url.host is None else hidden
     parts = [(_NAME, url.username), (_HOST, url.host), (_DATABASE, url.database)]
@@ -61,7 +65,9 @@ def show_storage(storage: str) -> str:
 def without_secrets(text: str, storage: str) -> str:
     """What was said about a storage, without the pieces of its address that `show_storage` hides."""
     shown = set(_pieces(show_storage(storage)))
-    hidden = {piece for address in (storage, unquote(storage)) for piece in _pieces(address)} - shown
+    hidden = {
+        piece for address in (storage, unquote(storage)) for piece in _pieces(address)
+    } - shown
     for piece in sorted(hidden, key=len, reverse=True):
         pattern = re.escape(piece)
         if len(piece) < MIN_SECRET:
@@ -71,7 +77,11 @@ def without_secrets(text: str, storage: str) -> str:
 
 
 def _pieces(address: str) -> list[str]:
-    return [] if is_path(address) else [piece for piece in re.split(r"[:/@?&=;,{}\s'\"]+", address) if piece]
+    return (
+        []
+        if is_path(address)
+        else [piece for piece in re.split(r"[:/@?&=;,{}\s'\"]+", address) if piece]
+    )
 
 
 def parse_address(address: str) -> "URL":
@@ -83,10 +93,14 @@ def parse_address(address: str) -> "URL":
     try:
         import sqlalchemy
     except ImportError as error:
-        raise StudyError(f"a search needs SQLAlchemy ({error}): {how_to_install('sweeps')}") from error
+        raise StudyError(
+            f"a search needs SQLAlchemy ({error}): {how_to_install('sweeps')}"
+        ) from error
     scheme = _SCHEME.match(address)
     if scheme is None or not address.startswith(f"{scheme[0]}://"):
-        raise StudyError("the storage is no URL of the form postgresql+psycopg://user@host/name; write it so")
+        raise StudyError(
+            "the storage is no URL of the form postgresql+psycopg://user@host/name; write it so"
+        )
     try:
         url = sqlalchemy.make_url(address)
     except (sqlalchemy.exc.ArgumentError, ValueError):
@@ -110,7 +124,9 @@ def sqlite_address(path: Path) -> str:
     """
     import sqlalchemy
 
-    address = sqlalchemy.URL.create("sqlite", database=str(path)).render_as_string(hide_password=False)
+    address = sqlalchemy.URL.create("sqlite", database=str(path)).render_as_string(
+        hide_password=False
+    )
     if sqlalchemy.make_url(address).database != str(path):
         raise StudyError(
             f"storage {path} has a name that SQLAlchemy {sqlalchemy.__version__} cannot open; choose another"

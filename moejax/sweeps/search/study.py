@@ -32,7 +32,9 @@ ATTRIBUTE = "moejax"  # the study's user attribute that holds its definition
 CONNECT_TIMEOUT_S = 10
 LOCK_TIMEOUT_S = 60  # of SQLite, while other workers write
 JOURNAL_LOCK_S = 15  # after which a journal's lock counts as left by a dead worker
-CREATORS_RACE = 5  # several workers may make a database's tables at once; all but one fail and try again
+CREATORS_RACE = (
+    5  # several workers may make a database's tables at once; all but one fail and try again
+)
 
 
 def load_optuna() -> ModuleType:
@@ -64,10 +66,15 @@ def create_study(storage: str, name: str, definition: Definition) -> "optuna.Stu
     optuna = load_optuna()
     with storage_errors(storage):
         study = optuna.create_study(
-            storage=_open_storage(storage, create=True), study_name=name, direction="minimize", load_if_exists=True
+            storage=_open_storage(storage, create=True),
+            study_name=name,
+            direction="minimize",
+            load_if_exists=True,
         )
         has_trials = bool(study.get_trials(deepcopy=False))
-        if ATTRIBUTE not in study.user_attrs:  # asked after its trials: who makes a study sets it before the first
+        if (
+            ATTRIBUTE not in study.user_attrs
+        ):  # asked after its trials: who makes a study sets it before the first
             if has_trials or study.directions != [optuna.study.StudyDirection.MINIMIZE]:
                 raise _not_ours(study)
             study.set_user_attr(ATTRIBUTE, definition.to_json())
@@ -97,7 +104,9 @@ def open_study(storage: str, name: str) -> "optuna.Study":
     """
     optuna = load_optuna()
     shown = show_storage(storage)
-    missing = StudyError(f"there is no study {name!r} in {shown}; moejax sweep --study={name} makes it")
+    missing = StudyError(
+        f"there is no study {name!r} in {shown}; moejax sweep --study={name} makes it"
+    )
     if not _may_exist(storage):  # opening would make it
         raise missing
     with storage_errors(storage, no_tables=missing):
@@ -128,7 +137,9 @@ def definition_of(study: "optuna.Study") -> Definition:
 
 
 def _not_ours(study: "optuna.Study") -> StudyError:
-    return StudyError(f"study {study.study_name!r} was not made by moejax sweep; choose another --study")
+    return StudyError(
+        f"study {study.study_name!r} was not made by moejax sweep; choose another --study"
+    )
 
 
 @contextlib.contextmanager
@@ -148,7 +159,9 @@ def storage_errors(storage: str, no_tables: StudyError | None = None) -> Iterato
     try:
         yield
     except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
-        cause = error.__cause__ if isinstance(error, optuna.exceptions.StorageInternalError) else error
+        cause = (
+            error.__cause__ if isinstance(error, optuna.exceptions.StorageInternalError) else error
+        )
         if no_tables is not None and _has_no_tables(cause):
             raise no_tables from error
         said = str(getattr(cause, "orig", None) or cause or error).strip().splitlines()[0]
@@ -175,9 +188,13 @@ def serve_dashboard(storage: str, host: str = "127.0.0.1", port: int = 8080) -> 
     try:
         from optuna_dashboard import run_server
     except ImportError as error:
-        raise StudyError(f"the dashboard is not installed ({error}): {how_to_install('sweeps')}") from error
+        raise StudyError(
+            f"the dashboard is not installed ({error}): {how_to_install('sweeps')}"
+        ) from error
     shown = show_storage(storage)
-    missing = StudyError(f"there is no study in {shown}; moejax sweep --search=... --storage={shown} makes one")
+    missing = StudyError(
+        f"there is no study in {shown}; moejax sweep --search=... --storage={shown} makes one"
+    )
     if not _may_exist(storage):  # opening would make it
         raise missing
     with storage_errors(storage, no_tables=missing):
@@ -209,7 +226,9 @@ def _open_storage(storage: str, create: bool) -> "optuna.storages.BaseStorage":
         lock = JournalFileSymlinkLock(str(path), grace_period=JOURNAL_LOCK_S)
         return JournalStorage(JournalFileBackend(str(path), lock_obj=lock))
     except OSError as error:
-        raise StudyError(f"storage {storage} cannot be opened ({error.strerror}); choose another path") from error
+        raise StudyError(
+            f"storage {storage} cannot be opened ({error.strerror}); choose another path"
+        ) from error
     except Exception as error:  # Optuna reads the lines as its own, and raises anything for others
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise StudyError(
@@ -225,7 +244,9 @@ def _open_database(address: str, create: bool) -> "optuna.storages.BaseStorage":
     url = parse_address(address)
     options: dict[str, Any] = {"pool_pre_ping": True}  # a restarted server is connected to again
     is_sqlite = url.get_backend_name() == "sqlite"
-    options["connect_args"] = {"timeout": LOCK_TIMEOUT_S} if is_sqlite else {"connect_timeout": CONNECT_TIMEOUT_S}
+    options["connect_args"] = (
+        {"timeout": LOCK_TIMEOUT_S} if is_sqlite else {"connect_timeout": CONNECT_TIMEOUT_S}
+    )
     if is_sqlite and create and url.database:
         try:
             Path(url.database).parent.mkdir(parents=True, exist_ok=True)
@@ -273,7 +294,12 @@ def _serialise(engine: "Any") -> None:
 
 def _has_no_tables(error: BaseException | None) -> bool:
     """Whether a database was reached that has no tables of Optuna."""
-    return re.search(r"no such table|relation \".*\" does not exist|Table .* doesn't exist", str(error)) is not None
+    return (
+        re.search(
+            r"no such table|relation \".*\" does not exist|Table .* doesn't exist", str(error)
+        )
+        is not None
+    )
 
 
 def _is_race(error: BaseException) -> bool:

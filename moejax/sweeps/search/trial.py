@@ -48,7 +48,11 @@ def common_fractions(config: Config, axes: Sequence[Axis]) -> tuple[float, ...]:
 
 def _fractions(config: TrainConfig) -> set[float]:
     """Those at which a run is evaluated: equal ones are equal floats, for a quotient is rounded correctly."""
-    return {step / config.num_steps for step in range(1, config.num_steps + 1) if config.is_evaluated(step)}
+    return {
+        step / config.num_steps
+        for step in range(1, config.num_steps + 1)
+        if config.is_evaluated(step)
+    }
 
 
 @dataclasses.dataclass
@@ -86,7 +90,9 @@ class Trials:
             return None
         if row["status"] == "done":
             return Outcome("done", loss=row.get(f"final/{self.definition.objective}"))
-        return Outcome("failed", error=row.get("error"))  # stopped by an alarm, too: that gives no loss
+        return Outcome(
+            "failed", error=row.get("error")
+        )  # stopped by an alarm, too: that gives no loss
 
     def run(self, point: Point, arm_id: str, report: Report) -> Outcome:
         """Trains a point's arm, from its newest checkpoint if it has one, and records it unless it was stopped.
@@ -95,14 +101,18 @@ class Trials:
           TrialLostError: the trial is another worker's by now.
         """
         arm = self._arm(point)
-        workdir = add_arm(self.directory, arm, recipe=self.definition.recipe, command=self.command).workdir(arm_id)
+        workdir = add_arm(
+            self.directory, arm, recipe=self.definition.recipe, command=self.command
+        ).workdir(arm_id)
         with self._claim(arm_id, report) as is_mine:
             if not is_mine:
                 return Outcome("stopped")
             known = self.known(arm_id)  # by now: of a worker that was taken for dead
             if known is not None:
                 return known
-            (workdir / RECORD_FILE).unlink(missing_ok=True)  # of a study that pruned it: it has not ended
+            (workdir / RECORD_FILE).unlink(
+                missing_ok=True
+            )  # of a study that pruned it: it has not ended
             return self._train(arm, workdir, report)
 
     @contextlib.contextmanager
@@ -131,7 +141,9 @@ class Trials:
                 own.request("STOP")
 
         try:
-            result = train(arm.config, workdir, command=self.command, stop=own, on_evaluation=on_evaluation)
+            result = train(
+                arm.config, workdir, command=self.command, stop=own, on_evaluation=on_evaluation
+            )
         except ConfigError as error:
             log.error("arm %s cannot be trained: %s", arm.id, error)
             return Outcome("failed", error=str(error), is_result=False)
@@ -146,7 +158,9 @@ class Trials:
             return self._record(arm, "pruned", Outcome("pruned"), report)
         if result.evaluation is None:
             return Outcome("stopped")
-        return self._record(arm, "done", Outcome("done", loss=self._value(result.evaluation)), report)
+        return self._record(
+            arm, "done", Outcome("done", loss=self._value(result.evaluation)), report
+        )
 
     def _value(self, evaluation: Evaluation) -> float:
         """What the study minimises."""

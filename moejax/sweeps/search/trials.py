@@ -66,7 +66,9 @@ def retries_after(trial: "FrozenTrial") -> int:
     return trial.user_attrs.get("retries", 0) + (not trial.user_attrs.get("released", False))
 
 
-def points_that_count(trials: Sequence["FrozenTrial"], among: Sequence[Condition] = (*ENDED, *LIVE)) -> set[int]:
+def points_that_count(
+    trials: Sequence["FrozenTrial"], among: Sequence[Condition] = (*ENDED, *LIVE)
+) -> set[int]:
     """Roots of the points that count towards the study's number of trials."""
     found = conditions(trials)
     return {root(trial) for trial in trials if found[trial.number] in among}
@@ -80,7 +82,11 @@ def trials_table(study: "Study") -> list[dict[str, Any]]:
     """
     trials = study.get_trials(deepcopy=False)
     found = conditions(trials)
-    return [_row(trial, found[trial.number]) for trial in trials if found[trial.number] != Condition.VOID]
+    return [
+        _row(trial, found[trial.number])
+        for trial in trials
+        if found[trial.number] != Condition.VOID
+    ]
 
 
 def best(study: "Study") -> dict[str, Any] | None:
@@ -91,7 +97,11 @@ def best(study: "Study") -> dict[str, Any] | None:
 
 def untrained(study: "Study") -> list[dict[str, Any]]:
     """The rows of failed trials whose points could not be trained, of which nothing is known."""
-    return [row for row in trials_table(study) if row["state"] == Condition.FAILED and not row["is_result"]]
+    return [
+        row
+        for row in trials_table(study)
+        if row["state"] == Condition.FAILED and not row["is_result"]
+    ]
 
 
 def _row(trial: "FrozenTrial", condition: Condition) -> dict[str, Any]:
@@ -108,5 +118,6 @@ def _row(trial: "FrozenTrial", condition: Condition) -> dict[str, Any]:
         "fraction": attributes.get("reached", {}).get("fraction"),
         "worker": attributes.get("worker"),
         "error": error,
-        "is_result": condition in ENDED and (condition != Condition.FAILED or attributes.get("is_result", False)),
+        "is_result": condition in ENDED
+        and (condition != Condition.FAILED or attributes.get("is_result", False)),
     }

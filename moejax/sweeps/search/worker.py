@@ -21,7 +21,15 @@ from moejax.sweeps.search.definition import Definition, StudyError
 from moejax.sweeps.search.liveness import Heart, Watch
 from moejax.sweeps.search.progress import Outcome, Report, TrialLostError
 from moejax.sweeps.search.study import definition_of, storage_errors
-from moejax.sweeps.search.trials import ENDED, LIVE, Condition, conditions, points_that_count, retries_after, root
+from moejax.sweeps.search.trials import (
+    ENDED,
+    LIVE,
+    Condition,
+    conditions,
+    points_that_count,
+    retries_after,
+    root,
+)
 
 if TYPE_CHECKING:  # an extra, imported where it is needed
     from optuna import Study, Trial
@@ -29,7 +37,9 @@ if TYPE_CHECKING:  # an extra, imported where it is needed
 
 MAX_REFUSED = 100  # points drawn in a row that are not allowed
 MAX_ERRORS = 20  # errors in a row, after which they are taken for this worker's and not the points'
-MAX_REPEATED = 20  # points drawn in a row that run elsewhere; then this worker waits for one of them
+MAX_REPEATED = (
+    20  # points drawn in a row that run elsewhere; then this worker waits for one of them
+)
 UNDECIDED_S = 0.05  # between looks at earlier trials that are being drawn
 
 log = logging.getLogger("moejax")
@@ -73,11 +83,23 @@ def work(
       Exception: the last of `MAX_ERRORS` errors of `run_arm` in a row.
     """
     if grace_s <= 2 * beat_s:
-        raise StudyError(f"grace_s={grace_s:g} must be more than two beats of beat_s={beat_s:g}; make it longer")
+        raise StudyError(
+            f"grace_s={grace_s:g} must be more than two beats of beat_s={beat_s:g}; make it longer"
+        )
     with storage_errors(f"of study {study.study_name!r}"):
         definition = definition_of(study)
         study.pruner = definition.new_pruner()
-        worker = _Worker(study, definition, run_arm, arm_of, worker_id, should_stop, beat_s, poll_s, Watch(grace_s))
+        worker = _Worker(
+            study,
+            definition,
+            run_arm,
+            arm_of,
+            worker_id,
+            should_stop,
+            beat_s,
+            poll_s,
+            Watch(grace_s),
+        )
         return worker.work(max_trials)
 
 
@@ -190,17 +212,25 @@ class _Worker:
             before = {number for number in points_that_count(trials) if number < own_root}
             if len(before) >= self.num_trials:
                 raise self._void(trial, "one too many")
-            same = [other for other in trials if root(other) < own_root and other.user_attrs.get("arm") == arm]
+            same = [
+                other
+                for other in trials
+                if root(other) < own_root and other.user_attrs.get("arm") == arm
+            ]
             ended = next((other for other in same if found[other.number] in ENDED), None)
             if ended is not None:
                 return _outcome(ended, found[ended.number])
             standing = {found[other.number] for other in same}
-            if Condition.WAITING in standing or (Condition.RUNNING in standing and self.repeated < MAX_REPEATED):
+            if Condition.WAITING in standing or (
+                Condition.RUNNING in standing and self.repeated < MAX_REPEATED
+            ):
                 self.repeated += 1
                 raise self._void(trial, "drawn already")
             if Condition.RUNNING not in standing:
                 return None
-            self._wait(self.poll_s)  # hardly another point is left: its outcome is this trial's, too
+            self._wait(
+                self.poll_s
+            )  # hardly another point is left: its outcome is this trial's, too
         return Outcome("stopped")
 
     def _run(self, trial: "Trial", point: Point, arm: str, report: Report) -> Outcome:
@@ -214,7 +244,9 @@ class _Worker:
         except Exception as error:  # whatever it is, it must not end the other arms
             log.error("arm %s failed: %s", arm, error, exc_info=True)
             with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):
-                trial.set_user_attr("error", next(iter(f"{type(error).__name__}: {error}".splitlines())))
+                trial.set_user_attr(
+                    "error", next(iter(f"{type(error).__name__}: {error}".splitlines()))
+                )
             self._leave(trial, is_death=True)
             self.errors += 1
             if self.errors >= MAX_ERRORS:
@@ -241,7 +273,9 @@ class _Worker:
         is_finite = outcome.loss is not None and math.isfinite(outcome.loss)
         if outcome.status == "failed" or (outcome.status == "done" and not is_finite):
             trial.set_user_attr("outcome", "failed")
-            trial.set_user_attr("error", outcome.error or f"{self.definition.objective} is {outcome.loss}")
+            trial.set_user_attr(
+                "error", outcome.error or f"{self.definition.objective} is {outcome.loss}"
+            )
             trial.set_user_attr("is_result", outcome.is_result)
             self._fail(trial.number)
             return True
@@ -293,19 +327,35 @@ def _successor(trial: "FrozenTrial") -> "FrozenTrial":
     """
     import optuna
 
-    kept: dict[str, Any] = {key: trial.user_attrs[key] for key in ("arm", "reached") if key in trial.user_attrs}
-    rungs = {key: value for key, value in trial.system_attrs.items() if key.startswith("completed_rung")}
+    kept: dict[str, Any] = {
+        key: trial.user_attrs[key] for key in ("arm", "reached") if key in trial.user_attrs
+    }
+    rungs = {
+        key: value for key, value in trial.system_attrs.items() if key.startswith("completed_rung")
+    }
     return optuna.trial.create_trial(
         state=optuna.trial.TrialState.WAITING,
-        user_attrs={**kept, "root": root(trial), "retried_from": trial.number, "retries": retries_after(trial)},
-        system_attrs={**rungs, "fixed_params": trial.system_attrs.get("fixed_params") or dict(trial.params)},
+        user_attrs={
+            **kept,
+            "root": root(trial),
+            "retried_from": trial.number,
+            "retries": retries_after(trial),
+        },
+        system_attrs={
+            **rungs,
+            "fixed_params": trial.system_attrs.get("fixed_params") or dict(trial.params),
+        },
         intermediate_values=dict(trial.intermediate_values),
     )
 
 
 def _is_undecided(trial: "FrozenTrial") -> bool:
     """Whether a trial is being drawn."""
-    return trial.state.name == "RUNNING" and "arm" not in trial.user_attrs and "outcome" not in trial.user_attrs
+    return (
+        trial.state.name == "RUNNING"
+        and "arm" not in trial.user_attrs
+        and "outcome" not in trial.user_attrs
+    )
 
 
 def _has_elder_twin(trials: list["FrozenTrial"], number: int) -> bool:
@@ -316,7 +366,10 @@ def _has_elder_twin(trials: list["FrozenTrial"], number: int) -> bool:
     """
     found = conditions(trials)
     own_root = root(trials[number])
-    return any(root(other) == own_root and found[other.number] in (*ENDED, *LIVE) for other in trials[:number])
+    return any(
+        root(other) == own_root and found[other.number] in (*ENDED, *LIVE)
+        for other in trials[:number]
+    )
 
 
 def _outcome(trial: "FrozenTrial", condition: Condition) -> Outcome:

@@ -51,7 +51,11 @@ class Sweep:
 
     def open_arms(self, ids: Sequence[str] | None = None) -> list[Arm]:
         """Those that have not ended, of these or of all."""
-        return [self.arms[arm_id] for arm_id in (self.arms if ids is None else ids) if not self.has_ended(arm_id)]
+        return [
+            self.arms[arm_id]
+            for arm_id in (self.arms if ids is None else ids)
+            if not self.has_ended(arm_id)
+        ]
 
     @contextlib.contextmanager
     def claim(self, ids: Ids) -> Iterator[bool]:
@@ -60,7 +64,9 @@ class Sweep:
         They are asked for in one order everywhere, so that of two who want some in common one gets all of its own.
         """
         with contextlib.ExitStack() as stack:
-            yield all(stack.enter_context(claimed(self.directory, arm_id)) for arm_id in sorted(ids))
+            yield all(
+                stack.enter_context(claimed(self.directory, arm_id)) for arm_id in sorted(ids)
+            )
 
 
 @contextlib.contextmanager
@@ -72,7 +78,9 @@ def claimed(directory: Path, arm_id: str) -> Iterator[bool]:
     """
     with contextlib.ExitStack() as stack:
         try:
-            stack.enter_context(FolderLock(directory / CLAIMS_FOLDER / arm_id, f"trains arm {arm_id}"))
+            stack.enter_context(
+                FolderLock(directory / CLAIMS_FOLDER / arm_id, f"trains arm {arm_id}")
+            )
             is_mine = True
         except HeldError:
             is_mine = False
@@ -113,12 +121,20 @@ def write_sweep(
       SweepError: the directory holds arms that the plan has not, or those of a search, or cannot be written.
     """
     directory = resolve_path(directory)
-    sweep = Sweep(directory, {arm.id: arm for arm in plan.arms}, pack_arms(plan.arms, largest_pack), command)
+    sweep = Sweep(
+        directory, {arm.id: arm for arm in plan.arms}, pack_arms(plan.arms, largest_pack), command
+    )
     with _defining(directory):
         if (directory / SWEEP_FILE).exists():
             if read_definition(directory).get(IS_SEARCH):
-                raise SweepError(f"--dir={directory} holds the arms of a search; give these points another --dir")
-            lost = [entry["id"] for entry in read_definition(directory)["arms"] if entry["id"] not in sweep.arms]
+                raise SweepError(
+                    f"--dir={directory} holds the arms of a search; give these points another --dir"
+                )
+            lost = [
+                entry["id"]
+                for entry in read_definition(directory)["arms"]
+                if entry["id"] not in sweep.arms
+            ]
             if lost:
                 raise SweepError(
                     f"--dir={directory} holds a sweep with {len(lost)} arms that this one has not ({lost[0]} ...); "
@@ -131,7 +147,9 @@ def write_sweep(
 def check_search(directory: Path) -> None:
     """Raises `SweepError` if the directory holds a sweep of given points: a search would add arms of its own to it."""
     if (directory / SWEEP_FILE).exists() and not read_definition(directory).get(IS_SEARCH):
-        raise SweepError(f"--dir={directory} holds a sweep of given points; give the search another --dir")
+        raise SweepError(
+            f"--dir={directory} holds a sweep of given points; give the search another --dir"
+        )
 
 
 def add_arm(directory: str | Path, arm: Arm, *, recipe: str, command: str) -> Sweep:
@@ -143,7 +161,11 @@ def add_arm(directory: str | Path, arm: Arm, *, recipe: str, command: str) -> Sw
     directory = resolve_path(directory)
     with _defining(directory):
         check_search(directory)
-        known = open_sweep(directory) if (directory / SWEEP_FILE).exists() else Sweep(directory, {}, (), command)
+        known = (
+            open_sweep(directory)
+            if (directory / SWEEP_FILE).exists()
+            else Sweep(directory, {}, (), command)
+        )
         if arm.id in known.arms:
             check_same(known.arms[arm.id], arm)
             return known
@@ -163,7 +185,9 @@ def _defining(directory: Path) -> Iterator[None]:
     except (OSError, LockedError) as error:
         cause = error if isinstance(error, OSError) else error.__cause__
         reason = cause.strerror if isinstance(cause, OSError) else error
-        raise SweepError(f"--dir={directory} cannot be written: {reason}; use another folder") from error
+        raise SweepError(
+            f"--dir={directory} cannot be written: {reason}; use another folder"
+        ) from error
 
 
 def _write(sweep: Sweep, recipe: str, match: str, *, is_search: bool) -> None:
@@ -195,5 +219,7 @@ def open_sweep(directory: str | Path) -> Sweep:
     known = {arm.id: arm for arm in arms}
     packs = tuple(tuple(pack) for pack in definition.get("packs", []))
     if sorted(arm_id for pack in packs for arm_id in pack) != sorted(known):
-        raise SweepError(f"{directory / SWEEP_FILE}: packs must hold each arm once; plan the sweep anew")
+        raise SweepError(
+            f"{directory / SWEEP_FILE}: packs must hold each arm once; plan the sweep anew"
+        )
     return Sweep(directory, known, packs, str(definition.get("command", "")))

@@ -49,7 +49,9 @@ def read_text(path: Path) -> str:
       UnicodeDecodeError: it is no text.
     """
     check_inside(path.parent, path)
-    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a named pipe must not make us wait
+    file = os.open(
+        path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
+    )  # a named pipe must not make us wait
     with os.fdopen(file, "rb") as opened:
         if not stat.S_ISREG(os.fstat(file).st_mode):
             raise RecordError(f"{path} is no ordinary file; remove it")
@@ -99,7 +101,9 @@ def write_parquet(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
             values = [None if value is None else json.dumps(value) for value in values]
         elif kind == "float64":
             values = [None if value is None else float(value) for value in values]
-        columns[name] = pa.array(values, {"json": pa.string(), "null": pa.null()}.get(kind) or pa.type_for_alias(kind))
+        columns[name] = pa.array(
+            values, {"json": pa.string(), "null": pa.null()}.get(kind) or pa.type_for_alias(kind)
+        )
     table = pa.table(columns).replace_schema_metadata({JSON_COLUMNS: json.dumps(as_json).encode()})
     _replace(path, lambda file: pq.write_table(table, file))
 
@@ -145,7 +149,9 @@ def _replace(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
     """Writes a file of a name of its own beside `path` and renames it: two writers do not mix their halves."""
     if path.is_dir():
         raise RecordError(f"{path} is a folder; remove it")
-    with tempfile.NamedTemporaryFile("wb", dir=path.parent, suffix=".partial", delete=False) as file:
+    with tempfile.NamedTemporaryFile(
+        "wb", dir=path.parent, suffix=".partial", delete=False
+    ) as file:
         try:
             write(file)
             file.close()

@@ -142,7 +142,12 @@ def _measured(run: Run | None, entry: Mapping[str, Any], status: str) -> Row:
     """What the arm logged; None for all of it if it logged nothing."""
     train = entry["config"].get("train", {})
     planned, interval = train.get("num_steps"), train.get("log_every", 1)
-    row: Row = {"steps": 0, "steps_planned": planned, "fraction": 0.0 if planned else None, "tokens": None}
+    row: Row = {
+        "steps": 0,
+        "steps_planned": planned,
+        "fraction": 0.0 if planned else None,
+        "tokens": None,
+    }
     if run is None:
         return row | {"evaluations": "[]"}
     row["steps"] = run.last_step
@@ -155,7 +160,10 @@ def _measured(run: Run | None, entry: Mapping[str, Any], status: str) -> Row:
     if is_finite.any():
         best = int(np.argmin(np.where(is_finite, losses, np.inf)))
         row |= {"best/eval/loss": float(losses[best]), "best/step": int(steps[best])}
-    row |= {f"tail/{key}": value for key, value in _tail_means(run, max(TAIL * (planned or 0), interval)).items()}
+    row |= {
+        f"tail/{key}": value
+        for key, value in _tail_means(run, max(TAIL * (planned or 0), interval)).items()
+    }
     row[f"median/{SPEED}"] = median_speed(run.series(SPEED)[1])
     bits = dict(zip(*(values.tolist() for values in run.series("eval/bits_per_byte")), strict=True))
     evaluations = [
@@ -238,7 +246,9 @@ def read_definition(directory: str | Path) -> dict[str, Any]:
     except RecordError:
         raise
     except FileNotFoundError as error:
-        raise RecordError(f"{path} is missing; `moejax sweep` writes it, so give the directory of a sweep") from error
+        raise RecordError(
+            f"{path} is missing; `moejax sweep` writes it, so give the directory of a sweep"
+        ) from error
     except (OSError, ValueError, RecursionError) as error:
         raise RecordError(f"{path} is damaged ({error}); {remedy}") from error
     check_definition(definition, str(path), remedy)
@@ -268,7 +278,9 @@ def collect(directory: str | Path) -> list[Row]:
             )
         ending = {key: row.get(key) for key in ENDING}
         rest = {key: value for key, value in row.items() if not key.startswith((OVERRIDE, MATCHED))}
-        rows.append({**ending, **{key: _finite(value) for key, value in _axes(entry).items()}, **rest})
+        rows.append(
+            {**ending, **{key: _finite(value) for key, value in _axes(entry).items()}, **rest}
+        )
     write_jsonl(directory / JSONL_FILE, rows)
     write_parquet(directory / PARQUET_FILE, rows)
     return rows
@@ -292,7 +304,13 @@ def read_records(directory: str | Path) -> pd.DataFrame:
         rows = read_parquet(parquet)
         path = parquet
     else:
-        raise RecordError(f"{directory} has neither {JSONL_FILE} nor {PARQUET_FILE}; give the directory of a sweep")
+        raise RecordError(
+            f"{directory} has neither {JSONL_FILE} nor {PARQUET_FILE}; give the directory of a sweep"
+        )
     for number, row in enumerate(rows, start=1):
-        check_row(row, f"{path}: row {number}", "remove the file and run the sweep again: it joins the rows anew")
+        check_row(
+            row,
+            f"{path}: row {number}",
+            "remove the file and run the sweep again: it joins the rows anew",
+        )
     return frame_of(rows)

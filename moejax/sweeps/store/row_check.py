@@ -41,13 +41,19 @@ def _kind_of(name: str) -> tuple[str, Callable[[Any], bool]]:
     of_json: dict[str, tuple[str, Callable[[Any], bool]]] = {
         "alarm_rules": ("a list of names, as JSON text", _is_list_of_texts),
         "evaluations": ("a list of evaluations, as JSON text", _is_list_of_evaluations),
-        "versions": ("names and versions, as JSON text", lambda value: isinstance(_parsed(value), dict)),
+        "versions": (
+            "names and versions, as JSON text",
+            lambda value: isinstance(_parsed(value), dict),
+        ),
     }
     if name in of_json:
         return of_json[name]
     if name in TEXTS:
         return "text", lambda value: isinstance(value, str)
-    return "a number", lambda value: isinstance(value, bool) or is_number(value) or isinstance(value, float)
+    return (
+        "a number",
+        lambda value: isinstance(value, bool) or is_number(value) or isinstance(value, float),
+    )
 
 
 def _parsed(value: Any) -> Any:
@@ -84,11 +90,20 @@ def check_definition(definition: Any, where: str, remedy: str) -> None:
     """Raises `RecordError` if what a sweep is to run is not what `moejax sweep` writes."""
     if not isinstance(definition, Mapping) or not isinstance(definition.get("arms"), list):
         raise RecordError(f"{where} must be a JSON object with a list of arms; {remedy}")
-    kinds = {"recipe": str, "command": str, "match": str, "git_commit": str, "versions": dict, "is_search": bool}
+    kinds = {
+        "recipe": str,
+        "command": str,
+        "match": str,
+        "git_commit": str,
+        "versions": dict,
+        "is_search": bool,
+    }
     for key, kind in kinds.items():
         value = definition.get(key)
         if value is not None and not isinstance(value, kind):
-            raise RecordError(f"{where}: {key}={_shown(value)} must be a JSON {_json_name(kind)}; {remedy}")
+            raise RecordError(
+                f"{where}: {key}={_shown(value)} must be a JSON {_json_name(kind)}; {remedy}"
+            )
     for number, entry in enumerate(definition["arms"]):
         try:
             check_entry(entry, f"{where}: arm {number}")
@@ -114,7 +129,9 @@ def check_entry(entry: Any, where: str) -> None:
         if not isinstance(entry, Mapping) or not isinstance(entry.get(key), kind):
             raise RecordError(f"{where} must have {key}, a JSON {_json_name(kind)}")
     if not re.fullmatch(ARM_ID, entry["id"]):
-        raise RecordError(f"{where}: id {_shown(entry['id'])} must be ten hexadecimal digits in lower case")
+        raise RecordError(
+            f"{where}: id {_shown(entry['id'])} must be ten hexadecimal digits in lower case"
+        )
 
 
 def _json_name(kind: type) -> str:

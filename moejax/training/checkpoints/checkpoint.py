@@ -64,9 +64,13 @@ class Checkpoints:
         policies = ocp.checkpoint_managers
         keep = trainable.config.train.keep_checkpoints
         best = policies.BestN(
-            get_metric_fn=lambda metrics: -metrics["eval/loss"], n=1, keep_checkpoints_without_metrics=False
+            get_metric_fn=lambda metrics: -metrics["eval/loss"],
+            n=1,
+            keep_checkpoints_without_metrics=False,
         )
-        policy = None if read_only else policies.AnyPreservationPolicy([policies.LatestN(keep), best])
+        policy = (
+            None if read_only else policies.AnyPreservationPolicy([policies.LatestN(keep), best])
+        )
         try:
             # In reading, orbax warns that it will not write.
             with _from_level("absl", logging.ERROR if read_only else logging.NOTSET):
@@ -88,7 +92,10 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def save(
-        self, state: TrainState, metrics: Mapping[str, float] | None = None, notes: Mapping[str, Any] | None = None
+        self,
+        state: TrainState,
+        metrics: Mapping[str, float] | None = None,
+        notes: Mapping[str, Any] | None = None,
     ) -> bool:
         """Starts to save in the background, after the previous save has finished and was found to be good.
 
@@ -186,7 +193,9 @@ class Checkpoints:
         """
         step = self._choose(step)
         if step is None:
-            raise CheckpointError(f"{self.folder} holds no complete checkpoint; train the run first")
+            raise CheckpointError(
+                f"{self.folder} holds no complete checkpoint; train the run first"
+            )
         arrays = self._read(step, ("model",))
         trees = []
         for field in MODEL_FIELDS:
@@ -220,7 +229,9 @@ class Checkpoints:
         try:
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
-        except Exception as error:  # orbax passes on whatever the writing thread met: a full disk, lost rights
+        except (
+            Exception
+        ) as error:  # orbax passes on whatever the writing thread met: a full disk, lost rights
             raise CheckpointError(
                 f"saving to {self.folder} failed ({_reason(error)}); "
                 "the steps saved before are whole: make room or rights, and run the command again"
@@ -256,7 +267,9 @@ class Checkpoints:
     def _read(self, step: int, items: tuple[str, ...]) -> dict[str, jax.Array]:
         """Reads and verifies items of a step; arrays come in the order of the state's leaves."""
         folder = self.folder / str(step)
-        parts = dict(zip(("model", "optimizer"), _split(_abstract_arrays(self.trainable)), strict=True))
+        parts = dict(
+            zip(("model", "optimizer"), _split(_abstract_arrays(self.trainable)), strict=True)
+        )
         args = {item: ocp.args.StandardRestore(parts[item]) for item in items}
         try:
             with quiet_reads():
@@ -269,14 +282,21 @@ class Checkpoints:
             if "digests" in meta:
                 compare_digests(meta["digests"], digest_arrays(found))
             else:
-                log.warning("%s was saved without digests by an earlier version: its arrays were not verified", folder)
+                log.warning(
+                    "%s was saved without digests by an earlier version: its arrays were not verified",
+                    folder,
+                )
             if "step" in found and int(found["step"]) != step:
-                raise DamageError(f"it holds step {int(found['step'])}: the folder was renamed or copied")
+                raise DamageError(
+                    f"it holds step {int(found['step'])}: the folder was renamed or copied"
+                )
         except CheckpointError:
             raise
         except Exception as error:  # orbax raises many kinds for missing and damaged files
             raise self._unreadable(step, error) from error
-        return {name: found[name] for name in named_arrays(self.trainable.abstract) if name in found}
+        return {
+            name: found[name] for name in named_arrays(self.trainable.abstract) if name in found
+        }
 
     def config(self, step: int) -> Config:
         """The configuration that a step was saved with."""
@@ -292,7 +312,9 @@ class Checkpoints:
         """What to say of a step that cannot be restored; only what was proven is called damage."""
         folder = self.folder / str(step)
         if _lacks_rights(error):
-            return CheckpointError(f"{folder} cannot be read ({_reason(error)}); {_rights_or_copy(error)}")
+            return CheckpointError(
+                f"{folder} cannot be read ({_reason(error)}); {_rights_or_copy(error)}"
+            )
         state = "is damaged" if isinstance(error, DamageError) else "cannot be read"
         names = [name for name in named_arrays(self.trainable.abstract) if name in str(error)]
         place = "" if isinstance(error, DamageError) or not names else f" at {max(names, key=len)}"
@@ -309,7 +331,9 @@ class Checkpoints:
         try:
             change = first_change(resolve_recorded(saved), self.trainable.config)
         except ConfigError as error:
-            raise CheckpointError(f"{folder} was saved with a configuration that cannot be used: {error}") from error
+            raise CheckpointError(
+                f"{folder} was saved with a configuration that cannot be used: {error}"
+            ) from error
         if change:
             raise CheckpointError(
                 f"{folder} was trained with {change.key}={change.saved}, not {change.wanted}; restore config.json, "
@@ -341,7 +365,9 @@ def _reason(error: BaseException) -> str:
     while error.__cause__ is not None and not isinstance(error, DamageError):
         error = error.__cause__
     text = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return re.split(r" \[source locations=| \[tensorstore_spec|\. See full TensorStore", text)[0][:300]
+    return re.split(r" \[source locations=| \[tensorstore_spec|\. See full TensorStore", text)[0][
+        :300
+    ]
 
 
 def _lacks_rights(error: BaseException) -> bool:

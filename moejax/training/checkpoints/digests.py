@@ -49,7 +49,9 @@ def digest_arrays(arrays: Mapping[str, Any]) -> dict[str, str]:
       arrays: by name; split over devices in whatever way. Copies on other devices are not looked at.
     """
     parts = [part for name, array in arrays.items() for part in _parts(name, array)]
-    parts.sort(key=lambda part: part.data.nbytes, reverse=True)  # no thread is left alone with a large one at the end
+    parts.sort(
+        key=lambda part: part.data.nbytes, reverse=True
+    )  # no thread is left alone with a large one at the end
     rows = {name: row for row, name in enumerate(arrays)}
     sums_A2 = np.zeros((len(arrays), 2), np.uint32)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
@@ -58,7 +60,10 @@ def digest_arrays(arrays: Mapping[str, Any]) -> dict[str, str]:
     total_A2 = np.zeros_like(sums_A2)
     for word in all_say(sums_A2.tobytes().hex()):
         total_A2 += np.frombuffer(bytes.fromhex(word), np.uint32).reshape(sums_A2.shape)
-    return {name: f"{int(total_A2[row, 0]):08x}{int(total_A2[row, 1]):08x}" for name, row in rows.items()}
+    return {
+        name: f"{int(total_A2[row, 0]):08x}{int(total_A2[row, 1]):08x}"
+        for name, row in rows.items()
+    }
 
 
 def _parts(name: str, array: Any) -> list[_Part]:
@@ -77,17 +82,23 @@ def _sums(part: _Part) -> np.ndarray:
         return np.zeros(2, np.uint32)
     if data.dtype.itemsize > WORD_BYTES:  # its words are one more axis
         data = np.ascontiguousarray(data).reshape(*data.shape, 1).view(np.uint32)
-        part = part._replace(place=(*part.place, slice(0, data.shape[-1])), shape=(*part.shape, data.shape[-1]))
+        part = part._replace(
+            place=(*part.place, slice(0, data.shape[-1])), shape=(*part.shape, data.shape[-1])
+        )
     words = data.view(WORDS[data.dtype.itemsize])
     split = _split(part.shape)
     rows_R = _places(part.place[:split], part.shape[:split])
     columns_C = _places(part.place[split:], part.shape[split:])
     words_RC = words.reshape(len(rows_R), len(columns_C))
     # Groups and weights are those of the whole array, of which this process may hold some rows and columns.
-    groups_R = rows_R // np.uint32(max(1, GROUP_BYTES // (math.prod(part.shape[split:]) * data.dtype.itemsize)))
+    groups_R = rows_R // np.uint32(
+        max(1, GROUP_BYTES // (math.prod(part.shape[split:]) * data.dtype.itemsize))
+    )
     starts = np.flatnonzero(np.diff(groups_R)) + 1
     bounds = itertools.pairwise([0, *starts.tolist(), len(rows_R)])
-    sums_GC = np.stack([words_RC[first:last].sum(axis=0, dtype=np.uint32) for first, last in bounds])
+    sums_GC = np.stack(
+        [words_RC[first:last].sum(axis=0, dtype=np.uint32) for first, last in bounds]
+    )
     weights_G = _weights(groups_R[np.concatenate([[0], starts])])
     weights_2C = np.stack([_weights(columns_C), _weights(columns_C + np.uint32(2**31))])
     # Sums over the last axis, whose elements are neighbours: along the other one NumPy takes ten times as long.
@@ -97,7 +108,9 @@ def _sums(part: _Part) -> np.ndarray:
 
 def _split(shape: tuple[int, ...]) -> int:
     """How many leading axes make the rows of the matrix: as many as leave rows of some length."""
-    return max((axes for axes in range(len(shape)) if math.prod(shape[axes:]) >= MIN_COLUMNS), default=0)
+    return max(
+        (axes for axes in range(len(shape)) if math.prod(shape[axes:]) >= MIN_COLUMNS), default=0
+    )
 
 
 def _places(place: tuple[slice, ...], shape: tuple[int, ...]) -> np.ndarray:

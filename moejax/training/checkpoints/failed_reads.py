@@ -18,7 +18,9 @@ def quiet_reads() -> Iterator[None]:
     try:
         yield
     except Exception:
-        warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)  # nor will they be
+        warnings.filterwarnings(
+            "ignore", "coroutine .* was never awaited", RuntimeWarning
+        )  # nor will they be
         gc.collect()  # what was begun and is not awaited any more tells when it is collected
         raise
 
@@ -33,7 +35,9 @@ def _leave_out_failed_reads() -> None:
 
 def _is_told(record: logging.LogRecord) -> bool:
     text = record.getMessage()
-    return "exception was never retrieved" not in text or ("orbax" not in text and "tensorstore" not in text)
+    return "exception was never retrieved" not in text or (
+        "orbax" not in text and "tensorstore" not in text
+    )
 
 
 def _tell_of_others(previous: Callable[[Any], object], unraisable: Any) -> None:

@@ -62,7 +62,9 @@ def read_meta(folder: Path) -> dict[str, Any]:
     is_old = keys in (OLD_KEYS, OLD_KEYS - {"notes"})
     if not is_old and keys != KEYS:
         raise DamageError(f"{FILE} has the entries {', '.join(sorted(keys)) or 'of no object'}")
-    if not is_old and meta["digest"] != _digest({key: meta[key] for key in meta if key != "digest"}):
+    if not is_old and meta["digest"] != _digest(
+        {key: meta[key] for key in meta if key != "digest"}
+    ):
         raise DamageError(f"{FILE} differs from the digest that was saved with it")
     if not is_old and meta["step"] != int(folder.name):
         raise DamageError(f"it holds step {meta['step']}: the folder was renamed or copied")
@@ -114,7 +116,11 @@ def warn_of_changed_metrics(path: Path) -> None:
 def saved_steps(workdir: Path) -> list[int]:
     """The steps that have a folder, rising: orbax gives a checkpoint its name once it is complete."""
     folder = workdir / "checkpoints"
-    return sorted(int(path.name) for path in folder.iterdir() if is_number(path.name)) if folder.is_dir() else []
+    return (
+        sorted(int(path.name) for path in folder.iterdir() if is_number(path.name))
+        if folder.is_dir()
+        else []
+    )
 
 
 def check_saved(folder: Path, items: Mapping[str, set[str]]) -> None:
@@ -132,7 +138,10 @@ def check_saved(folder: Path, items: Mapping[str, set[str]]) -> None:
     for item, names in items.items():
         absent = sorted(names - _stored_arrays(folder / item))
         if absent:
-            raise DamageError(f"{item} lacks {absent[0]}" + (f" and {len(absent) - 1} more" if len(absent) > 1 else ""))
+            raise DamageError(
+                f"{item} lacks {absent[0]}"
+                + (f" and {len(absent) - 1} more" if len(absent) > 1 else "")
+            )
 
 
 def _stored_arrays(folder: Path) -> set[str]:
@@ -147,11 +156,14 @@ def _stored_arrays(folder: Path) -> set[str]:
 def manifest(state: TrainState) -> dict[str, dict[str, Any]]:
     """Path, shape and dtype of every array."""
     return {
-        name: {"shape": list(array.shape), "dtype": str(array.dtype)} for name, array in named_arrays(state).items()
+        name: {"shape": list(array.shape), "dtype": str(array.dtype)}
+        for name, array in named_arrays(state).items()
     }
 
 
-def compare_manifests(saved: Mapping[str, Any], expected: Mapping[str, Any], folder: str | Path) -> None:
+def compare_manifests(
+    saved: Mapping[str, Any], expected: Mapping[str, Any], folder: str | Path
+) -> None:
     """Raises `CheckpointError` naming the first array that is missing, unknown, or of another shape or dtype."""
     for name in (*expected, *saved):
         if saved.get(name) != expected.get(name):
@@ -172,13 +184,18 @@ def compare_digests(saved: Mapping[str, str], found: Mapping[str, str]) -> None:
 def tokenizer_digests(workdir: str | Path) -> dict[str, str]:
     """SHA-256 of the tokenizer's files in a run directory."""
     paths = [Path(workdir) / name for name in TOKENIZER_FILES]
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths if path.exists()}
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths if path.exists()
+    }
 
 
 def named_arrays(state: TrainState) -> dict[str, Any]:
     """Arrays by path, in the order of the tree's leaves: `params/stacks/0/block/attention/key`."""
     leaves = jax.tree_util.tree_leaves_with_path(state)
-    return {jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value"): x for path, x in leaves}
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value"): x
+        for path, x in leaves
+    }
 
 
 def _describe(entry: Mapping[str, Any] | None) -> str:

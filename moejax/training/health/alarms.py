@@ -20,7 +20,9 @@ from moejax.training.run_directory.line_file import LineFile, parse_line
 
 FILE = "alarms.jsonl"
 LOW_RULES = ("balance_floor", "entropy")  # hold below their threshold
-LASTING = ("collapse",)  # begin when they held in `PATIENCE` intervals in a row: a new router is uneven for some steps
+LASTING = (
+    "collapse",
+)  # begin when they held in `PATIENCE` intervals in a row: a new router is uneven for some steps
 PATIENCE = 3  # intervals without a finding after which an alarm has ended
 
 log = logging.getLogger("moejax")
@@ -60,13 +62,19 @@ class Alarm:
     @property
     def reading(self) -> str:
         """What was seen, with that value."""
-        return "router logits are not finite" if math.isinf(self.value) else self.wording.format(self.value)
+        return (
+            "router logits are not finite"
+            if math.isinf(self.value)
+            else self.wording.format(self.value)
+        )
 
     def within(self, layers: Iterable[int]) -> "Alarm":
         """The same of some of its layers."""
         wanted = set(layers)
         kept = [pair for pair in zip(self.layers, self.values, strict=True) if pair[0] in wanted]
-        return dataclasses.replace(self, layers=tuple(x for x, _ in kept), values=tuple(x for _, x in kept))
+        return dataclasses.replace(
+            self, layers=tuple(x for x, _ in kept), values=tuple(x for _, x in kept)
+        )
 
 
 def check(interval: RoutingInterval, config: Config) -> list[Alarm]:
@@ -86,7 +94,10 @@ def check(interval: RoutingInterval, config: Config) -> list[Alarm]:
         "collapse": (_collapse(interval), "MaxVio is {:.0%} of what is possible"),
         "dead_experts": (worst_N.astype(float), "an expert got no token for {:,.0f} steps"),
         "balance_floor": (_balance(interval), "the balance loss is {:.3f}, and 1 is its floor"),
-        "logits": (np.where(np.isnan(seen["logit_max"]), np.inf, seen["logit_max"]), "a router logit reached {:,.1f}"),
+        "logits": (
+            np.where(np.isnan(seen["logit_max"]), np.inf, seen["logit_max"]),
+            "a router logit reached {:,.1f}",
+        ),
         "ties": (seen["ties"], "{:.2%} of tokens tie between their last expert and the next"),
         "drops": (seen["dropped"], "{:.1%} of choices found no slot"),
         "entropy": (_entropy(seen["entropy"], kinds), "the router's entropy is {:.2%} of ln E"),
@@ -97,7 +108,9 @@ def check(interval: RoutingInterval, config: Config) -> list[Alarm]:
         holds_N = (value_N < threshold) if rule in LOW_RULES else (value_N > threshold)
         if threshold and holds_N.any():
             layers = [config.moe_layers[n] for n in np.flatnonzero(holds_N).tolist()]
-            found.append(Alarm(rule, tuple(layers), tuple(value_N[holds_N].tolist()), threshold, reading))
+            found.append(
+                Alarm(rule, tuple(layers), tuple(value_N[holds_N].tolist()), threshold, reading)
+            )
     return found
 
 
@@ -109,20 +122,28 @@ def _collapse(interval: RoutingInterval) -> Float[np.ndarray, "N"]:
     num_experts, choices_N = interval.counts_NE.shape[1], interval.choices_N
     most_N = np.where(choices_N > 0, num_experts / np.where(choices_N > 0, choices_N, 1) - 1, 0)
     is_possible_N = most_N > 1e-6
-    return np.where(is_possible_N, interval.layers["max_violation"] / np.where(is_possible_N, most_N, 1), 0.0)
+    return np.where(
+        is_possible_N, interval.layers["max_violation"] / np.where(is_possible_N, most_N, 1), 0.0
+    )
 
 
 def _balance(interval: RoutingInterval) -> Float[np.ndarray, "N"]:
     """The balance loss of the interval as one batch, normalised to 1 at perfect balance."""
     load_NE = interval.counts_NE / np.maximum(interval.counts_NE.sum(axis=1, keepdims=True), 1)
     return np.where(
-        interval.counts_NE.any(axis=1), load_NE.shape[1] * (load_NE * interval.probs_NE).sum(axis=1), np.nan
+        interval.counts_NE.any(axis=1),
+        load_NE.shape[1] * (load_NE * interval.probs_NE).sum(axis=1),
+        np.nan,
     )
 
 
-def _entropy(entropy_N: Float[np.ndarray, "N"], kinds: Sequence[MoeConfig]) -> Float[np.ndarray, "N"]:
+def _entropy(
+    entropy_N: Float[np.ndarray, "N"], kinds: Sequence[MoeConfig]
+) -> Float[np.ndarray, "N"]:
     """The router's entropy over that of a uniform router; NaN where no choice is learned."""
-    uniform_N = np.array([math.log(kind.num_choices) if kind.num_choices > 1 else math.nan for kind in kinds])
+    uniform_N = np.array(
+        [math.log(kind.num_choices) if kind.num_choices > 1 else math.nan for kind in kinds]
+    )
     return entropy_N / uniform_N
 
 
@@ -153,7 +174,9 @@ class AlarmLog:
     ):
         self._config = config
         self._name = f"{name}, " if name else ""
-        self._file = LineFile(Path(workdir) / FILE, after_step, noted, lambda line: not _fault(line))
+        self._file = LineFile(
+            Path(workdir) / FILE, after_step, noted, lambda line: not _fault(line)
+        )
         held, quiet = _counted(counts)
         # By rule and layer, for how many intervals in a row rules in `LASTING` have held.
         self._held = held
@@ -182,18 +205,31 @@ class AlarmLog:
         found = self._lasting(check(interval, self._config))
         holding = {(alarm.rule, layer) for alarm in found for layer in alarm.layers}
         for alarm in found:
-            begun = alarm.within(layer for layer in alarm.layers if (alarm.rule, layer) not in self._quiet)
+            begun = alarm.within(
+                layer for layer in alarm.layers if (alarm.rule, layer) not in self._quiet
+            )
             if begun.layers:
                 self._write(step, alarm.rule, "on", begun.layers, value=begun.value, threshold=begun.threshold,
                             reading=begun.reading)  # fmt: skip
                 where = name_layers(begun.layers)
-                log.warning("%sstep %d: alarm %s in %s: %s", self._name, step, alarm.rule, where, begun.reading)
-        self._quiet = {place: intervals + 1 for place, intervals in self._quiet.items()} | dict.fromkeys(holding, 0)
+                log.warning(
+                    "%sstep %d: alarm %s in %s: %s",
+                    self._name,
+                    step,
+                    alarm.rule,
+                    where,
+                    begun.reading,
+                )
+        self._quiet = {
+            place: intervals + 1 for place, intervals in self._quiet.items()
+        } | dict.fromkeys(holding, 0)
         ended = sorted(place for place, intervals in self._quiet.items() if intervals >= PATIENCE)
         for rule in dict.fromkeys(rule for rule, _ in ended):
             layers = [layer for other, layer in ended if other == rule]
             self._write(step, rule, "off", layers)
-            log.info("%sstep %d: alarm %s has ended in %s", self._name, step, rule, name_layers(layers))
+            log.info(
+                "%sstep %d: alarm %s has ended in %s", self._name, step, rule, name_layers(layers)
+            )
         self._quiet = {place: quiet for place, quiet in self._quiet.items() if place not in ended}
         return [alarm for alarm in found if alarm.rule in self._config.alarms.stopping]
 
@@ -215,7 +251,9 @@ class AlarmLog:
 
     def _write(self, step: int, rule: str, state: str, layers: Iterable[int], **more: Any) -> None:
         finite = {key: value for key, value in more.items() if value != math.inf}
-        self._file.append({"step": step, "rule": rule, "state": state, "layers": list(layers), **finite})
+        self._file.append(
+            {"step": step, "rule": rule, "state": state, "layers": list(layers), **finite}
+        )
 
 
 def read_alarms(workdir: str | Path) -> list[dict[str, Any]]:
@@ -283,7 +321,8 @@ def _counted(counts: Mapping[str, Any] | None) -> tuple[Counts, Counts | None]:
         return {}, None
     try:
         held, quiet = (
-            {(str(rule), int(layer)): int(number) for rule, layer, number in counts[name]} for name in ("held", "quiet")
+            {(str(rule), int(layer)): int(number) for rule, layer, number in counts[name]}
+            for name in ("held", "quiet")
         )
     except (KeyError, TypeError, ValueError):
         log.warning("the checkpoint's counts of alarms are damaged: intervals are counted anew")
@@ -293,7 +332,9 @@ def _counted(counts: Mapping[str, Any] | None) -> tuple[Counts, Counts | None]:
 
 def stop_message(step: int, alarms: Sequence[Alarm]) -> str:
     """Why an alarm ended a run, and what to do."""
-    seen = "; ".join(f"{alarm.rule} in {name_layers(alarm.layers)}: {alarm.reading}" for alarm in alarms)
+    seen = "; ".join(
+        f"{alarm.rule} in {name_layers(alarm.layers)}: {alarm.reading}" for alarm in alarms
+    )
     rules = ", ".join(alarm.rule for alarm in alarms)
     return (
         f"alarms.stop: {seen}; saved step {step}; take {rules} out of alarms.stop to go on from there, or begin "

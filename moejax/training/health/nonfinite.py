@@ -26,7 +26,12 @@ class NonFiniteError(RuntimeError):
 
 
 def nonfinite_error(
-    trainable: Trainable, state: TrainState, batch: Batch, knobs: Knobs, first_step: int, num_steps: int
+    trainable: Trainable,
+    state: TrainState,
+    batch: Batch,
+    knobs: Knobs,
+    first_step: int,
+    num_steps: int,
 ) -> NonFiniteError:
     """What to raise after `num_steps` such steps in a row; `batch` is that of the first of them."""
     router_state = state.router_state
@@ -57,7 +62,9 @@ def locate(trainable: Trainable, state: TrainState, batch: Batch, knobs: Knobs) 
         segments_BL=batch.segments_BL,
         info=TokenInfo(batch.segments_BL > 0, batch.tokens_BL, batch.positions_BL, knobs, keys_B),
     )
-    run_block = jax.jit(lambda graphdef, block, x, own: nnx.merge(graphdef, block)(x, own)[0], static_argnums=0)
+    run_block = jax.jit(
+        lambda graphdef, block, x, own: nnx.merge(graphdef, block)(x, own)[0], static_argnums=0
+    )
     x_BLD = model.embed(batch.tokens_BL)
     for layer, (block, own) in enumerate(model.walk(context)):
         x_BLD = run_block(*nnx.split(block), x_BLD, own)
@@ -81,7 +88,9 @@ def _bad_update(trainable: Trainable, state: TrainState, grads: nnx.State, knobs
     """The first value that is not finite after finite gradients: of the optimizer, or of the parameters it gives."""
     schedule = make_schedule(trainable.config.optimizer, trainable.config.train.num_steps)
     learning_rate = schedule(state.step) * knobs.learning_rate
-    params, opt_state = jax.jit(functools.partial(apply_gradients, trainable))(state, grads, learning_rate)
+    params, opt_state = jax.jit(functools.partial(apply_gradients, trainable))(
+        state, grads, learning_rate
+    )
     for name, value in _named(opt_state):
         if not _is_finite(value):
             return f"the optimizer's {name}"
@@ -98,7 +107,9 @@ def _last_bad_gradient(grads: Decoder) -> str | None:
       grads: the model with its gradients in the place of its parameters.
     """
     below = {"embedding", "stacks"}
-    for name, value in _named({k: v for k, v in nnx.state(grads, nnx.Param).items() if k not in below}):
+    for name, value in _named(
+        {k: v for k, v in nnx.state(grads, nnx.Param).items() if k not in below}
+    ):
         if not _is_finite(value):
             return name
     for layer, (block, _) in reversed([*enumerate(grads.walk())]):

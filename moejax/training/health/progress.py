@@ -39,7 +39,9 @@ class StepProgress:
                 TextColumn("left"),
                 console=Console(stderr=True),
             )
-            self._task = self._bar.add_task("train", total=num_steps, completed=start_step, loss="-", rate="-")
+            self._task = self._bar.add_task(
+                "train", total=num_steps, completed=start_step, loss="-", rate="-"
+            )
 
     def __enter__(self) -> "StepProgress":
         if self._bar:
@@ -53,7 +55,9 @@ class StepProgress:
     def update(self, step: int, loss: float, tokens_per_s: float) -> None:
         """Shows a finished step."""
         if self._bar:
-            self._bar.update(self._task, completed=step, loss=f"{loss:.3f}", rate=f"{tokens_per_s:,.0f}")
+            self._bar.update(
+                self._task, completed=step, loss=f"{loss:.3f}", rate=f"{tokens_per_s:,.0f}"
+            )
             return
         now = time.perf_counter()
         if self._first is None:
@@ -62,7 +66,14 @@ class StepProgress:
             return
         self._last_line = now
         rate = f"{tokens_per_s:,.0f}"
-        log.info("step %d/%d  loss %.3f  %s tokens/s%s", step, self._num_steps, loss, rate, self._left(step, now))
+        log.info(
+            "step %d/%d  loss %.3f  %s tokens/s%s",
+            step,
+            self._num_steps,
+            loss,
+            rate,
+            self._left(step, now),
+        )
 
     def _left(self, step: int, now: float) -> str:
         """The time left, by the steps after the first: what came before it comes once. Empty at the first."""

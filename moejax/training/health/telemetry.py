@@ -45,7 +45,9 @@ class RoutingInterval:
 
     def arrays(self) -> dict[str, np.ndarray]:
         """What `RoutingLog.append` takes."""
-        layers_NM = np.stack([self.layers[name] for name in LAYER_METRICS], axis=1).astype(np.float32)
+        layers_NM = np.stack([self.layers[name] for name in LAYER_METRICS], axis=1).astype(
+            np.float32
+        )
         arrays = {
             "counts": self.counts_NE,
             "probs": self.probs_NE.astype(np.float32),
@@ -62,7 +64,8 @@ def summarize_routing(outputs: Sequence[StepOutput]) -> RoutingInterval | None:
     if not sums:
         return None
     counts_SNE, probs_SNE, importance_SNE = (
-        np.stack([getattr(s, name) for s in sums]) for name in ("assignments_E", "probs_E", "importance_E")
+        np.stack([getattr(s, name) for s in sums])
+        for name in ("assignments_E", "probs_E", "importance_E")
     )
     is_sound_SN1 = np.isfinite(probs_SNE + importance_SNE).all(axis=2, keepdims=True)
     tokens_SN1 = np.stack([s.num_tokens for s in sums])[..., None]
@@ -80,7 +83,10 @@ def summarize_routing(outputs: Sequence[StepOutput]) -> RoutingInterval | None:
         importance_NE=mean(importance_SNE),
         idle_steps_NE=np.asarray(outputs[-1].state["idle_steps"]),
         bias_NE=np.asarray(outputs[-1].state["bias"]) if "bias" in outputs[-1].state else None,
-        layers={name: _over_steps(name, np.stack([o.layers[name] for o in outputs])) for name in LAYER_METRICS},
+        layers={
+            name: _over_steps(name, np.stack([o.layers[name] for o in outputs]))
+            for name in LAYER_METRICS
+        },
     )
 
 

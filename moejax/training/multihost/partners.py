@@ -86,7 +86,11 @@ class Partners:
     def _say(self, name: str, word: str) -> None:
         if self._is_quiet:
             return
-        what = "failed; its own output says why" if word == "failed" else "has ended or cannot be reached"
+        what = (
+            "failed; its own output says why"
+            if word == "failed"
+            else "has ended or cannot be reached"
+        )
         text = f"moejax: {name} {what}; this process ends, too. The same command, started in all processes, continues "
         os.write(2, f"{text}from the newest checkpoint\n".encode())
         self.is_told.set()

@@ -117,9 +117,13 @@ def meet(
       RollCallError: a process is missing, comes twice, or runs something else.
     """
     where = coordinator or "the environment"
-    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM from `StopSignals`
+    jax.config.update(
+        "jax_enable_preemption_service", False
+    )  # it would take SIGTERM from `StopSignals`
     try:
-        coordinator, num_processes, process_id = _find_all(coordinator, num_processes, process_id, wait_s)
+        coordinator, num_processes, process_id = _find_all(
+            coordinator, num_processes, process_id, wait_s
+        )
         _connected.append(Partners(call_roll(coordinator, num_processes, process_id, wait_s)))
         jax.distributed.initialize(
             coordinator,
@@ -279,7 +283,9 @@ def _gather(word: str) -> list[str]:
 
     client: Any = distributed.global_state.client
     if client is None:
-        raise ProcessError(f"{jax.process_count()} processes have not met; use --distributed, or processes.meet")
+        raise ProcessError(
+            f"{jax.process_count()} processes have not met; use --distributed, or processes.meet"
+        )
     call = f"moejax/{next(_calls)}"
     client.key_value_set(f"{call}/{jax.process_index():08d}", word)
     client.wait_at_barrier(call, WAIT_SECONDS * 1000)
@@ -322,5 +328,7 @@ class SharedStop:
                 jax.make_array_from_process_local_data(self._devices, numbers)
             )  # fmt: skip
             if before is not None and self._granted is None and int(before):
-                self._granted = next(name for name, number in STOPS.items() if number == int(before))
+                self._granted = next(
+                    name for name, number in STOPS.items() if number == int(before)
+                )
         return bool(self)

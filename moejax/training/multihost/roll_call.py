@@ -52,7 +52,9 @@ class Hello:
         return f"process {self.process} on {self.host}"
 
 
-def call_roll(coordinator: str, num_processes: int, process_id: int, wait_s: float) -> dict[str, socket.socket]:
+def call_roll(
+    coordinator: str, num_processes: int, process_id: int, wait_s: float
+) -> dict[str, socket.socket]:
     """Waits until all processes have come and run the same.
 
     Args:
@@ -186,7 +188,9 @@ def _report(host: str, port: int, hello: Hello, wait_s: float) -> socket.socket:
         with contextlib.ExitStack() as stack:
             try:
                 address = (host, port)
-                connection = socket.create_connection(address, timeout=max(end - time.monotonic(), 0.001))
+                connection = socket.create_connection(
+                    address, timeout=max(end - time.monotonic(), 0.001)
+                )
                 stack.callback(connection.close)
                 connection.sendall(json.dumps(dataclasses.asdict(hello)).encode() + b"\n")
                 # Process 0 answers once it has heard all: it gives up first, and says who is missing.

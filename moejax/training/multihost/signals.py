@@ -121,13 +121,23 @@ class SignalWatch:
             if number and number[0] in (signal.SIGINT, signal.SIGTERM):
                 if waiting_since is None:
                     # The handler may have run before its number was read here.
-                    waiting_since, name = time.monotonic() - PATIENCE_SECONDS / 4, signal.Signals(number[0]).name
-                elif number[0] == signal.SIGINT and time.monotonic() - waiting_since >= PATIENCE_SECONDS:
+                    waiting_since, name = (
+                        time.monotonic() - PATIENCE_SECONDS / 4,
+                        signal.Signals(number[0]).name,
+                    )
+                elif (
+                    number[0] == signal.SIGINT
+                    and time.monotonic() - waiting_since >= PATIENCE_SECONDS
+                ):
                     _say(f"a second SIGINT during {_work}: leaving at once")
                     os._exit(130)
-            is_late = waiting_since is not None and time.monotonic() - waiting_since >= PATIENCE_SECONDS
+            is_late = (
+                waiting_since is not None and time.monotonic() - waiting_since >= PATIENCE_SECONDS
+            )
             if is_late and not is_told:
-                _say(f"{name}: {_work} cannot be interrupted; moejax stops after it. A second Ctrl-C leaves at once")
+                _say(
+                    f"{name}: {_work} cannot be interrupted; moejax stops after it. A second Ctrl-C leaves at once"
+                )
                 is_told = True
 
 

@@ -64,19 +64,27 @@ class Pack:
     def __init__(self, configs: Sequence[Config], devices: Sequence[jax.Device] | None = None):
         _check_arms(configs)
         largest = max(config.moe.capacity_factor for config in configs)
-        template = dataclasses.replace(configs[0], moe=dataclasses.replace(configs[0].moe, capacity_factor=largest))
+        template = dataclasses.replace(
+            configs[0], moe=dataclasses.replace(configs[0].moe, capacity_factor=largest)
+        )
         devices = list(jax.devices() if devices is None else devices)
         each = devices_of_arm(template)
         groups = max(1, min(len(devices) // each, len(configs)))
         meshes = [make_mesh(template, devices[i * each : (i + 1) * each]) for i in range(groups)]
         axes = (ARMS, *MESH_AXES)
-        self.mesh = Mesh(np.stack([m.devices for m in meshes]), axes, axis_types=(AxisType.Auto,) * len(axes))
+        self.mesh = Mesh(
+            np.stack([m.devices for m in meshes]), axes, axis_types=(AxisType.Auto,) * len(axes)
+        )
         self._alone = make_trainable(template, meshes[0])
         self.trainables = [dataclasses.replace(self._alone, config=config) for config in configs]
         self.lanes_of_device = -(-len(configs) // groups)
         self._num_lanes = self.lanes_of_device * groups
-        self._shardings = jax.tree.map(lambda s: NamedSharding(self.mesh, _by_arm(s.spec)), self._alone.shardings)
-        self.knobs = self._put(self._stack([Knobs.of(config) for config in configs]), PartitionSpec(ARMS))
+        self._shardings = jax.tree.map(
+            lambda s: NamedSharding(self.mesh, _by_arm(s.spec)), self._alone.shardings
+        )
+        self.knobs = self._put(
+            self._stack([Knobs.of(config) for config in configs]), PartitionSpec(ARMS)
+        )
 
     def compile_step(self, state: TrainState, batch: Batch) -> jax.stages.Compiled:
         """`(state, batch, knobs) -> (state, StepOutput)`, all with lanes in front; the old state is overwritten."""
@@ -104,7 +112,12 @@ class Pack:
             specs = tuple(own if i < num_own else all_alike for i in range(len(arguments)))
             # No collective is in it: what varies over arms needs no check.
             mapped = jax.shard_map(
-                of_device, mesh=self.mesh, in_specs=specs, out_specs=own, axis_names={ARMS}, check_vma=False
+                of_device,
+                mesh=self.mesh,
+                in_specs=specs,
+                out_specs=own,
+                axis_names={ARMS},
+                check_vma=False,
             )
             return mapped(*arguments)
 
@@ -120,18 +133,24 @@ class Pack:
 
     def join(self, states: Iterable[TrainState]) -> TrainState:
         """The states of the arms, stacked on their devices; each may be made when the one before is on the host."""
-        return jax.device_put(self._stack([jax.device_get(state) for state in states]), self._shardings)
+        return jax.device_put(
+            self._stack([jax.device_get(state) for state in states]), self._shardings
+        )
 
     def split(self, state: TrainState, arms: Iterable[int]) -> Iterator[TrainState]:
         """The states of these arms, as they would be alone, one after another on the devices of the first."""
         host = jax.device_get(state)
         for arm in arms:
-            yield jax.device_put(jax.tree.map(lambda x, arm=arm: x[arm], host), self._alone.shardings)
+            yield jax.device_put(
+                jax.tree.map(lambda x, arm=arm: x[arm], host), self._alone.shardings
+            )
 
     def outputs(self, output: StepOutput) -> list[StepOutput]:
         """The output of each arm, on the host; waits for the step."""
         host = jax.device_get(output)
-        return [jax.tree.map(lambda x, arm=arm: x[arm], host) for arm in range(len(self.trainables))]
+        return [
+            jax.tree.map(lambda x, arm=arm: x[arm], host) for arm in range(len(self.trainables))
+        ]
 
     def _stack(self, trees: Sequence[Any]) -> Any:
         """As many lanes as the devices need: the last arm fills up those that are over."""
@@ -151,7 +170,11 @@ def depends_on_devices(config: Config) -> bool:
     """Whether it computes something else on another number of devices; in a pack it would have fewer than alone."""
     moe = config.moe
     scopes = (moe.balance_scope, moe.capacity_group if moe.dispatch == "capacity" else "")
-    return config.num_moe_layers > 0 and "device" in scopes and -1 in dataclasses.asdict(config.mesh).values()
+    return (
+        config.num_moe_layers > 0
+        and "device" in scopes
+        and -1 in dataclasses.asdict(config.mesh).values()
+    )
 
 
 def is_split_twice(config: Config) -> bool:

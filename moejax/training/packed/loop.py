@@ -98,7 +98,10 @@ def train_packed(
             open_run_directory(config, folder, command, corpus)
         stop = stack.enter_context(StopSignals() if stop is None else stop)
         num_arms = len(configs)
-        arms = [_Arm(trainable, folder, num_arms) for trainable, folder in zip(pack.trainables, folders, strict=True)]
+        arms = [
+            _Arm(trainable, folder, num_arms)
+            for trainable, folder in zip(pack.trainables, folders, strict=True)
+        ]
         for arm in arms:
             stack.enter_context(arm.checkpoints)
         start_step = _start_step(arms)
@@ -153,7 +156,9 @@ class _Arm:
         self.step = start_step
         silent = StepProgress(self.config.train.num_steps, start_step, is_shown=False)
         name = f"arm {self.workdir.name}"
-        self.files = RunFiles(self.workdir, self.config, self.checkpoints, start_step, silent, name, self.num_arms)
+        self.files = RunFiles(
+            self.workdir, self.config, self.checkpoints, start_step, silent, name, self.num_arms
+        )
         return self.files
 
     def save(self, state: TrainState) -> None:
@@ -168,8 +173,12 @@ def _start_step(arms: Sequence[_Arm]) -> int:
     steps = [arm.checkpoints.steps() for arm in arms]
     common = common_step(steps)
     if not common and any(steps):
-        listed = "; ".join(f"{arm.workdir}: {own or 'none'}" for arm, own in zip(arms, steps, strict=True))
-        raise CheckpointError(f"arms of a pack have checkpoints of no common step ({listed}); train them apart")
+        listed = "; ".join(
+            f"{arm.workdir}: {own or 'none'}" for arm, own in zip(arms, steps, strict=True)
+        )
+        raise CheckpointError(
+            f"arms of a pack have checkpoints of no common step ({listed}); train them apart"
+        )
     return common
 
 
@@ -220,14 +229,21 @@ class _PackedLoop:
             self._train(state, start_step)
             for arm in self.training:
                 arm.recorder.flush()
-        return [ArmResult(a.step, self.stop.received, None if a.error else a.evaluation, a.error) for a in self.arms]
+        return [
+            ArmResult(a.step, self.stop.received, None if a.error else a.evaluation, a.error)
+            for a in self.arms
+        ]
 
     def _train(self, state: TrainState, step: int) -> None:
         if step >= self.config.num_steps or self.stop:
             return
         with ExitStack() as stack:
-            streams = {s: stack.enter_context(closing(b.iterate(step))) for s, b in self.batches.items()}
-            train_step = self._compile(state, {seed: batches[step] for seed, batches in self.batches.items()})
+            streams = {
+                s: stack.enter_context(closing(b.iterate(step))) for s, b in self.batches.items()
+            }
+            train_step = self._compile(
+                state, {seed: batches[step] for seed, batches in self.batches.items()}
+            )
             self._resume_clock()
             running: StepOutput | None = None
             is_over = False
@@ -240,7 +256,11 @@ class _PackedLoop:
                     self._take(running)
                 running = output
                 is_saved = self.config.is_saved(step) or bool(self.stop)
-                ending = self.training if is_saved else [arm for arm in self.training if arm.recorder.stopping]
+                ending = (
+                    self.training
+                    if is_saved
+                    else [arm for arm in self.training if arm.recorder.stopping]
+                )
                 if ending:
                     self._take(running)
                     running = None
@@ -259,7 +279,11 @@ class _PackedLoop:
         self.watchdog.other_work("compiling the train step")
         started = time.perf_counter()
         compiled = self.pack.compile_step(state, self._put(by_seed))
-        log.info("compiled the train step of %d arms in %.1f s", len(self.arms), time.perf_counter() - started)
+        log.info(
+            "compiled the train step of %d arms in %.1f s",
+            len(self.arms),
+            time.perf_counter() - started,
+        )
         return compiled
 
     def _resume_clock(self) -> None:
@@ -288,7 +312,9 @@ class _PackedLoop:
             (own,) = self.pack.split(state, [self.arms.index(arm)])
             batch = put_batch(self.batches[arm.config.train.seed][first - 1], arm.trainable)
             knobs = Knobs.of(arm.config)
-            error = nonfinite_error(arm.trainable, own, batch, knobs, first, arm.last.skipped_in_row)
+            error = nonfinite_error(
+                arm.trainable, own, batch, knobs, first, arm.last.skipped_in_row
+            )
         self._end(arm, error)
 
     def _end_part(self, state: TrainState, step: int, arms: Sequence[_Arm]) -> None:
@@ -301,7 +327,9 @@ class _PackedLoop:
         if self.config.is_evaluated(step) and going_on and not self.stop:
             self._evaluate(state, step, going_on, going_on)
         self.watchdog.other_work(f"saving step {step}")
-        for arm, own in zip(arms, self.pack.split(state, [self.arms.index(arm) for arm in arms]), strict=True):
+        for arm, own in zip(
+            arms, self.pack.split(state, [self.arms.index(arm) for arm in arms]), strict=True
+        ):
             arm.save(own)
         for arm in stopped:
             arm.checkpoints.wait()
@@ -313,18 +341,24 @@ class _PackedLoop:
         if self.on_end is not None:
             self.on_end(self.arms.index(arm), ArmResult(arm.step, None, None, error))
 
-    def _evaluate(self, state: TrainState, step: int, arms: Sequence[_Arm], noted: Sequence[_Arm]) -> None:
+    def _evaluate(
+        self, state: TrainState, step: int, arms: Sequence[_Arm], noted: Sequence[_Arm]
+    ) -> None:
         """Evaluates the validation split for arms, and notes it for some; nothing if a signal comes meanwhile."""
         self.watchdog.other_work(f"the evaluation of step {step}")
         sums = EvaluationSums(self.domains)
-        with closing(eval_batches(self.corpus, self.config.batch_size // self.config.accumulation)) as batches:
+        with closing(
+            eval_batches(self.corpus, self.config.batch_size // self.config.accumulation)
+        ) as batches:
             for batch in batches:
                 if self.stop:
                     return
                 inputs = (self.pack.put_batch(x) for x in eval_inputs(batch, self.domains))
                 sums.add(self.eval_step(state.params, state.router_state, *inputs))
         for arm in arms:
-            arm.evaluation = sums.result(self.corpus.num_bytes["validation"], arm=self.arms.index(arm))
+            arm.evaluation = sums.result(
+                self.corpus.num_bytes["validation"], arm=self.arms.index(arm)
+            )
             if arm in noted:
                 arm.files.note(step, arm.evaluation)
         losses = " ".join(f"{arm.evaluation.loss:.4f}" for arm in arms if arm.evaluation)

@@ -56,7 +56,12 @@ class EvaluationLog:
         if lost:
             self._is_newest_lost = lost[-1] > max(steps, default=-1)
             churn = ", and the next has no churn" if self._is_newest_lost else ""
-            log.warning("%s lacks the evaluations of step %s%s", self._folder, ", ".join(map(str, lost)), churn)
+            log.warning(
+                "%s lacks the evaluations of step %s%s",
+                self._folder,
+                ", ".join(map(str, lost)),
+                churn,
+            )
         if steps:
             read_evaluation(self._folder / f"{steps[-1]}.npz")
 
@@ -77,9 +82,13 @@ class EvaluationLog:
         if earlier and not is_newest_lost:
             before_NTK = read_evaluation(earlier[-1])["experts"]
             if before_NTK.shape == experts_NTK.shape:
-                arrays["churn"] = np.asarray(churn(jnp.asarray(before_NTK), jnp.asarray(experts_NTK), load_NE.shape[1]))
+                arrays["churn"] = np.asarray(
+                    churn(jnp.asarray(before_NTK), jnp.asarray(experts_NTK), load_NE.shape[1])
+                )
             else:  # written by another version
-                log.warning("%s holds the experts of other tokens: no churn at step %d", earlier[-1], step)
+                log.warning(
+                    "%s holds the experts of other tokens: no churn at step %d", earlier[-1], step
+                )
         partial = self._folder / f"{step}.partial"
         try:
             with partial.open("wb") as file:
@@ -93,7 +102,9 @@ class EvaluationLog:
 
     def _files(self) -> list[tuple[int, Path]]:
         """Steps and files, in order."""
-        return sorted((int(path.stem), path) for path in self._folder.glob("*.npz") if is_number(path.stem))
+        return sorted(
+            (int(path.stem), path) for path in self._folder.glob("*.npz") if is_number(path.stem)
+        )
 
 
 class Evaluations:
@@ -112,7 +123,9 @@ class Evaluations:
     @property
     def steps(self) -> tuple[int, ...]:
         """Steps that were evaluated, oldest first."""
-        return tuple(sorted(int(path.stem) for path in self._folder.glob("*.npz") if is_number(path.stem)))
+        return tuple(
+            sorted(int(path.stem) for path in self._folder.glob("*.npz") if is_number(path.stem))
+        )
 
     def read(self, step: int | None = None) -> dict[str, np.ndarray]:
         """The arrays of an evaluation, by default of the newest.
@@ -122,9 +135,13 @@ class Evaluations:
         """
         steps = self.steps
         if not steps:
-            raise EvaluationError(f"{self._folder} has no evaluation; train until there is one (train.eval_every)")
+            raise EvaluationError(
+                f"{self._folder} has no evaluation; train until there is one (train.eval_every)"
+            )
         if step is not None and step not in steps:
-            raise EvaluationError(f"--step={step} was not evaluated; use one of {', '.join(map(str, steps))}")
+            raise EvaluationError(
+                f"--step={step} was not evaluated; use one of {', '.join(map(str, steps))}"
+            )
         return read_evaluation(self._folder / f"{steps[-1] if step is None else step}.npz")
 
 
@@ -147,7 +164,15 @@ def read_evaluation(path: str | Path) -> dict[str, np.ndarray]:
         with np.load(path, allow_pickle=False) as arrays:
             found = dict(arrays)
             return found | {"load": found["load"], "experts": found["experts"].astype(np.int32)}
-    except (OSError, ValueError, KeyError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        EOFError,
+        NotImplementedError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as error:
         raise EvaluationError(
             f"{path} cannot be read ({error}); restore it from a copy, or move it away to do without that evaluation"
         ) from error

@@ -63,27 +63,47 @@ class RunFiles:
         self._alarms: AlarmLog | None = None
         routing: RoutingLog | None = None
         carried: list[TimedOutput] = []
-        with ExitStack() as opened:  # of one that cannot be opened the others are closed: they write in threads
+        with (
+            ExitStack() as opened
+        ):  # of one that cannot be opened the others are closed: they write in threads
             if is_first():
                 notes = checkpoints.notes(start_step) if start_step else {}
                 carried = _carried(notes)
-                after_step = start_step - len(carried)  # what a stop has cut is written again, as a whole
+                after_step = start_step - len(
+                    carried
+                )  # what a stop has cut is written again, as a whole
                 self._metrics = opened.enter_context(
                     MetricsFile(workdir, after_step, notes.get("tokens"), notes.get("metrics"))
                 )
                 if config.num_moe_layers:
                     self._evaluations = EvaluationLog(workdir, start_step, notes.get("evaluations"))
-                    routing = RoutingLog(workdir, config.moe_layers, config.moe.num_choices, LAYER_METRICS)
+                    routing = RoutingLog(
+                        workdir, config.moe_layers, config.moe.num_choices, LAYER_METRICS
+                    )
                     routing.truncate(after_step, notes.get("routing"))
                     self._alarms = opened.enter_context(
                         closing(
-                            AlarmLog(workdir, after_step, config, notes.get("alarms"), name, notes.get("alarms_file"))
+                            AlarmLog(
+                                workdir,
+                                after_step,
+                                config,
+                                notes.get("alarms"),
+                                name,
+                                notes.get("alarms_file"),
+                            )
                         )
                     )
             self._corpus = recorded_corpus(workdir) if is_first() else None
             utilisation = utilisation_of_token(config) if num_arms == 1 else None
             self.recorder = Recorder(
-                self._metrics, routing, progress, start_step, self._alarms, num_arms, utilisation, carried
+                self._metrics,
+                routing,
+                progress,
+                start_step,
+                self._alarms,
+                num_arms,
+                utilisation,
+                carried,
             )
             self.is_evaluated = self._metrics is not None and self._metrics.is_evaluated(start_step)
             self._opened = opened.pop_all()

@@ -28,7 +28,9 @@ class TimedOutput(NamedTuple):
 def pack_steps(steps: Sequence[TimedOutput]) -> dict[str, Any]:
     """The steps as JSON, exactly."""
     rows = [_flatten(jax.device_get(step.output)) for step in steps]
-    columns = {name: _to_json(np.stack([row[name] for row in rows])) for name in (rows[0] if rows else {})}
+    columns = {
+        name: _to_json(np.stack([row[name] for row in rows])) for name in (rows[0] if rows else {})
+    }
     return {"seconds": [step.seconds for step in steps], "arrays": columns}
 
 
@@ -41,18 +43,31 @@ def unpack_steps(packed: Mapping[str, Any]) -> list[TimedOutput]:
     try:
         columns = {name: _from_json(column) for name, column in packed["arrays"].items()}
         rows = [
-            {name: np.asarray(column[i]) for name, column in columns.items()} for i in range(len(packed["seconds"]))
+            {name: np.asarray(column[i]) for name, column in columns.items()}
+            for i in range(len(packed["seconds"]))
         ]
-        return [TimedOutput(_unflatten(row), float(s)) for row, s in zip(rows, packed["seconds"], strict=True)]
+        return [
+            TimedOutput(_unflatten(row), float(s))
+            for row, s in zip(rows, packed["seconds"], strict=True)
+        ]
     except (KeyError, TypeError, AttributeError, IndexError) as error:
-        raise ValueError(f"no steps of a logging interval ({type(error).__name__}: {error})") from error
+        raise ValueError(
+            f"no steps of a logging interval ({type(error).__name__}: {error})"
+        ) from error
 
 
 def _flatten(output: StepOutput) -> dict[str, np.ndarray]:
     """Arrays by the part of the output and their names in it."""
-    arrays = {f"{part}.{name}": np.asarray(x) for part in PARTS for name, x in getattr(output, part).items()}
+    arrays = {
+        f"{part}.{name}": np.asarray(x)
+        for part in PARTS
+        for name, x in getattr(output, part).items()
+    }
     if output.routing is not None:
-        fields = {field.name: getattr(output.routing, field.name) for field in dataclasses.fields(RoutingStats)}
+        fields = {
+            field.name: getattr(output.routing, field.name)
+            for field in dataclasses.fields(RoutingStats)
+        }
         arrays |= {f"routing.{name}": np.asarray(x) for name, x in fields.items() if x is not None}
     return arrays
 

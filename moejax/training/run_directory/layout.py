@@ -18,7 +18,15 @@ from typing import Any, NamedTuple
 import jax
 
 import moejax
-from moejax.config import AlarmConfig, Config, ConfigError, is_read, leaves, resolve_recorded, to_dict
+from moejax.config import (
+    AlarmConfig,
+    Config,
+    ConfigError,
+    is_read,
+    leaves,
+    resolve_recorded,
+    to_dict,
+)
 from moejax.models.parameters import ParameterCount
 from moejax.paths import replace_file
 from moejax.strict_json import to_json
@@ -42,9 +50,7 @@ MAY_CHANGE = (
 """Leaves that may differ when a run is continued: they change neither the model nor what a step computes, except that
 `train.num_steps` stretches the learning-rate schedule."""
 
-LOST_CONFIG = (
-    "restore it from a copy, or move it away and continue the run by its recipe: its checkpoint knows if it fits"
-)
+LOST_CONFIG = "restore it from a copy, or move it away and continue the run by its recipe: its checkpoint knows if it fits"
 
 GLOB_LETTERS = "*?["
 
@@ -53,7 +59,16 @@ log = logging.getLogger("moejax")
 SHARED_SECONDS = 60.0
 """Network file systems may show a new file so much later in another host."""
 
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "numpy")
+PACKAGES = (
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "grain",
+    "tensorflow-datasets",
+    "numpy",
+)
 
 
 class Change(NamedTuple):
@@ -68,7 +83,9 @@ def changes(saved: Config, wanted: Config) -> list[Change]:
     """The leaves in which a run's configuration and another one differ."""
     before, after = to_dict(saved), to_dict(wanted)
     pairs = [(key, *key.split(".")) for key, _ in leaves()]
-    found = [Change(key, before[section][name], after[section][name]) for key, section, name in pairs]
+    found = [
+        Change(key, before[section][name], after[section][name]) for key, section, name in pairs
+    ]
     return [change for change in found if change.saved != change.wanted]
 
 
@@ -78,7 +95,9 @@ def first_change(saved: Config, wanted: Config) -> Change | None:
     A leaf that neither reads makes none: a run of an earlier version may have been started with one.
     """
     for change in changes(saved, wanted):
-        if change.key not in MAY_CHANGE and (is_read(saved, change.key) or is_read(wanted, change.key)):
+        if change.key not in MAY_CHANGE and (
+            is_read(saved, change.key) or is_read(wanted, change.key)
+        ):
             return change
     return None
 
@@ -108,12 +127,16 @@ def check_run_directory(workdir: Path, config: Config) -> None:
 
 def tell_changes(saved: Config, config: Config, step: int) -> None:
     """Logs how a continued run differs from what it was, and what that means for its schedule and its length."""
-    told = [f"{change.key}={change.wanted} (was {change.saved})" for change in changes(saved, config)]
+    told = [
+        f"{change.key}={change.wanted} (was {change.saved})" for change in changes(saved, config)
+    ]
     if told:
         log.info("continuing with %s", ", ".join(told))
     before, after = saved.train.num_steps, config.train.num_steps
     if step > after or (step == after and before != after):
-        log.info("train.num_steps=%d: the run is already at step %d, and nothing is trained", after, step)
+        log.info(
+            "train.num_steps=%d: the run is already at step %d, and nothing is trained", after, step
+        )
     elif before != after:
         rates = [
             float(make_schedule(config.optimizer, num_steps)(step)) * config.optimizer.learning_rate
@@ -129,7 +152,10 @@ def warn_of_lost_checkpoints(workdir: Path) -> None:
     """Says that a run begins again although it was trained before, where its checkpoints are gone."""
     path = workdir / "metrics.jsonl"
     if path.is_file() and path.stat().st_size:
-        log.warning("%s has metrics and no checkpoint: the run begins at step 0, and they are written again", workdir)
+        log.warning(
+            "%s has metrics and no checkpoint: the run begins at step 0, and they are written again",
+            workdir,
+        )
 
 
 def check_path(workdir: Path) -> None:
@@ -156,7 +182,9 @@ def check_path(workdir: Path) -> None:
         )
 
 
-def write_run_directory(workdir: Path, config: Config, parameters: ParameterCount, corpus: str, command: str) -> None:
+def write_run_directory(
+    workdir: Path, config: Config, parameters: ParameterCount, corpus: str, command: str
+) -> None:
     """Creates the directory if need be and writes `config.json`.
 
     Args:
@@ -173,7 +201,9 @@ def write_run_directory(workdir: Path, config: Config, parameters: ParameterCoun
     facts = _read_json(path) if path.exists() else {}
     before = facts.get("numerics", {})
     if not isinstance(before, dict):
-        raise ConfigError(f"{path} is damaged: numerics={before!r} must be an object; restore it from a copy")
+        raise ConfigError(
+            f"{path} is damaged: numerics={before!r} must be an object; restore it from a copy"
+        )
     changed = changed_numerics(before)
     if changed:
         raise ConfigError(
@@ -206,7 +236,9 @@ def write_run_directory(workdir: Path, config: Config, parameters: ParameterCoun
         workdir.mkdir(parents=True, exist_ok=True)
         write_json(path, content)
     except OSError as error:
-        raise ConfigError(f"--workdir={workdir} cannot be written: {error.strerror}; use another folder") from error
+        raise ConfigError(
+            f"--workdir={workdir} cannot be written: {error.strerror}; use another folder"
+        ) from error
 
 
 def recorded_corpus(workdir: Path) -> str | None:
@@ -261,7 +293,9 @@ def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_bytes().decode())
     except OSError as error:
-        raise ConfigError(f"{path} cannot be read ({error.strerror}); give this user the right to read it") from error
+        raise ConfigError(
+            f"{path} cannot be read ({error.strerror}); give this user the right to read it"
+        ) from error
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is damaged ({error}); {LOST_CONFIG}") from error
 
@@ -280,7 +314,9 @@ def git_commit() -> str:
 
     def git(*arguments: str) -> str:
         folder = Path(moejax.__file__).parent
-        done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True
+        )
         return done.stdout.strip()
 
     try:

@@ -62,7 +62,9 @@ class LineFile:
             ) from error
         self._num_bytes = len(kept)
         self._hash = hashlib.blake2b(kept, digest_size=DIGEST_BYTES)
-        if self._num_damaged or (noted is not None and not self._is_as_noted(kept, noted, after_step)):
+        if self._num_damaged or (
+            noted is not None and not self._is_as_noted(kept, noted, after_step)
+        ):
             log.warning(
                 "%s is not what was written up to step %d: a part of its history is lost or damaged; the run goes on "
                 "from its checkpoint", path, after_step,
@@ -96,7 +98,9 @@ class LineFile:
         """Closes the file."""
         if self._file is not None:
             file, self._file = self._file, None
-            with contextlib.suppress(OSError):  # of a line that could not be written, which was said
+            with contextlib.suppress(
+                OSError
+            ):  # of a line that could not be written, which was said
                 file.close()
 
     def _is_as_noted(self, kept: bytes, noted: Mapping[str, Any], after_step: int) -> bool:

@@ -193,7 +193,9 @@ class Recorder:
         if self._running is None:
             return self._last
         output, self._running = self._running, None
-        scalars = jax.device_get({key: output.scalars[key] for key in ("loss/lm", "num_targets", "skipped_in_row")})
+        scalars = jax.device_get(
+            {key: output.scalars[key] for key in ("loss/lm", "num_targets", "skipped_in_row")}
+        )
         now = time.perf_counter()
         seconds, self._since = now - self._since, now
         self._current.append(TimedOutput(output, seconds))

@@ -85,14 +85,24 @@ class RoutingHistory:
             self.layers = np.array(self.attributes["layers"], np.int64)
             self.num_experts = int(self.attributes["num_experts"])
             step_array = open_array(folder, "step")
-            self.steps = finished_steps(step_array)  # first: what it commits is complete in the others
+            self.steps = finished_steps(
+                step_array
+            )  # first: what it commits is complete in the others
             is_checked = has_checksums(step_array)
-            names = [name for name in ARRAYS if name != "step" and (is_checked or (folder / name).is_dir())]
+            names = [
+                name
+                for name in ARRAYS
+                if name != "step" and (is_checked or (folder / name).is_dir())
+            ]
             self._arrays = {name: open_array(folder, name) for name in names}
             shape = (len(self.layers), self.num_experts)
             for name, array in self._arrays.items():
-                if array.shape[1 : 1 + (1 if name == "layers" else 2)] != (shape[:1] if name == "layers" else shape):
-                    raise ValueError(f"{name} has the shape {array.shape} for {shape[0]} layers, {shape[1]} experts")
+                if array.shape[1 : 1 + (1 if name == "layers" else 2)] != (
+                    shape[:1] if name == "layers" else shape
+                ):
+                    raise ValueError(
+                        f"{name} has the shape {array.shape} for {shape[0]} layers, {shape[1]} experts"
+                    )
         self.names = tuple(names)
 
     def __repr__(self) -> str:
@@ -150,7 +160,9 @@ class RoutingHistory:
         sums_C = np.zeros((len(starts_C), *array.shape[1:]), np.int64 if is_integer else np.float64)
         first = 0
         for block in self.blocks(name):
-            column = np.searchsorted(starts_C, np.arange(first, first + len(block)), side="right") - 1
+            column = (
+                np.searchsorted(starts_C, np.arange(first, first + len(block)), side="right") - 1
+            )
             begins = np.flatnonzero(np.diff(column, prepend=-1))
             sums_C[column[begins]] += np.add.reduceat(block, begins, axis=0, dtype=sums_C.dtype)
             first += len(block)
@@ -168,7 +180,9 @@ class RoutingHistory:
 
     def _array(self, name: str) -> tensorstore.TensorStore:
         if name not in self._arrays:
-            raise RoutingLogError(f"{self._folder} has no array {name!r}; use one of {', '.join(self.names)}")
+            raise RoutingLogError(
+                f"{self._folder} has no array {name!r}; use one of {', '.join(self.names)}"
+            )
         return self._arrays[name]
 
 
@@ -185,7 +199,13 @@ class RoutingLog:
       ValueError: there is a log of other layers, metrics or another number of experts, or one that cannot be read.
     """
 
-    def __init__(self, workdir: str | Path, layers: Sequence[int], num_experts: int, metrics: Sequence[str] = ()):
+    def __init__(
+        self,
+        workdir: str | Path,
+        layers: Sequence[int],
+        num_experts: int,
+        metrics: Sequence[str] = (),
+    ):
         self._folder = Path(workdir) / FOLDER
         attributes = {
             "layers": [int(layer) for layer in layers],
@@ -219,7 +239,11 @@ class RoutingLog:
             self._cut(len(self._steps))
 
     def append(
-        self, step: int, counts: Int[np.ndarray, "N E"], probs: Float32[np.ndarray, "N E"], **others: np.ndarray
+        self,
+        step: int,
+        counts: Int[np.ndarray, "N E"],
+        probs: Float32[np.ndarray, "N E"],
+        **others: np.ndarray,
     ) -> None:
         """Adds the interval that ended with `step`; on return it is on disk.
 
@@ -238,7 +262,11 @@ class RoutingLog:
             if array.shape != self._shapes.get(name):
                 raise RoutingLogError(
                     f"{name} has shape {array.shape}; {self._folder} holds "
-                    + ", ".join(f"{known} {shape}" for known, shape in self._shapes.items() if known != "step")
+                    + ", ".join(
+                        f"{known} {shape}"
+                        for known, shape in self._shapes.items()
+                        if known != "step"
+                    )
                 )
         last = self._steps[-1] if self._steps else -1
         if step <= last:
@@ -249,11 +277,15 @@ class RoutingLog:
         entry = len(self._steps)
         # Fill values are written, too: of an entry that was cut off, the old ones would come back.
         absent = {
-            name: np.dtype(dtype).type(fill) for name, (dtype, fill) in ARRAYS.items() if name not in (*arrays, "step")
+            name: np.dtype(dtype).type(fill)
+            for name, (dtype, fill) in ARRAYS.items()
+            if name not in (*arrays, "step")
         }
         with naming_damage(self._folder):
             self._make_room(entry)
-            written = [self._arrays[name][entry].write(array) for name, array in (arrays | absent).items()]
+            written = [
+                self._arrays[name][entry].write(array) for name, array in (arrays | absent).items()
+            ]
             for future in written:  # they wait for the disk together
                 future.result()
             self._arrays["step"][entry].write(step).result()  # last: from here on the entry exists

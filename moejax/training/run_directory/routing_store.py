@@ -19,7 +19,9 @@ from moejax.paths import replace_file
 FOLDER = "routing"
 GROUP = "zarr.json"
 UNFINISHED = -1  # the fill value of `step`
-CHUNK_BYTES = 2**20  # an append rewrites one chunk: about a megabyte, so that long runs leave few files
+CHUNK_BYTES = (
+    2**20
+)  # an append rewrites one chunk: about a megabyte, so that long runs leave few files
 CHECKSUM = "crc32c"  # the codec
 ARRAYS: Mapping[str, tuple[str, int | str]] = {
     "counts": ("int64", 0),
@@ -48,7 +50,9 @@ def create_arrays(folder: Path, attributes: dict[str, Any]) -> None:
     """Makes empty arrays, then the group file: a folder without it is not a log yet and is made anew."""
     shapes = array_shapes(attributes)
     if min(shapes["counts"]) < 1:
-        raise RoutingLogError(f"a routing log needs MoE layers and experts, got {attributes}; a dense run has none")
+        raise RoutingLogError(
+            f"a routing log needs MoE layers and experts, got {attributes}; a dense run has none"
+        )
     entries = chunk_entries(shapes)
     for name, (dtype, fill) in ARRAYS.items():
         inner = list(shapes[name])
@@ -62,7 +66,11 @@ def create_arrays(folder: Path, attributes: dict[str, Any]) -> None:
                 "name": "regular",
                 "configuration": {"chunk_shape": [entries, *(max(size, 1) for size in inner)]},
             },
-            "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "zstd"}, {"name": CHECKSUM}],
+            "codecs": [
+                {"name": "bytes", "configuration": {"endian": "little"}},
+                {"name": "zstd"},
+                {"name": CHECKSUM},
+            ],
         }
         spec = _spec(folder, name) | {"metadata": metadata}
         tensorstore.open(spec, create=True, delete_existing=True).result()
@@ -87,7 +95,9 @@ def write_group(folder: Path, attributes: dict[str, Any]) -> None:
 
 
 def _digest(attributes: Mapping[str, Any]) -> str:
-    return hashlib.blake2b(json.dumps(attributes, sort_keys=True).encode(), digest_size=16).hexdigest()
+    return hashlib.blake2b(
+        json.dumps(attributes, sort_keys=True).encode(), digest_size=16
+    ).hexdigest()
 
 
 def read_group(folder: Path) -> dict[str, Any]:
@@ -103,7 +113,9 @@ def read_group(folder: Path) -> dict[str, Any]:
 
 def has_entries(folder: Path) -> bool:
     """Whether a folder without a group file holds entries: making it was not only begun."""
-    return (folder / "step" / GROUP).exists() and len(finished_steps(open_array(folder, "step"))) > 0
+    return (folder / "step" / GROUP).exists() and len(
+        finished_steps(open_array(folder, "step"))
+    ) > 0
 
 
 def has_checksums(array: tensorstore.TensorStore) -> bool:
@@ -159,10 +171,22 @@ def naming_damage(folder: Path) -> Iterator[None]:
         yield
     except RoutingLogError:
         raise
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError, OSError) as error:
-        text = " ".join(re.split(r" \[(source locations|tensorstore_spec|os_error_code)", str(error))[0].split())[:300]
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        IndexError,
+        AttributeError,
+        RecursionError,
+        OSError,
+    ) as error:
+        text = " ".join(
+            re.split(r" \[(source locations|tensorstore_spec|os_error_code)", str(error))[0].split()
+        )[:300]
         if isinstance(error, PermissionError) or "PERMISSION_DENIED" in text:
-            raise RoutingLogError(f"{folder} cannot be read ({text}); give this user the right to it") from error
+            raise RoutingLogError(
+                f"{folder} cannot be read ({text}); give this user the right to it"
+            ) from error
         if "Error writing" in text:
             raise RoutingLogError(
                 f"{folder} cannot be written ({text}); make room there, and run the command again"

@@ -50,7 +50,9 @@ class TextPlaces:
         return {leaf: place for leaf, place in dataclasses.asdict(self).items() if place}
 
 
-def open_run_corpus(workdir: str | Path, tokenizer: Tokenizer, places: TextPlaces | None = None) -> Corpus:
+def open_run_corpus(
+    workdir: str | Path, tokenizer: Tokenizer, places: TextPlaces | None = None
+) -> Corpus:
     """The rows that a run was trained on, which are prepared again if they are gone.
 
     Args:
@@ -68,13 +70,18 @@ def open_run_corpus(workdir: str | Path, tokenizer: Tokenizer, places: TextPlace
     recorded = json.loads(read_regular(workdir / "config.json"))
     corpus = recorded.get("corpus")
     if not isinstance(corpus, str):
-        raise DataError(f"{workdir}/config.json does not say on which rows the run was trained; restore it from a copy")
+        raise DataError(
+            f"{workdir}/config.json does not say on which rows the run was trained; restore it from a copy"
+        )
     own = _own_places(config_data, recorded.get("text"), corpus)
     default = {"directory": DataConfig().directory, "files": "", "source_dir": ""}
     known = {**(own or {}), **said}
     place = default | known
     data = dataclasses.replace(
-        config_data, directory=place["directory"], files=place["files"], source_dir=place["source_dir"]
+        config_data,
+        directory=place["directory"],
+        files=place["files"],
+        source_dir=place["source_dir"],
     )
     rows = find_rows(data, corpus, tokenizer)
     if rows is not None:
@@ -88,7 +95,9 @@ def open_run_corpus(workdir: str | Path, tokenizer: Tokenizer, places: TextPlace
 def _own_places(data: DataConfig, recorded: Any, corpus: str) -> dict[str, str] | None:
     """The places that the run recorded; None unless this user's moejax did it."""
     leaves = [field.name for field in dataclasses.fields(TextPlaces)]
-    if not isinstance(recorded, dict) or not all(isinstance(recorded.get(leaf), str) for leaf in leaves):
+    if not isinstance(recorded, dict) or not all(
+        isinstance(recorded.get(leaf), str) for leaf in leaves
+    ):
         return None
     if not is_signed(signed_text(data, recorded, corpus), recorded.get("signature")):
         return None
@@ -97,7 +106,11 @@ def _own_places(data: DataConfig, recorded: Any, corpus: str) -> dict[str, str] 
 
 def _check_known(workdir: Path, data: DataConfig, corpus: str, known: dict[str, str]) -> None:
     """Raises `DataError` if it is not known where to prepare rows again, and from what."""
-    needed = [leaf for leaf in ("directory", PLACES_OF_SOURCE.get(data.source)) if leaf and not known.get(leaf)]
+    needed = [
+        leaf
+        for leaf in ("directory", PLACES_OF_SOURCE.get(data.source))
+        if leaf and not known.get(leaf)
+    ]
     if not needed:
         return
     flags = " and ".join(f"--data.{leaf}=" for leaf in needed)

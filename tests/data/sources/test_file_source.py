@@ -65,7 +65,9 @@ def test_what_a_folder_holds_and_cannot_be_read_is_an_error(tmp_path, monkeypatc
     os.mkfifo(tmp_path / "texts/pipe")
     with caplog.at_level("INFO", logger="moejax"):
         source_of(tmp_path / "texts")
-    assert "left out 1 files that are no text, such as" in caplog.text and "texts/pipe" in caplog.text
+    assert (
+        "left out 1 files that are no text, such as" in caplog.text and "texts/pipe" in caplog.text
+    )
     scan = os.scandir
 
     def scandir(path):
@@ -75,10 +77,15 @@ def test_what_a_folder_holds_and_cannot_be_read_is_an_error(tmp_path, monkeypatc
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "scandir", scandir)
-        with pytest.raises(DataError, match=r"texts/secret cannot be read \(Permission denied\); leave it out"):
+        with pytest.raises(
+            DataError, match=r"texts/secret cannot be read \(Permission denied\); leave it out"
+        ):
             source_of(tmp_path / "texts")
     (tmp_path / "texts/gone.txt").symlink_to("nowhere")
-    with pytest.raises(DataError, match=r"texts/gone\.txt is a link to a file that is not there; remove it or repair"):
+    with pytest.raises(
+        DataError,
+        match=r"texts/gone\.txt is a link to a file that is not there; remove it or repair",
+    ):
         source_of(tmp_path / "texts")
 
 
@@ -94,9 +101,13 @@ def test_a_folder_gives_its_files_of_text_and_says_what_it_leaves_out(tmp_path, 
     (tmp_path / "image.png").write_bytes(b"\x89PNG\0\0")
     with caplog.at_level("INFO", logger="moejax"):
         assert all_texts(tmp_path) == ["five", "four", "one", "three", "two"]
-    assert "left out 1 files that are no text, such as" in caplog.text and "image.png" in caplog.text
+    assert (
+        "left out 1 files that are no text, such as" in caplog.text and "image.png" in caplog.text
+    )
     source = source_of(tmp_path)
-    domains = {document.text: document.domain for split in SPLITS for document in source.documents(split)}
+    domains = {
+        document.text: document.domain for split in SPLITS for document in source.documents(split)
+    }
     assert domains == {"one": "", "two": "", "five": "", "three": "news", "four": "news"}
 
 
@@ -112,8 +123,14 @@ def test_a_name_with_commas_or_signs_of_globs_is_that_file(tmp_path):
 def test_several_are_given_with_commas_and_each_file_counts_once(tmp_path):
     for name in ("a.txt", "b.txt", "c.md"):
         (tmp_path / name).write_text(name)
-    assert all_texts(f"{tmp_path}/*.txt, {tmp_path}/c.md,{tmp_path}/a.txt") == ["a.txt", "b.txt", "c.md"]
-    with pytest.raises(ConfigError, match=r"data\.files='.*/x\.txt' matches no file; give a file, a folder, a glob"):
+    assert all_texts(f"{tmp_path}/*.txt, {tmp_path}/c.md,{tmp_path}/a.txt") == [
+        "a.txt",
+        "b.txt",
+        "c.md",
+    ]
+    with pytest.raises(
+        ConfigError, match=r"data\.files='.*/x\.txt' matches no file; give a file, a folder, a glob"
+    ):
         all_texts(f"{tmp_path}/*.txt,{tmp_path}/x.txt")
     with pytest.raises(ConfigError, match=r"'gs://bucket/\*\.txt' is an address"):
         all_texts("gs://bucket/*.txt")
@@ -142,7 +159,9 @@ def test_documents_and_splits_are_the_same_in_every_format(tmp_path):
         assert {split: sorted(texts) for split, texts in found.items()} == {
             split: sorted(texts) for split, texts in wanted.items()
         }, name
-        assert found["train"] == [text for text in TEXTS if text in wanted["train"]]  # in the file's order
+        assert found["train"] == [
+            text for text in TEXTS if text in wanted["train"]
+        ]  # in the file's order
 
 
 def test_equal_documents_of_several_files_fall_into_the_same_split(tmp_path):
@@ -156,7 +175,11 @@ def test_equal_documents_of_several_files_fall_into_the_same_split(tmp_path):
 
 def test_names_and_domains_come_from_fields_or_from_the_file(tmp_path):
     (tmp_path / "in").mkdir()
-    lines = [{"text": "a", "name": "first", "domain": "x"}, {"text": "bb", "name": 7}, {"text": "ccc", "domain": None}]
+    lines = [
+        {"text": "a", "name": "first", "domain": "x"},
+        {"text": "bb", "name": 7},
+        {"text": "ccc", "domain": None},
+    ]
     (tmp_path / "in/t.jsonl").write_text("\n".join(map(json.dumps, lines)))
     source = source_of(tmp_path)
     found = sorted((d.text, d.name, d.domain) for split in SPLITS for d in source.documents(split))
@@ -169,7 +192,9 @@ def test_the_field_of_the_text_is_chosen_and_part_of_the_identity(tmp_path):
     assert all_texts(tmp_path / "t.jsonl", text_field="body") == ["b0", "b1", "b2", "b3"]
     files = str(tmp_path / "t.jsonl")
     assert source_of(files).identity != source_of(files, text_field="body").identity
-    pyarrow.parquet.write_table(pyarrow.table({"body": ["x", "y"], "id": [1, 2]}), tmp_path / "t.parquet")
+    pyarrow.parquet.write_table(
+        pyarrow.table({"body": ["x", "y"], "id": [1, 2]}), tmp_path / "t.parquet"
+    )
     assert all_texts(tmp_path / "t.parquet", text_field="body") == ["x", "y"]
 
 
@@ -181,11 +206,17 @@ MISTAKES = {
         b'{"text": "a"}\n{"contents": "b", "id": 1}\n',
         r"line 2: no field 'text' but contents, id; the nearest is contents: set data\.text_field=contents",
     ),
-    "no text": (b'{"text": "a"}\n{"text": 3}\n', r"line 2: the field 'text' holds number and must be text"),
+    "no text": (
+        b'{"text": "a"}\n{"text": 3}\n',
+        r"line 2: the field 'text' holds number and must be text",
+    ),
     "null": (b'{"text": null}\n', r"line 1: the field 'text' holds null"),
     "no UTF-8": (b'{"text": "a"}\n{"text": "\xe9"}\n', r"line 2: not UTF-8 text \(byte 24\)"),
     "half a character": (b'{"text": "a\\ud800"}\n', r"line 1: \\ud800 alone is no character"),
-    "a nested domain": (b'{"text": "a", "domain": []}\n', r"line 1: the field 'domain' holds array"),
+    "a nested domain": (
+        b'{"text": "a", "domain": []}\n',
+        r"line 1: the field 'domain' holds array",
+    ),
     "only empty documents": (b'{"text": ""}\n', r"names no document with text"),
 }
 
@@ -204,7 +235,9 @@ def test_a_mistake_in_json_lines_is_named_by_file_and_line(tmp_path, content, me
 
 def test_a_mistake_in_parquet_or_compression_is_named_by_file(tmp_path):
     write_parquet(tmp_path / "t.parquet", TEXTS)
-    with pytest.raises(DataError, match=r"t\.parquet: no field 'body' but text; the nearest is text"):
+    with pytest.raises(
+        DataError, match=r"t\.parquet: no field 'body' but text; the nearest is text"
+    ):
         all_texts(tmp_path / "t.parquet", text_field="body")
     pyarrow.parquet.write_table(pyarrow.table({"text": ["a", None]}), tmp_path / "null.parquet")
     with pytest.raises(DataError, match=r"null\.parquet, row 2: the field 'text' holds null"):
@@ -216,7 +249,9 @@ def test_a_mistake_in_parquet_or_compression_is_named_by_file(tmp_path):
     }  # fmt: skip
     for name, content in damaged.items():
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(DataError, match=rf"{name} cannot be read \(.+\); leave it out of data\.files") as error:
+        with pytest.raises(
+            DataError, match=rf"{name} cannot be read \(.+\); leave it out of data\.files"
+        ) as error:
             all_texts(tmp_path / name)
         assert "\n" not in str(error.value)
 
@@ -237,18 +272,26 @@ def test_a_split_by_keys_is_the_split_by_names():
         last = last_held_out(keys, np.array([*sizes.values()]))
         assert {name for name in sizes if split_key(name) <= last} == held_out(sizes)
         # Documents that are there twice count twice and stay together.
-        assert 0 < np.count_nonzero(keys <= last_held_out(np.repeat(keys, 2), np.ones(2 * number))) < number
+        assert (
+            0
+            < np.count_nonzero(keys <= last_held_out(np.repeat(keys, 2), np.ones(2 * number)))
+            < number
+        )
 
 
 def test_memory_does_not_grow_with_the_number_of_documents(tmp_path, monkeypatch):
-    monkeypatch.setattr("moejax.data.packing.WINDOW_SLOTS", 1 << 14)  # so that it is full at this size
+    monkeypatch.setattr(
+        "moejax.data.packing.WINDOW_SLOTS", 1 << 14
+    )  # so that it is full at this size
 
     def peak(megabytes):
         path = tmp_path / f"{megabytes}.jsonl"
         with path.open("wb") as file:
             for i in range(200 * megabytes):
                 file.write(json_lines([f"{i} " + "abcdefgh" * 620]))
-        data = DataConfig(source="files", files=str(path), directory=str(tmp_path / "data"), tokenizer="bytes")
+        data = DataConfig(
+            source="files", files=str(path), directory=str(tmp_path / "data"), tokenizer="bytes"
+        )
         data = dataclasses.replace(data, seq_len=512)
         tracemalloc.start()
         corpus = prepare(data)

@@ -30,15 +30,23 @@ def test_whole_addresses_are_held_out_about_a_twentieth_of_the_bytes(corpus, tex
     assert corpus.num_documents == {split: len(texts[split]) for split in SPLITS}
     assert sum(corpus.num_documents.values()) == 249
     assert not set(texts["train"]) & set(texts["validation"])
-    assert corpus.num_bytes == {split: sum(len(text.encode()) for text in texts[split]) for split in SPLITS}
+    assert corpus.num_bytes == {
+        split: sum(len(text.encode()) for text in texts[split]) for split in SPLITS
+    }
     assert 0.04 < corpus.num_bytes["validation"] / sum(corpus.num_bytes.values()) < 0.06
 
 
 def test_addresses_are_a_dataset_with_names_years_and_parties(corpus, data):
     (folder,) = (corpus.directory.parents[1] / "documents").glob("speeches-*")
-    examples = [e for split in SPLITS for e in tfds.data_source("speeches", data_dir=folder, split=split)]
+    examples = [
+        e for split in SPLITS for e in tfds.data_source("speeches", data_dir=folder, split=split)
+    ]
     lincoln = next(e for e in examples if e["name"] == b"1863-Lincoln-1")
-    assert (lincoln["year"], lincoln["president"], lincoln["party"]) == (1863, b"Abraham Lincoln", b"Republican")
+    assert (lincoln["year"], lincoln["president"], lincoln["party"]) == (
+        1863,
+        b"Abraham Lincoln",
+        b"Republican",
+    )
     assert b"proclamation" in lincoln["text"]
 
 
@@ -50,12 +58,19 @@ def test_every_byte_of_validation_comes_back_from_its_batches(corpus, texts):
     # Pieces are reordered by packing, so compare what does not depend on order: bytes, and ends of documents.
     flat = [int(i) for row in ids for i in row]
     assert (
-        sum(len(corpus.tokenizer.decode([i]).encode()) for i in flat if corpus.tokenizer.piece(i)[0] != "<")
+        sum(
+            len(corpus.tokenizer.decode([i]).encode())
+            for i in flat
+            if corpus.tokenizer.piece(i)[0] != "<"
+        )
         + sum(corpus.tokenizer.piece(i).startswith("<0x") for i in flat)
         == corpus.num_bytes["validation"]
     )
     assert flat.count(corpus.tokenizer.eos_id) == corpus.num_documents["validation"]
-    assert all(corpus.tokenizer.decode(corpus.tokenizer.encode(text)) == text for text in texts["validation"])
+    assert all(
+        corpus.tokenizer.decode(corpus.tokenizer.encode(text)) == text
+        for text in texts["validation"]
+    )
 
 
 def test_bpe_of_4096_reads_four_bytes_a_token_and_rows_are_nearly_full(corpus):

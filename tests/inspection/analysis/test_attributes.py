@@ -22,7 +22,10 @@ def forms(pieces, starts=()):
     ids = sorted(set(pieces))
     tokens_T = np.array([ids.index(p) for p in pieces])
     starts_T = np.isin(np.arange(len(pieces)), [0, *starts])
-    return [[a.labels[v] for v in a.values_T] for a in form_attributes(tokens_T, starts_T, ids.__getitem__)]
+    return [
+        [a.labels[v] for v in a.values_T]
+        for a in form_attributes(tokens_T, starts_T, ids.__getitem__)
+    ]
 
 
 def sentences(pieces, starts=()):
@@ -97,13 +100,30 @@ def test_later_words_of_a_sentence_share_buckets():
 def test_an_apostrophe_within_a_word_does_not_end_it_and_others_do():
     _, in_word, in_sentence = forms(["▁don", "'", "t", "▁'", "t", "'", "▁t", "▁n", "-", "t"])
     assert in_word == ["1", "no word", "2", "no word", "1", "no word", "1", "1", "no word", "1"]
-    assert in_sentence == ["1", "no word", "1", "no word", "2", "no word", "3", "4-7", "no word", "4-7"]
+    assert in_sentence == [
+        "1",
+        "no word",
+        "1",
+        "no word",
+        "2",
+        "no word",
+        "3",
+        "4-7",
+        "no word",
+        "4-7",
+    ]
     assert forms(["▁a", ",", "'", "t"])[1] == ["1", "no word", "no word", "1"]
 
 
 def test_a_word_does_not_reach_into_the_next_context():
     classes, in_word, in_sentence = forms(["▁a", "b", "c", "'", "d"], starts=[2, 4])
-    assert classes == ["lower-case word", "word continuation", "lower-case word", "punctuation", "lower-case word"]
+    assert classes == [
+        "lower-case word",
+        "word continuation",
+        "lower-case word",
+        "punctuation",
+        "lower-case word",
+    ]
     assert in_word == ["1", "2", "1", "no word", "1"]
     assert in_sentence == ["1", "1", "1", "no word", "1"]
 
@@ -145,8 +165,21 @@ def test_sentences_end_where_the_rule_says(pieces, expected):
 
 
 def test_sentences_end_with_their_context():
-    assert sentences(["a", ".", ")", "b", "\\n", "\\n", "c"], starts=[2, 5]) == [1, 1, 2, 2, 2, 3, 3]
-    assert sentences(["a", ".", ")", "▁b"], starts=[2]) == [1, 1, 2, 2]  # this bracket closes nothing
+    assert sentences(["a", ".", ")", "b", "\\n", "\\n", "c"], starts=[2, 5]) == [
+        1,
+        1,
+        2,
+        2,
+        2,
+        3,
+        3,
+    ]
+    assert sentences(["a", ".", ")", "▁b"], starts=[2]) == [
+        1,
+        1,
+        2,
+        2,
+    ]  # this bracket closes nothing
 
 
 def test_neighbours_stay_within_a_context():
@@ -162,19 +195,31 @@ def test_positions_are_bucketed_by_powers_of_two():
 
 
 def test_values_without_a_label_are_refused():
-    with pytest.raises(AttributeRangeError, match=r"attribute 'domain' has values from -1 to 1 and 2 labels"):
+    with pytest.raises(
+        AttributeRangeError, match=r"attribute 'domain' has values from -1 to 1 and 2 labels"
+    ):
         Attribute("domain", np.array([-1, 0, 1]), ("a", "b"))
 
 
 @pytest.mark.parametrize("kind", ["bytes", "bpe"])
 def test_both_tokenizers_find_the_same_words_and_sentences(kind):
-    tokenizer = ByteTokenizer() if kind == "bytes" else train_sentencepiece(synthetic_documents("train"), 400)
+    tokenizer = (
+        ByteTokenizer()
+        if kind == "bytes"
+        else train_sentencepiece(synthetic_documents("train"), 400)
+    )
     text = 'The old bridge stood. "Don\'t go!" said Petra, in 1990.\n\nWhere is (it)? There'
     tokens_T = np.array([tokenizer.bos_id, *tokenizer.encode(text)])
     words = find_words(tokens_T, np.arange(tokens_T.size) == 0, tokenizer.piece)
     assert words.starts_word_T.sum() == 14
     first = words.starts_word_T & (words.word_in_sentence() == 1)
-    assert [tokenizer.piece(i).strip("▁")[0] for i in tokens_T[first].tolist()] == ["T", "D", "s", "W", "T"]
+    assert [tokenizer.piece(i).strip("▁")[0] for i in tokens_T[first].tolist()] == [
+        "T",
+        "D",
+        "s",
+        "W",
+        "T",
+    ]
     assert KINDS[words.kind_T[0]] == "special"
     zeros_T, positions_T = np.zeros_like(tokens_T), np.arange(tokens_T.size)
     found = attributes_of(tokens_T, zeros_T, positions_T, tokenizer.piece)

@@ -13,7 +13,12 @@ from moejax.inspection.analysis.expert_profile import (
     domain_specialisation,
     vocabulary_specialisation,
 )
-from moejax.inspection.analysis.expert_similarity import linear_cka, output_cosine, unit_similarity, weight_cosine
+from moejax.inspection.analysis.expert_similarity import (
+    linear_cka,
+    output_cosine,
+    unit_similarity,
+    weight_cosine,
+)
 from moejax.inspection.analysis.saturation import router_saturation
 from moejax.inspection.analysis.token_flow import token_flow
 from moejax.moe.router.by_token import coactivation
@@ -24,7 +29,10 @@ N, T, K, V, E, D = 3, 400, 2, 20, 5, 4
 def routing(seed=0):
     """Tokens, domains and distinct experts of each token, some of which have fewer than K; not uniform."""
     rng = np.random.default_rng(seed)
-    tokens, domains = rng.integers(0, V, T), rng.integers(-1, D - 1, T)  # -1 is unknown; the last has no token
+    tokens, domains = (
+        rng.integers(0, V, T),
+        rng.integers(-1, D - 1, T),
+    )  # -1 is unknown; the last has no token
     scores = rng.random((N, T, E)) + 0.8 * (np.arange(E) == tokens[:, None] % E)
     experts = np.argsort(-scores, axis=-1)[..., :K]
     experts[..., 1] = np.where(rng.random((N, T)) < 0.2, E, experts[..., 1])
@@ -33,7 +41,10 @@ def routing(seed=0):
 
 
 def test_experts_are_sorted_by_weight_with_none_last():
-    experts, weights = np.array([[[3, 0, 1]], [[3, 3, 2]]]), np.array([[[0.0, 0.2, 0.5]], [[0.0, 0.0, 1.0]]])
+    experts, weights = (
+        np.array([[[3, 0, 1]], [[3, 3, 2]]]),
+        np.array([[[0.0, 0.2, 0.5]], [[0.0, 0.0, 1.0]]]),
+    )
     assert by_weight(experts, weights).tolist() == [[[1, 0, 3]], [[2, 3, 3]]]
 
 
@@ -44,18 +55,24 @@ def test_vocabulary_specialisation_equals_counting_in_a_loop():
     for n in range(N):
         shares = {}
         for v in range(V):
-            of_token = [experts[n, t, 0] for t in range(T) if tokens[t] == v and experts[n, t, 0] < E]
+            of_token = [
+                experts[n, t, 0] for t in range(T) if tokens[t] == v and experts[n, t, 0] < E
+            ]
             counts = [of_token.count(e) for e in range(E)]
             if len(of_token) < 17:
                 assert math.isnan(found.share_NV[n, v]) and found.expert_NV[n, v] == E
                 continue
             shares[v] = max(counts) / len(of_token)
-            assert found.share_NV[n, v] == shares[v] and found.expert_NV[n, v] == counts.index(max(counts))
+            assert found.share_NV[n, v] == shares[v] and found.expert_NV[n, v] == counts.index(
+                max(counts)
+            )
         assert 5 < len(shares) < V
         assert found.mean_N[n] == pytest.approx(np.mean(list(shares.values())))
         for e in range(E):
             of_expert = [share for v, share in shares.items() if found.expert_NV[n, v] == e]
-            assert found.mean_NE[n, e] == pytest.approx(np.mean(of_expert) if of_expert else math.nan, nan_ok=True)
+            assert found.mean_NE[n, e] == pytest.approx(
+                np.mean(of_expert) if of_expert else math.nan, nan_ok=True
+            )
 
 
 def test_chance_keeps_loads_and_exceeds_them_for_rare_tokens():
@@ -65,7 +82,9 @@ def test_chance_keeps_loads_and_exceeds_them_for_rare_tokens():
     tokens = np.repeat(np.arange(400), 10)
     experts = rng.integers(0, 2, (1, 4000, 1))
     found = vocabulary_specialisation(tokens, experts, 400, 2)
-    assert found.chance_N == pytest.approx(0.623, abs=0.02) and found.mean_N == pytest.approx(found.chance_N, abs=0.03)
+    assert found.chance_N == pytest.approx(0.623, abs=0.02) and found.mean_N == pytest.approx(
+        found.chance_N, abs=0.03
+    )
     decided = vocabulary_specialisation(tokens, (tokens % 2)[None, :, None], 400, 2)
     assert decided.mean_N == 1 and decided.chance_N == pytest.approx(0.623, abs=0.02)
     assert decided.mean_NE.tolist() == [[1, 1]]
@@ -82,7 +101,11 @@ def test_chance_is_known_where_some_tokens_have_no_expert():
 
 def test_no_token_is_often_enough_to_be_special():
     found = vocabulary_specialisation(np.array([0, 1]), np.zeros((1, 2, 1), int), 2, 3)
-    assert np.isnan(found.mean_N).all() and np.isnan(found.chance_N).all() and np.isnan(found.mean_NE).all()
+    assert (
+        np.isnan(found.mean_N).all()
+        and np.isnan(found.chance_N).all()
+        and np.isnan(found.mean_NE).all()
+    )
 
 
 def test_domain_specialisation_equals_counting_in_a_loop():
@@ -97,7 +120,9 @@ def test_domain_specialisation_equals_counting_in_a_loop():
         known = [t for t in range(T) if domains[t] >= 0]
         visits = [sum(e < E for e in experts[n, t]) for t in known]
         assert found.uniform_N[n] == pytest.approx(np.mean(visits) / E)
-        assert found.overall_NE[n, 2] == pytest.approx(sum(2 in experts[n, t] for t in known) / len(known))
+        assert found.overall_NE[n, 2] == pytest.approx(
+            sum(2 in experts[n, t] for t in known) / len(known)
+        )
     assert found.tokens_D[-1] == 0 and np.isnan(found.share_NDE[:, -1]).all()
 
 
@@ -238,9 +263,13 @@ def test_linear_cka_knows_a_rotated_expert_and_no_kinship_of_unrelated_ones():
     rotation, _ = np.linalg.qr(rng.normal(size=(64, 64)))
     first, other = rng.normal(size=(2, 37, 64))  # fewer inputs than dimensions
     constant = np.broadcast_to(rng.normal(size=64), (37, 64))
-    found = linear_cka(np.stack([first, 3 * first @ rotation + 1, other, constant]).astype(np.float32))
+    found = linear_cka(
+        np.stack([first, 3 * first @ rotation + 1, other, constant]).astype(np.float32)
+    )
     assert found[0, 1] == pytest.approx(1, abs=1e-5) and abs(found[0, 2]) < 0.1
     assert np.all(found[3] == 0)
-    assert np.all(linear_cka(np.stack([first, constant]))[1] == 0)  # float64, where the mean is rounded
+    assert np.all(
+        linear_cka(np.stack([first, constant]))[1] == 0
+    )  # float64, where the mean is rounded
     with pytest.raises(ProfileError, match="3 tokens and needs at least 4"):
         linear_cka(np.zeros((2, 3, 5)))

@@ -28,10 +28,14 @@ RICH = small_config(
 @functools.cache
 def model_of(config):
     """A decoder with random parameters, also biases, made without a compiled program."""
-    graphdef, params, rest = nnx.split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(params=0))), nnx.Param, ...)
+    graphdef, params, rest = nnx.split(
+        nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(params=0))), nnx.Param, ...
+    )
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda a: jnp.asarray(rng.normal(size=a.shape) * 0.2, a.dtype), params)
-    return nnx.merge(graphdef, params, jax.tree.map(lambda a: jnp.asarray(np.zeros(a.shape, a.dtype)), rest))
+    return nnx.merge(
+        graphdef, params, jax.tree.map(lambda a: jnp.asarray(np.zeros(a.shape, a.dtype)), rest)
+    )
 
 
 def tokens():
@@ -57,13 +61,18 @@ def test_weights_have_the_layers_in_order():
 
 def moe_layers(config, tokens_BL):
     """Input, routed output and choices of each MoE layer in a pass, `[T, ...]` each."""
-    ones_BL, positions_BL = jnp.ones_like(tokens_BL), jnp.broadcast_to(jnp.arange(tokens_BL.shape[1]), tokens_BL.shape)
+    ones_BL, positions_BL = (
+        jnp.ones_like(tokens_BL),
+        jnp.broadcast_to(jnp.arange(tokens_BL.shape[1]), tokens_BL.shape),
+    )
     info = TokenInfo(ones_BL > 0, tokens_BL, positions_BL, trace=True)
     model, found = model_of(config), []
     x_BLD = model.embed(tokens_BL)
     for block, own in model.walk(Context(positions_BL, ones_BL, info)):
         if block.is_moe:
-            attended_BLD, _ = block.attention(block.attention_norm(x_BLD), positions_BL, own.segments_BL, None)
+            attended_BLD, _ = block.attention(
+                block.attention_norm(x_BLD), positions_BL, own.segments_BL, None
+            )
             normed_BLD = block.ffn_norm(x_BLD + attended_BLD)
             y_BLD, stats = block.moe(normed_BLD, own.info)
             y_BLD -= block.moe.shared(normed_BLD) if config.moe.num_shared_experts else 0
@@ -94,5 +103,7 @@ def test_models_without_comparable_experts_are_refused():
         with pytest.raises(ProfileError, match="the model has no MoE layer"):
             look(model_of(dense))
     uneven = small_config(moe={"per_layer": "0: d_expert=8"})
-    with pytest.raises(ProfileError, match=r"moe\.per_layer='0: d_expert=8' gives MoE layers experts of different"):
+    with pytest.raises(
+        ProfileError, match=r"moe\.per_layer='0: d_expert=8' gives MoE layers experts of different"
+    ):
         expert_weights(model_of(uneven))

@@ -8,7 +8,11 @@ import pytest
 
 from moejax.inspection.analysis import information
 from moejax.inspection.analysis.attributes import Attribute
-from moejax.inspection.analysis.information import InformationError, expert_information, information_table
+from moejax.inspection.analysis.information import (
+    InformationError,
+    expert_information,
+    information_table,
+)
 
 
 def information_by_counting(values, experts_TK, num_experts, given=None):
@@ -25,7 +29,10 @@ def information_by_counting(values, experts_TK, num_experts, given=None):
         for (x, e), count in pairs.items():
             of_value[x] += count
             of_expert[e] += count
-        bits += sum(c * math.log2(c * n / (of_value[x] * of_expert[e])) for (x, e), c in pairs.items()) / total
+        bits += (
+            sum(c * math.log2(c * n / (of_value[x] * of_expert[e])) for (x, e), c in pairs.items())
+            / total
+        )
     return bits
 
 
@@ -33,7 +40,9 @@ def measure(values, experts, num_experts=2, given=None, **options):
     """The first layer's numbers for lists of values and experts."""
     given = None if given is None else Attribute("condition", np.asarray(given))
     experts_NTK = np.asarray(experts).reshape(1, len(values), -1)
-    return expert_information(Attribute("value", np.asarray(values)), experts_NTK, num_experts, given=given, **options)
+    return expert_information(
+        Attribute("value", np.asarray(values)), experts_NTK, num_experts, given=given, **options
+    )
 
 
 def test_an_attribute_that_decides_the_expert_tells_all_of_it():
@@ -79,7 +88,9 @@ def random_case():
     """Skewed values, a condition, and experts that depend on both; some tokens visit fewer than K = 3."""
     rng = np.random.default_rng(0)
     values, given = rng.geometric(0.2, 600) - 5, rng.integers(0, 4, 600) * 100
-    experts = (values[:, None] + given[:, None] // 100 * rng.integers(0, 2, (600, 1)) + np.arange(3)) % 6
+    experts = (
+        values[:, None] + given[:, None] // 100 * rng.integers(0, 2, (600, 1)) + np.arange(3)
+    ) % 6
     return values, given, np.where(rng.random((600, 3)) < 0.2, 6, experts)
 
 
@@ -93,7 +104,9 @@ def test_information_equals_counting_with_dictionaries(monkeypatch, cells):
     assert found.ceiling_N == pytest.approx(own) and found.information_N < own
     found = measure(values, experts, 6, given=given)
     assert found.information_N == pytest.approx(information_by_counting(values, experts, 6, given))
-    assert found.ceiling_N == pytest.approx(information_by_counting(np.arange(600), experts, 6, given))
+    assert found.ceiling_N == pytest.approx(
+        information_by_counting(np.arange(600), experts, 6, given)
+    )
 
 
 def test_layers_are_measured_each_by_itself_and_seeds_repeat():
@@ -132,22 +145,47 @@ def test_documents_of_unequal_size_do_not_make_chance_seem_low():
     for _ in range(60):
         documents = np.repeat(np.arange(20), sizes)
         liking = rng.integers(0, 4, 20)[documents]
-        experts = np.where(rng.random(documents.size) < 0.5, liking, rng.integers(0, 4, documents.size))
-        found = measure(domain[documents], experts, 4, over="documents", documents_T=documents, num_permutations=20)
+        experts = np.where(
+            rng.random(documents.size) < 0.5, liking, rng.integers(0, 4, documents.size)
+        )
+        found = measure(
+            domain[documents],
+            experts,
+            4,
+            over="documents",
+            documents_T=documents,
+            num_permutations=20,
+        )
         scores.append(found.excess_N[0] / found.spread_N[0])
     assert abs(np.mean(scores)) < 0.4  # with all tokens of each it is above 1
 
 
 def test_a_document_test_takes_as_many_tokens_of_each_as_it_is_told():
     documents = np.repeat([0, 1, 2], [50, 300, 400])
-    found = measure(documents % 2, documents % 2, over="documents", documents_T=documents, tokens_per_document=200)
+    found = measure(
+        documents % 2,
+        documents % 2,
+        over="documents",
+        documents_T=documents,
+        tokens_per_document=200,
+    )
     # 200 tokens of documents 1 and 2 each: one bit, and a permutation of two documents tells it as well.
-    assert [found.entropy_N[0], found.information_N[0], found.baseline_N[0]] == pytest.approx([1, 1, 1])
+    assert [found.entropy_N[0], found.information_N[0], found.baseline_N[0]] == pytest.approx(
+        [1, 1, 1]
+    )
     whole = measure(documents % 2, documents % 2, over="documents", documents_T=documents)
     assert whole.entropy_N[0] == pytest.approx(-math.log2(1 / 3) / 3 - 2 * math.log2(2 / 3) / 3)
     for number in (0, 350):
-        with pytest.raises(InformationError, match=f"tokens_per_document={number} must be at least 1, and two doc"):
-            measure(documents, documents % 2, over="documents", documents_T=documents, tokens_per_document=number)
+        with pytest.raises(
+            InformationError, match=f"tokens_per_document={number} must be at least 1, and two doc"
+        ):
+            measure(
+                documents,
+                documents % 2,
+                over="documents",
+                documents_T=documents,
+                tokens_per_document=number,
+            )
 
 
 def test_documents_are_permuted_whole():
@@ -159,7 +197,9 @@ def test_documents_are_permuted_whole():
     liking = rng.integers(0, 4, 40)[documents]
     experts = np.where(rng.random(documents.size) < 0.5, liking, rng.integers(0, 4, documents.size))
     over_tokens = measure(domains, experts, 4, num_permutations=40)
-    over_documents = measure(domains, experts, 4, over="documents", documents_T=documents, num_permutations=40)
+    over_documents = measure(
+        domains, experts, 4, over="documents", documents_T=documents, num_permutations=40
+    )
     assert over_tokens.excess_N[0] > 8 * over_tokens.spread_N[0]
     assert abs(over_documents.excess_N[0]) < 2.5 * over_documents.spread_N[0]
     assert over_documents.baseline_N[0] > 5 * over_tokens.baseline_N[0]
@@ -193,13 +233,17 @@ def routed_by(cause, rng):
 def test_identity_topic_and_chance_are_told_apart():
     tokens, domains, documents = corpus()
     rng = np.random.default_rng(4)
-    layers = np.stack([routed_by(tokens, rng), routed_by(domains, rng), routed_by(np.arange(tokens.size), rng)])
+    layers = np.stack(
+        [routed_by(tokens, rng), routed_by(domains, rng), routed_by(np.arange(tokens.size), rng)]
+    )
     token, domain = Attribute("token", tokens), Attribute("domain", domains)
     options = {"num_permutations": 10}
     topic = expert_information(domain, layers, E, **options)
     identity_given_topic = expert_information(token, layers, E, given=domain, **options)
     topic_given_identity = expert_information(domain, layers, E, given=token, **options)
-    over_documents = expert_information(domain, layers, E, over="documents", documents_T=documents, **options)
+    over_documents = expert_information(
+        domain, layers, E, over="documents", documents_T=documents, **options
+    )
 
     def z(result):
         return result.excess_N / result.spread_N
@@ -212,7 +256,9 @@ def test_identity_topic_and_chance_are_told_apart():
     # By nothing: all is chance.
     for result in (topic, identity_given_topic, topic_given_identity, over_documents):
         assert abs(z(result)[2]) < 4
-    assert identity_given_topic.adjusted_N[0] > 0.5 and abs(identity_given_topic.adjusted_N[2]) < 0.01
+    assert (
+        identity_given_topic.adjusted_N[0] > 0.5 and abs(identity_given_topic.adjusted_N[2]) < 0.01
+    )
 
 
 def test_the_table_has_a_row_for_each_result_and_layer():
@@ -231,20 +277,31 @@ def test_the_table_has_a_row_for_each_result_and_layer():
 
 def test_a_layer_without_choices_has_no_information():
     found = measure([0, 1, 2], [2, 2, 2])
-    assert [found.information_N[0], found.entropy_N[0], found.share_N[0], found.adjusted_N[0]] == [0, 0, 0, 0]
+    assert [found.information_N[0], found.entropy_N[0], found.share_N[0], found.adjusted_N[0]] == [
+        0,
+        0,
+        0,
+        0,
+    ]
 
 
 def test_what_cannot_be_measured_is_refused():
-    with pytest.raises(InformationError, match="attribute 'value' has 3 values and experts_NTK 2 tokens"):
+    with pytest.raises(
+        InformationError, match="attribute 'value' has 3 values and experts_NTK 2 tokens"
+    ):
         expert_information(Attribute("value", np.arange(3)), np.zeros((1, 2, 1), int), 2)
-    with pytest.raises(InformationError, match=r"experts_NTK has values from 0 to 3; they must be in \[0, 2\]"):
+    with pytest.raises(
+        InformationError, match=r"experts_NTK has values from 0 to 3; they must be in \[0, 2\]"
+    ):
         measure([0, 1], [0, 3])
     with pytest.raises(InformationError, match="over='rows' must be one of tokens, documents"):
         measure([0, 1], [0, 1], over="rows")
     with pytest.raises(InformationError, match="num_permutations=1 must be at least 2"):
         measure([0, 1], [0, 1], num_permutations=1)
     for documents_T in (None, np.array([0, -1])):
-        with pytest.raises(InformationError, match="needs documents_T, the document of every token"):
+        with pytest.raises(
+            InformationError, match="needs documents_T, the document of every token"
+        ):
             measure([0, 1], [0, 1], over="documents", documents_T=documents_T)
     with pytest.raises(InformationError, match="constant in each document, and 'value' is not"):
         measure([0, 1], [0, 1], over="documents", documents_T=np.array([0, 0]))

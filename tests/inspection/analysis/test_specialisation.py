@@ -5,13 +5,20 @@ import math
 import numpy as np
 import pytest
 
-from moejax.inspection.analysis.specialisation import count_tokens_by_expert, over_represented_tokens
+from moejax.inspection.analysis.specialisation import (
+    count_tokens_by_expert,
+    over_represented_tokens,
+)
 
 
 def test_counts_equal_those_of_a_loop_over_tokens():
     rng = np.random.default_rng(0)
     N, T, K, E, V = 3, 200, 2, 5, 11
-    tokens, experts, mask = rng.integers(0, V, T), rng.integers(0, E, (N, T, K)), rng.random(T) < 0.7
+    tokens, experts, mask = (
+        rng.integers(0, V, T),
+        rng.integers(0, E, (N, T, K)),
+        rng.random(T) < 0.7,
+    )
     expected = np.zeros((N, E, V), np.int64)
     for n in range(N):
         for t in range(T):
@@ -25,19 +32,27 @@ def test_counts_equal_those_of_a_loop_over_tokens():
 
 def test_padding_may_hold_any_id():
     counts = count_tokens_by_expert(
-        np.array([1, -1]), np.array([[[0], [99]]]), vocab_size=3, num_experts=2, mask_T=np.array([True, False])
+        np.array([1, -1]),
+        np.array([[[0], [99]]]),
+        vocab_size=3,
+        num_experts=2,
+        mask_T=np.array([True, False]),
     )
     assert counts.tolist() == [[[0, 1, 0], [0, 0, 0]]]
 
 
 def test_a_batch_of_padding_counts_nothing():
-    counts = count_tokens_by_expert(np.zeros(4, int), np.zeros((2, 4, 1), int), 3, 2, np.zeros(4, bool))
+    counts = count_tokens_by_expert(
+        np.zeros(4, int), np.zeros((2, 4, 1), int), 3, 2, np.zeros(4, bool)
+    )
     assert counts.shape == (2, 2, 3) and counts.sum() == 0
 
 
 def test_ids_outside_their_range_are_refused():
     experts, mask = np.zeros((1, 2, 1), int), np.ones(2, bool)
-    with pytest.raises(ValueError, match=r"tokens_T has values from 0 to 3; they must be in \[0, 3\)"):
+    with pytest.raises(
+        ValueError, match=r"tokens_T has values from 0 to 3; they must be in \[0, 3\)"
+    ):
         count_tokens_by_expert(np.array([0, 3]), experts, 3, 2, mask)
     with pytest.raises(ValueError, match=r"experts_NTK has values from -1 to -1"):
         count_tokens_by_expert(np.array([0, 1]), experts - 1, 3, 2, mask)

@@ -48,9 +48,13 @@ def loaded():
 def saved(tmp_path_factory):
     """The directory of a run with a checkpoint of step 0."""
     workdir = tmp_path_factory.mktemp("runs") / "run"
-    trainable = make(small_config(data={"directory": str(workdir.parent / "data")}, mesh={"data": 1}))
+    trainable = make(
+        small_config(data={"directory": str(workdir.parent / "data")}, mesh={"data": 1})
+    )
     state = initial_state(trainable)
-    write_run_directory(workdir, trainable.config, count_parameters(trainable.config), "", "moejax train")
+    write_run_directory(
+        workdir, trainable.config, count_parameters(trainable.config), "", "moejax train"
+    )
     ByteTokenizer().save(workdir)
     with Checkpoints(workdir, trainable) as checkpoints:
         checkpoints.save(state)
@@ -83,26 +87,43 @@ def softmax(x):
 def assert_equal(first, second, tokens=slice(None)):
     np.testing.assert_array_equal(first.experts_NTK[:, tokens], second.experts_NTK[:, tokens])
     for name in ("weights_NTK", "logits_NTE", "probs_NTE"):
-        np.testing.assert_allclose(getattr(first, name)[:, tokens], getattr(second, name)[:, tokens], atol=1e-5)
+        np.testing.assert_allclose(
+            getattr(first, name)[:, tokens], getattr(second, name)[:, tokens], atol=1e-5
+        )
 
 
 def test_a_trace_is_what_top_k_makes_of_its_logits(loaded):
     found = trace(loaded, TEXT)
-    assert found.tokens_T.tolist() == [1, *ByteTokenizer().encode(TEXT)] and found.tokens_T.dtype == np.int32
-    assert found.pieces[:4] == ("<bos>", "T", "o", "▁") and found.layers == (0, 1) and found.num_experts == 4
+    assert (
+        found.tokens_T.tolist() == [1, *ByteTokenizer().encode(TEXT)]
+        and found.tokens_T.dtype == np.int32
+    )
+    assert (
+        found.pieces[:4] == ("<bos>", "T", "o", "▁")
+        and found.layers == (0, 1)
+        and found.num_experts == 4
+    )
     np.testing.assert_allclose(found.probs_NTE, softmax(found.logits_NTE), rtol=1e-5)
-    np.testing.assert_array_equal(found.experts_NTK, np.argsort(-found.logits_NTE, axis=-1)[..., :2])
+    np.testing.assert_array_equal(
+        found.experts_NTK, np.argsort(-found.logits_NTE, axis=-1)[..., :2]
+    )
     chosen_NTK = np.take_along_axis(found.probs_NTE, found.experts_NTK, axis=-1)
-    np.testing.assert_allclose(found.weights_NTK, chosen_NTK / chosen_NTK.sum(axis=-1, keepdims=True), rtol=1e-5)
+    np.testing.assert_allclose(
+        found.weights_NTK, chosen_NTK / chosen_NTK.sum(axis=-1, keepdims=True), rtol=1e-5
+    )
     in_order_NTE = np.sort(found.probs_NTE, axis=-1)
-    np.testing.assert_allclose(found.margins_NT, in_order_NTE[..., 2] - in_order_NTE[..., 1], rtol=1e-5)
+    np.testing.assert_allclose(
+        found.margins_NT, in_order_NTE[..., 2] - in_order_NTE[..., 1], rtol=1e-5
+    )
 
 
 def test_a_trace_is_that_of_the_model_on_the_text_alone(loaded):
     tokens = jnp.array([[1, *ByteTokenizer().encode(TEXT)]], jnp.int32)
     graphdef, state = nnx.split(loaded.model)
     positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
-    forward = jax.jit(lambda s: nnx.merge(graphdef, s)(tokens, jnp.ones_like(tokens), positions, trace=True)[1])
+    forward = jax.jit(
+        lambda s: nnx.merge(graphdef, s)(tokens, jnp.ones_like(tokens), positions, trace=True)[1]
+    )
     (stats,) = forward(state)
     found = trace(loaded, np.asarray(tokens[0]))
     np.testing.assert_array_equal(found.experts_NTK, stats.routing.experts_TK)
@@ -140,8 +161,15 @@ def test_choices_of_any_router_come_best_first_and_none_behind_them(case):
     model = untrained(case_config(case))
     found = trace(model, TEXT)
     E = model.config.moe.num_choices
-    assert found.experts_NTK.shape == found.weights_NTK.shape == (len(found.layers), 20, model.config.moe.top_k)
-    assert found.logits_NTE.shape == found.probs_NTE.shape == (len(found.layers), 20, E) and found.num_experts == E
+    assert (
+        found.experts_NTK.shape
+        == found.weights_NTK.shape
+        == (len(found.layers), 20, model.config.moe.top_k)
+    )
+    assert (
+        found.logits_NTE.shape == found.probs_NTE.shape == (len(found.layers), 20, E)
+        and found.num_experts == E
+    )
     is_none_NTK = found.experts_NTK == E
     assert found.experts_NTK.min() >= 0 and found.experts_NTK.max() <= E
     assert not (is_none_NTK[..., :-1] & ~is_none_NTK[..., 1:]).any()
@@ -160,8 +188,12 @@ def test_experts_that_choose_take_as_many_tokens_as_the_text_allows():
     assert route.padded_length(model, 20) == 20  # a longer row would give each expert more slots
     found = trace(model, TEXT)
     for n in range(2):
-        wanted = np.argsort(-found.probs_NTE[n], axis=0)[:10]  # 20 tokens, 2 choices each, 4 experts
-        taken = [np.flatnonzero((found.experts_NTK[n] == e).any(axis=-1)).tolist() for e in range(4)]
+        wanted = np.argsort(-found.probs_NTE[n], axis=0)[
+            :10
+        ]  # 20 tokens, 2 choices each, 4 experts
+        taken = [
+            np.flatnonzero((found.experts_NTK[n] == e).any(axis=-1)).tolist() for e in range(4)
+        ]
         assert taken == [sorted(wanted[:, e]) for e in range(4)]
     assert (np.diff(found.weights_NTK, axis=-1) <= 0).all()
     is_choice_NTK = found.experts_NTK < 4
@@ -178,7 +210,11 @@ def test_where_evaluation_has_a_capacity_the_row_is_no_longer_than_the_text(load
 def test_soft_routing_has_no_expert_but_says_how_much_of_each():
     model = untrained(case_config("soft"))
     found = trace(model, TEXT)
-    assert (found.experts_NTK == 4).all() and not found.weights_NTK.any() and np.isnan(found.margins_NT).all()
+    assert (
+        (found.experts_NTK == 4).all()
+        and not found.weights_NTK.any()
+        and np.isnan(found.margins_NT).all()
+    )
     np.testing.assert_allclose(found.probs_NTE, softmax(found.logits_NTE), rtol=1e-5)
     assert np.ptp(found.probs_NTE, axis=1).min() > 1e-3  # they differ between tokens
     frame = found.to_frame()
@@ -209,7 +245,9 @@ def test_a_frame_has_a_row_for_each_choice_and_keeps_tokens_without_any():
     columns = ["token", "piece", "position", "layer", "rank", "expert", "weight", "prob", "logit"]
     assert frame.columns.tolist() == columns and len(frame) == 12 - 2
     lone = frame[(frame["layer"] == 3) & (frame["position"] == 2)]
-    assert lone["rank"].tolist() == [0] and lone["expert"].isna().all() and lone["prob"].isna().all()
+    assert (
+        lone["rank"].tolist() == [0] and lone["expert"].isna().all() and lone["prob"].isna().all()
+    )
     assert frame["expert"].notna().sum() == 9
     for row in frame[frame["expert"].notna()].itertuples():
         n, t, e = (1, 3).index(row.layer), row.position, row.expert
@@ -223,7 +261,9 @@ def test_margins_are_negative_where_something_overrules_the_probabilities():
     found.probs_NTE[0] = [[0.5, 0.3, 0.15, 0.05]] * 3
     found.experts_NTK[0] = [[0, 1], [0, 3], [4, 4]]
     np.testing.assert_allclose(found.margins_NT, [[0.3 - 0.15, 0.05 - 0.3, np.nan]], rtol=1e-6)
-    assert dataclasses.replace(made(top_k=4)).margins_NT == pytest.approx(made().probs_NTE.min(axis=-1))
+    assert dataclasses.replace(made(top_k=4)).margins_NT == pytest.approx(
+        made().probs_NTE.min(axis=-1)
+    )
 
 
 def test_the_text_of_a_trace_is_a_table_of_limited_width():
@@ -231,9 +271,22 @@ def test_the_text_of_a_trace_is_a_table_of_limited_width():
     lines = repr(found).splitlines()
     assert lines[0] == "Trace of 40 tokens through 12 MoE layers of 4 experts"
     assert max(map(len, lines)) <= 100 and len(lines) == 2 + 24 + 1
-    assert lines[1].split() == ["token", "piece", "layer", "1", "layer", "3", "layer", "5", "layer", "7"]
+    assert lines[1].split() == [
+        "token",
+        "piece",
+        "layer",
+        "1",
+        "layer",
+        "3",
+        "layer",
+        "5",
+        "layer",
+        "7",
+    ]
     experts, weights = found.experts_NTK[0, 1], found.weights_NTK[0, 1]
-    assert lines[3].startswith(f"1      a⏎b             {experts[0]} {weights[0]:.2f}, {experts[1]} {weights[1]:.2f}  ")
+    assert lines[3].startswith(
+        f"1      a⏎b             {experts[0]} {weights[0]:.2f}, {experts[1]} {weights[1]:.2f}  "
+    )
     assert lines[-1] == "... 16 more tokens and 8 more layers; to_frame() has all"
     assert "more" not in repr(made())
 
@@ -245,17 +298,33 @@ def test_the_page_of_a_trace_shows_each_layer_and_escapes_what_the_tokenizer_say
     page = Page(html)
     assert "\x00" not in html and not {"script", "img"} & {tag for tag, _ in page.elements}
     switches = [attributes for tag, attributes in page.elements if tag == "input"]
-    assert [(s["type"], s["value"], "checked" in s) for s in switches] == [("radio", "0", True), ("radio", "1", False)]
-    assert all(f'input[value="{n}"]:checked) .layer-{n}{{display:block}}' in page.style for n in range(2))
+    assert [(s["type"], s["value"], "checked" in s) for s in switches] == [
+        ("radio", "0", True),
+        ("radio", "1", False),
+    ]
+    assert all(
+        f'input[value="{n}"]:checked) .layer-{n}{{display:block}}' in page.style for n in range(2)
+    )
     tokens = [attributes for tag, attributes in page.elements if tag == "span"]
-    expert, weight, prob = found.experts_NTK[0, 0, 0], found.weights_NTK[0, 0, 0], found.probs_NTE[0, 0].max()
-    assert tokens[0]["title"].startswith(f"token 50 at position 0; expert {expert}: weight {weight:.3f}, ")
-    assert tokens[0]["title"].endswith(f"margin {found.margins_NT[0, 0]:.3f}") and f"{prob:.3f}" in tokens[0]["title"]
+    expert, weight, prob = (
+        found.experts_NTK[0, 0, 0],
+        found.weights_NTK[0, 0, 0],
+        found.probs_NTE[0, 0].max(),
+    )
+    assert tokens[0]["title"].startswith(
+        f"token 50 at position 0; expert {expert}: weight {weight:.3f}, "
+    )
+    assert (
+        tokens[0]["title"].endswith(f"margin {found.margins_NT[0, 0]:.3f}")
+        and f"{prob:.3f}" in tokens[0]["title"]
+    )
     assert [t["class"] for t in tokens] == [
         *(f"token s{e % 32}" for e in found.experts_NTK[:, :, 0].ravel()[:5]), "token"
     ]  # fmt: skip
     assert tokens[5]["title"] == "token 52 at position 2; no expert" and "Layer 3" in page.text
-    assert f"⏎ {found.experts_NTK[0, 1, 0]}" in page.text  # the number of the expert beside the token's text
+    assert (
+        f"⏎ {found.experts_NTK[0, 1, 0]}" in page.text
+    )  # the number of the expert beside the token's text
 
 
 def test_a_page_of_very_many_tokens_says_how_many_it_leaves_out():
@@ -280,7 +349,10 @@ def packed_corpus(seq_len, num_rows=5):
     rng = np.random.default_rng(0)
     rows = []
     for row in range(num_rows):
-        pieces = [(rng.integers(3, 200, size).astype(np.int32), 7 + 2 * row + i) for i, size in enumerate((6, 4))]
+        pieces = [
+            (rng.integers(3, 200, size).astype(np.int32), 7 + 2 * row + i)
+            for i, size in enumerate((6, 4))
+        ]
         rows.append(lay_out(pieces, seq_len))
     return Stored(ByteTokenizer(), seq_len, {}, {}, {}, {}, None, stored=tuple(rows))
 
@@ -304,7 +376,9 @@ def test_rows_of_a_corpus_are_routed_as_the_model_routes_each_alone(loaded):
 def test_rows_may_be_a_sample_and_come_in_batches(loaded, monkeypatch):
     corpus = packed_corpus(16)
     whole = route_corpus(loaded, corpus)
-    monkeypatch.setattr(sys.modules["moejax.inspection.analysis.trace"], "TOKENS_AT_ONCE", 2 * 16)  # two rows, then one
+    monkeypatch.setattr(
+        sys.modules["moejax.inspection.analysis.trace"], "TOKENS_AT_ONCE", 2 * 16
+    )  # two rows, then one
     some = route_corpus(loaded, corpus, max_rows=3, seed=1)
     rows = np.unique(some.rows_T)
     assert len(rows) == 3
@@ -336,7 +410,9 @@ def test_a_saved_run_is_traced_alike_on_one_device_and_split_over_a_mesh(saved):
     assert (alone.step, alone.mesh, run.checkpoints, run.settings) == (0, None, (0,), alone.config)
     assert dict(split.mesh.shape) | {"data": 2, "expert": 4} == dict(split.mesh.shape)
     weights = split.model.stacks[0].block.moe.experts.down[...]
-    assert {shard.data.shape[1] for shard in weights.addressable_shards} == {1}  # one expert a device
+    assert {shard.data.shape[1] for shard in weights.addressable_shards} == {
+        1
+    }  # one expert a device
     assert_equal(trace(alone, TEXT), trace(split, TEXT))
     corpus = prepare(alone.config.data, alone.tokenizer)
     one, other = (route_corpus(loaded, corpus, max_rows=6) for loaded in (alone, split))

@@ -56,8 +56,18 @@ def workdir(tmp_path_factory):
         words = rng.choice(["expert", "router", "token", "gate", "loss"], 40)
         (folder / f"{i}.txt").write_text(" ".join(words))
     config = small_config(
-        data={"source": "files", "files": str(folder / "*.txt"), "directory": str(folder / "data"), "seq_len": 32},
-        moe={"router": "sigmoid_topk", "renormalize": False, "selection_bias": True, "grouped_matmul": "dense"},
+        data={
+            "source": "files",
+            "files": str(folder / "*.txt"),
+            "directory": str(folder / "data"),
+            "seq_len": 32,
+        },
+        moe={
+            "router": "sigmoid_topk",
+            "renormalize": False,
+            "selection_bias": True,
+            "grouped_matmul": "dense",
+        },
         mesh={"data": 1},
     )
     trainable = make(config)
@@ -71,7 +81,9 @@ def workdir(tmp_path_factory):
             variable.set_value(bias_NE)
     corpus = prepare(config.data)
     corpus.tokenizer.save(folder / "run")
-    write_run_directory(folder / "run", config, count_parameters(config), corpus.directory.name, "test")
+    write_run_directory(
+        folder / "run", config, count_parameters(config), corpus.directory.name, "test"
+    )
     with Checkpoints(folder / "run", trainable) as checkpoints:
         checkpoints.save(state)
     return folder / "run"
@@ -154,13 +166,23 @@ def test_the_runs_own_k_and_a_capacity_for_all_change_nothing(result):
 
 def test_without_normalisation_the_gate_mass_grows_with_k(result):
     masses = [row.gate_mass for row in result.of_kind("top_k")]
-    assert masses[1] - masses[0] > 0.05 and masses[K - 1] == pytest.approx(result.as_trained.gate_mass)
+    assert masses[1] - masses[0] > 0.05 and masses[K - 1] == pytest.approx(
+        result.as_trained.gate_mass
+    )
 
 
 def test_every_expert_of_every_layer_is_ablated_in_both_ways(result):
     for way, change_NE in result.ablation_NE.items():
-        assert change_NE.shape == (N, E) and np.isfinite(change_NE).all() and len(np.unique(change_NE)) == N * E
-        row = next(row for row in result.of_kind("ablate") if (row.what, row.layer, row.experts) == (way, 1, (3,)))
+        assert (
+            change_NE.shape == (N, E)
+            and np.isfinite(change_NE).all()
+            and len(np.unique(change_NE)) == N * E
+        )
+        row = next(
+            row
+            for row in result.of_kind("ablate")
+            if (row.what, row.layer, row.experts) == (way, 1, (3,))
+        )
         assert change_NE[1, 3] == row.change and result.by_expert(way, "loss")[1, 3] == row.loss
         assert row.loss == pytest.approx(result.as_trained.loss + row.change, abs=1e-12)
 
@@ -171,10 +193,14 @@ def test_pairs_are_the_extremes_the_most_similar_and_some_at_random(result, load
         assert [(row.what, row.layer) for row in rows] == [
             (what, layer) for layer in range(N) for what in (first, "random pair")
         ]
-        assert all(set(a.experts) != set(b.experts) for a, b in zip(rows[::2], rows[1::2], strict=True))
+        assert all(
+            set(a.experts) != set(b.experts) for a, b in zip(rows[::2], rows[1::2], strict=True)
+        )
     assert extremes(np.array([3, 9, 1, 9])) == (3, 2) and extremes(np.ones(3, int)) == (2, 0)
     experts = loaded.model.stacks[0].block.moe.experts
-    whole_EP = np.concatenate([np.asarray(w[...][0]).reshape(E, -1) for w in (experts.gate_up, experts.down)], axis=1)
+    whole_EP = np.concatenate(
+        [np.asarray(w[...][0]).reshape(E, -1) for w in (experts.gate_up, experts.down)], axis=1
+    )
     cosine_EE = whole_EP @ whole_EP.T / np.outer(*[np.linalg.norm(whole_EP, axis=1)] * 2)
     layer_0 = next(loaded.model.walk())[0].moe
     np.testing.assert_allclose(interventions.similarity(layer_0.experts), cosine_EE, atol=1e-6)
@@ -192,7 +218,9 @@ def test_random_and_uniform_routing_are_done_in_all_layers_and_in_each(result):
     for kind, mass in (("random", 1), ("uniform", 1)):
         rows = result.of_kind(kind)
         assert [row.layer for row in rows] == [None, 0, 1]
-        assert len({row.change for row in rows}) == 3 and all(row.gate_mass == pytest.approx(mass) for row in rows)
+        assert len({row.change for row in rows}) == 3 and all(
+            row.gate_mass == pytest.approx(mass) for row in rows
+        )
 
 
 # Each change against a model edited by hand -------------------------------------------------------------------------
@@ -214,7 +242,9 @@ def test_an_ablation_is_the_model_with_that_expert_edited(parts, loaded, batch, 
     for operate, edit in ((interventions.silenced, silence), (interventions.blocked, block)):
         expected = nats_of(edited(loaded.model, edit), batch)
         assert abs(expected - trained) > 0.01
-        assert changed_nats(parts, batch, at(layer, operate, expert)) == pytest.approx(expected, rel=1e-6)
+        assert changed_nats(parts, batch, at(layer, operate, expert)) == pytest.approx(
+            expected, rel=1e-6
+        )
 
 
 def test_changes_in_two_layers_are_the_model_with_both_edited(parts, loaded, batch):
@@ -222,14 +252,18 @@ def test_changes_in_two_layers_are_the_model_with_both_edited(parts, loaded, bat
         put(moe.experts, "down", moe.experts.down[...].at[0, 1].set(0).at[1, 3].set(0))
 
     both = at(0, interventions.silenced, 1) | at(1, interventions.silenced, 3)
-    assert changed_nats(parts, batch, both) == pytest.approx(nats_of(edited(loaded.model, edit), batch), rel=1e-6)
+    assert changed_nats(parts, batch, both) == pytest.approx(
+        nats_of(edited(loaded.model, edit), batch), rel=1e-6
+    )
 
 
 def test_no_bias_is_the_model_with_a_bias_of_zero(parts, loaded, batch):
     def edit(moe):
         put(moe, "selection_bias", jnp.zeros_like(moe.selection_bias[...]))
 
-    found = changed_nats(parts, batch, at(0, interventions.without_bias) | at(1, interventions.without_bias))
+    found = changed_nats(
+        parts, batch, at(0, interventions.without_bias) | at(1, interventions.without_bias)
+    )
     assert found == pytest.approx(nats_of(edited(loaded.model, edit), batch), rel=1e-6)
     assert found != pytest.approx(nats_of(loaded.model, batch), rel=1e-6)
 
@@ -238,15 +272,25 @@ def test_experts_that_swap_weights_are_columns_of_the_router_that_swap_places(pa
     order_E = np.array([3, 1, 2, 0])
 
     def edit(moe):
-        put(moe.router, "kernel", moe.router.kernel[...].at[0].set(moe.router.kernel[...][0][:, order_E]))
-        put(moe, "selection_bias", moe.selection_bias[...].at[0].set(moe.selection_bias[...][0][order_E]))
+        put(
+            moe.router,
+            "kernel",
+            moe.router.kernel[...].at[0].set(moe.router.kernel[...][0][:, order_E]),
+        )
+        put(
+            moe,
+            "selection_bias",
+            moe.selection_bias[...].at[0].set(moe.selection_bias[...][0][order_E]),
+        )
 
     found = changed_nats(parts, batch, at(0, interventions.swapped, 0, 3))
     assert found == pytest.approx(nats_of(edited(loaded.model, edit), batch), rel=1e-5)
     assert abs(found - nats_of(loaded.model, batch)) > 0.1
 
 
-def test_swapping_an_expert_with_itself_or_twice_and_merging_equal_experts_change_nothing(parts, batch):
+def test_swapping_an_expert_with_itself_or_twice_and_merging_equal_experts_change_nothing(
+    parts, batch
+):
     trained = parts.run(batch).nats_B.sum()
     assert changed_nats(parts, batch, at(0, interventions.swapped, 1, 1)) == trained
     twice = {1: lambda moe: interventions.swapped(interventions.swapped(moe, 0, 2), 0, 2)}
@@ -275,7 +319,11 @@ def test_surgery_leaves_the_layer_that_it_was_given_as_it_was(parts):
         interventions.without_bias(moe),
         interventions.blocked(moe, 0),
     )
-    interventions.with_top_k(moe, 1), interventions.with_uniform_routing(moe), interventions.with_capacity(moe, 1.0)
+    (
+        interventions.with_top_k(moe, 1),
+        interventions.with_uniform_routing(moe),
+        interventions.with_capacity(moe, 1.0),
+    )
     after_graphdef, after = nnx.split(moe)
     assert graphdef == after_graphdef
     jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(after))
@@ -292,11 +340,15 @@ def test_uniform_routing_is_the_mean_of_a_loop_over_experts(parts):
     moe = interventions.with_uniform_routing(interventions.with_capacity(parts.moes[1], 0.5))
     x_BLD, info = layer_inputs(moe)
     y_BLD, stats = jax.jit(moe)(x_BLD, info)
-    gate_up_EDPF, down_EFD = (np.asarray(w[...], np.float64) for w in (moe.experts.gate_up, moe.experts.down))
+    gate_up_EDPF, down_EFD = (
+        np.asarray(w[...], np.float64) for w in (moe.experts.gate_up, moe.experts.down)
+    )
     expected_BLD = np.zeros(x_BLD.shape)
     for b, position in np.argwhere(np.asarray(info.is_token_BL)):
         for e in range(E):
-            expected_BLD[b, position] += oracle.swiglu(np.asarray(x_BLD[b, position]), gate_up_EDPF[e], down_EFD[e]) / E
+            expected_BLD[b, position] += (
+                oracle.swiglu(np.asarray(x_BLD[b, position]), gate_up_EDPF[e], down_EFD[e]) / E
+            )
     np.testing.assert_allclose(y_BLD, expected_BLD, rtol=1e-4, atol=1e-5)
     assert stats.dropped == 0
 
@@ -306,7 +358,9 @@ def test_random_routing_draws_k_different_experts_evenly_with_equal_weights(part
     x_BLD, info = layer_inputs(moe)
     stats = jax.jit(lambda x, info: moe(x, info)[1])(x_BLD, info)
     mask_T = np.asarray(info.is_token_BL).ravel()
-    experts_TK, weights_TK = (np.asarray(a)[mask_T] for a in (stats.routing.experts_TK, stats.routing.weights_TK))
+    experts_TK, weights_TK = (
+        np.asarray(a)[mask_T] for a in (stats.routing.experts_TK, stats.routing.weights_TK)
+    )
     assert experts_TK.shape[1] == K and all(len(set(row)) == K for row in experts_TK.tolist())
     np.testing.assert_allclose(weights_TK, 1 / K)
     load_E = np.bincount(experts_TK.ravel(), minlength=E) / experts_TK.size
@@ -335,18 +389,30 @@ def layers_of(config):
     """The MoE layers of a model; whatever they hold is 2."""
 
     def make(moe):
-        return MoE(moe, 32, jnp.dtype("float32"), vocab_size=320, limit=2 if scheduled else None, rngs=nnx.Rngs(0))
+        return MoE(
+            moe,
+            32,
+            jnp.dtype("float32"),
+            vocab_size=320,
+            limit=2 if scheduled else None,
+            rngs=nnx.Rngs(0),
+        )
 
     scheduled = config.schedule.top_k != "constant"
     moes = []
     for kind in filter(None, config.layers):
         graphdef, state = nnx.split(nnx.eval_shape(lambda kind=kind: make(kind)))
-        moes.append(nnx.merge(graphdef, jax.tree.map(lambda x: jnp.full(x.shape, 2, x.dtype), state)))
+        moes.append(
+            nnx.merge(graphdef, jax.tree.map(lambda x: jnp.full(x.shape, 2, x.dtype), state))
+        )
     return Layers(moes, config.moe_layers, np.ones((len(moes), config.moe.num_choices), int))
 
 
 LEFT_OUT = {
-    "softmax_topk": {"top_k: K=3", "top_k: K=4"},  # groups of two experts, of which a token visits one
+    "softmax_topk": {
+        "top_k: K=3",
+        "top_k: K=4",
+    },  # groups of two experts, of which a token visits one
     "switch": {"bias_off"},
     "noisy_topk": {"bias_off"},
     "sigmoid_topk": {"top_k: K=3", "top_k: K=4"},
@@ -359,7 +425,13 @@ LEFT_OUT = {
     "random": {"bias_off"},
     "balanced": {"bias_off", "ablate: not selectable"},
     "expert_choice": {"bias_off", "capacity", "ablate: not selectable"},
-    "soft": {"bias_off", "capacity", "random", "ablate: not selectable", *(f"top_k: K={k}" for k in (1, 2, 3, 4))},
+    "soft": {
+        "bias_off",
+        "capacity",
+        "random",
+        "ablate: not selectable",
+        *(f"top_k: K={k}" for k in (1, 2, 3, 4)),
+    },
     "dense": {"bias_off"},
 }
 
@@ -380,7 +452,9 @@ def test_what_a_router_cannot_do_is_left_out_and_all_the_rest_is_possible(router
     kinds = set(KINDS) - set(left_out) - ({"top_k"} if router == "soft" else set())
     assert {change.kind for change in changes} == kinds
     # Those that depend on the router, one of each, for the others are alike.
-    done = {(change.kind, change.setting, change.what == OUTPUT_ZERO): change for change in changes}.values()
+    done = {
+        (change.kind, change.setting, change.what == OUTPUT_ZERO): change for change in changes
+    }.values()
     graphdef, state = nnx.split(moe)
     for change in done:
         if (
@@ -401,7 +475,9 @@ def test_in_a_model_of_different_layers_each_change_is_done_where_it_can_be():
         "layer 0: moe.router=hash ranks no expert behind those that a token visits"
     )
     assert "layer 0: K=3 must be between 1 and 2" in left_out["top_k: K=3"]
-    by_k = {change.setting: sorted(change.surgeries) for change in changes if change.kind == "top_k"}
+    by_k = {
+        change.setting: sorted(change.surgeries) for change in changes if change.kind == "top_k"
+    }
     assert by_k == {1: [0, 1], 3: [1]}
     ablated = {(change.what, change.layer) for change in changes if change.kind == "ablate"}
     assert ablated == {(OUTPUT_ZERO, 0), (OUTPUT_ZERO, 2), (NOT_SELECTABLE, 2)}
@@ -417,7 +493,9 @@ def test_a_scheduled_k_is_the_one_that_counts_and_free_experts_are_ablated_but_i
     assert len(changes) == 2 * 8 - 1
     moe = interventions.silenced(layers.moes[0], 7)
     np.testing.assert_array_equal(moe.free_experts.vectors[...][:, 0], [2, 0])
-    np.testing.assert_array_equal(interventions.silenced(layers.moes[0], 2).experts.down_bias[...][:, 0], [2, 2, 0, 2])
+    np.testing.assert_array_equal(
+        interventions.silenced(layers.moes[0], 2).experts.down_bias[...][:, 0], [2, 2, 0, 2]
+    )
 
 
 # Numbers and files --------------------------------------------------------------------------------------------------
@@ -440,7 +518,9 @@ def test_the_standard_error_is_how_much_the_change_varies_between_samples_of_row
     for _ in range(400):
         targets_R = rng.integers(5, 30, 40).astype(float)
         base_R = rng.normal(2, 1, 40) * targets_R  # what rows have in common cancels
-        samples.append(paired_change(base_R + rng.normal(0.1, 0.2, 40) * targets_R, base_R, targets_R))
+        samples.append(
+            paired_change(base_R + rng.normal(0.1, 0.2, 40) * targets_R, base_R, targets_R)
+        )
     changes, errors = np.array(samples).T
     assert errors.mean() == pytest.approx(changes.std(), rel=0.15)
 
@@ -454,7 +534,9 @@ def test_rows_are_spread_over_the_split_and_padding_fills_the_last_batch(loaded)
         batch = batches[place // 4]
         np.testing.assert_array_equal(batch.tokens_BL[place % 4], rows[int(row)]["tokens"][:-1])
     assert not batches[1].loss_mask_BL[2:].any() and batches[1].loss_mask_BL[:2].any()
-    with pytest.raises(CounterfactualError, match=f"between 1 and the {len(rows)} of the validation split"):
+    with pytest.raises(
+        CounterfactualError, match=f"between 1 and the {len(rows)} of the validation split"
+    ):
         read_rows(corpus, len(rows) + 1, 4)
 
 
@@ -463,12 +545,22 @@ def test_a_result_survives_its_file_and_a_damaged_one_is_refused(result, tmp_pat
     assert Counterfactuals.load(path) == result
     assert [entry.name for entry in tmp_path.iterdir()] == ["c.json"]
     values = json.loads(path.read_text())
-    odd = dataclasses.replace(result, rows=(dataclasses.replace(result.rows[0], standard_error=float("nan")),))
+    odd = dataclasses.replace(
+        result, rows=(dataclasses.replace(result.rows[0], standard_error=float("nan")),)
+    )
     assert np.isnan(Counterfactuals.load(odd.save(tmp_path / "odd.json")).rows[0].standard_error)
-    damages = ["[", "[]", "{}", json.dumps(values | {"layers": [0]}), json.dumps(values | {"rows": values["rows"][1:]})]
+    damages = [
+        "[",
+        "[]",
+        "{}",
+        json.dumps(values | {"layers": [0]}),
+        json.dumps(values | {"rows": values["rows"][1:]}),
+    ]
     for text in damages:
         path.write_text(text)
-        with pytest.raises(CounterfactualError, match=r"c.json is damaged .*run `moejax counterfactuals` again"):
+        with pytest.raises(
+            CounterfactualError, match=r"c.json is damaged .*run `moejax counterfactuals` again"
+        ):
             Counterfactuals.load(path)
     with pytest.raises(CounterfactualError, match="is missing"):
         Counterfactuals.load(tmp_path / "none.json")
@@ -477,7 +569,9 @@ def test_a_result_survives_its_file_and_a_damaged_one_is_refused(result, tmp_pat
 def test_tables_hold_every_outcome_and_escape_text(result):
     text, html, frame = repr(result), result._repr_html_(), result.to_frame()
     assert len(frame) == len(result.rows) and frame["change"][3] == result.rows[3].change
-    assert all(f"{row.change:+.4f}" in text and f"{row.change:+.4f}" in html for row in result.rows[1:])
+    assert all(
+        f"{row.change:+.4f}" in text and f"{row.change:+.4f}" in html for row in result.rows[1:]
+    )
     odd = dataclasses.replace(result, left_out={"<b>": "a & b"})
     odd = dataclasses.replace(odd, rows=(dataclasses.replace(result.rows[0], what="<script>"),))
     assert "<script>" not in odd._repr_html_() and "&lt;b&gt;: a &amp; b" in odd._repr_html_()
@@ -502,7 +596,9 @@ def test_progress_counts_seconds_from_the_second_batch_on():
 
 
 def test_requests_that_make_no_sense_are_refused(loaded, monkeypatch):
-    with pytest.raises(CounterfactualError, match=r"'swop' must be one of top_k, .*the nearest is swap"):
+    with pytest.raises(
+        CounterfactualError, match=r"'swop' must be one of top_k, .*the nearest is swap"
+    ):
         counterfactuals(loaded, kinds=["swop"])
     with pytest.raises(CounterfactualError, match="no kind of change is named"):
         counterfactuals(loaded, kinds=[])
@@ -522,16 +618,29 @@ def test_requests_that_make_no_sense_are_refused(loaded, monkeypatch):
 
 def test_the_command_prints_a_table_and_writes_the_file(workdir, tmp_path, capsys):
     table = tmp_path / "table.csv"
-    command = ["counterfactuals", f"--workdir={workdir}", "--rows=4", "--kinds=swap,ablate,bias_off"]
+    command = [
+        "counterfactuals",
+        f"--workdir={workdir}",
+        "--rows=4",
+        "--kinds=swap,ablate,bias_off",
+    ]
     assert main([*command, f"--csv={table}"]) == 0
     printed = capsys.readouterr().out
     saved = Counterfactuals.load(workdir / "counterfactuals.json")
-    assert saved.num_rows == 4 and {row.kind for row in saved.rows} == {"as trained", "swap", "ablate", "bias_off"}
+    assert saved.num_rows == 4 and {row.kind for row in saved.rows} == {
+        "as trained",
+        "swap",
+        "ablate",
+        "bias_off",
+    }
     for row in saved.rows[1:]:
         assert row.kind == "ablate" or f"{row.change:+.4f} ± {row.standard_error:.4f}" in printed
     assert "swap busiest, rarest" in printed and "output 0" in printed
     lines = table.read_text().splitlines()
-    assert lines[0].startswith("kind,what,layer,experts,setting,loss,change") and len(lines) == len(saved.rows) + 1
+    assert (
+        lines[0].startswith("kind,what,layer,experts,setting,loss,change")
+        and len(lines) == len(saved.rows) + 1
+    )
     assert main([*command, "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == saved.to_dict()
 

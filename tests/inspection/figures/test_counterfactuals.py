@@ -16,17 +16,34 @@ CHANGES = {(way, n, e): 0.01 * (n * E + e - 2) * sign for way, sign in ((NOT_SEL
            for n in range(N) for e in range(E)}  # fmt: skip
 
 
-def outcome(kind, what, layer=None, experts=(), setting=None, change=0.0, error=0.001, mass=1.0, dropped=0.0):
+def outcome(
+    kind, what, layer=None, experts=(), setting=None, change=0.0, error=0.001, mass=1.0, dropped=0.0
+):
     return Outcome(kind, what, layer, experts, setting, 2.0 + change, change, error, mass, dropped)
 
 
 ROWS = (
     outcome(AS_TRAINED, "no change", mass=0.8),
-    *(outcome("top_k", f"K = {k}", setting=float(k), change=0.1 * (k - 2) ** 2, mass=0.4 * k) for k in (1, 2, 3)),
-    *(outcome("capacity", "", setting=f, change=1 - f / 2, dropped=0.5 - f / 4) for f in (2.0, 1.0)),
-    *(outcome("ablate", way, n + 5, (e,), change=change) for (way, n, e), change in CHANGES.items()),
-    *(outcome("swap", "random pair", 5, change=change, error=error) for change, error in ((0.1, 0.02), (0.3, 0.04))),
-    *(outcome("random", "random experts", layer, change=change) for layer, change in ((None, 0.5), (5, 0.2), (6, 0.4))),
+    *(
+        outcome("top_k", f"K = {k}", setting=float(k), change=0.1 * (k - 2) ** 2, mass=0.4 * k)
+        for k in (1, 2, 3)
+    ),
+    *(
+        outcome("capacity", "", setting=f, change=1 - f / 2, dropped=0.5 - f / 4)
+        for f in (2.0, 1.0)
+    ),
+    *(
+        outcome("ablate", way, n + 5, (e,), change=change)
+        for (way, n, e), change in CHANGES.items()
+    ),
+    *(
+        outcome("swap", "random pair", 5, change=change, error=error)
+        for change, error in ((0.1, 0.02), (0.3, 0.04))
+    ),
+    *(
+        outcome("random", "random experts", layer, change=change)
+        for layer, change in ((None, 0.5), (5, 0.2), (6, 0.4))
+    ),
 )
 RESULT = Counterfactuals(ROWS, {}, 7, 8, 99, (5, 6), E, (2, 2))
 
@@ -35,7 +52,9 @@ RESULT = Counterfactuals(ROWS, {}, 7, 8, 99, (5, 6), E, (2, 2))
 def drawn(monkeypatch):
     """The axes of what a figure draws."""
     found = []
-    monkeypatch.setattr(figures.Drawing, "of", lambda figure: found.append(figure.axes[0]) or figures.Drawing())
+    monkeypatch.setattr(
+        figures.Drawing, "of", lambda figure: found.append(figure.axes[0]) or figures.Drawing()
+    )
     return found
 
 
@@ -67,11 +86,17 @@ def test_the_same_result_is_the_same_figure_readable_on_a_phone():
 def test_loss_against_k_has_two_standard_errors_the_trained_k_and_the_gate_mass(drawn):
     figures.draw_top_k(RESULT)
     (axes,) = drawn
-    assert [label.get_text() for label in axes.get_xticklabels()] == ["1\n0.40", "2\n0.80", "3\n1.20"]
+    assert [label.get_text() for label in axes.get_xticklabels()] == [
+        "1\n0.40",
+        "2\n0.80",
+        "3\n1.20",
+    ]
     (bars,) = axes.containers
     np.testing.assert_allclose(bars.lines[0].get_ydata(orig=False), [0.1, 0, 0.1])
     (segments,) = bars.lines[2]
-    np.testing.assert_allclose(np.ptp(np.array(segments.get_segments())[:, :, 1], axis=1), 4 * 0.001)
+    np.testing.assert_allclose(
+        np.ptp(np.array(segments.get_segments())[:, :, 1], axis=1), 4 * 0.001
+    )
     assert [list(line.get_xdata()) for line in axes.lines[1:2]] == [[1, 1]]  # the place of K = 2
     same = [row if row.kind != "top_k" else dataclasses.replace(row, gate_mass=0.8) for row in ROWS]
     figures.draw_top_k(dataclasses.replace(RESULT, rows=tuple(same)))
@@ -92,7 +117,9 @@ def test_the_map_of_ablations_is_white_at_no_change_and_has_one_scale_for_both_w
         np.testing.assert_allclose(np.asarray(mesh.get_array()).reshape(N, E), expected_NE)
         assert (mesh.norm.vmin, mesh.norm.vmax) == pytest.approx((-0.2, 0.2))
         colors = mesh.to_rgba([0.0, 0.2, -0.2])[:, :3]
-        assert colors[0].min() > 0.95 and colors[1][0] > colors[1][2] and colors[2][2] > colors[2][0]
+        assert (
+            colors[0].min() > 0.95 and colors[1][0] > colors[1][2] and colors[2][2] > colors[2][0]
+        )
         assert [label.get_text() for label in drawn[-1].get_yticklabels()] == ["5", "6"]
     written = [text.get_text() for text in drawn[0].texts]
     assert written == ["-0.02", "-0.01", "+0.00·", "+0.01", "+0.02", "+0.03", "+0.04", "+0.05"]
@@ -106,11 +133,16 @@ def test_many_experts_have_dots_where_there_may_be_noise_and_grey_where_there_is
     figures.draw_ablation(result, OUTPUT_ZERO)
     (dots,) = drawn[0].lines
     assert (dots.get_xdata().tolist(), dots.get_ydata().tolist()) == ([0], [0])
-    unknown = dataclasses.replace(result, rows=tuple(dataclasses.replace(row, standard_error=np.nan) for row in rows))
+    unknown = dataclasses.replace(
+        result, rows=tuple(dataclasses.replace(row, standard_error=np.nan) for row in rows)
+    )
     figures.draw_ablation(unknown, OUTPUT_ZERO)  # of one row nothing is known
     assert drawn[1].lines[0].get_xdata().tolist() == list(range(12))
     mesh = drawn[0].collections[0]
-    assert np.ma.getmaskarray(mesh.get_array()).reshape(2, 12).tolist() == [[False] * 12, [True] * 12]
+    assert np.ma.getmaskarray(mesh.get_array()).reshape(2, 12).tolist() == [
+        [False] * 12,
+        [True] * 12,
+    ]
     assert figures.draw_ablation(result, NOT_SELECTABLE) is None
 
 
@@ -121,7 +153,9 @@ def test_bars_are_by_layer_all_layers_first_and_random_pairs_share_one(drawn):
     figures.draw_bars(RESULT, ("swap", "merge"))
     assert [bar.get_height() for bar in drawn[1].patches] == pytest.approx([0.2])
     error_bars = drawn[1].containers[-1].lines[2][0].get_segments()
-    np.testing.assert_allclose([segment[:, 1] for segment in error_bars], [[0.2 - 0.06, 0.2 + 0.06]])
+    np.testing.assert_allclose(
+        [segment[:, 1] for segment in error_bars], [[0.2 - 0.06, 0.2 + 0.06]]
+    )
     assert "swap random pair" in texts_of_legend(drawn[1])
 
 

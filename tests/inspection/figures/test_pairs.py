@@ -32,14 +32,20 @@ def test_a_figure_is_saved_as_vector_or_raster_and_shows_itself(tmp_path):
 
 def test_few_layers_are_lines_and_the_worst_at_the_end_is_thick_and_named():
     values_SN = np.array([[9.0, 1.0, 1.0], [np.nan, 0.4, 0.3], [0.1, 0.5, 0.2]])
-    drawing = layer_figures.draw_layers(np.array([5, 10, 15]), values_SN, [0, 3, 6], "MaxVio", worst=np.nanmax)
+    drawing = layer_figures.draw_layers(
+        np.array([5, 10, 15]), values_SN, [0, 3, 6], "MaxVio", worst=np.nanmax
+    )
     lines = drawing.figure.axes[0].lines
     assert [line.get_label() for line in lines] == ["layer 0", "layer 3, worst", "layer 6"]
     np.testing.assert_array_equal(lines[0].get_ydata(), [9, np.nan, 0.1])
     assert [line.get_linewidth() > 2 for line in lines] == [False, True, False]
     assert layer_figures.worst_layer(values_SN, np.nanmin) == 0
-    assert layer_figures.worst_layer(values_SN[:2], np.nanmin) == 0  # it ends without a finite value
-    assert layer_figures.worst_layer(np.array([[np.nan, 2.0]]), np.nanmin) == 1  # the other never had one
+    assert (
+        layer_figures.worst_layer(values_SN[:2], np.nanmin) == 0
+    )  # it ends without a finite value
+    assert (
+        layer_figures.worst_layer(np.array([[np.nan, 2.0]]), np.nanmin) == 1
+    )  # the other never had one
     assert layer_figures.worst_layer(np.full((2, 2), np.nan), np.nanmax) is None
 
 
@@ -60,7 +66,10 @@ def test_long_histories_of_layers_become_means_of_what_is_finite():
 @pytest.mark.parametrize("num_layers", [8, 61])
 def test_figures_of_layers_stay_small_even_for_noise(num_layers):
     noise_SN = np.random.default_rng(0).random((2000, num_layers))
-    assert len(layer_figures.draw_layers(np.arange(2000), noise_SN, range(num_layers), "MaxVio")) < 130_000
+    assert (
+        len(layer_figures.draw_layers(np.arange(2000), noise_SN, range(num_layers), "MaxVio"))
+        < 130_000
+    )
 
 
 def test_expected_pairs_have_the_loads_of_the_counts_and_factors_of_experts():
@@ -82,15 +91,27 @@ def test_pairs_are_white_at_chance_red_above_black_never_and_grey_where_too_rare
     pairs_EE = np.zeros((5, 5), int)
     for i, j, tokens in ((0, 1, 400), (2, 3, 400), (0, 2, 100), (1, 3, 100)):
         pairs_EE[i, j] = pairs_EE[j, i] = tokens
-    ratio_EE = pair_figures.coactivation_ratio(pairs_EE)  # 500 pairs for each of four, so a third of them with each
+    ratio_EE = pair_figures.coactivation_ratio(
+        pairs_EE
+    )  # 500 pairs for each of four, so a third of them with each
     nan = np.nan
-    rows = [[nan, 2.4, 0.6, 0, nan], [2.4, nan, 0, 0.6, nan], [0.6, 0, nan, 2.4, nan], [0, 0.6, 2.4, nan, nan]]
+    rows = [
+        [nan, 2.4, 0.6, 0, nan],
+        [2.4, nan, 0, 0.6, nan],
+        [0.6, 0, nan, 2.4, nan],
+        [0, 0.6, 2.4, nan, nan],
+    ]
     np.testing.assert_allclose(ratio_EE, [*rows, [nan] * 5], rtol=1e-6)
     drawn, mesh = cells(pair_figures.draw_coactivation(pairs_EE), 5, 5)
     assert drawn.mask.tolist() == np.isnan(ratio_EE).tolist()
     assert drawn[0, 1] == pytest.approx(np.log2(2.4))
     red, blue, black, white = mesh.to_rgba([drawn[0, 1], drawn[0, 2], drawn[0, 3], 0.0])[:, :3]
-    assert red[0] > red[2] + 0.2 and blue[2] > blue[0] + 0.1 and black.max() < 0.1 and white.min() > 0.95
+    assert (
+        red[0] > red[2] + 0.2
+        and blue[2] > blue[0] + 0.1
+        and black.max() < 0.1
+        and white.min() > 0.95
+    )
 
 
 def test_of_many_experts_those_with_the_strongest_pairs_are_drawn():
@@ -114,7 +135,9 @@ def test_flows_above_independence_are_found_the_largest_excess_first():
 
 def test_bands_are_as_wide_as_their_share_and_what_they_hold_is_written():
     counts_MEE = np.array([[[60, 0], [20, 20]]])
-    expected_MEE = np.array([[[48.0, 12.0], [32.0, 8.0]]])  # row sums 60 and 40, column sums 80 and 20
+    expected_MEE = np.array(
+        [[[48.0, 12.0], [32.0, 8.0]]]
+    )  # row sums 60 and 40, column sums 80 and 20
     drawing = pair_figures.draw_flow(counts_MEE, expected_MEE, [1, 3])
     axes = drawing.figure.axes[0]
     band, *blocks = axes.patches  # 60 is 1.7 standard deviations above 48, 20 is 4.2 above 8
@@ -137,10 +160,22 @@ def information(name, told_N, chance_N, entropy=2.0, **more):
     told_N, chance_N = np.array(told_N), np.array(chance_N)
     ones_N = np.ones(len(told_N))
     values = {"given": None, "over": "tokens"} | more
-    return Information(name, values["given"], values["over"], told_N, chance_N, ones_N, entropy * ones_N, 2 * ones_N)
+    return Information(
+        name,
+        values["given"],
+        values["over"],
+        told_N,
+        chance_N,
+        ones_N,
+        entropy * ones_N,
+        2 * ones_N,
+    )
 
 
-RESULTS = [information("token", [1.0, 0.6], [0.2, 0.2]), information("domain", [0.1, 0.1], [0.1, 0.1], given="token")]
+RESULTS = [
+    information("token", [1.0, 0.6], [0.2, 0.2]),
+    information("domain", [0.1, 0.1], [0.1, 0.1], given="token"),
+]
 
 
 def test_bars_of_attributes_are_shares_of_the_entropy_with_chance_in_them():
@@ -160,7 +195,9 @@ def test_cells_of_attributes_are_shares_above_chance_by_layer():
 
 
 def test_domains_are_white_at_the_uniform_level():
-    drawing = special.draw_domains(np.array([[0.25, 0.5], [0.0, np.nan]]), 0.25, ["prose", "a very long name of verse"])
+    drawing = special.draw_domains(
+        np.array([[0.25, 0.5], [0.0, np.nan]]), 0.25, ["prose", "a very long name of verse"]
+    )
     drawn, mesh = cells(drawing, 2, 2)
     assert drawn[0].tolist() == [0, 1] and drawn.mask[1].tolist() == [False, True]
     white, red, black = mesh.to_rgba([drawn[0, 0], drawn[0, 1], drawn[1, 0]])[:, :3]

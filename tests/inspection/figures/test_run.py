@@ -12,7 +12,14 @@ import numpy as np
 import pytest
 
 from moejax.inspection.figures import run as figures
-from moejax.inspection.figures.run import Chart, Curve, draw_chart, draw_curves, draw_final_load, draw_load_over_time
+from moejax.inspection.figures.run import (
+    Chart,
+    Curve,
+    draw_chart,
+    draw_curves,
+    draw_final_load,
+    draw_load_over_time,
+)
 
 
 def svg_of(uri):
@@ -31,14 +38,20 @@ def falling(n=50):
 
 
 def test_a_chart_names_its_axes_and_curves():
-    uri = draw_curves([Curve("training", *falling()), Curve("validation", *falling(3), points=True)], "nats")
+    uri = draw_curves(
+        [Curve("training", *falling()), Curve("validation", *falling(3), points=True)], "nats"
+    )
     assert {"training step", "nats", "training", "validation"} <= set(texts(uri))
 
 
 def test_type_is_large_enough_for_a_phone():
     uri = draw_curves([Curve("training", *falling())], "nats", reference=(4.0, "level"))
-    width = float(re.search(r'<svg[^>]* width="([\d.]+)pt"', svg_of(uri)).group(1)) * 96 / 72  # CSS pixels
-    sizes = [float(size) for size in re.findall(r"font-size: ([\d.]+)px", svg_of(uri))]  # in points of the drawing
+    width = (
+        float(re.search(r'<svg[^>]* width="([\d.]+)pt"', svg_of(uri)).group(1)) * 96 / 72
+    )  # CSS pixels
+    sizes = [
+        float(size) for size in re.findall(r"font-size: ([\d.]+)px", svg_of(uri))
+    ]  # in points of the drawing
     on_phone = [size * 96 / 72 * 358 / width for size in sizes]  # 390 less the page's margins
     assert min(on_phone) >= 11
 
@@ -64,20 +77,32 @@ figures.draw_curves([figures.Curve("a", np.arange(3), np.ones(3))], "y", referen
 sys.exit("matplotlib.pyplot" in sys.modules)
 """
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    assert subprocess.run([sys.executable, "-c", code], env=environment, check=False).returncode == 0
+    assert (
+        subprocess.run([sys.executable, "-c", code], env=environment, check=False).returncode == 0
+    )
 
 
-@pytest.mark.parametrize("values", [[np.nan, np.nan], [1.0, np.nan], [np.inf, 1.0], [0.0, 0.0], [2.0]])
+@pytest.mark.parametrize(
+    "values", [[np.nan, np.nan], [1.0, np.nan], [np.inf, 1.0], [0.0, 0.0], [2.0]]
+)
 def test_values_that_are_not_finite_or_alone_are_drawn_without_a_warning(values):
-    draw_curves([Curve("a", np.arange(1, len(values) + 1), np.array(values))], "nats", from_zero=True)
+    draw_curves(
+        [Curve("a", np.arange(1, len(values) + 1), np.array(values))], "nats", from_zero=True
+    )
 
 
 def test_counts_are_labelled_with_whole_numbers_and_large_values_with_units():
-    nothing = draw_curves([Curve("dead", np.arange(3), np.array([0.0, np.nan, 0.0]))], "experts", from_zero=True)
+    nothing = draw_curves(
+        [Curve("dead", np.arange(3), np.array([0.0, np.nan, 0.0]))], "experts", from_zero=True
+    )
     assert nothing.figure.axes[0].get_ylim() == (0, 1)
-    counts = draw_curves([Curve("dead", np.arange(3), np.array([2.0, np.nan, 1.0]))], "experts", from_zero=True)
+    counts = draw_curves(
+        [Curve("dead", np.arange(3), np.array([2.0, np.nan, 1.0]))], "experts", from_zero=True
+    )
     assert not any("." in text for text in texts(counts))
-    speeds = draw_curves([Curve("speed", np.arange(2), np.array([40_000.5, np.inf]))], "tokens/s", from_zero=True)
+    speeds = draw_curves(
+        [Curve("speed", np.arange(2), np.array([40_000.5, np.inf]))], "tokens/s", from_zero=True
+    )
     assert "40k" in texts(speeds)
 
 
@@ -91,8 +116,21 @@ def test_a_chart_without_values_is_no_figure():
 def test_every_documented_metric_has_a_chart():
     charts = (*figures.LOSS_CHARTS, *figures.SPEED_CHARTS, *figures.routing_charts(8))
     keys = {key for chart in charts for key, _ in chart.keys}
-    assert keys >= {"loss/lm", "loss/balance", "loss/z", "loss/total", "loss/balance_weighted", "loss/z_weighted"}
-    assert keys >= {"eval/loss", "learning_rate", "grad_norm", "perf/tokens_per_s", "moe/max_violation"}
+    assert keys >= {
+        "loss/lm",
+        "loss/balance",
+        "loss/z",
+        "loss/total",
+        "loss/balance_weighted",
+        "loss/z_weighted",
+    }
+    assert keys >= {
+        "eval/loss",
+        "learning_rate",
+        "grad_norm",
+        "perf/tokens_per_s",
+        "moe/max_violation",
+    }
     assert keys >= {"moe/dead_experts", "moe/dropped", "moe/entropy", "moe/load_entropy"}
 
 
@@ -107,7 +145,10 @@ def test_long_curves_are_thinned_but_keep_their_spikes():
 
 def test_load_is_measured_against_a_uniform_load():
     ratios = figures.load_ratio(np.array([[1, 1, 2, 0], [0, 0, 0, 0]]))
-    assert ratios.tolist() == [[1, 1, 2, 0], [0, 0, 0, 0]]  # 4 assignments to 4 experts: 1 each is uniform
+    assert ratios.tolist() == [
+        [1, 1, 2, 0],
+        [0, 0, 0, 0],
+    ]  # 4 assignments to 4 experts: 1 each is uniform
 
 
 def test_columns_of_a_heat_map_end_at_the_logged_steps():
@@ -133,7 +174,9 @@ def test_a_heat_map_is_white_at_uniform_load_red_above_blue_below_and_black_with
         np.array([10]), np.array([[10, 40, 5, 0, 1, 4]])
     )  # mean 10: ratios 1, 4, 1/2, 0, 0.1, 0.4
     mesh = drawing.figure.axes[0].collections[0]
-    colors = mesh.to_rgba(mesh.get_array())[0 if mesh.get_array().ndim == 1 else slice(None)].reshape(-1, 4)[:, :3]
+    colors = mesh.to_rgba(mesh.get_array())[
+        0 if mesh.get_array().ndim == 1 else slice(None)
+    ].reshape(-1, 4)[:, :3]
     white, red, blue, black, dark_blue = colors[0], colors[1], colors[2], colors[3], colors[4]
     assert white.min() > 0.95
     assert red[0] > red[2] + 0.2 and blue[2] > blue[0] + 0.2
@@ -157,7 +200,15 @@ def test_an_expert_without_load_is_marked():
 
 @pytest.mark.parametrize(
     ("number", "text"),
-    [(0, "0"), (999, "999"), (1000, "1k"), (12_345, "12.3k"), (999_900, "1M"), (3_400_000, "3.4M"), (1.2e9, "1.2B")],
+    [
+        (0, "0"),
+        (999, "999"),
+        (1000, "1k"),
+        (12_345, "12.3k"),
+        (999_900, "1M"),
+        (3_400_000, "3.4M"),
+        (1.2e9, "1.2B"),
+    ],
 )
 def test_numbers_are_shortened_to_three_digits(number, text):
     assert figures.short_number(float(number)) == text

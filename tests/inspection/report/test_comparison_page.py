@@ -19,14 +19,26 @@ from moejax.inspection.runs.seed_pairs import difference
 from moejax.training.run_directory.routing_log import RoutingLog
 
 
-def make_run(workdir, *, num_experts=4, layers=(0, 1), active=1000, learning_rate=0.1, tokens=100, loss=7.5, **config):
+def make_run(
+    workdir,
+    *,
+    num_experts=4,
+    layers=(0, 1),
+    active=1000,
+    learning_rate=0.1,
+    tokens=100,
+    loss=7.5,
+    **config,
+):
     moe = {"num_experts": num_experts, "top_k": 2}
     facts = {
         "config": {"moe": moe, "optimizer": {"learning_rate": learning_rate}} | config,
         "versions": {}, "git_commit": None, "device": "cpu", "command": "moejax train",
         "parameters": {"total": 4000, "active": active},
     }  # fmt: skip
-    lines = [{"step": step, "tokens": tokens * step, "loss/lm": 9.0 - step / 10} for step in (10, 20)]
+    lines = [
+        {"step": step, "tokens": tokens * step, "loss/lm": 9.0 - step / 10} for step in (10, 20)
+    ]
     lines.append({"step": 15, "eval/loss": loss, "eval/bits_per_byte": loss / 2})
     if num_experts:
         lines[1]["moe/max_violation"] = 0.5
@@ -48,29 +60,57 @@ def test_a_metric_is_placed_by_steps_tokens_flops_or_time(tmp_path):
     run = open_run(make_run(tmp_path / "run"))
     flops = run.flops_per_token
     assert flops > 1000  # of attention and logits, too
-    for name, schedule, is_known in (("constant", "constant", True), ("annealed", "step:0.5:0.5", False)):
+    for name, schedule, is_known in (
+        ("constant", "constant", True),
+        ("annealed", "step:0.5:0.5", False),
+    ):
         of_four = make_run(
-            tmp_path / name, num_experts=8, moe={"num_experts": 8, "top_k": 4}, schedule={"top_k": schedule}
+            tmp_path / name,
+            num_experts=8,
+            moe={"num_experts": 8, "top_k": 4},
+            schedule={"top_k": schedule},
         )
         assert (open_run(of_four).flops_per_token is not None) == is_known
-    for against, x in (("steps", [10, 20]), ("tokens", [1000, 2000]), ("compute", [1000 * flops, 2000 * flops])):
+    for against, x in (
+        ("steps", [10, 20]),
+        ("tokens", [1000, 2000]),
+        ("compute", [1000 * flops, 2000 * flops]),
+    ):
         found, values = figures.series_against(run, "loss/lm", against)
         assert (found.tolist(), values.tolist()) == (x, [8, 7])
-    assert figures.series_against(run, "eval/loss", "tokens")[0].tolist() == [1500]  # between two logged steps
+    assert figures.series_against(run, "eval/loss", "tokens")[0].tolist() == [
+        1500
+    ]  # between two logged steps
     (run.workdir / "metrics.jsonl").write_text('{"step": 3, "loss/lm": 1.0}\n')
     assert figures.series_against(run.reload(), "loss/lm", "tokens")[0].size == 0
-    speeds = [{"step": step, "tokens": 100 * step, "perf/tokens_per_s": 50, "loss/lm": 1} for step in (3, 9)]
-    for seconds, minutes in (({}, [0.1, 0.3]), ({"perf/seconds": 30}, [0.5, 1])):  # the latter says it itself
-        (run.workdir / "metrics.jsonl").write_text("".join(json.dumps(line | seconds) + "\n" for line in speeds))
-        assert figures.series_against(run.reload(), "loss/lm", "time")[0].tolist() == pytest.approx(minutes)
+    speeds = [
+        {"step": step, "tokens": 100 * step, "perf/tokens_per_s": 50, "loss/lm": 1}
+        for step in (3, 9)
+    ]
+    for seconds, minutes in (
+        ({}, [0.1, 0.3]),
+        ({"perf/seconds": 30}, [0.5, 1]),
+    ):  # the latter says it itself
+        (run.workdir / "metrics.jsonl").write_text(
+            "".join(json.dumps(line | seconds) + "\n" for line in speeds)
+        )
+        assert figures.series_against(run.reload(), "loss/lm", "time")[0].tolist() == pytest.approx(
+            minutes
+        )
 
 
 def test_curves_of_runs_are_drawn_in_looks_that_differ_and_keep_to_their_run(tmp_path):
-    runs = {name: open_run(make_run(tmp_path / name, num_experts=n)) for name, n in (("dense", 0), ("moe", 4))}
+    runs = {
+        name: open_run(make_run(tmp_path / name, num_experts=n))
+        for name, n in (("dense", 0), ("moe", 4))
+    }
     drawing = figures.draw_runs(runs, "loss/lm", "nats", against="compute")
     lines = drawing.figure.axes[0].lines
     assert [line.get_label() for line in lines] == ["dense", "moe"]
-    assert lines[1].get_xdata().tolist() == [1000 * runs["moe"].flops_per_token, 2000 * runs["moe"].flops_per_token]
+    assert lines[1].get_xdata().tolist() == [
+        1000 * runs["moe"].flops_per_token,
+        2000 * runs["moe"].flops_per_token,
+    ]
     assert "training FLOPs" in texts(drawing) and ">moe<" in texts(drawing)
     (line,) = figures.draw_runs(runs, "moe/max_violation", "MaxVio").figure.axes[0].lines
     assert line.get_color() == lines[1].get_color()  # though it is the first that is drawn
@@ -80,18 +120,35 @@ def test_curves_of_runs_are_drawn_in_looks_that_differ_and_keep_to_their_run(tmp
 
 
 def test_no_name_of_a_run_breaks_a_legend(tmp_path):
-    runs = {name: open_run(make_run(tmp_path / f"{i}")) for i, name in enumerate(("_base", "a\x01b", "c\ud800"))}
+    runs = {
+        name: open_run(make_run(tmp_path / f"{i}"))
+        for i, name in enumerate(("_base", "a\x01b", "c\ud800"))
+    }
     drawing = figures.draw_runs(runs, "loss/lm", "nats")
     xml.dom.minidom.parseString(drawing.svg)
-    assert [text.get_text() for text in drawing.figure.legends[0].get_texts()] == ["./_base", "a\ufffdb", "c\ufffd"]
+    assert [text.get_text() for text in drawing.figure.legends[0].get_texts()] == [
+        "./_base",
+        "a\ufffdb",
+        "c\ufffd",
+    ]
 
 
 def test_loads_are_drawn_from_the_busiest_expert_over_the_share_of_experts():
-    drawing = figures.draw_sorted_load({"a": np.array([1, 5, 2, 0]), "dense": np.zeros(0, int), "b": np.array([3, 1])})
+    drawing = figures.draw_sorted_load(
+        {"a": np.array([1, 5, 2, 0]), "dense": np.zeros(0, int), "b": np.array([3, 1])}
+    )
     steps = [patch.get_data() for patch in drawing.figure.axes[0].patches]
-    assert steps[0].values.tolist() == [2.5, 1, 0.5, 0] and steps[0].edges.tolist() == [0, 0.25, 0.5, 0.75, 1]
+    assert steps[0].values.tolist() == [2.5, 1, 0.5, 0] and steps[0].edges.tolist() == [
+        0,
+        0.25,
+        0.5,
+        0.75,
+        1,
+    ]
     assert steps[1].values.tolist() == [1.5, 0.5]
-    assert drawing.figure.axes[0].patches[1].get_edgecolor()[:3] == pytest.approx((0, 0x9E / 255, 0x73 / 255))
+    assert drawing.figure.axes[0].patches[1].get_edgecolor()[:3] == pytest.approx(
+        (0, 0x9E / 255, 0x73 / 255)
+    )
 
 
 def test_the_page_has_results_differences_curves_and_load_and_obeys_nothing_from_the_runs(tmp_path):
@@ -103,7 +160,9 @@ def test_the_page_has_results_differences_curves_and_load_and_obeys_nothing_from
         assert f'<section id="{anchor}">' in html and f'href="#{anchor}"' in html
     assert "<b>" not in html and "<script" not in html and "&lt;b&gt;run" in html
     assert "optimizer.learning_rate" in html and "&lt;script&gt;" in html
-    assert html.count("Validation loss over") == 6  # three figures, each named in its heading and its alt
+    assert (
+        html.count("Validation loss over") == 6
+    )  # three figures, each named in its heading and its alt
     assert "Layer 1" in html and "default-src" in html
 
 
@@ -116,15 +175,23 @@ def test_evaluations_have_their_ticks_where_they_were(tmp_path):
 
 
 def test_two_runs_have_a_column_with_their_difference(tmp_path):
-    folders = [make_run(tmp_path / name, loss=loss, num_experts=n) for name, loss, n in (("a", 8.0, 0), ("b", 7.0, 4))]
+    folders = [
+        make_run(tmp_path / name, loss=loss, num_experts=n)
+        for name, loss, n in (("a", 8.0, 0), ("b", 7.0, 4))
+    ]
     text = Page(render_comparison(compare(folders))).text
     assert "a and b Side by side" in text and "difference: b minus a" in text
     assert f"Validation loss, nats per token 8 7 {MINUS}1 ({MINUS}12.5%)" in text
     assert f"Bits per byte 4 3.5 {MINUS}0.5 ({MINUS}12.5%)" in text
-    assert "The same throughout in the runs that log it: MaxVio 0.5 (1 of 2)." in text  # for a chart of one number
+    assert (
+        "The same throughout in the runs that log it: MaxVio 0.5 (1 of 2)." in text
+    )  # for a chart of one number
     assert "No two settings share two seeds" in text
     many = Page(render_comparison(compare([*folders, make_run(tmp_path / "c", loss=8.0)]))).text
-    assert "Below a value: its difference to a." in many and f"Bits per byte 4 3.5 {MINUS}0.5 ({MINUS}12.5%) 4 " in many
+    assert (
+        "Below a value: its difference to a." in many
+        and f"Bits per byte 4 3.5 {MINUS}0.5 ({MINUS}12.5%) 4 " in many
+    )
     as_rows = [make_run(tmp_path / name, loss=8.0) for name in ("d", "e", "f", "g")]
     text = Page(render_comparison(compare([*folders, *as_rows]))).text
     assert f"b 20 4k 1k 7 {MINUS}1 ({MINUS}12.5%) " in text
@@ -147,33 +214,53 @@ def test_runs_without_a_value_at_their_end_are_left_out_and_named(tmp_path, step
     for name, offset in (("one", 0.0), ("two", 1.0)):
         for seed in range(3):
             train = {"seed": seed, "num_steps": 100}
-            folder = make_run(tmp_path / f"{name}_{seed}", num_experts=0, learning_rate=offset, train=train)
+            folder = make_run(
+                tmp_path / f"{name}_{seed}", num_experts=0, learning_rate=offset, train=train
+            )
             is_odd = (name, seed) == ("two", 2)
             last = (step, loss) if is_odd else (100, 1.0 + offset + seed)
             folders.append(end_at(folder, *last))
-    folders.append(end_at(make_run(tmp_path / "single", num_experts=0, train={"seed": 0, "num_steps": 100}), 100, 1.0))
+    folders.append(
+        end_at(
+            make_run(tmp_path / "single", num_experts=0, train={"seed": 0, "num_steps": 100}),
+            100,
+            1.0,
+        )
+    )
     text = Page(render_comparison(compare(folders))).text
     said = re.search(r"Left out, for they have no finite value at their last step: (\S+)\.", text)
     assert (said[1] if said else "") == left_out
-    row = "2 3 +1 ± 0 3 told apart from noise" if not left_out else "1.5 2.5 +1 ± 0 2 none: seeds are left out"
+    row = (
+        "2 3 +1 ± 0 3 told apart from noise"
+        if not left_out
+        else "1.5 2.5 +1 ± 0 2 none: seeds are left out"
+    )
     assert f"Validation loss, nats per token {row}" in text
     assert "Not compared, for fewer than two seeds in common with one_0 (3 seeds): single." in text
 
 
 def test_settings_are_compared_seed_by_seed(tmp_path):
-    losses = {"one": [1.0, 3.0, 5.0], "two": [2.0, 4.5, 5.5]}  # the seed moves both: differences 1, 1.5, 0.5
+    losses = {
+        "one": [1.0, 3.0, 5.0],
+        "two": [2.0, 4.5, 5.5],
+    }  # the seed moves both: differences 1, 1.5, 0.5
     folders = [
         make_run(tmp_path / f"{name}_{seed}", loss=loss, num_experts={"one": 4, "two": 8}[name], train={"seed": seed})
         for name in losses for seed, loss in enumerate(losses[name])
     ]  # fmt: skip
     text = Page(render_comparison(compare(folders))).text
     error = 0.5 / 3**0.5
-    assert f"Validation loss, nats per token 3 4 +1 ± {error:.2g} 3 may be noise" in text  # t is 3.5; 4.3 is clear
+    assert (
+        f"Validation loss, nats per token 3 4 +1 ± {error:.2g} 3 may be noise" in text
+    )  # t is 3.5; 4.3 is clear
     assert difference({0: 1.0, 1: 2.0}, {0: 2.0, 2: 9.0}, 1).num_seeds == 1
     clear = difference({0: 1.0, 1: 3.0, 2: 5.0}, {0: 2.0, 1: 4.25, 2: 5.75}, 1)
     assert clear.is_told_apart and clear.mean == 1
     alone = Page(render_comparison(compare(folders[:3]))).text
-    assert "The runs are one setting with 3 seeds." in alone and "Validation loss, nats per token 3 2" in alone
+    assert (
+        "The runs are one setting with 3 seeds." in alone
+        and "Validation loss, nats per token 3 2" in alone
+    )
 
 
 def test_losses_of_other_tokens_are_not_compared(tmp_path):
@@ -183,7 +270,10 @@ def test_losses_of_other_tokens_are_not_compared(tmp_path):
         make_run(tmp_path / "pieces", data=data | {"tokenizer": "bpe"}, train={"seed": 0}),
     ]
     text = Page(render_comparison(compare(folders))).text
-    assert "They differ in data.tokenizer, so in what a token is" in text and "Bits per byte over steps" in text
+    assert (
+        "They differ in data.tokenizer, so in what a token is" in text
+        and "Bits per byte over steps" in text
+    )
     assert "Validation loss" not in text and "Training loss" not in text
 
 
@@ -198,8 +288,12 @@ def test_a_comparison_of_many_wide_runs_stays_under_the_size_limit(tmp_path, mon
     for name in range(16):
         make_run(tmp_path / f"run {name}", num_experts=2, layers=range(61), learning_rate=name)
     # The largest figures there are, by the next test.
-    monkeypatch.setattr("moejax.inspection.report.comparison_page.draw_runs", lambda *_, **__: "x" * 120_000)
-    monkeypatch.setattr("moejax.inspection.report.comparison_page.draw_sorted_load", lambda *_, **__: "x" * 150_000)
+    monkeypatch.setattr(
+        "moejax.inspection.report.comparison_page.draw_runs", lambda *_, **__: "x" * 120_000
+    )
+    monkeypatch.setattr(
+        "moejax.inspection.report.comparison_page.draw_sorted_load", lambda *_, **__: "x" * 150_000
+    )
     html = render_comparison(compare(sorted(tmp_path.iterdir())))
     assert "12 of 61 layers are shown" in html
     assert 3_000_000 < len(html.encode()) < 5_000_000
@@ -211,7 +305,9 @@ def test_figures_of_sixteen_large_runs_are_smaller_than_the_page_counts_on(tmp_p
     for name in range(16):
         run = open_run(make_run(tmp_path / str(name)))
         lines = [{"step": step, "loss/lm": float(x)} for step, x in enumerate(rng.random(1000))]
-        (run.workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        (run.workdir / "metrics.jsonl").write_text(
+            "".join(json.dumps(line) + "\n" for line in lines)
+        )
         runs[str(name)] = run
     assert 60_000 < len(figures.draw_runs(runs, "loss/lm", "nats", legend=False)) < 120_000
     counts = {str(name): rng.integers(0, 10**6, 256) for name in range(16)}
@@ -221,14 +317,17 @@ def test_figures_of_sixteen_large_runs_are_smaller_than_the_page_counts_on(tmp_p
 def test_the_command_writes_beside_the_first_run_or_where_it_is_told(tmp_path, capsys, monkeypatch):
     first, second = make_run(tmp_path / "runs/a"), make_run(tmp_path / "other/b")
     monkeypatch.setattr(
-        "moejax.inspection.report.comparison_page.render_comparison", lambda comparison: repr(comparison.runs)
+        "moejax.inspection.report.comparison_page.render_comparison",
+        lambda comparison: repr(comparison.runs),
     )
     assert main(["report", str(first), str(second)]) == 0
     path = tmp_path / "runs/comparison.html"
     assert capsys.readouterr().out.strip() == str(path)
     assert list(compare([first, second]).runs) == ["a", "b"] and "'a'" in path.read_text()
     assert main(["report", str(second), str(first), f"--output={tmp_path / 'page.html'}"]) == 0
-    assert (tmp_path / "page.html").read_text().index("'b'") < (tmp_path / "page.html").read_text().index("'a'")
+    assert (tmp_path / "page.html").read_text().index("'b'") < (
+        tmp_path / "page.html"
+    ).read_text().index("'a'")
 
 
 @pytest.mark.parametrize(
@@ -252,7 +351,11 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments, message, tmp_path, mon
     os.mkfifo("pipe")
     assert main(["report", *arguments]) == 2
     captured = capsys.readouterr()
-    assert captured.out == "" and message in captured.err and len(captured.err.strip().splitlines()) == 1
+    assert (
+        captured.out == ""
+        and message in captured.err
+        and len(captured.err.strip().splitlines()) == 1
+    )
     assert not list(tmp_path.glob("*.html"))
 
 

@@ -28,7 +28,16 @@ from moejax.training.health.telemetry import LAYER_METRICS
 from moejax.training.run_directory.evaluation_log import EvaluationLog
 from moejax.training.run_directory.routing_log import RoutingHistory, RoutingLog
 
-MOE_SECTIONS = ["alarms", "routing", "layers", "load", "final-load", "settling", "coactivation", "flow"]
+MOE_SECTIONS = [
+    "alarms",
+    "routing",
+    "layers",
+    "load",
+    "final-load",
+    "settling",
+    "coactivation",
+    "flow",
+]
 EXPERT_SECTIONS = ["tokens", "attributes", "text", "counterfactuals"]
 
 
@@ -40,19 +49,47 @@ ALARMS = """
 
 
 def training_line(step, num_experts):
-    line = {"step": step, "tokens": 100 * step, "loss/lm": 8 / step, "loss/total": 9 / step, "learning_rate": 1e-3}
+    line = {
+        "step": step,
+        "tokens": 100 * step,
+        "loss/lm": 8 / step,
+        "loss/total": 9 / step,
+        "learning_rate": 1e-3,
+    }
     line |= {"grad_norm": 1.0, "perf/tokens_per_s": 1000.0 + step, "skipped_steps": 0}
     if num_experts:
-        line |= {"loss/balance": 1.1, "loss/z": 3.0, "loss/balance_weighted": 0.011, "loss/z_weighted": 0.003}
-        line |= {"moe/max_violation": 0.4, "moe/dead_experts": 1, "moe/dropped": 0.0, "moe/entropy": 1.2}
+        line |= {
+            "loss/balance": 1.1,
+            "loss/z": 3.0,
+            "loss/balance_weighted": 0.011,
+            "loss/z_weighted": 0.003,
+        }
+        line |= {
+            "moe/max_violation": 0.4,
+            "moe/dead_experts": 1,
+            "moe/dropped": 0.0,
+            "moe/entropy": 1.2,
+        }
         line |= {"moe/load_entropy": 1.3}
     return line
 
 
-def make_run(workdir, *, num_experts=4, layers=(0, 2), steps=(10, 20, 30), evaluate=True, routing=True, **facts):
+def make_run(
+    workdir,
+    *,
+    num_experts=4,
+    layers=(0, 2),
+    steps=(10, 20, 30),
+    evaluate=True,
+    routing=True,
+    **facts,
+):
     """A run directory; expert 1 of the second layer gets nothing."""
     facts = {
-        "config": {"moe": {"num_experts": num_experts, "top_k": 2}, "train": {"num_steps": 2000, "seed": 0}},
+        "config": {
+            "moe": {"num_experts": num_experts, "top_k": 2},
+            "train": {"num_steps": 2000, "seed": 0},
+        },
         "versions": {"jax": "0.10.2"},
         "git_commit": "abc123",
         "device": "4 x TPU v5e",
@@ -61,7 +98,14 @@ def make_run(workdir, *, num_experts=4, layers=(0, 2), steps=(10, 20, 30), evalu
     } | facts
     lines = [training_line(step, num_experts) for step in steps]
     if evaluate:
-        lines.append({"step": steps[-1], "eval/loss": 3.125, "eval/perplexity": 22.76, "eval/bits_per_byte": 1.0625})
+        lines.append(
+            {
+                "step": steps[-1],
+                "eval/loss": 3.125,
+                "eval/perplexity": 22.76,
+                "eval/bits_per_byte": 1.0625,
+            }
+        )
     workdir.mkdir(exist_ok=True)
     (workdir / "config.json").write_text(json.dumps(facts))
     (workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -81,7 +125,9 @@ def token_counts(N=2, E=4, V=30):
 
 
 def render(run, counts=None, piece=str, samples=(), findings=None):
-    return render_report(run, token_counts_nEV=counts, piece=piece, samples=samples, findings=findings or Findings())
+    return render_report(
+        run, token_counts_nEV=counts, piece=piece, samples=samples, findings=findings or Findings()
+    )
 
 
 def log_layers(workdir, steps, values_SN, layers=(0, 2), num_experts=4, name="max_violation"):
@@ -91,7 +137,9 @@ def log_layers(workdir, steps, values_SN, layers=(0, 2), num_experts=4, name="ma
     for step, values_N in zip(steps, values_SN, strict=True):
         metrics_NM = np.zeros((len(layers), len(LAYER_METRICS)), np.float32)
         metrics_NM[:, LAYER_METRICS.index(name)] = values_N
-        log.append(step, counts, np.full(counts.shape, 1 / num_experts, np.float32), layers=metrics_NM)
+        log.append(
+            step, counts, np.full(counts.shape, 1 / num_experts, np.float32), layers=metrics_NM
+        )
 
 
 def evaluate(workdir, steps, experts_NTK, num_experts=4):
@@ -104,7 +152,9 @@ def evaluate(workdir, steps, experts_NTK, num_experts=4):
     load_NE = (visits_NTE.sum(axis=1) / (T * K)).astype(np.float32)
     log = EvaluationLog(workdir, after_step=0)
     for step in steps:
-        log.append(step, Evaluation(1.0, 2.7, 1.0, T, load_NE, pairs_NEE, experts_NTK.astype(np.int32)))
+        log.append(
+            step, Evaluation(1.0, 2.7, 1.0, T, load_NE, pairs_NEE, experts_NTK.astype(np.int32))
+        )
 
 
 def choices(N=2, T=400, K=2, E=4, seed=0):
@@ -131,19 +181,30 @@ def trace_of(pieces, N=2, E=4, K=2):
 def information(name, excess_N):
     excess_N = np.asarray(excess_N, np.float64)
     ones_N = np.ones(len(excess_N))
-    return Information(name, None, "tokens", excess_N + 0.1, 0.1 * ones_N, 0.01 * ones_N, 2 * ones_N, 1.5 * ones_N)
+    return Information(
+        name, None, "tokens", excess_N + 0.1, 0.1 * ones_N, 0.01 * ones_N, 2 * ones_N, 1.5 * ones_N
+    )
 
 
 def test_soft_routing_has_no_tokens_to_tell_of(tmp_path):
     nothing = Information("token", None, "tokens", *np.zeros((5, 2)))
-    domains = DomainSpecialisation(np.zeros((2, 1, 4)), np.zeros((2, 4)), np.zeros(2), np.array([9]))
+    domains = DomainSpecialisation(
+        np.zeros((2, 1, 4)), np.zeros((2, 4)), np.zeros(2), np.array([9])
+    )
     findings = Findings([nothing], (0, 2), 9, domains=domains, domain_names=("x",))
     html = render(make_run(tmp_path), np.zeros((2, 4, 9), int), findings=findings)
     assert html.count("No token was sent to an expert") == 3
 
 
 def outcome(kind, what, **more):
-    values = {"layer": None, "experts": (), "setting": None, "loss": 2.0, "change": 0.0, "standard_error": 0.01}
+    values = {
+        "layer": None,
+        "experts": (),
+        "setting": None,
+        "loss": 2.0,
+        "change": 0.0,
+        "standard_error": 0.01,
+    }
     return Outcome(kind, what, **(values | {"gate_mass": 1.0, "dropped": 0.0} | more))
 
 
@@ -153,8 +214,13 @@ def whole(tmp_path_factory):
     run = make_run(tmp_path_factory.mktemp("runs") / "runs-tiny")
     evaluate(run.workdir, (20, 30), choices())
     (run.workdir / "alarms.jsonl").write_text(ALARMS)
-    results = (outcome(AS_TRAINED, "no change"), outcome("top_k", "K = 1", setting=1.0, change=0.25))
-    Counterfactuals(results, {"bias_off": "no bias"}, 30, 8, 99, (0, 2), 4, (2, 2)).save(run.workdir / FILE_NAME)
+    results = (
+        outcome(AS_TRAINED, "no change"),
+        outcome("top_k", "K = 1", setting=1.0, change=0.25),
+    )
+    Counterfactuals(results, {"bias_off": "no bias"}, 30, 8, 99, (0, 2), 4, (2, 2)).save(
+        run.workdir / FILE_NAME
+    )
     results = [information("token", [0.5, 0.7]), information("position in row", [0.0, 0.02])]
     findings = Findings(results, (0, 2), 1234, trace=trace_of(["My", " fellow"]))
     samples = [Sample("My fellow", " Americans\n\nwe", 0.8, 0.95)]
@@ -166,13 +232,22 @@ def undrawn(monkeypatch):
     """Leaves the figures out, for tests of what is written."""
     for name in ("draw_curves", "draw_load_over_time", "draw_final_load"):
         monkeypatch.setattr(
-            f"moejax.inspection.figures.run.{name}", lambda *_, **__: Drawing("data:image/svg+xml;base64,")
+            f"moejax.inspection.figures.run.{name}",
+            lambda *_, **__: Drawing("data:image/svg+xml;base64,"),
         )
 
 
 def test_a_report_has_every_section_and_a_contents_list_that_leads_there(whole):
     page = Page(whole)
-    assert page.ids == ["summary", "losses", "speed", *MOE_SECTIONS, *EXPERT_SECTIONS, "samples", "config"]
+    assert page.ids == [
+        "summary",
+        "losses",
+        "speed",
+        *MOE_SECTIONS,
+        *EXPERT_SECTIONS,
+        "samples",
+        "config",
+    ]
     links = [attributes["href"] for tag, attributes in page.elements if tag == "a"]
     assert links == [f"#{anchor}" for anchor in page.ids]
 
@@ -200,7 +275,10 @@ def test_an_evaluation_that_got_worse_shows_the_lowest_too(tmp_path, undrawn):
     make_run(tmp_path)
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 40, "eval/loss": 3.5}\n')
-    assert "3.5 nats per token, at step 40 (lowest: 3.125 at step 30)" in Page(render(open_run(tmp_path))).text
+    assert (
+        "3.5 nats per token, at step 40 (lowest: 3.125 at step 30)"
+        in Page(render(open_run(tmp_path))).text
+    )
 
 
 def test_the_page_stands_alone_and_forbids_fetching(whole):
@@ -235,7 +313,9 @@ def test_hostile_text_from_the_run_is_shown_and_not_obeyed(tmp_path):
     with open(tmp_path / "<b>run" / "metrics.jsonl", "a") as file:
         file.write(json.dumps({"step": 40, f"loss/{HOSTILE}$x^": 1.0}) + "\n")
     run = open_run(tmp_path / "<b>run")
-    html = render(run, token_counts(), piece=lambda _: HOSTILE, samples=[Sample(HOSTILE, HOSTILE, 1.0, 1.0)])
+    html = render(
+        run, token_counts(), piece=lambda _: HOSTILE, samples=[Sample(HOSTILE, HOSTILE, 1.0, 1.0)]
+    )
     page = Page(html)
     assert not {"script"} & {tag for tag, _ in page.elements}
     assert all(a["src"].startswith("data:") for tag, a in page.elements if tag == "img")
@@ -246,7 +326,12 @@ def test_hostile_text_from_the_run_is_shown_and_not_obeyed(tmp_path):
 
 def test_lone_surrogates_do_not_keep_the_page_from_being_written(tmp_path, undrawn):
     run = make_run(tmp_path)
-    html = render(run, token_counts(), piece=lambda _: "\udc80", samples=[Sample("\ud800", "\udfff", 1.0, 1.0)])
+    html = render(
+        run,
+        token_counts(),
+        piece=lambda _: "\udc80",
+        samples=[Sample("\ud800", "\udfff", 1.0, 1.0)],
+    )
     assert write_report(tmp_path, html).read_text(encoding="utf-8") == html
 
 
@@ -272,7 +357,11 @@ def test_a_run_that_has_logged_nothing_is_reported(tmp_path):
     make_run(tmp_path, routing=False)
     (tmp_path / "metrics.jsonl").write_text("")
     text = Page(render(open_run(tmp_path))).text
-    assert "Nothing is logged yet" in text and "No routing is logged yet" in text and "0 of 2000" in text
+    assert (
+        "Nothing is logged yet" in text
+        and "No routing is logged yet" in text
+        and "0 of 2000" in text
+    )
 
 
 def test_metrics_that_are_not_finite_are_named_so(tmp_path):
@@ -301,7 +390,9 @@ def test_the_final_load_sums_the_last_tenth_of_the_intervals(tmp_path, undrawn):
     make_run(tmp_path, routing=False)
     log = RoutingLog(tmp_path, [0], 2)
     for i in range(1, 21):
-        log.append(10 * i, np.array([[30, 10]] if i > 18 else [[0, 99]]), np.full((1, 2), 0.5, np.float32))
+        log.append(
+            10 * i, np.array([[30, 10]] if i > 18 else [[0, 99]]), np.full((1, 2), 0.5, np.float32)
+        )
     text = Page(render(open_run(tmp_path))).text
     assert "summed over steps 181 to 200" in text
     assert "Busiest: 0 (1.50). Least used: 1 (0.50)." in text
@@ -332,7 +423,12 @@ def test_samples_show_prompt_continuation_and_sampling(whole):
 
 def test_every_leaf_of_the_config_is_listed(tmp_path, undrawn):
     page = Page(
-        render(make_run(tmp_path, config={"moe": {"num_experts": 4, "router": "switch"}, "new": {"leaf": [1]}}))
+        render(
+            make_run(
+                tmp_path,
+                config={"moe": {"num_experts": 4, "router": "switch"}, "new": {"leaf": [1]}},
+            )
+        )
     )
     for fact in ("num_experts 4", 'router "switch"', "leaf [1]"):
         assert fact in page.text
@@ -349,24 +445,35 @@ def test_a_run_without_alarms_names_the_rules_that_watched(tmp_path, undrawn):
     alarms = {"collapse": 0.5, "ties": 0.0, "stop": ""}
     config = {"moe": {"num_experts": 4}, "alarms": alarms}
     text = Page(render(make_run(tmp_path, config=config))).text
-    assert "No alarm is on at the end. Rules, with their thresholds: collapse (0.5). None has been raised." in text
+    assert (
+        "No alarm is on at the end. Rules, with their thresholds: collapse (0.5). None has been raised."
+        in text
+    )
 
 
-def test_text_of_alarms_and_counterfactuals_is_escaped_and_damaged_files_cost_only_their_section(tmp_path, undrawn):
+def test_text_of_alarms_and_counterfactuals_is_escaped_and_damaged_files_cost_only_their_section(
+    tmp_path, undrawn
+):
     run = make_run(tmp_path)
     line = {"step": 10, "rule": HOSTILE, "state": "on", "layers": [0], "reading": HOSTILE}
     (tmp_path / "alarms.jsonl").write_text(json.dumps(line) + "\n")
     rows = (outcome(AS_TRAINED, HOSTILE), outcome("top_k", HOSTILE, setting=1.0))
-    Counterfactuals(rows, {HOSTILE: HOSTILE}, 30, 8, 99, (0, 2), 4, (2, 2)).save(tmp_path / FILE_NAME)
+    Counterfactuals(rows, {HOSTILE: HOSTILE}, 30, 8, 99, (0, 2), 4, (2, 2)).save(
+        tmp_path / FILE_NAME
+    )
     html = render(run, findings=Findings(trace=trace_of([HOSTILE])))
     page = Page(html)
     assert "script" not in {tag for tag, _ in page.elements} and "\x1b" not in html
-    assert page.text.count("<script>alert('x')</script>") >= 7  # twice the rule, the reading, rows, left out
+    assert (
+        page.text.count("<script>alert('x')</script>") >= 7
+    )  # twice the rule, the reading, rows, left out
     for name in ("alarms.jsonl", FILE_NAME, "routing/evaluations/5.npz"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("{\n")
     text = Page(render(run)).text
-    assert text.count("Left out: ") == 4  # co-activation and paths, too; one evaluation cannot settle
+    assert (
+        text.count("Left out: ") == 4
+    )  # co-activation and paths, too; one evaluation cannot settle
     assert "alarms.jsonl: line 1 is damaged" in text and "is damaged (JSONDecodeError" in text
 
 
@@ -407,7 +514,9 @@ def test_two_evaluations_are_a_table_not_a_curve(tmp_path, undrawn):
     evaluate(tmp_path, (10, 20), choices())
     page = Page(render(run))
     assert "Two evaluations, at steps 10 and 20;" in page.text
-    assert "Saturation, as a figure" not in {a.get("alt") for tag, a in page.elements if tag == "img"}
+    assert "Saturation, as a figure" not in {
+        a.get("alt") for tag, a in page.elements if tag == "img"
+    }
 
 
 def test_what_never_changes_is_a_sentence_and_four_figures_are_two_by_two(tmp_path, undrawn):
@@ -429,7 +538,9 @@ def test_what_differs_from_the_defaults_is_marked_and_what_follows_is_not(tmp_pa
 
 def test_a_flag_is_never_broken_after_its_hyphens():
     text = html.command("moejax train --config=a.py '--workdir=a b' <x>")
-    assert text.count("<span>") == 5 and "<span>--config=a.py</span>" in text and "&lt;x&gt;" in text
+    assert (
+        text.count("<span>") == 5 and "<span>--config=a.py</span>" in text and "&lt;x&gt;" in text
+    )
 
 
 def test_flows_are_drawn_in_windows_that_share_their_ends():
@@ -437,12 +548,18 @@ def test_flows_are_drawn_in_windows_that_share_their_ends():
     assert flow_windows(2) == [(0, 1)]
     assert flow_windows(6) == [(0, 3), (3, 5)]
     deep = flow_windows(61)
-    assert len(deep) == MAX_FLOW_FIGURES and (deep[0], deep[-1]) == ((0, FLOW_COLUMNS - 1), (57, 60))
+    assert len(deep) == MAX_FLOW_FIGURES and (deep[0], deep[-1]) == (
+        (0, FLOW_COLUMNS - 1),
+        (57, 60),
+    )
 
 
 def test_what_routing_goes_by_names_the_strongest_attribute_and_lists_all(whole):
     text = Page(whole).text
-    assert "1,234 tokens of validation text were routed. Routing goes most by token, which tells 30% above" in text
+    assert (
+        "1,234 tokens of validation text were routed. Routing goes most by token, which tells 30% above"
+        in text
+    )
     # Mean information 0.7 bits, of which 0.1 is chance; (0.7 - 0.1) / 2 = 30%; adjusted 0.6 / (1.5 - 0.1) = 42.9%.
     assert "token 0.700 0.100 0.010 30.0% 42.9% 2" in text
     assert "position in row 0.110 0.100 0.010 0.5% 0.7% 2" in text
@@ -452,7 +569,10 @@ def test_counterfactuals_are_shown_where_they_were_evaluated(whole, tmp_path, un
     text = Page(whole).text
     assert "Step 30, 8 validation rows, 99 tokens" in text and "top_k K = 1 all +0.2500" in text
     assert "bias_off: no bias" in text and "Experts per token" in text
-    assert "Not evaluated. moejax counterfactuals --workdir=... evaluates" in Page(render(make_run(tmp_path))).text
+    assert (
+        "Not evaluated. moejax counterfactuals --workdir=... evaluates"
+        in Page(render(make_run(tmp_path))).text
+    )
 
 
 def test_domains_are_measured_where_documents_have_one_and_beside_the_token(monkeypatch):
@@ -466,24 +586,36 @@ def test_domains_are_measured_where_documents_have_one_and_beside_the_token(monk
     )  # fmt: skip
     monkeypatch.setattr("moejax.inspection.report.build.MEASURED_TOKENS", 400)
     findings = find_specialisation(
-        routed, lambda token: "abc"[token], labels=Labels((), ("prose", "verse"), np.array([1, 0], np.int32))
+        routed,
+        lambda token: "abc"[token],
+        labels=Labels((), ("prose", "verse"), np.array([1, 0], np.int32)),
     )
     assert (findings.num_tokens, findings.layers) == (T, [5])
     *_, domain, domain_given_token, token_given_domain = findings.information
     assert (domain_given_token.given, token_given_domain.given) == ("token", "domain")
-    assert domain.information_N == pytest.approx(1, abs=0.02)  # a fair coin decides, of some 270 tokens
+    assert domain.information_N == pytest.approx(
+        1, abs=0.02
+    )  # a fair coin decides, of some 270 tokens
     assert domain_given_token.information_N == pytest.approx(1, abs=0.05)
     assert token_given_domain.information_N == pytest.approx(0, abs=1e-9)
     np.testing.assert_array_equal(findings.domains.share_NDE, [[[0, 0, 0, 1], [0, 0, 1, 0]]])
     text = domains(findings)
-    assert "prose visits expert 3 with 100% of its tokens; uniform: 25%." in text and "<h3>Layer 5</h3>" in text
+    assert (
+        "prose visits expert 3 with 100% of its tokens; uniform: 25%." in text
+        and "<h3>Layer 5</h3>" in text
+    )
     assert find_specialisation(routed, lambda token: "abc"[token]).domains is None
 
 
 def test_a_text_is_coloured_by_expert_without_a_script(whole):
     page = Page(whole)
     assert "My" in page.text and "␣fellow" in page.text
-    assert sum(attributes.get("type") == "radio" for tag, attributes in page.elements if tag == "input") == 2
+    assert (
+        sum(
+            attributes.get("type") == "radio" for tag, attributes in page.elements if tag == "input"
+        )
+        == 2
+    )
 
 
 def test_wide_models_stay_under_the_size_limit(tmp_path, monkeypatch):
@@ -494,17 +626,30 @@ def test_wide_models_stay_under_the_size_limit(tmp_path, monkeypatch):
     log = RoutingLog(tmp_path, range(N), E, LAYER_METRICS)
     counts_NE, probs_NE = np.ones((N, E), np.int64), np.ones((N, E), np.float32)
     for step in steps[-20:]:
-        log.append(int(step), counts_NE, probs_NE, layers=rng.random((N, len(LAYER_METRICS))).astype(np.float32))
+        log.append(
+            int(step),
+            counts_NE,
+            probs_NE,
+            layers=rng.random((N, len(LAYER_METRICS))).astype(np.float32),
+        )
     # The routing log is short for the test's sake; the figures have as many columns as those of a long one.
     noise_SNM = rng.random((S, N, len(LAYER_METRICS)), np.float32)
-    monkeypatch.setattr("moejax.inspection.runs.run.Run.routing", _LongLog(open_run(tmp_path).routing, noise_SNM))
-    evaluate(tmp_path, (10, 20), choices(N, 600, 8, 64), 64)  # of more experts, 64 are drawn, most pairs in grey
+    monkeypatch.setattr(
+        "moejax.inspection.runs.run.Run.routing", _LongLog(open_run(tmp_path).routing, noise_SNM)
+    )
+    evaluate(
+        tmp_path, (10, 20), choices(N, 600, 8, 64), 64
+    )  # of more experts, 64 are drawn, most pairs in grey
     (tmp_path / "alarms.jsonl").write_text(ALARMS * 500)
     # The largest figures there are, by their own test.
-    monkeypatch.setattr("moejax.inspection.figures.run.draw_load_over_time", lambda *_: "x" * 95_000)
+    monkeypatch.setattr(
+        "moejax.inspection.figures.run.draw_load_over_time", lambda *_: "x" * 95_000
+    )
     monkeypatch.setattr("moejax.inspection.figures.run.draw_final_load", lambda *_: "x" * 50_000)
     counts = rng.poisson(3, (12, E, 60)) ** 3  # of the layers shown
-    findings = Findings([information("token", np.ones(12))], range(12), 9, trace=trace_of(["word"] * 133, 12, E, 8))
+    findings = Findings(
+        [information("token", np.ones(12))], range(12), 9, trace=trace_of(["word"] * 133, 12, E, 8)
+    )
     html = render(run, counts, piece=lambda token: f" word{token}", findings=findings)
     assert "12 of 61 MoE layers are shown, evenly spaced" in html
     assert "6 of 61 MoE layers are shown, evenly spaced" in html

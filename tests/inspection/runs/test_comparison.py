@@ -14,7 +14,9 @@ def write(workdir, *lines, total=1000, active=400, **config):
     """A run directory with these metric lines."""
     workdir.mkdir(parents=True)
     facts = {"config": config, "versions": {}, "git_commit": "", "device": "", "command": ""}
-    (workdir / "config.json").write_text(json.dumps(facts | {"parameters": {"total": total, "active": active}}))
+    (workdir / "config.json").write_text(
+        json.dumps(facts | {"parameters": {"total": total, "active": active}})
+    )
     (workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return workdir
 
@@ -48,7 +50,12 @@ def test_the_table_has_what_each_run_logged(folders):
         "dropped": 0,
     }  # fmt: skip
     dense = table.loc["dense"]
-    assert (dense["steps"], dense["parameters"], dense["eval_loss"], dense["tokens_per_s"]) == (15, 400, 3.75, 50)
+    assert (dense["steps"], dense["parameters"], dense["eval_loss"], dense["tokens_per_s"]) == (
+        15,
+        400,
+        3.75,
+        50,
+    )
     assert math.isnan(dense["bits_per_byte"]) and math.isnan(dense["max_violation"])
     assert "entropy" not in table  # nobody logged it
 
@@ -56,7 +63,11 @@ def test_the_table_has_what_each_run_logged(folders):
 def test_differences_are_the_leaves_that_are_not_the_same_everywhere(folders):
     differences = compare(folders).differences
     assert differences.index.tolist() == ["moe.num_experts", "train.batch_size", "extra.leaf"]
-    assert differences["moe"].tolist() == [8, 8, None] and differences["dense"].tolist() == [0, None, [1]]
+    assert differences["moe"].tolist() == [8, 8, None] and differences["dense"].tolist() == [
+        0,
+        None,
+        [1],
+    ]
     assert compare(folders[:1]).differences.shape == (0, 1)
 
 
@@ -67,7 +78,9 @@ def test_a_metric_of_all_runs_stands_in_one_table(folders):
     nan = math.nan
     np.testing.assert_array_equal(series, [[3.5, nan], [nan, 4], [3.25, nan], [nan, nan]])
     assert compare(folders).series("moe/dropped")["dense"].isna().all()
-    with pytest.raises(ValueError, match=r"no run logged 'loss'; use one of eval/bits_per_byte, eval/loss, loss/lm"):
+    with pytest.raises(
+        ValueError, match=r"no run logged 'loss'; use one of eval/bits_per_byte, eval/loss, loss/lm"
+    ):
         compare(folders).series("loss")
 
 
@@ -84,9 +97,13 @@ def test_comparing_reads_no_metrics_before_they_are_asked_for(folders):
         _ = comparison.table
 
 
-@pytest.mark.parametrize("pick", [lambda moe: [], lambda moe: str(moe), lambda moe: [moe, moe.parent / "dense/../moe"]])
+@pytest.mark.parametrize(
+    "pick", [lambda moe: [], lambda moe: str(moe), lambda moe: [moe, moe.parent / "dense/../moe"]]
+)
 def test_no_runs_and_one_given_twice_are_refused(folders, pick):
-    with pytest.raises(ValueError, match=r"must be a list of at least one|moe is given twice; leave one out"):
+    with pytest.raises(
+        ValueError, match=r"must be a list of at least one|moe is given twice; leave one out"
+    ):
         compare(pick(folders[0]))
 
 
@@ -102,7 +119,10 @@ def test_a_comparison_shows_itself_as_text_and_as_tables(folders):
 
 
 def test_what_runs_are_called_and_hold_is_escaped(tmp_path):
-    folders = [write(tmp_path / f"<script>{i}", **{"<img src=x>": {"leaf": f"<b>{i}\x00"}}) for i in range(2)]
+    folders = [
+        write(tmp_path / f"<script>{i}", **{"<img src=x>": {"leaf": f"<b>{i}\x00"}})
+        for i in range(2)
+    ]
     page = Page(html := compare(folders)._repr_html_())
     assert not {"script", "img", "b"} & {tag for tag, _ in page.elements} and "\x00" not in html
     assert "<script>1" in page.text and "<img src=x>.leaf <b>0" in page.text

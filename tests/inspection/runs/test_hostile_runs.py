@@ -26,7 +26,11 @@ def folder(tmp_path_factory):
     """A finished run on JSON lines, with the text and the rows beside it."""
     folder = tmp_path_factory.mktemp("foreign")
     (folder / "texts.jsonl").write_text(TEXTS)
-    data = {"source": "files", "files": str(folder / "texts.jsonl"), "directory": str(folder / "data")}
+    data = {
+        "source": "files",
+        "files": str(folder / "texts.jsonl"),
+        "directory": str(folder / "data"),
+    }
     config = small_config(data=data, train={"num_steps": 2, "log_every": 1, "eval_every": 2})
     train(config, folder / "run")
     return folder
@@ -58,12 +62,20 @@ def change_record(workdir, change):
     path.write_text(json.dumps(recorded))
 
 
-def test_links_and_pipes_in_place_of_any_file_stop_every_verb_before_it_is_opened(copy, tmp_path, capfd):
+def test_links_and_pipes_in_place_of_any_file_stop_every_verb_before_it_is_opened(
+    copy, tmp_path, capfd
+):
     canary = tmp_path / "canary"
     canary.write_text(CANARY)
     files = [path for path in sorted(copy.rglob("*")) if path.is_file()]
     kinds = {path.relative_to(copy).parts[0]: path for path in files}
-    assert kinds.keys() >= {"config.json", "metrics.jsonl", "tokenizer.json", "checkpoints", "routing"}
+    assert kinds.keys() >= {
+        "config.json",
+        "metrics.jsonl",
+        "tokenizer.json",
+        "checkpoints",
+        "routing",
+    }
     for path in kinds.values():
         kept = path.with_name("kept")
         path.rename(kept)
@@ -71,7 +83,10 @@ def test_links_and_pipes_in_place_of_any_file_stop_every_verb_before_it_is_opene
             place()
             for arguments in verbs(copy):
                 assert main(arguments) == 2, (path, arguments)
-            with pytest.raises(RunError, match=r"symbolic link out of the run directory|neither a file nor a folder"):
+            with pytest.raises(
+                RunError,
+                match=r"symbolic link out of the run directory|neither a file nor a folder",
+            ):
                 open_run(copy)
             path.unlink()
         kept.rename(path)
@@ -80,9 +95,13 @@ def test_links_and_pipes_in_place_of_any_file_stop_every_verb_before_it_is_opene
     assert canary.read_text() == CANARY
 
 
-def test_names_with_markup_and_control_characters_stay_text_wherever_they_are_shown(copy, tmp_path, capfd):
+def test_names_with_markup_and_control_characters_stay_text_wherever_they_are_shown(
+    copy, tmp_path, capfd
+):
     folder = copy.rename(tmp_path / "<img src=x onerror=alert(1)>\x1b[2J")
-    change_record(folder, lambda recorded: recorded.update(command=f"moejax train {MARKUP}", device=MARKUP))
+    change_record(
+        folder, lambda recorded: recorded.update(command=f"moejax train {MARKUP}", device=MARKUP)
+    )
     for arguments in verbs(folder)[:-1]:
         code = main(arguments)
         printed = capfd.readouterr()
@@ -104,13 +123,17 @@ def test_links_that_stay_inside_of_a_run_are_followed(copy):
 def test_json_that_nests_deeply_is_damage_in_one_line(copy, name, capfd):
     (copy / name).write_text('{"config": ' + "[" * 200_000)
     for arguments in verbs(copy):
-        if arguments[0] != "train" and (name, arguments[0]) not in {("tokenizer.json", "placement")}:
+        if arguments[0] != "train" and (name, arguments[0]) not in {
+            ("tokenizer.json", "placement")
+        }:
             is_comparison = len(arguments) == 3 and not arguments[1].startswith("--")
             assert main(arguments) == 2 or (name == "tokenizer.json" and is_comparison), arguments
     assert "Traceback" not in capfd.readouterr().err
 
 
-def test_places_that_a_foreign_run_names_are_neither_read_nor_written(copy, tmp_path, monkeypatch, capfd):
+def test_places_that_a_foreign_run_names_are_neither_read_nor_written(
+    copy, tmp_path, monkeypatch, capfd
+):
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     (elsewhere / "canary.jsonl").write_text(TEXTS.replace("document", CANARY))
@@ -118,7 +141,10 @@ def test_places_that_a_foreign_run_names_are_neither_read_nor_written(copy, tmp_
 
     def point_elsewhere(recorded):
         for places in (recorded["config"]["data"], recorded["text"]):
-            places["files"], places["directory"] = str(elsewhere / "canary.jsonl"), str(elsewhere / "data")
+            places["files"], places["directory"] = (
+                str(elsewhere / "canary.jsonl"),
+                str(elsewhere / "data"),
+            )
 
     change_record(copy, point_elsewhere)
     for verb in ("eval", "report", "counterfactuals"):
@@ -129,17 +155,23 @@ def test_places_that_a_foreign_run_names_are_neither_read_nor_written(copy, tmp_
     assert CANARY not in printed.out + printed.err
     assert [path.name for path in elsewhere.iterdir()] == ["canary.jsonl"]
     assert not (tmp_path / "data").exists()
-    assert not any(CANARY.encode() in path.read_bytes() for path in copy.rglob("*") if path.is_file())
+    assert not any(
+        CANARY.encode() in path.read_bytes() for path in copy.rglob("*") if path.is_file()
+    )
 
 
-def test_a_run_of_ones_own_finds_its_text_from_anywhere_and_makes_no_folder(copy, tmp_path, monkeypatch, capfd):
+def test_a_run_of_ones_own_finds_its_text_from_anywhere_and_makes_no_folder(
+    copy, tmp_path, monkeypatch, capfd
+):
     monkeypatch.chdir(tmp_path)
     assert main(["eval", f"--workdir={copy}", "--json"]) == 0
     assert json.loads(capfd.readouterr().out)["step"] == 2
     assert not (tmp_path / "data").exists()
 
 
-def test_rows_that_are_gone_are_prepared_again_where_they_were_recorded(folder, tmp_path, monkeypatch, caplog):
+def test_rows_that_are_gone_are_prepared_again_where_they_were_recorded(
+    folder, tmp_path, monkeypatch, caplog
+):
     monkeypatch.chdir(tmp_path)
     tokenizer = load_tokenizer(folder / "run")
     first = open_run_corpus(folder / "run", tokenizer)
@@ -150,19 +182,27 @@ def test_rows_that_are_gone_are_prepared_again_where_they_were_recorded(folder, 
     assert f"are not in {folder / 'data'} and are prepared there" in caplog.text
 
 
-def test_text_that_has_moved_is_named_by_flags_and_text_that_has_changed_is_refused(copy, folder, tmp_path):
+def test_text_that_has_moved_is_named_by_flags_and_text_that_has_changed_is_refused(
+    copy, folder, tmp_path
+):
     tokenizer = load_tokenizer(copy)
     moved, rows = tmp_path / "moved.jsonl", str(tmp_path / "rows")
     moved.write_text(TEXTS)
-    change_record(copy, lambda recorded: recorded.pop("text"))  # as a run from elsewhere, or of an older version
+    change_record(
+        copy, lambda recorded: recorded.pop("text")
+    )  # as a run from elsewhere, or of an older version
     with pytest.raises(DataError, match=r"say where the text is, by --data\.files="):
         open_run_corpus(copy, tokenizer, TextPlaces(directory=rows))
     corpus = open_run_corpus(copy, tokenizer, TextPlaces(directory=rows, files=str(moved)))
     assert corpus.directory.parent == tmp_path / "rows/rows"
-    assert open_run_corpus(copy, tokenizer, TextPlaces(directory=rows)).directory == corpus.directory
+    assert (
+        open_run_corpus(copy, tokenizer, TextPlaces(directory=rows)).directory == corpus.directory
+    )
     shutil.rmtree(corpus.directory)
     moved.write_text(TEXTS + TEXTS)
-    with pytest.raises(DataError, match=r"gives the rows files-.*, not files-.*, on which the run was trained"):
+    with pytest.raises(
+        DataError, match=r"gives the rows files-.*, not files-.*, on which the run was trained"
+    ):
         open_run_corpus(copy, tokenizer, TextPlaces(directory=rows, files=str(moved)))
     assert [*corpus.directory.parent.iterdir()] == []
 

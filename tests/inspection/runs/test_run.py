@@ -40,8 +40,16 @@ def test_a_run_is_read_from_its_directory_alone(tmp_path):
     log = RoutingLog(tmp_path, [1], 4)
     log.append(10, np.array([[1, 2, 3, 4]]), np.full((1, 4), 0.25, np.float32))
     run = open_run(tmp_path)
-    assert (run.name, run.config, run.versions) == (tmp_path.name, FACTS["config"], FACTS["versions"])
-    assert (run.git_commit, run.device, run.command) == ("abc123", FACTS["device"], FACTS["command"])
+    assert (run.name, run.config, run.versions) == (
+        tmp_path.name,
+        FACTS["config"],
+        FACTS["versions"],
+    )
+    assert (run.git_commit, run.device, run.command) == (
+        "abc123",
+        FACTS["device"],
+        FACTS["command"],
+    )
     assert (run.parameters_total, run.parameters_active, run.is_dense) == (1000, 400, False)
     assert run.routing.counts_SNE.tolist() == [[[1, 2, 3, 4]]]
     assert run.keys == ("loss/lm",)
@@ -54,7 +62,10 @@ def test_a_dense_run_has_no_routing(tmp_path):
 
 
 def test_a_series_holds_the_lines_that_have_its_key(tmp_path):
-    write_run(tmp_path, lines({"step": 10, "a": 1}, {"step": 15, "eval/loss": 2.5}, {"step": 20, "a": 0.5}))
+    write_run(
+        tmp_path,
+        lines({"step": 10, "a": 1}, {"step": 15, "eval/loss": 2.5}, {"step": 20, "a": 0.5}),
+    )
     run = open_run(tmp_path)
     steps, values = run.series("a")
     assert (steps.tolist(), values.tolist()) == ([10, 20], [1.0, 0.5])
@@ -93,8 +104,14 @@ def test_a_complete_last_line_without_a_line_break_is_kept(tmp_path):
 
 
 def test_metrics_hold_a_row_per_step_with_training_and_evaluation_in_one(tmp_path):
-    before = [{"step": 10, "b": 1, "a": 2}, {"step": 20, "b": 3, "a": None}, {"step": 20, "eval/loss": 4}]
-    write_run(tmp_path, lines(*before, {"step": 20, "b": 5}, {"step": 30, "b": 6}))  # 20 was written again
+    before = [
+        {"step": 10, "b": 1, "a": 2},
+        {"step": 20, "b": 3, "a": None},
+        {"step": 20, "eval/loss": 4},
+    ]
+    write_run(
+        tmp_path, lines(*before, {"step": 20, "b": 5}, {"step": 30, "b": 6})
+    )  # 20 was written again
     run = open_run(tmp_path)
     table = run.metrics
     assert table.columns.tolist() == ["a", "b", "eval/loss"] and table.index.name == "step"
@@ -126,7 +143,9 @@ def test_a_reloaded_run_sees_new_entries_of_the_routing_log(tmp_path):
     write_run(tmp_path)
     run = open_run(tmp_path)
     assert run.routing is None
-    RoutingLog(tmp_path, [1], 4).append(10, np.ones((1, 4), np.int64), np.full((1, 4), 0.25, np.float32))
+    RoutingLog(tmp_path, [1], 4).append(
+        10, np.ones((1, 4), np.int64), np.full((1, 4), 0.25, np.float32)
+    )
     assert run.reload().routing.num_entries == 1
 
 
@@ -137,7 +156,11 @@ def test_opening_and_describing_a_run_touches_neither_metrics_nor_routing(tmp_pa
     (tmp_path / "routing").mkdir()
     (tmp_path / "routing" / "zarr.json").mkdir()
     run = open_run(tmp_path)
-    assert "4 experts, top 2" in repr(run) and "1,000 (400 active)" in repr(run) and repr(run).count("\n") < 5
+    assert (
+        "4 experts, top 2" in repr(run)
+        and "1,000 (400 active)" in repr(run)
+        and repr(run).count("\n") < 5
+    )
     assert "4 experts, top 2" in run._repr_html_()
     for read in (lambda: run.metrics, lambda: run.series("a"), lambda: run.routing):
         with pytest.raises((OSError, ValueError)):
@@ -173,12 +196,20 @@ def test_saved_and_evaluated_steps_are_listed_in_order_and_only_complete_ones(tm
     folder = tmp_path / "routing" / "evaluations"
     folder.mkdir(parents=True)
     for step in (20, 100):
-        np.savez(folder / f"{step}.npz", load=np.full((1, 4), step, np.float32), experts=np.zeros((1, 1, 1), np.uint8))
+        np.savez(
+            folder / f"{step}.npz",
+            load=np.full((1, 4), step, np.float32),
+            experts=np.zeros((1, 1, 1), np.uint8),
+        )
     (folder / "300.partial").write_bytes(b"")
     assert run.checkpoints == (20, 100) and run.evaluations.steps == (20, 100)
-    assert run.evaluations.read()["load"][0, 0] == 100 and run.evaluations.read(20)["load"][0, 0] == 20
+    assert (
+        run.evaluations.read()["load"][0, 0] == 100 and run.evaluations.read(20)["load"][0, 0] == 20
+    )
     (folder / "20.npz").write_bytes(b"PK damaged")
-    with pytest.raises(ValueError, match=r"evaluations/20.npz cannot be read .*restore it from a copy"):
+    with pytest.raises(
+        ValueError, match=r"evaluations/20.npz cannot be read .*restore it from a copy"
+    ):
         run.evaluations.read(20)
 
 
@@ -205,7 +236,9 @@ def test_a_missing_directory_is_named_with_a_remedy(tmp_path):
 def test_a_damaged_config_is_named_with_a_remedy(tmp_path, text):
     write_run(tmp_path)
     (tmp_path / "config.json").write_bytes(text.encode(errors="surrogateescape"))
-    with pytest.raises(ValueError, match=rf"{tmp_path}/config.json (is damaged|lacks) .*restore it, or start"):
+    with pytest.raises(
+        ValueError, match=rf"{tmp_path}/config.json (is damaged|lacks) .*restore it, or start"
+    ):
         open_run(tmp_path)
 
 
@@ -218,8 +251,13 @@ def test_a_file_that_may_not_be_read_is_not_called_damaged(tmp_path, monkeypatch
 
     monkeypatch.setattr(Path, "read_bytes", refused)
     monkeypatch.setattr(Path, "open", refused)
-    for name, look in (("config.json", lambda: open_run(tmp_path)), ("metrics.jsonl", lambda: run.series("a"))):
-        with pytest.raises(ValueError, match=rf"{name} cannot be read \(Permission denied\); see who may") as caught:
+    for name, look in (
+        ("config.json", lambda: open_run(tmp_path)),
+        ("metrics.jsonl", lambda: run.series("a")),
+    ):
+        with pytest.raises(
+            ValueError, match=rf"{name} cannot be read \(Permission denied\); see who may"
+        ) as caught:
             look()
         assert "damaged" not in str(caught.value) and "delete" not in str(caught.value)
 
@@ -237,7 +275,9 @@ def test_a_file_that_may_not_be_read_is_not_called_damaged(tmp_path, monkeypatch
 )
 def test_a_config_entry_of_the_wrong_kind_is_named_with_a_remedy(tmp_path, key, value):
     write_run(tmp_path, **{key: value})
-    with pytest.raises(ValueError, match=rf"{tmp_path}/config.json: {key}.* must be .*restore it, or start"):
+    with pytest.raises(
+        ValueError, match=rf"{tmp_path}/config.json: {key}.* must be .*restore it, or start"
+    ):
         open_run(tmp_path)
 
 
@@ -249,17 +289,24 @@ def test_a_damaged_line_in_the_middle_is_named_with_a_remedy(tmp_path, line):
 
 
 @pytest.mark.parametrize(
-    "line", [f'{{"step": {2**63}, "a": 1}}', f'{{"step": 1, "a": {10**400}}}'], ids=["step", "value"]
+    "line",
+    [f'{{"step": {2**63}, "a": 1}}', f'{{"step": 1, "a": {10**400}}}'],
+    ids=["step", "value"],
 )
 def test_a_number_beyond_64_bits_is_named(tmp_path, line):
     write_run(tmp_path, line + "\n")
-    with pytest.raises(ValueError, match=rf"{tmp_path}/metrics.jsonl: step \d+ or a is no number of 64 bits; delete"):
+    with pytest.raises(
+        ValueError,
+        match=rf"{tmp_path}/metrics.jsonl: step \d+ or a is no number of 64 bits; delete",
+    ):
         open_run(tmp_path).series("a")
 
 
 def test_a_value_that_is_no_number_is_named(tmp_path):
     write_run(tmp_path, '{"step": 1, "a": "high"}\n')
-    with pytest.raises(ValueError, match=rf"{tmp_path}/metrics.jsonl, step 1: a='high' must be a number or null"):
+    with pytest.raises(
+        ValueError, match=rf"{tmp_path}/metrics.jsonl, step 1: a='high' must be a number or null"
+    ):
         open_run(tmp_path).series("a")
 
 
@@ -275,4 +322,6 @@ def test_opening_a_run_needs_neither_plotting_nor_tables_nor_the_model():
     heavy = {"matplotlib", "pandas", "flax", "orbax", "tensorflow_datasets", "grain"}
     code = f"import sys, moejax.inspection; sys.exit(len({heavy} & set(sys.modules)))"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    assert subprocess.run([sys.executable, "-c", code], env=environment, check=False).returncode == 0
+    assert (
+        subprocess.run([sys.executable, "-c", code], env=environment, check=False).returncode == 0
+    )

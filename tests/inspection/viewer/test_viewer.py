@@ -22,12 +22,21 @@ from moejax.inspection.figures.run import LOSS_CHARTS, MAX_POINTS, Chart
 from moejax.inspection.runs.paths import RunPathError, check_folder
 from moejax.inspection.runs.run import open_run
 from moejax.inspection.viewer import page as view_page
-from moejax.inspection.viewer.plots import CurvePlot, charts_of, columns, constant, load_plot, signature
+from moejax.inspection.viewer.plots import (
+    CurvePlot,
+    charts_of,
+    columns,
+    constant,
+    load_plot,
+    signature,
+)
 from moejax.inspection.viewer.run_folder import Library, LiveRun, MetricsReader, age, find_runs
 from moejax.training.run_directory.routing_log import RoutingLog
 
 REPOSITORY = Path(__file__).parents[3]
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
 PLENTY = 10**6
 FACTS = {
     "config": {"moe": {"num_experts": 4, "top_k": 2}, "train": {"num_steps": 100}},
@@ -101,7 +110,9 @@ def test_a_file_that_was_written_anew_is_read_from_its_beginning(file, num_new, 
 
 def test_a_long_file_is_read_in_parts_and_gives_the_series_of_the_run(tmp_path):
     rng = np.random.default_rng(0)
-    values = [{"step": int(step), "a": float(rng.normal())} for step in [*range(40), *range(25, 60)]]  # resumed at 25
+    values = [
+        {"step": int(step), "a": float(rng.normal())} for step in [*range(40), *range(25, 60)]
+    ]  # resumed at 25
     write_run(tmp_path, *values)
     reader = MetricsReader(tmp_path / "metrics.jsonl")
     looks = 0
@@ -113,7 +124,16 @@ def test_a_long_file_is_read_in_parts_and_gives_the_series_of_the_run(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "damage", ["{", "[1]", '{"a": 1}', '{"step": 3, "a": "x"}', '{"step": 1e400, "a": 1}', "[" * 100_000, "\0\0"]
+    "damage",
+    [
+        "{",
+        "[1]",
+        '{"a": 1}',
+        '{"step": 3, "a": "x"}',
+        '{"step": 1e400, "a": 1}',
+        "[" * 100_000,
+        "\0\0",
+    ],
 )
 def test_a_damaged_line_is_named_and_the_others_are_read(file, damage):
     file.write_text(lines({"step": 1, "a": 1}) + damage + "\n" + lines({"step": 4, "a": 4}))
@@ -125,7 +145,9 @@ def test_a_damaged_line_is_named_and_the_others_are_read(file, damage):
 def test_a_curve_is_thinned_to_its_extremes_and_ends(tmp_path):
     values = np.sin(np.arange(20_000) / 100)
     values[[7_777, 13_131, 0, -1]] = 50, -50, values[30], values[-30]  # the ends are no extremes
-    write_run(tmp_path, *({"step": i, "a": value, "tokens": 8 * i} for i, value in enumerate(values)))
+    write_run(
+        tmp_path, *({"step": i, "a": value, "tokens": 8 * i} for i, value in enumerate(values))
+    )
     run = LiveRun(tmp_path)
     run.look()
     data = columns(run, "a", "tokens")
@@ -238,13 +260,19 @@ def test_of_many_runs_the_newest_are_listed_and_a_part_of_a_name_finds_others(tm
     from moejax.inspection.viewer.session import MAX_LISTED, RunList
 
     for i in range(MAX_LISTED + 5):
-        os.utime(write_run(tmp_path / f"run {i:02}", {"step": 1, "a": 1}) / "metrics.jsonl", (100, 100 + i))
+        os.utime(
+            write_run(tmp_path / f"run {i:02}", {"step": 1, "a": 1}) / "metrics.jsonl",
+            (100, 100 + i),
+        )
     library = Library(tmp_path)
     library.look()
     shown = RunList(library, lambda *_: None)
     shown.show()
     assert list(shown.chosen) == ["run 41", "run 42", "run 43", "run 44"]
-    assert len(shown._body.objects) == MAX_LISTED and "40 of 45 runs are listed" in shown._left_out.object
+    assert (
+        len(shown._body.objects) == MAX_LISTED
+        and "40 of 45 runs are listed" in shown._left_out.object
+    )
     shown._part.value = "RUN 00"
     shown.show()
     assert len(shown._body.objects) == 1 + 4  # those shown stay
@@ -254,7 +282,11 @@ def test_of_many_runs_the_newest_are_listed_and_a_part_of_a_name_finds_others(tm
 
 def test_what_never_changes_is_said_in_a_sentence(tmp_path):
     for name, last in (("a", 0), ("b", 1)):
-        write_run(tmp_path / name, {"step": 1, "moe/dead_experts": 0}, {"step": 2, "moe/dead_experts": last})
+        write_run(
+            tmp_path / name,
+            {"step": 1, "moe/dead_experts": 0},
+            {"step": 2, "moe/dead_experts": last},
+        )
     library = Library(tmp_path)
     library.look()
     chart = Chart("Dead experts", (("moe/dead_experts", ""),), "experts", "")
@@ -264,10 +296,15 @@ def test_what_never_changes_is_said_in_a_sentence(tmp_path):
 
 
 def test_a_run_says_how_far_it_is_and_which_alarms_are_on(tmp_path):
-    speeds = ({"step": step, "perf/tokens_per_s": speed} for step, speed in ((3, 1e3), (6, 9e4), (10, 5e4)))
+    speeds = (
+        {"step": step, "perf/tokens_per_s": speed}
+        for step, speed in ((3, 1e3), (6, 9e4), (10, 5e4))
+    )
     write_run(tmp_path, *speeds, {"step": 20, "eval/loss": 2.5, "eval/bits_per_byte": 1.5})
     on = {"step": 10, "rule": "collapse", "state": "on", "layers": [3, 1]}
-    (tmp_path / "alarms.jsonl").write_text(lines(on, {"step": 20, "rule": "drops", "state": "on", "layers": [1]}))
+    (tmp_path / "alarms.jsonl").write_text(
+        lines(on, {"step": 20, "rule": "drops", "state": "on", "layers": [1]})
+    )
     run = LiveRun(tmp_path)
     run.look()
     state = run.state
@@ -277,7 +314,10 @@ def test_a_run_says_how_far_it_is_and_which_alarms_are_on(tmp_path):
     version = run.version
     run.look()
     assert run.version == version
-    append(tmp_path / "alarms.jsonl", lines({"step": 30, "rule": "collapse", "state": "off", "layers": [1, 3]}))
+    append(
+        tmp_path / "alarms.jsonl",
+        lines({"step": 30, "rule": "collapse", "state": "off", "layers": [1, 3]}),
+    )
     run.look()
     assert run.state.alarms == ("drops in layer 1",) and run.version == version + 1
 
@@ -304,7 +344,11 @@ def test_new_runs_appear_and_what_is_wrong_with_others_is_text(tmp_path):
 
 @pytest.mark.parametrize(
     "moe",
-    [{"num_experts": 4, "num_zero_experts": "2"}, {"num_experts": -1}, {"num_experts": 4, "num_zero_experts": 1e999}],
+    [
+        {"num_experts": 4, "num_zero_experts": "2"},
+        {"num_experts": -1},
+        {"num_experts": 4, "num_zero_experts": 1e999},
+    ],
 )
 def test_a_run_with_impossible_experts_is_text(tmp_path, moe):
     run = LiveRun(write_run(tmp_path / "a", config={"moe": moe}))
@@ -319,7 +363,10 @@ def test_one_look_reads_no_more_than_it_may_of_all_runs_together(tmp_path):
     size = (tmp_path / "a/metrics.jsonl").stat().st_size
     library.look(size + 50)
     assert library.is_behind
-    assert [run.metrics.last_step for run in library.runs.values()] == [99, 1]  # two lines are 50 bytes
+    assert [run.metrics.last_step for run in library.runs.values()] == [
+        99,
+        1,
+    ]  # two lines are 50 bytes
     library.look(size)
     assert not library.is_behind and library.runs["b"].metrics.last_step == 99
 
@@ -350,19 +397,31 @@ def test_ages_are_coarse():
 
 def test_a_chart_draws_each_metric_of_each_run_and_takes_what_is_new(tmp_path):
     chart = Chart("Loss", (("loss/lm", "training"), ("eval/loss", "validation")), "nats", "")
-    write_run(tmp_path / "a", {"step": 1, "loss/lm": 3}, {"step": 2, "loss/lm": 2}, {"step": 2, "eval/loss": 2.5})
+    write_run(
+        tmp_path / "a",
+        {"step": 1, "loss/lm": 3},
+        {"step": 2, "loss/lm": 2},
+        {"step": 2, "eval/loss": 2.5},
+    )
     write_run(tmp_path / "b", {"step": 1, "loss/lm": 4}, {"step": 2, "loss/lm": 3})
     library = Library(tmp_path)
     library.look()
     plot = CurvePlot(chart, library.runs, "steps")
-    assert sorted(renderer.glyph.__class__.__name__ for renderer in plot.plot.renderers) == ["Line", "Line", "Scatter"]
+    assert sorted(renderer.glyph.__class__.__name__ for renderer in plot.plot.renderers) == [
+        "Line",
+        "Line",
+        "Scatter",
+    ]
     assert plot.caption == "Solid: training; dots: validation."
     before = signature(chart, library.runs)
     append(tmp_path / "b/metrics.jsonl", lines({"step": 3, "loss/lm": 1}))
     library.look()
     assert signature(chart, library.runs) == before
     plot.update(["b"])
-    ends = {(r.name, r.glyph.__class__.__name__): r.data_source.data["y"][-1] for r in plot.plot.renderers}
+    ends = {
+        (r.name, r.glyph.__class__.__name__): r.data_source.data["y"][-1]
+        for r in plot.plot.renderers
+    }
     assert ends == {("a", "Line"): 2, ("a", "Scatter"): 2.5, ("b", "Line"): 1}
     append(tmp_path / "b/metrics.jsonl", lines({"step": 3, "eval/loss": 1}))
     library.look()
@@ -396,11 +455,17 @@ def test_the_load_of_a_layer_is_a_row_of_colours(tmp_path):
 def test_what_comes_from_a_run_is_escaped(tmp_path):
     evil = '<img src=x onerror="1">'
     run = LiveRun(write_run(tmp_path / evil))
-    (tmp_path / evil / "alarms.jsonl").write_text(lines({"step": 1, "rule": "<b>", "state": "on", "layers": [1]}))
+    (tmp_path / evil / "alarms.jsonl").write_text(
+        lines({"step": 1, "rule": "<b>", "state": "on", "layers": [1]})
+    )
     (tmp_path / evil / "report.html").write_text('"><script>1</script>')
     run.look()
     frame = view_page.report_frame(run)
-    for text in (view_page.run_row(run), view_page.heading(tmp_path / evil, 1, is_behind=False), frame):
+    for text in (
+        view_page.run_row(run),
+        view_page.heading(tmp_path / evil, 1, is_behind=False),
+        frame,
+    ):
         assert "<img" not in text and "<b>" not in text and "<script" not in text
     assert '<iframe sandbox="" ' in frame and 'srcdoc="&quot;&gt;&lt;script&gt;1' in frame
 
@@ -453,13 +518,17 @@ class Browser:
 
     async def call(self, method, **parameters):
         self._calls += 1
-        await self._socket.write_message(json.dumps({"id": self._calls, "method": method, "params": parameters}))
+        await self._socket.write_message(
+            json.dumps({"id": self._calls, "method": method, "params": parameters})
+        )
         while (answer := json.loads(await self._socket.read_message())).get("id") != self._calls:
             self.events.append(answer)
         return answer["result"]
 
     async def evaluate(self, script):
-        return (await self.call("Runtime.evaluate", expression=script, returnByValue=True))["result"].get("value")
+        return (await self.call("Runtime.evaluate", expression=script, returnByValue=True))[
+            "result"
+        ].get("value")
 
     async def wait_for(self, script, holds):
         """Evaluates a script until its value is as wanted, and returns it."""
@@ -470,7 +539,11 @@ class Browser:
         return value
 
     def requests(self):
-        sent = [event["params"]["request"] for event in self.events if event["method"] == "Network.requestWillBeSent"]
+        sent = [
+            event["params"]["request"]
+            for event in self.events
+            if event["method"] == "Network.requestWillBeSent"
+        ]
         return [request["url"] for request in sent]
 
 
@@ -479,7 +552,9 @@ def served(folder, modules=""):
     """The page, served by the command as a process of its own: the process and the page's address."""
     command = [sys.executable, "-m", "moejax", "view", f"--workdir={folder}"]
     environment = os.environ | {"PYTHONPATH": f"{REPOSITORY}:{modules}"}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     try:
         yield process, process.stdout.readline().strip()
     finally:
@@ -524,10 +599,19 @@ async def socket_status(url, origin):
 async def check_what_is_refused(url, imported):
     page, _, token = url.partition("?")
     code, body = await status(url)
-    assert code == 200 and b"moejax view" in body and b"first" not in body  # runs are sent over the websocket alone
+    assert (
+        code == 200 and b"moejax view" in body and b"first" not in body
+    )  # runs are sent over the websocket alone
     refused = 403, b""
     wrong = f"{page}?token={'0' * 48}"
-    for address in (page, wrong, f"{url}&{token}", f"{page}?{token[:-1]}", f"{page}{token}", f"{page}?token="):
+    for address in (
+        page,
+        wrong,
+        f"{url}&{token}",
+        f"{page}?{token[:-1]}",
+        f"{page}{token}",
+        f"{page}?token=",
+    ):
         assert await status(address) == refused, address
     for host in ("evil.example", "127.0.0.1", "localhost:1"):
         assert await status(url, Host=host) == refused
@@ -540,7 +624,9 @@ async def check_what_is_refused(url, imported):
     attack = f"{page}components/payload/A/_css/x"
     assert await status(attack) == refused
     assert await status(f"{attack}?{token}", Host="evil.example") == refused
-    assert (await status(f"{attack}?{token}"))[0] == 404  # whoever knows the token imports nothing either
+    assert (await status(f"{attack}?{token}"))[
+        0
+    ] == 404  # whoever knows the token imports nothing either
     for route in ("metadata", "autoload.js", "../../etc/passwd", "static/../../../../etc/passwd"):
         assert (await status(f"{page}{route}?{token}"))[0] in (403, 404), route
     assert not imported.exists()
@@ -554,7 +640,9 @@ def test_the_server_refuses_others_imports_nothing_and_waits_for_no_pipe(tmp_pat
     (tmp_path / "modules").mkdir()
     (tmp_path / "modules/payload.py").write_text(f"open({str(imported)!r}, 'w').close()")
     with served(folder, tmp_path / "modules") as (process, url):
-        assert re.fullmatch(r"http://127\.0\.0\.1:\d+/\?token=[0-9a-f]{48}", url), process.stderr.read()
+        assert re.fullmatch(r"http://127\.0\.0\.1:\d+/\?token=[0-9a-f]{48}", url), (
+            process.stderr.read()
+        )
         with pytest.raises(OSError):
             socket.create_connection(("127.0.0.2", int(re.search(r":(\d+)/", url)[1])), timeout=5)
         asyncio.run(check_what_is_refused(url, imported))
@@ -562,11 +650,17 @@ def test_the_server_refuses_others_imports_nothing_and_waits_for_no_pipe(tmp_pat
 
 async def check_what_is_shown(browser, url, folder):
     await browser.open(url)
-    text = await browser.wait_for(Browser.TEXT, lambda text: "Language-model loss" in text and "first" in text)
-    assert "20 of 100" in text and "MaxVio" in text and "<img src=x onerror=document.title=1>" in text
+    text = await browser.wait_for(
+        Browser.TEXT, lambda text: "Language-model loss" in text and "first" in text
+    )
+    assert (
+        "20 of 100" in text and "MaxVio" in text and "<img src=x onerror=document.title=1>" in text
+    )
     append(folder / "first/metrics.jsonl", lines({"step": 30, "loss/lm": 1.25, "tokens": 300}))
     write_run(folder / "third", {"step": 7, "loss/lm": 1})
-    text = await browser.wait_for(Browser.TEXT, lambda text: "30 of 100" in text and "third" in text)
+    text = await browser.wait_for(
+        Browser.TEXT, lambda text: "30 of 100" in text and "third" in text
+    )
     ends = "JSON.stringify([...Bokeh.documents[0]._all_models.values()].filter(m => m.type === 'ColumnDataSource')"
     ends += ".map(m => [...m.data.y ?? []].at(-1)))"
     await browser.wait_for(ends, lambda ends: 1.25 in json.loads(ends or "[]"))
@@ -575,17 +669,29 @@ async def check_what_is_shown(browser, url, folder):
     await browser.evaluate(Browser.CLICK % "Report")
     await browser.wait_for(Browser.FRAME, lambda frame: "top.document.title" in frame)
     await asyncio.sleep(0.5)
-    assert await browser.evaluate("document.title") == "moejax view"  # no script of a run has changed it
+    assert (
+        await browser.evaluate("document.title") == "moejax view"
+    )  # no script of a run has changed it
     asked = [request for request in browser.requests() if request.startswith(("http", "ws"))]
-    assert asked and all(request.startswith(url.partition("?")[0]) or "/stolen" in request for request in asked), asked
+    assert asked and all(
+        request.startswith(url.partition("?")[0]) or "/stolen" in request for request in asked
+    ), asked
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium, chromium-browser or google-chrome on the path")
+@pytest.mark.skipif(
+    CHROMIUM is None, reason="needs chromium, chromium-browser or google-chrome on the path"
+)
 def test_the_page_lives_in_a_browser_fetches_nothing_and_stops_when_interrupted(tmp_path):
     folder = tmp_path / "runs"
     write_run(folder / "<img src=x onerror=document.title=1>", {"step": 20, "loss/lm": 2})
-    first = write_run(folder / "first", {"step": 10, "loss/lm": 3, "moe/max_violation": 1}, {"step": 20, "loss/lm": 2})
-    RoutingLog(first, [1], 4).append(20, np.array([[1, 2, 3, 4]]), np.full((1, 4), 0.25, np.float32))
+    first = write_run(
+        folder / "first",
+        {"step": 10, "loss/lm": 3, "moe/max_violation": 1},
+        {"step": 20, "loss/lm": 2},
+    )
+    RoutingLog(first, [1], 4).append(
+        20, np.array([[1, 2, 3, 4]]), np.full((1, 4), 0.25, np.float32)
+    )
     with socket.create_server(("127.0.0.1", 0)) as thief, served(folder) as (process, url):
         thief.setblocking(False)
         steal = f"http://127.0.0.1:{thief.getsockname()[1]}/stolen"

@@ -37,7 +37,9 @@ def collector(config):
     def run(logits_TE, mask_T, kept_TK):
         routing = route(RouterInputs(logits_TE, mask_T, len(mask_T)), config)
         service = Service(
-            jnp.where(kept_TK, routing.weights_TK, 0), mask_T[:, None] & ~kept_TK, jnp.zeros_like(kept_TK)
+            jnp.where(kept_TK, routing.weights_TK, 0),
+            mask_T[:, None] & ~kept_TK,
+            jnp.zeros_like(kept_TK),
         )
         stats = collect(routing, mask_T, service, config, length=len(mask_T))
         return jax.tree.map(lambda x: x[None], stats)  # as if stacked by layer
@@ -69,7 +71,9 @@ def collapsed_logits(top_k):
 def test_the_balance_loss_is_1_when_uniform_and_experts_over_k_when_collapsed(top_k):
     oracle.assert_close(balance_loss(stats_of(cyclic_logits(top_k), top_k)), [1.0])
     oracle.assert_close(balance_loss(stats_of(collapsed_logits(top_k), top_k)), [E / top_k])
-    oracle.assert_close(balance_loss(stats_of(np.zeros((T, E)), top_k)), [1.0])  # uniform probabilities suffice
+    oracle.assert_close(
+        balance_loss(stats_of(np.zeros((T, E)), top_k)), [1.0]
+    )  # uniform probabilities suffice
 
 
 @pytest.mark.parametrize("top_k", [1, 2])
@@ -81,7 +85,9 @@ def test_the_balance_loss_grows_with_every_further_token_that_collapses(top_k):
         collapses_T = np.arange(T) % E >= first_loyal
         logits_TE = np.where(collapses_T[:, None], collapsed, uniform)
         values.append(float(balance_loss(stats_of(logits_TE, top_k))[0]))
-    assert values[0] == pytest.approx(1, rel=1e-5) and values[-1] == pytest.approx(E / top_k, rel=1e-5)
+    assert values[0] == pytest.approx(1, rel=1e-5) and values[-1] == pytest.approx(
+        E / top_k, rel=1e-5
+    )
     assert np.all(np.diff(values) > 1e-3)
 
 
@@ -97,7 +103,9 @@ def test_the_gradient_of_the_balance_loss_lowers_the_probability_of_the_overload
     # f is a constant: the derivative is E / T * sum_e f_e dp_e.
     load_E = load_fractions(stats_of(logits_TE, 2))[0]
     assert np.all(gradient_TE[:, np.argmax(load_E)] > 0)
-    expected = jax.grad(lambda x: E / T * jnp.sum(jax.nn.softmax(x) @ load_E))(jnp.float32(logits_TE))
+    expected = jax.grad(lambda x: E / T * jnp.sum(jax.nn.softmax(x) @ load_E))(
+        jnp.float32(logits_TE)
+    )
     oracle.assert_close(gradient_TE, expected)
 
 
@@ -107,7 +115,9 @@ def test_ties_are_counted_as_the_oracle_does_and_16_bits_make_them(top_k):
     few = routing_metrics(stats_of(logits_TE, top_k, mask_T, kept_TK))["ties"]
     rounded_TE = np.float32((logits_TE * 4).round() / 4)
     many = routing_metrics(stats_of(rounded_TE, top_k, mask_T, kept_TK))["ties"]
-    np.testing.assert_allclose(many, oracle.metrics(as_result(rounded_TE, mask_T, kept_TK, top_k))["ties"], rtol=1e-6)
+    np.testing.assert_allclose(
+        many, oracle.metrics(as_result(rounded_TE, mask_T, kept_TK, top_k))["ties"], rtol=1e-6
+    )
     assert few == 0 and (many == 0) == (top_k == 8)  # among all experts there is no boundary
 
 
@@ -117,7 +127,9 @@ def test_a_tie_is_at_the_last_choice_that_a_token_makes():
     experts_TK = jnp.array([[0, 1], [0, 4], [0, 4], [0, 1]])
     zeros_TE, weights_TK = jnp.zeros((4, 4)), jnp.zeros((4, 2))
     routing = Routing(zeros_TE, zeros_TE, experts_TK, weights_TK, ranking_TE, zeros_TE, weights_TK)
-    assert float(count_ties(routing, jnp.array([True, True, True, False]))) == 2  # the first and the third
+    assert (
+        float(count_ties(routing, jnp.array([True, True, True, False]))) == 2
+    )  # the first and the third
 
 
 def random_case(top_k, seed=0):
@@ -162,7 +174,9 @@ def test_padding_appended_changes_no_sum_whatever_it_holds():
     without = stats_of(logits_TE, 2, mask_T, kept_TK)
     padded_TE = np.concatenate([logits_TE, np.full((T, E), 1e4)])
     nobody = np.zeros(T, bool)
-    with_padding = stats_of(padded_TE, 2, np.append(mask_T, nobody), np.concatenate([kept_TK, np.zeros((T, 2), bool)]))
+    with_padding = stats_of(
+        padded_TE, 2, np.append(mask_T, nobody), np.concatenate([kept_TK, np.zeros((T, 2), bool)])
+    )
     oracle.assert_close(with_padding, without)
 
 
@@ -200,7 +214,9 @@ def test_a_batch_without_tokens_has_finite_losses_and_metrics():
 def test_a_single_expert_has_finite_metrics():
     # moe.num_experts=1 with top_k=1 passes validation; its load is perfectly balanced.
     everyone = jnp.ones(T, bool)
-    stats = collector(softmax_config(1, num_experts=1))(jnp.ones((T, 1)), everyone, everyone[:, None])
+    stats = collector(softmax_config(1, num_experts=1))(
+        jnp.ones((T, 1)), everyone, everyone[:, None]
+    )
     for name, value in routing_metrics(stats).items():
         assert np.all(np.isfinite(value)), name
 
@@ -242,7 +258,9 @@ def test_importance_load_and_sequence_losses_equal_the_oracles(seed):
         "balance": oracle_losses.balance_loss(routing.probs_TE, experts_TK, mask_T),
         "z": oracle_losses.z_loss(logits_TE, mask_T),
         "importance": oracle_losses.importance_loss(experts_TK, routing.weights_TK, E),
-        "vmoe_importance": oracle_losses.cv_squared(oracle_losses.importance_vmoe(routing.probs_TE, mask_T)),
+        "vmoe_importance": oracle_losses.cv_squared(
+            oracle_losses.importance_vmoe(routing.probs_TE, mask_T)
+        ),
         "load": oracle_losses.cv_squared(load_E),
         "vmoe_load": oracle_losses.cv_squared(vmoe_E),
     }
@@ -255,28 +273,47 @@ def test_importance_load_and_sequence_losses_equal_the_oracles(seed):
 @pytest.mark.parametrize("score", ["sigmoid", "softmax", "sqrt_softplus"])
 @pytest.mark.parametrize("top_k", [1, 3])
 def test_the_sequence_loss_counts_the_best_scores_without_bias_and_groups(score, top_k):
-    how = {"num_groups": 4, "top_k_groups": 2, "selection_bias": True, "sequence_balance_weight": 1.0}
-    config = MoeConfig(num_experts=E, top_k=top_k, router="sigmoid_topk", score=score, renormalize=False, **how)
+    how = {
+        "num_groups": 4,
+        "top_k_groups": 2,
+        "selection_bias": True,
+        "sequence_balance_weight": 1.0,
+    }
+    config = MoeConfig(
+        num_experts=E, top_k=top_k, router="sigmoid_topk", score=score, renormalize=False, **how
+    )
     rng = np.random.default_rng(0)
     logits_TE, mask_T = rng.normal(size=(T, E)).astype(np.float32), rng.random(T) < 0.7
     bias_E = jnp.asarray(rng.normal(size=E), jnp.float32)
-    routing = route(RouterInputs(jnp.asarray(logits_TE), jnp.asarray(mask_T), 4, bias_E=bias_E), config)
+    routing = route(
+        RouterInputs(jnp.asarray(logits_TE), jnp.asarray(mask_T), 4, bias_E=bias_E), config
+    )
     none_TK = jnp.zeros(routing.experts_TK.shape, bool)
-    stats = collect(routing, jnp.asarray(mask_T), Service(routing.weights_TK, none_TK, none_TK), config, length=4)
+    stats = collect(
+        routing,
+        jnp.asarray(mask_T),
+        Service(routing.weights_TK, none_TK, none_TK),
+        config,
+        length=4,
+    )
     scores_TE = [oracle_routers.scores_one(row, score) for row in logits_TE]
     expected = oracle_losses.sequence_balance_loss(scores_TE, mask_T, top_k, 4)
     found = auxiliary_losses(jax.tree.map(lambda x: x[None], stats), config)["sequence_balance"]
     oracle.assert_close(found.value_N, [expected])
 
 
-@pytest.mark.parametrize(("scope", "scopes"), [("sequence", 4), ("device", 2), ("microbatch", 1), ("global", 1)])
+@pytest.mark.parametrize(
+    ("scope", "scopes"), [("sequence", 4), ("device", 2), ("microbatch", 1), ("global", 1)]
+)
 @pytest.mark.parametrize("top_k", [1, 3])
 def test_a_scope_averages_before_the_product(scope, scopes, top_k):
     _, stats, routing, experts_TK, mask_T, *_ = loss_case(top_k=top_k, balance_scope=scope)
     expected = oracle_losses.scoped_balance_loss(routing.probs_TE, experts_TK, mask_T, scopes)
     oracle.assert_close(balance_loss(stats), [expected])
     # Over two microbatches the scopes of both are averaged, and the global scope is one product.
-    _, other, other_routing, other_experts_TK, other_mask_T, *_ = loss_case(top_k=top_k, balance_scope=scope, seed=7)
+    _, other, other_routing, other_experts_TK, other_mask_T, *_ = loss_case(
+        top_k=top_k, balance_scope=scope, seed=7
+    )
     both = (
         np.concatenate([routing.probs_TE, other_routing.probs_TE]), np.concatenate([experts_TK, other_experts_TK]),
         np.concatenate([mask_T, other_mask_T]),
@@ -287,13 +324,18 @@ def test_a_scope_averages_before_the_product(scope, scopes, top_k):
 
 
 @pytest.mark.parametrize(
-    ("convention", "at_balance"), [("normalized", 1.0), ("times_k", 2.0), ("over_k", 0.5), ("first_choice", 1.0)]
+    ("convention", "at_balance"),
+    [("normalized", 1.0), ("times_k", 2.0), ("over_k", 0.5), ("first_choice", 1.0)],
 )
 def test_a_convention_changes_the_term_and_never_the_logged_value(convention, at_balance):
     config, stats, routing, experts_TK, mask_T, *_ = loss_case(balance_convention=convention)
     loss = auxiliary_losses(stats, config)["balance"]
-    oracle.assert_close(loss.value_N, [oracle_losses.balance_loss(routing.probs_TE, experts_TK, mask_T)])
-    oracle.assert_close(loss.term_N, [oracle_losses.balance_loss(routing.probs_TE, experts_TK, mask_T, convention)])
+    oracle.assert_close(
+        loss.value_N, [oracle_losses.balance_loss(routing.probs_TE, experts_TK, mask_T)]
+    )
+    oracle.assert_close(
+        loss.term_N, [oracle_losses.balance_loss(routing.probs_TE, experts_TK, mask_T, convention)]
+    )
     uniform = jax.tree.map(lambda x: x, stats)
     uniform = dataclasses.replace(
         uniform,
@@ -319,7 +361,9 @@ def test_first_choices_are_averaged_over_the_scope_too(scope, scopes):
     loss = auxiliary_losses(stats, config)["balance"]
     arguments = (routing.probs_TE, experts_TK, mask_T, scopes)
     oracle.assert_close(loss.value_N, [oracle_losses.scoped_balance_loss(*arguments)])
-    oracle.assert_close(loss.term_N, [oracle_losses.scoped_balance_loss(*arguments, "first_choice")])
+    oracle.assert_close(
+        loss.term_N, [oracle_losses.scoped_balance_loss(*arguments, "first_choice")]
+    )
     assert abs(loss.term_N[0] - loss.value_N[0]) > 1e-3
 
 
@@ -339,7 +383,15 @@ def test_an_expected_load_without_noise_counts_choices_and_has_no_gradient():
     def load(scale):
         zeros_TK = jnp.zeros((6, 2))
         routing = Routing(
-            logits_TE, logits_TE, zeros_TK.astype(int), zeros_TK, logits_TE, logits_TE, zeros_TK, logits_TE, scale
+            logits_TE,
+            logits_TE,
+            zeros_TK.astype(int),
+            zeros_TK,
+            logits_TE,
+            logits_TE,
+            zeros_TK,
+            logits_TE,
+            scale,
         )
         return expected_load(routing, mask_T, 2)
 

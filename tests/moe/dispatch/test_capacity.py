@@ -35,7 +35,9 @@ def admission(order, overflow, num_groups):
 def draw(seed, masked=0.2, skew=2.0):
     """Experts by rank of random values, weights that fall, and some masked tokens."""
     rng = np.random.default_rng(seed)
-    ranking_TE = (rng.integers(-3, 4, (T, CHOICES)) + skew * (np.arange(CHOICES) == 1)).astype(np.float32)
+    ranking_TE = (rng.integers(-3, 4, (T, CHOICES)) + skew * (np.arange(CHOICES) == 1)).astype(
+        np.float32
+    )
     ranking_TE[rng.random((T, CHOICES)) < 0.2] = -np.inf
     ranking_TE[:, :K] = np.maximum(ranking_TE[:, :K], -5)  # enough that may be chosen
     experts_TK = np.argsort(-ranking_TE, axis=1, kind="stable")[:, :K].astype(np.int32)
@@ -50,24 +52,36 @@ def draw(seed, masked=0.2, skew=2.0):
 @pytest.mark.parametrize("num_groups", [1, 3])
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 10_000), st.integers(0, 5))
-def test_who_keeps_moves_and_drops_is_what_a_loop_over_choices_says(order, overflow, num_groups, seed, limit):
+def test_who_keeps_moves_and_drops_is_what_a_loop_over_choices_says(
+    order, overflow, num_groups, seed, limit
+):
     experts_TK, ranking_TE, weights_TK = draw(seed)
     ours, theirs = admission(order, overflow, num_groups)
     result = ours(experts_TK, ranking_TE, weights_TK, jnp.int32(limit))
     expected = theirs(experts_TK, ranking_TE, weights_TK, limit)
     final_TK = np.array([[CHOICES if e is None else e for e in row] for row in expected])
     np.testing.assert_array_equal(result.experts_TK, final_TK)
-    np.testing.assert_array_equal(result.is_dropped_TK, [[e is None for e in row] for row in expected])
-    np.testing.assert_array_equal(result.is_moved_TK, (final_TK != experts_TK) & (final_TK != CHOICES))
+    np.testing.assert_array_equal(
+        result.is_dropped_TK, [[e is None for e in row] for row in expected]
+    )
+    np.testing.assert_array_equal(
+        result.is_moved_TK, (final_TK != experts_TK) & (final_TK != CHOICES)
+    )
 
 
 @orders
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 10_000), st.integers(1, 4))
-def test_next_fills_slots_without_exceeding_them_and_never_sends_a_token_twice_to_an_expert(order, seed, limit):
+def test_next_fills_slots_without_exceeding_them_and_never_sends_a_token_twice_to_an_expert(
+    order, seed, limit
+):
     arguments = (*draw(seed), jnp.int32(limit))
-    moved, dropped = (np.asarray(admission(order, what, 1)[0](*arguments).experts_TK) for what in ("next", "drop"))
-    counts_E, counts_dropping_E = (np.bincount(x.ravel(), minlength=CHOICES + 1)[:E] for x in (moved, dropped))
+    moved, dropped = (
+        np.asarray(admission(order, what, 1)[0](*arguments).experts_TK) for what in ("next", "drop")
+    )
+    counts_E, counts_dropping_E = (
+        np.bincount(x.ravel(), minlength=CHOICES + 1)[:E] for x in (moved, dropped)
+    )
     assert counts_E.max() <= limit
     assert np.all(counts_E >= counts_dropping_E)
     for row in moved:
@@ -97,12 +111,24 @@ def test_by_choice_and_by_weight_later_tokens_do_take_the_room_of_earlier_ones(o
     how = {"num_experts": 3, "num_groups": 1, "overflow": "drop"}
     result = admit(experts_TK, None, weights_TK, 1, order=order, **how)
     assert result.experts_TK.tolist() == [[0, 3], [1, 2]]
-    assert admit(experts_TK, None, weights_TK, 1, order="position", **how).experts_TK.tolist() == [[0, 1], [3, 2]]
+    assert admit(experts_TK, None, weights_TK, 1, order="position", **how).experts_TK.tolist() == [
+        [0, 1],
+        [3, 2],
+    ]
 
 
 def test_by_weight_the_most_certain_tokens_are_served_first():
     experts_TK, weights_TK = jnp.zeros((4, 1), jnp.int32), jnp.array([[0.3], [0.9], [0.5], [0.9]])
-    result = admit(experts_TK, None, weights_TK, 2, num_experts=1, num_groups=1, order="weight", overflow="drop")
+    result = admit(
+        experts_TK,
+        None,
+        weights_TK,
+        2,
+        num_experts=1,
+        num_groups=1,
+        order="weight",
+        overflow="drop",
+    )
     assert result.is_dropped_TK.ravel().tolist() == [True, False, True, False]
 
 
@@ -110,14 +136,18 @@ def test_a_group_has_slots_of_its_own():
     experts_TK, weights_TK = jnp.zeros((6, 1), jnp.int32), jnp.ones((6, 1))
     how = {"num_experts": 2, "order": "position", "overflow": "drop"}
     dropped = [
-        admit(experts_TK, None, weights_TK, 1, num_groups=n, **how).is_dropped_TK.ravel().tolist() for n in (1, 2, 3)
+        admit(experts_TK, None, weights_TK, 1, num_groups=n, **how).is_dropped_TK.ravel().tolist()
+        for n in (1, 2, 3)
     ]
     assert dropped == [[False] + [True] * 5, [False, True, True] * 2, [False, True] * 3]
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"num_groups": 5}, "num_groups=5 must divide the 4 tokens"), ({"overflow": "next"}, "needs ranking_TE")],
+    [
+        ({"num_groups": 5}, "num_groups=5 must divide the 4 tokens"),
+        ({"overflow": "next"}, "needs ranking_TE"),
+    ],
 )
 def test_groups_that_do_not_divide_and_a_missing_ranking_are_errors(changes, message):
     how = {"num_experts": 2, "num_groups": 1, "order": "position", "overflow": "drop"} | changes
@@ -126,7 +156,9 @@ def test_groups_that_do_not_divide_and_a_missing_ranking_are_errors(changes, mes
 
 
 @pytest.mark.parametrize("factor", [0.1, 0.5, 0.7, 1.0, 1.1, 1.2, 1.25, 1.3, 1.5, 2.0, 2.2])
-def test_the_slots_of_an_expert_are_the_ceiling_of_its_share_times_the_factor_between_1_and_the_length(factor):
+def test_the_slots_of_an_expert_are_the_ceiling_of_its_share_times_the_factor_between_1_and_the_length(
+    factor,
+):
     for top_k, num_experts in [(1, 8), (2, 8), (2, 64), (8, 64), (3, 7), (8, 8)]:
         for length in [1, 2, 40, 80, 200, 256, 2048]:
             exact = oracle.capacity(factor, top_k, length, num_experts)
@@ -149,7 +181,9 @@ def layer_run(config, is_training):
     layer.router.kernel[...] *= 8  # unequal loads
     graphdef, state = nnx.split(layer)
     factor = config.capacity_factor if is_training else None
-    return layer, jax.jit(lambda x, m: nnx.merge(graphdef, state)(x, info_of(config, m, factor, trace=True)))
+    return layer, jax.jit(
+        lambda x, m: nnx.merge(graphdef, state)(x, info_of(config, m, factor, trace=True))
+    )
 
 
 def layer_case(is_training=True, **changes):
@@ -173,13 +207,20 @@ def layer_case(is_training=True, **changes):
 
 def expected_output(config, layer, x_BLD, routing, final_TK):
     """Loops over tokens; weights of the survivors as the overflow rule says."""
-    gate_up_EDPF, down_EFD = (np.asarray(w[...], np.float64) for w in (layer.experts.gate_up, layer.experts.down))
+    gate_up_EDPF, down_EFD = (
+        np.asarray(w[...], np.float64) for w in (layer.experts.gate_up, layer.experts.down)
+    )
     y_TD, mass = np.zeros((B * L, D)), 0.0
     for t, x_D in enumerate(np.asarray(x_BLD, np.float64).reshape(-1, D)):
         if routing.experts_TK[t, 0] == E:
             continue
-        held = [old if new is None else new for old, new in zip(routing.experts_TK[t], final_TK[t], strict=True)]
-        weights = oracle_routers.weigh_one(routing.logits_TE[t], held, "softmax", config.renormalize)
+        held = [
+            old if new is None else new
+            for old, new in zip(routing.experts_TK[t], final_TK[t], strict=True)
+        ]
+        weights = oracle_routers.weigh_one(
+            routing.logits_TE[t], held, "softmax", config.renormalize
+        )
         if config.overflow == "renormalize":
             alive = sum(w for w, new in zip(weights, final_TK[t], strict=True) if new is not None)
             weights = [w * sum(weights) / alive if alive else 0.0 for w in weights]
@@ -193,12 +234,20 @@ def expected_output(config, layer, x_BLD, routing, final_TK):
 @overflows
 @pytest.mark.parametrize("renormalize", [True, False])
 @pytest.mark.parametrize(
-    ("group", "order"), [("sequence", "position"), ("sequence", "weight"), ("global", "choice"), ("device", "position")]
+    ("group", "order"),
+    [
+        ("sequence", "position"),
+        ("sequence", "weight"),
+        ("global", "choice"),
+        ("device", "position"),
+    ],
 )
 def test_the_layer_gives_survivors_the_weights_that_the_rule_says_and_counts_each_cause(
     overflow, renormalize, group, order
 ):
-    case = layer_case(overflow=overflow, renormalize=renormalize, capacity_group=group, capacity_order=order)
+    case = layer_case(
+        overflow=overflow, renormalize=renormalize, capacity_group=group, capacity_order=order
+    )
     config, layer, x_BLD, _, y_BLD, stats, routing, final_TK = case
     expected_BLD, mass = expected_output(config, layer, x_BLD, routing, final_TK)
     oracle.assert_close(y_BLD, expected_BLD)
@@ -209,7 +258,11 @@ def test_the_layer_gives_survivors_the_weights_that_the_rule_says_and_counts_eac
         for e, old in zip(row, olds, strict=True)
     )
     unserved = sum(all(e is None for e in row) for row in final_TK)
-    assert (float(stats.dropped), float(stats.moved), float(stats.unserved)) == (dropped, moved, unserved)
+    assert (float(stats.dropped), float(stats.moved), float(stats.unserved)) == (
+        dropped,
+        moved,
+        unserved,
+    )
     assert moved > 0 if overflow == "next" else dropped > 0 and moved == 0
     np.testing.assert_allclose(float(stats.gate_mass), mass, rtol=1e-5)
 
@@ -226,13 +279,25 @@ def test_evaluation_drops_nothing_unless_its_own_factor_says_so():
 @pytest.mark.parametrize(
     ("moe", "parts"),
     [
-        ({"capacity_order": "weight", "dispatch": "capacity"}, ["moe.capacity_order=weight", "moe.allow_noncausal"]),
-        ({"capacity_order": "choice", "dispatch": "capacity"}, ["moe.capacity_order=choice", "moe.allow_noncausal"]),
-        ({"capacity_factor": 9.0, "dispatch": "capacity"}, ["moe.capacity_factor=9.0", "moe.num_experts=8"]),
+        (
+            {"capacity_order": "weight", "dispatch": "capacity"},
+            ["moe.capacity_order=weight", "moe.allow_noncausal"],
+        ),
+        (
+            {"capacity_order": "choice", "dispatch": "capacity"},
+            ["moe.capacity_order=choice", "moe.allow_noncausal"],
+        ),
+        (
+            {"capacity_factor": 9.0, "dispatch": "capacity"},
+            ["moe.capacity_factor=9.0", "moe.num_experts=8"],
+        ),
         ({"eval_capacity_factor": -1.0, "dispatch": "capacity"}, ["moe.eval_capacity_factor=-1.0"]),
         ({"eval_capacity_factor": 1.0}, ["moe.eval_capacity_factor=1.0", "moe.dispatch=capacity"]),
         ({"overflow": "next", "router": "hash"}, ["moe.overflow=next", "moe.router=hash"]),
-        ({"overflow": "renormalize", "top_k": 1, "renormalize": False}, ["moe.overflow=renormalize", "moe.top_k=1"]),
+        (
+            {"overflow": "renormalize", "top_k": 1, "renormalize": False},
+            ["moe.overflow=renormalize", "moe.top_k=1"],
+        ),
         (
             {"dispatch": "capacity", "router": "expert_choice", "allow_noncausal": True},
             ["moe.dispatch=capacity", "moe.router=expert_choice"],

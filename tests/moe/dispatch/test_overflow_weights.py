@@ -24,7 +24,12 @@ CASES = {
     "softmax after": {"router": "softmax_topk", "top_k": 3, "score": "softmax_after"},
     "sigmoid, renormalised": {"router": "sigmoid_topk", "top_k": 3},
     "sigmoid": {"router": "sigmoid_topk", "top_k": 3, "renormalize": False},
-    "sqrt_softplus": {"router": "sigmoid_topk", "score": "sqrt_softplus", "top_k": 3, "route_scale": 2.5},
+    "sqrt_softplus": {
+        "router": "sigmoid_topk",
+        "score": "sqrt_softplus",
+        "top_k": 3,
+        "route_scale": 2.5,
+    },
     "noisy": {"router": "noisy_topk", "top_k": 3},
     "quantile": {"router": "quantile", "score": "sigmoid", "top_k": 3},
     "hash": {"router": "hash", "score": "sqrt_softplus", "top_k": 3},
@@ -37,7 +42,9 @@ def log_scores(logits_E, score):
     shift = np.max(logits_E.real)
     if score.startswith("softmax"):
         return logits_E - shift - np.log(np.exp(logits_E - shift).sum())
-    positive = np.maximum(logits_E.real, 0)  # log(1 + exp l) = positive + log(exp(-positive) + exp(l - positive))
+    positive = np.maximum(
+        logits_E.real, 0
+    )  # log(1 + exp l) = positive + log(exp(-positive) + exp(l - positive))
     softplus_E = positive + np.log(np.exp(-positive) + np.exp(logits_E - positive))
     if score == "sigmoid":
         return logits_E - softplus_E
@@ -79,7 +86,9 @@ def ours(config):
             jnp.ones(tokens, bool),
             tokens,
             tokens_T=jnp.arange(tokens, dtype=jnp.int32),
-            table_VK=jnp.broadcast_to(jnp.arange(config.top_k, dtype=jnp.int32), (tokens, config.top_k)),
+            table_VK=jnp.broadcast_to(
+                jnp.arange(config.top_k, dtype=jnp.int32), (tokens, config.top_k)
+            ),
             group_logits_TG=group_logits_TG,
             noise_scale_TE=jnp.ones(logits_TE.shape),
             bias_E=jnp.zeros(E) if config.has_selection_bias else None,
@@ -103,18 +112,25 @@ def test_survivors_share_by_their_scores_however_far_they_are_behind(case):
     leads_T = np.array(LEADS * 2)
     logits_TE = rng.normal(size=(len(leads_T), E))
     logits_TE[:, 0] = 3.0 + leads_T
-    logits_TE -= leads_T[:, None] * (np.arange(len(leads_T)) % 3 == 1)[:, None]  # it is the others that are far away
+    logits_TE -= (
+        leads_T[:, None] * (np.arange(len(leads_T)) % 3 == 1)[:, None]
+    )  # it is the others that are far away
     group_logits_TG = rng.normal(size=(len(leads_T), G))
     logits_TE, group_logits_TG = (a.astype(np.float32) for a in (logits_TE, group_logits_TG))
     is_kept_TK = np.ones((len(leads_T), config.top_k), bool)
     is_kept_TK[: len(LEADS), 0] = False
     is_kept_TK[1::2, 2] = False
     factors_TK = rng.normal(size=is_kept_TK.shape).astype(np.float32)
-    (_, (weights_TK, experts_TK)), gradients = ours(config)(logits_TE, group_logits_TG, is_kept_TK, factors_TK)
+    (_, (weights_TK, experts_TK)), gradients = ours(config)(
+        logits_TE, group_logits_TG, is_kept_TK, factors_TK
+    )
     dlogits_TE, dgroups_TG = (np.asarray(g) for g in gradients)
     for t in range(len(leads_T)):
         experts, kept = np.asarray(experts_TK[t]).tolist(), is_kept_TK[t]
-        exact_E, exact_G = logits_TE[t].astype(np.complex128), group_logits_TG[t].astype(np.complex128)
+        exact_E, exact_G = (
+            logits_TE[t].astype(np.complex128),
+            group_logits_TG[t].astype(np.complex128),
+        )
         expected = shared_weights(exact_E, exact_G, experts, kept, config).real
         np.testing.assert_allclose(weights_TK[t], expected, rtol=3e-5, atol=1e-7)
 
@@ -123,15 +139,26 @@ def test_survivors_share_by_their_scores_however_far_they_are_behind(case):
 
         # The derivative is exact: a complex step subtracts nothing.
         values, step = np.concatenate([exact_E, exact_G]), 1e-30
-        expected = np.array([objective(values + 1j * step * np.eye(E + G)[i]).imag / step for i in range(E + G)])
+        expected = np.array(
+            [objective(values + 1j * step * np.eye(E + G)[i]).imag / step for i in range(E + G)]
+        )
         actual = np.concatenate([dlogits_TE[t], dgroups_TG[t]])
-        np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=2e-6, err_msg=f"lead {leads_T[t]}")
+        np.testing.assert_allclose(
+            actual, expected, rtol=1e-4, atol=2e-6, err_msg=f"lead {leads_T[t]}"
+        )
 
 
 @pytest.mark.parametrize("lead", LEADS)
 def test_a_layer_whose_first_choice_overflows_has_the_survivors_output_and_gradient(lead):
     config = derive_moe(
-        MoeConfig(num_experts=3, top_k=2, d_expert=4, dispatch="capacity", capacity_factor=0.5, overflow="renormalize"),
+        MoeConfig(
+            num_experts=3,
+            top_k=2,
+            d_expert=4,
+            dispatch="capacity",
+            capacity_factor=0.5,
+            overflow="renormalize",
+        ),
         4,
     )
     layer = MoE(config, 2, jnp.dtype("float32"), vocab_size=7, rngs=nnx.Rngs(params=0))
@@ -139,17 +166,23 @@ def test_a_layer_whose_first_choice_overflows_has_the_survivors_output_and_gradi
     layer.router.kernel[...] = jnp.asarray([[lead + 2, 0.0, 0.0], [0.0, 2.0, -2.0]])
     graphdef, params, rest = nnx.split(layer, nnx.Param, ...)
     x_BLD = jnp.asarray([[[1.0, 0.5], [1.0, -0.5], [1.0, 0.5], [1.0, -0.5]]])
-    info = info_of(config, np.ones((1, 4), bool), factor=0.5)  # 2 slots: the last two tokens find none of expert 0
+    info = info_of(
+        config, np.ones((1, 4), bool), factor=0.5
+    )  # 2 slots: the last two tokens find none of expert 0
 
     @jax.jit
     def run(params, x_BLD):
         y_BLD, stats = nnx.merge(graphdef, params, rest)(x_BLD, info)
         return jnp.sum(y_BLD**2), (y_BLD, stats.gate_mass, stats.dropped)
 
-    (_, (y_BLD, mass, dropped)), gradients = jax.value_and_grad(run, (0, 1), has_aux=True)(params, x_BLD)
+    (_, (y_BLD, mass, dropped)), gradients = jax.value_and_grad(run, (0, 1), has_aux=True)(
+        params, x_BLD
+    )
     assert all(np.isfinite(g).all() for g in jax.tree.leaves(gradients))
     np.testing.assert_allclose(mass, 4.0, rtol=1e-6)  # 1 for each token
-    assert float(dropped) == 2 and np.isfinite(y_BLD).all() and np.asarray(y_BLD[0]).any(axis=1).all()
+    assert (
+        float(dropped) == 2 and np.isfinite(y_BLD).all() and np.asarray(y_BLD[0]).any(axis=1).all()
+    )
 
 
 def test_an_oracle_by_logarithms_is_the_quotient_where_nothing_underflows():

@@ -27,7 +27,9 @@ B, L, K, E, C, D = 2, 5, 2, 4, 2, 3
 T = B * L
 
 choices = st.lists(
-    st.tuples(st.permutations(range(E)), st.sampled_from([True, True, True, False])), min_size=T, max_size=T
+    st.tuples(st.permutations(range(E)), st.sampled_from([True, True, True, False])),
+    min_size=T,
+    max_size=T,
 )
 
 dropless = jax.jit(functools.partial(plan_dropless, num_experts=E))
@@ -86,7 +88,9 @@ def test_dispatch_copies_tokens_and_combine_adds_rows_as_loops_over_choices_do(d
     plan = dropless(experts_TK) if kind == "dropless" else capacity(experts_TK.reshape(B, L, K))
     rows = len(plan.choice_R)
     rng = np.random.default_rng(seed)
-    x_TD, y_RD, weights_TK = (rng.normal(size=s).astype(np.float32) for s in ((T, D), (rows, D), (T, K)))
+    x_TD, y_RD, weights_TK = (
+        rng.normal(size=s).astype(np.float32) for s in ((T, D), (rows, D), (T, K))
+    )
     expected_RD, expected_TD = np.zeros((rows, D)), np.zeros((T, D))
     for t, k in np.ndindex(T, K):
         row = plan.row_TK[t, k]
@@ -128,7 +132,8 @@ def test_dispatch_and_combine_with_weight_1_are_each_others_transposes(plan):
 def test_the_gradients_of_dispatch_and_combine_equal_those_of_plain_indexing(plan):
     rows = len(plan.choice_R)
     x_TD, y_RD, weights_TK, dx_RD, dy_TD = (
-        jax.random.normal(jax.random.key(i), s) for i, s in enumerate([(T, D), (rows, D), (T, K), (rows, D), (T, D)])
+        jax.random.normal(jax.random.key(i), s)
+        for i, s in enumerate([(T, D), (rows, D), (T, K), (rows, D), (T, D)])
     )
 
     def plain(x_TD, y_RD, weights_TK):
@@ -138,10 +143,14 @@ def test_the_gradients_of_dispatch_and_combine_equal_those_of_plain_indexing(pla
         return jnp.sum(x_RD * dx_RD) + jnp.sum((weights_TK[..., None] * y_TKD).sum(1) * dy_TD)
 
     def ours(x_TD, y_RD, weights_TK):
-        return jnp.sum(dispatch(x_TD, plan) * dx_RD) + jnp.sum(combine(y_RD, weights_TK, plan) * dy_TD)
+        return jnp.sum(dispatch(x_TD, plan) * dx_RD) + jnp.sum(
+            combine(y_RD, weights_TK, plan) * dy_TD
+        )
 
     arguments = (x_TD, y_RD, weights_TK)
-    oracle.assert_close(*(jax.jit(jax.grad(f, argnums=(0, 1, 2)))(*arguments) for f in (ours, plain)))
+    oracle.assert_close(
+        *(jax.jit(jax.grad(f, argnums=(0, 1, 2)))(*arguments) for f in (ours, plain))
+    )
 
 
 def test_the_weight_of_a_row_is_that_of_its_choice_and_its_gradient_finds_the_way_back(plan):
@@ -161,7 +170,9 @@ def test_neither_direction_of_dispatch_and_combine_scatters_floating_point_numbe
     def there_and_back(x_TD, weights_TK):
         return jnp.sum(combine(jnp.tanh(dispatch(x_TD, plan)), weights_TK, plan) ** 2)
 
-    jaxpr = jax.make_jaxpr(jax.grad(there_and_back, argnums=(0, 1)))(jnp.ones((T, D)), jnp.ones((T, K)))
+    jaxpr = jax.make_jaxpr(jax.grad(there_and_back, argnums=(0, 1)))(
+        jnp.ones((T, D)), jnp.ones((T, K))
+    )
     assert not [name for name in oracle.primitives(jaxpr) if "scatter" in name]
     # And such a scatter would be seen:
     plain = jax.make_jaxpr(jax.grad(lambda x: jnp.sum(x[plan.choice_R // K])))(jnp.ones((T, D)))
@@ -169,19 +180,26 @@ def test_neither_direction_of_dispatch_and_combine_scatters_floating_point_numbe
 
 
 def test_planning_scatters_without_adding():
-    jaxpr = jax.make_jaxpr(lambda e: (dropless(e.reshape(T, K)), capacity(e)))(jnp.zeros((B, L, K), jnp.int32))
+    jaxpr = jax.make_jaxpr(lambda e: (dropless(e.reshape(T, K)), capacity(e)))(
+        jnp.zeros((B, L, K), jnp.int32)
+    )
     assert not {"scatter-add", "scatter_add"} & set(oracle.primitives(jaxpr))
 
 
 def test_capacity_drops_the_tokens_that_switch_transformers_drops():
     if not FIXTURES.exists():
         pytest.skip(f"the fixtures of published routers are not at {FIXTURES}")
-    slots = json.loads((FIXTURES / "index.json").read_text())["switch_transformers"]["config"]["expert_capacity"]
+    slots = json.loads((FIXTURES / "index.json").read_text())["switch_transformers"]["config"][
+        "expert_capacity"
+    ]
     arrays = np.load(FIXTURES / "switch_transformers.npz")
     num_dropped, plan_of = 0, jax.jit(functools.partial(plan_capacity, num_experts=8, slots=slots))
     for name in arrays.files:
         if name.endswith(".kept"):
-            experts_T1, kept_T1 = arrays[name.replace(".kept", ".indices")], arrays[name].astype(bool)
+            experts_T1, kept_T1 = (
+                arrays[name.replace(".kept", ".indices")],
+                arrays[name].astype(bool),
+            )
             plan = plan_of(jnp.asarray(experts_T1.reshape(2, -1, 1), jnp.int32))  # 2 sequences
             np.testing.assert_array_equal(np.asarray(plan.row_TK) < len(plan.choice_R), kept_T1)
             num_dropped += np.sum(~kept_T1)
@@ -192,7 +210,9 @@ def test_capacity_drops_the_tokens_that_switch_transformers_drops():
 def test_choices_are_sorted_alike_whether_key_and_index_fit_one_integer_or_not(num_experts):
     experts_TK = np.random.default_rng(0).integers(0, num_experts + 1, (T, K)).astype(np.int32)
     experts_TK[::3] = num_experts  # masked tokens have the largest key
-    expert_S, choice_S = jax.jit(functools.partial(_sort_with_index, num_experts=num_experts))(experts_TK.ravel())
+    expert_S, choice_S = jax.jit(functools.partial(_sort_with_index, num_experts=num_experts))(
+        experts_TK.ravel()
+    )
     expected_S = np.argsort(experts_TK.ravel(), kind="stable")
     np.testing.assert_array_equal(choice_S, expected_S)
     np.testing.assert_array_equal(expert_S, experts_TK.ravel()[expected_S])

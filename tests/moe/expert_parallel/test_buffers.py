@@ -8,7 +8,13 @@ import pytest
 
 from moejax.moe.dispatch.on_device import Chosen
 from moejax.moe.dispatch.plan import plan_dropless
-from moejax.moe.expert_parallel.buffers import Travel, mean_receivers, pack_choices, pack_tokens, room_for
+from moejax.moe.expert_parallel.buffers import (
+    Travel,
+    mean_receivers,
+    pack_choices,
+    pack_tokens,
+    room_for,
+)
 
 T, K, N, NONE = 40, 3, 4, 99
 
@@ -22,16 +28,27 @@ def receivers(seed, top_k=K, is_skewed=False):
 
 
 def test_the_mean_number_of_receivers_is_that_of_all_ways_to_choose():
-    for num_experts, top_k, num_receivers in [(8, 2, 4), (8, 3, 2), (6, 6, 3), (4, 1, 4), (9, 4, 3)]:
+    for num_experts, top_k, num_receivers in [
+        (8, 2, 4),
+        (8, 3, 2),
+        (6, 6, 3),
+        (4, 1, 4),
+        (9, 4, 3),
+    ]:
         per = num_experts // num_receivers
-        ways = [len({e // per for e in way}) for way in itertools.combinations(range(num_experts), top_k)]
+        ways = [
+            len({e // per for e in way})
+            for way in itertools.combinations(range(num_experts), top_k)
+        ]
         assert mean_receivers(num_experts, top_k, num_receivers) == pytest.approx(np.mean(ways))
     assert mean_receivers(64, 8, 8) == pytest.approx(5.4326, abs=1e-4)
     assert mean_receivers(2, 3, 2) == 2  # some choices are of experts without weights
 
 
 def test_room_is_the_mean_times_the_factor_in_eights_and_no_more_than_can_come():
-    assert [room_for(*case) for case in [(10, 1.5, 99), (16, 1.5, 99), (10, 1.5, 12), (3.2, 1.0, 40)]] == [
+    assert [
+        room_for(*case) for case in [(10, 1.5, 99), (16, 1.5, 99), (10, 1.5, 12), (3.2, 1.0, 40)]
+    ] == [
         16,
         24,
         12,
@@ -69,7 +86,9 @@ def test_each_choice_has_a_row_while_there_is_room_and_the_rest_is_left_over(slo
 
 @pytest.mark.parametrize("is_skewed", [False, True])
 @pytest.mark.parametrize(("slots", "max_choices"), [(3, 999), (8, 6), (40, 999), (40, 7)])
-def test_each_token_has_a_row_for_a_receiver_while_there_is_room_for_it_and_its_choices(slots, max_choices, is_skewed):
+def test_each_token_has_a_row_for_a_receiver_while_there_is_room_for_it_and_its_choices(
+    slots, max_choices, is_skewed
+):
     receiver_TK = receivers(1, is_skewed=is_skewed)
     parcels = pack_tokens(jnp.asarray(receiver_TK), N, slots, max_choices)
     rows, left = packed(parcels, receiver_TK, slots)
@@ -93,14 +112,24 @@ def test_each_token_has_a_row_for_a_receiver_while_there_is_room_for_it_and_its_
 def test_rows_carry_their_tokens_with_their_choices_and_empty_rows_nothing(by_choice):
     receiver_TK, rng = receivers(2), np.random.default_rng(0)
     pack = (
-        pack_choices(jnp.asarray(receiver_TK), N, 8) if by_choice else pack_tokens(jnp.asarray(receiver_TK), N, 8, 99)
+        pack_choices(jnp.asarray(receiver_TK), N, 8)
+        if by_choice
+        else pack_tokens(jnp.asarray(receiver_TK), N, 8, 99)
     )
-    x_TD, weights_TK, inputs_TK = (jnp.asarray(rng.normal(size=(T, size)), jnp.float32) for size in (5, K, K))
-    experts_TK = jnp.asarray(np.where(receiver_TK < N, receiver_TK * 2 + rng.integers(0, 2, (T, K)), NONE), jnp.int32)
+    x_TD, weights_TK, inputs_TK = (
+        jnp.asarray(rng.normal(size=(T, size)), jnp.float32) for size in (5, K, K)
+    )
+    experts_TK = jnp.asarray(
+        np.where(receiver_TK < N, receiver_TK * 2 + rng.integers(0, 2, (T, K)), NONE), jnp.int32
+    )
     x_RD, there = pack.load(x_TD, Chosen(experts_TK[None], weights_TK[None], inputs_TK[None]), NONE)
     for row, choice in enumerate(np.asarray(pack.plan.choice_R)):
         if choice == T * K:
-            assert not x_RD[row].any() and not there.weights_BLK[row].any() and (there.experts_BLK[row] == NONE).all()
+            assert (
+                not x_RD[row].any()
+                and not there.weights_BLK[row].any()
+                and (there.experts_BLK[row] == NONE).all()
+            )
             continue
         token, k = divmod(int(choice), K)
         np.testing.assert_array_equal(x_RD[row], x_TD[token])
@@ -114,7 +143,9 @@ def test_rows_carry_their_tokens_with_their_choices_and_empty_rows_nothing(by_ch
 @pytest.mark.parametrize("room", [7, 60, 4 * T * K])
 def test_a_ragged_exchange_with_these_offsets_moves_every_row_that_has_room_there_and_back(room):
     """Simulated as `jax.lax.ragged_all_to_all` is specified: each sender copies its slices into the receivers'."""
-    plans = [plan_dropless(jnp.asarray(receivers(seed, is_skewed=seed == 3)), N) for seed in range(N)]
+    plans = [
+        plan_dropless(jnp.asarray(receivers(seed, is_skewed=seed == 3)), N) for seed in range(N)
+    ]
     sizes_nn = jnp.stack([plan.group_sizes_E for plan in plans])
     travels = [Travel.of(sizes_nn, me, room) for me in range(N)]
     arrays = [1000 * me + np.arange(T * K) for me in range(N)]
@@ -123,7 +154,9 @@ def test_a_ragged_exchange_with_these_offsets_moves_every_row_that_has_room_ther
         outputs = [np.full(num_rows, -1) for _ in range(N)]
         for me, (travel, array) in enumerate(zip(travels, arrays, strict=True)):
             for to in range(N):
-                start, count, place = (int(a[to]) for a in (travel.starts_n, travel.sent_n, travel.places_n))
+                start, count, place = (
+                    int(a[to]) for a in (travel.starts_n, travel.sent_n, travel.places_n)
+                )
                 assert count == int(travels[to].arriving_n[me]) and place + count <= num_rows
                 assert (outputs[to][place : place + count] == -1).all(), "a row is written twice"
                 outputs[to][place : place + count] = array[start : start + count]

@@ -54,7 +54,9 @@ def choices_of(load, top_k, seed=0):
 def draw(load, top_k, seed=0):
     rng = np.random.default_rng(seed)
     shapes = (B, L, D), (B, L, top_k), (E, D, 2, F), (E, F, D), (B, L, D)
-    x_BLD, weights_BLK, gate_up_EDPF, down_EFD, dy_BLD = (rng.normal(size=s).astype(np.float32) for s in shapes)
+    x_BLD, weights_BLK, gate_up_EDPF, down_EFD, dy_BLD = (
+        rng.normal(size=s).astype(np.float32) for s in shapes
+    )
     return x_BLD, weights_BLK, gate_up_EDPF, down_EFD, dy_BLD, choices_of(load, top_k, seed)
 
 
@@ -77,7 +79,9 @@ def compiled(strategy, mesh, top_k, factor=1.5, weight_on="output", chunks=1):
 
     def run(x_BLD, weights_BLK, gate_up_EDPF, down_EFD, dy_BLD, experts_BLK):
         layer = functools.partial(through, Exchange(strategy, factor, chunks), weight_on)
-        y_BLD, pull = jax.vjp(lambda *inputs: layer(*inputs, experts_BLK), x_BLD, weights_BLK, gate_up_EDPF, down_EFD)
+        y_BLD, pull = jax.vjp(
+            lambda *inputs: layer(*inputs, experts_BLK), x_BLD, weights_BLK, gate_up_EDPF, down_EFD
+        )
         return y_BLD, *pull(dy_BLD)
 
     with jax.set_mesh(mesh_of(MESHES[mesh])):
@@ -88,21 +92,39 @@ def run_on(strategy, mesh, arguments, **how):
     top_k = arguments[-1].shape[-1]
     program = compiled(strategy, mesh, top_k, **how)
     return jax.device_get(
-        program(*(jax.device_put(a, s) for a, s in zip(arguments, program.input_shardings[0], strict=True)))
+        program(
+            *(
+                jax.device_put(a, s)
+                for a, s in zip(arguments, program.input_shardings[0], strict=True)
+            )
+        )
     )
 
 
 def expected_of(arguments):
     x_BLD, weights_BLK, gate_up_EDPF, down_EFD, dy_BLD, experts_BLK = arguments
     flat = [a.reshape(B * L, -1) for a in (x_BLD, weights_BLK, experts_BLK, dy_BLD)]
-    y_TD, dx_TD, dweights_TK, *rest = oracle.feed_forward(flat[0], flat[1], gate_up_EDPF, down_EFD, flat[2], flat[3])
-    return y_TD.reshape(x_BLD.shape), dx_TD.reshape(x_BLD.shape), dweights_TK.reshape(weights_BLK.shape), *rest
+    y_TD, dx_TD, dweights_TK, *rest = oracle.feed_forward(
+        flat[0], flat[1], gate_up_EDPF, down_EFD, flat[2], flat[3]
+    )
+    return (
+        y_TD.reshape(x_BLD.shape),
+        dx_TD.reshape(x_BLD.shape),
+        dweights_TK.reshape(weights_BLK.shape),
+        *rest,
+    )
 
 
 BOTH_LEVELS = "dcn 2, expert 2, tensor 2"
-RARELY = ("data 2, expert 4", "dcn 2, expert 4", "dcn 4, data 2")  # nothing that the others have not
+RARELY = (
+    "data 2, expert 4",
+    "dcn 2, expert 4",
+    "dcn 4, data 2",
+)  # nothing that the others have not
 CASES = [
-    pytest.param(mesh, 2, marks=[pytest.mark.slow] if mesh in RARELY else []) for mesh in MESHES if mesh != "expert 1"
+    pytest.param(mesh, 2, marks=[pytest.mark.slow] if mesh in RARELY else [])
+    for mesh in MESHES
+    if mesh != "expert 1"
 ]
 CASES += [(BOTH_LEVELS, top_k) for top_k in (1, 8)]
 
@@ -112,7 +134,9 @@ CASES += [(BOTH_LEVELS, top_k) for top_k in (1, 8)]
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_outputs_and_all_gradients_are_those_of_the_loop(strategy, mesh, top_k, load):
     arguments = draw(load, top_k)
-    for name, a, e in zip(NAMES, run_on(strategy, mesh, arguments), expected_of(arguments), strict=True):
+    for name, a, e in zip(
+        NAMES, run_on(strategy, mesh, arguments), expected_of(arguments), strict=True
+    ):
         oracle.assert_close(a, e, err_msg=name)
 
 
@@ -121,7 +145,9 @@ def test_outputs_and_all_gradients_are_those_of_the_loop(strategy, mesh, top_k, 
 def test_weights_on_the_input_travel_with_the_tokens(strategy, load):
     arguments = draw(load, 2)
     actual = run_on(strategy, BOTH_LEVELS, arguments, weight_on="input")
-    for a, e in zip(actual, run_on("gather", "expert 1", arguments, weight_on="input"), strict=True):
+    for a, e in zip(
+        actual, run_on("gather", "expert 1", arguments, weight_on="input"), strict=True
+    ):
         oracle.assert_close(a, e)
 
 
@@ -131,7 +157,10 @@ def test_weights_on_the_input_travel_with_the_tokens(strategy, load):
 def test_buffers_too_small_for_the_load_drop_nothing(strategy, factor, load):
     arguments = draw(load, 2)
     for name, a, e in zip(
-        NAMES, run_on(strategy, BOTH_LEVELS, arguments, factor=factor), expected_of(arguments), strict=True
+        NAMES,
+        run_on(strategy, BOTH_LEVELS, arguments, factor=factor),
+        expected_of(arguments),
+        strict=True,
     ):
         oracle.assert_close(a, e, err_msg=name)
 
@@ -149,13 +178,19 @@ def test_buffers_too_small_for_the_load_drop_nothing(strategy, factor, load):
     ],
 )
 def test_choices_without_room_are_counted(strategy, mesh, left):
-    x_BLD, weights_BLK, gate_up_EDPF, down_EFD, _, experts_BLK = map(jnp.asarray, draw("one device", 2))
+    x_BLD, weights_BLK, gate_up_EDPF, down_EFD, _, experts_BLK = map(
+        jnp.asarray, draw("one device", 2)
+    )
     local, weights = (
         Local(functools.partial(run_dropless, implementation="auto")),
         ExpertWeights(gate_up_EDPF, down_EFD),
     )
     with jax.set_mesh(mesh_of(MESHES[mesh])):
-        run = jax.jit(lambda *a: exchange(Exchange(strategy, 1.0), local, local, a[0], Chosen(*a[1:]), weights)[1])
+        run = jax.jit(
+            lambda *a: exchange(
+                Exchange(strategy, 1.0), local, local, a[0], Chosen(*a[1:]), weights
+            )[1]
+        )
         counted = float(run(x_BLD, experts_BLK, weights_BLK))
         none = run(x_BLD, jnp.full_like(experts_BLK, E), weights_BLK)
     assert counted == left if left is not None else 0 < counted < B * L * 2
@@ -177,9 +212,13 @@ def test_chunks_change_nothing(strategy, load):
 def collectives(text):
     """Of a compiled program: kinds and the bytes of their results on one device, in order of the text."""
     found = []
-    for result, kind in re.findall(r" = (\(.*?\)|\S+) (all-to-all|all-gather|reduce-scatter|all-reduce)\(", text):
+    for result, kind in re.findall(
+        r" = (\(.*?\)|\S+) (all-to-all|all-gather|reduce-scatter|all-reduce)\(", text
+    ):
         shapes = re.findall(r"\b(?:f32|s32)\[([\d,]*)\]", result)
-        found.append((kind, sum(4 * math.prod(int(n) for n in shape.split(",") if n) for shape in shapes)))
+        found.append(
+            (kind, sum(4 * math.prod(int(n) for n in shape.split(",") if n) for shape in shapes))
+        )
     return found
 
 
@@ -196,8 +235,13 @@ def forward(strategy, mesh, top_k=2, factor=1.5, tokens=B * L, d_model=D, num_ex
             ((num_experts, F, d_model), jax.P(EXPERT_AXES, None, "fsdp")),
         ]  # fmt: skip
         mesh = jax.sharding.get_mesh()
-        arrays = [jax.ShapeDtypeStruct(s, jnp.float32, sharding=jax.NamedSharding(mesh, p)) for s, p in kinds]
-        choices = jax.ShapeDtypeStruct((*sizes, top_k), jnp.int32, sharding=jax.NamedSharding(mesh, batch))
+        arrays = [
+            jax.ShapeDtypeStruct(s, jnp.float32, sharding=jax.NamedSharding(mesh, p))
+            for s, p in kinds
+        ]
+        choices = jax.ShapeDtypeStruct(
+            (*sizes, top_k), jnp.int32, sharding=jax.NamedSharding(mesh, batch)
+        )
         text = jax.jit(layer).lower(*arrays, choices).compile().as_text()
     return tuple((kind, size) for kind, size in collectives(text) if kind != "all-reduce")
 
@@ -206,8 +250,12 @@ def forward(strategy, mesh, top_k=2, factor=1.5, tokens=B * L, d_model=D, num_ex
 LARGE = {"top_k": 8, "tokens": 4096, "d_model": 512, "num_experts": 64}
 
 
-@pytest.mark.parametrize(("strategy", "rows"), [("all_to_all", 8), ("dedup", mean_receivers(64, 8, 8))])
-def test_a_token_sends_no_more_than_its_rows_times_the_buffer_factor_in_each_of_two_ways(strategy, rows):
+@pytest.mark.parametrize(
+    ("strategy", "rows"), [("all_to_all", 8), ("dedup", mean_receivers(64, 8, 8))]
+)
+def test_a_token_sends_no_more_than_its_rows_times_the_buffer_factor_in_each_of_two_ways(
+    strategy, rows
+):
     for factor in (1.0, 1.5):
         moved = forward(strategy, "expert 8", factor=factor, **LARGE)
         assert {kind for kind, _ in moved} == {"all-to-all"}, "weights stay where they are"
@@ -216,7 +264,10 @@ def test_a_token_sends_no_more_than_its_rows_times_the_buffer_factor_in_each_of_
 
 
 def test_a_token_that_is_sent_once_to_each_device_moves_a_third_less():
-    once, each = (sum(size for _, size in forward(how, "expert 8", **LARGE)) for how in ("dedup", "all_to_all"))
+    once, each = (
+        sum(size for _, size in forward(how, "expert 8", **LARGE))
+        for how in ("dedup", "all_to_all")
+    )
     assert 0.66 < once / each < 0.70
 
 
@@ -224,7 +275,10 @@ def test_between_groups_a_token_travels_once_to_each_group():
     moved = forward("two_level", "dcn 2, expert 4", factor=1.0, **LARGE)
     rows = sorted(size / (LARGE["tokens"] // 8) / LARGE["d_model"] / 4 for _, size in moved)[-4:]
     # Two ways between groups, where every token has an expert in both, and two within for each device it visits.
-    assert rows[:2] == [pytest.approx(2, rel=0.03)] * 2 and rows[2:] == [pytest.approx(5.44, rel=0.03)] * 2
+    assert (
+        rows[:2] == [pytest.approx(2, rel=0.03)] * 2
+        and rows[2:] == [pytest.approx(5.44, rel=0.03)] * 2
+    )
 
 
 def test_gather_moves_weights_and_ring_tokens():
@@ -248,7 +302,9 @@ def test_gradients_of_weights_gathered_over_fsdp_are_reduce_scattered():
     found = collectives(compiled("dedup", "fsdp 2, expert 2", 2).as_text())
     own = [E // 2 * D // 2 * 2 * F * 4, E // 2 * F * D // 2 * 4]
     assert sorted(size for kind, size in found if kind == "reduce-scatter") == sorted(own)
-    assert [size for kind, size in found if kind == "all-gather"].count(2 * own[0]) == 1  # not again, backward
+    assert [size for kind, size in found if kind == "all-gather"].count(
+        2 * own[0]
+    ) == 1  # not again, backward
     assert 2 * own[0] not in [size for kind, size in found if kind == "all-reduce"]
 
 
@@ -274,7 +330,9 @@ def test_where_the_platform_has_a_ragged_exchange_it_is_used_with_the_same_offse
 
 def test_where_experts_choose_tokens_go_to_all_and_the_result_is_that_of_one_device():
     rng = np.random.default_rng(0)
-    positions_BEC = np.stack([rng.permutation(L)[:3] for _ in range(B * E)]).reshape(B, E, 3).astype(np.int32)
+    positions_BEC = (
+        np.stack([rng.permutation(L)[:3] for _ in range(B * E)]).reshape(B, E, 3).astype(np.int32)
+    )
     positions_BEC[0, 0, 2] = L  # an empty slot
     slots = Slots(jnp.asarray(positions_BEC), jnp.asarray(rng.normal(size=(B, E, 3)), jnp.float32))
     x_BLD, _, gate_up_EDPF, down_EFD, dy_BLD, _ = map(jnp.asarray, draw("even", 2))
@@ -287,7 +345,9 @@ def test_where_experts_choose_tokens_go_to_all_and_the_result_is_that_of_one_dev
         with jax.set_mesh(mesh_of(sizes)):
             how = Exchange(strategy, 1.5)
             return jax.device_get(
-                jax.jit(jax.grad(functools.partial(loss, how), (0, 1, 2), allow_int=True))(x_BLD, slots, weights)
+                jax.jit(jax.grad(functools.partial(loss, how), (0, 1, 2), allow_int=True))(
+                    x_BLD, slots, weights
+                )
             )
 
     one = gradients("gather", (1, 1, 1, 1, 1, 1))

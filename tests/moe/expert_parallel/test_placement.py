@@ -11,17 +11,30 @@ from flax import nnx
 import oracle
 from cases.training import packed_batch, small_config
 from moejax.models import Decoder
-from moejax.moe.expert_parallel.placement import Copies, PlacementError, imbalance, in_order, place, place_by_load
+from moejax.moe.expert_parallel.placement import (
+    Copies,
+    PlacementError,
+    imbalance,
+    in_order,
+    place,
+    place_by_load,
+)
 from moejax.sharding import make_mesh
 
 
 def loads(seed, num_layers=3, num_experts=8):
-    return np.random.default_rng(seed).dirichlet(np.full(num_experts, 0.5), num_layers).astype(np.float32)
+    return (
+        np.random.default_rng(seed)
+        .dirichlet(np.full(num_experts, 0.5), num_layers)
+        .astype(np.float32)
+    )
 
 
 @pytest.mark.parametrize("replicas", [0, 1, 3])
 @pytest.mark.parametrize("num_devices", [1, 2, 4])
-def test_every_expert_has_a_slot_and_no_copy_that_helps_is_twice_on_one_device(num_devices, replicas):
+def test_every_expert_has_a_slot_and_no_copy_that_helps_is_twice_on_one_device(
+    num_devices, replicas
+):
     if num_devices == 1 and replicas:
         with pytest.raises(PlacementError, match="replicas on a device must be between 0 and 0"):
             place(loads(0), 1, replicas)
@@ -33,8 +46,12 @@ def test_every_expert_has_a_slot_and_no_copy_that_helps_is_twice_on_one_device(n
         bare_N = imbalance(load_NE, place(load_NE, num_devices), num_devices)
         for layer, experts_nS in enumerate(experts_NP.reshape(3, num_devices, -1)):
             assert set(experts_nS.ravel().tolist()) == set(range(8))
-            is_bare = imbalance(load_NE, experts_NP, num_devices)[layer] == pytest.approx(bare_N[layer])
-            assert is_bare or all(len(set(experts_S)) == len(experts_S) for experts_S in experts_nS.tolist())
+            is_bare = imbalance(load_NE, experts_NP, num_devices)[layer] == pytest.approx(
+                bare_N[layer]
+            )
+            assert is_bare or all(
+                len(set(experts_S)) == len(experts_S) for experts_S in experts_nS.tolist()
+            )
 
 
 def test_an_even_layer_stays_as_it_is_and_copies_never_make_one_worse():
@@ -42,7 +59,12 @@ def test_an_even_layer_stays_as_it_is_and_copies_never_make_one_worse():
     for replicas in (0, 1, 3):
         of_devices = place(even_NE, 4, replicas).reshape(2, 4, -1)
         for experts_nS in of_devices.tolist():
-            assert [sorted(set(experts_S)) for experts_S in experts_nS] == [[0, 1], [2, 3], [4, 5], [6, 7]]
+            assert [sorted(set(experts_S)) for experts_S in experts_nS] == [
+                [0, 1],
+                [2, 3],
+                [4, 5],
+                [6, 7],
+            ]
     worse = 0
     for seed in range(200):
         load_NE = np.random.default_rng(seed).dirichlet(np.full(8, 20.0), 3)
@@ -98,14 +120,22 @@ def test_experts_that_do_not_divide_are_an_error():
 CASES = {
     "plain": ({}, {}),
     "every other layer, shared and free experts, biases": (
-        {"every": 2, "num_shared_experts": 1, "num_zero_experts": 1, "num_constant_experts": 1, "expert_bias": True},
+        {
+            "every": 2,
+            "num_shared_experts": 1,
+            "num_zero_experts": 1,
+            "num_constant_experts": 1,
+            "expert_bias": True,
+        },
         {"num_layers": 4},
     ),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("mesh", [{}, {"data": 2, "expert": 2, "dcn_expert": 2}], ids=["one device", "mesh"])
+@pytest.mark.parametrize(
+    "mesh", [{}, {"data": 2, "expert": 2, "dcn_expert": 2}], ids=["one device", "mesh"]
+)
 def test_a_model_with_other_places_and_copies_is_the_same_model(case, mesh):
     moe, model_leaves = CASES[case]
     config = small_config(moe={"num_experts": 8, **moe}, model=model_leaves, mesh=mesh)
@@ -115,7 +145,9 @@ def test_a_model_with_other_places_and_copies_is_the_same_model(case, mesh):
         graphdef, state = nnx.split(model)
 
         def run(state, batch):
-            y, stats = nnx.merge(graphdef, state)(batch.tokens_BL, batch.segments_BL, batch.positions_BL)
+            y, stats = nnx.merge(graphdef, state)(
+                batch.tokens_BL, batch.segments_BL, batch.positions_BL
+            )
             return y, [run.assignments_E for run in stats]
 
         return jax.jit(run)(state, batch)
@@ -130,13 +162,27 @@ def test_a_model_with_other_places_and_copies_is_the_same_model(case, mesh):
 
 
 def test_tokens_take_turns_among_the_copies_of_an_expert():
-    config = small_config(moe={"num_experts": 4, "top_k": 1, "renormalize": False}, model={"num_layers": 1})
+    config = small_config(
+        moe={"num_experts": 4, "top_k": 1, "renormalize": False}, model={"num_layers": 1}
+    )
     model = Decoder(config, rngs=nnx.Rngs(params=0))
     model.place_experts(np.array([[0, 1, 2, 3, 2, 2]]))
     moe = next(block for block, _ in model.walk()).moe
-    assert moe._to_slots(jnp.full((3, 1, 1), 2))[:, 0, 0].tolist() == [2, 4, 5]  # of three sequences that grow
+    assert moe._to_slots(jnp.full((3, 1, 1), 2))[:, 0, 0].tolist() == [
+        2,
+        4,
+        5,
+    ]  # of three sequences that grow
     slots_BLK = moe._to_slots(jnp.asarray([[[2], [2], [2], [1], [2], [4], [3]]]))
-    assert slots_BLK[0, :, 0].tolist() == [2, 4, 5, 1, 4, 6, 3]  # by position; 4 is no expert, and 6 no slot
+    assert slots_BLK[0, :, 0].tolist() == [
+        2,
+        4,
+        5,
+        1,
+        4,
+        6,
+        3,
+    ]  # by position; 4 is no expert, and 6 no slot
 
 
 def test_a_model_cannot_be_placed_by_another_number_of_layers_or_if_its_experts_choose():

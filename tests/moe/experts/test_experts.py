@@ -56,7 +56,9 @@ def layer_and_params(config):
     layer = MoE(config, D, jnp.dtype("float32"), vocab_size=7, rngs=nnx.Rngs(params=0))
     graphdef, params, rest = nnx.split(layer, nnx.Param, ...)
     rng = np.random.default_rng(0)
-    params = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape) * 0.7, jnp.float32), params)
+    params = jax.tree.map(
+        lambda p: jnp.asarray(rng.normal(size=p.shape) * 0.7, jnp.float32), params
+    )
     return graphdef, params, rest
 
 
@@ -68,14 +70,18 @@ def draw(seed=0, batch=B):
 
 def ours(config, params, x_BLD, mask_BL, cotangent_BLD, **how):
     graphdef, _, rest = layer_and_params(config)
-    y_BLD, stats = nnx.merge(graphdef, params, rest)(jnp.asarray(x_BLD), info_of(config, mask_BL, **how))
+    y_BLD, stats = nnx.merge(graphdef, params, rest)(
+        jnp.asarray(x_BLD), info_of(config, mask_BL, **how)
+    )
     return jnp.sum(y_BLD * cotangent_BLD), (y_BLD, stats)
 
 
 def check(config, **how):
     x_BLD, mask_BL, cotangent_BLD = draw()
     params = layer_and_params(config)[1]
-    run = jax.jit(jax.value_and_grad(functools.partial(ours, config, **how), argnums=(0, 1), has_aux=True))
+    run = jax.jit(
+        jax.value_and_grad(functools.partial(ours, config, **how), argnums=(0, 1), has_aux=True)
+    )
     (_, (y_BLD, stats)), gradients = run(params, x_BLD, mask_BL, cotangent_BLD)
     chosen_BLE = oracle_experts.choose(x_BLD, mask_BL, nnx.to_pure_dict(params), config)
 
@@ -110,7 +116,9 @@ def test_choices_of_free_experts_are_counted_and_take_no_row_and_no_slot():
     chosen_BLE, stats = check(config)
     assert stats.assignments_E.tolist() == chosen_BLE.sum((0, 1)).tolist()
     assert chosen_BLE[..., E:].sum() > 10
-    experts_TK = np.array([np.flatnonzero(row) for row in chosen_BLE.reshape(-1, config.num_choices) if row.any()])
+    experts_TK = np.array(
+        [np.flatnonzero(row) for row in chosen_BLE.reshape(-1, config.num_choices) if row.any()]
+    )
     plan = plan_dropless(jnp.asarray(experts_TK, jnp.int32), E)
     assert plan.group_sizes_E.sum() == chosen_BLE[..., :E].sum()
     # A tight capacity drops choices of experts with weights only.
@@ -121,11 +129,15 @@ def test_choices_of_free_experts_are_counted_and_take_no_row_and_no_slot():
     assert float(stats.dropped) == chosen_BLE[..., :E].sum() - most_BE.sum() > 0
 
 
-@pytest.mark.parametrize("name", ["swiglu", "geglu", "gelu", "relu", "squared_relu", "clamped_swiglu"])
+@pytest.mark.parametrize(
+    "name", ["swiglu", "geglu", "gelu", "relu", "squared_relu", "clamped_swiglu"]
+)
 def test_an_activation_is_its_formula_of_numbers(name):
     values = [(g, u) for g in (-9.0, -1.0, 0.0, 0.3, 2.0, 8.0) for u in (-9.0, -0.5, 0.0, 1.5, 8.0)]
     gate, up = (jnp.array(column)[None] for column in zip(*values, strict=True))
-    expected = np.array([[oracle_experts.activation_of_numbers(name, g, u, 7.0) for g, u in values]])
+    expected = np.array(
+        [[oracle_experts.activation_of_numbers(name, g, u, 7.0) for g, u in values]]
+    )
     network = Network(name)
     oracle.assert_close(network.activate([gate, up][-network.num_projections :]), expected)
     oracle.assert_close(oracle_experts.activation(name, gate, up, 7.0), expected)
@@ -163,7 +175,11 @@ def test_expert_dropout_takes_whole_outputs_away_and_scales_the_others_up(weight
     pure = nnx.to_pure_dict(params)
     chosen_BLE = oracle_experts.choose(x_BLD, mask_BL, pure, config)
     one_BLE = np.eye(E, dtype=np.float32)
-    alone = jax.jit(lambda one_E: oracle_experts.layer(x_BLD, mask_BL, pure, config, chosen_BLE, one_E[None, None]))
+    alone = jax.jit(
+        lambda one_E: oracle_experts.layer(
+            x_BLD, mask_BL, pure, config, chosen_BLE, one_E[None, None]
+        )
+    )
     parts = [np.asarray(alone(one_BLE[e])) for e in range(E)]  # the contribution of each expert
     dropped = total = 0
     for b, t in np.argwhere(mask_BL):
@@ -184,9 +200,15 @@ def test_expert_dropout_is_off_in_evaluation_and_its_rate_is_a_knob():
     np.testing.assert_array_equal(evaluated_BLD, expected_BLD)
     assert stats.dropped_out == 0
     graphdef, _, rest = layer_and_params(config)
-    info = info_of(config, mask_BL, factor=1.0, keys_B=jax.random.split(jax.random.key(1), len(x_BLD)))
-    info = dataclasses.replace(info, knobs=dataclasses.replace(info.knobs, expert_dropout=jnp.float32(0.0)))
-    oracle.assert_close(nnx.merge(graphdef, params, rest)(jnp.asarray(x_BLD), info)[0], expected_BLD)
+    info = info_of(
+        config, mask_BL, factor=1.0, keys_B=jax.random.split(jax.random.key(1), len(x_BLD))
+    )
+    info = dataclasses.replace(
+        info, knobs=dataclasses.replace(info.knobs, expert_dropout=jnp.float32(0.0))
+    )
+    oracle.assert_close(
+        nnx.merge(graphdef, params, rest)(jnp.asarray(x_BLD), info)[0], expected_BLD
+    )
 
 
 # Refusals ---------------------------------------------------------------------------------------------------------
@@ -196,19 +218,31 @@ def test_expert_dropout_is_off_in_evaluation_and_its_rate_is_a_knob():
     ("moe", "parts"),
     [
         ({"shared_combine": "gated"}, ["moe.shared_combine=gated", "moe.num_shared_experts=0"]),
-        ({"num_zero_experts": 2, "num_groups": 4, "top_k_groups": 2}, ["moe.num_zero_experts=2", "moe.num_groups=4"]),
+        (
+            {"num_zero_experts": 2, "num_groups": 4, "top_k_groups": 2},
+            ["moe.num_zero_experts=2", "moe.num_groups=4"],
+        ),
         (
             {"num_identity_experts": 2, "router": "expert_choice", "allow_noncausal": True},
             ["moe.num_identity_experts=2", "moe.router=expert_choice"],
         ),
-        ({"weight_on": "input", "num_constant_experts": 1}, ["moe.weight_on=input", "moe.num_constant_experts=1"]),
-        ({"weight_on": "input", "router": "soft", "allow_noncausal": True}, ["moe.weight_on=input", "moe.router=soft"]),
+        (
+            {"weight_on": "input", "num_constant_experts": 1},
+            ["moe.weight_on=input", "moe.num_constant_experts=1"],
+        ),
+        (
+            {"weight_on": "input", "router": "soft", "allow_noncausal": True},
+            ["moe.weight_on=input", "moe.router=soft"],
+        ),
         (
             {"expert_dropout": 0.1, "router": "soft", "allow_noncausal": True},
             ["moe.expert_dropout=0.1", "moe.router=soft"],
         ),
         ({"expert_dropout": 1.0}, ["moe.expert_dropout=1.0", "0.99"]),
-        ({"per_layer": "0: dense", "num_experts": 0}, ["moe.per_layer='0: dense'", "moe.num_experts=0"]),
+        (
+            {"per_layer": "0: dense", "num_experts": 0},
+            ["moe.per_layer='0: dense'", "moe.num_experts=0"],
+        ),
         ({"top_k": 11, "num_zero_experts": 2}, ["moe.top_k=11", "moe.num_experts=8 plus 2 zero"]),
     ],
 )

@@ -4,7 +4,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax.moe.router.by_token import choices_by_token, churn, coactivation, experts_by_token, scores_by_token
+from moejax.moe.router.by_token import (
+    choices_by_token,
+    churn,
+    coactivation,
+    experts_by_token,
+    scores_by_token,
+)
 from moejax.moe.router.routing import Routing, SlotRouting, SoftRouting
 from oracle import losses as oracle_losses
 
@@ -32,10 +38,17 @@ def test_coactivation_counts_pairs_as_a_loop_does():
 
 def test_churn_is_the_fraction_of_experts_that_a_token_no_longer_visits():
     before_NTK, after_NTK = draw(0), draw(1)
-    expected = [oracle_losses.churn(in_oracle(a), in_oracle(b)) for a, b in zip(before_NTK, after_NTK, strict=True)]
-    np.testing.assert_allclose(churn(jnp.asarray(before_NTK), jnp.asarray(after_NTK), E), expected, rtol=1e-6)
+    expected = [
+        oracle_losses.churn(in_oracle(a), in_oracle(b))
+        for a, b in zip(before_NTK, after_NTK, strict=True)
+    ]
+    np.testing.assert_allclose(
+        churn(jnp.asarray(before_NTK), jnp.asarray(after_NTK), E), expected, rtol=1e-6
+    )
     assert not np.any(churn(jnp.asarray(before_NTK), jnp.asarray(before_NTK[..., ::-1]), E))
-    assert not np.any(churn(jnp.full((N, T, K), E), jnp.asarray(after_NTK), E))  # nobody visited anybody
+    assert not np.any(
+        churn(jnp.full((N, T, K), E), jnp.asarray(after_NTK), E)
+    )  # nobody visited anybody
     # A token that visits one expert and stays with it, and one that loses one of two: mean of 0 and 1/2.
     before_NTK, after_NTK = jnp.array([[[2, E, E], [0, 1, E]]]), jnp.array([[[1, 2, 4], [1, 3, E]]])
     np.testing.assert_allclose(churn(before_NTK, after_NTK, E), [0.25])
@@ -62,12 +75,18 @@ def test_choices_of_experts_become_those_of_tokens_and_runs_of_different_widths_
     np.testing.assert_array_equal(counting[:N, :, :K], shares)
     assert not counting[found == E].any()
     assert found[N, 5].tolist() == [4, 2, E, E, E]  # the best first
-    assert counting[N, 5].tolist() == [0.75, 0.25, 0, 0, 0] and counting[N, 0, 0] == 0.5 and counting[N, 9, 0] == 0.125
+    assert (
+        counting[N, 5].tolist() == [0.75, 0.25, 0, 0, 0]
+        and counting[N, 0, 0] == 0.5
+        and counting[N, 9, 0] == 0.125
+    )
 
 
 def test_scores_of_soft_routing_are_those_of_experts_whatever_their_slots():
     rng = np.random.default_rng(0)
-    logits_BLS = rng.normal(size=(1, 2, T // 2, 2 * E)).astype(np.float32)  # one layer, two slots of each expert
+    logits_BLS = rng.normal(size=(1, 2, T // 2, 2 * E)).astype(
+        np.float32
+    )  # one layer, two slots of each expert
     combine_BLS = np.exp(logits_BLS) / np.exp(logits_BLS).sum(axis=-1, keepdims=True)
     soft = SoftRouting(jnp.asarray(logits_BLS), jnp.zeros(1), jnp.asarray(combine_BLS))
     topk = Routing(*(jnp.asarray(rng.normal(size=(N, T, E)).astype(np.float32)) for _ in range(7)))
@@ -77,7 +96,9 @@ def test_scores_of_soft_routing_are_those_of_experts_whatever_their_slots():
     expected_TE = combine_BLS.reshape(T, E, 2).sum(axis=-1)
     np.testing.assert_allclose(probs_NTE[N], expected_TE, rtol=1e-6)
     odds_TE = np.exp(np.asarray(logits_NTE[N]))
-    np.testing.assert_allclose(odds_TE / odds_TE.sum(axis=-1, keepdims=True), expected_TE, rtol=1e-5)
+    np.testing.assert_allclose(
+        odds_TE / odds_TE.sum(axis=-1, keepdims=True), expected_TE, rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("num_choices", [E, E + 3])

@@ -47,7 +47,9 @@ def grids(seed, *shape, step=1 / 16, size=6):
 
 def check(routing, expected: truth.Routed, mask_T):
     mask_T = np.asarray(mask_T)
-    np.testing.assert_array_equal(routing.experts_TK, np.where(mask_T[:, None], expected.experts_TK, E))
+    np.testing.assert_array_equal(
+        routing.experts_TK, np.where(mask_T[:, None], expected.experts_TK, E)
+    )
     oracle.assert_close(routing.weights_TK, expected.weights_TK)
     oracle.assert_close(np.asarray(routing.probs_TE)[mask_T], expected.probs_TE[mask_T])
 
@@ -62,7 +64,9 @@ SCORED = [
     *itertools.product(["softmax_topk"], ["softmax", "softmax_after"], [2, 3], [True], ["score"]),
     *itertools.product(["softmax_topk"], ["softmax"], [1, 2, E], [False], ["score", "logits"]),
     *itertools.product(["switch"], ["softmax"], [1], [False], ["score"]),
-    *itertools.product(["sigmoid_topk"], ["sigmoid", "sqrt_softplus"], [1, 3], [False], ["score", "logits"]),
+    *itertools.product(
+        ["sigmoid_topk"], ["sigmoid", "sqrt_softplus"], [1, 3], [False], ["score", "logits"]
+    ),
     *itertools.product(["sigmoid_topk", "cosine"], ["sigmoid"], [2, E], [True], ["score"]),
     ("dense", "softmax", E, False, "score"),
 ]
@@ -72,7 +76,9 @@ SCORED = [
 @pytest.mark.parametrize("with_bias", [False, True])
 @settings(max_examples=8, deadline=None)
 @given(st.integers(0, 10_000))
-def test_a_scored_router_is_the_loop_over_tokens(name, score, top_k, renormalize, select_by, with_bias, seed):
+def test_a_scored_router_is_the_loop_over_tokens(
+    name, score, top_k, renormalize, select_by, with_bias, seed
+):
     if name == "dense" and with_bias:
         return
     how = {"score": score, "top_k": top_k, "renormalize": renormalize, "select_by": select_by}
@@ -87,16 +93,22 @@ def test_a_scored_router_is_the_loop_over_tokens(name, score, top_k, renormalize
 @pytest.mark.parametrize("score", ["softmax", "sigmoid", "sqrt_softplus"])
 @settings(max_examples=8, deadline=None)
 @given(st.integers(0, 10_000), st.sampled_from([0.0, -8.0]))
-def test_group_limited_selection_is_the_loop_over_groups_for_negative_values_too(group_score, score, seed, shift):
+def test_group_limited_selection_is_the_loop_over_groups_for_negative_values_too(
+    group_score, score, seed, shift
+):
     how = {"score": score, "top_k": 3, "renormalize": True, "num_groups": 4, "top_k_groups": 2}
     how["group_score"] = group_score
-    config = config_of(router="softmax_topk" if score == "softmax" else "sigmoid_topk", selection_bias=True, **how)
+    config = config_of(
+        router="softmax_topk" if score == "softmax" else "sigmoid_topk", selection_bias=True, **how
+    )
     logits_TE, mask_T = draw(seed)
     bias_E = grids(seed, E, step=1 / 4) + np.float32(shift)
     routing = router(config)({"logits_TE": logits_TE, "mask_T": mask_T, "bias_E": bias_E})
     expected = truth.route_scored(logits_TE, mask_T, bias_E=bias_E, **how)
     check(routing, expected, mask_T)
-    assert all(len({int(e) // 2 for e in row}) <= 2 for row in np.asarray(routing.experts_TK)[mask_T])
+    assert all(
+        len({int(e) // 2 for e in row}) <= 2 for row in np.asarray(routing.experts_TK)[mask_T]
+    )
 
 
 def keys():
@@ -104,7 +116,9 @@ def keys():
 
 
 @pytest.mark.parametrize("score", ["softmax_after", "softmax"])
-def test_noisy_top_k_selects_and_weighs_by_noisy_logits_in_training_and_by_clean_ones_in_evaluation(score):
+def test_noisy_top_k_selects_and_weighs_by_noisy_logits_in_training_and_by_clean_ones_in_evaluation(
+    score,
+):
     how = {"score": score, "top_k": 2, "renormalize": score == "softmax_after"}
     config = config_of(router="noisy_topk", **how)
     logits_TE, mask_T = draw(0)
@@ -155,11 +169,23 @@ def test_a_hash_router_follows_its_table(score):
 def test_the_balanced_router_goes_round_and_loads_every_expert_alike():
     config = config_of(router="balanced", top_k=3)
     positions_T = np.tile(np.arange(L, dtype=np.int32), B)
-    arrays = {"logits_TE": np.zeros((T, E), np.float32), "mask_T": draw(0)[1], "positions_T": positions_T}
-    check(router(config)(arrays), truth.route_balanced(positions_T, arrays["mask_T"], 3, E), arrays["mask_T"])
+    arrays = {
+        "logits_TE": np.zeros((T, E), np.float32),
+        "mask_T": draw(0)[1],
+        "positions_T": positions_T,
+    }
+    check(
+        router(config)(arrays),
+        truth.route_balanced(positions_T, arrays["mask_T"], 3, E),
+        arrays["mask_T"],
+    )
     length = 64
-    inputs = RouterInputs(jnp.zeros((length, E)), jnp.ones(length, bool), length, positions_T=jnp.arange(length))
-    assert set(np.bincount(np.asarray(route(inputs, config).experts_TK).ravel())) == {length * 3 // E}
+    inputs = RouterInputs(
+        jnp.zeros((length, E)), jnp.ones(length, bool), length, positions_T=jnp.arange(length)
+    )
+    assert set(np.bincount(np.asarray(route(inputs, config).experts_TK).ravel())) == {
+        length * 3 // E
+    }
 
 
 def test_the_random_router_draws_every_pair_alike_without_replacement_and_repeats_itself_in_evaluation():
@@ -186,13 +212,18 @@ def test_the_random_router_draws_every_pair_alike_without_replacement_and_repeat
 @settings(max_examples=10, deadline=None)
 @given(st.integers(0, 10_000))
 def test_hierarchical_routing_is_a_product_of_two_gates(seed):
-    config = config_of(router="hierarchical", num_groups=4, top_k_groups=2, top_k=4, route_scale=2.0)
+    config = config_of(
+        router="hierarchical", num_groups=4, top_k_groups=2, top_k=4, route_scale=2.0
+    )
     logits_TE, mask_T = draw(seed)
     group_logits_TG = grids(seed + 1, T, 4)
     how = {"top_k_groups": 2, "per_group": 2, "scale": 2.0}
     expected = truth.route_hierarchical(group_logits_TG, logits_TE, mask_T, **how)
     arrays = {"logits_TE": logits_TE, "mask_T": mask_T, "group_logits_TG": group_logits_TG}
-    arrays |= {"noise_scale_TE": np.ones((T, E), np.float32), "group_noise_scale_TG": np.ones((T, 4), np.float32)}
+    arrays |= {
+        "noise_scale_TE": np.ones((T, E), np.float32),
+        "group_noise_scale_TG": np.ones((T, 4), np.float32),
+    }
     check(router(config)(arrays), expected, mask_T)
     silent = router(config, is_training=True, noise=0.0)(arrays | {"keys_B": keys()})
     check(silent, expected, mask_T)
@@ -200,11 +231,22 @@ def test_hierarchical_routing_is_a_product_of_two_gates(seed):
 
 def test_noise_at_both_levels_of_a_hierarchy_changes_groups_and_experts():
     config = config_of(router="hierarchical", num_groups=4, top_k_groups=2, top_k=4)
-    scales = {"noise_scale_TE": np.ones((T, E), np.float32), "group_noise_scale_TG": np.ones((T, 4), np.float32)}
-    arrays = {"logits_TE": draw(0)[0], "mask_T": np.ones(T, bool), "group_logits_TG": grids(0, T, 4), "keys_B": keys()}
+    scales = {
+        "noise_scale_TE": np.ones((T, E), np.float32),
+        "group_noise_scale_TG": np.ones((T, 4), np.float32),
+    }
+    arrays = {
+        "logits_TE": draw(0)[0],
+        "mask_T": np.ones(T, bool),
+        "group_logits_TG": grids(0, T, 4),
+        "keys_B": keys(),
+    }
     for quiet, constant in (("group_noise_scale_TG", True), ("noise_scale_TE", False)):
         some = arrays | scales | {quiet: np.zeros_like(scales[quiet])}
-        clean, noisy = (np.asarray(router(config, is_training=True, noise=n)(some).experts_TK) for n in (0.0, 3.0))
+        clean, noisy = (
+            np.asarray(router(config, is_training=True, noise=n)(some).experts_TK)
+            for n in (0.0, 3.0)
+        )
         assert np.array_equal(clean[:, ::2] // 2, noisy[:, ::2] // 2) == constant
         assert np.any(clean != noisy)
 
@@ -218,7 +260,9 @@ def test_sinkhorn_selects_by_the_plan_of_each_sequence_in_training(top_k, score,
     rng = np.random.default_rng(seed)  # off the grid: plans of tied logits differ by rounding alone
     logits_TE, mask_T = rng.normal(size=(T, E)).astype(np.float32), rng.random(T) < 0.8
     routing = router(config, is_training=training)({"logits_TE": logits_TE, "mask_T": mask_T})
-    expected = truth.route_sinkhorn(logits_TE, mask_T, length=L, iterations=5, training=training, **how)
+    expected = truth.route_sinkhorn(
+        logits_TE, mask_T, length=L, iterations=5, training=training, **how
+    )
     check(routing, expected, mask_T)
 
 
@@ -230,15 +274,23 @@ def test_sparse_mixer_takes_the_best_in_evaluation(seed, threshold):
     # Off the edge of the threshold, where float32 and float64 may differ.
     logits_TE += np.random.default_rng(seed).normal(size=logits_TE.shape).astype(np.float32) / 64
     routing = router(config)({"logits_TE": logits_TE, "mask_T": mask_T})
-    check(routing, truth.route_sparse_mixer(logits_TE, mask_T, top_k=2, threshold=threshold), mask_T)
+    check(
+        routing, truth.route_sparse_mixer(logits_TE, mask_T, top_k=2, threshold=threshold), mask_T
+    )
 
 
 def test_sparse_mixer_samples_with_the_probabilities_of_the_formula_and_scales_as_often_as_it_says():
     logits_E = np.array([1.0, 0.9, 0.85, 0.2], np.float32)
-    config = dataclasses.replace(config_of(router="sparse_mixer", mixer_threshold=0.2), num_experts=4)
+    config = dataclasses.replace(
+        config_of(router="sparse_mixer", mixer_threshold=0.2), num_experts=4
+    )
     length = 20_000
     inputs = RouterInputs(
-        jnp.tile(logits_E, (length, 1)), jnp.ones(length, bool), length, keys_B=keys()[:1], is_training=True
+        jnp.tile(logits_E, (length, 1)),
+        jnp.ones(length, bool),
+        length,
+        keys_B=keys()[:1],
+        is_training=True,
     )
     routing = jax.jit(lambda: route_sparse_mixer(inputs, config))()
     experts_TK, weights_TK = np.asarray(routing.experts_TK), np.asarray(routing.weights_TK)
@@ -269,10 +321,14 @@ def test_the_gradient_of_a_sampled_weight_is_that_of_the_plain_weight():
 
     def plain(logits_E, experts, supports):
         chosen = zip(experts, supports, strict=True)
-        return sum(jax.nn.softmax(jnp.where(support, logits_E, -jnp.inf))[e] for e, support in chosen)
+        return sum(
+            jax.nn.softmax(jnp.where(support, logits_E, -jnp.inf))[e] for e, support in chosen
+        )
 
     for t, row in enumerate(experts_TK[:5].tolist()):
-        supports = [truth.sparse_mixer_support(np.asarray(logits_TE[t]), row[:k], 0.5) > 0 for k in range(2)]
+        supports = [
+            truth.sparse_mixer_support(np.asarray(logits_TE[t]), row[:k], 0.5) > 0 for k in range(2)
+        ]
         oracle.assert_close(gradient_TE[t], jax.grad(plain)(logits_TE[t], row, supports))
 
 
@@ -284,11 +340,15 @@ def test_the_gradient_of_a_sampled_weight_is_that_of_the_plain_weight():
 def test_each_expert_takes_the_tokens_that_the_loop_takes(seed, slots):
     config = config_of(router="expert_choice", route_scale=1.5)
     logits_TE, mask_T = draw(seed)
-    routing = route_expert_choice(RouterInputs(jnp.asarray(logits_TE), jnp.asarray(mask_T), L), config, slots)
+    routing = route_expert_choice(
+        RouterInputs(jnp.asarray(logits_TE), jnp.asarray(mask_T), L), config, slots
+    )
     weights_BLE = np.zeros((B, L + 1, E))
     for b, e, c in np.ndindex(B, E, slots):
         weights_BLE[b, routing.positions_BEC[b, e, c], e] += routing.weights_BEC[b, e, c]
-    expected = truth.route_expert_choice(logits_TE.reshape(B, L, E), mask_T.reshape(B, L), slots, 1.5)
+    expected = truth.route_expert_choice(
+        logits_TE.reshape(B, L, E), mask_T.reshape(B, L), slots, 1.5
+    )
     oracle.assert_close(weights_BLE[:, :L], expected)
     assert not weights_BLE[:, L].any()
 
@@ -311,8 +371,13 @@ def test_the_bias_moves_as_the_loop_moves_it(centered):
     counts_NE = rng.integers(0, 5, (3, E))
     counts_NE[0] = 2  # balanced: nothing moves
     bias_NE = rng.normal(size=(3, E)).astype(np.float32)
-    updated = update_bias(jnp.asarray(bias_NE), jnp.asarray(counts_NE), jnp.float32(0.1), is_centered=centered)
-    expected = [truth.bias_update(b, c.tolist(), 0.1, centered) for b, c in zip(bias_NE, counts_NE, strict=True)]
+    updated = update_bias(
+        jnp.asarray(bias_NE), jnp.asarray(counts_NE), jnp.float32(0.1), is_centered=centered
+    )
+    expected = [
+        truth.bias_update(b, c.tolist(), 0.1, centered)
+        for b, c in zip(bias_NE, counts_NE, strict=True)
+    ]
     oracle.assert_close(updated, np.array(expected))
 
 
@@ -327,9 +392,13 @@ def test_a_quantile_step_is_the_one_of_the_loop_and_balances_what_it_has_seen(to
     how = {"top_k": top_k, "score": "sigmoid", "renormalize": top_k > 1}
     check(routing, truth.route_quantile(logits_TE, mask_T, beta_E, **how), mask_T)
     num_tokens_N = jnp.float32(mask_T.sum())[None]
-    updated = update_quantiles(offers(routing, jnp.asarray(mask_T), top_k)[None], num_tokens_N, top_k)[0]
+    updated = update_quantiles(
+        offers(routing, jnp.asarray(mask_T), top_k)[None], num_tokens_N, top_k
+    )[0]
     if mask_T.any():
-        oracle.assert_close(updated, -truth.quantile_update(beta_E, logits_TE, mask_T, top_k), rtol=2e-5)
+        oracle.assert_close(
+            updated, -truth.quantile_update(beta_E, logits_TE, mask_T, top_k), rtol=2e-5
+        )
 
 
 # The load estimator -----------------------------------------------------------------------------------------------
@@ -339,11 +408,18 @@ def test_the_expected_load_is_what_redrawing_the_noise_counts():
     config = config_of(router="noisy_topk")
     logits_TE, mask_T = draw(0, spread=4)
     sigma_TE = np.full((T, E), 1 / E, np.float32)  # V-MoE's own, so that only its threshold differs
-    arrays = {"logits_TE": logits_TE, "mask_T": mask_T, "noise_scale_TE": sigma_TE, "keys_B": keys()}
+    arrays = {
+        "logits_TE": logits_TE,
+        "mask_T": mask_T,
+        "noise_scale_TE": sigma_TE,
+        "keys_B": keys(),
+    }
     routing = router(config, is_training=True)(arrays)
     noisy_TE = np.asarray(routing.noisy_TE)
     load_E = np.asarray(expected_load(routing, jnp.asarray(mask_T), 2))
-    oracle.assert_close(load_E, oracle_losses.load_shazeer(logits_TE, noisy_TE, sigma_TE, mask_T, 2))
+    oracle.assert_close(
+        load_E, oracle_losses.load_shazeer(logits_TE, noisy_TE, sigma_TE, mask_T, 2)
+    )
     vmoe_E = expected_load_vmoe(routing, jnp.asarray(mask_T), 2)
     oracle.assert_close(vmoe_E, oracle_losses.load_vmoe(logits_TE, noisy_TE, mask_T, 2))
     draws, rng = 400, np.random.default_rng(1)
@@ -356,9 +432,13 @@ def test_the_expected_load_is_what_redrawing_the_noise_counts():
 
 @pytest.mark.parametrize("score", ["sigmoid", "sqrt_softplus", "softmax"])
 @pytest.mark.parametrize("level", [-300.0, 0.0, 80.0])
-def test_scores_that_vanish_or_saturate_still_make_probabilities_and_weights_that_sum_to_one(score, level):
+def test_scores_that_vanish_or_saturate_still_make_probabilities_and_weights_that_sum_to_one(
+    score, level
+):
     """A normaliser with a small constant would let a router lower its balance loss by lowering all its scores."""
-    config = config_of(router="softmax_topk" if score == "softmax" else "sigmoid_topk", score=score, top_k=2)
+    config = config_of(
+        router="softmax_topk" if score == "softmax" else "sigmoid_topk", score=score, top_k=2
+    )
     logits_TE = jnp.full((T, E), level) + jnp.asarray(draw(0)[0]) / 8
 
     def sums(logits_TE):
@@ -377,8 +457,14 @@ def test_scores_that_vanish_or_saturate_still_make_probabilities_and_weights_tha
 
 def test_noise_breaks_the_ties_of_a_hierarchy_that_has_learnt_nothing():
     config = config_of(router="hierarchical", num_groups=4, top_k_groups=2, top_k=4)
-    arrays = {"logits_TE": np.zeros((T, E), np.float32), "group_logits_TG": np.zeros((T, 4), np.float32)}
-    arrays |= {"noise_scale_TE": np.ones((T, E), np.float32), "group_noise_scale_TG": np.ones((T, 4), np.float32)}
+    arrays = {
+        "logits_TE": np.zeros((T, E), np.float32),
+        "group_logits_TG": np.zeros((T, 4), np.float32),
+    }
+    arrays |= {
+        "noise_scale_TE": np.ones((T, E), np.float32),
+        "group_noise_scale_TG": np.ones((T, 4), np.float32),
+    }
     arrays["mask_T"] = np.arange(T) != 3
     noisy = router(config, is_training=True)(arrays | {"keys_B": keys()})
     assert float(count_ties(noisy, arrays["mask_T"])) == 0
@@ -388,8 +474,13 @@ def test_noise_breaks_the_ties_of_a_hierarchy_that_has_learnt_nothing():
 
 def test_ties_of_a_hierarchy_are_those_within_groups_and_between_them():
     config = config_of(router="hierarchical", num_groups=2, top_k_groups=2, top_k=4)
-    logits_TE = np.array([[4, 3, 2, 1, 9, 8, 7, 6], [4, 3, 3, 1, 9, 8, 7, 6], [4, 4, 2, 1, 9, 8, 7, 3]], np.float32)
-    some = {"noise_scale_TE": np.ones((3, E), np.float32), "group_noise_scale_TG": np.ones((3, 2), np.float32)}
+    logits_TE = np.array(
+        [[4, 3, 2, 1, 9, 8, 7, 6], [4, 3, 3, 1, 9, 8, 7, 6], [4, 4, 2, 1, 9, 8, 7, 3]], np.float32
+    )
+    some = {
+        "noise_scale_TE": np.ones((3, E), np.float32),
+        "group_noise_scale_TG": np.ones((3, 2), np.float32),
+    }
     arrays = some | {
         "logits_TE": logits_TE,
         "mask_T": np.ones(3, bool),
@@ -423,7 +514,9 @@ def test_an_offer_that_is_no_number_concerns_its_own_expert_alone():
     offers_NTE[:, :6, 0] = np.nan
     torn_NE = np.asarray(update_quantiles(jnp.asarray(offers_NTE), tokens_N, 2))
     assert np.isfinite(torn_NE).all()
-    np.testing.assert_allclose(np.diff(torn_NE[:, 1:]), np.diff(clean_NE[:, 1:]), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        np.diff(torn_NE[:, 1:]), np.diff(clean_NE[:, 1:]), rtol=1e-5, atol=1e-6
+    )
 
 
 def test_no_two_draws_of_a_layer_share_random_numbers():
@@ -433,7 +526,9 @@ def test_no_two_draws_of_a_layer_share_random_numbers():
     def folded(stream):
         """Key data of all choices, as `draw` derives them."""
         stream_key = jax.random.fold_in(base, stream.number)
-        return jax.random.key_data(jax.vmap(lambda choice: jax.random.fold_in(stream_key, choice))(many))
+        return jax.random.key_data(
+            jax.vmap(lambda choice: jax.random.fold_in(stream_key, choice))(many)
+        )
 
     drawn = np.concatenate([folded(stream) for stream in Stream])
     # Splitting a key, as parameters do, and folding it with a small integer give the same keys.

@@ -24,7 +24,9 @@ B, L, D = 3, 12, 8
 TOKEN_CHOICE = [name for name, rules in ROUTER_RULES.items() if rules.takes_capacity]
 CAUSAL = [name for name, rules in ROUTER_RULES.items() if rules.is_causal]
 LEARNED = [name for name in ROUTER_RULES if name not in ("random", "balanced")]
-SAME_FOR_A_PERMUTATION = [name for name in CAUSAL if name not in ("random", "balanced", "noisy_topk", "sparse_mixer")]
+SAME_FOR_A_PERMUTATION = [
+    name for name in CAUSAL if name not in ("random", "balanced", "noisy_topk", "sparse_mixer")
+]
 CAPACITIES = [
     {"dispatch": "capacity", "overflow": overflow, "capacity_factor": 0.8}
     for overflow in ("next", "renormalize", "drop")
@@ -41,7 +43,11 @@ modes = pytest.mark.parametrize("training", [True, False])
 
 
 def config_of(router, **changes):
-    case = {"num_experts": 4, "top_k": 2, "d_expert": 6, "router": router} | ROUTER_CASES[router] | changes
+    case = (
+        {"num_experts": 4, "top_k": 2, "d_expert": 6, "router": router}
+        | ROUTER_CASES[router]
+        | changes
+    )
     return derive_moe(MoeConfig(**case), L)
 
 
@@ -74,9 +80,13 @@ def parts(config):
     graphdef, params, rest = nnx.split(layer, nnx.Param, ...)
     rng = np.random.default_rng(0)
     if "router" in params:  # random and balanced have no logits
-        params["router"] = jax.tree.map(lambda p: p + jnp.asarray(rng.normal(size=p.shape), p.dtype), params["router"])
+        params["router"] = jax.tree.map(
+            lambda p: p + jnp.asarray(rng.normal(size=p.shape), p.dtype), params["router"]
+        )
     if config.has_selection_bias:
-        rest["selection_bias"].set_value(jnp.asarray(rng.normal(size=config.num_choices) / 4, jnp.float32))
+        rest["selection_bias"].set_value(
+            jnp.asarray(rng.normal(size=config.num_choices) / 4, jnp.float32)
+        )
 
     @functools.partial(jax.jit, static_argnames=("training",))
     def run(params, x_BLD, mask_BL, keys_B, training):
@@ -99,7 +109,9 @@ def draw(seed=0):
 
 def run(config, x_BLD, mask_BL, training, keys_B=None):
     params, call = parts(config)
-    return call(params, x_BLD, jnp.asarray(mask_BL), keys() if keys_B is None else keys_B, training=training)
+    return call(
+        params, x_BLD, jnp.asarray(mask_BL), keys() if keys_B is None else keys_B, training=training
+    )
 
 
 # Weights and choices ----------------------------------------------------------------------------------------------
@@ -112,9 +124,15 @@ def test_no_token_visits_an_expert_twice_and_masked_tokens_visit_none(router, tr
     x_BLD, mask_BL = draw()
     y_BLD, stats = run(config, x_BLD, mask_BL, training)
     assert isinstance(stats.routing, Routing)
-    experts_TK, weights_TK = np.asarray(stats.routing.experts_TK), np.asarray(stats.routing.weights_TK)
+    experts_TK, weights_TK = (
+        np.asarray(stats.routing.experts_TK),
+        np.asarray(stats.routing.weights_TK),
+    )
     mask_T = mask_BL.ravel()
-    assert all(len(set(row)) == config.top_k and max(row) < config.num_choices for row in experts_TK[mask_T].tolist())
+    assert all(
+        len(set(row)) == config.top_k and max(row) < config.num_choices
+        for row in experts_TK[mask_T].tolist()
+    )
     assert np.all(experts_TK[~mask_T] == config.num_choices) and not weights_TK[~mask_T].any()
     assert not np.asarray(y_BLD)[~mask_BL].any()
     assert stats.assignments_E.sum() == mask_T.sum() * config.top_k
@@ -124,7 +142,9 @@ def test_no_token_visits_an_expert_twice_and_masked_tokens_visit_none(router, tr
 @modes
 def test_weights_sum_as_promised(router, training):
     config = config_of(router)
-    weights_TK = np.asarray(run(config, draw()[0], np.ones((B, L), bool), training)[1].routing.weights_TK)
+    weights_TK = np.asarray(
+        run(config, draw()[0], np.ones((B, L), bool), training)[1].routing.weights_TK
+    )
     sums_T = weights_TK.sum(axis=1) / config.route_scale
     if router == "sparse_mixer":
         assert np.all(sums_T > 0) and np.all(weights_TK <= 1)
@@ -137,10 +157,16 @@ def test_weights_sum_as_promised(router, training):
 
 @each([name for name, rules in ROUTER_RULES.items() if rules.takes_bias] + ["quantile"])
 def test_the_selection_bias_changes_choices_and_never_the_weight_of_a_chosen_expert(router):
-    config = config_of(router) if router == "quantile" else config_of(router, selection_bias=True, renormalize=False)
+    config = (
+        config_of(router)
+        if router == "quantile"
+        else config_of(router, selection_bias=True, renormalize=False)
+    )
     if config.score == "softmax_after":
         config = dataclasses.replace(config, score="softmax")
-    config = dataclasses.replace(config, renormalize=False, num_groups=1, top_k_groups=1, dispatch="dropless")
+    config = dataclasses.replace(
+        config, renormalize=False, num_groups=1, top_k_groups=1, dispatch="dropless"
+    )
     layer = fresh(config)
     x_BLD, mask_BL = draw()
     found = []
@@ -154,18 +180,30 @@ def test_the_selection_bias_changes_choices_and_never_the_weight_of_a_chosen_exp
     scores_TE = np.exp(np.asarray(plain.log_scores_TE)) * config.route_scale
     for routing in found:
         for t in np.flatnonzero(mask_BL):
-            np.testing.assert_allclose(routing.weights_TK[t], scores_TE[t, routing.experts_TK[t]], rtol=1e-5)
+            np.testing.assert_allclose(
+                routing.weights_TK[t], scores_TE[t, routing.experts_TK[t]], rtol=1e-5
+            )
 
 
 @each([name for name, rules in ROUTER_RULES.items() if rules.takes_groups])
 @pytest.mark.parametrize("group_score", ["top2_sum", "max"])
 def test_no_expert_outside_the_chosen_groups_wins_however_negative_the_bias(router, group_score):
-    how = {"num_experts": 8, "num_groups": 4, "top_k_groups": 1, "group_score": group_score, "selection_bias": True}
+    how = {
+        "num_experts": 8,
+        "num_groups": 4,
+        "top_k_groups": 1,
+        "group_score": group_score,
+        "selection_bias": True,
+    }
     config = config_of(router, top_k=1 if router == "switch" else 2, **how)
     layer = fresh(config)
-    layer.selection_bias[...] = jnp.asarray(np.random.default_rng(0).normal(size=8) - 50, jnp.float32)
+    layer.selection_bias[...] = jnp.asarray(
+        np.random.default_rng(0).normal(size=8) - 50, jnp.float32
+    )
     x_BLD, mask_BL = draw()
-    experts_TK = np.asarray(apply(layer, x_BLD, info_of(config, mask_BL, trace=True))[1].routing.experts_TK)
+    experts_TK = np.asarray(
+        apply(layer, x_BLD, info_of(config, mask_BL, trace=True))[1].routing.experts_TK
+    )
     assert np.all(experts_TK[mask_BL.ravel()] // 2 == experts_TK[mask_BL.ravel()][:, :1] // 2)
 
 
@@ -177,7 +215,9 @@ def test_no_expert_outside_the_chosen_groups_wins_however_negative_the_bias(rout
 def test_what_stands_at_padding_changes_nothing_be_it_no_number(router, training):
     config = config_of(router)
     x_BLD, mask_BL = draw()
-    garbage_BLD = jnp.where(jnp.asarray(mask_BL)[..., None], x_BLD, jnp.where(draw(1)[0] > 0, jnp.nan, jnp.inf))
+    garbage_BLD = jnp.where(
+        jnp.asarray(mask_BL)[..., None], x_BLD, jnp.where(draw(1)[0] > 0, jnp.nan, jnp.inf)
+    )
     one, other = (run(config, x, mask_BL, training) for x in (x_BLD, garbage_BLD))
     np.testing.assert_array_equal(one[0], other[0])
     sums = (dataclasses.replace(stats, routing=None) for _, stats in (one, other))
@@ -195,9 +235,15 @@ def test_padding_appended_changes_nothing_in_evaluation(router):
     longer_BL = np.concatenate([mask_BL, np.zeros((B, L), bool)], axis=1)
     # Token ids and positions as in the short rows.
     info, short = info_of(config, longer_BL), info_of(config, mask_BL)
-    ids = {name: jnp.concatenate([getattr(short, name)] * 2, axis=1) for name in ("tokens_BL", "positions_BL")}
+    ids = {
+        name: jnp.concatenate([getattr(short, name)] * 2, axis=1)
+        for name in ("tokens_BL", "positions_BL")
+    }
     info, layer = dataclasses.replace(info, **ids), fresh(config)
-    (y_BLD, stats), (longer_y_BLD, longer_stats) = apply(layer, x_BLD, short), apply(layer, longer_BLD, info)
+    (y_BLD, stats), (longer_y_BLD, longer_stats) = (
+        apply(layer, x_BLD, short),
+        apply(layer, longer_BLD, info),
+    )
     oracle.assert_close(longer_y_BLD[:, :L], y_BLD)
     assert not np.asarray(longer_y_BLD)[:, L:].any()
     sums = (dataclasses.replace(s, offers_TE=None) for s in (longer_stats, stats))
@@ -209,7 +255,9 @@ def test_padding_appended_changes_nothing_in_evaluation(router):
 def test_a_causal_router_never_looks_at_later_tokens(router, capacity):
     training = capacity != "evaluation"  # which is dropless whatever training does
     config = config_of(router, dispatch="dropless")
-    if capacity == "full":  # what becomes of the overflow, the most entangled rule that the router allows
+    if (
+        capacity == "full"
+    ):  # what becomes of the overflow, the most entangled rule that the router allows
         full = [config_of(router, **changes, capacity_order="position") for changes in CAPACITIES]
         config = next(filter(fits, full))
     x_BLD, mask_BL = draw()
@@ -241,7 +289,10 @@ def test_a_sequence_does_not_depend_on_the_others_of_its_batch(router, training)
     others_BLD, others_BL = draw(1)
     one = run(config, x_BLD, mask_BL, training)[0]
     beside_others = run(
-        config, x_BLD.at[1:].set(others_BLD[1:]), np.concatenate([mask_BL[:1], others_BL[1:]]), training
+        config,
+        x_BLD.at[1:].set(others_BLD[1:]),
+        np.concatenate([mask_BL[:1], others_BL[1:]]),
+        training,
     )[0]
     oracle.assert_close(beside_others[0], one[0])
     assert np.any(beside_others[1:] != one[1:])
@@ -254,14 +305,28 @@ def test_permuted_tokens_are_routed_as_before_where_nothing_is_drawn_and_nothing
     order = np.random.default_rng(2).permutation(L)
     layer = fresh(config)
     info = info_of(config, mask_BL)
-    permuted = dataclasses.replace(info, is_token_BL=info.is_token_BL[:, order], tokens_BL=info.tokens_BL[:, order])
-    (y_BLD, stats), (permuted_BLD, permuted_stats) = apply(layer, x_BLD, info), apply(layer, x_BLD[:, order], permuted)
+    permuted = dataclasses.replace(
+        info, is_token_BL=info.is_token_BL[:, order], tokens_BL=info.tokens_BL[:, order]
+    )
+    (y_BLD, stats), (permuted_BLD, permuted_stats) = (
+        apply(layer, x_BLD, info),
+        apply(layer, x_BLD[:, order], permuted),
+    )
     oracle.assert_close(permuted_BLD, y_BLD[:, order])
     sums = (dataclasses.replace(s, offers_TE=None) for s in (permuted_stats, stats))
     oracle.assert_close(*sums)
 
 
-SYMMETRIC = ["softmax_topk", "switch", "sigmoid_topk", "noisy_topk", "sparse_mixer", "sinkhorn", "quantile", "dense"]
+SYMMETRIC = [
+    "softmax_topk",
+    "switch",
+    "sigmoid_topk",
+    "noisy_topk",
+    "sparse_mixer",
+    "sinkhorn",
+    "quantile",
+    "dense",
+]
 
 
 @each(SYMMETRIC)
@@ -281,7 +346,11 @@ def test_experts_in_another_order_give_the_same_output(router):
     def permute(path, value):
         if path[0] == "router":
             return value[..., order]
-        return value[order] if path[0] == "experts" or path[0] in ("selection_bias", "idle_steps") else value
+        return (
+            value[order]
+            if path[0] == "experts" or path[0] in ("selection_bias", "idle_steps")
+            else value
+        )
 
     flat = nnx.to_flat_state(nnx.state(layer))
     nnx.update(layer, nnx.from_flat_state([(p, v.replace(permute(p, v[...]))) for p, v in flat]))
@@ -291,7 +360,11 @@ def test_experts_in_another_order_give_the_same_output(router):
 
 
 @each(
-    [name for name in ROUTER_RULES if name not in ("noisy_topk", "sigmoid_topk", "quantile", "expert_choice", "soft")]
+    [
+        name
+        for name in ROUTER_RULES
+        if name not in ("noisy_topk", "sigmoid_topk", "quantile", "expert_choice", "soft")
+    ]
 )
 def test_on_a_mesh_the_layer_and_its_gradients_are_those_of_one_device(router):
     config = config_of(router)
@@ -301,7 +374,10 @@ def test_on_a_mesh_the_layer_and_its_gradients_are_those_of_one_device(router):
 
     def loss(params, x_BLD):
         y_BLD, stats = call.__wrapped__(params, x_BLD, mask_BL, keys_B, True)
-        return jnp.sum(y_BLD**2), (y_BLD, dataclasses.replace(stats, routing=None, offers_TE=None, scope_balance=None))
+        return jnp.sum(y_BLD**2), (
+            y_BLD,
+            dataclasses.replace(stats, routing=None, offers_TE=None, scope_balance=None),
+        )
 
     run = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
     one = jax.device_get(jax.jit(run)(params, x_BLD))
@@ -315,7 +391,9 @@ def test_on_a_mesh_the_layer_and_its_gradients_are_those_of_one_device(router):
 
 
 @all_routers
-def test_evaluation_is_the_same_twice_and_needs_no_key_and_training_without_randomness_follows_its_key(router):
+def test_evaluation_is_the_same_twice_and_needs_no_key_and_training_without_randomness_follows_its_key(
+    router,
+):
     config = config_of(router)
     x_BLD, mask_BL = draw()
     one, other = (run(config, x_BLD, mask_BL, False, keys(seed))[0] for seed in (0, 1))
@@ -346,12 +424,16 @@ def test_losses_and_statistics_are_float32_and_state_is_no_parameter(router):
     layer = MoE(config, D, jnp.dtype("bfloat16"), vocab_size=7, rngs=nnx.Rngs(params=1))
     x_BLD, mask_BL = draw()
     info = info_of(config, mask_BL, config.capacity_factor, keys())
-    y_BLD, stats = jax.eval_shape(_apply.__wrapped__, *nnx.split(layer), x_BLD.astype(jnp.bfloat16), info)
+    y_BLD, stats = jax.eval_shape(
+        _apply.__wrapped__, *nnx.split(layer), x_BLD.astype(jnp.bfloat16), info
+    )
     assert y_BLD.dtype == jnp.bfloat16
     assert all(x.dtype in (jnp.float32, jnp.int32) for x in jax.tree.leaves(stats))
     states = [v for _, v in nnx.to_flat_state(nnx.state(layer, RouterState))]
     assert states and all(v[...].dtype in (jnp.float32, jnp.int32) for v in states)
-    assert not {id(v) for v in states} & {id(v) for _, v in nnx.to_flat_state(nnx.state(layer, nnx.Param))}
+    assert not {id(v) for v in states} & {
+        id(v) for _, v in nnx.to_flat_state(nnx.state(layer, nnx.Param))
+    }
 
 
 @all_routers
@@ -359,7 +441,9 @@ def test_the_balance_loss_of_every_router_is_at_least_its_floor_and_every_loss_i
     config = config_of(router)
     x_BLD, mask_BL = draw()
     _, stats = run(config, x_BLD, mask_BL, True)
-    stacked = jax.tree.map(lambda x: x[None], dataclasses.replace(stats, routing=None, offers_TE=None))
+    stacked = jax.tree.map(
+        lambda x: x[None], dataclasses.replace(stats, routing=None, offers_TE=None)
+    )
     losses = auxiliary_losses(stacked, config)
     assert {"balance", "z"} <= losses.keys() <= LOSSES.keys()
     for name, loss in losses.items():
@@ -375,13 +459,25 @@ NONCAUSAL = {"router": "expert_choice", "allow_noncausal": True}
 @pytest.mark.parametrize(
     ("moe", "parts"),
     [
-        (NONCAUSAL | {"balance_convention": "first_choice"}, ["moe.balance_convention=first_choice", "expert_choice"]),
+        (
+            NONCAUSAL | {"balance_convention": "first_choice"},
+            ["moe.balance_convention=first_choice", "expert_choice"],
+        ),
         (NONCAUSAL | {"balance_scope": "sequence"}, ["moe.balance_scope=sequence", "set global"]),
-        ({"router": "soft", "allow_noncausal": True, "route_scale": 2.0}, ["moe.route_scale=2.0", "moe.router=soft"]),
+        (
+            {"router": "soft", "allow_noncausal": True, "route_scale": 2.0},
+            ["moe.route_scale=2.0", "moe.router=soft"],
+        ),
         ({"router": "hash", "jitter": 0.1}, ["moe.jitter=0.1", "moe.score=uniform"]),
         ({"router_noise": "fixed"}, ["moe.router_noise=fixed", "softmax_topk"]),
-        ({"router": "noisy_topk", "load_weight": 0.1, "noise_scale": 0.0}, ["moe.load_weight=0.1", "noise_scale=0.0"]),
-        ({"router": "noisy_topk", "load_weight": 0.1, "selection_bias": True}, ["moe.selection_bias=True"]),
+        (
+            {"router": "noisy_topk", "load_weight": 0.1, "noise_scale": 0.0},
+            ["moe.load_weight=0.1", "noise_scale=0.0"],
+        ),
+        (
+            {"router": "noisy_topk", "load_weight": 0.1, "selection_bias": True},
+            ["moe.selection_bias=True"],
+        ),
         (
             {"router": "noisy_topk", "vmoe_load_weight": 0.1, "num_groups": 4, "top_k_groups": 2},
             ["moe.vmoe_load_weight=0.1", "moe.num_groups=4"],

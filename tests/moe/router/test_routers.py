@@ -32,14 +32,20 @@ ALLOWED = [
 @functools.cache
 def router(name, top_k, renormalize):
     """The jitted router `(logits_TE, mask_T) -> Routing`."""
-    config = MoeConfig(num_experts=E, top_k=top_k, router=name, score="softmax", renormalize=renormalize)
-    return jax.jit(lambda logits_TE, mask_T: route(RouterInputs(logits_TE, mask_T, len(mask_T)), config))
+    config = MoeConfig(
+        num_experts=E, top_k=top_k, router=name, score="softmax", renormalize=renormalize
+    )
+    return jax.jit(
+        lambda logits_TE, mask_T: route(RouterInputs(logits_TE, mask_T, len(mask_T)), config)
+    )
 
 
 def expect(logits_TE, mask_T, top_k, renormalize):
     """The oracle's probabilities, experts (E at padding) and weights."""
     num_experts = logits_TE.shape[1]
-    probs, experts, weights = zip(*(oracle.route_one(row, top_k, renormalize) for row in logits_TE), strict=True)
+    probs, experts, weights = zip(
+        *(oracle.route_one(row, top_k, renormalize) for row in logits_TE), strict=True
+    )
     experts_TK = np.where(mask_T[:, None], np.array(experts), num_experts)
     return np.array(probs), experts_TK, np.where(mask_T[:, None], np.array(weights), 0)
 
@@ -50,7 +56,9 @@ def expect(logits_TE, mask_T, top_k, renormalize):
     logits=st.lists(st.lists(st.integers(-40, 40), min_size=E, max_size=E), min_size=T, max_size=T),
     mask=st.lists(st.booleans(), min_size=T, max_size=T),
 )
-def test_any_logits_are_routed_as_the_oracle_routes_them_ties_included(name, top_k, renormalize, logits, mask):
+def test_any_logits_are_routed_as_the_oracle_routes_them_ties_included(
+    name, top_k, renormalize, logits, mask
+):
     logits_TE, mask_T = np.array(logits, np.float32) / 4, np.array(mask)
     routing = router(name, top_k, renormalize)(logits_TE, mask_T)
     probs_TE, experts_TK, weights_TK = expect(logits_TE, mask_T, top_k, renormalize)
@@ -93,13 +101,17 @@ def test_masked_tokens_give_the_logits_no_gradient():
     assert np.all(np.any(gradient_TE[:4] != 0, axis=1)) and not np.any(gradient_TE[4:])
 
 
-@pytest.mark.parametrize(("name", "top_k", "renormalize"), [("softmax_topk", 1, True), ("switch", 1, True)])
+@pytest.mark.parametrize(
+    ("name", "top_k", "renormalize"), [("softmax_topk", 1, True), ("switch", 1, True)]
+)
 def test_one_renormalised_weight_has_no_gradient_and_is_refused(name, top_k, renormalize):
     def weight(logits_TE):
         return router(name, top_k, renormalize)(logits_TE, jnp.ones(T, bool)).weights_TK.sum()
 
     assert not np.any(np.abs(jax.grad(weight)(jax.random.normal(jax.random.key(3), (T, E)))) > 1e-6)
-    moe = dataclasses.asdict(MoeConfig(num_experts=E, top_k=top_k, router=name, renormalize=renormalize))
+    moe = dataclasses.asdict(
+        MoeConfig(num_experts=E, top_k=top_k, router=name, renormalize=renormalize)
+    )
     with pytest.raises(ValueError, match=r"moe\.renormalize=True with moe\.top_k=1"):
         resolve({"moe": moe})
 
@@ -119,14 +131,21 @@ FAMILIES = {
 
 def check_family(logits_TE, experts_TK, weights_TK, config, **more):
     """Checks that the experts are the same in any order; returns our weights and theirs by expert."""
-    inputs = RouterInputs(jnp.asarray(logits_TE), jnp.ones(len(logits_TE), bool), len(logits_TE), **more)
+    inputs = RouterInputs(
+        jnp.asarray(logits_TE), jnp.ones(len(logits_TE), bool), len(logits_TE), **more
+    )
     routing = jax.device_get(route(inputs, config))
-    order_TK, their_order_TK = np.argsort(routing.experts_TK, axis=1), np.argsort(experts_TK, axis=1)
+    order_TK, their_order_TK = (
+        np.argsort(routing.experts_TK, axis=1),
+        np.argsort(experts_TK, axis=1),
+    )
     np.testing.assert_array_equal(
-        np.take_along_axis(routing.experts_TK, order_TK, 1), np.take_along_axis(experts_TK, their_order_TK, 1)
+        np.take_along_axis(routing.experts_TK, order_TK, 1),
+        np.take_along_axis(experts_TK, their_order_TK, 1),
     )
     ours_TK, theirs_TK = (
-        np.take_along_axis(w, o, 1) for w, o in ((routing.weights_TK, order_TK), (weights_TK, their_order_TK))
+        np.take_along_axis(w, o, 1)
+        for w, o in ((routing.weights_TK, order_TK), (weights_TK, their_order_TK))
     )
     return ours_TK, theirs_TK
 
@@ -140,13 +159,21 @@ def test_routing_equals_that_of_the_published_implementation(family):
     layers = [name.removesuffix(".logits") for name in arrays.files if name.endswith(".logits")]
     assert len(layers) >= 2
     for layer in layers:
-        logits_TE, experts_TK, weights_TK = (arrays[f"{layer}.{what}"] for what in ("logits", "indices", "weights"))
-        config = MoeConfig(num_experts=logits_TE.shape[1], top_k=rule.get("num_experts_per_tok", 1), **FAMILIES[family])
+        logits_TE, experts_TK, weights_TK = (
+            arrays[f"{layer}.{what}"] for what in ("logits", "indices", "weights")
+        )
+        config = MoeConfig(
+            num_experts=logits_TE.shape[1],
+            top_k=rule.get("num_experts_per_tok", 1),
+            **FAMILIES[family],
+        )
         bias = f"bias.{layer.split('.')[-1]}"
         bias_E = jnp.asarray(arrays[bias]) if bias in arrays.files else None
         assert (bias_E is not None) == config.selection_bias
         ours_TK, theirs_TK = check_family(logits_TE, experts_TK, weights_TK, config, bias_E=bias_E)
-        if f"{layer}.kept" in arrays:  # there, dropped choices have weight 0; dropping is not the router's in moejax
+        if (
+            f"{layer}.kept" in arrays
+        ):  # there, dropped choices have weight 0; dropping is not the router's in moejax
             theirs_TK = np.where(arrays[f"{layer}.kept"], theirs_TK, ours_TK)
         oracle.assert_close(ours_TK, theirs_TK)
 
@@ -171,11 +198,19 @@ MORE_FAMILIES = {
 
 @pytest.mark.parametrize("family", MORE_FAMILIES)
 def test_routing_equals_that_of_further_published_implementations(family):
-    with np.load(Path(__file__).parents[2] / "files/published_routing.npz", allow_pickle=False) as file:
-        arrays = {name.split(".")[1]: file[name] for name in file.files if name.startswith(f"{family}.")}
+    with np.load(
+        Path(__file__).parents[2] / "files/published_routing.npz", allow_pickle=False
+    ) as file:
+        arrays = {
+            name.split(".")[1]: file[name] for name in file.files if name.startswith(f"{family}.")
+        }
     top_k = arrays["indices"].shape[1]
-    config = MoeConfig(**({"num_experts": 16, "top_k": top_k, "score": "softmax"} | MORE_FAMILIES[family]))
+    config = MoeConfig(
+        **({"num_experts": 16, "top_k": top_k, "score": "softmax"} | MORE_FAMILIES[family])
+    )
     optional = {"bias_E": "bias", "table_VK": "table", "tokens_T": "tokens"}
     more = {field: jnp.asarray(arrays[name]) for field, name in optional.items() if name in arrays}
     assert ("bias_E" in more) == config.selection_bias
-    oracle.assert_close(*check_family(arrays["logits"], arrays["indices"], arrays["weights"], config, **more))
+    oracle.assert_close(
+        *check_family(arrays["logits"], arrays["indices"], arrays["weights"], config, **more)
+    )

@@ -45,7 +45,9 @@ def test_products_of_rotated_vectors_depend_only_on_the_distance_of_their_positi
     positions_1L, keys_1L = jnp.arange(L)[None], 2 * jnp.arange(L)[None]
 
     def products(shift):
-        return jnp.einsum("BLHA,BSHA->BHLS", turn(q_1LHA, positions_1L + shift), turn(k_1LHA, keys_1L + shift))
+        return jnp.einsum(
+            "BLHA,BSHA->BHLS", turn(q_1LHA, positions_1L + shift), turn(k_1LHA, keys_1L + shift)
+        )
 
     # Angles up to 60 radians, as above.
     oracle.assert_close(products(50), products(0), rtol=2e-5)
@@ -64,7 +66,9 @@ def test_position_0_is_not_turned_and_no_position_changes_a_length():
 @pytest.mark.parametrize("qk_norm", [False, True])
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 def test_attention_equals_the_loop_over_queries_with_shared_heads(kv_heads, qk_norm):
-    config = ModelConfig(d_model=WIDTH, num_heads=HEADS, num_kv_heads=kv_heads, rope_theta=THETA, qk_norm=qk_norm)
+    config = ModelConfig(
+        d_model=WIDTH, num_heads=HEADS, num_kv_heads=kv_heads, rope_theta=THETA, qk_norm=qk_norm
+    )
     graphdef, abstract = nnx.split(
         nnx.eval_shape(lambda: Attention(config, jnp.dtype("float32"), rngs=nnx.Rngs(params=0)))
     )
@@ -93,8 +97,13 @@ def test_attention_equals_the_loop_over_queries_with_shared_heads(kv_heads, qk_n
     for b, i, h in np.ndindex(B, L, HEADS):
         shared = h // (HEADS // kv_heads)
         seen = [j for j in range(i + 1) if segments_BL[b, j] == segments_BL[b, i]]
-        scores = [vector("query", b, i, h) @ vector("key", b, j, shared) / np.sqrt(HEAD) for j in seen]
-        mixed_A = sum(p * vector("value", b, j, shared) for p, j in zip(oracle.softmax(scores), seen, strict=True))
+        scores = [
+            vector("query", b, i, h) @ vector("key", b, j, shared) / np.sqrt(HEAD) for j in seen
+        ]
+        mixed_A = sum(
+            p * vector("value", b, j, shared)
+            for p, j in zip(oracle.softmax(scores), seen, strict=True)
+        )
         expected[b, i] += mixed_A @ w["out"][h]
 
     @jax.jit
@@ -137,12 +146,18 @@ def test_the_norm_divides_by_the_root_mean_square_in_float32():
 @pytest.mark.parametrize(("block", "turns"), [(2, 4), (3, 3)])  # 3: the last block is filled up
 def test_long_rows_attend_in_blocks_of_queries_as_if_at_once(monkeypatch, block, turns):
     rng = np.random.default_rng(0)
-    q, k, v, dy = (jnp.float32(rng.normal(size=(B, 8, heads, HEAD))) for heads in (HEADS, 2, 2, HEADS))
+    q, k, v, dy = (
+        jnp.float32(rng.normal(size=(B, 8, heads, HEAD))) for heads in (HEADS, 2, 2, HEADS)
+    )
     mask_BLL = row_mask(jnp.int32([[1, 1, 1, 2, 2, 2, 2, 0], [1] * 8]))
 
     def values_and_gradients():
-        run = jax.value_and_grad(lambda q, k, v: (attention.attend(q, k, v, mask_BLL) * dy).sum(), (0, 1, 2))
-        return jax.jit(run)(q, k, v), str(jax.make_jaxpr(lambda *a: attention.attend(*a))(q, k, v, mask_BLL))
+        run = jax.value_and_grad(
+            lambda q, k, v: (attention.attend(q, k, v, mask_BLL) * dy).sum(), (0, 1, 2)
+        )
+        return jax.jit(run)(q, k, v), str(
+            jax.make_jaxpr(lambda *a: attention.attend(*a))(q, k, v, mask_BLL)
+        )
 
     at_once, program = values_and_gradients()
     assert "scan" not in program
@@ -162,7 +177,10 @@ def shrink(monkeypatch):
 def rows_of(length, dtype=jnp.float32):
     """Queries, keys, values and gradients, and rows of one document, of several, and with padding at the end."""
     rng = np.random.default_rng(length)
-    arrays = [jnp.asarray(rng.normal(size=(3, length, heads, HEAD)), dtype) for heads in (HEADS, 2, 2, HEADS)]
+    arrays = [
+        jnp.asarray(rng.normal(size=(3, length, heads, HEAD)), dtype)
+        for heads in (HEADS, 2, 2, HEADS)
+    ]
     segments_BL = np.ones((3, length), np.int32)
     segments_BL[1] = 1 + np.arange(length) // max(1, length // 5)
     segments_BL[2, length // 3 :] = 2
@@ -204,7 +222,9 @@ def test_long_rows_take_blocks_of_queries_and_keep_no_scores(monkeypatch):
     found = results_and_gradients(causal.attend_causally, arrays, segments_BL)
     jax.tree.map(functools.partial(oracle.assert_close, rtol=1e-5), found, expected)
     program = str(jax.make_jaxpr(causal.attend_causally)(*arrays[:3], segments_BL))
-    assert "length=2" in program and "remat" in program  # 16 queries of the largest blocks, 8 at a time
+    assert (
+        "length=2" in program and "remat" in program
+    )  # 16 queries of the largest blocks, 8 at a time
 
 
 @pytest.mark.parametrize("length", [29, 64])
@@ -239,7 +259,9 @@ def test_skipping_what_does_not_meet_changes_no_bit(monkeypatch):
 def first_values_not_finite(rows):
     """What attention makes of rows whose first two values are not finite; a weight of 0 leaves them so."""
     (q, k, v, _), _ = rows_of(64)
-    return np.asarray(jax.jit(causal.attend_causally)(q, k, v.at[:, :2].set(jnp.nan), jnp.stack(rows)))
+    return np.asarray(
+        jax.jit(causal.attend_causally)(q, k, v.at[:, :2].set(jnp.nan), jnp.stack(rows))
+    )
 
 
 def test_what_does_not_meet_is_not_computed(monkeypatch):
@@ -247,7 +269,9 @@ def test_what_does_not_meet_is_not_computed(monkeypatch):
     touching = 16  # positions of the first block and of the next one
     assert np.isnan(first_values_not_finite(SHORT)[:, :touching]).all(-1).any()
     assert np.isfinite(first_values_not_finite(SHORT)[:, touching:]).all()
-    assert np.isnan(first_values_not_finite(MIXED)[0, touching:]).any()  # another row of the batch has long documents
+    assert np.isnan(
+        first_values_not_finite(MIXED)[0, touching:]
+    ).any()  # another row of the batch has long documents
 
 
 def test_arms_that_train_together_skip_what_none_of_them_needs(monkeypatch):
@@ -275,7 +299,9 @@ def test_in_bfloat16_attention_is_the_exact_one_to_a_rounding():
     assert all(array.dtype == jnp.bfloat16 for array in found)
     for low, high in zip(found, exact, strict=True):
         # Weights, results and gradients are rounded to 8 bits; a sum of such errors stays below 2 of them.
-        np.testing.assert_allclose(np.asarray(low, np.float32), high, atol=2 * 2**-8 * np.abs(high).max())
+        np.testing.assert_allclose(
+            np.asarray(low, np.float32), high, atol=2 * 2**-8 * np.abs(high).max()
+        )
 
 
 def test_on_cpu_attention_computes_little_more_than_the_scores_it_needs():
@@ -294,7 +320,9 @@ def test_scores_beyond_the_range_of_exponentials_leave_attention_exact():
     scaled = 300 * q, k, v, dy
     found = results_and_gradients(causal.attend_causally, scaled, segments_BL)
     expected = results_and_gradients(with_all_scores, scaled, segments_BL)
-    jax.tree.map(functools.partial(oracle.assert_close, rtol=1e-4), found, expected)  # scores of 1000: 1e-4 each
+    jax.tree.map(
+        functools.partial(oracle.assert_close, rtol=1e-4), found, expected
+    )  # scores of 1000: 1e-4 each
 
 
 def test_the_program_grows_with_the_logarithm_of_the_length(monkeypatch):
@@ -302,6 +330,12 @@ def test_the_program_grows_with_the_logarithm_of_the_length(monkeypatch):
 
     def size(length):
         arrays, segments_BL = rows_of(length)
-        return len(list(oracle.equations(jax.make_jaxpr(causal.attend_causally)(*arrays[:3], segments_BL).jaxpr)))
+        return len(
+            list(
+                oracle.equations(
+                    jax.make_jaxpr(causal.attend_causally)(*arrays[:3], segments_BL).jaxpr
+                )
+            )
+        )
 
     assert size(1024) - size(512) == size(512) - size(256) > 0

@@ -57,13 +57,19 @@ def test_batched_products_and_several_summed_axes_count_every_multiplication_and
 
 def test_loops_count_as_often_as_they_run_and_those_that_depend_on_data_once():
     counted = count_arithmetic(loop(12))
-    assert (counted.flops, counted.kernels, counted.open_loops) == (12 * ONE_PRODUCT, {"polish": 12}, 0)
+    assert (counted.flops, counted.kernels, counted.open_loops) == (
+        12 * ONE_PRODUCT,
+        {"polish": 12},
+        0,
+    )
     counted = count_arithmetic(loop(None))
     assert (counted.flops, counted.kernels, counted.open_loops) == (ONE_PRODUCT, {"polish": 1}, 1)
 
 
 def test_both_sides_of_a_branch_count():
-    line = "%c = f32[8,4]{1,0} conditional(%p, %a, %b), branch_computations={%fused_dot, %fused_dot}"
+    line = (
+        "%c = f32[8,4]{1,0} conditional(%p, %a, %b), branch_computations={%fused_dot, %fused_dot}"
+    )
     assert count_arithmetic(program([line])).flops == 2 * ONE_PRODUCT
 
 
@@ -74,16 +80,20 @@ def kernel(target, result, operands, op_name="jit(f)/pallas_call"):
     return [*parameters, f"%call.1 = {result} custom-call({shapes}), {attributes}"]
 
 
-TRITON = (
-    r"tokamax:{\"op\":{\"__type\":\"tokamax._src.ops.ragged_dot.pallas_triton.PallasTritonRaggedDot\"}}/pallas_call"
-)
+TRITON = r"tokamax:{\"op\":{\"__type\":\"tokamax._src.ops.ragged_dot.pallas_triton.PallasTritonRaggedDot\"}}/pallas_call"
 
 
 @pytest.mark.parametrize(
     ("result", "operands"),
     [
-        ("bf16[80,32]{1,0}", ["bf16[80,16]{1,0}", "bf16[4,16,32]{2,1,0}", "s32[4]{0}", "s32[4]{0}"]),
-        ("bf16[4,16,32]{2,1,0}", ["bf16[80,16]{1,0}", "bf16[80,32]{1,0}", "s32[4]{0}", "s32[4]{0}"]),
+        (
+            "bf16[80,32]{1,0}",
+            ["bf16[80,16]{1,0}", "bf16[4,16,32]{2,1,0}", "s32[4]{0}", "s32[4]{0}"],
+        ),
+        (
+            "bf16[4,16,32]{2,1,0}",
+            ["bf16[80,16]{1,0}", "bf16[80,32]{1,0}", "s32[4]{0}", "s32[4]{0}"],
+        ),
     ],
     ids=["rows by matrices", "outer products"],
 )
@@ -94,7 +104,11 @@ def test_a_grouped_kernel_counts_every_row_by_one_matrix(result, operands):
 
 def test_kernels_of_tpu_go_by_their_own_names_and_what_computes_nothing_is_left_out():
     operand, call = kernel("tpu_custom_call", "bf16[8,4]{1,0}", ["bf16[8,16]{1,0}"])
-    lines = [operand, call.replace("%call.1", "%ragged-dot-none.1"), *kernel("AllocateBuffer", "s32[1]{0}", [])]
+    lines = [
+        operand,
+        call.replace("%call.1", "%ragged-dot-none.1"),
+        *kernel("AllocateBuffer", "s32[1]{0}", []),
+    ]
     assert count_arithmetic(program(lines)).kernels == {"ragged-dot-none": 1}
 
 
@@ -102,7 +116,9 @@ def test_a_product_of_a_library_that_does_not_say_what_it_multiplies_is_an_error
     sort = kernel("__cub$DeviceRadixSort", "s32[8]{0}", ["s32[8]{0}"])
     assert count_arithmetic(program(sort)).flops == 0
     with pytest.raises(UnknownKernelError, match=r"__cublas\$gemm is a product"):
-        count_arithmetic(program(kernel("__cublas$gemm", "f32[8,4]{1,0}", ["f32[8,16]{1,0}", "f32[16,4]{1,0}"])))
+        count_arithmetic(
+            program(kernel("__cublas$gemm", "f32[8,4]{1,0}", ["f32[8,16]{1,0}", "f32[16,4]{1,0}"]))
+        )
 
 
 def test_text_without_a_program_is_an_error():
@@ -116,5 +132,10 @@ def test_a_program_compiled_here_has_the_arithmetic_that_was_written():
         return jnp.einsum("ab,cb->ac", y, v)
 
     shapes = (8, 16), (16, 16), (4, 16)
-    text = jax.jit(run).lower(*(jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes)).compile().as_text()
+    text = (
+        jax.jit(run)
+        .lower(*(jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes))
+        .compile()
+        .as_text()
+    )
     assert count_arithmetic(text).flops == 2 * 8 * 16 * 16 * 5 + 2 * 8 * 16 * 4

@@ -13,7 +13,12 @@ AXES = ("data", "fsdp")
 
 
 def mesh_of(*shape, axes=AXES):
-    return jax.make_mesh(shape, axes, axis_types=(AxisType.Auto,) * len(shape), devices=jax.devices()[: np.prod(shape)])
+    return jax.make_mesh(
+        shape,
+        axes,
+        axis_types=(AxisType.Auto,) * len(shape),
+        devices=jax.devices()[: np.prod(shape)],
+    )
 
 
 MESH = mesh_of(2, 4)
@@ -108,7 +113,9 @@ def test_groups_of_devices_are_read_in_every_form(groups, axis, devices):
 
 def test_groups_in_an_unknown_form_are_an_error():
     with pytest.raises(ValueError, match=r"unknown form.*replica_groups=everyone"):
-        list_collectives(program("%y = f32[8,16]{1,0} all-reduce(%x), replica_groups=everyone"), MESH)
+        list_collectives(
+            program("%y = f32[8,16]{1,0} all-reduce(%x), replica_groups=everyone"), MESH
+        )
 
 
 def test_several_arrays_in_one_collective_add_up():
@@ -140,7 +147,12 @@ def test_a_start_and_its_end_are_one_asynchronous_collective_with_what_is_comput
             "%fusion.2 = f32[8]{0} fusion(%done), kind=kLoop, calls=%sum",
         )
     )  # fmt: skip
-    assert (found.kind, found.count, found.operand_bytes, found.result_bytes) == ("all-gather", 1, 512, 2048)
+    assert (found.kind, found.count, found.operand_bytes, found.result_bytes) == (
+        "all-gather",
+        1,
+        512,
+        2048,
+    )
     assert (found.is_asynchronous, found.overlapped) == (True, 2)
 
 
@@ -178,7 +190,9 @@ def test_a_collective_in_fusions_from_its_start_to_its_end_is_one_and_asynchrono
     before = (
         part("started", pair, 'custom-call(%g.started), custom_call_target="AsyncCollectiveStart"')
         + part("async_collective_fusion.7", pair, "tuple(%x, %g.async_collective_fusion.7, %c)")
-        + part("ended", "f32[32,16]", 'custom-call(%g.ended), custom_call_target="AsyncCollectiveDone"')
+        + part(
+            "ended", "f32[32,16]", 'custom-call(%g.ended), custom_call_target="AsyncCollectiveDone"'
+        )
     )
     lines = [
         f"%async-collective-start.1 = {pair} fusion(%x), kind=kCustom, calls=%started",
@@ -188,7 +202,12 @@ def test_a_collective_in_fusions_from_its_start_to_its_end_is_one_and_asynchrono
         "%async-collective-done.1 = f32[32,16] fusion(%gte.2), kind=kCustom, calls=%ended",
     ]
     found = only(program(*lines, before=before))
-    assert (found.kind, found.axis, found.count, found.wire_bytes) == ("all-gather", "fsdp", 1, 3 / 4 * 2048)
+    assert (found.kind, found.axis, found.count, found.wire_bytes) == (
+        "all-gather",
+        "fsdp",
+        1,
+        3 / 4 * 2048,
+    )
     assert (found.is_asynchronous, found.overlapped) == (True, 1)
 
 
@@ -203,7 +222,12 @@ def test_a_reduce_scatter_that_is_written_as_a_fusion_of_an_all_reduce_is_one():
 """
     line = "%fusion.1 = f32[3,16]{1,0} fusion(%x), kind=kCustom, calls=%all-reduce-scatter.2"
     found = only(program(line, before=fused))
-    assert (found.kind, found.axis, found.operand_bytes, found.result_bytes) == ("reduce-scatter", "fsdp", 768, 192)
+    assert (found.kind, found.axis, found.operand_bytes, found.result_bytes) == (
+        "reduce-scatter",
+        "fsdp",
+        768,
+        192,
+    )
 
 
 GATHER = f"""
@@ -263,13 +287,22 @@ def test_rows_add_up_what_runs_along_the_same_axis():
         Collective(**alike, count=3, conditional_count=0, is_asynchronous=True, overlapped=2),
         Collective(**alike, count=5, conditional_count=0, is_asynchronous=False, overlapped=0),
         Collective(**alike, count=0, conditional_count=7, is_asynchronous=True, overlapped=0),
-        Collective(**alike | {"axis": "data"}, count=9, conditional_count=0, is_asynchronous=False, overlapped=0),
+        Collective(
+            **alike | {"axis": "data"},
+            count=9,
+            conditional_count=0,
+            is_asynchronous=False,
+            overlapped=0,
+        ),
     ]
     assert collective_rows(collectives) == [
         {"kind": "all-gather", "axis": axis, "devices": 4, "count": count, "bytes": count * 300}
         | {"conditional_count": conditional, "conditional_bytes": conditional * 300}
         | {"asynchronous": asynchronous, "overlapped": overlapped, "is_open": False}
-        for axis, count, conditional, asynchronous, overlapped in (("data", 9, 0, 0, 0), ("fsdp", 8, 7, 10, 3))
+        for axis, count, conditional, asynchronous, overlapped in (
+            ("data", 9, 0, 0, 0),
+            ("fsdp", 8, 7, 10, 3),
+        )
     ]
 
 
@@ -277,7 +310,9 @@ def test_rows_add_up_what_runs_along_the_same_axis():
 
 ROWS = {
     "all-gather": lambda x, axis: jax.lax.all_gather(x, axis, axis=0, tiled=True),
-    "reduce-scatter": lambda x, axis: jax.lax.psum_scatter(x, axis, scatter_dimension=0, tiled=True),
+    "reduce-scatter": lambda x, axis: jax.lax.psum_scatter(
+        x, axis, scatter_dimension=0, tiled=True
+    ),
     "all-reduce": jax.lax.psum,
     "all-to-all": lambda x, axis: jax.lax.all_to_all(x, axis, 0, 0, tiled=True),
     "collective-permute": lambda x, axis: jax.lax.ppermute(x, axis, [(0, 1), (1, 0)]),
@@ -287,7 +322,9 @@ ROWS = {
 def wire_bytes(kind, n, size):
     """Of an operand of `size` bytes."""
     share = (n - 1) / n
-    return {"all-gather": n * share, "all-reduce": 2 * share, "collective-permute": 1}.get(kind, share) * size
+    return {"all-gather": n * share, "all-reduce": 2 * share, "collective-permute": 1}.get(
+        kind, share
+    ) * size
 
 
 def compiled_rows(function, *, num=1, dtype=jnp.float32):
@@ -303,7 +340,12 @@ def compiled_rows(function, *, num=1, dtype=jnp.float32):
     ("kind", "axis"),
     [
         ("collective-permute", ("data",)),  # has a sender and a receiver, and no groups
-        *((kind, axis) for kind in ROWS if kind != "collective-permute" for axis in (("data",), ("fsdp",), AXES)),
+        *(
+            (kind, axis)
+            for kind in ROWS
+            if kind != "collective-permute"
+            for axis in (("data",), ("fsdp",), AXES)
+        ),
     ],
 )
 def test_a_collective_compiled_here_has_the_bytes_of_the_formula(kind, axis):
@@ -316,14 +358,18 @@ def test_a_collective_compiled_here_has_the_bytes_of_the_formula(kind, axis):
 
 def test_a_scan_and_its_gradient_count_as_often_as_they_run():
     def layer(x, w):
-        return jnp.tanh(x @ jax.lax.all_gather(w, "fsdp", axis=0, tiled=True).T @ jnp.ones((64, 4))), None
+        return jnp.tanh(
+            x @ jax.lax.all_gather(w, "fsdp", axis=0, tiled=True).T @ jnp.ones((64, 4))
+        ), None
 
     def run(x):
         return jax.grad(lambda w: jax.lax.scan(layer, x, jnp.stack([w] * 6))[0].sum())(x)
 
     found = {row["kind"]: row for row in compiled_rows(run)}
     assert (found["all-gather"]["axis"], found["all-gather"]["count"] % 6) == ("fsdp", 0)
-    assert found["all-gather"]["bytes"] == found["all-gather"]["count"] * wire_bytes("all-gather", 4, 256)
+    assert found["all-gather"]["bytes"] == found["all-gather"]["count"] * wire_bytes(
+        "all-gather", 4, 256
+    )
     assert (found["reduce-scatter"]["axis"], found["reduce-scatter"]["count"]) == ("fsdp", 6)
     assert found["reduce-scatter"]["bytes"] == 6 * wire_bytes("reduce-scatter", 4, 4 * 256)
 
@@ -334,7 +380,9 @@ def test_both_sides_of_a_cond_are_counted_apart_from_what_always_runs():
         return jax.lax.cond(
             total > 0,
             lambda x: jax.lax.all_to_all(x, "fsdp", 0, 0, tiled=True),
-            lambda x: jax.lax.psum_scatter(jax.lax.all_gather(x, "fsdp", tiled=True), "fsdp", tiled=True),
+            lambda x: jax.lax.psum_scatter(
+                jax.lax.all_gather(x, "fsdp", tiled=True), "fsdp", tiled=True
+            ),
             x,
         )
 
@@ -343,7 +391,10 @@ def test_both_sides_of_a_cond_are_counted_apart_from_what_always_runs():
         "all-reduce": (1, 0), "all-to-all": (0, 1), "all-gather": (0, 1), "reduce-scatter": (0, 1),
     }  # fmt: skip
     for kind, size in (("all-to-all", 256), ("all-gather", 256), ("reduce-scatter", 4 * 256)):
-        assert (rows[kind]["bytes"], rows[kind]["conditional_bytes"]) == (0, wire_bytes(kind, 4, size))
+        assert (rows[kind]["bytes"], rows[kind]["conditional_bytes"]) == (
+            0,
+            wire_bytes(kind, 4, size),
+        )
 
 
 def test_what_the_partitioner_inserts_is_seen_too():
@@ -354,4 +405,8 @@ def test_what_the_partitioner_inserts_is_seen_too():
     )
     run = jax.jit(lambda x, w: x @ w, out_shardings=NamedSharding(MESH, P(AXES)))
     (row,) = collective_rows(list_collectives(run.lower(x, w).compile().as_text(), MESH))
-    assert (row["kind"], row["axis"], row["bytes"]) == ("all-gather", "fsdp", wire_bytes("all-gather", 4, 8 * 16 * 4))
+    assert (row["kind"], row["axis"], row["bytes"]) == (
+        "all-gather",
+        "fsdp",
+        wire_bytes("all-gather", 4, 8 * 16 * 4),
+    )

@@ -39,10 +39,14 @@ def test_noise_that_all_cells_share_is_inside_the_interval_in_95_percent(num_cel
         found = mean_difference(values_LCS[1] - values_LCS[0])
         is_inside.append(not found.is_told_apart)
         of_cells_LC = values_LCS.mean(axis=2)
-        over_cells = math.sqrt(np.var(of_cells_LC, axis=1, ddof=min(1, num_cells - 1)).sum() / num_cells)
+        over_cells = math.sqrt(
+            np.var(of_cells_LC, axis=1, ddof=min(1, num_cells - 1)).sum() / num_cells
+        )
         is_inside_over_cells.append(abs(found.mean) <= 1.96 * over_cells)
     assert abs(np.mean(is_inside) - 0.95) < THREE_ERRORS
-    assert np.mean(is_inside_over_cells) < 0.2  # means with errors over their cells would show an effect
+    assert (
+        np.mean(is_inside_over_cells) < 0.2
+    )  # means with errors over their cells would show an effect
 
 
 def test_the_effects_of_simulated_sweeps_cover_zero_with_arms_missing_too():
@@ -60,12 +64,16 @@ def test_the_effects_of_simulated_sweeps_cover_zero_with_arms_missing_too():
 
 def test_departures_from_two_effects_are_told_apart_by_chance_in_5_percent_of_tables():
     draw = np.random.default_rng(1)
-    points = product(moe_top_k=[1, 2, 4], moe_router=["a", "b", "c"], model_d_ff=[8, 16], train_seed=[0, 1, 2])
+    points = product(
+        moe_top_k=[1, 2, 4], moe_router=["a", "b", "c"], model_d_ff=[8, 16], train_seed=[0, 1, 2]
+    )
     told = 0
     for _ in range(60):
         shared_KRFS = draw.normal(0, 0.03, (3, 3, 1, 3)) + draw.normal(0, 0.05, (1, 1, 1, 3))
         losses = (shared_KRFS + draw.normal(0, 0.002, (3, 3, 2, 3))).ravel().tolist()
-        found = sweep_effects.interaction(arms_of(points, losses), LOSS, "override/moe.top_k", "override/moe.router")
+        found = sweep_effects.interaction(
+            arms_of(points, losses), LOSS, "override/moe.top_k", "override/moe.router"
+        )
         told += found.departure.is_told_apart
     assert told / 60 < 0.12
 
@@ -84,13 +92,23 @@ def test_an_effect_is_the_mean_of_pairs_of_one_seed_with_students_interval():
     assert [two.difference.low, two.difference.high] == pytest.approx(
         [3.5 - 4.3027 * error, 3.5 + 4.3027 * error], 1e-4
     )
-    assert (two.difference.num_pairs, two.difference.num_seeds, two.difference.num_left_out) == (6, 3, 0)
+    assert (two.difference.num_pairs, two.difference.num_seeds, two.difference.num_left_out) == (
+        6,
+        3,
+        0,
+    )
     assert student_quantile(2) == pytest.approx(12.706, 1e-4)
 
 
 def test_one_seed_gives_a_difference_without_an_interval_that_tells_nothing():
-    (two,) = effect_of(product(a_b=[1, 2], c_d=["x", "y"], train_seed=[3]), [1, 2, 5, 6], "a.b").others
-    assert two.difference.mean == 4 and math.isnan(two.difference.se) and math.isnan(two.difference.low)
+    (two,) = effect_of(
+        product(a_b=[1, 2], c_d=["x", "y"], train_seed=[3]), [1, 2, 5, 6], "a.b"
+    ).others
+    assert (
+        two.difference.mean == 4
+        and math.isnan(two.difference.se)
+        and math.isnan(two.difference.low)
+    )
     assert two.difference.num_seeds == 1 and not two.difference.is_told_apart
 
 
@@ -117,13 +135,23 @@ def test_a_cell_that_lacks_a_seed_is_left_out_rather_than_taken_for_noise():
     known = np.array([[1, 1, 0, 0], [1, 1, 1, 0], [0, 0, 0, 1]], bool)
     assert [part.tolist() for part in whole_block(known)] == [[0, 1], [0, 1]]
     assert [part.tolist() for part in whole_block(np.ones((5, 1), bool))] == [[0, 1, 2, 3, 4], [0]]
-    assert mean_difference(np.full((2, 2), np.nan)).num_pairs == 0 == mean_difference(np.zeros((0, 0))).num_pairs
+    assert (
+        mean_difference(np.full((2, 2), np.nan)).num_pairs
+        == 0
+        == mean_difference(np.zeros((0, 0))).num_pairs
+    )
 
 
 def test_axes_that_follow_from_another_are_compared_with_it():
     routers = [("softmax", "exp"), ("noisy", "exp"), ("sigmoid", "logistic")]
     points = [
-        {"moe.router": router, "moe.score": score, "moe.top_k": k, "moe.renormalize": k > 1, "train.seed": seed}
+        {
+            "moe.router": router,
+            "moe.score": score,
+            "moe.top_k": k,
+            "moe.renormalize": k > 1,
+            "train.seed": seed,
+        }
         for router, score in routers
         for k in (1, 4)
         for seed in (0, 1)
@@ -132,18 +160,31 @@ def test_axes_that_follow_from_another_are_compared_with_it():
     arms = arms_of(points, losses)
     router = effect_of(points, losses, "moe.router")
     assert router.changes_with == ("override/moe.score",)
-    assert {level.level: level.difference.mean for level in router.others} == {"noisy": 2, "sigmoid": 5}
-    assert effect_of(points, losses, "moe.score").others[0].difference.num_pairs == 0  # the router differs, too
-    assert sweep_effects.distinct_axes(arms) == ["override/moe.router", "override/moe.score", "override/moe.top_k"]
+    assert {level.level: level.difference.mean for level in router.others} == {
+        "noisy": 2,
+        "sigmoid": 5,
+    }
+    assert (
+        effect_of(points, losses, "moe.score").others[0].difference.num_pairs == 0
+    )  # the router differs, too
+    assert sweep_effects.distinct_axes(arms) == [
+        "override/moe.router",
+        "override/moe.score",
+        "override/moe.top_k",
+    ]
     assert len(axes_of(arms)) == 4
 
 
 def test_in_a_draw_at_random_nothing_follows_from_a_number():
     draw = np.random.default_rng(0)
-    points = [{"a.b": float(draw.uniform()), "c.d": str(draw.choice(["x", "y"]))} for _ in range(20)]
+    points = [
+        {"a.b": float(draw.uniform()), "c.d": str(draw.choice(["x", "y"]))} for _ in range(20)
+    ]
     arms = arms_of(points, [1.0] * 20)
     assert sweep_effects.changes_with(arms, "override/a.b") == []
-    assert not any(level.difference.num_pairs for level in effect_of(points, [1.0] * 20, "c.d").others)
+    assert not any(
+        level.difference.num_pairs for level in effect_of(points, [1.0] * 20, "c.d").others
+    )
 
 
 def test_an_interaction_is_the_departure_of_cells_from_two_effects():
@@ -160,7 +201,9 @@ def test_an_interaction_is_the_departure_of_cells_from_two_effects():
 def test_an_interaction_is_judged_from_whole_rows_or_columns_or_not_at_all():
     def found_of(points):
         losses = [point["a.b"] * (point["c.d"] == "y") for point in points]
-        return sweep_effects.interaction(arms_of(points, losses), LOSS, "override/a.b", "override/c.d")
+        return sweep_effects.interaction(
+            arms_of(points, losses), LOSS, "override/a.b", "override/c.d"
+        )
 
     points = product(a_b=[1, 2, 3], c_d=["x", "y"], train_seed=[0, 1])
     assert found_of(points).means.shape == (3, 2)

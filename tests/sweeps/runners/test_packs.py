@@ -29,7 +29,12 @@ SMALL_RUN = [
     "--config.train.batch_size=4", "--config.data.seq_len=32",
 ]  # fmt: skip
 AXES = ["moe.top_k=2,3", "moe.balance_weight=0.01,0.1"]
-MEASURED = ("wall_s", "step_s", "median/perf/tokens_per_s", "command")  # differ from one process to the next
+MEASURED = (
+    "wall_s",
+    "step_s",
+    "median/perf/tokens_per_s",
+    "command",
+)  # differ from one process to the next
 
 
 def sweep(*arguments, **popen):
@@ -37,7 +42,13 @@ def sweep(*arguments, **popen):
     command = [sys.executable, "-m", "moejax", "sweep", *arguments]
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **popen
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **popen,
     )
 
 
@@ -81,7 +92,9 @@ def test_a_sweep_trains_each_arm_once_and_records_it(undisturbed):
     assert {(row["override/moe.top_k"], row["override/moe.balance_weight"]) for row in rows} == {
         (2, 0.01), (2, 0.1), (3, 0.01), (3, 0.1),
     }  # fmt: skip
-    assert all(row["status"] == "done" and row["fraction"] == 1 and row["packed"] == 2 for row in rows)
+    assert all(
+        row["status"] == "done" and row["fraction"] == 1 and row["packed"] == 2 for row in rows
+    )
     assert len({row["final/eval/loss"] for row in rows}) == 4
     assert all(row["tail/loss/lm"] < 5 and row["steps"] == 120 for row in rows)
     settings = json.loads(output)["settings"]
@@ -90,7 +103,9 @@ def test_a_sweep_trains_each_arm_once_and_records_it(undisturbed):
     assert "<html" in (directory / "report.html").read_text()
 
 
-def test_a_sweep_killed_in_the_middle_gives_the_records_of_one_that_was_not(undisturbed, data, tmp_path):
+def test_a_sweep_killed_in_the_middle_gives_the_records_of_one_that_was_not(
+    undisturbed, data, tmp_path
+):
     directory, _, _ = undisturbed
     packs = json.loads((directory / "sweep.json").read_text())["packs"]
     arguments = [*SMALL_RUN, data, f"--dir={tmp_path}", *AXES, "--json"]
@@ -98,7 +113,9 @@ def test_a_sweep_killed_in_the_middle_gives_the_records_of_one_that_was_not(undi
     wait_for(lambda: (tmp_path / "arms" / packs[1][1] / "checkpoints/40").is_dir(), first)
     os.killpg(first.pid, signal.SIGKILL)
     _, before = first.communicate()
-    assert not (tmp_path / "arms" / packs[1][0] / "record.json").exists(), "killed too late to show anything"
+    assert not (tmp_path / "arms" / packs[1][0] / "record.json").exists(), (
+        "killed too late to show anything"
+    )
     _, after = finish(sweep(*arguments))
     assert re.search(r"continuing 2 arms from step \d+", after)
     done = Counter(re.findall(r"arm (\w+): done", before + after))
@@ -106,31 +123,45 @@ def test_a_sweep_killed_in_the_middle_gives_the_records_of_one_that_was_not(undi
     assert rows_of(tmp_path) == rows_of(directory)
 
 
-def test_a_pool_gives_the_same_records_though_one_of_its_processes_is_killed(undisturbed, data, tmp_path):
+def test_a_pool_gives_the_same_records_though_one_of_its_processes_is_killed(
+    undisturbed, data, tmp_path
+):
     directory, _, _ = undisturbed
     if len(os.sched_getaffinity(0)) < 2:
         pytest.skip("a pool of two processes needs two cores")
     packs = json.loads((directory / "sweep.json").read_text())["packs"]
     pool = sweep(*SMALL_RUN, data, f"--dir={tmp_path}", *AXES, "--runner=pool", "--processes=2")
     wait_for(lambda: (tmp_path / "arms" / packs[0][0] / "checkpoints/20").is_dir(), pool)
-    children = [int(pid) for pid in Path(f"/proc/{pool.pid}/task/{pool.pid}/children").read_text().split()]
+    children = [
+        int(pid) for pid in Path(f"/proc/{pool.pid}/task/{pool.pid}/children").read_text().split()
+    ]
     assert len(children) == 2
     os.kill(children[0], signal.SIGKILL)
     _, errors = finish(pool)
     assert "was ended by signal 9; starting it again" in errors
     logs = "".join(path.read_text() for path in (tmp_path / "logs").iterdir())
-    assert Counter(re.findall(r"arm (\w+): done", logs)) == dict.fromkeys([a for pack in packs for a in pack], 1)
+    assert Counter(re.findall(r"arm (\w+): done", logs)) == dict.fromkeys(
+        [a for pack in packs for a in pack], 1
+    )
     found, expected = rows_of(tmp_path), rows_of(directory)
     for row, other in zip(found, expected, strict=True):
         assert row.keys() == other.keys()
         # One core adds up in another order than two, and a choice of experts that is nearly a tie may fall otherwise.
         assert row["final/eval/loss"] == pytest.approx(other["final/eval/loss"], rel=5e-3)
-        assert (row["arm"], row["status"], row["tokens"]) == (other["arm"], other["status"], other["tokens"])
+        assert (row["arm"], row["status"], row["tokens"]) == (
+            other["arm"],
+            other["status"],
+            other["tokens"],
+        )
 
 
 @pytest.mark.slow
-def test_a_sweep_told_to_stop_saves_and_the_same_command_goes_on_and_may_add_arms(undisturbed, data, tmp_path):
-    process = sweep(*SMALL_RUN, data, f"--dir={tmp_path}", "moe.balance_weight=0.01,0.1", "moe.top_k=2")
+def test_a_sweep_told_to_stop_saves_and_the_same_command_goes_on_and_may_add_arms(
+    undisturbed, data, tmp_path
+):
+    process = sweep(
+        *SMALL_RUN, data, f"--dir={tmp_path}", "moe.balance_weight=0.01,0.1", "moe.top_k=2"
+    )
     wait_for(lambda: any(tmp_path.glob("arms/*/checkpoints/20")), process)
     process.send_signal(signal.SIGTERM)
     _, errors = finish(process)
@@ -139,7 +170,11 @@ def test_a_sweep_told_to_stop_saves_and_the_same_command_goes_on_and_may_add_arm
     stopped_at = {max(saved_steps(path)) for path in (tmp_path / "arms").iterdir()}
     assert len(stopped_at) == 1 and max(stopped_at) < 120
     # More values of an axis: a third arm, and the two continue.
-    finish(sweep(*SMALL_RUN, data, f"--dir={tmp_path}", "moe.balance_weight=0.01,0.1,0.2", "moe.top_k=2"))
+    finish(
+        sweep(
+            *SMALL_RUN, data, f"--dir={tmp_path}", "moe.balance_weight=0.01,0.1,0.2", "moe.top_k=2"
+        )
+    )
     rows = rows_of(tmp_path)
     assert len(rows) == 3
     expected = {row["arm"]: row["final/eval/loss"] for row in rows_of(undisturbed[0])}
@@ -183,7 +218,13 @@ def test_a_search_killed_in_the_middle_is_finished_by_a_worker_from_its_checkpoi
     os.killpg(first.pid, signal.SIGKILL)
     first.communicate()
     assert not any(tmp_path.glob("arms/*/record.json")), "killed too late to show anything"
-    join = ("worker", f"--study={tmp_path.name}", f"--storage={tmp_path}/study.journal", f"--dir={tmp_path}", "--json")
+    join = (
+        "worker",
+        f"--study={tmp_path.name}",
+        f"--storage={tmp_path}/study.journal",
+        f"--dir={tmp_path}",
+        "--json",
+    )
     output, errors = finish(sweep(*join))
     assert int(re.search(r"continuing \S+ from step (\d+)", errors)[1]) >= 20
     assert json.loads(output)["trials told by this worker"] == 1
@@ -195,14 +236,23 @@ def test_a_dry_run_lists_every_arm_with_its_cost_and_writes_nothing(tmp_path):
     directory = tmp_path / "sweep"
     axes = ["moe.num_experts=4,8", "moe.top_k=2,2", "--seeds=2"]
     output, errors = finish(
-        sweep("--config=configs/debug.py", f"--dir={directory}", *axes, "--match=total_params", "--dry-run", "--json")
+        sweep(
+            "--config=configs/debug.py",
+            f"--dir={directory}",
+            *axes,
+            "--match=total_params",
+            "--dry-run",
+            "--json",
+        )
     )
     found = json.loads(output)
     assert (found["arms"], found["duplicates"]) == (6, 4)  # with a dense control for each seed
     assert len(found["list"]) == 6 and not directory.exists()
     controls = [arm for arm in found["list"] if arm["overrides"]["moe.num_experts"] == 0]
     assert len(controls) == 2 and all("model.d_ff" in arm["matched"] for arm in controls)
-    assert {arm["overrides"]["moe.num_experts"]: arm["matched"] for arm in found["list"]}[8] == {"moe.d_expert": 16}
+    assert {arm["overrides"]["moe.num_experts"]: arm["matched"] for arm in found["list"]}[8] == {
+        "moe.d_expert": 16
+    }
     assert found["FLOPs"] == sum(arm["flops_total"] for arm in found["list"])
     assert "left out: moe.num_experts=4 moe.top_k=2 train.seed=0, which is arm" in errors
     table, _ = finish(sweep("--config=configs/debug.py", *axes, "--dry-run"))
@@ -231,25 +281,59 @@ def test_a_dry_run_lists_every_arm_with_its_cost_and_writes_nothing(tmp_path):
         ),
         (["work", "--dir=/nowhere"], "sweep.json is missing"),
         (["moe.num_experts=4,8", "--match=active"], "--match"),
-        (["moe.top_k=2,3", "--runner=pool", "--processes=999", "--dir=DIR"], "--processes=999 must be at most"),
-        (["moe.top_k=2,3", "--runner=pool", "--processes=0", "--dir=DIR"], "--processes=0 must be at least 1"),
-        (["moe.top_k=2,3", "--runner=pool", "--gpus=-1", "--dir=DIR"], "--gpus=-1 must be at least 0"),
-        (["moe.top_k=2,3", "--gpus=2", "--dir=DIR"], "--gpus=2 goes with --runner=pool or slurm, not here"),
-        (["moe.top_k=2,3", "--runner=pool", "--partition=fast"], "--partition=fast goes with --runner=slurm, not pool"),
+        (
+            ["moe.top_k=2,3", "--runner=pool", "--processes=999", "--dir=DIR"],
+            "--processes=999 must be at most",
+        ),
+        (
+            ["moe.top_k=2,3", "--runner=pool", "--processes=0", "--dir=DIR"],
+            "--processes=0 must be at least 1",
+        ),
+        (
+            ["moe.top_k=2,3", "--runner=pool", "--gpus=-1", "--dir=DIR"],
+            "--gpus=-1 must be at least 0",
+        ),
+        (
+            ["moe.top_k=2,3", "--gpus=2", "--dir=DIR"],
+            "--gpus=2 goes with --runner=pool or slurm, not here",
+        ),
+        (
+            ["moe.top_k=2,3", "--runner=pool", "--partition=fast"],
+            "--partition=fast goes with --runner=slurm, not pool",
+        ),
         (["moe.top_k=2,3", "--adjust=steps"], "add --match"),
-        (["moe.top_k=2,3", "moe.top_k=4"], "moe.top_k is given twice; give it once: as an axis, by --seeds, or in the"),
+        (
+            ["moe.top_k=2,3", "moe.top_k=4"],
+            "moe.top_k is given twice; give it once: as an axis, by --seeds, or in the",
+        ),
         (["train.seed=1,2", "--seeds=2"], "train.seed is given twice"),
-        (["moe.z_weight=lin:0..1:2.5"], "must have the form moe.z_weight=lin:1e-4..1e-1:5, from..to:number"),
-        (["moe.num_experts=4,6", "--config.mesh.expert=4"], "moe.num_experts=6 must be a multiple of mesh.expert=4"),
-        (["moe.top_k=2,3", "--config.mesh.data=64", "--config.train.batch_size=64", "--dir=DIR"], "do not fit"),
+        (
+            ["moe.z_weight=lin:0..1:2.5"],
+            "must have the form moe.z_weight=lin:1e-4..1e-1:5, from..to:number",
+        ),
+        (
+            ["moe.num_experts=4,6", "--config.mesh.expert=4"],
+            "moe.num_experts=6 must be a multiple of mesh.expert=4",
+        ),
+        (
+            ["moe.top_k=2,3", "--config.mesh.data=64", "--config.train.batch_size=64", "--dir=DIR"],
+            "do not fit",
+        ),
         (["moe.top_k=2,3", "--runner=slurm", "--dir=DIR"], "sbatch"),
-        (["moe.top_k=2,3", "--runner=slurm", "--minutes=3", "--dir=DIR"], "--minutes=3 must be more than 4"),
+        (
+            ["moe.top_k=2,3", "--runner=slurm", "--minutes=3", "--dir=DIR"],
+            "--minutes=3 must be more than 4",
+        ),
     ],
 )
-def test_a_mistake_is_one_line_before_anything_trains(arguments, message, tmp_path, capsys, monkeypatch):
+def test_a_mistake_is_one_line_before_anything_trains(
+    arguments, message, tmp_path, capsys, monkeypatch
+):
     from moejax.cli import main
 
-    monkeypatch.setattr("moejax.sweeps.runners.packs.keep_programs", lambda: None)  # of this process
+    monkeypatch.setattr(
+        "moejax.sweeps.runners.packs.keep_programs", lambda: None
+    )  # of this process
     arguments = [argument.replace("DIR", str(tmp_path / "sweep")) for argument in arguments]
     is_recipe_free = arguments[:1] in (["report"], ["work"], ["worker"])
     recipe = [] if is_recipe_free else ["--config=configs/debug.py"]
@@ -265,7 +349,10 @@ def test_a_mistake_is_one_line_before_anything_trains(arguments, message, tmp_pa
         ("pass", "sweep() gives nothing; return a space"),
         ("return 3", "sweep() returns 3; return a space"),
         ("return; yield", "sweep() gives nothing; return a space"),
-        ("yield ('moe.top_k', 4)", "sweep() yields ('moe.top_k', 4), which is no point; yield dicts"),
+        (
+            "yield ('moe.top_k', 4)",
+            "sweep() yields ('moe.top_k', 4), which is no point; yield dicts",
+        ),
         ("yield {}['no']", "KeyError: 'no', at `yield {}['no']`"),
         (
             "return where(choice('moe.top_k', 1), lambda point: 1 / 0)",
@@ -300,7 +387,9 @@ def planned(*points) -> Plan:
 
 
 def test_packs_hold_arms_of_one_program_in_even_parts():
-    points = [{"train.seed": seed, "moe.num_experts": experts} for experts in (4, 8) for seed in range(5)]
+    points = [
+        {"train.seed": seed, "moe.num_experts": experts} for experts in (4, 8) for seed in range(5)
+    ]
     arms = planned(*points).arms
     packs = pack_arms(arms, 3)
     assert [len(pack) for pack in packs] == [2, 3, 2, 3]
@@ -308,21 +397,36 @@ def test_packs_hold_arms_of_one_program_in_even_parts():
     experts = {arm.id: arm.config.moe.num_experts for arm in arms}
     assert [{experts[arm_id] for arm_id in pack} for pack in packs] == [{4}, {4}, {8}, {8}]
     assert pack_arms(arms, 1) == tuple((arm.id,) for arm in arms)
-    of_devices = planned(*({"train.seed": seed, "moe.balance_scope": "device"} for seed in range(3))).arms
-    assert pack_arms(of_devices, 3) == tuple((arm.id,) for arm in of_devices)  # they need all devices
+    of_devices = planned(
+        *({"train.seed": seed, "moe.balance_scope": "device"} for seed in range(3))
+    ).arms
+    assert pack_arms(of_devices, 3) == tuple(
+        (arm.id,) for arm in of_devices
+    )  # they need all devices
 
 
 def test_a_sweep_is_read_as_it_was_written_and_may_only_grow(tmp_path):
     points = [{"train.seed": seed} for seed in range(3)]
-    written = write_sweep(tmp_path, planned(*points), largest_pack=2, recipe="r.py", match="", command="c")
+    written = write_sweep(
+        tmp_path, planned(*points), largest_pack=2, recipe="r.py", match="", command="c"
+    )
     assert open_sweep(tmp_path) == written
     grown = write_sweep(
-        tmp_path, planned(*points, {"train.seed": 9}), largest_pack=2, recipe="r.py", match="", command="c"
+        tmp_path,
+        planned(*points, {"train.seed": 9}),
+        largest_pack=2,
+        recipe="r.py",
+        match="",
+        command="c",
     )
     assert set(written.arms) < set(grown.arms)
     with pytest.raises(SweepError, match="holds a sweep with 3 arms that this one has not"):
-        write_sweep(tmp_path, planned(points[0]), largest_pack=2, recipe="r.py", match="", command="c")
-    (tmp_path / "sweep.json").write_text((tmp_path / "sweep.json").read_text().replace('"packs"', '"other"'))
+        write_sweep(
+            tmp_path, planned(points[0]), largest_pack=2, recipe="r.py", match="", command="c"
+        )
+    (tmp_path / "sweep.json").write_text(
+        (tmp_path / "sweep.json").read_text().replace('"packs"', '"other"')
+    )
     with pytest.raises(SweepError, match="packs must hold each arm once"):
         open_sweep(tmp_path)
 
@@ -350,14 +454,21 @@ def test_an_arm_is_one_processs_at_a_time_though_its_sweep_is_planned_anew(tmp_p
     after = write_sweep(tmp_path, planned(*points), largest_pack=3, **facts)
     shared, apart = after.packs[1], after.packs[0]
     assert set(shared) == set(before.packs[0]) and not set(apart) & set(shared)
-    with before.claim(before.packs[0]) as held, after.claim(shared) as same, after.claim(apart) as other:
+    with (
+        before.claim(before.packs[0]) as held,
+        after.claim(shared) as same,
+        after.claim(apart) as other,
+    ):
         assert (held, same, other) == (True, False, True)
         with after.claim((*apart, *shared)) as part, after.claim(before.packs[0][:1]) as one:
             assert not part and not one
     with after.claim(shared) as first, before.claim(before.packs[0][1:]) as second:
         assert first and not second
     # Who does not get all keeps none.
-    with before.claim(before.packs[0][:1]), after.claim(after.packs[1] + after.packs[0]) as all_of_them:
+    with (
+        before.claim(before.packs[0][:1]),
+        after.claim(after.packs[1] + after.packs[0]) as all_of_them,
+    ):
         assert not all_of_them
     with after.claim(after.packs[1]) as again:
         assert again
@@ -380,14 +491,18 @@ def test_a_search_and_a_sweep_of_given_points_share_no_directory(tmp_path):
     one, other = planned({"train.seed": 0}), planned({"train.seed": 1})
     facts = {"largest_pack": 1, "recipe": "r.py", "match": "", "command": "c"}
     write_sweep(tmp_path / "grid", one, **facts)
-    with pytest.raises(SweepError, match="grid holds a sweep of given points; give the search another --dir"):
+    with pytest.raises(
+        SweepError, match="grid holds a sweep of given points; give the search another --dir"
+    ):
         add_arm(tmp_path / "grid", other.arms[0], recipe="r.py", command="c")
     flags = ["--search=random", "--trials=1", "moe.top_k=2,3", f"--dir={tmp_path / 'grid'}"]
     assert main(["sweep", "--config=configs/debug.py", *flags]) == 2
     assert not (tmp_path / "grid/study.journal").exists()
     add_arm(tmp_path / "search", one.arms[0], recipe="r.py", command="c")
     add_arm(tmp_path / "search", other.arms[0], recipe="r.py", command="c")
-    with pytest.raises(SweepError, match="search holds the arms of a search; give these points another --dir"):
+    with pytest.raises(
+        SweepError, match="search holds the arms of a search; give these points another --dir"
+    ):
         write_sweep(tmp_path / "search", planned({"train.seed": 0}, {"train.seed": 1}), **facts)
 
 
@@ -411,7 +526,9 @@ def test_arms_continue_together_from_what_they_have_in_common(saved, groups, tmp
     for arm, steps in zip(plan.arms, saved, strict=True):
         for step in steps:
             (sweep.workdir(arm.id) / "checkpoints" / str(step)).mkdir(parents=True)
-    assert [[plan.arms.index(arm) for arm in group] for group in together(sweep, plan.arms)] == groups
+    assert [
+        [plan.arms.index(arm) for arm in group] for group in together(sweep, plan.arms)
+    ] == groups
 
 
 def test_an_arm_survives_its_entry_and_resolves_alike():

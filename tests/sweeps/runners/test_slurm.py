@@ -71,7 +71,11 @@ def test_an_interrupted_job_saves_is_queued_again_and_goes_on(first, tmp_path):
 @pytest.mark.parametrize("code", [STOPPED, -signal.SIGTERM])
 def test_a_stopped_job_that_nobody_queues_again_is_no_success(code, monkeypatch):
     monkeypatch.setattr(slurm, "SAVE_S", 0.01)
-    leave = f"raise SystemExit({code})" if code > 0 else "import os, signal; os.kill(os.getpid(), signal.SIGTERM)"
+    leave = (
+        f"raise SystemExit({code})"
+        if code > 0
+        else "import os, signal; os.kill(os.getpid(), signal.SIGTERM)"
+    )
     with pytest.raises(subprocess.CalledProcessError) as error:
         Work([sys.executable, "-c", leave])()
     assert error.value.returncode == code
@@ -101,17 +105,25 @@ def test_what_travels_to_a_job_is_a_list_of_words():
     assert vars(pickle.loads(pickle.dumps(work))) == {"command": ["moejax", "sweep"]}
 
 
-def test_the_jobs_of_a_sweep_are_one_array_that_is_queued_again_when_it_is_preempted(tmp_path, monkeypatch):
+def test_the_jobs_of_a_sweep_are_one_array_that_is_queued_again_when_it_is_preempted(
+    tmp_path, monkeypatch
+):
     plan = plan_arms(SMALL, [{"train.seed": seed} for seed in range(4)])
-    sweep = write_sweep(tmp_path / "grid", plan, largest_pack=2, recipe="r.py", match="", command="c")
+    sweep = write_sweep(
+        tmp_path / "grid", plan, largest_pack=2, recipe="r.py", match="", command="c"
+    )
     bin_folder = tmp_path / "bin"
     bin_folder.mkdir()
     for name in ("srun", "sbatch"):  # a cluster that only notes what it is asked for
         script = bin_folder / name
-        script.write_text(f'#!/bin/bash\ncp "${{@: -1}}" {tmp_path}/submitted.sh\necho "Submitted batch job 42"\n')
+        script.write_text(
+            f'#!/bin/bash\ncp "${{@: -1}}" {tmp_path}/submitted.sh\necho "Submitted batch job 42"\n'
+        )
         script.chmod(0o755)
     monkeypatch.setenv("PATH", f"{bin_folder}:/usr/bin:/bin")
-    jobs = submit(sweep, Jobs(number=2, gpus=1, cpus=4, minutes=60, partition="fast", account="lab"))
+    jobs = submit(
+        sweep, Jobs(number=2, gpus=1, cpus=4, minutes=60, partition="fast", account="lab")
+    )
     assert [job.job_id for job in jobs] == ["42_0", "42_1"]
     text = (tmp_path / "submitted.sh").read_text()
     for words in (
@@ -123,12 +135,19 @@ def test_the_jobs_of_a_sweep_are_one_array_that_is_queued_again_when_it_is_preem
     # Time is up as often as it takes.
     assert jobs[0].submission()._timeout_countdown > 10_000
     # Both jobs run the same: they take packs as they find them free.
-    assert json.loads((tmp_path / "grid/sweep.json").read_text())["packs"] == [list(pack) for pack in sweep.packs]
+    assert json.loads((tmp_path / "grid/sweep.json").read_text())["packs"] == [
+        list(pack) for pack in sweep.packs
+    ]
 
 
 @pytest.mark.parametrize("minutes", [1, 4])
 def test_a_job_must_have_time_to_start_and_to_save(minutes, tmp_path):
-    sweep = write_sweep(tmp_path, plan_arms(SMALL, [{}]), largest_pack=1, recipe="r.py", match="", command="c")
-    for ask in (lambda: submit(sweep, Jobs(minutes=minutes)), lambda: check_jobs(Jobs(minutes=minutes))):
+    sweep = write_sweep(
+        tmp_path, plan_arms(SMALL, [{}]), largest_pack=1, recipe="r.py", match="", command="c"
+    )
+    for ask in (
+        lambda: submit(sweep, Jobs(minutes=minutes)),
+        lambda: check_jobs(Jobs(minutes=minutes)),
+    ):
         with pytest.raises(ValueError, match=f"--minutes={minutes} must be more than 4"):
             ask()

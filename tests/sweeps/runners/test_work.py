@@ -33,7 +33,9 @@ DONE = ArmResult(4, None, None, None)
 
 def new_sweep(directory, number=4, largest_pack=2):
     plan = plan_arms(SMALL, [{"train.seed": seed} for seed in range(number)])
-    return write_sweep(directory, plan, largest_pack=largest_pack, recipe="r.py", match="", command="c")
+    return write_sweep(
+        directory, plan, largest_pack=largest_pack, recipe="r.py", match="", command="c"
+    )
 
 
 @pytest.fixture
@@ -102,7 +104,9 @@ def test_a_sweep_of_which_a_pack_failed_exits_with_2_and_one_that_was_stopped_wi
     with pytest.raises(SystemExit) as stopped:
         main(["sweep", "work", f"--dir={tmp_path}"])
     assert stopped.value.code == STOPPED and STOPPED not in (0, 1, 2, 3, 130)
-    monkeypatch.setattr(verb, "work", lambda sweep, stop: stop.request("SIGTERM") or True)  # when all was done
+    monkeypatch.setattr(
+        verb, "work", lambda sweep, stop: stop.request("SIGTERM") or True
+    )  # when all was done
     monkeypatch.setattr(verb, "check_open", lambda sweep: None)
     assert main(["sweep", "work", f"--dir={tmp_path}"]) == 0
 
@@ -115,7 +119,11 @@ def test_how_an_arm_ended_is_in_its_record(trained, tmp_path):
     train_pack(sweep, sweep.packs[0], StopSignals())
     assert status_of(sweep) == ["done", "stopped", "failed", None]
     rows = [read_record(sweep.workdir(arm_id)) for arm_id in sweep.packs[0]]
-    assert rows[1]["error"] == "drops in layer 0" and rows[0]["error"] is None and rows[0]["packed"] == 4
+    assert (
+        rows[1]["error"] == "drops in layer 0"
+        and rows[0]["error"] is None
+        and rows[0]["packed"] == 4
+    )
     assert list(read_records(tmp_path)["status"]) == ["done", "stopped", "failed"]
 
 
@@ -129,10 +137,15 @@ def test_an_arm_that_ends_early_has_its_record_before_the_others_end(trained, tm
     first = read_record(sweep.workdir(sweep.packs[0][0]))
     trained.ends.clear()
     assert work(sweep, StopSignals()) and trained[-1] == [1]
-    assert read_record(sweep.workdir(sweep.packs[0][0])) == first and status_of(sweep) == ["stopped", "done"]
+    assert read_record(sweep.workdir(sweep.packs[0][0])) == first and status_of(sweep) == [
+        "stopped",
+        "done",
+    ]
 
 
-def test_an_arm_whose_files_are_damaged_does_not_cost_the_others_of_its_pack_their_records(trained, tmp_path, caplog):
+def test_an_arm_whose_files_are_damaged_does_not_cost_the_others_of_its_pack_their_records(
+    trained, tmp_path, caplog
+):
     sweep = new_sweep(tmp_path, number=4, largest_pack=4)
     trained.ends[3] = ArmResult(2, None, None, NonFiniteError("loss is nan"))
     for arm in (1, 3):
@@ -162,20 +175,34 @@ def test_a_lock_that_cannot_be_made_ends_the_work_and_is_not_waited_for(trained,
 def test_what_another_process_has_taken_over_is_not_written(tmp_path):
     sweep = new_sweep(tmp_path)
     arm_id = sweep.packs[0][0]
-    taken = {"pid": 7, "host": "node9", "boot": "b", "since": "then", "does": "trains", "nonce": "n", "beat": 1}
+    taken = {
+        "pid": 7,
+        "host": "node9",
+        "boot": "b",
+        "since": "then",
+        "does": "trains",
+        "nonce": "n",
+        "beat": 1,
+    }
     with claimed(tmp_path, arm_id), locked(tmp_path, "definition"):
         for name in (arm_id, "definition"):
             (tmp_path / "claims" / name / ".lock").write_text(json.dumps(taken))
         before = (tmp_path / "sweep.json").read_bytes()
-        with pytest.raises(LockedError, match=f"claims/{arm_id} was taken over by process 7 on node9"):
+        with pytest.raises(
+            LockedError, match=f"claims/{arm_id} was taken over by process 7 on node9"
+        ):
             record_arm(sweep.workdir(arm_id), sweep.arms[arm_id], "done", None, packed=1)
-        with pytest.raises(LockedError, match="claims/definition was taken over by process 7 on node9"):
+        with pytest.raises(
+            LockedError, match="claims/definition was taken over by process 7 on node9"
+        ):
             directory._write(sweep, "r.py", "", is_search=False)
     assert read_record(sweep.workdir(arm_id)) is None
     assert (tmp_path / "sweep.json").read_bytes() == before
 
 
-def test_packs_that_another_process_holds_are_waited_for_and_not_trained(trained, tmp_path, monkeypatch):
+def test_packs_that_another_process_holds_are_waited_for_and_not_trained(
+    trained, tmp_path, monkeypatch
+):
     sweep = new_sweep(tmp_path)
     others = sweep.packs[1]
 
@@ -184,18 +211,25 @@ def test_packs_that_another_process_holds_are_waited_for_and_not_trained(trained
             write_record(sweep.workdir(arm_id), {"arm": arm_id, "status": "done"})
 
     monkeypatch.setattr(run.time, "sleep", end_theirs)
-    regrouped = dataclasses.replace(sweep, packs=(others, sweep.packs[0]))  # as it was planned before
+    regrouped = dataclasses.replace(
+        sweep, packs=(others, sweep.packs[0])
+    )  # as it was planned before
     with regrouped.claim(regrouped.packs[0]):
         assert work(sweep, StopSignals())
     assert trained == [[0, 1]]
 
 
-def test_a_sweep_from_a_notebook_has_the_records_of_arms_that_ended_before_a_kill(trained, tmp_path):
+def test_a_sweep_from_a_notebook_has_the_records_of_arms_that_ended_before_a_kill(
+    trained, tmp_path
+):
     points = [{"train.seed": seed} for seed in range(2)]
     frame = run_sweep(SMALL, points, tmp_path)
     assert list(frame["override/train.seed"]) == [0, 1] and trained == [[0, 1]]
     assert list(open_sweep(tmp_path).arms) == list(frame["arm"])
-    for name in ("records.jsonl", "records.parquet"):  # killed after its records were written, before they were joined
+    for name in (
+        "records.jsonl",
+        "records.parquet",
+    ):  # killed after its records were written, before they were joined
         (tmp_path / name).unlink()
     assert run_sweep(SMALL, points, tmp_path).equals(frame) and len(trained) == 1
     grown = run_sweep(SMALL, [point | {"moe.z_weight": 0.01} for point in points], tmp_path)
@@ -290,12 +324,15 @@ def test_the_record_says_the_pack_that_the_log_says(trained, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("items", "number", "parts"), [([0, 1, 2], 2, [[0], [1, 2]]), ([4, 5], 2, [[4], [5]]), ([1, 2, 3], 1, [[1, 2, 3]])]
+    ("items", "number", "parts"),
+    [([0, 1, 2], 2, [[0], [1, 2]]), ([4, 5], 2, [[4], [5]]), ([1, 2, 3], 1, [[1, 2, 3]])],
 )
 def test_devices_are_shared_out_evenly(items, number, parts):
     assert shares(items, number) == parts
     for wrong in (len(items) + 1, 0, -1):
-        with pytest.raises(SweepError, match=f"--processes={wrong} must be at most {len(items)}.*and at least 1"):
+        with pytest.raises(
+            SweepError, match=f"--processes={wrong} must be at most {len(items)}.*and at least 1"
+        ):
             shares(items, wrong)
 
 
@@ -313,14 +350,18 @@ def test_processes_get_gpus_of_those_that_the_pool_may_use(visible, gpus, given,
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     parts = share_out(2, gpus)
-    assert [part.environment for part in parts] == [{"CUDA_VISIBLE_DEVICES": names} for names in given]
+    assert [part.environment for part in parts] == [
+        {"CUDA_VISIBLE_DEVICES": names} for names in given
+    ]
     assert all(part.cores == () for part in parts)
 
 
 def test_gpus_that_are_not_there_are_no_share_and_without_gpus_the_cpu_is_used(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3, 1, 2})
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,-1,6")
-    with pytest.raises(SweepError, match="--gpus=3 must be at most 2, as CUDA_VISIBLE_DEVICES=4,5,-1,6 has no more"):
+    with pytest.raises(
+        SweepError, match="--gpus=3 must be at most 2, as CUDA_VISIBLE_DEVICES=4,5,-1,6 has no more"
+    ):
         share_out(2, 3)
     with pytest.raises(SweepError, match="--gpus=-1 must be at least 0"):
         share_out(2, -1)
@@ -364,12 +405,16 @@ class Process(subprocess.Popen):
 @pytest.fixture
 def processes(monkeypatch):
     found = Processes()
-    monkeypatch.setattr(pool, "subprocess", types.SimpleNamespace(Popen=found, STDOUT=-2, DEVNULL=-3))
+    monkeypatch.setattr(
+        pool, "subprocess", types.SimpleNamespace(Popen=found, STDOUT=-2, DEVNULL=-3)
+    )
     monkeypatch.setattr(pool, "POLL_S", 0.0)
     return found
 
 
-def test_a_process_of_the_pool_that_dies_is_started_again_and_too_many_deaths_end_it(processes, tmp_path):
+def test_a_process_of_the_pool_that_dies_is_started_again_and_too_many_deaths_end_it(
+    processes, tmp_path
+):
     sweep = new_sweep(tmp_path)
     parts = [Share(gpus=("4",)), Share(gpus=("5",))]
     processes.codes = [-signal.SIGKILL, 0, 0]
@@ -378,7 +423,9 @@ def test_a_process_of_the_pool_that_dies_is_started_again_and_too_many_deaths_en
     assert all(process.command[-1] == f"--dir={tmp_path}" for process in processes)
     processes.clear()
     processes.codes = [-signal.SIGSEGV, None] + [-signal.SIGSEGV] * 2 * RESTARTS
-    with pytest.raises(SweepError, match=f"{RESTARTS + 1} processes of the pool died; .*logs says more"):
+    with pytest.raises(
+        SweepError, match=f"{RESTARTS + 1} processes of the pool died; .*logs says more"
+    ):
         run_pool(sweep, parts, StopSignals())
     assert len(processes) == 2 + RESTARTS
     assert processes[1].terminated == 1  # the one that was well does not outlive the pool

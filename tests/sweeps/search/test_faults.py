@@ -34,7 +34,9 @@ from moejax.training.multihost.signals import StopSignals
 RATE = "optimizer.learning_rate"
 BITS = 1.25  # per byte, of every evaluation
 RATES = (1e-3, 2e-3, 3e-3, 4e-3)
-BASE = SMALL | {"train": {"batch_size": 8, "num_steps": STEPS, "eval_every": EVAL_EVERY, "log_every": LOG_EVERY}}
+BASE = SMALL | {
+    "train": {"batch_size": 8, "num_steps": STEPS, "eval_every": EVAL_EVERY, "log_every": LOG_EVERY}
+}
 
 
 def new_definition(**changes):
@@ -112,7 +114,10 @@ def search(directory, name="s", **changes):
 
 
 def records(directory):
-    return {path.parent.name: json.loads(path.read_text()) for path in directory.glob("arms/*/record.json")}
+    return {
+        path.parent.name: json.loads(path.read_text())
+        for path in directory.glob("arms/*/record.json")
+    }
 
 
 class Quiet(Report):
@@ -151,7 +156,9 @@ def run_one(tmp_path):
 
 
 def fractions_of(num_steps, eval_every, *axes):
-    config = resolve(BASE | {"train": BASE["train"] | {"num_steps": num_steps, "eval_every": eval_every}})
+    config = resolve(
+        BASE | {"train": BASE["train"] | {"num_steps": num_steps, "eval_every": eval_every}}
+    )
     return common_fractions(config, axes)
 
 
@@ -168,7 +175,9 @@ def test_arms_of_different_lengths_have_those_evaluations_in_common_that_are_at_
 def test_halving_prunes_at_the_first_second_and_fourth_evaluation_and_no_other(tmp_path, parts):
     """Each arm is worse than the one before, so that it is pruned at the first rung that it meets."""
     fractions = tuple(part / parts for part in range(1, parts + 1))
-    definition = new_definition(axes=(Axis(RATE, (), 1e-4, 1e-2),), fractions=fractions, pruner="halving", trials=4)
+    definition = new_definition(
+        axes=(Axis(RATE, (), 1e-4, 1e-2),), fractions=fractions, pruner="halving", trials=4
+    )
     study = create_study(str(tmp_path / "a.journal"), "s", definition)
     ended = []
 
@@ -214,7 +223,9 @@ def test_halving_compares_long_and_short_arms_where_both_are_evaluated(tmp_path)
 
 def test_an_arm_that_missed_an_evaluation_is_not_compared_at_a_later_one_in_its_place(tmp_path):
     study = create_study(
-        str(tmp_path / "a.journal"), "s", new_definition(axes=(Axis(RATE, (), 1e-4, 1e-2),), pruner="halving")
+        str(tmp_path / "a.journal"),
+        "s",
+        new_definition(axes=(Axis(RATE, (), 1e-4, 1e-2),), pruner="halving"),
     )
     begun = []
 
@@ -255,14 +266,18 @@ def test_who_goes_on_with_an_arm_does_not_compare_it_anew_at_a_rung_it_has_passe
 
 
 @pytest.mark.parametrize("step", [0, EVAL_EVERY, STEPS])
-def test_a_stop_signal_during_an_arm_reaches_the_worker_whenever_it_comes(train_with, run_one, step):
+def test_a_stop_signal_during_an_arm_reaches_the_worker_whenever_it_comes(
+    train_with, run_one, step
+):
     train_with(lambda now: os.kill(os.getpid(), signal.SIGTERM) if now == step else None)
     outcome, stop = run_one()
     assert stop.received == "SIGTERM"
     assert outcome.status == ("done" if step == STEPS else "stopped")
 
 
-@pytest.mark.parametrize("error", [AlarmError("moe/entropy"), NonFiniteError("nan"), ConfigError("mesh")])
+@pytest.mark.parametrize(
+    "error", [AlarmError("moe/entropy"), NonFiniteError("nan"), ConfigError("mesh")]
+)
 def test_a_stop_signal_before_an_error_reaches_the_worker(train_with, run_one, error):
     def happens(step):
         if step:
@@ -274,14 +289,18 @@ def test_a_stop_signal_before_an_error_reaches_the_worker(train_with, run_one, e
     assert (outcome.status, stop.received) == ("failed", "SIGINT")
 
 
-def test_a_stop_signal_after_an_arm_was_pruned_reaches_the_worker_and_the_arm_is_pruned(train_with, run_one):
+def test_a_stop_signal_after_an_arm_was_pruned_reaches_the_worker_and_the_arm_is_pruned(
+    train_with, run_one
+):
     train_with(after=lambda step: os.kill(os.getpid(), signal.SIGTERM))
     outcome, stop = run_one(Quiet(prunes=True))
     assert (outcome.status, stop.received) == ("pruned", "SIGTERM")
 
 
 def test_a_worker_that_was_told_to_stop_begins_no_other_arm(train_with, tmp_path):
-    trainer = train_with(lambda step: os.kill(os.getpid(), signal.SIGTERM) if step == STEPS else None)
+    trainer = train_with(
+        lambda step: os.kill(os.getpid(), signal.SIGTERM) if step == STEPS else None
+    )
     study = search(tmp_path)
     assert len(trainer.began) == 1
     assert [row["state"] for row in trials_table(study)] == ["done"]
@@ -290,7 +309,9 @@ def test_a_worker_that_was_told_to_stop_begins_no_other_arm(train_with, tmp_path
 # Takeovers
 
 
-def test_an_heir_waits_until_the_worker_that_was_taken_for_dead_has_left_the_arm(train_with, run_one, tmp_path):
+def test_an_heir_waits_until_the_worker_that_was_taken_for_dead_has_left_the_arm(
+    train_with, run_one, tmp_path
+):
     trainer = train_with()
     arm = Trials(tmp_path, new_definition(), "", StopSignals()).arm_of({RATE: 1e-3})
     asked = []
@@ -317,7 +338,9 @@ def test_an_heir_that_waits_heeds_a_stop(train_with, run_one, tmp_path):
 
 
 @pytest.mark.parametrize("ending", [None, AlarmError("moe/entropy"), NonFiniteError("nan")])
-def test_a_worker_whose_trial_was_taken_over_writes_no_record(train_with, run_one, tmp_path, ending):
+def test_a_worker_whose_trial_was_taken_over_writes_no_record(
+    train_with, run_one, tmp_path, ending
+):
     lost = []
 
     def after(step):
@@ -332,7 +355,9 @@ def test_a_worker_whose_trial_was_taken_over_writes_no_record(train_with, run_on
     assert not records(tmp_path)
 
 
-def test_an_heir_takes_the_record_that_the_worker_it_waited_for_has_written(train_with, run_one, tmp_path):
+def test_an_heir_takes_the_record_that_the_worker_it_waited_for_has_written(
+    train_with, run_one, tmp_path
+):
     trainer = train_with()
     outcome, _ = run_one()
     assert run_one()[0] == Outcome("done", pytest.approx(outcome.loss)) and len(trainer.began) == 1
@@ -341,11 +366,14 @@ def test_an_heir_takes_the_record_that_the_worker_it_waited_for_has_written(trai
 # What is minimised
 
 
-def test_a_search_over_what_a_token_is_minimises_bits_per_byte_and_prunes_by_them(train_with, tmp_path):
+def test_a_search_over_what_a_token_is_minimises_bits_per_byte_and_prunes_by_them(
+    train_with, tmp_path
+):
     train_with()
     of_tokens = Axis("data.tokenizer", ("bytes", "bpe"))
     assert (
-        objective_of([of_tokens]) == "eval/bits_per_byte" and objective_of([Axis("data.seq_len", (8,))]) == "eval/loss"
+        objective_of([of_tokens]) == "eval/bits_per_byte"
+        and objective_of([Axis("data.seq_len", (8,))]) == "eval/loss"
     )
     told = []
 
@@ -362,7 +390,9 @@ def test_a_search_over_what_a_token_is_minimises_bits_per_byte_and_prunes_by_the
     path = tmp_path / "arms" / arm / "record.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"final/eval/bits_per_byte": 1.5}))
     assert trials.known(arm).loss == 1.5  # of the record, for another study
-    assert Trials(tmp_path, new_definition(), "", StopSignals()).known(arm).loss == pytest.approx(3e-3)  # by its nats
+    assert Trials(tmp_path, new_definition(), "", StopSignals()).known(arm).loss == pytest.approx(
+        3e-3
+    )  # by its nats
 
 
 def test_a_study_from_before_there_was_an_objective_goes_on_with_its_loss_and_no_other(tmp_path):
@@ -386,10 +416,14 @@ def test_an_arm_that_another_study_finished_is_told_without_training_it_again(tr
     study = search(tmp_path, "two", trials=4)
     assert len(trainer.began) == began == len(records(tmp_path))
     rows = trials_table(study)
-    assert all(row["value"] == pytest.approx(row["params"][RATE]) for row in rows) and len(rows) == 4
+    assert (
+        all(row["value"] == pytest.approx(row["params"][RATE]) for row in rows) and len(rows) == 4
+    )
 
 
-def test_an_arm_that_another_study_pruned_is_trained_on_from_its_checkpoint(train_with, run_one, tmp_path):
+def test_an_arm_that_another_study_pruned_is_trained_on_from_its_checkpoint(
+    train_with, run_one, tmp_path
+):
     trainer = train_with()
     assert run_one(Quiet(prunes=True))[0].status == "pruned"
     (arm,) = records(tmp_path)
@@ -422,7 +456,8 @@ def failing(error):
 
 
 @pytest.mark.parametrize(
-    ("error", "status"), [(AlarmError("moe/entropy is low"), "stopped"), (NonFiniteError("loss is nan"), "failed")]
+    ("error", "status"),
+    [(AlarmError("moe/entropy is low"), "stopped"), (NonFiniteError("loss is nan"), "failed")],
 )
 def test_an_arm_that_an_alarm_or_values_that_are_not_finite_end_has_failed_and_is_a_result(
     train_with, tmp_path, error, status
@@ -434,7 +469,9 @@ def test_an_arm_that_an_alarm_or_values_that_are_not_finite_end_has_failed_and_i
     assert (record["status"], record["error"]) == (status, str(error))
 
 
-def test_a_configuration_that_does_not_fit_the_devices_fails_alone_and_has_no_record(train_with, tmp_path):
+def test_a_configuration_that_does_not_fit_the_devices_fails_alone_and_has_no_record(
+    train_with, tmp_path
+):
     def happens(step):
         if len(trainer.began) == 1:
             raise ConfigError("mesh.expert=3 must divide 8 devices")
@@ -446,7 +483,9 @@ def test_a_configuration_that_does_not_fit_the_devices_fails_alone_and_has_no_re
     assert len(records(tmp_path)) == 1
 
 
-def test_a_point_whose_training_raises_is_tried_so_often_and_the_worker_goes_on(train_with, tmp_path, caplog):
+def test_a_point_whose_training_raises_is_tried_so_often_and_the_worker_goes_on(
+    train_with, tmp_path, caplog
+):
     def happens(step):
         if trainer.began[-1] == trainer.began[0]:
             raise RuntimeError("RESOURCE_EXHAUSTED: out of memory\nwhile allocating")
@@ -456,11 +495,15 @@ def test_a_point_whose_training_raises_is_tried_so_often_and_the_worker_goes_on(
     ended = [row for row in trials_table(study) if row["state"] != "continued"]
     assert [row["state"] for row in ended] == ["failed", "done"]
     assert len(trainer.began) == 1 + MAX_RETRIES + 1
-    assert [row["error"] for row in untrained(study)] == ["RuntimeError: RESOURCE_EXHAUSTED: out of memory"]
+    assert [row["error"] for row in untrained(study)] == [
+        "RuntimeError: RESOURCE_EXHAUSTED: out of memory"
+    ]
     assert caplog.text.count("while allocating") > MAX_RETRIES
 
 
-def test_a_worker_where_nothing_can_be_trained_ends_before_it_has_spoilt_the_study(train_with, tmp_path, monkeypatch):
+def test_a_worker_where_nothing_can_be_trained_ends_before_it_has_spoilt_the_study(
+    train_with, tmp_path, monkeypatch
+):
     monkeypatch.setattr("moejax.sweeps.search.worker.MAX_ERRORS", 2)
     train_with(failing(OSError("no space left on device")))
     with pytest.raises(OSError, match="no space left"):
@@ -474,11 +517,15 @@ def test_a_worker_where_nothing_can_be_trained_ends_before_it_has_spoilt_the_stu
 
 def test_a_study_of_something_else_is_not_adopted(tmp_path):
     storage = f"sqlite:///{tmp_path / 'a.db'}"
-    optuna.create_study(study_name="used", storage=storage).add_trial(optuna.trial.create_trial(value=1.0))
+    optuna.create_study(study_name="used", storage=storage).add_trial(
+        optuna.trial.create_trial(value=1.0)
+    )
     optuna.create_study(study_name="other way", storage=storage, direction="maximize")
     optuna.create_study(study_name="two aims", storage=storage, directions=["minimize", "minimize"])
     for name in ("used", "other way", "two aims"):
-        with pytest.raises(StudyError, match="was not made by moejax sweep; choose another --study"):
+        with pytest.raises(
+            StudyError, match="was not made by moejax sweep; choose another --study"
+        ):
             create_study(storage, name, new_definition())
     optuna.create_study(study_name="empty", storage=storage)
     assert create_study(storage, "empty", new_definition()).user_attrs["moejax"]["trials"] == 2
@@ -488,7 +535,9 @@ def test_the_number_of_trials_may_rise_also_while_workers_run(train_with, tmp_pa
     train_with()
     axes = (Axis(RATE, (), 1e-4, 1e-2),)
     study = search(tmp_path, axes=axes)
-    with pytest.raises(StudyError, match=r"has trials=2, which may only rise, not to 1; give --trials=2 or more"):
+    with pytest.raises(
+        StudyError, match=r"has trials=2, which may only rise, not to 1; give --trials=2 or more"
+    ):
         search(tmp_path, axes=axes, trials=1)
     with pytest.raises(StudyError, match="has another sampler, trials"):
         search(tmp_path, axes=axes, trials=3, sampler="tpe")
@@ -496,11 +545,14 @@ def test_the_number_of_trials_may_rise_also_while_workers_run(train_with, tmp_pa
     assert [row["state"] for row in trials_table(study)] == ["done"] * 3
 
     def run_arm(point, arm, report):
-        create_study(str(tmp_path / "study.journal"), "s", new_definition(axes=axes, trials=5))  # by somebody else
+        create_study(
+            str(tmp_path / "study.journal"), "s", new_definition(axes=axes, trials=5)
+        )  # by somebody else
         return Outcome("done", 1.0)
 
     trials = trials_in(
-        tmp_path, create_study(str(tmp_path / "study.journal"), "s", new_definition(axes=axes, trials=4))
+        tmp_path,
+        create_study(str(tmp_path / "study.journal"), "s", new_definition(axes=axes, trials=4)),
     )
     assert evaluate(study, trials, run_arm=run_arm) == 2
     assert len(trials_table(study)) == 5
@@ -522,11 +574,19 @@ def moejax(monkeypatch, tmp_path, capsys):
         code = main(arguments)
         return code, (capsys.readouterr().err.strip().splitlines() or [""])[-1]
 
-    monkeypatch.setattr("moejax.cli.verbs.sweep_search.keep_programs", lambda: None)  # tests have a folder of their own
+    monkeypatch.setattr(
+        "moejax.cli.verbs.sweep_search.keep_programs", lambda: None
+    )  # tests have a folder of their own
     return run
 
 
-SEARCH = (f"{RATE}=0.001,0.002,0.003,0.004", "--search=random", "--trials=2", "--dir=DIR", "--study=s")
+SEARCH = (
+    f"{RATE}=0.001,0.002,0.003,0.004",
+    "--search=random",
+    "--trials=2",
+    "--dir=DIR",
+    "--study=s",
+)
 
 
 @pytest.mark.parametrize("form", ["--storage={}", "--storage {}", "-storage={}"])
@@ -537,13 +597,17 @@ def test_no_file_and_no_line_of_the_log_holds_the_password_of_a_storage(
     train_with()
     monkeypatch.setattr(
         "moejax.cli.verbs.sweep_search.create_study",
-        lambda storage, name, definition: create_study(str(tmp_path / "study.journal"), name, definition),
+        lambda storage, name, definition: create_study(
+            str(tmp_path / "study.journal"), name, definition
+        ),
     )
     url = "postgresql+psycopg://someone:s3cret@host/d?sslpassword=s3cret"
     assert moejax(*SEARCH, *form.format(url).split())[0] == 0
     assert main(["sweep", "report", str(tmp_path)]) == 0
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
-    assert {"report.html", "sweep.json", "records.jsonl", "config.json"} <= {path.name for path in files}
+    assert {"report.html", "sweep.json", "records.jsonl", "config.json"} <= {
+        path.name for path in files
+    }
     assert not [path for path in files if b"s3cret" in path.read_bytes()]
     assert "s3cret" not in caplog.text and "someone:***@host" in caplog.text
     assert "someone:***@host" in json.loads((tmp_path / "sweep.json").read_text())["command"]
@@ -556,12 +620,16 @@ def test_a_search_of_points_that_cannot_be_trained_says_so_by_its_exit_code(moej
 
     trainer = train_with(happens)
     code, error = moejax(*SEARCH)
-    assert code == 2 and "could not be trained (arm " in error and "mesh.expert=3 must divide" in error
+    assert (
+        code == 2 and "could not be trained (arm " in error and "mesh.expert=3 must divide" in error
+    )
     train_with(failing(NonFiniteError("loss is nan")))  # a result
     assert moejax(*SEARCH[:-1], "--study=t", "--search_seed=3")[0] == 0
 
 
-def test_a_search_with_a_predicate_is_joined_by_its_command_and_by_no_worker(moejax, train_with, tmp_path):
+def test_a_search_with_a_predicate_is_joined_by_its_command_and_by_no_worker(
+    moejax, train_with, tmp_path
+):
     recipe = tmp_path / "recipe.py"
     recipe.write_text(
         Path("configs/debug.py").read_text()
@@ -589,12 +657,18 @@ def test_a_search_with_a_predicate_is_joined_by_its_command_and_by_no_worker(moe
         ),
         (["--search=random", "--processes=8"], "--processes=8 is for sweeps of given points"),
         (["--search=random", "--gpus=2"], "--gpus=2 is for sweeps of given points"),
-        (["--search=random", "--pack=2"], "--pack=2 goes with a sweep of given points, not with --search"),
+        (
+            ["--search=random", "--pack=2"],
+            "--pack=2 goes with a sweep of given points, not with --search",
+        ),
         (["--search=random", "--adjust=steps"], "--adjust=steps goes with a sweep of given points"),
         (["--trials=3"], "--trials=3 goes with a search; add --search=random or tpe"),
         (["--pruner=median"], "--pruner=median goes with a search"),
         (["--storage=a.db"], "--storage=a.db goes with a search"),
-        (["--storage=mysql+pymysql://u:secret@h/d"], r"--storage=mysql\+pymysql://u:\*\*\*@h/d goes with a search"),
+        (
+            ["--storage=mysql+pymysql://u:secret@h/d"],
+            r"--storage=mysql\+pymysql://u:\*\*\*@h/d goes with a search",
+        ),
         (["--study=s"], "--study=s goes with a search"),
         (["--search_seed=3"], "--search_seed=3 goes with a search"),
     ],
@@ -607,8 +681,18 @@ def test_a_flag_that_would_change_nothing_is_refused(moejax, tmp_path, arguments
 
 @pytest.mark.parametrize(
     "flag",
-    ["--trials=3", "--search=random", "--pack=2", "--gpus=1", "--config=configs/debug.py", "--port=99", "--cores=0"],
+    [
+        "--trials=3",
+        "--search=random",
+        "--pack=2",
+        "--gpus=1",
+        "--config=configs/debug.py",
+        "--port=99",
+        "--cores=0",
+    ],
 )
 def test_a_worker_takes_no_flag_that_the_study_settles(moejax, flag):
     code, error = moejax("worker", "--study=s", "--storage=DIR/a.journal", flag)
-    assert code == 2 and error.startswith(f"moejax: {flag} is not for a worker, which does what the study says"), error
+    assert code == 2 and error.startswith(
+        f"moejax: {flag} is not for a worker, which does what the study says"
+    ), error

@@ -9,7 +9,13 @@ from hypothesis import strategies as st
 from moejax.cli import main
 from moejax.cli.verbs.sweep_search import shown_command
 from moejax.sweeps.search.definition import Definition, StudyError, search_axes
-from moejax.sweeps.search.storage_address import is_path, journal_path, show_storage, sqlite_path, without_secrets
+from moejax.sweeps.search.storage_address import (
+    is_path,
+    journal_path,
+    show_storage,
+    sqlite_path,
+    without_secrets,
+)
 from moejax.sweeps.search.study import create_study, dashboard_command, open_study, serve_dashboard
 from moejax.sweeps.space import choice
 
@@ -25,11 +31,22 @@ FORMS = (
     " {d}://u:{s}@h/d", "{d}://u:p:{s}@h/d", "{d}://u:{s}@h/d.db", "{d}:/u:{s}@h/d.journal", "u:{s}@h/d.db",
     "//u:{s}@h/d.log", "{d}://u:{s}@h/{{x}}", "{d}://u :{s} @h/d", "{d}:{s}",
 )  # fmt: skip
-DIALECTS = ("postgresql+psycopg", "postgresql", "mysql+pymysql", "mssql+pyodbc", "sqlite", "oracle", "nosuch", "x+y.z")
+DIALECTS = (
+    "postgresql+psycopg",
+    "postgresql",
+    "mysql+pymysql",
+    "mssql+pyodbc",
+    "sqlite",
+    "oracle",
+    "nosuch",
+    "x+y.z",
+)
 
 
 def addresses():
-    secrets = st.text("abcXYZ019%+~!$^*()|<>", min_size=5, max_size=12).map(lambda text: f"{SECRET}{text}")
+    secrets = st.text("abcXYZ019%+~!$^*()|<>", min_size=5, max_size=12).map(
+        lambda text: f"{SECRET}{text}"
+    )
     return st.tuples(st.sampled_from(FORMS), st.sampled_from(DIALECTS), secrets).map(
         lambda drawn: drawn[0].format(d=drawn[1], s=drawn[2])
     )
@@ -39,7 +56,9 @@ def addresses():
 @given(addresses())
 def test_no_part_of_an_address_that_may_hold_a_password_is_shown(address):
     assert SECRET not in show_storage(address)
-    assert SECRET not in shown_command(["sweep", f"--storage={address}", "-storage", address, address])
+    assert SECRET not in shown_command(
+        ["sweep", f"--storage={address}", "-storage", address, address]
+    )
     assert SECRET not in without_secrets(
         f'invalid port "{address}"; could not resolve {address.split("@")[-1]}', address
     )
@@ -47,7 +66,9 @@ def test_no_part_of_an_address_that_may_hold_a_password_is_shown(address):
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dialect", DIALECTS[:3])
-def test_no_error_about_a_storage_holds_its_password(form, dialect, tmp_path, monkeypatch, capsys, caplog):
+def test_no_error_about_a_storage_holds_its_password(
+    form, dialect, tmp_path, monkeypatch, capsys, caplog
+):
     caplog.set_level(logging.DEBUG)
     monkeypatch.chdir(tmp_path)
     address = form.format(d=dialect, s=SECRET)
@@ -86,7 +107,9 @@ def definition():
     return Definition("r.py", {}, axes, "random", "none", 0, 2, (1.0,), False)
 
 
-@pytest.mark.parametrize("name", ["p%20q", "q?m", "a#b", "a b", "p%2Fq", "{x}", "ünï", "a&b=c", "a+b", "a;b"])
+@pytest.mark.parametrize(
+    "name", ["p%20q", "q?m", "a#b", "a b", "p%2Fq", "{x}", "ünï", "a&b=c", "a+b", "a;b"]
+)
 @pytest.mark.parametrize("ending", [".db", ".journal"])
 def test_a_storage_is_the_file_that_was_named_whatever_its_name(name, ending, definition, tmp_path):
     storage = tmp_path / name / f"study{ending}"
@@ -104,18 +127,31 @@ def test_paths_and_addresses_are_told_apart(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert sqlite_path("a.db") == tmp_path / "a.db" and journal_path("a.log") == tmp_path / "a.log"
     assert sqlite_path("sqlite:///a.db") == tmp_path / "a.db" and sqlite_path("sqlite://") is None
-    assert journal_path("sqlite:///a.journal") is None and not is_path("sqlite:///a.db") and is_path("./u:p/a.db")
+    assert (
+        journal_path("sqlite:///a.journal") is None
+        and not is_path("sqlite:///a.db")
+        and is_path("./u:p/a.db")
+    )
 
 
-def test_a_dashboard_without_a_study_is_refused_and_makes_nothing(definition, tmp_path, monkeypatch, capsys):
+def test_a_dashboard_without_a_study_is_refused_and_makes_nothing(
+    definition, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setattr("optuna_dashboard.run_server", lambda *_, **__: pytest.fail("it is served"))
     empty = tmp_path / "empty.journal"
     empty.touch()
-    for storage in (tmp_path / "a.journal", tmp_path / "sub/a.db", f"sqlite:///{tmp_path}/b.db", empty):
+    for storage in (
+        tmp_path / "a.journal",
+        tmp_path / "sub/a.db",
+        f"sqlite:///{tmp_path}/b.db",
+        empty,
+    ):
         assert main(["sweep", "dashboard", f"--storage={storage}"]) == 2
         error = capsys.readouterr().err
         assert "there is no study in" in error and error.count("\n") == 1
-    assert [path.name for path in tmp_path.iterdir()] == ["empty.journal"] and empty.read_bytes() == b""
+    assert [path.name for path in tmp_path.iterdir()] == [
+        "empty.journal"
+    ] and empty.read_bytes() == b""
     monkeypatch.setattr("optuna_dashboard.run_server", lambda *_, **__: None)
     create_study(str(tmp_path / "c.db"), "s", definition)
     assert main(["sweep", "dashboard", f"--storage={tmp_path / 'c.db'}"]) == 0

@@ -114,7 +114,10 @@ def search(folder, **changes):
 @pytest.mark.parametrize("sampler", ["random", "tpe"])
 def test_one_worker_draws_the_same_points_from_the_same_seed(tmp_path, sampler):
     one, two, other = (
-        [row["params"] for row in search(tmp_path / str(place), sampler=sampler, seed=seed, trials=14)]
+        [
+            row["params"]
+            for row in search(tmp_path / str(place), sampler=sampler, seed=seed, trials=14)
+        ]
         for place, seed in enumerate([5, 5, 6])
     )
     assert one == two
@@ -149,13 +152,17 @@ def test_ranges_and_choices_are_drawn_as_they_were_given(tmp_path):
         points.append(point)
         return Outcome("done", 1.0)
 
-    study = create_study(str(tmp_path / "a.log"), "s", new_definition(axes=search_axes(space), trials=20))
+    study = create_study(
+        str(tmp_path / "a.log"), "s", new_definition(axes=search_axes(space), trials=20)
+    )
     evaluate(study, remember)
     assert {json.dumps(point["moe.layers"]) for point in points} == {"[0, 1]", "[2]"}
     assert {point["moe.num_experts"] for point in points} <= {4, 5, 6, 7, 8}
     assert all(isinstance(point["moe.num_experts"], int) for point in points)
     assert all(0.5 <= point["optimizer.peak_lr"] <= 1 for point in points)
-    assert 4 <= sum(point["train.weight"] < 1e-3 for point in points) <= 16  # evenly in the logarithm
+    assert (
+        4 <= sum(point["train.weight"] < 1e-3 for point in points) <= 16
+    )  # evenly in the logarithm
 
 
 @pytest.mark.parametrize(("pruner", "trials"), [("median", 16), ("halving", 16)])
@@ -165,7 +172,9 @@ def test_a_pruner_ends_bad_arms_early_and_the_best_is_trained_to_the_end(tmp_pat
     pruned = [row for row in rows if row["state"] == "pruned"]
     assert len(done) >= 3 and len(pruned) >= 3 and len(done) + len(pruned) == trials
     assert all(row["fraction"] < 1 for row in pruned) and all(row["fraction"] == 1 for row in done)
-    assert min(loss_of(row["params"]) for row in done) <= min(loss_of(row["params"]) for row in pruned)
+    assert min(loss_of(row["params"]) for row in done) <= min(
+        loss_of(row["params"]) for row in pruned
+    )
 
 
 def test_arms_of_different_lengths_are_compared_at_an_equal_fraction(tmp_path):
@@ -180,7 +189,9 @@ def test_arms_of_different_lengths_are_compared_at_an_equal_fraction(tmp_path):
         return Outcome("done", 0.25)
 
     lengths = []
-    study = create_study(str(tmp_path / "a.journal"), "s", new_definition(pruner="median", trials=12))
+    study = create_study(
+        str(tmp_path / "a.journal"), "s", new_definition(pruner="median", trials=12)
+    )
     evaluate(study, run_arm)
     assert {row["state"] for row in trials_table(study)} == {"done"}
 
@@ -198,7 +209,9 @@ def test_points_that_are_not_allowed_do_not_count_and_are_not_run(tmp_path):
     assert all(row["params"]["moe.num_experts"] <= 40 for row in rows)
 
 
-def test_a_space_that_allows_hardly_anything_is_an_error_and_not_an_endless_search(tmp_path, monkeypatch):
+def test_a_space_that_allows_hardly_anything_is_an_error_and_not_an_endless_search(
+    tmp_path, monkeypatch
+):
     monkeypatch.setattr("moejax.sweeps.search.worker.MAX_REFUSED", 10)
 
     def nothing(point):
@@ -215,7 +228,11 @@ def test_a_space_that_allows_hardly_anything_is_an_error_and_not_an_endless_sear
 def test_an_arm_that_is_not_finite_fails_and_the_study_goes_on(tmp_path):
     def run_arm(point, arm, report):
         report(1, 0.25, float("nan"))
-        return Outcome("done", float("inf")) if point["optimizer.peak_lr"] > 0.1 else run_quadratic(point, arm, report)
+        return (
+            Outcome("done", float("inf"))
+            if point["optimizer.peak_lr"] > 0.1
+            else run_quadratic(point, arm, report)
+        )
 
     study = create_study(str(tmp_path / "a.journal"), "s", DEFINITION)
     assert evaluate(study, run_arm) == DEFINITION.trials
@@ -227,7 +244,9 @@ def test_an_arm_that_is_not_finite_fails_and_the_study_goes_on(tmp_path):
 
 def test_a_point_drawn_again_counts_and_is_run_once(tmp_path):
     study = create_study(
-        str(tmp_path / "a.journal"), "s", new_definition(axes=(Axis("optimizer.peak_lr", (0.1, 0.2)),))
+        str(tmp_path / "a.journal"),
+        "s",
+        new_definition(axes=(Axis("optimizer.peak_lr", (0.1, 0.2)),)),
     )
     ran = []
     evaluate(study, lambda point, arm, report: ran.append(arm) or Outcome("done", loss_of(point)))
@@ -284,7 +303,10 @@ def test_of_several_workers_exactly_one_ends_a_trial(storage):
 
 def test_workers_that_race_evaluate_exactly_the_number_of_trials_and_each_arm_once(tmp_path):
     storage, ran = str(tmp_path / "a.journal"), []
-    axes = (Axis("optimizer.peak_lr", tuple(n / 10 for n in range(1, 5))), Axis("moe.num_experts", (4, 8)))
+    axes = (
+        Axis("optimizer.peak_lr", tuple(n / 10 for n in range(1, 5))),
+        Axis("moe.num_experts", (4, 8)),
+    )
     create_study(storage, "s", new_definition(axes=axes, trials=12))
 
     def run_arm(point, arm, report):
@@ -292,7 +314,9 @@ def test_workers_that_race_evaluate_exactly_the_number_of_trials_and_each_arm_on
         return run_quadratic(point, arm, report)
 
     threads = [
-        threading.Thread(target=evaluate, args=(open_study(storage, "s"), run_arm), kwargs={"worker_id": f"w{n}"})
+        threading.Thread(
+            target=evaluate, args=(open_study(storage, "s"), run_arm), kwargs={"worker_id": f"w{n}"}
+        )
         for n in range(4)
     ]
     for thread in threads:
@@ -306,7 +330,9 @@ def test_workers_that_race_evaluate_exactly_the_number_of_trials_and_each_arm_on
 
 def test_a_worker_waits_for_the_point_of_an_earlier_trial_lest_it_is_the_same(tmp_path):
     storage, ran = str(tmp_path / "a.journal"), []
-    study = create_study(storage, "s", new_definition(axes=(Axis("optimizer.peak_lr", (0.1,)),), trials=2))
+    study = create_study(
+        storage, "s", new_definition(axes=(Axis("optimizer.peak_lr", (0.1,)),), trials=2)
+    )
     earlier = study.ask()  # another worker's, which is drawing
 
     def run_arm(point, arm, report):
@@ -315,7 +341,10 @@ def test_a_worker_waits_for_the_point_of_an_earlier_trial_lest_it_is_the_same(tm
 
     thread = threading.Thread(target=evaluate, args=(open_study(storage, "s"), run_arm))
     thread.start()
-    wait_until(lambda: len(study.trials) > 1 and "arm" in study.trials[1].user_attrs, "the later trial's point")
+    wait_until(
+        lambda: len(study.trials) > 1 and "arm" in study.trials[1].user_attrs,
+        "the later trial's point",
+    )
     time.sleep(0.2)
     earlier.set_user_attr("arm", study.trials[1].user_attrs["arm"])
     study.tell(earlier, 1.0)
@@ -369,12 +398,16 @@ def test_a_slow_worker_whose_trial_was_taken_over_goes_on_with_another(storage):
 
     def run(point, arm, report):
         ran.append(arm)
-        time.sleep(0.5)  # longer than the grace of the other worker, which meanwhile hears nothing of the slow one
+        time.sleep(
+            0.5
+        )  # longer than the grace of the other worker, which meanwhile hears nothing of the slow one
         return run_quadratic(point, arm, report)
 
     def slow(point, arm, report):
         if not refused:  # asleep: no beat, while another worker does this trial and one more
-            evaluate(open_study(storage, "s"), run, worker_id="w2", max_trials=2, beat_s=0.1, grace_s=0.3)
+            evaluate(
+                open_study(storage, "s"), run, worker_id="w2", max_trials=2, beat_s=0.1, grace_s=0.3
+            )
             try:
                 report(1, 0.25, 1.0)
             except TrialLostError:
@@ -385,7 +418,11 @@ def test_a_slow_worker_whose_trial_was_taken_over_goes_on_with_another(storage):
     study = open_study(storage, "s")
     assert evaluate(study, slow, beat_s=1000, grace_s=3000) == 1
     assert len(refused) == 1 and refused[0] in ran and len(ran) == len(set(ran)) == 3
-    assert sorted(row["worker"] for row in trials_table(study) if row["state"] == "done") == ["w", "w2", "w2"]
+    assert sorted(row["worker"] for row in trials_table(study) if row["state"] == "done") == [
+        "w",
+        "w2",
+        "w2",
+    ]
 
 
 def test_an_arm_whose_trial_was_taken_over_hears_of_it_between_its_evaluations(tmp_path):
@@ -406,7 +443,15 @@ def test_an_arm_whose_trial_was_taken_over_hears_of_it_between_its_evaluations(t
 
 
 def start_worker(storage, directory, worker, grace_s, manner=""):
-    command = [sys.executable, "tests/cases/search_worker.py", storage, str(directory), worker, str(grace_s), manner]
+    command = [
+        sys.executable,
+        "tests/cases/search_worker.py",
+        storage,
+        str(directory),
+        worker,
+        str(grace_s),
+        manner,
+    ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
 
@@ -447,7 +492,10 @@ def test_the_trial_of_a_killed_worker_is_finished_by_another_from_its_checkpoint
     rows = trials_table(study)
     assert sorted(row["state"] for row in rows) == ["continued", "done", "done", "done"]
     ended = [arm for arm, _ in lines(tmp_path, "heir", "ends")]
-    assert sorted(ended) == sorted(row["arm"] for row in rows if row["state"] == "done") and arm in ended
+    assert (
+        sorted(ended) == sorted(row["arm"] for row in rows if row["state"] == "done")
+        and arm in ended
+    )
     continued = next(trial for trial in study.trials if trial.user_attrs.get("retried_from") == 0)
     assert sorted(continued.intermediate_values) == [1, 2, 3, 4]
 
@@ -494,14 +542,18 @@ def test_a_study_holds_all_its_workers_need_as_json(storage):
 
 def test_a_journal_is_json_and_nothing_is_pickled(tmp_path):
     search(tmp_path / "a")
-    assert [json.loads(line) for line in (tmp_path / "a" / "study.journal").read_text().splitlines()]
+    assert [
+        json.loads(line) for line in (tmp_path / "a" / "study.journal").read_text().splitlines()
+    ]
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["study.journal"]
 
 
 def test_a_study_of_another_space_is_refused(storage):
     create_study(storage, "s", DEFINITION)
     assert create_study(storage, "s", DEFINITION).study_name == "s"
-    with pytest.raises(StudyError, match=r"study 's' in .* has another axes; choose another --study"):
+    with pytest.raises(
+        StudyError, match=r"study 's' in .* has another axes; choose another --study"
+    ):
         create_study(storage, "s", new_definition(axes=(RATE,)))
 
 
@@ -513,8 +565,13 @@ def test_a_study_that_is_missing_is_named_and_not_made(storage, tmp_path):
 
 def test_a_database_that_is_missing_is_not_taken_for_a_missing_study(postgres):
     storage = postgres.replace("/postgres?", "/elsewhere?")
-    for attempt in (lambda: create_study(storage, "s", DEFINITION), lambda: open_study(storage, "s")):
-        with pytest.raises(StudyError, match=r'cannot be used \(.*database "elsewhere" does not exist'):
+    for attempt in (
+        lambda: create_study(storage, "s", DEFINITION),
+        lambda: open_study(storage, "s"),
+    ):
+        with pytest.raises(
+            StudyError, match=r'cannot be used \(.*database "elsewhere" does not exist'
+        ):
             attempt()
 
 
@@ -532,17 +589,34 @@ def test_a_study_of_something_else_is_refused(tmp_path):
         ("/proc/none/a.journal", r"/proc/none/a.journal cannot be opened|no study 's'"),
         ("/proc/none/a.db", r"/proc/none/a.db cannot be made|no study 's'"),
         ("cassandra://h/d", r"cassandra:// is of no known kind; use postgresql"),
-        ("mysql+mysqldb://u:secret@h/d", r"mysqldb://u:\*\*\*@h/d needs a driver .*comes with extra sweeps"),
-        ("postgresql+psycopg://u:secret@h:port/d", r"is no URL of the form postgresql\+psycopg://user@host/name"),
-        ("postgresql+psycopg://u:sec{ret@127.0.0.1:1/d", r"u:\*\*\*@127.0.0.1:1/d cannot be used \(.*refused"),
-        ("postgresql+psycopg://u@127.0.0.1:1/d?password=secret", r"127.0.0.1:1/d.* cannot be used \(.*refused"),
+        (
+            "mysql+mysqldb://u:secret@h/d",
+            r"mysqldb://u:\*\*\*@h/d needs a driver .*comes with extra sweeps",
+        ),
+        (
+            "postgresql+psycopg://u:secret@h:port/d",
+            r"is no URL of the form postgresql\+psycopg://user@host/name",
+        ),
+        (
+            "postgresql+psycopg://u:sec{ret@127.0.0.1:1/d",
+            r"u:\*\*\*@127.0.0.1:1/d cannot be used \(.*refused",
+        ),
+        (
+            "postgresql+psycopg://u@127.0.0.1:1/d?password=secret",
+            r"127.0.0.1:1/d.* cannot be used \(.*refused",
+        ),
     ],
 )
 def test_a_storage_that_cannot_be_used_is_one_line_without_a_password(storage, message):
-    for attempt in (lambda: create_study(storage, "s", DEFINITION), lambda: open_study(storage, "s")):
+    for attempt in (
+        lambda: create_study(storage, "s", DEFINITION),
+        lambda: open_study(storage, "s"),
+    ):
         with pytest.raises(StudyError, match=message) as caught:
             attempt()
-        assert "\n" not in str(caught.value) and "sec" not in str(caught.value).replace("seconds", "")
+        assert "\n" not in str(caught.value) and "sec" not in str(caught.value).replace(
+            "seconds", ""
+        )
 
 
 def test_a_search_without_optuna_names_the_extra(tmp_path, monkeypatch):
@@ -576,7 +650,10 @@ def test_axes_that_cannot_be_searched_are_refused(axes, message):
         ({"trials": 0}, "trials=0"),
         ({"seed": -1}, "seed=-1"),
         ({"fractions": (0.5, 0.5)}, "must ascend"),
-        ({"fractions": (1.0,), "pruner": "median"}, "pruner=median has nothing to compare.*train.eval_every"),
+        (
+            {"fractions": (1.0,), "pruner": "median"},
+            "pruner=median has nothing to compare.*train.eval_every",
+        ),
     ],
 )
 def test_a_definition_that_means_nothing_is_refused(changes, message):
@@ -598,8 +675,13 @@ def test_the_search_is_imported_without_optuna():
 
 
 def test_the_dashboards_command_shows_no_password():
-    assert dashboard_command("runs/study.journal") == "optuna-dashboard runs/study.journal --host 127.0.0.1 --port 8080"
-    assert re.fullmatch(r"optuna-dashboard sqlite:////.*/runs/a.db --host .*", dashboard_command("runs/a.db"))
+    assert (
+        dashboard_command("runs/study.journal")
+        == "optuna-dashboard runs/study.journal --host 127.0.0.1 --port 8080"
+    )
+    assert re.fullmatch(
+        r"optuna-dashboard sqlite:////.*/runs/a.db --host .*", dashboard_command("runs/a.db")
+    )
     assert show_storage("postgresql+psycopg://u:secret@h/d") == "postgresql+psycopg://u:***@h/d"
     assert "secret" not in dashboard_command("postgresql+psycopg://u:secret@h/d")
 
@@ -616,7 +698,9 @@ def test_the_dashboard_lists_the_study_to_this_machine_alone(tmp_path):
     def is_listed():
         assert server.poll() is None
         with contextlib.suppress(OSError):
-            content = json.load(urllib.request.urlopen(f"http://127.0.0.1:{port}/api/studies", timeout=5))
+            content = json.load(
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/api/studies", timeout=5)
+            )
             names.extend(study["study_name"] for study in content["study_summaries"])
         return names
 

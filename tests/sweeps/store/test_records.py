@@ -11,7 +11,14 @@ from moejax.inspection.figures.axes import seconds_trained
 from moejax.inspection.runs.run import open_run
 from moejax.sweeps.runners.packs import training_seconds
 from moejax.sweeps.store.record_files import RecordError, read_parquet, write_parquet
-from moejax.sweeps.store.records import collect, read_definition, read_record, read_records, record_of, write_record
+from moejax.sweeps.store.records import (
+    collect,
+    read_definition,
+    read_record,
+    read_records,
+    record_of,
+    write_record,
+)
 from moejax.training.health.speed import median_speed
 
 
@@ -48,7 +55,12 @@ def test_a_row_tells_what_an_arm_was_and_how_it_ended(tmp_path):
         "alarm_rules": "[]", "device": "1 x cpu (cpu)", "git_commit": "abc",
     }  # fmt: skip
     assert {key: row[key] for key in expected} == expected
-    evaluations = [[0.25, 25, 3.75, None], [0.5, 50, 3.5, None], [0.75, 75, 3.25, None], [1.0, 100, 3.0, None]]
+    evaluations = [
+        [0.25, 25, 3.75, None],
+        [0.5, 50, 3.5, None],
+        [0.75, 75, 3.25, None],
+        [1.0, 100, 3.0, None],
+    ]
     assert json.loads(row["evaluations"]) == evaluations
     assert json.loads(row["versions"])["jax"] == "0.9"
 
@@ -70,14 +82,21 @@ def test_the_speed_of_an_arm_is_the_median_over_its_intervals(tmp_path):
     slow = lambda line: line | {"perf/tokens_per_s": 10.0} if line["step"] > 80 else line  # noqa: E731
     rewrite(workdir / "metrics.jsonl", slow)
     row = record(workdir, entry)
-    assert row["median/perf/tokens_per_s"] == 1000.0 == median_speed(open_run(workdir).series("perf/tokens_per_s")[1])
+    assert (
+        row["median/perf/tokens_per_s"]
+        == 1000.0
+        == median_speed(open_run(workdir).series("perf/tokens_per_s")[1])
+    )
 
 
 def test_an_arm_of_a_pack_has_its_share_of_the_packs_time_in_every_number_of_speed(tmp_path):
     entry = entry_of({})
     alone, packed = (write_run(tmp_path / name, entry) for name in ("alone", "packed"))
     together = {"perf/tokens_per_s": 250.0, "perf/arms": 4}  # a machine that does 1,000
-    rewrite(packed / "metrics.jsonl", lambda line: line | together if "perf/tokens_per_s" in line else line)
+    rewrite(
+        packed / "metrics.jsonl",
+        lambda line: line | together if "perf/tokens_per_s" in line else line,
+    )
     rows = [record(alone, entry), record(packed, entry)]
     assert rows[0]["median/perf/tokens_per_s"] == rows[1]["median/perf/tokens_per_s"] == 1000.0
     shares = [training_seconds(workdir) for workdir in (alone, packed)]
@@ -97,7 +116,9 @@ def test_a_schedule_of_top_k_leaves_the_arithmetic_of_an_arm_unknown(tmp_path):
 def test_the_best_evaluation_need_not_be_the_last(tmp_path):
     entry = entry_of({})
     workdir = write_run(tmp_path / "a", entry)
-    better = lambda line: line | {"eval/loss": 2.5} if line["step"] == 75 and "eval/loss" in line else line  # noqa: E731
+    better = lambda line: (
+        line | {"eval/loss": 2.5} if line["step"] == 75 and "eval/loss" in line else line
+    )  # noqa: E731
     rewrite(workdir / "metrics.jsonl", better)
     row = record(workdir, entry)
     assert (row["best/eval/loss"], row["best/step"], row["final/eval/loss"]) == (2.5, 75, 3.0)
@@ -118,12 +139,26 @@ def test_a_loss_that_is_not_finite_at_the_end_is_no_final_loss(tmp_path):
 
 def test_an_arm_that_failed_early_has_a_row_too(tmp_path):
     entry = entry_of({"moe.top_k": 2})
-    row = record(tmp_path / "none", entry, status="failed", error="loss is nan\nat step 3", wall_s=None, step_s=None)
-    assert (row["status"], row["error"], row["steps"], row["tokens"]) == ("failed", "loss is nan", 0, None)
+    row = record(
+        tmp_path / "none",
+        entry,
+        status="failed",
+        error="loss is nan\nat step 3",
+        wall_s=None,
+        step_s=None,
+    )
+    assert (row["status"], row["error"], row["steps"], row["tokens"]) == (
+        "failed",
+        "loss is nan",
+        0,
+        None,
+    )
     assert row["evaluations"] == "[]" and row["device"] is None and row["fraction"] == 0
     row = record(write_run(tmp_path / "half", entry, end=55), entry, status="stopped")
     assert (row["steps"], row["fraction"], row["final/eval/loss"]) == (50, 0.5, 3.5)
-    with pytest.raises(RecordError, match="status='over' must be one of done, stopped, failed, pruned"):
+    with pytest.raises(
+        RecordError, match="status='over' must be one of done, stopped, failed, pruned"
+    ):
         record(tmp_path / "none", entry, status="over")
 
 
@@ -132,7 +167,8 @@ def test_alarms_are_counted_when_they_begin(tmp_path):
     workdir = write_run(tmp_path / "a", entry)
     lines = [("collapse", "on"), ("drops", "on"), ("collapse", "off"), ("collapse", "on")]
     text = [
-        json.dumps({"step": i, "rule": rule, "state": state, "layers": [0]}) for i, (rule, state) in enumerate(lines)
+        json.dumps({"step": i, "rule": rule, "state": state, "layers": [0]})
+        for i, (rule, state) in enumerate(lines)
     ]
     (workdir / "alarms.jsonl").write_text("\n".join(text) + "\n")
     row = record(workdir, entry)
@@ -144,7 +180,9 @@ def test_rows_are_joined_in_the_order_of_the_sweep_and_those_of_running_arms_are
     (tmp_path / "arms" / entries[1]["id"] / "record.json").unlink()
     assert [row["override/moe.top_k"] for row in collect(tmp_path)] == [4, 2]
     frame = read_records(tmp_path)
-    assert list(frame["override/moe.top_k"]) == [4, 2] and type(frame["override/moe.top_k"][0]) is int
+    assert (
+        list(frame["override/moe.top_k"]) == [4, 2] and type(frame["override/moe.top_k"][0]) is int
+    )
     assert not list(tmp_path.glob("*.partial"))
 
 
@@ -158,11 +196,20 @@ def test_rows_have_the_axes_that_the_sweep_has_now(tmp_path):
     ]  # fmt: skip
     assert [*row][:5] == ["arm", "config_hash", "status", "error", "override/moe.top_k"]
     before = read_record(tmp_path / "arms" / entry["id"])
-    assert {key: row[key] for key in row if "/" not in key} == {key: before[key] for key in before if "/" not in key}
+    assert {key: row[key] for key in row if "/" not in key} == {
+        key: before[key] for key in before if "/" not in key
+    }
 
 
 def test_both_joint_files_say_the_same_with_mixed_values_on_one_axis(tmp_path):
-    points = [{"a.b": 1}, {"a.b": 0.5}, {"a.b": "auto"}, {"a.c": True}, {"a.d": 1}, {"a.d": 0.5, "a.e": '<&"'}]
+    points = [
+        {"a.b": 1},
+        {"a.b": 0.5},
+        {"a.b": "auto"},
+        {"a.c": True},
+        {"a.d": 1},
+        {"a.d": 0.5, "a.e": '<&"'},
+    ]
     make_sweep(tmp_path, points)
     collect(tmp_path)
     from_jsonl = read_records(tmp_path)
@@ -171,8 +218,16 @@ def test_both_joint_files_say_the_same_with_mixed_values_on_one_axis(tmp_path):
     assert from_jsonl.equals(from_parquet[from_jsonl.columns])
     assert from_parquet["override/a.b"].tolist() == [1, 0.5, "auto", None, None, None]
     types = {field.name: str(field.type) for field in pq.read_schema(tmp_path / "records.parquet")}
-    assert types["override/a.d"] == "double" and types["final/eval/loss"] == "double" and types["steps"] == "int64"
-    assert types["override/a.b"] == "string" and types["override/a.c"] == "bool" and types["error"] == "null"
+    assert (
+        types["override/a.d"] == "double"
+        and types["final/eval/loss"] == "double"
+        and types["steps"] == "int64"
+    )
+    assert (
+        types["override/a.b"] == "string"
+        and types["override/a.c"] == "bool"
+        and types["error"] == "null"
+    )
 
 
 def test_integers_beyond_64_bits_and_no_rows_at_all_fit_parquet(tmp_path):
@@ -197,7 +252,9 @@ def test_a_record_is_there_whole_or_not_at_all(tmp_path):
 
 
 def test_damaged_files_are_named_with_a_remedy(tmp_path):
-    with pytest.raises(RecordError, match=r"sweep.json is missing; .* give the directory of a sweep"):
+    with pytest.raises(
+        RecordError, match=r"sweep.json is missing; .* give the directory of a sweep"
+    ):
         collect(tmp_path)
     with pytest.raises(RecordError, match=r"neither records.jsonl nor records.parquet"):
         read_records(tmp_path)
@@ -206,19 +263,54 @@ def test_damaged_files_are_named_with_a_remedy(tmp_path):
     definition = (tmp_path / "sweep.json").read_text()
     collect(tmp_path)
     for name, damage, read, wanted in [
-        ("records.jsonl", "{", lambda: read_records(tmp_path), r"records.jsonl is damaged .*remove it and run"),
-        ("records.jsonl", '{"arm": 3}\n', lambda: read_records(tmp_path), r"records.jsonl: row 1 has no arm"),
-        (f"arms/{entry['id']}/record.json", '{"arm"', lambda: collect(tmp_path), r"record.json is damaged .*remove it"),
-        (f"arms/{entry['id']}/record.json", "[]", lambda: collect(tmp_path), r"must be a JSON object with an arm"),
-        ("sweep.json", "{", lambda: read_definition(tmp_path), r"sweep.json is damaged .*restore it"),
-        ("sweep.json", "[]", lambda: read_definition(tmp_path), r"sweep.json must be a JSON object with a list"),
+        (
+            "records.jsonl",
+            "{",
+            lambda: read_records(tmp_path),
+            r"records.jsonl is damaged .*remove it and run",
+        ),
+        (
+            "records.jsonl",
+            '{"arm": 3}\n',
+            lambda: read_records(tmp_path),
+            r"records.jsonl: row 1 has no arm",
+        ),
+        (
+            f"arms/{entry['id']}/record.json",
+            '{"arm"',
+            lambda: collect(tmp_path),
+            r"record.json is damaged .*remove it",
+        ),
+        (
+            f"arms/{entry['id']}/record.json",
+            "[]",
+            lambda: collect(tmp_path),
+            r"must be a JSON object with an arm",
+        ),
+        (
+            "sweep.json",
+            "{",
+            lambda: read_definition(tmp_path),
+            r"sweep.json is damaged .*restore it",
+        ),
+        (
+            "sweep.json",
+            "[]",
+            lambda: read_definition(tmp_path),
+            r"sweep.json must be a JSON object with a list",
+        ),
         (
             "sweep.json",
             definition.replace(entry["id"], "../../else"),
             lambda: read_definition(tmp_path),
             r"sweep.json: arm 0: id '../../else' must be ten hexadecimal digits",
         ),
-        ("sweep.json", '{"arms": [3]}', lambda: read_definition(tmp_path), r"sweep.json: arm 0 must have id"),
+        (
+            "sweep.json",
+            '{"arms": [3]}',
+            lambda: read_definition(tmp_path),
+            r"sweep.json: arm 0 must have id",
+        ),
     ]:
         before = (tmp_path / name).read_text()
         (tmp_path / name).write_text(damage)

@@ -59,13 +59,20 @@ def test_the_manifest_lists_every_array_with_shape_and_dtype(saved):
     config, _, expected = saved
     entries = manifest(make(config, 8).abstract)
     assert len(entries) == len(expected)
-    assert entries["params/stacks/0/block/moe/router/kernel"] == {"shape": [2, 32, 4], "dtype": "float32"}
+    assert entries["params/stacks/0/block/moe/router/kernel"] == {
+        "shape": [2, 32, 4],
+        "dtype": "float32",
+    }
 
 
 @pytest.mark.parametrize(
     ("section", "leaves", "message"),
     [
-        ("moe", {"num_experts": 8}, r"moe/experts/down is float32\[2, 4, 16, 32\].*but float32\[2, 8, 16, 32\]"),
+        (
+            "moe",
+            {"num_experts": 8},
+            r"moe/experts/down is float32\[2, 4, 16, 32\].*but float32\[2, 8, 16, 32\]",
+        ),
         ("model", {"tied_embeddings": False}, r"unembedding is absent in the checkpoint"),
     ],
 )
@@ -94,14 +101,18 @@ def test_a_damaged_checkpoint_is_refused_with_the_remedy(saved, tmp_path):
     config, workdir, _ = saved
     shutil.copytree(workdir, tmp_path / "run")
     shutil.rmtree(tmp_path / "run/checkpoints/0/model")
-    with pytest.raises(CheckpointError, match=r"checkpoints/0 cannot be read.*restore it from a copy; no older"):
+    with pytest.raises(
+        CheckpointError, match=r"checkpoints/0 cannot be read.*restore it from a copy; no older"
+    ):
         Checkpoints(tmp_path / "run", make(config, 8), read_only=True).restore()
 
 
 def test_an_unfinished_step_does_not_count(saved, tmp_path):
     config, workdir, _ = saved
     shutil.copytree(workdir, tmp_path / "run")
-    shutil.copytree(tmp_path / "run/checkpoints/0", tmp_path / "run/checkpoints/7.orbax-checkpoint-tmp")
+    shutil.copytree(
+        tmp_path / "run/checkpoints/0", tmp_path / "run/checkpoints/7.orbax-checkpoint-tmp"
+    )
     checkpoints = Checkpoints(tmp_path / "run", make(config, 8), read_only=True)
     assert checkpoints.steps() == [0]
     with pytest.raises(CheckpointError, match=r"holds no step 7; it holds \[0\]"):
@@ -116,7 +127,9 @@ def test_a_failed_save_is_an_error_at_the_next_one_and_at_the_end(tmp_path, monk
     checkpoints = Checkpoints(tmp_path, trainable)
     monkeypatch.setattr(checkpoints._manager, "check_for_errors", full)
     for action in (lambda: checkpoints.save(trainable.init(0)), checkpoints.close):
-        with pytest.raises(CheckpointError, match=r"failed \(No space left\); the steps saved before are whole"):
+        with pytest.raises(
+            CheckpointError, match=r"failed \(No space left\); the steps saved before are whole"
+        ):
             action()
 
 
@@ -131,7 +144,11 @@ def test_the_best_checkpoint_outlives_the_newest_also_where_the_run_was_continue
     config = small_config(train={"keep_checkpoints": 1})
     trainable = make(config)
     state = trainable.init(0)
-    for losses, kept in (({0: 3.0, 1: 1.0, 2: 2.0}, [1, 2]), ({3: 2.5, 4: None}, [1, 4]), ({5: 0.5, 6: 0.6}, [5, 6])):
+    for losses, kept in (
+        ({0: 3.0, 1: 1.0, 2: 2.0}, [1, 2]),
+        ({3: 2.5, 4: None}, [1, 4]),
+        ({5: 0.5, 6: 0.6}, [5, 6]),
+    ):
         with closing(Checkpoints(tmp_path, trainable)) as checkpoints:
             for step, loss in losses.items():
                 metrics = None if loss is None else {"eval/loss": loss}
@@ -146,7 +163,9 @@ def test_a_step_before_a_saved_one_is_not_saved_in_silence(tmp_path):
         for step in (10, 20):
             assert checkpoints.save(dataclasses.replace(state, step=np.int32(step)))
         assert not checkpoints.save(dataclasses.replace(state, step=np.int32(20)))
-        with pytest.raises(CheckpointError, match="holds step 20: step 15 cannot be saved before it"):
+        with pytest.raises(
+            CheckpointError, match="holds step 20: step 15 cannot be saved before it"
+        ):
             checkpoints.save(dataclasses.replace(state, step=np.int32(15)))
         checkpoints.drop_after(10)
         assert checkpoints.save(dataclasses.replace(state, step=np.int32(15)))
@@ -169,7 +188,9 @@ def rewrite_meta(workdir, change, *, is_sealed=True):
     path.write_text(json.dumps(seal(meta) if is_sealed else meta))
 
 
-def test_every_file_of_a_checkpoint_damaged_in_any_way_is_refused_or_restored_exactly(saved, tmp_path):
+def test_every_file_of_a_checkpoint_damaged_in_any_way_is_refused_or_restored_exactly(
+    saved, tmp_path
+):
     config, workdir, expected = saved
     trainable, rng = make(config, 8), np.random.default_rng(0)
     step = workdir / "checkpoints/0"
@@ -215,7 +236,9 @@ def test_reads_that_fail_beside_the_one_that_is_told_say_nothing(saved, tmp_path
     workdir = copy_of(saved[1], tmp_path)
     command = [sys.executable, "-c", RESTORE_AGAIN_AND_AGAIN, str(workdir), name]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=True)
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=300, check=True
+    )
     assert done.stdout.count("refused") > 10
     assert done.stderr == ""
 
@@ -223,7 +246,10 @@ def test_reads_that_fail_beside_the_one_that_is_told_say_nothing(saved, tmp_path
 def test_a_flipped_bit_of_an_array_is_answered_with_array_and_checkpoint(saved, tmp_path):
     config, workdir, expected = saved
     copy = copy_of(workdir, tmp_path)
-    largest = max((copy / "checkpoints/0/model/ocdbt.process_0/d").iterdir(), key=lambda path: path.stat().st_size)
+    largest = max(
+        (copy / "checkpoints/0/model/ocdbt.process_0/d").iterdir(),
+        key=lambda path: path.stat().st_size,
+    )
     content = largest.read_bytes()
     answers = []
     for place in np.linspace(100, len(content) - 100, 8).astype(int):
@@ -239,7 +265,9 @@ def test_a_flipped_bit_of_an_array_is_answered_with_array_and_checkpoint(saved, 
                 np.testing.assert_array_equal(a, b)
     assert len(answers) >= 3
     for answer in answers:
-        assert re.search(r"checkpoints/0 (is damaged \(params/\w+|cannot be read at params/\w+)", answer), answer
+        assert re.search(
+            r"checkpoints/0 (is damaged \(params/\w+|cannot be read at params/\w+)", answer
+        ), answer
 
 
 def test_the_way_to_an_older_step_is_a_command_and_deletes_nothing(tmp_path):
@@ -261,7 +289,10 @@ def test_a_checkpoint_copied_under_another_number_is_refused(saved, tmp_path):
     config, workdir, _ = saved
     copy = copy_of(workdir, tmp_path)
     shutil.copytree(copy / "checkpoints/0", copy / "checkpoints/30")
-    with pytest.raises(CheckpointError, match=r"checkpoints/30 is damaged \(it holds step 0: the folder was renamed"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"checkpoints/30 is damaged \(it holds step 0: the folder was renamed",
+    ):
         Checkpoints(copy, make(config, 8), read_only=True).restore()
 
 
@@ -286,7 +317,9 @@ def test_missing_rights_are_no_damage(saved, tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied", str(folder))
 
     monkeypatch.setattr(checkpoint, "read_meta", refuse)
-    with pytest.raises(CheckpointError, match=r"cannot be read .*Permission denied.*the right to read") as caught:
+    with pytest.raises(
+        CheckpointError, match=r"cannot be read .*Permission denied.*the right to read"
+    ) as caught:
         Checkpoints(workdir, make(config, 8), read_only=True).restore()
     assert "damaged" not in str(caught.value) and "mv " not in str(caught.value)
 
@@ -312,10 +345,14 @@ def test_a_checkpoint_of_another_configuration_is_refused_whatever_config_json_s
     config, workdir, _ = saved
     other = make(replace(config, "optimizer", learning_rate=0.5), 8)
     with pytest.raises(
-        CheckpointError, match=r"trained with optimizer.learning_rate=0.003, not 0.5; restore config.json"
+        CheckpointError,
+        match=r"trained with optimizer.learning_rate=0.003, not 0.5; restore config.json",
     ):
         Checkpoints(workdir, other, read_only=True).restore()
-    with pytest.raises(ConfigError, match=r"optimizer.learning_rate=0.003, not 0.5; give --config.optimizer.learning_"):
+    with pytest.raises(
+        ConfigError,
+        match=r"optimizer.learning_rate=0.003, not 0.5; give --config.optimizer.learning_",
+    ):
         check_run_directory(workdir, other.config)  # which has no config.json
 
 
@@ -331,13 +368,18 @@ def test_a_save_that_left_nothing_readable_does_not_count(tmp_path, monkeypatch)
 
     monkeypatch.setattr(checkpoints._manager, "wait_until_finished", lose_the_tree)
     checkpoints.save(trainable.init(0))
-    with pytest.raises(CheckpointError, match=r"checkpoints/0 was saved and cannot be read \(model lacks params/embed"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"checkpoints/0 was saved and cannot be read \(model lacks params/embed",
+    ):
         checkpoints.wait()
 
 
 @pytest.mark.parametrize("name", ["p[1]", "p*", "p?"])
 def test_a_folder_below_which_orbax_finds_nothing_is_refused_at_the_start(tmp_path, name):
-    with pytest.raises(ConfigError, match=r"checkpoints cannot be saved below a folder whose name has [\[*?]"):
+    with pytest.raises(
+        ConfigError, match=r"checkpoints cannot be saved below a folder whose name has [\[*?]"
+    ):
         check_run_directory(tmp_path / name / "run", small_config())
 
 

@@ -13,7 +13,11 @@ SHAPES = ((), (1,), (7,), (8, 12), (2, 4, 6, 8), (1, 1000, 3), (3, 700, 300))
 
 def random_array(shape, dtype):
     values = np.random.default_rng(0).standard_normal(shape) * 100
-    return np.asarray(jnp.asarray(values).astype(dtype)) if dtype == "bfloat16" else values.astype(dtype)
+    return (
+        np.asarray(jnp.asarray(values).astype(dtype))
+        if dtype == "bfloat16"
+        else values.astype(dtype)
+    )
 
 
 def digest(array):
@@ -37,7 +41,9 @@ def test_an_array_without_elements_has_a_digest():
     assert digest(np.zeros((0, 4), np.float32)) == digest(np.zeros((4, 0), np.float64)) == "0" * 16
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32", "bool", "float64", "int64", "complex64"])
+@pytest.mark.parametrize(
+    "dtype", ["float32", "bfloat16", "int32", "bool", "float64", "int64", "complex64"]
+)
 def test_a_change_of_any_one_byte_changes_the_digest(dtype):
     rng = np.random.default_rng(1)
     for shape in SHAPES:
@@ -55,7 +61,13 @@ def test_a_digest_sees_the_order_of_columns_and_of_groups_of_rows():
     swapped_groups, swapped_columns = array.copy(), array.copy()
     swapped_groups[:512], swapped_groups[512:1024] = array[512:1024], array[:512]
     swapped_columns[:, [0, 1]] = array[:, [1, 0]]
-    arrays = {"a": array, "b": swapped_groups, "c": swapped_columns, "d": np.zeros(3, np.int32), "e": array[:, ::-1]}
+    arrays = {
+        "a": array,
+        "b": swapped_groups,
+        "c": swapped_columns,
+        "d": np.zeros(3, np.int32),
+        "e": array[:, ::-1],
+    }
     digests = digest_arrays(arrays)
     assert list(digests) == list(arrays) and len(set(digests.values())) == 5
     assert digests["a"] == digest(array) and len(digests["a"]) == 16

@@ -13,7 +13,15 @@ from moejax.config import AlarmConfig, ConfigError, resolve
 from moejax.config.sections.alarms import RULES
 from moejax.training import loop
 from moejax.training.checkpoints.checkpoint import Checkpoints
-from moejax.training.health.alarms import AlarmError, AlarmFileError, AlarmLog, active, check, name_layers, read_alarms
+from moejax.training.health.alarms import (
+    AlarmError,
+    AlarmFileError,
+    AlarmLog,
+    active,
+    check,
+    name_layers,
+    read_alarms,
+)
 from moejax.training.health.telemetry import LAYER_METRICS, RoutingInterval
 from moejax.training.loop import train
 
@@ -30,8 +38,13 @@ CONFIG = resolve(
 
 def healthy(**changes):
     """An interval in which no rule holds; `changes` are per layer, of arrays or of metrics of a layer."""
-    layers = {name: np.zeros(N) for name in LAYER_METRICS} | {"entropy": np.full(N, 1.5), "logit_max": np.full(N, 4.0)}
-    layers |= {name: np.array(value, float) for name, value in changes.items() if name in LAYER_METRICS}
+    layers = {name: np.zeros(N) for name in LAYER_METRICS} | {
+        "entropy": np.full(N, 1.5),
+        "logit_max": np.full(N, 4.0),
+    }
+    layers |= {
+        name: np.array(value, float) for name, value in changes.items() if name in LAYER_METRICS
+    }
     arrays = {
         "counts_NE": np.full((N, E), 10),
         "choices_N": np.full(N, float(K)),
@@ -40,7 +53,9 @@ def healthy(**changes):
         "idle_steps_NE": np.zeros((N, E), np.int32),
         "bias_NE": None,
     }
-    return RoutingInterval(layers=layers, **(arrays | {k: v for k, v in changes.items() if k not in LAYER_METRICS}))
+    return RoutingInterval(
+        layers=layers, **(arrays | {k: v for k, v in changes.items() if k not in LAYER_METRICS})
+    )
 
 
 def idle(steps):
@@ -87,7 +102,11 @@ CASES = {
 
 
 def test_there_is_a_case_for_every_rule_and_a_healthy_interval_raises_none():
-    assert set(CASES) == set(RULES) == {field.name for field in dataclasses.fields(AlarmConfig)} - {"stop"}
+    assert (
+        set(CASES)
+        == set(RULES)
+        == {field.name for field in dataclasses.fields(AlarmConfig)} - {"stop"}
+    )
     assert check(healthy(), CONFIG) == []
 
 
@@ -116,7 +135,10 @@ def test_logits_that_are_not_finite_are_an_alarm_and_the_file_has_no_infinity(tm
 
 
 def test_layers_in_which_every_token_visits_every_expert_cannot_collapse():
-    assert check(healthy(max_violation=[0.0, 1e-7, 0.0], choices_N=np.array([E, E, 0.0])), CONFIG) == []
+    assert (
+        check(healthy(max_violation=[0.0, 1e-7, 0.0], choices_N=np.array([E, E, 0.0])), CONFIG)
+        == []
+    )
 
 
 def test_what_can_collapse_follows_the_experts_that_tokens_had():
@@ -130,7 +152,9 @@ def test_what_lasts_is_said_once_when_it_begins_and_once_when_it_has_ended(tmp_p
     caplog.set_level(logging.INFO, logger="moejax")
     alarm_log = AlarmLog(tmp_path, 0, CONFIG)
     in_2, in_both = healthy(dropped=[0, 0.5, 0]), healthy(dropped=[0, 0.75, 0.5])
-    for step, interval in enumerate([in_2, in_2, in_both, healthy(), in_2, healthy(), healthy(), healthy(), healthy()]):
+    for step, interval in enumerate(
+        [in_2, in_2, in_both, healthy(), in_2, healthy(), healthy(), healthy(), healthy()]
+    ):
         alarm_log.update(step, interval)
     assert [(line["step"], line["state"], line["layers"]) for line in read_alarms(tmp_path)] == [
         (0, "on", [2]),
@@ -149,7 +173,10 @@ def test_collapse_begins_once_it_has_lasted(tmp_path):
     in_2, in_both = healthy(max_violation=[0, 2, 0]), healthy(max_violation=[0, 2, 2])
     intervals = [in_2, in_2, healthy(), in_2, in_both, in_both, in_both, healthy(), in_2]
     stopping = [len(alarm_log.update(step, interval)) for step, interval in enumerate(intervals)]
-    assert [(line["step"], line["layers"]) for line in read_alarms(tmp_path)] == [(5, [2]), (6, [3])]
+    assert [(line["step"], line["layers"]) for line in read_alarms(tmp_path)] == [
+        (5, [2]),
+        (6, [3]),
+    ]
     assert stopping == [0, 0, 0, 0, 0, 1, 1, 0, 1]  # once it has begun, it holds at once again
 
 
@@ -160,13 +187,18 @@ def test_a_resumed_run_drops_later_lines_and_does_not_repeat_what_still_holds(tm
     resumed = AlarmLog(tmp_path, 10, CONFIG)
     assert active(read_alarms(tmp_path)) == [("drops", 2)]
     resumed.update(20, healthy(dropped=[1, 1, 0]))
-    assert [(line["step"], line["layers"]) for line in read_alarms(tmp_path)] == [(10, [2]), (20, [1])]
+    assert [(line["step"], line["layers"]) for line in read_alarms(tmp_path)] == [
+        (10, [2]),
+        (20, [1]),
+    ]
 
 
 def test_only_rules_that_are_to_stop_a_run_are_returned(tmp_path):
     alarm_log = AlarmLog(tmp_path, 0, CONFIG)
     assert alarm_log.update(10, healthy(dropped=[1, 1, 1])) == []
-    assert [alarm.rule for alarm in alarm_log.update(20, healthy(logit_max=[999, 3, 3]))] == ["logits"]
+    assert [alarm.rule for alarm in alarm_log.update(20, healthy(logit_max=[999, 3, 3]))] == [
+        "logits"
+    ]
 
 
 def test_a_line_that_a_crash_cut_off_is_left_out_and_damage_elsewhere_is_named(tmp_path):
@@ -176,7 +208,12 @@ def test_a_line_that_a_crash_cut_off_is_left_out_and_damage_elsewhere_is_named(t
     path.write_text(whole + whole[:20])
     assert len(read_alarms(tmp_path)) == 1
     fields = '"step": 1, "rule": "ties", "state": "on", "layers"'
-    for line in ('{"step": 1}', f"{{{fields}: [1e999]}}", f'{{{fields}: ["1", 2]}}', f"{{{fields}: {'[' * 100_000}"):
+    for line in (
+        '{"step": 1}',
+        f"{{{fields}: [1e999]}}",
+        f'{{{fields}: ["1", 2]}}',
+        f"{{{fields}: {'[' * 100_000}",
+    ):
         path.write_text(f"{line}\n{whole}")
         with pytest.raises(AlarmFileError, match=r"alarms\.jsonl: line 1 is damaged"):
             read_alarms(tmp_path)
@@ -215,27 +252,50 @@ def noting(calls, name, function):
 
 
 @pytest.mark.parametrize("log_every", [2, 12])
-def test_a_rule_to_stop_at_saves_the_run_says_why_and_lets_it_go_on_without(tmp_path, monkeypatch, log_every):
+def test_a_rule_to_stop_at_saves_the_run_says_why_and_lets_it_go_on_without(
+    tmp_path, monkeypatch, log_every
+):
     """Also if the only interval is written at the end of the run."""
     calls = []
     for where, name in ((Checkpoints, "save"), (Checkpoints, "wait"), (loop, "fail_together")):
         monkeypatch.setattr(where, name, noting(calls, name, getattr(where, name)))
     sections = {
         "model": {"num_layers": 1, "d_model": 16, "num_heads": 2, "num_kv_heads": 1, "d_ff": 16},
-        "moe": {"num_experts": 4, "top_k": 1, "renormalize": False, "d_expert": 8, "balance_weight": 0.0},
-        "data": {"source": "synthetic", "tokenizer": "bytes", "seq_len": 16, "directory": str(tmp_path / "data")},
+        "moe": {
+            "num_experts": 4,
+            "top_k": 1,
+            "renormalize": False,
+            "d_expert": 8,
+            "balance_weight": 0.0,
+        },
+        "data": {
+            "source": "synthetic",
+            "tokenizer": "bytes",
+            "seq_len": 16,
+            "directory": str(tmp_path / "data"),
+        },
         "train": {"num_steps": 12, "batch_size": 8, "log_every": log_every, "eval_every": 0},
         # A router that learns anything falls below the entropy of a uniform one.
         "alarms": {"entropy": 1.0, "collapse": 0.0, "stop": "entropy"},
     }
-    with pytest.raises(AlarmError, match=r"entropy in layer 0: .* saved step \d+; take entropy out of alarms\.stop"):
+    with pytest.raises(
+        AlarmError, match=r"entropy in layer 0: .* saved step \d+; take entropy out of alarms\.stop"
+    ):
         train(resolve(sections), tmp_path / "run")
     # Of several processes nobody waits for the disk once the error is out.
-    assert calls[len(calls) - calls[::-1].index("save") - 1 :][:3] == ["save", "wait", "fail_together"]
+    assert calls[len(calls) - calls[::-1].index("save") - 1 :][:3] == [
+        "save",
+        "wait",
+        "fail_together",
+    ]
     (line,) = read_alarms(tmp_path / "run")
-    saved = [int(path.name) for path in (tmp_path / "run/checkpoints").iterdir() if path.name.isdigit()]
+    saved = [
+        int(path.name) for path in (tmp_path / "run/checkpoints").iterdir() if path.name.isdigit()
+    ]
     assert line["step"] <= max(saved) and (max(saved) < 12) == (log_every == 2)
-    result = train(resolve(sections | {"alarms": {"entropy": 1.0, "collapse": 0.0}}), tmp_path / "run")
+    result = train(
+        resolve(sections | {"alarms": {"entropy": 1.0, "collapse": 0.0}}), tmp_path / "run"
+    )
     assert result.step == 12 and result.evaluation is not None
     assert read_alarms(tmp_path / "run") == [line]
     assert json.loads((tmp_path / "run/config.json").read_text())["config"]["alarms"]["stop"] == ""
@@ -248,7 +308,10 @@ def test_a_continued_run_says_what_it_would_have_said_for_it_keeps_its_counts(tm
     (tmp_path / "straight").mkdir()
     for step, interval in enumerate(story, start=1):
         straight.update(step, interval)
-    assert [(line["step"], line["state"]) for line in read_alarms(tmp_path / "straight")] == [(4, "on"), (8, "off")]
+    assert [(line["step"], line["state"]) for line in read_alarms(tmp_path / "straight")] == [
+        (4, "on"),
+        (8, "off"),
+    ]
     for stop in range(1, len(story)):
         workdir = tmp_path / str(stop)
         workdir.mkdir()

@@ -19,7 +19,10 @@ from moejax.training.run_directory.metrics import MetricsFile, Recorder
 from moejax.training.run_directory.routing_log import RoutingLog
 from moejax.training.step import make_train_step, put_batch
 
-LAYERS = {"model": {"num_layers": 3}, "moe": {"per_layer": "1: router=sigmoid_topk selection_bias=True"}}
+LAYERS = {
+    "model": {"num_layers": 3},
+    "moe": {"per_layer": "1: router=sigmoid_topk selection_bias=True"},
+}
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +43,9 @@ def outputs():
 def test_the_names_that_are_logged_are_those_of_the_metrics(outputs):
     _, steps = outputs
     assert (
-        set(LAYER_METRICS) == set(routing_metrics(jax.tree.map(jnp.asarray, steps[0].routing))) == set(steps[0].layers)
+        set(LAYER_METRICS)
+        == set(routing_metrics(jax.tree.map(jnp.asarray, steps[0].routing)))
+        == set(steps[0].layers)
     )
 
 
@@ -50,13 +55,21 @@ def test_an_interval_sums_counts_and_weighs_probabilities_by_tokens(outputs):
     for n in range(3):
         tokens = sum(float(s.routing.num_tokens[n]) for s in steps)
         for e in range(4):
-            assert interval.counts_NE[n, e] == sum(int(s.routing.assignments_E[n, e]) for s in steps)
-            assert interval.probs_NE[n, e] == pytest.approx(sum(float(s.routing.probs_E[n, e]) for s in steps) / tokens)
+            assert interval.counts_NE[n, e] == sum(
+                int(s.routing.assignments_E[n, e]) for s in steps
+            )
+            assert interval.probs_NE[n, e] == pytest.approx(
+                sum(float(s.routing.probs_E[n, e]) for s in steps) / tokens
+            )
             weights = sum(float(s.routing.importance_E[n, e]) for s in steps)
             assert interval.importance_NE[n, e] == pytest.approx(weights / tokens)
     np.testing.assert_allclose(interval.probs_NE.sum(axis=1), 1, rtol=1e-5)
-    longer = dataclasses.replace(steps[-1], state={"idle_steps": np.arange(12, dtype=np.int32).reshape(3, 4)})
-    np.testing.assert_array_equal(summarize_routing([steps[0], longer]).idle_steps_NE, longer.state["idle_steps"])
+    longer = dataclasses.replace(
+        steps[-1], state={"idle_steps": np.arange(12, dtype=np.int32).reshape(3, 4)}
+    )
+    np.testing.assert_array_equal(
+        summarize_routing([steps[0], longer]).idle_steps_NE, longer.state["idle_steps"]
+    )
 
 
 def test_only_layers_with_a_selection_bias_have_one(outputs):
@@ -71,12 +84,16 @@ def test_metrics_of_a_layer_are_means_and_the_largest_logit_is_the_largest(outpu
     for name in LAYER_METRICS:
         columns = np.stack([s.layers[name] for s in steps])
         expected = columns.max(axis=0) if name == "logit_max" else columns.mean(axis=0)
-        np.testing.assert_allclose(interval.layers[name], expected, rtol=1e-6, atol=1e-7, err_msg=name)
+        np.testing.assert_allclose(
+            interval.layers[name], expected, rtol=1e-6, atol=1e-7, err_msg=name
+        )
 
 
 def test_steps_that_are_not_finite_are_left_out_of_means_but_not_of_the_largest_logit(outputs):
     _, steps = outputs
-    broken = dataclasses.replace(steps[1], layers={k: v * np.nan for k, v in steps[1].layers.items()})
+    broken = dataclasses.replace(
+        steps[1], layers={k: v * np.nan for k, v in steps[1].layers.items()}
+    )
     interval = summarize_routing([steps[0], broken])
     np.testing.assert_allclose(interval.layers["entropy"], steps[0].layers["entropy"], rtol=1e-6)
     assert np.isnan(interval.layers["logit_max"]).all()
@@ -87,10 +104,16 @@ def test_layers_that_were_not_finite_in_a_step_have_no_part_of_it_in_their_sums(
     _, steps = outputs
     probs_NE = np.array(steps[1].routing.probs_E)
     probs_NE[1] = np.nan
-    broken = dataclasses.replace(steps[1], routing=dataclasses.replace(steps[1].routing, probs_E=probs_NE))
-    found, whole, alone = (summarize_routing(some) for some in ([steps[0], broken], steps[:2], steps[:1]))
+    broken = dataclasses.replace(
+        steps[1], routing=dataclasses.replace(steps[1].routing, probs_E=probs_NE)
+    )
+    found, whole, alone = (
+        summarize_routing(some) for some in ([steps[0], broken], steps[:2], steps[:1])
+    )
     for name in ("counts_NE", "probs_NE", "importance_NE", "choices_N"):
-        np.testing.assert_allclose(getattr(found, name)[[0, 2]], getattr(whole, name)[[0, 2]], err_msg=name)
+        np.testing.assert_allclose(
+            getattr(found, name)[[0, 2]], getattr(whole, name)[[0, 2]], err_msg=name
+        )
         np.testing.assert_allclose(getattr(found, name)[1], getattr(alone, name)[1], err_msg=name)
     assert np.isnan(summarize_routing([broken]).probs_NE[1]).all()
 
@@ -104,7 +127,9 @@ def test_the_files_hold_what_the_steps_did_one_interval_late(tmp_path, outputs):
             recorder.add(output)
         recorder.flush()
     stored = {
-        name: tensorstore.open({"driver": "zarr3", "kvstore": f"file://{tmp_path}/routing/{name}/"}).result()
+        name: tensorstore.open(
+            {"driver": "zarr3", "kvstore": f"file://{tmp_path}/routing/{name}/"}
+        ).result()
         for name in ("counts", "probs", "importance", "idle_steps", "bias", "layers")
     }
     expected = summarize_routing(steps).arrays()
@@ -131,7 +156,10 @@ def test_seconds_are_logged_and_what_the_device_tells_is(tmp_path, outputs, monk
     assert "perf/mfu" not in line and "perf/peak_bytes" not in line  # on CPU
     monkeypatch.setattr("moejax.training.run_directory.metrics.peak_memory_bytes", lambda: 123)
     line = written(tmp_path / "known", steps, utilisation=0.25)
-    assert line["perf/mfu"] == pytest.approx(0.25 * line["perf/tokens_per_s"]) and line["perf/peak_bytes"] == 123
+    assert (
+        line["perf/mfu"] == pytest.approx(0.25 * line["perf/tokens_per_s"])
+        and line["perf/peak_bytes"] == 123
+    )
 
 
 def test_the_speed_of_a_run_is_the_median_of_its_intervals():
@@ -144,6 +172,8 @@ def test_a_dense_model_has_no_routing():
     trainable = cases.make(config)
     with jax.set_mesh(trainable.mesh):
         batch = put_batch(cases.packed_batch(config), trainable)
-        _, output = jax.eval_shape(make_train_step(trainable), cases.initial_state(trainable), batch, Knobs.of(config))
+        _, output = jax.eval_shape(
+            make_train_step(trainable), cases.initial_state(trainable), batch, Knobs.of(config)
+        )
     assert output.layers == {} and output.state == {}
     assert summarize_routing([output]) is None

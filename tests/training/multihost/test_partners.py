@@ -40,7 +40,11 @@ def test_the_death_of_one_is_told_to_all_others_by_name(three, capfd):
     die(three[2])
     for partners in three[:2]:
         assert partners.is_told.wait(10)
-    said = [line for line in lines(capfd) if line.startswith("moejax: process 2 on b has ended or cannot be reached")]
+    said = [
+        line
+        for line in lines(capfd)
+        if line.startswith("moejax: process 2 on b has ended or cannot be reached")
+    ]
     assert len(said) == 2 and all("continues from the newest checkpoint" in line for line in said)
 
 
@@ -55,7 +59,9 @@ def test_a_process_that_failed_by_itself_is_said_to_say_why(three, capfd):
     three[1].leave("failed")
     for partners in (three[0], three[2]):
         assert partners.is_told.wait(10)
-    assert sum(line.startswith("moejax: process 1 on a failed; its own") for line in lines(capfd)) == 2
+    assert (
+        sum(line.startswith("moejax: process 1 on a failed; its own") for line in lines(capfd)) == 2
+    )
 
 
 def test_processes_that_are_done_leave_without_a_word(three, capfd):

@@ -87,7 +87,11 @@ def started(folder, num_processes, num_devices, arguments):
     port, processes = free_port(), []
     try:
         for index in range(num_processes):
-            flags = [f"--coordinator=127.0.0.1:{port}", f"--num_processes={num_processes}", f"--process_id={index}"]
+            flags = [
+                f"--coordinator=127.0.0.1:{port}",
+                f"--num_processes={num_processes}",
+                f"--process_id={index}",
+            ]
             processes.append(
                 subprocess.Popen(
                     [sys.executable, *arguments(index, flags if num_processes > 1 else [])],
@@ -103,14 +107,26 @@ def started(folder, num_processes, num_devices, arguments):
 
 
 def training(folder, workdir, *more):
-    command = ["-m", "moejax", "train", f"--config={folder / 'recipe.py'}", f"--workdir={workdir}", "--json", *more]
+    command = [
+        "-m",
+        "moejax",
+        "train",
+        f"--config={folder / 'recipe.py'}",
+        f"--workdir={workdir}",
+        "--json",
+        *more,
+    ]
     return lambda index, flags: [*command, *flags]
 
 
 def ends(processes):
     """Exit codes, outputs and errors."""
     texts = [process.communicate(timeout=SECONDS) for process in processes]
-    return [process.returncode for process in processes], [out for out, _ in texts], [errors for _, errors in texts]
+    return (
+        [process.returncode for process in processes],
+        [out for out, _ in texts],
+        [errors for _, errors in texts],
+    )
 
 
 def own_lines(text):
@@ -144,7 +160,9 @@ def wait_for(condition, processes):
 def curve(workdir):
     """Every line of the metrics but for the speed."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if not key.startswith("perf/")} for line in lines]
+    return [
+        {key: value for key, value in line.items() if not key.startswith("perf/")} for line in lines
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -181,9 +199,22 @@ def killed(folder, stopped):
 @pytest.fixture(scope="module")
 def finished(folder, killed):
     """The same run finished by two processes again, which the launcher started."""
-    options = ["--cluster=local", "--local_processes=2", "--minutes=5", f"--folder={folder / 'slurm'}"]
-    command = [sys.executable, str(LAUNCHER), *options, "--", *training(folder, killed[0])(0, [])[3:]]
-    done = subprocess.run(command, env=environment(folder, 2), capture_output=True, text=True, timeout=SECONDS)
+    options = [
+        "--cluster=local",
+        "--local_processes=2",
+        "--minutes=5",
+        f"--folder={folder / 'slurm'}",
+    ]
+    command = [
+        sys.executable,
+        str(LAUNCHER),
+        *options,
+        "--",
+        *training(folder, killed[0])(0, [])[3:],
+    ]
+    done = subprocess.run(
+        command, env=environment(folder, 2), capture_output=True, text=True, timeout=SECONDS
+    )
     logs = "".join(path.read_text() for path in sorted((folder / "slurm").glob("*/*_log.*")))
     assert done.returncode == 0, done.stderr + logs
     return killed[0], done.stdout, logs
@@ -210,7 +241,9 @@ def test_when_a_process_is_killed_the_others_fail_within_a_minute(killed):
     assert all(code != 0 for code in codes), errors
     for index in (0, 1, 2):
         # Not always a line of its own: what ends the process may write at the same time.
-        said = re.findall(r"moejax: process 3 on \S+ has ended or .* from the newest checkpoint", errors[index])
+        said = re.findall(
+            r"moejax: process 3 on \S+ has ended or .* from the newest checkpoint", errors[index]
+        )
         assert len(said) == 1, errors[index]
         assert "Traceback" not in errors[index][: errors[index].index(said[0])], errors[index]
     assert seconds < 60
@@ -221,19 +254,31 @@ def test_the_loss_curve_is_that_of_one_process_bit_for_bit(alone, finished):
     assert curve(finished[0]) == curve(alone)
     assert len(curve(alone)) == 62  # 60 steps and two evaluations
     evaluated = [line for line in curve(alone) if "eval/loss" in line]
-    assert all({"eval/loss/lower", "eval/loss/upper"} <= line.keys() for line in evaluated) and len(evaluated) == 2
-    np.testing.assert_array_equal(read_routing(finished[0]).counts_SNE, read_routing(alone).counts_SNE)
-    assert sorted(os.listdir(finished[0] / "routing/evaluations")) == sorted(os.listdir(alone / "routing/evaluations"))
+    assert (
+        all({"eval/loss/lower", "eval/loss/upper"} <= line.keys() for line in evaluated)
+        and len(evaluated) == 2
+    )
+    np.testing.assert_array_equal(
+        read_routing(finished[0]).counts_SNE, read_routing(alone).counts_SNE
+    )
+    assert sorted(os.listdir(finished[0] / "routing/evaluations")) == sorted(
+        os.listdir(alone / "routing/evaluations")
+    )
 
 
 def test_the_state_is_that_of_one_process_bit_for_bit(folder, alone, finished):
     trainable = make(recipe_config(folder), 4)
-    states = [Checkpoints(workdir, trainable, read_only=True).restore(60) for workdir in (finished[0], alone)]
+    states = [
+        Checkpoints(workdir, trainable, read_only=True).restore(60)
+        for workdir in (finished[0], alone)
+    ]
     for a, b in zip(*map(jax.tree.leaves, states), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
-def test_the_launcher_names_the_logs_and_process_0_prints_one_json_document_and_where_the_report_comes_from(finished):
+def test_the_launcher_names_the_logs_and_process_0_prints_one_json_document_and_where_the_report_comes_from(
+    finished,
+):
     workdir, printed, logs = finished
     assert re.search(r"job \d+: logs .*_log.out, .*_log.err", printed)
     assert json.loads(logs[logs.index("{\n") : logs.index("\n}") + 2])["steps"] == 60
@@ -243,7 +288,10 @@ def test_the_launcher_names_the_logs_and_process_0_prints_one_json_document_and_
 
 
 def test_the_launcher_asks_slurm_for_a_process_per_gpu_and_jobs_that_follow_one_another(tmp_path):
-    for name, line in (("srun", "exit 0"), ("sbatch", f'cp "$1" {tmp_path}/submitted; echo Submitted batch job 42')):
+    for name, line in (
+        ("srun", "exit 0"),
+        ("sbatch", f'cp "$1" {tmp_path}/submitted; echo Submitted batch job 42'),
+    ):
         (tmp_path / name).write_text(f"#!/bin/sh\n{line}\n")
         (tmp_path / name).chmod(0o755)
     options = ["--nodes=2", "--gpus_per_node=8", "--minutes=60", "--jobs=2", "--partition=gpu"]
@@ -254,14 +302,28 @@ def test_the_launcher_asks_slurm_for_a_process_per_gpu_and_jobs_that_follow_one_
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("job 42: logs ") == 2
     script = (tmp_path / "submitted").read_text()
-    for line in ("nodes=2", "ntasks-per-node=8", "gpus-per-node=8", "time=60", "dependency=singleton", "partition=gpu"):
+    for line in (
+        "nodes=2",
+        "ntasks-per-node=8",
+        "gpus-per-node=8",
+        "time=60",
+        "dependency=singleton",
+        "partition=gpu",
+    ):
         assert f"#SBATCH --{line}\n" in script, script
     assert "--kill-on-bad-exit=1" in script
 
 
 def test_an_alarm_in_the_last_interval_ends_all_processes_once_the_state_is_saved(folder, tmp_path):
-    more = ["--config.train.num_steps=4", "--config.train.log_every=4", "--config.alarms.entropy=1.0"]
-    more += ["--config.alarms.stop=entropy", "--config.train.batch_size=128"]  # a single batch to evaluate
+    more = [
+        "--config.train.num_steps=4",
+        "--config.train.log_every=4",
+        "--config.alarms.entropy=1.0",
+    ]
+    more += [
+        "--config.alarms.stop=entropy",
+        "--config.train.batch_size=128",
+    ]  # a single batch to evaluate
     with started(folder, 2, 2, training(folder, tmp_path / "run", *more)) as processes:
         codes, _, errors = ends(processes)
     assert codes == [1, 1], errors
@@ -292,7 +354,10 @@ def test_a_step_that_hangs_ends_the_process_with_step_mesh_and_stacks(folder, tm
     with started(folder, 1, 1, lambda index, flags: ["-c", HANGS, *command[2:]]) as processes:
         (code,), _, (errors,) = ends(processes)
     assert code == 3, errors
-    assert "moejax: step 5 has taken more than 3 s (train.step_limit_s=3) in process 0 of 1, on mesh data 1," in errors
+    assert (
+        "moejax: step 5 has taken more than 3 s (train.step_limit_s=3) in process 0 of 1, on mesh data 1,"
+        in errors
+    )
     assert "in put_batch_that_hangs" in errors and "Thread 0x" in errors
 
 
@@ -341,15 +406,27 @@ with processes.meet(address, number, index):
 """
 
 
-def test_processes_read_after_the_first_wrote_hold_their_rows_stop_together_and_fail_together(folder, tmp_path):
-    with started(folder, 2, 2, lambda index, flags: ["-c", MEETS, str(tmp_path), *flags]) as processes:
+def test_processes_read_after_the_first_wrote_hold_their_rows_stop_together_and_fail_together(
+    folder, tmp_path
+):
+    with started(
+        folder, 2, 2, lambda index, flags: ["-c", MEETS, str(tmp_path), *flags]
+    ) as processes:
         codes, outputs, errors = ends(processes)
     assert codes == [0, 0], errors
     host = socket.gethostname()
     told = [own_lines(output) for output in outputs]
     # A mesh that takes turns between the processes, as on a TPU pod: rows lie apart.
-    assert told[0][:3] == ["read by 0 0", "rows [0, 1, 4, 5] True (8,)", "polls [False, False, True, True] SIGINT"]
-    assert told[1][:3] == ["read by 0 0", "rows [2, 3, 6, 7] True (8,)", "polls [False, False, True, True] SIGINT"]
+    assert told[0][:3] == [
+        "read by 0 0",
+        "rows [0, 1, 4, 5] True (8,)",
+        "polls [False, False, True, True] SIGINT",
+    ]
+    assert told[1][:3] == [
+        "read by 0 0",
+        "rows [2, 3, 6, 7] True (8,)",
+        "polls [False, False, True, True] SIGINT",
+    ]
     assert told[0][3:] == [
         "ValueError no such thing", f"ProcessError process 1 failed on {host}; its own message says why"
     ]  # fmt: skip
@@ -375,7 +452,10 @@ def test_a_run_directory_that_is_not_shared_is_refused_by_name_and_ends_all(fold
         codes, _, errors = ends(processes)
     assert codes == [1, 2], errors
     assert f"process 1 failed on {socket.gethostname()}" in errors[0]
-    assert f"moejax: --workdir={tmp_path}/run1 on {socket.gethostname()}, process 1, is not the folder" in errors[1]
+    assert (
+        f"moejax: --workdir={tmp_path}/run1 on {socket.gethostname()}, process 1, is not the folder"
+        in errors[1]
+    )
     assert "Traceback" not in errors[0] + errors[1]
 
 
@@ -388,8 +468,12 @@ def test_values_that_are_not_finite_are_found_by_all_and_named_by_one(folder, tm
     with started(folder, 2, 1, training(folder, tmp_path / "run", *more)) as processes:
         codes, _, errors = ends(processes)
     assert codes == [1, 1], errors
-    assert re.search(r"not finite in 2 steps in a row, .*the first such value is in ", errors[0].splitlines()[-1])
-    assert own_lines(errors[1]) == [f"moejax: process 0 failed on {socket.gethostname()}; its own message says why"]
+    assert re.search(
+        r"not finite in 2 steps in a row, .*the first such value is in ", errors[0].splitlines()[-1]
+    )
+    assert own_lines(errors[1]) == [
+        f"moejax: process 0 failed on {socket.gethostname()}; its own message says why"
+    ]
 
 
 DEPARTS = """
@@ -406,7 +490,9 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-def test_a_process_that_fails_alone_leaves_at_once_with_its_traceback_and_the_other_fails_too(folder, tmp_path):
+def test_a_process_that_fails_alone_leaves_at_once_with_its_traceback_and_the_other_fails_too(
+    folder, tmp_path
+):
     def command(index, flags):
         return ["-c", DEPARTS, *training(folder, tmp_path / "run")(index, flags)[2:]]
 
@@ -425,13 +511,22 @@ TRAIN = ["train", f"--config={REPOSITORY / 'configs/debug.py'}"]
         (["--num_processes=2"], "--num_processes=2 needs --coordinator=HOST:PORT"),
         (["--process_id=0"], "--process_id=0 needs --coordinator=HOST:PORT"),
         (["--coordinator=a:1"], "--coordinator=a:1 needs --num_processes, too; add it"),
-        (["--coordinator=a:1", "--num_processes=2"], "--coordinator=a:1 needs --process_id, too; add it"),
-        (["--coordinator=a", "--num_processes=2", "--process_id=0"], "--coordinator=a must be HOST:PORT"),
+        (
+            ["--coordinator=a:1", "--num_processes=2"],
+            "--coordinator=a:1 needs --process_id, too; add it",
+        ),
+        (
+            ["--coordinator=a", "--num_processes=2", "--process_id=0"],
+            "--coordinator=a must be HOST:PORT",
+        ),
         (
             ["--coordinator=a:1", "--num_processes=2", "--process_id=2"],
             "--process_id=2 must be between 0 and --num_processes=2 less one",
         ),
-        (["--coordinator=a:1", "--distributed"], "--distributed and --coordinator=a:1 exclude each other; give one"),
+        (
+            ["--coordinator=a:1", "--distributed"],
+            "--distributed and --coordinator=a:1 exclude each other; give one",
+        ),
     ],
 )
 def test_half_given_and_contradictory_flags_are_refused(flags, message, capsys):
@@ -446,7 +541,8 @@ def test_distributed_without_a_cluster_in_the_environment_says_what_it_looked_fo
     assert codes == [1] and not (folder / "none").exists()
     (line,) = errors.splitlines()
     assert re.search(
-        r"did not meet by the environment .*; launch them by srun, mpirun, .*--coordinator=HOST:PORT", line
+        r"did not meet by the environment .*; launch them by srun, mpirun, .*--coordinator=HOST:PORT",
+        line,
     )
 
 
@@ -457,7 +553,9 @@ LAUNCHED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("verb", ["train", "eval", "generate", "report", "counterfactuals", "placement"])
+@pytest.mark.parametrize(
+    "verb", ["train", "eval", "generate", "report", "counterfactuals", "placement"]
+)
 def test_several_launched_processes_that_would_not_meet_are_refused(verb, monkeypatch, capsys):
     remedy = "add --distributed, or launch one" if verb == "train" else "launch one"
     for variable, value in LAUNCHED.items():
@@ -477,15 +575,23 @@ def test_one_launched_process_is_no_reason_to_refuse(monkeypatch):
 
 def test_a_port_in_use_and_a_missing_process_are_named_within_the_stated_wait(folder):
     def without_process_1(index, flags):
-        return training(folder, folder / "none", "--wait_s=2")(0, [flags[0], "--num_processes=2", "--process_id=0"])
+        return training(folder, folder / "none", "--wait_s=2")(
+            0, [flags[0], "--num_processes=2", "--process_id=0"]
+        )
 
     with started(folder, 2, 1, without_process_1) as started_processes:
         codes, _, errors = ends(started_processes)
     assert codes == [1, 1] and not (folder / "none").exists()
     lines = sorted(own_lines(errors[0]) + own_lines(errors[1]))
     assert len(lines) == 2, errors
-    assert lines[0].startswith("moejax: process 0 cannot listen at port ") and "choose another port" in lines[0]
-    assert lines[1].startswith("moejax: process 1 of 2 did not come to process 0 on ") and "within 2 s" in lines[1]
+    assert (
+        lines[0].startswith("moejax: process 0 cannot listen at port ")
+        and "choose another port" in lines[0]
+    )
+    assert (
+        lines[1].startswith("moejax: process 1 of 2 did not come to process 0 on ")
+        and "within 2 s" in lines[1]
+    )
 
 
 def test_processes_of_different_configurations_are_refused_before_anything_is_written(folder):
@@ -497,5 +603,7 @@ def test_processes_of_different_configurations_are_refused_before_anything_is_wr
         codes, _, errors = ends(started_processes)
     assert codes == [1, 1] and not (folder / "none").exists()
     (line,) = own_lines(errors[1])
-    assert re.search(r"process 1 on \S+ has optimizer\.learning_rate=0\.5, and process 0 has [\d.]+;", line)
+    assert re.search(
+        r"process 1 on \S+ has optimizer\.learning_rate=0\.5, and process 0 has [\d.]+;", line
+    )
     assert "process 1 failed" in errors[0]

@@ -14,7 +14,9 @@ from moejax.training.multihost.roll_call import RollCallError, call_roll
 def _same_everywhere(monkeypatch):
     """What a process runs; a thread may change its own."""
     own = threading.local()
-    monkeypatch.setattr(roll_call, "what_runs", lambda: {"moejax": "1", "jax": getattr(own, "jax", "0.10")})
+    monkeypatch.setattr(
+        roll_call, "what_runs", lambda: {"moejax": "1", "jax": getattr(own, "jax", "0.10")}
+    )
     monkeypatch.setattr(roll_call, "RETRY_S", 0.02)
     roll_call.of_this_thread = own
     yield
@@ -42,7 +44,10 @@ def meet(*processes, wait_s=20.0, port=None):
         except RollCallError as error:
             told[place] = str(error)
 
-    threads = [threading.Thread(target=run, args=(place, *process)) for place, process in enumerate(processes)]
+    threads = [
+        threading.Thread(target=run, args=(place, *process))
+        for place, process in enumerate(processes)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -64,7 +69,11 @@ def test_a_missing_process_is_named_to_all_others():
 
 def test_a_missing_process_0_is_named_with_its_address_and_the_reason():
     (told,) = meet((1, 2), wait_s=0.5)
-    assert "process 0 did not answer at 127.0.0.1:" in told and "within 0.5 s" in told and "refused" in told
+    assert (
+        "process 0 did not answer at 127.0.0.1:" in told
+        and "within 0.5 s" in told
+        and "refused" in told
+    )
 
 
 def test_a_number_that_comes_twice_is_named_to_both():
@@ -91,13 +100,20 @@ def test_a_port_that_another_program_uses_is_refused_at_once():
 
 
 def test_a_host_that_no_one_knows_is_named():
-    with pytest.raises(RollCallError, match=r"process 0 did not answer at no-such-host\.invalid:8476 within 0\.3 s"):
+    with pytest.raises(
+        RollCallError, match=r"process 0 did not answer at no-such-host\.invalid:8476 within 0\.3 s"
+    ):
         call_roll("no-such-host.invalid:8476", 2, 1, 0.3)
 
 
 def test_a_stranger_at_the_port_disturbs_nothing(monkeypatch):
     port = free_port()
-    strangers = [b"GET / HTTP/1.1\r\n\r\n", b"[" * 9000 + b"\n", b"\n", json.dumps({"process": "x"}).encode() + b"\n"]
+    strangers = [
+        b"GET / HTTP/1.1\r\n\r\n",
+        b"[" * 9000 + b"\n",
+        b"\n",
+        json.dumps({"process": "x"}).encode() + b"\n",
+    ]
 
     def visit():
         for words in strangers:
@@ -124,5 +140,12 @@ def test_a_stranger_at_the_port_disturbs_nothing(monkeypatch):
 def test_what_must_be_equal_covers_the_code_versions_and_settings(monkeypatch):
     monkeypatch.undo()
     runs = roll_call.what_runs()
-    assert {"moejax", "jax", "jaxlib", "numpy", "jax_threefry_partitionable", "jax_enable_x64"} <= runs.keys()
+    assert {
+        "moejax",
+        "jax",
+        "jaxlib",
+        "numpy",
+        "jax_threefry_partitionable",
+        "jax_enable_x64",
+    } <= runs.keys()
     assert "files " in runs["moejax"]

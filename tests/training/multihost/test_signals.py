@@ -62,7 +62,12 @@ def computing(iterations):
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-c", COMPUTES, str(iterations)]
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=1, env=environment
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        bufsize=1,
+        env=environment,
     )
     assert process.stdout.readline() == "begun\n"
     return process
@@ -88,7 +93,9 @@ def test_a_signal_during_a_compilation_is_answered_and_a_second_ctrl_c_leaves_at
 
 
 def test_a_signal_that_a_handler_answers_at_once_needs_no_further_word():
-    code = COMPUTES.replace('hashlib.pbkdf2_hmac("sha256", b"", b"", int(sys.argv[1]))', "sys.stdin.readline()")
+    code = COMPUTES.replace(
+        'hashlib.pbkdf2_hmac("sha256", b"", b"", int(sys.argv[1]))', "sys.stdin.readline()"
+    )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     process = subprocess.Popen(
         [sys.executable, "-c", code, "0"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,

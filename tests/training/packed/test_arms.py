@@ -31,7 +31,13 @@ from moejax.training.run_directory.metrics import Recorder
 from moejax.training.run_directory.routing_log import read_routing
 from moejax.training.step import make_train_step, put_batch
 
-TRAIN = {"num_steps": 50, "log_every": 5, "eval_every": 25, "checkpoint_every": 10, "keep_checkpoints": 9}
+TRAIN = {
+    "num_steps": 50,
+    "log_every": 5,
+    "eval_every": 25,
+    "checkpoint_every": 10,
+    "keep_checkpoints": 9,
+}
 ARMS = [
     {"train": {"seed": 0}, "moe": {"balance_weight": 0.1}},
     {"train": {"seed": 1}, "moe": {"balance_weight": 0.02, "z_weight": 0.1}},
@@ -63,7 +69,12 @@ def assert_lines_are_close(found, expected, rtol=1e-5):
     for one, other in zip(found, expected, strict=True):
         assert one.keys() == other.keys()
         for key, value in other.items():
-            assert math.isclose(one[key], value, rel_tol=rtol, abs_tol=rtol), (other["step"], key, one[key], value)
+            assert math.isclose(one[key], value, rel_tol=rtol, abs_tol=rtol), (
+                other["step"],
+                key,
+                one[key],
+                value,
+            )
 
 
 def assert_states_are_close(found, expected, rtol=1e-5):
@@ -77,17 +88,27 @@ def assert_states_are_close(found, expected, rtol=1e-5):
 def assert_losses_are_close(found, expected):
     """Of the checkpoints: the best is kept by them."""
     losses = [
-        {path.parts[-3]: json.loads(path.read_text()) for path in workdir.glob("checkpoints/*/metrics/metrics")}
+        {
+            path.parts[-3]: json.loads(path.read_text())
+            for path in workdir.glob("checkpoints/*/metrics/metrics")
+        }
         for workdir in (found, expected)
     ]
-    assert losses[0].keys() == losses[1].keys() and {"25", "50"} <= losses[0].keys() and "30" not in losses[0]
+    assert (
+        losses[0].keys() == losses[1].keys()
+        and {"25", "50"} <= losses[0].keys()
+        and "30" not in losses[0]
+    )
     for step, values in losses[1].items():
         assert losses[0][step] == pytest.approx(values, rel=1e-5)
 
 
 def newest_state(config, workdir):
     trainable = make(config)
-    with Checkpoints(workdir, trainable, read_only=True) as checkpoints, jax.set_mesh(trainable.mesh):
+    with (
+        Checkpoints(workdir, trainable, read_only=True) as checkpoints,
+        jax.set_mesh(trainable.mesh),
+    ):
         return jax.device_get(checkpoints.restore())
 
 
@@ -109,13 +130,23 @@ def test_each_arm_of_a_pack_leaves_what_it_leaves_alone_after_50_steps(packed, a
     assert (results[arm].step, results[arm].stopped_by, results[arm].error) == (50, None, None)
     assert results[arm].evaluation.loss == pytest.approx(expected.evaluation.loss, rel=1e-5)
     assert_lines_are_close(lines_of(workdirs[arm]), lines_of(tmp_path / "alone"))
-    assert_states_are_close(newest_state(alone, workdirs[arm]), newest_state(alone, tmp_path / "alone"), rtol=1e-4)
+    assert_states_are_close(
+        newest_state(alone, workdirs[arm]), newest_state(alone, tmp_path / "alone"), rtol=1e-4
+    )
     assert_losses_are_close(workdirs[arm], tmp_path / "alone")
     found, wanted = read_routing(workdirs[arm]), read_routing(tmp_path / "alone")
     np.testing.assert_array_equal(found.steps, wanted.steps)
     for name in ("counts", "probs", "bias", "idle_steps", "importance", "layers"):
-        np.testing.assert_allclose(found.read(name), wanted.read(name), rtol=1e-4, atol=1e-5, err_msg=name)
-    for name in ("config.json", "checkpoints", "tokenizer.json", "routing/evaluations/50.npz", "alarms.jsonl"):
+        np.testing.assert_allclose(
+            found.read(name), wanted.read(name), rtol=1e-4, atol=1e-5, err_msg=name
+        )
+    for name in (
+        "config.json",
+        "checkpoints",
+        "tokenizer.json",
+        "routing/evaluations/50.npz",
+        "alarms.jsonl",
+    ):
         assert (workdirs[arm] / name).exists() == (tmp_path / "alone" / name).exists(), name
 
 
@@ -163,7 +194,9 @@ def test_an_arm_of_a_pack_continues_alone_and_a_run_continues_in_a_pack(packed, 
     assert_lines_are_close(lines_of(tmp_path / "arm0"), lines_of(workdirs[0]))
     longer = [replace(config, "train", num_steps=60) for config in configs[:2]]
     shutil.copytree(workdirs[1], tmp_path / "arm1")
-    results = train_packed(longer, [tmp_path / "arm0", tmp_path / "arm1"], devices=jax.devices()[:1])
+    results = train_packed(
+        longer, [tmp_path / "arm0", tmp_path / "arm1"], devices=jax.devices()[:1]
+    )
     assert [result.step for result in results] == [60, 60]
     assert lines_of(tmp_path / "arm1")[-1]["step"] == 60
 
@@ -196,7 +229,10 @@ def test_arms_without_a_checkpoint_of_a_common_step_are_not_begun_anew(packed, t
         for path in (tmp_path / f"arm{arm}/checkpoints").iterdir():
             if path.name != kept:
                 shutil.rmtree(path)
-    with pytest.raises(CheckpointError, match=r"no common step \(.*arm0: \[50\]; .*arm1: \[40\]\); train them apart"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"no common step \(.*arm0: \[50\]; .*arm1: \[40\]\); train them apart",
+    ):
         train_packed(configs[:2], [tmp_path / "arm0", tmp_path / "arm1"])
     assert lines_of(tmp_path / "arm0") == lines_of(workdirs[0])
     with pytest.raises(ConfigError, match="2 arms have 1 workdirs"):
@@ -218,10 +254,18 @@ def test_a_pack_says_what_of_its_arms_is_lost_or_removed(packed, tmp_path, caplo
         with caplog.at_level("INFO", logger="moejax"):
             train_packed(configs[:2], folders, stop=stop, devices=jax.devices()[:2])
         said = [record.getMessage() for record in caplog.records]
-        lost = [line for line in said if "has metrics and no checkpoint: the run begins at step 0" in line]
+        lost = [
+            line
+            for line in said
+            if "has metrics and no checkpoint: the run begins at step 0" in line
+        ]
         assert len(lost) == (2 if case == "lost" else 0)
-        removed = [line for line in said if line.endswith("is removed: the run goes on from step 40")]
-        assert removed == ([] if case == "lost" else [f"{folders[0]}/checkpoints/50 {removed[0].split(' ', 1)[1]}"])
+        removed = [
+            line for line in said if line.endswith("is removed: the run goes on from step 40")
+        ]
+        assert removed == (
+            [] if case == "lost" else [f"{folders[0]}/checkpoints/50 {removed[0].split(' ', 1)[1]}"]
+        )
 
 
 def test_arms_that_are_beyond_their_last_step_tell_their_losses(packed, tmp_path, caplog):
@@ -230,7 +274,9 @@ def test_arms_that_are_beyond_their_last_step_tell_their_losses(packed, tmp_path
         shutil.copytree(workdirs[arm], tmp_path / f"arm{arm}")
     shorter = [replace(config, "train", num_steps=45) for config in configs[:2]]
     with caplog.at_level("INFO", logger="moejax"):
-        again = train_packed(shorter, [tmp_path / "arm0", tmp_path / "arm1"], devices=jax.devices()[:2])
+        again = train_packed(
+            shorter, [tmp_path / "arm0", tmp_path / "arm1"], devices=jax.devices()[:2]
+        )
     assert caplog.text.count("continuing with train.num_steps=45 (was 50)") == 2
     for arm in (0, 1):
         assert again[arm].step == 50
@@ -239,20 +285,32 @@ def test_arms_that_are_beyond_their_last_step_tell_their_losses(packed, tmp_path
 
 
 def test_arms_that_cannot_go_on_end_and_the_others_do_not_notice(tmp_path):
-    leaves = {"num_steps": 12, "log_every": 2, "eval_every": 6, "checkpoint_every": 6, "max_nonfinite_steps": 2}
+    leaves = {
+        "num_steps": 12,
+        "log_every": 2,
+        "eval_every": 6,
+        "checkpoint_every": 6,
+        "max_nonfinite_steps": 2,
+    }
     configs = arm_configs(tmp_path, **leaves)
     configs = [replace(config, "train", step_limit_s=100.0) for config in configs]
     configs[0] = replace(configs[0], "alarms", logits=1e-6, stop="logits")
-    configs[1] = replace(replace(configs[1], "optimizer", learning_rate=1e30), "moe", balance_weight=1e30)
+    configs[1] = replace(
+        replace(configs[1], "optimizer", learning_rate=1e30), "moe", balance_weight=1e30
+    )
     workdirs, ended = [tmp_path / f"arm{i}" for i in range(3)], []
 
     def on_end(index, result):
         """What an arm leaves behind is there at once, and the others have not ended."""
-        ended.append((index, result, lines_of(workdirs[index])[-1]["step"], saved_steps(workdirs[index])))
+        ended.append(
+            (index, result, lines_of(workdirs[index])[-1]["step"], saved_steps(workdirs[index]))
+        )
         assert not (workdirs[2] / "checkpoints/12").exists()
 
     with mock.patch.object(packed_loop, "Watchdog", wraps=packed_loop.Watchdog) as watchdog:
-        alarmed, broken, sound = train_packed(configs, workdirs, devices=jax.devices()[:1], on_end=on_end)
+        alarmed, broken, sound = train_packed(
+            configs, workdirs, devices=jax.devices()[:1], on_end=on_end
+        )
     assert watchdog.call_args.args[0] == 300  # three arms on one device
     assert ended == [(1, broken, broken.step, []), (0, alarmed, 5, [5])]
     assert isinstance(broken.error, NonFiniteError) and "2 steps in a row" in str(broken.error)
@@ -266,7 +324,9 @@ def test_arms_that_cannot_go_on_end_and_the_others_do_not_notice(tmp_path):
     assert saved_steps(workdirs[0]) == saved_steps(tmp_path / "alone") == [alarmed.step] == [5]
     assert (sound.error, sound.step) == (None, 12)
     assert lines_of(tmp_path / "arm2")[-1]["step"] == 12
-    intervals = [json.loads(line) for line in (workdirs[2] / "metrics.jsonl").read_text().splitlines()]
+    intervals = [
+        json.loads(line) for line in (workdirs[2] / "metrics.jsonl").read_text().splitlines()
+    ]
     assert {line.get("perf/arms") for line in intervals if "perf/tokens_per_s" in line} == {3}
     assert {line.get("perf/arms") for line in intervals if "eval/loss" in line} == {None}
 
@@ -301,9 +361,14 @@ def test_every_knob_acts_in_its_own_arm_alone(router):
     for arm, config in enumerate(configs):
         trainable = make(config)
         with jax.set_mesh(trainable.mesh):
-            alone, alone_step = jax.device_put(first[arm], trainable.shardings), make_train_step(trainable)
+            alone, alone_step = (
+                jax.device_put(first[arm], trainable.shardings),
+                make_train_step(trainable),
+            )
             for _ in range(2):
-                alone, expected = alone_step(alone, put_batch(batches[arm], trainable), Knobs.of(config))
+                alone, expected = alone_step(
+                    alone, put_batch(batches[arm], trainable), Knobs.of(config)
+                )
         scalars = jax.device_get(expected.scalars)
         assert outputs[arm].scalars.keys() == scalars.keys()
         for name, value in scalars.items():
@@ -323,31 +388,49 @@ def test_arms_within_a_mesh_of_their_own_equal_one_device():
     assert dict(pack.mesh.shape) | {"arms": 2, "data": 2, "expert": 2} == dict(pack.mesh.shape)
     batches = [packed_batch(config, seed=i) for i, config in enumerate(configs)]
     with jax.set_mesh(pack.mesh):
-        state = pack.join(trainable.init(c.train.seed) for trainable, c in zip(pack.trainables, configs, strict=True))
+        state = pack.join(
+            trainable.init(c.train.seed)
+            for trainable, c in zip(pack.trainables, configs, strict=True)
+        )
         step = pack.compile_step(state, pack.put_batches(batches))
         state, output = step(state, pack.put_batches(batches), pack.knobs)
         inputs = (pack.put_batch(x) for x in eval_inputs(batches[0], None))
-        evaluated = jax.device_get(pack.make_eval_step(0)(state.params, state.router_state, *inputs))
+        evaluated = jax.device_get(
+            pack.make_eval_step(0)(state.params, state.router_state, *inputs)
+        )
     trainable = make(replace(configs[0], "mesh", data=1, expert=1))
-    one_device_step, one_device_eval = make_train_step(trainable), make_eval_step(trainable)  # the seed is a knob
+    one_device_step, one_device_eval = (
+        make_train_step(trainable),
+        make_eval_step(trainable),
+    )  # the seed is a knob
     states = list(pack.split(state, range(3)))
     for arm, config in enumerate(configs):
         with jax.set_mesh(trainable.mesh):
-            arguments = trainable.init(config.train.seed), put_batch(batches[arm], trainable), Knobs.of(config)
+            arguments = (
+                trainable.init(config.train.seed),
+                put_batch(batches[arm], trainable),
+                Knobs.of(config),
+            )
             alone, expected = one_device_step(*arguments)
             inputs = (put_batch(x, trainable) for x in eval_inputs(batches[0], None))
             loss = one_device_eval(alone.params, alone.router_state, *inputs).sums.nats
         assert evaluated.sums.nats[arm] == pytest.approx(float(loss), rel=1e-5)
-        assert_states_are_close(jax.device_get(states[arm].params), jax.device_get(alone.params), rtol=1e-4)
+        assert_states_are_close(
+            jax.device_get(states[arm].params), jax.device_get(alone.params), rtol=1e-4
+        )
         for name, value in jax.device_get(expected.scalars).items():
-            assert pack.outputs(output)[arm].scalars[name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
+            assert pack.outputs(output)[arm].scalars[name] == pytest.approx(
+                value, rel=1e-5, abs=1e-6
+            ), name
 
 
 def test_arms_that_split_batch_and_matrices_train_apart():
     """The compiler would end this process by SIGABRT."""
     for mesh in ({"data": 2, "tensor": 2}, {"expert": 2, "tensor": 2}, {"fsdp": 2, "tensor": 2}):
         configs = [small_config(mesh={"data": 1} | mesh, train={"seed": seed}) for seed in (0, 1)]
-        with pytest.raises(ConfigError, match=r"mesh.tensor=2 beside another axis .* train the arms apart"):
+        with pytest.raises(
+            ConfigError, match=r"mesh.tensor=2 beside another axis .* train the arms apart"
+        ):
             Pack(configs)
         assert trains_alone(configs[0]) and len(Pack(configs[:1]).trainables) == 1
         plan = plan_arms(to_dict(configs[0]), [{"train.seed": seed} for seed in (0, 1)])
@@ -360,7 +443,9 @@ def test_arms_whose_results_depend_on_how_many_devices_there_are_train_apart():
     moe = {"balance_scope": "device"}
     configs = [small_config(moe=moe, train={"seed": seed}) for seed in (0, 1)]
     assert depends_on_devices(configs[0]) and not depends_on_devices(small_config())
-    with pytest.raises(ConfigError, match=r"moe.balance_scope=device, .* a mesh axis of -1 leaves open"):
+    with pytest.raises(
+        ConfigError, match=r"moe.balance_scope=device, .* a mesh axis of -1 leaves open"
+    ):
         Pack(configs, jax.devices()[:2])
     assert len(Pack(configs[:1], jax.devices()[:2]).trainables) == 1
     Pack([replace(config, "mesh", data=1) for config in configs], jax.devices()[:2])
@@ -399,7 +484,8 @@ def test_arms_share_a_program_if_only_knobs_seeds_and_alarms_differ(one, other, 
 
 
 @pytest.mark.parametrize(
-    ("steps", "common"), [([[10, 20], [20, 10]], 20), ([[10, 20], [10]], 10), ([[20], [10]], 0), ([[], [10]], 0)]
+    ("steps", "common"),
+    [([[10, 20], [20, 10]], 20), ([[10, 20], [10]], 10), ([[20], [10]], 0), ([[], [10]], 0)],
 )
 def test_a_pack_continues_from_the_newest_step_that_all_arms_have(steps, common):
     assert common_step(steps) == common

@@ -6,7 +6,12 @@ import numpy as np
 import pytest
 
 from moejax.training.evaluation import Evaluation
-from moejax.training.run_directory.evaluation_log import FOLDER, EvaluationError, EvaluationLog, read_evaluation
+from moejax.training.run_directory.evaluation_log import (
+    FOLDER,
+    EvaluationError,
+    EvaluationLog,
+    read_evaluation,
+)
 
 N, T, K, E = 2, 6, 2, 4
 
@@ -21,7 +26,10 @@ def evaluation(seed):
 
 
 def churned(before, after):
-    lost = [[len(set(a) - set(b)) / K for a, b in zip(x, y, strict=True)] for x, y in zip(before, after, strict=True)]
+    lost = [
+        [len(set(a) - set(b)) / K for a, b in zip(x, y, strict=True)]
+        for x, y in zip(before, after, strict=True)
+    ]
     return np.mean(lost, axis=1)
 
 
@@ -31,7 +39,9 @@ def test_an_evaluation_is_one_file_and_churn_compares_it_with_the_one_before(tmp
     assert log.append(9, first) == {}
     found = log.append(10, second)  # 9 comes before 10, though not as text
     expected_N = churned(first.probe_NTK, second.probe_NTK)
-    assert found == {"eval/routing_churn": pytest.approx(expected_N.mean())} and expected_N.mean() > 0
+    assert (
+        found == {"eval/routing_churn": pytest.approx(expected_N.mean())} and expected_N.mean() > 0
+    )
     arrays = read_evaluation(tmp_path / FOLDER / "10.npz")
     np.testing.assert_allclose(arrays["churn"], expected_N)
     np.testing.assert_array_equal(arrays["experts"], second.probe_NTK)

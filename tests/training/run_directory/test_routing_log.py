@@ -80,21 +80,31 @@ def test_a_slice_reads_only_its_chunks(tmp_path, monkeypatch):
     history = read_routing(tmp_path)
     for start, stop in ((0, 6), (2, 4), (9, None), (-1, None), (4, 2), (10, 20)):
         expected = [entry(step)[0] for step in list(range(1, 11))[start:stop]]
-        np.testing.assert_array_equal(history.read("counts", start, stop), np.reshape(expected, (-1, 2, 4)))
+        np.testing.assert_array_equal(
+            history.read("counts", start, stop), np.reshape(expected, (-1, 2, 4))
+        )
     np.testing.assert_array_equal(history.probs_SNE[8], entry(9)[1])
-    with pytest.raises(ValueError, match=rf"{tmp_path}/routing is damaged .*go on without its history.*: mv "):
+    with pytest.raises(
+        ValueError, match=rf"{tmp_path}/routing is damaged .*go on without its history.*: mv "
+    ):
         history.read("counts", 5, 7)
 
 
 @pytest.mark.parametrize("columns", [1, 3, 7, 20])
-def test_sums_over_neighbouring_entries_are_those_of_all_read_at_once(tmp_path, monkeypatch, columns):
+def test_sums_over_neighbouring_entries_are_those_of_all_read_at_once(
+    tmp_path, monkeypatch, columns
+):
     monkeypatch.setattr(routing_store, "CHUNK_BYTES", 3 * 8 * 8)  # three entries a chunk
     monkeypatch.setattr(routing_log, "CHUNKS_AT_ONCE", 1)
     append_steps(RoutingLog(tmp_path, LAYERS, NUM_EXPERTS), range(10, 120, 10))
     history = read_routing(tmp_path)
     read = history.read
     longest = []
-    monkeypatch.setattr(history, "read", lambda *arguments: longest.append(len(read(*arguments))) or read(*arguments))
+    monkeypatch.setattr(
+        history,
+        "read",
+        lambda *arguments: longest.append(len(read(*arguments))) or read(*arguments),
+    )
     steps_C, sums_CNE = history.summed("counts", columns)
     assert max(longest) == 3 and len(sums_CNE) == min(columns, 11)
     first = 0
@@ -103,7 +113,9 @@ def test_sums_over_neighbouring_entries_are_those_of_all_read_at_once(tmp_path, 
         np.testing.assert_array_equal(sums_NE, history.counts_SNE[first : last + 1].sum(axis=0))
         first = last + 1
     assert first == 11 and sums_CNE.dtype == np.int64
-    assert history.summed("probs", columns)[1].sum() == pytest.approx(8 * sum(range(10, 120, 10)) / 1024)
+    assert history.summed("probs", columns)[1].sum() == pytest.approx(
+        8 * sum(range(10, 120, 10)) / 1024
+    )
 
 
 def test_a_history_says_what_it_holds_and_refuses_the_rest(tmp_path):
@@ -111,7 +123,9 @@ def test_a_history_says_what_it_holds_and_refuses_the_rest(tmp_path):
     history = read_routing(tmp_path)
     assert {"counts", "probs"} <= set(history.names) and history.num_entries == 2
     assert "2 entries, steps 10 to 20, 2 layers, 4 experts: counts, probs" in repr(history)
-    with pytest.raises(ValueError, match=r"/routing has no array 'gates'; use one of counts, probs"):
+    with pytest.raises(
+        ValueError, match=r"/routing has no array 'gates'; use one of counts, probs"
+    ):
         history.read("gates")
     with pytest.raises(ValueError, match=r"num_columns=0 must be at least 1"):
         history.summed("counts", 0)
@@ -171,7 +185,9 @@ def test_a_truncated_entry_does_not_come_back_when_the_array_grows_again(tmp_pat
     log = RoutingLog(tmp_path, LAYERS, NUM_EXPERTS)
     append_steps(log, [10, 20, 30])
     log.truncate(10)
-    log._arrays["step"].resize(exclusive_max=[2]).result()  # a crash in the middle of the next append
+    log._arrays["step"].resize(
+        exclusive_max=[2]
+    ).result()  # a crash in the middle of the next append
     assert_holds(tmp_path, [10])
     append_steps(RoutingLog(tmp_path, LAYERS, NUM_EXPERTS), [15])
     assert_holds(tmp_path, [10, 15])
@@ -224,7 +240,9 @@ def test_a_writer_killed_at_a_random_moment_loses_no_entry_it_reported(tmp_path)
         rest, _ = writer.communicate(timeout=30)
         last = max([*reported, *(int(line) for line in rest.splitlines())])
         held = len(read_routing(tmp_path).steps)
-        assert last <= held <= last + 1  # the entry being written may have been finished, but not reported
+        assert (
+            last <= held <= last + 1
+        )  # the entry being written may have been finished, but not reported
         assert_holds(tmp_path, range(1, held + 1))
 
 
@@ -249,7 +267,9 @@ def test_a_full_disk_is_no_damage(tmp_path, full_disk):
     log = RoutingLog(tmp_path, LAYERS, NUM_EXPERTS)
     append_steps(log, [10])
     full_disk(64)
-    with pytest.raises(RoutingLogError, match=r"routing cannot be written \(.*make room there, and run the") as error:
+    with pytest.raises(
+        RoutingLogError, match=r"routing cannot be written \(.*make room there, and run the"
+    ) as error:
         append_steps(log, [20])
     assert "mv " not in str(error.value) and "is damaged" not in str(error.value)
     full_disk(resource.RLIM_INFINITY)
@@ -262,7 +282,9 @@ def test_lines_that_cannot_be_written_name_their_file(tmp_path, full_disk):
     file = LineFile(tmp_path / "metrics.jsonl", 0, None, lambda line: True)
     file.append({"step": 1})
     full_disk(20)
-    with pytest.raises(LineFileError, match=r"metrics.jsonl cannot be written \(File too large\); make room there"):
+    with pytest.raises(
+        LineFileError, match=r"metrics.jsonl cannot be written \(File too large\); make room there"
+    ):
         for step in range(2, 9):
             file.append({"step": step})
     file.close()
@@ -271,7 +293,9 @@ def test_lines_that_cannot_be_written_name_their_file(tmp_path, full_disk):
 def test_another_shape_is_refused_with_folder_and_remedy(tmp_path):
     RoutingLog(tmp_path, LAYERS, NUM_EXPERTS)
     for layers, num_experts in (([1, 3, 5], 4), ([0, 2], 4), (LAYERS, 8)):
-        with pytest.raises(ValueError, match=rf"{tmp_path}/routing .*use another workdir, or move that folder"):
+        with pytest.raises(
+            ValueError, match=rf"{tmp_path}/routing .*use another workdir, or move that folder"
+        ):
             RoutingLog(tmp_path, layers, num_experts)
 
 
@@ -292,9 +316,13 @@ def test_an_array_that_is_not_logged_is_refused_and_one_that_is_absent_reads_as_
         log.append(1, *entry(1), gates=np.zeros((2, 4), np.float32))
     log.append(1, *entry(1), layers=np.arange(4, dtype=np.float32).reshape(2, 2))
     log.append(2, *entry(2), bias=np.ones((2, 4), np.float32))
-    spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(tmp_path / "routing" / "layers")}}
+    spec = {
+        "driver": "zarr3",
+        "kvstore": {"driver": "file", "path": str(tmp_path / "routing" / "layers")},
+    }
     np.testing.assert_array_equal(
-        routing_log.tensorstore.open(spec).result()[:2].read().result(), [[[0, 1], [2, 3]], [[np.nan] * 2] * 2]
+        routing_log.tensorstore.open(spec).result()[:2].read().result(),
+        [[[0, 1], [2, 3]], [[np.nan] * 2] * 2],
     )
     with pytest.raises(ValueError, match="metrics logged of a layer must be the same"):
         RoutingLog(tmp_path, LAYERS, NUM_EXPERTS, ("entropy",))
@@ -309,7 +337,11 @@ def test_a_dense_run_has_no_log_to_create(tmp_path):
 def test_a_damaged_log_is_refused_with_file_and_remedy(tmp_path, victim):
     append_steps(RoutingLog(tmp_path, LAYERS, NUM_EXPERTS), [10])
     (tmp_path / "routing" / victim).write_text(json.dumps({"zarr_format": 3}))
-    with pytest.raises(ValueError, match=rf"{tmp_path}/routing is damaged .*go on without its history.*: mv "):
+    with pytest.raises(
+        ValueError, match=rf"{tmp_path}/routing is damaged .*go on without its history.*: mv "
+    ):
         read_routing(tmp_path)
-    with pytest.raises(ValueError, match=rf"{tmp_path}/routing is damaged .*go on without its history.*: mv "):
+    with pytest.raises(
+        ValueError, match=rf"{tmp_path}/routing is damaged .*go on without its history.*: mv "
+    ):
         RoutingLog(tmp_path, LAYERS, NUM_EXPERTS)
