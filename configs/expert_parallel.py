@@ -3,8 +3,8 @@
   export XLA_FLAGS=--xla_force_host_platform_device_count=4
   moejax train --config=configs/expert_parallel.py --workdir=runs/ep --config.mesh.data=1 --config.mesh.expert=4
 
-Four fake devices on CPU; on one device leave out the flags for the mesh: the loss is the same, 1.793 on held-out text.
-Sixteen experts in each of two layers, on generated text; it takes a minute.
+Four fake devices on CPU; on one device leave out the flags for the mesh: the loss is the same,
+1.793 on held-out text. Sixteen experts in each of two layers, on generated text; it takes a minute.
 """
 
 from ml_collections import ConfigDict

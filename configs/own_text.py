@@ -2,8 +2,9 @@
 
   moejax train --config=configs/own_text.py --config.data.files=my_texts --workdir=runs/own_text
 
-Without `data.files` it trains on the documentation of this repository, from its root: 0.1 MB of text, which it learns
-by heart. Minutes on two CPU cores. Raise `train.num_steps` with the amount of text.
+Without `data.files` it trains on the documentation of this repository, from its root: 0.1 MB of
+text, which it learns by heart. Minutes on two CPU cores. Raise `train.num_steps` with the
+amount of text.
 """
 
 from ml_collections import ConfigDict

@@ -2,10 +2,10 @@
 
   moejax train --config=configs/small_moe.py --workdir=runs/small_moe
 
-Six layers of width 256: a dense one, then five with 16 experts of which a token visits 2, and a shared one that it
-always visits; BPE of 4096; rows of 512 tokens. Expect 1.22 bits per byte on held-out addresses (loss 3.55) after
-1,300 steps, 5.3 million tokens: 48 minutes at the 1,840 tokens/s that two cores with nothing else to do gave, and
-3.4 GB of memory.
+Six layers of width 256: a dense one, then five with 16 experts of which a token visits 2, and a
+shared one that it always visits; BPE of 4096; rows of 512 tokens. Expect 1.22 bits per byte on
+held-out addresses (loss 3.55) after 1,300 steps, 5.3 million tokens: 48 minutes at the 1,840
+tokens/s that two cores with nothing else to do gave, and 3.4 GB of memory.
 """
 
 from ml_collections import ConfigDict

@@ -3,9 +3,9 @@
   make train CONFIG=configs/tiny_dense.py
   moejax train --config=configs/tiny_dense.py --workdir=runs/tiny_dense
 
-Its feed-forward layers are as wide as the two experts that a token of the MoE visits, so that what the MoE gains over
-it comes from parameters that cost no arithmetic. Only `moe.*` differs from `tiny_moe.py` (tested).
-Expect 1.57 bits per byte.
+Its feed-forward layers are as wide as the two experts that a token of the MoE visits, so that what
+the MoE gains over it comes from parameters that cost no arithmetic. Only `moe.*` differs from
+`tiny_moe.py` (tested). Expect 1.57 bits per byte.
 """
 
 from ml_collections import ConfigDict

@@ -3,8 +3,9 @@
   make train
   moejax train --config=configs/tiny_moe.py --workdir=runs/tiny_moe
 
-Four layers of width 128 with 8 experts each, of which a token visits 2; BPE of 2048 trained on the corpus; rows of 256
-tokens. Expect 1.55 bits per byte on held-out addresses after four minutes of training on two cores.
+Four layers of width 128 with 8 experts each, of which a token visits 2; BPE of 2048 trained on the
+corpus; rows of 256 tokens. Expect 1.55 bits per byte on held-out addresses after four minutes of
+training on two cores.
 """
 
 from ml_collections import ConfigDict

@@ -1,7 +1,8 @@
 """Compiled programs that outlive a process: for processes that start again, and for packs that have them in common.
 
-They are machine code, which jax runs as it finds it. So they are in a folder that nobody but the user can write, and
-not in a run's or a sweep's directory, of which nothing is executed, whoever it comes from.
+They are machine code, which jax runs as it finds it. So they are in a folder that nobody but the
+user can write, and not in a run's or a sweep's directory, of which nothing is executed, whoever
+it comes from.
 """
 
 import logging
@@ -35,8 +36,8 @@ def programs_folder() -> Path:
 def keep_programs() -> None:
     """Has jax keep what it compiles in `programs_folder`, or where `JAX_COMPILATION_CACHE_DIR` says.
 
-    Where that cannot be, everything is compiled again, and the log says why: a folder that cannot be written, or one
-    that others could put their programs in.
+    Where that cannot be, everything is compiled again, and the log says why: a folder that cannot
+    be written, or one that others could put their programs in.
     """
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return

@@ -2,11 +2,12 @@
 
 Two mechanisms work together, because neither is enough alone:
 
-- `flock` on `FOLDER/.lock`. The kernel releases it when the process ends, however it ends. Some shared file systems do
-  not know it, and some keep it within one machine.
-- A record in that file: who holds the lock, and a beat that the holder renews every few seconds. Where `flock` cannot
-  decide, a second process watches the record by its own clock: clocks of two machines are never compared. A record
-  that has not changed for the grace period belongs to a process that is gone.
+- `flock` on `FOLDER/.lock`. The kernel releases it when the process ends, however it ends. Some
+  shared file systems do not know it, and some keep it within one machine.
+- A record in that file: who holds the lock, and a beat that the holder renews every few seconds.
+  Where `flock` cannot decide, a second process watches the record by its own clock: clocks of two
+  machines are never compared. A record that has not changed for the grace period belongs to a
+  process that is gone.
 
 A lock in object storage would hold the same record, created and renewed by conditional writes.
 """
@@ -95,7 +96,8 @@ class FolderLock:
     Args:
       folder: what is locked; created if it is missing.
       does: what this process does there, for the message that others get: "train", "sweep worker".
-      waits: wait until the holder ends, and say once who that is; otherwise a held lock is an error.
+      waits: wait until the holder ends, and say once who that is; otherwise a held lock
+        is an error.
       timing: how often to beat and how long to watch.
 
     Raises:
@@ -344,8 +346,8 @@ class FolderLock:
 def check_held(path: str | Path) -> None:
     """Raises `LockedError` if a lock of this process on a path, or on a folder above it, was taken over by another.
 
-    Who writes asks before: a process that was suspended for long finds that it does not have its folder any more. It
-    may have no lock there; it must not have lost one.
+    Who writes asks before: a process that was suspended for long finds that it does not have its
+    folder any more. It may have no lock there; it must not have lost one.
     """
     wanted = Path(path).absolute()
     for lock in list(_held):

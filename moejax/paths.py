@@ -1,6 +1,7 @@
 """Paths as users write them: resolved once, where they enter, and refused there if they cannot work.
 
-Behind that door a path is absolute, without `~`, links and `..`: libraries differ in what they make of those.
+Behind that door a path is absolute, without `~`, links and `..`: libraries differ in what they
+make of those.
 """
 
 import os
@@ -93,8 +94,8 @@ def check_writable(folder: Path, name: str) -> None:
 def check_run_folder(folder: Path, name: str) -> None:
     """Raises `PathError` unless runs can be kept in `folder`, or in folders below it; arguments as of `check_writable`.
 
-    Orbax 0.12 finds the parts of a checkpoint by a pattern that begins with the folder's own path: in a folder such as
-    `p[1]` it finds none, and what it saves cannot be read.
+    Orbax 0.12 finds the parts of a checkpoint by a pattern that begins with the folder's own path:
+    in a folder such as `p[1]` it finds none, and what it saves cannot be read.
     """
     if found := re.search(r"[*?[]", str(folder)):
         raise PathError(

@@ -1,7 +1,7 @@
 """The mesh, and one table from logical axes to mesh axes.
 
-Every parameter carries the logical names of its axes; `RULES` says which mesh axis splits each. A name without a rule
-is an error, and so is a rule that no parameter uses (tested).
+Every parameter carries the logical names of its axes; `RULES` says which mesh axis splits each. A
+name without a rule is an error, and so is a rule that no parameter uses (tested).
 """
 
 import dataclasses
@@ -91,8 +91,9 @@ def make_mesh(config: Config, devices: list[jax.Device] | None = None) -> Mesh:
     check_divisible(config, sizes)
     slow = (sizes.dcn_data, sizes.dcn_fsdp, sizes.dcn_expert, 1, 1, 1)
     fast = (sizes.data, sizes.fsdp, 1, sizes.expert, sizes.context, sizes.tensor)
-    # An array [*slow, *fast] of devices, in which each axis of the mesh is split in two, slow before fast. Within a
-    # group, an axis may take a part of a physical one: 8 x 8 of a torus of 4 x 4 x 4.
+    # An array [*slow, *fast] of devices, in which each axis of the mesh is split in two, slow
+    # before fast. Within a group, an axis may take a part of a physical one: 8 x 8 of a torus of
+    # 4 x 4 x 4.
     groups = _groups(devices, math.prod(slow))
     laid_out = [
         mesh_utils.create_device_mesh(fast, group, allow_split_physical_axes=True)
@@ -251,11 +252,12 @@ def has_context() -> bool:
 def whole(weight: Any, dtype: DTypeLike | None = None) -> jax.Array:
     """A parameter in a dtype, with all of its parts over `fsdp`, for the place that uses it.
 
-    Said explicitly, or XLA may split the activations instead, and gather the batch. The gradient goes back to the
-    parameter's own parts.
+    Said explicitly, or XLA may split the activations instead, and gather the batch. The gradient
+    goes back to the parameter's own parts.
 
     Args:
-      weight: an `nnx.Param` with logical `axes`; of a scanned one the value may lack the leading axis.
+      weight: an `nnx.Param` with logical `axes`; of a scanned one the value may lack the
+        leading axis.
       dtype: cast before it travels; None: as it is.
     """
     value = weight[...] if dtype is None else weight[...].astype(dtype)

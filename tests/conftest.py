@@ -10,8 +10,9 @@ import warnings
 
 # Before jax starts: tests must not depend on the machine's accelerator.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# jaxlib 0.10 compiles a small train step twice as fast without these emitters; later ones abort on the unknown flag.
-# tests/moe/test_optimized.py starts a process whose programs are as users run them.
+# jaxlib 0.10 compiles a small train step twice as fast without these emitters; later ones
+# abort on the unknown flag. tests/moe/test_optimized.py starts a process whose programs are
+# as users run them.
 if "MOEJAX_TESTS_OPTIMIZED" not in os.environ and importlib.metadata.version("jaxlib").startswith(
     "0.10."
 ):
@@ -19,19 +20,22 @@ if "MOEJAX_TESTS_OPTIMIZED" not in os.environ and importlib.metadata.version("ja
         os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false"
     )
 
-# Eight devices on two busy cores may wait for each other longer than the 40 s after which XLA ends the process.
+# Eight devices on two busy cores may wait for each other longer than the 40 s after which XLA ends
+# the process.
 if importlib.metadata.version("jaxlib").startswith("0.10."):
     os.environ["XLA_FLAGS"] = (
         os.environ.get("XLA_FLAGS", "") + " --xla_cpu_collective_call_terminate_timeout_seconds=300"
     ).strip()
 
-# What another file or process of this session has compiled is read from a folder, which ends with the session.
+# What another file or process of this session has compiled is read from a folder, which ends with
+# the session.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="moejax-tests-compiled-")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
-# The user's key, by which runs of these tests are known as the user's own, ends with the session, too.
+# The user's key, by which runs of these tests are known as the user's own, ends with the
+# session, too.
 os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="moejax-tests-state-")
 
 import jax

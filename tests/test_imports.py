@@ -224,7 +224,8 @@ def test_collectives_are_in_expert_parallel_alone():
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Attribute) and node.attr in collectives | {"shard_map"}
     }
-    # Attention on parts of a sequence says which arrays it needs whole, and XLA moves them; nothing moves between arms.
+    # Attention on parts of a sequence says which arrays it needs whole, and XLA moves them; nothing
+    # moves between arms.
     others = {
         ("nn/attention/grouped_query.py", "shard_map"),
         ("training/packed/arms.py", "shard_map"),

@@ -2,8 +2,8 @@
 
   moejax train --config=configs/routers/annealed.py --workdir=runs/routers/annealed
 
-A short form of dense-to-sparse gating (Nie et al. 2021): four choices until half of the run. As `softmax_topk.py` but
-for this.
+A short form of dense-to-sparse gating (Nie et al. 2021): four choices until half of the run. As
+`softmax_topk.py` but for this.
 """
 
 import runpy

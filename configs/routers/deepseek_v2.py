@@ -2,8 +2,8 @@
 
   moejax train --config=configs/routers/deepseek_v2.py --workdir=runs/routers/deepseek_v2
 
-The balance loss is one of each sequence, like its expert-level loss (DeepSeek-AI 2024, V2). As `softmax_topk.py` but
-for this.
+The balance loss is one of each sequence, like its expert-level loss (DeepSeek-AI 2024, V2). As
+`softmax_topk.py` but for this.
 """
 
 import runpy

@@ -2,8 +2,8 @@
 
   moejax train --config=configs/routers/hierarchical.py --workdir=runs/routers/hierarchical
 
-Four experts of width 64 cost what two of 128 do. Importance loss; the paper's load loss is not there. As
-`softmax_topk.py` but for this.
+Four experts of width 64 cost what two of 128 do. Importance loss; the paper's load loss is not
+there. As `softmax_topk.py` but for this.
 """
 
 import runpy

@@ -2,7 +2,8 @@
 
   moejax train --config=configs/routers/latent.py --workdir=runs/routers/latent
 
-Sigmoid scores, squared ReLU, a bias added to logits, shared experts averaged in. As `softmax_topk.py` but for this.
+Sigmoid scores, squared ReLU, a bias added to logits, shared experts averaged in. As
+`softmax_topk.py` but for this.
 """
 
 import runpy

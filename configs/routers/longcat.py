@@ -2,7 +2,8 @@
 
   moejax train --config=configs/routers/longcat.py --workdir=runs/routers/longcat
 
-Softmax scores, a centred selection bias, weights not renormalised. As `softmax_topk.py` but for this.
+Softmax scores, a centred selection bias, weights not renormalised. As `softmax_topk.py`
+but for this.
 """
 
 import runpy

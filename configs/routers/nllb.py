@@ -2,9 +2,9 @@
 
   moejax train --config=configs/routers/nllb.py --workdir=runs/routers/nllb
 
-A fifth of all choices lose their expert's output in training (Costa-jussa et al. 2022), after a warm-up; the capacity
-factor falls from 1.5 to 1.2. Slots are those of a packed row: its documents share them. As `softmax_topk.py` but for
-this.
+A fifth of all choices lose their expert's output in training (Costa-jussa et al. 2022), after a
+warm-up; the capacity factor falls from 1.5 to 1.2. Slots are those of a packed row: its documents
+share them. As `softmax_topk.py` but for this.
 """
 
 import runpy

@@ -2,8 +2,9 @@
 
   moejax train --config=configs/routers/noisy_topk.py --workdir=runs/routers/noisy_topk
 
-Clean logits and noise start at zero; both losses have weight 0.1, and there is no balance loss. The importance loss
-falls by half over the run, the load loss rises over its first tenth. As `softmax_topk.py` but for this.
+Clean logits and noise start at zero; both losses have weight 0.1, and there is no balance loss. The
+importance loss falls by half over the run, the load loss rises over its first tenth. As
+`softmax_topk.py` but for this.
 """
 
 import runpy

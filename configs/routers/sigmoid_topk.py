@@ -2,8 +2,9 @@
 
   moejax train --config=configs/routers/sigmoid_topk.py --workdir=runs/routers/sigmoid_topk
 
-The bias moves by 2e-3 a step (1e-3 in the much longer published run) and rests in the last tenth; the loss within
-sequences has weight 1e-4 in the first half, then half of it (DeepSeek-AI 2024). As `softmax_topk.py` but for this.
+The bias moves by 2e-3 a step (1e-3 in the much longer published run) and rests in the last tenth;
+the loss within sequences has weight 1e-4 in the first half, then half of it (DeepSeek-AI 2024). As
+`softmax_topk.py` but for this.
 """
 
 import runpy

@@ -2,8 +2,9 @@
 
   moejax train --config=configs/routers/sinkhorn.py --workdir=runs/routers/sinkhorn
 
-A plan over whole packed rows looks at later tokens and at other documents: a causal model needs `moe.allow_noncausal`,
-and its training loss flatters it. No auxiliary loss. As `softmax_topk.py` but for this.
+A plan over whole packed rows looks at later tokens and at other documents: a causal model needs
+`moe.allow_noncausal`, and its training loss flatters it. No auxiliary loss. As `softmax_topk.py`
+but for this.
 """
 
 import runpy

@@ -2,9 +2,9 @@
 
   moejax train --config=configs/routers/soft.py --workdir=runs/routers/soft
 
-Mixtures hold the tokens of all documents of a packed row, later ones included, so a causal model needs
-`moe.allow_noncausal`, and can read the answer: its losses mean nothing as a language model's. As `softmax_topk.py` but
-for this.
+Mixtures hold the tokens of all documents of a packed row, later ones included, so a causal model
+needs `moe.allow_noncausal`, and can read the answer: its losses mean nothing as a language model's.
+As `softmax_topk.py` but for this.
 """
 
 import runpy

@@ -2,8 +2,9 @@
 
   moejax train --config=configs/routers/softmax_topk.py --workdir=runs/routers/softmax_topk
 
-Two layers of width 128 with 16 experts of width 128, of which a token visits 2; BPE of 2048 on presidential addresses;
-rows of 128 tokens, 200 steps of 16 rows. A minute on two CPU cores. `docs/routers.md` compares what all of them reach.
+Two layers of width 128 with 16 experts of width 128, of which a token visits 2; BPE of 2048 on
+presidential addresses; rows of 128 tokens, 200 steps of 16 rows. A minute on two CPU cores.
+`docs/routers.md` compares what all of them reach.
 """
 
 from ml_collections import ConfigDict

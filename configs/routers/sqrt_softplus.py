@@ -2,8 +2,8 @@
 
   moejax train --config=configs/routers/sqrt_softplus.py --workdir=runs/routers/sqrt_softplus
 
-Two microbatches, each with a balance loss of its own, counted as Levanter does, 1/K at balance. As `softmax_topk.py`
-but for this.
+Two microbatches, each with a balance loss of its own, counted as Levanter does, 1/K at balance. As
+`softmax_topk.py` but for this.
 """
 
 import runpy

@@ -2,8 +2,9 @@
 
   moejax train --config=configs/routers/switch.py --workdir=runs/routers/switch
 
-Jitter on the router's input, balance loss of each device's tokens (Fedus et al. 2021). Slots are those of a packed row:
-its documents share them. As `softmax_topk.py` but for this; one expert of width 256 costs what two of 128 do.
+Jitter on the router's input, balance loss of each device's tokens (Fedus et al. 2021). Slots are
+those of a packed row: its documents share them. As `softmax_topk.py` but for this; one expert of
+width 256 costs what two of 128 do.
 """
 
 import runpy

@@ -2,9 +2,10 @@
 
   moejax train --config=configs/routers/vmoe.py --workdir=runs/routers/vmoe
 
-V-MoE's own importance and load losses, which fall by half (Riquelme et al. 2021). Priority by weight looks at later
-tokens: a causal model needs `moe.allow_noncausal`, and its training loss flatters it. Slots are those of a packed row:
-its documents share them. Evaluation is dropless. As `softmax_topk.py` but for this.
+V-MoE's own importance and load losses, which fall by half (Riquelme et al. 2021). Priority by
+weight looks at later tokens: a causal model needs `moe.allow_noncausal`, and its training loss
+flatters it. Slots are those of a packed row: its documents share them. Evaluation is dropless. As
+`softmax_topk.py` but for this.
 """
 
 import runpy

@@ -2,8 +2,9 @@
 
   python experiments/collapse/run.py [--from-results] [SCHEME ...]
 
-Without arguments all schemes, three seeds each; a run that is done is not run again (`runs/collapse/SCHEME-SEED`). With
---from-results nothing is run: figure and table are made from `results.json`.
+Without arguments all schemes, three seeds each; a run that is done is not run again
+(`runs/collapse/SCHEME-SEED`). With --from-results nothing is run: figure and table are made from
+`results.json`.
 """
 
 import json

@@ -3,12 +3,13 @@
   python experiments/launch/slurm.py --nodes=2 --gpus_per_node=8 --minutes=240 --jobs=3 --partition=NAME -- \
       --config=configs/small_moe.py --workdir=runs/small --config.mesh.fsdp=16 --config.train.batch_size=16
 
-What follows `--` goes to `moejax train`. The folder one submits from, the environment and the run directory must be on
-a file system that all nodes share. `--jobs=3` queues three jobs, each of which starts when the one before has ended and
-continues its run. `--cluster=local` starts the processes on this machine instead.
+What follows `--` goes to `moejax train`. The folder one submits from, the environment and the run
+directory must be on a file system that all nodes share. `--jobs=3` queues three jobs, each of which
+starts when the one before has ended and continues its run. `--cluster=local` starts the processes
+on this machine instead.
 
-submitit hands what it runs from process to process as a pickle in `--folder`; here that is a command, a list of words,
-and nothing else. moejax itself reads no pickles.
+submitit hands what it runs from process to process as a pickle in `--folder`; here that is a
+command, a list of words, and nothing else. moejax itself reads no pickles.
 """
 
 import argparse

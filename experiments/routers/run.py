@@ -2,7 +2,8 @@
 
   python experiments/routers/run.py [NAME ...]
 
-A recipe that is done is not run again; `runs/routers/NAME` holds its run. Figures of recipes that are not named stay.
+A recipe that is done is not run again; `runs/routers/NAME` holds its run. Figures of recipes that
+are not named stay.
 """
 
 import json

@@ -4,8 +4,8 @@
       --runner=pool --processes=2 --dir=runs/routing_sweep
   python experiments/routing_sweep/figures.py
 
-Two layers of width 32 on presidential addresses, BPE of 512, rows of 128 tokens. README.md beside this file has the
-question, what was predicted, and the answer.
+Two layers of width 32 on presidential addresses, BPE of 512, rows of 128 tokens. README.md beside
+this file has the question, what was predicted, and the answer.
 """
 
 from collections.abc import Iterator

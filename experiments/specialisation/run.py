@@ -2,9 +2,9 @@
 
   python experiments/specialisation/run.py [--from-results] [CONDITION ...]
 
-Without arguments all conditions; a run that is done is not run again (`runs/specialisation/CONDITION_SEED`), and
-figures of conditions that are not named stay. With --from-results nothing is run: figure and tables are made from
-`results.json`.
+Without arguments all conditions; a run that is done is not run again
+(`runs/specialisation/CONDITION_SEED`), and figures of conditions that are not named stay. With
+--from-results nothing is run: figure and tables are made from `results.json`.
 """
 
 import json

@@ -33,13 +33,14 @@ def bench_compiled(
 
     Args:
       shape: of the layer; its load does not matter.
-      implementations: names from `implementations_of`; none: what "auto" stands for there, and `ragged_dot`.
+      implementations: names from `implementations_of`; none: what "auto" stands for there, and
+        `ragged_dot`.
       dtype: of tokens and weights.
       target: the device.
 
     Returns:
-      A row for each direction and implementation, the dense layer first: whether it fits the memory of the target, and
-      figures, unless the compiler refuses what does not.
+      A row for each direction and implementation, the dense layer first: whether it fits the memory
+      of the target, and figures, unless the compiler refuses what does not.
 
     Raises:
       TargetError: the target's compiler or an implementation is missing there.
@@ -103,7 +104,8 @@ def _row(shape: Shape, direction: str, target: Target, lowered: Any) -> dict[str
 def arithmetic_of(compiled: Any, target: Target) -> Arithmetic:
     """What a program compiled for a target computes.
 
-    From its text; on TPU from what the compiler says, which counts what lies between the products, too.
+    From its text; on TPU from what the compiler says, which counts what lies between the
+    products, too.
 
     Raises:
       UnknownKernelError: it calls a kernel whose arithmetic is not known.

@@ -28,11 +28,13 @@ def bench_compiled_step(config: Config, target: Target, topology: str) -> dict[s
       topology: how many of them; see `target_devices`.
 
     Returns:
-      Whether it fits the memory of a device, bytes that a device holds at most (`peak_bytes`), and bytes that it sends
-      in a step (`wire_bytes`) with the collectives by kind and axis; None where the compiler refuses what does not fit.
+      Whether it fits the memory of a device, bytes that a device holds at most (`peak_bytes`), and
+      bytes that it sends in a step (`wire_bytes`) with the collectives by kind and axis; None where
+      the compiler refuses what does not fit.
 
     Raises:
-      TargetError: the target's compiler is missing, or does not know the topology, or the mesh cannot be laid over it.
+      TargetError: the target's compiler is missing, or does not know the topology, or the mesh
+        cannot be laid over it.
       ConfigError: the config does not fit the devices.
     """
     topology = topology or target.smallest

@@ -1,7 +1,8 @@
 """The experts of one layer by every implementation, over a dense layer with the same active FLOPs.
 
-Tokens are dispatched, go through their experts and are combined; choices and weights are given, so the router is not
-part of it. The dense layer is written in its fastest form: two products in, one out, weights as arguments.
+Tokens are dispatched, go through their experts and are combined; choices and weights are given, so
+the router is not part of it. The dense layer is written in its fastest form: two products in, one
+out, weights as arguments.
 """
 
 import dataclasses
@@ -180,7 +181,8 @@ def _run_sorted(x_BLD: jax.Array, chosen: Chosen, weights: ExpertWeights) -> jax
         (-num_tokens * top_k % weights.down_EFD.shape[0], x_TD.shape[1]), x_TD.dtype
     )
     y_RD = apply_slotted(jnp.concatenate([*[x_TD] * top_k, rest_RD]), weights)
-    # Not as reshapes and sums over K, which XLA:CPU does not fuse: they took half as long as the products.
+    # Not as reshapes and sums over K, which XLA:CPU does not fuse: they took half as long as
+    # the products.
     parts = [
         y_RD[k * num_tokens : (k + 1) * num_tokens] * weights_TK[:, k : k + 1] for k in range(top_k)
     ]

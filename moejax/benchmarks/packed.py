@@ -1,9 +1,9 @@
 """What packing arms saves: a sweep of seeds, packed, beside the same runs one after another.
 
-Every side is what a user would start, from the start of the process to the last checkpoint: `moejax train` for each
-seed, of which the first compiles and the others find its programs; one process that trains one after another, with
-compiled programs kept from before; and the pack, which compiles (`packed`) or has its programs from before
-(`packed_again`).
+Every side is what a user would start, from the start of the process to the last checkpoint: `moejax
+train` for each seed, of which the first compiles and the others find its programs; one process that
+trains one after another, with compiled programs kept from before; and the pack, which compiles
+(`packed`) or has its programs from before (`packed_again`).
 """
 
 import os
@@ -55,7 +55,8 @@ def bench_packed(config: Config, repetitions: int) -> dict[str, Any]:
 class _Sides:
     """The four ways, each in a folder that did not exist before.
 
-    Programs that are kept from before stay where they are: jax does not find those of a copied folder.
+    Programs that are kept from before stay where they are: jax does not find those of a
+    copied folder.
     """
 
     def __init__(self, config: Config, folder: Path):

@@ -25,8 +25,9 @@ def bench_in_processes(
       num: of processes.
 
     Returns:
-      The rows that a process gives, one row for a benchmark without rows. A figure that differs between processes is
-      `{"median": ..., "lowest": ..., "highest": ...}`; quartiles within a process are left out.
+      The rows that a process gives, one row for a benchmark without rows. A figure that differs
+      between processes is `{"median": ..., "lowest": ..., "highest": ...}`; quartiles within a
+      process are left out.
 
     Raises:
       ChildError: a process failed.

@@ -82,7 +82,8 @@ class Watched:
     """The same interval as in training: every output is kept, summed up and written, with alarms.
 
     Attributes:
-      write_seconds: how long the fetching and writing of each interval took, with nothing else under way.
+      write_seconds: how long the fetching and writing of each interval took, with nothing
+        else under way.
     """
 
     def __init__(self, config: Config, workdir: Path):

@@ -38,7 +38,8 @@ def interleave(
     Args:
       programs: each runs once when called, and returns the arrays to wait for.
       repetitions: of all of them.
-      warm_up: so many turns before are not counted: they compile, and fill caches and the allocator.
+      warm_up: so many turns before are not counted: they compile, and fill caches and
+        the allocator.
 
     Returns:
       Times by name.

@@ -1,8 +1,9 @@
 """The `moejax` command: one file per verb.
 
-A verb module has a docstring (its help), `define(flag_values, arguments)` and `run(flag_values, rest)`. A user's
-mistake is one line on standard error and exit code 2; `--debug` shows the traceback. Nothing that is typed is dropped:
-flags that a verb does not have, flags given twice and words that mean nothing to it are refused before it begins.
+A verb module has a docstring (its help), `define(flag_values, arguments)` and `run(flag_values,
+rest)`. A user's mistake is one line on standard error and exit code 2; `--debug` shows the
+traceback. Nothing that is typed is dropped: flags that a verb does not have, flags given twice and
+words that mean nothing to it are refused before it begins.
 """
 
 import difflib
@@ -53,7 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
       argv: what follows `moejax`; the process's arguments by default.
 
     Returns:
-      The exit code: 0, 1 for a failed run, 2 for a user's mistake, 130 when interrupted. (A watchdog ends a hanging
+      The exit code: 0, 1 for a failed run, 2 for a user's mistake, 130 when interrupted. (A
+        watchdog ends a hanging
       step with 3.) One of several processes exits here if it fails, without waiting for the others.
     """
     _write_any_text()

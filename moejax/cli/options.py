@@ -35,7 +35,8 @@ def read_config_flag(values: FlagValues, varied: Collection[str] = ()) -> Config
 
     Args:
       values: parsed flags.
-      varied: keys that a sweep varies: leaves of the recipe that need them may be read in some of its arms.
+      varied: keys that a sweep varies: leaves of the recipe that need them may be read in some
+        of its arms.
 
     Raises:
       UsageError: no `--config`.
@@ -87,7 +88,8 @@ def meet_as_flagged(values: FlagValues, verb: str) -> contextlib.AbstractContext
     """What `define_processes` asks for: within it, several processes are one machine.
 
     Raises:
-      UsageError: half of the flags, values that cannot work, or several processes launched that would not meet.
+      UsageError: half of the flags, values that cannot work, or several processes launched that
+        would not meet.
     """
     if not 1 <= values.wait_s <= LONGEST_WAIT_S:
         raise UsageError(

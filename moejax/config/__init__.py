@@ -1,8 +1,9 @@
 """The experiment's configuration: frozen dataclasses, their validation, and the traced scalars.
 
-A recipe in `configs/` returns a `ConfigDict` that holds every leaf (`default()`); `resolve` turns it into a frozen
-`Config`, derives what is derived and refuses what cannot work, before anything is traced. Scalars that change no
-array shape travel apart, in one `Knobs` pytree, so that changing them recompiles nothing.
+A recipe in `configs/` returns a `ConfigDict` that holds every leaf (`default()`); `resolve` turns
+it into a frozen `Config`, derives what is derived and refuses what cannot work, before anything is
+traced. Scalars that change no array shape travel apart, in one `Knobs` pytree, so that changing
+them recompiles nothing.
 """
 
 from moejax.config.errors import ConfigError as ConfigError

@@ -13,16 +13,18 @@ from moejax.config.sections.root import Config
 class Knobs:
     """Traced scalars, float32: they change no shape, so changing them recompiles nothing and they can be `vmap`ped.
 
-    Each but the first two has the name of its leaf in `moe`. Where that leaf is 0, its term may be left out of the
-    compiled program, and the knob has no effect.
+    Each but the first two has the name of its leaf in `moe`. Where that leaf is 0, its term may be
+    left out of the compiled program, and the knob has no effect.
 
     Attributes:
-      seed: `train.seed`, int32, of what training draws; the initial weights and the order of rows have it elsewhere.
+      seed: `train.seed`, int32, of what training draws; the initial weights and the order of rows
+        have it elsewhere.
       learning_rate: `optimizer.learning_rate`, the highest; the schedule multiplies it.
-      balance_weight, sequence_balance_weight, importance_weight, vmoe_importance_weight, load_weight, vmoe_load_weight,
+      balance_weight, sequence_balance_weight, importance_weight, vmoe_importance_weight,
+      load_weight, vmoe_load_weight,
         z_weight: coefficients of each layer's loss of that name.
-      capacity_factor: limits the slots used per expert; buffers have the size of `moe.capacity_factor`, so larger
-        values have no effect.
+      capacity_factor: limits the slots used per expert; buffers have the size of
+        `moe.capacity_factor`, so larger values have no effect.
       jitter: half the width of the uniform factor on the router's input.
       noise_scale: multiplies the noise on the logits.
       bias_rate: step of the selection bias.

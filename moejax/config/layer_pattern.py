@@ -1,7 +1,7 @@
 """Which layer of the model has which experts: the pattern, and layers that differ from it.
 
-`moe.first_dense` and `moe.every` say which layers are MoE layers; `moe.per_layer` changes some of them. From that come
-the runs of equal layers that the model scans.
+`moe.first_dense` and `moe.every` say which layers are MoE layers; `moe.per_layer` changes some of
+them. From that come the runs of equal layers that the model scans.
 """
 
 import dataclasses
@@ -70,8 +70,8 @@ def layer_kinds(moe: MoeConfig, num_layers: int, seq_len: int) -> tuple[MoeConfi
       seq_len: for leaves that are derived from it.
 
     Raises:
-      ConfigError: `moe.per_layer` cannot be read, names a layer that is absent or dense, or changes a leaf that layers
-        share.
+      ConfigError: `moe.per_layer` cannot be read, names a layer that is absent or dense, or changes
+        a leaf that layers share.
     """
     if moe.num_experts == 0:
         require(
@@ -198,7 +198,8 @@ def _changed(kind: MoeConfig, changes: dict[str, Any], seq_len: int) -> MoeConfi
     }
     changes = open_leaves | changes
     kind = derive_moe(dataclasses.replace(kind, **changes), seq_len)
-    # What does not go with a layer's router is left out there, for losses and knobs are the whole model's.
+    # What does not go with a layer's router is left out there, for losses and knobs are the
+    # whole model's.
     unfit: list[str] = [] if kind.router == "noisy_topk" else ["load_weight", "vmoe_load_weight"]
     if not ROUTER_RULES[kind.router].takes_capacity:
         unfit += ["sequence_balance_weight", "importance_weight", "vmoe_importance_weight"]

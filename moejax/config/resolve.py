@@ -42,8 +42,8 @@ def resolve(source: object, *, typed: Collection[str] = (), varied: Collection[s
     """Turns a `ConfigDict` or nested mapping into a checked `Config`.
 
     Args:
-      source: sections of leaves, of which those that are absent take their defaults. Whatever else a recipe may return
-        is refused.
+      source: sections of leaves, of which those that are absent take their defaults. Whatever else
+        a recipe may return is refused.
       typed: dotted keys that were given beside a recipe, see `unread.refuse_unread`.
       varied: dotted keys that a sweep varies, likewise.
 
@@ -51,8 +51,8 @@ def resolve(source: object, *, typed: Collection[str] = (), varied: Collection[s
       A `Config` with derived leaves filled in (`moe.d_expert`, `moe.score`).
 
     Raises:
-      ConfigError: an unknown key, a wrong type, a value out of range, an impossible combination, or a leaf that is set
-        and that nothing reads under the other choices.
+      ConfigError: an unknown key, a wrong type, a value out of range, an impossible combination, or
+        a leaf that is set and that nothing reads under the other choices.
     """
     config = resolve_recorded(source)
     refuse_unread(config, typed=typed, varied=varied)
@@ -100,7 +100,8 @@ def _section(section: str, given: Any) -> Any:
 def _derive(config: Config) -> Config:
     moe = config.moe
     has_width = moe.d_expert > 0 or moe.num_experts == 0
-    # Where it cannot be derived, every layer may have a width of its own: `validate` looks at those that have none.
+    # Where it cannot be derived, every layer may have a width of its own: `validate` looks at those
+    # that have none.
     if not has_width and config.model.d_ff % moe.top_k == 0:
         moe = dataclasses.replace(moe, d_expert=config.model.d_ff // moe.top_k)
     return dataclasses.replace(config, moe=derive_moe(moe, config.data.seq_len))

@@ -14,7 +14,8 @@ class RouterRules:
       takes_capacity: whether tokens choose, so that an expert can overflow.
       is_causal: whether a token's routing is independent of later tokens, in training too.
       draws: whether it draws random numbers in training.
-      can_limit: whether a token can do with fewer than `moe.top_k` experts: weights follow from the selection alone.
+      can_limit: whether a token can do with fewer than `moe.top_k` experts: weights follow from the
+        selection alone.
       is_fixed: whether the selection follows from no logits.
     """
 

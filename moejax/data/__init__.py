@@ -1,8 +1,8 @@
 """From documents to batches: the tokens a step trains on, as a pure function of (seed, step, process).
 
-The path: `sources` yields documents, `tokenizers` turns them into ids, `packing` lays the ids out in fixed rows, `rows`
-prepares those rows once on disk, `batches` shuffles and stacks them. Nothing here loads `tensorflow_datasets` or
-`grain` before it is used.
+The path: `sources` yields documents, `tokenizers` turns them into ids, `packing` lays the ids out
+in fixed rows, `rows` prepares those rows once on disk, `batches` shuffles and stacks them. Nothing
+here loads `tensorflow_datasets` or `grain` before it is used.
 """
 
 from moejax.data.batches import Batch, TrainBatches, eval_batches

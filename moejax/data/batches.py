@@ -1,7 +1,8 @@
 """Rows into batches. Batch `step` is a pure function of (seed, step, rows): the input's state is the step number.
 
-The global order of rows does not depend on the number of processes. Each takes those rows of a global batch that its
-devices hold, so a run may continue on another number of processes and see the same data.
+The global order of rows does not depend on the number of processes. Each takes those rows of a
+global batch that its devices hold, so a run may continue on another number of processes and see
+the same data.
 """
 
 import dataclasses
@@ -30,12 +31,13 @@ class Batch:
     Attributes:
       tokens_BL: int32, inputs.
       targets_BL: int32, the token after each input.
-      segments_BL: int32, the piece each input belongs to: 1, 2, ... within a row, 0 for padding. Attention must not
-        look from one into another.
+      segments_BL: int32, the piece each input belongs to: 1, 2, ... within a row, 0 for padding.
+        Attention must not look from one into another.
       positions_BL: int32, position of each input in its piece, from 0.
-      loss_mask_BL: bool, whether the target is a real token of the same piece as the input. False at the last token of
-        a piece, though its segment is not 0.
-      documents_BL: int32, the document of each input by its place in the split, -1 for padding; None in training.
+      loss_mask_BL: bool, whether the target is a real token of the same piece as the input. False
+        at the last token of a piece, though its segment is not 0.
+      documents_BL: int32, the document of each input by its place in the split, -1 for padding;
+        None in training.
     """
 
     tokens_BL: Any
@@ -81,7 +83,8 @@ class TrainBatches:
         import grain
 
         rows_here = _checked_rows(batch_size, rows)
-        # Grain adds the epoch to the shuffle's seed: spread the seeds, or seed 0 would begin where seed 1 continues.
+        # Grain adds the epoch to the shuffle's seed: spread the seeds, or seed 0 would begin where
+        # seed 1 continues.
         shuffle_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
         ordered = grain.MapDataset.source(corpus.rows("train")).shuffle(seed=shuffle_seed).repeat()
 
@@ -107,8 +110,9 @@ def eval_batches(
 ) -> Generator[Batch]:
     """Yields batches that cover every row of a split exactly once, in order; of each, the given rows (None: all).
 
-    The last batch is filled up with rows of padding, so all batches have the same shapes and all processes the same
-    number of them. Summed over all rows, `loss_mask_BL` counts `corpus.num_tokens[split]`.
+    The last batch is filled up with rows of padding, so all batches have the same shapes and all
+    processes the same number of them. Summed over all rows, `loss_mask_BL` counts
+    `corpus.num_tokens[split]`.
 
     Raises:
       ConfigError: there is no such batch.

@@ -1,10 +1,10 @@
 """Documents into rows of a fixed number of slots, without a token lost or repeated as a target.
 
-The stream of a document is `[bos, t_1 .. t_n, eos]`: n + 1 predictions. It is cut into pieces of at most L = seq_len
-predictions, and neighbouring pieces share one token (the last target of one is the first input of the next), so every
-token but `bos` is a target exactly once. A row has L + 1 slots, inputs and targets together. A full piece fills a row;
-shorter ones share rows by first-fit decreasing bin packing [1], marked by segments, between which attention must not
-look.
+The stream of a document is `[bos, t_1 .. t_n, eos]`: n + 1 predictions. It is cut into pieces of at
+most L = seq_len predictions, and neighbouring pieces share one token (the last target of one is the
+first input of the next), so every token but `bos` is a target exactly once. A row has L + 1 slots,
+inputs and targets together. A full piece fills a row; shorter ones share rows by first-fit
+decreasing bin packing [1], marked by segments, between which attention must not look.
 
 [1] D. S. Johnson, "Near-optimal bin packing algorithms", 1973.
 """
@@ -45,8 +45,9 @@ def pack(streams: Iterable[Sequence[int]], seq_len: int) -> Iterator[Row]:
       seq_len: L.
 
     Yields:
-      Rows of int32 arrays [L + 1]: `tokens`; `segments`, 1, 2, ... per piece and 0 for padding; `positions`, from 0 in
-      each piece; `documents`, which of the streams a piece is of, counted from 0. Padding is 0, and -1 in `documents`.
+      Rows of int32 arrays [L + 1]: `tokens`; `segments`, 1, 2, ... per piece and 0 for padding;
+      `positions`, from 0 in each piece; `documents`, which of the streams a piece is of, counted
+      from 0. Padding is 0, and -1 in `documents`.
     """
     waiting: list[Piece] = []
     slots = 0

@@ -1,8 +1,9 @@
 """Prepares a corpus once, as rows on disk, and opens it ever after.
 
-`prepare` finds or learns the tokenizer, then finds or writes the rows. Each is a folder below `data.directory` whose
-name ends in a hash of everything that determines its contents, written under another name first and renamed when
-complete, so an interrupted preparation leaves nothing that could be mistaken for a finished one.
+`prepare` finds or learns the tokenizer, then finds or writes the rows. Each is a folder below
+`data.directory` whose name ends in a hash of everything that determines its contents, written under
+another name first and renamed when complete, so an interrupted preparation leaves nothing that
+could be mistaken for a finished one.
 """
 
 import contextlib
@@ -62,7 +63,8 @@ class Corpus:
       num_bytes: UTF-8 bytes of the documents by split.
       num_documents: documents by split.
       directory: where the rows are.
-      digests: SHA-256 of the small files beside the rows, by name; of rows prepared by older versions none.
+      digests: SHA-256 of the small files beside the rows, by name; of rows prepared by older
+        versions none.
     """
 
     tokenizer: Tokenizer

@@ -1,8 +1,9 @@
 """Text to token ids and back, exactly: raw bytes, or byte-pair encoding (BPE) learnt from the training split.
 
-Both tokenizers are lossless: `decode(encode(text)) == text` for every string, whatever its whitespace, because no text
-is normalised and a character outside the vocabulary is written as its UTF-8 bytes. Ids 0, 1 and 2 are padding, begin of
-document and end of document in both; `encode` never produces them.
+Both tokenizers are lossless: `decode(encode(text)) == text` for every string, whatever its
+whitespace, because no text is normalised and a character outside the vocabulary is written as its
+UTF-8 bytes. Ids 0, 1 and 2 are padding, begin of document and end of document in both; `encode`
+never produces them.
 """
 
 import hashlib
@@ -125,8 +126,9 @@ class ByteTokenizer:
 class SentencePieceTokenizer:
     """BPE with byte fallback, held as a serialized sentencepiece model.
 
-    sentencepiece writes a space as U+2581 and so cannot tell it from a real U+2581; here that character is written as
-    its three bytes, and decoding joins the bytes of each piece itself, which makes the round trip exact.
+    sentencepiece writes a space as U+2581 and so cannot tell it from a real U+2581; here that
+    character is written as its three bytes, and decoding joins the bytes of each piece itself,
+    which makes the round trip exact.
     """
 
     kind = "bpe"
@@ -207,12 +209,14 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> SentencePieceT
       The tokenizer. Each line is one sentence, nothing is normalised, and digits stand alone.
 
     Raises:
-      ConfigError: the text has too few distinct pieces or too many distinct characters for `vocab_size`.
+      ConfigError: the text has too few distinct pieces or too many distinct characters for
+        `vocab_size`.
     """
     import sentencepiece
 
     model = io.BytesIO()
-    # Collected first: an exception inside an iterator that sentencepiece reads would come out as a RuntimeError.
+    # Collected first: an exception inside an iterator that sentencepiece reads would come out as a
+    # RuntimeError.
     lines = list(_training_lines(texts))
     if not lines:
         raise ConfigError(

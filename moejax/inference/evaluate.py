@@ -35,9 +35,10 @@ def evaluate_run(
     Args:
       workdir: the run directory.
       step: a saved step; None takes the newest.
-      mesh: of all devices; None splits the batch over as many as divide it, with the weights on each of them.
-      replicas: experts are placed by the load of the run's newest evaluation, with so many copies on each device;
-        None: in order, without copies.
+      mesh: of all devices; None splits the batch over as many as divide it, with the weights on
+        each of them.
+      replicas: experts are placed by the load of the run's newest evaluation, with so many copies
+        on each device; None: in order, without copies.
       places: where the user says that the run's text is.
 
     Returns:

@@ -1,7 +1,7 @@
 """Autoregressive sampling: one pass over the prompts, then a token at a time with cached keys and values.
 
-Prompts of a batch may differ in length: they are padded on the right, and each sequence keeps its own position. What a
-padded position wrote to the cache is overwritten before anything sees it.
+Prompts of a batch may differ in length: they are padded on the right, and each sequence keeps its
+own position. What a padded position wrote to the cache is overwritten before anything sees it.
 """
 
 import dataclasses
@@ -45,15 +45,16 @@ def generate(
     """Continues prompts, yielding the next token of each as soon as it is known.
 
     Args:
-      model: the decoder; one that is given whole is taken apart in each call, which needs memory for its weights once
-        more. Routing is dropless, so that a sequence does not depend on the others of its batch, unless
-        `moe.eval_capacity_factor` limits it, of which the log tells.
+      model: the decoder; one that is given whole is taken apart in each call, which needs memory
+        for its weights once more. Routing is dropless, so that a sequence does not depend on the
+        others of its batch, unless `moe.eval_capacity_factor` limits it, of which the log tells.
       tokenizer: the run's own.
       prompts: texts; each is preceded by the begin-of-document token.
       max_tokens: how many tokens to add at most.
       temperature: logits are divided by it; 0 takes the most probable token.
       top_p: sample from the smallest set of most probable tokens whose probability reaches this.
-      seed: of the sampling; sequence i draws from its own stream, so that it does not depend on the others.
+      seed: of the sampling; sequence i draws from its own stream, so that it does not depend
+        on the others.
 
     Yields:
       For each step a list with one token id per prompt; None once its document has ended.
@@ -124,8 +125,8 @@ class Sampling:
       temperature: logits are divided by it.
       top_p: mass of the nucleus; its most probable token always belongs to it.
       keys_B: one key per sequence.
-      method: what is compiled: `greedy` takes the most probable token, `all` draws from all tokens, `nucleus` from the
-        most probable ones.
+      method: what is compiled: `greedy` takes the most probable token, `all` draws from all tokens,
+        `nucleus` from the most probable ones.
     """
 
     temperature: Float[Array, ""]
@@ -167,8 +168,8 @@ def sample(
 def _sample_nucleus(scaled_BV: jax.Array, top_p: jax.Array, keys_B: jax.Array) -> jax.Array:
     """Draws from the smallest set of most probable tokens whose probability reaches `top_p`; of equals the first count.
 
-    All tokens are sorted only in a step in which a nucleus is larger than `CANDIDATES`. A draw belongs to a rank, so
-    that it does not depend on how many ranks are looked at.
+    All tokens are sorted only in a step in which a nucleus is larger than `CANDIDATES`. A draw
+    belongs to a rank, so that it does not depend on how many ranks are looked at.
 
     Source: Holtzman et al. 2020 (nucleus sampling, section 3.1).
     """

@@ -1,8 +1,9 @@
 """A decoder taken apart for decoding: one program for each kind of layer, called layer after layer.
 
-A scan over layers copies the weights of a layer, of all its experts, before it uses them, and its cache twice. Where a
-step computes little, that is most of its time. Here each layer has arrays of its own: weights are read where they lie,
-caches are written in place, and what is compiled does not grow with the number of layers.
+A scan over layers copies the weights of a layer, of all its experts, before it uses them, and its
+cache twice. Where a step computes little, that is most of its time. Here each layer has arrays of
+its own: weights are read where they lie, caches are written in place, and what is compiled does not
+grow with the number of layers.
 """
 
 import functools
@@ -50,9 +51,10 @@ class LayeredDecoder:
 
         Args:
           tokens_BL: the next tokens of each sequence.
-          positions_BL: their positions, which are also the slots they fill; slots behind a sequence's end may hold
-            anything, for they are written before they are seen.
-          cache: from `init_cache` or an earlier call, with the keys and values of the earlier positions; overwritten.
+          positions_BL: their positions, which are also the slots they fill; slots behind a
+            sequence's end may hold anything, for they are written before they are seen.
+          cache: from `init_cache` or an earlier call, with the keys and values of the earlier
+            positions; overwritten.
           is_token_BL: False behind the end of a sequence; None: all are tokens.
 
         Returns:

@@ -27,7 +27,8 @@ class LoadedRun:
       model: the decoder.
       tokenizer: the run's own.
       step: of the checkpoint.
-      mesh: over which the weights are split, to be in context where the model is called; None: they are on one device.
+      mesh: over which the weights are split, to be in context where the model is called; None: they
+        are on one device.
       workdir: the run directory; None for a model that was made in memory.
     """
 

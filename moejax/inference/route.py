@@ -20,8 +20,9 @@ SHORTEST = 64
 def padded_length(loaded: LoadedRun, length: int) -> int:
     """Positions of a row that holds `length` tokens: a power of two, so that few programs serve many texts.
 
-    Where routing depends on the length of the row, padding included, it is the length itself: experts that choose
-    tokens (expert_choice), and evaluation with a capacity. The mesh may need a few positions more.
+    Where routing depends on the length of the row, padding included, it is the length itself:
+    experts that choose tokens (expert_choice), and evaluation with a capacity. The mesh may need a
+    few positions more.
     """
     if _depends_on_length(loaded.config):
         parts = 1 if loaded.mesh is None else loaded.mesh.shape["context"]
@@ -46,7 +47,8 @@ def route_rows(
     """Routes rows of tokens as evaluation does: nothing is drawn at random.
 
     Args:
-      loaded: the model; B must be a multiple of what its mesh splits the batch into (`rows_at_once`).
+      loaded: the model; B must be a multiple of what its mesh splits the batch into
+        (`rows_at_once`).
       tokens_BL: token ids.
       segments_BL: number of the piece within its row, 0 at padding.
       positions_BL: positions within the piece.

@@ -17,8 +17,9 @@ def takes_numpy(function: Callable[Parameters, Result]) -> Callable[Parameters, 
 
     So are floating-point scalars of NumPy; integers, which may be sizes, stay as they are.
 
-    Traced values cannot index a NumPy array, which has no `at` either: without this, what works on its own fails under
-    `jax.grad` or `jax.jit` with arrays of NumPy that are no arguments of the differentiated function.
+    Traced values cannot index a NumPy array, which has no `at` either: without this, what works on
+    its own fails under `jax.grad` or `jax.jit` with arrays of NumPy that are no arguments of the
+    differentiated function.
     """
 
     @functools.wraps(function)

@@ -1,8 +1,9 @@
 """Grouped products of several models at once: what `vmap` over the arms of a sweep makes of them.
 
-Plain `vmap` would run a loop whose turns depend on data for as long as its slowest arm needs, and throw away what it
-computes for the others; kernels cannot be `vmap`ped at all. But A arms of E groups are one product of A * E groups. The
-rows of an arm that belong to no group join its last one as zeros, so that the next arm's begin where groups end.
+Plain `vmap` would run a loop whose turns depend on data for as long as its slowest arm needs, and
+throw away what it computes for the others; kernels cannot be `vmap`ped at all. But A arms of E
+groups are one product of A * E groups. The rows of an arm that belong to no group join its last one
+as zeros, so that the next arm's begin where groups end.
 """
 
 from collections.abc import Callable

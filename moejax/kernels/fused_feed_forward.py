@@ -1,10 +1,11 @@
 """The experts' feed-forward networks from tokens to tokens in one pass over grouped rows, for CPU.
 
-What a layer of separate steps writes and reads again (rows of tokens, hidden units, rows of outputs) stays within a
-tile: it gathers its rows from the tokens, multiplies by gate and up projections in one product, activates, multiplies
-by the combine weight, and by the down projection. Between forward and backward only the projections of the rows are
-kept. The backward pass forms every gradient in one loop of the same kind; that of a combine weight needs no output:
-for y = w * act(h) @ down it is the sum of act(h) * (dy @ down^T).
+What a layer of separate steps writes and reads again (rows of tokens, hidden units, rows of
+outputs) stays within a tile: it gathers its rows from the tokens, multiplies by gate and up
+projections in one product, activates, multiplies by the combine weight, and by the down projection.
+Between forward and backward only the projections of the rows are kept. The backward pass forms
+every gradient in one loop of the same kind; that of a combine weight needs no output: for y = w *
+act(h) @ down it is the sum of act(h) * (dy @ down^T).
 """
 
 import functools
@@ -52,16 +53,16 @@ def feed_forward(
       gate_up_EDPF: P projections of every expert.
       down_EFD: the projection out of every expert.
       row_TK: the row of a choice among the rows sorted by expert; R where it has none.
-      choice_R: the choice t * K + k in a row; T * K where the row is empty. R is `max_rows` plus the largest of
-        `sizes`, for the last tile may reach there.
+      choice_R: the choice t * K + k in a row; T * K where the row is empty. R is `max_rows` plus
+        the largest of `sizes`, for the last tile may reach there.
       group_sizes_E: rows of each expert.
       activate: from P arrays `[rows, F]` to the hidden units `[rows, F]`.
       sizes: of tiles, rising; see `tile_sizes`.
       max_rows: no more rows are in groups; None: T * K.
 
     Returns:
-      The outputs, in the dtype of `x_TD` with float32 accumulation; zeros for a token without rows. An expert without
-      rows has exactly zero gradient.
+      The outputs, in the dtype of `x_TD` with float32 accumulation; zeros for a token without rows.
+      An expert without rows has exactly zero gradient.
 
     Raises:
       ValueError: too few spare rows.
@@ -125,9 +126,10 @@ def _over_arms(
 ):
     """`function` of these arrays; `vmap` over the arms of a sweep makes one call of A * E experts of it.
 
-    Plain `vmap` would run each loop over tiles for as long as the fullest of an expert's arms needs, and throw away
-    what it computes for the others. Here arms lie one behind another, with the spare rows of each between them. The
-    results have tokens, rows or experts on their first axis, as `others` do.
+    Plain `vmap` would run each loop over tiles for as long as the fullest of an expert's arms
+    needs, and throw away what it computes for the others. Here arms lie one behind another, with
+    the spare rows of each between them. The results have tokens, rows or experts on their first
+    axis, as `others` do.
     """
 
     @custom_vmap
@@ -269,7 +271,8 @@ def _backward_rows(
             """Gradients of rows in their places, and the tile's part in those of the matrices."""
             dx_RD, dweight_R = carry
             token_b = take(token_R, row, size)
-            # Rows past the group's end are of other experts, or undefined: they must not reach the matrices.
+            # Rows past the group's end are of other experts, or undefined: they must not reach
+            # the matrices.
             is_row_b1 = (row + jnp.arange(size) < groups.ends_E[e])[:, None]
             x_bD, dy_bD = (
                 jnp.where(is_row_b1, _gather(a_TD, token_b), 0) for a_TD in (x_TD, dy_TD)
@@ -331,8 +334,8 @@ def _gather(x_TD, token_b):
 def _matrix(w_EPQ, e):
     """The matrix of one expert in float32.
 
-    XLA:CPU slices bfloat16 by way of float32 and would convert all matrices before the loop, as they do not change in
-    it: behind a barrier with `e` they might.
+    XLA:CPU slices bfloat16 by way of float32 and would convert all matrices before the loop, as
+    they do not change in it: behind a barrier with `e` they might.
     """
     w_EPQ, e = lax.optimization_barrier((w_EPQ, e))
     return _wide(lax.dynamic_index_in_dim(w_EPQ, e, keepdims=False))

@@ -17,15 +17,16 @@ def project(
 ) -> jax.Array:
     """Contracts the last axes of `x` with the first axes of `weight`.
 
-    Both are viewed as matrices: XLA:CPU computes the gradient of a product with several batch axes two to three times
-    slower than that of a plain matrix product.
+    Both are viewed as matrices: XLA:CPU computes the gradient of a product with several batch axes
+    two to three times slower than that of a plain matrix product.
 
     Args:
       x: `[*tokens, *contracted]`.
       weight: `[*contracted, *features]`.
       num_contracted: how many axes are contracted.
       out_dtype: of the result, in which it is accumulated; the dtype of `x` by default.
-      precision: of `jax.lax.Precision`; without "highest", accelerators round float32 before they multiply it.
+      precision: of `jax.lax.Precision`; without "highest", accelerators round float32 before they
+        multiply it.
 
     Returns:
       `[*tokens, *features]`.

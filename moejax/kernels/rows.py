@@ -14,8 +14,8 @@ def add_rows(
 ) -> Float[Array, "T D"]:
     """For each token the sum of its rows, times their weights if there are any; those out of range add nothing.
 
-    Products and sums are float32, and the result has the dtype of the rows. A gather for each of the K: XLA:CPU does
-    not fuse one gather of all with the sum, which takes three times as long.
+    Products and sums are float32, and the result has the dtype of the rows. A gather for each of
+    the K: XLA:CPU does not fuse one gather of all with the sum, which takes three times as long.
     """
 
     def add(k, sum_TD):

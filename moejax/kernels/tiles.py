@@ -1,8 +1,9 @@
 """Loops over rows sorted by group, in tiles: how much each group has to do is known only when the program runs.
 
-A tile is a fixed number of rows, so a group whose rows do not fill its tiles pays for rows it does not have. Several
-sizes of tiles keep that waste small: as many of the largest as fit, and one more of the smallest size that takes the
-rest. All loops are `lax.fori_loop`s; the program has the same size for any number of groups.
+A tile is a fixed number of rows, so a group whose rows do not fill its tiles pays for rows it does
+not have. Several sizes of tiles keep that waste small: as many of the largest as fit, and one more
+of the smallest size that takes the rest. All loops are `lax.fori_loop`s; the program has the same
+size for any number of groups.
 """
 
 import dataclasses
@@ -25,8 +26,9 @@ FEW_ROWS = 4096
 def tile_sizes(num_rows: int, num_groups: int) -> tuple[int, ...]:
     """Rising sizes of tiles for `num_rows` rows in `num_groups` groups, from the mean group alone.
 
-    Groups differ from their mean, mostly by less than half of it: sizes lie close together around the mean. Products of
-    fewer than 64 rows run at less than the full speed, those of more than 512 gain nothing.
+    Groups differ from their mean, mostly by less than half of it: sizes lie close together around
+    the mean. Products of fewer than 64 rows run at less than the full speed, those of more than 512
+    gain nothing.
     """
     mean = num_rows // num_groups
     if mean < 4 and num_rows < FEW_ROWS:
@@ -52,7 +54,8 @@ class Groups:
       order_E: those with rows, then the others, each in rising order.
       starts_E: first row of each group.
       ends_E: first row after each group.
-      counts_ES: how many tiles of each size take the rest of a group: one 1, or zeros for a group without rows.
+      counts_ES: how many tiles of each size take the rest of a group: one 1, or zeros for a group
+        without rows.
       num_full_E: how many of the largest take the rows before the rest.
     """
 
@@ -71,7 +74,8 @@ class Groups:
         """Tiles of these sizes for groups of these sizes, whose first rows are in rising order."""
         num_full_E = jnp.maximum(group_sizes_E - 1, 0) // sizes[-1]
         rest_E = group_sizes_E - num_full_E * sizes[-1]
-        # Not as arrays of sizes: under `vmap` constants of the traced function count as batched, which it may not have.
+        # Not as arrays of sizes: under `vmap` constants of the traced function count as batched,
+        # which it may not have.
         is_rest = [
             (rest_E > below) & (rest_E <= upto) for below, upto in itertools.pairwise((0, *sizes))
         ]
@@ -107,12 +111,13 @@ class Groups:
     ) -> Carry:
         """Runs `rest(size, first row, carry)` for the group's last tile, and then `full` for those before it.
 
-        The last tile may reach past the group's end: what it writes there must be of no use to a group before.
+        The last tile may reach past the group's end: what it writes there must be of no use to a
+        group before.
         """
         start, num_full, largest = self.starts_E[group], self.num_full_E[group], self.sizes[-1]
         for i, size in enumerate(self.sizes):
-            # The row must depend on the loop's index: XLA would move the whole body out of a loop that ignores it, and
-            # run it whether the loop does or not.
+            # The row must depend on the loop's index: XLA would move the whole body out of a loop
+            # that ignores it, and run it whether the loop does or not.
             def one(j, carry, size=size):
                 return rest(size, start + (num_full + j) * largest, carry)
 

@@ -13,8 +13,8 @@ def varying_axes(x: jax.Array) -> frozenset[str]:
 def vary_alike(*arrays: jax.Array) -> tuple[jax.Array, ...]:
     """Gives the arrays the union of their varying axes.
 
-    The transpose of this cast is a `psum`: it is what sums the gradient of replicated weights over devices. Outside
-    `shard_map` it does nothing.
+    The transpose of this cast is a `psum`: it is what sums the gradient of replicated weights over
+    devices. Outside `shard_map` it does nothing.
     """
     union = frozenset().union(*map(varying_axes, arrays))
     return tuple(_vary(x, union) for x in arrays)

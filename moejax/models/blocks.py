@@ -1,8 +1,9 @@
 """Blocks, and stacks of them scanned over layers.
 
-A `Stack` holds one block whose parameters carry a leading axis of layers, and scans it: the traced program has the same
-size for any depth. A block is a `Block` (one layer) or a `Period` (some dense layers and a MoE layer), so that stacks
-nest: "every other layer is MoE" is a stack of periods, each with a stack of dense blocks inside.
+A `Stack` holds one block whose parameters carry a leading axis of layers, and scans it: the traced
+program has the same size for any depth. A block is a `Block` (one layer) or a `Period` (some dense
+layers and a MoE layer), so that stacks nest: "every other layer is MoE" is a stack of periods, each
+with a stack of dense blocks inside.
 """
 
 import dataclasses

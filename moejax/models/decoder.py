@@ -25,13 +25,15 @@ NO_TOKEN = -1e30
 class Decoder(nnx.Module):
     """Embedding, stacks of blocks, norm, logits.
 
-    The layers follow `moe.first_dense` and `moe.every`: first the dense ones, then periods of `every - 1` dense layers
-    and a MoE layer, then what is left of an incomplete period, dense. `moe.per_layer` changes some of them.
+    The layers follow `moe.first_dense` and `moe.every`: first the dense ones, then periods of
+    `every - 1` dense layers and a MoE layer, then what is left of an incomplete period, dense.
+    `moe.per_layer` changes some of them.
     """
 
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
         width, vocab = config.model.d_model, config.vocab_size
-        # Standard deviation 1/sqrt(D) gives logits of unit scale; `embed` multiplies by sqrt(D) on the way in.
+        # Standard deviation 1/sqrt(D) gives logits of unit scale; `embed` multiplies by sqrt(D) on
+        # the way in.
         init = jax.nn.initializers.normal(width**-0.5)
         self.embedding = nnx.Param(init(rngs.params(), (vocab, width)), axes=("vocab", "embed"))
         self.stacks = nnx.List(make_stacks(config, rngs))
@@ -56,15 +58,17 @@ class Decoder(nnx.Module):
 
         Args:
           tokens_BL: token ids.
-          segments_BL: number of the document within its row, 0 at padding; attention stays within a document.
+          segments_BL: number of the document within its row, 0 at padding; attention stays
+            within a document.
           positions_BL: position within the document.
           knobs: traced scalars, in training; None is evaluation.
           keys_B: a key per row for what training draws at random; None draws nothing.
           trace: keep token-level routing in the statistics.
 
         Returns:
-          Logits, float32, and the `RoutingStats` of each run of equal MoE layers (`Config.moe_runs`), with a leading
-          axis of its layers; `stats.join` makes one of all. Empty for a dense model.
+          Logits, float32, and the `RoutingStats` of each run of equal MoE layers
+          (`Config.moe_runs`), with a leading axis of its layers; `stats.join` makes one of all.
+          Empty for a dense model.
         """
         context = Context(
             positions_BL=positions_BL,
@@ -86,7 +90,8 @@ class Decoder(nnx.Module):
           experts_NP: the expert in each slot of each MoE layer, from `moe.placement.place`.
 
         Raises:
-          PlacementError: another number of layers, or an expert without a slot; or a router that does not send tokens.
+          PlacementError: another number of layers, or an expert without a slot; or a router that
+            does not send tokens.
         """
         config = self.config
         if len(experts_NP) != config.num_moe_layers:

@@ -15,8 +15,8 @@ class ParameterCount:
 
     Attributes:
       total: all of them.
-      active: those that take part in one token's forward pass: of E experts, K (fewer where a token chooses zero,
-        identity or constant experts). Embeddings count in full.
+      active: those that take part in one token's forward pass: of E experts, K (fewer where a token
+        chooses zero, identity or constant experts). Embeddings count in full.
     """
 
     total: int

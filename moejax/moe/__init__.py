@@ -4,7 +4,8 @@ The path of a batch through one layer:
 
     x_BLD -> logits_BLE -> Routing(experts, weights, probs) -> rows grouped by expert -> experts -> combine -> y_BLD
 
-plus `RoutingStats`, sums from which losses and metrics are computed after they were added up over the whole batch.
+plus `RoutingStats`, sums from which losses and metrics are computed after they were added up over
+the whole batch.
 
 Axis letters, used in names (`x_BLD`, `gate_up_EDPF`), einsum strings and docstrings alike:
 

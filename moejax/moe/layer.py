@@ -82,7 +82,8 @@ class MoE(nnx.Module):
       d_model: width of the residual stream, D.
       dtype: the compute dtype.
       vocab_size: rows of a hash router's table.
-      limit: experts per token at first, at most `moe.top_k`, where training changes them; None where it does not.
+      limit: experts per token at first, at most `moe.top_k`, where training changes them; None
+        where it does not.
       rngs: for the parameters.
     """
 
@@ -138,7 +139,8 @@ class MoE(nnx.Module):
         """Gives experts other places, and some of them several, of all layers of a stack; not for training.
 
         Args:
-          experts_NP: the expert in each slot, from `moe.placement.place`; parameters have a leading axis of N layers.
+          experts_NP: the expert in each slot, from `moe.placement.place`; parameters have a leading
+            axis of N layers.
         """
         copies = Copies.of(experts_NP, self.config.num_experts)
         for name in ("gate_up", "down", "gate_up_bias", "down_bias"):
@@ -155,9 +157,10 @@ class MoE(nnx.Module):
     def block(self, is_blocked_E: Bool[np.ndarray, "*layers E"]) -> None:
         """Keeps tokens from experts: the next in rank take their place; not for training.
 
-        Scores and their normalisation over all experts stay as they are, but for `sparse_mixer`, where only experts
-        that are left compete. Groups of experts are ranked by those that are left, and a token visits further groups
-        where its own have too few: it visits K experts wherever K are left.
+        Scores and their normalisation over all experts stay as they are, but for `sparse_mixer`,
+        where only experts that are left compete. Groups of experts are ranked by those that are
+        left, and a token visits further groups where its own have too few: it visits K experts
+        wherever K are left.
 
         Args:
           is_blocked_E: which experts; with a leading axis of layers where parameters have one.
@@ -200,7 +203,8 @@ class MoE(nnx.Module):
         Returns:
           The layer's output, zeros at padding, and its `RoutingStats`.
         """
-        # Whatever stands at padding, NaN too, would reach sums over tokens in spite of weights of 0.
+        # Whatever stands at padding, NaN too, would reach sums over tokens in spite of
+        # weights of 0.
         x_BLD = jnp.where(info.is_token_BL[..., None], x_BLD, 0)
         with jax.named_scope("route"):
             logits = self.router(self._jittered(x_BLD.astype(jnp.float32), info))
@@ -215,7 +219,8 @@ class MoE(nnx.Module):
     def _with_shared(self, y_BLD, x_BLD, info: TokenInfo):
         """The routed output with that of the shared experts.
 
-        Added with weight 1 (DeepSeekMoE), weighed by a sigmoid of the token (Qwen1.5-MoE), or averaged (Command).
+        Added with weight 1 (DeepSeekMoE), weighed by a sigmoid of the token (Qwen1.5-MoE), or
+        averaged (Command).
         """
         shared_BLD = self.shared(x_BLD).astype(jnp.float32)
         if self.config.shared_combine == "gated":

@@ -1,8 +1,9 @@
 """Parameters and arithmetic of a model, in closed form from its configuration.
 
-Nothing is allocated or traced, so that a sweep can count hundreds of models, and match them by search. The truth about
-parameters is `moejax.models.parameters.count_parameters`, which builds the model; tests compare the two. The
-arithmetic is compared with the matrix products of compiled programs.
+Nothing is allocated or traced, so that a sweep can count hundreds of models, and match them by
+search. The truth about parameters is `moejax.models.parameters.count_parameters`, which builds
+the model; tests compare the two. The arithmetic is compared with the matrix products of
+compiled programs.
 """
 
 import collections
@@ -22,10 +23,12 @@ class Flops:
 
     Attributes:
       projections: of attention: query, key, value and output.
-      scores: of attention with all positions of the row, and the sums of values by them. The mask saves nothing.
+      scores: of attention with all positions of the row, and the sums of values by them. The mask
+        saves nothing.
       dense: of dense feed-forward layers.
       router: logits, and the noise on them.
-      experts: those that a token chooses, with the projections into and out of their width; what `soft` mixes.
+      experts: those that a token chooses, with the projections into and out of their width; what
+        `soft` mixes.
       shared: what every token visits beside them: shared experts, their gate, constant experts.
       logits: of the vocabulary.
     """
@@ -50,7 +53,8 @@ class Count:
 
     Attributes:
       total: parameters.
-      active: those that take part in one token's forward pass, as `models.parameters.ParameterCount` says.
+      active: those that take part in one token's forward pass, as
+        `models.parameters.ParameterCount` says.
       experts: those of the experts that tokens are routed to, which `mesh.expert` splits.
       flops: arithmetic per token, by part.
     """
@@ -80,13 +84,15 @@ class _Layer:
 def count(config: Config) -> Count:
     """Counts the parameters and the arithmetic of training.
 
-    The arithmetic is what the mathematics of the model asks for, three times that of the forward pass: matrix products
-    alone, `moe.top_k` experts of a token (at most `moe.num_experts`; where a token chooses zero, identity or constant
-    experts they are fewer), attention over the whole row of `data.seq_len` positions. Where experts choose, their slots
-    are spread over the tokens of a row, and parts are rounded to whole numbers.
+    The arithmetic is what the mathematics of the model asks for, three times that of the forward
+    pass: matrix products alone, `moe.top_k` experts of a token (at most `moe.num_experts`; where a
+    token chooses zero, identity or constant experts they are fewer), attention over the whole row
+    of `data.seq_len` positions. Where experts choose, their slots are spread over the tokens of a
+    row, and parts are rounded to whole numbers.
 
-    Left out is what an implementation adds: the sum of outputs by their weights, slots that stay empty, recomputation
-    (`model.remat`, blocks of long rows, the first pass of `train.accumulation`), and what `schedule.top_k` takes away.
+    Left out is what an implementation adds: the sum of outputs by their weights, slots that stay
+    empty, recomputation (`model.remat`, blocks of long rows, the first pass of
+    `train.accumulation`), and what `schedule.top_k` takes away.
 
     Args:
       config: resolved.

@@ -1,10 +1,11 @@
 """What accelerators can do at most, and model FLOPs utilisation (MFU): the share of it that a run uses for its model.
 
-MFU (Chowdhery et al. 2022, PaLM, appendix B) is the arithmetic that the mathematics of the model asks for, per second,
-over the peak of all devices. The arithmetic is that of `moejax.planning.count.count`, forward and backward: matrix
-products of the parameters that a token uses, so of its `moe.top_k` experts alone, and attention with all positions of
-the row, of which the causal mask takes nothing off. What is computed again (remat), empty slots, and padding count as
-nothing.
+MFU (Chowdhery et al. 2022, PaLM, appendix B) is the arithmetic that the mathematics of the model
+asks for, per second, over the peak of all devices. The arithmetic is that of
+`moejax.planning.count.count`, forward and backward: matrix products of the parameters that a
+token uses, so of its `moe.top_k` experts alone, and attention with all positions of the row, of
+which the causal mask takes nothing off. What is computed again (remat), empty slots, and padding
+count as nothing.
 """
 
 import jax
@@ -18,7 +19,8 @@ PEAK_BFLOAT16 = {
     "NVIDIA A100-SXM4-80GB": 312e12,
     "NVIDIA A100-PCIE-40GB": 312e12,
     "NVIDIA A100 80GB PCIe": 312e12,
-    # NVIDIA H100 Tensor Core GPU data sheet: 1,979 TFLOPS (SXM) and 1,513 (PCIe) with sparsity, of which half without.
+    # NVIDIA H100 Tensor Core GPU data sheet: 1,979 TFLOPS (SXM) and 1,513 (PCIe) with sparsity, of
+    # which half without.
     "NVIDIA H100 80GB HBM3": 989.5e12,
     "NVIDIA H100 PCIe": 756.5e12,
     # NVIDIA H200 Tensor Core GPU data sheet: 1,979 TFLOPS with sparsity.
@@ -44,7 +46,8 @@ def utilisation_of_token(config: Config) -> float | None:
       config: resolved.
 
     Returns:
-      None where it is not known: the device is not in `PEAK_BFLOAT16`, the model does not compute in bfloat16, or its
+      None where it is not known: the device is not in `PEAK_BFLOAT16`, the model does not compute
+        in bfloat16, or its
       arithmetic changes with `schedule.top_k`.
     """
     peak = PEAK_BFLOAT16.get(jax.devices()[0].device_kind)

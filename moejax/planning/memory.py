@@ -1,7 +1,8 @@
 """Whether a training can fit the memory of its devices, before anything is traced.
 
-Plain integer arithmetic on the configuration gives what a step holds at the same time at the very least; what XLA adds
-is left out, so that nothing is refused that works. `moejax bench compiled_step` says what a step really takes.
+Plain integer arithmetic on the configuration gives what a step holds at the same time at the very
+least; what XLA adds is left out, so that nothing is refused that works. `moejax bench
+compiled_step` says what a step really takes.
 """
 
 import contextlib

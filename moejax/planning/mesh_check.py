@@ -1,6 +1,7 @@
 """One tiny batch through the exchange of a configuration, on its mesh, compared with one device that has all experts.
 
-Widths are as small as the mesh allows; experts, choices, strategy, buffers and chunks are those of the configuration.
+Widths are as small as the mesh allows; experts, choices, strategy, buffers and chunks are those of
+the configuration.
 """
 
 import dataclasses
@@ -75,7 +76,8 @@ def check_mesh(config: Config, mesh: Mesh) -> MeshCheck:
     strategy = choose(how, slow, fast, moe.num_experts, top_k)
     how = dataclasses.replace(how, strategy=strategy)
     shardings = [NamedSharding(mesh, spec) for spec in SPECS]
-    # Results lie as the arguments do: the output like the tokens, and a gradient like what it is of.
+    # Results lie as the arguments do: the output like the tokens, and a gradient like
+    # what it is of.
     run = jax.jit(
         _layer(how, moe.grouped_matmul), out_shardings=tuple(shardings[i] for i in (0, 0, 1, 2, 3))
     )
@@ -126,7 +128,8 @@ def _draw(config: Config, mesh: Mesh, load: str) -> list[np.ndarray]:
         TOKENS_OF_CHUNK * moe.exchange_chunks * mesh.shape["context"],
     )
     d_model, width = 8 * mesh.shape["fsdp"], 8 * mesh.shape["tensor"]
-    # Whatever is drawn, the experts of a token differ; "on one expert" has the first one among them all.
+    # Whatever is drawn, the experts of a token differ; "on one expert" has the first one
+    # among them all.
     scores_BLE = rng.random((batch, length, moe.num_experts)) + (load != LOADS[0]) * (
         np.arange(moe.num_experts) == 0
     )

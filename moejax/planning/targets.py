@@ -27,7 +27,8 @@ class Target:
       name: what users call it.
       platform: of jax.
       extra: what to install for its compiler.
-      smallest: the smallest topology that its compiler knows: chips of a TPU by axis, or slices, hosts and GPUs.
+      smallest: the smallest topology that its compiler knows: chips of a TPU by axis, or slices,
+        hosts and GPUs.
       properties: of a GPU, as its compiler reads them.
       memory_bytes: of a device; 0: the compiler knows, and refuses what does not fit.
     """
@@ -62,7 +63,8 @@ def _gpu(
 TARGETS = {
     target.name: target
     for target in (
-        # Streaming multiprocessors, bandwidth and sizes as XLA lists them (xla/backends/gpu/target_config/specs).
+        # Streaming multiprocessors, bandwidth and sizes as XLA lists them
+        # (xla/backends/gpu/target_config/specs).
         _gpu("h100", "NVIDIA H100 80GB HBM3", 132, 9, 3352, 52428800, 84942979072),
         _gpu("b200", "NVIDIA B200", 148, 10, 7672, 132644864, 191514411008),
         Target("v5p", "tpu", "tpu", "2x2x1"),
@@ -87,8 +89,8 @@ def target_devices(target: Target, topology: str = "") -> list[jax.Device]:
 
     Args:
       target: their kind.
-      topology: how many and how they are joined, such as "4x4x4" chips of a v5p in a torus, or "1x8x8": one slice of
-        8 hosts with 8 GPUs; the smallest by default.
+      topology: how many and how they are joined, such as "4x4x4" chips of a v5p in a torus, or
+        "1x8x8": one slice of 8 hosts with 8 GPUs; the smallest by default.
 
     Raises:
       TargetError: the compiler is missing, or does not know the topology.
@@ -122,7 +124,8 @@ def has_compiler(target: Target) -> bool:
 
 
 def _tpu_devices(target: Target, topology: str):
-    # libtpu asks the machine it runs on for these: not to find out that it has no TPU takes minutes.
+    # libtpu asks the machine it runs on for these: not to find out that it has no TPU
+    # takes minutes.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-16")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")

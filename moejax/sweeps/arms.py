@@ -94,7 +94,8 @@ class Plan:
 
     Attributes:
       arms: in the order of the points, each configuration once; dense controls behind them.
-      duplicates: points that resolve to the configuration of an arm before them: overrides, and that arm's id.
+      duplicates: points that resolve to the configuration of an arm before them: overrides, and
+        that arm's id.
       changes: what matching changed, a line for each setting, whatever its seeds.
     """
 
@@ -113,20 +114,22 @@ def plan_arms(
 ) -> Plan:
     """Applies every point to a recipe and checks what comes out.
 
-    Points without experts that differ in leaves of experts alone are one configuration, that of their dense control.
+    Points without experts that differ in leaves of experts alone are one configuration, that of
+    their dense control.
 
     Args:
       base: the recipe: sections of leaves.
       points: what arms override.
-      match: what arms have in common with the recipe: active parameters, all parameters or FLOPs of training; "" for
-        nothing.
-      adjust: what is changed for it: the width of experts (of dense layers in a dense arm), or with match="flops" the
-        number of steps.
-      dense_control: whether matched arms get dense ones beside them, one for each setting of all that is no experts'.
+      match: what arms have in common with the recipe: active parameters, all parameters or FLOPs of
+        training; "" for nothing.
+      adjust: what is changed for it: the width of experts (of dense layers in a dense arm), or with
+        match="flops" the number of steps.
+      dense_control: whether matched arms get dense ones beside them, one for each setting of all
+        that is no experts'.
 
     Raises:
-      SweepError: no points, or more than 100,000; or points that cannot work, all of which are counted and the first
-        ten named.
+      SweepError: no points, or more than 100,000; or points that cannot work, all of which are
+        counted and the first ten named.
       MatchError: no such match, or parameters matched by steps.
       ConfigError: the recipe itself cannot work, and is matched with.
     """

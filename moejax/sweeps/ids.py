@@ -1,7 +1,8 @@
 """The id of a configuration: the same in every version of moejax that computes the same from it.
 
-An id hashes all leaves that there were when sweeps first had ids, and of later leaves those that differ from their
-default. So a new leaf, whose default must mean what was done before, gives no arm of an earlier sweep another id.
+An id hashes all leaves that there were when sweeps first had ids, and of later leaves those that
+differ from their default. So a new leaf, whose default must mean what was done before, gives no arm
+of an earlier sweep another id.
 """
 
 import hashlib

@@ -1,8 +1,9 @@
 """Matched arms: what a sweep varies changes how large a model is, and matching takes that back.
 
-Each arm gets experts of such a width, a dense one a feed-forward layer of such a width, or so many steps, that it has
-the number of the recipe: active parameters, all parameters, or FLOPs of training. What is counted is the whole model,
-with shared experts, latent projections and layers that differ, by `planning.count`.
+Each arm gets experts of such a width, a dense one a feed-forward layer of such a width, or so many
+steps, that it has the number of the recipe: active parameters, all parameters, or FLOPs of
+training. What is counted is the whole model, with shared experts, latent projections and layers
+that differ, by `planning.count`.
 """
 
 import dataclasses
@@ -53,7 +54,8 @@ class Target:
     Attributes:
       match: what is equal, not "".
       adjust: what is changed for it; "steps" goes with "flops" alone.
-      number: of the recipe: parameters, FLOPs per token or, to adjust steps, FLOPs of the whole training.
+      number: of the recipe: parameters, FLOPs per token or, to adjust steps, FLOPs of the
+        whole training.
     """
 
     match: Match
@@ -65,7 +67,8 @@ class Target:
         """The recipe's number.
 
         Raises:
-          MatchError: there is no such number, or it is one of parameters, which steps do not change.
+          MatchError: there is no such number, or it is one of parameters, which steps
+            do not change.
         """
         if match not in NAMES:
             raise MatchError(f"match={match} must be one of {', '.join(NAMES)}")

@@ -17,8 +17,8 @@ def pack_arms(arms: Sequence[Arm], largest: int) -> tuple[Ids, ...]:
       largest: arms of a pack at most; 1 trains each alone, as arms are that no pack can hold.
 
     Returns:
-      The ids of each pack; packs of one program follow one another and differ by one arm in size at most. Programs come
-      in the order of their first arms.
+      The ids of each pack; packs of one program follow one another and differ by one arm in size at
+      most. Programs come in the order of their first arms.
     """
     by_program: dict[object, list[str]] = {}
     for arm in arms:

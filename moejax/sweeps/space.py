@@ -1,8 +1,9 @@
 """What a sweep varies: points, and spaces that are made of axes.
 
-A point is a dict of dotted config keys to values: what an arm overrides in the recipe. A space is an iterable of points
-that can be iterated again; a list of points can stand for one. Axes are spaces of one key, and functions put spaces
-together: `product`, `zip_`, `chain`, `where`. Ranges have no points to go through; a search draws values from them.
+A point is a dict of dotted config keys to values: what an arm overrides in the recipe. A space is
+an iterable of points that can be iterated again; a list of points can stand for one. Axes are
+spaces of one key, and functions put spaces together: `product`, `zip_`, `chain`, `where`. Ranges
+have no points to go through; a search draws values from them.
 """
 
 import abc
@@ -160,7 +161,8 @@ def product(*spaces: Any) -> Space:
     """Every combination of their points; the rightmost changes fastest.
 
     Raises:
-      SpaceError: a key is in several of them: at once where they are axes, else when they are gone through.
+      SpaceError: a key is in several of them: at once where they are axes, else when they are
+        gone through.
     """
     return _Product(_spaces("product", spaces))
 

@@ -1,7 +1,8 @@
 """What the rows of a sweep say: comparisons at an equal fraction of the schedule, means over seeds, fronts.
 
-A row is an arm. Columns `override/KEY` are the raw axes, what the sweep itself set; arms that agree in all of them but
-`train.seed` are one setting, measured once for each seed. All functions are pure: frames in, frames out.
+A row is an arm. Columns `override/KEY` are the raw axes, what the sweep itself set; arms that agree
+in all of them but `train.seed` are one setting, measured once for each seed. All functions are
+pure: frames in, frames out.
 """
 
 import json
@@ -38,8 +39,9 @@ OF_THE_END = ("final/", "best/", "tail/", "median/", "tokens", "flops_total", "w
 def frame_of(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     """Rows as a table: a column for every key of any row, and at least those of `COLUMNS`.
 
-    Axes and matched leaves keep their values as they are, of whatever kinds, and None where an arm has none; texts
-    too. All other columns are numbers: NaN where a row has none, or one that is not finite.
+    Axes and matched leaves keep their values as they are, of whatever kinds, and None where an
+    arm has none; texts too. All other columns are numbers: NaN where a row has none, or one that
+    is not finite.
     """
     names = dict.fromkeys([*COLUMNS, *(name for row in rows for name in row)])
     columns = {}
@@ -100,17 +102,17 @@ def is_number(value: Any) -> bool:
 def at_fraction(frame: pd.DataFrame, fraction: float = 1.0) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The arms that can be compared at one fraction of their schedule, and the others.
 
-    At 1 those are the arms that are done and whose last evaluation is finite. Below, those with a finite evaluation
-    within half a step of that fraction, whatever became of them later.
+    At 1 those are the arms that are done and whose last evaluation is finite. Below, those with a
+    finite evaluation within half a step of that fraction, whatever became of them later.
 
     Args:
       frame: of `frame_of`.
       fraction: of the planned steps, above 0 and at most 1.
 
     Returns:
-      The compared arms with the columns `at/step`, `at/eval/loss` and `at/eval/bits_per_byte` (NaN where the record
-      does not tell); below a fraction of 1 without the columns that tell of an arm's end. And `arm`, `status`,
-      `fraction` and `reason` of those that are left out.
+      The compared arms with the columns `at/step`, `at/eval/loss` and `at/eval/bits_per_byte` (NaN
+      where the record does not tell); below a fraction of 1 without the columns that tell of an
+      arm's end. And `arm`, `status`, `fraction` and `reason` of those that are left out.
 
     Raises:
       ValueError: another fraction.
@@ -176,9 +178,10 @@ def settings_of(frame: pd.DataFrame, metrics: Sequence[str]) -> pd.DataFrame:
       metrics: columns; one that the frame lacks is NaN throughout.
 
     Returns:
-      The raw axes (also those with one level) but the seed, `arms` (a tuple), and of each metric its mean, under its
-      own name, with its standard error `METRIC/se` (sample deviation over the root of n; NaN of a single value) and
-      `METRIC/n`, the number of arms that have the metric. In the order of the frame.
+      The raw axes (also those with one level) but the seed, `arms` (a tuple), and of each metric
+      its mean, under its own name, with its standard error `METRIC/se` (sample deviation over the
+      root of n; NaN of a single value) and `METRIC/n`, the number of arms that have the metric. In
+      the order of the frame.
     """
     axes = [str(name) for name in frame.columns if str(name).startswith(OVERRIDE) and name != SEED]
     groups: dict[tuple[Hashable, ...], list[int]] = {}
@@ -235,7 +238,8 @@ def pareto_front(settings: pd.DataFrame, metrics: Sequence[str]) -> np.ndarray:
       metrics: columns of it.
 
     Returns:
-      A bool for each row; False for rows that lack one of the metrics. Of equal rows, all or none are True.
+      A bool for each row; False for rows that lack one of the metrics. Of equal rows, all or
+      none are True.
     """
     values_RM = settings[list(metrics)].to_numpy(np.float64)
     is_known_R = np.isfinite(values_RM).all(axis=1)

@@ -25,9 +25,10 @@ class EvalOutput:
     Attributes:
       sums: over its targets and tokens.
       coactivation_NEE: tokens that visit both experts of a pair, int32; None for a dense model.
-      probe_NTK: the experts of the first `PROBE_TOKENS` tokens of its first row, as `experts_by_token` gives them; None
-        for a dense model.
-      nats_by_domain_G2: cross-entropy and number of the targets of each domain, float32; None without domains.
+      probe_NTK: the experts of the first `PROBE_TOKENS` tokens of its first row, as
+        `experts_by_token` gives them; None for a dense model.
+      nats_by_domain_G2: cross-entropy and number of the targets of each domain, float32; None
+        without domains.
     """
 
     sums: Sums
@@ -41,7 +42,8 @@ def make_eval_step(trainable: Trainable, num_domains: int = 0) -> Callable[..., 
 
     Args:
       trainable: the run's fixed part.
-      num_domains: above 0, the step takes a fourth argument: the domain of each target, int32 [B, L], -1 for none.
+      num_domains: above 0, the step takes a fourth argument: the domain of each target, int32 [B,
+        L], -1 for none.
     """
     return jax.jit(eval_step_of(trainable, num_domains), out_shardings=replicated(trainable.mesh))
 

@@ -30,11 +30,12 @@ class Evaluation:
       bits_per_byte: bits per byte of the original text, which does not depend on the tokenizer.
       num_targets: predicted tokens.
       load_NE: fraction of choices of each expert, by MoE layer; None for a dense model.
-      coactivation_NEE: tokens that visit both experts of a pair, by MoE layer; None for a dense model.
-      probe_NTK: the experts of each token of some rows spread over the split, always the same ones; None for a dense
-        model.
-      loss_by_domain: mean cross-entropy of the targets of each domain, nats per token; empty unless the corpus names
-        several domains.
+      coactivation_NEE: tokens that visit both experts of a pair, by MoE layer; None for a
+        dense model.
+      probe_NTK: the experts of each token of some rows spread over the split, always the same ones;
+        None for a dense model.
+      loss_by_domain: mean cross-entropy of the targets of each domain, nats per token; empty unless
+        the corpus names several domains.
     """
 
     loss: float
@@ -106,7 +107,8 @@ def evaluate(
       router_state: what routers carry besides.
       batches: this process's slices; padding is masked.
       num_bytes: UTF-8 bytes of the text behind the batches.
-      should_stop: asked before each batch; once it says True the evaluation is given up and None returned.
+      should_stop: asked before each batch; once it says True the evaluation is given up and
+        None returned.
       domains: from `domains_of`.
     """
     sums = EvaluationSums(domains)

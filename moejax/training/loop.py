@@ -57,8 +57,8 @@ class TrainResult:
       step: steps done.
       stopped_by: the signal that ended it early, or None.
       evaluation: of the final state; None if stopped early.
-      tokens_per_s: median over logging intervals; None if this call trained no whole interval, and in processes other
-        than the first.
+      tokens_per_s: median over logging intervals; None if this call trained no whole interval, and
+        in processes other than the first.
     """
 
     step: int
@@ -83,8 +83,10 @@ def train(
       config: from `config.resolve`.
       workdir: created if absent; a run of another configuration is refused.
       command: recorded in `config.json`.
-      stop: signals that somebody else listens for; by default SIGINT and SIGTERM are heard during this call.
-      on_evaluation: called with the step and its evaluation after each, in every process; it may ask `stop` for a stop.
+      stop: signals that somebody else listens for; by default SIGINT and SIGTERM are heard
+        during this call.
+      on_evaluation: called with the step and its evaluation after each, in every process; it may
+        ask `stop` for a stop.
 
     Returns:
       How it ended. A signal ends it after the step at hand, saved.

@@ -12,8 +12,9 @@ from moejax.config import OptimizerConfig
 def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
     """Learning rate by step, over its highest.
 
-    A linear warm-up, then cosine or linear decay, or 1 with a linear end (`wsd`). The schedule falls to
-    `final_fraction` at `num_steps`, whatever the fractions round to, unless the warm-up is the whole run.
+    A linear warm-up, then cosine or linear decay, or 1 with a linear end (`wsd`). The schedule
+    falls to `final_fraction` at `num_steps`, whatever the fractions round to, unless the warm-up is
+    the whole run.
     """
     peak, last = 1.0, config.final_fraction
     warmup_steps = round(config.warmup_fraction * num_steps)
@@ -38,8 +39,8 @@ def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
 def make_optimizer(config: OptimizerConfig, params: nnx.State) -> optax.GradientTransformation:
     """Clipping by the global norm, Adam moments and decoupled weight decay, without the learning rate.
 
-    The step multiplies by the scheduled rate itself, because the rate is scaled by a traced knob and follows the step
-    count of the run, which also counts skipped steps.
+    The step multiplies by the scheduled rate itself, because the rate is scaled by a traced knob
+    and follows the step count of the run, which also counts skipped steps.
 
     Args:
       config: the optimizer's leaves.

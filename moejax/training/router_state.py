@@ -18,7 +18,8 @@ def update_router_state(
     """The state after a step: selection biases, and for how long experts have been idle.
 
     Args:
-      state: arrays with a leading axis of the layers of a run, by path; runs in the order of the model.
+      state: arrays with a leading axis of the layers of a run, by path; runs in the order
+        of the model.
       routing: sums over the global batch of each run of MoE layers.
       config: of the training run.
       knobs: for the step of the bias.

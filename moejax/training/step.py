@@ -1,7 +1,7 @@
 """One training step: sums first, losses of the sums, then optax.
 
-The forward pass returns sums over tokens (`Sums`). Every loss is a pure function of the sums of the whole global batch,
-so that it is the same for any mesh and any gradient accumulation.
+The forward pass returns sums over tokens (`Sums`). Every loss is a pure function of the sums of the
+whole global batch, so that it is the same for any mesh and any gradient accumulation.
 """
 
 import dataclasses
@@ -37,7 +37,8 @@ class Sums:
     Attributes:
       nats: cross-entropy of the language model, float32.
       num_targets: predicted tokens, float32.
-      routing: `RoutingStats` of each run of equal MoE layers, stacked by layer; empty for a dense model.
+      routing: `RoutingStats` of each run of equal MoE layers, stacked by layer; empty for a
+        dense model.
     """
 
     nats: jax.Array
@@ -85,7 +86,8 @@ def forward_sums(
     Args:
       model: a `Decoder`.
       batch: packed rows `[B, L]`.
-      knobs: traced scalars of training; None is evaluation: dropless unless configured otherwise, and without noise.
+      knobs: traced scalars of training; None is evaluation: dropless unless configured otherwise,
+        and without noise.
       keys_B: a key per row, from which training draws.
       trace: keep token-level routing in the sums of routing.
     """
@@ -116,8 +118,8 @@ def add_sums(first: Sums, second: Sums) -> Sums:
 def row_keys(config: Config, knobs: Knobs, step: jax.Array, batch_size: int) -> jax.Array | None:
     """A key for each row of the global batch of a step, or None if nothing is drawn.
 
-    A pure function of seed, step and row: what is drawn depends neither on the mesh nor on accumulation, and a resumed
-    run draws what it would have drawn.
+    A pure function of seed, step and row: what is drawn depends neither on the mesh nor on
+    accumulation, and a resumed run draws what it would have drawn.
     """
     if not any(moe.draws for moe in config.moe_runs):
         return None
@@ -134,13 +136,14 @@ def losses(sums: Sums, knobs: Knobs, config: Config) -> dict[str, jax.Array]:
     """The language-model loss, the auxiliary losses and their total.
 
     Returns:
-      `loss/lm` is the mean cross-entropy in nats. `loss/balance`, `loss/z` and others are means over the MoE layers
-      that have them, unweighted; `loss/balance_weighted` and so on their contributions to `loss/total`: weight times
-      the sum over layers, as in the published systems, where each layer adds its own term.
+      `loss/lm` is the mean cross-entropy in nats. `loss/balance`, `loss/z` and others are means
+      over the MoE layers that have them, unweighted; `loss/balance_weighted` and so on their
+      contributions to `loss/total`: weight times the sum over layers, as in the published systems,
+      where each layer adds its own term.
 
     Raises:
-      ValueError: while tracing, if the sums are not those of as many layers as the configuration has MoE layers: a
-        layer's losses would be silently absent.
+      ValueError: while tracing, if the sums are not those of as many layers as the configuration
+        has MoE layers: a layer's losses would be silently absent.
     """
     reported = sum(stats.num_tokens.size for stats in sums.routing)
     if reported != config.num_moe_layers:
@@ -173,9 +176,10 @@ def loss_and_gradients(
 ) -> tuple[nnx.State, Sums]:
     """Gradients of the total loss of the global batch, and its sums.
 
-    With accumulation, microbatch i holds every a-th row. The balance loss is a product of means over the global batch,
-    so its gradient in one microbatch depends on the sums of all: a first pass, forward only, collects them; the second
-    differentiates each microbatch with the sums of the others held constant. A dense model needs no first pass.
+    With accumulation, microbatch i holds every a-th row. The balance loss is a product of means
+    over the global batch, so its gradient in one microbatch depends on the sums of all: a first
+    pass, forward only, collects them; the second differentiates each microbatch with the sums of
+    the others held constant. A dense model needs no first pass.
 
     Args:
       trainable: the run's fixed part.
@@ -261,7 +265,8 @@ def train_step_of(trainable: Trainable) -> TrainStep:
         router_state, routing = state.router_state, join(sums.routing)
         if routing is not None:
             router_state = update_router_state(router_state, sums.routing, config, knobs)
-        # An update may overflow although loss and gradient are finite: the new state is looked at, too.
+        # An update may overflow although loss and gradient are finite: the new state is
+        # looked at, too.
         is_finite = (
             jnp.isfinite(scalars["loss/total"])
             & jnp.isfinite(grad_norm)

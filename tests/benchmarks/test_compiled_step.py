@@ -63,7 +63,8 @@ def test_a_step_has_its_memory_and_what_travels_along_each_axis_with_the_way_out
         "tensor": 1,
     }
     assert row["tokens_per_device"] == 8 * 64 / 8 and row["fits"]
-    # A device's part of the state; its one row of five arrays of 64 positions, one of them of bytes; three knobs.
+    # A device's part of the state; its one row of five arrays of 64 positions, one of them of
+    # bytes; three knobs.
     trainable = make_trainable(debug, make_mesh(debug))
     of_state = jax.tree.map(
         lambda a, sharding: a.dtype.itemsize * np.prod(sharding.shard_shape(a.shape), dtype=int),
@@ -76,7 +77,8 @@ def test_a_step_has_its_memory_and_what_travels_along_each_axis_with_the_way_out
     assert row["conditional_wire_bytes"] == sum(
         one["conditional_bytes"] for one in row["collectives"]
     )
-    # Two layers: tokens, weights, ids and outputs forward, and backward the gradients of all but the ids.
+    # Two layers: tokens, weights, ids and outputs forward, and backward the gradients of all
+    # but the ids.
     swaps = rows["all-to-all", "expert"]
     assert (swaps["count"], swaps["conditional_count"]) == (14, 0) and swaps["bytes"] > 0
     assert rows["all-reduce", "expert"]["conditional_bytes"] > 0  # left-over tokens go to all

@@ -52,7 +52,8 @@ def test_a_dense_layer_has_the_arithmetic_of_the_chosen_experts():
         flops = Program.compile(
             layer.dense_layer, direction, arrays.dy_TD, inputs
         ).compiled.cost_analysis()["flops"]
-        # Besides the products only the activation, a few operations for each of T * K * F hidden units.
+        # Besides the products only the activation, a few operations for each of T * K * F
+        # hidden units.
         assert SHAPE.flops(direction) < flops < SHAPE.flops(direction) + 30 * 64 * 2 * 4
 
 

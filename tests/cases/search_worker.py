@@ -2,7 +2,8 @@
 
     python search_worker.py STORAGE DIR WORKER GRACE_S [hold | meet]
 
-With `hold` it stops in the middle of its first arm until it is ended; with `meet`, until another worker has begun one.
+With `hold` it stops in the middle of its first arm until it is ended; with `meet`, until another
+worker has begun one.
 """
 
 import hashlib

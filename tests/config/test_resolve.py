@@ -68,7 +68,8 @@ def refusal(changes):
     return str(caught.value)
 
 
-# Keys and types ---------------------------------------------------------------------------------------------------
+# Keys and types
+# ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -151,7 +152,8 @@ def test_the_choices_of_routers_and_grouped_products_are_the_tables():
     ]
 
 
-# Ranges and combinations ------------------------------------------------------------------------------------------
+# Ranges and combinations
+# ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -363,7 +365,8 @@ def test_fields_that_a_dense_model_does_not_use_do_not_refuse_it():
     )
 
 
-# Derived values and round trips -----------------------------------------------------------------------------------
+# Derived values and round trips
+# -----------------------------------------------------------------------------------
 
 
 def test_resolve_derives_the_width_of_an_expert_and_leaves_a_given_one_alone():
@@ -423,7 +426,8 @@ def test_knobs_are_scalars_with_the_values_of_the_config():
     ]
     values = {name: other_value(f"moe.{name}")[0] for name in names}
     others = {"moe.router": "noisy_topk", "optimizer.learning_rate": 2e-3, "train.seed": 2**31 - 1}
-    # The weights of the load losses do not go with a selection bias: what is read is not in question here.
+    # The weights of the load losses do not go with a selection bias: what is read is not in
+    # question here.
     config = resolve_recorded(
         nested({f"moe.{name}": value for name, value in values.items()} | others)
     )
@@ -437,7 +441,8 @@ def test_knobs_are_scalars_with_the_values_of_the_config():
     assert all(getattr(knobs, name).dtype == np.float32 for name in (*names, "learning_rate"))
 
 
-# No dead leaves ---------------------------------------------------------------------------------------------------
+# No dead leaves
+# ---------------------------------------------------------------------------------------------------
 
 
 def attribute_reads():
@@ -462,7 +467,8 @@ def attribute_reads():
                 )
 
 
-# Schedules are read in a loop over them (`training/schedules.py`); tests/training/test_schedules.py follows each.
+# Schedules are read in a loop over them (`training/schedules.py`); tests/training/test_schedules.py
+# follows each.
 SCHEDULED = {("schedule", field.name) for field in dataclasses.fields(ScheduleConfig)}
 
 # Thresholds are read in a loop over the rules (`training/health/alarms.py`); its test tries each.
@@ -500,7 +506,8 @@ def test_a_leaf_that_nobody_reads_would_be_found():
     assert dead_leaves(reads) == ["model.qk_norm"]
 
 
-# Recipes ----------------------------------------------------------------------------------------------------------
+# Recipes
+# ----------------------------------------------------------------------------------------------------------
 
 
 def load_recipe(path):
@@ -540,7 +547,8 @@ def test_every_option_of_experts_schedules_and_alarms_is_set_by_a_recipe():
     assert {key for key in options if f"config.{key} = " not in lines} == WITHOUT_A_RECIPE
 
 
-# Mesh -------------------------------------------------------------------------------------------------------------
+# Mesh
+# -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -679,7 +687,8 @@ def test_no_slice_is_torn_apart_and_slices_ask_for_slow_axes():
     ]
 
 
-# Sharding rules ---------------------------------------------------------------------------------------------------
+# Sharding rules
+# ---------------------------------------------------------------------------------------------------
 
 
 def parameter_axes(changes):

@@ -51,7 +51,8 @@ def test_a_damaged_file_is_an_error_that_names_it_and_the_remedy(tmp_path, damag
 
 
 def test_the_smallest_of_many_domains_become_one():
-    #          a: 1 document, b: 3, c: 2, d: 2 -> the two with most, the first of equals, and the rest
+    #          a: 1 document, b: 3, c: 2, d: 2 -> the two with most, the first of equals,
+    # and the rest
     labels = Labels((), ("a", "b", "c", "d"), np.array([0, 1, 1, 1, 2, 2, 3, 3], np.int32))
     fewer = labels.largest(3)
     assert fewer.domains == ("b", "c", "other")

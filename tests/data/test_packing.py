@@ -92,8 +92,8 @@ def test_the_loss_mask_of_a_batch_counts_every_target_once(lengths):
 
 
 def test_a_hand_worked_row():
-    # L = 5. [1 2 3] and [4 5] share the 6 slots; [6 .. 12] has 6 predictions: a full piece 6..11 and the piece [11 12],
-    # which opens a row of its own: 3 + 2 slots are taken and only 1 is left.
+    # L = 5. [1 2 3] and [4 5] share the 6 slots; [6 .. 12] has 6 predictions: a full piece 6..11
+    # and the piece [11 12], which opens a row of its own: 3 + 2 slots are taken and only 1 is left.
     rows = list(pack([[1, 2, 3], [4, 5], [6, 7, 8, 9, 10, 11, 12]], 5))
     assert [row["tokens"].tolist() for row in rows] == [
         [6, 7, 8, 9, 10, 11],

@@ -140,7 +140,8 @@ def test_an_interrupted_preparation_leaves_nothing_and_is_redone(tmp_path, monke
 
 
 def test_a_killed_preparation_is_redone(tmp_path):
-    # Killed without a chance to clean up: the temporary folder stays and is never taken for the finished one.
+    # Killed without a chance to clean up: the temporary folder stays and is never taken for the
+    # finished one.
     code = """if True:
         import os, sys
         from moejax.config import DataConfig

@@ -123,7 +123,8 @@ def test_training_without_text_says_so():
 
 
 def test_training_reads_words_of_any_length():
-    # sentencepiece alone skips lines of many bytes, and stops at unbroken words of 65,536 characters.
+    # sentencepiece alone skips lines of many bytes, and stops at unbroken words of 65,536
+    # characters.
     tokenizer = train_sentencepiece(["x" * 100_000 + " and words" * 3000], 284)
     assert "\u2581words" in {tokenizer.piece(i) for i in range(284)}
 
@@ -229,7 +230,8 @@ def test_an_indentation_is_one_token_and_comes_back(bpe):
     tokenizer = train_sentencepiece([lines, *synthetic_documents("train")], 512)
     indented = "\n        return"
     assert tokenizer.decode(tokenizer.encode(indented)) == indented
-    # The end of line, and the blanks in one or two pieces; without pieces of blanks alone they were eight.
+    # The end of line, and the blanks in one or two pieces; without pieces of blanks alone they
+    # were eight.
     before_the_word = [tokenizer.piece(i) for i in tokenizer.encode(indented)]
     blanks = [piece for piece in before_the_word if piece.startswith(("\u2581", " "))]
     assert len(blanks) <= 2, before_the_word

@@ -201,7 +201,8 @@ def test_bfloat16_is_accumulated_in_float32_and_rounded_once():
     )
     assert [a.dtype for a in actual] == ["bfloat16", "bfloat16", "float32", "bfloat16", "bfloat16"]
     for name, a, e in zip(NAMES, actual, exact, strict=True):
-        # Projections, rows and results are rounded, each by at most 2^-9 of its value; sums of hundreds are not.
+        # Projections, rows and results are rounded, each by at most 2^-9 of its value; sums of
+        # hundreds are not.
         scale = np.abs(e).max()
         np.testing.assert_allclose(
             np.asarray(a, np.float64), e, rtol=2**-6, atol=2**-8 * scale, err_msg=name

@@ -134,7 +134,8 @@ def test_bfloat16_results_are_the_exact_ones_rounded_once(implementation):
 
 @every_implementation
 def test_every_product_of_bfloat16_rows_comes_out_in_float32_before_it_is_rounded(implementation):
-    # XLA:CPU accumulates bfloat16 products in float32 whatever it is told; other platforms do as they are told.
+    # XLA:CPU accumulates bfloat16 products in float32 whatever it is told; other platforms do as
+    # they are told.
     shapes = [
         ((64, 4), "bfloat16"),
         ((3, 4, 4), "bfloat16"),

@@ -1,6 +1,7 @@
 """Grouped products by kernels of other devices, interpreted here: tokamax's for GPU and megablox's for TPU.
 
-Against the loop over rows, values and gradients. What their compilers make of them: tests/benchmarks/test_compiled.py.
+Against the loop over rows, values and gradients. What their compilers make of them:
+tests/benchmarks/test_compiled.py.
 """
 
 import contextlib
@@ -50,7 +51,8 @@ needs_tokamax = pytest.mark.skipif(
 def interpreted_tokamax():
     """tokamax's Triton kernels in Pallas's interpreter, chosen as on a GPU.
 
-    A kernel asks where it is in the grid from within branches, which the interpreter does not know: it is told before.
+    A kernel asks where it is in the grid from within branches, which the interpreter does not know:
+    it is told before.
     """
     from jax.experimental import pallas
     from tokamax._src.pallas import block
@@ -247,7 +249,8 @@ def test_a_layer_on_a_mesh_has_the_output_and_gradients_of_one_device_though_nob
     oracle.assert_close(tuple(many), tuple(one), rtol=5e-5)
 
 
-# Where they are not ----------------------------------------------------------------------------------------------
+# Where they are not
+# ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -108,7 +108,8 @@ def run(config, tokens_BL, segments_BL=ONE_DOCUMENT[0], positions_BL=ONE_DOCUMEN
     )
 
 
-# What a token depends on ------------------------------------------------------------------------------------------
+# What a token depends on
+# ------------------------------------------------------------------------------------------
 
 
 @every_kind
@@ -185,7 +186,8 @@ def test_what_stands_at_padding_changes_no_logit_of_a_token_and_no_statistic():
     assert np.all(stats.num_tokens == 13)
 
 
-# Cached decoding --------------------------------------------------------------------------------------------------
+# Cached decoding
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("config", [PLAIN, RICH], ids=["plain", "rich"])
@@ -206,7 +208,8 @@ def test_cached_decoding_equals_the_full_forward_pass(config, lengths):
         oracle.assert_close(decoder.logits(x_BLD)[:, 0], np.asarray(full)[[0, 1], at_B])
 
 
-# Layers -----------------------------------------------------------------------------------------------------------
+# Layers
+# -----------------------------------------------------------------------------------------------------------
 
 PATTERNS = [
     (1, 0, 1),
@@ -287,7 +290,8 @@ def test_neither_remat_nor_the_scan_changes_the_loss_or_a_gradient(remat, scan_l
     oracle.assert_close(loss_and_gradients(remat, scan_layers), loss_and_gradients(True, True))
 
 
-# Traced programs --------------------------------------------------------------------------------------------------
+# Traced programs
+# --------------------------------------------------------------------------------------------------
 
 
 @functools.cache
@@ -308,7 +312,8 @@ def test_every_name_that_remat_saves_occurs_in_the_program():
 
 
 def test_the_backward_pass_never_selects_experts_again():
-    # Two layers are one scanned block: one selection in the whole gradient, and one of K + 1 for metrics.
+    # Two layers are one scanned block: one selection in the whole gradient, and one of K + 1
+    # for metrics.
     selections = [
         e.params["k"]
         for e in oracle.equations(gradient_jaxpr(PLAIN))
@@ -337,7 +342,8 @@ def test_the_traced_program_of_the_gradient_has_the_same_size_for_more_experts_a
             for e in oracle.equations(jaxpr)
             if e.primitive.name == "scan"
         ]
-        # An unrolled scan is one equation, but not one to compile: only over a token's choices is it small enough.
+        # An unrolled scan is one equation, but not one to compile: only over a token's choices is
+        # it small enough.
         assert len(scans) >= 2 and all(
             unroll == 1 for length, unroll in scans if length > PLAIN.moe.top_k
         )
@@ -346,7 +352,8 @@ def test_the_traced_program_of_the_gradient_has_the_same_size_for_more_experts_a
     assert size(small) == size(large) > 100
 
 
-# Variants ---------------------------------------------------------------------------------------------------------
+# Variants
+# ---------------------------------------------------------------------------------------------------------
 
 
 def shapes_of(config):

@@ -88,7 +88,8 @@ def test_the_next_in_rank_takes_a_blocked_experts_place_and_other_tokens_do_not_
     affected_T = (before_TK == expert).any(axis=1)
     assert 0 < affected_T.sum() < len(mask_T) or top_k == none
     np.testing.assert_array_equal(after_TK[~affected_T], before_TK[~affected_T])
-    # With overflow="next" tokens share the experts' room; sparse_mixer's weights are shares among all that are near.
+    # With overflow="next" tokens share the experts' room; sparse_mixer's weights are shares among
+    # all that are near.
     if case not in ("next", "sparse_mixer"):
         np.testing.assert_array_equal(changed_TD[~affected_T], y_TD[~affected_T])
     for token in np.flatnonzero(affected_T):

@@ -150,7 +150,8 @@ def check(config, weights, x_BLD, mask_BL, cotangent_BLD, factor=None, limit=Non
     return expected, gradients
 
 
-# Against the oracle -----------------------------------------------------------------------------------------------
+# Against the oracle
+# -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("router", "top_k", "renormalize"), ALLOWED)
@@ -301,7 +302,8 @@ def test_any_mask_router_scale_and_capacity_equal_the_oracle(seed, mask, scale, 
     assert float(stats.unserved[0]) == np.sum(mask_BL & ~expected.kept_BLK.any(-1))
 
 
-# Capacity and dropless --------------------------------------------------------------------------------------------
+# Capacity and dropless
+# --------------------------------------------------------------------------------------------
 
 
 def test_dropless_equals_capacity_when_no_expert_can_overflow():
@@ -338,7 +340,8 @@ def test_a_traced_capacity_limits_below_the_static_one_and_cannot_exceed_it():
     assert tight_run[0][1][1].dropped > 0
 
 
-# Invariances ------------------------------------------------------------------------------------------------------
+# Invariances
+# ------------------------------------------------------------------------------------------------------
 
 
 both_dispatches = pytest.mark.parametrize(
@@ -454,7 +457,8 @@ def test_on_a_mesh_outputs_counts_and_gradients_are_those_of_the_oracle():
     oracle.assert_close(jax.device_get(gradients), expected_of_all, rtol=2e-5)
 
 
-# What the router learns from --------------------------------------------------------------------------------------
+# What the router learns from
+# --------------------------------------------------------------------------------------
 
 
 @both_dispatches
@@ -470,7 +474,8 @@ def test_the_task_alone_gives_every_allowed_router_a_gradient(
     assert np.abs(gradients[1].router_DE).max() > 1e-2
 
 
-# Shapes, dtypes, initial values -----------------------------------------------------------------------------------
+# Shapes, dtypes, initial values
+# -----------------------------------------------------------------------------------
 
 
 def traced(config, batch, length, width=8, gradient=False):

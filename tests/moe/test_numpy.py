@@ -83,7 +83,8 @@ def expert_choice(logits_TE):
     return route_expert_choice(inputs(logits_TE), CONFIG, 2).weights_BEC
 
 
-# By name: a function of one array, which is differentiated; all others are of NumPy and belong to it.
+# By name: a function of one array, which is differentiated; all others are of NumPy and
+# belong to it.
 DOORS = {
     "plan_dropless": (lambda x: x * dispatch.plan_dropless(EXPERTS_TK, E).row_TK, WEIGHTS_TK),
     "plan_capacity": (lambda x: x * dispatch.plan_capacity(EXPERTS_TK[None], E, 3).row_TK, WEIGHTS_TK),

@@ -1,6 +1,7 @@
 """Comparisons with the oracles in programs as users run them, with all of XLA's optimisations.
 
-All other tests leave most of them out, to compile faster; rounding, fusions and the order of sums differ.
+All other tests leave most of them out, to compile faster; rounding, fusions and the order of
+sums differ.
 """
 
 import os

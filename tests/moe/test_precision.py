@@ -109,7 +109,8 @@ def test_gradients_of_the_weights_are_those_of_unrounded_sums():
     dweights_BLK, dx_BLD = run(weights_BLK, jnp.asarray(x_BLD, jnp.bfloat16))
     expected_BLK = (x_BLD * dy_BLD).sum(axis=-1)[..., None] * factors_E[np.asarray(experts_BLK)]
     np.testing.assert_array_equal(dweights_BLK, expected_BLK)
-    # Each row's gradient is rounded to bfloat16 on its way back to the token; their sum is not, until the end.
+    # Each row's gradient is rounded to bfloat16 on its way back to the token; their sum is not,
+    # until the end.
     expected_BLD = expected_of(dy_BLD, factors_E, experts_BLK, weights_BLK)
     error_BLD = np.asarray(dx_BLD, np.float64) - expected_BLD
     assert np.sqrt(np.mean((error_BLD / expected_BLD) ** 2)) < 2**-8.5

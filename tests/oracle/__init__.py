@@ -1,8 +1,9 @@
 """The truth for routing, dispatch, experts and losses: float64 NumPy that loops over tokens and experts.
 
-Written from the formulas of the papers, not from `moejax`, and meant to be read: no sorting tricks, no vectorisation
-over tokens. For gradients there is an independent dense formulation in JAX (every expert sees every token, and the
-oracle's selection is a mask), to be differentiated by `jax.grad`. At the end, two tools for reading traced programs.
+Written from the formulas of the papers, not from `moejax`, and meant to be read: no sorting tricks,
+no vectorisation over tokens. For gradients there is an independent dense formulation in JAX (every
+expert sees every token, and the oracle's selection is a mask), to be differentiated by `jax.grad`.
+At the end, two tools for reading traced programs.
 
 Axis letters as in `moejax/moe/__init__.py`.
 """
@@ -44,7 +45,8 @@ class LayerResult:
     mask_BL: np.ndarray
 
 
-# Routing ----------------------------------------------------------------------------------------------------------
+# Routing
+# ----------------------------------------------------------------------------------------------------------
 
 
 def softmax(logits):
@@ -90,7 +92,8 @@ def keep_within_capacity(experts_BLK, num_experts, limit):
     return kept_BLK
 
 
-# Experts and the layer --------------------------------------------------------------------------------------------
+# Experts and the layer
+# --------------------------------------------------------------------------------------------
 
 
 def swiglu(x_D, gate_up_D2F, down_FD):
@@ -140,7 +143,8 @@ def layer(x_BLD, mask_BL, weights: LayerWeights, *, top_k, renormalize, limit=No
     return LayerResult(y_BLD, logits_BLE, probs_BLE, experts_BLK, weights_BLK, kept_BLK, mask_BL)
 
 
-# Losses and metrics -----------------------------------------------------------------------------------------------
+# Losses and metrics
+# -----------------------------------------------------------------------------------------------
 
 
 def counts(result: LayerResult):
@@ -221,7 +225,8 @@ def metrics(result: LayerResult) -> dict[str, float]:
     }
 
 
-# Grouped products -------------------------------------------------------------------------------------------------
+# Grouped products
+# -------------------------------------------------------------------------------------------------
 
 
 def grouped_matmul(x_RD, w_EDF, sizes_E, dy_RF):
@@ -263,7 +268,8 @@ def feed_forward(x_TD, weights_TK, gate_up_ED2F, down_EFD, experts_TK, dy_TD):
     return y_TD, dx_TD, dweights_TK, dgate_up_ED2F, ddown_EFD
 
 
-# The dense formulation, for gradients -----------------------------------------------------------------------------
+# The dense formulation, for gradients
+# -----------------------------------------------------------------------------
 
 
 def selection(result: LayerResult):
@@ -319,7 +325,8 @@ def dense_objective(
     return jnp.sum(cotangent_BLD * y_BLD) + balance_weight * balance + z_weight * z
 
 
-# Comparing and reading programs -----------------------------------------------------------------------------------
+# Comparing and reading programs
+# -----------------------------------------------------------------------------------
 
 
 def add(first, second):
@@ -330,7 +337,8 @@ def add(first, second):
 def assert_close(actual, expected, rtol=1e-5, err_msg=""):
     """Equal in shape and within `rtol` of the largest magnitude, leaf by leaf, never NaN; a list is an array.
 
-    Logits of ids that are no token (-1e30) do not count for the magnitude: beside it anything would be equal.
+    Logits of ids that are no token (-1e30) do not count for the magnitude: beside it anything
+    would be equal.
     """
     actual_leaves, expected_leaves = (
         jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, list)) for tree in (actual, expected)

@@ -1,7 +1,8 @@
 """The truth for balancing losses and metrics: float64 NumPy that loops over tokens and experts, from the formulas.
 
-Inputs are what a router returns: `probs_TE`, `experts_TK` (-1 at masked tokens), `weights_TK`, and `mask_T`. Masked
-tokens enter no count, no mean, no loss. Without any real token a loss is 0. Nothing in it is from `moejax`.
+Inputs are what a router returns: `probs_TE`, `experts_TK` (-1 at masked tokens), `weights_TK`, and
+`mask_T`. Masked tokens enter no count, no mean, no loss. Without any real token a loss is 0.
+Nothing in it is from `moejax`.
 
 Axis letters as in `moejax/moe/__init__.py`.
 """
@@ -34,13 +35,14 @@ def mean(values):
     return float(sum(values) / len(values)) if values else 0.0
 
 
-# Balance ----------------------------------------------------------------------------------------------------------
+# Balance
+# ----------------------------------------------------------------------------------------------------------
 
 
 def balance_loss(probs_TE, experts_TK, mask_T, convention="normalized"):
     """E * sum_e f_e P_e, f_e = c_e / (K T), P_e = mean of p_e; 1 at balance (Fedus 2021, eqs. 4 to 6). `first_choice`:
-    f_e from each token's first expert only (GShard, algorithm 1); `times_k`: f_e = c_e / T, K at balance (Mixtral in
-    Transformers); `over_k`: f_e = c_e / (K^2 T), 1/K at balance (Levanter).
+    f_e from each token's first expert only (GShard, algorithm 1); `times_k`: f_e = c_e / T, K at
+    balance (Mixtral in Transformers); `over_k`: f_e = c_e / (K^2 T), 1/K at balance (Levanter).
     """
     tokens, (num_experts, top_k) = (
         real_tokens(mask_T),
@@ -75,8 +77,8 @@ def scoped_balance_loss(probs_TE, experts_TK, mask_T, num_scopes, convention="no
 
 def sequence_balance_loss(scores_TE, mask_T, top_k, length):
     """DeepSeek-V3, eqs. 17 to 20, without alpha: mean over sequences with a real token of sum_e f_e P_e, where f_e =
-    E / (K L) * (tokens with e in the top K of the unbiased s, groups ignored), P_e = mean of s_e / sum_j s_j, and L
-    counts the sequence's real tokens.
+    E / (K L) * (tokens with e in the top K of the unbiased s, groups ignored), P_e = mean of s_e /
+    sum_j s_j, and L counts the sequence's real tokens.
     """
     num_experts, losses = np.shape(scores_TE)[1], []
     for start in range(0, len(mask_T), length):
@@ -91,7 +93,8 @@ def sequence_balance_loss(scores_TE, mask_T, top_k, length):
     return mean(losses)
 
 
-# Importance and load ----------------------------------------------------------------------------------------------
+# Importance and load
+# ----------------------------------------------------------------------------------------------
 
 
 def cv_squared(values_E):
@@ -129,7 +132,8 @@ def normal_cdf(z):
 
 def load_shazeer(clean_TE, noisy_TE, sigma_TE, mask_T, top_k):
     """load_e = sum over tokens of Phi((l_e - threshold_e) / sigma_e), the chance that e is in the top K if only its
-    own noise is redrawn. threshold_e is the K-th largest noisy logit of the others; K < E. Shazeer 2017, eqs. 8 to 10.
+    own noise is redrawn. threshold_e is the K-th largest noisy logit of the others; K < E. Shazeer
+    2017, eqs. 8 to 10.
     """
     num_experts = np.shape(clean_TE)[1]
     load_E = np.zeros(num_experts)
@@ -170,7 +174,8 @@ def monte_carlo_load(clean_TE, noisy_TE, sigma_TE, mask_T, top_k, draws, rng):
     return load_E
 
 
-# Logits -----------------------------------------------------------------------------------------------------------
+# Logits
+# -----------------------------------------------------------------------------------------------------------
 
 
 def z_loss(logits_TE, mask_T):
@@ -188,7 +193,8 @@ def logit_max(logits_TE, mask_T):
     return max(float(logit) for t in real_tokens(mask_T) for logit in logits_TE[t])
 
 
-# Metrics of the load ----------------------------------------------------------------------------------------------
+# Metrics of the load
+# ----------------------------------------------------------------------------------------------
 
 
 def max_violation(counts_E):
@@ -229,7 +235,8 @@ def churn(first_TK, second_TK):
     return mean(changed)
 
 
-# Metrics of the router --------------------------------------------------------------------------------------------
+# Metrics of the router
+# --------------------------------------------------------------------------------------------
 
 
 def router_entropy(probs_TE, mask_T):

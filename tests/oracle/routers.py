@@ -1,7 +1,8 @@
 """The truth for routers: float64 NumPy that loops over tokens and experts, written from the papers' formulas.
 
-Every router here takes logits (or a table, or positions) and says which experts each token visits, with which weights.
-Noise is an argument, never drawn inside. Nothing in it is from `moejax`. Ties always go to the lowest index.
+Every router here takes logits (or a table, or positions) and says which experts each token visits,
+with which weights. Noise is an argument, never drawn inside. Nothing in it is from `moejax`. Ties
+always go to the lowest index.
 
 Axis letters as in `moejax/moe/__init__.py`, and `G` groups of experts, `S` slots of soft experts.
 """
@@ -34,7 +35,8 @@ def route_each(mask_T, num_experts, top_k, route_token) -> Routed:
     return Routed(probs_TE, experts_TK, weights_TK)
 
 
-# One token --------------------------------------------------------------------------------------------------------
+# One token
+# --------------------------------------------------------------------------------------------------------
 
 
 def sigmoid(logit):
@@ -70,9 +72,11 @@ def allowed_by_groups(
     values_E, num_groups, top_k_groups, group_score, blocked=frozenset(), top_k=0
 ):
     """Experts of the best groups. Groups are equal contiguous runs of experts; a group's score is its largest value
-    (DeepSeek-V2, section 2.2.2) or the sum of its two largest (DeepSeek-V3; its paper sums the K/M largest, there 2).
+    (DeepSeek-V2, section 2.2.2) or the sum of its two largest (DeepSeek-V3; its paper sums the K/M
+    largest, there 2).
 
-    Blocked experts do as if they were not there; further groups are allowed until there are `top_k` experts.
+    Blocked experts do as if they were not there; further groups are allowed until there are
+    `top_k` experts.
     """
     size = len(values_E) // num_groups
     experts_of, scores = {}, {}
@@ -106,7 +110,8 @@ def weigh_one(logits_E, experts, score, renormalize, scale=1.0):
     return [scale * weight for weight in weights]
 
 
-# Token choice from logits -----------------------------------------------------------------------------------------
+# Token choice from logits
+# -----------------------------------------------------------------------------------------
 
 
 def route_scored(
@@ -124,7 +129,8 @@ def route_scored(
     group_score="top2_sum",
 ) -> Routed:
     """Top-K of s + b, or of l + b, within the best groups; weights from the unbiased s. Covers Switch, GShard, Mixtral,
-    OLMoE, gpt-oss, DeepSeek-V2 and -V3. For `softmax_after` the values are l + b either way: its s has no fixed unit.
+    OLMoE, gpt-oss, DeepSeek-V2 and -V3. For `softmax_after` the values are l + b either way: its s
+    has no fixed unit.
     """
     logits_TE = np.asarray(logits_TE, np.float64)
     num_experts = logits_TE.shape[1]
@@ -184,7 +190,8 @@ def unit(vector):
     return vector / norm if norm > 0 else np.zeros_like(vector)
 
 
-# Token choice without learning ------------------------------------------------------------------------------------
+# Token choice without learning
+# ------------------------------------------------------------------------------------
 
 
 def route_hash(
@@ -198,7 +205,8 @@ def route_hash(
     num_experts=None,
 ) -> Routed:
     """Token id -> the table's experts, in the table's order. Weights 1/K (Hash Layers, Roller 2021), or the scores of
-    the logits at these experts (hash layers of DeepSeek-V4). Without logits all are 0, so the probabilities are 1/E.
+    the logits at these experts (hash layers of DeepSeek-V4). Without logits all are 0, so the
+    probabilities are 1/E.
     """
     table_VK = np.asarray(table_VK)
     if logits_TE is None:
@@ -225,7 +233,8 @@ def route_balanced(positions_T, mask_T, top_k, num_experts) -> Routed:
     return route_each(mask_T, num_experts, top_k, route_token)
 
 
-# Two levels -------------------------------------------------------------------------------------------------------
+# Two levels
+# -------------------------------------------------------------------------------------------------------
 
 
 def route_hierarchical(
@@ -240,8 +249,9 @@ def route_hierarchical(
     clean_logits_TE=None,
 ) -> Routed:
     """Shazeer 2017, appendix B: the gate of an expert is softmax over the kept groups times softmax over the kept
-    experts of its group, both of (noisy) logits. Experts come group by group, best first. Probabilities are the same
-    product without selection, from the clean logits (the given ones where there are none).
+    experts of its group, both of (noisy) logits. Experts come group by group, best first.
+    Probabilities are the same product without selection, from the clean logits (the given ones
+    where there are none).
     """
     num_experts, num_groups = np.shape(logits_TE)[1], np.shape(group_logits_TG)[1]
     size = num_experts // num_groups
@@ -269,7 +279,8 @@ def route_hierarchical(
     return route_each(mask_T, num_experts, top_k_groups * per_group, route_token)
 
 
-# Balanced by transport --------------------------------------------------------------------------------------------
+# Balanced by transport
+# --------------------------------------------------------------------------------------------
 
 
 def sinkhorn_plan(logits_LE, mask_L, iterations):
@@ -293,7 +304,8 @@ def route_sinkhorn(
     logits_TE, mask_T, *, length, top_k, iterations, training, score, renormalize, scale=1.0
 ) -> Routed:
     """Top-K of each sequence's transport plan in training, of the logits in evaluation; weights from the logits. The
-    tokens are sequences of `length`. The source weighs by softmax for K > 1 and by sigmoid for K = 1.
+    tokens are sequences of `length`. The source weighs by softmax for K > 1 and by
+    sigmoid for K = 1.
     """
     values_TE = np.array(logits_TE, np.float64)
     for start in range(0, len(mask_T) if training else 0, length):
@@ -311,13 +323,15 @@ def route_sinkhorn(
     return route_each(mask_T, values_TE.shape[1], top_k, route_token)
 
 
-# SparseMixer ------------------------------------------------------------------------------------------------------
+# SparseMixer
+# ------------------------------------------------------------------------------------------------------
 
 
 def sparse_mixer_support(logits_E, chosen, threshold):
     """Probability of each expert at the next choice: softmax over the experts still in, 0 for the others (Liu 2024,
-    GRIN, as in Phi-3.5-MoE). With `best` the largest logit of those not chosen yet, an expert is out if chosen already
-    or if (best - l) / max(|l|, best) > 2 * threshold; 0/0 is in. Training samples; evaluation takes the largest.
+    GRIN, as in Phi-3.5-MoE). With `best` the largest logit of those not chosen yet, an expert is
+    out if chosen already or if (best - l) / max(|l|, best) > 2 * threshold; 0/0 is in. Training
+    samples; evaluation takes the largest.
     """
     rest = [e for e in range(len(logits_E)) if e not in chosen]
     best = max(float(logits_E[e]) for e in rest)
@@ -351,7 +365,8 @@ def sparse_mixer_sequence_probability(logits_E, experts, threshold):
 
 def sparse_mixer_factors(is_best):
     """Training multiplies the weight by a random factor: {factor: probability}. 1 for the best expert of the choice;
-    for another 1 with probability 1/4, else 1/3 (Heun's third-order rule: the slope at 1/3 counts 3/4).
+    for another 1 with probability 1/4, else 1/3 (Heun's third-order rule: the slope at 1/3
+    counts 3/4).
     """
     return {1.0: 1.0} if is_best else {1.0: 0.25, 1 / 3: 0.75}
 
@@ -366,12 +381,14 @@ def route_sparse_mixer(logits_TE, mask_T, *, top_k, threshold) -> Routed:
     )
 
 
-# Experts choose, or everything is soft ----------------------------------------------------------------------------
+# Experts choose, or everything is soft
+# ----------------------------------------------------------------------------
 
 
 def route_expert_choice(logits_BLE, mask_BL, slots, scale=1.0):
     """weights_BLE: in each sequence each expert takes the `slots` real tokens of highest p (softmax over experts), with
-    weight scale * p, not renormalised; all of them if there are fewer. Zhou 2022, section 3.2, per sequence.
+    weight scale * p, not renormalised; all of them if there are fewer. Zhou 2022, section 3.2,
+    per sequence.
     """
     weights_BLE = np.zeros(np.shape(logits_BLE))
     for b, logits_LE in enumerate(logits_BLE):
@@ -408,7 +425,8 @@ def soft_moe(logits_BLS, mask_BL):
     return dispatch_BLS, combine_BLS
 
 
-# State ------------------------------------------------------------------------------------------------------------
+# State
+# ------------------------------------------------------------------------------------------------------------
 
 
 def bias_update(bias_E, counts_E, rate, centered):
@@ -424,7 +442,8 @@ def bias_update(bias_E, counts_E, rate, centered):
 
 def quantile_update(beta_E, logits_TE, mask_T, top_k):
     """One step of quantile balancing (Su 2026). alpha_t = (K+1)-th largest of l_t - beta; beta_e = the
-    (floor(TK/E) + 1)-th largest over the T real tokens of l_te - alpha_t; minus the mean. No token, no change.
+    (floor(TK/E) + 1)-th largest over the T real tokens of l_te - alpha_t; minus the mean. No
+    token, no change.
     """
     num_experts, real = len(beta_E), [t for t in range(len(mask_T)) if mask_T[t]]
     if not real:

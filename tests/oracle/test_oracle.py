@@ -1,7 +1,7 @@
 """The oracle of routers and losses against pencil and paper, published implementations, and experiment.
 
-Logits are mostly logarithms of small numbers: softmax of log(4), log(3), log(2), log(1) is .4, .3, .2, .1, and the
-sigmoid of log(3) is 3/4.
+Logits are mostly logarithms of small numbers: softmax of log(4), log(3), log(2), log(1) is .4, .3,
+.2, .1, and the sigmoid of log(3) is 3/4.
 """
 
 import itertools
@@ -24,7 +24,8 @@ def near(actual, expected, tolerance=1e-12):
     np.testing.assert_allclose(np.asarray(actual, np.float64), expected, rtol=0, atol=tolerance)
 
 
-# One token --------------------------------------------------------------------------------------------------------
+# One token
+# --------------------------------------------------------------------------------------------------------
 
 
 def test_every_score_is_its_formula():
@@ -63,7 +64,8 @@ def test_weights_are_the_scores_of_the_selected_renormalised_when_asked():
     near(routers.weigh_one(TENTHS, [0, 2], "uniform", False, 3.0), [1.5, 1.5])
 
 
-# Token choice -----------------------------------------------------------------------------------------------------
+# Token choice
+# -----------------------------------------------------------------------------------------------------
 
 
 def test_the_bias_changes_the_choice_never_the_weight():
@@ -80,7 +82,8 @@ def test_the_bias_changes_the_choice_never_the_weight():
     [("sigmoid", "score", 1), ("sigmoid", "logits", 0), ("softmax_after", "score", 0)],
 )
 def test_the_bias_is_added_to_the_score_or_to_the_logit(score, select_by, expert):
-    # s + b = .75 against .5 + .8; l + b = 1.099 against 0 + .8; exp(l - max) + b would be 1 against 1/3 + .8
+    # s + b = .75 against .5 + .8; l + b = 1.099 against 0 + .8; exp(l - max) + b would be 1
+    # against 1/3 + .8
     how = {"top_k": 1, "renormalize": False, "bias_E": [0, 0.8], "select_by": select_by}
     assert routers.route_scored([QUARTERS[:2]], [True], score=score, **how).experts_TK.tolist() == [
         [expert]
@@ -88,7 +91,8 @@ def test_the_bias_is_added_to_the_score_or_to_the_logit(score, select_by, expert
 
 
 def test_experts_outside_the_best_groups_are_never_chosen_even_when_all_values_are_negative():
-    # s = .5; s + b = -.2 -.3 | -.1 -.9; the sums of two are -.5 and -1, so that -.1 is out although it is the best
+    # s = .5; s + b = -.2 -.3 | -.1 -.9; the sums of two are -.5 and -1, so that -.1 is out although
+    # it is the best
     how = {"top_k": 2, "score": "sigmoid", "renormalize": True, "num_groups": 2, "top_k_groups": 1}
     routed = routers.route_scored(np.zeros((1, 4)), [True], bias_E=[-0.7, -0.8, -0.6, -1.4], **how)
     assert routed.experts_TK.tolist() == [[0, 1]]
@@ -133,7 +137,8 @@ def test_a_hierarchical_gate_is_the_product_of_two():
         [1.0, 6.0, 2.0]
     )  # the best two: group 1 with 3/4, group 2 with 1/4; all: 1/9 6/9 2/9
     logits = np.log([9.0, 9.0, 9.0, 1.0, 2.0, 2.0, 4.0, 3.0, 1.0])
-    # within group 1: experts 4 and 5 (1/2 each; of all three 1/5 2/5 2/5), within group 2: 6 and 7 (4/7 and 3/7)
+    # within group 1: experts 4 and 5 (1/2 each; of all three 1/5 2/5 2/5), within group 2: 6 and 7
+    # (4/7 and 3/7)
     routed = routers.route_hierarchical([groups], [logits], [True], top_k_groups=2, per_group=2)
     assert routed.experts_TK.tolist() == [[4, 5, 6, 7]]
     near(routed.weights_TK, [[3 / 8, 3 / 8, 1 / 7, 3 / 28]])
@@ -154,7 +159,8 @@ def test_cosine_logits_ignore_lengths():
     )
 
 
-# Sinkhorn, quantile, SparseMixer ----------------------------------------------------------------------------------
+# Sinkhorn, quantile, SparseMixer
+# ----------------------------------------------------------------------------------
 
 SKEWED = np.log([[4.0, 1.0], [2.0, 1.0]])  # both tokens prefer expert 0
 
@@ -177,8 +183,8 @@ def test_many_sinkhorn_iterations_balance_the_experts():
 
 
 def test_sinkhorn_chooses_by_the_plan_of_each_sequence_in_training_and_by_logits_in_evaluation():
-    # exp(l) = 4 1 | 2 1 as above, and 2 1 | 1 1 with columns 3 and 2: 2/3 1/2 | 1/3 1/2. As one sequence the columns
-    # would be 9 and 4, and the row 2 1, as 2/9 1/4, would go to expert 1.
+    # exp(l) = 4 1 | 2 1 as above, and 2 1 | 1 1 with columns 3 and 2: 2/3 1/2 | 1/3 1/2. As one
+    # sequence the columns would be 9 and 4, and the row 2 1, as 2/9 1/4, would go to expert 1.
     how = {"length": 3, "top_k": 1, "iterations": 1, "score": "softmax", "renormalize": False}
     logits_TE, mask_T = (
         np.log([[4, 1], [2, 1], [9, 9], [2, 1], [1, 1], [9, 9]]),
@@ -192,8 +198,9 @@ def test_sinkhorn_chooses_by_the_plan_of_each_sequence_in_training_and_by_logits
 
 
 def test_a_quantile_step_by_hand():
-    # K = 1, beta = (1, 0, 0). l - beta: 4 2 1 | 2 1 0 | 0 3 1 | 1 2 3, so that alpha = 2 1 1 2 and l - alpha is
-    # 3 0 -1 | 2 0 -1 | 0 2 0 | 0 0 1. Rank floor(4/3) + 1 = 2: 2 0 0, minus their mean 2/3.
+    # K = 1, beta = (1, 0, 0). l - beta: 4 2 1 | 2 1 0 | 0 3 1 | 1 2 3, so that alpha = 2 1 1 2
+    # and l - alpha is 3 0 -1 | 2 0 -1 | 0 2 0 | 0 0 1. Rank floor(4/3) + 1 = 2: 2 0 0, minus
+    # their mean 2/3.
     logits_TE = [[5, 2, 1], [3, 1, 0], [9, 9, 9], [1, 3, 1], [2, 2, 3]]
     near(routers.quantile_update([1, 0, 0], logits_TE, [1, 1, 0, 1, 1], 1), [4 / 3, -2 / 3, -2 / 3])
     near(routers.quantile_update([1, 0, 0], logits_TE, [0] * 5, 1), [1, 0, 0])
@@ -215,8 +222,8 @@ def test_quantile_steps_balance_a_skewed_router():
 
 
 def test_sparse_mixer_weighs_within_a_threshold_of_the_best_expert_left():
-    # 2 * threshold = .4. First (4 - l) / 4 = 0 .25 .75 and 8 / 4: experts 0 and 1 are in. Then (3 - l) / max(|l|, 3) =
-    # 0 2/3 and 7 / 4: expert 1 alone.
+    # 2 * threshold = .4. First (4 - l) / 4 = 0 .25 .75 and 8 / 4: experts 0 and 1 are in. Then (3 -
+    # l) / max(|l|, 3) = 0 2/3 and 7 / 4: expert 1 alone.
     experts, weights = routers.sparse_mixer_one([4, 3, 1, -4], 2, 0.2)
     assert experts == [0, 1]
     near(weights, [1 / (1 + math.exp(-1)), 1])
@@ -254,7 +261,8 @@ def test_sparse_mixer_samples_ordered_pairs_with_probabilities_that_sum_to_one()
     )  # 1/4 + 3/4 / 3
 
 
-# Experts choose, soft experts, state ------------------------------------------------------------------------------
+# Experts choose, soft experts, state
+# ------------------------------------------------------------------------------
 
 
 def test_each_expert_takes_its_most_probable_real_tokens_of_each_sequence():
@@ -285,7 +293,8 @@ def test_the_bias_rises_where_the_load_is_below_its_mean():
     )  # -.3 .3 .3 minus .1
 
 
-# Losses -----------------------------------------------------------------------------------------------------------
+# Losses
+# -----------------------------------------------------------------------------------------------------------
 
 
 def test_the_balance_loss_is_one_at_balance_and_the_number_of_experts_at_collapse():
@@ -302,14 +311,16 @@ def test_the_balance_loss_by_hand_without_padding():
     mask = [True, True, False]
     # P = .4 .5 .1; f = 2/4 2/4 0: 3 * .45; of the first choices f = 1/2 1/2 0, which is the same
     near(losses.balance_loss(probs_TE, experts_TK, mask), 1.35)
-    # experts 0 1, 0 2: f = 2/4 1/4 1/4 and P as before: 3 * (.2 + .125 + .025); first choices 1 0 0: 3 * .4
+    # experts 0 1, 0 2: f = 2/4 1/4 1/4 and P as before: 3 * (.2 + .125 + .025); first choices 1
+    # 0 0: 3 * .4
     near(losses.balance_loss(probs_TE, [[0, 1], [0, 2], [-1, -1]], mask), 1.05)
     near(losses.balance_loss(probs_TE, [[0, 1], [0, 2], [-1, -1]], mask, "first_choice"), 1.2)
     assert losses.balance_loss(probs_TE, experts_TK, [False] * 3) == 0
 
 
 def test_the_mean_of_local_balance_losses_is_not_the_global_one():
-    # Two sequences, each collapsed on an expert of its own: 2 each, 1 together; a third of padding does not count.
+    # Two sequences, each collapsed on an expert of its own: 2 each, 1 together; a third of padding
+    # does not count.
     probs_TE, experts_TK = np.eye(2)[[0, 0, 1, 1, 0, 0]], [[0], [0], [1], [1], [-1], [-1]]
     mask = [True] * 4 + [False] * 2
     near(losses.scoped_balance_loss(probs_TE, experts_TK, mask, 3), 2)
@@ -317,8 +328,8 @@ def test_the_mean_of_local_balance_losses_is_not_the_global_one():
 
 
 def test_the_sequence_loss_by_hand():
-    # First sequence, K = 1, E = 2: s = .6 .2 | .1 .3, so s' = .75 .25 | .25 .75: f = 1 1, P = .5 .5: 1. Second, one
-    # real token: f = 2 0, P = .75 .25: 1.5. The third is padding. Mean 1.25.
+    # First sequence, K = 1, E = 2: s = .6 .2 | .1 .3, so s' = .75 .25 | .25 .75: f = 1 1, P = .5
+    # .5: 1. Second, one real token: f = 2 0, P = .75 .25: 1.5. The third is padding. Mean 1.25.
     scores_TE, mask = (
         [[0.6, 0.2], [0.1, 0.3], [0.6, 0.2], [9, 9], [9, 9], [9, 9]],
         [1, 1, 1, 0, 0, 0],
@@ -332,14 +343,16 @@ def test_importance_by_hand():
     near(losses.cv_squared([0, 0]), 0)
     experts_TK, weights_TK = [[0, 1], [2, 0], [-1, -1]], [[0.75, 0.25], [0.5, 0.5], [0, 0]]
     near(losses.importance(experts_TK, weights_TK, 3), [1.25, 0.25, 0.5])
-    # mean 2/3, deviations 7/12 -5/12 -2/12: variance (49 + 25 + 4) / 144 / 3 = 13/72; times 9/4: 13/32
+    # mean 2/3, deviations 7/12 -5/12 -2/12: variance (49 + 25 + 4) / 144 / 3 = 13/72; times
+    # 9/4: 13/32
     near(losses.importance_loss(experts_TK, weights_TK, 3), 13 / 32, 1e-9)
     near(losses.importance_vmoe([[0.5, 0.5], [0.1, 0.9], [7, 7]], [True, True, False]), [0.6, 1.4])
 
 
 def test_the_load_by_hand():
     logits_TE, mask = [[2, 1, 0], [9, 9, 9]], [True, False]
-    # K = 1: the best of the others is 1 2 2, so Phi(1) Phi(-1) Phi(-2); at sigma 2 Phi(1/2) Phi(-1/2) Phi(-1)
+    # K = 1: the best of the others is 1 2 2, so Phi(1) Phi(-1) Phi(-2); at sigma 2 Phi(1/2)
+    # Phi(-1/2) Phi(-1)
     near(
         losses.load_shazeer(logits_TE, logits_TE, np.ones((2, 3)), mask, 1),
         [0.841345, 0.158655, 0.022750],
@@ -378,7 +391,8 @@ def test_the_load_of_shazeer_is_what_redrawing_the_noise_counts_and_that_of_vmoe
     assert 0.15 < 1 - losses.load_vmoe(clean_TE, noisy_TE, mask, top_k).sum() / truth_E.sum() < 0.5
 
 
-# Metrics ----------------------------------------------------------------------------------------------------------
+# Metrics
+# ----------------------------------------------------------------------------------------------------------
 
 
 def test_metrics_by_hand():
@@ -409,7 +423,8 @@ def test_counts_coactivation_and_churn_by_hand():
     near(losses.churn(first_TK, first_TK), 0)
 
 
-# Published implementations ----------------------------------------------------------------------------------------
+# Published implementations
+# ----------------------------------------------------------------------------------------
 
 FAMILIES = {
     "mixtral": {"score": "softmax", "renormalize": True},

@@ -152,13 +152,16 @@ def test_a_dense_model_multiplies_what_its_compiled_step_multiplies():
     ids=str,
 )
 def test_with_as_many_slots_as_choices_the_compiled_step_multiplies_what_is_counted(moe):
-    # Capacity 1 has K * L slots for the K * L choices of a row: no product of rows that nobody chose.
+    # Capacity 1 has K * L slots for the K * L choices of a row: no product of rows that
+    # nobody chose.
     config = without_remat(moe={"dispatch": "capacity", "capacity_factor": 1.0} | moe)
-    # Combining outputs by their weights is no product of matrices, but the gradient of the weights is one: 2 K D.
+    # Combining outputs by their weights is no product of matrices, but the gradient of the weights
+    # is one: 2 K D.
     combine = (
         2 * config.moe.top_k * (config.moe.d_latent or config.model.d_model) * config.num_moe_layers
     )
-    # The gate is one column: for the gradient of its input XLA multiplies by a number, and calls it no product.
+    # The gate is one column: for the gradient of its input XLA multiplies by a number, and calls it
+    # no product.
     gate = 2 * config.model.d_model * config.num_moe_layers * (config.moe.shared_combine == "gated")
     assert products_of_training(config) == count(config).flops_per_token + combine - gate
 
@@ -176,7 +179,8 @@ def test_learned_vectors_of_constant_experts_cost_little_and_are_counted():
     )
     more = products_of_training(beside) - products_of_training(without)
     counted = count(beside).flops_per_token - count(without).flops_per_token
-    # Which expert is which vector, `[K, J]`, has no gradient: one of three products less than is counted.
+    # Which expert is which vector, `[K, J]`, has no gradient: one of three products less than
+    # is counted.
     assert counted - more == 2 * beside.moe.top_k * 3 * beside.num_moe_layers
 
 

@@ -2,8 +2,8 @@
 
   python tests/soak/run.py --minutes=60
 
-Each trial follows from its number, so that one that went wrong can be repeated: `--only=flips --first=17 --trials=1`.
-The exit code is 1 if anything was wrong.
+Each trial follows from its number, so that one that went wrong can be repeated: `--only=flips
+--first=17 --trials=1`. The exit code is 1 if anything was wrong.
 """
 
 import argparse

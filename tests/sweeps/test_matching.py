@@ -60,7 +60,8 @@ def test_arms_have_the_number_of_the_recipe(match):
 
 
 def test_the_width_is_what_one_works_out_by_hand():
-    # 4 of 16 experts at half the width are as many active parameters as 2 of 8, but for 8 more columns of the router.
+    # 4 of 16 experts at half the width are as many active parameters as 2 of 8, but for 8 more
+    # columns of the router.
     plan = plan_arms(BASE, [{E: 16, K: 4}], match="active_params", dense_control=False)
     (arm,) = plan.arms
     assert arm.matched == {WIDTH: 64} and arm.overrides == {E: 16, K: 4}

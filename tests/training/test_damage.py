@@ -1,7 +1,7 @@
 """A run that was stopped, damaged and continued: one line says what is wrong, or all goes on exactly.
 
-The fixture stops a run within a logging interval. Each test continues copies of it in this process; what is compiled is
-compiled once.
+The fixture stops a run within a logging interval. Each test continues copies of it in this process;
+what is compiled is compiled once.
 """
 
 import json

@@ -52,7 +52,8 @@ def run(config: Config, num_devices: int = 1, num_steps: int = 0) -> Outcome:
             return grads, sums, parts
 
         grads, sums, parts = jax.device_get(gradients(state.params, batch))
-        # How many choices a buffer has no room for depends on how the mesh cuts the tokens; the results do not.
+        # How many choices a buffer has no room for depends on how the mesh cuts the tokens; the
+        # results do not.
         routing = [dataclasses.replace(stats, left_over=0.0) for stats in sums.routing]
         outcome = Outcome(parts, jax.tree.leaves(grads), jax.tree.leaves(routing))
         if num_steps:
@@ -84,7 +85,8 @@ def assert_same(actual: Outcome, expected: Outcome) -> None:
                 a, e, rtol=0, atol=TOLERANCE * max(np.abs(e).max(), 1e-6), err_msg=name
             )
     if actual.updates is not None:
-        # Adam divides by the gradient's own size and so enlarges rounding where a gradient is almost zero.
+        # Adam divides by the gradient's own size and so enlarges rounding where a gradient is
+        # almost zero.
         assert np.linalg.norm(actual.updates - expected.updates) < 1e-3 * np.linalg.norm(
             expected.updates
         )
@@ -206,7 +208,8 @@ def test_remat_sends_no_token_twice_if_what_arrived_is_saved(saves, ways):
     text = lowered.compile().as_text()
     rows = [int(rows) for rows in re.findall(r"f32\[1,(\d+),32\]\S*\) all-to-all\(", text)]
     tokens, receivers = 8 * 16 / 2, mean_receivers(4, 2, 2)
-    # There and back in each of two directions, and perhaps once more to compute again: half of a buffer to each device.
+    # There and back in each of two directions, and perhaps once more to compute again: half of a
+    # buffer to each device.
     assert rows == [room_for(tokens * receivers / 2, 1.5, int(tokens))] * ways
     gathered = set(re.findall(r" = f32\[([\d,]+)\]\S* all-gather\(", text))
     assert not gathered & {"4,32,2,16", "4,32,32", "4,16,32"}, "expert weights stay where they are"
@@ -271,7 +274,8 @@ def test_capacity_dispatch_with_room_for_all_equals_dropless(moe):
 
 
 def test_what_a_device_holds_during_a_step_falls_as_the_number_of_devices(monkeypatch):
-    # Attention in one form: where sequences are split all scores are computed, and on one CPU half of them.
+    # Attention in one form: where sequences are split all scores are computed, and on one CPU
+    # half of them.
     monkeypatch.setattr("moejax.nn.attention.grouped_query.platform", lambda: "other than cpu")
 
     def temporary_bytes(num_devices, mesh):
@@ -292,7 +296,8 @@ def test_initial_weights_do_not_depend_on_the_mesh():
     one = make(small_config()).init(3)
     eight = make(small_config(mesh={"data": 2, "fsdp": 2, "tensor": 2}), 8).init(3)
     for a, b in zip(jax.tree.leaves(one.params), jax.tree.leaves(eight.params), strict=True):
-        # The random bits are the same; turning them into normal numbers may round differently in another program.
+        # The random bits are the same; turning them into normal numbers may round differently in
+        # another program.
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7)
 
 

@@ -170,7 +170,8 @@ def test_killed_with_sigkill_and_resumed_equals_twenty_steps_straight(straight, 
     )
     assert resumed.returncode == 0, resumed.stderr
     assert "continuing" in resumed.stderr
-    # The same program on one device must give the same bits: compare with a straight run of the same command.
+    # The same program on one device must give the same bits: compare with a straight run of the
+    # same command.
     straight_run = subprocess.run(
         command(recipe, tmp_path / "whole"), env=environment(), capture_output=True, text=True
     )

@@ -27,8 +27,9 @@ ACCUMULATED = {
     "experts",
 }
 
-# The rest differ from these in a router that is a function of each token or sequence alone: their layers are compared
-# on a mesh in tests/moe/router/test_properties.py, their whole steps by `pytest -m slow`.
+# The rest differ from these in a router that is a function of each token or sequence alone: their
+# layers are compared on a mesh in tests/moe/router/test_properties.py, their whole steps by
+# `pytest -m slow`.
 ALWAYS = {"noisy_topk", "sigmoid_topk", "quantile", "expert_choice", "soft", *OTHER_CASES}
 
 each_case = pytest.mark.parametrize(
@@ -90,7 +91,8 @@ def test_mesh_accumulation_and_remat_change_nothing(case):
     for (path, a), (_, b) in zip(
         *(jax.tree_util.tree_leaves_with_path(x[2]) for x in (one, many)), strict=True
     ):
-        # Adam divides by the gradient's own size and so enlarges rounding where a gradient is almost zero.
+        # Adam divides by the gradient's own size and so enlarges rounding where a gradient is
+        # almost zero.
         assert np.linalg.norm(a - b) <= 2e-3 * np.linalg.norm(a) + 1e-6, path
     for (path, a), (_, b) in zip(
         *(jax.tree_util.tree_leaves_with_path(x[3]) for x in (one, many)), strict=True

@@ -13,8 +13,9 @@ moejax bench packed    a sweep over 8 seeds of --config: separate processes and 
 moejax bench compile   compile time of the train step, 64 over 8 experts and 8 over 2 layers
 moejax bench import    importing moejax over importing jax and flax
 
-Without --config, benchmarks of a recipe take configs/tiny_moe.py. Ratios can differ from process to process by more
-than within one: --processes=5 runs a benchmark in five and shows the median, the lowest and the highest.
+Without --config, benchmarks of a recipe take configs/tiny_moe.py. Ratios can differ from process to
+process by more than within one: --processes=5 runs a benchmark in five and shows the median, the
+lowest and the highest.
 """
 
 import csv

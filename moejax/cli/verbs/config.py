@@ -3,7 +3,8 @@
   moejax config --config=configs/tiny_moe.py
   moejax config --config=configs/tiny_moe.py --config.moe.router=sinkhorn --all
 
-Without --all, the settings that the recipe changes; without --config, the defaults of all. Nothing is trained.
+Without --all, the settings that the recipe changes; without --config, the defaults of all.
+Nothing is trained.
 """
 
 from typing import Any

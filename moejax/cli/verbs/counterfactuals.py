@@ -2,11 +2,12 @@
 
   moejax counterfactuals --workdir=runs/tiny_moe --rows=64 --kinds=top_k,ablate
 
-The same validation rows are evaluated as trained and under each change, on one device. Kinds: other numbers of experts
-per token (top_k), capacity factors (capacity), no selection bias (bias_off), without each expert of each layer in turn
-(ablate), two experts with each other's weights (swap) or the mean of them (merge), experts at random (random), and all
-experts alike (uniform). A change within two standard errors of 0 may be noise. Of ablations the table shows the mean
-and the extremes of each layer; the file, --json and --csv have all.
+The same validation rows are evaluated as trained and under each change, on one device. Kinds: other
+numbers of experts per token (top_k), capacity factors (capacity), no selection bias (bias_off),
+without each expert of each layer in turn (ablate), two experts with each other's weights (swap) or
+the mean of them (merge), experts at random (random), and all experts alike (uniform). A change
+within two standard errors of 0 may be noise. Of ablations the table shows the mean and the extremes
+of each layer; the file, --json and --csv have all.
 """
 
 import csv

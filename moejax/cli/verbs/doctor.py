@@ -1,12 +1,13 @@
 """Print versions, devices and kernels, and check that the set-up works.
 
-Every grouped product that runs here, and the experts as this platform computes them, are compared with the reference,
-values and gradients, and a small MoE model takes a training step on all devices. With a recipe,
+Every grouped product that runs here, and the experts as this platform computes them, are compared
+with the reference, values and gradients, and a small MoE model takes a training step on all
+devices. With a recipe,
 
   moejax doctor --config=configs/expert_parallel.py --mesh=data=2,expert=4
 
-the tokens of a tiny batch also meet their experts on its mesh, or on another, and are compared with one device; a table
-says what travels. Exits 1 if a check fails.
+the tokens of a tiny batch also meet their experts on its mesh, or on another, and are compared with
+one device; a table says what travels. Exits 1 if a check fails.
 """
 
 import dataclasses
@@ -109,7 +110,8 @@ def _run(values: FlagValues) -> None:
         if is_first():
             print(f"checking {name} ...", file=sys.stderr, flush=True)
         try:
-            # Else GPU and TPU multiply float32 with fewer bits, and differ from the reference by that.
+            # Else GPU and TPU multiply float32 with fewer bits, and differ from the
+            # reference by that.
             with jax.default_matmul_precision("highest"):
                 rows[f"check: {name}"] = check()
         except Exception as error:  # a broken set-up can fail in any way

@@ -2,8 +2,8 @@
 
   moejax generate --workdir=runs/tiny_moe --prompt="The people of the United States" --prompt="The war"
 
-The defaults of --temperature and --top_p suit small models: at 1.0 a few million parameters invent many words, at 0
-they repeat themselves.
+The defaults of --temperature and --top_p suit small models: at 1.0 a few million parameters invent
+many words, at 0 they repeat themselves.
 """
 
 import logging

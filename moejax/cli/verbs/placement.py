@@ -2,8 +2,9 @@
 
   moejax placement --workdir=runs/tiny_moe --devices=4 --replicas=1
 
-The load is that of the validation split in the run's newest evaluation, or that of --step. The figures are the largest
-load of a device over the mean: 1 is even. `moejax eval --mesh=expert=4 --replicas=1` evaluates the model so.
+The load is that of the validation split in the run's newest evaluation, or that of --step. The
+figures are the largest load of a device over the mean: 1 is even. `moejax eval --mesh=expert=4
+--replicas=1` evaluates the model so.
 """
 
 from collections.abc import Sequence

@@ -3,8 +3,8 @@
   moejax report --workdir=runs/tiny_moe
   moejax report runs/tiny_moe runs/tiny_dense --output=moe_and_dense.html
 
-One run directory, given either way, gets its report.html. From 2 to 16 give one page that compares them, by default
-comparison.html in the folder that holds the first.
+One run directory, given either way, gets its report.html. From 2 to 16 give one page that compares
+them, by default comparison.html in the folder that holds the first.
 """
 
 from pathlib import Path

@@ -7,9 +7,10 @@
   moejax sweep report DIR                         tables, effects and fronts in DIR/report.html
   moejax sweep dashboard --storage=URL            optuna-dashboard at 127.0.0.1
 
-An axis is KEY=VALUE,VALUE,... or KEY=log:LOW..HIGH:NUMBER or KEY=lin:LOW..HIGH:NUMBER; a search draws from ranges
-without a number. Every arm is checked before the first one trains. Arms that differ in knobs and seeds alone train side
-by side in one program. The same command goes on after an interruption, a crash or a change that adds arms.
+An axis is KEY=VALUE,VALUE,... or KEY=log:LOW..HIGH:NUMBER or KEY=lin:LOW..HIGH:NUMBER; a search
+draws from ranges without a number. Every arm is checked before the first one trains. Arms that
+differ in knobs and seeds alone train side by side in one program. The same command goes on after an
+interruption, a crash or a change that adds arms.
 """
 
 import logging

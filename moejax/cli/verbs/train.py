@@ -2,9 +2,9 @@
 
   moejax train --config=configs/tiny_moe.py --workdir=runs/tiny_moe --config.moe.num_experts=16
 
-SIGINT and SIGTERM save the state and exit 0; the same command continues. Several processes, each with the same command,
-train one model on all their devices with --distributed, or with --coordinator, --num_processes and --process_id:
-docs/pods.md.
+SIGINT and SIGTERM save the state and exit 0; the same command continues. Several processes, each
+with the same command, train one model on all their devices with --distributed, or with
+--coordinator, --num_processes and --process_id: docs/pods.md.
 """
 
 import logging

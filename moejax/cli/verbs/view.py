@@ -2,8 +2,9 @@
 
 moejax view --workdir=runs
 
-The address that is printed has a token, without which nothing of a run is shown: open all of it. The page is served to
-this machine alone, until Ctrl-C. From elsewhere: ssh -L 8080:127.0.0.1:8080 HOST, and here --port=8080.
+The address that is printed has a token, without which nothing of a run is shown: open all of it.
+The page is served to this machine alone, until Ctrl-C. From elsewhere: ssh -L 8080:127.0.0.1:8080
+HOST, and here --port=8080.
 """
 
 from absl import flags

@@ -24,13 +24,16 @@ class Leaf:
 
     Attributes:
       meaning: one line.
-      at_least, above, at_most, below: bounds of a number; floats are compared as float32, in which they are used.
+      at_least, above, at_most, below: bounds of a number; floats are compared as float32, in which
+        they are used.
       also: values outside of the bounds that mean something of their own.
-      choices: what a text may be, where its type does not say so; a table that grows is looked up each time.
+      choices: what a text may be, where its type does not say so; a table that grows is looked
+        up each time.
       aliases: what others call the choices.
       needs: what must hold so that anything reads the leaf; None where something always does.
-      may_rest: whether a recipe may set it although nothing reads it, since what it needs is chosen at the start of a
-        run (devices), or only watches it. Typed on the command line, or varied by a sweep, it is refused all the same.
+      may_rest: whether a recipe may set it although nothing reads it, since what it needs is chosen
+        at the start of a run (devices), or only watches it. Typed on the command line, or varied by
+        a sweep, it is refused all the same.
     """
 
     meaning: str
@@ -55,7 +58,8 @@ def leaf_of(field: dataclasses.Field[Any]) -> Leaf:
     return field.metadata["leaf"]
 
 
-# Types --------------------------------------------------------------------------------------------------------------
+# Types
+# --------------------------------------------------------------------------------------------------------------
 
 TYPE_NAMES: dict[Any, str] = {
     int: "a whole number",
@@ -149,7 +153,8 @@ def _read_int(text: str) -> int:
     return int(text, 16) if text.lower().startswith("0x") else int(text)
 
 
-# Ranges -------------------------------------------------------------------------------------------------------------
+# Ranges
+# -------------------------------------------------------------------------------------------------------------
 
 
 def check_range(key: str, value: float, declared: Leaf) -> None:

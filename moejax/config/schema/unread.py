@@ -1,8 +1,8 @@
 """Leaves that are set and that nothing reads under the other choices.
 
-What a leaf needs is declared at the leaf (`Leaf.needs`); here it is evaluated. A leaf of `moe` is read if any layer
-reads it. A dense model reads none of `moe` and `alarms` but `moe.num_experts`; a recipe may set them all the same, so
-that its dense twin is the recipe with `moe.num_experts=0`.
+What a leaf needs is declared at the leaf (`Leaf.needs`); here it is evaluated. A leaf of `moe` is
+read if any layer reads it. A dense model reads none of `moe` and `alarms` but `moe.num_experts`; a
+recipe may set them all the same, so that its dense twin is the recipe with `moe.num_experts=0`.
 """
 
 import dataclasses

@@ -264,7 +264,8 @@ def derive_moe(moe: MoeConfig, seq_len: int) -> MoeConfig:
         return moe
     derived: dict[str, Any] = {}
     if moe.score == "auto":
-        # A single sigmoid is a weight that learns; a softmax over the one selected expert is always 1.
+        # A single sigmoid is a weight that learns; a softmax over the one selected expert
+        # is always 1.
         derived["score"] = (
             "sigmoid"
             if moe.router == "sinkhorn" and moe.top_k == 1

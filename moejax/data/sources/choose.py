@@ -1,7 +1,7 @@
 """Where documents come from: one small interface over an installed corpus, a prepared dataset, files, or a grammar.
 
-A source yields the documents of `train` and `validation` in a fixed order and knows a digest of everything that
-determines them. No document is in both splits.
+A source yields the documents of `train` and `validation` in a fixed order and knows a digest of
+everything that determines them. No document is in both splits.
 """
 
 import dataclasses
@@ -131,7 +131,8 @@ def _tfds(data: DataConfig) -> Source:
     def documents(split: str) -> Iterator[Document]:
         if "validation" in dataset.splits:
             return _read_documents(dataset.examples(split))
-        # Every twentieth document, from the first: wherever the dataset is sorted, both splits see all of it.
+        # Every twentieth document, from the first: wherever the dataset is sorted, both splits see
+        # all of it.
         return _read_documents(
             dataset.examples("train"), lambda i: (i % 20 == 0) == (split == "validation")
         )

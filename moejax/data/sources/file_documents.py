@@ -1,7 +1,7 @@
 """The documents of a file, one after the other: what is wrong with one is said with its file and line.
 
-A file of records (JSON lines, Parquet) is never in memory as a whole. Its documents have the names and domains that
-fields `name` and `domain` say, as those of a prepared dataset do.
+A file of records (JSON lines, Parquet) is never in memory as a whole. Its documents have the names
+and domains that fields `name` and `domain` say, as those of a prepared dataset do.
 """
 
 import difflib

@@ -1,7 +1,8 @@
 """The documents of the user's own files, split by what is in them.
 
-A document's digest decides its split: moving, renaming or joining files changes nothing about it, and equal documents
-fall into the same split. Nothing is kept of a document but sixteen bytes, so that a corpus may exceed the memory.
+A document's digest decides its split: moving, renaming or joining files changes nothing about it,
+and equal documents fall into the same split. Nothing is kept of a document but sixteen bytes, so
+that a corpus may exceed the memory.
 """
 
 import dataclasses

@@ -1,7 +1,7 @@
 """Datasets that others prepared with tensorflow-datasets: opened without importing what their files name.
 
-`features.json` names the Python class of each feature, and tensorflow-datasets imports its module. So that file is read
-here first, and only classes that tensorflow-datasets itself offers pass.
+`features.json` names the Python class of each feature, and tensorflow-datasets imports its module.
+So that file is read here first, and only classes that tensorflow-datasets itself offers pass.
 """
 
 import dataclasses
@@ -40,7 +40,8 @@ class ForeignDataset:
 
     Attributes:
       builder: of tensorflow-datasets, which read its description.
-      identity: a digest of its description and of the names and sizes of its files, not of their contents.
+      identity: a digest of its description and of the names and sizes of its files, not of
+        their contents.
       remedy: for errors.
     """
 
@@ -82,7 +83,8 @@ def open_dataset(name: str, source_dir: str) -> ForeignDataset:
     Raises:
       ConfigError: there is none, or none of texts.
       PathError: no folder of this machine can have that path.
-      DataError: its description is damaged, or names classes that tensorflow-datasets does not offer.
+      DataError: its description is damaged, or names classes that tensorflow-datasets
+        does not offer.
     """
     where = f"data.name={name!r} with data.source_dir={source_dir!r}"
     remedy = "prepare it there with tensorflow-datasets and file_format='array_record'"
@@ -112,7 +114,8 @@ def open_dataset(name: str, source_dir: str) -> ForeignDataset:
 def _find_folder(name: str, root: Path) -> Path | None:
     """The folder of the dataset `NAME[/CONFIG][:VERSION]`, of its newest version that fits; None if there is none.
 
-    It is looked up here because tensorflow-datasets also follows what files name, and imports its own code for a name.
+    It is looked up here because tensorflow-datasets also follows what files name, and imports its
+    own code for a name.
     """
     parts = NAME.fullmatch(name)
     if not parts:

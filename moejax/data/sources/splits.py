@@ -25,8 +25,8 @@ def last_held_out(keys: np.ndarray, sizes: np.ndarray) -> int:
     """
     distinct, place = np.unique(keys, return_inverse=True)
     bytes_of_key = np.bincount(place, weights=sizes)[:-1]
-    # What is left of the twentieth before each key; a key is taken when at least half of it fits, so that the share is
-    # as near as the order allows.
+    # What is left of the twentieth before each key; a key is taken when at least half of it fits,
+    # so that the share is as near as the order allows.
     left = np.subtract.accumulate([HELD_OUT * float(np.sum(sizes)), *bytes_of_key])[:-1]
     does_not_fit = left < bytes_of_key / 2
     does_not_fit[0] = False  # at least one
@@ -41,7 +41,8 @@ def held_out(sizes: Mapping[str, int]) -> set[str]:
       sizes: bytes of each document by name; at least two documents.
 
     Returns:
-      The names held out: at least one, never all, and no empty document if two have text; the same in any order of
+      The names held out: at least one, never all, and no empty document if two have text; the same
+        in any order of
       `sizes`.
     """
     with_text = [name for name, size in sizes.items() if size]

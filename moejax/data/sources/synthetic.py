@@ -1,7 +1,8 @@
 """Documents from a small grammar: English-like, always there, the same everywhere. For tests and first steps.
 
-Each document keeps to one setting (a place, two people, a few things), so its words can be predicted from what came
-before; the order of the sentences is random. Reported results belong on real text.
+Each document keeps to one setting (a place, two people, a few things), so its words can be
+predicted from what came before; the order of the sentences is random. Reported results belong
+on real text.
 """
 
 import random

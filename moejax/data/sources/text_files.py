@@ -38,7 +38,8 @@ class TextFile:
       path: of it.
       kind: one text; JSON objects, one a line; or Parquet.
       compression: "gzip", "zstd" or "".
-      domain: the first folder on its way from the folder that `data.files` names; "" if it is directly in that.
+      domain: the first folder on its way from the folder that `data.files` names; "" if it is
+        directly in that.
     """
 
     path: Path
@@ -83,7 +84,8 @@ def unreadable(path: Path, error: Exception) -> DataError:
 def find_text_files(files: str) -> list[TextFile]:
     """The files that `data.files` names, each once, sorted by path.
 
-    What exists by the whole text is meant first, so that a name may hold commas and the signs of globs.
+    What exists by the whole text is meant first, so that a name may hold commas and the
+    signs of globs.
 
     Raises:
       ConfigError: a part of it names no file.

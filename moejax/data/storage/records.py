@@ -1,8 +1,8 @@
 """Examples on disk: ArrayRecord files, written and read without TensorFlow.
 
-What an example consists of is known here and passed in: nothing that a folder says about its own contents is believed,
-because it could name Python modules to import. Loading this module loads tensorflow-datasets; the others import it
-where they need it.
+What an example consists of is known here and passed in: nothing that a folder says about its own
+contents is believed, because it could name Python modules to import. Loading this module loads
+tensorflow-datasets; the others import it where they need it.
 """
 
 import contextlib

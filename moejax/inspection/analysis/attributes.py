@@ -1,7 +1,7 @@
 """Attributes of tokens that experts may specialise in: who the token is, its neighbours, its form and its place.
 
-An attribute has one value for each of T tokens in reading order. `analysis/information.py` measures how much each tells
-about the experts.
+An attribute has one value for each of T tokens in reading order. `analysis/information.py` measures
+how much each tells about the experts.
 """
 
 import dataclasses
@@ -97,8 +97,8 @@ def form_attributes(
 ) -> list[Attribute]:
     """What the pieces show: character class, position in the word, and the word's position in its sentence.
 
-    The rules, and their limits, are those of `analysis/words.py`. The character class is `kind_of_piece`, but a
-    letter is a "word continuation" where it does not begin a word.
+    The rules, and their limits, are those of `analysis/words.py`. The character class is
+    `kind_of_piece`, but a letter is a "word continuation" where it does not begin a word.
 
     Args:
       tokens_T: token ids in reading order.

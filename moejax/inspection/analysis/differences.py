@@ -1,10 +1,11 @@
 """Differences between arms of a sweep that have the same seed, and how far they can be told from noise.
 
-A seed gives all settings the same order of the data and the same random numbers, so much of its noise is common to all
-of them, and cancels in the difference of two arms with that seed. What is left may still be common to all pairs of a
-seed, whatever the cells of the other axes: many cells with one seed are one look at the noise, not many. So seeds alone
-count as repetitions. Cells are averaged within each seed, the standard error is that of these averages over seeds, and
-the interval is Student's, with one degree of freedom less than there are seeds.
+A seed gives all settings the same order of the data and the same random numbers, so much of its
+noise is common to all of them, and cancels in the difference of two arms with that seed. What is
+left may still be common to all pairs of a seed, whatever the cells of the other axes: many cells
+with one seed are one look at the noise, not many. So seeds alone count as repetitions. Cells are
+averaged within each seed, the standard error is that of these averages over seeds, and the interval
+is Student's, with one degree of freedom less than there are seeds.
 """
 
 import dataclasses
@@ -53,8 +54,10 @@ def mean_difference(pairs_CS: Float[np.ndarray, "C S"], num_looks: int = 1) -> D
     """The mean of paired differences, each cell and each seed of the same weight.
 
     Args:
-      pairs_CS: a difference for each cell of the other axes and each seed; NaN where there is no pair.
-      num_looks: differences that are looked at together: the intervals of all of them cover with 95 % (Bonferroni).
+      pairs_CS: a difference for each cell of the other axes and each seed; NaN where
+        there is no pair.
+      num_looks: differences that are looked at together: the intervals of all of them cover with 95
+        % (Bonferroni).
     """
     is_known_CS = np.isfinite(pairs_CS)
     cells, seeds = whole_block(is_known_CS)
@@ -81,8 +84,8 @@ def student_quantile(num_seeds: int, num_looks: int = 1) -> float:
 def whole_block(is_known_CS: Bool[np.ndarray, "C S"]) -> tuple[np.ndarray, np.ndarray]:
     """The indices of cells and seeds that all have one another, and hold as many pairs as possible.
 
-    A cell that lacks a seed would bring its own level into that seed's mean, which is no noise. Two seeds or more are
-    preferred to any number of pairs with one, which say nothing of noise.
+    A cell that lacks a seed would bring its own level into that seed's mean, which is no noise. Two
+    seeds or more are preferred to any number of pairs with one, which say nothing of noise.
     """
     by_size = np.argsort(
         -is_known_CS.sum(axis=0), kind="stable"

@@ -1,8 +1,9 @@
 """Portraits of experts by what they get: which tokens of the vocabulary, which domains, and together with whom.
 
-The measures follow OLMoE (Muennighoff et al. 2024, section 5). Arrays `experts_NTK` hold expert ids, `num_experts` for
-no (further) expert. Those of most routers come in falling order of the score that selects, so that the first is the
-top-1 choice; where experts choose tokens they come in order of id: sort them with `by_weight`.
+The measures follow OLMoE (Muennighoff et al. 2024, section 5). Arrays `experts_NTK` hold expert
+ids, `num_experts` for no (further) expert. Those of most routers come in falling order of the score
+that selects, so that the first is the top-1 choice; where experts choose tokens they come in order
+of id: sort them with `by_weight`.
 """
 
 from typing import NamedTuple
@@ -30,13 +31,15 @@ class VocabularySpecialisation(NamedTuple):
     """How far each token of the vocabulary belongs to one expert.
 
     Attributes:
-      share_NV: of the token's occurrences, the fraction that has its favourite expert as the top-1 choice: the largest
-        N(x, e) / N(x) over e; NaN for tokens seen less than `min_count` times.
+      share_NV: of the token's occurrences, the fraction that has its favourite expert as the top-1
+        choice: the largest N(x, e) / N(x) over e; NaN for tokens seen less than `min_count` times.
       expert_NV: the favourite, of several the lowest id; num_experts where the share is NaN.
       mean_N: mean share over tokens of the vocabulary, each with weight 1; NaN without any.
-      chance_N: the same where experts are dealt out to tokens at random, with their loads kept. Well above the largest
-        load, because the favourite of a rare token has a large share by chance.
-      mean_NE: mean share of the tokens whose favourite is the expert; NaN for an expert that is nobody's.
+      chance_N: the same where experts are dealt out to tokens at random, with their loads
+        kept. Well above the largest load, because the favourite of a rare token has a large
+        share by chance.
+      mean_NE: mean share of the tokens whose favourite is the expert; NaN for an expert that
+        is nobody's.
     """
 
     share_NV: Float64[np.ndarray, "N V"]
@@ -57,13 +60,15 @@ def vocabulary_specialisation(
 ) -> VocabularySpecialisation:
     """For each token of the vocabulary, how much of it its favourite expert gets.
 
-    Follows the vocabulary specialisation of OLMoE, N(x, e) / N(x) with k = 1: of the N(x) occurrences of token x, the
-    fraction whose top-1 choice is expert e, summarised by the largest over e and its mean over the vocabulary. Departs
-    from it by leaving rare tokens out of the mean too, and by showing chance beside it.
+    Follows the vocabulary specialisation of OLMoE, N(x, e) / N(x) with k = 1: of the N(x)
+    occurrences of token x, the fraction whose top-1 choice is expert e, summarised by the largest
+    over e and its mean over the vocabulary. Departs from it by leaving rare tokens out of the mean
+    too, and by showing chance beside it.
 
     Args:
-      tokens_T: ids in [0, vocab_size), negative to leave a token out. The input tokens give the version for inputs;
-        the next tokens, `attributes.next_token(...).values_T`, that for outputs.
+      tokens_T: ids in [0, vocab_size), negative to leave a token out. The input tokens give
+        the version for inputs; the next tokens, `attributes.next_token(...).values_T`, that
+        for outputs.
       experts_NTK: the first of K is the top-1 choice; tokens without one are left out.
       vocab_size: V.
       num_experts: E.
@@ -124,10 +129,11 @@ class DomainSpecialisation(NamedTuple):
     """How the tokens of each domain spread over experts.
 
     Attributes:
-      share_NDE: fraction of a domain's tokens that visit the expert, N(e, D) / N(D); sums to the number of experts
-        that tokens visit, and is NaN for a domain without tokens.
+      share_NDE: fraction of a domain's tokens that visit the expert, N(e, D) / N(D); sums to the
+        number of experts that tokens visit, and is NaN for a domain without tokens.
       overall_NE: the same fraction of all tokens.
-      uniform_N: the level of uniform routing, K / E, with K the mean number of experts that a token visits.
+      uniform_N: the level of uniform routing, K / E, with K the mean number of experts that a
+        token visits.
       tokens_D: N(D).
     """
 
@@ -168,11 +174,13 @@ def domain_specialisation(
 def coactivation_shares(coactivation_NEE: Int[np.ndarray, "N E E"]) -> Float64[np.ndarray, "N E E"]:
     """Of the tokens of expert i, the fraction that also visits expert j (OLMoE, section 5: N(i, j) / N(i)).
 
-    Not symmetric, for a rare expert may be seen only beside a frequent one. OLMoE's own script counts only pairs that
-    are neighbours in the order of a token's choices; here all pairs count, as in its text.
+    Not symmetric, for a rare expert may be seen only beside a frequent one. OLMoE's own script
+    counts only pairs that are neighbours in the order of a token's choices; here all pairs count,
+    as in its text.
 
     Args:
-      coactivation_NEE: tokens that visit both, with each expert's tokens on the diagonal (`moe.by_token.coactivation`).
+      coactivation_NEE: tokens that visit both, with each expert's tokens on the diagonal
+        (`moe.by_token.coactivation`).
 
     Returns:
       `[n, i, j]`, 1 on the diagonal; NaN in the rows of experts without tokens.

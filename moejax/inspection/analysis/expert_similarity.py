@@ -1,10 +1,11 @@
 """How alike experts are: in their weights, and in what they make of the same inputs.
 
-Weights compare experts as they are stored. Experts are drawn each by itself, so their hidden units stand in no common
-order, and flattened weights of two experts that compute the same may have a cosine of 0: a high cosine shows likeness,
-a low one shows nothing. `unit_similarity` forgets the order of hidden units but sees only one matrix. What experts make
-of the same inputs is the honest comparison: `output_cosine` asks whether it is the same, and `linear_cka` whether it is
-the same up to a rotation and a scale.
+Weights compare experts as they are stored. Experts are drawn each by itself, so their hidden units
+stand in no common order, and flattened weights of two experts that compute the same may have a
+cosine of 0: a high cosine shows likeness, a low one shows nothing. `unit_similarity` forgets the
+order of hidden units but sees only one matrix. What experts make of the same inputs is the honest
+comparison: `output_cosine` asks whether it is the same, and `linear_cka` whether it is the same up
+to a rotation and a scale.
 """
 
 import numpy as np
@@ -27,13 +28,13 @@ def weight_cosine(weights_NE: Float[np.ndarray, "N E ..."]) -> Float64[np.ndarra
 def unit_similarity(units_NEFD: Float[np.ndarray, "N E F D"]) -> Float64[np.ndarray, "N E E"]:
     """Cosine between W^T W of experts, which does not depend on the order or the signs of hidden units.
 
-    Between 0 and 1: ||W_i W_j^T||^2 / (||W_i W_i^T|| ||W_j W_j^T||) in Frobenius norms, all products of hidden units of
-    the one with those of the other. It is not 0 for unrelated matrices: with independent normal entries it is about
-    F / (D + F).
+    Between 0 and 1: ||W_i W_j^T||^2 / (||W_i W_i^T|| ||W_j W_j^T||) in Frobenius norms, all
+    products of hidden units of the one with those of the other. It is not 0 for unrelated matrices:
+    with independent normal entries it is about F / (D + F).
 
     Args:
-      units_NEFD: one vector for each hidden unit, such as "down" or, with its last two axes swapped, "up" of
-        `expert_weights`.
+      units_NEFD: one vector for each hidden unit, such as "down" or, with its last two axes
+        swapped, "up" of `expert_weights`.
     """
     return np.stack([_cosine(_products(units_EFD.swapaxes(1, 2))) for units_EFD in units_NEFD])
 
@@ -53,10 +54,10 @@ def output_cosine(outputs_ETD: Float[np.ndarray, "E T D"]) -> Float64[np.ndarray
 def linear_cka(outputs_ETD: Float[np.ndarray, "E T D"]) -> Float64[np.ndarray, "E E"]:
     """Linear centred kernel alignment of the outputs of experts on the same T inputs.
 
-    1 for outputs that are equal up to a shift, a rotation and a scale, about 0 for unrelated ones (and at times a
-    little below). Kornblith et al. 2019, with the unbiased estimate of HSIC of Song et al. 2012 as Nguyen et al. 2021
-    use it: the usual estimate tends to 1 for unrelated outputs too if there are fewer inputs than outputs have
-    dimensions. Takes memory for E T^2 numbers.
+    1 for outputs that are equal up to a shift, a rotation and a scale, about 0 for unrelated ones
+    (and at times a little below). Kornblith et al. 2019, with the unbiased estimate of HSIC of Song
+    et al. 2012 as Nguyen et al. 2021 use it: the usual estimate tends to 1 for unrelated outputs
+    too if there are fewer inputs than outputs have dimensions. Takes memory for E T^2 numbers.
 
     Args:
       outputs_ETD: of one layer, from `expert_outputs`.

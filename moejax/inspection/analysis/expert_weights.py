@@ -21,12 +21,13 @@ def expert_weights(model: Decoder) -> dict[str, Float[np.ndarray, "N E ..."]]:
     """Weights of the experts of all MoE layers, by name.
 
     Args:
-      model: a decoder whose experts are in order, as loaded: `Decoder.place_experts` was not called.
+      model: a decoder whose experts are in order, as loaded: `Decoder.place_experts`
+        was not called.
 
     Returns:
-      "up" and, with a gate, "gate" `[N, E, D, F]`, "down" `[N, E, F, D]`; with biases "up_bias" and "gate_bias"
-      `[N, E, F]`, "down_bias" `[N, E, D]`. D is the latent width if the experts have one. Shared and free experts have
-      no part in it.
+      "up" and, with a gate, "gate" `[N, E, D, F]`, "down" `[N, E, F, D]`; with biases "up_bias" and
+      "gate_bias" `[N, E, F]`, "down_bias" `[N, E, D]`. D is the latent width if the experts have
+      one. Shared and free experts have no part in it.
 
     Raises:
       ProfileError: no MoE layer, or `moe.per_layer` gives layers experts of other shapes.
@@ -58,8 +59,9 @@ def expert_outputs(
 ) -> Float32[np.ndarray, "N E T D"]:
     """What every expert of every MoE layer returns for the same tokens, whether or not they would visit it.
 
-    The inputs are those of the layer in a pass over the tokens, the normed residual stream, and outputs come without
-    combine weight. Runs layer by layer, and gives N E T D numbers: meant for some hundred tokens.
+    The inputs are those of the layer in a pass over the tokens, the normed residual stream, and
+    outputs come without combine weight. Runs layer by layer, and gives N E T D numbers: meant for
+    some hundred tokens.
 
     Args:
       model: as for `expert_weights`.

@@ -4,22 +4,24 @@ For one layer, every token and each of its choices is a pair (attribute x, exper
 
   I(expert; attribute) = sum over x, e of p(x, e) log2(p(x, e) / (p(x) p(e)))
 
-with the pairs' relative frequencies for p. This plug-in estimate is too high, the more so the more values x has: with
-32,000 token ids, routing at random shows more than a bit. So the attribute is also permuted over tokens, which keeps
-its distribution and each token's set of experts but breaks their relation; what is left is chance, and the excess over
-it is what the attribute tells.
+with the pairs' relative frequencies for p. This plug-in estimate is too high, the more so the more
+values x has: with 32,000 token ids, routing at random shows more than a bit. So the attribute is
+also permuted over tokens, which keeps its distribution and each token's set of experts but breaks
+their relation; what is left is chance, and the excess over it is what the attribute tells.
 
-"Identity more than topic" is a question about two attributes that go together, for domains differ in their words. It is
-answered by conditional information: I(expert; token | domain) against I(expert; domain | token), which is what the
-domain still tells of the experts of one and the same token. Its chance level permutes the attribute among tokens of
-equal condition.
+"Identity more than topic" is a question about two attributes that go together, for domains differ
+in their words. It is answered by conditional information: I(expert; token | domain) against
+I(expert; domain | token), which is what the domain still tells of the experts of one and the same
+token. Its chance level permutes the attribute among tokens of equal condition.
 
-Tokens of one document are not independent, so an attribute that is constant in documents, such as the domain, beats a
-permutation over tokens even if each document merely has a taste of its own. The stricter test permutes the values over
-whole documents (`over="documents"`). Documents may only trade places if they are of one size: where one domain has few
-long documents and another many short ones, a permutation would change how much text each domain has, and chance would
-seem low. So this test takes the same number of tokens of each document, drawn at random. With a condition that goes
-together with the attribute it leans to the side of chance: permuted values meet more values of the condition.
+Tokens of one document are not independent, so an attribute that is constant in documents, such as
+the domain, beats a permutation over tokens even if each document merely has a taste of its own.
+The stricter test permutes the values over whole documents (`over="documents"`). Documents may
+only trade places if they are of one size: where one domain has few long documents and another
+many short ones, a permutation would change how much text each domain has, and chance would seem
+low. So this test takes the same number of tokens of each document, drawn at random. With a
+condition that goes together with the attribute it leans to the side of chance: permuted values
+meet more values of the condition.
 """
 
 import dataclasses
@@ -50,13 +52,14 @@ class Information:
       attribute: its name.
       given: name of the condition, or None.
       over: what the baseline permuted, "tokens" or "documents".
-      information_N: I(expert; attribute), or I(expert; attribute | condition); the plug-in estimate.
+      information_N: I(expert; attribute), or I(expert; attribute | condition); the
+        plug-in estimate.
       baseline_N: its mean over permutations.
       spread_N: its standard deviation over them.
       entropy_N: H(expert) of pairs; at most log2 E.
-      ceiling_N: the information if routing were a function of the attribute (and the condition): H(expert) less the
-        mean of log2(number of the token's choices), for which of a token's experts a pair has stays open; with a
-        condition, less I(expert; condition) too.
+      ceiling_N: the information if routing were a function of the attribute (and the condition):
+        H(expert) less the mean of log2(number of the token's choices), for which of a token's
+        experts a pair has stays open; with a condition, less I(expert; condition) too.
     """
 
     attribute: str
@@ -86,8 +89,9 @@ class Information:
     def adjusted_N(self) -> Float64[np.ndarray, "N"]:
         """0 at chance, 1 where routing is a function of the attribute: adjusted mutual information.
 
-        (I - baseline) / (ceiling - baseline); Vinh et al. 2010, "Information Theoretic Measures for Clusterings
-        Comparison". Unsteady where chance alone comes near the ceiling, as with attributes of a few tokens per value.
+        (I - baseline) / (ceiling - baseline); Vinh et al. 2010, "Information Theoretic Measures for
+        Clusterings Comparison". Unsteady where chance alone comes near the ceiling, as with
+        attributes of a few tokens per value.
         """
         return _ratio(self.excess_N, self.ceiling_N - self.baseline_N)
 
@@ -116,18 +120,18 @@ def expert_information(
       experts_NTK: in [0, num_experts], num_experts for no expert.
       num_experts: E.
       given: a condition: what the attribute tells of tokens that agree in this one.
-      over: the baseline permutes the attribute over "tokens", with a condition among those that agree in it; or over
-        "documents", the values of whole documents, for an attribute that is constant in each. The latter leaves the
-        condition where it is.
+      over: the baseline permutes the attribute over "tokens", with a condition among those that
+        agree in it; or over "documents", the values of whole documents, for an attribute that is
+        constant in each. The latter leaves the condition where it is.
       documents_T: the document of each token, in [0, ...); for `over="documents"`.
-      tokens_per_document: for the same: how many tokens of each are drawn, shorter ones left out; None: as many as the
-        shortest has. All numbers are of those tokens.
+      tokens_per_document: for the same: how many tokens of each are drawn, shorter ones left out;
+        None: as many as the shortest has. All numbers are of those tokens.
       num_permutations: at least 2.
       seed: of the permutations, which are the same for all layers, and of that draw.
 
     Raises:
-      InformationError: arrays of other lengths or ids out of range, too few permutations, or documents that are
-        missing, too short, or in which the attribute varies.
+      InformationError: arrays of other lengths or ids out of range, too few permutations, or
+        documents that are missing, too short, or in which the attribute varies.
     """
     _check(attribute, experts_NTK, num_experts, given, over, num_permutations)
     check_seed("seed", seed)
@@ -177,7 +181,8 @@ def information_table(
       layers: the model layer of each MoE layer.
 
     Returns:
-      One dict for each result and layer: attribute, given ("" for none), over, layer, and in bits information,
+      One dict for each result and layer: attribute, given ("" for none), over, layer, and in bits
+        information,
       baseline, spread, excess, entropy and ceiling; and share and adjusted.
     """
     rows = []

@@ -16,14 +16,15 @@ def router_saturation(
     Routing at random shows K / E, and more where loads are unequal.
 
     Args:
-      experts_S: `[N, T, K]` of each checkpoint in order, of the same tokens: `experts` of the files in
-        `routing/evaluations`. K may differ between checkpoints.
+      experts_S: `[N, T, K]` of each checkpoint in order, of the same tokens: `experts` of the files
+        in `routing/evaluations`. K may differ between checkpoints.
       num_experts: E, which stands for no expert.
-      num_choices: k, only the first k choices of both count, 1 for the top-1 choice; None: all. Only for routers whose
-        choices come in order of their score.
+      num_choices: k, only the first k choices of both count, 1 for the top-1 choice; None: all.
+        Only for routers whose choices come in order of their score.
 
     Returns:
-      Mean over the tokens that have an expert at the last checkpoint, NaN if none has; the last row is 1.
+      Mean over the tokens that have an expert at the last checkpoint, NaN if none has; the
+      last row is 1.
 
     Raises:
       ProfileError: no checkpoint, or checkpoints of other layers or tokens.

@@ -1,8 +1,8 @@
 """Which tokens each expert takes more of than chance would give it. Pure NumPy: counts in, ranked tokens out.
 
-Routing by word identity is the specialisation that early MoE papers saw first (Shazeer et al. 2017, appendix E;
-Zoph et al. 2022, section 7). To see it, count how often each expert got each token of the vocabulary, and compare with
-what the expert would get if routing ignored identity.
+Routing by word identity is the specialisation that early MoE papers saw first (Shazeer et al. 2017,
+appendix E; Zoph et al. 2022, section 7). To see it, count how often each expert got each token of
+the vocabulary, and compare with what the expert would get if routing ignored identity.
 """
 
 from typing import NamedTuple
@@ -10,7 +10,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float64, Int, Int64
 
-# One token in 30,000 exceeds this by chance when routing ignores identity: a vocabulary yields about none per expert.
+# One token in 30,000 exceeds this by chance when routing ignores identity: a vocabulary yields
+# about none per expert.
 MIN_Z = 4.0
 
 
@@ -20,7 +21,8 @@ class TokenShare(NamedTuple):
     Attributes:
       token: id.
       num_assignments: times the expert got it.
-      share: of the token's visits to experts of the layer; at most 1 / K, where each of its K choices is another.
+      share: of the token's visits to experts of the layer; at most 1 / K, where each of its K
+        choices is another.
       ratio: times over the number expected if routing ignored identity.
     """
 
@@ -43,7 +45,8 @@ def count_tokens_by_expert(
 
     Args:
       tokens_T: token ids in [0, vocab_size).
-      experts_NTK: the experts each MoE layer chose for each token, in [0, num_experts), or num_experts for none.
+      experts_NTK: the experts each MoE layer chose for each token, in [0, num_experts), or
+        num_experts for none.
       vocab_size: V.
       num_experts: E.
       mask_T: False for padding, which is counted nowhere.
@@ -80,17 +83,19 @@ def over_represented_tokens(
 ) -> list[list[list[TokenShare]]]:
     """Ranks, for each layer and expert, the tokens that it gets significantly more often than its share of the load.
 
-    If routing ignored identity, each of the n_v assignments of token v would go to expert e with that expert's share
-    q_e of the layer's load, and e's count c of v would be binomial. The rank is the signed root of the log-likelihood
-    ratio (Dunning 1993, "Accurate Methods for the Statistics of Surprise and Coincidence"),
+    If routing ignored identity, each of the n_v assignments of token v would go to expert e with
+    that expert's share q_e of the layer's load, and e's count c of v would be binomial. The rank is
+    the signed root of the log-likelihood ratio (Dunning 1993, "Accurate Methods for the Statistics
+    of Surprise and Coincidence"),
 
       z = sqrt(2 n_v KL(c / n_v || q_e)),   positive where c > n_v q_e,
 
-    close to standard normal under that hypothesis, also for small counts. It grows with the evidence, so a rare token
-    must be very lopsided to rank beside a frequent one; ranking by the ratio itself would list only rare tokens. The
-    log-odds with a Dirichlet prior (Monroe et al. 2008) is a common alternative, but it hides a token that no other
-    expert gets, because the variance of the log of a count of zero is huge: just the tokens we look for.
-    The K experts of one token differ, which makes counts less variable than binomial: z errs on the low side.
+    close to standard normal under that hypothesis, also for small counts. It grows with the
+    evidence, so a rare token must be very lopsided to rank beside a frequent one; ranking by the
+    ratio itself would list only rare tokens. The log-odds with a Dirichlet prior (Monroe et al.
+    2008) is a common alternative, but it hides a token that no other expert gets, because the
+    variance of the log of a count of zero is huge: just the tokens we look for. The K experts of
+    one token differ, which makes counts less variable than binomial: z errs on the low side.
 
     Args:
       counts_NEV: from `count_tokens_by_expert`.
@@ -98,7 +103,8 @@ def over_represented_tokens(
       min_count: tokens that the expert got less often are left out.
 
     Returns:
-      For each layer, for each expert, a list of `TokenShare`, strongest first; empty if nothing stands out.
+      For each layer, for each expert, a list of `TokenShare`, strongest first; empty if
+      nothing stands out.
     """
     ranked = []
     for counts_EV in counts_NEV:

@@ -26,8 +26,8 @@ def token_flow(
     Args:
       experts_NTK: num_experts for no expert.
       num_experts: E.
-      num_choices: only each token's first k choices count, 1 for the top-1 choice; None: all, and a token is in as many
-        cells as it has pairs of experts.
+      num_choices: only each token's first k choices count, 1 for the top-1 choice; None: all, and a
+        token is in as many cells as it has pairs of experts.
 
     Returns:
       Counts, and those expected: row sum times column sum over the sum.

@@ -1,9 +1,11 @@
 """How a model routes the tokens of a text, or of many rows of a corpus.
 
-`trace` shows one text in full: experts, weights, logits and probabilities of every token in every MoE layer. A `Trace`
-shows itself in a notebook and becomes a table. `route_corpus` keeps experts and weights alone, of many tokens.
+`trace` shows one text in full: experts, weights, logits and probabilities of every token in every
+MoE layer. A `Trace` shows itself in a notebook and becomes a table. `route_corpus` keeps experts
+and weights alone, of many tokens.
 
-Routing is that of evaluation: nothing is drawn at random, and choices are those before any capacity drops some.
+Routing is that of evaluation: nothing is drawn at random, and choices are those before any
+capacity drops some.
 """
 
 import dataclasses
@@ -37,7 +39,8 @@ class RoutedTokens:
       rows_T: row of the split, int32.
       positions_T: position in its piece of a document, int32; 0 starts a piece.
       documents_T: document of the split, int32, in the order of its labels.
-      experts_NTK: the experts of each token, the best first, int32; `num_experts` where there is no (further) expert.
+      experts_NTK: the experts of each token, the best first, int32; `num_experts` where there is no
+        (further) expert.
       weights_NTK: their combine weights, float32; 0 where there is no expert.
       num_experts: width of the router, E.
       layers: model layer of each MoE layer.
@@ -63,12 +66,14 @@ class RoutedTokens:
 def trace(model: "LoadedRun", text_or_tokens: str | Sequence[int] | np.ndarray) -> Trace:
     """Routes a text.
 
-    It may be longer than the rows that the model was trained on: rotary positions and attention have no end, but there
-    the model is on unknown ground. Memory grows with the square of the length.
+    It may be longer than the rows that the model was trained on: rotary positions and
+    attention have no end, but there the model is on unknown ground. Memory grows with the
+    square of the length.
 
     Args:
       model: from `Run.load` or `load_run`.
-      text_or_tokens: a text, before which the begin-of-document token is put, as in training; or token ids as they are.
+      text_or_tokens: a text, before which the begin-of-document token is put, as in training; or
+        token ids as they are.
 
     Raises:
       TraceError: no tokens, or ids outside the vocabulary.

@@ -1,8 +1,8 @@
 """How the tokens of one text were routed, as text for a terminal and as HTML for a notebook.
 
-The HTML needs no script: radio buttons and CSS switch between layers. Colours are those of Okabe and Ito (2008), told
-apart by colour-blind readers, and never alone: each token carries its expert's number. They are tints over whatever
-ground there is, so that text reads in light and dark.
+The HTML needs no script: radio buttons and CSS switch between layers. Colours are those of Okabe
+and Ito (2008), told apart by colour-blind readers, and never alone: each token carries its expert's
+number. They are tints over whatever ground there is, so that text reads in light and dark.
 """
 
 import dataclasses
@@ -48,12 +48,14 @@ class Trace:
       tokens_T: ids.
       pieces: text of each token.
       layers: model layer of each MoE layer.
-      experts_NTK: the experts of each token, the best first; `num_experts` where there is no (further) expert. Soft
-        routing mixes all experts: there is none, and `probs_NTE` says how much of each.
+      experts_NTK: the experts of each token, the best first; `num_experts` where there is no
+        (further) expert. Soft routing mixes all experts: there is none, and `probs_NTE` says how
+        much of each.
       weights_NTK: their combine weights; 0 where there is no expert.
       logits_NTE: raw router logits; see `scores_by_token` for soft routing.
       probs_NTE: the router's distribution over experts.
-      num_experts: width of the router, E: experts with weights, then zero, identity and constant ones.
+      num_experts: width of the router, E: experts with weights, then zero, identity and
+        constant ones.
     """
 
     tokens_T: Int32[np.ndarray, "T"]
@@ -80,8 +82,9 @@ class Trace:
         """A row per token, layer and choice.
 
         Returns:
-          Columns `token` (id), `piece`, `position`, `layer` (of the model), `rank` (0 is the best choice), `expert`,
-          `weight`, `prob` and `logit`. A token without an expert keeps one row, with NA for what a choice has.
+          Columns `token` (id), `piece`, `position`, `layer` (of the model), `rank` (0 is the best
+          choice), `expert`, `weight`, `prob` and `logit`. A token without an expert keeps one row,
+          with NA for what a choice has.
         """
         import pandas as pd
 
@@ -159,7 +162,8 @@ def as_html(trace: Trace) -> str:
     )
     left_out = len(trace.tokens_T) - num_shown
     foot = f"<p>{left_out:,} more tokens are not shown; to_frame() has all.</p>" if left_out else ""
-    # A form of its own makes the buttons a group of their own, however many traces are on a page. Nothing is sent.
+    # A form of its own makes the buttons a group of their own, however many traces are on a page.
+    # Nothing is sent.
     return (
         f'<form class="moejax-trace" method="dialog"><style>{STYLE}{rules}</style><p>{html.text(_title(trace))}. The '
         f"number is a token's first expert; point at a token for more.</p><fieldset>{switches}</fieldset>"

@@ -1,20 +1,21 @@
 """Words and sentences in a stream of tokens, from the pieces of the tokenizer alone.
 
-Everything is decided by a table of the distinct pieces and then by arrays, so half a million tokens take a fraction of
-a second. The rules are plain ones, for statistics over many tokens:
+Everything is decided by a table of the distinct pieces and then by arrays, so half a million tokens
+take a fraction of a second. The rules are plain ones, for statistics over many tokens:
 
-- A *word* is a run of tokens that begin with a letter, a mark, a numeral or a raw byte. A token goes on with the word
-  of the token before it if it does not begin with a space and that one ends in a letter, mark, numeral or byte; or if
-  an apostrophe alone stands between them ("don", "'", "t" is one word). Each Chinese or Japanese token is a word of its
-  own, for those scripts write no spaces.
-- A *sentence* ends after . ! ? … and any closing quotes and brackets, if then a space, a line break, a special token
-  or the end of the context follows; after 。！？ and closing quotes and brackets, whatever follows; and after a blank
-  line.
+- A *word* is a run of tokens that begin with a letter, a mark, a numeral or a raw byte. A token
+  goes on with the word of the token before it if it does not begin with a space and that one
+  ends in a letter, mark, numeral or byte; or if an apostrophe alone stands between them ("don",
+  "'", "t" is one word). Each Chinese or Japanese token is a word of its own, for those scripts
+  write no spaces.
+- A *sentence* ends after . ! ? … and any closing quotes and brackets, if then a space, a line
+  break, a special token or the end of the context follows; after 。！？ and closing quotes and
+  brackets, whatever follows; and after a blank line.
 
-Limits: "Mr. Smith" ends a sentence, and one without a full stop before a single line break does not. Characters that
-the tokenizer writes as several bytes are seen as parts of words, whatever they are: with a tokenizer of bytes a dash or
-a Chinese sentence is a word, and 。 ends nothing. A learnt piece of a backslash and an n is taken for a line break,
-which `Tokenizer.piece` writes so.
+Limits: "Mr. Smith" ends a sentence, and one without a full stop before a single line break does
+not. Characters that the tokenizer writes as several bytes are seen as parts of words, whatever they
+are: with a tokenizer of bytes a dash or a Chinese sentence is a word, and 。 ends nothing. A learnt
+piece of a backslash and an n is taken for a line break, which `Tokenizer.piece` writes so.
 """
 
 import dataclasses
@@ -48,10 +49,11 @@ _BYTE = re.compile("<0x[0-9A-F]{2}>")
 def kind_of_piece(piece: str) -> str:
     """What a piece is, out of context: one of `KINDS`.
 
-    "special" and "byte" by how `Tokenizer.piece` writes them; "newline" if it is only white space with a line feed, and
-    "space" if it is other white space. Else by the Unicode category of its first character that is no white space: P
-    punctuation, N numeral, L or M a letter, which is "CJK" if it is an ideograph or kana, "capitalised" if it is upper
-    or title case, and "lower-case" if it is not, so also in scripts without case; all others are a "symbol".
+    "special" and "byte" by how `Tokenizer.piece` writes them; "newline" if it is only white space
+    with a line feed, and "space" if it is other white space. Else by the Unicode category of its
+    first character that is no white space: P punctuation, N numeral, L or M a letter, which is
+    "CJK" if it is an ideograph or kana, "capitalised" if it is upper or title case, and
+    "lower-case" if it is not, so also in scripts without case; all others are a "symbol".
     """
     if _SPECIAL.fullmatch(piece):
         return "special"

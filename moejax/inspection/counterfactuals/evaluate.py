@@ -1,8 +1,8 @@
 """What a checkpoint would lose under other routing: the same validation rows, with one change at a time.
 
-The model is run layer by layer. A change touches few layers: those before it are run once for all changes, and a layer
-with other weights or another blocked expert is the same program with other arguments, so that the ablation of every
-expert of every layer compiles nothing anew.
+The model is run layer by layer. A change touches few layers: those before it are run once for all
+changes, and a layer with other weights or another blocked expert is the same program with other
+arguments, so that the ablation of every expert of every layer compiles nothing anew.
 """
 
 import difflib
@@ -71,11 +71,14 @@ def counterfactuals(
     - "top_k": other numbers of experts per token, with the run's own normalisation.
     - "capacity": evaluation capacity factors, at which choices are dropped.
     - "bias_off": the selection bias at 0.
-    - "ablate": each expert of each layer in turn, not selectable (its tokens go to the next in rank) and with output 0.
-    - "swap": two experts with each other's weights: the busiest with the least used, and pairs at random.
-    - "merge": two experts with the mean of their weights: the most similar pair, and pairs at random.
-    - "random": experts drawn uniformly, each of weight 1/K. "uniform": every expert, each of weight 1/E. In all layers
-      at once, and in each alone; both times the run's `moe.route_scale`.
+    - "ablate": each expert of each layer in turn, not selectable (its tokens go to the next in
+      rank) and with output 0.
+    - "swap": two experts with each other's weights: the busiest with the least used, and
+      pairs at random.
+    - "merge": two experts with the mean of their weights: the most similar pair, and
+      pairs at random.
+    - "random": experts drawn uniformly, each of weight 1/K. "uniform": every expert, each of weight
+      1/E. In all layers at once, and in each alone; both times the run's `moe.route_scale`.
 
     Args:
       run: a loaded run, or the run directory.

@@ -1,8 +1,8 @@
 """Changes to one MoE layer: how it routes, and which weights its experts have.
 
-Each function takes the layer and returns a changed one; the layer that it was given, and arrays that do not change,
-stay as they are. Layers here stand alone (`Decoder.walk`): parameters have no leading axis of layers. All are for
-evaluation.
+Each function takes the layer and returns a changed one; the layer that it was given, and arrays
+that do not change, stay as they are. Layers here stand alone (`Decoder.walk`): parameters have no
+leading axis of layers. All are for evaluation.
 """
 
 import dataclasses

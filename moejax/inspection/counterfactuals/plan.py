@@ -1,7 +1,7 @@
 """Which changes of routing to try on a model, and which have no meaning for it.
 
-A `Change` says what `surgery` to do on which MoE layers. Layers of one model may differ: a change is done on those
-where it makes sense, and what is left out is named with its reason.
+A `Change` says what `surgery` to do on which MoE layers. Layers of one model may differ: a change
+is done on those where it makes sense, and what is left out is named with its reason.
 """
 
 import dataclasses
@@ -91,7 +91,8 @@ def plan(
       kinds: of `KINDS`.
       top_k: numbers of experts per token; None: from 1 to twice the run's, at most E.
       capacity_factors: of evaluation.
-      num_pairs: of experts drawn at random in each layer, to swap and to merge, beside the chosen one.
+      num_pairs: of experts drawn at random in each layer, to swap and to merge, beside
+        the chosen one.
       seed: of that.
     """
     planners = {

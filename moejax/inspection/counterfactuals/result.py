@@ -234,9 +234,9 @@ def paired_change(
 ) -> tuple[float, float]:
     """The change of the mean loss on the same rows, and its standard error.
 
-    The change is a ratio of two sums over rows, of differences d and of targets t. Its standard error is that of the
-    ratio estimator, sqrt(R / (R - 1) sum (d - t change)^2) / sum t: rows with targets are taken as a sample. What the
-    losses of a row have in common cancels in d.
+    The change is a ratio of two sums over rows, of differences d and of targets t. Its standard
+    error is that of the ratio estimator, sqrt(R / (R - 1) sum (d - t change)^2) / sum t: rows with
+    targets are taken as a sample. What the losses of a row have in common cancels in d.
 
     Args:
       nats_R: cross-entropy of each row under the change.

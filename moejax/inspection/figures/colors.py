@@ -32,8 +32,8 @@ def load_colors(num_colors: int) -> list[str]:
 class RunColors:
     """Colours that are given once and kept.
 
-    A name always asks for the same one of `FIRST`, so that a run keeps its colour when the server is started again;
-    only where another run has it does it get the next that is free.
+    A name always asks for the same one of `FIRST`, so that a run keeps its colour when the server
+    is started again; only where another run has it does it get the next that is free.
     """
 
     def __init__(self) -> None:

@@ -133,12 +133,12 @@ def draw_runs(
 def draw_sorted_load(counts: Mapping[str, Int[np.ndarray, "E"]], *, legend: bool = True) -> Drawing:
     """Draws the load of one layer's experts in several runs, over the uniform load, the busiest expert first.
 
-    Experts of different runs have nothing in common but their rank; the x axis is the share of experts, so that runs
-    with different numbers of them compare. A steep curve is an uneven load.
+    Experts of different runs have nothing in common but their rank; the x axis is the share of
+    experts, so that runs with different numbers of them compare. A steep curve is an uneven load.
 
     Args:
-      counts: assignments to each expert by run, all runs of the comparison: the order gives the looks; an empty array
-        draws no line.
+      counts: assignments to each expert by run, all runs of the comparison: the order gives the
+        looks; an empty array draws no line.
       legend: name the runs.
     """
     with matplotlib.rc_context(STYLE):

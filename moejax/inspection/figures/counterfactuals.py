@@ -1,7 +1,7 @@
 """Figures of counterfactuals as data URIs: what changed routing does to the loss.
 
-A change is in nats per token against the loss as trained on the same rows; error bars are two standard errors to either
-side, so that one which reaches 0 may be noise.
+A change is in nats per token against the loss as trained on the same rows; error bars are two
+standard errors to either side, so that one which reaches 0 may be noise.
 """
 
 from collections.abc import Sequence
@@ -73,8 +73,8 @@ def draw_ablation(result: Counterfactuals, way: str) -> Drawing | None:
       way: "not selectable" or "output 0"; both have one scale.
 
     Returns:
-      An SVG data URI; None without such outcomes. White is no change, red is worse, blue better; grey was left out. In
-      small maps a dot marks what may be noise.
+      An SVG data URI; None without such outcomes. White is no change, red is worse, blue better;
+      grey was left out. In small maps a dot marks what may be noise.
     """
     change_NE = result.by_expert(way)
     if np.isnan(change_NE).all():
@@ -111,8 +111,8 @@ def draw_bars(result: Counterfactuals, kinds: Sequence[str]) -> Drawing | None:
 
     Args:
       result: with outcomes of those kinds.
-      kinds: such as ("swap", "merge") or ("random", "uniform"), at most four bars a layer: random pairs share one, at
-        their mean, with the mean of their errors.
+      kinds: such as ("swap", "merge") or ("random", "uniform"), at most four bars a layer: random
+        pairs share one, at their mean, with the mean of their errors.
 
     Returns:
       An SVG data URI; None without such outcomes.

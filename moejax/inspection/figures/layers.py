@@ -50,7 +50,8 @@ def draw_layers(
       values_SN: NaN leaves a gap.
       layers: model layer of each column.
       label: quantity and unit.
-      worst: `np.nanmax` or `np.nanmin`: the layer that has it at the end is drawn thick; None marks none.
+      worst: `np.nanmax` or `np.nanmin`: the layer that has it at the end is drawn thick;
+        None marks none.
       reference: a level to compare with, and its name; of lines only.
       from_zero: start the scale at 0.
       is_measured: the steps are those of evaluations, which the axis names.

@@ -40,9 +40,10 @@ ITERATIONS = 300
 def expected_coactivation(coactivation_EE: Int[np.ndarray, "E E"]) -> Float[np.ndarray, "E E"]:
     """Tokens that would visit both experts of a pair, if who goes together depended on each expert's load alone.
 
-    Quasi-independence: m_ij = a_i a_j for i != j, with the row sums of the counts; found by iterative proportional
-    fitting (Bishop, Fienberg and Holland 1975, Discrete Multivariate Analysis, chapter 5). The plain product of loads
-    would not do, for no token visits an expert twice.
+    Quasi-independence: m_ij = a_i a_j for i != j, with the row sums of the counts; found by
+    iterative proportional fitting (Bishop, Fienberg and Holland 1975, Discrete Multivariate
+    Analysis, chapter 5). The plain product of loads would not do, for no token visits an
+    expert twice.
 
     Args:
       coactivation_EE: symmetric; the diagonal is not used.
@@ -75,11 +76,13 @@ def coactivation_ratio(coactivation_EE: Int[np.ndarray, "E E"]) -> Float[np.ndar
 def draw_coactivation(coactivation_EE: Int[np.ndarray, "E E"]) -> Drawing:
     """Draws which experts of a layer the same tokens visit, over what their loads alone would give.
 
-    White is chance, red more, blue less often together, black never; grey is the diagonal, and pairs too rare to tell.
-    The scale is logarithmic. Of more than `MAX_EXPERTS` experts, those with the pairs furthest above chance are drawn.
+    White is chance, red more, blue less often together, black never; grey is the diagonal, and
+    pairs too rare to tell. The scale is logarithmic. Of more than `MAX_EXPERTS` experts, those with
+    the pairs furthest above chance are drawn.
 
     Args:
-      coactivation_EE: tokens that visit both, from `evaluations.read()["coactivation"]` of one layer.
+      coactivation_EE: tokens that visit both, from `evaluations.read()["coactivation"]`
+        of one layer.
     """
     ratio_EE = coactivation_ratio(coactivation_EE)
     shown = _strongest_experts(ratio_EE, coactivation_EE)
@@ -127,7 +130,8 @@ def strongest_flows(
     Args:
       counts_EE: tokens on their way, one step of `token_flow`.
       expected_EE: of the same.
-      most: how many at most; pairs less than `MIN_Z` standard deviations above what is expected are left out.
+      most: how many at most; pairs less than `MIN_Z` standard deviations above what is expected
+        are left out.
     """
     excess_EE = counts_EE - expected_EE
     clear_EE = excess_EE > MIN_Z * np.sqrt(np.maximum(expected_EE, 1e-9))
@@ -143,13 +147,14 @@ def draw_flow(
 ) -> Drawing:
     """Draws the paths of tokens through the experts of neighbouring MoE layers.
 
-    A column is a layer, a block an expert, as high as its share of tokens. A band is as wide as the share of tokens
-    that go from one expert to the other; drawn are those furthest above independence, and below each step is written
-    what share of tokens they hold. The rest, at or below chance, is left out.
+    A column is a layer, a block an expert, as high as its share of tokens. A band is as wide as the
+    share of tokens that go from one expert to the other; drawn are those furthest above
+    independence, and below each step is written what share of tokens they hold. The rest, at or
+    below chance, is left out.
 
     Args:
-      counts_MEE: M steps of `token_flow` with `num_choices=1`, of tokens with an expert in every layer; at least one,
-        and five or so fit.
+      counts_MEE: M steps of `token_flow` with `num_choices=1`, of tokens with an expert in every
+        layer; at least one, and five or so fit.
       expected_MEE: of the same.
       layers: model layer of each of the M + 1 columns.
     """

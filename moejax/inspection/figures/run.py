@@ -1,7 +1,7 @@
 """Figures of a run, in one style; each is a `Drawing`: a data URI for a page, saved as .svg or .png.
 
-Titles are left to the page, where they can be read, searched and scaled. Loads are in ColorBrewer's red-blue, which
-colour-blind readers can tell apart.
+Titles are left to the page, where they can be read, searched and scaled. Loads are in ColorBrewer's
+red-blue, which colour-blind readers can tell apart.
 """
 
 import dataclasses
@@ -68,7 +68,8 @@ class Chart:
       reading: what it means and what is good.
       reference: a level to compare with, and its name.
       from_zero: start the y axis at 0.
-      is_speed: the number beside the figure is the median over logging intervals, not the last value.
+      is_speed: the number beside the figure is the median over logging intervals, not
+        the last value.
     """
 
     title: str
@@ -311,11 +312,12 @@ def draw_load_over_time(steps: Int[np.ndarray, "S"], counts_SE: Int[np.ndarray, 
 
     Args:
       steps: end of each logging interval; at least one.
-      counts_SE: assignments to each expert in each interval; long histories are summed over neighbouring intervals.
+      counts_SE: assignments to each expert in each interval; long histories are summed over
+        neighbouring intervals.
 
     Returns:
-      An SVG data URI. White is a uniform load; the scale is logarithmic, so half and twice are equally strong; black is
-      an expert that got nothing.
+      An SVG data URI. White is a uniform load; the scale is logarithmic, so half and twice are
+      equally strong; black is an expert that got nothing.
     """
     edges, counts_CE = _columns(steps, counts_SE)
     E = counts_CE.shape[1]

@@ -32,7 +32,8 @@ NO_VALUE = "#9ca3af"
 def draw_information(results: Sequence[Information]) -> Drawing:
     """Draws how much of the routing each attribute tells, as bars: the mean over layers, and a dot for each layer.
 
-    A bar is the plug-in estimate over the entropy of experts; its grey hatched part is what chance alone would show.
+    A bar is the plug-in estimate over the entropy of experts; its grey hatched part is what chance
+    alone would show.
 
     Args:
       results: of one model; at least one.
@@ -110,7 +111,8 @@ def draw_domains(
 ) -> Drawing:
     """Draws how often tokens of each domain visit each expert of a layer, over the level of uniform routing.
 
-    White is that level, red above, blue below, black never; grey is a domain without tokens. Logarithmic.
+    White is that level, red above, blue below, black never; grey is a domain without tokens.
+    Logarithmic.
 
     Args:
       share_DE: of `domain_specialisation`, one layer.

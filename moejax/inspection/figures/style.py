@@ -1,8 +1,9 @@
 """How every figure looks.
 
-Each figure is small (a phone's width) with type that stays readable there; a page sets several side by side where
-there is room. Matplotlib is used through its objects alone: no pyplot, no global state left behind. Colours are those
-of Okabe and Ito (2008), told apart by colour-blind readers; lines also differ in dash, points in shape, bars in hatch.
+Each figure is small (a phone's width) with type that stays readable there; a page sets several side
+by side where there is room. Matplotlib is used through its objects alone: no pyplot, no global
+state left behind. Colours are those of Okabe and Ito (2008), told apart by colour-blind readers;
+lines also differ in dash, points in shape, bars in hatch.
 """
 
 import base64

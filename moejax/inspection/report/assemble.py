@@ -1,6 +1,7 @@
 """A run as one HTML page: how training went, how tokens were routed, what experts do, and what the model writes.
 
-See `report/page.py` for what a page is. Each section is a function of the run, in the files beside this one.
+See `report/page.py` for what a page is. Each section is a function of the run, in the files
+beside this one.
 """
 
 from collections.abc import Callable, Sequence
@@ -31,8 +32,8 @@ def render_report(
 
     Args:
       run: the record of a run.
-      token_counts_nEV: how often each expert of the `drawn_layers` got each token, from validation text; None
-        leaves the table of tokens out.
+      token_counts_nEV: how often each expert of the `drawn_layers` got each token, from validation
+        text; None leaves the table of tokens out.
       piece: token id to text.
       samples: texts that the model wrote.
       findings: what else routed text shows.

@@ -1,8 +1,9 @@
 """Pieces of HTML pages that stand alone: style, figures, tables, the frame, and how a page is written.
 
-Images and styles are inside a page, and its content policy forbids the browser to fetch or send anything, and to run
-any script but the one that a page may be given. All text from runs is escaped with `html.text`. A page reads at a desk
-and on a phone: figures are small and flow into as many columns as fit, wide tables scroll inside their box.
+Images and styles are inside a page, and its content policy forbids the browser to fetch or send
+anything, and to run any script but the one that a page may be given. All text from runs is escaped
+with `html.text`. A page reads at a desk and on a phone: figures are small and flow into as many
+columns as fit, wide tables scroll inside their box.
 """
 
 import base64
@@ -193,7 +194,8 @@ def grid(parts: Iterable[str]) -> str:
 def table(head: Iterable[str], rows: Iterable[Sequence[str]], kind: str = "") -> str:
     """A table whose first column names the rows. Cells are HTML.
 
-    Where it is wider than its place, a shade at its edge shows that there is more; it scrolls, by keyboard too.
+    Where it is wider than its place, a shade at its edge shows that there is more; it scrolls, by
+    keyboard too.
     """
     titles = "".join(f'<th scope="col">{cell}</th>' for cell in head)
     body = "".join(

@@ -61,8 +61,9 @@ class Comparison:
     def table(self) -> "pd.DataFrame":
         """A row per run with what it logged; NaN where it did not, and no column for what none logged.
 
-        Columns are `steps` done, `parameters` (all, and those `active` for a token) and those of `COLUMNS`: the last
-        value, inf if that was not finite; the lowest of `best_eval_loss`, and the median of `tokens_per_s`.
+        Columns are `steps` done, `parameters` (all, and those `active` for a token) and those of
+        `COLUMNS`: the last value, inf if that was not finite; the lowest of `best_eval_loss`, and
+        the median of `tokens_per_s`.
         """
         import pandas as pd
 
@@ -135,8 +136,8 @@ def compare(runs: Sequence[Run | str | Path]) -> Comparison:
     """Puts runs side by side.
 
     Args:
-      runs: runs or their directories. Arms of a sweep are named by what sets them apart, others by their directories;
-        of equal names, as many parent folders are added as tell them apart.
+      runs: runs or their directories. Arms of a sweep are named by what sets them apart, others by
+        their directories; of equal names, as many parent folders are added as tell them apart.
 
     Raises:
       RunError: no run, one given twice, or a directory that is none.

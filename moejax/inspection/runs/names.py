@@ -26,7 +26,8 @@ def arm_names(sweep: Path) -> dict[str, str]:
       sweep: the sweep's directory.
 
     Returns:
-      Nothing if there is no `sweep.json` that can be read; arms that no override sets apart are named by their ids.
+      Nothing if there is no `sweep.json` that can be read; arms that no override sets apart are
+      named by their ids.
     """
     try:
         with open_file(sweep, SWEEP) as file:

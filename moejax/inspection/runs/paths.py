@@ -1,7 +1,7 @@
 """Files of a run directory that anyone may have made: only regular ones that are inside of it are read.
 
-A named pipe, a device or a link to a file elsewhere may stand where a run has its file. Opening a pipe waits for ever,
-a device may never end, and a link would show what the run does not own.
+A named pipe, a device or a link to a file elsewhere may stand where a run has its file. Opening a
+pipe waits for ever, a device may never end, and a link would show what the run does not own.
 """
 
 import os

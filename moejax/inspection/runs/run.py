@@ -1,8 +1,8 @@
 """Open a run from its directory alone: what was trained, with which numbers, and where its tokens went.
 
-Opening reads `config.json` and nothing else, however long the run. `metrics.jsonl` is read when a metric is first asked
-for, `routing/` in the slices that are asked for. All of it is data: nothing found there is executed or unpickled. A run
-that was interrupted and resumed reads as one run.
+Opening reads `config.json` and nothing else, however long the run. `metrics.jsonl` is read when a
+metric is first asked for, `routing/` in the slices that are asked for. All of it is data: nothing
+found there is executed or unpickled. A run that was interrupted and resumed reads as one run.
 """
 
 import dataclasses
@@ -124,14 +124,15 @@ class Run:
     def series(self, key: str) -> tuple[Int64[np.ndarray, "S"], Float64[np.ndarray, "S"]]:
         """One metric over time; of an arm of a pack, speed and seconds are its share of the pack's time.
 
-        A resumed run writes some steps again: where the step of a key falls back, the values from there on replace the
-        earlier ones.
+        A resumed run writes some steps again: where the step of a key falls back, the values from
+        there on replace the earlier ones.
 
         Args:
           key: a metric name such as `loss/lm` or `eval/loss`.
 
         Returns:
-          Steps, strictly increasing, and values; NaN where the log says null. Both empty if no line has the key.
+          Steps, strictly increasing, and values; NaN where the log says null. Both empty if no line
+          has the key.
 
         Raises:
           RunError: `metrics.jsonl` is missing or damaged.
@@ -269,8 +270,8 @@ def open_run(workdir: str | Path) -> Run:
 
     Raises:
       PathError: no directory can have that path.
-      RunError: there is no such directory, it has links out of it or pipes, or its `config.json` is missing, damaged or
-        may not be read.
+      RunError: there is no such directory, it has links out of it or pipes, or its `config.json` is
+        missing, damaged or may not be read.
     """
     given, workdir = workdir, resolve_path(workdir)
     if not workdir.is_dir():

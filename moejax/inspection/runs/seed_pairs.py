@@ -1,8 +1,8 @@
 """Settings of several runs, and their differences seed by seed.
 
-Runs that differ in `train.seed` alone are one setting. With the same seed, two settings see the same text in the same
-order. What a seed does to both of them is no part of their difference, so the error of that is taken over differences
-of equal seeds (`moejax.inspection.analysis.differences`).
+Runs that differ in `train.seed` alone are one setting. With the same seed, two settings see the
+same text in the same order. What a seed does to both of them is no part of their difference, so the
+error of that is taken over differences of equal seeds (`moejax.inspection.analysis.differences`).
 """
 
 import dataclasses

@@ -30,8 +30,8 @@ def settings_of(config: Mapping[str, Mapping[str, Any]]) -> list[Setting]:
     """The leaves of a configuration in their order.
 
     Args:
-      config: sections of leaves, resolved: a leaf such as `moe.d_expert`, which its default lets follow from others,
-        holds what it followed to, and is not taken for chosen.
+      config: sections of leaves, resolved: a leaf such as `moe.d_expert`, which its default lets
+        follow from others, holds what it followed to, and is not taken for chosen.
     """
     defaults = to_dict(Config())
     settings = []

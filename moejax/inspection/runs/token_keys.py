@@ -1,6 +1,7 @@
 """Which leaves of a configuration decide what a token is, so that losses in nats per token cannot be compared.
 
-Bits per byte of the original text do not depend on the tokenizer. Between different texts they compare the texts, too.
+Bits per byte of the original text do not depend on the tokenizer. Between different texts they
+compare the texts, too.
 """
 
 from collections.abc import Iterable

@@ -1,7 +1,7 @@
 """Curves of several runs in one plot, and the load of a run's experts, for the page of `moejax view`.
 
-What is drawn and how it reads is the report's (`figures/run.py`); a curve's colour is its run's, its dash or
-its dots tell the metrics of a plot apart. In the dark, the page inverts plots.
+What is drawn and how it reads is the report's (`figures/run.py`); a curve's colour is its run's,
+its dash or its dots tell the metrics of a plot apart. In the dark, the page inverts plots.
 """
 
 import dataclasses

@@ -1,9 +1,10 @@
 """Runs that may still be training: found again at each look, and read only where they grew.
 
-`metrics.jsonl` of a long run has millions of lines, so a look reads from where the last one ended, and no more bytes
-than it is allowed; the rest waits for the next look. Nothing here needs a server. What is wrong with a run is text for
-whoever looks, not an exception: the others are shown all the same. The folders may be anyone's: what is read of them
-are regular files inside of them (`moejax.inspection.runs.paths`).
+`metrics.jsonl` of a long run has millions of lines, so a look reads from where the last one ended,
+and no more bytes than it is allowed; the rest waits for the next look. Nothing here needs a server.
+What is wrong with a run is text for whoever looks, not an exception: the others are shown all the
+same. The folders may be anyone's: what is read of them are regular files inside of them
+(`moejax.inspection.runs.paths`).
 """
 
 import collections
@@ -337,7 +338,8 @@ class Library:
 def find_runs(folder: Path) -> tuple[dict[str, Path], list[str]]:
     """Run directories by name: the folder itself, or those below it, `MAX_DEPTH` deep, sorted.
 
-    A run is a folder with a `config.json` or a `metrics.jsonl`; none is looked for inside of one or in hidden folders.
+    A run is a folder with a `config.json` or a `metrics.jsonl`; none is looked for inside of one or
+    in hidden folders.
 
     Returns:
       The runs, and the paths of links that lead out of the folder and are not followed.

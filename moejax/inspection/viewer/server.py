@@ -1,14 +1,15 @@
 """A local page of runs: which there are, their curves while they train, expert load, and their reports.
 
-Built on Panel: it is Python alone, serves live plots over its own websocket from its own files, in one process, and
-reports to nobody. TensorBoard would need a plugin in JavaScript for load and reports; Streamlit reports usage unless
-told not to, and runs the whole script again at each click.
+Built on Panel: it is Python alone, serves live plots over its own websocket from its own files, in
+one process, and reports to nobody. TensorBoard would need a plugin in JavaScript for load and
+reports; Streamlit reports usage unless told not to, and runs the whole script again at each click.
 
-The page is for the person who started it. It listens at 127.0.0.1 and answers to no other name, so that no web site
-can reach it through the browser, and only to who knows the token in its address, so that no other user of the machine
-can. Both are asked before a request is routed. Only the few routes of the page are served: Panel would add one that
-imports any module that a request names. The page's policy forbids the browser to fetch anything from elsewhere,
-whatever a run's files say. The browser names runs by their place in the server's list: no path from it is ever opened.
+The page is for the person who started it. It listens at 127.0.0.1 and answers to no other name, so
+that no web site can reach it through the browser, and only to who knows the token in its address,
+so that no other user of the machine can. Both are asked before a request is routed. Only the few
+routes of the page are served: Panel would add one that imports any module that a request names. The
+page's policy forbids the browser to fetch anything from elsewhere, whatever a run's files say. The
+browser names runs by their place in the server's list: no path from it is ever opened.
 """
 
 import hmac

@@ -1,8 +1,8 @@
 """Grouped matrix product: rows sorted by group, each group multiplied by its own matrix.
 
-It is the only heavy product of a dropless MoE layer. Every implementation has the same signature and the same
-guarantees: rows beyond `sum(group_sizes)` are read by nobody and come back as zeros, and an empty group has exactly
-zero gradient.
+It is the only heavy product of a dropless MoE layer. Every implementation has the same signature
+and the same guarantees: rows beyond `sum(group_sizes)` are read by nobody and come back as zeros,
+and an empty group has exactly zero gradient.
 
     implementation  where it is fast       how
     tiled           CPU                    loops over experts and blocks of rows, own VJP
@@ -59,15 +59,18 @@ def grouped_matmul(
     """Multiplies each group of consecutive rows by its own matrix.
 
     Args:
-      x_RD: rows sorted by group, float32 or bfloat16. Rows from `sum(group_sizes_E)` on may hold anything, NaN too.
+      x_RD: rows sorted by group, float32 or bfloat16. Rows from `sum(group_sizes_E)` on may hold
+        anything, NaN too.
       w_EDF: one matrix per group, of the dtype of `x_RD`.
       group_sizes_E: rows of each group; their sum is at most R.
-      implementation: a key of `IMPLEMENTATIONS`, or "auto" for the platform's best; see `resolve_implementation`.
-      spare_rows: so many last rows belong to no group, whatever the group sizes; `spare_rows_for` says how many spare
-        the tiled implementation its copies of `x_RD` and of the result.
+      implementation: a key of `IMPLEMENTATIONS`, or "auto" for the platform's best; see
+        `resolve_implementation`.
+      spare_rows: so many last rows belong to no group, whatever the group sizes; `spare_rows_for`
+        says how many spare the tiled implementation its copies of `x_RD` and of the result.
 
     Returns:
-      The products, in the dtype of `x_RD` with float32 accumulation; zeros in the rows that belong to no group.
+      The products, in the dtype of `x_RD` with float32 accumulation; zeros in the rows that belong
+      to no group.
 
     Raises:
       ValueError: an unknown implementation.
@@ -93,7 +96,8 @@ def resolve_implementation(implementation: str) -> str:
       implementation: a key of `IMPLEMENTATIONS`, or "auto".
 
     Returns:
-      A key of `IMPLEMENTATIONS`. The first time that it is not what was asked for, a line of the log says why.
+      A key of `IMPLEMENTATIONS`. The first time that it is not what was asked for, a line of the
+      log says why.
 
     Raises:
       ValueError: another name.

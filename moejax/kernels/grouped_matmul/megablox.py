@@ -1,6 +1,7 @@
 """The gradient of the matrices on TPU, by the Pallas kernel that jax ships as megablox.
 
-Its tiles start at multiples of their height, wherever groups do: a group pays for the tiles that it touches.
+Its tiles start at multiples of their height, wherever groups do: a group pays for the tiles
+that it touches.
 """
 
 import jax.numpy as jnp
@@ -19,7 +20,8 @@ def outer_products_megablox(
     """For each group, the sum over its rows of the outer products of `x` and `dy`.
 
     Args:
-      x_RD: rows sorted by group, float32 or bfloat16; those from `sum(group_sizes_E)` on may hold anything.
+      x_RD: rows sorted by group, float32 or bfloat16; those from `sum(group_sizes_E)` on may
+        hold anything.
       dy_RF: the same.
       group_sizes_E: rows of each group.
       dtype: of the result, which is accumulated in float32.

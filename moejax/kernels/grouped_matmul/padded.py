@@ -1,8 +1,9 @@
 """The grouped product as batched products over equal slots, for any platform without a grouped kernel.
 
-Every group puts as many rows as there are slots into one batched product, and groups with more rows another time: the
-arithmetic is that of the largest group times the number of groups, where XLA's own lowering of `ragged_dot` multiplies
-all rows by all matrices. How often is known only when the program runs; memory does not depend on it.
+Every group puts as many rows as there are slots into one batched product, and groups with more rows
+another time: the arithmetic is that of the largest group times the number of groups, where XLA's
+own lowering of `ragged_dot` multiplies all rows by all matrices. How often is known only when the
+program runs; memory does not depend on it.
 """
 
 import functools

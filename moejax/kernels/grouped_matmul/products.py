@@ -1,7 +1,8 @@
 """Derivatives of a grouped product, of any order.
 
-Three products of grouped rows are each other's derivatives: rows by matrices, rows by their transposes, and the sums of
-outer products of rows. An implementation gives all three; none has to be differentiated itself.
+Three products of grouped rows are each other's derivatives: rows by matrices, rows by their
+transposes, and the sums of outer products of rows. An implementation gives all three; none has to
+be differentiated itself.
 """
 
 import dataclasses
@@ -24,7 +25,8 @@ class Products:
     Attributes:
       by_matrix: rows `[R, D]` by `[E, D, F]`.
       by_transpose: rows `[R, F]` by the transposes of `[E, D, F]`.
-      outer: sums over the rows of each group of outer products, `[E, D, F]`, in the dtype of the rows or in float32.
+      outer: sums over the rows of each group of outer products, `[E, D, F]`, in the dtype of the
+        rows or in float32.
       over_arms: for several models.
     """
 

@@ -1,8 +1,8 @@
 """The grouped product as `jax.lax.ragged_dot`: native on TPU, dense (E times the arithmetic) elsewhere.
 
-XLA:TPU has kernels for the product and for the gradient of the rows. That of the matrices it computes as a dense
-product with E times the arithmetic if it is the libtpu of jax 0.10.2 (compiled for v5p and v6e; that of 0.12 does not):
-there it is a kernel of Pallas.
+XLA:TPU has kernels for the product and for the gradient of the rows. That of the matrices it
+computes as a dense product with E times the arithmetic if it is the libtpu of jax 0.10.2 (compiled
+for v5p and v6e; that of 0.12 does not): there it is a kernel of Pallas.
 """
 
 import functools
@@ -50,7 +50,8 @@ def _outer_products(x_RD, dy_RF, group_sizes_E, spare_rows: int):
 
 def _rows_by_matrices(x_RP, w_EDF, group_sizes_E, spare_rows: int, *, dimensions):
     x_RP = zero_tail(x_RP, group_sizes_E)
-    # XLA:TPU's kernel adds up in float32 and rounds at the end: asked for float32, it would only write twice the bytes.
+    # XLA:TPU's kernel adds up in float32 and rounds at the end: asked for float32, it would only
+    # write twice the bytes.
     dtype = x_RP.dtype if platform() == "tpu" else jnp.float32
     y_RQ = ragged_dot_general(x_RP, w_EDF, group_sizes_E, dimensions, preferred_element_type=dtype)
     return zero_tail(y_RQ, group_sizes_E).astype(x_RP.dtype)

@@ -1,9 +1,10 @@
 """The grouped product in tiles, for CPU: each expert's rows in blocks, as many blocks as it has rows for.
 
-The outer loop runs over experts and takes their matrix once; the inner loop has a data-dependent trip count, so an
-expert without rows costs nothing and the arithmetic is that of the rows alone, plus half a block per expert. A block
-may reach past the end of its group: what it writes there is overwritten by the groups that follow, which come later
-in the same loop. Both loops are `lax.fori_loop`s, so the program has the same size for any number of experts.
+The outer loop runs over experts and takes their matrix once; the inner loop has a data-dependent
+trip count, so an expert without rows costs nothing and the arithmetic is that of the rows alone,
+plus half a block per expert. A block may reach past the end of its group: what it writes there is
+overwritten by the groups that follow, which come later in the same loop. Both loops are
+`lax.fori_loop`s, so the program has the same size for any number of experts.
 """
 
 import functools

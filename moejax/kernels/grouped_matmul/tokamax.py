@@ -1,8 +1,8 @@
 """The grouped product by the kernels of tokamax (extra `tokamax`): Triton on NVIDIA GPUs, Mosaic on TPU.
 
-They promise less than `grouped_matmul` does: rows beyond the last group stay as the memory was, and the Triton kernel
-gives a group without rows a gradient of the block of rows before it, even if that begins before the array (tokamax
-0.0.12 masks a group's last block even where it has none).
+They promise less than `grouped_matmul` does: rows beyond the last group stay as the memory was, and
+the Triton kernel gives a group without rows a gradient of the block of rows before it, even if that
+begins before the array (tokamax 0.0.12 masks a group's last block even where it has none).
 """
 
 import contextlib
@@ -77,8 +77,8 @@ _BY_TRANSPOSE = functools.partial(_rows_by_matrices, dimensions=BY_TRANSPOSE)
 def _product(a, b, group_sizes_E, dimensions: RaggedDotDimensionNumbers):
     """In the dtype of `a`: the kernels accumulate in float32 and round once.
 
-    Marks absl's flags as parsed, if nobody parsed them: tokamax would parse the command line, and end at flags that it
-    does not know.
+    Marks absl's flags as parsed, if nobody parsed them: tokamax would parse the command line, and
+    end at flags that it does not know.
     """
     import tokamax  # an optional dependency
     from absl import flags

@@ -1,7 +1,7 @@
 """Auxiliary losses, routing metrics, updates of router state: pure functions of `RoutingStats` over their whole scope.
 
-Every function takes statistics stacked by layer, with arrays `[N, ...]` over the N MoE layers, and returns one value
-per layer, so that the number of loss terms equals the number of MoE layers.
+Every function takes statistics stacked by layer, with arrays `[N, ...]` over the N MoE layers, and
+returns one value per layer, so that the number of loss terms equals the number of MoE layers.
 """
 
 import dataclasses
@@ -22,7 +22,8 @@ class AuxiliaryLoss:
 
     Attributes:
       value_N: normalised to 1 at perfect balance where that has a meaning: what logs show.
-      term_N: what the knob `NAME_weight` multiplies in the total: `value_N`, or its value under another convention.
+      term_N: what the knob `NAME_weight` multiplies in the total: `value_N`, or its value under
+        another convention.
     """
 
     value_N: jax.Array
@@ -48,9 +49,9 @@ def auxiliary_losses(stats: RoutingStats, config: MoeConfig) -> dict[str, Auxili
 def balance_loss(stats: RoutingStats) -> Float[Array, "N"]:
     """The load-balancing loss of GShard and Switch, 1 at perfect balance and at most E/K.
 
-    E * sum_e f_e P_e with f_e the fraction of choices that fell on expert e, a constant for the gradient, and P_e the
-    mean probability the router gave it, over all tokens of the global batch. With another `moe.balance_scope`, the mean
-    over scopes of the product of each scope's means.
+    E * sum_e f_e P_e with f_e the fraction of choices that fell on expert e, a constant for the
+    gradient, and P_e the mean probability the router gave it, over all tokens of the global batch.
+    With another `moe.balance_scope`, the mean over scopes of the product of each scope's means.
 
     Source: Fedus et al. 2021, equations 4 to 6; normalised as in Megatron-Core and OLMo-core.
     """
@@ -68,8 +69,9 @@ def in_convention(
     Args:
       balance_N: normalised to 1 at perfect balance.
       stats: sums over the global batch, stacked by layer.
-      convention: "normalized"; "times_k" (K at balance: MaxText, flaxformer, Hugging Face's Mixtral); "over_k" (1/K:
-        levanter); "first_choice" (1, but f counts first choices only: GShard, V-MoE, praxis).
+      convention: "normalized"; "times_k" (K at balance: MaxText, flaxformer, Hugging Face's
+        Mixtral); "over_k" (1/K: levanter); "first_choice" (1, but f counts first choices only:
+        GShard, V-MoE, praxis).
     """
     top_k_N = stats.assignments_E.sum(axis=-1) / _tokens(stats)
     if convention == "first_choice" and stats.first_scope_balance is not None:
@@ -90,8 +92,8 @@ def cv_squared(values_NE: Float[Array, "N E"]) -> Float[Array, "N"]:
 
     Source: Shazeer et al. 2017, equation 7.
     """
-    # In units of the largest, where nothing underflows: a small constant in the denominator would let a router lower
-    # its loss by lowering all its weights.
+    # In units of the largest, where nothing underflows: a small constant in the denominator would
+    # let a router lower its loss by lowering all its weights.
     largest_N1 = jax.lax.stop_gradient(values_NE.max(axis=-1, keepdims=True))
     values_NE /= jnp.where(largest_N1 > 0, largest_N1, 1.0)
     mean_N = values_NE.mean(axis=-1)
@@ -118,7 +120,8 @@ def routing_metrics(stats: RoutingStats) -> dict[str, Float[Array, "N"]]:
     """Metrics of each layer.
 
     Returns:
-      `max_violation`: highest load over the mean load, minus 1 (0 is perfect balance, E - 1 collapse).
+      `max_violation`: highest load over the mean load, minus 1 (0 is perfect balance, E -
+        1 collapse).
       `load_cv`: coefficient of variation of the load; `importance_cv`: of the sums of weights.
       `load_entropy`: entropy of the load, nats (log E is perfect balance).
       `entropy`: mean entropy of the router's distribution, nats.
@@ -126,10 +129,12 @@ def routing_metrics(stats: RoutingStats) -> dict[str, Float[Array, "N"]]:
       `dropped`: fraction of choices that found no slot; `moved`: of those that another expert took;
         `dropped_out`: of those whose output expert dropout dropped.
       `unserved`: fraction of tokens that no expert serves.
-      `left_over`: fraction of choices that a buffer of the exchange had no room for, and which took a slower way.
+      `left_over`: fraction of choices that a buffer of the exchange had no room for, and which took
+        a slower way.
       `gate_mass`: mean sum of a token's combine weights, after dropping.
       `top_prob`: mean of the highest probability; `margin`: of the K-th highest minus the next.
-      `ties`: fraction of tokens whose last expert ranks exactly as high as one that was not selected.
+      `ties`: fraction of tokens whose last expert ranks exactly as high as one that was
+        not selected.
       `logit_rms`, `logit_max`: root mean square and largest magnitude of the router logits.
     """
     load_NE = load_fractions(stats)
@@ -186,7 +191,8 @@ def update_bias(
       rate: size of the step.
       is_centered: subtract the mean afterwards.
 
-    Source: Wang et al. 2024 (auxiliary-loss-free balancing), algorithm 1; DeepSeek-V3, section 2.1.2.
+    Source: Wang et al. 2024 (auxiliary-loss-free balancing), algorithm 1; DeepSeek-V3,
+    section 2.1.2.
     """
     counts_NE = assignments_NE.astype(jnp.float32)
     bias_NE += rate * jnp.sign(counts_NE.mean(axis=-1, keepdims=True) - counts_NE)
@@ -199,12 +205,12 @@ def update_quantiles(
 ) -> Float[Array, "N E"]:
     """The selection bias with which each expert would have been chosen by its share of the tokens: minus beta, centred.
 
-    beta_e is the (T K / E + 1)-th largest offer to expert e among the T real tokens. It is found bit by bit from
-    counts, so that tokens may lie on any number of devices and none has to move.
+    beta_e is the (T K / E + 1)-th largest offer to expert e among the T real tokens. It is found
+    bit by bit from counts, so that tokens may lie on any number of devices and none has to move.
 
     Args:
-      offers_NTE: of the whole global batch, from `estimates.offers`; -inf at padding. What is not a number concerns
-        its own expert alone.
+      offers_NTE: of the whole global batch, from `estimates.offers`; -inf at padding. What is not a
+        number concerns its own expert alone.
       num_tokens_N: how many of the tokens are no padding; the same for every layer.
       top_k: experts per token, K.
 
@@ -212,7 +218,8 @@ def update_quantiles(
     """
     num_experts = offers_NTE.shape[-1]
     rank_N1 = (num_tokens_N.astype(jnp.int32) * top_k // num_experts + 1)[:, None]
-    # Floats in the order of unsigned integers: flip all bits of negative ones, the sign bit of the others.
+    # Floats in the order of unsigned integers: flip all bits of negative ones, the sign bit of
+    # the others.
     bits_NTE = jax.lax.bitcast_convert_type(offers_NTE, jnp.uint32)
     sign = jnp.uint32(1 << 31)
     keys_NTE = jnp.where(bits_NTE >= sign, ~bits_NTE, bits_NTE | sign)

@@ -1,7 +1,7 @@
 """What a MoE layer reports: sums over tokens, which add up over microbatches and devices.
 
-Losses and metrics are functions of these sums, computed once they cover the whole global batch (`balance.py`). That is
-what makes them independent of mesh, accumulation and process count.
+Losses and metrics are functions of these sums, computed once they cover the whole global batch
+(`balance.py`). That is what makes them independent of mesh, accumulation and process count.
 """
 
 import dataclasses
@@ -49,17 +49,18 @@ class RoutingStats:
       moved: choices that went to another expert for want of a slot.
       dropped_out: choices whose output expert dropout drops.
       unserved: tokens that no expert serves, for want of a slot.
-      left_over: choices for which a buffer of the exchange had no room, and which took a slower way; the one sum that
-        depends on the mesh.
-      first_assignments_E: first choices of each expert, int32 [E]; for balance_convention="first_choice".
-      scope_balance: sum over scopes (sequences, devices, microbatches) of the balance loss of each, and the number of
-        scopes that have a token, [2]; unless the scope is the global batch.
+      left_over: choices for which a buffer of the exchange had no room, and which took a slower
+        way; the one sum that depends on the mesh.
+      first_assignments_E: first choices of each expert, int32 [E]; for
+        balance_convention="first_choice".
+      scope_balance: sum over scopes (sequences, devices, microbatches) of the balance loss of each,
+        and the number of scopes that have a token, [2]; unless the scope is the global batch.
       first_scope_balance: the same of first choices only; for balance_convention="first_choice".
       sequence_balance: the same for DeepSeek-V3's loss within sequences, [2].
       load_E: expected load under the routing noise (Shazeer).
       vmoe_load_E: V-MoE's estimate of it.
-      offers_TE: for quantile balancing, each logit minus the least that its token accepts; -inf at padding. Not a sum:
-        the step concatenates microbatches.
+      offers_TE: for quantile balancing, each logit minus the least that its token accepts; -inf at
+        padding. Not a sum: the step concatenates microbatches.
       routing: the token-level decisions, only when a trace was asked for.
 
     The last eight are None unless the configuration needs them.
@@ -123,7 +124,8 @@ class Service:
       weights_TK: combine weights, 0 where a choice was dropped; before expert dropout.
       is_dropped_TK: choices that found no slot.
       is_moved_TK: choices that went to another expert.
-      dropout_TK: factors on the experts' outputs by expert dropout, 0 where it drops one; None without it.
+      dropout_TK: factors on the experts' outputs by expert dropout, 0 where it drops one;
+        None without it.
     """
 
     weights_TK: jax.Array

@@ -21,7 +21,8 @@ def count_assignments(
     Args:
       experts_TK: chosen experts.
       num_experts: E.
-      num_parts: into how many equal parts a mesh splits the tokens: each device sorts its own, or all would sort all.
+      num_parts: into how many equal parts a mesh splits the tokens: each device sorts its own, or
+        all would sort all.
     """
     # Comparing sorted ids with each boundary needs no [T, K, E] array and no scatter.
     sorted_PR = jnp.sort(experts_TK.reshape(num_parts, -1), axis=1)
@@ -124,8 +125,8 @@ def count_ties(routing: Routing, mask_T: Bool[Array, "T"]) -> Float[Array, ""]:
 def expected_load(routing: Routing, mask_T: Bool[Array, "T"], top_k: int) -> Float[Array, "E"]:
     """Expected number of tokens of each expert if its noise alone were drawn anew.
 
-    For each token and expert, the probability that clean logit plus fresh noise exceeds the K-th largest of the other
-    experts' noisy logits.
+    For each token and expert, the probability that clean logit plus fresh noise exceeds the K-th
+    largest of the other experts' noisy logits.
 
     Source: Shazeer et al. 2017, equations 8 to 10 (appendix A).
     """
@@ -151,7 +152,8 @@ def expected_load_vmoe(routing: Routing, mask_T: Bool[Array, "T"], top_k: int) -
 
 
 def _sum_of_probabilities(distance_TE, scale, mask_T) -> jax.Array:
-    # Without noise, which a schedule may end at, the probability is 0 or 1, and its gradient 0 in place of 0/0.
+    # Without noise, which a schedule may end at, the probability is 0 or 1, and its gradient 0 in
+    # place of 0/0.
     probability_TE = jax.scipy.stats.norm.cdf(distance_TE / jnp.maximum(scale, LEAST_NOISE))
     return jnp.where(mask_T[:, None], probability_TE, 0.0).sum(axis=0)
 
@@ -160,7 +162,8 @@ def _sum_of_probabilities(distance_TE, scale, mask_T) -> jax.Array:
 def offers(routing: Routing, mask_T: Bool[Array, "T"], top_k: int) -> Float[Array, "T E"]:
     """Each logit minus alpha_t, the (K+1)-th largest of what the token's selection was made by; -inf at padding.
 
-    Source: quantile balancing, 2026; `balance.update_quantiles` takes each expert's quantile of them.
+    Source: quantile balancing, 2026; `balance.update_quantiles` takes each expert's
+    quantile of them.
     """
     alpha_T1 = jax.lax.top_k(routing.ranking_TE, top_k + 1)[0][:, -1:]
     return jnp.where(mask_T[:, None], jax.lax.stop_gradient(routing.logits_TE) - alpha_T1, -jnp.inf)

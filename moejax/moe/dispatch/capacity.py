@@ -1,8 +1,8 @@
 """Capacity: which choices keep a slot when more want an expert than it has slots.
 
-This comes between the router and dispatch: `admit` decides who has a slot, `dispatch.py` where the rows lie. Tokens
-come in groups (a sequence, a device's batch, the whole batch), each with its own slots, so that no group sees another;
-here L is the number of tokens of a group.
+This comes between the router and dispatch: `admit` decides who has a slot, `dispatch.py` where the
+rows lie. Tokens come in groups (a sequence, a device's batch, the whole batch), each with its own
+slots, so that no group sees another; here L is the number of tokens of a group.
 """
 
 import dataclasses
@@ -22,7 +22,8 @@ class Admission:
     """What became of each choice.
 
     Attributes:
-      experts_TK: final experts, int32; E where a choice was dropped, unchanged where it needs no slot (masked tokens).
+      experts_TK: final experts, int32; E where a choice was dropped, unchanged where it needs no
+        slot (masked tokens).
       is_dropped_TK: the choice found no slot.
       is_moved_TK: the choice went to another expert than the router's; never for a dropped one.
     """
@@ -48,30 +49,35 @@ def admit(
 
     In which order:
 
-    - "position": token by token, each with all its choices. No token's fate depends on a later one (causal).
-    - "choice": all first choices by position, then all second choices (GShard). A later token's first choice takes
-      room from an earlier token's second: this leaks the future.
-    - "weight": as "choice", with tokens in falling order of the weight of their first choice, ties to the lower
-      position (V-MoE's batch-priority routing). Leaks the future, too.
+    - "position": token by token, each with all its choices. No token's fate depends on a later
+      one (causal).
+    - "choice": all first choices by position, then all second choices (GShard). A later token's
+      first choice takes room from an earlier token's second: this leaks the future.
+    - "weight": as "choice", with tokens in falling order of the weight of their first choice, ties
+      to the lower position (V-MoE's batch-priority routing). Leaks the future, too.
 
     What happens to a choice whose expert is full:
 
-    - "drop", "renormalize": it is dropped. They differ in the weights of the survivors, which are the caller's.
-    - "next": it moves to the expert that ranks best of those with room, that the token neither holds nor has yet to
-      ask for by its own choice; it is dropped if there is none. So no token visits an expert twice.
+    - "drop", "renormalize": it is dropped. They differ in the weights of the survivors, which are
+      the caller's.
+    - "next": it moves to the expert that ranks best of those with room, that the token neither
+      holds nor has yet to ask for by its own choice; it is dropped if there is none. So no token
+      visits an expert twice.
 
-    "next" must be sequential. Where a choice moves depends on the counts all choices before it left behind, moved ones
-    included. In rounds (everybody's first wish, then the second wish of those refused) a later token's first wish
-    would take the room that an earlier refused token moves to, and "position" would leak the future. It costs L * K
-    dependent steps of O(K * E) work for each group, side by side for all groups; "drop" costs one sort.
+    "next" must be sequential. Where a choice moves depends on the counts all choices before it left
+    behind, moved ones included. In rounds (everybody's first wish, then the second wish of those
+    refused) a later token's first wish would take the room that an earlier refused token moves to,
+    and "position" would leak the future. It costs L * K dependent steps of O(K * E) work for each
+    group, side by side for all groups; "drop" costs one sort.
 
     Args:
-      experts_TK: the router's choices, without repetition in a token. Ids from `num_experts` on need no slot and are
-        left as they are: masked tokens (E), and experts without weights (zero, identity, constant), which are columns
-        of the router behind those with slots.
-      ranking_TE: what the router selected by; ties to the lowest index, and -inf is never moved to. Columns from
-        `num_experts` on have room without limit. Needed by "next" only. E is its width, or `num_experts` without it:
-        where there are experts without weights pass it always, or a dropped choice has the id of the first of them.
+      experts_TK: the router's choices, without repetition in a token. Ids from `num_experts` on
+        need no slot and are left as they are: masked tokens (E), and experts without weights (zero,
+        identity, constant), which are columns of the router behind those with slots.
+      ranking_TE: what the router selected by; ties to the lowest index, and -inf is never moved to.
+        Columns from `num_experts` on have room without limit. Needed by "next" only. E is its
+        width, or `num_experts` without it: where there are experts without weights pass it always,
+        or a dropped choice has the id of the first of them.
       weights_TK: combine weights before capacity; needed by "weight" only.
       limit: slots per expert and group, 0 or more; may be traced.
       num_experts: experts that have slots.
@@ -83,11 +89,12 @@ def admit(
       The `Admission`. No gradient flows through it.
 
     Raises:
-      ValueError: `num_groups` does not divide the tokens, or "next" has no ranking of at least `num_experts` columns.
+      ValueError: `num_groups` does not divide the tokens, or "next" has no ranking of at least
+        `num_experts` columns.
 
-    Source: Fedus et al. 2021, section 2.2 ("position", "drop"); Lepikhin et al. 2020 (GShard), algorithm 1 ("choice");
-    Riquelme et al. 2021 (V-MoE), section 4.1 ("weight", there by the largest weight of a token, which is its first
-    choice's where choices are in order of weight).
+    Source: Fedus et al. 2021, section 2.2 ("position", "drop"); Lepikhin et al. 2020 (GShard),
+    algorithm 1 ("choice"); Riquelme et al. 2021 (V-MoE), section 4.1 ("weight", there by the
+    largest weight of a token, which is its first choice's where choices are in order of weight).
     """
     num_tokens = experts_TK.shape[0]
     if num_groups < 1 or num_tokens % num_groups:
@@ -146,7 +153,8 @@ def _is_late(experts_LK, limit, num_experts, choice_major):
     wanted_S = (experts_LK.T if choice_major else experts_LK).reshape(-1)
     choice_S = _argsort(wanted_S)
     expert_S, index_S = wanted_S[choice_S], jnp.arange(wanted_S.shape[0])
-    # Sorted by expert, `limit` of the same come before a choice just if the one `limit` places before it is the same.
+    # Sorted by expert, `limit` of the same come before a choice just if the one `limit` places
+    # before it is the same.
     is_late_S = (
         (index_S >= limit) & (expert_S == expert_S[index_S - limit]) & (expert_S < num_experts)
     )

@@ -1,7 +1,7 @@
 """Dispatch, experts and combine on one device: what `exchange` runs where tokens and expert weights have met.
 
-Every function takes this device's sequences, arrays that say where their tokens go (with a leading axis of sequences),
-and expert weights, and returns the combined output.
+Every function takes this device's sequences, arrays that say where their tokens go (with a leading
+axis of sequences), and expert weights, and returns the combined output.
 """
 
 import dataclasses
@@ -35,7 +35,8 @@ class Chosen:
       experts_BLK: experts; E or more: none of those with weights.
       weights_BLK: multiply the experts' outputs.
       input_weights_BLK: multiply their inputs; None: nothing does.
-      max_choices: so many are of experts with weights, at most; None: all may be. It bounds the rows.
+      max_choices: so many are of experts with weights, at most; None: all may be. It
+        bounds the rows.
     """
 
     experts_BLK: jax.Array

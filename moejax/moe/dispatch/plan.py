@@ -1,8 +1,9 @@
 """Dispatch and combine on one device: tokens become rows grouped by expert, and rows become tokens again.
 
-Both movements are permutations (up to repetition and dropping), so both directions are gathers, and the transpose of
-each is a gather by the inverse indices: own VJPs spare XLA's scatter-add. Combine weights are float32 whatever the
-dtype of the rows, and so are products with them and sums over a token's choices, which are rounded once, at the end.
+Both movements are permutations (up to repetition and dropping), so both directions are gathers, and
+the transpose of each is a gather by the inverse indices: own VJPs spare XLA's scatter-add. Combine
+weights are float32 whatever the dtype of the rows, and so are products with them and sums over a
+token's choices, which are rounded once, at the end.
 """
 
 import dataclasses
@@ -23,11 +24,13 @@ class Plan:
     """Where each choice of each token goes.
 
     Attributes:
-      row_TK: the row of a choice, int32; R where the choice has none (dropped, or the token is padding).
+      row_TK: the row of a choice, int32; R where the choice has none (dropped, or the token
+        is padding).
       choice_R: the choice t * K + k in a row, int32; T * K where the row is empty.
-      group_sizes_E: rows of each expert, int32. Dropless rows are contiguous; with capacity each expert has R / E slots
-        of which some are empty, and its group size is R / E.
-      expert_R: the expert of a row, int32, in rising order; E or more where a dropless row is empty.
+      group_sizes_E: rows of each expert, int32. Dropless rows are contiguous; with capacity each
+        expert has R / E slots of which some are empty, and its group size is R / E.
+      expert_R: the expert of a row, int32, in rising order; E or more where a dropless
+        row is empty.
     """
 
     row_TK: jax.Array
@@ -49,7 +52,8 @@ def plan_dropless(
       experts_TK: selected experts; E where the token is masked.
       num_experts: E.
       spare_rows: this many empty rows are appended; see `grouped_matmul`.
-      max_rows: no more choices than these are of experts, whoever calls makes sure of it; None: all may be.
+      max_rows: no more choices than these are of experts, whoever calls makes sure of it;
+        None: all may be.
     """
     num_tokens, top_k = experts_TK.shape
     num_choices = num_tokens * top_k
@@ -73,15 +77,17 @@ def plan_dropless(
 def plan_capacity(experts_BLK: Int[Array, "B L K"], num_experts: int, slots: int) -> Plan:
     """Rows in slots `[E, B, C]`: each expert takes its first choices of each sequence and drops the rest.
 
-    Order is by position, then by rank of the choice, so that no token's fate depends on a later token; counting is per
-    sequence, so that it does not depend on the other sequences of the batch or on the mesh.
+    Order is by position, then by rank of the choice, so that no token's fate depends on a later
+    token; counting is per sequence, so that it does not depend on the other sequences of the batch
+    or on the mesh.
 
     Args:
       experts_BLK: selected experts; E where the token is masked.
       num_experts: E.
       slots: C, the slots of an expert for one sequence.
 
-    Source: Fedus et al. 2021, section 2.2; GShard (Lepikhin et al. 2020) drops by rank of the choice first instead.
+    Source: Fedus et al. 2021, section 2.2; GShard (Lepikhin et al. 2020) drops by rank of the
+    choice first instead.
     """
     batch, length, top_k = experts_BLK.shape
     per_sequence = length * top_k
@@ -235,7 +241,8 @@ def _gather(x, index):
 def _sort_with_index(keys, num_experts):
     """Sorted keys, those above `num_experts` as if they were that, and the stable permutation that sorts them.
 
-    Key and index share one integer where it is wide enough: XLA:CPU sorts one array 4 to 6 times as fast as a pair.
+    Key and index share one integer where it is wide enough: XLA:CPU sorts one array 4 to 6 times as
+    fast as a pair.
     """
     length = keys.shape[0]
     index = jnp.arange(length, dtype=jnp.int32)

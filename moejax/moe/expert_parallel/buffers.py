@@ -1,7 +1,7 @@
 """What a device sends to which other one: plans of buffers, and the offsets of a ragged exchange.
 
-A plan says which choice fills a row, and in which row a choice lies. What finds no room is left over, for its sender
-to see: nothing is dropped. Nothing here communicates.
+A plan says which choice fills a row, and in which row a choice lies. What finds no room is left
+over, for its sender to see: nothing is dropped. Nothing here communicates.
 """
 
 import dataclasses
@@ -21,9 +21,11 @@ class Parcels:
     """What is sent, and what is not.
 
     Attributes:
-      plan: rows for one receiver after another; `plan.row_TK` sums each token up from the rows that come back.
+      plan: rows for one receiver after another; `plan.row_TK` sums each token up from the rows
+        that come back.
       is_left_TK: choices that found no room.
-      by_choice: whether a row is of one choice, or else of all of a token's choices that its receiver has.
+      by_choice: whether a row is of one choice, or else of all of a token's choices that its
+        receiver has.
     """
 
     plan: Plan
@@ -63,7 +65,8 @@ def room_for(mean: float, factor: float, most: int) -> int:
 def mean_receivers(num_experts: int, top_k: int, num_receivers: int) -> float:
     """How many receivers a token's K different experts have on average, if all are equally likely.
 
-    Those of a receiver are E / n of the experts: none of K is among them with probability C(E - E/n, K) / C(E, K).
+    Those of a receiver are E / n of the experts: none of K is among them with probability C(E -
+    E/n, K) / C(E, K).
     """
     top_k = min(
         top_k, num_experts
@@ -132,7 +135,8 @@ class Travel:
       sent_n: rows for each receiver.
       places_n: where they begin in the array of each receiver.
       arriving_n: rows from each sender.
-      arrivals_n: where those begin in this device's array of what arrives: one sender's rows after another's.
+      arrivals_n: where those begin in this device's array of what arrives: one sender's rows
+        after another's.
       returns_n: where they lie in their senders' arrays.
     """
 

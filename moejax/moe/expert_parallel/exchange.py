@@ -1,9 +1,9 @@
 """Where tokens meet experts on a mesh: the only file with collectives.
 
-The batch is split over `data`, `fsdp`, `dcn_expert` and `expert`, sequences over `context`, the experts over
-`dcn_expert` (whose groups have slow links between them) and `expert`, and the hidden width of each over `tensor`, whose
-partial outputs are added up. Weights are gathered over `fsdp`, and their gradients reduce-scattered. Strategies differ
-in what travels along the axes of experts:
+The batch is split over `data`, `fsdp`, `dcn_expert` and `expert`, sequences over `context`, the
+experts over `dcn_expert` (whose groups have slow links between them) and `expert`, and the hidden
+width of each over `tensor`, whose partial outputs are added up. Weights are gathered over `fsdp`,
+and their gradients reduce-scattered. Strategies differ in what travels along the axes of experts:
 
     gather       expert weights: every device has them all, and runs its own tokens
     ring         tokens: every device runs those of all devices through its experts; outputs are added and scattered
@@ -12,8 +12,8 @@ in what travels along the axes of experts:
     dedup        a token once to each device that has any of its experts; one row comes back, their weighted sum
     two_level    a token once to each group, and there once to each device that has any of its experts
 
-All give the same results. Where a buffer of the last four has no room, tokens are left over: they go to all devices,
-one device's after another, so that it takes time and no more memory.
+All give the same results. Where a buffer of the last four has no room, tokens are left over: they
+go to all devices, one device's after another, so that it takes time and no more memory.
 """
 
 import dataclasses
@@ -70,13 +70,15 @@ def exchange(
     Args:
       how: the strategy.
       local: for `chosen` as it is.
-      rows: for `Chosen` without a limit of capacity: choices that were refused are of no expert. None: if nobody chose.
+      rows: for `Chosen` without a limit of capacity: choices that were refused are of no expert.
+        None: if nobody chose.
       x_BLD: tokens.
       chosen: where they go: `Chosen`, `Slots` or `Mixing`, arrays with a leading axis of sequences.
       weights: of the experts.
 
     Returns:
-      The combined outputs, and how many choices went the slow way because a buffer had no room, a float32 scalar.
+      The combined outputs, and how many choices went the slow way because a buffer had no room, a
+      float32 scalar.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or all(
@@ -121,8 +123,9 @@ def _gather_weights(weights: ExpertWeights, *, is_whole: bool) -> ExpertWeights:
         if w is None:
             return None
         if width_axis is not None and jax.lax.axis_size("fsdp") > 1:
-            # Gate and up side by side, as the product wants them: XLA:TPU lays them out anew, which is less work for
-            # parts, and reduce-scatters gradients of three axes, where it all-reduces those of four.
+            # Gate and up side by side, as the product wants them: XLA:TPU lays them out anew, which
+            # is less work for parts, and reduce-scatters gradients of three axes, where it
+            # all-reduces those of four.
             flat = w.reshape(*w.shape[:2], -1) if w.ndim == 4 else w
             if w.shape[0] == 1:  # nor with a first axis of one
                 flat = jax.lax.all_gather(flat[0], "fsdp", axis=width_axis - 1, tiled=True)[None]
@@ -203,8 +206,8 @@ def _send(
     num_experts = weights.down_EFD.shape[0] * jax.lax.axis_size(EXPERT_AXES)
     leg = _leg(how.buffer_factor, strategy, run_rows, size, top_k, num_experts)
     if size < num_tokens:
-        # What the experts of one chunk keep for the backward pass is computed again there, just before it is used: the
-        # memory of one chunk serves all.
+        # What the experts of one chunk keep for the backward pass is computed again there, just
+        # before it is used: the memory of one chunk serves all.
         leg = jax.checkpoint(leg, policy=jax.checkpoint_policies.save_only_these_names(EXCHANGED))
     parts = []
     for first in range(0, num_tokens, size):
@@ -247,7 +250,8 @@ def _leg(
             pack_tokens, num_receivers=num_devices, slots=slots, max_choices=choices_each
         )
         return functools.partial(_by_buffers, EXPERT_AXES, pack, num_devices * choices_each, run)
-    # Between groups, to the device with this one's place in its group; its tokens are those of all groups in turn.
+    # Between groups, to the device with this one's place in its group; its tokens are those of all
+    # groups in turn.
     groups_slots = room_for(
         num_tokens * mean_receivers(num_experts, top_k, slow) / slow, factor, num_tokens
     )
@@ -387,8 +391,8 @@ def _rest(
 ):
     """What the experts along `axes` make of the choices that are left over, if any are on any device; and their number.
 
-    One device's tokens after another's go to all, in parts: the arrays are smaller than those of the way in buffers,
-    beside which the compiler must hold them.
+    One device's tokens after another's go to all, in parts: the arrays are smaller than those of
+    the way in buffers, beside which the compiler must hold them.
     """
     num_devices, num_behind, first = _scope(axes, weights)
     experts_1TK = jnp.where(is_left_TK[None], chosen.experts_BLK, num_devices * num_behind)

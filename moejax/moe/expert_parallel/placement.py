@@ -1,7 +1,8 @@
 """Where experts live: a map from slots on devices to experts, chosen from the load that was measured.
 
-Devices have equal numbers of slots, one after another. Experts in order are the map without a choice; copies of those
-with most load fill spare slots. Nothing but the map changes: outputs are the same.
+Devices have equal numbers of slots, one after another. Experts in order are the map without a
+choice; copies of those with most load fill spare slots. Nothing but the map changes: outputs
+are the same.
 """
 
 import dataclasses
@@ -60,9 +61,10 @@ def place(
 ) -> Int[np.ndarray, "N P"]:
     """The expert in each slot, so that devices have nearly the same load.
 
-    A layer takes the simplest of three maps that is not less even than a later one by more than `EVEN`: experts in
-    order, experts in other places, and those with copies (`place_by_load`). Where it takes one of the first two, its
-    spare slots repeat experts of the same device, which changes no load: copies never make a layer less even.
+    A layer takes the simplest of three maps that is not less even than a later one by more than
+    `EVEN`: experts in order, experts in other places, and those with copies (`place_by_load`).
+    Where it takes one of the first two, its spare slots repeat experts of the same device, which
+    changes no load: copies never make a layer less even.
 
     Args:
       load_NE: of each expert in each layer, in any unit.
@@ -93,8 +95,9 @@ def place_by_load(
 ) -> Int[np.ndarray, "N P"]:
     """The expert in each slot by load alone, even where experts in order would be more even; see `place`.
 
-    Spare slots go one by one to the expert with most load a copy. Then copies, those with most load first, go to the
-    device with least load that has a free slot and, if there is one, no copy of the same expert.
+    Spare slots go one by one to the expert with most load a copy. Then copies, those with most load
+    first, go to the device with least load that has a free slot and, if there is one, no copy of
+    the same expert.
     """
     num_experts = load_NE.shape[1]
     if num_devices < 1 or num_experts % num_devices:

@@ -17,11 +17,12 @@ class Exchange:
     """How tokens and experts meet.
 
     Attributes:
-      strategy: a name from the top of `exchange.py`, or "auto". Where experts choose, or slots mix tokens, "ring"
-        stands in for those that send choices; on a mesh with one device for all experts nothing travels.
+      strategy: a name from the top of `exchange.py`, or "auto". Where experts choose, or slots mix
+        tokens, "ring" stands in for those that send choices; on a mesh with one device for all
+        experts nothing travels.
       buffer_factor: rows of a buffer over their mean.
-      chunks: parts of the tokens that travel apart, so that one can be on its way while another is computed; the
-        largest common divisor with the number of tokens.
+      chunks: parts of the tokens that travel apart, so that one can be on its way while another is
+        computed; the largest common divisor with the number of tokens.
     """
 
     strategy: str
@@ -35,8 +36,8 @@ class Local:
 
     Attributes:
       run: `(x_bLD, chosen, weights) -> y_bLD`, from `moe/dispatch/on_device.py`.
-      can_check_vma: whether it says truly which of its arrays differ between devices, as Pallas kernels do not;
-        unchecked, gradients of weights are added up over all devices all the same.
+      can_check_vma: whether it says truly which of its arrays differ between devices, as Pallas
+        kernels do not; unchecked, gradients of weights are added up over all devices all the same.
     """
 
     run: LocalExperts
@@ -64,8 +65,8 @@ def choose(how: Exchange, slow: int, fast: int, num_experts: int, top_k: int) ->
         return how.strategy
     if min(slow, fast) > 1:
         return "two_level"
-    # Where tokens have more choices than there are devices, "ring" sends no more rows; but it has room for all choices
-    # of all devices, n times as many as a device's share.
+    # Where tokens have more choices than there are devices, "ring" sends no more rows; but it has
+    # room for all choices of all devices, n times as many as a device's share.
     return (
         "dedup" if mean_receivers(num_experts, top_k, num_devices) < 0.95 * top_k else "all_to_all"
     )

@@ -25,9 +25,10 @@ class Network:
     """What kind of feed-forward network: down(activation(x)), each projection with a bias or without.
 
     Attributes:
-      activation: "swiglu", silu(gate) * up, and "geglu", gelu(gate) * up (Shazeer 2020, equations 5 and 6); "gelu",
-        "relu", "squared_relu" of up (So et al. 2021); "clamped_swiglu", g * sigmoid(1.702 g) * (u + 1) with g the gate
-        clamped from above and u the up projection clamped on both sides (gpt-oss).
+      activation: "swiglu", silu(gate) * up, and "geglu", gelu(gate) * up (Shazeer 2020, equations 5
+        and 6); "gelu", "relu", "squared_relu" of up (So et al. 2021); "clamped_swiglu", g *
+        sigmoid(1.702 g) * (u + 1) with g the gate clamped from above and u the up projection
+        clamped on both sides (gpt-oss).
       limit: of clamped_swiglu.
       has_bias: whether the projections have biases.
     """
@@ -127,8 +128,8 @@ class Experts(nnx.Module):
         *,
         rngs: nnx.Rngs,
     ):
-        # Every expert has the key of its global id and the initializer of one dense layer: its weights depend neither
-        # on the mesh nor on the number of experts.
+        # Every expert has the key of its global id and the initializer of one dense layer: its
+        # weights depend neither on the mesh nor on the number of experts.
         key = rngs.params()
         keys_E = jax.vmap(lambda e: jax.random.fold_in(key, e))(jnp.arange(num_experts))
         init = jax.vmap(lambda k: init_feed_forward(k, d_model, d_expert, network.num_projections))

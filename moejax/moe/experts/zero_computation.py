@@ -1,10 +1,11 @@
 """Experts that cost no FLOPs: the router may choose them as it chooses the others.
 
-Their ids follow those of the experts with weights: first zero experts, whose output is 0, then identity experts, whose
-output is the token, then constant ones, whose output is a learned vector. They need no row, no slot and no exchange.
+Their ids follow those of the experts with weights: first zero experts, whose output is 0, then
+identity experts, whose output is the token, then constant ones, whose output is a learned vector.
+They need no row, no slot and no exchange.
 
-Source: Jin et al. 2024 (MoE++, section 3.1; its constant experts also mix in the token); LongCat-Flash 2025 (identity
-experts).
+Source: Jin et al. 2024 (MoE++, section 3.1; its constant experts also mix in the token);
+LongCat-Flash 2025 (identity experts).
 """
 
 import jax

@@ -27,8 +27,8 @@ def choices_by_token(
       num_choices: width of the router, E.
 
     Returns:
-      Expert ids, the best first, and combine weights, before any capacity. Expert E with weight 0 fills up where a
-      token visits fewer experts than another, or mixes all of them (soft routing).
+      Expert ids, the best first, and combine weights, before any capacity. Expert E with weight 0
+      fills up where a token visits fewer experts than another, or mixes all of them (soft routing).
     """
     found = [_choices(routing, num_choices) for routing in routings]
     widest = max(experts_NTK.shape[-1] for experts_NTK, _ in found)
@@ -46,8 +46,9 @@ def scores_by_token(
 ) -> tuple[Float[Array, "N T E"], Float[Array, "N T E"]]:
     """Raw logits and probabilities of all experts for each token, by MoE layer in the order of the model.
 
-    Soft routing has logits of slots and weights of slots in a token: an expert's probability is the sum of its slots'
-    weights, and its logit the logsumexp of its slots' logits, of which those probabilities are the softmax.
+    Soft routing has logits of slots and weights of slots in a token: an expert's probability is the
+    sum of its slots' weights, and its logit the logsumexp of its slots' logits, of which those
+    probabilities are the softmax.
 
     Args:
       routings: traced token-level routing of each run of MoE layers, stacked by layer.

@@ -11,11 +11,11 @@ from moejax.moe.router.selection import named
 def route_expert_choice(inputs: RouterInputs, config: MoeConfig, slots: int) -> SlotRouting:
     """Each expert takes the `slots` tokens of a sequence that give it the highest probability.
 
-    The weight is that probability, not normalised. A slot is empty where a sequence has too few tokens; a token may be
-    taken by no expert.
+    The weight is that probability, not normalised. A slot is empty where a sequence has too few
+    tokens; a token may be taken by no expert.
 
-    Source: Zhou et al. 2022, section 3; they choose among the tokens of a batch, here it is those of a sequence, so
-    that a sequence does not depend on the others.
+    Source: Zhou et al. 2022, section 3; they choose among the tokens of a batch, here it is those
+    of a sequence, so that a sequence does not depend on the others.
     """
     num_experts = inputs.logits_TE.shape[-1]
     probs_TE = jax.nn.softmax(inputs.logits_TE, axis=-1)

@@ -12,8 +12,8 @@ from moejax.moe.router.selection import eligible, named, select
 def route_hash(inputs: RouterInputs, config: MoeConfig) -> Routing:
     """Sends a token to the experts that a fixed table holds for its id.
 
-    With score "uniform" each weighs 1/K (Roller et al. 2021, Hash Layers); with another one, weights are the scores of
-    learned logits (DeepSeek-V4).
+    With score "uniform" each weighs 1/K (Roller et al. 2021, Hash Layers); with another one,
+    weights are the scores of learned logits (DeepSeek-V4).
     """
     experts_TK = inputs.table_VK[inputs.tokens_T][:, : config.top_k]
     return _fixed(named(no_expert(experts_TK, inputs.mask_T, config.num_choices)), inputs, config)
@@ -22,8 +22,8 @@ def route_hash(inputs: RouterInputs, config: MoeConfig) -> Routing:
 def route_random(inputs: RouterInputs, config: MoeConfig) -> Routing:
     """Sends each token to K experts drawn uniformly without replacement.
 
-    In evaluation the draw is a fixed function of token id and position, so that it is the same twice, and the same for
-    a sequence in any batch.
+    In evaluation the draw is a fixed function of token id and position, so that it is the same
+    twice, and the same for a sequence in any batch.
     """
     if inputs.is_training:
         values_TE = inputs.draw(Stream.RANDOM, jax.random.uniform, config.num_choices)

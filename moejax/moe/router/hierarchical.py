@@ -13,9 +13,9 @@ from moejax.moe.router.selection import eligible, named
 def route_hierarchical(inputs: RouterInputs, config: MoeConfig) -> Routing:
     """Chooses K1 groups, then K / K1 experts in each; the weight is the product of both gates.
 
-    Both levels are noisy top-K in training: a gate is a softmax over what was chosen at its level. Experts come group
-    by group, the best group first. The router's distribution is the product of the softmax over groups and the one
-    within the group; raw logits are the sums of both.
+    Both levels are noisy top-K in training: a gate is a softmax over what was chosen at its level.
+    Experts come group by group, the best group first. The router's distribution is the product of
+    the softmax over groups and the one within the group; raw logits are the sums of both.
 
     Source: Shazeer et al. 2017, appendix B, equations 12 to 14.
     """
@@ -58,8 +58,9 @@ def _select(
 ) -> tuple[Int[Array, "T K"], Float[Array, "T E"]]:
     """The experts, E where a chosen group has too few that may be selected, and what they were ranked by.
 
-    Experts compete within their group: the rank is the distance to the last that is selected there, so that it is 0 for
-    the last of every group. It is -inf in groups that are not chosen, but for those that tie with the last chosen one.
+    Experts compete within their group: the rank is the distance to the last that is selected there,
+    so that it is 0 for the last of every group. It is -inf in groups that are not chosen, but for
+    those that tie with the last chosen one.
     """
     num_tokens, groups = values_TG.shape
     size, per_group = config.num_experts // groups, config.top_k // config.top_k_groups

@@ -30,7 +30,8 @@ class Router(nnx.Module):
     """A linear map to expert logits, optionally with a bias (gpt-oss)."""
 
     def __init__(self, config: MoeConfig, d_model: int, *, rngs: nnx.Rngs):
-        # A tenth of the usual variance keeps early routing close to uniform (Fedus et al. 2021, section 2.4).
+        # A tenth of the usual variance keeps early routing close to uniform (Fedus et al. 2021,
+        # section 2.4).
         init = jax.nn.initializers.variance_scaling(0.1, "fan_in", "truncated_normal")
         self.kernel = nnx.Param(
             init(rngs.params(), (d_model, config.num_choices)), axes=("embed", "router")
@@ -129,7 +130,8 @@ class NoLogits(nnx.Module):
 class SoftRouter(nnx.Module):
     """Scaled cosine between tokens and slots.
 
-    Source: Puigcerver et al. 2023, section 2.3: x and the slots' vectors are normalised, the scale is learned.
+    Source: Puigcerver et al. 2023, section 2.3: x and the slots' vectors are normalised, the
+    scale is learned.
     """
 
     def __init__(self, config: MoeConfig, d_model: int, *, rngs: nnx.Rngs):

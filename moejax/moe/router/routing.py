@@ -16,7 +16,8 @@ from moejax.kernels.arrays import to_jax
 class Stream(enum.Enum):
     """Everything that a layer draws at random; the names, not their order, set the numbers of one apart from another's.
 
-    Small integers would not do: splitting a key gives the keys that small integers give, and so parameters are drawn.
+    Small integers would not do: splitting a key gives the keys that small integers give, and so
+    parameters are drawn.
     """
 
     NOISE = "noise"
@@ -38,7 +39,8 @@ class RouterInputs:
     """What a router may look at; the T tokens are sequences of L, one after the other. What a router needs not is None.
 
     Attributes:
-      logits_TE: router logits, float32, before noise and bias; of no meaning to routers that have none.
+      logits_TE: router logits, float32, before noise and bias; of no meaning to routers
+        that have none.
       mask_T: False where a token is padding: it is sent to no expert.
       length: L.
       tokens_T: token ids (hash, random); None if unknown.
@@ -48,9 +50,10 @@ class RouterInputs:
       group_logits_TG: logits of groups of experts (hierarchical).
       noise_scale_TE: standard deviation of the noise on each logit (noisy_topk, hierarchical).
       group_noise_scale_TG: the same for the logits of groups.
-      is_blocked_E: experts that must not be selected; the next in rank take their place. None: all may be.
-      keys_B: a key per sequence, from which everything random is drawn, so that a draw depends neither on the mesh nor
-        on the other sequences. None in evaluation: nothing is drawn.
+      is_blocked_E: experts that must not be selected; the next in rank take their place.
+        None: all may be.
+      keys_B: a key per sequence, from which everything random is drawn, so that a draw depends
+        neither on the mesh nor on the other sequences. None in evaluation: nothing is drawn.
       noise: multiplies the noise, float32 scalar.
     """
 
@@ -117,13 +120,14 @@ class Routing:
     Attributes:
       logits_TE: raw router logits, float32.
       probs_TE: the router's distribution over all experts before selection, float32, rows sum to 1.
-      experts_TK: selected experts, int32, without repetition, the best first; E where the token is masked, so that it
-        belongs to no expert.
+      experts_TK: selected experts, int32, without repetition, the best first; E where the token is
+        masked, so that it belongs to no expert.
       weights_TK: combine weights, float32; 0 where the token is masked.
-      ranking_TE: what the selection was made by, float32, -inf where an expert was not eligible; no gradient.
+      ranking_TE: what the selection was made by, float32, -inf where an expert was not eligible;
+        no gradient.
       log_scores_TE: logarithm of each expert's score, from which weights are made.
-      log_weights_TK: logarithm of each weight, but for a summand common to its token: it tells weights apart that are
-        too small for float32. -1e30 where there is no expert.
+      log_weights_TK: logarithm of each weight, but for a summand common to its token: it tells
+        weights apart that are too small for float32. -1e30 where there is no expert.
       noisy_TE: logits with their noise (noisy_topk).
       noise_scale_TE: its standard deviation (noisy_topk).
     """
@@ -147,7 +151,8 @@ class SlotRouting:
     Attributes:
       logits_TE: raw router logits, float32.
       probs_TE: the router's distribution over experts, float32.
-      positions_BEC: position in its sequence of the token in a slot, int32; L where the slot is empty.
+      positions_BEC: position in its sequence of the token in a slot, int32; L where the
+        slot is empty.
       weights_BEC: its combine weight, float32; 0 where the slot is empty.
     """
 
@@ -164,7 +169,8 @@ class SoftRouting:
 
     Attributes:
       logits_BLS: of tokens and slots, float32.
-      dispatch_BLS: weight of each token in a slot's input; sums to 1 over the real tokens, 0 at padding.
+      dispatch_BLS: weight of each token in a slot's input; sums to 1 over the real tokens,
+        0 at padding.
       combine_BLS: weight of each slot's output in a token; sums to 1 over slots, 0 at padding.
     """
 

@@ -1,7 +1,8 @@
 """From logits to scores, probabilities and combine weights.
 
-Everything is computed from logarithms of scores. A sigmoid far below 0 underflows, and a normaliser with a small
-constant then hides the collapse of all scores; the softmax of log scores is the same ratio without either.
+Everything is computed from logarithms of scores. A sigmoid far below 0 underflows, and a normaliser
+with a small constant then hides the collapse of all scores; the softmax of log scores is the same
+ratio without either.
 """
 
 import jax
@@ -20,8 +21,9 @@ def log_scores(logits_TE: Float[Array, "T E"], score: str) -> Float[Array, "T E"
 
     Args:
       logits_TE: float32.
-      score: "softmax" over all experts, also for "softmax_after" (selected first, normalised afterwards: the same up to
-        a factor that the normalisation removes); "sigmoid" (DeepSeek-V3); "sqrt_softplus" (DeepSeek-V4); "uniform".
+      score: "softmax" over all experts, also for "softmax_after" (selected first, normalised
+        afterwards: the same up to a factor that the normalisation removes); "sigmoid"
+        (DeepSeek-V3); "sqrt_softplus" (DeepSeek-V4); "uniform".
 
     Raises:
       ValueError: another score, such as "auto", which is not resolved.
@@ -64,7 +66,8 @@ def weigh(
 
     Args:
       log_scores_TE: from `log_scores`.
-      experts_TK: selected experts; where an id is E the weight is 0, and the others share what there is.
+      experts_TK: selected experts; where an id is E the weight is 0, and the others share
+        what there is.
       config: for `score`, `renormalize` and `route_scale`.
     """
     taken_TK = log_weights(log_scores_TE, experts_TK)
@@ -82,8 +85,8 @@ def spread_over_survivors(
 ) -> Float[Array, "T K"]:
     """The weights of all choices of a token, shared among those that are kept as if only they had been chosen.
 
-    Their shares are the softmax of their logarithms: a quotient of weights would be 0/0 where the kept ones underflow
-    beside the others, and its gradient would overflow long before.
+    Their shares are the softmax of their logarithms: a quotient of weights would be 0/0 where the
+    kept ones underflow beside the others, and its gradient would overflow long before.
 
     Args:
       weights_TK: combine weights.

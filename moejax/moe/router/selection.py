@@ -20,7 +20,8 @@ def select(
 ) -> Int[Array, "T K"]:
     """The K experts of highest value, the best first; ties go to the lowest index. E where the token is masked.
 
-    Where some are blocked, with values from `eligible`, E also stands for choices for which too few others are left.
+    Where some are blocked, with values from `eligible`, E also stands for choices for which too few
+    others are left.
     """
     values_TK, experts_TK = jax.lax.top_k(jax.lax.stop_gradient(values_TE), top_k)
     if is_blocked_E is not None:
@@ -51,8 +52,8 @@ def selection_values(
 
     Without bias and groups, scores rank as logits do, and logits have no rounding ties.
 
-    Source: DeepSeek-V3 (DeepSeek-AI 2024), section 2.1.2: bias, groups by the sum of their two best; DeepSeek-V2,
-    section 2.2.2: groups by their best.
+    Source: DeepSeek-V3 (DeepSeek-AI 2024), section 2.1.2: bias, groups by the sum of their two
+    best; DeepSeek-V2, section 2.2.2: groups by their best.
     """
     by_logits = config.score == "softmax_after" or config.select_by == "logits"
     is_plain = bias_E is None and config.num_groups == 1
@@ -69,8 +70,8 @@ def mask_groups(
 ) -> Float[Array, "T E"]:
     """-inf outside the `top_k_groups` best of `num_groups` contiguous groups of experts.
 
-    Where experts are blocked, groups are ranked by the others, and as many more groups are kept as a token needs to
-    find `top_k` experts.
+    Where experts are blocked, groups are ranked by the others, and as many more groups are kept as
+    a token needs to find `top_k` experts.
 
     Args:
       values_TE: by which experts are ranked, -inf where they are blocked.

@@ -15,9 +15,10 @@ NO_MASS = -1e30  # finite, so that a sequence of padding gives no NaN
 def route_sinkhorn(inputs: RouterInputs, config: MoeConfig) -> Routing:
     """Selects the top K of a balanced plan in training, of the logits in evaluation; weights are scores of the logits.
 
-    The plan balances the tokens of each sequence among themselves, so that it depends neither on the mesh nor on
-    accumulation nor on the other sequences; the published ones balance the tokens of a device. It lets a token's
-    routing depend on later ones, hence `moe.allow_noncausal`. No gradient flows through it.
+    The plan balances the tokens of each sequence among themselves, so that it depends neither on
+    the mesh nor on accumulation nor on the other sequences; the published ones balance the tokens
+    of a device. It lets a token's routing depend on later ones, hence `moe.allow_noncausal`. No
+    gradient flows through it.
 
     Source: Clark et al. 2022 (S-BASE, section 3.1 and appendix B), after Lewis et al. 2021 (BASE).
     """
@@ -41,7 +42,8 @@ def log_plan(
 ) -> Float[Array, "L E"]:
     """Logarithm of a plan whose rows sum to 1 and whose columns approach an equal share of the real tokens.
 
-    Each iteration scales columns, to 1 instead of their share since a common factor cancels, then rows.
+    Each iteration scales columns, to 1 instead of their share since a common factor
+    cancels, then rows.
     """
     is_token_L1 = mask_L[:, None]
 

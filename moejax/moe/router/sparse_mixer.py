@@ -12,13 +12,15 @@ from moejax.moe.router.selection import eligible, named
 def route_sparse_mixer(inputs: RouterInputs, config: MoeConfig) -> Routing:
     """Chooses one expert after the other among those whose logits are relatively close to the best remaining one.
 
-    For each choice: entries whose distance to the best, relative to the larger of their magnitude and the best, exceeds
-    2 `mixer_threshold` are out; the weight is the softmax over the rest at the chosen one. In evaluation the best is
-    chosen. In training one of the rest is sampled by its probability; where that is not the best, its weight is
-    multiplied by 1/3 in three of four cases, while the gradient is that of the plain weight (Heun's rule for the
-    gradient of sampling). The weights of a token are close to 1 each and are not normalised.
+    For each choice: entries whose distance to the best, relative to the larger of their magnitude
+    and the best, exceeds 2 `mixer_threshold` are out; the weight is the softmax over the rest at
+    the chosen one. In evaluation the best is chosen. In training one of the rest is sampled by its
+    probability; where that is not the best, its weight is multiplied by 1/3 in three of four cases,
+    while the gradient is that of the plain weight (Heun's rule for the gradient of sampling). The
+    weights of a token are close to 1 each and are not normalised.
 
-    Source: Liu et al. 2023 (SparseMixer), Liu et al. 2024 (GRIN, section 2); the relative threshold as in Phi-3.5-MoE.
+    Source: Liu et al. 2023 (SparseMixer), Liu et al. 2024 (GRIN, section 2); the relative threshold
+    as in Phi-3.5-MoE.
     """
     logits_TE = inputs.logits_TE
     num_experts = logits_TE.shape[-1]

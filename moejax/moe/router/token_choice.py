@@ -1,7 +1,8 @@
 """Token choice by score: softmax, sigmoid or sqrt-softplus of the logits, bias and groups, then the top K.
 
-One function for most published routers; they differ in the legal settings (`config.ROUTER_RULES`), in what makes the
-logits (`moe/router/modules.py`) and in what updates the bias (`moe/balancing/losses.py`).
+One function for most published routers; they differ in the legal settings (`config.ROUTER_RULES`),
+in what makes the logits (`moe/router/modules.py`) and in what updates the bias
+(`moe/balancing/losses.py`).
 """
 
 import dataclasses
@@ -17,9 +18,9 @@ from moejax.moe.router.selection import select, selection_values
 def route_scored(inputs: RouterInputs, config: MoeConfig) -> Routing:
     """Sends each token to the K experts of highest score.
 
-    `softmax_topk`: Shazeer et al. 2017 (section 2), GShard, Mixtral (renormalised), OLMoE (not). `switch`: Fedus et al.
-    2021, equation 2 (K = 1, the probability as weight). `sigmoid_topk`: DeepSeek-V3, section 2.1.2. `cosine`: Chi et
-    al. 2022 (X-MoE). `dense`: all experts.
+    `softmax_topk`: Shazeer et al. 2017 (section 2), GShard, Mixtral (renormalised), OLMoE (not).
+    `switch`: Fedus et al. 2021, equation 2 (K = 1, the probability as weight). `sigmoid_topk`:
+    DeepSeek-V3, section 2.1.2. `cosine`: Chi et al. 2022 (X-MoE). `dense`: all experts.
 
     Args:
       inputs: logits, mask and, if there is one, the selection bias.
@@ -38,8 +39,8 @@ def route_noisy(inputs: RouterInputs, config: MoeConfig) -> Routing:
 
     Probabilities are those of the clean logits. In evaluation there is no noise.
 
-    Source: Shazeer et al. 2017, equations 3 to 5 (learned scale, softmax after selection); Riquelme et al. 2021 (V-MoE,
-    section 2.2: fixed scale 1/E, softmax before selection).
+    Source: Shazeer et al. 2017, equations 3 to 5 (learned scale, softmax after selection); Riquelme
+    et al. 2021 (V-MoE, section 2.2: fixed scale 1/E, softmax before selection).
     """
     noisy_TE = inputs.logits_TE
     if inputs.is_training:
@@ -58,8 +59,8 @@ def route_noisy(inputs: RouterInputs, config: MoeConfig) -> Routing:
 def route_quantile(inputs: RouterInputs, config: MoeConfig) -> Routing:
     """Selects by logit minus beta, where beta_e is the logit that expert e asks for; the bias is minus beta.
 
-    Beta is state, computed once per step from the whole global batch (`balance.update_quantiles`), so that no token's
-    routing depends on a later token.
+    Beta is state, computed once per step from the whole global batch (`balance.update_quantiles`),
+    so that no token's routing depends on a later token.
 
     Source: quantile balancing, 2026.
     """

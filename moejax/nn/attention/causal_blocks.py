@@ -1,17 +1,20 @@
 """Causal attention of packed rows in blocks: almost no score of a later key is computed, nor of another document.
 
-A block of up to `LEAST_SKIPPED` positions is halved again and again, down to `SMALLEST`: the second half sees the whole
-first half, a square of scores, and the smallest parts see themselves, triangles. A block also sees the one before it.
-What lies further back is seen by blocks of this size, of twice, of four times, ... the size: two blocks of one pair see
-those of the pair before which they do not touch. All of one kind is one product or two, so that the program grows with
-the logarithm of the length; where no documents of the batch meet far away, those are not computed. Each product gives a
-part of a query's softmax; the parts are added up with respect to the largest score of all.
+A block of up to `LEAST_SKIPPED` positions is halved again and again, down to `SMALLEST`: the
+second half sees the whole first half, a square of scores, and the smallest parts see themselves,
+triangles. A block also sees the one before it. What lies further back is seen by blocks of this
+size, of twice, of four times, ... the size: two blocks of one pair see those of the pair before
+which they do not touch. All of one kind is one product or two, so that the program grows with the
+logarithm of the length; where no documents of the batch meet far away, those are not computed.
+Each product gives a part of a query's softmax; the parts are added up with respect to the largest
+score of all.
 
-It serves XLA:CPU, where attention that computes all scores and masks half of them takes two to four times as long.
+It serves XLA:CPU, where attention that computes all scores and masks half of them takes two to four
+times as long.
 
-Sources: the sum of parts is that of Milakov & Gimelshein 2018, section 3 (online softmax); long rows keep no scores for
-the backward pass, as in Rabe & Staats 2021; the blocks are the interaction lists of the fast multipole method,
-Greengard & Rokhlin 1987.
+Sources: the sum of parts is that of Milakov & Gimelshein 2018, section 3 (online softmax); long
+rows keep no scores for the backward pass, as in Rabe & Staats 2021; the blocks are the interaction
+lists of the fast multipole method, Greengard & Rokhlin 1987.
 """
 
 import dataclasses
@@ -70,8 +73,8 @@ def attend_causally(
       q_BLHA: queries.
       k_BLGA: keys.
       v_BLGA: values.
-      segments_BL: number of the document within its row; what can be skipped is found where numbers do not fall, and
-        padding (0) is last.
+      segments_BL: number of the document within its row; what can be skipped is found where numbers
+        do not fall, and padding (0) is last.
     """
     length = q_BLHA.shape[1]
     halvings = max(0, (length - 1) // SMALLEST).bit_length()
@@ -158,7 +161,8 @@ class _Row:
     def far(self, num: int) -> Part:
         """The row in `num` blocks, which see, in the pair of blocks before their own pair, what they do not touch.
 
-        The first block of a pair sees the first one of the pair before, and the second block sees both.
+        The first block of a pair sees the first one of the pair before, and the second
+        block sees both.
         """
         pairs, length = num // 2, self.length // num
         q_BGRplA = _cut(self.q_BGRLA, pairs, -2)[..., 1:, :, :]

@@ -67,9 +67,11 @@ class Attention(nnx.Module):
 
         Args:
           x_BLD: normalised residual stream.
-          positions_BL: position of each token in its document; with a cache also the slot it is written to.
+          positions_BL: position of each token in its document; with a cache also the slot it
+            is written to.
           segments_BL: number of the document within its row, 0 at padding; not needed with a cache.
-          cache: keys and values so far, of which a query sees those up to its position; None attends to `x_BLD` alone.
+          cache: keys and values so far, of which a query sees those up to its position; None
+            attends to `x_BLD` alone.
 
         Returns:
           The output and the cache with the new keys and values.
@@ -129,8 +131,8 @@ def attend(
 ) -> Float[Array, "B L H A"]:
     """Softmax attention; queries of long rows take turns, in blocks.
 
-    Scores `[B, H, L, S]` in float32 of all queries at once would need more memory than the rest of the model. Those of
-    a block are computed again in the backward pass.
+    Scores `[B, H, L, S]` in float32 of all queries at once would need more memory than the rest of
+    the model. Those of a block are computed again in the backward pass.
     """
     length = q_BLHA.shape[1]
     if length <= LONGEST_AT_ONCE:
@@ -144,7 +146,8 @@ def attend(
     def split(a_BLX):
         return a_BLX.reshape(a_BLX.shape[0], -1, BLOCK, *a_BLX.shape[2:]).swapaxes(0, 1)
 
-    # Queries that fill up the last block see something, so that their softmax is not empty; nobody reads it.
+    # Queries that fill up the last block see something, so that their softmax is not empty;
+    # nobody reads it.
     missing = ((0, 0), (0, -length % BLOCK))
     q_BMHA = jnp.pad(q_BLHA, (*missing, (0, 0), (0, 0)))
     mask_BMS = jnp.pad(mask_BLS, (*missing, (0, 0)), constant_values=True)
@@ -157,7 +160,8 @@ def rotate(
 ) -> Float[Array, "B L H A"]:
     """Rotary position embedding: dimension i turns with dimension i + A/2 by the angle position * theta^(-2i/A).
 
-    Source: Su et al. 2021 (RoFormer, section 3.2); the pairing of halves is that of GPT-NeoX and Llama checkpoints.
+    Source: Su et al. 2021 (RoFormer, section 3.2); the pairing of halves is that of GPT-NeoX and
+    Llama checkpoints.
     """
     half = x_BLHA.shape[-1] // 2
     frequency_a = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)

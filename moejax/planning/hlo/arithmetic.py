@@ -1,6 +1,7 @@
 """The arithmetic of matrix products in a compiled program, and its kernels, counted from the program's text.
 
-On TPU the compiler says it itself, and kernels declare theirs (`cost_analysis`); for GPU it does not.
+On TPU the compiler says it itself, and kernels declare theirs (`cost_analysis`); for GPU
+it does not.
 """
 
 import collections
@@ -25,8 +26,10 @@ class Arithmetic:
     """What a program computes.
 
     Attributes:
-      flops: multiplications and additions of all matrix products; loops are multiplied by how often they run.
-      kernels: how often each custom call is made, by the kernel's name; the rest is code that XLA wrote.
+      flops: multiplications and additions of all matrix products; loops are multiplied by how
+        often they run.
+      kernels: how often each custom call is made, by the kernel's name; the rest is code
+        that XLA wrote.
       open_loops: loops whose number of turns depends on data; their bodies are counted once.
     """
 
@@ -79,7 +82,8 @@ def _flops(instruction: Instruction, program: Program) -> int:
             f"{kernel} is a product of a library's, whose arithmetic is not known here"
         )
     if kernel.startswith("tokamax "):
-        # Rows by the matrices of their groups `[E, P, Q]`, or outer products of rows with rows: P * Q for every row.
+        # Rows by the matrices of their groups `[E, P, Q]`, or outer products of rows with rows: P *
+        # Q for every row.
         rows, width = program.operands(instruction)[0].shape
         return 2 * rows * width * instruction.shape[-1]
     return 0

@@ -1,9 +1,10 @@
 """What travels between devices in a compiled program, counted from the program's text.
 
-Bytes on the wire are those that a device sends, by the model of a ring of n devices: an all-gather sends (n-1)/n of its
-result, a reduce-scatter (n-1)/n of its operand, an all-reduce twice that, an all-to-all (n-1)/n of its buffer, a
-permutation all of it. What else a network or its collectives can do (links in several directions, multicast) is left
-out: figures are to compare programs by, and say nothing about time.
+Bytes on the wire are those that a device sends, by the model of a ring of n devices: an all-gather
+sends (n-1)/n of its result, a reduce-scatter (n-1)/n of its operand, an all-reduce twice that, an
+all-to-all (n-1)/n of its buffer, a permutation all of it. What else a network or its collectives
+can do (links in several directions, multicast) is left out: figures are to compare programs by, and
+say nothing about time.
 """
 
 import dataclasses
@@ -42,7 +43,8 @@ class Collective:
 
     Attributes:
       kind: one of `KINDS`.
-      axis: the mesh axes that it runs along, joined by "+"; empty where it joins a device with itself alone.
+      axis: the mesh axes that it runs along, joined by "+"; empty where it joins a device with
+        itself alone.
       devices: how many take part in a group.
       count: how often it runs, outside of branches.
       conditional_count: how often it runs in branches, if they are taken every time.
@@ -100,10 +102,11 @@ def collective_rows(collectives: Iterable[Collective]) -> list[dict[str, Any]]:
     """Collectives added up by kind and axis, most bytes first.
 
     Returns:
-      Rows with `kind`, `axis`, `devices` of a group; `count`, how often it runs, and `bytes`, what a device sends, in
-      one run of the program; `conditional_count` and `conditional_bytes`, what comes to that in branches if they are
-      taken every time; `asynchronous`, how many of both counts are; `overlapped`, how many of those have something to
-      compute meanwhile; `is_open`, whether some are in loops whose turns depend on data, counted as one.
+      Rows with `kind`, `axis`, `devices` of a group; `count`, how often it runs, and `bytes`, what
+      a device sends, in one run of the program; `conditional_count` and `conditional_bytes`, what
+      comes to that in branches if they are taken every time; `asynchronous`, how many of both
+      counts are; `overlapped`, how many of those have something to compute meanwhile; `is_open`,
+      whether some are in loops whose turns depend on data, counted as one.
     """
     rows: dict[tuple[str, str, int], dict[str, Any]] = {}
     for one in collectives:
@@ -210,8 +213,9 @@ def _axes(attributes: str, mesh: Mesh) -> tuple[list[str], int]:
 def _groups(attributes: str, num_devices: int) -> np.ndarray:
     """Devices that exchange something, one group in a row, as places in the mesh.
 
-    The forms are `{{0,1},{2,3}}`; `[2,4]<=[8]` and `[2,4]<=[4,2]T(1,0)`, numbers in order, reshaped, transposed,
-    reshaped; `mesh['a'=2,'b'=4] {'a'}`, the axes of a mesh; and pairs of sender and receiver.
+    The forms are `{{0,1},{2,3}}`; `[2,4]<=[8]` and `[2,4]<=[4,2]T(1,0)`, numbers in order,
+    reshaped, transposed, reshaped; `mesh['a'=2,'b'=4] {'a'}`, the axes of a mesh; and pairs of
+    sender and receiver.
     """
     if pairs := re.search(r"source_target_pairs=\{(\{.*?\})\}", attributes):
         return np.array(sizes(pairs[1])).reshape(-1, 2)

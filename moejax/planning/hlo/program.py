@@ -1,7 +1,8 @@
 """The text of a compiled program, `compiled.as_text()`, as instructions, and how often each of them runs.
 
-XLA writes much the same for CPU, GPU and TPU: a computation is a list of instructions in the order of execution, and
-calls others, which stand before it. Loops say how often they turn, or the condition shows it.
+XLA writes much the same for CPU, GPU and TPU: a computation is a list of instructions in the order
+of execution, and calls others, which stand before it. Loops say how often they turn, or the
+condition shows it.
 """
 
 import dataclasses

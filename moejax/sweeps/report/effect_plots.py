@@ -1,7 +1,7 @@
 """What the axes of a sweep do, for its page: differences of each axis, and pairs of axes together.
 
-A figure is drawn only where there is something to be seen beyond noise, or where an interval says how much of it there
-is.
+A figure is drawn only where there is something to be seen beyond noise, or where an interval says
+how much of it there is.
 """
 
 import itertools

@@ -1,7 +1,7 @@
 """What the axes of a sweep do: each level against a reference, pairs of axes together, settings against one of them.
 
-Everything is a difference between arms of the same seed, see `sweep_differences`. All functions are pure: frames in,
-numbers out.
+Everything is a difference between arms of the same seed, see `sweep_differences`. All functions are
+pure: frames in, numbers out.
 """
 
 import dataclasses
@@ -74,7 +74,8 @@ def axis_effect(arms: pd.DataFrame, metric: str, axis: str) -> AxisEffect:
     """Compares the levels of an axis, in pairs of arms that are equal but for it.
 
     Args:
-      arms: at an equal fraction of the schedule, from `sweep_tables.at_fraction`, in the order of the sweep.
+      arms: at an equal fraction of the schedule, from `sweep_tables.at_fraction`, in the order
+        of the sweep.
       metric: a column of it.
       axis: a column `override/KEY` of it.
     """
@@ -129,8 +130,8 @@ def measured_by_cell(arms: pd.DataFrame, metric: str, cells: Sequence[str]) -> M
 def changes_with(arms: pd.DataFrame, axis: str) -> list[str]:
     """The axes whose level follows from this axis's level, as the score of a router that is set with the router.
 
-    Only an axis most of whose levels come with several settings can show that: of a draw at random every level comes
-    once, and all else would follow from it.
+    Only an axis most of whose levels come with several settings can show that: of a draw at random
+    every level comes once, and all else would follow from it.
     """
     return _followers(_level_codes(arms), axis)
 
@@ -172,9 +173,10 @@ class Interaction:
     """A metric by the levels of two axes.
 
     Attributes:
-      means: the first axis's levels are the index, the second's the columns; over the same cells and seeds everywhere.
-      departure: the largest departure of a cell of the table from the sum of two separate effects, without its sign,
-        with the interval that all departures of the table keep together.
+      means: the first axis's levels are the index, the second's the columns; over the same cells
+        and seeds everywhere.
+      departure: the largest departure of a cell of the table from the sum of two separate effects,
+        without its sign, with the interval that all departures of the table keep together.
       is_whole: whether the table has all levels; those with holes are left out.
     """
 
@@ -193,7 +195,8 @@ def interaction(arms: pd.DataFrame, metric: str, one: str, other: str) -> Intera
       other: the axis whose levels are the columns.
 
     Returns:
-      None where two levels of each, in all combinations and with the same cells and seeds, are not there.
+      None where two levels of each, in all combinations and with the same cells and seeds,
+      are not there.
     """
     known = with_metric(arms, metric)
     ignored = {one, other, *changes_with(known, one), *changes_with(known, other)}

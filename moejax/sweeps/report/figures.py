@@ -48,7 +48,8 @@ NEIGHBOUR_LETTERS = 16  # of names side by side, in the mean
 def draw_effect(effect: AxisEffect, axis: str, metric: str) -> Drawing:
     """Draws the difference of each level from the reference with its 95 % interval, and the reference at zero.
 
-    A difference whose interval holds zero is grey and hollow, so that it does not look like an effect.
+    A difference whose interval holds zero is grey and hollow, so that it does not look
+    like an effect.
 
     Args:
       effect: with at least one difference over several seeds; others are left out.
@@ -165,7 +166,8 @@ def draw_parallel(
     A line stops where an axis is not set. The first setting is drawn last and thick.
 
     Args:
-      settings: a row a setting, the best first; the metric is finite, with at least two different values.
+      settings: a row a setting, the best first; the metric is finite, with at least two
+        different values.
       axes_names: names of the axes, by column.
       metric: a column.
       label: of the metric.

@@ -1,7 +1,7 @@
 """A sweep as one HTML page: what was swept and how it ended, every setting, and what the axes do to loss and balance.
 
-Compared are the arms that are done, at the end of their schedule; all others are listed with the reason. The page reads
-without its script, which sorts the table of settings.
+Compared are the arms that are done, at the end of their schedule; all others are listed with the
+reason. The page reads without its script, which sorts the table of settings.
 """
 
 import json

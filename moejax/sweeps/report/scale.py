@@ -1,7 +1,7 @@
 """Where the levels of a sweep's axis stand in a figure, and what they are called.
 
-Numbers stand at their value, or at its logarithm if they span a decade or more; names, truth values, and numbers that
-span decades and include 0, stand side by side.
+Numbers stand at their value, or at its logarithm if they span a decade or more; names, truth
+values, and numbers that span decades and include 0, stand side by side.
 """
 
 import dataclasses

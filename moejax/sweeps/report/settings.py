@@ -88,7 +88,8 @@ def numbered_settings(
 ) -> pd.DataFrame:
     """The settings, the lowest loss (see `loss_of`) first and numbered from 1, as tables and figures name them.
 
-    Those of which some arms are not compared come last: their loss is a mean over the arms that survived.
+    Those of which some arms are not compared come last: their loss is a mean over the arms
+    that survived.
 
     Args:
       compared: of `sweep_tables.at_fraction`.
@@ -96,7 +97,8 @@ def numbered_settings(
       planned: entries of all arms in `sweep.json`.
 
     Returns:
-      What `settings_of` does, with `number`, and `planned`: how many arms of the setting there were to be.
+      What `settings_of` does, with `number`, and `planned`: how many arms of the setting
+      there were to be.
     """
     settings = settings_of(compared, metrics)
     num_planned = collections.Counter(setting_key(entry["overrides"]) for entry in planned)

@@ -16,7 +16,8 @@ def build_sweep_report(directory: str | Path) -> Path:
     """Joins the rows of all arms that have ended, and writes `report.html` into the sweep's directory.
 
     Raises:
-      RecordError: `sweep.json` or a row is missing or damaged, or a file is a link out of the directory.
+      RecordError: `sweep.json` or a row is missing or damaged, or a file is a link out of
+        the directory.
       LockedError: the directory cannot be written.
     """
     directory = resolve_path(directory)

@@ -1,7 +1,7 @@
 """Training a sweep's packs, whoever does it: this process, one of a pool, a job of a cluster.
 
-`work` goes through the packs, takes those that nobody holds, and leaves when all arms have ended. A process that dies
-leaves its pack to the others, who continue it from its newest checkpoint.
+`work` goes through the packs, takes those that nobody holds, and leaves when all arms have ended. A
+process that dies leaves its pack to the others, who continue it from its newest checkpoint.
 """
 
 import logging
@@ -69,7 +69,8 @@ def work(sweep: Sweep, stop: StopSignals) -> bool:
       stop: ends it: the pack at hand is saved.
 
     Returns:
-      Whether all arms have ended; False after a stop, and if some could not be trained, which the log says.
+      Whether all arms have ended; False after a stop, and if some could not be trained, which
+      the log says.
     """
     failed: set[int] = set()
     while not stop:
@@ -147,9 +148,9 @@ def _record_all(sweep: Sweep, arms: Sequence[Arm], packed: int) -> None:
 def together(sweep: Sweep, arms: Sequence[Arm]) -> list[list[Arm]]:
     """Arms that continue from one step: all, if none has any, or if all have the newest step of the one that is behind.
 
-    That is so where a pack was killed while it saved. Arms of other packs would lose more than what lies between two
-    saves. An arm that is trained to its end, and was killed before its record was written, is not trained again with
-    others.
+    That is so where a pack was killed while it saved. Arms of other packs would lose more than what
+    lies between two saves. An arm that is trained to its end, and was killed before its record was
+    written, is not trained again with others.
     """
     steps = {arm.id: saved_steps(sweep.workdir(arm.id)) for arm in arms}
     complete = [
@@ -236,7 +237,8 @@ class Seconds(NamedTuple):
 def training_seconds(workdir: Path) -> Seconds | None:
     """From what each logging interval says of its tokens, their rate and the arms beside it; None if there is none.
 
-    Lines that are damaged or cut off, and intervals in which nothing was predicted, say nothing of time.
+    Lines that are damaged or cut off, and intervals in which nothing was predicted, say
+    nothing of time.
     """
     path = workdir / "metrics.jsonl"
     if not path.is_file():
@@ -297,7 +299,8 @@ def run_sweep(
       The records, see `read_records`.
 
     Raises:
-      SweepError: a point that cannot work, another sweep in the directory, or arms that could not be trained.
+      SweepError: a point that cannot work, another sweep in the directory, or arms that could
+        not be trained.
     """
     plan = plan_arms(base, points, match=match)
     check_devices(plan.arms)

@@ -54,7 +54,8 @@ def share_out(processes: int, gpus: int) -> list[Share]:
       gpus: to share out, of those that this process may use; 0: its cores are.
 
     Raises:
-      SweepError: more processes than there is to share out, or none; more GPUs than there are to be seen.
+      SweepError: more processes than there is to share out, or none; more GPUs than there
+        are to be seen.
     """
     if gpus < 0:
         raise SweepError(f"--gpus={gpus} must be at least 0; 0 trains on CPU")
@@ -98,7 +99,8 @@ def shares(items: Sequence[Any], number: int) -> list[list[Any]]:
 def run_pool(sweep: Sweep, parts: Sequence[Share], stop: StopSignals) -> bool:
     """Trains a sweep in processes of its own, and waits for them.
 
-    One that dies is started again, and its pack continues from its newest checkpoint in whichever process takes it.
+    One that dies is started again, and its pack continues from its newest checkpoint in whichever
+    process takes it.
 
     Args:
       sweep: planned.

@@ -1,7 +1,7 @@
 """An array of SLURM jobs, through submitit (extra `sweeps`), each of which trains packs of one sweep.
 
-submitit hands what a job runs from process to process as a pickle in the sweep's folder `slurm`; here that is a list of
-words. moejax itself reads no pickles.
+submitit hands what a job runs from process to process as a pickle in the sweep's folder `slurm`;
+here that is a list of words. moejax itself reads no pickles.
 """
 
 import contextlib
@@ -33,8 +33,9 @@ TIMES = 1_000_000  # that a job may be queued again after its time was up: as of
 class Work:
     """A job: runs a command, and when it is interrupted lets it save and asks to be queued again.
 
-    SLURM signals all processes of a job, and so the command beside this one: SIGUSR2 (before its time is up, or to
-    preempt it) is this one's to answer, and the command does not hear it; SIGTERM makes the command save and leave.
+    SLURM signals all processes of a job, and so the command beside this one: SIGUSR2 (before its
+    time is up, or to preempt it) is this one's to answer, and the command does not hear it; SIGTERM
+    makes the command save and leave.
 
     Args:
       command: words.

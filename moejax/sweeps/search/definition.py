@@ -1,8 +1,9 @@
 """What a search is: axes with choices or ranges, who draws points from them, and who ends bad arms early.
 
-Pruners see those evaluations alone that all arms have at the same fraction of the schedule, by number and not by step:
-arms of different lengths are compared at an equal fraction only. Draws depend on the seed and the trial's number, not
-on who draws: workers never draw alike, and one worker draws the same points again, also after it was restarted.
+Pruners see those evaluations alone that all arms have at the same fraction of the schedule, by
+number and not by step: arms of different lengths are compared at an equal fraction only. Draws
+depend on the seed and the trial's number, not on who draws: workers never draw alike, and one
+worker draws the same points again, also after it was restarted.
 """
 
 import dataclasses
@@ -67,7 +68,8 @@ def search_axes(axes: Sequence[Choice | Range]) -> tuple[Axis, ...]:
     """The axes of a space as a study keeps them.
 
     Raises:
-      StudyError: there is none, a key comes twice, a range is empty, a value is not JSON, or the seed is an axis.
+      StudyError: there is none, a key comes twice, a range is empty, a value is not JSON, or the
+        seed is an axis.
     """
     if not axes:
         raise StudyError(
@@ -121,13 +123,14 @@ class Definition:
       base: the recipe's leaves as a nested dict, to which a point's values are applied.
       axes: see `search_axes`.
       sampler: "random" or "tpe" (tree-structured Parzen estimator, Bergstra et al. 2011).
-      pruner: "none", "median" (worse than the median of complete arms at the same fraction) or "halving" (asynchronous
-        successive halving, Li et al. 2020, section 3.2: after the first, second, fourth... of the common evaluations
-        the better half goes on).
+      pruner: "none", "median" (worse than the median of complete arms at the same fraction) or
+        "halving" (asynchronous successive halving, Li et al. 2020, section 3.2: after the first,
+        second, fourth... of the common evaluations the better half goes on).
       seed: of the draws.
       trials: number of points that the study evaluates.
       fractions: of the schedule at which every arm is evaluated, ascending: `place` counts them.
-      is_filtered: whether the space leaves points out by a predicate (`where`), which is code and is not kept.
+      is_filtered: whether the space leaves points out by a predicate (`where`), which is code and
+        is not kept.
       objective: what is minimised, and what pruners compare, see `objective_of`.
     """
 

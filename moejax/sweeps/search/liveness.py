@@ -1,8 +1,8 @@
 """Whether the workers of a study's running trials are alive, for every storage alike.
 
-A worker renews its trial's `beat` every few seconds. An observer compares a beat with what it saw itself before, by its
-own clock, so that clocks of different machines are never compared: a worker whose beat has not changed for the grace
-period is dead.
+A worker renews its trial's `beat` every few seconds. An observer compares a beat with what it saw
+itself before, by its own clock, so that clocks of different machines are never compared: a worker
+whose beat has not changed for the grace period is dead.
 """
 
 import threading

@@ -20,10 +20,12 @@ class Outcome:
     """How an arm ended: its final loss, or why it has none.
 
     Attributes:
-      status: "done", "pruned", "failed" (not finite, an error), or "stopped" early, for another worker to go on.
+      status: "done", "pruned", "failed" (not finite, an error), or "stopped" early, for another
+        worker to go on.
       loss: of an arm that is done: the last value of what the study minimises.
       error: of an arm that failed, one line.
-      is_result: False if the arm failed without being trained, so that nothing is known of its point.
+      is_result: False if the arm failed without being trained, so that nothing is known
+        of its point.
     """
 
     status: Literal["done", "pruned", "failed", "stopped"]
@@ -55,9 +57,9 @@ class Report:
           loss: what the study minimises.
 
         Returns:
-          Whether to end the arm now, as pruned. Never at the end of the schedule, while the storage is away, at an
-          evaluation that other arms lack, nor after one was missed: what passes a rung of successive halving next would
-          stand for it.
+          Whether to end the arm now, as pruned. Never at the end of the schedule, while the storage
+          is away, at an evaluation that other arms lack, nor after one was missed: what passes a
+          rung of successive halving next would stand for it.
 
         Raises:
           TrialLostError: the trial is another worker's by now.

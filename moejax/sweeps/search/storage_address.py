@@ -1,8 +1,8 @@
 """Addresses of storages: paths of files, and URLs of databases, which may hold passwords.
 
-Everything that shows, logs, writes or quotes an address goes through `show_storage`, and everything that quotes what a
-driver said about one through `without_secrets`. Both show what is known to be harmless, and nothing else: in an address
-that is not well formed, a password may be in any place.
+Everything that shows, logs, writes or quotes an address goes through `show_storage`, and everything
+that quotes what a driver said about one through `without_secrets`. Both show what is known to be
+harmless, and nothing else: in an address that is not well formed, a password may be in any place.
 """
 
 import re

@@ -1,7 +1,7 @@
 """Where a search keeps its study: a journal file, an SQLite file, or a database that many machines reach.
 
-Every storage keeps JSON, numbers and strings alone, so reading a study of others runs nothing of theirs: Optuna pickles
-snapshots of a journal in Redis only, which is not offered here.
+Every storage keeps JSON, numbers and strings alone, so reading a study of others runs nothing of
+theirs: Optuna pickles snapshots of a journal in Redis only, which is not offered here.
 """
 
 import contextlib
@@ -55,13 +55,14 @@ def create_study(storage: str, name: str, definition: Definition) -> "optuna.Stu
     """The study `name`, which minimises its objective, made where it does not exist; one that does may get more trials.
 
     Args:
-      storage: a path that ends in .journal or .log (a journal), one in .db (SQLite), or a URL of SQLAlchemy.
+      storage: a path that ends in .journal or .log (a journal), one in .db (SQLite), or a URL
+        of SQLAlchemy.
       name: of the study within the storage.
       definition: what is searched, kept in the study for its workers.
 
     Raises:
-      StudyError: Optuna or a driver is missing, the storage cannot be used, or the study searches something else or
-        has more trials.
+      StudyError: Optuna or a driver is missing, the storage cannot be used, or the study searches
+        something else or has more trials.
     """
     optuna = load_optuna()
     with storage_errors(storage):
@@ -277,7 +278,8 @@ def _open_database(address: str, create: bool) -> "optuna.storages.BaseStorage":
 def _serialise(engine: "Any") -> None:
     """Makes SQLite's transactions take the write lock when they begin.
 
-    The driver begins one at the first write, so that two workers could both read "running" and both write "failed".
+    The driver begins one at the first write, so that two workers could both read "running" and both
+    write "failed".
     """
     import sqlalchemy
 

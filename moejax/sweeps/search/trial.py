@@ -64,7 +64,8 @@ class Trials:
       definition: of the study.
       command: recorded in each run.
       stop: of the worker; a signal that comes during an arm is handed to it.
-      allows: a predicate on points; of a process that has the recipe's space alone (`Definition.is_filtered`).
+      allows: a predicate on points; of a process that has the recipe's space alone
+        (`Definition.is_filtered`).
     """
 
     directory: Path

@@ -1,9 +1,9 @@
 """What the trials of a study say together: which count, which wait for a worker, and which is best.
 
-A trial of Optuna cannot be handed on: when its worker dies it fails, and a successor with the same point goes on. A
-line of successors is one point, named by the number of its first trial, the root, and counts once. Nothing is stored
-about a line as a whole: a condition follows from the trials alone, so a worker that dies between two writes leaves
-nothing half done.
+A trial of Optuna cannot be handed on: when its worker dies it fails, and a successor with the same
+point goes on. A line of successors is one point, named by the number of its first trial, the root,
+and counts once. Nothing is stored about a line as a whole: a condition follows from the trials
+alone, so a worker that dies between two writes leaves nothing half done.
 """
 
 import enum
@@ -77,8 +77,9 @@ def points_that_count(
 def trials_table(study: "Study") -> list[dict[str, Any]]:
     """A row a trial: number, state, arm, params, value (a pruned arm's is its last), fraction reached, worker, error.
 
-    An arm that failed is a result, `is_result`, if it was trained: its values were not finite, or an alarm stopped it.
-    Trials that never ran are left out; those continued by another trial are in, with the state "continued".
+    An arm that failed is a result, `is_result`, if it was trained: its values were not finite, or
+    an alarm stopped it. Trials that never ran are left out; those continued by another trial are
+    in, with the state "continued".
     """
     trials = study.get_trials(deepcopy=False)
     found = conditions(trials)

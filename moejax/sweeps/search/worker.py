@@ -1,12 +1,13 @@
 """A worker of a search: draws a point, or goes on with one whose worker died, and runs it, until all points have ended.
 
-Workers share nothing but the storage, and decide by the order of trial numbers, which every storage gives out one at a
-time: a trial runs only once all earlier ones have their points, if fewer than the study's number of points count before
-it and none of them has its arm. So workers that race at the end neither overshoot nor run a point twice.
+Workers share nothing but the storage, and decide by the order of trial numbers, which every storage
+gives out one at a time: a trial runs only once all earlier ones have their points, if fewer than
+the study's number of points count before it and none of them has its arm. So workers that race at
+the end neither overshoot nor run a point twice.
 
-A worker that finds nothing to do waits: it may be needed for the point of one that dies. A trial fails once, whoever
-noticed its silence, and of two successors only the earlier runs. A worker that was only slow is refused when it
-reports, and goes on with another point.
+A worker that finds nothing to do waits: it may be needed for the point of one that dies. A trial
+fails once, whoever noticed its silence, and of two successors only the earlier runs. A worker that
+was only slow is refused when it reports, and goes on with another point.
 """
 
 import contextlib
@@ -64,10 +65,12 @@ def work(
 
     Args:
       study: of `open_study` or `create_study`.
-      run_arm: trains a point, or tells how its arm ended before: `run_arm(point, arm, report)`. The run directory is
-        the arm's, so that training goes on from its newest checkpoint when the point was another worker's. It lets
-        `TrialLostError` pass. Any other error is logged, and the point is left as if its worker had died.
-      arm_of: the id of a point's arm; raises ValueError for a point that the space or the config does not allow.
+      run_arm: trains a point, or tells how its arm ended before: `run_arm(point, arm, report)`. The
+        run directory is the arm's, so that training goes on from its newest checkpoint when the
+        point was another worker's. It lets `TrialLostError` pass. Any other error is logged, and
+        the point is left as if its worker had died.
+      arm_of: the id of a point's arm; raises ValueError for a point that the space or the config
+        does not allow.
       worker_id: a name that no other worker of the study has.
       should_stop: asked between trials, and by the arm through its report.
       max_trials: after which this worker leaves; None for no limit.
@@ -323,7 +326,8 @@ class _Worker:
 def _successor(trial: "FrozenTrial") -> "FrozenTrial":
     """The waiting trial that goes on with an abandoned one: its point, evaluations and rungs of successive halving.
 
-    The parameters of a trial that was itself a successor may not all be set when its worker dies, but are known.
+    The parameters of a trial that was itself a successor may not all be set when its worker dies,
+    but are known.
     """
     import optuna
 
@@ -361,8 +365,8 @@ def _is_undecided(trial: "FrozenTrial") -> bool:
 def _has_elder_twin(trials: list["FrozenTrial"], number: int) -> bool:
     """Whether an earlier trial already stands for this one's point: two workers noticed a death at once.
 
-    The whole line is looked at, not the trial's sisters alone: a twin may die before it has ended itself, and leave a
-    successor of its own.
+    The whole line is looked at, not the trial's sisters alone: a twin may die before it has ended
+    itself, and leave a successor of its own.
     """
     found = conditions(trials)
     own_root = root(trials[number])

@@ -1,8 +1,9 @@
 """A sweep's directory: `sweep.json` says what is to run, `arms/<id>/` are run directories like any other.
 
-An arm has ended when its folder holds `record.json`. Processes share a sweep's directory, and arms are what they share
-out: whoever trains a pack holds a lock on each of its arms, which death releases (see `moejax.locks`). So nobody waits
-for the dead, and no arm is trained by two, whatever packs the arms have been put into since.
+An arm has ended when its folder holds `record.json`. Processes share a sweep's directory, and arms
+are what they share out: whoever trains a pack holds a lock on each of its arms, which death
+releases (see `moejax.locks`). So nobody waits for the dead, and no arm is trained by two, whatever
+packs the arms have been put into since.
 """
 
 import contextlib
@@ -61,7 +62,8 @@ class Sweep:
     def claim(self, ids: Ids) -> Iterator[bool]:
         """Whether this process has these arms to itself until the end of the block; False if another has one of them.
 
-        They are asked for in one order everywhere, so that of two who want some in common one gets all of its own.
+        They are asked for in one order everywhere, so that of two who want some in common one gets
+        all of its own.
         """
         with contextlib.ExitStack() as stack:
             yield all(
@@ -118,7 +120,8 @@ def write_sweep(
       command: that planned it.
 
     Raises:
-      SweepError: the directory holds arms that the plan has not, or those of a search, or cannot be written.
+      SweepError: the directory holds arms that the plan has not, or those of a search, or
+        cannot be written.
     """
     directory = resolve_path(directory)
     sweep = Sweep(

@@ -1,11 +1,12 @@
 """The joint files of a sweep's rows: a JSON object a line, and the same as Parquet.
 
-A column of Parquet has one type. Integers stay integers, a mix of integers and floats becomes floats, and a column of
-other mixed kinds (an axis with 0.01 and "auto") is JSON text; the file's metadata names those columns, so that reading
-gives the values back. Both files are replaced in one rename.
+A column of Parquet has one type. Integers stay integers, a mix of integers and floats becomes
+floats, and a column of other mixed kinds (an axis with 0.01 and "auto") is JSON text; the
+file's metadata names those columns, so that reading gives the values back. Both files are
+replaced in one rename.
 
-A sweep's directory may be another's: nothing in it is executed, no link is followed out of it, and what is no ordinary
-file is not opened.
+A sweep's directory may be another's: nothing in it is executed, no link is followed out of it, and
+what is no ordinary file is not opened.
 """
 
 import json

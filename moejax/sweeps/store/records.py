@@ -1,9 +1,10 @@
 """Records of a sweep: one flat row for each arm that has ended, and all rows in one file for notebooks.
 
-An arm's row is made from its run directory and its entry in `sweep.json`, and written beside the run as `record.json`:
-whole or not at all, so that the file's presence says that the arm has ended. `collect` joins the rows into
-`records.jsonl` and `records.parquet`. Nothing read here is executed. See `moejax.sweeps.tables` for
-comparing rows, and `moejax.sweeps.store.record_files` for how the joint files are written.
+An arm's row is made from its run directory and its entry in `sweep.json`, and written beside the
+run as `record.json`: whole or not at all, so that the file's presence says that the arm has ended.
+`collect` joins the rows into `records.jsonl` and `records.parquet`. Nothing read here is executed.
+See `moejax.sweeps.tables` for comparing rows, and `moejax.sweeps.store.record_files` for how the
+joint files are written.
 """
 
 import json
@@ -54,10 +55,11 @@ def record_of(
 ) -> Row:
     """The row of an arm that has ended.
 
-    An arm that is not done has a record even if what it logged is damaged: that it ended so is known.
+    An arm that is not done has a record even if what it logged is damaged: that it ended
+    so is known.
 
-    A value that is not finite or unknown is None. `final/` values are those of the last evaluation and of the last
-    logged interval: None if they were not finite then, even if an earlier one was.
+    A value that is not finite or unknown is None. `final/` values are those of the last evaluation
+    and of the last logged interval: None if they were not finite then, even if an earlier one was.
 
     Args:
       workdir: the arm's run directory; one that failed early may lack any file.

@@ -1,7 +1,7 @@
 """Whether what was read of a sweep is what moejax writes: its definition, and the records of its arms.
 
-A file may be damaged or another's. Everything that a page or a table uses is checked where it is read, so that they
-meet no value of another kind.
+A file may be damaged or another's. Everything that a page or a table uses is checked where it is
+read, so that they meet no value of another kind.
 """
 
 import json

@@ -1,10 +1,11 @@
 """Checkpoints through orbax: asynchronous, complete or absent, restored strictly.
 
-A checkpoint holds these items: `model` (parameters and router state), `optimizer` (moments and counters), `meta` (what
-it says about itself, see `checkpoint_meta`) and, if it was evaluated, `metrics` (its validation loss). Inference
-restores `model` alone. A restore compares the manifest with what the program expects first: every array, shape and
-dtype must agree, for orbax itself would fill in or cast. Then it compares a digest of every array with that of what was
-in memory when it was saved, for orbax does not check the bytes that it reads.
+A checkpoint holds these items: `model` (parameters and router state), `optimizer` (moments and
+counters), `meta` (what it says about itself, see `checkpoint_meta`) and, if it was evaluated,
+`metrics` (its validation loss). Inference restores `model` alone. A restore compares the manifest
+with what the program expects first: every array, shape and dtype must agree, for orbax itself would
+fill in or cast. Then it compares a digest of every array with that of what was in memory when it
+was saved, for orbax does not check the bytes that it reads.
 """
 
 import contextlib
@@ -132,7 +133,8 @@ class Checkpoints:
             "meta": ocp.args.JsonSave(seal(meta)),
         }
         if metrics:
-            # Orbax, which reads this item when it opens the folder, writes it by itself only where it has a `best_fn`.
+            # Orbax, which reads this item when it opens the folder, writes it by itself only where
+            # it has a `best_fn`.
             items["metrics"] = ocp.args.JsonSave(dict(metrics))
         is_begun = self._manager.save(
             step, args=ocp.args.Composite(**items), metrics=dict(metrics) if metrics else None
@@ -172,7 +174,8 @@ class Checkpoints:
         """The state of a step, or of the newest complete one; None if there is none.
 
         Raises:
-          CheckpointError: the step does not exist, is damaged, or differs from what the configuration describes.
+          CheckpointError: the step does not exist, is damaged, or differs from what the
+            configuration describes.
         """
         step = self._choose(step)
         if step is None:
@@ -189,7 +192,8 @@ class Checkpoints:
         """Returns (step, params, router_state) without reading the optimizer's arrays.
 
         Raises:
-          CheckpointError: there is no such step, it is damaged, or it differs from what the configuration describes.
+          CheckpointError: there is no such step, it is damaged, or it differs from what the
+            configuration describes.
         """
         step = self._choose(step)
         if step is None:
@@ -208,7 +212,8 @@ class Checkpoints:
         return self
 
     def __exit__(self, error: type[BaseException] | None, *rest: object) -> None:
-        # One of several processes that failed must not wait for a save in which the others may no longer take part.
+        # One of several processes that failed must not wait for a save in which the others may no
+        # longer take part.
         if error is None or jax.process_count() == 1:
             self.close()
 

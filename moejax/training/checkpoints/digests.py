@@ -1,16 +1,18 @@
 """Digests of arrays: what was in memory when a checkpoint was saved, compared when it is restored.
 
-The elements of an array, as unsigned integers of up to 4 bytes, are laid out as a matrix whose rows are taken in groups
-of about a megabyte. Each group is summed by columns modulo 2^32; a digest is two sums of all these, weighted by odd
-numbers that depend on column and group. So
+The elements of an array, as unsigned integers of up to 4 bytes, are laid out as a matrix whose rows
+are taken in groups of about a megabyte. Each group is summed by columns modulo 2^32; a digest is
+two sums of all these, weighted by odd numbers that depend on column and group. So
 
-- damage within one element, or within several of one row, changes the digest but for one case in 2^32 or fewer, and for
-  certain where it is one element, since odd numbers have inverses modulo 2^32; wider damage remains unnoticed once in
-  2^64. Rows of a group in another order have one digest: chunks, which might be mixed up, are larger or are checked;
-- the sums of the parts of an array add up to the sums of the whole: a digest depends neither on how an array is split
-  over devices and processes nor on the mesh that reads it;
-- it costs one pass over memory, 0.05 s a gigabyte on two cores: less than a twentieth of the time of a restore of what
-  the file cache holds, and less from a disk. A cryptographic digest would take a third.
+- damage within one element, or within several of one row, changes the digest but for one case in
+  2^32 or fewer, and for certain where it is one element, since odd numbers have inverses modulo
+  2^32; wider damage remains unnoticed once in 2^64. Rows of a group in another order have one
+  digest: chunks, which might be mixed up, are larger or are checked;
+- the sums of the parts of an array add up to the sums of the whole: a digest depends neither on how
+  an array is split over devices and processes nor on the mesh that reads it;
+- it costs one pass over memory, 0.05 s a gigabyte on two cores: less than a twentieth of the time
+  of a restore of what the file cache holds, and less from a disk. A cryptographic digest would
+  take a third.
 
 A digest finds damage. It is no protection against somebody who writes checkpoints on purpose.
 """
@@ -46,7 +48,8 @@ def digest_arrays(arrays: Mapping[str, Any]) -> dict[str, str]:
     """The digest of each array, 16 hexadecimal digits; of several processes all must ask.
 
     Args:
-      arrays: by name; split over devices in whatever way. Copies on other devices are not looked at.
+      arrays: by name; split over devices in whatever way. Copies on other devices are
+        not looked at.
     """
     parts = [part for name, array in arrays.items() for part in _parts(name, array)]
     parts.sort(
@@ -90,7 +93,8 @@ def _sums(part: _Part) -> np.ndarray:
     rows_R = _places(part.place[:split], part.shape[:split])
     columns_C = _places(part.place[split:], part.shape[split:])
     words_RC = words.reshape(len(rows_R), len(columns_C))
-    # Groups and weights are those of the whole array, of which this process may hold some rows and columns.
+    # Groups and weights are those of the whole array, of which this process may hold some rows
+    # and columns.
     groups_R = rows_R // np.uint32(
         max(1, GROUP_BYTES // (math.prod(part.shape[split:]) * data.dtype.itemsize))
     )
@@ -101,7 +105,8 @@ def _sums(part: _Part) -> np.ndarray:
     )
     weights_G = _weights(groups_R[np.concatenate([[0], starts])])
     weights_2C = np.stack([_weights(columns_C), _weights(columns_C + np.uint32(2**31))])
-    # Sums over the last axis, whose elements are neighbours: along the other one NumPy takes ten times as long.
+    # Sums over the last axis, whose elements are neighbours: along the other one NumPy takes ten
+    # times as long.
     sums_C = np.einsum("gc,g->c", sums_GC, weights_G)
     return (sums_C * weights_2C).sum(axis=1, dtype=np.uint32)
 

@@ -76,7 +76,8 @@ def read_meta(folder: Path) -> dict[str, Any]:
 def add_metrics(folder: Path, metrics: Mapping[str, float]) -> None:
     """Adds the evaluation of a checkpoint that was saved before it was evaluated.
 
-    The item comes first: where `meta` knows of none it is not looked at, so that a kill between both leaves no damage.
+    The item comes first: where `meta` knows of none it is not looked at, so that a kill between
+    both leaves no damage.
 
     Raises:
       DamageError: `meta` differs from what was written.

@@ -1,7 +1,8 @@
 """Alarms: rules that say when routing goes wrong, a line in `workdir/alarms.jsonl` and in the log for each.
 
-`check` is a pure function of one logging interval. `AlarmLog` remembers which layers each rule holds in, so that what
-lasts is said once when it begins and once when it ends. A rule in `alarms.stop` saves the run and ends it.
+`check` is a pure function of one logging interval. `AlarmLog` remembers which layers each rule
+holds in, so that what lasts is said once when it begins and once when it ends. A rule in
+`alarms.stop` saves the run and ends it.
 """
 
 import dataclasses
@@ -154,8 +155,8 @@ class AlarmLog:
       workdir: the run directory.
       after_step: lines of later steps are dropped: a resumed run writes them again.
       config: of the run.
-      counts: `counts` of the run at that step; without them, intervals are counted anew, so that the beginning or the
-        end of an alarm may be said up to `PATIENCE` intervals later.
+      counts: `counts` of the run at that step; without them, intervals are counted anew, so that
+        the beginning or the end of an alarm may be said up to `PATIENCE` intervals later.
       name: of the run, in the log; "" where there is but one.
       noted: `state` at that step, from its checkpoint.
 

@@ -15,7 +15,8 @@ ARMS = "perf/arms"
 def shares_of_pack(line: Mapping[str, Any]) -> dict[str, float]:
     """By what to multiply values of a line of `metrics.jsonl` so that the time of a pack is shared out among its arms.
 
-    They trained side by side on one machine, so that an arm's own clock says nothing of what it costs.
+    They trained side by side on one machine, so that an arm's own clock says nothing of
+    what it costs.
     """
     arms = line.get(ARMS)
     return {SPEED: float(arms), SECONDS: 1 / arms} if type(arms) is int and arms > 1 else {}
@@ -24,7 +25,8 @@ def shares_of_pack(line: Mapping[str, Any]) -> dict[str, float]:
 def median_speed(rates: Iterable[float]) -> float | None:
     """Tokens per second of a run, wherever one number is said of it: the median over its logging intervals.
 
-    Slow intervals, such as one during which the machine did other work, move a mean but not the median.
+    Slow intervals, such as one during which the machine did other work, move a mean but
+    not the median.
 
     Args:
       rates: of intervals; those that are not finite are left out.

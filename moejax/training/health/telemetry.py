@@ -22,7 +22,8 @@ LAYER_METRICS = (
 class RoutingInterval:
     """The routing of one logging interval, by MoE layer.
 
-    Steps in which a layer's probabilities or weights are not finite, which are not applied, count in none of its sums.
+    Steps in which a layer's probabilities or weights are not finite, which are not applied, count
+    in none of its sums.
 
     Attributes:
       counts_NE: assignments to each expert, before any are dropped.
@@ -31,8 +32,8 @@ class RoutingInterval:
       importance_NE: mean combine weight, before any are dropped.
       idle_steps_NE: steps since each expert was last chosen, at the end.
       bias_NE: selection bias at the end, NaN in layers without one; None if no layer has one.
-      layers: `LAYER_METRICS`, each [N]: means over the steps in which they were finite, the largest of `LARGEST`; NaN
-        if they never were, and of `LARGEST` if they once were not.
+      layers: `LAYER_METRICS`, each [N]: means over the steps in which they were finite, the largest
+        of `LARGEST`; NaN if they never were, and of `LARGEST` if they once were not.
     """
 
     counts_NE: Int[np.ndarray, "N E"]

@@ -21,7 +21,8 @@ UNHURRIED_STEPS = 2
 class Watchdog:
     """Exits with `EXIT_CODE` once a step, or other work, takes longer than it may.
 
-    Before that it prints what it was, on which mesh, and the stacks of all threads to standard error.
+    Before that it prints what it was, on which mesh, and the stacks of all threads to
+    standard error.
 
     Args:
       limit_s: seconds from the beginning of one step to that of the next; 0 switches it off.

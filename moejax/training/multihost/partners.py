@@ -1,8 +1,8 @@
 """Whether the other processes of a run still live: one line names the one that is gone, before anything else is said.
 
-Each process keeps the connection over which it answered the roll call. The kernel closes it when the process ends,
-however it ends, so that process 0 learns of it at once and tells the others. What ends them is not here: the collective
-that they are in fails, or jax's service gives them up.
+Each process keeps the connection over which it answered the roll call. The kernel closes it when
+the process ends, however it ends, so that process 0 learns of it at once and tells the others. What
+ends them is not here: the collective that they are in fails, or jax's service gives them up.
 """
 
 import contextlib

@@ -1,12 +1,13 @@
 """Several processes that train one model: how they meet, agree, and end together.
 
-Each process runs the same program on its own devices, and all devices make one mesh. Process 0 alone writes the run
-directory, but for checkpoints, of which each writes its part. What is decided from files or signals is decided once and
-told to all: a process that went another way would leave the others waiting in a collective for ever.
+Each process runs the same program on its own devices, and all devices make one mesh. Process 0
+alone writes the run directory, but for checkpoints, of which each writes its part. What is decided
+from files or signals is decided once and told to all: a process that went another way would leave
+the others waiting in a collective for ever.
 
-Waiting goes through jax's coordination service, not through a collective of the devices: gloo, which is the latter on
-CPU, gives up after 30 seconds, and one process may prepare data for an hour. The service also notices a process that
-is gone, and ends the others.
+Waiting goes through jax's coordination service, not through a collective of the devices: gloo,
+which is the latter on CPU, gives up after 30 seconds, and one process may prepare data for an hour.
+The service also notices a process that is gone, and ends the others.
 """
 
 import contextlib
@@ -103,17 +104,19 @@ def meet(
 ) -> Iterator[None]:
     """Within it, the devices of all processes are one machine's; must begin before anything touches a device.
 
-    At the end every process waits for the others. After an error nobody is waited for: call `leave_at_once`.
+    At the end every process waits for the others. After an error nobody is waited for: call
+    `leave_at_once`.
 
     Args:
-      coordinator: HOST:PORT at which process 0 listens. Empty: it and the numbers come from the environment, which jax
-        knows of SLURM, Open MPI, TPU pods and Kubernetes.
+      coordinator: HOST:PORT at which process 0 listens. Empty: it and the numbers come from the
+        environment, which jax knows of SLURM, Open MPI, TPU pods and Kubernetes.
       num_processes: how many there are.
       process_id: which one this is, from 0.
       wait_s: how long they wait for each other at the start.
 
     Raises:
-      ProcessError: there is nothing of the kind in the environment, or they did not find each other.
+      ProcessError: there is nothing of the kind in the environment, or they did not
+        find each other.
       RollCallError: a process is missing, comes twice, or runs something else.
     """
     where = coordinator or "the environment"
@@ -170,7 +173,8 @@ def _find_all(
 def await_word_of_others() -> None:
     """Returns once it was said which process is gone, or after a moment if none is.
 
-    A process that is gone breaks the collectives of the others, and their tracebacks should not come first.
+    A process that is gone breaks the collectives of the others, and their tracebacks should
+    not come first.
     """
     for partners in _connected:
         partners.is_told.wait(WORD_SECONDS)
@@ -295,8 +299,9 @@ def _gather(word: str) -> list[str]:
 class SharedStop:
     """A wish to stop that is heard in any process and granted in all at the same step.
 
-    In a single process it is that process's signals. Several send theirs into a maximum over the devices at each
-    `poll` and read the answer to the `poll` before, so that nobody waits for the step under way.
+    In a single process it is that process's signals. Several send theirs into a maximum over the
+    devices at each `poll` and read the answer to the `poll` before, so that nobody waits for the
+    step under way.
 
     Args:
       own: this process's signals, and requests named in `STOPS`.

@@ -1,8 +1,9 @@
 """All processes of a run are called before they begin: who is missing, comes twice, or runs something else.
 
-Process 0 listens at the coordinator's address; every other process tells it there who it is and what it runs. Process 0
-answers all of them alike: begin, or what is wrong. Only then does jax's own service start at the same port, which would
-wait in silence for a process that never comes, and does not compare anything.
+Process 0 listens at the coordinator's address; every other process tells it there who it is and
+what it runs. Process 0 answers all of them alike: begin, or what is wrong. Only then does jax's own
+service start at the same port, which would wait in silence for a process that never comes, and does
+not compare anything.
 """
 
 import contextlib
@@ -40,7 +41,8 @@ class Hello:
       process: its number, from 0.
       of: how many it was told there are.
       host: its machine.
-      runs: what must be equal in all processes, by name: versions, the digest of moejax's files, jax's settings.
+      runs: what must be equal in all processes, by name: versions, the digest of moejax's files,
+        jax's settings.
     """
 
     process: int
@@ -64,11 +66,12 @@ def call_roll(
       wait_s: how long to wait for the others.
 
     Returns:
-      Open connections by the name of the process at the other end: of process 0 to all others, of each other to
-      process 0.
+      Open connections by the name of the process at the other end: of process 0 to all others, of
+      each other to process 0.
 
     Raises:
-      RollCallError: a process is missing, comes twice, or runs something else; or the address cannot be used.
+      RollCallError: a process is missing, comes twice, or runs something else; or the address
+        cannot be used.
     """
     host, _, port = coordinator.rpartition(":")
     hello = Hello(process_id, num_processes, socket.gethostname(), what_runs())
@@ -193,7 +196,8 @@ def _report(host: str, port: int, hello: Hello, wait_s: float) -> socket.socket:
                 )
                 stack.callback(connection.close)
                 connection.sendall(json.dumps(dataclasses.asdict(hello)).encode() + b"\n")
-                # Process 0 answers once it has heard all: it gives up first, and says who is missing.
+                # Process 0 answers once it has heard all: it gives up first, and says who
+                # is missing.
                 connection.settimeout(wait_s + ANSWER_S)
                 answer = _read_line(connection)
                 problem = json.loads(answer)["problem"] if answer else None

@@ -1,7 +1,7 @@
 """SIGINT and SIGTERM as a wish to stop: the loop finishes its step, saves and leaves.
 
-Python runs a handler only once the main thread is back from compiled code, and a compilation may take minutes.
-`SignalWatch` answers meanwhile, from a thread.
+Python runs a handler only once the main thread is back from compiled code, and a compilation may
+take minutes. `SignalWatch` answers meanwhile, from a thread.
 """
 
 import contextlib
@@ -29,8 +29,9 @@ class StopSignals:
       received: its name, or the reason of a `request` that came before it.
       signal: its name, also if another reason was the first.
 
-    Later SIGTERMs change nothing: `make` and schedulers often send the same signal twice. A second SIGINT, a second or
-    more after the first, interrupts at once. Outside the main thread, where handlers cannot be set, nothing is heard.
+    Later SIGTERMs change nothing: `make` and schedulers often send the same signal twice. A second
+    SIGINT, a second or more after the first, interrupts at once. Outside the main thread, where
+    handlers cannot be set, nothing is heard.
     """
 
     def __init__(self) -> None:

@@ -1,7 +1,8 @@
 """Several runs as one program: `vmap` over the arms of a sweep that differ only in `Knobs` and seeds.
 
-Arms are spread over the devices, each with as many as one run of theirs asks for (`mesh`), and stacked where devices
-are fewer. Nothing travels between arms. What an arm computes is what it computes alone, to the order of addition.
+Arms are spread over the devices, each with as many as one run of theirs asks for (`mesh`), and
+stacked where devices are fewer. Nothing travels between arms. What an arm computes is what it
+computes alone, to the order of addition.
 """
 
 import dataclasses
@@ -27,9 +28,10 @@ ARMS = "arms"
 def program_of(config: Config) -> Config:
     """What the arms of a pack have in common: equal for configurations that one program can train.
 
-    They may differ in knobs, in `train.seed`, and in the section `alarms`, which changes nothing that is computed.
-    A knob that is 0 may be left out of a program, so that 0 and other values are kept apart. Capacity is a limit on
-    buffers as large as the largest of a pack needs; where experts choose their tokens it is a shape.
+    They may differ in knobs, in `train.seed`, and in the section `alarms`, which changes nothing
+    that is computed. A knob that is 0 may be left out of a program, so that 0 and other values are
+    kept apart. Capacity is a limit on buffers as large as the largest of a pack needs; where
+    experts choose their tokens it is a shape.
     """
     names = [field.name for field in dataclasses.fields(Knobs) if hasattr(config.moe, field.name)]
     if config.moe.dispatch != "capacity":
@@ -58,7 +60,8 @@ class Pack:
       lanes_of_device: arms that a device trains one beside another.
 
     Raises:
-      ConfigError: no arms, arms that no single program can train, or a mesh that does not fit the devices.
+      ConfigError: no arms, arms that no single program can train, or a mesh that does not fit
+        the devices.
     """
 
     def __init__(self, configs: Sequence[Config], devices: Sequence[jax.Device] | None = None):
@@ -180,7 +183,8 @@ def depends_on_devices(config: Config) -> bool:
 def is_split_twice(config: Config) -> bool:
     """Whether an arm's mesh splits matrices, and batch or experts besides.
 
-    Over several such arms the partitioner of XLA ends the process, by a check of its own (jaxlib 0.10.2).
+    Over several such arms the partitioner of XLA ends the process, by a check of its own
+    (jaxlib 0.10.2).
     """
     sizes = dataclasses.asdict(config.mesh)
     return sizes["tensor"] > 1 and any(sizes[axis] > 1 for axis in BATCH_AXES)

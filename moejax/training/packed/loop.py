@@ -1,8 +1,8 @@
 """The training loop of a pack: arms of a sweep side by side in one program, each with a run directory of its own.
 
-What an arm leaves behind is what `loop.train` leaves: metrics, routing, alarms, evaluations and checkpoints, from which
-either continues. An arm that an alarm stops, or whose values are not finite, ends; its lane goes on unheeded until the
-others are done.
+What an arm leaves behind is what `loop.train` leaves: metrics, routing, alarms, evaluations and
+checkpoints, from which either continues. An arm that an alarm stops, or whose values are not
+finite, ends; its lane goes on unheeded until the others are done.
 """
 
 import dataclasses
@@ -66,26 +66,29 @@ def train_packed(
 ) -> list[ArmResult]:
     """Trains arms that differ in knobs and seeds alone, side by side in one program.
 
-    They continue from the newest step of which all have a checkpoint; what some have of later steps is dropped. Where
-    none has any, they start anew.
+    They continue from the newest step of which all have a checkpoint; what some have of later steps
+    is dropped. Where none has any, they start anew.
 
     Args:
       configs: of the arms, from `config.resolve`.
       workdirs: of each arm; created if absent; a run of another configuration is refused.
       command: recorded in each `config.json`.
-      stop: signals that somebody else listens for; by default SIGINT and SIGTERM are heard during this call.
+      stop: signals that somebody else listens for; by default SIGINT and SIGTERM are heard
+        during this call.
       devices: to spread the arms over; all by default.
-      on_end: called with the index and the result of an arm that ends before the others, when it does: they may train
-        on for hours, and be killed.
+      on_end: called with the index and the result of an arm that ends before the others, when it
+        does: they may train on for hours, and be killed.
 
     Returns:
       How each arm ended. A signal ends all after the step at hand, saved.
 
     Raises:
-      ConfigError: arms that no single program can train, a run directory of another run, or another number of them.
+      ConfigError: arms that no single program can train, a run directory of another run, or another
+        number of them.
       LockedError: another process writes a run directory.
       DataError: data is missing or damaged.
-      CheckpointError: a checkpoint is damaged or does not fit, or arms have some but none of a common step.
+      CheckpointError: a checkpoint is damaged or does not fit, or arms have some but none of a
+        common step.
     """
     if len(configs) != len(workdirs):
         raise ConfigError(f"{len(configs)} arms have {len(workdirs)} workdirs; give one for each")

@@ -123,8 +123,8 @@ class RunFiles:
     def save(self, state: TrainState, evaluation: Evaluation | None) -> None:
         """Starts to save the state, with its evaluation if it has one, and what a continued run must know besides.
 
-        All steps before it must be written (`Recorder.flush`). A stop may cut an interval short: then a continued run
-        writes it again, as a whole.
+        All steps before it must be written (`Recorder.flush`). A stop may cut an interval short:
+        then a continued run writes it again, as a whole.
         """
         is_known = evaluation is not None and math.isfinite(evaluation.loss)
         metrics = {"eval/loss": evaluation.loss} if evaluation and is_known else None

@@ -92,7 +92,8 @@ def changes(saved: Config, wanted: Config) -> list[Change]:
 def first_change(saved: Config, wanted: Config) -> Change | None:
     """The first difference that makes another run of it; None if there is none.
 
-    A leaf that neither reads makes none: a run of an earlier version may have been started with one.
+    A leaf that neither reads makes none: a run of an earlier version may have been
+    started with one.
     """
     for change in changes(saved, wanted):
         if change.key not in MAY_CHANGE and (
@@ -105,7 +106,8 @@ def first_change(saved: Config, wanted: Config) -> Change | None:
 def check_run_directory(workdir: Path, config: Config) -> None:
     """Raises `ConfigError` if the directory holds a run of another configuration, or cannot hold one; changes nothing.
 
-    The run's configuration is what `config.json` says and, should that be lost or edited, what its checkpoint says.
+    The run's configuration is what `config.json` says and, should that be lost or edited, what its
+    checkpoint says.
     """
     check_path(workdir)
     if workdir.exists() and not workdir.is_dir():
@@ -161,8 +163,8 @@ def warn_of_lost_checkpoints(workdir: Path) -> None:
 def check_path(workdir: Path) -> None:
     """Raises `ConfigError` for a path below which orbax loses what it saves, without an error.
 
-    It looks for its files by patterns, in which brackets and stars are no letters; and tensorstore, which writes them,
-    takes names for UTF-8, whatever the locale says.
+    It looks for its files by patterns, in which brackets and stars are no letters; and tensorstore,
+    which writes them, takes names for UTF-8, whatever the locale says.
     """
     whole = str(workdir.resolve())
     special = [letter for letter in GLOB_LETTERS if letter in whole]
@@ -273,7 +275,8 @@ def read_config(workdir: str | Path) -> Config:
     """The resolved configuration of a run.
 
     Raises:
-      ConfigError: there is no readable `config.json`, or it does not describe a valid configuration.
+      ConfigError: there is no readable `config.json`, or it does not describe a valid
+        configuration.
       RunTreeError: the run directory has links out of it, or pipes.
     """
     check_run_tree(workdir)

@@ -1,7 +1,8 @@
 """Files of one JSON object a line, which a run appends to: what a continued run finds in them, and misses.
 
-A checkpoint notes the extent of such a file and a digest of it. A continued run compares: history that was lost or
-changed is said in one line, and the run goes on, since nothing it computes depends on it.
+A checkpoint notes the extent of such a file and a digest of it. A continued run compares: history
+that was lost or changed is said in one line, and the run goes on, since nothing it computes
+depends on it.
 """
 
 import contextlib
@@ -29,7 +30,8 @@ class LineFile:
     Args:
       path: of the file, in the run directory.
       after_step: lines of later steps are dropped: a continued run writes them again.
-      noted: `state` of the file when the run was at that step, from the checkpoint; None if it is not known.
+      noted: `state` of the file when the run was at that step, from the checkpoint; None if it
+        is not known.
       is_line: whether an object is a line of this file.
 
     Attributes:

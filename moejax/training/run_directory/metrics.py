@@ -1,7 +1,7 @@
 """Metrics leave the device one logging interval late and go to files, one JSON object a line.
 
-`Recorder.add` keeps references to a step's outputs; at the end of an interval it fetches those of the interval before,
-which are long computed, so that reading never makes the device wait.
+`Recorder.add` keeps references to a step's outputs; at the end of an interval it fetches those of
+the interval before, which are long computed, so that reading never makes the device wait.
 """
 
 import dataclasses
@@ -109,7 +109,8 @@ class Recorder:
       progress: shown every finished step.
       start_step: steps done before this process began.
       alarms: what watches the routing; None where `routing` is.
-      num_arms: of the pack, whose seconds an interval has. It is said of each interval, for an arm may continue alone.
+      num_arms: of the pack, whose seconds an interval has. It is said of each interval, for an arm
+        may continue alone.
       utilisation: model FLOPs utilisation at one token per second; None where it is not known.
       carried: the last of those steps, of an interval that a stop has cut.
 
@@ -117,7 +118,8 @@ class Recorder:
       rate: tokens per second of the last step.
       rates: tokens per second of each interval.
       stopping: alarms that are to stop the run, once there are any.
-      cut: `notes` as of the beginning of the last interval that `flush` wrote, with the steps of that interval.
+      cut: `notes` as of the beginning of the last interval that `flush` wrote, with the steps of
+        that interval.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """Settings of jax that decide numbers: a run records them and goes on only with the same.
 
-Environment variables such as `JAX_THREEFRY_PARTITIONABLE=0` change every random number, so a run that was continued
-with another value would be a mixture of two.
+Environment variables such as `JAX_THREEFRY_PARTITIONABLE=0` change every random number, so a run
+that was continued with another value would be a mixture of two.
 """
 
 from collections.abc import Mapping

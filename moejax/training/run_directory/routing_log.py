@@ -1,7 +1,7 @@
 """Where tokens went, over time: per-layer-per-expert arrays that grow beside `metrics.jsonl`.
 
-`workdir/routing/` is a Zarr (version 3) group that any Zarr reader can open. Its attribute `layers` names the model
-layer behind each row; the arrays grow together by one entry per logging interval:
+`workdir/routing/` is a Zarr (version 3) group that any Zarr reader can open. Its attribute `layers`
+names the model layer behind each row; the arrays grow together by one entry per logging interval:
 
   counts      [S, N, E] int64    assignments to each expert, summed over the interval, before any are dropped
   probs       [S, N, E] float32  mean router probability
@@ -11,14 +11,14 @@ layer behind each row; the arrays grow together by one entry per logging interva
   layers      [S, N, M] float32  the metrics of a layer that the attribute `metrics` names, over the interval
   step        [S]       int64    the last training step of the interval
 
-`step` is written last and is the commit marker: an entry whose step is absent or -1 was never finished, and readers
-stop in front of it; arrays grow by whole chunks, so most end with such entries. Every file is replaced in one rename,
-so a process killed at any moment loses at most the entry it was writing. There is one writer, process 0; readers may
-look at any time.
+`step` is written last and is the commit marker: an entry whose step is absent or -1 was never
+finished, and readers stop in front of it; arrays grow by whole chunks, so most end with such
+entries. Every file is replaced in one rename, so a process killed at any moment loses at most the
+entry it was writing. There is one writer, process 0; readers may look at any time.
 
-Every chunk ends with its CRC-32C, and every chunk of a finished entry is on disk, so that reading notices what was
-changed or lost; the group's attributes carry a digest. Logs of earlier versions have neither. What is damaged is
-refused by name: nothing is written over what is left.
+Every chunk ends with its CRC-32C, and every chunk of a finished entry is on disk, so that reading
+notices what was changed or lost; the group's attributes carry a digest. Logs of earlier versions
+have neither. What is damaged is refused by name: nothing is written over what is left.
 """
 
 import functools
@@ -196,7 +196,8 @@ class RoutingLog:
       metrics: names of what the array `layers` holds of each layer.
 
     Raises:
-      ValueError: there is a log of other layers, metrics or another number of experts, or one that cannot be read.
+      ValueError: there is a log of other layers, metrics or another number of experts, or one that
+        cannot be read.
     """
 
     def __init__(
@@ -251,8 +252,8 @@ class RoutingLog:
           step: larger than every logged step.
           counts: assignments to each expert, summed over the interval, before dropping.
           probs: mean router probability of each expert, in [0, 1].
-          others: more arrays by name, of the shapes at the top of this file without their first axis; where they are
-            absent, the fill value stands for them.
+          others: more arrays by name, of the shapes at the top of this file without their first
+            axis; where they are absent, the fill value stands for them.
 
         Raises:
           ValueError: a wrong name or shape, or a step that is not behind the last one.
@@ -301,7 +302,8 @@ class RoutingLog:
 
         Args:
           after_step: the last step to keep.
-          noted: `num_entries` at that step, from its checkpoint: having fewer is a loss that the log says.
+          noted: `num_entries` at that step, from its checkpoint: having fewer is a loss that
+            the log says.
         """
         with naming_damage(self._folder):
             self._cut(sum(step <= after_step for step in self._steps))
@@ -325,8 +327,8 @@ class RoutingLog:
     def _cut(self, count: int) -> None:
         """Keeps the first `count` entries.
 
-        Shrinking alone does not clear what lies in a chunk that stays: growing again would bring the old step back and
-        commit an entry before its data. Hence the markers are cleared first.
+        Shrinking alone does not clear what lies in a chunk that stays: growing again would bring
+        the old step back and commit an entry before its data. Hence the markers are cleared first.
         """
         if self._arrays["step"].shape[0] > count:
             self._arrays["step"][count:].write(UNFINISHED).result()

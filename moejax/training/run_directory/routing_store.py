@@ -80,8 +80,9 @@ def create_arrays(folder: Path, attributes: dict[str, Any]) -> None:
 def remove_unfinished_writes(folder: Path) -> None:
     """Removes what a writer that was killed within a write left behind; only the one writer may call this.
 
-    TensorStore writes a file as `NAME.__lock` and renames it. One left by a killed process is written over without
-    being cut to the new length, so that the old end would follow the new content into the file.
+    TensorStore writes a file as `NAME.__lock` and renames it. One left by a killed process is
+    written over without being cut to the new length, so that the old end would follow the new
+    content into the file.
     """
     for path in folder.rglob("*.__lock"):
         path.unlink(missing_ok=True)

@@ -1,7 +1,7 @@
 """A signature that only this user can make: tells what was recorded here from what came with a foreign folder.
 
-The key is in the user's own folder of state and never leaves it. Without a key nothing is signed, and what is not
-signed is not believed.
+The key is in the user's own folder of state and never leaves it. Without a key nothing is signed,
+and what is not signed is not believed.
 """
 
 import hashlib

@@ -1,9 +1,9 @@
 """The text of a run: which rows it was trained on, and where they may be looked for.
 
-A run directory may come from anybody, and what its `config.json` says of places could name any file of this machine. So
-the rows are looked for where the user says now; else where the run recorded them, if the record bears the signature of
-this user; else in `data` below the current folder, where nothing is written unasked. Rows under another name than the
-run's `corpus` are never used.
+A run directory may come from anybody, and what its `config.json` says of places could name any file
+of this machine. So the rows are looked for where the user says now; else where the run recorded
+them, if the record bears the signature of this user; else in `data` below the current folder, where
+nothing is written unasked. Rows under another name than the run's `corpus` are never used.
 """
 
 import dataclasses
@@ -62,7 +62,8 @@ def open_run_corpus(
 
     Raises:
       ConfigError: no readable `config.json`, or its text is not found.
-      DataError: the rows are damaged, or cannot be found without the user's word, or the text has changed.
+      DataError: the rows are damaged, or cannot be found without the user's word, or the text
+        has changed.
     """
     workdir = Path(workdir)
     said = (places or TextPlaces()).said()

@@ -11,11 +11,13 @@ class RunTreeError(ValueError):
 def check_run_tree(workdir: str | Path) -> None:
     """Looks at the kind of every file of a run directory, before any of them is opened.
 
-    Libraries that read checkpoints and logs follow links and open whatever has the right name, so this is asked first.
-    The directory itself may be reached by links. What disappears meanwhile is passed over: the run may be training.
+    Libraries that read checkpoints and logs follow links and open whatever has the right name, so
+    this is asked first. The directory itself may be reached by links. What disappears meanwhile is
+    passed over: the run may be training.
 
     Raises:
-      RunTreeError: a symbolic link out of the directory, or something that is neither a file nor a folder.
+      RunTreeError: a symbolic link out of the directory, or something that is neither a file
+        nor a folder.
     """
     root = os.path.realpath(workdir)
     folders = [root]

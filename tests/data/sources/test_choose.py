@@ -51,7 +51,8 @@ def test_synthetic_documents_are_the_same_on_every_machine():
     digest = hashlib.sha256(
         "".join(document.text for split in SPLITS for document in source.documents(split)).encode()
     ).hexdigest()
-    # Recorded once; when the grammar changes on purpose, raise SYNTHETIC_VERSION and record the new digest.
+    # Recorded once; when the grammar changes on purpose, raise SYNTHETIC_VERSION and record the
+    # new digest.
     assert digest[:16] == "f6973c38c0533e09"
 
 

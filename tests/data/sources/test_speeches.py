@@ -55,7 +55,8 @@ def test_every_byte_of_validation_comes_back_from_its_batches(corpus, texts):
     for batch in eval_batches(corpus, 64):
         ids.append(batch.targets_BL[batch.loss_mask_BL])
     assert sum(map(len, ids)) == corpus.num_tokens["validation"]
-    # Pieces are reordered by packing, so compare what does not depend on order: bytes, and ends of documents.
+    # Pieces are reordered by packing, so compare what does not depend on order: bytes, and ends of
+    # documents.
     flat = [int(i) for row in ids for i in row]
     assert (
         sum(

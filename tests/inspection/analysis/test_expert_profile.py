@@ -76,8 +76,9 @@ def test_vocabulary_specialisation_equals_counting_in_a_loop():
 
 
 def test_chance_keeps_loads_and_exceeds_them_for_rare_tokens():
-    # 400 tokens of the vocabulary seen 10 times each, at random, half of them at expert 0: the largest of the shares of
-    # two experts is on average 1/2 + E|X - 5| / 10 for X ~ Binomial(10, 1/2), which is 1/2 + 1.2305 / 10 = 0.623.
+    # 400 tokens of the vocabulary seen 10 times each, at random, half of them at expert 0: the
+    # largest of the shares of two experts is on average 1/2 + E|X - 5| / 10 for X ~ Binomial(10,
+    # 1/2), which is 1/2 + 1.2305 / 10 = 0.623.
     rng = np.random.default_rng(1)
     tokens = np.repeat(np.arange(400), 10)
     experts = rng.integers(0, 2, (1, 4000, 1))
@@ -139,7 +140,8 @@ def test_coactivation_shares_are_of_the_row_s_tokens():
     assert np.isnan(shares[0, 4]).all() and not np.isnan(shares[1]).any()
 
 
-# Saturation -------------------------------------------------------------------------------------------------------
+# Saturation
+# -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("k", [1, None])
@@ -169,7 +171,8 @@ def test_checkpoints_that_do_not_match_are_refused():
         router_saturation([np.zeros((1, 4, 2), int), np.zeros((1, 3, 2), int)], E)
 
 
-# Flow -------------------------------------------------------------------------------------------------------------
+# Flow
+# -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("k", [1, None])
@@ -197,7 +200,8 @@ def test_expected_flow_is_that_of_independent_layers():
     assert token_flow(np.zeros((1, 3, 1), int), 2).counts_MEE.shape == (0, 2, 2)
 
 
-# Similarity -------------------------------------------------------------------------------------------------------
+# Similarity
+# -------------------------------------------------------------------------------------------------------
 
 
 def test_cosines_of_weights_are_those_of_flattened_arrays():

@@ -46,7 +46,8 @@ def measure(values, experts, num_experts=2, given=None, **options):
 
 
 def test_an_attribute_that_decides_the_expert_tells_all_of_it():
-    # Experts and values are 50:50 and go together: I = H(expert) = 1 bit, and nothing more can be known.
+    # Experts and values are 50:50 and go together: I = H(expert) = 1 bit, and nothing more
+    # can be known.
     found = measure([3, 3, 7, 7] * 100, [0, 0, 1, 1] * 100)
     assert found.information_N == pytest.approx(1) and found.entropy_N == pytest.approx(1)
     assert found.ceiling_N == pytest.approx(1) and found.adjusted_N == pytest.approx(1)
@@ -67,7 +68,8 @@ def test_an_independent_attribute_tells_nothing():
 
 
 def test_what_two_attributes_tell_together_needs_the_condition():
-    # The expert is the exclusive or of value and condition: alone the value tells nothing, given the condition all.
+    # The expert is the exclusive or of value and condition: alone the value tells nothing, given
+    # the condition all.
     values, given = [0, 0, 1, 1] * 50, [0, 1, 0, 1] * 50
     experts = np.bitwise_xor(values, given)
     assert measure(values, experts).information_N == pytest.approx(0, abs=1e-12)
@@ -76,8 +78,9 @@ def test_what_two_attributes_tell_together_needs_the_condition():
 
 
 def test_with_two_choices_of_four_experts_one_bit_stays_open():
-    # Value 0 goes to experts 0 and 1, value 1 to 2 and 3: H(expert) = 2, and of a token's two experts a pair has one or
-    # the other: I = 2 - 1 = 1 = the ceiling. Half of the entropy is told, and all that can be.
+    # Value 0 goes to experts 0 and 1, value 1 to 2 and 3: H(expert) = 2, and of a token's two
+    # experts a pair has one or the other: I = 2 - 1 = 1 = the ceiling. Half of the entropy is told,
+    # and all that can be.
     found = measure([0, 1] * 200, [[0, 1], [3, 2]] * 200, num_experts=4)
     assert found.information_N == pytest.approx(1) and found.entropy_N == pytest.approx(2)
     assert found.ceiling_N == pytest.approx(1) and found.adjusted_N == pytest.approx(1)
@@ -123,21 +126,24 @@ def test_layers_are_measured_each_by_itself_and_seeds_repeat():
 
 
 def test_permutations_within_a_condition_keep_what_the_condition_explains():
-    # Value and expert both follow the condition and nothing else. Given it, the value tells nothing above chance; a
-    # permutation over all tokens would give another chance level, that of 8 values for each condition.
+    # Value and expert both follow the condition and nothing else. Given it, the value tells nothing
+    # above chance; a permutation over all tokens would give another chance level, that of 8 values
+    # for each condition.
     rng = np.random.default_rng(1)
     given = rng.integers(0, 8, 4000)
     values = (given + (rng.random(4000) < 0.1)) % 8
     experts = (given + (rng.random(4000) < 0.3) * rng.integers(0, 8, 4000)) % 8
     found = measure(values, experts, 8, given=given, num_permutations=20)
     assert abs(found.excess_N[0]) < 4 * found.spread_N[0]
-    # Chance: two values in each of 8 conditions and 8 experts, (2 - 1)(8 - 1) * 8 / (2 n ln 2) bits.
+    # Chance: two values in each of 8 conditions and 8 experts, (2 - 1)(8 - 1) * 8 / (2 n
+    # ln 2) bits.
     assert found.baseline_N == pytest.approx(7 * 8 / (2 * 4000 * math.log(2)), rel=0.25)
     assert measure(values, experts, 8).excess_N[0] > 100 * found.spread_N[0]
 
 
 def test_documents_of_unequal_size_do_not_make_chance_seem_low():
-    # Four long documents of one domain and sixteen short ones of another, each with an expert of its own liking.
+    # Four long documents of one domain and sixteen short ones of another, each with an expert of
+    # its own liking.
     rng = np.random.default_rng(5)
     sizes = np.array([4000] * 4 + [200] * 16)
     domain = np.repeat([0, 1], [4, 16])
@@ -169,7 +175,8 @@ def test_a_document_test_takes_as_many_tokens_of_each_as_it_is_told():
         documents_T=documents,
         tokens_per_document=200,
     )
-    # 200 tokens of documents 1 and 2 each: one bit, and a permutation of two documents tells it as well.
+    # 200 tokens of documents 1 and 2 each: one bit, and a permutation of two documents tells
+    # it as well.
     assert [found.entropy_N[0], found.information_N[0], found.baseline_N[0]] == pytest.approx(
         [1, 1, 1]
     )
@@ -189,8 +196,8 @@ def test_a_document_test_takes_as_many_tokens_of_each_as_it_is_told():
 
 
 def test_documents_are_permuted_whole():
-    # Each of 40 documents has an expert of its own liking, whatever its domain. Over tokens the domain seems to tell a
-    # lot; over documents it is chance.
+    # Each of 40 documents has an expert of its own liking, whatever its domain. Over tokens the
+    # domain seems to tell a lot; over documents it is chance.
     rng = np.random.default_rng(2)
     documents = np.repeat(np.arange(40), rng.integers(50, 150, 40))
     domains = np.array([0, 1] * 20)[documents]
@@ -206,7 +213,8 @@ def test_documents_are_permuted_whole():
     assert (over_documents.over, over_tokens.over) == ("documents", "tokens")
 
 
-# Routings whose cause is known ------------------------------------------------------------------------------------
+# Routings whose cause is known
+# ------------------------------------------------------------------------------------
 
 V, E, D = 60, 8, 3
 

@@ -59,8 +59,9 @@ def test_ids_outside_their_range_are_refused():
 
 
 def test_the_ratio_is_that_of_a_hand_worked_example():
-    # Expert 0 gets 300 of 400 assignments. Of the 100 assignments of token 2 it gets 25: expected are 75 for it, 25 for
-    # expert 1. So expert 1's 75 are 3 times its share. Token 1: 200 of 200 at expert 0, expected 150, ratio 4/3.
+    # Expert 0 gets 300 of 400 assignments. Of the 100 assignments of token 2 it gets 25: expected
+    # are 75 for it, 25 for expert 1. So expert 1's 75 are 3 times its share. Token 1: 200 of 200 at
+    # expert 0, expected 150, ratio 4/3.
     counts = np.array([[[75, 200, 25], [25, 0, 75]]])
     first, second = over_represented_tokens(counts)[0]
     assert [(t.token, t.num_assignments) for t in first] == [(1, 200)]

@@ -143,7 +143,8 @@ def at(n, function, *arguments):
     return {n: lambda moe: function(moe, *arguments)}
 
 
-# What comes out -----------------------------------------------------------------------------------------------------
+# What comes out
+# -----------------------------------------------------------------------------------------------------
 
 
 def test_as_trained_is_the_loss_of_an_evaluation(workdir, result):
@@ -223,7 +224,8 @@ def test_random_and_uniform_routing_are_done_in_all_layers_and_in_each(result):
         )
 
 
-# Each change against a model edited by hand -------------------------------------------------------------------------
+# Each change against a model edited by hand
+# -------------------------------------------------------------------------
 
 
 def test_layer_by_layer_is_the_model_in_one_piece(parts, loaded, batch):
@@ -382,7 +384,8 @@ def test_ablating_other_experts_and_layers_compiles_nothing(parts, batch):
     assert evaluating._apply._cache_size() == before
 
 
-# What is left out ---------------------------------------------------------------------------------------------------
+# What is left out
+# ---------------------------------------------------------------------------------------------------
 
 
 def layers_of(config):
@@ -498,14 +501,17 @@ def test_a_scheduled_k_is_the_one_that_counts_and_free_experts_are_ablated_but_i
     )
 
 
-# Numbers and files --------------------------------------------------------------------------------------------------
+# Numbers and files
+# --------------------------------------------------------------------------------------------------
 
 
 def test_the_standard_error_is_that_of_a_ratio_of_sums():
-    # Differences 1 and 3 on 10 targets each: 4 / 20 = 0.2; residuals -1 and 1; sqrt(2 / 1 * 2) / 20 = 0.1.
+    # Differences 1 and 3 on 10 targets each: 4 / 20 = 0.2; residuals -1 and 1; sqrt(2 / 1 * 2)
+    # / 20 = 0.1.
     change, error = paired_change(np.array([5.0, 9]), np.array([4.0, 6]), np.array([10.0, 10]))
     assert (change, error) == (pytest.approx(0.2), pytest.approx(0.1))
-    # The same difference for every target is no noise, and rows without targets (padding) do not count.
+    # The same difference for every target is no noise, and rows without targets (padding) do
+    # not count.
     targets_R = np.array([10.0, 20, 0])
     change, error = paired_change(np.array([3.0, 6, 0]), np.array([2.0, 4, 0]), targets_R)
     assert (change, error) == (pytest.approx(0.1), pytest.approx(0.0))
@@ -613,7 +619,8 @@ def test_requests_that_make_no_sense_are_refused(loaded, monkeypatch):
         Parts(placed)
 
 
-# The command --------------------------------------------------------------------------------------------------------
+# The command
+# --------------------------------------------------------------------------------------------------------
 
 
 def test_the_command_prints_a_table_and_writes_the_file(workdir, tmp_path, capsys):

@@ -560,7 +560,8 @@ def test_what_routing_goes_by_names_the_strongest_attribute_and_lists_all(whole)
         "1,234 tokens of validation text were routed. Routing goes most by token, which tells 30% above"
         in text
     )
-    # Mean information 0.7 bits, of which 0.1 is chance; (0.7 - 0.1) / 2 = 30%; adjusted 0.6 / (1.5 - 0.1) = 42.9%.
+    # Mean information 0.7 bits, of which 0.1 is chance; (0.7 - 0.1) / 2 = 30%; adjusted 0.6 / (1.5
+    # - 0.1) = 42.9%.
     assert "token 0.700 0.100 0.010 30.0% 42.9% 2" in text
     assert "position in row 0.110 0.100 0.010 0.5% 0.7% 2" in text
 
@@ -632,7 +633,8 @@ def test_wide_models_stay_under_the_size_limit(tmp_path, monkeypatch):
             probs_NE,
             layers=rng.random((N, len(LAYER_METRICS))).astype(np.float32),
         )
-    # The routing log is short for the test's sake; the figures have as many columns as those of a long one.
+    # The routing log is short for the test's sake; the figures have as many columns as those of
+    # a long one.
     noise_SNM = rng.random((S, N, len(LAYER_METRICS)), np.float32)
     monkeypatch.setattr(
         "moejax.inspection.runs.run.Run.routing", _LongLog(open_run(tmp_path).routing, noise_SNM)

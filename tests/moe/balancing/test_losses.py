@@ -123,7 +123,8 @@ def test_ties_are_counted_as_the_oracle_does_and_16_bits_make_them(top_k):
 
 def test_a_tie_is_at_the_last_choice_that_a_token_makes():
     ranking_TE = jnp.array([[3.0, 1, 1, 0], [3, 1, 1, 0], [3, 3, 1, 0], [2, 2, 2, 2]])
-    # The first token chooses expert 1 over the equal 2; the second and third make one choice, and 4 is no expert.
+    # The first token chooses expert 1 over the equal 2; the second and third make one choice, and 4
+    # is no expert.
     experts_TK = jnp.array([[0, 1], [0, 4], [0, 4], [0, 1]])
     zeros_TE, weights_TK = jnp.zeros((4, 4)), jnp.zeros((4, 2))
     routing = Routing(zeros_TE, zeros_TE, experts_TK, weights_TK, ranking_TE, zeros_TE, weights_TK)
@@ -164,7 +165,8 @@ def test_losses_and_every_metric_equal_the_oracles_with_padding_and_dropping(top
     ours, theirs = routing_metrics(stats), oracle.metrics(expected)
     assert ours.keys() == theirs.keys()
     for name, value in theirs.items():
-        # Differences of numbers near 1 (perfect balance at K = E) are exact to an ulp of 1, not of themselves.
+        # Differences of numbers near 1 (perfect balance at K = E) are exact to an ulp of 1, not of
+        # themselves.
         np.testing.assert_allclose(ours[name], [value], rtol=1e-5, atol=1e-6, err_msg=name)
     assert stats.assignments_E[0].tolist() == oracle.counts(expected).tolist()
 
@@ -221,7 +223,8 @@ def test_a_single_expert_has_finite_metrics():
         assert np.all(np.isfinite(value)), name
 
 
-# The other losses, against the oracle -----------------------------------------------------------------------------
+# The other losses, against the oracle
+# -----------------------------------------------------------------------------
 
 
 def loss_case(top_k=2, length=4, seed=0, **changes):

@@ -105,7 +105,8 @@ def test_by_position_the_fate_of_a_token_depends_on_earlier_ones_only(overflow):
 
 @pytest.mark.parametrize("order", ["choice", "weight"])
 def test_by_choice_and_by_weight_later_tokens_do_take_the_room_of_earlier_ones(order):
-    # Slots for one. Token 0 has expert 1 as its second choice, token 1 as its first, with a larger weight.
+    # Slots for one. Token 0 has expert 1 as its second choice, token 1 as its first, with a
+    # larger weight.
     experts_TK = jnp.array([[0, 1], [1, 2]], jnp.int32)
     weights_TK = jnp.array([[0.6, 0.4], [0.9, 0.1]])
     how = {"num_experts": 3, "num_groups": 1, "overflow": "drop"}
@@ -170,7 +171,8 @@ def test_the_slots_of_an_expert_are_the_ceiling_of_its_share_times_the_factor_be
             assert exact <= slots <= exact + 1, (factor, *arguments)
 
 
-# In a layer -------------------------------------------------------------------------------------------------------
+# In a layer
+# -------------------------------------------------------------------------------------------------------
 
 B, L, D = 2, 16, 5
 

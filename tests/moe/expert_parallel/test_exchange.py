@@ -168,8 +168,9 @@ def test_buffers_too_small_for_the_load_drop_nothing(strategy, factor, load):
 @pytest.mark.parametrize(
     ("strategy", "mesh", "left"),
     [
-        # 8 of the 12 choices of each of 8 devices find room on the first; of the 24 of each of 4, of which `tensor` has
-        # two parts, 8; of the tokens that arrive at a group's two devices, more than its first device has room for.
+        # 8 of the 12 choices of each of 8 devices find room on the first; of the 24 of each of 4,
+        # of which `tensor` has two parts, 8; of the tokens that arrive at a group's two devices,
+        # more than its first device has room for.
         ("all_to_all", "data 2, expert 4", 8 * (12 - 8)),
         ("all_to_all", BOTH_LEVELS, 4 * (24 - 8)),
         ("ragged", BOTH_LEVELS, 4 * 24 - 24),
@@ -206,7 +207,8 @@ def test_chunks_change_nothing(strategy, load):
         oracle.assert_close(a, e, err_msg=name)
 
 
-# What travels -----------------------------------------------------------------------------------------------------
+# What travels
+# -----------------------------------------------------------------------------------------------------
 
 
 def collectives(text):
@@ -246,7 +248,8 @@ def forward(strategy, mesh, top_k=2, factor=1.5, tokens=B * L, d_model=D, num_ex
     return tuple((kind, size) for kind, size in collectives(text) if kind != "all-reduce")
 
 
-# A device's share of rows: with E 64, K 8, n 8 each token has experts on 5.44 of the devices; rows of 2 KiB.
+# A device's share of rows: with E 64, K 8, n 8 each token has experts on 5.44 of the devices;
+# rows of 2 KiB.
 LARGE = {"top_k": 8, "tokens": 4096, "d_model": 512, "num_experts": 64}
 
 
@@ -274,7 +277,8 @@ def test_a_token_that_is_sent_once_to_each_device_moves_a_third_less():
 def test_between_groups_a_token_travels_once_to_each_group():
     moved = forward("two_level", "dcn 2, expert 4", factor=1.0, **LARGE)
     rows = sorted(size / (LARGE["tokens"] // 8) / LARGE["d_model"] / 4 for _, size in moved)[-4:]
-    # Two ways between groups, where every token has an expert in both, and two within for each device it visits.
+    # Two ways between groups, where every token has an expert in both, and two within for each
+    # device it visits.
     assert (
         rows[:2] == [pytest.approx(2, rel=0.03)] * 2
         and rows[2:] == [pytest.approx(5.44, rel=0.03)] * 2
@@ -324,7 +328,8 @@ def test_where_the_platform_has_a_ragged_exchange_it_is_used_with_the_same_offse
             .trace(*arguments[:4], arguments[5])
             .lower(lowering_platforms=(platform,))
         )
-    # Forward tokens, their weights and ids, and outputs; backward the gradients of outputs, tokens and weights.
+    # Forward tokens, their weights and ids, and outputs; backward the gradients of outputs, tokens
+    # and weights.
     assert lowered.as_text().count("@ragged_all_to_all") == 7
 
 
@@ -357,7 +362,8 @@ def test_where_experts_choose_tokens_go_to_all_and_the_result_is_that_of_one_dev
             oracle.assert_close(a, e)
 
 
-# Options ----------------------------------------------------------------------------------------------------------
+# Options
+# ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -156,7 +156,8 @@ def test_on_a_mesh_that_splits_experts_biases_count_once():
     oracle.assert_close(jax.device_get(mesh_gradients), gradients, rtol=2e-5)
 
 
-# Expert dropout ---------------------------------------------------------------------------------------------------
+# Expert dropout
+# ---------------------------------------------------------------------------------------------------
 
 
 def dropout_run(weight_on, rate=0.5, batch=64, **how):
@@ -211,7 +212,8 @@ def test_expert_dropout_is_off_in_evaluation_and_its_rate_is_a_knob():
     )
 
 
-# Refusals ---------------------------------------------------------------------------------------------------------
+# Refusals
+# ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,8 @@ def test_churn_is_the_fraction_of_experts_that_a_token_no_longer_visits():
     assert not np.any(
         churn(jnp.full((N, T, K), E), jnp.asarray(after_NTK), E)
     )  # nobody visited anybody
-    # A token that visits one expert and stays with it, and one that loses one of two: mean of 0 and 1/2.
+    # A token that visits one expert and stays with it, and one that loses one of two: mean of
+    # 0 and 1/2.
     before_NTK, after_NTK = jnp.array([[[2, E, E], [0, 1, E]]]), jnp.array([[[1, 2, 4], [1, 3, E]]])
     np.testing.assert_allclose(churn(before_NTK, after_NTK, E), [0.25])
 
@@ -59,7 +60,8 @@ def test_choices_of_experts_become_those_of_tokens_and_runs_of_different_widths_
     zeros = jnp.zeros(1)
     shares = np.where(chosen < E, np.random.default_rng(2).random((N, T, K)), 0).astype(np.float32)
     routing = Routing(zeros, zeros, jnp.asarray(chosen), jnp.asarray(shares), zeros, zeros, zeros)
-    # One layer, two rows of six; each expert has two slots; expert 2 takes positions 0 and 5 of the first row.
+    # One layer, two rows of six; each expert has two slots; expert 2 takes positions 0 and 5 of the
+    # first row.
     positions, weights = np.full((1, 2, E, 2), T // 2, np.int32), np.zeros((1, 2, E, 2), np.float32)
     positions[0, 0, 2], positions[0, 0, 4, 0], positions[0, 1, 2, 1] = (0, 5), 5, 3
     weights[0, 0, 2], weights[0, 0, 4, 0], weights[0, 1, 2, 1] = (0.5, 0.25), 0.75, 0.125

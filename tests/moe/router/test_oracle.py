@@ -332,7 +332,8 @@ def test_the_gradient_of_a_sampled_weight_is_that_of_the_plain_weight():
         oracle.assert_close(gradient_TE[t], jax.grad(plain)(logits_TE[t], row, supports))
 
 
-# Experts choose ---------------------------------------------------------------------------------------------------
+# Experts choose
+# ---------------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=20, deadline=None)
@@ -362,7 +363,8 @@ def test_soft_routing_is_the_two_softmaxes_of_the_loop_and_zero_for_a_row_of_pad
     oracle.assert_close(routing.combine_BLS, combine_BLS)
 
 
-# State ------------------------------------------------------------------------------------------------------------
+# State
+# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("centered", [False, True])
@@ -401,7 +403,8 @@ def test_a_quantile_step_is_the_one_of_the_loop_and_balances_what_it_has_seen(to
         )
 
 
-# The load estimator -----------------------------------------------------------------------------------------------
+# The load estimator
+# -----------------------------------------------------------------------------------------------
 
 
 def test_the_expected_load_is_what_redrawing_the_noise_counts():
@@ -427,7 +430,8 @@ def test_the_expected_load_is_what_redrawing_the_noise_counts():
     assert np.abs(load_E - counted_E).max() < 4 * (mask_T.sum() / (4 * draws)) ** 0.5
 
 
-# Extremes ---------------------------------------------------------------------------------------------------------
+# Extremes
+# ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("score", ["sigmoid", "sqrt_softplus", "softmax"])
@@ -452,7 +456,8 @@ def test_scores_that_vanish_or_saturate_still_make_probabilities_and_weights_tha
     assert np.all(np.isfinite(gradient_TE)) and np.all(np.isfinite(probs_TE))
 
 
-# Ties, what is no number, random numbers --------------------------------------------------------------------------
+# Ties, what is no number, random numbers
+# --------------------------------------------------------------------------
 
 
 def test_noise_breaks_the_ties_of_a_hierarchy_that_has_learnt_nothing():

@@ -114,7 +114,8 @@ def run(config, x_BLD, mask_BL, training, keys_B=None):
     )
 
 
-# Weights and choices ----------------------------------------------------------------------------------------------
+# Weights and choices
+# ----------------------------------------------------------------------------------------------
 
 
 @each(TOKEN_CHOICE)
@@ -207,7 +208,8 @@ def test_no_expert_outside_the_chosen_groups_wins_however_negative_the_bias(rout
     assert np.all(experts_TK[mask_BL.ravel()] // 2 == experts_TK[mask_BL.ravel()][:, :1] // 2)
 
 
-# Independence -----------------------------------------------------------------------------------------------------
+# Independence
+# -----------------------------------------------------------------------------------------------------
 
 
 @all_routers
@@ -387,7 +389,8 @@ def test_on_a_mesh_the_layer_and_its_gradients_are_those_of_one_device(router):
     oracle.assert_close(many, one, rtol=5e-5)
 
 
-# Evaluation and training ------------------------------------------------------------------------------------------
+# Evaluation and training
+# ------------------------------------------------------------------------------------------
 
 
 @all_routers

@@ -298,7 +298,8 @@ def test_in_bfloat16_attention_is_the_exact_one_to_a_rounding():
     exact = results_and_gradients(with_all_scores, wide, segments_BL)
     assert all(array.dtype == jnp.bfloat16 for array in found)
     for low, high in zip(found, exact, strict=True):
-        # Weights, results and gradients are rounded to 8 bits; a sum of such errors stays below 2 of them.
+        # Weights, results and gradients are rounded to 8 bits; a sum of such errors stays below
+        # 2 of them.
         np.testing.assert_allclose(
             np.asarray(low, np.float32), high, atol=2 * 2**-8 * np.abs(high).max()
         )

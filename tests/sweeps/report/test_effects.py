@@ -192,7 +192,8 @@ def test_an_interaction_is_the_departure_of_cells_from_two_effects():
     losses = [0, 0, 2, 2, 2, 2, 4, 4, 3, 3, 5, 5, 8, 10, 10, 12]
     found = sweep_effects.interaction(arms_of(points, losses), LOSS, "override/a.b", "override/c.d")
     assert found.means.to_numpy().tolist() == [[1, 3], [4, 10]] and found.is_whole
-    # Rows mean 2 and 7, columns 2.5 and 6.5, all 4.5: a sum of effects gives 0, 4, 5 and 9. By seed 0.75 and 1.25.
+    # Rows mean 2 and 7, columns 2.5 and 6.5, all 4.5: a sum of effects gives 0, 4, 5 and 9. By seed
+    # 0.75 and 1.25.
     assert found.departure.mean == pytest.approx(1.0) and found.departure.se == pytest.approx(0.25)
     assert found.departure.num_seeds == 2 and found.departure.num_pairs == 4
     assert found.departure.high - found.departure.mean == pytest.approx(0.25 * student_quantile(2))

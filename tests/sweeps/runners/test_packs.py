@@ -146,7 +146,8 @@ def test_a_pool_gives_the_same_records_though_one_of_its_processes_is_killed(
     found, expected = rows_of(tmp_path), rows_of(directory)
     for row, other in zip(found, expected, strict=True):
         assert row.keys() == other.keys()
-        # One core adds up in another order than two, and a choice of experts that is nearly a tie may fall otherwise.
+        # One core adds up in another order than two, and a choice of experts that is nearly a tie
+        # may fall otherwise.
         assert row["final/eval/loss"] == pytest.approx(other["final/eval/loss"], rel=5e-3)
         assert (row["arm"], row["status"], row["tokens"]) == (
             other["arm"],
@@ -379,7 +380,8 @@ def wait_for(condition, process, seconds=240):
         time.sleep(0.02)
 
 
-# Plans and directories ----------------------------------------------------------------------------------------------
+# Plans and directories
+# ----------------------------------------------------------------------------------------------
 
 
 def planned(*points) -> Plan:

@@ -73,7 +73,8 @@ def status_of(sweep):
     return [row and row["status"] for row in rows]
 
 
-# Packs --------------------------------------------------------------------------------------------------------------
+# Packs
+# --------------------------------------------------------------------------------------------------------------
 
 
 def test_a_pack_that_fails_leaves_no_record_and_the_others_go_on(trained, tmp_path, caplog):
@@ -257,7 +258,8 @@ def test_a_sweep_that_does_not_fit_the_devices_leaves_its_directory_free(trained
     assert not (tmp_path / "sweep").exists()
 
 
-# Seconds ------------------------------------------------------------------------------------------------------------
+# Seconds
+# ------------------------------------------------------------------------------------------------------------
 
 
 def write_lines(folder, lines):
@@ -320,7 +322,8 @@ def test_the_record_says_the_pack_that_the_log_says(trained, tmp_path):
     assert (row["packed"], row["wall_s"]) == (8, line["tokens"] / 1000 / 8)
 
 
-# The pool -----------------------------------------------------------------------------------------------------------
+# The pool
+# -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -451,7 +454,8 @@ def test_a_stop_is_passed_on_once_and_what_dies_of_it_is_not_started_again(proce
     assert len(processes) == 2 and processes[0].terminated == 1
 
 
-# Compiled programs --------------------------------------------------------------------------------------------------
+# Compiled programs
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """Several processes train what one trains, bit for bit, whatever becomes of them on the way.
 
-Bits are the same because every sum here goes over two devices: over four, gloo adds in another order than one process.
+Bits are the same because every sum here goes over two devices: over four, gloo adds in another
+order than one process.
 """
 
 import contextlib
