@@ -162,7 +162,7 @@ def check_divisible(config: Config, mesh: MeshConfig) -> None:
             f"use train.batch_size={batch * config.train.accumulation * max(1, round(microbatch / batch))}"
         )
     if sizes["context"] > 1 and any(
-        kind.router in ("expert_choice", "soft") for kind in config.moe_runs
+        kind.router in ("expert_choice", "soft") for kind in config.moe_groups
     ):
         raise ConfigError(
             f"mesh.context={sizes['context']} splits sequences, and experts that choose among a sequence's tokens, as "
@@ -170,7 +170,7 @@ def check_divisible(config: Config, mesh: MeshConfig) -> None:
         )
     tokens = microbatch // batch * config.data.seq_len // sizes["context"]
     for chunks in sorted(
-        {kind.exchange_chunks for kind in config.moe_runs}
+        {kind.exchange_chunks for kind in config.moe_groups}
     ):  # moe.per_layer may change it
         if sizes["expert"] > 1 and tokens % chunks:
             raise ConfigError(
@@ -188,9 +188,9 @@ def check_divisible(config: Config, mesh: MeshConfig) -> None:
         splits.append(("model.d_ff", model.d_ff, "tensor"))
     if config.num_moe_layers:
         splits += [("moe.num_experts", moe.num_experts, "expert")]
-        splits += [("moe.d_expert", kind.d_expert, "tensor") for kind in config.moe_runs]
+        splits += [("moe.d_expert", kind.d_expert, "tensor") for kind in config.moe_groups]
         splits += [
-            ("moe.d_latent", kind.d_latent, "fsdp") for kind in config.moe_runs if kind.d_latent
+            ("moe.d_latent", kind.d_latent, "fsdp") for kind in config.moe_groups if kind.d_latent
         ]
     for key, value, axis in splits:
         size = sizes[axis]
@@ -249,7 +249,7 @@ def has_context() -> bool:
     return not mesh.empty and mesh.shape["context"] > 1
 
 
-def whole(weight: Any, dtype: DTypeLike | None = None) -> jax.Array:
+def gather_fsdp(weight: Any, dtype: DTypeLike | None = None) -> jax.Array:
     """A parameter in a dtype, with all of its parts over `fsdp`, for the place that uses it.
 
     Said explicitly, or XLA may split the activations instead, and gather the batch. The gradient

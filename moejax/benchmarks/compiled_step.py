@@ -15,7 +15,7 @@ from moejax.data import Batch
 from moejax.planning.hlo.collectives import collective_rows, list_collectives
 from moejax.planning.targets import Target, TargetError, target_devices
 from moejax.sharding import batch_sharding, make_mesh, replicated
-from moejax.training.state import Trainable, make_trainable
+from moejax.training.state import TrainSetup, make_train_setup
 from moejax.training.step import make_train_step
 
 
@@ -62,7 +62,7 @@ def bench_compiled_step(config: Config, target: Target, topology: str) -> dict[s
     )
     started = time.perf_counter()
     try:
-        compiled = lower_step(make_trainable(config, mesh)).compile()
+        compiled = lower_step(make_train_setup(config, mesh)).compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -82,19 +82,19 @@ def bench_compiled_step(config: Config, target: Target, topology: str) -> dict[s
     }
 
 
-def lower_step(trainable: Trainable) -> jax.stages.Lowered:
+def lower_step(setup: TrainSetup) -> jax.stages.Lowered:
     """The train step of a run, for arrays that do not exist."""
-    config, mesh = trainable.config, trainable.mesh
+    config, mesh = setup.config, setup.mesh
 
     def split(tree: Any, sharding: Any) -> Any:
         return jax.tree.map(
             lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), tree
         )
 
-    state = jax.tree.map(split, trainable.abstract, trainable.shardings)
+    state = jax.tree.map(split, setup.abstract, setup.shardings)
     shape = (config.train.batch_size, config.data.seq_len)
     tokens, mask = jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape, jnp.bool_)
     batch = split(Batch(tokens, tokens, tokens, tokens, mask), batch_sharding(mesh))
-    knobs = split(jax.eval_shape(lambda: Knobs.of(config)), replicated(mesh))
+    knobs = split(jax.eval_shape(lambda: Knobs.from_config(config)), replicated(mesh))
     with jax.set_mesh(mesh):
-        return make_train_step(trainable).lower(state, batch, knobs)
+        return make_train_step(setup).lower(state, batch, knobs)

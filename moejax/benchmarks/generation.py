@@ -48,7 +48,7 @@ class _Writer:
 
     def __init__(self, decoder: LayeredDecoder, temperature: float, top_p: float):
         self._decoder = decoder
-        self._sampling = Sampling.of(
+        self._sampling = Sampling.from_settings(
             temperature, top_p, jax.random.split(jax.random.key(1), SEQUENCES)
         )
         ids = (SEQUENCES, PROMPT), 0, decoder.config.num_token_ids

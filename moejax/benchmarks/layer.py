@@ -18,7 +18,12 @@ import numpy as np
 
 from moejax.benchmarks.timing import Peaks, Times, interleave
 from moejax.kernels.grouped_matmul import IMPLEMENTATIONS, resolve_implementation
-from moejax.moe.dispatch.on_device import Chosen, apply_slotted, run_dropless, run_with_capacity
+from moejax.moe.dispatch.on_device import (
+    TokenChoice,
+    apply_slotted,
+    run_dropless,
+    run_with_capacity,
+)
 from moejax.moe.experts.experts import ExpertWeights
 
 DIRECTIONS = ("forward", "forward_backward")
@@ -146,7 +151,7 @@ def bench_layer(
 
 
 def implementations_of(shape: Shape) -> dict[str, Callable[..., jax.Array]]:
-    """By name: functions of tokens `[1, T, D]`, `Chosen` and `ExpertWeights`."""
+    """By name: functions of tokens `[1, T, D]`, `TokenChoice` and `ExpertWeights`."""
     dropless = {
         name: functools.partial(run_dropless, implementation=name)
         for name in ("auto", *IMPLEMENTATIONS)
@@ -173,7 +178,7 @@ def _capacity(shape: Shape, factor: float) -> Callable[..., jax.Array]:
     return run
 
 
-def _run_sorted(x_BLD: jax.Array, chosen: Chosen, weights: ExpertWeights) -> jax.Array:
+def _run_sorted(x_BLD: jax.Array, chosen: TokenChoice, weights: ExpertWeights) -> jax.Array:
     """Each token K times in order, in equal groups without a rest (rows of zeros), and the weighted sum."""
     x_TD, weights_TK = x_BLD[0], chosen.weights_BLK[0].astype(x_BLD.dtype)
     num_tokens, top_k = weights_TK.shape
@@ -244,7 +249,7 @@ def dense_layer(
 
 def through(layer, x_TD, weights_TK, gate_up_EDPF, down_EFD, experts_TK):
     """One sequence of tokens through a layer of `implementations_of`."""
-    chosen = Chosen(experts_TK[None], weights_TK[None])
+    chosen = TokenChoice(experts_TK[None], weights_TK[None])
     return layer(x_TD[None], chosen, ExpertWeights(gate_up_EDPF, down_EFD))[0]
 
 

@@ -16,7 +16,7 @@ from moejax.data import Batch
 from moejax.models.parameters import count_parameters
 from moejax.moe.experts.experts import Network
 from moejax.sharding import make_mesh
-from moejax.training.state import make_trainable
+from moejax.training.state import make_train_setup
 from moejax.training.step import make_train_step, put_batch
 
 IMPORTS = ("import jax, flax.nnx", "import moejax.models, moejax.moe.layer, moejax.config")
@@ -106,13 +106,13 @@ class Step:
     """A compiled train step with its state and a batch of random tokens; a call takes one step."""
 
     def __init__(self, config: Config):
-        self.trainable = make_trainable(config, make_mesh(config))
-        self.knobs = Knobs.of(config)
-        self.batch = put_batch(random_batch(config), self.trainable)
-        self.state = self.trainable.init(config.train.seed)
-        with jax.set_mesh(self.trainable.mesh):
+        self.setup = make_train_setup(config, make_mesh(config))
+        self.knobs = Knobs.from_config(config)
+        self.batch = put_batch(random_batch(config), self.setup)
+        self.state = self.setup.init(config.train.seed)
+        with jax.set_mesh(self.setup.mesh):
             self._step = (
-                make_train_step(self.trainable).lower(self.state, self.batch, self.knobs).compile()
+                make_train_step(self.setup).lower(self.state, self.batch, self.knobs).compile()
             )
 
     def __call__(self) -> Any:
@@ -123,11 +123,11 @@ class Step:
     @staticmethod
     def compile_seconds(config: Config) -> float:
         """How long tracing, lowering and compiling take, without running anything."""
-        trainable = make_trainable(config, make_mesh(config))
-        batch = put_batch(random_batch(config), trainable)
-        with jax.set_mesh(trainable.mesh):
+        setup = make_train_setup(config, make_mesh(config))
+        batch = put_batch(random_batch(config), setup)
+        with jax.set_mesh(setup.mesh):
             started = time.perf_counter()
-            make_train_step(trainable).lower(trainable.abstract, batch, Knobs.of(config)).compile()
+            make_train_step(setup).lower(setup.abstract, batch, Knobs.from_config(config)).compile()
             return time.perf_counter() - started
 
 

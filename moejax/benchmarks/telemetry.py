@@ -17,7 +17,7 @@ from moejax.training.health.progress import StepProgress
 from moejax.training.health.telemetry import LAYER_METRICS
 from moejax.training.run_directory.metrics import MetricsFile, Recorder
 from moejax.training.run_directory.routing_log import RoutingLog
-from moejax.training.state import make_trainable
+from moejax.training.state import make_train_setup
 from moejax.training.step import compiler_options, make_train_step, put_batch, train_step_of
 
 READ_EVERY_STEP = ("loss/lm", "num_targets", "skipped_in_row")
@@ -52,19 +52,19 @@ class Bare:
     """A logging interval of steps of which only what every loop reads leaves the device: XLA drops the rest."""
 
     def __init__(self, config: Config):
-        self.trainable = make_trainable(config, make_mesh(config))
-        self._inputs = put_batch(random_batch(config), self.trainable), Knobs.of(config)
-        self.state = self.trainable.init(config.train.seed)
+        self.setup = make_train_setup(config, make_mesh(config))
+        self._inputs = put_batch(random_batch(config), self.setup), Knobs.from_config(config)
+        self.state = self.setup.init(config.train.seed)
         self._steps = config.train.log_every
-        train_step = train_step_of(self.trainable)
+        train_step = train_step_of(self.setup)
 
         def step(state, batch, knobs):
             state, output = train_step(state, batch, knobs)
             return state, {key: output.scalars[key] for key in READ_EVERY_STEP}
 
-        with jax.set_mesh(self.trainable.mesh):
+        with jax.set_mesh(self.setup.mesh):
             compiled = jax.jit(
-                step, donate_argnums=0, compiler_options=compiler_options(self.trainable.mesh)
+                step, donate_argnums=0, compiler_options=compiler_options(self.setup.mesh)
             )
             self._step = compiled.lower(self.state, *self._inputs).compile()
 
@@ -87,9 +87,9 @@ class Watched:
     """
 
     def __init__(self, config: Config, workdir: Path):
-        self.trainable = make_trainable(config, make_mesh(config))
-        self._inputs = put_batch(random_batch(config), self.trainable), Knobs.of(config)
-        self.state = self.trainable.init(config.train.seed)
+        self.setup = make_train_setup(config, make_mesh(config))
+        self._inputs = put_batch(random_batch(config), self.setup), Knobs.from_config(config)
+        self.state = self.setup.init(config.train.seed)
         self._steps = config.train.log_every
         self._metrics = MetricsFile(workdir, 0)
         self._progress = StepProgress(10**9, 0, False)
@@ -98,8 +98,8 @@ class Watched:
             self._metrics, routing, self._progress, 0, AlarmLog(workdir, 0, config)
         )
         self.write_seconds: list[float] = []
-        with jax.set_mesh(self.trainable.mesh):
-            self._step = make_train_step(self.trainable).lower(self.state, *self._inputs).compile()
+        with jax.set_mesh(self.setup.mesh):
+            self._step = make_train_step(self.setup).lower(self.state, *self._inputs).compile()
 
     def __call__(self) -> Any:
         """Takes the steps of an interval and writes it."""

@@ -24,7 +24,7 @@ class Times:
     quartiles_ms: tuple[float, float]
 
     @classmethod
-    def of(cls, seconds: list[float]) -> "Times":
+    def from_seconds(cls, seconds: list[float]) -> "Times":
         """Of some repetitions."""
         low, high = (1e3 * float(np.quantile(seconds, q)) for q in (0.25, 0.75))
         return cls(1e3 * statistics.median(seconds), (low, high))
@@ -51,7 +51,7 @@ def interleave(
             jax.block_until_ready(program())
             if repetition >= warm_up:
                 seconds[name].append(time.perf_counter() - started)
-    return {name: Times.of(times) for name, times in seconds.items()}
+    return {name: Times.from_seconds(times) for name, times in seconds.items()}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -64,7 +64,9 @@ def check_arguments(
             read_value(key.removeprefix("config."), value)
         if key in given and not (key in values and isinstance(values[key], flags.MultiFlag)):
             values_given = (
-                "" if key == HIDDEN_FLAG else f", as {shown(given[key])} and as {shown(value)}"
+                ""
+                if key == HIDDEN_FLAG
+                else f", as {format_value(given[key])} and as {format_value(value)}"
             )
             raise UsageError(f"--{key} is given twice{values_given}; give it once")
         given[key] = value
@@ -123,7 +125,7 @@ def _about_value(error: flags.IllegalFlagValueError, values: FlagValues) -> str:
 
 def verb_first(arguments: Sequence[str], verbs: Sequence[str]) -> str:
     """The message for flags that stand before the verb."""
-    arguments = [shown(argument) for argument in arguments]
+    arguments = [format_value(argument) for argument in arguments]
     found = next((argument for argument in arguments if argument in verbs), None)
     if found is None:
         return f"{arguments[0]} is a flag, and the verb is missing: moejax VERB {arguments[0]}; see moejax --help"
@@ -131,7 +133,7 @@ def verb_first(arguments: Sequence[str], verbs: Sequence[str]) -> str:
     return f"{arguments[0]} stands before the verb; write moejax {found} {' '.join(others)}"
 
 
-def shown(text: str) -> str:
+def format_value(text: str) -> str:
     """An argument as it may be repeated: what may be an address with a password is left out."""
     return "***" if ":/" in text and ("@" in text or "?" in text) else text
 
@@ -235,9 +237,9 @@ def _about_unknown(verb: str, values: FlagValues, name: str, value: str) -> str:
 def _about_word(verb: str, values: FlagValues, word: str) -> str:
     """Why a word that is no flag is refused, and what was probably meant."""
     key, equals, value = word.partition("=")
-    start = f"moejax {verb} takes flags alone, not {shown(word)}"
+    start = f"moejax {verb} takes flags alone, not {format_value(word)}"
     if equals and key in values:
-        return f"{start}; write --{shown(word)}"
+        return f"{start}; write --{format_value(word)}"
     leaf = _leaf(key) if equals else None
     if leaf and "config" in values:
         return f"{start}; write --config.{leaf}={value}"

@@ -8,10 +8,10 @@ them recompiles nothing.
 
 from moejax.config.errors import ConfigError as ConfigError
 from moejax.config.errors import divisors as divisors
+from moejax.config.errors import format_value as format_value
 from moejax.config.errors import nearest as nearest
-from moejax.config.errors import shown as shown
 from moejax.config.knobs import Knobs as Knobs
-from moejax.config.layer_pattern import Run as Run
+from moejax.config.layer_pattern import LayerGroup as LayerGroup
 from moejax.config.resolve import default as default
 from moejax.config.resolve import resolve as resolve
 from moejax.config.resolve import resolve_recorded as resolve_recorded

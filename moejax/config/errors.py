@@ -51,7 +51,7 @@ def nearest(wrong: str, known: Iterable[str], aliases: Mapping[str, str] | None 
     return difflib.get_close_matches(wrong, [*known], n=1, cutoff=0.0)[0]
 
 
-def shown(value: Any) -> str:
+def format_value(value: Any) -> str:
     """A value as a message shows it: at most so many characters of it, in one line."""
     try:
         text = str(value)

@@ -47,7 +47,7 @@ class Knobs:
     expert_dropout: jax.Array
 
     @classmethod
-    def of(cls, config: Config) -> "Knobs":
+    def from_config(cls, config: Config) -> "Knobs":
         """The knobs as the configuration sets them."""
         names = [
             field.name

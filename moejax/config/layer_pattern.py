@@ -12,7 +12,7 @@ import typing
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from moejax.config.errors import ConfigError, nearest, require, shown
+from moejax.config.errors import ConfigError, format_value, nearest, require
 from moejax.config.router_rules import ROUTER_RULES
 from moejax.config.schema.leaf import Leaf, leaf_of, parse_value
 from moejax.config.sections.moe import MoeConfig, derive_moe
@@ -28,7 +28,7 @@ share."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class LayerGroup:
     """Equal layers, or equal periods of layers, in succession.
 
     Attributes:
@@ -96,7 +96,9 @@ def layer_kinds(moe: MoeConfig, num_layers: int, seq_len: int) -> tuple[MoeConfi
     return tuple(kinds)
 
 
-def runs(kinds: tuple[MoeConfig | None, ...], first_dense: int, every: int) -> tuple[Run, ...]:
+def layer_groups(
+    kinds: tuple[MoeConfig | None, ...], first_dense: int, every: int
+) -> tuple[LayerGroup, ...]:
     """The layers as runs of equal periods, in order; a period is as long as the pattern's where it ends in a MoE layer.
 
     Args:
@@ -108,7 +110,7 @@ def runs(kinds: tuple[MoeConfig | None, ...], first_dense: int, every: int) -> t
     for start in range(first_dense, len(kinds), every):
         period = kinds[start : start + every]
         units += [(kind,) for kind in period] if period[-1] is None else [period]
-    return tuple(Run(kinds, len(list(equal))) for kinds, equal in itertools.groupby(units))
+    return tuple(LayerGroup(kinds, len(list(equal))) for kinds, equal in itertools.groupby(units))
 
 
 def read_entries(per_layer: str, num_layers: int) -> list[Entry]:
@@ -122,7 +124,7 @@ def read_entries(per_layer: str, num_layers: int) -> list[Entry]:
         where, colon, what = text.partition(":")
         require(
             bool(colon),
-            f"moe.per_layer: {shown(text)!r} must have the form LAYERS: CHANGES, such as 0-1: router=hash or -1: dense",
+            f"moe.per_layer: {format_value(text)!r} must have the form LAYERS: CHANGES, such as 0-1: router=hash or -1: dense",
         )
         changes = _read_changes(what)
         entries.append(Entry(text, tuple(_read_layers(where, num_layers)), changes))
@@ -139,12 +141,12 @@ def _read_layers(text: str, num_layers: int) -> Iterator[int]:
             last = int(high) if dash else first
         except ValueError as error:
             raise ConfigError(
-                f"moe.per_layer: {shown(part)!r} is no layer; use a number such as 0, -1 for the last, or a range such "
+                f"moe.per_layer: {format_value(part)!r} is no layer; use a number such as 0, -1 for the last, or a range such "
                 "as 2-4"
             ) from error
         require(
             0 <= first <= last < num_layers,
-            f"moe.per_layer: {shown(part)!r} must be within the model.num_layers={num_layers} layers 0 to "
+            f"moe.per_layer: {format_value(part)!r} must be within the model.num_layers={num_layers} layers 0 to "
             f"{num_layers - 1}",
         )
         yield from range(first, last + 1)
@@ -164,7 +166,7 @@ def _read_changes(text: str) -> dict[str, Any] | None:
             )
         if name not in fields:
             raise ConfigError(
-                f"moe.per_layer: {shown(name)!r} is not a leaf of moe; the nearest is {nearest(name, fields)}"
+                f"moe.per_layer: {format_value(name)!r} is not a leaf of moe; the nearest is {nearest(name, fields)}"
             )
         require(
             name not in changes, f"moe.per_layer: {text.strip()!r} sets {name} twice; leave one out"

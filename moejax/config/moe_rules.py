@@ -11,8 +11,8 @@ def validate_moe(moe: MoeConfig) -> None:
         1 <= moe.top_k <= moe.num_choices,
         f"moe.top_k={moe.top_k} must be between 1 and moe.num_experts={moe.num_experts}"
         + (
-            f" plus {moe.num_free_experts} zero, identity and constant experts"
-            if moe.num_free_experts
+            f" plus {moe.num_zero_computation_experts} zero, identity and constant experts"
+            if moe.num_zero_computation_experts
             else ""
         ),
     )

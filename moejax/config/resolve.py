@@ -6,7 +6,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from moejax.config.errors import ConfigError, nearest, shown
+from moejax.config.errors import ConfigError, format_value, nearest
 from moejax.config.schema.leaf import check_value
 from moejax.config.schema.tree import check_key, declared
 from moejax.config.schema.unread import refuse_unread
@@ -68,7 +68,7 @@ def resolve_recorded(source: object) -> Config:
     values = source.to_dict() if isinstance(source, ConfigDict) else source
     if not isinstance(values, Mapping):
         raise ConfigError(
-            f"the configuration is {shown(repr(values))}; it must be sections of leaves, such as "
+            f"the configuration is {format_value(repr(values))}; it must be sections of leaves, such as "
             "moejax.config.default() gives"
         )
     for name in values:
@@ -87,7 +87,7 @@ def _section(section: str, given: Any) -> Any:
     if not isinstance(given, Mapping):
         first = next(key for key, each in declared().items() if each.section == section)
         raise ConfigError(
-            f"{section}={shown(repr(given))} is no section of leaves; set leaves such as {first}"
+            f"{section}={format_value(repr(given))} is no section of leaves; set leaves such as {first}"
         )
     values = {}
     for name, value in given.items():

@@ -19,7 +19,7 @@ from moejax.training.evaluation import Evaluation, domains_of, evaluate
 from moejax.training.run_directory.evaluation_log import newest_evaluation
 from moejax.training.run_directory.layout import read_config
 from moejax.training.run_directory.text import TextPlaces, open_run_corpus
-from moejax.training.state import Trainable, logical_axes, make_trainable, split_model
+from moejax.training.state import TrainSetup, logical_axes, make_train_setup, split_model
 
 
 def evaluate_run(
@@ -53,19 +53,17 @@ def evaluate_run(
     microbatch = config.train.batch_size // config.train.accumulation
     num_devices = max(n for n in range(1, jax.device_count() + 1) if microbatch % n == 0)
     here = dataclasses.replace(config, mesh=mesh or MeshConfig(data=num_devices))
-    trainable = make_trainable(here, make_mesh(here, None if mesh else jax.devices()[:num_devices]))
-    step, params, router_state = Checkpoints(workdir, trainable, read_only=True).restore_model(step)
+    setup = make_train_setup(here, make_mesh(here, None if mesh else jax.devices()[:num_devices]))
+    step, params, router_state = Checkpoints(workdir, setup, read_only=True).restore_model(step)
     if replicas is not None:
-        trainable, params, router_state = _placed(
-            workdir, trainable, params, router_state, replicas
-        )
+        setup, params, router_state = _placed(workdir, setup, params, router_state, replicas)
     corpus = open_run_corpus(workdir, load_tokenizer(workdir), places)
-    with jax.set_mesh(trainable.mesh), closing(eval_batches(corpus, microbatch)) as batches:
+    with jax.set_mesh(setup.mesh), closing(eval_batches(corpus, microbatch)) as batches:
         domains = domains_of(corpus)
-        eval_step = make_eval_step(trainable, len(domains.domains) if domains else 0)
+        eval_step = make_eval_step(setup, len(domains.domains) if domains else 0)
         num_bytes = corpus.num_bytes["validation"]
         evaluation = evaluate(
-            eval_step, trainable, params, router_state, batches, num_bytes, domains=domains
+            eval_step, setup, params, router_state, batches, num_bytes, domains=domains
         )
     if evaluation is None:
         raise RuntimeError("the evaluation was given up though nothing asked for it")
@@ -74,13 +72,13 @@ def evaluate_run(
 
 def _placed(
     workdir: str | Path,
-    trainable: Trainable,
+    setup: TrainSetup,
     params: nnx.State,
     router_state: nnx.State,
     replicas: int,
 ):
     """The same model with experts in other places, each array where the mesh wants it."""
-    config, mesh = trainable.config, trainable.mesh
+    config, mesh = setup.config, setup.mesh
     devices = math.prod(mesh.shape[axis] for axis in EXPERT_AXES)
     if devices == 1 or config.num_moe_layers == 0:
         raise PlacementError(
@@ -92,8 +90,8 @@ def _placed(
             )
         )
     load_NE = newest_evaluation(workdir)["load"][:, : config.moe.num_experts]
-    model = nnx.merge(trainable.graphdef, params, router_state)
+    model = nnx.merge(setup.graphdef, params, router_state)
     model.place_experts(place(load_NE, devices, replicas))
     graphdef, *states = split_model(model)
     placed = [jax.device_put(state, tree_shardings(logical_axes(state), mesh)) for state in states]
-    return dataclasses.replace(trainable, graphdef=graphdef), *placed
+    return dataclasses.replace(setup, graphdef=graphdef), *placed

@@ -74,7 +74,11 @@ def generate(
         )
     longest = _round_up(int(lengths.max()))  # few distinct lengths, so few compilations
     blind = sorted(
-        {moe.router for moe in model.config.moe_runs if not ROUTER_RULES[moe.router].takes_capacity}
+        {
+            moe.router
+            for moe in model.config.moe_groups
+            if not ROUTER_RULES[moe.router].takes_capacity
+        }
     )
     if blind:
         log.warning(
@@ -88,7 +92,7 @@ def generate(
     decoder = LayeredDecoder(model) if isinstance(model, Decoder) else model
     cache = decoder.init_cache(len(rows), _round_up(longest + max_tokens))
     keys_B = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(jnp.arange(len(rows)))
-    sampling = Sampling.of(temperature, top_p, keys_B)
+    sampling = Sampling.from_settings(temperature, top_p, keys_B)
     next_B, positions_B, cache = prefill(
         decoder, jnp.asarray(tokens_BL), jnp.asarray(lengths), cache, sampling
     )
@@ -135,7 +139,7 @@ class Sampling:
     method: str = dataclasses.field(metadata={"static": True})
 
     @classmethod
-    def of(cls, temperature: float, top_p: float, keys_B: jax.Array) -> "Sampling":
+    def from_settings(cls, temperature: float, top_p: float, keys_B: jax.Array) -> "Sampling":
         """With the method that does no more than these need."""
         cut = "nucleus" if top_p < 1 else "all"
         return cls(
@@ -243,7 +247,7 @@ def _warn_of_capacity(config: Config) -> None:
     """Says what a capacity in evaluation means for tokens that come one at a time."""
     limited = [
         moe
-        for moe in config.moe_runs
+        for moe in config.moe_groups
         if moe.dispatch == "capacity" and moe.eval_capacity_factor > 0
     ]
     groups = {moe.capacity_group for moe in limited}

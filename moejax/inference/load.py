@@ -15,7 +15,7 @@ from moejax.sharding import make_mesh
 from moejax.training.checkpoints.checkpoint import Checkpoints
 from moejax.training.run_directory.layout import read_config
 from moejax.training.run_directory.text import TextPlaces, open_run_corpus
-from moejax.training.state import make_trainable
+from moejax.training.state import make_train_setup
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,9 +65,7 @@ def load_run(
     config = read_config(workdir)
     tokenizer = load_tokenizer(workdir)
     here = dataclasses.replace(config, mesh=mesh or MeshConfig(data=1))
-    trainable = make_trainable(here, make_mesh(here, None if mesh else jax.devices()[:1]))
-    step, params, router_state = Checkpoints(workdir, trainable, read_only=True).restore_model(step)
-    model = nnx.merge(trainable.graphdef, params, router_state)
-    return LoadedRun(
-        config, model, tokenizer, step, trainable.mesh if mesh else None, Path(workdir)
-    )
+    setup = make_train_setup(here, make_mesh(here, None if mesh else jax.devices()[:1]))
+    step, params, router_state = Checkpoints(workdir, setup, read_only=True).restore_model(step)
+    model = nnx.merge(setup.graphdef, params, router_state)
+    return LoadedRun(config, model, tokenizer, step, setup.mesh if mesh else None, Path(workdir))

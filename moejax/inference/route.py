@@ -83,5 +83,5 @@ def _route(graphdef: Any, with_scores: bool, state: Any, tokens_BL, segments_BL,
 
 def _depends_on_length(config: Config) -> bool:
     return any(
-        moe.router == "expert_choice" or moe.eval_capacity_factor > 0 for moe in config.moe_runs
+        moe.router == "expert_choice" or moe.eval_capacity_factor > 0 for moe in config.moe_groups
     )

@@ -13,23 +13,23 @@ import jax
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 
-from moejax.kernels.zero_padding import zero_tail
+from moejax.kernels.zero_padding import zero_padding_rows
 
 Product = Callable[[jax.Array, jax.Array, jax.Array, int], jax.Array]
-"""`(rows, matrices, group_sizes, spare_rows) -> rows`, or `(rows, rows, group_sizes, spare_rows) -> matrices`."""
+"""`(rows, matrices, group_sizes, padding_rows) -> rows`, or `(rows, rows, group_sizes, padding_rows) -> matrices`."""
 
 
 def fold_arms(
-    product: Product, x_RP: jax.Array, other: jax.Array, group_sizes_E: jax.Array, spare_rows: int
+    product: Product, x_RP: jax.Array, other: jax.Array, group_sizes_E: jax.Array, padding_rows: int
 ) -> jax.Array:
-    """`product(x_RP, other, group_sizes_E, spare_rows)`; `vmap` folds its arms into groups.
+    """`product(x_RP, other, group_sizes_E, padding_rows)`; `vmap` folds its arms into groups.
 
     Args:
       product: of rows by matrices, or the outer products of rows.
       x_RP: rows of all groups.
       other: matrices `[E, P, Q]`, or rows `[R, Q]`.
       group_sizes_E: rows of each group.
-      spare_rows: how many at the end belong to no group, at least.
+      padding_rows: how many at the end belong to no group, at least.
 
     Returns:
       Rows `[R, Q]`, or matrices `[E, P, Q]`.
@@ -38,32 +38,32 @@ def fold_arms(
 
     @custom_vmap
     def one(x_RP, other, group_sizes_E):
-        return product(x_RP, other, group_sizes_E, spare_rows)
+        return product(x_RP, other, group_sizes_E, padding_rows)
 
     @one.def_vmap
     def all_arms(num_arms: int, is_batched: Any, *arrays: jax.Array):
         x_ARP, others, sizes_AE = each_arm(num_arms, is_batched, arrays)
         if not gives_rows:
-            others = jax.vmap(zero_tail)(others, sizes_AE)
+            others = jax.vmap(zero_padding_rows)(others, sizes_AE)
         folded = (
-            merge(jax.vmap(zero_tail)(x_ARP, sizes_AE)),
+            merge(jax.vmap(zero_padding_rows)(x_ARP, sizes_AE)),
             merge(others),
-            merge(_with_tail(sizes_AE, x_ARP.shape[1])),
+            merge(_with_padding_group(sizes_AE, x_ARP.shape[1])),
         )
         result = split(fold_arms(product, *folded, 0), num_arms)
-        return (jax.vmap(zero_tail)(result, sizes_AE) if gives_rows else result), True
+        return (jax.vmap(zero_padding_rows)(result, sizes_AE) if gives_rows else result), True
 
     return one(x_RP, other, group_sizes_E)
 
 
 def loop_over_arms(
-    product: Product, x_RP: jax.Array, other: jax.Array, group_sizes_E: jax.Array, spare_rows: int
+    product: Product, x_RP: jax.Array, other: jax.Array, group_sizes_E: jax.Array, padding_rows: int
 ) -> jax.Array:
     """As `fold_arms`, for a product that multiplies all rows by all matrices: one arm after another."""
 
     @custom_vmap
     def one(x_RP, other, group_sizes_E):
-        return product(x_RP, other, group_sizes_E, spare_rows)
+        return product(x_RP, other, group_sizes_E, padding_rows)
 
     @one.def_vmap
     def all_arms(num_arms: int, is_batched: Any, *arrays: jax.Array):
@@ -92,6 +92,6 @@ def split(array: jax.Array, num_arms: int) -> jax.Array:
     return array.reshape(num_arms, -1, *array.shape[1:])
 
 
-def _with_tail(sizes_AE: jax.Array, num_rows: int) -> jax.Array:
+def _with_padding_group(sizes_AE: jax.Array, num_rows: int) -> jax.Array:
     """The last group of each arm takes what is left of its rows."""
     return sizes_AE.at[:, -1].add(num_rows - sizes_AE.sum(axis=1).astype(sizes_AE.dtype))

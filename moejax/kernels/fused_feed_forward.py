@@ -20,8 +20,8 @@ from jaxtyping import Array, Float, Int
 from moejax.kernels.arrays import takes_numpy
 from moejax.kernels.batching import each_arm, merge, split
 from moejax.kernels.rows import add_rows
-from moejax.kernels.tiles import Groups, put, take
-from moejax.kernels.vma import empty_varying_like, vary_alike
+from moejax.kernels.tiles import Groups, dynamic_slice, dynamic_update
+from moejax.kernels.vma import empty_varying_like, unify_vma
 
 
 class SecondDerivativeError(ValueError):
@@ -76,7 +76,7 @@ def feed_forward(
         )
     gate_up_EDP = gate_up_EDPF.reshape(*gate_up_EDPF.shape[:2], -1)
     # Outside of the custom VJP: the transpose sums the gradient of replicated weights over devices.
-    arrays = vary_alike(x_TD, weights_TK, gate_up_EDP, down_EFD, row_TK, choice_R, group_sizes_E)
+    arrays = unify_vma(x_TD, weights_TK, gate_up_EDP, down_EFD, row_TK, choice_R, group_sizes_E)
     starts_E = jnp.cumsum(arrays[-1]) - arrays[-1]
     return _feed_forward(activate, sizes, *arrays, starts_E)
 
@@ -197,7 +197,7 @@ def _forward_pass(
     keep: bool,
 ):
     """The outputs of tokens, and the projections of rows (none, unless they are to be kept)."""
-    groups = Groups.of(sizes_E, starts_E, sizes)
+    groups = Groups.from_sizes(sizes_E, starts_E, sizes)
     arrays = x_TD, weights_TK, gate_up_EDP, down_EFD, choice_R
     y_RD, projected_RP = _forward_rows(activate, groups, *arrays, keep=keep)
     return add_rows(y_RD, row_TK).astype(x_TD.dtype), projected_RP
@@ -218,7 +218,7 @@ def _backward_pass(
     dy_TD,
 ):
     """Gradients of tokens, of combine weights and of all matrices."""
-    groups = Groups.of(sizes_E, starts_E, sizes)
+    groups = Groups.from_sizes(sizes_E, starts_E, sizes)
     arrays = x_TD, weights_TK, gate_up_EDP, down_EFD, choice_R
     dx_RD, dweight_R, dgate_up_EDP, ddown_EFD = _backward_rows(
         activate, groups, dy_TD, projected_RP, *arrays
@@ -234,20 +234,20 @@ def _forward_rows(
     """Weighted outputs of the rows and, to `keep` for the backward pass, their projections; rest is left undefined."""
     token_R, weight_R = _of_rows(weights_TK, choice_R)
     num_rows, d_model, num_projected = choice_R.shape[0], x_TD.shape[1], gate_up_EDP.shape[2]
-    x_TD = _wide(x_TD)
+    x_TD = _to_float32(x_TD)
 
     def one_expert(e, carry):
         gate_up_DP, down_FD = _matrix(gate_up_EDP, e), _matrix(down_EFD, e)
 
         def one_tile(size, row, carry):
             y_RD, projected_RP = carry
-            projected_bP = _dot(_gather(x_TD, take(token_R, row, size)), gate_up_DP, 1, 0)
+            projected_bP = _dot(_gather(x_TD, dynamic_slice(token_R, row, size)), gate_up_DP, 1, 0)
             hidden_bF = (
                 activate(_split(projected_bP, down_FD.shape[0]))
-                * take(weight_R, row, size)[:, None]
+                * dynamic_slice(weight_R, row, size)[:, None]
             )
-            y_RD = put(y_RD, _dot(hidden_bF, down_FD, 1, 0), row)
-            return y_RD, put(projected_RP, projected_bP, row) if keep else projected_RP
+            y_RD = dynamic_update(y_RD, _dot(hidden_bF, down_FD, 1, 0), row)
+            return y_RD, dynamic_update(projected_RP, projected_bP, row) if keep else projected_RP
 
         return groups.for_each_tile(e, one_tile, one_tile, carry)
 
@@ -262,7 +262,7 @@ def _backward_rows(
     """Gradients of the rows and of their weights, rest left undefined, and in float32 of all matrices."""
     token_R, weight_R = _of_rows(weights_TK, choice_R)
     num_rows, d_model = choice_R.shape[0], x_TD.shape[1]
-    x_TD, dy_TD = _wide(x_TD), _wide(dy_TD)
+    x_TD, dy_TD = _to_float32(x_TD), _to_float32(dy_TD)
 
     def one_expert(e, carry):
         gate_up_DP, down_FD = _matrix(gate_up_EDP, e), _matrix(down_EFD, e)
@@ -270,21 +270,21 @@ def _backward_rows(
         def one_tile(size, row, carry):
             """Gradients of rows in their places, and the tile's part in those of the matrices."""
             dx_RD, dweight_R = carry
-            token_b = take(token_R, row, size)
+            token_b = dynamic_slice(token_R, row, size)
             # Rows past the group's end are of other experts, or undefined: they must not reach
             # the matrices.
             is_row_b1 = (row + jnp.arange(size) < groups.ends_E[e])[:, None]
             x_bD, dy_bD = (
                 jnp.where(is_row_b1, _gather(a_TD, token_b), 0) for a_TD in (x_TD, dy_TD)
             )
-            weight_b1 = take(weight_R, row, size)[:, None]
-            projected_bP = jnp.where(is_row_b1, take(projected_RP, row, size), 0)
+            weight_b1 = dynamic_slice(weight_R, row, size)[:, None]
+            projected_bP = jnp.where(is_row_b1, dynamic_slice(projected_RP, row, size), 0)
             hidden_bF, pull = jax.vjp(activate, _split(projected_bP, down_FD.shape[0]))
             dhidden_bF = _dot(dy_bD, down_FD, 1, 1)
             (dparts,) = pull(dhidden_bF * weight_b1)
             dprojected_bP = jnp.concatenate(dparts, axis=1)
-            dx_RD = put(dx_RD, _dot(dprojected_bP, gate_up_DP, 1, 1), row)
-            dweight_R = put(dweight_R, (hidden_bF * dhidden_bF).sum(axis=1), row)
+            dx_RD = dynamic_update(dx_RD, _dot(dprojected_bP, gate_up_DP, 1, 1), row)
+            dweight_R = dynamic_update(dweight_R, (hidden_bF * dhidden_bF).sum(axis=1), row)
             parts = (
                 _outer_products(x_bD, dprojected_bP),
                 _outer_products(hidden_bF * weight_b1, dy_bD),
@@ -323,7 +323,7 @@ def _backward_rows(
 def _of_rows(weights_TK, choice_R):
     """The token and the weight of each row."""
     weight_R = weights_TK.reshape(-1).at[choice_R].get(mode="fill", fill_value=0)
-    return choice_R // weights_TK.shape[1], _wide(weight_R)
+    return choice_R // weights_TK.shape[1], _to_float32(weight_R)
 
 
 def _gather(x_TD, token_b):
@@ -338,7 +338,7 @@ def _matrix(w_EPQ, e):
     they do not change in it: behind a barrier with `e` they might.
     """
     w_EPQ, e = lax.optimization_barrier((w_EPQ, e))
-    return _wide(lax.dynamic_index_in_dim(w_EPQ, e, keepdims=False))
+    return _to_float32(lax.dynamic_index_in_dim(w_EPQ, e, keepdims=False))
 
 
 def _replace(w_EPQ, w_PQ, e):
@@ -360,6 +360,6 @@ def _outer_products(a_bP, b_bQ):
     return _dot(lax.optimization_barrier(a_bP.T), b_bQ, 1, 0)
 
 
-def _wide(x):
+def _to_float32(x):
     """float32, in which CPUs multiply bfloat16 faster and accumulate exactly; they move it faster, too."""
     return x.astype(jnp.float32)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 
-def project(
+def dense(
     x: jax.Array,
     weight: jax.Array,
     *,

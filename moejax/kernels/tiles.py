@@ -68,7 +68,7 @@ class Groups:
     num_full_E: jax.Array
 
     @classmethod
-    def of(
+    def from_sizes(
         cls, group_sizes_E: Int[Array, "E"], starts_E: Int[Array, "E"], sizes: tuple[int, ...]
     ) -> "Groups":
         """Tiles of these sizes for groups of these sizes, whose first rows are in rising order."""
@@ -127,11 +127,11 @@ class Groups:
         )
 
 
-def take(x: jax.Array, first: jax.Array, count: int) -> jax.Array:
+def dynamic_slice(x: jax.Array, first: jax.Array, count: int) -> jax.Array:
     """`count` entries of the first axis, from `first` on."""
     return lax.dynamic_slice_in_dim(x, first, count)
 
 
-def put(x: jax.Array, part: jax.Array, first: jax.Array) -> jax.Array:
+def dynamic_update(x: jax.Array, part: jax.Array, first: jax.Array) -> jax.Array:
     """`x` with `part`, in its dtype, from entry `first` of the first axis on."""
     return lax.dynamic_update_slice_in_dim(x, part.astype(x.dtype), first, axis=0)

@@ -10,7 +10,7 @@ def varying_axes(x: jax.Array) -> frozenset[str]:
     return jax.typeof(x).mat.varying
 
 
-def vary_alike(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+def unify_vma(*arrays: jax.Array) -> tuple[jax.Array, ...]:
     """Gives the arrays the union of their varying axes.
 
     The transpose of this cast is a `psum`: it is what sums the gradient of replicated weights over

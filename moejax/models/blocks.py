@@ -1,7 +1,7 @@
 """Blocks, and stacks of them scanned over layers.
 
 A `Stack` holds one block whose parameters carry a leading axis of layers, and scans it: the traced
-program has the same size for any depth. A block is a `Block` (one layer) or a `Period` (some dense
+program has the same size for any depth. A block is a `Block` (one layer) or a `InterleavedBlock` (some dense
 layers and a MoE layer), so that stacks nest: "every other layer is MoE" is a stack of periods, each
 with a stack of dense blocks inside.
 """
@@ -94,7 +94,7 @@ class Block(nnx.Module):
         yield self, context
 
 
-class Period(nnx.Module):
+class InterleavedBlock(nnx.Module):
     """`num_dense` dense layers and then a MoE layer."""
 
     def __init__(self, config: Config, moe: MoeConfig | None, num_dense: int, *, rngs: nnx.Rngs):

@@ -9,14 +9,14 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from moejax.config import Config, Knobs, Run
-from moejax.kernels.matmul import project
-from moejax.models.blocks import Block, Context, Period, Stack
+from moejax.config import Config, Knobs, LayerGroup
+from moejax.kernels.matmul import dense
+from moejax.models.blocks import Block, Context, InterleavedBlock, Stack
 from moejax.moe.balancing.stats import RoutingStats
 from moejax.moe.expert_parallel.placement import PlacementError
 from moejax.moe.layer import TokenInfo
 from moejax.nn.norm import RMSNorm
-from moejax.sharding import constrain_tokens, whole
+from moejax.sharding import constrain_tokens, gather_fsdp
 
 NO_TOKEN = -1e30
 """The logit of an id that is no token: finite, and its probability is 0 at any temperature that `generate` takes."""
@@ -67,7 +67,7 @@ class Decoder(nnx.Module):
 
         Returns:
           Logits, float32, and the `RoutingStats` of each run of equal MoE layers
-          (`Config.moe_runs`), with a leading axis of its layers; `stats.join` makes one of all.
+          (`Config.moe_groups`), with a leading axis of its layers; `stats.join` makes one of all.
           Empty for a dense model.
         """
         context = Context(
@@ -98,11 +98,13 @@ class Decoder(nnx.Module):
             raise PlacementError(
                 f"{len(experts_NP)} layers are placed, and the model has {config.num_moe_layers}"
             )
-        if any(kind.router in ("expert_choice", "soft") for kind in config.moe_runs):
+        if any(kind.router in ("expert_choice", "soft") for kind in config.moe_groups):
             raise PlacementError("experts that choose tokens cannot have copies, nor other places")
         first = 0
         for stack in self.stacks:
-            block: Any = stack.block.moe_block if isinstance(stack.block, Period) else stack.block
+            block: Any = (
+                stack.block.moe_block if isinstance(stack.block, InterleavedBlock) else stack.block
+            )
             if block.is_moe:
                 block.moe.place(experts_NP[first : first + stack.num])
                 first += stack.num
@@ -114,14 +116,14 @@ class Decoder(nnx.Module):
 
     def embed(self, tokens_BL: Int[Array, "B L"]) -> Float[Array, "B L D"]:
         """The residual stream before the first layer."""
-        embedding_VD = whole(self.embedding, self.config.model.compute_dtype)
+        embedding_VD = gather_fsdp(self.embedding, self.config.model.compute_dtype)
         return constrain_tokens(embedding_VD[tokens_BL]) * self.config.model.d_model**0.5
 
     def unembed(self, x_BLD: Float[Array, "B L D"]) -> Float[Array, "B L V"]:
         """Logits from the residual stream after the last layer; those of ids that are no token are `NO_TOKEN`."""
         weight = self.embedding if self.config.model.tied_embeddings else self.unembedding
-        weight_VD = whole(weight, self.config.model.compute_dtype)
-        logits_BLV = project(self.final_norm(x_BLD), weight_VD.T, out_dtype=jnp.float32)
+        weight_VD = gather_fsdp(weight, self.config.model.compute_dtype)
+        logits_BLV = dense(self.final_norm(x_BLD), weight_VD.T, out_dtype=jnp.float32)
         if self.config.num_token_ids == self.config.vocab_size:
             return logits_BLV
         is_token_V = jnp.arange(self.config.vocab_size) < self.config.num_token_ids
@@ -129,11 +131,12 @@ class Decoder(nnx.Module):
 
 
 def make_stacks(config: Config, rngs: nnx.Rngs) -> list[Stack]:
-    """One stack for each run of equal layers, or of equal periods of layers."""
+    """Makes one stack for each group of equal layers, or of equal interleaved blocks."""
 
-    def maker(run: Run):
-        if len(run.kinds) == 1:
-            return lambda rngs: Block(config, run.moe, rngs=rngs)
-        return lambda rngs: Period(config, run.moe, len(run.kinds) - 1, rngs=rngs)
+    def maker(group: LayerGroup):
+        if len(group.kinds) == 1:
+            return lambda rngs: Block(config, group.moe, rngs=rngs)
+        num_dense = len(group.kinds) - 1
+        return lambda rngs: InterleavedBlock(config, group.moe, num_dense, rngs=rngs)
 
-    return [Stack(maker(run), run.num, config, rngs=rngs) for run in config.runs]
+    return [Stack(maker(group), group.num, config, rngs=rngs) for group in config.layer_groups]

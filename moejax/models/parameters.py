@@ -30,7 +30,7 @@ def count_parameters(config: Config) -> ParameterCount:
     for path, param in nnx.to_flat_state(nnx.state(model, nnx.Param)):
         size = math.prod(param.shape)
         total += size
-        moe = config.runs[int(str(path[1]))].moe if path[0] == "stacks" else None
+        moe = config.layer_groups[int(str(path[1]))].moe if path[0] == "stacks" else None
         if moe is not None and "experts" in param.axes:
             size = size * min(moe.top_k, moe.num_experts) // moe.num_experts
         active += size

@@ -12,23 +12,34 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moejax.config import Knobs, MoeConfig
 from moejax.kernels.grouped_matmul import can_check_vma
-from moejax.kernels.matmul import project
-from moejax.moe.balancing.stats import RoutingStats, Service, collect, collect_slots, collect_soft
-from moejax.moe.dispatch.capacity import Admission, admit, capacity_limit, capacity_slots
+from moejax.kernels.matmul import dense
+from moejax.moe.balancing.stats import (
+    CombineWeights,
+    RoutingStats,
+    collect,
+    collect_slots,
+    collect_soft,
+)
+from moejax.moe.dispatch.capacity import (
+    CapacityAssignment,
+    apply_capacity,
+    capacity_limit,
+    capacity_slots,
+)
 from moejax.moe.dispatch.on_device import (
-    Chosen,
-    Mixing,
-    Slots,
+    ExpertChoice,
+    SoftSlots,
+    TokenChoice,
     run_dropless,
     run_slots,
     run_soft,
     run_with_capacity,
 )
 from moejax.moe.expert_parallel.exchange import exchange
-from moejax.moe.expert_parallel.placement import Copies
-from moejax.moe.expert_parallel.strategy import Exchange, Local
+from moejax.moe.expert_parallel.placement import Replicas
+from moejax.moe.expert_parallel.strategy import Exchange, LocalExperts
 from moejax.moe.experts.experts import Experts, FeedForward, Network, initialize
-from moejax.moe.experts.zero_computation import FreeExperts
+from moejax.moe.experts.zero_computation import ZeroComputationExperts
 from moejax.moe.router import (
     UNRANKED,
     RouterInputs,
@@ -39,9 +50,9 @@ from moejax.moe.router import (
 )
 from moejax.moe.router.modules import Logits, make_router
 from moejax.moe.router.routing import Stream, draw
-from moejax.moe.router.scores import spread_over_survivors, weigh
-from moejax.moe.router.selection import named
-from moejax.sharding import batch_devices, whole
+from moejax.moe.router.scores import combine_weights, spread_over_survivors
+from moejax.moe.router.selection import save_for_remat
+from moejax.sharding import batch_devices, gather_fsdp
 
 
 class BlockError(ValueError):
@@ -111,8 +122,8 @@ class MoE(nnx.Module):
             self.out_of_latent = nnx.Param(
                 initialize(rngs.params(), (width, d_model)), axes=("latent", "embed")
             )
-        if config.num_free_experts:
-            self.free_experts = FreeExperts(config, d_model, rngs=rngs)
+        if config.num_zero_computation_experts:
+            self.free_experts = ZeroComputationExperts(config, d_model, rngs=rngs)
         if config.num_shared_experts:
             # The sum of several networks is one wider network.
             self.shared = FeedForward(
@@ -142,7 +153,7 @@ class MoE(nnx.Module):
           experts_NP: the expert in each slot, from `moe.placement.place`; parameters have a leading
             axis of N layers.
         """
-        copies = Copies.of(experts_NP, self.config.num_experts)
+        copies = Replicas.from_placement(experts_NP, self.config.num_experts)
         for name in ("gate_up", "down", "gate_up_bias", "down_bias"):
             if hasattr(self.experts, name):
                 weight = getattr(self.experts, name)
@@ -224,8 +235,8 @@ class MoE(nnx.Module):
         """
         shared_BLD = self.shared(x_BLD).astype(jnp.float32)
         if self.config.shared_combine == "gated":
-            gate_BL1 = project(
-                x_BLD.astype(jnp.float32), whole(self.shared_gate), precision="highest"
+            gate_BL1 = dense(
+                x_BLD.astype(jnp.float32), gather_fsdp(self.shared_gate), precision="highest"
             )
             shared_BLD *= jax.nn.sigmoid(gate_BL1)
         sum_BLD = y_BLD.astype(jnp.float32) + jnp.where(info.is_token_BL[..., None], shared_BLD, 0)
@@ -247,10 +258,10 @@ class MoE(nnx.Module):
             routing = route(inputs, config, self.limit[...][0] if self.is_limited else None)
             experts_TK, service = self._admit(routing, info, length)
         with jax.named_scope("experts"):
-            y_BLD, left_over = self._run(x_BLD, experts_TK, service, info)
+            y_BLD, buffer_overflow = self._run(x_BLD, experts_TK, service, info)
         stats = collect(
             routing, inputs.mask_T, service, config,
-            length=length, left_over=left_over, num_devices=batch_devices(), trace=info.trace,
+            length=length, buffer_overflow=buffer_overflow, num_devices=batch_devices(), trace=info.trace,
         )  # fmt: skip
         return y_BLD, stats
 
@@ -277,7 +288,7 @@ class MoE(nnx.Module):
 
     def _admit(
         self, routing: Routing, info: TokenInfo, length: int
-    ) -> tuple[Int[Array, "T K"], Service]:
+    ) -> tuple[Int[Array, "T K"], CombineWeights]:
         """Who finds a slot, where the others go, and with which weights."""
         config = self.config
         factor = config.eval_capacity_factor if info.knobs is None else info.knobs.capacity_factor
@@ -285,7 +296,7 @@ class MoE(nnx.Module):
         if config.dispatch == "dropless" or (
             info.knobs is None and config.eval_capacity_factor == 0
         ):
-            admission = Admission(routing.experts_TK, none_TK, none_TK)
+            admission = CapacityAssignment(routing.experts_TK, none_TK, none_TK)
             return routing.experts_TK, self._service(routing.weights_TK, admission, info, length)
         num_tokens = routing.experts_TK.shape[0]
         groups = {"sequence": num_tokens // length, "device": batch_devices(), "global": 1}[
@@ -297,7 +308,7 @@ class MoE(nnx.Module):
             limit = jnp.minimum(
                 limit, capacity_slots(config.capacity_factor, *size)
             )  # the size of the buffers
-        admission = admit(
+        admission = apply_capacity(
             routing.experts_TK,
             routing.ranking_TE,
             routing.weights_TK,
@@ -311,17 +322,19 @@ class MoE(nnx.Module):
         if config.overflow == "next":
             # A choice that stays without a slot keeps its part in the normalisation.
             held_TK = jnp.where(admission.is_dropped_TK, routing.experts_TK, admission.experts_TK)
-            weights_TK = weigh(routing.log_scores_TE, held_TK, config)
+            weights_TK = combine_weights(routing.log_scores_TE, held_TK, config)
         if config.overflow == "renormalize":
             is_kept_TK = ~admission.is_dropped_TK & (routing.experts_TK < config.num_choices)
             kept_TK = spread_over_survivors(weights_TK, routing.log_weights_TK, is_kept_TK)
         else:
             kept_TK = jnp.where(admission.is_dropped_TK, 0.0, weights_TK)
-        return named(admission.experts_TK), self._service(kept_TK, admission, info, length)
+        return save_for_remat(admission.experts_TK), self._service(kept_TK, admission, info, length)
 
-    def _service(self, weights_TK, admission: Admission, info: TokenInfo, length: int) -> Service:
+    def _service(
+        self, weights_TK, admission: CapacityAssignment, info: TokenInfo, length: int
+    ) -> CombineWeights:
         dropout_TK = self._dropout(weights_TK.shape, info, length)
-        return Service(
+        return CombineWeights(
             checkpoint_name(weights_TK, "routing_weights"),
             admission.is_dropped_TK,
             admission.is_moved_TK,
@@ -343,7 +356,7 @@ class MoE(nnx.Module):
         ).reshape(shape)
         return jnp.where(uniform_TK < rate, 0.0, 1 / (1 - rate))
 
-    def _run(self, x_BLD, experts_TK, service: Service, info: TokenInfo):
+    def _run(self, x_BLD, experts_TK, service: CombineWeights, info: TokenInfo):
         batch, length, _ = x_BLD.shape
         config = self.config
         local = self._dropless()
@@ -353,7 +366,7 @@ class MoE(nnx.Module):
             and info.knobs is not None
         ):
             slots = capacity_slots(config.capacity_factor, config.top_k, length, config.num_experts)
-            local = Local(functools.partial(run_with_capacity, slots=slots))
+            local = LocalExperts(functools.partial(run_with_capacity, slots=slots))
         weights_TK, factors_TK = service.weights_TK, service.dropout_TK
         experts_BLK, weights_BLK = (
             a.reshape(batch, length, config.top_k) for a in (experts_TK, weights_TK)
@@ -362,35 +375,39 @@ class MoE(nnx.Module):
         out_BLK = weights_BLK if factors_BLK is None else weights_BLK * factors_BLK
         chosen_BLK = self._to_slots(experts_BLK) if self.is_placed else experts_BLK
         if config.weight_on == "output":
-            y_BLD, left_over = self._through_experts(local, x_BLD, Chosen(chosen_BLK, out_BLK))
+            y_BLD, buffer_overflow = self._through_experts(
+                local, x_BLD, TokenChoice(chosen_BLK, out_BLK)
+            )
         else:
             ones_BLK = jnp.ones_like(weights_BLK) if factors_BLK is None else factors_BLK
-            y_BLD, left_over = self._through_experts(
-                local, x_BLD, Chosen(chosen_BLK, ones_BLK, weights_BLK)
+            y_BLD, buffer_overflow = self._through_experts(
+                local, x_BLD, TokenChoice(chosen_BLK, ones_BLK, weights_BLK)
             )
-        if config.num_free_experts:
+        if config.num_zero_computation_experts:
             free_BLD = self.free_experts(x_BLD, experts_BLK, out_BLK)
             y_BLD = (y_BLD.astype(jnp.float32) + free_BLD).astype(y_BLD.dtype)
-        return y_BLD, left_over
+        return y_BLD, buffer_overflow
 
-    def _dropless(self) -> Local:
+    def _dropless(self) -> LocalExperts:
         matmul = self.config.grouped_matmul
-        return Local(functools.partial(run_dropless, implementation=matmul), can_check_vma(matmul))
+        return LocalExperts(
+            functools.partial(run_dropless, implementation=matmul), can_check_vma(matmul)
+        )
 
-    def _through_experts(self, local: Local, x_BLD, chosen):
+    def _through_experts(self, local: LocalExperts, x_BLD, chosen):
         """The experts' combined output, and how many choices buffers had no room for.
 
         In between at another width, if they have one (LatentMoE, Nemotron 3).
         """
         config = self.config
-        rows = self._dropless() if isinstance(chosen, Chosen) else None
+        rows = self._dropless() if isinstance(chosen, TokenChoice) else None
         how = Exchange(config.exchange, config.exchange_buffer, config.exchange_chunks)
         through = functools.partial(exchange, how, local, rows, weights=self.experts.weights())
         if not config.d_latent:
             return through(x_BLD, chosen)
-        into, out_of = (whole(w, x_BLD.dtype) for w in (self.into_latent, self.out_of_latent))
-        y_BLD, left_over = through(project(x_BLD, into), chosen)
-        return project(y_BLD, out_of), left_over
+        into, out_of = (gather_fsdp(w, x_BLD.dtype) for w in (self.into_latent, self.out_of_latent))
+        y_BLD, buffer_overflow = through(dense(x_BLD, into), chosen)
+        return dense(y_BLD, out_of), buffer_overflow
 
     def _experts_choose(self, x_BLD, logits: Logits, info: TokenInfo):
         length = x_BLD.shape[1]
@@ -398,10 +415,10 @@ class MoE(nnx.Module):
             slots = capacity_slots(1.0, self.config.top_k, length, self.config.num_experts)
             routing = route_expert_choice(self._inputs(logits, info, length), self.config, slots)
         with jax.named_scope("experts"):
-            chosen = Slots(
+            chosen = ExpertChoice(
                 routing.positions_BEC, checkpoint_name(routing.weights_BEC, "routing_weights")
             )
-            y_BLD, _ = self._through_experts(Local(run_slots), x_BLD, chosen)
+            y_BLD, _ = self._through_experts(LocalExperts(run_slots), x_BLD, chosen)
         return y_BLD, collect_slots(routing, info.is_token_BL, trace=info.trace)
 
     def _mix(self, x_BLD, logits: Logits, info: TokenInfo):
@@ -409,10 +426,10 @@ class MoE(nnx.Module):
             routing = route_soft(logits.logits_BLE, info.is_token_BL)
         with jax.named_scope("experts"):
             by_expert = (*logits.logits_BLE.shape[:2], self.config.num_experts, -1)
-            mixing = Mixing(
+            mixing = SoftSlots(
                 routing.dispatch_BLS.reshape(by_expert), routing.combine_BLS.reshape(by_expert)
             )
-            y_BLD, _ = self._through_experts(Local(run_soft), x_BLD, mixing)
+            y_BLD, _ = self._through_experts(LocalExperts(run_soft), x_BLD, mixing)
         return y_BLD, collect_soft(
             routing, info.is_token_BL, self.config.num_experts, trace=info.trace
         )

@@ -16,9 +16,9 @@ from jax.sharding import Mesh, NamedSharding
 
 from moejax.config import Config
 from moejax.kernels.grouped_matmul import can_check_vma
-from moejax.moe.dispatch.on_device import Chosen, run_dropless
+from moejax.moe.dispatch.on_device import TokenChoice, run_dropless
 from moejax.moe.expert_parallel.exchange import exchange
-from moejax.moe.expert_parallel.strategy import Exchange, Local, choose
+from moejax.moe.expert_parallel.strategy import Exchange, LocalExperts, choose
 from moejax.moe.experts.experts import ExpertWeights
 from moejax.planning.hlo.collectives import collective_rows, list_collectives
 from moejax.sharding import BATCH_AXES, EXPERT_AXES, TOKENS, partition_spec
@@ -105,11 +105,11 @@ def check_mesh(config: Config, mesh: Mesh) -> MeshCheck:
 def _layer(how: Exchange, implementation: str) -> Callable[..., tuple[jax.Array, ...]]:
     def run(x_BLD, weights_BLK, gate_up_EDPF, down_EFD, experts_BLK, dy_BLD):
         def forward(x_BLD, weights_BLK, gate_up_EDPF, down_EFD):
-            local = Local(
+            local = LocalExperts(
                 functools.partial(run_dropless, implementation=implementation),
                 can_check_vma(implementation),
             )
-            chosen = Chosen(experts_BLK, weights_BLK)
+            chosen = TokenChoice(experts_BLK, weights_BLK)
             return exchange(
                 how, local, local, x_BLD, chosen, ExpertWeights(gate_up_EDPF, down_EFD)
             )[0]

@@ -49,7 +49,9 @@ class Arm:
     count: Count
 
     @classmethod
-    def of(cls, config: Config, overrides: Mapping[str, Any], matched: Mapping[str, Any]) -> "Arm":
+    def from_config(
+        cls, config: Config, overrides: Mapping[str, Any], matched: Mapping[str, Any]
+    ) -> "Arm":
         """An arm of a resolved configuration."""
         digits = hash_config(config)
         return cls(
@@ -133,7 +135,7 @@ def plan_arms(
       MatchError: no such match, or parameters matched by steps.
       ConfigError: the recipe itself cannot work, and is matched with.
     """
-    target = Target.of(resolve_recorded(base), match, adjust) if match else None
+    target = Target.from_recipe(resolve_recorded(base), match, adjust) if match else None
     points, errors = _listed(points), []
     planning = _Planning(base, target)
     for point in points:
@@ -218,7 +220,7 @@ class _Planning:
             axis: max(1, size) for axis, size in dataclasses.asdict(config.mesh).items()
         }  # -1 is for the devices
         check_divisible(config, dataclasses.replace(config.mesh, **sizes))
-        arm = Arm.of(config, point, matched)
+        arm = Arm.from_config(config, point, matched)
         if arm.id in self.arms:
             check_same(self.arms[arm.id], arm)
             if not is_control:

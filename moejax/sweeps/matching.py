@@ -63,7 +63,7 @@ class Target:
     number: int
 
     @classmethod
-    def of(cls, recipe: Config, match: Match, adjust: Adjust) -> "Target":
+    def from_recipe(cls, recipe: Config, match: Match, adjust: Adjust) -> "Target":
         """The recipe's number.
 
         Raises:

@@ -10,8 +10,8 @@ from flax import nnx
 from moejax.data.batches import Batch
 from moejax.moe.router.by_token import coactivation, experts_by_token
 from moejax.sharding import replicated
-from moejax.training.state import Trainable
-from moejax.training.step import Sums, count_targets, forward
+from moejax.training.state import TrainSetup
+from moejax.training.step import BatchSums, count_targets, forward
 
 PROBE_TOKENS = 512
 """Of a row, whose routing is kept at every evaluation, to see how much of it changes."""
@@ -31,37 +31,37 @@ class EvalOutput:
         without domains.
     """
 
-    sums: Sums
+    sums: BatchSums
     coactivation_NEE: jax.Array | None = None
     probe_NTK: jax.Array | None = None
     nats_by_domain_G2: jax.Array | None = None
 
 
-def make_eval_step(trainable: Trainable, num_domains: int = 0) -> Callable[..., EvalOutput]:
+def make_eval_step(setup: TrainSetup, num_domains: int = 0) -> Callable[..., EvalOutput]:
     """Compiles, on first call, `(params, router_state, batch) -> EvalOutput`, dropless by default and without noise.
 
     Args:
-      trainable: the run's fixed part.
+      setup: the run's fixed part.
       num_domains: above 0, the step takes a fourth argument: the domain of each target, int32 [B,
         L], -1 for none.
     """
-    return jax.jit(eval_step_of(trainable, num_domains), out_shardings=replicated(trainable.mesh))
+    return jax.jit(eval_step_of(setup, num_domains), out_shardings=replicated(setup.mesh))
 
 
-def eval_step_of(trainable: Trainable, num_domains: int = 0) -> Callable[..., EvalOutput]:
+def eval_step_of(setup: TrainSetup, num_domains: int = 0) -> Callable[..., EvalOutput]:
     """The function that `make_eval_step` compiles."""
-    num_choices = trainable.config.moe.num_choices
+    num_choices = setup.config.moe.num_choices
 
     def eval_step(
         params: nnx.State, router_state: nnx.State, batch: Batch, *domains_BL: jax.Array
     ) -> EvalOutput:
-        model = nnx.merge(trainable.graphdef, params, router_state)
+        model = nnx.merge(setup.graphdef, params, router_state)
         nats_BL, routing = forward(model, batch, None, None, True)
         by_domain_G2 = (
             _sum_by_domain(nats_BL, batch, domains_BL[0], num_domains) if num_domains else None
         )
         bare = tuple(dataclasses.replace(stats, offers_TE=None, routing=None) for stats in routing)
-        sums = Sums(nats_BL.sum(), count_targets(batch), bare)
+        sums = BatchSums(nats_BL.sum(), count_targets(batch), bare)
         if not routing:
             return EvalOutput(sums, nats_by_domain_G2=by_domain_G2)
         experts_NTK = experts_by_token([stats.routing for stats in routing], num_choices)

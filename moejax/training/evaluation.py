@@ -16,7 +16,7 @@ from moejax.data.labels import Labels
 from moejax.moe.balancing.losses import load_fractions
 from moejax.moe.balancing.stats import join
 from moejax.training.eval_step import EvalOutput
-from moejax.training.state import Trainable
+from moejax.training.state import TrainSetup
 from moejax.training.step import add_sums, put_batch
 
 
@@ -90,7 +90,7 @@ def domains_of(corpus: Corpus) -> Labels | None:
 
 def evaluate(
     eval_step: Callable[..., EvalOutput],
-    trainable: Trainable,
+    setup: TrainSetup,
     params: nnx.State,
     router_state: nnx.State,
     batches: Iterator[Batch],
@@ -102,7 +102,7 @@ def evaluate(
 
     Args:
       eval_step: from `make_eval_step`, with as many domains as `domains` names.
-      trainable: the run's fixed part.
+      setup: the run's fixed part.
       params: trained arrays.
       router_state: what routers carry besides.
       batches: this process's slices; padding is masked.
@@ -116,7 +116,7 @@ def evaluate(
         if should_stop():
             return None
         inputs = eval_inputs(batch, domains)
-        sums.add(eval_step(params, router_state, *(put_batch(x, trainable) for x in inputs)))
+        sums.add(eval_step(params, router_state, *(put_batch(x, setup) for x in inputs)))
     return sums.result(num_bytes)
 
 

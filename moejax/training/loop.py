@@ -27,10 +27,10 @@ from moejax.training.health.speed import median_speed
 from moejax.training.health.watchdog import Watchdog
 from moejax.training.multihost.processes import (
     SharedStop,
-    fail_together,
-    first_says,
-    first_then_others,
+    broadcast_from_primary,
     is_first,
+    primary_first,
+    raise_on_all,
     wait_for_all,
 )
 from moejax.training.multihost.signals import ALARM, StopSignals, uninterrupted
@@ -43,7 +43,7 @@ from moejax.training.run_directory.layout import (
     write_run_directory,
 )
 from moejax.training.run_directory.metrics import FinishedStep, Recorder
-from moejax.training.state import Trainable, TrainState, make_trainable
+from moejax.training.state import TrainSetup, TrainState, make_train_setup
 from moejax.training.step import TrainStep, make_train_step, put_batch, rows_of_process
 
 log = logging.getLogger("moejax")
@@ -104,20 +104,20 @@ def train(
     with ExitStack() as stack:
         stop = stack.enter_context(StopSignals() if stop is None else stop)
         given = resolve_path(workdir)
-        workdir = first_then_others(lambda: lock_run(config, given, stack))
-        mesh, corpus = first_then_others(lambda: _open(config, workdir, command))
+        workdir = primary_first(lambda: lock_run(config, given, stack))
+        mesh, corpus = primary_first(lambda: _open(config, workdir, command))
         check_shared(workdir)
-        trainable = make_trainable(config, mesh)
-        checkpoints = stack.enter_context(Checkpoints(workdir, trainable))
+        setup = make_train_setup(config, mesh)
+        checkpoints = stack.enter_context(Checkpoints(workdir, setup))
         stack.enter_context(jax.set_mesh(mesh))
         state = checkpoints.restore()
         if state is None:
             warn_of_lost_checkpoints(workdir)
-            state = trainable.init(config.train.seed)
+            state = setup.init(config.train.seed)
         else:
             log.info("continuing %s from step %d", workdir, int(state.step))
             tell_changes(checkpoints.config(int(state.step)), config, int(state.step))
-        return _Loop(trainable, corpus, checkpoints, workdir, stop, on_evaluation).run(state)
+        return _Loop(setup, corpus, checkpoints, workdir, stop, on_evaluation).run(state)
 
 
 def lock_run(config: Config, workdir: Path, stack: ExitStack) -> Path:
@@ -178,26 +178,26 @@ class _Loop:
 
     def __init__(
         self,
-        trainable: Trainable,
+        setup: TrainSetup,
         corpus: Corpus,
         checkpoints: Checkpoints,
         workdir: Path,
         stop: StopSignals,
         on_evaluation: Callable[[int, Evaluation], None] | None,
     ):
-        self.config = trainable.config.train
-        self.trainable = trainable
+        self.config = setup.config.train
+        self.setup = setup
         self.corpus = corpus
         self.checkpoints = checkpoints
         self.workdir = workdir
         self.own_stop = stop
         self.on_evaluation = on_evaluation
-        self.stop = SharedStop(stop, trainable.mesh)
-        self.watchdog = Watchdog(self.config.step_limit_s, trainable.mesh)
-        self.knobs = Knobs.of(trainable.config)
+        self.stop = SharedStop(stop, setup.mesh)
+        self.watchdog = Watchdog(self.config.step_limit_s, setup.mesh)
+        self.knobs = Knobs.from_config(setup.config)
         self.domains = domains_of(corpus)
-        self.eval_step = make_eval_step(trainable, len(self.domains.domains) if self.domains else 0)
-        rows = rows_of_process(trainable.mesh, self.config.batch_size)
+        self.eval_step = make_eval_step(setup, len(self.domains.domains) if self.domains else 0)
+        rows = rows_of_process(setup.mesh, self.config.batch_size)
         self.batches = TrainBatches(corpus, self.config.batch_size, self.config.seed, rows)
 
     def run(self, state: TrainState) -> TrainResult:
@@ -209,12 +209,12 @@ class _Loop:
                 StepProgress(self.config.num_steps, start_step, is_first())
             )
             opened = RunFiles(
-                self.workdir, self.trainable.config, self.checkpoints, start_step, progress
+                self.workdir, self.setup.config, self.checkpoints, start_step, progress
             )
             self.files = stack.enter_context(opened)
             recorder = self.files.recorder
             evaluation = None
-            is_known = first_says("evaluated" if self.files.is_evaluated else "")
+            is_known = broadcast_from_primary("evaluated" if self.files.is_evaluated else "")
             if start_step > 0 and self.config.is_evaluated(start_step) and not is_known:
                 evaluation = self._evaluate(state)  # a signal came before it was done
                 if evaluation:
@@ -245,18 +245,18 @@ class _Loop:
             recorder.resume()
             while step < self.config.num_steps and not self.stop:
                 self.watchdog.step(step + 1)
-                batch = put_batch(next(batches), self.trainable)
+                batch = put_batch(next(batches), self.setup)
                 state, output = train_step(state, batch, self.knobs)
                 step += 1
                 finished = recorder.add(output)
                 self.stop.poll()
                 if finished.step % self.config.log_every == 0:
                     recorder.end_interval()
-                    self._heed(recorder)
+                    self._check_stop(recorder)
                 evaluation = None
                 if self.config.is_saved(step) or self.stop:
                     finished = recorder.flush()
-                    self._heed(recorder)
+                    self._check_stop(recorder)
                     is_alarmed = self._is_alarmed(recorder)
                     if self.config.is_evaluated(step) and not self.stop and not is_alarmed:
                         evaluation = self._evaluate(state)
@@ -272,10 +272,10 @@ class _Loop:
     def _compile(self, state: TrainState, batch: Batch) -> TrainStep:
         """Compiles the step before the clock starts, in all processes: gloo would not wait for a slow one."""
         started = time.perf_counter()
-        arguments = (state, put_batch(batch, self.trainable), self.knobs)
+        arguments = (state, put_batch(batch, self.setup), self.knobs)
         log.info("compiling the train step")
         with uninterrupted("compiling the train step"):
-            compiled = make_train_step(self.trainable).lower(*arguments).compile()
+            compiled = make_train_step(self.setup).lower(*arguments).compile()
         log.info("compiled the train step in %.1f s", time.perf_counter() - started)
         wait_for_all()
         return compiled
@@ -285,11 +285,11 @@ class _Loop:
         self.watchdog.other_work(f"the evaluation of step {int(state.step)}")
         microbatch = self.config.batch_size // self.config.accumulation
         batches = eval_batches(
-            self.corpus, microbatch, rows=rows_of_process(self.trainable.mesh, microbatch)
+            self.corpus, microbatch, rows=rows_of_process(self.setup.mesh, microbatch)
         )
         with closing(batches):
             evaluation = evaluate(
-                self.eval_step, self.trainable, state.params, state.router_state, batches,
+                self.eval_step, self.setup, state.params, state.router_state, batches,
                 self.corpus.num_bytes["validation"], should_stop=self.stop.poll, domains=self.domains,
             )  # fmt: skip
         if evaluation:
@@ -307,14 +307,14 @@ class _Loop:
         self.watchdog.other_work(f"saving step {int(state.step)}")
         self.files.save(state, evaluation)
 
-    def _heed(self, recorder: Recorder) -> None:
+    def _check_stop(self, recorder: Recorder) -> None:
         """Asks for a stop if an interval that was just written holds an alarm that is to stop the run."""
         if recorder.stopping:
             self.own_stop.request(ALARM)
 
     def _is_alarmed(self, recorder: Recorder) -> bool:
         """Whether an alarm is to stop the run; all processes ask, since a stop may be granted after the last step."""
-        return first_says("alarmed" if recorder.stopping else "") == "alarmed"
+        return broadcast_from_primary("alarmed" if recorder.stopping else "") == "alarmed"
 
     def _stop_by_alarm(self, state: TrainState, recorder: Recorder) -> None:
         """Raises `AlarmError` once the state is on disk; of several processes the first, which logs, says why."""
@@ -324,19 +324,19 @@ class _Loop:
             if is_first():
                 raise AlarmError(stop_message(int(state.step), recorder.stopping))
 
-        fail_together(fail)
+        raise_on_all(fail)
 
     def _give_up(self, state: TrainState, finished: FinishedStep) -> None:
         """Raises `NonFiniteError`; of several processes all look for the place, and the first names it."""
         self.watchdog.other_work("the search for values that are not finite")
         first = finished.step - finished.skipped_in_row + 1
-        batch = put_batch(self.batches[first - 1], self.trainable)
+        batch = put_batch(self.batches[first - 1], self.setup)
         error = nonfinite_error(
-            self.trainable, state, batch, self.knobs, first, finished.skipped_in_row
+            self.setup, state, batch, self.knobs, first, finished.skipped_in_row
         )
 
         def fail() -> None:
             if is_first():
                 raise error
 
-        fail_together(fail)
+        raise_on_all(fail)

@@ -25,7 +25,7 @@ def update_router_state(
       knobs: for the step of the bias.
     """
     updated = []
-    for (_, group), stats, moe in zip(_by_run(state), routing, config.moe_runs, strict=True):
+    for (_, group), stats, moe in zip(_by_run(state), routing, config.moe_groups, strict=True):
         for name, (path, variable) in group.items():
             updated.append(
                 (path, variable.replace(_update(name, variable[...], stats, moe, knobs)))
@@ -36,7 +36,7 @@ def update_router_state(
 def schedule_router_state(state: nnx.State, config: Config, step: jax.Array | int) -> nnx.State:
     """The state with what schedules set at a step: how many experts a token may visit."""
     scheduled = []
-    for (_, group), moe in zip(_by_run(state), config.moe_runs, strict=True):
+    for (_, group), moe in zip(_by_run(state), config.moe_groups, strict=True):
         for name, (path, variable) in group.items():
             value = variable[...]
             if name == "limit":

@@ -38,7 +38,7 @@ class TrainState:
 
 
 @dataclasses.dataclass(frozen=True)
-class Trainable:
+class TrainSetup:
     """What stays fixed during a run: the model's structure, the optimizer, and where each array lives."""
 
     config: Config
@@ -58,7 +58,7 @@ class Trainable:
         return _fresh(params, router_state, self.optimizer)
 
 
-def make_trainable(config: Config, mesh: Mesh) -> Trainable:
+def make_train_setup(config: Config, mesh: Mesh) -> TrainSetup:
     """Prepares everything about a run that is known before any array exists."""
     model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(params=0)))
     graphdef, params, router_state = split_model(model)
@@ -77,7 +77,7 @@ def make_trainable(config: Config, mesh: Mesh) -> Trainable:
         skipped=everywhere,
         skipped_in_row=everywhere,
     )  # fmt: skip
-    return Trainable(config, mesh, graphdef, optimizer, shardings, abstract)
+    return TrainSetup(config, mesh, graphdef, optimizer, shardings, abstract)
 
 
 def split_model(model: Decoder) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:

@@ -1,6 +1,6 @@
 """One training step: sums first, losses of the sums, then optax.
 
-The forward pass returns sums over tokens (`Sums`). Every loss is a pure function of the sums of the
+The forward pass returns sums over tokens (`BatchSums`). Every loss is a pure function of the sums of the
 whole global batch, so that it is the same for any mesh and any gradient accumulation.
 """
 
@@ -26,12 +26,12 @@ from moejax.training.router_state import (
     update_router_state,
 )
 from moejax.training.schedules import factor, scheduled, scheduled_leaves
-from moejax.training.state import Trainable, TrainState
+from moejax.training.state import TrainSetup, TrainState
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Sums:
+class BatchSums:
     """Sums over the real targets of a batch; they add up over microbatches.
 
     Attributes:
@@ -80,7 +80,7 @@ def forward_sums(
     keys_B: jax.Array | None = None,
     *,
     trace: bool = False,
-) -> Sums:
+) -> BatchSums:
     """Runs the model on packed rows and sums up its losses and routing.
 
     Args:
@@ -92,7 +92,7 @@ def forward_sums(
       trace: keep token-level routing in the sums of routing.
     """
     nats_BL, routing = forward(model, batch, knobs, keys_B, trace)
-    return Sums(nats_BL.sum(), count_targets(batch), routing)
+    return BatchSums(nats_BL.sum(), count_targets(batch), routing)
 
 
 def forward(model, batch: Batch, knobs: Knobs | None, keys_B: jax.Array | None, trace: bool):
@@ -109,10 +109,10 @@ def forward(model, batch: Batch, knobs: Knobs | None, keys_B: jax.Array | None, 
     return jnp.where(batch.loss_mask_BL, nats_BL, 0.0), routing
 
 
-def add_sums(first: Sums, second: Sums) -> Sums:
+def add_sums(first: BatchSums, second: BatchSums) -> BatchSums:
     """The sums of two batches together."""
     routing = tuple(add_stats(*pair) for pair in zip(first.routing, second.routing, strict=True))
-    return Sums(first.nats + second.nats, first.num_targets + second.num_targets, routing)
+    return BatchSums(first.nats + second.nats, first.num_targets + second.num_targets, routing)
 
 
 def row_keys(config: Config, knobs: Knobs, step: jax.Array, batch_size: int) -> jax.Array | None:
@@ -121,7 +121,7 @@ def row_keys(config: Config, knobs: Knobs, step: jax.Array, batch_size: int) -> 
     A pure function of seed, step and row: what is drawn depends neither on the mesh nor on
     accumulation, and a resumed run draws what it would have drawn.
     """
-    if not any(moe.draws for moe in config.moe_runs):
+    if not any(moe.draws for moe in config.moe_groups):
         return None
     key = jax.random.fold_in(jax.random.key(knobs.seed), step)
     return jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(batch_size))
@@ -132,7 +132,7 @@ def count_targets(batch: Batch) -> jax.Array:
     return batch.loss_mask_BL.sum(dtype=jnp.float32)
 
 
-def losses(sums: Sums, knobs: Knobs, config: Config) -> dict[str, jax.Array]:
+def losses(sums: BatchSums, knobs: Knobs, config: Config) -> dict[str, jax.Array]:
     """The language-model loss, the auxiliary losses and their total.
 
     Returns:
@@ -154,7 +154,7 @@ def losses(sums: Sums, knobs: Knobs, config: Config) -> dict[str, jax.Array]:
     total = found["loss/lm"]
     by_run = [
         auxiliary_losses(stats, moe)
-        for stats, moe in zip(sums.routing, config.moe_runs, strict=True)
+        for stats, moe in zip(sums.routing, config.moe_groups, strict=True)
     ]
     for name in LOSSES:
         parts = [run[name] for run in by_run if name in run]
@@ -167,13 +167,13 @@ def losses(sums: Sums, knobs: Knobs, config: Config) -> dict[str, jax.Array]:
 
 
 def loss_and_gradients(
-    trainable: Trainable,
+    setup: TrainSetup,
     params: nnx.State,
     router_state: nnx.State,
     batch: Batch,
     knobs: Knobs,
     keys_B: jax.Array | None = None,
-) -> tuple[nnx.State, Sums]:
+) -> tuple[nnx.State, BatchSums]:
     """Gradients of the total loss of the global batch, and its sums.
 
     With accumulation, microbatch i holds every a-th row. The balance loss is a product of means
@@ -182,18 +182,18 @@ def loss_and_gradients(
     the others held constant. A dense model needs no first pass.
 
     Args:
-      trainable: the run's fixed part.
+      setup: the run's fixed part.
       params: trained arrays.
       router_state: what routers carry besides.
       batch: the global batch.
       knobs: traced scalars.
       keys_B: from `row_keys`.
     """
-    config = trainable.config
+    config = setup.config
 
     def sums_of(params, part):
         batch, keys_B = part
-        model = nnx.merge(trainable.graphdef, params, router_state)
+        model = nnx.merge(setup.graphdef, params, router_state)
         return forward_sums(model, batch, knobs, keys_B)
 
     def total_of(sums):
@@ -209,16 +209,16 @@ def loss_and_gradients(
 
     parts = _split((batch, keys_B), config.train.accumulation)
     if config.num_moe_layers:
-        total, offers = _sum_over(
-            lambda part: _without_offers(sums_of(params, part)), add_sums, parts
+        total, quantile_margins = _sum_over(
+            lambda part: _without_quantile_margins(sums_of(params, part)), add_sums, parts
         )
     else:
         # Cross-entropy is linear in its sum: only the number of targets matters to the gradient.
-        total, offers = Sums(jnp.float32(0), count_targets(batch), ()), ()
+        total, quantile_margins = BatchSums(jnp.float32(0), count_targets(batch), ()), ()
 
     def gradients_of(part):
         def loss(params):
-            sums, _ = _without_offers(sums_of(params, part))
+            sums, _ = _without_quantile_margins(sums_of(params, part))
             return total_of(
                 jax.tree.map(lambda t, s: t + (s - jax.lax.stop_gradient(s)), total, sums)
             ), sums
@@ -229,16 +229,16 @@ def loss_and_gradients(
         return jax.tree.map(jnp.add, first[0], second[0]), add_sums(first[1], second[1])
 
     (grads, sums), _ = _sum_over(gradients_of, add, parts)
-    return grads, _with_offers(sums, offers)
+    return grads, _with_quantile_margins(sums, quantile_margins)
 
 
-def make_train_step(trainable: Trainable) -> jax.stages.Wrapped:
+def make_train_step(setup: TrainSetup) -> jax.stages.Wrapped:
     """Compiles, on first call, `(state, batch, knobs) -> (state, StepOutput)`; the old state's buffers are reused."""
     return jax.jit(
-        train_step_of(trainable),
+        train_step_of(setup),
         donate_argnums=0,
-        out_shardings=(trainable.shardings, replicated(trainable.mesh)),
-        compiler_options=compiler_options(trainable.mesh),
+        out_shardings=(setup.shardings, replicated(setup.mesh)),
+        compiler_options=compiler_options(setup.mesh),
     )
 
 
@@ -247,21 +247,21 @@ def compiler_options(mesh: Mesh) -> dict[str, bool | str] | None:
     return COMPILER_OPTIONS.get(mesh.devices.flat[0].platform)
 
 
-def train_step_of(trainable: Trainable) -> TrainStep:
+def train_step_of(setup: TrainSetup) -> TrainStep:
     """The function that `make_train_step` compiles."""
-    config = trainable.config
+    config = setup.config
     schedule = make_schedule(config.optimizer, config.train.num_steps)
 
     def train_step(state: TrainState, batch: Batch, knobs: Knobs) -> tuple[TrainState, StepOutput]:
         keys_B = row_keys(config, knobs, state.step, batch.tokens_BL.shape[0])
         knobs = scheduled(knobs, config, state.step)
         grads, sums = loss_and_gradients(
-            trainable, state.params, state.router_state, batch, knobs, keys_B
+            setup, state.params, state.router_state, batch, knobs, keys_B
         )
         scalars = losses(sums, knobs, config)
         grad_norm = optax.tree.norm(grads)
         learning_rate = schedule(state.step) * knobs.learning_rate
-        params, opt_state = apply_gradients(trainable, state, grads, learning_rate)
+        params, opt_state = apply_gradients(setup, state, grads, learning_rate)
         router_state, routing = state.router_state, join(sums.routing)
         if routing is not None:
             router_state = update_router_state(router_state, sums.routing, config, knobs)
@@ -310,10 +310,10 @@ def train_step_of(trainable: Trainable) -> TrainStep:
 
 
 def apply_gradients(
-    trainable: Trainable, state: TrainState, grads: nnx.State, learning_rate: jax.Array
+    setup: TrainSetup, state: TrainState, grads: nnx.State, learning_rate: jax.Array
 ) -> tuple[nnx.State, optax.OptState]:
     """The parameters and the state of the optimizer after a step."""
-    updates, opt_state = trainable.optimizer.update(grads, state.opt_state, state.params)
+    updates, opt_state = setup.optimizer.update(grads, state.opt_state, state.params)
     return jax.tree.map(lambda p, u: p - learning_rate * u, state.params, updates), opt_state
 
 
@@ -329,9 +329,9 @@ def rows_of_process(mesh: Mesh, batch_size: int) -> list[int]:
     return sorted({row for part in held if part for row in range(*part[0].indices(batch_size))})
 
 
-def put_batch(batch, trainable: Trainable):
+def put_batch(batch, setup: TrainSetup):
     """Arrays of the rows of this process, see `rows_of_process`, as global ones, split over the mesh's batch axes."""
-    sharding = batch_sharding(trainable.mesh)
+    sharding = batch_sharding(setup.mesh)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
 
 
@@ -355,7 +355,7 @@ def _sum_over(function, add, parts):
     return jax.lax.scan(body, zeros, parts)
 
 
-def _without_offers(sums: Sums) -> tuple[Sums, tuple[jax.Array | None, ...]]:
+def _without_quantile_margins(sums: BatchSums) -> tuple[BatchSums, tuple[jax.Array | None, ...]]:
     """The sums apart from the arrays that do not add up."""
     routing = tuple(dataclasses.replace(stats, offers_TE=None) for stats in sums.routing)
     return dataclasses.replace(sums, routing=routing), tuple(
@@ -363,7 +363,9 @@ def _without_offers(sums: Sums) -> tuple[Sums, tuple[jax.Array | None, ...]]:
     )
 
 
-def _with_offers(sums: Sums, offers: tuple[jax.Array | None, ...]) -> Sums:
+def _with_quantile_margins(
+    sums: BatchSums, quantile_margins: tuple[jax.Array | None, ...]
+) -> BatchSums:
     """The sums with the offers of all tokens, from those of each microbatch, `[P, N, T, E]`."""
 
     def whole(offers_PNTE):
@@ -374,6 +376,6 @@ def _with_offers(sums: Sums, offers: tuple[jax.Array | None, ...]) -> Sums:
 
     routing = tuple(
         dataclasses.replace(stats, offers_TE=whole(o))
-        for stats, o in zip(sums.routing, offers, strict=True)
+        for stats, o in zip(sums.routing, quantile_margins, strict=True)
     )
     return dataclasses.replace(sums, routing=routing)

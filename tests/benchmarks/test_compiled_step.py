@@ -17,7 +17,7 @@ from moejax.cli.verbs import bench
 from moejax.config import resolve
 from moejax.planning.targets import TARGETS, Target, TargetError, has_compiler, target_devices
 from moejax.sharding import make_mesh
-from moejax.training.state import make_trainable
+from moejax.training.state import make_train_setup
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 HERE = Target("here", "cpu", "dev", "8")
@@ -65,10 +65,10 @@ def test_a_step_has_its_memory_and_what_travels_along_each_axis_with_the_way_out
     assert row["tokens_per_device"] == 8 * 64 / 8 and row["fits"]
     # A device's part of the state; its one row of five arrays of 64 positions, one of them of
     # bytes; three knobs.
-    trainable = make_trainable(debug, make_mesh(debug))
+    setup = make_train_setup(debug, make_mesh(debug))
     of_state = jax.tree.map(
         lambda a, sharding: a.dtype.itemsize * np.prod(sharding.shard_shape(a.shape), dtype=int),
-        trainable.abstract, trainable.shardings,
+        setup.abstract, setup.shardings,
     )  # fmt: skip
     assert row["argument_bytes"] == sum(jax.tree.leaves(of_state)) + (4 * 4 + 1) * 64 + 3 * 4
     assert row["peak_bytes"] >= row["argument_bytes"] and row["temporary_bytes"] > 0
@@ -89,7 +89,7 @@ def test_a_step_has_its_memory_and_what_travels_along_each_axis_with_the_way_out
 def test_memory_of_the_target_decides_what_fits_and_a_refusal_is_a_row_without_figures(
     debug, monkeypatch, caplog
 ):
-    monkeypatch.setattr(compiled_step, "lower_step", lambda trainable: Lowered())
+    monkeypatch.setattr(compiled_step, "lower_step", lambda setup: Lowered())
     for memory, fits in ((10**9, True), (10**3, False)):
         row = bench_compiled_step(debug, dataclasses.replace(HERE, memory_bytes=memory), "8")
         assert (row["fits"], row["peak_bytes"]) == (fits, 2000)

@@ -11,7 +11,7 @@ from moejax.moe.layer import TokenInfo
 
 def knobs_of(config: MoeConfig, **changes: jax.Array) -> Knobs:
     """The knobs as a layer's config sets them, with some changed."""
-    return dataclasses.replace(Knobs.of(Config(moe=config)), **changes)
+    return dataclasses.replace(Knobs.from_config(Config(moe=config)), **changes)
 
 
 def info_of(config: MoeConfig, mask_BL, factor=None, keys_B=None, trace=False) -> TokenInfo:

@@ -10,7 +10,7 @@ import numpy as np
 from moejax.config import Config, resolve
 from moejax.data import Batch
 from moejax.sharding import make_mesh
-from moejax.training.state import Trainable, TrainState, make_trainable
+from moejax.training.state import TrainSetup, TrainState, make_train_setup
 
 SMALL: dict[str, dict[str, Any]] = {
     "model": {"num_layers": 2, "d_model": 32, "num_heads": 4, "num_kv_heads": 2, "d_ff": 32},
@@ -91,21 +91,21 @@ def small_config(**sections: dict[str, Any]) -> Config:
     )
 
 
-def make(config: Config, num_devices: int = 1) -> Trainable:
+def make(config: Config, num_devices: int = 1) -> TrainSetup:
     """The fixed part of a run on the first devices."""
-    return make_trainable(config, make_mesh(config, jax.devices()[:num_devices]))
+    return make_train_setup(config, make_mesh(config, jax.devices()[:num_devices]))
 
 
-def initial_state(trainable: Trainable) -> TrainState:
+def initial_state(setup: TrainSetup) -> TrainState:
     """The state of seed 0, which does not depend on the mesh: compiled once for each model, on one device."""
-    config = trainable.config
+    config = setup.config
     plain = dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, remat=True),
         mesh=resolve({"mesh": {"data": 1}}).mesh,
         train=dataclasses.replace(config.train, accumulation=1),
     )
-    return jax.device_put(_initial_arrays(plain), trainable.shardings)
+    return jax.device_put(_initial_arrays(plain), setup.shardings)
 
 
 @functools.cache

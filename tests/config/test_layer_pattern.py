@@ -25,9 +25,9 @@ def test_entries_name_layers_from_either_end_and_ranges_and_change_what_they_say
 
 def test_equal_neighbours_are_one_run_to_scan():
     config = config_of("0: router=hash; 2-3: num_shared_experts=1; -1: top_k=1 renormalize=False")
-    assert [run.num for run in config.runs] == [1, 1, 2, 1, 1]
-    assert [run.num for run in config_of("").runs] == [6]
-    assert [run.num for run in config_of("0,1: dense").runs] == [2, 4]
+    assert [group.num for group in config.layer_groups] == [1, 1, 2, 1, 1]
+    assert [group.num for group in config_of("").layer_groups] == [6]
+    assert [group.num for group in config_of("0,1: dense").layer_groups] == [2, 4]
 
 
 def test_dense_layers_are_not_counted_and_a_pattern_stays_a_pattern():
@@ -35,7 +35,11 @@ def test_dense_layers_are_not_counted_and_a_pattern_stays_a_pattern():
     assert config.moe_layers == (3, 4, 5) and config.num_moe_layers == 3
     every = config_of("3: num_shared_experts=1", num_layers=8, every=2)
     assert every.moe_layers == (1, 3, 5, 7)
-    assert [(len(run.kinds), run.num) for run in every.runs] == [(2, 1), (2, 1), (2, 2)]
+    assert [(len(group.kinds), group.num) for group in every.layer_groups] == [
+        (2, 1),
+        (2, 1),
+        (2, 2),
+    ]
 
 
 def test_losses_that_do_not_fit_a_layers_router_are_left_out_there():

@@ -431,7 +431,7 @@ def test_knobs_are_scalars_with_the_values_of_the_config():
     config = resolve_recorded(
         nested({f"moe.{name}": value for name, value in values.items()} | others)
     )
-    knobs = Knobs.of(config)
+    knobs = Knobs.from_config(config)
     assert (knobs.seed.dtype, int(knobs.seed)) == (np.int32, 2**31 - 1)
     assert knobs.learning_rate == np.float32(2e-3)
     assert {name: float(getattr(knobs, name)) for name in names} == {
@@ -446,25 +446,21 @@ def test_knobs_are_scalars_with_the_values_of_the_config():
 
 
 def attribute_reads():
-    """(what it is read from, attribute) for each attribute read in moejax; config.py's functions only validate."""
+    """(what it is read from, attribute) for each attribute read in moejax.
+
+    Functions of moejax/config only validate, apart from those that derive layers from leaves.
+    """
     for path in sorted((ROOT / "moejax").rglob("*.py")):
+        is_config = "config" in path.relative_to(ROOT).parts
         tree = ast.parse(path.read_text())
-        if (
-            path.parent.name == "config" and path.name != "layers.py"
-        ):  # which derives the layers from their leaves
+        if is_config and path.name != "layer_pattern.py":
             tree.body = [node for node in tree.body if isinstance(node, ast.ClassDef)]
         for node in ast.walk(tree):
             if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
                 owner = getattr(node.value, "attr", getattr(node.value, "id", ""))
                 # The properties of a section read their own leaves.
-                yield (
-                    (
-                        "config"
-                        if owner == "self" and path.parent.name == "config"
-                        else owner.lstrip("_")
-                    ),
-                    node.attr,
-                )
+                owner = "config" if owner == "self" and is_config else owner.lstrip("_")
+                yield owner, node.attr
 
 
 # Schedules are read in a loop over them (`training/schedules.py`); tests/training/test_schedules.py

@@ -79,7 +79,7 @@ def config_of(context, **changes):
 
 def run_layer(config):
     """Traces one MoE layer in training and in evaluation, its losses, and the update of its router's state."""
-    moe = config.moe_runs[0]
+    moe = config.moe_groups[0]
     mask_BL = jnp.ones((2, config.data.seq_len), bool)
     x_BLD = jnp.ones((2, config.data.seq_len, config.model.d_model))
     keys_B = jax.random.split(jax.random.key(0), 2)
@@ -96,7 +96,7 @@ def run_layer(config):
         stats = jax.tree.map(lambda a: a[None], stats)
         if moe.has_selection_bias:
             bias_NE = layer.selection_bias[...][None]
-            router_state._update("selection_bias", bias_NE, stats, moe, Knobs.of(config))
+            router_state._update("selection_bias", bias_NE, stats, moe, Knobs.from_config(config))
         losses.update(auxiliary_losses(stats, moe))
         return y_BLD
 

@@ -137,7 +137,9 @@ sample = jax.jit(sample)
 
 
 def draw(logits, temperature, top_p, count=2000):
-    sampling = Sampling.of(temperature, top_p, jax.random.split(jax.random.key(0), count))
+    sampling = Sampling.from_settings(
+        temperature, top_p, jax.random.split(jax.random.key(0), count)
+    )
     logits = jnp.broadcast_to(jnp.log(jnp.array(logits)), (count, len(logits)))
     drawn = sample(logits, sampling, jnp.zeros(count, jnp.int32))
     return np.bincount(np.asarray(drawn), minlength=logits.shape[1]) / count
@@ -187,7 +189,9 @@ def test_partial_selection_draws_what_the_sorted_vocabulary_gives(top_p):
     logits_BV = np.concatenate([logits_BV, np.round(logits_BV), np.zeros((2, 600), np.float32)])
     keys_B = jax.random.split(jax.random.key(1), len(logits_BV))
     positions_B = jnp.arange(len(logits_BV), dtype=jnp.int32)
-    drawn_B = sample(jnp.asarray(logits_BV), Sampling.of(1.0, top_p, keys_B), positions_B)
+    drawn_B = sample(
+        jnp.asarray(logits_BV), Sampling.from_settings(1.0, top_p, keys_B), positions_B
+    )
     draw_keys_B = jax.vmap(jax.random.fold_in)(keys_B, positions_B)
     noise_BV = jax.vmap(lambda key: jax.random.gumbel(key, (600,)))(draw_keys_B)
     sizes = set()
@@ -203,7 +207,7 @@ def test_partial_selection_draws_what_the_sorted_vocabulary_gives(top_p):
 def test_a_nucleus_larger_than_the_candidates_changes_no_other_sequence():
     peaked_V, flat_V = np.linspace(30, 0, 600, dtype=np.float32), np.zeros(600, np.float32)
     keys_B = jax.random.split(jax.random.key(1), 2)
-    sampling, positions_B = Sampling.of(1.0, 0.999, keys_B), jnp.zeros(2, jnp.int32)
+    sampling, positions_B = Sampling.from_settings(1.0, 0.999, keys_B), jnp.zeros(2, jnp.int32)
     alone = sample(jnp.stack([peaked_V, peaked_V]), sampling, positions_B)
     beside = sample(jnp.stack([peaked_V, flat_V]), sampling, positions_B)
     assert alone[0] == beside[0]
@@ -211,7 +215,7 @@ def test_a_nucleus_larger_than_the_candidates_changes_no_other_sequence():
 
 @pytest.mark.parametrize(("temperature", "top_p", "sorts"), [(0, 0.9, 0), (1, 1.0, 0), (1, 0.9, 2)])
 def test_nothing_is_sorted_where_nothing_is_cut(temperature, top_p, sorts):
-    sampling = Sampling.of(temperature, top_p, jax.random.split(jax.random.key(0), 2))
+    sampling = Sampling.from_settings(temperature, top_p, jax.random.split(jax.random.key(0), 2))
     program = jax.make_jaxpr(sample)(jnp.zeros((2, 600)), sampling, jnp.zeros(2, jnp.int32))
     names = oracle.primitives(program)
     assert names.count("top_k") + names.count("sort") == sorts
@@ -220,7 +224,7 @@ def test_nothing_is_sorted_where_nothing_is_cut(temperature, top_p, sorts):
 def test_temperatures_and_masses_share_the_programs_of_their_method():
     keys = jax.random.split(jax.random.key(0), 2)
     kinds = [
-        Sampling.of(*given, keys)
+        Sampling.from_settings(*given, keys)
         for given in [(0.5, 0.9), (0.7, 0.5), (0.5, 1), (2, 1), (0, 0.9), (0, 1)]
     ]
     assert [kind.method for kind in kinds] == ["nucleus"] * 2 + ["all"] * 2 + ["greedy"] * 2
@@ -236,7 +240,9 @@ def test_ids_that_are_no_token_are_never_drawn(model):
         (HOTTEST, 1.0),
         (HOTTEST, 0.999),
     ]:  # so hot that all tokens are alike
-        sampling = Sampling.of(temperature, top_p, jax.random.split(jax.random.key(0), 500))
+        sampling = Sampling.from_settings(
+            temperature, top_p, jax.random.split(jax.random.key(0), 500)
+        )
         logits_BV = jnp.broadcast_to(logits_BLV[0, 0], (500, 320))
         drawn_B = sample(logits_BV, sampling, jnp.zeros(500, jnp.int32))
         assert drawn_B.max() < ByteTokenizer.vocab_size

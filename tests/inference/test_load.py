@@ -25,14 +25,14 @@ def workdir(tmp_path_factory):
     """A run that was saved before its first step."""
     folder = tmp_path_factory.mktemp("load")
     config = small_config(data={"directory": str(folder / "data")}, mesh={"data": 1})
-    trainable = make(config)
+    setup = make(config)
     corpus = prepare(config.data)
     corpus.tokenizer.save(folder / "run")
     write_run_directory(
         folder / "run", config, count_parameters(config), corpus.directory.name, "test"
     )
-    with Checkpoints(folder / "run", trainable) as checkpoints:
-        checkpoints.save(trainable.init(0))
+    with Checkpoints(folder / "run", setup) as checkpoints:
+        checkpoints.save(setup.init(0))
     return folder / "run"
 
 

@@ -36,10 +36,10 @@ def draw_rows():
     return x_ARD, w_AEDF, np.array(SIZES_AE, np.int32), dy_ARF
 
 
-def with_gradients(implementation, x_RD, w_EDF, sizes_E, dy_RF, spare_rows=0):
+def with_gradients(implementation, x_RD, w_EDF, sizes_E, dy_RF, padding_rows=0):
     def product(x_RD, w_EDF):
         return grouped_matmul(
-            x_RD, w_EDF, sizes_E, implementation=implementation, spare_rows=spare_rows
+            x_RD, w_EDF, sizes_E, implementation=implementation, padding_rows=padding_rows
         )
 
     y_RF, pull = jax.vjp(product, x_RD, w_EDF)
@@ -63,7 +63,7 @@ def test_rows_that_are_spare_in_each_arm_are_spare_in_the_middle_of_all(implemen
     x_ARD, dy_ARF = (
         np.pad(a, ((0, 0), (0, spare), (0, 0)), constant_values=np.nan) for a in (x_ARD, dy_ARF)
     )
-    run = functools.partial(with_gradients, implementation, spare_rows=spare)
+    run = functools.partial(with_gradients, implementation, padding_rows=spare)
     found = jax.jit(jax.vmap(run))(x_ARD, w_AEDF, sizes_AE, dy_ARF)
     for arm in range(len(SIZES_AE)):
         expected = oracle.grouped_matmul(x_ARD[arm], w_AEDF[arm], sizes_AE[arm], dy_ARF[arm])
@@ -137,7 +137,7 @@ def draw_choices(num_arms=3, num_experts=4):
 
 def run_layer(x_TD, weights_TK, gate_up_EDPF, down_EFD, experts_TK, dy_TD):
     num_experts, sizes = down_EFD.shape[0], tile_sizes(experts_TK.size, down_EFD.shape[0])
-    plan = plan_dropless(experts_TK, num_experts, spare_rows=sizes[-1])
+    plan = plan_dropless(experts_TK, num_experts, padding_rows=sizes[-1])
 
     def layer(*arrays):
         return feed_forward(

@@ -23,7 +23,7 @@ NAMES = ("y_TD", "dx_TD", "dweights_TK", "dgate_up_EDPF", "ddown_EFD")
 def run_layer(x_TD, weights_TK, gate_up_EDPF, down_EFD, experts_TK, activation="swiglu"):
     num_experts = down_EFD.shape[0]
     sizes = tile_sizes(experts_TK.size, num_experts)
-    plan = plan_dropless(experts_TK, num_experts, spare_rows=sizes[-1])
+    plan = plan_dropless(experts_TK, num_experts, padding_rows=sizes[-1])
     return feed_forward(
         x_TD, weights_TK, gate_up_EDPF, down_EFD, plan.row_TK, plan.choice_R, plan.group_sizes_E,
         activate=Network(activation, limit=0.5).activate, sizes=sizes,
@@ -174,7 +174,7 @@ def test_memory_that_nobody_wrote_reaches_no_result(monkeypatch):
 def test_too_few_spare_rows_are_an_error_that_says_how_many_to_plan_with():
     arrays = map(jnp.asarray, draw(choices_of((31, 0, 32, 3, 0), 50, 2), 5))
     x_TD, weights_TK, gate_up_EDPF, down_EFD, experts_TK, _ = arrays
-    plan = plan_dropless(experts_TK, 5, spare_rows=63)
+    plan = plan_dropless(experts_TK, 5, padding_rows=63)
     rows = plan.row_TK, plan.choice_R, plan.group_sizes_E
     with pytest.raises(ValueError, match=r"163 rows and must have 164; plan with spare_rows=64"):
         feed_forward(

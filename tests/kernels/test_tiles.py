@@ -17,7 +17,7 @@ SIZES, NUM_GROUPS, NUM_ROWS = (8, 16, 32), 5, 400
 @functools.partial(jax.jit, static_argnames="sizes")
 def visits(group_sizes_E, sizes):
     """For each row the group that visits it, by a tile that ends there or not, and all rows that tiles take."""
-    groups = Groups.of(group_sizes_E, jnp.cumsum(group_sizes_E) - group_sizes_E, sizes)
+    groups = Groups.from_sizes(group_sizes_E, jnp.cumsum(group_sizes_E) - group_sizes_E, sizes)
 
     def tile(e, size, row, carry):
         owner_R, visits_R, total = carry

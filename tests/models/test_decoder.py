@@ -76,7 +76,9 @@ def weights_of(config):
 def apply(config, state, tokens_BL, segments_BL, positions_BL, factor=None):
     """Logits, and the statistics of all MoE layers; training with a capacity factor, or evaluation without."""
     knobs = (
-        None if factor is None else dataclasses.replace(Knobs.of(config), capacity_factor=factor)
+        None
+        if factor is None
+        else dataclasses.replace(Knobs.from_config(config), capacity_factor=factor)
     )
     logits_BLV, runs = merge(config, state)(tokens_BL, segments_BL, positions_BL, knobs=knobs)
     return logits_BLV, join(runs)
@@ -478,7 +480,7 @@ def test_walking_through_the_layers_draws_what_the_scan_draws():
     pattern = {"first_dense": 1, "every": 2, "expert_dropout": 0.5, "jitter": 0.1}
     config = small_config(model={"num_layers": 5}, moe=pattern)
     model = Decoder(config, rngs=nnx.Rngs(params=0))
-    knobs, keys_B = Knobs.of(config), jax.random.split(jax.random.key(3), 2)
+    knobs, keys_B = Knobs.from_config(config), jax.random.split(jax.random.key(3), 2)
     tokens_BL = jnp.asarray(np.random.default_rng(0).integers(3, 250, (2, 16)), jnp.int32)
     ones_BL, positions_BL = (
         jnp.ones_like(tokens_BL),

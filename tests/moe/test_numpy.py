@@ -16,7 +16,7 @@ from moejax.kernels.grouped_matmul import grouped_matmul
 from moejax.moe import router as routers
 from moejax.moe.balancing import losses as balance
 from moejax.moe.balancing import sums as estimates
-from moejax.moe.balancing.stats import Service, collect
+from moejax.moe.balancing.stats import CombineWeights, collect
 from moejax.moe.dispatch import capacity
 from moejax.moe.dispatch import plan as dispatch
 from moejax.moe.router import RouterInputs, route, route_expert_choice, route_soft
@@ -30,7 +30,7 @@ EXPERTS_TK = np.where(
 ).astype(np.int32)
 PLAN = jax.tree.map(np.asarray, dispatch.plan_dropless(jnp.asarray(EXPERTS_TK), E))
 SPARE_PLAN = jax.tree.map(
-    np.asarray, dispatch.plan_dropless(jnp.asarray(EXPERTS_TK), E, spare_rows=4)
+    np.asarray, dispatch.plan_dropless(jnp.asarray(EXPERTS_TK), E, padding_rows=4)
 )
 GATE_UP_EDPF, DOWN_EFD = RNG.random((E, D, 1, F), np.float32), RNG.random((E, F, D), np.float32)
 WEIGHTS_TK = RNG.random((T, K), np.float32)
@@ -63,7 +63,7 @@ STATS = jax.tree.map(
     collect(
         jax.tree.map(jnp.asarray, ROUTING),
         jnp.asarray(MASK_T),
-        Service(jnp.asarray(WEIGHTS_TK), jnp.asarray(NONE_TK), jnp.asarray(NONE_TK)),
+        CombineWeights(jnp.asarray(WEIGHTS_TK), jnp.asarray(NONE_TK), jnp.asarray(NONE_TK)),
         CONFIG,
         length=L,
     ),
@@ -95,10 +95,10 @@ DOORS = {
     "combine weights": (lambda w_TK: dispatch.combine(Y_RD, w_TK, PLAN), WEIGHTS_TK),
     "take_slots": (lambda x_BLD: dispatch.take_slots(x_BLD, POSITIONS_BEC), RNG.random((2, L, D), np.float32)),
     "add_slots": (lambda y: dispatch.add_slots(y, POSITIONS_BEC, L), RNG.random((2, E, 2, D), np.float32)),
-    "admit": (
+    "apply_capacity": (
         lambda w_TK: (
             w_TK
-            * capacity.admit(
+            * capacity.apply_capacity(
                 EXPERTS_TK, LOGITS_TE, w_TK, 2, num_experts=E, num_groups=2, order="weight", overflow="next"
             ).is_dropped_TK
         ),
@@ -150,7 +150,7 @@ DOORS = {
     "count_ties": (lambda x: x * estimates.count_ties(ROUTING, MASK_T), LOGITS_TE),
     "expected_load": (lambda x: x * estimates.expected_load(ROUTING, MASK_T, K)[None], STATS.probs_E),
     "expected_load_vmoe": (lambda x: x * estimates.expected_load_vmoe(ROUTING, MASK_T, K)[None], STATS.probs_E),
-    "offers": (lambda x: jnp.nan_to_num(estimates.offers(ROUTING, MASK_T, K)) * x, LOGITS_TE),
+    "quantile_margins": (lambda x: jnp.nan_to_num(estimates.quantile_margins(ROUTING, MASK_T, K)) * x, LOGITS_TE),
 }  # fmt: skip
 TOKEN_CHOICE = {
     name: {"num_groups": 2, "top_k_groups": 1} if name == "hierarchical" else {}
@@ -189,7 +189,7 @@ def test_every_public_door_is_tried():
             if f.__module__.startswith(module.__name__) and not n.startswith("_")
         )
         doors |= {name for name in own if has_arrays(getattr(module, name))}
-    inner = {"add_rows", "route", "weigh", "log_weights", "named"} | {
+    inner = {"add_rows", "route", "combine_weights", "log_weights", "save_for_remat"} | {
         *(name for name in dir(grouped_matmul_module) if name.startswith("grouped_matmul_"))
     }
     assert doors - inner <= DOORS.keys()

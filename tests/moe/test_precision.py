@@ -15,16 +15,16 @@ from cases.training import ROUTER_CASES
 from moejax.config import ROUTER_RULES, MoeConfig
 from moejax.config.sections.moe import derive_moe
 from moejax.moe.dispatch.on_device import (
-    Chosen,
-    Mixing,
-    Slots,
+    ExpertChoice,
+    SoftSlots,
+    TokenChoice,
     run_dropless,
     run_slots,
     run_soft,
     run_with_capacity,
 )
 from moejax.moe.expert_parallel.exchange import exchange
-from moejax.moe.expert_parallel.strategy import Exchange, Local
+from moejax.moe.expert_parallel.strategy import Exchange, LocalExperts
 from moejax.moe.experts.experts import ExpertWeights, Network
 from moejax.moe.layer import MoE
 from moejax.moe.router.modules import make_router
@@ -92,7 +92,7 @@ def test_weighted_sums_of_bfloat16_outputs_are_rounded_once(path):
     experts_BLK, weights_BLK = choices(8, 8)
     x_BLD = tokens()
     run = jax.jit(LOCAL[path])
-    y_BLD = run(jnp.asarray(x_BLD, jnp.bfloat16), Chosen(experts_BLK, weights_BLK), weights)
+    y_BLD = run(jnp.asarray(x_BLD, jnp.bfloat16), TokenChoice(experts_BLK, weights_BLK), weights)
     check_rounded_once(y_BLD, expected_of(x_BLD, factors_E, experts_BLK, weights_BLK))
 
 
@@ -102,7 +102,7 @@ def test_gradients_of_the_weights_are_those_of_unrounded_sums():
     x_BLD, dy_BLD = tokens(), tokens(1)
 
     def objective(weights_BLK, x_BLD):
-        y_BLD = LOCAL["padded"](x_BLD, Chosen(experts_BLK, weights_BLK), weights)
+        y_BLD = LOCAL["padded"](x_BLD, TokenChoice(experts_BLK, weights_BLK), weights)
         return jnp.sum(y_BLD.astype(jnp.float32) * dy_BLD.astype(np.float32))
 
     run = jax.jit(jax.grad(objective, (0, 1)))
@@ -120,7 +120,7 @@ def test_weights_on_the_input_are_float32():
     factors_E, weights = exact_experts(8)
     experts_BLK, weights_BLK = choices(8, 1)
     x_BLD = tokens()
-    chosen = Chosen(experts_BLK, jnp.ones_like(weights_BLK), weights_BLK)
+    chosen = TokenChoice(experts_BLK, jnp.ones_like(weights_BLK), weights_BLK)
     y_BLD = jax.jit(LOCAL["padded"])(jnp.asarray(x_BLD, jnp.bfloat16), chosen, weights)
     error_BLD = np.abs(
         np.asarray(y_BLD, np.float64) / expected_of(x_BLD, factors_E, experts_BLK, weights_BLK) - 1
@@ -135,7 +135,7 @@ def test_an_experts_choice_adds_many_experts_up_without_rounding_between():
     x_BLD, rng = tokens(), np.random.default_rng(0)
     weights_BEC = rng.random((1, 64, L)).astype(np.float32)
     positions_BEC = np.broadcast_to(np.arange(L, dtype=np.int32), weights_BEC.shape)
-    slots = Slots(jnp.asarray(positions_BEC), jnp.asarray(weights_BEC))
+    slots = ExpertChoice(jnp.asarray(positions_BEC), jnp.asarray(weights_BEC))
 
     def run(x_BLD):
         return run_slots(x_BLD, slots, weights)
@@ -154,7 +154,7 @@ def test_soft_mixtures_are_rounded_once_a_way():
     combine_BLES = rng.random((1, L, 8, 2)).astype(np.float32)
     dispatch_BLES = np.zeros_like(combine_BLES)
     dispatch_BLES[:, 3] = 1  # the same exact token in every slot
-    mixing = Mixing(jnp.asarray(dispatch_BLES), jnp.asarray(combine_BLES))
+    mixing = SoftSlots(jnp.asarray(dispatch_BLES), jnp.asarray(combine_BLES))
     x_BLD = tokens()
     y_BLD = jax.jit(run_soft)(jnp.asarray(x_BLD, jnp.bfloat16), mixing, weights)
     scale_L = (combine_BLES[0].astype(np.float64) * factors_E[:, None]).sum(axis=(1, 2))
@@ -171,7 +171,7 @@ def test_weights_travel_as_float32(strategy):
         choices(8, 1, seed) for seed in range(4)
     ]  # of one device each: nothing is rounded on the way back
     experts_BLK, weights_BLK = (jnp.concatenate(arrays) for arrays in zip(*drawn, strict=True))
-    local = Local(functools.partial(run_dropless, implementation="auto"))
+    local = LocalExperts(functools.partial(run_dropless, implementation="auto"))
     mesh = jax.make_mesh(
         (1, 1, 2, 2, 1, 1), MESH_AXES, (AxisType.Auto,) * 6, devices=jax.devices()[:4]
     )
@@ -180,7 +180,7 @@ def test_weights_travel_as_float32(strategy):
 
         @jax.jit
         def run(x_BLD, experts_BLK, weights_BLK, weights):
-            how, chosen = Exchange(strategy, 2.0), Chosen(experts_BLK, weights_BLK)
+            how, chosen = Exchange(strategy, 2.0), TokenChoice(experts_BLK, weights_BLK)
             return exchange(how, local, local, x_BLD, chosen, weights)[0]
 
         arrays = jnp.asarray(x_BLD, jnp.bfloat16), experts_BLK, weights_BLK, weights

@@ -213,7 +213,7 @@ def metrics(result: LayerResult) -> dict[str, float]:
         "dropped": sum(dropped) / (top_k * len(tokens)),
         "moved": 0.0,
         "dropped_out": 0.0,
-        "left_over": 0.0,
+        "buffer_overflow": 0.0,
         "unserved": sum(number == top_k for number in dropped) / len(tokens),
         "gate_mass": sum(sum(result.weights_BLK[t][result.kept_BLK[t]]) for t in tokens)
         / len(tokens),

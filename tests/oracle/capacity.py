@@ -16,7 +16,9 @@ def turns(weights_TK, order):
     return [(t, k) for k in ranks for t in tokens]
 
 
-def admit(experts_TK, ranking_TE, weights_TK, limit, *, num_experts, num_groups, order, overflow):
+def apply_capacity(
+    experts_TK, ranking_TE, weights_TK, limit, *, num_experts, num_groups, order, overflow
+):
     """Final experts of all choices; None where a choice is dropped. Groups are equal runs of tokens."""
     size = len(experts_TK) // num_groups
     final = []

@@ -111,7 +111,7 @@ def products_of_training(config, batch=2):
             jax.random.split(jax.random.key(0), batch),
         )
         logits_BLV, _ = model(
-            tokens_BL, segments_BL, positions_BL, knobs=Knobs.of(config), keys_B=keys_B
+            tokens_BL, segments_BL, positions_BL, knobs=Knobs.from_config(config), keys_B=keys_B
         )
         return (jax.nn.logsumexp(logits_BLV, axis=-1) - logits_BLV[..., 0]).sum()
 

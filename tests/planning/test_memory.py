@@ -12,7 +12,7 @@ from moejax.config import ConfigError, resolve
 from moejax.planning import memory
 from moejax.planning.memory import check_memory, device_memory, estimate_memory, host_memory
 from moejax.sharding import make_mesh
-from moejax.training.state import make_trainable
+from moejax.training.state import make_train_setup
 
 ABSURD = [
     {"moe.num_experts": 10**9},
@@ -31,7 +31,7 @@ def num_bytes(tree):
 
 def test_parameters_moments_and_gradients_are_those_of_the_state():
     config = small_config(mesh={"data": 1})
-    abstract = make_trainable(config, make_mesh(config, jax.devices()[:1])).abstract
+    abstract = make_train_setup(config, make_mesh(config, jax.devices()[:1])).abstract
     held = {name: num_bytes(getattr(abstract, name)) for name in ("params", "opt_state")}
     found = estimate_memory(config, 1)
     assert found.parameters == found.gradients == held["params"]

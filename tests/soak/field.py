@@ -205,12 +205,12 @@ def _state(workdir: Path) -> Any:
 def _trainable_of(text: str) -> Any:
     from moejax.config import resolve
     from moejax.sharding import make_mesh
-    from moejax.training.state import make_trainable
+    from moejax.training.state import make_train_setup
 
     sections = json.loads(text)
     sections["mesh"] = {"data": 1}
     config = resolve(sections)
-    return make_trainable(config, make_mesh(config, jax.devices()[:1]))
+    return make_train_setup(config, make_mesh(config, jax.devices()[:1]))
 
 
 def _trainable(path: Path) -> Any:

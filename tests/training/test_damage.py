@@ -59,7 +59,7 @@ def programs():
 
     patch.setattr(loop._Loop, "_compile", once("step", loop._Loop._compile))
     patch.setattr(loop, "make_eval_step", once("eval", loop.make_eval_step))
-    patch.setattr(loop, "make_trainable", once("trainable", loop.make_trainable))
+    patch.setattr(loop, "make_train_setup", once("setup", loop.make_train_setup))
     patch.setattr(loop, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
     yield
     patch.undo()
@@ -511,6 +511,6 @@ def test_a_lowered_number_of_steps_trains_nothing_and_loses_nothing(runs, tmp_pa
     copy = copy_run(stopped, tmp_path / "run")
     before = lines(copy)
     lowered = replace(config, "train", num_steps=4)
-    monkeypatch.setattr(loop, "make_trainable", lambda config, mesh: make(config))
+    monkeypatch.setattr(loop, "make_train_setup", lambda config, mesh: make(config))
     assert train(lowered, copy).step == STOP
     assert lines(copy) == before

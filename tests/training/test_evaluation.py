@@ -42,14 +42,14 @@ def test_the_loss_of_a_domain_is_the_mean_over_its_targets_on_any_mesh(mesh, num
     config = cases.small_config(
         mesh=mesh, moe={"num_experts": num_experts}, model={"num_layers": 1}
     )
-    trainable = cases.make(config, math.prod(mesh.values()))
-    state = cases.initial_state(trainable)
-    with jax.set_mesh(trainable.mesh):
+    setup = cases.make(config, math.prod(mesh.values()))
+    state = cases.initial_state(setup)
+    with jax.set_mesh(setup.mesh):
         evaluation = evaluate(
-            make_eval_step(trainable, 3), trainable, state.params, state.router_state, iter(batches(config)), 100,
+            make_eval_step(setup, 3), setup, state.params, state.router_state, iter(batches(config)), 100,
             domains=DOMAINS,
         )  # fmt: skip
-        model = nnx.merge(trainable.graphdef, state.params, state.router_state)
+        model = nnx.merge(setup.graphdef, state.params, state.router_state)
         inputs = [
             map(jnp.asarray, (b.tokens_BL, b.segments_BL, b.positions_BL)) for b in batches(config)
         ]
@@ -74,15 +74,15 @@ def test_the_loss_of_a_domain_is_the_mean_over_its_targets_on_any_mesh(mesh, num
 def test_the_probe_is_the_first_row_of_batches_spread_over_the_split(monkeypatch):
     monkeypatch.setattr("moejax.training.evaluation.PROBE_ROWS", 4)
     config = cases.small_config(moe={"num_experts": 4}, model={"num_layers": 2})
-    trainable = cases.make(config, 1)
-    state = cases.initial_state(trainable)
+    setup = cases.make(config, 1)
+    state = cases.initial_state(setup)
     every = [cases.packed_batch(config, seed) for seed in range(11)]
-    with jax.set_mesh(trainable.mesh):
-        step = make_eval_step(trainable)
+    with jax.set_mesh(setup.mesh):
+        step = make_eval_step(setup)
 
         def probe(batches):
             return evaluate(
-                step, trainable, state.params, state.router_state, iter(batches), 100
+                step, setup, state.params, state.router_state, iter(batches), 100
             ).probe_NTK
 
         alone = [probe([batch]) for batch in every]

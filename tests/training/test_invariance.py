@@ -35,17 +35,17 @@ class Outcome:
 
 
 def run(config: Config, num_devices: int = 1, num_steps: int = 0) -> Outcome:
-    trainable = make(config, num_devices)
-    batch = put_batch(packed_batch(config), trainable)
-    knobs = Knobs.of(config)
-    with jax.set_mesh(trainable.mesh):
-        state = initial_state(trainable)
+    setup = make(config, num_devices)
+    batch = put_batch(packed_batch(config), setup)
+    knobs = Knobs.from_config(config)
+    with jax.set_mesh(setup.mesh):
+        state = initial_state(setup)
 
         @jax.jit
         def gradients(params, batch):
             keys_B = row_keys(config, knobs, state.step, config.train.batch_size)
             grads, sums = loss_and_gradients(
-                trainable, params, state.router_state, batch, knobs, keys_B
+                setup, params, state.router_state, batch, knobs, keys_B
             )
             parts = losses(sums, knobs, config)
             parts["dropped"] = sum(stats.dropped.sum() for stats in sums.routing)
@@ -54,17 +54,17 @@ def run(config: Config, num_devices: int = 1, num_steps: int = 0) -> Outcome:
         grads, sums, parts = jax.device_get(gradients(state.params, batch))
         # How many choices a buffer has no room for depends on how the mesh cuts the tokens; the
         # results do not.
-        routing = [dataclasses.replace(stats, left_over=0.0) for stats in sums.routing]
+        routing = [dataclasses.replace(stats, buffer_overflow=0.0) for stats in sums.routing]
         outcome = Outcome(parts, jax.tree.leaves(grads), jax.tree.leaves(routing))
         if num_steps:
-            before, step = flat(state.params), make_train_step(trainable)
+            before, step = flat(state.params), make_train_step(setup)
             for _ in range(num_steps):
                 state, output = step(state, batch, knobs)
             outcome.updates, outcome.scalars = (
                 flat(state.params) - before,
                 jax.device_get(output.scalars),
             )
-            outcome.scalars.pop("moe/left_over", None)
+            outcome.scalars.pop("moe/buffer_overflow", None)
     return outcome
 
 
@@ -108,10 +108,10 @@ def dense() -> Outcome:
 
 def test_a_moe_layer_without_loss_terms_is_an_error_while_tracing():
     config = small_config()
-    trainable = make(config)
+    setup = make(config)
     sums = jax.eval_shape(
-        lambda params, state, batch: forward_sums(nnx.merge(trainable.graphdef, params, state), batch),
-        trainable.abstract.params, trainable.abstract.router_state, packed_batch(config),
+        lambda params, state, batch: forward_sums(nnx.merge(setup.graphdef, params, state), batch),
+        setup.abstract.params, setup.abstract.router_state, packed_batch(config),
     )  # fmt: skip
     one_layer = dataclasses.replace(
         sums,
@@ -123,7 +123,7 @@ def test_a_moe_layer_without_loss_terms_is_an_error_while_tracing():
         with pytest.raises(
             ValueError, match=rf"{reported} layers reported routing, and the model has 2 MoE layers"
         ):
-            jax.eval_shape(lambda sums: losses(sums, Knobs.of(config), config), bad)
+            jax.eval_shape(lambda sums: losses(sums, Knobs.from_config(config), config), bad)
 
 
 def test_the_reference_step_is_not_trivial(moe):
@@ -201,10 +201,10 @@ def test_remat_sends_no_token_twice_if_what_arrived_is_saved(saves, ways):
     config = small_config(
         moe={"exchange": "dedup", "save_exchanged": saves}, mesh={"data": 1, "expert": 2}
     )
-    trainable = make(config, 2)
-    batch = put_batch(packed_batch(config), trainable)
-    with jax.set_mesh(trainable.mesh):
-        lowered = make_train_step(trainable).lower(trainable.abstract, batch, Knobs.of(config))
+    setup = make(config, 2)
+    batch = put_batch(packed_batch(config), setup)
+    with jax.set_mesh(setup.mesh):
+        lowered = make_train_step(setup).lower(setup.abstract, batch, Knobs.from_config(config))
     text = lowered.compile().as_text()
     rows = [int(rows) for rows in re.findall(r"f32\[1,(\d+),32\]\S*\) all-to-all\(", text)]
     tokens, receivers = 8 * 16 / 2, mean_receivers(4, 2, 2)
@@ -217,10 +217,10 @@ def test_remat_sends_no_token_twice_if_what_arrived_is_saved(saves, ways):
 
 def test_a_step_on_one_device_sends_nothing_not_even_to_itself():
     config = small_config()
-    trainable = make(config, 1)
-    batch = put_batch(packed_batch(config), trainable)
-    with jax.set_mesh(trainable.mesh):
-        lowered = make_train_step(trainable).lower(trainable.abstract, batch, Knobs.of(config))
+    setup = make(config, 1)
+    batch = put_batch(packed_batch(config), setup)
+    with jax.set_mesh(setup.mesh):
+        lowered = make_train_step(setup).lower(setup.abstract, batch, Knobs.from_config(config))
     sent = re.findall(
         r"\b(all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute)",
         lowered.compile().as_text(),
@@ -282,10 +282,10 @@ def test_what_a_device_holds_during_a_step_falls_as_the_number_of_devices(monkey
         config = small_config(
             moe={"num_experts": 8, "exchange": "dedup"}, mesh=mesh, data={"seq_len": 256}
         )
-        trainable = make(config, num_devices)
-        with jax.set_mesh(trainable.mesh):
-            batch = put_batch(packed_batch(config), trainable)
-            lowered = make_train_step(trainable).lower(trainable.abstract, batch, Knobs.of(config))
+        setup = make(config, num_devices)
+        with jax.set_mesh(setup.mesh):
+            batch = put_batch(packed_batch(config), setup)
+            lowered = make_train_step(setup).lower(setup.abstract, batch, Knobs.from_config(config))
         return lowered.compile().memory_analysis().temp_size_in_bytes
 
     one = temporary_bytes(1, {"data": 1})
@@ -302,8 +302,8 @@ def test_initial_weights_do_not_depend_on_the_mesh():
 
 
 def test_weights_and_moments_are_split_over_fsdp_and_tensor():
-    trainable = make(small_config(mesh={"data": 2, "fsdp": 2, "tensor": 2}), 8)
-    state = trainable.init(0)
+    setup = make(small_config(mesh={"data": 2, "fsdp": 2, "tensor": 2}), 8)
+    state = setup.init(0)
     gate_up = state.params.stacks[0].block.moe.experts.gate_up
     piece = gate_up[...].addressable_shards[0].data.shape
     assert piece == (2, 4, 16, 2, 8)  # layers, experts, D / fsdp, gate and up, F / tensor
@@ -314,14 +314,16 @@ def test_weights_and_moments_are_split_over_fsdp_and_tensor():
 
 def test_knobs_change_the_loss_without_a_new_compilation():
     config = small_config()
-    trainable = make(config)
-    batch = put_batch(packed_batch(config), trainable)
-    step = make_train_step(trainable)
+    setup = make(config)
+    batch = put_batch(packed_batch(config), setup)
+    step = make_train_step(setup)
     totals = []
-    with jax.set_mesh(trainable.mesh):
+    with jax.set_mesh(setup.mesh):
         for weight in (0.0, 0.5):
-            knobs = dataclasses.replace(Knobs.of(config), balance_weight=jax.numpy.float32(weight))
-            _, output = step(initial_state(trainable), batch, knobs)
+            knobs = dataclasses.replace(
+                Knobs.from_config(config), balance_weight=jax.numpy.float32(weight)
+            )
+            _, output = step(initial_state(setup), batch, knobs)
             totals.append(output.scalars)
     assert step._cache_size() == 1
     assert totals[0]["loss/balance_weighted"] == 0
@@ -335,15 +337,17 @@ def test_knobs_change_the_loss_without_a_new_compilation():
 
 def test_the_learning_rate_knob_scales_the_step():
     config = small_config(optimizer={"weight_decay": 0.0})
-    trainable = make(config)
-    batch = put_batch(packed_batch(config), trainable)
-    step = make_train_step(trainable)
-    with jax.set_mesh(trainable.mesh):
-        before = jax.device_get(jax.tree.leaves(initial_state(trainable).params))
+    setup = make(config)
+    batch = put_batch(packed_batch(config), setup)
+    step = make_train_step(setup)
+    with jax.set_mesh(setup.mesh):
+        before = jax.device_get(jax.tree.leaves(initial_state(setup).params))
         moved = []
         for rate in (0.0, 1e-3, 2e-3):
-            knobs = dataclasses.replace(Knobs.of(config), learning_rate=jax.numpy.float32(rate))
-            state, _ = step(initial_state(trainable), batch, knobs)
+            knobs = dataclasses.replace(
+                Knobs.from_config(config), learning_rate=jax.numpy.float32(rate)
+            )
+            state, _ = step(initial_state(setup), batch, knobs)
             moved.append(
                 [
                     a - b

@@ -44,11 +44,11 @@ def batch_of(config, document):
 
 def step(config, num_devices, document):
     """A step's scalars and parameters."""
-    trainable = make(config, num_devices)
-    with jax.set_mesh(trainable.mesh):
-        state = trainable.init(config.train.seed)
-        batch = put_batch(batch_of(config, document), trainable)
-        state, output = make_train_step(trainable)(state, batch, Knobs.of(config))
+    setup = make(config, num_devices)
+    with jax.set_mesh(setup.mesh):
+        state = setup.init(config.train.seed)
+        batch = put_batch(batch_of(config, document), setup)
+        state, output = make_train_step(setup)(state, batch, Knobs.from_config(config))
     return {name: float(output.scalars[name]) for name in SCALARS}, jax.device_get(state.params)
 
 
@@ -95,7 +95,7 @@ def test_arms_of_a_pack_with_near_and_far_documents_equal_each_alone(
         batch_of(config, document) for config, document in zip(configs, (5, 40), strict=True)
     ]
     with jax.set_mesh(pack.mesh):
-        state = pack.join(trainable.init(0) for trainable in pack.trainables)
+        state = pack.join(setup.init(0) for setup in pack.trainables)
         compiled = pack.compile_step(state, pack.put_batches(batches))
         state, output = compiled(state, pack.put_batches(batches), pack.knobs)
     assert "conditional(" in compiled.as_text()

@@ -258,7 +258,7 @@ def evaluations(workdir):
 
 def test_steps_that_are_not_finite_are_skipped_and_end_the_run(tmp_path, monkeypatch):
     config = tiny(tmp_path, train={"max_nonfinite_steps": 3, "checkpoint_every": 1})
-    bad = dataclasses.replace(Knobs.of(config), z_weight=jax.numpy.float32(np.nan))
+    bad = dataclasses.replace(Knobs.from_config(config), z_weight=jax.numpy.float32(np.nan))
     monkeypatch.setattr(loop.Knobs, "of", lambda config: bad)
     with pytest.raises(
         NonFiniteError,
@@ -276,36 +276,36 @@ def test_steps_that_are_not_finite_are_skipped_and_end_the_run(tmp_path, monkeyp
 
 def test_the_first_layer_with_a_value_that_is_not_finite_is_named():
     config = small_config(model={"num_layers": 3}, moe={"first_dense": 1})
-    trainable = make(config)
-    batch = put_batch(packed_batch(config), trainable)
-    with jax.set_mesh(trainable.mesh):
-        state = initial_state(trainable)
-        knobs = Knobs.of(config)
+    setup = make(config)
+    batch = put_batch(packed_batch(config), setup)
+    with jax.set_mesh(setup.mesh):
+        state = initial_state(setup)
+        knobs = Knobs.from_config(config)
         assert (
-            locate(trainable, state, batch, knobs) == "the state of a router"
+            locate(setup, state, batch, knobs) == "the state of a router"
         )  # all before it is finite
         bad_loss = dataclasses.replace(knobs, z_weight=jax.numpy.float32(np.nan))
         assert re.search(
-            r"the gradient of moe/.* in layer 2", locate(trainable, state, batch, bad_loss)
+            r"the gradient of moe/.* in layer 2", locate(setup, state, batch, bad_loss)
         )
         down = state.params.stacks[1].block.moe.experts.down
         down[...] = down[...].at[1].set(3e38)
-        assert locate(trainable, state, batch, Knobs.of(config)) == "layer 2 (output)"
+        assert locate(setup, state, batch, Knobs.from_config(config)) == "layer 2 (output)"
         down[...] = down[...].at[0].set(np.nan)
         assert (
-            locate(trainable, state, batch, Knobs.of(config))
+            locate(setup, state, batch, Knobs.from_config(config))
             == "parameter stacks/1/block/moe/experts/down"
         )
 
 
 def test_one_step_that_is_not_finite_changes_nothing_but_the_counts():
     config = small_config(moe={"selection_bias": True, "bias_rate": 0.1})
-    trainable = make(config)
-    batch = put_batch(packed_batch(config), trainable)
-    knobs = Knobs.of(config)
-    with jax.set_mesh(trainable.mesh):
-        step = make_train_step(trainable)
-        state, seen_before = step(initial_state(trainable), batch, knobs)
+    setup = make(config)
+    batch = put_batch(packed_batch(config), setup)
+    knobs = Knobs.from_config(config)
+    with jax.set_mesh(setup.mesh):
+        step = make_train_step(setup)
+        state, seen_before = step(initial_state(setup), batch, knobs)
         before = jax.device_get(state)
         bad, seen_after = step(
             state, batch, dataclasses.replace(knobs, z_weight=jax.numpy.float32(np.nan))
@@ -328,16 +328,16 @@ def test_one_step_that_is_not_finite_changes_nothing_but_the_counts():
 
 def test_an_update_that_is_not_finite_is_not_applied_and_is_named():
     config = replace(small_config(), "optimizer", beta1=1.0)  # its bias correction divides 0 by 0
-    trainable = make(config)
-    batch, knobs = put_batch(packed_batch(config), trainable), Knobs.of(config)
-    with jax.set_mesh(trainable.mesh):
-        before = jax.device_get(initial_state(trainable))
-        after, output = make_train_step(trainable)(initial_state(trainable), batch, knobs)
+    setup = make(config)
+    batch, knobs = put_batch(packed_batch(config), setup), Knobs.from_config(config)
+    with jax.set_mesh(setup.mesh):
+        before = jax.device_get(initial_state(setup))
+        after, output = make_train_step(setup)(initial_state(setup), batch, knobs)
         assert np.isfinite(output.scalars["loss/total"]) and np.isfinite(
             output.scalars["grad_norm"]
         )
         assert (after.step, after.skipped, after.skipped_in_row) == (1, 1, 1)
-        error = nonfinite_error(trainable, after, batch, knobs, 1, 1)
+        error = nonfinite_error(setup, after, batch, knobs, 1, 1)
     for a, b in zip(
         jax.tree.leaves((before.params, before.router_state, before.opt_state)),
         jax.tree.leaves((after.params, after.router_state, after.opt_state)),
@@ -349,11 +349,11 @@ def test_an_update_that_is_not_finite_is_not_applied_and_is_named():
 
 def test_a_scheduled_number_of_experts_follows_the_step_also_after_a_skipped_one():
     config = case_config("schedules")
-    trainable = make(config)
-    batch, knobs = put_batch(packed_batch(config), trainable), Knobs.of(config)
+    setup = make(config)
+    batch, knobs = put_batch(packed_batch(config), setup), Knobs.from_config(config)
     bad = dataclasses.replace(knobs, z_weight=jax.numpy.float32(np.nan))
-    with jax.set_mesh(trainable.mesh):
-        train_step, state = make_train_step(trainable), initial_state(trainable)
+    with jax.set_mesh(setup.mesh):
+        train_step, state = make_train_step(setup), initial_state(setup)
         for step in range(3):
             state, output = train_step(state, batch, bad)
             assert state.skipped == step + 1

@@ -60,21 +60,23 @@ def two_steps(case, is_other=False):
             "model": {"remat": False},
         }
     config = case_config(case, **sections)
-    trainable = make(config, 4 if is_other else 1)
-    with jax.set_mesh(trainable.mesh):
+    setup = make(config, 4 if is_other else 1)
+    with jax.set_mesh(setup.mesh):
         state, step, batch = (
-            initial_state(trainable),
-            make_train_step(trainable),
-            put_batch(packed_batch(config), trainable),
+            initial_state(setup),
+            make_train_step(setup),
+            put_batch(packed_batch(config), setup),
         )
         first = jax.device_get(state.params)
         for _ in range(2):
-            state, output = step(state, batch, Knobs.of(config))
+            state, output = step(state, batch, Knobs.from_config(config))
         output, state = jax.device_get((output, state))
     moved = jax.tree.map(lambda a, b: a - b, state.params, first)
     # What a buffer has no room for depends on how the mesh cuts the tokens; the results do not.
-    scalars = {name: value for name, value in output.scalars.items() if name != "moe/left_over"}
-    routing = output.routing and dataclasses.replace(output.routing, left_over=0.0)
+    scalars = {
+        name: value for name, value in output.scalars.items() if name != "moe/buffer_overflow"
+    }
+    routing = output.routing and dataclasses.replace(output.routing, buffer_overflow=0.0)
     return scalars, routing, moved, state.router_state
 
 
@@ -110,19 +112,19 @@ def test_every_parameter_learns_from_the_loss(case):
 def test_a_resumed_run_continues_bit_for_bit_with_biases_noise_and_limits(case, tmp_path):
     config = case_config(case, mesh={"data": 1}, train={"num_steps": 4})
     (tmp_path / "tokenizer.json").write_text("{}")
-    trainable = make(config)
-    batch, step = put_batch(packed_batch(config), trainable), make_train_step(trainable)
+    setup = make(config)
+    batch, step = put_batch(packed_batch(config), setup), make_train_step(setup)
 
     def steps(state, number):
         for _ in range(number):
-            state, _ = step(state, batch, Knobs.of(config))
+            state, _ = step(state, batch, Knobs.from_config(config))
         return state
 
-    with jax.set_mesh(trainable.mesh):
-        straight = jax.device_get(steps(initial_state(trainable), 4))
-        with closing(Checkpoints(tmp_path, trainable)) as checkpoints:
-            checkpoints.save(steps(initial_state(trainable), 2))
-        restored = Checkpoints(tmp_path, trainable, read_only=True).restore()
+    with jax.set_mesh(setup.mesh):
+        straight = jax.device_get(steps(initial_state(setup), 4))
+        with closing(Checkpoints(tmp_path, setup)) as checkpoints:
+            checkpoints.save(steps(initial_state(setup), 2))
+        restored = Checkpoints(tmp_path, setup, read_only=True).restore()
         resumed = jax.device_get(steps(restored, 2))
     for (path, a), b in zip(
         jax.tree_util.tree_leaves_with_path(straight), jax.tree.leaves(resumed), strict=True

@@ -63,7 +63,7 @@ def test_every_leaf_scales_the_knob_of_its_name_and_no_other(name):
     config = small_config(
         moe=NEEDS.get(name, {}), schedule={name: "linear:0.5"}, train={"num_steps": NUM_STEPS}
     )
-    knobs = Knobs.of(config)
+    knobs = Knobs.from_config(config)
     now = scheduled(knobs, config, jnp.int32(10))
     for field in dataclasses.fields(Knobs):
         expected = getattr(knobs, field.name) * (0.5 if field.name == name else 1)
@@ -72,16 +72,16 @@ def test_every_leaf_scales_the_knob_of_its_name_and_no_other(name):
 
 
 def outputs(config, steps):
-    trainable = make(config)
-    with jax.set_mesh(trainable.mesh):
+    setup = make(config)
+    with jax.set_mesh(setup.mesh):
         state, step, batch = (
-            initial_state(trainable),
-            make_train_step(trainable),
-            put_batch(packed_batch(config), trainable),
+            initial_state(setup),
+            make_train_step(setup),
+            put_batch(packed_batch(config), setup),
         )
         found = []
         for _ in range(steps):
-            state, output = step(state, batch, Knobs.of(config))
+            state, output = step(state, batch, Knobs.from_config(config))
             found.append(jax.device_get(output))
     return found
 

@@ -42,14 +42,14 @@ from moejax.kernels.grouped_matmul import (
     resolve_implementation,
     unavailable,
 )
-from moejax.moe.dispatch.on_device import Chosen, run_dropless
+from moejax.moe.dispatch.on_device import TokenChoice, run_dropless
 from moejax.moe.experts.experts import ExpertWeights
 from moejax.planning.memory import check_memory
 from moejax.planning.mesh_check import check_mesh
 from moejax.sharding import make_mesh
 from moejax.training.multihost.processes import has_others, is_first
 from moejax.training.run_directory.layout import git_commit, versions
-from moejax.training.state import make_trainable
+from moejax.training.state import make_train_setup
 from moejax.training.step import make_train_step, put_batch
 
 TOLERANCE = 1e-4
@@ -189,7 +189,10 @@ def check_experts() -> str:
     )  # the last expert gets nothing
 
     def layer(implementation, x_BLD, weights_BLK, gate_up_EDPF, down_EFD):
-        chosen, weights = Chosen(experts_BLK, weights_BLK), ExpertWeights(gate_up_EDPF, down_EFD)
+        chosen, weights = (
+            TokenChoice(experts_BLK, weights_BLK),
+            ExpertWeights(gate_up_EDPF, down_EFD),
+        )
         return run_dropless(x_BLD, chosen, weights, implementation=implementation)
 
     results = []
@@ -253,16 +256,16 @@ def check_training_step() -> str:
             "train": {"num_steps": 5, "batch_size": 2 * num_devices},
         }
     )
-    trainable = make_trainable(config, make_mesh(config))
-    batch = put_batch(random_batch(config), trainable)
-    with jax.set_mesh(trainable.mesh):
-        state, step, losses = trainable.init(0), make_train_step(trainable), []
+    setup = make_train_setup(config, make_mesh(config))
+    batch = put_batch(random_batch(config), setup)
+    with jax.set_mesh(setup.mesh):
+        state, step, losses = setup.init(0), make_train_step(setup), []
         for _ in range(config.train.num_steps):
-            state, output = step(state, batch, Knobs.of(config))
+            state, output = step(state, batch, Knobs.from_config(config))
             losses.append(float(output.scalars["loss/lm"]))
     if not losses[-1] < losses[0]:
         raise DoctorError(
             f"the loss went from {losses[0]:.3f} to {losses[-1]:.3f} in {len(losses)} steps"
         )
-    mesh = ", ".join(f"{axis} {size}" for axis, size in trainable.mesh.shape.items())
+    mesh = ", ".join(f"{axis} {size}" for axis, size in setup.mesh.shape.items())
     return f"ok on mesh {mesh}: loss {losses[0]:.3f} to {losses[-1]:.3f}"

@@ -16,7 +16,7 @@ from absl.flags import FlagValues
 from moejax.cli import UsageError
 from moejax.cli.options import define_json, define_workdir, read_workdir, refuse_several_processes
 from moejax.cli.tables import print_table
-from moejax.moe.expert_parallel.placement import imbalance, in_order, place, place_by_load
+from moejax.moe.expert_parallel.placement import identity_placement, imbalance, place, place_by_load
 from moejax.strict_json import to_json
 from moejax.training.run_directory.evaluation_log import newest_evaluation
 from moejax.training.run_directory.layout import read_config
@@ -42,7 +42,7 @@ def run(values: FlagValues, rest: list[str]) -> None:
         raise UsageError(
             f"--workdir={workdir} is a run of a dense model, which has no experts to place"
         )
-    if any(kind.router in ("expert_choice", "soft") for kind in config.moe_runs):
+    if any(kind.router in ("expert_choice", "soft") for kind in config.moe_groups):
         raise UsageError(
             f"--workdir={workdir}: experts that choose tokens have equal loads, wherever they are"
         )
@@ -56,7 +56,7 @@ def run(values: FlagValues, rest: list[str]) -> None:
             f"--devices={devices} must be at least 2: how many devices share the experts, such as 4"
         )
     load_NE = newest_evaluation(workdir, values.step)["load"][:, : config.moe.num_experts]
-    maps = {"in order": in_order(*load_NE.shape), "placed": place(load_NE, devices)}
+    maps = {"in order": identity_placement(*load_NE.shape), "placed": place(load_NE, devices)}
     if values.replicas:
         maps["placed, with copies"] = place(load_NE, devices, values.replicas)
     columns = {name: imbalance(load_NE, experts_NP, devices) for name, experts_NP in maps.items()}

@@ -36,7 +36,7 @@ from moejax.moe.expert_parallel.strategy import Exchange, choose
 from moejax.planning.memory import check_memory
 from moejax.sharding import EXPERT_AXES, make_mesh
 from moejax.training.loop import train
-from moejax.training.multihost.processes import agree, first_then_others, has_others, is_first
+from moejax.training.multihost.processes import agree, has_others, is_first, primary_first
 from moejax.training.multihost.signals import StopSignals
 
 log = logging.getLogger("moejax")
@@ -58,7 +58,7 @@ def run(values: FlagValues, rest: list[str]) -> None:
             logging.getLogger("moejax").setLevel(
                 logging.WARNING
             )  # process 0 says what all would say
-        config = first_then_others(lambda: read_config_flag(values))
+        config = primary_first(lambda: read_config_flag(values))
         agree(to_dict(config), "recipe and flags")
         keep_programs()
         _train(values, config)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from moejax.config.errors import ConfigError, nearest, shown
+from moejax.config.errors import ConfigError, format_value, nearest
 from moejax.config.schema.needs import Need
 
 LARGEST_INT = 2**31 - 1
@@ -96,7 +96,7 @@ def check_value(key: str, value: Any, declared: Leaf, annotation: Any) -> Any:
     if type(value) is not annotation:
         given = TYPE_NAMES.get(type(value), type(value).__name__)
         raise ConfigError(
-            f"{key}={shown(repr(value))} is {given}; it must be {TYPE_NAMES[annotation]}"
+            f"{key}={format_value(repr(value))} is {given}; it must be {TYPE_NAMES[annotation]}"
         )
     if annotation in (int, float):
         check_range(key, value, declared)
@@ -118,7 +118,9 @@ def parse_value(key: str, text: str, declared: Leaf, annotation: Any) -> Any:
     try:
         return readers[annotation](text.strip())
     except ValueError as error:
-        raise ConfigError(f"{key}={shown(text)!r} must be {TYPE_NAMES[annotation]}") from error
+        raise ConfigError(
+            f"{key}={format_value(text)!r} must be {TYPE_NAMES[annotation]}"
+        ) from error
 
 
 def _check_choice(
@@ -128,7 +130,7 @@ def _check_choice(
         return value
     near = nearest(str(value), choices, aliases)
     raise ConfigError(
-        f"{key}={shown(repr(value))} must be one of {', '.join(choices)}; the nearest is {near}"
+        f"{key}={format_value(repr(value))} must be one of {', '.join(choices)}; the nearest is {near}"
     )
 
 
@@ -138,7 +140,7 @@ def _to_float(key: str, value: int, declared: Leaf) -> float:
     except OverflowError as error:
         infinite = math.inf if value > 0 else -math.inf
         raise ConfigError(
-            f"{key}={shown(value)} must be {_range_for(infinite, declared)}"
+            f"{key}={format_value(value)} must be {_range_for(infinite, declared)}"
         ) from error
 
 
@@ -162,7 +164,7 @@ def check_range(key: str, value: float, declared: Leaf) -> None:
     if value in declared.also or _is_within(value, declared):
         return
     rounded = _rounding(value, declared)
-    raise ConfigError(f"{key}={shown(value)} must be {_range_for(value, declared)}{rounded}")
+    raise ConfigError(f"{key}={format_value(value)} must be {_range_for(value, declared)}{rounded}")
 
 
 def range_text(declared: Leaf, annotation: Any) -> str:

@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Collection, Iterable
 from typing import Any
 
-from moejax.config.errors import ConfigError, shown
+from moejax.config.errors import ConfigError, format_value
 from moejax.config.layer_pattern import read_entries
 from moejax.config.schema.tree import Declared, declared
 from moejax.config.sections.moe import MoeConfig, derive_moe
@@ -147,7 +147,7 @@ def _may_be_read(each: Declared, varied: Collection[str]) -> bool:
 
 def _explain(config: Config, each: Declared) -> str:
     value, need = (
-        shown(repr(each.value(config)) if each.annotation is str else each.value(config)),
+        format_value(repr(each.value(config)) if each.annotation is str else each.value(config)),
         each.leaf.needs,
     )
     leave = (
@@ -158,7 +158,7 @@ def _explain(config: Config, each: Declared) -> str:
     if need is None or any(need.holds(reading) for reading in _readings(config)):
         return f"{each.key}={value} does nothing: moe.per_layer={config.moe.per_layer!r} sets it in every layer; {leave}"
     others = [(key, declared()[key].value(config)) for key in need.keys]
-    having = ", ".join(f"{key}={shown(other)}" for key, other in others if other != "")
+    having = ", ".join(f"{key}={format_value(other)}" for key, other in others if other != "")
     return f"{each.key}={value} does nothing with {having}: it needs {each.needs_text}; set that, or {leave}"
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from moejax.config.errors import ConfigError, nearest, shown
+from moejax.config.errors import ConfigError, format_value, nearest
 from moejax.config.schema.leaf import leaf
 from moejax.config.schema.needs import value
 
@@ -51,7 +51,7 @@ def validate_alarms(alarms: AlarmConfig) -> None:
     for name in alarms.stopping:
         if name not in RULES:
             raise ConfigError(
-                f"alarms.stop={shown(alarms.stop)!r} names {shown(name)!r}; use some of {', '.join(RULES)}; the "
+                f"alarms.stop={format_value(alarms.stop)!r} names {format_value(name)!r}; use some of {', '.join(RULES)}; the "
                 f"nearest is {nearest(name, RULES)}"
             )
         if not getattr(alarms, name):

@@ -240,10 +240,10 @@ class MoeConfig:
     @property
     def num_choices(self) -> int:
         """Width of the router: how many experts a token can choose among, those without weights at the end."""
-        return self.num_experts + self.num_free_experts
+        return self.num_experts + self.num_zero_computation_experts
 
     @property
-    def num_free_experts(self) -> int:
+    def num_zero_computation_experts(self) -> int:
         """Experts that cost no FLOPs: zero, identity and constant ones, in this order."""
         return self.num_zero_experts + self.num_identity_experts + self.num_constant_experts
 

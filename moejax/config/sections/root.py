@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any, Literal
 
-from moejax.config.layer_pattern import Run, layer_kinds, runs
+from moejax.config.layer_pattern import LayerGroup, layer_groups, layer_kinds
 from moejax.config.schema.leaf import leaf
 from moejax.config.schema.needs import DenseLayer, Derived, any_of, value
 from moejax.config.sections.alarms import AlarmConfig
@@ -206,14 +206,14 @@ class Config:
         return layer_kinds(self.moe, self.model.num_layers, self.data.seq_len)
 
     @property
-    def runs(self) -> tuple[Run, ...]:
-        """The same as runs of equal layers, each of which is scanned."""
-        return runs(self.layers, self.moe.first_dense, self.moe.every)
+    def layer_groups(self) -> tuple[LayerGroup, ...]:
+        """The layers as groups of equal ones, each of which is scanned."""
+        return layer_groups(self.layers, self.moe.first_dense, self.moe.every)
 
     @property
-    def moe_runs(self) -> tuple[MoeConfig, ...]:
-        """The experts of each run that has any."""
-        return tuple(run.moe for run in self.runs if run.moe is not None)
+    def moe_groups(self) -> tuple[MoeConfig, ...]:
+        """The experts of each group of layers that has any."""
+        return tuple(group.moe for group in self.layer_groups if group.moe is not None)
 
     @property
     def moe_layers(self) -> tuple[int, ...]:

@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-from moejax.config.errors import ConfigError, nearest, require, shown
+from moejax.config.errors import ConfigError, format_value, nearest, require
 from moejax.config.router_rules import ROUTER_RULES
 from moejax.config.schema.leaf import leaf
 from moejax.config.schema.needs import Scaled
@@ -92,7 +92,7 @@ def parse_schedule(key: str, text: str) -> Schedule:
     name, *texts = text.split(":")
     if name not in ARGUMENTS:
         raise ConfigError(
-            f"{key}={shown(text)!r} must name one of the schedules {', '.join(ARGUMENTS)}; the nearest is "
+            f"{key}={format_value(text)!r} must name one of the schedules {', '.join(ARGUMENTS)}; the nearest is "
             f"{nearest(name, ARGUMENTS)}"
         )
     form = ":".join([name, *ARGUMENTS[name]])

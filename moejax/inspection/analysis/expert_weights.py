@@ -7,12 +7,12 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32, Int
 
 from moejax.inspection.analysis.expert_profile import ProfileError
-from moejax.kernels.matmul import project
+from moejax.kernels.matmul import dense
 from moejax.models.blocks import Block, Context
 from moejax.models.decoder import Decoder
 from moejax.moe.experts.experts import apply_experts
 from moejax.moe.layer import MoE, TokenInfo
-from moejax.sharding import whole
+from moejax.sharding import gather_fsdp
 
 PROJECTIONS = ("gate", "up")
 
@@ -102,7 +102,7 @@ def _run(block: Block, x_BLD: jax.Array, context: Context) -> tuple[jax.Array, j
 def _outputs(moe: MoE, x_BLD: Float[Array, "B L D"]) -> Float32[Array, "E T D"]:
     x_TD = x_BLD.reshape(-1, x_BLD.shape[-1])
     if moe.config.d_latent:
-        x_TD = project(x_TD, whole(moe.into_latent, x_TD.dtype))
+        x_TD = dense(x_TD, gather_fsdp(moe.into_latent, x_TD.dtype))
     alone_T = jnp.zeros(len(x_TD), jnp.int32)
 
     def of_expert(weights):
@@ -113,7 +113,7 @@ def _outputs(moe: MoE, x_BLD: Float[Array, "B L D"]) -> Float32[Array, "E T D"]:
         of_expert, moe.experts.weights()
     )  # one after the other: hidden units take memory
     if moe.config.d_latent:
-        y_ETD = project(y_ETD, whole(moe.out_of_latent, y_ETD.dtype))
+        y_ETD = dense(y_ETD, gather_fsdp(moe.out_of_latent, y_ETD.dtype))
     return y_ETD.astype(jnp.float32)
 
 

@@ -141,8 +141,10 @@ def expert_information(
         drawn_t = _draw_equally(documents_T, tokens_per_document, rng)
         attribute, given = attribute.at(drawn_t), None if given is None else given.at(drawn_t)
         experts_NTK, documents_T = experts_NTK[:, drawn_t], documents_T[drawn_t]
-    values = _Codes.of(attribute.values_T)
-    condition = _Codes.of(np.zeros_like(values.codes_T) if given is None else given.values_T)
+    values = _Codes.from_values(attribute.values_T)
+    condition = _Codes.from_values(
+        np.zeros_like(values.codes_T) if given is None else given.values_T
+    )
     pairs = [_Pairs(experts_TK, num_experts) for experts_TK in experts_NTK]
     entropy_N = np.array([layer.entropy for layer in pairs], np.float64)
     told_N = np.array(
@@ -205,13 +207,13 @@ class _Codes:
     size: int
 
     @classmethod
-    def of(cls, values_T: np.ndarray) -> "_Codes":
+    def from_values(cls, values_T: np.ndarray) -> "_Codes":
         found, codes_T = np.unique(values_T, return_inverse=True)
         return cls(codes_T.astype(np.int64), len(found))
 
     def joined(self, other: "_Codes") -> "_Codes":
         """Values that agree in both."""
-        return _Codes.of(self.codes_T * other.size + other.codes_T)
+        return _Codes.from_values(self.codes_T * other.size + other.codes_T)
 
     def permuted(self, from_T: np.ndarray) -> "_Codes":
         return _Codes(self.codes_T[from_T], self.size)

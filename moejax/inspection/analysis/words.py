@@ -117,7 +117,7 @@ def find_words(
       starts_T: True where a new context begins: no word or sentence reaches over it.
       piece: from an id to its piece, `Tokenizer.piece`.
     """
-    table = _PieceTable.of(tokens_T, piece)
+    table = _PieceTable.from_tokens(tokens_T, piece)
     starts_T = starts_T | (np.arange(tokens_T.size) == 0)
     starts_word_T = table.is_word & ~_continues(table, starts_T)
     return Words(
@@ -144,7 +144,7 @@ class _PieceTable:
     num_newlines: np.ndarray
 
     @classmethod
-    def of(cls, tokens_T: np.ndarray, piece: Callable[[int], str]) -> "_PieceTable":
+    def from_tokens(cls, tokens_T: np.ndarray, piece: Callable[[int], str]) -> "_PieceTable":
         ids, index_T = np.unique(tokens_T, return_inverse=True)
         facts = np.array([_facts(piece(int(id))) for id in ids], np.int64)
         names = [field.name for field in dataclasses.fields(cls)]

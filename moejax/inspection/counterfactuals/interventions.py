@@ -81,7 +81,7 @@ def blocked(moe: MoE, expert: int) -> MoE:
     return changed
 
 
-def why_not_silenced(moe: MoE, expert: int) -> str | None:
+def why_not_ablated(moe: MoE, expert: int) -> str | None:
     """Why the output of an expert cannot be made zero; None if it can."""
     first = moe.config.num_experts + moe.config.num_zero_experts
     if first <= expert < first + moe.config.num_identity_experts:
@@ -89,7 +89,7 @@ def why_not_silenced(moe: MoE, expert: int) -> str | None:
     return None
 
 
-def silenced(moe: MoE, expert: int) -> MoE:
+def ablated(moe: MoE, expert: int) -> MoE:
     """The expert's output is zero, and who chooses it stays as it is; not for identity experts, without weights."""
     config, changed = moe.config, _copy(moe)
     if expert < config.num_experts:

@@ -181,10 +181,10 @@ def _plan_ablations(layers: Layers) -> tuple[list[Change], LeftOut]:
             if n not in unranked:
                 at = {n: functools.partial(interventions.blocked, expert=expert)}
                 changes.append(Change("ablate", NOT_SELECTABLE, at, **where))
-            if reason := interventions.why_not_silenced(moe, expert):
+            if reason := interventions.why_not_ablated(moe, expert):
                 unsilenced[n] = reason
             else:
-                at = {n: functools.partial(interventions.silenced, expert=expert)}
+                at = {n: functools.partial(interventions.ablated, expert=expert)}
                 changes.append(Change("ablate", OUTPUT_ZERO, at, **where))
     ways = {NOT_SELECTABLE: unranked, OUTPUT_ZERO: unsilenced}
     return changes, {

@@ -39,7 +39,7 @@ class RunColors:
     def __init__(self) -> None:
         self._given: dict[str, str] = {}
 
-    def of(self, name: str) -> str:
+    def color_of(self, name: str) -> str:
         """The colour of a run; of two names no two the same."""
         if name not in self._given:
             self._given[name] = self._free(name)

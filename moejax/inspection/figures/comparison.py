@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from matplotlib.ticker import PercentFormatter
 
 from moejax.inspection.figures.axes import AXES, place
-from moejax.inspection.figures.run import load_ratio, thin
+from moejax.inspection.figures.run import downsample, load_ratio
 from moejax.inspection.figures.style import (
     BLUE,
     GREEN,
@@ -44,7 +44,7 @@ MAX_RUNS = len(COLORS) * len(DASHES)
 
 
 @dataclasses.dataclass(frozen=True)
-class Look:
+class LineStyle:
     """How a run is drawn in every figure.
 
     Attributes:
@@ -58,12 +58,12 @@ class Look:
     css: str
 
 
-def looks(labels: Sequence[str]) -> dict[str, Look]:
+def line_styles(labels: Sequence[str]) -> dict[str, LineStyle]:
     """A look for each of at most `MAX_RUNS` runs, no two the same."""
     found = {}
     for i, label in enumerate(labels):
         turn = i // len(COLORS)
-        found[label] = Look(COLORS[i % len(COLORS)], DASHES[turn], CSS[turn])
+        found[label] = LineStyle(COLORS[i % len(COLORS)], DASHES[turn], CSS[turn])
     return found
 
 
@@ -109,11 +109,11 @@ def draw_runs(
         return None
     with matplotlib.rc_context(STYLE):
         figure, axes = new_figure(2.55 + (0.17 * len(runs) if legend else 0))
-        for label, look in looks(list(runs)).items():
+        for label, look in line_styles(list(runs)).items():
             x, values = curves[label]
             if not x.size:
                 continue
-            x, values = thin(x, values, points=MAX_POINTS)
+            x, values = downsample(x, values, points=MAX_POINTS)
             marker = "o" if key.startswith("eval/") or np.isfinite(values).sum() == 1 else None
             axes.plot(
                 x, values, color=look.color, ls=look.dash, marker=marker, ms=3.5, mec="white", mew=0.5,
@@ -127,7 +127,7 @@ def draw_runs(
             axes.set_ylim(bottom=0)
         if legend:
             figure.legend(loc="outside upper left", ncols=1, borderaxespad=0.1)
-        return Drawing.of(figure)
+        return Drawing.from_figure(figure)
 
 
 def draw_sorted_load(counts: Mapping[str, Int[np.ndarray, "E"]], *, legend: bool = True) -> Drawing:
@@ -143,7 +143,7 @@ def draw_sorted_load(counts: Mapping[str, Int[np.ndarray, "E"]], *, legend: bool
     """
     with matplotlib.rc_context(STYLE):
         figure, axes = new_figure(2.3 + (0.17 * len(counts) if legend else 0))
-        for label, look in looks(list(counts)).items():
+        for label, look in line_styles(list(counts)).items():
             if counts[label].size:
                 ratio_E = np.sort(load_ratio(counts[label][None])[0])[::-1]
                 style: dict[str, Any] = {
@@ -158,7 +158,9 @@ def draw_sorted_load(counts: Mapping[str, Int[np.ndarray, "E"]], *, legend: bool
                     )
                 else:
                     axes.plot(
-                        *thin((np.arange(len(ratio_E)) + 0.5) / len(ratio_E), ratio_E, MAX_POINTS),
+                        *downsample(
+                            (np.arange(len(ratio_E)) + 0.5) / len(ratio_E), ratio_E, MAX_POINTS
+                        ),
                         **style,
                     )
         axes.axhline(1, color=GREY, lw=1, ls=(0, (2, 2)), zorder=1)
@@ -169,4 +171,4 @@ def draw_sorted_load(counts: Mapping[str, Int[np.ndarray, "E"]], *, legend: bool
         axes.set_ylabel("load / uniform load")
         if legend:
             figure.legend(loc="outside upper left", ncols=1, borderaxespad=0.1)
-        return Drawing.of(figure)
+        return Drawing.from_figure(figure)

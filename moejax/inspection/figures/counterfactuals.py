@@ -103,7 +103,7 @@ def draw_ablation(result: Counterfactuals, way: str) -> Drawing | None:
         bar.set_label("nats / token")
         bar.outline.set_visible(False)
         bar.ax.tick_params(length=0)
-        return Drawing.of(figure)
+        return Drawing.from_figure(figure)
 
 
 def draw_bars(result: Counterfactuals, kinds: Sequence[str]) -> Drawing | None:
@@ -156,7 +156,7 @@ def draw_bars(result: Counterfactuals, kinds: Sequence[str]) -> Drawing | None:
             borderaxespad=0.1,
             columnspacing=1.2,
         )
-        return Drawing.of(figure)
+        return Drawing.from_figure(figure)
 
 
 def _groups(rows: Sequence[Outcome]) -> list[int | None]:
@@ -187,7 +187,7 @@ def _draw_line(
         axes.set_xlabel(xlabel)
         axes.set_ylabel(YLABEL)
         figure.legend(loc="outside upper left", ncols=2, borderaxespad=0.1, columnspacing=1.2)
-        return Drawing.of(figure)
+        return Drawing.from_figure(figure)
 
 
 def _mark_cells(axes: Axes, change_NE: np.ndarray, error_NE: np.ndarray, limit: float) -> None:

@@ -7,7 +7,7 @@ import matplotlib
 import numpy as np
 from jaxtyping import Float, Int
 
-from moejax.inspection.figures.run import thin
+from moejax.inspection.figures.run import downsample
 from moejax.inspection.figures.style import (
     COLORS,
     GREY,
@@ -63,7 +63,7 @@ def draw_layers(
         colors = layer_colors(len(layers))
         bad = None if worst is None else worst_layer(values_SN, worst)
         for n, layer in enumerate(layers):
-            x, values = thin(steps, values_SN[:, n], points=MAX_POINTS)
+            x, values = downsample(steps, values_SN[:, n], points=MAX_POINTS)
             axes.plot(
                 x, values, color=colors[n], ls=DASHES[n % len(DASHES)], lw=2.8 if n == bad else 1.5,
                 marker="o" if len(steps) <= 12 else None, ms=3, label=f"layer {layer}" + ", worst" * (n == bad),
@@ -78,7 +78,7 @@ def draw_layers(
         if is_measured:
             tick_at(axes, steps)
         figure.legend(loc="outside upper left", ncols=3, borderaxespad=0.1, columnspacing=1.0)
-        return Drawing.of(figure)
+        return Drawing.from_figure(figure)
 
 
 def layer_colors(num_layers: int) -> np.ndarray:
@@ -103,7 +103,7 @@ def _draw_map(
     name_rows(axes, layers)
     label_steps(axes)
     color_bar(figure, axes, mesh, label, format=lambda x, _: short_number(x))
-    return Drawing.of(figure)
+    return Drawing.from_figure(figure)
 
 
 def worst_layer(

@@ -110,7 +110,7 @@ def draw_coactivation(coactivation_EE: Int[np.ndarray, "E E"]) -> Drawing:
         axes.set_xlabel("and expert")
         axes.set_ylabel("expert")
         ratio_bar(figure, axes, mesh, "tokens of both / chance")
-        return Drawing.of(figure)
+        return Drawing.from_figure(figure)
 
 
 def _strongest_experts(ratio_EE: np.ndarray, coactivation_EE: np.ndarray) -> Int[np.ndarray, "e"]:
@@ -185,7 +185,7 @@ def draw_flow(
         axes.set_xticks([x for x, _ in ticks], labels=[name for _, name in ticks])
         axes.tick_params(length=0)
         axes.set_xlabel("layer, and between two the share of tokens in bands")
-        return Drawing.of(figure)
+        return Drawing.from_figure(figure)
 
 
 def _blocks(load_E: Int[np.ndarray, "E"], gap: float) -> tuple[np.ndarray, np.ndarray]:

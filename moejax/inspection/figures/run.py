@@ -265,7 +265,7 @@ def draw_curves(
             alone = (
                 "o" if np.isfinite(curve.values).sum() == 1 else None
             )  # a line through one point shows nothing
-            steps, values = thin(curve.steps, curve.values)
+            steps, values = downsample(curve.steps, curve.values)
             axes.plot(  # over the axis, so that a line at 0 shows
                 steps,
                 values,
@@ -288,7 +288,7 @@ def draw_curves(
         label_steps(axes, AXES[axis])
         if axis == "steps" and all(curve.points for curve in curves):
             tick_at(axes, np.concatenate([curve.steps for curve in curves]))
-        return Drawing.of(figure)
+        return Drawing.from_figure(figure)
 
 
 def only_value(values: Iterable[Float[np.ndarray, "S"]]) -> float | None:
@@ -331,7 +331,7 @@ def draw_load_over_time(steps: Int[np.ndarray, "S"], counts_SE: Int[np.ndarray, 
         axes.yaxis.set_major_locator(MaxNLocator(8, integer=True))
         label_steps(axes)
         ratio_bar(figure, axes, mesh, "load / uniform load")
-        return Drawing.of(figure)
+        return Drawing.from_figure(figure)
 
 
 def draw_final_load(counts_E: Int[np.ndarray, "E"]) -> Drawing:
@@ -363,7 +363,7 @@ def draw_final_load(counts_E: Int[np.ndarray, "E"]) -> Drawing:
         axes.set_xlabel("expert")
         axes.set_ylabel("load / uniform load")
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
-        return Drawing.of(figure)
+        return Drawing.from_figure(figure)
 
 
 def load_ratio(counts_SE: Int[np.ndarray, "S E"]) -> Float[np.ndarray, "S E"]:
@@ -384,7 +384,7 @@ def _label_values(axes: Axes, curves: Sequence[Curve]) -> None:
         axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: short_number(y)))
 
 
-def thin(
+def downsample(
     x: Int[np.ndarray, "S"] | Float[np.ndarray, "S"],
     values: Float[np.ndarray, "S"],
     points: int = MAX_POINTS,

@@ -70,7 +70,7 @@ def draw_information(results: Sequence[Information]) -> Drawing:
             columnspacing=1.0,
             handlelength=1.2,
         )
-        return Drawing.of(figure)
+        return Drawing.from_figure(figure)
 
 
 def draw_information_by_layer(results: Sequence[Information], layers: Sequence[int]) -> Drawing:
@@ -103,7 +103,7 @@ def draw_information_by_layer(results: Sequence[Information], layers: Sequence[i
             format=PercentFormatter(1.0, decimals=0),
             ticks=MaxNLocator(4),
         )
-        return Drawing.of(figure)
+        return Drawing.from_figure(figure)
 
 
 def draw_domains(
@@ -132,7 +132,7 @@ def draw_domains(
         axes.set_xlabel("expert")
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
         ratio_bar(figure, axes, mesh, "share / uniform")
-        return Drawing.of(figure)
+        return Drawing.from_figure(figure)
 
 
 def information_name(result: Information) -> str:

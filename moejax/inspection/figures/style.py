@@ -82,7 +82,7 @@ class Drawing(str):
     figure: Figure
 
     @classmethod
-    def of(cls, figure: Figure) -> "Drawing":
+    def from_figure(cls, figure: Figure) -> "Drawing":
         """Draws the figure; the same one gives the same text."""
         drawing = cls(f"data:image/svg+xml;base64,{base64.b64encode(svg_bytes(figure)).decode()}")
         drawing.figure = figure

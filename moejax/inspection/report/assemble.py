@@ -12,12 +12,12 @@ from jaxtyping import Int
 
 from moejax.inspection.figures import run as figures
 from moejax.inspection.report import experts, health, load, training
-from moejax.inspection.report.experts import Findings
+from moejax.inspection.report.experts import ReportData
 from moejax.inspection.report.page import Section, guarded, render_page, write_page
 from moejax.inspection.report.training import Sample
 from moejax.inspection.runs.run import Run
 
-NOTHING = Findings()
+NOTHING = ReportData()
 
 
 def render_report(
@@ -26,7 +26,7 @@ def render_report(
     token_counts_nEV: Int[np.ndarray, "n E V"] | None,
     piece: Callable[[int], str],
     samples: Sequence[Sample],
-    findings: Findings = NOTHING,
+    findings: ReportData = NOTHING,
 ) -> str:
     """Renders the page.
 

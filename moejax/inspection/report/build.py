@@ -18,7 +18,7 @@ from moejax.inspection.analysis.specialisation import count_tokens_by_expert
 from moejax.inspection.analysis.trace import RoutedTokens, route_corpus, trace
 from moejax.inspection.analysis.trace_view import Trace
 from moejax.inspection.report.assemble import render_report, write_report
-from moejax.inspection.report.experts import Findings
+from moejax.inspection.report.experts import ReportData
 from moejax.inspection.report.page import drawn_layers
 from moejax.inspection.report.training import Sample
 from moejax.inspection.runs.run import open_run
@@ -52,7 +52,7 @@ def build_report(workdir: str | Path, places: TextPlaces | None = None) -> Path:
     record = open_run(workdir)
     loaded = load_run(workdir)
     corpus = loaded.corpus(places)
-    token_counts_nEV, findings = None, Findings()
+    token_counts_nEV, findings = None, ReportData()
     if loaded.config.num_moe_layers:
         routed = route_corpus(loaded, corpus, max_rows=max(1, TRACED_TOKENS // corpus.seq_len))
         token_counts_nEV = count_routed_tokens(routed, loaded.config.vocab_size)
@@ -79,7 +79,7 @@ def find_specialisation(
     piece: Callable[[int], str],
     *,
     labels: Labels | None = None,
-) -> Findings:
+) -> ReportData:
     """What attributes of tokens, and domains of documents, tell of the experts.
 
     Args:
@@ -104,7 +104,7 @@ def find_specialisation(
         )  # fmt: skip
 
     information = [measure(attribute, chosen) for attribute in attributes]
-    found = Findings(information, [routed.layers[n] for n in layers], num_tokens)
+    found = ReportData(information, [routed.layers[n] for n in layers], num_tokens)
     if labels is None:
         return found
     domains_T = np.where(routed.documents_T >= 0, labels.domain_of_document[routed.documents_T], -1)

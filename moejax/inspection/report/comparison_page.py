@@ -9,7 +9,7 @@ import numpy as np
 
 from moejax.inspection import html
 from moejax.inspection.figures.axes import NAMES
-from moejax.inspection.figures.comparison import MAX_RUNS, draw_runs, draw_sorted_load, looks
+from moejax.inspection.figures.comparison import MAX_RUNS, draw_runs, draw_sorted_load, line_styles
 from moejax.inspection.figures.run import only_value
 from moejax.inspection.report.comparison_tables import other_tokens, over_seeds, results
 from moejax.inspection.report.load import final_counts
@@ -119,7 +119,7 @@ def _key(comparison: Comparison) -> str:
     items = [
         f'<li><i style="border-top:3px {look.css} {look.color}"></i><strong>{html.text(label)}</strong> '
         f'<span class="soft">{model_in_words(comparison.runs[label])}</span></li>'
-        for label, look in looks(list(comparison.runs)).items()
+        for label, look in line_styles(list(comparison.runs)).items()
     ]
     return f'<ul class="key">{"".join(items)}</ul>'
 

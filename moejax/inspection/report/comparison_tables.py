@@ -10,7 +10,7 @@ from moejax.inspection.figures.axes import seconds_trained
 from moejax.inspection.figures.style import short_number
 from moejax.inspection.report.page import table
 from moejax.inspection.report.training import duration
-from moejax.inspection.runs.comparison import COLUMNS, Comparison, or_nan, shown
+from moejax.inspection.runs.comparison import COLUMNS, Comparison, format_value, or_nan
 from moejax.inspection.runs.run import Run
 from moejax.inspection.runs.seed_pairs import Setting, difference, find_settings
 from moejax.inspection.runs.token_keys import comparison_note
@@ -75,24 +75,29 @@ def _rows(comparison: Comparison) -> list[Row]:
         )
 
     return [
-        Row("Steps", of("steps"), shown),
+        Row("Steps", of("steps"), format_value),
         Row("Parameters", of("parameters"), _count),
         Row("Active parameters of a token", of("active"), _count),
-        Row("Validation loss, nats per token", of("eval_loss"), shown, is_in_nats=True),
-        Row("Lowest validation loss, nats per token", of("best_eval_loss"), shown, is_in_nats=True),
-        Row("Bits per byte", of("bits_per_byte"), shown),
-        Row("Training loss, nats per token", of("train_loss"), shown, is_in_nats=True),
+        Row("Validation loss, nats per token", of("eval_loss"), format_value, is_in_nats=True),
+        Row(
+            "Lowest validation loss, nats per token",
+            of("best_eval_loss"),
+            format_value,
+            is_in_nats=True,
+        ),
+        Row("Bits per byte", of("bits_per_byte"), format_value),
+        Row("Training loss, nats per token", of("train_loss"), format_value, is_in_nats=True),
         Row("Training tokens", of("tokens"), _count),
         Row("Training FLOPs", _flops, _count),
         Row("Training time", _seconds, _duration),
-        Row("Tokens per second", of("tokens_per_s"), shown),
+        Row("Tokens per second", of("tokens_per_s"), format_value),
         Row("MFU", lambda run: or_nan(median_speed(run.series(MFU)[1])), _percent),
-        Row("Peak memory, GiB", lambda run: or_nan(run.last(MEMORY)) / 2**30, shown),
-        Row("MaxVio in training", of("max_violation"), shown),
-        Row("MaxVio on the validation split", of("eval_max_violation"), shown),
-        Row("Dead experts", of("dead_experts"), shown),
-        Row("Dropped, share of assignments", of("dropped"), shown),
-        Row("Router entropy, nats", of("entropy"), shown),
+        Row("Peak memory, GiB", lambda run: or_nan(run.last(MEMORY)) / 2**30, format_value),
+        Row("MaxVio in training", of("max_violation"), format_value),
+        Row("MaxVio on the validation split", of("eval_max_violation"), format_value),
+        Row("Dead experts", of("dead_experts"), format_value),
+        Row("Dropped, share of assignments", of("dropped"), format_value),
+        Row("Router entropy, nats", of("entropy"), format_value),
     ]
 
 
@@ -188,7 +193,8 @@ def _pair(comparison: Comparison, first: Setting, second: Setting, num_looks: in
             continue
         common = ones.keys() & others.keys()
         means = [
-            shown(sum(values[seed] for seed in common) / len(common)) for values in (ones, others)
+            format_value(sum(values[seed] for seed in common) / len(common))
+            for values in (ones, others)
         ]
         verdict = "told apart from noise" if found.is_told_apart else "may be noise"
         if len(common) < len(first.runs.keys() & second.runs.keys()):
@@ -213,7 +219,7 @@ def _spread(comparison: Comparison, setting: Setting) -> str:
         if len(values) > 1:
             mean = sum(values) / len(values)
             deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1))
-            rows.append([title, shown(mean), f"{deviation:.2g}"])
+            rows.append([title, format_value(mean), f"{deviation:.2g}"])
     return table(("", "mean", "standard deviation over seeds"), rows, "compared") if rows else ""
 
 

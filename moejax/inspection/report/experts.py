@@ -29,7 +29,7 @@ MAX_TOKENS = 9_000  # listed in all, fewer for each expert where there are many 
 
 
 @dataclasses.dataclass(frozen=True)
-class Findings:
+class ReportData:
     """What routed validation text shows of the experts; what is empty or None is left out of the report.
 
     Attributes:
@@ -98,7 +98,7 @@ def _pieces(ranked: Sequence[TokenShare], piece: Callable[[int], str]) -> str:
     )
 
 
-def attributes(findings: Findings) -> str:
+def attributes(findings: ReportData) -> str:
     """How much each attribute of a token tells of its experts."""
     results = findings.information
     if not results:
@@ -152,7 +152,7 @@ def _information_row(result: Information, layers: Sequence[int]) -> list[str]:
     ]
 
 
-def domains(findings: Findings) -> str:
+def domains(findings: ReportData) -> str:
     """Which experts the documents of each domain visit."""
     found = findings.domains
     if found is None:
@@ -185,7 +185,7 @@ def domains(findings: Findings) -> str:
     )
 
 
-def passage(findings: Findings) -> str:
+def passage(findings: ReportData) -> str:
     """A text with each token in the colour of its first expert."""
     if findings.trace is None:
         return "<p>No text was traced for this report.</p>"

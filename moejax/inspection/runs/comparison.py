@@ -190,11 +190,11 @@ def _leaves(run: Run) -> dict[str, Any]:
 def _as_html(what: str, frame: "pd.DataFrame") -> str:
     rows = zip(frame.index, frame.itertuples(index=False, name=None), strict=True)
     return html.table(
-        [what, *frame.columns], [[name, *map(shown, values)] for name, values in rows]
+        [what, *frame.columns], [[name, *map(format_value, values)] for name, values in rows]
     )
 
 
-def shown(value: Any) -> str:
+def format_value(value: Any) -> str:
     """A number in four digits, or all of them before the point; nothing for NaN; other values as they are."""
     if not isinstance(value, float):
         return f"{value:,}" if type(value) is int else str(value)

@@ -64,7 +64,7 @@ class ArmNames:
     def __init__(self) -> None:
         self._names: dict[Path, tuple[tuple[int, ...], dict[str, str]]] = {}
 
-    def of(self, workdir: Path, otherwise: str) -> str:
+    def name_of(self, workdir: Path, otherwise: str) -> str:
         """The name of a run that is an arm of a sweep, or what it is called otherwise."""
         if workdir.parent.name != ARMS:
             return otherwise

@@ -52,7 +52,7 @@ def columns(run: LiveRun, key: str, axis: str) -> dict[str, np.ndarray]:
       key: the metric.
       axis: one of `AXES`.
     """
-    steps, values = figures.thin(*run.metrics.points(key))
+    steps, values = figures.downsample(*run.metrics.points(key))
     x = place(axis, steps, run.metrics.points, run.run.flops_per_token if run.run else None)
     return {"step": steps, "x": x, "y": values}
 

@@ -286,7 +286,7 @@ class LiveRun:
             return None
 
 
-class Library:
+class RunFolder:
     """The runs below a folder, or the one that the folder is.
 
     Args:
@@ -315,8 +315,8 @@ class Library:
         found, self.links = find_runs(self.folder)
         for path, workdir in found.items():
             if path not in self.runs:
-                self.runs[path] = LiveRun(workdir, path, self._colors.of(path))
-            self.runs[path].name = self._arms.of(workdir, path)
+                self.runs[path] = LiveRun(workdir, path, self._colors.color_of(path))
+            self.runs[path].name = self._arms.name_of(workdir, path)
         given = collections.Counter(run.name for run in self.runs.values())
         for path, run in self.runs.items():
             if given[run.name] > 1:

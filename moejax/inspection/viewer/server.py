@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moejax.extras import how_to_install
-from moejax.inspection.viewer.run_folder import Library
+from moejax.inspection.viewer.run_folder import RunFolder
 
 if TYPE_CHECKING:  # an extra, imported where it is needed
     import panel
@@ -70,7 +70,7 @@ def serve(
         import panel as pn
     except ImportError as error:
         raise ViewError(f"moejax view needs Panel ({error}): {how_to_install('view')}") from error
-    library = Library(Path(folder).resolve())
+    library = RunFolder(Path(folder).resolve())
     port = _find_port(port)
     token = secrets.token_hex(TOKEN_BYTES)
     hosts = [f"{ADDRESS}:{port}", f"localhost:{port}"]
@@ -162,7 +162,7 @@ def has_token(request: Any, token: str) -> bool:
     return len(given) == 1 and hmac.compare_digest(given[0], token.encode())
 
 
-def _new_page(library: Library) -> "panel.Column":
+def _new_page(library: RunFolder) -> "panel.Column":
     """A page for a browser that has just opened the address."""
     from moejax.inspection.viewer.session import Session
 

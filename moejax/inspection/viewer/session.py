@@ -11,7 +11,7 @@ from moejax.inspection.figures.run import Chart
 from moejax.inspection.runs.paths import check_folder
 from moejax.inspection.viewer import page
 from moejax.inspection.viewer.plots import CurvePlot, charts_of, constant, load_plot, signature
-from moejax.inspection.viewer.run_folder import Library, LiveRun
+from moejax.inspection.viewer.run_folder import LiveRun, RunFolder
 from moejax.training.run_directory.routing_log import FOLDER
 
 GRID = {
@@ -37,7 +37,7 @@ class RunList:
       page: to be served.
     """
 
-    def __init__(self, library: Library, on_change: Callable[..., None]):
+    def __init__(self, library: RunFolder, on_change: Callable[..., None]):
         self._library = library
         self._on_change = on_change
         self._boxes: dict[str, pn.widgets.Checkbox] = {}
@@ -105,7 +105,7 @@ class Session:
       page: to be served.
     """
 
-    def __init__(self, library: Library):
+    def __init__(self, library: RunFolder):
         self._library = library
         library.look()
         self._heading, self._constants = _text(), _text()

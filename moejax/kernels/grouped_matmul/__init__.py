@@ -26,7 +26,7 @@ from moejax.kernels.grouped_matmul.ragged import grouped_matmul_ragged, needs_me
 from moejax.kernels.grouped_matmul.reference import grouped_matmul_dense
 from moejax.kernels.grouped_matmul.tiled import block_rows, grouped_matmul_tiled
 from moejax.kernels.grouped_matmul.tokamax import grouped_matmul_tokamax, why_unavailable
-from moejax.kernels.vma import vary_alike
+from moejax.kernels.vma import unify_vma
 
 IMPLEMENTATIONS: dict[str, Callable[[jax.Array, jax.Array, jax.Array, int], jax.Array]] = {
     "tiled": grouped_matmul_tiled,
@@ -54,7 +54,7 @@ def grouped_matmul(
     group_sizes_E: Int[Array, "E"],
     *,
     implementation: str = "auto",
-    spare_rows: int = 0,
+    padding_rows: int = 0,
 ) -> Float[Array, "R F"]:
     """Multiplies each group of consecutive rows by its own matrix.
 
@@ -65,7 +65,7 @@ def grouped_matmul(
       group_sizes_E: rows of each group; their sum is at most R.
       implementation: a key of `IMPLEMENTATIONS`, or "auto" for the platform's best; see
         `resolve_implementation`.
-      spare_rows: so many last rows belong to no group, whatever the group sizes; `spare_rows_for`
+      padding_rows: so many last rows belong to no group, whatever the group sizes; `padding_rows_for`
         says how many spare the tiled implementation its copies of `x_RD` and of the result.
 
     Returns:
@@ -76,12 +76,12 @@ def grouped_matmul(
       ValueError: an unknown implementation.
     """
     name = resolve_implementation(implementation)
-    x_RD, w_EDF, group_sizes_E = vary_alike(x_RD, w_EDF, group_sizes_E)
-    return IMPLEMENTATIONS[name](x_RD, w_EDF, group_sizes_E, spare_rows)
+    x_RD, w_EDF, group_sizes_E = unify_vma(x_RD, w_EDF, group_sizes_E)
+    return IMPLEMENTATIONS[name](x_RD, w_EDF, group_sizes_E, padding_rows)
 
 
-def spare_rows_for(num_rows: int, num_groups: int, implementation: str = "auto") -> int:
-    """Rows to append to `num_rows` rows of content, so that `grouped_matmul` copies nothing; see `spare_rows`."""
+def padding_rows_for(num_rows: int, num_groups: int, implementation: str = "auto") -> int:
+    """Rows to append to `num_rows` rows of content, so that `grouped_matmul` copies nothing; see `padding_rows`."""
     return (
         block_rows(num_rows, num_groups) if resolve_implementation(implementation) == "tiled" else 0
     )

@@ -21,13 +21,13 @@ def grouped_matmul_padded(
     x_RD: Float[Array, "R D"],
     w_EDF: Float[Array, "E D F"],
     group_sizes_E: Int[Array, "E"],
-    spare_rows: int = 0,
+    padding_rows: int = 0,
 ) -> Float[Array, "R F"]:
     """See `grouped_matmul`."""
-    return multiply(PRODUCTS, x_RD, w_EDF, group_sizes_E, spare_rows)
+    return multiply(PRODUCTS, x_RD, w_EDF, group_sizes_E, padding_rows)
 
 
-def _outer_products(x_RD, dy_RF, group_sizes_E, spare_rows: int):
+def _outer_products(x_RD, dy_RF, group_sizes_E, padding_rows: int):
     def add(turn, dw_EDF):
         rows_EC = _rows_of_turn(turn, group_sizes_E, x_RD.shape[0])
         x_ECD, dy_ECF = _gather(x_RD, rows_EC), _gather(dy_RF, rows_EC)
@@ -45,7 +45,7 @@ def slots(num_rows: int, num_groups: int) -> int:
     return math.ceil(1.25 * num_rows / num_groups / 8) * 8
 
 
-def _rows_by_matrices(x_RP, w_EDF, group_sizes_E, spare_rows: int, *, equation: str, axis: int):
+def _rows_by_matrices(x_RP, w_EDF, group_sizes_E, padding_rows: int, *, equation: str, axis: int):
     num_rows, width = x_RP.shape[0], w_EDF.shape[axis]
 
     def one_turn(turn, y_RQ):

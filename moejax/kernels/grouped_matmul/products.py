@@ -41,45 +41,45 @@ def multiply(
     x_RD: Float[Array, "R D"],
     w_EDF: Float[Array, "E D F"],
     group_sizes_E: Int[Array, "E"],
-    spare_rows: int,
+    padding_rows: int,
 ) -> Float[Array, "R F"]:
     """Each group's rows by its matrix; see `grouped_matmul`."""
-    return _by_matrix(products, spare_rows, x_RD, w_EDF, group_sizes_E)
+    return _by_matrix(products, padding_rows, x_RD, w_EDF, group_sizes_E)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _by_matrix(products, spare_rows, x_RD, w_EDF, group_sizes_E):
-    return products.over_arms(products.by_matrix, x_RD, w_EDF, group_sizes_E, spare_rows)
+def _by_matrix(products, padding_rows, x_RD, w_EDF, group_sizes_E):
+    return products.over_arms(products.by_matrix, x_RD, w_EDF, group_sizes_E, padding_rows)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _by_transpose(products, spare_rows, dy_RF, w_EDF, group_sizes_E):
-    return products.over_arms(products.by_transpose, dy_RF, w_EDF, group_sizes_E, spare_rows)
+def _by_transpose(products, padding_rows, dy_RF, w_EDF, group_sizes_E):
+    return products.over_arms(products.by_transpose, dy_RF, w_EDF, group_sizes_E, padding_rows)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _outer(products, spare_rows, x_RD, dy_RF, group_sizes_E):
-    return products.over_arms(products.outer, x_RD, dy_RF, group_sizes_E, spare_rows).astype(
+def _outer(products, padding_rows, x_RD, dy_RF, group_sizes_E):
+    return products.over_arms(products.outer, x_RD, dy_RF, group_sizes_E, padding_rows).astype(
         x_RD.dtype
     )
 
 
-def _by_matrix_backward(products, spare_rows, arrays, dy_RF):
+def _by_matrix_backward(products, padding_rows, arrays, dy_RF):
     x_RD, w_EDF, sizes_E = arrays
-    dx_RD = _by_transpose(products, spare_rows, dy_RF, w_EDF, sizes_E)
-    return dx_RD, _outer(products, spare_rows, x_RD, dy_RF, sizes_E), None
+    dx_RD = _by_transpose(products, padding_rows, dy_RF, w_EDF, sizes_E)
+    return dx_RD, _outer(products, padding_rows, x_RD, dy_RF, sizes_E), None
 
 
-def _by_transpose_backward(products, spare_rows, arrays, ddx_RD):
+def _by_transpose_backward(products, padding_rows, arrays, ddx_RD):
     dy_RF, w_EDF, sizes_E = arrays
-    ddy_RF = _by_matrix(products, spare_rows, ddx_RD, w_EDF, sizes_E)
-    return ddy_RF, _outer(products, spare_rows, ddx_RD, dy_RF, sizes_E), None
+    ddy_RF = _by_matrix(products, padding_rows, ddx_RD, w_EDF, sizes_E)
+    return ddy_RF, _outer(products, padding_rows, ddx_RD, dy_RF, sizes_E), None
 
 
-def _outer_backward(products, spare_rows, arrays, ddw_EDF):
+def _outer_backward(products, padding_rows, arrays, ddw_EDF):
     x_RD, dy_RF, sizes_E = arrays
-    dx_RD = _by_transpose(products, spare_rows, dy_RF, ddw_EDF, sizes_E)
-    return dx_RD, _by_matrix(products, spare_rows, x_RD, ddw_EDF, sizes_E), None
+    dx_RD = _by_transpose(products, padding_rows, dy_RF, ddw_EDF, sizes_E)
+    return dx_RD, _by_matrix(products, padding_rows, x_RD, ddw_EDF, sizes_E), None
 
 
 _by_matrix.defvjp(lambda p, s, *arrays: (_by_matrix(p, s, *arrays), arrays), _by_matrix_backward)

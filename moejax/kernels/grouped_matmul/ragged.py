@@ -17,23 +17,23 @@ from moejax.kernels.device import platform
 from moejax.kernels.grouped_matmul.dimensions import BY_MATRIX, BY_TRANSPOSE, OUTER
 from moejax.kernels.grouped_matmul.megablox import outer_products_megablox
 from moejax.kernels.grouped_matmul.products import Products, multiply
-from moejax.kernels.zero_padding import zero_tail
+from moejax.kernels.zero_padding import zero_padding_rows
 
 
 def grouped_matmul_ragged(
     x_RD: Float[Array, "R D"],
     w_EDF: Float[Array, "E D F"],
     group_sizes_E: Int[Array, "E"],
-    spare_rows: int = 0,
+    padding_rows: int = 0,
 ) -> Float[Array, "R F"]:
     """See `grouped_matmul`."""
-    return multiply(PRODUCTS, x_RD, w_EDF, group_sizes_E, spare_rows)
+    return multiply(PRODUCTS, x_RD, w_EDF, group_sizes_E, padding_rows)
 
 
-def _over_arms(product, x_RP, other, group_sizes_E, spare_rows: int):
+def _over_arms(product, x_RP, other, group_sizes_E, padding_rows: int):
     """Off TPU arms are not folded: a dense product would multiply each one's rows by the matrices of all."""
     over_arms = fold_arms if platform() == "tpu" else loop_over_arms
-    return over_arms(product, x_RP, other, group_sizes_E, spare_rows)
+    return over_arms(product, x_RP, other, group_sizes_E, padding_rows)
 
 
 def needs_megablox() -> bool:
@@ -41,20 +41,20 @@ def needs_megablox() -> bool:
     return platform() == "tpu" and jax.__version_info__ < (0, 12)
 
 
-def _outer_products(x_RD, dy_RF, group_sizes_E, spare_rows: int):
+def _outer_products(x_RD, dy_RF, group_sizes_E, padding_rows: int):
     if needs_megablox():
         return outer_products_megablox(x_RD, dy_RF, group_sizes_E, x_RD.dtype)
-    x_RD, dy_RF = zero_tail(x_RD, group_sizes_E), zero_tail(dy_RF, group_sizes_E)
+    x_RD, dy_RF = zero_padding_rows(x_RD, group_sizes_E), zero_padding_rows(dy_RF, group_sizes_E)
     return ragged_dot_general(x_RD, dy_RF, group_sizes_E, OUTER, preferred_element_type=jnp.float32)
 
 
-def _rows_by_matrices(x_RP, w_EDF, group_sizes_E, spare_rows: int, *, dimensions):
-    x_RP = zero_tail(x_RP, group_sizes_E)
+def _rows_by_matrices(x_RP, w_EDF, group_sizes_E, padding_rows: int, *, dimensions):
+    x_RP = zero_padding_rows(x_RP, group_sizes_E)
     # XLA:TPU's kernel adds up in float32 and rounds at the end: asked for float32, it would only
     # write twice the bytes.
     dtype = x_RP.dtype if platform() == "tpu" else jnp.float32
     y_RQ = ragged_dot_general(x_RP, w_EDF, group_sizes_E, dimensions, preferred_element_type=dtype)
-    return zero_tail(y_RQ, group_sizes_E).astype(x_RP.dtype)
+    return zero_padding_rows(y_RQ, group_sizes_E).astype(x_RP.dtype)
 
 
 _BY_MATRIX = functools.partial(_rows_by_matrices, dimensions=BY_MATRIX)

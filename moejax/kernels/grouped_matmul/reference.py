@@ -4,20 +4,20 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from moejax.kernels.zero_padding import zero_tail
+from moejax.kernels.zero_padding import zero_padding_rows
 
 
 def grouped_matmul_dense(
     x_RD: Float[Array, "R D"],
     w_EDF: Float[Array, "E D F"],
     group_sizes_E: Int[Array, "E"],
-    spare_rows: int = 0,
+    padding_rows: int = 0,
 ) -> Float[Array, "R F"]:
     """See `grouped_matmul`; materialises `[E, R, F]`."""
-    x_RD = zero_tail(x_RD, group_sizes_E)
+    x_RD = zero_padding_rows(x_RD, group_sizes_E)
     ends_E = jnp.cumsum(group_sizes_E)
     group_R = jnp.searchsorted(ends_E, jnp.arange(x_RD.shape[0]), side="right")
     y_ERF = jnp.einsum("RD,EDF->ERF", x_RD, w_EDF, preferred_element_type=jnp.float32)
     is_group_RE = jax.nn.one_hot(group_R, w_EDF.shape[0])
     y_RF = jnp.einsum("ERF,RE->RF", y_ERF, is_group_RE)
-    return zero_tail(y_RF, group_sizes_E).astype(x_RD.dtype)
+    return zero_padding_rows(y_RF, group_sizes_E).astype(x_RD.dtype)

@@ -21,10 +21,10 @@ def grouped_matmul_tiled(
     x_RD: Float[Array, "R D"],
     w_EDF: Float[Array, "E D F"],
     group_sizes_E: Int[Array, "E"],
-    spare_rows: int = 0,
+    padding_rows: int = 0,
 ) -> Float[Array, "R F"]:
     """See `grouped_matmul`."""
-    return multiply(PRODUCTS, x_RD, w_EDF, group_sizes_E, spare_rows)
+    return multiply(PRODUCTS, x_RD, w_EDF, group_sizes_E, padding_rows)
 
 
 def block_rows(num_rows: int, num_groups: int) -> int:
@@ -36,15 +36,15 @@ def block_rows(num_rows: int, num_groups: int) -> int:
     return min(256, max(32, 1 << (target.bit_length() - 1)))
 
 
-def _rows_by_matrices(x_RP, w_EDF, group_sizes_E, spare_rows: int, *, contract: int):
+def _rows_by_matrices(x_RP, w_EDF, group_sizes_E, padding_rows: int, *, contract: int):
     """Rows times `w` (`contract=1`) or times its transpose (`contract=2`)."""
     num_rows, num_groups = x_RP.shape[0], w_EDF.shape[0]
-    block = block_rows(num_rows - spare_rows, num_groups)
+    block = block_rows(num_rows - padding_rows, num_groups)
     ends_E = jnp.cumsum(group_sizes_E)
-    x_RP = _append_rows(x_RP, block - spare_rows)
+    x_RP = _append_rows(x_RP, block - padding_rows)
 
     def one_group(e, y_RQ):
-        w_DF = _wide(lax.dynamic_index_in_dim(w_EDF, e, keepdims=False))
+        w_DF = _to_float32(lax.dynamic_index_in_dim(w_EDF, e, keepdims=False))
         start = ends_E[e] - group_sizes_E[e]
 
         def one_tile(i, y_RQ):
@@ -64,12 +64,12 @@ _BY_MATRIX = functools.partial(_rows_by_matrices, contract=1)
 _BY_TRANSPOSE = functools.partial(_rows_by_matrices, contract=2)
 
 
-def _outer_products(x_RD, dy_RF, group_sizes_E, spare_rows: int):
+def _outer_products(x_RD, dy_RF, group_sizes_E, padding_rows: int):
     """For each group, the sum over its rows of the outer products of `x` and `dy`, in float32."""
     num_rows, num_groups = x_RD.shape[0], group_sizes_E.shape[0]
-    block = block_rows(num_rows - spare_rows, num_groups)
+    block = block_rows(num_rows - padding_rows, num_groups)
     ends_E = jnp.cumsum(group_sizes_E)
-    x_RD, dy_RF = (_append_rows(rows, block - spare_rows) for rows in (x_RD, dy_RF))
+    x_RD, dy_RF = (_append_rows(rows, block - padding_rows) for rows in (x_RD, dy_RF))
     zeros_DF = zeros_varying_like(dy_RF, (x_RD.shape[1], dy_RF.shape[1]), jnp.float32)
 
     def one_group(e, dw_EDF):
@@ -95,10 +95,12 @@ def _append_rows(x_RP, count: int):
 def _rows(x_RP, start, count: int, end):
     """`count` rows in float32, zeros from row `end` on."""
     is_row_b = start + jnp.arange(count) < end
-    return jnp.where(is_row_b[:, None], _wide(lax.dynamic_slice_in_dim(x_RP, start, count)), 0)
+    return jnp.where(
+        is_row_b[:, None], _to_float32(lax.dynamic_slice_in_dim(x_RP, start, count)), 0
+    )
 
 
-def _wide(x):
+def _to_float32(x):
     """float32, in which CPUs multiply bfloat16 faster and accumulate exactly."""
     return x.astype(jnp.float32)
 

@@ -19,7 +19,7 @@ from moejax.extras import how_to_install
 from moejax.kernels.device import platform
 from moejax.kernels.grouped_matmul.dimensions import BY_MATRIX, BY_TRANSPOSE, OUTER
 from moejax.kernels.grouped_matmul.products import Products, multiply
-from moejax.kernels.zero_padding import zero_tail
+from moejax.kernels.zero_padding import zero_padding_rows
 
 KERNELS: dict[str, tuple[Any, ...]] = {"gpu": ("triton",), "tpu": ("mosaic", "xla")}
 """By platform, the first that takes the shapes. On TPU "xla", which is `ragged_dot`, takes those below 128."""
@@ -53,21 +53,21 @@ def grouped_matmul_tokamax(
     x_RD: Float[Array, "R D"],
     w_EDF: Float[Array, "E D F"],
     group_sizes_E: Int[Array, "E"],
-    spare_rows: int = 0,
+    padding_rows: int = 0,
 ) -> Float[Array, "R F"]:
     """See `grouped_matmul`."""
-    return multiply(PRODUCTS, x_RD, w_EDF, group_sizes_E, spare_rows)
+    return multiply(PRODUCTS, x_RD, w_EDF, group_sizes_E, padding_rows)
 
 
-def _outer_products(x_RD, dy_RF, group_sizes_E, spare_rows: int):
+def _outer_products(x_RD, dy_RF, group_sizes_E, padding_rows: int):
     # Zeros in front, as rows of the first group: no block begins before the array.
     x_RD, dy_RF = (jnp.pad(rows, ((BLOCK, 0), (0, 0))) for rows in (x_RD, dy_RF))
     dw_EDF = _product(x_RD, dy_RF, group_sizes_E.at[0].add(BLOCK), OUTER)
     return jnp.where((group_sizes_E > 0)[:, None, None], dw_EDF, 0)
 
 
-def _rows_by_matrices(x_RP, w_EDF, group_sizes_E, spare_rows: int, *, dimensions):
-    return zero_tail(_product(x_RP, w_EDF, group_sizes_E, dimensions), group_sizes_E)
+def _rows_by_matrices(x_RP, w_EDF, group_sizes_E, padding_rows: int, *, dimensions):
+    return zero_padding_rows(_product(x_RP, w_EDF, group_sizes_E, dimensions), group_sizes_E)
 
 
 _BY_MATRIX = functools.partial(_rows_by_matrices, dimensions=BY_MATRIX)

@@ -129,7 +129,7 @@ def routing_metrics(stats: RoutingStats) -> dict[str, Float[Array, "N"]]:
       `dropped`: fraction of choices that found no slot; `moved`: of those that another expert took;
         `dropped_out`: of those whose output expert dropout dropped.
       `unserved`: fraction of tokens that no expert serves.
-      `left_over`: fraction of choices that a buffer of the exchange had no room for, and which took
+      `buffer_overflow`: fraction of choices that a buffer of the exchange had no room for, and which took
         a slower way.
       `gate_mass`: mean sum of a token's combine weights, after dropping.
       `top_prob`: mean of the highest probability; `margin`: of the K-th highest minus the next.
@@ -153,7 +153,7 @@ def routing_metrics(stats: RoutingStats) -> dict[str, Float[Array, "N"]]:
         "moved": stats.moved / choices_N,
         "dropped_out": stats.dropped_out / choices_N,
         "unserved": stats.unserved / tokens_N,
-        "left_over": stats.left_over / choices_N,
+        "buffer_overflow": stats.buffer_overflow / choices_N,
         "gate_mass": stats.gate_mass / tokens_N,
         "top_prob": stats.top_prob / tokens_N,
         "margin": stats.margin / tokens_N,
@@ -209,7 +209,7 @@ def update_quantiles(
     bit by bit from counts, so that tokens may lie on any number of devices and none has to move.
 
     Args:
-      offers_NTE: of the whole global batch, from `estimates.offers`; -inf at padding. What is not a
+      offers_NTE: of the whole global batch, from `estimates.quantile_margins`; -inf at padding. What is not a
         number concerns its own expert alone.
       num_tokens_N: how many of the tokens are no padding; the same for every layer.
       top_k: experts per token, K.

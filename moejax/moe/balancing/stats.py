@@ -19,7 +19,7 @@ from moejax.moe.balancing.sums import (
     count_ties,
     expected_load,
     expected_load_vmoe,
-    offers,
+    quantile_margins,
     sum_by_expert,
     sum_of_margins,
     unbiased_choices,
@@ -49,7 +49,7 @@ class RoutingStats:
       moved: choices that went to another expert for want of a slot.
       dropped_out: choices whose output expert dropout drops.
       unserved: tokens that no expert serves, for want of a slot.
-      left_over: choices for which a buffer of the exchange had no room, and which took a slower
+      buffer_overflow: choices for which a buffer of the exchange had no room, and which took a slower
         way; the one sum that depends on the mesh.
       first_assignments_E: first choices of each expert, int32 [E]; for
         balance_convention="first_choice".
@@ -82,7 +82,7 @@ class RoutingStats:
     moved: jax.Array
     dropped_out: jax.Array
     unserved: jax.Array
-    left_over: jax.Array
+    buffer_overflow: jax.Array
     first_assignments_E: Any = None
     scope_balance: Any = None
     first_scope_balance: Any = None
@@ -117,7 +117,7 @@ def join(runs: Sequence[RoutingStats]) -> RoutingStats | None:
 
 
 @dataclasses.dataclass(frozen=True)
-class Service:
+class CombineWeights:
     """What became of a layer's choices.
 
     Attributes:
@@ -137,11 +137,11 @@ class Service:
 def collect(
     routing: Routing,
     mask_T: Bool[Array, "T"],
-    service: Service,
+    service: CombineWeights,
     config: MoeConfig,
     *,
     length: int,
-    left_over: jax.Array | float = 0.0,
+    buffer_overflow: jax.Array | float = 0.0,
     num_devices: int = 1,
     trace: bool = False,
 ) -> RoutingStats:
@@ -153,7 +153,7 @@ def collect(
       service: what capacity made of them.
       config: which sums are needed.
       length: tokens of a sequence.
-      left_over: choices that took a slower way to their experts.
+      buffer_overflow: choices that took a slower way to their experts.
       num_devices: into how many equal parts the mesh splits the tokens.
       trace: keep the routing itself beside the sums.
     """
@@ -175,7 +175,7 @@ def collect(
         moved=service.is_moved_TK.sum(dtype=jnp.float32),
         dropped_out=_count_dropped_out(service, routing.experts_TK < num_choices),
         unserved=(mask_T & ~is_served_TK.any(axis=1)).sum(dtype=jnp.float32),
-        left_over=jnp.float32(left_over),
+        buffer_overflow=jnp.float32(buffer_overflow),
         first_assignments_E=count_assignments(routing.experts_TK[:, :1], num_choices, num_devices)
         if config.balance_convention == "first_choice"
         else None,
@@ -200,7 +200,9 @@ def collect(
         vmoe_load_E=expected_load_vmoe(routing, mask_T, config.top_k)
         if config.vmoe_load_weight > 0 and has_noise
         else None,
-        offers_TE=offers(routing, mask_T, config.top_k) if config.router == "quantile" else None,
+        offers_TE=quantile_margins(routing, mask_T, config.top_k)
+        if config.router == "quantile"
+        else None,
         routing=routing if trace else None,
     )
 
@@ -227,7 +229,7 @@ def collect_slots(
         moved=zero,
         dropped_out=zero,
         unserved=(mask_BL & ~served_BL).sum(dtype=jnp.float32),
-        left_over=zero,
+        buffer_overflow=zero,
         routing=routing if trace else None,
     )
 
@@ -255,12 +257,12 @@ def collect_soft(
         moved=zero,
         dropped_out=zero,
         unserved=zero,
-        left_over=zero,
+        buffer_overflow=zero,
         routing=routing if trace else None,
     )
 
 
-def _count_dropped_out(service: Service, is_choice_TK: jax.Array) -> jax.Array:
+def _count_dropped_out(service: CombineWeights, is_choice_TK: jax.Array) -> jax.Array:
     if service.dropout_TK is None:
         return jnp.float32(0)
     return (is_choice_TK & ~service.is_dropped_TK & (service.dropout_TK == 0)).sum(

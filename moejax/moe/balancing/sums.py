@@ -159,7 +159,7 @@ def _sum_of_probabilities(distance_TE, scale, mask_T) -> jax.Array:
 
 
 @takes_numpy
-def offers(routing: Routing, mask_T: Bool[Array, "T"], top_k: int) -> Float[Array, "T E"]:
+def quantile_margins(routing: Routing, mask_T: Bool[Array, "T"], top_k: int) -> Float[Array, "T E"]:
     """Each logit minus alpha_t, the (K+1)-th largest of what the token's selection was made by; -inf at padding.
 
     Source: quantile balancing, 2026; `balance.update_quantiles` takes each expert's

@@ -1,6 +1,6 @@
 """Capacity: which choices keep a slot when more want an expert than it has slots.
 
-This comes between the router and dispatch: `admit` decides who has a slot, `dispatch.py` where the
+This comes between the router and dispatch: `apply_capacity` decides who has a slot, `dispatch.py` where the
 rows lie. Tokens come in groups (a sequence, a device's batch, the whole batch), each with its own
 slots, so that no group sees another; here L is the number of tokens of a group.
 """
@@ -13,12 +13,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from moejax.kernels.arrays import takes_numpy
-from moejax.kernels.vma import vary_alike, zeros_varying_like
+from moejax.kernels.vma import unify_vma, zeros_varying_like
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Admission:
+class CapacityAssignment:
     """What became of each choice.
 
     Attributes:
@@ -34,7 +34,7 @@ class Admission:
 
 
 @takes_numpy
-def admit(
+def apply_capacity(
     experts_TK: Int[Array, "T K"],
     ranking_TE: Float[Array, "T E"] | None,
     weights_TK: Float[Array, "T K"],
@@ -44,7 +44,7 @@ def admit(
     num_groups: int,
     order: Literal["position", "choice", "weight"],
     overflow: Literal["drop", "next", "renormalize"],
-) -> Admission:
+) -> CapacityAssignment:
     """Gives the slots of each expert to the choices that come first; the others are dropped or move on.
 
     In which order:
@@ -86,7 +86,7 @@ def admit(
       overflow: what happens to those who come too late.
 
     Returns:
-      The `Admission`. No gradient flows through it.
+      The `CapacityAssignment`. No gradient flows through it.
 
     Raises:
       ValueError: `num_groups` does not divide the tokens, or "next" has no ranking of at least
@@ -113,7 +113,7 @@ def admit(
             experts_LK, ranking_LE = jax.tree.map(lambda x: x[turn_L], (experts_LK, ranking_LE))
         choice_major = order != "position"
         if overflow == "next":
-            final_LK = _move_on(experts_LK, ranking_LE, limit, num_experts, choice_major)
+            final_LK = _reroute(experts_LK, ranking_LE, limit, num_experts, choice_major)
         else:
             is_late_LK = _is_late(experts_LK, limit, num_experts, choice_major)
             final_LK = jnp.where(is_late_LK, no_expert, experts_LK)
@@ -125,7 +125,7 @@ def admit(
     final_TK = jax.vmap(admit_group)(*groups).reshape(experts_TK.shape)
     is_changed_TK = final_TK != experts_TK
     is_dropped_TK = is_changed_TK & (final_TK == no_expert)
-    return Admission(
+    return CapacityAssignment(
         experts_TK=final_TK, is_dropped_TK=is_dropped_TK, is_moved_TK=is_changed_TK & ~is_dropped_TK
     )
 
@@ -166,7 +166,7 @@ def _is_late(experts_LK, limit, num_experts, choice_major):
     )
 
 
-def _move_on(experts_LK, ranking_LE, limit, num_experts, choice_major):
+def _reroute(experts_LK, ranking_LE, limit, num_experts, choice_major):
     """Final experts of one group, choice by choice; E where a choice is dropped."""
     top_k, width = experts_LK.shape[1], ranking_LE.shape[1]
     choice_LK = jnp.arange(experts_LK.size).reshape(experts_LK.shape)
@@ -187,7 +187,7 @@ def _move_on(experts_LK, ranking_LE, limit, num_experts, choice_major):
         final_LK = jax.lax.dynamic_update_slice(final_LK, final[None, None], (token, rank))
         return (taken_E + (expert_E == final), final_LK), None
 
-    experts_LK, ranking_LE, limit = vary_alike(experts_LK, ranking_LE, jnp.asarray(limit))
+    experts_LK, ranking_LE, limit = unify_vma(experts_LK, ranking_LE, jnp.asarray(limit))
     start = (zeros_varying_like(experts_LK, (width,), jnp.int32), experts_LK)
     (_, final_LK), _ = jax.lax.scan(
         take, start, (choice_LK.T if choice_major else choice_LK).reshape(-1)
@@ -197,5 +197,5 @@ def _move_on(experts_LK, ranking_LE, limit, num_experts, choice_major):
 
 def _argsort(keys):
     """The stable permutation that sorts the keys."""
-    keys, index = vary_alike(keys, jnp.arange(keys.shape[0], dtype=jnp.int32))
+    keys, index = unify_vma(keys, jnp.arange(keys.shape[0], dtype=jnp.int32))
     return jax.lax.sort((keys, index), num_keys=1, is_stable=True)[1]

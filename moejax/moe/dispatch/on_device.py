@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from moejax.kernels.fused_feed_forward import feed_forward
-from moejax.kernels.grouped_matmul import grouped_matmul, resolve_implementation, spare_rows_for
+from moejax.kernels.grouped_matmul import grouped_matmul, padding_rows_for, resolve_implementation
 from moejax.kernels.tiles import tile_sizes
 from moejax.moe.dispatch.plan import (
     add_slots,
@@ -28,7 +28,7 @@ from moejax.moe.experts.experts import ExpertWeights, apply_experts
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Chosen:
+class TokenChoice:
     """Where tokens go, if they choose.
 
     Attributes:
@@ -44,7 +44,7 @@ class Chosen:
     input_weights_BLK: Any = None
     max_choices: int | None = dataclasses.field(default=None, metadata={"static": True})
 
-    def of_experts(self, first: jax.Array, count: int) -> "Chosen":
+    def of_experts(self, first: jax.Array, count: int) -> "TokenChoice":
         """The same for `count` experts from `first` on; other choices are of none."""
         experts_BLK = self.experts_BLK - first
         is_here_BLK = (experts_BLK >= 0) & (experts_BLK < count)
@@ -53,7 +53,7 @@ class Chosen:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Slots:
+class ExpertChoice:
     """Whom experts take, if they choose.
 
     Attributes:
@@ -64,7 +64,7 @@ class Slots:
     positions_BEC: jax.Array
     weights_BEC: jax.Array
 
-    def of_experts(self, first: jax.Array, count: int) -> "Slots":
+    def of_experts(self, first: jax.Array, count: int) -> "ExpertChoice":
         """The same for `count` experts from `first` on."""
         return jax.tree.map(
             lambda a_BEC: jax.lax.dynamic_slice_in_dim(a_BEC, first, count, axis=1), self
@@ -73,7 +73,7 @@ class Slots:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Mixing:
+class SoftSlots:
     """How slots mix tokens, and tokens the slots' outputs.
 
     Attributes:
@@ -84,14 +84,14 @@ class Mixing:
     dispatch_BLES: jax.Array
     combine_BLES: jax.Array
 
-    def of_experts(self, first: jax.Array, count: int) -> "Mixing":
+    def of_experts(self, first: jax.Array, count: int) -> "SoftSlots":
         """The same for `count` experts from `first` on."""
         return jax.tree.map(
             lambda a_BLES: jax.lax.dynamic_slice_in_dim(a_BLES, first, count, axis=2), self
         )
 
 
-def run_dropless(x_BLD, chosen: Chosen, weights: ExpertWeights, *, implementation: str):
+def run_dropless(x_BLD, chosen: TokenChoice, weights: ExpertWeights, *, implementation: str):
     """As many rows as there are choices."""
     experts_BLK = chosen.experts_BLK
     top_k, num_experts = experts_BLK.shape[-1], weights.down_EFD.shape[0]
@@ -99,26 +99,26 @@ def run_dropless(x_BLD, chosen: Chosen, weights: ExpertWeights, *, implementatio
     num_rows = min(experts_TK.size, chosen.max_choices or experts_TK.size)
     if resolve_implementation(implementation) == "tiled" and _is_plain(chosen, weights):
         sizes = tile_sizes(num_rows, num_experts)
-        plan = plan_dropless(experts_TK, num_experts, spare_rows=sizes[-1], max_rows=num_rows)
+        plan = plan_dropless(experts_TK, num_experts, padding_rows=sizes[-1], max_rows=num_rows)
         return _run_in_one_pass(plan, x_BLD, chosen, weights, sizes, num_rows)
-    spare_rows = spare_rows_for(num_rows, num_experts, implementation)
-    plan = plan_dropless(experts_TK, num_experts, spare_rows, num_rows)
+    padding_rows = padding_rows_for(num_rows, num_experts, implementation)
+    plan = plan_dropless(experts_TK, num_experts, padding_rows, num_rows)
     matmul = functools.partial(
         grouped_matmul,
         group_sizes_E=plan.group_sizes_E,
         implementation=implementation,
-        spare_rows=spare_rows,
+        padding_rows=padding_rows,
     )
     return _run(plan, x_BLD, chosen, weights, matmul)
 
 
-def _is_plain(chosen: Chosen, weights: ExpertWeights) -> bool:
+def _is_plain(chosen: TokenChoice, weights: ExpertWeights) -> bool:
     """Whether `feed_forward` knows all that there is to do."""
     return chosen.input_weights_BLK is None and not weights.network.has_bias
 
 
 def _run_in_one_pass(
-    plan, x_BLD, chosen: Chosen, weights: ExpertWeights, sizes: tuple[int, ...], num_rows: int
+    plan, x_BLD, chosen: TokenChoice, weights: ExpertWeights, sizes: tuple[int, ...], num_rows: int
 ):
     y_TD = feed_forward(
         x_BLD.reshape(-1, x_BLD.shape[-1]),
@@ -135,14 +135,14 @@ def _run_in_one_pass(
     return y_TD.reshape(x_BLD.shape)
 
 
-def run_with_capacity(x_BLD, chosen: Chosen, weights: ExpertWeights, *, slots: int):
+def run_with_capacity(x_BLD, chosen: TokenChoice, weights: ExpertWeights, *, slots: int):
     """In `slots` rows per expert and sequence, in which every choice must find room."""
     num_experts = weights.down_EFD.shape[0]
     plan = plan_capacity(chosen.experts_BLK, num_experts, slots)
     return _run(plan, x_BLD, chosen, weights, _slotted(num_experts))
 
 
-def _run(plan, x_BLD, chosen: Chosen, weights: ExpertWeights, matmul):
+def _run(plan, x_BLD, chosen: TokenChoice, weights: ExpertWeights, matmul):
     x_RD = dispatch(x_BLD.reshape(-1, x_BLD.shape[-1]), plan)
     if chosen.input_weights_BLK is not None:
         weights_TK = chosen.input_weights_BLK.reshape(plan.row_TK.shape)
@@ -169,7 +169,7 @@ def apply_slotted(x_RD: jax.Array, weights: ExpertWeights) -> jax.Array:
     return apply_experts(x_RD, weights, _slotted(num_experts), expert_R)
 
 
-def run_slots(x_BLD, slots: Slots, weights: ExpertWeights):
+def run_slots(x_BLD, slots: ExpertChoice, weights: ExpertWeights):
     """Where experts choose."""
     positions_BEC, weights_BEC1 = slots.positions_BEC, slots.weights_BEC[..., None]
     num_experts, (batch, length, width) = weights.down_EFD.shape[0], x_BLD.shape
@@ -180,7 +180,7 @@ def run_slots(x_BLD, slots: Slots, weights: ExpertWeights):
     return add_slots(weighted_BECD, positions_BEC, length).astype(x_BLD.dtype)
 
 
-def run_soft(x_BLD, mixing: Mixing, weights: ExpertWeights):
+def run_soft(x_BLD, mixing: SoftSlots, weights: ExpertWeights):
     """Where slots mix tokens: the weights of both mixtures stay float32."""
     x_EBSD = jnp.einsum("BLES,BLD->EBSD", mixing.dispatch_BLES, x_BLD.astype(jnp.float32)).astype(
         x_BLD.dtype

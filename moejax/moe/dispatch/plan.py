@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from moejax.kernels.arrays import takes_numpy
 from moejax.kernels.rows import add_rows
-from moejax.kernels.vma import vary_alike, zeros_varying_like
+from moejax.kernels.vma import unify_vma, zeros_varying_like
 
 
 @jax.tree_util.register_dataclass
@@ -43,7 +43,7 @@ class Plan:
 def plan_dropless(
     experts_TK: Int[Array, "T K"],
     num_experts: int,
-    spare_rows: int = 0,
+    padding_rows: int = 0,
     max_rows: int | None = None,
 ) -> Plan:
     """Rows sorted by expert, one for each choice; rows of masked tokens (expert id E) come last and are empty.
@@ -51,7 +51,7 @@ def plan_dropless(
     Args:
       experts_TK: selected experts; E where the token is masked.
       num_experts: E.
-      spare_rows: this many empty rows are appended; see `grouped_matmul`.
+      padding_rows: this many empty rows are appended; see `grouped_matmul`.
       max_rows: no more choices than these are of experts, whoever calls makes sure of it;
         None: all may be.
     """
@@ -66,10 +66,10 @@ def plan_dropless(
     choice_R = jnp.where(expert_R < num_experts, choice_R, num_choices)
     row_TK = row_of_choice.reshape(experts_TK.shape)
     return Plan(
-        row_TK=jnp.where(experts_TK < num_experts, row_TK, num_rows + spare_rows),
-        choice_R=jnp.pad(choice_R, (0, spare_rows), constant_values=num_choices),
+        row_TK=jnp.where(experts_TK < num_experts, row_TK, num_rows + padding_rows),
+        choice_R=jnp.pad(choice_R, (0, padding_rows), constant_values=num_choices),
         group_sizes_E=_group_sizes(expert_R, num_experts),
-        expert_R=jnp.pad(expert_R, (0, spare_rows), constant_values=jnp.iinfo(jnp.int32).max),
+        expert_R=jnp.pad(expert_R, (0, padding_rows), constant_values=jnp.iinfo(jnp.int32).max),
     )
 
 
@@ -120,13 +120,13 @@ def plan_capacity(experts_BLK: Int[Array, "B L K"], num_experts: int, slots: int
 @takes_numpy
 def dispatch(x_TD: Float[Array, "T D"], plan: Plan) -> Float[Array, "R D"]:
     """Copies each token to the rows of its choices; empty rows are zeros."""
-    return _dispatch(vary_alike(x_TD, plan.choice_R)[0], plan)
+    return _dispatch(unify_vma(x_TD, plan.choice_R)[0], plan)
 
 
 @takes_numpy
 def add_up(y_RD: Float[Array, "R D"], plan: Plan) -> Float[Array, "T D"]:
     """Adds up each token's rows, with no weights: the transpose of `dispatch`, which keeps no rows for a gradient."""
-    return _add_up(vary_alike(y_RD, plan.row_TK)[0], plan)
+    return _add_up(unify_vma(y_RD, plan.row_TK)[0], plan)
 
 
 @jax.custom_vjp
@@ -162,7 +162,7 @@ def combine(
     y_RD: Float[Array, "R D"], weights_TK: Float[Array, "T K"], plan: Plan
 ) -> Float[Array, "T D"]:
     """Adds up each token's rows with their weights; a choice without a row adds nothing."""
-    y_RD, weights_TK, _ = vary_alike(y_RD, weights_TK, plan.row_TK)
+    y_RD, weights_TK, _ = unify_vma(y_RD, weights_TK, plan.row_TK)
     return _combine(y_RD, weights_TK, plan)
 
 
@@ -195,7 +195,7 @@ def take_slots(
     x_BLD: Float[Array, "B L D"], positions_BEC: Int[Array, "B E C"]
 ) -> Float[Array, "B E C D"]:
     """The token of each slot, where experts choose; zeros in empty ones, whose position is L."""
-    return _take_slots(*vary_alike(x_BLD, positions_BEC), x_BLD.shape[1])
+    return _take_slots(*unify_vma(x_BLD, positions_BEC), x_BLD.shape[1])
 
 
 @takes_numpy
@@ -203,7 +203,7 @@ def add_slots(
     y_BECD: Float[Array, "B E C D"], positions_BEC: Int[Array, "B E C"], length: int
 ) -> Float[Array, "B L D"]:
     """Adds up the slots of each token in float32, in the dtype of the slots: the transpose of `take_slots`."""
-    return _add_slots(*vary_alike(y_BECD, positions_BEC), length)
+    return _add_slots(*unify_vma(y_BECD, positions_BEC), length)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -246,7 +246,7 @@ def _sort_with_index(keys, num_experts):
     """
     length = keys.shape[0]
     index = jnp.arange(length, dtype=jnp.int32)
-    keys, index = vary_alike(jnp.minimum(keys, num_experts).astype(jnp.int32), index)
+    keys, index = unify_vma(jnp.minimum(keys, num_experts).astype(jnp.int32), index)
     if (num_experts + 1) * length >= 2**31:
         return jax.lax.sort((keys, index), num_keys=1, is_stable=True)
     joint = jax.lax.sort(keys * length + index, is_stable=False)

@@ -11,13 +11,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from moejax.moe.dispatch.on_device import Chosen
+from moejax.moe.dispatch.on_device import TokenChoice
 from moejax.moe.dispatch.plan import Plan, dispatch, dispatch_weights, plan_capacity
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Parcels:
+class SendBuffers:
     """What is sent, and what is not.
 
     Attributes:
@@ -33,8 +33,8 @@ class Parcels:
     by_choice: bool = dataclasses.field(metadata={"static": True})
 
     def load(
-        self, x_TD: Float[Array, "T D"], chosen: Chosen, none: int
-    ) -> tuple[jax.Array, Chosen]:
+        self, x_TD: Float[Array, "T D"], chosen: TokenChoice, none: int
+    ) -> tuple[jax.Array, TokenChoice]:
         """The rows that are sent, and the choices of each, `[R, 1]` or `[R, K]`; an empty row's expert is `none`."""
         top_k, plan = self.plan.row_TK.shape[1], self.plan
         experts_TK, weights_TK = chosen.experts_BLK[0], chosen.weights_BLK[0]
@@ -49,7 +49,7 @@ class Parcels:
             )
 
         inputs_BLK = chosen.input_weights_BLK
-        rows = Chosen(
+        rows = TokenChoice(
             experts_UK.at[index_R].get(mode="fill", fill_value=none),
             of_rows(weights_TK),
             None if inputs_BLK is None else of_rows(inputs_BLK[0]),
@@ -75,7 +75,7 @@ def mean_receivers(num_experts: int, top_k: int, num_receivers: int) -> float:
     return num_receivers * (1 - math.comb(others, top_k) / math.comb(num_experts, top_k))
 
 
-def pack_choices(receiver_TK: Int[Array, "T K"], num_receivers: int, slots: int) -> Parcels:
+def pack_choices(receiver_TK: Int[Array, "T K"], num_receivers: int, slots: int) -> SendBuffers:
     """A row for each choice.
 
     Args:
@@ -85,12 +85,12 @@ def pack_choices(receiver_TK: Int[Array, "T K"], num_receivers: int, slots: int)
     """
     plan = plan_capacity(receiver_TK[None], num_receivers, slots)
     has_none_TK = plan.row_TK == plan.choice_R.shape[0]
-    return Parcels(plan, (receiver_TK < num_receivers) & has_none_TK, by_choice=True)
+    return SendBuffers(plan, (receiver_TK < num_receivers) & has_none_TK, by_choice=True)
 
 
 def pack_tokens(
     receiver_TK: Int[Array, "T K"], num_receivers: int, slots: int, max_choices: int
-) -> Parcels:
+) -> SendBuffers:
     """A row for each receiver of a token, however many of its choices are there.
 
     Args:
@@ -122,12 +122,12 @@ def pack_tokens(
         group_sizes_E=jnp.full(num_receivers, slots, jnp.int32),
         expert_R=jnp.repeat(jnp.arange(num_receivers, dtype=jnp.int32), slots),
     )
-    return Parcels(plan, is_left_TK, by_choice=False)
+    return SendBuffers(plan, is_left_TK, by_choice=False)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Travel:
+class RaggedOffsets:
     """Where the rows of this device's array go, and where those of others arrive: what a ragged exchange asks for.
 
     Attributes:
@@ -140,15 +140,17 @@ class Travel:
       returns_n: where they lie in their senders' arrays.
     """
 
-    starts_n: jax.Array
-    sent_n: jax.Array
-    places_n: jax.Array
-    arriving_n: jax.Array
+    input_offsets_n: jax.Array
+    send_sizes_n: jax.Array
+    output_offsets_n: jax.Array
+    recv_sizes_n: jax.Array
     arrivals_n: jax.Array
     returns_n: jax.Array
 
     @classmethod
-    def of(cls, sizes_nn: Int[Array, "n n"], me: jax.Array | int, room: int) -> "Travel":
+    def from_sizes(
+        cls, sizes_nn: Int[Array, "n n"], me: jax.Array | int, room: int
+    ) -> "RaggedOffsets":
         """From the rows of each sender for each receiver, which takes `room` rows, those of the first senders.
 
         Args:
@@ -168,25 +170,27 @@ class Travel:
             starts_nn[:, me],
         )
 
-    def back(self) -> "Travel":
+    def back(self) -> "RaggedOffsets":
         """The same rows on their way back, to where they were."""
-        return Travel(
+        return RaggedOffsets(
             self.arrivals_n,
-            self.arriving_n,
+            self.recv_sizes_n,
             self.returns_n,
-            self.sent_n,
-            self.starts_n,
-            self.places_n,
+            self.send_sizes_n,
+            self.input_offsets_n,
+            self.output_offsets_n,
         )
 
     def is_row(self, num_rows: int) -> Bool[Array, "R 1"]:
         """Which rows of the array of arrivals are filled."""
-        return (jnp.arange(num_rows) < self.arriving_n.sum())[:, None]
+        return (jnp.arange(num_rows) < self.recv_sizes_n.sum())[:, None]
 
-    def pack(self, plan: Plan, receiver_TK: Int[Array, "T K"]) -> Parcels:
+    def pack(self, plan: Plan, receiver_TK: Int[Array, "T K"]) -> SendBuffers:
         """The rows that are sent, of those sorted by receiver."""
-        start_m, sent_m = (jnp.append(a_n, 0) for a_n in (self.starts_n, self.sent_n))  # m: or none
+        start_m, sent_m = (
+            jnp.append(a_n, 0) for a_n in (self.input_offsets_n, self.send_sizes_n)
+        )  # m: or none
         is_past_TK = plan.row_TK - start_m[receiver_TK] >= sent_m[receiver_TK]
-        is_left_TK = is_past_TK & (receiver_TK < self.sent_n.shape[0])
+        is_left_TK = is_past_TK & (receiver_TK < self.send_sizes_n.shape[0])
         row_TK = jnp.where(is_left_TK, plan.choice_R.shape[0], plan.row_TK)
-        return Parcels(dataclasses.replace(plan, row_TK=row_TK), is_left_TK, by_choice=True)
+        return SendBuffers(dataclasses.replace(plan, row_TK=row_TK), is_left_TK, by_choice=True)

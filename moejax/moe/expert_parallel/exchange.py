@@ -28,26 +28,26 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from moejax.kernels.device import platform
-from moejax.kernels.vma import vary_alike, zeros_varying_like
-from moejax.moe.dispatch.on_device import Chosen
+from moejax.kernels.vma import unify_vma, zeros_varying_like
+from moejax.moe.dispatch.on_device import TokenChoice
 from moejax.moe.dispatch.plan import add_up, plan_dropless
 from moejax.moe.expert_parallel.buffers import (
-    Parcels,
-    Travel,
+    RaggedOffsets,
+    SendBuffers,
     mean_receivers,
     pack_choices,
     pack_tokens,
     room_for,
 )
-from moejax.moe.expert_parallel.strategy import Exchange, Local, LocalExperts, choose
+from moejax.moe.expert_parallel.strategy import Exchange, LocalExperts, RunExperts, choose
 from moejax.moe.experts.experts import ExpertWeights
 from moejax.sharding import EXPERT_AXES, MESH_AXES, TOKENS
 
 Counted = Callable[[jax.Array, Any, ExpertWeights], tuple[jax.Array, jax.Array]]
-"""As `LocalExperts`, and the choices of all devices that were left over meanwhile."""
+"""As `RunExperts`, and the choices of all devices that were left over meanwhile."""
 
-Leg = Callable[[jax.Array, Chosen, ExpertWeights], tuple[jax.Array, jax.Array, jax.Array]]
-"""From tokens `[1, T, D]`, `Chosen` and weights to outputs, the choices that are left over, `[T, K]`, and how many were
+Leg = Callable[[jax.Array, TokenChoice, ExpertWeights], tuple[jax.Array, jax.Array, jax.Array]]
+"""From tokens `[1, T, D]`, `TokenChoice` and weights to outputs, the choices that are left over, `[T, K]`, and how many were
 left over, and served, on the way."""
 
 REST_PARTS = 8
@@ -59,8 +59,8 @@ EXCHANGED = "exchanged"
 
 def exchange(
     how: Exchange,
-    local: Local,
-    rows: Local | None,
+    local: LocalExperts,
+    rows: LocalExperts | None,
     x_BLD: jax.Array,
     chosen: Any,
     weights: ExpertWeights,
@@ -70,10 +70,10 @@ def exchange(
     Args:
       how: the strategy.
       local: for `chosen` as it is.
-      rows: for `Chosen` without a limit of capacity: choices that were refused are of no expert.
+      rows: for `TokenChoice` without a limit of capacity: choices that were refused are of no expert.
         None: if nobody chose.
       x_BLD: tokens.
-      chosen: where they go: `Chosen`, `Slots` or `Mixing`, arrays with a leading axis of sequences.
+      chosen: where they go: `TokenChoice`, `ExpertChoice` or `SoftSlots`, arrays with a leading axis of sequences.
       weights: of the experts.
 
     Returns:
@@ -153,7 +153,7 @@ def _add_bias_once(weights: ExpertWeights) -> ExpertWeights:
     return dataclasses.replace(weights, down_bias_ED=jnp.where(is_first, weights.down_bias_ED, 0))
 
 
-def _ring(run_local: LocalExperts, x_bLD, chosen, weights: ExpertWeights):
+def _ring(run_local: RunExperts, x_bLD, chosen, weights: ExpertWeights):
     """All tokens of the axes of experts through this device's experts."""
     arrived = _gather_tokens(x_bLD), jax.tree.map(_gather_all, chosen)
     x_BLD, chosen = jax.tree.map(lambda a: checkpoint_name(a, EXCHANGED), arrived)
@@ -193,9 +193,9 @@ _add_and_scatter.defvjp(
 def _send(
     how: Exchange,
     strategy: str,
-    run_rows: LocalExperts,
+    run_rows: RunExperts,
     x_bLD,
-    chosen: Chosen,
+    chosen: TokenChoice,
     weights: ExpertWeights,
 ):
     """Tokens to their experts and back, in chunks; and then what was left over."""
@@ -224,7 +224,7 @@ def _send(
 def _leg(
     factor: float,
     strategy: str,
-    run_rows: LocalExperts,
+    run_rows: RunExperts,
     num_tokens: int,
     top_k: int,
     num_experts: int,
@@ -285,11 +285,11 @@ def _scope(axes: tuple[str, ...], weights: ExpertWeights) -> tuple[int, int, jax
 
 def _by_buffers(
     axes: tuple[str, ...],
-    pack: Callable[[jax.Array], Parcels],
+    pack: Callable[[jax.Array], SendBuffers],
     max_choices: int | None,
     run_there: Counted,
     x_1TD: jax.Array,
-    chosen: Chosen,
+    chosen: TokenChoice,
     weights: ExpertWeights,
 ):
     """In buffers of a fixed size, packed by `pack`. A leg."""
@@ -313,14 +313,14 @@ def _by_buffers(
 
 
 def _by_offsets(
-    room: int, run_there: Counted, x_1TD: jax.Array, chosen: Chosen, weights: ExpertWeights
+    room: int, run_there: Counted, x_1TD: jax.Array, chosen: TokenChoice, weights: ExpertWeights
 ):
     """Rows sorted by receiver, each at its place among those that arrive there: `room` of them at most. A leg."""
     num_devices, num_local, first = _scope(EXPERT_AXES, weights)
     receiver_TK = jnp.minimum(chosen.experts_BLK[0] // num_local, num_devices)
     plan = plan_dropless(receiver_TK, num_devices)
     sizes_nn = jax.lax.all_gather(plan.group_sizes_E, EXPERT_AXES, axis=0)
-    travel = Travel.of(sizes_nn, jax.lax.axis_index(EXPERT_AXES), room)
+    travel = RaggedOffsets.from_sizes(sizes_nn, jax.lax.axis_index(EXPERT_AXES), room)
     parcels = travel.pack(plan, receiver_TK)
     sent = parcels.load(x_1TD[0], chosen, none=num_devices * num_local)
     x_RD, there = jax.tree.map(lambda a: checkpoint_name(_travel(a, travel, room), EXCHANGED), sent)
@@ -333,7 +333,7 @@ def _by_offsets(
     return add_up(y_RD, parcels.plan)[None], parcels.is_left_TK, num_left
 
 
-def _travel(a_RX: jax.Array, travel: Travel, num_rows: int) -> jax.Array:
+def _travel(a_RX: jax.Array, travel: RaggedOffsets, num_rows: int) -> jax.Array:
     """An array of `num_rows` rows of what arrives, and zeros."""
     if jnp.issubdtype(a_RX.dtype, jnp.integer):
         return _ragged_all_to_all(a_RX, travel, num_rows)
@@ -354,20 +354,25 @@ _travel_with_gradient.defvjp(
 )
 
 
-def _ragged_all_to_all(a_RX: jax.Array, travel: Travel, num_rows: int) -> jax.Array:
+def _ragged_all_to_all(a_RX: jax.Array, travel: RaggedOffsets, num_rows: int) -> jax.Array:
     if platform() == "cpu":
         return _emulate_ragged_all_to_all(a_RX, travel, num_rows)
     output_SX = zeros_varying_like(a_RX, (num_rows, *a_RX.shape[1:]), a_RX.dtype)
-    offsets = travel.starts_n, travel.sent_n, travel.places_n, travel.arriving_n
+    offsets = (
+        travel.input_offsets_n,
+        travel.send_sizes_n,
+        travel.output_offsets_n,
+        travel.recv_sizes_n,
+    )
     return jax.lax.ragged_all_to_all(a_RX, output_SX, *offsets, axis_name=EXPERT_AXES)
 
 
-def _emulate_ragged_all_to_all(a_RX: jax.Array, travel: Travel, num_rows: int) -> jax.Array:
+def _emulate_ragged_all_to_all(a_RX: jax.Array, travel: RaggedOffsets, num_rows: int) -> jax.Array:
     """The same from the same offsets, for XLA:CPU, which has no such collective: everything goes everywhere."""
     me = jax.lax.axis_index(EXPERT_AXES)
     gathered = jax.tree.map(
         lambda a: jax.lax.all_gather(a, EXPERT_AXES, axis=0),
-        (a_RX, travel.starts_n, travel.sent_n, travel.places_n),
+        (a_RX, travel.input_offsets_n, travel.send_sizes_n, travel.output_offsets_n),
     )
     a_nRX, starts_nn, sent_nn, places_nn = gathered
     row_1S = jnp.arange(num_rows)[None]
@@ -382,11 +387,11 @@ def _emulate_ragged_all_to_all(a_RX: jax.Array, travel: Travel, num_rows: int) -
 
 def _rest(
     axes: tuple[str, ...],
-    run_rows: LocalExperts,
+    run_rows: RunExperts,
     like_1TD: jax.Array,
     is_left_TK: jax.Array,
     x_1TD: jax.Array,
-    chosen: Chosen,
+    chosen: TokenChoice,
     weights: ExpertWeights,
 ):
     """What the experts along `axes` make of the choices that are left over, if any are on any device; and their number.
@@ -424,7 +429,7 @@ def _rest(
         return jax.lax.map(one_part, parts).swapaxes(0, 1).reshape(zeros_1TD.shape)
 
     # The same on all devices, which must take the same branch.
-    num_left = jax.lax.psum(vary_alike(is_left_TK.sum(dtype=jnp.float32), like_1TD)[0], MESH_AXES)
+    num_left = jax.lax.psum(unify_vma(is_left_TK.sum(dtype=jnp.float32), like_1TD)[0], MESH_AXES)
     y_1TD = jax.lax.cond(
         num_left == 0, lambda *_: zeros_1TD, jax.checkpoint(in_turns), x_1TD, left, weights
     )

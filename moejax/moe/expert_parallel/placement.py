@@ -19,7 +19,7 @@ class PlacementError(ValueError):
 
 
 @dataclasses.dataclass(frozen=True)
-class Copies:
+class Replicas:
     """Where to find each expert of each layer.
 
     Attributes:
@@ -31,7 +31,7 @@ class Copies:
     num_NE: Int[np.ndarray, "N E"]
 
     @classmethod
-    def of(cls, experts_NP: Int[np.ndarray, "N P"], num_experts: int) -> "Copies":
+    def from_placement(cls, experts_NP: Int[np.ndarray, "N P"], num_experts: int) -> "Replicas":
         """From the expert in each slot.
 
         Raises:
@@ -51,7 +51,7 @@ class Copies:
         return cls(slots_NEM, num_NE.astype(np.int32))
 
 
-def in_order(num_layers: int, num_experts: int) -> Int[np.ndarray, "N E"]:
+def identity_placement(num_layers: int, num_experts: int) -> Int[np.ndarray, "N E"]:
     """The map without a choice: expert e in slot e."""
     return np.tile(np.arange(num_experts, dtype=np.int32), (num_layers, 1))
 
@@ -78,7 +78,7 @@ def place(
       PlacementError: experts do not divide over the devices, or a size that cannot be.
     """
     with_copies_NP = place_by_load(load_NE, num_devices, replicas)
-    chosen_NP = _repeat(in_order(*load_NE.shape), num_devices, replicas)
+    chosen_NP = _repeat(identity_placement(*load_NE.shape), num_devices, replicas)
     for other_NP in (
         _repeat(place_by_load(load_NE, num_devices), num_devices, replicas),
         with_copies_NP,

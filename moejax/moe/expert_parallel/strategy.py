@@ -9,7 +9,7 @@ import jax
 from moejax.moe.expert_parallel.buffers import mean_receivers
 from moejax.moe.experts.experts import ExpertWeights
 
-LocalExperts = Callable[[jax.Array, Any, ExpertWeights], jax.Array]
+RunExperts = Callable[[jax.Array, Any, ExpertWeights], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Exchange:
 
 
 @dataclasses.dataclass(frozen=True)
-class Local:
+class LocalExperts:
     """What a device does with the tokens and experts that it has.
 
     Attributes:
@@ -40,7 +40,7 @@ class Local:
         kernels do not; unchecked, gradients of weights are added up over all devices all the same.
     """
 
-    run: LocalExperts
+    run: RunExperts
     can_check_vma: bool = True
 
 

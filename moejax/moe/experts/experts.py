@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from moejax.kernels.matmul import project
-from moejax.kernels.vma import vary_alike
-from moejax.sharding import whole
+from moejax.kernels.matmul import dense
+from moejax.kernels.vma import unify_vma
+from moejax.sharding import gather_fsdp
 
 initialize = jax.nn.initializers.lecun_normal()
 """Truncated normal of standard deviation 1/sqrt(fan in)."""
@@ -102,14 +102,14 @@ class FeedForward(nnx.Module):
 
     def __call__(self, x_BLD: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
         """Applies the network to each position."""
-        gate_up_DPF = whole(self.gate_up, self.dtype)
-        hidden = [project(x_BLD, gate_up_DPF[:, i]) for i in range(self.network.num_projections)]
+        gate_up_DPF = gather_fsdp(self.gate_up, self.dtype)
+        hidden = [dense(x_BLD, gate_up_DPF[:, i]) for i in range(self.network.num_projections)]
         if self.network.has_bias:
             bias_PF = self.gate_up_bias[...].astype(self.dtype)
             hidden = [h_BLF + bias_PF[i][None, None] for i, h_BLF in enumerate(hidden)]
-        y_BLD = project(self.network.activate(hidden), whole(self.down, self.dtype))
+        y_BLD = dense(self.network.activate(hidden), gather_fsdp(self.down, self.dtype))
         return (
-            y_BLD + whole(self.down_bias, self.dtype)[None, None]
+            y_BLD + gather_fsdp(self.down_bias, self.dtype)[None, None]
             if self.network.has_bias
             else y_BLD
         )
@@ -191,5 +191,5 @@ def apply_experts(
 
 def _of_rows(bias_EP: jax.Array, expert_R: jax.Array) -> jax.Array:
     """The bias of each row's expert; zeros for empty rows."""
-    bias_EP, expert_R = vary_alike(bias_EP, expert_R)
+    bias_EP, expert_R = unify_vma(bias_EP, expert_R)
     return bias_EP.at[expert_R].get(mode="fill", fill_value=0, indices_are_sorted=True)

@@ -14,10 +14,10 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from moejax.config import MoeConfig
-from moejax.sharding import whole
+from moejax.sharding import gather_fsdp
 
 
-class FreeExperts(nnx.Module):
+class ZeroComputationExperts(nnx.Module):
     """Zero, identity and constant experts of one layer."""
 
     def __init__(self, config: MoeConfig, d_model: int, *, rngs: nnx.Rngs):
@@ -45,6 +45,6 @@ class FreeExperts(nnx.Module):
             weights_BLJ = jnp.einsum(
                 "BLKJ,BLK->BLJ", constant_BLKJ, weights_BLK, precision="highest"
             )
-            vectors_JD = whole(self.vectors, x_BLD.dtype).astype(jnp.float32)
+            vectors_JD = gather_fsdp(self.vectors, x_BLD.dtype).astype(jnp.float32)
             y_BLD += jnp.einsum("BLJ,JD->BLD", weights_BLJ, vectors_JD, precision="highest")
         return y_BLD

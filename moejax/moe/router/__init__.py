@@ -13,8 +13,8 @@ from moejax.moe.router.fixed import route_balanced, route_hash, route_random
 from moejax.moe.router.hierarchical import route_hierarchical
 from moejax.moe.router.routing import RouterInputs as RouterInputs
 from moejax.moe.router.routing import Routing as Routing
-from moejax.moe.router.scores import log_weights, weigh
-from moejax.moe.router.selection import named
+from moejax.moe.router.scores import combine_weights, log_weights
+from moejax.moe.router.selection import save_for_remat
 from moejax.moe.router.sinkhorn import route_sinkhorn
 from moejax.moe.router.soft import route_soft as route_soft
 from moejax.moe.router.sparse_mixer import route_sparse_mixer
@@ -54,10 +54,10 @@ def route(inputs: RouterInputs, config: MoeConfig, limit: Int[Array, ""] | None 
     if limit is None:
         return routing
     is_within_1K = jnp.arange(config.top_k)[None] < limit
-    experts_TK = named(jnp.where(is_within_1K, routing.experts_TK, config.num_choices))
+    experts_TK = save_for_remat(jnp.where(is_within_1K, routing.experts_TK, config.num_choices))
     return dataclasses.replace(
         routing,
         experts_TK=experts_TK,
-        weights_TK=weigh(routing.log_scores_TE, experts_TK, config),
+        weights_TK=combine_weights(routing.log_scores_TE, experts_TK, config),
         log_weights_TK=log_weights(routing.log_scores_TE, experts_TK),
     )

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from moejax.config import MoeConfig
 from moejax.moe.router.routing import RouterInputs, SlotRouting
-from moejax.moe.router.selection import named
+from moejax.moe.router.selection import save_for_remat
 
 
 def route_expert_choice(inputs: RouterInputs, config: MoeConfig, slots: int) -> SlotRouting:
@@ -25,7 +25,7 @@ def route_expert_choice(inputs: RouterInputs, config: MoeConfig, slots: int) -> 
     values_BEC, positions_BEC = jax.lax.top_k(ranking_BEL, slots)
     positions_BEC = jnp.where(values_BEC >= 0, positions_BEC, inputs.length)
     batch = positions_BEC.shape[0]
-    positions_BEC = named(positions_BEC.astype(jnp.int32).reshape(batch, -1)).reshape(
+    positions_BEC = save_for_remat(positions_BEC.astype(jnp.int32).reshape(batch, -1)).reshape(
         positions_BEC.shape
     )
     taken_BEC = jnp.take_along_axis(

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from moejax.config import MoeConfig
 from moejax.moe.router.routing import RouterInputs, Routing, Stream, no_expert
 from moejax.moe.router.scores import log_scores, routing_by_scores
-from moejax.moe.router.selection import eligible, named, select
+from moejax.moe.router.selection import mask_blocked, save_for_remat, select
 
 
 def route_hash(inputs: RouterInputs, config: MoeConfig) -> Routing:
@@ -16,7 +16,9 @@ def route_hash(inputs: RouterInputs, config: MoeConfig) -> Routing:
     weights are the scores of learned logits (DeepSeek-V4).
     """
     experts_TK = inputs.table_VK[inputs.tokens_T][:, : config.top_k]
-    return _fixed(named(no_expert(experts_TK, inputs.mask_T, config.num_choices)), inputs, config)
+    return _fixed(
+        save_for_remat(no_expert(experts_TK, inputs.mask_T, config.num_choices)), inputs, config
+    )
 
 
 def route_random(inputs: RouterInputs, config: MoeConfig) -> Routing:
@@ -35,7 +37,7 @@ def route_random(inputs: RouterInputs, config: MoeConfig) -> Routing:
             return jax.random.uniform(key, (config.num_choices,))
 
         values_TE = jax.vmap(draw_one)(inputs.tokens_T, inputs.positions_T)
-    values_TE = eligible(values_TE, inputs.is_blocked_E)
+    values_TE = mask_blocked(values_TE, inputs.is_blocked_E)
     return _fixed(
         select(values_TE, inputs.mask_T, config.top_k, inputs.is_blocked_E), inputs, config
     )
@@ -45,7 +47,9 @@ def route_balanced(inputs: RouterInputs, config: MoeConfig) -> Routing:
     """Deals experts out in turn, for benchmarks: position p takes the experts p K, p K + 1, ..., modulo E."""
     first_T1 = inputs.positions_T[:, None] * config.top_k
     experts_TK = (first_T1 + jnp.arange(config.top_k)[None]) % config.num_choices
-    return _fixed(named(no_expert(experts_TK, inputs.mask_T, config.num_choices)), inputs, config)
+    return _fixed(
+        save_for_remat(no_expert(experts_TK, inputs.mask_T, config.num_choices)), inputs, config
+    )
 
 
 def _fixed(experts_TK: jax.Array, inputs: RouterInputs, config: MoeConfig) -> Routing:

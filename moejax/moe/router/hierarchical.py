@@ -7,7 +7,7 @@ from jaxtyping import Array, Bool, Float, Int
 from moejax.config import MoeConfig
 from moejax.moe.router.routing import RouterInputs, Routing, Stream, no_expert
 from moejax.moe.router.scores import NO_WEIGHT
-from moejax.moe.router.selection import eligible, named
+from moejax.moe.router.selection import mask_blocked, save_for_remat
 
 
 def route_hierarchical(inputs: RouterInputs, config: MoeConfig) -> Routing:
@@ -30,13 +30,13 @@ def route_hierarchical(inputs: RouterInputs, config: MoeConfig) -> Routing:
 
     values_TG, values_TE = jax.lax.stop_gradient((noisy_TG, noisy_TE))
     if inputs.is_blocked_E is not None:
-        values_TE = eligible(values_TE, inputs.is_blocked_E)
-        values_TG = eligible(values_TG, inputs.is_blocked_E.reshape(groups, -1).all(axis=1))
+        values_TE = mask_blocked(values_TE, inputs.is_blocked_E)
+        values_TG = mask_blocked(values_TG, inputs.is_blocked_E.reshape(groups, -1).all(axis=1))
     experts_TK, ranking_TE = _select(values_TG, values_TE, config)
     if inputs.is_blocked_E is not None:
         joint_TE = jax.lax.stop_gradient(_log_probs(noisy_TG, noisy_TE))
-        experts_TK = _fill_up(experts_TK, eligible(joint_TE, inputs.is_blocked_E))
-    experts_TK = named(no_expert(experts_TK, inputs.mask_T, config.num_experts))
+        experts_TK = _fill_up(experts_TK, mask_blocked(joint_TE, inputs.is_blocked_E))
+    experts_TK = save_for_remat(no_expert(experts_TK, inputs.mask_T, config.num_experts))
     log_weights_TK = _log_gates(noisy_TG, noisy_TE, experts_TK)
     weights_TK = jnp.where(
         experts_TK < config.num_experts, jnp.exp(log_weights_TK) * config.route_scale, 0.0

@@ -9,8 +9,8 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from moejax.config import MoeConfig
-from moejax.kernels.matmul import project
-from moejax.sharding import whole
+from moejax.kernels.matmul import dense
+from moejax.sharding import gather_fsdp
 
 MIN_NOISE = 1e-2
 """Least standard deviation of learned noise. Shazeer et al. 2017, equation 4 with the constant of their code."""
@@ -42,7 +42,7 @@ class Router(nnx.Module):
 
     def __call__(self, x_BLD: Float[Array, "B L D"]) -> Logits:
         """Logits of each expert for each token."""
-        logits_BLE = _exact(x_BLD, whole(self.kernel))
+        logits_BLE = _exact(x_BLD, gather_fsdp(self.kernel))
         return Logits(logits_BLE + self.bias[...][None, None] if self.has_bias else logits_BLE)
 
 
@@ -69,7 +69,7 @@ class NoisyRouter(nnx.Module):
         if not self.is_learned:
             return Logits(logits_BLE, jnp.full_like(logits_BLE, 1 / logits_BLE.shape[-1]))
         return Logits(
-            logits_BLE, jax.nn.softplus(_exact(x_BLD, whole(self.noise_kernel))) + MIN_NOISE
+            logits_BLE, jax.nn.softplus(_exact(x_BLD, gather_fsdp(self.noise_kernel))) + MIN_NOISE
         )
 
 
@@ -92,7 +92,7 @@ class CosineRouter(nnx.Module):
 
     def __call__(self, x_BLD: Float[Array, "B L D"]) -> Logits:
         """Logits between -1 and 1 over the temperature."""
-        x_BLR = _unit(_exact(x_BLD, whole(self.down)), axis=-1)
+        x_BLR = _unit(_exact(x_BLD, gather_fsdp(self.down)), axis=-1)
         scale = jnp.exp(jnp.minimum(self.log_scale[...], jnp.log(100.0)))
         return Logits(_exact(x_BLR, _unit(self.vectors[...], axis=-1).T) * scale[None, None])
 
@@ -142,7 +142,7 @@ class SoftRouter(nnx.Module):
 
     def __call__(self, x_BLD: Float[Array, "B L D"]) -> Logits:
         """Logits of tokens and slots, `[B, L, E * P]`."""
-        slots_DS = whole(self.slots).reshape(x_BLD.shape[-1], -1)
+        slots_DS = gather_fsdp(self.slots).reshape(x_BLD.shape[-1], -1)
         scaled_DS = _unit(slots_DS, axis=0) * self.scale[...][None]
         return Logits(_exact(_unit(x_BLD, axis=-1), scaled_DS))
 
@@ -164,7 +164,7 @@ def make_router(
 
 def _exact(x: jax.Array, weight: jax.Array) -> jax.Array:
     """The product in float32 on every platform: TPUs would round to bfloat16, and GPUs to TF32, before multiplying."""
-    return project(x, weight, precision="highest")
+    return dense(x, weight, precision="highest")
 
 
 def _unit(x: jax.Array, axis: int) -> jax.Array:

@@ -57,7 +57,7 @@ def log_weights(
     return jnp.where(is_expert_TK, taken_TK, NO_WEIGHT)
 
 
-def weigh(
+def combine_weights(
     log_scores_TE: Float[Array, "T E"], experts_TK: Int[Array, "T K"], config: MoeConfig
 ) -> Float[Array, "T K"]:
     """Combine weights of the selected experts: their scores, normalised or not, times `route_scale`.
@@ -112,13 +112,13 @@ def routing_by_scores(
       log_scores_TE: from `log_scores`.
       ranking_TE: what the selection was made by.
       experts_TK: the selection.
-      config: for the weights, see `weigh`.
+      config: for the weights, see `combine_weights`.
     """
     return Routing(
         logits_TE=inputs.logits_TE,
         probs_TE=probabilities(log_scores_TE),
         experts_TK=experts_TK,
-        weights_TK=weigh(log_scores_TE, experts_TK, config),
+        weights_TK=combine_weights(log_scores_TE, experts_TK, config),
         ranking_TE=jax.lax.stop_gradient(ranking_TE),
         log_scores_TE=log_scores_TE,
         log_weights_TK=log_weights(log_scores_TE, experts_TK),

@@ -20,23 +20,23 @@ def select(
 ) -> Int[Array, "T K"]:
     """The K experts of highest value, the best first; ties go to the lowest index. E where the token is masked.
 
-    Where some are blocked, with values from `eligible`, E also stands for choices for which too few
+    Where some are blocked, with values from `mask_blocked`, E also stands for choices for which too few
     others are left.
     """
     values_TK, experts_TK = jax.lax.top_k(jax.lax.stop_gradient(values_TE), top_k)
     if is_blocked_E is not None:
         experts_TK = jnp.where(values_TK > -jnp.inf, experts_TK, values_TE.shape[-1])
-    return named(no_expert(experts_TK, mask_T, values_TE.shape[-1]))
+    return save_for_remat(no_expert(experts_TK, mask_T, values_TE.shape[-1]))
 
 
-def eligible(
+def mask_blocked(
     values_TE: Float[Array, "T E"], is_blocked_E: Bool[Array, "E"] | None
 ) -> Float[Array, "T E"]:
     """The values that experts are ranked by, -inf for those that are blocked; None blocks none."""
     return values_TE if is_blocked_E is None else jnp.where(is_blocked_E[None], -jnp.inf, values_TE)
 
 
-def named(experts_TK: Int[Array, "T K"]) -> Int[Array, "T K"]:
+def save_for_remat(experts_TK: Int[Array, "T K"]) -> Int[Array, "T K"]:
     """Under the name by which remat saves a selection."""
     return checkpoint_name(experts_TK, "routing_experts")
 
@@ -61,7 +61,7 @@ def selection_values(
     values_TE = jax.lax.stop_gradient(values_TE)
     if bias_E is not None:
         values_TE += bias_E[None]
-    values_TE = eligible(values_TE, is_blocked_E)
+    values_TE = mask_blocked(values_TE, is_blocked_E)
     return mask_groups(values_TE, config, is_blocked_E) if config.num_groups > 1 else values_TE
 
 

@@ -7,7 +7,7 @@ from jaxtyping import Array, Bool, Float
 from moejax.config import MoeConfig
 from moejax.moe.router.routing import RouterInputs, Routing
 from moejax.moe.router.scores import log_scores, routing_by_scores
-from moejax.moe.router.selection import eligible, select
+from moejax.moe.router.selection import mask_blocked, select
 
 NO_MASS = -1e30  # finite, so that a sequence of padding gives no NaN
 
@@ -32,7 +32,7 @@ def route_sinkhorn(inputs: RouterInputs, config: MoeConfig) -> Routing:
             lambda logits_LE, mask_L: log_plan(logits_LE, mask_L, config.sinkhorn_iterations)
         )(logits_BLE, mask_BL)
         ranking_TE = plans_BLE.reshape(-1, num_experts)
-    ranking_TE = eligible(ranking_TE, inputs.is_blocked_E)
+    ranking_TE = mask_blocked(ranking_TE, inputs.is_blocked_E)
     experts_TK = select(ranking_TE, inputs.mask_T, config.top_k, inputs.is_blocked_E)
     return routing_by_scores(inputs, log_scores_TE, ranking_TE, experts_TK, config)
 

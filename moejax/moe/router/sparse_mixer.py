@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from moejax.config import MoeConfig
 from moejax.moe.router.routing import RouterInputs, Routing, Stream, no_expert
 from moejax.moe.router.scores import NO_WEIGHT, log_scores, probabilities
-from moejax.moe.router.selection import eligible, named
+from moejax.moe.router.selection import mask_blocked, save_for_remat
 
 
 def route_sparse_mixer(inputs: RouterInputs, config: MoeConfig) -> Routing:
@@ -27,7 +27,7 @@ def route_sparse_mixer(inputs: RouterInputs, config: MoeConfig) -> Routing:
     is_open_TE = jnp.ones(logits_TE.shape, bool)
     if inputs.is_blocked_E is not None:
         is_open_TE &= ~inputs.is_blocked_E[None]
-    ranking_TE = eligible(logits_TE, inputs.is_blocked_E)
+    ranking_TE = mask_blocked(logits_TE, inputs.is_blocked_E)
     experts, log_weights, factors = [], [], []
     for k in range(config.top_k):
         is_near_TE = _near_best(
@@ -42,10 +42,10 @@ def route_sparse_mixer(inputs: RouterInputs, config: MoeConfig) -> Routing:
             )
             chosen_T1 = jnp.argmax(values_TE, axis=-1, keepdims=True)
             taken_or_far_TE = jnp.where(is_open_TE, -jnp.inf, jnp.inf)
-            ranking_TE = eligible(
+            ranking_TE = mask_blocked(
                 jnp.where(is_near_TE, values_TE, taken_or_far_TE), inputs.is_blocked_E
             )
-        chosen_T1 = named(chosen_T1.astype(jnp.int32))
+        chosen_T1 = save_for_remat(chosen_T1.astype(jnp.int32))
         if inputs.is_training:
             is_whole_T1 = inputs.draw(Stream.KEEP, jax.random.uniform, 1, choice=k) > 0.75
             factor_T1 = jnp.where((chosen_T1 == best_T1) | is_whole_T1, 1.0, 1 / 3)

@@ -85,7 +85,7 @@ def attend_causally(
     q_BLHA, k_BLGA, v_BLGA = (
         jnp.pad(a, (*missing, (0, 0), (0, 0))) for a in (q_BLHA, k_BLGA, v_BLGA)
     )
-    row = _Row.of(q_BLHA, k_BLGA, v_BLGA, jnp.pad(segments_BL, missing))
+    row = _Row.from_arrays(q_BLHA, k_BLGA, v_BLGA, jnp.pad(segments_BL, missing))
     num = 1 << halvings
     parts = [row.triangles(num)]
     while num > 1 and row.length // num < LEAST_SKIPPED:
@@ -110,7 +110,7 @@ class _Row:
     segments_BL: jax.Array
 
     @classmethod
-    def of(cls, q_BLHA, k_BLGA, v_BLGA, segments_BL) -> "_Row":
+    def from_arrays(cls, q_BLHA, k_BLGA, v_BLGA, segments_BL) -> "_Row":
         batch, length, _, head = q_BLHA.shape
         q_BLGRA = q_BLHA.reshape(batch, length, k_BLGA.shape[2], -1, head)
         return cls(

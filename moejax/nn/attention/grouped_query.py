@@ -10,10 +10,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moejax.config import ModelConfig
 from moejax.kernels.device import platform
-from moejax.kernels.matmul import project
+from moejax.kernels.matmul import dense
 from moejax.nn.attention.causal_blocks import BLOCK, LONGEST_AT_ONCE, attend_causally
 from moejax.nn.norm import RMSNorm
-from moejax.sharding import BATCH_AXES, TOKENS, has_context, whole
+from moejax.sharding import BATCH_AXES, TOKENS, gather_fsdp, has_context
 
 
 @jax.tree_util.register_dataclass
@@ -76,9 +76,9 @@ class Attention(nnx.Module):
         Returns:
           The output and the cache with the new keys and values.
         """
-        q_BLHA = project(x_BLD, whole(self.query, self.dtype))
-        k_BLGA = project(x_BLD, whole(self.key, self.dtype))
-        v_BLGA = project(x_BLD, whole(self.value, self.dtype))
+        q_BLHA = dense(x_BLD, gather_fsdp(self.query, self.dtype))
+        k_BLGA = dense(x_BLD, gather_fsdp(self.key, self.dtype))
+        v_BLGA = dense(x_BLD, gather_fsdp(self.value, self.dtype))
         if self.config.qk_norm:
             q_BLHA, k_BLGA = self.query_norm(q_BLHA), self.key_norm(k_BLGA)
         q_BLHA = rotate(q_BLHA, positions_BL, self.config.rope_theta)
@@ -98,7 +98,7 @@ class Attention(nnx.Module):
             )
         else:
             y_BLHA = attend_in_rows(q_BLHA, k_BLGA, v_BLGA, segments_BL)
-        return project(y_BLHA, whole(self.out, self.dtype), num_contracted=2), cache
+        return dense(y_BLHA, gather_fsdp(self.out, self.dtype), num_contracted=2), cache
 
 
 def attend_in_rows(

@@ -95,7 +95,7 @@ def draw_effect(effect: AxisEffect, axis: str, metric: str) -> Drawing:
             handletextpad=0.4,
         )
         _label(axes, scale, axis, metric)
-        return Drawing.of(figure)
+        return Drawing.from_figure(figure)
 
 
 def draw_interaction(
@@ -125,7 +125,7 @@ def draw_interaction(
         figure.legend(loc="outside upper left", ncols=columns, borderaxespad=0.1, columnspacing=1.2,
                       title=_name(other, 40), alignment="left", title_fontsize=9)  # fmt: skip
         _label(axes, scale, axis, metric)
-        return Drawing.of(figure)
+        return Drawing.from_figure(figure)
 
 
 def _height(scale: Scale) -> float:
@@ -196,7 +196,7 @@ def draw_parallel(
         _draw_scales(axes, scales, [*axes_names.values(), label])
         mesh = ScalarMappable(norm, COLOR_MAP)
         color_bar(figure, axes, mesh, label)
-        return Drawing.of(figure)
+        return Drawing.from_figure(figure)
 
 
 def _unit(scale: Scale, places: Float[np.ndarray, "S"]) -> Float[np.ndarray, "S"]:
@@ -298,4 +298,4 @@ def draw_front(
         axes.set_ylabel(ylabel)
         axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.yaxis.set_major_locator(MaxNLocator(5))
-        return Drawing.of(figure)
+        return Drawing.from_figure(figure)

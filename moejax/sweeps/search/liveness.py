@@ -44,7 +44,7 @@ class Watch:
             return [trial for trial in running if now - self._seen[trial.number][1] > self._grace_s]
 
 
-class Heart:
+class Heartbeat:
     """Renews a trial's beat from a thread while the context lasts, and watches the other workers meanwhile.
 
     Attributes:
@@ -59,7 +59,7 @@ class Heart:
             target=self._beat_on, name=f"beat of trial {trial.number}", daemon=True
         )
 
-    def __enter__(self) -> "Heart":
+    def __enter__(self) -> "Heartbeat":
         self._thread.start()
         return self
 

@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal
 
-from moejax.sweeps.search.liveness import Heart
+from moejax.sweeps.search.liveness import Heartbeat
 
 if TYPE_CHECKING:  # an extra, imported where it is needed
     from optuna import Trial
@@ -40,7 +40,7 @@ class Report:
     def __init__(
         self,
         trial: "Trial",
-        heart: Heart,
+        heart: Heartbeat,
         should_stop: Callable[[], bool],
         place: Callable[[float], int | None],
         reported: set[int],

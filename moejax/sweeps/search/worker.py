@@ -19,7 +19,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from moejax.sweeps.search.definition import Definition, StudyError
-from moejax.sweeps.search.liveness import Heart, Watch
+from moejax.sweeps.search.liveness import Heartbeat, Watch
 from moejax.sweeps.search.progress import Outcome, Report, TrialLostError
 from moejax.sweeps.search.study import definition_of, storage_errors
 from moejax.sweeps.search.trials import (
@@ -162,7 +162,7 @@ class _Worker:
         import optuna
 
         reported = set(self.study.get_trials(deepcopy=False)[trial.number].intermediate_values)
-        with Heart(self.study, trial, self.watch, self.beat_s) as heart:
+        with Heartbeat(self.study, trial, self.watch, self.beat_s) as heart:
             report = Report(trial, heart, self.should_stop, self.definition.place, reported)
             try:
                 trial.set_user_attr("worker", self.worker_id)
@@ -210,7 +210,7 @@ class _Worker:
             if any(_is_undecided(other) for other in trials[: trial.number]):
                 self._wait(UNDECIDED_S)
                 continue
-            if _has_elder_twin(trials, trial.number):
+            if _has_earlier_duplicate(trials, trial.number):
                 raise self._void(trial, "drawn already")
             before = {number for number in points_that_count(trials) if number < own_root}
             if len(before) >= self.num_trials:
@@ -362,7 +362,7 @@ def _is_undecided(trial: "FrozenTrial") -> bool:
     )
 
 
-def _has_elder_twin(trials: list["FrozenTrial"], number: int) -> bool:
+def _has_earlier_duplicate(trials: list["FrozenTrial"], number: int) -> bool:
     """Whether an earlier trial already stands for this one's point: two workers noticed a death at once.
 
     The whole line is looked at, not the trial's sisters alone: a twin may die before it has ended

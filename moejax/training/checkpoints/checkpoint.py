@@ -40,7 +40,7 @@ from moejax.training.checkpoints.meta import (
 )
 from moejax.training.multihost.processes import is_first, wait_for_all
 from moejax.training.run_directory.layout import first_change
-from moejax.training.state import Trainable, TrainState
+from moejax.training.state import TrainSetup, TrainState
 
 MODEL_FIELDS = ("params", "router_state")
 NO_RIGHTS = ("PERMISSION_DENIED", "EACCES", "EPERM")  # in what tensorstore says
@@ -53,17 +53,17 @@ class Checkpoints:
 
     Args:
       workdir: the run directory; steps go to `workdir/checkpoints/<step>/`.
-      trainable: says which arrays there are and where they live.
+      setup: says which arrays there are and where they live.
       read_only: never write or delete, for looking at a run.
     """
 
-    def __init__(self, workdir: str | Path, trainable: Trainable, *, read_only: bool = False):
+    def __init__(self, workdir: str | Path, setup: TrainSetup, *, read_only: bool = False):
         self.workdir = Path(workdir).resolve()
-        self.trainable = trainable
+        self.setup = setup
         self.folder = self.workdir / "checkpoints"
         self._unchecked: int | None = None  # a step that is being saved
         policies = ocp.checkpoint_managers
-        keep = trainable.config.train.keep_checkpoints
+        keep = setup.config.train.keep_checkpoints
         best = policies.BestN(
             get_metric_fn=lambda metrics: -metrics["eval/loss"],
             n=1,
@@ -122,7 +122,7 @@ class Checkpoints:
             "step": step,
             "manifest": manifest(state),
             "digests": digest_arrays(named_arrays(state)),
-            "config": to_dict(self.trainable.config),
+            "config": to_dict(self.setup.config),
             "tokenizer": tokenizer_digests(self.workdir),
             "metrics": dict(metrics) if metrics else None,
             "notes": dict(notes or {}),
@@ -181,7 +181,7 @@ class Checkpoints:
         if step is None:
             return None
         arrays = self._read(step, ("model", "optimizer"))
-        return jax.tree.unflatten(jax.tree.structure(self.trainable.abstract), arrays.values())
+        return jax.tree.unflatten(jax.tree.structure(self.setup.abstract), arrays.values())
 
     def notes(self, step: int) -> dict[str, Any]:
         """What was noted with a step."""
@@ -203,7 +203,7 @@ class Checkpoints:
         arrays = self._read(step, ("model",))
         trees = []
         for field in MODEL_FIELDS:
-            abstract = getattr(self.trainable.abstract, field)
+            abstract = getattr(self.setup.abstract, field)
             leaves = [value for name, value in arrays.items() if name.startswith(f"{field}/")]
             trees.append(jax.tree.unflatten(jax.tree.structure(abstract), leaves))
         return step, trees[0], trees[1]
@@ -251,7 +251,7 @@ class Checkpoints:
                 raise self._unreadable(step, DamageError("it is not a whole checkpoint"))
 
     def _check_saved(self, step: int) -> None:
-        model, optimizer = _split(named_arrays(self.trainable.abstract))
+        model, optimizer = _split(named_arrays(self.setup.abstract))
         try:
             check_saved(self.folder / str(step), {"model": set(model), "optimizer": set(optimizer)})
         except Exception as error:  # tensorstore raises many kinds
@@ -272,14 +272,12 @@ class Checkpoints:
     def _read(self, step: int, items: tuple[str, ...]) -> dict[str, jax.Array]:
         """Reads and verifies items of a step; arrays come in the order of the state's leaves."""
         folder = self.folder / str(step)
-        parts = dict(
-            zip(("model", "optimizer"), _split(_abstract_arrays(self.trainable)), strict=True)
-        )
+        parts = dict(zip(("model", "optimizer"), _split(_abstract_arrays(self.setup)), strict=True))
         args = {item: ocp.args.StandardRestore(parts[item]) for item in items}
         try:
             with quiet_reads():
                 meta = read_meta(folder)
-                compare_manifests(meta["manifest"], manifest(self.trainable.abstract), folder)
+                compare_manifests(meta["manifest"], manifest(self.setup.abstract), folder)
                 self._compare_config(meta["config"], folder)
                 self._compare_tokenizer(meta["tokenizer"], folder)
                 restored = self._manager.restore(step, args=ocp.args.Composite(**args))
@@ -299,9 +297,7 @@ class Checkpoints:
             raise
         except Exception as error:  # orbax raises many kinds for missing and damaged files
             raise self._unreadable(step, error) from error
-        return {
-            name: found[name] for name in named_arrays(self.trainable.abstract) if name in found
-        }
+        return {name: found[name] for name in named_arrays(self.setup.abstract) if name in found}
 
     def config(self, step: int) -> Config:
         """The configuration that a step was saved with."""
@@ -321,7 +317,7 @@ class Checkpoints:
                 f"{folder} cannot be read ({_reason(error)}); {_rights_or_copy(error)}"
             )
         state = "is damaged" if isinstance(error, DamageError) else "cannot be read"
-        names = [name for name in named_arrays(self.trainable.abstract) if name in str(error)]
+        names = [name for name in named_arrays(self.setup.abstract) if name in str(error)]
         place = "" if isinstance(error, DamageError) or not names else f" at {max(names, key=len)}"
         older = [other for other in saved_steps(self.workdir) if other < step]
         if older:
@@ -334,7 +330,7 @@ class Checkpoints:
     def _compare_config(self, saved: Mapping[str, Any], folder: Path) -> None:
         """The configuration in the checkpoint is the one that trained it, whatever became of `config.json`."""
         try:
-            change = first_change(resolve_recorded(saved), self.trainable.config)
+            change = first_change(resolve_recorded(saved), self.setup.config)
         except ConfigError as error:
             raise CheckpointError(
                 f"{folder} was saved with a configuration that cannot be used: {error}"
@@ -386,11 +382,11 @@ def _rights_or_copy(error: BaseException) -> str:
     return "restore it from a copy, or use another --workdir"
 
 
-def _abstract_arrays(trainable: Trainable) -> dict[str, jax.ShapeDtypeStruct]:
-    shardings = named_arrays(trainable.shardings)
+def _abstract_arrays(setup: TrainSetup) -> dict[str, jax.ShapeDtypeStruct]:
+    shardings = named_arrays(setup.shardings)
     return {
         name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=shardings[name])
-        for name, x in named_arrays(trainable.abstract).items()
+        for name, x in named_arrays(setup.abstract).items()
     }
 
 

@@ -17,7 +17,7 @@ from moejax.moe.layer import TokenInfo
 from moejax.training.optimizer import make_schedule
 from moejax.training.router_state import schedule_router_state
 from moejax.training.schedules import scheduled
-from moejax.training.state import Trainable, TrainState
+from moejax.training.state import TrainSetup, TrainState
 from moejax.training.step import apply_gradients, loss_and_gradients, row_keys
 
 
@@ -26,7 +26,7 @@ class NonFiniteError(RuntimeError):
 
 
 def nonfinite_error(
-    trainable: Trainable,
+    setup: TrainSetup,
     state: TrainState,
     batch: Batch,
     knobs: Knobs,
@@ -35,10 +35,10 @@ def nonfinite_error(
 ) -> NonFiniteError:
     """What to raise after `num_steps` such steps in a row; `batch` is that of the first of them."""
     router_state = state.router_state
-    if trainable.config.num_moe_layers:
-        router_state = schedule_router_state(router_state, trainable.config, first_step - 1)
+    if setup.config.num_moe_layers:
+        router_state = schedule_router_state(router_state, setup.config, first_step - 1)
     then = dataclasses.replace(state, step=jnp.int32(first_step - 1), router_state=router_state)
-    place = locate(trainable, then, batch, knobs)
+    place = locate(setup, then, batch, knobs)
     return NonFiniteError(
         f"loss, gradients or updates were not finite in {num_steps} steps in a row, from step {first_step} on; "
         f"the first such value is in {place}; none of these steps changed the parameters; lower "
@@ -46,7 +46,7 @@ def nonfinite_error(
     )
 
 
-def locate(trainable: Trainable, state: TrainState, batch: Batch, knobs: Knobs) -> str:
+def locate(setup: TrainSetup, state: TrainState, batch: Batch, knobs: Knobs) -> str:
     """Names the first place, in the order of computation, that is not finite: a parameter, a layer, or a gradient.
 
     Runs layer by layer, so it is slow; it is meant for a run that has already failed.
@@ -54,9 +54,9 @@ def locate(trainable: Trainable, state: TrainState, batch: Batch, knobs: Knobs) 
     for name, value in _named(state.params):
         if not _is_finite(value):
             return f"parameter {name}"
-    model = nnx.merge(trainable.graphdef, state.params, state.router_state)
-    keys_B = row_keys(trainable.config, knobs, state.step, batch.tokens_BL.shape[0])
-    knobs = scheduled(knobs, trainable.config, state.step)
+    model = nnx.merge(setup.graphdef, state.params, state.router_state)
+    keys_B = row_keys(setup.config, knobs, state.step, batch.tokens_BL.shape[0])
+    knobs = scheduled(knobs, setup.config, state.step)
     context = Context(
         positions_BL=batch.positions_BL,
         segments_BL=batch.segments_BL,
@@ -73,22 +73,22 @@ def locate(trainable: Trainable, state: TrainState, batch: Batch, knobs: Knobs) 
     if not _is_finite(model.unembed(x_BLD)):
         return "the logits"
     # Arguments, not closed over: what several processes hold must not become a constant.
-    grads, _ = jax.jit(functools.partial(loss_and_gradients, trainable))(
+    grads, _ = jax.jit(functools.partial(loss_and_gradients, setup))(
         state.params, state.router_state, batch, knobs, keys_B
     )
-    place = _last_bad_gradient(nnx.merge(trainable.graphdef, grads, state.router_state))
+    place = _last_bad_gradient(nnx.merge(setup.graphdef, grads, state.router_state))
     if place:
         return f"the gradient of {place}"
     if not _is_finite(optax.tree.norm(grads)):
         return "the global gradient norm (it overflows)"
-    return _bad_update(trainable, state, grads, knobs)
+    return _bad_update(setup, state, grads, knobs)
 
 
-def _bad_update(trainable: Trainable, state: TrainState, grads: nnx.State, knobs: Knobs) -> str:
+def _bad_update(setup: TrainSetup, state: TrainState, grads: nnx.State, knobs: Knobs) -> str:
     """The first value that is not finite after finite gradients: of the optimizer, or of the parameters it gives."""
-    schedule = make_schedule(trainable.config.optimizer, trainable.config.train.num_steps)
+    schedule = make_schedule(setup.config.optimizer, setup.config.train.num_steps)
     learning_rate = schedule(state.step) * knobs.learning_rate
-    params, opt_state = jax.jit(functools.partial(apply_gradients, trainable))(
+    params, opt_state = jax.jit(functools.partial(apply_gradients, setup))(
         state, grads, learning_rate
     )
     for name, value in _named(opt_state):

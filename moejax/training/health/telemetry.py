@@ -13,7 +13,7 @@ LARGEST = ("logit_max",)
 
 LAYER_METRICS = (
     "max_violation", "load_cv", "importance_cv", "load_entropy", "entropy", "idle_experts", "dropped", "moved",
-    "dropped_out", "unserved", "left_over", "gate_mass", "top_prob", "margin", "ties", "logit_rms", "logit_max",
+    "dropped_out", "unserved", "buffer_overflow", "gate_mass", "top_prob", "margin", "ties", "logit_rms", "logit_max",
 )  # fmt: skip
 """What `balance.routing_metrics` says of each layer, in the order in which it is logged."""
 

@@ -190,7 +190,7 @@ def agree(values: Mapping[str, Mapping[str, Any]], name: str) -> None:
     Raises:
       ProcessError: they differ, or do in another process.
     """
-    of_first = json.loads(first_says(json.dumps(values)))
+    of_first = json.loads(broadcast_from_primary(json.dumps(values)))
 
     def compare() -> None:
         for section, leaves in values.items():
@@ -202,7 +202,7 @@ def agree(values: Mapping[str, Mapping[str, Any]], name: str) -> None:
                         f"process 0 has {other}; give all processes the same {name}"
                     )
 
-    fail_together(compare)
+    raise_on_all(compare)
 
 
 def has_others() -> bool:
@@ -234,7 +234,7 @@ def wait_for_all() -> None:
     _gather("")
 
 
-def first_says(word: str) -> str:
+def broadcast_from_primary(word: str) -> str:
     """What process 0 says; all must ask."""
     return _gather(word)[0]
 
@@ -244,21 +244,21 @@ def all_say(word: str) -> list[str]:
     return _gather(word)
 
 
-def first_then_others(function: Callable[[], T]) -> T:
+def primary_first(function: Callable[[], T]) -> T:
     """Calls a function in process 0, which may write files, and when it has succeeded in the others, which read them.
 
     Raises:
       ProcessError: it failed in another process, which says why.
     """
     if is_first():
-        result = fail_together(function)
-        fail_together(lambda: None)
+        result = raise_on_all(function)
+        raise_on_all(lambda: None)
         return result
-    fail_together(lambda: None)
-    return fail_together(function)
+    raise_on_all(lambda: None)
+    return raise_on_all(function)
 
 
-def fail_together(function: Callable[[], T]) -> T:
+def raise_on_all(function: Callable[[], T]) -> T:
     """Calls a function in every process; if it fails in one, all fail."""
     failure = None
     try:

@@ -18,7 +18,7 @@ from moejax.config import Config, ConfigError, Knobs, to_dict
 from moejax.data import Batch
 from moejax.sharding import BATCH_AXES, MESH_AXES, make_mesh
 from moejax.training.eval_step import eval_step_of
-from moejax.training.state import TrainState, make_trainable
+from moejax.training.state import TrainState, make_train_setup
 from moejax.training.step import StepOutput, compiler_options, train_step_of
 
 ARMS = "arms"
@@ -78,7 +78,7 @@ class Pack:
         self.mesh = Mesh(
             np.stack([m.devices for m in meshes]), axes, axis_types=(AxisType.Auto,) * len(axes)
         )
-        self._alone = make_trainable(template, meshes[0])
+        self._alone = make_train_setup(template, meshes[0])
         self.trainables = [dataclasses.replace(self._alone, config=config) for config in configs]
         self.lanes_of_device = -(-len(configs) // groups)
         self._num_lanes = self.lanes_of_device * groups
@@ -86,7 +86,7 @@ class Pack:
             lambda s: NamedSharding(self.mesh, _by_arm(s.spec)), self._alone.shardings
         )
         self.knobs = self._put(
-            self._stack([Knobs.of(config) for config in configs]), PartitionSpec(ARMS)
+            self._stack([Knobs.from_config(config) for config in configs]), PartitionSpec(ARMS)
         )
 
     def compile_step(self, state: TrainState, batch: Batch) -> jax.stages.Compiled:

@@ -29,7 +29,7 @@ from moejax.training.packed.arms import Pack
 from moejax.training.run_directory.files import RunFiles
 from moejax.training.run_directory.layout import tell_changes, warn_of_lost_checkpoints
 from moejax.training.run_directory.metrics import FinishedStep, Recorder
-from moejax.training.state import Trainable, TrainState
+from moejax.training.state import TrainSetup, TrainState
 from moejax.training.step import StepOutput, put_batch
 
 log = logging.getLogger("moejax")
@@ -102,8 +102,8 @@ def train_packed(
         stop = stack.enter_context(StopSignals() if stop is None else stop)
         num_arms = len(configs)
         arms = [
-            _Arm(trainable, folder, num_arms)
-            for trainable, folder in zip(pack.trainables, folders, strict=True)
+            _Arm(setup, folder, num_arms)
+            for setup, folder in zip(pack.trainables, folders, strict=True)
         ]
         for arm in arms:
             stack.enter_context(arm.checkpoints)
@@ -131,12 +131,12 @@ class _Arm:
 
     files: RunFiles  # from when the first state is known
 
-    def __init__(self, trainable: Trainable, workdir: Path, num_arms: int):
-        self.trainable = trainable
-        self.config = trainable.config
+    def __init__(self, setup: TrainSetup, workdir: Path, num_arms: int):
+        self.setup = setup
+        self.config = setup.config
         self.workdir = workdir
         self.num_arms = num_arms
-        self.checkpoints = Checkpoints(workdir, trainable)
+        self.checkpoints = Checkpoints(workdir, setup)
         self.evaluation: Evaluation | None = None
         self.error: AlarmError | NonFiniteError | None = None
         self.last = FinishedStep(0, 0)
@@ -149,9 +149,9 @@ class _Arm:
 
     def restore(self, step: int) -> TrainState:
         """The state of a step, on the devices of the first arm."""
-        with jax.set_mesh(self.trainable.mesh):
+        with jax.set_mesh(self.setup.mesh):
             state = self.checkpoints.restore(step) if step else None
-            return self.trainable.init(self.config.train.seed) if state is None else state
+            return self.setup.init(self.config.train.seed) if state is None else state
 
     def open(self, start_step: int) -> RunFiles:
         """Its files, without what they hold of later steps, nor the checkpoints of those."""
@@ -311,13 +311,11 @@ class _PackedLoop:
         arm.recorder.flush()
         arm.step = arm.last.step
         first = arm.last.step - arm.last.skipped_in_row + 1
-        with jax.set_mesh(arm.trainable.mesh):
+        with jax.set_mesh(arm.setup.mesh):
             (own,) = self.pack.split(state, [self.arms.index(arm)])
-            batch = put_batch(self.batches[arm.config.train.seed][first - 1], arm.trainable)
-            knobs = Knobs.of(arm.config)
-            error = nonfinite_error(
-                arm.trainable, own, batch, knobs, first, arm.last.skipped_in_row
-            )
+            batch = put_batch(self.batches[arm.config.train.seed][first - 1], arm.setup)
+            knobs = Knobs.from_config(arm.config)
+            error = nonfinite_error(arm.setup, own, batch, knobs, first, arm.last.skipped_in_row)
         self._end(arm, error)
 
     def _end_part(self, state: TrainState, step: int, arms: Sequence[_Arm]) -> None:

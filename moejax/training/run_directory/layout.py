@@ -31,7 +31,7 @@ from moejax.models.parameters import ParameterCount
 from moejax.paths import replace_file
 from moejax.strict_json import to_json
 from moejax.training.checkpoints.meta import newest_meta
-from moejax.training.multihost.processes import fail_together, first_says
+from moejax.training.multihost.processes import broadcast_from_primary, raise_on_all
 from moejax.training.optimizer import make_schedule
 from moejax.training.run_directory.numerics import changed_numerics, numerics
 from moejax.training.run_directory.text_record import record_text
@@ -256,7 +256,7 @@ def check_shared(workdir: Path) -> None:
     def digest() -> str:
         return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else ""
 
-    written = first_says(digest())
+    written = broadcast_from_primary(digest())
 
     def see() -> None:
         deadline = time.monotonic() + SHARED_SECONDS
@@ -268,7 +268,7 @@ def check_shared(workdir: Path) -> None:
                 )
             time.sleep(0.5)
 
-    fail_together(see)
+    raise_on_all(see)
 
 
 def read_config(workdir: str | Path) -> Config:

@@ -48,15 +48,11 @@ def loaded():
 def saved(tmp_path_factory):
     """The directory of a run with a checkpoint of step 0."""
     workdir = tmp_path_factory.mktemp("runs") / "run"
-    trainable = make(
-        small_config(data={"directory": str(workdir.parent / "data")}, mesh={"data": 1})
-    )
-    state = initial_state(trainable)
-    write_run_directory(
-        workdir, trainable.config, count_parameters(trainable.config), "", "moejax train"
-    )
+    setup = make(small_config(data={"directory": str(workdir.parent / "data")}, mesh={"data": 1}))
+    state = initial_state(setup)
+    write_run_directory(workdir, setup.config, count_parameters(setup.config), "", "moejax train")
     ByteTokenizer().save(workdir)
-    with Checkpoints(workdir, trainable) as checkpoints:
+    with Checkpoints(workdir, setup) as checkpoints:
         checkpoints.save(state)
     return workdir
 

@@ -70,8 +70,8 @@ def workdir(tmp_path_factory):
         },
         mesh={"data": 1},
     )
-    trainable = make(config)
-    state = trainable.init(0)
+    setup = make(config)
+    state = setup.init(0)
     for path, variable in nnx.to_flat_state(state.params):
         if "moe" in path:
             variable.set_value(variable[...] * 3)
@@ -84,7 +84,7 @@ def workdir(tmp_path_factory):
     write_run_directory(
         folder / "run", config, count_parameters(config), corpus.directory.name, "test"
     )
-    with Checkpoints(folder / "run", trainable) as checkpoints:
+    with Checkpoints(folder / "run", setup) as checkpoints:
         checkpoints.save(state)
     return folder / "run"
 
@@ -241,7 +241,7 @@ def test_an_ablation_is_the_model_with_that_expert_edited(parts, loaded, batch, 
         put(moe, "selection_bias", moe.selection_bias[...].at[layer, expert].set(-1e9))
 
     trained = nats_of(loaded.model, batch)
-    for operate, edit in ((interventions.silenced, silence), (interventions.blocked, block)):
+    for operate, edit in ((interventions.ablated, silence), (interventions.blocked, block)):
         expected = nats_of(edited(loaded.model, edit), batch)
         assert abs(expected - trained) > 0.01
         assert changed_nats(parts, batch, at(layer, operate, expert)) == pytest.approx(
@@ -253,7 +253,7 @@ def test_changes_in_two_layers_are_the_model_with_both_edited(parts, loaded, bat
     def edit(moe):
         put(moe.experts, "down", moe.experts.down[...].at[0, 1].set(0).at[1, 3].set(0))
 
-    both = at(0, interventions.silenced, 1) | at(1, interventions.silenced, 3)
+    both = at(0, interventions.ablated, 1) | at(1, interventions.ablated, 3)
     assert changed_nats(parts, batch, both) == pytest.approx(
         nats_of(edited(loaded.model, edit), batch), rel=1e-6
     )
@@ -316,7 +316,7 @@ def test_surgery_leaves_the_layer_that_it_was_given_as_it_was(parts):
     graphdef, before = nnx.split(moe)
     before = jax.device_get(before)
     (
-        interventions.silenced(moe, 1),
+        interventions.ablated(moe, 1),
         interventions.swapped(moe, 0, 1),
         interventions.without_bias(moe),
         interventions.blocked(moe, 0),
@@ -372,14 +372,14 @@ def test_random_routing_draws_k_different_experts_evenly_with_equal_weights(part
 def test_ablating_other_experts_and_layers_compiles_nothing(parts, batch):
     batch = jax.tree.map(lambda x: x[:3], batch)  # a shape that nothing was compiled for yet
     residuals = parts.begin(batch)
-    for operate in (interventions.blocked, interventions.silenced):
+    for operate in (interventions.blocked, interventions.ablated):
         parts.run_changed(batch, residuals, at(0, operate, 0))
     parts.run_changed(batch, residuals, at(0, interventions.swapped, 0, 1))
     before = evaluating._apply._cache_size()
     for n in range(N):
         for expert in range(E):
             parts.run_changed(batch, residuals, at(n, interventions.blocked, expert))
-            parts.run_changed(batch, residuals, at(n, interventions.silenced, expert))
+            parts.run_changed(batch, residuals, at(n, interventions.ablated, expert))
             parts.run_changed(batch, residuals, at(n, interventions.swapped, 0, expert))
     assert evaluating._apply._cache_size() == before
 
@@ -494,10 +494,10 @@ def test_a_scheduled_k_is_the_one_that_counts_and_free_experts_are_ablated_but_i
     changes, left_out = plan(layers, ["ablate"])
     assert left_out == {"ablate: output 0": "the output of identity experts is the token"}
     assert len(changes) == 2 * 8 - 1
-    moe = interventions.silenced(layers.moes[0], 7)
+    moe = interventions.ablated(layers.moes[0], 7)
     np.testing.assert_array_equal(moe.free_experts.vectors[...][:, 0], [2, 0])
     np.testing.assert_array_equal(
-        interventions.silenced(layers.moes[0], 2).experts.down_bias[...][:, 0], [2, 2, 0, 2]
+        interventions.ablated(layers.moes[0], 2).experts.down_bias[...][:, 0], [2, 2, 0, 2]
     )
 
 

@@ -137,7 +137,7 @@ def test_every_documented_metric_has_a_chart():
 def test_long_curves_are_thinned_but_keep_their_spikes():
     steps, values = np.arange(100_000), np.ones(100_000)
     values[54_321], values[77_777], values[10] = 9, -9, np.nan
-    kept_steps, kept = figures.thin(steps, values)
+    kept_steps, kept = figures.downsample(steps, values)
     assert len(kept) <= figures.MAX_POINTS
     assert {54_321, 77_777} <= set(kept_steps)
     assert (np.diff(kept_steps) > 0).all()

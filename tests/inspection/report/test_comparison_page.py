@@ -115,7 +115,7 @@ def test_curves_of_runs_are_drawn_in_looks_that_differ_and_keep_to_their_run(tmp
     (line,) = figures.draw_runs(runs, "moe/max_violation", "MaxVio").figure.axes[0].lines
     assert line.get_color() == lines[1].get_color()  # though it is the first that is drawn
     assert figures.draw_runs(runs, "none", "") is None
-    sixteen = figures.looks([str(i) for i in range(figures.MAX_RUNS)])
+    sixteen = figures.line_styles([str(i) for i in range(figures.MAX_RUNS)])
     assert len({(look.color, look.dash) for look in sixteen.values()}) == 16
 
 

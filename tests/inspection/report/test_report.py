@@ -18,7 +18,7 @@ from moejax.inspection.counterfactuals.result import AS_TRAINED, FILE_NAME, Coun
 from moejax.inspection.figures.style import Drawing
 from moejax.inspection.report.assemble import render_report, write_report
 from moejax.inspection.report.build import find_specialisation
-from moejax.inspection.report.experts import Findings, domains
+from moejax.inspection.report.experts import ReportData, domains
 from moejax.inspection.report.health import FLOW_COLUMNS, MAX_FLOW_FIGURES, flow_windows
 from moejax.inspection.report.training import Sample, configuration
 from moejax.inspection.runs.run import open_run
@@ -126,7 +126,11 @@ def token_counts(N=2, E=4, V=30):
 
 def render(run, counts=None, piece=str, samples=(), findings=None):
     return render_report(
-        run, token_counts_nEV=counts, piece=piece, samples=samples, findings=findings or Findings()
+        run,
+        token_counts_nEV=counts,
+        piece=piece,
+        samples=samples,
+        findings=findings or ReportData(),
     )
 
 
@@ -191,7 +195,7 @@ def test_soft_routing_has_no_tokens_to_tell_of(tmp_path):
     domains = DomainSpecialisation(
         np.zeros((2, 1, 4)), np.zeros((2, 4)), np.zeros(2), np.array([9])
     )
-    findings = Findings([nothing], (0, 2), 9, domains=domains, domain_names=("x",))
+    findings = ReportData([nothing], (0, 2), 9, domains=domains, domain_names=("x",))
     html = render(make_run(tmp_path), np.zeros((2, 4, 9), int), findings=findings)
     assert html.count("No token was sent to an expert") == 3
 
@@ -222,7 +226,7 @@ def whole(tmp_path_factory):
         run.workdir / FILE_NAME
     )
     results = [information("token", [0.5, 0.7]), information("position in row", [0.0, 0.02])]
-    findings = Findings(results, (0, 2), 1234, trace=trace_of(["My", " fellow"]))
+    findings = ReportData(results, (0, 2), 1234, trace=trace_of(["My", " fellow"]))
     samples = [Sample("My fellow", " Americans\n\nwe", 0.8, 0.95)]
     return render(run, token_counts(), samples=samples, findings=findings)
 
@@ -461,7 +465,7 @@ def test_text_of_alarms_and_counterfactuals_is_escaped_and_damaged_files_cost_on
     Counterfactuals(rows, {HOSTILE: HOSTILE}, 30, 8, 99, (0, 2), 4, (2, 2)).save(
         tmp_path / FILE_NAME
     )
-    html = render(run, findings=Findings(trace=trace_of([HOSTILE])))
+    html = render(run, findings=ReportData(trace=trace_of([HOSTILE])))
     page = Page(html)
     assert "script" not in {tag for tag, _ in page.elements} and "\x1b" not in html
     assert (
@@ -649,7 +653,7 @@ def test_wide_models_stay_under_the_size_limit(tmp_path, monkeypatch):
     )
     monkeypatch.setattr("moejax.inspection.figures.run.draw_final_load", lambda *_: "x" * 50_000)
     counts = rng.poisson(3, (12, E, 60)) ** 3  # of the layers shown
-    findings = Findings(
+    findings = ReportData(
         [information("token", np.ones(12))], range(12), 9, trace=trace_of(["word"] * 133, 12, E, 8)
     )
     html = render(run, counts, piece=lambda token: f" word{token}", findings=findings)

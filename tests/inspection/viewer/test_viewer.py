@@ -30,7 +30,7 @@ from moejax.inspection.viewer.plots import (
     load_plot,
     signature,
 )
-from moejax.inspection.viewer.run_folder import Library, LiveRun, MetricsReader, age, find_runs
+from moejax.inspection.viewer.run_folder import LiveRun, MetricsReader, RunFolder, age, find_runs
 from moejax.training.run_directory.routing_log import RoutingLog
 
 REPOSITORY = Path(__file__).parents[3]
@@ -179,7 +179,7 @@ def test_links_out_of_the_folder_are_named_and_not_followed(tmp_path):
     (folder / "linked").symlink_to(outside)
     (folder / "above").symlink_to(outside.parent)
     (folder / "latest").symlink_to(folder / "own")
-    library = Library(folder)
+    library = RunFolder(folder)
     library.look()
     assert list(library.runs) == ["latest", "own"] and library.links == ["above", "linked"]
     text = view_page.heading(folder, 2, library.links, is_behind=False)
@@ -222,10 +222,12 @@ def test_files_that_are_none_of_a_run_are_named_and_not_read(tmp_path, how):
 def test_each_run_has_its_own_colour_by_its_name_however_many_there_are():
     names = [f"run {i}" for i in range(200)]
     colors = RunColors()
-    given = [colors.of(name) for name in names]
-    assert len(set(given)) == 200 and [colors.of(name) for name in names] == given
+    given = [colors.color_of(name) for name in names]
+    assert len(set(given)) == 200 and [colors.color_of(name) for name in names] == given
     assert set(given[:8]) == set(FIRST)  # the easiest to tell apart come first
-    assert RunColors().of("run 5") in FIRST and RunColors().of("run 5") == RunColors().of("run 5")
+    assert RunColors().color_of("run 5") in FIRST and RunColors().color_of(
+        "run 5"
+    ) == RunColors().color_of("run 5")
 
 
 def write_sweep(folder, *overrides):
@@ -242,7 +244,7 @@ def test_arms_of_a_sweep_are_named_by_what_differs(tmp_path):
         tmp_path / "widths", same | {"train.seed": 0, "moe.top_k": 1}, same | {"train.seed": 0, "moe.top_k": 2},
         same | {"train.seed": 1, "moe.top_k": 1}, same | {"train.seed": 1, "moe.top_k": 1},
     )  # fmt: skip
-    library = Library(tmp_path)
+    library = RunFolder(tmp_path)
     library.look()
     assert [run.name for run in library.runs.values()] == [
         "widths: top_k 1, seed 0",
@@ -264,7 +266,7 @@ def test_of_many_runs_the_newest_are_listed_and_a_part_of_a_name_finds_others(tm
             write_run(tmp_path / f"run {i:02}", {"step": 1, "a": 1}) / "metrics.jsonl",
             (100, 100 + i),
         )
-    library = Library(tmp_path)
+    library = RunFolder(tmp_path)
     library.look()
     shown = RunList(library, lambda *_: None)
     shown.show()
@@ -287,7 +289,7 @@ def test_what_never_changes_is_said_in_a_sentence(tmp_path):
             {"step": 1, "moe/dead_experts": 0},
             {"step": 2, "moe/dead_experts": last},
         )
-    library = Library(tmp_path)
+    library = RunFolder(tmp_path)
     library.look()
     chart = Chart("Dead experts", (("moe/dead_experts", ""),), "experts", "")
     a = {"a": library.runs["a"]}
@@ -323,7 +325,7 @@ def test_a_run_says_how_far_it_is_and_which_alarms_are_on(tmp_path):
 
 
 def test_new_runs_appear_and_what_is_wrong_with_others_is_text(tmp_path):
-    library = Library(tmp_path)
+    library = RunFolder(tmp_path)
     library.look()
     assert library.runs == {}
     for name in "abc":
@@ -359,7 +361,7 @@ def test_a_run_with_impossible_experts_is_text(tmp_path, moe):
 def test_one_look_reads_no_more_than_it_may_of_all_runs_together(tmp_path):
     for name in "ab":
         write_run(tmp_path / name, *({"step": step, "a": 1} for step in range(100)))
-    library = Library(tmp_path)
+    library = RunFolder(tmp_path)
     size = (tmp_path / "a/metrics.jsonl").stat().st_size
     library.look(size + 50)
     assert library.is_behind
@@ -372,7 +374,7 @@ def test_one_look_reads_no_more_than_it_may_of_all_runs_together(tmp_path):
 
 
 def test_the_newest_runs_are_shown_at_first(tmp_path):
-    library = Library(tmp_path)
+    library = RunFolder(tmp_path)
     for i, name in enumerate("abc"):
         os.utime(write_run(tmp_path / name) / "metrics.jsonl", (100, [300, 100, 200][i]))
     library.look()
@@ -404,7 +406,7 @@ def test_a_chart_draws_each_metric_of_each_run_and_takes_what_is_new(tmp_path):
         {"step": 2, "eval/loss": 2.5},
     )
     write_run(tmp_path / "b", {"step": 1, "loss/lm": 4}, {"step": 2, "loss/lm": 3})
-    library = Library(tmp_path)
+    library = RunFolder(tmp_path)
     library.look()
     plot = CurvePlot(chart, library.runs, "steps")
     assert sorted(renderer.glyph.__class__.__name__ for renderer in plot.plot.renderers) == [
@@ -432,7 +434,7 @@ def test_a_chart_draws_each_metric_of_each_run_and_takes_what_is_new(tmp_path):
 def test_entropy_is_compared_with_uniform_routing_where_the_runs_agree_on_it(tmp_path):
     for name, num_experts in (("a", 4), ("b", 4), ("c", 8), ("dense", 0)):
         write_run(tmp_path / name, config={"moe": {"num_experts": num_experts}})
-    library = Library(tmp_path)
+    library = RunFolder(tmp_path)
     library.look()
 
     def reference(names):

@@ -18,7 +18,7 @@ from moejax.moe.balancing.losses import (
     routing_metrics,
     z_loss,
 )
-from moejax.moe.balancing.stats import Service, add_stats, collect
+from moejax.moe.balancing.stats import CombineWeights, add_stats, collect
 from moejax.moe.balancing.sums import count_assignments, count_ties, expected_load
 from moejax.moe.router import RouterInputs, Routing, route
 from oracle import losses as oracle_losses
@@ -36,7 +36,7 @@ def collector(config):
     @jax.jit
     def run(logits_TE, mask_T, kept_TK):
         routing = route(RouterInputs(logits_TE, mask_T, len(mask_T)), config)
-        service = Service(
+        service = CombineWeights(
             jnp.where(kept_TK, routing.weights_TK, 0),
             mask_T[:, None] & ~kept_TK,
             jnp.zeros_like(kept_TK),
@@ -244,7 +244,7 @@ def loss_case(top_k=2, length=4, seed=0, **changes):
     )  # fmt: skip
     routing = route(inputs, config)
     none_TK = jnp.zeros(routing.experts_TK.shape, bool)
-    service = Service(routing.weights_TK, none_TK, none_TK)
+    service = CombineWeights(routing.weights_TK, none_TK, none_TK)
     stats = collect(routing, inputs.mask_T, service, config, length=length, num_devices=2)
     experts_TK = np.where(mask_T[:, None], routing.experts_TK, -1)
     stacked = jax.tree.map(lambda x: x[None], stats)
@@ -295,7 +295,7 @@ def test_the_sequence_loss_counts_the_best_scores_without_bias_and_groups(score,
     stats = collect(
         routing,
         jnp.asarray(mask_T),
-        Service(routing.weights_TK, none_TK, none_TK),
+        CombineWeights(routing.weights_TK, none_TK, none_TK),
         config,
         length=4,
     )

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import oracle
 from cases.moe import info_of
 from moejax.config import ConfigError, MoeConfig, resolve
-from moejax.moe.dispatch.capacity import admit, capacity_limit, capacity_slots
+from moejax.moe.dispatch.capacity import apply_capacity, capacity_limit, capacity_slots
 from moejax.moe.layer import MoE
 from oracle import capacity as oracle_capacity
 from oracle import routers as oracle_routers
@@ -27,9 +27,11 @@ overflows = pytest.mark.parametrize("overflow", ["drop", "next", "renormalize"])
 
 @functools.cache
 def admission(order, overflow, num_groups):
-    """The jitted `(experts_TK, ranking_TE, weights_TK, limit) -> Admission`."""
+    """The jitted `(experts_TK, ranking_TE, weights_TK, limit) -> CapacityAssignment`."""
     how = {"num_experts": E, "num_groups": num_groups, "order": order, "overflow": overflow}
-    return jax.jit(functools.partial(admit, **how)), functools.partial(oracle_capacity.admit, **how)
+    return jax.jit(functools.partial(apply_capacity, **how)), functools.partial(
+        oracle_capacity.apply_capacity, **how
+    )
 
 
 def draw(seed, masked=0.2, skew=2.0):
@@ -110,9 +112,11 @@ def test_by_choice_and_by_weight_later_tokens_do_take_the_room_of_earlier_ones(o
     experts_TK = jnp.array([[0, 1], [1, 2]], jnp.int32)
     weights_TK = jnp.array([[0.6, 0.4], [0.9, 0.1]])
     how = {"num_experts": 3, "num_groups": 1, "overflow": "drop"}
-    result = admit(experts_TK, None, weights_TK, 1, order=order, **how)
+    result = apply_capacity(experts_TK, None, weights_TK, 1, order=order, **how)
     assert result.experts_TK.tolist() == [[0, 3], [1, 2]]
-    assert admit(experts_TK, None, weights_TK, 1, order="position", **how).experts_TK.tolist() == [
+    assert apply_capacity(
+        experts_TK, None, weights_TK, 1, order="position", **how
+    ).experts_TK.tolist() == [
         [0, 1],
         [3, 2],
     ]
@@ -120,7 +124,7 @@ def test_by_choice_and_by_weight_later_tokens_do_take_the_room_of_earlier_ones(o
 
 def test_by_weight_the_most_certain_tokens_are_served_first():
     experts_TK, weights_TK = jnp.zeros((4, 1), jnp.int32), jnp.array([[0.3], [0.9], [0.5], [0.9]])
-    result = admit(
+    result = apply_capacity(
         experts_TK,
         None,
         weights_TK,
@@ -137,7 +141,9 @@ def test_a_group_has_slots_of_its_own():
     experts_TK, weights_TK = jnp.zeros((6, 1), jnp.int32), jnp.ones((6, 1))
     how = {"num_experts": 2, "order": "position", "overflow": "drop"}
     dropped = [
-        admit(experts_TK, None, weights_TK, 1, num_groups=n, **how).is_dropped_TK.ravel().tolist()
+        apply_capacity(experts_TK, None, weights_TK, 1, num_groups=n, **how)
+        .is_dropped_TK.ravel()
+        .tolist()
         for n in (1, 2, 3)
     ]
     assert dropped == [[False] + [True] * 5, [False, True, True] * 2, [False, True] * 3]
@@ -153,7 +159,7 @@ def test_a_group_has_slots_of_its_own():
 def test_groups_that_do_not_divide_and_a_missing_ranking_are_errors(changes, message):
     how = {"num_experts": 2, "num_groups": 1, "order": "position", "overflow": "drop"} | changes
     with pytest.raises(ValueError, match=message):
-        admit(jnp.zeros((4, 1), jnp.int32), None, jnp.ones((4, 1)), 1, **how)
+        apply_capacity(jnp.zeros((4, 1), jnp.int32), None, jnp.ones((4, 1)), 1, **how)
 
 
 @pytest.mark.parametrize("factor", [0.1, 0.5, 0.7, 1.0, 1.1, 1.2, 1.25, 1.3, 1.5, 2.0, 2.2])
@@ -200,7 +206,7 @@ def layer_case(is_training=True, **changes):
     factor = config.capacity_factor if is_training else config.eval_capacity_factor
     groups = {"sequence": B, "device": 1, "global": 1}[config.capacity_group]
     limit = oracle.capacity(factor, 2, B * L // groups, E) if factor else B * L
-    final_TK = oracle_capacity.admit(
+    final_TK = oracle_capacity.apply_capacity(
         routing.experts_TK, routing.logits_TE, routing.weights_TK, limit,
         num_experts=E, num_groups=groups, order=config.capacity_order, overflow=config.overflow,
     )  # fmt: skip

@@ -6,10 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax.moe.dispatch.on_device import Chosen
+from moejax.moe.dispatch.on_device import TokenChoice
 from moejax.moe.dispatch.plan import plan_dropless
 from moejax.moe.expert_parallel.buffers import (
-    Travel,
+    RaggedOffsets,
     mean_receivers,
     pack_choices,
     pack_tokens,
@@ -122,7 +122,9 @@ def test_rows_carry_their_tokens_with_their_choices_and_empty_rows_nothing(by_ch
     experts_TK = jnp.asarray(
         np.where(receiver_TK < N, receiver_TK * 2 + rng.integers(0, 2, (T, K)), NONE), jnp.int32
     )
-    x_RD, there = pack.load(x_TD, Chosen(experts_TK[None], weights_TK[None], inputs_TK[None]), NONE)
+    x_RD, there = pack.load(
+        x_TD, TokenChoice(experts_TK[None], weights_TK[None], inputs_TK[None]), NONE
+    )
     for row, choice in enumerate(np.asarray(pack.plan.choice_R)):
         if choice == T * K:
             assert (
@@ -147,7 +149,7 @@ def test_a_ragged_exchange_with_these_offsets_moves_every_row_that_has_room_ther
         plan_dropless(jnp.asarray(receivers(seed, is_skewed=seed == 3)), N) for seed in range(N)
     ]
     sizes_nn = jnp.stack([plan.group_sizes_E for plan in plans])
-    travels = [Travel.of(sizes_nn, me, room) for me in range(N)]
+    travels = [RaggedOffsets.from_sizes(sizes_nn, me, room) for me in range(N)]
     arrays = [1000 * me + np.arange(T * K) for me in range(N)]
 
     def exchange(travels, arrays, num_rows):
@@ -155,9 +157,10 @@ def test_a_ragged_exchange_with_these_offsets_moves_every_row_that_has_room_ther
         for me, (travel, array) in enumerate(zip(travels, arrays, strict=True)):
             for to in range(N):
                 start, count, place = (
-                    int(a[to]) for a in (travel.starts_n, travel.sent_n, travel.places_n)
+                    int(a[to])
+                    for a in (travel.input_offsets_n, travel.send_sizes_n, travel.output_offsets_n)
                 )
-                assert count == int(travels[to].arriving_n[me]) and place + count <= num_rows
+                assert count == int(travels[to].recv_sizes_n[me]) and place + count <= num_rows
                 assert (outputs[to][place : place + count] == -1).all(), "a row is written twice"
                 outputs[to][place : place + count] = array[start : start + count]
         return outputs

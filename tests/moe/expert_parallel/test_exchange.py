@@ -12,11 +12,11 @@ from jax.sharding import AxisType
 
 import oracle
 from moejax.config import ConfigError, resolve
-from moejax.moe.dispatch.on_device import Chosen, Slots, run_dropless, run_slots
+from moejax.moe.dispatch.on_device import ExpertChoice, TokenChoice, run_dropless, run_slots
 from moejax.moe.expert_parallel import exchange as exchange_module
 from moejax.moe.expert_parallel.buffers import mean_receivers
 from moejax.moe.expert_parallel.exchange import exchange
-from moejax.moe.expert_parallel.strategy import Exchange, Local, choose
+from moejax.moe.expert_parallel.strategy import Exchange, LocalExperts, choose
 from moejax.moe.experts.experts import ExpertWeights
 from moejax.sharding import BATCH_AXES, EXPERT_AXES, MESH_AXES
 
@@ -66,10 +66,10 @@ def mesh_of(sizes):
 
 
 def through(how, weight_on, x_BLD, weights_BLK, gate_up_EDPF, down_EFD, experts_BLK):
-    local = Local(functools.partial(run_dropless, implementation="auto"))
+    local = LocalExperts(functools.partial(run_dropless, implementation="auto"))
     ones_BLK = jnp.ones_like(weights_BLK)
-    on_output = Chosen(experts_BLK, weights_BLK)
-    chosen = on_output if weight_on == "output" else Chosen(experts_BLK, ones_BLK, weights_BLK)
+    on_output = TokenChoice(experts_BLK, weights_BLK)
+    chosen = on_output if weight_on == "output" else TokenChoice(experts_BLK, ones_BLK, weights_BLK)
     return exchange(how, local, local, x_BLD, chosen, ExpertWeights(gate_up_EDPF, down_EFD))[0]
 
 
@@ -183,13 +183,13 @@ def test_choices_without_room_are_counted(strategy, mesh, left):
         jnp.asarray, draw("one device", 2)
     )
     local, weights = (
-        Local(functools.partial(run_dropless, implementation="auto")),
+        LocalExperts(functools.partial(run_dropless, implementation="auto")),
         ExpertWeights(gate_up_EDPF, down_EFD),
     )
     with jax.set_mesh(mesh_of(MESHES[mesh])):
         run = jax.jit(
             lambda *a: exchange(
-                Exchange(strategy, 1.0), local, local, a[0], Chosen(*a[1:]), weights
+                Exchange(strategy, 1.0), local, local, a[0], TokenChoice(*a[1:]), weights
             )[1]
         )
         counted = float(run(x_BLD, experts_BLK, weights_BLK))
@@ -339,12 +339,16 @@ def test_where_experts_choose_tokens_go_to_all_and_the_result_is_that_of_one_dev
         np.stack([rng.permutation(L)[:3] for _ in range(B * E)]).reshape(B, E, 3).astype(np.int32)
     )
     positions_BEC[0, 0, 2] = L  # an empty slot
-    slots = Slots(jnp.asarray(positions_BEC), jnp.asarray(rng.normal(size=(B, E, 3)), jnp.float32))
+    slots = ExpertChoice(
+        jnp.asarray(positions_BEC), jnp.asarray(rng.normal(size=(B, E, 3)), jnp.float32)
+    )
     x_BLD, _, gate_up_EDPF, down_EFD, dy_BLD, _ = map(jnp.asarray, draw("even", 2))
     weights = ExpertWeights(gate_up_EDPF, down_EFD)
 
     def loss(how, x_BLD, slots, weights):
-        return (exchange(how, Local(run_slots), None, x_BLD, slots, weights)[0] * dy_BLD).sum()
+        return (
+            exchange(how, LocalExperts(run_slots), None, x_BLD, slots, weights)[0] * dy_BLD
+        ).sum()
 
     def gradients(strategy, sizes):
         with jax.set_mesh(mesh_of(sizes)):

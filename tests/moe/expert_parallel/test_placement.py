@@ -12,10 +12,10 @@ import oracle
 from cases.training import packed_batch, small_config
 from moejax.models import Decoder
 from moejax.moe.expert_parallel.placement import (
-    Copies,
     PlacementError,
+    Replicas,
+    identity_placement,
     imbalance,
-    in_order,
     place,
     place_by_load,
 )
@@ -81,14 +81,17 @@ def test_without_copies_the_greedy_places_are_close_to_the_best_of_all():
         ways = {tuple(sorted((way[:3], way[3:]))) for way in itertools.permutations(range(6))}
         best = min(imbalance(load_NE, np.array([[*a, *b]]), 2)[0] for a, b in ways)
         found = imbalance(load_NE, place(load_NE, 2), 2)[0]
-        assert best <= found + 1e-9 and found <= imbalance(load_NE, in_order(1, 6), 2)[0] + 1e-9
+        assert (
+            best <= found + 1e-9
+            and found <= imbalance(load_NE, identity_placement(1, 6), 2)[0] + 1e-9
+        )
         best_of_all.append(found / best)
     assert np.mean(best_of_all) < 1.05
 
 
 def test_imbalance_is_the_largest_load_over_the_mean_and_copies_share_their_load():
     load_NE = np.array([[6.0, 2, 2, 2], [0, 0, 0, 0]])
-    np.testing.assert_allclose(imbalance(load_NE, in_order(2, 4), 2), [8 / 6, 0])
+    np.testing.assert_allclose(imbalance(load_NE, identity_placement(2, 4), 2), [8 / 6, 0])
     experts_NP = np.array([[0, 1, 0, 2, 3, 1]] * 2)
     np.testing.assert_allclose(imbalance(load_NE, experts_NP, 2), [(3 + 1 + 3) / 6, 0])
 
@@ -102,14 +105,14 @@ def test_copies_of_hot_experts_make_even_what_no_order_could():
 
 
 def test_slots_of_an_expert_are_listed_and_one_without_is_an_error():
-    copies = Copies.of(np.array([[1, 0, 1, 2, 1]]), 3)
+    copies = Replicas.from_placement(np.array([[1, 0, 1, 2, 1]]), 3)
     assert copies.num_NE.tolist() == [[1, 3, 1]]
     assert copies.slots_NEM.tolist() == [[[1, 1, 1], [0, 2, 4], [3, 3, 3]]]
     for experts_P in ([0, 0, 1], [0, 1, 3], [0, 1, 2, 3]):
         with pytest.raises(PlacementError, match="every one of 3 experts, and no other"):
-            Copies.of(np.array([experts_P]), 3)
+            Replicas.from_placement(np.array([experts_P]), 3)
     with pytest.raises(PlacementError, match="every one of 3 experts"):
-        Copies.of(np.array([[0, 1, 2], [0, 1, 3]]), 3)
+        Replicas.from_placement(np.array([[0, 1, 2], [0, 1, 3]]), 3)
 
 
 def test_experts_that_do_not_divide_are_an_error():
@@ -187,7 +190,7 @@ def test_tokens_take_turns_among_the_copies_of_an_expert():
 
 def test_a_model_cannot_be_placed_by_another_number_of_layers_or_if_its_experts_choose():
     with pytest.raises(PlacementError, match="3 layers are placed, and the model has 2"):
-        Decoder(small_config(), rngs=nnx.Rngs(params=0)).place_experts(in_order(3, 4))
+        Decoder(small_config(), rngs=nnx.Rngs(params=0)).place_experts(identity_placement(3, 4))
     soft = small_config(moe={"router": "soft", "allow_noncausal": True})
     with pytest.raises(PlacementError, match="choose tokens"):
-        Decoder(soft, rngs=nnx.Rngs(params=0)).place_experts(in_order(2, 4))
+        Decoder(soft, rngs=nnx.Rngs(params=0)).place_experts(identity_placement(2, 4))

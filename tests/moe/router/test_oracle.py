@@ -15,7 +15,12 @@ import oracle
 from moejax.config import MoeConfig
 from moejax.config.sections.moe import derive_moe
 from moejax.moe.balancing.losses import update_bias, update_quantiles
-from moejax.moe.balancing.sums import count_ties, expected_load, expected_load_vmoe, offers
+from moejax.moe.balancing.sums import (
+    count_ties,
+    expected_load,
+    expected_load_vmoe,
+    quantile_margins,
+)
 from moejax.moe.router import RouterInputs, route, route_expert_choice, route_soft
 from moejax.moe.router.fixed import route_random
 from moejax.moe.router.modules import MIN_NOISE
@@ -395,7 +400,7 @@ def test_a_quantile_step_is_the_one_of_the_loop_and_balances_what_it_has_seen(to
     check(routing, truth.route_quantile(logits_TE, mask_T, beta_E, **how), mask_T)
     num_tokens_N = jnp.float32(mask_T.sum())[None]
     updated = update_quantiles(
-        offers(routing, jnp.asarray(mask_T), top_k)[None], num_tokens_N, top_k
+        quantile_margins(routing, jnp.asarray(mask_T), top_k)[None], num_tokens_N, top_k
     )[0]
     if mask_T.any():
         oracle.assert_close(

@@ -116,9 +116,11 @@ def test_a_schedule_of_top_k_leaves_the_arithmetic_of_an_arm_unknown(tmp_path):
 def test_the_best_evaluation_need_not_be_the_last(tmp_path):
     entry = entry_of({})
     workdir = write_run(tmp_path / "a", entry)
-    better = lambda line: (
-        line | {"eval/loss": 2.5} if line["step"] == 75 and "eval/loss" in line else line
-    )  # noqa: E731
+
+    def better(line):
+        is_best = line["step"] == 75 and "eval/loss" in line
+        return line | {"eval/loss": 2.5} if is_best else line
+
     rewrite(workdir / "metrics.jsonl", better)
     row = record(workdir, entry)
     assert (row["best/eval/loss"], row["best/step"], row["final/eval/loss"]) == (2.5, 75, 3.0)

@@ -28,9 +28,9 @@ def saved(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("saved")
     (workdir / "tokenizer.json").write_text("{}")
     config = small_config(mesh={"data": 2, "fsdp": 2, "tensor": 2})
-    trainable = make(config, 8)
-    state = trainable.init(0)
-    with closing(Checkpoints(workdir, trainable)) as checkpoints:
+    setup = make(config, 8)
+    state = setup.init(0)
+    with closing(Checkpoints(workdir, setup)) as checkpoints:
         assert checkpoints.save(state)
         assert not checkpoints.save(state)  # it is there already
     return config, workdir, jax.device_get(jax.tree.leaves(state))
@@ -123,10 +123,10 @@ def test_a_failed_save_is_an_error_at_the_next_one_and_at_the_end(tmp_path, monk
     def full():
         raise OSError("No space left")
 
-    trainable = make(small_config())
-    checkpoints = Checkpoints(tmp_path, trainable)
+    setup = make(small_config())
+    checkpoints = Checkpoints(tmp_path, setup)
     monkeypatch.setattr(checkpoints._manager, "check_for_errors", full)
-    for action in (lambda: checkpoints.save(trainable.init(0)), checkpoints.close):
+    for action in (lambda: checkpoints.save(setup.init(0)), checkpoints.close):
         with pytest.raises(
             CheckpointError, match=r"failed \(No space left\); the steps saved before are whole"
         ):
@@ -142,24 +142,24 @@ def test_an_empty_directory_has_nothing_to_restore(tmp_path):
 
 def test_the_best_checkpoint_outlives_the_newest_also_where_the_run_was_continued(tmp_path):
     config = small_config(train={"keep_checkpoints": 1})
-    trainable = make(config)
-    state = trainable.init(0)
+    setup = make(config)
+    state = setup.init(0)
     for losses, kept in (
         ({0: 3.0, 1: 1.0, 2: 2.0}, [1, 2]),
         ({3: 2.5, 4: None}, [1, 4]),
         ({5: 0.5, 6: 0.6}, [5, 6]),
     ):
-        with closing(Checkpoints(tmp_path, trainable)) as checkpoints:
+        with closing(Checkpoints(tmp_path, setup)) as checkpoints:
             for step, loss in losses.items():
                 metrics = None if loss is None else {"eval/loss": loss}
                 checkpoints.save(dataclasses.replace(state, step=np.int32(step)), metrics)
-        assert Checkpoints(tmp_path, trainable, read_only=True).steps() == kept
+        assert Checkpoints(tmp_path, setup, read_only=True).steps() == kept
 
 
 def test_a_step_before_a_saved_one_is_not_saved_in_silence(tmp_path):
-    trainable = make(small_config())
-    state = trainable.init(0)
-    with closing(Checkpoints(tmp_path, trainable)) as checkpoints:
+    setup = make(small_config())
+    state = setup.init(0)
+    with closing(Checkpoints(tmp_path, setup)) as checkpoints:
         for step in (10, 20):
             assert checkpoints.save(dataclasses.replace(state, step=np.int32(step)))
         assert not checkpoints.save(dataclasses.replace(state, step=np.int32(20)))
@@ -193,7 +193,7 @@ def test_every_file_of_a_checkpoint_damaged_in_any_way_is_refused_or_restored_ex
     saved, tmp_path
 ):
     config, workdir, expected = saved
-    trainable, rng = make(config, 8), np.random.default_rng(0)
+    setup, rng = make(config, 8), np.random.default_rng(0)
     step = workdir / "checkpoints/0"
     files = sorted(path.relative_to(workdir) for path in step.rglob("*") if path.is_file())
     num_refused = 0
@@ -204,7 +204,7 @@ def test_every_file_of_a_checkpoint_damaged_in_any_way_is_refused_or_restored_ex
         if not damage(copy / file, how, rng):
             continue
         try:
-            state = Checkpoints(copy, trainable, read_only=True).restore()
+            state = Checkpoints(copy, setup, read_only=True).restore()
         except CheckpointError as error:
             num_refused += 1
             assert "\n" not in str(error) and str(copy / "checkpoints/0") in str(error), (file, how)
@@ -272,18 +272,18 @@ def test_a_flipped_bit_of_an_array_is_answered_with_array_and_checkpoint(saved, 
 
 
 def test_the_way_to_an_older_step_is_a_command_and_deletes_nothing(tmp_path):
-    trainable = make(small_config())
-    state = trainable.init(0)
-    with closing(Checkpoints(tmp_path, trainable)) as checkpoints:
+    setup = make(small_config())
+    state = setup.init(0)
+    with closing(Checkpoints(tmp_path, setup)) as checkpoints:
         for step in (10, 20):
             checkpoints.save(dataclasses.replace(state, step=np.int32(step)))
     (tmp_path / "checkpoints/20/meta/metadata").write_bytes(b"")
     with pytest.raises(CheckpointError, match="go on from step 10 after: ") as caught:
-        Checkpoints(tmp_path, trainable, read_only=True).restore()
+        Checkpoints(tmp_path, setup, read_only=True).restore()
     command = str(caught.value).split("after: ")[1]
     assert command == f"mv {tmp_path}/checkpoints/20 {tmp_path}/damaged-20"
     subprocess.run(command, shell=True, check=True)
-    assert int(Checkpoints(tmp_path, trainable, read_only=True).restore().step) == 10
+    assert int(Checkpoints(tmp_path, setup, read_only=True).restore().step) == 10
 
 
 def test_a_checkpoint_copied_under_another_number_is_refused(saved, tmp_path):
@@ -358,8 +358,8 @@ def test_a_checkpoint_of_another_configuration_is_refused_whatever_config_json_s
 
 
 def test_a_save_that_left_nothing_readable_does_not_count(tmp_path, monkeypatch):
-    trainable = make(small_config())
-    checkpoints = Checkpoints(tmp_path, trainable)
+    setup = make(small_config())
+    checkpoints = Checkpoints(tmp_path, setup)
     finish = checkpoints._manager.wait_until_finished
 
     def lose_the_tree():
@@ -368,7 +368,7 @@ def test_a_save_that_left_nothing_readable_does_not_count(tmp_path, monkeypatch)
             path.unlink()
 
     monkeypatch.setattr(checkpoints._manager, "wait_until_finished", lose_the_tree)
-    checkpoints.save(trainable.init(0))
+    checkpoints.save(setup.init(0))
     with pytest.raises(
         CheckpointError,
         match=r"checkpoints/0 was saved and cannot be read \(model lacks params/embed",

@@ -257,7 +257,7 @@ def test_a_rule_to_stop_at_saves_the_run_says_why_and_lets_it_go_on_without(
 ):
     """Also if the only interval is written at the end of the run."""
     calls = []
-    for where, name in ((Checkpoints, "save"), (Checkpoints, "wait"), (loop, "fail_together")):
+    for where, name in ((Checkpoints, "save"), (Checkpoints, "wait"), (loop, "raise_on_all")):
         monkeypatch.setattr(where, name, noting(calls, name, getattr(where, name)))
     sections = {
         "model": {"num_layers": 1, "d_model": 16, "num_heads": 2, "num_kv_heads": 1, "d_ff": 16},
@@ -286,7 +286,7 @@ def test_a_rule_to_stop_at_saves_the_run_says_why_and_lets_it_go_on_without(
     assert calls[len(calls) - calls[::-1].index("save") - 1 :][:3] == [
         "save",
         "wait",
-        "fail_together",
+        "raise_on_all",
     ]
     (line,) = read_alarms(tmp_path / "run")
     saved = [

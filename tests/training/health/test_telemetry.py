@@ -29,13 +29,13 @@ LAYERS = {
 def outputs():
     """Three steps of a model of which one layer has a selection bias."""
     config = cases.small_config(**LAYERS)
-    trainable = cases.make(config)
-    step, state = make_train_step(trainable), cases.initial_state(trainable)
+    setup = cases.make(config)
+    step, state = make_train_step(setup), cases.initial_state(setup)
     found = []
-    with jax.set_mesh(trainable.mesh):
+    with jax.set_mesh(setup.mesh):
         for seed in range(3):
-            batch = put_batch(cases.packed_batch(config, seed), trainable)
-            state, output = step(state, batch, Knobs.of(config))
+            batch = put_batch(cases.packed_batch(config, seed), setup)
+            state, output = step(state, batch, Knobs.from_config(config))
             found.append(jax.device_get(output))
     return config, found
 
@@ -169,11 +169,11 @@ def test_the_speed_of_a_run_is_the_median_of_its_intervals():
 
 def test_a_dense_model_has_no_routing():
     config = cases.small_config(moe={"num_experts": 0}, model={"num_layers": 1})
-    trainable = cases.make(config)
-    with jax.set_mesh(trainable.mesh):
-        batch = put_batch(cases.packed_batch(config), trainable)
+    setup = cases.make(config)
+    with jax.set_mesh(setup.mesh):
+        batch = put_batch(cases.packed_batch(config), setup)
         _, output = jax.eval_shape(
-            make_train_step(trainable), cases.initial_state(trainable), batch, Knobs.of(config)
+            make_train_step(setup), cases.initial_state(setup), batch, Knobs.from_config(config)
         )
     assert output.layers == {} and output.state == {}
     assert summarize_routing([output]) is None

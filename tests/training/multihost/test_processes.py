@@ -268,10 +268,9 @@ def test_the_loss_curve_is_that_of_one_process_bit_for_bit(alone, finished):
 
 
 def test_the_state_is_that_of_one_process_bit_for_bit(folder, alone, finished):
-    trainable = make(recipe_config(folder), 4)
+    setup = make(recipe_config(folder), 4)
     states = [
-        Checkpoints(workdir, trainable, read_only=True).restore(60)
-        for workdir in (finished[0], alone)
+        Checkpoints(workdir, setup, read_only=True).restore(60) for workdir in (finished[0], alone)
     ]
     for a, b in zip(*map(jax.tree.leaves, states), strict=True):
         np.testing.assert_array_equal(a, b)

@@ -104,10 +104,10 @@ def assert_losses_are_close(found, expected):
 
 
 def newest_state(config, workdir):
-    trainable = make(config)
+    setup = make(config)
     with (
-        Checkpoints(workdir, trainable, read_only=True) as checkpoints,
-        jax.set_mesh(trainable.mesh),
+        Checkpoints(workdir, setup, read_only=True) as checkpoints,
+        jax.set_mesh(setup.mesh),
     ):
         return jax.device_get(checkpoints.restore())
 
@@ -359,15 +359,15 @@ def test_every_knob_acts_in_its_own_arm_alone(router):
             state, output = step(state, pack.put_batches(batches), pack.knobs)
     states, outputs = list(pack.split(state, range(len(configs)))), pack.outputs(output)
     for arm, config in enumerate(configs):
-        trainable = make(config)
-        with jax.set_mesh(trainable.mesh):
+        setup = make(config)
+        with jax.set_mesh(setup.mesh):
             alone, alone_step = (
-                jax.device_put(first[arm], trainable.shardings),
-                make_train_step(trainable),
+                jax.device_put(first[arm], setup.shardings),
+                make_train_step(setup),
             )
             for _ in range(2):
                 alone, expected = alone_step(
-                    alone, put_batch(batches[arm], trainable), Knobs.of(config)
+                    alone, put_batch(batches[arm], setup), Knobs.from_config(config)
                 )
         scalars = jax.device_get(expected.scalars)
         assert outputs[arm].scalars.keys() == scalars.keys()
@@ -389,8 +389,7 @@ def test_arms_within_a_mesh_of_their_own_equal_one_device():
     batches = [packed_batch(config, seed=i) for i, config in enumerate(configs)]
     with jax.set_mesh(pack.mesh):
         state = pack.join(
-            trainable.init(c.train.seed)
-            for trainable, c in zip(pack.trainables, configs, strict=True)
+            setup.init(c.train.seed) for setup, c in zip(pack.trainables, configs, strict=True)
         )
         step = pack.compile_step(state, pack.put_batches(batches))
         state, output = step(state, pack.put_batches(batches), pack.knobs)
@@ -398,21 +397,21 @@ def test_arms_within_a_mesh_of_their_own_equal_one_device():
         evaluated = jax.device_get(
             pack.make_eval_step(0)(state.params, state.router_state, *inputs)
         )
-    trainable = make(replace(configs[0], "mesh", data=1, expert=1))
+    setup = make(replace(configs[0], "mesh", data=1, expert=1))
     one_device_step, one_device_eval = (
-        make_train_step(trainable),
-        make_eval_step(trainable),
+        make_train_step(setup),
+        make_eval_step(setup),
     )  # the seed is a knob
     states = list(pack.split(state, range(3)))
     for arm, config in enumerate(configs):
-        with jax.set_mesh(trainable.mesh):
+        with jax.set_mesh(setup.mesh):
             arguments = (
-                trainable.init(config.train.seed),
-                put_batch(batches[arm], trainable),
-                Knobs.of(config),
+                setup.init(config.train.seed),
+                put_batch(batches[arm], setup),
+                Knobs.from_config(config),
             )
             alone, expected = one_device_step(*arguments)
-            inputs = (put_batch(x, trainable) for x in eval_inputs(batches[0], None))
+            inputs = (put_batch(x, setup) for x in eval_inputs(batches[0], None))
             loss = one_device_eval(alone.params, alone.router_state, *inputs).sums.nats
         assert evaluated.sums.nats[arm] == pytest.approx(float(loss), rel=1e-5)
         assert_states_are_close(
