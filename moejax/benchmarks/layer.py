@@ -18,12 +18,8 @@ import numpy as np
 
 from moejax.benchmarks.timing import Peaks, Times, interleave
 from moejax.kernels.grouped_matmul import IMPLEMENTATIONS, resolve_implementation
-from moejax.moe.dispatch.on_device import (
-    TokenChoice,
-    apply_slotted,
-    run_dropless,
-    run_with_capacity,
-)
+from moejax.moe.dispatch.assignment import TokenChoice
+from moejax.moe.dispatch.on_device import apply_to_equal_groups, run_dropless, run_with_capacity
 from moejax.moe.experts.experts import ExpertWeights
 
 DIRECTIONS = ("forward", "forward_backward")
@@ -185,7 +181,7 @@ def _run_sorted(x_BLD: jax.Array, chosen: TokenChoice, weights: ExpertWeights) -
     rest_RD = jnp.zeros(
         (-num_tokens * top_k % weights.down_EFD.shape[0], x_TD.shape[1]), x_TD.dtype
     )
-    y_RD = apply_slotted(jnp.concatenate([*[x_TD] * top_k, rest_RD]), weights)
+    y_RD = apply_to_equal_groups(jnp.concatenate([*[x_TD] * top_k, rest_RD]), weights)
     # Not as reshapes and sums over K, which XLA:CPU does not fuse: they took half as long as
     # the products.
     parts = [

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moejax.models import Decoder
 from moejax.models.blocks import Context
-from moejax.moe.layer import TokenInfo
+from moejax.moe.token_info import TokenInfo
 from moejax.nn.attention.grouped_query import KVCache
 
 

@@ -15,10 +15,11 @@ from flax import nnx
 
 from moejax.config import Config, MoeConfig, limit_of, parse_schedule
 from moejax.moe.balancing.stats import RoutingStats
-from moejax.moe.expert_parallel.exchange import EXCHANGED
+from moejax.moe.expert_parallel.strategy import EXCHANGED
 from moejax.moe.experts.experts import FeedForward
-from moejax.moe.layer import MoE, TokenInfo
+from moejax.moe.layer import MoE
 from moejax.moe.router.selection import SAVED_NAMES
+from moejax.moe.token_info import TokenInfo
 from moejax.nn.attention.grouped_query import Attention, KVCache
 from moejax.nn.norm import RMSNorm
 from moejax.sharding import constrain_tokens
@@ -57,12 +58,18 @@ class Block(nnx.Module):
         self.attention = Attention(config.model, dtype, rngs=rngs)
         self.ffn_norm = RMSNorm(width)
         if moe is not None:
-            limit = None
+            active_top_k = None
             if config.schedule.top_k != "constant":
-                limit = limit_of(
-                    moe.top_k, parse_schedule("schedule.top_k", config.schedule.top_k).start
-                )
-            self.moe = MoE(moe, width, dtype, vocab_size=config.vocab_size, limit=limit, rngs=rngs)
+                schedule = parse_schedule("schedule.top_k", config.schedule.top_k)
+                active_top_k = limit_of(moe.top_k, schedule.start)
+            self.moe = MoE(
+                moe,
+                width,
+                dtype,
+                vocab_size=config.vocab_size,
+                active_top_k=active_top_k,
+                rngs=rngs,
+            )
         else:
             self.ffn = FeedForward(width, config.model.d_ff, dtype, rngs=rngs)
         self.is_moe = moe is not None

@@ -14,7 +14,7 @@ from moejax.kernels.matmul import dense
 from moejax.models.blocks import Block, Context, InterleavedBlock, Stack
 from moejax.moe.balancing.stats import RoutingStats
 from moejax.moe.expert_parallel.placement import PlacementError
-from moejax.moe.layer import TokenInfo
+from moejax.moe.token_info import TokenInfo
 from moejax.nn.norm import RMSNorm
 from moejax.sharding import constrain_tokens, gather_fsdp
 

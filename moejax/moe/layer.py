@@ -1,7 +1,8 @@
-"""The MoE layer: parameters and names; reads like the path of a token."""
+"""The MoE layer: parameters and names; `MoE.__call__` reads like the path of a token."""
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,34 +11,31 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
-from moejax.config import Knobs, MoeConfig
+from moejax.config import MoeConfig
 from moejax.kernels.grouped_matmul import can_check_vma
 from moejax.kernels.matmul import dense
 from moejax.moe.balancing.stats import (
-    CombineWeights,
     RoutingStats,
     collect,
-    collect_slots,
-    collect_soft,
+    collect_expert_choice,
+    collect_soft_slots,
 )
+from moejax.moe.dispatch.assignment import Assignment, ExpertChoice, SoftSlots, TokenChoice
 from moejax.moe.dispatch.capacity import (
-    CapacityAssignment,
-    apply_capacity,
-    capacity_limit,
+    WEIGHTS,
+    CombineWeights,
     capacity_slots,
+    combine_within_capacity,
 )
 from moejax.moe.dispatch.on_device import (
-    ExpertChoice,
-    SoftSlots,
-    TokenChoice,
     run_dropless,
-    run_slots,
-    run_soft,
+    run_expert_choice,
+    run_soft_slots,
     run_with_capacity,
 )
 from moejax.moe.expert_parallel.exchange import exchange
 from moejax.moe.expert_parallel.placement import Replicas
-from moejax.moe.expert_parallel.strategy import Exchange, LocalExperts
+from moejax.moe.expert_parallel.strategy import LocalExperts, Strategy
 from moejax.moe.experts.experts import Experts, FeedForward, Network, initialize
 from moejax.moe.experts.zero_computation import ZeroComputationExperts
 from moejax.moe.router import (
@@ -49,10 +47,11 @@ from moejax.moe.router import (
     route_soft,
 )
 from moejax.moe.router.modules import Logits, make_router
-from moejax.moe.router.routing import Stream, draw
-from moejax.moe.router.scores import combine_weights, spread_over_survivors
-from moejax.moe.router.selection import save_for_remat
+from moejax.moe.router.routing import SlotRouting, SoftRouting, Stream, draw
+from moejax.moe.token_info import TokenInfo
 from moejax.sharding import batch_devices, gather_fsdp
+
+AnyRouting = Routing | SlotRouting | SoftRouting
 
 
 class BlockError(ValueError):
@@ -63,38 +62,16 @@ class RouterState(nnx.Variable):
     """What a router carries besides parameters: no gradient, no optimizer; saved, restored, updated once per step."""
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class TokenInfo:
-    """What a layer knows about its tokens besides the residual stream.
-
-    Attributes:
-      is_token_BL: False where a position is padding: it reaches no expert and enters no statistic.
-      tokens_BL: token ids; None unless the router looks at them.
-      positions_BL: positions in their documents; None unless the router looks at them.
-      knobs: traced scalars; None in evaluation.
-      keys_B: a key per sequence, for everything drawn at random; None where nothing is.
-      trace: keep the token-level routing in the statistics.
-    """
-
-    is_token_BL: jax.Array
-    tokens_BL: jax.Array | None = None
-    positions_BL: jax.Array | None = None
-    knobs: Knobs | None = None
-    keys_B: jax.Array | None = None
-    trace: bool = dataclasses.field(default=False, metadata={"static": True})
-
-
 class MoE(nnx.Module):
-    """Router, experts, and what goes beside them, of one layer.
+    """The router, the experts and the shared experts of one layer.
 
     Args:
       config: of the layer.
       d_model: width of the residual stream, D.
       dtype: the compute dtype.
       vocab_size: rows of a hash router's table.
-      limit: experts per token at first, at most `moe.top_k`, where training changes them; None
-        where it does not.
+      active_top_k: experts per token at first, at most `moe.top_k`, where training changes them;
+        None where it does not.
       rngs: for the parameters.
     """
 
@@ -105,7 +82,7 @@ class MoE(nnx.Module):
         dtype: jnp.dtype,
         *,
         vocab_size: int,
-        limit: int | None = None,
+        active_top_k: int | None = None,
         rngs: nnx.Rngs,
     ):
         self.config = config
@@ -116,35 +93,249 @@ class MoE(nnx.Module):
             config.num_experts, width, config.d_expert, dtype, network, rngs=rngs
         )
         if config.d_latent:
-            self.into_latent = nnx.Param(
-                initialize(rngs.params(), (d_model, width)), axes=("embed", "latent")
-            )
-            self.out_of_latent = nnx.Param(
-                initialize(rngs.params(), (width, d_model)), axes=("latent", "embed")
-            )
+            into_DZ = initialize(rngs.params(), (d_model, width))
+            out_of_ZD = initialize(rngs.params(), (width, d_model))
+            self.into_latent = nnx.Param(into_DZ, axes=("embed", "latent"))
+            self.out_of_latent = nnx.Param(out_of_ZD, axes=("latent", "embed"))
         if config.num_zero_computation_experts:
             self.free_experts = ZeroComputationExperts(config, d_model, rngs=rngs)
         if config.num_shared_experts:
             # The sum of several networks is one wider network.
-            self.shared = FeedForward(
-                d_model, config.num_shared_experts * config.d_expert, dtype, network, rngs=rngs
-            )
+            d_shared = config.num_shared_experts * config.d_expert
+            self.shared = FeedForward(d_model, d_shared, dtype, network, rngs=rngs)
         if config.shared_combine == "gated":
-            self.shared_gate = nnx.Param(
-                initialize(rngs.params(), (d_model, 1)), axes=("embed", "router")
-            )
-        self.idle_steps = RouterState(jnp.zeros(config.num_choices, jnp.int32), axes=("router",))
-        if config.has_selection_bias:
-            self.selection_bias = RouterState(jnp.zeros(config.num_choices), axes=("router",))
+            gate_D1 = initialize(rngs.params(), (d_model, 1))
+            self.shared_gate = nnx.Param(gate_D1, axes=("embed", "router"))
+        self._init_router_state(vocab_size, active_top_k, rngs)
+
+    def _init_router_state(self, vocab_size: int, active_top_k: int | None, rngs: nnx.Rngs) -> None:
+        num_choices = self.config.num_choices
+        self.idle_steps = RouterState(jnp.zeros(num_choices, jnp.int32), axes=("router",))
+        if self.config.has_selection_bias:
+            self.selection_bias = RouterState(jnp.zeros(num_choices), axes=("router",))
         self.is_placed = False
         self.is_blocking = False
-        self.is_limited = limit is not None
-        if limit is not None:
-            self.limit = RouterState(jnp.full(1, limit, jnp.int32), axes=("router",))
-        if config.router == "hash":
-            draws_VE = jax.random.uniform(rngs.params(), (vocab_size, config.num_choices))
-            table_VK = jax.lax.top_k(draws_VE, config.top_k)[1].astype(jnp.int32)
+        self.is_limited = active_top_k is not None
+        if active_top_k is not None:
+            self.limit = RouterState(jnp.full(1, active_top_k, jnp.int32), axes=("router",))
+        if self.config.router == "hash":
+            draws_VE = jax.random.uniform(rngs.params(), (vocab_size, num_choices))
+            table_VK = jax.lax.top_k(draws_VE, self.config.top_k)[1].astype(jnp.int32)
             self.table = RouterState(table_VK, axes=("router", "router"))
+
+    def __call__(
+        self, x_BLD: Float[Array, "B L D"], info: TokenInfo
+    ) -> tuple[Float[Array, "B L D"], RoutingStats]:
+        """Sends each token to its experts and adds up what they return.
+
+        Args:
+          x_BLD: normalised residual stream, in the compute dtype.
+          info: about the tokens.
+
+        Returns:
+          The layer's output, zeros at padding, and its `RoutingStats`.
+        """
+        # Whatever stands at padding, NaN too, would reach sums over tokens in spite of
+        # weights of 0.
+        x_BLD = jnp.where(info.is_token_BL[..., None], x_BLD, 0)
+        with jax.named_scope("route"):
+            logits = self.router(self._jittered(x_BLD.astype(jnp.float32), info))
+            routing = self._route(logits, info)
+            assignment, combined = self._assign(routing, info)
+        with jax.named_scope("experts"):
+            y_BLD, buffer_overflow = self._run_experts(x_BLD, assignment, info)
+            y_BLD = self._add_zero_computation(y_BLD, x_BLD, combined)
+        stats = self._collect(routing, combined, buffer_overflow, info)
+        if self.config.num_shared_experts:
+            with jax.named_scope("shared_experts"):
+                y_BLD = self._add_shared(y_BLD, x_BLD, info)
+        return y_BLD, stats
+
+    def _route(self, logits: Logits, info: TokenInfo) -> AnyRouting:
+        """Decides which tokens and experts belong together."""
+        config, length = self.config, info.is_token_BL.shape[1]
+        if config.router == "soft":
+            return route_soft(logits.logits_BLE, info.is_token_BL)
+        inputs = self._router_inputs(logits, info)
+        if config.router == "expert_choice":
+            slots = capacity_slots(1.0, config.top_k, length, config.num_experts)
+            return route_expert_choice(inputs, config, slots)
+        return route(inputs, config, self.limit[...][0] if self.is_limited else None)
+
+    def _assign(self, routing: AnyRouting, info: TokenInfo) -> tuple[Assignment, Any]:
+        """Returns where tokens go, within the capacity of experts.
+
+        The second result, `CombineWeights`, is None unless tokens choose.
+        """
+        config = self.config
+        if isinstance(routing, SlotRouting):
+            weights_BEC = checkpoint_name(routing.weights_BEC, WEIGHTS)
+            return ExpertChoice(routing.positions_BEC, weights_BEC), None
+        if isinstance(routing, SoftRouting):
+            by_expert = (*info.is_token_BL.shape, config.num_experts, -1)
+            dispatch_BLES = routing.dispatch_BLS.reshape(by_expert)
+            return SoftSlots(dispatch_BLES, routing.combine_BLS.reshape(by_expert)), None
+        combined = combine_within_capacity(
+            routing,
+            config,
+            self._capacity_factor(info),
+            length=info.is_token_BL.shape[1],
+            num_devices=batch_devices(),
+            max_slots_factor=config.capacity_factor if info.is_training else None,
+        )
+        combined = dataclasses.replace(combined, dropout_TK=self._draw_dropout(info))
+        return self._token_choice(combined, info), combined
+
+    def _capacity_factor(self, info: TokenInfo) -> jax.Array | float | None:
+        """Returns slots over their mean number, None where no choice is dropped."""
+        if self.config.dispatch == "dropless":
+            return None
+        if info.knobs is not None:
+            return info.knobs.capacity_factor
+        return self.config.eval_capacity_factor or None
+
+    def _token_choice(self, combined: CombineWeights, info: TokenInfo) -> TokenChoice:
+        """Returns the choices as experts take them: by place of the expert, weights on its input or output."""
+        shape = (*info.is_token_BL.shape, self.config.top_k)
+        experts_BLK = combined.experts_TK.reshape(shape)
+        if self.is_placed:
+            experts_BLK = self._to_slots(experts_BLK)
+        if self.config.weight_on == "output":
+            return TokenChoice(experts_BLK, combined.output_weights_TK.reshape(shape))
+        weights_BLK = combined.weights_TK.reshape(shape)
+        factors_BLK = jnp.ones_like(weights_BLK)
+        if combined.dropout_TK is not None:
+            factors_BLK = combined.dropout_TK.reshape(shape)
+        return TokenChoice(experts_BLK, factors_BLK, weights_BLK)
+
+    def _run_experts(
+        self, x_BLD, assignment: Assignment, info: TokenInfo
+    ) -> tuple[jax.Array, jax.Array]:
+        """Runs the experts, here or where they are on the mesh.
+
+        Returns:
+          Their combined output, and how many choices buffers had no room for. Experts work at
+          another width where the layer has a latent one (LatentMoE, Nemotron 3).
+        """
+        config = self.config
+        strategy = Strategy(config.exchange, config.exchange_buffer, config.exchange_chunks)
+        dropless = self._dropless() if isinstance(assignment, TokenChoice) else None
+        run = functools.partial(exchange, strategy, self._local_experts(assignment, info), dropless)
+        if not config.d_latent:
+            return run(x_BLD, assignment, self.experts.weights())
+        latent_BLZ = dense(x_BLD, gather_fsdp(self.into_latent, x_BLD.dtype))
+        y_BLZ, buffer_overflow = run(latent_BLZ, assignment, self.experts.weights())
+        return dense(y_BLZ, gather_fsdp(self.out_of_latent, x_BLD.dtype)), buffer_overflow
+
+    def _local_experts(self, assignment: Assignment, info: TokenInfo) -> LocalExperts:
+        """Returns what a device does with its tokens, if it has all experts that these need."""
+        config = self.config
+        if isinstance(assignment, ExpertChoice):
+            return LocalExperts(run_expert_choice)
+        if isinstance(assignment, SoftSlots):
+            return LocalExperts(run_soft_slots)
+        has_slots = config.dispatch == "capacity" and config.capacity_group == "sequence"
+        if not (has_slots and info.is_training):
+            return self._dropless()
+        length = info.is_token_BL.shape[1]
+        slots = capacity_slots(config.capacity_factor, config.top_k, length, config.num_experts)
+        return LocalExperts(functools.partial(run_with_capacity, slots=slots))
+
+    def _dropless(self) -> LocalExperts:
+        matmul = self.config.grouped_matmul
+        run = functools.partial(run_dropless, implementation=matmul)
+        return LocalExperts(run, can_check_vma(matmul))
+
+    def _add_zero_computation(self, y_BLD, x_BLD, combined: CombineWeights | None):
+        """Adds the outputs of experts without weights."""
+        if not self.config.num_zero_computation_experts or combined is None:
+            return y_BLD
+        shape = (*x_BLD.shape[:2], self.config.top_k)
+        experts_BLK = combined.experts_TK.reshape(shape)
+        weights_BLK = combined.output_weights_TK.reshape(shape)
+        other_BLD = self.free_experts(x_BLD, experts_BLK, weights_BLK)
+        return (y_BLD.astype(jnp.float32) + other_BLD).astype(y_BLD.dtype)
+
+    def _collect(
+        self,
+        routing: AnyRouting,
+        combined: Any,
+        buffer_overflow: jax.Array,
+        info: TokenInfo,
+    ) -> RoutingStats:
+        """Sums up the layer's routing."""
+        if isinstance(routing, SlotRouting):
+            return collect_expert_choice(routing, info.is_token_BL, trace=info.trace)
+        if isinstance(routing, SoftRouting):
+            num_experts = self.config.num_experts
+            return collect_soft_slots(routing, info.is_token_BL, num_experts, trace=info.trace)
+        return collect(
+            routing,
+            info.is_token_BL.reshape(-1),
+            combined,
+            self.config,
+            length=info.is_token_BL.shape[1],
+            buffer_overflow=buffer_overflow,
+            num_devices=batch_devices(),
+            trace=info.trace,
+        )
+
+    def _router_inputs(self, logits: Logits, info: TokenInfo) -> RouterInputs:
+        def flat(x_BLX):
+            return None if x_BLX is None else x_BLX.reshape(-1, *x_BLX.shape[2:])
+
+        return RouterInputs(
+            logits_TE=flat(logits.logits_BLE),
+            mask_T=flat(info.is_token_BL),
+            length=info.is_token_BL.shape[1],
+            tokens_T=flat(info.tokens_BL),
+            positions_T=flat(info.positions_BL),
+            bias_E=self.selection_bias[...] if self.config.has_selection_bias else None,
+            table_VK=self.table[...] if self.config.router == "hash" else None,
+            group_logits_TG=flat(logits.group_logits_BLG),
+            noise_scale_TE=flat(logits.noise_scale_BLE),
+            group_noise_scale_TG=flat(logits.group_noise_scale_BLG),
+            is_blocked_E=self.is_blocked[...] if self.is_blocking else None,
+            keys_B=info.keys_B,
+            is_training=info.knobs is not None,
+            noise=1.0 if info.knobs is None else info.knobs.noise_scale,
+        )
+
+    def _draw_dropout(self, info: TokenInfo) -> Float[Array, "T K"] | None:
+        """Draws factors on the choices' outputs: 0 for some, and more than 1 for the rest to make up for it.
+
+        Not dropout within an expert: a token loses the whole output of an expert.
+        """
+        if self.config.expert_dropout == 0 or info.knobs is None or info.keys_B is None:
+            return None
+        rate, top_k = info.knobs.expert_dropout, self.config.top_k
+        length = info.is_token_BL.shape[1]
+        uniform_BLK = draw(info.keys_B, Stream.DROPOUT, jax.random.uniform, length, top_k)
+        return jnp.where(uniform_BLK.reshape(-1, top_k) < rate, 0.0, 1 / (1 - rate))
+
+    def _add_shared(self, y_BLD, x_BLD, info: TokenInfo):
+        """Adds the output of the shared experts to the routed one.
+
+        Added with weight 1 (DeepSeekMoE), weighed by a sigmoid of the token (Qwen1.5-MoE), or
+        averaged (Command).
+        """
+        shared_BLD = self.shared(x_BLD).astype(jnp.float32)
+        if self.config.shared_combine == "gated":
+            gate_BL1 = dense(
+                x_BLD.astype(jnp.float32), gather_fsdp(self.shared_gate), precision="highest"
+            )
+            shared_BLD *= jax.nn.sigmoid(gate_BL1)
+        sum_BLD = y_BLD.astype(jnp.float32) + jnp.where(info.is_token_BL[..., None], shared_BLD, 0)
+        if self.config.shared_combine == "averaged":
+            sum_BLD /= 2
+        return sum_BLD.astype(y_BLD.dtype)
+
+    def _jittered(self, x_BLD, info: TokenInfo):
+        """The router's input, in training multiplied by uniform noise (Fedus et al. 2021, section 2.4)."""
+        if self.config.jitter == 0 or info.knobs is None or info.keys_B is None:
+            return x_BLD
+        uniform_BLD = draw(info.keys_B, Stream.JITTER, jax.random.uniform, *x_BLD.shape[1:])
+        return x_BLD * (1 + info.knobs.jitter * (2 * uniform_BLD - 1))
 
     def place(self, experts_NP: Int[np.ndarray, "N P"]) -> None:
         """Gives experts other places, and some of them several, of all layers of a stack; not for training.
@@ -201,235 +392,3 @@ class MoE(nnx.Module):
         turn_BL1 = jnp.indices(experts_BLK.shape[:2]).sum(axis=0)[:, :, None]
         slot_BLK = self.slots[...][expert_BLK, turn_BL1 % self.num_copies[...][expert_BLK]]
         return jnp.where(is_expert_BLK, slot_BLK, self.experts.down.shape[0])
-
-    def __call__(
-        self, x_BLD: Float[Array, "B L D"], info: TokenInfo
-    ) -> tuple[Float[Array, "B L D"], RoutingStats]:
-        """Sends each token to its experts and adds up what they return.
-
-        Args:
-          x_BLD: normalised residual stream, in the compute dtype.
-          info: about the tokens.
-
-        Returns:
-          The layer's output, zeros at padding, and its `RoutingStats`.
-        """
-        # Whatever stands at padding, NaN too, would reach sums over tokens in spite of
-        # weights of 0.
-        x_BLD = jnp.where(info.is_token_BL[..., None], x_BLD, 0)
-        with jax.named_scope("route"):
-            logits = self.router(self._jittered(x_BLD.astype(jnp.float32), info))
-        y_BLD, stats = {"expert_choice": self._experts_choose, "soft": self._mix}.get(
-            self.config.router, self._tokens_choose
-        )(x_BLD, logits, info)
-        if self.config.num_shared_experts:
-            with jax.named_scope("shared_experts"):
-                y_BLD = self._with_shared(y_BLD, x_BLD, info)
-        return y_BLD, stats
-
-    def _with_shared(self, y_BLD, x_BLD, info: TokenInfo):
-        """The routed output with that of the shared experts.
-
-        Added with weight 1 (DeepSeekMoE), weighed by a sigmoid of the token (Qwen1.5-MoE), or
-        averaged (Command).
-        """
-        shared_BLD = self.shared(x_BLD).astype(jnp.float32)
-        if self.config.shared_combine == "gated":
-            gate_BL1 = dense(
-                x_BLD.astype(jnp.float32), gather_fsdp(self.shared_gate), precision="highest"
-            )
-            shared_BLD *= jax.nn.sigmoid(gate_BL1)
-        sum_BLD = y_BLD.astype(jnp.float32) + jnp.where(info.is_token_BL[..., None], shared_BLD, 0)
-        if self.config.shared_combine == "averaged":
-            sum_BLD /= 2
-        return sum_BLD.astype(y_BLD.dtype)
-
-    def _jittered(self, x_BLD, info: TokenInfo):
-        """The router's input, in training multiplied by uniform noise (Fedus et al. 2021, section 2.4)."""
-        if self.config.jitter == 0 or info.knobs is None or info.keys_B is None:
-            return x_BLD
-        uniform_BLD = draw(info.keys_B, Stream.JITTER, jax.random.uniform, *x_BLD.shape[1:])
-        return x_BLD * (1 + info.knobs.jitter * (2 * uniform_BLD - 1))
-
-    def _tokens_choose(self, x_BLD, logits: Logits, info: TokenInfo):
-        config, length = self.config, x_BLD.shape[1]
-        with jax.named_scope("route"):
-            inputs = self._inputs(logits, info, length)
-            routing = route(inputs, config, self.limit[...][0] if self.is_limited else None)
-            experts_TK, service = self._admit(routing, info, length)
-        with jax.named_scope("experts"):
-            y_BLD, buffer_overflow = self._run(x_BLD, experts_TK, service, info)
-        stats = collect(
-            routing, inputs.mask_T, service, config,
-            length=length, buffer_overflow=buffer_overflow, num_devices=batch_devices(), trace=info.trace,
-        )  # fmt: skip
-        return y_BLD, stats
-
-    def _inputs(self, logits: Logits, info: TokenInfo, length: int) -> RouterInputs:
-        def flat(x_BLX):
-            return None if x_BLX is None else x_BLX.reshape(-1, *x_BLX.shape[2:])
-
-        return RouterInputs(
-            logits_TE=flat(logits.logits_BLE),
-            mask_T=flat(info.is_token_BL),
-            length=length,
-            tokens_T=flat(info.tokens_BL),
-            positions_T=flat(info.positions_BL),
-            bias_E=self.selection_bias[...] if self.config.has_selection_bias else None,
-            table_VK=self.table[...] if self.config.router == "hash" else None,
-            group_logits_TG=flat(logits.group_logits_BLG),
-            noise_scale_TE=flat(logits.noise_scale_BLE),
-            group_noise_scale_TG=flat(logits.group_noise_scale_BLG),
-            is_blocked_E=self.is_blocked[...] if self.is_blocking else None,
-            keys_B=info.keys_B,
-            is_training=info.knobs is not None,
-            noise=1.0 if info.knobs is None else info.knobs.noise_scale,
-        )
-
-    def _admit(
-        self, routing: Routing, info: TokenInfo, length: int
-    ) -> tuple[Int[Array, "T K"], CombineWeights]:
-        """Who finds a slot, where the others go, and with which weights."""
-        config = self.config
-        factor = config.eval_capacity_factor if info.knobs is None else info.knobs.capacity_factor
-        none_TK = jnp.zeros(routing.experts_TK.shape, bool)
-        if config.dispatch == "dropless" or (
-            info.knobs is None and config.eval_capacity_factor == 0
-        ):
-            admission = CapacityAssignment(routing.experts_TK, none_TK, none_TK)
-            return routing.experts_TK, self._service(routing.weights_TK, admission, info, length)
-        num_tokens = routing.experts_TK.shape[0]
-        groups = {"sequence": num_tokens // length, "device": batch_devices(), "global": 1}[
-            config.capacity_group
-        ]
-        size = (config.top_k, num_tokens // groups, config.num_experts)
-        limit = capacity_limit(jnp.float32(factor), *size)
-        if info.knobs is not None:
-            limit = jnp.minimum(
-                limit, capacity_slots(config.capacity_factor, *size)
-            )  # the size of the buffers
-        admission = apply_capacity(
-            routing.experts_TK,
-            routing.ranking_TE,
-            routing.weights_TK,
-            limit,
-            num_experts=config.num_experts,
-            num_groups=groups,
-            order=config.capacity_order,
-            overflow=config.overflow,
-        )
-        weights_TK = routing.weights_TK
-        if config.overflow == "next":
-            # A choice that stays without a slot keeps its part in the normalisation.
-            held_TK = jnp.where(admission.is_dropped_TK, routing.experts_TK, admission.experts_TK)
-            weights_TK = combine_weights(routing.log_scores_TE, held_TK, config)
-        if config.overflow == "renormalize":
-            is_kept_TK = ~admission.is_dropped_TK & (routing.experts_TK < config.num_choices)
-            kept_TK = spread_over_survivors(weights_TK, routing.log_weights_TK, is_kept_TK)
-        else:
-            kept_TK = jnp.where(admission.is_dropped_TK, 0.0, weights_TK)
-        return save_for_remat(admission.experts_TK), self._service(kept_TK, admission, info, length)
-
-    def _service(
-        self, weights_TK, admission: CapacityAssignment, info: TokenInfo, length: int
-    ) -> CombineWeights:
-        dropout_TK = self._dropout(weights_TK.shape, info, length)
-        return CombineWeights(
-            checkpoint_name(weights_TK, "routing_weights"),
-            admission.is_dropped_TK,
-            admission.is_moved_TK,
-            dropout_TK,
-        )
-
-    def _dropout(
-        self, shape: tuple[int, ...], info: TokenInfo, length: int
-    ) -> Float[Array, "T K"] | None:
-        """Factors on the choices' outputs: 0 for some drawn at random, and more than 1 for the rest to make up for it.
-
-        Not dropout within an expert: a token loses the whole output of an expert.
-        """
-        if self.config.expert_dropout == 0 or info.knobs is None or info.keys_B is None:
-            return None
-        rate = info.knobs.expert_dropout
-        uniform_TK = draw(
-            info.keys_B, Stream.DROPOUT, jax.random.uniform, length, shape[1]
-        ).reshape(shape)
-        return jnp.where(uniform_TK < rate, 0.0, 1 / (1 - rate))
-
-    def _run(self, x_BLD, experts_TK, service: CombineWeights, info: TokenInfo):
-        batch, length, _ = x_BLD.shape
-        config = self.config
-        local = self._dropless()
-        if (
-            config.dispatch == "capacity"
-            and config.capacity_group == "sequence"
-            and info.knobs is not None
-        ):
-            slots = capacity_slots(config.capacity_factor, config.top_k, length, config.num_experts)
-            local = LocalExperts(functools.partial(run_with_capacity, slots=slots))
-        weights_TK, factors_TK = service.weights_TK, service.dropout_TK
-        experts_BLK, weights_BLK = (
-            a.reshape(batch, length, config.top_k) for a in (experts_TK, weights_TK)
-        )
-        factors_BLK = None if factors_TK is None else factors_TK.reshape(weights_BLK.shape)
-        out_BLK = weights_BLK if factors_BLK is None else weights_BLK * factors_BLK
-        chosen_BLK = self._to_slots(experts_BLK) if self.is_placed else experts_BLK
-        if config.weight_on == "output":
-            y_BLD, buffer_overflow = self._through_experts(
-                local, x_BLD, TokenChoice(chosen_BLK, out_BLK)
-            )
-        else:
-            ones_BLK = jnp.ones_like(weights_BLK) if factors_BLK is None else factors_BLK
-            y_BLD, buffer_overflow = self._through_experts(
-                local, x_BLD, TokenChoice(chosen_BLK, ones_BLK, weights_BLK)
-            )
-        if config.num_zero_computation_experts:
-            free_BLD = self.free_experts(x_BLD, experts_BLK, out_BLK)
-            y_BLD = (y_BLD.astype(jnp.float32) + free_BLD).astype(y_BLD.dtype)
-        return y_BLD, buffer_overflow
-
-    def _dropless(self) -> LocalExperts:
-        matmul = self.config.grouped_matmul
-        return LocalExperts(
-            functools.partial(run_dropless, implementation=matmul), can_check_vma(matmul)
-        )
-
-    def _through_experts(self, local: LocalExperts, x_BLD, chosen):
-        """The experts' combined output, and how many choices buffers had no room for.
-
-        In between at another width, if they have one (LatentMoE, Nemotron 3).
-        """
-        config = self.config
-        rows = self._dropless() if isinstance(chosen, TokenChoice) else None
-        how = Exchange(config.exchange, config.exchange_buffer, config.exchange_chunks)
-        through = functools.partial(exchange, how, local, rows, weights=self.experts.weights())
-        if not config.d_latent:
-            return through(x_BLD, chosen)
-        into, out_of = (gather_fsdp(w, x_BLD.dtype) for w in (self.into_latent, self.out_of_latent))
-        y_BLD, buffer_overflow = through(dense(x_BLD, into), chosen)
-        return dense(y_BLD, out_of), buffer_overflow
-
-    def _experts_choose(self, x_BLD, logits: Logits, info: TokenInfo):
-        length = x_BLD.shape[1]
-        with jax.named_scope("route"):
-            slots = capacity_slots(1.0, self.config.top_k, length, self.config.num_experts)
-            routing = route_expert_choice(self._inputs(logits, info, length), self.config, slots)
-        with jax.named_scope("experts"):
-            chosen = ExpertChoice(
-                routing.positions_BEC, checkpoint_name(routing.weights_BEC, "routing_weights")
-            )
-            y_BLD, _ = self._through_experts(LocalExperts(run_slots), x_BLD, chosen)
-        return y_BLD, collect_slots(routing, info.is_token_BL, trace=info.trace)
-
-    def _mix(self, x_BLD, logits: Logits, info: TokenInfo):
-        with jax.named_scope("route"):
-            routing = route_soft(logits.logits_BLE, info.is_token_BL)
-        with jax.named_scope("experts"):
-            by_expert = (*logits.logits_BLE.shape[:2], self.config.num_experts, -1)
-            mixing = SoftSlots(
-                routing.dispatch_BLS.reshape(by_expert), routing.combine_BLS.reshape(by_expert)
-            )
-            y_BLD, _ = self._through_experts(LocalExperts(run_soft), x_BLD, mixing)
-        return y_BLD, collect_soft(
-            routing, info.is_token_BL, self.config.num_experts, trace=info.trace
-        )

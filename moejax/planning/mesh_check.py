@@ -16,9 +16,10 @@ from jax.sharding import Mesh, NamedSharding
 
 from moejax.config import Config
 from moejax.kernels.grouped_matmul import can_check_vma
-from moejax.moe.dispatch.on_device import TokenChoice, run_dropless
+from moejax.moe.dispatch.assignment import TokenChoice
+from moejax.moe.dispatch.on_device import run_dropless
 from moejax.moe.expert_parallel.exchange import exchange
-from moejax.moe.expert_parallel.strategy import Exchange, LocalExperts, choose
+from moejax.moe.expert_parallel.strategy import LocalExperts, Strategy, choose_strategy
 from moejax.moe.experts.experts import ExpertWeights
 from moejax.planning.hlo.collectives import collective_rows, list_collectives
 from moejax.sharding import BATCH_AXES, EXPERT_AXES, TOKENS, partition_spec
@@ -71,10 +72,10 @@ def check_mesh(config: Config, mesh: Mesh) -> MeshCheck:
     """
     moe = config.moe
     top_k = 0 if moe.router in ("expert_choice", "soft") else moe.top_k
-    how = Exchange(moe.exchange, moe.exchange_buffer, moe.exchange_chunks)
+    how = Strategy(moe.exchange, moe.exchange_buffer, moe.exchange_chunks)
     slow, fast = (mesh.shape[axis] for axis in EXPERT_AXES)
-    strategy = choose(how, slow, fast, moe.num_experts, top_k)
-    how = dataclasses.replace(how, strategy=strategy)
+    strategy = choose_strategy(how, slow, fast, moe.num_experts, top_k)
+    how = dataclasses.replace(how, name=strategy)
     shardings = [NamedSharding(mesh, spec) for spec in SPECS]
     # Results lie as the arguments do: the output like the tokens, and a gradient like
     # what it is of.
@@ -102,7 +103,7 @@ def check_mesh(config: Config, mesh: Mesh) -> MeshCheck:
     return MeshCheck(strategy, shapes, rows, worst)
 
 
-def _layer(how: Exchange, implementation: str) -> Callable[..., tuple[jax.Array, ...]]:
+def _layer(how: Strategy, implementation: str) -> Callable[..., tuple[jax.Array, ...]]:
     def run(x_BLD, weights_BLK, gate_up_EDPF, down_EFD, experts_BLK, dy_BLD):
         def forward(x_BLD, weights_BLK, gate_up_EDPF, down_EFD):
             local = LocalExperts(

@@ -60,7 +60,9 @@ def eval_step_of(setup: TrainSetup, num_domains: int = 0) -> Callable[..., EvalO
         by_domain_G2 = (
             _sum_by_domain(nats_BL, batch, domains_BL[0], num_domains) if num_domains else None
         )
-        bare = tuple(dataclasses.replace(stats, offers_TE=None, routing=None) for stats in routing)
+        bare = tuple(
+            dataclasses.replace(stats, quantile_margins_TE=None, routing=None) for stats in routing
+        )
         sums = BatchSums(nats_BL.sum(), count_targets(batch), bare)
         if not routing:
             return EvalOutput(sums, nats_by_domain_G2=by_domain_G2)

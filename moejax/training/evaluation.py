@@ -13,7 +13,7 @@ from flax import nnx
 from moejax.data import Corpus
 from moejax.data.batches import Batch
 from moejax.data.labels import Labels
-from moejax.moe.balancing.losses import load_fractions
+from moejax.moe.balancing.load import load_fractions
 from moejax.moe.balancing.stats import join
 from moejax.training.eval_step import EvalOutput
 from moejax.training.state import TrainSetup

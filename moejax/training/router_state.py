@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moejax.config import Config, Knobs, MoeConfig
-from moejax.moe.balancing.losses import update_bias, update_idle_steps, update_quantiles
+from moejax.moe.balancing.state import update_bias, update_idle_steps, update_quantiles
 from moejax.moe.balancing.stats import RoutingStats
 from moejax.training.schedules import factor
 
@@ -57,8 +57,8 @@ def _update(
 ) -> jax.Array:
     if name == "idle_steps":
         return update_idle_steps(value, stats.assignments_E)
-    if name == "selection_bias" and stats.offers_TE is not None:
-        return update_quantiles(stats.offers_TE, stats.num_tokens, moe.top_k)
+    if name == "selection_bias" and stats.quantile_margins_TE is not None:
+        return update_quantiles(stats.quantile_margins_TE, stats.num_tokens, moe.top_k)
     if name == "selection_bias":
         return update_bias(
             value, stats.assignments_E, knobs.bias_rate, is_centered=moe.bias_centered

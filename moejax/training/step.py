@@ -15,7 +15,8 @@ from jax.sharding import Mesh
 
 from moejax.config import Config, Knobs
 from moejax.data.batches import Batch
-from moejax.moe.balancing.losses import LOSSES, auxiliary_losses, routing_metrics
+from moejax.moe.balancing.losses import LOSSES, auxiliary_losses
+from moejax.moe.balancing.metrics import routing_metrics
 from moejax.moe.balancing.stats import RoutingStats, add_stats, join
 from moejax.sharding import batch_sharding, replicated
 from moejax.training.optimizer import make_schedule
@@ -357,9 +358,9 @@ def _sum_over(function, add, parts):
 
 def _without_quantile_margins(sums: BatchSums) -> tuple[BatchSums, tuple[jax.Array | None, ...]]:
     """The sums apart from the arrays that do not add up."""
-    routing = tuple(dataclasses.replace(stats, offers_TE=None) for stats in sums.routing)
+    routing = tuple(dataclasses.replace(stats, quantile_margins_TE=None) for stats in sums.routing)
     return dataclasses.replace(sums, routing=routing), tuple(
-        stats.offers_TE for stats in sums.routing
+        stats.quantile_margins_TE for stats in sums.routing
     )
 
 
@@ -368,14 +369,14 @@ def _with_quantile_margins(
 ) -> BatchSums:
     """The sums with the offers of all tokens, from those of each microbatch, `[P, N, T, E]`."""
 
-    def whole(offers_PNTE):
-        if offers_PNTE is None:
+    def whole(margins_PNTE):
+        if margins_PNTE is None:
             return None
-        parts, layers, tokens, experts = offers_PNTE.shape
-        return offers_PNTE.swapaxes(0, 1).reshape(layers, parts * tokens, experts)
+        parts, layers, tokens, experts = margins_PNTE.shape
+        return margins_PNTE.swapaxes(0, 1).reshape(layers, parts * tokens, experts)
 
     routing = tuple(
-        dataclasses.replace(stats, offers_TE=whole(o))
+        dataclasses.replace(stats, quantile_margins_TE=whole(o))
         for stats, o in zip(sums.routing, quantile_margins, strict=True)
     )
     return dataclasses.replace(sums, routing=routing)

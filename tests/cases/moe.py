@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from moejax.config import Config, Knobs, MoeConfig
-from moejax.moe.layer import TokenInfo
+from moejax.moe.token_info import TokenInfo
 
 
 def knobs_of(config: MoeConfig, **changes: jax.Array) -> Knobs:

@@ -18,8 +18,8 @@ from moejax.models.blocks import Context
 from moejax.models.decoder import Decoder
 from moejax.moe.balancing.losses import balance_loss, z_loss
 from moejax.moe.balancing.stats import join
-from moejax.moe.layer import TokenInfo
 from moejax.moe.router.selection import SAVED_NAMES
+from moejax.moe.token_info import TokenInfo
 
 B, L, V = 2, 8, 320
 

@@ -16,7 +16,8 @@ import oracle
 from cases.moe import info_of
 from moejax.config import MoeConfig
 from moejax.config.sections.moe import derive_moe
-from moejax.moe.balancing.losses import balance_loss, routing_metrics, z_loss
+from moejax.moe.balancing.losses import balance_loss, z_loss
+from moejax.moe.balancing.metrics import routing_metrics
 from moejax.moe.balancing.stats import add_stats
 from moejax.moe.experts.experts import Experts, ExpertWeights, FeedForward, apply_experts
 from moejax.moe.layer import MoE

@@ -14,11 +14,11 @@ from moejax.kernels import grouped_matmul as grouped_matmul_module
 from moejax.kernels.fused_feed_forward import feed_forward
 from moejax.kernels.grouped_matmul import grouped_matmul
 from moejax.moe import router as routers
-from moejax.moe.balancing import losses as balance
-from moejax.moe.balancing import sums as estimates
-from moejax.moe.balancing.stats import CombineWeights, collect
+from moejax.moe.balancing import load, losses, metrics, state, sums
+from moejax.moe.balancing.stats import collect
 from moejax.moe.dispatch import capacity
 from moejax.moe.dispatch import plan as dispatch
+from moejax.moe.dispatch.capacity import CombineWeights
 from moejax.moe.router import RouterInputs, route, route_expert_choice, route_soft
 
 T, E, K, D, F, L = 8, 4, 2, 3, 5, 4
@@ -63,7 +63,12 @@ STATS = jax.tree.map(
     collect(
         jax.tree.map(jnp.asarray, ROUTING),
         jnp.asarray(MASK_T),
-        CombineWeights(jnp.asarray(WEIGHTS_TK), jnp.asarray(NONE_TK), jnp.asarray(NONE_TK)),
+        CombineWeights(
+            jnp.asarray(EXPERTS_TK),
+            jnp.asarray(WEIGHTS_TK),
+            jnp.asarray(NONE_TK),
+            jnp.asarray(NONE_TK),
+        ),
         CONFIG,
         length=L,
     ),
@@ -104,6 +109,12 @@ DOORS = {
         ),
         WEIGHTS_TK,
     ),
+    "combine_within_capacity": (
+        lambda x: (
+            x * capacity.combine_within_capacity(ROUTING, CONFIG, 1.0, length=L, num_devices=1).weights_TK
+        ),
+        WEIGHTS_TK,
+    ),
     "capacity_limit": (lambda x: x * capacity.capacity_limit(np.float32(1.1), K, T, E), WEIGHTS_TK),
     "grouped_matmul": (lambda w_EDF: grouped_matmul(Y_RD, w_EDF, SIZES_E), RNG.random((E, D, F), np.float32)),
     "feed_forward": (
@@ -125,32 +136,33 @@ DOORS = {
         lambda x_BLS: route_soft(x_BLS, MASK_T.reshape(2, L)).combine_BLS ** 2, RNG.random((2, L, 8), np.float32),
     ),
     "auxiliary_losses": (
-        of_stats(lambda stats: balance.auxiliary_losses(stats, CONFIG)["balance"].term_N), STATS.probs_E,
+        of_stats(lambda stats: losses.auxiliary_losses(stats, CONFIG)["balance"].term_N), STATS.probs_E,
     ),
-    "balance_loss": (of_stats(balance.balance_loss), STATS.probs_E),
-    "in_convention": (lambda b_N: balance.in_convention(b_N, STATS, "times_k"), np.ones(1, np.float32)),
-    "cv_squared": (balance.cv_squared, STATS.probs_E),
-    "z_loss": (lambda z: balance.z_loss(in_stats("z")(z)), STATS.z),
-    "load_fractions": (lambda x: x * balance.load_fractions(STATS), STATS.probs_E),
-    "routing_metrics": (of_stats(lambda stats: sum(balance.routing_metrics(stats).values())), STATS.probs_E),
+    "balance_loss": (of_stats(losses.balance_loss), STATS.probs_E),
+    "in_convention": (lambda b_N: losses.in_convention(b_N, STATS, "times_k"), np.ones(1, np.float32)),
+    "cv_squared": (load.cv_squared, STATS.probs_E),
+    "z_loss": (lambda z: losses.z_loss(in_stats("z")(z)), STATS.z),
+    "fractions": (lambda x: x * load.fractions(STATS.assignments_E), STATS.probs_E),
+    "load_fractions": (lambda x: x * load.load_fractions(STATS), STATS.probs_E),
+    "routing_metrics": (of_stats(lambda stats: sum(metrics.routing_metrics(stats).values())), STATS.probs_E),
     "update_bias": (
-        lambda b_NE: balance.update_bias(b_NE, STATS.assignments_E, np.float32(0.1), is_centered=True), STATS.probs_E,
+        lambda b_NE: state.update_bias(b_NE, STATS.assignments_E, np.float32(0.1), is_centered=True), STATS.probs_E,
     ),
     "update_quantiles": (
-        lambda x: x * balance.update_quantiles(LOGITS_TE[None], STATS.num_tokens, K), STATS.probs_E,
+        lambda x: x * state.update_quantiles(LOGITS_TE[None], STATS.num_tokens, K), STATS.probs_E,
     ),
     "update_idle_steps": (
-        lambda x: x * balance.update_idle_steps(STATS.assignments_E, STATS.assignments_E), STATS.probs_E,
+        lambda x: x * state.update_idle_steps(STATS.assignments_E, STATS.assignments_E), STATS.probs_E,
     ),
-    "count_assignments": (lambda x: x * estimates.count_assignments(EXPERTS_TK, E)[None], STATS.probs_E),
-    "sum_by_expert": (lambda w_TK: estimates.sum_by_expert(EXPERTS_TK, w_TK, E), WEIGHTS_TK),
-    "balance_of_scopes": (lambda p_TE: estimates.balance_of_scopes(EXPERTS_TK, p_TE, MASK_T, 2), LOGITS_TE),
-    "unbiased_choices": (lambda w_TK: w_TK * estimates.unbiased_choices(ROUTING, MASK_T, CONFIG), WEIGHTS_TK),
-    "sum_of_margins": (lambda p_TE: p_TE * estimates.sum_of_margins(p_TE, MASK_T, K), LOGITS_TE),
-    "count_ties": (lambda x: x * estimates.count_ties(ROUTING, MASK_T), LOGITS_TE),
-    "expected_load": (lambda x: x * estimates.expected_load(ROUTING, MASK_T, K)[None], STATS.probs_E),
-    "expected_load_vmoe": (lambda x: x * estimates.expected_load_vmoe(ROUTING, MASK_T, K)[None], STATS.probs_E),
-    "quantile_margins": (lambda x: jnp.nan_to_num(estimates.quantile_margins(ROUTING, MASK_T, K)) * x, LOGITS_TE),
+    "count_assignments": (lambda x: x * sums.count_assignments(EXPERTS_TK, E)[None], STATS.probs_E),
+    "sum_by_expert": (lambda w_TK: sums.sum_by_expert(EXPERTS_TK, w_TK, E), WEIGHTS_TK),
+    "balance_of_scopes": (lambda p_TE: sums.balance_of_scopes(EXPERTS_TK, p_TE, MASK_T, 2), LOGITS_TE),
+    "unbiased_choices": (lambda w_TK: w_TK * sums.unbiased_choices(ROUTING, MASK_T, CONFIG), WEIGHTS_TK),
+    "sum_of_margins": (lambda p_TE: p_TE * sums.sum_of_margins(p_TE, MASK_T, K), LOGITS_TE),
+    "count_ties": (lambda x: x * sums.count_ties(ROUTING, MASK_T), LOGITS_TE),
+    "expected_load": (lambda x: x * sums.expected_load(ROUTING, MASK_T, K)[None], STATS.probs_E),
+    "expected_load_vmoe": (lambda x: x * sums.expected_load_vmoe(ROUTING, MASK_T, K)[None], STATS.probs_E),
+    "quantile_margins": (lambda x: jnp.nan_to_num(sums.quantile_margins(ROUTING, MASK_T, K)) * x, LOGITS_TE),
 }  # fmt: skip
 TOKEN_CHOICE = {
     name: {"num_groups": 2, "top_k_groups": 1} if name == "hierarchical" else {}
@@ -172,10 +184,13 @@ def has_arrays(function):
 
 def test_every_public_door_is_tried():
     modules = (
-        balance,
+        losses,
+        load,
+        metrics,
+        state,
         capacity,
         dispatch,
-        estimates,
+        sums,
         routers,
         feed_forward_module,
         grouped_matmul_module,
@@ -189,8 +204,10 @@ def test_every_public_door_is_tried():
             if f.__module__.startswith(module.__name__) and not n.startswith("_")
         )
         doors |= {name for name in own if has_arrays(getattr(module, name))}
-    inner = {"add_rows", "route", "combine_weights", "log_weights", "save_for_remat"} | {
-        *(name for name in dir(grouped_matmul_module) if name.startswith("grouped_matmul_"))
+    inner = {"add_rows", "token_counts", "route", "combine_weights", "log_weights", "save_for_remat"} | {
+        *(name for name in dir(grouped_matmul_module) if name.startswith("grouped_matmul_")),
+        # These take `RouterInputs`, which makes arrays of jax of all that it gets; see below.
+        *(function.__name__ for function in routers.ROUTERS.values()),
     }
     assert doors - inner <= DOORS.keys()
 

@@ -14,17 +14,15 @@ from cases.moe import info_of
 from cases.training import ROUTER_CASES
 from moejax.config import ROUTER_RULES, MoeConfig
 from moejax.config.sections.moe import derive_moe
+from moejax.moe.dispatch.assignment import ExpertChoice, SoftSlots, TokenChoice
 from moejax.moe.dispatch.on_device import (
-    ExpertChoice,
-    SoftSlots,
-    TokenChoice,
     run_dropless,
-    run_slots,
-    run_soft,
+    run_expert_choice,
+    run_soft_slots,
     run_with_capacity,
 )
 from moejax.moe.expert_parallel.exchange import exchange
-from moejax.moe.expert_parallel.strategy import Exchange, LocalExperts
+from moejax.moe.expert_parallel.strategy import LocalExperts, Strategy
 from moejax.moe.experts.experts import ExpertWeights, Network
 from moejax.moe.layer import MoE
 from moejax.moe.router.modules import make_router
@@ -138,7 +136,7 @@ def test_an_experts_choice_adds_many_experts_up_without_rounding_between():
     slots = ExpertChoice(jnp.asarray(positions_BEC), jnp.asarray(weights_BEC))
 
     def run(x_BLD):
-        return run_slots(x_BLD, slots, weights)
+        return run_expert_choice(x_BLD, slots, weights)
 
     y_BLD, pull = jax.jit(lambda x: jax.vjp(run, x))(jnp.asarray(x_BLD, jnp.bfloat16))
     scale_L = (weights_BEC[0].astype(np.float64) * factors_E[:, None]).sum(axis=0)
@@ -156,7 +154,7 @@ def test_soft_mixtures_are_rounded_once_a_way():
     dispatch_BLES[:, 3] = 1  # the same exact token in every slot
     mixing = SoftSlots(jnp.asarray(dispatch_BLES), jnp.asarray(combine_BLES))
     x_BLD = tokens()
-    y_BLD = jax.jit(run_soft)(jnp.asarray(x_BLD, jnp.bfloat16), mixing, weights)
+    y_BLD = jax.jit(run_soft_slots)(jnp.asarray(x_BLD, jnp.bfloat16), mixing, weights)
     scale_L = (combine_BLES[0].astype(np.float64) * factors_E[:, None]).sum(axis=(1, 2))
     check_rounded_once(y_BLD, scale_L[None, :, None] * x_BLD[:, 3:4])
 
@@ -180,7 +178,7 @@ def test_weights_travel_as_float32(strategy):
 
         @jax.jit
         def run(x_BLD, experts_BLK, weights_BLK, weights):
-            how, chosen = Exchange(strategy, 2.0), TokenChoice(experts_BLK, weights_BLK)
+            how, chosen = Strategy(strategy, 2.0), TokenChoice(experts_BLK, weights_BLK)
             return exchange(how, local, local, x_BLD, chosen, weights)[0]
 
         arrays = jnp.asarray(x_BLD, jnp.bfloat16), experts_BLK, weights_BLK, weights

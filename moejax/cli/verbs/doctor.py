@@ -42,7 +42,8 @@ from moejax.kernels.grouped_matmul import (
     resolve_implementation,
     unavailable,
 )
-from moejax.moe.dispatch.on_device import TokenChoice, run_dropless
+from moejax.moe.dispatch.assignment import TokenChoice
+from moejax.moe.dispatch.on_device import run_dropless
 from moejax.moe.experts.experts import ExpertWeights
 from moejax.planning.memory import check_memory
 from moejax.planning.mesh_check import check_mesh

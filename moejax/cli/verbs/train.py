@@ -32,7 +32,7 @@ from moejax.compilation_cache import keep_programs
 from moejax.config import ROUTER_RULES, Config, to_dict
 from moejax.inspection.report.build import build_report
 from moejax.models.parameters import count_parameters
-from moejax.moe.expert_parallel.strategy import Exchange, choose
+from moejax.moe.expert_parallel.strategy import Strategy, choose_strategy
 from moejax.planning.memory import check_memory
 from moejax.sharding import EXPERT_AXES, make_mesh
 from moejax.training.loop import train
@@ -99,11 +99,11 @@ def _log_devices(config: Config) -> None:
     slow, fast = (mesh.shape[axis] for axis in EXPERT_AXES)
     if config.num_moe_layers and slow * fast > 1:
         moe = config.moe
-        how = Exchange(moe.exchange, moe.exchange_buffer, moe.exchange_chunks)
+        how = Strategy(moe.exchange, moe.exchange_buffer, moe.exchange_chunks)
         top_k = moe.top_k if ROUTER_RULES[moe.router].takes_capacity else 0
         log.info(
             "tokens reach experts by moe.exchange=%s",
-            choose(how, slow, fast, moe.num_experts, top_k),
+            choose_strategy(how, slow, fast, moe.num_experts, top_k),
         )
 
 

@@ -11,7 +11,8 @@ from moejax.kernels.matmul import dense
 from moejax.models.blocks import Block, Context
 from moejax.models.decoder import Decoder
 from moejax.moe.experts.experts import apply_experts
-from moejax.moe.layer import MoE, TokenInfo
+from moejax.moe.layer import MoE
+from moejax.moe.token_info import TokenInfo
 from moejax.sharding import gather_fsdp
 
 PROJECTIONS = ("gate", "up")

@@ -43,7 +43,8 @@ from moejax.inspection.counterfactuals.result import (
 )
 from moejax.models import Decoder
 from moejax.models.blocks import Block, Context
-from moejax.moe.layer import MoE, TokenInfo
+from moejax.moe.layer import MoE
+from moejax.moe.token_info import TokenInfo
 from moejax.seeds import check_seed
 from moejax.training.run_directory.text import TextPlaces
 

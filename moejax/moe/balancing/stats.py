@@ -1,7 +1,7 @@
 """What a MoE layer reports: sums over tokens, which add up over microbatches and devices.
 
 Losses and metrics are functions of these sums, computed once they cover the whole global batch
-(`balance.py`). That is what makes them independent of mesh, accumulation and process count.
+(`losses.py`, `metrics.py`). That is what makes them independent of mesh, accumulation and process count.
 """
 
 import dataclasses
@@ -24,6 +24,7 @@ from moejax.moe.balancing.sums import (
     sum_of_margins,
     unbiased_choices,
 )
+from moejax.moe.dispatch.capacity import CombineWeights
 from moejax.moe.router.routing import Routing, SlotRouting, SoftRouting
 
 
@@ -49,8 +50,8 @@ class RoutingStats:
       moved: choices that went to another expert for want of a slot.
       dropped_out: choices whose output expert dropout drops.
       unserved: tokens that no expert serves, for want of a slot.
-      buffer_overflow: choices for which a buffer of the exchange had no room, and which took a slower
-        way; the one sum that depends on the mesh.
+      buffer_overflow: choices that a buffer of expert parallelism had no room for and that took a
+        slower way; the one sum that depends on the mesh.
       first_assignments_E: first choices of each expert, int32 [E]; for
         balance_convention="first_choice".
       scope_balance: sum over scopes (sequences, devices, microbatches) of the balance loss of each,
@@ -59,7 +60,7 @@ class RoutingStats:
       sequence_balance: the same for DeepSeek-V3's loss within sequences, [2].
       load_E: expected load under the routing noise (Shazeer).
       vmoe_load_E: V-MoE's estimate of it.
-      offers_TE: for quantile balancing, each logit minus the least that its token accepts; -inf at
+      quantile_margins_TE: for quantile balancing, each logit minus the least that its token accepts; -inf at
         padding. Not a sum: the step concatenates microbatches.
       routing: the token-level decisions, only when a trace was asked for.
 
@@ -89,7 +90,7 @@ class RoutingStats:
     sequence_balance: Any = None
     load_E: Any = None
     vmoe_load_E: Any = None
-    offers_TE: Any = None
+    quantile_margins_TE: Any = None
     routing: Any = None
 
 
@@ -99,45 +100,26 @@ def add_stats(first: RoutingStats, second: RoutingStats) -> RoutingStats:
     return dataclasses.replace(total, logit_max=jnp.maximum(first.logit_max, second.logit_max))
 
 
-def join(runs: Sequence[RoutingStats]) -> RoutingStats | None:
-    """The statistics of all runs of MoE layers as one, by layer in the order of the model; None without any.
+def join(groups: Sequence[RoutingStats]) -> RoutingStats | None:
+    """Returns the statistics of all groups of MoE layers as one, by layer in the order of the model.
 
-    Sums that only some runs have are left out, and so is token-level routing.
+    Sums that only some groups have are left out, and so is token-level routing. None without groups.
     """
-    if not runs:
+    if not groups:
         return None
-    whole = [dataclasses.replace(run, offers_TE=None, routing=None) for run in runs]
-    arrays = [
-        {field.name: getattr(run, field.name) for field in dataclasses.fields(run)} for run in whole
-    ]
-    everywhere = {name for name in arrays[0] if all(run[name] is not None for run in arrays)}
-    return RoutingStats(
-        **{name: jnp.concatenate([run[name] for run in arrays]) for name in sorted(everywhere)}
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class CombineWeights:
-    """What became of a layer's choices.
-
-    Attributes:
-      weights_TK: combine weights, 0 where a choice was dropped; before expert dropout.
-      is_dropped_TK: choices that found no slot.
-      is_moved_TK: choices that went to another expert.
-      dropout_TK: factors on the experts' outputs by expert dropout, 0 where it drops one;
-        None without it.
-    """
-
-    weights_TK: jax.Array
-    is_dropped_TK: jax.Array
-    is_moved_TK: jax.Array
-    dropout_TK: Any = None
+    joined = {}
+    for field in dataclasses.fields(RoutingStats):
+        parts = [getattr(stats, field.name) for stats in groups]
+        is_sum = field.name not in ("quantile_margins_TE", "routing")
+        if is_sum and all(part is not None for part in parts):
+            joined[field.name] = jnp.concatenate(parts)
+    return RoutingStats(**joined)
 
 
 def collect(
     routing: Routing,
     mask_T: Bool[Array, "T"],
-    service: CombineWeights,
+    combined: CombineWeights,
     config: MoeConfig,
     *,
     length: int,
@@ -145,143 +127,153 @@ def collect(
     num_devices: int = 1,
     trace: bool = False,
 ) -> RoutingStats:
-    """Sums up one layer's routing.
+    """Sums up one layer's routing where tokens choose.
 
     Args:
       routing: the router's decisions, before capacity.
       mask_T: False where a token is padding: it enters no sum.
-      service: what capacity made of them.
+      combined: the choices after capacity.
       config: which sums are needed.
       length: tokens of a sequence.
-      buffer_overflow: choices that took a slower way to their experts.
+      buffer_overflow: choices that a buffer of expert parallelism had no room for.
       num_devices: into how many equal parts the mesh splits the tokens.
-      trace: keep the routing itself beside the sums.
+      trace: keep the routing itself next to the sums.
     """
-    logits_TE, probs_TE = routing.logits_TE, routing.probs_TE
-    num_tokens, num_choices = logits_TE.shape
-    is_served_TK = mask_T[:, None] & ~service.is_dropped_TK & (service.weights_TK != 0)
-    scopes = {"global": 0, "microbatch": 1, "device": num_devices, "sequence": num_tokens // length}
-    has_noise = routing.noisy_TE is not None and routing.noise_scale_TE is not None
+    experts_TK, probs_TE = routing.experts_TK, routing.probs_TE
+    num_choices = probs_TE.shape[1]
+    is_served_TK = mask_T[:, None] & ~combined.is_dropped_TK & (combined.weights_TK != 0)
+    is_unserved_T = mask_T & ~is_served_TK.any(axis=1)
+    num_ties = jnp.float32(0)
+    if not ROUTER_RULES[config.router].is_fixed:
+        num_ties = count_ties(routing, mask_T)
     return RoutingStats(
-        **_sums_of_logits(logits_TE, probs_TE, mask_T),
-        assignments_E=count_assignments(routing.experts_TK, num_choices, num_devices),
-        importance_E=sum_by_expert(routing.experts_TK, routing.weights_TK, num_choices),
-        gate_mass=service.weights_TK.sum(),
+        **_sums_of_logits(routing.logits_TE, probs_TE, mask_T),
+        **_optional_sums(routing, mask_T, config, length=length, num_devices=num_devices),
+        assignments_E=count_assignments(experts_TK, num_choices, num_devices),
+        importance_E=sum_by_expert(experts_TK, routing.weights_TK, num_choices),
+        gate_mass=combined.weights_TK.sum(),
         margin=sum_of_margins(probs_TE, mask_T, config.top_k),
-        ties=jnp.float32(0)
-        if ROUTER_RULES[config.router].is_fixed
-        else count_ties(routing, mask_T),
-        dropped=service.is_dropped_TK.sum(dtype=jnp.float32),
-        moved=service.is_moved_TK.sum(dtype=jnp.float32),
-        dropped_out=_count_dropped_out(service, routing.experts_TK < num_choices),
-        unserved=(mask_T & ~is_served_TK.any(axis=1)).sum(dtype=jnp.float32),
+        ties=num_ties,
+        dropped=_count(combined.is_dropped_TK),
+        moved=_count(combined.is_moved_TK),
+        dropped_out=_count_dropped_out(combined, experts_TK < num_choices),
+        unserved=_count(is_unserved_T),
         buffer_overflow=jnp.float32(buffer_overflow),
-        first_assignments_E=count_assignments(routing.experts_TK[:, :1], num_choices, num_devices)
-        if config.balance_convention == "first_choice"
-        else None,
-        scope_balance=balance_of_scopes(
-            routing.experts_TK, probs_TE, mask_T, scopes[config.balance_scope]
-        )
-        if config.balance_scope != "global"
-        else None,
-        first_scope_balance=balance_of_scopes(
-            routing.experts_TK[:, :1], probs_TE, mask_T, scopes[config.balance_scope]
-        )
-        if config.balance_scope != "global" and config.balance_convention == "first_choice"
-        else None,
-        sequence_balance=balance_of_scopes(
-            unbiased_choices(routing, mask_T, config), probs_TE, mask_T, scopes["sequence"]
-        )
-        if config.sequence_balance_weight > 0
-        else None,
-        load_E=expected_load(routing, mask_T, config.top_k)
-        if config.load_weight > 0 and has_noise
-        else None,
-        vmoe_load_E=expected_load_vmoe(routing, mask_T, config.top_k)
-        if config.vmoe_load_weight > 0 and has_noise
-        else None,
-        offers_TE=quantile_margins(routing, mask_T, config.top_k)
-        if config.router == "quantile"
-        else None,
         routing=routing if trace else None,
     )
 
 
-def collect_slots(
+def _optional_sums(
+    routing: Routing,
+    mask_T: Bool[Array, "T"],
+    config: MoeConfig,
+    *,
+    length: int,
+    num_devices: int,
+) -> dict[str, jax.Array]:
+    """Returns the sums that only some configurations need."""
+    experts_TK, probs_TE = routing.experts_TK, routing.probs_TE
+    num_tokens, num_choices = probs_TE.shape
+    num_sequences = num_tokens // length
+    counts_first_choice = config.balance_convention == "first_choice"
+    sums = {}
+    if counts_first_choice:
+        first_T1 = experts_TK[:, :1]
+        sums["first_assignments_E"] = count_assignments(first_T1, num_choices, num_devices)
+    if config.balance_scope != "global":
+        num_scopes_of = {"microbatch": 1, "device": num_devices, "sequence": num_sequences}
+        num_scopes = num_scopes_of[config.balance_scope]
+        sums["scope_balance"] = balance_of_scopes(experts_TK, probs_TE, mask_T, num_scopes)
+        if counts_first_choice:
+            sums["first_scope_balance"] = balance_of_scopes(
+                experts_TK[:, :1], probs_TE, mask_T, num_scopes
+            )
+    if config.sequence_balance_weight > 0:
+        unbiased_TK = unbiased_choices(routing, mask_T, config)
+        sums["sequence_balance"] = balance_of_scopes(unbiased_TK, probs_TE, mask_T, num_sequences)
+    if routing.noisy_TE is not None and routing.noise_scale_TE is not None:
+        if config.load_weight > 0:
+            sums["load_E"] = expected_load(routing, mask_T, config.top_k)
+        if config.vmoe_load_weight > 0:
+            sums["vmoe_load_E"] = expected_load_vmoe(routing, mask_T, config.top_k)
+    if config.router == "quantile":
+        sums["quantile_margins_TE"] = quantile_margins(routing, mask_T, config.top_k)
+    return sums
+
+
+def collect_expert_choice(
     routing: SlotRouting, mask_BL: Bool[Array, "B L"], *, trace: bool = False
 ) -> RoutingStats:
     """Sums up one layer's routing where experts choose."""
-    mask_T, length = mask_BL.reshape(-1), mask_BL.shape[1]
+    length = mask_BL.shape[1]
     is_filled_BEC = routing.positions_BEC < length
-    batch = jnp.arange(mask_BL.shape[0])[:, None, None]
-    served_BL = (
-        jnp.zeros(mask_BL.shape, bool).at[batch, routing.positions_BEC].set(True, mode="drop")
-    )
-    zero = jnp.float32(0)
+    row_B11 = jnp.arange(mask_BL.shape[0])[:, None, None]
+    none_BL = jnp.zeros(mask_BL.shape, bool)
+    is_served_BL = none_BL.at[row_B11, routing.positions_BEC].set(True, mode="drop")
     return RoutingStats(
-        **_sums_of_logits(routing.logits_TE, routing.probs_TE, mask_T),
+        **_sums_of_logits(routing.logits_TE, routing.probs_TE, mask_BL.reshape(-1)),
+        **_zero_counts(),
         assignments_E=is_filled_BEC.sum(axis=(0, 2), dtype=jnp.int32),
         importance_E=routing.weights_BEC.sum(axis=(0, 2)),
         gate_mass=routing.weights_BEC.sum(),
-        margin=zero,
-        ties=zero,
-        dropped=zero,
-        moved=zero,
-        dropped_out=zero,
-        unserved=(mask_BL & ~served_BL).sum(dtype=jnp.float32),
-        buffer_overflow=zero,
+        unserved=_count(mask_BL & ~is_served_BL),
         routing=routing if trace else None,
     )
 
 
-def collect_soft(
+def collect_soft_slots(
     routing: SoftRouting, mask_BL: Bool[Array, "B L"], num_experts: int, *, trace: bool = False
 ) -> RoutingStats:
     """Sums up one layer's soft routing: each slot counts as one assignment of each sequence that has a token."""
-    batch, length, slots = routing.logits_BLS.shape
-    per_expert = slots // num_experts
-    probs_BLE = routing.combine_BLS.reshape(batch, length, num_experts, per_expert).sum(axis=-1)
-    probs_TE = probs_BLE.reshape(-1, num_experts)
-    mask_T = mask_BL.reshape(-1)
-    sums = _sums_of_logits(routing.logits_BLS.reshape(batch * length, slots), probs_TE, mask_T)
-    assignments = mask_BL.any(axis=1).sum(dtype=jnp.int32) * per_expert
-    zero = jnp.float32(0)
+    batch, length, num_slots = routing.logits_BLS.shape
+    slots_per_expert = num_slots // num_experts
+    weights_BLES = routing.combine_BLS.reshape(batch, length, num_experts, slots_per_expert)
+    probs_TE = weights_BLES.sum(axis=-1).reshape(-1, num_experts)
+    logits_TS = routing.logits_BLS.reshape(batch * length, num_slots)
+    sums = _sums_of_logits(logits_TS, probs_TE, mask_BL.reshape(-1))
+    num_sequences = mask_BL.any(axis=1).sum(dtype=jnp.int32)
     return RoutingStats(
         **sums,
-        assignments_E=jnp.full(num_experts, assignments),
+        **_zero_counts(),
+        assignments_E=jnp.full(num_experts, num_sequences * slots_per_expert),
         importance_E=sums["probs_E"],
         gate_mass=probs_TE.sum(),
-        margin=zero,
-        ties=zero,
-        dropped=zero,
-        moved=zero,
-        dropped_out=zero,
-        unserved=zero,
-        buffer_overflow=zero,
+        unserved=jnp.float32(0),
         routing=routing if trace else None,
     )
 
 
-def _count_dropped_out(service: CombineWeights, is_choice_TK: jax.Array) -> jax.Array:
-    if service.dropout_TK is None:
+def _zero_counts() -> dict[str, jax.Array]:
+    """Returns the counts that are always 0 where tokens do not choose."""
+    names = ("margin", "ties", "dropped", "moved", "dropped_out", "buffer_overflow")
+    return dict.fromkeys(names, jnp.float32(0))
+
+
+def _count(is_counted: jax.Array) -> jax.Array:
+    return is_counted.sum(dtype=jnp.float32)
+
+
+def _count_dropped_out(combined: CombineWeights, is_choice_TK: jax.Array) -> jax.Array:
+    if combined.dropout_TK is None:
         return jnp.float32(0)
-    return (is_choice_TK & ~service.is_dropped_TK & (service.dropout_TK == 0)).sum(
-        dtype=jnp.float32
-    )
+    return _count(is_choice_TK & ~combined.is_dropped_TK & (combined.dropout_TK == 0))
 
 
 def _sums_of_logits(logits_TX, probs_TE, mask_T) -> dict[str, Any]:
-    """What every kind of router has."""
+    """Returns the sums that every kind of router has."""
     is_token_T1 = mask_T[:, None]
     logits_TX = jnp.where(is_token_T1, logits_TX, 0.0)
     probs_TE = jnp.where(is_token_T1, probs_TE, 0.0)
-    lse_T = jnp.where(mask_T, jax.nn.logsumexp(logits_TX, axis=-1), 0.0)
+    logsumexp_T = jnp.where(mask_T, jax.nn.logsumexp(logits_TX, axis=-1), 0.0)
+    log_probs_TE = jnp.log(jnp.where(probs_TE > 0, probs_TE, 1.0))
+    # Where a router has several logits for an expert, squares count as if it had one.
+    experts_per_logit = probs_TE.shape[-1] / logits_TX.shape[-1]
     return {
         "num_tokens": mask_T.sum(dtype=jnp.float32),
         "probs_E": probs_TE.sum(axis=0),
-        "z": jnp.sum(lse_T**2),
-        "entropy": -jnp.sum(probs_TE * jnp.log(jnp.where(probs_TE > 0, probs_TE, 1.0))),
+        "z": jnp.sum(logsumexp_T**2),
+        "entropy": -jnp.sum(probs_TE * log_probs_TE),
         "top_prob": probs_TE.max(axis=-1).sum(),
-        "logit_square": jnp.sum(logits_TX**2) * (probs_TE.shape[-1] / logits_TX.shape[-1]),
+        "logit_square": jnp.sum(logits_TX**2) * experts_per_logit,
         "logit_max": jnp.abs(jax.lax.stop_gradient(logits_TX)).max(),
     }

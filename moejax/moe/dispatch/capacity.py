@@ -6,14 +6,22 @@ slots, so that no group sees another; here L is the number of tokens of a group.
 """
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from moejax.config import MoeConfig
 from moejax.kernels.arrays import takes_numpy
 from moejax.kernels.vma import unify_vma, zeros_varying_like
+from moejax.moe.router.routing import Routing
+from moejax.moe.router.scores import combine_weights, spread_over_survivors
+from moejax.moe.router.selection import save_for_remat
+
+WEIGHTS = "routing_weights"
+"""The name of combine weights, for remat to save."""
 
 
 @jax.tree_util.register_dataclass
@@ -31,6 +39,98 @@ class CapacityAssignment:
     experts_TK: jax.Array
     is_dropped_TK: jax.Array
     is_moved_TK: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class CombineWeights:
+    """The choices of a layer after capacity, and how much each counts.
+
+    Attributes:
+      experts_TK: final experts, see `CapacityAssignment`.
+      weights_TK: combine weights, 0 where a choice was dropped; before expert dropout.
+      is_dropped_TK: choices that found no slot.
+      is_moved_TK: choices that went to another expert.
+      dropout_TK: factors on the experts' outputs by expert dropout, 0 where it drops one;
+        None without it.
+    """
+
+    experts_TK: jax.Array
+    weights_TK: jax.Array
+    is_dropped_TK: jax.Array
+    is_moved_TK: jax.Array
+    dropout_TK: Any = None
+
+    @property
+    def output_weights_TK(self) -> jax.Array:
+        """The combine weights after expert dropout."""
+        if self.dropout_TK is None:
+            return self.weights_TK
+        return self.weights_TK * self.dropout_TK
+
+
+@takes_numpy
+def combine_within_capacity(
+    routing: Routing,
+    config: MoeConfig,
+    capacity_factor: jax.Array | float | None,
+    *,
+    length: int,
+    num_devices: int,
+    max_slots_factor: float | None = None,
+) -> CombineWeights:
+    """Finds a slot for each choice, as far as there are slots, and the weights of those that have one.
+
+    Args:
+      routing: the router's decisions.
+      config: of the layer.
+      capacity_factor: slots over their mean number; may be traced. None: every choice has a slot.
+      length: tokens of a sequence.
+      num_devices: into how many equal parts the mesh splits the tokens.
+      max_slots_factor: the factor that buffers have room for; None where there are no buffers.
+    """
+    if capacity_factor is None:
+        none_TK = jnp.zeros(routing.experts_TK.shape, bool)
+        weights_TK = checkpoint_name(routing.weights_TK, WEIGHTS)
+        return CombineWeights(routing.experts_TK, weights_TK, none_TK, none_TK)
+    num_tokens = routing.experts_TK.shape[0]
+    num_groups_of = {"sequence": num_tokens // length, "device": num_devices, "global": 1}
+    num_groups = num_groups_of[config.capacity_group]
+    size = (config.top_k, num_tokens // num_groups, config.num_experts)
+    limit = capacity_limit(jnp.float32(capacity_factor), *size)
+    if max_slots_factor is not None:
+        limit = jnp.minimum(limit, capacity_slots(max_slots_factor, *size))
+    assignment = apply_capacity(
+        routing.experts_TK,
+        routing.ranking_TE,
+        routing.weights_TK,
+        limit,
+        num_experts=config.num_experts,
+        num_groups=num_groups,
+        order=config.capacity_order,
+        overflow=config.overflow,
+    )
+    weights_TK = _weights_after_capacity(routing, assignment, config)
+    return CombineWeights(
+        save_for_remat(assignment.experts_TK),
+        checkpoint_name(weights_TK, WEIGHTS),
+        assignment.is_dropped_TK,
+        assignment.is_moved_TK,
+    )
+
+
+def _weights_after_capacity(
+    routing: Routing, assignment: CapacityAssignment, config: MoeConfig
+) -> jax.Array:
+    """Returns combine weights, 0 where a choice was dropped."""
+    weights_TK, is_dropped_TK = routing.weights_TK, assignment.is_dropped_TK
+    if config.overflow == "next":
+        # A choice that stays without a slot keeps its part in the normalisation.
+        held_TK = jnp.where(is_dropped_TK, routing.experts_TK, assignment.experts_TK)
+        weights_TK = combine_weights(routing.log_scores_TE, held_TK, config)
+    if config.overflow == "renormalize":
+        is_kept_TK = ~is_dropped_TK & (routing.experts_TK < config.num_choices)
+        return spread_over_survivors(weights_TK, routing.log_weights_TK, is_kept_TK)
+    return jnp.where(is_dropped_TK, 0.0, weights_TK)
 
 
 @takes_numpy

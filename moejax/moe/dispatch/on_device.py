@@ -1,12 +1,10 @@
-"""Dispatch, experts and combine on one device: what `exchange` runs where tokens and expert weights have met.
+"""Dispatch, experts and combine on one device, where tokens and expert weights have met.
 
-Every function takes this device's sequences, arrays that say where their tokens go (with a leading
-axis of sequences), and expert weights, and returns the combined output.
+Every function takes the sequences of a device, an assignment that says where their tokens go, and
+expert weights, and returns the combined output `[B, L, D]`.
 """
 
-import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +12,9 @@ import jax.numpy as jnp
 from moejax.kernels.fused_feed_forward import feed_forward
 from moejax.kernels.grouped_matmul import grouped_matmul, padding_rows_for, resolve_implementation
 from moejax.kernels.tiles import tile_sizes
+from moejax.moe.dispatch.assignment import ExpertChoice, SoftSlots, TokenChoice
 from moejax.moe.dispatch.plan import (
+    Plan,
     add_slots,
     combine,
     dispatch,
@@ -26,81 +26,22 @@ from moejax.moe.dispatch.plan import (
 from moejax.moe.experts.experts import ExpertWeights, apply_experts
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class TokenChoice:
-    """Where tokens go, if they choose.
+def run_dropless(x_BLD, choice: TokenChoice, weights: ExpertWeights, *, implementation: str):
+    """Runs all choices, in as many rows as there are choices.
 
-    Attributes:
-      experts_BLK: experts; E or more: none of those with weights.
-      weights_BLK: multiply the experts' outputs.
-      input_weights_BLK: multiply their inputs; None: nothing does.
-      max_choices: so many are of experts with weights, at most; None: all may be. It
-        bounds the rows.
+    Args:
+      x_BLD: tokens.
+      choice: their experts.
+      weights: of the experts.
+      implementation: of the grouped matrix product; see `kernels/grouped_matmul`.
     """
-
-    experts_BLK: jax.Array
-    weights_BLK: jax.Array
-    input_weights_BLK: Any = None
-    max_choices: int | None = dataclasses.field(default=None, metadata={"static": True})
-
-    def of_experts(self, first: jax.Array, count: int) -> "TokenChoice":
-        """The same for `count` experts from `first` on; other choices are of none."""
-        experts_BLK = self.experts_BLK - first
-        is_here_BLK = (experts_BLK >= 0) & (experts_BLK < count)
-        return dataclasses.replace(self, experts_BLK=jnp.where(is_here_BLK, experts_BLK, count))
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class ExpertChoice:
-    """Whom experts take, if they choose.
-
-    Attributes:
-      positions_BEC: of tokens in their sequence; L: an empty slot.
-      weights_BEC: multiply the experts' outputs.
-    """
-
-    positions_BEC: jax.Array
-    weights_BEC: jax.Array
-
-    def of_experts(self, first: jax.Array, count: int) -> "ExpertChoice":
-        """The same for `count` experts from `first` on."""
-        return jax.tree.map(
-            lambda a_BEC: jax.lax.dynamic_slice_in_dim(a_BEC, first, count, axis=1), self
-        )
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class SoftSlots:
-    """How slots mix tokens, and tokens the slots' outputs.
-
-    Attributes:
-      dispatch_BLES: weights of a sequence's tokens in the S slots of each expert.
-      combine_BLES: weights of the slots' outputs for each token, of the same shape.
-    """
-
-    dispatch_BLES: jax.Array
-    combine_BLES: jax.Array
-
-    def of_experts(self, first: jax.Array, count: int) -> "SoftSlots":
-        """The same for `count` experts from `first` on."""
-        return jax.tree.map(
-            lambda a_BLES: jax.lax.dynamic_slice_in_dim(a_BLES, first, count, axis=2), self
-        )
-
-
-def run_dropless(x_BLD, chosen: TokenChoice, weights: ExpertWeights, *, implementation: str):
-    """As many rows as there are choices."""
-    experts_BLK = chosen.experts_BLK
-    top_k, num_experts = experts_BLK.shape[-1], weights.down_EFD.shape[0]
-    experts_TK = experts_BLK.reshape(-1, top_k)
-    num_rows = min(experts_TK.size, chosen.max_choices or experts_TK.size)
-    if resolve_implementation(implementation) == "tiled" and _is_plain(chosen, weights):
+    num_experts = weights.down_EFD.shape[0]
+    experts_TK = choice.experts_BLK.reshape(-1, choice.experts_BLK.shape[-1])
+    num_rows = min(experts_TK.size, choice.max_choices or experts_TK.size)
+    if resolve_implementation(implementation) == "tiled" and _can_be_fused(choice, weights):
         sizes = tile_sizes(num_rows, num_experts)
         plan = plan_dropless(experts_TK, num_experts, padding_rows=sizes[-1], max_rows=num_rows)
-        return _run_in_one_pass(plan, x_BLD, chosen, weights, sizes, num_rows)
+        return _run_fused(plan, x_BLD, choice, weights, sizes, num_rows)
     padding_rows = padding_rows_for(num_rows, num_experts, implementation)
     plan = plan_dropless(experts_TK, num_experts, padding_rows, num_rows)
     matmul = functools.partial(
@@ -109,20 +50,60 @@ def run_dropless(x_BLD, chosen: TokenChoice, weights: ExpertWeights, *, implemen
         implementation=implementation,
         padding_rows=padding_rows,
     )
-    return _run(plan, x_BLD, chosen, weights, matmul)
+    return _run(plan, x_BLD, choice, weights, matmul)
 
 
-def _is_plain(chosen: TokenChoice, weights: ExpertWeights) -> bool:
-    """Whether `feed_forward` knows all that there is to do."""
-    return chosen.input_weights_BLK is None and not weights.network.has_bias
+def run_with_capacity(x_BLD, choice: TokenChoice, weights: ExpertWeights, *, slots: int):
+    """Runs all choices in `slots` rows per expert and sequence, in which each must have room."""
+    num_experts = weights.down_EFD.shape[0]
+    plan = plan_capacity(choice.experts_BLK, num_experts, slots)
+    return _run(plan, x_BLD, choice, weights, _equal_groups_matmul(num_experts))
 
 
-def _run_in_one_pass(
-    plan, x_BLD, chosen: TokenChoice, weights: ExpertWeights, sizes: tuple[int, ...], num_rows: int
+def run_expert_choice(x_BLD, choice: ExpertChoice, weights: ExpertWeights):
+    """Runs the tokens that experts chose."""
+    num_experts = weights.down_EFD.shape[0]
+    batch, length, width = x_BLD.shape
+    x_EBCD = take_slots(x_BLD, choice.positions_BEC).swapaxes(0, 1)
+    y_RD = apply_to_equal_groups(x_EBCD.reshape(-1, width), weights)
+    y_BECD = y_RD.reshape(num_experts, batch, -1, width).swapaxes(0, 1)
+    weighted_BECD = choice.weights_BEC[..., None] * y_BECD.astype(jnp.float32)
+    return add_slots(weighted_BECD, choice.positions_BEC, length).astype(x_BLD.dtype)
+
+
+def run_soft_slots(x_BLD, slots: SoftSlots, weights: ExpertWeights):
+    """Runs slots that mix tokens; the weights of both mixtures stay float32."""
+    mixed_EBSD = jnp.einsum("BLES,BLD->EBSD", slots.dispatch_BLES, x_BLD.astype(jnp.float32))
+    x_EBSD = mixed_EBSD.astype(x_BLD.dtype)
+    y_RD = apply_to_equal_groups(x_EBSD.reshape(-1, x_BLD.shape[-1]), weights)
+    y_EBSD = y_RD.reshape(x_EBSD.shape).astype(jnp.float32)
+    return jnp.einsum("BLES,EBSD->BLD", slots.combine_BLES, y_EBSD).astype(x_BLD.dtype)
+
+
+def apply_to_equal_groups(x_RD: jax.Array, weights: ExpertWeights) -> jax.Array:
+    """Applies experts to rows of which each expert has the same number, through batched products."""
+    num_experts = weights.down_EFD.shape[0]
+    expert_R = jnp.repeat(jnp.arange(num_experts), x_RD.shape[0] // num_experts)
+    return apply_experts(x_RD, weights, _equal_groups_matmul(num_experts), expert_R)
+
+
+def _can_be_fused(choice: TokenChoice, weights: ExpertWeights) -> bool:
+    """Whether `feed_forward` can do all that is asked for."""
+    return choice.input_weights_BLK is None and not weights.network.has_bias
+
+
+def _run_fused(
+    plan: Plan,
+    x_BLD,
+    choice: TokenChoice,
+    weights: ExpertWeights,
+    sizes: tuple[int, ...],
+    num_rows: int,
 ):
+    """Dispatch, experts and combine in one pass over the rows."""
     y_TD = feed_forward(
         x_BLD.reshape(-1, x_BLD.shape[-1]),
-        chosen.weights_BLK.reshape(plan.row_TK.shape),
+        choice.weights_BLK.reshape(plan.row_TK.shape),
         weights.gate_up_EDPF,
         weights.down_EFD,
         plan.row_TK,
@@ -135,56 +116,23 @@ def _run_in_one_pass(
     return y_TD.reshape(x_BLD.shape)
 
 
-def run_with_capacity(x_BLD, chosen: TokenChoice, weights: ExpertWeights, *, slots: int):
-    """In `slots` rows per expert and sequence, in which every choice must find room."""
-    num_experts = weights.down_EFD.shape[0]
-    plan = plan_capacity(chosen.experts_BLK, num_experts, slots)
-    return _run(plan, x_BLD, chosen, weights, _slotted(num_experts))
-
-
-def _run(plan, x_BLD, chosen: TokenChoice, weights: ExpertWeights, matmul):
+def _run(plan: Plan, x_BLD, choice: TokenChoice, weights: ExpertWeights, matmul):
+    """Dispatch, experts and combine, one after the other."""
     x_RD = dispatch(x_BLD.reshape(-1, x_BLD.shape[-1]), plan)
-    if chosen.input_weights_BLK is not None:
-        weights_TK = chosen.input_weights_BLK.reshape(plan.row_TK.shape)
+    if choice.input_weights_BLK is not None:
+        weights_TK = choice.input_weights_BLK.reshape(plan.row_TK.shape)
         weighted_RD = dispatch_weights(weights_TK, plan)[:, None] * x_RD.astype(jnp.float32)
         x_RD = weighted_RD.astype(x_RD.dtype)
     y_RD = apply_experts(x_RD, weights, matmul, plan.expert_R)
-    return combine(y_RD, chosen.weights_BLK.reshape(plan.row_TK.shape), plan).reshape(x_BLD.shape)
+    weights_TK = choice.weights_BLK.reshape(plan.row_TK.shape)
+    return combine(y_RD, weights_TK, plan).reshape(x_BLD.shape)
 
 
-def _slotted(num_experts: int):
-    """Product of as many rows for every expert with its matrix."""
+def _equal_groups_matmul(num_experts: int):
+    """Returns the product of rows, the same number for every expert, with the experts' matrices."""
 
     def matmul(x_RP, w_EPQ):
         x_ECP = x_RP.reshape(num_experts, -1, x_RP.shape[-1])
         return jnp.einsum("ECP,EPQ->ECQ", x_ECP, w_EPQ).reshape(x_RP.shape[0], -1)
 
     return matmul
-
-
-def apply_slotted(x_RD: jax.Array, weights: ExpertWeights) -> jax.Array:
-    """As many rows for every expert, all of which count, through batched products."""
-    num_experts = weights.down_EFD.shape[0]
-    expert_R = jnp.repeat(jnp.arange(num_experts), x_RD.shape[0] // num_experts)
-    return apply_experts(x_RD, weights, _slotted(num_experts), expert_R)
-
-
-def run_slots(x_BLD, slots: ExpertChoice, weights: ExpertWeights):
-    """Where experts choose."""
-    positions_BEC, weights_BEC1 = slots.positions_BEC, slots.weights_BEC[..., None]
-    num_experts, (batch, length, width) = weights.down_EFD.shape[0], x_BLD.shape
-    x_EBCD = take_slots(x_BLD, positions_BEC).swapaxes(0, 1)
-    y_RD = apply_slotted(x_EBCD.reshape(-1, width), weights)
-    y_BECD = y_RD.reshape(num_experts, batch, -1, width).swapaxes(0, 1)
-    weighted_BECD = weights_BEC1 * y_BECD.astype(jnp.float32)
-    return add_slots(weighted_BECD, positions_BEC, length).astype(x_BLD.dtype)
-
-
-def run_soft(x_BLD, mixing: SoftSlots, weights: ExpertWeights):
-    """Where slots mix tokens: the weights of both mixtures stay float32."""
-    x_EBSD = jnp.einsum("BLES,BLD->EBSD", mixing.dispatch_BLES, x_BLD.astype(jnp.float32)).astype(
-        x_BLD.dtype
-    )
-    y_EBSD = apply_slotted(x_EBSD.reshape(-1, x_BLD.shape[-1]), weights).reshape(x_EBSD.shape)
-    y_BLD = jnp.einsum("BLES,EBSD->BLD", mixing.combine_BLES, y_EBSD.astype(jnp.float32))
-    return y_BLD.astype(x_BLD.dtype)

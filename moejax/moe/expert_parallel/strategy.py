@@ -1,4 +1,4 @@
-"""How tokens and experts meet on a mesh: what was asked for, and which strategy it comes to; see `exchange.py`."""
+"""Which strategy of expert parallelism is asked for, and which one that comes to on a mesh."""
 
 import dataclasses
 from collections.abc import Callable
@@ -10,22 +10,26 @@ from moejax.moe.expert_parallel.buffers import mean_receivers
 from moejax.moe.experts.experts import ExpertWeights
 
 RunExperts = Callable[[jax.Array, Any, ExpertWeights], jax.Array]
+"""`(x_BLD, assignment, weights) -> y_BLD`: a function of `moe/dispatch/on_device.py`."""
+
+EXCHANGED = "exchanged"
+"""The name of what arrived from other devices, for remat to save."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Exchange:
+class Strategy:
     """How tokens and experts meet.
 
     Attributes:
-      strategy: a name from the top of `exchange.py`, or "auto". Where experts choose, or slots mix
-        tokens, "ring" stands in for those that send choices; on a mesh with one device for all
-        experts nothing travels.
-      buffer_factor: rows of a buffer over their mean.
-      chunks: parts of the tokens that travel apart, so that one can be on its way while another is
-        computed; the largest common divisor with the number of tokens.
+      name: a key of `exchange.STRATEGIES`, or "auto". Where experts choose, or slots mix tokens,
+        "ring" stands in for those that send choices; where one device has all experts, nothing is
+        sent.
+      buffer_factor: rows of a buffer over their mean number.
+      chunks: parts of the tokens that are sent separately, so that one can be on its way while
+        another is computed; the largest common divisor with the number of tokens.
     """
 
-    strategy: str
+    name: str
     buffer_factor: float = 1.5
     chunks: int = 1
 
@@ -35,38 +39,39 @@ class LocalExperts:
     """What a device does with the tokens and experts that it has.
 
     Attributes:
-      run: `(x_bLD, chosen, weights) -> y_bLD`, from `moe/dispatch/on_device.py`.
-      can_check_vma: whether it says truly which of its arrays differ between devices, as Pallas
-        kernels do not; unchecked, gradients of weights are added up over all devices all the same.
+      run: the function.
+      can_check_vma: whether it states correctly which of its arrays differ between devices, which
+        Pallas kernels do not. Gradients of weights are summed over all devices in either case.
     """
 
     run: RunExperts
     can_check_vma: bool = True
 
 
-def choose(how: Exchange, slow: int, fast: int, num_experts: int, top_k: int) -> str:
-    """The strategy to run.
+def choose_strategy(
+    strategy: Strategy, num_groups: int, group_size: int, num_experts: int, top_k: int
+) -> str:
+    """Returns the name of the strategy to run.
 
     Args:
-      how: what was asked for.
-      slow: parts of the experts between slow links.
-      fast: parts of each of those.
+      strategy: what was asked for.
+      num_groups: groups of devices with slow links between them, over which experts are split.
+      group_size: devices of a group.
       num_experts: E.
       top_k: K; 0 where tokens do not choose.
     """
-    num_devices = slow * fast
+    num_devices = num_groups * group_size
     if num_devices == 1:
         return "gather"
-    if top_k == 0 and how.strategy != "gather":
+    if top_k == 0 and strategy.name != "gather":
         return "ring"
-    if how.strategy == "two_level" and min(slow, fast) == 1:
+    if strategy.name == "two_level" and min(num_groups, group_size) == 1:
         return "dedup"
-    if how.strategy != "auto":
-        return how.strategy
-    if min(slow, fast) > 1:
+    if strategy.name != "auto":
+        return strategy.name
+    if min(num_groups, group_size) > 1:
         return "two_level"
     # Where tokens have more choices than there are devices, "ring" sends no more rows; but it has
     # room for all choices of all devices, n times as many as a device's share.
-    return (
-        "dedup" if mean_receivers(num_experts, top_k, num_devices) < 0.95 * top_k else "all_to_all"
-    )
+    saves_rows = mean_receivers(num_experts, top_k, num_devices) < 0.95 * top_k
+    return "dedup" if saves_rows else "all_to_all"

@@ -13,7 +13,7 @@ from moejax.config import Knobs
 from moejax.data.batches import Batch
 from moejax.models import Decoder
 from moejax.models.blocks import Context
-from moejax.moe.layer import TokenInfo
+from moejax.moe.token_info import TokenInfo
 from moejax.training.optimizer import make_schedule
 from moejax.training.router_state import schedule_router_state
 from moejax.training.schedules import scheduled

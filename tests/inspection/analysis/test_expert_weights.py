@@ -14,7 +14,7 @@ from moejax.inspection.analysis.expert_profile import ProfileError
 from moejax.inspection.analysis.expert_weights import expert_outputs, expert_weights
 from moejax.models.blocks import Context
 from moejax.models.decoder import Decoder
-from moejax.moe.layer import TokenInfo
+from moejax.moe.token_info import TokenInfo
 
 PLAIN = small_config(model={"num_layers": 4}, moe={"first_dense": 1, "every": 2})
 RICH = small_config(

@@ -10,16 +10,12 @@ import pytest
 
 import oracle
 from moejax.config import MoeConfig
-from moejax.moe.balancing.losses import (
-    auxiliary_losses,
-    balance_loss,
-    cv_squared,
-    load_fractions,
-    routing_metrics,
-    z_loss,
-)
-from moejax.moe.balancing.stats import CombineWeights, add_stats, collect
+from moejax.moe.balancing.load import cv_squared, load_fractions
+from moejax.moe.balancing.losses import auxiliary_losses, balance_loss, z_loss
+from moejax.moe.balancing.metrics import routing_metrics
+from moejax.moe.balancing.stats import add_stats, collect
 from moejax.moe.balancing.sums import count_assignments, count_ties, expected_load
+from moejax.moe.dispatch.capacity import CombineWeights
 from moejax.moe.router import RouterInputs, Routing, route
 from oracle import losses as oracle_losses
 from oracle import routers as oracle_routers
@@ -36,12 +32,13 @@ def collector(config):
     @jax.jit
     def run(logits_TE, mask_T, kept_TK):
         routing = route(RouterInputs(logits_TE, mask_T, len(mask_T)), config)
-        service = CombineWeights(
+        combined = CombineWeights(
+            routing.experts_TK,
             jnp.where(kept_TK, routing.weights_TK, 0),
             mask_T[:, None] & ~kept_TK,
             jnp.zeros_like(kept_TK),
         )
-        stats = collect(routing, mask_T, service, config, length=len(mask_T))
+        stats = collect(routing, mask_T, combined, config, length=len(mask_T))
         return jax.tree.map(lambda x: x[None], stats)  # as if stacked by layer
 
     return run
@@ -244,8 +241,8 @@ def loss_case(top_k=2, length=4, seed=0, **changes):
     )  # fmt: skip
     routing = route(inputs, config)
     none_TK = jnp.zeros(routing.experts_TK.shape, bool)
-    service = CombineWeights(routing.weights_TK, none_TK, none_TK)
-    stats = collect(routing, inputs.mask_T, service, config, length=length, num_devices=2)
+    combined = CombineWeights(routing.experts_TK, routing.weights_TK, none_TK, none_TK)
+    stats = collect(routing, inputs.mask_T, combined, config, length=length, num_devices=2)
     experts_TK = np.where(mask_T[:, None], routing.experts_TK, -1)
     stacked = jax.tree.map(lambda x: x[None], stats)
     return config, stacked, jax.device_get(routing), experts_TK, mask_T, logits_TE, sigma_TE
@@ -295,7 +292,7 @@ def test_the_sequence_loss_counts_the_best_scores_without_bias_and_groups(score,
     stats = collect(
         routing,
         jnp.asarray(mask_T),
-        CombineWeights(routing.weights_TK, none_TK, none_TK),
+        CombineWeights(routing.experts_TK, routing.weights_TK, none_TK, none_TK),
         config,
         length=4,
     )

@@ -15,7 +15,7 @@ from cases.moe import info_of
 from moejax.config import ConfigError, MoeConfig, resolve
 from moejax.moe.dispatch.capacity import apply_capacity, capacity_limit, capacity_slots
 from moejax.moe.layer import MoE
-from oracle import capacity as oracle_capacity
+from oracle import overflow as oracle_overflow
 from oracle import routers as oracle_routers
 
 T, K, E, FREE = 12, 2, 4, 1
@@ -26,11 +26,11 @@ overflows = pytest.mark.parametrize("overflow", ["drop", "next", "renormalize"])
 
 
 @functools.cache
-def admission(order, overflow, num_groups):
+def assignments(order, overflow, num_groups):
     """The jitted `(experts_TK, ranking_TE, weights_TK, limit) -> CapacityAssignment`."""
     how = {"num_experts": E, "num_groups": num_groups, "order": order, "overflow": overflow}
     return jax.jit(functools.partial(apply_capacity, **how)), functools.partial(
-        oracle_capacity.apply_capacity, **how
+        oracle_overflow.apply_capacity, **how
     )
 
 
@@ -58,7 +58,7 @@ def test_who_keeps_moves_and_drops_is_what_a_loop_over_choices_says(
     order, overflow, num_groups, seed, limit
 ):
     experts_TK, ranking_TE, weights_TK = draw(seed)
-    ours, theirs = admission(order, overflow, num_groups)
+    ours, theirs = assignments(order, overflow, num_groups)
     result = ours(experts_TK, ranking_TE, weights_TK, jnp.int32(limit))
     expected = theirs(experts_TK, ranking_TE, weights_TK, limit)
     final_TK = np.array([[CHOICES if e is None else e for e in row] for row in expected])
@@ -79,7 +79,8 @@ def test_next_fills_slots_without_exceeding_them_and_never_sends_a_token_twice_t
 ):
     arguments = (*draw(seed), jnp.int32(limit))
     moved, dropped = (
-        np.asarray(admission(order, what, 1)[0](*arguments).experts_TK) for what in ("next", "drop")
+        np.asarray(assignments(order, what, 1)[0](*arguments).experts_TK)
+        for what in ("next", "drop")
     )
     counts_E, counts_dropping_E = (
         np.bincount(x.ravel(), minlength=CHOICES + 1)[:E] for x in (moved, dropped)
@@ -93,7 +94,7 @@ def test_next_fills_slots_without_exceeding_them_and_never_sends_a_token_twice_t
 
 @overflows
 def test_by_position_the_fate_of_a_token_depends_on_earlier_ones_only(overflow):
-    ours = admission("position", overflow, 1)[0]
+    ours = assignments("position", overflow, 1)[0]
     changed = 0
     for seed in range(20):
         first, second = draw(seed), draw(seed + 1000)
@@ -206,7 +207,7 @@ def layer_case(is_training=True, **changes):
     factor = config.capacity_factor if is_training else config.eval_capacity_factor
     groups = {"sequence": B, "device": 1, "global": 1}[config.capacity_group]
     limit = oracle.capacity(factor, 2, B * L // groups, E) if factor else B * L
-    final_TK = oracle_capacity.apply_capacity(
+    final_TK = oracle_overflow.apply_capacity(
         routing.experts_TK, routing.logits_TE, routing.weights_TK, limit,
         num_experts=E, num_groups=groups, order=config.capacity_order, overflow=config.overflow,
     )  # fmt: skip

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax.moe.dispatch.on_device import TokenChoice
+from moejax.moe.dispatch.assignment import TokenChoice
 from moejax.moe.dispatch.plan import plan_dropless
 from moejax.moe.expert_parallel.buffers import (
     RaggedOffsets,
@@ -68,7 +68,7 @@ def packed(parcels, receiver_TK, slots):
             assert receiver_TK[token, k] == row // slots and row_TK[token, k] == row
             rows[row // slots].append((token, k))
     assert (row_TK < num_rows).sum() == sum(map(len, rows.values()))
-    left = [(int(t), int(k)) for t, k in np.argwhere(np.asarray(parcels.is_left_TK))]
+    left = [(int(t), int(k)) for t, k in np.argwhere(np.asarray(parcels.is_overflow_TK))]
     return rows, left
 
 
@@ -177,6 +177,6 @@ def test_a_ragged_exchange_with_these_offsets_moves_every_row_that_has_room_ther
         row_TK = np.asarray(parcels.plan.row_TK)
         for t, k in itertools.product(range(T), range(K)):
             is_sent = row_TK[t, k] < T * K
-            assert is_sent == (receiver_TK[t, k] < N and not parcels.is_left_TK[t, k])
+            assert is_sent == (receiver_TK[t, k] < N and not parcels.is_overflow_TK[t, k])
             assert not is_sent or returned[me][row_TK[t, k]] == arrays[me][row_TK[t, k]]
-        assert room < 4 * T * K or not parcels.is_left_TK.any()
+        assert room < 4 * T * K or not parcels.is_overflow_TK.any()

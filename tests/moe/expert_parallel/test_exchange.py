@@ -12,11 +12,12 @@ from jax.sharding import AxisType
 
 import oracle
 from moejax.config import ConfigError, resolve
-from moejax.moe.dispatch.on_device import ExpertChoice, TokenChoice, run_dropless, run_slots
+from moejax.moe.dispatch.assignment import ExpertChoice, TokenChoice
+from moejax.moe.dispatch.on_device import run_dropless, run_expert_choice
 from moejax.moe.expert_parallel import exchange as exchange_module
 from moejax.moe.expert_parallel.buffers import mean_receivers
 from moejax.moe.expert_parallel.exchange import exchange
-from moejax.moe.expert_parallel.strategy import Exchange, LocalExperts, choose
+from moejax.moe.expert_parallel.strategy import LocalExperts, Strategy, choose_strategy
 from moejax.moe.experts.experts import ExpertWeights
 from moejax.sharding import BATCH_AXES, EXPERT_AXES, MESH_AXES
 
@@ -78,7 +79,7 @@ def compiled(strategy, mesh, top_k, factor=1.5, weight_on="output", chunks=1):
     """Output and gradients on a mesh, compiled once for every load."""
 
     def run(x_BLD, weights_BLK, gate_up_EDPF, down_EFD, dy_BLD, experts_BLK):
-        layer = functools.partial(through, Exchange(strategy, factor, chunks), weight_on)
+        layer = functools.partial(through, Strategy(strategy, factor, chunks), weight_on)
         y_BLD, pull = jax.vjp(
             lambda *inputs: layer(*inputs, experts_BLK), x_BLD, weights_BLK, gate_up_EDPF, down_EFD
         )
@@ -189,7 +190,7 @@ def test_choices_without_room_are_counted(strategy, mesh, left):
     with jax.set_mesh(mesh_of(MESHES[mesh])):
         run = jax.jit(
             lambda *a: exchange(
-                Exchange(strategy, 1.0), local, local, a[0], TokenChoice(*a[1:]), weights
+                Strategy(strategy, 1.0), local, local, a[0], TokenChoice(*a[1:]), weights
             )[1]
         )
         counted = float(run(x_BLD, experts_BLK, weights_BLK))
@@ -229,7 +230,7 @@ def forward(strategy, mesh, top_k=2, factor=1.5, tokens=B * L, d_model=D, num_ex
     """What travels in a forward pass where no token is left over; sums over devices, of counts and of outputs, do not
     count."""
     with jax.set_mesh(mesh_of(MESHES[mesh])):
-        layer = functools.partial(through, Exchange(strategy, factor), "output")
+        layer = functools.partial(through, Strategy(strategy, factor), "output")
         batch, experts = jax.P(BATCH_AXES), jax.P(EXPERT_AXES, "fsdp")
         sizes = (B, tokens // B)
         kinds = [
@@ -320,7 +321,7 @@ def test_where_the_platform_has_a_ragged_exchange_it_is_used_with_the_same_offse
     arguments = draw("even", 2)
 
     def loss(*arguments):
-        return through(Exchange("ragged"), "output", *arguments).sum()
+        return through(Strategy("ragged"), "output", *arguments).sum()
 
     with jax.set_mesh(mesh_of(MESHES["dcn 2, expert 4"])):
         lowered = (
@@ -347,12 +348,12 @@ def test_where_experts_choose_tokens_go_to_all_and_the_result_is_that_of_one_dev
 
     def loss(how, x_BLD, slots, weights):
         return (
-            exchange(how, LocalExperts(run_slots), None, x_BLD, slots, weights)[0] * dy_BLD
+            exchange(how, LocalExperts(run_expert_choice), None, x_BLD, slots, weights)[0] * dy_BLD
         ).sum()
 
     def gradients(strategy, sizes):
         with jax.set_mesh(mesh_of(sizes)):
-            how = Exchange(strategy, 1.5)
+            how = Strategy(strategy, 1.5)
             return jax.device_get(
                 jax.jit(jax.grad(functools.partial(loss, how), (0, 1, 2), allow_int=True))(
                     x_BLD, slots, weights
@@ -398,7 +399,7 @@ def test_an_exchange_that_cannot_be_is_an_error_that_names_the_remedy(leaves, wo
 
 def test_auto_sends_a_token_once_where_that_is_less_and_once_to_each_group_where_there_are_groups():
     def chosen(slow, fast, num_experts, top_k):
-        return choose(Exchange("auto"), slow, fast, num_experts, top_k)
+        return choose_strategy(Strategy("auto"), slow, fast, num_experts, top_k)
 
     assert chosen(1, 1, 8, 2) == "gather"
     assert chosen(1, 4, 8, 2) == "dedup"  # 1.71 rows instead of 2
@@ -410,6 +411,6 @@ def test_auto_sends_a_token_once_where_that_is_less_and_once_to_each_group_where
 
 
 def test_without_two_levels_two_level_sends_once_to_each_device():
-    assert [choose(Exchange("two_level"), *sizes, 8, 2) for sizes in ((1, 4), (4, 1), (2, 2))] == [
+    assert [choose_strategy(Strategy("two_level"), *sizes, 8, 2) for sizes in ((1, 4), (4, 1), (2, 2))] == [
         "dedup", "dedup", "two_level",
     ]  # fmt: skip

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import oracle
 from moejax.config import MoeConfig
 from moejax.config.sections.moe import derive_moe
-from moejax.moe.balancing.losses import update_bias, update_quantiles
+from moejax.moe.balancing.state import update_bias, update_quantiles
 from moejax.moe.balancing.sums import (
     count_ties,
     expected_load,
@@ -517,12 +517,12 @@ def test_sparse_mixers_draws_leave_no_ties_in_training():
 
 def test_an_offer_that_is_no_number_concerns_its_own_expert_alone():
     rng = np.random.default_rng(0)
-    offers_NTE = rng.normal(size=(1, 64, E)).astype(np.float32)
-    offers_NTE[:, 40:] = -np.inf  # padding
+    margins_NTE = rng.normal(size=(1, 64, E)).astype(np.float32)
+    margins_NTE[:, 40:] = -np.inf  # padding
     tokens_N = jnp.full(1, 40.0)
-    clean_NE = np.asarray(update_quantiles(jnp.asarray(offers_NTE), tokens_N, 2))
-    offers_NTE[:, :6, 0] = np.nan
-    torn_NE = np.asarray(update_quantiles(jnp.asarray(offers_NTE), tokens_N, 2))
+    clean_NE = np.asarray(update_quantiles(jnp.asarray(margins_NTE), tokens_N, 2))
+    margins_NTE[:, :6, 0] = np.nan
+    torn_NE = np.asarray(update_quantiles(jnp.asarray(margins_NTE), tokens_N, 2))
     assert np.isfinite(torn_NE).all()
     np.testing.assert_allclose(
         np.diff(torn_NE[:, 1:]), np.diff(clean_NE[:, 1:]), rtol=1e-5, atol=1e-6

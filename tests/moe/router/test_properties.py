@@ -248,7 +248,7 @@ def test_padding_appended_changes_nothing_in_evaluation(router):
     )
     oracle.assert_close(longer_y_BLD[:, :L], y_BLD)
     assert not np.asarray(longer_y_BLD)[:, L:].any()
-    sums = (dataclasses.replace(s, offers_TE=None) for s in (longer_stats, stats))
+    sums = (dataclasses.replace(s, quantile_margins_TE=None) for s in (longer_stats, stats))
     oracle.assert_close(*sums)
 
 
@@ -315,7 +315,7 @@ def test_permuted_tokens_are_routed_as_before_where_nothing_is_drawn_and_nothing
         apply(layer, x_BLD[:, order], permuted),
     )
     oracle.assert_close(permuted_BLD, y_BLD[:, order])
-    sums = (dataclasses.replace(s, offers_TE=None) for s in (permuted_stats, stats))
+    sums = (dataclasses.replace(s, quantile_margins_TE=None) for s in (permuted_stats, stats))
     oracle.assert_close(*sums)
 
 
@@ -378,7 +378,7 @@ def test_on_a_mesh_the_layer_and_its_gradients_are_those_of_one_device(router):
         y_BLD, stats = call.__wrapped__(params, x_BLD, mask_BL, keys_B, True)
         return jnp.sum(y_BLD**2), (
             y_BLD,
-            dataclasses.replace(stats, routing=None, offers_TE=None, scope_balance=None),
+            dataclasses.replace(stats, routing=None, quantile_margins_TE=None, scope_balance=None),
         )
 
     run = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
@@ -445,7 +445,7 @@ def test_the_balance_loss_of_every_router_is_at_least_its_floor_and_every_loss_i
     x_BLD, mask_BL = draw()
     _, stats = run(config, x_BLD, mask_BL, True)
     stacked = jax.tree.map(
-        lambda x: x[None], dataclasses.replace(stats, routing=None, offers_TE=None)
+        lambda x: x[None], dataclasses.replace(stats, routing=None, quantile_margins_TE=None)
     )
     losses = auxiliary_losses(stacked, config)
     assert {"balance", "z"} <= losses.keys() <= LOSSES.keys()

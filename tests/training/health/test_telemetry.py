@@ -11,7 +11,7 @@ import tensorstore
 
 from cases import training as cases
 from moejax.config import Knobs
-from moejax.moe.balancing.losses import routing_metrics
+from moejax.moe.balancing.metrics import routing_metrics
 from moejax.training.health.progress import StepProgress
 from moejax.training.health.speed import median_speed
 from moejax.training.health.telemetry import LAYER_METRICS, summarize_routing
