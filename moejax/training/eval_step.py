@@ -10,8 +10,8 @@ from flax import nnx
 from moejax.data.batches import Batch
 from moejax.moe.router.by_token import coactivation, experts_by_token
 from moejax.sharding import replicated
+from moejax.training.losses import BatchSums, count_targets, forward
 from moejax.training.state import TrainSetup
-from moejax.training.step import BatchSums, count_targets, forward
 
 PROBE_TOKENS = 512
 """Of a row, whose routing is kept at every evaluation, to see how much of it changes."""
@@ -56,7 +56,7 @@ def eval_step_of(setup: TrainSetup, num_domains: int = 0) -> Callable[..., EvalO
         params: nnx.State, router_state: nnx.State, batch: Batch, *domains_BL: jax.Array
     ) -> EvalOutput:
         model = nnx.merge(setup.graphdef, params, router_state)
-        nats_BL, routing = forward(model, batch, None, None, True)
+        nats_BL, routing = forward(model, batch, None, None, trace=True)
         by_domain_G2 = (
             _sum_by_domain(nats_BL, batch, domains_BL[0], num_domains) if num_domains else None
         )

@@ -16,8 +16,9 @@ from moejax.data.labels import Labels
 from moejax.moe.balancing.load import load_fractions
 from moejax.moe.balancing.stats import join
 from moejax.training.eval_step import EvalOutput
+from moejax.training.losses import add_sums
 from moejax.training.state import TrainSetup
-from moejax.training.step import add_sums, put_batch
+from moejax.training.step import put_batch
 
 
 @dataclasses.dataclass(frozen=True)

@@ -204,7 +204,14 @@ def test_every_public_door_is_tried():
             if f.__module__.startswith(module.__name__) and not n.startswith("_")
         )
         doors |= {name for name in own if has_arrays(getattr(module, name))}
-    inner = {"add_rows", "token_counts", "route", "combine_weights", "log_weights", "save_for_remat"} | {
+    inner = {
+        "add_rows",
+        "token_counts",
+        "route",
+        "combine_weights",
+        "log_weights",
+        "save_for_remat",
+    } | {
         *(name for name in dir(grouped_matmul_module) if name.startswith("grouped_matmul_")),
         # These take `RouterInputs`, which makes arrays of jax of all that it gets; see below.
         *(function.__name__ for function in routers.ROUTERS.values()),

@@ -8,7 +8,7 @@ import pytest
 
 from moejax.cli import main
 from moejax.config import resolve
-from moejax.moe.expert_parallel import exchange
+from moejax.moe.expert_parallel import overflow
 from moejax.planning.mesh_check import LOADS, NAMES, check_mesh
 from moejax.sharding import make_mesh
 
@@ -44,11 +44,11 @@ def test_an_exchange_agrees_with_one_device_on_every_mesh_and_says_what_travels(
     assert check.shapes["down"] == (8 // splits["expert"] // splits["dcn_expert"], 8, 8)
 
 
-def test_tokens_that_are_left_over_and_forgotten_are_found(monkeypatch):
+def test_choices_that_find_no_room_and_are_forgotten_are_found(monkeypatch):
     monkeypatch.setattr(
-        exchange,
-        "_rest",
-        lambda axes, run, like_1TD, *rest: (jnp.zeros_like(like_1TD), jnp.float32(0)),
+        overflow,
+        "run_overflow",
+        lambda *_, like_1TD: (jnp.zeros_like(like_1TD), jnp.float32(0)),
     )
     check = found({"expert": 8}, exchange="all_to_all")
     even, skewed = ([check.worst[load, name] for name in NAMES] for load in LOADS)

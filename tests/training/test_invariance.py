@@ -11,14 +11,9 @@ from flax import nnx
 from cases.training import initial_state, make, packed_batch, small_config
 from moejax.config import Config, Knobs
 from moejax.moe.expert_parallel.buffers import mean_receivers, room_for
-from moejax.training.step import (
-    forward_sums,
-    loss_and_gradients,
-    losses,
-    make_train_step,
-    put_batch,
-    row_keys,
-)
+from moejax.training.accumulation import loss_and_gradients
+from moejax.training.losses import forward_sums, losses
+from moejax.training.step import make_train_step, put_batch, row_keys
 
 TOLERANCE = 1e-5
 

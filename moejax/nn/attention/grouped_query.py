@@ -13,6 +13,7 @@ from moejax.kernels.device import platform
 from moejax.kernels.matmul import dense
 from moejax.nn.attention.causal_blocks import BLOCK, LONGEST_AT_ONCE, attend_causally
 from moejax.nn.norm import RMSNorm
+from moejax.nn.positions import rotate
 from moejax.sharding import BATCH_AXES, TOKENS, gather_fsdp, has_context
 
 
@@ -38,18 +39,14 @@ class Attention(nnx.Module):
         head = width // heads
         init_in = jax.nn.initializers.lecun_normal(in_axis=0, out_axis=(1, 2))
         init_out = jax.nn.initializers.lecun_normal(in_axis=(0, 1), out_axis=2)
-        self.query = nnx.Param(
-            init_in(rngs.params(), (width, heads, head)), axes=("embed", "heads", "head")
-        )
-        self.key = nnx.Param(
-            init_in(rngs.params(), (width, kv_heads, head)), axes=("embed", "kv_heads", "head")
-        )
-        self.value = nnx.Param(
-            init_in(rngs.params(), (width, kv_heads, head)), axes=("embed", "kv_heads", "head")
-        )
-        self.out = nnx.Param(
-            init_out(rngs.params(), (heads, head, width)), axes=("heads", "head", "embed")
-        )
+        query_DHA = init_in(rngs.params(), (width, heads, head))
+        key_DGA = init_in(rngs.params(), (width, kv_heads, head))
+        value_DGA = init_in(rngs.params(), (width, kv_heads, head))
+        out_HAD = init_out(rngs.params(), (heads, head, width))
+        self.query = nnx.Param(query_DHA, axes=("embed", "heads", "head"))
+        self.key = nnx.Param(key_DGA, axes=("embed", "kv_heads", "head"))
+        self.value = nnx.Param(value_DGA, axes=("embed", "kv_heads", "head"))
+        self.out = nnx.Param(out_HAD, axes=("heads", "head", "embed"))
         if config.qk_norm:
             self.query_norm = RMSNorm(head)
             self.key_norm = RMSNorm(head)
@@ -89,12 +86,12 @@ class Attention(nnx.Module):
                 k_BSGA=cache.k_BSGA.at[row_B1, positions_BL].set(k_BLGA),
                 v_BSGA=cache.v_BSGA.at[row_B1, positions_BL].set(v_BLGA),
             )
-            k_BLGA, v_BLGA = cache.k_BSGA, cache.v_BSGA
             mask_BLS = cache_mask(positions_BL, cache.k_BSGA.shape[1])
-            y_BLHA = attend(q_BLHA, k_BLGA, v_BLGA, mask_BLS)
+            y_BLHA = attend(q_BLHA, cache.k_BSGA, cache.v_BSGA, mask_BLS)
         elif segments_BL is None:
             raise ValueError(
-                "attention within rows needs segments_BL, and attention to a cache needs cache; give one"
+                "attention within rows needs segments_BL, and attention to a cache needs cache; "
+                "give one"
             )
         else:
             y_BLHA = attend_in_rows(q_BLHA, k_BLGA, v_BLGA, segments_BL)
@@ -107,15 +104,13 @@ def attend_in_rows(
     v_BLGA: Float[Array, "B L G A"],
     segments_BL: Int[Array, "B L"],
 ) -> Float[Array, "B L H A"]:
-    """Attention within packed rows, in the form that is fast on the platform.
+    """Attends within packed rows, in the form that is fast on the platform.
 
     Where a mesh in context splits sequences, the queries of each device see keys and values of all.
     """
     if has_context():
-        queries, keys = (
-            PartitionSpec(BATCH_AXES, "context", "tensor"),
-            PartitionSpec(BATCH_AXES, None, "tensor"),
-        )
+        queries = PartitionSpec(BATCH_AXES, "context", "tensor")
+        keys = PartitionSpec(BATCH_AXES, None, "tensor")
         sharded = jax.shard_map(attend, in_specs=(queries, keys, keys, TOKENS), out_specs=queries)
         return sharded(q_BLHA, k_BLGA, v_BLGA, row_mask(segments_BL))
     if platform() == "cpu":
@@ -129,7 +124,7 @@ def attend(
     v_BSGA: Float[Array, "B S G A"],
     mask_BLS: Bool[Array, "B L S"],
 ) -> Float[Array, "B L H A"]:
-    """Softmax attention; queries of long rows take turns, in blocks.
+    """Computes softmax attention; queries of long rows take turns, in blocks.
 
     Scores `[B, H, L, S]` in float32 of all queries at once would need more memory than the rest of
     the model. Those of a block are computed again in the backward pass.
@@ -146,36 +141,22 @@ def attend(
     def split(a_BLX):
         return a_BLX.reshape(a_BLX.shape[0], -1, BLOCK, *a_BLX.shape[2:]).swapaxes(0, 1)
 
-    # Queries that fill up the last block see something, so that their softmax is not empty;
-    # nobody reads it.
-    missing = ((0, 0), (0, -length % BLOCK))
-    q_BMHA = jnp.pad(q_BLHA, (*missing, (0, 0), (0, 0)))
-    mask_BMS = jnp.pad(mask_BLS, (*missing, (0, 0)), constant_values=True)
+    # Queries that fill up the last block see every key, so that their softmax is not empty; their
+    # outputs are cut off.
+    no_padding = (0, 0)
+    padding = (0, -length % BLOCK)
+    q_BMHA = jnp.pad(q_BLHA, (no_padding, padding, no_padding, no_padding))
+    mask_BMS = jnp.pad(mask_BLS, (no_padding, padding, no_padding), constant_values=True)
     y_NBlHA = jax.lax.map(one_block, (split(q_BMHA), split(mask_BMS)))
     return y_NBlHA.swapaxes(0, 1).reshape(q_BMHA.shape)[:, :length]
 
 
-def rotate(
-    x_BLHA: Float[Array, "B L H A"], positions_BL: Int[Array, "B L"], theta: float
-) -> Float[Array, "B L H A"]:
-    """Rotary position embedding: dimension i turns with dimension i + A/2 by the angle position * theta^(-2i/A).
-
-    Source: Su et al. 2021 (RoFormer, section 3.2); the pairing of halves is that of GPT-NeoX and
-    Llama checkpoints.
-    """
-    half = x_BLHA.shape[-1] // 2
-    frequency_a = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle_BL1a = positions_BL[..., None, None].astype(jnp.float32) * frequency_a[None, None, None]
-    cos, sin = jnp.cos(angle_BL1a), jnp.sin(angle_BL1a)
-    first, second = jnp.split(x_BLHA.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x_BLHA.dtype)
-
-
 def row_mask(segments_BL: Int[Array, "B L"]) -> Bool[Array, "B L L"]:
-    """Which keys a query of a packed row may see: its own segment, not later ones. Segment 0 is padding.
+    """Returns which keys a query of a packed row may see: those of its segment that are not later.
 
-    A padded query sees its own position, so that no softmax is empty; nothing reads its output.
+    Segment 0 is padding.
+
+    A padded query sees its own position, so that no softmax is empty; its output is not used.
     """
     length = segments_BL.shape[1]
     is_causal_LL = jnp.tril(jnp.ones((length, length), bool))
@@ -184,5 +165,5 @@ def row_mask(segments_BL: Int[Array, "B L"]) -> Bool[Array, "B L L"]:
 
 
 def cache_mask(positions_BL: Int[Array, "B L"], slots: int) -> Bool[Array, "B L S"]:
-    """Which slots of a cache a query may see: those up to its own position."""
+    """Returns which slots of a cache a query may see: those up to its own position."""
     return jnp.arange(slots)[None, None, :] <= positions_BL[:, :, None]

@@ -14,11 +14,12 @@ from moejax.data.batches import Batch
 from moejax.models import Decoder
 from moejax.models.blocks import Context
 from moejax.moe.token_info import TokenInfo
+from moejax.training.accumulation import loss_and_gradients
 from moejax.training.optimizer import make_schedule
 from moejax.training.router_state import schedule_router_state
 from moejax.training.schedules import scheduled
 from moejax.training.state import TrainSetup, TrainState
-from moejax.training.step import apply_gradients, loss_and_gradients, row_keys
+from moejax.training.step import apply_gradients, row_keys
 
 
 class NonFiniteError(RuntimeError):

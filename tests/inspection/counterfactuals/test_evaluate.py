@@ -41,8 +41,8 @@ from moejax.inspection.counterfactuals.result import (
 from moejax.models.parameters import count_parameters
 from moejax.moe.layer import MoE
 from moejax.training.checkpoints.checkpoint import Checkpoints
+from moejax.training.losses import forward_sums
 from moejax.training.run_directory.layout import write_run_directory
-from moejax.training.step import forward_sums
 
 N, E, K = 2, 4, 2
 

@@ -14,7 +14,7 @@ import oracle
 from moejax.config import ConfigError, resolve
 from moejax.moe.dispatch.assignment import ExpertChoice, TokenChoice
 from moejax.moe.dispatch.on_device import run_dropless, run_expert_choice
-from moejax.moe.expert_parallel import exchange as exchange_module
+from moejax.moe.expert_parallel import ragged
 from moejax.moe.expert_parallel.buffers import mean_receivers
 from moejax.moe.expert_parallel.exchange import exchange
 from moejax.moe.expert_parallel.strategy import LocalExperts, Strategy, choose_strategy
@@ -317,7 +317,7 @@ def test_gradients_of_weights_gathered_over_fsdp_are_reduce_scattered():
 def test_where_the_platform_has_a_ragged_exchange_it_is_used_with_the_same_offsets_there_and_back(
     platform, monkeypatch
 ):
-    monkeypatch.setattr(exchange_module, "platform", lambda: platform)
+    monkeypatch.setattr(ragged, "platform", lambda: platform)
     arguments = draw("even", 2)
 
     def loss(*arguments):

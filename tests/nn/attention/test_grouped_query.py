@@ -12,7 +12,8 @@ import oracle
 from moejax.config import ModelConfig
 from moejax.nn.attention import causal_blocks as causal
 from moejax.nn.attention import grouped_query as attention
-from moejax.nn.attention.grouped_query import Attention, cache_mask, rotate, row_mask
+from moejax.nn.attention.grouped_query import Attention, cache_mask, row_mask
+from moejax.nn.positions import rotate
 from moejax.nn.norm import EPSILON, RMSNorm
 
 B, L, WIDTH, HEADS = 2, 6, 16, 4

@@ -1,0 +1,139 @@
+"""Gradients of the total loss of a global batch, whole or in microbatches."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from moejax.config import Knobs
+from moejax.data.batches import Batch
+from moejax.training.losses import BatchSums, add_sums, count_targets, forward_sums, losses
+from moejax.training.state import TrainSetup
+
+Microbatch = tuple[Batch, jax.Array | None]
+"""Rows of a batch, and a key for each."""
+
+
+def loss_and_gradients(
+    setup: TrainSetup,
+    params: nnx.State,
+    router_state: nnx.State,
+    batch: Batch,
+    knobs: Knobs,
+    keys_B: jax.Array | None = None,
+) -> tuple[nnx.State, BatchSums]:
+    """Returns the gradients of the total loss of the global batch, and its sums.
+
+    With accumulation, microbatch i has every a-th row. The balance loss is a product of means over
+    the global batch, so its gradient in one microbatch depends on the sums of all: a first pass,
+    forward only, collects them; the second differentiates each microbatch with the sums of the
+    others held constant. A dense model needs no first pass.
+
+    Args:
+      setup: the run's fixed part.
+      params: trained arrays.
+      router_state: what routers carry besides.
+      batch: the global batch.
+      knobs: traced scalars.
+      keys_B: from `row_keys`.
+    """
+    config = setup.config
+
+    def sums_of(params: nnx.State, microbatch: Microbatch) -> BatchSums:
+        rows, keys_b = microbatch
+        model = nnx.merge(setup.graphdef, params, router_state)
+        return forward_sums(model, rows, knobs, keys_b)
+
+    def total_loss(sums: BatchSums) -> jax.Array:
+        return losses(sums, knobs, config)["loss/total"]
+
+    if config.train.accumulation == 1:
+
+        def loss(params):
+            sums = sums_of(params, (batch, keys_B))
+            return total_loss(sums), sums
+
+        return jax.grad(loss, has_aux=True)(params)
+
+    microbatches = _split((batch, keys_B), config.train.accumulation)
+    if config.num_moe_layers:
+        total, margins = _sum_over(
+            lambda microbatch: _split_off_margins(sums_of(params, microbatch)),
+            add_sums,
+            microbatches,
+        )
+    else:
+        # Cross-entropy is linear in its sum: only the number of targets matters to the gradient.
+        total, margins = BatchSums(jnp.float32(0), count_targets(batch), ()), ()
+
+    def gradients_of(microbatch):
+        def loss(params):
+            sums, _ = _split_off_margins(sums_of(params, microbatch))
+            # The value is that of the whole batch, the gradient that of this part's sums.
+            with_gradient = jax.tree.map(
+                lambda whole, part: whole + (part - jax.lax.stop_gradient(part)), total, sums
+            )
+            return total_loss(with_gradient), sums
+
+        return jax.grad(loss, has_aux=True)(params), None
+
+    def add(first, second):
+        first_grads, first_sums = first
+        second_grads, second_sums = second
+        grads = jax.tree.map(jnp.add, first_grads, second_grads)
+        return grads, add_sums(first_sums, second_sums)
+
+    (grads, sums), _ = _sum_over(gradients_of, add, microbatches)
+    return grads, _with_margins(sums, margins)
+
+
+def _split(tree: Any, num_parts: int) -> Any:
+    """Returns `[parts, B / parts, ...]`; each device's rows are spread over all parts, so that none moves."""
+    return jax.tree.map(
+        lambda x_BX: x_BX.reshape(-1, num_parts, *x_BX.shape[1:]).swapaxes(0, 1), tree
+    )
+
+
+def _sum_over(function: Callable, add: Callable, parts: Any) -> tuple[Any, Any]:
+    """Runs a function over the leading axis of `parts`, one at a time.
+
+    Returns:
+      The sum of the function's first result, and all its second ones. The sum starts at zeros,
+      which `add` must leave alone.
+    """
+    first = jax.tree.map(lambda x: x[0], parts)
+    shapes, _ = jax.eval_shape(function, first)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+    def body(total, part):
+        summed, each = function(part)
+        return add(total, summed), each
+
+    return jax.lax.scan(body, zeros, parts)
+
+
+def _split_off_margins(sums: BatchSums) -> tuple[BatchSums, tuple[jax.Array | None, ...]]:
+    """Returns the sums, and apart from them the quantile margins, which do not add up."""
+    margins = tuple(stats.quantile_margins_TE for stats in sums.routing)
+    routing = tuple(dataclasses.replace(stats, quantile_margins_TE=None) for stats in sums.routing)
+    return dataclasses.replace(sums, routing=routing), margins
+
+
+def _with_margins(sums: BatchSums, margins: tuple[jax.Array | None, ...]) -> BatchSums:
+    """Returns the sums with the quantile margins of all tokens, from those of each part, `[P, N, t, E]`."""
+
+    def join_parts(margins_PNtE):
+        if margins_PNtE is None:
+            return None
+        num_parts, num_layers, num_tokens, num_experts = margins_PNtE.shape
+        by_layer_NPtE = margins_PNtE.swapaxes(0, 1)
+        return by_layer_NPtE.reshape(num_layers, num_parts * num_tokens, num_experts)
+
+    routing = tuple(
+        dataclasses.replace(stats, quantile_margins_TE=join_parts(margins_PNtE))
+        for stats, margins_PNtE in zip(sums.routing, margins, strict=True)
+    )
+    return dataclasses.replace(sums, routing=routing)

@@ -1,0 +1,126 @@
+"""Sums over the targets of a batch, and the losses that follow from them.
+
+The forward pass returns sums over tokens (`BatchSums`). Every loss is a pure function of the sums of
+the whole global batch, so that it is the same for any mesh and any gradient accumulation.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from moejax.config import Config, Knobs
+from moejax.data.batches import Batch
+from moejax.moe.balancing.losses import LOSSES, AuxiliaryLoss, auxiliary_losses
+from moejax.moe.balancing.stats import RoutingStats, add_stats
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class BatchSums:
+    """Sums over the real targets of a batch; they add up over microbatches.
+
+    Attributes:
+      nats: cross-entropy of the language model, float32.
+      num_targets: predicted tokens, float32.
+      routing: `RoutingStats` of each group of equal MoE layers, stacked by layer; empty for a
+        dense model.
+    """
+
+    nats: jax.Array
+    num_targets: jax.Array
+    routing: tuple[RoutingStats, ...]
+
+
+def forward_sums(
+    model,
+    batch: Batch,
+    knobs: Knobs | None = None,
+    keys_B: jax.Array | None = None,
+    *,
+    trace: bool = False,
+) -> BatchSums:
+    """Runs the model on packed rows and sums up its losses and routing.
+
+    Args:
+      model: a `Decoder`.
+      batch: packed rows `[B, L]`.
+      knobs: traced scalars of training; None is evaluation: dropless unless configured otherwise,
+        and without noise.
+      keys_B: a key per row, from which training draws.
+      trace: keep token-level routing in the sums of routing.
+    """
+    nats_BL, routing = forward(model, batch, knobs, keys_B, trace=trace)
+    return BatchSums(nats_BL.sum(), count_targets(batch), routing)
+
+
+def forward(
+    model, batch: Batch, knobs: Knobs | None, keys_B: jax.Array | None, *, trace: bool
+) -> tuple[jax.Array, tuple[RoutingStats, ...]]:
+    """Returns the cross-entropy of each target, 0 where there is none, and the routing; see `forward_sums`."""
+    logits_BLV, routing = model(
+        batch.tokens_BL,
+        batch.segments_BL,
+        batch.positions_BL,
+        knobs=knobs,
+        keys_B=keys_B,
+        trace=trace,
+    )
+    nats_BL = optax.softmax_cross_entropy_with_integer_labels(logits_BLV, batch.targets_BL)
+    return jnp.where(batch.loss_mask_BL, nats_BL, 0.0), routing
+
+
+def add_sums(first: BatchSums, second: BatchSums) -> BatchSums:
+    """Returns the sums of two batches together."""
+    pairs = zip(first.routing, second.routing, strict=True)
+    return BatchSums(
+        nats=first.nats + second.nats,
+        num_targets=first.num_targets + second.num_targets,
+        routing=tuple(add_stats(*pair) for pair in pairs),
+    )
+
+
+def count_targets(batch: Batch) -> jax.Array:
+    """Returns the number of predicted tokens of a batch, float32."""
+    return batch.loss_mask_BL.sum(dtype=jnp.float32)
+
+
+def losses(sums: BatchSums, knobs: Knobs, config: Config) -> dict[str, jax.Array]:
+    """Returns the language-model loss, the auxiliary losses and their total.
+
+    Returns:
+      `loss/lm` is the mean cross-entropy in nats. `loss/balance`, `loss/z` and others are means
+      over the MoE layers that have them, unweighted; `loss/balance_weighted` and so on their
+      contributions to `loss/total`: weight times the sum over layers, as in the published systems,
+      where each layer adds its own term.
+
+    Raises:
+      ValueError: while tracing, if the sums are not those of as many layers as the configuration
+        has MoE layers: a layer's losses would be silently absent.
+    """
+    num_reported = sum(stats.num_tokens.size for stats in sums.routing)
+    if num_reported != config.num_moe_layers:
+        raise ValueError(
+            f"{num_reported} layers reported routing, and the model has {config.num_moe_layers} "
+            "MoE layers"
+        )
+    found = {"loss/lm": sums.nats / jnp.maximum(sums.num_targets, 1.0)}
+    total = found["loss/lm"]
+    losses_of_groups = [
+        auxiliary_losses(stats, moe)
+        for stats, moe in zip(sums.routing, config.moe_groups, strict=True)
+    ]
+    for name in LOSSES:
+        parts = [group[name] for group in losses_of_groups if name in group]
+        if parts:
+            weighted = getattr(knobs, f"{name}_weight") * _sum_of_terms(parts)
+            value_N = jnp.concatenate([part.value_N for part in parts])
+            found[f"loss/{name}"] = value_N.mean()
+            found[f"loss/{name}_weighted"] = weighted
+            total += weighted
+    return found | {"loss/total": total}
+
+
+def _sum_of_terms(parts: list[AuxiliaryLoss]) -> jax.Array:
+    return sum((part.term_N.sum() for part in parts), start=jnp.float32(0))
