@@ -2,10 +2,12 @@
 
 The path of a batch through one layer:
 
-    x_BLD -> logits_BLE -> Routing(experts, weights, probs) -> rows grouped by expert -> experts -> combine -> y_BLD
+    x_BLD -> logits_BLE -> Routing -> capacity -> TokenChoice
+          -> rows grouped by expert -> experts -> combine -> y_BLD
 
-plus `RoutingStats`, sums from which losses and metrics are computed after they were added up over
-the whole batch.
+plus `RoutingStats`, sums from which losses and metrics are computed once they cover the whole
+batch. `layer.py` shows the path; `router`, `dispatch`, `experts`, `expert_parallel` and `balancing`
+are its parts.
 
 Axis letters, used in names (`x_BLD`, `gate_up_EDPF`), einsum strings and docstrings alike:
 

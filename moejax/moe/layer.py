@@ -59,7 +59,10 @@ class BlockError(ValueError):
 
 
 class RouterState(nnx.Variable):
-    """What a router carries besides parameters: no gradient, no optimizer; saved, restored, updated once per step."""
+    """What a router carries besides parameters.
+
+    It has no gradient and no optimizer; it is saved, restored, and updated once per step.
+    """
 
 
 class MoE(nnx.Module):
@@ -195,7 +198,10 @@ class MoE(nnx.Module):
         return self.config.eval_capacity_factor or None
 
     def _token_choice(self, combined: CombineWeights, info: TokenInfo) -> TokenChoice:
-        """Returns the choices as experts take them: by place of the expert, weights on its input or output."""
+        """Returns the choices with weights on the experts' inputs or outputs.
+
+        Experts are named by their slots where they were placed.
+        """
         shape = (*info.is_token_BL.shape, self.config.top_k)
         experts_BLK = combined.experts_TK.reshape(shape)
         if self.is_placed:
@@ -302,7 +308,7 @@ class MoE(nnx.Module):
         )
 
     def _draw_dropout(self, info: TokenInfo) -> Float[Array, "T K"] | None:
-        """Draws factors on the choices' outputs: 0 for some, and more than 1 for the rest to make up for it.
+        """Draws factors on the choices' outputs: 0 for some, above 1 for the others.
 
         Not dropout within an expert: a token loses the whole output of an expert.
         """
@@ -331,14 +337,19 @@ class MoE(nnx.Module):
         return sum_BLD.astype(y_BLD.dtype)
 
     def _jittered(self, x_BLD, info: TokenInfo):
-        """The router's input, in training multiplied by uniform noise (Fedus et al. 2021, section 2.4)."""
+        """Returns the router's input, in training multiplied by uniform noise.
+
+        Source: Fedus et al. 2021, section 2.4.
+        """
         if self.config.jitter == 0 or info.knobs is None or info.keys_B is None:
             return x_BLD
         uniform_BLD = draw(info.keys_B, Stream.JITTER, jax.random.uniform, *x_BLD.shape[1:])
         return x_BLD * (1 + info.knobs.jitter * (2 * uniform_BLD - 1))
 
     def place(self, experts_NP: Int[np.ndarray, "N P"]) -> None:
-        """Gives experts other places, and some of them several, of all layers of a stack; not for training.
+        """Gives experts of all layers of a stack other places, and some of them several.
+
+        Not for training.
 
         Args:
           experts_NP: the expert in each slot, from `moe.placement.place`; parameters have a leading
@@ -372,8 +383,8 @@ class MoE(nnx.Module):
         """
         if self.config.router in UNRANKED:
             raise BlockError(
-                f"moe.router={self.config.router} ranks no expert behind those that a token visits, so none can be "
-                f"blocked; it can with any router but {', '.join(UNRANKED)}"
+                f"moe.router={self.config.router} ranks no expert after those that a token visits, "
+                f"so none can be blocked; it can with any router but {', '.join(UNRANKED)}"
             )
         if is_blocked_E.shape != self.idle_steps.shape:
             raise BlockError(
@@ -383,9 +394,10 @@ class MoE(nnx.Module):
         self.is_blocking = True
 
     def _to_slots(self, experts_BLK):
-        """Slots of chosen experts; tokens take turns among the copies of one, by row and place in the row.
+        """Returns the slots of chosen experts.
 
-        What is no expert has no slot.
+        Tokens take turns among the replicas of an expert, by row and position in the row. What is
+        no expert has no slot.
         """
         is_expert_BLK = experts_BLK < self.config.num_experts
         expert_BLK = jnp.minimum(experts_BLK, self.config.num_experts - 1)

@@ -91,7 +91,10 @@ def loss_and_gradients(
 
 
 def _split(tree: Any, num_parts: int) -> Any:
-    """Returns `[parts, B / parts, ...]`; each device's rows are spread over all parts, so that none moves."""
+    """Returns `[parts, B / parts, ...]`.
+
+    Each device's rows are spread over all parts, so that no row moves to another device.
+    """
     return jax.tree.map(
         lambda x_BX: x_BX.reshape(-1, num_parts, *x_BX.shape[1:]).swapaxes(0, 1), tree
     )
@@ -123,7 +126,12 @@ def _split_off_margins(sums: BatchSums) -> tuple[BatchSums, tuple[jax.Array | No
 
 
 def _with_margins(sums: BatchSums, margins: tuple[jax.Array | None, ...]) -> BatchSums:
-    """Returns the sums with the quantile margins of all tokens, from those of each part, `[P, N, t, E]`."""
+    """Returns the sums with the quantile margins of all tokens.
+
+    Args:
+      sums: without them.
+      margins: those of each part, `[P, N, t, E]`.
+    """
 
     def join_parts(margins_PNtE):
         if margins_PNtE is None:

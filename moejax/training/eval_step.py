@@ -38,7 +38,9 @@ class EvalOutput:
 
 
 def make_eval_step(setup: TrainSetup, num_domains: int = 0) -> Callable[..., EvalOutput]:
-    """Compiles, on first call, `(params, router_state, batch) -> EvalOutput`, dropless by default and without noise.
+    """Compiles, on first call, `(params, router_state, batch) -> EvalOutput`.
+
+    It is dropless by default, and without noise.
 
     Args:
       setup: the run's fixed part.
@@ -49,7 +51,7 @@ def make_eval_step(setup: TrainSetup, num_domains: int = 0) -> Callable[..., Eva
 
 
 def eval_step_of(setup: TrainSetup, num_domains: int = 0) -> Callable[..., EvalOutput]:
-    """The function that `make_eval_step` compiles."""
+    """Returns the function that `make_eval_step` compiles."""
     num_choices = setup.config.moe.num_choices
 
     def eval_step(
@@ -57,13 +59,13 @@ def eval_step_of(setup: TrainSetup, num_domains: int = 0) -> Callable[..., EvalO
     ) -> EvalOutput:
         model = nnx.merge(setup.graphdef, params, router_state)
         nats_BL, routing = forward(model, batch, None, None, trace=True)
-        by_domain_G2 = (
-            _sum_by_domain(nats_BL, batch, domains_BL[0], num_domains) if num_domains else None
-        )
-        bare = tuple(
+        by_domain_G2 = None
+        if num_domains:
+            by_domain_G2 = _sum_by_domain(nats_BL, batch, domains_BL[0], num_domains)
+        sums_only = tuple(
             dataclasses.replace(stats, quantile_margins_TE=None, routing=None) for stats in routing
         )
-        sums = BatchSums(nats_BL.sum(), count_targets(batch), bare)
+        sums = BatchSums(nats_BL.sum(), count_targets(batch), sums_only)
         if not routing:
             return EvalOutput(sums, nats_by_domain_G2=by_domain_G2)
         experts_NTK = experts_by_token([stats.routing for stats in routing], num_choices)
@@ -80,8 +82,9 @@ def eval_step_of(setup: TrainSetup, num_domains: int = 0) -> Callable[..., EvalO
 def _sum_by_domain(
     nats_BL: jax.Array, batch: Batch, domains_BL: jax.Array, num_domains: int
 ) -> jax.Array:
-    is_of_BLG = (domains_BL[..., None] == jnp.arange(num_domains)[None, None]) & batch.loss_mask_BL[
-        ..., None
-    ]
-    nats_G = jnp.where(is_of_BLG, nats_BL[..., None], 0.0).sum(axis=(0, 1))
-    return jnp.stack([nats_G, is_of_BLG.sum(axis=(0, 1), dtype=jnp.float32)], axis=1)
+    """Returns the cross-entropy and the number of the targets of each domain."""
+    is_in_domain_BLG = domains_BL[..., None] == jnp.arange(num_domains)[None, None]
+    is_counted_BLG = is_in_domain_BLG & batch.loss_mask_BL[..., None]
+    nats_G = jnp.where(is_counted_BLG, nats_BL[..., None], 0.0).sum(axis=(0, 1))
+    num_targets_G = is_counted_BLG.sum(axis=(0, 1), dtype=jnp.float32)
+    return jnp.stack([nats_G, num_targets_G], axis=1)

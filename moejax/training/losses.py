@@ -1,7 +1,7 @@
 """Sums over the targets of a batch, and the losses that follow from them.
 
-The forward pass returns sums over tokens (`BatchSums`). Every loss is a pure function of the sums of
-the whole global batch, so that it is the same for any mesh and any gradient accumulation.
+The forward pass returns sums over tokens (`BatchSums`). Every loss is a pure function of the sums
+of the whole global batch, so that it is the same for any mesh and any gradient accumulation.
 """
 
 import dataclasses
@@ -58,7 +58,10 @@ def forward_sums(
 def forward(
     model, batch: Batch, knobs: Knobs | None, keys_B: jax.Array | None, *, trace: bool
 ) -> tuple[jax.Array, tuple[RoutingStats, ...]]:
-    """Returns the cross-entropy of each target, 0 where there is none, and the routing; see `forward_sums`."""
+    """Returns the cross-entropy of each target, 0 where there is none, and the routing.
+
+    See `forward_sums` for the arguments.
+    """
     logits_BLV, routing = model(
         batch.tokens_BL,
         batch.segments_BL,

@@ -10,7 +10,7 @@ from moejax.config import OptimizerConfig
 
 
 def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
-    """Learning rate by step, over its highest.
+    """Makes the schedule of the learning rate, as a fraction of its highest value.
 
     A linear warm-up, then cosine or linear decay, or 1 with a linear end (`wsd`). The schedule
     falls to `final_fraction` at `num_steps`, whatever the fractions round to, unless the warm-up is
@@ -37,7 +37,7 @@ def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: OptimizerConfig, params: nnx.State) -> optax.GradientTransformation:
-    """Clipping by the global norm, Adam moments and decoupled weight decay, without the learning rate.
+    """Makes AdamW with clipping by the global norm, without the learning rate.
 
     The step multiplies by the scheduled rate itself, because the rate is scaled by a traced knob
     and follows the step count of the run, which also counts skipped steps.
@@ -54,7 +54,10 @@ def make_optimizer(config: OptimizerConfig, params: nnx.State) -> optax.Gradient
 
 
 def decay_mask(params: nnx.State) -> Any:
-    """True where weights decay: matrices. Norm scales and biases are vectors, however many are stacked."""
+    """Returns True where weights decay: matrices.
+
+    Norm scales and biases are vectors, however many are stacked.
+    """
     stacked = ("layers", "experts", "gate_up")
     return jax.tree.map(
         lambda v: v.replace(len([axis for axis in v.axes if axis not in stacked]) > 1),

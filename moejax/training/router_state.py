@@ -1,4 +1,4 @@
-"""What routers carry besides parameters, updated once per optimizer step from sums over the global batch."""
+"""The state of routers, updated once per step from sums over the global batch."""
 
 from collections.abc import Sequence
 
@@ -15,17 +15,17 @@ from moejax.training.schedules import factor
 def update_router_state(
     state: nnx.State, routing: Sequence[RoutingStats], config: Config, knobs: Knobs
 ) -> nnx.State:
-    """The state after a step: selection biases, and for how long experts have been idle.
+    """Returns the state after a step: selection biases, and how long experts have been idle.
 
     Args:
-      state: arrays with a leading axis of the layers of a run, by path; runs in the order
-        of the model.
-      routing: sums over the global batch of each run of MoE layers.
+      state: arrays with a leading axis of the layers of a group, by path; groups in the order of
+        the model.
+      routing: sums over the global batch of each group of MoE layers.
       config: of the training run.
       knobs: for the step of the bias.
     """
     updated = []
-    for (_, group), stats, moe in zip(_by_run(state), routing, config.moe_groups, strict=True):
+    for (_, group), stats, moe in zip(_by_group(state), routing, config.moe_groups, strict=True):
         for name, (path, variable) in group.items():
             updated.append(
                 (path, variable.replace(_update(name, variable[...], stats, moe, knobs)))
@@ -34,9 +34,9 @@ def update_router_state(
 
 
 def schedule_router_state(state: nnx.State, config: Config, step: jax.Array | int) -> nnx.State:
-    """The state with what schedules set at a step: how many experts a token may visit."""
+    """Returns the state with what schedules set at a step: how many experts a token may visit."""
     scheduled = []
-    for (_, group), moe in zip(_by_run(state), config.moe_groups, strict=True):
+    for (_, group), moe in zip(_by_group(state), config.moe_groups, strict=True):
         for name, (path, variable) in group.items():
             value = variable[...]
             if name == "limit":
@@ -46,10 +46,10 @@ def schedule_router_state(state: nnx.State, config: Config, step: jax.Array | in
 
 
 def limit_at(config: Config, top_k: int, step: jax.Array | int) -> jax.Array:
-    """Experts per token at a step, int32: `limit_of`, traced."""
-    return jnp.maximum(1, jnp.floor(top_k * factor(config, "top_k", jnp.int32(step)) + 0.5)).astype(
-        jnp.int32
-    )
+    """Returns the experts per token at a step, int32: `limit_of`, traced."""
+    wanted = top_k * factor(config, "top_k", jnp.int32(step))
+    rounded = jnp.floor(wanted + 0.5)
+    return jnp.maximum(1, rounded).astype(jnp.int32)
 
 
 def _update(
@@ -67,13 +67,15 @@ def _update(
 
 
 def state_arrays(state: nnx.State) -> dict[str, jax.Array]:
-    """The state by layer and expert: `idle_steps`, int32, and `bias`, float32, NaN in layers without one; `[N, E]`.
+    """Returns the state by layer and expert, `[N, E]`.
 
-    There is no `bias` if no layer has one.
+    Returns:
+      `idle_steps`, int32, and `bias`, float32, NaN in layers without one. There is no `bias` if no
+      layer has one.
     """
     groups = [
         {name: variable[...] for name, (_, variable) in group.items()}
-        for _, group in _by_run(state)
+        for _, group in _by_group(state)
     ]
     arrays = {"idle_steps": jnp.concatenate([group["idle_steps"] for group in groups])}
     if any("selection_bias" in group for group in groups):
@@ -87,7 +89,11 @@ def state_arrays(state: nnx.State) -> dict[str, jax.Array]:
 
 
 def state_metrics(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """Metrics of `state_arrays`: the longest any expert has been idle, in steps, and the mean of the bias's range."""
+    """Returns metrics of `state_arrays`.
+
+    The longest that any expert has been idle, in steps, and the mean over layers of the bias's
+    range.
+    """
     metrics = {"moe/idle_steps": arrays["idle_steps"].max().astype(jnp.float32)}
     if "bias" in arrays:
         metrics["moe/bias_range"] = jnp.nanmean(
@@ -96,8 +102,8 @@ def state_metrics(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
     return metrics
 
 
-def _by_run(state: nnx.State):
-    """`(place, {name: (path, variable)})` of each run of MoE layers, in the order of the model."""
+def _by_group(state: nnx.State):
+    """Returns `(place, {name: (path, variable)})` of each group of MoE layers, in the model's order."""
     groups: dict[tuple, dict] = {}
     for path, variable in nnx.to_flat_state(state):
         groups.setdefault(path[:-1], {})[path[-1]] = (path, variable)

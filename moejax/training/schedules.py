@@ -26,7 +26,8 @@ SCHEDULES: dict[str, Callable[[Schedule, int], optax.Schedule]] = {
         0.0, 1.0, max(1, round(schedule.fraction * steps))
     ),
 }
-"""The factor on a knob, from a parsed schedule and the number of steps; `config.schedules` describes them."""
+"""By name: from a parsed schedule and the number of steps to the factor on a knob; see
+`config/sections/schedules.py`."""
 
 
 def scheduled(knobs: Knobs, config: Config, step: jax.Array) -> Knobs:
@@ -46,7 +47,7 @@ def scheduled(knobs: Knobs, config: Config, step: jax.Array) -> Knobs:
 
 
 def factor(config: Config, name: str, step: jax.Array) -> jax.Array:
-    """The factor of a leaf of `schedule` after so many steps, float32."""
+    """The factor of a leaf of `schedule` after that many steps, float32."""
     schedule = parse_schedule(f"schedule.{name}", getattr(config.schedule, name))
     # The last step is number num_steps - 1: it sees the end.
     return jnp.float32(SCHEDULES[schedule.name](schedule, max(1, config.train.num_steps - 1))(step))

@@ -18,7 +18,9 @@ from moejax.training.optimizer import make_optimizer
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """Everything that changes from step to step; also the shape of trees that describe it (shardings, abstract arrays).
+    """Everything that changes from step to step.
+
+    Also the shape of trees that describe it: shardings, abstract arrays.
 
     Attributes:
       step: steps done, skipped ones included, int32; also the position in the data.
@@ -39,7 +41,7 @@ class TrainState:
 
 @dataclasses.dataclass(frozen=True)
 class TrainSetup:
-    """What stays fixed during a run: the model's structure, the optimizer, and where each array lives."""
+    """What stays fixed during a run: model structure, optimizer, and where each array is."""
 
     config: Config
     mesh: Mesh
@@ -49,7 +51,7 @@ class TrainSetup:
     abstract: TrainState
 
     def init(self, seed: int) -> TrainState:
-        """A fresh state, born sharded; its values do not depend on the mesh."""
+        """Initialises a state, sharded; its values do not depend on the mesh."""
         with jax.set_mesh(self.mesh):
             return jax.jit(self._init, out_shardings=self.shardings)(jax.random.key(seed))
 

@@ -67,7 +67,10 @@ def row_keys(config: Config, knobs: Knobs, step: jax.Array, batch_size: int) -> 
 
 
 def make_train_step(setup: TrainSetup) -> jax.stages.Wrapped:
-    """Compiles, on first call, `(state, batch, knobs) -> (state, StepOutput)`; the old state's buffers are reused."""
+    """Compiles, on first call, `(state, batch, knobs) -> (state, StepOutput)`.
+
+    The buffers of the old state are reused.
+    """
     return jax.jit(
         train_step_of(setup),
         donate_argnums=0,
@@ -138,7 +141,7 @@ def _updated(
 def _applied_if(
     is_finite: jax.Array, new: TrainState, old: TrainState, config: Config
 ) -> TrainState:
-    """Returns the new arrays if they are finite, or else the old ones, and the counters of either case."""
+    """Returns the new arrays if they are finite, or else the old ones, with counters."""
 
     def keep(new_array, old_array):
         return jax.tree.map(lambda n, o: jnp.where(is_finite, n, o), new_array, old_array)
@@ -188,12 +191,15 @@ def all_finite(tree) -> jax.Array:
 
 
 def rows_of_process(mesh: Mesh, batch_size: int) -> list[int]:
-    """Returns the rows of a global batch that this process's devices hold, in order: all if it is alone."""
+    """Returns the rows of a global batch that this process's devices hold, in rising order."""
     held = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
     return sorted({row for part in held if part for row in range(*part[0].indices(batch_size))})
 
 
 def put_batch(batch, setup: TrainSetup):
-    """Makes global arrays, split over the mesh's batch axes, of the rows of this process; see `rows_of_process`."""
+    """Makes global arrays of the rows of this process, split over the mesh's batch axes.
+
+    See `rows_of_process`.
+    """
     sharding = batch_sharding(setup.mesh)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)

@@ -10,7 +10,7 @@ from moejax.moe.balancing.stats import RoutingStats
 
 @takes_numpy
 def load_fractions(stats: RoutingStats) -> Float[Array, "N E"]:
-    """Returns the fraction of all choices that fell on each expert, before dropping; rows sum to 1."""
+    """Returns the fraction of all choices that fell on each expert, before dropping."""
     return fractions(stats.assignments_E)
 
 
@@ -23,7 +23,7 @@ def fractions(assignments_NE: Int[Array, "N E"]) -> Float[Array, "N E"]:
 
 @takes_numpy
 def cv_squared(values_NE: Float[Array, "N E"]) -> Float[Array, "N"]:
-    """Returns the squared coefficient of variation over experts, whatever their scale; 0 where all are 0.
+    """Returns the squared coefficient of variation over experts; 0 where all values are 0.
 
     Source: Shazeer et al. 2017, equation 7.
     """

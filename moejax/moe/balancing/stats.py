@@ -1,7 +1,8 @@
 """What a MoE layer reports: sums over tokens, which add up over microbatches and devices.
 
 Losses and metrics are functions of these sums, computed once they cover the whole global batch
-(`losses.py`, `metrics.py`). That is what makes them independent of mesh, accumulation and process count.
+(`losses.py`, `metrics.py`). That is what makes them independent of mesh, accumulation and number
+of processes.
 """
 
 import dataclasses
@@ -31,7 +32,9 @@ from moejax.moe.router.routing import Routing, SlotRouting, SoftRouting
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RoutingStats:
-    """Sums over the real tokens of a batch; stacked by layer, every array has a leading axis of MoE layers.
+    """Sums over the real tokens of a batch.
+
+    Stacked by layer, every array has a leading axis of MoE layers.
 
     Attributes:
       num_tokens: real tokens, float32 scalar.
@@ -60,8 +63,8 @@ class RoutingStats:
       sequence_balance: the same for DeepSeek-V3's loss within sequences, [2].
       load_E: expected load under the routing noise (Shazeer).
       vmoe_load_E: V-MoE's estimate of it.
-      quantile_margins_TE: for quantile balancing, each logit minus the least that its token accepts; -inf at
-        padding. Not a sum: the step concatenates microbatches.
+      quantile_margins_TE: for quantile balancing, each logit minus the least that its token
+        accepts; -inf at padding. Not a sum: the step concatenates microbatches.
       routing: the token-level decisions, only when a trace was asked for.
 
     The last eight are None unless the configuration needs them.
@@ -101,9 +104,10 @@ def add_stats(first: RoutingStats, second: RoutingStats) -> RoutingStats:
 
 
 def join(groups: Sequence[RoutingStats]) -> RoutingStats | None:
-    """Returns the statistics of all groups of MoE layers as one, by layer in the order of the model.
+    """Joins the statistics of all groups of MoE layers, by layer in the order of the model.
 
-    Sums that only some groups have are left out, and so is token-level routing. None without groups.
+    Sums that only some groups have are left out, and so is token-level routing. None without
+    groups.
     """
     if not groups:
         return None
@@ -224,7 +228,10 @@ def collect_expert_choice(
 def collect_soft_slots(
     routing: SoftRouting, mask_BL: Bool[Array, "B L"], num_experts: int, *, trace: bool = False
 ) -> RoutingStats:
-    """Sums up one layer's soft routing: each slot counts as one assignment of each sequence that has a token."""
+    """Sums up one layer's soft routing.
+
+    Each slot counts as one assignment of each sequence that has a token.
+    """
     batch, length, num_slots = routing.logits_BLS.shape
     slots_per_expert = num_slots // num_experts
     weights_BLES = routing.combine_BLS.reshape(batch, length, num_experts, slots_per_expert)

@@ -81,7 +81,7 @@ def run_soft_slots(x_BLD, slots: SoftSlots, weights: ExpertWeights):
 
 
 def apply_to_equal_groups(x_RD: jax.Array, weights: ExpertWeights) -> jax.Array:
-    """Applies experts to rows of which each expert has the same number, through batched products."""
+    """Applies experts to rows, the same number for each expert, through batched products."""
     num_experts = weights.down_EFD.shape[0]
     expert_R = jnp.repeat(jnp.arange(num_experts), x_RD.shape[0] // num_experts)
     return apply_experts(x_RD, weights, _equal_groups_matmul(num_experts), expert_R)

@@ -81,9 +81,9 @@ def run_dedup(
     choice: TokenChoice,
     weights: ExpertWeights,
 ) -> tuple[jax.Array, jax.Array]:
-    """Sends a token once to each device that has any of its experts; one row comes back, their weighted sum.
+    """Sends a token once to each device that has any of its experts.
 
-    A strategy, see `exchange.STRATEGIES`.
+    One row comes back from each, the weighted sum of its experts' outputs. A strategy, see `exchange.STRATEGIES`.
     """
     factor = strategy.buffer_factor
     num_devices = jax.lax.axis_size(EXPERT_AXES)
@@ -111,7 +111,7 @@ def run_two_level(
     choice: TokenChoice,
     weights: ExpertWeights,
 ) -> tuple[jax.Array, jax.Array]:
-    """Sends a token once to each group of devices, and there once to each device that has any of its experts.
+    """Sends a token once to each group, and there once to each device that has any of its experts.
 
     Between groups it goes to the device with this one's place in its group. A strategy, see
     `exchange.STRATEGIES`.
@@ -183,7 +183,7 @@ def send_buffers(
     packed = buffers.pack(receiver_TK)
 
     def exchange_buffers(a_RX):
-        """Sends the buffer for each device to it, and returns those for this one from all devices."""
+        """Sends each device its buffer, and returns those of all devices for this one."""
         a_nCX = a_RX.reshape(scope.num_devices, -1, *a_RX.shape[1:])
         received = jax.lax.all_to_all(a_nCX, buffers.axes, split_axis=0, concat_axis=0)
         return received.reshape(a_RX.shape)

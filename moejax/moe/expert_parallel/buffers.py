@@ -65,14 +65,17 @@ class SendBuffers:
 
 
 def room_for(mean: float, factor: float, most: int) -> int:
-    """Returns rows for what takes `mean` rows on average and at most `most`: a factor times the mean, a multiple of 8."""
+    """Returns rows for what takes `mean` rows on average and at most `most`.
+
+    They are a factor times the mean, rounded up to a multiple of 8.
+    """
     return min(most, math.ceil(factor * mean / 8) * 8)
 
 
 def mean_receivers(num_experts: int, top_k: int, num_receivers: int) -> float:
-    """Returns how many receivers a token's K different experts have on average, if all are equally likely.
+    """Returns how many receivers a token's K different experts have on average.
 
-    A receiver has E / n of the experts: none of K is among them with probability
+    All experts are taken to be equally likely. A receiver has E / n of the experts: none of K is among them with probability
     C(E - E/n, K) / C(E, K).
     """
     # Choices of experts without weights, which need no receiver, are in addition to the E experts.

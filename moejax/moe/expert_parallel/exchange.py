@@ -67,8 +67,8 @@ def exchange(
     Args:
       strategy: what is sent.
       local: what a device does with `assignment` as it is.
-      dropless: what it does with `TokenChoice` without a limit of capacity, where choices that found
-        no slot are of no expert; None where tokens do not choose.
+      dropless: what it does with `TokenChoice` without a limit of capacity, where choices that
+        found no slot are of no expert; None where tokens do not choose.
       x_BLD: tokens.
       assignment: where they go; arrays have a leading axis of sequences.
       weights: of the experts.

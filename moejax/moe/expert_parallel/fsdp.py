@@ -30,7 +30,10 @@ def gather_over_experts(weights: ExpertWeights) -> ExpertWeights:
 
 
 def add_bias_once(weights: ExpertWeights) -> ExpertWeights:
-    """Keeps the output's bias on one of the devices whose partial outputs are summed, and zeros on the others."""
+    """Keeps the output's bias on one of the devices whose partial outputs are summed.
+
+    The others get zeros.
+    """
     if not weights.network.has_bias:
         return weights
     is_first = jax.lax.axis_index("tensor") == 0

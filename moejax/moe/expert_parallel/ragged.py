@@ -1,4 +1,7 @@
-"""Strategy "ragged": as "all_to_all", without the empty rows of buffers (`jax.lax.ragged_all_to_all`)."""
+"""Strategy "ragged": as "all_to_all", without the empty rows of buffers.
+
+Rows are sent by `jax.lax.ragged_all_to_all`.
+"""
 
 import dataclasses
 import functools
@@ -30,7 +33,10 @@ def run_ragged(
     choice: TokenChoice,
     weights: ExpertWeights,
 ) -> tuple[jax.Array, jax.Array]:
-    """Sends each choice's token to its expert's device, in rows sorted by device; a strategy, see `exchange.STRATEGIES`."""
+    """Sends each choice's token to its expert's device, in rows sorted by device.
+
+    A strategy, see `exchange.STRATEGIES`.
+    """
     num_devices = jax.lax.axis_size(EXPERT_AXES)
     top_k = choice.experts_BLK.shape[-1]
 
@@ -110,7 +116,10 @@ def _ragged_all_to_all(a_RX: jax.Array, offsets: RaggedOffsets, num_rows: int) -
 
 
 def _emulate_ragged_all_to_all(a_RX: jax.Array, offsets: RaggedOffsets, num_rows: int) -> jax.Array:
-    """Does the same from the same offsets on XLA:CPU, which has no such collective: all rows go everywhere."""
+    """Does the same from the same offsets on XLA:CPU, which has no such collective.
+
+    All rows go everywhere.
+    """
     me = jax.lax.axis_index(EXPERT_AXES)
     a_nRX, input_offsets_nn, send_sizes_nn, output_offsets_nn = jax.tree.map(
         lambda a: jax.lax.all_gather(a, EXPERT_AXES, axis=0),

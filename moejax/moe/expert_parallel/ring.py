@@ -32,7 +32,10 @@ def run_ring(
     assignment: Assignment,
     weights: ExpertWeights,
 ) -> tuple[jax.Array, jax.Array]:
-    """Gathers all tokens, and sums and scatters the outputs; a strategy, see `exchange.STRATEGIES`."""
+    """Gathers all tokens, and sums and scatters the outputs.
+
+    A strategy, see `exchange.STRATEGIES`.
+    """
     arrived = _gather_tokens(x_bLD), jax.tree.map(_all_gather, assignment)
     x_BLD, assignment = jax.tree.map(lambda a: checkpoint_name(a, EXCHANGED), arrived)
     num_local = weights.down_EFD.shape[0]
@@ -47,13 +50,16 @@ def _all_gather(a_bX: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def _gather_tokens(x_bLD):
-    """Returns the tokens of all devices along the axes of experts; gradients are summed as outputs are."""
+    """Returns the tokens of all devices along the axes of experts.
+
+    Gradients are summed as outputs are.
+    """
     return _all_gather(x_bLD)
 
 
 @jax.custom_vjp
 def _sum_and_scatter(y_BLD):
-    """Sums, in float32, what devices made of all tokens, and gives each device its tokens' outputs."""
+    """Sums, in float32, what devices made of all tokens, and scatters the sums."""
     sum_bLD = jax.lax.psum_scatter(
         y_BLD.astype(jnp.float32), EXPERT_AXES, scatter_dimension=0, tiled=True
     )

@@ -13,8 +13,8 @@ from moejax.config import ModelConfig
 from moejax.nn.attention import causal_blocks as causal
 from moejax.nn.attention import grouped_query as attention
 from moejax.nn.attention.grouped_query import Attention, cache_mask, row_mask
-from moejax.nn.positions import rotate
 from moejax.nn.norm import EPSILON, RMSNorm
+from moejax.nn.positions import rotate
 
 B, L, WIDTH, HEADS = 2, 6, 16, 4
 HEAD = WIDTH // HEADS
