@@ -1,4 +1,4 @@
-"""Eight fake CPU devices, shape checking of signatures, and strictness that applies in tests only."""
+"""Eight fake CPU devices, shape checking of signatures, and strictness for tests only."""
 
 import atexit
 import gc
@@ -60,7 +60,7 @@ install_import_hook("moejax", "strict_types.check")
 
 @pytest.fixture(autouse=True)
 def _warnings_of_our_own_use_are_errors():
-    """A warning raised for a line of moejax is an error; those inside other packages are not ours."""
+    """A warning raised for a line of moejax is an error; those of other packages are not."""
     with warnings.catch_warnings():
         warnings.filterwarnings("error", module=r"moejax\..*")
         yield
@@ -68,7 +68,9 @@ def _warnings_of_our_own_use_are_errors():
 
 @pytest.fixture(scope="module", autouse=True)
 def _compiled_programs_last_for_a_file(request):
-    """A program is hundreds of memory maps, and Linux gives a process 65,530: XLA crashes where there are none left."""
+    """A program is hundreds of memory maps, and Linux gives a process 65,530: XLA crashes where
+    there are none left.
+    """
     yield
     for value in vars(request.module).values():
         if hasattr(value, "cache_clear"):
@@ -78,6 +80,8 @@ def _compiled_programs_last_for_a_file(request):
 
 
 def pytest_collection_modifyitems(items):
-    """Long files first: a process takes a file at a time (`make test`), and the longest must not come last."""
+    """Long files first: a process takes a file at a time (`make test`), and the longest must not
+    come last.
+    """
     long = ("tests/training", "tests/moe/expert_parallel", "tests/sweeps/runners")
     items.sort(key=lambda item: not item.nodeid.startswith(long))

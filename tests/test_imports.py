@@ -1,4 +1,6 @@
-"""Who may import whom: layers one way, one library one door. Read from the source, so nothing is imported here."""
+"""Who may import whom: layers one way, one library one door. Read from the source, so nothing is
+imported here.
+"""
 
 import ast
 import functools
@@ -75,7 +77,9 @@ def imports(path):
 
 
 def layer_of(name):
-    """The layer that a dotted name of moejax belongs to; None for the package itself and other libraries."""
+    """The layer that a dotted name of moejax belongs to; None for the package itself and other
+    libraries.
+    """
     parts = name.split(".")
     return parts[1] if parts[0] == "moejax" and len(parts) > 1 and parts[1] in layers() else None
 
@@ -153,7 +157,7 @@ def test_neighbours_of_one_rank_do_not_import_each_other_both_ways():
 
 
 def files_imported(path, names):
-    """Files that a file imports by name; of `from package import file` the file, not the package."""
+    """Files that a file imports; of `from package import file` the file, not the package."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):

@@ -21,60 +21,122 @@ SMALL: dict[str, dict[str, Any]] = {
 }
 
 ROUTER_CASES: dict[str, dict[str, Any]] = {  # by router, with what makes its parts matter
-    "softmax_topk": {"score": "softmax_after", "num_groups": 2, "group_score": "max", "selection_bias": True},
-    "switch": {"top_k": 1, "renormalize": False, "jitter": 0.1, "dispatch": "capacity", "capacity_factor": 1.0},
+    "softmax_topk": {
+        "score": "softmax_after",
+        "num_groups": 2,
+        "group_score": "max",
+        "selection_bias": True,
+    },
+    "switch": {
+        "top_k": 1,
+        "renormalize": False,
+        "jitter": 0.1,
+        "dispatch": "capacity",
+        "capacity_factor": 1.0,
+    },
     "noisy_topk": {
-        "importance_weight": 0.1, "load_weight": 0.1, "vmoe_importance_weight": 0.1, "vmoe_load_weight": 0.1,
+        "importance_weight": 0.1,
+        "load_weight": 0.1,
+        "vmoe_importance_weight": 0.1,
+        "vmoe_load_weight": 0.1,
     },
     "sigmoid_topk": {
-        "selection_bias": True, "bias_centered": True, "num_groups": 2, "route_scale": 2.5,
-        "sequence_balance_weight": 1e-2, "balance_scope": "sequence", "router_bias": True,
+        "selection_bias": True,
+        "bias_centered": True,
+        "num_groups": 2,
+        "route_scale": 2.5,
+        "sequence_balance_weight": 1e-2,
+        "balance_scope": "sequence",
+        "router_bias": True,
     },
     "cosine": {
-        "balance_convention": "first_choice", "dispatch": "capacity", "capacity_factor": 0.8, "overflow": "next",
+        "balance_convention": "first_choice",
+        "dispatch": "capacity",
+        "capacity_factor": 0.8,
+        "overflow": "next",
     },
     "sparse_mixer": {"mixer_threshold": 0.1, "balance_convention": "times_k"},
-    "sinkhorn": {"allow_noncausal": True, "dispatch": "capacity", "capacity_factor": 0.8, "capacity_order": "weight"},
-    "quantile": {"score": "sigmoid", "dispatch": "capacity", "capacity_factor": 0.8, "overflow": "renormalize"},
-    "hierarchical": {"num_experts": 8, "num_groups": 4, "top_k_groups": 2, "top_k": 4, "balance_convention": "over_k"},
+    "sinkhorn": {
+        "allow_noncausal": True,
+        "dispatch": "capacity",
+        "capacity_factor": 0.8,
+        "capacity_order": "weight",
+    },
+    "quantile": {
+        "score": "sigmoid",
+        "dispatch": "capacity",
+        "capacity_factor": 0.8,
+        "overflow": "renormalize",
+    },
+    "hierarchical": {
+        "num_experts": 8,
+        "num_groups": 4,
+        "top_k_groups": 2,
+        "top_k": 4,
+        "balance_convention": "over_k",
+    },
     "hash": {"score": "sqrt_softplus"},
     "random": {},
     "balanced": {},
     "expert_choice": {"allow_noncausal": True},
     "soft": {"allow_noncausal": True},
     "dense": {"top_k": 4},
-}  # fmt: skip
+}
 
 
 OTHER_CASES: dict[str, dict[str, dict[str, Any]]] = {  # sections; by what they try
     "experts": {
         "moe": {
-            "activation": "clamped_swiglu", "activation_limit": 0.5, "expert_bias": True, "expert_dropout": 0.3,
-            "d_latent": 16, "num_shared_experts": 1, "shared_combine": "gated", "num_zero_experts": 1,
-            "num_identity_experts": 1, "num_constant_experts": 2, "selection_bias": True,
+            "activation": "clamped_swiglu",
+            "activation_limit": 0.5,
+            "expert_bias": True,
+            "expert_dropout": 0.3,
+            "d_latent": 16,
+            "num_shared_experts": 1,
+            "shared_combine": "gated",
+            "num_zero_experts": 1,
+            "num_identity_experts": 1,
+            "num_constant_experts": 2,
+            "selection_bias": True,
         },
     },
     "weights on the input": {
         "moe": {
-            "router": "sigmoid_topk", "weight_on": "input", "top_k": 1, "renormalize": False, "expert_dropout": 0.3,
-            "num_shared_experts": 1, "shared_combine": "averaged", "activation": "squared_relu",
+            "router": "sigmoid_topk",
+            "weight_on": "input",
+            "top_k": 1,
+            "renormalize": False,
+            "expert_dropout": 0.3,
+            "num_shared_experts": 1,
+            "shared_combine": "averaged",
+            "activation": "squared_relu",
         },
     },
     "layers that differ": {
-        "moe": {"per_layer": "0: router=hash; 1: dense; 2: top_k=1 renormalize=False"}, "model": {"num_layers": 3},
+        "moe": {"per_layer": "0: router=hash; 1: dense; 2: top_k=1 renormalize=False"},
+        "model": {"num_layers": 3},
     },
     "schedules": {
         "moe": {"top_k": 4, "renormalize": False, "jitter": 0.1, "selection_bias": True},
-        "schedule": {"top_k": "linear:0.25", "jitter": "linear:0", "bias_rate": "cosine:0", "z_weight": "warmup:1"},
+        "schedule": {
+            "top_k": "linear:0.25",
+            "jitter": "linear:0",
+            "bias_rate": "cosine:0",
+            "z_weight": "warmup:1",
+        },
     },
     "capacity of all": {
         "moe": {
-            "dispatch": "capacity", "capacity_factor": 0.7, "capacity_group": "global", "capacity_order": "weight",
-            "overflow": "next", "allow_noncausal": True,
+            "dispatch": "capacity",
+            "capacity_factor": 0.7,
+            "capacity_group": "global",
+            "capacity_order": "weight",
+            "overflow": "next",
+            "allow_noncausal": True,
         },
         "train": {"batch_size": 8},
     },
-}  # fmt: skip
+}
 
 
 def case_config(case: str, **sections: dict[str, Any]) -> Config:
@@ -97,7 +159,9 @@ def make(config: Config, num_devices: int = 1) -> TrainSetup:
 
 
 def initial_state(setup: TrainSetup) -> TrainState:
-    """The state of seed 0, which does not depend on the mesh: compiled once for each model, on one device."""
+    """The state of seed 0, which does not depend on the mesh: compiled once for each model, on one
+    device.
+    """
     config = setup.config
     plain = dataclasses.replace(
         config,
@@ -114,7 +178,9 @@ def _initial_arrays(config: Config) -> TrainState:
 
 
 def packed_batch(config: Config, seed: int = 0) -> Batch:
-    """Rows of random tokens with two documents each and padding at the end of some, so that masks matter."""
+    """Rows of random tokens with two documents each and padding at the end of some, so that masks
+    matter.
+    """
     rng = np.random.default_rng(seed)
     batch, length = config.train.batch_size, config.data.seq_len
     tokens_BL = rng.integers(3, 200, (batch, length + 1)).astype(np.int32)

@@ -1,4 +1,6 @@
-"""Experts of several arms of a sweep at once: what each has alone, in one product of all their groups."""
+"""Experts of several arms of a sweep at once: what each has alone, in one product of all their
+groups.
+"""
 
 import functools
 
@@ -125,7 +127,9 @@ def test_arms_are_one_product_of_all_their_groups(implementation, monkeypatch):
 
 
 def draw_choices(num_arms=3, num_experts=4):
-    """Tokens, combine weights, matrices, choices (E: none) and cotangents by arm; some have empty experts."""
+    """Tokens, combine weights, matrices, choices (E: none) and cotangents by arm; some have empty
+    experts.
+    """
     rng = np.random.default_rng(1)
     shapes = (50, 5), (50, 2), (num_experts, 5, 2, 3), (num_experts, 3, 5), (50, 5)
     floats = [rng.normal(size=(num_arms, *shape)).astype(np.float32) for shape in shapes]

@@ -72,7 +72,9 @@ def check(experts_TK, num_experts, **kwargs):
 
 
 def choices_of(sizes, num_tokens, top_k):
-    """Choices in which expert e has `sizes[e]` tokens, and the others are masked, in an order without pattern."""
+    """Choices in which expert e has `sizes[e]` tokens, and the others are masked, in an order
+    without pattern.
+    """
     flat = np.full(num_tokens * top_k, len(sizes))
     flat[: sum(sizes)] = np.random.default_rng(0).permutation(
         np.repeat(np.arange(len(sizes)), sizes)

@@ -1,4 +1,5 @@
-"""Grouped products by kernels of other devices, interpreted here: tokamax's for GPU and megablox's for TPU.
+"""Grouped products by kernels of other devices, interpreted here: tokamax's for GPU and megablox's
+for TPU.
 
 Against the loop over rows, values and gradients. What their compilers make of them:
 tests/benchmarks/test_compiled.py.
@@ -196,8 +197,11 @@ def test_the_gradient_of_replicated_weights_sums_over_devices_whose_rows_differ(
     def run(x_RD, w_EDF, sizes_E, dy_RF):
         product = jax.shard_map(
             functools.partial(grouped_matmul, implementation=name),
-            mesh=mesh, in_specs=(split, whole, split), out_specs=split, check_vma=can_check_vma(name),
-        )  # fmt: skip
+            mesh=mesh,
+            in_specs=(split, whole, split),
+            out_specs=split,
+            check_vma=can_check_vma(name),
+        )
         y_RF, pull = jax.vjp(lambda x, w: product(x, w, sizes_E), x_RD, w_EDF)
         return y_RF, *pull(dy_RF)
 
@@ -214,7 +218,7 @@ def test_the_gradient_of_replicated_weights_sums_over_devices_whose_rows_differ(
 @pytest.mark.parametrize(
     "variant", [{}, {"expert_bias": True, "weight_on": "input", "top_k": 1, "renormalize": False}]
 )
-def test_a_layer_on_a_mesh_has_the_output_and_gradients_of_one_device_though_nobody_checks_what_varies(
+def test_a_layer_on_a_mesh_equals_one_device_without_checks_of_varying_axes(
     name, variant
 ):
     x_BLD = jnp.asarray(np.random.default_rng(0).normal(size=(4, 8, 16)), jnp.float32)

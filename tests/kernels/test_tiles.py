@@ -16,7 +16,9 @@ SIZES, NUM_GROUPS, NUM_ROWS = (8, 16, 32), 5, 400
 
 @functools.partial(jax.jit, static_argnames="sizes")
 def visits(group_sizes_E, sizes):
-    """For each row the group that visits it, by a tile that ends there or not, and all rows that tiles take."""
+    """For each row the group that visits it, by a tile that ends there or not, and all rows that
+    tiles take.
+    """
     groups = Groups.from_sizes(group_sizes_E, jnp.cumsum(group_sizes_E) - group_sizes_E, sizes)
 
     def tile(e, size, row, carry):
@@ -48,7 +50,9 @@ def test_every_row_is_visited_once_by_its_group_in_as_few_rows_as_the_sizes_allo
     assert empty_E.tolist() == [int(size == 0) for size in sizes]
 
     def rows_of(size):
-        """The largest tile as often as something is left after it, and the smallest that takes the rest."""
+        """The largest tile as often as something is left after it, and the smallest that takes the
+        rest.
+        """
         taken = 0
         while size - taken > SIZES[-1]:
             taken += SIZES[-1]

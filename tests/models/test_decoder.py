@@ -74,7 +74,9 @@ def weights_of(config):
 
 
 def apply(config, state, tokens_BL, segments_BL, positions_BL, factor=None):
-    """Logits, and the statistics of all MoE layers; training with a capacity factor, or evaluation without."""
+    """Logits, and the statistics of all MoE layers; training with a capacity factor, or evaluation
+    without.
+    """
     knobs = (
         None
         if factor is None
@@ -211,7 +213,7 @@ def test_cached_decoding_equals_the_full_forward_pass(config, lengths):
 
 
 # Layers
-# -----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 PATTERNS = [
     (1, 0, 1),
@@ -355,7 +357,7 @@ def test_the_traced_program_of_the_gradient_has_the_same_size_for_more_experts_a
 
 
 # Variants
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def shapes_of(config):

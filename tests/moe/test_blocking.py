@@ -1,4 +1,6 @@
-"""Blocked experts: no token visits them, the next in rank takes their place, and other tokens do not notice."""
+"""Blocked experts: no token visits them, the next in rank takes their place, and other tokens do
+not notice.
+"""
 
 import functools
 
@@ -20,8 +22,12 @@ B, L, D = 2, 16, 8
 RANKED = [name for name in ROUTER_RULES if name not in UNRANKED]
 CASES = {name: {"router": name} | ROUTER_CASES[name] for name in RANKED}
 CASES["groups of three"] = {
-    "router": "sigmoid_topk", "num_experts": 6, "num_groups": 2, "selection_bias": True, "renormalize": False,
-}  # fmt: skip
+    "router": "sigmoid_topk",
+    "num_experts": 6,
+    "num_groups": 2,
+    "selection_bias": True,
+    "renormalize": False,
+}
 CASES["groups of four"] = {
     "router": "hierarchical", "num_experts": 8, "num_groups": 2, "top_k_groups": 2, "top_k": 4,
 }  # fmt: skip
@@ -84,7 +90,7 @@ def test_the_next_in_rank_takes_a_blocked_experts_place_and_other_tokens_do_not_
         layer.experts.down = down.replace(down[...].at[expert].set(1e6))
         np.testing.assert_array_equal(route(layer, [expert])[1], changed_TD)
     if layer.config.num_groups > 1 and layer.config.router != "hierarchical":
-        return  # without the expert its group may fall behind another one, whoever visits it: see below
+        return  # without the expert another group may rank before its own: see below
     affected_T = (before_TK == expert).any(axis=1)
     assert 0 < affected_T.sum() < len(mask_T) or top_k == none
     np.testing.assert_array_equal(after_TK[~affected_T], before_TK[~affected_T])

@@ -1,4 +1,6 @@
-"""The MoE layer: outputs, statistics and every gradient against the oracle; and what it promises beyond numbers."""
+"""The MoE layer: outputs, statistics and every gradient against the oracle; and what it promises
+beyond numbers.
+"""
 
 import dataclasses
 import functools
@@ -98,7 +100,9 @@ def objective_of(config, x_BLD, weights, mask_BL, factor, cotangent_BLD, aux):
 
 @functools.cache
 def value_and_gradients(config):
-    """Compiled once for each config: `(x, weights, mask, factor, cotangent) -> (objective, (y, stats)), gradients`."""
+    """Compiled once for each config: `(x, weights, mask, factor, cotangent) -> (objective, (y,
+    stats)), gradients`.
+    """
     run = jax.jit(
         jax.value_and_grad(functools.partial(objective_of, config), argnums=(0, 1), has_aux=True)
     )
@@ -124,7 +128,9 @@ def draw(seed=0, masked=0.2):
 
 
 def check(config, weights, x_BLD, mask_BL, cotangent_BLD, factor=None, limit=None):
-    """Output, statistics, losses, metrics and every gradient against the oracle, whose result is returned."""
+    """Output, statistics, losses, metrics and every gradient against the oracle, whose result is
+    returned.
+    """
     expected = oracle.layer(
         x_BLD, mask_BL, weights, top_k=config.top_k, renormalize=config.renormalize, limit=limit
     )
@@ -342,7 +348,7 @@ def test_a_traced_capacity_limits_below_the_static_one_and_cannot_exceed_it():
 
 
 # Invariances
-# ------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 both_dispatches = pytest.mark.parametrize(

@@ -1,4 +1,6 @@
-"""NumPy arrays are taken at every public door of routing, dispatch and balancing, under `jax.grad` too."""
+"""NumPy arrays are taken at every public door of routing, dispatch and balancing, under `jax.grad`
+too.
+"""
 
 import inspect
 
@@ -92,31 +94,53 @@ def expert_choice(logits_TE):
 # belong to it.
 DOORS = {
     "plan_dropless": (lambda x: x * dispatch.plan_dropless(EXPERTS_TK, E).row_TK, WEIGHTS_TK),
-    "plan_capacity": (lambda x: x * dispatch.plan_capacity(EXPERTS_TK[None], E, 3).row_TK, WEIGHTS_TK),
+    "plan_capacity": (
+        lambda x: x * dispatch.plan_capacity(EXPERTS_TK[None], E, 3).row_TK,
+        WEIGHTS_TK,
+    ),
     "dispatch": (lambda x_TD: dispatch.dispatch(x_TD, PLAN), RNG.random((T, D), np.float32)),
     "add_up": (lambda y_RD: dispatch.add_up(y_RD, PLAN), Y_RD),
     "dispatch_weights": (lambda w_TK: dispatch.dispatch_weights(w_TK, PLAN), WEIGHTS_TK),
     "combine": (lambda y_RD: dispatch.combine(y_RD, WEIGHTS_TK, PLAN), Y_RD),
     "combine weights": (lambda w_TK: dispatch.combine(Y_RD, w_TK, PLAN), WEIGHTS_TK),
-    "take_slots": (lambda x_BLD: dispatch.take_slots(x_BLD, POSITIONS_BEC), RNG.random((2, L, D), np.float32)),
-    "add_slots": (lambda y: dispatch.add_slots(y, POSITIONS_BEC, L), RNG.random((2, E, 2, D), np.float32)),
+    "take_slots": (
+        lambda x_BLD: dispatch.take_slots(x_BLD, POSITIONS_BEC),
+        RNG.random((2, L, D), np.float32),
+    ),
+    "add_slots": (
+        lambda y: dispatch.add_slots(y, POSITIONS_BEC, L),
+        RNG.random((2, E, 2, D), np.float32),
+    ),
     "apply_capacity": (
         lambda w_TK: (
             w_TK
             * capacity.apply_capacity(
-                EXPERTS_TK, LOGITS_TE, w_TK, 2, num_experts=E, num_groups=2, order="weight", overflow="next"
+                EXPERTS_TK,
+                LOGITS_TE,
+                w_TK,
+                2,
+                num_experts=E,
+                num_groups=2,
+                order="weight",
+                overflow="next",
             ).is_dropped_TK
         ),
         WEIGHTS_TK,
     ),
     "combine_within_capacity": (
         lambda x: (
-            x * capacity.combine_within_capacity(ROUTING, CONFIG, 1.0, length=L, num_devices=1).weights_TK
+            x
+            * capacity.combine_within_capacity(
+                ROUTING, CONFIG, 1.0, length=L, num_devices=1
+            ).weights_TK
         ),
         WEIGHTS_TK,
     ),
     "capacity_limit": (lambda x: x * capacity.capacity_limit(np.float32(1.1), K, T, E), WEIGHTS_TK),
-    "grouped_matmul": (lambda w_EDF: grouped_matmul(Y_RD, w_EDF, SIZES_E), RNG.random((E, D, F), np.float32)),
+    "grouped_matmul": (
+        lambda w_EDF: grouped_matmul(Y_RD, w_EDF, SIZES_E),
+        RNG.random((E, D, F), np.float32),
+    ),
     "feed_forward": (
         lambda x_TD: feed_forward(
             x_TD,
@@ -133,37 +157,62 @@ DOORS = {
     ),
     "route_expert_choice": (expert_choice, LOGITS_TE),
     "route_soft": (
-        lambda x_BLS: route_soft(x_BLS, MASK_T.reshape(2, L)).combine_BLS ** 2, RNG.random((2, L, 8), np.float32),
+        lambda x_BLS: route_soft(x_BLS, MASK_T.reshape(2, L)).combine_BLS ** 2,
+        RNG.random((2, L, 8), np.float32),
     ),
     "auxiliary_losses": (
-        of_stats(lambda stats: losses.auxiliary_losses(stats, CONFIG)["balance"].term_N), STATS.probs_E,
+        of_stats(lambda stats: losses.auxiliary_losses(stats, CONFIG)["balance"].term_N),
+        STATS.probs_E,
     ),
     "balance_loss": (of_stats(losses.balance_loss), STATS.probs_E),
-    "in_convention": (lambda b_N: losses.in_convention(b_N, STATS, "times_k"), np.ones(1, np.float32)),
+    "in_convention": (
+        lambda b_N: losses.in_convention(b_N, STATS, "times_k"),
+        np.ones(1, np.float32),
+    ),
     "cv_squared": (load.cv_squared, STATS.probs_E),
     "z_loss": (lambda z: losses.z_loss(in_stats("z")(z)), STATS.z),
     "fractions": (lambda x: x * load.fractions(STATS.assignments_E), STATS.probs_E),
     "load_fractions": (lambda x: x * load.load_fractions(STATS), STATS.probs_E),
-    "routing_metrics": (of_stats(lambda stats: sum(metrics.routing_metrics(stats).values())), STATS.probs_E),
+    "routing_metrics": (
+        of_stats(lambda stats: sum(metrics.routing_metrics(stats).values())),
+        STATS.probs_E,
+    ),
     "update_bias": (
-        lambda b_NE: state.update_bias(b_NE, STATS.assignments_E, np.float32(0.1), is_centered=True), STATS.probs_E,
+        lambda b_NE: state.update_bias(
+            b_NE, STATS.assignments_E, np.float32(0.1), is_centered=True
+        ),
+        STATS.probs_E,
     ),
     "update_quantiles": (
-        lambda x: x * state.update_quantiles(LOGITS_TE[None], STATS.num_tokens, K), STATS.probs_E,
+        lambda x: x * state.update_quantiles(LOGITS_TE[None], STATS.num_tokens, K),
+        STATS.probs_E,
     ),
     "update_idle_steps": (
-        lambda x: x * state.update_idle_steps(STATS.assignments_E, STATS.assignments_E), STATS.probs_E,
+        lambda x: x * state.update_idle_steps(STATS.assignments_E, STATS.assignments_E),
+        STATS.probs_E,
     ),
     "count_assignments": (lambda x: x * sums.count_assignments(EXPERTS_TK, E)[None], STATS.probs_E),
     "sum_by_expert": (lambda w_TK: sums.sum_by_expert(EXPERTS_TK, w_TK, E), WEIGHTS_TK),
-    "balance_of_scopes": (lambda p_TE: sums.balance_of_scopes(EXPERTS_TK, p_TE, MASK_T, 2), LOGITS_TE),
-    "unbiased_choices": (lambda w_TK: w_TK * sums.unbiased_choices(ROUTING, MASK_T, CONFIG), WEIGHTS_TK),
+    "balance_of_scopes": (
+        lambda p_TE: sums.balance_of_scopes(EXPERTS_TK, p_TE, MASK_T, 2),
+        LOGITS_TE,
+    ),
+    "unbiased_choices": (
+        lambda w_TK: w_TK * sums.unbiased_choices(ROUTING, MASK_T, CONFIG),
+        WEIGHTS_TK,
+    ),
     "sum_of_margins": (lambda p_TE: p_TE * sums.sum_of_margins(p_TE, MASK_T, K), LOGITS_TE),
     "count_ties": (lambda x: x * sums.count_ties(ROUTING, MASK_T), LOGITS_TE),
     "expected_load": (lambda x: x * sums.expected_load(ROUTING, MASK_T, K)[None], STATS.probs_E),
-    "expected_load_vmoe": (lambda x: x * sums.expected_load_vmoe(ROUTING, MASK_T, K)[None], STATS.probs_E),
-    "quantile_margins": (lambda x: jnp.nan_to_num(sums.quantile_margins(ROUTING, MASK_T, K)) * x, LOGITS_TE),
-}  # fmt: skip
+    "expected_load_vmoe": (
+        lambda x: x * sums.expected_load_vmoe(ROUTING, MASK_T, K)[None],
+        STATS.probs_E,
+    ),
+    "quantile_margins": (
+        lambda x: jnp.nan_to_num(sums.quantile_margins(ROUTING, MASK_T, K)) * x,
+        LOGITS_TE,
+    ),
+}
 TOKEN_CHOICE = {
     name: {"num_groups": 2, "top_k_groups": 1} if name == "hierarchical" else {}
     for name in routers.ROUTERS

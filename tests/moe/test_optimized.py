@@ -15,30 +15,30 @@ import pytest
 
 TESTS = Path(__file__).parents[1]
 CHOSEN = {
-    "test_moe_routers_oracle.py": [
+    "moe/router/test_oracle.py": [
         "hierarchical_routing_is_a_product_of_two_gates",
         "noisy_top_k_selects_and_weighs_by_noisy_logits_in_training_and_by_clean_ones_in_evaluation",
         "scores_that_vanish_or_saturate_still_make_probabilities_and_weights_that_sum_to_one",
         "a_quantile_step_is_the_one_of_the_loop_and_balances_what_it_has_seen",
     ],
     # Layers with all gradients, on one device and on eight.
-    "test_moe_layer.py": [
+    "moe/test_layer.py": [
         "the_dropless_layer_and_all_its_gradients_equal_the_oracle",
         "the_capacity_layer_and_all_its_gradients_equal_the_oracle_also_when_it_drops[0.6-softmax_topk-2-True]",
         "the_layer_equals_the_oracle_with_every_other_grouped_product",
         "on_a_mesh_outputs_counts_and_gradients_are_those_of_the_oracle",
     ],
     # Two train steps on one device, and the sums and gradients of one on eight.
-    "test_training_invariance.py": [
+    "training/test_invariance.py": [
         "the_reference_step_is_not_trivial",
         "how_tokens_meet_experts_changes_nothing[two_level]",
     ],
     # Outputs in bfloat16 are rounded once; survivors' weights.
-    "test_moe_precision.py": [
+    "moe/test_precision.py": [
         "weighted_sums_of_bfloat16_outputs_are_rounded_once",
         "weights_travel_as_float32",
     ],
-    "test_moe_overflow_weights.py": [
+    "moe/dispatch/test_overflow_weights.py": [
         "a_layer_whose_first_choice_overflows_has_the_survivors_output_and_gradient"
     ],
 }

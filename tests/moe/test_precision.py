@@ -1,4 +1,4 @@
-"""Combine weights and sums over experts are float32 in a bfloat16 layer: outputs are rounded once."""
+"""In a bfloat16 layer combine weights and sums over experts are float32."""
 
 import functools
 
@@ -39,7 +39,9 @@ def ulp(y):
 
 
 def exact_experts(num_experts, seed=0):
-    """Weights of relu networks by which expert e multiplies positive inputs by a whole number, without rounding."""
+    """Weights of relu networks by which expert e multiplies positive inputs by a whole number,
+    without rounding.
+    """
     factors_E = np.random.default_rng(seed).integers(1, 8, num_experts)
     gate_up_EDPF = np.broadcast_to(np.eye(D)[None, :, None], (num_experts, D, 1, D))
     down_EFD = factors_E[:, None, None] * np.eye(D)
@@ -52,7 +54,9 @@ def exact_experts(num_experts, seed=0):
 
 
 def tokens(seed=0):
-    """Small positive whole numbers, so that products with `exact_experts` are exact: only weights are not."""
+    """Small positive whole numbers, so that products with `exact_experts` are exact: only weights
+    are not.
+    """
     return np.random.default_rng(seed).integers(1, 5, (1, L, D)).astype(np.float64)
 
 

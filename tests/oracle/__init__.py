@@ -1,4 +1,5 @@
-"""The truth for routing, dispatch, experts and losses: float64 NumPy that loops over tokens and experts.
+"""The truth for routing, dispatch, experts and losses: float64 NumPy that loops over tokens and
+experts.
 
 Written from the formulas of the papers, not from `moejax`, and meant to be read: no sorting tricks,
 no vectorisation over tokens. For gradients there is an independent dense formulation in JAX (every
@@ -46,7 +47,7 @@ class LayerResult:
 
 
 # Routing
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def softmax(logits):
@@ -73,14 +74,18 @@ def route_one(logits_E, top_k, renormalize):
 
 
 def capacity(capacity_factor, top_k, length, num_experts):
-    """ceil(capacity_factor * K * L / E), between 1 and L, without rounding: 1.1 means eleven tenths."""
+    """ceil(capacity_factor * K * L / E), between 1 and L, without rounding: 1.1 means eleven
+    tenths.
+    """
     return min(
         length, max(1, math.ceil(Fraction(str(capacity_factor)) * top_k * length / num_experts))
     )
 
 
 def keep_within_capacity(experts_BLK, num_experts, limit):
-    """Which choices find a slot: in each sequence, in order of position and then of rank, `limit` for each expert."""
+    """Which choices find a slot: in each sequence, in order of position and then of rank, `limit`
+    for each expert.
+    """
     kept_BLK = np.zeros(experts_BLK.shape, bool)
     for b, experts_LK in enumerate(experts_BLK):
         taken = [0] * num_experts
@@ -185,7 +190,9 @@ def _is_tied(result: LayerResult, token) -> bool:
 
 
 def metrics(result: LayerResult) -> dict[str, float]:
-    """Every metric of `moe/balancing/losses.py`, from the tokens themselves; nothing moves to another expert here."""
+    """Every metric of `moe/balancing/losses.py`, from the tokens themselves; nothing moves to
+    another expert here.
+    """
     tokens = [tuple(index) for index in np.argwhere(result.mask_BL)]
     num_experts, top_k = result.probs_BLE.shape[-1], result.experts_BLK.shape[-1]
     counts_E = counts(result)
@@ -230,7 +237,9 @@ def metrics(result: LayerResult) -> dict[str, float]:
 
 
 def grouped_matmul(x_RD, w_EDF, sizes_E, dy_RF):
-    """The grouped product and its gradients for the cotangent `dy_RF`, row by row; zeros behind the last group."""
+    """The grouped product and its gradients for the cotangent `dy_RF`, row by row; zeros behind the
+    last group.
+    """
     x_RD, w_EDF, dy_RF = (np.asarray(a, np.float64) for a in (x_RD, w_EDF, dy_RF))
     y_RF, dx_RD, dw_EDF = np.zeros_like(dy_RF), np.zeros_like(x_RD), np.zeros_like(w_EDF)
     row = 0
@@ -244,7 +253,9 @@ def grouped_matmul(x_RD, w_EDF, sizes_E, dy_RF):
 
 
 def feed_forward(x_TD, weights_TK, gate_up_ED2F, down_EFD, experts_TK, dy_TD):
-    """SwiGLU experts of each token, weighed and added up, and all gradients for `dy_TD`, choice by choice; E: none."""
+    """SwiGLU experts of each token, weighed and added up, and all gradients for `dy_TD`, choice by
+    choice; E: none.
+    """
     x_TD, weights_TK, gate_up_ED2F, down_EFD, dy_TD = (
         np.asarray(a, np.float64) for a in (x_TD, weights_TK, gate_up_ED2F, down_EFD, dy_TD)
     )
@@ -296,7 +307,9 @@ def dense_objective(
     z_weight,
     renormalize,
 ):
-    """<cotangent, layer output> + weighted auxiliary losses, with every expert computed for every token."""
+    """<cotangent, layer output> + weighted auxiliary losses, with every expert computed for every
+    token.
+    """
 
     def feed_forward(x, gate_up, down):
         gate, up = x @ gate_up[:, 0], x @ gate_up[:, 1]
@@ -335,7 +348,8 @@ def add(first, second):
 
 
 def assert_close(actual, expected, rtol=1e-5, err_msg=""):
-    """Equal in shape and within `rtol` of the largest magnitude, leaf by leaf, never NaN; a list is an array.
+    """Equal in shape and within `rtol` of the largest magnitude, leaf by leaf, never NaN; a list is
+    an array.
 
     Logits of ids that are no token (-1e30) do not count for the magnitude: beside it anything
     would be equal.
@@ -353,7 +367,9 @@ def assert_close(actual, expected, rtol=1e-5, err_msg=""):
 
 
 def equations(jaxpr) -> Iterator:
-    """Every equation of a traced program, those of inner programs (loops, branches, calls) included."""
+    """Every equation of a traced program, those of inner programs (loops, branches, calls)
+    included.
+    """
     jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
     for equation in jaxpr.eqns:
         yield equation

@@ -1,4 +1,5 @@
-"""The truth for experts of any kind: every expert computed for every token in a loop, and the selection as a mask.
+"""The truth for experts of any kind: every expert computed for every token in a loop, and the
+selection as a mask.
 
 Plain `jax.numpy` that can be differentiated, written from the formulas. Parameters are the pure
 dict of a layer; the activations exist a second time as formulas of single numbers

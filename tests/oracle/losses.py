@@ -1,4 +1,5 @@
-"""The truth for balancing losses and metrics: float64 NumPy that loops over tokens and experts, from the formulas.
+"""The truth for balancing losses and metrics: float64 NumPy that loops over tokens and experts,
+from the formulas.
 
 Inputs are what a router returns: `probs_TE`, `experts_TK` (-1 at masked tokens), `weights_TK`, and
 `mask_T`. Masked tokens enter no count, no mean, no loss. Without any real token a loss is 0.
@@ -36,11 +37,12 @@ def mean(values):
 
 
 # Balance
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def balance_loss(probs_TE, experts_TK, mask_T, convention="normalized"):
-    """E * sum_e f_e P_e, f_e = c_e / (K T), P_e = mean of p_e; 1 at balance (Fedus 2021, eqs. 4 to 6). `first_choice`:
+    """E * sum_e f_e P_e, f_e = c_e / (K T), P_e = mean of p_e; 1 at balance (Fedus 2021, eqs. 4 to
+    6). `first_choice`:
     f_e from each token's first expert only (GShard, algorithm 1); `times_k`: f_e = c_e / T, K at
     balance (Mixtral in Transformers); `over_k`: f_e = c_e / (K^2 T), 1/K at balance (Levanter).
     """
@@ -63,7 +65,8 @@ def balance_loss(probs_TE, experts_TK, mask_T, convention="normalized"):
 
 
 def scoped_balance_loss(probs_TE, experts_TK, mask_T, num_scopes, convention="normalized"):
-    """Mean of the losses of equal contiguous runs of tokens (sequences, microbatches, devices); a run without a real
+    """Mean of the losses of equal contiguous runs of tokens (sequences, microbatches, devices); a
+    run without a real
     token does not count, any other counts as 1 however many it has.
     """
     size = len(mask_T) // num_scopes
@@ -76,7 +79,8 @@ def scoped_balance_loss(probs_TE, experts_TK, mask_T, num_scopes, convention="no
 
 
 def sequence_balance_loss(scores_TE, mask_T, top_k, length):
-    """DeepSeek-V3, eqs. 17 to 20, without alpha: mean over sequences with a real token of sum_e f_e P_e, where f_e =
+    """DeepSeek-V3, eqs. 17 to 20, without alpha: mean over sequences with a real token of sum_e f_e
+    P_e, where f_e =
     E / (K L) * (tokens with e in the top K of the unbiased s, groups ignored), P_e = mean of s_e /
     sum_j s_j, and L counts the sequence's real tokens.
     """
@@ -104,7 +108,9 @@ def cv_squared(values_E):
 
 
 def importance(experts_TK, weights_TK, num_experts):
-    """importance_e = sum over tokens of the gate of e, 0 where e is not selected; Shazeer 2017, eq. 6."""
+    """importance_e = sum over tokens of the gate of e, 0 where e is not selected; Shazeer 2017, eq.
+    6.
+    """
     importance_E = np.zeros(num_experts)
     for expert, weight in zip(np.ravel(experts_TK), np.ravel(weights_TK), strict=True):
         if expert >= 0:
@@ -118,7 +124,9 @@ def importance_loss(experts_TK, weights_TK, num_experts):
 
 
 def importance_vmoe(probs_TE, mask_T):
-    """importance_e = sum over tokens of p_e before selection and noise; Riquelme 2021 (V-MoE), appendix A."""
+    """importance_e = sum over tokens of p_e before selection and noise; Riquelme 2021 (V-MoE),
+    appendix A.
+    """
     return sum(
         (np.asarray(probs_TE[t], np.float64) for t in real_tokens(mask_T)),
         np.zeros(np.shape(probs_TE)[1]),
@@ -131,7 +139,8 @@ def normal_cdf(z):
 
 
 def load_shazeer(clean_TE, noisy_TE, sigma_TE, mask_T, top_k):
-    """load_e = sum over tokens of Phi((l_e - threshold_e) / sigma_e), the chance that e is in the top K if only its
+    """load_e = sum over tokens of Phi((l_e - threshold_e) / sigma_e), the chance that e is in the
+    top K if only its
     own noise is redrawn. threshold_e is the K-th largest noisy logit of the others; K < E. Shazeer
     2017, eqs. 8 to 10.
     """
@@ -147,7 +156,8 @@ def load_shazeer(clean_TE, noisy_TE, sigma_TE, mask_T, top_k):
 
 
 def load_vmoe(clean_TE, noisy_TE, mask_T, top_k):
-    """As `load_shazeer` with one threshold, the K-th largest noisy logit of all, and sigma = 1/E; V-MoE's code. Too
+    """As `load_shazeer` with one threshold, the K-th largest noisy logit of all, and sigma = 1/E;
+    V-MoE's code. Too
     low: a selected expert must beat the K-th of all, perhaps itself, where the (K+1)-th would do.
     """
     num_experts = np.shape(clean_TE)[1]
@@ -160,7 +170,8 @@ def load_vmoe(clean_TE, noisy_TE, mask_T, top_k):
 
 
 def monte_carlo_load(clean_TE, noisy_TE, sigma_TE, mask_T, top_k, draws, rng):
-    """What `load_shazeer` computes, by experiment: redraw the noise of one expert, keep the others, and count how often
+    """What `load_shazeer` computes, by experiment: redraw the noise of one expert, keep the others,
+    and count how often
     it is among the top K. The standard error of an entry is at most sqrt(T / (4 draws)).
     """
     num_experts = np.shape(clean_TE)[1]
@@ -175,7 +186,7 @@ def monte_carlo_load(clean_TE, noisy_TE, sigma_TE, mask_T, top_k, draws, rng):
 
 
 # Logits
-# -----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def z_loss(logits_TE, mask_T):
@@ -216,7 +227,9 @@ def load_entropy(counts_E):
 
 
 def coactivation(experts_TK, num_experts):
-    """[a, b] = how many tokens chose both a and b: symmetric, with the counts of experts on the diagonal."""
+    """[a, b] = how many tokens chose both a and b: symmetric, with the counts of experts on the
+    diagonal.
+    """
     together_EE = np.zeros((num_experts, num_experts))
     for experts_K in experts_TK:
         chosen = [e for e in experts_K if e >= 0]
@@ -227,7 +240,9 @@ def coactivation(experts_TK, num_experts):
 
 
 def churn(first_TK, second_TK):
-    """Mean over real tokens of the fraction of the first's experts that the second does not choose, in any order."""
+    """Mean over real tokens of the fraction of the first's experts that the second does not choose,
+    in any order.
+    """
     changed = []
     for first_K, second_K in zip(first_TK, second_TK, strict=True):
         if first_K[0] >= 0:

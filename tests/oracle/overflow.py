@@ -19,15 +19,22 @@ def turns(weights_TK, order):
 def apply_capacity(
     experts_TK, ranking_TE, weights_TK, limit, *, num_experts, num_groups, order, overflow
 ):
-    """Final experts of all choices; None where a choice is dropped. Groups are equal runs of tokens."""
+    """Final experts of all choices; None where a choice is dropped. Groups are equal runs of
+    tokens.
+    """
     size = len(experts_TK) // num_groups
     final = []
     for start in range(0, num_groups * size, size):
         here = slice(start, start + size)
         final += _admit_group(
-            [list(map(int, row)) for row in experts_TK[here]], ranking_TE[here], weights_TK[here], limit, num_experts,
-            order, overflow,
-        )  # fmt: skip
+            [list(map(int, row)) for row in experts_TK[here]],
+            ranking_TE[here],
+            weights_TK[here],
+            limit,
+            num_experts,
+            order,
+            overflow,
+        )
     return final
 
 

@@ -1,4 +1,5 @@
-"""The truth for routers: float64 NumPy that loops over tokens and experts, written from the papers' formulas.
+"""The truth for routers: float64 NumPy that loops over tokens and experts, written from the papers'
+formulas.
 
 Every router here takes logits (or a table, or positions) and says which experts each token visits,
 with which weights. Noise is an argument, never drawn inside. Nothing in it is from `moejax`. Ties
@@ -36,7 +37,7 @@ def route_each(mask_T, num_experts, top_k, route_token) -> Routed:
 
 
 # One token
-# --------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def sigmoid(logit):
@@ -45,7 +46,8 @@ def sigmoid(logit):
 
 
 def scores_one(logits_E, score):
-    """Scores s of one token: softmax(l); exp(l - max l) for a softmax after the selection; sigmoid(l) (DeepSeek-V3);
+    """Scores s of one token: softmax(l); exp(l - max l) for a softmax after the selection;
+    sigmoid(l) (DeepSeek-V3);
     sqrt(log(1 + exp l)) (DeepSeek-V4); or 1 for a router that does not ask its logits.
     """
     logits_E = np.asarray(logits_E, np.float64)
@@ -71,7 +73,8 @@ def probs_one(logits_E, score):
 def allowed_by_groups(
     values_E, num_groups, top_k_groups, group_score, blocked=frozenset(), top_k=0
 ):
-    """Experts of the best groups. Groups are equal contiguous runs of experts; a group's score is its largest value
+    """Experts of the best groups. Groups are equal contiguous runs of experts; a group's score is
+    its largest value
     (DeepSeek-V2, section 2.2.2) or the sum of its two largest (DeepSeek-V3; its paper sums the K/M
     largest, there 2).
 
@@ -93,13 +96,14 @@ def allowed_by_groups(
 
 
 def select_one(values_E, top_k, allowed=None):
-    """The `top_k` experts of largest value among the allowed, best first, ties to the lowest index."""
+    """The `top_k` allowed experts of largest value, best first, ties to the lowest index."""
     candidates = [e for e in range(len(values_E)) if allowed is None or e in allowed]
     return sorted(candidates, key=lambda e: (-float(values_E[e]), e))[:top_k]
 
 
 def weigh_one(logits_E, experts, score, renormalize, scale=1.0):
-    """Weights of the selected: scale * s_e, or scale * s_e / (sum of s over the selected). The bias has no part in it.
+    """Weights of the selected: scale * s_e, or scale * s_e / (sum of s over the selected). The bias
+    has no part in it.
     `softmax_after` is always a softmax over the selected logits, and `uniform` always 1/K.
     """
     scores_E = scores_one(logits_E, score)
@@ -128,7 +132,8 @@ def route_scored(
     top_k_groups=1,
     group_score="top2_sum",
 ) -> Routed:
-    """Top-K of s + b, or of l + b, within the best groups; weights from the unbiased s. Covers Switch, GShard, Mixtral,
+    """Top-K of s + b, or of l + b, within the best groups; weights from the unbiased s. Covers
+    Switch, GShard, Mixtral,
     OLMoE, gpt-oss, DeepSeek-V2 and -V3. For `softmax_after` the values are l + b either way: its s
     has no fixed unit.
     """
@@ -152,7 +157,9 @@ def route_scored(
 
 
 def noise_sigma(raw_TE, floor=1e-2):
-    """sigma = log(1 + exp(x W_noise)) + floor, raw = x W_noise; Shazeer 2017, eq. 4; the floor is Tensor2Tensor's."""
+    """sigma = log(1 + exp(x W_noise)) + floor, raw = x W_noise; Shazeer 2017, eq. 4; the floor is
+    Tensor2Tensor's.
+    """
     return np.array(
         [
             [np.logaddexp(0.0, raw) + floor for raw in raw_E]
@@ -162,7 +169,9 @@ def noise_sigma(raw_TE, floor=1e-2):
 
 
 def route_noisy(clean_TE, noisy_TE, mask_T, **how) -> Routed:
-    """Noisy top-K: selection and weights from h = l + n * sigma (Shazeer 2017, eqs. 3 to 5), probabilities from l."""
+    """Noisy top-K: selection and weights from h = l + n * sigma (Shazeer 2017, eqs. 3 to 5),
+    probabilities from l.
+    """
     noisy = route_scored(noisy_TE, mask_T, **how)
     return dataclasses.replace(noisy, probs_TE=route_scored(clean_TE, mask_T, **how).probs_TE)
 
@@ -175,7 +184,9 @@ def route_quantile(logits_TE, mask_T, beta_E, **how) -> Routed:
 
 
 def cosine_logits(x_TD, down_DR, vectors_ER, temperature):
-    """l_e = cos(x P, v_e) / temperature; X-MoE, Chi 2022, section 3. A zero vector has cosine 0 with everything."""
+    """l_e = cos(x P, v_e) / temperature; X-MoE, Chi 2022, section 3. A zero vector has cosine 0
+    with everything.
+    """
     x_TD, down_DR, vectors_ER = (np.asarray(a, np.float64) for a in (x_TD, down_DR, vectors_ER))
     logits_TE = np.zeros((len(x_TD), len(vectors_ER)))
     for t, x_D in enumerate(x_TD):
@@ -204,7 +215,8 @@ def route_hash(
     scale=1.0,
     num_experts=None,
 ) -> Routed:
-    """Token id -> the table's experts, in the table's order. Weights 1/K (Hash Layers, Roller 2021), or the scores of
+    """Token id -> the table's experts, in the table's order. Weights 1/K (Hash Layers, Roller
+    2021), or the scores of
     the logits at these experts (hash layers of DeepSeek-V4). Without logits all are 0, so the
     probabilities are 1/E.
     """
@@ -224,7 +236,9 @@ def route_hash(
 
 
 def route_balanced(positions_T, mask_T, top_k, num_experts) -> Routed:
-    """Position p takes the experts (p K + k) mod E with weight 1/K: perfectly balanced over E positions."""
+    """Position p takes the experts (p K + k) mod E with weight 1/K: perfectly balanced over E
+    positions.
+    """
 
     def route_token(t):
         experts = [(int(positions_T[t]) * top_k + k) % num_experts for k in range(top_k)]
@@ -234,7 +248,7 @@ def route_balanced(positions_T, mask_T, top_k, num_experts) -> Routed:
 
 
 # Two levels
-# -------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def route_hierarchical(
@@ -248,7 +262,8 @@ def route_hierarchical(
     clean_group_logits_TG=None,
     clean_logits_TE=None,
 ) -> Routed:
-    """Shazeer 2017, appendix B: the gate of an expert is softmax over the kept groups times softmax over the kept
+    """Shazeer 2017, appendix B: the gate of an expert is softmax over the kept groups times softmax
+    over the kept
     experts of its group, both of (noisy) logits. Experts come group by group, best first.
     Probabilities are the same product without selection, from the clean logits (the given ones
     where there are none).
@@ -284,7 +299,8 @@ def route_hierarchical(
 
 
 def sinkhorn_plan(logits_LE, mask_L, iterations):
-    """Start at exp(l) of the real tokens; in each iteration scale the columns to sum to (real tokens) / E, then the
+    """Start at exp(l) of the real tokens; in each iteration scale the columns to sum to (real
+    tokens) / E, then the
     rows to sum to 1. Clark 2022 (S-BASE); rows of padding are 0. Common factors cancel.
     """
     num_experts, real = np.shape(logits_LE)[1], [t for t in range(len(mask_L)) if mask_L[t]]
@@ -303,7 +319,8 @@ def sinkhorn_plan(logits_LE, mask_L, iterations):
 def route_sinkhorn(
     logits_TE, mask_T, *, length, top_k, iterations, training, score, renormalize, scale=1.0
 ) -> Routed:
-    """Top-K of each sequence's transport plan in training, of the logits in evaluation; weights from the logits. The
+    """Top-K of each sequence's transport plan in training, of the logits in evaluation; weights
+    from the logits. The
     tokens are sequences of `length`. The source weighs by softmax for K > 1 and by
     sigmoid for K = 1.
     """
@@ -324,11 +341,12 @@ def route_sinkhorn(
 
 
 # SparseMixer
-# ------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def sparse_mixer_support(logits_E, chosen, threshold):
-    """Probability of each expert at the next choice: softmax over the experts still in, 0 for the others (Liu 2024,
+    """Probability of each expert at the next choice: softmax over the experts still in, 0 for the
+    others (Liu 2024,
     GRIN, as in Phi-3.5-MoE). With `best` the largest logit of those not chosen yet, an expert is
     out if chosen already or if (best - l) / max(|l|, best) > 2 * threshold; 0/0 is in. Training
     samples; evaluation takes the largest.
@@ -347,7 +365,9 @@ def sparse_mixer_support(logits_E, chosen, threshold):
 
 
 def sparse_mixer_one(logits_E, top_k, threshold):
-    """Evaluation: K times the best of the experts left; its weight is its probability in the support at that choice."""
+    """Evaluation: K times the best of the experts left; its weight is its probability in the
+    support at that choice.
+    """
     experts, weights = [], []
     for _ in range(top_k):
         probs_E = sparse_mixer_support(logits_E, experts, threshold)
@@ -357,14 +377,17 @@ def sparse_mixer_one(logits_E, top_k, threshold):
 
 
 def sparse_mixer_sequence_probability(logits_E, experts, threshold):
-    """Probability that training samples exactly these experts in this order: the product over its choices."""
+    """Probability that training samples exactly these experts in this order: the product over its
+    choices.
+    """
     return math.prod(
         sparse_mixer_support(logits_E, experts[:k], threshold)[e] for k, e in enumerate(experts)
     )
 
 
 def sparse_mixer_factors(is_best):
-    """Training multiplies the weight by a random factor: {factor: probability}. 1 for the best expert of the choice;
+    """Training multiplies the weight by a random factor: {factor: probability}. 1 for the best
+    expert of the choice;
     for another 1 with probability 1/4, else 1/3 (Heun's third-order rule: the slope at 1/3
     counts 3/4).
     """
@@ -386,7 +409,8 @@ def route_sparse_mixer(logits_TE, mask_T, *, top_k, threshold) -> Routed:
 
 
 def route_expert_choice(logits_BLE, mask_BL, slots, scale=1.0):
-    """weights_BLE: in each sequence each expert takes the `slots` real tokens of highest p (softmax over experts), with
+    """weights_BLE: in each sequence each expert takes the `slots` real tokens of highest p (softmax
+    over experts), with
     weight scale * p, not renormalised; all of them if there are fewer. Zhou 2022, section 3.2,
     per sequence.
     """
@@ -401,7 +425,9 @@ def route_expert_choice(logits_BLE, mask_BL, slots, scale=1.0):
 
 
 def soft_logits(x_BLD, slots_DS, scale):
-    """scale * (x / |x|) . (phi_s / |phi_s|); Puigcerver 2023, section 2.3 and appendix on normalisation."""
+    """scale * (x / |x|) . (phi_s / |phi_s|); Puigcerver 2023, section 2.3 and appendix on
+    normalisation.
+    """
     x_BLD, slots_DS = np.asarray(x_BLD, np.float64), np.asarray(slots_DS, np.float64)
     logits_BLS = np.zeros((*x_BLD.shape[:2], slots_DS.shape[1]))
     for b, t, s in np.ndindex(logits_BLS.shape):
@@ -410,7 +436,8 @@ def soft_logits(x_BLD, slots_DS, scale):
 
 
 def soft_moe(logits_BLS, mask_BL):
-    """(dispatch_BLS, combine_BLS): softmax over a sequence's real tokens for each slot, and softmax over all slots for
+    """(dispatch_BLS, combine_BLS): softmax over a sequence's real tokens for each slot, and softmax
+    over all slots for
     each token; both 0 at padding. Puigcerver 2023, eqs. 1 and 2.
     """
     logits_BLS = np.asarray(logits_BLS, np.float64)
@@ -426,11 +453,13 @@ def soft_moe(logits_BLS, mask_BL):
 
 
 # State
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def bias_update(bias_E, counts_E, rate, centered):
-    """b_e + rate * sign(mean c - c_e), then minus its mean if centered; DeepSeek-V3, section 2.1.2, Wang 2024."""
+    """b_e + rate * sign(mean c - c_e), then minus its mean if centered; DeepSeek-V3, section 2.1.2,
+    Wang 2024.
+    """
     mean = sum(counts_E) / len(counts_E)
     moved_E = [
         bias + rate * ((mean > count) - (mean < count))
@@ -441,7 +470,8 @@ def bias_update(bias_E, counts_E, rate, centered):
 
 
 def quantile_update(beta_E, logits_TE, mask_T, top_k):
-    """One step of quantile balancing (Su 2026). alpha_t = (K+1)-th largest of l_t - beta; beta_e = the
+    """One step of quantile balancing (Su 2026). alpha_t = (K+1)-th largest of l_t - beta; beta_e =
+    the
     (floor(TK/E) + 1)-th largest over the T real tokens of l_te - alpha_t; minus the mean. No
     token, no change.
     """

@@ -1,4 +1,5 @@
-"""The oracle of routers and losses against pencil and paper, published implementations, and experiment.
+"""The oracle of routers and losses against pencil and paper, published implementations, and
+experiment.
 
 Logits are mostly logarithms of small numbers: softmax of log(4), log(3), log(2), log(1) is .4, .3,
 .2, .1, and the sigmoid of log(3) is 3/4.
@@ -25,7 +26,7 @@ def near(actual, expected, tolerance=1e-12):
 
 
 # One token
-# --------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def test_every_score_is_its_formula():
@@ -65,7 +66,7 @@ def test_weights_are_the_scores_of_the_selected_renormalised_when_asked():
 
 
 # Token choice
-# -----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def test_the_bias_changes_the_choice_never_the_weight():
@@ -294,7 +295,7 @@ def test_the_bias_rises_where_the_load_is_below_its_mean():
 
 
 # Losses
-# -----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def test_the_balance_loss_is_one_at_balance_and_the_number_of_experts_at_collapse():
@@ -392,7 +393,7 @@ def test_the_load_of_shazeer_is_what_redrawing_the_noise_counts_and_that_of_vmoe
 
 
 # Metrics
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def test_metrics_by_hand():

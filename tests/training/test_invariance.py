@@ -1,4 +1,6 @@
-"""The maths does not depend on the machine: mesh, accumulation, remat, scan and dispatch give the same step."""
+"""The maths does not depend on the machine: mesh, accumulation, remat, scan and dispatch give the
+same step.
+"""
 
 import dataclasses
 import re
@@ -20,7 +22,9 @@ TOLERANCE = 1e-5
 
 @dataclasses.dataclass
 class Outcome:
-    """What must not change: losses, gradients and routing sums of a batch; updates and metrics of two steps."""
+    """What must not change: losses, gradients and routing sums of a batch; updates and metrics of
+    two steps.
+    """
 
     losses: dict
     grads: list
@@ -164,11 +168,16 @@ def test_how_tokens_meet_experts_changes_nothing(moe, strategy):
 
 
 MESHES = [
-    {"data": 2, "expert": 1}, {"data": 1, "expert": 2}, {"data": 1, "expert": 8}, {"data": 2, "expert": 4},
-    {"data": 2, "expert": 2, "tensor": 2}, {"data": 1, "fsdp": 4, "expert": 2},
-    {"data": 1, "dcn_expert": 2, "expert": 4}, {"data": 1, "dcn_data": 2, "dcn_expert": 2, "expert": 2},
+    {"data": 2, "expert": 1},
+    {"data": 1, "expert": 2},
+    {"data": 1, "expert": 8},
+    {"data": 2, "expert": 4},
+    {"data": 2, "expert": 2, "tensor": 2},
+    {"data": 1, "fsdp": 4, "expert": 2},
+    {"data": 1, "dcn_expert": 2, "expert": 4},
+    {"data": 1, "dcn_data": 2, "dcn_expert": 2, "expert": 2},
     {"data": 1, "context": 2, "expert": 4},
-]  # fmt: skip
+]
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,6 @@
-"""Train steps on rows that attend in several blocks: the same on a mesh, in a pack, and over all scores."""
+"""Train steps on rows that attend in several blocks: the same on a mesh, in a pack, and over all
+scores.
+"""
 
 import dataclasses
 

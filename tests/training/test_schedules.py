@@ -88,9 +88,11 @@ def outputs(config, steps):
 
 def test_top_k_falls_during_training_and_tokens_then_visit_their_best_experts_only():
     config = small_config(
-        moe={"top_k": 4, "renormalize": False}, schedule={"top_k": "step:0.5:0.25"}, train={"num_steps": 5},
+        moe={"top_k": 4, "renormalize": False},
+        schedule={"top_k": "step:0.5:0.25"},
+        train={"num_steps": 5},
         mesh={"data": 1},
-    )  # fmt: skip
+    )
     found = outputs(config, 5)
     choices = [
         float(o.routing.assignments_E.sum(axis=1)[0] / o.routing.num_tokens[0]) for o in found
@@ -101,7 +103,7 @@ def test_top_k_falls_during_training_and_tokens_then_visit_their_best_experts_on
     assert int(limit_at(config, 4, 0)) == 4 and int(limit_at(config, 4, 4)) == 1
 
 
-def test_a_bias_rests_once_its_rate_is_scheduled_to_zero_and_its_weighted_loss_follows_the_schedule():
+def test_a_bias_stays_once_its_rate_is_scheduled_to_zero():
     config = small_config(
         moe={"selection_bias": True, "bias_rate": 0.1}, train={"num_steps": 5}, mesh={"data": 1},
         schedule={"bias_rate": "step:0.5:0", "balance_weight": "linear:0"},

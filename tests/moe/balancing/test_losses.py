@@ -51,7 +51,9 @@ def stats_of(logits_TE, top_k, mask_T=None, kept_TK=None):
 
 
 def cyclic_logits(top_k):
-    """Token t likes experts t, t + 1, ... best: every expert is chosen equally often and equally probable."""
+    """Token t likes experts t, t + 1, ... best: every expert is chosen equally often and equally
+    probable.
+    """
     logits_TE = np.zeros((T, E))
     for t in range(T):
         for k in range(top_k):
@@ -227,9 +229,18 @@ def test_a_single_expert_has_finite_metrics():
 def loss_case(top_k=2, length=4, seed=0, **changes):
     """Statistics of a router with everything switched on, and what the oracle needs to know."""
     config = MoeConfig(
-        num_experts=E, top_k=top_k, router="noisy_topk", score="softmax", renormalize=True, importance_weight=1.0,
-        load_weight=1.0, vmoe_load_weight=1.0, sequence_balance_weight=1.0, vmoe_importance_weight=1.0, **changes,
-    )  # fmt: skip
+        num_experts=E,
+        top_k=top_k,
+        router="noisy_topk",
+        score="softmax",
+        renormalize=True,
+        importance_weight=1.0,
+        load_weight=1.0,
+        vmoe_load_weight=1.0,
+        sequence_balance_weight=1.0,
+        vmoe_importance_weight=1.0,
+        **changes,
+    )
     rng = np.random.default_rng(seed)
     logits_TE = (rng.normal(size=(T, E)) + np.linspace(1, -1, E)).astype(np.float32)
     mask_T = rng.random(T) < 0.8
@@ -315,9 +326,10 @@ def test_a_scope_averages_before_the_product(scope, scopes, top_k):
         top_k=top_k, balance_scope=scope, seed=7
     )
     both = (
-        np.concatenate([routing.probs_TE, other_routing.probs_TE]), np.concatenate([experts_TK, other_experts_TK]),
+        np.concatenate([routing.probs_TE, other_routing.probs_TE]),
+        np.concatenate([experts_TK, other_experts_TK]),
         np.concatenate([mask_T, other_mask_T]),
-    )  # fmt: skip
+    )
     num_scopes = 1 if scope == "global" else 2 * scopes
     together = balance_loss(add_stats(stats, other))
     oracle.assert_close(together, [oracle_losses.scoped_balance_loss(*both, num_scopes)])
@@ -339,9 +351,11 @@ def test_a_convention_changes_the_term_and_never_the_logged_value(convention, at
     uniform = jax.tree.map(lambda x: x, stats)
     uniform = dataclasses.replace(
         uniform,
-        num_tokens=jnp.full(1, 8.0), assignments_E=jnp.full((1, E), 2), probs_E=jnp.full((1, E), 1.0),
+        num_tokens=jnp.full(1, 8.0),
+        assignments_E=jnp.full((1, E), 2),
+        probs_E=jnp.full((1, E), 1.0),
         first_assignments_E=jnp.full((1, E), 1),
-    )  # fmt: skip
+    )
     oracle.assert_close(auxiliary_losses(uniform, config)["balance"].term_N, [at_balance])
 
 

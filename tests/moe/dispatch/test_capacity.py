@@ -164,7 +164,7 @@ def test_groups_that_do_not_divide_and_a_missing_ranking_are_errors(changes, mes
 
 
 @pytest.mark.parametrize("factor", [0.1, 0.5, 0.7, 1.0, 1.1, 1.2, 1.25, 1.3, 1.5, 2.0, 2.2])
-def test_the_slots_of_an_expert_are_the_ceiling_of_its_share_times_the_factor_between_1_and_the_length(
+def test_slots_are_the_ceiling_of_the_share_times_the_factor_within_bounds(
     factor,
 ):
     for top_k, num_experts in [(1, 8), (2, 8), (2, 64), (8, 64), (3, 7), (8, 8)]:
@@ -179,7 +179,7 @@ def test_the_slots_of_an_expert_are_the_ceiling_of_its_share_times_the_factor_be
 
 
 # In a layer
-# -------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 B, L, D = 2, 16, 5
 
@@ -196,7 +196,9 @@ def layer_run(config, is_training):
 
 
 def layer_case(is_training=True, **changes):
-    """The layer's output and statistics, the oracle's fate of each choice, and their weights before capacity."""
+    """The layer's output and statistics, the oracle's fate of each choice, and their weights before
+    capacity.
+    """
     base = {"num_experts": E, "top_k": 2, "d_expert": 8, "score": "softmax", "dispatch": "capacity"}
     config = MoeConfig(**(base | {"capacity_factor": 0.7, "allow_noncausal": True} | changes))
     rng = np.random.default_rng(3)

@@ -1,4 +1,6 @@
-"""`moe.overflow=renormalize`: survivors share the weight of all, whatever leads them, in values and in gradients."""
+"""`moe.overflow=renormalize`: survivors share the weight of all, whatever leads them, in values and
+in gradients.
+"""
 
 import functools
 
@@ -57,7 +59,9 @@ def log_softmax(values):
 
 
 def shared_weights(logits_E, group_logits_G, experts, kept, config):
-    """Weights of all choices, of which the kept ones take shares as their scores have; in float64, by logarithms."""
+    """Weights of all choices, of which the kept ones take shares as their scores have; in float64,
+    by logarithms.
+    """
     chosen = np.array([logits_E[e] for e in experts])
     if config.router == "hierarchical":
         per_group = config.top_k // config.top_k_groups
@@ -77,7 +81,9 @@ def shared_weights(logits_E, group_logits_G, experts, kept, config):
 
 @functools.cache
 def ours(config):
-    """Weights, experts and the gradient of the sum of the weights times some numbers, for logits of experts, groups."""
+    """Weights, experts and the gradient of the sum of the weights times some numbers, for logits of
+    experts, groups.
+    """
 
     def weights_of(logits_TE, group_logits_TG, is_kept_TK):
         tokens = len(logits_TE)

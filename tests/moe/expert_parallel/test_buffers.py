@@ -57,7 +57,9 @@ def test_room_is_the_mean_times_the_factor_in_eights_and_no_more_than_can_come()
 
 
 def packed(parcels, receiver_TK, slots):
-    """Rows as `{receiver: [(token, choices there)]}`, and what is left, by walking through the arrays."""
+    """Rows as `{receiver: [(token, choices there)]}`, and what is left, by walking through the
+    arrays.
+    """
     rows, num_rows = {n: [] for n in range(N)}, N * slots
     choice_R, row_TK = np.asarray(parcels.plan.choice_R), np.asarray(parcels.plan.row_TK)
     top_k = receiver_TK.shape[1]
@@ -137,14 +139,18 @@ def test_rows_carry_their_tokens_with_their_choices_and_empty_rows_nothing(by_ch
         np.testing.assert_array_equal(x_RD[row], x_TD[token])
         of_row = slice(k, k + 1) if by_choice else slice(None)
         for sent, own in [
-            (there.experts_BLK, experts_TK), (there.weights_BLK, weights_TK), (there.input_weights_BLK, inputs_TK),
+            (there.experts_BLK, experts_TK),
+            (there.weights_BLK, weights_TK),
+            (there.input_weights_BLK, inputs_TK),
         ]:  # fmt: skip
             np.testing.assert_array_equal(sent[row], own[token, of_row])
 
 
 @pytest.mark.parametrize("room", [7, 60, 4 * T * K])
 def test_a_ragged_exchange_with_these_offsets_moves_every_row_that_has_room_there_and_back(room):
-    """Simulated as `jax.lax.ragged_all_to_all` is specified: each sender copies its slices into the receivers'."""
+    """Simulated as `jax.lax.ragged_all_to_all` is specified: each sender copies its slices into the
+    receivers'.
+    """
     plans = [
         plan_dropless(jnp.asarray(receivers(seed, is_skewed=seed == 3)), N) for seed in range(N)
     ]

@@ -1,4 +1,6 @@
-"""Every way in which tokens meet experts on a mesh, against the loop over choices, with what travels counted."""
+"""Every way in which tokens meet experts on a mesh, against the loop over choices, with what
+travels counted.
+"""
 
 import functools
 import math
@@ -209,11 +211,13 @@ def test_chunks_change_nothing(strategy, load):
 
 
 # What travels
-# -----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def collectives(text):
-    """Of a compiled program: kinds and the bytes of their results on one device, in order of the text."""
+    """Of a compiled program: kinds and the bytes of their results on one device, in order of the
+    text.
+    """
     found = []
     for result, kind in re.findall(
         r" = (\(.*?\)|\S+) (all-to-all|all-gather|reduce-scatter|all-reduce)\(", text
@@ -227,16 +231,19 @@ def collectives(text):
 
 @functools.cache
 def forward(strategy, mesh, top_k=2, factor=1.5, tokens=B * L, d_model=D, num_experts=E):
-    """What travels in a forward pass where no token is left over; sums over devices, of counts and of outputs, do not
+    """What travels in a forward pass where no token is left over; sums over devices, of counts and
+    of outputs, do not
     count."""
     with jax.set_mesh(mesh_of(MESHES[mesh])):
         layer = functools.partial(through, Strategy(strategy, factor), "output")
         batch, experts = jax.P(BATCH_AXES), jax.P(EXPERT_AXES, "fsdp")
         sizes = (B, tokens // B)
         kinds = [
-            ((*sizes, d_model), batch), ((*sizes, top_k), batch), ((num_experts, d_model, 2, F), experts),
+            ((*sizes, d_model), batch),
+            ((*sizes, top_k), batch),
+            ((num_experts, d_model, 2, F), experts),
             ((num_experts, F, d_model), jax.P(EXPERT_AXES, None, "fsdp")),
-        ]  # fmt: skip
+        ]
         mesh = jax.sharding.get_mesh()
         arrays = [
             jax.ShapeDtypeStruct(s, jnp.float32, sharding=jax.NamedSharding(mesh, p))
@@ -368,7 +375,7 @@ def test_where_experts_choose_tokens_go_to_all_and_the_result_is_that_of_one_dev
 
 
 # Options
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -411,6 +418,10 @@ def test_auto_sends_a_token_once_where_that_is_less_and_once_to_each_group_where
 
 
 def test_without_two_levels_two_level_sends_once_to_each_device():
-    assert [choose_strategy(Strategy("two_level"), *sizes, 8, 2) for sizes in ((1, 4), (4, 1), (2, 2))] == [
-        "dedup", "dedup", "two_level",
-    ]  # fmt: skip
+    assert [
+        choose_strategy(Strategy("two_level"), *sizes, 8, 2) for sizes in ((1, 4), (4, 1), (2, 2))
+    ] == [
+        "dedup",
+        "dedup",
+        "two_level",
+    ]

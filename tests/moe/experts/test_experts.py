@@ -1,4 +1,6 @@
-"""Experts of every kind: activations, biases, free, latent and shared ones, weights on the input, expert dropout."""
+"""Experts of every kind: activations, biases, free, latent and shared ones, weights on the input,
+expert dropout.
+"""
 
 import dataclasses
 import functools
@@ -27,7 +29,12 @@ VARIANTS = {
     "gelu": {"activation": "gelu", "num_shared_experts": 1},
     "relu": {"activation": "relu", "expert_bias": True},
     "squared_relu": {"activation": "squared_relu", "d_latent": 4},
-    "clamped": {"activation": "clamped_swiglu", "activation_limit": 0.8, "expert_bias": True, "num_shared_experts": 1},
+    "clamped": {
+        "activation": "clamped_swiglu",
+        "activation_limit": 0.8,
+        "expert_bias": True,
+        "num_shared_experts": 1,
+    },
     "biases": {"expert_bias": True, "renormalize": False},
     "gated shared": {"num_shared_experts": 2, "shared_combine": "gated"},
     "averaged shared": {"num_shared_experts": 1, "shared_combine": "averaged"},
@@ -37,12 +44,23 @@ VARIANTS = {
     "zero": {"num_zero_experts": 3, "top_k": 3},
     "identity": {"num_identity_experts": 2, "renormalize": False, "weight_on": "input"},
     "constant": {"num_constant_experts": 2},
-    "all free": {"num_zero_experts": 1, "num_identity_experts": 2, "num_constant_experts": 2, "top_k": 4},
-    "all of it": {
-        "activation": "clamped_swiglu", "expert_bias": True, "d_latent": 4, "num_shared_experts": 1,
-        "shared_combine": "gated", "num_zero_experts": 1, "num_constant_experts": 1, "top_k": 3,
+    "all free": {
+        "num_zero_experts": 1,
+        "num_identity_experts": 2,
+        "num_constant_experts": 2,
+        "top_k": 4,
     },
-}  # fmt: skip
+    "all of it": {
+        "activation": "clamped_swiglu",
+        "expert_bias": True,
+        "d_latent": 4,
+        "num_shared_experts": 1,
+        "shared_combine": "gated",
+        "num_zero_experts": 1,
+        "num_constant_experts": 1,
+        "top_k": 3,
+    },
+}
 
 
 def config_of(**changes):
@@ -157,7 +175,7 @@ def test_on_a_mesh_that_splits_experts_biases_count_once():
 
 
 # Expert dropout
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def dropout_run(weight_on, rate=0.5, batch=64, **how):
@@ -213,7 +231,7 @@ def test_expert_dropout_is_off_in_evaluation_and_its_rate_is_a_knob():
 
 
 # Refusals
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Every router against the loops of `oracle_routers`, with ties, padding, biases, groups and noise."""
+"""Every router against loops over tokens, with ties, padding, biases, groups and noise."""
 
 import dataclasses
 import functools
@@ -193,14 +193,19 @@ def test_the_balanced_router_goes_round_and_loads_every_expert_alike():
     }
 
 
-def test_the_random_router_draws_every_pair_alike_without_replacement_and_repeats_itself_in_evaluation():
+def test_the_random_router_draws_pairs_evenly_and_repeats_in_evaluation():
     config = config_of(router="random", top_k=2)
     length = 4000
     tokens_T = jnp.arange(B * length, dtype=jnp.int32) % 50
     inputs = RouterInputs(
-        jnp.zeros((B * length, E)), jnp.ones(B * length, bool), length, tokens_T, tokens_T, keys_B=keys(),
+        jnp.zeros((B * length, E)),
+        jnp.ones(B * length, bool),
+        length,
+        tokens_T,
+        tokens_T,
+        keys_B=keys(),
         is_training=True,
-    )  # fmt: skip
+    )
     experts_TK = np.asarray(route_random(inputs, config).experts_TK)
     assert np.all(experts_TK[:, 0] != experts_TK[:, 1])
     pairs = np.bincount(experts_TK[:, 0] * E + experts_TK[:, 1], minlength=E * E).reshape(E, E)
@@ -284,7 +289,7 @@ def test_sparse_mixer_takes_the_best_in_evaluation(seed, threshold):
     )
 
 
-def test_sparse_mixer_samples_with_the_probabilities_of_the_formula_and_scales_as_often_as_it_says():
+def test_sparse_mixer_samples_and_scales_with_the_published_probabilities():
     logits_E = np.array([1.0, 0.9, 0.85, 0.2], np.float32)
     config = dataclasses.replace(
         config_of(router="sparse_mixer", mixer_threshold=0.2), num_experts=4
@@ -338,7 +343,7 @@ def test_the_gradient_of_a_sampled_weight_is_that_of_the_plain_weight():
 
 
 # Experts choose
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=20, deadline=None)
@@ -369,7 +374,7 @@ def test_soft_routing_is_the_two_softmaxes_of_the_loop_and_zero_for_a_row_of_pad
 
 
 # State
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("centered", [False, True])
@@ -436,7 +441,7 @@ def test_the_expected_load_is_what_redrawing_the_noise_counts():
 
 
 # Extremes
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("score", ["sigmoid", "sqrt_softplus", "softmax"])
@@ -444,7 +449,9 @@ def test_the_expected_load_is_what_redrawing_the_noise_counts():
 def test_scores_that_vanish_or_saturate_still_make_probabilities_and_weights_that_sum_to_one(
     score, level
 ):
-    """A normaliser with a small constant would let a router lower its balance loss by lowering all its scores."""
+    """A normaliser with a small constant would let a router lower its balance loss by lowering all
+    its scores.
+    """
     config = config_of(
         router="softmax_topk" if score == "softmax" else "sigmoid_topk", score=score, top_k=2
     )

@@ -1,4 +1,6 @@
-"""What every router promises, whatever its formula; each test runs for all of them through a MoE layer."""
+"""What every router promises, whatever its formula; each test runs for all of them through a MoE
+layer.
+"""
 
 import dataclasses
 import functools
@@ -209,7 +211,7 @@ def test_no_expert_outside_the_chosen_groups_wins_however_negative_the_bias(rout
 
 
 # Independence
-# -----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @all_routers
@@ -394,7 +396,7 @@ def test_on_a_mesh_the_layer_and_its_gradients_are_those_of_one_device(router):
 
 
 @all_routers
-def test_evaluation_is_the_same_twice_and_needs_no_key_and_training_without_randomness_follows_its_key(
+def test_evaluation_needs_no_key_and_training_follows_its_key(
     router,
 ):
     config = config_of(router)

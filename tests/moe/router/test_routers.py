@@ -1,4 +1,6 @@
-"""Routers: against the oracle, against the published implementations, and what they promise about masks and ties."""
+"""Routers: against the oracle, against the published implementations, and what they promise about
+masks and ties.
+"""
 
 import dataclasses
 import functools
@@ -123,14 +125,18 @@ FAMILIES = {
     "switch_transformers": {"router": "switch", "score": "softmax", "renormalize": False},
     "gpt_oss": {"score": "softmax_after"},
     "deepseek_v3": {
-        "router": "sigmoid_topk", "score": "sigmoid", "num_groups": 4, "top_k_groups": 2, "route_scale": 2.5,
+        "router": "sigmoid_topk",
+        "score": "sigmoid",
+        "num_groups": 4,
+        "top_k_groups": 2,
+        "route_scale": 2.5,
         "selection_bias": True,
     },
-}  # fmt: skip
+}
 
 
 def check_family(logits_TE, experts_TK, weights_TK, config, **more):
-    """Checks that the experts are the same in any order; returns our weights and theirs by expert."""
+    """Checks that experts are equal in any order; returns both weights by expert."""
     inputs = RouterInputs(
         jnp.asarray(logits_TE), jnp.ones(len(logits_TE), bool), len(logits_TE), **more
     )
@@ -183,17 +189,37 @@ MORE_FAMILIES = {
     "ernie4_5_moe": {"selection_bias": True},
     "llama4": {"router": "sigmoid_topk", "score": "sigmoid", "renormalize": False, "top_k": 1},
     "granitemoe": {"score": "softmax_after"},
-    "deepseek_v2": {"num_groups": 4, "top_k_groups": 2, "group_score": "max", "renormalize": False, "route_scale": 2.5},
+    "deepseek_v2": {
+        "num_groups": 4,
+        "top_k_groups": 2,
+        "group_score": "max",
+        "renormalize": False,
+        "route_scale": 2.5,
+    },
     "minimax_m2": {"router": "sigmoid_topk", "score": "sigmoid", "selection_bias": True},
     "longcat_flash": {
-        "selection_bias": True, "renormalize": False, "route_scale": 2.5, "num_experts": 10, "num_identity_experts": 6,
+        "selection_bias": True,
+        "renormalize": False,
+        "route_scale": 2.5,
+        "num_experts": 10,
+        "num_identity_experts": 6,
     },
-    "glm4_moe": {"router": "sigmoid_topk", "score": "sigmoid", "selection_bias": True, "route_scale": 2.5},
+    "glm4_moe": {
+        "router": "sigmoid_topk",
+        "score": "sigmoid",
+        "selection_bias": True,
+        "route_scale": 2.5,
+    },
     "jamba": {"renormalize": False},
-    "deepseek_v4": {"router": "sigmoid_topk", "score": "sqrt_softplus", "selection_bias": True, "route_scale": 2.5},
+    "deepseek_v4": {
+        "router": "sigmoid_topk",
+        "score": "sqrt_softplus",
+        "selection_bias": True,
+        "route_scale": 2.5,
+    },
     "deepseek_v4_hash": {"router": "hash", "score": "sqrt_softplus", "route_scale": 2.5},
     "qwen3_moe": {},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("family", MORE_FAMILIES)

@@ -24,7 +24,7 @@ turn = jax.jit(functools.partial(rotate, theta=THETA))
 
 
 def rotate_with_complex_numbers(x_A, position):
-    """Dimension i and dimension i + A/2 as one complex number, turned by position * theta^(-2i/A)."""
+    """Dimensions i and i + A/2 as one complex number, turned by position * theta^(-2i/A)."""
     half = len(x_A) // 2
     angles = position * THETA ** (-2 * np.arange(half) / len(x_A))
     turned = (x_A[:half] + 1j * x_A[half:]) * np.exp(1j * angles)
@@ -176,7 +176,9 @@ def shrink(monkeypatch):
 
 
 def rows_of(length, dtype=jnp.float32):
-    """Queries, keys, values and gradients, and rows of one document, of several, and with padding at the end."""
+    """Queries, keys, values and gradients, and rows of one document, of several, and with padding
+    at the end.
+    """
     rng = np.random.default_rng(length)
     arrays = [
         jnp.asarray(rng.normal(size=(3, length, heads, HEAD)), dtype)
@@ -249,7 +251,9 @@ MIXED = [SHORT[0], short_documents(9, 8, 7, 6, 5), short_documents(20, 40)]
 
 
 def test_skipping_what_does_not_meet_changes_no_bit(monkeypatch):
-    """A row gets the same where another row of its batch has far documents, so that nothing is skipped."""
+    """A row gets the same where another row of its batch has far documents, so that nothing is
+    skipped.
+    """
     shrink(monkeypatch)
     arrays = [array[jnp.array([0, 1, 2, 0])] for array in rows_of(64)[0]]
     run = jax.jit(lambda rows: results_and_gradients(causal.attend_causally, arrays, rows))
@@ -258,7 +262,9 @@ def test_skipping_what_does_not_meet_changes_no_bit(monkeypatch):
 
 
 def first_values_not_finite(rows):
-    """What attention makes of rows whose first two values are not finite; a weight of 0 leaves them so."""
+    """What attention makes of rows whose first two values are not finite; a weight of 0 leaves them
+    so.
+    """
     (q, k, v, _), _ = rows_of(64)
     return np.asarray(
         jax.jit(causal.attend_causally)(q, k, v.at[:, :2].set(jnp.nan), jnp.stack(rows))
