@@ -4,7 +4,7 @@
 
 On 64 chips of TPU v5p, 49,152 tokens each, an expert of each layer on a chip; other meshes by
 `--config.mesh.fsdp=16 --config.mesh.expert=4`. Nothing was trained with it. What its step holds and
-sends is in docs/performance.md.
+sends is in docs/traffic.md.
 """
 
 from ml_collections import ConfigDict
