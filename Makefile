@@ -10,11 +10,12 @@ ARGS ?=
 RUN = $(subst :,_,$(subst .py,,$(notdir $(CONFIG))))
 
 .DEFAULT_GOAL := help
-.PHONY: help train test soak lint bench notebooks setup clean FORCE
+.PHONY: help train test test-all soak lint bench notebooks setup clean FORCE
 
 help:
 	@echo 'make train   set up .venv and train $(CONFIG) in runs/$(RUN), or continue that run'
 	@echo 'make test    set up .venv, lint, and run the tests'
+	@echo 'make test-all  the same with the slow tests'
 	@echo 'make soak    try it out for an hour: kills, flipped bits, two writers, mistakes; prints what was wrong'
 	@echo 'make lint    check format, style and types, changing nothing'
 	@echo 'make bench   measure import, compilation and a training step'
@@ -38,6 +39,9 @@ train: .venv/made-for
 test: lint
 	@echo 'Testing'
 	@.venv/bin/python -m pytest -n logical --maxprocesses=8 --dist loadfile --no-loadscope-reorder $(ARGS)
+
+test-all: export PYTEST_ADDOPTS = -m 'slow or not slow'
+test-all: test
 
 soak: .venv/made-for
 	@echo 'Trying out, for an hour at most'

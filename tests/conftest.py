@@ -8,6 +8,8 @@ import shutil
 import tempfile
 import warnings
 
+from compiled_programs import keep_compiled_programs
+
 # Before jax starts: tests must not depend on the machine's accelerator.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # jaxlib 0.10 compiles a small train step twice as fast without these emitters; later ones
@@ -27,12 +29,9 @@ if importlib.metadata.version("jaxlib").startswith("0.10."):
         os.environ.get("XLA_FLAGS", "") + " --xla_cpu_collective_call_terminate_timeout_seconds=300"
     ).strip()
 
-# What another file or process of this session has compiled is read from a folder, which ends with
-# the session.
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="moejax-tests-compiled-")
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
-    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+# Half of the time of the tests is compilation: what another file, process or session has compiled
+# is read from a folder.
+keep_compiled_programs()
 
 # The user's key, by which runs of these tests are known as the user's own, ends with the
 # session, too.

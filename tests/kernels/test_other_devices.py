@@ -218,9 +218,7 @@ def test_the_gradient_of_replicated_weights_sums_over_devices_whose_rows_differ(
 @pytest.mark.parametrize(
     "variant", [{}, {"expert_bias": True, "weight_on": "input", "top_k": 1, "renormalize": False}]
 )
-def test_a_layer_on_a_mesh_equals_one_device_without_checks_of_varying_axes(
-    name, variant
-):
+def test_a_layer_on_a_mesh_equals_one_device_without_checks_of_varying_axes(name, variant):
     x_BLD = jnp.asarray(np.random.default_rng(0).normal(size=(4, 8, 16)), jnp.float32)
     is_token_BL = np.arange(8) < np.array([[8], [5], [8], [3]])
 

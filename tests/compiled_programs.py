@@ -1,0 +1,58 @@
+"""Where the tests keep compiled programs: in the user's cache folder, from session to session."""
+
+import atexit
+import contextlib
+import hashlib
+import importlib.metadata
+import os
+import platform
+import shutil
+import tempfile
+import time
+from pathlib import Path
+
+KEPT_DAYS = 30
+"""After that many days a compiled program is compiled again."""
+
+
+def cache_folder() -> Path:
+    """Returns the folder of compiled programs, which outlives the session.
+
+    It depends on the versions and on the processor, whose machine code the programs are. A folder
+    that others own or can write is not used, for what is in it is executed.
+    """
+    versions = "-".join(importlib.metadata.version(name) for name in ("jax", "jaxlib"))
+    processor = Path("/proc/cpuinfo")
+    lines = processor.read_text().splitlines() if processor.exists() else [platform.machine()]
+    features = sorted({line for line in lines if line.startswith(("flags", "Features"))})
+    digest = hashlib.sha256("\n".join(features).encode()).hexdigest()[:8]
+    given = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    parent = given if given.is_absolute() else Path.home() / ".cache"
+    folder = parent / "moejax" / f"tests-{versions}-{digest}"
+    folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.stat().st_uid != os.getuid() or folder.stat().st_mode & 0o022:
+        raise OSError(f"{folder} can be written by others")
+    return folder
+
+
+def remove_old(folder: Path) -> None:
+    """Removes programs that were compiled long ago; another process may remove them, too."""
+    for path in folder.iterdir():
+        with contextlib.suppress(OSError):
+            if path.stat().st_mtime < time.time() - KEPT_DAYS * 86_400:
+                path.unlink()
+
+
+def keep_compiled_programs() -> None:
+    """Has jax, which must not be imported yet, keep what it compiles."""
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    try:
+        folder = cache_folder()
+        remove_old(folder)
+    except (OSError, RuntimeError):
+        folder = Path(tempfile.mkdtemp(prefix="moejax-tests-compiled-"))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
