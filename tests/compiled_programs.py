@@ -44,15 +44,14 @@ def remove_old(folder: Path) -> None:
                 path.unlink()
 
 
-def keep_compiled_programs() -> None:
-    """Has jax, which must not be imported yet, keep what it compiles."""
+def compilation_cache_folder() -> str:
+    """Returns where jax, which must not be imported yet, is to keep what it compiles."""
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
-        return
+        return os.environ["JAX_COMPILATION_CACHE_DIR"]
     try:
         folder = cache_folder()
         remove_old(folder)
     except (OSError, RuntimeError):
         folder = Path(tempfile.mkdtemp(prefix="moejax-tests-compiled-"))
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+    return str(folder)

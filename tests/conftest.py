@@ -8,7 +8,7 @@ import shutil
 import tempfile
 import warnings
 
-from compiled_programs import keep_compiled_programs
+from compiled_programs import compilation_cache_folder
 
 # Before jax starts: tests must not depend on the machine's accelerator.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -31,7 +31,8 @@ if importlib.metadata.version("jaxlib").startswith("0.10."):
 
 # Half of the time of the tests is compilation: what another file, process or session has compiled
 # is read from a folder.
-keep_compiled_programs()
+os.environ["JAX_COMPILATION_CACHE_DIR"] = compilation_cache_folder()
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 # The user's key, by which runs of these tests are known as the user's own, ends with the
 # session, too.
