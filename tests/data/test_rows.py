@@ -146,11 +146,13 @@ def test_a_killed_preparation_is_redone(tmp_path):
         import os, sys
         from moejax.config import DataConfig
         from moejax.data import prepare
-        import moejax.data.storage.records as store
+        import moejax.data.storage.records as records
         write = records.write_rows
         records.write_rows = lambda *args: (write(*args), os._exit(9))
-        prepare(DataConfig(source="synthetic", tokenizer="bytes", seq_len=64, directory=sys.argv[1]))"""
-    assert subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False).returncode == 9
+        data = DataConfig(source="synthetic", tokenizer="bytes", seq_len=64, directory=sys.argv[1])
+        prepare(data)"""
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False)
+    assert done.returncode == 9
     assert ["incomplete" in path.name for path in (tmp_path / "rows").iterdir()] == [True]
     corpus = prepare(synthetic(tmp_path))
     assert corpus.rows("train")[0]["tokens"][0] == 1
