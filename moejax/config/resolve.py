@@ -32,10 +32,10 @@ def to_dict(config: Config) -> dict[str, dict[str, Any]]:
 
 def with_defaults(recorded: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """Returns recorded sections of leaves, completed with the defaults of leaves added later."""
-    completed = {}
-    for section, defaults in to_dict(Config()).items():
-        given = {**recorded.get(section, {})}
-        completed[section] = defaults | given
+    completed = to_dict(Config())
+    for section, defaults in completed.items():
+        given = recorded.get(section, {})
+        completed[section] = {**defaults, **given}
     return completed
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TextIO
 
@@ -48,7 +48,8 @@ class Labels:
         new_index = np.full(len(self.domains), num_kept, np.int32)
         new_index[kept] = np.arange(num_kept)
         domains = [self.domains[i] for i in kept]
-        return Labels(self.names, (*domains, OTHER), new_index[self.domain_of_document])
+        domain_of_document = new_index[self.domain_of_document]
+        return Labels(self.names, (*domains, OTHER), domain_of_document)
 
 
 class LabelsFile:
@@ -114,11 +115,17 @@ def read_labels(
             raise ValueError(f"{len(pairs)} lines for {num_documents} documents")
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise DataError(f"{path} is damaged ({error}); {prepare_again(folder)}") from error
-    names = tuple(name for name, _ in pairs)
-    domains = tuple(sorted({domain for _, domain in pairs}))
+    return _from_pairs(pairs)
+
+
+def _from_pairs(pairs: Sequence[tuple[str, str]]) -> Labels:
+    """Returns the labels of documents with these names and domains."""
+    names = [name for name, _ in pairs]
+    all_domains = [domain for _, domain in pairs]
+    domains = sorted(set(all_domains))
     index = {domain: i for i, domain in enumerate(domains)}
-    domain_of_document = np.array([index[domain] for _, domain in pairs], np.int32)
-    return Labels(names, domains, domain_of_document)
+    domain_of_document = np.array([index[domain] for domain in all_domains], np.int32)
+    return Labels(tuple(names), tuple(domains), domain_of_document)
 
 
 def _read_pairs(path: Path, digest: str | None) -> list[tuple[str, str]]:

@@ -117,8 +117,7 @@ with tfds.core.registered.skip_registration():
                 texts[domain] = dict(read(path))
             members: dict[str, list[dict[str, str]]] = {"train": [], "validation": []}
             for domain, text_of in texts.items():
-                sizes = {name: len(text.encode("utf-8")) for name, text in text_of.items()}
-                validation = held_out(sizes)
+                validation = _held_out_names(text_of)
                 for name in sorted(text_of):
                     split = "validation" if name in validation else "train"
                     example = {"text": text_of[name], "name": name, "domain": domain}
@@ -133,6 +132,12 @@ with tfds.core.registered.skip_registration():
             for document in documents:
                 key = f"{document['domain']}/{document['name']}"
                 yield key, document
+
+
+def _held_out_names(text_of: Mapping[str, str]) -> set[str]:
+    """Returns the names of a domain's documents that are for validation."""
+    sizes = {name: len(text.encode("utf-8")) for name, text in text_of.items()}
+    return held_out(sizes)
 
 
 def _speeches() -> dict[str, str]:

