@@ -10,7 +10,7 @@ class Reading(Protocol):
     """A configuration as one of its layers reads it."""
 
     def get(self, key: str) -> Any:
-        """The value of a leaf."""
+        """Returns the value of a leaf."""
 
     def is_derived(self, key: str) -> bool:
         """Whether the leaf has the value that `resolve` derives where none is given."""
