@@ -3,9 +3,9 @@
   moejax bench compiled_step --target=v5p --topology=4x4x4 --config=configs/mixtral_8x7b.py
 
 The shape is that of Jiang et al. 2024. The command is for 64 chips of TPU v5p, 49,152 tokens each,
-with an expert of each layer on a chip; other meshes by `--config.mesh.fsdp=16
---config.mesh.expert=4`. Nothing was trained with it. What its step holds and sends is in
-docs/performance.md.
+with an expert of each layer on a chip. For other meshes add
+`--config.mesh.fsdp=16 --config.mesh.expert=4`. Nothing was trained with it. What its step holds and
+sends is in docs/performance.md.
 """
 
 from ml_collections import ConfigDict
