@@ -1,8 +1,8 @@
-"""Seconds from start to report, on generated text: to see whether a change runs at all. It learns little.
+"""Trains for seconds, from start to report, on generated text: to see whether a change runs at all.
 
   moejax train --config=configs/debug.py --workdir=runs/debug
 
-Expect about 4 bits per byte.
+It learns little: expect about 4 bits per byte.
 """
 
 from ml_collections import ConfigDict

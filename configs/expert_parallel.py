@@ -1,10 +1,12 @@
-"""Experts split over devices: each holds some of them, and tokens travel to the experts they chose and back.
+"""Experts split over devices: tokens are sent to the experts they chose, and results return.
 
   export XLA_FLAGS=--xla_force_host_platform_device_count=4
-  moejax train --config=configs/expert_parallel.py --workdir=runs/ep --config.mesh.data=1 --config.mesh.expert=4
+  MESH="--config.mesh.data=1 --config.mesh.expert=4"
+  moejax train --config=configs/expert_parallel.py --workdir=runs/ep $MESH
 
-Four fake devices on CPU; on one device leave out the flags for the mesh: the loss is the same,
-1.793 on held-out text. Sixteen experts in each of two layers, on generated text; it takes a minute.
+Each of four fake CPU devices holds some of the experts. On one device leave out the flags for the
+mesh: the loss is the same, 1.793 on held-out text. There are sixteen experts in each of two layers,
+and the text is generated; it takes a minute.
 """
 
 from ml_collections import ConfigDict
@@ -24,15 +26,12 @@ def get_config() -> ConfigDict:
     config.moe.top_k = 2
     config.moe.d_expert = 64
     config.moe.exchange = "all_to_all"
-    config.moe.exchange_buffer = (
-        1.5  # a load more uneven than that makes a step slower, and drops nothing
-    )
-    config.moe.exchange_chunks = (
-        2  # one half of a device's tokens can travel while the other is computed
-    )
-    config.moe.save_exchanged = (
-        True  # False: less memory, and tokens travel again in the backward pass
-    )
+    # A load that is more uneven than this makes a step slower, and drops nothing.
+    config.moe.exchange_buffer = 1.5
+    # One half of a device's tokens can be sent while the other is computed.
+    config.moe.exchange_chunks = 2
+    # False takes less memory, and sends the tokens again in the backward pass.
+    config.moe.save_exchanged = True
     config.data.source = "synthetic"
     config.data.tokenizer = "bytes"
     config.data.seq_len = 64

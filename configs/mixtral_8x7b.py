@@ -1,8 +1,9 @@
-"""The shape of Mixtral 8x7B (Jiang et al. 2024), to plan a run on a pod: 46.7 billion parameters, 12.9 active.
+"""The shape of Mixtral 8x7B, to plan a run on a pod: 46.7 billion parameters, 12.9 active.
 
   moejax bench compiled_step --target=v5p --topology=4x4x4 --config=configs/mixtral_8x7b.py
 
-On 64 chips of TPU v5p, 49,152 tokens each, an expert of each layer on a chip; other meshes by
+The shape is that of Jiang et al. 2024. The command is for 64 chips of TPU v5p, 49,152 tokens each,
+with an expert of each layer on a chip. For other meshes add
 `--config.mesh.fsdp=16 --config.mesh.expert=4`. Nothing was trained with it. What its step holds and
 sends is in docs/traffic.md.
 """

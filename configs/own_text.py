@@ -3,7 +3,7 @@
   moejax train --config=configs/own_text.py --config.data.files=my_texts --workdir=runs/own_text
 
 Without `data.files` it trains on the documentation of this repository, from its root: 0.1 MB of
-text, which it learns by heart. Minutes on two CPU cores. Raise `train.num_steps` with the
+text, which it learns by heart. It takes minutes on two CPU cores. Raise `train.num_steps` with the
 amount of text.
 """
 
@@ -13,7 +13,7 @@ from moejax import config as moejax_config
 
 
 def get_config() -> ConfigDict:
-    """The recipe."""
+    """Returns the recipe."""
     config = moejax_config.default()
     config.model.num_layers = 2
     config.model.d_model = 128
@@ -25,7 +25,7 @@ def get_config() -> ConfigDict:
     config.moe.d_expert = 128
     config.moe.balance_weight = 0.01
     config.data.source = "files"
-    config.data.files = "docs"  # a folder, a file, a glob, or several with commas between
+    config.data.files = "docs"  # a folder, a file, a glob, or several separated by commas
     config.data.text_field = "text"  # of JSON lines and Parquet
     config.data.tokenizer = "bytes"  # nothing to learn; "bpe" reads about four bytes a token
     config.data.seq_len = 128

@@ -1,11 +1,11 @@
-"""About an hour on two CPU cores: a model five times as large as `tiny_moe.py`, for more than a first look.
+"""Trains for about an hour on two CPU cores: a model five times as large as `tiny_moe.py`.
 
   moejax train --config=configs/small_moe.py --workdir=runs/small_moe
 
-Six layers of width 256: a dense one, then five with 16 experts of which a token visits 2, and a
-shared one that it always visits; BPE of 4096; rows of 512 tokens. Expect 1.22 bits per byte on
-held-out addresses (loss 3.55) after 1,300 steps, 5.3 million tokens: 48 minutes at the 1,840
-tokens/s that two cores with nothing else to do gave, and 3.4 GB of memory.
+For more than a first look. There are six layers of width 256: a dense one, then five with 16
+experts, of which a token visits 2, and a shared one that it always visits; BPE of 4096; rows of 512
+tokens. Expect 1.22 bits per byte on held-out addresses (loss 3.55) after 1,300 steps, 5.3 million
+tokens: 48 minutes at the 1,840 tokens/s that two otherwise idle cores gave, and 3.4 GB of memory.
 """
 
 from ml_collections import ConfigDict

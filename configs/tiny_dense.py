@@ -1,4 +1,4 @@
-"""The dense control of `tiny_moe.py`: the same active parameters per token, data, steps and optimizer.
+"""The dense control of `tiny_moe.py`: equal active parameters, data, steps and optimizer.
 
   make train CONFIG=configs/tiny_dense.py
   moejax train --config=configs/tiny_dense.py --workdir=runs/tiny_dense

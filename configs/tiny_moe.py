@@ -1,4 +1,4 @@
-"""The default recipe: a small MoE language model that learns presidential addresses in minutes on two CPU cores.
+"""The default recipe: a small MoE that learns presidential addresses in minutes on two CPU cores.
 
   make train
   moejax train --config=configs/tiny_moe.py --workdir=runs/tiny_moe

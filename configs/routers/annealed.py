@@ -1,9 +1,9 @@
-"""From four experts a token to two: top-k, and the weight of the balance loss, fall over training.
+"""Top-k falls from four experts per token to two over training, and so does the balance loss.
 
   moejax train --config=configs/routers/annealed.py --workdir=runs/routers/annealed
 
-A short form of dense-to-sparse gating (Nie et al. 2021): four choices until half of the run. As
-`softmax_topk.py` but for this.
+A short form of dense-to-sparse gating (Nie et al. 2021): four choices for the first half of the
+run. Everything else is as in `softmax_topk.py`.
 """
 
 import runpy

@@ -1,8 +1,8 @@
-"""A router that deals experts out in turn: perfect balance, no information; for benchmarks.
+"""A router that assigns experts in turn: perfect balance, no information; for benchmarks.
 
   moejax train --config=configs/routers/balanced.py --workdir=runs/routers/balanced
 
-As `softmax_topk.py` but for this.
+Everything else is as in `softmax_topk.py`.
 """
 
 import runpy

@@ -2,7 +2,7 @@
 
   moejax train --config=configs/routers/cosine.py --workdir=runs/routers/cosine
 
-Chi et al. 2022. As `softmax_topk.py` but for this.
+Chi et al. 2022. Everything else is as in `softmax_topk.py`.
 """
 
 import runpy

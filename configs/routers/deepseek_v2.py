@@ -1,9 +1,9 @@
-"""DeepSeek-V2's router: softmax, groups by their best expert, weights not renormalised, two shared experts.
+"""DeepSeek-V2's router: softmax, groups ranked by their best expert, two shared experts.
 
   moejax train --config=configs/routers/deepseek_v2.py --workdir=runs/routers/deepseek_v2
 
-The balance loss is one of each sequence, like its expert-level loss (DeepSeek-AI 2024, V2). As
-`softmax_topk.py` but for this.
+The weights are not renormalised. The balance loss is taken over each sequence, like its
+expert-level loss (DeepSeek-AI 2024, V2). Everything else is as in `softmax_topk.py`.
 """
 
 import runpy

@@ -1,8 +1,8 @@
-"""Every expert for every token, weighed by its probability: the upper bound, at eight times the arithmetic.
+"""Every expert for every token, weighted by its probability: the upper bound for top-k routing.
 
   moejax train --config=configs/routers/dense.py --workdir=runs/routers/dense
 
-As `softmax_topk.py` but for this.
+It costs eight times the arithmetic. Everything else is as in `softmax_topk.py`.
 """
 
 import runpy

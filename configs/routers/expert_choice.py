@@ -3,7 +3,8 @@
   moejax train --config=configs/routers/expert_choice.py --workdir=runs/routers/expert_choice
 
 They choose among the tokens of all documents of a packed row, later ones included: a causal model
-needs `moe.allow_noncausal`, and both its losses flatter it. As `softmax_topk.py` but for this.
+needs `moe.allow_noncausal`, and both its losses flatter it. Everything else is as in
+`softmax_topk.py`.
 """
 
 import runpy

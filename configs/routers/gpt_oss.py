@@ -1,8 +1,8 @@
-"""The layer of gpt-oss: softmax over the selected logits, biases in router and experts, clamped SwiGLU.
+"""The layer of gpt-oss: softmax over the selected logits, biases, clamped SwiGLU.
 
   moejax train --config=configs/routers/gpt_oss.py --workdir=runs/routers/gpt_oss
 
-As `softmax_topk.py` but for this.
+The biases are in the router and in the experts. Everything else is as in `softmax_topk.py`.
 """
 
 import runpy

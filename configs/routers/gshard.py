@@ -1,11 +1,12 @@
-"""GShard's dispatch: all first choices before second ones, slots of the whole batch, overflow to the next expert.
+"""GShard's dispatch: all first choices before second ones, slots shared by the batch.
 
   moejax train --config=configs/routers/gshard.py --workdir=runs/routers/gshard
 
-Its balance loss counts first choices only (Lepikhin et al. 2020); GShard drops what overflows, here
-it moves on. Order by choice looks at later tokens, hence `moe.allow_noncausal`. The second choice
-is always sent, where GShard draws whether it is. All documents of the batch share the slots.
-Evaluation has slots, too. As `softmax_topk.py` but for this.
+Its balance loss counts first choices only (Lepikhin et al. 2020). GShard drops what overflows; here
+it is rerouted to the next expert. Order by choice looks at later tokens, hence
+`moe.allow_noncausal`. The second choice is always sent, where GShard draws whether it is. All
+documents of the batch share the slots. Evaluation has slots, too. Everything else is as in
+`softmax_topk.py`.
 """
 
 import runpy

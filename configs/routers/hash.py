@@ -1,8 +1,8 @@
-"""Hash layers: a fixed table sends each token id to its experts; nothing is learned (Roller et al. 2021).
+"""Hash layers: a fixed table sends each token id to its experts; nothing is learned.
 
   moejax train --config=configs/routers/hash.py --workdir=runs/routers/hash
 
-As `softmax_topk.py` but for this.
+Roller et al. 2021. Everything else is as in `softmax_topk.py`.
 """
 
 import runpy

@@ -1,9 +1,9 @@
-"""Two levels of noisy gating: two of four groups, then two of four experts in each (Shazeer et al. 2017, appendix B).
+"""Two levels of noisy gating: two of four groups, then two of four experts in each.
 
   moejax train --config=configs/routers/hierarchical.py --workdir=runs/routers/hierarchical
 
-Four experts of width 64 cost what two of 128 do. Importance loss; the paper's load loss is not
-there. As `softmax_topk.py` but for this.
+Shazeer et al. 2017, appendix B. Four experts of width 64 cost as much as two of 128. It has the
+importance loss, but not the load loss of the paper. Everything else is as in `softmax_topk.py`.
 """
 
 import runpy

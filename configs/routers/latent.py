@@ -1,9 +1,9 @@
-"""Latent experts: tokens are projected to half the width before them and back behind (Nemotron 3).
+"""Latent experts: tokens are projected to half the width before them, and back after them.
 
   moejax train --config=configs/routers/latent.py --workdir=runs/routers/latent
 
-Sigmoid scores, squared ReLU, a bias added to logits, shared experts averaged in. As
-`softmax_topk.py` but for this.
+From Nemotron 3: sigmoid scores, squared ReLU, a bias added to logits, and the output of shared
+experts averaged with the routed one. Everything else is as in `softmax_topk.py`.
 """
 
 import runpy

@@ -1,8 +1,8 @@
-"""The layer of Llama 4: one expert a token, whose sigmoid score multiplies its input, beside a shared expert.
+"""The layer of Llama 4: one expert a token, whose sigmoid score multiplies its input.
 
   moejax train --config=configs/routers/llama4.py --workdir=runs/routers/llama4
 
-As `softmax_topk.py` but for this.
+A shared expert runs alongside it. Everything else is as in `softmax_topk.py`.
 """
 
 import runpy

@@ -1,9 +1,9 @@
-"""Experts that cost nothing: zero, identity and constant ones beside those with weights (MoE++, LongCat-Flash).
+"""Zero-computation experts: zero, identity and constant ones next to those with weights.
 
   moejax train --config=configs/routers/longcat.py --workdir=runs/routers/longcat
 
-Softmax scores, a centred selection bias, weights not renormalised. As `softmax_topk.py`
-but for this.
+From MoE++ and LongCat-Flash: softmax scores, a centred selection bias, weights not renormalised.
+Everything else is as in `softmax_topk.py`.
 """
 
 import runpy

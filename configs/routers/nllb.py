@@ -1,10 +1,10 @@
-"""NLLB-MoE's regularisation: expert output masking, ReLU experts with biases, survivors share the weight.
+"""NLLB-MoE's regularisation: expert output masking, and survivors share the weight.
 
   moejax train --config=configs/routers/nllb.py --workdir=runs/routers/nllb
 
-A fifth of all choices lose their expert's output in training (Costa-jussa et al. 2022), after a
-warm-up; the capacity factor falls from 1.5 to 1.2. Slots are those of a packed row: its documents
-share them. As `softmax_topk.py` but for this.
+The experts have ReLU and biases. A fifth of all choices lose their expert's output in training
+(Costa-jussa et al. 2022), after a warm-up; the capacity factor falls from 1.5 to 1.2. All documents
+of a packed row share its slots. Everything else is as in `softmax_topk.py`.
 """
 
 import runpy

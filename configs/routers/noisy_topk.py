@@ -3,8 +3,8 @@
   moejax train --config=configs/routers/noisy_topk.py --workdir=runs/routers/noisy_topk
 
 Clean logits and noise start at zero; both losses have weight 0.1, and there is no balance loss. The
-importance loss falls by half over the run, the load loss rises over its first tenth. As
-`softmax_topk.py` but for this.
+importance loss falls by half over the run, and the load loss rises over its first tenth. Everything
+else is as in `softmax_topk.py`.
 """
 
 import runpy

@@ -1,8 +1,9 @@
-"""Layers that differ: the first routes by a hash of the token, the last by one expert of its own choice.
+"""Layers that differ: the first routes by a hash of the token, the last to a single expert.
 
   moejax train --config=configs/routers/per_layer.py --workdir=runs/routers/per_layer
 
-Four layers, of which two in the middle are equal. As `softmax_topk.py` but for this.
+There are four layers, of which two in the middle are equal. Everything else is as in
+`softmax_topk.py`.
 """
 
 import runpy

@@ -1,8 +1,9 @@
-"""Quantile balancing: each expert asks for the logit at which it would have got its share of the last batch.
+"""Quantile balancing: each expert asks for the logit that would have given it its fair share.
 
   moejax train --config=configs/routers/quantile.py --workdir=runs/routers/quantile
 
-No auxiliary loss and no rate to tune. As `softmax_topk.py` but for this.
+The share is measured on the last batch. There is no auxiliary loss and no rate to tune. Everything
+else is as in `softmax_topk.py`.
 """
 
 import runpy

@@ -1,8 +1,9 @@
-"""The layer of Qwen1.5-MoE: weights not renormalised, shared experts behind a sigmoid gate.
+"""The layer of Qwen1.5-MoE: weights not renormalised, shared experts with a sigmoid gate.
 
   moejax train --config=configs/routers/qwen2_moe.py --workdir=runs/routers/qwen2_moe
 
-Its balance loss as Transformers counts it, K at balance. As `softmax_topk.py` but for this.
+The balance loss is scaled as in Transformers: K at balance. Everything else is as in
+`softmax_topk.py`.
 """
 
 import runpy

@@ -2,7 +2,7 @@
 
   moejax train --config=configs/routers/random_choice.py --workdir=runs/routers/random_choice
 
-As `softmax_topk.py` but for this.
+Everything else is as in `softmax_topk.py`.
 """
 
 import runpy

@@ -1,10 +1,11 @@
-"""DeepSeek-V3's router: sigmoid scores, selection bias without auxiliary loss, groups of experts, a shared expert.
+"""DeepSeek-V3's router: sigmoid scores, groups of experts, and a selection bias.
 
   moejax train --config=configs/routers/sigmoid_topk.py --workdir=runs/routers/sigmoid_topk
 
-The bias moves by 2e-3 a step (1e-3 in the much longer published run) and rests in the last tenth;
-the loss within sequences has weight 1e-4 in the first half, then half of it (DeepSeek-AI 2024). As
-`softmax_topk.py` but for this.
+It has a shared expert, and no auxiliary loss over the batch. The bias moves by 2e-3 a step (1e-3 in
+the much longer published run) and stays constant in the last tenth; the loss within sequences has
+weight 1e-4 in the first half, then half of it (DeepSeek-AI 2024). Everything else is as in
+`softmax_topk.py`.
 """
 
 import runpy

@@ -1,10 +1,10 @@
-"""Selection from a balanced transport plan in training, plain top-k in evaluation (S-BASE, Clark et al. 2022).
+"""Selection from a balanced transport plan in training, plain top-k in evaluation (S-BASE).
 
   moejax train --config=configs/routers/sinkhorn.py --workdir=runs/routers/sinkhorn
 
-A plan over whole packed rows looks at later tokens and at other documents: a causal model needs
-`moe.allow_noncausal`, and its training loss flatters it. No auxiliary loss. As `softmax_topk.py`
-but for this.
+Clark et al. 2022. A plan over all tokens of packed rows looks at later tokens and at other
+documents: a causal model needs `moe.allow_noncausal`, and its training loss flatters it. There is
+no auxiliary loss. Everything else is as in `softmax_topk.py`.
 """
 
 import runpy

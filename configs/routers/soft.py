@@ -4,7 +4,7 @@
 
 Mixtures hold the tokens of all documents of a packed row, later ones included, so a causal model
 needs `moe.allow_noncausal`, and can read the answer: its losses mean nothing as a language model's.
-As `softmax_topk.py` but for this.
+Everything else is as in `softmax_topk.py`.
 """
 
 import runpy

@@ -1,10 +1,10 @@
-"""Top-k by softmax with renormalised weights, as in Mixtral; the base that the other recipes of this folder change.
+"""Top-k by softmax with renormalised weights, as in Mixtral; the base of the other recipes here.
 
   moejax train --config=configs/routers/softmax_topk.py --workdir=runs/routers/softmax_topk
 
 Two layers of width 128 with 16 experts of width 128, of which a token visits 2; BPE of 2048 on
-presidential addresses; rows of 128 tokens, 200 steps of 16 rows. A minute on two CPU cores.
-`docs/routers.md` compares what all of them reach.
+presidential addresses; rows of 128 tokens, 200 steps of 16 rows. It takes a minute on two CPU
+cores. `docs/routers.md` compares what all of them reach.
 """
 
 from ml_collections import ConfigDict

@@ -3,7 +3,7 @@
   moejax train --config=configs/routers/sparse_mixer.py --workdir=runs/routers/sparse_mixer
 
 Liu et al. 2023 and 2024. The threshold is wider than the published 0.01, so that a short run
-samples at all. As `softmax_topk.py` but for this.
+samples at all. Everything else is as in `softmax_topk.py`.
 """
 
 import runpy

@@ -1,9 +1,9 @@
-"""The score of DeepSeek-V4, the square root of a softplus, with GeGLU experts and balance over microbatches.
+"""The score of DeepSeek-V4: the square root of a softplus, with GeGLU experts.
 
   moejax train --config=configs/routers/sqrt_softplus.py --workdir=runs/routers/sqrt_softplus
 
-Two microbatches, each with a balance loss of its own, counted as Levanter does, 1/K at balance. As
-`softmax_topk.py` but for this.
+There are two microbatches, each with a balance loss of its own, scaled as in Levanter: 1/K at
+balance. Everything else is as in `softmax_topk.py`.
 """
 
 import runpy

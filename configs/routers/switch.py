@@ -1,10 +1,10 @@
-"""Switch Transformer: one expert a token, its probability as the weight, ReLU experts, capacity 1.25.
+"""Switch Transformer: one expert a token, weighted by its probability; capacity factor 1.25.
 
   moejax train --config=configs/routers/switch.py --workdir=runs/routers/switch
 
-Jitter on the router's input, balance loss of each device's tokens (Fedus et al. 2021). Slots are
-those of a packed row: its documents share them. As `softmax_topk.py` but for this; one expert of
-width 256 costs what two of 128 do.
+ReLU experts, jitter on the router's input, and a balance loss over each device's tokens (Fedus et
+al. 2021). All documents of a packed row share its slots. One expert of width 256 costs as much as
+two of 128. Everything else is as in `softmax_topk.py`.
 """
 
 import runpy

@@ -1,11 +1,11 @@
-"""V-MoE's router in a language model: fixed noise, batch-priority routing, GELU experts with biases.
+"""V-MoE's router in a language model: fixed noise and batch-priority routing.
 
   moejax train --config=configs/routers/vmoe.py --workdir=runs/routers/vmoe
 
-V-MoE's own importance and load losses, which fall by half (Riquelme et al. 2021). Priority by
-weight looks at later tokens: a causal model needs `moe.allow_noncausal`, and its training loss
-flatters it. Slots are those of a packed row: its documents share them. Evaluation is dropless. As
-`softmax_topk.py` but for this.
+GELU experts with biases, and V-MoE's own importance and load losses, which fall by half (Riquelme
+et al. 2021). Priority by weight looks at later tokens: a causal model needs `moe.allow_noncausal`,
+and its training loss flatters it. All documents of a packed row share its slots. Evaluation is
+dropless. Everything else is as in `softmax_topk.py`.
 """
 
 import runpy

@@ -2,8 +2,8 @@
 
 A recipe in `configs/` returns a `ConfigDict` that holds every leaf (`default()`); `resolve` turns
 it into a frozen `Config`, derives what is derived and refuses what cannot work, before anything is
-traced. Scalars that change no array shape travel apart, in one `Knobs` pytree, so that changing
-them recompiles nothing.
+traced. Scalars that change no array shape are passed separately, in one `Knobs` pytree, so that
+changing them recompiles nothing.
 """
 
 from moejax.config.errors import ConfigError as ConfigError
@@ -30,16 +30,16 @@ from moejax.config.schema.unread import UnreadError as UnreadError
 from moejax.config.schema.unread import is_read as is_read
 from moejax.config.schema.unread import refuse_unread as refuse_unread
 from moejax.config.sections.alarms import AlarmConfig as AlarmConfig
+from moejax.config.sections.data import BYTE_VOCAB_SIZE as BYTE_VOCAB_SIZE
+from moejax.config.sections.data import DataConfig as DataConfig
+from moejax.config.sections.mesh import MeshConfig as MeshConfig
+from moejax.config.sections.model import ModelConfig as ModelConfig
 from moejax.config.sections.moe import MoeConfig as MoeConfig
-from moejax.config.sections.root import BYTE_VOCAB_SIZE as BYTE_VOCAB_SIZE
 from moejax.config.sections.root import SECTIONS as SECTIONS
 from moejax.config.sections.root import Config as Config
-from moejax.config.sections.root import DataConfig as DataConfig
-from moejax.config.sections.root import MeshConfig as MeshConfig
-from moejax.config.sections.root import ModelConfig as ModelConfig
-from moejax.config.sections.root import OptimizerConfig as OptimizerConfig
-from moejax.config.sections.root import TrainConfig as TrainConfig
 from moejax.config.sections.schedules import Schedule as Schedule
 from moejax.config.sections.schedules import ScheduleConfig as ScheduleConfig
 from moejax.config.sections.schedules import limit_of as limit_of
 from moejax.config.sections.schedules import parse_schedule as parse_schedule
+from moejax.config.sections.train import OptimizerConfig as OptimizerConfig
+from moejax.config.sections.train import TrainConfig as TrainConfig

@@ -5,14 +5,17 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-SHOWN_CHARACTERS = 60
-"""Of a value in a message; longer ones are cut."""
+MAX_VALUE_CHARACTERS = 60
+"""Longer values are cut in messages."""
 
-LISTED_DIVISORS = 12
+MAX_LISTED_DIVISORS = 12
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot work: the message names the key, the value, the constraint and the remedy."""
+    """A configuration that cannot work.
+
+    The message names the key, the value, the constraint and the remedy.
+    """
 
 
 def require(condition: bool, message: str) -> None:
@@ -22,40 +25,50 @@ def require(condition: bool, message: str) -> None:
 
 
 def divisors(number: int, near: int | None = None) -> str:
-    """The divisors of `number`, for error messages: "1, 2, 4".
+    """Returns the divisors of `number` as text for error messages: "1, 2, 4".
 
     Args:
       number: at least 1.
-      near: of many divisors, those that are closest to it are listed; without it the smallest.
+      near: if there are many divisors, those closest to it are listed; the smallest by default.
     """
-    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
-    found = sorted({*small, *(number // d for d in small)})
-    if len(found) > LISTED_DIVISORS:
-        wanted = near or 1
-        found = sorted(sorted(found, key=lambda d: abs(d - wanted))[:LISTED_DIVISORS])
+    found = _all_divisors(number)
+    if len(found) > MAX_LISTED_DIVISORS:
+        target = near or 1
+        by_distance = sorted(found, key=lambda divisor: abs(divisor - target))
+        found = sorted(by_distance[:MAX_LISTED_DIVISORS])
     return ", ".join(map(str, found))
 
 
+def _all_divisors(number: int) -> list[int]:
+    """Returns the divisors in ascending order; of each pair, the smaller is at most the root."""
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    large = [number // d for d in small]
+    return sorted({*small, *large})
+
+
 def nearest(wrong: str, known: Iterable[str], aliases: Mapping[str, str] | None = None) -> str:
-    """The name that was most likely meant.
+    """Returns the known name that was most likely meant.
 
     Args:
       wrong: what was written.
-      known: the names that there are.
-      aliases: what others call them.
+      known: the names that exist.
+      aliases: other names that people use for them.
     """
-    aliases = aliases or {}
     written = wrong.strip().lower()
-    if written in aliases:
+    if aliases and written in aliases:
         return aliases[written]
-    return difflib.get_close_matches(wrong, [*known], n=1, cutoff=0.0)[0]
+    # A cutoff of 0 always leaves one match.
+    matches = difflib.get_close_matches(wrong, [*known], n=1, cutoff=0.0)
+    return matches[0]
 
 
 def format_value(value: Any) -> str:
-    """A value as a message shows it: at most so many characters of it, in one line."""
+    """Returns a value as messages show it: one line of at most `MAX_VALUE_CHARACTERS`."""
     try:
         text = str(value)
     except ValueError:  # Python refuses to write integers of thousands of digits
         return f"an integer of {value.bit_length():,} bits"
     text = " ".join(text.split())
-    return text if len(text) <= SHOWN_CHARACTERS else f"{text[: SHOWN_CHARACTERS - 3]}..."
+    if len(text) <= MAX_VALUE_CHARACTERS:
+        return text
+    return f"{text[: MAX_VALUE_CHARACTERS - 3]}..."

@@ -7,22 +7,30 @@ import jax.numpy as jnp
 
 from moejax.config.sections.root import Config
 
+NOT_OF_MOE = ("seed", "learning_rate")
+"""Knobs whose leaves are in other sections than `moe`."""
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Knobs:
-    """Traced scalars, float32: they change no shape, so changing them recompiles nothing and they can be `vmap`ped.
+    """Traced float32 scalars, which change no array shape.
 
-    Each but the first two has the name of its leaf in `moe`. Where that leaf is 0, its term may be
-    left out of the compiled program, and the knob has no effect.
+    So changing them recompiles nothing, and they can be `vmap`ped. Each but the first two has the
+    name of its leaf in `moe`. Where that leaf is 0, its term may be left out of the compiled
+    program, and the knob has no effect.
 
     Attributes:
-      seed: `train.seed`, int32, of what training draws; the initial weights and the order of rows
-        have it elsewhere.
+      seed: `train.seed`, int32, for the random draws of training; the initial weights and the order
+        of rows take it from the configuration.
       learning_rate: `optimizer.learning_rate`, the highest; the schedule multiplies it.
-      balance_weight, sequence_balance_weight, importance_weight, vmoe_importance_weight,
-      load_weight, vmoe_load_weight,
-        z_weight: coefficients of each layer's loss of that name.
+      balance_weight: coefficient of each layer's load-balancing loss.
+      sequence_balance_weight: coefficient of the balance loss within each sequence.
+      importance_weight: coefficient of the importance loss.
+      vmoe_importance_weight: coefficient of V-MoE's importance loss.
+      load_weight: coefficient of the load loss.
+      vmoe_load_weight: coefficient of V-MoE's load loss.
+      z_weight: coefficient of the router's z-loss.
       capacity_factor: limits the slots used per expert; buffers have the size of
         `moe.capacity_factor`, so larger values have no effect.
       jitter: half the width of the uniform factor on the router's input.
@@ -48,14 +56,11 @@ class Knobs:
 
     @classmethod
     def from_config(cls, config: Config) -> "Knobs":
-        """The knobs as the configuration sets them."""
-        names = [
-            field.name
-            for field in dataclasses.fields(cls)
-            if field.name not in ("seed", "learning_rate")
-        ]
+        """Returns the knobs as the configuration sets them."""
+        knobs = [field.name for field in dataclasses.fields(cls)]
+        of_moe = [name for name in knobs if name not in NOT_OF_MOE]
         return cls(
             seed=jnp.int32(config.train.seed),
             learning_rate=jnp.float32(config.optimizer.learning_rate),
-            **{name: jnp.float32(getattr(config.moe, name)) for name in names},
+            **{name: jnp.float32(getattr(config.moe, name)) for name in of_moe},
         )

@@ -16,35 +16,36 @@ from moejax.config.validation import validate
 
 
 def default() -> ConfigDict:
-    """Every leaf with its default value, locked: what recipes in `configs/` start from."""
+    """Returns every leaf with its default value, locked: what recipes in `configs/` start from."""
     return to_config_dict(Config())
 
 
 def to_config_dict(config: Config) -> ConfigDict:
-    """The same leaves as a locked `ConfigDict`."""
+    """Returns the same leaves as a locked `ConfigDict`."""
     return ConfigDict(to_dict(config)).lock()
 
 
 def to_dict(config: Config) -> dict[str, dict[str, Any]]:
-    """The same leaves as nested plain dicts, ready for JSON."""
+    """Returns the same leaves as nested plain dicts, ready for JSON."""
     return dataclasses.asdict(config)
 
 
 def with_defaults(recorded: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Recorded sections of leaves, with the defaults of leaves that there were not yet when they were recorded."""
-    return {
-        section: values | {**recorded.get(section, {})}
-        for section, values in to_dict(Config()).items()
-    }
+    """Returns recorded sections of leaves, completed with the defaults of leaves added later."""
+    completed = to_dict(Config())
+    for section, defaults in completed.items():
+        given = recorded.get(section, {})
+        completed[section] = {**defaults, **given}
+    return completed
 
 
 def resolve(source: object, *, typed: Collection[str] = (), varied: Collection[str] = ()) -> Config:
-    """Turns a `ConfigDict` or nested mapping into a checked `Config`.
+    """Returns a `ConfigDict` or nested mapping as a checked `Config`.
 
     Args:
-      source: sections of leaves, of which those that are absent take their defaults. Whatever else
-        a recipe may return is refused.
-      typed: dotted keys that were given beside a recipe, see `unread.refuse_unread`.
+      source: sections of leaves; absent ones take their defaults. Anything else that a recipe may
+        return is refused.
+      typed: dotted keys that were given in addition to a recipe, see `unread.refuse_unread`.
       varied: dotted keys that a sweep varies, likewise.
 
     Returns:
@@ -60,7 +61,9 @@ def resolve(source: object, *, typed: Collection[str] = (), varied: Collection[s
 
 
 def resolve_recorded(source: object) -> Config:
-    """The configuration of a run or an arm that exists: as `resolve`, but leaves that nothing reads are no error.
+    """Returns the configuration of an existing run or arm.
+
+    It does what `resolve` does, but leaves that nothing reads are no error.
 
     Raises:
       ConfigError: an unknown key, a wrong type, a value out of range or an impossible combination.
@@ -68,40 +71,45 @@ def resolve_recorded(source: object) -> Config:
     values = source.to_dict() if isinstance(source, ConfigDict) else source
     if not isinstance(values, Mapping):
         raise ConfigError(
-            f"the configuration is {format_value(repr(values))}; it must be sections of leaves, such as "
-            "moejax.config.default() gives"
+            f"the configuration is {format_value(repr(values))}; it must be sections of leaves, "
+            "such as moejax.config.default() gives"
         )
     for name in values:
         if name not in SECTIONS:
             raise ConfigError(
                 f"{name} is not a config section; the nearest is {nearest(str(name), SECTIONS)}"
             )
-    config = _derive(
-        Config(**{section: _section(section, values.get(section, {})) for section in SECTIONS})
-    )
+    sections = {section: _section(section, values.get(section, {})) for section in SECTIONS}
+    config = _derive(Config(**sections))
     validate(config)
     return config
 
 
 def _section(section: str, given: Any) -> Any:
+    """Returns the dataclass of a section, with each given leaf checked."""
     if not isinstance(given, Mapping):
-        first = next(key for key, each in declared().items() if each.section == section)
+        keys = [key for key, each in declared().items() if each.section == section]
         raise ConfigError(
-            f"{section}={format_value(repr(given))} is no section of leaves; set leaves such as {first}"
+            f"{section}={format_value(repr(given))} is no section of leaves; "
+            f"set leaves such as {keys[0]}"
         )
     values = {}
     for name, value in given.items():
         key = f"{section}.{name}"
         check_key(key)
-        values[name] = check_value(key, value, declared()[key].leaf, declared()[key].annotation)
+        each = declared()[key]
+        values[name] = check_value(key, value, each.leaf, each.annotation)
     return SECTIONS[section](**values)
 
 
 def _derive(config: Config) -> Config:
+    """Returns the configuration with the derived leaves of `moe`."""
     moe = config.moe
     has_width = moe.d_expert > 0 or moe.num_experts == 0
-    # Where it cannot be derived, every layer may have a width of its own: `validate` looks at those
-    # that have none.
-    if not has_width and config.model.d_ff % moe.top_k == 0:
-        moe = dataclasses.replace(moe, d_expert=config.model.d_ff // moe.top_k)
-    return dataclasses.replace(config, moe=derive_moe(moe, config.data.seq_len))
+    # A width that cannot be derived is no error yet: `moe.per_layer` may set one in every layer, so
+    # `validate` looks at the layers that are left without.
+    width, remainder = divmod(config.model.d_ff, moe.top_k)
+    if not has_width and remainder == 0:
+        moe = dataclasses.replace(moe, d_expert=width)
+    moe = derive_moe(moe, config.data.seq_len)
+    return dataclasses.replace(config, moe=moe)

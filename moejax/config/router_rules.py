@@ -8,15 +8,15 @@ class RouterRules:
     """A router, and what goes together with it.
 
     Attributes:
-      scores: score functions it can use; the first is meant by "auto".
+      scores: score functions it can use; "auto" takes the first.
       takes_groups: whether its selection can be limited to groups.
       takes_bias: whether its selection can carry a selection bias.
       takes_capacity: whether tokens choose, so that an expert can overflow.
       is_causal: whether a token's routing is independent of later tokens, in training too.
       draws: whether it draws random numbers in training.
-      can_limit: whether a token can do with fewer than `moe.top_k` experts: weights follow from the
-        selection alone.
-      is_fixed: whether the selection follows from no logits.
+      can_limit: whether `schedule.top_k` can lower the number of experts per token, because the
+        weights follow from the selection alone.
+      is_fixed: whether the selection does not depend on logits.
     """
 
     scores: tuple[str, ...]

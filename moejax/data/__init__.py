@@ -1,4 +1,4 @@
-"""From documents to batches: the tokens a step trains on, as a pure function of (seed, step, process).
+"""From documents to batches: what a step trains on is a pure function of (seed, step, process).
 
 The path: `sources` yields documents, `tokenizers` turns them into ids, `packing` lays the ids out
 in fixed rows, `rows` prepares those rows once on disk, `batches` shuffles and stacks them. Nothing

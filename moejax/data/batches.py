@@ -1,11 +1,12 @@
-"""Rows into batches. Batch `step` is a pure function of (seed, step, rows): the input's state is the step number.
+"""Rows into batches: batch `step` is a pure function of (seed, step, rows).
 
-The global order of rows does not depend on the number of processes. Each takes those rows of a
-global batch that its devices hold, so a run may continue on another number of processes and see
-the same data.
+So the step number is all the state of the input. The global order of rows does not depend on the
+number of processes. Each process takes those rows of a global batch that its devices hold, so a run
+may continue on another number of processes and see the same data.
 """
 
 import dataclasses
+import math
 import sys
 from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -32,7 +33,7 @@ class Batch:
       tokens_BL: int32, inputs.
       targets_BL: int32, the token after each input.
       segments_BL: int32, the piece each input belongs to: 1, 2, ... within a row, 0 for padding.
-        Attention must not look from one into another.
+        Attention must not look across segments.
       positions_BL: int32, position of each input in its piece, from 0.
       loss_mask_BL: bool, whether the target is a real token of the same piece as the input. False
         at the last token of a piece, though its segment is not 0.
@@ -50,15 +51,17 @@ class Batch:
 
 def to_batch(rows: Row, has_documents: bool = False) -> Batch:
     """Splits stacked rows, arrays [B, L + 1], into inputs and targets."""
-    tokens, segments, positions, documents = (rows[name] for name in FEATURES)
-    inside = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)
+    inputs_BL = {name: rows[name][:, :-1] for name in FEATURES}
+    target_segments_BL = rows["segments"][:, 1:]
+    is_same_piece_BL = target_segments_BL == inputs_BL["segments"]
+    is_token_BL = target_segments_BL > 0
     return Batch(
-        tokens_BL=tokens[:, :-1],
-        targets_BL=tokens[:, 1:],
-        segments_BL=segments[:, :-1],
-        positions_BL=positions[:, :-1],
-        loss_mask_BL=inside,
-        documents_BL=documents[:, :-1] if has_documents else None,
+        tokens_BL=inputs_BL["tokens"],
+        targets_BL=rows["tokens"][:, 1:],
+        segments_BL=inputs_BL["segments"],
+        positions_BL=inputs_BL["positions"],
+        loss_mask_BL=is_same_piece_BL & is_token_BL,
+        documents_BL=inputs_BL["documents"] if has_documents else None,
     )
 
 
@@ -85,16 +88,20 @@ class TrainBatches:
         rows_here = _checked_rows(batch_size, rows)
         # Grain adds the epoch to the shuffle's seed: spread the seeds, or seed 0 would begin where
         # seed 1 continues.
-        shuffle_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
-        ordered = grain.MapDataset.source(corpus.rows("train")).shuffle(seed=shuffle_seed).repeat()
+        spread = np.random.SeedSequence(seed).generate_state(1)
+        shuffle_seed = int(spread[0])
+        stored = grain.MapDataset.source(corpus.rows("train"))
+        ordered = stored.shuffle(seed=shuffle_seed).repeat()
 
         def read(step: int) -> Batch:
-            return _stack([ordered[step * batch_size + row] for row in rows_here])
+            first = step * batch_size
+            return _stack([ordered[first + row] for row in rows_here])
 
-        self._batches = grain.MapDataset.range(sys.maxsize // batch_size).map(read)
+        num_batches = sys.maxsize // batch_size
+        self._batches = grain.MapDataset.range(num_batches).map(read)
 
     def __getitem__(self, step: int) -> Batch:
-        """The rows of global batch `step` that are read here: NumPy arrays [rows, L]."""
+        """Returns the rows of global batch `step` that are read here: NumPy arrays [rows, L]."""
         return self._batches[_checked_step(step)]
 
     def iterate(self, start_step: int = 0) -> Generator[Batch]:
@@ -108,11 +115,11 @@ class TrainBatches:
 def eval_batches(
     corpus: "Corpus", batch_size: int, split: str = "validation", rows: Sequence[int] | None = None
 ) -> Generator[Batch]:
-    """Yields batches that cover every row of a split exactly once, in order; of each, the given rows (None: all).
+    """Yields batches that cover every row of a split exactly once, in order.
 
-    The last batch is filled up with rows of padding, so all batches have the same shapes and all
-    processes the same number of them. Summed over all rows, `loss_mask_BL` counts
-    `corpus.num_tokens[split]`.
+    Of each batch, the given rows are read (None: all). The last batch is filled up with rows of
+    padding, so all batches have the same shapes and all processes the same number of them. Summed
+    over all rows, `loss_mask_BL` counts `corpus.num_tokens[split]`.
 
     Raises:
       ConfigError: there is no such batch.
@@ -126,17 +133,18 @@ def eval_batches(
 
     def read(step: int) -> Batch:
         indices = [step * batch_size + row for row in rows_here]
-        return _stack(
-            [stored[i] if i < len(stored) else padding for i in indices], has_documents=True
-        )
+        read_rows = [stored[i] if i < len(stored) else padding for i in indices]
+        return _stack(read_rows, has_documents=True)
 
-    return _read_ahead(grain.MapDataset.range(-(-len(stored) // batch_size)).map(read))
+    num_batches = math.ceil(len(stored) / batch_size)
+    return _read_ahead(grain.MapDataset.range(num_batches).map(read))
 
 
 def _stack(rows: Sequence[Row], has_documents: bool = False) -> Batch:
-    return to_batch(
-        {name: np.stack([row[name] for row in rows]) for name in FEATURES}, has_documents
-    )
+    stacked = {}
+    for name in FEATURES:
+        stacked[name] = np.stack([row[name] for row in rows])
+    return to_batch(stacked, has_documents)
 
 
 def _read_ahead(batches: Any) -> Generator[Batch]:
@@ -160,8 +168,10 @@ def _checked_step(step: int) -> int:
 def _checked_rows(batch_size: int, rows: Sequence[int] | None) -> Sequence[int]:
     if batch_size < 1:
         raise ConfigError(f"train.batch_size={batch_size} must be at least 1")
-    rows = range(batch_size) if rows is None else rows
-    if not rows or not 0 <= min(rows) <= max(rows) < batch_size:
+    if rows is None:
+        return range(batch_size)
+    are_within = bool(rows) and min(rows) >= 0 and max(rows) < batch_size
+    if not are_within:
         raise ConfigError(
             f"train.batch_size={batch_size} has rows 0 to {batch_size - 1}, not {[*rows]}"
         )

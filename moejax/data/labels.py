@@ -1,18 +1,21 @@
-"""What is known about the documents of a split: a file beside its rows, one line a document."""
+"""Names and domains of the documents of a split: a file next to its rows, a line a document."""
 
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TextIO
 
 import numpy as np
 from jaxtyping import Int
 
-from moejax.data.errors import DataError
+from moejax.data.errors import DataError, prepare_again
 from moejax.data.sources.document import Document
 from moejax.data.storage.regular_files import read_regular
+
+OTHER = "other"
+"""The domain of documents whose own domain is too small to be shown."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +23,7 @@ class Labels:
     """Names and domains of the documents of a split.
 
     Attributes:
-      names: of each document; empty if none has one.
+      names: one for each document; empty if no document has a name.
       domains: the distinct domains, sorted; ("",) if none is known.
       domain_of_document: index into `domains` of each document, int32.
     """
@@ -30,21 +33,29 @@ class Labels:
     domain_of_document: Int[np.ndarray, "documents"]
 
     def largest(self, number: int) -> "Labels":
-        """The same with at most `number` domains: of more, those with most documents are kept, the others "other"."""
+        """Returns labels with at most `number` domains.
+
+        If there are more, those with most documents are kept, and the others become "other".
+        """
         if len(self.domains) <= number:
             return self
+        num_kept = number - 1
         counts = np.bincount(self.domain_of_document, minlength=len(self.domains))
-        counts[[name == "other" for name in self.domains]] = -1  # is one of the others
-        kept = sorted(np.argsort(-counts, kind="stable")[: number - 1].tolist())
-        place = np.full(len(self.domains), number - 1, np.int32)
-        place[kept] = np.arange(number - 1)
-        return Labels(
-            self.names, (*(self.domains[i] for i in kept), "other"), place[self.domain_of_document]
-        )
+        if OTHER in self.domains:
+            counts[self.domains.index(OTHER)] = -1  # it is one of the others
+        by_count = np.argsort(-counts, kind="stable")  # of equal counts, the first are kept
+        kept = sorted(by_count[:num_kept].tolist())
+        new_index = np.full(len(self.domains), num_kept, np.int32)
+        new_index[kept] = np.arange(num_kept)
+        domains = [self.domains[i] for i in kept]
+        domain_of_document = new_index[self.domain_of_document]
+        return Labels(self.names, (*domains, OTHER), domain_of_document)
 
 
 class LabelsFile:
-    """Writes `documents.SPLIT.jsonl`, a line `[name, domain]` each; no file if no document has either.
+    """Writes `documents.SPLIT.jsonl`, a line `[name, domain]` for each document.
+
+    There is no file if no document has either.
 
     Args:
       folder: of the prepared corpus.
@@ -54,19 +65,23 @@ class LabelsFile:
     def __init__(self, folder: Path, split: str):
         self._path = _path(folder, split)
         self._file: TextIO | None = None
-        self._unlabelled = 0  # so far, while there is no file
+        self._num_unlabelled = 0  # so far, while there is no file
 
     def noting(self, documents: Iterator[Document]) -> Iterator[Document]:
-        """Passes documents on."""
+        """Passes documents on, and writes their labels."""
         for document in documents:
-            if self._file is None and (document.name or document.domain):
-                self._file = self._path.open("w", encoding="utf-8")
-                self._file.write('["", ""]\n' * self._unlabelled)
-            if self._file is None:
-                self._unlabelled += 1
-            else:
-                self._file.write(json.dumps([document.name, document.domain]) + "\n")
+            self._write(document)
             yield document
+
+    def _write(self, document: Document) -> None:
+        has_labels = bool(document.name or document.domain)
+        if self._file is None and has_labels:
+            self._file = self._path.open("w", encoding="utf-8")
+            self._file.write(_line("", "") * self._num_unlabelled)
+        if self._file is None:
+            self._num_unlabelled += 1
+        else:
+            self._file.write(_line(document.name, document.domain))
 
     def __enter__(self) -> "LabelsFile":
         return self
@@ -79,13 +94,13 @@ class LabelsFile:
 def read_labels(
     folder: Path, split: str, num_documents: int, digests: Mapping[str, str] | None = None
 ) -> Labels:
-    """The labels of a split; without a file, `num_documents` documents without labels.
+    """Returns the labels of a split; without a file, `num_documents` documents without labels.
 
     Args:
       folder: of the prepared corpus.
       split: its name.
       num_documents: of the split.
-      digests: SHA-256 by the file's name, where it is known.
+      digests: SHA-256 by the file's name, if it is known.
 
     Raises:
       DataError: the file is damaged.
@@ -95,24 +110,42 @@ def read_labels(
     if digest is None and not path.exists():
         return Labels((), ("",), np.zeros(num_documents, np.int32))
     try:
-        raw = read_regular(path)
-        if digest is not None and hashlib.sha256(raw).hexdigest() != digest:
-            raise ValueError("it is not the file that was prepared")
-        lines = [json.loads(line) for line in raw.decode("utf-8").split("\n")[:-1]]
-        pairs = [(str(name), str(domain)) for name, domain in lines]
+        pairs = _read_pairs(path, digest)
         if len(pairs) != num_documents:
             raise ValueError(f"{len(pairs)} lines for {num_documents} documents")
     except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise DataError(
-            f"{path} is damaged ({error}); remove the folder {folder} and run the command again: it is prepared anew"
-        ) from error
-    domains = tuple(sorted({domain for _, domain in pairs}))
+        raise DataError(f"{path} is damaged ({error}); {prepare_again(folder)}") from error
+    return _from_pairs(pairs)
+
+
+def _from_pairs(pairs: Sequence[tuple[str, str]]) -> Labels:
+    """Returns the labels of documents with these names and domains."""
+    names = [name for name, _ in pairs]
+    all_domains = [domain for _, domain in pairs]
+    domains = sorted(set(all_domains))
     index = {domain: i for i, domain in enumerate(domains)}
-    return Labels(
-        tuple(name for name, _ in pairs),
-        domains,
-        np.array([index[domain] for _, domain in pairs], np.int32),
-    )
+    domain_of_document = np.array([index[domain] for domain in all_domains], np.int32)
+    return Labels(tuple(names), tuple(domains), domain_of_document)
+
+
+def _read_pairs(path: Path, digest: str | None) -> list[tuple[str, str]]:
+    """Returns the name and the domain of each document.
+
+    Raises:
+      OSError, ValueError, TypeError, RecursionError: the file is damaged.
+    """
+    raw = read_regular(path)
+    if digest is not None and hashlib.sha256(raw).hexdigest() != digest:
+        raise ValueError("it is not the file that was prepared")
+    pairs = []
+    for line in raw.decode("utf-8").split("\n")[:-1]:
+        name, domain = json.loads(line)
+        pairs.append((str(name), str(domain)))
+    return pairs
+
+
+def _line(name: str, domain: str) -> str:
+    return json.dumps([name, domain]) + "\n"
 
 
 def _path(folder: Path, split: str) -> Path:

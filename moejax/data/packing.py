@@ -2,9 +2,9 @@
 
 The stream of a document is `[bos, t_1 .. t_n, eos]`: n + 1 predictions. It is cut into pieces of at
 most L = seq_len predictions, and neighbouring pieces share one token (the last target of one is the
-first input of the next), so every token but `bos` is a target exactly once. A row has L + 1 slots,
-inputs and targets together. A full piece fills a row; shorter ones share rows by first-fit
-decreasing bin packing [1], marked by segments, between which attention must not look.
+first input of the next), so every token but `bos` is a target exactly once. A row has L + 1 slots
+for inputs and targets together. A full piece fills a row; shorter ones share rows by first-fit
+decreasing bin packing [1]. Their segments differ, and attention must not look across segments.
 
 [1] D. S. Johnson, "Near-optimal bin packing algorithms", 1973.
 """
@@ -16,15 +16,17 @@ import numpy as np
 Row = dict[str, np.ndarray]
 Piece = tuple[np.ndarray, int]  # ids, and the number of their document
 FEATURES = ("tokens", "segments", "positions", "documents")
-PADDING = {"documents": -1}  # of other features 0
+PADDING = {"documents": -1}  # other features are padded with 0
 
-WINDOW_SLOTS = (
-    1 << 20
-)  # short pieces are packed in groups of so many slots: memory stays flat however large the corpus
+WINDOW_SLOTS = 1 << 20
+"""Short pieces are packed in groups of this many slots, so that memory does not grow with the
+corpus."""
 
 
 def cut(stream: Sequence[int], seq_len: int) -> list[np.ndarray]:
-    """Cuts a document's stream into pieces of at most `seq_len` predictions that overlap by one token.
+    """Cuts a document's stream into pieces of at most `seq_len` predictions.
+
+    Neighbouring pieces overlap by one token.
 
     Args:
       stream: ids, [n + 2], from `bos` to `eos`.
@@ -34,7 +36,8 @@ def cut(stream: Sequence[int], seq_len: int) -> list[np.ndarray]:
       int32 arrays of 2 to L + 1 ids; all but the last have L + 1.
     """
     ids = np.asarray(stream, np.int32)
-    return [ids[start : start + seq_len + 1] for start in range(0, len(ids) - 1, seq_len)]
+    starts = range(0, len(ids) - 1, seq_len)
+    return [ids[start : start + seq_len + 1] for start in starts]
 
 
 def pack(streams: Iterable[Sequence[int]], seq_len: int) -> Iterator[Row]:
@@ -46,28 +49,29 @@ def pack(streams: Iterable[Sequence[int]], seq_len: int) -> Iterator[Row]:
 
     Yields:
       Rows of int32 arrays [L + 1]: `tokens`; `segments`, 1, 2, ... per piece and 0 for padding;
-      `positions`, from 0 in each piece; `documents`, which of the streams a piece is of, counted
-      from 0. Padding is 0, and -1 in `documents`.
+      `positions`, from 0 in each piece; `documents`, the index of the stream that a piece comes
+      from. Padding is 0, and -1 in `documents`.
     """
     waiting: list[Piece] = []
-    slots = 0
+    num_slots = 0
     for document, stream in enumerate(streams):
         for ids in cut(stream, seq_len):
             if len(ids) == seq_len + 1:
                 yield lay_out([(ids, document)], seq_len)
             else:
-                waiting.append(
-                    (ids.copy(), document)
-                )  # a view would keep all of its document in memory
-                slots += len(ids)
-        if slots >= WINDOW_SLOTS:
+                # A view would keep all of its document in memory.
+                waiting.append((ids.copy(), document))
+                num_slots += len(ids)
+        if num_slots >= WINDOW_SLOTS:
             yield from _pack_window(waiting, seq_len)
-            waiting, slots = [], 0
+            waiting = []
+            num_slots = 0
     yield from _pack_window(waiting, seq_len)
 
 
 def _pack_window(pieces: list[Piece], seq_len: int) -> Iterator[Row]:
-    for members in first_fit_decreasing([len(ids) for ids, _ in pieces], seq_len + 1):
+    lengths = [len(ids) for ids, _ in pieces]
+    for members in first_fit_decreasing(lengths, seq_len + 1):
         yield lay_out([pieces[m] for m in members], seq_len)
 
 
@@ -81,33 +85,37 @@ def first_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int
     Returns:
       The indices of the items in each bin.
     """
-    room = np.full(len(lengths), capacity)  # there are never more bins than items
     bins: list[list[int]] = []
-    for item in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        bin_ = int(
-            np.argmax(room[: len(bins) + 1] >= lengths[item])
-        )  # the last of these is a new bin, which has room
-        if bin_ == len(bins):
+    room = np.full(len(lengths), capacity)  # there are never more bins than items
+    longest_first = sorted(range(len(lengths)), key=lambda item: -lengths[item])
+    for item in longest_first:
+        # All open bins and a new one, which has room for any item.
+        has_room = room[: len(bins) + 1] >= lengths[item]
+        index = int(np.argmax(has_room))
+        if index == len(bins):
             bins.append([])
-        bins[bin_].append(item)
-        room[bin_] -= lengths[item]
+        bins[index].append(item)
+        room[index] -= lengths[item]
     return bins
 
 
 def empty_row(seq_len: int) -> Row:
-    """A row of padding, [L + 1]."""
-    return {name: np.full(seq_len + 1, PADDING.get(name, 0), np.int32) for name in FEATURES}
+    """Returns a row of padding, [L + 1]."""
+    row = {}
+    for name in FEATURES:
+        row[name] = np.full(seq_len + 1, PADDING.get(name, 0), np.int32)
+    return row
 
 
 def lay_out(pieces: Sequence[Piece], seq_len: int) -> Row:
-    """One row, [L + 1], with the pieces side by side in it."""
+    """Returns one row, [L + 1], that holds the pieces one after the other."""
     row = empty_row(seq_len)
     start = 0
     for segment, (ids, document) in enumerate(pieces, start=1):
-        stop = start + len(ids)
-        row["tokens"][start:stop] = ids
-        row["segments"][start:stop] = segment
-        row["positions"][start:stop] = np.arange(len(ids))
-        row["documents"][start:stop] = document
-        start = stop
+        slots = slice(start, start + len(ids))
+        row["tokens"][slots] = ids
+        row["segments"][slots] = segment
+        row["positions"][slots] = np.arange(len(ids))
+        row["documents"][slots] = document
+        start += len(ids)
     return row

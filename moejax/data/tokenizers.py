@@ -1,9 +1,9 @@
-"""Text to token ids and back, exactly: raw bytes, or byte-pair encoding (BPE) learnt from the training split.
+"""Text to token ids and back, exactly: raw bytes, or byte-pair encoding (BPE).
 
-Both tokenizers are lossless: `decode(encode(text)) == text` for every string, whatever its
-whitespace, because no text is normalised and a character outside the vocabulary is written as its
-UTF-8 bytes. Ids 0, 1 and 2 are padding, begin of document and end of document in both; `encode`
-never produces them.
+BPE is learnt from the training split. Both tokenizers are lossless: `decode(encode(text)) == text`
+for every string, whatever its whitespace, because no text is normalised and a character outside the
+vocabulary is written as its UTF-8 bytes. Ids 0, 1 and 2 are padding, begin of document and end of
+document in both; `encode` never produces them.
 """
 
 import hashlib
@@ -24,12 +24,17 @@ from moejax.paths import replace_file
 PAD_ID, BOS_ID, EOS_ID = 0, 1, 2
 SPECIAL_PIECES = ("<pad>", "<bos>", "<eos>")
 
-SPACE_MARK = "\u2581"  # what sentencepiece, and every table here, writes for a space
-UNREADABLE = b"\xff"  # never part of valid UTF-8: an id without a meaning decodes to the replacement character
+DESCRIPTION_FILE = "tokenizer.json"
+MODEL_FILE = "tokenizer.model"
 
-TRAINING_BYTES = (
-    64_000_000  # text that the BPE is learnt from; more changes the pieces little and costs memory
-)
+SPACE_MARK = "\u2581"  # what sentencepiece, and every table here, writes for a space
+
+UNREADABLE = b"\xff"
+"""The byte of an id without a meaning, never part of valid UTF-8: it decodes to U+FFFD."""
+
+TRAINING_BYTES = 64_000_000
+"""Text that the BPE is learnt from; more would change the pieces little, and cost memory."""
+
 MAX_LINE = 4096  # characters: sentencepiece refuses unbroken words of 65,536
 
 
@@ -54,27 +59,39 @@ class Tokenizer(Protocol):
     fingerprint: str
 
     def encode(self, text: str) -> list[int]:
-        """The ids of `text`, without special ids."""
+        """Returns the ids of `text`, without special ids."""
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`. Special ids are skipped; what is no valid UTF-8 becomes U+FFFD. Never raises."""
+        """Returns the text of `ids`, and never raises.
+
+        Special ids are skipped; bytes that are no valid UTF-8 become U+FFFD.
+        """
 
     def piece(self, id: int) -> str:
-        """One token in readable form, for tables: a space as U+2581, a byte that is no character as `<0xE2>`."""
+        """Returns one token in readable form, for tables.
+
+        A space is U+2581, and a byte that is no character has the form `<0xE2>`.
+        """
 
     def save(self, directory: str | Path) -> None:
-        """Writes the files that `load_tokenizer` reads into `directory`, which is created if absent."""
+        """Writes the files that `load_tokenizer` reads into `directory`, and creates it first."""
+
+
+BYTE_NAMES = {" ": SPACE_MARK, "\n": "\\n", "\r": "\\r", "\t": "\\t"}
 
 
 def _byte_piece(value: int) -> str:
-    """A readable form of one byte."""
-    names = {ord(" "): SPACE_MARK, ord("\n"): "\\n", ord("\r"): "\\r", ord("\t"): "\\t"}
-    return names.get(value) or (chr(value) if 32 < value < 127 else f"<0x{value:02X}>")
+    """Returns a readable form of one byte."""
+    character = chr(value)
+    if character in BYTE_NAMES:
+        return BYTE_NAMES[character]
+    is_printable = 32 < value < 127
+    return character if is_printable else f"<0x{value:02X}>"
 
 
 def _decode(table: Sequence[bytes], ids: Iterable[int]) -> str:
     """Joins the bytes of each id and decodes them; ids outside the table are unreadable."""
-    parts = (table[i] if 0 <= i < len(table) else UNREADABLE for i in ids)
+    parts = [table[i] if 0 <= i < len(table) else UNREADABLE for i in ids]
     return b"".join(parts).decode("utf-8", errors="replace")
 
 
@@ -82,10 +99,10 @@ def _save(directory: str | Path, description: dict, model: bytes | None = None) 
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     if model is not None:
-        replace_file(folder / "tokenizer.model", model)
-    replace_file(
-        folder / "tokenizer.json", (json.dumps(description, indent=2) + "\n").encode()
-    )  # last: it is looked for
+        replace_file(folder / MODEL_FILE, model)
+    # The description is written last: where it exists, everything does.
+    text = json.dumps(description, indent=2) + "\n"
+    replace_file(folder / DESCRIPTION_FILE, text.encode())
 
 
 class ByteTokenizer:
@@ -100,9 +117,9 @@ class ByteTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """See `Tokenizer.encode`."""
-        return (
-            np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int32) + len(SPECIAL_PIECES)
-        ).tolist()
+        values = np.frombuffer(text.encode("utf-8"), np.uint8)
+        ids = values.astype(np.int32) + len(SPECIAL_PIECES)
+        return ids.tolist()
 
     def decode(self, ids: Iterable[int]) -> str:
         """See `Tokenizer.decode`."""
@@ -112,11 +129,9 @@ class ByteTokenizer:
         """See `Tokenizer.piece`."""
         if not 0 <= id < self.vocab_size:
             return f"<{id}>"
-        return (
-            SPECIAL_PIECES[id]
-            if id < len(SPECIAL_PIECES)
-            else _byte_piece(id - len(SPECIAL_PIECES))
-        )
+        if id < len(SPECIAL_PIECES):
+            return SPECIAL_PIECES[id]
+        return _byte_piece(id - len(SPECIAL_PIECES))
 
     def save(self, directory: str | Path) -> None:
         """See `Tokenizer.save`."""
@@ -135,7 +150,11 @@ class SentencePieceTokenizer:
     pad_id, bos_id, eos_id = PAD_ID, BOS_ID, EOS_ID
 
     def __init__(self, model: bytes):
-        """Loads a serialized model such as `train_sentencepiece` makes; `RuntimeError` or `ValueError` for others."""
+        """Loads a serialized model such as `train_sentencepiece` makes.
+
+        Raises:
+          RuntimeError, ValueError: it is no such model.
+        """
         import sentencepiece
 
         self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
@@ -144,13 +163,10 @@ class SentencePieceTokenizer:
         self.fingerprint = f"bpe-{hashlib.sha256(model).hexdigest()}"
         ids = list(range(self.vocab_size))
         self._pieces = self._processor.id_to_piece(ids)
-        self._byte_of = {
-            i: int(self._pieces[i][3:5], 16) for i in ids if self._processor.is_byte(i)
-        }
-        if (
-            tuple(self._pieces[: len(SPECIAL_PIECES)]) != SPECIAL_PIECES
-            or len(self._byte_of) != 256
-        ):
+        byte_ids = [i for i in ids if self._processor.is_byte(i)]
+        self._byte_of = {i: int(self._pieces[i][3:5], 16) for i in byte_ids}  # of "<0xE2>"
+        special_pieces = tuple(self._pieces[: len(SPECIAL_PIECES)])
+        if special_pieces != SPECIAL_PIECES or len(self._byte_of) != 256:
             raise ValueError(
                 "it must have byte fallback, and ids 0, 1, 2 for padding, begin and end of document"
             )
@@ -168,10 +184,11 @@ class SentencePieceTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """See `Tokenizer.encode`."""
-        first, *rest = text.split(SPACE_MARK)
+        mark_ids = [self._id_of_byte[byte] for byte in SPACE_MARK.encode("utf-8")]
+        first, *others = text.split(SPACE_MARK)
         ids = self._processor.encode(first)
-        for part in rest:
-            ids += [self._id_of_byte[b] for b in SPACE_MARK.encode("utf-8")]
+        for part in others:
+            ids += mark_ids
             ids += self._processor.encode(part)
         return ids
 
@@ -183,23 +200,22 @@ class SentencePieceTokenizer:
         """See `Tokenizer.piece`."""
         if not 0 <= id < self.vocab_size:
             return f"<{id}>"
-        return _byte_piece(self._byte_of[id]) if id in self._byte_of else self._pieces[id]
+        if id in self._byte_of:
+            return _byte_piece(self._byte_of[id])
+        return self._pieces[id]
 
     def save(self, directory: str | Path) -> None:
         """See `Tokenizer.save`."""
-        _save(
-            directory,
-            {
-                "kind": self.kind,
-                "vocab_size": self.vocab_size,
-                "sha256": hashlib.sha256(self._model).hexdigest(),
-            },
-            self._model,
-        )
+        description = {
+            "kind": self.kind,
+            "vocab_size": self.vocab_size,
+            "sha256": hashlib.sha256(self._model).hexdigest(),
+        }
+        _save(directory, description, self._model)
 
 
 def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> SentencePieceTokenizer:
-    """Learns BPE pieces from `texts`: a deterministic function of the text and the size.
+    """Learns BPE pieces from `texts`, as a deterministic function of the text and the size.
 
     Args:
       texts: documents; those after the first `TRAINING_BYTES` bytes are not read.
@@ -220,7 +236,8 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> SentencePieceT
     lines = list(_training_lines(texts))
     if not lines:
         raise ConfigError(
-            "data.tokenizer=bpe cannot be learnt: the training split has no text; use data.tokenizer=bytes"
+            "data.tokenizer=bpe cannot be learnt: the training split has no text; use "
+            "data.tokenizer=bytes"
         )
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -252,74 +269,75 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> SentencePieceT
 
 
 def _training_lines(texts: Iterable[str]) -> Iterator[str]:
-    """Lines that are not empty, at most `MAX_LINE` characters each, up to `TRAINING_BYTES` bytes."""
+    """Yields lines of at most `MAX_LINE` characters, and up to `TRAINING_BYTES` bytes in total."""
     remaining = TRAINING_BYTES
     for text in texts:
-        for line in text.replace("\0", "\n").split(
-            "\n"
-        ):  # sentencepiece skips lines with a null character
-            for start in range(0, len(line), MAX_LINE):
-                part = line[start : start + MAX_LINE]
-                remaining -= len(part.encode("utf-8"))
-                if remaining < 0:
-                    return
-                yield part
+        for line in _short_lines(text):
+            remaining -= len(line.encode("utf-8"))
+            if remaining < 0:
+                return
+            yield line
+
+
+def _short_lines(text: str) -> Iterator[str]:
+    """Yields the lines of a text that are not empty, long ones in parts."""
+    # sentencepiece skips lines with a null character, so these end the line.
+    for line in text.replace("\0", "\n").split("\n"):
+        for start in range(0, len(line), MAX_LINE):
+            yield line[start : start + MAX_LINE]
 
 
 def _size_error(message: str, vocab_size: int) -> ConfigError:
-    """What sentencepiece says about the vocabulary size, as a `ConfigError`."""
+    """Returns sentencepiece's message about the vocabulary size as a `ConfigError`."""
     if largest := re.search(r"value <= (\d+)", message):
         return ConfigError(
-            f"data.vocab_size={vocab_size} is too large for the training text; the largest value that works is "
-            f"{largest[1]}, or use data.tokenizer=bytes"
+            f"data.vocab_size={vocab_size} is too large for the training text; the largest value "
+            f"that works is {largest[1]}, or use data.tokenizer=bytes"
         )
     if smallest := re.search(r"required_chars\. \d+ vs (\d+)", message):
         return ConfigError(
-            f"data.vocab_size={vocab_size} is too small for the characters of the training text; use more than "
-            f"{smallest[1]}, or data.tokenizer=bytes"
+            f"data.vocab_size={vocab_size} is too small for the characters of the training text; "
+            f"use more than {smallest[1]}, or data.tokenizer=bytes"
         )
     return ConfigError(
-        f"data.vocab_size={vocab_size}: sentencepiece cannot learn from the training text: {message}"
+        f"data.vocab_size={vocab_size}: sentencepiece cannot learn from the training text: "
+        f"{message}"
     )
 
 
 def load_tokenizer(directory: str | Path) -> Tokenizer:
-    """Reads what `Tokenizer.save` wrote.
+    """Returns the tokenizer that `Tokenizer.save` wrote.
 
     Raises:
       DataError: a file is missing or corrupt.
     """
-    folder = Path(directory)
+    path = Path(directory) / DESCRIPTION_FILE
     try:
-        description = json.loads(_read(folder / "tokenizer.json"))
-        kind, vocab_size = description["kind"], description["vocab_size"]
+        description = json.loads(_read(path))
+        kind = description["kind"]
+        vocab_size = description["vocab_size"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise _load_error(folder / "tokenizer.json", "is corrupt") from error
+        raise _load_error(path, "is corrupt") from error
     if kind == ByteTokenizer.kind and vocab_size == ByteTokenizer.vocab_size:
         return ByteTokenizer()
     if kind != SentencePieceTokenizer.kind:
         raise _load_error(
-            folder / "tokenizer.json",
-            f"has kind={kind!r} and vocab_size={vocab_size}, which do not exist",
+            path, f"has kind={kind!r} and vocab_size={vocab_size}, which do not exist"
         )
-    model = _read(folder / "tokenizer.model")
-    if hashlib.sha256(model).hexdigest() != description.get("sha256"):
-        raise _load_error(
-            folder / "tokenizer.model",
-            "is corrupt: it is not the file that tokenizer.json describes",
-        )
-    try:
-        tokenizer = SentencePieceTokenizer(model)
-    except (RuntimeError, ValueError) as error:
-        raise _load_error(
-            folder / "tokenizer.model", f"is no model this version reads: {error}"
-        ) from error
+    tokenizer = _load_model(Path(directory) / MODEL_FILE, description.get("sha256"))
     if vocab_size != tokenizer.vocab_size:
-        raise _load_error(
-            folder / "tokenizer.json",
-            f"has vocab_size={vocab_size} for {tokenizer.vocab_size} pieces",
-        )
+        raise _load_error(path, f"has vocab_size={vocab_size} for {tokenizer.vocab_size} pieces")
     return tokenizer
+
+
+def _load_model(path: Path, sha256: str | None) -> SentencePieceTokenizer:
+    model = _read(path)
+    if hashlib.sha256(model).hexdigest() != sha256:
+        raise _load_error(path, f"is corrupt: it is not the file that {DESCRIPTION_FILE} describes")
+    try:
+        return SentencePieceTokenizer(model)
+    except (RuntimeError, ValueError) as error:
+        raise _load_error(path, f"is no model this version reads: {error}") from error
 
 
 def _read(path: Path) -> bytes:
@@ -330,10 +348,9 @@ def _read(path: Path) -> bytes:
 
 
 def _load_error(path: Path, problem: str) -> DataError:
-    if (path.parent / "config.json").exists():
-        return DataError(
-            f"{path} {problem}; restore it from a copy: the run's weights fit no other tokenizer"
-        )
-    return DataError(
-        f"{path} {problem}; restore it from a copy, or remove the folder {path.parent} so that it is made anew"
-    )
+    """Returns the error for a tokenizer of a run, or of prepared data, that cannot be read."""
+    folder = path.parent
+    remedy = f"restore it from a copy, or remove the folder {folder} so that it is made again"
+    if (folder / "config.json").exists():
+        remedy = "restore it from a copy: the run's weights fit no other tokenizer"
+    return DataError(f"{path} {problem}; {remedy}")

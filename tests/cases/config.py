@@ -2,7 +2,9 @@
 
 import typing
 
-from moejax.config import declared
+import pytest
+
+from moejax.config import ConfigError, declared, resolve
 
 SPECIMENS = {
     "moe.router": ("switch", {"moe.top_k": 1, "moe.renormalize": False}),
@@ -65,11 +67,11 @@ SPECIMENS = {
     "data.files": ("texts/*.txt", {"data.source": "files"}),
     "optimizer.decay_fraction": (0.1, {"optimizer.schedule": "wsd"}),
 }
-"""A value of leaves for which a type is not enough, and what must change with it so that it is accepted."""
+"""Values of leaves whose type does not suggest one, and what must change with them."""
 
 
 def nested(changes):
-    """Dotted keys as nested dicts."""
+    """Returns dotted keys as nested dicts."""
     sections = {}
     for key, value in changes.items():
         section, name = key.split(".")
@@ -77,8 +79,16 @@ def nested(changes):
     return sections
 
 
+def refusal(changes):
+    """Returns the one-line message with which `changes` are refused."""
+    with pytest.raises(ConfigError) as caught:
+        resolve(nested(changes))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
 def other_value(key):
-    """A value of the leaf that is not its default, and what else must change with it."""
+    """Returns a value of the leaf that is not its default, and what must change with it."""
     each = declared()[key]
     if key in SPECIMENS:
         return SPECIMENS[key]

@@ -9,7 +9,7 @@ def damage(path, how, rng):
     """Damages a file.
 
     Args:
-      path: of it.
+      path: where it is.
       how: one of `WAYS`.
       rng: a NumPy generator, which says where.
     """

@@ -1,4 +1,4 @@
-"""Layers that differ: how `moe.per_layer` is read, and the runs that the model scans."""
+"""Layers that differ: how `moe.per_layer` is read, and the groups of layers that are scanned."""
 
 import pytest
 
@@ -10,7 +10,7 @@ def config_of(per_layer, num_layers=6, **moe):
     return resolve({"model": {"num_layers": num_layers}, "moe": base | moe})
 
 
-def test_entries_name_layers_from_either_end_and_ranges_and_change_what_they_say():
+def test_entries_change_layers_by_index_from_the_end_and_by_range():
     config = config_of(
         "0: router=hash; 2-3: num_shared_experts=1; -1: top_k=1 renormalize=False d_expert=16"
     )
@@ -18,12 +18,11 @@ def test_entries_name_layers_from_either_end_and_ranges_and_change_what_they_say
     assert [kind.router for kind in kinds] == ["hash"] + ["softmax_topk"] * 5
     assert [kind.score for kind in kinds] == ["uniform"] + ["softmax"] * 5
     assert [kind.num_shared_experts for kind in kinds] == [0, 0, 1, 1, 0, 0]
-    assert [(kind.top_k, kind.renormalize, kind.d_expert) for kind in kinds] == [
-        (2, True, 8)
-    ] * 5 + [(1, False, 16)]
+    changed = [(kind.top_k, kind.renormalize, kind.d_expert) for kind in kinds]
+    assert changed == [(2, True, 8)] * 5 + [(1, False, 16)]
 
 
-def test_equal_neighbours_are_one_run_to_scan():
+def test_equal_neighbours_are_one_group_to_scan():
     config = config_of("0: router=hash; 2-3: num_shared_experts=1; -1: top_k=1 renormalize=False")
     assert [group.num for group in config.layer_groups] == [1, 1, 2, 1, 1]
     assert [group.num for group in config_of("").layer_groups] == [6]
@@ -35,11 +34,8 @@ def test_dense_layers_are_not_counted_and_a_pattern_stays_a_pattern():
     assert config.moe_layers == (3, 4, 5) and config.num_moe_layers == 3
     every = config_of("3: num_shared_experts=1", num_layers=8, every=2)
     assert every.moe_layers == (1, 3, 5, 7)
-    assert [(len(group.kinds), group.num) for group in every.layer_groups] == [
-        (2, 1),
-        (2, 1),
-        (2, 2),
-    ]
+    sizes = [(len(group.kinds), group.num) for group in every.layer_groups]
+    assert sizes == [(2, 1), (2, 1), (2, 2)]
 
 
 def test_losses_that_do_not_fit_a_layers_router_are_left_out_there():
@@ -48,11 +44,15 @@ def test_losses_that_do_not_fit_a_layers_router_are_left_out_there():
 
 
 def test_what_follows_from_top_k_follows_from_that_of_the_layer():
-    soft = resolve({
-        "model": {"num_layers": 2}, "data": {"seq_len": 32},
-        "moe": {"num_experts": 4, "d_expert": 8, "router": "soft", "allow_noncausal": True, "per_layer": "0: top_k=4"},
-    })  # fmt: skip
-    assert [kind.slots_per_expert for kind in soft.layers] == [32, 16]
+    soft = {
+        "num_experts": 4,
+        "d_expert": 8,
+        "router": "soft",
+        "allow_noncausal": True,
+        "per_layer": "0: top_k=4",
+    }
+    config = resolve({"model": {"num_layers": 2}, "data": {"seq_len": 32}, "moe": soft})
+    assert [kind.slots_per_expert for kind in config.layers] == [32, 16]
     one = config_of("-1: top_k=1 renormalize=False", router="sinkhorn", allow_noncausal=True)
     assert [kind.score for kind in one.layers] == ["softmax_after"] * 5 + ["sigmoid"]
 
@@ -89,13 +89,13 @@ def test_a_layer_that_does_not_look_at_tokens_has_no_jitter():
         ("0: router=soft", ["layer 0 by moe.per_layer", "moe.allow_noncausal"]),
     ],
 )
-def test_an_entry_that_cannot_be_read_or_cannot_work_names_itself_and_the_remedy(per_layer, parts):
+def test_an_entry_that_cannot_work_is_refused_with_its_text_and_a_remedy(per_layer, parts):
     with pytest.raises(ConfigError) as caught:
         config_of(per_layer)
     assert all(part in str(caught.value) for part in parts), str(caught.value)
 
 
-def test_a_value_that_every_layer_overrides_is_not_held_against_the_model():
+def test_a_value_that_every_layer_overrides_does_not_refuse_the_model():
     config = config_of("0-5: top_k=1 renormalize=False", num_experts=1)  # top_k=2 by default
     assert [kind.top_k for kind in config.layers] == [1] * 6
     widths = {"d_expert": 0, "top_k": 3}  # of which no width can be derived

@@ -1,4 +1,4 @@
-"""Leaves that are set and that nothing reads: what the code really reads is recorded, and the rest must be refused."""
+"""Leaves that nothing reads: what the code reads is recorded, and all others must be refused."""
 
 import dataclasses
 import functools
@@ -45,7 +45,7 @@ READ_BY_THE_MODEL = {"first_dense", "every", "per_layer", "num_experts", "save_e
 """Leaves of `moe` that are read outside of the layer."""
 
 READ_BY_RESOLVE = {"allow_noncausal", "top_k"}
-"""A permission, which decides whether a configuration is refused; and what the slots of `soft` are derived from."""
+"""A permission, which may refuse a configuration, and what the slots of `soft` follow from."""
 
 
 class Recorder:
@@ -64,8 +64,9 @@ class Recorder:
             if name in names:
                 code = sys._getframe(1).f_code
                 file = Path(code.co_filename)
-                is_ours = file.is_relative_to(PACKAGE) and file.parent != PACKAGE / "config"
-                if is_ours or code.co_name in properties:
+                is_config = file.is_relative_to(PACKAGE / "config")
+                is_reader = file.is_relative_to(PACKAGE) and not is_config
+                if is_reader or code.co_name in properties:
                     self.names.add(name)
             return object.__getattribute__(instance, name)
 
@@ -73,12 +74,12 @@ class Recorder:
 
 
 def config_of(context, **changes):
-    moe = SMALL["moe"] | CONTEXTS[context] | changes
-    return {name: SMALL.get(name, {}) for name in ("model", "data", "train")} | {"moe": moe}
+    sections = {name: SMALL.get(name, {}) for name in ("model", "data", "train")}
+    return sections | {"moe": SMALL["moe"] | CONTEXTS[context] | changes}
 
 
 def run_layer(config):
-    """Traces one MoE layer in training and in evaluation, its losses, and the update of its router's state."""
+    """Traces one MoE layer in training and evaluation, with its losses and its router's update."""
     moe = config.moe_groups[0]
     mask_BL = jnp.ones((2, config.data.seq_len), bool)
     x_BLD = jnp.ones((2, config.data.seq_len, config.model.d_model))
@@ -142,7 +143,7 @@ def test_an_unread_leaf_is_refused_with_its_value_its_need_and_the_remedy(contex
             message = str(error)
             assert message.startswith(f"{key}=") and "\n" not in message
             assert each.needs_text in message and f"leave {key}" in message
-        except ConfigError as error:  # it does not go with the rest in another way, too
+        except ConfigError as error:  # it is also refused for another reason
             assert key in str(error)
         else:
             pytest.fail(f"{key} is accepted")
@@ -191,15 +192,15 @@ def test_a_leaf_that_its_choice_reads_is_accepted():
         assert resolve(nested({key: value} | others), typed=[key])
 
 
-def test_what_may_rest_in_a_recipe_is_refused_where_it_is_typed():
-    resting = {"moe.exchange": "ring", "model.d_ff": 512, "moe.d_expert": 8, "alarms.drops": 0.5}
-    assert resolve(nested(resting))
+def test_what_may_be_unread_in_a_recipe_is_refused_if_it_is_typed():
+    unread = {"moe.exchange": "ring", "model.d_ff": 512, "moe.d_expert": 8, "alarms.drops": 0.5}
+    assert resolve(nested(unread))
     for key in ("moe.exchange", "model.d_ff", "alarms.drops"):
         with pytest.raises(UnreadError, match=key):
-            resolve(nested(resting), typed=[key])
+            resolve(nested(unread), typed=[key])
 
 
-def test_a_recipe_has_its_dense_twin_and_what_is_typed_for_it_is_refused():
+def test_a_dense_twin_ignores_the_recipe_and_refuses_what_is_typed():
     recipe = {
         "moe.num_experts": 0,
         "moe.top_k": 4,
@@ -212,7 +213,7 @@ def test_a_recipe_has_its_dense_twin_and_what_is_typed_for_it_is_refused():
             resolve(nested(recipe), typed=[key])
 
 
-def test_a_recorded_configuration_is_read_whatever_does_nothing_in_it():
+def test_a_recorded_configuration_may_hold_leaves_that_do_nothing():
     recorded = nested(
         {"moe.sinkhorn_iterations": 3, "data.files": "x", "optimizer.decay_fraction": 0.5}
     )
@@ -238,13 +239,13 @@ def test_a_resolved_configuration_resolves_again_with_what_was_derived():
         assert resolve(to_dict(config)) == config
 
 
-def test_a_leaf_that_another_layer_reads_is_accepted_and_one_that_none_reads_is_not():
-    one = {
+def test_a_leaf_is_accepted_if_any_layer_reads_it():
+    in_one_layer = {
         "moe.per_layer": "0: router=sinkhorn",
         "moe.allow_noncausal": True,
         "moe.sinkhorn_iterations": 3,
     }
-    assert resolve(nested(one)).layers[0].sinkhorn_iterations == 3
+    assert resolve(nested(in_one_layer)).layers[0].sinkhorn_iterations == 3
     with pytest.raises(
         UnreadError, match=r"moe.per_layer: sinkhorn_iterations=3 does nothing in layer 1"
     ):
@@ -256,7 +257,7 @@ def test_a_leaf_that_another_layer_reads_is_accepted_and_one_that_none_reads_is_
         resolve(nested(every))
 
 
-def test_the_choices_of_a_model_are_read_where_the_width_of_experts_follows_from_them():
+def test_top_k_is_read_if_the_width_of_experts_follows_from_it():
     given = {"model": {"d_ff": 1024, "num_layers": 4}, "moe": {"num_experts": 8, "top_k": 4}}
     in_layers = {"per_layer": "0-3: top_k=1 renormalize=False"}
     assert resolve(given | {"moe": given["moe"] | in_layers}).moe.d_expert == 256

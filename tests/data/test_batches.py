@@ -1,4 +1,4 @@
-"""Batches are a pure function of (seed, step, rows): the same resumed, prefetched, or shared by more processes."""
+"""Batches are a pure function of (seed, step, rows), also when resumed, prefetched or shared."""
 
 import dataclasses
 import itertools
@@ -31,11 +31,9 @@ def concatenated(batches):
 
 
 def keys(batch):
-    """One hashable value per row, to recognise it by."""
-    return [
-        tokens.tobytes() + targets.tobytes()
-        for tokens, targets in zip(batch.tokens_BL, batch.targets_BL, strict=True)
-    ]
+    """Returns one hashable value per row, to recognise it by."""
+    rows = zip(batch.tokens_BL, batch.targets_BL, strict=True)
+    return [tokens.tobytes() + targets.tobytes() for tokens, targets in rows]
 
 
 def rows_of(corpus, split="train"):
@@ -80,12 +78,10 @@ def only(batch, rows):
 
 @pytest.mark.parametrize("rows", [[0], [4, 5, 6, 7], [0, 1, 4, 5], [*range(BATCH)]])
 def test_rows_of_a_batch_are_those_of_the_global_batch(corpus, rows):
-    whole, part = (
-        TrainBatches(corpus, BATCH, seed=0),
-        TrainBatches(corpus, BATCH, seed=0, rows=rows),
-    )
+    complete = TrainBatches(corpus, BATCH, seed=0)
+    part = TrainBatches(corpus, BATCH, seed=0, rows=rows)
     for step in (0, 5, 400):
-        assert_equal(part[step], only(whole[step], rows))
+        assert_equal(part[step], only(complete[step], rows))
         assert part[step].tokens_BL.shape == (len(rows), 128)
 
 
@@ -106,18 +102,18 @@ def test_resuming_equals_going_straight_on(corpus):
 def test_every_epoch_covers_each_row_once_in_an_order_of_its_own(corpus):
     size = corpus.num_rows["train"]
     steps = -(-3 * size // BATCH)  # batches run across the ends of epochs
-    stream = [
-        key
-        for _, batch in zip(range(steps), TrainBatches(corpus, BATCH, 0).iterate(), strict=False)
-        for key in keys(batch)
-    ]
+    stream = []
+    for batch in itertools.islice(TrainBatches(corpus, BATCH, 0).iterate(), steps):
+        stream += keys(batch)
     expected = sorted(row[:-1].tobytes() + row[1:].tobytes() for row in rows_of(corpus))
     epochs = [stream[i * size : (i + 1) * size] for i in range(3)]
     assert all(sorted(epoch) == expected for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
     assert epochs[0] != expected
     # A seed does not begin where another continues.
-    neighbour = [key for step in range(5) for key in keys(TrainBatches(corpus, BATCH, 1)[step])]
+    neighbour = []
+    for step in range(5):
+        neighbour += keys(TrainBatches(corpus, BATCH, 1)[step])
     assert neighbour != epochs[1][: len(neighbour)]
 
 
@@ -135,9 +131,8 @@ def test_the_background_threads_end_with_the_generator(corpus):
     next(iterator)
     started = readers()
     assert started
-    inner = iterator.gi_frame.f_locals[
-        "iterator"
-    ]  # keeps grain's iterator alive: only closing it ends its threads
+    # Grain's iterator is kept alive here, so that only closing it ends its threads.
+    inner = iterator.gi_frame.f_locals["iterator"]
     iterator.close()
     for thread in started:
         thread.join(timeout=10)
@@ -160,11 +155,12 @@ def test_reading_happens_in_the_background(corpus, monkeypatch):
 
     names = set()
     read = records.Rows.__getitem__
-    monkeypatch.setattr(
-        records.Rows,
-        "__getitem__",
-        lambda self, i: (names.add(threading.current_thread().name), read(self, i))[1],
-    )
+
+    def noting(self, index):
+        names.add(threading.current_thread().name)
+        return read(self, index)
+
+    monkeypatch.setattr(records.Rows, "__getitem__", noting)
     iterator = TrainBatches(corpus, BATCH, seed=0).iterate()
     next(iterator)
     iterator.close()
@@ -176,15 +172,15 @@ def test_reading_happens_in_the_background(corpus, monkeypatch):
 def test_evaluation_covers_every_row_once_and_counts_every_target(corpus, batch_size):
     batches = list(eval_batches(corpus, batch_size))
     assert len({batch.tokens_BL.shape for batch in batches}) == 1
-    whole = concatenated(batches)
+    joined = concatenated(batches)
     expected = rows_of(corpus, "validation")
     size = len(expected)
-    np.testing.assert_array_equal(whole.tokens_BL[:size], [row[:-1] for row in expected])
-    np.testing.assert_array_equal(whole.targets_BL[:size], [row[1:] for row in expected])
-    assert len(whole.tokens_BL) - size < batch_size  # no batch of padding alone
-    padding = dataclasses.replace(whole, documents_BL=whole.documents_BL + 1)
-    assert not any(array[size:].any() for array in jax.tree.leaves(padding))
-    assert whole.loss_mask_BL.sum() == corpus.num_tokens["validation"]
+    np.testing.assert_array_equal(joined.tokens_BL[:size], [row[:-1] for row in expected])
+    np.testing.assert_array_equal(joined.targets_BL[:size], [row[1:] for row in expected])
+    assert len(joined.tokens_BL) - size < batch_size  # no batch is only padding
+    from_zero = dataclasses.replace(joined, documents_BL=joined.documents_BL + 1)
+    assert not any(array[size:].any() for array in jax.tree.leaves(from_zero))
+    assert joined.loss_mask_BL.sum() == corpus.num_tokens["validation"]
 
 
 def test_evaluation_can_read_the_training_split(corpus):
@@ -196,10 +192,10 @@ def test_evaluation_can_read_the_training_split(corpus):
 
 @pytest.mark.parametrize("rows", [[0], [4, 5, 6, 7], [2, 3, 6, 7]])
 def test_rows_of_evaluation_batches_are_those_of_the_global_batches(corpus, rows):
-    part, whole = list(eval_batches(corpus, BATCH, rows=rows)), list(eval_batches(corpus, BATCH))
-    assert len(part) == len(whole)
-    for of_part, of_whole in zip(part, whole, strict=True):
-        assert_equal(of_part, only(of_whole, rows))
+    part = list(eval_batches(corpus, BATCH, rows=rows))
+    complete = list(eval_batches(corpus, BATCH))
+    for batch, complete_batch in zip(part, complete, strict=True):
+        assert_equal(batch, only(complete_batch, rows))
 
 
 @pytest.mark.parametrize(
@@ -226,7 +222,7 @@ def test_a_negative_step_is_refused(corpus):
         batches.iterate(-1)
 
 
-def test_damage_met_in_the_background_arrives_as_it_is(corpus, monkeypatch):
+def test_damage_found_in_the_background_is_raised_unchanged(corpus, monkeypatch):
     from moejax.data.storage import records
 
     def damaged(self, index):

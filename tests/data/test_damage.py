@@ -1,6 +1,7 @@
-"""Every file of prepared data, damaged in eight ways: one line that names it and the remedy, or equal rows."""
+"""Prepared data, each file damaged in eight ways: an error in one line, or equal rows."""
 
 import dataclasses
+import json
 import re
 import shutil
 from pathlib import Path
@@ -24,15 +25,14 @@ TRIES = {"bit": 6, "random": 2}  # these depend on chance
 def data(tmp_path_factory):
     """Documents in JSON lines with names and domains, read by pieces that were learnt."""
     folder = tmp_path_factory.mktemp("damage")
-    lines = [
-        f'{{"text": "{"abc def ghi " * (3 + i)}", "name": "n{i}", "domain": "d{i % 3}"}}\n'
-        for i in range(60)
-    ]
+    records = []
+    for i in range(60):
+        records.append({"text": "abc def ghi " * (3 + i), "name": f"n{i}", "domain": f"d{i % 3}"})
+    lines = [json.dumps(record) + "\n" for record in records]
     (folder / "texts.jsonl").write_text("".join(lines))
-    files = str(folder / "texts.jsonl")
     return DataConfig(
         source="files",
-        files=files,
+        files=str(folder / "texts.jsonl"),
         directory=str(folder / "data"),
         tokenizer="bpe",
         vocab_size=270,
@@ -41,15 +41,14 @@ def data(tmp_path_factory):
 
 
 def everything(data):
-    """All that reading prepared rows gives."""
+    """Returns all that reading prepared rows gives."""
     corpus = prepare(data)
-    rows = {split: corpus.rows(split) for split in SPLITS}
-    arrays = {
-        split: [np.stack([row[name] for name in FEATURES]) for row in rows[split]]
-        for split in SPLITS
-    }
-    stacked = {split: np.stack(found) for split, found in arrays.items()}
-    labels = {split: dataclasses.astuple(corpus.labels(split)) for split in SPLITS}
+    stacked = {}
+    labels = {}
+    for split in SPLITS:
+        rows = corpus.rows(split)
+        stacked[split] = [np.stack([row[name] for row in rows]) for name in FEATURES]
+        labels[split] = dataclasses.astuple(corpus.labels(split))
     counts = (corpus.num_rows, corpus.num_tokens, corpus.num_bytes, corpus.num_documents)
     return stacked, labels, counts, corpus.tokenizer.fingerprint
 
@@ -90,12 +89,12 @@ def test_damaged_rows_labels_and_tokenizers_are_refused_or_change_nothing(data):
     assert outcomes["refused"] > 5 * len(files)
 
 
-def test_damaged_documents_of_our_own_builders_are_refused_or_change_nothing(tmp_path):
+def test_damaged_documents_of_own_builders_are_refused_or_change_nothing(tmp_path):
     data = DataConfig(source="speeches", directory=str(tmp_path))
 
     def read():
         source = open_source(data)
-        return {split: [hash(document) for document in source.documents(split)] for split in SPLITS}
+        return {split: list(map(hash, source.documents(split))) for split in SPLITS}
 
     read()
     files = [path for path in sorted((tmp_path / "documents").rglob("*")) if path.is_file()]
@@ -114,17 +113,13 @@ def test_damaged_datasets_of_others_are_refused_in_one_line(tmp_path):
         for how in WAYS:
             damage(folder / name, how, rng)
             try:
-                found = [
-                    document.text
-                    for split in SPLITS
-                    for document in open_source(data).documents(split)
-                ]
+                found = []
+                for split in SPLITS:
+                    found += [document.text for document in open_source(data).documents(split)]
                 assert sorted(found) == sorted(f"a{i}" for i in range(30)), how
             except ValueError as error:
-                assert type(error).__module__.startswith("moejax.") and "\n" not in str(error), (
-                    name,
-                    how,
-                )
+                assert type(error).__module__.startswith("moejax."), (name, how)
+                assert "\n" not in str(error), (name, how)
             restore(folder / name, raw)
 
 
@@ -140,8 +135,8 @@ def test_classes_that_features_name_are_never_imported(tmp_path, monkeypatch):
             "tensorflow_datasets", "canary_module"
         ),
         '{"type": "canary_module.Features", "content": {}}',
-        '{"pythonClassName": "tensorflow_datasets.core.features.features_dict.FeaturesDict", "content": '
-        '{"type": "canary_module.X"}}',
+        '{"pythonClassName": "tensorflow_datasets.core.features.features_dict.FeaturesDict", '
+        '"content": {"type": "canary_module.X"}}',
         '{"x":' * 100_000,
     ):
         assert damaged != text
@@ -182,7 +177,7 @@ def test_a_dataset_is_checked_wherever_links_and_names_lead(tmp_path, monkeypatc
             open_source(dataclasses.replace(data, name=name))
 
 
-def test_of_several_versions_and_configs_the_one_meant_is_opened(tmp_path):
+def test_the_requested_version_and_config_of_a_dataset_is_opened(tmp_path):
     data = write_dataset(tmp_path, {"train": [{"text": f"a{i}"} for i in range(5)]})
     folder = tmp_path / "letters"
     shutil.copytree(folder / "1.2.0", folder / "big/1.10.0")
@@ -190,15 +185,13 @@ def test_of_several_versions_and_configs_the_one_meant_is_opened(tmp_path):
     shutil.copytree(folder / "1.2.0", folder / "big/2.0.0-partial")
 
     def opened(name):
-        return (
-            Path(open_dataset(name, str(tmp_path)).builder.data_dir).relative_to(folder).as_posix()
-        )
+        path = Path(open_dataset(name, str(tmp_path)).builder.data_dir)
+        return path.relative_to(folder).as_posix()
 
-    assert [opened(name) for name in ("letters", "letters:1.*.*", "letters:1.2.0")] == ["1.2.0"] * 3
-    assert [opened(name) for name in ("letters/big", "letters/big:1.9.0")] == [
-        "big/1.10.0",
-        "big/1.9.0",
-    ]
+    for name in ("letters", "letters:1.*.*", "letters:1.2.0"):
+        assert opened(name) == "1.2.0"
+    assert opened("letters/big") == "big/1.10.0"
+    assert opened("letters/big:1.9.0") == "big/1.9.0"
     shutil.rmtree(folder / "1.2.0")
     assert opened("letters") == "big/1.10.0"  # the only config
     shutil.copytree(folder / "big", folder / "small")
@@ -207,9 +200,7 @@ def test_of_several_versions_and_configs_the_one_meant_is_opened(tmp_path):
             open_source(dataclasses.replace(data, name=name))
 
 
-def test_what_killed_preparations_leave_is_removed_and_nothing_stays_in_the_temporary_folder(
-    data, tmp_path, monkeypatch
-):
+def test_leftovers_of_killed_preparations_are_removed(data, tmp_path, monkeypatch):
     temporary = tmp_path / "tmp"
     temporary.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(temporary))

@@ -1,4 +1,4 @@
-"""Labels of documents: written beside the rows, read back, and few enough to report a loss for each."""
+"""Labels of documents: written next to the rows, read back, and few enough for a loss of each."""
 
 import dataclasses
 
@@ -31,11 +31,13 @@ def test_labels_come_back_in_order(tmp_path):
     assert [labels.domains[i] for i in labels.domain_of_document] == ["x", "y", "x", ""]
 
 
-def test_documents_without_labels_cost_no_file_and_some_without_keep_their_place(tmp_path):
+def test_documents_without_labels_need_no_file_and_keep_their_place(tmp_path):
     write(tmp_path, [Document("a"), Document("b")])
     assert list(tmp_path.iterdir()) == []
     labels = read_labels(tmp_path, "validation", 2)
-    assert (labels.names, labels.domains, labels.domain_of_document.tolist()) == ((), ("",), [0, 0])
+    assert labels.names == ()
+    assert labels.domains == ("",)
+    assert labels.domain_of_document.tolist() == [0, 0]
     write(tmp_path, [Document("a"), Document("b", "late", "x")], "train")
     assert read_labels(tmp_path, "train", 2).names == ("", "late")
 
@@ -51,8 +53,7 @@ def test_a_damaged_file_is_an_error_that_names_it_and_the_remedy(tmp_path, damag
 
 
 def test_the_smallest_of_many_domains_become_one():
-    #          a: 1 document, b: 3, c: 2, d: 2 -> the two with most, the first of equals,
-    # and the rest
+    # a has 1 document, b has 3, c and d have 2: the two with most are kept, the first of equals.
     labels = Labels((), ("a", "b", "c", "d"), np.array([0, 1, 1, 1, 2, 2, 3, 3], np.int32))
     fewer = labels.largest(3)
     assert fewer.domains == ("b", "c", "other")
@@ -60,22 +61,19 @@ def test_the_smallest_of_many_domains_become_one():
     assert labels.largest(4) is labels
 
 
-def test_a_domain_of_the_name_of_the_rest_is_part_of_it():
+def test_a_domain_named_other_joins_the_other_domains():
     labels = Labels((), ("a", "other", "z"), np.array([0, 1, 1, 1, 2, 0], np.int32))
     fewer = labels.largest(2)
-    assert fewer.domains == ("a", "other") and fewer.domain_of_document.tolist() == [
-        0,
-        1,
-        1,
-        1,
-        1,
-        0,
-    ]
+    assert fewer.domains == ("a", "other")
+    assert fewer.domain_of_document.tolist() == [0, 1, 1, 1, 1, 0]
 
 
-def test_a_corpus_knows_the_domain_of_every_token_of_a_dataset_that_names_them(tmp_path):
+def test_a_corpus_knows_the_domain_of_every_token(tmp_path):
     texts = {"x": "abcdefgh" * 5, "y": "ABCDEFGH" * 3}
-    examples = [{"text": texts["xy"[i % 2]], "domain": "xy"[i % 2], "name": i} for i in range(6)]
+    examples = []
+    for i in range(6):
+        domain = "xy"[i % 2]
+        examples.append({"text": texts[domain], "domain": domain, "name": i})
     data = write_dataset(tmp_path / "sets", {"train": examples, "validation": examples})
     data = dataclasses.replace(data, directory=str(tmp_path / "data"))
     corpus = prepare(dataclasses.replace(data, tokenizer="bytes", seq_len=16))
@@ -86,7 +84,8 @@ def test_a_corpus_knows_the_domain_of_every_token_of_a_dataset_that_names_them(t
         is_letter = batch.tokens_BL >= 3  # no special id
         is_lower = batch.tokens_BL - 3 >= ord("a")
         domains = np.array(labels.domains)[labels.domain_of_document[batch.documents_BL]]
-        assert (domains == np.where(is_lower, "x", "y"))[is_letter].all()
+        expected = np.where(is_lower, "x", "y")
+        assert (domains == expected)[is_letter].all()
         assert (batch.documents_BL[batch.segments_BL == 0] == -1).all()
         seen += is_letter.sum()
     assert seen > 150

@@ -1,4 +1,4 @@
-"""Packing loses nothing and repeats nothing, checked against a slow and obvious reading of the rows."""
+"""Packing loses and repeats nothing, checked against a slow and obvious reading of the rows."""
 
 import itertools
 
@@ -16,7 +16,8 @@ SEQ_LEN = 5
 
 def numbered(lengths):
     """Streams whose ids are all different, so a token says where it came from."""
-    start, streams = 1, []
+    start = 1
+    streams = []
     for length in lengths:
         streams.append(list(range(start, start + length)))
         start += length
@@ -24,11 +25,11 @@ def numbered(lengths):
 
 
 def pieces_of(row):
-    """The pieces of a row, read slot by slot: lists of (token, position)."""
-    pieces, last = [], 0
-    for token, segment, position, document in zip(
-        *(row[name].tolist() for name in packing.FEATURES), strict=True
-    ):
+    """Returns the pieces of a row, read slot by slot: lists of (token, position)."""
+    pieces = []
+    last = 0
+    columns = [row[name].tolist() for name in packing.FEATURES]
+    for token, segment, position, document in zip(*columns, strict=True):
         if segment == 0:
             assert (token, position, document) == (0, 0, -1)
         elif segment == last:
@@ -44,25 +45,26 @@ lengths = st.lists(st.integers(2, 23), max_size=12)
 
 
 @given(lengths)
-def test_every_token_but_bos_is_a_target_exactly_once_after_its_own_predecessor(lengths):
+def test_every_token_but_bos_is_a_target_once_after_its_predecessor(lengths):
     streams = numbered(lengths)
-    pairs = [
-        (piece[i][0], piece[i + 1][0])
-        for row in pack(streams, SEQ_LEN)
-        for piece in pieces_of(row)
-        for i in range(len(piece) - 1)
-    ]
+    pairs = []
+    for row in pack(streams, SEQ_LEN):
+        for piece in pieces_of(row):
+            tokens = [token for token, _ in piece]
+            pairs += itertools.pairwise(tokens)
     # Within a document only: a pair across two documents would not be in this list.
-    assert sorted(pairs) == sorted(pair for s in streams for pair in itertools.pairwise(s))
+    expected = []
+    for stream in streams:
+        expected += itertools.pairwise(stream)
+    assert sorted(pairs) == sorted(expected)
 
 
 @given(lengths)
 def test_positions_restart_at_every_piece_and_rows_are_int32_of_one_size(lengths):
     for row in pack(numbered(lengths), SEQ_LEN):
         assert set(row) == set(packing.FEATURES)
-        assert all(
-            array.shape == (SEQ_LEN + 1,) and array.dtype == np.int32 for array in row.values()
-        )
+        assert all(array.shape == (SEQ_LEN + 1,) for array in row.values())
+        assert all(array.dtype == np.int32 for array in row.values())
         for piece in pieces_of(row):
             assert [position for _, position in piece] == list(range(len(piece)))
             assert len(piece) >= 2  # at least one prediction
@@ -70,11 +72,12 @@ def test_positions_restart_at_every_piece_and_rows_are_int32_of_one_size(lengths
 
 @given(lengths)
 def test_every_token_keeps_the_number_of_its_document(lengths):
-    document_of = {token: i for i, stream in enumerate(numbered(lengths)) for token in stream}
+    document_of = {}
+    for document, stream in enumerate(numbered(lengths)):
+        document_of |= dict.fromkeys(stream, document)
     for row in pack(numbered(lengths), SEQ_LEN):
-        for token, segment, document in zip(
-            row["tokens"], row["segments"], row["documents"], strict=True
-        ):
+        columns = (row["tokens"], row["segments"], row["documents"])
+        for token, segment, document in zip(*columns, strict=True):
             assert document == (document_of[int(token)] if segment else -1)
 
 
@@ -86,9 +89,9 @@ def test_the_loss_mask_of_a_batch_counts_every_target_once(lengths):
     batch = to_batch({name: np.stack([row[name] for row in rows]) for name in packing.FEATURES})
     targets = batch.targets_BL[batch.loss_mask_BL]
     assert sorted(targets) == sorted(token for stream in numbered(lengths) for token in stream[1:])
-    assert (batch.targets_BL == batch.tokens_BL + 1)[
-        batch.loss_mask_BL
-    ].all()  # the numbered streams count up
+    # The numbered streams count up.
+    is_next_BL = batch.targets_BL == batch.tokens_BL + 1
+    assert is_next_BL[batch.loss_mask_BL].all()
 
 
 def test_a_hand_worked_row():
@@ -112,7 +115,7 @@ def test_a_hand_worked_row():
     assert batch.segments_BL.tolist() == [[1, 1, 1, 2, 2]]
 
 
-def test_a_document_of_a_multiple_of_seq_len_predictions_leaves_no_remainder():
+def test_a_document_of_full_pieces_leaves_no_remainder():
     assert [len(piece) for piece in cut(range(11), 5)] == [6, 6]
     assert [len(piece) for piece in cut(range(12), 5)] == [6, 6, 2]
 
@@ -149,10 +152,14 @@ def test_windows_bound_the_waiting_pieces_and_lose_none(monkeypatch):
 def test_packing_fills_nearly_every_slot_of_realistic_lengths():
     lengths = np.random.default_rng(0).integers(2, 600, size=400)
     rows = list(pack(numbered(lengths), 256))
-    assert sum(int((row["segments"] > 0).sum()) for row in rows) / (257 * len(rows)) > 0.97
+    num_filled = sum(int((row["segments"] > 0).sum()) for row in rows)
+    assert num_filled / (257 * len(rows)) > 0.97
 
 
 @pytest.mark.parametrize("seq_len", [1, 2, 1000])
 def test_any_sequence_length_works(seq_len):
     rows = list(pack(numbered([2, 3, 9]), seq_len))
-    assert sum(len(piece) - 1 for row in rows for piece in pieces_of(row)) == 1 + 2 + 8
+    num_predictions = 0
+    for row in rows:
+        num_predictions += sum(len(piece) - 1 for piece in pieces_of(row))
+    assert num_predictions == 1 + 2 + 8

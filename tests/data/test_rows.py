@@ -25,15 +25,8 @@ SPLITS = ("train", "validation")
 
 
 def synthetic(directory, **changes):
-    return DataConfig(
-        **{
-            "source": "synthetic",
-            "tokenizer": "bytes",
-            "seq_len": 64,
-            "directory": str(directory),
-            **changes,
-        }
-    )
+    base = {"source": "synthetic", "tokenizer": "bytes", "seq_len": 64}
+    return DataConfig(**(base | {"directory": str(directory)} | changes))
 
 
 @pytest.fixture
@@ -53,9 +46,8 @@ def test_prepared_rows_are_the_packed_documents_in_order(corpus):
             np.testing.assert_equal(row, wanted)
         assert corpus.num_documents[split] == len(texts)
         assert corpus.num_bytes[split] == sum(len(text.encode()) for text in texts)
-        assert corpus.num_tokens[split] == corpus.num_bytes[split] + len(
-            texts
-        )  # and one end of document each
+        num_ends = len(texts)  # each document has an end
+        assert corpus.num_tokens[split] == corpus.num_bytes[split] + num_ends
 
 
 def test_each_setting_that_changes_rows_has_a_folder_of_its_own(tmp_path):
@@ -72,7 +64,7 @@ def test_each_setting_that_changes_rows_has_a_folder_of_its_own(tmp_path):
     assert prepare(synthetic(tmp_path, vocab_size=999)).directory in folders
 
 
-def test_changed_files_are_prepared_anew(tmp_path):
+def test_changed_files_are_prepared_again(tmp_path):
     (tmp_path / "a.txt").write_text("first")
     (tmp_path / "b.txt").write_text("second")
     data = synthetic(tmp_path / "data", source="files", files=str(tmp_path / "*.txt"))
@@ -91,8 +83,9 @@ def test_a_given_tokenizer_replaces_the_configured_one(tmp_path):
 
 
 def test_bpe_never_sees_validation_text(tmp_path):
-    # Text that holds out its last twentieth, where alone a certain word and character stand.
-    train, validation = "common words again and again. " * 380, "Ж zebra " * 75
+    # A certain word and character are only in the last twentieth, which is held out.
+    train = "common words again and again. " * 380
+    validation = "Ж zebra " * 75
     (tmp_path / "text.txt").write_text(train + validation, encoding="utf-8")
     data = synthetic(
         tmp_path / "data",
@@ -146,11 +139,13 @@ def test_a_killed_preparation_is_redone(tmp_path):
         import os, sys
         from moejax.config import DataConfig
         from moejax.data import prepare
-        import moejax.data.storage.records as store
+        import moejax.data.storage.records as records
         write = records.write_rows
         records.write_rows = lambda *args: (write(*args), os._exit(9))
-        prepare(DataConfig(source="synthetic", tokenizer="bytes", seq_len=64, directory=sys.argv[1]))"""
-    assert subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False).returncode == 9
+        data = DataConfig(source="synthetic", tokenizer="bytes", seq_len=64, directory=sys.argv[1])
+        prepare(data)"""
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False)
+    assert done.returncode == 9
     assert ["incomplete" in path.name for path in (tmp_path / "rows").iterdir()] == [True]
     corpus = prepare(synthetic(tmp_path))
     assert corpus.rows("train")[0]["tokens"][0] == 1
@@ -248,9 +243,8 @@ def test_documents_that_fail_while_preparing_say_so_and_leave_nothing(tmp_path):
 
 
 def test_a_split_without_documents_is_refused(tmp_path, monkeypatch):
-    empty = Source(
-        "empty", "empty", lambda split: iter([Document("text")] if split == "train" else [])
-    )
+    documents = {"train": [Document("text")], "validation": []}
+    empty = Source("empty", "empty", lambda split: iter(documents[split]))
     monkeypatch.setattr("moejax.data.rows.open_source", lambda data: empty)
     with pytest.raises(DataError, match="split validation of the data has no documents; add some"):
         prepare(synthetic(tmp_path))
@@ -262,7 +256,7 @@ def test_a_vocabulary_that_does_not_fit_leaves_nothing(tmp_path):
     assert list((tmp_path / "tokenizers").iterdir()) == []
 
 
-def test_a_second_preparation_waits_and_says_for_whom_and_death_releases_it(tmp_path, caplog):
+def test_a_second_preparation_waits_until_the_first_ends_or_dies(tmp_path, caplog):
     first = prepare(synthetic(tmp_path)).directory
     rmtree(first)
     code = """if True:
@@ -306,13 +300,13 @@ def test_a_folder_that_cannot_be_made_names_the_key(tmp_path):
 
 
 def test_importing_the_package_loads_neither_tensorflow_datasets_nor_grain():
-    code = "import sys, moejax.data; print({'tensorflow_datasets', 'grain', 'sentencepiece'} & set(sys.modules))"
-    assert (
-        subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=True
-        ).stdout
-        == "set()\n"
-    )
+    code = """if True:
+        import sys
+        import moejax.data
+        print({"tensorflow_datasets", "grain", "sentencepiece"} & set(sys.modules))"""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
 
 
 def test_the_package_offers_what_it_lists():

@@ -1,4 +1,4 @@
-"""Tokenizers are lossless, learn deterministically, and travel as two files."""
+"""Tokenizers are lossless, learn deterministically, and are saved as two files."""
 
 import errno
 import json
@@ -19,10 +19,19 @@ from moejax.data.tokenizers import (
 )
 
 TRICKY = [
-    "", " ", "  leading and trailing  ", "\n\n\t\r\n", "a\u2581b \u2581\u2581", "emoji 👩‍👩‍👧 🇫🇷 é e\u0301", "\0 null",
-    "<s></s><bos><eos><pad><unk><0x41>", "\ufeffBOM \ufffd \u2585 \u2047", "日本語のテキスト", "\u2028\u00a0\u3000",
+    "",
+    " ",
+    "  leading and trailing  ",
+    "\n\n\t\r\n",
+    "a\u2581b \u2581\u2581",
+    "emoji 👩‍👩‍👧 🇫🇷 é e\u0301",
+    "\0 null",
+    "<s></s><bos><eos><pad><unk><0x41>",
+    "\ufeffBOM \ufffd \u2585 \u2047",
+    "日本語のテキスト",
+    "\u2028\u00a0\u3000",
     "x" * 9000,
-]  # fmt: skip
+]
 
 
 @pytest.fixture(scope="module")
@@ -69,12 +78,8 @@ def test_decoding_skips_special_ids_and_replaces_broken_characters(tokenizer):
 def test_byte_b_is_id_b_plus_3():
     tokenizer = ByteTokenizer()
     assert tokenizer.encode("A\n") == [65 + 3, 10 + 3]
-    assert (tokenizer.vocab_size, tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id) == (
-        259,
-        0,
-        1,
-        2,
-    )
+    assert tokenizer.vocab_size == 259
+    assert (tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id) == (0, 1, 2)
 
 
 def test_pieces_are_distinct_and_show_whitespace(tokenizer):
@@ -148,16 +153,14 @@ def test_an_error_while_reading_training_text_arrives_unchanged():
         train_sentencepiece(texts(), 512)
 
 
-def test_a_tokenizer_travels_as_files(tokenizer, tmp_path):
+def test_a_tokenizer_is_saved_and_loaded_as_files(tokenizer, tmp_path):
     tokenizer.save(tmp_path / "run")
     loaded = load_tokenizer(tmp_path / "run")
     names = {path.name for path in (tmp_path / "run").iterdir()}
-    assert names == (
-        {"tokenizer.json"} if tokenizer.kind == "bytes" else {"tokenizer.json", "tokenizer.model"}
-    )
-    assert (loaded.kind, loaded.vocab_size, loaded.fingerprint) == (
-        tokenizer.kind, tokenizer.vocab_size, tokenizer.fingerprint,
-    )  # fmt: skip
+    model_files = set() if tokenizer.kind == "bytes" else {"tokenizer.model"}
+    assert names == {"tokenizer.json"} | model_files
+    for attribute in ("kind", "vocab_size", "fingerprint"):
+        assert getattr(loaded, attribute) == getattr(tokenizer, attribute)
     text = "\n".join(TRICKY)
     assert loaded.encode(text) == tokenizer.encode(text)
 
@@ -194,9 +197,13 @@ def test_a_model_with_other_special_ids_is_refused(tmp_path):
 
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["a few words"]), model_writer=model, vocab_size=270, model_type="bpe",
-        byte_fallback=True, minloglevel=2,
-    )  # fmt: skip
+        sentence_iterator=iter(["a few words"]),
+        model_writer=model,
+        vocab_size=270,
+        model_type="bpe",
+        byte_fallback=True,
+        minloglevel=2,
+    )
     with pytest.raises(ValueError, match="ids 0, 1, 2"):
         SentencePieceTokenizer(model.getvalue())
     (tmp_path / "tokenizer.model").write_bytes(model.getvalue())
@@ -218,9 +225,8 @@ def test_a_tokenizer_that_could_not_be_written_is_not_found_damaged(bpe, tmp_pat
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
         patch.setattr(Path, "write_bytes", full)
         bpe.save(tmp_path)
-    assert (
-        not (tmp_path / "tokenizer.json").exists() and not (tmp_path / "tokenizer.model").exists()
-    )
+    assert not (tmp_path / "tokenizer.json").exists()
+    assert not (tmp_path / "tokenizer.model").exists()
     bpe.save(tmp_path)
     assert load_tokenizer(tmp_path).fingerprint == bpe.fingerprint
 
@@ -230,8 +236,8 @@ def test_an_indentation_is_one_token_and_comes_back(bpe):
     tokenizer = train_sentencepiece([lines, *synthetic_documents("train")], 512)
     indented = "\n        return"
     assert tokenizer.decode(tokenizer.encode(indented)) == indented
-    # The end of line, and the blanks in one or two pieces; without pieces of blanks alone they
-    # were eight.
+    # The end of line, and the blanks in one or two pieces; without pieces that are only blanks
+    # there would be eight.
     before_the_word = [tokenizer.piece(i) for i in tokenizer.encode(indented)]
     blanks = [piece for piece in before_the_word if piece.startswith(("\u2581", " "))]
     assert len(blanks) <= 2, before_the_word

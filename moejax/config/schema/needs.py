@@ -1,4 +1,4 @@
-"""What must hold so that a leaf is read: small conditions on other leaves, which can be put together."""
+"""What must hold so that a leaf is read: small conditions on other leaves, which combine."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -10,7 +10,7 @@ class Reading(Protocol):
     """A configuration as one of its layers reads it."""
 
     def get(self, key: str) -> Any:
-        """The value of a leaf."""
+        """Returns the value of a leaf."""
 
     def is_derived(self, key: str) -> bool:
         """Whether the leaf has the value that `resolve` derives where none is given."""
@@ -28,19 +28,19 @@ class Need(Protocol):
 
     @property
     def text(self) -> str:
-        """In words, to follow "it needs"."""
+        """Words that follow "it needs"."""
 
     @property
     def keys(self) -> tuple[str, ...]:
         """The leaves that decide."""
 
     def holds(self, reading: Reading) -> bool:
-        """Whether it does."""
+        """Whether the need is met."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Value:
-    """Another leaf has one of these values, or where `is_excluded` none of them."""
+    """Another leaf has one of these values, or if `is_excluded` none of them."""
 
     key: str
     values: tuple[Any, ...]
@@ -51,7 +51,8 @@ class Value:
         """Such as `data.source=files`."""
         if self.is_excluded and self.values == (0,):
             return f"{self.key} above 0"
-        return f"{self.key}{' other than ' if self.is_excluded else '='}{_listed(self.values)}"
+        relation = " other than " if self.is_excluded else "="
+        return f"{self.key}{relation}{_listed(self.values)}"
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -59,13 +60,14 @@ class Value:
         return (self.key,)
 
     def holds(self, reading: Reading) -> bool:
-        """Whether it does."""
-        return (reading.get(self.key) in self.values) is not self.is_excluded
+        """Whether the leaf does."""
+        is_listed = reading.get(self.key) in self.values
+        return is_listed is not self.is_excluded
 
 
 @dataclasses.dataclass(frozen=True)
 class Derived:
-    """Another leaf is left to be derived, from this one among others."""
+    """Another leaf is derived, from this one among others."""
 
     key: str
 
@@ -80,7 +82,7 @@ class Derived:
         return (self.key,)
 
     def holds(self, reading: Reading) -> bool:
-        """Whether it does."""
+        """Whether it is."""
         return reading.is_derived(self.key)
 
 
@@ -113,30 +115,28 @@ class DenseLayer:
     keys = ("moe.num_experts", "moe.first_dense", "moe.every", "moe.per_layer")
 
     def holds(self, reading: Reading) -> bool:
-        """Whether it does."""
+        """Whether it has one."""
         return reading.has_dense_layer()
 
 
 @dataclasses.dataclass(frozen=True)
 class AllOf:
-    """Every one of several needs, in the same layer."""
+    """All of several needs, in the same layer."""
 
     needs: tuple[Need, ...]
 
     @property
     def text(self) -> str:
-        """Joined by "and"."""
-        return " and ".join(
-            f"({need.text})" if isinstance(need, AnyOf) else need.text for need in self.needs
-        )
+        """The needs, joined by "and"."""
+        return " and ".join(map(_in_conjunction, self.needs))
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """Of all."""
+        """The leaves that decide about any of the needs."""
         return _keys(self.needs)
 
     def holds(self, reading: Reading) -> bool:
-        """Whether it does."""
+        """Whether all are met."""
         return all(need.holds(reading) for need in self.needs)
 
 
@@ -148,44 +148,53 @@ class AnyOf:
 
     @property
     def text(self) -> str:
-        """Joined by "or"."""
+        """The needs, joined by "or"."""
         return ", or ".join(need.text for need in self.needs)
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """Of all."""
+        """The leaves that decide about any of the needs."""
         return _keys(self.needs)
 
     def holds(self, reading: Reading) -> bool:
-        """Whether it does."""
+        """Whether one is met."""
         return any(need.holds(reading) for need in self.needs)
 
 
+def _in_conjunction(need: Need) -> str:
+    """Returns the words of a need that stands next to "and"."""
+    return f"({need.text})" if isinstance(need, AnyOf) else need.text
+
+
 def _keys(needs: Iterable[Need]) -> tuple[str, ...]:
-    found = [key for need in needs for key in need.keys]
-    return tuple(dict.fromkeys(found))
+    """Returns the leaves that decide about any of the needs, each once."""
+    found: dict[str, None] = {}
+    for need in needs:
+        found.update(dict.fromkeys(need.keys))
+    return tuple(found)
 
 
 def value(key: str, *values: Any) -> Need:
-    """Needs a leaf to have one of these values."""
+    """Returns the need for a leaf to have one of these values."""
     return Value(key, values)
 
 
 def other_than(key: str, *values: Any) -> Need:
-    """Needs a leaf to have none of these values."""
+    """Returns the need for a leaf to have none of these values."""
     return Value(key, values, is_excluded=True)
 
 
 def all_of(*needs: Need) -> Need:
-    """Needs all of these at once."""
+    """Returns the need for all of these at once."""
     return AllOf(needs)
 
 
 def any_of(*needs: Need) -> Need:
-    """Needs one of these."""
+    """Returns the need for one of these."""
     return AnyOf(needs)
 
 
 def _listed(values: tuple[Any, ...]) -> str:
-    texts = [str(each) for each in values]
-    return texts[0] if len(texts) == 1 else f"{', '.join(texts[:-1])} or {texts[-1]}"
+    """Returns values as words: "a", "a or b", "a, b or c"."""
+    *others, last = map(str, values)
+    return f"{', '.join(others)} or {last}" if others else last

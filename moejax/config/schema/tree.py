@@ -15,13 +15,13 @@ from moejax.config.sections.root import SECTIONS, Config
 
 @dataclasses.dataclass(frozen=True)
 class Declared:
-    """A leaf.
+    """A leaf as a section declares it.
 
     Attributes:
-      section: that it is in.
-      name: there.
+      section: name of the section.
+      name: name of the leaf within it.
       annotation: its type.
-      default: its value where none is given.
+      default: its value if none is given.
       leaf: its meaning, its range, and what it needs.
     """
 
@@ -33,31 +33,42 @@ class Declared:
 
     @property
     def key(self) -> str:
-        """Section and name."""
+        """Section and name, with a dot between them."""
         return f"{self.section}.{self.name}"
 
     @property
     def needs_text(self) -> str:
-        """What it needs, in words; "" where something always reads it."""
+        """What it needs, in words; "" if something always reads it."""
         need = self.leaf.needs
-        if not isinstance(need, Scaled):
-            return need.text if need else ""
-        scaled = declared()[need.key].leaf.needs
-        return f"{need.text} ({scaled.text})" if scaled else need.text
+        if need is None:
+            return ""
+        # A schedule is read if the leaf that it scales is, so it also shows what that one needs.
+        scaled = declared()[need.key].leaf.needs if isinstance(need, Scaled) else None
+        return need.text if scaled is None else f"{need.text} ({scaled.text})"
 
     def value(self, config: Config) -> Any:
-        """Its value."""
-        return getattr(getattr(config, self.section), self.name)
+        """Returns its value in a configuration."""
+        section = getattr(config, self.section)
+        return getattr(section, self.name)
 
 
 @functools.cache
 def declared() -> Mapping[str, Declared]:
-    """Every leaf by its dotted key, in the order of the sections; read once: a sweep resolves many configurations."""
+    """Returns every leaf by its dotted key, in the order of the sections.
+
+    The types are read once, because a sweep resolves many configurations.
+    """
     found = {}
-    for section, make in SECTIONS.items():
-        hints = typing.get_type_hints(make)
-        for field in dataclasses.fields(make):
-            each = Declared(section, field.name, hints[field.name], field.default, leaf_of(field))
+    for section, section_class in SECTIONS.items():
+        hints = typing.get_type_hints(section_class)
+        for field in dataclasses.fields(section_class):
+            each = Declared(
+                section=section,
+                name=field.name,
+                annotation=hints[field.name],
+                default=field.default,
+                leaf=leaf_of(field),
+            )
             found[each.key] = each
     return types.MappingProxyType(found)
 
@@ -69,16 +80,17 @@ def leaves() -> Iterator[tuple[str, Any]]:
 
 
 def check_key(key: str) -> None:
-    """Raises `ConfigError` naming the nearest key if `key` (dotted, without `config.`) is no leaf."""
+    """Raises `ConfigError`, which names the nearest key, unless `key` is a leaf: "moe.top_k"."""
     if key not in declared():
         raise ConfigError(f"{key} is not a config key; the nearest is {nearest(key, declared())}")
 
 
 def read_value(key: str, text: str) -> Any:
-    """The value of a leaf, as the command line writes it.
+    """Returns the value of a leaf from text, as the command line has it.
 
     Raises:
       ConfigError: no such leaf, or text that is no value of its type.
     """
     check_key(key)
-    return parse_value(key, text, declared()[key].leaf, declared()[key].annotation)
+    each = declared()[key]
+    return parse_value(key, text, each.leaf, each.annotation)

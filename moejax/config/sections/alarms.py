@@ -1,4 +1,7 @@
-"""When routing is reported as going wrong: a threshold for each rule of `training/health/alarms.py`."""
+"""When routing is reported as going wrong.
+
+Each leaf is the threshold of a rule of `training/health/alarms.py`.
+"""
 
 import dataclasses
 
@@ -15,9 +18,9 @@ class AlarmConfig:
     """Thresholds, each for one layer over one logging interval; 0 switches a rule off."""
 
     collapse: float = leaf(
-        0.6, "MaxVio over the largest possible, E / K - 1", at_least=0, at_most=1
+        0.6, "MaxVio as a fraction of the largest possible, E / K - 1", at_least=0, at_most=1
     )
-    dead_experts: int = leaf(500, "steps without a token", at_least=0)
+    dead_experts: int = leaf(500, "steps in which an expert receives no token", at_least=0)
     balance_floor: float = leaf(
         0.9,
         'balance loss below its floor of 1: scores "hacked" under a normaliser\'s epsilon',
@@ -30,20 +33,29 @@ class AlarmConfig:
         at_least=0,
     )
     ties: float = leaf(
-        0.01, "share of tokens whose K-th and next expert rank equal: bfloat16 logits give 0.04 to 0.07", at_least=0,
+        0.01,
+        "share of tokens whose K-th and next expert rank equal: bfloat16 logits give 0.04 to 0.07",
+        at_least=0,
         at_most=1,
-    )  # fmt: skip
+    )
     drops: float = leaf(
-        0.3, "share of choices that find no slot", at_least=0, at_most=1, needs=value("moe.dispatch", "capacity"),
-        may_rest=True,
-    )  # fmt: skip
-    entropy: float = leaf(0.02, "of the router's distribution, over ln E", at_least=0, at_most=1)
+        0.3,
+        "share of choices that find no slot",
+        at_least=0,
+        at_most=1,
+        needs=value("moe.dispatch", "capacity"),
+        may_be_unread=True,
+    )
+    entropy: float = leaf(
+        0.02, "entropy of the router's distribution, as a fraction of ln E", at_least=0, at_most=1
+    )
     stop: str = leaf("", "rules that save the run and end it, separated by commas")
 
     @property
     def stopping(self) -> tuple[str, ...]:
         """The rules in `stop`."""
-        return tuple(name.strip() for name in self.stop.split(",") if name.strip())
+        names = [name.strip() for name in self.stop.split(",")]
+        return tuple(filter(None, names))
 
 
 def validate_alarms(alarms: AlarmConfig) -> None:
@@ -51,8 +63,8 @@ def validate_alarms(alarms: AlarmConfig) -> None:
     for name in alarms.stopping:
         if name not in RULES:
             raise ConfigError(
-                f"alarms.stop={format_value(alarms.stop)!r} names {format_value(name)!r}; use some of {', '.join(RULES)}; the "
-                f"nearest is {nearest(name, RULES)}"
+                f"alarms.stop={format_value(alarms.stop)!r} names {format_value(name)!r}; "
+                f"use some of {', '.join(RULES)}; the nearest is {nearest(name, RULES)}"
             )
         if not getattr(alarms, name):
             raise ConfigError(

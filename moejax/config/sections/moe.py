@@ -12,8 +12,19 @@ IS_SCORED = other_than("moe.score", "uniform")
 HAS_CAPACITY = value("moe.dispatch", "capacity")
 HAS_GROUPS = other_than("moe.num_groups", 1)
 HAS_BIAS = value("moe.selection_bias", True)
+HAS_ROUTING_NOISE = value("moe.router", "noisy_topk")
+DERIVES_FROM_TOP_K = any_of(
+    other_than("moe.router", "soft"), Derived("moe.slots_per_expert"), Derived("moe.d_expert")
+)
 SELECTS_BY_SCORE = value(
     "moe.router", "softmax_topk", "switch", "noisy_topk", "sigmoid_topk", "cosine"
+)
+CAN_SELECT_BY_LOGITS = all_of(
+    SELECTS_BY_SCORE, other_than("moe.score", "softmax_after"), any_of(HAS_BIAS, HAS_GROUPS)
+)
+CAN_RENORMALIZE = all_of(
+    IS_SCORED,
+    other_than("moe.router", "sparse_mixer", "hierarchical", "expert_choice", "soft"),
 )
 EXPERTS_ARE_SPLIT = any_of(other_than("mesh.expert", 1), other_than("mesh.dcn_expert", 1))
 SENDS_CHOICES = all_of(
@@ -21,19 +32,31 @@ SENDS_CHOICES = all_of(
 )
 
 ROUTER_ALIASES = {
-    "topk": "softmax_topk", "top_k": "softmax_topk", "top-k": "softmax_topk", "softmax": "softmax_topk",
-    "mixtral": "softmax_topk", "sigmoid": "sigmoid_topk", "deepseek": "sigmoid_topk", "noisy": "noisy_topk",
-    "base": "sinkhorn", "grin": "sparse_mixer", "ec": "expert_choice",
-}  # fmt: skip
-"""What else people call them."""
+    "topk": "softmax_topk",
+    "top_k": "softmax_topk",
+    "top-k": "softmax_topk",
+    "softmax": "softmax_topk",
+    "mixtral": "softmax_topk",
+    "sigmoid": "sigmoid_topk",
+    "deepseek": "sigmoid_topk",
+    "noisy": "noisy_topk",
+    "base": "sinkhorn",
+    "grin": "sparse_mixer",
+    "ec": "expert_choice",
+}
+"""Other names that people use for the routers."""
 
 
 def _capacity(default: Any, meaning: str, **declared: Any) -> Any:
     return leaf(default, meaning, needs=HAS_CAPACITY, **declared)
 
 
+def _num_zero_computation(output: str) -> Any:
+    return leaf(0, f"additional choices of the router whose output is {output}", at_least=0)
+
+
 def _weight(default: float, meaning: str, needs: Need | None = TOKENS_CHOOSE) -> Any:
-    """The coefficient of a loss."""
+    """Returns a leaf for the coefficient of a loss."""
     return leaf(default, meaning, at_least=0, needs=needs)
 
 
@@ -41,52 +64,65 @@ def _weight(default: float, meaning: str, needs: Need | None = TOKENS_CHOOSE) ->
 class MoeConfig:
     """The Mixture-of-Experts layers. `num_experts=0` is the dense control."""
 
+    # Experts
     num_experts: int = leaf(8, "experts of a layer; 0 makes every layer dense", at_least=0)
     top_k: int = leaf(
-        2, "experts per token; for expert_choice on average", at_least=1,
-        needs=any_of(other_than("moe.router", "soft"), Derived("moe.slots_per_expert"), Derived("moe.d_expert")),
-    )  # fmt: skip
+        2,
+        "experts per token; with expert_choice on average",
+        at_least=1,
+        needs=DERIVES_FROM_TOP_K,
+    )
     d_expert: int = leaf(
         0,
-        "hidden width of one expert; 0 derives d_ff / top_k: the active parameters of the dense twin",
+        "hidden width of one expert; 0 derives d_ff / top_k: the active parameters of the dense "
+        "twin",
         at_least=0,
     )
     num_shared_experts: int = leaf(
         0, "experts of width d_expert that every token visits", at_least=0
     )
     shared_combine: Literal["sum", "gated", "averaged"] = leaf(
-        "sum", "how their output joins: added; times a sigmoid of the token; averaged with the routed output",
+        "sum",
+        "how shared experts join the routed output: added, added after a sigmoid gate of the "
+        "token, or averaged with it",
         needs=other_than("moe.num_shared_experts", 0),
-    )  # fmt: skip
+    )
     activation: Literal["swiglu", "geglu", "gelu", "relu", "squared_relu", "clamped_swiglu"] = leaf(
         "swiglu", "activation of the experts"
     )
     activation_limit: float = leaf(
-        7.0, "largest gate, and largest magnitude of the other factor", at_least=1e-6, at_most=1e6,
+        7.0,
+        "largest gate, and largest magnitude of the other factor",
+        at_least=1e-6,
+        at_most=1e6,
         needs=value("moe.activation", "clamped_swiglu"),
-    )  # fmt: skip
+    )
     expert_bias: bool = leaf(False, "biases in the experts")
     d_latent: int = leaf(
         0,
-        "width to which tokens are projected for the experts, and back from; 0: as they are",
+        "width of the latent space of the experts: tokens are projected down to it and back up; 0: "
+        "no projection",
         at_least=0,
     )
     weight_on: Literal["output", "input"] = leaf(
-        "output", "of the expert: where the combine weight is multiplied", needs=TOKENS_CHOOSE
+        "output",
+        "whether the combine weight multiplies the expert's output or its input",
+        needs=TOKENS_CHOOSE,
     )
     expert_dropout: float = leaf(
-        0.0, "training: fraction of choices whose output is dropped; the others are scaled up", at_least=0,
-        at_most=0.99, needs=TOKENS_CHOOSE,
-    )  # fmt: skip
-    num_zero_experts: int = leaf(0, "further choices of the router whose output is 0", at_least=0)
-    num_identity_experts: int = leaf(
-        0, "further choices whose output is the token itself", at_least=0
+        0.0,
+        "in training, fraction of choices whose output is dropped; the others are scaled up",
+        at_least=0,
+        at_most=0.99,
+        needs=TOKENS_CHOOSE,
     )
-    num_constant_experts: int = leaf(
-        0, "further choices whose output is a learned vector", at_least=0
-    )
-    first_dense: int = leaf(0, "this many first layers are dense", at_least=0)
-    every: int = leaf(1, "of the rest, every n-th layer is a MoE layer", at_least=1)
+    num_zero_experts: int = _num_zero_computation("0")
+    num_identity_experts: int = _num_zero_computation("the token itself")
+    num_constant_experts: int = _num_zero_computation("a learned vector")
+
+    # Which layers
+    first_dense: int = leaf(0, "number of dense layers before the pattern starts", at_least=0)
+    every: int = leaf(1, "after first_dense, every n-th layer is a MoE layer", at_least=1)
     per_layer: str = leaf(
         "",
         'layers that differ, such as "0: router=hash; -1: top_k=1 renormalize=False; 2-3: dense"',
@@ -100,16 +136,16 @@ class MoeConfig:
         leaf("auto", "score of an expert from its logit; auto takes that of the router")
     )
     select_by: Literal["score", "logits"] = leaf(
-        "score", "what the selection bias is added to, and what groups are ranked by",
-        needs=all_of(SELECTS_BY_SCORE, other_than("moe.score", "softmax_after"), any_of(HAS_BIAS, HAS_GROUPS)),
-    )  # fmt: skip
+        "score",
+        "what the selection bias is added to, and what groups are ranked by",
+        needs=CAN_SELECT_BY_LOGITS,
+    )
     renormalize: bool = leaf(
-        True, "make the selected weights sum to 1, before route_scale",
-        needs=all_of(IS_SCORED, other_than("moe.router", "sparse_mixer", "hierarchical", "expert_choice", "soft")),
-    )  # fmt: skip
+        True, "make the selected weights sum to 1, before route_scale", needs=CAN_RENORMALIZE
+    )
     route_scale: float = leaf(
         1.0,
-        "multiplies the weights",
+        "factor on the combine weights",
         at_least=1e-6,
         at_most=1e6,
         needs=other_than("moe.router", "soft"),
@@ -120,16 +156,21 @@ class MoeConfig:
         needs=all_of(IS_SCORED, other_than("moe.router", "cosine", "soft")),
     )
     jitter: float = leaf(
-        0.0, "training: the router sees x times a uniform draw from 1 - jitter to 1 + jitter", at_least=0,
-        at_most=0.99, needs=IS_SCORED,
-    )  # fmt: skip
+        0.0,
+        "in training, the router's input is multiplied by uniform draws from 1 - jitter to 1 + "
+        "jitter",
+        at_least=0,
+        at_most=0.99,
+        needs=IS_SCORED,
+    )
     router_noise: Literal["learned", "fixed"] = leaf(
-        "learned", "noise on the logits in training: of a learned scale, or of 1 / num_experts",
-        needs=value("moe.router", "noisy_topk"),
-    )  # fmt: skip
+        "learned",
+        "scale of the noise on the logits in training: learned, or 1 / num_experts",
+        needs=HAS_ROUTING_NOISE,
+    )
     noise_scale: float = leaf(
         1.0,
-        "multiplies that noise",
+        "factor on that noise",
         at_least=0,
         needs=value("moe.router", "noisy_topk", "hierarchical"),
     )
@@ -138,28 +179,36 @@ class MoeConfig:
     )
     top_k_groups: int = leaf(1, "groups that a token may visit", at_least=1)
     group_score: Literal["top2_sum", "max"] = leaf(
-        "top2_sum", "what groups are ranked by: the sum of their two best experts, or their best",
+        "top2_sum",
+        "what groups are ranked by: the sum of their two best experts, or their best",
         needs=all_of(HAS_GROUPS, other_than("moe.router", "hierarchical")),
-    )  # fmt: skip
+    )
     mixer_threshold: float = leaf(
-        0.01, "half the relative distance to the best within which experts compete", at_least=0, at_most=0.99,
+        0.01,
+        "half the relative distance to the best within which experts compete",
+        at_least=0,
+        at_most=0.99,
         needs=value("moe.router", "sparse_mixer"),
-    )  # fmt: skip
+    )
     sinkhorn_iterations: int = leaf(
         8,
-        "iterations of the balanced plan",
+        "iterations that balance the assignment of tokens to experts",
         at_least=1,
         at_most=10_000,
         needs=value("moe.router", "sinkhorn"),
     )
     d_router: int = leaf(
-        0, "width in which tokens and experts are compared; 0 derives max(num_experts / 2, 8)", at_least=0,
+        0,
+        "width in which tokens and experts are compared; 0 derives max(num_experts / 2, 8)",
+        at_least=0,
         needs=value("moe.router", "cosine"),
-    )  # fmt: skip
+    )
     slots_per_expert: int = leaf(
-        0, "slots of an expert for a sequence; 0 derives top_k * seq_len / num_experts", at_least=0,
+        0,
+        "slots of an expert for a sequence; 0 derives top_k * seq_len / num_experts",
+        at_least=0,
         needs=value("moe.router", "soft"),
-    )  # fmt: skip
+    )
     allow_noncausal: bool = leaf(
         False,
         "a permission: a token's routing in training may depend on later tokens of its sequence",
@@ -167,40 +216,57 @@ class MoeConfig:
 
     # Capacity
     dispatch: Literal["dropless", "capacity"] = leaf(
-        "dropless", "whether an expert serves every token that chose it, or as many as it has slots"
+        "dropless",
+        "whether an expert takes every token that chose it, or only as many as it has slots",
     )
     capacity_factor: float = _capacity(
-        1.25, "slots per expert over a perfectly balanced load", at_least=0
+        1.25, "slots per expert, relative to a perfectly balanced load", at_least=0
     )
     eval_capacity_factor: float = _capacity(
-        0.0, "the same for evaluation; 0 is dropless", at_least=0
+        0.0, "capacity factor in evaluation; 0 is dropless", at_least=0
     )
     capacity_group: Literal["sequence", "device", "global"] = _capacity(
         "sequence", "the tokens that share an expert's slots"
     )
     capacity_order: Literal["position", "choice", "weight"] = _capacity(
-        "position", "who is served first"
+        "position", "the order in which choices take slots"
     )
     overflow: Literal["drop", "next", "renormalize"] = _capacity(
         "drop",
-        "what becomes of a choice without a slot: dropped, to the next expert, or its weight to the others",
+        "what happens to a choice without a slot: it is dropped, goes to the next expert, or gives "
+        "its weight to the token's other choices",
     )
-    exchange: Literal["auto", "gather", "ring", "all_to_all", "ragged", "dedup", "two_level"] = leaf(
-        "auto", "what travels between devices, where experts are split over them", needs=EXPERTS_ARE_SPLIT,
-        may_rest=True,
-    )  # fmt: skip
+
+    # Expert parallelism
+    exchange: Literal["auto", "gather", "ring", "all_to_all", "ragged", "dedup", "two_level"] = (
+        leaf(
+            "auto",
+            "the expert-parallel strategy: how tokens reach experts on other devices",
+            needs=EXPERTS_ARE_SPLIT,
+            may_be_unread=True,
+        )
+    )
     exchange_buffer: float = leaf(
-        1.5, "rows of a buffer over their mean; what has no room takes a slower way", above=0, at_most=1e6,
-        needs=SENDS_CHOICES, may_rest=True,
-    )  # fmt: skip
+        1.5,
+        "rows of a send buffer, relative to their mean; what overflows it takes a slower path",
+        above=0,
+        at_most=1e6,
+        needs=SENDS_CHOICES,
+        may_be_unread=True,
+    )
     exchange_chunks: int = leaf(
-        1, "parts of a device's tokens, so that one can travel while another is computed", at_least=1,
-        needs=SENDS_CHOICES, may_rest=True,
-    )  # fmt: skip
+        1,
+        "chunks of a device's tokens, so that one can be sent while another is computed",
+        at_least=1,
+        needs=SENDS_CHOICES,
+        may_be_unread=True,
+    )
     save_exchanged: bool = leaf(
-        True, "keep what arrived for the backward pass, where else remat would send it again",
-        needs=all_of(EXPERTS_ARE_SPLIT, value("model.remat", True)), may_rest=True,
-    )  # fmt: skip
+        True,
+        "keep received rows for the backward pass, in which remat would otherwise send them again",
+        needs=all_of(EXPERTS_ARE_SPLIT, value("model.remat", True)),
+        may_be_unread=True,
+    )
     grouped_matmul: Literal["auto", "tiled", "ragged", "tokamax", "padded", "dense"] = leaf(
         "auto",
         "the kernel for the products of tokens with their experts' weights",
@@ -209,26 +275,34 @@ class MoeConfig:
 
     # Balancing
     balance_weight: float = _weight(
-        0.01, "of the load-balancing loss of GShard and Switch", needs=None
+        0.01, "weight of the load-balancing loss of GShard and Switch", needs=None
     )
     balance_scope: Literal["global", "microbatch", "device", "sequence"] = leaf(
-        "global", "the tokens over which its means are taken", needs=TOKENS_CHOOSE
+        "global", "the tokens over which that loss takes its means", needs=TOKENS_CHOOSE
     )
     balance_convention: Literal["normalized", "first_choice", "times_k", "over_k"] = leaf(
         "normalized",
-        "how it is counted: 1 at balance, by first choices, K at balance, 1/K",
+        "how that loss is counted: 1 at balance, by first choices, K at balance, or 1/K",
         needs=TOKENS_CHOOSE,
     )
-    sequence_balance_weight: float = _weight(0.0, "of DeepSeek-V3's loss within each sequence")
-    importance_weight: float = _weight(0.0, "of Shazeer's loss on the sums of weights")
-    vmoe_importance_weight: float = _weight(0.0, "of V-MoE's loss on the sums of all probabilities")
+    sequence_balance_weight: float = _weight(
+        0.0, "weight of DeepSeek-V3's balance loss within each sequence"
+    )
+    importance_weight: float = _weight(
+        0.0, "weight of Shazeer's importance loss, on the sums of weights"
+    )
+    vmoe_importance_weight: float = _weight(
+        0.0, "weight of V-MoE's importance loss, on the sums of all probabilities"
+    )
     load_weight: float = _weight(
-        0.0, "of Shazeer's loss on the expected load", needs=value("moe.router", "noisy_topk")
+        0.0, "weight of Shazeer's load loss, on the expected load", needs=HAS_ROUTING_NOISE
     )
     vmoe_load_weight: float = _weight(
-        0.0, "of V-MoE's estimate of it", needs=value("moe.router", "noisy_topk")
+        0.0, "weight of V-MoE's load loss, on its estimate of the load", needs=HAS_ROUTING_NOISE
     )
-    z_weight: float = _weight(1e-3, "of the squared log-sum-exp of the router's logits", needs=None)
+    z_weight: float = _weight(
+        1e-3, "weight of the z-loss, the squared log-sum-exp of the router's logits", needs=None
+    )
     selection_bias: bool = leaf(
         False, "a bias per expert that steers the selection only, updated from counts"
     )
@@ -239,12 +313,12 @@ class MoeConfig:
 
     @property
     def num_choices(self) -> int:
-        """Width of the router: how many experts a token can choose among, those without weights at the end."""
+        """Width of the router: experts with weights, then zero-computation experts."""
         return self.num_experts + self.num_zero_computation_experts
 
     @property
     def num_zero_computation_experts(self) -> int:
-        """Experts that cost no FLOPs: zero, identity and constant ones, in this order."""
+        """Number of experts without FLOPs: zero, identity and constant ones, in this order."""
         return self.num_zero_experts + self.num_identity_experts + self.num_constant_experts
 
     @property
@@ -259,20 +333,22 @@ class MoeConfig:
 
 
 def derive_moe(moe: MoeConfig, seq_len: int) -> MoeConfig:
-    """Fills in what is left to be derived, apart from the experts' width."""
+    """Returns the layer with its derived leaves filled in, except for the experts' width."""
     if moe.num_experts < 1:
         return moe
     derived: dict[str, Any] = {}
     if moe.score == "auto":
-        # A single sigmoid is a weight that learns; a softmax over the one selected expert
-        # is always 1.
-        derived["score"] = (
-            "sigmoid"
-            if moe.router == "sinkhorn" and moe.top_k == 1
-            else ROUTER_RULES[moe.router].scores[0]
-        )
+        derived["score"] = _default_score(moe)
     if moe.router == "cosine" and moe.d_router == 0:
         derived["d_router"] = max(moe.num_experts // 2, 8)
     if moe.router == "soft" and moe.slots_per_expert == 0:
-        derived["slots_per_expert"] = max(1, moe.top_k * seq_len // moe.num_experts)
+        balanced_slots = moe.top_k * seq_len // moe.num_experts
+        derived["slots_per_expert"] = max(1, balanced_slots)
     return dataclasses.replace(moe, **derived)
+
+
+def _default_score(moe: MoeConfig) -> str:
+    # A single sigmoid is a weight that learns; a softmax over the one selected expert is always 1.
+    if moe.router == "sinkhorn" and moe.top_k == 1:
+        return "sigmoid"
+    return ROUTER_RULES[moe.router].scores[0]

@@ -1,4 +1,4 @@
-"""How knobs change over training: one leaf per knob, which names a schedule of the factor on its value."""
+"""How knobs change over training: one leaf per knob, which names a schedule of its factor."""
 
 import dataclasses
 import math
@@ -13,6 +13,7 @@ from moejax.config.sections.moe import MoeConfig
 
 
 def _of(key: str) -> Any:
+    """Returns the leaf that names the schedule of another leaf."""
     return leaf("constant", f"schedule of the factor on {key}", needs=Scaled(key))
 
 
@@ -83,8 +84,11 @@ ARGUMENTS: dict[str, tuple[str, ...]] = {
 """The arguments of each schedule; the functions are in `moejax.training.schedules.SCHEDULES`."""
 
 
+LARGEST_FACTOR = 1e6
+
+
 def parse_schedule(key: str, text: str) -> Schedule:
-    """Reads the schedule that a leaf names.
+    """Returns the schedule that a leaf names.
 
     Raises:
       ConfigError: an unknown name, a wrong number of arguments, or one out of range.
@@ -92,68 +96,89 @@ def parse_schedule(key: str, text: str) -> Schedule:
     name, *texts = text.split(":")
     if name not in ARGUMENTS:
         raise ConfigError(
-            f"{key}={format_value(text)!r} must name one of the schedules {', '.join(ARGUMENTS)}; the nearest is "
-            f"{nearest(name, ARGUMENTS)}"
+            f"{key}={format_value(text)!r} must name one of the schedules "
+            f"{', '.join(ARGUMENTS)}; the nearest is {nearest(name, ARGUMENTS)}"
         )
-    form = ":".join([name, *ARGUMENTS[name]])
     try:
-        arguments = dict(zip(ARGUMENTS[name], map(float, texts), strict=True))
+        values = [float(value) for value in texts]
+        arguments = dict(zip(ARGUMENTS[name], values, strict=True))
     except ValueError as error:
+        form = ":".join([name, *ARGUMENTS[name]])
         raise ConfigError(f"{key}={text!r} must have the form {form}, with numbers") from error
-    fraction, end = (
-        arguments.get("FRACTION", 1.0),
-        arguments.get("END", arguments.get("VALUE", 1.0)),
-    )
+    fraction = arguments.get("FRACTION", 1.0)
+    end = arguments.get("END", arguments.get("VALUE", 1.0))
     require(0 < fraction <= 1, f"{key}={text!r} must have a FRACTION above 0 and at most 1")
+    # An exponential schedule takes the logarithm of its end.
     lowest = 1e-6 if name == "exponential" else 0.0
-    require(lowest <= end <= 1e6, f"{key}={text!r}: the factor must be between {lowest:g} and 1e6")
+    require(
+        lowest <= end <= LARGEST_FACTOR,
+        f"{key}={text!r}: the factor must be between {lowest:g} and 1e6",
+    )
     return Schedule(name, end, fraction)
 
 
 def validate_schedules(
     schedules: ScheduleConfig, moe: MoeConfig, kinds: Iterable[MoeConfig | None]
 ) -> None:
-    """Raises `ConfigError` for a schedule that cannot be read, or that does not go with what it scales.
+    """Raises `ConfigError` for a schedule that cannot be read or does not go with what it scales.
 
     Args:
       schedules: the section.
       moe: the experts of the model.
       kinds: those of each layer; None where it is dense.
     """
-    experts = [kind for kind in kinds if kind is not None]
     for name, text in dataclasses.asdict(schedules).items():
-        schedule, value = parse_schedule(f"schedule.{name}", text), getattr(moe, name)
-        if schedule.name == "constant":
-            continue
-        require(
-            name not in ("capacity_factor", "top_k") or schedule.highest <= 1,
-            f"schedule.{name}={text!r} must not exceed 1: arrays have the size that moe.{name}={value} needs",
-        )
-        require(
-            name not in ("jitter", "expert_dropout") or value * schedule.highest < 1,
-            f"schedule.{name}={text!r} takes moe.{name}={value} to {value * schedule.highest:g}; it must stay below 1",
-        )
-        require(
-            name != "noise_scale" or moe.load_weight == 0 or schedule.lowest > 0,
-            f"schedule.noise_scale={text!r} falls to 0, and moe.load_weight={moe.load_weight} divides by the noise",
-        )
+        schedule = parse_schedule(f"schedule.{name}", text)
+        if schedule.name != "constant":
+            _validate_factor(name, text, schedule, moe)
     if schedules.top_k == "constant":
         return
-    lowest = parse_schedule("schedule.top_k", schedules.top_k).lowest
-    for kind in experts:
-        can_limit = ROUTER_RULES[kind.router].can_limit
-        require(
-            can_limit and kind.load_weight == kind.vmoe_load_weight == 0,
-            f"schedule.top_k={schedules.top_k!r} does not go with moe.router={kind.router}, moe.load_weight="
-            f"{kind.load_weight}, moe.vmoe_load_weight={kind.vmoe_load_weight}: their formulas need a fixed moe.top_k",
-        )
-        require(
-            not kind.renormalize or kind.score == "uniform" or limit_of(kind.top_k, lowest) > 1,
-            f"schedule.top_k={schedules.top_k!r} falls to 1 expert, where moe.renormalize=True makes every "
-            "weight 1 and the task gradient of the router 0; set moe.renormalize=False",
-        )
+    for kind in kinds:
+        if kind is not None:
+            _validate_top_k(schedules.top_k, kind)
+
+
+def _validate_factor(name: str, text: str, schedule: Schedule, moe: MoeConfig) -> None:
+    """Raises `ConfigError` for a factor that takes a leaf out of the values it can have."""
+    value = getattr(moe, name)
+    largest = value * schedule.highest
+    sizes_arrays = name in ("capacity_factor", "top_k")
+    is_fraction = name in ("jitter", "expert_dropout")
+    require(
+        not sizes_arrays or schedule.highest <= 1,
+        f"schedule.{name}={text!r} must not exceed 1: arrays have the size that "
+        f"moe.{name}={value} needs",
+    )
+    require(
+        not is_fraction or largest < 1,
+        f"schedule.{name}={text!r} takes moe.{name}={value} to {largest:g}; it must stay below 1",
+    )
+    require(
+        name != "noise_scale" or moe.load_weight == 0 or schedule.lowest > 0,
+        f"schedule.noise_scale={text!r} falls to 0, and moe.load_weight={moe.load_weight} "
+        "divides by the noise",
+    )
+
+
+def _validate_top_k(text: str, kind: MoeConfig) -> None:
+    """Raises `ConfigError` where a layer cannot do with fewer experts per token."""
+    has_load_loss = kind.load_weight != 0 or kind.vmoe_load_weight != 0
+    require(
+        ROUTER_RULES[kind.router].can_limit and not has_load_loss,
+        f"schedule.top_k={text!r} does not go with moe.router={kind.router}, "
+        f"moe.load_weight={kind.load_weight}, moe.vmoe_load_weight={kind.vmoe_load_weight}: "
+        "their formulas need a fixed moe.top_k",
+    )
+    lowest = parse_schedule("schedule.top_k", text).lowest
+    falls_to_one = limit_of(kind.top_k, lowest) <= 1
+    makes_weights_one = kind.renormalize and kind.score != "uniform"
+    require(
+        not (falls_to_one and makes_weights_one),
+        f"schedule.top_k={text!r} falls to 1 expert, where moe.renormalize=True makes every "
+        "weight 1 and the task gradient of the router 0; set moe.renormalize=False",
+    )
 
 
 def limit_of(top_k: int, factor: float) -> int:
-    """Experts per token at a factor on `moe.top_k`."""
+    """Returns the experts per token at a factor on `moe.top_k`, at least 1."""
     return max(1, math.floor(top_k * factor + 0.5))

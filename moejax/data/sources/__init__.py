@@ -1,1 +1,1 @@
-"""Where documents come from: an installed corpus, a prepared dataset, the user's files, or a grammar."""
+"""Where documents come from: installed corpora, prepared datasets, files, or a grammar."""

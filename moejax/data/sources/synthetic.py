@@ -1,8 +1,8 @@
-"""Documents from a small grammar: English-like, always there, the same everywhere. For tests and first steps.
+"""Documents from a small grammar, for tests and first steps.
 
-Each document keeps to one setting (a place, two people, a few things), so its words can be
-predicted from what came before; the order of the sentences is random. Reported results belong
-on real text.
+They resemble English, are always available, and are the same everywhere. Each document keeps to one
+setting (a place, two people, a few things), so its words can be predicted from what came before;
+the order of the sentences is random. Results worth reporting need real text.
 """
 
 import random
@@ -24,14 +24,16 @@ _PLACES = _words(
     "harbour market library orchard workshop station museum garden kitchen observatory bakery mill"
 )
 _THINGS = _words(
-    "lantern ledger ladder compass kettle basket violin letter map bicycle telescope hammer blanket candle notebook "
-    "clock umbrella wheel barrel mirror key bridge window boat"
+    "lantern ledger ladder compass kettle basket violin letter map bicycle telescope hammer "
+    "blanket candle notebook clock umbrella wheel barrel mirror key bridge window boat"
 )
 _QUALITIES = _words(
-    "old bright heavy broken quiet narrow painted wooden silver forgotten curious careful empty warm"
+    "old bright heavy broken quiet narrow painted wooden silver forgotten curious careful empty "
+    "warm"
 )
 _ACTIONS = _words(
-    "carried mended borrowed painted measured found hid sold opened described cleaned returned admired"
+    "carried mended borrowed painted measured found hid sold opened described cleaned returned "
+    "admired"
 )
 _SAYINGS = (
     "Nobody knew why.",
@@ -44,39 +46,49 @@ _SAYINGS = (
 
 
 def synthetic_documents(split: str) -> Iterator[str]:
-    """The documents of "train" or "validation": the same in every process and on every version of Python."""
+    """Yields the documents of "train" or "validation".
+
+    They are the same in every process and on every version of Python.
+    """
     for index in range(NUM_DOCUMENTS[split]):
-        yield _document(_Dice(f"{split} {index}"))
+        dice = _Dice(f"{split} {index}")
+        yield _document(dice)
 
 
 class _Dice:
-    """Random choices that use only `random()`, the one method whose values Python promises not to change."""
+    """Random choices by `random()`, the one method whose values Python promises not to change."""
 
     def __init__(self, seed: str):
         self._random = random.Random(seed)
 
     def pick(self, options: Sequence[str]) -> str:
-        return options[int(self._random.random() * len(options))]
+        index = int(self._random.random() * len(options))
+        return options[index]
 
     def number(self, stop: int) -> int:
+        """Returns a whole number from 2 to `stop` - 1."""
         return 2 + int(self._random.random() * (stop - 2))
 
 
 def _document(dice: _Dice) -> str:
-    hero, friend, place = dice.pick(_PEOPLE), dice.pick(_PEOPLE), dice.pick(_PLACES)
+    # The order of all draws determines the text: it must not change.
+    hero = dice.pick(_PEOPLE)
+    friend = dice.pick(_PEOPLE)
+    place = dice.pick(_PLACES)
     things = [f"{dice.pick(_QUALITIES)} {dice.pick(_THINGS)}" for _ in range(3)]
     sentences = []
     for _ in range(SENTENCES):
-        thing, action = dice.pick(things), dice.pick(_ACTIONS)
-        template = dice.pick(
-            (
-                f"{hero} {action} the {thing} in the {place}.",
-                f'"Where is the {thing}?" asked {friend}.',
-                f"In the {place} there were {dice.number(100)} people, and {friend} {action} the {thing}.",
-                f"When {hero} {action} the {thing}, {friend} left the {place}.",
-                dice.pick(_SAYINGS),
-            )
+        thing = dice.pick(things)
+        action = dice.pick(_ACTIONS)
+        number = dice.number(100)
+        options = (
+            f"{hero} {action} the {thing} in the {place}.",
+            f'"Where is the {thing}?" asked {friend}.',
+            f"In the {place} there were {number} people, and {friend} {action} the {thing}.",
+            f"When {hero} {action} the {thing}, {friend} left the {place}.",
+            dice.pick(_SAYINGS),
         )
-        sentences.append(template)
+        sentences.append(dice.pick(options))
     middle = len(sentences) // 2
-    return " ".join(sentences[:middle]) + "\n\n" + " ".join(sentences[middle:]) + "\n"
+    paragraphs = (" ".join(sentences[:middle]), " ".join(sentences[middle:]))
+    return "\n\n".join(paragraphs) + "\n"

@@ -1,4 +1,4 @@
-"""Which files `data.files` names: a file, a folder, a glob, or several of them with commas between."""
+"""Which files `data.files` names: a file, a folder, a glob, or several separated by commas."""
 
 import dataclasses
 import glob
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import BinaryIO, Literal, TypeAlias, cast
 
 from moejax.config import ConfigError
-from moejax.data.errors import DataError
+from moejax.data.errors import DataError, os_reason
 
 Kind: TypeAlias = Literal["text", "lines", "parquet"]
 
@@ -21,7 +21,7 @@ KINDS: dict[str, Kind] = {
     ".json": "lines",
     ".parquet": "parquet",
 }
-"""By suffix; files of any other are one text each."""
+"""Kinds of files by suffix; a file with any other suffix is one text."""
 
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 SNIFFED_BYTES = 8192  # a file with a zero byte among them is no text: the rule of git
@@ -35,10 +35,10 @@ class TextFile:
     """A file that holds documents.
 
     Attributes:
-      path: of it.
+      path: where it is.
       kind: one text; JSON objects, one a line; or Parquet.
       compression: "gzip", "zstd" or "".
-      domain: the first folder on its way from the folder that `data.files` names; "" if it is
+      domain: the first folder on the way from the folder that `data.files` names; "" if the file is
         directly in that.
     """
 
@@ -50,11 +50,13 @@ class TextFile:
     @property
     def stem(self) -> str:
         """The name without its suffixes of kind and compression."""
-        name = self.path.name.removesuffix(self.path.suffix) if self.compression else self.path.name
+        name = self.path.name
+        if self.compression:
+            name = name.removesuffix(self.path.suffix)
         return Path(name).stem
 
     def open(self) -> BinaryIO:
-        """What is in it, decompressed, as a stream.
+        """Returns its content, decompressed, as a stream.
 
         Raises:
           DataError: it cannot be read. Reading the stream raises OSError for damage.
@@ -73,41 +75,42 @@ class TextFile:
 
 
 def unreadable(path: Path, error: Exception) -> DataError:
-    """That a file of `data.files` cannot be read."""
-    reason = (
-        getattr(error, "strerror", None)
-        or next(iter(str(error).splitlines()), type(error).__name__)[:200]
+    """Returns the error for a file of `data.files` that cannot be read."""
+    return DataError(
+        f"{path} cannot be read ({os_reason(error)}); leave it out of data.files or repair it"
     )
-    return DataError(f"{path} cannot be read ({reason}); leave it out of data.files or repair it")
 
 
 def find_text_files(files: str) -> list[TextFile]:
-    """The files that `data.files` names, each once, sorted by path.
+    """Returns the files that `data.files` names, each once, sorted by path.
 
-    What exists by the whole text is meant first, so that a name may hold commas and the
-    signs of globs.
+    If the complete text is an existing path, it is taken as that, so that a name may hold commas
+    and the signs of globs.
 
     Raises:
       ConfigError: a part of it names no file.
     """
-    whole = os.path.expanduser(files)
-    items = (
-        [files]
-        if os.path.exists(whole)
-        else [item.strip() for item in files.split(",") if item.strip()]
-    )
     found: dict[str, TextFile] = {}
-    for item in items:
+    for item in _items(files):
         for file in _files_of(item):
             found.setdefault(os.path.realpath(file.path), file)
     if not found:
         raise ConfigError(
-            f"data.files={files!r} names no file; give a file, a folder or a glob such as 'texts/*.txt'"
+            f"data.files={files!r} names no file; give a file, a folder or a glob such as "
+            "'texts/*.txt'"
         )
     return sorted(found.values(), key=lambda file: file.path)
 
 
+def _items(files: str) -> list[str]:
+    if os.path.exists(os.path.expanduser(files)):
+        return [files]
+    items = [item.strip() for item in files.split(",")]
+    return [item for item in items if item]
+
+
 def _files_of(item: str) -> list[TextFile]:
+    """Returns the files that one file name, folder or glob stands for."""
     if re.match(r"[A-Za-z0-9]+://", item):
         raise ConfigError(
             f"data.files={item!r} is an address; copy the files to a disk and name them there"
@@ -122,37 +125,35 @@ def _files_of(item: str) -> list[TextFile]:
     if not found:
         where = "" if path.is_absolute() else f" in {Path.cwd()}"
         raise ConfigError(
-            f"data.files={item!r} matches no file{where}; give a file, a folder, a glob such as 'texts/**/*.txt', or "
-            "several of them with commas between"
+            f"data.files={item!r} matches no file{where}; give a file, a folder, a glob such as "
+            "'texts/**/*.txt', or several of them separated by commas"
         )
     return found
 
 
 def _describe(path: Path, domain: str = "") -> TextFile:
-    suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
+    """Returns a file with the kind and the compression that its suffixes tell."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
     compression = COMPRESSIONS.get(suffixes[-1], "") if suffixes else ""
     if compression:
-        suffixes = suffixes[:-1]
-    return TextFile(
-        path, KINDS.get(suffixes[-1], "text") if suffixes else "text", compression, domain
-    )
+        suffixes.pop()
+    kind: Kind = KINDS.get(suffixes[-1], "text") if suffixes else "text"
+    return TextFile(path, kind, compression, domain)
 
 
 def _files_below(folder: Path) -> list[TextFile]:
-    """The files with text below a folder; hidden ones and those that are no text are left out."""
-    found, others = [], []
+    """Returns the files with text below a folder; hidden ones and other files are left out."""
+    found = []
+    others = []
     for path in _walk(folder):
         if not os.path.exists(path):
             raise DataError(f"{path} is a link to a file that is not there; remove it or repair it")
-        if not path.is_file():  # a pipe or a device
-            others.append(path)
-            continue
-        below = path.relative_to(folder).parts
-        file = _describe(path, domain=below[0] if len(below) > 1 else "")
-        if file.kind == "text" and not _is_text(file):
-            others.append(path)
-        else:
+        top, *below = path.relative_to(folder).parts
+        file = _describe(path, domain=top if below else "")
+        if _holds_text(file):
             found.append(file)
+        else:
+            others.append(path)
     if others:
         log.info(
             "data.files=%s: left out %d files that are no text, such as %s",
@@ -168,25 +169,36 @@ def _files_below(folder: Path) -> list[TextFile]:
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    """What is below a folder, also through links, but for hidden names; raises `DataError` for what cannot be read."""
+    """Yields what is below a folder except for hidden names; links are followed.
+
+    Raises:
+      DataError: a folder cannot be read.
+    """
 
     def fail(error: OSError) -> None:
         raise unreadable(Path(error.filename), error) from error
 
     seen = {os.path.realpath(folder)}
     for parent, folders, names in os.walk(folder, onerror=fail, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in list(folders):
+        visible = [name for name in folders if not name.startswith(".")]
+        folders.clear()  # `os.walk` goes on with what is put back
+        for name in sorted(visible):
             place = os.path.realpath(os.path.join(parent, name))
-            if (
-                place in seen
-            ):  # a link to a folder that is read anyway, perhaps to one that it is in
-                folders.remove(name)
+            # A link may lead to a folder that is read anyway, even to one that it is in.
+            if place not in seen:
+                folders.append(name)
             seen.add(place)
-        yield from (Path(parent, name) for name in sorted(names) if not name.startswith("."))
+        for name in sorted(names):
+            if not name.startswith("."):
+                yield Path(parent, name)
 
 
-def _is_text(file: TextFile) -> bool:
+def _holds_text(file: TextFile) -> bool:
+    """Whether it is a file of a known kind, or one whose first bytes are text."""
+    if not file.path.is_file():  # a pipe or a device
+        return False
+    if file.kind != "text":
+        return True
     with file.open() as stream:
         try:
             return b"\0" not in stream.read(SNIFFED_BYTES)

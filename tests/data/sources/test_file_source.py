@@ -1,4 +1,4 @@
-"""One's own text: which files, which documents, in which split; and what is wrong with one, by file and line."""
+"""The user's own text: which files, which documents, in which split, and what is wrong with it."""
 
 import dataclasses
 import errno
@@ -46,7 +46,7 @@ def compressed(raw, kind):
     return sink.getvalue().to_pybytes()
 
 
-def test_a_folder_gives_what_links_below_it_lead_to_once(tmp_path):
+def test_links_below_a_folder_are_followed_once(tmp_path):
     (tmp_path / "texts/own").mkdir(parents=True)
     (tmp_path / "elsewhere/deep").mkdir(parents=True)
     (tmp_path / "texts/own/a.txt").write_text("one")
@@ -105,9 +105,9 @@ def test_a_folder_gives_its_files_of_text_and_says_what_it_leaves_out(tmp_path, 
         "left out 1 files that are no text, such as" in caplog.text and "image.png" in caplog.text
     )
     source = source_of(tmp_path)
-    domains = {
-        document.text: document.domain for split in SPLITS for document in source.documents(split)
-    }
+    domains = {}
+    for split in SPLITS:
+        domains |= {document.text: document.domain for document in source.documents(split)}
     assert domains == {"one": "", "two": "", "five": "", "three": "news", "four": "news"}
 
 
@@ -148,20 +148,20 @@ def test_documents_and_splits_are_the_same_in_every_format(tmp_path):
     assert {split: len(texts) for split, texts in wanted.items()} != {"train": 40, "validation": 0}
     raw = json_lines(TEXTS)
     files = {
-        "t.jsonl": raw, "t.json.gz": gzip.compress(raw), "t.jsonl.zst": compressed(raw, "zstd"),
+        "t.jsonl": raw,
+        "t.json.gz": gzip.compress(raw),
+        "t.jsonl.zst": compressed(raw, "zstd"),
         "crlf.jsonl": b"\xef\xbb\xbf" + raw.replace(b"\n", b"\r\n\r\n"),
-    }  # fmt: skip
+    }
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
     write_parquet(tmp_path / "t.parquet", TEXTS)
     for name in (*files, "t.parquet"):
         found = texts_of(tmp_path / name)
-        assert {split: sorted(texts) for split, texts in found.items()} == {
-            split: sorted(texts) for split, texts in wanted.items()
-        }, name
-        assert found["train"] == [
-            text for text in TEXTS if text in wanted["train"]
-        ]  # in the file's order
+        for split in SPLITS:
+            assert sorted(found[split]) == sorted(wanted[split]), name
+        in_the_order_of_the_file = [text for text in TEXTS if text in wanted["train"]]
+        assert found["train"] == in_the_order_of_the_file
 
 
 def test_equal_documents_of_several_files_fall_into_the_same_split(tmp_path):
@@ -182,8 +182,10 @@ def test_names_and_domains_come_from_fields_or_from_the_file(tmp_path):
     ]
     (tmp_path / "in/t.jsonl").write_text("\n".join(map(json.dumps, lines)))
     source = source_of(tmp_path)
-    found = sorted((d.text, d.name, d.domain) for split in SPLITS for d in source.documents(split))
-    assert found == [("a", "first", "x"), ("bb", "7", "in"), ("ccc", "t 3", "in")]
+    found = []
+    for split in SPLITS:
+        found += [(each.text, each.name, each.domain) for each in source.documents(split)]
+    assert sorted(found) == [("a", "first", "x"), ("bb", "7", "in"), ("ccc", "t 3", "in")]
 
 
 def test_the_field_of_the_text_is_chosen_and_part_of_the_identity(tmp_path):
@@ -204,7 +206,8 @@ MISTAKES = {
     "nested deeply": (b'{"text": "a"}\n\n' + b"[" * 100_000, r"line 3: no JSON"),
     "no field": (
         b'{"text": "a"}\n{"contents": "b", "id": 1}\n',
-        r"line 2: no field 'text' but contents, id; the nearest is contents: set data\.text_field=contents",
+        r"line 2: no field 'text' but contents, id; the nearest is contents: "
+        r"set data\.text_field=contents",
     ),
     "no text": (
         b'{"text": "a"}\n{"text": 3}\n',
@@ -244,9 +247,12 @@ def test_a_mistake_in_parquet_or_compression_is_named_by_file(tmp_path):
         all_texts(tmp_path / "null.parquet")
     raw = json_lines(TEXTS)
     damaged = {
-        "a.parquet": (tmp_path / "t.parquet").read_bytes()[:-9], "b.parquet": b"no Parquet",
-        "c.jsonl.gz": gzip.compress(raw)[:-3], "d.txt.gz": b"plain", "e.jsonl.zst": compressed(raw, "zstd")[:-3],
-    }  # fmt: skip
+        "a.parquet": (tmp_path / "t.parquet").read_bytes()[:-9],
+        "b.parquet": b"no Parquet",
+        "c.jsonl.gz": gzip.compress(raw)[:-3],
+        "d.txt.gz": b"plain",
+        "e.jsonl.zst": compressed(raw, "zstd")[:-3],
+    }
     for name, content in damaged.items():
         (tmp_path / name).write_bytes(content)
         with pytest.raises(
@@ -271,18 +277,14 @@ def test_a_split_by_keys_is_the_split_by_names():
         keys = np.array([split_key(name) for name in sizes], np.uint64)
         last = last_held_out(keys, np.array([*sizes.values()]))
         assert {name for name in sizes if split_key(name) <= last} == held_out(sizes)
-        # Documents that are there twice count twice and stay together.
-        assert (
-            0
-            < np.count_nonzero(keys <= last_held_out(np.repeat(keys, 2), np.ones(2 * number)))
-            < number
-        )
+        # Documents that occur twice count twice and stay together.
+        last_of_pairs = last_held_out(np.repeat(keys, 2), np.ones(2 * number))
+        assert 0 < np.count_nonzero(keys <= last_of_pairs) < number
 
 
 def test_memory_does_not_grow_with_the_number_of_documents(tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        "moejax.data.packing.WINDOW_SLOTS", 1 << 14
-    )  # so that it is full at this size
+    # A small window is full at these sizes.
+    monkeypatch.setattr("moejax.data.packing.WINDOW_SLOTS", 1 << 14)
 
     def peak(megabytes):
         path = tmp_path / f"{megabytes}.jsonl"
