@@ -86,9 +86,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _help_last(words: list[str]) -> list[str]:
     """Returns `VERB --help ...` for `help VERB ...`, and other words as they are."""
-    is_help_of_verb = len(words) > 1 and words[0] in HELP
-    if words[:1] == ["help"] or is_help_of_verb:
-        return [*words[1:2], "--help", *words[2:]]
+    if not words:
+        return words
+    first, *others = words
+    if first == "help" or (first in HELP and others):
+        return [*others[:1], "--help", *others[1:]]
     return words
 
 

@@ -142,10 +142,11 @@ def _about_value(error: flags.IllegalFlagValueError, values: FlagValues) -> str:
     parser = values[name].parser if name in values else None
     if isinstance(parser, flags.EnumParser):
         choices = [choice for choice in parser.enum_values if choice]
-        near = difflib.get_close_matches(value, choices, n=1, cutoff=0.0)[0]
-        return f"{given} must be one of {', '.join(choices)}; the nearest is {near}"
+        nearest = difflib.get_close_matches(value, choices, n=1, cutoff=0.0)[0]
+        return f"{given} must be one of {', '.join(choices)}; the nearest is {nearest}"
     if "range" in reason:
-        return f"{given} must be {reason.partition(' is not ')[2]}"
+        _, _, limits = reason.partition(" is not ")
+        return f"{given} must be {limits}"
     needed = {"int": "an integer", "float": "a number", "bool": "true or false"}.get(kind)
     return f"{given}: {reason}" if needed is None else f"{given} must be {needed}"
 

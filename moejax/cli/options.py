@@ -83,7 +83,7 @@ def define_processes(values: FlagValues) -> None:
     )
 
 
-def meet_as_flagged(values: FlagValues, verb: str) -> contextlib.AbstractContextManager[None]:
+def distributed_context(values: FlagValues, verb: str) -> contextlib.AbstractContextManager[None]:
     """Returns a context in which several processes are one machine, if the flags ask for that.
 
     The flags are those of `define_processes`.
@@ -98,7 +98,9 @@ def meet_as_flagged(values: FlagValues, verb: str) -> contextlib.AbstractContext
         )
     if values.coordinator:
         _check_coordinator(values)
-        return _meet(values.coordinator, values.num_processes, values.process_id, values.wait_s)
+        return _initialize_distributed(
+            values.coordinator, values.num_processes, values.process_id, values.wait_s
+        )
     for flag, value in _given_numbers(values).items():
         if value is not None:
             raise UsageError(
@@ -106,7 +108,7 @@ def meet_as_flagged(values: FlagValues, verb: str) -> contextlib.AbstractContext
                 "--distributed"
             )
     if values.distributed:
-        return _meet(wait_s=values.wait_s)
+        return _initialize_distributed(wait_s=values.wait_s)
     if values["wait_s"].present:
         raise UsageError(
             f"--wait_s={values.wait_s:g} needs --distributed or --coordinator; add one, or leave "
@@ -144,7 +146,7 @@ def _check_coordinator(values: FlagValues) -> None:
 
 
 @contextlib.contextmanager
-def _meet(*address: Any, **wait: Any) -> Iterator[None]:
+def _initialize_distributed(*address: Any, **wait: Any) -> Iterator[None]:
     """Runs `processes.meet` with a clean standard output.
 
     Gloo prints a greeting there, where one JSON document must stand alone: file descriptor 1 is

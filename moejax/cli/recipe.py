@@ -198,13 +198,18 @@ def _explain(error: BaseException, file: str) -> str:
     if isinstance(error, SyntaxError) and error.filename == path:
         source = (error.text or "").strip()
         return f"{file}, line {error.lineno}: {error.msg}: {source or 'no text'}; correct that line"
-    frames = traceback.extract_tb(error.__traceback__)
-    lines = [frame.lineno for frame in frames if frame.filename == path]
-    line = lines[-1] if lines else None
+    line = _line_in(path, error)
     if not line:
         return f"{file}: {_cause(error, '')}"
     source = linecache.getline(path, line).strip()
     return f"{file}, line {line}: {_cause(error, source)}"
+
+
+def _line_in(path: str, error: BaseException) -> int | None:
+    """Returns the innermost line of a file that an error came through."""
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if frame.filename == path]
+    return lines[-1] if lines else None
 
 
 def _cause(error: BaseException, source: str) -> str:

@@ -13,10 +13,15 @@ Row = dict[str, Any]
 def print_processes(rows: list[Row], num: int) -> None:
     """Prints a table for each row of `bench_in_processes`, with the spread over processes."""
     for row in rows:
-        names = [str(value) for value in row.values() if isinstance(value, str)]
+        names = []
+        figures = {}
+        for name, value in row.items():
+            if isinstance(value, str):
+                names.append(value)
+            elif isinstance(value, dict):
+                figures[name] = _spread(value)
         title = f"{', '.join(names)}: median of {num} processes"
-        shown = {name: _spread(value) for name, value in row.items() if isinstance(value, dict)}
-        print_result(shown, is_json=False, title=title)
+        print_result(figures, is_json=False, title=title)
 
 
 def _spread(figure: dict[str, float]) -> str:
@@ -32,9 +37,11 @@ def print_layers(rows: list[Row], columns: Callable[[Row], Row]) -> None:
     """
     groups: dict[str, list[Row]] = {}
     for row in rows:
-        groups.setdefault(_layer_title(row), []).append(row)
+        title = _layer_title(row)
+        groups.setdefault(title, []).append(row)
     for title, group in groups.items():
-        print_table([columns(row) for row in group], title=title)
+        shown = [columns(row) for row in group]
+        print_table(shown, title=title)
 
 
 def _layer_title(row: Row) -> str:

@@ -30,7 +30,7 @@ from moejax.cli.options import (
     define_json,
     define_mesh,
     define_processes,
-    meet_as_flagged,
+    distributed_context,
     parse_mesh,
     read_config_flag,
 )
@@ -73,7 +73,7 @@ def run(values: FlagValues, rest: list[str]) -> None:
 
     Of several processes each checks its own devices.
     """
-    with meet_as_flagged(values, "doctor"):
+    with distributed_context(values, "doctor"):
         _run(values)
 
 
@@ -181,13 +181,10 @@ def check_grouped_matmul(name: str) -> str:
     """Compares one implementation with a loop over groups, and its gradients with the reference."""
     rng = np.random.default_rng(0)
     group_sizes = np.array([5, 0, 40, 19])
-    num_rows = group_sizes.sum()
-    x_RD = jnp.asarray(rng.normal(size=(80, 16)), jnp.float32)
-    w_EDF = jnp.asarray(rng.normal(size=(4, 16, 24)), jnp.float32)
-    boundaries = np.cumsum(group_sizes)[:-1]
-    groups = np.split(np.asarray(x_RD)[:num_rows], boundaries)
-    products = [rows @ w for rows, w in zip(groups, np.asarray(w_EDF), strict=True)]
-    expected_RF = np.concatenate(products)
+    num_rows = group_sizes.sum()  # the other rows belong to no group
+    x_RD = rng.normal(size=(80, 16)).astype(np.float32)
+    w_EDF = rng.normal(size=(4, 16, 24)).astype(np.float32)
+    expected_RF = _grouped_products(x_RD[:num_rows], w_EDF, group_sizes)
 
     def run(x, w, implementation):
         return grouped_matmul(x, w, jnp.asarray(group_sizes), implementation=implementation)
@@ -196,13 +193,21 @@ def check_grouped_matmul(name: str) -> str:
         def loss(x, w):
             return (run(x, w, implementation) ** 2).sum()
 
-        return jax.grad(loss, (0, 1))(x_RD, w_EDF)
+        return jax.grad(loss, (0, 1))(jnp.asarray(x_RD), jnp.asarray(w_EDF))
 
-    actual_RF = run(x_RD, w_EDF, name)
+    actual_RF = run(jnp.asarray(x_RD), jnp.asarray(w_EDF), name)
     worst = np.abs(np.asarray(actual_RF)[:num_rows] - expected_RF).max()
     for actual, expected in zip(gradients(name), gradients("dense"), strict=True):
         worst = np.maximum(worst, _relative_difference(actual, expected))  # keeps a NaN
     return _passed(float(worst))
+
+
+def _grouped_products(x_RD: np.ndarray, w_EDF: np.ndarray, group_sizes: np.ndarray) -> np.ndarray:
+    """Returns the products of each group of rows with its own matrix."""
+    boundaries = np.cumsum(group_sizes)[:-1]
+    groups = np.split(x_RD, boundaries)
+    products = [rows @ w_DF for rows, w_DF in zip(groups, w_EDF, strict=True)]
+    return np.concatenate(products)
 
 
 def check_experts() -> str:
@@ -288,9 +293,11 @@ def check_training_step() -> str:
     with jax.set_mesh(setup.mesh):
         state = setup.init(0)
         train_step = make_train_step(setup)
+        knobs = Knobs.from_config(config)
         for _ in range(config.train.num_steps):
-            state, output = train_step(state, batch, Knobs.from_config(config))
-            losses.append(float(output.scalars["loss/lm"]))
+            state, output = train_step(state, batch, knobs)
+            loss = output.scalars["loss/lm"]
+            losses.append(float(loss))
     first, last = losses[0], losses[-1]
     if not last < first:
         raise DoctorError(f"the loss went from {first:.3f} to {last:.3f} in {len(losses)} steps")

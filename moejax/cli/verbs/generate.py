@@ -100,7 +100,8 @@ def _has_bytes(text: str) -> bool:
 
 def _default_length(loaded: LoadedRun, prompts: list[str]) -> int:
     """Returns how many tokens to add: as many as fit a training row, if the prompts leave room."""
-    lengths = [len(loaded.tokenizer.encode(prompt)) for prompt in prompts]
+    encode = loaded.tokenizer.encode
+    lengths = [len(encode(prompt)) for prompt in prompts]
     longest = 1 + max(lengths)  # with the begin-of-document token
     room = loaded.config.data.seq_len - longest
     return min(MAX_TOKENS, room) if room > 0 else MAX_TOKENS

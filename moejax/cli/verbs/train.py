@@ -21,7 +21,7 @@ from moejax.cli.options import (
     define_json,
     define_processes,
     define_workdir,
-    meet_as_flagged,
+    distributed_context,
     read_config_flag,
     read_folder_to_write,
     recipe_text,
@@ -53,7 +53,7 @@ def define(values: FlagValues, arguments: list[str]) -> None:
 
 def run(values: FlagValues, rest: list[str]) -> None:
     """Trains, reports, prints the table."""
-    with meet_as_flagged(values, "train"):
+    with distributed_context(values, "train"):
         if not is_first():  # process 0 logs what all would log
             logging.getLogger("moejax").setLevel(logging.WARNING)
         config = primary_first(lambda: read_config_flag(values))
@@ -94,8 +94,12 @@ def _log_devices(config: Config) -> None:
     """Logs devices, mesh, and how tokens reach the experts; the kernel is logged where chosen."""
     mesh = make_mesh(config)
     axes = [f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1]
-    shown = ", ".join(axes) or "one device"
-    log.info("%d x %s, mesh: %s", mesh.size, jax.devices()[0].device_kind, shown)
+    log.info(
+        "%d x %s, mesh: %s",
+        mesh.size,
+        jax.devices()[0].device_kind,
+        ", ".join(axes) or "one device",
+    )
     slow, fast = (mesh.shape[axis] for axis in EXPERT_AXES)
     if config.num_moe_layers and slow * fast > 1:
         moe = config.moe
