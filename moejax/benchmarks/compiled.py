@@ -69,11 +69,13 @@ def _abstract_arrays(shape: Shape, dtype: str, mesh: Mesh) -> dict[str, Any]:
     """Returns shapes of the inputs of a layer and its dense twin, by the fields of `Arrays`."""
     sharding = NamedSharding(mesh, PartitionSpec())
 
+    def make() -> dict[str, Any]:
+        return vars(draw(shape, dtype))
+
     def on_mesh(array: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
 
-    drawn = jax.eval_shape(lambda: vars(draw(shape, dtype)))
-    return jax.tree.map(on_mesh, drawn)
+    return jax.tree.map(on_mesh, jax.eval_shape(make))
 
 
 def _lower(shape: Shape, name: str, direction: str, arrays: dict[str, Any]) -> Any:

@@ -26,7 +26,10 @@ from moejax.moe.dispatch.on_device import (
 )
 from moejax.moe.experts.experts import ExpertWeights
 
-DIRECTIONS = ("forward", "forward_backward")
+PASSES = {"forward": 1, "forward_backward": 3}
+"""By direction, its arithmetic in units of the forward pass."""
+
+DIRECTIONS = tuple(PASSES)
 CAPACITY_FACTORS = (1.0, 1.25)
 DENSE = "dense_layer"
 SORTED = "sorted"
@@ -71,8 +74,8 @@ class Shape:
 
     def flops(self, direction: str) -> int:
         """Returns the arithmetic of the chosen experts; a backward pass has twice as much."""
-        passes = {"forward": 1, "forward_backward": 3}[direction]
-        return passes * 6 * self.tokens * self.top_k * self.d_model * self.d_expert
+        flops_of_row = 6 * self.d_model * self.d_expert
+        return PASSES[direction] * self.tokens * self.top_k * flops_of_row
 
 
 PRESETS = {
@@ -205,16 +208,18 @@ def _run_sorted(x_BLD: jax.Array, chosen: TokenChoice, weights: ExpertWeights) -
     x_TD = x_BLD[0]
     weights_TK = chosen.weights_BLK[0].astype(x_TD.dtype)
     num_tokens, top_k = weights_TK.shape
-    num_experts = weights.down_EFD.shape[0]
+    num_experts = len(weights.down_EFD)
     num_padding = -num_tokens * top_k % num_experts
     padding_RD = jnp.zeros((num_padding, x_TD.shape[1]), x_TD.dtype)
-    x_RD = jnp.concatenate([*[x_TD] * top_k, padding_RD])
+    copies = [x_TD] * top_k
+    x_RD = jnp.concatenate([*copies, padding_RD])
     y_RD = apply_slotted(x_RD, weights)
     # Not as reshapes and sums over K, which XLA:CPU does not fuse: they took half as long as
     # the products.
     parts = []
     for k in range(top_k):
-        y_TD = y_RD[k * num_tokens : (k + 1) * num_tokens]
+        first = k * num_tokens
+        y_TD = y_RD[first : first + num_tokens]
         parts.append(y_TD * weights_TK[:, k : k + 1])
     return functools.reduce(jnp.add, parts)[None]
 
@@ -266,15 +271,22 @@ def choose(shape: Shape) -> np.ndarray:
     """Draws experts `[T, K]`, no expert twice for a token."""
     rng = np.random.default_rng(0)
     noise_TE = rng.normal(size=(shape.tokens, shape.num_experts))
-    experts_TK = np.argsort(noise_TE, axis=1)[:, : shape.top_k]
+    ranking_TE = np.argsort(noise_TE, axis=1)
+    experts_TK = ranking_TE[:, : shape.top_k]
     if shape.is_skewed:
-        lacks_first_T = (experts_TK != 0).all(axis=1)
-        lacking = np.flatnonzero(lacks_first_T)
-        num_with = shape.tokens - len(lacking)
-        wanted = min(shape.tokens, shape.tokens * shape.top_k // 2)
-        missing = max(0, wanted - num_with)
-        experts_TK[lacking[:missing], -1] = 0
+        _skew(experts_TK)
     return experts_TK.astype(np.int32)
+
+
+def _skew(experts_TK: np.ndarray) -> None:
+    """Replaces choices by the first expert, until it has half of all, or every token."""
+    num_tokens, top_k = experts_TK.shape
+    lacks_first_T = (experts_TK != 0).all(axis=1)
+    lacking = np.flatnonzero(lacks_first_T)
+    num_with = num_tokens - len(lacking)
+    wanted = min(num_tokens, num_tokens * top_k // 2)
+    missing = max(0, wanted - num_with)
+    experts_TK[lacking[:missing], -1] = 0
 
 
 def dense_layer(
@@ -346,10 +358,10 @@ def named_row(shape: Shape, name: str, direction: str, dtype: str) -> dict[str, 
 
 def _weight_bytes(shape: Shape, name: str, direction: str, dtype: str) -> int:
     """Counts all matrices as read once; with gradients as read twice and written once."""
-    passes = {"forward": 1, "forward_backward": 3}[direction]
     num_networks = shape.top_k if name == DENSE else shape.num_experts
-    weights = 3 * num_networks * shape.d_model * shape.d_expert
-    return passes * weights * jnp.dtype(dtype).itemsize
+    matrix_bytes = shape.d_model * shape.d_expert * jnp.dtype(dtype).itemsize
+    network_bytes = 3 * matrix_bytes
+    return PASSES[direction] * num_networks * network_bytes
 
 
 def _figures(

@@ -113,4 +113,6 @@ class _Sides:
         environment = with_cache(programs)
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if done.returncode:
-            raise ChildError(f"moejax {' '.join(arguments)} failed: {done.stderr[-2000:]}")
+            words = " ".join(arguments)
+            said = done.stderr[-2000:]
+            raise ChildError(f"moejax {words} failed: {said}")

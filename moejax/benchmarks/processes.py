@@ -47,7 +47,8 @@ def _run(command: list[str]) -> list[dict[str, Any]]:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         words = " ".join(command[1:])
-        raise ChildError(f"{words} failed: {done.stderr[-2000:]}")
+        said = done.stderr[-2000:]
+        raise ChildError(f"{words} failed: {said}")
     rows = json.loads(done.stdout)
     return rows if isinstance(rows, list) else [rows]
 

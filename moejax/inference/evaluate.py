@@ -82,8 +82,9 @@ def _make_setup(config: Config, microbatch: int, mesh: MeshConfig | None) -> Tra
         return make_train_setup(here, make_mesh(here))
     counts = range(1, jax.device_count() + 1)
     num_devices = max(count for count in counts if microbatch % count == 0)
+    devices = jax.devices()[:num_devices]
     here = dataclasses.replace(config, mesh=MeshConfig(data=num_devices))
-    return make_train_setup(here, make_mesh(here, jax.devices()[:num_devices]))
+    return make_train_setup(here, make_mesh(here, devices))
 
 
 def _place_by_load(

@@ -262,13 +262,16 @@ def _pad_prompts(
     tokenizer: Tokenizer, prompts: Sequence[str]
 ) -> tuple[Int[np.ndarray, "B L"], Int[np.ndarray, "B"]]:
     """Returns token ids of the prompts, padded on the right, and their lengths."""
-    rows = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]
-    lengths_B = np.array([len(row) for row in rows], np.int32)
-    padded_length = _round_up(int(lengths_B.max()))  # few distinct lengths, so few compilations
+    rows = []
+    for prompt in prompts:
+        ids = tokenizer.encode(prompt)
+        rows.append([tokenizer.bos_id, *ids])
+    lengths = [len(row) for row in rows]
+    padded_length = _round_up(max(lengths))  # few distinct lengths, so few compilations
     tokens_BL = np.full((len(rows), padded_length), tokenizer.pad_id, np.int32)
-    for tokens_L, ids in zip(tokens_BL, rows, strict=True):
-        tokens_L[: len(ids)] = ids
-    return tokens_BL, lengths_B
+    for i, row in enumerate(rows):
+        tokens_BL[i, : len(row)] = row
+    return tokens_BL, np.array(lengths, np.int32)
 
 
 def _sequence_keys(seed: int, batch: int) -> jax.Array:

@@ -119,10 +119,11 @@ def count(config: Config) -> Count:
 
 def _training_flops(row_flops: list[Flops], length: int) -> Flops:
     """Returns the arithmetic of training per token, from that of forward passes over one row."""
-    parts = zip(*map(dataclasses.astuple, row_flops), strict=True)
-    sums = map(sum, parts)
-    per_token = [round(BACKWARD_AND_FORWARD * row / length) for row in sums]
-    return Flops(*per_token)
+    per_token = {}
+    for part in dataclasses.fields(Flops):
+        of_row = sum(getattr(flops, part.name) for flops in row_flops)
+        per_token[part.name] = round(BACKWARD_AND_FORWARD * of_row / length)
+    return Flops(**per_token)
 
 
 def _outside_feed_forward(config: Config) -> _Layer:

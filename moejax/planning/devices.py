@@ -65,7 +65,9 @@ def peak_memory_bytes() -> int | None:
 
     None where devices do not count it, as on CPU.
     """
-    statistics = [device.memory_stats() or {} for device in jax.local_devices()]
-    peaks = [found.get("peak_bytes_in_use") for found in statistics]
+    peaks = []
+    for device in jax.local_devices():
+        statistics = device.memory_stats() or {}
+        peaks.append(statistics.get("peak_bytes_in_use"))
     known = [peak for peak in peaks if peak is not None]
     return max(known, default=None)

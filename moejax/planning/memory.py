@@ -22,6 +22,8 @@ FLOAT32_BYTES = 4
 BATCH_BYTES = 4 * 4 + 1
 """Of a token of a batch: token, target, segment and position, int32, and whether it has a loss."""
 
+UNITS = {"TB": 10**12, "GB": 10**9, "MB": 10**6}
+
 LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 """Files in which Linux tells a container how much memory it may use."""
 
@@ -172,7 +174,7 @@ def _sharing(devices: Sequence[jax.Device]) -> int:
 
 def _text(number: int) -> str:
     """Returns bytes with a unit and, from a megabyte on, one decimal: 1.2 GB."""
-    for unit, size in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6)):
+    for unit, size in UNITS.items():
         if number >= size:
             # In integers, since the largest numbers are beyond a float.
             ones, tenths = divmod(number * 10 // size, 10)

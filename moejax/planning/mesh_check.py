@@ -7,7 +7,7 @@ choices, strategy, buffers and chunks are those of the configuration.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -84,16 +84,17 @@ def check_mesh(config: Config, mesh: Mesh) -> MeshCheck:
     expect = jax.jit(_layer(how, "dense"))
     arrays = {load: _draw(config, mesh, load) for load in LOADS}
     placed = {load: _place(arrays[load], shardings) for load in LOADS}
+    even = placed[LOADS[0]]
     with jax.set_mesh(mesh):
-        program = run.lower(*placed[LOADS[0]]).compile()
+        program = run.lower(*even).compile()
         actual = {load: program(*placed[load]) for load in LOADS}
     worst = {}
     for load in LOADS:
         expected = expect(*arrays[load])
-        for name, on_mesh, alone in zip(NAMES, actual[load], expected, strict=True):
-            worst[load, name] = _difference(on_mesh, np.asarray(alone))
-    rows = collective_rows(list_collectives(program.as_text() or "", mesh))
-    return MeshCheck(strategy, _local_shapes(placed[LOADS[0]]), rows, worst)
+        for name, difference in _differences(actual[load], expected).items():
+            worst[load, name] = difference
+    collectives = list_collectives(program.as_text() or "", mesh)
+    return MeshCheck(strategy, _local_shapes(even), collective_rows(collectives), worst)
 
 
 def _layer(how: Exchange, implementation: str) -> Callable[..., tuple[jax.Array, ...]]:
@@ -136,6 +137,7 @@ def _draw(config: Config, mesh: Mesh, load: str) -> list[np.ndarray]:
     def normal(*sizes: int) -> np.ndarray:
         return rng.normal(size=sizes).astype(np.float32)
 
+    # Drawn in this order, which all processes share.
     x_BLD = normal(batch, length, d_model)
     weights_BLK = normal(*experts_BLK.shape)
     gate_up_EDPF = normal(moe.num_experts, d_model, 2, width)
@@ -148,9 +150,9 @@ def _place(arrays: list[np.ndarray], shardings: list[NamedSharding]) -> list[jax
     """Returns the arrays on the devices of this process, each with its own parts."""
     placed: list[jax.Array] = []
     for array, sharding in zip(arrays, shardings, strict=True):
-        # `__getitem__` gives the part of a device from its index.
-        part_of = array.__getitem__
-        placed.append(jax.make_array_from_callback(array.shape, sharding, part_of))
+        part_of_device = array.__getitem__
+        on_devices = jax.make_array_from_callback(array.shape, sharding, part_of_device)
+        placed.append(on_devices)
     return placed
 
 
@@ -158,6 +160,12 @@ def _local_shapes(placed: list[jax.Array]) -> dict[str, tuple[int, ...]]:
     """Returns the shape of a device's part of each array, by name."""
     named = zip(ARRAYS, placed, strict=True)
     return {name: array.sharding.shard_shape(array.shape) for name, array in named}
+
+
+def _differences(actual: Iterable[jax.Array], expected: Iterable[jax.Array]) -> dict[str, float]:
+    """Returns the largest difference of each array over its largest value, by name."""
+    named = zip(NAMES, actual, expected, strict=True)
+    return {name: _difference(on_mesh, np.asarray(alone)) for name, on_mesh, alone in named}
 
 
 def _difference(actual: jax.Array, expected: np.ndarray) -> float:

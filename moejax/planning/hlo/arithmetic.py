@@ -100,6 +100,8 @@ def _flops(instruction: Instruction, program: Program) -> int:
 def _dot_flops(dot: Instruction, program: Program) -> int:
     contracting = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", dot.rest)
     axes = sizes(contracting[1]) if contracting else ()
-    left_shape = program.operands(dot)[0].shape
-    products = math.prod(left_shape[axis] for axis in axes)
-    return 2 * math.prod(dot.shape) * products
+    left, *_ = program.operands(dot)
+    left_shape = left.shape
+    num_outputs = math.prod(dot.shape)
+    num_terms = math.prod(left_shape[axis] for axis in axes)
+    return 2 * num_outputs * num_terms

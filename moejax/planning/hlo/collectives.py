@@ -126,13 +126,14 @@ def collective_rows(collectives: Iterable[Collective]) -> list[dict[str, Any]]:
         row = rows.setdefault(key, _empty_row(collective))
         _add_to_row(row, collective)
     for row in rows.values():
-        row["bytes"] = round(row["bytes"])
-        row["conditional_bytes"] = round(row["conditional_bytes"])
+        for name in ("bytes", "conditional_bytes"):
+            row[name] = round(row[name])
+    return sorted(rows.values(), key=_order)
 
-    def order(row: dict[str, Any]) -> tuple:
-        return -row["bytes"], -row["conditional_bytes"], row["kind"], row["axis"]
 
-    return sorted(rows.values(), key=order)
+def _order(row: dict[str, Any]) -> tuple:
+    """Returns a key by which the rows with most bytes come first."""
+    return -row["bytes"], -row["conditional_bytes"], row["kind"], row["axis"]
 
 
 def _empty_row(collective: Collective) -> dict[str, Any]:
@@ -209,10 +210,11 @@ def _is_repeated(program: Program, instruction: Instruction) -> bool:
 
 def _computing_between(program: Program, start: Instruction, done: Instruction) -> int:
     """Counts the instructions that take time between the start and the end of a collective."""
-    instructions = program.computations[program.home[start.name]]
-    first = instructions.index(start) + 1
-    last = instructions.index(done)
-    return sum(_takes_time(instruction) for instruction in instructions[first:last])
+    computation = program.home[start.name]
+    instructions = program.computations[computation]
+    after_start = instructions.index(start) + 1
+    between = instructions[after_start : instructions.index(done)]
+    return sum(map(_takes_time, between))
 
 
 def _takes_time(instruction: Instruction) -> bool:
@@ -241,12 +243,14 @@ def _bits(dtype: str) -> int:
 def _axes(attributes: str, mesh: Mesh) -> tuple[list[str], int]:
     """Returns the mesh axes along which devices of a group differ, and the size of a group."""
     groups = _groups(attributes, mesh.size)
+    axes = []
     mesh_shape = tuple(mesh.shape.values())
-    coordinates = np.stack(np.unravel_index(groups, mesh_shape), axis=-1)  # [group, device, axis]
-    first_of_group = coordinates[:, :1]
-    differ = (coordinates != first_of_group).any(axis=(0, 1))
-    axes = [name for name, differs in zip(mesh.shape, differ, strict=True) if differs]
-    return axes, groups.shape[1]
+    for axis, coordinates in zip(mesh.shape, np.unravel_index(groups, mesh_shape), strict=True):
+        first_of_group = coordinates[:, :1]
+        if (coordinates != first_of_group).any():
+            axes.append(axis)
+    _, num_devices = groups.shape
+    return axes, num_devices
 
 
 def _groups(attributes: str, num_devices: int) -> np.ndarray:
@@ -277,8 +281,9 @@ def _iota(text: str) -> np.ndarray:
     shape_text, order_text = re.findall(r"(\[.*?\])(?:T\((.*)\))?", text)[0]
     shape = sizes(shape_text)
     order = sizes(order_text) or range(len(shape))
-    numbers = np.arange(math.prod(shape)).reshape(shape)
-    return numbers.transpose(order).reshape(-1)
+    numbers = np.arange(math.prod(shape))
+    transposed = numbers.reshape(shape).transpose(order)
+    return transposed.reshape(-1)
 
 
 def _groups_of_mesh(axes: str, devices: str | None, along: str) -> np.ndarray:
@@ -290,17 +295,20 @@ def _groups_of_mesh(axes: str, devices: str | None, along: str) -> np.ndarray:
     lengths = {name: int(length) for name, length in named_lengths}
     mesh_shape = tuple(lengths.values())
     numbers = _mesh_numbers(mesh_shape, devices)
-    coordinates = np.unravel_index(np.arange(numbers.size), mesh_shape)
-    # What is left of each place's coordinates without those along the group names its group.
-    group_coordinates = dict(zip(lengths, coordinates, strict=True))
+    places = np.arange(numbers.size)
+    coordinates = np.unravel_index(places, mesh_shape)
+    # Places of a group have the same coordinates but for the axes, or parts of them, along it.
+    of_group = dict(zip(lengths, coordinates, strict=True))
     for name, before, size in re.findall(r"'?([^',:]+)'?(?::\((\d+)\)(\d+))?", along):
-        length = int(size or lengths[name])
-        stride = lengths[name] // (int(before) * int(size)) if before else 1
-        within_group = group_coordinates[name] // stride % length
-        group_coordinates[name] = group_coordinates[name] - within_group * stride
-    group = np.ravel_multi_index(tuple(group_coordinates.values()), mesh_shape)
+        axis_length = lengths[name]
+        length = int(size or axis_length)
+        stride = axis_length // (int(before) * length) if before else 1
+        within_group = of_group[name] // stride % length
+        of_group[name] = of_group[name] - within_group * stride
+    group = np.ravel_multi_index(tuple(of_group.values()), mesh_shape)
     order = np.argsort(group, kind="stable")
-    return numbers[order].reshape(np.unique(group).size, -1)
+    num_groups = np.unique(group).size
+    return numbers[order].reshape(num_groups, -1)
 
 
 def _mesh_numbers(mesh_shape: tuple[int, ...], devices: str | None) -> np.ndarray:
