@@ -68,13 +68,15 @@ def bench_compiled_step(config: Config, target: Target, topology: str) -> dict[s
     row["compile_s"] = round(time.perf_counter() - started, 1)
     memory: Any = compiled.memory_analysis()
     collectives = collective_rows(list_collectives(compiled.as_text() or "", mesh))
+    wire_bytes = sum(one["bytes"] for one in collectives)
+    conditional_wire_bytes = sum(one["conditional_bytes"] for one in collectives)
     return row | {
         "fits": target.memory_bytes == 0 or memory.peak_memory_in_bytes <= target.memory_bytes,
         "peak_bytes": memory.peak_memory_in_bytes,
         "argument_bytes": memory.argument_size_in_bytes,
         "temporary_bytes": memory.temp_size_in_bytes,
-        "wire_bytes": sum(one["bytes"] for one in collectives),
-        "conditional_wire_bytes": sum(one["conditional_bytes"] for one in collectives),
+        "wire_bytes": wire_bytes,
+        "conditional_wire_bytes": conditional_wire_bytes,
         "collectives": collectives,
     }
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moejax.benchmarks.timing import interleave
+from moejax.benchmarks.timing import interleave, rounded
 from moejax.config import Config
 from moejax.inference.generate import Sampling, decode, prefill
 from moejax.inference.layered import LayeredDecoder
@@ -32,13 +32,15 @@ def bench_generate(config: Config, repetitions: int) -> dict[str, Any]:
     times = interleave(writers, repetitions)
     ms = {name: one.median_ms for name, one in times.items()}
     tokens = SEQUENCES * STEPS
-    quartiles_ms = times["greedy"].quartiles_ms
+    tokens_per_s = {f"{name}_tokens_per_s": round(1e3 * tokens / ms[name]) for name in DRAWN}
+    ms_of_step = {f"{name}_ms_of_step": round(ms[name] / STEPS, 3) for name in DRAWN}
+    quartiles_ms = [quartile / STEPS for quartile in times["greedy"].quartiles_ms]
     return {
         "ratio_all_to_greedy": round(ms["all"] / ms["greedy"], 3),
         "ratio_nucleus_to_greedy": round(ms["nucleus"] / ms["greedy"], 3),
-        **{f"{name}_tokens_per_s": round(1e3 * tokens / median) for name, median in ms.items()},
-        **{f"{name}_ms_of_step": round(median / STEPS, 3) for name, median in ms.items()},
-        "greedy_quartiles_ms_of_step": [round(quartile / STEPS, 3) for quartile in quartiles_ms],
+        **tokens_per_s,
+        **ms_of_step,
+        "greedy_quartiles_ms_of_step": rounded(quartiles_ms, 3),
         "sequences": SEQUENCES,
         "prompt_tokens": PROMPT,
         "steps": STEPS,

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moejax.benchmarks.timing import Peaks, Times, interleave
+from moejax.benchmarks.timing import Peaks, Times, interleave, rounded
 from moejax.kernels.grouped_matmul import IMPLEMENTATIONS, resolve_implementation
 from moejax.moe.dispatch.on_device import (
     TokenChoice,
@@ -375,7 +375,7 @@ def _figures(
     gbytes = _weight_bytes(shape, name, direction, row["dtype"]) / seconds / 1e9
     return {
         "ms": round(median_ms, 3),
-        "quartiles_ms": [round(ms, 3) for ms in times[name].quartiles_ms],
+        "quartiles_ms": rounded(times[name].quartiles_ms, 3),
         "ratio_to_dense": round(median_ms / times[DENSE].median_ms, 3),
         "gflops": float(f"{gflops:.4g}"),
         "fraction_of_peak_gflops": round(gflops / peaks.gflops, 3),

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 
 from moejax.benchmarks.recipe import ChildError, with_cache, write_recipe
+from moejax.benchmarks.timing import rounded
 from moejax.config import Config
 
 ARMS = 8
@@ -41,11 +42,12 @@ def bench_packed(config: Config, repetitions: int) -> dict[str, Any]:
                 run_side()
                 times.append(time.perf_counter() - started)
     medians = {name: statistics.median(times) for name, times in seconds.items()}
+    medians_s = {f"{name}_s": round(median, 1) for name, median in medians.items()}
     return {
         "separate_over_packed": round(medians["separate"] / medians["packed"], 2),
         "one_process_over_packed_again": round(medians["one_process"] / medians["packed_again"], 2),
-        **{f"{name}_s": round(median, 1) for name, median in medians.items()},
-        "each_s": {name: [round(one, 1) for one in times] for name, times in seconds.items()},
+        **medians_s,
+        "each_s": {name: rounded(times, 1) for name, times in seconds.items()},
         "arms": ARMS,
         "steps": config.train.num_steps,
         "repetitions": repetitions,

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 from moejax.benchmarks.recipe import ChildError, with_cache, write_recipe
+from moejax.benchmarks.timing import rounded
 from moejax.config import Config
 
 FIRST_STEP = "step 1/"
@@ -34,8 +35,9 @@ def bench_start(config: Config, repetitions: int) -> dict[str, Any]:
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     return {
         "ratio_again_to_first": round(medians["again"] / medians["first"], 3),
-        **{f"{name}_s": round(median, 2) for name, median in medians.items()},
-        "each_s": {name: [round(one, 2) for one in times] for name, times in seconds.items()},
+        "first_s": round(medians["first"], 2),
+        "again_s": round(medians["again"], 2),
+        "each_s": {name: rounded(times, 2) for name, times in seconds.items()},
         "repetitions": repetitions,
         "device": jax.devices()[0].device_kind,
     }

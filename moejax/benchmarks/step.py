@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from moejax.benchmarks.timing import interleave
+from moejax.benchmarks.timing import interleave, rounded
 from moejax.config import Config, Knobs, ScheduleConfig
 from moejax.data import Batch
 from moejax.models.parameters import count_parameters
@@ -53,8 +53,8 @@ def bench_step(config: Config, repetitions: int) -> dict[str, Any]:
         "ratio": round(moe.median_ms / dense.median_ms, 3),
         "moe_ms": round(moe.median_ms, 2),
         "dense_ms": round(dense.median_ms, 2),
-        "moe_quartiles_ms": [round(ms, 2) for ms in moe.quartiles_ms],
-        "dense_quartiles_ms": [round(ms, 2) for ms in dense.quartiles_ms],
+        "moe_quartiles_ms": rounded(moe.quartiles_ms, 2),
+        "dense_quartiles_ms": rounded(dense.quartiles_ms, 2),
         "moe_tokens_per_s": round(1e3 * tokens / moe.median_ms),
         "moe_active_parameters": count_parameters(config).active,
         "dense_parameters": count_parameters(twin).active,
@@ -123,7 +123,8 @@ class Step:
         self.batch = put_batch(random_batch(config), self.setup)
         self.state = self.setup.init(config.train.seed)
         with jax.set_mesh(self.setup.mesh):
-            lowered = make_train_step(self.setup).lower(self.state, self.batch, self.knobs)
+            train_step = make_train_step(self.setup)
+            lowered = train_step.lower(self.state, self.batch, self.knobs)
             self._step = lowered.compile()
 
     def __call__(self) -> Any:

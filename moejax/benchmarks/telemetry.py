@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from moejax.benchmarks.step import random_batch
-from moejax.benchmarks.timing import interleave
+from moejax.benchmarks.timing import Times, interleave, rounded
 from moejax.config import Config, Knobs
 from moejax.sharding import make_mesh
 from moejax.training.health.alarms import AlarmLog
@@ -38,13 +38,18 @@ def bench_telemetry(config: Config, repetitions: int) -> dict[str, Any]:
         "write_share": round(write_ms / bare_ms, 4),
         "watched_step_ms": round(watched_ms / steps, 2),
         "bare_step_ms": round(bare_ms / steps, 2),
-        "watched_quartiles_ms": [round(ms / steps, 2) for ms in times["watched"].quartiles_ms],
-        "bare_quartiles_ms": [round(ms / steps, 2) for ms in times["bare"].quartiles_ms],
+        "watched_quartiles_ms": _of_step(times["watched"], steps),
+        "bare_quartiles_ms": _of_step(times["bare"], steps),
         "write_ms": round(write_ms, 2),
         "log_every": steps,
         "repetitions": repetitions,
         "device": jax.devices()[0].device_kind,
     }
+
+
+def _of_step(times: Times, steps: int) -> list[float]:
+    """Returns the quartiles of an interval of steps, for one of them."""
+    return rounded([ms / steps for ms in times.quartiles_ms], 2)
 
 
 class Bare:

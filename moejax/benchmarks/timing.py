@@ -3,7 +3,7 @@
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -54,6 +54,11 @@ def interleave(
             if turn >= warm_up:
                 seconds[name].append(ended - started)
     return {name: Times.from_seconds(times) for name, times in seconds.items()}
+
+
+def rounded(values: Iterable[float], digits: int) -> list[float]:
+    """Returns the values with that many digits after the point."""
+    return [round(value, digits) for value in values]
 
 
 @dataclasses.dataclass(frozen=True)

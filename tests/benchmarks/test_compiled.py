@@ -57,7 +57,7 @@ def test_arithmetic_is_counted_and_dense_lowerings_are_seen():
 
 
 @pytest.mark.usefixtures("_here")
-def test_without_names_it_is_what_auto_stands_for_on_the_target_and_ragged_dot():
+def test_without_names_it_compiles_auto_of_the_target_and_ragged_dot():
     rows = bench_compiled(SMALL, [], "float32", HERE)
     assert [row["implementation"] for row in rows[:3]] == ["dense_layer", "tiled", "ragged"]
 

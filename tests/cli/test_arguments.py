@@ -291,7 +291,7 @@ UNUSABLE_RECIPES = [
 ]
 
 
-def test_a_recipe_that_fails_is_one_line_with_the_file_the_line_and_the_cause(refused, tmp_path):
+def test_a_recipe_that_fails_is_one_line_with_its_place_and_the_cause(refused, tmp_path):
     recipe = tmp_path / "recipe.py"
     for text, fragment in UNUSABLE_RECIPES:
         recipe.write_bytes(text.encode(errors="surrogateescape"))

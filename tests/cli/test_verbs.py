@@ -66,7 +66,8 @@ def test_train_prints_its_figures_and_writes_the_report(trained):
     assert rows["parameters, total"] > rows["parameters, active"] > 0
     assert len(rows["expert load, layer 1"]) == 6
     assert sum(rows["expert load, layer 1"]) == pytest.approx(6, abs=0.05)
-    assert json.loads((workdir / "config.json").read_text())["config"]["moe"]["num_experts"] == 6
+    recorded = json.loads((workdir / "config.json").read_text())
+    assert recorded["config"]["moe"]["num_experts"] == 6
     page = (workdir / "report.html").read_text()
     assert "bits per byte" in page.lower() and "<img" in page
     assert 'class="moejax-trace"' in page and "Routing goes most by" in page
@@ -75,28 +76,23 @@ def test_train_prints_its_figures_and_writes_the_report(trained):
 def test_the_log_of_a_training_says_where_it_runs_and_repeats_nothing(trained):
     lines = (trained[0] / "log").read_text().splitlines()
     assert "1 x cpu, mesh: one device" in lines
-    assert len([line for line in lines if line.startswith("grouped_matmul: tiled on cpu")]) == 1
-    assert len([line for line in lines if line.startswith("synthetic train: ")]) == 1
+    for beginning in ("grouped_matmul: tiled on cpu", "synthetic train: "):
+        assert len([line for line in lines if line.startswith(beginning)]) == 1
     steps = [line for line in lines if re.match(r"step \d+/10  loss", line)]
-    assert (
-        steps[0].startswith("step 1/10")
-        and "left" not in steps[0]
-        and steps[-1].endswith("0:00 left")
-    )
+    first, *_, last = steps
+    assert first.startswith("step 1/10") and "left" not in first
+    assert last.endswith("0:00 left")
 
 
-def test_a_path_with_dots_is_the_folder_that_it_means_for_training_and_looking(
+def test_a_path_with_dots_means_the_same_folder_to_every_verb(
     trained, in_folder, monkeypatch, capsys
 ):
     assert sorted(path.name for path in trained[0].iterdir()) == ["data", "log", "runs"]
     monkeypatch.chdir(in_folder / "routing")
     for given in ("..", "../../debug", "../routing/.."):
         run = open_run(given)
-        assert (
-            run.workdir == in_folder.resolve()
-            and run.name == "debug"
-            and len(run.routing.steps) == 2
-        )
+        assert run.workdir == in_folder.resolve() and run.name == "debug"
+        assert len(run.routing.steps) == 2
     command = shlex.split(run.command)
     assert command[:2] == ["moejax", "train"] and command[-1] == "--workdir=no such/../runs/debug"
     assert main(["report", "--workdir=../../debug"]) == 0
@@ -241,7 +237,7 @@ def test_generate_takes_a_batch_of_prompts(in_folder, capsys):
     assert json.loads(capsys.readouterr().out) == first
 
 
-def test_generate_takes_prompts_that_are_no_utf8_and_stays_in_the_trained_length(
+def test_generate_takes_prompts_that_are_no_utf8_and_fits_the_trained_length(
     in_folder, capsys, caplog
 ):
     arguments = [

@@ -108,7 +108,7 @@ def test_an_accelerator_says_what_it_has_or_nothing_is_refused():
 def test_the_limit_of_a_container_counts(tmp_path):
     of_machine = host_memory(limits=())
     assert of_machine is not None and of_machine > 10**8
-    unlimited, limited, absent = (tmp_path / name for name in ("max", "limit", "absent"))
+    unlimited, limited, absent = tmp_path / "max", tmp_path / "limit", tmp_path / "absent"
     unlimited.write_text("max\n")
     limited.write_text("1000000\n")
     assert host_memory(limits=[str(unlimited), str(absent)]) == of_machine

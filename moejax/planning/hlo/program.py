@@ -213,12 +213,13 @@ class Program:
         start = self._source(loop.operands[0])
         if not (_does(condition, "compare") and _does(body, "tuple") and _does(start, "tuple")):
             return None
-        counter, bound = (self._source(name) for name in condition.operands)
+        counter_name, bound_name = condition.operands
+        counter = self._source(counter_name)
         if "direction=LT" not in condition.rest or not _does(counter, "get-tuple-element"):
             return None
         index = int(counter.attribute("index") or 0)
         first = _number(self._source(start.operands[index]))
-        last = _number(bound)
+        last = _number(self._source(bound_name))
         next_counter = self._source(body.operands[index])
         if first is None or last is None or not self._adds_one(next_counter):
             return None
