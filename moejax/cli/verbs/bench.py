@@ -46,9 +46,7 @@ from moejax.benchmarks.step import bench_compile, bench_import, bench_step
 from moejax.benchmarks.telemetry import bench_telemetry
 from moejax.benchmarks.timing import measure_peaks
 from moejax.cli import UsageError
-from moejax.cli.options import define_config, define_json, read_config_flag, read_file_to_write
-from moejax.cli.tables import print_result
-from moejax.cli.verbs.bench_tables import (
+from moejax.cli.bench_tables import (
     compiled_columns,
     layer_columns,
     print_layers,
@@ -56,6 +54,8 @@ from moejax.cli.verbs.bench_tables import (
     print_step,
     write_csv,
 )
+from moejax.cli.options import define_config, define_json, read_config_flag, read_file_to_write
+from moejax.cli.tables import print_result
 from moejax.inspection.figures.bench import draw_layers
 from moejax.kernels.grouped_matmul import unavailable
 from moejax.planning.targets import TARGETS, Target
