@@ -121,7 +121,7 @@ def test_the_verbs_that_compile_keep_their_programs(monkeypatch, verb):
     def ask():
         raise AskedError
 
-    monkeypatch.setattr(f"moejax.cli.{verb}.keep_programs", ask)
+    monkeypatch.setattr(f"moejax.cli.verbs.{verb}.keep_programs", ask)
     monkeypatch.setattr("moejax.cli.verbs.train.read_config_flag", lambda values: small_config())
     given = ["--config=configs/debug.py"] if verb == "train" else ["--workdir=runs/none"]
     with pytest.raises(AskedError):

@@ -1,4 +1,8 @@
-"""What longer rows cost: attention over all scores, and a train step with as many tokens in rows four times as long."""
+"""Measures what longer rows cost, in attention and in train steps.
+
+Rows four times as long, with the same number of tokens, are compared with those of the
+configuration, and attention in blocks with attention over all scores.
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -13,37 +17,34 @@ from moejax.config import Config, ConfigError
 from moejax.nn.attention.grouped_query import attend, attend_in_rows, row_mask
 
 LONGER = 4
+"""How many times as long the longer rows are."""
 
 
 def bench_attention(config: Config, repetitions: int) -> dict[str, Any]:
-    """Times train steps of both lengths, and one layer's attention, forward and backward, with that over all scores.
+    """Times train steps of both lengths, and the attention of one layer, forward and backward.
 
     Rows are one document each.
 
     Raises:
       ConfigError: the batch cannot be divided by 4.
     """
-    if config.train.batch_size % LONGER:
+    batch_size = config.train.batch_size
+    if batch_size % LONGER:
         raise ConfigError(
-            f"train.batch_size={config.train.batch_size} must be a multiple of {LONGER}: with as many tokens, rows "
-            f"{LONGER} times as long are that much fewer"
+            f"train.batch_size={batch_size} must be a multiple of {LONGER}: with as many tokens, "
+            f"rows {LONGER} times as long are that much fewer"
         )
     longer = dataclasses.replace(
         config,
         data=dataclasses.replace(config.data, seq_len=LONGER * config.data.seq_len),
-        train=dataclasses.replace(config.train, batch_size=config.train.batch_size // LONGER),
+        train=dataclasses.replace(config.train, batch_size=batch_size // LONGER),
     )
     layers: dict[str, Callable[[], Any]] = {}
     for name, one in (("short", config), ("long", longer)):
-        layers[f"{name} rows"] = _layer(
-            one, lambda q, k, v, segments: attend_in_rows(q, k, v, segments)
-        )
-        layers[f"{name} scores"] = _layer(
-            one, lambda q, k, v, segments: attend(q, k, v, row_mask(segments))
-        )
-    times = interleave(
-        layers, repetitions
-    )  # apart: among steps, which take much memory, both would wait for theirs
+        layers[f"{name} rows"] = _layer(one, attend_in_rows)
+        layers[f"{name} scores"] = _layer(one, _attend_over_all_scores)
+    # Layers and steps apart: steps take much memory, and layers would wait for theirs.
+    times = interleave(layers, repetitions)
     times |= interleave({"short step": Step(config), "long step": Step(longer)}, repetitions)
     ms = {name: one.median_ms for name, one in times.items()}
     return {
@@ -59,26 +60,32 @@ def bench_attention(config: Config, repetitions: int) -> dict[str, Any]:
 
 
 def _layer(config: Config, attention: Callable[..., jax.Array]) -> Callable[[], Any]:
-    """Attention and its gradients for random queries, keys and values of one layer of a batch."""
-    shape = (config.train.batch_size, config.data.seq_len)
-    heads, dtype = (config.model.num_heads, config.model.num_kv_heads), config.model.compute_dtype
-    keys = jax.random.split(jax.random.key(0), 4)
-    sizes = (
-        heads[0],
-        heads[1],
-        heads[1],
-        heads[0],
-    )  # of queries, keys, values and the gradient of the output
-    *arrays, weight = (
-        jax.random.normal(key, (*shape, num, config.head_dim), dtype)
-        for key, num in zip(keys, sizes, strict=True)
-    )
-    segments_BL = jnp.ones(shape, jnp.int32)
+    """Returns attention and its gradients for random inputs of one layer, as one call."""
+    rows = (config.train.batch_size, config.data.seq_len)
+    num_heads, num_kv_heads = config.model.num_heads, config.model.num_kv_heads
+    query_key, key_key, value_key, output_key = jax.random.split(jax.random.key(0), 4)
+
+    def normal(key: jax.Array, heads: int) -> jax.Array:
+        return jax.random.normal(key, (*rows, heads, config.head_dim), config.model.compute_dtype)
+
+    arrays = [
+        normal(query_key, num_heads),
+        normal(key_key, num_kv_heads),
+        normal(value_key, num_kv_heads),
+    ]
+    output_gradient = normal(output_key, num_heads)
+    segments_BL = jnp.ones(rows, jnp.int32)
 
     @jax.jit
-    def gradients(arrays, weight, segments_BL):
-        return jax.grad(
-            lambda arrays: (attention(*arrays, segments_BL) * weight).astype(jnp.float32).sum()
-        )(arrays)
+    def gradients(arrays, output_gradient, segments_BL):
+        def weighted_sum(arrays):
+            weighted = attention(*arrays, segments_BL) * output_gradient
+            return weighted.astype(jnp.float32).sum()
 
-    return lambda: gradients(arrays, weight, segments_BL)
+        return jax.grad(weighted_sum)(arrays)
+
+    return lambda: gradients(arrays, output_gradient, segments_BL)
+
+
+def _attend_over_all_scores(query, key, value, segments_BL) -> jax.Array:
+    return attend(query, key, value, row_mask(segments_BL))

@@ -1,14 +1,14 @@
-"""The experts of a layer compiled for a machine one does not have: what it computes, holds and calls there.
+"""Compiles the experts of a layer for another machine, and says what they compute, hold and call.
 
-The same programs as in `moejax bench layer`, for one device. No time comes out of it.
+The programs are those of `moejax bench layer`, for one device. Nothing is timed.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moejax.benchmarks.layer import (
     DENSE,
@@ -25,6 +25,9 @@ from moejax.kernels.grouped_matmul import resolve_implementation, unavailable
 from moejax.planning.hlo.arithmetic import Arithmetic, count_arithmetic
 from moejax.planning.targets import Target, TargetError, make_target_mesh
 
+FIGURES = ("flops", "flops_over_ideal", "temporary_bytes", "kernels", "open_loops")
+"""What a row says of a program that compiles."""
+
 
 def bench_compiled(
     shape: Shape, implementations: Sequence[str], dtype: str, target: Target
@@ -34,7 +37,7 @@ def bench_compiled(
     Args:
       shape: of the layer; its load does not matter.
       implementations: names from `implementations_of`; none: what "auto" stands for there, and
-        `ragged_dot`.
+        "ragged".
       dtype: of tokens and weights.
       target: the device.
 
@@ -47,48 +50,58 @@ def bench_compiled(
       UnknownKernelError: a program calls a kernel whose arithmetic is not known.
     """
     mesh = make_target_mesh(target)
+    rows = []
     with jax.set_mesh(mesh):
         names = dict.fromkeys(implementations or (resolve_implementation("auto"), "ragged"))
         for name in names:
             if name in unavailable():
                 raise TargetError(f"{name} cannot run on {target.name}: {unavailable()[name]}")
-        arrays = jax.tree.map(
-            lambda a: jax.ShapeDtypeStruct(
-                a.shape, a.dtype, sharding=NamedSharding(mesh, PartitionSpec())
-            ),
-            jax.eval_shape(lambda: vars(draw(shape, dtype))),
-        )
-        programs: dict[str, tuple[Any, tuple, tuple]] = {
-            DENSE: (dense_layer, (arrays["x_TD"], *arrays["dense_weights"]), ())
-        }
-        for name in names:
-            layer = functools.partial(through, implementations_of(shape)[name])
-            inputs = arrays["x_TD"], arrays["weights_TK"], *arrays["expert_weights"]
-            programs[name] = layer, inputs, (arrays["experts_TK"],)
-        rows = []
+        arrays = _abstract_arrays(shape, dtype, mesh)
         for direction in DIRECTIONS:
-            for name, (layer, inputs, choices) in programs.items():
-                lowered = jax.jit(program_of(layer, direction)).lower(
-                    arrays["dy_TD"], inputs, choices
-                )
-                rows.append(
-                    named_row(shape, name, direction, dtype)
-                    | _row(shape, direction, target, lowered)
-                )
+            for name in (DENSE, *names):
+                lowered = _lower(shape, name, direction, arrays)
+                row = named_row(shape, name, direction, dtype)
+                rows.append(row | _row(shape, direction, target, lowered))
     return rows
 
 
+def _abstract_arrays(shape: Shape, dtype: str, mesh: Mesh) -> dict[str, Any]:
+    """Returns shapes of the inputs of a layer and its dense twin, by the fields of `Arrays`."""
+    sharding = NamedSharding(mesh, PartitionSpec())
+
+    def make() -> dict[str, Any]:
+        return vars(draw(shape, dtype))
+
+    def on_mesh(array: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
+
+    return jax.tree.map(on_mesh, jax.eval_shape(make))
+
+
+def _lower(shape: Shape, name: str, direction: str, arrays: dict[str, Any]) -> Any:
+    """Lowers the dense layer or an implementation, for arrays that do not exist."""
+    if name == DENSE:
+        layer: Callable[..., jax.Array] = dense_layer
+        inputs = (arrays["x_TD"], *arrays["dense_weights"])
+        choices: tuple = ()
+    else:
+        layer = functools.partial(through, implementations_of(shape)[name])
+        inputs = (arrays["x_TD"], arrays["weights_TK"], *arrays["expert_weights"])
+        choices = (arrays["experts_TK"],)
+    program = jax.jit(program_of(layer, direction))
+    return program.lower(arrays["dy_TD"], inputs, choices)
+
+
 def _row(shape: Shape, direction: str, target: Target, lowered: Any) -> dict[str, Any]:
-    row: dict[str, Any] = dict.fromkeys(
-        ("flops", "flops_over_ideal", "temporary_bytes", "kernels", "open_loops")
-    )
+    """Returns figures of a program; None where the compiler refuses what does not fit."""
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return {"target": target.name, "fits": False} | row
-    counted, memory = arithmetic_of(compiled, target), compiled.memory_analysis()
+        return {"target": target.name, "fits": False} | dict.fromkeys(FIGURES)
+    counted = arithmetic_of(compiled, target)
+    memory = compiled.memory_analysis()
     needed = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
     return {
         "target": target.name,
@@ -102,10 +115,10 @@ def _row(shape: Shape, direction: str, target: Target, lowered: Any) -> dict[str
 
 
 def arithmetic_of(compiled: Any, target: Target) -> Arithmetic:
-    """What a program compiled for a target computes.
+    """Returns what a program compiled for a target computes.
 
-    From its text; on TPU from what the compiler says, which counts what lies between the
-    products, too.
+    It is read from the program's text; on TPU it is what the compiler reports, which also counts
+    the operations between the products.
 
     Raises:
       UnknownKernelError: it calls a kernel whose arithmetic is not known.

@@ -1,4 +1,4 @@
-"""The experts of one layer by every implementation, over a dense layer with the same active FLOPs.
+"""Times the experts of one layer, by implementation, over a dense layer of the same active FLOPs.
 
 Tokens are dispatched, go through their experts and are combined; choices and weights are given, so
 the router is not part of it. The dense layer is written in its fastest form: two products in, one
@@ -16,21 +16,30 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moejax.benchmarks.timing import Peaks, Times, interleave
+from moejax.benchmarks.timing import Peaks, Times, interleave, rounded
 from moejax.kernels.grouped_matmul import IMPLEMENTATIONS, resolve_implementation
 from moejax.moe.dispatch.assignment import TokenChoice
 from moejax.moe.dispatch.on_device import apply_to_equal_groups, run_dropless, run_with_capacity
 from moejax.moe.experts.experts import ExpertWeights
 
-DIRECTIONS = ("forward", "forward_backward")
+PASSES = {"forward": 1, "forward_backward": 3}
+"""By direction, its arithmetic in units of the forward pass."""
+
+DIRECTIONS = tuple(PASSES)
 CAPACITY_FACTORS = (1.0, 1.25)
 DENSE = "dense_layer"
 SORTED = "sorted"
-"""The experts' products without the plumbing: tokens in order, as many for every expert, whatever was chosen."""
+"""The experts' products without dispatch and combine.
+
+Tokens are in order, the same number for every expert, whatever was chosen.
+"""
+
+
+log = logging.getLogger("moejax")
 
 
 class ShapeError(ValueError):
-    """Text that names no layer."""
+    """The text names no layer."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +52,7 @@ class Shape:
       d_expert: F.
       num_experts: E.
       top_k: K.
-      is_skewed: half of all choices are of one expert, or as many as there are tokens.
+      is_skewed: whether one expert has half of all choices, or as many as there are tokens.
     """
 
     tokens: int
@@ -54,14 +63,15 @@ class Shape:
     is_skewed: bool = False
 
     def __str__(self) -> str:
-        """As `parse_shapes` takes it."""
-        sizes = self.tokens, self.d_model, self.d_expert, self.num_experts, self.top_k
-        return ":".join(map(str, sizes)) + (":skewed" if self.is_skewed else "")
+        """Returns the text that `parse_shapes` reads."""
+        sizes = (self.tokens, self.d_model, self.d_expert, self.num_experts, self.top_k)
+        text = ":".join(map(str, sizes))
+        return f"{text}:skewed" if self.is_skewed else text
 
     def flops(self, direction: str) -> int:
-        """Of the experts' three products, for the chosen ones; a backward pass has twice as many."""
-        passes = {"forward": 1, "forward_backward": 3}[direction]
-        return passes * 6 * self.tokens * self.top_k * self.d_model * self.d_expert
+        """Returns the arithmetic of the chosen experts; a backward pass has twice as much."""
+        flops_of_row = 6 * self.d_model * self.d_expert
+        return PASSES[direction] * self.tokens * self.top_k * flops_of_row
 
 
 PRESETS = {
@@ -71,11 +81,16 @@ PRESETS = {
     "olmoe": Shape(4096, 512, 256, 64, 8),
     "deepseek": Shape(4096, 512, 256, 256, 8),
 }
-"""Proportions of published layers (Switch Transformer, Mixtral, OLMoE, DeepSeek-V3) at a width that fits."""
+"""Proportions of published layers at a width that fits.
+
+They are those of Switch Transformer, Mixtral, OLMoE and DeepSeek-V3.
+"""
 
 
 def parse_shapes(text: str) -> list[Shape]:
-    """Shapes from a comma-separated list of presets or `T:D:F:E:K`, each with `:skewed` after it or not.
+    """Reads shapes from a comma-separated list of presets or `T:D:F:E:K`.
+
+    Each may have `:skewed` after it.
 
     Raises:
       ShapeError: a name that is no preset, or numbers that make no layer.
@@ -89,16 +104,18 @@ def _parse_shape(item: str) -> Shape:
     parts = parts[:-1] if is_skewed else parts
     if len(parts) == 1 and parts[0] in PRESETS:
         return dataclasses.replace(PRESETS[parts[0]], is_skewed=is_skewed)
-    if len(parts) != 5 or not all(part.isdecimal() and int(part) for part in parts):
+    are_positive = all(part.isdecimal() and int(part) for part in parts)
+    if len(parts) != 5 or not are_positive:
         raise ShapeError(
             f"--shapes: {item!r} must be one of {', '.join(PRESETS)} or five positive numbers "
-            "tokens:d_model:d_expert:num_experts:top_k, such as 4096:512:256:64:8, with :skewed after it or not"
+            "tokens:d_model:d_expert:num_experts:top_k, such as 4096:512:256:64:8, with :skewed "
+            "after it or not"
         )
     tokens, d_model, d_expert, num_experts, top_k = map(int, parts)
     shape = Shape(tokens, d_model, d_expert, num_experts, top_k, is_skewed)
-    if shape.top_k > shape.num_experts:
+    if top_k > num_experts:
         raise ShapeError(
-            f"--shapes: {item!r}: top_k={shape.top_k} must be at most num_experts={shape.num_experts}; lower it"
+            f"--shapes: {item!r}: top_k={top_k} must be at most num_experts={num_experts}; lower it"
         )
     return shape
 
@@ -125,47 +142,52 @@ def bench_layer(
       A row for each direction and implementation, the dense layer first.
     """
     arrays = draw(shape, dtype)
-    layers = implementations_of(shape)
     rows = []
     for direction in directions:
-        dense_inputs = arrays.x_TD, *arrays.dense_weights
-        inputs = arrays.x_TD, arrays.weights_TK, *arrays.expert_weights
-        programs = {DENSE: Program.compile(dense_layer, direction, arrays.dy_TD, dense_inputs)}
-        for name in implementations:
-            layer = functools.partial(through, layers[name])
-            programs[name] = Program.compile(
-                layer, direction, arrays.dy_TD, inputs, (arrays.experts_TK,)
-            )
-        logging.getLogger("moejax").info(
-            "measuring %s %s: %s", shape, direction, ", ".join(programs)
-        )
+        programs = _compile(shape, implementations, direction, arrays)
+        log.info("measuring %s %s: %s", shape, direction, ", ".join(programs))
         times = interleave(programs, repetitions, warm_up=1)  # they are compiled
-        rows += [
-            _row(shape, name, direction, dtype, times, programs[name], peaks) for name in programs
-        ]
+        for name, program in programs.items():
+            row = named_row(shape, name, direction, dtype)
+            temporary = {"temporary_bytes": program.temporary_bytes}
+            rows.append(row | _figures(row, shape, times, peaks) | temporary)
     return rows
 
 
+def _compile(
+    shape: Shape, implementations: Sequence[str], direction: str, arrays: "Arrays"
+) -> dict[str, "Program"]:
+    """Returns the compiled dense layer and implementations, by name."""
+    dense_inputs = (arrays.x_TD, *arrays.dense_weights)
+    inputs = (arrays.x_TD, arrays.weights_TK, *arrays.expert_weights)
+    choices = (arrays.experts_TK,)
+    layers = implementations_of(shape)
+    programs = {DENSE: Program.compile(dense_layer, direction, arrays.dy_TD, dense_inputs)}
+    for name in implementations:
+        layer = functools.partial(through, layers[name])
+        programs[name] = Program.compile(layer, direction, arrays.dy_TD, inputs, choices)
+    return programs
+
+
 def implementations_of(shape: Shape) -> dict[str, Callable[..., jax.Array]]:
-    """By name: functions of tokens `[1, T, D]`, `TokenChoice` and `ExpertWeights`."""
-    dropless = {
-        name: functools.partial(run_dropless, implementation=name)
-        for name in ("auto", *IMPLEMENTATIONS)
-    }
-    capacity = {f"capacity {factor:g}": _capacity(shape, factor) for factor in CAPACITY_FACTORS}
-    return dropless | capacity | {SORTED: _run_sorted}
+    """Returns by name functions of tokens `[1, T, D]`, `TokenChoice` and `ExpertWeights`."""
+    layers: dict[str, Callable[..., jax.Array]] = {}
+    for name in ("auto", *IMPLEMENTATIONS):
+        layers[name] = functools.partial(run_dropless, implementation=name)
+    for factor in CAPACITY_FACTORS:
+        layers[f"capacity {factor:g}"] = _capacity(shape, factor)
+    layers[SORTED] = _run_sorted
+    return layers
 
 
 def default_implementations() -> list[str]:
-    """The one of this platform, and what it stands beside."""
-    return [
-        resolve_implementation("auto"),
-        *(f"capacity {factor:g}" for factor in CAPACITY_FACTORS),
-        SORTED,
-    ]
+    """Returns the implementation of this platform, and those it is compared with."""
+    capacity = [f"capacity {factor:g}" for factor in CAPACITY_FACTORS]
+    return [resolve_implementation("auto"), *capacity, SORTED]
 
 
 def _capacity(shape: Shape, factor: float) -> Callable[..., jax.Array]:
+    """Returns experts with the slots that a capacity factor gives each of them."""
     slots = math.ceil(factor * shape.tokens * shape.top_k / shape.num_experts)
 
     def run(x_BLD, chosen, weights):
@@ -175,18 +197,26 @@ def _capacity(shape: Shape, factor: float) -> Callable[..., jax.Array]:
 
 
 def _run_sorted(x_BLD: jax.Array, chosen: TokenChoice, weights: ExpertWeights) -> jax.Array:
-    """Each token K times in order, in equal groups without a rest (rows of zeros), and the weighted sum."""
-    x_TD, weights_TK = x_BLD[0], chosen.weights_BLK[0].astype(x_BLD.dtype)
+    """Sends each token K times, in order, through equal groups, and returns the weighted sum.
+
+    Padding rows of zeros make the number of rows a multiple of E.
+    """
+    x_TD = x_BLD[0]
+    weights_TK = chosen.weights_BLK[0].astype(x_TD.dtype)
     num_tokens, top_k = weights_TK.shape
-    rest_RD = jnp.zeros(
-        (-num_tokens * top_k % weights.down_EFD.shape[0], x_TD.shape[1]), x_TD.dtype
-    )
-    y_RD = apply_to_equal_groups(jnp.concatenate([*[x_TD] * top_k, rest_RD]), weights)
+    num_experts = len(weights.down_EFD)
+    num_padding = -num_tokens * top_k % num_experts
+    padding_RD = jnp.zeros((num_padding, x_TD.shape[1]), x_TD.dtype)
+    copies = [x_TD] * top_k
+    x_RD = jnp.concatenate([*copies, padding_RD])
+    y_RD = apply_to_equal_groups(x_RD, weights)
     # Not as reshapes and sums over K, which XLA:CPU does not fuse: they took half as long as
     # the products.
-    parts = [
-        y_RD[k * num_tokens : (k + 1) * num_tokens] * weights_TK[:, k : k + 1] for k in range(top_k)
-    ]
+    parts = []
+    for k in range(top_k):
+        first = k * num_tokens
+        y_TD = y_RD[first : first + num_tokens]
+        parts.append(y_TD * weights_TK[:, k : k + 1])
     return functools.reduce(jnp.add, parts)[None]
 
 
@@ -203,54 +233,73 @@ class Arrays:
 
 
 def draw(shape: Shape, dtype: str) -> Arrays:
-    """Random inputs; choices as a router with random logits makes them."""
+    """Draws random inputs; choices are those of a router with random logits."""
     keys: Iterator[jax.Array] = iter(jax.random.split(jax.random.key(0), 8))
 
     def normal(*sizes: int) -> jax.Array:
-        return (jax.random.normal(next(keys), sizes) * sizes[-2] ** -0.5).astype(dtype)
+        drawn = jax.random.normal(next(keys), sizes)
+        return (drawn * sizes[-2] ** -0.5).astype(dtype)
 
-    experts, d_model, width = shape.num_experts, shape.d_model, shape.top_k * shape.d_expert
+    experts, d_model, d_expert = shape.num_experts, shape.d_model, shape.d_expert
+    dense_width = shape.top_k * d_expert
+    token_scale = shape.tokens**0.5  # undoes that of `normal`
+    x_TD = normal(shape.tokens, d_model) * token_scale
+    dy_TD = normal(shape.tokens, d_model) * token_scale
+    logits_TK = jax.random.normal(next(keys), (shape.tokens, shape.top_k))
+    gate_up_EDF = normal(experts, d_model, 2 * d_expert)
+    down_EFD = normal(experts, d_expert, d_model)
+    dense_weights = (
+        normal(d_model, dense_width),
+        normal(d_model, dense_width),
+        normal(dense_width, d_model),
+    )
     return Arrays(
-        x_TD=normal(shape.tokens, d_model) * shape.tokens**0.5,
-        dy_TD=normal(shape.tokens, d_model) * shape.tokens**0.5,
+        x_TD=x_TD,
+        dy_TD=dy_TD,
         experts_TK=jnp.asarray(choose(shape)),
-        weights_TK=jax.nn.softmax(jax.random.normal(next(keys), (shape.tokens, shape.top_k))),
-        expert_weights=(
-            normal(experts, d_model, 2 * shape.d_expert).reshape(experts, d_model, 2, -1),
-            normal(experts, shape.d_expert, d_model),
-        ),
-        dense_weights=(normal(d_model, width), normal(d_model, width), normal(width, d_model)),
+        weights_TK=jax.nn.softmax(logits_TK),
+        expert_weights=(gate_up_EDF.reshape(experts, d_model, 2, -1), down_EFD),
+        dense_weights=dense_weights,
     )
 
 
 def choose(shape: Shape) -> np.ndarray:
-    """Experts `[T, K]`, no expert twice for a token."""
+    """Draws experts `[T, K]`, no expert twice for a token."""
     rng = np.random.default_rng(0)
-    experts_TK = np.argsort(rng.normal(size=(shape.tokens, shape.num_experts)), axis=1)[
-        :, : shape.top_k
-    ]
+    noise_TE = rng.normal(size=(shape.tokens, shape.num_experts))
+    ranking_TE = np.argsort(noise_TE, axis=1)
+    experts_TK = ranking_TE[:, : shape.top_k]
     if shape.is_skewed:
-        without = np.flatnonzero((experts_TK != 0).all(axis=1))
-        missing = min(shape.tokens, shape.tokens * shape.top_k // 2) - (shape.tokens - len(without))
-        experts_TK[without[: max(0, missing)], -1] = 0
+        _skew(experts_TK)
     return experts_TK.astype(np.int32)
+
+
+def _skew(experts_TK: np.ndarray) -> None:
+    """Replaces choices by the first expert, until it has half of all, or every token."""
+    num_tokens, top_k = experts_TK.shape
+    lacks_first_T = (experts_TK != 0).all(axis=1)
+    lacking = np.flatnonzero(lacks_first_T)
+    num_with = num_tokens - len(lacking)
+    wanted = min(num_tokens, num_tokens * top_k // 2)
+    missing = max(0, wanted - num_with)
+    experts_TK[lacking[:missing], -1] = 0
 
 
 def dense_layer(
     x_TD: jax.Array, gate_DF: jax.Array, up_DF: jax.Array, down_FD: jax.Array
 ) -> jax.Array:
-    """SwiGLU of K * F hidden units."""
+    """Returns the output of a SwiGLU network of K * F hidden units."""
     return (jax.nn.silu(x_TD @ gate_DF) * (x_TD @ up_DF)) @ down_FD
 
 
 def through(layer, x_TD, weights_TK, gate_up_EDPF, down_EFD, experts_TK):
-    """One sequence of tokens through a layer of `implementations_of`."""
+    """Sends one sequence of tokens through a layer of `implementations_of`."""
     chosen = TokenChoice(experts_TK[None], weights_TK[None])
     return layer(x_TD[None], chosen, ExpertWeights(gate_up_EDPF, down_EFD))[0]
 
 
 def program_of(function: Callable[..., jax.Array], direction: str) -> Callable[..., Any]:
-    """A function of `dy_TD, inputs, choices`, which calls `function(*inputs, *choices)`.
+    """Returns a function of `dy_TD, inputs, choices`, which calls `function(*inputs, *choices)`.
 
     Everything is an argument: XLA would spend minutes on sorting constants while it compiles.
     """
@@ -276,9 +325,10 @@ class Program:
     def compile(
         cls, function, direction: str, dy_TD, inputs: tuple, choices: tuple = ()
     ) -> "Program":
-        """Of `function(*inputs, *choices)` or with its gradients for `inputs`; see `program_of`."""
-        arguments = dy_TD, inputs, choices
-        return cls(jax.jit(program_of(function, direction)).lower(*arguments).compile(), arguments)
+        """Compiles `function(*inputs, *choices)`, alone or with its gradients for `inputs`."""
+        arguments = (dy_TD, inputs, choices)
+        program = jax.jit(program_of(function, direction))
+        return cls(program.lower(*arguments).compile(), arguments)
 
     def __call__(self) -> Any:
         """Runs once."""
@@ -286,12 +336,12 @@ class Program:
 
     @property
     def temporary_bytes(self) -> int:
-        """Beside arguments and results."""
+        """Bytes held in addition to arguments and results."""
         return self.compiled.memory_analysis().temp_size_in_bytes
 
 
 def named_row(shape: Shape, name: str, direction: str, dtype: str) -> dict[str, Any]:
-    """What every row of a table of layers begins with."""
+    """Returns what every row of a table of layers begins with."""
     row: dict[str, Any] = {
         **dataclasses.asdict(shape),
         "implementation": name,
@@ -303,31 +353,28 @@ def named_row(shape: Shape, name: str, direction: str, dtype: str) -> dict[str, 
 
 
 def _weight_bytes(shape: Shape, name: str, direction: str, dtype: str) -> int:
-    """All matrices read once; with gradients read twice and written once."""
-    passes = {"forward": 1, "forward_backward": 3}[direction]
-    matrices = 3 * (shape.top_k if name == DENSE else shape.num_experts)
-    return passes * matrices * shape.d_model * shape.d_expert * jnp.dtype(dtype).itemsize
+    """Counts all matrices as read once; with gradients as read twice and written once."""
+    num_networks = shape.top_k if name == DENSE else shape.num_experts
+    matrix_bytes = shape.d_model * shape.d_expert * jnp.dtype(dtype).itemsize
+    network_bytes = 3 * matrix_bytes
+    return PASSES[direction] * num_networks * network_bytes
 
 
-def _row(
-    shape: Shape,
-    name: str,
-    direction: str,
-    dtype: str,
-    times: dict[str, Times],
-    program: Program,
-    peaks: Peaks,
+def _figures(
+    row: dict[str, Any], shape: Shape, times: dict[str, Times], peaks: Peaks
 ) -> dict[str, Any]:
-    seconds = times[name].median_ms / 1e3
+    """Returns the times of the program that a row names, and what it reaches."""
+    name, direction = row["implementation"], row["direction"]
+    median_ms = times[name].median_ms
+    seconds = median_ms / 1e3
     gflops = shape.flops(direction) / seconds / 1e9
-    gbytes = _weight_bytes(shape, name, direction, dtype) / seconds / 1e9
-    return named_row(shape, name, direction, dtype) | {
-        "ms": round(times[name].median_ms, 3),
-        "quartiles_ms": [round(ms, 3) for ms in times[name].quartiles_ms],
-        "ratio_to_dense": round(times[name].median_ms / times[DENSE].median_ms, 3),
+    gbytes = _weight_bytes(shape, name, direction, row["dtype"]) / seconds / 1e9
+    return {
+        "ms": round(median_ms, 3),
+        "quartiles_ms": rounded(times[name].quartiles_ms, 3),
+        "ratio_to_dense": round(median_ms / times[DENSE].median_ms, 3),
         "gflops": float(f"{gflops:.4g}"),
         "fraction_of_peak_gflops": round(gflops / peaks.gflops, 3),
         "gbytes": round(gbytes, 2),
         "fraction_of_peak_gbytes": round(gbytes / peaks.gbytes, 3),
-        "temporary_bytes": program.temporary_bytes,
     }

@@ -1,12 +1,11 @@
-"""What packing arms saves: a sweep of seeds, packed, beside the same runs one after another.
+"""Measures what packing arms saves: a packed sweep of seeds against the same runs in sequence.
 
 Every side is what a user would start, from the start of the process to the last checkpoint: `moejax
-train` for each seed, of which the first compiles and the others find its programs; one process that
-trains one after another, with compiled programs kept from before; and the pack, which compiles
-(`packed`) or has its programs from before (`packed_again`).
+train` for each seed, of which the first compiles and the others find its programs in the cache; one
+process that trains one after another, with a filled compilation cache; and the pack, which compiles
+(`packed`) or finds its programs in the cache (`packed_again`).
 """
 
-import os
 import statistics
 import subprocess
 import sys
@@ -17,10 +16,12 @@ from typing import Any
 
 import jax
 
-from moejax.benchmarks.recipe import ChildError, write_recipe
+from moejax.benchmarks.recipe import ChildError, with_cache, write_recipe
+from moejax.benchmarks.timing import rounded
 from moejax.config import Config
 
 ARMS = 8
+"""Seeds that are trained."""
 
 
 def bench_packed(config: Config, repetitions: int) -> dict[str, Any]:
@@ -32,19 +33,21 @@ def bench_packed(config: Config, repetitions: int) -> dict[str, Any]:
         "packed_again": [],
     }
     with tempfile.TemporaryDirectory() as folder:
-        bench = _Sides(config, Path(folder))
-        bench.warm_up()
+        sides = _Sides(config, Path(folder))
+        sides.warm_up()
         for _ in range(repetitions):
             for name, times in seconds.items():
+                run_side = getattr(sides, name)
                 started = time.perf_counter()
-                getattr(bench, name)()
+                run_side()
                 times.append(time.perf_counter() - started)
     medians = {name: statistics.median(times) for name, times in seconds.items()}
+    medians_s = {f"{name}_s": round(median, 1) for name, median in medians.items()}
     return {
         "separate_over_packed": round(medians["separate"] / medians["packed"], 2),
         "one_process_over_packed_again": round(medians["one_process"] / medians["packed_again"], 2),
-        **{f"{name}_s": round(median, 1) for name, median in medians.items()},
-        "each_s": {name: [round(one, 1) for one in times] for name, times in seconds.items()},
+        **medians_s,
+        "each_s": {name: rounded(times, 1) for name, times in seconds.items()},
         "arms": ARMS,
         "steps": config.train.num_steps,
         "repetitions": repetitions,
@@ -55,8 +58,8 @@ def bench_packed(config: Config, repetitions: int) -> dict[str, Any]:
 class _Sides:
     """The four ways, each in a folder that did not exist before.
 
-    Programs that are kept from before stay where they are: jax does not find those of a
-    copied folder.
+    Compilation caches that are kept stay where they are: jax does not find the programs of a copied
+    folder.
     """
 
     def __init__(self, config: Config, folder: Path):
@@ -65,13 +68,14 @@ class _Sides:
         self._turn = 0
 
     def warm_up(self) -> None:
-        """Prepares the data and the compiled programs that are kept from before."""
+        """Prepares the data, and fills the compilation caches that are kept."""
         self.one_process()
         self.packed_again()
 
     def separate(self) -> None:
-        """A process for each seed."""
-        directory, programs = self._new(), self._new()
+        """Trains each seed in a process of its own."""
+        directory = self._new_folder()
+        programs = self._new_folder()
         for seed in range(ARMS):
             arguments = [
                 f"--workdir={directory / str(seed)}",
@@ -81,16 +85,16 @@ class _Sides:
             self._run("train", f"--config={self._recipe}", *arguments, programs=programs)
 
     def one_process(self) -> None:
-        """One after another in one process."""
-        self._sweep(self._new(), 1, self._folder / "compiled_one")
+        """Trains one seed after another in one process."""
+        self._sweep(self._new_folder(), 1, self._folder / "compiled_one")
 
     def packed(self) -> None:
-        """All side by side, compiled."""
-        self._sweep(self._new(), ARMS, self._new())
+        """Trains all seeds side by side, and compiles."""
+        self._sweep(self._new_folder(), ARMS, self._new_folder())
 
     def packed_again(self) -> None:
-        """All side by side, compiled before."""
-        self._sweep(self._new(), ARMS, self._folder / "compiled_pack")
+        """Trains all seeds side by side, with a filled compilation cache."""
+        self._sweep(self._new_folder(), ARMS, self._folder / "compiled_pack")
 
     def _sweep(self, directory: Path, pack: int, programs: Path) -> None:
         arguments = [
@@ -101,15 +105,16 @@ class _Sides:
         ]
         self._run("sweep", *arguments, programs=programs)
 
-    def _new(self) -> Path:
+    def _new_folder(self) -> Path:
         self._turn += 1
         return self._folder / str(self._turn)
 
     def _run(self, *arguments: str, programs: Path) -> None:
-        """Runs moejax; the user's cache folder, in which it keeps its programs, is `programs`."""
+        """Runs moejax with a compilation cache in `programs`."""
         command = [sys.executable, "-m", "moejax", *arguments]
-        environment = os.environ | {"XDG_CACHE_HOME": str(programs)}
-        environment.pop("JAX_COMPILATION_CACHE_DIR", None)  # it would serve all sides
+        environment = with_cache(programs)
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if done.returncode:
-            raise ChildError(f"moejax {' '.join(arguments)} failed: {done.stderr[-2000:]}")
+            words = " ".join(arguments)
+            said = done.stderr[-2000:]
+            raise ChildError(f"moejax {words} failed: {said}")

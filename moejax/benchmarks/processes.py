@@ -1,4 +1,4 @@
-"""The same benchmark in several processes: what differs between them, turns within one process do not show."""
+"""Runs the same benchmark in several processes, whose differences no single process shows."""
 
 import json
 import statistics
@@ -16,7 +16,7 @@ from moejax.config import Config
 def bench_in_processes(
     benchmark: str, config: Config | None, arguments: Sequence[str], num: int
 ) -> list[dict[str, Any]]:
-    """Runs a benchmark in one process after the other.
+    """Runs a benchmark in one process after another.
 
     Args:
       benchmark: its name.
@@ -25,36 +25,43 @@ def bench_in_processes(
       num: of processes.
 
     Returns:
-      The rows that a process gives, one row for a benchmark without rows. A figure that differs
-      between processes is `{"median": ..., "lowest": ..., "highest": ...}`; quartiles within a
-      process are left out.
+      The rows that a process prints, or the one row of a benchmark without rows. A figure that
+      differs between processes is `{"median": ..., "lowest": ..., "highest": ...}`; quartiles
+      within a process are left out.
 
     Raises:
       ChildError: a process failed.
     """
+    command = [sys.executable, "-m", "moejax", "bench", benchmark]
     with tempfile.TemporaryDirectory() as folder:
-        flags = [f"--config={write_recipe(config, Path(folder))}"] if config else []
-        command = [sys.executable, "-m", "moejax", "bench", benchmark, *flags, *arguments, "--json"]
-        runs = [_run(command) for _ in range(num)]
-    return [_gathered(rows) for rows in zip(*runs, strict=True)]
+        if config:
+            recipe = write_recipe(config, Path(folder))
+            command.append(f"--config={recipe}")
+        command += [*arguments, "--json"]
+        tables = [_run(command) for _ in range(num)]
+    return [_gathered(rows) for rows in zip(*tables, strict=True)]
 
 
 def _run(command: list[str]) -> list[dict[str, Any]]:
+    """Returns the rows that a benchmark prints."""
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise ChildError(f"{' '.join(command[1:])} failed: {done.stderr[-2000:]}")
+        words = " ".join(command[1:])
+        said = done.stderr[-2000:]
+        raise ChildError(f"{words} failed: {said}")
     rows = json.loads(done.stdout)
     return rows if isinstance(rows, list) else [rows]
 
 
 def _gathered(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """One row for those of all processes."""
+    """Returns one row for those of all processes."""
     found: dict[str, Any] = {}
     for name in rows[0]:
-        values = [row[name] for row in rows]
         if "quartiles" in name:
             continue
-        if all(isinstance(value, int | float) for value in values) and len(set(values)) > 1:
+        values = [row[name] for row in rows]
+        are_numbers = all(isinstance(value, int | float) for value in values)
+        if are_numbers and len(set(values)) > 1:
             found[name] = {
                 "median": statistics.median(values),
                 "lowest": min(values),

@@ -1,6 +1,7 @@
-"""A configuration as a recipe that other processes read."""
+"""What benchmarks give the processes that they start: a recipe, and a compilation cache."""
 
 import json
+import os
 from pathlib import Path
 
 from moejax.config import Config, to_dict
@@ -18,14 +19,23 @@ def get_config(arg=""):
 
 
 def write_recipe(config: Config, folder: Path) -> Path:
-    """Writes a recipe that returns a configuration, whose data lie where this process has them."""
+    """Writes a recipe that returns a configuration, with the data directory of this process."""
     recipe = folder / "recipe.py"
     content = to_dict(config)
-    content["data"]["directory"] = str(Path(config.data.directory).resolve())
+    data_directory = Path(config.data.directory).resolve()
+    content["data"]["directory"] = str(data_directory)
     recipe.write_text(RECIPE)
-    recipe.with_suffix(".json").write_text(json.dumps(content, allow_nan=False))
+    text = json.dumps(content, allow_nan=False)
+    recipe.with_suffix(".json").write_text(text)
     return recipe
 
 
+def with_cache(folder: Path) -> dict[str, str]:
+    """Returns the environment with `folder` as the user's cache, where moejax keeps programs."""
+    environment = os.environ | {"XDG_CACHE_HOME": str(folder)}
+    environment.pop("JAX_COMPILATION_CACHE_DIR", None)  # it would take precedence
+    return environment
+
+
 class ChildError(RuntimeError):
-    """A process that a benchmark has started failed; the message ends with what it said."""
+    """A process that a benchmark started has failed; the message ends with its error output."""

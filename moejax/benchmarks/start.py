@@ -1,6 +1,5 @@
-"""From the start of `moejax train` to the end of its first step, with and without compiled programs from before."""
+"""Times `moejax train` from its start to the end of its first step, by its compilation cache."""
 
-import os
 import statistics
 import subprocess
 import sys
@@ -11,7 +10,8 @@ from typing import Any
 
 import jax
 
-from moejax.benchmarks.recipe import ChildError, write_recipe
+from moejax.benchmarks.recipe import ChildError, with_cache, write_recipe
+from moejax.benchmarks.timing import rounded
 from moejax.config import Config
 
 FIRST_STEP = "step 1/"
@@ -19,29 +19,32 @@ FIRST_STEP = "step 1/"
 
 
 def bench_start(config: Config, repetitions: int) -> dict[str, Any]:
-    """Times processes of their own: `first` finds no compiled program, `again` those of a start before."""
+    """Times processes that find no compiled program (`first`) or all that they need (`again`)."""
     seconds: dict[str, list[float]] = {"first": [], "again": []}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         recipe = write_recipe(config, folder)
-        _start(recipe, folder / "warm-up", folder / "kept")  # prepares the data, and keeps programs
+        filled_cache = folder / "kept"
+        _start(recipe, folder / "warm-up", filled_cache)  # prepares the data, and fills the cache
         for turn in range(repetitions):
-            seconds["first"].append(
-                _start(recipe, folder / f"{turn}-first", folder / f"{turn}-kept")
-            )
-            seconds["again"].append(_start(recipe, folder / f"{turn}-again", folder / "kept"))
+            empty_cache = folder / f"{turn}-kept"
+            first = _start(recipe, folder / f"{turn}-first", empty_cache)
+            again = _start(recipe, folder / f"{turn}-again", filled_cache)
+            seconds["first"].append(first)
+            seconds["again"].append(again)
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     return {
         "ratio_again_to_first": round(medians["again"] / medians["first"], 3),
-        **{f"{name}_s": round(median, 2) for name, median in medians.items()},
-        "each_s": {name: [round(one, 2) for one in times] for name, times in seconds.items()},
+        "first_s": round(medians["first"], 2),
+        "again_s": round(medians["again"], 2),
+        "each_s": {name: rounded(times, 2) for name, times in seconds.items()},
         "repetitions": repetitions,
         "device": jax.devices()[0].device_kind,
     }
 
 
 def _start(recipe: Path, workdir: Path, programs: Path) -> float:
-    """Starts to train, and ends that after the first step; the seconds until then.
+    """Starts to train, ends that after the first step, and returns the seconds until then.
 
     Raises:
       ChildError: it ended before.
@@ -55,16 +58,17 @@ def _start(recipe: Path, workdir: Path, programs: Path) -> float:
         f"--workdir={workdir}",
         "--noreport",
     ]
-    environment = os.environ | {"XDG_CACHE_HOME": str(programs)}
-    environment.pop("JAX_COMPILATION_CACHE_DIR", None)
-    started, said = time.perf_counter(), []
+    environment = with_cache(programs)
+    lines = []
+    started = time.perf_counter()
     with subprocess.Popen(
         command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     ) as process:
         for line in process.stderr or ():
-            said.append(line)
+            lines.append(line)
             if line.startswith(FIRST_STEP):
                 seconds = time.perf_counter() - started
                 process.kill()
                 return seconds
-    raise ChildError(f"moejax train ended before its first step: {''.join(said)[-2000:]}")
+    said = "".join(lines)[-2000:]
+    raise ChildError(f"moejax train ended before its first step: {said}")

@@ -1,4 +1,4 @@
-"""Whole training steps: their time beside the dense twin's, the time to compile them, and the time to import moejax."""
+"""Times train steps against those of the dense twin, compilation, and the import of moejax."""
 
 import dataclasses
 import statistics
@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from moejax.benchmarks.timing import interleave
+from moejax.benchmarks.timing import interleave, rounded
 from moejax.config import Config, Knobs, ScheduleConfig
 from moejax.data import Batch
 from moejax.models.parameters import count_parameters
@@ -23,16 +23,18 @@ IMPORTS = ("import jax, flax.nnx", "import moejax.models, moejax.moe.layer, moej
 
 
 def dense_twin(config: Config) -> Config:
-    """The dense model with the same active parameters per token in its SwiGLU networks of width d_ff."""
+    """Returns the dense model with the same active parameters per token.
+
+    Its feed-forward networks are SwiGLU of width `d_ff`.
+    """
     moe, d_model = config.moe, config.model.d_model
-    projections = Network(moe.activation).num_projections + 1
+    num_matrices = Network(moe.activation).num_projections + 1
     inner = moe.d_latent or d_model
-    routed = (
-        min(moe.top_k, moe.num_experts) * projections * inner * moe.d_expert
-        + 2 * d_model * moe.d_latent
-    )
-    shared = moe.num_shared_experts * projections * d_model * moe.d_expert
-    width = round((routed + shared) / (3 * d_model))
+    active_experts = min(moe.top_k, moe.num_experts)
+    routed = active_experts * num_matrices * inner * moe.d_expert
+    latent = 2 * d_model * moe.d_latent
+    shared = moe.num_shared_experts * num_matrices * d_model * moe.d_expert
+    width = round((routed + latent + shared) / (3 * d_model))
     return dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, d_ff=width),
@@ -42,32 +44,32 @@ def dense_twin(config: Config) -> Config:
 
 
 def bench_step(config: Config, repetitions: int) -> dict[str, Any]:
-    """Times whole training steps, on tokens drawn at random, of a MoE config and its dense twin."""
-    times = interleave({"moe": Step(config), "dense": Step(dense_twin(config))}, repetitions)
+    """Times train steps, on random tokens, of a MoE config and its dense twin."""
+    twin = dense_twin(config)
+    times = interleave({"moe": Step(config), "dense": Step(twin)}, repetitions)
     moe, dense = times["moe"], times["dense"]
     tokens = config.train.batch_size * config.data.seq_len
     return {
         "ratio": round(moe.median_ms / dense.median_ms, 3),
         "moe_ms": round(moe.median_ms, 2),
         "dense_ms": round(dense.median_ms, 2),
-        "moe_quartiles_ms": [round(ms, 2) for ms in moe.quartiles_ms],
-        "dense_quartiles_ms": [round(ms, 2) for ms in dense.quartiles_ms],
+        "moe_quartiles_ms": rounded(moe.quartiles_ms, 2),
+        "dense_quartiles_ms": rounded(dense.quartiles_ms, 2),
         "moe_tokens_per_s": round(1e3 * tokens / moe.median_ms),
         "moe_active_parameters": count_parameters(config).active,
-        "dense_parameters": count_parameters(dense_twin(config)).active,
+        "dense_parameters": count_parameters(twin).active,
         "repetitions": repetitions,
         "device": jax.devices()[0].device_kind,
     }
 
 
 def bench_compile(config: Config, repetitions: int) -> dict[str, Any]:
-    """Times lowering and compiling the train step of models that differ in experts, and in layers."""
-    moe, model = config.moe, config.model
+    """Times lowering and compiling the train step, by the number of experts and of layers."""
     variants = {
-        "8 experts": dataclasses.replace(config, moe=dataclasses.replace(moe, num_experts=8)),
-        "64 experts": dataclasses.replace(config, moe=dataclasses.replace(moe, num_experts=64)),
-        "2 layers": dataclasses.replace(config, model=dataclasses.replace(model, num_layers=2)),
-        "8 layers": dataclasses.replace(config, model=dataclasses.replace(model, num_layers=8)),
+        "8 experts": _with_experts(config, 8),
+        "64 experts": _with_experts(config, 64),
+        "2 layers": _with_layers(config, 2),
+        "8 layers": _with_layers(config, 8),
     }
     repetitions = max(1, repetitions // 5)
     times: dict[str, list[float]] = {name: [] for name in variants}
@@ -84,6 +86,16 @@ def bench_compile(config: Config, repetitions: int) -> dict[str, Any]:
     }
 
 
+def _with_experts(config: Config, num_experts: int) -> Config:
+    return dataclasses.replace(config, moe=dataclasses.replace(config.moe, num_experts=num_experts))
+
+
+def _with_layers(config: Config, num_layers: int) -> Config:
+    return dataclasses.replace(
+        config, model=dataclasses.replace(config.model, num_layers=num_layers)
+    )
+
+
 def bench_import(repetitions: int) -> dict[str, Any]:
     """Times fresh interpreters that import jax and flax, or moejax's model code."""
     times: dict[str, list[float]] = {statement: [] for statement in IMPORTS}
@@ -93,7 +105,7 @@ def bench_import(repetitions: int) -> dict[str, Any]:
             subprocess.run([sys.executable, "-c", statement], check=True)
             if repetition:  # the first ones fill the file cache
                 times[statement].append(time.perf_counter() - started)
-    base, ours = (statistics.median(times[statement]) for statement in IMPORTS)
+    base, ours = [statistics.median(times[statement]) for statement in IMPORTS]
     return {
         "ratio": round(ours / base, 3),
         "moejax_s": round(ours, 3),
@@ -111,9 +123,9 @@ class Step:
         self.batch = put_batch(random_batch(config), self.setup)
         self.state = self.setup.init(config.train.seed)
         with jax.set_mesh(self.setup.mesh):
-            self._step = (
-                make_train_step(self.setup).lower(self.state, self.batch, self.knobs).compile()
-            )
+            train_step = make_train_step(self.setup)
+            lowered = train_step.lower(self.state, self.batch, self.knobs)
+            self._step = lowered.compile()
 
     def __call__(self) -> Any:
         """Takes one step and returns its metrics, which may not be there yet."""
@@ -122,27 +134,27 @@ class Step:
 
     @staticmethod
     def compile_seconds(config: Config) -> float:
-        """How long tracing, lowering and compiling take, without running anything."""
+        """Returns how long tracing, lowering and compiling take; nothing is run."""
         setup = make_train_setup(config, make_mesh(config))
         batch = put_batch(random_batch(config), setup)
         with jax.set_mesh(setup.mesh):
             started = time.perf_counter()
-            make_train_step(setup).lower(setup.abstract, batch, Knobs.from_config(config)).compile()
+            knobs = Knobs.from_config(config)
+            make_train_step(setup).lower(setup.abstract, batch, knobs).compile()
             return time.perf_counter() - started
 
 
 def random_batch(config: Config) -> Batch:
-    """Full rows of random tokens, one document each."""
-    shape = (config.train.batch_size, config.data.seq_len)
-    tokens_BL = (
-        np.random.default_rng(0)
-        .integers(0, config.num_token_ids, (shape[0], shape[1] + 1))
-        .astype(np.int32)
-    )
+    """Draws full rows of random tokens, one document each."""
+    batch_size, length = config.train.batch_size, config.data.seq_len
+    rng = np.random.default_rng(0)
+    drawn = rng.integers(0, config.num_token_ids, (batch_size, length + 1))
+    ids = drawn.astype(np.int32)
+    positions_L = np.arange(length, dtype=np.int32)
     return Batch(
-        tokens_BL=tokens_BL[:, :-1],
-        targets_BL=tokens_BL[:, 1:],
-        segments_BL=np.ones(shape, np.int32),
-        positions_BL=np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape),
-        loss_mask_BL=np.ones(shape, bool),
+        tokens_BL=ids[:, :-1],
+        targets_BL=ids[:, 1:],
+        segments_BL=np.ones((batch_size, length), np.int32),
+        positions_BL=np.broadcast_to(positions_L, (batch_size, length)),
+        loss_mask_BL=np.ones((batch_size, length), bool),
     )

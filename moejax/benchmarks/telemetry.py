@@ -1,4 +1,4 @@
-"""What telemetry costs: training steps with all that is logged of them, beside the same steps with their loss alone."""
+"""Measures what telemetry costs: train steps with all that is logged, against their loss alone."""
 
 import statistics
 import tempfile
@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from moejax.benchmarks.step import random_batch
-from moejax.benchmarks.timing import interleave
+from moejax.benchmarks.timing import Times, interleave, rounded
 from moejax.config import Config, Knobs
 from moejax.sharding import make_mesh
 from moejax.training.health.alarms import AlarmLog
@@ -21,26 +21,25 @@ from moejax.training.state import make_train_setup
 from moejax.training.step import compiler_options, make_train_step, put_batch, train_step_of
 
 READ_EVERY_STEP = ("loss/lm", "num_targets", "skipped_in_row")
-"""Scalars that any training loop reads, for its progress and to notice steps that are not finite."""
+"""Scalars that any training loop reads, for its progress and to notice non-finite steps."""
 
 
 def bench_telemetry(config: Config, repetitions: int) -> dict[str, Any]:
-    """Times logging intervals of a MoE config with and without telemetry, in turn, on tokens drawn at random."""
+    """Times logging intervals of a MoE config with and without telemetry, on random tokens."""
     with tempfile.TemporaryDirectory() as workdir:
         watched = Watched(config, Path(workdir))
         times = interleave({"watched": watched, "bare": Bare(config)}, repetitions)
         watched.close()
-    steps, write_ms = (
-        config.train.log_every,
-        1e3 * statistics.median(watched.write_seconds[-repetitions:]),
-    )
+    steps = config.train.log_every
+    watched_ms, bare_ms = times["watched"].median_ms, times["bare"].median_ms
+    write_ms = 1e3 * statistics.median(watched.write_seconds[-repetitions:])
     return {
-        "ratio": round(times["watched"].median_ms / times["bare"].median_ms, 4),
-        "write_share": round(write_ms / times["bare"].median_ms, 4),
-        "watched_step_ms": round(times["watched"].median_ms / steps, 2),
-        "bare_step_ms": round(times["bare"].median_ms / steps, 2),
-        "watched_quartiles_ms": [round(ms / steps, 2) for ms in times["watched"].quartiles_ms],
-        "bare_quartiles_ms": [round(ms / steps, 2) for ms in times["bare"].quartiles_ms],
+        "ratio": round(watched_ms / bare_ms, 4),
+        "write_share": round(write_ms / bare_ms, 4),
+        "watched_step_ms": round(watched_ms / steps, 2),
+        "bare_step_ms": round(bare_ms / steps, 2),
+        "watched_quartiles_ms": _of_step(times["watched"], steps),
+        "bare_quartiles_ms": _of_step(times["bare"], steps),
         "write_ms": round(write_ms, 2),
         "log_every": steps,
         "repetitions": repetitions,
@@ -48,12 +47,18 @@ def bench_telemetry(config: Config, repetitions: int) -> dict[str, Any]:
     }
 
 
+def _of_step(times: Times, steps: int) -> list[float]:
+    """Returns the quartiles of an interval of steps, for one of them."""
+    return rounded([ms / steps for ms in times.quartiles_ms], 2)
+
+
 class Bare:
-    """A logging interval of steps of which only what every loop reads leaves the device: XLA drops the rest."""
+    """A logging interval of steps that return only what every loop reads; XLA drops the rest."""
 
     def __init__(self, config: Config):
         self.setup = make_train_setup(config, make_mesh(config))
-        self._inputs = put_batch(random_batch(config), self.setup), Knobs.from_config(config)
+        batch = put_batch(random_batch(config), self.setup)
+        self._inputs = (batch, Knobs.from_config(config))
         self.state = self.setup.init(config.train.seed)
         self._steps = config.train.log_every
         train_step = train_step_of(self.setup)
@@ -62,11 +67,10 @@ class Bare:
             state, output = train_step(state, batch, knobs)
             return state, {key: output.scalars[key] for key in READ_EVERY_STEP}
 
+        options = compiler_options(self.setup.mesh)
         with jax.set_mesh(self.setup.mesh):
-            compiled = jax.jit(
-                step, donate_argnums=0, compiler_options=compiler_options(self.setup.mesh)
-            )
-            self._step = compiled.lower(self.state, *self._inputs).compile()
+            program = jax.jit(step, donate_argnums=0, compiler_options=options)
+            self._step = program.lower(self.state, *self._inputs).compile()
 
     def __call__(self) -> Any:
         """Takes the steps of an interval, waiting for each while the next one runs."""
@@ -88,18 +92,19 @@ class Watched:
 
     def __init__(self, config: Config, workdir: Path):
         self.setup = make_train_setup(config, make_mesh(config))
-        self._inputs = put_batch(random_batch(config), self.setup), Knobs.from_config(config)
+        batch = put_batch(random_batch(config), self.setup)
+        self._inputs = (batch, Knobs.from_config(config))
         self.state = self.setup.init(config.train.seed)
         self._steps = config.train.log_every
         self._metrics = MetricsFile(workdir, 0)
-        self._progress = StepProgress(10**9, 0, False)
+        progress = StepProgress(10**9, 0, False)
         routing = RoutingLog(workdir, config.moe_layers, config.moe.num_choices, LAYER_METRICS)
-        self._recorder = Recorder(
-            self._metrics, routing, self._progress, 0, AlarmLog(workdir, 0, config)
-        )
+        alarms = AlarmLog(workdir, 0, config)
+        self._recorder = Recorder(self._metrics, routing, progress, 0, alarms)
         self.write_seconds: list[float] = []
         with jax.set_mesh(self.setup.mesh):
-            self._step = make_train_step(self.setup).lower(self.state, *self._inputs).compile()
+            lowered = make_train_step(self.setup).lower(self.state, *self._inputs)
+            self._step = lowered.compile()
 
     def __call__(self) -> Any:
         """Takes the steps of an interval and writes it."""

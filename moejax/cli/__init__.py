@@ -32,8 +32,10 @@ VERBS = {
     "report": "write a run's report.html, or compare several runs in one page",
     "view": "show runs in a browser while they train",
     "sweep": "train many configurations: plan, packs, searches, workers, report",
-    "counterfactuals": "evaluate a checkpoint under changed routing: fewer experts, without one, swapped, random",
-    "bench": "measure: layer, decode, compiled, compiled_step, step, telemetry, packed, compile, import",
+    "counterfactuals": "evaluate a checkpoint under changed routing: fewer experts, without one, "
+    "swapped, random",
+    "bench": "measure: layer, decode, compiled, compiled_step, step, telemetry, packed, compile, "
+    "import",
     "placement": "show how even devices are loaded, and would be with experts in other places",
     "config": "show every setting of a recipe: value, default, range, meaning",
     "doctor": "print versions, devices and kernels, and check that they work",
@@ -55,15 +57,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
       The exit code: 0, 1 for a failed run, 2 for a user's mistake, 130 when interrupted. (A
-        watchdog ends a hanging
-      step with 3.) One of several processes exits here if it fails, without waiting for the others.
+      watchdog ends a hanging step with 3.) One of several processes exits here if it fails, without
+      waiting for the others.
     """
     _write_any_text()
     given = list(sys.argv[1:] if argv is None else argv)
     is_debug = "--debug" in given
-    words = [word for word in given if word != "--debug"]
-    if words[:1] == ["help"] or (len(words) > 1 and words[0] in HELP):
-        words = [*words[1:2], "--help", *words[2:]]  # moejax help VERB
+    words = _help_last([word for word in given if word != "--debug"])
     if not words or words[0] in HELP:
         print(_overview())
         return 0 if given else 2
@@ -84,8 +84,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
+def _help_last(words: list[str]) -> list[str]:
+    """Returns `VERB --help ...` for `help VERB ...`, and other words as they are."""
+    if not words:
+        return words
+    first, *others = words
+    if first == "help" or (first in HELP and others):
+        return [*others[:1], "--help", *others[1:]]
+    return words
+
+
 def _write_any_text() -> None:
-    """Lets standard output and error show characters that the terminal lacks as escapes: none ends the command."""
+    """Lets standard output and error write characters that the terminal lacks as escapes."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -108,17 +118,19 @@ def _run_and_explain(verb: str, arguments: list[str], is_debug: bool) -> int:
             return 1
         if is_debug or not _is_expected(error):
             raise
-        print(f"moejax: {printable(' '.join(str(error).split()))}", file=sys.stderr)
+        message = " ".join(str(error).split())
+        print(f"moejax: {printable(message)}", file=sys.stderr)
         return 2 if isinstance(error, ValueError | flags.Error | OSError) else 1
     return 0
 
 
 def _has_others() -> bool:
-    """Whether this is one of several processes, which must not wait for it; loads nothing."""
+    """Whether this is one of several processes, which must not wait for it; imports nothing."""
     return PROCESSES in sys.modules and sys.modules[PROCESSES].has_others()
 
 
 def _run_verb(verb: str, arguments: list[str]) -> None:
+    """Parses the flags of a verb and runs it, or prints its help."""
     if verb not in VERBS:
         raise UsageError(_about_verb(verb, arguments))
     module = importlib.import_module(f"moejax.cli.verbs.{verb}")
@@ -134,13 +146,14 @@ def _run_verb(verb: str, arguments: list[str]) -> None:
         check_arguments(verb, values, arguments, verb in WITH_WORDS)
         try:
             rest = values(["moejax", *arguments])
-        except (AttributeError, KeyError, TypeError, OSError) as error:  # what overrides raise
+        # What overrides of a recipe raise.
+        except (AttributeError, KeyError, TypeError, OSError) as error:
             raise UsageError(str(error)) from error
     module.run(values, rest[1:])
 
 
 def _about_verb(word: str, arguments: list[str]) -> str:
-    """Why the first word is refused, which is no verb."""
+    """Returns why the first word is refused, which is no verb."""
     if word.startswith("-"):
         return verb_first([word, *arguments], list(VERBS))
     if word.endswith(".py"):
@@ -159,50 +172,71 @@ def _is_expected(error: Exception) -> bool:
 
 def _overview() -> str:
     verbs = "\n".join(f"  {verb:<16}{text}" for verb, text in VERBS.items())
-    return f"usage: moejax VERB [--flag=value ...]\n\nVerbs:\n{verbs}\n\nmoejax VERB --help lists a verb's flags."
+    return (
+        f"usage: moejax VERB [--flag=value ...]\n\nVerbs:\n{verbs}\n\n"
+        "moejax VERB --help lists a verb's flags."
+    )
 
 
 def _help(verb: str, description: str, values: FlagValues, *, is_full: bool) -> str:
-    """What a verb does and its flags; where settings are found, or with `is_full` each with its default."""
+    """Returns what a verb does, and its flags.
+
+    Of settings it says where they are listed, or with `is_full` lists each with its default.
+    """
     text = f"moejax {verb}: {description.strip()}\n\nFlags:\n{_flag_help(values)}"
     if "config" not in values:
         return text
     if not is_full:
         where = f"moejax config shows them, moejax {verb} --helpfull lists all"
         return f"{text}\n\nSettings, --config.section.leaf=value: {where}."
+    title = "\nSettings and their defaults, which the recipe changes:"
+    return "\n".join([text, title, *_settings()])
+
+
+def _settings() -> list[str]:
+    """Returns a line for each setting with its default."""
     defaults = Config()
-    listed = []
+    lines = []
     for key, _ in leaves():
         section, _, name = key.partition(".")
-        listed.append(f"  --config.{key}={getattr(getattr(defaults, section), name)}")
-    return "\n".join([text, "\nSettings and their defaults, which the recipe changes:", *listed])
+        default = getattr(getattr(defaults, section), name)
+        lines.append(f"  --config.{key}={default}")
+    return lines
 
 
 def _flag_help(values: FlagValues) -> str:
     lines = []
     for name in sorted(values):
         flag = values[name]
-        if name == flag.name:
-            default = "" if flag.default in (None, "", False) else f" (default: {flag.default})"
-            lines.append(f"  --{name}: {flag.help}{default}")
+        if name != flag.name:  # its short form
+            continue
+        has_default = flag.default not in (None, "", False)
+        default = f" (default: {flag.default})" if has_default else ""
+        lines.append(f"  --{name}: {flag.help}{default}")
     return "\n".join(lines)
 
 
 def _set_up_logging(is_debug: bool) -> None:
-    """Our messages to standard error, plainly; warnings of what saves a run, and of other libraries errors only."""
+    """Logs our messages to standard error as plain lines.
+
+    Of the libraries that save a run, warnings are logged; of other libraries errors only.
+    """
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
     for handler in logging.root.handlers:
         handler.setFormatter(PrintableFormatter("%(message)s"))
-    logging.getLogger("moejax").setLevel(logging.DEBUG if is_debug else logging.INFO)
-    if not is_debug:
-        for handler in logging.root.handlers:
+        if not is_debug:
             handler.addFilter(_is_no_failed_thread)
-    for library in ("absl", "orbax"):  # checkpoints are saved by orbax, which speaks by absl
+    logging.getLogger("moejax").setLevel(logging.DEBUG if is_debug else logging.INFO)
+    for library in ("absl", "orbax"):  # checkpoints are saved by orbax, which logs through absl
         logging.getLogger(library).setLevel(logging.WARNING)
     logging.getLogger("jax").setLevel(logging.WARNING if is_debug else logging.ERROR)
 
 
 def _is_no_failed_thread(record: logging.LogRecord) -> bool:
-    """Keeps back the traceback of each thread and task of orbax that fails: `Checkpoints` raises that error."""
+    """Whether a record is not the traceback of a failed thread or task of orbax.
+
+    Those are left out: `Checkpoints` raises the same error.
+    """
     is_task = record.name == "asyncio" and "orbax" in record.getMessage()
-    return not record.exc_info or not (is_task or record.name == "absl")
+    is_thread = record.name == "absl"
+    return not (record.exc_info and (is_task or is_thread))

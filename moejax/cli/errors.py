@@ -1,4 +1,4 @@
-"""How a command line is refused."""
+"""The error by which a command line is refused."""
 
 
 class UsageError(ValueError):

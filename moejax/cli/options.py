@@ -22,34 +22,33 @@ from moejax.training.multihost import processes
 from moejax.training.run_directory.text import TextPlaces
 
 LONGEST_WAIT_S = 86400.0
-"""For processes at the start: a day."""
+"""A day, for processes that wait for each other at the start."""
 
 
 def define_config(values: FlagValues, arguments: list[str], default: str | None = None) -> None:
-    """`--config=FILE[:ARG]` and `--config.a.b=value` for every leaf."""
+    """Defines `--config=FILE[:ARG]` and `--config.a.b=value` for every leaf."""
     define_recipe(values, arguments, default)
 
 
 def read_config_flag(values: FlagValues, varied: Collection[str] = ()) -> Config:
-    """The resolved configuration.
+    """Returns the resolved configuration.
 
     Args:
       values: parsed flags.
-      varied: keys that a sweep varies: leaves of the recipe that need them may be read in some
-        of its arms.
+      varied: keys that a sweep varies: leaves of the recipe that need them may be read in some of
+        its arms.
 
     Raises:
       UsageError: no `--config`.
       ConfigError: a value that cannot work.
     """
-    recipe_text(values)
-    return resolve(
-        values.config, typed=config_flags.get_override_values(values["config"]), varied=varied
-    )
+    recipe_text(values)  # raises the error where there is none
+    overrides = config_flags.get_override_values(values["config"])
+    return resolve(values.config, typed=overrides, varied=varied)
 
 
 def recipe_text(values: FlagValues) -> str:
-    """`FILE[:ARG]` as it was given.
+    """Returns `FILE[:ARG]` as it was given.
 
     Raises:
       UsageError: no `--config`.
@@ -60,7 +59,7 @@ def recipe_text(values: FlagValues) -> str:
 
 
 def define_processes(values: FlagValues) -> None:
-    """`--distributed`, or `--coordinator`, `--num_processes` and `--process_id`."""
+    """Defines `--distributed`, or `--coordinator`, `--num_processes` and `--process_id`."""
     flags.DEFINE_bool(
         "distributed",
         False,
@@ -84,8 +83,10 @@ def define_processes(values: FlagValues) -> None:
     )
 
 
-def meet_as_flagged(values: FlagValues, verb: str) -> contextlib.AbstractContextManager[None]:
-    """What `define_processes` asks for: within it, several processes are one machine.
+def distributed_context(values: FlagValues, verb: str) -> contextlib.AbstractContextManager[None]:
+    """Returns a context in which several processes are one machine, if the flags ask for that.
+
+    The flags are those of `define_processes`.
 
     Raises:
       UsageError: half of the flags, values that cannot work, or several processes launched that
@@ -95,76 +96,94 @@ def meet_as_flagged(values: FlagValues, verb: str) -> contextlib.AbstractContext
         raise UsageError(
             f"--wait_s={values.wait_s:g} must be between 1 and {LONGEST_WAIT_S:g} seconds"
         )
-    given = {"--num_processes": values.num_processes, "--process_id": values.process_id}
-    if not values.coordinator:
-        for flag, value in given.items():
-            if value is not None:
-                raise UsageError(
-                    f"{flag}={value} needs --coordinator=HOST:PORT of process 0; add it, or use --distributed"
-                )
-        if values.distributed:
-            return _meet(wait_s=values.wait_s)
-        if values["wait_s"].present:
-            raise UsageError(
-                f"--wait_s={values.wait_s:g} needs --distributed or --coordinator; add one, or leave it out"
-            )
-        refuse_several_processes(
-            f"{verb} without --distributed", "add --distributed, or launch one"
+    if values.coordinator:
+        _check_coordinator(values)
+        return _initialize_distributed(
+            values.coordinator, values.num_processes, values.process_id, values.wait_s
         )
-        return contextlib.nullcontext()
+    for flag, value in _given_numbers(values).items():
+        if value is not None:
+            raise UsageError(
+                f"{flag}={value} needs --coordinator=HOST:PORT of process 0; add it, or use "
+                "--distributed"
+            )
+    if values.distributed:
+        return _initialize_distributed(wait_s=values.wait_s)
+    if values["wait_s"].present:
+        raise UsageError(
+            f"--wait_s={values.wait_s:g} needs --distributed or --coordinator; add one, or leave "
+            "it out"
+        )
+    refuse_several_processes(f"{verb} without --distributed", "add --distributed, or launch one")
+    return contextlib.nullcontext()
+
+
+def _given_numbers(values: FlagValues) -> dict[str, int | None]:
+    return {"--num_processes": values.num_processes, "--process_id": values.process_id}
+
+
+def _check_coordinator(values: FlagValues) -> None:
+    """Raises `UsageError` for an address or numbers of processes that cannot work."""
+    coordinator, number = values.coordinator, values.num_processes
     if values.distributed:
         raise UsageError(
-            f"--distributed and --coordinator={values.coordinator} exclude each other; give one"
+            f"--distributed and --coordinator={coordinator} exclude each other; give one"
         )
-    for flag, value in given.items():
+    for flag, value in _given_numbers(values).items():
         if value is None:
-            raise UsageError(f"--coordinator={values.coordinator} needs {flag}, too; add it")
-    address = re.fullmatch(r".+:(\d{1,5})", values.coordinator)
+            raise UsageError(f"--coordinator={coordinator} needs {flag}, too; add it")
+    address = re.fullmatch(r".+:(\d{1,5})", coordinator)
     if not address or not 0 < int(address.group(1)) < 2**16:
         raise UsageError(
-            f"--coordinator={values.coordinator} must be HOST:PORT with a port up to 65535, such as node1:8476"
+            f"--coordinator={coordinator} must be HOST:PORT with a port up to 65535, such as "
+            "node1:8476"
         )
-    if values.num_processes < 1 or not 0 <= values.process_id < values.num_processes:
+    if number < 1 or not 0 <= values.process_id < number:
         raise UsageError(
-            f"--process_id={values.process_id} must be between 0 and --num_processes={values.num_processes} less one"
+            f"--process_id={values.process_id} must be between 0 and --num_processes={number} "
+            "less one"
         )
-    return _meet(values.coordinator, values.num_processes, values.process_id, values.wait_s)
 
 
 @contextlib.contextmanager
-def _meet(*address: Any, **wait: Any) -> Iterator[None]:
-    """`processes.meet`, with a clean standard output: gloo greets there, where one JSON document must stand alone."""
+def _initialize_distributed(*address: Any, **wait: Any) -> Iterator[None]:
+    """Runs `processes.meet` with a clean standard output.
+
+    Gloo prints a greeting there, where one JSON document must stand alone: file descriptor 1 is
+    standard error meanwhile, and what Python prints goes to the original.
+    """
     sys.stdout.flush()
-    kept = os.dup(1)
+    original = os.dup(1)
     os.dup2(2, 1)
     try:
         with (
-            os.fdopen(kept, "w", closefd=False) as output,
+            os.fdopen(original, "w", closefd=False) as output,
             contextlib.redirect_stdout(output),
             processes.meet(*address, **wait),
         ):
             yield
     finally:
-        os.dup2(kept, 1)
-        os.close(kept)
+        os.dup2(original, 1)
+        os.close(original)
 
 
 def refuse_several_processes(verb: str, remedy: str = "launch one") -> None:
-    """Raises `UsageError` if a launcher started several processes, each of which would do the same work alone."""
+    """Raises `UsageError` if a launcher started several processes, which would do the same work."""
     number, variable = processes.launched()
     if number > 1:
         raise UsageError(
-            f"moejax {verb} works in one process, and a launcher started at least {number} ({variable}); {remedy}"
+            f"moejax {verb} works in one process, and a launcher started at least {number} "
+            f"({variable}); {remedy}"
         )
 
 
 def define_workdir(values: FlagValues, text: str = "the run directory") -> None:
-    """`--workdir=DIR`."""
+    """Defines `--workdir=DIR`."""
     flags.DEFINE_string("workdir", "", text, flag_values=values)
 
 
 def read_workdir(values: FlagValues) -> Path:
-    """The run directory, which must exist.
+    """Returns the run directory, which must exist.
 
     Raises:
       UsageError: the flag is missing or names no directory.
@@ -180,7 +199,7 @@ def read_workdir(values: FlagValues) -> Path:
 
 
 def read_workdir_to_write(values: FlagValues) -> Path:
-    """The run directory, which must exist and be writable.
+    """Returns the run directory, which must exist and be writable.
 
     Raises:
       UsageError: the flag is missing or names no directory.
@@ -192,7 +211,7 @@ def read_workdir_to_write(values: FlagValues) -> Path:
 
 
 def read_folder_to_write(given: str, name: str) -> Path:
-    """The path of a folder of one run or of several, which need not exist and can be written.
+    """Returns the path of a folder of one or several runs, which can be written or made.
 
     Args:
       given: the flag's value.
@@ -207,7 +226,11 @@ def read_folder_to_write(given: str, name: str) -> Path:
 
 
 def read_file_to_write(given: str, name: str) -> Path:
-    """The path of a file that can be written, in a folder that exists; arguments as of `read_folder_to_write`.
+    """Returns the path of a file that can be written, in a folder that exists.
+
+    Args:
+      given: the flag's value.
+      name: the flag, such as `--csv`.
 
     Raises:
       PathError: it cannot be written.
@@ -218,16 +241,21 @@ def read_file_to_write(given: str, name: str) -> Path:
 
 
 def define_seed(values: FlagValues, name: str, text: str) -> None:
-    """A flag of a seed, 0 by default, in the range that all seeds have."""
+    """Defines a flag of a seed, 0 by default, in the range that all seeds have."""
     flags.DEFINE_integer(name, 0, text, lower_bound=0, upper_bound=LARGEST_SEED, flag_values=values)
 
 
 def define_text(values: FlagValues) -> None:
-    """`--data.directory=`, `--data.files=` and `--data.source_dir=`: where a run's text is now."""
+    """Defines `--data.directory=`, `--data.files=` and `--data.source_dir=`.
+
+    They say where a run's text is now.
+    """
     flags.DEFINE_string(
-        "data.directory", "", "where the run's rows are, or are prepared again; default as it was recorded by you",
+        "data.directory",
+        "",
+        "where the run's rows are, or are prepared again; default as it was recorded by you",
         flag_values=values,
-    )  # fmt: skip
+    )
     flags.DEFINE_string(
         "data.files", "", "where the text of data.source=files is now", flag_values=values
     )
@@ -237,36 +265,40 @@ def define_text(values: FlagValues) -> None:
 
 
 def read_text_places(values: FlagValues) -> TextPlaces:
-    """What the flags of `define_text` say."""
-    leaves = [field.name for field in dataclasses.fields(TextPlaces)]
-    return TextPlaces(*(values[f"data.{leaf}"].value or "" for leaf in leaves))
+    """Returns what the flags of `define_text` say."""
+    names = [field.name for field in dataclasses.fields(TextPlaces)]
+    places = {name: values[f"data.{name}"].value or "" for name in names}
+    return TextPlaces(**places)
 
 
 def define_json(values: FlagValues) -> None:
-    """`--json`."""
+    """Defines `--json`."""
     flags.DEFINE_bool(
         "json", False, "print one JSON document instead of a table", flag_values=values
     )
 
 
 def define_mesh(values: FlagValues, text: str) -> None:
-    """`--mesh=data=2,expert=4`."""
+    """Defines `--mesh=data=2,expert=4`."""
     flags.DEFINE_string("mesh", "", f"{text}, such as data=2,expert=4", flag_values=values)
 
 
 def parse_mesh(text: str) -> MeshConfig:
-    """From `data=2,expert=4`; axes that are not named have size 1.
+    """Reads `data=2,expert=4`; axes that are not named have size 1.
 
     Raises:
       UsageError: text that is no list of axes and sizes.
     """
     sizes = {field.name: 1 for field in dataclasses.fields(MeshConfig)}
-    axes = [part.partition("=")[0] for part in text.split(",")]
-    for part in text.split(","):
+    parts = text.split(",")
+    axes = [part.partition("=")[0] for part in parts]
+    for part in parts:
         axis, _, size = part.partition("=")
-        if axis not in sizes or not size.removeprefix("-").isdecimal():
+        is_number = size.removeprefix("-").isdecimal()
+        if axis not in sizes or not is_number:
             raise UsageError(
-                f"--mesh={text}: {part!r} must be AXIS=SIZE, such as expert=4, of {', '.join(sizes)}"
+                f"--mesh={text}: {part!r} must be AXIS=SIZE, such as expert=4, of "
+                f"{', '.join(sizes)}"
             )
         if axes.count(axis) > 1:
             raise UsageError(

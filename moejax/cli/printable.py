@@ -1,18 +1,22 @@
-"""Text that a terminal shows and does not obey: names of folders and runs may come from others."""
+"""Makes text safe for a terminal, since names of folders and runs may come from others."""
 
 import logging
 
 
 def printable(text: str) -> str:
-    """The text with an escape for each character that is not printable; line ends and tabs stay."""
-    return "".join(
-        c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text
-    )
+    """Returns text with an escape for each unprintable character but line ends and tabs."""
+    return "".join(map(_escape, text))
+
+
+def _escape(character: str) -> str:
+    if character.isprintable() or character in "\n\t":
+        return character
+    return character.encode("unicode_escape").decode()
 
 
 class PrintableFormatter(logging.Formatter):
     """Messages as `printable` shows them."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The message, with the traceback of its exception if it has one."""
+        """Returns the message, with the traceback of its exception if it has one."""
         return printable(super().format(record))

@@ -1,4 +1,7 @@
-"""Recipes: Python files whose `get_config` gives a configuration. What is wrong in one is said in one line."""
+"""Reads recipes, Python files whose `get_config` returns a configuration.
+
+What is wrong in a recipe is said in one line.
+"""
 
 import contextlib
 import difflib
@@ -25,11 +28,14 @@ MODULE = "moejax_recipe"
 UNKNOWN_KEY = (r'\W*Key "(\w+)" does not exist', r'\W*(\w+)\W+(?:n)?Did you mean "')
 """How a locked `ConfigDict` says that it lacks a key: when it is set, and when it is read."""
 
-WRONG_TYPE = r"Could not override field '(\w+)' .*?\. (.*) is of original type <class '(\w+)'> .* type <class '(\w+)'>"
+WRONG_TYPE = (
+    r"Could not override field '(\w+)' .*?\. (.*) is of original type <class '(\w+)'> .* "
+    r"type <class '(\w+)'>"
+)
 
 
 class RecipeError(UsageError):
-    """A recipe that cannot be used: the message names the file, the line, the cause and the remedy."""
+    """A recipe cannot be used; the message names the file, the line, the cause and the remedy."""
 
 
 class RecipeParser(flags.ArgumentParser):
@@ -42,7 +48,7 @@ class RecipeParser(flags.ArgumentParser):
     module: types.ModuleType | None = None
 
     def parse(self, path: str) -> ConfigDict:
-        """The locked `ConfigDict` of a recipe.
+        """Returns the locked `ConfigDict` of a recipe.
 
         Raises:
           RecipeError: there is none, or it is wrong.
@@ -50,15 +56,15 @@ class RecipeParser(flags.ArgumentParser):
         file, argument = split_recipe(path)
         self.module = _execute(_find(file), file)
         found = _configuration(self.module, file, argument)
-        config = found if isinstance(found, ConfigDict) else ConfigDict(found)
-        return config.lock()
+        if not isinstance(found, ConfigDict):
+            found = ConfigDict(found)
+        return found.lock()
 
 
 def define_recipe(values: FlagValues, arguments: list[str], default: str | None) -> None:
-    """Defines `--config=FILE[:ARG]`, and `--config.a.b=value` for every leaf that `arguments` change."""
-    read = [
-        argument for argument in arguments if not argument.lstrip("-").startswith("flagfile")
-    ]  # no flag of ours
+    """Defines `--config=FILE[:ARG]`, and `--config.a.b=value` for each leaf in `arguments`."""
+    # `--flagfile` of absl is no flag of ours.
+    read = [word for word in arguments if not word.lstrip("-").startswith("flagfile")]
     config_flags.DEFINE_config_file(
         "config",
         None,
@@ -72,25 +78,28 @@ def define_recipe(values: FlagValues, arguments: list[str], default: str | None)
 
 
 def split_recipe(text: str) -> tuple[str, str | None]:
-    """The file and the argument of `FILE[:ARG]`; None if there is no argument."""
-    head, is_divided, argument = text.partition(".py:")
-    if is_divided:
-        return f"{head}.py", argument
+    """Returns the file and the argument of `FILE[:ARG]`; None if there is no argument."""
+    stem, separator, argument = text.partition(".py:")
+    if separator:
+        return f"{stem}.py", argument
     if text.endswith(".py") or SCHEME.match(text) or Path(text).exists():
         return text, None
-    file, is_divided, argument = text.partition(":")
-    return file, argument if is_divided else None
+    file, separator, argument = text.partition(":")
+    return file, argument if separator else None
 
 
 def recipe_name(text: str) -> str:
-    """What runs of a recipe are called: the file's name, and after it the argument."""
+    """Returns what runs of a recipe are called: the file's name, and after it the argument."""
     file, argument = split_recipe(text)
     stem = Path(file).stem
-    return stem if argument is None else f"{stem}_{re.sub(r'[^A-Za-z0-9.-]', '_', argument)}"
+    if argument is None:
+        return stem
+    safe_argument = re.sub(r"[^A-Za-z0-9.-]", "_", argument)
+    return f"{stem}_{safe_argument}"
 
 
 def own_function(values: FlagValues, name: str) -> Callable[..., Any] | None:
-    """A function of the recipe that `--config` gave; None if it has none of that name."""
+    """Returns a function of the recipe that `--config` gave; None if it has none of that name."""
     parser = values["config"].parser
     return getattr(parser.module, name, None) if isinstance(parser, RecipeParser) else None
 
@@ -105,40 +114,42 @@ def explained(file: str) -> Iterator[None]:
 
 
 def _find(file: str) -> Path:
-    """The recipe's path, which is a file."""
+    """Returns the recipe's path, which is a file."""
     path = resolve_path(file, "--config")
     if path.is_file() and path.suffix == ".py":
         return path
     if path.is_file():
         raise RecipeError(
-            f"--config={file} is no recipe, which is a Python file, NAME.py; docs/sweeps.md shows one"
+            f"--config={file} is no recipe, which is a Python file, NAME.py; docs/sweeps.md shows "
+            "one"
         )
     if path.is_dir():
         found = sorted(path.glob("*.py"))
-        such = f", such as --config={Path(file) / found[0].name}" if found else ""
-        raise RecipeError(f"--config={file} is a folder; name a recipe in it{such}")
+        example = f", such as --config={Path(file) / found[0].name}" if found else ""
+        raise RecipeError(f"--config={file} is a folder; name a recipe in it{example}")
     raise RecipeError(f"--config={file} does not exist; {_nearest(file, path)}")
 
 
 def _nearest(file: str, path: Path) -> str:
-    """Recipes with nearly the name of one that is missing."""
+    """Returns a hint at recipes with nearly the name of one that is missing."""
     folder = path.parent
     candidates = [*Path("configs").rglob("*.py"), *folder.glob("*.py")]
     recipes = {recipe.stem: recipe for recipe in candidates}
     near = difflib.get_close_matches(path.stem, recipes, n=2, cutoff=0.6)
     if not near:
         return "give the path of a recipe, such as --config=configs/tiny_moe.py"
-    here = Path.cwd()
-    found = [recipes[name].resolve() for name in near]
-    shown = [
-        str(recipe.relative_to(here)) if recipe.is_relative_to(here) else str(recipe)
-        for recipe in found
-    ]
-    return f"did you mean {' or '.join(f'--config={name}' for name in shown)}?"
+    flags_meant = [f"--config={_short_path(recipes[name])}" for name in near]
+    return f"did you mean {' or '.join(flags_meant)}?"
+
+
+def _short_path(path: Path) -> Path:
+    """Returns a path as it is written in the current folder, or the full path of one elsewhere."""
+    full, here = path.resolve(), Path.cwd()
+    return full.relative_to(here) if full.is_relative_to(here) else full
 
 
 def _execute(path: Path, file: str) -> types.ModuleType:
-    """The recipe's module, made anew: two recipes of one process do not see each other."""
+    """Returns a new module of the recipe: two recipes of one process do not see each other."""
     module = types.ModuleType(MODULE)
     module.__file__ = str(path)
     sys.modules[MODULE] = module  # where dataclasses look up their annotations
@@ -151,21 +162,22 @@ def _execute(path: Path, file: str) -> types.ModuleType:
 def _configuration(
     module: types.ModuleType, file: str, argument: str | None
 ) -> Mapping[str, Any] | ConfigDict:
-    """What the recipe's `get_config` returns."""
+    """Returns what the recipe's `get_config` returns."""
     get_config = getattr(module, "get_config", None)
     if not callable(get_config):
         raise RecipeError(
-            f"{file} has no function get_config; define one that returns a ConfigDict, as configs/ does"
+            f"{file} has no function get_config; define one that returns a ConfigDict, as configs/ "
+            "does"
         )
     arguments = [] if argument is None else [argument]
     try:
         inspect.signature(get_config).bind(*arguments)
     except TypeError as error:
         if argument is None:
-            raise RecipeError(
-                f"{file}: get_config needs an argument; write --config={file}:ARG"
-            ) from error
-        raise RecipeError(f"{file}: get_config takes no argument; leave :{argument} out") from error
+            message = f"{file}: get_config needs an argument; write --config={file}:ARG"
+        else:
+            message = f"{file}: get_config takes no argument; leave :{argument} out"
+        raise RecipeError(message) from error
     with explained(file):
         config = get_config(*arguments)
     if config is None:
@@ -181,39 +193,48 @@ def _configuration(
 
 
 def _explain(error: BaseException, file: str) -> str:
-    """One line: the file, the line, the cause, the remedy."""
+    """Returns the file, the line, the cause and the remedy, in one line."""
     path = str(resolve_path(file))
     if isinstance(error, SyntaxError) and error.filename == path:
         source = (error.text or "").strip()
         return f"{file}, line {error.lineno}: {error.msg}: {source or 'no text'}; correct that line"
-    lines = [
-        frame.lineno
-        for frame in traceback.extract_tb(error.__traceback__)
-        if frame.filename == path
-    ]
-    line = lines[-1] if lines else None
-    source = linecache.getline(path, line).strip() if line else ""
-    where = f"{file}, line {line}" if line else file
-    return f"{where}: {_cause(error, source)}"
+    line = _line_in(path, error)
+    if not line:
+        return f"{file}: {_cause(error, '')}"
+    source = linecache.getline(path, line).strip()
+    return f"{file}, line {line}: {_cause(error, source)}"
+
+
+def _line_in(path: str, error: BaseException) -> int | None:
+    """Returns the innermost line of a file that an error came through."""
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if frame.filename == path]
+    return lines[-1] if lines else None
 
 
 def _cause(error: BaseException, source: str) -> str:
-    """What happened at a line of a recipe, and what to do."""
+    """Returns what happened at a line of a recipe, and what to do."""
     if type(error).__module__.startswith("moejax."):  # our own errors name the remedy
         return str(error)
     if isinstance(error, SystemExit):
-        return f"`{source}` ends the program; a recipe returns a configuration, or raises an error that says why not"
+        return (
+            f"`{source}` ends the program; a recipe returns a configuration, or raises an error "
+            "that says why not"
+        )
     if isinstance(error, ImportError) and "relative import" in str(error):
         return (
-            f"`{source}` is relative, and a recipe is read from its file alone; import by full name, "
-            "with the folder on PYTHONPATH"
+            f"`{source}` is relative, and a recipe is read from its file alone; import by full "
+            "name, with the folder on PYTHONPATH"
         )
     if isinstance(error, ModuleNotFoundError):
-        return f"{error}; install it in this environment, correct the name, or put its folder on PYTHONPATH"
+        return (
+            f"{error}; install it in this environment, correct the name, or put its folder on "
+            "PYTHONPATH"
+        )
     text = " ".join(str(error).split())
-    for pattern in UNKNOWN_KEY:
-        if isinstance(error, AttributeError | KeyError) and (missing := re.match(pattern, text)):
-            return _unknown_leaf(missing.group(1), source)
+    missing = _missing_key(error, text)
+    if missing:
+        return _unknown_leaf(missing, source)
     if wrong := re.match(WRONG_TYPE, text):
         key, value, found, wanted = wrong.groups()
         return f"`{source}`: {key}={value} is {found}; it must be {wanted}"
@@ -221,15 +242,24 @@ def _cause(error: BaseException, source: str) -> str:
     return f"{type(error).__name__}: {text}{place}; correct it, or see the traceback with --debug"
 
 
+def _missing_key(error: BaseException, text: str) -> str | None:
+    """Returns the key that a locked `ConfigDict` lacks, if that is what an error says."""
+    if not isinstance(error, AttributeError | KeyError):
+        return None
+    matches = [re.match(pattern, text) for pattern in UNKNOWN_KEY]
+    found = [match.group(1) for match in matches if match]
+    return found[0] if found else None
+
+
 def _unknown_leaf(name: str, source: str) -> str:
-    """A key that a locked `ConfigDict` does not have, and the nearest that it has."""
+    """Returns that a name is no key of the configuration, and the nearest that is."""
     section = re.search(rf"(\w+)(?:\.|['\"]?\]?\[['\"]){name}\b", source)
     if section and section.group(1) in SECTIONS:
         try:
             check_key(f"{section.group(1)}.{name}")
         except ConfigError as error:
             return str(error)
-    known = [*SECTIONS, *(key for key, _ in leaves())]
-    tails = {key.rpartition(".")[2]: key for key in known}
-    near = tails[difflib.get_close_matches(name, tails, n=1, cutoff=0.0)[0]]
-    return f"{name} is not a config key; the nearest is {near}"
+    keys = [key for key, _ in leaves()]
+    key_of = {key.rpartition(".")[2]: key for key in [*SECTIONS, *keys]}
+    nearest = difflib.get_close_matches(name, key_of, n=1, cutoff=0.0)[0]
+    return f"{name} is not a config key; the nearest is {key_of[nearest]}"

@@ -1,4 +1,4 @@
-"""Results as a table on standard output, or as one JSON document."""
+"""Prints results as a table, or as one JSON document."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -32,14 +32,16 @@ def print_result(rows: Mapping[str, Any], *, is_json: bool, title: str = "") -> 
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     for name, value in rows.items():
-        table.add_row(
-            Text(name), Text(_show(value))
-        )  # plain text: rich would read [brackets] as markup
+        # As `Text`, since rich reads [brackets] in a string as markup.
+        table.add_row(Text(name), Text(_show(value)))
     Console().print(table)
 
 
 def print_table(rows: Sequence[Mapping[str, Any]], title: str) -> None:
-    """Prints rows with the same keys below a title and their names; the first column is a name, the rest figures."""
+    """Prints rows with the same keys, below a title and the names of their columns.
+
+    The first column holds names, and the others figures.
+    """
     table = Table(
         title=title,
         title_justify="left",
@@ -50,20 +52,20 @@ def print_table(rows: Sequence[Mapping[str, Any]], title: str) -> None:
     for i, name in enumerate(rows[0]):
         table.add_column(name, justify="right" if i else "left")
     for row in rows:
-        table.add_row(*(Text(_show(value)) for value in row.values()))
+        cells = [Text(_show(value)) for value in row.values()]
+        table.add_row(*cells)
     console = Console()
     if not console.is_terminal:  # a file or a pipe has room for every column
-        wanted = Console(width=10_000).measure(table).maximum + 2 * len(
-            rows[0]
-        )  # it measures without all padding
-        console = Console(width=max(console.width, wanted))
+        measured = Console(width=10_000).measure(table).maximum
+        padding = 2 * len(rows[0])  # of which not all is measured
+        console = Console(width=max(console.width, measured + padding))
     console.print(table)
 
 
 def summary_rows(
     config: Config, parameters: ParameterCount, result: TrainResult, report: Path | None
 ) -> dict[str, Any]:
-    """What `moejax train` ends with."""
+    """Returns what `moejax train` prints at the end."""
     rows: dict[str, Any] = {
         "steps": result.step,
         "parameters, total": parameters.total,
@@ -71,32 +73,34 @@ def summary_rows(
     }
     if result.evaluation:
         rows |= evaluation_rows(config, result.evaluation)
-    rows["tokens/s"] = None if result.tokens_per_s is None else round(result.tokens_per_s)
+    speed = result.tokens_per_s
+    rows["tokens/s"] = None if speed is None else round(speed)
     rows["report"] = None if report is None else str(report)
     return rows
 
 
 def evaluation_rows(config: Config, evaluation: Evaluation) -> dict[str, Any]:
-    """The validation figures, and the load of each MoE layer's experts in multiples of perfect balance."""
+    """Returns the validation figures, and the load of the experts of each MoE layer.
+
+    Loads are in multiples of that of perfect balance.
+    """
     rows: dict[str, Any] = {
         "validation loss": round(evaluation.loss, 4),
         "perplexity": round(evaluation.perplexity, 2),
         "bits per byte": round(evaluation.bits_per_byte, 4),
     }
-    rows |= {
-        f"validation loss, {domain}": round(loss, 4)
-        for domain, loss in evaluation.loss_by_domain.items()
-    }
+    for domain, loss in evaluation.loss_by_domain.items():
+        rows[f"validation loss, {domain}"] = round(loss, 4)
     if evaluation.load_NE is not None:
         num_experts = evaluation.load_NE.shape[1]
         for layer, load_E in zip(config.moe_layers, evaluation.load_NE, strict=True):
-            rows[f"expert load, layer {layer}"] = [
-                round(float(load) * num_experts, 2) for load in load_E
-            ]
+            relative_loads = [round(float(load) * num_experts, 2) for load in load_E]
+            rows[f"expert load, layer {layer}"] = relative_loads
     return rows
 
 
 def _show(value: Any) -> str:
+    """Returns a value as a table shows it."""
     if value is None:
         return "-"
     if isinstance(value, int):

@@ -1,4 +1,4 @@
-"""Evaluating a saved run on whatever devices there are."""
+"""Evaluates a saved run on whatever devices there are."""
 
 import dataclasses
 import math
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jax
 from flax import nnx
+from jax.sharding import Mesh
 
 from moejax.config import Config, MeshConfig
 from moejax.data import eval_batches, load_tokenizer
@@ -37,8 +38,8 @@ def evaluate_run(
       step: a saved step; None takes the newest.
       mesh: of all devices; None splits the batch over as many as divide it, with the weights on
         each of them.
-      replicas: experts are placed by the load of the run's newest evaluation, with so many copies
-        on each device; None: in order, without copies.
+      replicas: experts are placed by the load of the run's newest evaluation, with that many
+        replicas on each device; None: the identity placement.
       places: where the user says that the run's text is.
 
     Returns:
@@ -46,52 +47,69 @@ def evaluate_run(
 
     Raises:
       ConfigError: the model does not fit the mesh.
-      PlacementError: experts cannot be placed so.
+      PlacementError: experts cannot be placed in that way.
     """
     workdir = resolve_path(workdir)
     config = read_config(workdir)
     microbatch = config.train.batch_size // config.train.accumulation
-    num_devices = max(n for n in range(1, jax.device_count() + 1) if microbatch % n == 0)
-    here = dataclasses.replace(config, mesh=mesh or MeshConfig(data=num_devices))
-    setup = make_train_setup(here, make_mesh(here, None if mesh else jax.devices()[:num_devices]))
-    step, params, router_state = Checkpoints(workdir, setup, read_only=True).restore_model(step)
+    setup = _make_setup(config, microbatch, mesh)
+    checkpoints = Checkpoints(workdir, setup, read_only=True)
+    step, params, router_state = checkpoints.restore_model(step)
     if replicas is not None:
-        setup, params, router_state = _placed(workdir, setup, params, router_state, replicas)
+        setup, params, router_state = _place_by_load(workdir, setup, params, router_state, replicas)
     corpus = open_run_corpus(workdir, load_tokenizer(workdir), places)
     with jax.set_mesh(setup.mesh), closing(eval_batches(corpus, microbatch)) as batches:
         domains = domains_of(corpus)
-        eval_step = make_eval_step(setup, len(domains.domains) if domains else 0)
-        num_bytes = corpus.num_bytes["validation"]
+        num_domains = len(domains.domains) if domains else 0
         evaluation = evaluate(
-            eval_step, setup, params, router_state, batches, num_bytes, domains=domains
+            make_eval_step(setup, num_domains),
+            setup,
+            params,
+            router_state,
+            batches,
+            corpus.num_bytes["validation"],
+            domains=domains,
         )
     if evaluation is None:
         raise RuntimeError("the evaluation was given up though nothing asked for it")
     return config, step, evaluation
 
 
-def _placed(
+def _make_setup(config: Config, microbatch: int, mesh: MeshConfig | None) -> TrainSetup:
+    """Returns the setup on a mesh of all devices, or on as many as divide a microbatch."""
+    if mesh:
+        here = dataclasses.replace(config, mesh=mesh)
+        return make_train_setup(here, make_mesh(here))
+    counts = range(1, jax.device_count() + 1)
+    num_devices = max(count for count in counts if microbatch % count == 0)
+    devices = jax.devices()[:num_devices]
+    here = dataclasses.replace(config, mesh=MeshConfig(data=num_devices))
+    return make_train_setup(here, make_mesh(here, devices))
+
+
+def _place_by_load(
     workdir: str | Path,
     setup: TrainSetup,
     params: nnx.State,
     router_state: nnx.State,
     replicas: int,
-):
-    """The same model with experts in other places, each array where the mesh wants it."""
+) -> tuple[TrainSetup, nnx.State, nnx.State]:
+    """Returns the same model with experts in other places, sharded as the mesh requires."""
     config, mesh = setup.config, setup.mesh
     devices = math.prod(mesh.shape[axis] for axis in EXPERT_AXES)
-    if devices == 1 or config.num_moe_layers == 0:
-        raise PlacementError(
-            f"--replicas={replicas} places experts on several devices; "
-            + (
-                "say how many, as in --mesh=expert=4"
-                if config.num_moe_layers
-                else "this model has none"
-            )
-        )
+    refusal = f"--replicas={replicas} places experts on several devices; "
+    if config.num_moe_layers == 0:
+        raise PlacementError(f"{refusal}this model has none")
+    if devices == 1:
+        raise PlacementError(f"{refusal}say how many, as in --mesh=expert=4")
     load_NE = newest_evaluation(workdir)["load"][:, : config.moe.num_experts]
     model = nnx.merge(setup.graphdef, params, router_state)
     model.place_experts(place(load_NE, devices, replicas))
-    graphdef, *states = split_model(model)
-    placed = [jax.device_put(state, tree_shardings(logical_axes(state), mesh)) for state in states]
-    return dataclasses.replace(setup, graphdef=graphdef), *placed
+    graphdef, params, router_state = split_model(model)
+    placed_setup = dataclasses.replace(setup, graphdef=graphdef)
+    return placed_setup, _shard(params, mesh), _shard(router_state, mesh)
+
+
+def _shard(state: nnx.State, mesh: Mesh) -> nnx.State:
+    """Returns the state with each array on the devices that the mesh gives it."""
+    return jax.device_put(state, tree_shardings(logical_axes(state), mesh))

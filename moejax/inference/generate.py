@@ -1,7 +1,8 @@
-"""Autoregressive sampling: one pass over the prompts, then a token at a time with cached keys and values.
+"""Autoregressive sampling: a pass over the prompts, then a token at a time with a key/value cache.
 
 Prompts of a batch may differ in length: they are padded on the right, and each sequence keeps its
-own position. What a padded position wrote to the cache is overwritten before anything sees it.
+own position. What a padded position wrote to the cache is overwritten before anything attends to
+it.
 """
 
 import dataclasses
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from moejax.config import ROUTER_RULES, Config, ConfigError
+from moejax.config import ROUTER_RULES, Config, ConfigError, MoeConfig
 from moejax.data import Tokenizer
 from moejax.inference.layered import LayeredDecoder
 from moejax.models import Decoder
@@ -24,10 +25,16 @@ MAX_TOKENS = 65_536
 """The cache holds keys and values of every position at once."""
 
 CANDIDATES = 256
-"""Of the most probable tokens, which hold most nuclei; to find them is much faster than to sort a vocabulary."""
+"""How many of the most probable tokens are looked at first: they hold nearly every nucleus.
+
+Finding them is much faster than sorting the vocabulary.
+"""
 
 HOTTEST = 1e6
-"""The highest temperature: all tokens are alike there, and ids that are no token are still never drawn."""
+"""The highest temperature.
+
+There all tokens are equally probable, and ids that are no token are still never drawn.
+"""
 
 log = logging.getLogger("moejax")
 
@@ -45,12 +52,13 @@ def generate(
     """Continues prompts, yielding the next token of each as soon as it is known.
 
     Args:
-      model: the decoder; one that is given whole is taken apart in each call, which needs memory
-        for its weights once more. Routing is dropless, so that a sequence does not depend on the
-        others of its batch, unless `moe.eval_capacity_factor` limits it, of which the log tells.
+      model: the decoder. A `Decoder` is converted to a `LayeredDecoder` in each call, which needs
+        memory for a second copy of its weights. Routing is dropless, so that a sequence does not
+        depend on the others of its batch, unless `moe.eval_capacity_factor` limits it, which is
+        logged.
       tokenizer: the run's own.
       prompts: texts; each is preceded by the begin-of-document token.
-      max_tokens: how many tokens to add at most.
+      max_tokens: the largest number of tokens to add.
       temperature: logits are divided by it; 0 takes the most probable token.
       top_p: sample from the smallest set of most probable tokens whose probability reaches this.
       seed: of the sampling; sequence i draws from its own stream, so that it does not depend
@@ -64,46 +72,26 @@ def generate(
     """
     _check(prompts, max_tokens, temperature, top_p)
     check_seed("--seed", seed)
-    rows = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]
-    lengths = np.array([len(row) for row in rows], np.int32)
-    trained_length = model.config.data.seq_len
-    if lengths.max() + max_tokens > trained_length:
-        log.warning(
-            "beyond %d tokens, the length of training rows, the model is on unknown ground",
-            trained_length,
-        )
-    longest = _round_up(int(lengths.max()))  # few distinct lengths, so few compilations
-    blind = sorted(
-        {
-            moe.router
-            for moe in model.config.moe_groups
-            if not ROUTER_RULES[moe.router].takes_capacity
-        }
-    )
-    if blind:
-        log.warning(
-            "moe.router=%s looks at later tokens, which do not exist yet: text will be poor",
-            ", ".join(blind),
-        )
+    tokens_BL, lengths_B = _pad_prompts(tokenizer, prompts)
+    _warn_of_length(model.config, int(lengths_B.max()) + max_tokens)
+    _warn_of_lookahead(model.config)
     _warn_of_capacity(model.config)
-    tokens_BL = np.full((len(rows), longest), tokenizer.pad_id, np.int32)
-    for row, ids in zip(tokens_BL, rows, strict=True):
-        row[: len(ids)] = ids
     decoder = LayeredDecoder(model) if isinstance(model, Decoder) else model
-    cache = decoder.init_cache(len(rows), _round_up(longest + max_tokens))
-    keys_B = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(jnp.arange(len(rows)))
-    sampling = Sampling.from_settings(temperature, top_p, keys_B)
+    batch, padded_length = tokens_BL.shape
+    cache = decoder.init_cache(batch, _round_up(padded_length + max_tokens))
+    sampling = Sampling.from_settings(temperature, top_p, _sequence_keys(seed, batch))
     next_B, positions_B, cache = prefill(
-        decoder, jnp.asarray(tokens_BL), jnp.asarray(lengths), cache, sampling
+        decoder, jnp.asarray(tokens_BL), jnp.asarray(lengths_B), cache, sampling
     )
-    is_done_B = np.zeros(len(rows), bool)
+    is_done_B = np.zeros(batch, bool)
     for step in range(max_tokens):
-        last_B = next_B
-        if step + 1 < max_tokens:  # the device goes on while this token is read
+        current_B = next_B
+        # Dispatched before the current token is read, so that the device never waits for the host.
+        if step + 1 < max_tokens:
             next_B, positions_B, cache = decode(decoder, next_B, positions_B, cache, sampling)
-        ids_B = np.asarray(last_B)
+        ids_B = np.asarray(current_B)
         is_done_B |= ids_B == tokenizer.eos_id
-        yield [None if done else int(token) for token, done in zip(ids_B, is_done_B, strict=True)]
+        yield _unfinished(ids_B, is_done_B)
         if is_done_B.all():
             return
 
@@ -111,13 +99,13 @@ def generate(
 def generate_text(
     model: Decoder | LayeredDecoder, tokenizer: Tokenizer, prompts: Sequence[str], **sampling
 ) -> list[str]:
-    """Whole continuations, without the prompts; see `generate`."""
-    ids: list[list[int]] = [[] for _ in prompts]
+    """Returns the complete continuations, without the prompts; see `generate`."""
+    continuations: list[list[int]] = [[] for _ in prompts]
     for step in generate(model, tokenizer, prompts, **sampling):
-        for row, token in zip(ids, step, strict=True):
+        for ids, token in zip(continuations, step, strict=True):
             if token is not None:
-                row.append(token)
-    return [tokenizer.decode(row) for row in ids]
+                ids.append(token)
+    return [tokenizer.decode(ids) for ids in continuations]
 
 
 @jax.tree_util.register_dataclass
@@ -140,14 +128,14 @@ class Sampling:
 
     @classmethod
     def from_settings(cls, temperature: float, top_p: float, keys_B: jax.Array) -> "Sampling":
-        """With the method that does no more than these need."""
-        cut = "nucleus" if top_p < 1 else "all"
-        return cls(
-            jnp.float32(temperature),
-            jnp.float32(top_p),
-            keys_B,
-            cut if temperature > 0 else "greedy",
-        )
+        """Returns the settings with the cheapest method that serves them."""
+        if temperature <= 0:
+            method = "greedy"
+        elif top_p < 1:
+            method = "nucleus"
+        else:
+            method = "all"
+        return cls(jnp.float32(temperature), jnp.float32(top_p), keys_B, method)
 
 
 def sample(
@@ -157,50 +145,70 @@ def sample(
 
     Args:
       logits_BV: float32.
-      sampling: how.
+      sampling: how tokens are drawn.
       positions_B: folded into the keys, so that each position has its own draw.
     """
     if sampling.method == "greedy":
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-    scaled_BV = logits_BV / jnp.maximum(sampling.temperature, 1e-6)
+    temperature = jnp.maximum(sampling.temperature, 1e-6)
+    scaled_BV = logits_BV / temperature
     keys_B = jax.vmap(jax.random.fold_in)(sampling.keys_B, positions_B)
     if sampling.method == "all":
-        return jax.vmap(jax.random.categorical)(keys_B, scaled_BV).astype(jnp.int32)
+        drawn_B = jax.vmap(jax.random.categorical)(keys_B, scaled_BV)
+        return drawn_B.astype(jnp.int32)
     return _sample_nucleus(scaled_BV, sampling.top_p, keys_B)
 
 
 def _sample_nucleus(scaled_BV: jax.Array, top_p: jax.Array, keys_B: jax.Array) -> jax.Array:
-    """Draws from the smallest set of most probable tokens whose probability reaches `top_p`; of equals the first count.
+    """Draws from the smallest set of most probable tokens whose probability reaches `top_p`.
 
-    All tokens are sorted only in a step in which a nucleus is larger than `CANDIDATES`. A draw
-    belongs to a rank, so that it does not depend on how many ranks are looked at.
+    Of equally probable tokens the first ones belong to the set. All tokens are sorted only in a
+    step in which a nucleus is larger than `CANDIDATES`. A draw belongs to a rank, so that it does
+    not depend on how many ranks are looked at.
 
     Source: Holtzman et al. 2020 (nucleus sampling, section 3.1).
     """
     vocab_size = scaled_BV.shape[-1]
-    scaled_BV = jnp.where(
-        scaled_BV == 0, 0.0, scaled_BV
-    )  # `top_k` ranks -0 below 0, and they are equal
+    # `top_k` ranks -0 below 0, although they are equal.
+    scaled_BV = jnp.where(scaled_BV == 0, 0.0, scaled_BV)
     log_total_B1 = jax.nn.logsumexp(scaled_BV, axis=-1, keepdims=True)
 
     def draw(num_ranks: int) -> tuple[jax.Array, jax.Array]:
-        """The tokens drawn from so many ranks, and whether these hold the nucleus."""
-        sorted_BR, tokens_BR = jax.lax.top_k(scaled_BV, num_ranks)
-        probs_BR = jnp.exp(sorted_BR - log_total_B1)
-        mass_BR = jnp.cumsum(probs_BR, axis=-1)
-        is_in_BR = (mass_BR - probs_BR < top_p).at[:, 0].set(True)
-        chosen_B = jax.vmap(jax.random.categorical)(
-            keys_B, jnp.where(is_in_BR, sorted_BR, -jnp.inf)
-        )
-        drawn_B = jnp.take_along_axis(tokens_BR, chosen_B[:, None], axis=-1)[:, 0]
-        return drawn_B, mass_BR[:, -1] >= top_p
+        return _draw_from_ranks(scaled_BV, log_total_B1, top_p, keys_B, num_ranks)
 
     if vocab_size <= CANDIDATES:
         return draw(vocab_size)[0]
-    drawn_B, is_held_B = draw(CANDIDATES)
-    return jax.lax.cond(
-        is_held_B.all(), lambda: drawn_B, lambda: jnp.where(is_held_B, drawn_B, draw(vocab_size)[0])
-    )
+    drawn_B, is_complete_B = draw(CANDIDATES)
+
+    def redraw_incomplete() -> jax.Array:
+        redrawn_B, _ = draw(vocab_size)
+        return jnp.where(is_complete_B, drawn_B, redrawn_B)
+
+    return jax.lax.cond(is_complete_B.all(), lambda: drawn_B, redraw_incomplete)
+
+
+def _draw_from_ranks(
+    scaled_BV: jax.Array,
+    log_total_B1: jax.Array,
+    top_p: jax.Array,
+    keys_B: jax.Array,
+    num_ranks: int,
+) -> tuple[jax.Array, jax.Array]:
+    """Draws from the part of the nucleus that is among the R = `num_ranks` most probable tokens.
+
+    Returns:
+      Tokens `[B]`, and whether these ranks hold the complete nucleus, `[B]`.
+    """
+    sorted_BR, tokens_BR = jax.lax.top_k(scaled_BV, num_ranks)
+    probs_BR = jnp.exp(sorted_BR - log_total_B1)
+    mass_BR = jnp.cumsum(probs_BR, axis=-1)
+    mass_before_BR = mass_BR - probs_BR
+    is_in_nucleus_BR = (mass_before_BR < top_p).at[:, 0].set(True)
+    nucleus_BR = jnp.where(is_in_nucleus_BR, sorted_BR, -jnp.inf)
+    ranks_B = jax.vmap(jax.random.categorical)(keys_B, nucleus_BR)
+    drawn_B1 = jnp.take_along_axis(tokens_BR, ranks_B[:, None], axis=-1)
+    is_complete_B = mass_BR[:, -1] >= top_p
+    return drawn_B1[:, 0], is_complete_B
 
 
 def prefill(
@@ -210,7 +218,7 @@ def prefill(
     cache: list[KVCache],
     sampling: Sampling,
 ) -> tuple[Int[Array, "B"], Int[Array, "B"], list[KVCache]]:
-    """The first token behind each prompt, its position, and the cache of the prompts.
+    """Returns the first token after each prompt, its position, and the cache of the prompts.
 
     Args:
       decoder: the model.
@@ -220,9 +228,13 @@ def prefill(
       sampling: how tokens are drawn.
     """
     positions_BL = jnp.broadcast_to(jnp.arange(tokens_BL.shape[1]), tokens_BL.shape)
-    x_BLD, cache = decoder.extend(tokens_BL, positions_BL, cache, positions_BL < lengths_B[:, None])
-    last_B1D = jnp.take_along_axis(x_BLD, (lengths_B - 1)[:, None, None], axis=1)
-    return *_draw(decoder.logits(last_B1D), lengths_B - 1, sampling), cache
+    is_token_BL = positions_BL < lengths_B[:, None]
+    x_BLD, cache = decoder.extend(tokens_BL, positions_BL, cache, is_token_BL)
+    last_positions_B = lengths_B - 1
+    last_B1D = jnp.take_along_axis(x_BLD, last_positions_B[:, None, None], axis=1)
+    logits_B1V = decoder.logits(last_B1D)
+    next_B, next_positions_B = _sample_next(logits_B1V, last_positions_B, sampling)
+    return next_B, next_positions_B, cache
 
 
 def decode(
@@ -232,34 +244,87 @@ def decode(
     cache: list[KVCache],
     sampling: Sampling,
 ) -> tuple[Int[Array, "B"], Int[Array, "B"], list[KVCache]]:
-    """The token behind each of these ones, its position, and the cache with these; see `prefill`."""
+    """Returns the next token of each sequence, its position, and the extended cache."""
     x_B1D, cache = decoder.extend(tokens_B[:, None], positions_B[:, None], cache)
-    return *_draw(decoder.logits(x_B1D), positions_B, sampling), cache
+    logits_B1V = decoder.logits(x_B1D)
+    next_B, next_positions_B = _sample_next(logits_B1V, positions_B, sampling)
+    return next_B, next_positions_B, cache
 
 
 @jax.jit
-def _draw(logits_B1V, positions_B, sampling):
-    """The token after those at `positions_B`, and its position."""
-    return sample(logits_B1V[:, 0], sampling, positions_B + 1), positions_B + 1
+def _sample_next(logits_B1V, positions_B, sampling):
+    """Returns the token after those at `positions_B`, and its position."""
+    next_positions_B = positions_B + 1
+    return sample(logits_B1V[:, 0], sampling, next_positions_B), next_positions_B
+
+
+def _pad_prompts(
+    tokenizer: Tokenizer, prompts: Sequence[str]
+) -> tuple[Int[np.ndarray, "B L"], Int[np.ndarray, "B"]]:
+    """Returns token ids of the prompts, padded on the right, and their lengths."""
+    rows = []
+    for prompt in prompts:
+        ids = tokenizer.encode(prompt)
+        rows.append([tokenizer.bos_id, *ids])
+    lengths = [len(row) for row in rows]
+    padded_length = _round_up(max(lengths))  # few distinct lengths, so few compilations
+    tokens_BL = np.full((len(rows), padded_length), tokenizer.pad_id, np.int32)
+    for i, row in enumerate(rows):
+        tokens_BL[i, : len(row)] = row
+    return tokens_BL, np.array(lengths, np.int32)
+
+
+def _sequence_keys(seed: int, batch: int) -> jax.Array:
+    """Returns a key for each sequence, which does not depend on the size of the batch."""
+    key = jax.random.key(seed)
+    return jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(batch))
+
+
+def _unfinished(ids_B: np.ndarray, is_done_B: np.ndarray) -> list[int | None]:
+    """Returns the tokens of a step, with None for each document that has ended."""
+    tokens = zip(ids_B, is_done_B, strict=True)
+    return [None if is_done else int(token) for token, is_done in tokens]
+
+
+def _warn_of_length(config: Config, length: int) -> None:
+    """Logs that text of `length` tokens is longer than what the model was trained on."""
+    trained_length = config.data.seq_len
+    if length > trained_length:
+        log.warning(
+            "beyond %d tokens, the length of training rows, the model is on unknown ground",
+            trained_length,
+        )
+
+
+def _warn_of_lookahead(config: Config) -> None:
+    """Logs which routers look at later tokens, which generation cannot give them."""
+    routers = {moe.router for moe in config.moe_groups}
+    lookahead = sorted(name for name in routers if not ROUTER_RULES[name].takes_capacity)
+    if lookahead:
+        log.warning(
+            "moe.router=%s looks at later tokens, which do not exist yet: text will be poor",
+            ", ".join(lookahead),
+        )
 
 
 def _warn_of_capacity(config: Config) -> None:
-    """Says what a capacity in evaluation means for tokens that come one at a time."""
-    limited = [
-        moe
-        for moe in config.moe_groups
-        if moe.dispatch == "capacity" and moe.eval_capacity_factor > 0
-    ]
-    groups = {moe.capacity_group for moe in limited}
+    """Logs what a capacity in evaluation means for tokens that come one at a time."""
+    groups = {moe.capacity_group for moe in config.moe_groups if _has_eval_capacity(moe)}
     if "sequence" in groups:
         log.warning(
-            "moe.eval_capacity_factor with moe.capacity_group=sequence drops choices of the prompt, never of what is "
-            "written: a token alone in its step finds room; evaluation of the same text may drop some"
+            "moe.eval_capacity_factor with moe.capacity_group=sequence drops choices of the "
+            "prompt, never of what is written: a token alone in its step finds room; evaluation "
+            "of the same text may drop some"
         )
     if groups - {"sequence"}:
         log.warning(
-            "moe.eval_capacity_factor drops choices here as well: what is written depends on the batch"
+            "moe.eval_capacity_factor drops choices here as well: what is written depends on the "
+            "batch"
         )
+
+
+def _has_eval_capacity(moe: MoeConfig) -> bool:
+    return moe.dispatch == "capacity" and moe.eval_capacity_factor > 0
 
 
 def _check(prompts, max_tokens, temperature, top_p) -> None:
@@ -274,4 +339,5 @@ def _check(prompts, max_tokens, temperature, top_p) -> None:
 
 
 def _round_up(length: int) -> int:
+    """Returns the next multiple of 32."""
     return -(-length // 32) * 32

@@ -2,12 +2,13 @@
 
 A scan over layers copies the weights of a layer, of all its experts, before it uses them, and its
 cache twice. Where a step computes little, that is most of its time. Here each layer has arrays of
-its own: weights are read where they lie, caches are written in place, and what is compiled does not
-grow with the number of layers.
+its own: weights are not copied, caches are written in place, and what is compiled does not grow
+with the number of layers.
 """
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,13 +32,13 @@ class LayeredDecoder:
         self.config = model.config
         self._blocks = [block for block, _ in model.walk()]
         self._layers = [_program(_layer_program, block) for block in self._blocks]
-        ends = nnx.clone(model)
-        ends.stacks = nnx.List([])
-        self._begin = _program(_begin_program, ends)
-        self._end = _program(_end_program, ends)
+        without_layers = nnx.clone(model)
+        without_layers.stacks = nnx.List([])
+        self._begin = _program(_begin_program, without_layers)
+        self._end = _program(_end_program, without_layers)
 
     def init_cache(self, batch: int, slots: int) -> list[KVCache]:
-        """An empty cache of each layer for `batch` sequences of up to `slots` tokens."""
+        """Returns an empty cache of each layer for `batch` sequences of up to `slots` tokens."""
         return [block.init_cache(batch, slots) for block in self._blocks]
 
     def extend(
@@ -47,15 +48,15 @@ class LayeredDecoder:
         cache: list[KVCache],
         is_token_BL: Bool[Array, "B L"] | None = None,
     ) -> tuple[Float[Array, "B L D"], list[KVCache]]:
-        """The residual stream after the last layer for L more positions; for `logits`.
+        """Returns the residual stream after the last layer for L more positions; for `logits`.
 
         Args:
           tokens_BL: the next tokens of each sequence.
-          positions_BL: their positions, which are also the slots they fill; slots behind a
-            sequence's end may hold anything, for they are written before they are seen.
+          positions_BL: their positions, which are also the slots they fill; slots after a
+            sequence's end may hold anything, for they are written before they are read.
           cache: from `init_cache` or an earlier call, with the keys and values of the earlier
             positions; overwritten.
-          is_token_BL: False behind the end of a sequence; None: all are tokens.
+          is_token_BL: False after the end of a sequence; None: all are tokens.
 
         Returns:
           The residual stream, and the cache with these positions.
@@ -68,14 +69,15 @@ class LayeredDecoder:
         return x_BLD, extended
 
     def logits(self, x_BLD: Float[Array, "B L D"]) -> Float[Array, "B L V"]:
-        """Logits of the next token, float32, from what `extend` returns."""
+        """Returns logits of the next token, float32, from what `extend` returns."""
         return self._end(x_BLD)
 
 
 def _program(make: Callable, module: nnx.Module) -> Callable:
-    """A compiled function of a module, with its arrays. Modules of one kind share what is compiled.
+    """Returns a compiled function of a module, with its arrays bound.
 
-    Arrays are passed as a flat list: to take a module apart takes longer than to run a small layer.
+    Modules of one kind share what is compiled. Arrays are passed as a flat list: splitting a module
+    takes longer than running a small layer.
     """
     graphdef, state = nnx.split(module)
     arrays, structure = jax.tree.flatten(state)
@@ -88,9 +90,10 @@ def _begin_program(graphdef, structure) -> Callable:
     def begin(arrays, tokens_BL, positions_BL, is_token_BL):
         if is_token_BL is None:
             is_token_BL = jnp.ones(tokens_BL.shape, bool)
-        x_BLD = nnx.merge(graphdef, jax.tree.unflatten(structure, arrays)).embed(tokens_BL)
+        model = _merge(graphdef, structure, arrays)
+        segments_BL = is_token_BL.astype(jnp.int32)
         info = TokenInfo(is_token_BL, tokens_BL, positions_BL)
-        return x_BLD, Context(positions_BL, is_token_BL.astype(jnp.int32), info)
+        return model.embed(tokens_BL), Context(positions_BL, segments_BL, info)
 
     return begin
 
@@ -99,7 +102,7 @@ def _begin_program(graphdef, structure) -> Callable:
 def _layer_program(graphdef, structure) -> Callable:
     @functools.partial(jax.jit, donate_argnums=(1, 3))
     def apply(arrays, x_BLD, context, cache):
-        block = nnx.merge(graphdef, jax.tree.unflatten(structure, arrays))
+        block = _merge(graphdef, structure, arrays)
         x_BLD, _, cache = block(x_BLD, context, cache)
         return x_BLD, cache
 
@@ -110,6 +113,12 @@ def _layer_program(graphdef, structure) -> Callable:
 def _end_program(graphdef, structure) -> Callable:
     @jax.jit
     def end(arrays, x_BLD):
-        return nnx.merge(graphdef, jax.tree.unflatten(structure, arrays)).unembed(x_BLD)
+        model = _merge(graphdef, structure, arrays)
+        return model.unembed(x_BLD)
 
     return end
+
+
+def _merge(graphdef, structure, arrays) -> Any:
+    """Returns the module whose state is a flat list of arrays."""
+    return nnx.merge(graphdef, jax.tree.unflatten(structure, arrays))

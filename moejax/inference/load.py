@@ -1,4 +1,4 @@
-"""A run directory into a model: all one needs is the directory."""
+"""Loads a model from a run directory, which holds all that is needed."""
 
 import dataclasses
 from pathlib import Path
@@ -27,8 +27,8 @@ class LoadedRun:
       model: the decoder.
       tokenizer: the run's own.
       step: of the checkpoint.
-      mesh: over which the weights are split, to be in context where the model is called; None: they
-        are on one device.
+      mesh: over which the weights are split, which must be in context where the model is called;
+        None: they are on one device.
       workdir: the run directory; None for a model that was made in memory.
     """
 
@@ -40,7 +40,7 @@ class LoadedRun:
     workdir: Path | None = None
 
     def corpus(self, places: TextPlaces | None = None) -> Corpus:
-        """The rows it was trained on; see `moejax.training.run_directory.text.open_run_corpus`."""
+        """Returns the rows it was trained on; see `training.run_directory.text.open_run_corpus`."""
         if self.workdir is None:
             return prepare(self.config.data, self.tokenizer)
         return open_run_corpus(self.workdir, self.tokenizer, places)
@@ -65,7 +65,15 @@ def load_run(
     config = read_config(workdir)
     tokenizer = load_tokenizer(workdir)
     here = dataclasses.replace(config, mesh=mesh or MeshConfig(data=1))
-    setup = make_train_setup(here, make_mesh(here, None if mesh else jax.devices()[:1]))
-    step, params, router_state = Checkpoints(workdir, setup, read_only=True).restore_model(step)
-    model = nnx.merge(setup.graphdef, params, router_state)
-    return LoadedRun(config, model, tokenizer, step, setup.mesh if mesh else None, Path(workdir))
+    devices = None if mesh else jax.devices()[:1]
+    setup = make_train_setup(here, make_mesh(here, devices))
+    checkpoints = Checkpoints(workdir, setup, read_only=True)
+    step, params, router_state = checkpoints.restore_model(step)
+    return LoadedRun(
+        config=config,
+        model=nnx.merge(setup.graphdef, params, router_state),
+        tokenizer=tokenizer,
+        step=step,
+        mesh=setup.mesh if mesh else None,
+        workdir=Path(workdir),
+    )

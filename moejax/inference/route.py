@@ -1,4 +1,4 @@
-"""Where a loaded model sends tokens: token-level routing of rows, compiled once for each shape."""
+"""Routes rows of tokens through a loaded model, token by token, compiled once for each shape."""
 
 import functools
 import math
@@ -15,25 +15,29 @@ from moejax.moe.router.by_token import choices_by_token, scores_by_token
 from moejax.sharding import BATCH_AXES
 
 SHORTEST = 64
+"""Positions of the shortest padded row."""
 
 
 def padded_length(loaded: LoadedRun, length: int) -> int:
-    """Positions of a row that holds `length` tokens: a power of two, so that few programs serve many texts.
+    """Returns the positions of a row that holds `length` tokens.
 
-    Where routing depends on the length of the row, padding included, it is the length itself:
-    experts that choose tokens (expert_choice), and evaluation with a capacity. The mesh may need a
-    few positions more.
+    It is a power of two, so that few programs serve many texts. Where routing depends on the
+    length of the row, padding included, it is the length itself: experts that choose tokens
+    (expert_choice), and evaluation with a capacity. The mesh may need a few positions more.
     """
     if _depends_on_length(loaded.config):
         parts = 1 if loaded.mesh is None else loaded.mesh.shape["context"]
-        return -(-length // parts) * parts
-    return max(SHORTEST, 1 << (length - 1).bit_length())
+        return _round_up(length, parts)
+    next_power_of_two = 1 << (length - 1).bit_length()
+    return max(SHORTEST, next_power_of_two)
 
 
 def rows_at_once(loaded: LoadedRun, rows: int) -> int:
-    """At least `rows`, as many as the mesh can split."""
-    parts = 1 if loaded.mesh is None else math.prod(loaded.mesh.shape[axis] for axis in BATCH_AXES)
-    return -(-rows // parts) * parts
+    """Returns the smallest number of at least `rows` that the mesh can split."""
+    if loaded.mesh is None:
+        return rows
+    sizes = [loaded.mesh.shape[axis] for axis in BATCH_AXES]
+    return _round_up(rows, math.prod(sizes))
 
 
 def route_rows(
@@ -76,12 +80,20 @@ def route_rows(
 def _route(graphdef: Any, with_scores: bool, state: Any, tokens_BL, segments_BL, positions_BL):
     model = nnx.merge(graphdef, state)
     _, stats = model(tokens_BL, segments_BL, positions_BL, trace=True)
-    routings, num_choices = [run.routing for run in stats], model.config.moe.num_choices
+    routings = [group.routing for group in stats]
+    num_choices = model.config.moe.num_choices
     choices = choices_by_token(routings, num_choices)
-    return choices + scores_by_token(routings, num_choices) if with_scores else choices
+    if not with_scores:
+        return choices
+    return choices + scores_by_token(routings, num_choices)
 
 
 def _depends_on_length(config: Config) -> bool:
+    """Whether routing of a token depends on the length of its row."""
     return any(
         moe.router == "expert_choice" or moe.eval_capacity_factor > 0 for moe in config.moe_groups
     )
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple

@@ -14,12 +14,16 @@ from moejax.moe.dispatch.capacity import capacity_slots
 from moejax.moe.experts.experts import Network
 
 BACKWARD_AND_FORWARD = 3
-"""Passes: every product `x @ w` has two of the same size in the backward pass, for the gradients of x and of w."""
+"""Passes of training in units of the forward pass.
+
+Every product `x @ w` has two of the same size in the backward pass, for the gradients of x and
+of w.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
 class Flops:
-    """Multiplications and additions of the matrix products of training, per token, forward and backward.
+    """Multiplications and additions of the matrix products of training, per token.
 
     Attributes:
       projections: of attention: query, key, value and output.
@@ -29,7 +33,7 @@ class Flops:
       router: logits, and the noise on them.
       experts: those that a token chooses, with the projections into and out of their width; what
         `soft` mixes.
-      shared: what every token visits beside them: shared experts, their gate, constant experts.
+      shared: what every token visits in addition: shared experts, their gate, constant experts.
       logits: of the vocabulary.
     """
 
@@ -43,7 +47,7 @@ class Flops:
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """The sum of all parts."""
         return sum(dataclasses.astuple(self))
 
 
@@ -72,7 +76,7 @@ class Count:
 
 @dataclasses.dataclass(frozen=True)
 class _Layer:
-    """Parameters of a feed-forward block, and products of its forward pass over one row."""
+    """Parameters of a part of the model, and products of its forward pass over one row."""
 
     always: int  # parameters that every token uses
     per_expert: int = 0
@@ -97,93 +101,126 @@ def count(config: Config) -> Count:
     Args:
       config: resolved.
     """
-    model, length = config.model, config.data.seq_len
-    d_model, d_kv = model.d_model, model.num_kv_heads * config.head_dim
-    projections = 2 * d_model * d_model + 2 * d_model * d_kv
-    norms = 2 * d_model + (2 * config.head_dim if model.qk_norm else 0)
-    embedding = config.vocab_size * d_model
-    total = (
-        embedding * (1 if model.tied_embeddings else 2)
-        + d_model
-        + model.num_layers * (projections + norms)
-    )
-    active, experts = total, 0
-    flops = [
-        Flops(
-            projections=2 * length * projections * model.num_layers,
-            scores=2 * 2 * length**2 * d_model * model.num_layers,
-            logits=2 * length * embedding,
-        )
-    ]
+    length = config.data.seq_len
+    outside = _outside_feed_forward(config)
+    total = active = outside.always
+    experts = 0
+    row_flops = [outside.flops]
     for kind, num in collections.Counter(config.layers).items():
-        layer = _dense(config) if kind is None else _experts(kind, d_model, length)
-        total += num * (layer.always + layer.num_experts * layer.per_expert)
-        experts += num * layer.num_experts * layer.per_expert
-        active += num * (layer.always + layer.num_active * layer.per_expert)
-        flops += [layer.flops] * num
-    sums = map(sum, zip(*map(dataclasses.astuple, flops), strict=True))
-    return Count(
-        total, active, experts, Flops(*(round(BACKWARD_AND_FORWARD * row / length) for row in sums))
+        layer = _dense(config) if kind is None else _experts(kind, config.model.d_model, length)
+        all_experts = layer.num_experts * layer.per_expert
+        active_experts = layer.num_active * layer.per_expert
+        total += num * (layer.always + all_experts)
+        active += num * (layer.always + active_experts)
+        experts += num * all_experts
+        row_flops += [layer.flops] * num
+    return Count(total, active, experts, _training_flops(row_flops, length))
+
+
+def _training_flops(row_flops: list[Flops], length: int) -> Flops:
+    """Returns the arithmetic of training per token, from that of forward passes over one row."""
+    per_token = {}
+    for part in dataclasses.fields(Flops):
+        of_row = sum(getattr(flops, part.name) for flops in row_flops)
+        per_token[part.name] = round(BACKWARD_AND_FORWARD * of_row / length)
+    return Flops(**per_token)
+
+
+def _outside_feed_forward(config: Config) -> _Layer:
+    """Counts the embeddings, and attention and the norms of all layers."""
+    model, length = config.model, config.data.seq_len
+    d_model = model.d_model
+    d_kv = model.num_kv_heads * config.head_dim
+    projections = 2 * d_model * d_model + 2 * d_model * d_kv
+    norms = 2 * d_model
+    if model.qk_norm:
+        norms += 2 * config.head_dim
+    final_norm = d_model
+    embedding = config.vocab_size * d_model
+    num_embeddings = 1 if model.tied_embeddings else 2
+    layers = model.num_layers * (projections + norms)
+    flops = Flops(
+        projections=2 * length * projections * model.num_layers,
+        scores=2 * 2 * length**2 * d_model * model.num_layers,
+        logits=2 * length * embedding,
     )
+    return _Layer(num_embeddings * embedding + final_norm + layers, flops=flops)
 
 
 def _dense(config: Config) -> _Layer:
     weights = _weights(Network(), config.model.d_model, config.model.d_ff)
-    return _Layer(weights, flops=Flops(dense=2 * config.data.seq_len * weights))
+    flops = Flops(dense=2 * config.data.seq_len * weights)
+    return _Layer(weights, flops=flops)
 
 
 def _weights(network: Network, width: int, d_hidden: int) -> int:
-    """Of the matrices of one feed-forward network."""
+    """Counts the weights of the matrices of one feed-forward network."""
     return (network.num_projections + 1) * width * d_hidden
 
 
 def _biases(network: Network, width: int, d_hidden: int) -> int:
-    return network.num_projections * d_hidden + width if network.has_bias else 0
+    if not network.has_bias:
+        return 0
+    return network.num_projections * d_hidden + width
 
 
 def _experts(moe: MoeConfig, d_model: int, length: int) -> _Layer:
     network = Network(moe.activation, moe.activation_limit, moe.expert_bias)
-    width, d_shared = moe.d_latent or d_model, moe.num_shared_experts * moe.d_expert
-    expert, into_and_out = _weights(network, width, moe.d_expert), 2 * d_model * moe.d_latent
-    shared = _weights(network, d_model, d_shared) if d_shared else 0
-    beside = (
-        shared
-        + (d_model if moe.shared_combine == "gated" else 0)
-        + moe.num_constant_experts * d_model
-    )
+    width = moe.d_latent or d_model
+    expert = _weights(network, width, moe.d_expert)
+    latent = 2 * d_model * moe.d_latent  # projections down to the experts' width, and up again
+    shared, shared_biases = _shared(moe, network, d_model)
     router_weights, router_rest = _router(moe, d_model)
-    num_active = min(moe.top_k, moe.num_experts)
-    rows, mixing = num_active * length, 0
-    if moe.router == "expert_choice":
-        rows = moe.num_experts * capacity_slots(1.0, moe.top_k, length, moe.num_experts)
-    if moe.router == "soft":
-        rows = moe.num_experts * moe.slots_per_expert
-        mixing = 2 * length * rows * width  # of tokens in slots, and of slots in tokens
+    rows = _expert_rows(moe, length)
+    # Of tokens into slots, and of slots into tokens.
+    mixing = 2 * length * rows * width if moe.router == "soft" else 0
+    flops = Flops(
+        router=2 * length * router_weights,
+        experts=2 * (rows * expert + length * latent + mixing),
+        shared=2 * length * (shared + moe.top_k * moe.num_constant_experts),
+    )
     return _Layer(
-        always=router_weights + router_rest + into_and_out + beside
-        + (_biases(network, d_model, d_shared) if d_shared else 0),
+        always=router_weights + router_rest + latent + shared + shared_biases,
         per_expert=expert + _biases(network, width, moe.d_expert),
         num_experts=moe.num_experts,
-        num_active=num_active,
-        flops=Flops(
-            router=2 * length * router_weights,
-            experts=2 * (rows * expert + length * into_and_out + mixing),
-            shared=2 * length * (beside + moe.top_k * moe.num_constant_experts),
-        ),
-    )  # fmt: skip
+        num_active=min(moe.top_k, moe.num_experts),
+        flops=flops,
+    )
+
+
+def _shared(moe: MoeConfig, network: Network, d_model: int) -> tuple[int, int]:
+    """Counts weights and biases of what every token visits in addition to its experts."""
+    constant_experts = moe.num_constant_experts * d_model
+    gate = d_model if moe.shared_combine == "gated" else 0
+    d_shared = moe.num_shared_experts * moe.d_expert
+    if not d_shared:
+        return gate + constant_experts, 0
+    shared_experts = _weights(network, d_model, d_shared)
+    return shared_experts + gate + constant_experts, _biases(network, d_model, d_shared)
+
+
+def _expert_rows(moe: MoeConfig, length: int) -> int:
+    """Counts the rows that go through experts for one row of `length` tokens."""
+    if moe.router == "expert_choice":
+        return moe.num_experts * capacity_slots(1.0, moe.top_k, length, moe.num_experts)
+    if moe.router == "soft":
+        return moe.num_experts * moe.slots_per_expert
+    return min(moe.top_k, moe.num_experts) * length
 
 
 def _router(moe: MoeConfig, d_model: int) -> tuple[int, int]:
-    """Parameters of a router: those of its matrices, and the rest. A hash router's table is none."""
+    """Counts a router's parameters in matrices, and its others; a hash table is no parameter."""
     if moe.score == "uniform":
         return 0, 0
     if moe.router == "cosine":
         return (d_model + moe.num_choices) * moe.d_router, 1
     if moe.router == "soft":
         return d_model * moe.num_experts * moe.slots_per_expert, 1
-    outputs, noises = moe.num_choices, 0
+    outputs = moe.num_choices
+    has_learned_noise = moe.router == "noisy_topk" and moe.router_noise == "learned"
     if moe.router == "hierarchical":
-        outputs = noises = moe.num_choices + moe.num_groups
-    elif moe.router == "noisy_topk" and moe.router_noise == "learned":
-        noises = outputs
-    return d_model * (outputs + noises), outputs if moe.router_bias else 0
+        outputs += moe.num_groups
+        has_learned_noise = True
+    noise_outputs = outputs if has_learned_noise else 0
+    biases = outputs if moe.router_bias else 0
+    return d_model * (outputs + noise_outputs), biases

@@ -1,4 +1,4 @@
-"""What accelerators can do at most, and model FLOPs utilisation (MFU): the share of it that a run uses for its model.
+"""Peak arithmetic of accelerators, and model FLOPs utilisation (MFU), the share that a run uses.
 
 MFU (Chowdhery et al. 2022, PaLM, appendix B) is the arithmetic that the mathematics of the model
 asks for, per second, over the peak of all devices. The arithmetic is that of
@@ -36,37 +36,38 @@ PEAK_BFLOAT16 = {
     "TPU v6 lite": 918e12,
     "TPU v6e": 918e12,
 }
-"""FLOPs per second of dense bfloat16 products, by `device_kind` of jax. What is not listed has no MFU."""
+"""FLOPs per second of dense bfloat16 products, by `device_kind` of jax.
+
+A device that is not listed has no MFU.
+"""
 
 
 def utilisation_of_token(config: Config) -> float | None:
-    """MFU at one token per second on all devices.
+    """Returns the MFU at one token per second on all devices.
 
     Args:
       config: resolved.
 
     Returns:
       None where it is not known: the device is not in `PEAK_BFLOAT16`, the model does not compute
-        in bfloat16, or its
-      arithmetic changes with `schedule.top_k`.
+      in bfloat16, or its arithmetic changes with `schedule.top_k`.
     """
     peak = PEAK_BFLOAT16.get(jax.devices()[0].device_kind)
-    if (
-        peak is None
-        or config.model.compute_dtype != "bfloat16"
-        or config.schedule.top_k != "constant"
-    ):
+    if peak is None:
+        return None
+    if config.model.compute_dtype != "bfloat16" or config.schedule.top_k != "constant":
         return None
     return count(config).flops_per_token / (peak * jax.device_count())
 
 
 def peak_memory_bytes() -> int | None:
-    """The most memory that arrays and programs had at a time, of that device of this process that had the most.
+    """Returns the most memory that was in use at a time on any one device of this process.
 
     None where devices do not count it, as on CPU.
     """
-    peaks = [
-        (device.memory_stats() or {}).get("peak_bytes_in_use") for device in jax.local_devices()
-    ]
+    peaks = []
+    for device in jax.local_devices():
+        statistics = device.memory_stats() or {}
+        peaks.append(statistics.get("peak_bytes_in_use"))
     known = [peak for peak in peaks if peak is not None]
     return max(known, default=None)

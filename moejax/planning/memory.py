@@ -20,7 +20,9 @@ from moejax.sharding import parts, resolve_mesh
 
 FLOAT32_BYTES = 4
 BATCH_BYTES = 4 * 4 + 1
-"""Of a token of a batch: token, target, segment and position, int32, and whether its loss counts."""
+"""Of a token of a batch: token, target, segment and position, int32, and whether it has a loss."""
+
+UNITS = {"TB": 10**12, "GB": 10**9, "MB": 10**6}
 
 LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 """Files in which Linux tells a container how much memory it may use."""
@@ -48,7 +50,7 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """The sum of all parts."""
         return sum(dataclasses.astuple(self))
 
     @property
@@ -58,7 +60,7 @@ class Memory:
 
 
 def estimate_memory(config: Config, num_devices: int) -> Memory:
-    """What a step holds on each device.
+    """Returns what a step holds on each device.
 
     Args:
       config: resolved.
@@ -69,25 +71,27 @@ def estimate_memory(config: Config, num_devices: int) -> Memory:
     """
     sizes = parts(resolve_mesh(config.mesh, num_devices))
     counted, model, train = count(config), config.model, config.train
-    split = sizes["fsdp"] * sizes["tensor"]
-    others = (counted.total - counted.experts) // split
-    parameters = FLOAT32_BYTES * (others + counted.experts // (split * sizes["expert"]))
-    rows = sizes["data"] * sizes["fsdp"] * sizes["expert"]
-    tokens = train.batch_size * config.data.seq_len // (rows * sizes["context"])
-    of_microbatch = tokens // train.accumulation
+    weight_parts = sizes["fsdp"] * sizes["tensor"]
+    other_parameters = (counted.total - counted.experts) // weight_parts
+    expert_parameters = counted.experts // (weight_parts * sizes["expert"])
+    parameters = FLOAT32_BYTES * (other_parameters + expert_parameters)
+    token_parts = sizes["data"] * sizes["fsdp"] * sizes["expert"] * sizes["context"]
+    tokens = train.batch_size * config.data.seq_len // token_parts
+    microbatch_tokens = tokens // train.accumulation
+    residual_width = model.d_model * model.num_layers
     activation_bytes = FLOAT32_BYTES if model.compute_dtype == "float32" else FLOAT32_BYTES // 2
     return Memory(
         parameters=parameters,
         moments=2 * parameters,
         gradients=parameters,
         batch=BATCH_BYTES * tokens,
-        activations=activation_bytes * of_microbatch * model.d_model * model.num_layers,
-        logits=FLOAT32_BYTES * of_microbatch * config.vocab_size // sizes["tensor"],
+        activations=activation_bytes * microbatch_tokens * residual_width,
+        logits=FLOAT32_BYTES * microbatch_tokens * config.vocab_size // sizes["tensor"],
     )
 
 
 def check_memory(config: Config, devices: Sequence[jax.Device] | None = None) -> None:
-    """Refuses a training that cannot fit its devices; `train.check_memory=False` lets it try.
+    """Refuses a training run that cannot fit its devices, unless `train.check_memory=False`.
 
     Args:
       config: resolved.
@@ -101,70 +105,78 @@ def check_memory(config: Config, devices: Sequence[jax.Device] | None = None) ->
         return
     needed = estimate_memory(config, len(devices))
     sharing = _sharing(devices)
-    available = (
-        host_memory() if devices[0].platform == "cpu" else device_memory(devices[0].memory_stats)
-    )
+    is_cpu = devices[0].platform == "cpu"
+    available = host_memory() if is_cpu else device_memory(devices[0].memory_stats)
     if available is None or needed.total * sharing <= available:
         return
-    where = (
-        "a device"
-        if sharing == 1
-        else f"each of {sharing} devices that share the memory of this machine"
-    )
-    remedy = (
-        "lower moe.num_experts, moe.d_expert, model.d_model or model.num_layers, or split the model over more devices"
-        if needed.state > needed.total // 2
-        else "lower train.batch_size or data.seq_len, or raise train.accumulation"
-    )
+    if sharing == 1:
+        where = "a device"
+    else:
+        where = f"each of {sharing} devices that share the memory of this machine"
     raise ConfigError(
-        f"a step needs at least {_text(needed.total)} on {where}, which has {_text(available)}: parameters "
-        f"{_text(needed.parameters)}, moments {_text(needed.moments)}, gradients {_text(needed.gradients)}, batch "
-        f"{_text(needed.batch)}, activations {_text(needed.activations)}, logits {_text(needed.logits)}; {remedy}; "
-        "train.check_memory=False tries all the same"
+        f"a step needs at least {_text(needed.total)} on {where}, which has {_text(available)}: "
+        f"{_listed(needed)}; {_remedy(needed)}; train.check_memory=False tries all the same"
     )
+
+
+def _listed(needed: Memory) -> str:
+    """Returns all parts with their sizes, as in "parameters 1.2 GB, moments 2.4 GB"."""
+    sizes = dataclasses.asdict(needed)
+    return ", ".join(f"{name} {_text(size)}" for name, size in sizes.items())
+
+
+def _remedy(needed: Memory) -> str:
+    """Returns what to change, by whether the model or its batch takes most of the memory."""
+    if needed.state > needed.total // 2:
+        return (
+            "lower moe.num_experts, moe.d_expert, model.d_model or model.num_layers, or split the "
+            "model over more devices"
+        )
+    return "lower train.batch_size or data.seq_len, or raise train.accumulation"
 
 
 def device_memory(statistics: Callable[[], dict[str, Any] | None]) -> int | None:
-    """Bytes of memory of a device, from its `memory_stats`; None where it does not say."""
+    """Returns bytes of memory of a device, from its `memory_stats`; None where it does not say."""
     try:
-        found = statistics()
+        found = statistics() or {}
     except (jax.errors.JaxRuntimeError, NotImplementedError):
         return None
-    return (found or {}).get("bytes_limit")
+    return found.get("bytes_limit")
 
 
 def host_memory(limits: Sequence[str] = LIMITS) -> int | None:
-    """Bytes that this machine has, or that its container may use; None where the system does not say.
+    """Returns bytes that this machine has, or that its container may use; None where not known.
 
     Args:
       limits: files that may hold a limit.
     """
     found = []
-    with contextlib.suppress(
-        AttributeError, ValueError, OSError
-    ):  # it has no such call, as on Windows
+    # Some systems, such as Windows, have no such call.
+    with contextlib.suppress(AttributeError, ValueError, OSError):
         found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     for name in limits:
         try:
             text = Path(name).read_text().strip()
         except OSError:
             continue
-        if text.isdigit():  # else "max"
+        if text.isdigit():  # "max" stands for no limit
             found.append(int(text))
     return min(found) if found else None
 
 
 def _sharing(devices: Sequence[jax.Device]) -> int:
-    """How many of the devices share one memory: those of this process on CPU."""
+    """Returns how many of the devices share one memory: those of this process on CPU."""
     if devices[0].platform != "cpu":
         return 1
-    return max(1, sum(device.process_index == jax.process_index() for device in devices))
+    here = jax.process_index()
+    return max(1, sum(device.process_index == here for device in devices))
 
 
 def _text(number: int) -> str:
-    """Three digits and a unit: 1.25 GB; of absurd numbers, the power of ten."""
-    for unit, size in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6)):
+    """Returns bytes with a unit and, from a megabyte on, one decimal: 1.2 GB."""
+    for unit, size in UNITS.items():
         if number >= size:
-            tenths = number * 10 // size
-            return f"{tenths // 10:,}.{tenths % 10} {unit}"
+            # In integers, since the largest numbers are beyond a float.
+            ones, tenths = divmod(number * 10 // size, 10)
+            return f"{ones:,}.{tenths} {unit}"
     return f"{number:,} bytes"

@@ -1,13 +1,13 @@
-"""One tiny batch through the exchange of a configuration, on its mesh, compared with one device that has all experts.
+"""Checks expert parallelism of a configuration on its mesh against one device with all experts.
 
-Widths are as small as the mesh allows; experts, choices, strategy, buffers and chunks are those of
-the configuration.
+A tiny batch goes through the experts in both ways. Widths are as small as the mesh allows; experts,
+choices, strategy, buffers and chunks are those of the configuration.
 """
 
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -25,7 +25,7 @@ from moejax.planning.hlo.collectives import collective_rows, list_collectives
 from moejax.sharding import BATCH_AXES, EXPERT_AXES, TOKENS, partition_spec
 
 TOKENS_OF_CHUNK = 32
-"""Of each device."""
+"""Tokens of a device in each chunk."""
 
 ARRAYS = ("tokens", "combine weights", "gate and up", "down", "choices", "gradient of the output")
 SPECS = (
@@ -48,12 +48,12 @@ LOADS = ("even", "on one expert")
 
 @dataclasses.dataclass(frozen=True)
 class MeshCheck:
-    """What was found.
+    """What a check found.
 
     Attributes:
-      strategy: of the exchange; what "auto" stands for.
+      strategy: of expert parallelism; what "auto" stands for.
       shapes: of a device's part of each array.
-      collectives: rows of `collective_rows`, of a pass forward and backward.
+      collectives: rows of `collective_rows`, of a forward and a backward pass.
       worst: largest difference from one device over the largest value, by load and array.
     """
 
@@ -64,7 +64,9 @@ class MeshCheck:
 
 
 def check_mesh(config: Config, mesh: Mesh) -> MeshCheck:
-    """Runs outputs and all gradients on the mesh and on one device, for an even load and for one that overflows.
+    """Computes outputs and all gradients on the mesh and on one device, and compares them.
+
+    The load is even once, and overflows buffers the other time.
 
     Args:
       config: of a model with experts.
@@ -77,33 +79,28 @@ def check_mesh(config: Config, mesh: Mesh) -> MeshCheck:
     strategy = choose_strategy(how, slow, fast, moe.num_experts, top_k)
     how = dataclasses.replace(how, name=strategy)
     shardings = [NamedSharding(mesh, spec) for spec in SPECS]
-    # Results lie as the arguments do: the output like the tokens, and a gradient like
-    # what it is of.
-    run = jax.jit(
-        _layer(how, moe.grouped_matmul), out_shardings=tuple(shardings[i] for i in (0, 0, 1, 2, 3))
-    )
+    # The output is sharded like the tokens, and a gradient like the array that it is of.
+    out_shardings = (shardings[0], *shardings[:4])
+    run = jax.jit(_layer(how, moe.grouped_matmul), out_shardings=out_shardings)
     expect = jax.jit(_layer(how, "dense"))
     arrays = {load: _draw(config, mesh, load) for load in LOADS}
-    placed = {
-        load: [_place(a, sharding) for a, sharding in zip(arrays[load], shardings, strict=True)]
-        for load in LOADS
-    }
-    worst = {}
+    placed = {load: _place(arrays[load], shardings) for load in LOADS}
+    even = placed[LOADS[0]]
     with jax.set_mesh(mesh):
-        program = run.lower(*placed[LOADS[0]]).compile()
+        program = run.lower(*even).compile()
         actual = {load: program(*placed[load]) for load in LOADS}
+    worst = {}
     for load in LOADS:
-        for name, a, e in zip(NAMES, actual[load], expect(*arrays[load]), strict=True):
-            worst[load, name] = _difference(a, np.asarray(e))
-    shapes = {
-        name: a.sharding.shard_shape(a.shape)
-        for name, a in zip(ARRAYS, placed[LOADS[0]], strict=True)
-    }
-    rows = collective_rows(list_collectives(program.as_text() or "", mesh))
-    return MeshCheck(strategy, shapes, rows, worst)
+        expected = expect(*arrays[load])
+        for name, difference in _differences(actual[load], expected).items():
+            worst[load, name] = difference
+    collectives = list_collectives(program.as_text() or "", mesh)
+    return MeshCheck(strategy, _local_shapes(even), collective_rows(collectives), worst)
 
 
 def _layer(how: Strategy, implementation: str) -> Callable[..., tuple[jax.Array, ...]]:
+    """Returns a function of `ARRAYS` that gives what `NAMES` lists."""
+
     def run(x_BLD, weights_BLK, gate_up_EDPF, down_EFD, experts_BLK, dy_BLD):
         def forward(x_BLD, weights_BLK, gate_up_EDPF, down_EFD):
             local = LocalExperts(
@@ -122,35 +119,64 @@ def _layer(how: Strategy, implementation: str) -> Callable[..., tuple[jax.Array,
 
 
 def _draw(config: Config, mesh: Mesh, load: str) -> list[np.ndarray]:
-    """A sequence, or a part of one, for each device: `ARRAYS`, the same on all processes."""
+    """Returns `ARRAYS` with a sequence, or a part of one, for each device.
+
+    They are the same on all processes.
+    """
     moe, rng = config.moe, np.random.default_rng(0)
-    batch, length = (
-        math.prod(mesh.shape[axis] for axis in BATCH_AXES),
-        TOKENS_OF_CHUNK * moe.exchange_chunks * mesh.shape["context"],
-    )
-    d_model, width = 8 * mesh.shape["fsdp"], 8 * mesh.shape["tensor"]
-    # Whatever is drawn, the experts of a token differ; "on one expert" has the first one
-    # among them all.
-    scores_BLE = rng.random((batch, length, moe.num_experts)) + (load != LOADS[0]) * (
-        np.arange(moe.num_experts) == 0
-    )
-    experts_BLK = np.argsort(-scores_BLE, axis=-1)[..., : moe.top_k].astype(np.int32)
-    sizes = [
-        (batch, length, d_model), experts_BLK.shape, (moe.num_experts, d_model, 2, width),
-        (moe.num_experts, width, d_model),
-    ]  # fmt: skip
-    arrays = [rng.normal(size=size).astype(np.float32) for size in sizes]
-    return [*arrays, experts_BLK, rng.normal(size=sizes[0]).astype(np.float32)]
+    batch = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    length = TOKENS_OF_CHUNK * moe.exchange_chunks * mesh.shape["context"]
+    d_model = 8 * mesh.shape["fsdp"]
+    width = 8 * mesh.shape["tensor"]
+    # The experts of a token differ in any case; "on one expert" has the first one for every token.
+    scores_BLE = rng.random((batch, length, moe.num_experts))
+    if load != LOADS[0]:
+        scores_BLE[..., 0] += 1
+    ranking_BLE = np.argsort(-scores_BLE, axis=-1)
+    experts_BLK = ranking_BLE[..., : moe.top_k].astype(np.int32)
+
+    def normal(*sizes: int) -> np.ndarray:
+        return rng.normal(size=sizes).astype(np.float32)
+
+    # Drawn in this order, which all processes share.
+    x_BLD = normal(batch, length, d_model)
+    weights_BLK = normal(*experts_BLK.shape)
+    gate_up_EDPF = normal(moe.num_experts, d_model, 2, width)
+    down_EFD = normal(moe.num_experts, width, d_model)
+    dy_BLD = normal(batch, length, d_model)
+    return [x_BLD, weights_BLK, gate_up_EDPF, down_EFD, experts_BLK, dy_BLD]
 
 
-def _place(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
-    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+def _place(arrays: list[np.ndarray], shardings: list[NamedSharding]) -> list[jax.Array]:
+    """Returns the arrays on the devices of this process, each with its own parts."""
+    placed: list[jax.Array] = []
+    for array, sharding in zip(arrays, shardings, strict=True):
+        part_of_device = array.__getitem__
+        on_devices = jax.make_array_from_callback(array.shape, sharding, part_of_device)
+        placed.append(on_devices)
+    return placed
+
+
+def _local_shapes(placed: list[jax.Array]) -> dict[str, tuple[int, ...]]:
+    """Returns the shape of a device's part of each array, by name."""
+    named = zip(ARRAYS, placed, strict=True)
+    return {name: array.sharding.shard_shape(array.shape) for name, array in named}
+
+
+def _differences(actual: Iterable[jax.Array], expected: Iterable[jax.Array]) -> dict[str, float]:
+    """Returns the largest difference of each array over its largest value, by name."""
+    named = zip(NAMES, actual, expected, strict=True)
+    return {name: _difference(on_mesh, np.asarray(alone)) for name, on_mesh, alone in named}
 
 
 def _difference(actual: jax.Array, expected: np.ndarray) -> float:
-    """Of the parts on this process's devices, over the largest value; NaN stays NaN."""
-    parts = [
-        np.abs(np.asarray(shard.data) - expected[shard.index]).max()
-        for shard in actual.addressable_shards
-    ]
-    return float(np.max(parts) / max(np.abs(expected).max(), 1e-30))
+    """Returns the largest difference over the largest value; NaN stays NaN.
+
+    Only the parts on this process's devices are compared.
+    """
+    worst_of_parts = []
+    for shard in actual.addressable_shards:
+        difference = np.asarray(shard.data) - expected[shard.index]
+        worst_of_parts.append(np.abs(difference).max())
+    largest = max(np.abs(expected).max(), 1e-30)
+    return float(np.max(worst_of_parts) / largest)

@@ -1,4 +1,4 @@
-"""Accelerators to compile for on any machine: XLA's description of their devices stands in for them.
+"""Accelerators to compile for on any machine, from XLA's descriptions of their devices.
 
 A compiled program says what it computes and how much memory it needs. It says nothing about time.
 """
@@ -14,9 +14,15 @@ from jax.sharding import AxisType, Mesh
 
 from moejax.extras import how_to_install
 
+COMPILER_PACKAGES = {
+    "tpu": ("libtpu",),
+    "gpu": ("jax_cuda12_plugin", "jax_cuda13_plugin"),
+}
+"""By platform of jax, the packages of which any one has its compiler."""
+
 
 class TargetError(ValueError):
-    """The compiler of a target is not installed, or the target has not what was asked for."""
+    """The compiler of a target is not installed, or the target lacks what was asked for."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,50 +48,71 @@ class Target:
 
 
 def _gpu(
-    name: str, description: str, cores: int, major: int, gbytes_per_s: int, l2: int, memory: int
+    name: str,
+    description: str,
+    *,
+    cores: int,
+    major: int,
+    gbytes_per_s: int,
+    l2_bytes: int,
+    memory_bytes: int,
 ) -> Target:
-    """A GPU of NVIDIA. The rest is the same for Hopper and Blackwell."""
+    """Returns an NVIDIA GPU, with what Hopper and Blackwell have in common."""
     properties = f"""
     gpu_device_info {{
       threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
-      shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448 shared_memory_per_core: 233472
+      shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448
+      shared_memory_per_core: 233472
       registers_per_block_limit: 65536 registers_per_core_limit: 65536
       block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
       core_count: {cores} fpus_per_core: 128 clock_rate_ghz: 1.98
-      memory_bandwidth: {gbytes_per_s}000000000 l2_cache_size: {l2} device_memory_size: {memory}
+      memory_bandwidth: {gbytes_per_s}000000000 l2_cache_size: {l2_bytes}
+      device_memory_size: {memory_bytes}
       cuda_compute_capability {{ major: {major} }}
     }}
-    platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 8 }} device_description_str: "{description}"
+    platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 8 }}
+    device_description_str: "{description}"
     """
-    return Target(name, "gpu", "cuda13", "1x1x1", properties, memory)
+    return Target(name, "gpu", "cuda13", "1x1x1", properties, memory_bytes)
 
 
-TARGETS = {
-    target.name: target
-    for target in (
-        # Streaming multiprocessors, bandwidth and sizes as XLA lists them
-        # (xla/backends/gpu/target_config/specs).
-        _gpu("h100", "NVIDIA H100 80GB HBM3", 132, 9, 3352, 52428800, 84942979072),
-        _gpu("b200", "NVIDIA B200", 148, 10, 7672, 132644864, 191514411008),
-        Target("v5p", "tpu", "tpu", "2x2x1"),
-        Target("v6e", "tpu", "tpu", "2x2"),
-    )
-}
+# Streaming multiprocessors, bandwidth and sizes of GPUs as XLA lists them
+# (xla/backends/gpu/target_config/specs).
+H100 = _gpu(
+    "h100",
+    "NVIDIA H100 80GB HBM3",
+    cores=132,
+    major=9,
+    gbytes_per_s=3352,
+    l2_bytes=52428800,
+    memory_bytes=84942979072,
+)
+B200 = _gpu(
+    "b200",
+    "NVIDIA B200",
+    cores=148,
+    major=10,
+    gbytes_per_s=7672,
+    l2_bytes=132644864,
+    memory_bytes=191514411008,
+)
+V5P = Target("v5p", "tpu", "tpu", "2x2x1")
+V6E = Target("v6e", "tpu", "tpu", "2x2")
+TARGETS = {target.name: target for target in (H100, B200, V5P, V6E)}
 
 
 def make_target_mesh(target: Target) -> Mesh:
-    """A mesh of one device, to compile for.
+    """Returns a mesh of one device, to compile for.
 
     Raises:
       TargetError: its compiler is missing.
     """
-    return jax.make_mesh(
-        (1,), ("device",), axis_types=(AxisType.Auto,), devices=target_devices(target)[:1]
-    )
+    devices = target_devices(target)[:1]
+    return jax.make_mesh((1,), ("device",), axis_types=(AxisType.Auto,), devices=devices)
 
 
 def target_devices(target: Target, topology: str = "") -> list[jax.Device]:
-    """Devices to compile for.
+    """Returns devices to compile for.
 
     Args:
       target: their kind.
@@ -100,32 +127,31 @@ def target_devices(target: Target, topology: str = "") -> list[jax.Device]:
         raise TargetError(
             f"topology {topology} must be sizes joined by x, such as {target.smallest}"
         )
+    describe = _tpu_devices if target.platform == "tpu" else _gpu_devices
     try:
-        return list((_tpu_devices if target.platform == "tpu" else _gpu_devices)(target, topology))
+        return list(describe(target, topology))
     except Exception as error:  # a compiler that does not know the target fails in many ways
         if not has_compiler(target):
             raise TargetError(
-                f"target {target.name} needs the compiler for {target.platform}, which is not installed; "
-                f"{how_to_install(target.extra)}"
+                f"target {target.name} needs the compiler for {target.platform}, which is not "
+                f"installed; {how_to_install(target.extra)}"
             ) from error
         if topology == target.smallest:
             raise
         raise TargetError(
-            f"target {target.name} cannot have topology {topology}, which should look like {target.smallest}: {error}"
+            f"target {target.name} cannot have topology {topology}, which should look like "
+            f"{target.smallest}: {error}"
         ) from error
 
 
 def has_compiler(target: Target) -> bool:
     """Whether the target's compiler is installed."""
-    packages = {"tpu": ["libtpu"], "gpu": ["jax_cuda12_plugin", "jax_cuda13_plugin"]}[
-        target.platform
-    ]
+    packages = COMPILER_PACKAGES[target.platform]
     return any(importlib.util.find_spec(package) for package in packages)
 
 
 def _tpu_devices(target: Target, topology: str):
-    # libtpu asks the machine it runs on for these: not to find out that it has no TPU
-    # takes minutes.
+    # libtpu asks the machine it runs on for these, and where that has no TPU it waits for minutes.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-16")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")

@@ -1,4 +1,4 @@
-"""The train step compiled for devices one does not have: what it holds and what travels in it."""
+"""The train step compiled for other devices: what it holds, and what devices send in it."""
 
 import dataclasses
 import importlib.util
@@ -48,59 +48,54 @@ def debug():
     return recipe("debug", **sizes, moe__exchange_buffer=1.5, moe__num_experts=8, model__remat=True)
 
 
+def local_bytes(config):
+    """Returns the bytes of a device's part of the state, before it is made."""
+    setup = make_train_setup(config, make_mesh(config))
+
+    def num_bytes(array, sharding):
+        shape = sharding.shard_shape(array.shape)
+        return array.dtype.itemsize * np.prod(shape, dtype=int)
+
+    sizes = jax.tree.map(num_bytes, setup.abstract, setup.shardings)
+    return sum(jax.tree.leaves(sizes))
+
+
 @pytest.mark.usefixtures("_here")
-def test_a_step_has_its_memory_and_what_travels_along_each_axis_with_the_way_out_of_an_overflow_apart(
-    debug,
-):
+def test_a_step_has_its_memory_and_its_traffic_by_axis_with_overflow_apart(debug):
     row = bench_compiled_step(debug, HERE, "")
     assert (row["target"], row["topology"], row["devices"]) == ("here", "8", 8)
-    assert row["mesh"] == {
-        "data": 1,
-        "fsdp": 2,
-        "dcn_expert": 1,
-        "expert": 4,
-        "context": 1,
-        "tensor": 1,
-    }
+    assert list(row["mesh"]) == ["data", "fsdp", "dcn_expert", "expert", "context", "tensor"]
+    assert list(row["mesh"].values()) == [1, 2, 1, 4, 1, 1]
     assert row["tokens_per_device"] == 8 * 64 / 8 and row["fits"]
     # A device's part of the state; its one row of five arrays of 64 positions, one of them of
     # bytes; three knobs.
-    setup = make_train_setup(debug, make_mesh(debug))
-    of_state = jax.tree.map(
-        lambda a, sharding: a.dtype.itemsize * np.prod(sharding.shard_shape(a.shape), dtype=int),
-        setup.abstract, setup.shardings,
-    )  # fmt: skip
-    assert row["argument_bytes"] == sum(jax.tree.leaves(of_state)) + (4 * 4 + 1) * 64 + 3 * 4
+    assert row["argument_bytes"] == local_bytes(debug) + (4 * 4 + 1) * 64 + 3 * 4
     assert row["peak_bytes"] >= row["argument_bytes"] and row["temporary_bytes"] > 0
-    rows = {(one["kind"], one["axis"]): one for one in row["collectives"]}
-    assert row["wire_bytes"] == sum(one["bytes"] for one in row["collectives"])
-    assert row["conditional_wire_bytes"] == sum(
-        one["conditional_bytes"] for one in row["collectives"]
-    )
+    collectives = row["collectives"]
+    assert row["wire_bytes"] == sum(one["bytes"] for one in collectives)
+    conditional_bytes = sum(one["conditional_bytes"] for one in collectives)
+    assert row["conditional_wire_bytes"] == conditional_bytes
     # Two layers: tokens, weights, ids and outputs forward, and backward the gradients of all
     # but the ids.
-    swaps = rows["all-to-all", "expert"]
-    assert (swaps["count"], swaps["conditional_count"]) == (14, 0) and swaps["bytes"] > 0
-    assert rows["all-reduce", "expert"]["conditional_bytes"] > 0  # left-over tokens go to all
+    rows = {(one["kind"], one["axis"]): one for one in collectives}
+    all_to_all = rows["all-to-all", "expert"]
+    assert (all_to_all["count"], all_to_all["conditional_count"]) == (14, 0)
+    assert all_to_all["bytes"] > 0
+    # Tokens that overflow a buffer go to all devices.
+    assert rows["all-reduce", "expert"]["conditional_bytes"] > 0
     assert any("fsdp" in axis and one["bytes"] for (_, axis), one in rows.items())
 
 
 @pytest.mark.usefixtures("_here")
-def test_memory_of_the_target_decides_what_fits_and_a_refusal_is_a_row_without_figures(
-    debug, monkeypatch, caplog
-):
+def test_the_memory_of_the_target_decides_what_fits(debug, monkeypatch, caplog):
     monkeypatch.setattr(compiled_step, "lower_step", lambda setup: Lowered())
     for memory, fits in ((10**9, True), (10**3, False)):
         row = bench_compiled_step(debug, dataclasses.replace(HERE, memory_bytes=memory), "8")
         assert (row["fits"], row["peak_bytes"]) == (fits, 2000)
     Lowered.error = "RESOURCE_EXHAUSTED: Ran out of memory: 157G\nand more"
     row = bench_compiled_step(debug, HERE, "8")
-    assert (row["fits"], row["peak_bytes"], row["wire_bytes"], row["collectives"]) == (
-        False,
-        None,
-        None,
-        None,
-    )
+    no_figures = {"fits": False, "peak_bytes": None, "wire_bytes": None, "collectives": None}
+    assert row == row | no_figures
     assert "Ran out of memory: 157G" in caplog.text and "and more" not in caplog.text
     Lowered.error = "INTERNAL: a bug"
     with pytest.raises(jax.errors.JaxRuntimeError, match="a bug"):
@@ -113,9 +108,8 @@ def test_a_mesh_that_cannot_be_laid_over_the_devices_is_an_error(debug, monkeypa
         raise NotImplementedError("Failed to find assignment for logical_axis_index 2")
 
     monkeypatch.setattr(mesh_utils, "create_device_mesh", fail)
-    with pytest.raises(
-        TargetError, match=r"cannot be laid over topology 4x4x4 of here: each of its axes"
-    ):
+    message = r"cannot be laid over topology 4x4x4 of here: each of its axes"
+    with pytest.raises(TargetError, match=message):
         bench_compiled_step(debug, HERE, "4x4x4")
 
 
@@ -137,63 +131,68 @@ class Lowered:
         return "ENTRY %main (x: f32[]) -> f32[] {\n  ROOT %x = f32[] parameter(0)\n}"
 
 
-TRAVELS = {
+COLLECTIVE = {
     "kind": "all-gather",
     "axis": "fsdp",
     "devices": 64,
     "count": 96,
     "bytes": 12_300_000_000,
     "is_open": True,
-}
-APART = {
     "conditional_count": 3,
     "conditional_bytes": 4_560_000_000,
     "asynchronous": 64,
     "overlapped": 32,
 }
 ROW = {
-    "target": "v5p", "topology": "4x4x4", "devices": 64, "mesh": {"data": 1, "fsdp": 64}, "tokens_per_device": 49152,
-    "fits": True, "peak_bytes": 44_700_000_000, "argument_bytes": 8_760_000_000, "temporary_bytes": 1,
-    "wire_bytes": 12_300_000_000, "conditional_wire_bytes": 4_560_000_000, "collectives": [TRAVELS | APART],
-}  # fmt: skip
+    "target": "v5p",
+    "topology": "4x4x4",
+    "devices": 64,
+    "mesh": {"data": 1, "fsdp": 64},
+    "tokens_per_device": 49152,
+    "fits": True,
+    "peak_bytes": 44_700_000_000,
+    "argument_bytes": 8_760_000_000,
+    "temporary_bytes": 1,
+    "wire_bytes": 12_300_000_000,
+    "conditional_wire_bytes": 4_560_000_000,
+    "collectives": [COLLECTIVE],
+}
+FIGURES = ("peak_bytes", "wire_bytes", "argument_bytes", "conditional_wire_bytes", "collectives")
+SHOWN = [
+    "64 v5p, 4x4x4",
+    "fsdp 64",
+    "49,152",
+    "44.70",
+    "8.76",
+    "12.30",
+    "4.56",
+    "all-gather",
+    "96 or more",
+]
 
 
-def test_the_command_shows_memory_and_what_travels_and_no_times(capsys, monkeypatch):
+def test_the_command_shows_memory_and_collectives_and_no_times(capsys, monkeypatch):
     asked = []
-    monkeypatch.setattr(
-        bench, "bench_compiled_step", lambda *arguments: asked.append(arguments) or ROW
-    )
-    arguments = [
-        "bench",
-        "compiled_step",
-        "--target=v5p",
-        "--topology=4x4x4",
-        f"--config={CONFIGS / 'debug.py'}",
-    ]
+
+    def found(*arguments):
+        asked.append(arguments)
+        return ROW
+
+    def refused(*arguments):
+        return ROW | dict.fromkeys(FIGURES) | {"fits": False}
+
+    monkeypatch.setattr(bench, "bench_compiled_step", found)
+    recipe_flag = f"--config={CONFIGS / 'debug.py'}"
+    arguments = ["bench", "compiled_step", "--target=v5p", "--topology=4x4x4", recipe_flag]
     assert main([*arguments, "--config.mesh.fsdp=16", "--config.mesh.expert=4"]) == 0
     shown = capsys.readouterr().out
-    for text in (
-        "64 v5p, 4x4x4",
-        "fsdp 64",
-        "49,152",
-        "44.70",
-        "8.76",
-        "12.30",
-        "4.56",
-        "all-gather",
-        "96 or more",
-    ):
+    for text in SHOWN:
         assert text in shown
     ((config, target, topology),) = asked
     assert (config.mesh.fsdp, config.mesh.expert, target.name, topology) == (16, 4, "v5p", "4x4x4")
     assert main([*arguments, "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == ROW
-    refused = dict.fromkeys(
-        ("peak_bytes", "wire_bytes", "argument_bytes", "conditional_wire_bytes", "collectives")
-    )
-    monkeypatch.setattr(
-        bench, "bench_compiled_step", lambda *arguments: ROW | refused | {"fits": False}
-    )
+    monkeypatch.setattr(bench, "bench_compiled_step", refused)
     assert main(arguments) == 0
     assert "no" in capsys.readouterr().out
 
@@ -232,9 +231,8 @@ def test_a_topology_that_the_compiler_does_not_know_is_an_error(monkeypatch):
 
     monkeypatch.setattr(topologies, "get_topology_desc", unknown)
     monkeypatch.setattr("moejax.planning.targets.has_compiler", lambda target: True)
-    with pytest.raises(
-        TargetError, match="v5p cannot have topology 9x9x9, which should look like 2x2x1: no such"
-    ):
+    message = "v5p cannot have topology 9x9x9, which should look like 2x2x1: no such"
+    with pytest.raises(TargetError, match=message):
         target_devices(TARGETS["v5p"], "9x9x9")
 
 
@@ -243,11 +241,10 @@ def test_a_topology_that_the_compiler_does_not_know_is_an_error(monkeypatch):
     [("v5p", "4x4x4", 64), ("v5p", "8x16x16", 2048), ("v6e", "16x16", 256), ("h100", "2x4x8", 64)],
 )
 def test_topologies_have_as_many_devices_as_their_sizes_say(name, topology, devices):
-    if not has_compiler(TARGETS[name]):
-        pytest.skip(
-            f"the compiler for {TARGETS[name].platform} is not installed: moejax[{TARGETS[name].extra}]"
-        )
-    assert len(target_devices(TARGETS[name], topology)) == devices
+    target = TARGETS[name]
+    if not has_compiler(target):
+        pytest.skip(f"the compiler for {target.platform} is not installed: moejax[{target.extra}]")
+    assert len(target_devices(target, topology)) == devices
 
 
 def test_the_recipe_of_mixtral_has_its_sizes():
@@ -263,8 +260,7 @@ def test_a_step_compiles_for_a_pod_and_its_collectives_have_axes(debug):
     config = dataclasses.replace(debug, mesh=dataclasses.replace(debug.mesh, fsdp=2, expert=2))
     row = bench_compiled_step(config, TARGETS["v5p"], "2x2x1")
     assert row["fits"] and row["devices"] == 4 and row["peak_bytes"] > 0
-    assert {"fsdp", "expert"} <= {one["axis"] for one in row["collectives"]}
-    assert not any(
-        one["is_open"] for one in row["collectives"]
-    )  # the turns of every loop are known
-    assert any(one["count"] % 2 == 0 and one["axis"] == "fsdp" for one in row["collectives"])
+    collectives = row["collectives"]
+    assert {"fsdp", "expert"} <= {one["axis"] for one in collectives}
+    assert not any(one["is_open"] for one in collectives)  # the iterations of all loops are known
+    assert any(one["count"] % 2 == 0 and one["axis"] == "fsdp" for one in collectives)

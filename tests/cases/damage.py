@@ -1,4 +1,4 @@
-"""Ways to damage a file, for tests of what a damaged run or data folder answers."""
+"""Ways to damage a file, for tests of how a damaged run or data folder is answered."""
 
 import os
 import shutil
@@ -17,11 +17,11 @@ WAYS = (
     "extended",
     "unreadable",
 )
-"""What `damage` can do to a file; the last means nothing to a superuser, see `ways`."""
+"""What `damage` can do to a file; the last has no effect on a superuser, see `ways`."""
 
 
 def ways() -> tuple[str, ...]:
-    """The ways that mean something to this user: nothing is unreadable to a superuser."""
+    """Returns the ways that have an effect for this user; nothing is unreadable to a superuser."""
     return WAYS[:-1] if os.geteuid() == 0 else WAYS
 
 
@@ -55,7 +55,8 @@ def _damaged(content: bytes, how: str, rng: np.random.Generator) -> bytes:
         return b""
     if how == "bit":
         changed = bytearray(content)
-        changed[rng.integers(len(changed))] ^= 1 << int(rng.integers(8))
+        place = rng.integers(len(changed))
+        changed[place] ^= 1 << int(rng.integers(8))
         return bytes(changed)
     if how == "first byte":
         return bytes([content[0] ^ 0xFF]) + content[1:]
@@ -69,14 +70,14 @@ def _damaged(content: bytes, how: str, rng: np.random.Generator) -> bytes:
 
 
 def copy_run(source: Path, target: Path) -> Path:
-    """A copy of a run directory in the place of what was there."""
+    """Copies a run directory in the place of what was there."""
     if target.exists():
         shutil.rmtree(target)
     return shutil.copytree(source, target, ignore=shutil.ignore_patterns(".lock"))
 
 
 def kind_of(path: Path, folder: Path) -> str:
-    """The kind of a run's file: its path without what differs between files that are written alike."""
+    """Returns the kind of a run's file: its path, with `*` for what differs within the kind."""
     parts = path.relative_to(folder).parts
     named = ["*" if part.isdigit() or len(part) == 32 else part for part in parts]
     if named[0] == "tensorboard":

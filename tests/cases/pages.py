@@ -1,4 +1,4 @@
-"""HTML pages, taken apart, and text that a page must not let through."""
+"""A parser of HTML pages, and text that a page must escape."""
 
 from html.parser import HTMLParser
 
@@ -11,7 +11,10 @@ class Page(HTMLParser):
 
     def __init__(self, html):
         super().__init__()
-        self.elements, self.words, self.open, self.style = [], [], [], ""
+        self.elements = []
+        self.words = []
+        self.open = []
+        self.style = ""
         self.feed(html)
         self.close()
         assert self.open == [], f"left open: {self.open}"

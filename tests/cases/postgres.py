@@ -1,4 +1,4 @@
-"""A PostgreSQL server of a test's own: its folder and its socket are temporary, and no port is opened."""
+"""A PostgreSQL server for one test, with a temporary folder and socket, and without a port."""
 
 import contextlib
 import os
@@ -10,14 +10,29 @@ from pathlib import Path
 
 import pytest
 
+LOCALE = ("--encoding=UTF8", "--locale=C")
+
 
 def postgres_programs():
-    """The folder of initdb and pg_ctl, the newest where several are installed; None without."""
-    debian = sorted(
-        Path("/usr/lib/postgresql").glob("*/bin/initdb"), key=lambda path: int(path.parts[-3])
-    )
-    found = shutil.which("initdb") or (debian[-1] if debian else None)
+    """Returns the folder of initdb and pg_ctl, of the newest version; None if there is none."""
+    of_debian = Path("/usr/lib/postgresql").glob("*/bin/initdb")
+    by_version = sorted(of_debian, key=lambda path: int(path.parts[-3]))
+    found = shutil.which("initdb") or (by_version[-1] if by_version else None)
     return Path(found).resolve().parent if found else None
+
+
+def _account():
+    """Returns arguments of `subprocess.run` that name a user whom PostgreSQL accepts.
+
+    It refuses root. Another user needs no arguments; skips where there is no user postgres.
+    """
+    if os.geteuid() != 0:
+        return {}
+    try:
+        user = pwd.getpwnam("postgres")
+    except KeyError:
+        pytest.skip("PostgreSQL does not run as root, and there is no user postgres")
+    return {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
 
 
 @contextlib.contextmanager
@@ -26,16 +41,9 @@ def postgres_server():
     programs = postgres_programs()
     if programs is None:
         pytest.skip("PostgreSQL is not installed")
-    account = {}
-    if os.geteuid() == 0:  # the server refuses root
-        try:
-            user = pwd.getpwnam("postgres")
-        except KeyError:
-            pytest.skip("PostgreSQL does not run as root, and there is no user postgres")
-        account = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
-    folder = Path(
-        tempfile.mkdtemp(prefix="moejax-pg-", dir="/tmp")
-    )  # short, as a socket's path must be
+    account = _account()
+    # In /tmp, since the path of a socket must be short.
+    folder = Path(tempfile.mkdtemp(prefix="moejax-pg-", dir="/tmp"))
     if account:
         os.chown(folder, account["user"], account["group"])
 
@@ -50,14 +58,7 @@ def postgres_server():
 
     options = f"-c listen_addresses='' -c unix_socket_directories={folder} -c max_connections=30 -F"
     try:
-        call(
-            "initdb",
-            "--username=moejax",
-            "--auth=trust",
-            "--no-sync",
-            "--encoding=UTF8",
-            "--locale=C",
-        )
+        call("initdb", "--username=moejax", "--auth=trust", "--no-sync", *LOCALE)
         call("pg_ctl", "-w", "-l", folder / "server.log", "-o", options, "start")
         try:
             yield f"postgresql+psycopg://moejax@/postgres?host={folder}"

@@ -1,4 +1,6 @@
-"""A worker process of the tests of searches: a quadratic loss, four evaluations, and a checkpoint after each.
+"""A worker process for tests of searches, whose loss is quadratic.
+
+An arm has four evaluations, and saves a checkpoint after each.
 
     python search_worker.py STORAGE DIR WORKER GRACE_S [hold | meet]
 
@@ -20,7 +22,8 @@ STEPS = 4
 
 
 def arm_of(point):
-    return hashlib.sha256(json.dumps(point, sort_keys=True).encode()).hexdigest()[:10]
+    text = json.dumps(point, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:10]
 
 
 def loss_of(point):
@@ -33,11 +36,13 @@ def note(directory, worker, *words):
 
 
 def main(storage, directory, worker, grace_s, manner=""):
-    directory, stopped = Path(directory), []
+    directory = Path(directory)
+    stopped = []
     signal.signal(signal.SIGTERM, lambda *_: stopped.append(True))
 
     def is_held():
-        return manner == "hold" or (manner == "meet" and len(list(directory.glob("*.log"))) < 2)
+        has_begun_alone = len(list(directory.glob("*.log"))) < 2
+        return manner == "hold" or (manner == "meet" and has_begun_alone)
 
     def run_arm(point, arm, report):
         checkpoint = directory / arm

@@ -1,4 +1,4 @@
-"""Command lines that are wrong: one line that names what was typed and what to write, exit 2, and nothing is made."""
+"""Wrong command lines: one line says what was typed and what to write, exit 2, nothing is made."""
 
 import json
 import os
@@ -17,17 +17,16 @@ SWEEP = ["sweep", f"--config={DEBUG}"]
 
 @pytest.fixture
 def refused(tmp_path, monkeypatch, capsys):
-    """A function that runs a wrong command line in an empty folder, and returns its one line of an error."""
+    """A function that runs a wrong command line in an empty folder, and returns its error."""
     monkeypatch.chdir(tmp_path)
 
-    def run(arguments, *, leaves_alone=True):
-        before = sorted(path.name for path in tmp_path.iterdir())
+    def run(arguments):
+        before = sorted(tmp_path.iterdir())
         assert main(arguments) == 2, arguments
         captured = capsys.readouterr()
         assert captured.out == "", arguments
         assert captured.err.startswith("moejax: ") and captured.err.count("\n") == 1, captured.err
-        if leaves_alone:
-            assert sorted(path.name for path in tmp_path.iterdir()) == before, arguments
+        assert sorted(tmp_path.iterdir()) == before, arguments
         return captured.err
 
     return run
@@ -205,14 +204,12 @@ def test_a_path_that_cannot_work_is_refused_by_every_flag_that_takes_one(refused
         for path, fragment in PATHS.items():
             arguments = [word.replace("PATH", path).replace("CONFIG", DEBUG) for word in words]
             error = refused(arguments)
-            is_named = path.split("\0")[0].strip("\udce9") in error or words[:2] == [
-                "sweep",
-                "report",
-            ]
+            printable_part = path.split("\0")[0].strip("\udce9")
+            is_named = printable_part in error or words[:2] == ["sweep", "report"]
             assert fragment in error and is_named, (arguments, error)
 
 
-def test_a_home_folder_is_expanded_and_one_that_cannot_be_written_is_said_first(
+def test_a_home_folder_is_expanded_and_refused_first_if_it_cannot_be_written(
     refused, tmp_path, monkeypatch
 ):
     home = tmp_path / "home"
@@ -220,9 +217,8 @@ def test_a_home_folder_is_expanded_and_one_that_cannot_be_written_is_said_first(
     (home / "file").write_text("")
     monkeypatch.setenv("HOME", str(home))
     for words in FLAGS_OF_PATHS:
-        error = refused(
-            [word.replace("PATH", "~/file/x").replace("CONFIG", DEBUG) for word in words]
-        )
+        arguments = [word.replace("PATH", "~/file/x").replace("CONFIG", DEBUG) for word in words]
+        error = refused(arguments)
         assert "file/x" in error
         if words in WRITERS:
             assert "cannot be written" in error and f"{home}/file is not a folder" in error, error
@@ -238,46 +234,70 @@ def test_a_word_that_means_nothing_to_a_verb_is_refused_by_every_verb(refused):
     for verb in VERBS:
         for word in ("banana", "moe.num_experts=8", "--banana", "--banana=3"):
             config = [f"--config={DEBUG}"] if verb in ("train", "sweep", "config") else []
-            if verb == "sweep" and "=" in word and not word.startswith("-"):
-                continue  # an axis
+            is_axis = "=" in word and not word.startswith("-")
+            if verb == "sweep" and is_axis:
+                continue
             error = refused([verb, *config, word])
-            assert word.lstrip("-").partition("=")[0] in error and (
-                "; " in error or ": " in error[8:]
-            ), error
+            name = word.lstrip("-").partition("=")[0]
+            message = error.removeprefix("moejax: ")
+            assert name in error, error
+            assert "; " in error or ": " in message, error
 
 
 RECIPE = "from ml_collections import ConfigDict\nfrom moejax import config as c\n"
 GET = f"{RECIPE}def get_config():\n    config = c.default()\n"
-RECIPES = {
-    "import no_such_module\n": "line 1: No module named 'no_such_module'; install it",
-    "from . import other\n": "line 1: `from . import other` is relative",
-    "def get_config(:\n": "line 1: invalid syntax: def get_config(:",
-    f"{GET}    return {{}}['a']\n": "line 5: KeyError: 'a', at `return {}['a']`",
-    f"{GET}    config.moe.num_expert = 4\n": "moe.num_expert is not a config key; the nearest is moe.num_experts",
-    f"{GET}    config.mode.d_model = 4\n": "line 5: mode is not a config key; the nearest is model",
-    f"{GET}    config['moe']['top_q'] = 4\n": "line 5: moe.top_q is not a config key; the nearest is moe.top_k",
-    f"{GET}    config.moe.num_experts = '8'\n": "line 5: `config.moe.num_experts = '8'`: num_experts=8 is str",
-    f"{GET}": "line 3: get_config returns nothing; end it with `return config`",
-    f"{RECIPE}config = c.default()\n": "has no function get_config",
-    "get_config = 3\n": "has no function get_config",
-    "def get_config(arg):\n    return {}\n": "get_config needs an argument; write --config=recipe.py:ARG",
-    "def get_config():\n    return [1]\n": "get_config returns list; it must return a ConfigDict",
-    "def get_config():\n    return {'moe': {'num_expert': 3}}\n": "moe.num_expert is not a config key",
-    "import sys\nsys.exit(3)\n": "line 2: `sys.exit(3)` ends the program",
-    "def f():\n    raise ValueError('a: b')\ndef get_config():\n    f()\n": "line 2: ValueError: a: b, at `raise",
-    "x = '\udcff'\n": "invalid start byte",
-}
+UNUSABLE_RECIPES = [
+    ("import no_such_module\n", "line 1: No module named 'no_such_module'; install it"),
+    ("from . import other\n", "line 1: `from . import other` is relative"),
+    ("def get_config(:\n", "line 1: invalid syntax: def get_config(:"),
+    (f"{GET}    return {{}}['a']\n", "line 5: KeyError: 'a', at `return {}['a']`"),
+    (
+        f"{GET}    config.moe.num_expert = 4\n",
+        "moe.num_expert is not a config key; the nearest is moe.num_experts",
+    ),
+    (
+        f"{GET}    config.mode.d_model = 4\n",
+        "line 5: mode is not a config key; the nearest is model",
+    ),
+    (
+        f"{GET}    config['moe']['top_q'] = 4\n",
+        "line 5: moe.top_q is not a config key; the nearest is moe.top_k",
+    ),
+    (
+        f"{GET}    config.moe.num_experts = '8'\n",
+        "line 5: `config.moe.num_experts = '8'`: num_experts=8 is str",
+    ),
+    (GET, "line 3: get_config returns nothing; end it with `return config`"),
+    (f"{RECIPE}config = c.default()\n", "has no function get_config"),
+    ("get_config = 3\n", "has no function get_config"),
+    (
+        "def get_config(arg):\n    return {}\n",
+        "get_config needs an argument; write --config=recipe.py:ARG",
+    ),
+    (
+        "def get_config():\n    return [1]\n",
+        "get_config returns list; it must return a ConfigDict",
+    ),
+    (
+        "def get_config():\n    return {'moe': {'num_expert': 3}}\n",
+        "moe.num_expert is not a config key",
+    ),
+    ("import sys\nsys.exit(3)\n", "line 2: `sys.exit(3)` ends the program"),
+    (
+        "def f():\n    raise ValueError('a: b')\ndef get_config():\n    f()\n",
+        "line 2: ValueError: a: b, at `raise",
+    ),
+    ("x = '\udcff'\n", "invalid start byte"),
+]
 
 
-def test_a_recipe_that_fails_is_one_line_with_the_file_the_line_and_the_cause(refused, tmp_path):
+def test_a_recipe_that_fails_is_one_line_with_its_place_and_the_cause(refused, tmp_path):
     recipe = tmp_path / "recipe.py"
-    for text, fragment in RECIPES.items():
+    for text, fragment in UNUSABLE_RECIPES:
         recipe.write_bytes(text.encode(errors="surrogateescape"))
         error = refused(["train", "--config=recipe.py"])
-        assert fragment in error and ("recipe.py" in error or "return {'moe'" in text), (
-            text,
-            error,
-        )
+        is_file_named = "recipe.py" in error or "return {'moe'" in text
+        assert fragment in error and is_file_named, (text, error)
     recipe.write_text("def get_config():\n    return {}\ndef sweep():\n    yield 1 / 0\n")
     assert "recipe.py, line 4: ZeroDivisionError" in refused(["sweep", "--config=recipe.py"])
     recipe.write_text("1 / 0\n")
@@ -287,36 +307,32 @@ def test_a_recipe_that_fails_is_one_line_with_the_file_the_line_and_the_cause(re
 
 def test_the_argument_of_a_recipe_reaches_it_or_is_refused(refused, tmp_path):
     (tmp_path / "plain.py").write_text("def get_config():\n    return {}\n")
-    assert "get_config takes no argument; leave :wide out" in refused(
-        ["train", "--config=plain.py:wide"]
-    )
+    error = refused(["train", "--config=plain.py:wide"])
+    assert "get_config takes no argument; leave :wide out" in error
     (tmp_path / "a:b.py").write_text("def get_config(arg):\n    raise ValueError(arg)\n")
     assert "ValueError: c:d" in refused(["train", "--config=a:b.py:c:d"])
     for path in sorted((REPOSITORY / "configs").rglob("*.py")):
         assert "takes no argument" in refused(["sweep", f"--config={path}:banana"]), path
 
 
-def test_a_recipe_that_is_missing_is_told_the_nearest_names(refused, tmp_path, monkeypatch):
+def test_the_error_about_a_missing_recipe_gives_the_nearest_names(refused, tmp_path):
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs/debug.py").write_text("")
     (tmp_path / "configs/text.json").write_text("{}")
-    assert "did you mean --config=configs/debug.py?" in refused(["train", "--config=configs/debug"])
-    assert "did you mean --config=configs/debug.py?" in refused(["train", "--config=debug"])
-    assert "did you mean --config=configs/debug.py?" in refused(
-        ["sweep", "--config=config/debgu.py"]
-    )
-    assert "is a folder; name a recipe in it, such as --config=configs/debug.py" in refused(
-        ["train", "--config=configs"]
-    )
-    assert "is no recipe, which is a Python file" in refused(
-        ["train", "--config=configs/text.json"]
-    )
-    assert "such as --config=configs/tiny_moe.py" in refused(["train", "--config=xyz"])
+    guess = "did you mean --config=configs/debug.py?"
+    in_folder = "is a folder; name a recipe in it, such as --config=configs/debug.py"
+    for arguments, fragment in (
+        (["train", "--config=configs/debug"], guess),
+        (["train", "--config=debug"], guess),
+        (["sweep", "--config=config/debgu.py"], guess),
+        (["train", "--config=configs"], in_folder),
+        (["train", "--config=configs/text.json"], "is no recipe, which is a Python file"),
+        (["train", "--config=xyz"], "such as --config=configs/tiny_moe.py"),
+    ):
+        assert fragment in refused(arguments), arguments
 
 
-def test_flags_may_stand_before_the_recipe_and_settings_after_it_or_before(
-    tmp_path, monkeypatch, capsys
-):
+def test_the_recipe_its_settings_and_other_flags_come_in_any_order(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     orders = [
         ["--config.moe.top_k=1", "--dry-run", "--config", DEBUG, "moe.num_experts=4,8", "--json"],
@@ -342,8 +358,9 @@ def test_help_is_short_and_says_where_settings_are(capsys):
         for arguments in ([verb, "--help"], ["help", verb], ["--help", verb]):
             assert main(arguments) == 0
             texts.append(capsys.readouterr().out)
-        assert texts[0] == texts[1] == texts[2] and texts[0].startswith(f"moejax {verb}: ")
-        assert texts[0].count("\n") < 60 and "d_model" not in texts[0], verb
+        first, *others = texts
+        assert others == [first, first] and first.startswith(f"moejax {verb}: ")
+        assert first.count("\n") < 60 and "d_model" not in first, verb
     assert main(["train", "--help"]) == 0
     assert "--helpfull lists all" in capsys.readouterr().out
     assert main(["train", "--helpfull"]) == 0

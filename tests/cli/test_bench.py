@@ -1,6 +1,7 @@
-"""`moejax bench`: rows that scripts can rely on, and mistakes refused before anything is measured."""
+"""`moejax bench`: rows that scripts can rely on, and mistakes refused before any measurement."""
 
 import csv
+import itertools
 import json
 import subprocess
 from pathlib import Path
@@ -52,10 +53,9 @@ def test_bench_telemetry_compares_intervals_with_and_without_what_is_logged(caps
     ]
     assert main(arguments) == 0
     rows = json.loads(capsys.readouterr().out)
-    assert rows["ratio"] == pytest.approx(rows["watched_step_ms"] / rows["bare_step_ms"], rel=0.05)
-    assert rows["write_share"] == pytest.approx(
-        rows["write_ms"] / (2 * rows["bare_step_ms"]), rel=0.05
-    )
+    watched_ms, bare_ms, write_ms = rows["watched_step_ms"], rows["bare_step_ms"], rows["write_ms"]
+    assert rows["ratio"] == pytest.approx(watched_ms / bare_ms, rel=0.05)
+    assert rows["write_share"] == pytest.approx(write_ms / (2 * bare_ms), rel=0.05)
     assert rows["log_every"] == rows["repetitions"] == 2
 
 
@@ -63,8 +63,9 @@ def test_bench_generate_compares_ways_to_draw_a_token(capsys, monkeypatch):
     monkeypatch.setattr(generation, "STEPS", 3)
     assert main(["bench", "generate", f"--config={DEBUG}", "--repetitions=2", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
-    assert rows["greedy_tokens_per_s"] == pytest.approx(16e3 / rows["greedy_ms_of_step"], rel=0.01)
-    ratio = rows["nucleus_ms_of_step"] / rows["greedy_ms_of_step"]
+    greedy_ms, nucleus_ms = rows["greedy_ms_of_step"], rows["nucleus_ms_of_step"]
+    assert rows["greedy_tokens_per_s"] == pytest.approx(16e3 / greedy_ms, rel=0.01)
+    ratio = nucleus_ms / greedy_ms
     assert rows["ratio_nucleus_to_greedy"] == pytest.approx(ratio, rel=0.02)
 
 
@@ -72,27 +73,26 @@ def test_a_writer_of_the_benchmark_writes_what_the_model_does_and_again(monkeypa
     monkeypatch.setattr(generation, "STEPS", 8)
     config = small_config()
     model = Decoder(config, rngs=nnx.Rngs(params=0))
-    for name in (
-        "query",
-        "key",
-        "value",
-        "out",
-    ):  # strong attention, so that a wrong position changes what is written
+    # Strong attention, so that a wrong position changes what is written.
+    for name in ("query", "key", "value", "out"):
         weight = getattr(model.stacks[0].block.attention, name)
         weight[...] = 3 * weight[...]
     writer = generation._Writer(LayeredDecoder(model), 0.0, 1.0)
     last_B = np.asarray(writer())
     np.testing.assert_array_equal(np.asarray(writer()), last_B)
     prompts_BL = jax.random.randint(jax.random.key(0), (16, 16), 0, config.num_token_ids, jnp.int32)
-    forward = jax.jit(
-        lambda t: model(
-            t, jnp.ones_like(t), jnp.broadcast_to(jnp.arange(t.shape[1])[None], t.shape)
-        )[0]
-    )
+    positions_BL = jnp.broadcast_to(jnp.arange(25), (16, 25))
+
+    @jax.jit
+    def forward(tokens_BL):
+        logits_BLV, _ = model(tokens_BL, jnp.ones_like(tokens_BL), positions_BL)
+        return logits_BLV
+
     rows_BL = np.zeros((16, 25), np.int32)
     rows_BL[:, :16] = prompts_BL
     for place in range(16, 25):
-        rows_BL[:, place] = forward(rows_BL)[:, place - 1].argmax(-1)
+        logits_BV = forward(rows_BL)[:, place - 1]
+        rows_BL[:, place] = logits_BV.argmax(-1)
     np.testing.assert_array_equal(rows_BL[:, -1], last_B)
 
 
@@ -115,23 +115,18 @@ def test_bench_attention_compares_rows_with_rows_four_times_as_long(capsys):
 
 
 def test_bench_start_times_processes_up_to_their_first_step(monkeypatch, capsys):
-    started = []
+    workdirs, caches, had_cache = [], [], []
 
     class Process:
         def __init__(self, command, env, **_):
-            programs = Path(env["XDG_CACHE_HOME"])
-            started.append(
-                (
-                    dict(flag.split("=") for flag in command[4:] if "=" in flag),
-                    programs,
-                    programs.exists(),
-                )
-            )
-            programs.mkdir(exist_ok=True)
-            self.stderr, self.is_killed = (
-                iter(["compiling\n", "step 1/20  loss 6\n", "step 2/20\n"]),
-                False,
-            )
+            flags = dict(flag.split("=") for flag in command[4:] if "=" in flag)
+            cache = Path(env["XDG_CACHE_HOME"])
+            workdirs.append(flags["--workdir"])
+            caches.append(cache)
+            had_cache.append(cache.exists())
+            cache.mkdir(exist_ok=True)
+            self.stderr = iter(["compiling\n", "step 1/20  loss 6\n", "step 2/20\n"])
+            self.is_killed = False
 
         def __enter__(self):
             return self
@@ -147,96 +142,93 @@ def test_bench_start_times_processes_up_to_their_first_step(monkeypatch, capsys)
     assert main(["bench", "start", f"--config={DEBUG}", "--repetitions=2", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
     assert len(rows["each_s"]["first"]) == len(rows["each_s"]["again"]) == 2
-    assert [had for *_, had in started] == [False, False, True, False, True]
-    assert started[0][1] == started[2][1] == started[4][1]
-    assert len({flags["--workdir"] for flags, *_ in started}) == 5
+    assert had_cache == [False, False, True, False, True]
+    assert caches[0] == caches[2] == caches[4]
+    assert len(set(workdirs)) == 5
 
 
-def test_a_start_that_ends_before_its_first_step_is_told(tmp_path):
+def test_a_start_that_ends_before_its_first_step_is_an_error(tmp_path):
     recipe = tmp_path / "recipe.py"
     recipe.write_text("def get_config(): return {}['missing']")
     with pytest.raises(ChildError, match=r"ended before its first step: .*missing"):
         start._start(recipe, tmp_path / "run", tmp_path / "kept")
 
 
-def test_several_processes_give_a_median_and_what_lies_between_them(capsys, monkeypatch):
-    commands, ratios = [], [1.5, 1.1, 1.2, 1.0, 3.0]
+def test_several_processes_give_a_median_and_the_lowest_and_the_highest(capsys, monkeypatch):
+    commands = []
+    ratios = [1.5, 1.1, 1.2, 1.0, 3.0]
 
     def run(command, **_):
         commands.append(command)
         row = {"dtype": "float32", "ratio": ratios.pop(0), "quartiles_ms": [1, 2], "repetitions": 2}
-        return SimpleNamespace(
-            returncode=0, stdout=json.dumps([row] if command[4] == "layer" else row)
-        )
+        has_rows = command[4] == "layer"
+        return SimpleNamespace(returncode=0, stdout=json.dumps([row] if has_rows else row))
+
+    def fail(*_, **__):
+        return SimpleNamespace(returncode=3, stderr="no room")
 
     monkeypatch.setattr(subprocess, "run", run)
-    assert (
-        main(
-            ["bench", "layer", "--shapes=64:8:4:4:2", "--repetitions=2", "--processes=3", "--json"]
-        )
-        == 0
-    )
+    passed_on = ["--shapes=64:8:4:4:2", "--repetitions=2", "--json"]
+    assert main(["bench", "layer", "--processes=3", *passed_on]) == 0
     spread = {"median": 1.2, "lowest": 1.1, "highest": 1.5}
     row = {"dtype": "float32", "ratio": spread, "repetitions": 2}
     assert json.loads(capsys.readouterr().out) == {"processes": 3, "rows": [row]}
-    assert all(
-        {"--shapes=64:8:4:4:2", "--repetitions=2", "--json"} <= set(command) for command in commands
-    )
-    assert not any("--processes" in flag for flag in commands[0])
+    for command in commands:
+        assert set(passed_on) <= set(command)
+        assert not any("--processes" in flag for flag in command)
     assert main(["bench", "step", f"--config={DEBUG}", "--processes=2"]) == 0
     assert "2 (1 to 3)" in capsys.readouterr().out
-    monkeypatch.setattr(
-        subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=3, stderr="no room")
-    )
+    monkeypatch.setattr(subprocess, "run", fail)
     assert main(["bench", "step", f"--config={DEBUG}", "--processes=2"]) == 1
     assert "failed: no room" in capsys.readouterr().err
 
 
 @pytest.fixture
 def _peaks(monkeypatch):
-    """Of no machine: to measure them takes longer than the layers of these tests."""
+    """Peaks of no machine: measuring them takes longer than the layers of these tests."""
     monkeypatch.setattr(bench, "measure_peaks", lambda: Peaks(gflops=100.0, gbytes=10.0))
 
 
 LAYER = ["bench", "layer", "--repetitions=1", "--shapes=64:8:4:4:2,64:8:4:4:2:skewed"]
 
 
+def assert_figures_agree(row, dense):
+    """Checks a row of `bench layer` against its own times, and those of the dense layer."""
+    assert row["ratio_to_dense"] == pytest.approx(row["ms"] / dense["ms"], rel=0.02, abs=2e-3)
+    low, high = row["quartiles_ms"]
+    assert low <= row["ms"] <= high
+    assert row["gflops"] > 0 and row["temporary_bytes"] >= 0
+    passes = {"forward": 1, "forward_backward": 3}[row["direction"]]
+    num_networks = 2 if row["implementation"] == "dense_layer" else 4
+    weight_bytes = passes * 3 * 8 * 4 * 4 * num_networks
+    assert row["gbytes"] == pytest.approx(weight_bytes / row["ms"] / 1e6, abs=6e-3)
+    fraction = weight_bytes / row["ms"] / 1e7
+    assert row["fraction_of_peak_gbytes"] == pytest.approx(fraction, abs=6e-4)
+
+
 @pytest.mark.usefixtures("_peaks")
-def test_bench_layer_writes_a_row_for_every_shape_direction_and_implementation(capsys, tmp_path):
+def test_bench_layer_writes_a_row_for_every_shape_direction_and_name(capsys, tmp_path):
     files = [f"--csv={tmp_path / 'rows.csv'}", f"--plot={tmp_path / 'ratios.svg'}"]
-    assert (
-        main(
-            [*LAYER, "--implementations=tiled,ragged,padded,dense,capacity 1.25", "--json", *files]
-        )
-        == 0
-    )
+    implementations = ["tiled", "ragged", "padded", "dense", "capacity 1.25"]
+    flag = f"--implementations={','.join(implementations)}"
+    assert main([*LAYER, flag, "--json", *files]) == 0
     rows = json.loads(capsys.readouterr().out)
-    names = ["dense_layer", "tiled", "ragged", "padded", "dense", "capacity 1.25"]
-    assert [(row["skewed"], row["direction"], row["implementation"]) for row in rows] == [
-        (skewed, direction, name)
-        for skewed in (False, True) for direction in ("forward", "forward_backward") for name in names
-    ]  # fmt: skip
+    names = ["dense_layer", *implementations]
+    expected = itertools.product([False, True], ["forward", "forward_backward"], names)
+    named = [(row["skewed"], row["direction"], row["implementation"]) for row in rows]
+    assert named == list(expected)
+    sizes = {"tokens": 64, "d_model": 8, "d_expert": 4, "num_experts": 4, "top_k": 2}
     for row in rows:
-        sizes = {
-            name: row[name] for name in ("tokens", "d_model", "d_expert", "num_experts", "top_k")
-        }
-        assert sizes == {"tokens": 64, "d_model": 8, "d_expert": 4, "num_experts": 4, "top_k": 2}
-        dense = next(
-            r for r in rows if r["skewed"] == row["skewed"] and r["direction"] == row["direction"]
-        )
-        assert row["ratio_to_dense"] == pytest.approx(row["ms"] / dense["ms"], rel=0.02, abs=2e-3)
-        assert row["quartiles_ms"][0] <= row["ms"] <= row["quartiles_ms"][1]
-        assert row["gflops"] > 0 and row["temporary_bytes"] >= 0
-        passes = {"forward": 1, "forward_backward": 3}[row["direction"]]
-        weights = passes * 3 * 8 * 4 * 4 * (2 if row["implementation"] == "dense_layer" else 4)
-        assert row["gbytes"] == pytest.approx(weights / row["ms"] / 1e6, abs=6e-3)
-        assert row["fraction_of_peak_gbytes"] == pytest.approx(weights / row["ms"] / 1e7, abs=6e-4)
+        assert row == row | sizes
+        if row["implementation"] == "dense_layer":
+            dense = row  # the first of its shape and direction
+        assert_figures_agree(row, dense)
     written = list(csv.DictReader((tmp_path / "rows.csv").open()))
     for line, row in zip(written, rows, strict=True):
         assert (line["ms"], line["q75_ms"]) == (str(row["ms"]), str(row["quartiles_ms"][1]))
     root = ElementTree.parse(tmp_path / "ratios.svg").getroot()
     shown = "".join(root.itertext())
-    assert all(name in shown for name in names[1:]) and "skewed" in shown
+    assert all(name in shown for name in implementations) and "skewed" in shown
 
 
 @pytest.mark.usefixtures("_peaks")
@@ -251,8 +243,9 @@ def test_bench_decode_says_what_reading_the_chosen_experts_would_take(capsys):
     assert main([*arguments, "--json"]) == 0
     (row,) = json.loads(capsys.readouterr().out)
     assert row["active_experts"] == 2 and row["direction"] == "forward"
-    assert row["reading_ms"] == pytest.approx(2 * 3 * 8 * 4 * 4 / 10e6, abs=1e-3)
-    assert row["gbytes"] == pytest.approx(2 * 3 * 8 * 4 * 4 / row["ms"] / 1e6, abs=0.01)
+    weight_bytes = 2 * 3 * 8 * 4 * 4
+    assert row["reading_ms"] == pytest.approx(weight_bytes / 10e6, abs=1e-3)
+    assert row["gbytes"] == pytest.approx(weight_bytes / row["ms"] / 1e6, abs=0.01)
     assert main(arguments) == 0
     assert "1 tokens, D 8, F 4, E 64, K 2, float32: forward" in capsys.readouterr().out
 
@@ -303,11 +296,14 @@ ROWS = [
 ]
 
 
-def test_bench_compiled_shows_arithmetic_memory_and_kernels_and_no_times(
-    capsys, monkeypatch, tmp_path
-):
+def test_bench_compiled_shows_arithmetic_memory_and_kernels(capsys, monkeypatch, tmp_path):
     asked = []
-    monkeypatch.setattr(bench, "bench_compiled", lambda *arguments: asked.append(arguments) or ROWS)
+
+    def bench_compiled(*arguments):
+        asked.append(arguments)
+        return ROWS
+
+    monkeypatch.setattr(bench, "bench_compiled", bench_compiled)
     arguments = [
         "bench",
         "compiled",
@@ -352,9 +348,7 @@ def test_bench_compiled_refuses_what_cannot_be(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_bench_compiled_without_the_compiler_ends_in_one_line_that_names_the_extra(
-    capsys, monkeypatch
-):
+def test_bench_compiled_without_the_compiler_names_the_extra(capsys, monkeypatch):
     from jax.experimental import topologies
 
     def missing(*args, **kwargs):

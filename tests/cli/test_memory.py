@@ -30,10 +30,8 @@ def test_an_allocation_that_fails_is_one_line_with_a_remedy(error, where, monkey
     monkeypatch.setattr(cli, "_run_verb", fails)
     assert main(["train"]) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert (
-        line.startswith(f"moejax: there is no more memory on {where}")
-        and "train.batch_size" in line
-    )
+    assert line.startswith(f"moejax: there is no more memory on {where}")
+    assert "train.batch_size" in line
     with pytest.raises(type(error)):
         main(["train", "--debug"])
 
@@ -59,12 +57,11 @@ def test_an_error_of_another_kind_keeps_its_traceback(monkeypatch):
         main(["train"])
 
 
-def test_a_small_limit_of_address_space_is_said_first_and_none_is_not(monkeypatch, caplog):
+def test_a_small_limit_of_address_space_is_logged_and_no_limit_is_not(monkeypatch, caplog):
     for soft, is_said in [(10**9, True), (resource.RLIM_INFINITY, False), (10**12, False)]:
         caplog.clear()
-        monkeypatch.setattr(
-            resource, "getrlimit", lambda _, soft=soft: (soft, resource.RLIM_INFINITY)
-        )
+        limits = (soft, resource.RLIM_INFINITY)
+        monkeypatch.setattr(resource, "getrlimit", lambda _, limits=limits: limits)
         warn_of_small_limit()
         assert ("1.0 GB of address space (ulimit -v 976562)" in caplog.text) == is_said
         assert bool(caplog.text) == is_said

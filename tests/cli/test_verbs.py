@@ -1,4 +1,4 @@
-"""The command: mistakes are one line and exit 2; --json is one document; what is printed is true."""
+"""The command: a mistake is one line and exit 2; --json is one document; what it prints is true."""
 
 import errno
 import json
@@ -10,32 +10,45 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from moejax.cli import VERBS, main
 from moejax.inspection.runs.run import open_run
 from moejax.models import Decoder
-from moejax.moe.dispatch import on_device as local
 from moejax.training.loop import TrainResult
 
 REPOSITORY = Path(__file__).parents[2]
 DEBUG = REPOSITORY / "configs/debug.py"
+TRAIN = ["train", f"--config={DEBUG}"]
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """The debug recipe, trained and reported by the command on one device: folder, run directory, printed JSON."""
+    """The debug recipe, trained and reported by the command on one device.
+
+    Returns the folder, the run directory and the printed JSON.
+    """
     folder = tmp_path_factory.mktemp("cli")
     one_device = {"JAX_NUM_CPU_DEVICES": "1", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     environment = os.environ | one_device | {"PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(
-        [sys.executable, "-m", "moejax", "train", f"--config={DEBUG}", "--json",
-         "--config.moe.num_experts=6", "--config.train.num_steps=10", "--workdir=no such/../runs/debug"],
-        cwd=folder, env=environment, capture_output=True, text=True,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "moejax",
+            "train",
+            f"--config={DEBUG}",
+            "--json",
+            "--config.moe.num_experts=6",
+            "--config.train.num_steps=10",
+            "--workdir=no such/../runs/debug",
+        ],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     (folder / "log").write_text(done.stderr)
     return folder, folder / "runs/debug", json.loads(done.stdout)
@@ -53,7 +66,8 @@ def test_train_prints_its_figures_and_writes_the_report(trained):
     assert rows["parameters, total"] > rows["parameters, active"] > 0
     assert len(rows["expert load, layer 1"]) == 6
     assert sum(rows["expert load, layer 1"]) == pytest.approx(6, abs=0.05)
-    assert json.loads((workdir / "config.json").read_text())["config"]["moe"]["num_experts"] == 6
+    recorded = json.loads((workdir / "config.json").read_text())
+    assert recorded["config"]["moe"]["num_experts"] == 6
     page = (workdir / "report.html").read_text()
     assert "bits per byte" in page.lower() and "<img" in page
     assert 'class="moejax-trace"' in page and "Routing goes most by" in page
@@ -62,28 +76,23 @@ def test_train_prints_its_figures_and_writes_the_report(trained):
 def test_the_log_of_a_training_says_where_it_runs_and_repeats_nothing(trained):
     lines = (trained[0] / "log").read_text().splitlines()
     assert "1 x cpu, mesh: one device" in lines
-    assert len([line for line in lines if line.startswith("grouped_matmul: tiled on cpu")]) == 1
-    assert len([line for line in lines if line.startswith("synthetic train: ")]) == 1
+    for beginning in ("grouped_matmul: tiled on cpu", "synthetic train: "):
+        assert len([line for line in lines if line.startswith(beginning)]) == 1
     steps = [line for line in lines if re.match(r"step \d+/10  loss", line)]
-    assert (
-        steps[0].startswith("step 1/10")
-        and "left" not in steps[0]
-        and steps[-1].endswith("0:00 left")
-    )
+    first, *_, last = steps
+    assert first.startswith("step 1/10") and "left" not in first
+    assert last.endswith("0:00 left")
 
 
-def test_a_path_with_dots_is_the_folder_that_it_means_for_training_and_looking(
+def test_a_path_with_dots_means_the_same_folder_to_every_verb(
     trained, in_folder, monkeypatch, capsys
 ):
     assert sorted(path.name for path in trained[0].iterdir()) == ["data", "log", "runs"]
     monkeypatch.chdir(in_folder / "routing")
     for given in ("..", "../../debug", "../routing/.."):
         run = open_run(given)
-        assert (
-            run.workdir == in_folder.resolve()
-            and run.name == "debug"
-            and len(run.routing.steps) == 2
-        )
+        assert run.workdir == in_folder.resolve() and run.name == "debug"
+        assert len(run.routing.steps) == 2
     command = shlex.split(run.command)
     assert command[:2] == ["moejax", "train"] and command[-1] == "--workdir=no such/../runs/debug"
     assert main(["report", "--workdir=../../debug"]) == 0
@@ -104,28 +113,29 @@ def test_a_run_that_cannot_be_written_is_said_before_any_work(in_folder, monkeyp
         "report.write_comparison",
         "counterfactuals.counterfactuals",
     ):
-        monkeypatch.setattr(f"moejax.cli.{name}", work)
+        monkeypatch.setattr(f"moejax.cli.verbs.{name}", work)
     workdir = f"--workdir={in_folder}"
     for arguments in (
-        ["train", f"--config={DEBUG}", workdir], ["report", workdir], ["report", str(in_folder), str(in_folder.parent)],
-        ["counterfactuals", workdir], ["sweep", f"--config={DEBUG}", f"--dir={in_folder}", "moe.top_k=2,3"],
+        ["train", f"--config={DEBUG}", workdir],
+        ["report", workdir],
+        ["report", str(in_folder), str(in_folder.parent)],
+        ["counterfactuals", workdir],
+        ["sweep", f"--config={DEBUG}", f"--dir={in_folder}", "moe.top_k=2,3"],
         ["sweep", "report", str(in_folder)],
-    ):  # fmt: skip
+    ):
         assert main(arguments) == 2, arguments
         error = capsys.readouterr().err
-        assert (
-            "cannot be written" in error
-            and "Read-only file system" in error
-            and error.count("\n") == 1
-        ), error
+        assert "cannot be written" in error and "Read-only file system" in error, error
+        assert error.count("\n") == 1, error
 
 
 def test_eval_from_the_run_directory_gives_the_figures_of_training(trained, in_folder, capsys):
+    _, _, of_training = trained
     assert main(["eval", f"--workdir={in_folder}", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
     assert rows["step"] == 10
-    assert rows["validation loss"] == pytest.approx(trained[2]["validation loss"], abs=2e-4)
-    assert rows["bits per byte"] == pytest.approx(trained[2]["bits per byte"], abs=2e-4)
+    for name in ("validation loss", "bits per byte"):
+        assert rows[name] == pytest.approx(of_training[name], abs=2e-4)
 
 
 def test_eval_opens_an_older_step_and_names_the_steps_there_are(in_folder, capsys):
@@ -133,44 +143,50 @@ def test_eval_opens_an_older_step_and_names_the_steps_there_are(in_folder, capsy
     assert "holds no step 99; it holds [10]" in capsys.readouterr().err
 
 
-def test_placement_shows_how_even_devices_are_and_eval_so_gives_the_same_figures(
-    trained, in_folder, capsys, monkeypatch
-):
-    assert (
-        main(["placement", f"--workdir={in_folder}", "--devices=2", "--replicas=2", "--json"]) == 0
-    )
+def test_placement_shows_how_even_the_load_of_devices_is(trained, in_folder, capsys):
+    command = ["placement", f"--workdir={in_folder}", "--devices=2"]
+    assert main([*command, "--replicas=2", "--json"]) == 0
     *rows, worst = json.loads(capsys.readouterr().out)
     assert worst["layer"] == "worst" and [row["layer"] for row in rows] == ["0", "1"]
     for column in ("in order", "placed", "placed, with copies"):
-        assert (
-            worst[column] == max(row[column] for row in rows)
-            and min(row[column] for row in rows) >= 1
-        )
+        figures = [row[column] for row in rows]
+        assert worst[column] == max(figures) and min(figures) >= 1
     assert worst["placed"] <= worst["in order"]
     loads = trained[2]["expert load, layer 0"]
     halves = sum(loads[:3]), sum(loads[3:])
     assert rows[0]["in order"] == pytest.approx(2 * max(halves) / sum(halves), abs=0.02)
-    assert main(["placement", f"--workdir={in_folder}", "--devices=2"]) == 0
+    assert main(command) == 0
     assert "worst" in capsys.readouterr().out
-    placed, real = [], Decoder.place_experts
-    monkeypatch.setattr(
-        Decoder, "place_experts", lambda self, slots: placed.append(slots) or real(self, slots)
-    )
+
+
+def test_eval_with_experts_in_other_places_gives_the_same_figures(
+    trained, in_folder, capsys, monkeypatch
+):
+    _, _, of_training = trained
+    placed = []
+    place_experts = Decoder.place_experts
+
+    def record(self, slots):
+        placed.append(slots)
+        return place_experts(self, slots)
+
+    monkeypatch.setattr(Decoder, "place_experts", record)
     command = ["eval", f"--workdir={in_folder}", "--mesh=data=4,expert=2", "--replicas=2", "--json"]
     assert main(command) == 0
     assert [slots.shape for slots in placed] == [(2, 6 + 2 * 2)]
     rows = json.loads(capsys.readouterr().out)
-    assert rows["validation loss"] == pytest.approx(trained[2]["validation loss"], abs=2e-4)
-    assert rows["expert load, layer 1"] == pytest.approx(
-        trained[2]["expert load, layer 1"], abs=0.02
-    )
+    assert rows["validation loss"] == pytest.approx(of_training["validation loss"], abs=2e-4)
+    load = "expert load, layer 1"
+    assert rows[load] == pytest.approx(of_training[load], abs=0.02)
 
 
 def test_placement_says_where_copies_would_not_help(in_folder, monkeypatch, capsys):
     load_NE = np.array([[5.0, 7, 7, 8, 8, 3], [9, 1, 1, 1, 1, 2]])
-    monkeypatch.setattr(
-        "moejax.cli.verbs.placement.newest_evaluation", lambda workdir, step: {"load": load_NE}
-    )
+
+    def newest_evaluation(workdir, step):
+        return {"load": load_NE}
+
+    monkeypatch.setattr("moejax.cli.verbs.placement.newest_evaluation", newest_evaluation)
     arguments = ["placement", f"--workdir={in_folder}", "--devices=2", "--replicas=1"]
     assert main(arguments) == 0
     shown = " ".join(capsys.readouterr().out.split())
@@ -193,10 +209,9 @@ def test_placement_says_where_copies_would_not_help(in_folder, monkeypatch, caps
         (["eval", "--replicas=1"], ["--replicas=1", "as in --mesh=expert=4"]),
     ],
 )
-def test_experts_that_cannot_be_placed_so_are_an_error_that_says_why(
-    in_folder, flags, words, capsys
-):
-    assert main([flags[0], f"--workdir={in_folder}", *flags[1:]]) == 2
+def test_an_impossible_placement_is_an_error_that_says_why(in_folder, flags, words, capsys):
+    verb, *others = flags
+    assert main([verb, f"--workdir={in_folder}", *others]) == 2
     error = capsys.readouterr().err
     assert all(word in error for word in words), error
 
@@ -222,7 +237,7 @@ def test_generate_takes_a_batch_of_prompts(in_folder, capsys):
     assert json.loads(capsys.readouterr().out) == first
 
 
-def test_generate_stays_in_the_length_of_training_and_takes_prompts_that_are_no_utf8(
+def test_generate_takes_prompts_that_are_no_utf8_and_fits_the_trained_length(
     in_folder, capsys, caplog
 ):
     arguments = [
@@ -235,11 +250,9 @@ def test_generate_stays_in_the_length_of_training_and_takes_prompts_that_are_no_
     assert main(arguments) == 0
     printed = capsys.readouterr().out
     assert printed.isascii() and json.loads(printed)[0]["prompt"] == "caf\ufffd \u65e5"
-    assert (
-        caplog.messages[0]
-        == "--prompt has bytes that are not UTF-8, which are replaced: caf\ufffd \u65e5"
-    )
-    assert not [message for message in caplog.messages if "unknown ground" in message]
+    replaced = "--prompt has bytes that are not UTF-8, which are replaced: caf\ufffd \u65e5"
+    assert caplog.messages[0] == replaced
+    assert "unknown ground" not in caplog.text
     assert main([*arguments, "--max_tokens=60"]) == 0
     assert "beyond 64 tokens" in caplog.text
 
@@ -252,56 +265,42 @@ def test_report_is_written_again_from_the_run_directory(in_folder, capsys):
     assert page.stat().st_size > 10_000
 
 
+MISTAKES = [
+    (["trian"], "nearest is train"),
+    (["train"], "--config is missing"),
+    (["train", "--config=nothing.py"], "nothing.py"),
+    ([*TRAIN, "--config.moe.num_expert=4"], "nearest is moe.num_experts"),
+    (
+        [*TRAIN, "--config.moe.num_experts=many"],
+        "moe.num_experts='many' must be a whole number",
+    ),
+    (
+        [*TRAIN, "--config.moe.num_experts=2.5"],
+        "moe.num_experts='2.5' must be a whole number",
+    ),
+    ([*TRAIN, "--config.moe.top_k=1"], "moe.renormalize=True with moe.top_k=1"),
+    ([*TRAIN, "--config.moe.top_k=9"], "moe.top_k=9 must be between 1 and moe.num_experts=4"),
+    ([*TRAIN, "--config.moe.router=switsh"], "nearest is switch"),
+    ([*TRAIN, "--config.mesh.tensor=3"], "mesh.tensor=3 do not fit 8 devices"),
+    ([*TRAIN, "--config.train.batch_size=9"], "train.batch_size=9"),
+    ([*TRAIN, "--confg.moe.top_k=2"], "confg.moe.top_k"),
+    ([*TRAIN, "--config.data.source=files"], "data.files"),
+    (
+        [*TRAIN, "--config.data.source=files", "--config.data.files=none/*.txt"],
+        "none/*.txt",
+    ),
+    (["eval"], "--workdir is missing"),
+    (["report", "--workdir=nowhere"], "--workdir=nowhere is not a folder"),
+    (["view"], "--workdir is missing"),
+    (["view", "--workdir=nowhere"], "--workdir=nowhere is not a folder"),
+    (["view", "--workdir=.", "--port=70000"], "port"),
+    (["bench", "speed"], "start, telemetry, packed, compile, import; got speed"),
+]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [
-        (["trian"], "nearest is train"),
-        (["train"], "--config is missing"),
-        (["train", "--config=nothing.py"], "nothing.py"),
-        (["train", f"--config={DEBUG}", "--config.moe.num_expert=4"], "nearest is moe.num_experts"),
-        (
-            ["train", f"--config={DEBUG}", "--config.moe.num_experts=many"],
-            "moe.num_experts='many' must be a whole number",
-        ),
-        (
-            ["train", f"--config={DEBUG}", "--config.moe.num_experts=2.5"],
-            "moe.num_experts='2.5' must be a whole number",
-        ),
-        (
-            ["train", f"--config={DEBUG}", "--config.moe.top_k=1"],
-            "moe.renormalize=True with moe.top_k=1",
-        ),
-        (
-            ["train", f"--config={DEBUG}", "--config.moe.top_k=9"],
-            "moe.top_k=9 must be between 1 and moe.num_experts=4",
-        ),
-        (["train", f"--config={DEBUG}", "--config.moe.router=switsh"], "nearest is switch"),
-        (
-            ["train", f"--config={DEBUG}", "--config.mesh.tensor=3"],
-            "mesh.tensor=3 do not fit 8 devices",
-        ),
-        (["train", f"--config={DEBUG}", "--config.train.batch_size=9"], "train.batch_size=9"),
-        (["train", f"--config={DEBUG}", "--confg.moe.top_k=2"], "confg.moe.top_k"),
-        (["train", f"--config={DEBUG}", "--config.data.source=files"], "data.files"),
-        (
-            [
-                "train",
-                f"--config={DEBUG}",
-                "--config.data.source=files",
-                "--config.data.files=none/*.txt",
-            ],
-            "none/*.txt",
-        ),
-        (["eval"], "--workdir is missing"),
-        (["report", "--workdir=nowhere"], "--workdir=nowhere is not a folder"),
-        (["view"], "--workdir is missing"),
-        (["view", "--workdir=nowhere"], "--workdir=nowhere is not a folder"),
-        (["view", "--workdir=.", "--port=70000"], "port"),
-        (
-            ["bench", "speed"],
-            "start, telemetry, packed, compile, import; got speed",
-        ),
-    ],
+    MISTAKES,
     ids=lambda value: " ".join(value[-2:])[-40:] if isinstance(value, list) else None,
 )
 def test_a_mistake_is_one_line_that_names_it_and_exit_code_2(
@@ -322,9 +321,8 @@ def test_view_names_a_port_that_is_taken(tmp_path, capsys):
         port = taken.getsockname()[1]
         assert main(["view", f"--workdir={tmp_path}", f"--port={port}"]) == 2
     captured = capsys.readouterr()
-    assert captured.out == "" and captured.err.startswith(
-        f"moejax: --port={port} cannot be had (Address already in use)"
-    )
+    assert captured.out == ""
+    assert captured.err.startswith(f"moejax: --port={port} cannot be had (Address already in use)")
     assert captured.err.count("\n") == 1
 
 
@@ -380,75 +378,3 @@ def test_a_report_that_fails_does_not_hide_the_figures(tmp_path, monkeypatch, ca
     rows = json.loads(capsys.readouterr().out)
     assert (rows["steps"], rows["tokens/s"], rows["report"]) == (7, 123, None)
     assert "no report: no room" in caplog.text
-
-
-def test_doctor_finds_this_set_up_working(capsys):
-    assert main(["doctor", "--json"]) == 0
-    rows = json.loads(capsys.readouterr().out)
-    assert rows["grouped_matmul=auto"] == "tiled"
-    assert rows["check: experts"].startswith("ok, within")
-    assert rows["check: training step"].startswith("ok on mesh data 8")
-
-
-def test_doctor_shows_each_check_when_it_is_done_and_says_what_comes(capsys, monkeypatch):
-    seen = []
-    monkeypatch.setattr("moejax.cli.verbs.doctor.check_grouped_matmul", lambda name: "ok")
-    monkeypatch.setattr(
-        "moejax.cli.verbs.doctor.check_experts",
-        lambda: seen.append(capsys.readouterr()) or "ok, all",
-    )
-    monkeypatch.setattr(
-        "moejax.cli.verbs.doctor.check_training_step",
-        lambda: seen.append(capsys.readouterr()) or "ok",
-    )
-    assert main(["doctor"]) == 0
-    (before, during), after = seen, capsys.readouterr()
-    assert "jaxlib" in before.out and "grouped_matmul=tiled: ok" in before.out
-    assert (
-        before.err.endswith("checking experts ...\n")
-        and during.err == "checking training step ...\n"
-    )
-    assert during.out == "experts: ok, all\n" and after.out == "training step: ok\n"
-
-
-def test_doctor_compares_products_at_the_full_precision_of_float32(monkeypatch):
-    seen = []
-    monkeypatch.setattr(
-        "moejax.cli.verbs.doctor.check_grouped_matmul",
-        lambda name: seen.append(jax.config.jax_default_matmul_precision),
-    )
-    monkeypatch.setattr("moejax.cli.verbs.doctor.check_experts", lambda: "ok")
-    monkeypatch.setattr("moejax.cli.verbs.doctor.check_training_step", lambda: "ok")
-    assert main(["doctor", "--json"]) == 0
-    assert set(seen) == {"highest"} and len(seen) == 4  # every grouped product that runs here
-
-
-def test_doctor_fails_when_a_kernel_is_wrong(capsys, monkeypatch):
-    from moejax.kernels.grouped_matmul import IMPLEMENTATIONS
-
-    ragged = IMPLEMENTATIONS["ragged"]
-    wrong = {
-        "values": lambda x, w, sizes, spare: 2 * ragged(x, w, sizes, spare),
-        # The root of zero adds nothing to the value and NaN to the gradient.
-        "gradient": lambda x, w, sizes, spare: (
-            ragged(x, w, sizes, spare) + 0 * jnp.sqrt(0 * x.sum())
-        ),
-    }
-    monkeypatch.setattr("moejax.cli.verbs.doctor.check_training_step", lambda: "ok")
-    for kernel in wrong.values():
-        monkeypatch.setitem(IMPLEMENTATIONS, "tiled", kernel)
-        assert main(["doctor", "--json"]) == 1
-        captured = capsys.readouterr()
-        assert "grouped_matmul=tiled failed" in captured.err
-        assert (
-            "differs from the reference" in json.loads(captured.out)["check: grouped_matmul=tiled"]
-        )
-
-
-def test_doctor_fails_when_the_experts_in_one_pass_are_wrong(capsys, monkeypatch):
-    real = local.feed_forward
-    monkeypatch.setattr("moejax.cli.verbs.doctor.check_training_step", lambda: "ok")
-    monkeypatch.setattr("moejax.cli.verbs.doctor.check_grouped_matmul", lambda name: "ok")
-    monkeypatch.setattr(local, "feed_forward", lambda *a, **k: 2 * real(*a, **k))
-    assert main(["doctor", "--json"]) == 1
-    assert "differs from the reference" in json.loads(capsys.readouterr().out)["check: experts"]

@@ -18,7 +18,7 @@ from moejax.models import Decoder
 
 @pytest.fixture(scope="module")
 def model():
-    """A model whose attention is strong, so that a wrong position or cache slot changes what it writes."""
+    """A model of strong attention, so that a wrong position or cache slot changes its text."""
     model = Decoder(small_config(), rngs=nnx.Rngs(params=0))
     for stack in model.stacks:
         for name in ("query", "key", "value", "out"):
@@ -31,22 +31,33 @@ def test_greedy_generation_equals_repeated_full_forward_passes(model):
     tokenizer = ByteTokenizer()
     (text,) = generate_text(model, tokenizer, ["to be"], max_tokens=9, temperature=0.0)
     ids = [tokenizer.bos_id, *tokenizer.encode("to be")]
-    forward = jax.jit(lambda t: model(t, jnp.ones_like(t), jnp.arange(t.shape[1])[None])[0])
-    length = len(ids)
+    prompt_length = len(ids)
+
+    @jax.jit
+    def forward(tokens_BL):
+        positions_BL = jnp.arange(tokens_BL.shape[1])[None]
+        logits_BLV, _ = model(tokens_BL, jnp.ones_like(tokens_BL), positions_BL)
+        return logits_BLV
+
     for _ in range(9):
-        padded = np.zeros((1, 16), np.int32)
-        padded[0, : len(ids)] = ids
-        ids.append(int(forward(padded)[0, len(ids) - 1].argmax()))
-    assert text == tokenizer.decode(ids[length:])
+        padded_BL = np.zeros((1, 16), np.int32)
+        padded_BL[0, : len(ids)] = ids
+        last_logits_V = forward(padded_BL)[0, len(ids) - 1]
+        ids.append(int(last_logits_V.argmax()))
+    assert text == tokenizer.decode(ids[prompt_length:])
 
 
 def token_by_token(model, tokens_BL, positions_BL):
-    """Logits of tokens that come one after the other."""
-    decoder, found = LayeredDecoder(model), []
+    """Returns the logits of tokens that are given one after the other."""
+    decoder = LayeredDecoder(model)
     cache = decoder.init_cache(*tokens_BL.shape)
+    found = []
     for i in range(tokens_BL.shape[1]):
-        x_B1D, cache = decoder.extend(tokens_BL[:, i : i + 1], positions_BL[:, i : i + 1], cache)
-        found.append(decoder.logits(x_B1D)[:, 0])
+        token_B1 = tokens_BL[:, i : i + 1]
+        position_B1 = positions_BL[:, i : i + 1]
+        x_B1D, cache = decoder.extend(token_B1, position_B1, cache)
+        logits_B1V = decoder.logits(x_B1D)
+        found.append(logits_B1V[:, 0])
     return jnp.stack(found, axis=1)
 
 
@@ -58,30 +69,36 @@ def test_routers_route_alike_token_by_token_and_all_at_once(router):
     graphdef, state = nnx.split(model)
     tokens_BL = jnp.asarray(np.random.default_rng(0).integers(3, 250, (2, 6)), jnp.int32)
     positions_BL = jnp.broadcast_to(jnp.arange(6, dtype=jnp.int32), (2, 6))
-    forward = jax.jit(
-        lambda s: nnx.merge(graphdef, s)(tokens_BL, jnp.ones_like(tokens_BL), positions_BL)[0]
-    )
+    segments_BL = jnp.ones_like(tokens_BL)
+
+    @jax.jit
+    def forward(state):
+        logits_BLV, _ = nnx.merge(graphdef, state)(tokens_BL, segments_BL, positions_BL)
+        return logits_BLV
+
     oracle.assert_close(token_by_token(model, tokens_BL, positions_BL), forward(state))
 
 
-def test_what_stands_behind_a_prompt_takes_no_slot_where_evaluation_has_capacity(caplog):
+def test_padding_after_a_prompt_takes_no_slot_of_the_eval_capacity(caplog):
     moe = {"dispatch": "capacity", "capacity_group": "global", "eval_capacity_factor": 1.0}
     model = Decoder(case_config("softmax_topk", moe=moe), rngs=nnx.Rngs(params=0))
     tokens_BL = jnp.asarray(np.random.default_rng(0).integers(3, 250, (1, 32)), jnp.int32)
     positions_BL = jnp.arange(32, dtype=jnp.int32)[None]
     is_token_BL = positions_BL < 12
+    other_padding_BL = jnp.where(is_token_BL, tokens_BL, 7)
     decoder = LayeredDecoder(model)
-    found = [
-        decoder.extend(t, positions_BL, decoder.init_cache(1, 32), is_token_BL)[0][:, :12]
-        for t in (tokens_BL, jnp.where(is_token_BL, tokens_BL, 7))
-    ]
-    np.testing.assert_array_equal(*found)
+
+    def prompt_of(row_BL):
+        x_BLD, _ = decoder.extend(row_BL, positions_BL, decoder.init_cache(1, 32), is_token_BL)
+        return x_BLD[:, :12]
+
+    np.testing.assert_array_equal(prompt_of(tokens_BL), prompt_of(other_padding_BL))
     with caplog.at_level("WARNING", logger="moejax"):
         next(generate(model, ByteTokenizer(), ["a"], max_tokens=1))
     assert "moe.eval_capacity_factor drops choices here as well" in caplog.text
 
 
-def test_one_token_at_a_time_drops_nothing_of_its_sequence_and_the_log_says_so(caplog):
+def test_a_token_alone_in_its_step_is_never_dropped_and_the_log_says_so(caplog):
     moe = {"dispatch": "capacity", "capacity_group": "sequence", "eval_capacity_factor": 0.5}
     limited = Decoder(case_config("softmax_topk", moe=moe), rngs=nnx.Rngs(params=0))
     dropless = Decoder(case_config("softmax_topk"), rngs=nnx.Rngs(params=0))
@@ -117,10 +134,12 @@ def test_a_sequence_does_not_depend_on_the_others_of_its_batch(model):
 
 
 def test_the_seed_decides_the_samples(model):
-    first, again, other = (
-        generate_text(model, ByteTokenizer(), ["x"], max_tokens=12, seed=seed) for seed in (1, 1, 2)
-    )
-    assert first == again != other
+    def text(seed):
+        return generate_text(model, ByteTokenizer(), ["x"], max_tokens=12, seed=seed)
+
+    first = text(seed=1)
+    assert text(seed=1) == first
+    assert text(seed=2) != first
 
 
 def test_a_finished_document_stays_finished(model):
@@ -136,13 +155,14 @@ def test_a_finished_document_stays_finished(model):
 sample = jax.jit(sample)
 
 
-def draw(logits, temperature, top_p, count=2000):
-    sampling = Sampling.from_settings(
-        temperature, top_p, jax.random.split(jax.random.key(0), count)
-    )
-    logits = jnp.broadcast_to(jnp.log(jnp.array(logits)), (count, len(logits)))
-    drawn = sample(logits, sampling, jnp.zeros(count, jnp.int32))
-    return np.bincount(np.asarray(drawn), minlength=logits.shape[1]) / count
+def draw(probs, temperature, top_p, count=2000):
+    """Returns how often each token is drawn, as a share of `count` draws."""
+    keys_B = jax.random.split(jax.random.key(0), count)
+    sampling = Sampling.from_settings(temperature, top_p, keys_B)
+    logits_V = jnp.log(jnp.array(probs))
+    logits_BV = jnp.broadcast_to(logits_V, (count, len(probs)))
+    drawn_B = sample(logits_BV, sampling, jnp.zeros(count, jnp.int32))
+    return np.bincount(np.asarray(drawn_B), minlength=len(probs)) / count
 
 
 def test_sampling_follows_the_distribution():
@@ -155,7 +175,7 @@ def test_the_nucleus_is_the_smallest_set_that_reaches_top_p():
 
 
 def test_the_defaults_of_the_command_neither_invent_nor_repeat():
-    """Of a next token that ten likely ones and a long tail share, as a small model has it, the tail is hardly drawn."""
+    """Ten likely tokens and a long tail share the probability, and the tail is hardly drawn."""
     values = FlagValues()
     define(values, [])
     values.mark_as_parsed()
@@ -171,78 +191,89 @@ def test_temperature_sharpens_and_zero_is_greedy():
 
 
 def sorted_nucleus(logits_V, top_p):
-    """The nucleus as defined: tokens by probability, of equals the first ones first, until their mass is reached."""
-    wide_V = np.asarray(logits_V, np.float64)
-    probs_V = np.exp(wide_V - wide_V.max()) / np.exp(wide_V - wide_V.max()).sum()
+    """Returns the nucleus as defined, and the distance of `top_p` from the nearest edge.
+
+    Tokens are taken by probability, of equals the first ones first, until their mass is reached.
+    """
+    float64_V = np.asarray(logits_V, np.float64)
+    exp_V = np.exp(float64_V - float64_V.max())
+    probs_V = exp_V / exp_V.sum()
     order_V = np.argsort(-probs_V, kind="stable")
-    mass_before_V = np.cumsum(probs_V[order_V]) - probs_V[order_V]
-    return order_V[mass_before_V < top_p], np.abs(mass_before_V - top_p).min()
+    sorted_V = probs_V[order_V]
+    mass_before_V = np.cumsum(sorted_V) - sorted_V
+    distance = np.abs(mass_before_V - top_p).min()
+    return order_V[mass_before_V < top_p], distance
 
 
 @pytest.mark.parametrize("top_p", [0.0507, 0.3007, 0.9007])  # of 600 equals, not a whole number
 def test_partial_selection_draws_what_the_sorted_vocabulary_gives(top_p):
     rng = np.random.default_rng(0)
     # Of 600 tokens: peaked rows, flat ones whose nucleus is larger than the candidates, and ties.
-    logits_BV = np.concatenate(
-        [rng.normal(size=(8, 600)) * scale for scale in (6, 1, 0.01)]
-    ).astype(np.float32)
-    logits_BV = np.concatenate([logits_BV, np.round(logits_BV), np.zeros((2, 600), np.float32)])
+    scaled = [rng.normal(size=(8, 600)) * scale for scale in (6, 1, 0.01)]
+    distinct_BV = np.concatenate(scaled).astype(np.float32)
+    equal_BV = np.zeros((2, 600), np.float32)
+    logits_BV = np.concatenate([distinct_BV, np.round(distinct_BV), equal_BV])
     keys_B = jax.random.split(jax.random.key(1), len(logits_BV))
     positions_B = jnp.arange(len(logits_BV), dtype=jnp.int32)
-    drawn_B = sample(
-        jnp.asarray(logits_BV), Sampling.from_settings(1.0, top_p, keys_B), positions_B
-    )
+    sampling = Sampling.from_settings(1.0, top_p, keys_B)
+    drawn_B = sample(jnp.asarray(logits_BV), sampling, positions_B)
     draw_keys_B = jax.vmap(jax.random.fold_in)(keys_B, positions_B)
     noise_BV = jax.vmap(lambda key: jax.random.gumbel(key, (600,)))(draw_keys_B)
-    sizes = set()
-    for row, (logits_V, noise_V) in enumerate(zip(logits_BV, np.asarray(noise_BV), strict=True)):
+    is_larger = set()
+    for row, noise_V in enumerate(np.asarray(noise_BV)):
+        logits_V = logits_BV[row]
         nucleus, distance = sorted_nucleus(logits_V, top_p)
         assert distance > 1e-6  # no token is on the edge, where rounding decides
-        assert drawn_B[row] == nucleus[np.argmax(logits_V[nucleus] + noise_V[: len(nucleus)])]
-        sizes.add(len(nucleus) > CANDIDATES)
-    assert True in sizes or top_p < 0.9
-    assert False in sizes
+        noisy = logits_V[nucleus] + noise_V[: len(nucleus)]
+        assert drawn_B[row] == nucleus[np.argmax(noisy)]
+        is_larger.add(len(nucleus) > CANDIDATES)
+    assert True in is_larger or top_p < 0.9
+    assert False in is_larger
 
 
 def test_a_nucleus_larger_than_the_candidates_changes_no_other_sequence():
-    peaked_V, flat_V = np.linspace(30, 0, 600, dtype=np.float32), np.zeros(600, np.float32)
-    keys_B = jax.random.split(jax.random.key(1), 2)
-    sampling, positions_B = Sampling.from_settings(1.0, 0.999, keys_B), jnp.zeros(2, jnp.int32)
-    alone = sample(jnp.stack([peaked_V, peaked_V]), sampling, positions_B)
-    beside = sample(jnp.stack([peaked_V, flat_V]), sampling, positions_B)
-    assert alone[0] == beside[0]
+    peaked_V = np.linspace(30, 0, 600, dtype=np.float32)
+    flat_V = np.zeros(600, np.float32)
+    sampling = Sampling.from_settings(1.0, 0.999, jax.random.split(jax.random.key(1), 2))
+    positions_B = jnp.zeros(2, jnp.int32)
+    alone_B = sample(jnp.stack([peaked_V, peaked_V]), sampling, positions_B)
+    with_flat_B = sample(jnp.stack([peaked_V, flat_V]), sampling, positions_B)
+    assert alone_B[0] == with_flat_B[0]
 
 
 @pytest.mark.parametrize(("temperature", "top_p", "sorts"), [(0, 0.9, 0), (1, 1.0, 0), (1, 0.9, 2)])
 def test_nothing_is_sorted_where_nothing_is_cut(temperature, top_p, sorts):
-    sampling = Sampling.from_settings(temperature, top_p, jax.random.split(jax.random.key(0), 2))
-    program = jax.make_jaxpr(sample)(jnp.zeros((2, 600)), sampling, jnp.zeros(2, jnp.int32))
+    keys_B = jax.random.split(jax.random.key(0), 2)
+    sampling = Sampling.from_settings(temperature, top_p, keys_B)
+    logits_BV = jnp.zeros((2, 600))
+    positions_B = jnp.zeros(2, jnp.int32)
+    program = jax.make_jaxpr(sample)(logits_BV, sampling, positions_B)
     names = oracle.primitives(program)
     assert names.count("top_k") + names.count("sort") == sorts
 
 
 def test_temperatures_and_masses_share_the_programs_of_their_method():
-    keys = jax.random.split(jax.random.key(0), 2)
-    kinds = [
-        Sampling.from_settings(*given, keys)
-        for given in [(0.5, 0.9), (0.7, 0.5), (0.5, 1), (2, 1), (0, 0.9), (0, 1)]
-    ]
-    assert [kind.method for kind in kinds] == ["nucleus"] * 2 + ["all"] * 2 + ["greedy"] * 2
-    assert jax.tree.structure(kinds[0]) == jax.tree.structure(kinds[1])
+    keys_B = jax.random.split(jax.random.key(0), 2)
+    settings = {
+        "nucleus": [(0.5, 0.9), (0.7, 0.5)],
+        "all": [(0.5, 1), (2, 1)],
+        "greedy": [(0, 0.9), (0, 1)],
+    }
+    for method, (first, second) in settings.items():
+        one = Sampling.from_settings(*first, keys_B)
+        other = Sampling.from_settings(*second, keys_B)
+        assert one.method == other.method == method
+        assert jax.tree.structure(one) == jax.tree.structure(other)
 
 
 def test_ids_that_are_no_token_are_never_drawn(model):
     tokens_BL = jnp.asarray(np.random.default_rng(0).integers(3, 250, (2, 8)), jnp.int32)
     logits_BLV, _ = model(tokens_BL, jnp.ones_like(tokens_BL), jnp.zeros_like(tokens_BL))
     assert logits_BLV.shape[-1] == 320
-    for temperature, top_p in [
-        (0.0, 1.0),
-        (HOTTEST, 1.0),
-        (HOTTEST, 0.999),
-    ]:  # so hot that all tokens are alike
-        sampling = Sampling.from_settings(
-            temperature, top_p, jax.random.split(jax.random.key(0), 500)
-        )
+    keys_B = jax.random.split(jax.random.key(0), 500)
+    # The highest temperature makes all tokens equally probable.
+    for temperature, top_p in [(0.0, 1.0), (HOTTEST, 1.0), (HOTTEST, 0.999)]:
+        sampling = Sampling.from_settings(temperature, top_p, keys_B)
         logits_BV = jnp.broadcast_to(logits_BLV[0, 0], (500, 320))
         drawn_B = sample(logits_BV, sampling, jnp.zeros(500, jnp.int32))
         assert drawn_B.max() < ByteTokenizer.vocab_size

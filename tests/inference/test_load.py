@@ -37,13 +37,20 @@ def workdir(tmp_path_factory):
 
 
 def logits(loaded, context):
-    rng = np.random.default_rng(0)
-    tokens_BL = jnp.asarray(rng.integers(0, loaded.tokenizer.vocab_size, (B, L)), jnp.int32)
+    """Returns the logits of random rows, computed within `context`."""
+    drawn_BL = np.random.default_rng(0).integers(0, loaded.tokenizer.vocab_size, (B, L))
+    tokens_BL = jnp.asarray(drawn_BL, jnp.int32)
+    segments_BL = jnp.ones((B, L), jnp.int32)
     positions_BL = jnp.broadcast_to(jnp.arange(L), (B, L))
     graphdef, state = nnx.split(loaded.model)
+
+    @jax.jit
+    def forward(state, *rows):
+        logits_BLV, _ = nnx.merge(graphdef, state)(*rows)
+        return logits_BLV
+
     with context:
-        run = jax.jit(lambda state, *rows: nnx.merge(graphdef, state)(*rows)[0])
-        return run(state, tokens_BL, jnp.ones((B, L), jnp.int32), positions_BL)
+        return forward(state, tokens_BL, segments_BL, positions_BL)
 
 
 def test_a_run_loaded_over_a_mesh_gives_the_same_in_its_context_and_outside(workdir):
@@ -51,6 +58,7 @@ def test_a_run_loaded_over_a_mesh_gives_the_same_in_its_context_and_outside(work
     split = load_run(workdir, mesh=MeshConfig(data=2, expert=4))
     assert alone.mesh is None and dict(split.mesh.shape)["expert"] == 4
     expected = logits(alone, contextlib.nullcontext())
-    assert len(jax.tree.leaves(nnx.state(split.model))[0].sharding.device_set) == 8
+    first_array = jax.tree.leaves(nnx.state(split.model))[0]
+    assert len(first_array.sharding.device_set) == 8
     for context in (contextlib.nullcontext(), jax.set_mesh(split.mesh)):
         oracle.assert_close(logits(split, context), expected, rtol=1e-5)

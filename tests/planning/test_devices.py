@@ -32,25 +32,24 @@ def have(monkeypatch, *found):
 def test_utilisation_is_the_models_arithmetic_over_the_peak_of_all_devices(monkeypatch):
     config = small_config(model={"compute_dtype": "bfloat16"})
     have(monkeypatch, Accelerator("TPU v4"), Accelerator("TPU v4"))
-    speed = 1e6  # tokens a second
-    flops_per_s = count(config).flops_per_token * speed
-    assert devices.utilisation_of_token(config) * speed == pytest.approx(flops_per_s / (2 * 275e12))
+    tokens_per_s = 1e6
+    utilisation = devices.utilisation_of_token(config) * tokens_per_s
+    flops_per_s = count(config).flops_per_token * tokens_per_s
+    peak_of_both = 2 * 275e12
+    assert utilisation == pytest.approx(flops_per_s / peak_of_both)
 
 
-def test_more_experts_that_no_token_visits_change_no_utilisation_but_by_the_router(monkeypatch):
+def test_more_experts_that_no_token_visits_add_only_their_logits(monkeypatch):
     have(monkeypatch, Accelerator("NVIDIA H200"))
-    few, many = (
-        small_config(model={"compute_dtype": "bfloat16"}, moe={"num_experts": n, "top_k": 2})
-        for n in (4, 64)
-    )
-    per_token = [
-        devices.utilisation_of_token(config) * devices.PEAK_BFLOAT16["NVIDIA H200"]
-        for config in (few, many)
-    ]
-    router = (
-        3 * 2 * 60 * few.model.d_model * few.num_moe_layers
-    )  # forward and backward, 60 more logits
-    assert per_token[1] - per_token[0] == pytest.approx(router)
+    peak = devices.PEAK_BFLOAT16["NVIDIA H200"]
+    bfloat16 = {"compute_dtype": "bfloat16"}
+    few = small_config(model=bfloat16, moe={"num_experts": 4, "top_k": 2})
+    many = small_config(model=bfloat16, moe={"num_experts": 64, "top_k": 2})
+    flops_of_few = devices.utilisation_of_token(few) * peak
+    flops_of_many = devices.utilisation_of_token(many) * peak
+    # Forward and backward, 60 more logits in each layer.
+    router_flops = 3 * 2 * 60 * few.model.d_model * few.num_moe_layers
+    assert flops_of_many - flops_of_few == pytest.approx(router_flops)
 
 
 def test_utilisation_is_absent_where_it_is_not_known(monkeypatch):
@@ -59,9 +58,8 @@ def test_utilisation_is_absent_where_it_is_not_known(monkeypatch):
     have(monkeypatch, Accelerator("NVIDIA H200"))
     assert devices.utilisation_of_token(small_config(**bfloat16)) is not None
     assert devices.utilisation_of_token(small_config()) is None  # float32 has another peak
-    falling = dataclasses.replace(
-        small_config(**bfloat16), schedule=ScheduleConfig(top_k="step 0.5 0.5")
-    )
+    schedule = ScheduleConfig(top_k="step 0.5 0.5")
+    falling = dataclasses.replace(small_config(**bfloat16), schedule=schedule)
     assert devices.utilisation_of_token(falling) is None
     have(monkeypatch, Accelerator("NVIDIA GeForce RTX 9090"))
     assert devices.utilisation_of_token(small_config(**bfloat16)) is None

@@ -1,6 +1,7 @@
 """What a step holds at the least, and the refusal of what cannot fit."""
 
 import time
+from pathlib import Path
 
 import jax
 import pytest
@@ -13,6 +14,8 @@ from moejax.planning import memory
 from moejax.planning.memory import check_memory, device_memory, estimate_memory, host_memory
 from moejax.sharding import make_mesh
 from moejax.training.state import make_train_setup
+
+RECIPE = f"--config={Path(__file__).parents[2] / 'configs/debug.py'}"
 
 ABSURD = [
     {"moe.num_experts": 10**9},
@@ -31,22 +34,27 @@ def num_bytes(tree):
 
 def test_parameters_moments_and_gradients_are_those_of_the_state():
     config = small_config(mesh={"data": 1})
-    abstract = make_train_setup(config, make_mesh(config, jax.devices()[:1])).abstract
-    held = {name: num_bytes(getattr(abstract, name)) for name in ("params", "opt_state")}
+    setup = make_train_setup(config, make_mesh(config, jax.devices()[:1]))
+    parameters = num_bytes(setup.abstract.params)
+    optimizer_state = num_bytes(setup.abstract.opt_state)
     found = estimate_memory(config, 1)
-    assert found.parameters == found.gradients == held["params"]
-    assert found.moments == pytest.approx(held["opt_state"], abs=16)  # which holds a count, too
-    assert found.logits == 4 * 8 * 16 * config.vocab_size and found.batch == 17 * 8 * 16
+    assert found.parameters == found.gradients == parameters
+    assert found.moments == pytest.approx(optimizer_state, abs=16)  # which holds a count, too
+    tokens = 8 * 16
+    assert found.logits == 4 * tokens * config.vocab_size and found.batch == 17 * tokens
 
 
 def test_what_the_mesh_splits_is_split():
-    whole = estimate_memory(small_config(mesh={"data": 1}), 1)
-    experts = estimate_memory(small_config(mesh={"data": 1, "expert": 4}), 4)
-    fsdp = estimate_memory(small_config(mesh={"data": 1, "fsdp": 4}), 4)
-    assert fsdp.parameters == whole.parameters // 4 < experts.parameters < whole.parameters
-    assert experts.logits == whole.logits // 4 and experts.activations == whole.activations // 4
-    halves = estimate_memory(small_config(mesh={"data": 1}, train={"accumulation": 2}), 1)
-    assert halves.logits == whole.logits // 2 and halves.batch == whole.batch
+    one_device = {"data": 1}
+    alone = estimate_memory(small_config(mesh=one_device), 1)
+    experts = estimate_memory(small_config(mesh=one_device | {"expert": 4}), 4)
+    fsdp = estimate_memory(small_config(mesh=one_device | {"fsdp": 4}), 4)
+    assert fsdp.parameters == alone.parameters // 4
+    assert fsdp.parameters < experts.parameters < alone.parameters
+    assert experts.logits == alone.logits // 4 and experts.activations == alone.activations // 4
+    accumulated = small_config(mesh=one_device, train={"accumulation": 2})
+    halves = estimate_memory(accumulated, 1)
+    assert halves.logits == alone.logits // 2 and halves.batch == alone.batch
 
 
 @pytest.mark.parametrize("changes", ABSURD, ids=lambda changes: next(iter(changes)))
@@ -82,9 +90,8 @@ def test_devices_of_the_host_share_its_memory_and_others_have_their_own(monkeypa
     monkeypatch.setattr(memory, "host_memory", lambda: 8 * needed)
     check_memory(config, jax.devices())
     monkeypatch.setattr(memory, "host_memory", lambda: 8 * needed - 1)
-    with pytest.raises(
-        ConfigError, match="each of 8 devices that share the memory of this machine"
-    ):
+    message = "each of 8 devices that share the memory of this machine"
+    with pytest.raises(ConfigError, match=message):
         check_memory(config, jax.devices())
 
 
@@ -99,19 +106,19 @@ def test_an_accelerator_says_what_it_has_or_nothing_is_refused():
 
 
 def test_the_limit_of_a_container_counts(tmp_path):
-    whole = host_memory(limits=())
-    assert whole is not None and whole > 10**8
-    (tmp_path / "max").write_text("max\n")
-    (tmp_path / "limit").write_text("1000000\n")
-    assert host_memory(limits=[str(tmp_path / "max"), str(tmp_path / "absent")]) == whole
-    assert host_memory(limits=[str(tmp_path / "max"), str(tmp_path / "limit")]) == 10**6
+    of_machine = host_memory(limits=())
+    assert of_machine is not None and of_machine > 10**8
+    unlimited, limited, absent = tmp_path / "max", tmp_path / "limit", tmp_path / "absent"
+    unlimited.write_text("max\n")
+    limited.write_text("1000000\n")
+    assert host_memory(limits=[str(unlimited), str(absent)]) == of_machine
+    assert host_memory(limits=[str(unlimited), str(limited)]) == 10**6
 
 
 def test_train_and_doctor_refuse_it_before_anything_else(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    recipe = f"--config={memory.__file__.rsplit('/moejax/', 1)[0]}/configs/debug.py"
     for words in (["train", f"--workdir={tmp_path / 'run'}"], ["doctor"]):
-        assert main([*words, recipe, "--config.moe.num_experts=1000000000"]) == 2
+        assert main([*words, RECIPE, "--config.moe.num_experts=1000000000"]) == 2
         error = capsys.readouterr().err.strip()
         assert "a step needs at least" in error and "\n" not in error
     assert not (tmp_path / "run").exists() and not (tmp_path / "data").exists()
@@ -119,8 +126,6 @@ def test_train_and_doctor_refuse_it_before_anything_else(tmp_path, capsys, monke
 
 def test_a_sweep_refuses_the_arm_that_cannot_fit(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    recipe = f"--config={memory.__file__.rsplit('/moejax/', 1)[0]}/configs/debug.py"
-    assert (
-        main(["sweep", recipe, f"--dir={tmp_path / 'sweep'}", "moe.num_experts=4,1000000000"]) == 2
-    )
+    command = ["sweep", RECIPE, f"--dir={tmp_path / 'sweep'}", "moe.num_experts=4,1000000000"]
+    assert main(command) == 2
     assert "moe.num_experts=1000000000): a step needs at least" in capsys.readouterr().err

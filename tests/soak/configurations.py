@@ -36,7 +36,7 @@ MODEL_CHANGES = (
 
 
 def trial(field: Field, seed: int) -> str:
-    """Compares in a process of its own, which has eight devices; says what was wrong."""
+    """Compares in another process, which has eight devices; returns what was wrong."""
     environment = field.environment(num_devices=8)
     environment["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])
     command = [sys.executable, "-m", "soak.configurations", str(seed)]
@@ -49,30 +49,30 @@ def trial(field: Field, seed: int) -> str:
 
 
 def compare(seed: int) -> str:
-    """Draws a configuration, and compares losses, gradients and sums on a mesh with those on one device."""
-    from test_training_invariance import assert_same, run
-
+    """Draws a configuration, and compares its losses, gradients and sums on a mesh and alone."""
     from cases.training import OTHER_CASES, ROUTER_CASES, case_config
     from moejax.config import ConfigError
+    from training.test_invariance import assert_same, run
 
     rng = np.random.default_rng(seed)
     case = _one_of(rng, [*ROUTER_CASES, *OTHER_CASES])
-    moe, model = _one_of(rng, MOE_CHANGES), _one_of(rng, MODEL_CHANGES)
+    moe = _one_of(rng, MOE_CHANGES)
+    model = _one_of(rng, MODEL_CHANGES)
     mesh = {"data": 1} | _one_of(rng, MESHES)
     train = {"accumulation": _one_of(rng, (1, 2)), "batch_size": 16}
     exchange = {"exchange": _one_of(rng, EXCHANGES)}
     try:
         here = case_config(case, moe=moe, model=model, train={"batch_size": 16}, mesh={"data": 1})
         there = case_config(case, moe=moe | exchange, model=model, train=train, mesh=mesh)
-        expected, actual = run(here), run(there, 8)
+        expected = run(here)
+        actual = run(there, 8)
     except ConfigError:
         return ""  # refused before anything is traced
     try:
         assert_same(actual, expected)
     except AssertionError as error:
-        return (
-            f"{case} {mesh} {moe} {model} {train} {exchange}: {' '.join(str(error).split())[:600]}"
-        )
+        message = " ".join(str(error).split())[:600]
+        return f"{case} {mesh} {moe} {model} {train} {exchange}: {message}"
     return ""
 
 

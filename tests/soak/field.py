@@ -1,4 +1,4 @@
-"""What all trials of a soak share: a recipe, its prepared rows, and the runs that nothing disturbed."""
+"""What all trials of a soak share: a recipe, its prepared rows, and the undisturbed runs."""
 
 import contextlib
 import dataclasses
@@ -22,7 +22,7 @@ RECIPE = REPOSITORY / "configs/debug.py"
 NUM_STEPS = 40
 SAVED_EVERY = 5
 LONGEST_S = 300.0
-"""Until a process that should have ended is given up: far longer than any takes."""
+"""How long to wait for the end of a process: far longer than any takes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,14 +46,14 @@ class Field:
         return self.folder / "undisturbed-by-two"
 
     def new_run(self, name: str) -> Path:
-        """An empty place for a run directory."""
+        """Returns an empty place for a run directory."""
         workdir = self.folder / "trials" / name
         shutil.rmtree(workdir, ignore_errors=True)
         workdir.parent.mkdir(parents=True, exist_ok=True)
         return workdir
 
     def flags(self, workdir: Path) -> list[str]:
-        """Of `moejax train`."""
+        """Returns the words of `moejax train`."""
         leaves = {
             "data.directory": self.folder / "data",
             "train.num_steps": NUM_STEPS,
@@ -74,7 +74,7 @@ class Field:
         ]
 
     def environment(self, num_devices: int = 1) -> dict[str, str]:
-        """Of a process of its own; compiled programs are shared."""
+        """Returns the environment of another process; compiled programs are shared."""
         return os.environ | {
             "JAX_PLATFORMS": "cpu",
             "JAX_NUM_CPU_DEVICES": str(num_devices),
@@ -84,7 +84,10 @@ class Field:
         }
 
     def start(self, workdir: Path, *more: str, num_devices: int = 1) -> subprocess.Popen[str]:
-        """Starts to train, or to continue, in a process of its own; its error output goes to a file beside the run."""
+        """Starts to train, or to continue, in another process.
+
+        Its error output goes to a file next to the run.
+        """
         errors = workdir.with_suffix(f".errors-{time.monotonic_ns()}")
         with errors.open("w") as file:
             process = subprocess.Popen(
@@ -110,7 +113,7 @@ def make_field(folder: Path) -> Field:
 
 
 def end(process: subprocess.Popen[str], within_s: float = LONGEST_S) -> tuple[int | None, str]:
-    """Waits for a process; its exit code and what it wrote to standard error. None if it had to be killed."""
+    """Waits for a process; returns its exit code, or None if it was killed, and its errors."""
     try:
         code = process.wait(timeout=within_s)
     except subprocess.TimeoutExpired:
@@ -121,7 +124,7 @@ def end(process: subprocess.Popen[str], within_s: float = LONGEST_S) -> tuple[in
 
 
 def call(arguments: list[str]) -> tuple[int, str, str]:
-    """Runs a verb in this process: its exit code, output and errors. A traceback counts as exit code -1."""
+    """Runs a verb in this process; returns its exit code, -1 for a traceback, output and errors."""
     import logging
 
     from moejax.cli import main
@@ -140,7 +143,7 @@ def call(arguments: list[str]) -> tuple[int, str, str]:
 
 
 def refusal(code: int | None, errors: str) -> str:
-    """What is wrong with a refusal; empty if it is one line of moejax and a failure's exit code."""
+    """Returns what is wrong with a refusal, which should be one line and a failing exit code."""
     if code not in (1, 2):
         return f"exit code {code}: {errors[-600:]}"
     if "Traceback" in errors:
@@ -152,7 +155,7 @@ def refusal(code: int | None, errors: str) -> str:
 
 
 def difference(workdir: Path, expected: Path) -> str:
-    """How a run's history and last state differ from those of another; empty if they are equal to the last bit."""
+    """Returns how a run's history and last state differ from another's; empty if bitwise equal."""
     return _history_difference(workdir, expected) or state_difference(workdir, expected)
 
 
@@ -162,31 +165,26 @@ def _history_difference(workdir: Path, expected: Path) -> str:
         return f"{len(actual_lines)} lines of metrics, and {len(expected_lines)} undisturbed"
     for actual, wanted in zip(actual_lines, expected_lines, strict=True):
         if actual != wanted:
-            keys = sorted(
-                key for key in actual.keys() | wanted.keys() if actual.get(key) != wanted.get(key)
-            )
-            return f"metrics of step {wanted['step']} differ in {', '.join(keys)}"
-    alarms = [
-        (path / "alarms.jsonl").read_text()
-        for path in (workdir, expected)
-        if (path / "alarms.jsonl").exists()
-    ]
-    if len(set(alarms)) > 1:
+            names = sorted(actual.keys() | wanted.keys())
+            differing = [name for name in names if actual.get(name) != wanted.get(name)]
+            return f"metrics of step {wanted['step']} differ in {', '.join(differing)}"
+    files = [path / "alarms.jsonl" for path in (workdir, expected)]
+    alarms = {file.read_text() for file in files if file.exists()}
+    if len(alarms) > 1:
         return "alarms differ"
     return ""
 
 
 def _lines(workdir: Path) -> Iterator[dict[str, Any]]:
-    """The lines of the metrics without what depends on the clock and the machine."""
+    """Yields the lines of the metrics without what depends on the clock and the machine."""
+    of_machine = ("perf/", "time/")
     for line in (workdir / "metrics.jsonl").read_text().splitlines():
         values = json.loads(line)
-        yield {
-            key: value for key, value in values.items() if not key.startswith(("perf/", "time/"))
-        }
+        yield {name: value for name, value in values.items() if not name.startswith(of_machine)}
 
 
 def state_difference(workdir: Path, expected: Path) -> str:
-    """How the newest states differ; empty if all arrays are equal to the last bit."""
+    """Returns how the newest states differ; empty if all arrays are bitwise equal."""
     actual_leaves = jax.tree_util.tree_leaves_with_path(_state(workdir))
     wanted_leaves = jax.tree.leaves(_state(expected))
     for (path, actual), wanted in zip(actual_leaves, wanted_leaves, strict=True):
@@ -198,11 +196,14 @@ def state_difference(workdir: Path, expected: Path) -> str:
 def _state(workdir: Path) -> Any:
     from moejax.training.checkpoints.checkpoint import Checkpoints
 
-    return Checkpoints(workdir, _trainable(workdir / "config.json"), read_only=True).restore()
+    content = json.loads((workdir / "config.json").read_text())
+    text = json.dumps(content["config"], sort_keys=True)
+    return Checkpoints(workdir, _train_setup(text), read_only=True).restore()
 
 
 @functools.lru_cache(maxsize=4)
-def _trainable_of(text: str) -> Any:
+def _train_setup(text: str) -> Any:
+    """Returns the setup on one device of a configuration in JSON."""
     from moejax.config import resolve
     from moejax.sharding import make_mesh
     from moejax.training.state import make_train_setup
@@ -211,7 +212,3 @@ def _trainable_of(text: str) -> Any:
     sections["mesh"] = {"data": 1}
     config = resolve(sections)
     return make_train_setup(config, make_mesh(config, jax.devices()[:1]))
-
-
-def _trainable(path: Path) -> Any:
-    return _trainable_of(json.dumps(json.loads(path.read_text())["config"], sort_keys=True))

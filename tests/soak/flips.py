@@ -12,12 +12,13 @@ CONTINUED_FROM = NUM_STEPS - 2 * SAVED_EVERY
 
 
 def trial(field: Field, seed: int) -> str:
-    """Flips a bit of a run that stopped early, continues it and evaluates it; says what was wrong."""
+    """Flips a bit of a run that stopped early, uses the run, and returns what was wrong."""
     rng = np.random.default_rng(seed)
     workdir = field.new_run(f"flips-{seed}")
     shutil.copytree(field.undisturbed, workdir)
     for checkpoint in (workdir / "checkpoints").iterdir():
-        if checkpoint.name.isdigit() and int(checkpoint.name) > CONTINUED_FROM:
+        is_later = checkpoint.name.isdigit() and int(checkpoint.name) > CONTINUED_FROM
+        if is_later:
             shutil.rmtree(checkpoint)
     path = _any_file(workdir, rng)
     name = path.relative_to(workdir)
@@ -28,20 +29,22 @@ def trial(field: Field, seed: int) -> str:
 
 
 def _any_file(workdir: Path, rng: np.random.Generator) -> Path:
-    """A file with something in it; small files as often as large ones."""
-    files = sorted(path for path in workdir.rglob("*") if path.is_file() and path.stat().st_size)
+    """Draws a file that is not empty; small files are as likely as large ones."""
+    paths = sorted(workdir.rglob("*"))
+    files = [path for path in paths if path.is_file() and path.stat().st_size]
     return files[rng.integers(len(files))]
 
 
 def _flip(path: Path, rng: np.random.Generator) -> None:
     data = bytearray(path.read_bytes())
-    data[rng.integers(len(data))] ^= 1 << rng.integers(8)
+    place = rng.integers(len(data))
+    data[place] ^= 1 << rng.integers(8)
     os.chmod(path, 0o644)
     path.write_bytes(data)
 
 
 def _evaluate(workdir: Path) -> str:
-    """Evaluation is refused, or gives numbers; which ones they must be, the continued run shows."""
+    """Evaluates, and returns what is wrong with a refusal; the continued run checks numbers."""
     code, _, errors = call(["eval", f"--workdir={workdir}", "--json"])
     return refusal(code, errors) if code else ""
 
@@ -52,6 +55,6 @@ def _continue(field: Field, workdir: Path) -> str:
         return refusal(code, errors)
     problem = difference(workdir, field.undisturbed)
     is_history_lost = "history" in errors or "is damaged" in errors
-    if problem and is_history_lost:  # said, and it changes no number of the model
+    if problem and is_history_lost:  # it was reported, and changes no number of the model
         return state_difference(workdir, field.undisturbed)
     return problem

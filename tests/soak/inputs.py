@@ -9,16 +9,15 @@ from moejax.cli import VERBS
 from moejax.config import leaves
 from soak.field import REPOSITORY, Field, call, refusal
 
-CONFIGS = sorted(
-    path.relative_to(REPOSITORY).as_posix() for path in (REPOSITORY / "configs").rglob("*.py")
-)
+RECIPES = sorted((REPOSITORY / "configs").rglob("*.py"))
+CONFIGS = [path.relative_to(REPOSITORY).as_posix() for path in RECIPES]
 OF_A_RUN = ("eval", "generate", "report", "counterfactuals", "placement")
 KEYS = [key for key, _ in leaves()]
 NUMBERS = [key for key, annotation in leaves() if annotation in (int, float)]
 
 
 def trial(field: Field, seed: int) -> str:
-    """Draws a mistake; says what was wrong with the answer."""
+    """Draws a mistake; returns what was wrong with the answer."""
     rng = np.random.default_rng(seed)
     mistakes = (
         _stray_word,
@@ -30,7 +29,8 @@ def trial(field: Field, seed: int) -> str:
         _no_run,
         _flag_twice,
     )
-    arguments = _one_of(rng, mistakes)(field, rng)
+    make_mistake = _one_of(rng, mistakes)
+    arguments = make_mistake(field, rng)
     code, out, errors = call(arguments)
     problem = refusal(code, errors)
     if not problem and code != 2:
@@ -48,13 +48,13 @@ def _one_of(rng: np.random.Generator, choices):
 
 
 def _word(rng: np.random.Generator) -> str:
-    """Letters that are no word of moejax."""
+    """Draws letters that are no word of moejax."""
     letters = rng.choice([*string.ascii_lowercase], rng.integers(3, 12))
     return f"zq{''.join(letters)}"
 
 
 def _mistyped(rng: np.random.Generator, text: str) -> str:
-    """A text with one letter doubled, which makes no other name."""
+    """Returns a text with one letter doubled, which makes no other name."""
     place = rng.integers(len(text))
     return f"{text[:place]}{text[place]}{text[place]}{text[place:]}"
 
@@ -86,22 +86,21 @@ def _unknown_key(field: Field, rng: np.random.Generator) -> list[str]:
 
 
 def _wrong_value(field: Field, rng: np.random.Generator) -> list[str]:
-    """No number has one of these values; texts that are choices are tried by their own kind of mistake."""
+    """Gives a number a value that no number can have."""
     value = _one_of(rng, ("eight", "-7", "nan", "1e400", "9" * 400, "", "[1]", "-inf"))
     return [*_train(field, rng), f"--config.{_one_of(rng, NUMBERS)}={value}"]
 
 
 def _no_recipe(field: Field, rng: np.random.Generator) -> list[str]:
-    recipe = _one_of(
-        rng, (f"configs/{_word(rng)}.py", "configs", "configs/debug", f"{CONFIGS[0]}:{_word(rng)}")
-    )
+    missing = f"configs/{_word(rng)}.py"
+    with_argument = f"{CONFIGS[0]}:{_word(rng)}"
+    recipe = _one_of(rng, (missing, "configs", "configs/debug", with_argument))
     return ["train", f"--config={recipe}", f"--workdir={field.folder / 'never'}"]
 
 
 def _no_run(field: Field, rng: np.random.Generator) -> list[str]:
-    workdir = _one_of(
-        rng, (field.folder / _word(rng), field.folder / "data", REPOSITORY / "setup.py", "")
-    )
+    missing = field.folder / _word(rng)
+    workdir = _one_of(rng, (missing, field.folder / "data", REPOSITORY / "setup.py", ""))
     return [_one_of(rng, OF_A_RUN), f"--workdir={workdir}"]
 
 

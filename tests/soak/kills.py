@@ -9,11 +9,11 @@ import numpy as np
 from soak.field import Field, difference, end
 
 KILLS = 4
-"""Deaths of one run."""
+"""How often each run is killed."""
 
 
 def trial(field: Field, seed: int) -> str:
-    """Kills a run `KILLS` times, continues it to its end, and compares; says what was wrong."""
+    """Kills a run `KILLS` times, continues it to its end, and returns what differs or failed."""
     rng = np.random.default_rng(seed)
     workdir = field.new_run(f"kills-{seed}")
     for kill in range(KILLS):
@@ -32,8 +32,9 @@ def trial(field: Field, seed: int) -> str:
 
 
 def _moment(rng: np.random.Generator) -> Callable[[Path, np.random.Generator], None]:
-    """When to kill: any time from the start on, or close to the beginning of a save, or to a line of metrics."""
-    return [_any_time, _while_saving, _while_logging][rng.integers(3)]
+    """Draws when to kill: at any time, or close to the beginning of a save or a line of metrics."""
+    moments = [_any_time, _while_saving, _while_logging]
+    return moments[rng.integers(3)]
 
 
 def _any_time(workdir: Path, rng: np.random.Generator) -> None:
@@ -61,7 +62,7 @@ def _size(path: Path) -> int:
 
 
 def _wait(condition: Callable[[], bool], longest_s: float = 15.0) -> None:
-    """Until a condition holds, or for a while: the run may have ended before."""
+    """Waits until a condition holds, but not for ever: the run may have ended before."""
     deadline = time.monotonic() + longest_s
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.005)

@@ -1,4 +1,7 @@
-"""Tries moejax out for an hour with kills, flipped bits, two writers, mistakes and random configurations.
+"""Tries moejax out for an hour.
+
+Runs are killed, bits are flipped, two processes write one run, commands have mistakes, and random
+configurations are compared on eight devices and on one.
 
   python tests/soak/run.py --minutes=60
 
@@ -27,8 +30,8 @@ class Kind:
     """A kind of trial.
 
     Attributes:
-      what: is tried, in words.
-      trials: of a whole soak.
+      what: what is tried, in words.
+      trials: of a full soak.
       short: trials of the short form.
       each: how often it is tried in one trial.
     """
@@ -76,7 +79,7 @@ def _options(argv: list[str] | None) -> argparse.Namespace:
         "--only", default="", help=f"kinds, separated by commas, of {', '.join(KINDS)}"
     )
     parser.add_argument(
-        "--trials", type=int, default=0, help="of each kind; default as many as a whole soak has"
+        "--trials", type=int, default=0, help="of each kind; default as many as a full soak has"
     )
     parser.add_argument("--short", action="store_true", help="a few trials of each kind")
     parser.add_argument(
@@ -94,14 +97,15 @@ def _options(argv: list[str] | None) -> argparse.Namespace:
 
 
 def _tasks(options: argparse.Namespace) -> Iterator[Task]:
-    """The trials of all kinds, mixed evenly: whenever the time is over, each kind has had its share."""
-    trials = {}
+    """Yields the trials of all kinds, mixed evenly.
+
+    Whenever the time is over, each kind has had its share.
+    """
+    places = []
     for kind in options.kinds:
         usual = KINDS[kind].short if options.short else KINDS[kind].trials
-        trials[kind] = options.trials or usual
-    places = [
-        (number / total, kind, number) for kind, total in trials.items() for number in range(total)
-    ]
+        total = options.trials or usual
+        places += [(number / total, kind, number) for number in range(total)]
     for _, kind, number in sorted(places):
         yield Task(kind, options.first + number)
 
@@ -109,7 +113,7 @@ def _tasks(options: argparse.Namespace) -> Iterator[Task]:
 def _run_all(
     tasks: list[Task], folder: Path, options: argparse.Namespace
 ) -> tuple[list[tuple[Task, str]], dict[str, int]]:
-    """What was wrong, and how many trials of each kind were done."""
+    """Runs trials; returns what was wrong, and how many trials of each kind were done."""
     from soak.field import make_field
 
     deadline = time.monotonic() + 60 * options.minutes
@@ -148,7 +152,7 @@ def _run_all(
 
 
 def _work(todo: Any, results: Any, folder: Path, deadline: float) -> None:
-    """A worker: takes trials until none is left or the time is over."""
+    """Takes trials until none is left or the time is over."""
     prepare_process(folder)
     from soak.field import Field
 
@@ -163,7 +167,7 @@ def _work(todo: Any, results: Any, folder: Path, deadline: float) -> None:
 
 
 def prepare_process(folder: Path) -> None:
-    """Has this process find the modules, and what is compiled already."""
+    """Lets this process find the modules, and what is compiled already."""
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.chdir(TESTS.parent)
     sys.path[:0] = [str(TESTS), str(TESTS.parent)]
@@ -175,7 +179,7 @@ def prepare_process(folder: Path) -> None:
 
 
 def run_trial(kind: str, field: Any, seed: int) -> str:
-    """One trial; an exception in it is wrong, too."""
+    """Runs a trial; returns what was wrong, which may be an exception."""
     try:
         return importlib.import_module(f"soak.{kind}").trial(field, seed)
     except Exception as error:
@@ -184,11 +188,14 @@ def run_trial(kind: str, field: Any, seed: int) -> str:
 
 def _print(done: dict[str, int], wrong: list[tuple[Task, str]], total: int) -> None:
     print(f"{'what':<55}{'tried':>8}{'wrong':>8}")
-    for name in done:
+    for name, num_trials in done.items():
+        kind = KINDS[name]
+        num_tried = num_trials * kind.each
         num_wrong = sum(task.kind == name for task, _ in wrong)
-        print(f"{KINDS[name].what:<55}{done[name] * KINDS[name].each:>8}{num_wrong:>8}")
-    if sum(done.values()) < total:
-        print(f"The time was over after {sum(done.values())} of {total} trials.")
+        print(f"{kind.what:<55}{num_tried:>8}{num_wrong:>8}")
+    num_done = sum(done.values())
+    if num_done < total:
+        print(f"The time was over after {num_done} of {total} trials.")
 
 
 if __name__ == "__main__":

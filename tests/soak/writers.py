@@ -1,4 +1,4 @@
-"""Of two processes that train in one folder, one trains, and the other learns who does."""
+"""Starts two processes that train in one folder: one trains, and the other says which one does."""
 
 import time
 
@@ -8,7 +8,7 @@ from soak.field import Field, difference, end, refusal
 
 
 def trial(field: Field, seed: int) -> str:
-    """Starts two trainings of one run at nearly the same time; says what was wrong."""
+    """Starts two trainings of one run at nearly the same time; returns what was wrong."""
     rng = np.random.default_rng(seed)
     workdir = field.new_run(f"writers-{seed}")
     first = field.start(workdir)
@@ -20,7 +20,7 @@ def trial(field: Field, seed: int) -> str:
         return f"neither trained: {codes}: {ends[0][1][-300:]} {ends[1][1][-300:]}"
     for code, errors in ends:
         if code == 0:
-            continue  # both may have trained, one after the other's end
+            continue  # both may have trained, one after the end of the other
         problem = refusal(code, errors)
         if problem:
             return problem

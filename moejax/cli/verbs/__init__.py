@@ -1,1 +1,1 @@
-"""The verbs of `moejax`, one file each."""
+"""The verbs of `moejax`, one file each; parts of large ones are named after them."""

@@ -47,8 +47,10 @@ def run(values: FlagValues, rest: list[str]) -> None:
         print(settings_page(), end="")
         return
     has_recipe = values["config"].value is not None
-    config = read_config_flag(values) if has_recipe else resolve({})
-    rows = rows_of(config, values.config.to_dict() if has_recipe else default().to_dict())
+    if has_recipe:
+        rows = rows_of(read_config_flag(values), values.config.to_dict())
+    else:
+        rows = rows_of(resolve({}), default().to_dict())
     if has_recipe and not values.all:
         rows = [row for row in rows if row["differs"]]
     if values.json:
@@ -63,29 +65,30 @@ def _print(rows: list[dict[str, Any]]) -> None:
         table.add_column(name, overflow="fold")
     for row in rows:
         style = "bold" if row["differs"] else ""
-        unread = (
-            f" (not read here: it needs {row['needs'] or 'experts'})" if not row["read"] else ""
-        )
-        cells = [
-            row["key"],
-            _value(row),
-            str(row["default"]),
-            row["takes"],
-            row["meaning"] + unread,
-        ]
-        table.add_row(*(Text(cell, style=style) for cell in cells))
+        cells = [Text(cell, style=style) for cell in _cells(row)]
+        table.add_row(*cells)
     console = Console()
     if not console.is_terminal:  # a file or a pipe has room for every column
-        console = Console(
-            width=max(console.width, Console(width=10_000).measure(table).maximum + 10)
-        )
+        measured = Console(width=10_000).measure(table).maximum
+        console = Console(width=max(console.width, measured + 10))
     console.print(table)
     differing = sum(row["differs"] for row in rows)
-    more = "; --all shows the others" if len(rows) < len(declared()) else ""
+    num_settings = len(declared())
+    more = "; --all shows the others" if len(rows) < num_settings else ""
     print(
-        f"{differing} of {len(declared())} settings differ from their default{more}; * is derived from others"
+        f"{differing} of {num_settings} settings differ from their default{more}; * is derived "
+        "from others"
     )
 
 
-def _value(row: dict[str, Any]) -> str:
-    return f"{row['value']}{' *' if row['derived'] else ''}"
+def _cells(row: dict[str, Any]) -> list[str]:
+    """Returns a setting's key, value, default, range and meaning."""
+    derived = " *" if row["derived"] else ""
+    unread = f" (not read here: it needs {row['needs'] or 'experts'})"
+    return [
+        row["key"],
+        f"{row['value']}{derived}",
+        str(row["default"]),
+        row["takes"],
+        row["meaning"] + ("" if row["read"] else unread),
+    ]

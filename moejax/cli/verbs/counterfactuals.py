@@ -1,4 +1,4 @@
-"""Evaluate a checkpoint under changed routing, and write counterfactuals.json into the run directory.
+"""Evaluate a checkpoint under changed routing, and write counterfactuals.json in the run directory.
 
   moejax counterfactuals --workdir=runs/tiny_moe --rows=64 --kinds=top_k,ablate
 
@@ -77,32 +77,36 @@ def run(values: FlagValues, rest: list[str]) -> None:
 
 
 def _rows(result: Counterfactuals) -> list[dict[str, str]]:
-    """All outcomes but those of ablations, in a line's width."""
-    return [
-        {
-            "what": f"{row['kind']} {row['what']}"
-            if row["kind"] in ("swap", "merge")
-            else row["what"],
-            "layer": row["layer"],
-            "experts": row["experts"],
-            "change": f"{row['change']} ± {row['standard error']}" if row["change"] else "",
-            "loss": row["loss"],
-            "mass": row["gate mass"],
-            "dropped": row["dropped"],
-        }
-        for row in result.table()
-        if row["kind"] != "ablate"
-    ]
+    """Returns all outcomes but those of ablations, in the width of a line."""
+    return [_columns(row) for row in result.table() if row["kind"] != "ablate"]
+
+
+def _columns(row: dict[str, str]) -> dict[str, str]:
+    what = row["what"]
+    if row["kind"] in ("swap", "merge"):
+        what = f"{row['kind']} {what}"
+    change = f"{row['change']} ± {row['standard error']}" if row["change"] else ""
+    return {
+        "what": what,
+        "layer": row["layer"],
+        "experts": row["experts"],
+        "change": change,
+        "loss": row["loss"],
+        "mass": row["gate mass"],
+        "dropped": row["dropped"],
+    }
 
 
 def _write_csv(path: Path, result: Counterfactuals) -> None:
+    names = [field.name for field in dataclasses.fields(Outcome)]
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(field.name for field in dataclasses.fields(Outcome))
-        for row in result.rows:
-            writer.writerow(_cells(row))
+        writer.writerow(names)
+        for outcome in result.rows:
+            values = [getattr(outcome, name) for name in names]
+            writer.writerow(map(_cell, values))
 
 
-def _cells(row: Outcome) -> list[object]:
-    values = (getattr(row, field.name) for field in dataclasses.fields(row))
-    return [" ".join(map(str, value)) if isinstance(value, tuple) else value for value in values]
+def _cell(value: object) -> object:
+    """Returns a value of an outcome; the numbers of a tuple are joined by spaces."""
+    return " ".join(map(str, value)) if isinstance(value, tuple) else value

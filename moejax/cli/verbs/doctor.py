@@ -6,8 +6,8 @@ devices. With a recipe,
 
   moejax doctor --config=configs/expert_parallel.py --mesh=data=2,expert=4
 
-the tokens of a tiny batch also meet their experts on its mesh, or on another, and are compared with
-one device; a table says what travels. Exits 1 if a check fails.
+the tokens of a tiny batch also go through their experts on its mesh, or on another, and are
+compared with one device; a table shows what devices send. Exits 1 if a check fails.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ from moejax.cli.options import (
     define_json,
     define_mesh,
     define_processes,
-    meet_as_flagged,
+    distributed_context,
     parse_mesh,
     read_config_flag,
 )
@@ -54,6 +54,7 @@ from moejax.training.state import make_train_setup
 from moejax.training.step import make_train_step, put_batch
 
 TOLERANCE = 1e-4
+"""The largest difference from a reference, over its largest value, with which a check passes."""
 
 
 class DoctorError(RuntimeError):
@@ -73,7 +74,7 @@ def run(values: FlagValues, rest: list[str]) -> None:
 
     Of several processes each checks its own devices.
     """
-    with meet_as_flagged(values, "doctor"):
+    with distributed_context(values, "doctor"):
         _run(values)
 
 
@@ -81,46 +82,19 @@ def _run(values: FlagValues) -> None:
     config = _config(values)
     # The choice of kernel is a row of the table: not a line of the log, too.
     logging.getLogger("moejax").setLevel(logging.WARNING)
-    rows: dict[str, Any] = {
-        **versions(),
-        "git commit": git_commit() or None,
-        "platform": jax.default_backend(),
-        "devices": [str(device) for device in jax.devices()],
-        "grouped_matmul=auto": resolve_implementation("auto"),
-    }
-    failures = []
-    checks: dict[str, Callable[[], str]] = {
-        f"grouped_matmul={name}": functools.partial(check_grouped_matmul, name)
-        for name in IMPLEMENTATIONS
-        if name not in unavailable()
-    }
-    rows |= {f"grouped_matmul={name}": f"not here: {why}" for name, why in unavailable().items()}
-    checks["experts"] = check_experts
-    if not has_others():
-        checks["training step"] = check_training_step
+    rows = _facts()
+    checks = _checks()
     collectives: list[dict[str, Any]] = []
     if config:
         check_memory(config)
         mesh = make_mesh(config)
         rows["mesh"] = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
         checks["exchange"] = functools.partial(check_exchange, config, mesh, rows, collectives)
-    is_told = is_first() and not values.json
-    if is_told:
+    is_shown = is_first() and not values.json
+    if is_shown:
         print_result(rows, is_json=False)
-    for name, check in checks.items():
-        if is_first():
-            print(f"checking {name} ...", file=sys.stderr, flush=True)
-        try:
-            # Else GPU and TPU multiply float32 with fewer bits, and differ from the
-            # reference by that.
-            with jax.default_matmul_precision("highest"):
-                rows[f"check: {name}"] = check()
-        except Exception as error:  # a broken set-up can fail in any way
-            rows[f"check: {name}"] = f"FAILED: {str(error) or type(error).__name__}".splitlines()[0]
-            failures.append(f"{name} failed: {rows[f'check: {name}'].removeprefix('FAILED: ')}")
-        if is_told:
-            print(f"{name}: {rows[f'check: {name}']}", flush=True)
-    if is_told:
+    failures = _run_checks(checks, rows, is_shown=is_shown)
+    if is_shown:
         _print_exchange(rows, collectives)
     elif is_first():
         print_result(rows | {"collectives": collectives} if config else rows, is_json=True)
@@ -128,81 +102,145 @@ def _run(values: FlagValues) -> None:
         raise DoctorError(f"{'; '.join(failures)}; report it with the versions above")
 
 
-def _print_exchange(rows: dict[str, Any], collectives: list[dict[str, Any]]) -> None:
-    """Prints what the check of the exchange found, if there was one."""
-    found = {
-        name: value
-        for name, value in rows.items()
-        if name == "exchange" or name.startswith("on a device: ")
+def _facts() -> dict[str, Any]:
+    """Returns what is known before any check."""
+    rows: dict[str, Any] = {
+        **versions(),
+        "git commit": git_commit() or None,
+        "platform": jax.default_backend(),
+        "devices": [str(device) for device in jax.devices()],
+        "grouped_matmul=auto": resolve_implementation("auto"),
     }
+    for name, why in unavailable().items():
+        rows[f"grouped_matmul={name}"] = f"not here: {why}"
+    return rows
+
+
+def _checks() -> dict[str, Callable[[], str]]:
+    """Returns by name the checks that need no recipe; each returns what it found."""
+    checks: dict[str, Callable[[], str]] = {}
+    for name in IMPLEMENTATIONS:
+        if name not in unavailable():
+            checks[f"grouped_matmul={name}"] = functools.partial(check_grouped_matmul, name)
+    checks["experts"] = check_experts
+    if not has_others():
+        checks["training step"] = check_training_step
+    return checks
+
+
+def _run_checks(
+    checks: dict[str, Callable[[], str]], rows: dict[str, Any], *, is_shown: bool
+) -> list[str]:
+    """Runs checks, adds to the rows what they found, and returns the failures."""
+    failures = []
+    for name, check in checks.items():
+        if is_first():
+            print(f"checking {name} ...", file=sys.stderr, flush=True)
+        try:
+            # Otherwise GPU and TPU multiply float32 with fewer bits, and differ from the
+            # reference by that.
+            with jax.default_matmul_precision("highest"):
+                found = check()
+        except Exception as error:  # a broken set-up can fail in any way
+            message = str(error) or type(error).__name__
+            found = f"FAILED: {message}".splitlines()[0]
+            failures.append(f"{name} failed: {found.removeprefix('FAILED: ')}")
+        rows[f"check: {name}"] = found
+        if is_shown:
+            print(f"{name}: {found}", flush=True)
+    return failures
+
+
+def _print_exchange(rows: dict[str, Any], collectives: list[dict[str, Any]]) -> None:
+    """Prints what the check of expert parallelism found, if there was one."""
+    found = {}
+    for name, value in rows.items():
+        if name == "exchange" or name.startswith("on a device: "):
+            found[name] = value
     if found:
         print_result(found, is_json=False)
     if collectives:
-        shown = [
-            {"kind": row["kind"], "along": row["axis"] or "-", "devices": row["devices"], "times": row["count"],
-             "bytes": row["bytes"], "times*": row["conditional_count"], "bytes*": row["conditional_bytes"]}
-            for row in collectives
-        ]  # fmt: skip
         print_table(
-            shown,
-            "What a device sends for a layer's experts, both passes; *: if tokens are left over",
+            [_collective_columns(row) for row in collectives],
+            "What a device sends for a layer's experts, both passes; *: on buffer overflow",
         )
+
+
+def _collective_columns(row: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "kind": row["kind"],
+        "along": row["axis"] or "-",
+        "devices": row["devices"],
+        "times": row["count"],
+        "bytes": row["bytes"],
+        "times*": row["conditional_count"],
+        "bytes*": row["conditional_bytes"],
+    }
 
 
 def check_grouped_matmul(name: str) -> str:
-    """Compares one implementation with a loop over groups in NumPy, and its gradients with the reference's."""
+    """Compares one implementation with a loop over groups, and its gradients with the reference."""
     rng = np.random.default_rng(0)
-    sizes = np.array([5, 0, 40, 19])
-    x_RD = jnp.asarray(rng.normal(size=(80, 16)), jnp.float32)
-    w_EDF = jnp.asarray(rng.normal(size=(4, 16, 24)), jnp.float32)
-    groups = np.split(np.asarray(x_RD)[: sizes.sum()], np.cumsum(sizes)[:-1])
-    expected_RF = np.concatenate(
-        [rows @ w for rows, w in zip(groups, np.asarray(w_EDF), strict=True)]
-    )
-    actual_RF = grouped_matmul(x_RD, w_EDF, jnp.asarray(sizes), implementation=name)
-    worst = np.abs(np.asarray(actual_RF)[: sizes.sum()] - expected_RF).max()
+    group_sizes = np.array([5, 0, 40, 19])
+    num_rows = group_sizes.sum()  # the other rows belong to no group
+    x_RD = rng.normal(size=(80, 16)).astype(np.float32)
+    w_EDF = rng.normal(size=(4, 16, 24)).astype(np.float32)
+    expected_RF = _grouped_products(x_RD[:num_rows], w_EDF, group_sizes)
 
-    def loss(implementation):
-        return lambda x, w: (
-            grouped_matmul(x, w, jnp.asarray(sizes), implementation=implementation) ** 2
-        ).sum()
+    def run(x, w, implementation):
+        return grouped_matmul(x, w, jnp.asarray(group_sizes), implementation=implementation)
 
-    for actual, expected in zip(
-        jax.grad(loss(name), (0, 1))(x_RD, w_EDF),
-        jax.grad(loss("dense"), (0, 1))(x_RD, w_EDF),
-        strict=True,
-    ):
-        worst = np.maximum(
-            worst, jnp.abs(actual - expected).max() / jnp.abs(expected).max()
-        )  # keeps a NaN
-    if not worst < TOLERANCE:
-        raise DoctorError(f"differs from the reference by {worst:.1e}")
-    return f"ok, within {worst:.0e} of the reference"
+    def gradients(implementation):
+        def loss(x, w):
+            return (run(x, w, implementation) ** 2).sum()
+
+        return jax.grad(loss, (0, 1))(jnp.asarray(x_RD), jnp.asarray(w_EDF))
+
+    actual_RF = run(jnp.asarray(x_RD), jnp.asarray(w_EDF), name)
+    worst = np.abs(np.asarray(actual_RF)[:num_rows] - expected_RF).max()
+    for actual, expected in zip(gradients(name), gradients("dense"), strict=True):
+        worst = np.maximum(worst, _relative_difference(actual, expected))  # keeps a NaN
+    return _passed(float(worst))
+
+
+def _grouped_products(x_RD: np.ndarray, w_EDF: np.ndarray, group_sizes: np.ndarray) -> np.ndarray:
+    """Returns the products of each group of rows with its own matrix."""
+    boundaries = np.cumsum(group_sizes)[:-1]
+    groups = np.split(x_RD, boundaries)
+    products = [rows @ w_DF for rows, w_DF in zip(groups, w_EDF, strict=True)]
+    return np.concatenate(products)
 
 
 def check_experts() -> str:
-    """Compares a layer's experts as "auto" computes them with the reference, outputs and all gradients."""
+    """Compares a layer's experts as "auto" computes them with the reference, gradients included."""
     rng = np.random.default_rng(0)
     shapes = (1, 40, 16), (1, 40, 2), (4, 16, 2, 24), (4, 24, 16)
     arrays = [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
-    experts_BLK = jnp.asarray(
-        rng.integers(0, 3, (1, 40, 2)), jnp.int32
-    )  # the last expert gets nothing
+    experts_BLK = jnp.asarray(rng.integers(0, 3, (1, 40, 2)), jnp.int32)  # none for the last expert
 
-    def layer(implementation, x_BLD, weights_BLK, gate_up_EDPF, down_EFD):
-        chosen, weights = (
-            TokenChoice(experts_BLK, weights_BLK),
-            ExpertWeights(gate_up_EDPF, down_EFD),
-        )
-        return run_dropless(x_BLD, chosen, weights, implementation=implementation)
+    def outputs_and_gradients(implementation):
+        def layer(x_BLD, weights_BLK, gate_up_EDPF, down_EFD):
+            chosen = TokenChoice(experts_BLK, weights_BLK)
+            weights = ExpertWeights(gate_up_EDPF, down_EFD)
+            return run_dropless(x_BLD, chosen, weights, implementation=implementation)
 
-    results = []
-    for implementation in ("auto", "dense"):
-        y_BLD, pull = jax.vjp(functools.partial(layer, implementation), *arrays)
-        results.append((y_BLD, *pull(jnp.ones_like(y_BLD))))
-    differences = [jnp.abs(a - e).max() / jnp.abs(e).max() for a, e in zip(*results, strict=True)]
-    worst = float(jnp.stack(differences).max())  # keeps a NaN
-    if not worst < TOLERANCE:
+        y_BLD, pull = jax.vjp(layer, *arrays)
+        return y_BLD, *pull(jnp.ones_like(y_BLD))
+
+    actual = outputs_and_gradients("auto")
+    expected = outputs_and_gradients("dense")
+    differences = list(map(_relative_difference, actual, expected))
+    return _passed(float(jnp.stack(differences).max()))  # keeps a NaN
+
+
+def _relative_difference(actual: jax.Array, expected: jax.Array) -> jax.Array:
+    """Returns the largest difference over the largest value."""
+    return jnp.abs(actual - expected).max() / jnp.abs(expected).max()
+
+
+def _passed(worst: float) -> str:
+    """Returns the line of a check that passed, and raises `DoctorError` for one that did not."""
+    if not worst < TOLERANCE:  # so that NaN fails
         raise DoctorError(f"differs from the reference by {worst:.1e}")
     return f"ok, within {worst:.0e} of the reference"
 
@@ -210,26 +248,31 @@ def check_experts() -> str:
 def check_exchange(
     config: Config, mesh: Mesh, rows: dict[str, Any], collectives: list[dict[str, Any]]
 ) -> str:
-    """Compares experts on the mesh with those on one device; adds to the tables what lies where and what travels."""
+    """Compares experts on the mesh with those on one device.
+
+    Adds the local shapes to the rows, and the traffic between devices to the collectives.
+    """
     found = check_mesh(config, mesh)
     rows["exchange"] = found.strategy
-    rows |= {
-        f"on a device: {name}": " x ".join(map(str, shape)) for name, shape in found.shapes.items()
-    }
+    for name, shape in found.shapes.items():
+        rows[f"on a device: {name}"] = " x ".join(map(str, shape))
     collectives += found.collectives
-    bad = {key: worst for key, worst in found.worst.items() if not worst < TOLERANCE}
-    if bad:
-        listed = ", ".join(f"{name} ({load}) by {worst:.1e}" for (load, name), worst in bad.items())
-        raise DoctorError(f"{found.strategy} differs from one device: {listed}")
+    failed = []
+    for (load, name), worst in found.worst.items():
+        if not worst < TOLERANCE:  # so that NaN fails
+            failed.append(f"{name} ({load}) by {worst:.1e}")
+    if failed:
+        raise DoctorError(f"{found.strategy} differs from one device: {', '.join(failed)}")
     return f"ok, within {max(found.worst.values()):.0e} of one device, gradients included"
 
 
 def _config(values: FlagValues) -> Config | None:
-    """The recipe with the sizes of `--mesh`; None without a recipe."""
+    """Returns the recipe with the sizes of `--mesh`; None without a recipe."""
     if values["config"].value is None:
         if values.mesh:
             raise UsageError(
-                f"--mesh={values.mesh} needs --config; give a recipe, such as configs/expert_parallel.py"
+                f"--mesh={values.mesh} needs --config; give a recipe, such as "
+                "configs/expert_parallel.py"
             )
         return None
     config = read_config_flag(values)
@@ -237,36 +280,46 @@ def _config(values: FlagValues) -> Config | None:
         raise UsageError(
             "--config has no experts (moe.num_experts=0); give a recipe that has, or none"
         )
-    return dataclasses.replace(config, mesh=parse_mesh(values.mesh)) if values.mesh else config
+    if not values.mesh:
+        return config
+    return dataclasses.replace(config, mesh=parse_mesh(values.mesh))
 
 
 def check_training_step() -> str:
     """Trains a small MoE model for some steps on one batch; its loss must fall."""
-    num_devices = jax.device_count()
-    config = resolve(
+    config = _small_config(jax.device_count())
+    setup = make_train_setup(config, make_mesh(config))
+    batch = put_batch(random_batch(config), setup)
+    losses = []
+    with jax.set_mesh(setup.mesh):
+        state = setup.init(0)
+        train_step = make_train_step(setup)
+        knobs = Knobs.from_config(config)
+        for _ in range(config.train.num_steps):
+            state, output = train_step(state, batch, knobs)
+            loss = output.scalars["loss/lm"]
+            losses.append(float(loss))
+    first, last = losses[0], losses[-1]
+    if not last < first:
+        raise DoctorError(f"the loss went from {first:.3f} to {last:.3f} in {len(losses)} steps")
+    mesh = ", ".join(f"{axis} {size}" for axis, size in setup.mesh.shape.items())
+    return f"ok on mesh {mesh}: loss {first:.3f} to {last:.3f}"
+
+
+def _small_config(num_devices: int) -> Config:
+    """Returns a MoE model and a batch that any number of devices can split."""
+    model = {
+        "num_layers": 2,
+        "d_model": 32 * num_devices,
+        "num_heads": 2,
+        "num_kv_heads": 1,
+        "d_ff": 64,
+    }
+    return resolve(
         {
-            "model": {
-                "num_layers": 2,
-                "d_model": 32 * num_devices,
-                "num_heads": 2,
-                "num_kv_heads": 1,
-                "d_ff": 64,
-            },
+            "model": model,
             "moe": {"num_experts": 4, "d_expert": 32},
             "data": {"tokenizer": "bytes", "seq_len": 32},
             "train": {"num_steps": 5, "batch_size": 2 * num_devices},
         }
     )
-    setup = make_train_setup(config, make_mesh(config))
-    batch = put_batch(random_batch(config), setup)
-    with jax.set_mesh(setup.mesh):
-        state, step, losses = setup.init(0), make_train_step(setup), []
-        for _ in range(config.train.num_steps):
-            state, output = step(state, batch, Knobs.from_config(config))
-            losses.append(float(output.scalars["loss/lm"]))
-    if not losses[-1] < losses[0]:
-        raise DoctorError(
-            f"the loss went from {losses[0]:.3f} to {losses[-1]:.3f} in {len(losses)} steps"
-        )
-    mesh = ", ".join(f"{axis} {size}" for axis, size in setup.mesh.shape.items())
-    return f"ok on mesh {mesh}: loss {losses[0]:.3f} to {losses[-1]:.3f}"

@@ -1,4 +1,6 @@
-"""Evaluate a run's checkpoint on the validation split, on all devices, from the run directory alone.
+"""Evaluate a run's checkpoint on the validation split, on all devices.
+
+Nothing but the run directory is needed.
 
 moejax eval --workdir=runs/tiny_moe --step=500
 moejax eval --workdir=runs/tiny_moe --mesh=expert=4 --replicas=1
@@ -30,9 +32,12 @@ def define(values: FlagValues, arguments: list[str]) -> None:
     flags.DEFINE_integer("step", None, "a saved step; default the newest", flag_values=values)
     define_mesh(values, "devices by axis instead of all for data")
     flags.DEFINE_integer(
-        "replicas", None, "place experts by the load of the newest evaluation, with so many copies of hot ones on a "
-        "device; default: experts in order, without copies", flag_values=values,
-    )  # fmt: skip
+        "replicas",
+        None,
+        "place experts by the load of the newest evaluation, with that many replicas of the most "
+        "loaded ones on each device; default: experts in order, without replicas",
+        flag_values=values,
+    )
 
 
 def run(values: FlagValues, rest: list[str]) -> None:
@@ -40,8 +45,12 @@ def run(values: FlagValues, rest: list[str]) -> None:
     refuse_several_processes("eval")
     keep_programs()
     config, step, evaluation = evaluate_run(
-        read_workdir(values), values.step, parse_mesh(values.mesh) if values.mesh else None, values.replicas,
+        read_workdir(values),
+        values.step,
+        parse_mesh(values.mesh) if values.mesh else None,
+        values.replicas,
         places=read_text_places(values),
-    )  # fmt: skip
-    rows = {"step": step, "tokens": evaluation.num_targets, **evaluation_rows(config, evaluation)}
+    )
+    rows = {"step": step, "tokens": evaluation.num_targets}
+    rows |= evaluation_rows(config, evaluation)
     print_result(rows, is_json=values.json)

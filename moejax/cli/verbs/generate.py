@@ -1,6 +1,7 @@
 """Continue prompts with a trained model; a single prompt streams to the terminal as it is written.
 
-  moejax generate --workdir=runs/tiny_moe --prompt="The people of the United States" --prompt="The war"
+  moejax generate --workdir=runs/tiny_moe --prompt="The people of the United States"
+  moejax generate --workdir=runs/tiny_moe --prompt="The people" --prompt="The war"
 
 The defaults of --temperature and --top_p suit small models: at 1.0 a few million parameters invent
 many words, at 0 they repeat themselves.
@@ -38,9 +39,11 @@ def define(values: FlagValues, arguments: list[str]) -> None:
         "prompt", None, "text to continue; repeat it for a batch", flag_values=values
     )
     flags.DEFINE_integer(
-        "max_tokens", None, f"tokens to add at most; default {MAX_TOKENS}, or fewer where training rows were shorter",
+        "max_tokens",
+        None,
+        f"tokens to add at most; default {MAX_TOKENS}, or fewer where training rows were shorter",
         flag_values=values,
-    )  # fmt: skip
+    )
     flags.DEFINE_float(
         "temperature", 0.7, "0 always takes the most probable token", flag_values=values
     )
@@ -60,10 +63,11 @@ def run(values: FlagValues, rest: list[str]) -> None:
     keep_programs()
     prompts = [_as_text(prompt) for prompt in values.prompt or [""]]
     loaded = load_run(read_workdir(values), values.step)
+    max_tokens = values.max_tokens
+    if max_tokens is None:
+        max_tokens = _default_length(loaded, prompts)
     sampling = {
-        "max_tokens": _default_length(loaded, prompts)
-        if values.max_tokens is None
-        else values.max_tokens,
+        "max_tokens": max_tokens,
         "temperature": values.temperature,
         "top_p": values.top_p,
         "seed": values.seed,
@@ -72,20 +76,20 @@ def run(values: FlagValues, rest: list[str]) -> None:
         _stream(loaded.model, loaded.tokenizer, prompts[0], sampling)
         return
     texts = generate_text(loaded.model, loaded.tokenizer, prompts, **sampling)
-    results = [
-        {"prompt": prompt, "text": text} for prompt, text in zip(prompts, texts, strict=True)
-    ]
+    results = list(zip(prompts, texts, strict=True))
     if values.json:
-        print(to_json(results, indent=2))
-        return
-    print("\n\n---\n\n".join(result["prompt"] + result["text"] for result in results))
+        rows = [{"prompt": prompt, "text": text} for prompt, text in results]
+        print(to_json(rows, indent=2))
+    else:
+        print("\n\n---\n\n".join(prompt + text for prompt, text in results))
 
 
 def _as_text(prompt: str) -> str:
-    """A prompt whose bytes that are not UTF-8 are replaced, which is said."""
-    text = os.fsencode(prompt).decode("utf-8", errors="replace") if _has_bytes(prompt) else prompt
-    if text != prompt:
-        log.warning("--prompt has bytes that are not UTF-8, which are replaced: %s", text)
+    """Returns a prompt, with bytes that are not UTF-8 replaced and logged."""
+    if not _has_bytes(prompt):
+        return prompt
+    text = os.fsencode(prompt).decode("utf-8", errors="replace")
+    log.warning("--prompt has bytes that are not UTF-8, which are replaced: %s", text)
     return text
 
 
@@ -95,10 +99,12 @@ def _has_bytes(text: str) -> bool:
 
 
 def _default_length(loaded: LoadedRun, prompts: list[str]) -> int:
-    """Tokens to add: as many as the rows leave that the model was trained on, if the prompts leave any."""
-    longest = 1 + max(len(loaded.tokenizer.encode(prompt)) for prompt in prompts)
-    left = loaded.config.data.seq_len - longest
-    return min(MAX_TOKENS, left) if left > 0 else MAX_TOKENS
+    """Returns how many tokens to add: as many as fit a training row, if the prompts leave room."""
+    encode = loaded.tokenizer.encode
+    lengths = [len(encode(prompt)) for prompt in prompts]
+    longest = 1 + max(lengths)  # with the begin-of-document token
+    room = loaded.config.data.seq_len - longest
+    return min(MAX_TOKENS, room) if room > 0 else MAX_TOKENS
 
 
 def _stream(model, tokenizer, prompt: str, sampling: dict) -> None:
@@ -106,10 +112,8 @@ def _stream(model, tokenizer, prompt: str, sampling: dict) -> None:
     ids: list[int] = []
     written = ""
     for (token,) in generate(model, tokenizer, [prompt], **sampling):
-        if not ids:
-            sys.stdout.write(
-                prompt
-            )  # not before compilation, during which there is something to log
+        if not ids:  # after compilation, during which there is something to log
+            sys.stdout.write(prompt)
         if token is None:
             break
         ids.append(token)

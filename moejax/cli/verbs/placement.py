@@ -1,13 +1,14 @@
-"""Show how even the load of devices is, and would be with experts in other places or copies of the hottest ones.
+"""Show how even the load of devices is, and would be with other placements or replicas.
 
   moejax placement --workdir=runs/tiny_moe --devices=4 --replicas=1
 
 The load is that of the validation split in the run's newest evaluation, or that of --step. The
 figures are the largest load of a device over the mean: 1 is even. `moejax eval --mesh=expert=4
---replicas=1` evaluates the model so.
+--replicas=1` evaluates the model in that placement.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from absl import flags
@@ -16,6 +17,7 @@ from absl.flags import FlagValues
 from moejax.cli import UsageError
 from moejax.cli.options import define_json, define_workdir, read_workdir, refuse_several_processes
 from moejax.cli.tables import print_table
+from moejax.config import Config
 from moejax.moe.expert_parallel.placement import identity_placement, imbalance, place, place_by_load
 from moejax.strict_json import to_json
 from moejax.training.run_directory.evaluation_log import newest_evaluation
@@ -38,19 +40,10 @@ def run(values: FlagValues, rest: list[str]) -> None:
     refuse_several_processes("placement")
     workdir = read_workdir(values)
     config = read_config(workdir)
-    if config.num_moe_layers == 0:
-        raise UsageError(
-            f"--workdir={workdir} is a run of a dense model, which has no experts to place"
-        )
-    if any(kind.router in ("expert_choice", "soft") for kind in config.moe_groups):
-        raise UsageError(
-            f"--workdir={workdir}: experts that choose tokens have equal loads, wherever they are"
-        )
-    devices = (
-        values.devices
-        if values.devices is not None
-        else config.mesh.dcn_expert * config.mesh.expert
-    )
+    _check_experts(config, workdir)
+    devices = values.devices
+    if devices is None:
+        devices = config.mesh.dcn_expert * config.mesh.expert
     if devices < 2:
         raise UsageError(
             f"--devices={devices} must be at least 2: how many devices share the experts, such as 4"
@@ -59,42 +52,48 @@ def run(values: FlagValues, rest: list[str]) -> None:
     maps = {"in order": identity_placement(*load_NE.shape), "placed": place(load_NE, devices)}
     if values.replicas:
         maps["placed, with copies"] = place(load_NE, devices, values.replicas)
-    columns = {name: imbalance(load_NE, experts_NP, devices) for name, experts_NP in maps.items()}
-    rows = [
-        {
-            "layer": str(layer),
-            **{name: round(float(worst_N[i]), 3) for name, worst_N in columns.items()},
-        }
-        for i, layer in enumerate(config.moe_layers)
-    ]
-    rows.append(
-        {
-            "layer": "worst",
-            **{name: round(float(worst_N.max()), 3) for name, worst_N in columns.items()},
-        }
-    )
+    worst_N_of = {name: imbalance(load_NE, map_NP, devices) for name, map_NP in maps.items()}
+    rows = []
+    for i, layer in enumerate(config.moe_layers):
+        figures = {name: round(float(worst_N[i]), 3) for name, worst_N in worst_N_of.items()}
+        rows.append({"layer": str(layer), **figures})
+    figures = {name: round(float(worst_N.max()), 3) for name, worst_N in worst_N_of.items()}
+    rows.append({"layer": "worst", **figures})
     if values.json:
         print(to_json(rows, indent=2))
         return
-    print_table(
-        rows, f"Largest load of {devices} devices over the mean; {values.replicas} copies on each"
-    )
+    title = f"Largest load of {devices} devices over the mean; {values.replicas} copies on each"
+    print_table(rows, title)
     if values.replicas:
         _explain(config.moe_layers, load_NE, maps["placed, with copies"], devices, values.replicas)
+
+
+def _check_experts(config: Config, workdir: Path) -> None:
+    """Raises `UsageError` for a run that has no experts whose placement matters."""
+    if config.num_moe_layers == 0:
+        raise UsageError(
+            f"--workdir={workdir} is a run of a dense model, which has no experts to place"
+        )
+    if any(kind.router in ("expert_choice", "soft") for kind in config.moe_groups):
+        raise UsageError(
+            f"--workdir={workdir}: experts that choose tokens have equal loads, wherever they are"
+        )
 
 
 def _explain(
     layers: Sequence[int], load_NE: np.ndarray, placed_NP: np.ndarray, devices: int, replicas: int
 ) -> None:
-    """Prints in which layers copies would help nothing, and what their spare slots hold instead."""
-    copied_N = imbalance(load_NE, place_by_load(load_NE, devices, replicas), devices)
+    """Prints in which layers replicas would not help, and what their slots hold instead."""
     placed_N = imbalance(load_NE, placed_NP, devices)
-    useless = np.flatnonzero(copied_N > placed_N).tolist()
-    if useless:
-        figures = ", ".join(
-            f"layer {layers[i]}: {copied_N[i]:.3f} with, {placed_N[i]:.3f} without" for i in useless
-        )
-        print(
-            f"Copies would make some layers less even ({figures}): a copy takes an equal share of its expert's load to "
-            "a device, which may have enough. There spare slots repeat experts of their own device, and move nothing."
-        )
+    replicated_N = imbalance(load_NE, place_by_load(load_NE, devices, replicas), devices)
+    useless = np.flatnonzero(replicated_N > placed_N).tolist()
+    if not useless:
+        return
+    figures = ", ".join(
+        f"layer {layers[i]}: {replicated_N[i]:.3f} with, {placed_N[i]:.3f} without" for i in useless
+    )
+    print(
+        f"Copies would make some layers less even ({figures}): a copy takes an equal share of its "
+        "expert's load to a device, which may have enough. There spare slots repeat experts of "
+        "their own device, and move nothing."
+    )

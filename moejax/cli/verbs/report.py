@@ -1,10 +1,10 @@
-"""Write a run's report.html, or the comparison of several runs: one self-contained page, from run directories alone.
+"""Write a run's report.html, or the comparison of several runs, as one self-contained page.
 
   moejax report --workdir=runs/tiny_moe
   moejax report runs/tiny_moe runs/tiny_dense --output=moe_and_dense.html
 
-One run directory, given either way, gets its report.html. From 2 to 16 give one page that compares
-them, by default comparison.html in the folder that holds the first.
+Nothing but run directories is needed. One, given either way, gets its report.html. From 2 to 16
+give one page that compares them, by default comparison.html in the folder that holds the first.
 """
 
 from pathlib import Path
@@ -28,7 +28,7 @@ from moejax.paths import resolve_path
 
 
 def define(values: FlagValues, arguments: list[str]) -> None:
-    """Flags of the verb; they may stand behind run directories."""
+    """Flags of the verb; they may follow run directories."""
     values.set_gnu_getopt(True)
     define_workdir(values, "the run directory, of one run")
     define_text(values)
@@ -40,32 +40,36 @@ def run(values: FlagValues, rest: list[str]) -> None:
     refuse_several_processes("report")
     if rest and values.workdir:
         raise UsageError(
-            f"--workdir={values.workdir} and {' '.join(rest)} are given; name run directories one way"
+            f"--workdir={values.workdir} and {' '.join(rest)} are given; name run directories one "
+            "way"
         )
-    if len(rest) > 1:
-        if said := read_text_places(values).said():
-            leaf, place = next(iter(said.items()))
-            raise UsageError(
-                f"--data.{leaf}={place} is for the report of one run; a comparison reads no text"
-            )
-        print(printable(str(_compare(rest, values.output))))
-        return
+    path = _compare(values, rest) if len(rest) > 1 else _report(values, rest)
+    print(printable(str(path)))
+
+
+def _report(values: FlagValues, workdirs: list[str]) -> Path:
+    """Writes the page of one run."""
     if values.output:
         raise UsageError(
             f"--output={values.output} is for comparisons; give two or more run directories"
         )
-    if rest:
-        values["workdir"].value = rest[0]
-    print(printable(str(build_report(read_workdir_to_write(values), read_text_places(values)))))
+    if workdirs:
+        values["workdir"].value = workdirs[0]
+    return build_report(read_workdir_to_write(values), read_text_places(values))
 
 
-def _compare(workdirs: list[str], output: str) -> Path:
+def _compare(values: FlagValues, workdirs: list[str]) -> Path:
     """Writes the page of several runs; says first what cannot be read or written."""
+    if said := read_text_places(values).said():
+        leaf, place = next(iter(said.items()))
+        raise UsageError(
+            f"--data.{leaf}={place} is for the report of one run; a comparison reads no text"
+        )
     folders = [resolve_path(workdir) for workdir in workdirs]
     for workdir, folder in zip(workdirs, folders, strict=True):
         if not folder.is_dir():
             raise UsageError(
                 f"{workdir} is not a folder; name run directories, or see moejax report --help"
             )
-    path = read_file_to_write(output or str(folders[0].parent / FILE_NAME), "--output")
-    return write_comparison(folders, path)
+    output = values.output or str(folders[0].parent / FILE_NAME)
+    return write_comparison(folders, read_file_to_write(output, "--output"))

@@ -1,4 +1,4 @@
-"""The part of `moejax sweep` that searches through Optuna (extra `sweeps`)."""
+"""Searches of `moejax sweep`, by Optuna (extra `sweeps`)."""
 
 import logging
 import os
@@ -32,6 +32,7 @@ from moejax.sweeps.search.worker import work
 from moejax.sweeps.store.directory import check_search
 from moejax.training.multihost.signals import StopSignals
 
+# Flags that mean something to some uses of the verb alone.
 OF_GRIDS = ("seeds", "dry-run", "match", "adjust", "pack")
 OF_RUNNERS = ("runner", "processes", "gpus", "minutes", "partition", "account")
 OF_DRAWS = ("trials", "pruner", "search_seed")
@@ -56,81 +57,75 @@ def define_search(values: FlagValues) -> None:
     define_seed(values, "search_seed", "--search: of the draws")
     flags.DEFINE_string("study", "", "the search's name; default that of --dir", flag_values=values)
     flags.DEFINE_string(
-        "storage", "", "where workers meet: a path ending in .journal or .db, or a database's URL; default "
-        "DIR/study.journal", flag_values=values,
-    )  # fmt: skip
+        "storage",
+        "",
+        "where workers meet: a path ending in .journal or .db, or a database's URL; default "
+        "DIR/study.journal",
+        flag_values=values,
+    )
     flags.DEFINE_integer("port", 8080, "dashboard: at 127.0.0.1", flag_values=values)
 
 
 def refuse_flags(values: FlagValues, names: Sequence[str], remedy: str) -> None:
-    """Raises `UsageError` for a flag that was given and would change nothing here; `remedy` ends the sentence."""
+    """Raises `UsageError` for a flag that was given and would change nothing here.
+
+    Args:
+      values: parsed flags.
+      names: the flags.
+      remedy: the end of the sentence that begins with the flag.
+    """
     for name in names:
         if values[name].present:
             raise UsageError(f"--{name}={_shown_value(values, name)} {remedy}")
 
 
 def _shown_value(values: FlagValues, name: str) -> Any:
-    """A flag's value as it was given, without what must not be repeated."""
+    """Returns a flag's value as it was given, without what must not be shown."""
     if name == "storage":
         return show_storage(values.storage)
     return recipe_text(values) if name == "config" else values[name].value
 
 
 def refuse_addresses(words: Sequence[str]) -> None:
-    """Raises `UsageError` for a storage that is given without its flag; it may hold a password and is not repeated."""
+    """Raises `UsageError` for a storage that is given without its flag.
+
+    It may hold a password, so the message does not repeat it.
+    """
     if any(map(is_address, words)):
         raise UsageError("an address is no axis; write --storage=ADDRESS")
 
 
 def shown_command(arguments: Sequence[str]) -> str:
-    """A command line of moejax as it may be written down: what a storage's address hides is replaced by `***`."""
-    shown = []
-    for before, argument in zip(["", *arguments], arguments, strict=False):
-        flag, equals, value = argument.partition("=")
-        if equals and flag.lstrip("-") == "storage":
-            argument = f"{flag}={show_storage(value)}"
-        elif before in ("-storage", "--storage"):
-            argument = show_storage(argument)
-        elif not argument.startswith("-") and is_address(argument):
-            argument = HIDDEN
-        shown.append(argument)
+    """Returns a command line of moejax as it may be written down.
+
+    What an address of a storage hides is replaced by `***`.
+    """
+    previous = ["", *arguments]
+    shown = map(_shown_argument, previous, arguments)
     return shlex.join(["moejax", *shown])
+
+
+def _shown_argument(previous: str, argument: str) -> str:
+    flag, equals, value = argument.partition("=")
+    if equals and flag.lstrip("-") == "storage":
+        return f"{flag}={show_storage(value)}"
+    if previous in ("-storage", "--storage"):
+        return show_storage(argument)
+    if not argument.startswith("-") and is_address(argument):
+        return HIDDEN
+    return argument
 
 
 def search(values: FlagValues, space: Space, recipe: str, directory: Path, command: str) -> None:
     """Makes a study, or finds it, and works on it."""
-    if space.axes is None:
-        raise UsageError(
-            "--search draws from axes; a sweep() that yields points has none: return a product of axes"
-        )
-    refuse_flags(
-        values, OF_GRIDS, "goes with a sweep of given points, not with --search; leave one out"
-    )
-    refuse_flags(
-        values, OF_RUNNERS, "is for sweeps of given points; leave it out, and start moejax sweep worker, or the same "
-        "command, as often as you like",
-    )  # fmt: skip
-    axes = search_axes(space.axes)
-    definition = Definition(
-        recipe=recipe,
-        base=values.config.to_dict(),
-        axes=axes,
-        sampler=values.search,
-        pruner=values.pruner,
-        seed=values.search_seed,
-        trials=values.trials,
-        fractions=common_fractions(read_config_flag(values, varied_keys(space)), axes),
-        is_filtered=space.is_filtered,
-        objective=objective_of(axes),
-    )
+    _check_search(values, space)
+    definition = _define(values, space, recipe)
     if definition.objective != LOSS:
         log.info("axes change what a token is: points are compared by %s", definition.objective)
     check_search(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    name, storage = (
-        values.study or directory.name,
-        _storage(values) or str(directory / "study.journal"),
-    )
+    name = values.study or directory.name
+    storage = _storage(values) or str(directory / "study.journal")
     study = create_study(storage, name, definition)
     if definition.is_filtered:
         log.info("others join with the same command")
@@ -142,8 +137,43 @@ def search(values: FlagValues, space: Space, recipe: str, directory: Path, comma
         _work(values, study, Trials(directory, definition, command, stop, space.allows))
 
 
+def _check_search(values: FlagValues, space: Space) -> None:
+    """Raises `UsageError` for points that cannot be drawn, and for flags of other sweeps."""
+    if space.axes is None:
+        raise UsageError(
+            "--search draws from axes; a sweep() that yields points has none: return a product of "
+            "axes"
+        )
+    refuse_flags(
+        values, OF_GRIDS, "goes with a sweep of given points, not with --search; leave one out"
+    )
+    refuse_flags(
+        values,
+        OF_RUNNERS,
+        "is for sweeps of given points; leave it out, and start moejax sweep worker, or the same "
+        "command, as often as you like",
+    )
+
+
+def _define(values: FlagValues, space: Space, recipe: str) -> Definition:
+    axes = search_axes(space.axes or ())
+    config = read_config_flag(values, varied_keys(space))
+    return Definition(
+        recipe=recipe,
+        base=values.config.to_dict(),
+        axes=axes,
+        sampler=values.search,
+        pruner=values.pruner,
+        seed=values.search_seed,
+        trials=values.trials,
+        fractions=common_fractions(config, axes),
+        is_filtered=space.is_filtered,
+        objective=objective_of(axes),
+    )
+
+
 def join_search(values: FlagValues, command: str) -> None:
-    """A worker of a study that exists."""
+    """Works on a study that exists."""
     for flag in ("study", "storage"):
         if not values[flag].value:
             raise UsageError(f"--{flag} is missing; moejax sweep --search says which")
@@ -152,9 +182,9 @@ def join_search(values: FlagValues, command: str) -> None:
     definition = definition_of(study)
     if definition.is_filtered:
         raise StudyError(
-            f"study {values.study!r} leaves points out by a where(...) of its recipe {definition.recipe}, which a "
-            "worker does not know; join with the command that made the study, moejax sweep --config=... --search=..., "
-            "with the same flags and axes"
+            f"study {values.study!r} leaves points out by a where(...) of its recipe "
+            f"{definition.recipe}, which a worker does not know; join with the command that made "
+            "the study, moejax sweep --config=... --search=..., with the same flags and axes"
         )
     check_search(directory)
     with StopSignals() as stop:
@@ -162,8 +192,9 @@ def join_search(values: FlagValues, command: str) -> None:
 
 
 def _work(values: FlagValues, study, trials: Trials) -> None:
+    """Trains points until the study has enough, and prints them."""
     keep_programs()
-    told = work(
+    num_reported = work(
         study,
         trials.run,
         arm_of=trials.arm_of,
@@ -176,24 +207,21 @@ def _work(values: FlagValues, study, trials: Trials) -> None:
     rows = trials_table(study)
     if not values.json and rows:
         print_table(rows, "trials")
-    found = best(study)
-    print_result(
-        {
-            "trials told by this worker": told,
-            "best": found if values.json else found and str(found),
-        },
-        is_json=values.json,
-    )
+    found: Any = best(study)
+    if found and not values.json:
+        found = str(found)
+    print_result({"trials told by this worker": num_reported, "best": found}, is_json=values.json)
     failed = untrained(study)
     if failed:
+        first = failed[0]
         raise StudyError(
-            f"{len(failed)} of {len(rows)} points could not be trained (arm {failed[0]['arm']}: {failed[0]['error']}); "
-            "leave such points out, or search again under another --study"
+            f"{len(failed)} of {len(rows)} points could not be trained (arm {first['arm']}: "
+            f"{first['error']}); leave such points out, or search again under another --study"
         )
 
 
 def show_dashboard(values: FlagValues) -> None:
-    """optuna-dashboard, until it is interrupted."""
+    """Serves optuna-dashboard until it is interrupted."""
     if not values.storage:
         raise UsageError("--storage is missing; moejax sweep --search says which")
     if not 0 < values.port < 65536:
@@ -202,7 +230,7 @@ def show_dashboard(values: FlagValues) -> None:
 
 
 def _storage(values: FlagValues) -> str:
-    """Where a study is: a URL as it was given, or a path, resolved."""
+    """Returns where a study is: a URL as it was given, or a path, resolved."""
     if not values.storage or not is_path(values.storage):
         return values.storage
     return str(resolve_path(values.storage, "--storage"))

@@ -21,7 +21,7 @@ from moejax.cli.options import (
     define_json,
     define_processes,
     define_workdir,
-    meet_as_flagged,
+    distributed_context,
     read_config_flag,
     read_folder_to_write,
     recipe_text,
@@ -53,11 +53,9 @@ def define(values: FlagValues, arguments: list[str]) -> None:
 
 def run(values: FlagValues, rest: list[str]) -> None:
     """Trains, reports, prints the table."""
-    with meet_as_flagged(values, "train"):
-        if not is_first():
-            logging.getLogger("moejax").setLevel(
-                logging.WARNING
-            )  # process 0 says what all would say
+    with distributed_context(values, "train"):
+        if not is_first():  # process 0 logs what all would log
+            logging.getLogger("moejax").setLevel(logging.WARNING)
         config = primary_first(lambda: read_config_flag(values))
         agree(to_dict(config), "recipe and flags")
         keep_programs()
@@ -76,8 +74,9 @@ def _train(values: FlagValues, config: Config) -> None:
         f"{parameters.active:,}",
     )
     _log_devices(config)
+    command = shlex.join(["moejax", *sys.argv[1:]])
     with StopSignals() as stop:
-        result = train(config, workdir, command=shlex.join(["moejax", *sys.argv[1:]]), stop=stop)
+        result = train(config, workdir, command=command, stop=stop)
         if result.stopped_by:
             log.info(
                 "%s: saved step %d in %s; the same command continues",
@@ -92,23 +91,26 @@ def _train(values: FlagValues, config: Config) -> None:
 
 
 def _log_devices(config: Config) -> None:
-    """Says what trains: devices, mesh, and how tokens reach the experts. The kernel is said where it is chosen."""
+    """Logs devices, mesh, and how tokens reach the experts; the kernel is logged where chosen."""
     mesh = make_mesh(config)
-    axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
-    log.info("%d x %s, mesh: %s", mesh.size, jax.devices()[0].device_kind, axes or "one device")
+    axes = [f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1]
+    log.info(
+        "%d x %s, mesh: %s",
+        mesh.size,
+        jax.devices()[0].device_kind,
+        ", ".join(axes) or "one device",
+    )
     slow, fast = (mesh.shape[axis] for axis in EXPERT_AXES)
     if config.num_moe_layers and slow * fast > 1:
         moe = config.moe
         how = Strategy(moe.exchange, moe.exchange_buffer, moe.exchange_chunks)
         top_k = moe.top_k if ROUTER_RULES[moe.router].takes_capacity else 0
-        log.info(
-            "tokens reach experts by moe.exchange=%s",
-            choose_strategy(how, slow, fast, moe.num_experts, top_k),
-        )
+        strategy = choose_strategy(how, slow, fast, moe.num_experts, top_k)
+        log.info("tokens reach experts by moe.exchange=%s", strategy)
 
 
 def _report(workdir: Path) -> Path | None:
-    """The page; a failure is logged and does not hide the figures of a finished run."""
+    """Writes the page; a failure is logged and does not hide the figures of a finished run."""
     if has_others():
         log.info(
             "no report by several processes; moejax report --workdir=%s writes it in one", workdir
@@ -116,6 +118,6 @@ def _report(workdir: Path) -> Path | None:
         return None
     try:
         return build_report(workdir)
-    except Exception as error:  # any part of it: data gone, memory, disk
+    except Exception as error:  # any part of it can fail: data gone, memory, disk
         log.warning("no report: %s; moejax report --workdir=%s tries again", error, workdir)
         return None

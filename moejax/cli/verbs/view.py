@@ -28,7 +28,7 @@ def define(values: FlagValues, arguments: list[str]) -> None:
 
 def run(values: FlagValues, rest: list[str]) -> None:
     """Serves the page, whose address is printed, until it is interrupted."""
-    from moejax.inspection.viewer.server import serve  # its plots take a second to load
+    from moejax.inspection.viewer.server import serve  # its plots take a second to import
 
     refuse_several_processes("view")
     serve(read_workdir(values), values.port, started=lambda url: print(url, flush=True))

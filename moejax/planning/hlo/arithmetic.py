@@ -1,7 +1,7 @@
-"""The arithmetic of matrix products in a compiled program, and its kernels, counted from the program's text.
+"""Counts the arithmetic of matrix products in a compiled program, and its kernels, from its text.
 
-On TPU the compiler says it itself, and kernels declare theirs (`cost_analysis`); for GPU
-it does not.
+On TPU the compiler reports the arithmetic, and kernels declare theirs (`cost_analysis`); for GPU it
+does not.
 """
 
 import collections
@@ -12,13 +12,17 @@ import re
 from moejax.planning.hlo.program import Instruction, Program, sizes
 
 BOOKKEEPING = {
-    "AllocateBuffer", "AssumeGatherIndicesInBound", "ConcatBitcast", "PrepareAsyncCallDone", "PrepareAsyncCallStart",
-}  # fmt: skip
+    "AllocateBuffer",
+    "AssumeGatherIndicesInBound",
+    "ConcatBitcast",
+    "PrepareAsyncCallDone",
+    "PrepareAsyncCallStart",
+}
 """Custom calls of XLA:TPU that compute nothing."""
 
 
 class UnknownKernelError(ValueError):
-    """A program calls what may multiply matrices, and how much is not known."""
+    """A program calls a kernel that may multiply matrices, by how much is not known."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,11 +30,11 @@ class Arithmetic:
     """What a program computes.
 
     Attributes:
-      flops: multiplications and additions of all matrix products; loops are multiplied by how
-        often they run.
-      kernels: how often each custom call is made, by the kernel's name; the rest is code
-        that XLA wrote.
-      open_loops: loops whose number of turns depends on data; their bodies are counted once.
+      flops: multiplications and additions of all matrix products; those of a loop are multiplied by
+        its number of iterations.
+      kernels: how often each custom call is made, by the kernel's name; the rest is code that XLA
+        wrote.
+      open_loops: loops whose number of iterations depends on data; their bodies are counted once.
     """
 
     flops: int
@@ -39,26 +43,31 @@ class Arithmetic:
 
 
 def count_arithmetic(text: str) -> Arithmetic:
-    """Counts the products of a program for CPU or GPU, `compiled.as_text()`; on TPU they are written otherwise.
+    """Counts the products in `compiled.as_text()` of a program for CPU or GPU.
+
+    On TPU products are written in other ways, which this does not know.
 
     Raises:
       ValueError: text without a program in it.
       UnknownKernelError: a kernel of a library that multiplies matrices.
     """
     program = Program(text)
-    flops, open_loops = 0, 0
+    flops = 0
+    open_loops = 0
     kernels: collections.Counter[str] = collections.Counter()
     for instruction, executions in program.run():
         times = executions.always + executions.conditional
         flops += times * _flops(instruction, program)
-        if kernel := kernel_of(instruction):
+        kernel = kernel_of(instruction)
+        if kernel:
             kernels[kernel] += times
-        open_loops += instruction.opcode == "while" and program.trips(instruction) is None
+        if instruction.opcode == "while" and program.trips(instruction) is None:
+            open_loops += 1
     return Arithmetic(flops, dict(kernels), open_loops)
 
 
 def kernel_of(instruction: Instruction) -> str | None:
-    """The kernel that a custom call runs; None for other instructions and for custom calls that compute nothing."""
+    """Returns the kernel that a custom call runs; None for whatever else, and for bookkeeping."""
     if instruction.opcode != "custom-call":
         return None
     target = re.search(r'custom_call_target="([^"]*)"', instruction.rest)
@@ -72,10 +81,9 @@ def kernel_of(instruction: Instruction) -> str | None:
 
 
 def _flops(instruction: Instruction, program: Program) -> int:
+    """Returns the arithmetic of an instruction, executed once; 0 for all but matrix products."""
     if instruction.opcode == "dot":
-        axes = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.rest)
-        summed, left = sizes(axes[1]) if axes else (), program.operands(instruction)[0].shape
-        return 2 * math.prod(instruction.shape) * math.prod(left[axis] for axis in summed)
+        return _dot_flops(instruction, program)
     kernel = kernel_of(instruction) or ""
     if kernel.startswith(("__cublas", "__cudnn")):
         raise UnknownKernelError(
@@ -87,3 +95,13 @@ def _flops(instruction: Instruction, program: Program) -> int:
         rows, width = program.operands(instruction)[0].shape
         return 2 * rows * width * instruction.shape[-1]
     return 0
+
+
+def _dot_flops(dot: Instruction, program: Program) -> int:
+    contracting = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", dot.rest)
+    axes = sizes(contracting[1]) if contracting else ()
+    left, *_ = program.operands(dot)
+    left_shape = left.shape
+    num_outputs = math.prod(dot.shape)
+    num_terms = math.prod(left_shape[axis] for axis in axes)
+    return 2 * num_outputs * num_terms

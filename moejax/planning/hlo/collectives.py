@@ -1,10 +1,10 @@
-"""What travels between devices in a compiled program, counted from the program's text.
+"""Counts the traffic between devices in a compiled program, from the program's text.
 
 Bytes on the wire are those that a device sends, by the model of a ring of n devices: an all-gather
 sends (n-1)/n of its result, a reduce-scatter (n-1)/n of its operand, an all-reduce twice that, an
 all-to-all (n-1)/n of its buffer, a permutation all of it. What else a network or its collectives
-can do (links in several directions, multicast) is left out: figures are to compare programs by, and
-say nothing about time.
+can do (links in several directions, multicast) is left out: the figures are for comparing programs,
+and say nothing about time.
 """
 
 import dataclasses
@@ -20,9 +20,14 @@ from moejax.planning.hlo.arithmetic import kernel_of
 from moejax.planning.hlo.program import SHAPE, Executions, Instruction, Program, sizes
 
 KINDS = (
-    "all-gather", "reduce-scatter", "all-reduce", "ragged-all-to-all", "all-to-all", "collective-permute",
+    "all-gather",
+    "reduce-scatter",
+    "all-reduce",
+    "ragged-all-to-all",
+    "all-to-all",
+    "collective-permute",
     "collective-broadcast",
-)  # fmt: skip
+)
 COMPUTE = (
     "fusion",
     "dot",
@@ -37,6 +42,12 @@ COMPUTE = (
 """Instructions that take time, and may run while a collective is under way."""
 
 
+GROUPS_ALONG_AXES = re.compile(
+    r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((.*?\)?)\))? \{([^}]*)\}"
+)
+GROUPS_IN_ORDER = re.compile(r"replica_groups=(\[[\d,]+\])<=(\[[\d,]+\](?:T\([\d,]+\))?)")
+
+
 @dataclasses.dataclass(frozen=True)
 class Collective:
     """One collective instruction of a program.
@@ -48,10 +59,10 @@ class Collective:
       devices: how many take part in a group.
       count: how often it runs, outside of branches.
       conditional_count: how often it runs in branches, if they are taken every time.
-      is_open: whether it is in a loop that turns as often as data says, which is counted as once.
+      is_open: whether it is in a loop whose iterations depend on data, which are counted as one.
       operand_bytes: what a device gives, once.
       result_bytes: what it gets, once.
-      is_asynchronous: whether start and end are instructions apart.
+      is_asynchronous: whether its start and its end are separate instructions.
       overlapped: computing instructions between them.
       source: the operation of the traced program that it comes from.
     """
@@ -72,15 +83,17 @@ class Collective:
     def wire_bytes(self) -> float:
         """What a device sends, once."""
         share = (self.devices - 1) / self.devices
-        return {
-            "all-gather": share * self.result_bytes,
-            "all-reduce": 2 * share * self.operand_bytes,
-            "collective-permute": self.operand_bytes,
-        }.get(self.kind, share * self.operand_bytes)
+        if self.kind == "all-gather":
+            return share * self.result_bytes
+        if self.kind == "all-reduce":
+            return 2 * share * self.operand_bytes
+        if self.kind == "collective-permute":
+            return self.operand_bytes
+        return share * self.operand_bytes
 
 
 def list_collectives(text: str, mesh: Mesh) -> list[Collective]:
-    """Every collective of a program that runs, in no particular order.
+    """Returns every collective of a program that runs, in no particular order.
 
     Args:
       text: of the program, `compiled.as_text()`.
@@ -90,70 +103,87 @@ def list_collectives(text: str, mesh: Mesh) -> list[Collective]:
       ValueError: text without a program in it, or groups of devices in an unknown form.
     """
     program = Program(text)
-    return [
-        _collective(program, mesh, kind, instruction, executions)
-        for instruction, executions in program.run()
-        if (kind := instruction.opcode.removesuffix("-start")) in KINDS
-        and not _is_repeated(program, instruction)
-    ]
+    found = []
+    for instruction, executions in program.run():
+        if _kind(instruction) in KINDS and not _is_repeated(program, instruction):
+            found.append(_collective(program, mesh, instruction, executions))
+    return found
 
 
 def collective_rows(collectives: Iterable[Collective]) -> list[dict[str, Any]]:
-    """Collectives added up by kind and axis, most bytes first.
+    """Adds up collectives by kind and axis, most bytes first.
 
     Returns:
       Rows with `kind`, `axis`, `devices` of a group; `count`, how often it runs, and `bytes`, what
       a device sends, in one run of the program; `conditional_count` and `conditional_bytes`, what
-      comes to that in branches if they are taken every time; `asynchronous`, how many of both
-      counts are; `overlapped`, how many of those have something to compute meanwhile; `is_open`,
-      whether some are in loops whose turns depend on data, counted as one.
+      is added in branches if they are taken every time; `asynchronous`, how many of both counts
+      are; `overlapped`, how many of those have something to compute meanwhile; `is_open`, whether
+      some are in loops whose iterations depend on data, counted as one.
     """
     rows: dict[tuple[str, str, int], dict[str, Any]] = {}
-    for one in collectives:
-        row = rows.setdefault(
-            (one.kind, one.axis, one.devices),
-            {"kind": one.kind, "axis": one.axis, "devices": one.devices, "count": 0, "bytes": 0.0}
-            | {
-                "conditional_count": 0,
-                "conditional_bytes": 0.0,
-                "asynchronous": 0,
-                "overlapped": 0,
-                "is_open": False,
-            },
-        )
-        row["count"] += one.count
-        row["bytes"] += one.count * one.wire_bytes
-        row["conditional_count"] += one.conditional_count
-        row["conditional_bytes"] += one.conditional_count * one.wire_bytes
-        row["asynchronous"] += (one.count + one.conditional_count) * one.is_asynchronous
-        row["overlapped"] += (one.count + one.conditional_count) * (one.overlapped > 0)
-        row["is_open"] |= one.is_open
+    for collective in collectives:
+        key = (collective.kind, collective.axis, collective.devices)
+        row = rows.setdefault(key, _empty_row(collective))
+        _add_to_row(row, collective)
     for row in rows.values():
-        row["bytes"], row["conditional_bytes"] = (
-            round(row["bytes"]),
-            round(row["conditional_bytes"]),
-        )
-    return sorted(
-        rows.values(),
-        key=lambda row: (-row["bytes"], -row["conditional_bytes"], row["kind"], row["axis"]),
-    )
+        for name in ("bytes", "conditional_bytes"):
+            row[name] = round(row[name])
+    return sorted(rows.values(), key=_order)
+
+
+def _order(row: dict[str, Any]) -> tuple:
+    """Returns a key by which the rows with most bytes come first."""
+    return -row["bytes"], -row["conditional_bytes"], row["kind"], row["axis"]
+
+
+def _empty_row(collective: Collective) -> dict[str, Any]:
+    return {
+        "kind": collective.kind,
+        "axis": collective.axis,
+        "devices": collective.devices,
+        "count": 0,
+        "bytes": 0.0,
+        "conditional_count": 0,
+        "conditional_bytes": 0.0,
+        "asynchronous": 0,
+        "overlapped": 0,
+        "is_open": False,
+    }
+
+
+def _add_to_row(row: dict[str, Any], collective: Collective) -> None:
+    count, conditional_count = collective.count, collective.conditional_count
+    row["count"] += count
+    row["bytes"] += count * collective.wire_bytes
+    row["conditional_count"] += conditional_count
+    row["conditional_bytes"] += conditional_count * collective.wire_bytes
+    if collective.is_asynchronous:
+        row["asynchronous"] += count + conditional_count
+    if collective.overlapped:
+        row["overlapped"] += count + conditional_count
+    row["is_open"] |= collective.is_open
+
+
+def _kind(instruction: Instruction) -> str:
+    return instruction.opcode.removesuffix("-start")
 
 
 def _collective(
-    program: Program, mesh: Mesh, kind: str, instruction: Instruction, executions: Executions
+    program: Program, mesh: Mesh, instruction: Instruction, executions: Executions
 ) -> Collective:
+    kind = _kind(instruction)
     axes, devices = _axes(instruction.rest, mesh)
     start = program.starters.get(instruction.name, instruction)
     done = program.done_of(start)
     operands = program.operands(instruction)
     if kind == "ragged-all-to-all":
-        operands = operands[
-            :1
-        ]  # the buffer that is sent from; the others are that of the result, and sizes
+        operands = operands[:1]  # the send buffer; the others are the result's buffer, and sizes
     result = done if done and start is instruction else instruction
-    if kind == "all-reduce" and program.home[instruction.name].startswith("all-reduce-scatter"):
-        # So XLA:TPU writes a reduce-scatter of padded operands.
-        kind, result = "reduce-scatter", program.root(program.home[instruction.name]) or instruction
+    computation = program.home[instruction.name]
+    if kind == "all-reduce" and computation.startswith("all-reduce-scatter"):
+        # XLA:TPU writes a reduce-scatter of padded operands in this way.
+        kind = "reduce-scatter"
+        result = program.root(computation) or instruction
     source = re.search(r'op_name="([^"]*)"', instruction.rest)
     return Collective(
         kind=kind,
@@ -171,47 +201,60 @@ def _collective(
 
 
 def _is_repeated(program: Program, instruction: Instruction) -> bool:
-    """Whether it stands for the rest of what a fusion has started, as XLA:TPU writes it."""
-    root = program.root(program.home[instruction.name])
+    """Whether it is a later part of what a fusion has started, as XLA:TPU writes it."""
+    computation = program.home[instruction.name]
+    root = program.root(computation)
     is_end = root is not None and 'custom_call_target="AsyncCollectiveDone"' in root.rest
-    return is_end or program.goes_on([program.home[instruction.name]])
+    return is_end or program.goes_on([computation])
 
 
 def _computing_between(program: Program, start: Instruction, done: Instruction) -> int:
-    instructions = program.computations[program.home[start.name]]
-    between = instructions[instructions.index(start) + 1 : instructions.index(done)]
-    return sum(
-        i.opcode in COMPUTE and (i.opcode != "custom-call" or kernel_of(i) is not None)
-        for i in between
-    )
+    """Counts the instructions that take time between the start and the end of a collective."""
+    computation = program.home[start.name]
+    instructions = program.computations[computation]
+    after_start = instructions.index(start) + 1
+    between = instructions[after_start : instructions.index(done)]
+    return sum(map(_takes_time, between))
+
+
+def _takes_time(instruction: Instruction) -> bool:
+    if instruction.opcode == "custom-call":
+        return kernel_of(instruction) is not None
+    return instruction.opcode in COMPUTE
 
 
 def bytes_of(result: str) -> int:
-    """Of the arrays of a type, `bf16[8,4096]{1,0}` or a tuple of them."""
-    return sum(
-        math.ceil(_bits(dtype) * math.prod(sizes(shape)) / 8)
-        for dtype, shape in SHAPE.findall(result)
-    )
+    """Returns the bytes of the arrays of a type, `bf16[8,4096]{1,0}` or a tuple of them."""
+    total = 0
+    for dtype, shape in SHAPE.findall(result):
+        bits = _bits(dtype) * math.prod(sizes(shape))
+        total += math.ceil(bits / 8)
+    return total
 
 
 def _bits(dtype: str) -> int:
-    """Of a number: `pred`, `bf16`, `f8e4m3fn`, `s4`."""
+    """Returns the bits of a number: `pred`, `bf16`, `f8e4m3fn`, `s4`."""
     found = re.match(r"[a-z]+(\d+)", dtype)
-    return int(found[1]) if found else 8 if dtype == "pred" else 0  # tokens have no bytes
+    if found:
+        return int(found[1])
+    return 8 if dtype == "pred" else 0  # tokens, which order operations, have no bytes
 
 
 def _axes(attributes: str, mesh: Mesh) -> tuple[list[str], int]:
-    """The mesh axes along which devices of a group differ, and how many devices are in a group."""
+    """Returns the mesh axes along which devices of a group differ, and the size of a group."""
     groups = _groups(attributes, mesh.size)
-    coordinates = np.stack(np.unravel_index(groups, tuple(mesh.shape.values())), axis=-1)
-    differ = (coordinates != coordinates[:, :1]).any(axis=(0, 1))
-    return [
-        name for name, differs in zip(mesh.shape, differ, strict=True) if differs
-    ], groups.shape[1]
+    axes = []
+    mesh_shape = tuple(mesh.shape.values())
+    for axis, coordinates in zip(mesh.shape, np.unravel_index(groups, mesh_shape), strict=True):
+        first_of_group = coordinates[:, :1]
+        if (coordinates != first_of_group).any():
+            axes.append(axis)
+    _, num_devices = groups.shape
+    return axes, num_devices
 
 
 def _groups(attributes: str, num_devices: int) -> np.ndarray:
-    """Devices that exchange something, one group in a row, as places in the mesh.
+    """Returns the devices that communicate, a group in each row, as places in the mesh.
 
     The forms are `{{0,1},{2,3}}`; `[2,4]<=[8]` and `[2,4]<=[4,2]T(1,0)`, numbers in order,
     reshaped, transposed, reshaped; `mesh['a'=2,'b'=4] {'a'}`, the axes of a mesh; and pairs of
@@ -223,39 +266,53 @@ def _groups(attributes: str, num_devices: int) -> np.ndarray:
         return np.arange(num_devices)[None]
     if listed := re.search(r"replica_groups=\{(\{.*?\})\}", attributes):
         return np.array([sizes(group) for group in re.findall(r"\{([\d,]*)\}", listed[1])])
-    if named := re.search(
-        r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((.*?\)?)\))? \{([^}]*)\}", attributes
-    ):
+    if named := GROUPS_ALONG_AXES.search(attributes):
         return _groups_of_mesh(*named.groups())
-    if counted := re.search(
-        r"replica_groups=(\[[\d,]+\])<=(\[[\d,]+\](?:T\([\d,]+\))?)", attributes
-    ):
+    if counted := GROUPS_IN_ORDER.search(attributes):
         return _iota(counted[2]).reshape(sizes(counted[1]))
     raise ValueError(f"groups of devices in an unknown form: {attributes[:200]}")
 
 
 def _iota(text: str) -> np.ndarray:
-    """`[4,2]T(1,0)`: numbers from 0 in this shape, transposed, one after the other."""
-    shape, order = (sizes(part) for part in re.findall(r"(\[.*?\])(?:T\((.*)\))?", text)[0])
-    return (
-        np.arange(math.prod(shape)).reshape(shape).transpose(order or range(len(shape))).reshape(-1)
-    )
+    """Returns the numbers that `[4,2]T(1,0)` stands for.
+
+    Those are the numbers from 0 in this shape, transposed, one after the other.
+    """
+    shape_text, order_text = re.findall(r"(\[.*?\])(?:T\((.*)\))?", text)[0]
+    shape = sizes(shape_text)
+    order = sizes(order_text) or range(len(shape))
+    numbers = np.arange(math.prod(shape))
+    transposed = numbers.reshape(shape).transpose(order)
+    return transposed.reshape(-1)
 
 
 def _groups_of_mesh(axes: str, devices: str | None, along: str) -> np.ndarray:
-    """Groups along axes of a mesh, or along a part of one: `'a':(2)4` has 4 places, and 2 divide the axis before it."""
-    lengths = {name: int(length) for name, length in re.findall(r"'?([^'=,]+)'?=(\d+)", axes)}
-    numbers = np.arange(math.prod(lengths.values()))
-    if devices is not None:
-        numbers = _iota(devices) if devices.startswith("[") else np.array(sizes(devices))
-    rest = dict(
-        zip(
-            lengths, np.unravel_index(np.arange(numbers.size), tuple(lengths.values())), strict=True
-        )
-    )
+    """Returns groups along axes of a mesh, or along a part of one.
+
+    A part is `'a':(2)4`, which has 4 places, with 2 dividing the axis before it.
+    """
+    named_lengths = re.findall(r"'?([^'=,]+)'?=(\d+)", axes)
+    lengths = {name: int(length) for name, length in named_lengths}
+    mesh_shape = tuple(lengths.values())
+    numbers = _mesh_numbers(mesh_shape, devices)
+    places = np.arange(numbers.size)
+    coordinates = np.unravel_index(places, mesh_shape)
+    # Places of a group have the same coordinates but for the axes, or parts of them, along it.
+    of_group = dict(zip(lengths, coordinates, strict=True))
     for name, before, size in re.findall(r"'?([^',:]+)'?(?::\((\d+)\)(\d+))?", along):
-        behind = lengths[name] // (int(before) * int(size)) if before else 1
-        place = rest[name] // behind % int(size or lengths[name])
-        rest[name] = rest[name] - place * behind
-    group = np.ravel_multi_index(tuple(rest.values()), tuple(lengths.values()))
-    return numbers[np.argsort(group, kind="stable")].reshape(np.unique(group).size, -1)
+        axis_length = lengths[name]
+        length = int(size or axis_length)
+        stride = axis_length // (int(before) * length) if before else 1
+        within_group = of_group[name] // stride % length
+        of_group[name] = of_group[name] - within_group * stride
+    group = np.ravel_multi_index(tuple(of_group.values()), mesh_shape)
+    order = np.argsort(group, kind="stable")
+    num_groups = np.unique(group).size
+    return numbers[order].reshape(num_groups, -1)
+
+
+def _mesh_numbers(mesh_shape: tuple[int, ...], devices: str | None) -> np.ndarray:
+    """Returns the number of the device at each place of a mesh."""
+    if devices is None:
+        return np.arange(math.prod(mesh_shape))
+    return _iota(devices) if devices.startswith("[") else np.array(sizes(devices))

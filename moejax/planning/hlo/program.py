@@ -1,8 +1,8 @@
-"""The text of a compiled program, `compiled.as_text()`, as instructions, and how often each of them runs.
+"""Reads the text of a compiled program: its instructions, and how often each of them runs.
 
 XLA writes much the same for CPU, GPU and TPU: a computation is a list of instructions in the order
-of execution, and calls others, which stand before it. Loops say how often they turn, or the
-condition shows it.
+of execution, and calls others, which come before it. Loops say how many iterations they have, or
+the condition shows it.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ class Instruction:
       name: unique in the program.
       result: its type, which may be a tuple.
       opcode: what it does.
-      rest: what stands behind the opening parenthesis: names of operands, then attributes.
+      rest: what follows the opening parenthesis: names of operands, then attributes.
       is_root: whether it is what its computation returns.
     """
 
@@ -39,14 +39,15 @@ class Instruction:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the first array in the result."""
+        """The shape of the first array in the result."""
         found = SHAPE.search(self.result)
         return sizes(found[2]) if found else ()
 
     @property
     def operands(self) -> list[str]:
-        """Names of what it takes."""
-        return re.findall(r"%([\w.\-]+)", self.rest.split(")")[0])
+        """Names of the instructions whose results it takes."""
+        arguments, _, _ = self.rest.partition(")")
+        return re.findall(r"%([\w.\-]+)", arguments)
 
     @property
     def called(self) -> list[str]:
@@ -56,11 +57,14 @@ class Instruction:
     @property
     def branches(self) -> list[str]:
         """Computations of which one runs."""
+        found = BRANCHES.findall(self.rest)
         listed = re.search(r"branch_computations=\{([^}]*)\}", self.rest)
-        return BRANCHES.findall(self.rest) + (re.findall(r"[\w.\-]+", listed[1]) if listed else [])
+        if listed:
+            found += re.findall(r"[\w.\-]+", listed[1])
+        return found
 
     def attribute(self, name: str) -> str | None:
-        """The number or name after `name=`, or None."""
+        """Returns the number or name after `name=`, or None."""
         found = re.search(rf"\b{name}=([^\s,}}]+)", self.rest)
         return found[1] if found else None
 
@@ -72,7 +76,7 @@ class Executions:
     Attributes:
       always: outside of branches.
       conditional: in branches, if they are taken every time.
-      is_open: whether a loop around it turns as often as data says, which is counted as once.
+      is_open: whether it is in a loop whose iterations depend on data, which are counted as one.
     """
 
     always: int = 0
@@ -98,57 +102,65 @@ class Program:
 
     def __init__(self, text: str):
         self.computations: dict[str, list[Instruction]] = {}
-        entry, current = None, None
+        self.by_name: dict[str, Instruction] = {}
+        self.home: dict[str, str] = {}
+        entry = computation = None
         for line in text.splitlines():
             if header := COMPUTATION.match(line):
-                current = self.computations.setdefault(header[2], [])
-                entry = header[2] if header[1] else entry
-            elif current is not None and (found := INSTRUCTION.match(line)):
+                is_entry, computation = header.groups()
+                self.computations.setdefault(computation, [])
+                entry = computation if is_entry else entry
+            elif computation is not None and (found := INSTRUCTION.match(line)):
                 root, name, result, opcode, rest = found.groups()
-                current.append(Instruction(name, result, opcode, rest, bool(root)))
+                instruction = Instruction(name, result, opcode, rest, bool(root))
+                self.computations[computation].append(instruction)
+                self.by_name[name] = instruction
+                self.home[name] = computation
         if entry is None:
             raise ValueError("no ENTRY computation: this is not the text of a compiled program")
         self.entry = entry
-        self.by_name = {
-            i.name: i for instructions in self.computations.values() for i in instructions
-        }
-        self.home = {
-            i.name: name for name, instructions in self.computations.items() for i in instructions
-        }
 
     def operands(self, instruction: Instruction) -> list[Instruction]:
-        """The instructions whose results it takes."""
+        """Returns the instructions whose results it takes."""
         return [self.by_name[name] for name in instruction.operands if name in self.by_name]
 
     def done_of(self, start: Instruction) -> Instruction | None:
-        """The end of what an instruction starts; None if it does not start something that goes on behind it."""
+        """Returns the end of what an instruction starts; None if it starts nothing that goes on."""
         if not _is_called(start, "start"):
             return None
         names = [start.name]
-        for name in names:
+        for name in names:  # it grows: those that pass on what was started
             for user in self._users.get(name, []):
                 if _is_called(user, "done"):
                     return user
-                if user.opcode in ("async-update", "get-tuple-element") or self.goes_on(
-                    user.called
-                ):
+                passes_on = user.opcode in ("async-update", "get-tuple-element")
+                if passes_on or self.goes_on(user.called):
                     names.append(user.name)
         return None
 
     def goes_on(self, computations: list[str]) -> bool:
-        """Whether XLA:TPU made one of these of computing and a part of a collective that was started before."""
+        """Whether one of these computes while a collective goes on that was started before.
+
+        XLA:TPU fuses such a part of a collective with the computation.
+        """
         return any(name.startswith("async_collective_fusion") for name in computations)
 
     @functools.cached_property
     def starters(self) -> dict[str, Instruction]:
-        """By instruction: what starts the computation that it is in, to be awaited later (`async-start`)."""
-        starts = [i for i in self.by_name.values() if _is_called(i, "start")]
-        return {
-            inner.name: start
-            for start in starts
-            for called in start.called
-            for inner in self.computations.get(called, [])
-        }
+        """By instruction: what starts the computation that it is in (`async-start`)."""
+        found = {}
+        for start in self.by_name.values():
+            if _is_called(start, "start"):
+                for inner in self._instructions(start.called):
+                    found[inner.name] = start
+        return found
+
+    def _instructions(self, computations: list[str]) -> list[Instruction]:
+        """Returns the instructions of some computations."""
+        found = []
+        for name in computations:
+            found += self.computations.get(name, [])
+        return found
 
     @functools.cached_property
     def _users(self) -> dict[str, list[Instruction]]:
@@ -161,63 +173,71 @@ class Program:
     @functools.cached_property
     def executions(self) -> dict[str, Executions]:
         """How often each computation runs."""
-        found = {name: Executions() for name in self.computations} | {
-            self.entry: Executions(always=1)
-        }
-        for name in reversed(
-            self.computations
-        ):  # those that are called stand before those that call them
-            here = found[name]
+        found = dict.fromkeys(self.computations, Executions())
+        found[self.entry] = Executions(always=1)
+        # Computations come before those that call them, so in reverse order all callers are known.
+        for name in reversed(self.computations):
+            caller = found[name]
             for instruction in self.computations[name]:
-                trips = self.trips(instruction) if instruction.opcode == "while" else 1
-                times, is_open = (1, True) if trips is None else (trips, here.is_open)
-                for called in filter(found.__contains__, instruction.called):
-                    found[called] = _add(
-                        found[called], times * here.always, times * here.conditional, is_open
-                    )
-                for branch in filter(found.__contains__, instruction.branches):
-                    found[branch] = _add(
-                        found[branch], 0, times * (here.always + here.conditional), is_open
-                    )
+                self._count_calls(instruction, caller, found)
         return found
 
+    def _count_calls(
+        self, instruction: Instruction, caller: Executions, found: dict[str, Executions]
+    ) -> None:
+        """Adds the executions of the computations that an instruction calls."""
+        trips = self.trips(instruction) if instruction.opcode == "while" else 1
+        times = 1 if trips is None else trips
+        is_open = caller.is_open or trips is None
+        always = times * caller.always
+        conditional = times * caller.conditional
+        for called in filter(found.__contains__, instruction.called):
+            found[called] = _add(found[called], always, conditional, is_open)
+        for branch in filter(found.__contains__, instruction.branches):
+            found[branch] = _add(found[branch], 0, always + conditional, is_open)
+
     def run(self) -> Iterator[tuple[Instruction, Executions]]:
-        """Every instruction that is reached, and how often it runs."""
+        """Yields every instruction that is reached, and how often it runs."""
         for name, executions in self.executions.items():
             if executions.always or executions.conditional:
                 for instruction in self.computations[name]:
                     yield instruction, executions
 
     def trips(self, loop: Instruction) -> int | None:
-        """How often a `while` turns; None if data decides."""
+        """Returns the number of iterations of a `while`; None if data decides."""
         if known := TRIPS.search(loop.rest):
             return int(known[1])
         # XLA:TPU does not say it: a counter from one number up to below another, in steps of 1.
-        condition, body = (self.root(loop.attribute(name)) for name in ("condition", "body"))
+        condition = self.root(loop.attribute("condition"))
+        body = self.root(loop.attribute("body"))
         start = self._source(loop.operands[0])
         if not (_does(condition, "compare") and _does(body, "tuple") and _does(start, "tuple")):
             return None
-        counter, bound = (self._source(name) for name in condition.operands)
+        counter_name, bound_name = condition.operands
+        counter = self._source(counter_name)
         if "direction=LT" not in condition.rest or not _does(counter, "get-tuple-element"):
             return None
         index = int(counter.attribute("index") or 0)
-        first, last = _number(self._source(start.operands[index])), _number(bound)
-        step = self._source(body.operands[index])
-        if first is None or last is None or not _does(step, "add"):
+        first = _number(self._source(start.operands[index]))
+        last = _number(self._source(bound_name))
+        next_counter = self._source(body.operands[index])
+        if first is None or last is None or not self._adds_one(next_counter):
             return None
-        return (
-            max(0, last - first)
-            if 1 in [_number(self._source(name)) for name in step.operands]
-            else None
-        )
+        return max(0, last - first)
+
+    def _adds_one(self, instruction: Instruction | None) -> bool:
+        if not _does(instruction, "add"):
+            return False
+        return 1 in [_number(self._source(name)) for name in instruction.operands]
 
     def root(self, computation: str | None) -> Instruction | None:
-        """What a computation returns."""
-        instructions = self.computations.get((computation or "").removeprefix("%"), [])
+        """Returns the instruction whose result a computation returns."""
+        name = (computation or "").removeprefix("%")
+        instructions = self.computations.get(name, [])
         return next((i for i in instructions if i.is_root), None)
 
     def _source(self, name: str) -> Instruction | None:
-        """The instruction of that name, or what it copies."""
+        """Returns the instruction of that name, or what it copies."""
         found = self.by_name.get(name)
         while found and found.opcode in ("copy", "bitcast", "copy-done", "copy-start"):
             found = self.by_name.get(found.operands[0])
@@ -225,7 +245,7 @@ class Program:
 
 
 def sizes(text: str) -> tuple[int, ...]:
-    """The whole numbers in a text."""
+    """Returns the integers in a text."""
     return tuple(int(size) for size in re.findall(r"\d+", text))
 
 
@@ -244,17 +264,16 @@ def _does(instruction: Instruction | None, opcode: str) -> TypeGuard[Instruction
 
 def _is_called(instruction: Instruction, word: str) -> bool:
     """Whether the opcode says so or, where XLA:TPU makes a fusion of it, the name."""
-    is_fusion = instruction.opcode == "fusion" and instruction.name.startswith(
+    if instruction.opcode.endswith(f"-{word}"):
+        return True
+    return instruction.opcode == "fusion" and instruction.name.startswith(
         f"async-collective-{word}"
     )
-    return instruction.opcode.endswith(f"-{word}") or is_fusion
 
 
 def _number(instruction: Instruction | None) -> int | None:
-    """The value of an integer constant."""
-    found = (
-        re.match(r"(-?\d+)\)", instruction.rest)
-        if instruction and instruction.opcode == "constant"
-        else None
-    )
+    """Returns the value of an integer constant; None for whatever else."""
+    if not _does(instruction, "constant"):
+        return None
+    found = re.match(r"(-?\d+)\)", instruction.rest)
     return int(found[1]) if found else None
