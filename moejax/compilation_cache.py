@@ -19,11 +19,11 @@ WORTH_KEEPING_S = 0.2
 """Seconds of compilation from which on a program is kept."""
 
 
-class ProgramsFolderError(ValueError):
+class CompilationCacheError(ValueError):
     """The folder of compiled programs is not the user's alone."""
 
 
-def programs_folder() -> Path:
+def compilation_cache_folder() -> Path:
     """`moejax/compiled` in the user's cache folder: `$XDG_CACHE_HOME`, or `~/.cache` where that is no absolute path.
 
     Raises:
@@ -33,8 +33,8 @@ def programs_folder() -> Path:
     return (given if given.is_absolute() else Path.home() / ".cache") / "moejax" / "compiled"
 
 
-def keep_programs() -> None:
-    """Has jax keep what it compiles in `programs_folder`, or where `JAX_COMPILATION_CACHE_DIR` says.
+def keep_compilation_cache() -> None:
+    """Has jax keep what it compiles in `compilation_cache_folder`, or where `JAX_COMPILATION_CACHE_DIR` says.
 
     Where that cannot be, everything is compiled again, and the log says why: a folder that cannot
     be written, or one that others could put their programs in.
@@ -42,7 +42,7 @@ def keep_programs() -> None:
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
     try:
-        folder = programs_folder()
+        folder = compilation_cache_folder()
         folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         folder.mkdir(
             mode=0o700, exist_ok=True
@@ -50,7 +50,7 @@ def keep_programs() -> None:
         check_is_own(folder)
         with tempfile.TemporaryFile(dir=folder):
             pass
-    except (OSError, RuntimeError, ProgramsFolderError) as error:
+    except (OSError, RuntimeError, CompilationCacheError) as error:
         log.warning(
             "compiled programs are not kept (%s): set XDG_CACHE_HOME to a folder that you alone write",
             error,
@@ -61,7 +61,7 @@ def keep_programs() -> None:
 
 
 def check_is_own(folder: Path) -> None:
-    """Raises `ProgramsFolderError` if another user owns the folder or the one it is in, or may write to one of them.
+    """Raises `CompilationCacheError` if another user owns the folder or the one it is in, or may write to one of them.
 
     Where users have no numbers (Windows), nothing is known and nothing raised.
     """
@@ -70,9 +70,11 @@ def check_is_own(folder: Path) -> None:
     for one in (folder, folder.parent):
         found = one.stat()
         if found.st_uid != os.getuid():
-            raise ProgramsFolderError(
+            raise CompilationCacheError(
                 f"{one} belongs to user {found.st_uid}, who could put programs there"
             )
         if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
             mode = stat.S_IMODE(found.st_mode)
-            raise ProgramsFolderError(f"others may write to {one}, mode {mode:o}: chmod 700 {one}")
+            raise CompilationCacheError(
+                f"others may write to {one}, mode {mode:o}: chmod 700 {one}"
+            )

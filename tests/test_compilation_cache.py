@@ -9,10 +9,10 @@ import pytest
 
 from cases.training import small_config
 from moejax.compilation_cache import (
-    ProgramsFolderError,
+    CompilationCacheError,
     check_is_own,
-    keep_programs,
-    programs_folder,
+    compilation_cache_folder,
+    keep_compilation_cache,
 )
 
 
@@ -31,26 +31,26 @@ def test_programs_are_kept_whatever_new_folders_are_open_to(options, monkeypatch
     before = os.umask(umask)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "new/cache"))
     try:
-        keep_programs()
+        keep_compilation_cache()
     finally:
         os.umask(before)
     assert options["jax_compilation_cache_dir"] == str(tmp_path / "new/cache/moejax/compiled")
 
 
 def test_programs_are_kept_in_the_users_cache_folder(options, monkeypatch, tmp_path):
-    keep_programs()
+    keep_compilation_cache()
     folder = tmp_path / "cache/moejax/compiled"
     assert options["jax_compilation_cache_dir"] == str(folder)
     assert folder.is_dir() and not list(folder.iterdir()) and folder.stat().st_mode & 0o777 == 0o700
     for value in ("", "relative"):
         monkeypatch.setenv("XDG_CACHE_HOME", value)
         monkeypatch.setenv("HOME", str(tmp_path))
-        assert programs_folder() == tmp_path / ".cache/moejax/compiled"
+        assert compilation_cache_folder() == tmp_path / ".cache/moejax/compiled"
 
 
 def test_a_folder_that_the_user_gives_to_jax_is_left_alone(options, monkeypatch, tmp_path):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "own"))
-    keep_programs()
+    keep_compilation_cache()
     assert not options and not (tmp_path / "cache").exists()
 
 
@@ -59,7 +59,7 @@ def test_where_programs_cannot_be_kept_none_are_and_the_log_says_so(
 ):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    keep_programs()
+    keep_compilation_cache()
     assert not options and "compiled programs are not kept" in caplog.text
 
 
@@ -68,7 +68,7 @@ def test_where_programs_cannot_be_kept_none_are_and_the_log_says_so(
 def test_a_folder_that_others_can_write_is_refused(options, tmp_path, caplog, name, mode):
     (tmp_path / "cache/moejax/compiled").mkdir(parents=True)
     (tmp_path / name).chmod(mode)
-    keep_programs()
+    keep_compilation_cache()
     assert not options
     assert f"others may write to {tmp_path / name}" in caplog.text and "chmod 700" in caplog.text
 
@@ -76,9 +76,9 @@ def test_a_folder_that_others_can_write_is_refused(options, tmp_path, caplog, na
 def test_a_folder_of_another_user_is_refused(options, monkeypatch, tmp_path, caplog):
     (tmp_path / "cache/moejax/compiled").mkdir(parents=True, mode=0o700)
     monkeypatch.setattr(os, "getuid", lambda: os.geteuid() + 1)
-    with pytest.raises(ProgramsFolderError, match="belongs to user"):
+    with pytest.raises(CompilationCacheError, match="belongs to user"):
         check_is_own(tmp_path / "cache/moejax/compiled")
-    keep_programs()
+    keep_compilation_cache()
     assert not options and "could put programs there" in caplog.text
 
 
@@ -86,7 +86,7 @@ COMPILE = """
 import sys, jax
 from moejax import compilation_cache
 compilation_cache.WORTH_KEEPING_S = 0.0
-compilation_cache.keep_programs()
+compilation_cache.keep_compilation_cache()
 hits = []
 jax.monitoring.register_event_listener(lambda event, **_: hits.append(event))
 jax.jit(lambda x: x * 3 + 1)(jax.numpy.ones(7)).block_until_ready()
@@ -121,7 +121,7 @@ def test_the_verbs_that_compile_keep_their_programs(monkeypatch, verb):
     def ask():
         raise AskedError
 
-    monkeypatch.setattr(f"moejax.cli.{verb}.keep_programs", ask)
+    monkeypatch.setattr(f"moejax.cli.{verb}.keep_compilation_cache", ask)
     monkeypatch.setattr("moejax.cli.verbs.train.read_config_flag", lambda values: small_config())
     given = ["--config=configs/debug.py"] if verb == "train" else ["--workdir=runs/none"]
     with pytest.raises(AskedError):

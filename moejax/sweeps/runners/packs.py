@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import pandas as pd
 
-from moejax.compilation_cache import keep_programs
+from moejax.compilation_cache import keep_compilation_cache
 from moejax.locks import check_held
 from moejax.planning.memory import check_memory
 from moejax.sharding import make_mesh
@@ -46,7 +46,7 @@ def prepare_devices(packs: Sequence[Ids]) -> None:
     """
     if any(len(pack) > 1 for pack in packs):
         jax.config.update("jax_num_cpu_devices", len(usable_cores()))
-    keep_programs()
+    keep_compilation_cache()
 
 
 def check_devices(arms: Iterable[Arm]) -> None:

@@ -333,7 +333,7 @@ def test_a_mistake_is_one_line_before_anything_trains(
     from moejax.cli import main
 
     monkeypatch.setattr(
-        "moejax.sweeps.runners.packs.keep_programs", lambda: None
+        "moejax.sweeps.runners.packs.keep_compilation_cache", lambda: None
     )  # of this process
     arguments = [argument.replace("DIR", str(tmp_path / "sweep")) for argument in arguments]
     is_recipe_free = arguments[:1] in (["report"], ["work"], ["worker"])

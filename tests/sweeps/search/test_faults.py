@@ -575,7 +575,7 @@ def moejax(monkeypatch, tmp_path, capsys):
         return code, (capsys.readouterr().err.strip().splitlines() or [""])[-1]
 
     monkeypatch.setattr(
-        "moejax.cli.verbs.sweep_search.keep_programs", lambda: None
+        "moejax.cli.verbs.sweep_search.keep_compilation_cache", lambda: None
     )  # tests have a folder of their own
     return run
 
