@@ -1,4 +1,4 @@
-"""Compiled programs that outlive a process: where they are kept, and which folders are refused."""
+"""The compilation cache: where compiled programs are kept, and which folders are refused."""
 
 import os
 import subprocess
@@ -18,7 +18,7 @@ from moejax.compilation_cache import (
 
 @pytest.fixture
 def options(monkeypatch, tmp_path):
-    """What is set of jax; the cache folder of the user is `tmp_path / "cache"`."""
+    """Returns the options of jax that are set; the user's cache folder is `tmp_path / "cache"`."""
     found = {}
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -27,7 +27,7 @@ def options(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o002, 0o000])
-def test_programs_are_kept_whatever_new_folders_are_open_to(options, monkeypatch, tmp_path, umask):
+def test_programs_are_kept_whatever_the_umask_is(options, monkeypatch, tmp_path, umask):
     before = os.umask(umask)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "new/cache"))
     try:
@@ -54,9 +54,7 @@ def test_a_folder_that_the_user_gives_to_jax_is_left_alone(options, monkeypatch,
     assert not options and not (tmp_path / "cache").exists()
 
 
-def test_where_programs_cannot_be_kept_none_are_and_the_log_says_so(
-    options, monkeypatch, tmp_path, caplog
-):
+def test_the_log_says_why_programs_cannot_be_kept(options, monkeypatch, tmp_path, caplog):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     keep_compilation_cache()
@@ -98,21 +96,20 @@ def test_a_second_process_finds_the_program_of_the_first(tmp_path):
     environment = {key: value for key, value in os.environ.items() if not key.startswith("JAX_")}
     environment |= {"XDG_CACHE_HOME": str(tmp_path), "JAX_PLATFORMS": "cpu"}
 
-    def hits():
+    def count_hits():
         command = [sys.executable, "-c", COMPILE]
-        return int(
-            subprocess.run(
-                command, env=environment, capture_output=True, text=True, check=True
-            ).stdout
+        finished = subprocess.run(
+            command, env=environment, capture_output=True, text=True, check=True
         )
+        return int(finished.stdout)
 
-    assert hits() == 0
-    assert hits() > 0
+    assert count_hits() == 0
+    assert count_hits() > 0
 
 
 @pytest.mark.parametrize("verb", ["train", "eval", "generate"])
-def test_the_verbs_that_compile_keep_their_programs(monkeypatch, verb):
-    """Each asks for it before anything is compiled; here that is where it ends."""
+def test_verbs_that_compile_use_the_compilation_cache(monkeypatch, verb):
+    """Each verb sets it up before anything is compiled; here the verb ends at that point."""
     from moejax import cli
 
     class AskedError(Exception):
@@ -121,7 +118,7 @@ def test_the_verbs_that_compile_keep_their_programs(monkeypatch, verb):
     def ask():
         raise AskedError
 
-    monkeypatch.setattr(f"moejax.cli.{verb}.keep_compilation_cache", ask)
+    monkeypatch.setattr(f"moejax.cli.verbs.{verb}.keep_compilation_cache", ask)
     monkeypatch.setattr("moejax.cli.verbs.train.read_config_flag", lambda values: small_config())
     given = ["--config=configs/debug.py"] if verb == "train" else ["--workdir=runs/none"]
     with pytest.raises(AskedError):

@@ -9,7 +9,7 @@ PACKAGE = ROOT / "moejax"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 RANKS = [
-    {"config", "extras", "locks", "paths", "seeds", "strict_json"},
+    {"config", "extras", "lock_record", "locks", "paths", "seeds", "strict_json"},
     {"kernels", "sharding", "compilation_cache"},
     {"moe"},
     {"nn"},

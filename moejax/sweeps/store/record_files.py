@@ -12,11 +12,11 @@ what is no ordinary file is not opened.
 import json
 import os
 import stat
-import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from moejax.paths import replace_shared_file
 from moejax.strict_json import to_json
 
 JSON_COLUMNS = b"moejax.json_columns"
@@ -150,14 +150,4 @@ def _replace(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
     """Writes a file of a name of its own beside `path` and renames it: two writers do not mix their halves."""
     if path.is_dir():
         raise RecordError(f"{path} is a folder; remove it")
-    with tempfile.NamedTemporaryFile(
-        "wb", dir=path.parent, suffix=".partial", delete=False
-    ) as file:
-        try:
-            write(file)
-            file.close()
-            os.chmod(file.name, 0o644)  # temporary files are private
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
+    replace_shared_file(path, write)
