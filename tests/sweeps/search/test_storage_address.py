@@ -17,7 +17,7 @@ from moejax.sweeps.search.storage_address import (
     without_secrets,
 )
 from moejax.sweeps.search.study import create_study, dashboard_command, open_study, serve_dashboard
-from moejax.sweeps.space import choice
+from moejax.sweeps import choice
 
 SECRET = "Tr0ub4dor"
 FORMS = (
