@@ -1,4 +1,4 @@
-"""What the rows of a sweep say: comparisons at an equal fraction of the schedule, means over seeds, fronts.
+"""Tables of a sweep's rows: equal fractions of the schedule, means over seeds, Pareto fronts.
 
 A row is an arm. Columns `override/KEY` are the raw axes, what the sweep itself set; arms that agree
 in all of them but `train.seed` are one setting, measured once for each seed. All functions are
@@ -20,30 +20,28 @@ OVERRIDE, MATCHED = "override/", "matched/"
 SEED = "override/train.seed"
 LOSS, BITS = "final/eval/loss", "final/eval/bits_per_byte"
 COLUMNS = (
-    "arm",
-    "config_hash",
-    "status",
-    "error",
-    "seed",
-    "steps",
-    "steps_planned",
-    "fraction",
+    "arm", "config_hash", "status", "error", "seed", "steps", "steps_planned", "fraction",
     "evaluations",
-)
-TEXTS = ("arm", "config_hash", "status", "error", "git_commit", "versions", "device", "command", "alarm_rules",
-         "evaluations")  # fmt: skip
+)  # fmt: skip
+TEXTS = (
+    "arm", "config_hash", "status", "error", "git_commit", "versions", "device", "command",
+    "alarm_rules", "evaluations",
+)  # fmt: skip
 OF_THE_END = ("final/", "best/", "tail/", "median/", "tokens", "flops_total", "wall_s")
-"""How columns begin that no earlier step has."""
+"""Prefixes of the columns that describe an arm's end, and no earlier step."""
+AT_FRACTION = ("at/step", "at/eval/loss", "at/eval/bits_per_byte")
 
 
 def frame_of(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
-    """Rows as a table: a column for every key of any row, and at least those of `COLUMNS`.
+    """Returns rows as a table: a column for every key of any row, and at least those of `COLUMNS`.
 
-    Axes and matched leaves keep their values as they are, of whatever kinds, and None where an
-    arm has none; texts too. All other columns are numbers: NaN where a row has none, or one that
-    is not finite.
+    Axes, matched leaves and texts keep their values as they are, of whatever kinds, and have None
+    where an arm has no value. All other columns are numbers: NaN where a row has no number, or one
+    that is not finite.
     """
-    names = dict.fromkeys([*COLUMNS, *(name for row in rows for name in row)])
+    names = dict.fromkeys(COLUMNS)
+    for row in rows:
+        names |= dict.fromkeys(row)
     columns = {}
     for name in names:
         values = [row.get(name) for row in rows]
@@ -59,18 +57,31 @@ def _as_number(value: Any) -> float:
 
 
 def axes_of(frame: pd.DataFrame) -> list[str]:
-    """The raw axes, seeds excluded, on which rows differ; columns of the frame."""
-    axes = [str(name) for name in frame.columns if str(name).startswith(OVERRIDE) and name != SEED]
-    return [axis for axis in axes if len({key_of(value) for value in frame[axis]}) > 1]
+    """Returns the columns of the raw axes, seeds excluded, on which rows differ."""
+    return [
+        axis for axis in _setting_axes(frame) if frame[axis].map(key_of).nunique(dropna=False) > 1
+    ]
+
+
+def _setting_axes(frame: pd.DataFrame) -> list[str]:
+    """Returns the columns of the raw axes, seeds excluded."""
+    return [str(name) for name in frame.columns if str(name).startswith(OVERRIDE) and name != SEED]
 
 
 def loss_of(arms: pd.DataFrame) -> str:
-    """The column by which arms are compared: the loss in nats per token, or bits per byte where their tokens differ."""
-    return BITS if token_keys(axis.removeprefix(OVERRIDE) for axis in axes_of(arms)) else LOSS
+    """Returns the column by which arms are compared.
+
+    That is the loss in nats per token, or bits per byte where the tokens of the arms differ.
+    """
+    keys = [axis.removeprefix(OVERRIDE) for axis in axes_of(arms)]
+    return BITS if token_keys(keys) else LOSS
 
 
 def key_of(value: Any) -> Hashable:
-    """Equal for equal levels: 4 and 4.0 are one, True and 1 are two; None for a level that is not set."""
+    """Returns a key that is equal for equal levels, and None for a level that is not set.
+
+    4 and 4.0 are one level, True and 1 are two.
+    """
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return None
     if isinstance(value, (bool, np.bool_)):
@@ -81,26 +92,27 @@ def key_of(value: Any) -> Hashable:
 
 
 def levels_of(values: Iterable[Any]) -> list[Any]:
-    """The different levels that are set: numbers first and increasing, others in the order of their appearance."""
-    found: dict[Hashable, Any] = {}
+    """Returns the different levels that are set.
+
+    Numbers are first, in increasing order; others are in the order of their appearance.
+    """
+    by_key: dict[Hashable, Any] = {}
     for value in values:
-        found.setdefault(key_of(value), value)
-    levels = [value for key, value in found.items() if key is not None]
+        by_key.setdefault(key_of(value), value)
+    levels = [value for key, value in by_key.items() if key is not None]
     numbers = sorted(value for value in levels if is_number(value))
     return numbers + [value for value in levels if not is_number(value)]
 
 
 def is_number(value: Any) -> bool:
-    """Whether a level is a finite number, as a float can hold it; True and False are none."""
-    return (
-        isinstance(value, (int, float))
-        and not isinstance(value, bool)
-        and bool(abs(value) <= sys.float_info.max)
-    )
+    """Whether a level is a finite number that a float can hold; True and False are no numbers."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return bool(abs(value) <= sys.float_info.max)
 
 
 def at_fraction(frame: pd.DataFrame, fraction: float = 1.0) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The arms that can be compared at one fraction of their schedule, and the others.
+    """Returns the arms that can be compared at one fraction of their schedule, and the others.
 
     At 1 those are the arms that are done and whose last evaluation is finite. Below, those with a
     finite evaluation within half a step of that fraction, whatever became of them later.
@@ -111,7 +123,7 @@ def at_fraction(frame: pd.DataFrame, fraction: float = 1.0) -> tuple[pd.DataFram
 
     Returns:
       The compared arms with the columns `at/step`, `at/eval/loss` and `at/eval/bits_per_byte` (NaN
-      where the record does not tell); below a fraction of 1 without the columns that tell of an
+      where the record has no value); below a fraction of 1 without the columns that describe an
       arm's end. And `arm`, `status`, `fraction` and `reason` of those that are left out.
 
     Raises:
@@ -121,57 +133,67 @@ def at_fraction(frame: pd.DataFrame, fraction: float = 1.0) -> tuple[pd.DataFram
         raise ValueError(
             f"fraction={fraction} must be above 0 and at most 1, which is the end of the schedule"
         )
-    evaluated = [_evaluation(row, fraction) for row in frame.to_dict("records")]
+    records = frame.to_dict("records")
+    if fraction == 1:
+        evaluated = [_evaluation_at_end(row) for row in records]
+    else:
+        evaluated = [_evaluation_at(row, fraction) for row in records]
     is_compared = np.array([not isinstance(found, str) for found in evaluated], bool)
+
     left_out = frame.loc[~is_compared, ["arm", "status", "fraction"]].copy()
-    left_out["reason"] = pd.Series(
-        [x for x in evaluated if isinstance(x, str)], left_out.index, dtype=object
-    )
+    reasons = [found for found in evaluated if isinstance(found, str)]
+    left_out["reason"] = pd.Series(reasons, left_out.index, dtype=object)
+
     compared = frame[is_compared].copy()
     if fraction < 1:
-        compared = compared.drop(
-            columns=[name for name in frame.columns if str(name).startswith(OF_THE_END)]
-        )
-    kept = [found for found in evaluated if not isinstance(found, str)]
-    for i, name in enumerate(("at/step", "at/eval/loss", "at/eval/bits_per_byte")):
-        compared[name] = pd.Series([found[i] for found in kept], compared.index, dtype=np.float64)
+        of_the_end = [name for name in frame.columns if str(name).startswith(OF_THE_END)]
+        compared = compared.drop(columns=of_the_end)
+    values = [found for found in evaluated if not isinstance(found, str)]
+    compared[[*AT_FRACTION]] = np.array(values, np.float64).reshape(-1, len(AT_FRACTION))
     return compared.reset_index(drop=True), left_out.reset_index(drop=True)
 
 
-def _evaluation(row: Mapping[Any, Any], fraction: float) -> tuple[float, float, float] | str:
-    """Step, loss and bits per byte, or why there are none."""
-    if fraction == 1:
-        if row["status"] != "done":
-            reached = (
-                "" if math.isnan(row["fraction"]) else f" at {row['fraction']:.0%} of its schedule"
-            )
-            why = f": {row['error']}" if row["error"] else ""
-            return f"{row['status']}{reached}{why}"
-        loss = row.get(LOSS, math.nan)
-        if math.isnan(loss):
-            return "its last evaluation is not finite or absent"
-        return row["steps"], loss, row.get(BITS, math.nan)
+def _evaluation_at_end(row: Mapping[Any, Any]) -> tuple[float, float, float] | str:
+    """Returns the last step with its loss and bits per byte, or why an arm has no final loss."""
+    if row["status"] != "done":
+        has_fraction = not math.isnan(row["fraction"])
+        reached = f" at {row['fraction']:.0%} of its schedule" if has_fraction else ""
+        why = f": {row['error']}" if row["error"] else ""
+        return f"{row['status']}{reached}{why}"
+    loss = row.get(LOSS, math.nan)
+    if math.isnan(loss):
+        return "its last evaluation is not finite or absent"
+    return row["steps"], loss, row.get(BITS, math.nan)
+
+
+def _evaluation_at(row: Mapping[Any, Any], fraction: float) -> tuple[float, float, float] | str:
+    """Returns the step at a fraction below 1 with its loss and bits per byte, or why not."""
     wanted = fraction * row["steps_planned"]
     for _, step, loss, *bits in json.loads(row["evaluations"] or "[]"):
-        if abs(step - wanted) <= 0.5:
-            return (
-                "its evaluation there is not finite"
-                if loss is None
-                else (step, loss, _as_number(*(bits or [None])))
-            )
+        if abs(step - wanted) > 0.5:
+            continue
+        if loss is None:
+            return "its evaluation there is not finite"
+        return step, loss, _as_number(bits[0] if bits else None)
     return f"no evaluation at {fraction:g} of its schedule (step {wanted:g})"
 
 
 def setting_key(overrides: Mapping[str, Any]) -> Hashable:
-    """Equal for overrides, by dotted key, that differ in their seed at most; what is None is not set."""
-    levels = {
-        key: key_of(value) for key, value in overrides.items() if key != SEED.removeprefix(OVERRIDE)
-    }
-    return frozenset((key, level) for key, level in levels.items() if level is not None)
+    """Returns a key that is equal for overrides that differ in nothing but their seed.
+
+    Args:
+      overrides: values by dotted key; a value of None is not set.
+    """
+    levels = set()
+    for key, value in overrides.items():
+        level = key_of(value)
+        if level is not None and key != SEED.removeprefix(OVERRIDE):
+            levels.add((key, level))
+    return frozenset(levels)
 
 
 def settings_of(frame: pd.DataFrame, metrics: Sequence[str]) -> pd.DataFrame:
-    """A row for each setting, with means of metrics over its seeds.
+    """Returns a row for each setting, with means of metrics over its seeds.
 
     Args:
       frame: arms, all at an equal fraction of the schedule: from `at_fraction`.
@@ -183,42 +205,44 @@ def settings_of(frame: pd.DataFrame, metrics: Sequence[str]) -> pd.DataFrame:
       root of n; NaN of a single value) and `METRIC/n`, the number of arms that have the metric. In
       the order of the frame.
     """
-    axes = [str(name) for name in frame.columns if str(name).startswith(OVERRIDE) and name != SEED]
-    groups: dict[tuple[Hashable, ...], list[int]] = {}
-    for i, levels in enumerate(
-        zip(*(frame[axis] for axis in axes), strict=True) if axes else [()] * len(frame)
-    ):
-        groups.setdefault(tuple(key_of(level) for level in levels), []).append(i)
-    members = list(groups.values())
-    first = [rows[0] for rows in members]
-    columns: dict[str, Any] = {
-        axis: pd.Series([frame[axis].iloc[i] for i in first], dtype=object) for axis in axes
-    }
-    columns["arms"] = pd.Series([tuple(frame["arm"].iloc[rows]) for rows in members], dtype=object)
+    axes = _setting_axes(frame)
+    numbers = _setting_numbers(frame, axes)
+    rows_by_setting = numbers.groupby(numbers).indices.values()
+    settings = frame.loc[~numbers.duplicated().to_numpy(), axes].reset_index(drop=True)
+    arms = [tuple(frame["arm"].iloc[rows]) for rows in rows_by_setting]
+    columns = [settings, pd.DataFrame({"arms": pd.Series(arms, dtype=object)})]
     for metric in metrics:
-        values = (
-            frame[metric].to_numpy(np.float64) if metric in frame else np.full(len(frame), np.nan)
-        )
-        summaries = [_summary(values[rows]) for rows in members]
-        for i, name in enumerate((metric, f"{metric}/se", f"{metric}/n")):
-            columns[name] = pd.Series(
-                [summary[i] for summary in summaries], dtype=np.float64 if i < 2 else np.int64
-            )
-    return pd.DataFrame(columns)
+        values = frame.get(metric, pd.Series(math.nan, frame.index)).to_numpy(np.float64)
+        # Not pandas' mean: it adds the values in another order, so that last digits would differ.
+        summaries = [_summarize(values[rows]) for rows in rows_by_setting]
+        types = {metric: np.float64, f"{metric}/se": np.float64, f"{metric}/n": np.int64}
+        columns.append(pd.DataFrame(summaries, columns=[*types]).astype(types))
+    return pd.concat(columns, axis=1)
 
 
-def _summary(values: np.ndarray) -> tuple[float, float, int]:
-    """Mean, standard error and number of the values that are finite."""
+def _setting_numbers(frame: pd.DataFrame, axes: Sequence[str]) -> pd.Series:
+    """Returns the number of each arm's setting; settings are numbered as they appear."""
+    keys: list[tuple[Hashable, ...]] = [()] * len(frame)
+    for axis in axes:
+        keys = [(*key, key_of(level)) for key, level in zip(keys, frame[axis], strict=True)]
+    known: dict[Hashable, int] = {}
+    return pd.Series([known.setdefault(key, len(known)) for key in keys], dtype=np.int64)
+
+
+def _summarize(values: np.ndarray) -> tuple[float, float, int]:
+    """Returns the mean, the standard error and the number of the values that are finite."""
     values = values[np.isfinite(values)]
     n = len(values)
-    with np.errstate(over="ignore"):  # of values near the largest that a float holds
+    with np.errstate(over="ignore"):  # of values near the largest that a float can hold
         mean = float(values.mean()) if n else math.nan
         error = float(values.std(ddof=1)) / math.sqrt(n) if n > 1 else math.nan
     return mean, error, n
 
 
 def over_seeds(frame: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """One metric by setting: the raw axes but the seed, `n`, `mean`, `se` (NaN if n is 1) and `arms`.
+    """Returns one metric by setting.
+
+    Its columns are the raw axes but the seed, `n`, `mean`, `se` (NaN if n is 1) and `arms`.
 
     Args:
       frame: arms at an equal fraction of the schedule.
@@ -226,12 +250,12 @@ def over_seeds(frame: pd.DataFrame, metric: str) -> pd.DataFrame:
     """
     found = settings_of(frame, [metric])
     names = {metric: "mean", f"{metric}/se": "se", f"{metric}/n": "n"}
-    axes = [name for name in found.columns if str(name).startswith(OVERRIDE)]
-    return found.rename(columns=names)[[*axes, "n", "mean", "se", "arms"]]
+    columns = [*_setting_axes(found), "n", "mean", "se", "arms"]
+    return found.rename(columns=names)[columns]
 
 
 def pareto_front(settings: pd.DataFrame, metrics: Sequence[str]) -> np.ndarray:
-    """Which rows no other row beats: none is as low in all metrics and lower in one.
+    """Returns which rows no other row beats: none is as low in all metrics and lower in one.
 
     Args:
       settings: a table with the metrics, all to be minimised.
@@ -244,12 +268,9 @@ def pareto_front(settings: pd.DataFrame, metrics: Sequence[str]) -> np.ndarray:
     values_RM = settings[list(metrics)].to_numpy(np.float64)
     is_known_R = np.isfinite(values_RM).all(axis=1)
 
-    def is_beaten(row_M: np.ndarray) -> bool:
-        return bool(
-            ((values_RM <= row_M).all(axis=1) & (values_RM < row_M).any(axis=1) & is_known_R).any()
-        )
-
-    return np.array(
-        [known and not is_beaten(row) for row, known in zip(values_RM, is_known_R, strict=True)],
-        bool,
-    )
+    is_on_front_R = is_known_R.copy()
+    for r, row_M in enumerate(values_RM):
+        is_as_low_R = (values_RM <= row_M).all(axis=1)
+        is_lower_R = (values_RM < row_M).any(axis=1)
+        is_on_front_R[r] &= not (is_as_low_R & is_lower_R & is_known_R).any()
+    return is_on_front_R
