@@ -185,7 +185,7 @@ def test_a_sweep_told_to_stop_saves_and_the_same_command_goes_on_and_may_add_arm
     # An arm less is another sweep.
     process = sweep(*SMALL_RUN, data, f"--dir={tmp_path}", "moe.balance_weight=0.01", "moe.top_k=2")
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 2 and "holds a sweep with 2 arms that this one has not" in errors
+    assert process.returncode == 2 and "holds a sweep with 2 arms that this one does not have" in errors
 
 
 def test_a_search_draws_trains_prunes_and_records(data, tmp_path):
@@ -422,7 +422,7 @@ def test_a_sweep_is_read_as_it_was_written_and_may_only_grow(tmp_path):
         command="c",
     )
     assert set(written.arms) < set(grown.arms)
-    with pytest.raises(SweepError, match="holds a sweep with 3 arms that this one has not"):
+    with pytest.raises(SweepError, match="holds a sweep with 3 arms that this one does not have"):
         write_sweep(
             tmp_path, planned(points[0]), largest_pack=2, recipe="r.py", match="", command="c"
         )
