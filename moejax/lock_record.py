@@ -43,8 +43,11 @@ def parse_holder(record: bytes) -> Holder:
     """
     try:
         values: dict[str, Any] = json.loads(record.decode())
-        types = {field.name: type(field.default) for field in dataclasses.fields(Holder)}
-        known = {name: values[name] for name, kind in types.items() if type(values[name]) is kind}
+        known: dict[str, Any] = {}
+        for field in dataclasses.fields(Holder):
+            value = values[field.name]
+            if type(value) is type(field.default):
+                known[field.name] = value
         return Holder(**known)
     except (ValueError, KeyError, TypeError, RecursionError):
         return Holder()

@@ -24,8 +24,10 @@ def to_json(value: Any, *, indent: int | None = None) -> str:
     places: list[str] = []
     finite = _replace_nonfinite(value, "", places)
     if places:
-        more = f" and {len(places) - SHOWN} more" if len(places) > SHOWN else ""
-        log.warning("not finite, and null in the JSON: %s%s", ", ".join(places[:SHOWN]), more)
+        shown = ", ".join(places[:SHOWN])
+        if len(places) > SHOWN:
+            shown += f" and {len(places) - SHOWN} more"
+        log.warning("not finite, and null in the JSON: %s", shown)
     return json.dumps(finite, indent=indent, allow_nan=False)
 
 

@@ -159,11 +159,13 @@ def draw_scheme(axes: Axes, scheme: str, runs: list[dict[str, Any]], steps: str,
       key: of the values.
     """
     color, dash = LOOKS[scheme]
-    x = runs[0][steps]
-    values = np.array([run[key] for run in runs])
-    axes.plot(x, values.mean(axis=0), label=scheme, color=color, linestyle=dash)
-    low, high = values.min(axis=0), values.max(axis=0)
-    axes.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
+    x_S = runs[0][steps]
+    values_RS = np.array([run[key] for run in runs])
+    mean_S = values_RS.mean(axis=0)
+    low_S = values_RS.min(axis=0)
+    high_S = values_RS.max(axis=0)
+    axes.plot(x_S, mean_S, label=scheme, color=color, linestyle=dash)
+    axes.fill_between(x_S, low_S, high_S, color=color, alpha=0.15, linewidth=0)
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:

@@ -87,9 +87,11 @@ def table(results: dict[str, dict[str, float | int]]) -> str:
 def write_table(results: dict[str, dict[str, float | int]]) -> None:
     """Replaces the table between its marks in `docs/routers.md`."""
     start, end = MARKS
-    before, rest = PAGE.read_text().split(start)
+    page = PAGE.read_text()
+    before, rest = page.split(start)
     _, after = rest.split(end, 1)
-    PAGE.write_text(before + start + table(results) + end + after)
+    changed = before + start + table(results) + end + after
+    PAGE.write_text(changed)
 
 
 def main() -> None:

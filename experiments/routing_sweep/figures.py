@@ -68,7 +68,8 @@ def read_arm(arm: dict[Any, Any], schemes: dict[str, dict[str, Any]]) -> dict[st
 def scheme_of(arm: dict[Any, Any], schemes: dict[str, dict[str, Any]]) -> str:
     """Returns the name of the balancing scheme of an arm with experts."""
     for name, leaves in schemes.items():
-        if all(arm[f"override/{key}"] == value for key, value in leaves.items()):
+        own_values = {key: arm[f"override/{key}"] for key in leaves}
+        if own_values == leaves:
             return name
     raise ValueError(f"arm {arm['arm']} has none of the schemes {', '.join(schemes)}")
 

@@ -109,8 +109,13 @@ def measure(condition: str, seed: int) -> dict[str, Any]:
     if train(config_of(condition, seed), workdir, command=command).stopped_by:
         sys.exit(0)
     run = open_run(workdir)
-    measured: dict[str, Any] = {key: run.last(key) for key in run.keys if key.startswith("eval/")}
-    return measured if run.is_dense else measured | analyse(run)
+    measured: dict[str, Any] = {}
+    for key in run.keys:
+        if key.startswith("eval/"):
+            measured[key] = run.last(key)
+    if not run.is_dense:
+        measured |= analyse(run)
+    return measured
 
 
 def analyse(run) -> dict[str, Any]:
@@ -186,8 +191,10 @@ def passages(corpus: Corpus, labels: Labels) -> np.ndarray:
     """
     found: dict[int, np.ndarray] = {}
     for row in corpus.rows("validation"):
-        domain = int(labels.domain_of_document[row["documents"][0]])
-        if (row["segments"][:PASSAGE_TOKENS] == 1).all():
+        first_document = row["documents"][0]
+        domain = int(labels.domain_of_document[first_document])
+        is_one_document = (row["segments"][:PASSAGE_TOKENS] == 1).all()
+        if is_one_document:
             found.setdefault(domain, row["tokens"][:PASSAGE_TOKENS])
         if len(found) == len(labels.domains):
             break
@@ -250,19 +257,19 @@ def information_rows(results: Results) -> Iterator[str]:
 
 def layer_rows(results: Results) -> Iterator[str]:
     """Yields the rows of the table by layer."""
-    layers = next(iter(results["moe"].values()))["layers"]
-    yield f"| bits above chance, by layer | {' | '.join(map(str, layers))} |"
+    layers = first_result(results)["layers"]
+    yield f"| bits above chance, by layer | {join_cells(layers, '{}')} |"
     yield f"|---|{'---|' * len(layers)}"
     for question in (
         ("token", "domain", "tokens"),
         ("domain", "token", "tokens"),
         ("domain", "token", "documents"),
     ):
-        excess = by_seed(results, "moe", question, "excess").mean(axis=0)
-        yield f"| {name_of(question)} | {' | '.join(f'{x:.3f}' for x in excess)} |"
+        excess_N = by_seed(results, "moe", question, "excess").mean(axis=0)
+        yield f"| {name_of(question)} | {join_cells(excess_N, '{:.3f}')} |"
     for name, read in LAYER_ROWS.items():
-        values = np.array([read(found) for found in results["moe"].values()]).mean(axis=0)
-        yield f"| {name} | {' | '.join(f'{x:.2f}' for x in values)} |"
+        values_SN = np.array([read(found) for found in results["moe"].values()])
+        yield f"| {name} | {join_cells(values_SN.mean(axis=0), '{:.2f}')} |"
 
 
 def busiest_share(found: dict[str, Any]) -> np.ndarray:
@@ -282,26 +289,39 @@ LAYER_ROWS = {
 
 def saturation_rows(results: Results) -> Iterator[str]:
     """Yields the rows of the table of how much of the last routing each evaluation had."""
-    first = next(iter(results["moe"].values()))
+    first = first_result(results)
     steps = first["saturation"]["steps"]
-    yield f"| step | {' | '.join(map(str, steps))} |"
+    yield f"| step | {join_cells(steps, '{}')} |"
     yield f"|---|{'---|' * len(steps)}"
     share_RSN = np.array([found["saturation"]["share"] for found in results["moe"].values()])
     for n, layer in enumerate(first["layers"]):
         share_S = share_RSN[:, :, n].mean(axis=0)
-        yield f"| layer {layer} | {' | '.join(f'{x:.2f}' for x in share_S)} |"
+        yield f"| layer {layer} | {join_cells(share_S, '{:.2f}')} |"
 
 
 def loss_rows(results: Results) -> Iterator[str]:
     """Yields the rows of the table of losses by domain, of the MoE and the dense model."""
-    names = next(iter(results["moe"].values()))["domains"]["names"]
+    names = first_result(results)["domains"]["names"]
     yield f"| nats per token | all | {' | '.join(names)} |"
     yield f"|---|{'---|' * (len(names) + 1)}"
+    keys = ["eval/loss", *(f"eval/loss/{name}" for name in names)]
     for condition in ("moe", "dense"):
-        keys = ["eval/loss", *(f"eval/loss/{name}" for name in names)]
-        values = np.array([[found[key] for key in keys] for found in results[condition].values()])
-        seeds = f"{len(values)} seeds" if len(values) > 1 else "1 seed"
-        yield f"| {condition}, {seeds} | {' | '.join(f'{x:.3f}' for x in values.mean(axis=0))} |"
+        rows = []
+        for found in results[condition].values():
+            rows.append([found[key] for key in keys])
+        seeds = f"{len(rows)} seeds" if len(rows) > 1 else "1 seed"
+        cells = join_cells(np.mean(rows, axis=0), "{:.3f}")
+        yield f"| {condition}, {seeds} | {cells} |"
+
+
+def first_result(results: Results) -> dict[str, Any]:
+    """Returns the result of the first seed of the MoE."""
+    return next(iter(results["moe"].values()))
+
+
+def join_cells(values: np.ndarray, form: str) -> str:
+    """Returns the cells of a row of a table."""
+    return " | ".join(form.format(value) for value in values)
 
 
 def tables(results: Results) -> str:
@@ -343,12 +363,14 @@ def draw(results: Results) -> None:
 
 def draw_column(axes: Axes, results: Results, column: str, label: str) -> None:
     """Draws a column of the information table, for the questions of `LOOKS`."""
-    layers = next(iter(results["moe"].values()))["layers"]
+    layers = first_result(results)["layers"]
     for question, (color, dashes) in LOOKS.items():
         values_SN = by_seed(results, "moe", question, column)
-        before_N = by_seed(results, "untrained", question, column).mean(axis=0)
+        before_SN = by_seed(results, "untrained", question, column)
+        before_N = before_SN.mean(axis=0)
         mean_N = values_SN.mean(axis=0)
-        low_N, high_N = values_SN.min(axis=0), values_SN.max(axis=0)
+        low_N = values_SN.min(axis=0)
+        high_N = values_SN.max(axis=0)
         axes.plot(layers, mean_N, dashes, color=color, label=name_of(question))
         axes.fill_between(layers, low_N, high_N, color=color, alpha=0.15, linewidth=0)
         axes.plot(layers, before_N, ":", color=color, lw=1)

@@ -240,11 +240,12 @@ class _Planning:
 
         What a point without experts sets of experts is left out.
         """
-        config = resolve_recorded(_apply_point(self.base, point))
-        if config.moe.num_experts:
-            return config, dict(point)
-        settings = _without_experts(self.base, point)
-        return resolve_recorded(_apply_point(self.base, settings)), settings
+        settings = dict(point)
+        config = resolve_recorded(_apply_point(self.base, settings))
+        if not config.moe.num_experts:
+            settings = _without_experts(self.base, point)
+            config = resolve_recorded(_apply_point(self.base, settings))
+        return config, settings
 
     def _match(
         self, config: Config, point: Mapping[str, Any], settings: dict[str, Any]
@@ -321,12 +322,14 @@ def _dense_points(
     The width that matching adjusts is left out, too.
     """
     adjusted = "model.d_ff" if adjust == "width" else ""
-    controls: dict[tuple[tuple[str, Any], ...], None] = {}  # a set in order
+    controls = []
     for point in points:
-        kept = {key: value for key, value in point.items() if key != adjusted}
+        kept = dict(point)
+        kept.pop(adjusted, None)
         control = _without_experts(base, kept)
-        controls[tuple(sorted(control.items()))] = None
-    return [dict(control) for control in controls]
+        controls.append(tuple(sorted(control.items())))
+    different = dict.fromkeys(controls)
+    return [dict(control) for control in different]
 
 
 def _without_experts(

@@ -107,12 +107,14 @@ def _interval(key: str, low: float, high: float, num: int | None, *, is_log: boo
         return Range(key, float(low), float(high), is_log)
     if num < 2:
         raise SpaceError(f"num={num} of {key} must be at least 2, for a grid has both ends")
-    inner = []
+    values = [float(low)]
     for i in range(1, num - 1):
         part = i / (num - 1)
         value = low * (high / low) ** part if is_log else low + (high - low) * part
-        inner.append(float(f"{value:.{SIGNIFICANT_DIGITS}g}"))
-    return Choice(key, (float(low), *inner, float(high)))
+        rounded = f"{value:.{SIGNIFICANT_DIGITS}g}"
+        values.append(float(rounded))
+    values.append(float(high))
+    return Choice(key, tuple(values))
 
 
 def _check_interval(key: str, low: float, high: float, is_log: bool) -> None:

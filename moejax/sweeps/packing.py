@@ -25,10 +25,17 @@ def pack_arms(arms: Sequence[Arm], largest: int) -> tuple[Ids, ...]:
     by_program: dict[object, list[str]] = {}
     for arm in arms:
         by_program.setdefault(program_of(arm.config), []).append(arm.id)
-    packs = []
     alone = {arm.id for arm in arms if trains_alone(arm.config)}
+    packs: list[Ids] = []
     for ids in by_program.values():
-        num_packs = len(ids) if ids[0] in alone else math.ceil(len(ids) / largest)
-        edges = [round(i * len(ids) / num_packs) for i in range(num_packs + 1)]
-        packs += [tuple(ids[low:high]) for low, high in itertools.pairwise(edges)]
+        # Arms of one program either all train alone or none does.
+        num_packs = math.ceil(len(ids) / largest)
+        if ids[0] in alone:
+            num_packs = len(ids)
+        packs += _split_evenly(ids, num_packs)
     return tuple(packs)
+
+
+def _split_evenly(ids: Sequence[str], num_packs: int) -> list[Ids]:
+    edges = [round(i * len(ids) / num_packs) for i in range(num_packs + 1)]
+    return [tuple(ids[low:high]) for low, high in itertools.pairwise(edges)]

@@ -99,9 +99,15 @@ def levels_of(values: Iterable[Any]) -> list[Any]:
     by_key: dict[Hashable, Any] = {}
     for value in values:
         by_key.setdefault(key_of(value), value)
-    levels = [value for key, value in by_key.items() if key is not None]
-    numbers = sorted(value for value in levels if is_number(value))
-    return numbers + [value for value in levels if not is_number(value)]
+    by_key.pop(None, None)
+    numbers = []
+    others = []
+    for level in by_key.values():
+        if is_number(level):
+            numbers.append(level)
+        else:
+            others.append(level)
+    return sorted(numbers) + others
 
 
 def is_number(value: Any) -> bool:
@@ -133,48 +139,55 @@ def at_fraction(frame: pd.DataFrame, fraction: float = 1.0) -> tuple[pd.DataFram
         raise ValueError(
             f"fraction={fraction} must be above 0 and at most 1, which is the end of the schedule"
         )
-    records = frame.to_dict("records")
-    if fraction == 1:
-        evaluated = [_evaluation_at_end(row) for row in records]
-    else:
-        evaluated = [_evaluation_at(row, fraction) for row in records]
-    is_compared = np.array([not isinstance(found, str) for found in evaluated], bool)
+    is_compared, values, reasons = [], [], []
+    for row in frame.to_dict("records"):
+        found = _evaluation_at_end(row) if fraction == 1 else _evaluation_at(row, fraction)
+        is_compared.append(not isinstance(found, str))
+        if isinstance(found, str):
+            reasons.append(found)
+        else:
+            values.append(found)
+    is_compared_R = np.array(is_compared, bool)
 
-    left_out = frame.loc[~is_compared, ["arm", "status", "fraction"]].copy()
-    reasons = [found for found in evaluated if isinstance(found, str)]
+    left_out = frame.loc[~is_compared_R, ["arm", "status", "fraction"]].copy()
     left_out["reason"] = pd.Series(reasons, left_out.index, dtype=object)
 
-    compared = frame[is_compared].copy()
+    compared = frame[is_compared_R].copy()
     if fraction < 1:
         of_the_end = [name for name in frame.columns if str(name).startswith(OF_THE_END)]
         compared = compared.drop(columns=of_the_end)
-    values = [found for found in evaluated if not isinstance(found, str)]
-    compared[[*AT_FRACTION]] = np.array(values, np.float64).reshape(-1, len(AT_FRACTION))
+    values_R3 = np.array(values, np.float64).reshape(-1, len(AT_FRACTION))
+    compared[list(AT_FRACTION)] = values_R3
     return compared.reset_index(drop=True), left_out.reset_index(drop=True)
 
 
 def _evaluation_at_end(row: Mapping[Any, Any]) -> tuple[float, float, float] | str:
     """Returns the last step with its loss and bits per byte, or why an arm has no final loss."""
     if row["status"] != "done":
-        has_fraction = not math.isnan(row["fraction"])
-        reached = f" at {row['fraction']:.0%} of its schedule" if has_fraction else ""
-        why = f": {row['error']}" if row["error"] else ""
-        return f"{row['status']}{reached}{why}"
+        reason = row["status"]
+        if not math.isnan(row["fraction"]):
+            reason += f" at {row['fraction']:.0%} of its schedule"
+        if row["error"]:
+            reason += f": {row['error']}"
+        return reason
     loss = row.get(LOSS, math.nan)
+    bits = row.get(BITS, math.nan)
     if math.isnan(loss):
         return "its last evaluation is not finite or absent"
-    return row["steps"], loss, row.get(BITS, math.nan)
+    return row["steps"], loss, bits
 
 
 def _evaluation_at(row: Mapping[Any, Any], fraction: float) -> tuple[float, float, float] | str:
     """Returns the step at a fraction below 1 with its loss and bits per byte, or why not."""
     wanted = fraction * row["steps_planned"]
-    for _, step, loss, *bits in json.loads(row["evaluations"] or "[]"):
+    evaluations = json.loads(row["evaluations"] or "[]")
+    for _, step, loss, *bits in evaluations:
         if abs(step - wanted) > 0.5:
             continue
         if loss is None:
             return "its evaluation there is not finite"
-        return step, loss, _as_number(bits[0] if bits else None)
+        bits_per_byte = bits[0] if bits else None  # older records have none
+        return step, loss, _as_number(bits_per_byte)
     return f"no evaluation at {fraction:g} of its schedule (step {wanted:g})"
 
 
@@ -207,35 +220,56 @@ def settings_of(frame: pd.DataFrame, metrics: Sequence[str]) -> pd.DataFrame:
     """
     axes = _setting_axes(frame)
     numbers = _setting_numbers(frame, axes)
-    rows_by_setting = numbers.groupby(numbers).indices.values()
-    settings = frame.loc[~numbers.duplicated().to_numpy(), axes].reset_index(drop=True)
+    rows_by_setting = list(numbers.groupby(numbers).indices.values())
+    is_first = ~numbers.duplicated().to_numpy()
+    settings = frame.loc[is_first, axes].reset_index(drop=True)
     arms = [tuple(frame["arm"].iloc[rows]) for rows in rows_by_setting]
-    columns = [settings, pd.DataFrame({"arms": pd.Series(arms, dtype=object)})]
+    settings["arms"] = pd.Series(arms, dtype=object)
+    columns = [settings]
     for metric in metrics:
-        values = frame.get(metric, pd.Series(math.nan, frame.index)).to_numpy(np.float64)
-        # Not pandas' mean: it adds the values in another order, so that last digits would differ.
-        summaries = [_summarize(values[rows]) for rows in rows_by_setting]
-        types = {metric: np.float64, f"{metric}/se": np.float64, f"{metric}/n": np.int64}
-        columns.append(pd.DataFrame(summaries, columns=[*types]).astype(types))
+        values = frame[metric] if metric in frame else pd.Series(math.nan, frame.index)
+        columns.append(_summarize_metric(metric, values, rows_by_setting))
     return pd.concat(columns, axis=1)
+
+
+def _summarize_metric(
+    metric: str, values: pd.Series, rows_by_setting: Sequence[np.ndarray]
+) -> pd.DataFrame:
+    """Returns the mean, the standard error and the number of a metric's values by setting."""
+    values_R = values.to_numpy(np.float64)
+    # Not pandas' mean: it adds the values in another order, so that last digits would differ.
+    summaries = [_summarize(values_R[rows]) for rows in rows_by_setting]
+    types = {
+        metric: np.float64,
+        f"{metric}/se": np.float64,
+        f"{metric}/n": np.int64,
+    }
+    return pd.DataFrame(summaries, columns=list(types)).astype(types)
 
 
 def _setting_numbers(frame: pd.DataFrame, axes: Sequence[str]) -> pd.Series:
     """Returns the number of each arm's setting; settings are numbered as they appear."""
-    keys: list[tuple[Hashable, ...]] = [()] * len(frame)
-    for axis in axes:
-        keys = [(*key, key_of(level)) for key, level in zip(keys, frame[axis], strict=True)]
+    keys_by_axis = [[key_of(level) for level in frame[axis]] for axis in axes]
     known: dict[Hashable, int] = {}
-    return pd.Series([known.setdefault(key, len(known)) for key in keys], dtype=np.int64)
+    numbers = []
+    for row in range(len(frame)):
+        setting = tuple(keys[row] for keys in keys_by_axis)
+        number = known.setdefault(setting, len(known))
+        numbers.append(number)
+    return pd.Series(numbers, dtype=np.int64)
 
 
 def _summarize(values: np.ndarray) -> tuple[float, float, int]:
     """Returns the mean, the standard error and the number of the values that are finite."""
-    values = values[np.isfinite(values)]
-    n = len(values)
+    finite = values[np.isfinite(values)]
+    n = len(finite)
+    mean = error = math.nan
     with np.errstate(over="ignore"):  # of values near the largest that a float can hold
-        mean = float(values.mean()) if n else math.nan
-        error = float(values.std(ddof=1)) / math.sqrt(n) if n > 1 else math.nan
+        if n:
+            mean = float(finite.mean())
+        if n > 1:
+            deviation = float(finite.std(ddof=1))
+            error = deviation / math.sqrt(n)
     return mean, error, n
 
 
@@ -249,7 +283,11 @@ def over_seeds(frame: pd.DataFrame, metric: str) -> pd.DataFrame:
       metric: a column.
     """
     found = settings_of(frame, [metric])
-    names = {metric: "mean", f"{metric}/se": "se", f"{metric}/n": "n"}
+    names = {
+        metric: "mean",
+        f"{metric}/se": "se",
+        f"{metric}/n": "n",
+    }
     columns = [*_setting_axes(found), "n", "mean", "se", "arms"]
     return found.rename(columns=names)[columns]
 
@@ -272,5 +310,7 @@ def pareto_front(settings: pd.DataFrame, metrics: Sequence[str]) -> np.ndarray:
     for r, row_M in enumerate(values_RM):
         is_as_low_R = (values_RM <= row_M).all(axis=1)
         is_lower_R = (values_RM < row_M).any(axis=1)
-        is_on_front_R[r] &= not (is_as_low_R & is_lower_R & is_known_R).any()
+        beats_row_R = is_as_low_R & is_lower_R & is_known_R
+        if beats_row_R.any():
+            is_on_front_R[r] = False
     return is_on_front_R

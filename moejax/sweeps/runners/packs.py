@@ -127,13 +127,12 @@ def train_pack(sweep: Sweep, ids: Sequence[str], stop: StopSignals) -> None:
         names = " ".join(arm.id for arm in arms)
         log.info("%d of %d arms have ended; training %s", num_ended, len(sweep.arms), names)
         results = _train_arms(sweep, arms, stop)
-        done = [arm for arm, result in zip(arms, results, strict=True) if _is_done(result)]
+        done = []
+        for arm, result in zip(arms, results, strict=True):
+            if result.stopped_by is None and result.error is None:
+                done.append(arm)
         _record_all(sweep, done, packed=len(arms))
     join_records(sweep.directory)
-
-
-def _is_done(result: ArmResult) -> bool:
-    return result.stopped_by is None and result.error is None
 
 
 def _record_all(sweep: Sweep, arms: Sequence[Arm], packed: int) -> None:

@@ -202,9 +202,11 @@ class Definition:
 
     def differing(self, other: "Definition") -> list[str]:
         """Returns the names of the fields in which `other` differs."""
-        own_values, other_values = self.to_json(), other.to_json()
-        for content in (own_values, other_values):
-            content["base"] = with_defaults(content["base"])
+        own_values = self.to_json()
+        other_values = other.to_json()
+        # A leaf that the other's version did not have is at its default.
+        own_values["base"] = with_defaults(own_values["base"])
+        other_values["base"] = with_defaults(other_values["base"])
         return [name for name in own_values if own_values[name] != other_values[name]]
 
     def place(self, fraction: float) -> int | None:

@@ -35,12 +35,18 @@ class Watch:
         running = [trial for trial in trials if trial.state.name == "RUNNING"]
         with self._lock:
             now = self._clock()
-            before, self._seen = self._seen, {}
+            seen: dict[int, tuple[float | None, float]] = {}
+            dead = []
             for trial in running:
                 beat = trial.user_attrs.get("beat")
-                last_beat, since = before.get(trial.number, (beat, now))
-                self._seen[trial.number] = (beat, since if beat == last_beat else now)
-            return [trial for trial in running if now - self._seen[trial.number][1] > self._grace_s]
+                last_beat, since = self._seen.get(trial.number, (beat, now))
+                if beat != last_beat:
+                    since = now
+                seen[trial.number] = (beat, since)
+                if now - since > self._grace_s:
+                    dead.append(trial)
+            self._seen = seen
+            return dead
 
 
 class Heartbeat:

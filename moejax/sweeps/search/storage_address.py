@@ -60,11 +60,18 @@ def show_storage(storage: str) -> str:
 
 def _show_server(url: "URL") -> str:
     """Returns a well-formed address of a server without its password and its query."""
-    password = f":{HIDDEN}" if url.password is not None else ""
-    user = f"{url.username or ''}{password}@" if url.username or password else ""
-    port = f":{url.port}" if url.port is not None else ""
-    database = f"/{url.database}" if url.database is not None else ""
-    return f"{url.drivername}://{user}{url.host or ''}{port}{database}{_hide_query(url)}"
+    user = url.username or ""
+    if url.password is not None:
+        user += f":{HIDDEN}"
+    shown = f"{url.drivername}://"
+    if user:
+        shown += f"{user}@"
+    shown += url.host or ""
+    if url.port is not None:
+        shown += f":{url.port}"
+    if url.database is not None:
+        shown += f"/{url.database}"
+    return shown + _hide_query(url)
 
 
 def _hide_query(url: "URL") -> str:

@@ -40,9 +40,13 @@ def common_fractions(config: Config, axes: Sequence[Axis]) -> tuple[float, ...]:
       config: the recipe.
       axes: of the search; its lengths and cadences, if they are axes, are listed values.
     """
-    listed = {axis.key: axis.values for axis in axes}
-    lengths = listed.get("train.num_steps", (config.train.num_steps,))
-    cadences = listed.get("train.eval_every", (config.train.eval_every,))
+    lengths = (config.train.num_steps,)
+    cadences = (config.train.eval_every,)
+    for axis in axes:
+        if axis.key == "train.num_steps":
+            lengths = axis.values
+        if axis.key == "train.eval_every":
+            cadences = axis.values
     fractions = []
     for length, cadence in itertools.product(lengths, cadences):
         train_config = dataclasses.replace(config.train, num_steps=length, eval_every=cadence)

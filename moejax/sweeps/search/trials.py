@@ -144,8 +144,12 @@ def trials_table(study: "Study") -> list[dict[str, Any]]:
     """
     trials = study.get_trials(deepcopy=False)
     found = conditions(trials)
-    rows = [_row(trial, found[trial.number]) for trial in trials]
-    return [row for row in rows if row["state"] != Condition.DISCARDED]
+    rows = []
+    for trial in trials:
+        condition = found[trial.number]
+        if condition != Condition.DISCARDED:
+            rows.append(_row(trial, condition))
+    return rows
 
 
 def best(study: "Study") -> dict[str, Any] | None:

@@ -232,14 +232,14 @@ def _tail_means(run: Run, window: float) -> Row:
 
 def _evaluations(run: Run, planned: int | None) -> list[list[float | None]]:
     """Returns the fraction of the schedule, the step, the loss and the bits of each evaluation."""
-    steps, losses = run.series("eval/loss")
     bits_steps, bits = run.series("eval/bits_per_byte")
     bits_by_step = dict(zip(bits_steps.tolist(), bits.tolist(), strict=True))
+    steps, losses = run.series("eval/loss")
     evaluations = []
     for step, loss in zip(steps.tolist(), losses.tolist(), strict=True):
         fraction = step / planned if planned else None
-        bits_here = bits_by_step.get(step)
-        evaluations.append([fraction, step, _finite_or_none(loss), _finite_or_none(bits_here)])
+        bits_per_byte = _finite_or_none(bits_by_step.get(step))
+        evaluations.append([fraction, step, _finite_or_none(loss), bits_per_byte])
     return evaluations
 
 
