@@ -17,7 +17,7 @@ from absl.flags import FlagValues
 from ml_collections import ConfigDict, config_flags
 
 from moejax.cli.errors import UsageError
-from moejax.config import SECTIONS, ConfigError, check_key, leaves
+from moejax.config import SECTIONS, ConfigError, check_key, leaves, nearest
 from moejax.paths import SCHEME, resolve_path
 
 MODULE = "moejax_recipe"
@@ -231,5 +231,5 @@ def _unknown_leaf(name: str, source: str) -> str:
             return str(error)
     known = [*SECTIONS, *(key for key, _ in leaves())]
     tails = {key.rpartition(".")[2]: key for key in known}
-    near = tails[difflib.get_close_matches(name, tails, n=1, cutoff=0.0)[0]]
+    near = tails[nearest(name, tails)]
     return f"{name} is not a config key; the nearest is {near}"

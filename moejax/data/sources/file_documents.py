@@ -4,11 +4,11 @@ A file of records (JSON lines, Parquet) is never in memory as a whole. Its docum
 and domains that fields `name` and `domain` say, as those of a prepared dataset do.
 """
 
-import difflib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from moejax.config import nearest
 from moejax.data.errors import DataError
 from moejax.data.sources.document import Document
 from moejax.data.sources.text_files import TextFile, unreadable
@@ -179,9 +179,9 @@ def _no_field(
         return DataError(
             f"{where}: no field {text_field!r}, and no other; repair it, or {LEAVE_OUT}"
         )
-    (nearest,) = difflib.get_close_matches(text_field, texts, n=1, cutoff=0.0)
+    near = nearest(text_field, texts)
     return DataError(
-        f"{where}: no field {text_field!r} but {shown}; the nearest is {nearest}: set data.text_field={nearest}, or "
+        f"{where}: no field {text_field!r} but {shown}; the nearest is {near}: set data.text_field={near}, or "
         "repair it"
     )
 
