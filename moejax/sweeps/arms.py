@@ -27,6 +27,13 @@ MOST = 100_000
 """Points: each is resolved before the first arm trains, some thousands a second."""
 
 
+Recipe = Mapping[str, Mapping[str, Any]]
+"""Sections of leaves."""
+
+Duplicate = tuple[dict[str, Any], str]
+"""What a point overrides, and the id of the arm that has its configuration."""
+
+
 class SweepError(ValueError):
     """A sweep that cannot be planned, or a plan that cannot be read."""
 
@@ -116,12 +123,12 @@ class Plan:
     """
 
     arms: tuple[Arm, ...]
-    duplicates: tuple[tuple[dict[str, Any], str], ...] = ()
+    duplicates: tuple[Duplicate, ...] = ()
     changes: tuple[str, ...] = ()
 
 
 def plan_arms(
-    base: Mapping[str, Mapping[str, Any]],
+    base: Recipe,
     points: Iterable[Mapping[str, Any]],
     *,
     match: Match = "",
@@ -209,11 +216,11 @@ def check_same(first: Arm, second: Arm) -> None:
 class _Planning:
     """Collects the arms of a plan, one point after another."""
 
-    def __init__(self, base: Mapping[str, Mapping[str, Any]], target: Target | None):
+    def __init__(self, base: Recipe, target: Target | None):
         self.base = base
         self.target = target
         self.arms: dict[str, Arm] = {}
-        self.duplicates: list[tuple[dict[str, Any], str]] = []
+        self.duplicates: list[Duplicate] = []
         self.changes: dict[str, None] = {}  # a set in order
 
     def add(self, point: Any, is_control: bool = False) -> None:
@@ -303,19 +310,18 @@ def _refuse_dead_axes(config: Config, settings: Mapping[str, Any]) -> None:
         ) from error
 
 
-def _apply_point(
-    base: Mapping[str, Mapping[str, Any]], point: Mapping[str, Any]
-) -> dict[str, dict[str, Any]]:
+def _apply_point(base: Recipe, point: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Returns the sections of a recipe with a point's values in them."""
-    values = {section: dict(of_section) for section, of_section in base.items()}
+    applied = {section: dict(leaves) for section, leaves in base.items()}
     for key, value in point.items():
         section, _, name = key.partition(".")
-        values.setdefault(section, {})[name] = value
-    return values
+        leaves = applied.setdefault(section, {})
+        leaves[name] = value
+    return applied
 
 
 def _dense_points(
-    base: Mapping[str, Mapping[str, Any]], points: Iterable[Mapping[str, Any]], adjust: Adjust
+    base: Recipe, points: Iterable[Mapping[str, Any]], adjust: Adjust
 ) -> list[dict[str, Any]]:
     """Returns one dense control for each setting of the leaves that do not belong to experts.
 
@@ -332,9 +338,7 @@ def _dense_points(
     return [dict(control) for control in different]
 
 
-def _without_experts(
-    base: Mapping[str, Mapping[str, Any]], point: Mapping[str, Any]
-) -> dict[str, Any]:
+def _without_experts(base: Recipe, point: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the point of the dense model that goes with a point.
 
     What the point sets of experts is left out, and what the recipe sets that needs experts is
@@ -353,9 +357,10 @@ def _without_experts(
 
 
 def _list_errors(errors: list[str], num_points: int) -> str:
-    lines = [f"{len(errors)} of {num_points} points cannot work, so none is run:"]
+    num_errors = len(errors)
+    lines = [f"{num_errors} of {num_points} points cannot work, so none is run:"]
     for number, error in enumerate(errors[:LISTED], start=1):
         lines.append(f"{number}. {error}")
-    if len(errors) > LISTED:
-        lines.append(f"and {len(errors) - LISTED} more")
+    if num_errors > LISTED:
+        lines.append(f"and {num_errors - LISTED} more")
     return "\n  ".join(lines)

@@ -65,12 +65,13 @@ FIRST_LEAVES = {
 def hash_config(config: Config) -> str:
     """Returns the SHA-256 of a resolved configuration as JSON with sorted keys, in hexadecimal."""
     values: dict[str, dict[str, Any]] = {section: {} for section in FIRST_LEAVES}
-    for key, each in declared().items():
+    for key, leaf in declared().items():
         if key in LEFT_OUT:
             continue
-        value = each.value(config)
-        is_first = each.name in FIRST_LEAVES.get(each.section, "").split()
-        if is_first or value != each.default:
-            values.setdefault(each.section, {})[each.name] = value
+        value = leaf.value(config)
+        first_names = FIRST_LEAVES.get(leaf.section, "").split()
+        if leaf.name in first_names or value != leaf.default:
+            section = values.setdefault(leaf.section, {})
+            section[leaf.name] = value
     text = json.dumps(values, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()

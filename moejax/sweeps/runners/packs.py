@@ -19,7 +19,7 @@ from moejax.compilation_cache import keep_compilation_cache
 from moejax.locks import check_held
 from moejax.planning.memory import check_memory
 from moejax.sharding import make_mesh
-from moejax.sweeps.arms import Arm, SweepError, describe, plan_arms
+from moejax.sweeps.arms import Arm, Recipe, SweepError, describe, plan_arms
 from moejax.sweeps.matching import Match
 from moejax.sweeps.packing import Ids
 from moejax.sweeps.runners.pool import usable_cores
@@ -308,7 +308,7 @@ def check_open(sweep: Sweep) -> None:
 
 
 def run_sweep(
-    base: Mapping[str, Mapping[str, Any]],
+    base: Recipe,
     points: Iterable[Mapping[str, Any]],
     directory: str | Path,
     *,

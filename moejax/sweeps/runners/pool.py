@@ -33,7 +33,8 @@ def work_command(directory: Path, cores: Sequence[int] = ()) -> list[str]:
     """Returns the command of a process of a pool, or of a job of a cluster."""
     command = [sys.executable, "-m", "moejax", "sweep", "work", f"--dir={directory}"]
     if cores:
-        command.append(f"--cores={','.join(map(str, cores))}")
+        numbers = ",".join(map(str, cores))
+        command.append(f"--cores={numbers}")
     return command
 
 
@@ -73,8 +74,10 @@ def share_out(processes: int, gpus: int) -> list[Share]:
     if gpus < 0:
         raise SweepError(f"--gpus={gpus} must be at least 0; 0 trains on CPU")
     if gpus:
-        return [Share(gpus=tuple(part)) for part in shares(_visible_gpus(gpus), processes)]
-    return [Share(cores=tuple(part)) for part in shares(usable_cores(), processes)]
+        parts = shares(_visible_gpus(gpus), processes)
+        return [Share(gpus=tuple(part)) for part in parts]
+    parts = shares(usable_cores(), processes)
+    return [Share(cores=tuple(part)) for part in parts]
 
 
 def usable_cores() -> list[int]:

@@ -51,9 +51,10 @@ class Axis:
             labels = [_label(value) for value in self.values]
             drawn = trial.suggest_categorical(self.key, labels)
             return self.values[labels.index(drawn)]
-        if isinstance(self.low, int) and isinstance(self.high, int):
-            return trial.suggest_int(self.key, self.low, self.high, log=self.is_log)
-        return trial.suggest_float(self.key, self.low, self.high, log=self.is_log)
+        low, high = self.low, self.high
+        if isinstance(low, int) and isinstance(high, int):
+            return trial.suggest_int(self.key, low, high, log=self.is_log)
+        return trial.suggest_float(self.key, low, high, log=self.is_log)
 
     def to_json(self) -> dict[str, Any]:
         """Returns the axis as JSON: the key with its values, or with its range."""
