@@ -1,4 +1,7 @@
-"""Optional dependencies, and how to install them: moejax is installed from a checkout, not from an index."""
+"""Optional dependencies and how to install them.
+
+moejax is installed from a checkout, not from an index.
+"""
 
 
 def how_to_install(*extras: str) -> str:

@@ -1,13 +1,13 @@
-"""One writer a folder: a lock that says who holds it, and that death releases.
+"""Locks for folders with one writer: each says who holds it, and the holder's death releases it.
 
 Two mechanisms work together, because neither is enough alone:
 
 - `flock` on `FOLDER/.lock`. The kernel releases it when the process ends, however it ends. Some
-  shared file systems do not know it, and some keep it within one machine.
-- A record in that file: who holds the lock, and a beat that the holder renews every few seconds.
-  Where `flock` cannot decide, a second process watches the record by its own clock: clocks of two
-  machines are never compared. A record that has not changed for the grace period belongs to a
-  process that is gone.
+  shared file systems do not have it, and some keep it within one machine.
+- A record in that file: who holds the lock, and a heartbeat, a number that the holder raises every
+  few seconds. Where `flock` cannot decide, a second process watches the record by its own clock:
+  clocks of two machines are never compared. A record that has not changed for the grace period
+  belongs to a process that is gone.
 
 A lock in object storage would hold the same record, created and renewed by conditional writes.
 """
@@ -19,28 +19,27 @@ import fcntl
 import json
 import logging
 import os
-import socket
 import stat
 import threading
 import time
-import uuid
 import weakref
 from pathlib import Path
-from typing import Any
+
+from moejax.lock_record import Holder, boot_id, parse_holder, this_process
 
 __all__ = ["FolderLock", "HeldError", "LockedError", "check_held"]
 
 BEAT_S = 5.0
-"""Seconds between two beats of a holder."""
+"""Seconds between two heartbeats of a holder."""
 
 GRACE_S = 30.0
-"""A record that has not changed for this long, as seen by an observer, belongs to a dead process."""
+"""Seconds that an observer sees a record unchanged before it takes the holder for dead."""
 
 POLL_S = 0.5
-"""Seconds between two looks at a lock that another process holds."""
+"""Seconds between two attempts to take a lock that another process holds."""
 
 NO_FLOCK = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
-"""What file systems without `flock` answer."""
+"""Errors by which file systems say that they have no `flock`."""
 
 MAX_RECORD_BYTES = 4096
 
@@ -48,46 +47,29 @@ log = logging.getLogger("moejax")
 
 
 class LockedError(ValueError):
-    """A folder that another process writes, or that cannot be locked: the message says who, since when, what to do."""
+    """A folder that another process writes, or that cannot be locked.
+
+    The message says who writes it, since when, and what to do.
+    """
 
 
 class HeldError(LockedError):
-    """A folder that another process writes: who can do without it may go on."""
+    """A folder that another process writes: a caller that can do without it may go on."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """Seconds that a lock lives by; tests shorten them."""
+    """The intervals of a lock, in seconds; tests shorten them.
+
+    Attributes:
+      beat_s: between two heartbeats of the holder.
+      grace_s: without a heartbeat, after which the holder counts as dead.
+      poll_s: between two attempts of a process that waits.
+    """
 
     beat_s: float = BEAT_S
     grace_s: float = GRACE_S
     poll_s: float = POLL_S
-
-
-@dataclasses.dataclass(frozen=True)
-class Holder:
-    """Who holds a lock, as its record says.
-
-    Attributes:
-      pid: of the process; 0 if the record cannot be read.
-      host: its machine.
-      boot: identifies the machine from its start on; two machines may have one name.
-      since: local time at which the lock was taken.
-      does: what the process does, such as "train".
-      nonce: differs between any two holders.
-    """
-
-    pid: int = 0
-    host: str = "?"
-    boot: str = ""
-    since: str = "?"
-    does: str = "?"
-    nonce: str = ""
-
-    def __str__(self) -> str:
-        if not self.pid:
-            return "a process that cannot be named"
-        return f"process {self.pid} on {self.host} ({self.does}, since {self.since})"
 
 
 class FolderLock:
@@ -96,9 +78,9 @@ class FolderLock:
     Args:
       folder: what is locked; created if it is missing.
       does: what this process does there, for the message that others get: "train", "sweep worker".
-      waits: wait until the holder ends, and say once who that is; otherwise a held lock
+      waits: whether to wait until the holder ends, and say once who that is; otherwise a held lock
         is an error.
-      timing: how often to beat and how long to watch.
+      timing: the intervals.
 
     Raises:
       LockedError: on entry, if another process holds the lock or the folder cannot be written.
@@ -113,9 +95,9 @@ class FolderLock:
         self._timing = timing or Timing()
         self._does = does
         self._me = Holder()
-        self._file = -1
+        self._file = -1  # a file descriptor; -1 for none
         self._made: list[Path] = []  # folders, the innermost first
-        self._beats = 0
+        self._num_beats = 0
         self._is_lost = threading.Event()
         self._is_over = threading.Event()
         self._thread: threading.Thread | None = None
@@ -130,55 +112,66 @@ class FolderLock:
             self._close()
             if isinstance(error, OSError):
                 raise LockedError(
-                    f"{self.path} cannot be written ({error.strerror}); make room there, or choose another folder"
+                    f"{self.path} cannot be written ({error.strerror}); "
+                    "make room there, or choose another folder"
                 ) from error
             raise
         self._thread = threading.Thread(
-            target=self._beat_on, name=f"lock of {self.folder}", daemon=True
+            target=self._keep_beating, name=f"lock of {self.folder}", daemon=True
         )
         self._thread.start()
-        _held.add(self)
+        _held_locks.add(self)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        _held.discard(self)
+        _held_locks.discard(self)
         self._is_over.set()
         if self._thread:
             self._thread.join()
-        if self._file >= 0 and not (self._is_lost.is_set() or self._is_taken()):
-            with contextlib.suppress(
-                OSError
-            ):  # a disk that went away: the grace period frees the lock
+        if self._file >= 0 and not self._has_lost():
+            # If the disk went away, the grace period frees the lock.
+            with contextlib.suppress(OSError):
                 os.ftruncate(self._file, 0)
                 if kind is not None:
-                    self._remove_what_stayed_empty()
+                    self._remove_empty_folders()
         self._close()
 
     def check(self) -> None:
-        """Raises `LockedError` if another process has taken the lock, for which this one must have stood still."""
-        if self._is_lost.is_set() or self._is_taken():
-            if not self._read_holder().pid:
-                raise LockedError(
-                    f"{self.path} was removed or emptied while {self._me} wrote there: another process may do so by "
-                    "now, and nothing more is written; run the command again to go on from the last checkpoint"
-                )
-            raise LockedError(
-                f"{self.folder} was taken over by {self._read_holder()}, because this process had not been heard of "
-                f"for {self._timing.grace_s:g} s; nothing more is written there"
-            )
+        """Raises `LockedError` if another process has taken the lock.
 
-    def _remove_what_stayed_empty(self) -> None:
-        """After a failure, removes the folders that were made for the lock if nothing was written in them."""
-        if not self._made or [path.name for path in self.folder.iterdir()] != [self.path.name]:
+        That happens only to a process that was suspended for longer than the grace period.
+        """
+        if not self._has_lost():
+            return
+        if not self._read_holder().pid:
+            raise LockedError(
+                f"{self.path} was removed or emptied while {self._me} wrote there: "
+                "another process may do so by now, and nothing more is written; "
+                "run the command again to go on from the last checkpoint"
+            )
+        raise LockedError(
+            f"{self.folder} was taken over by {self._read_holder()}, "
+            f"because this process showed no sign of life for {self._timing.grace_s:g} s; "
+            "nothing more is written there"
+        )
+
+    def _has_lost(self) -> bool:
+        return self._is_lost.is_set() or self._is_taken()
+
+    def _remove_empty_folders(self) -> None:
+        """Removes the folders that were made for the lock, if nothing else is in them."""
+        if not self._made:
+            return
+        if [path.name for path in self.folder.iterdir()] != [self.path.name]:
             return
         self.path.unlink()
         for folder in self._made:
             folder.rmdir()
 
     def _open(self, attempts: int = 10) -> int:
-        self._made = [
-            folder for folder in (self.folder, *self.folder.parents) if not folder.exists()
-        ]
+        """Opens the lock's file, which it makes if need be, and returns the descriptor."""
+        folders = (self.folder, *self.folder.parents)
+        self._made = [folder for folder in folders if not folder.exists()]
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             # O_NONBLOCK: opening a named pipe must not wait for its other end.
@@ -186,12 +179,11 @@ class FolderLock:
             file = os.open(self.path, flags, 0o644)
         except OSError as error:
             if isinstance(error, FileNotFoundError) and attempts > 1:
-                return self._open(
-                    attempts - 1
-                )  # another process, which failed, has just removed the folder
+                # Another process, which failed, has just removed the folder.
+                return self._open(attempts - 1)
             raise LockedError(
-                f"{self.folder} cannot be locked for writing ({error.strerror}: {self.path}); make it writable, or "
-                "choose another folder"
+                f"{self.folder} cannot be locked for writing ({error.strerror}: {self.path}); "
+                "make it writable, or choose another folder"
             ) from error
         if not stat.S_ISREG(os.fstat(file).st_mode):
             os.close(file)
@@ -205,35 +197,37 @@ class FolderLock:
 
     def _acquire(self) -> None:
         """Takes the lock, or raises `LockedError`."""
-        is_told = False
+        has_flock = self._wait_until_free()
+        self._me = this_process(self._does)
+        self._write()
+        if has_flock is None:
+            self._confirm()
+
+    def _wait_until_free(self) -> bool | None:
+        """Waits until the lock is free, if it may; otherwise raises `HeldError`.
+
+        Returns:
+          Whether this process has the `flock`; None where the file system has none.
+        """
+        is_logged = False
         while True:
             has_flock = self._flock()
-            if has_flock and not self._is_there():
+            if has_flock and not self._is_still_there():
                 self._close()
                 self._file = self._open()
                 continue
             if has_flock is not False and self._is_free(has_flock is True):
-                break
+                return has_flock
             holder = self._read_holder()
             if not self._waits:
                 raise HeldError(
-                    f"{self.folder} is being written by {holder}; wait for its end, stop it, or choose another folder"
+                    f"{self.folder} is being written by {holder}; "
+                    "wait for its end, stop it, or choose another folder"
                 )
-            if not is_told:
+            if not is_logged:
                 log.info("waiting for %s, which writes %s", holder, self.folder)
-                is_told = True
+                is_logged = True
             time.sleep(self._timing.poll_s)
-        self._me = Holder(
-            pid=os.getpid(),
-            host=socket.gethostname(),
-            boot=_boot_id(),
-            since=time.strftime("%Y-%m-%d %H:%M:%S"),
-            does=self._does,
-            nonce=uuid.uuid4().hex,
-        )
-        self._write()
-        if has_flock is None:
-            self._confirm()
 
     def _flock(self) -> bool | None:
         """Whether this process has the `flock` now; None where the file system has none."""
@@ -249,8 +243,8 @@ class FolderLock:
             ) from error
         return True
 
-    def _is_there(self) -> bool:
-        """Whether the file that is locked still has its name: the last holder may have removed it meanwhile."""
+    def _is_still_there(self) -> bool:
+        """Whether the locked file still has its name: the last holder may have removed it."""
         try:
             return os.path.samestat(os.stat(self.path), os.fstat(self._file))
         except OSError:
@@ -258,25 +252,21 @@ class FolderLock:
 
     def _is_free(self, has_flock: bool) -> bool:
         """Whether the record's holder has released the lock or is dead."""
-        seen = self._read()
-        if not seen:
+        record = self._read()
+        if not record:
             return True
-        holder = _parse(seen)
-        if has_flock and holder.boot == _boot_id():
+        holder = parse_holder(record)
+        if has_flock and holder.boot == boot_id():
             return True  # the kernel of this machine released it: its process is dead
-        log.info(
-            "%s: watching for %g s whether %s still writes it",
-            self.folder,
-            self._timing.grace_s,
-            holder,
-        )
-        end = time.monotonic() + self._timing.grace_s
-        while time.monotonic() < end:
+        grace_s = self._timing.grace_s
+        log.info("%s: watching for %g s whether %s still writes it", self.folder, grace_s, holder)
+        deadline = time.monotonic() + grace_s
+        while time.monotonic() < deadline:
             time.sleep(self._timing.poll_s)
             now = self._read()
             if not now:
                 return True
-            if now != seen:
+            if now != record:
                 return False
         log.warning(
             "%s: %s is gone without releasing its lock; it is taken over", self.folder, holder
@@ -284,15 +274,21 @@ class FolderLock:
         return True
 
     def _confirm(self) -> None:
-        """Without `flock` two processes may both have written the record: the one whose record stays has the lock."""
+        """Raises `HeldError` if another process has written its record over this one's.
+
+        Without `flock` two processes may both find the lock free and write their records; the one
+        whose record stays has the lock.
+        """
         time.sleep(2 * self._timing.poll_s)
         holder = self._read_holder()
         if holder.nonce != self._me.nonce:
             raise HeldError(
-                f"{self.folder} is being written by {holder}, which started at the same time; choose another folder"
+                f"{self.folder} is being written by {holder}, which started at the same time; "
+                "choose another folder"
             )
 
-    def _beat_on(self) -> None:
+    def _keep_beating(self) -> None:
+        """Renews the record until the context ends or the lock is lost; runs in a thread."""
         while not self._is_over.wait(self._timing.beat_s):
             try:
                 if self._is_taken():
@@ -300,39 +296,47 @@ class FolderLock:
                     log.error("%s was taken over by %s", self.folder, self._read_holder())
                     return
                 self._write()
-            except (
-                OSError
-            ) as error:  # the disk may be full or away for a moment: the next beat tries again
-                log.debug("%s: a beat was not written (%s)", self.path, error)
+            # The disk may be full or away for a moment: the next heartbeat tries again.
+            except OSError as error:
+                log.debug("%s: a heartbeat was not written (%s)", self.path, error)
 
     def _is_taken(self) -> bool:
-        """Whether the record is another's, or was released or removed by another; not if it cannot be read just now."""
+        """Whether the record is another process's, or was released or removed by another.
+
+        A record that cannot be read at the moment, or is torn, is not taken.
+        """
         try:
             record = self._read_now()
         except FileNotFoundError:
             return True
         except OSError:
             return False
-        holder = _parse(record)
-        return not record or (holder.pid != 0 and holder.nonce != self._me.nonce)
+        if not record:
+            return True
+        holder = parse_holder(record)
+        return holder.pid != 0 and holder.nonce != self._me.nonce
 
     def _write(self) -> None:
         """Renews the record; in one call, so that a reader sees the old one or the new one."""
-        self._beats += 1
-        record = json.dumps(dataclasses.asdict(self._me) | {"beat": self._beats}).encode()
+        self._num_beats += 1
+        values = dataclasses.asdict(self._me) | {"beat": self._num_beats}
+        record = json.dumps(values).encode()
         os.pwrite(self._file, record, 0)
         os.ftruncate(self._file, len(record))
-        os.fsync(self._file)  # other machines see it
+        os.fsync(self._file)  # so that other machines see it
 
     def _read(self) -> bytes:
-        """The record as it is now, empty if it cannot be read."""
+        """Returns the record as it is now, empty if it cannot be read."""
         try:
             return self._read_now()
         except OSError:
             return b""
 
     def _read_now(self) -> bytes:
-        """The record; opened again, which is when network file systems look for changes."""
+        """Returns the record.
+
+        The file is opened again, because network file systems look for changes only then.
+        """
         file = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
         try:
             return os.pread(file, MAX_RECORD_BYTES, 0)
@@ -340,49 +344,33 @@ class FolderLock:
             os.close(file)
 
     def _read_holder(self) -> Holder:
-        return _parse(self._read())
+        return parse_holder(self._read())
 
 
 def check_held(path: str | Path) -> None:
-    """Raises `LockedError` if a lock of this process on a path, or on a folder above it, was taken over by another.
+    """Raises `LockedError` if this process has lost a lock on `path` or on a folder above it.
 
-    Who writes asks before: a process that was suspended for long finds that it does not have its
-    folder any more. It may have no lock there; it must not have lost one.
+    To be called before writing: a process that was suspended for long finds out here that another
+    one has its folder. A process that never had a lock may write; one that lost its lock may not.
     """
     wanted = Path(path).absolute()
-    for lock in list(_held):
+    for lock in list(_held_locks):
         folder = lock.folder.absolute()
         if wanted == folder or folder in wanted.parents:
             lock.check()
 
 
-def _parse(record: bytes) -> Holder:
-    """The holder that a record names; an unknown one if it is torn or was not written by moejax."""
-    try:
-        values: dict[str, Any] = json.loads(record.decode())
-        kinds = {field.name: type(field.default) for field in dataclasses.fields(Holder)}
-        known = {name: values[name] for name, kind in kinds.items() if type(values[name]) is kind}
-        return Holder(**known)
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return Holder()
-
-
-def _boot_id() -> str:
-    """Identifies this machine since its start; where the system does not say, its network address and name."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return f"{uuid.getnode():x} {socket.gethostname()}"
-
-
-_held: "weakref.WeakSet[FolderLock]" = weakref.WeakSet()
+_held_locks: "weakref.WeakSet[FolderLock]" = weakref.WeakSet()
 
 
 def _forget_in_child() -> None:
-    """A forked child shares the parent's `flock`, and would hold it after the parent's death."""
-    for lock in list(_held):
+    """Closes the locks' files in a forked child.
+
+    It shares the parent's `flock`, and would hold it after the parent's death.
+    """
+    for lock in list(_held_locks):
         lock._close()
-    _held.clear()
+    _held_locks.clear()
 
 
 os.register_at_fork(after_in_child=_forget_in_child)

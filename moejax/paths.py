@@ -1,13 +1,14 @@
-"""Paths as users write them: resolved once, where they enter, and refused there if they cannot work.
+"""Paths as users write them: resolved once, where they enter; refused there if they cannot work.
 
-Behind that door a path is absolute, without `~`, links and `..`: libraries differ in what they
-make of those.
+After that a path is absolute, without `~`, links and `..`: libraries differ in how they read those.
 """
 
 import os
 import re
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import IO, Any
 
 SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 """A URL, also one of whose slashes `Path` has left one; a letter and a colon are a drive."""
@@ -31,22 +32,23 @@ def resolve_path(given: str | os.PathLike[str], name: str = "") -> Path:
     shown = f"{name}={text}" if name else text
     if SCHEME.match(text):
         raise PathError(
-            f"{shown} is a URL, and buckets are not supported yet; name a folder of a mounted file system"
+            f"{shown} is a URL, and buckets are not supported yet; "
+            "name a folder of a mounted file system"
         )
     try:
         path = Path(text).expanduser().resolve()
-    except (
-        ValueError,
-        RuntimeError,
-        OSError,
-    ) as error:  # a null byte, a home that is unknown, links in a circle
+    # A null byte, a home that is unknown, or links in a circle.
+    except (ValueError, RuntimeError, OSError) as error:
         raise PathError(f"{shown} cannot be a path ({error}); name another") from error
     _check_encoding(path, shown)
     return path
 
 
 def _check_encoding(path: Path, shown: str) -> None:
-    """Array libraries write file names in UTF-8 always, Python in the encoding of the locale: they must agree."""
+    """Raises `PathError` unless the name has the same bytes in the locale's encoding and in UTF-8.
+
+    Array libraries always write file names in UTF-8, Python in the encoding of the locale.
+    """
     try:
         is_same = os.fsencode(path) == str(path).encode("utf-8")
     except UnicodeEncodeError:
@@ -59,54 +61,93 @@ def _check_encoding(path: Path, shown: str) -> None:
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Writes a file in one rename: it is there whole, or as it was."""
+    """Writes a file in one rename: a reader finds all of it, or the file as it was before.
+
+    For files that only one process at a time writes; what a killed process left is overwritten.
+    """
     partial = path.with_name(f"{path.name}.partial")
     partial.write_bytes(content)
     os.replace(partial, path)
 
 
+def replace_shared_file(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
+    """Writes a file that several processes may write at once, in one rename.
+
+    Each writes a temporary file of its own, so that no file mixes what two have written.
+
+    Args:
+      path: of the file, in a folder that exists.
+      write: writes the content into the open file that it gets.
+    """
+    with tempfile.NamedTemporaryFile(
+        "wb", dir=path.parent, suffix=".partial", delete=False
+    ) as file:
+        try:
+            write(file)
+            file.close()
+            os.chmod(file.name, 0o644)  # temporary files are private
+            os.replace(file.name, path)
+        except BaseException:
+            os.unlink(file.name)
+            raise
+
+
 def is_number(name: str) -> bool:
-    """Whether a file is named by a number, such as a step, in the digits that Python writes: `²` is none."""
+    """Whether a file is named by a number, such as a step, in digits that Python writes.
+
+    `²` is a digit, too, but no number that Python reads.
+    """
     return name.isascii() and name.isdigit()
 
 
 def check_writable(folder: Path, name: str) -> None:
-    """Raises `PathError` unless files can be made in `folder`, or in the nearest folder above it; leaves nothing there.
+    """Raises `PathError` unless files can be made in `folder`; leaves nothing there.
+
+    If the folder does not exist, the nearest folder above it is checked.
 
     Args:
       folder: a resolved path.
       name: what it was given as, for errors.
     """
-    there = folder
-    while not os.path.lexists(there):
-        there = there.parent
-    if not there.is_dir():
-        raise PathError(f"{name}={folder} cannot be written: {there} is not a folder; name another")
+    existing = folder
+    while not os.path.lexists(existing):
+        existing = existing.parent
+    if not existing.is_dir():
+        raise PathError(
+            f"{name}={folder} cannot be written: {existing} is not a folder; name another"
+        )
     try:
-        with tempfile.TemporaryFile(dir=there):
+        with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as error:
         raise PathError(
-            f"{name}={folder} cannot be written: {there}: {error.strerror}; name another folder"
+            f"{name}={folder} cannot be written: {existing}: {error.strerror}; name another folder"
         ) from error
 
 
 def check_run_folder(folder: Path, name: str) -> None:
-    """Raises `PathError` unless runs can be kept in `folder`, or in folders below it; arguments as of `check_writable`.
+    """Raises `PathError` unless runs can be kept in `folder`, or in folders below it.
 
     Orbax 0.12 finds the parts of a checkpoint by a pattern that begins with the folder's own path:
     in a folder such as `p[1]` it finds none, and what it saves cannot be read.
+
+    Args:
+      folder: a resolved path.
+      name: what it was given as, for errors.
     """
     if found := re.search(r"[*?[]", str(folder)):
         raise PathError(
-            f"{name}={folder} has {found[0]} in it, which is read as a pattern where checkpoints are saved; "
+            f"{name}={folder} has {found[0]} in it, "
+            "which is read as a pattern where checkpoints are saved; "
             "use a folder whose path has none of *, ? and ["
         )
     check_writable(folder, name)
 
 
 def check_writable_file(file: Path, name: str) -> None:
-    """Raises `PathError` unless `file` can be written, in a folder that exists; leaves nothing there.
+    """Raises `PathError` unless `file` can be written, in a folder that exists.
+
+    Leaves nothing there.
 
     Args:
       file: a resolved path.

@@ -1,4 +1,4 @@
-"""Seeds: one range for all, so that none is taken modulo something without a word."""
+"""Seeds: one range for all of them, so that none is silently taken modulo something."""
 
 import numpy as np
 
@@ -11,7 +11,12 @@ class SeedError(ValueError):
 
 
 def check_seed(name: str, seed: int | np.integer) -> None:
-    """Raises `SeedError` unless `seed`, which a caller gave as `name`, is an integer from 0 to `LARGEST_SEED`."""
+    """Raises `SeedError` unless `seed` is an integer from 0 to `LARGEST_SEED`.
+
+    Args:
+      name: what the caller calls the seed, for the message.
+      seed: as it was given.
+    """
     if not isinstance(seed, int | np.integer) or not 0 <= seed <= LARGEST_SEED:
         raise SeedError(
             f"{name}={seed} must be an integer between 0 and {LARGEST_SEED}; use another"

@@ -1,4 +1,7 @@
-"""JSON that every parser reads: NaN and infinities, which JSON lacks, become null, and a warning says which."""
+"""JSON that every parser reads.
+
+NaN and infinities, which JSON does not have, become null, and a warning says which.
+"""
 
 import json
 import logging
@@ -19,23 +22,31 @@ def to_json(value: Any, *, indent: int | None = None) -> str:
       indent: spaces a level; None gives one line.
     """
     places: list[str] = []
-    finite = _finite(value, "", places)
+    finite = _replace_nonfinite(value, "", places)
     if places:
-        more = f" and {len(places) - SHOWN} more" if len(places) > SHOWN else ""
-        log.warning("not finite, and null in the JSON: %s%s", ", ".join(places[:SHOWN]), more)
+        shown = ", ".join(places[:SHOWN])
+        if len(places) > SHOWN:
+            shown += f" and {len(places) - SHOWN} more"
+        log.warning("not finite, and null in the JSON: %s", shown)
     return json.dumps(finite, indent=indent, allow_nan=False)
 
 
-def _finite(value: Any, place: str, places: list[str]) -> Any:
-    """The same value with null for numbers that are not finite, whose places are added to `places`."""
+def _replace_nonfinite(value: Any, place: str, places: list[str]) -> Any:
+    """Returns `value` with null for numbers that are not finite, and adds their places to `places`.
+
+    Args:
+      value: a part of the document.
+      place: where it is in the document, such as `rows[0].loss`; "" for the document itself.
+      places: where numbers were replaced so far.
+    """
     if isinstance(value, float) and not math.isfinite(value):
         places.append(place or "the value")
         return None
     if isinstance(value, dict):
+        prefix = f"{place}." if place else ""
         return {
-            key: _finite(item, f"{place}.{key}" if place else str(key), places)
-            for key, item in value.items()
+            key: _replace_nonfinite(item, f"{prefix}{key}", places) for key, item in value.items()
         }
     if isinstance(value, list | tuple):
-        return [_finite(item, f"{place}[{i}]", places) for i, item in enumerate(value)]
+        return [_replace_nonfinite(item, f"{place}[{i}]", places) for i, item in enumerate(value)]
     return value

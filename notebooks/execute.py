@@ -2,7 +2,8 @@
 
   python notebooks/execute.py [FILE.ipynb ...]
 
-The kernel is this interpreter, in the current folder; without files, every notebook beside this file is run in place.
+The kernel is this interpreter, in the current folder. Without files, every notebook next to this
+file is run in place.
 """
 
 import os
@@ -19,7 +20,7 @@ TIMEOUT = 300  # seconds a cell
 
 
 class ThisPython(AsyncKernelManager):
-    """Starts kernels with this interpreter, whatever kernels the machine has by the name of python3."""
+    """Starts kernels with this interpreter, not with the kernel that is called python3."""
 
     @property
     def kernel_spec(self):
@@ -50,9 +51,12 @@ def execute(
     """
     with tempfile.TemporaryDirectory() as sockets:  # instead of ports
         client = NotebookClient(
-            notebook, km=ThisPython(transport="ipc", ip=f"{sockets}/kernel"), timeout=timeout, record_timing=False,
+            notebook,
+            km=ThisPython(transport="ipc", ip=f"{sockets}/kernel"),
+            timeout=timeout,
+            record_timing=False,
             resources={"metadata": {"path": str(folder)}},
-        )  # fmt: skip
+        )
         client.reset_execution_trackers()
         with client.setup_kernel(cleanup_kc=True, env=os.environ.copy() if env is None else env):
             for index, cell in enumerate(notebook.cells):

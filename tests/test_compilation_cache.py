@@ -1,4 +1,4 @@
-"""Compiled programs that outlive a process: where they are kept, and which folders are refused."""
+"""The compilation cache: where compiled programs are kept, and which folders are refused."""
 
 import os
 import subprocess
@@ -9,16 +9,16 @@ import pytest
 
 from cases.training import small_config
 from moejax.compilation_cache import (
-    ProgramsFolderError,
+    CompilationCacheError,
     check_is_own,
-    keep_programs,
-    programs_folder,
+    compilation_cache_folder,
+    keep_compilation_cache,
 )
 
 
 @pytest.fixture
 def options(monkeypatch, tmp_path):
-    """What is set of jax; the cache folder of the user is `tmp_path / "cache"`."""
+    """Returns the options of jax that are set; the user's cache folder is `tmp_path / "cache"`."""
     found = {}
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -27,39 +27,37 @@ def options(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o002, 0o000])
-def test_programs_are_kept_whatever_new_folders_are_open_to(options, monkeypatch, tmp_path, umask):
+def test_programs_are_kept_whatever_the_umask_is(options, monkeypatch, tmp_path, umask):
     before = os.umask(umask)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "new/cache"))
     try:
-        keep_programs()
+        keep_compilation_cache()
     finally:
         os.umask(before)
     assert options["jax_compilation_cache_dir"] == str(tmp_path / "new/cache/moejax/compiled")
 
 
 def test_programs_are_kept_in_the_users_cache_folder(options, monkeypatch, tmp_path):
-    keep_programs()
+    keep_compilation_cache()
     folder = tmp_path / "cache/moejax/compiled"
     assert options["jax_compilation_cache_dir"] == str(folder)
     assert folder.is_dir() and not list(folder.iterdir()) and folder.stat().st_mode & 0o777 == 0o700
     for value in ("", "relative"):
         monkeypatch.setenv("XDG_CACHE_HOME", value)
         monkeypatch.setenv("HOME", str(tmp_path))
-        assert programs_folder() == tmp_path / ".cache/moejax/compiled"
+        assert compilation_cache_folder() == tmp_path / ".cache/moejax/compiled"
 
 
 def test_a_folder_that_the_user_gives_to_jax_is_left_alone(options, monkeypatch, tmp_path):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "own"))
-    keep_programs()
+    keep_compilation_cache()
     assert not options and not (tmp_path / "cache").exists()
 
 
-def test_where_programs_cannot_be_kept_none_are_and_the_log_says_so(
-    options, monkeypatch, tmp_path, caplog
-):
+def test_the_log_says_why_programs_cannot_be_kept(options, monkeypatch, tmp_path, caplog):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    keep_programs()
+    keep_compilation_cache()
     assert not options and "compiled programs are not kept" in caplog.text
 
 
@@ -68,7 +66,7 @@ def test_where_programs_cannot_be_kept_none_are_and_the_log_says_so(
 def test_a_folder_that_others_can_write_is_refused(options, tmp_path, caplog, name, mode):
     (tmp_path / "cache/moejax/compiled").mkdir(parents=True)
     (tmp_path / name).chmod(mode)
-    keep_programs()
+    keep_compilation_cache()
     assert not options
     assert f"others may write to {tmp_path / name}" in caplog.text and "chmod 700" in caplog.text
 
@@ -76,9 +74,9 @@ def test_a_folder_that_others_can_write_is_refused(options, tmp_path, caplog, na
 def test_a_folder_of_another_user_is_refused(options, monkeypatch, tmp_path, caplog):
     (tmp_path / "cache/moejax/compiled").mkdir(parents=True, mode=0o700)
     monkeypatch.setattr(os, "getuid", lambda: os.geteuid() + 1)
-    with pytest.raises(ProgramsFolderError, match="belongs to user"):
+    with pytest.raises(CompilationCacheError, match="belongs to user"):
         check_is_own(tmp_path / "cache/moejax/compiled")
-    keep_programs()
+    keep_compilation_cache()
     assert not options and "could put programs there" in caplog.text
 
 
@@ -86,7 +84,7 @@ COMPILE = """
 import sys, jax
 from moejax import compilation_cache
 compilation_cache.WORTH_KEEPING_S = 0.0
-compilation_cache.keep_programs()
+compilation_cache.keep_compilation_cache()
 hits = []
 jax.monitoring.register_event_listener(lambda event, **_: hits.append(event))
 jax.jit(lambda x: x * 3 + 1)(jax.numpy.ones(7)).block_until_ready()
@@ -98,21 +96,20 @@ def test_a_second_process_finds_the_program_of_the_first(tmp_path):
     environment = {key: value for key, value in os.environ.items() if not key.startswith("JAX_")}
     environment |= {"XDG_CACHE_HOME": str(tmp_path), "JAX_PLATFORMS": "cpu"}
 
-    def hits():
+    def count_hits():
         command = [sys.executable, "-c", COMPILE]
-        return int(
-            subprocess.run(
-                command, env=environment, capture_output=True, text=True, check=True
-            ).stdout
+        finished = subprocess.run(
+            command, env=environment, capture_output=True, text=True, check=True
         )
+        return int(finished.stdout)
 
-    assert hits() == 0
-    assert hits() > 0
+    assert count_hits() == 0
+    assert count_hits() > 0
 
 
 @pytest.mark.parametrize("verb", ["train", "eval", "generate"])
-def test_the_verbs_that_compile_keep_their_programs(monkeypatch, verb):
-    """Each asks for it before anything is compiled; here that is where it ends."""
+def test_verbs_that_compile_use_the_compilation_cache(monkeypatch, verb):
+    """Each verb sets it up before anything is compiled; here the verb ends at that point."""
     from moejax import cli
 
     class AskedError(Exception):
@@ -121,7 +118,7 @@ def test_the_verbs_that_compile_keep_their_programs(monkeypatch, verb):
     def ask():
         raise AskedError
 
-    monkeypatch.setattr(f"moejax.cli.verbs.{verb}.keep_programs", ask)
+    monkeypatch.setattr(f"moejax.cli.verbs.{verb}.keep_compilation_cache", ask)
     monkeypatch.setattr("moejax.cli.verbs.train.read_config_flag", lambda values: small_config())
     given = ["--config=configs/debug.py"] if verb == "train" else ["--workdir=runs/none"]
     with pytest.raises(AskedError):

@@ -1,4 +1,4 @@
-"""Missing extras: the remedy installs from a checkout, and never a name of the public index."""
+"""The remedy for missing extras installs from a checkout, and never from the public index."""
 
 import re
 from pathlib import Path

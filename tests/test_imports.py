@@ -11,7 +11,7 @@ PACKAGE = ROOT / "moejax"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 RANKS = [
-    {"config", "extras", "locks", "paths", "seeds", "strict_json"},
+    {"config", "extras", "lock_record", "locks", "paths", "seeds", "strict_json"},
     {"kernels", "sharding", "compilation_cache"},
     {"moe"},
     {"nn"},
@@ -281,7 +281,7 @@ def test_a_forbidden_import_would_be_seen_in_every_form(tmp_path, monkeypatch):
         ("import moejax.training.step", "moejax.training.step"),
         ("from moejax import training", "moejax.training"),
         ("from ..training import step", "moejax.training.step"),
-        ("def f():\n    from moejax.training.step import train", "moejax.training.step")
+        ("def f():\n    from moejax.training.step import train", "moejax.training.step"),
     ]:
         file.write_text(line)
         imports.cache_clear()

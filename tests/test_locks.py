@@ -1,4 +1,7 @@
-"""One writer a folder: what a second one learns, what death releases, and what shared file systems need."""
+"""Folders with one writer: what a second one learns and what the holder's death releases.
+
+And how locks work on shared file systems.
+"""
 
 import errno
 import json
@@ -62,9 +65,9 @@ def test_a_second_process_learns_who_writes_the_folder(tmp_path, other):
     with pytest.raises(LockedError) as caught, FolderLock(tmp_path, "train"):
         pass
     message = str(caught.value)
-    assert re.search(
-        rf"process {other.pid} on \S+ \(train, since \d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d\)", message
-    ), message
+    time_pattern = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d"
+    pattern = rf"process {other.pid} on \S+ \(train, since {time_pattern}\)"
+    assert re.search(pattern, message), message
     assert str(tmp_path) in message and "\n" not in message
 
 
@@ -90,26 +93,22 @@ def test_one_process_does_not_write_a_folder_twice_at_once(tmp_path):
             FolderLock(tmp_path, "report"),
         ):
             pass
-        with (
-            pytest.raises(LockedError),
-            FolderLock(tmp_path, "report"),
-        ):  # the refused one released nothing
+        # The refused one released nothing.
+        with pytest.raises(LockedError), FolderLock(tmp_path, "report"):
             pass
 
 
-def test_one_that_waits_goes_on_when_the_holder_dies(tmp_path, other, caplog):
+def test_a_process_that_waits_goes_on_when_the_holder_dies(tmp_path, other, caplog):
     started = time.monotonic()
     with caplog.at_level("INFO", "moejax"):
         threading.Timer(0.3, other.kill).start()
         with FolderLock(tmp_path, "prepare", waits=True, timing=QUICK):
             assert time.monotonic() - started >= 0.3
-    said = [
-        record.getMessage() for record in caplog.records if "waiting for" in record.getMessage()
-    ]
-    assert len(said) == 1 and f"process {other.pid} " in said[0]
+    waiting = [message for message in caplog.messages if "waiting for" in message]
+    assert len(waiting) == 1 and f"process {other.pid} " in waiting[0]
 
 
-def test_a_record_of_another_machine_that_stands_still_is_taken_over(tmp_path, caplog):
+def test_a_record_of_another_machine_that_does_not_change_is_taken_over(tmp_path, caplog):
     foreign_record(tmp_path)
     started = time.monotonic()
     with FolderLock(tmp_path, "train", timing=QUICK) as lock:
@@ -118,13 +117,13 @@ def test_a_record_of_another_machine_that_stands_still_is_taken_over(tmp_path, c
     assert "process 7 on node9 (train, since then) is gone" in caplog.text
 
 
-def test_a_record_of_another_machine_that_beats_is_respected(tmp_path):
+def test_a_record_of_another_machine_with_heartbeats_is_respected(tmp_path):
     foreign_record(tmp_path)
-    beats = threading.Timer(0.1, foreign_record, (tmp_path, 2))
-    beats.start()
+    heartbeat = threading.Timer(0.1, foreign_record, (tmp_path, 2))
+    heartbeat.start()
     with pytest.raises(LockedError, match=r"process 7 on node9 \(train, since then\)"):
         FolderLock(tmp_path, "train", timing=QUICK).__enter__()
-    beats.join()
+    heartbeat.join()
 
 
 def test_without_flock_the_record_alone_decides(tmp_path, monkeypatch):
@@ -139,7 +138,7 @@ def test_without_flock_the_record_alone_decides(tmp_path, monkeypatch):
         pass
 
 
-def test_a_holder_that_was_taken_over_is_told_and_leaves_the_record(tmp_path):
+def test_a_holder_that_lost_its_lock_learns_it_and_leaves_the_record(tmp_path):
     with FolderLock(tmp_path, "train", timing=QUICK) as lock:
         foreign_record(tmp_path)
         deadline = time.monotonic() + 10
@@ -164,8 +163,8 @@ def test_a_lock_on_a_full_disk_names_its_file(tmp_path, monkeypatch):
 SLOW = Timing(beat_s=60, grace_s=0.4, poll_s=0.02)
 
 
-def test_a_writer_that_asks_learns_of_a_takeover_before_its_next_beat(tmp_path):
-    check_held(tmp_path / "run/metrics.jsonl")  # nobody holds it
+def test_a_writer_that_asks_learns_of_a_takeover_at_once(tmp_path):
+    check_held(tmp_path / "run/metrics.jsonl")  # no process holds it
     with FolderLock(tmp_path / "run", "train", timing=SLOW):
         check_held(tmp_path / "run/metrics.jsonl")
         foreign_record(tmp_path / "run")
@@ -191,17 +190,17 @@ def test_a_record_that_another_has_released_or_removed_is_lost(tmp_path, record)
             check_held(tmp_path)
 
 
-def test_a_record_that_cannot_be_read_for_a_moment_is_not_lost(tmp_path, monkeypatch):
+def test_a_lock_is_not_lost_while_its_record_cannot_be_read(tmp_path, monkeypatch):
     with FolderLock(tmp_path, "train", timing=QUICK) as lock:
         with monkeypatch.context() as patch:
             patch.setattr(locks.os, "open", raises(OSError(errno.ESTALE, "Stale file handle")))
             check_held(tmp_path)
             time.sleep(4 * QUICK.beat_s)
-        (tmp_path / ".lock").write_bytes(b'{"pid": 7, "ho')  # torn
+        # A torn record. One call makes it: rewriting the file would empty it first, as if released.
+        os.truncate(tmp_path / ".lock", 14)
         check_held(tmp_path)
-        wait_for(
-            lambda: b"nonce" in (tmp_path / ".lock").read_bytes()
-        )  # the next beat writes it anew
+        # The next heartbeat writes it again.
+        wait_for(lambda: b"nonce" in (tmp_path / ".lock").read_bytes())
         assert not lock._is_lost.is_set()
 
 
@@ -233,7 +232,7 @@ def test_a_failure_before_anything_was_written_leaves_no_folder(tmp_path):
     assert sorted(path.name for path in folder.iterdir()) == [".lock", "config.json"]
 
 
-def test_one_that_waited_for_a_lock_that_was_removed_holds_a_new_one(tmp_path):
+def test_a_process_that_waited_for_a_removed_lock_holds_a_new_one(tmp_path):
     folder = tmp_path / "run"
     first = FolderLock(folder, "train")
     first.__enter__()
@@ -282,9 +281,8 @@ def test_a_forked_child_does_not_hold_the_lock_of_a_dead_parent(tmp_path):
         text=True,
         env=environment,
     )
-    child = max(
-        int(process.stdout.readline()) for _ in range(2)
-    )  # of the parent, and 0 of the child itself
+    # The parent prints the child's id, and the child prints 0.
+    child = max(int(process.stdout.readline()) for _ in range(2))
     try:
         process.kill()
         process.wait()

@@ -13,15 +13,14 @@ WRONG = [-1, LARGEST_SEED + 1, 2**32, 2**64, 10**40]
 
 def test_a_seed_out_of_range_is_refused_wherever_one_is_given():
     for seed in WRONG:
-        for door in (
+        for use_seed in (
             lambda seed: check_seed("seed", seed),
             lambda seed: spread_rows(10, 2, seed),
             lambda seed: counterfactuals("nowhere", seed=seed),
         ):
-            with pytest.raises(
-                SeedError, match=f"seed={seed} must be an integer between 0 and 2147483647"
-            ):
-                door(seed)
+            message = f"seed={seed} must be an integer between 0 and 2147483647"
+            with pytest.raises(SeedError, match=message):
+                use_seed(seed)
         with pytest.raises(ConfigError, match=r"train\.seed"):
             resolve({"train": {"seed": seed}})
     for seed in (0, LARGEST_SEED):

@@ -1,4 +1,4 @@
-"""One rule for JSON: no NaN and no infinity, in what is printed and in what is written; what was lost is said."""
+"""JSON that is printed or written has no NaN and no infinity, and a warning names what was lost."""
 
 import ast
 import json
@@ -13,7 +13,7 @@ from moejax.strict_json import to_json
 PACKAGE = Path(__file__).parents[1] / "moejax"
 
 
-def refuse(token):
+def refuse_constant(token):
     raise AssertionError(f"{token} is no JSON")
 
 
@@ -27,7 +27,7 @@ def test_numbers_that_are_not_finite_are_null_and_named(indent, caplog):
     }
     with caplog.at_level(logging.WARNING, "moejax"):
         text = to_json(value, indent=indent)
-    assert json.loads(text, parse_constant=refuse) == {
+    assert json.loads(text, parse_constant=refuse_constant) == {
         "loss": None,
         "rows": [{"a": 1.5, "b": [None, 2]}, [None, "é\ud800"]],
         "more": {"0": None, "1": None, "2": None},
@@ -41,7 +41,7 @@ def test_numbers_that_are_not_finite_are_null_and_named(indent, caplog):
     assert to_json(float("nan")) == "null" and caplog.messages[0].endswith("the value")
 
 
-def test_the_command_prints_json_by_that_rule_alone():
+def test_the_command_line_prints_json_through_to_json_only():
     calls = []
     for path in (PACKAGE / "cli").glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

@@ -1,4 +1,6 @@
-"""Does routing collapse without balancing, and which schemes prevent it? Writes `results.json` and `figure.png`.
+"""Does routing collapse without balancing, and which schemes prevent it?
+
+Writes `results.json` and `figure.png`.
 
   python experiments/collapse/run.py [--from-results] [SCHEME ...]
 
@@ -24,6 +26,7 @@ from moejax.training.run_directory.routing_log import read_routing
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # after the choice of a backend
+from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter
 
@@ -31,10 +34,11 @@ ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
 SEEDS = (0, 1, 2)
 FROM_RESULTS = "--from-results"
-DEAD_STEPS, DEAD_SHARE = (
-    50,
-    0.05,
-)  # an expert with less than this part of a fair share over so many steps is dead
+
+DEAD_STEPS = 50
+"""Steps over which an expert is dead if it got less than `DEAD_SHARE` of a fair share."""
+
+DEAD_SHARE = 0.05
 
 NOISY: dict[str, Any] = {"router": "noisy_topk", "score": "softmax"}
 SCHEMES: dict[str, dict[str, Any]] = {
@@ -44,19 +48,17 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "sequence_balance": {"sequence_balance_weight": 0.01},
     "importance": NOISY | {"importance_weight": 0.1},
     "importance_load": NOISY | {"importance_weight": 0.1, "load_weight": 0.1},
-    "importance_load_vmoe": NOISY
-    | {"router_noise": "fixed", "vmoe_importance_weight": 0.1, "vmoe_load_weight": 0.1},
+    "importance_load_vmoe": {
+        **NOISY, "router_noise": "fixed", "vmoe_importance_weight": 0.1, "vmoe_load_weight": 0.1,
+    },
     "importance_no_noise": {"importance_weight": 0.1},
     "bias": {
-        "router": "sigmoid_topk",
-        "score": "sigmoid",
-        "selection_bias": True,
-        "bias_rate": 5e-3,
+        "router": "sigmoid_topk", "score": "sigmoid", "selection_bias": True, "bias_rate": 5e-3,
     },
     "quantile": {"router": "quantile", "score": "sigmoid"},
     "sinkhorn": {"router": "sinkhorn", "score": "sigmoid", "allow_noncausal": True},
-}
-"""What each scheme changes in the base: top-1 softmax routing among 16 experts without any balancing."""
+}  # fmt: skip
+"""What each scheme changes in the base: top-1 softmax routing among 16 experts, no balancing."""
 
 LOOKS = {
     "none": ("#111111", "--"),
@@ -71,11 +73,19 @@ LOOKS = {
     "quantile": (PURPLE, "--"),
     "sinkhorn": ("#6A3D9A", "-"),
 }
-"""Colour and dash of each scheme: without balancing dark, losses on loads blue, on importance orange, biases purple."""
+"""Colour and dash of each scheme.
+
+Dark without balancing, blue for losses on loads, orange for losses on importance, purple for
+biases.
+"""
 
 
 def config_of(scheme: str, seed: int):
-    """The recipe `configs/routers/softmax_topk.py` with one expert a token, no auxiliary loss, and the scheme."""
+    """Returns the configuration of a run.
+
+    It is `configs/routers/softmax_topk.py` with one expert a token, no auxiliary loss, and what the
+    scheme changes.
+    """
     config = runpy.run_path(str(ROOT / "configs/routers/softmax_topk.py"))["get_config"]()
     config.moe.top_k = 1
     config.moe.renormalize = False
@@ -89,97 +99,94 @@ def config_of(scheme: str, seed: int):
 
 
 def measure(scheme: str, seed: int) -> dict[str, Any]:
-    """Trains, or takes the finished run, and reads it: MaxVio and dead experts over time, means over layers."""
+    """Trains a run unless it is finished, and returns what `read` finds in it."""
     workdir = ROOT / "runs/collapse" / f"{scheme}-{seed}"
-    if train(config_of(scheme, seed), workdir, command=" ".join(["python", *sys.argv])).stopped_by:
+    command = " ".join(["python", *sys.argv])
+    if train(config_of(scheme, seed), workdir, command=command).stopped_by:
         sys.exit(0)
     return read(workdir)
 
 
 def read(workdir: Path) -> dict[str, Any]:
-    """What a finished run says of itself."""
+    """Returns MaxVio and dead experts of a finished run over time, as means over layers."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     trained = [line for line in lines if "loss/lm" in line]
     evaluated = [line for line in lines if "eval/loss" in line][-1]
     history = read_routing(workdir)
     window = DEAD_STEPS // int(history.steps[1] - history.steps[0])
-    recent = np.lib.stride_tricks.sliding_window_view(history.counts_SNE, window, axis=0).sum(
-        axis=-1
-    )
+    windows = np.lib.stride_tricks.sliding_window_view(history.counts_SNE, window, axis=0)
+    recent_SNE = windows.sum(axis=-1)
+    fair_SN1 = recent_SNE.mean(axis=2, keepdims=True)
+    num_dead_SN = (recent_SNE < DEAD_SHARE * fair_SN1).sum(axis=2)
     return {
         "steps": [line["step"] for line in trained],
         "max_violation": [line["moe/max_violation"] for line in trained],
         "dead_steps": history.steps[window - 1 :].tolist(),
-        "dead": (recent < DEAD_SHARE * recent.mean(axis=2, keepdims=True))
-        .sum(axis=2)
-        .mean(axis=1)
-        .tolist(),
+        "dead": num_dead_SN.mean(axis=1).tolist(),
         "eval_max_violation": evaluated["eval/max_violation"],
         "eval_bits_per_byte": evaluated["eval/bits_per_byte"],
     }
 
 
 def draw(results: dict[str, dict[str, Any]]) -> None:
-    """MaxVio and dead experts over time: mean of the seeds, with their range."""
+    """Draws MaxVio and dead experts over time: means over the seeds, with their range."""
     with matplotlib.rc_context(STYLE):
-        figure, axes = pyplot.subplots(1, 2, figsize=(9, 5), layout="constrained")
+        figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 5), layout="constrained")
         for scheme, by_seed in results.items():
             runs = list(by_seed.values())
-            color, dash = LOOKS[scheme]
-            for axis, steps, key in (
-                (axes[0], "steps", "max_violation"),
-                (axes[1], "dead_steps", "dead"),
-            ):
-                values = np.array([run[key] for run in runs])
-                axis.plot(
-                    runs[0][steps], values.mean(axis=0), label=scheme, color=color, linestyle=dash
-                )
-                axis.fill_between(
-                    runs[0][steps],
-                    values.min(axis=0),
-                    values.max(axis=0),
-                    color=color,
-                    alpha=0.15,
-                    linewidth=0,
-                )
-        axes[0].set(
-            xlabel="training step", ylabel="MaxVio in training (mean over layers)", yscale="log"
-        )
-        axes[0].yaxis.set_major_formatter(FuncFormatter(lambda y, _: short_number(y)))
-        axes[1].set(
-            xlabel="training step", ylabel="dead experts of 16 (mean over layers)", ylim=(0, None)
-        )
-        lines, names = axes[0].get_legend_handles_labels()
-        band = Patch(color=GREY, alpha=0.3, linewidth=0)
-        figure.legend(
-            [*lines, band],
-            [*names, f"range of {len(SEEDS)} seeds"],
-            loc="outside lower center",
-            ncols=4,
-        )
+            draw_scheme(left, scheme, runs, "steps", "max_violation")
+            draw_scheme(right, scheme, runs, "dead_steps", "dead")
+        left.set(xlabel="training step", ylabel="MaxVio in training (mean over layers)")
+        left.set(yscale="log")
+        left.yaxis.set_major_formatter(FuncFormatter(lambda y, _: short_number(y)))
+        right.set(xlabel="training step", ylabel="dead experts of 16 (mean over layers)")
+        right.set(ylim=(0, None))
+        lines, names = left.get_legend_handles_labels()
+        lines.append(Patch(color=GREY, alpha=0.3, linewidth=0))
+        names.append(f"range of {len(SEEDS)} seeds")
+        figure.legend(lines, names, loc="outside lower center", ncols=4)
         figure.savefig(HERE / "figure.png", dpi=PNG_DPI, facecolor="white")
 
 
+def draw_scheme(axes: Axes, scheme: str, runs: list[dict[str, Any]], steps: str, key: str) -> None:
+    """Draws the mean of a scheme's runs and their range.
+
+    Args:
+      axes: to draw in.
+      scheme: which one.
+      runs: of its seeds.
+      steps: the key of the steps.
+      key: of the values.
+    """
+    color, dash = LOOKS[scheme]
+    x_S = runs[0][steps]
+    values_RS = np.array([run[key] for run in runs])
+    mean_S = values_RS.mean(axis=0)
+    low_S = values_RS.min(axis=0)
+    high_S = values_RS.max(axis=0)
+    axes.plot(x_S, mean_S, label=scheme, color=color, linestyle=dash)
+    axes.fill_between(x_S, low_S, high_S, color=color, alpha=0.15, linewidth=0)
+
+
 def table(results: dict[str, dict[str, Any]]) -> str:
-    """The results as Markdown: means over seeds, and the range in parentheses."""
+    """Returns the results as Markdown: means over seeds, and the range in parentheses."""
     rows = [
         "| scheme | MaxVio on held-out text | dead experts of 16 | bits per byte |",
         "|---|---|---|---|",
     ]
     for scheme, by_seed in results.items():
+        violation = [run["eval_max_violation"] for run in by_seed.values()]
+        dead = [run["dead"][-1] for run in by_seed.values()]
+        bits = [run["eval_bits_per_byte"] for run in by_seed.values()]
         cells = []
-        for values in (
-            [run["eval_max_violation"] for run in by_seed.values()],
-            [run["dead"][-1] for run in by_seed.values()],
-            [run["eval_bits_per_byte"] for run in by_seed.values()],
-        ):
+        for values in (violation, dead, bits):
             cells.append(f"{np.mean(values):.2f} ({min(values):.2f} to {max(values):.2f})")
         rows.append(f"| `{scheme}` | {' | '.join(cells)} |")
     return "\n".join(rows)
 
 
 def main() -> None:
-    """Runs what is named, or everything; then table and figure of all that is known."""
+    """Runs the named schemes, or all; then makes table and figure of all results."""
     path = HERE / "results.json"
     named = sys.argv[1:] or list(SCHEMES)
     if FROM_RESULTS in named:

@@ -1,7 +1,8 @@
 """Submits `moejax train` to SLURM through submitit: a process for each GPU, on one or more nodes.
 
-  python experiments/launch/slurm.py --nodes=2 --gpus_per_node=8 --minutes=240 --jobs=3 --partition=NAME -- \
-      --config=configs/small_moe.py --workdir=runs/small --config.mesh.fsdp=16 --config.train.batch_size=16
+  python experiments/launch/slurm.py --nodes=2 --gpus_per_node=8 --minutes=240 --jobs=3 \
+      --partition=NAME -- --config=configs/small_moe.py --workdir=runs/small \
+      --config.mesh.fsdp=16 --config.train.batch_size=16
 
 What follows `--` goes to `moejax train`. The folder one submits from, the environment and the run
 directory must be on a file system that all nodes share. `--jobs=3` queues three jobs, each of which
@@ -22,14 +23,14 @@ import submitit
 from submitit.helpers import CommandFunction
 
 SECONDS_TO_SAVE = 120
-"""So long before its time is up a job is told to save."""
+"""Seconds before its time is up at which a job is asked to save."""
 
 SECONDS_TO_END = 10
-"""So long before it submitit's own signal ends what is still there."""
+"""Seconds before its time is up at which submitit's own signal ends what still runs."""
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    """The options of the job; what follows `--` is in `train`."""
+    """Returns the options of the job; what follows `--` is in `train`."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -67,25 +68,23 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         parser.error("nothing to train; give the flags of moejax train after --")
     if options.minutes * 60 <= 2 * SECONDS_TO_SAVE:
         parser.error(
-            f"--minutes={options.minutes} must be more than {2 * SECONDS_TO_SAVE // 60}, to start and to save"
+            f"--minutes={options.minutes} must be more than {2 * SECONDS_TO_SAVE // 60}, "
+            "to start and to save"
         )
     options.train = train
     return options
 
 
 def command(options: argparse.Namespace) -> list[str]:
-    """What each process runs; SIGTERM, which saves, reaches it in time whatever the cluster sends to whom."""
+    """Returns the command of each process.
+
+    On a cluster `timeout` sends it SIGTERM, on which it saves, whatever signals the cluster sends.
+    """
     train = [sys.executable, "-m", "moejax", "train", *options.train]
     if options.cluster == "slurm":
         seconds = options.minutes * 60 - SECONDS_TO_SAVE
-        return [
-            "timeout",
-            "--preserve-status",
-            "--signal=TERM",
-            str(seconds),
-            *train,
-            "--distributed",
-        ]
+        timeout = ["timeout", "--preserve-status", "--signal=TERM", str(seconds)]
+        return [*timeout, *train, "--distributed"]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -94,7 +93,7 @@ def command(options: argparse.Namespace) -> list[str]:
 
 
 def make_executor(options: argparse.Namespace) -> submitit.AutoExecutor:
-    """The executor with all parameters of the job."""
+    """Returns the executor with all parameters of the job."""
     executor = submitit.AutoExecutor(folder=Path(options.folder) / "%j", cluster=options.cluster)
     if options.cluster == "local":
         executor.update_parameters(
@@ -109,9 +108,8 @@ def make_executor(options: argparse.Namespace) -> submitit.AutoExecutor:
         "timeout_min": options.minutes,
         "slurm_signal_delay_s": SECONDS_TO_END,
         "slurm_additional_parameters": {"dependency": "singleton"},
-        "slurm_srun_args": [
-            "--kill-on-bad-exit=1"
-        ],  # those of a failed process that do not end by themselves
+        # Ends the other processes of a job in which one has failed.
+        "slurm_srun_args": ["--kill-on-bad-exit=1"],
     }
     if options.gpus_per_node:
         parameters["gpus_per_node"] = options.gpus_per_node
@@ -125,13 +123,14 @@ def make_executor(options: argparse.Namespace) -> submitit.AutoExecutor:
 
 
 def main() -> int:
-    """Submits and prints the jobs and where their logs are."""
+    """Submits the jobs, and prints their ids and where their logs are."""
     options = parse(sys.argv[1:])
     executor = make_executor(options)
-    jobs = [
-        executor.submit(CommandFunction(command(options), cwd=Path.cwd()))
-        for _ in range(options.jobs)
-    ]
+    jobs = []
+    for _ in range(options.jobs):
+        # A command for each: local processes of each job meet at a port of their own.
+        function = CommandFunction(command(options), cwd=Path.cwd())
+        jobs.append(executor.submit(function))
     for job in jobs:
         print(f"job {job.job_id}: logs {job.paths.stdout}, {job.paths.stderr}")
     if options.wait or options.cluster == "local":

@@ -1,9 +1,11 @@
-"""Trains every recipe of `configs/routers/`; writes `results.json` beside this file and the table of `docs/routers.md`.
+"""Trains every recipe of `configs/routers/`.
+
+Writes `results.json` next to this file and the table of `docs/routers.md`.
 
   python experiments/routers/run.py [NAME ...]
 
-A recipe that is done is not run again; `runs/routers/NAME` holds its run. Figures of recipes that
-are not named stay.
+A recipe that is done is not run again; `runs/routers/NAME` holds its run. The numbers of recipes
+that are not named stay.
 """
 
 import json
@@ -22,17 +24,18 @@ ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).with_name("results.json")
 PAGE = ROOT / "docs/routers.md"
 MARKS = ("<!-- measured: written by experiments/routers/run.py -->\n", "<!-- end -->")
-SEES_THE_FUTURE = {  # recipes with moe.allow_noncausal, and whether evaluation looks at later tokens as well
+SEES_THE_FUTURE = {
     "expert_choice": "in evaluation, too",
     "soft": "in evaluation, too",
     "gshard": "where slots run out, in evaluation, too",
     "sinkhorn": "in training",
     "vmoe": "in training",
 }
+"""Recipes with moe.allow_noncausal, and whether evaluation looks at later tokens as well."""
 
 
 def measure(path: Path) -> dict[str, float | int]:
-    """Trains a recipe, or takes its finished run, and returns what `docs/routers.md` shows of it."""
+    """Trains a recipe unless it is finished, and returns what `docs/routers.md` shows of it."""
     config = resolve(runpy.run_path(str(path))["get_config"]())
     workdir = ROOT / "runs/routers" / path.stem
     result = train(config, workdir, command=" ".join(["python", *sys.argv]))
@@ -58,14 +61,15 @@ def measure(path: Path) -> dict[str, float | int]:
 
 
 def table(results: dict[str, dict[str, float | int]]) -> str:
-    """The results as Markdown, the best first."""
+    """Returns the results as Markdown, the best first."""
     rows = [
-        "| recipe | bits per byte | MaxVio | churn | dead of all experts | dropped or moved | parameters, active | "
-        "sees the future |",
+        "| recipe | bits per byte | MaxVio | churn | dead of all experts | dropped or moved "
+        "| parameters, active | sees the future |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for name, found in sorted(results.items(), key=lambda item: item[1]["bits_per_byte"]):
-        total, active = (found[f"parameters_{kind}"] / 1e6 for kind in ("total", "active"))
+        total = found["parameters_total"] / 1e6
+        active = found["parameters_active"] / 1e6
         cells = [
             f"`{name}`",
             f"{found['bits_per_byte']:.3f}",
@@ -82,12 +86,16 @@ def table(results: dict[str, dict[str, float | int]]) -> str:
 
 def write_table(results: dict[str, dict[str, float | int]]) -> None:
     """Replaces the table between its marks in `docs/routers.md`."""
-    before, rest = PAGE.read_text().split(MARKS[0])
-    PAGE.write_text(before + MARKS[0] + table(results) + MARKS[1] + rest.split(MARKS[1], 1)[1])
+    start, end = MARKS
+    page = PAGE.read_text()
+    before, rest = page.split(start)
+    _, after = rest.split(end, 1)
+    changed = before + start + table(results) + end + after
+    PAGE.write_text(changed)
 
 
 def main() -> None:
-    """Runs what is named, or everything."""
+    """Runs the named recipes, or all."""
     paths = sorted((ROOT / "configs/routers").glob("*.py"))
     chosen = [path for path in paths if path.stem in sys.argv[1:] or len(sys.argv) == 1]
     for path in chosen:

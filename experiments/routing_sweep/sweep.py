@@ -1,10 +1,12 @@
-"""Routers, balancing, experts and K at equal active parameters: 36 settings, three seeds each, and dense controls.
+"""Routers, balancing, experts and K at equal active parameters.
 
-  moejax sweep --config=experiments/routing_sweep/sweep.py --match=active_params --seeds=3 --pack=3 \
-      --runner=pool --processes=2 --dir=runs/routing_sweep
+There are 36 settings with three seeds each, and dense controls.
+
+  moejax sweep --config=experiments/routing_sweep/sweep.py --match=active_params --seeds=3 \
+      --pack=3 --runner=pool --processes=2 --dir=runs/routing_sweep
   python experiments/routing_sweep/figures.py
 
-Two layers of width 32 on presidential addresses, BPE of 512, rows of 128 tokens. README.md beside
+Two layers of width 32 on presidential addresses, BPE of 512, rows of 128 tokens. README.md next to
 this file has the question, what was predicted, and the answer.
 """
 
@@ -17,7 +19,7 @@ from moejax import config as moejax_config
 from moejax.sweeps import choice, product
 
 ROUTERS = {"softmax_topk": "softmax", "sigmoid_topk": "sigmoid", "noisy_topk": "softmax"}
-"""With the score of an expert; of softmax, that over all experts."""
+"""Routers with the score of an expert; softmax is over all experts."""
 
 SCHEMES: dict[str, dict[str, Any]] = {
     "none": {"moe.balance_weight": 0.0, "moe.selection_bias": False},
@@ -28,7 +30,7 @@ SCHEMES: dict[str, dict[str, Any]] = {
 
 
 def get_config() -> ConfigDict:
-    """The recipe that arms are matched with: 8 experts of width 64, of which a token visits 2."""
+    """Returns the recipe that arms are matched with: 8 experts of width 64, 2 for each token."""
     config = moejax_config.default()
     config.model.num_layers = 2
     config.model.d_model = 32
@@ -55,7 +57,10 @@ def get_config() -> ConfigDict:
 
 
 def sweep() -> Iterator[dict[str, Any]]:
-    """Points without seeds: a single expert's weight stays a probability, those of several are made to sum to 1."""
+    """Yields points without seeds.
+
+    The weight of a single expert stays a probability; those of several are normalised to sum to 1.
+    """
     axes = product(
         choice("moe.router", *ROUTERS), choice("moe.num_experts", 8, 32), choice("moe.top_k", 1, 4)
     )

@@ -1,4 +1,6 @@
-"""Do experts follow the token, its form, or the domain? Writes results, figure and tables of `docs/specialisation.md`.
+"""Do experts follow the token, its form, or the domain?
+
+Writes the results, the figure and the tables of `docs/specialisation.md`.
 
   python experiments/specialisation/run.py [--from-results] [CONDITION ...]
 
@@ -37,6 +39,7 @@ from moejax.training.loop import train
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # after the choice of a backend
+from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
@@ -87,7 +90,7 @@ QUESTIONS: tuple[tuple[str, str, str], ...] = (
 
 
 def config_of(condition: str, seed: int):
-    """The recipe with the condition's changes."""
+    """Returns the recipe with the condition's changes."""
     config = runpy.run_path(str(ROOT / "configs/domains_moe.py"))["get_config"]()
     for key, value in CONDITIONS[condition][1].items():
         section, leaf = key.split(".")
@@ -97,83 +100,101 @@ def config_of(condition: str, seed: int):
 
 
 def measure(condition: str, seed: int) -> dict[str, Any]:
-    """Trains, or takes the finished run, and looks at all validation rows at its last checkpoint."""
+    """Trains a run unless it is finished, and analyses its last checkpoint.
+
+    All validation rows are routed.
+    """
     workdir = ROOT / "runs/specialisation" / f"{condition}_{seed}"
-    if train(
-        config_of(condition, seed), workdir, command=" ".join(["python", *sys.argv])
-    ).stopped_by:
+    command = " ".join(["python", *sys.argv])
+    if train(config_of(condition, seed), workdir, command=command).stopped_by:
         sys.exit(0)
     run = open_run(workdir)
-    measured: dict[str, Any] = {key: run.last(key) for key in run.keys if key.startswith("eval/")}
-    return measured if run.is_dense else measured | look(run)
+    measured: dict[str, Any] = {}
+    for key in run.keys:
+        if key.startswith("eval/"):
+            measured[key] = run.last(key)
+    if not run.is_dense:
+        measured |= analyse(run)
+    return measured
 
 
-def look(run) -> dict[str, Any]:
-    """What the experts of a run specialise in."""
+def analyse(run) -> dict[str, Any]:
+    """Returns what the experts of a run specialise in."""
     model = run.load()
     corpus = model.corpus()
     labels = corpus.labels("validation")
     routed = route_corpus(model, corpus)
     domains_T = labels.domain_of_document[routed.documents_T]
-    attributes = {
-        attribute.name: attribute
-        for attribute in (
-            *attributes_of(
-                routed.tokens_T, routed.rows_T, routed.positions_T, model.tokenizer.piece
-            ),
-            Attribute("domain", domains_T, labels.domains),
-            Attribute("document", routed.documents_T),
-        )
-    }
-    num_experts, layers = routed.num_experts, routed.layers
-    information = [
-        expert_information(
-            attributes[name], routed.experts_NTK, num_experts, given=attributes.get(given), over=over,
-            documents_T=routed.documents_T if over == "documents" else None, num_permutations=NUM_PERMUTATIONS[over],
-        )
-        for name, given, over in QUESTIONS
-    ]  # fmt: skip
+    num_experts = routed.num_experts
+    information = answer_questions(model, routed, domains_T, labels)
     vocabulary = vocabulary_specialisation(
         routed.tokens_T, routed.experts_NTK, model.tokenizer.vocab_size, num_experts
     )
     by_domain = domain_specialisation(
         domains_T, routed.experts_NTK, len(labels.domains), num_experts
     )
-    steps = run.evaluations.steps
-    probes = [run.evaluations.read(step)["experts"] for step in steps]
+    share_NDE = by_domain.share_NDE / by_domain.uniform_N[:, None, None]
     outputs_NETD = expert_outputs(model.model, passages(corpus, labels))
     return {
-        "layers": list(layers),
+        "layers": list(routed.layers),
         "tokens": len(routed.tokens_T),
         "documents": len(np.unique(routed.documents_T)),
-        "information": information_table(information, layers),
+        "information": information_table(information, routed.layers),
         "vocabulary": {"mean": vocabulary.mean_N.tolist(), "chance": vocabulary.chance_N.tolist()},
         "domains": {
             "names": list(labels.domains),
             "tokens": by_domain.tokens_D.tolist(),
-            "share_over_uniform": (by_domain.share_NDE / by_domain.uniform_N[:, None, None])
-            .round(4)
-            .tolist(),
+            "share_over_uniform": share_NDE.round(4).tolist(),
         },
-        "saturation": {
-            "steps": list(steps),
-            "share": router_saturation(probes, num_experts).tolist(),
-        }
-        if probes
-        else {},
+        "saturation": saturation(run, num_experts),
         "output_cka": [mean_of_pairs(linear_cka(outputs_ETD)) for outputs_ETD in outputs_NETD],
-        "output_cosine": [
-            mean_of_pairs(output_cosine(outputs_ETD)) for outputs_ETD in outputs_NETD
-        ],
+        "output_cosine": [mean_of_pairs(output_cosine(x_ETD)) for x_ETD in outputs_NETD],
     }
 
 
+def answer_questions(model, routed, domains_T: np.ndarray, labels: Labels) -> list[Any]:
+    """Returns the information of each of `QUESTIONS`."""
+    of_tokens = attributes_of(
+        routed.tokens_T, routed.rows_T, routed.positions_T, model.tokenizer.piece
+    )
+    attributes = {attribute.name: attribute for attribute in of_tokens}
+    attributes["domain"] = Attribute("domain", domains_T, labels.domains)
+    attributes["document"] = Attribute("document", routed.documents_T)
+    answers = []
+    for name, given, over in QUESTIONS:
+        answer = expert_information(
+            attributes[name],
+            routed.experts_NTK,
+            routed.num_experts,
+            given=attributes.get(given),
+            over=over,
+            documents_T=routed.documents_T if over == "documents" else None,
+            num_permutations=NUM_PERMUTATIONS[over],
+        )
+        answers.append(answer)
+    return answers
+
+
+def saturation(run, num_experts: int) -> dict[str, Any]:
+    """Returns how much of the last routing each evaluation had; nothing without evaluations."""
+    steps = run.evaluations.steps
+    probes = [run.evaluations.read(step)["experts"] for step in steps]
+    if not probes:
+        return {}
+    return {"steps": list(steps), "share": router_saturation(probes, num_experts).tolist()}
+
+
 def passages(corpus: Corpus, labels: Labels) -> np.ndarray:
-    """One passage of each domain: the beginning of its first validation row that one document fills so far."""
+    """Returns one passage of each domain.
+
+    It is the beginning of the first validation row whose passage belongs to one document.
+    """
     found: dict[int, np.ndarray] = {}
     for row in corpus.rows("validation"):
-        domain = int(labels.domain_of_document[row["documents"][0]])
-        if (row["segments"][:PASSAGE_TOKENS] == 1).all():
+        first_document = row["documents"][0]
+        domain = int(labels.domain_of_document[first_document])
+        is_one_document = (row["segments"][:PASSAGE_TOKENS] == 1).all()
+        if is_one_document:
             found.setdefault(domain, row["tokens"][:PASSAGE_TOKENS])
         if len(found) == len(labels.domains):
             break
@@ -181,49 +202,48 @@ def passages(corpus: Corpus, labels: Labels) -> np.ndarray:
 
 
 def mean_of_pairs(of_pairs_EE: np.ndarray) -> float:
-    """Over different experts."""
+    """Returns the mean over pairs of different experts."""
     return float(of_pairs_EE[~np.eye(len(of_pairs_EE), dtype=bool)].mean())
 
 
 def by_seed(
     results: Results, condition: str, question: tuple[str, str, str], column: str
 ) -> np.ndarray:
-    """A column of the information table, `[seeds, layers]`."""
-    return np.array(
-        [
-            [
-                row[column]
-                for row in found["information"]
-                if (row["attribute"], row["given"], row["over"]) == question
-            ]
-            for found in results[condition].values()
-        ]
-    )
+    """Returns a column of the information table, `[seeds, layers]`."""
+    values = []
+    for found in results[condition].values():
+        by_layer = []
+        for row in found["information"]:
+            if (row["attribute"], row["given"], row["over"]) == question:
+                by_layer.append(row[column])
+        values.append(by_layer)
+    return np.array(values)
 
 
 def spread(values: np.ndarray, form: str = "{:.3f}") -> str:
-    """Mean over seeds and layers, and the range of seeds."""
+    """Returns the mean over seeds and layers, and the range of seeds."""
     seeds = values.reshape(len(values), -1).mean(axis=1)
     return f"{form.format(seeds.mean())} ({form.format(seeds.min())} to {form.format(seeds.max())})"
 
 
 def name_of(question: tuple[str, str, str]) -> str:
-    """For tables and the figure."""
-    attribute, given, over = question
-    return (
-        attribute + f" given {given}" * bool(given) + ", documents permuted" * (over == "documents")
-    )
+    """Returns the name of a question in tables and the figure."""
+    name, given, over = question
+    if given:
+        name += f" given {given}"
+    if over == "documents":
+        name += ", documents permuted"
+    return name
 
 
 def information_rows(results: Results) -> Iterator[str]:
-    """What each attribute tells."""
+    """Yields the rows of the table of each attribute's information."""
     yield "| attribute | bits | of these chance | 0 chance, 1 all | before training |"
     yield "|---|---|---|---|---|"
     for question in QUESTIONS:
-        bits, chance, adjusted = (
-            by_seed(results, "moe", question, column)
-            for column in ("information", "baseline", "adjusted")
-        )
+        bits = by_seed(results, "moe", question, "information")
+        chance = by_seed(results, "moe", question, "baseline")
+        adjusted = by_seed(results, "moe", question, "adjusted")
         before = by_seed(results, "untrained", question, "adjusted")
         cells = (
             name_of(question),
@@ -236,57 +256,76 @@ def information_rows(results: Results) -> Iterator[str]:
 
 
 def layer_rows(results: Results) -> Iterator[str]:
-    """The two conditional informations by layer."""
-    layers = next(iter(results["moe"].values()))["layers"]
-    yield f"| bits above chance, by layer | {' | '.join(map(str, layers))} |"
+    """Yields the rows of the table by layer."""
+    layers = first_result(results)["layers"]
+    yield f"| bits above chance, by layer | {join_cells(layers, '{}')} |"
     yield f"|---|{'---|' * len(layers)}"
     for question in (
         ("token", "domain", "tokens"),
         ("domain", "token", "tokens"),
         ("domain", "token", "documents"),
     ):
-        excess = by_seed(results, "moe", question, "excess").mean(axis=0)
-        yield f"| {name_of(question)} | {' | '.join(f'{x:.3f}' for x in excess)} |"
+        excess_N = by_seed(results, "moe", question, "excess").mean(axis=0)
+        yield f"| {name_of(question)} | {join_cells(excess_N, '{:.3f}')} |"
     for name, read in LAYER_ROWS.items():
-        values = np.array([read(found) for found in results["moe"].values()]).mean(axis=0)
-        yield f"| {name} | {' | '.join(f'{x:.2f}' for x in values)} |"
+        values_SN = np.array([read(found) for found in results["moe"].values()])
+        yield f"| {name} | {join_cells(values_SN.mean(axis=0), '{:.2f}')} |"
+
+
+def busiest_share(found: dict[str, Any]) -> np.ndarray:
+    """Returns the share of a domain's busiest expert over the uniform share, `[layers]`."""
+    share_NDE = found["domains"]["share_over_uniform"]
+    return np.max(share_NDE, axis=2).mean(axis=1)
 
 
 LAYER_ROWS = {
     "vocabulary specialisation": lambda found: found["vocabulary"]["mean"],
     "the same by chance": lambda found: found["vocabulary"]["chance"],
-    "busiest expert of a domain, over uniform": lambda found: np.max(
-        found["domains"]["share_over_uniform"], axis=2
-    ).mean(axis=1),
+    "busiest expert of a domain, over uniform": busiest_share,
     "outputs of two experts, cosine": lambda found: found["output_cosine"],
     "outputs of two experts, linear CKA": lambda found: found["output_cka"],
 }
 
 
 def saturation_rows(results: Results) -> Iterator[str]:
-    """How much of the last routing each evaluation had."""
-    steps = next(iter(results["moe"].values()))["saturation"]["steps"]
-    yield f"| step | {' | '.join(map(str, steps))} |"
+    """Yields the rows of the table of how much of the last routing each evaluation had."""
+    first = first_result(results)
+    steps = first["saturation"]["steps"]
+    yield f"| step | {join_cells(steps, '{}')} |"
     yield f"|---|{'---|' * len(steps)}"
     share_RSN = np.array([found["saturation"]["share"] for found in results["moe"].values()])
-    for n, layer in enumerate(next(iter(results["moe"].values()))["layers"]):
-        yield f"| layer {layer} | {' | '.join(f'{x:.2f}' for x in share_RSN[:, :, n].mean(axis=0))} |"
+    for n, layer in enumerate(first["layers"]):
+        share_S = share_RSN[:, :, n].mean(axis=0)
+        yield f"| layer {layer} | {join_cells(share_S, '{:.2f}')} |"
 
 
 def loss_rows(results: Results) -> Iterator[str]:
-    """Loss by domain, of experts and of the dense twin."""
-    names = next(iter(results["moe"].values()))["domains"]["names"]
+    """Yields the rows of the table of losses by domain, of the MoE and the dense model."""
+    names = first_result(results)["domains"]["names"]
     yield f"| nats per token | all | {' | '.join(names)} |"
     yield f"|---|{'---|' * (len(names) + 1)}"
+    keys = ["eval/loss", *(f"eval/loss/{name}" for name in names)]
     for condition in ("moe", "dense"):
-        keys = ["eval/loss", *(f"eval/loss/{name}" for name in names)]
-        values = np.array([[found[key] for key in keys] for found in results[condition].values()])
-        seeds = f"{len(values)} seeds" if len(values) > 1 else "1 seed"
-        yield f"| {condition}, {seeds} | {' | '.join(f'{x:.3f}' for x in values.mean(axis=0))} |"
+        rows = []
+        for found in results[condition].values():
+            rows.append([found[key] for key in keys])
+        seeds = f"{len(rows)} seeds" if len(rows) > 1 else "1 seed"
+        cells = join_cells(np.mean(rows, axis=0), "{:.3f}")
+        yield f"| {condition}, {seeds} | {cells} |"
+
+
+def first_result(results: Results) -> dict[str, Any]:
+    """Returns the result of the first seed of the MoE."""
+    return next(iter(results["moe"].values()))
+
+
+def join_cells(values: np.ndarray, form: str) -> str:
+    """Returns the cells of a row of a table."""
+    return " | ".join(form.format(value) for value in values)
 
 
 def tables(results: Results) -> str:
-    """All of them as Markdown."""
+    """Returns all tables as Markdown."""
     parts = (information_rows, layer_rows, saturation_rows, loss_rows)
     return "\n\n".join("\n".join(part(results)) for part in parts) + "\n"
 
@@ -303,29 +342,16 @@ LOOKS = {
 
 
 def draw(results: Results) -> None:
-    """What attributes tell by layer: mean of the seeds and their range, and dotted before training."""
-    layers = next(iter(results["moe"].values()))["layers"]
+    """Draws the information of attributes by layer.
+
+    Lines are means of the seeds with their range; dotted lines are from before training.
+    """
     num_seeds = len(results["moe"])
     with matplotlib.rc_context(STYLE):
-        figure, axes = pyplot.subplots(1, 2, figsize=(9, 4.6), layout="constrained")
-        for axis, column, name in zip(
-            axes, ("excess", "adjusted"), (BITS, "0: chance, 1: all of it"), strict=True
-        ):
-            for question, (color, dashes) in LOOKS.items():
-                values = by_seed(results, "moe", question, column)
-                before = by_seed(results, "untrained", question, column).mean(axis=0)
-                axis.plot(layers, values.mean(axis=0), dashes, color=color, label=name_of(question))
-                axis.fill_between(
-                    layers,
-                    values.min(axis=0),
-                    values.max(axis=0),
-                    color=color,
-                    alpha=0.15,
-                    linewidth=0,
-                )
-                axis.plot(layers, before, ":", color=color, lw=1)
-            axis.set(xlabel="layer", ylabel=name, xticks=layers, ylim=(0, None))
-        lines, names = axes[0].get_legend_handles_labels()
+        figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 4.6), layout="constrained")
+        draw_column(left, results, "excess", BITS)
+        draw_column(right, results, "adjusted", "0: chance, 1: all of it")
+        lines, names = left.get_legend_handles_labels()
         lines += [
             Patch(color=GREY, alpha=0.3, linewidth=0),
             Line2D([], [], color=GREY, ls=":", lw=1),
@@ -335,8 +361,24 @@ def draw(results: Results) -> None:
         figure.savefig(HERE / "figure.png", dpi=PNG_DPI, facecolor="white")
 
 
+def draw_column(axes: Axes, results: Results, column: str, label: str) -> None:
+    """Draws a column of the information table, for the questions of `LOOKS`."""
+    layers = first_result(results)["layers"]
+    for question, (color, dashes) in LOOKS.items():
+        values_SN = by_seed(results, "moe", question, column)
+        before_SN = by_seed(results, "untrained", question, column)
+        before_N = before_SN.mean(axis=0)
+        mean_N = values_SN.mean(axis=0)
+        low_N = values_SN.min(axis=0)
+        high_N = values_SN.max(axis=0)
+        axes.plot(layers, mean_N, dashes, color=color, label=name_of(question))
+        axes.fill_between(layers, low_N, high_N, color=color, alpha=0.15, linewidth=0)
+        axes.plot(layers, before_N, ":", color=color, lw=1)
+    axes.set(xlabel="layer", ylabel=label, xticks=layers, ylim=(0, None))
+
+
 def main() -> None:
-    """Runs what is named, or everything; then tables and figure of all that is known."""
+    """Runs the named conditions, or all; then makes tables and figure of all results."""
     results: Results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     named = sys.argv[1:] or list(CONDITIONS)
     if FROM_RESULTS in named:

@@ -6,7 +6,6 @@ traceback. Nothing that is typed is dropped: flags that a verb does not have, fl
 words that mean nothing to it are refused before it begins.
 """
 
-import difflib
 import faulthandler
 import importlib
 import io
@@ -22,7 +21,7 @@ from moejax.cli.arguments import check_arguments, config_first, plain_errors, ve
 from moejax.cli.errors import UsageError as UsageError
 from moejax.cli.memory import explain_memory, warn_of_small_limit
 from moejax.cli.printable import PrintableFormatter, printable
-from moejax.config import Config, leaves
+from moejax.config import Config, leaves, nearest
 from moejax.training.multihost.signals import SignalWatch
 
 VERBS = {
@@ -160,7 +159,7 @@ def _about_verb(word: str, arguments: list[str]) -> str:
         return f"{word} is not a verb of moejax; write moejax train --config={word}"
     if word == "version":
         return "version is not a verb of moejax; moejax doctor prints the versions"
-    near = difflib.get_close_matches(word, VERBS, n=1, cutoff=0.0)[0]
+    near = nearest(word, VERBS)
     return f"{word} is not a verb of moejax; the nearest is {near}; see moejax --help"
 
 

@@ -11,7 +11,7 @@ from absl import flags
 from absl.flags import FlagValues
 
 from moejax.cli.errors import UsageError
-from moejax.config import check_key, leaves, read_value
+from moejax.config import check_key, leaves, nearest, read_value
 
 OWN_CONFIGURATION = "takes the configuration that its run was trained with"
 
@@ -142,8 +142,8 @@ def _about_value(error: flags.IllegalFlagValueError, values: FlagValues) -> str:
     parser = values[name].parser if name in values else None
     if isinstance(parser, flags.EnumParser):
         choices = [choice for choice in parser.enum_values if choice]
-        nearest = difflib.get_close_matches(value, choices, n=1, cutoff=0.0)[0]
-        return f"{given} must be one of {', '.join(choices)}; the nearest is {nearest}"
+        near = nearest(value, choices)
+        return f"{given} must be one of {', '.join(choices)}; the nearest is {near}"
     if "range" in reason:
         _, _, limits = reason.partition(" is not ")
         return f"{given} must be {limits}"

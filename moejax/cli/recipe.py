@@ -20,7 +20,7 @@ from absl.flags import FlagValues
 from ml_collections import ConfigDict, config_flags
 
 from moejax.cli.errors import UsageError
-from moejax.config import SECTIONS, ConfigError, check_key, leaves
+from moejax.config import SECTIONS, ConfigError, check_key, leaves, nearest
 from moejax.paths import SCHEME, resolve_path
 
 MODULE = "moejax_recipe"
@@ -261,5 +261,5 @@ def _unknown_leaf(name: str, source: str) -> str:
             return str(error)
     keys = [key for key, _ in leaves()]
     key_of = {key.rpartition(".")[2]: key for key in [*SECTIONS, *keys]}
-    nearest = difflib.get_close_matches(name, key_of, n=1, cutoff=0.0)[0]
-    return f"{name} is not a config key; the nearest is {key_of[nearest]}"
+    near = key_of[nearest(name, key_of)]
+    return f"{name} is not a config key; the nearest is {near}"

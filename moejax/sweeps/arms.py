@@ -1,4 +1,4 @@
-"""The arms of a sweep: every point becomes a checked configuration before the first of them runs."""
+"""The arms of a sweep: each point becomes a checked configuration before the first one trains."""
 
 import dataclasses
 import itertools
@@ -20,8 +20,18 @@ from moejax.sweeps.ids import ID_DIGITS, hash_config
 from moejax.sweeps.matching import Adjust, Match, Matched, MatchError, Target
 from moejax.sweeps.space import Space
 
-LISTED = 10  # bad points that an error names
-MOST = 100_000  # points: each is resolved before the first arm trains, some thousands a second
+LISTED = 10
+"""Bad points that an error names."""
+
+MOST = 100_000
+"""Points: each is resolved before the first arm trains, some thousands a second."""
+
+
+Recipe = Mapping[str, Mapping[str, Any]]
+"""Sections of leaves."""
+
+Duplicate = tuple[dict[str, Any], str]
+"""What a point overrides, and the id of the arm that has its configuration."""
 
 
 class SweepError(ValueError):
@@ -52,14 +62,19 @@ class Arm:
     def from_config(
         cls, config: Config, overrides: Mapping[str, Any], matched: Mapping[str, Any]
     ) -> "Arm":
-        """An arm of a resolved configuration."""
+        """Returns the arm of a resolved configuration."""
         digits = hash_config(config)
         return cls(
-            digits[:ID_DIGITS], digits, dict(overrides), dict(matched), config, count(config)
+            id=digits[:ID_DIGITS],
+            config_hash=digits,
+            overrides=dict(overrides),
+            matched=dict(matched),
+            config=config,
+            count=count(config),
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Its entry in `sweep.json`."""
+        """Returns the arm's entry in `sweep.json`."""
         return {
             "id": self.id,
             "config_hash": self.config_hash,
@@ -73,20 +88,26 @@ class Arm:
 
     @classmethod
     def from_json(cls, entry: Mapping[str, Any]) -> "Arm":
-        """The arm of an entry. Its id and hash stay, whatever leaves configurations have got since.
+        """Returns the arm of an entry.
+
+        Its id and hash are those of the entry, whatever leaves configurations have got since.
 
         Raises:
-          SweepError: the entry is none of an arm.
+          SweepError: the entry is not that of an arm.
         """
         try:
             config = resolve_recorded(entry["config"])
-            names = entry["id"], entry["config_hash"]
             return cls(
-                *names, dict(entry["overrides"]), dict(entry["matched"]), config, count(config)
+                id=entry["id"],
+                config_hash=entry["config_hash"],
+                overrides=dict(entry["overrides"]),
+                matched=dict(entry["matched"]),
+                config=config,
+                count=count(config),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise SweepError(
-                f"an arm in sweep.json is damaged ({error}); restore it, or plan the sweep anew"
+                f"an arm in sweep.json is damaged ({error}); restore it, or plan the sweep again"
             ) from error
 
 
@@ -95,28 +116,28 @@ class Plan:
     """All arms of a sweep.
 
     Attributes:
-      arms: in the order of the points, each configuration once; dense controls behind them.
+      arms: in the order of the points, each configuration once; then the dense controls.
       duplicates: points that resolve to the configuration of an arm before them: overrides, and
         that arm's id.
       changes: what matching changed, a line for each setting, whatever its seeds.
     """
 
     arms: tuple[Arm, ...]
-    duplicates: tuple[tuple[dict[str, Any], str], ...] = ()
+    duplicates: tuple[Duplicate, ...] = ()
     changes: tuple[str, ...] = ()
 
 
 def plan_arms(
-    base: Mapping[str, Mapping[str, Any]],
+    base: Recipe,
     points: Iterable[Mapping[str, Any]],
     *,
     match: Match = "",
     adjust: Adjust = "width",
     dense_control: bool = True,
 ) -> Plan:
-    """Applies every point to a recipe and checks what comes out.
+    """Applies every point to a recipe and checks the resulting configurations.
 
-    Points without experts that differ in leaves of experts alone are one configuration, that of
+    Points without experts that differ only in leaves of experts are one configuration, that of
     their dense control.
 
     Args:
@@ -126,8 +147,8 @@ def plan_arms(
         training; "" for nothing.
       adjust: what is changed for it: the width of experts (of dense layers in a dense arm), or with
         match="flops" the number of steps.
-      dense_control: whether matched arms get dense ones beside them, one for each setting of all
-        that is no experts'.
+      dense_control: whether matched arms get dense controls, one for each setting of the leaves
+        that do not belong to experts.
 
     Raises:
       SweepError: no points, or more than 100,000; or points that cannot work, all of which are
@@ -136,90 +157,80 @@ def plan_arms(
       ConfigError: the recipe itself cannot work, and is matched with.
     """
     target = Target.from_recipe(resolve_recorded(base), match, adjust) if match else None
-    points, errors = _listed(points), []
+    listed = _list_points(points)
     planning = _Planning(base, target)
-    for point in points:
+    errors = []
+    for point in listed:
         try:
             planning.add(point)
         except (ConfigError, MatchError, SweepError) as error:
             errors.append(f"{describe(point)}: {error}")
     if errors:
-        raise SweepError(_list_errors(errors, len(points)))
+        raise SweepError(_list_errors(errors, len(listed)))
     if target is not None and dense_control:
-        for control in _dense_points(base, points, adjust):
-            try:
-                planning.add(control, is_control=True)
-            except (ConfigError, MatchError, SweepError) as error:
-                raise SweepError(
-                    f"the dense control {describe(control)}: {error}; or plan without it"
-                ) from error
+        for control in _dense_points(base, listed, adjust):
+            _add_control(planning, control)
     return Plan(tuple(planning.arms.values()), tuple(planning.duplicates), tuple(planning.changes))
 
 
-def _listed(points: Iterable[Any]) -> list[Any]:
-    """All points; those of a product are counted before they are gone through."""
+def _list_points(points: Iterable[Any]) -> list[Any]:
+    """Returns all points; a space that knows its size is refused before it is iterated."""
     size = points.size if isinstance(points, Space) else None
-    listed = [*itertools.islice(points, MOST + 1)] if size is None or size <= MOST else []
-    if size == 0 or (size is None and not listed):
+    if size is not None and size > MOST:
+        raise _too_many_points(f"{size:,}")
+    listed = [*itertools.islice(points, MOST + 1)]
+    if not listed:
         raise SweepError("the sweep has no points; give axes, or a sweep() that yields some")
-    if not listed or len(listed) > MOST:
-        number = f"{size:,}" if size else f"more than {MOST:,}"
-        raise SweepError(
-            f"the sweep has {number} points and may have {MOST:,}; give its axes fewer values, or let a search draw "
-            "from them (--search=random)"
-        )
+    if len(listed) > MOST:
+        raise _too_many_points(f"more than {MOST:,}")
     return listed
 
 
+def _too_many_points(number: str) -> SweepError:
+    return SweepError(
+        f"the sweep has {number} points and may have {MOST:,}; "
+        "give its axes fewer values, or let a search draw from them (--search=random)"
+    )
+
+
 def describe(overrides: Any) -> str:
-    """Overrides as one writes them: `moe.num_experts=16 moe.top_k=4`."""
+    """Returns overrides as one writes them: `moe.num_experts=16 moe.top_k=4`."""
     if not isinstance(overrides, Mapping):
         return repr(overrides)
     return " ".join(f"{key}={value}" for key, value in overrides.items()) or "the recipe itself"
 
 
 def check_same(first: Arm, second: Arm) -> None:
-    """Raises `SweepError` if two arms of one id are two configurations, of which one would be lost."""
+    """Raises `SweepError` if two arms of one id have different configurations.
+
+    One of the two would be lost.
+    """
     if first.config_hash != second.config_hash:
         raise SweepError(
-            f"the id {second.id} is that of two configurations, {describe(first.overrides)} and "
-            f"{describe(second.overrides)}; give one of them another train.seed, or a sweep of its own"
+            f"the id {second.id} is that of two configurations, "
+            f"{describe(first.overrides)} and {describe(second.overrides)}; "
+            "give one of them another train.seed, or a sweep of its own"
         )
 
 
 class _Planning:
-    """Arms so far."""
+    """Collects the arms of a plan, one point after another."""
 
-    def __init__(self, base: Mapping[str, Mapping[str, Any]], target: Target | None):
-        self.base, self.target = base, target
+    def __init__(self, base: Recipe, target: Target | None):
+        self.base = base
+        self.target = target
         self.arms: dict[str, Arm] = {}
-        self.duplicates: list[tuple[dict[str, Any], str]] = []
+        self.duplicates: list[Duplicate] = []
         self.changes: dict[str, None] = {}  # a set in order
 
     def add(self, point: Any, is_control: bool = False) -> None:
-        """Adds the arm of a point, or what it equals."""
-        if not isinstance(point, Mapping):
-            raise SweepError(
-                "is no point; give a dict of config keys and values, such as {'moe.top_k': 1}"
-            )
-        for key in point:
-            check_key(str(key))
-        config, settings = resolve_recorded(_applied(self.base, point)), dict(point)
-        if not config.moe.num_experts:
-            settings = _without_experts(self.base, point)
-            config = resolve_recorded(_applied(self.base, settings))
+        """Adds the arm of a point, or notes the point as a duplicate of an arm that is there."""
+        _check_point(point)
+        config, settings = self._resolve(point)
         _refuse_dead_axes(config, settings)
-        matched: dict[str, Any] = {}
-        found: Matched | None = None
-        if self.target is not None:
-            found = self.target.match_arm(config, point)
-            if found.is_changed:
-                matched = {found.leaf: found.value}
-                config = resolve_recorded(_applied(self.base, settings | matched))
-        sizes = {
-            axis: max(1, size) for axis, size in dataclasses.asdict(config.mesh).items()
-        }  # -1 is for the devices
-        check_divisible(config, dataclasses.replace(config.mesh, **sizes))
+        config, change = self._match(config, point, settings)
+        _check_mesh(config)
+        matched = {change.leaf: change.value} if change else {}
         arm = Arm.from_config(config, point, matched)
         if arm.id in self.arms:
             check_same(self.arms[arm.id], arm)
@@ -227,15 +238,69 @@ class _Planning:
                 self.duplicates.append((dict(point), arm.id))
             return
         self.arms[arm.id] = arm
-        if found is not None and found.is_changed:
+        if change:
             setting = {key: value for key, value in point.items() if key != "train.seed"}
-            self.changes[f"{describe(setting)}: {found.change}"] = None
+            self.changes[f"{describe(setting)}: {change.change}"] = None
+
+    def _resolve(self, point: Mapping[str, Any]) -> tuple[Config, dict[str, Any]]:
+        """Returns the configuration of a point, and what is set in the recipe for it.
+
+        What a point without experts sets of experts is left out.
+        """
+        settings = dict(point)
+        config = resolve_recorded(_apply_point(self.base, settings))
+        if not config.moe.num_experts:
+            settings = _without_experts(self.base, point)
+            config = resolve_recorded(_apply_point(self.base, settings))
+        return config, settings
+
+    def _match(
+        self, config: Config, point: Mapping[str, Any], settings: dict[str, Any]
+    ) -> tuple[Config, Matched | None]:
+        """Returns the configuration after matching, and what matching changed; None for nothing."""
+        if self.target is None:
+            return config, None
+        found = self.target.match_arm(config, point)
+        if not found.is_changed:
+            return config, None
+        changed = settings | {found.leaf: found.value}
+        return resolve_recorded(_apply_point(self.base, changed)), found
+
+
+def _add_control(planning: _Planning, control: dict[str, Any]) -> None:
+    try:
+        planning.add(control, is_control=True)
+    except (ConfigError, MatchError, SweepError) as error:
+        raise SweepError(
+            f"the dense control {describe(control)}: {error}; or plan without it"
+        ) from error
+
+
+def _check_point(point: Any) -> None:
+    """Raises `SweepError` or `ConfigError` unless a point is a dict whose keys are leaves."""
+    if not isinstance(point, Mapping):
+        raise SweepError(
+            "is no point; give a dict of config keys and values, such as {'moe.top_k': 1}"
+        )
+    for key in point:
+        check_key(str(key))
+
+
+def _check_mesh(config: Config) -> None:
+    """Raises `ConfigError` if what the mesh splits is no multiple of its sizes.
+
+    A size of -1 depends on the number of devices, which the plan does not know: it counts as 1.
+    """
+    sizes = dataclasses.asdict(config.mesh)
+    known_sizes = {axis: max(1, size) for axis, size in sizes.items()}
+    check_divisible(config, dataclasses.replace(config.mesh, **known_sizes))
 
 
 def _refuse_dead_axes(config: Config, settings: Mapping[str, Any]) -> None:
-    """Raises `SweepError` for a leaf that a point sets and its arm does not read: it would train an arm twice.
+    """Raises `SweepError` for a leaf that a point sets and its arm does not read.
 
-    Leaves of the recipe may be for other arms; `config.resolve` looks at them, with what varies.
+    Such an axis would train an arm twice. Leaves of the recipe may be for other arms;
+    `config.resolve` checks them, with what varies.
     """
     try:
         refuse_unread(config, keys=settings, typed=settings)
@@ -245,54 +310,57 @@ def _refuse_dead_axes(config: Config, settings: Mapping[str, Any]) -> None:
         ) from error
 
 
-def _applied(
-    base: Mapping[str, Mapping[str, Any]], point: Mapping[str, Any]
-) -> dict[str, dict[str, Any]]:
-    values = {section: dict(of_section) for section, of_section in base.items()}
+def _apply_point(base: Recipe, point: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Returns the sections of a recipe with a point's values in them."""
+    applied = {section: dict(leaves) for section, leaves in base.items()}
     for key, value in point.items():
         section, _, name = key.partition(".")
-        values.setdefault(section, {})[name] = value
-    return values
+        leaves = applied.setdefault(section, {})
+        leaves[name] = value
+    return applied
 
 
 def _dense_points(
-    base: Mapping[str, Mapping[str, Any]], points: Iterable[Mapping[str, Any]], adjust: Adjust
+    base: Recipe, points: Iterable[Mapping[str, Any]], adjust: Adjust
 ) -> list[dict[str, Any]]:
-    """One dense control for each setting of all that is no experts': neither theirs, nor the width that is adjusted."""
-    adjusted = "model.d_ff" if adjust == "width" else ""
-    controls = [
-        _without_experts(base, {key: point[key] for key in point if key != adjusted})
-        for point in points
-    ]
-    return [
-        dict(control) for control in dict.fromkeys(tuple(sorted(each.items())) for each in controls)
-    ]
+    """Returns one dense control for each setting of the leaves that do not belong to experts.
 
-
-def _without_experts(
-    base: Mapping[str, Mapping[str, Any]], point: Mapping[str, Any]
-) -> dict[str, Any]:
-    """A point of a dense model: what it sets of experts is left out, and so is what the recipe sets that needs them.
-
-    That is layers that differ, and schedules of the experts' knobs.
+    The width that matching adjusts is left out, too.
     """
-    off = {
-        "moe.per_layer": "",
-        **{f"schedule.{name}": "constant" for name in base.get("schedule", {})},
-    }
-    dense: dict[str, Any] = {"moe.num_experts": 0}
-    for key, value in off.items():
-        section, _, name = key.partition(".")
-        if base.get(section, {}).get(name, value) != value:
-            dense[key] = value
-    return {
+    adjusted = "model.d_ff" if adjust == "width" else ""
+    controls = []
+    for point in points:
+        kept = dict(point)
+        kept.pop(adjusted, None)
+        control = _without_experts(base, kept)
+        controls.append(tuple(sorted(control.items())))
+    different = dict.fromkeys(controls)
+    return [dict(control) for control in different]
+
+
+def _without_experts(base: Recipe, point: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the point of the dense model that goes with a point.
+
+    What the point sets of experts is left out, and what the recipe sets that needs experts is
+    switched off: layers that differ, and schedules of the experts' knobs.
+    """
+    dense = {
         key: value for key, value in point.items() if not key.startswith(("moe.", "schedule."))
-    } | dense
+    }
+    dense["moe.num_experts"] = 0
+    if base.get("moe", {}).get("per_layer", "") != "":
+        dense["moe.per_layer"] = ""
+    for name, schedule in base.get("schedule", {}).items():
+        if schedule != "constant":
+            dense[f"schedule.{name}"] = "constant"
+    return dense
 
 
 def _list_errors(errors: list[str], num_points: int) -> str:
-    lines = [f"{number}. {error}" for number, error in enumerate(errors[:LISTED], start=1)]
-    more = [f"and {len(errors) - LISTED} more"] if len(errors) > LISTED else []
-    return "\n  ".join(
-        [f"{len(errors)} of {num_points} points cannot work, so none is run:", *lines, *more]
-    )
+    num_errors = len(errors)
+    lines = [f"{num_errors} of {num_points} points cannot work, so none is run:"]
+    for number, error in enumerate(errors[:LISTED], start=1):
+        lines.append(f"{number}. {error}")
+    if num_errors > LISTED:
+        lines.append(f"and {num_errors - LISTED} more")
+    return "\n  ".join(lines)

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 PATHS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 MAX_LINES = 10  # of a definition
 MAX_BYTES = 1_000_000
-CELL_SECONDS = 180  # against cells that hang; other work may run beside them
+CELL_SECONDS = 180  # against cells that hang; other work may run at the same time
 MACHINE = re.compile(
     r"(?<![\w.])/(tmp|root|work|home|Users|content|var|opt)/|https?://|localhost|\b\d+(\.\d+){3}\b"
 )
@@ -26,10 +26,9 @@ of_each = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
 
 
 def load_execute():
-    """`notebooks/execute.py`, which is no package."""
-    spec = importlib.util.spec_from_file_location(
-        "execute_notebooks", ROOT / "notebooks" / "execute.py"
-    )
+    """Returns the module `notebooks/execute.py`, which is in no package."""
+    path = ROOT / "notebooks" / "execute.py"
+    spec = importlib.util.spec_from_file_location("execute_notebooks", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -46,7 +45,10 @@ def shows_something(cell):
 
 @pytest.fixture(scope="session")
 def environment(tmp_path_factory):
-    """Of kernels that import this checkout, do little, and share a run and what they compile."""
+    """The environment of kernels, which import this checkout and do little.
+
+    They share a run and a compilation cache.
+    """
     folder = tmp_path_factory.mktemp("notebooks")
     env = os.environ | {
         "PYTHONPATH": str(ROOT),
@@ -57,9 +59,11 @@ def environment(tmp_path_factory):
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "MOEJAX_STEPS": "12",
     }
-    env = {name: value for name, value in env.items() if name not in ("MOEJAX_RUN", "MOEJAX_RUNS")}
-    (cell,) = (cell for cell in nbformat.read(PATHS[0], as_version=4).cells if cell.id == "run")
-    script = f"{cell.source}\nprint(os.path.abspath(RUN))"  # as the notebook trains a run where there is none
+    for name in ("MOEJAX_RUN", "MOEJAX_RUNS"):
+        env.pop(name, None)
+    (cell,) = [cell for cell in nbformat.read(PATHS[0], as_version=4).cells if cell.id == "run"]
+    # As the notebook trains a run where there is none.
+    script = f"{cell.source}\nprint(os.path.abspath(RUN))"
     done = subprocess.run(
         [sys.executable, "-c", script], env=env, capture_output=True, text=True, check=False
     )
@@ -75,13 +79,13 @@ def test_there_are_notebooks():
 @of_each
 def test_a_notebook_runs_from_top_to_bottom(path, environment, tmp_path):
     notebook = nbformat.read(path, as_version=4)
-    for cell in code_cells(notebook):
+    cells = code_cells(notebook)
+    for cell in cells:
         cell.outputs, cell.execution_count = [], None
     load_execute().execute(notebook, tmp_path, timeout=CELL_SECONDS, env=environment)
-    assert [cell.execution_count for cell in code_cells(notebook)] == [
-        *range(1, len(code_cells(notebook)) + 1)
-    ]
-    for cell in code_cells(notebook):
+    cells = code_cells(notebook)
+    assert [cell.execution_count for cell in cells] == [*range(1, len(cells) + 1)]
+    for cell in cells:
         assert cell.outputs or not shows_something(cell), cell.source
 
 
@@ -101,15 +105,14 @@ def test_a_notebook_is_committed_as_it_ran(path):
     cells = code_cells(notebook)
     assert [cell.execution_count for cell in cells] == [*range(1, len(cells) + 1)]
     for cell in cells:
-        assert cell.outputs or not shows_something(cell), (
-            f"{cell.id} has no output; run `make notebooks`"
-        )
+        has_output = cell.outputs or not shows_something(cell)
+        assert has_output, f"{cell.id} has no output; run `make notebooks`"
         assert not any(output.output_type == "error" for output in cell.outputs), cell.id
     assert path.stat().st_size < MAX_BYTES
 
 
 @of_each
-def test_a_notebook_says_nothing_of_the_machine_it_ran_on(path):
+def test_a_notebook_says_nothing_about_the_machine_it_ran_on(path):
     for cell in nbformat.read(path, as_version=4).cells:
         for output in cell.get("outputs", []):
             output.get("data", {}).pop("image/png", None)

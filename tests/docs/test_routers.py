@@ -20,60 +20,47 @@ def load(path):
     return module
 
 
-def test_the_table_has_a_row_for_every_router_that_says_whether_it_is_causal():
-    rows = [
-        line.split("|") for line in PAGE.split("\n### ")[0].splitlines() if line.startswith("| `")
-    ]
+def test_the_table_says_of_every_router_whether_it_is_causal():
+    top = PAGE.split("\n### ")[0]
+    rows = [line.split("|") for line in top.splitlines() if line.startswith("| `")]
     causal = {row[1].strip(" `"): row[6].strip() for row in rows if "moe.router" not in row[1]}
-    assert causal == {
-        name: "yes" if rules.is_causal else "no" for name, rules in ROUTER_RULES.items()
-    }
+    expected = {name: rules.is_causal for name, rules in ROUTER_RULES.items()}
+    assert {name: cell == "yes" for name, cell in causal.items()} == expected
+    assert set(causal.values()) <= {"yes", "no"}
 
 
-def test_every_option_that_the_page_names_exists_and_every_option_of_experts_is_named():
+ELSEWHERE = (
+    "every", "first_dense", "num_experts", "top_k", "grouped_matmul", "exchange", "exchange_buffer",
+    "exchange_chunks", "save_exchanged", "router", "noise_scale", "d_router",
+)  # fmt: skip
+"""Options of experts that other pages describe."""
+
+OPTIONS_OF_ONE_ROUTER = {
+    "moe.mixer_threshold", "moe.sinkhorn_iterations", "moe.slots_per_expert", "moe.router_noise",
+}  # fmt: skip
+
+
+def test_options_on_the_page_exist_and_every_option_of_experts_is_named():
     known = {key for key, _ in leaves()}
     named = set(re.findall(r"`((?:moe|schedule|model|train)\.[a-z_0-9]+)", PAGE))
     assert named <= known, named - known
-    elsewhere = {
-        "every",
-        "first_dense",
-        "num_experts",
-        "top_k",
-        "grouped_matmul",
-        "exchange",
-        "exchange_buffer",
-        "exchange_chunks",
-        "save_exchanged",
-        "router",
-        "noise_scale",
-        "d_router",
-    }
-    unnamed = (
-        {key for key in known if key.startswith("moe.")}
-        - named
-        - {f"moe.{name}" for name in elsewhere}
-    )
-    assert unnamed <= {
-        "moe.mixer_threshold",
-        "moe.sinkhorn_iterations",
-        "moe.slots_per_expert",
-        "moe.router_noise",
-    }
+    of_experts = {key for key in known if key.startswith("moe.")}
+    unnamed = of_experts - named - {f"moe.{name}" for name in ELSEWHERE}
+    assert unnamed <= OPTIONS_OF_ONE_ROUTER
 
 
-def test_the_measured_table_is_the_one_of_the_results_and_every_recipe_is_in_it():
+def test_the_measured_table_shows_the_results_of_every_recipe():
     experiment = load(ROOT / "experiments/routers/run.py")
     results = json.loads(experiment.RESULTS.read_text())
     start, end = experiment.MARKS
     assert PAGE.split(start)[1].split(end)[0] == experiment.table(results)
     assert results.keys() == {path.stem for path in (ROOT / "configs/routers").glob("*.py")}
     for path in (ROOT / "configs/routers").glob("*.py"):
-        assert (path.stem in experiment.SEES_THE_FUTURE) == (
-            "allow_noncausal" in path.read_text().split('"""')[-1]
-        )
+        _, _, code = path.read_text().rpartition('"""')
+        assert (path.stem in experiment.SEES_THE_FUTURE) == ("allow_noncausal" in code)
 
 
-def test_the_collapse_experiment_says_what_its_results_say():
+def test_the_page_of_the_collapse_experiment_agrees_with_its_results():
     experiment = load(ROOT / "experiments/collapse/run.py")
     results = json.loads((ROOT / "experiments/collapse/results.json").read_text())
     assert results.keys() == experiment.SCHEMES.keys()

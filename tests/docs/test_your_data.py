@@ -1,4 +1,4 @@
-"""The page on one's own text: its commands work as they stand in a fresh checkout."""
+"""The page about your own text: its commands work as written in a fresh checkout."""
 
 import os
 import re
@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 
-def test_the_five_commands_work_in_a_folder_with_the_recipes_alone(tmp_path):
+def test_the_five_commands_work_in_a_folder_with_only_the_recipes(tmp_path):
     block = re.search(r"```bash\n(.*?)```", (ROOT / "docs/your_data.md").read_text(), re.DOTALL)[1]
     commands = block.strip().splitlines()
     assert len(commands) == 5
@@ -24,10 +24,5 @@ def test_the_five_commands_work_in_a_folder_with_the_recipes_alone(tmp_path):
         )
         assert done.returncode == 0, (command, done.stderr)
     assert (tmp_path / "runs/own_text/report.html").exists()
-    assert {path.name for path in tmp_path.iterdir()} == {
-        "configs",
-        "my_texts",
-        "runs",
-        "data",
-        "state",
-    }
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"configs", "my_texts", "runs", "data", "state"}

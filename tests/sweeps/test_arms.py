@@ -21,18 +21,14 @@ E, K, SEED = "moe.num_experts", "moe.top_k", "train.seed"
 def test_every_point_becomes_a_resolved_configuration_in_order():
     plan = plan_arms(SMALL, product(choice(E, 4, 8), seeds(2)))
     assert [arm.overrides for arm in plan.arms] == [{E: e, SEED: s} for e in (4, 8) for s in (0, 1)]
-    assert [(arm.config.moe.num_experts, arm.config.train.seed) for arm in plan.arms] == [
-        (4, 0),
-        (4, 1),
-        (8, 0),
-        (8, 1),
-    ]
+    resolved = [(arm.config.moe.num_experts, arm.config.train.seed) for arm in plan.arms]
+    assert resolved == [(4, 0), (4, 1), (8, 0), (8, 1)]
     assert all(arm.config.moe.d_expert == 16 and not arm.matched for arm in plan.arms)
     assert plan.duplicates == () and plan.changes == ()
     assert "seed" not in SMALL["train"]  # the recipe is left as it was
 
 
-def test_a_plain_generator_of_points_is_planned_and_a_point_without_overrides_is_the_recipe():
+def test_points_may_be_a_generator_and_an_empty_point_is_the_recipe():
     plan = plan_arms(SMALL, (point for point in ({}, {SEED: 1})))
     assert [arm.config.train.seed for arm in plan.arms] == [0, 1]
     assert plan.arms[0].config == resolve(SMALL)
@@ -63,13 +59,11 @@ def test_of_many_bad_points_ten_are_named_and_all_are_counted():
     with pytest.raises(SweepError, match=r"25 of 26 points") as error:
         plan_arms(SMALL, choice(K, *range(4, 30)))
     lines = str(error.value).splitlines()
-    assert (
-        len(re.findall(r"\d+\. moe.top_k=", str(error.value))) == 10
-        and lines[-1].strip() == "and 15 more"
-    )
+    assert len(re.findall(r"\d+\. moe.top_k=", str(error.value))) == 10
+    assert lines[-1].strip() == "and 15 more"
 
 
-def test_a_key_that_is_no_leaf_or_a_point_that_is_none_is_an_error():
+def test_a_key_that_is_no_leaf_and_a_point_that_is_no_dict_are_errors():
     for key in ("moe", "num_experts", "config.moe.num_experts"):
         with pytest.raises(SweepError, match=f"{key} is not a config key; the nearest is"):
             plan_arms(SMALL, [{key: 4}])
@@ -82,13 +76,13 @@ def test_a_sweep_without_points_is_an_error():
         plan_arms(SMALL, [])
 
 
-def test_points_of_one_configuration_are_one_arm_and_the_others_are_reported():
+def test_points_of_one_configuration_are_one_arm_and_reported():
     plan = plan_arms(SMALL, [{}, {E: 4}, {E: 8}, {E: 4, K: 2}])
     assert [arm.overrides for arm in plan.arms] == [{}, {E: 8}]
     assert plan.duplicates == (({E: 4}, plan.arms[0].id), ({E: 4, K: 2}, plan.arms[0].id))
 
 
-def test_dense_arms_that_differ_in_what_experts_have_alone_are_one():
+def test_dense_arms_that_differ_only_in_leaves_of_experts_are_one():
     points = product(
         choice(E, 0, 4),
         choice("moe.balance_weight", 0.0, 0.5),
@@ -97,11 +91,8 @@ def test_dense_arms_that_differ_in_what_experts_have_alone_are_one():
     plan = plan_arms(SMALL, points)
     assert [arm.overrides[E] for arm in plan.arms] == [0, 4, 4]
     dense = plan.arms[0]
-    assert dense.overrides == {
-        E: 0,
-        "moe.balance_weight": 0.0,
-        "schedule.z_weight": "constant",
-    }  # the axes stay raw
+    # The axes stay as they were given.
+    assert dense.overrides == {E: 0, "moe.balance_weight": 0.0, "schedule.z_weight": "constant"}
     assert [arm_id for _, arm_id in plan.duplicates] == [dense.id]
     assert dense.config == resolve(SMALL | {"moe": SMALL["moe"] | {"num_experts": 0}})
     for arm in plan.arms[1:]:
@@ -113,33 +104,29 @@ def test_dense_arms_that_differ_in_what_experts_have_alone_are_one():
 
 def test_two_configurations_of_one_id_are_an_error(monkeypatch):
     monkeypatch.setattr(arms, "hash_config", lambda config: 10 * "a" + f"{config.train.seed}")
-    with pytest.raises(
-        SweepError, match=r"the id a{10} is that of two .*, train.seed=0 and train.seed=1; give one"
-    ):
+    message = r"the id a{10} is that of two .*, train.seed=0 and train.seed=1; give one"
+    with pytest.raises(SweepError, match=message):
         plan_arms(SMALL, seeds(2))
 
 
-def test_sizes_of_the_mesh_must_divide_in_the_plan_already():
-    with pytest.raises(
-        SweepError,
-        match=r"1 of 2 points .*\n.*moe.num_experts=6: moe.num_experts=6 .* of mesh.expert=4",
-    ):
+def test_a_plan_checks_that_sizes_of_the_mesh_divide():
+    message = r"1 of 2 points .*\n.*moe.num_experts=6: moe.num_experts=6 .* of mesh.expert=4"
+    with pytest.raises(SweepError, match=message):
         plan_arms(SMALL | {"mesh": {"data": -1, "expert": 4}}, choice(E, 4, 6))
 
 
-def test_more_points_than_anybody_waits_for_are_refused_before_they_are_made():
+def test_too_many_points_are_refused_before_they_are_made():
     start = time.monotonic()
-    with pytest.raises(
-        SweepError,
-        match=r"has 1,000,000,000 points and may have 100,000; give its axes fewer values",
-    ):
-        plan_arms(SMALL, product(*(choice(key, *range(1000)) for key in (E, K, SEED))))
+    space = product(*(choice(key, *range(1000)) for key in (E, K, SEED)))
+    message = r"has 1,000,000,000 points and may have 100,000; give its axes fewer values"
+    with pytest.raises(SweepError, match=message):
+        plan_arms(SMALL, space)
     with pytest.raises(SweepError, match=r"has more than 100,000 points"):
         plan_arms(SMALL, ({SEED: seed} for seed in itertools.count()))
     assert time.monotonic() - start < 5
 
 
-def test_an_id_follows_from_the_resolved_configuration_without_the_folder_of_the_data():
+def test_an_id_hashes_the_resolved_configuration_but_the_datas_folder():
     first, second, other = plan_arms(
         SMALL, [{}, {"moe.z_weight": 0.5}, {"moe.z_weight": 0.25, "data.directory": "elsewhere"}]
     ).arms
@@ -147,27 +134,23 @@ def test_an_id_follows_from_the_resolved_configuration_without_the_folder_of_the
     assert len({first.id, second.id, other.id}) == 3
     (elsewhere,) = plan_arms(SMALL, [{"data.directory": "elsewhere"}]).arms
     assert elsewhere.config_hash == first.config_hash
-    # In the order of the alphabet, whatever the order of leaves in the source.
-    values = {
-        section: dict(sorted(leaves.items()))
-        for section, leaves in sorted(to_dict(first.config).items())
-    }
-    left_out = (
-        ("data", "directory"),
-        ("data", "text_field"),
-        ("train", "check_memory"),
-    )  # see sweeps/ids.py
+    values = to_dict(first.config)
+    # See sweeps/ids.py.
+    left_out = (("data", "directory"), ("data", "text_field"), ("train", "check_memory"))
     for section, name in left_out:
         del values[section][name]
-    text = json.dumps(values).replace(": ", ":").replace(", ", ",")
+    # In alphabetical order, whatever the order of leaves in the source.
+    by_name = {section: dict(sorted(values[section].items())) for section in sorted(values)}
+    text = json.dumps(by_name).replace(": ", ":").replace(", ", ",")
     assert first.config_hash == hashlib.sha256(text.encode()).hexdigest()
 
 
-def test_an_arm_is_the_same_behind_its_entry_in_a_file():
+def test_an_arm_that_was_written_and_read_is_the_same():
     (arm,) = plan_arms(SMALL, [{E: 8}]).arms
     entry = json.loads(json.dumps(arm.to_json()))
     assert [*entry] == [
-        "id", "config_hash", "overrides", "matched", "config", "params_total", "params_active", "flops_per_token",
+        "id", "config_hash", "overrides", "matched", "config", "params_total", "params_active",
+        "flops_per_token",
     ]  # fmt: skip
     assert Arm.from_json(entry) == arm and Arm.from_json(entry).config_hash == arm.config_hash
     # One of a version that lacked a leaf, and so had another hash.
@@ -193,7 +176,7 @@ def test_overrides_are_described_as_one_writes_them():
     assert describe({}) == "the recipe itself"
 
 
-def test_hundreds_of_points_resolve_without_reading_types_anew(monkeypatch):
+def test_many_points_resolve_without_reading_types_again(monkeypatch):
     plan_arms(SMALL, [{}])
 
     def refuse(*_):
@@ -209,12 +192,12 @@ def test_hundreds_of_points_resolve_without_reading_types_anew(monkeypatch):
     assert len(plan.arms) == 60 and len({dataclasses.astuple(arm.count) for arm in plan.arms}) == 60
 
 
-def test_a_recipe_that_cannot_work_is_refused_where_arms_are_matched_with_it():
+def test_a_recipe_that_cannot_work_is_refused_where_arms_match_it():
     with pytest.raises(ConfigError, match=r"moe.top_k=9"):
         plan_arms(SMALL | {"moe": {"top_k": 9, "d_expert": 4}}, [{K: 2}], match="flops")
 
 
-def test_a_point_that_sets_what_its_arm_does_not_read_is_refused_and_led_to_where():
+def test_a_point_that_sets_a_leaf_its_arm_does_not_read_is_refused():
     iterations = choice("moe.sinkhorn_iterations", 3, 8)
     space = product(choice("moe.router", "softmax_topk", "sinkhorn"), iterations)
     base = SMALL | {"moe": SMALL["moe"] | {"allow_noncausal": True}}
@@ -222,21 +205,19 @@ def test_a_point_that_sets_what_its_arm_does_not_read_is_refused_and_led_to_wher
         plan_arms(base, space)
     text = str(error.value)
     assert text.startswith("1 of 4 points cannot work")
-    assert (
-        "moe.sinkhorn_iterations=3 does nothing with moe.router=softmax_topk" in text
-        and "where(space" in text
-    )
-    allowed = where(
-        space,
-        lambda point: point["moe.router"] == "sinkhorn" or point["moe.sinkhorn_iterations"] == 8,
-    )
-    assert len(plan_arms(base, allowed).arms) == 3
+    assert "moe.sinkhorn_iterations=3 does nothing with moe.router=softmax_topk" in text
+    assert "where(space" in text
+
+    def is_read(point):
+        return point["moe.router"] == "sinkhorn" or point["moe.sinkhorn_iterations"] == 8
+
+    assert len(plan_arms(base, where(space, is_read)).arms) == 3
     for dead in ("data.files=x", "optimizer.decay_fraction=0.5", "moe.exchange=ring"):
         with pytest.raises(SweepError, match="does nothing"):
             plan_arms(SMALL, parse_axis(dead))
 
 
-def test_what_the_recipe_sets_may_be_for_some_of_the_arms():
+def test_a_leaf_that_the_recipe_sets_may_be_for_some_arms_only():
     base = SMALL | {"moe": SMALL["moe"] | {"bias_rate": 5e-3}}
     plan = plan_arms(base, choice("moe.selection_bias", False, True))
     assert [arm.config.moe.bias_rate for arm in plan.arms] == [5e-3, 5e-3]

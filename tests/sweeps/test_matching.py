@@ -1,4 +1,4 @@
-"""Matched arms: that they have the recipe's number, what matching may change, and what it refuses."""
+"""Matched arms: they have the recipe's number; what matching may change, and what it refuses."""
 
 import dataclasses
 import json
@@ -59,36 +59,33 @@ def test_arms_have_the_number_of_the_recipe(match):
     assert len(plan.changes) == sum(bool(arm.matched) for arm in plan.arms)
 
 
-def test_the_width_is_what_one_works_out_by_hand():
-    # 4 of 16 experts at half the width are as many active parameters as 2 of 8, but for 8 more
+def test_the_width_is_the_one_worked_out_by_hand():
+    # 4 of 16 experts at half the width have as many active parameters as 2 of 8, except for 8 more
     # columns of the router.
     plan = plan_arms(BASE, [{E: 16, K: 4}], match="active_params", dense_control=False)
     (arm,) = plan.arms
     assert arm.matched == {WIDTH: 64} and arm.overrides == {E: 16, K: 4}
     assert active(arm.config) - active(resolve(BASE)) == 3 * 64 * 8
     (line,) = plan.changes
-    assert (
-        line
-        == f"moe.num_experts=16 moe.top_k=4: moe.d_expert 128 -> 64, active {short(active(arm.config))} (+0.7 %)"
-    )
+    reached = short(active(arm.config))
+    expected = f"{E}=16 {K}=4: moe.d_expert 128 -> 64, active {reached} (+0.7 %)"
+    assert line == expected
 
 
-def test_what_matching_changed_is_said_once_for_all_seeds_of_a_setting():
+def test_what_matching_changed_is_reported_once_for_all_seeds():
     points = product(choice(E, 16), choice(K, 1, 4), seeds(3))
     plan = plan_arms(BASE, points, match="active_params", dense_control=False)
     assert len(plan.arms) == 6 and all(arm.matched for arm in plan.arms)
     assert [line.partition(":")[0] for line in plan.changes] == [f"{E}=16 {K}=1", f"{E}=16 {K}=4"]
 
 
-def test_the_recipe_itself_and_arms_that_have_its_number_stay_as_they_are():
+def test_the_recipe_itself_and_arms_with_its_number_are_not_changed():
     plan = plan_arms(
         changed(moe={"d_expert": 1027}), [{}, {SEED: 1}], match="flops", dense_control=False
     )
     assert [arm.matched for arm in plan.arms] == [{}, {}] and plan.changes == ()
-    assert [arm.config.moe.d_expert for arm in plan.arms] == [
-        1027,
-        1027,
-    ]  # 1024 would be close enough, but is another arm
+    # 1024 would be close enough, but is another arm.
+    assert [arm.config.moe.d_expert for arm in plan.arms] == [1027, 1027]
 
 
 def test_shared_experts_latent_widths_and_layers_that_differ_count():
@@ -103,7 +100,7 @@ def test_shared_experts_latent_widths_and_layers_that_differ_count():
     assert plan.arms[0].matched and plan.arms[1].matched
 
 
-def test_where_a_multiple_of_8_is_too_far_off_the_width_is_any_number():
+def test_where_no_multiple_of_8_is_close_the_width_is_any_number():
     base = changed(moe={"num_experts": 8, "d_expert": 16})
     plan = plan_arms(base, [{E: 12}], match="total_params", dense_control=False)
     (arm,) = plan.arms
@@ -114,7 +111,8 @@ def test_where_a_multiple_of_8_is_too_far_off_the_width_is_any_number():
 def test_widths_are_multiples_of_the_parts_they_are_split_into():
     base = changed(
         mesh={"tensor": 6}, moe={"num_experts": 8, "d_expert": 96},
-        model={"num_heads": 6, "num_kv_heads": 6, "d_model": 48}, data={"tokenizer": "bpe", "vocab_size": 516},
+        model={"num_heads": 6, "num_kv_heads": 6, "d_model": 48},
+        data={"tokenizer": "bpe", "vocab_size": 516},
     )  # fmt: skip
     plan = plan_arms(base, [{E: 12}, {E: 7}], match="total_params")
     for arm in plan.arms:
@@ -123,22 +121,21 @@ def test_widths_are_multiples_of_the_parts_they_are_split_into():
         assert total(arm.config) == pytest.approx(total(resolve(base)), rel=0.05)
 
 
-def test_there_is_a_dense_control_for_each_setting_of_what_is_not_the_experts():
+def test_each_setting_of_other_leaves_than_experts_has_a_dense_control():
     points = product(
         choice(E, 4, 8), choice("moe.balance_weight", 0.0, 0.1), choice(D_FF, 64, 128), seeds(2)
     )
-    plan = plan_arms(changed(moe={"first_dense": 1}), points, match="total_params")
+    base = changed(moe={"first_dense": 1})
+    plan = plan_arms(base, points, match="total_params")
     controls = plan.arms[16:]
     assert [arm.overrides for arm in controls] == [{SEED: 0, E: 0}, {SEED: 1, E: 0}]
     for arm in controls:
         assert [*arm.matched] == [D_FF] and arm.config.moe_layers == ()
-        assert total(arm.config) == pytest.approx(
-            total(resolve(changed(moe={"first_dense": 1}))), rel=0.01
-        )
+        assert total(arm.config) == pytest.approx(total(resolve(base)), rel=0.01)
     assert not any(arm.config.moe.num_experts == 0 for arm in plan.arms[:16])
 
 
-def test_the_control_takes_what_is_about_experts_out_of_the_recipe():
+def test_the_control_switches_off_what_needs_experts_in_the_recipe():
     base = changed(
         moe={"per_layer": "0: router=hash"},
         schedule={"top_k": "step:0.5:0.5", "jitter": "constant"},
@@ -165,10 +162,8 @@ def test_steps_are_adjusted_so_that_training_costs_the_same():
     wanted = training_flops(resolve(BASE), count(resolve(BASE)))
     for arm in plan.arms:
         config = arm.config
-        cost = (
-            config.train.num_steps * config.train.batch_size * config.data.seq_len * flops(config)
-        )
-        assert cost == pytest.approx(wanted, rel=0.005)
+        tokens = config.train.num_steps * config.train.batch_size * config.data.seq_len
+        assert tokens * flops(config) == pytest.approx(wanted, rel=0.005)
         assert set(arm.matched) <= {STEPS} and config.model.d_ff == 256
     assert plan.arms[2].matched == {STEPS: 100}
     assert plan.arms[-1].overrides[E] == 0
@@ -219,7 +214,7 @@ def test_steps_too_few_to_come_close_are_refused():
         )
 
 
-def test_a_matched_arm_is_the_same_behind_its_entry_in_a_file():
+def test_a_matched_arm_that_was_written_and_read_is_the_same():
     arm = plan_arms(BASE, [{E: 16}], match="total_params").arms[0]
     assert arm.matched and Arm.from_json(json.loads(json.dumps(arm.to_json()))) == arm
 
@@ -232,7 +227,7 @@ def test_a_matched_arm_is_the_same_behind_its_entry_in_a_file():
     st.integers(0, 3),
     st.sampled_from([1, 2, 5]),
 )
-def test_no_other_width_would_come_closer_than_the_tolerance_allows(
+def test_no_other_width_comes_closer_than_the_tolerance_allows(
     match, experts, top_k, shared, tensor
 ):
     base = changed(mesh={"tensor": tensor})
@@ -249,18 +244,15 @@ def test_no_other_width_would_come_closer_than_the_tolerance_allows(
 
     width = arm.config.moe.d_expert
     assert width % tensor == 0
-    assert deviation(width) <= 0.01 or all(
-        deviation(width) <= deviation(other)
-        for other in (width - tensor, width + tensor)
-        if other > 0
-    )
+    neighbours = [other for other in (width - tensor, width + tensor) if other > 0]
+    is_closest = all(deviation(width) <= deviation(other) for other in neighbours)
+    assert deviation(width) <= 0.01 or is_closest
 
 
 def count_of(config, match):
     counted = count(config)
-    return {"active_params": counted.active, "total_params": counted.total}.get(
-        match, counted.flops_per_token
-    )
+    parameters = {"active_params": counted.active, "total_params": counted.total}
+    return parameters.get(match, counted.flops_per_token)
 
 
 def test_numbers_are_short():

@@ -1,4 +1,7 @@
-"""Tables of a sweep: equal fractions, means over seeds, effects and fronts, against numbers worked by hand."""
+"""Tables of a sweep: equal fractions, means over seeds and fronts.
+
+All are compared with numbers worked out by hand.
+"""
 
 import json
 import math
@@ -31,14 +34,8 @@ def test_axes_keep_their_values_and_all_other_columns_are_numbers():
 
 
 def test_levels_of_mixed_kinds_are_told_apart_and_ordered():
-    assert tables.levels_of(["b", 16, None, 4.0, "a", True, 4, 1, math.nan, "b"]) == [
-        1,
-        4,
-        16,
-        "b",
-        "a",
-        True,
-    ]
+    mixed = ["b", 16, None, 4.0, "a", True, 4, 1, math.nan, "b"]
+    assert tables.levels_of(mixed) == [1, 4, 16, "b", "a", True]
     found = frame([{"a.b": 4}, {"a.b": 4.0}, {"a.c": True}, {"a.c": 1}], [1, 1, 1, 1])
     assert tables.axes_of(found) == ["override/a.b", "override/a.c"]  # 4 and not set; True and 1
     assert tables.axes_of(frame([{"a.b": 4}, {"a.b": 4.0}], [1, 1])) == []
@@ -60,26 +57,22 @@ def test_at_the_end_only_arms_that_are_done_and_finite_are_compared():
     ]
 
 
-def test_below_the_end_arms_are_compared_at_that_fraction_alone():
+def test_below_the_end_arms_are_compared_at_that_fraction_only():
     def at(*evaluations, **more):
         return row_of({"a.b": len(evaluations)}, 2.0, evaluations=json.dumps(evaluations), **more)
 
     rows = [
         at([0.5, 50, 3.0, 1.5], [1, 100, 2.0, 1.0]),
-        at(
-            [0.25, 5, 4.0], [0.5, 10, 3.5], [0.75, 15, 1.0], steps_planned=21, status="pruned"
-        ),  # half is step 10.5
-        at([0.49, 49, 1.0]),  # a step beside it
+        # Half of 21 steps is step 10.5.
+        at([0.25, 5, 4.0], [0.5, 10, 3.5], [0.75, 15, 1.0], steps_planned=21, status="pruned"),
+        at([0.49, 49, 1.0]),  # a step too early
         at([0.5, 50, None], [0.6, 60, 1.0], [0.7, 70, 1.0], [0.8, 80, 1.0]),
     ]
     compared, left_out = tables.at_fraction(tables.frame_of(rows), 0.5)
-    assert compared["at/eval/loss"].tolist() == [3, 3.5] and compared["at/step"].tolist() == [
-        50,
-        10,
-    ]
-    np.testing.assert_array_equal(
-        compared["at/eval/bits_per_byte"], [1.5, np.nan]
-    )  # older records have no bits
+    assert compared["at/eval/loss"].tolist() == [3, 3.5]
+    assert compared["at/step"].tolist() == [50, 10]
+    # Older records have no bits.
+    np.testing.assert_array_equal(compared["at/eval/bits_per_byte"], [1.5, np.nan])
     assert LOSS not in compared  # of the end, so of different fractions
     assert left_out["reason"].tolist() == [
         "no evaluation at 0.5 of its schedule (step 50)",
@@ -95,9 +88,8 @@ def test_means_over_seeds_have_a_standard_error_from_the_sample_deviation():
     assert found["override/a.b"].tolist() == [1, 2, 3]
     assert found["mean"].tolist() == [2, 5, 4] and found["n"].tolist() == [3, 2, 1]
     # The sample deviation of 1, 2, 3 is 1; over the root of 3.
-    assert found["se"].tolist()[:2] == pytest.approx([1 / math.sqrt(3), 0]) and math.isnan(
-        found["se"][2]
-    )
+    assert found["se"].tolist()[:2] == pytest.approx([1 / math.sqrt(3), 0])
+    assert math.isnan(found["se"][2])
     assert [len(arms) for arms in found["arms"]] == [3, 3, 1]
 
 
@@ -111,24 +103,9 @@ def test_no_setting_beats_those_on_the_front():
     values = {"x": [1, 2, 3, 3, 2, 9, math.nan], "y": [9, 4, 4, 1, 4, 1, 0], "z": [0.0] * 7}
     found = pd.DataFrame(values)
     # (3, 4) loses to (2, 4), of which there are two, and (9, 1) to (3, 1).
-    assert tables.pareto_front(found, ["x", "y"]).tolist() == [
-        True,
-        True,
-        False,
-        True,
-        True,
-        False,
-        False,
-    ]
-    assert tables.pareto_front(found, ["x", "y", "z"]).tolist() == [
-        True,
-        True,
-        False,
-        True,
-        True,
-        False,
-        False,
-    ]
+    expected = [True, True, False, True, True, False, False]
+    assert tables.pareto_front(found, ["x", "y"]).tolist() == expected
+    assert tables.pareto_front(found, ["x", "y", "z"]).tolist() == expected
     assert tables.pareto_front(found, ["x"]).tolist() == [True] + [False] * 6
 
 

@@ -20,7 +20,7 @@ from moejax.cli.options import (
     refuse_several_processes,
 )
 from moejax.cli.tables import evaluation_rows, print_result
-from moejax.compilation_cache import keep_programs
+from moejax.compilation_cache import keep_compilation_cache
 from moejax.inference.evaluate import evaluate_run
 
 
@@ -43,7 +43,7 @@ def define(values: FlagValues, arguments: list[str]) -> None:
 def run(values: FlagValues, rest: list[str]) -> None:
     """Evaluates and prints the figures."""
     refuse_several_processes("eval")
-    keep_programs()
+    keep_compilation_cache()
     config, step, evaluation = evaluate_run(
         read_workdir(values),
         values.step,

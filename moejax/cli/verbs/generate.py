@@ -21,7 +21,7 @@ from moejax.cli.options import (
     read_workdir,
     refuse_several_processes,
 )
-from moejax.compilation_cache import keep_programs
+from moejax.compilation_cache import keep_compilation_cache
 from moejax.inference.generate import generate, generate_text
 from moejax.inference.load import LoadedRun, load_run
 from moejax.strict_json import to_json
@@ -60,7 +60,7 @@ def define(values: FlagValues, arguments: list[str]) -> None:
 def run(values: FlagValues, rest: list[str]) -> None:
     """Prints prompts and their continuations."""
     refuse_several_processes("generate")
-    keep_programs()
+    keep_compilation_cache()
     prompts = [_as_text(prompt) for prompt in values.prompt or [""]]
     loaded = load_run(read_workdir(values), values.step)
     max_tokens = values.max_tokens

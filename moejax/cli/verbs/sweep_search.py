@@ -14,7 +14,7 @@ from absl.flags import FlagValues
 from moejax.cli import UsageError
 from moejax.cli.options import define_seed, read_config_flag, read_folder_to_write, recipe_text
 from moejax.cli.tables import print_result, print_table
-from moejax.compilation_cache import keep_programs
+from moejax.compilation_cache import keep_compilation_cache
 from moejax.paths import resolve_path
 from moejax.sweeps import Space, varied_keys
 from moejax.sweeps.search.definition import LOSS, Definition, StudyError, objective_of, search_axes
@@ -193,7 +193,7 @@ def join_search(values: FlagValues, command: str) -> None:
 
 def _work(values: FlagValues, study, trials: Trials) -> None:
     """Trains points until the study has enough, and prints them."""
-    keep_programs()
+    keep_compilation_cache()
     num_reported = work(
         study,
         trials.run,

@@ -28,7 +28,7 @@ from moejax.cli.options import (
 )
 from moejax.cli.recipe import recipe_name
 from moejax.cli.tables import print_result, summary_rows
-from moejax.compilation_cache import keep_programs
+from moejax.compilation_cache import keep_compilation_cache
 from moejax.config import ROUTER_RULES, Config, to_dict
 from moejax.inspection.report.build import build_report
 from moejax.models.parameters import count_parameters
@@ -58,7 +58,7 @@ def run(values: FlagValues, rest: list[str]) -> None:
             logging.getLogger("moejax").setLevel(logging.WARNING)
         config = primary_first(lambda: read_config_flag(values))
         agree(to_dict(config), "recipe and flags")
-        keep_programs()
+        keep_compilation_cache()
         _train(values, config)
 
 

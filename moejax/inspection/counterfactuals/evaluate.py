@@ -5,7 +5,6 @@ changes, and a layer with other weights or another blocked expert is the same pr
 arguments, so that the ablation of every expert of every layer compiles nothing anew.
 """
 
-import difflib
 import functools
 import logging
 import time
@@ -20,6 +19,7 @@ import optax
 from flax import nnx
 from jaxtyping import Float
 
+from moejax.config import nearest
 from moejax.data import Batch, Corpus
 from moejax.data.batches import to_batch
 from moejax.data.packing import empty_row
@@ -353,7 +353,6 @@ def _check_kinds(kinds: Sequence[str]) -> None:
         raise CounterfactualError(f"no kind of change is named; use some of {', '.join(KINDS)}")
     for kind in kinds:
         if kind not in KINDS:
-            near = difflib.get_close_matches(kind, KINDS, n=1, cutoff=0.0)[0]
             raise CounterfactualError(
-                f"{kind!r} must be one of {', '.join(KINDS)}; the nearest is {near}"
+                f"{kind!r} must be one of {', '.join(KINDS)}; the nearest is {nearest(kind, KINDS)}"
             )

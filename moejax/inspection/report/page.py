@@ -9,8 +9,6 @@ columns as fit, wide tables scroll inside their box.
 import base64
 import hashlib
 import math
-import os
-import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -19,6 +17,7 @@ import numpy as np
 from moejax.inspection import html
 from moejax.inspection.analysis.expert_profile import ProfileError
 from moejax.inspection.counterfactuals.result import CounterfactualError
+from moejax.paths import replace_shared_file
 from moejax.training.health.alarms import AlarmFileError
 from moejax.training.run_directory.evaluation_log import EvaluationError
 
@@ -139,17 +138,7 @@ def render_page(
 def write_page(path: str | Path, document: str) -> Path:
     """Writes a page in one rename, so that a reader never sees half of it."""
     path = Path(path)
-    with tempfile.NamedTemporaryFile(
-        "w", encoding="utf-8", dir=path.parent, suffix=".partial", delete=False
-    ) as file:
-        try:
-            file.write(document)
-            file.close()
-            os.chmod(file.name, 0o644)  # temporary files are private, pages are for showing
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
+    replace_shared_file(path, lambda file: file.write(document.encode("utf-8")))
     return path
 
 

@@ -1,7 +1,8 @@
-"""Training a sweep's packs, whoever does it: this process, one of a pool, a job of a cluster.
+"""Training a sweep's packs, in this process, in one of a pool, or in a job of a cluster.
 
-`work` goes through the packs, takes those that nobody holds, and leaves when all arms have ended. A
-process that dies leaves its pack to the others, who continue it from its newest checkpoint.
+`work` goes through the packs, takes those that no process holds, and returns when all arms have
+ended. A process that dies leaves its pack to the others, which continue it from its newest
+checkpoint.
 """
 
 import logging
@@ -14,11 +15,11 @@ from typing import Any, NamedTuple
 import jax
 import pandas as pd
 
-from moejax.compilation_cache import keep_programs
+from moejax.compilation_cache import keep_compilation_cache
 from moejax.locks import check_held
 from moejax.planning.memory import check_memory
 from moejax.sharding import make_mesh
-from moejax.sweeps.arms import Arm, SweepError, describe, plan_arms
+from moejax.sweeps.arms import Arm, Recipe, SweepError, describe, plan_arms
 from moejax.sweeps.matching import Match
 from moejax.sweeps.packing import Ids
 from moejax.sweeps.runners.pool import usable_cores
@@ -34,23 +35,27 @@ from moejax.training.packed.arms import devices_of_arm
 from moejax.training.packed.loop import ArmResult, train_packed
 from moejax.training.run_directory.line_file import parse_line
 
-WAIT_S = 1.0  # between looks at packs that others hold
+WAIT_S = 1.0
+"""Seconds between two attempts to take packs that other processes hold."""
 
 log = logging.getLogger("moejax")
 
 
 def prepare_devices(packs: Sequence[Ids]) -> None:
-    """Settings of jax for a process that trains packs: before anything is computed.
+    """Sets the options of jax for a process that trains packs, before anything is computed.
 
-    On CPU each core is a device, so that the arms of a pack share the cores out.
+    On CPU each core is a device, so that the arms of a pack are divided among the cores.
     """
     if any(len(pack) > 1 for pack in packs):
         jax.config.update("jax_num_cpu_devices", len(usable_cores()))
-    keep_programs()
+    keep_compilation_cache()
 
 
 def check_devices(arms: Iterable[Arm]) -> None:
-    """Raises `ConfigError` naming the first arm that does not fit the devices or their memory, before any trains."""
+    """Raises `ConfigError` naming the first arm that does not fit the devices or their memory.
+
+    Called before any arm trains.
+    """
     for arm in arms:
         devices = jax.devices()
         try:
@@ -66,7 +71,7 @@ def work(sweep: Sweep, stop: StopSignals) -> bool:
 
     Args:
       sweep: planned.
-      stop: ends it: the pack at hand is saved.
+      stop: ends the work; the pack that is being trained is saved.
 
     Returns:
       Whether all arms have ended; False after a stop, and if some could not be trained, which
@@ -74,36 +79,36 @@ def work(sweep: Sweep, stop: StopSignals) -> bool:
     """
     failed: set[int] = set()
     while not stop:
-        open_packs = [
-            i for i, pack in enumerate(sweep.packs) if i not in failed and sweep.open_arms(pack)
-        ]
+        open_packs = []
+        for index, ids in enumerate(sweep.packs):
+            if index not in failed and sweep.open_arms(ids):
+                open_packs.append(index)
         if not open_packs:
             break
         is_idle = True
-        for pack in open_packs:
-            with sweep.claim(sweep.packs[pack]) as is_mine:
+        for index in open_packs:
+            with sweep.claim(sweep.packs[index]) as is_mine:
                 if is_mine and not stop:
                     is_idle = False
-                    if not _try_pack(sweep, pack, stop):
-                        failed.add(pack)
+                    if not _try_pack(sweep, index, stop):
+                        failed.add(index)
         if is_idle:
             time.sleep(WAIT_S)
     return not sweep.open_arms()
 
 
-def _try_pack(sweep: Sweep, pack: int, stop: StopSignals) -> bool:
-    """Trains a pack; False if it failed, which is no result of its arms: they get no record, and others go on."""
+def _try_pack(sweep: Sweep, index: int, stop: StopSignals) -> bool:
+    """Trains a pack and returns whether that succeeded.
+
+    A failure is no result of the arms: they get no record, and other packs go on.
+    """
+    ids = sweep.packs[index]
     try:
-        train_pack(sweep, sweep.packs[pack], stop)
+        train_pack(sweep, ids, stop)
     except Exception as error:  # whatever it is, it must not end the other packs
-        is_said = isinstance(error, ValueError)  # in one line, with its remedy
-        log.error(
-            "pack %d (%s) failed: %s",
-            pack,
-            " ".join(sweep.packs[pack]),
-            error,
-            exc_info=not is_said,
-        )
+        # A ValueError says all in one line, with the remedy.
+        has_traceback = not isinstance(error, ValueError)
+        log.error("pack %d (%s) failed: %s", index, " ".join(ids), error, exc_info=has_traceback)
         return False
     finally:
         jax.clear_caches()  # programs of other packs have other shapes
@@ -111,29 +116,30 @@ def _try_pack(sweep: Sweep, pack: int, stop: StopSignals) -> bool:
 
 
 def train_pack(sweep: Sweep, ids: Sequence[str], stop: StopSignals) -> None:
-    """Trains those of these arms that have not ended, together as far as their checkpoints allow, and records them."""
+    """Trains those of the given arms that have not ended, and records them.
+
+    They train together as far as their checkpoints allow.
+    """
     for arms in together(sweep, sweep.open_arms(ids)):
         if stop:
             return
-        started = sum(sweep.has_ended(arm_id) for arm_id in sweep.arms)
-        log.info(
-            "%d of %d arms have ended; training %s",
-            started,
-            len(sweep.arms),
-            " ".join(arm.id for arm in arms),
-        )
+        num_ended = sum(sweep.has_ended(arm_id) for arm_id in sweep.arms)
+        names = " ".join(arm.id for arm in arms)
+        log.info("%d of %d arms have ended; training %s", num_ended, len(sweep.arms), names)
         results = _train_arms(sweep, arms, stop)
-        done = [arm for arm, result in zip(arms, results, strict=True) if _is_done(result)]
+        done = []
+        for arm, result in zip(arms, results, strict=True):
+            if result.stopped_by is None and result.error is None:
+                done.append(arm)
         _record_all(sweep, done, packed=len(arms))
     join_records(sweep.directory)
 
 
-def _is_done(result: ArmResult) -> bool:
-    return result.stopped_by is None and result.error is None
-
-
 def _record_all(sweep: Sweep, arms: Sequence[Arm], packed: int) -> None:
-    """Records arms that were trained together; one whose files are damaged does not cost the others their records."""
+    """Records arms that were trained together.
+
+    If the files of one are damaged, the others are recorded before the error is raised.
+    """
     damages = []
     for arm in arms:
         try:
@@ -146,31 +152,40 @@ def _record_all(sweep: Sweep, arms: Sequence[Arm], packed: int) -> None:
 
 
 def together(sweep: Sweep, arms: Sequence[Arm]) -> list[list[Arm]]:
-    """Arms that continue from one step: all, if none has any, or if all have the newest step of the one that is behind.
+    """Groups arms that continue from one step.
 
-    That is so where a pack was killed while it saved. Arms of other packs would lose more than what
-    lies between two saves. An arm that is trained to its end, and was killed before its record was
-    written, is not trained again with others.
+    All arms continue together if none has a checkpoint, or if all have one of the step that the
+    slowest has reached, as where a pack was killed while it saved. Arms that were in different
+    packs would lose more than the steps between two saves: they are grouped by their newest step.
+    An arm that was trained to its end, and killed before its record was written, is alone: it is
+    not trained again with others.
     """
     steps = {arm.id: saved_steps(sweep.workdir(arm.id)) for arm in arms}
-    complete = [
-        arm for arm in arms if steps[arm.id] and steps[arm.id][-1] >= arm.config.train.num_steps
-    ]
-    others = [arm for arm in arms if arm not in complete]
+    groups: list[list[Arm]] = []
+    others = []
+    for arm in arms:
+        if steps[arm.id] and steps[arm.id][-1] >= arm.config.train.num_steps:
+            groups.append([arm])
+        else:
+            others.append(arm)
     if not others:
-        return [[arm] for arm in complete]
+        return groups
     newest = {arm.id: max(steps[arm.id], default=0) for arm in others}
-    behind = min(newest.values())
-    if all(behind in steps[arm.id] for arm in others) or not any(newest.values()):
-        return [*([arm] for arm in complete), others]
+    slowest = min(newest.values())
+    can_all_go_back = all(slowest in steps[arm.id] for arm in others)
+    if can_all_go_back or not any(newest.values()):
+        return [*groups, others]
     by_step: dict[int, list[Arm]] = {}
     for arm in others:
         by_step.setdefault(newest[arm.id], []).append(arm)
-    return [*([arm] for arm in complete), *by_step.values()]
+    return [*groups, *by_step.values()]
 
 
 def _train_arms(sweep: Sweep, arms: Sequence[Arm], stop: StopSignals) -> list[ArmResult]:
-    """Trains arms together, or one alone on all devices; those that cannot go on are recorded when they end."""
+    """Trains arms together, or one alone on all devices.
+
+    Those that cannot go on are recorded when they end.
+    """
     workdirs = [sweep.workdir(arm.id) for arm in arms]
 
     def on_end(index: int, result: ArmResult) -> None:
@@ -199,34 +214,39 @@ def _record(sweep: Sweep, arm: Arm, error: AlarmError | NonFiniteError | None, p
 
 
 def record_arm(workdir: Path, arm: Arm, status: str, error: str | None, packed: int) -> None:
-    """Writes the record of an arm that has ended, which says so.
+    """Writes the record of an arm, which says that it has ended.
 
     Args:
       workdir: of the arm.
-      arm: it.
+      arm: which arm.
       status: see `record_of`.
-      error: see there.
-      packed: arms in its pack, if the arm ended before it logged how many.
+      error: see `record_of`.
+      packed: arms in its pack, if the arm ended before it logged their number.
 
     Raises:
-      LockedError: another process has taken over the arm, whose record is not ours to write.
+      LockedError: another process has taken over the arm, and writes its record.
     """
     check_held(workdir.parents[1] / CLAIMS_FOLDER / arm.id)
     seconds = training_seconds(workdir)
     row = record_of(
-        workdir, arm.to_json(), status=status, error=error, wall_s=seconds and seconds.wall_s,
-        step_s=seconds and seconds.step_s, packed=seconds.arms if seconds else packed,
-    )  # fmt: skip
+        workdir,
+        arm.to_json(),
+        status=status,
+        error=error,
+        wall_s=seconds.wall_s if seconds else None,
+        step_s=seconds.step_s if seconds else None,
+        packed=seconds.arms if seconds else packed,
+    )
     write_record(workdir, row)
 
 
 class Seconds(NamedTuple):
-    """What an arm's training took: its share of what its packs took.
+    """The seconds that an arm's training took: its share of those of its packs.
 
     Attributes:
-      wall_s: in all.
-      step_s: median of a step.
-      arms: in its last pack.
+      wall_s: of all steps.
+      step_s: of a step, the median.
+      arms: the number of arms in its last pack.
     """
 
     wall_s: float
@@ -235,30 +255,39 @@ class Seconds(NamedTuple):
 
 
 def training_seconds(workdir: Path) -> Seconds | None:
-    """From what each logging interval says of its tokens, their rate and the arms beside it; None if there is none.
+    """Returns the seconds of an arm's training; None if its log has no interval to count.
 
-    Lines that are damaged or cut off, and intervals in which nothing was predicted, say
-    nothing of time.
+    They follow from what each logging interval says about its tokens, their rate and the number of
+    arms in the pack. Lines that are damaged or cut off, and intervals in which nothing was
+    predicted, say nothing about time.
     """
     path = workdir / "metrics.jsonl"
     if not path.is_file():
         return None
-    total, of_step, tokens, step, arms = 0.0, [], 0.0, 0, 1
-    for line in filter(None, map(parse_line, path.read_bytes().splitlines())):
-        num_tokens, rate = _number(line, "tokens"), _number(line, "perf/tokens_per_s")
-        if num_tokens is None or rate is None or line["step"] <= step:
+    wall_s, step_seconds, arms = 0.0, [], 1
+    last_tokens, last_step = 0.0, 0
+    for line in map(parse_line, path.read_bytes().splitlines()):
+        if not line:
             continue
-        if num_tokens > tokens and rate > 0:
-            arms = (
-                line["perf/arms"]
-                if type(line.get("perf/arms")) is int and line["perf/arms"] > 0
-                else 1
-            )
-            seconds = (num_tokens - tokens) / rate / arms
-            of_step.append(seconds / (line["step"] - step))
-            total += seconds
-        tokens, step = num_tokens, line["step"]
-    return Seconds(total, statistics.median(of_step), arms) if of_step else None
+        tokens = _number(line, "tokens")
+        rate = _number(line, "perf/tokens_per_s")
+        if tokens is None or rate is None or line["step"] <= last_step:
+            continue
+        if tokens > last_tokens and rate > 0:
+            arms = _num_arms(line)
+            seconds = (tokens - last_tokens) / rate / arms
+            step_seconds.append(seconds / (line["step"] - last_step))
+            wall_s += seconds
+        last_tokens, last_step = tokens, line["step"]
+    if not step_seconds:
+        return None
+    return Seconds(wall_s, statistics.median(step_seconds), arms)
+
+
+def _num_arms(line: Mapping[str, Any]) -> int:
+    """Returns the number of arms in the pack that a line logs; 1 where it has none."""
+    arms = line.get("perf/arms")
+    return arms if type(arms) is int and arms > 0 else 1
 
 
 def _number(line: Mapping[str, Any], key: str) -> float | None:
@@ -273,26 +302,28 @@ def check_open(sweep: Sweep) -> None:
     left = sweep.open_arms()
     if left:
         raise SweepError(
-            f"{len(left)} of {len(sweep.arms)} arms have not ended ({left[0].id} ...): the log says why; the same "
-            "command tries them again"
+            f"{len(left)} of {len(sweep.arms)} arms have not ended ({left[0].id} ...): "
+            "the log says why; the same command tries them again"
         )
 
 
 def run_sweep(
-    base: Mapping[str, Mapping[str, Any]],
+    base: Recipe,
     points: Iterable[Mapping[str, Any]],
     directory: str | Path,
     *,
     largest_pack: int = 8,
     match: Match = "",
 ) -> pd.DataFrame:
-    """Plans and trains a sweep in this process, as `moejax sweep` does: for notebooks. It continues what was begun.
+    """Plans and trains a sweep in this process, as `moejax sweep` does: for notebooks.
+
+    A sweep that was begun is continued.
 
     Args:
       base: the recipe: sections of leaves.
       points: what arms override.
       directory: of the sweep.
-      largest_pack: arms that train side by side, at most.
+      largest_pack: the number of arms that train together, at most.
       match: see `plan_arms`.
 
     Returns:

@@ -1,4 +1,4 @@
-"""An array of SLURM jobs, through submitit (extra `sweeps`), each of which trains packs of one sweep.
+"""An array of SLURM jobs, through submitit (extra `sweeps`), each of which trains packs of a sweep.
 
 submitit hands what a job runs from process to process as a pickle in the sweep's folder `slurm`;
 here that is a list of words. moejax itself reads no pickles.
@@ -23,22 +23,26 @@ if TYPE_CHECKING:
     from submitit import Job
 
 SAVE_S = 120
-"""So long before its time is up, or when the cluster wants its node back, a job saves and is queued again."""
+"""Seconds that a job has to save before its time is up, or when the cluster takes its node back.
+
+Then it is queued again.
+"""
 
 FOLDER = "slurm"
 
-TIMES = 1_000_000  # that a job may be queued again after its time was up: as often as it takes
+MAX_TIMEOUTS = 1_000_000
+"""How often a job may be queued again after its time was up: as often as it takes."""
 
 
 class Work:
     """A job: runs a command, and when it is interrupted lets it save and asks to be queued again.
 
-    SLURM signals all processes of a job, and so the command beside this one: SIGUSR2 (before its
-    time is up, or to preempt it) is this one's to answer, and the command does not hear it; SIGTERM
-    makes the command save and leave.
+    SLURM signals all processes of a job, so the command as well as this process. SIGUSR2, before
+    the time is up or to preempt the job, is for this process to handle, and blocked in the command;
+    SIGTERM makes the command save and end.
 
     Args:
-      command: words.
+      command: the words of the command.
     """
 
     _process: subprocess.Popen | None = None
@@ -47,14 +51,17 @@ class Work:
         self.command = command
 
     def __call__(self) -> None:
-        """Raises `CalledProcessError` if the command fails, or was stopped and nobody queues the job again."""
-        with _unheard(signal.SIGUSR1, signal.SIGUSR2):  # submitit can be told to use either
+        """Runs the command.
+
+        Raises:
+          CalledProcessError: the command failed, or was stopped and the job is not queued again.
+        """
+        with _blocked(signal.SIGUSR1, signal.SIGUSR2):  # submitit can be configured to use either
             self._process = subprocess.Popen(self.command)
         code = self._process.wait()
         if code in (STOPPED, -signal.SIGTERM):
-            time.sleep(
-                SAVE_S
-            )  # in which `checkpoint` is called, and does not come back, if the job is to go on
+            # If the job is to go on, `checkpoint` is called meanwhile, and does not return.
+            time.sleep(SAVE_S)
         if code:
             raise subprocess.CalledProcessError(code, self.command)
 
@@ -62,7 +69,10 @@ class Work:
         return {"command": self.command}
 
     def checkpoint(self) -> Any:
-        """Called by submitit in the job's process when its time is up or it is preempted."""
+        """Lets the command save, and returns the job to queue again.
+
+        submitit calls this in the job's process when its time is up or it is preempted.
+        """
         from submitit.helpers import DelayedSubmission
 
         if self._process is not None:
@@ -75,8 +85,8 @@ class Work:
 
 
 @contextlib.contextmanager
-def _unheard(*signals: signal.Signals) -> Iterator[None]:
-    """Keeps signals from processes that start in this block; this one hears them behind it."""
+def _blocked(*signals: signal.Signals) -> Iterator[None]:
+    """Blocks signals in processes that start in this block; this process gets them after it."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     try:
         yield
@@ -85,10 +95,13 @@ def _unheard(*signals: signal.Signals) -> Iterator[None]:
 
 
 def _has_ended(pid: int) -> bool:
-    """Whether a child has ended, without taking its exit code: `__call__`, which a signal interrupted, waits for it."""
+    """Whether a child process has ended.
+
+    Its exit code is not collected: `__call__`, which a signal interrupted, waits for it.
+    """
     try:
         return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
-    except ChildProcessError:  # it has taken the code
+    except ChildProcessError:  # the code has been collected
         return True
 
 
@@ -114,7 +127,7 @@ class Jobs:
 
 
 def check_jobs(jobs: Jobs) -> None:
-    """Whether such jobs can be queued, before anything is written.
+    """Checks that such jobs can be queued, before anything is written.
 
     Raises:
       SweepError: submitit is not installed, there is no SLURM, or jobs would be too short.
@@ -135,7 +148,7 @@ def _executor(jobs: Jobs, folder: Path):
         )
     try:
         return submitit.AutoExecutor(
-            folder=folder / "%j", cluster=jobs.cluster, slurm_max_num_timeout=TIMES
+            folder=folder / "%j", cluster=jobs.cluster, slurm_max_num_timeout=MAX_TIMEOUTS
         )
     except RuntimeError as error:
         raise SweepError(
@@ -144,12 +157,23 @@ def _executor(jobs: Jobs, folder: Path):
 
 
 def submit(sweep: Sweep, jobs: Jobs) -> "list[Job[None]]":
-    """Queues the jobs; the sweep's folder and the environment must be on a file system that all nodes share.
+    """Queues the jobs.
+
+    The sweep's folder and the environment must be on a file system that all nodes share.
 
     Raises:
       SweepError: see `check_jobs`.
     """
     executor = _executor(jobs, Path(sweep.directory) / FOLDER)
+    executor.update_parameters(**_parameters(sweep, jobs))
+    work = Work(work_command(sweep.directory.resolve()))
+    with executor.batch():
+        queued = [executor.submit(work) for _ in range(jobs.number)]
+    return queued
+
+
+def _parameters(sweep: Sweep, jobs: Jobs) -> dict[str, Any]:
+    """Returns the parameters of submitit's executor."""
     parameters: dict[str, Any] = {
         "timeout_min": jobs.minutes,
         "cpus_per_task": jobs.cpus,
@@ -157,21 +181,17 @@ def submit(sweep: Sweep, jobs: Jobs) -> "list[Job[None]]":
     }
     if jobs.gpus:
         parameters["gpus_per_node"] = jobs.gpus
-    if jobs.cluster == "slurm":
-        parameters |= {
-            "name": f"moejax-{sweep.directory.name}",
-            "nodes": 1,
-            "slurm_array_parallelism": jobs.number,
-            "slurm_signal_delay_s": SAVE_S,
-            "slurm_additional_parameters": {"requeue": True},
-        }
-        parameters |= {
-            f"slurm_{k}": v
-            for k, v in (("partition", jobs.partition), ("account", jobs.account))
-            if v
-        }
-    executor.update_parameters(**parameters)
-    work = Work(work_command(sweep.directory.resolve()))
-    with executor.batch():
-        queued = [executor.submit(work) for _ in range(jobs.number)]
-    return queued
+    if jobs.cluster != "slurm":
+        return parameters
+    parameters |= {
+        "name": f"moejax-{sweep.directory.name}",
+        "nodes": 1,
+        "slurm_array_parallelism": jobs.number,
+        "slurm_signal_delay_s": SAVE_S,
+        "slurm_additional_parameters": {"requeue": True},
+    }
+    if jobs.partition:
+        parameters["slurm_partition"] = jobs.partition
+    if jobs.account:
+        parameters["slurm_account"] = jobs.account
+    return parameters

@@ -1,4 +1,4 @@
-"""What an arm of a search tells its worker: its evaluations while it is trained, and how it ended."""
+"""What an arm of a search reports to its worker: its evaluations, and how it ended."""
 
 import dataclasses
 import math
@@ -12,7 +12,10 @@ if TYPE_CHECKING:  # an extra, imported where it is needed
 
 
 class TrialLostError(Exception):
-    """Another worker has taken the trial over: training must end without a result. Not a mistake of the user's."""
+    """Another worker has taken the trial over: training must end without a result.
+
+    It is no error of the user's.
+    """
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,18 +38,29 @@ class Outcome:
 
 
 class Report:
-    """What an arm calls at its evaluations, and asks between steps whether to end."""
+    """What an arm calls at its evaluations, and asks between steps whether to end.
+
+    Args:
+      trial: of the arm.
+      heartbeat: of the trial.
+      should_stop: whether the worker was asked to stop.
+      place: the number of the evaluation at a fraction of the schedule, among those of all arms.
+      reported: the numbers of the evaluations that the storage has already.
+    """
 
     def __init__(
         self,
         trial: "Trial",
-        heart: Heartbeat,
+        heartbeat: Heartbeat,
         should_stop: Callable[[], bool],
         place: Callable[[float], int | None],
         reported: set[int],
     ):
-        self._trial, self._heart, self._should_stop = trial, heart, should_stop
-        self._place, self._reported = place, reported
+        self._trial = trial
+        self._heartbeat = heartbeat
+        self._should_stop = should_stop
+        self._place = place
+        self._reported = reported
 
     def __call__(self, step: int, fraction: float, loss: float) -> bool:
         """Reports an evaluation.
@@ -58,8 +72,8 @@ class Report:
 
         Returns:
           Whether to end the arm now, as pruned. Never at the end of the schedule, while the storage
-          is away, at an evaluation that other arms lack, nor after one was missed: what passes a
-          rung of successive halving next would stand for it.
+          is away, at an evaluation that other arms lack, nor after one was missed: successive
+          halving would take the next one for that of the missed rung.
 
         Raises:
           TrialLostError: the trial is another worker's by now.
@@ -76,16 +90,17 @@ class Report:
                 return False
             self._trial.report(loss, place)
             self._reported.add(place)
-            return (
-                fraction < 1 and len(self._reported) == place and bool(self._trial.should_prune())
-            )
+            has_missed_none = len(self._reported) == place
+            return fraction < 1 and has_missed_none and bool(self._trial.should_prune())
         except optuna.exceptions.UpdateFinishedTrialError as error:
             raise TrialLostError from error
         except optuna.exceptions.StorageInternalError:
             return False
 
     def should_stop(self) -> bool:
-        """Whether this worker was told to stop: the arm is then left to another, with the status "stopped".
+        """Whether this worker was asked to stop.
+
+        The arm is then left to another worker, with the status "stopped".
 
         Raises:
           TrialLostError: the trial is another worker's by now.
@@ -94,6 +109,6 @@ class Report:
         return self._should_stop()
 
     def check(self) -> None:
-        """Raises TrialLostError if the trial is another worker's by now."""
-        if self._heart.is_lost.is_set():
+        """Raises `TrialLostError` if the trial is another worker's by now."""
+        if self._heartbeat.is_lost.is_set():
             raise TrialLostError

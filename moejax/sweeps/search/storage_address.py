@@ -2,7 +2,7 @@
 
 Everything that shows, logs, writes or quotes an address goes through `show_storage`, and everything
 that quotes what a driver said about one through `without_secrets`. Both show what is known to be
-harmless, and nothing else: in an address that is not well formed, a password may be in any place.
+harmless, and nothing else: in an address that is not well formed, a password may be anywhere.
 """
 
 import re
@@ -19,26 +19,26 @@ if TYPE_CHECKING:  # an extra, imported where it is needed
 JOURNALS = (".journal", ".log")
 DATABASES = (".db",)
 HIDDEN = "***"
-MIN_SECRET = 4  # letters of a hidden piece that is replaced within words, too
+MIN_SECRET = 4
+"""Letters of a hidden piece, from which on it is replaced within words, too."""
 
-_ADDRESS = re.compile(r"[A-Za-z][\w+.-]*:")  # how a URL begins, well formed or not
+_ADDRESS = re.compile(r"[A-Za-z][\w+.-]*:")  # the beginning of a URL, well formed or not
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+_.-]*(?=:)")
 _NO_SCHEME = re.compile(r"[^/]*@")  # USER:PASSWORD@HOST begins as a URL does
-_CREDENTIALS = re.compile(
-    r":[^/]*@|^//"
-)  # in what looks like a path: USER:PASSWORD@HOST, a URL without its scheme
+# In what looks like a path: USER:PASSWORD@HOST, or a URL without its scheme.
+_CREDENTIALS = re.compile(r":[^/]*@|^//")
 _HOST = re.compile(r"[\w.-]*|\[?[0-9A-Fa-f:.]+\]?")
 _NAME = re.compile(r"[\w.+-]*")
 _DATABASE = re.compile(r"[\w./ +-]*")
 
 
 def is_path(storage: str) -> bool:
-    """Whether an address is a path of a file, and neither a URL nor what was meant to be one."""
+    """Whether an address is a path of a file, and neither a URL nor a malformed one."""
     return not _ADDRESS.match(storage) and not _CREDENTIALS.search(storage)
 
 
 def show_storage(storage: str) -> str:
-    """The storage as it may be shown: a path as it is; of a URL neither the password nor the query."""
+    """Returns a storage as it may be shown: a URL has neither its password nor its query."""
     if is_path(storage):
         return storage
     scheme = _SCHEME.match(storage)
@@ -47,27 +47,43 @@ def show_storage(storage: str) -> str:
         url = parse_address(storage)
     except StudyError:
         return hidden
-    query = (
-        f"?{HIDDEN}" if url.query else ""
-    )  # keys, too: what was meant as a value may be read as one
     if url.get_backend_name() == "sqlite":
-        return f"{url.drivername}:///{url.database or ''}{query}" if url.host is None else hidden
+        if url.host is not None:
+            return hidden
+        return f"{url.drivername}:///{url.database or ''}{_hide_query(url)}"
     parts = [(_NAME, url.username), (_HOST, url.host), (_DATABASE, url.database)]
-    if any(part is not None and not pattern.fullmatch(part) for pattern, part in parts):
-        return hidden
-    password = f":{HIDDEN}" if url.password is not None else ""
-    user = f"{url.username or ''}{password}@" if url.username or password else ""
-    port = f":{url.port}" if url.port is not None else ""
-    database = f"/{url.database}" if url.database is not None else ""
-    return f"{url.drivername}://{user}{url.host or ''}{port}{database}{query}"
+    for pattern, part in parts:
+        if part is not None and not pattern.fullmatch(part):
+            return hidden
+    return _show_server(url)
+
+
+def _show_server(url: "URL") -> str:
+    """Returns a well-formed address of a server without its password and its query."""
+    user = url.username or ""
+    if url.password is not None:
+        user += f":{HIDDEN}"
+    shown = f"{url.drivername}://"
+    if user:
+        shown += f"{user}@"
+    shown += url.host or ""
+    if url.port is not None:
+        shown += f":{url.port}"
+    if url.database is not None:
+        shown += f"/{url.database}"
+    return shown + _hide_query(url)
+
+
+def _hide_query(url: "URL") -> str:
+    """Returns what stands for the query; its keys are hidden, too: a value may be read as a key."""
+    return f"?{HIDDEN}" if url.query else ""
 
 
 def without_secrets(text: str, storage: str) -> str:
-    """What was said about a storage, without the pieces of its address that `show_storage` hides."""
-    shown = set(_pieces(show_storage(storage)))
-    hidden = {
-        piece for address in (storage, unquote(storage)) for piece in _pieces(address)
-    } - shown
+    """Returns a message about a storage without the pieces that `show_storage` hides."""
+    pieces = {*_pieces(storage), *_pieces(unquote(storage))}
+    hidden = pieces - set(_pieces(show_storage(storage)))
+    # The longest first, as one may be a part of another.
     for piece in sorted(hidden, key=len, reverse=True):
         pattern = re.escape(piece)
         if len(piece) < MIN_SECRET:
@@ -77,18 +93,17 @@ def without_secrets(text: str, storage: str) -> str:
 
 
 def _pieces(address: str) -> list[str]:
-    return (
-        []
-        if is_path(address)
-        else [piece for piece in re.split(r"[:/@?&=;,{}\s'\"]+", address) if piece]
-    )
+    """Returns the words of a URL; none of a path."""
+    if is_path(address):
+        return []
+    return [piece for piece in re.split(r"[:/@?&=;,{}\s'\"]+", address) if piece]
 
 
 def parse_address(address: str) -> "URL":
-    """SQLAlchemy's URL of an address.
+    """Returns SQLAlchemy's URL of an address.
 
     Raises:
-      StudyError: it is none, or of a database that SQLAlchemy does not know.
+      StudyError: it is no URL, or that of a database that SQLAlchemy does not know.
     """
     try:
         import sqlalchemy
@@ -105,42 +120,44 @@ def parse_address(address: str) -> "URL":
         url = sqlalchemy.make_url(address)
     except (sqlalchemy.exc.ArgumentError, ValueError):
         raise StudyError(
-            f"the storage that begins {scheme[0]}:// is no URL of the form {scheme[0]}://user@host/name"
+            f"the storage that begins {scheme[0]}:// is no URL of the form "
+            f"{scheme[0]}://user@host/name"
         ) from None  # its message may hold the password
     try:
         url.get_dialect()
     except sqlalchemy.exc.NoSuchModuleError:
         raise StudyError(
-            f"storage {scheme[0]}:// is of no known kind; use postgresql+psycopg://, mysql+pymysql:// or sqlite:///"
+            f"storage {scheme[0]}:// is of no known kind; "
+            "use postgresql+psycopg://, mysql+pymysql:// or sqlite:///"
         ) from None
     return url
 
 
 def sqlite_address(path: Path) -> str:
-    """SQLAlchemy's URL of an SQLite file, whatever its name; it may be read back.
+    """Returns SQLAlchemy's URL of an SQLite file, from which the file's name can be read again.
 
     Raises:
       StudyError: this version of SQLAlchemy cannot write the name in a URL.
     """
     import sqlalchemy
 
-    address = sqlalchemy.URL.create("sqlite", database=str(path)).render_as_string(
-        hide_password=False
-    )
+    url = sqlalchemy.URL.create("sqlite", database=str(path))
+    address = url.render_as_string(hide_password=False)
     if sqlalchemy.make_url(address).database != str(path):
         raise StudyError(
-            f"storage {path} has a name that SQLAlchemy {sqlalchemy.__version__} cannot open; choose another"
+            f"storage {path} has a name that SQLAlchemy {sqlalchemy.__version__} cannot open; "
+            "choose another"
         )
     return address
 
 
 def is_address(word: str) -> bool:
-    """Whether a word of a command line that is no flag was meant to be a storage, and may hold a password."""
+    """Whether a word of a command line that is no flag may be a storage, which holds a password."""
     return re.search("[:@]", word.partition("=")[0]) is not None
 
 
 def sqlite_path(storage: str) -> Path | None:
-    """The absolute path of an SQLite file; None for other storages."""
+    """Returns the absolute path of an SQLite file; None for other storages."""
     if is_path(storage):
         return Path(storage).absolute() if storage.endswith(DATABASES) else None
     if not storage.startswith("sqlite"):
@@ -150,5 +167,6 @@ def sqlite_path(storage: str) -> Path | None:
 
 
 def journal_path(storage: str) -> Path | None:
-    """The absolute path of a journal; None for other storages."""
-    return Path(storage).absolute() if is_path(storage) and storage.endswith(JOURNALS) else None
+    """Returns the absolute path of a journal; None for other storages."""
+    is_journal = is_path(storage) and storage.endswith(JOURNALS)
+    return Path(storage).absolute() if is_journal else None

@@ -1,6 +1,6 @@
-"""Where a search keeps its study: a journal file, an SQLite file, or a database that many machines reach.
+"""Where a search keeps its study: a journal, an SQLite file, or a database that machines share.
 
-Every storage keeps JSON, numbers and strings alone, so reading a study of others runs nothing of
+Every storage keeps only JSON, numbers and strings, so reading a study of others runs no code of
 theirs: Optuna pickles snapshots of a journal in Redis only, which is not offered here.
 """
 
@@ -28,17 +28,23 @@ from moejax.sweeps.search.storage_address import (
 if TYPE_CHECKING:  # an extra, imported where it is needed
     import optuna
 
-ATTRIBUTE = "moejax"  # the study's user attribute that holds its definition
+ATTRIBUTE = "moejax"
+"""The study's user attribute that holds its definition."""
+
 CONNECT_TIMEOUT_S = 10
-LOCK_TIMEOUT_S = 60  # of SQLite, while other workers write
-JOURNAL_LOCK_S = 15  # after which a journal's lock counts as left by a dead worker
-CREATORS_RACE = (
-    5  # several workers may make a database's tables at once; all but one fail and try again
-)
+
+LOCK_TIMEOUT_S = 60
+"""Seconds that SQLite waits while other workers write."""
+
+JOURNAL_LOCK_S = 15
+"""Seconds after which a journal's lock counts as left by a dead worker."""
+
+MAX_ATTEMPTS = 5
+"""To open a database: several workers may make its tables at once, and all but one fail."""
 
 
 def load_optuna() -> ModuleType:
-    """Optuna, told to report warnings only.
+    """Returns Optuna, which reports only warnings.
 
     Raises:
       StudyError: it is not installed.
@@ -52,7 +58,9 @@ def load_optuna() -> ModuleType:
 
 
 def create_study(storage: str, name: str, definition: Definition) -> "optuna.Study":
-    """The study `name`, which minimises its objective, made where it does not exist; one that does may get more trials.
+    """Returns the study `name`, which minimises its objective.
+
+    A study that does not exist is made; one that exists may get more trials.
 
     Args:
       storage: a path that ends in .journal or .log (a journal), one in .db (SQLite), or a URL
@@ -72,10 +80,9 @@ def create_study(storage: str, name: str, definition: Definition) -> "optuna.Stu
             direction="minimize",
             load_if_exists=True,
         )
+        # The trials are read first: who makes a study sets the attribute before its first trial.
         has_trials = bool(study.get_trials(deepcopy=False))
-        if (
-            ATTRIBUTE not in study.user_attrs
-        ):  # asked after its trials: who makes a study sets it before the first
+        if ATTRIBUTE not in study.user_attrs:
             if has_trials or study.directions != [optuna.study.StudyDirection.MINIMIZE]:
                 raise _not_ours(study)
             study.set_user_attr(ATTRIBUTE, definition.to_json())
@@ -86,8 +93,9 @@ def create_study(storage: str, name: str, definition: Definition) -> "optuna.Stu
             differing = []
     if differing == ["trials"]:
         raise StudyError(
-            f"study {name!r} in {show_storage(storage)} has trials={known.trials}, which may only rise, not to "
-            f"{definition.trials}; give --trials={known.trials} or more, or choose another --study"
+            f"study {name!r} in {show_storage(storage)} has trials={known.trials}, "
+            f"which may only rise, not to {definition.trials}; "
+            f"give --trials={known.trials} or more, or choose another --study"
         )
     if differing:
         raise StudyError(
@@ -98,7 +106,7 @@ def create_study(storage: str, name: str, definition: Definition) -> "optuna.Stu
 
 
 def open_study(storage: str, name: str) -> "optuna.Study":
-    """The existing study `name`; arguments as of `create_study`.
+    """Returns the existing study `name`; arguments as of `create_study`.
 
     Raises:
       StudyError: Optuna or a driver is missing, or the storage has no such study of moejax.
@@ -120,13 +128,13 @@ def open_study(storage: str, name: str) -> "optuna.Study":
 
 
 def _may_exist(storage: str) -> bool:
-    """Whether a storage is a database that has to be asked, or a file that is there."""
+    """Whether a storage is a database that must be asked, or a file that exists."""
     path = sqlite_path(storage) or journal_path(storage)
     return path is None or path.is_file()
 
 
 def definition_of(study: "optuna.Study") -> Definition:
-    """What a study searches.
+    """Returns what a study searches.
 
     Raises:
       StudyError: the study was not made by moejax.
@@ -160,20 +168,24 @@ def storage_errors(storage: str, no_tables: StudyError | None = None) -> Iterato
     try:
         yield
     except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
-        cause = (
-            error.__cause__ if isinstance(error, optuna.exceptions.StorageInternalError) else error
-        )
+        cause: BaseException | None = error
+        if isinstance(error, optuna.exceptions.StorageInternalError):
+            cause = error.__cause__
         if no_tables is not None and _has_no_tables(cause):
             raise no_tables from error
-        said = str(getattr(cause, "orig", None) or cause or error).strip().splitlines()[0]
+        message = str(getattr(cause, "orig", None) or cause or error).strip().splitlines()[0]
         raise StudyError(
-            f"storage {show_storage(storage)} cannot be used ({without_secrets(said, storage)}); is the server up and "
-            "the address right?"
+            f"storage {show_storage(storage)} cannot be used "
+            f"({without_secrets(message, storage)}); "
+            "is the server up and the address right?"
         ) from None  # what the driver raised may quote the address
 
 
 def dashboard_command(storage: str, host: str = "127.0.0.1", port: int = 8080) -> str:
-    """The command line that shows a storage's studies in a browser; a password is left to the reader to fill in."""
+    """Returns the command line that shows a storage's studies in a browser.
+
+    A password is hidden, for the reader to fill in.
+    """
     path = sqlite_path(storage)
     address = sqlite_address(path) if path is not None else show_storage(storage)
     return f"optuna-dashboard {shlex.quote(address)} --host {host} --port {port}"
@@ -206,18 +218,27 @@ def serve_dashboard(storage: str, host: str = "127.0.0.1", port: int = 8080) -> 
 
 
 def _open_storage(storage: str, create: bool) -> "optuna.storages.BaseStorage":
-    """The storage behind a path or URL; with `create` its tables are made where they are missing."""
-    sqlite = sqlite_path(storage) if is_path(storage) else None
-    if sqlite is not None:
-        return _open_database(sqlite_address(sqlite), create)
+    """Returns the storage of a path or URL.
+
+    Args:
+      storage: its address.
+      create: whether to make the tables of a database where they are missing.
+    """
     if not is_path(storage):
         return _open_database(storage, create)
+    sqlite = sqlite_path(storage)
+    if sqlite is not None:
+        return _open_database(sqlite_address(sqlite), create)
     path = journal_path(storage)
     if path is None:
         raise StudyError(
-            f"storage {show_storage(storage)!r} must end in .journal, .log or .db, or be a URL such as "
-            "postgresql+psycopg://host/name"
+            f"storage {show_storage(storage)!r} must end in .journal, .log or .db, "
+            "or be a URL such as postgresql+psycopg://host/name"
         )
+    return _open_journal(storage, path)
+
+
+def _open_journal(storage: str, path: Path) -> "optuna.storages.BaseStorage":
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 
@@ -233,75 +254,88 @@ def _open_storage(storage: str, create: bool) -> "optuna.storages.BaseStorage":
     except Exception as error:  # Optuna reads the lines as its own, and raises anything for others
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise StudyError(
-            f"storage {storage} is no journal of Optuna, or damaged ({reason}); restore it, or choose another path"
+            f"storage {storage} is no journal of Optuna, or damaged ({reason}); "
+            "restore it, or choose another path"
         ) from error
 
 
 def _open_database(address: str, create: bool) -> "optuna.storages.BaseStorage":
-    """A database's storage, each of whose operations is one transaction that no other worker's can split."""
+    """Returns a database's storage.
+
+    Each of its operations is one transaction, which no transaction of another worker can split.
+    """
+    url = parse_address(address)
+    is_sqlite = url.get_backend_name() == "sqlite"
+    timeout = {"connect_timeout": CONNECT_TIMEOUT_S}
+    if is_sqlite:
+        timeout = {"timeout": LOCK_TIMEOUT_S}
+    if is_sqlite and create and url.database:
+        _make_parent(address, Path(url.database))
+    # With `pool_pre_ping` a restarted server is connected to again.
+    options = {"pool_pre_ping": True, "connect_args": timeout}
+    storage = _connect(address, options, create)
+    if is_sqlite:
+        _lock_on_begin(storage.engine)
+    return storage
+
+
+def _make_parent(address: str, path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StudyError(
+            f"storage {show_storage(address)} cannot be made ({error.strerror}); "
+            "choose another path"
+        ) from error
+
+
+def _connect(address: str, options: dict[str, Any], create: bool) -> "optuna.storages.RDBStorage":
+    """Connects to a database, and tries again where another worker makes its tables meanwhile."""
     import sqlalchemy
     from optuna.storages import RDBStorage
 
-    url = parse_address(address)
-    options: dict[str, Any] = {"pool_pre_ping": True}  # a restarted server is connected to again
-    is_sqlite = url.get_backend_name() == "sqlite"
-    options["connect_args"] = (
-        {"timeout": LOCK_TIMEOUT_S} if is_sqlite else {"connect_timeout": CONNECT_TIMEOUT_S}
-    )
-    if is_sqlite and create and url.database:
-        try:
-            Path(url.database).parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise StudyError(
-                f"storage {show_storage(address)} cannot be made ({error.strerror}); choose another path"
-            ) from error
     template = address.replace("{", "{{").replace("}", "}}")  # Optuna formats the address
-    for attempt in range(CREATORS_RACE):
+    attempt = 1
+    while True:
         try:
-            storage = RDBStorage(template, engine_kwargs=options, skip_table_creation=not create)
-            break
+            return RDBStorage(template, engine_kwargs=options, skip_table_creation=not create)
         except ImportError as error:
             reason = without_secrets(str(error.__cause__ or error), address)
             raise StudyError(
                 f"storage {show_storage(address)} needs a driver that is not installed ({reason}); "
-                f"that of postgresql+psycopg:// comes with extra sweeps: {how_to_install('sweeps')}"
+                "that of postgresql+psycopg:// comes with extra sweeps: "
+                f"{how_to_install('sweeps')}"
             ) from error
         except sqlalchemy.exc.SQLAlchemyError as error:
-            if not create or not _is_race(error) or attempt == CREATORS_RACE - 1:
+            if not create or not _is_race(error) or attempt == MAX_ATTEMPTS:
                 raise
-            time.sleep(0.1 * (attempt + 1))
-    if is_sqlite:
-        _serialise(storage.engine)
-    return storage
+            time.sleep(0.1 * attempt)
+            attempt += 1
 
 
-def _serialise(engine: "Any") -> None:
+def _lock_on_begin(engine: "Any") -> None:
     """Makes SQLite's transactions take the write lock when they begin.
 
-    The driver begins one at the first write, so that two workers could both read "running" and both
-    write "failed".
+    The driver begins a transaction at the first write, so that two workers could both read
+    "running" and both write "failed".
     """
     import sqlalchemy
 
     @sqlalchemy.event.listens_for(engine, "connect")
-    def leave_transactions_to_us(connection: Any, _record: Any) -> None:
+    def disable_driver_transactions(connection: Any, _record: Any) -> None:
         connection.isolation_level = None
 
     @sqlalchemy.event.listens_for(engine, "begin")
     def begin(connection: Any) -> None:
         connection.exec_driver_sql("BEGIN IMMEDIATE")
 
-    engine.dispose()  # connections opened before
+    engine.dispose()  # closes the connections that were opened before
 
 
 def _has_no_tables(error: BaseException | None) -> bool:
     """Whether a database was reached that has no tables of Optuna."""
-    return (
-        re.search(
-            r"no such table|relation \".*\" does not exist|Table .* doesn't exist", str(error)
-        )
-        is not None
-    )
+    messages = r"no such table|relation \".*\" does not exist|Table .* doesn't exist"
+    return re.search(messages, str(error)) is not None
 
 
 def _is_race(error: BaseException) -> bool:

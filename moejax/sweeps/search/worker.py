@@ -1,13 +1,14 @@
-"""A worker of a search: draws a point, or goes on with one whose worker died, and runs it, until all points have ended.
+"""A worker of a search, which runs points until all of the study have ended.
 
-Workers share nothing but the storage, and decide by the order of trial numbers, which every storage
-gives out one at a time: a trial runs only once all earlier ones have their points, if fewer than
-the study's number of points count before it and none of them has its arm. So workers that race at
-the end neither overshoot nor run a point twice.
+It draws each point, or goes on with one whose worker died. Workers share nothing but the storage,
+and decide by the order of trial numbers, which every storage gives out one at a time. A trial runs
+only once all earlier ones have their points, if fewer than the study's number of points count
+before it and none of them has its arm. So workers that race at the end neither run too many points
+nor run a point twice.
 
 A worker that finds nothing to do waits: it may be needed for the point of one that dies. A trial
-fails once, whoever noticed its silence, and of two successors only the earlier runs. A worker that
-was only slow is refused when it reports, and goes on with another point.
+fails once, whichever workers notice that its worker is dead, and of two successors only the earlier
+runs. A worker that was only slow is refused when it reports, and goes on with another point.
 """
 
 import contextlib
@@ -24,24 +25,30 @@ from moejax.sweeps.search.progress import Outcome, Report, TrialLostError
 from moejax.sweeps.search.study import definition_of, storage_errors
 from moejax.sweeps.search.trials import (
     ENDED,
-    LIVE,
     Condition,
     conditions,
+    has_earlier_duplicate,
+    is_undecided,
     points_that_count,
-    retries_after,
     root,
+    successor_of,
 )
 
 if TYPE_CHECKING:  # an extra, imported where it is needed
     from optuna import Study, Trial
     from optuna.trial import FrozenTrial
 
-MAX_REFUSED = 100  # points drawn in a row that are not allowed
-MAX_ERRORS = 20  # errors in a row, after which they are taken for this worker's and not the points'
-MAX_REPEATED = (
-    20  # points drawn in a row that run elsewhere; then this worker waits for one of them
-)
-UNDECIDED_S = 0.05  # between looks at earlier trials that are being drawn
+MAX_REFUSED = 100
+"""Points drawn in a row that are not allowed."""
+
+MAX_ERRORS = 20
+"""Errors in a row, after which they are taken for errors of this worker and not of the points."""
+
+MAX_REPEATED = 20
+"""Points drawn in a row that other workers run; then this worker waits for one of them."""
+
+UNDECIDED_S = 0.05
+"""Seconds between two looks at earlier trials that are being drawn."""
 
 log = logging.getLogger("moejax")
 
@@ -65,21 +72,21 @@ def work(
 
     Args:
       study: of `open_study` or `create_study`.
-      run_arm: trains a point, or tells how its arm ended before: `run_arm(point, arm, report)`. The
-        run directory is the arm's, so that training goes on from its newest checkpoint when the
+      run_arm: trains a point, or returns how its arm ended before: `run_arm(point, arm, report)`.
+        The run directory is the arm's, so that training goes on from its newest checkpoint when the
         point was another worker's. It lets `TrialLostError` pass. Any other error is logged, and
         the point is left as if its worker had died.
       arm_of: the id of a point's arm; raises ValueError for a point that the space or the config
         does not allow.
       worker_id: a name that no other worker of the study has.
       should_stop: asked between trials, and by the arm through its report.
-      max_trials: after which this worker leaves; None for no limit.
-      beat_s: seconds between signs of life.
-      grace_s: seconds without one after which another worker's trial is taken over.
-      poll_s: seconds between looks at the study while there is nothing to do.
+      max_trials: after which this worker ends; None for no limit.
+      beat_s: seconds between heartbeats.
+      grace_s: seconds without a heartbeat after which another worker's trial is taken over.
+      poll_s: seconds between two looks at the study while there is nothing to do.
 
     Returns:
-      The number of trials that this worker has told.
+      The number of trials that this worker has ended.
 
     Raises:
       StudyError: the storage cannot be reached, or hardly any point is allowed.
@@ -87,28 +94,35 @@ def work(
     """
     if grace_s <= 2 * beat_s:
         raise StudyError(
-            f"grace_s={grace_s:g} must be more than two beats of beat_s={beat_s:g}; make it longer"
+            f"grace_s={grace_s:g} must be more than two heartbeats of beat_s={beat_s:g}; "
+            "make it longer"
         )
     with storage_errors(f"of study {study.study_name!r}"):
         definition = definition_of(study)
         study.pruner = definition.new_pruner()
         worker = _Worker(
-            study,
-            definition,
-            run_arm,
-            arm_of,
-            worker_id,
-            should_stop,
-            beat_s,
-            poll_s,
-            Watch(grace_s),
+            study=study,
+            definition=definition,
+            run_arm=run_arm,
+            arm_of=arm_of,
+            worker_id=worker_id,
+            should_stop=should_stop,
+            beat_s=beat_s,
+            poll_s=poll_s,
+            watch=Watch(grace_s),
         )
         return worker.work(max_trials)
 
 
 @dataclasses.dataclass
 class _Worker:
-    """The arguments of `work`, and how many draws and arms in a row came to nothing."""
+    """The arguments of `work`, and the numbers of draws and arms in a row without a result.
+
+    Attributes:
+      num_refused: draws that are not allowed.
+      num_repeated: draws that other workers run.
+      num_errors: arms that raised an error.
+    """
 
     study: "Study"
     definition: Definition
@@ -119,32 +133,36 @@ class _Worker:
     beat_s: float
     poll_s: float
     watch: Watch
-    refused: int = 0
-    repeated: int = 0
-    errors: int = 0
+    num_refused: int = 0
+    num_repeated: int = 0
+    num_errors: int = 0
 
     @property
     def num_trials(self) -> int:
-        """Of the study, now: it may rise while its workers run."""
+        """The study's number of trials now: it may rise while its workers run."""
         return definition_of(self.study).trials
 
     def work(self, max_trials: int | None) -> int:
-        """See the function of this name."""
-        told = 0
-        while not self.should_stop() and (max_trials is None or told < max_trials):
-            trials = self._look()
-            is_waiting = Condition.WAITING in conditions(trials).values()
+        """Evaluates points, see the function of this name."""
+        num_ended = 0
+        while not self.should_stop() and (max_trials is None or num_ended < max_trials):
+            trials = self._update_trials()
+            has_waiting = Condition.WAITING in conditions(trials).values()
             num_trials = self.num_trials
-            if len(points_that_count(trials, ENDED)) >= num_trials and not is_waiting:
+            if len(points_that_count(trials, ENDED)) >= num_trials and not has_waiting:
                 break
-            if is_waiting or len(points_that_count(trials)) < num_trials:
-                told += self._take(self.study.ask())
+            if has_waiting or len(points_that_count(trials)) < num_trials:
+                num_ended += self._run_trial(self.study.ask())
             else:
                 self._wait(self.poll_s)
-        return told
+        return num_ended
 
-    def _look(self, own: int | None = None) -> list["FrozenTrial"]:
-        """All trials, after those of dead workers (never `own`) have failed and their successors wait."""
+    def _update_trials(self, own: int | None = None) -> list["FrozenTrial"]:
+        """Lets trials of dead workers fail, makes their successors, and returns all trials.
+
+        Args:
+          own: the number of this worker's trial, which never counts as dead.
+        """
         trials = self.study.get_trials(deepcopy=False)
         dead = [trial for trial in self.watch.observe(trials) if trial.number != own]
         for trial in dead:
@@ -154,90 +172,110 @@ class _Worker:
         found = conditions(trials)
         abandoned = [trial for trial in trials if found[trial.number] == Condition.ABANDONED]
         for trial in abandoned:
-            self.study.add_trial(_successor(trial))
+            self.study.add_trial(successor_of(trial))
         return self.study.get_trials(deepcopy=False) if abandoned else trials
 
-    def _take(self, trial: "Trial") -> bool:
-        """Runs a trial that was just drawn or was waiting; whether this worker told its outcome."""
+    def _run_trial(self, trial: "Trial") -> bool:
+        """Runs a trial that was just drawn or was waiting, and returns whether it has ended."""
         import optuna
 
         reported = set(self.study.get_trials(deepcopy=False)[trial.number].intermediate_values)
-        with Heartbeat(self.study, trial, self.watch, self.beat_s) as heart:
-            report = Report(trial, heart, self.should_stop, self.definition.place, reported)
+        with Heartbeat(self.study, trial, self.watch, self.beat_s) as heartbeat:
+            report = Report(trial, heartbeat, self.should_stop, self.definition.place, reported)
             try:
                 trial.set_user_attr("worker", self.worker_id)
                 point = self.definition.draw(self.study, trial)
-                arm = self._arm(trial, point)
+                arm = self._note_arm(trial, point)
                 if arm is None:
                     return False
-                outcome = self._settle(trial, arm, report) or self._run(trial, point, arm, report)
+                outcome = self._settle(trial, arm, report)
+                if outcome is None:
+                    outcome = self._train(trial, point, arm, report)
                 return self._tell(trial, outcome)
             except (TrialLostError, optuna.exceptions.UpdateFinishedTrialError):
                 return False
 
-    def _arm(self, trial: "Trial", point: Point) -> str | None:
-        """The arm of a trial's point, noted in the trial; None where the point is not allowed, which ends the trial."""
+    def _note_arm(self, trial: "Trial", point: Point) -> str | None:
+        """Notes the arm of a trial's point in the trial, and returns it.
+
+        None where the point is not allowed, which ends the trial.
+        """
         try:
             arm = self.arm_of(point)
         except ValueError as error:
-            self._void(trial, "not allowed", str(error))
-            self.refused += 1
-            if self.refused >= MAX_REFUSED:
+            self._discard(trial, "not allowed", str(error))
+            self.num_refused += 1
+            if self.num_refused >= MAX_REFUSED:
                 raise StudyError(
-                    f"{self.refused} points in a row are not allowed, the last because: {error}; narrow the axes"
+                    f"{self.num_refused} points in a row are not allowed, "
+                    f"the last because: {error}; narrow the axes"
                 ) from error
             return None
-        self.refused = 0
+        self.num_refused = 0
         trial.set_user_attr("arm", arm)
         return arm
 
     def _settle(self, trial: "Trial", arm: str, report: Report) -> Outcome | None:
-        """Waits until earlier trials have their points, then says what they know of this one's.
+        """Waits until earlier trials have their points, and decides whether this one must run.
 
         Returns:
-          None if this worker must run it; an outcome otherwise.
+          None if this worker must train the point; the outcome otherwise.
 
         Raises:
           TrialLostError: the trial must not be run: it is one too many, or another has its point.
         """
         while not self.should_stop():
             report.check()
-            trials = self._look(own=trial.number)
+            trials = self._update_trials(own=trial.number)
             found = conditions(trials)
             if found[trial.number] != Condition.RUNNING:
                 raise TrialLostError
-            own_root = root(trials[trial.number])
-            if any(_is_undecided(other) for other in trials[: trial.number]):
+            if any(map(is_undecided, trials[: trial.number])):
                 self._wait(UNDECIDED_S)
                 continue
-            if _has_earlier_duplicate(trials, trial.number):
-                raise self._void(trial, "drawn already")
-            before = {number for number in points_that_count(trials) if number < own_root}
-            if len(before) >= self.num_trials:
-                raise self._void(trial, "one too many")
-            same = [
-                other
-                for other in trials
-                if root(other) < own_root and other.user_attrs.get("arm") == arm
-            ]
-            ended = next((other for other in same if found[other.number] in ENDED), None)
-            if ended is not None:
-                return _outcome(ended, found[ended.number])
-            standing = {found[other.number] for other in same}
-            if Condition.WAITING in standing or (
-                Condition.RUNNING in standing and self.repeated < MAX_REPEATED
-            ):
-                self.repeated += 1
-                raise self._void(trial, "drawn already")
-            if Condition.RUNNING not in standing:
+            self._check_needed(trial, trials)
+            own_root = root(trials[trial.number])
+            same_arm = []
+            for other in trials:
+                if root(other) < own_root and other.user_attrs.get("arm") == arm:
+                    same_arm.append(other)
+            for other in same_arm:
+                if found[other.number] in ENDED:
+                    return _outcome_of(other, found[other.number])
+            if not self._must_wait(trial, {found[other.number] for other in same_arm}):
                 return None
-            self._wait(
-                self.poll_s
-            )  # hardly another point is left: its outcome is this trial's, too
+            # Hardly another point is left: the outcome of the other trial will be this one's, too.
+            self._wait(self.poll_s)
         return Outcome("stopped")
 
-    def _run(self, trial: "Trial", point: Point, arm: str, report: Report) -> Outcome:
-        """Trains; where it raises, the trial is left to any worker, which may be this one."""
+    def _check_needed(self, trial: "Trial", trials: list["FrozenTrial"]) -> None:
+        """Discards a trial, and raises `TrialLostError`, if it is a duplicate or one too many."""
+        if has_earlier_duplicate(trials, trial.number):
+            raise self._discard(trial, "drawn already")
+        own_root = root(trials[trial.number])
+        earlier_points = [number for number in points_that_count(trials) if number < own_root]
+        if len(earlier_points) >= self.num_trials:
+            raise self._discard(trial, "one too many")
+
+    def _must_wait(self, trial: "Trial", others: set[Condition]) -> bool:
+        """Whether to wait for the outcome of another trial of the same arm.
+
+        Args:
+          trial: this worker's.
+          others: the conditions of earlier trials of the same arm, none of which has ended.
+
+        Raises:
+          TrialLostError: the trial is discarded, and another point should be drawn instead.
+        """
+        is_running = Condition.RUNNING in others
+        can_draw_again = is_running and self.num_repeated < MAX_REPEATED
+        if Condition.WAITING in others or can_draw_again:
+            self.num_repeated += 1
+            raise self._discard(trial, "drawn already")
+        return is_running
+
+    def _train(self, trial: "Trial", point: Point, arm: str, report: Report) -> Outcome:
+        """Trains a point; after an error the trial is left to any worker, which may be this one."""
         import optuna
 
         try:
@@ -246,23 +284,25 @@ class _Worker:
             raise
         except Exception as error:  # whatever it is, it must not end the other arms
             log.error("arm %s failed: %s", arm, error, exc_info=True)
+            message = f"{type(error).__name__}: {error}".splitlines()[0]
             with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):
-                trial.set_user_attr(
-                    "error", next(iter(f"{type(error).__name__}: {error}".splitlines()))
-                )
+                trial.set_user_attr("error", message)
             self._leave(trial, is_death=True)
-            self.errors += 1
-            if self.errors >= MAX_ERRORS:
+            self.num_errors += 1
+            if self.num_errors >= MAX_ERRORS:
                 raise
             raise TrialLostError from error
         except BaseException:
             self._leave(trial, is_death=False)
             raise
-        self.errors = 0
+        self.num_errors = 0
         return outcome
 
     def _tell(self, trial: "Trial", outcome: Outcome) -> bool:
-        """Ends the trial; whether with an outcome, and not for another worker to go on.
+        """Tells the study how the trial ended.
+
+        Returns:
+          Whether it has an outcome: False if it is left for another worker to go on.
 
         Raises:
           TrialLostError: it has ended already.
@@ -272,13 +312,12 @@ class _Worker:
         if outcome.status == "stopped":
             self._leave(trial, is_death=False)
             return False
-        self.repeated = 0
+        self.num_repeated = 0
         is_finite = outcome.loss is not None and math.isfinite(outcome.loss)
         if outcome.status == "failed" or (outcome.status == "done" and not is_finite):
+            error = outcome.error or f"{self.definition.objective} is {outcome.loss}"
             trial.set_user_attr("outcome", "failed")
-            trial.set_user_attr(
-                "error", outcome.error or f"{self.definition.objective} is {outcome.loss}"
-            )
+            trial.set_user_attr("error", error)
             trial.set_user_attr("is_result", outcome.is_result)
             self._fail(trial.number)
             return True
@@ -287,7 +326,7 @@ class _Worker:
                 self.study.tell(trial, state=TrialState.PRUNED)
             else:
                 self.study.tell(trial, outcome.loss)
-        except ValueError as error:  # Optuna's for a trial that has ended
+        except ValueError as error:  # Optuna's error for a trial that has ended
             raise TrialLostError from error
         return True
 
@@ -299,17 +338,21 @@ class _Worker:
             with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):
                 trial.set_user_attr("released", True)
         self._fail(trial.number)
-        self._look()
+        self._update_trials()
 
     def _fail(self, number: int) -> None:
-        """Fails a trial, unless it has ended: of several workers, one does, and it does not matter which."""
+        """Lets a trial fail unless it has ended; several workers may try, and one succeeds."""
         import optuna
 
         with contextlib.suppress(ValueError, optuna.exceptions.UpdateFinishedTrialError):
             self.study.tell(number, state=optuna.trial.TrialState.FAIL)
 
-    def _void(self, trial: "Trial", outcome: str, error: str = "") -> TrialLostError:
-        """Ends a trial that is not run and does not count; the exception is for the caller to raise."""
+    def _discard(self, trial: "Trial", outcome: str, error: str = "") -> TrialLostError:
+        """Ends a trial that is not run and does not count.
+
+        Returns:
+          The exception, for the caller to raise.
+        """
         trial.set_user_attr("outcome", outcome)
         if error:
             trial.set_user_attr("error", error)
@@ -317,67 +360,14 @@ class _Worker:
         return TrialLostError(outcome)
 
     def _wait(self, seconds: float) -> None:
-        """Sleeps, but not long after it was told to stop."""
+        """Sleeps, and wakes up soon after a stop."""
         end = time.monotonic() + seconds
         while (left := end - time.monotonic()) > 0 and not self.should_stop():
             time.sleep(min(left, 0.1))
 
 
-def _successor(trial: "FrozenTrial") -> "FrozenTrial":
-    """The waiting trial that goes on with an abandoned one: its point, evaluations and rungs of successive halving.
-
-    The parameters of a trial that was itself a successor may not all be set when its worker dies,
-    but are known.
-    """
-    import optuna
-
-    kept: dict[str, Any] = {
-        key: trial.user_attrs[key] for key in ("arm", "reached") if key in trial.user_attrs
-    }
-    rungs = {
-        key: value for key, value in trial.system_attrs.items() if key.startswith("completed_rung")
-    }
-    return optuna.trial.create_trial(
-        state=optuna.trial.TrialState.WAITING,
-        user_attrs={
-            **kept,
-            "root": root(trial),
-            "retried_from": trial.number,
-            "retries": retries_after(trial),
-        },
-        system_attrs={
-            **rungs,
-            "fixed_params": trial.system_attrs.get("fixed_params") or dict(trial.params),
-        },
-        intermediate_values=dict(trial.intermediate_values),
-    )
-
-
-def _is_undecided(trial: "FrozenTrial") -> bool:
-    """Whether a trial is being drawn."""
-    return (
-        trial.state.name == "RUNNING"
-        and "arm" not in trial.user_attrs
-        and "outcome" not in trial.user_attrs
-    )
-
-
-def _has_earlier_duplicate(trials: list["FrozenTrial"], number: int) -> bool:
-    """Whether an earlier trial already stands for this one's point: two workers noticed a death at once.
-
-    The whole line is looked at, not the trial's sisters alone: a twin may die before it has ended
-    itself, and leave a successor of its own.
-    """
-    found = conditions(trials)
-    own_root = root(trials[number])
-    return any(
-        root(other) == own_root and found[other.number] in (*ENDED, *LIVE)
-        for other in trials[:number]
-    )
-
-
-def _outcome(trial: "FrozenTrial", condition: Condition) -> Outcome:
-    """How a trial ended, told again for another of the same arm."""
+def _outcome_of(trial: "FrozenTrial", condition: Condition) -> Outcome:
+    """Returns how a trial ended, for another trial of the same arm."""
     if condition == Condition.DONE:
         return Outcome("done", trial.value)
     if condition == Condition.PRUNED:

@@ -1,13 +1,14 @@
-"""A sweep's directory: `sweep.json` says what is to run, `arms/<id>/` are run directories like any other.
+"""A sweep's directory: `sweep.json` says what is to run, `arms/<id>/` are ordinary run directories.
 
-An arm has ended when its folder holds `record.json`. Processes share a sweep's directory, and arms
-are what they share out: whoever trains a pack holds a lock on each of its arms, which death
-releases (see `moejax.locks`). So nobody waits for the dead, and no arm is trained by two, whatever
-packs the arms have been put into since.
+An arm has ended when its folder holds `record.json`. Several processes may work in one directory
+and divide the arms among themselves: a process that trains a pack holds a lock on each of its arms,
+which its death releases (see `moejax.locks`). So no process waits for a dead one, and no arm is
+trained by two, whatever packs the arms have been put into since.
 """
 
 import contextlib
 import dataclasses
+import itertools
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -31,7 +32,7 @@ class Sweep:
     """A planned sweep.
 
     Attributes:
-      directory: where it lives.
+      directory: where it is kept.
       arms: by id, in the order of the plan.
       packs: ids of arms that train together.
       command: that planned it, recorded in each run.
@@ -43,7 +44,7 @@ class Sweep:
     command: str
 
     def workdir(self, arm_id: str) -> Path:
-        """The run directory of an arm."""
+        """Returns the run directory of an arm."""
         return self.directory / ARMS_FOLDER / arm_id
 
     def has_ended(self, arm_id: str) -> bool:
@@ -51,38 +52,34 @@ class Sweep:
         return (self.workdir(arm_id) / RECORD_FILE).exists()
 
     def open_arms(self, ids: Sequence[str] | None = None) -> list[Arm]:
-        """Those that have not ended, of these or of all."""
-        return [
-            self.arms[arm_id]
-            for arm_id in (self.arms if ids is None else ids)
-            if not self.has_ended(arm_id)
-        ]
+        """Returns the arms that have not ended, of those with the given ids or of all."""
+        candidates = self.arms if ids is None else ids
+        return [self.arms[arm_id] for arm_id in candidates if not self.has_ended(arm_id)]
 
     @contextlib.contextmanager
     def claim(self, ids: Ids) -> Iterator[bool]:
-        """Whether this process has these arms to itself until the end of the block; False if another has one of them.
+        """Yields whether this process has these arms to itself until the end of the block.
 
-        They are asked for in one order everywhere, so that of two who want some in common one gets
-        all of its own.
+        False if another process has one of them. All processes ask for arms in the same order, so
+        that of two that want some in common one gets all of its own.
         """
         with contextlib.ExitStack() as stack:
-            yield all(
-                stack.enter_context(claimed(self.directory, arm_id)) for arm_id in sorted(ids)
-            )
+            claims = (claimed(self.directory, arm_id) for arm_id in sorted(ids))
+            # `all` stops at the first arm that another process has.
+            yield all(map(stack.enter_context, claims))
 
 
 @contextlib.contextmanager
 def claimed(directory: Path, arm_id: str) -> Iterator[bool]:
-    """Whether this process has an arm to itself during the block; False if another has it.
+    """Yields whether this process has an arm to itself during the block; False if another has it.
 
     Raises:
       LockedError: the directory cannot be written.
     """
+    lock = FolderLock(directory / CLAIMS_FOLDER / arm_id, f"trains arm {arm_id}")
     with contextlib.ExitStack() as stack:
         try:
-            stack.enter_context(
-                FolderLock(directory / CLAIMS_FOLDER / arm_id, f"trains arm {arm_id}")
-            )
+            stack.enter_context(lock)
             is_mine = True
         except HeldError:
             is_mine = False
@@ -90,12 +87,15 @@ def claimed(directory: Path, arm_id: str) -> Iterator[bool]:
 
 
 def locked(directory: Path, name: str) -> FolderLock:
-    """A context in which this process alone writes one of a sweep's joint files; it waits for others to leave."""
+    """Returns a context in which this process alone writes one of a sweep's joint files.
+
+    It waits until others have left theirs.
+    """
     return FolderLock(directory / CLAIMS_FOLDER / name, f"writes {name}", waits=True)
 
 
 def join_records(directory: Path) -> list[Row]:
-    """Writes the joint files of the records there are, one process at a time; the rows.
+    """Writes the joint files of the records that exist, one process at a time; returns the rows.
 
     Raises:
       RecordError: see `collect`.
@@ -109,46 +109,51 @@ def join_records(directory: Path) -> list[Row]:
 def write_sweep(
     directory: str | Path, plan: Plan, *, largest_pack: int, recipe: str, match: str, command: str
 ) -> Sweep:
-    """Writes what is to run, or finds that it is what the directory runs already.
+    """Writes what is to run; a sweep that the directory holds already goes on.
 
     Args:
       directory: created if absent. A sweep that it holds may get more arms, and other packs.
       plan: all arms.
-      largest_pack: arms that train together at most.
+      largest_pack: the number of arms that train together, at most.
       recipe: path of the recipe.
       match: what arms have in common with it.
       command: that planned it.
 
     Raises:
-      SweepError: the directory holds arms that the plan has not, or those of a search, or
+      SweepError: the directory holds arms that the plan does not have, or those of a search, or
         cannot be written.
     """
     directory = resolve_path(directory)
-    sweep = Sweep(
-        directory, {arm.id: arm for arm in plan.arms}, pack_arms(plan.arms, largest_pack), command
-    )
+    arms = {arm.id: arm for arm in plan.arms}
+    sweep = Sweep(directory, arms, pack_arms(plan.arms, largest_pack), command)
     with _defining(directory):
         if (directory / SWEEP_FILE).exists():
-            if read_definition(directory).get(IS_SEARCH):
-                raise SweepError(
-                    f"--dir={directory} holds the arms of a search; give these points another --dir"
-                )
-            lost = [
-                entry["id"]
-                for entry in read_definition(directory)["arms"]
-                if entry["id"] not in sweep.arms
-            ]
-            if lost:
-                raise SweepError(
-                    f"--dir={directory} holds a sweep with {len(lost)} arms that this one has not ({lost[0]} ...); "
-                    "give the axes it was planned with and more, or another --dir"
-                )
+            _check_continues(sweep)
         _write(sweep, recipe, match, is_search=False)
     return sweep
 
 
+def _check_continues(sweep: Sweep) -> None:
+    """Raises `SweepError` unless a sweep has all arms that its directory holds already."""
+    definition = read_definition(sweep.directory)
+    if definition.get(IS_SEARCH):
+        raise SweepError(
+            f"--dir={sweep.directory} holds the arms of a search; give these points another --dir"
+        )
+    lost = [entry["id"] for entry in definition["arms"] if entry["id"] not in sweep.arms]
+    if lost:
+        raise SweepError(
+            f"--dir={sweep.directory} holds a sweep with {len(lost)} arms "
+            f"that this one does not have ({lost[0]} ...); "
+            "give the axes it was planned with and more, or another --dir"
+        )
+
+
 def check_search(directory: Path) -> None:
-    """Raises `SweepError` if the directory holds a sweep of given points: a search would add arms of its own to it."""
+    """Raises `SweepError` if the directory holds a sweep of given points.
+
+    A search would add arms of its own to it.
+    """
     if (directory / SWEEP_FILE).exists() and not read_definition(directory).get(IS_SEARCH):
         raise SweepError(
             f"--dir={directory} holds a sweep of given points; give the search another --dir"
@@ -156,7 +161,9 @@ def check_search(directory: Path) -> None:
 
 
 def add_arm(directory: str | Path, arm: Arm, *, recipe: str, command: str) -> Sweep:
-    """Adds an arm that a search has drawn; the directory and its `sweep.json` are made if they are not there.
+    """Adds an arm that a search has drawn.
+
+    The directory and its `sweep.json` are made if they do not exist.
 
     Raises:
       SweepError: the directory cannot be written, or holds something else.
@@ -164,11 +171,9 @@ def add_arm(directory: str | Path, arm: Arm, *, recipe: str, command: str) -> Sw
     directory = resolve_path(directory)
     with _defining(directory):
         check_search(directory)
-        known = (
-            open_sweep(directory)
-            if (directory / SWEEP_FILE).exists()
-            else Sweep(directory, {}, (), command)
-        )
+        known = Sweep(directory, {}, (), command)
+        if (directory / SWEEP_FILE).exists():
+            known = open_sweep(directory)
         if arm.id in known.arms:
             check_same(known.arms[arm.id], arm)
             return known
@@ -180,7 +185,7 @@ def add_arm(directory: str | Path, arm: Arm, *, recipe: str, command: str) -> Sw
 
 @contextlib.contextmanager
 def _defining(directory: Path) -> Iterator[None]:
-    """Holds the lock of `sweep.json`, of which two may not each write what the other has not read."""
+    """Holds the lock of `sweep.json`, so that no process overwrites what it has not read."""
     check_inside(directory)
     try:
         with locked(directory, "definition"):
@@ -210,7 +215,7 @@ def _write(sweep: Sweep, recipe: str, match: str, *, is_search: bool) -> None:
 
 
 def open_sweep(directory: str | Path) -> Sweep:
-    """A sweep that was planned.
+    """Returns a sweep that was planned.
 
     Raises:
       RecordError: there is no readable `sweep.json`.
@@ -221,8 +226,8 @@ def open_sweep(directory: str | Path) -> Sweep:
     arms = [Arm.from_json(entry) for entry in definition["arms"]]
     known = {arm.id: arm for arm in arms}
     packs = tuple(tuple(pack) for pack in definition.get("packs", []))
-    if sorted(arm_id for pack in packs for arm_id in pack) != sorted(known):
+    if sorted(itertools.chain.from_iterable(packs)) != sorted(known):
         raise SweepError(
-            f"{directory / SWEEP_FILE}: packs must hold each arm once; plan the sweep anew"
+            f"{directory / SWEEP_FILE}: packs must hold each arm once; plan the sweep again"
         )
     return Sweep(directory, known, packs, str(definition.get("command", "")))

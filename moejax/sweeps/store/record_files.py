@@ -1,47 +1,53 @@
 """The joint files of a sweep's rows: a JSON object a line, and the same as Parquet.
 
 A column of Parquet has one type. Integers stay integers, a mix of integers and floats becomes
-floats, and a column of other mixed kinds (an axis with 0.01 and "auto") is JSON text; the
-file's metadata names those columns, so that reading gives the values back. Both files are
-replaced in one rename.
+floats, and a column of other mixed kinds (an axis with 0.01 and "auto") is JSON text. The file's
+metadata names those columns, so that reading gives the values back. Both files are replaced in one
+rename.
 
-A sweep's directory may be another's: nothing in it is executed, no link is followed out of it, and
-what is no ordinary file is not opened.
+A sweep's directory may come from someone else: nothing in it is executed, no link is followed out
+of it, and only ordinary files are opened.
 """
 
 import json
 import os
 import stat
-import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from moejax.paths import replace_shared_file
 from moejax.strict_json import to_json
 
 JSON_COLUMNS = b"moejax.json_columns"
-REMEDY = "remove it and run the sweep again: it joins the rows anew"
+REMEDY = "remove it and run the sweep again: it joins the rows again"
 MAX_INTEGER = 2**63
 FOLDERS = ("arms", "claims", "logs", "slurm")
-"""Of a sweep's directory, into which something is written."""
+"""The folders of a sweep's directory in which files are written."""
 
 
 class RecordError(ValueError):
-    """Records of a sweep that cannot be made or read: the message names the file and the remedy."""
+    """Records of a sweep that cannot be made or read; the message names the file and the remedy."""
 
 
 def check_inside(directory: Path, *paths: Path) -> None:
-    """Raises `RecordError` if one of these paths, or of the folders of a sweep, is a link that leads out of it."""
+    """Raises `RecordError` if a path is a link that leads out of a sweep's directory.
+
+    Args:
+      directory: of the sweep; its folders are checked, too.
+      paths: to check.
+    """
     home = directory.resolve()
     for path in (*(directory / name for name in FOLDERS), *paths):
         if not path.resolve().is_relative_to(home):
             raise RecordError(
-                f"{path} is a link out of {directory}, which is not followed; put what it names in its place"
+                f"{path} is a link out of {directory}, which is not followed; "
+                "put what it names in its place"
             )
 
 
 def read_text(path: Path) -> str:
-    """The text of an ordinary file in UTF-8, which is no link out of its folder.
+    """Returns the text of an ordinary file in UTF-8 that is no link out of its folder.
 
     Raises:
       FileNotFoundError: there is none.
@@ -50,9 +56,8 @@ def read_text(path: Path) -> str:
       UnicodeDecodeError: it is no text.
     """
     check_inside(path.parent, path)
-    file = os.open(
-        path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
-    )  # a named pipe must not make us wait
+    # O_NONBLOCK: opening a named pipe must not wait for its other end.
+    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     with os.fdopen(file, "rb") as opened:
         if not stat.S_ISREG(os.fstat(file).st_mode):
             raise RecordError(f"{path} is no ordinary file; remove it")
@@ -60,13 +65,13 @@ def read_text(path: Path) -> str:
 
 
 def write_jsonl(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Writes a row a line, in one rename."""
+    """Writes one row a line, in one rename."""
     text = "".join(to_json(row) + "\n" for row in rows)
     _replace(path, lambda file: file.write(text.encode()))
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file of `write_jsonl`.
+    """Returns the rows of a file that `write_jsonl` wrote.
 
     Raises:
       RecordError: a line is damaged.
@@ -88,42 +93,53 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 def write_parquet(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Writes the union of the rows' columns, in one rename; a row has null where it has no such column."""
+    """Writes the union of the rows' columns, in one rename.
+
+    A row has null where it has no such column.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    names = dict.fromkeys(name for row in rows for name in row)
-    columns, as_json = {}, []
+    names: dict[str, None] = {}  # a set in order
+    for row in rows:
+        names |= dict.fromkeys(row)
+    columns, json_columns = {}, []
     for name in names or ["arm", "status"]:
         values = [row.get(name) for row in rows]
-        kind = _kind(values)
+        kind = _column_kind(values)
         if kind == "json":
-            as_json.append(name)
-            values = [None if value is None else json.dumps(value) for value in values]
+            json_columns.append(name)
+            columns[name] = pa.array(_convert_known(values, json.dumps), pa.string())
         elif kind == "float64":
-            values = [None if value is None else float(value) for value in values]
-        columns[name] = pa.array(
-            values, {"json": pa.string(), "null": pa.null()}.get(kind) or pa.type_for_alias(kind)
-        )
-    table = pa.table(columns).replace_schema_metadata({JSON_COLUMNS: json.dumps(as_json).encode()})
+            columns[name] = pa.array(_convert_known(values, float), pa.float64())
+        else:
+            columns[name] = pa.array(values, pa.null() if kind == "null" else kind)
+    metadata = {JSON_COLUMNS: json.dumps(json_columns).encode()}
+    table = pa.table(columns).replace_schema_metadata(metadata)
     _replace(path, lambda file: pq.write_table(table, file))
 
 
-def _kind(values: Iterable[Any]) -> str:
-    """The type of a column: Arrow's name of it, "null" if nothing is known, or "json"."""
+def _column_kind(values: Sequence[Any]) -> str:
+    """Returns Arrow's name of a column's type, "null" if all values are None, or "json"."""
     known = [value for value in values if value is not None]
-    kinds = {type(value) for value in known}
-    if not kinds:
+    types = {type(value) for value in known}
+    if not types:
         return "null"
-    if kinds == {int} and all(-MAX_INTEGER <= value < MAX_INTEGER for value in known):
+    if types == {int} and all(-MAX_INTEGER <= value < MAX_INTEGER for value in known):
         return "int64"
-    if kinds <= {int, float}:
+    if types <= {int, float}:
         return "float64"
-    return {frozenset({bool}): "bool", frozenset({str}): "string"}.get(frozenset(kinds), "json")
+    if types == {bool}:
+        return "bool"
+    return "string" if types == {str} else "json"
+
+
+def _convert_known(values: Sequence[Any], convert: Callable[[Any], Any]) -> list[Any]:
+    return [None if value is None else convert(value) for value in values]
 
 
 def read_parquet(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file of `write_parquet`; None where a row had no such column.
+    """Returns the rows of a file that `write_parquet` wrote; None where a row had no such column.
 
     Raises:
       RecordError: the file is damaged.
@@ -136,10 +152,11 @@ def read_parquet(path: Path) -> list[dict[str, Any]]:
         raise RecordError(f"{path} is no ordinary file; remove it")
     try:
         table = pq.ParquetFile(path).read()
-        as_json = json.loads((table.schema.metadata or {}).get(JSON_COLUMNS, b"[]"))
+        metadata = table.schema.metadata or {}
+        json_columns = json.loads(metadata.get(JSON_COLUMNS, b"[]"))
         rows = table.to_pylist()
         for row in rows:
-            row |= {name: json.loads(row[name]) for name in as_json if row[name] is not None}
+            row |= {name: json.loads(row[name]) for name in json_columns if row[name] is not None}
     except (OSError, ValueError, KeyError, TypeError, RecursionError, pa.ArrowException) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise RecordError(f"{path} is damaged ({reason}); {REMEDY}") from error
@@ -147,17 +164,7 @@ def read_parquet(path: Path) -> list[dict[str, Any]]:
 
 
 def _replace(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
-    """Writes a file of a name of its own beside `path` and renames it: two writers do not mix their halves."""
+    """Replaces a joint file, see `replace_shared_file`; raises `RecordError` if it is a folder."""
     if path.is_dir():
         raise RecordError(f"{path} is a folder; remove it")
-    with tempfile.NamedTemporaryFile(
-        "wb", dir=path.parent, suffix=".partial", delete=False
-    ) as file:
-        try:
-            write(file)
-            file.close()
-            os.chmod(file.name, 0o644)  # temporary files are private
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
+    replace_shared_file(path, write)

@@ -1,10 +1,10 @@
-"""Records of a sweep: one flat row for each arm that has ended, and all rows in one file for notebooks.
+"""Records of a sweep: a flat row for each arm that has ended, and all rows in one file.
 
-An arm's row is made from its run directory and its entry in `sweep.json`, and written beside the
-run as `record.json`: whole or not at all, so that the file's presence says that the arm has ended.
-`collect` joins the rows into `records.jsonl` and `records.parquet`. Nothing read here is executed.
-See `moejax.sweeps.tables` for comparing rows, and `moejax.sweeps.store.record_files` for how the
-joint files are written.
+An arm's row is made from its run directory and its entry in `sweep.json`, and written into the run
+directory as `record.json`: all of it or nothing, so that the file's presence says that the arm has
+ended. `collect` joins the rows into `records.jsonl` and `records.parquet`, for notebooks. Nothing
+read here is executed. See `moejax.sweeps.tables` for comparing rows, and
+`moejax.sweeps.store.record_files` for how the joint files are written.
 """
 
 import json
@@ -38,9 +38,11 @@ Row = dict[str, Any]
 
 SWEEP_FILE, RECORD_FILE = "sweep.json", "record.json"
 JSONL_FILE, PARQUET_FILE = "records.jsonl", "records.parquet"
-TAIL = 0.1  # of the planned steps: the window at the end of an arm that its `tail/` values are means of
+TAIL = 0.1
+"""The fraction of the planned steps, at the end of an arm, that its `tail/` values are means of."""
+
 TAIL_PREFIXES = ("loss/", "moe/")
-ENDING = ("arm", "config_hash", "status", "error")  # the first columns
+FIRST_COLUMNS = ("arm", "config_hash", "status", "error")
 
 
 def record_of(
@@ -53,10 +55,9 @@ def record_of(
     step_s: float | None,
     packed: int,
 ) -> Row:
-    """The row of an arm that has ended.
+    """Returns the row of an arm that has ended.
 
-    An arm that is not done has a record even if what it logged is damaged: that it ended
-    so is known.
+    An arm that is not done has a record even if what it logged is damaged: how it ended is known.
 
     A value that is not finite or unknown is None. `final/` values are those of the last evaluation
     and of the last logged interval: None if they were not finite then, even if an earlier one was.
@@ -66,8 +67,8 @@ def record_of(
       entry: of the arm, from `arms` in `sweep.json`.
       status: one of `STATUSES`.
       error: why it failed; its first line is kept.
-      wall_s: seconds that its training took: of a pack of A arms, the pack's over A.
-      step_s: median seconds of a step, likewise.
+      wall_s: seconds that its training took: in a pack of A arms, the pack's seconds over A.
+      step_s: median seconds of a step, in a pack over A as well.
       packed: arms in its last pack; 1 if it trained alone.
 
     Raises:
@@ -80,12 +81,15 @@ def record_of(
     check_entry(entry, f"the entry of {workdir.name}")
     try:
         run = open_run(workdir) if (workdir / "config.json").exists() else None
-        measured = _measured(run if (workdir / "metrics.jsonl").exists() else None, entry, status)
-        begun = [line["rule"] for line in read_alarms(workdir) if line["state"] == "on"]
+        has_metrics = (workdir / "metrics.jsonl").exists()
+        measured = _measured(run if has_metrics else None, entry, status)
+        alarms = [line["rule"] for line in read_alarms(workdir) if line["state"] == "on"]
     except (RunError, AlarmFileError) as damage:
         if status == "done":
             raise RecordError(str(damage)) from damage
-        run, measured, begun = None, _measured(None, entry, status), []
+        run = None
+        measured = _measured(None, entry, status)
+        alarms = []
         error = f"{_first_line(error or status)}; what it logged is not in its record: {damage}"
     row: Row = {
         "arm": entry["id"],
@@ -99,51 +103,66 @@ def record_of(
         "wall_s": wall_s,
         "step_s": step_s,
         "packed": packed,
-        "alarms": len(begun),
-        "alarm_rules": json.dumps(list(dict.fromkeys(begun))),
+        "alarms": len(alarms),
+        "alarm_rules": json.dumps(list(dict.fromkeys(alarms))),
     }
-    return {key: _finite(value) for key, value in row.items()}
+    return {key: _finite_or_none(value) for key, value in row.items()}
 
 
 def _axes(entry: Mapping[str, Any]) -> Row:
-    """What the sweep varies, and what matching changed for it."""
+    """Returns what the sweep varies, and what matching changed for it."""
     overrides = {OVERRIDE + key: value for key, value in entry["overrides"].items()}
     return overrides | {MATCHED + key: value for key, value in entry["matched"].items()}
 
 
 def _costs(entry: Mapping[str, Any], tokens: int | None) -> Row:
-    """The seed, and what was counted from the configuration."""
+    """Returns the seed, and what was counted from the configuration."""
     per_token = entry.get("flops_per_token")
     if entry["config"].get("schedule", {}).get("top_k", "constant") != "constant":
-        per_token = None  # it changes as the run goes on
+        per_token = None  # it changes during the run
+    total = None
+    if per_token is not None and tokens is not None:
+        total = float(per_token) * tokens
     return {
         "seed": entry["config"].get("train", {}).get("seed"),
         "params_total": entry.get("params_total"),
         "params_active": entry.get("params_active"),
         "flops_per_token": per_token,
-        "flops_total": None if per_token is None or tokens is None else float(per_token) * tokens,
+        "flops_total": total,
     }
 
 
 def _origin(run: Run | None) -> Row:
-    """Code, versions, device and command of the run."""
+    """Returns the code, versions, device and command of the run."""
+    if run is None:
+        return dict.fromkeys(("git_commit", "versions", "device", "command"))
     return {
-        "git_commit": None if run is None else run.git_commit,
-        "versions": None if run is None else json.dumps(run.versions),
-        "device": None if run is None else run.device,
-        "command": None if run is None else run.command,
+        "git_commit": run.git_commit,
+        "versions": json.dumps(run.versions),
+        "device": run.device,
+        "command": run.command,
     }
 
 
 def _first_line(error: str) -> str:
-    """Without what UTF-8 cannot hold, such as the undecoded bytes of a file's name."""
-    return next(iter(error.strip().splitlines()), "").encode("utf-8", "replace").decode()
+    """Returns the first line of a message.
+
+    What UTF-8 cannot hold, such as undecoded bytes of a file's name, is replaced.
+    """
+    first = next(iter(error.strip().splitlines()), "")
+    return first.encode("utf-8", "replace").decode()
 
 
 def _measured(run: Run | None, entry: Mapping[str, Any], status: str) -> Row:
-    """What the arm logged; None for all of it if it logged nothing."""
+    """Returns what the arm logged.
+
+    Args:
+      run: the arm's; None if it logged nothing.
+      entry: of the arm.
+      status: how it ended.
+    """
     train = entry["config"].get("train", {})
-    planned, interval = train.get("num_steps"), train.get("log_every", 1)
+    planned = train.get("num_steps")
     row: Row = {
         "steps": 0,
         "steps_planned": planned,
@@ -156,59 +175,83 @@ def _measured(run: Run | None, entry: Mapping[str, Any], status: str) -> Row:
     row["fraction"] = run.last_step / planned if planned else None
     tokens = run.last("tokens")
     row["tokens"] = None if tokens is None else int(tokens)
-    row |= {f"final/{key}": value for key, value in _final_values(run, status).items()}
-    steps, losses = run.series("eval/loss")
-    is_finite = np.isfinite(losses)
-    if is_finite.any():
-        best = int(np.argmin(np.where(is_finite, losses, np.inf)))
-        row |= {"best/eval/loss": float(losses[best]), "best/step": int(steps[best])}
-    row |= {
-        f"tail/{key}": value
-        for key, value in _tail_means(run, max(TAIL * (planned or 0), interval)).items()
-    }
+    row |= _final_values(run, status)
+    row |= _best_evaluation(run)
+    # At least one interval, so that short arms have means, too.
+    row |= _tail_means(run, window=max(TAIL * (planned or 0), train.get("log_every", 1)))
     row[f"median/{SPEED}"] = median_speed(run.series(SPEED)[1])
-    bits = dict(zip(*(values.tolist() for values in run.series("eval/bits_per_byte")), strict=True))
-    evaluations = [
-        [step / planned if planned else None, step, _finite(loss), _finite(bits.get(step))]
-        for step, loss in zip(steps.tolist(), losses.tolist(), strict=True)
-    ]
-    return row | {"evaluations": to_json(evaluations)}
+    row["evaluations"] = to_json(_evaluations(run, planned))
+    return row
 
 
-def _final_values(run: Run, status: str) -> dict[str, float | None]:
-    """Values of the last evaluation and of the last logged interval; None where that one has no value."""
-    last_interval, _ = run.series("tokens")
+def _final_values(run: Run, status: str) -> Row:
+    """Returns the values of the last evaluation and of the last logged interval.
+
+    None where that evaluation or interval has no value.
+    """
+    interval_steps, _ = run.series("tokens")
+    last_interval = interval_steps[-1] if interval_steps.size else None
     evaluated = [run.series(key)[0][-1] for key in run.keys if key.startswith("eval/")]
     last_evaluation = max(evaluated, default=None)
     if status == "done" and last_evaluation != run.last_step:
-        last_evaluation = None  # of the end nothing was finite
-    found: dict[str, float | None] = {}
+        last_evaluation = None  # at the end nothing was finite
+    last_steps = {"eval": last_evaluation, "loss": last_interval}
+    row: Row = {}
     for key in run.keys:
-        last = {"eval": last_evaluation, "loss": last_interval[-1] if last_interval.size else None}
         section = key.partition("/")[0]
-        if section in last:
+        if section in last_steps:
             steps, values = run.series(key)
-            found[key] = float(values[-1]) if steps[-1] == last[section] else None
-    return found
+            is_last = steps[-1] == last_steps[section]
+            row[f"final/{key}"] = float(values[-1]) if is_last else None
+    return row
 
 
-def _tail_means(run: Run, window: float) -> dict[str, float | None]:
-    """Means over the intervals that ended within `window` steps of the last one; None where none was finite."""
-    means: dict[str, float | None] = {}
+def _best_evaluation(run: Run) -> Row:
+    """Returns the lowest loss of the evaluations with its step; nothing if no loss is finite."""
+    steps, losses = run.series("eval/loss")
+    is_finite = np.isfinite(losses)
+    if not is_finite.any():
+        return {}
+    best = int(np.argmin(np.where(is_finite, losses, np.inf)))
+    return {"best/eval/loss": float(losses[best]), "best/step": int(steps[best])}
+
+
+def _tail_means(run: Run, window: float) -> Row:
+    """Returns means over the intervals that ended within `window` steps of the last one.
+
+    None where no value was finite.
+    """
+    row: Row = {}
     for key in run.keys:
         if key.startswith(TAIL_PREFIXES):
             steps, values = run.series(key)
             values = values[(steps > run.last_step - window) & np.isfinite(values)]
-            means[key] = float(values.mean()) if values.size else None
-    return means
+            row[f"tail/{key}"] = float(values.mean()) if values.size else None
+    return row
 
 
-def _finite(value: Any) -> Any:
+def _evaluations(run: Run, planned: int | None) -> list[list[float | None]]:
+    """Returns the fraction of the schedule, the step, the loss and the bits of each evaluation."""
+    bits_steps, bits = run.series("eval/bits_per_byte")
+    bits_by_step = dict(zip(bits_steps.tolist(), bits.tolist(), strict=True))
+    steps, losses = run.series("eval/loss")
+    evaluations = []
+    for step, loss in zip(steps.tolist(), losses.tolist(), strict=True):
+        fraction = step / planned if planned else None
+        bits_per_byte = _finite_or_none(bits_by_step.get(step))
+        evaluations.append([fraction, step, _finite_or_none(loss), bits_per_byte])
+    return evaluations
+
+
+def _finite_or_none(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_record(workdir: str | Path, row: Mapping[str, Any]) -> Path:
-    """Writes an arm's row into its run directory, which is created if need be: whole or not at all."""
+    """Writes an arm's row into its run directory, which is created if need be.
+
+    The file is written in one rename: there is all of it or none.
+    """
     path = Path(workdir) / RECORD_FILE
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, dict(row))
@@ -216,27 +259,23 @@ def write_record(workdir: str | Path, row: Mapping[str, Any]) -> Path:
 
 
 def read_record(workdir: str | Path) -> Row | None:
-    """The row of an arm; None if it has not ended.
+    """Returns the row of an arm; None if the arm has not ended.
 
     Raises:
       RecordError: the file is damaged.
     """
     path = Path(workdir) / RECORD_FILE
-    remedy = "remove it and run the sweep again: it makes the row anew"
+    remedy = "remove it and run the sweep again: it makes the row again"
     try:
-        row = json.loads(read_text(path))
+        row = _read_json(path, remedy)
     except FileNotFoundError:
         return None
-    except RecordError:
-        raise
-    except (OSError, ValueError, RecursionError) as error:
-        raise RecordError(f"{path} is damaged ({error}); {remedy}") from error
     check_row(row, str(path), remedy)
     return row
 
 
 def read_definition(directory: str | Path) -> dict[str, Any]:
-    """What a sweep is to run: `sweep.json`.
+    """Returns what a sweep is to run: `sweep.json`.
 
     Raises:
       RecordError: it is missing or damaged.
@@ -244,23 +283,30 @@ def read_definition(directory: str | Path) -> dict[str, Any]:
     path = Path(directory) / SWEEP_FILE
     remedy = "restore it, or start the sweep in another directory"
     try:
-        definition = json.loads(read_text(path))
-    except RecordError:
-        raise
+        definition = _read_json(path, remedy)
     except FileNotFoundError as error:
         raise RecordError(
             f"{path} is missing; `moejax sweep` writes it, so give the directory of a sweep"
         ) from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise RecordError(f"{path} is damaged ({error}); {remedy}") from error
     check_definition(definition, str(path), remedy)
     return definition
 
 
-def collect(directory: str | Path) -> list[Row]:
-    """The rows of all arms that have ended, in the order of `sweep.json`; writes them to both joint files.
+def _read_json(path: Path, remedy: str) -> Any:
+    """Returns what a file holds; raises `FileNotFoundError` if there is none."""
+    try:
+        return json.loads(read_text(path))
+    except (RecordError, FileNotFoundError):
+        raise
+    except (OSError, ValueError, RecursionError) as error:
+        raise RecordError(f"{path} is damaged ({error}); {remedy}") from error
 
-    Axes are those of `sweep.json`: an arm may have ended before the sweep got another axis.
+
+def collect(directory: str | Path) -> list[Row]:
+    """Writes the rows of all arms that have ended to both joint files, and returns them.
+
+    They are in the order of `sweep.json`, and have its axes: an arm may have ended before the sweep
+    got another axis.
 
     Raises:
       RecordError: `sweep.json` or a row is damaged, or a row is of another arm.
@@ -275,27 +321,27 @@ def collect(directory: str | Path) -> list[Row]:
             continue
         if (row["arm"], row.get("config_hash")) != (entry["id"], entry["config_hash"]):
             raise RecordError(
-                f"{workdir / RECORD_FILE} is of arm {row['arm']} with config_hash {row.get('config_hash')}, not "
-                f"{entry['config_hash']}; remove the folder {workdir} and run the sweep again"
+                f"{workdir / RECORD_FILE} is of arm {row['arm']} "
+                f"with config_hash {row.get('config_hash')}, not {entry['config_hash']}; "
+                f"remove the folder {workdir} and run the sweep again"
             )
-        ending = {key: row.get(key) for key in ENDING}
+        first = {key: row.get(key) for key in FIRST_COLUMNS}
+        axes = {key: _finite_or_none(value) for key, value in _axes(entry).items()}
         rest = {key: value for key, value in row.items() if not key.startswith((OVERRIDE, MATCHED))}
-        rows.append(
-            {**ending, **{key: _finite(value) for key, value in _axes(entry).items()}, **rest}
-        )
+        rows.append({**first, **axes, **rest})
     write_jsonl(directory / JSONL_FILE, rows)
     write_parquet(directory / PARQUET_FILE, rows)
     return rows
 
 
 def read_records(directory: str | Path) -> pd.DataFrame:
-    """The joint file of a sweep as a table; see `moejax.sweeps.tables.frame_of`.
+    """Returns the joint file of a sweep as a table; see `moejax.sweeps.tables.frame_of`.
 
     Args:
       directory: of the sweep: `records.jsonl` is read, or `records.parquet` if only that is there.
 
     Raises:
-      RecordError: there is neither, or the one that is read is damaged.
+      RecordError: there is neither of the two, or the one that is read is damaged.
     """
     directory = resolve_path(directory)
     jsonl, parquet = directory / JSONL_FILE, directory / PARQUET_FILE
@@ -307,12 +353,10 @@ def read_records(directory: str | Path) -> pd.DataFrame:
         path = parquet
     else:
         raise RecordError(
-            f"{directory} has neither {JSONL_FILE} nor {PARQUET_FILE}; give the directory of a sweep"
+            f"{directory} has neither {JSONL_FILE} nor {PARQUET_FILE}; "
+            "give the directory of a sweep"
         )
+    remedy = "remove the file and run the sweep again: it joins the rows again"
     for number, row in enumerate(rows, start=1):
-        check_row(
-            row,
-            f"{path}: row {number}",
-            "remove the file and run the sweep again: it joins the rows anew",
-        )
+        check_row(row, f"{path}: row {number}", remedy)
     return frame_of(rows)

@@ -1,5 +1,9 @@
-"""Sweeps as users run them: planned, packed, killed and continued, in a pool and as a search; each a real process."""
+"""Sweeps as users run them: planned, packed, killed and continued, in a pool and as a search.
 
+Each is a real process.
+"""
+
+import itertools
 import json
 import os
 import re
@@ -16,6 +20,7 @@ import submitit  # noqa: F401  here, where a warning of its own imports is no er
 
 from cases.training import SMALL
 from moejax.config import resolve
+from moejax.sweeps import choice, product, seeds
 from moejax.sweeps.arms import Plan, SweepError, plan_arms
 from moejax.sweeps.packing import pack_arms
 from moejax.sweeps.runners.packs import together
@@ -25,20 +30,16 @@ from moejax.training.checkpoints.meta import saved_steps
 ROOT = Path(__file__).parents[3]
 SMALL_RUN = [
     "--config=configs/debug.py", "--config.train.num_steps=120", "--config.train.eval_every=60",
-    "--config.train.checkpoint_every=20", "--config.train.log_every=10", "--config.model.num_layers=1",
-    "--config.train.batch_size=4", "--config.data.seq_len=32",
+    "--config.train.checkpoint_every=20", "--config.train.log_every=10",
+    "--config.model.num_layers=1", "--config.train.batch_size=4", "--config.data.seq_len=32",
 ]  # fmt: skip
 AXES = ["moe.top_k=2,3", "moe.balance_weight=0.01,0.1"]
-MEASURED = (
-    "wall_s",
-    "step_s",
-    "median/perf/tokens_per_s",
-    "command",
-)  # differ from one process to the next
+MEASURED = ("wall_s", "step_s", "median/perf/tokens_per_s", "command")
+"""Columns that differ from one process to the next."""
 
 
 def sweep(*arguments, **popen):
-    """A process of `moejax sweep`; its data and compiled programs are the session's."""
+    """Starts a process of `moejax sweep`."""
     command = [sys.executable, "-m", "moejax", "sweep", *arguments]
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     return subprocess.Popen(
@@ -64,8 +65,8 @@ def rows_of(directory):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _programs_of_these_sweeps(tmp_path_factory):
-    """Compiled once for all, and kept in no home folder."""
+def _compilation_cache(tmp_path_factory):
+    """The sweeps of this file share what they compile; it is not kept in the home folder."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
@@ -92,20 +93,17 @@ def test_a_sweep_trains_each_arm_once_and_records_it(undisturbed):
     assert {(row["override/moe.top_k"], row["override/moe.balance_weight"]) for row in rows} == {
         (2, 0.01), (2, 0.1), (3, 0.01), (3, 0.1),
     }  # fmt: skip
-    assert all(
-        row["status"] == "done" and row["fraction"] == 1 and row["packed"] == 2 for row in rows
-    )
+    for row in rows:
+        assert (row["status"], row["fraction"], row["packed"]) == ("done", 1, 2)
+        assert row["tail/loss/lm"] < 5 and row["steps"] == 120
     assert len({row["final/eval/loss"] for row in rows}) == 4
-    assert all(row["tail/loss/lm"] < 5 and row["steps"] == 120 for row in rows)
     settings = json.loads(output)["settings"]
     losses = [setting["validation loss"] for setting in settings]
     assert losses == sorted(losses) and len(losses) == 4
     assert "<html" in (directory / "report.html").read_text()
 
 
-def test_a_sweep_killed_in_the_middle_gives_the_records_of_one_that_was_not(
-    undisturbed, data, tmp_path
-):
+def test_a_killed_sweep_gives_the_records_of_an_undisturbed_one(undisturbed, data, tmp_path):
     directory, _, _ = undisturbed
     packs = json.loads((directory / "sweep.json").read_text())["packs"]
     arguments = [*SMALL_RUN, data, f"--dir={tmp_path}", *AXES, "--json"]
@@ -113,56 +111,44 @@ def test_a_sweep_killed_in_the_middle_gives_the_records_of_one_that_was_not(
     wait_for(lambda: (tmp_path / "arms" / packs[1][1] / "checkpoints/40").is_dir(), first)
     os.killpg(first.pid, signal.SIGKILL)
     _, before = first.communicate()
-    assert not (tmp_path / "arms" / packs[1][0] / "record.json").exists(), (
-        "killed too late to show anything"
-    )
+    last_record = tmp_path / "arms" / packs[1][0] / "record.json"
+    assert not last_record.exists(), "killed too late to show anything"
     _, after = finish(sweep(*arguments))
     assert re.search(r"continuing 2 arms from step \d+", after)
     done = Counter(re.findall(r"arm (\w+): done", before + after))
-    assert done == dict.fromkeys([arm for pack in packs for arm in pack], 1)
+    assert done == dict.fromkeys(itertools.chain.from_iterable(packs), 1)
     assert rows_of(tmp_path) == rows_of(directory)
 
 
-def test_a_pool_gives_the_same_records_though_one_of_its_processes_is_killed(
-    undisturbed, data, tmp_path
-):
+def test_a_pool_with_a_killed_process_gives_the_same_records(undisturbed, data, tmp_path):
     directory, _, _ = undisturbed
     if len(os.sched_getaffinity(0)) < 2:
         pytest.skip("a pool of two processes needs two cores")
     packs = json.loads((directory / "sweep.json").read_text())["packs"]
     pool = sweep(*SMALL_RUN, data, f"--dir={tmp_path}", *AXES, "--runner=pool", "--processes=2")
     wait_for(lambda: (tmp_path / "arms" / packs[0][0] / "checkpoints/20").is_dir(), pool)
-    children = [
-        int(pid) for pid in Path(f"/proc/{pool.pid}/task/{pool.pid}/children").read_text().split()
-    ]
+    children = Path(f"/proc/{pool.pid}/task/{pool.pid}/children").read_text().split()
     assert len(children) == 2
-    os.kill(children[0], signal.SIGKILL)
+    os.kill(int(children[0]), signal.SIGKILL)
     _, errors = finish(pool)
     assert "was ended by signal 9; starting it again" in errors
     logs = "".join(path.read_text() for path in (tmp_path / "logs").iterdir())
-    assert Counter(re.findall(r"arm (\w+): done", logs)) == dict.fromkeys(
-        [a for pack in packs for a in pack], 1
-    )
+    done = Counter(re.findall(r"arm (\w+): done", logs))
+    assert done == dict.fromkeys(itertools.chain.from_iterable(packs), 1)
     found, expected = rows_of(tmp_path), rows_of(directory)
     for row, other in zip(found, expected, strict=True):
         assert row.keys() == other.keys()
-        # One core adds up in another order than two, and a choice of experts that is nearly a tie
-        # may fall otherwise.
+        # One core adds in another order than two, and where two experts are nearly equal the choice
+        # may differ.
         assert row["final/eval/loss"] == pytest.approx(other["final/eval/loss"], rel=5e-3)
-        assert (row["arm"], row["status"], row["tokens"]) == (
-            other["arm"],
-            other["status"],
-            other["tokens"],
-        )
+        for key in ("arm", "status", "tokens"):
+            assert row[key] == other[key]
 
 
 @pytest.mark.slow
-def test_a_sweep_told_to_stop_saves_and_the_same_command_goes_on_and_may_add_arms(
-    undisturbed, data, tmp_path
-):
-    process = sweep(
-        *SMALL_RUN, data, f"--dir={tmp_path}", "moe.balance_weight=0.01,0.1", "moe.top_k=2"
-    )
+def test_a_stopped_sweep_saves_and_goes_on_with_more_arms(undisturbed, data, tmp_path):
+    arguments = [*SMALL_RUN, data, f"--dir={tmp_path}", "moe.top_k=2"]
+    process = sweep(*arguments, "moe.balance_weight=0.01,0.1")
     wait_for(lambda: any(tmp_path.glob("arms/*/checkpoints/20")), process)
     process.send_signal(signal.SIGTERM)
     _, errors = finish(process)
@@ -171,28 +157,26 @@ def test_a_sweep_told_to_stop_saves_and_the_same_command_goes_on_and_may_add_arm
     stopped_at = {max(saved_steps(path)) for path in (tmp_path / "arms").iterdir()}
     assert len(stopped_at) == 1 and max(stopped_at) < 120
     # More values of an axis: a third arm, and the two continue.
-    finish(
-        sweep(
-            *SMALL_RUN, data, f"--dir={tmp_path}", "moe.balance_weight=0.01,0.1,0.2", "moe.top_k=2"
-        )
-    )
+    finish(sweep(*arguments, "moe.balance_weight=0.01,0.1,0.2"))
     rows = rows_of(tmp_path)
     assert len(rows) == 3
     expected = {row["arm"]: row["final/eval/loss"] for row in rows_of(undisturbed[0])}
     for row in rows:
         if row["arm"] in expected:
             assert row["final/eval/loss"] == pytest.approx(expected[row["arm"]], rel=1e-5)
-    # An arm less is another sweep.
-    process = sweep(*SMALL_RUN, data, f"--dir={tmp_path}", "moe.balance_weight=0.01", "moe.top_k=2")
+    # With fewer arms it is another sweep.
+    process = sweep(*arguments, "moe.balance_weight=0.01")
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 2 and "holds a sweep with 2 arms that this one has not" in errors
+    assert process.returncode == 2
+    assert "holds a sweep with 2 arms that this one does not have" in errors
 
 
 def test_a_search_draws_trains_prunes_and_records(data, tmp_path):
     often = [flag.replace("eval_every=60", "eval_every=20") for flag in SMALL_RUN]
     arguments = [
         *often, data, f"--dir={tmp_path}", "moe.balance_weight=log:1e-3..1",
-        "optimizer.learning_rate=log:1e-5..1e-2", "--search=random", "--trials=4", "--pruner=halving", "--json",
+        "optimizer.learning_rate=log:1e-5..1e-2", "--search=random", "--trials=4",
+        "--pruner=halving", "--json",
     ]  # fmt: skip
     output, errors = finish(sweep(*arguments))
     assert "moejax sweep worker --study=" in errors and "--host 127.0.0.1" in errors
@@ -204,29 +188,27 @@ def test_a_search_draws_trains_prunes_and_records(data, tmp_path):
         assert (row["fraction"] < 1) == (row["status"] == "pruned")
     best = min(row["final/eval/loss"] for row in rows if row["status"] == "done")
     assert result["best"]["value"] == best
-    output, _ = finish(sweep("worker", f"--study={tmp_path.name}", f"--storage={tmp_path}/study.journal",
-                             f"--dir={tmp_path}", "--json"))  # fmt: skip
+    output, _ = finish(sweep(*join_search(tmp_path)))
     assert json.loads(output)["trials told by this worker"] == 0
     output, _ = finish(sweep("report", str(tmp_path), "--json"))
     assert json.loads(output)["compared"] == sum(row["status"] == "done" for row in rows)
 
 
-@pytest.mark.slow  # a worker is taken for dead after a minute
-def test_a_search_killed_in_the_middle_is_finished_by_a_worker_from_its_checkpoint(data, tmp_path):
+def join_search(directory):
+    """Returns the arguments of a worker that joins a search."""
+    storage = f"--storage={directory}/study.journal"
+    return ["worker", f"--study={directory.name}", storage, f"--dir={directory}", "--json"]
+
+
+@pytest.mark.slow  # a worker counts as dead after a minute
+def test_a_killed_search_is_finished_by_a_worker_from_its_checkpoint(data, tmp_path):
     arguments = [*SMALL_RUN, data, f"--dir={tmp_path}", "optimizer.learning_rate=log:1e-4..1e-2"]
     first = sweep(*arguments, "--search=random", "--trials=1", start_new_session=True)
     wait_for(lambda: any(tmp_path.glob("arms/*/checkpoints/40")), first)
     os.killpg(first.pid, signal.SIGKILL)
     first.communicate()
     assert not any(tmp_path.glob("arms/*/record.json")), "killed too late to show anything"
-    join = (
-        "worker",
-        f"--study={tmp_path.name}",
-        f"--storage={tmp_path}/study.journal",
-        f"--dir={tmp_path}",
-        "--json",
-    )
-    output, errors = finish(sweep(*join))
+    output, errors = finish(sweep(*join_search(tmp_path)))
     assert int(re.search(r"continuing \S+ from step (\d+)", errors)[1]) >= 20
     assert json.loads(output)["trials told by this worker"] == 1
     (row,) = rows_of(tmp_path)
@@ -235,28 +217,21 @@ def test_a_search_killed_in_the_middle_is_finished_by_a_worker_from_its_checkpoi
 
 def test_a_dry_run_lists_every_arm_with_its_cost_and_writes_nothing(tmp_path):
     directory = tmp_path / "sweep"
-    axes = ["moe.num_experts=4,8", "moe.top_k=2,2", "--seeds=2"]
-    output, errors = finish(
-        sweep(
-            "--config=configs/debug.py",
-            f"--dir={directory}",
-            *axes,
-            "--match=total_params",
-            "--dry-run",
-            "--json",
-        )
-    )
+    dry_run = [
+        "--config=configs/debug.py", "moe.num_experts=4,8", "moe.top_k=2,2", "--seeds=2",
+        "--dry-run",
+    ]  # fmt: skip
+    output, errors = finish(sweep(*dry_run, f"--dir={directory}", "--match=total_params", "--json"))
     found = json.loads(output)
     assert (found["arms"], found["duplicates"]) == (6, 4)  # with a dense control for each seed
     assert len(found["list"]) == 6 and not directory.exists()
     controls = [arm for arm in found["list"] if arm["overrides"]["moe.num_experts"] == 0]
     assert len(controls) == 2 and all("model.d_ff" in arm["matched"] for arm in controls)
-    assert {arm["overrides"]["moe.num_experts"]: arm["matched"] for arm in found["list"]}[8] == {
-        "moe.d_expert": 16
-    }
+    by_experts = {arm["overrides"]["moe.num_experts"]: arm["matched"] for arm in found["list"]}
+    assert by_experts[8] == {"moe.d_expert": 16}
     assert found["FLOPs"] == sum(arm["flops_total"] for arm in found["list"])
     assert "left out: moe.num_experts=4 moe.top_k=2 train.seed=0, which is arm" in errors
-    table, _ = finish(sweep("--config=configs/debug.py", *axes, "--dry-run"))
+    table, _ = finish(sweep(*dry_run))
     assert all(word in table for word in ("moe.num_experts", "FLOPs/token", "duplicates"))
 
 
@@ -332,9 +307,8 @@ def test_a_mistake_is_one_line_before_anything_trains(
 ):
     from moejax.cli import main
 
-    monkeypatch.setattr(
-        "moejax.sweeps.runners.packs.keep_programs", lambda: None
-    )  # of this process
+    # This process keeps its own compilation cache.
+    monkeypatch.setattr("moejax.sweeps.runners.packs.keep_compilation_cache", lambda: None)
     arguments = [argument.replace("DIR", str(tmp_path / "sweep")) for argument in arguments]
     is_recipe_free = arguments[:1] in (["report"], ["work"], ["worker"])
     recipe = [] if is_recipe_free else ["--config=configs/debug.py"]
@@ -389,46 +363,29 @@ def planned(*points) -> Plan:
 
 
 def test_packs_hold_arms_of_one_program_in_even_parts():
-    points = [
-        {"train.seed": seed, "moe.num_experts": experts} for experts in (4, 8) for seed in range(5)
-    ]
-    arms = planned(*points).arms
+    arms = planned(*product(choice("moe.num_experts", 4, 8), seeds(5))).arms
     packs = pack_arms(arms, 3)
     assert [len(pack) for pack in packs] == [2, 3, 2, 3]
-    assert [arm_id for pack in packs for arm_id in pack] == [arm.id for arm in arms]
+    assert [*itertools.chain.from_iterable(packs)] == [arm.id for arm in arms]
     experts = {arm.id: arm.config.moe.num_experts for arm in arms}
     assert [{experts[arm_id] for arm_id in pack} for pack in packs] == [{4}, {4}, {8}, {8}]
     assert pack_arms(arms, 1) == tuple((arm.id,) for arm in arms)
-    of_devices = planned(
-        *({"train.seed": seed, "moe.balance_scope": "device"} for seed in range(3))
-    ).arms
-    assert pack_arms(of_devices, 3) == tuple(
-        (arm.id,) for arm in of_devices
-    )  # they need all devices
+    # Arms that need all devices.
+    of_devices = planned(*product(choice("moe.balance_scope", "device"), seeds(3))).arms
+    assert pack_arms(of_devices, 3) == tuple((arm.id,) for arm in of_devices)
 
 
 def test_a_sweep_is_read_as_it_was_written_and_may_only_grow(tmp_path):
     points = [{"train.seed": seed} for seed in range(3)]
-    written = write_sweep(
-        tmp_path, planned(*points), largest_pack=2, recipe="r.py", match="", command="c"
-    )
+    facts = {"largest_pack": 2, "recipe": "r.py", "match": "", "command": "c"}
+    written = write_sweep(tmp_path, planned(*points), **facts)
     assert open_sweep(tmp_path) == written
-    grown = write_sweep(
-        tmp_path,
-        planned(*points, {"train.seed": 9}),
-        largest_pack=2,
-        recipe="r.py",
-        match="",
-        command="c",
-    )
+    grown = write_sweep(tmp_path, planned(*points, {"train.seed": 9}), **facts)
     assert set(written.arms) < set(grown.arms)
-    with pytest.raises(SweepError, match="holds a sweep with 3 arms that this one has not"):
-        write_sweep(
-            tmp_path, planned(points[0]), largest_pack=2, recipe="r.py", match="", command="c"
-        )
-    (tmp_path / "sweep.json").write_text(
-        (tmp_path / "sweep.json").read_text().replace('"packs"', '"other"')
-    )
+    with pytest.raises(SweepError, match="holds a sweep with 3 arms that this one does not have"):
+        write_sweep(tmp_path, planned(points[0]), **facts)
+    definition = tmp_path / "sweep.json"
+    definition.write_text(definition.read_text().replace('"packs"', '"other"'))
     with pytest.raises(SweepError, match="packs must hold each arm once"):
         open_sweep(tmp_path)
 
@@ -441,7 +398,7 @@ def test_a_search_adds_each_arm_once(tmp_path):
     assert open_sweep(tmp_path / "search").packs == tuple((arm.id,) for arm in arms)
 
 
-def test_a_pack_is_one_processs_at_a_time(tmp_path):
+def test_a_pack_belongs_to_one_process_at_a_time(tmp_path):
     sweep = write_sweep(tmp_path, planned({}), largest_pack=1, recipe="r.py", match="", command="c")
     with sweep.claim(sweep.packs[0]) as first, sweep.claim(sweep.packs[0]) as second:
         assert (first, second) == (True, False)
@@ -449,29 +406,23 @@ def test_a_pack_is_one_processs_at_a_time(tmp_path):
         assert again
 
 
-def test_an_arm_is_one_processs_at_a_time_though_its_sweep_is_planned_anew(tmp_path):
+def test_an_arm_belongs_to_one_process_even_if_packs_are_planned_again(tmp_path):
     points = [{"train.seed": seed} for seed in range(4)]
     facts = {"recipe": "r.py", "match": "", "command": "c"}
     before = write_sweep(tmp_path, planned(*points[2:]), largest_pack=2, **facts)
     after = write_sweep(tmp_path, planned(*points), largest_pack=3, **facts)
     shared, apart = after.packs[1], after.packs[0]
     assert set(shared) == set(before.packs[0]) and not set(apart) & set(shared)
-    with (
-        before.claim(before.packs[0]) as held,
-        after.claim(shared) as same,
-        after.claim(apart) as other,
-    ):
+    claim = before.claim(before.packs[0])
+    with claim as held, after.claim(shared) as same, after.claim(apart) as other:
         assert (held, same, other) == (True, False, True)
         with after.claim((*apart, *shared)) as part, after.claim(before.packs[0][:1]) as one:
             assert not part and not one
     with after.claim(shared) as first, before.claim(before.packs[0][1:]) as second:
         assert first and not second
-    # Who does not get all keeps none.
-    with (
-        before.claim(before.packs[0][:1]),
-        after.claim(after.packs[1] + after.packs[0]) as all_of_them,
-    ):
-        assert not all_of_them
+    # A process that does not get all of its arms keeps none.
+    with before.claim(before.packs[0][:1]), after.claim((*shared, *apart)) as has_all:
+        assert not has_all
     with after.claim(after.packs[1]) as again:
         assert again
 
@@ -493,18 +444,16 @@ def test_a_search_and_a_sweep_of_given_points_share_no_directory(tmp_path):
     one, other = planned({"train.seed": 0}), planned({"train.seed": 1})
     facts = {"largest_pack": 1, "recipe": "r.py", "match": "", "command": "c"}
     write_sweep(tmp_path / "grid", one, **facts)
-    with pytest.raises(
-        SweepError, match="grid holds a sweep of given points; give the search another --dir"
-    ):
+    message = "grid holds a sweep of given points; give the search another --dir"
+    with pytest.raises(SweepError, match=message):
         add_arm(tmp_path / "grid", other.arms[0], recipe="r.py", command="c")
     flags = ["--search=random", "--trials=1", "moe.top_k=2,3", f"--dir={tmp_path / 'grid'}"]
     assert main(["sweep", "--config=configs/debug.py", *flags]) == 2
     assert not (tmp_path / "grid/study.journal").exists()
     add_arm(tmp_path / "search", one.arms[0], recipe="r.py", command="c")
     add_arm(tmp_path / "search", other.arms[0], recipe="r.py", command="c")
-    with pytest.raises(
-        SweepError, match="search holds the arms of a search; give these points another --dir"
-    ):
+    message = "search holds the arms of a search; give these points another --dir"
+    with pytest.raises(SweepError, match=message):
         write_sweep(tmp_path / "search", planned({"train.seed": 0}, {"train.seed": 1}), **facts)
 
 
@@ -515,24 +464,25 @@ def test_a_search_and_a_sweep_of_given_points_share_no_directory(tmp_path):
         ([[2], [2], [2]], [[0, 1, 2]]),
         ([[1, 2], [1], [1, 2]], [[0, 1, 2]]),
         ([[2], [1], [2]], [[0, 2], [1]]),
-        ([[1, 2], [1, 3], [1, 2]], [[0, 2], [1]]),  # at 1 all would lose what two saves lie apart
+        ([[1, 2], [1, 3], [1, 2]], [[0, 2], [1]]),  # at 1 all would lose a save
         ([[2], [], [2]], [[0, 2], [1]]),
         ([[2, 4], [2], [2]], [[0], [1, 2]]),  # trained to its end: not again
         ([[4], [4], [4]], [[0], [1], [2]]),
     ],
 )
-def test_arms_continue_together_from_what_they_have_in_common(saved, groups, tmp_path):
+def test_arms_continue_together_from_a_common_checkpoint(saved, groups, tmp_path):
     plan = planned(*({"train.seed": seed} for seed in range(3)))
     sweep = write_sweep(tmp_path, plan, largest_pack=3, recipe="r.py", match="", command="c")
     assert plan.arms[0].config.train.num_steps == 4
     for arm, steps in zip(plan.arms, saved, strict=True):
         for step in steps:
             (sweep.workdir(arm.id) / "checkpoints" / str(step)).mkdir(parents=True)
-    assert [
-        [plan.arms.index(arm) for arm in group] for group in together(sweep, plan.arms)
-    ] == groups
+    together_by_index = []
+    for group in together(sweep, plan.arms):
+        together_by_index.append([plan.arms.index(arm) for arm in group])
+    assert together_by_index == groups
 
 
-def test_an_arm_survives_its_entry_and_resolves_alike():
+def test_the_configuration_in_an_entry_resolves_to_that_of_its_arm():
     arm = planned({"moe.balance_weight": 0.3}).arms[0]
     assert resolve(arm.to_json()["config"]) == arm.config

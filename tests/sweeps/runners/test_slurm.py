@@ -1,4 +1,7 @@
-"""Jobs of a cluster, tried with submitit's local executor: processes of this machine, interrupted and queued again."""
+"""Jobs of a cluster, with submitit's local executor.
+
+They are processes of this machine that are interrupted and queued again.
+"""
 
 import json
 import os
@@ -33,7 +36,7 @@ signal.signal(signal.SIGTERM, save)
 (folder / "begun.tmp").rename(folder / "begun")
 time.sleep(120)
 """
-"""What `moejax sweep work` does when it is told to stop."""
+"""What `moejax sweep work` does when it is asked to stop."""
 
 
 def wait_for(condition, seconds=90):
@@ -45,7 +48,10 @@ def wait_for(condition, seconds=90):
 
 @pytest.mark.parametrize("first", [signal.SIGUSR2, signal.SIGTERM])
 def test_an_interrupted_job_saves_is_queued_again_and_goes_on(first, tmp_path):
-    """SLURM signals all processes of a job: SIGUSR2 before its time is up, SIGTERM as it is preempted."""
+    """SLURM signals all processes of a job.
+
+    SIGUSR2 comes before its time is up, SIGTERM when it is preempted.
+    """
     executor = submitit.AutoExecutor(folder=tmp_path / "jobs", cluster="local")
     executor.update_parameters(timeout_min=5)
     job = executor.submit(Work([sys.executable, "-c", SCRIPT, str(tmp_path)]))
@@ -69,19 +75,17 @@ def test_an_interrupted_job_saves_is_queued_again_and_goes_on(first, tmp_path):
 
 
 @pytest.mark.parametrize("code", [STOPPED, -signal.SIGTERM])
-def test_a_stopped_job_that_nobody_queues_again_is_no_success(code, monkeypatch):
+def test_a_stopped_job_that_is_not_queued_again_fails(code, monkeypatch):
     monkeypatch.setattr(slurm, "SAVE_S", 0.01)
-    leave = (
-        f"raise SystemExit({code})"
-        if code > 0
-        else "import os, signal; os.kill(os.getpid(), signal.SIGTERM)"
-    )
+    end = f"raise SystemExit({code})"
+    if code < 0:
+        end = "import os, signal; os.kill(os.getpid(), signal.SIGTERM)"
     with pytest.raises(subprocess.CalledProcessError) as error:
-        Work([sys.executable, "-c", leave])()
+        Work([sys.executable, "-c", end])()
     assert error.value.returncode == code
 
 
-def test_a_job_is_queued_again_whatever_has_become_of_its_process():
+def test_a_job_is_queued_again_whether_or_not_its_process_has_ended():
     work = Work(["true"])
     assert work.checkpoint().function.command == ["true"]  # before it began
     work._process = subprocess.Popen(["true"])
@@ -90,14 +94,14 @@ def test_a_job_is_queued_again_whatever_has_become_of_its_process():
     assert work.checkpoint().function.command == ["true"]
 
 
-def test_a_job_that_fails_says_so(tmp_path):
+def test_the_exit_code_of_a_job_that_fails_is_reported(tmp_path):
     executor = submitit.AutoExecutor(folder=tmp_path, cluster="local")
     executor.update_parameters(timeout_min=5)
     job = executor.submit(Work([sys.executable, "-c", "raise SystemExit(3)"]))
     assert "exit status 3" in str(job.exception())
 
 
-def test_what_travels_to_a_job_is_a_list_of_words():
+def test_a_pickled_job_holds_a_list_of_words():
     work = pickle.loads(pickle.dumps(Work(["moejax", "sweep"])))
     assert vars(work) == {"command": ["moejax", "sweep"]}
     work._process = subprocess.Popen(["true"])
@@ -105,9 +109,7 @@ def test_what_travels_to_a_job_is_a_list_of_words():
     assert vars(pickle.loads(pickle.dumps(work))) == {"command": ["moejax", "sweep"]}
 
 
-def test_the_jobs_of_a_sweep_are_one_array_that_is_queued_again_when_it_is_preempted(
-    tmp_path, monkeypatch
-):
+def test_the_jobs_of_a_sweep_are_an_array_that_can_be_queued_again(tmp_path, monkeypatch):
     plan = plan_arms(SMALL, [{"train.seed": seed} for seed in range(4)])
     sweep = write_sweep(
         tmp_path / "grid", plan, largest_pack=2, recipe="r.py", match="", command="c"
@@ -121,23 +123,21 @@ def test_the_jobs_of_a_sweep_are_one_array_that_is_queued_again_when_it_is_preem
         )
         script.chmod(0o755)
     monkeypatch.setenv("PATH", f"{bin_folder}:/usr/bin:/bin")
-    jobs = submit(
-        sweep, Jobs(number=2, gpus=1, cpus=4, minutes=60, partition="fast", account="lab")
-    )
+    wanted = Jobs(number=2, gpus=1, cpus=4, minutes=60, partition="fast", account="lab")
+    jobs = submit(sweep, wanted)
     assert [job.job_id for job in jobs] == ["42_0", "42_1"]
     text = (tmp_path / "submitted.sh").read_text()
     for words in (
-        "#SBATCH --array=0-1%2", "#SBATCH --gpus-per-node=1", "#SBATCH --cpus-per-task=4", "#SBATCH --time=60",
-        "#SBATCH --requeue", "#SBATCH --signal=USR2@120", "#SBATCH --partition=fast", "#SBATCH --account=lab",
-        "#SBATCH --job-name=moejax-grid",
+        "#SBATCH --array=0-1%2", "#SBATCH --gpus-per-node=1", "#SBATCH --cpus-per-task=4",
+        "#SBATCH --time=60", "#SBATCH --requeue", "#SBATCH --signal=USR2@120",
+        "#SBATCH --partition=fast", "#SBATCH --account=lab", "#SBATCH --job-name=moejax-grid",
     ):  # fmt: skip
         assert words in text, text
     # Time is up as often as it takes.
     assert jobs[0].submission()._timeout_countdown > 10_000
     # Both jobs run the same: they take packs as they find them free.
-    assert json.loads((tmp_path / "grid/sweep.json").read_text())["packs"] == [
-        list(pack) for pack in sweep.packs
-    ]
+    definition = json.loads((tmp_path / "grid/sweep.json").read_text())
+    assert definition["packs"] == [list(pack) for pack in sweep.packs]
 
 
 @pytest.mark.parametrize("minutes", [1, 4])

@@ -1,4 +1,7 @@
-"""Who trains what: packs taken, failed and recorded, processes of a pool, programs kept. Nothing is trained."""
+"""Which process trains which arms: packs that are taken, fail and are recorded, and pools.
+
+Nothing is trained.
+"""
 
 import dataclasses
 import json
@@ -40,7 +43,10 @@ def new_sweep(directory, number=4, largest_pack=2):
 
 @pytest.fixture
 def trained(monkeypatch):
-    """Packs that were handed to `train_packed`, as seeds; `trained.ends` says how an arm ends, by its seed."""
+    """The packs that `train_packed` got, as lists of seeds.
+
+    `trained.ends` says how an arm ends, by its seed.
+    """
 
     class Trained(list):
         def __init__(self):
@@ -74,7 +80,7 @@ def status_of(sweep):
 
 
 # Packs
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def test_a_pack_that_fails_leaves_no_record_and_the_others_go_on(trained, tmp_path, caplog):
@@ -90,9 +96,7 @@ def test_a_pack_that_fails_leaves_no_record_and_the_others_go_on(trained, tmp_pa
     assert work(sweep, StopSignals()) and status_of(sweep) == ["done"] * 4
 
 
-def test_a_sweep_of_which_a_pack_failed_exits_with_2_and_one_that_was_stopped_with_a_code_of_its_own(
-    monkeypatch, tmp_path, capsys
-):
+def test_a_failed_pack_and_a_stop_have_exit_codes_of_their_own(monkeypatch, tmp_path, capsys):
     from moejax.cli import main
     from moejax.cli.verbs import sweep as verb
 
@@ -105,9 +109,8 @@ def test_a_sweep_of_which_a_pack_failed_exits_with_2_and_one_that_was_stopped_wi
     with pytest.raises(SystemExit) as stopped:
         main(["sweep", "work", f"--dir={tmp_path}"])
     assert stopped.value.code == STOPPED and STOPPED not in (0, 1, 2, 3, 130)
-    monkeypatch.setattr(
-        verb, "work", lambda sweep, stop: stop.request("SIGTERM") or True
-    )  # when all was done
+    # A stop after all arms have ended is no failure.
+    monkeypatch.setattr(verb, "work", lambda sweep, stop: stop.request("SIGTERM") or True)
     monkeypatch.setattr(verb, "check_open", lambda sweep: None)
     assert main(["sweep", "work", f"--dir={tmp_path}"]) == 0
 
@@ -120,11 +123,8 @@ def test_how_an_arm_ended_is_in_its_record(trained, tmp_path):
     train_pack(sweep, sweep.packs[0], StopSignals())
     assert status_of(sweep) == ["done", "stopped", "failed", None]
     rows = [read_record(sweep.workdir(arm_id)) for arm_id in sweep.packs[0]]
-    assert (
-        rows[1]["error"] == "drops in layer 0"
-        and rows[0]["error"] is None
-        and rows[0]["packed"] == 4
-    )
+    assert rows[1]["error"] == "drops in layer 0"
+    assert rows[0]["error"] is None and rows[0]["packed"] == 4
     assert list(read_records(tmp_path)["status"]) == ["done", "stopped", "failed"]
 
 
@@ -135,18 +135,14 @@ def test_an_arm_that_ends_early_has_its_record_before_the_others_end(trained, tm
     with pytest.raises(KeyboardInterrupt):
         train_pack(sweep, sweep.packs[0], StopSignals())
     assert status_of(sweep) == ["stopped", None]
-    first = read_record(sweep.workdir(sweep.packs[0][0]))
+    workdir = sweep.workdir(sweep.packs[0][0])
+    first = read_record(workdir)
     trained.ends.clear()
     assert work(sweep, StopSignals()) and trained[-1] == [1]
-    assert read_record(sweep.workdir(sweep.packs[0][0])) == first and status_of(sweep) == [
-        "stopped",
-        "done",
-    ]
+    assert read_record(workdir) == first and status_of(sweep) == ["stopped", "done"]
 
 
-def test_an_arm_whose_files_are_damaged_does_not_cost_the_others_of_its_pack_their_records(
-    trained, tmp_path, caplog
-):
+def test_damaged_files_of_an_arm_do_not_affect_records_of_its_pack(trained, tmp_path, caplog):
     sweep = new_sweep(tmp_path, number=4, largest_pack=4)
     trained.ends[3] = ArmResult(2, None, None, NonFiniteError("loss is nan"))
     for arm in (1, 3):
@@ -173,37 +169,27 @@ def test_a_lock_that_cannot_be_made_ends_the_work_and_is_not_waited_for(trained,
     assert trained == []
 
 
-def test_what_another_process_has_taken_over_is_not_written(tmp_path):
+def test_an_arm_that_another_process_has_taken_over_is_not_written(tmp_path):
     sweep = new_sweep(tmp_path)
     arm_id = sweep.packs[0][0]
     taken = {
-        "pid": 7,
-        "host": "node9",
-        "boot": "b",
-        "since": "then",
-        "does": "trains",
-        "nonce": "n",
+        "pid": 7, "host": "node9", "boot": "b", "since": "then", "does": "trains", "nonce": "n",
         "beat": 1,
-    }
+    }  # fmt: skip
+    by_another = "was taken over by process 7 on node9"
     with claimed(tmp_path, arm_id), locked(tmp_path, "definition"):
         for name in (arm_id, "definition"):
             (tmp_path / "claims" / name / ".lock").write_text(json.dumps(taken))
         before = (tmp_path / "sweep.json").read_bytes()
-        with pytest.raises(
-            LockedError, match=f"claims/{arm_id} was taken over by process 7 on node9"
-        ):
+        with pytest.raises(LockedError, match=f"claims/{arm_id} {by_another}"):
             record_arm(sweep.workdir(arm_id), sweep.arms[arm_id], "done", None, packed=1)
-        with pytest.raises(
-            LockedError, match="claims/definition was taken over by process 7 on node9"
-        ):
+        with pytest.raises(LockedError, match=f"claims/definition {by_another}"):
             directory._write(sweep, "r.py", "", is_search=False)
     assert read_record(sweep.workdir(arm_id)) is None
     assert (tmp_path / "sweep.json").read_bytes() == before
 
 
-def test_packs_that_another_process_holds_are_waited_for_and_not_trained(
-    trained, tmp_path, monkeypatch
-):
+def test_work_waits_for_packs_that_another_process_holds(trained, tmp_path, monkeypatch):
     sweep = new_sweep(tmp_path)
     others = sweep.packs[1]
 
@@ -212,25 +198,20 @@ def test_packs_that_another_process_holds_are_waited_for_and_not_trained(
             write_record(sweep.workdir(arm_id), {"arm": arm_id, "status": "done"})
 
     monkeypatch.setattr(run.time, "sleep", end_theirs)
-    regrouped = dataclasses.replace(
-        sweep, packs=(others, sweep.packs[0])
-    )  # as it was planned before
+    # As the sweep was planned before.
+    regrouped = dataclasses.replace(sweep, packs=(others, sweep.packs[0]))
     with regrouped.claim(regrouped.packs[0]):
         assert work(sweep, StopSignals())
     assert trained == [[0, 1]]
 
 
-def test_a_sweep_from_a_notebook_has_the_records_of_arms_that_ended_before_a_kill(
-    trained, tmp_path
-):
+def test_a_sweep_from_a_notebook_continues_after_a_kill(trained, tmp_path):
     points = [{"train.seed": seed} for seed in range(2)]
     frame = run_sweep(SMALL, points, tmp_path)
     assert list(frame["override/train.seed"]) == [0, 1] and trained == [[0, 1]]
     assert list(open_sweep(tmp_path).arms) == list(frame["arm"])
-    for name in (
-        "records.jsonl",
-        "records.parquet",
-    ):  # killed after its records were written, before they were joined
+    # Killed after its records were written, and before they were joined.
+    for name in ("records.jsonl", "records.parquet"):
         (tmp_path / name).unlink()
     assert run_sweep(SMALL, points, tmp_path).equals(frame) and len(trained) == 1
     grown = run_sweep(SMALL, [point | {"moe.z_weight": 0.01} for point in points], tmp_path)
@@ -259,7 +240,7 @@ def test_a_sweep_that_does_not_fit_the_devices_leaves_its_directory_free(trained
 
 
 # Seconds
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def write_lines(folder, lines):
@@ -280,7 +261,7 @@ def test_seconds_of_training_are_those_of_the_logged_intervals(tmp_path):
     assert training_seconds(tmp_path) is None
 
 
-def test_lines_that_say_nothing_of_time_do_not_stop_a_record(tmp_path):
+def test_lines_that_say_nothing_about_time_are_skipped(tmp_path):
     lines = [
         {"step": 10, "tokens": 100, "perf/tokens_per_s": 50.0},
         {"step": 20, "tokens": 100, "perf/tokens_per_s": 0.0},  # an interval without a target
@@ -308,7 +289,7 @@ def test_an_arm_has_its_share_of_each_pack_it_was_in(tmp_path):
     assert training_seconds(tmp_path) == (1 + 1 + 2 + 5, pytest.approx(0.15), 2)
 
 
-def test_the_record_says_the_pack_that_the_log_says(trained, tmp_path):
+def test_a_record_has_the_size_of_the_pack_from_the_log(trained, tmp_path):
     sweep = new_sweep(tmp_path, number=1)
     arm_id = sweep.packs[0][0]
     entry = sweep.arms[arm_id].to_json()
@@ -323,19 +304,18 @@ def test_the_record_says_the_pack_that_the_log_says(trained, tmp_path):
 
 
 # The pool
-# -----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("items", "number", "parts"),
     [([0, 1, 2], 2, [[0], [1, 2]]), ([4, 5], 2, [[4], [5]]), ([1, 2, 3], 1, [[1, 2, 3]])],
 )
-def test_devices_are_shared_out_evenly(items, number, parts):
+def test_devices_are_divided_evenly(items, number, parts):
     assert shares(items, number) == parts
     for wrong in (len(items) + 1, 0, -1):
-        with pytest.raises(
-            SweepError, match=f"--processes={wrong} must be at most {len(items)}.*and at least 1"
-        ):
+        message = f"--processes={wrong} must be at most {len(items)}.*and at least 1"
+        with pytest.raises(SweepError, match=message):
             shares(items, wrong)
 
 
@@ -353,18 +333,16 @@ def test_processes_get_gpus_of_those_that_the_pool_may_use(visible, gpus, given,
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     parts = share_out(2, gpus)
-    assert [part.environment for part in parts] == [
-        {"CUDA_VISIBLE_DEVICES": names} for names in given
-    ]
+    expected = [{"CUDA_VISIBLE_DEVICES": names} for names in given]
+    assert [part.environment for part in parts] == expected
     assert all(part.cores == () for part in parts)
 
 
-def test_gpus_that_are_not_there_are_no_share_and_without_gpus_the_cpu_is_used(monkeypatch):
+def test_missing_gpus_are_refused_and_without_gpus_the_cpu_is_used(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3, 1, 2})
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,-1,6")
-    with pytest.raises(
-        SweepError, match="--gpus=3 must be at most 2, as CUDA_VISIBLE_DEVICES=4,5,-1,6 has no more"
-    ):
+    message = "--gpus=3 must be at most 2, as CUDA_VISIBLE_DEVICES=4,5,-1,6 has no more"
+    with pytest.raises(SweepError, match=message):
         share_out(2, 3)
     with pytest.raises(SweepError, match="--gpus=-1 must be at least 0"):
         share_out(2, -1)
@@ -374,7 +352,10 @@ def test_gpus_that_are_not_there_are_no_share_and_without_gpus_the_cpu_is_used(m
 
 
 class Processes(list):
-    """Stands in for `subprocess.Popen`: each process has the next of `codes`, which may be None: it goes on."""
+    """Stands in for `subprocess.Popen`: each process ends with the next of `codes`.
+
+    One with the code None does not end.
+    """
 
     def __init__(self, *codes):
         super().__init__()
@@ -415,9 +396,7 @@ def processes(monkeypatch):
     return found
 
 
-def test_a_process_of_the_pool_that_dies_is_started_again_and_too_many_deaths_end_it(
-    processes, tmp_path
-):
+def test_a_dead_process_is_started_again_and_too_many_deaths_end_the_pool(processes, tmp_path):
     sweep = new_sweep(tmp_path)
     parts = [Share(gpus=("4",)), Share(gpus=("5",))]
     processes.codes = [-signal.SIGKILL, 0, 0]
@@ -426,15 +405,14 @@ def test_a_process_of_the_pool_that_dies_is_started_again_and_too_many_deaths_en
     assert all(process.command[-1] == f"--dir={tmp_path}" for process in processes)
     processes.clear()
     processes.codes = [-signal.SIGSEGV, None] + [-signal.SIGSEGV] * 2 * RESTARTS
-    with pytest.raises(
-        SweepError, match=f"{RESTARTS + 1} processes of the pool died; .*logs says more"
-    ):
+    message = f"{RESTARTS + 1} processes of the pool died; .*logs says more"
+    with pytest.raises(SweepError, match=message):
         run_pool(sweep, parts, StopSignals())
     assert len(processes) == 2 + RESTARTS
-    assert processes[1].terminated == 1  # the one that was well does not outlive the pool
+    assert processes[1].terminated == 1  # the one that still runs does not outlive the pool
 
 
-def test_a_process_that_says_what_is_wrong_is_not_started_again(processes, tmp_path):
+def test_a_process_that_ends_by_itself_is_not_started_again(processes, tmp_path):
     sweep = new_sweep(tmp_path)
     processes.codes = [2, 1]
     assert not run_pool(sweep, [Share(cores=(0,)), Share(cores=(1,))], StopSignals())
@@ -446,7 +424,7 @@ def test_a_process_that_says_what_is_wrong_is_not_started_again(processes, tmp_p
     assert run_pool(sweep, [Share(cores=(0,))], StopSignals()) and len(processes) == 1
 
 
-def test_a_stop_is_passed_on_once_and_what_dies_of_it_is_not_started_again(processes, tmp_path):
+def test_a_stop_is_passed_on_once_and_no_process_is_started_again(processes, tmp_path):
     sweep, stop = new_sweep(tmp_path), StopSignals()
     processes.codes = [None, -signal.SIGKILL]
     stop.request("SIGTERM")
@@ -473,7 +451,7 @@ def test_nothing_is_loaded_from_a_sweeps_directory(cache_options, monkeypatch, t
     assert cache_options["jax_num_cpu_devices"] == len(pool.usable_cores())
 
 
-def test_where_the_system_does_not_tell_all_cores_may_be_used(monkeypatch):
+def test_all_cores_may_be_used_where_the_system_does_not_say(monkeypatch):
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 3)
     assert pool.usable_cores() == [0, 1, 2]

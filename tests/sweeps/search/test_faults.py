@@ -1,4 +1,7 @@
-"""Searches when something goes wrong: signals, deaths, errors, takeovers, other studies. Training is a stub."""
+"""Searches when something goes wrong: signals, deaths, errors, takeovers, other studies.
+
+Training is a stub.
+"""
 
 import contextlib
 import dataclasses
@@ -41,14 +44,17 @@ BASE = SMALL | {
 
 def new_definition(**changes):
     settings = {
-        "recipe": "r.py", "base": BASE, "axes": (Axis(RATE, RATES),), "sampler": "random", "pruner": "none", "seed": 0,
-        "trials": 2, "fractions": (0.25, 0.5, 0.75, 1.0), "is_filtered": False,
+        "recipe": "r.py", "base": BASE, "axes": (Axis(RATE, RATES),), "sampler": "random",
+        "pruner": "none", "seed": 0, "trials": 2, "fractions": (0.25, 0.5, 0.75, 1.0),
+        "is_filtered": False,
     }  # fmt: skip
     return Definition(**settings | changes)
 
 
 class Trainer:
-    """Stands in for `train`: the loss falls to the learning rate; a checkpoint after each evaluation.
+    """Stands in for `train`: the loss falls to the learning rate.
+
+    There is a checkpoint after each evaluation.
 
     Attributes:
       happens: called with the step before it is evaluated, and with 0 when training begins.
@@ -57,7 +63,9 @@ class Trainer:
     """
 
     def __init__(self, happens, after):
-        self.happens, self.after, self.began = happens, after, []
+        self.happens = happens
+        self.after = after
+        self.began = []
 
     def __call__(self, config, workdir, *, command, stop, on_evaluation):
         workdir = Path(workdir)
@@ -94,8 +102,8 @@ def train_with(monkeypatch):
 
 def evaluate(study, trials, **options):
     settings = {
-        "arm_of": trials.arm_of, "worker_id": "w", "should_stop": lambda: bool(trials.stop), "beat_s": 1.0,
-        "poll_s": 0.02,
+        "arm_of": trials.arm_of, "worker_id": "w", "should_stop": lambda: bool(trials.stop),
+        "beat_s": 1.0, "poll_s": 0.02,
     }  # fmt: skip
     return work(study, options.pop("run_arm", trials.run), **settings | options)
 
@@ -106,7 +114,7 @@ def trials_in(directory, study, **more):
 
 
 def search(directory, name="s", **changes):
-    """A study in a directory, worked on until it ends."""
+    """Makes a study in a directory, and works on it until it ends."""
     study = create_study(str(directory / "study.journal"), name, new_definition(**changes))
     trials = trials_in(directory, study)
     evaluate(study, trials)
@@ -121,10 +129,12 @@ def records(directory):
 
 
 class Quiet(Report):
-    """A report to nobody."""
+    """A report that reaches no study."""
 
     def __init__(self, stop=lambda: False, is_lost=lambda: False, prunes=False):
-        self.stop, self.is_lost, self.prunes = stop, is_lost, prunes
+        self.stop = stop
+        self.is_lost = is_lost
+        self.prunes = prunes
 
     def __call__(self, step, fraction, loss):
         self.check()
@@ -141,7 +151,7 @@ class Quiet(Report):
 
 @pytest.fixture
 def run_one(tmp_path):
-    """Runs one arm of a worker; gives its outcome, and the worker's stop."""
+    """Runs one arm of a worker, and returns its outcome and the worker's stop."""
 
     def run(report=None, stop=None):
         trials = Trials(tmp_path, new_definition(), "moejax sweep", stop or StopSignals())
@@ -156,13 +166,11 @@ def run_one(tmp_path):
 
 
 def fractions_of(num_steps, eval_every, *axes):
-    config = resolve(
-        BASE | {"train": BASE["train"] | {"num_steps": num_steps, "eval_every": eval_every}}
-    )
-    return common_fractions(config, axes)
+    train = BASE["train"] | {"num_steps": num_steps, "eval_every": eval_every}
+    return common_fractions(resolve(BASE | {"train": train}), axes)
 
 
-def test_arms_of_different_lengths_have_those_evaluations_in_common_that_are_at_an_equal_fraction():
+def test_arms_of_different_lengths_share_evaluations_at_equal_fractions():
     assert fractions_of(1000, 250) == (0.25, 0.5, 0.75, 1.0)
     assert fractions_of(1000, 300) == (0.3, 0.6, 0.9, 1.0)
     assert fractions_of(300, 100, Axis("train.num_steps", (200, 1000))) == (0.5, 1.0)
@@ -172,8 +180,8 @@ def test_arms_of_different_lengths_have_those_evaluations_in_common_that_are_at_
 
 
 @pytest.mark.parametrize("parts", [6, 7, 15, 24])
-def test_halving_prunes_at_the_first_second_and_fourth_evaluation_and_no_other(tmp_path, parts):
-    """Each arm is worse than the one before, so that it is pruned at the first rung that it meets."""
+def test_halving_prunes_only_at_the_first_second_and_fourth_evaluation(tmp_path, parts):
+    """Each arm is worse than the one before, so that it is pruned at its first rung."""
     fractions = tuple(part / parts for part in range(1, parts + 1))
     definition = new_definition(
         axes=(Axis(RATE, (), 1e-4, 1e-2),), fractions=fractions, pruner="halving", trials=4
@@ -184,7 +192,8 @@ def test_halving_prunes_at_the_first_second_and_fourth_evaluation_and_no_other(t
     def run_arm(point, arm, report):
         worse_from = 2 ** (3 - len(ended)) if ended else parts + 1
         for part in range(1, parts + 1):
-            if report(part, part / parts, float(len(ended) if part >= worse_from else -len(ended))):
+            loss = float(len(ended) if part >= worse_from else -len(ended))
+            if report(part, part / parts, loss):
                 ended.append(part)
                 return Outcome("pruned")
         ended.append(parts)
@@ -195,10 +204,11 @@ def test_halving_prunes_at_the_first_second_and_fourth_evaluation_and_no_other(t
 
 
 def test_halving_compares_long_and_short_arms_where_both_are_evaluated(tmp_path):
-    """A short arm is first evaluated at half of its schedule, where losses are lower than at a tenth."""
+    """A short arm is first evaluated at half of its schedule, where losses are already low."""
+    lengths = Axis("train.num_steps", (200, 1000))
     definition = new_definition(
-        axes=(Axis("train.num_steps", (200, 1000)), Axis(RATE, (), 1e-4, 1e-2)),
-        fractions=fractions_of(1000, 100, Axis("train.num_steps", (200, 1000))),
+        axes=(lengths, Axis(RATE, (), 1e-4, 1e-2)),
+        fractions=fractions_of(1000, 100, lengths),
         pruner="halving",
         trials=8,
     )
@@ -221,19 +231,17 @@ def test_halving_compares_long_and_short_arms_where_both_are_evaluated(tmp_path)
     assert best["state"] == "done"
 
 
-def test_an_arm_that_missed_an_evaluation_is_not_compared_at_a_later_one_in_its_place(tmp_path):
-    study = create_study(
-        str(tmp_path / "a.journal"),
-        "s",
-        new_definition(axes=(Axis(RATE, (), 1e-4, 1e-2),), pruner="halving"),
-    )
+def test_a_later_evaluation_does_not_stand_for_one_that_was_missed(tmp_path):
+    definition = new_definition(axes=(Axis(RATE, (), 1e-4, 1e-2),), pruner="halving")
+    study = create_study(str(tmp_path / "a.journal"), "s", definition)
     begun = []
 
     def run_arm(point, arm, report):
         begun.append(arm)
         for part in (1, 2, 3, 4):
             is_missing = len(begun) == 2 and part == 1
-            if report(part, part / 4, float("nan") if is_missing else float(len(begun))):
+            loss = float("nan") if is_missing else float(len(begun))
+            if report(part, part / 4, loss):
                 return Outcome("pruned")
         return Outcome("done", 1.0)
 
@@ -241,8 +249,8 @@ def test_an_arm_that_missed_an_evaluation_is_not_compared_at_a_later_one_in_its_
     assert [row["state"] for row in trials_table(study)] == ["done", "done"]
 
 
-def test_who_goes_on_with_an_arm_does_not_compare_it_anew_at_a_rung_it_has_passed(tmp_path):
-    """The heir's evaluations are much worse than that of the rung; they stand for later rungs alone."""
+def test_a_successor_is_not_compared_again_at_a_rung_it_has_passed(tmp_path):
+    """Its evaluations are much worse than that of the rung; they count for later rungs only."""
     definition = new_definition(axes=(Axis(RATE, (), 1e-4, 1e-2),), pruner="halving", trials=2)
     study = create_study(str(tmp_path / "a.journal"), "s", definition)
     begun = []
@@ -250,7 +258,7 @@ def test_who_goes_on_with_an_arm_does_not_compare_it_anew_at_a_rung_it_has_passe
     def run_arm(point, arm, report):
         begun.append(arm)
         if len(begun) == 1:
-            return Outcome("done", 1.0) if not report(1, 0.25, 2.0) else Outcome("pruned")
+            return Outcome("pruned") if report(1, 0.25, 2.0) else Outcome("done", 1.0)
         if len(begun) == 2:
             assert not report(1, 0.25, 1.0)
             raise RuntimeError("out of memory")
@@ -266,9 +274,7 @@ def test_who_goes_on_with_an_arm_does_not_compare_it_anew_at_a_rung_it_has_passe
 
 
 @pytest.mark.parametrize("step", [0, EVAL_EVERY, STEPS])
-def test_a_stop_signal_during_an_arm_reaches_the_worker_whenever_it_comes(
-    train_with, run_one, step
-):
+def test_a_stop_signal_at_any_step_of_an_arm_reaches_the_worker(train_with, run_one, step):
     train_with(lambda now: os.kill(os.getpid(), signal.SIGTERM) if now == step else None)
     outcome, stop = run_one()
     assert stop.received == "SIGTERM"
@@ -289,18 +295,18 @@ def test_a_stop_signal_before_an_error_reaches_the_worker(train_with, run_one, e
     assert (outcome.status, stop.received) == ("failed", "SIGINT")
 
 
-def test_a_stop_signal_after_an_arm_was_pruned_reaches_the_worker_and_the_arm_is_pruned(
-    train_with, run_one
-):
+def test_a_stop_signal_after_an_arm_was_pruned_reaches_the_worker(train_with, run_one):
     train_with(after=lambda step: os.kill(os.getpid(), signal.SIGTERM))
     outcome, stop = run_one(Quiet(prunes=True))
     assert (outcome.status, stop.received) == ("pruned", "SIGTERM")
 
 
-def test_a_worker_that_was_told_to_stop_begins_no_other_arm(train_with, tmp_path):
-    trainer = train_with(
-        lambda step: os.kill(os.getpid(), signal.SIGTERM) if step == STEPS else None
-    )
+def test_a_worker_that_was_stopped_begins_no_other_arm(train_with, tmp_path):
+    def stop_at_end(step):
+        if step == STEPS:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    trainer = train_with(stop_at_end)
     study = search(tmp_path)
     assert len(trainer.began) == 1
     assert [row["state"] for row in trials_table(study)] == ["done"]
@@ -309,9 +315,7 @@ def test_a_worker_that_was_told_to_stop_begins_no_other_arm(train_with, tmp_path
 # Takeovers
 
 
-def test_an_heir_waits_until_the_worker_that_was_taken_for_dead_has_left_the_arm(
-    train_with, run_one, tmp_path
-):
+def test_a_successor_waits_until_a_worker_taken_for_dead_has_left(train_with, run_one, tmp_path):
     trainer = train_with()
     arm = Trials(tmp_path, new_definition(), "", StopSignals()).arm_of({RATE: 1e-3})
     asked = []
@@ -328,7 +332,7 @@ def test_an_heir_waits_until_the_worker_that_was_taken_for_dead_has_left_the_arm
     assert outcome.status == "done" and asked[:3] == [0, 0, 0] and trainer.began == [(arm, 0)]
 
 
-def test_an_heir_that_waits_heeds_a_stop(train_with, run_one, tmp_path):
+def test_a_successor_that_waits_ends_on_a_stop(train_with, run_one, tmp_path):
     trainer = train_with()
     arm = Trials(tmp_path, new_definition(), "", StopSignals()).arm_of({RATE: 1e-3})
     looks = iter([False, False, True])
@@ -355,9 +359,7 @@ def test_a_worker_whose_trial_was_taken_over_writes_no_record(
     assert not records(tmp_path)
 
 
-def test_an_heir_takes_the_record_that_the_worker_it_waited_for_has_written(
-    train_with, run_one, tmp_path
-):
+def test_a_successor_uses_the_record_of_the_worker_it_waited_for(train_with, run_one, tmp_path):
     trainer = train_with()
     outcome, _ = run_one()
     assert run_one()[0] == Outcome("done", pytest.approx(outcome.loss)) and len(trainer.began) == 1
@@ -366,36 +368,31 @@ def test_an_heir_takes_the_record_that_the_worker_it_waited_for_has_written(
 # What is minimised
 
 
-def test_a_search_over_what_a_token_is_minimises_bits_per_byte_and_prunes_by_them(
-    train_with, tmp_path
-):
+def test_a_search_over_tokenizers_minimises_bits_per_byte_and_prunes_by_them(train_with, tmp_path):
     train_with()
     of_tokens = Axis("data.tokenizer", ("bytes", "bpe"))
-    assert (
-        objective_of([of_tokens]) == "eval/bits_per_byte"
-        and objective_of([Axis("data.seq_len", (8,))]) == "eval/loss"
-    )
-    told = []
+    assert objective_of([of_tokens]) == "eval/bits_per_byte"
+    assert objective_of([Axis("data.seq_len", (8,))]) == "eval/loss"
+    reported = []
 
-    class Told(Quiet):
+    class Remembering(Quiet):
         def __call__(self, step, fraction, loss):
-            told.append(loss)
+            reported.append(loss)
             return False
 
     definition = new_definition(axes=(of_tokens,), objective="eval/bits_per_byte")
     trials = Trials(tmp_path, definition, "", StopSignals())
     arm = trials.arm_of({"data.tokenizer": "bytes"})
-    outcome = trials.run({"data.tokenizer": "bytes"}, arm, Told())
-    assert told == [BITS] * 4 and outcome == Outcome("done", loss=BITS)
+    outcome = trials.run({"data.tokenizer": "bytes"}, arm, Remembering())
+    assert reported == [BITS] * 4 and outcome == Outcome("done", loss=BITS)
     path = tmp_path / "arms" / arm / "record.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"final/eval/bits_per_byte": 1.5}))
     assert trials.known(arm).loss == 1.5  # of the record, for another study
-    assert Trials(tmp_path, new_definition(), "", StopSignals()).known(arm).loss == pytest.approx(
-        3e-3
-    )  # by its nats
+    in_nats = Trials(tmp_path, new_definition(), "", StopSignals()).known(arm)
+    assert in_nats.loss == pytest.approx(3e-3)
 
 
-def test_a_study_from_before_there_was_an_objective_goes_on_with_its_loss_and_no_other(tmp_path):
+def test_a_study_from_before_there_was_an_objective_keeps_its_loss(tmp_path):
     definition = new_definition(axes=(Axis("data.tokenizer", ("bytes", "bpe")),))
     content = definition.to_json()
     del content["objective"]
@@ -409,21 +406,19 @@ def test_a_study_from_before_there_was_an_objective_goes_on_with_its_loss_and_no
 # Arms of other studies in the directory
 
 
-def test_an_arm_that_another_study_finished_is_told_without_training_it_again(train_with, tmp_path):
+def test_an_arm_that_another_study_finished_is_not_trained_again(train_with, tmp_path):
     trainer = train_with()
     search(tmp_path, "one", trials=4)
     began = len(trainer.began)
     study = search(tmp_path, "two", trials=4)
     assert len(trainer.began) == began == len(records(tmp_path))
     rows = trials_table(study)
-    assert (
-        all(row["value"] == pytest.approx(row["params"][RATE]) for row in rows) and len(rows) == 4
-    )
+    assert len(rows) == 4
+    for row in rows:
+        assert row["value"] == pytest.approx(row["params"][RATE])
 
 
-def test_an_arm_that_another_study_pruned_is_trained_on_from_its_checkpoint(
-    train_with, run_one, tmp_path
-):
+def test_an_arm_that_another_study_pruned_is_continued(train_with, run_one, tmp_path):
     trainer = train_with()
     assert run_one(Quiet(prunes=True))[0].status == "pruned"
     (arm,) = records(tmp_path)
@@ -459,7 +454,7 @@ def failing(error):
     ("error", "status"),
     [(AlarmError("moe/entropy is low"), "stopped"), (NonFiniteError("loss is nan"), "failed")],
 )
-def test_an_arm_that_an_alarm_or_values_that_are_not_finite_end_has_failed_and_is_a_result(
+def test_an_arm_that_an_alarm_or_nonfinite_values_end_is_a_result(
     train_with, tmp_path, error, status
 ):
     train_with(failing(error))
@@ -469,9 +464,7 @@ def test_an_arm_that_an_alarm_or_values_that_are_not_finite_end_has_failed_and_i
     assert (record["status"], record["error"]) == (status, str(error))
 
 
-def test_a_configuration_that_does_not_fit_the_devices_fails_alone_and_has_no_record(
-    train_with, tmp_path
-):
+def test_only_the_arm_that_does_not_fit_the_devices_fails_without_a_record(train_with, tmp_path):
     def happens(step):
         if len(trainer.began) == 1:
             raise ConfigError("mesh.expert=3 must divide 8 devices")
@@ -483,7 +476,7 @@ def test_a_configuration_that_does_not_fit_the_devices_fails_alone_and_has_no_re
     assert len(records(tmp_path)) == 1
 
 
-def test_a_point_whose_training_raises_is_tried_so_often_and_the_worker_goes_on(
+def test_a_point_whose_training_raises_is_retried_and_the_worker_goes_on(
     train_with, tmp_path, caplog
 ):
     def happens(step):
@@ -495,13 +488,12 @@ def test_a_point_whose_training_raises_is_tried_so_often_and_the_worker_goes_on(
     ended = [row for row in trials_table(study) if row["state"] != "continued"]
     assert [row["state"] for row in ended] == ["failed", "done"]
     assert len(trainer.began) == 1 + MAX_RETRIES + 1
-    assert [row["error"] for row in untrained(study)] == [
-        "RuntimeError: RESOURCE_EXHAUSTED: out of memory"
-    ]
+    errors = [row["error"] for row in untrained(study)]
+    assert errors == ["RuntimeError: RESOURCE_EXHAUSTED: out of memory"]
     assert caplog.text.count("while allocating") > MAX_RETRIES
 
 
-def test_a_worker_where_nothing_can_be_trained_ends_before_it_has_spoilt_the_study(
+def test_a_worker_that_can_train_nothing_ends_and_does_not_spoil_the_study(
     train_with, tmp_path, monkeypatch
 ):
     monkeypatch.setattr("moejax.sweeps.search.worker.MAX_ERRORS", 2)
@@ -517,27 +509,29 @@ def test_a_worker_where_nothing_can_be_trained_ends_before_it_has_spoilt_the_stu
 
 def test_a_study_of_something_else_is_not_adopted(tmp_path):
     storage = f"sqlite:///{tmp_path / 'a.db'}"
-    optuna.create_study(study_name="used", storage=storage).add_trial(
-        optuna.trial.create_trial(value=1.0)
-    )
+    used = optuna.create_study(study_name="used", storage=storage)
+    used.add_trial(optuna.trial.create_trial(value=1.0))
     optuna.create_study(study_name="other way", storage=storage, direction="maximize")
     optuna.create_study(study_name="two aims", storage=storage, directions=["minimize", "minimize"])
     for name in ("used", "other way", "two aims"):
-        with pytest.raises(
-            StudyError, match="was not made by moejax sweep; choose another --study"
-        ):
+        message = "was not made by moejax sweep; choose another --study"
+        with pytest.raises(StudyError, match=message):
             create_study(storage, name, new_definition())
     optuna.create_study(study_name="empty", storage=storage)
     assert create_study(storage, "empty", new_definition()).user_attrs["moejax"]["trials"] == 2
 
 
-def test_the_number_of_trials_may_rise_also_while_workers_run(train_with, tmp_path):
+def test_the_number_of_trials_may_rise_even_while_workers_run(train_with, tmp_path):
     train_with()
     axes = (Axis(RATE, (), 1e-4, 1e-2),)
+
+    def study_of(trials):
+        definition = new_definition(axes=axes, trials=trials)
+        return create_study(str(tmp_path / "study.journal"), "s", definition)
+
     study = search(tmp_path, axes=axes)
-    with pytest.raises(
-        StudyError, match=r"has trials=2, which may only rise, not to 1; give --trials=2 or more"
-    ):
+    message = r"has trials=2, which may only rise, not to 1; give --trials=2 or more"
+    with pytest.raises(StudyError, match=message):
         search(tmp_path, axes=axes, trials=1)
     with pytest.raises(StudyError, match="has another sampler, trials"):
         search(tmp_path, axes=axes, trials=3, sampler="tpe")
@@ -545,15 +539,10 @@ def test_the_number_of_trials_may_rise_also_while_workers_run(train_with, tmp_pa
     assert [row["state"] for row in trials_table(study)] == ["done"] * 3
 
     def run_arm(point, arm, report):
-        create_study(
-            str(tmp_path / "study.journal"), "s", new_definition(axes=axes, trials=5)
-        )  # by somebody else
+        study_of(trials=5)  # by someone else
         return Outcome("done", 1.0)
 
-    trials = trials_in(
-        tmp_path,
-        create_study(str(tmp_path / "study.journal"), "s", new_definition(axes=axes, trials=4)),
-    )
+    trials = trials_in(tmp_path, study_of(trials=4))
     assert evaluate(study, trials, run_arm=run_arm) == 2
     assert len(trials_table(study)) == 5
 
@@ -563,7 +552,10 @@ def test_the_number_of_trials_may_rise_also_while_workers_run(train_with, tmp_pa
 
 @pytest.fixture
 def moejax(monkeypatch, tmp_path, capsys):
-    """`moejax sweep` with these arguments on the debug recipe in DIR; its exit code and the last line of its errors."""
+    """Runs `moejax sweep` with these arguments on the debug recipe in DIR.
+
+    Returns its exit code and the last line of its errors.
+    """
     settings = [f"--config.train.{key}={value}" for key, value in BASE["train"].items()]
 
     def run(*arguments, config="configs/debug.py"):
@@ -574,69 +566,63 @@ def moejax(monkeypatch, tmp_path, capsys):
         code = main(arguments)
         return code, (capsys.readouterr().err.strip().splitlines() or [""])[-1]
 
-    monkeypatch.setattr(
-        "moejax.cli.verbs.sweep_search.keep_programs", lambda: None
-    )  # tests have a folder of their own
+    # Tests have a compilation cache of their own.
+    monkeypatch.setattr("moejax.cli.verbs.sweep_search.keep_compilation_cache", lambda: None)
     return run
 
 
-SEARCH = (
-    f"{RATE}=0.001,0.002,0.003,0.004",
-    "--search=random",
-    "--trials=2",
-    "--dir=DIR",
-    "--study=s",
-)
+RATE_AXIS = f"{RATE}=0.001,0.002,0.003,0.004"
+SEARCH = (RATE_AXIS, "--search=random", "--trials=2", "--dir=DIR", "--study=s")
 
 
 @pytest.mark.parametrize("form", ["--storage={}", "--storage {}", "-storage={}"])
-def test_no_file_and_no_line_of_the_log_holds_the_password_of_a_storage(
+def test_neither_files_nor_the_log_hold_the_password_of_a_storage(
     moejax, train_with, tmp_path, monkeypatch, caplog, form
 ):
     caplog.set_level(logging.INFO)
     train_with()
-    monkeypatch.setattr(
-        "moejax.cli.verbs.sweep_search.create_study",
-        lambda storage, name, definition: create_study(
-            str(tmp_path / "study.journal"), name, definition
-        ),
-    )
+
+    def create_in_journal(storage, name, definition):
+        return create_study(str(tmp_path / "study.journal"), name, definition)
+
+    monkeypatch.setattr("moejax.cli.verbs.sweep_search.create_study", create_in_journal)
     url = "postgresql+psycopg://someone:s3cret@host/d?sslpassword=s3cret"
     assert moejax(*SEARCH, *form.format(url).split())[0] == 0
     assert main(["sweep", "report", str(tmp_path)]) == 0
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
-    assert {"report.html", "sweep.json", "records.jsonl", "config.json"} <= {
-        path.name for path in files
-    }
+    names = {path.name for path in files}
+    assert {"report.html", "sweep.json", "records.jsonl", "config.json"} <= names
     assert not [path for path in files if b"s3cret" in path.read_bytes()]
     assert "s3cret" not in caplog.text and "someone:***@host" in caplog.text
     assert "someone:***@host" in json.loads((tmp_path / "sweep.json").read_text())["command"]
 
 
-def test_a_search_of_points_that_cannot_be_trained_says_so_by_its_exit_code(moejax, train_with):
+def test_a_search_of_points_that_cannot_be_trained_exits_with_2(moejax, train_with):
     def happens(step):
         if trainer.began[-1] == trainer.began[0]:
             raise ConfigError("mesh.expert=3 must divide 8 devices")
 
     trainer = train_with(happens)
     code, error = moejax(*SEARCH)
-    assert (
-        code == 2 and "could not be trained (arm " in error and "mesh.expert=3 must divide" in error
-    )
+    assert code == 2
+    assert "could not be trained (arm " in error and "mesh.expert=3 must divide" in error
     train_with(failing(NonFiniteError("loss is nan")))  # a result
     assert moejax(*SEARCH[:-1], "--study=t", "--search_seed=3")[0] == 0
 
 
-def test_a_search_with_a_predicate_is_joined_by_its_command_and_by_no_worker(
-    moejax, train_with, tmp_path
-):
+FILTERED_SPACE = f"""
+
+def sweep():
+    from moejax.sweeps import choice, product, where
+
+    rates = where(choice("{RATE}", 0.001, 0.002), lambda point: point["{RATE}"] > 0.001)
+    return product(rates, choice("moe.top_k", 1, 2))
+"""
+
+
+def test_a_search_with_a_predicate_is_joined_by_its_command_only(moejax, train_with, tmp_path):
     recipe = tmp_path / "recipe.py"
-    recipe.write_text(
-        Path("configs/debug.py").read_text()
-        + "\n\ndef sweep():\n    from moejax.sweeps import choice, product, where\n"
-        f"    rates = choice('{RATE}', 0.001, 0.002)\n"
-        f"    return product(where(rates, lambda point: point['{RATE}'] > 0.001), choice('moe.top_k', 1, 2))\n"
-    )
+    recipe.write_text(Path("configs/debug.py").read_text() + FILTERED_SPACE)
     trainer = train_with()
     arguments = ("--search=random", "--dir=DIR", "--study=s", "--trials=1")
     assert moejax(*arguments, config=recipe)[0] == 0
@@ -682,17 +668,11 @@ def test_a_flag_that_would_change_nothing_is_refused(moejax, tmp_path, arguments
 @pytest.mark.parametrize(
     "flag",
     [
-        "--trials=3",
-        "--search=random",
-        "--pack=2",
-        "--gpus=1",
-        "--config=configs/debug.py",
-        "--port=99",
-        "--cores=0",
+        "--trials=3", "--search=random", "--pack=2", "--gpus=1", "--config=configs/debug.py",
+        "--port=99", "--cores=0",
     ],
-)
-def test_a_worker_takes_no_flag_that_the_study_settles(moejax, flag):
+)  # fmt: skip
+def test_a_worker_takes_no_flag_that_the_study_decides(moejax, flag):
     code, error = moejax("worker", "--study=s", "--storage=DIR/a.journal", flag)
-    assert code == 2 and error.startswith(
-        f"moejax: {flag} is not for a worker, which does what the study says"
-    ), error
+    message = f"moejax: {flag} is not for a worker, which does what the study says"
+    assert code == 2 and error.startswith(message), error

@@ -1,6 +1,7 @@
 """Addresses of storages: nothing of a password is shown, and any name of a file can be opened."""
 
 import logging
+import shlex
 
 import pytest
 from hypothesis import given, settings
@@ -8,6 +9,7 @@ from hypothesis import strategies as st
 
 from moejax.cli import main
 from moejax.cli.verbs.sweep_search import shown_command
+from moejax.sweeps import choice
 from moejax.sweeps.search.definition import Definition, StudyError, search_axes
 from moejax.sweeps.search.storage_address import (
     is_path,
@@ -17,51 +19,44 @@ from moejax.sweeps.search.storage_address import (
     without_secrets,
 )
 from moejax.sweeps.search.study import create_study, dashboard_command, open_study, serve_dashboard
-from moejax.sweeps.space import choice
 
 SECRET = "Tr0ub4dor"
 FORMS = (
-    "{d}://u:{s}@h/d", "{d}://u:{s}@h:5432/d?sslmode=require", "{d}:/u:{s}@h", "{d}:u:{s}@h/d", "{d}//u:{s}@h/d",
-    "//u:{s}@h/d", "u:{s}@h/d", "u:{s}@h", "{d}://u:p@{s}@h/d", "{d}://u:{s}@p@h/d", "{d}://u:p/{s}@h/d",
-    "{d}://u/x:{s}@h/d", "{d}://u:{s}", "{d}://u:{s}/d", "{d}://u:{s}@", "{d}://:{s}@h/d", "{d}://u:{s}@h:port/d",
-    "{d}://h/d?password={s}", "{d}://h/d?dsn=host=h password={s}", "{d}://h/d?dsn={s}", "{d}://h/d?sslkey={s}&a=b",
+    "{d}://u:{s}@h/d", "{d}://u:{s}@h:5432/d?sslmode=require", "{d}:/u:{s}@h", "{d}:u:{s}@h/d",
+    "{d}//u:{s}@h/d", "//u:{s}@h/d", "u:{s}@h/d", "u:{s}@h", "{d}://u:p@{s}@h/d",
+    "{d}://u:{s}@p@h/d", "{d}://u:p/{s}@h/d", "{d}://u/x:{s}@h/d", "{d}://u:{s}", "{d}://u:{s}/d",
+    "{d}://u:{s}@", "{d}://:{s}@h/d", "{d}://u:{s}@h:port/d", "{d}://h/d?password={s}",
+    "{d}://h/d?dsn=host=h password={s}", "{d}://h/d?dsn={s}", "{d}://h/d?sslkey={s}&a=b",
     "{d}://h/d;password={s}", "{d}://h/d?a={s}&a={s}", "{d}://h/d#{s}@x", "{d}://u:%54{s}@h/d",
     "{d}://h?{s}=1&pw {s}=2", "{d}:///?odbc_connect=DRIVER=x;UID=u;PWD={s}",
-    "{d}:///?odbc_connect=DRIVER%3Dx%3BPWD%3D{s}", "{d}://u:{s}@[::1]/d", "{d}://u:{s}@h,k:1/d", "{d} ://u:{s}@h/d",
-    " {d}://u:{s}@h/d", "{d}://u:p:{s}@h/d", "{d}://u:{s}@h/d.db", "{d}:/u:{s}@h/d.journal", "u:{s}@h/d.db",
-    "//u:{s}@h/d.log", "{d}://u:{s}@h/{{x}}", "{d}://u :{s} @h/d", "{d}:{s}",
+    "{d}:///?odbc_connect=DRIVER%3Dx%3BPWD%3D{s}", "{d}://u:{s}@[::1]/d", "{d}://u:{s}@h,k:1/d",
+    "{d} ://u:{s}@h/d", " {d}://u:{s}@h/d", "{d}://u:p:{s}@h/d", "{d}://u:{s}@h/d.db",
+    "{d}:/u:{s}@h/d.journal", "u:{s}@h/d.db", "//u:{s}@h/d.log", "{d}://u:{s}@h/{{x}}",
+    "{d}://u :{s} @h/d", "{d}:{s}",
 )  # fmt: skip
 DIALECTS = (
-    "postgresql+psycopg",
-    "postgresql",
-    "mysql+pymysql",
-    "mssql+pyodbc",
-    "sqlite",
-    "oracle",
-    "nosuch",
-    "x+y.z",
-)
+    "postgresql+psycopg", "postgresql", "mysql+pymysql", "mssql+pyodbc", "sqlite", "oracle",
+    "nosuch", "x+y.z",
+)  # fmt: skip
 
 
 def addresses():
-    secrets = st.text("abcXYZ019%+~!$^*()|<>", min_size=5, max_size=12).map(
-        lambda text: f"{SECRET}{text}"
-    )
-    return st.tuples(st.sampled_from(FORMS), st.sampled_from(DIALECTS), secrets).map(
-        lambda drawn: drawn[0].format(d=drawn[1], s=drawn[2])
-    )
+    endings = st.text("abcXYZ019%+~!$^*()|<>", min_size=5, max_size=12)
+    return st.builds(fill_form, st.sampled_from(FORMS), st.sampled_from(DIALECTS), endings)
+
+
+def fill_form(form, dialect, ending):
+    return form.format(d=dialect, s=f"{SECRET}{ending}")
 
 
 @settings(deadline=None)
 @given(addresses())
 def test_no_part_of_an_address_that_may_hold_a_password_is_shown(address):
     assert SECRET not in show_storage(address)
-    assert SECRET not in shown_command(
-        ["sweep", f"--storage={address}", "-storage", address, address]
-    )
-    assert SECRET not in without_secrets(
-        f'invalid port "{address}"; could not resolve {address.split("@")[-1]}', address
-    )
+    command = ["sweep", f"--storage={address}", "-storage", address, address]
+    assert SECRET not in shown_command(command)
+    message = f'invalid port "{address}"; could not resolve {address.split("@")[-1]}'
+    assert SECRET not in without_secrets(message, address)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -87,11 +82,13 @@ def test_no_error_about_a_storage_holds_its_password(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_is_harmless_in_an_address_is_shown():
+def test_the_harmless_parts_of_an_address_are_shown():
     shown = {
         "runs/a b.db": "runs/a b.db",
         "runs/p@1/study.journal": "runs/p@1/study.journal",
-        "postgresql+psycopg://someone:pw@host:5432/d_b?sslmode=x": "postgresql+psycopg://someone:***@host:5432/d_b?***",
+        "postgresql+psycopg://some:pw@host:5432/d_b?sslmode=x": (
+            "postgresql+psycopg://some:***@host:5432/d_b?***"
+        ),
         "mysql+pymysql://host/d": "mysql+pymysql://host/d",
         "postgresql+psycopg://u:pw@[::1]:5/d": "postgresql+psycopg://u:***@::1:5/d",
         "sqlite:////runs/a%20b.db": "sqlite:////runs/a b.db",
@@ -111,15 +108,13 @@ def definition():
     "name", ["p%20q", "q?m", "a#b", "a b", "p%2Fq", "{x}", "ünï", "a&b=c", "a+b", "a;b"]
 )
 @pytest.mark.parametrize("ending", [".db", ".journal"])
-def test_a_storage_is_the_file_that_was_named_whatever_its_name(name, ending, definition, tmp_path):
+def test_a_storage_is_the_named_file_whatever_its_name(name, ending, definition, tmp_path):
     storage = tmp_path / name / f"study{ending}"
     create_study(str(storage), "s", definition)
     assert storage.is_file() and [path.name for path in tmp_path.iterdir()] == [name]
     assert open_study(str(storage), "s").study_name == "s"  # as a worker joins
     if ending == ".db":
-        address = dashboard_command(str(storage)).split("'")[1] if "'" in dashboard_command(str(storage)) else (
-            dashboard_command(str(storage)).split()[1]
-        )  # fmt: skip
+        _, address, *_ = shlex.split(dashboard_command(str(storage)))
         assert sqlite_path(address) == storage and open_study(address, "s").study_name == "s"
 
 
@@ -127,11 +122,8 @@ def test_paths_and_addresses_are_told_apart(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert sqlite_path("a.db") == tmp_path / "a.db" and journal_path("a.log") == tmp_path / "a.log"
     assert sqlite_path("sqlite:///a.db") == tmp_path / "a.db" and sqlite_path("sqlite://") is None
-    assert (
-        journal_path("sqlite:///a.journal") is None
-        and not is_path("sqlite:///a.db")
-        and is_path("./u:p/a.db")
-    )
+    assert journal_path("sqlite:///a.journal") is None
+    assert not is_path("sqlite:///a.db") and is_path("./u:p/a.db")
 
 
 def test_a_dashboard_without_a_study_is_refused_and_makes_nothing(
@@ -140,18 +132,13 @@ def test_a_dashboard_without_a_study_is_refused_and_makes_nothing(
     monkeypatch.setattr("optuna_dashboard.run_server", lambda *_, **__: pytest.fail("it is served"))
     empty = tmp_path / "empty.journal"
     empty.touch()
-    for storage in (
-        tmp_path / "a.journal",
-        tmp_path / "sub/a.db",
-        f"sqlite:///{tmp_path}/b.db",
-        empty,
-    ):
+    missing = [tmp_path / "a.journal", tmp_path / "sub/a.db", f"sqlite:///{tmp_path}/b.db"]
+    for storage in [*missing, empty]:
         assert main(["sweep", "dashboard", f"--storage={storage}"]) == 2
         error = capsys.readouterr().err
         assert "there is no study in" in error and error.count("\n") == 1
-    assert [path.name for path in tmp_path.iterdir()] == [
-        "empty.journal"
-    ] and empty.read_bytes() == b""
+    assert [path.name for path in tmp_path.iterdir()] == ["empty.journal"]
+    assert empty.read_bytes() == b""
     monkeypatch.setattr("optuna_dashboard.run_server", lambda *_, **__: None)
     create_study(str(tmp_path / "c.db"), "s", definition)
     assert main(["sweep", "dashboard", f"--storage={tmp_path / 'c.db'}"]) == 0
@@ -161,15 +148,10 @@ def test_a_damaged_journal_is_one_line_that_names_it(definition, tmp_path):
     path = tmp_path / "study.journal"
     create_study(str(path), "s", definition)
     content = path.read_bytes()
-    deep = b"[" * 100_000
-    for damaged in (
-        b"x\n" + content,
-        b"[1]\n" + content,
-        b"3\n",
-        b'{"op_code": 99, "worker_id": "a"}\n',
-        deep,
-        b"\xff\n",
-    ):
+    nested_deeply = b"[" * 100_000
+    unknown_operation = b'{"op_code": 99, "worker_id": "a"}\n'
+    before_it = [b"x\n" + content, b"[1]\n" + content]
+    for damaged in [*before_it, b"3\n", unknown_operation, nested_deeply, b"\xff\n"]:
         path.write_bytes(damaged + b"\n")
         with pytest.raises(StudyError) as caught:
             open_study(str(path), "s")

@@ -1,4 +1,4 @@
-"""Records of arms: what a row says of a run, and the joint files."""
+"""Records of arms: what a row says about a run, and the joint files."""
 
 import json
 
@@ -41,18 +41,19 @@ def rewrite(path, change):
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def test_a_row_tells_what_an_arm_was_and_how_it_ended(tmp_path):
+def test_a_row_says_what_an_arm_was_and_how_it_ended(tmp_path):
     entry = entry_of({"moe.num_experts": 4, "train.seed": 7}, matched={"moe.d_expert": 96})
     workdir = write_run(tmp_path / entry["id"], entry, loss=3.0, dropped=0.25)
     row = record(workdir, entry)
     expected = {
-        "arm": entry["id"], "config_hash": entry["config_hash"], "status": "done", "error": None, "packed": 1,
-        "override/moe.num_experts": 4, "override/train.seed": 7, "matched/moe.d_expert": 96, "seed": 7,
-        "params_total": 4000, "params_active": 1000, "flops_per_token": 6000, "flops_total": 6000.0 * 6400,
-        "steps": 100, "steps_planned": 100, "fraction": 1.0, "tokens": 6400, "wall_s": 5.0, "step_s": 0.05,
-        "final/eval/loss": 3.0, "final/loss/lm": 3.0, "best/eval/loss": 3.0, "best/step": 100,
-        "tail/moe/dropped": 0.25, "tail/loss/lm": 3.0, "median/perf/tokens_per_s": 1000.0, "alarms": 0,
-        "alarm_rules": "[]", "device": "1 x cpu (cpu)", "git_commit": "abc",
+        "arm": entry["id"], "config_hash": entry["config_hash"], "status": "done", "error": None,
+        "packed": 1, "override/moe.num_experts": 4, "override/train.seed": 7,
+        "matched/moe.d_expert": 96, "seed": 7, "params_total": 4000, "params_active": 1000,
+        "flops_per_token": 6000, "flops_total": 6000.0 * 6400, "steps": 100, "steps_planned": 100,
+        "fraction": 1.0, "tokens": 6400, "wall_s": 5.0, "step_s": 0.05, "final/eval/loss": 3.0,
+        "final/loss/lm": 3.0, "best/eval/loss": 3.0, "best/step": 100, "tail/moe/dropped": 0.25,
+        "tail/loss/lm": 3.0, "median/perf/tokens_per_s": 1000.0, "alarms": 0, "alarm_rules": "[]",
+        "device": "1 x cpu (cpu)", "git_commit": "abc",
     }  # fmt: skip
     assert {key: row[key] for key in expected} == expected
     evaluations = [
@@ -79,31 +80,31 @@ def test_the_tail_is_a_tenth_of_the_planned_steps_and_at_least_one_interval(tmp_
 def test_the_speed_of_an_arm_is_the_median_over_its_intervals(tmp_path):
     entry = entry_of({})
     workdir = write_run(tmp_path / "a", entry)
-    slow = lambda line: line | {"perf/tokens_per_s": 10.0} if line["step"] > 80 else line  # noqa: E731
-    rewrite(workdir / "metrics.jsonl", slow)
-    row = record(workdir, entry)
-    assert (
-        row["median/perf/tokens_per_s"]
-        == 1000.0
-        == median_speed(open_run(workdir).series("perf/tokens_per_s")[1])
-    )
+
+    def slow_down(line):
+        return line | {"perf/tokens_per_s": 10.0} if line["step"] > 80 else line
+
+    rewrite(workdir / "metrics.jsonl", slow_down)
+    _, speeds = open_run(workdir).series("perf/tokens_per_s")
+    assert record(workdir, entry)["median/perf/tokens_per_s"] == median_speed(speeds) == 1000.0
 
 
-def test_an_arm_of_a_pack_has_its_share_of_the_packs_time_in_every_number_of_speed(tmp_path):
+def test_every_speed_of_an_arm_in_a_pack_is_for_its_share_of_the_time(tmp_path):
     entry = entry_of({})
-    alone, packed = (write_run(tmp_path / name, entry) for name in ("alone", "packed"))
-    together = {"perf/tokens_per_s": 250.0, "perf/arms": 4}  # a machine that does 1,000
-    rewrite(
-        packed / "metrics.jsonl",
-        lambda line: line | together if "perf/tokens_per_s" in line else line,
-    )
+    alone = write_run(tmp_path / "alone", entry)
+    packed = write_run(tmp_path / "packed", entry)
+    in_pack = {"perf/tokens_per_s": 250.0, "perf/arms": 4}  # a machine that does 1,000
+
+    def put_in_pack(line):
+        return line | in_pack if "perf/tokens_per_s" in line else line
+
+    rewrite(packed / "metrics.jsonl", put_in_pack)
     rows = [record(alone, entry), record(packed, entry)]
     assert rows[0]["median/perf/tokens_per_s"] == rows[1]["median/perf/tokens_per_s"] == 1000.0
     shares = [training_seconds(workdir) for workdir in (alone, packed)]
     assert shares[0].step_s == shares[1].step_s and (shares[0].arms, shares[1].arms) == (1, 4)
-    runs = [open_run(workdir) for workdir in (alone, packed)]
-    whole = [seconds_trained(run.series)[1] for run in runs]
-    np.testing.assert_allclose(whole[0], whole[1], rtol=1e-12)
+    seconds = [seconds_trained(open_run(workdir).series)[1] for workdir in (alone, packed)]
+    np.testing.assert_allclose(seconds[0], seconds[1], rtol=1e-12)
 
 
 def test_a_schedule_of_top_k_leaves_the_arithmetic_of_an_arm_unknown(tmp_path):
@@ -141,26 +142,15 @@ def test_a_loss_that_is_not_finite_at_the_end_is_no_final_loss(tmp_path):
 
 def test_an_arm_that_failed_early_has_a_row_too(tmp_path):
     entry = entry_of({"moe.top_k": 2})
-    row = record(
-        tmp_path / "none",
-        entry,
-        status="failed",
-        error="loss is nan\nat step 3",
-        wall_s=None,
-        step_s=None,
-    )
-    assert (row["status"], row["error"], row["steps"], row["tokens"]) == (
-        "failed",
-        "loss is nan",
-        0,
-        None,
-    )
+    failure = {"status": "failed", "error": "loss is nan\nat step 3"}
+    row = record(tmp_path / "none", entry, **failure, wall_s=None, step_s=None)
+    assert (row["status"], row["error"]) == ("failed", "loss is nan")
+    assert (row["steps"], row["tokens"]) == (0, None)
     assert row["evaluations"] == "[]" and row["device"] is None and row["fraction"] == 0
     row = record(write_run(tmp_path / "half", entry, end=55), entry, status="stopped")
     assert (row["steps"], row["fraction"], row["final/eval/loss"]) == (50, 0.5, 3.5)
-    with pytest.raises(
-        RecordError, match="status='over' must be one of done, stopped, failed, pruned"
-    ):
+    message = "status='over' must be one of done, stopped, failed, pruned"
+    with pytest.raises(RecordError, match=message):
         record(tmp_path / "none", entry, status="over")
 
 
@@ -177,14 +167,13 @@ def test_alarms_are_counted_when_they_begin(tmp_path):
     assert row["alarms"] == 3 and json.loads(row["alarm_rules"]) == ["collapse", "drops"]
 
 
-def test_rows_are_joined_in_the_order_of_the_sweep_and_those_of_running_arms_are_left_out(tmp_path):
+def test_rows_of_ended_arms_are_joined_in_the_order_of_the_sweep(tmp_path):
     entries = make_sweep(tmp_path, [{"moe.top_k": k} for k in (4, 1, 2)])
     (tmp_path / "arms" / entries[1]["id"] / "record.json").unlink()
     assert [row["override/moe.top_k"] for row in collect(tmp_path)] == [4, 2]
     frame = read_records(tmp_path)
-    assert (
-        list(frame["override/moe.top_k"]) == [4, 2] and type(frame["override/moe.top_k"][0]) is int
-    )
+    assert list(frame["override/moe.top_k"]) == [4, 2]
+    assert type(frame["override/moe.top_k"][0]) is int
     assert not list(tmp_path.glob("*.partial"))
 
 
@@ -198,20 +187,13 @@ def test_rows_have_the_axes_that_the_sweep_has_now(tmp_path):
     ]  # fmt: skip
     assert [*row][:5] == ["arm", "config_hash", "status", "error", "override/moe.top_k"]
     before = read_record(tmp_path / "arms" / entry["id"])
-    assert {key: row[key] for key in row if "/" not in key} == {
-        key: before[key] for key in before if "/" not in key
-    }
+    kept = {key: value for key, value in before.items() if "/" not in key}
+    assert {key: value for key, value in row.items() if "/" not in key} == kept
 
 
-def test_both_joint_files_say_the_same_with_mixed_values_on_one_axis(tmp_path):
-    points = [
-        {"a.b": 1},
-        {"a.b": 0.5},
-        {"a.b": "auto"},
-        {"a.c": True},
-        {"a.d": 1},
-        {"a.d": 0.5, "a.e": '<&"'},
-    ]
+def test_both_joint_files_hold_the_same_with_mixed_values_on_one_axis(tmp_path):
+    mixed = [{"a.b": 1}, {"a.b": 0.5}, {"a.b": "auto"}]
+    points = [*mixed, {"a.c": True}, {"a.d": 1}, {"a.d": 0.5, "a.e": '<&"'}]
     make_sweep(tmp_path, points)
     collect(tmp_path)
     from_jsonl = read_records(tmp_path)
@@ -220,16 +202,11 @@ def test_both_joint_files_say_the_same_with_mixed_values_on_one_axis(tmp_path):
     assert from_jsonl.equals(from_parquet[from_jsonl.columns])
     assert from_parquet["override/a.b"].tolist() == [1, 0.5, "auto", None, None, None]
     types = {field.name: str(field.type) for field in pq.read_schema(tmp_path / "records.parquet")}
-    assert (
-        types["override/a.d"] == "double"
-        and types["final/eval/loss"] == "double"
-        and types["steps"] == "int64"
-    )
-    assert (
-        types["override/a.b"] == "string"
-        and types["override/a.c"] == "bool"
-        and types["error"] == "null"
-    )
+    expected = {
+        "override/a.d": "double", "final/eval/loss": "double", "steps": "int64",
+        "override/a.b": "string", "override/a.c": "bool", "error": "null",
+    }  # fmt: skip
+    assert {name: types[name] for name in expected} == expected
 
 
 def test_integers_beyond_64_bits_and_no_rows_at_all_fit_parquet(tmp_path):
@@ -242,7 +219,7 @@ def test_integers_beyond_64_bits_and_no_rows_at_all_fit_parquet(tmp_path):
     assert collect(tmp_path / "empty") == [] and len(read_records(tmp_path / "empty")) == 0
 
 
-def test_a_record_is_there_whole_or_not_at_all(tmp_path):
+def test_all_of_a_record_is_there_or_nothing(tmp_path):
     entry = entry_of({})
     assert read_record(tmp_path / "a") is None
     row = record(tmp_path / "a", entry, status="failed", error="x")
@@ -253,72 +230,50 @@ def test_a_record_is_there_whole_or_not_at_all(tmp_path):
     assert read_record(tmp_path / "a") == row
 
 
+DAMAGED_RECORDS = [
+    ("{", r"records.jsonl is damaged .*remove it and run"),
+    ('{"arm": 3}\n', r"records.jsonl: row 1 has no arm"),
+]
+
+DAMAGED_ROWS = [
+    ('{"arm"', r"record.json is damaged .*remove it"),
+    ("[]", r"must be a JSON object with an arm"),
+]
+
+DAMAGED_DEFINITIONS = [
+    ("{", r"sweep.json is damaged .*restore it"),
+    ("[]", r"sweep.json must be a JSON object with a list"),
+    ('{"arms": [3]}', r"sweep.json: arm 0 must have id"),
+]
+
+
+def check_damages(path, damages, read):
+    before = path.read_text()
+    for damaged, message in damages:
+        path.write_text(damaged)
+        with pytest.raises(RecordError, match=message):
+            read()
+    path.write_text(before)
+
+
 def test_damaged_files_are_named_with_a_remedy(tmp_path):
-    with pytest.raises(
-        RecordError, match=r"sweep.json is missing; .* give the directory of a sweep"
-    ):
+    message = r"sweep.json is missing; .* give the directory of a sweep"
+    with pytest.raises(RecordError, match=message):
         collect(tmp_path)
     with pytest.raises(RecordError, match=r"neither records.jsonl nor records.parquet"):
         read_records(tmp_path)
     (entry,) = make_sweep(tmp_path, [{"moe.top_k": 1}])
     workdir = tmp_path / "arms" / entry["id"]
-    definition = (tmp_path / "sweep.json").read_text()
     collect(tmp_path)
-    for name, damage, read, wanted in [
-        (
-            "records.jsonl",
-            "{",
-            lambda: read_records(tmp_path),
-            r"records.jsonl is damaged .*remove it and run",
-        ),
-        (
-            "records.jsonl",
-            '{"arm": 3}\n',
-            lambda: read_records(tmp_path),
-            r"records.jsonl: row 1 has no arm",
-        ),
-        (
-            f"arms/{entry['id']}/record.json",
-            '{"arm"',
-            lambda: collect(tmp_path),
-            r"record.json is damaged .*remove it",
-        ),
-        (
-            f"arms/{entry['id']}/record.json",
-            "[]",
-            lambda: collect(tmp_path),
-            r"must be a JSON object with an arm",
-        ),
-        (
-            "sweep.json",
-            "{",
-            lambda: read_definition(tmp_path),
-            r"sweep.json is damaged .*restore it",
-        ),
-        (
-            "sweep.json",
-            "[]",
-            lambda: read_definition(tmp_path),
-            r"sweep.json must be a JSON object with a list",
-        ),
-        (
-            "sweep.json",
-            definition.replace(entry["id"], "../../else"),
-            lambda: read_definition(tmp_path),
-            r"sweep.json: arm 0: id '../../else' must be ten hexadecimal digits",
-        ),
-        (
-            "sweep.json",
-            '{"arms": [3]}',
-            lambda: read_definition(tmp_path),
-            r"sweep.json: arm 0 must have id",
-        ),
-    ]:
-        before = (tmp_path / name).read_text()
-        (tmp_path / name).write_text(damage)
-        with pytest.raises(RecordError, match=wanted):
-            read()
-        (tmp_path / name).write_text(before)
+    check_damages(tmp_path / "records.jsonl", DAMAGED_RECORDS, lambda: read_records(tmp_path))
+    check_damages(workdir / "record.json", DAMAGED_ROWS, lambda: collect(tmp_path))
+    definition = tmp_path / "sweep.json"
+    path_as_id = (
+        definition.read_text().replace(entry["id"], "../../else"),
+        r"sweep.json: arm 0: id '../../else' must be ten hexadecimal digits",
+    )
+    damages = [*DAMAGED_DEFINITIONS, path_as_id]
+    check_damages(definition, damages, lambda: read_definition(tmp_path))
     (tmp_path / "records.jsonl").unlink()
     (tmp_path / "records.parquet").write_bytes(b"PAR1")
     with pytest.raises(RecordError, match=r"records.parquet is damaged .*remove it"):
