@@ -1,6 +1,7 @@
 """Eight fake CPU devices, shape checking of signatures, and strictness for tests only."""
 
 import atexit
+import collections
 import gc
 import importlib.metadata
 import os
@@ -47,13 +48,11 @@ atexit.register(shutil.rmtree, os.environ["XDG_STATE_HOME"], ignore_errors=True)
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 if "MOEJAX_TESTS_OPTIMIZED" not in os.environ:
-    jax.config.update(
-        "jax_disable_most_optimizations", True
-    )  # compiles three times faster; shapes here are tiny
+    # Compiles three times faster; shapes here are tiny.
+    jax.config.update("jax_disable_most_optimizations", True)
 
-gc.set_threshold(
-    100_000, 50, 50
-)  # millions of live objects of jax's caches are looked through less often
+# Millions of live objects of jax's caches are looked through less often.
+gc.set_threshold(100_000, 50, 50)
 
 install_import_hook("moejax", "strict_types.check")
 
@@ -85,3 +84,16 @@ def pytest_collection_modifyitems(items):
     """
     long = ("tests/training", "tests/moe/expert_parallel", "tests/sweeps/runners")
     items.sort(key=lambda item: not item.nodeid.startswith(long))
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Prints the ten slowest of many files: seconds of set-up, tests and tear-down."""
+    seconds = collections.Counter()
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if isinstance(report, pytest.TestReport):
+                seconds[report.nodeid.partition("::")[0]] += report.duration
+    if len(seconds) > 10:
+        terminalreporter.section("slowest files")
+        for file, total in seconds.most_common(10):
+            terminalreporter.write_line(f"{total:6.0f} s  {file}")
