@@ -53,7 +53,9 @@ def drawn(monkeypatch):
     """The axes of what a figure draws."""
     found = []
     monkeypatch.setattr(
-        figures.Drawing, "of", lambda figure: found.append(figure.axes[0]) or figures.Drawing()
+        figures.Drawing,
+        "from_figure",
+        lambda figure: found.append(figure.axes[0]) or figures.Drawing(),
     )
     return found
 

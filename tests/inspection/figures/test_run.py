@@ -71,7 +71,7 @@ def test_drawing_needs_no_pyplot():
     code = """
 import sys
 import numpy as np
-from moejax.inspection import figures
+from moejax.inspection.figures import run as figures
 figures.draw_load_over_time(np.array([1, 2]), np.ones((2, 3), int))
 figures.draw_curves([figures.Curve("a", np.arange(3), np.ones(3))], "y", reference=(1.0, "level"))
 sys.exit("matplotlib.pyplot" in sys.modules)
