@@ -1,4 +1,4 @@
-"""Counterfactuals: each change against a model edited by hand, NumPy, or what must come out as nothing."""
+"""Counterfactuals against a model edited by hand, NumPy, or changes that must have no effect."""
 
 import dataclasses
 import json
@@ -49,7 +49,10 @@ N, E, K = 2, 4, 2
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
-    """A run directory with random weights that are large enough for routing to matter, and a selection bias."""
+    """A run directory with a selection bias and random weights.
+
+    The weights are large enough for routing to matter.
+    """
     folder = tmp_path_factory.mktemp("counterfactuals")
     rng = np.random.default_rng(0)
     for i in range(40):
@@ -135,8 +138,8 @@ def put(module, name, value):
     setattr(module, name, getattr(module, name).replace(value))
 
 
-def changed_nats(parts, batch, surgeries):
-    return float(parts.run_changed(batch, parts.begin(batch), surgeries).nats_B.sum())
+def changed_nats(parts, batch, edits):
+    return float(parts.run_edited(batch, parts.begin(batch), edits).nats_B.sum())
 
 
 def at(n, function, *arguments):
@@ -234,14 +237,14 @@ def test_layer_by_layer_is_the_model_in_one_piece(parts, loaded, batch):
 
 @pytest.mark.parametrize(("layer", "expert"), [(0, 2), (1, 1)])
 def test_an_ablation_is_the_model_with_that_expert_edited(parts, loaded, batch, layer, expert):
-    def silence(moe):
+    def zero_output(moe):
         put(moe.experts, "down", moe.experts.down[...].at[layer, expert].set(0))
 
     def block(moe):  # the bias enters the ranking alone
         put(moe, "selection_bias", moe.selection_bias[...].at[layer, expert].set(-1e9))
 
     trained = nats_of(loaded.model, batch)
-    for operate, edit in ((interventions.ablated, silence), (interventions.blocked, block)):
+    for operate, edit in ((interventions.ablated, zero_output), (interventions.blocked, block)):
         expected = nats_of(edited(loaded.model, edit), batch)
         assert abs(expected - trained) > 0.01
         assert changed_nats(parts, batch, at(layer, operate, expert)) == pytest.approx(
@@ -311,7 +314,7 @@ def test_merged_experts_both_have_the_mean_and_the_others_what_they_had(parts):
         np.testing.assert_array_equal(new[[0, 2]], old[[0, 2]])
 
 
-def test_surgery_leaves_the_layer_that_it_was_given_as_it_was(parts):
+def test_an_intervention_leaves_the_layer_that_it_was_given_as_it_was(parts):
     moe = parts.moes[0]
     graphdef, before = nnx.split(moe)
     before = jax.device_get(before)
@@ -373,14 +376,14 @@ def test_ablating_other_experts_and_layers_compiles_nothing(parts, batch):
     batch = jax.tree.map(lambda x: x[:3], batch)  # a shape that nothing was compiled for yet
     residuals = parts.begin(batch)
     for operate in (interventions.blocked, interventions.ablated):
-        parts.run_changed(batch, residuals, at(0, operate, 0))
-    parts.run_changed(batch, residuals, at(0, interventions.swapped, 0, 1))
+        parts.run_edited(batch, residuals, at(0, operate, 0))
+    parts.run_edited(batch, residuals, at(0, interventions.swapped, 0, 1))
     before = evaluating._apply._cache_size()
     for n in range(N):
         for expert in range(E):
-            parts.run_changed(batch, residuals, at(n, interventions.blocked, expert))
-            parts.run_changed(batch, residuals, at(n, interventions.ablated, expert))
-            parts.run_changed(batch, residuals, at(n, interventions.swapped, 0, expert))
+            parts.run_edited(batch, residuals, at(n, interventions.blocked, expert))
+            parts.run_edited(batch, residuals, at(n, interventions.ablated, expert))
+            parts.run_edited(batch, residuals, at(n, interventions.swapped, 0, expert))
     assert evaluating._apply._cache_size() == before
 
 
@@ -465,7 +468,7 @@ def test_what_a_router_cannot_do_is_left_out_and_all_the_rest_is_possible(router
             and change.setting not in CAPACITY_FACTORS[1:]
         ):
 
-            def run(state, x_BLD, info, operate=change.surgeries[0]):
+            def run(state, x_BLD, info, operate=change.edits[0]):
                 return operate(nnx.merge(graphdef, state))(x_BLD, info)[0]
 
             assert jax.eval_shape(run, state, x_BLD, info).shape == x_BLD.shape
@@ -475,12 +478,10 @@ def test_in_a_model_of_different_layers_each_change_is_done_where_it_can_be():
     layers = layers_of(case_config("layers that differ"))  # hash, dense, K = 1
     changes, left_out = plan(layers, KINDS, top_k=(1, 3))
     assert left_out["ablate: not selectable"] == (
-        "layer 0: moe.router=hash ranks no expert behind those that a token visits"
+        "layer 0: moe.router=hash ranks no expert after those that a token visits"
     )
     assert "layer 0: K=3 must be between 1 and 2" in left_out["top_k: K=3"]
-    by_k = {
-        change.setting: sorted(change.surgeries) for change in changes if change.kind == "top_k"
-    }
+    by_k = {change.setting: sorted(change.edits) for change in changes if change.kind == "top_k"}
     assert by_k == {1: [0, 1], 3: [1]}
     ablated = {(change.what, change.layer) for change in changes if change.kind == "ablate"}
     assert ablated == {(OUTPUT_ZERO, 0), (OUTPUT_ZERO, 2), (NOT_SELECTABLE, 2)}
