@@ -18,8 +18,7 @@ from moejax.data.tokenizers import ByteTokenizer
 from moejax.inference import route
 from moejax.inference.load import LoadedRun
 from moejax.inspection import Trace, open_run
-from moejax.inspection.analysis import trace
-from moejax.inspection.analysis.trace import route_corpus, spread_rows
+from moejax.inspection.analysis.trace import route_corpus, spread_rows, trace
 from moejax.inspection.report.build import count_routed_tokens
 from moejax.models import Decoder
 from moejax.models.parameters import count_parameters
