@@ -82,7 +82,7 @@ class Information:
         Below 1 even where routing is a function of the attribute: with K choices for each token by
         (H - log2 K) / H, and by what chance alone would show. `adjusted_N` corrects for both.
         """
-        return _ratio(self.excess_N, self.entropy_N)
+        return ratio_or_zero(self.excess_N, self.entropy_N)
 
     @property
     def adjusted_N(self) -> Float64[np.ndarray, "N"]:
@@ -92,10 +92,10 @@ class Information:
         Clusterings Comparison". Unsteady where chance alone comes near the ceiling, as with
         attributes of a few tokens per value.
         """
-        return _ratio(self.excess_N, self.ceiling_N - self.baseline_N)
+        return ratio_or_zero(self.excess_N, self.ceiling_N - self.baseline_N)
 
 
-def _ratio(part_N: np.ndarray, all_N: np.ndarray) -> np.ndarray:
+def ratio_or_zero(part_N: np.ndarray, all_N: np.ndarray) -> np.ndarray:
     """Returns part over all, 0 where all is 0."""
     return np.divide(part_N, all_N, out=np.zeros_like(part_N), where=all_N > 1e-9)
 

@@ -1,4 +1,4 @@
-"""Figures of counterfactuals: what is drawn is what was found, and noise is told from effect."""
+"""Figures of counterfactuals: what is drawn is what was found, and noise is marked."""
 
 import base64
 import dataclasses
@@ -12,14 +12,24 @@ from moejax.inspection.counterfactuals.result import AS_TRAINED, Counterfactuals
 from moejax.inspection.figures import counterfactuals as figures
 
 N, E = 2, 4
-CHANGES = {(way, n, e): 0.01 * (n * E + e - 2) * sign for way, sign in ((NOT_SELECTABLE, 1), (OUTPUT_ZERO, -4))
-           for n in range(N) for e in range(E)}  # fmt: skip
+CELLS = [(n, e) for n in range(N) for e in range(E)]
+CHANGES = {(NOT_SELECTABLE, n, e): 0.01 * (n * E + e - 2) for n, e in CELLS}
+CHANGES |= {(OUTPUT_ZERO, n, e): -0.04 * (n * E + e - 2) for n, e in CELLS}
 
 
-def outcome(
-    kind, what, layer=None, experts=(), setting=None, change=0.0, error=0.001, mass=1.0, dropped=0.0
-):
-    return Outcome(kind, what, layer, experts, setting, 2.0 + change, change, error, mass, dropped)
+def outcome(kind, what, layer=None, experts=(), *, change=0.0, error=0.001, mass=1.0, **values):
+    settings = {"setting": None, "dropped": 0.0} | values
+    return Outcome(
+        kind=kind,
+        what=what,
+        layer=layer,
+        experts=experts,
+        loss=2.0 + change,
+        change=change,
+        standard_error=error,
+        gate_mass=mass,
+        **settings,
+    )
 
 
 ROWS = (

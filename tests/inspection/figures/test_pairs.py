@@ -1,4 +1,4 @@
-"""Figures of layers, pairs of experts, paths and specialisation: what is drawn is what was counted."""
+"""Figures of layers, pairs of experts, paths and specialisation: drawn as counted."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Figures: what is drawn is what was measured, small enough for a page, readable on a phone, the same every time."""
+"""Figures of a run: drawn as measured, small, readable on a phone, the same every time."""
 
 import base64
 import os
@@ -11,7 +11,9 @@ import matplotlib
 import numpy as np
 import pytest
 
+from moejax.inspection.figures import load
 from moejax.inspection.figures import run as figures
+from moejax.inspection.figures.columns import sum_columns
 from moejax.inspection.figures.run import (
     Chart,
     Curve,
@@ -20,6 +22,7 @@ from moejax.inspection.figures.run import (
     draw_final_load,
     draw_load_over_time,
 )
+from moejax.inspection.figures.style import short_number
 
 
 def svg_of(uri):
@@ -152,19 +155,20 @@ def test_load_is_measured_against_a_uniform_load():
 
 
 def test_columns_of_a_heat_map_end_at_the_logged_steps():
-    edges, counts = figures._columns(np.array([20, 40, 60]), np.arange(6).reshape(3, 2))
+    edges, counts = sum_columns(np.array([20, 40, 60]), np.arange(6).reshape(3, 2), 200)
     assert edges.tolist() == [0, 20, 40, 60]
     assert counts.tolist() == [[0, 1], [2, 3], [4, 5]]
-    assert figures._columns(np.array([7]), np.ones((1, 2), int))[0].tolist() == [0, 7]
-    assert figures._columns(np.array([0]), np.ones((1, 2), int))[0].tolist() == [-1, 0]
+    assert sum_columns(np.array([7]), np.ones((1, 2), int), 200)[0].tolist() == [0, 7]
+    assert sum_columns(np.array([0]), np.ones((1, 2), int), 200)[0].tolist() == [-1, 0]
 
 
 def test_a_long_history_is_summed_into_columns_and_loses_no_count():
     steps = np.arange(1, 1001) * 20
     counts = np.random.default_rng(0).integers(0, 9, (1000, 4))
-    edges, columns = figures._columns(steps, counts)
+    edges, columns = sum_columns(steps, counts, load.max_columns(4))
     assert len(columns) == figures.MAX_COLUMNS == len(edges) - 1
-    assert len(figures._columns(steps, np.ones((1000, 256), int))[1]) == figures.MAX_CELLS // 256
+    assert load.max_columns(256) == load.MAX_CELLS // 256
+    assert len(sum_columns(steps, np.ones((1000, 256), int), load.max_columns(256))[1]) == 31
     assert edges[-1] == 20_000 and (np.diff(edges) > 0).all()
     assert columns.sum(axis=0).tolist() == counts.sum(axis=0).tolist()
 
@@ -211,4 +215,4 @@ def test_an_expert_without_load_is_marked():
     ],
 )
 def test_numbers_are_shortened_to_three_digits(number, text):
-    assert figures.short_number(float(number)) == text
+    assert short_number(float(number)) == text
