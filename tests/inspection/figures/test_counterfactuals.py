@@ -95,7 +95,7 @@ def test_the_same_result_is_the_same_figure_readable_on_a_phone():
         assert min(sizes) * 96 / 72 * 358 / width >= 10.5
 
 
-def test_loss_against_k_has_two_standard_errors_the_trained_k_and_the_gate_mass(drawn):
+def test_loss_against_k_has_standard_errors_the_trained_k_and_gate_mass(drawn):
     figures.draw_top_k(RESULT)
     (axes,) = drawn
     assert [label.get_text() for label in axes.get_xticklabels()] == [
@@ -121,7 +121,7 @@ def test_capacity_factors_rise_with_the_dropped_share_below_them(drawn):
     np.testing.assert_allclose(drawn[0].containers[0].lines[0].get_ydata(orig=False), [0.5, 0])
 
 
-def test_the_map_of_ablations_is_white_at_no_change_and_has_one_scale_for_both_ways(drawn):
+def test_maps_of_ablations_are_white_at_no_change_with_one_scale(drawn):
     for way in (NOT_SELECTABLE, OUTPUT_ZERO):
         figures.draw_ablation(RESULT, way)
         mesh = drawn[-1].collections[0]
@@ -129,15 +129,15 @@ def test_the_map_of_ablations_is_white_at_no_change_and_has_one_scale_for_both_w
         np.testing.assert_allclose(np.asarray(mesh.get_array()).reshape(N, E), expected_NE)
         assert (mesh.norm.vmin, mesh.norm.vmax) == pytest.approx((-0.2, 0.2))
         colors = mesh.to_rgba([0.0, 0.2, -0.2])[:, :3]
-        assert (
-            colors[0].min() > 0.95 and colors[1][0] > colors[1][2] and colors[2][2] > colors[2][0]
-        )
+        assert colors[0].min() > 0.95
+        assert colors[1][0] > colors[1][2]
+        assert colors[2][2] > colors[2][0]
         assert [label.get_text() for label in drawn[-1].get_yticklabels()] == ["5", "6"]
     written = [text.get_text() for text in drawn[0].texts]
     assert written == ["-0.02", "-0.01", "+0.00·", "+0.01", "+0.02", "+0.03", "+0.04", "+0.05"]
 
 
-def test_many_experts_have_dots_where_there_may_be_noise_and_grey_where_there_is_nothing(drawn):
+def test_many_experts_have_dots_for_noise_and_grey_for_no_outcome(drawn):
     rows = [outcome("ablate", OUTPUT_ZERO, 5, (e,), change=0.01 * e) for e in range(1, 12)] + [
         outcome("ablate", OUTPUT_ZERO, 5, (0,), change=0.0015)
     ]
@@ -179,4 +179,5 @@ def test_a_deep_model_shows_evenly_spaced_layers(drawn):
     rows = [outcome("uniform", "all experts alike", layer, change=0.1) for layer in range(40)]
     figures.draw_bars(dataclasses.replace(RESULT, rows=(ROWS[0], *rows)), ("uniform",))
     labels = [int(label.get_text()) for label in drawn[0].get_xticklabels()]
-    assert len(labels) == figures.MAX_LAYERS and (labels[0], labels[-1]) == (0, 39)
+    assert len(labels) == figures.MAX_LAYERS
+    assert (labels[0], labels[-1]) == (0, 39)
