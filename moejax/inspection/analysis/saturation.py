@@ -54,8 +54,10 @@ def _kept(early_NTK: np.ndarray, last_NTK: np.ndarray, num_experts: int) -> np.n
         kept_NT += is_same_NTK.any(axis=2)
     visits_NT = is_expert_NTK.sum(axis=2)
     has_expert_NT = visits_NT > 0
-    zeros_NT = np.zeros(kept_NT.shape)
-    share_NT = np.divide(kept_NT, visits_NT, out=zeros_NT, where=has_expert_NT)
+    share_NT = np.zeros(kept_NT.shape)
+    np.divide(kept_NT, visits_NT, out=share_NT, where=has_expert_NT)
+    total_N = share_NT.sum(axis=1)
     num_tokens_N = has_expert_NT.sum(axis=1)
-    nan_N = np.full(num_tokens_N.shape, np.nan)
-    return np.divide(share_NT.sum(axis=1), num_tokens_N, out=nan_N, where=num_tokens_N > 0)
+    mean_N = np.full(num_tokens_N.shape, np.nan)
+    np.divide(total_N, num_tokens_N, out=mean_N, where=num_tokens_N > 0)
+    return mean_N

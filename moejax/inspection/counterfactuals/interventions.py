@@ -160,10 +160,13 @@ def similarity(experts: Experts) -> Float[np.ndarray, "E E"]:
 
     Low where two experts compute the same with their hidden units in another order.
     """
-    names = [name for name in WEIGHTS if hasattr(experts, name)]
-    arrays_E = [np.asarray(getattr(experts, name)[...]) for name in names]
-    flat_EP = np.concatenate([w_E.reshape(len(w_E), -1) for w_E in arrays_E], axis=1)
-    (similarity_EE,) = weight_cosine(flat_EP[None])
+    flat = []
+    for name in WEIGHTS:
+        if hasattr(experts, name):
+            weights_E = np.asarray(getattr(experts, name)[...])
+            flat.append(weights_E.reshape(len(weights_E), -1))
+    weights_EP = np.concatenate(flat, axis=1)
+    (similarity_EE,) = weight_cosine(weights_EP[None])
     return similarity_EE
 
 

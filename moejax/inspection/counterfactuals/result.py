@@ -227,8 +227,8 @@ class Counterfactuals:
     def _from_values(cls, values: Any) -> "Counterfactuals":
         """Returns the counterfactuals of a file's JSON, which may be of another kind."""
         rows = tuple(_outcome(row) for row in values.pop("rows"))
-        layers = tuple(int(layer) for layer in values.pop("layers"))
-        top_k = tuple(int(k) for k in values.pop("top_k"))
+        layers = tuple(map(int, values.pop("layers")))
+        top_k = tuple(map(int, values.pop("top_k")))
         reasons = values.pop("left_out").items()
         left_out = {str(what): str(reason) for what, reason in reasons}
         numbers = {name: int(value) for name, value in values.items()}

@@ -60,11 +60,13 @@ def seconds_trained(series: Series) -> tuple[Int64[np.ndarray, "S"], Float64[np.
         return steps, np.cumsum(seconds)
     # A run that began before seconds were logged.
     token_steps, tokens = _finite(*series("tokens"))
-    is_known = np.array_equal(steps, token_steps)
-    if not is_known or not (speeds > 0).all():
+    has_all_steps = np.array_equal(steps, token_steps)
+    has_moved = (speeds > 0).all()
+    if not has_all_steps or not has_moved:
         return steps[:0], speeds[:0]
     new_tokens = np.diff(tokens, prepend=0.0)
-    return steps, np.cumsum(new_tokens / speeds)
+    seconds = new_tokens / speeds
+    return steps, np.cumsum(seconds)
 
 
 def _finite(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

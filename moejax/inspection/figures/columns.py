@@ -52,6 +52,6 @@ def mean_columns(
     finite_SN = np.where(is_finite_SN, values_SN, 0.0)
     number_CN = np.add.reduceat(is_finite_SN, starts_C, axis=0, dtype=np.int64)
     total_CN = np.add.reduceat(finite_SN, starts_C, axis=0)
-    nan_CN = np.full(total_CN.shape, np.nan)
-    mean_CN = np.divide(total_CN, number_CN, out=nan_CN, where=number_CN > 0)
+    mean_CN = np.full(total_CN.shape, np.nan)
+    np.divide(total_CN, number_CN, out=mean_CN, where=number_CN > 0)
     return edges.astype(float), mean_CN

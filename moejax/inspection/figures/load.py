@@ -47,8 +47,8 @@ def draw_load_over_time(steps: Int[np.ndarray, "S"], counts_SE: Int[np.ndarray, 
     num_columns = max_columns(num_experts)
     edges, counts_CE = sum_columns(steps, counts_SE, num_columns)
     ratio_CE = load_ratio(counts_CE)
-    nan_CE = np.full_like(ratio_CE, np.nan)
-    log_CE = np.log2(ratio_CE, out=nan_CE, where=ratio_CE > 0)
+    log_CE = np.full_like(ratio_CE, np.nan)
+    np.log2(ratio_CE, out=log_CE, where=ratio_CE > 0)
     with matplotlib.rc_context(STYLE):
         height = float(np.clip(1.45 + 0.055 * num_experts, 2.0, 4.6))
         figure, axes = new_figure(height)

@@ -76,8 +76,9 @@ def coactivation_ratio(coactivation_EE: Int[np.ndarray, "E E"]) -> Float[np.ndar
     """
     expected_EE = expected_coactivation(coactivation_EE)
     is_enough_EE = np.nan_to_num(expected_EE) >= MIN_EXPECTED
-    nan_EE = np.full(expected_EE.shape, np.nan)
-    return np.divide(coactivation_EE, expected_EE, out=nan_EE, where=is_enough_EE)
+    ratio_EE = np.full(expected_EE.shape, np.nan)
+    np.divide(coactivation_EE, expected_EE, out=ratio_EE, where=is_enough_EE)
+    return ratio_EE
 
 
 def draw_coactivation(coactivation_EE: Int[np.ndarray, "E E"]) -> Drawing:
@@ -277,9 +278,10 @@ def _bands(
 
 def _draw_bands(axes: Axes, m: int, bands: Sequence[_Band]) -> None:
     """Draws bands from column m to the next one, the strongest on top."""
+    left, right = m + NODE, m + 1 - NODE
     for band in reversed(bands):
         color = FLOW_COLORS[band.expert % len(FLOW_COLORS)]
-        outline = _outline(band, m + NODE, m + 1 - NODE)
+        outline = _outline(band, left, right)
         axes.add_patch(PathPatch(outline, facecolor=color, alpha=0.55, lw=0, zorder=2))
 
 

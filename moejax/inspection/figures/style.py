@@ -234,8 +234,8 @@ def ratio_colors() -> Colormap:
 
 def log_ratio(ratio: np.ndarray) -> np.ndarray:
     """Returns base-2 logarithms of ratios, clipped to [-2, 2]; -99, below the scale, for 0."""
-    nan = np.full_like(ratio, np.nan)
-    log = np.log2(ratio, out=nan, where=ratio > 0)
+    log = np.full_like(ratio, np.nan)
+    np.log2(ratio, out=log, where=ratio > 0)
     clipped = np.clip(log, -2, 2)
     return np.where(ratio == 0, -99.0, clipped)
 

@@ -158,9 +158,12 @@ class Run:
         no_steps = np.zeros(0, np.int64)  # a run without metrics has nothing to concatenate
         all_steps = [steps for steps, _ in series.values()]
         steps_S = np.unique(np.concatenate([no_steps, *all_steps]))
-        columns = {key: np.full(len(steps_S), np.nan) for key in series}
+        columns = {}
         for key, (steps, values) in series.items():
-            columns[key][np.searchsorted(steps_S, steps)] = values
+            column_S = np.full(len(steps_S), np.nan)
+            rows = np.searchsorted(steps_S, steps)
+            column_S[rows] = values
+            columns[key] = column_S
         return pd.DataFrame(columns, index=pd.Index(steps_S, name="step"))
 
     @functools.cached_property
