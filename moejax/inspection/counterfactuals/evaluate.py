@@ -1,23 +1,17 @@
 """Evaluates a checkpoint under other routing: the same validation rows, one intervention at a time.
 
-The model is run layer by layer. An intervention concerns few layers: those before it are run once
-for all interventions, and a layer with other weights or another blocked expert is the same program
-with other arguments, so that the ablation of every expert of every layer compiles nothing again.
+All interventions see the same tokens, so that their losses can be compared row by row; `passes`
+runs the model.
 """
 
 import difflib
-import functools
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
-from flax import nnx
 from jaxtyping import Float, Int
 
 from moejax.data import Batch, Corpus
@@ -26,6 +20,7 @@ from moejax.data.packing import empty_row
 from moejax.inference.load import LoadedRun, load_run
 from moejax.inspection.analysis.trace import spread_rows
 from moejax.inspection.counterfactuals import interventions
+from moejax.inspection.counterfactuals.passes import Parts, Passed, Residuals, Traffic
 from moejax.inspection.counterfactuals.plan import (
     CAPACITY_FACTORS,
     KINDS,
@@ -41,9 +36,6 @@ from moejax.inspection.counterfactuals.result import (
     Outcome,
     paired_change,
 )
-from moejax.models import Decoder
-from moejax.models.blocks import Block, Context
-from moejax.moe.layer import MoE, TokenInfo
 from moejax.seeds import check_seed
 from moejax.training.run_directory.text import TextPlaces
 
@@ -167,155 +159,6 @@ def read_rows(corpus: Corpus, max_rows: int | None, batch_size: int, seed: int =
         names = read[0].keys()
         batches.append(to_batch({name: np.stack([row[name] for row in read]) for name in names}))
     return batches
-
-
-class Traffic(NamedTuple):
-    """Sums over a batch's tokens in one MoE layer.
-
-    Attributes:
-      num_tokens: without padding.
-      num_choices: experts that were chosen for them.
-      dropped: choices that found no slot.
-      gate_mass: sum of combine weights.
-      load_E: choices by expert.
-    """
-
-    num_tokens: Any
-    num_choices: Any
-    dropped: Any
-    gate_mass: Any
-    load_E: Any
-
-
-class Passed(NamedTuple):
-    """A batch after a pass.
-
-    Attributes:
-      nats_B: cross-entropy of each row.
-      traffic: of the edited MoE layers, all of them in a pass as trained.
-    """
-
-    nats_B: Float[np.ndarray, "B"]
-    traffic: dict[int, Traffic]
-
-
-class Residuals(NamedTuple):
-    """A batch on its way through the layers as trained.
-
-    Attributes:
-      context: what all layers share.
-      before: the residual stream before each layer, and after the last.
-      traffic: of each MoE layer.
-    """
-
-    context: Context
-    before: list[jax.Array]
-    traffic: dict[int, Traffic]
-
-
-class Parts:
-    """A model in single layers, each of which can be edited.
-
-    Holds a second copy of the layers' weights next to the model's own.
-    """
-
-    def __init__(self, model: Decoder):
-        self.model = nnx.split(model)
-        blocks: list[Block] = [block for block, _ in model.walk()]
-        self.blocks = [nnx.split(block) for block in blocks]
-        self.places = [index for index, block in enumerate(blocks) if block.is_moe]
-        self.moes: list[MoE] = [blocks[index].moe for index in self.places]
-        if any(moe.is_placed for moe in self.moes):
-            raise CounterfactualError(
-                "experts of this model were placed elsewhere; load the run again"
-            )
-
-    def run(self, batch: Batch) -> Passed:
-        """Runs a batch as trained."""
-        residuals = self.begin(batch)
-        return self._end(batch, residuals.before[-1], residuals.traffic)
-
-    def begin(self, batch: Batch) -> Residuals:
-        """Runs a batch as trained, and keeps the residual stream before every layer."""
-        x_BLD, context = _embed(*self.model, batch)
-        before = [x_BLD]
-        traffic_by_layer = {}
-        for index, (graphdef, state) in enumerate(self.blocks):
-            x_BLD, traffic = _apply(graphdef, state, x_BLD, context)
-            before.append(x_BLD)
-            if traffic is not None:
-                traffic_by_layer[self.places.index(index)] = traffic
-        return Residuals(context, before, traffic_by_layer)
-
-    def run_edited(
-        self, batch: Batch, residuals: Residuals, edits: Mapping[int, interventions.LayerEdit]
-    ) -> Passed:
-        """Runs a batch from the first edited layer on.
-
-        Args:
-          batch: as in `begin`.
-          residuals: what `begin` returned for it.
-          edits: by MoE layer, counted from 0.
-        """
-        edits_by_block = {self.places[layer]: edit for layer, edit in edits.items()}
-        first = min(edits_by_block)
-        x_BLD = residuals.before[first]
-        traffic_by_layer = {}
-        for index in range(first, len(self.blocks)):
-            graphdef, state = self.blocks[index]
-            edit = edits_by_block.get(index)
-            if edit is not None:
-                graphdef, state = _edit_block(graphdef, state, edit)
-            x_BLD, traffic = _apply(graphdef, state, x_BLD, residuals.context)
-            if edit is not None:
-                traffic_by_layer[self.places.index(index)] = traffic
-        return self._end(batch, x_BLD, traffic_by_layer)
-
-    def _end(self, batch: Batch, x_BLD: jax.Array, traffic: dict[int, Traffic]) -> Passed:
-        nats_B = _count_nats(*self.model, x_BLD, batch)
-        return Passed(*jax.device_get((nats_B, traffic)))
-
-
-def _edit_block(
-    graphdef: nnx.GraphDef, state: nnx.State, edit: interventions.LayerEdit
-) -> tuple[nnx.GraphDef, nnx.State]:
-    """Returns a block, split, with its MoE layer edited."""
-    block = nnx.merge(graphdef, state)
-    block.moe = edit(block.moe)
-    return nnx.split(block)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _embed(graphdef: nnx.GraphDef, state: nnx.State, batch: Batch) -> tuple[jax.Array, Context]:
-    info = TokenInfo(jnp.asarray(batch.segments_BL) > 0, batch.tokens_BL, batch.positions_BL)
-    context = Context(batch.positions_BL, batch.segments_BL, info)
-    return nnx.merge(graphdef, state).embed(batch.tokens_BL), context
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _apply(
-    graphdef: nnx.GraphDef, state: nnx.State, x_BLD: jax.Array, context: Context
-) -> tuple[jax.Array, Traffic | None]:
-    x_BLD, stats, _ = nnx.merge(graphdef, state)(x_BLD, context)
-    if stats is None:
-        return x_BLD, None
-    traffic = Traffic(
-        num_tokens=stats.num_tokens,
-        num_choices=stats.assignments_E.sum(),
-        dropped=stats.dropped,
-        gate_mass=stats.gate_mass,
-        load_E=stats.assignments_E,
-    )
-    return x_BLD, traffic
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _count_nats(
-    graphdef: nnx.GraphDef, state: nnx.State, x_BLD: jax.Array, batch: Batch
-) -> jax.Array:
-    logits_BLV = nnx.merge(graphdef, state).unembed(x_BLD)
-    nats_BL = optax.softmax_cross_entropy_with_integer_labels(logits_BLV, batch.targets_BL)
-    return jnp.where(batch.loss_mask_BL, nats_BL, 0.0).sum(axis=1)
 
 
 def _run_all(

@@ -19,8 +19,9 @@ from moejax.inference.evaluate import evaluate_run
 from moejax.inference.load import load_run
 from moejax.inspection.analysis.trace import spread_rows
 from moejax.inspection.counterfactuals import evaluate as evaluating
-from moejax.inspection.counterfactuals import interventions
-from moejax.inspection.counterfactuals.evaluate import Parts, counterfactuals, read_rows
+from moejax.inspection.counterfactuals import interventions, passes
+from moejax.inspection.counterfactuals.evaluate import counterfactuals, read_rows
+from moejax.inspection.counterfactuals.passes import Parts
 from moejax.inspection.counterfactuals.plan import (
     CAPACITY_FACTORS,
     KINDS,
@@ -380,13 +381,13 @@ def test_ablating_other_experts_and_layers_compiles_nothing(parts, batch):
     for operate in (interventions.blocked, interventions.ablated):
         parts.run_edited(batch, residuals, at(0, operate, 0))
     parts.run_edited(batch, residuals, at(0, interventions.swapped, 0, 1))
-    before = evaluating._apply._cache_size()
+    before = passes._apply._cache_size()
     for n in range(N):
         for expert in range(E):
             parts.run_edited(batch, residuals, at(n, interventions.blocked, expert))
             parts.run_edited(batch, residuals, at(n, interventions.ablated, expert))
             parts.run_edited(batch, residuals, at(n, interventions.swapped, 0, expert))
-    assert evaluating._apply._cache_size() == before
+    assert passes._apply._cache_size() == before
 
 
 # What is left out
