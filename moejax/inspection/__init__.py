@@ -1,4 +1,4 @@
-"""Looking at runs: their record, how they compare, where tokens go, what experts specialise in, figures, the report.
+"""Inspects runs: metrics, comparisons, routing, specialisation of experts, figures, reports.
 
 In a notebook:
 
@@ -7,7 +7,7 @@ In a notebook:
   trace(run.load(), "My fellow Americans")
   compare(["runs/tiny_moe", "runs/tiny_dense"])
 
-These names load neither a model nor a plotting library before they need it.
+These names import neither the model nor a plotting library until they are needed.
 """
 
 from moejax.inspection.analysis.trace import trace as trace

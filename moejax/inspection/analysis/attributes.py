@@ -1,4 +1,4 @@
-"""Attributes of tokens that experts may specialise in: who the token is, its neighbours, its form and its place.
+"""Attributes of tokens that experts may specialise in: identity, neighbours, form and place.
 
 An attribute has one value for each of T tokens in reading order. `analysis/information.py` measures
 how much each tells about the experts.
@@ -13,12 +13,21 @@ from jaxtyping import Bool, Int
 from moejax.inspection.analysis.words import KINDS, Words, find_words
 
 NO_TOKEN = -1
-"""The previous token of the first of a context, and the next one of the last."""
+"""The previous token of a context's first token, and the next one of its last."""
 
 CHARACTER_CLASSES = (
-    "special", "newline", "space", "punctuation", "symbol", "numeral", "CJK", "byte", "capitalised word",
-    "lower-case word", "word continuation",
-)  # fmt: skip
+    "special",
+    "newline",
+    "space",
+    "punctuation",
+    "symbol",
+    "numeral",
+    "CJK",
+    "byte",
+    "capitalised word",
+    "lower-case word",
+    "word continuation",
+)
 WORD_PIECES = ("no word", "1", "2", "3", "4+")
 WORD_PLACES = ("no word", "1", "2", "3", "4-7", "8-15", "16+")
 
@@ -42,16 +51,19 @@ class Attribute:
     labels: tuple[str, ...] | None = None
 
     def __post_init__(self):
-        if self.labels is not None and self.values_T.size:
-            low, high = int(self.values_T.min()), int(self.values_T.max())
-            if low < 0 or high >= len(self.labels):
-                raise AttributeRangeError(
-                    f"attribute {self.name!r} has values from {low} to {high} and {len(self.labels)} labels; values "
-                    f"must be in [0, {len(self.labels)}): leave tokens without a value out, or give them a label"
-                )
+        if self.labels is None or not self.values_T.size:
+            return
+        num_labels = len(self.labels)
+        low, high = int(self.values_T.min()), int(self.values_T.max())
+        if low < 0 or high >= num_labels:
+            raise AttributeRangeError(
+                f"attribute {self.name!r} has values from {low} to {high} and {num_labels} labels; "
+                f"values must be in [0, {num_labels}): "
+                "leave tokens without a value out, or give them a label"
+            )
 
     def at(self, tokens: Int[np.ndarray, "t"]) -> "Attribute":
-        """The same of some of the tokens."""
+        """Returns the attribute of some of the tokens."""
         return dataclasses.replace(self, values_T=self.values_T[tokens])
 
 
@@ -61,7 +73,7 @@ def attributes_of(
     positions_T: Int[np.ndarray, "T"],
     piece: Callable[[int], str],
 ) -> list[Attribute]:
-    """All attributes below, in order from a token's identity to its place.
+    """Returns all attributes of this module, from a token's identity to its place.
 
     Args:
       tokens_T: token ids in reading order, without padding.
@@ -81,21 +93,25 @@ def attributes_of(
 
 
 def previous_token(tokens_T: Int[np.ndarray, "T"], starts_T: Bool[np.ndarray, "T"]) -> Attribute:
-    """The token before each, `NO_TOKEN` for the first of a context."""
+    """Returns the token before each, `NO_TOKEN` for the first of a context."""
     previous_T = np.append(NO_TOKEN, tokens_T)[:-1]
     return Attribute("previous token", np.where(starts_T, NO_TOKEN, previous_T))
 
 
 def next_token(tokens_T: Int[np.ndarray, "T"], starts_T: Bool[np.ndarray, "T"]) -> Attribute:
-    """The token after each, which the model is to predict there; `NO_TOKEN` for the last one known of a context."""
+    """Returns the token after each, which the model is to predict there.
+
+    `NO_TOKEN` for the last one known of a context.
+    """
     next_T = np.append(tokens_T, NO_TOKEN)[1:]
-    return Attribute("next token", np.where(np.append(starts_T, True)[1:], NO_TOKEN, next_T))
+    is_last_T = np.append(starts_T, True)[1:]
+    return Attribute("next token", np.where(is_last_T, NO_TOKEN, next_T))
 
 
 def form_attributes(
     tokens_T: Int[np.ndarray, "T"], starts_T: Bool[np.ndarray, "T"], piece: Callable[[int], str]
 ) -> list[Attribute]:
-    """What the pieces show: character class, position in the word, and the word's position in its sentence.
+    """Returns the class of pieces, their place in the word and the word's place in its sentence.
 
     The rules, and their limits, are those of `analysis/words.py`. The character class is
     `kind_of_piece`, but a letter is a "word continuation" where it does not begin a word.
@@ -106,12 +122,11 @@ def form_attributes(
       piece: from an id to its piece, `Tokenizer.piece`.
     """
     words = find_words(tokens_T, starts_T, piece)
-    in_word_T, in_sentence_T = words.position_in_word(), words.word_in_sentence()
-    place_T = np.where(in_sentence_T < 4, in_sentence_T, 1 + _power_of_two(in_sentence_T))
+    piece_T = np.minimum(words.position_in_word(), len(WORD_PIECES) - 1)
     return [
         Attribute("character class", _character_class(words), CHARACTER_CLASSES),
-        Attribute("position in word", np.minimum(in_word_T, len(WORD_PIECES) - 1), WORD_PIECES),
-        Attribute("word in sentence", np.minimum(place_T, len(WORD_PLACES) - 1), WORD_PLACES),
+        Attribute("position in word", piece_T, WORD_PIECES),
+        Attribute("word in sentence", _word_place(words), WORD_PLACES),
     ]
 
 
@@ -121,30 +136,48 @@ def _character_class(words: Words) -> np.ndarray:
     return np.where(is_letter_T & ~words.starts_word_T, continuation, words.kind_T)
 
 
+def _word_place(words: Words) -> np.ndarray:
+    """Returns the indices into `WORD_PLACES`: 0 to 3 exactly, then buckets by powers of two."""
+    number_T = words.word_in_sentence()
+    bucket_T = np.where(number_T < 4, number_T, 1 + _power_of_two(number_T))
+    return np.minimum(bucket_T, len(WORD_PLACES) - 1)
+
+
 def position_in_context(positions_T: Int[np.ndarray, "T"]) -> Attribute:
-    """Position in the context, in buckets 0, 1, 2-3, 4-7, ...: how much the token can attend to."""
+    """Returns the position in the context, in buckets 0, 1, 2-3, 4-7, ....
+
+    It bounds how much the token can attend to.
+    """
     return _buckets("position in context", positions_T)
 
 
 def position_in_row(rows_T: Int[np.ndarray, "T"]) -> Attribute:
-    """Position in the row, in buckets 0, 1, 2-3, 4-7, ...: a control, for the model does not see it.
+    """Returns the position in the row, in buckets 0, 1, 2-3, 4-7, ....
+
+    A control: the model does not see it.
 
     Args:
       rows_T: the row of each token; padding is left out and comes last in a row.
     """
-    index_T = np.arange(rows_T.size)
-    starts_T = np.append(True, rows_T[1:] != rows_T[:-1])[: rows_T.size]
-    return _buckets(
-        "position in row", index_T - np.maximum.accumulate(np.where(starts_T, index_T, 0))
-    )
+    num_tokens = rows_T.size
+    index_T = np.arange(num_tokens)
+    is_new_row = rows_T[1:] != rows_T[:-1]
+    starts_T = np.append(True, is_new_row)[:num_tokens]
+    start_T = np.where(starts_T, index_T, 0)
+    start_of_row_T = np.maximum.accumulate(start_T)
+    return _buckets("position in row", index_T - start_of_row_T)
 
 
 def _buckets(name: str, positions_T: np.ndarray) -> Attribute:
     buckets_T = _power_of_two(positions_T)
-    labels = ["0", "1", *(f"{2**i}-{2 ** (i + 1) - 1}" for i in range(1, buckets_T.max(initial=1)))]
+    labels = ["0", "1"]
+    for exponent in range(1, buckets_T.max(initial=1)):
+        first = 2**exponent
+        labels.append(f"{first}-{2 * first - 1}")
     return Attribute(name, buckets_T, tuple(labels))
 
 
 def _power_of_two(positions_T: np.ndarray) -> np.ndarray:
-    """0 for 0, 1 for 1, 2 for 2-3, 3 for 4-7, and so on."""
-    return np.frexp(positions_T.astype(np.float64))[1].astype(np.int64)
+    """Returns 0 for 0, 1 for 1, 2 for 2-3, 3 for 4-7, and so on."""
+    _, exponent_T = np.frexp(positions_T.astype(np.float64))
+    return exponent_T.astype(np.int64)

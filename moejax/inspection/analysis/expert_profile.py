@@ -1,4 +1,4 @@
-"""Portraits of experts by what they get: which tokens of the vocabulary, which domains, and together with whom.
+"""Portraits of experts by what they get: vocabulary, domains, and the other experts of a token.
 
 The measures follow OLMoE (Muennighoff et al. 2024, section 5). Arrays `experts_NTK` hold expert
 ids, `num_experts` for no (further) expert. Those of most routers come in falling order of the score
@@ -22,7 +22,10 @@ class ProfileError(ValueError):
 def by_weight(
     experts_NTK: Int[np.ndarray, "N T K"], weights_NTK: Float[np.ndarray, "N T K"]
 ) -> Int[np.ndarray, "N T K"]:
-    """The experts of each token in falling order of their combine weights; none, which has weight 0, comes last."""
+    """Returns the experts of each token in falling order of their combine weights.
+
+    `num_experts`, which stands for none and has weight 0, comes last.
+    """
     order_NTK = np.argsort(-weights_NTK, axis=-1, kind="stable")
     return np.take_along_axis(experts_NTK, order_NTK, axis=-1)
 
@@ -39,7 +42,7 @@ class VocabularySpecialisation(NamedTuple):
         kept. Well above the largest load, because the favourite of a rare token has a large
         share by chance.
       mean_NE: mean share of the tokens whose favourite is the expert; NaN for an expert that
-        is nobody's.
+        is the favourite of none.
     """
 
     share_NV: Float64[np.ndarray, "N V"]
@@ -58,12 +61,12 @@ def vocabulary_specialisation(
     min_count: int = 10,
     seed: int = 0,
 ) -> VocabularySpecialisation:
-    """For each token of the vocabulary, how much of it its favourite expert gets.
+    """Returns, for each token of the vocabulary, the share that its favourite expert gets.
 
     Follows the vocabulary specialisation of OLMoE, N(x, e) / N(x) with k = 1: of the N(x)
     occurrences of token x, the fraction whose top-1 choice is expert e, summarised by the largest
     over e and its mean over the vocabulary. Departs from it by leaving rare tokens out of the mean
-    too, and by showing chance beside it.
+    too, and by reporting chance next to it.
 
     Args:
       tokens_T: ids in [0, vocab_size), negative to leave a token out. The input tokens give
@@ -80,40 +83,48 @@ def vocabulary_specialisation(
     """
     check_seed("seed", seed)
     rng = np.random.default_rng(seed)
-    parts = []
-    for experts_TK in experts_NTK:  # by layer, for counts of all layers can be large
-        top_1T1 = experts_TK[None, :, :1]
-        mask_T = (tokens_T >= 0) & (
-            top_1T1[0, :, 0] < num_experts
-        )  # who has an expert is not dealt
-        dealt_1T1 = top_1T1.copy()
-        dealt_1T1[:, mask_T] = rng.permutation(top_1T1[:, mask_T], axis=1)
-        counts_EV, chance_EV = (
-            count_tokens_by_expert(tokens_T, top, vocab_size, num_experts, mask_T)[0]
-            for top in (top_1T1, dealt_1T1)
-        )
-        parts.append(_favourites(counts_EV, chance_EV, min_count))
-    return VocabularySpecialisation(*map(np.array, zip(*parts, strict=True)))
+    layers = []
+    for experts_TK in experts_NTK:  # one after the other, for counts of all layers can be large
+        top_T = experts_TK[:, 0]
+        mask_T = (tokens_T >= 0) & (top_T < num_experts)
+        # Only tokens that have an expert are dealt one.
+        dealt_T = top_T.copy()
+        dealt_T[mask_T] = rng.permutation(top_T[mask_T])
+        counts_EV = _count_top_1(tokens_T, top_T, vocab_size, num_experts, mask_T)
+        chance_EV = _count_top_1(tokens_T, dealt_T, vocab_size, num_experts, mask_T)
+        layers.append(_favourites(counts_EV, chance_EV, min_count))
+    return VocabularySpecialisation(*map(np.array, zip(*layers, strict=True)))
+
+
+def _count_top_1(
+    tokens_T: np.ndarray, top_T: np.ndarray, vocab_size: int, num_experts: int, mask_T: np.ndarray
+) -> np.ndarray:
+    top_1T1 = top_T[None, :, None]
+    (counts_EV,) = count_tokens_by_expert(tokens_T, top_1T1, vocab_size, num_experts, mask_T)
+    return counts_EV
 
 
 def _favourites(
     counts_EV: np.ndarray, chance_EV: np.ndarray, min_count: int
 ) -> tuple[np.ndarray | float, ...]:
-    """One layer of `VocabularySpecialisation`."""
-    share_V, chance_V = (_largest_share(counts, min_count) for counts in (counts_EV, chance_EV))
+    """Returns one layer of `VocabularySpecialisation`."""
+    num_experts = len(counts_EV)
+    share_V = _largest_share(counts_EV, min_count)
+    chance_V = _largest_share(chance_EV, min_count)
     is_known_V = ~np.isnan(share_V)
-    expert_V = np.where(is_known_V, counts_EV.argmax(axis=0), len(counts_EV))
+    expert_V = np.where(is_known_V, counts_EV.argmax(axis=0), num_experts)
     shares_v, experts_v = share_V[is_known_V], expert_V[is_known_V]
-    sum_E, num_E = (
-        np.bincount(experts_v, w, minlength=len(counts_EV))
-        for w in (shares_v, np.ones_like(shares_v))
-    )
-    return share_V, expert_V, _mean(shares_v), _mean(chance_V[is_known_V]), _divide(sum_E, num_E)
+    sum_E = np.bincount(experts_v, shares_v, minlength=num_experts)
+    num_tokens_E = np.bincount(experts_v, np.ones_like(shares_v), minlength=num_experts)
+    mean_E = _divide(sum_E, num_tokens_E)
+    return share_V, expert_V, _mean(shares_v), _mean(chance_V[is_known_V]), mean_E
 
 
 def _largest_share(counts_EV: np.ndarray, min_count: int) -> np.ndarray:
+    """Returns the largest share that an expert has of each token; NaN for rare tokens."""
     seen_V = counts_EV.sum(axis=0)
-    return _divide(counts_EV.max(axis=0), np.where(seen_V >= max(min_count, 1), seen_V, 0))
+    is_frequent_V = seen_V >= max(min_count, 1)
+    return _divide(counts_EV.max(axis=0), np.where(is_frequent_V, seen_V, 0))
 
 
 def _mean(values: np.ndarray) -> float:
@@ -121,8 +132,9 @@ def _mean(values: np.ndarray) -> float:
 
 
 def _divide(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
-    """NaN where the whole is 0."""
-    return np.divide(part, whole, out=np.full(np.shape(whole), np.nan), where=whole > 0)
+    """Returns part over whole, NaN where the whole is 0."""
+    nan = np.full(np.shape(whole), np.nan)
+    return np.divide(part, whole, out=nan, where=whole > 0)
 
 
 class DomainSpecialisation(NamedTuple):
@@ -149,7 +161,9 @@ def domain_specialisation(
     num_domains: int,
     num_experts: int,
 ) -> DomainSpecialisation:
-    """How often the tokens of each domain visit each expert (OLMoE, section 5: domain specialisation).
+    """Returns how often the tokens of each domain visit each expert.
+
+    The domain specialisation of OLMoE, section 5.
 
     Args:
       domains_T: in [0, num_domains), negative for tokens to be left out.
@@ -164,19 +178,19 @@ def domain_specialisation(
     counts_NED = count_tokens_by_expert(domains_T, experts_NTK, num_domains, num_experts, mask_T)
     tokens_D = np.bincount(domains_T[mask_T], minlength=num_domains)
     counts_NDE = counts_NED.swapaxes(1, 2).astype(np.float64)
-    overall_NE = _divide(
-        counts_NDE.sum(axis=1), np.full((len(counts_NED), num_experts), tokens_D.sum())
-    )
-    share_NDE = _divide(counts_NDE, np.broadcast_to(tokens_D[:, None], counts_NDE.shape))
+    counts_NE = counts_NDE.sum(axis=1)
+    overall_NE = _divide(counts_NE, np.full(counts_NE.shape, tokens_D.sum()))
+    tokens_NDE = np.broadcast_to(tokens_D[:, None], counts_NDE.shape)
+    share_NDE = _divide(counts_NDE, tokens_NDE)
     return DomainSpecialisation(share_NDE, overall_NE, overall_NE.mean(axis=1), tokens_D)
 
 
 def coactivation_shares(coactivation_NEE: Int[np.ndarray, "N E E"]) -> Float64[np.ndarray, "N E E"]:
-    """Of the tokens of expert i, the fraction that also visits expert j (OLMoE, section 5: N(i, j) / N(i)).
+    """Returns, of the tokens of expert i, the fraction that also visits expert j.
 
-    Not symmetric, for a rare expert may be seen only beside a frequent one. OLMoE's own script
-    counts only pairs that are neighbours in the order of a token's choices; here all pairs count,
-    as in its text.
+    N(i, j) / N(i) of OLMoE, section 5. Not symmetric, for a rare expert may be seen only together
+    with a frequent one. OLMoE's own script counts only pairs that are neighbours in the order of a
+    token's choices; here all pairs count, as in its text.
 
     Args:
       coactivation_NEE: tokens that visit both, with each expert's tokens on the diagonal

@@ -1,11 +1,11 @@
-"""How alike experts are: in their weights, and in what they make of the same inputs.
+"""How similar experts are: in their weights, and in their outputs for the same inputs.
 
 Weights compare experts as they are stored. Experts are drawn each by itself, so their hidden units
-stand in no common order, and flattened weights of two experts that compute the same may have a
-cosine of 0: a high cosine shows likeness, a low one shows nothing. `unit_similarity` forgets the
-order of hidden units but sees only one matrix. What experts make of the same inputs is the honest
-comparison: `output_cosine` asks whether it is the same, and `linear_cka` whether it is the same up
-to a rotation and a scale.
+have no common order, and flattened weights of two experts that compute the same may have a cosine
+of 0: a high cosine shows similarity, a low one shows nothing. `unit_similarity` ignores the order
+of hidden units but sees only one matrix. Outputs for the same inputs are the better comparison:
+`output_cosine` asks whether they are the same, and `linear_cka` whether they are the same up to a
+rotation and a scale.
 """
 
 import numpy as np
@@ -17,42 +17,47 @@ MIN_TOKENS = 4  # of the unbiased estimate
 
 
 def weight_cosine(weights_NE: Float[np.ndarray, "N E ..."]) -> Float64[np.ndarray, "N E E"]:
-    """Cosine between flattened weights, by layer; 0 where one of both is 0.
+    """Returns the cosine between flattened weights, by layer; 0 where one of both is 0.
 
     Args:
       weights_NE: one kind of weights, such as `expert_weights(model)["down"]`.
     """
-    return np.stack([_cosine(weights_E.reshape(len(weights_E), -1)) for weights_E in weights_NE])
+    return np.stack([_cosine(weights_E) for weights_E in weights_NE])
 
 
 def unit_similarity(units_NEFD: Float[np.ndarray, "N E F D"]) -> Float64[np.ndarray, "N E E"]:
-    """Cosine between W^T W of experts, which does not depend on the order or the signs of hidden units.
+    """Returns the cosine between W^T W of experts, by layer.
 
-    Between 0 and 1: ||W_i W_j^T||^2 / (||W_i W_i^T|| ||W_j W_j^T||) in Frobenius norms, all
-    products of hidden units of the one with those of the other. It is not 0 for unrelated matrices:
-    with independent normal entries it is about F / (D + F).
+    It does not depend on the order or the signs of hidden units, and is between 0 and 1:
+    ||W_i W_j^T||^2 / (||W_i W_i^T|| ||W_j W_j^T||) in Frobenius norms, all products of hidden units
+    of the one with those of the other. It is not 0 for unrelated matrices: with independent normal
+    entries it is about F / (D + F).
 
     Args:
       units_NEFD: one vector for each hidden unit, such as "down" or, with its last two axes
         swapped, "up" of `expert_weights`.
     """
-    return np.stack([_cosine(_products(units_EFD.swapaxes(1, 2))) for units_EFD in units_NEFD])
+    products_NEDD = [_products(units_EFD.swapaxes(1, 2)) for units_EFD in units_NEFD]
+    return np.stack([_cosine(products_EDD) for products_EDD in products_NEDD])
 
 
 def output_cosine(outputs_ETD: Float[np.ndarray, "E T D"]) -> Float64[np.ndarray, "E E"]:
-    """Cosine between the outputs of two experts on the same input, mean over inputs; 0 for an output of 0.
+    """Returns the cosine between two experts' outputs for the same input, mean over inputs.
+
+    0 for an output of 0.
 
     Args:
       outputs_ETD: of one layer, from `expert_outputs`.
     """
-    total_EE = np.zeros((len(outputs_ETD), len(outputs_ETD)))
+    num_experts, num_tokens, _ = outputs_ETD.shape
+    total_EE = np.zeros((num_experts, num_experts))
     for outputs_ED in outputs_ETD.swapaxes(0, 1):
         total_EE += _cosine(outputs_ED)
-    return total_EE / max(outputs_ETD.shape[1], 1)
+    return total_EE / max(num_tokens, 1)
 
 
 def linear_cka(outputs_ETD: Float[np.ndarray, "E T D"]) -> Float64[np.ndarray, "E E"]:
-    """Linear centred kernel alignment of the outputs of experts on the same T inputs.
+    """Returns the linear centred kernel alignment of experts' outputs for the same T inputs.
 
     1 for outputs that are equal up to a shift, a rotation and a scale, about 0 for unrelated ones
     (and at times a little below). Kornblith et al. 2019, with the unbiased estimate of HSIC of Song
@@ -78,23 +83,27 @@ def linear_cka(outputs_ETD: Float[np.ndarray, "E T D"]) -> Float64[np.ndarray, "
     outputs_ETD -= outputs_ETD.mean(axis=1, keepdims=True)  # changes nothing but the rounding
     outputs_ETD[is_constant_E] = 0
     gram_ETT = _products(outputs_ETD)
-    gram_ETT[:, np.arange(num_tokens), np.arange(num_tokens)] = 0
+    diagonal_T = np.arange(num_tokens)
+    gram_ETT[:, diagonal_T, diagonal_T] = 0
+    # The unbiased estimate centres rows and columns without the diagonal.
     sums_ET1 = gram_ETT.sum(axis=2, keepdims=True) / (num_tokens - 2)
     gram_ETT -= sums_ET1 + sums_ET1.swapaxes(1, 2)
     gram_ETT += sums_ET1.sum(axis=1, keepdims=True) / (num_tokens - 1)
-    gram_ETT[:, np.arange(num_tokens), np.arange(num_tokens)] = 0
+    gram_ETT[:, diagonal_T, diagonal_T] = 0
     return _cosine(gram_ETT)
 
 
 def _products(rows_EPQ: np.ndarray) -> np.ndarray:
-    """Scalar products of the P rows of each of E matrices with one another, `[E, P, P]`."""
+    """Returns scalar products of the P rows of each of E matrices, `[E, P, P]`."""
     rows_EPQ = rows_EPQ.astype(np.float64)
     return rows_EPQ @ rows_EPQ.swapaxes(1, 2)
 
 
 def _cosine(vectors_E: np.ndarray) -> np.ndarray:
-    """Cosines between E flattened arrays; 0 where one of both is 0."""
-    vectors_EX = vectors_E.reshape(len(vectors_E), -1).astype(np.float64)
+    """Returns cosines between E flattened arrays; 0 where one of both is 0."""
+    flat_EX = vectors_E.reshape(len(vectors_E), -1)
+    vectors_EX = flat_EX.astype(np.float64)
     norm_E1 = np.linalg.norm(vectors_EX, axis=1, keepdims=True)
-    unit_EX = np.divide(vectors_EX, norm_E1, out=np.zeros_like(vectors_EX), where=norm_E1 > 0)
+    zeros_EX = np.zeros_like(vectors_EX)
+    unit_EX = np.divide(vectors_EX, norm_E1, out=zeros_EX, where=norm_E1 > 0)
     return unit_EX @ unit_EX.T

@@ -1,4 +1,6 @@
-"""Weights of a model's experts, and what each of them makes of the same tokens: inputs of `expert_similarity`."""
+"""Weights of a model's experts and their outputs for the same tokens, for `expert_similarity`."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +21,7 @@ PROJECTIONS = ("gate", "up")
 
 
 def expert_weights(model: Decoder) -> dict[str, Float[np.ndarray, "N E ..."]]:
-    """Weights of the experts of all MoE layers, by name.
+    """Returns the weights of the experts of all MoE layers, by name.
 
     Args:
       model: a decoder whose experts are in order, as loaded: `Decoder.place_experts`
@@ -28,29 +30,37 @@ def expert_weights(model: Decoder) -> dict[str, Float[np.ndarray, "N E ..."]]:
     Returns:
       "up" and, with a gate, "gate" `[N, E, D, F]`, "down" `[N, E, F, D]`; with biases "up_bias" and
       "gate_bias" `[N, E, F]`, "down_bias" `[N, E, D]`. D is the latent width if the experts have
-      one. Shared and free experts have no part in it.
+      one. Shared and zero-computation experts are not included.
 
     Raises:
       ProfileError: no MoE layer, or `moe.per_layer` gives layers experts of other shapes.
     """
-    layers = _some([_weights_of(block.moe) for block, _ in model.walk() if block.is_moe])
-    shapes = [{name: array.shape[1:] for name, array in layer.items()} for layer in layers]
+    moes = [block.moe for block, _ in model.walk() if block.is_moe]
+    layers = _not_empty([_weights_of(moe) for moe in moes])
+    shapes = [_shapes_of(layer) for layer in layers]
     if any(of_layer != shapes[0] for of_layer in shapes):
         raise ProfileError(
-            f"moe.per_layer={model.config.moe.per_layer!r} gives MoE layers experts of different shapes, {shapes}; "
-            "use a model whose experts are alike"
+            f"moe.per_layer={model.config.moe.per_layer!r} gives MoE layers experts of different "
+            f"shapes, {shapes}; use a model whose experts are alike"
         )
     return {name: np.stack([layer[name] for layer in layers]) for name in layers[0]}
+
+
+def _shapes_of(layer: dict[str, np.ndarray]) -> dict[str, tuple[int, ...]]:
+    """Returns the shape of one expert's weights by name."""
+    return {name: array_E.shape[1:] for name, array_E in layer.items()}
 
 
 def _weights_of(moe: MoE) -> dict[str, np.ndarray]:
     experts = moe.experts
     names = PROJECTIONS[-experts.network.num_projections :]
-    arrays = {name: experts.gate_up[...][:, :, i] for i, name in enumerate(names)} | {
-        "down": experts.down[...]
-    }
+    gate_up_EDPF = experts.gate_up[...]
+    arrays = {name: gate_up_EDPF[:, :, i] for i, name in enumerate(names)}
+    arrays["down"] = experts.down[...]
     if experts.network.has_bias:
-        arrays |= {f"{name}_bias": experts.gate_up_bias[...][:, i] for i, name in enumerate(names)}
+        gate_up_bias_EPF = experts.gate_up_bias[...]
+        for i, name in enumerate(names):
+            arrays[f"{name}_bias"] = gate_up_bias_EPF[:, i]
         arrays["down_bias"] = experts.down_bias[...]
     return {name: np.asarray(array, np.float32) for name, array in arrays.items()}
 
@@ -58,11 +68,11 @@ def _weights_of(moe: MoE) -> dict[str, np.ndarray]:
 def expert_outputs(
     model: Decoder, tokens_BL: Int[np.ndarray, "B L"]
 ) -> Float32[np.ndarray, "N E T D"]:
-    """What every expert of every MoE layer returns for the same tokens, whether or not they would visit it.
+    """Returns the outputs of every expert of every MoE layer for the same tokens.
 
-    The inputs are those of the layer in a pass over the tokens, the normed residual stream, and
-    outputs come without combine weight. Runs layer by layer, and gives N E T D numbers: meant for
-    some hundred tokens.
+    Tokens need not be routed to the expert. The inputs are those of the layer in a pass over the
+    tokens, the normed residual stream, and outputs come without combine weight. Runs layer by
+    layer, and returns N E T D numbers: meant for some hundred tokens.
 
     Args:
       model: as for `expert_weights`.
@@ -75,53 +85,63 @@ def expert_outputs(
       ProfileError: no MoE layer.
     """
     ids_BL = jnp.asarray(tokens_BL, jnp.int32)
-    positions_BL = jnp.broadcast_to(jnp.arange(ids_BL.shape[1], dtype=jnp.int32), ids_BL.shape)
+    positions_L = jnp.arange(ids_BL.shape[1], dtype=jnp.int32)
+    positions_BL = jnp.broadcast_to(positions_L, ids_BL.shape)
     ones_BL = jnp.ones_like(ids_BL)
     context = Context(positions_BL, ones_BL, TokenInfo(ones_BL > 0, ids_BL, positions_BL))
-    run = jax.jit(
-        lambda graphdef, state, x_BLD, own: _run(nnx.merge(graphdef, state), x_BLD, own),
-        static_argnums=0,
-    )
-    x_BLD, outputs = model.embed(ids_BL), []
+
+    # Layers of one structure share a program: their weights are its arguments.
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(graphdef, state, x_BLD, own):
+        return _run(nnx.merge(graphdef, state), x_BLD, own)
+
+    x_BLD = model.embed(ids_BL)
+    outputs = []
     for block, own in model.walk(context):
-        x_BLD, outputs_ETD = run(*nnx.split(block), x_BLD, own)
-        outputs += [] if outputs_ETD is None else [np.asarray(outputs_ETD)]
-    return np.stack(_some(outputs))
+        graphdef, state = nnx.split(block)
+        x_BLD, outputs_ETD = run(graphdef, state, x_BLD, own)
+        if outputs_ETD is not None:
+            outputs.append(np.asarray(outputs_ETD))
+    return np.stack(_not_empty(outputs))
 
 
 def _run(block: Block, x_BLD: jax.Array, context: Context) -> tuple[jax.Array, jax.Array | None]:
-    """One layer: the residual stream behind it, and the outputs of its experts."""
+    """Runs one layer.
+
+    Returns:
+      The residual stream after it, and the outputs of its experts, None in a dense layer.
+    """
     next_BLD, _, _ = block(x_BLD, context)
     if not block.is_moe:
         return next_BLD, None
-    y_BLD, _ = block.attention(
-        block.attention_norm(x_BLD), context.positions_BL, context.segments_BL, None
-    )
-    return next_BLD, _outputs(block.moe, block.ffn_norm(x_BLD + y_BLD))
+    normed_BLD = block.attention_norm(x_BLD)
+    y_BLD, _ = block.attention(normed_BLD, context.positions_BL, context.segments_BL, None)
+    inputs_BLD = block.ffn_norm(x_BLD + y_BLD)
+    return next_BLD, _outputs(block.moe, inputs_BLD)
 
 
 def _outputs(moe: MoE, x_BLD: Float[Array, "B L D"]) -> Float32[Array, "E T D"]:
     x_TD = x_BLD.reshape(-1, x_BLD.shape[-1])
     if moe.config.d_latent:
         x_TD = dense(x_TD, gather_fsdp(moe.into_latent, x_TD.dtype))
-    alone_T = jnp.zeros(len(x_TD), jnp.int32)
+    group_T = jnp.zeros(len(x_TD), jnp.int32)  # all tokens belong to the only expert
 
     def of_expert(weights):
-        of_one = jax.tree.map(lambda w: w[None], weights)
-        return apply_experts(x_TD, of_one, lambda x_RP, w_1PQ: x_RP @ w_1PQ[0], alone_T)
+        alone = jax.tree.map(lambda w: w[None], weights)
+        return apply_experts(x_TD, alone, lambda x_RP, w_1PQ: x_RP @ w_1PQ[0], group_T)
 
-    y_ETD = jax.lax.map(
-        of_expert, moe.experts.weights()
-    )  # one after the other: hidden units take memory
+    # One expert after the other, for the hidden units of all would take too much memory.
+    y_ETD = jax.lax.map(of_expert, moe.experts.weights())
     if moe.config.d_latent:
         y_ETD = dense(y_ETD, gather_fsdp(moe.out_of_latent, y_ETD.dtype))
     return y_ETD.astype(jnp.float32)
 
 
-def _some(layers: list) -> list:
-    """The same, if there are any."""
+def _not_empty(layers: list) -> list:
+    """Returns the list, and raises if the model has no MoE layer."""
     if not layers:
         raise ProfileError(
-            "the model has no MoE layer, and so no experts to look at; use one with moe.num_experts > 0"
+            "the model has no MoE layer, and so no experts to look at; "
+            "use one with moe.num_experts > 0"
         )
     return layers

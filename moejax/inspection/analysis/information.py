@@ -1,4 +1,4 @@
-"""How much an attribute of tokens tells about their experts, in bits, and how much of that is chance.
+"""Information in bits of an attribute of tokens about their experts, and how much is chance.
 
 For one layer, every token and each of its choices is a pair (attribute x, expert e), and
 
@@ -7,7 +7,7 @@ For one layer, every token and each of its choices is a pair (attribute x, exper
 with the pairs' relative frequencies for p. This plug-in estimate is too high, the more so the more
 values x has: with 32,000 token ids, routing at random shows more than a bit. So the attribute is
 also permuted over tokens, which keeps its distribution and each token's set of experts but breaks
-their relation; what is left is chance, and the excess over it is what the attribute tells.
+their relation; what remains is chance, and the excess over it is what the attribute tells.
 
 "Identity more than topic" is a question about two attributes that go together, for domains differ
 in their words. It is answered by conditional information: I(expert; token | domain) against
@@ -16,8 +16,8 @@ token. Its chance level permutes the attribute among tokens of equal condition.
 
 Tokens of one document are not independent, so an attribute that is constant in documents, such as
 the domain, beats a permutation over tokens even if each document merely has a taste of its own.
-The stricter test permutes the values over whole documents (`over="documents"`). Documents may
-only trade places if they are of one size: where one domain has few long documents and another
+The stricter test permutes the values over documents (`over="documents"`). Documents may only trade
+places if they are of one size: where one domain has few long documents and another
 many short ones, a permutation would change how much text each domain has, and chance would seem
 low. So this test takes the same number of tokens of each document, drawn at random. With a
 condition that goes together with the attribute it leans to the side of chance: permuted values
@@ -25,7 +25,7 @@ meet more values of the condition.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from jaxtyping import Float64, Int, Int64
@@ -33,9 +33,8 @@ from jaxtyping import Float64, Int, Int64
 from moejax.inspection.analysis.attributes import Attribute
 from moejax.seeds import check_seed
 
-DENSE_CELLS = (
-    2**24
-)  # larger tables are counted by sorting: slower, but in memory that the pairs bound
+# Larger tables are counted by sorting: slower, but in memory that the number of pairs bounds.
+DENSE_CELLS = 2**24
 COLUMNS = ("information", "baseline", "spread", "excess", "share", "adjusted", "entropy", "ceiling")
 OVER = ("tokens", "documents")
 
@@ -78,12 +77,12 @@ class Information:
 
     @property
     def share_N(self) -> Float64[np.ndarray, "N"]:
-        """The part of H(expert) that the attribute tells above chance.
+        """The part of H(expert) that the attribute explains above chance.
 
         Below 1 even where routing is a function of the attribute: with K choices for each token by
-        (H - log2 K) / H, and by what chance alone would tell. `adjusted_N` corrects for both.
+        (H - log2 K) / H, and by what chance alone would show. `adjusted_N` corrects for both.
         """
-        return _ratio(self.excess_N, self.entropy_N)
+        return ratio_or_zero(self.excess_N, self.entropy_N)
 
     @property
     def adjusted_N(self) -> Float64[np.ndarray, "N"]:
@@ -93,12 +92,12 @@ class Information:
         Clusterings Comparison". Unsteady where chance alone comes near the ceiling, as with
         attributes of a few tokens per value.
         """
-        return _ratio(self.excess_N, self.ceiling_N - self.baseline_N)
+        return ratio_or_zero(self.excess_N, self.ceiling_N - self.baseline_N)
 
 
-def _ratio(part_N: np.ndarray, whole_N: np.ndarray) -> np.ndarray:
-    """0 where the whole is."""
-    return np.divide(part_N, whole_N, out=np.zeros_like(part_N), where=whole_N > 1e-9)
+def ratio_or_zero(part_N: np.ndarray, all_N: np.ndarray) -> np.ndarray:
+    """Returns part over all, 0 where all is 0."""
+    return np.divide(part_N, all_N, out=np.zeros_like(part_N), where=all_N > 1e-9)
 
 
 def expert_information(
@@ -121,8 +120,8 @@ def expert_information(
       num_experts: E.
       given: a condition: what the attribute tells of tokens that agree in this one.
       over: the baseline permutes the attribute over "tokens", with a condition among those that
-        agree in it; or over "documents", the values of whole documents, for an attribute that is
-        constant in each. The latter leaves the condition where it is.
+        agree in it; or over "documents", for an attribute that is constant in each. The latter
+        does not move the condition.
       documents_T: the document of each token, in [0, ...); for `over="documents"`.
       tokens_per_document: for the same: how many tokens of each are drawn, shorter ones left out;
         None: as many as the shortest has. All numbers are of those tokens.
@@ -133,50 +132,44 @@ def expert_information(
       InformationError: arrays of other lengths or ids out of range, too few permutations, or
         documents that are missing, too short, or in which the attribute varies.
     """
-    _check(attribute, experts_NTK, num_experts, given, over, num_permutations)
+    for one in (attribute, given):
+        if one is not None:
+            _check_length(one, experts_NTK.shape[1])
+    _check_experts(experts_NTK, num_experts)
+    _check_baseline(over, num_permutations)
     check_seed("seed", seed)
     rng = np.random.default_rng(seed)
-    documents_T = _check_documents(attribute, documents_T) if over == "documents" else None
-    if documents_T is not None:
+    if over == "documents":
+        documents_T = _check_documents(attribute, documents_T)
         drawn_t = _draw_equally(documents_T, tokens_per_document, rng)
-        attribute, given = attribute.at(drawn_t), None if given is None else given.at(drawn_t)
-        experts_NTK, documents_T = experts_NTK[:, drawn_t], documents_T[drawn_t]
+        attribute = attribute.at(drawn_t)
+        given = None if given is None else given.at(drawn_t)
+        experts_NTK = experts_NTK[:, drawn_t]
+        permute = _over_documents(documents_T[drawn_t])
+    else:
+        permute = _over_tokens(attribute, given)
+    measure = _Measure(experts_NTK, num_experts, given)
     values = _Codes.from_values(attribute.values_T)
-    condition = _Codes.from_values(
-        np.zeros_like(values.codes_T) if given is None else given.values_T
-    )
-    pairs = [_Pairs(experts_TK, num_experts) for experts_TK in experts_NTK]
-    entropy_N = np.array([layer.entropy for layer in pairs], np.float64)
-    told_N = np.array(
-        [layer.information(condition) for layer in pairs], np.float64
-    )  # by the condition
-
-    def conditional(codes: _Codes) -> np.ndarray:
-        joint = codes if given is None else codes.joined(condition)
-        return np.array([layer.information(joint) for layer in pairs], np.float64) - told_N
-
-    permute = _over_tokens(condition) if documents_T is None else _over_documents(documents_T)
-    chance_PN = np.stack(
-        [conditional(values.permuted(permute(rng))) for _ in range(num_permutations)]
-    )
+    chance = []
+    for _ in range(num_permutations):
+        chance.append(measure.information(values.permuted(permute(rng))))
+    chance_PN = np.stack(chance)
     return Information(
         attribute=attribute.name,
         given=None if given is None else given.name,
         over=over,
-        information_N=conditional(values),
+        information_N=measure.information(values),
         baseline_N=chance_PN.mean(axis=0),
         spread_N=chance_PN.std(axis=0, ddof=1),
-        entropy_N=entropy_N,
-        ceiling_N=entropy_N
-        - np.array([layer.own_choice() for layer in pairs], np.float64)
-        - told_N,
+        entropy_N=measure.entropy_N,
+        ceiling_N=measure.ceiling_N,
     )
 
 
 def information_table(
     results: Sequence[Information], layers: Sequence[int]
 ) -> list[dict[str, str | int | float]]:
-    """Rows of attributes by layers, for a table or a file.
+    """Returns rows of attributes by layers, for a table or a file.
 
     Args:
       results: of the same model.
@@ -184,18 +177,21 @@ def information_table(
 
     Returns:
       One dict for each result and layer: attribute, given ("" for none), over, layer, and in bits
-        information,
-      baseline, spread, excess, entropy and ceiling; and share and adjusted.
+      information, baseline, spread, excess, entropy and ceiling; and share and adjusted.
     """
     rows = []
     for result in results:
         for n, layer in enumerate(layers):
             row: dict[str, str | int | float] = {
-                "attribute": result.attribute, "given": result.given or "", "over": result.over, "layer": int(layer),
-            }  # fmt: skip
-            rows.append(
-                row | {column: float(getattr(result, f"{column}_N")[n]) for column in COLUMNS}
-            )
+                "attribute": result.attribute,
+                "given": result.given or "",
+                "over": result.over,
+                "layer": int(layer),
+            }
+            for column in COLUMNS:
+                values_N = getattr(result, f"{column}_N")
+                row[column] = float(values_N[n])
+            rows.append(row)
     return rows
 
 
@@ -212,11 +208,43 @@ class _Codes:
         return cls(codes_T.astype(np.int64), len(found))
 
     def joined(self, other: "_Codes") -> "_Codes":
-        """Values that agree in both."""
+        """Returns codes that are equal where both codes are."""
         return _Codes.from_values(self.codes_T * other.size + other.codes_T)
 
     def permuted(self, from_T: np.ndarray) -> "_Codes":
         return _Codes(self.codes_T[from_T], self.size)
+
+
+class _Measure:
+    """Information about the experts of N layers, given a condition or none.
+
+    Attributes:
+      entropy_N: H(expert) of pairs.
+      ceiling_N: the information of an attribute that decides a token's experts.
+    """
+
+    def __init__(self, experts_NTK: np.ndarray, num_experts: int, given: Attribute | None):
+        self._pairs = [_Pairs(experts_TK, num_experts) for experts_TK in experts_NTK]
+        self._condition = None
+        if given is not None:
+            self._condition = _Codes.from_values(given.values_T)
+        self._of_condition_N = self._of_codes(self._condition)
+        entropies = [layer.entropy for layer in self._pairs]
+        own_choices = [layer.own_choice() for layer in self._pairs]
+        self.entropy_N = np.array(entropies, np.float64)
+        own_choice_N = np.array(own_choices, np.float64)
+        self.ceiling_N = self.entropy_N - own_choice_N - self._of_condition_N
+
+    def information(self, values: "_Codes") -> Float64[np.ndarray, "N"]:
+        """Returns I(expert; value | condition) by the chain rule, in bits."""
+        joint = values if self._condition is None else values.joined(self._condition)
+        return self._of_codes(joint) - self._of_condition_N
+
+    def _of_codes(self, codes: "_Codes | None") -> np.ndarray:
+        """Returns I(expert; codes); no codes hold no information."""
+        if codes is None:
+            return np.zeros(len(self._pairs))
+        return np.array([layer.information(codes) for layer in self._pairs], np.float64)
 
 
 class _Pairs:
@@ -226,50 +254,64 @@ class _Pairs:
         self.num_experts = num_experts
         self.is_choice_TK = experts_TK < num_experts
         self.experts_TK = experts_TK.astype(np.int64)
+        self.is_full = bool(self.is_choice_TK.all())
         self.visits_T = self.is_choice_TK.sum(axis=1)
         self.entropy = _entropy(np.bincount(self.experts_TK[self.is_choice_TK]))  # H(expert)
 
     def own_choice(self) -> float:
-        """H(expert | token of the text): log2 of its number of choices, over pairs."""
+        """Returns H(expert | token of the text): log2 of its number of choices, over pairs."""
         visits_t = self.visits_T[self.visits_T > 0]
-        return float((visits_t * np.log2(visits_t)).sum() / max(visits_t.sum(), 1))
+        bits = (visits_t * np.log2(visits_t)).sum()
+        return float(bits / max(visits_t.sum(), 1))
 
     def information(self, values: _Codes) -> float:
-        """I(expert; value), by the entropies of both and of the pair."""
+        """Returns I(expert; value), from the entropies of both and of the pair."""
         if values.size < 2:
             return 0.0
-        of_values = np.bincount(values.codes_T, weights=self.visits_T)
-        return self.entropy + _entropy(of_values) - _entropy(self._joint_counts(values))
+        counts = np.bincount(values.codes_T, weights=self.visits_T)
+        return self.entropy + _entropy(counts) - _entropy(self._joint_counts(values))
 
     def _joint_counts(self, values: _Codes) -> np.ndarray:
+        """Returns how often each pair of value and expert occurs; zeros may be missing."""
         cells_TK = values.codes_T[:, None] * self.num_experts + self.experts_TK
-        cells = cells_TK.ravel() if self.is_choice_TK.all() else cells_TK[self.is_choice_TK]
+        cells = cells_TK.ravel() if self.is_full else cells_TK[self.is_choice_TK]
         if values.size * self.num_experts <= DENSE_CELLS:
             return np.bincount(cells)
-        return np.unique(cells, return_counts=True)[1]
+        _, counts = np.unique(cells, return_counts=True)
+        return counts
 
 
 def _entropy(counts: np.ndarray) -> float:
-    """Of relative frequencies, in bits."""
+    """Returns the entropy of relative frequencies, in bits."""
     counts = counts[counts > 0]
     total = counts.sum()
-    return float(np.log2(total) - (counts * np.log2(counts)).sum() / total) if total else 0.0
+    if not total:
+        return 0.0
+    return float(np.log2(total) - (counts * np.log2(counts)).sum() / total)
 
 
-def _over_tokens(condition: _Codes):
-    """A permutation of tokens among those of equal condition, as the token that each takes its value from."""
-    places_T = np.argsort(condition.codes_T, kind="stable")
+Permutation = Callable[[np.random.Generator], np.ndarray]
+"""Draws, for each token, the token that it takes its value from."""
+
+
+def _over_tokens(attribute: Attribute, condition: Attribute | None) -> Permutation:
+    """Permutes tokens, with a condition among those that agree in it."""
+    if condition is None:
+        codes_T = np.zeros(attribute.values_T.size, np.int64)
+    else:
+        codes_T = _Codes.from_values(condition.values_T).codes_T
+    places_T = np.argsort(codes_T, kind="stable")
 
     def permute(rng: np.random.Generator) -> np.ndarray:
         from_T = np.empty_like(places_T)
-        from_T[places_T] = np.lexsort((rng.random(places_T.size), condition.codes_T))
+        from_T[places_T] = np.lexsort((rng.random(places_T.size), codes_T))
         return from_T
 
     return permute
 
 
-def _over_documents(documents_T: np.ndarray):
-    """A permutation of documents, as a token of the document that each token takes its value from."""
+def _over_documents(documents_T: np.ndarray) -> Permutation:
+    """Permutes documents, each named by its first token."""
     _, first_d, document_T = np.unique(documents_T, return_index=True, return_inverse=True)
     return lambda rng: rng.permutation(first_d)[document_T]
 
@@ -277,51 +319,69 @@ def _over_documents(documents_T: np.ndarray):
 def _draw_equally(
     documents_T: np.ndarray, number: int | None, rng: np.random.Generator
 ) -> np.ndarray:
-    """Increasing tokens: `number` of each document that has so many, by default as many as the shortest has."""
+    """Draws the same number of tokens of each document.
+
+    Args:
+      documents_T: the document of each token.
+      number: of tokens; documents that have fewer are left out. None: as many as the shortest has.
+      rng: of the draw.
+
+    Returns:
+      Increasing indices of tokens.
+    """
     found_d, document_T, sizes_d = np.unique(documents_T, return_inverse=True, return_counts=True)
-    number = int(sizes_d.min(initial=documents_T.size)) if number is None else number
-    if number < 1 or (sizes_d >= number).sum() < 2:
+    if number is None:
+        number = int(sizes_d.min(initial=documents_T.size))
+    is_long_d = sizes_d >= number
+    if number < 1 or is_long_d.sum() < 2:
         raise InformationError(
-            f"tokens_per_document={number} must be at least 1, and two documents must have so many; the longest of "
-            f"{len(found_d)} has {sizes_d.max(initial=0)}"
+            f"tokens_per_document={number} must be at least 1, and two documents must have that "
+            f"many; the longest of {len(found_d)} has {sizes_d.max(initial=0)}"
         )
-    order_T = np.lexsort(
-        (rng.random(documents_T.size), document_T)
-    )  # by document, at random within
-    rank_T = np.arange(documents_T.size) - np.repeat(np.cumsum(sizes_d) - sizes_d, sizes_d)
-    return np.sort(order_T[(rank_T < number) & (sizes_d[document_T[order_T]] >= number)])
+    # By document, and at random within each; the rank counts from 0 in each document.
+    order_T = np.lexsort((rng.random(documents_T.size), document_T))
+    starts_d = np.cumsum(sizes_d) - sizes_d
+    rank_T = np.arange(documents_T.size) - np.repeat(starts_d, sizes_d)
+    is_drawn_T = (rank_T < number) & is_long_d[document_T[order_T]]
+    return np.sort(order_T[is_drawn_T])
 
 
 def _check_documents(attribute: Attribute, documents_T: np.ndarray | None) -> np.ndarray:
+    """Returns the documents, and raises unless each has one value of the attribute."""
     if documents_T is None or (documents_T.size and documents_T.min() < 0):
         raise InformationError(
-            'over="documents" needs documents_T, the document of every token; pass it, without tokens of unknown '
-            'documents, or use over="tokens"'
+            'over="documents" needs documents_T, the document of every token; pass it, without '
+            'tokens of unknown documents, or use over="tokens"'
         )
     _, first_d, document_T = np.unique(documents_T, return_index=True, return_inverse=True)
-    if np.any(attribute.values_T[first_d][document_T] != attribute.values_T):
+    value_d = attribute.values_T[first_d]
+    if np.any(value_d[document_T] != attribute.values_T):
         raise InformationError(
-            f'over="documents" needs an attribute that is constant in each document, and {attribute.name!r} is not; '
-            'use over="tokens"'
+            'over="documents" needs an attribute that is constant in each document, and '
+            f'{attribute.name!r} is not; use over="tokens"'
         )
     return documents_T
 
 
-def _check(
-    attribute, experts_NTK, num_experts: int, given, over: str, num_permutations: int
-) -> None:
-    num_tokens = experts_NTK.shape[1]
-    for one in filter(None, (attribute, given)):
-        if one.values_T.size != num_tokens:
-            raise InformationError(
-                f"attribute {one.name!r} has {one.values_T.size} values and experts_NTK {num_tokens} tokens; "
-                "take both from the same tokens"
-            )
-    if experts_NTK.size and (experts_NTK.min() < 0 or experts_NTK.max() > num_experts):
-        low, high = experts_NTK.min(), experts_NTK.max()
+def _check_length(attribute: Attribute, num_tokens: int) -> None:
+    if attribute.values_T.size != num_tokens:
+        raise InformationError(
+            f"attribute {attribute.name!r} has {attribute.values_T.size} values and experts_NTK "
+            f"{num_tokens} tokens; take both from the same tokens"
+        )
+
+
+def _check_experts(experts_NTK: np.ndarray, num_experts: int) -> None:
+    if not experts_NTK.size:
+        return
+    low, high = experts_NTK.min(), experts_NTK.max()
+    if low < 0 or high > num_experts:
         raise InformationError(
             f"experts_NTK has values from {low} to {high}; they must be in [0, {num_experts}]"
         )
+
+
+def _check_baseline(over: str, num_permutations: int) -> None:
     if over not in OVER:
         raise InformationError(f"over={over!r} must be one of {', '.join(OVER)}")
     if num_permutations < 2:

@@ -11,9 +11,10 @@ from moejax.inspection.analysis.expert_profile import ProfileError
 def router_saturation(
     experts_S: Sequence[Int[np.ndarray, "..."]], num_experts: int, num_choices: int | None = None
 ) -> Float64[np.ndarray, "S N"]:
-    """Of each token's experts at the last checkpoint, the fraction that it had at each checkpoint (OLMoE, section 5).
+    """Returns, of each token's experts at the last checkpoint, the fraction it had at each one.
 
-    Routing at random shows K / E, and more where loads are unequal.
+    The router saturation of OLMoE, section 5. Routing at random shows K / E, and more where loads
+    are unequal.
 
     Args:
       experts_S: `[N, T, K]` of each checkpoint in order, of the same tokens: `experts` of the files
@@ -37,18 +38,26 @@ def router_saturation(
             f"checkpoints differ in layers and tokens, [N, T]: {shapes}; use evaluations of one run"
         )
     last_NTK = experts_S[-1][:, :, :num_choices]
-    return np.stack(
-        [_kept(experts_NTK[:, :, :num_choices], last_NTK, num_experts) for experts_NTK in experts_S]
-    )
+    kept_S = []
+    for experts_NTK in experts_S:
+        kept_S.append(_kept(experts_NTK[:, :, :num_choices], last_NTK, num_experts))
+    return np.stack(kept_S)
 
 
 def _kept(early_NTK: np.ndarray, last_NTK: np.ndarray, num_experts: int) -> np.ndarray:
-    """By layer, the mean fraction of the last experts that are among the early ones."""
+    """Returns, by layer, the mean fraction of the last experts that are among the early ones."""
+    is_expert_NTK = last_NTK < num_experts
     kept_NT = np.zeros(last_NTK.shape[:2], np.int64)
     for k in range(last_NTK.shape[2]):
-        one_NT1 = last_NTK[:, :, k : k + 1]
-        kept_NT += ((early_NTK == one_NT1) & (one_NT1 < num_experts)).any(axis=2)
-    visits_NT = (last_NTK < num_experts).sum(axis=2)
-    share_NT = np.divide(kept_NT, visits_NT, out=np.zeros(kept_NT.shape), where=visits_NT > 0)
-    num_N = (visits_NT > 0).sum(axis=1)
-    return np.divide(share_NT.sum(axis=1), num_N, out=np.full(num_N.shape, np.nan), where=num_N > 0)
+        last_NT1 = last_NTK[:, :, k : k + 1]
+        is_same_NTK = (early_NTK == last_NT1) & is_expert_NTK[:, :, k : k + 1]
+        kept_NT += is_same_NTK.any(axis=2)
+    visits_NT = is_expert_NTK.sum(axis=2)
+    has_expert_NT = visits_NT > 0
+    share_NT = np.zeros(kept_NT.shape)
+    np.divide(kept_NT, visits_NT, out=share_NT, where=has_expert_NT)
+    total_N = share_NT.sum(axis=1)
+    num_tokens_N = has_expert_NT.sum(axis=1)
+    mean_N = np.full(num_tokens_N.shape, np.nan)
+    np.divide(total_N, num_tokens_N, out=mean_N, where=num_tokens_N > 0)
+    return mean_N

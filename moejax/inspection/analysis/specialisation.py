@@ -1,4 +1,4 @@
-"""Which tokens each expert takes more of than chance would give it. Pure NumPy: counts in, ranked tokens out.
+"""Finds the tokens that each expert gets more of than chance would give it, from counts.
 
 Routing by word identity is the specialisation that early MoE papers saw first (Shazeer et al. 2017,
 appendix E; Zoph et al. 2022, section 7). To see it, count how often each expert got each token of
@@ -60,28 +60,29 @@ def count_tokens_by_expert(
     tokens_t = tokens_T[mask_T].astype(np.int64)
     _check_range("tokens_T", tokens_t, vocab_size)
     counts_NEV = np.zeros((len(experts_NTK), num_experts, vocab_size), np.int64)
-    for counts_EV, experts_TK in zip(
-        counts_NEV, experts_NTK, strict=True
-    ):  # one after the other, for memory
+    # One layer after the other, for memory; the last row counts the choices of no expert.
+    for counts_EV, experts_TK in zip(counts_NEV, experts_NTK, strict=True):
         experts_tk = experts_TK[mask_T].astype(np.int64)
         _check_range("experts_NTK", experts_tk, num_experts + 1)
         cells_tk = experts_tk * vocab_size + tokens_t[:, None]
         counts = np.bincount(cells_tk.ravel(), minlength=(num_experts + 1) * vocab_size)
-        counts_EV[:] = counts.reshape(num_experts + 1, vocab_size)[:num_experts]
+        rows_eV = counts.reshape(num_experts + 1, vocab_size)
+        counts_EV[:] = rows_eV[:num_experts]
     return counts_NEV
 
 
 def _check_range(name: str, values: np.ndarray, size: int) -> None:
-    if values.size and (values.min() < 0 or values.max() >= size):
-        raise ValueError(
-            f"{name} has values from {values.min()} to {values.max()}; they must be in [0, {size})"
-        )
+    if not values.size:
+        return
+    low, high = values.min(), values.max()
+    if low < 0 or high >= size:
+        raise ValueError(f"{name} has values from {low} to {high}; they must be in [0, {size})")
 
 
 def over_represented_tokens(
     counts_NEV: Int[np.ndarray, "N E V"], top: int = 12, min_count: int = 20
 ) -> list[list[list[TokenShare]]]:
-    """Ranks, for each layer and expert, the tokens that it gets significantly more often than its share of the load.
+    """Ranks the tokens that an expert gets significantly more often than its share of the load.
 
     If routing ignored identity, each of the n_v assignments of token v would go to expert e with
     that expert's share q_e of the layer's load, and e's count c of v would be binomial. The rank is
@@ -91,7 +92,7 @@ def over_represented_tokens(
       z = sqrt(2 n_v KL(c / n_v || q_e)),   positive where c > n_v q_e,
 
     close to standard normal under that hypothesis, also for small counts. It grows with the
-    evidence, so a rare token must be very lopsided to rank beside a frequent one; ranking by the
+    evidence, so a rare token must be very lopsided to rank next to a frequent one; ranking by the
     ratio itself would list only rare tokens. The log-odds with a Dirichlet prior (Monroe et al.
     2008) is a common alternative, but it hides a token that no other expert gets, because the
     variance of the log of a count of zero is huge: just the tokens we look for. The K experts of
@@ -112,15 +113,11 @@ def over_represented_tokens(
         seen_V = counts_EV.sum(axis=0)
         of_layer = []
         for counts_V, z_V, ratio_V in zip(counts_EV, z_EV, ratio_EV, strict=True):
-            chosen = _rank(counts_V, z_V, top, min_count)
-            of_layer.append(
-                [
-                    TokenShare(
-                        int(v), int(counts_V[v]), float(counts_V[v] / seen_V[v]), float(ratio_V[v])
-                    )
-                    for v in chosen
-                ]
-            )
+            of_expert = []
+            for v in _rank(counts_V, z_V, top, min_count):
+                share = float(counts_V[v] / seen_V[v])
+                of_expert.append(TokenShare(int(v), int(counts_V[v]), share, float(ratio_V[v])))
+            of_layer.append(of_expert)
         ranked.append(of_layer)
     return ranked
 
@@ -128,33 +125,38 @@ def over_represented_tokens(
 def _surprise(
     counts_EV: Int[np.ndarray, "E V"],
 ) -> tuple[Float64[np.ndarray, "E V"], Float64[np.ndarray, "E V"]]:
-    """The signed root z of the log-likelihood ratio, and the ratio of count to expected count; 0 for unseen tokens."""
+    """Returns the signed root z of the log-likelihood ratio, and the count over that expected.
+
+    Both are 0 for unseen tokens.
+    """
     counts_EV = counts_EV.astype(np.float64)
     seen_V = counts_EV.sum(axis=0)
     share_E1 = counts_EV.sum(axis=1, keepdims=True) / max(seen_V.sum(), 1)
     expected_EV = share_E1 * seen_V
-    rest_EV, expected_rest_EV = seen_V - counts_EV, (1 - share_E1) * seen_V
-    deviance_EV = 2 * (
-        _x_log_ratio(counts_EV, expected_EV) + _x_log_ratio(rest_EV, expected_rest_EV)
-    )
+    others_EV = seen_V - counts_EV
+    expected_others_EV = (1 - share_E1) * seen_V
+    own_term_EV = _x_log_ratio(counts_EV, expected_EV)
+    deviance_EV = 2 * (own_term_EV + _x_log_ratio(others_EV, expected_others_EV))
+    # Rounding can make a deviance of 0 slightly negative.
     z_EV = np.sign(counts_EV - expected_EV) * np.sqrt(np.maximum(deviance_EV, 0))
-    ratio_EV = np.divide(
-        counts_EV, expected_EV, out=np.zeros_like(counts_EV), where=expected_EV > 0
-    )
+    zeros_EV = np.zeros_like(counts_EV)
+    ratio_EV = np.divide(counts_EV, expected_EV, out=zeros_EV, where=expected_EV > 0)
     return z_EV, ratio_EV
 
 
 def _x_log_ratio(
     x: Float64[np.ndarray, "E V"], y: Float64[np.ndarray, "E V"]
 ) -> Float64[np.ndarray, "E V"]:
-    """Computes x * log(x / y), which is 0 where x is 0."""
-    positive = x > 0
-    return x * np.log(np.divide(x, y, out=np.ones_like(x), where=positive))
+    """Returns x * log(x / y), which is 0 where x is 0."""
+    ratio = np.divide(x, y, out=np.ones_like(x), where=x > 0)
+    return x * np.log(ratio)
 
 
 def _rank(
     counts_V: Int[np.ndarray, "V"], z_V: Float64[np.ndarray, "V"], top: int, min_count: int
 ) -> Int64[np.ndarray, "n"]:
-    """Ids of the tokens that stand out, strongest first; of equal ranks the lower id first."""
-    eligible = np.flatnonzero((counts_V >= min_count) & (z_V >= MIN_Z))
-    return eligible[np.argsort(-z_V[eligible], kind="stable")][:top]
+    """Returns the tokens that stand out, strongest first; of equal ranks the lower id first."""
+    stands_out_V = (counts_V >= min_count) & (z_V >= MIN_Z)
+    tokens = np.flatnonzero(stands_out_V)
+    order = np.argsort(-z_V[tokens], kind="stable")
+    return tokens[order][:top]

@@ -11,7 +11,7 @@ class TokenFlow(NamedTuple):
 
     Attributes:
       counts_MEE: `[m, i, j]` tokens that visit expert i in MoE layer m and expert j in layer m + 1.
-      expected_MEE: the same if a token's expert in one layer told nothing of that in the next.
+      expected_MEE: the same if a token's experts in neighbouring layers were independent.
     """
 
     counts_MEE: Int64[np.ndarray, "M E E"]
@@ -21,7 +21,7 @@ class TokenFlow(NamedTuple):
 def token_flow(
     experts_NTK: Int[np.ndarray, "N T K"], num_experts: int, num_choices: int | None = None
 ) -> TokenFlow:
-    """Counts tokens on their way from expert to expert, layer by layer.
+    """Counts tokens that go from one expert to another in the next MoE layer.
 
     Args:
       experts_NTK: num_experts for no expert.
@@ -33,19 +33,23 @@ def token_flow(
       Counts, and those expected: row sum times column sum over the sum.
     """
     chosen_NTK = experts_NTK[:, :, :num_choices].astype(np.int64)
-    counts_MEE = np.zeros((max(len(chosen_NTK) - 1, 0), num_experts, num_experts), np.int64)
-    for m in range(len(counts_MEE)):
+    num_steps = max(len(chosen_NTK) - 1, 0)
+    counts_MEE = np.zeros((num_steps, num_experts, num_experts), np.int64)
+    for m in range(num_steps):
         counts_MEE[m] = _count(chosen_NTK[m], chosen_NTK[m + 1], num_experts)
-    leaving_ME1, arriving_M1E = (counts_MEE.sum(axis=axis, keepdims=True) for axis in (2, 1))
+    leaving_ME1 = counts_MEE.sum(axis=2, keepdims=True)
+    arriving_M1E = counts_MEE.sum(axis=1, keepdims=True)
     total_M11 = np.maximum(counts_MEE.sum(axis=(1, 2), keepdims=True), 1)
     return TokenFlow(counts_MEE, leaving_ME1 * (arriving_M1E / total_M11))
 
 
 def _count(from_TK: np.ndarray, to_TK: np.ndarray, num_experts: int) -> np.ndarray:
-    """One choice with one choice at a time, which needs memory for T cells only."""
+    """Counts one choice with one choice at a time, which needs memory for T cells only."""
     width = num_experts + 1  # with a row and a column for none
     counts = np.zeros(width**2, np.int64)
     for from_T in from_TK.T:
         for to_T in to_TK.T:
-            counts += np.bincount(from_T * width + to_T, minlength=width**2)
-    return counts.reshape(width, width)[:num_experts, :num_experts]
+            cells_T = from_T * width + to_T
+            counts += np.bincount(cells_T, minlength=width**2)
+    counts_ee = counts.reshape(width, width)
+    return counts_ee[:num_experts, :num_experts]

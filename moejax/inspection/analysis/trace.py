@@ -1,15 +1,15 @@
-"""How a model routes the tokens of a text, or of many rows of a corpus.
+"""Routes the tokens of a text, or of many rows of a corpus.
 
 `trace` shows one text in full: experts, weights, logits and probabilities of every token in every
-MoE layer. A `Trace` shows itself in a notebook and becomes a table. `route_corpus` keeps experts
-and weights alone, of many tokens.
+MoE layer. A `Trace` shows itself in a notebook and becomes a table. `route_corpus` keeps only
+experts and weights, of many tokens.
 
 Routing is that of evaluation: nothing is drawn at random, and choices are those before any
 capacity drops some.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,6 +24,8 @@ if TYPE_CHECKING:  # imported where they are needed
     from moejax.inference.load import LoadedRun
 
 TOKENS_AT_ONCE = 8192  # of a corpus, on the device
+PER_TOKEN = ("tokens", "rows", "positions", "documents")
+PER_CHOICE = ("experts", "weights")
 
 
 class TraceError(ValueError):
@@ -56,10 +58,10 @@ class RoutedTokens:
     layers: tuple[int, ...]
 
     def __repr__(self) -> str:
-        num_rows = len(np.unique(self.rows_T))
+        num_tokens, num_rows = len(self.tokens_T), len(np.unique(self.rows_T))
         return (
-            f"RoutedTokens({len(self.tokens_T):,} tokens of {num_rows:,} rows through {len(self.layers)} MoE layers of "
-            f"{self.num_experts} experts)"
+            f"RoutedTokens({num_tokens:,} tokens of {num_rows:,} rows "
+            f"through {len(self.layers)} MoE layers of {self.num_experts} experts)"
         )
 
 
@@ -67,7 +69,7 @@ def trace(model: "LoadedRun", text_or_tokens: str | Sequence[int] | np.ndarray) 
     """Routes a text.
 
     It may be longer than the rows that the model was trained on: rotary positions and
-    attention have no end, but there the model is on unknown ground. Memory grows with the
+    attention have no limit, but the model has seen no such positions. Memory grows with the
     square of the length.
 
     Args:
@@ -83,13 +85,18 @@ def trace(model: "LoadedRun", text_or_tokens: str | Sequence[int] | np.ndarray) 
 
     tokens_T = _as_tokens(model, text_or_tokens)
     length = len(tokens_T)
-    shape = (rows_at_once(model, 1), padded_length(model, length))
-    tokens_BL, segments_BL, positions_BL = (np.zeros(shape, np.int32) for _ in range(3))
+    padded = padded_length(model, length)
+    shape = (rows_at_once(model, 1), padded)  # the text is in the first row
+    tokens_BL = np.zeros(shape, np.int32)
     tokens_BL[0, :length] = tokens_T
+    segments_BL = np.zeros(shape, np.int32)
     segments_BL[0, :length] = 1
-    positions_BL[:] = np.arange(shape[1])
+    positions_BL = np.zeros(shape, np.int32)
+    positions_BL[:] = np.arange(padded)
     routed = route_rows(model, tokens_BL, segments_BL, positions_BL, with_scores=True)
-    experts_NTK, weights_NTK, logits_NTE, probs_NTE = (np.asarray(x)[:, :length] for x in routed)
+    # Rows are flattened, so the first tokens are those of the text.
+    of_text = [np.asarray(array)[:, :length] for array in routed]
+    experts_NTK, weights_NTK, logits_NTE, probs_NTE = of_text
     return Trace(
         tokens_T=tokens_T,
         pieces=tuple(model.tokenizer.piece(int(token)) for token in tokens_T),
@@ -110,13 +117,15 @@ def route_corpus(
     max_rows: int | None = None,
     seed: int = 0,
 ) -> RoutedTokens:
-    """Routes rows of a corpus, as evaluation does. Memory grows with the rows: about 8 N K bytes a token.
+    """Routes rows of a corpus, as evaluation does.
+
+    Memory grows with the rows: about 8 N K bytes a token.
 
     Args:
       model: from `Run.load` or `load_run`.
       corpus: rows made with the model's tokenizer.
       split: which of its splits.
-      max_rows: at most so many rows, spread over the split; None routes all.
+      max_rows: at most that many rows, spread over the split; None routes all.
       seed: of the choice of rows.
 
     Raises:
@@ -127,36 +136,58 @@ def route_corpus(
 
     stored = corpus.rows(split)
     chosen = spread_rows(len(stored), max_rows, seed)
-    at_once = rows_at_once(model, min(len(chosen), max(1, TOKENS_AT_ONCE // corpus.seq_len)))
+    wanted = max(1, TOKENS_AT_ONCE // corpus.seq_len)
+    at_once = rows_at_once(model, min(len(chosen), wanted))
     parts = []
     for first in range(0, len(chosen), at_once):
         indices = chosen[first : first + at_once]
         rows = _stack([stored[int(index)] for index in indices], at_once, corpus.seq_len)
         routed = route_rows(model, rows["tokens"], rows["segments"], rows["positions"])
-        rows["rows"] = np.broadcast_to(
-            np.pad(indices, (0, at_once - len(indices)))[:, None], rows["tokens"].shape
-        )
-        is_token_T = rows["segments"].reshape(-1) > 0
-        part: dict[str, Any] = {
-            name: rows[name].reshape(-1)[is_token_T].astype(np.int32) for name in PER_TOKEN
-        }
-        part["experts"], part["weights"] = (np.asarray(x)[:, is_token_T] for x in routed)
-        parts.append(part)
-    whole = {f"{name}_T": np.concatenate([part[name] for part in parts]) for name in PER_TOKEN}
-    whole |= {
-        f"{name}_NTK": np.concatenate([part[name] for part in parts], axis=1)
-        for name in ("experts", "weights")
-    }
+        parts.append(_real_tokens(rows, indices, routed))
     return RoutedTokens(
-        **whole, num_experts=model.config.moe.num_choices, layers=model.config.moe_layers
+        **_concatenate(parts),
+        num_experts=model.config.moe.num_choices,
+        layers=model.config.moe_layers,
     )
 
 
-PER_TOKEN = ("tokens", "rows", "positions", "documents")
+def _real_tokens(
+    rows: Mapping[str, np.ndarray], indices: np.ndarray, routed: Sequence[Any]
+) -> dict[str, np.ndarray]:
+    """Returns what `RoutedTokens` holds of some rows, without padding.
+
+    Args:
+      rows: inputs of the model; rows of padding follow after the real ones.
+      indices: of the real rows in the split.
+      routed: experts and weights, `[N, T, K]`, from `route_rows`.
+    """
+    is_token_T = rows["segments"].reshape(-1) > 0
+    num_rows, seq_len = rows["tokens"].shape
+    row_B = np.pad(indices, (0, num_rows - len(indices)))
+    row_BL = np.broadcast_to(row_B[:, None], (num_rows, seq_len))
+    found = {}
+    for name in PER_TOKEN:
+        values_BL = row_BL if name == "rows" else rows[name]
+        found[name] = values_BL.reshape(-1)[is_token_T].astype(np.int32)
+    for name, values_NTK in zip(PER_CHOICE, routed, strict=True):
+        found[name] = np.asarray(values_NTK)[:, is_token_T]
+    return found
+
+
+def _concatenate(parts: Sequence[Mapping[str, np.ndarray]]) -> dict[str, Any]:
+    """Returns the arrays of all parts by the names of `RoutedTokens`."""
+    found = {}
+    for name in PER_TOKEN:
+        found[f"{name}_T"] = np.concatenate([part[name] for part in parts])
+    for name in PER_CHOICE:
+        found[f"{name}_NTK"] = np.concatenate([part[name] for part in parts], axis=1)
+    return found
 
 
 def spread_rows(num_rows: int, max_rows: int | None, seed: int) -> Int[np.ndarray, "R"]:
-    """Increasing rows: one drawn from each of `max_rows` equal parts of the split, or all if there are no more.
+    """Draws increasing rows, one from each of `max_rows` equal parts of the split.
+
+    Returns all rows if there are no more than that.
 
     Raises:
       TraceError: `max_rows` is below 1.
@@ -165,19 +196,21 @@ def spread_rows(num_rows: int, max_rows: int | None, seed: int) -> Int[np.ndarra
         raise TraceError(f"max_rows={max_rows} must be at least 1, or None for all rows")
     if max_rows is None or max_rows >= num_rows:
         return np.arange(num_rows)
-    edges = np.linspace(0, num_rows, max_rows + 1).astype(int)
     check_seed("seed", seed)
-    return np.random.default_rng(seed).integers(edges[:-1], edges[1:])
+    rng = np.random.default_rng(seed)
+    edges = np.linspace(0, num_rows, max_rows + 1).astype(int)
+    return rng.integers(edges[:-1], edges[1:])
 
 
 def _stack(
     rows: Sequence[dict[str, np.ndarray]], num_rows: int, seq_len: int
 ) -> dict[str, np.ndarray]:
-    """The inputs of rows, `[num_rows, seq_len]`, filled up with rows of padding."""
+    """Returns the inputs of rows, `[num_rows, seq_len]`, filled up with rows of padding."""
     stacked = {}
     for name in FEATURES:
-        stacked[name] = np.zeros((num_rows, seq_len), np.int32)
-        stacked[name][: len(rows)] = [row[name][:-1] for row in rows]
+        values_BL = np.zeros((num_rows, seq_len), np.int32)
+        values_BL[: len(rows)] = [row[name][:-1] for row in rows]
+        stacked[name] = values_BL
     return stacked
 
 
@@ -185,15 +218,17 @@ def _as_tokens(
     model: "LoadedRun", text_or_tokens: str | Sequence[int] | np.ndarray
 ) -> Int32[np.ndarray, "T"]:
     if isinstance(text_or_tokens, str):
-        return np.array([model.tokenizer.bos_id, *model.tokenizer.encode(text_or_tokens)], np.int32)
+        tokenizer = model.tokenizer
+        return np.array([tokenizer.bos_id, *tokenizer.encode(text_or_tokens)], np.int32)
     tokens = np.asarray(text_or_tokens)
-    if tokens.ndim != 1 or not tokens.size or not np.issubdtype(tokens.dtype, np.integer):
+    is_integer = np.issubdtype(tokens.dtype, np.integer)
+    if tokens.ndim != 1 or not tokens.size or not is_integer:
         raise TraceError(
-            f"tokens of shape {tokens.shape} and type {tokens.dtype} must be integers [T], at least one; trace one text"
+            f"tokens of shape {tokens.shape} and type {tokens.dtype} must be integers [T], "
+            "at least one; trace one text"
         )
     vocab_size = model.config.vocab_size
-    if tokens.min() < 0 or tokens.max() >= vocab_size:
-        raise TraceError(
-            f"token ids from {tokens.min()} to {tokens.max()} must be in [0, {vocab_size})"
-        )
+    low, high = tokens.min(), tokens.max()
+    if low < 0 or high >= vocab_size:
+        raise TraceError(f"token ids from {low} to {high} must be in [0, {vocab_size})")
     return tokens.astype(np.int32)

@@ -19,20 +19,19 @@ if TYPE_CHECKING:  # imported where it is needed
 
 WIDTH = 100  # columns of text
 TEXT_TOKENS = 24
-HTML_TOKENS, HTML_CELLS = (
-    1024,
-    16_384,
-)  # tokens shown at most, and tokens times layers: each costs some 200 bytes
+HTML_TOKENS = 1024  # shown at most
+HTML_CELLS = 16_384  # tokens times layers at most: each costs some 200 bytes
 SHOWN_CHOICES = 4  # of one token
 COLORS = ("#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#F0E442", "#0072B2", "#D55E00", "#999999")
-LINES = ("none", "solid", "dashed", "dotted")  # set experts apart that share a colour
+LINES = ("none", "solid", "dashed", "dotted")  # distinguish experts that share a colour
 NUM_STYLES = len(COLORS) * len(LINES)
 STYLE = """
 .moejax-trace{margin:.5rem 0}
 .moejax-trace fieldset{display:flex;flex-wrap:wrap;gap:0 .9rem;margin:0 0 .4rem;padding:0;border:0}
 .moejax-trace label{cursor:pointer}
 .moejax-trace .layer{display:none}
-.moejax-trace .token{display:inline-block;line-height:1.5;padding:.1rem .12rem;border-radius:.2rem;white-space:pre;
+.moejax-trace .token{display:inline-block;line-height:1.5;padding:.1rem .12rem;border-radius:.2rem;
+white-space:pre;
 font-family:ui-monospace,"DejaVu Sans Mono",Menlo,Consolas,monospace;unicode-bidi:isolate}
 .moejax-trace sup{font-size:.62em;opacity:.8}
 .moejax-trace p{margin:.3rem 0;opacity:.8;font-size:.875em}
@@ -69,17 +68,20 @@ class Trace:
 
     @property
     def margins_NT(self) -> Float[np.ndarray, "N T"]:
-        """Least probability of a token's experts minus the highest of the others (0 if there are none).
+        """Least probability of a token's experts minus the highest of the others, or minus 0.
 
         Negative where bias or groups overrule the probabilities; NaN where a token has no expert.
         """
-        is_chosen_NTE = (self.experts_NTK[..., None] == np.arange(self.num_experts)).any(axis=2)
+        experts_E = np.arange(self.num_experts)
+        is_choice_NTKE = self.experts_NTK[..., None] == experts_E
+        is_chosen_NTE = is_choice_NTKE.any(axis=2)
         least_NT = np.where(is_chosen_NTE, self.probs_NTE, np.inf).min(axis=-1)
-        rest_NT = np.where(is_chosen_NTE, 0.0, self.probs_NTE).max(axis=-1)
-        return np.where(is_chosen_NTE.any(axis=-1), least_NT - rest_NT, np.nan)
+        highest_NT = np.where(is_chosen_NTE, 0.0, self.probs_NTE).max(axis=-1)
+        has_expert_NT = is_chosen_NTE.any(axis=-1)
+        return np.where(has_expert_NT, least_NT - highest_NT, np.nan)
 
     def to_frame(self) -> "pd.DataFrame":
-        """A row per token, layer and choice.
+        """Returns a pandas table with a row per token, layer and choice.
 
         Returns:
           Columns `token` (id), `piece`, `position`, `layer` (of the model), `rank` (0 is the best
@@ -92,11 +94,12 @@ class Trace:
         is_row_NTK = has_expert_NTK.copy()
         is_row_NTK[:, :, 0] = True
         layer, token, rank = np.nonzero(is_row_NTK)
-        expert, has_expert = (
-            self.experts_NTK[layer, token, rank],
-            has_expert_NTK[layer, token, rank],
-        )
-        column = np.where(has_expert, expert, 0)
+        expert = self.experts_NTK[layer, token, rank]
+        has_expert = has_expert_NTK[layer, token, rank]
+        column = np.where(has_expert, expert, 0)  # of a valid expert, where there is none
+        weight = self.weights_NTK[layer, token, rank]
+        prob = self.probs_NTE[layer, token, column]
+        logit = self.logits_NTE[layer, token, column]
         return pd.DataFrame(
             {
                 "token": self.tokens_T[token],
@@ -105,9 +108,9 @@ class Trace:
                 "layer": np.array(self.layers)[layer],
                 "rank": rank,
                 "expert": pd.arrays.IntegerArray(expert.astype(np.int64), ~has_expert),
-                "weight": np.where(has_expert, self.weights_NTK[layer, token, rank], np.nan),
-                "prob": np.where(has_expert, self.probs_NTE[layer, token, column], np.nan),
-                "logit": np.where(has_expert, self.logits_NTE[layer, token, column], np.nan),
+                "weight": np.where(has_expert, weight, np.nan),
+                "prob": np.where(has_expert, prob, np.nan),
+                "logit": np.where(has_expert, logit, np.nan),
             }
         )
 
@@ -119,56 +122,79 @@ class Trace:
 
 
 def as_text(trace: Trace) -> str:
-    """A table of the first tokens and layers."""
+    """Returns a table of the first tokens and layers."""
+    columns = _text_columns(trace)
+    widths = [max(map(len, column)) for column in columns]
+    lines = [_title(trace)]
+    for row in zip(*columns, strict=True):
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+        lines.append("  ".join(cells))
+    num_layers = len(columns) - 2  # the first two are tokens and pieces
+    more = []
+    if len(trace.tokens_T) > TEXT_TOKENS:
+        more.append(f"{len(trace.tokens_T) - TEXT_TOKENS} more tokens")
+    if len(trace.layers) > num_layers:
+        more.append(f"{len(trace.layers) - num_layers} more layers")
+    if more:
+        lines.append(f"... {' and '.join(more)}; to_frame() has all")
+    return "\n".join(line.rstrip()[:WIDTH] for line in lines)
+
+
+def _text_columns(trace: Trace) -> list[list[str]]:
+    """Returns columns of cells: token, piece, and as many layers as fit, at least one."""
     cells = _Cells(trace)
     tokens = range(min(len(trace.tokens_T), TEXT_TOKENS))
-    columns = [["token", *(str(t) for t in tokens)]]
-    columns.append(["piece", *(_short(html.visible(trace.pieces[t])) for t in tokens)])
+    columns = [
+        ["token", *map(str, tokens)],
+        ["piece", *(_short(html.visible(trace.pieces[t])) for t in tokens)],
+    ]
+    width = sum(_width(column) for column in columns)
     for n, layer in enumerate(trace.layers):
         column = [f"layer {layer}", *(cells.in_short(n, t) for t in tokens)]
-        if n and sum(max(map(len, column)) + 2 for column in [*columns, column]) > WIDTH:
+        width += _width(column)
+        if n and width > WIDTH:
             break
         columns.append(column)
-    widths = [max(map(len, column)) for column in columns]
-    rows = [
-        "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True))
-        for row in zip(*columns, strict=True)
-    ]
-    left_out = [
-        (len(trace.tokens_T) - len(tokens), "tokens"),
-        (len(trace.layers) - len(columns) + 2, "layers"),
-    ]
-    more = [f"{number} more {what}" for number, what in left_out if number]
-    foot = [f"... {' and '.join(more)}; to_frame() has all"] if more else []
-    return "\n".join(row.rstrip()[:WIDTH] for row in [_title(trace), *rows, *foot])
+    return columns
+
+
+def _width(column: list[str]) -> int:
+    """Returns the width of a column with the gap after it."""
+    return max(map(len, column)) + 2
 
 
 def as_html(trace: Trace) -> str:
-    """The text with each token in the colour of its first expert, one layer at a time."""
-    cells, num_layers = _Cells(trace), len(trace.layers)
-    num_shown = min(len(trace.tokens_T), HTML_TOKENS, max(1, HTML_CELLS // num_layers))
-    switches = "".join(
-        f'<label><input type="radio" name="layer" value="{n}"{" checked" * (n == 0)}> Layer {layer}</label>'
-        for n, layer in enumerate(trace.layers)
-    )
-    rules = "".join(_rule(style) for style in range(min(trace.num_experts, NUM_STYLES)))
-    rules += "".join(
-        f'.moejax-trace:has(input[value="{n}"]:checked) .layer-{n}{{display:block}}'
-        for n in range(num_layers)
-    )
-    layers = "".join(
-        f'<div class="layer layer-{n}">{"".join(cells.as_html(n, t) for t in range(num_shown))}</div>'
-        for n in range(num_layers)
-    )
+    """Returns the text with each token in the colour of its first expert, one layer at a time."""
+    num_layers = len(trace.layers)
+    fitting = max(1, HTML_CELLS // num_layers)
+    num_shown = min(len(trace.tokens_T), HTML_TOKENS, fitting)
+    rules = [_rule(style) for style in range(min(trace.num_experts, NUM_STYLES))]
+    rules += [_show_rule(n) for n in range(num_layers)]
+    switches = [_switch(n, layer) for n, layer in enumerate(trace.layers)]
+    cells = _Cells(trace)
+    layers = [cells.layer_as_html(n, num_shown) for n in range(num_layers)]
     left_out = len(trace.tokens_T) - num_shown
     foot = f"<p>{left_out:,} more tokens are not shown; to_frame() has all.</p>" if left_out else ""
     # A form of its own makes the buttons a group of their own, however many traces are on a page.
     # Nothing is sent.
     return (
-        f'<form class="moejax-trace" method="dialog"><style>{STYLE}{rules}</style><p>{html.text(_title(trace))}. The '
-        f"number is a token's first expert; point at a token for more.</p><fieldset>{switches}</fieldset>"
-        f"{layers}{foot}</form>"
+        f'<form class="moejax-trace" method="dialog"><style>{STYLE}{"".join(rules)}</style>'
+        f"<p>{html.text(_title(trace))}. The number is a token's first expert; "
+        f"point at a token for more.</p><fieldset>{''.join(switches)}</fieldset>"
+        f"{''.join(layers)}{foot}</form>"
     )
+
+
+def _switch(n: int, layer: int) -> str:
+    """Returns the button that shows a layer; the first is pressed."""
+    checked = " checked" if n == 0 else ""
+    button = f'<input type="radio" name="layer" value="{n}"{checked}>'
+    return f"<label>{button} Layer {layer}</label>"
+
+
+def _show_rule(n: int) -> str:
+    """Returns the rule that shows a layer while its button is pressed."""
+    return f'.moejax-trace:has(input[value="{n}"]:checked) .layer-{n}{{display:block}}'
 
 
 class _Cells:
@@ -180,33 +206,45 @@ class _Cells:
         self.is_mixed_N = (trace.experts_NTK == trace.num_experts).all(axis=(1, 2))
 
     def choices(self, n: int, t: int) -> list[tuple[int, float]]:
-        """The experts of a token with their weights; where a layer mixes all experts, all with what they count."""
-        probs_E, experts_K = self.trace.probs_NTE[n, t], self.trace.experts_NTK[n, t]
+        """Returns the experts of a token with their weights.
+
+        Where a layer mixes all experts, all of them with their probabilities.
+        """
         if self.is_mixed_N[n]:
-            return [
-                (int(expert), float(probs_E[expert]))
-                for expert in np.argsort(-probs_E, kind="stable")
-            ]
+            probs_E = self.trace.probs_NTE[n, t]
+            order_E = np.argsort(-probs_E, kind="stable")
+            return [(int(expert), float(probs_E[expert])) for expert in order_E]
+        experts_K = self.trace.experts_NTK[n, t]
         weights_K = self.trace.weights_NTK[n, t]
-        found = zip(experts_K, weights_K, strict=True)
-        return [
-            (int(expert), float(weight))
-            for expert, weight in found
-            if expert < self.trace.num_experts
-        ]
+        found = []
+        for expert, weight in zip(experts_K, weights_K, strict=True):
+            if expert < self.trace.num_experts:
+                found.append((int(expert), float(weight)))
+        return found
 
     def in_short(self, n: int, t: int) -> str:
-        """`3 0.61, 1 0.39`."""
+        """Returns the choices in the form `3 0.61, 1 0.39`."""
         choices = self.choices(n, t)
-        shown = ", ".join(f"{expert} {weight:.2f}" for expert, weight in choices[:SHOWN_CHOICES])
-        return (shown or "none") + (", ..." if len(choices) > SHOWN_CHOICES else "")
+        if not choices:
+            return "none"
+        words = [f"{expert} {weight:.2f}" for expert, weight in choices[:SHOWN_CHOICES]]
+        if len(choices) > SHOWN_CHOICES:
+            words.append("...")
+        return ", ".join(words)
+
+    def layer_as_html(self, n: int, num_tokens: int) -> str:
+        """Returns the first tokens of a layer."""
+        tokens = "".join(self.as_html(n, t) for t in range(num_tokens))
+        return f'<div class="layer layer-{n}">{tokens}</div>'
 
     def as_html(self, n: int, t: int) -> str:
-        """The token's text under the number and in the colour of its first expert."""
-        choices, piece = self.choices(n, t), self.trace.pieces[t]
-        number, style = (
-            (choices[0][0], f" s{choices[0][0] % NUM_STYLES}") if choices else ("none", "")
-        )
+        """Returns the token's text with the number of its first expert, and in its colour."""
+        choices = self.choices(n, t)
+        number, style = "none", ""
+        if choices:
+            first, _ = choices[0]
+            number, style = str(first), f" s{first % NUM_STYLES}"
+        piece = self.trace.pieces[t]
         line_break = "<br>" if "\n" in piece or piece == "\\n" else ""
         return (
             f'<span class="token{style}" title="{html.text(self._in_full(n, t, choices))}">'
@@ -214,20 +252,28 @@ class _Cells:
         )
 
     def _in_full(self, n: int, t: int, choices: list[tuple[int, float]]) -> str:
-        probs_E, margin = self.trace.probs_NTE[n, t], self.margins_NT[n, t]
+        """Returns everything about a token in one layer."""
         parts = [f"token {self.trace.tokens_T[t]} at position {t}"]
-        parts += ["mixes all experts"] if self.is_mixed_N[n] else []
-        parts += [
-            f"expert {expert}: weight {weight:.3f}, probability {probs_E[expert]:.3f}"
-            for expert, weight in choices[:SHOWN_CHOICES]
-        ]
-        parts += [f"{len(choices) - SHOWN_CHOICES} more"] if len(choices) > SHOWN_CHOICES else []
-        parts += [] if math.isnan(margin) else [f"margin {margin:.3f}"]
-        return "; ".join(parts if choices else [*parts, "no expert"])
+        if not choices:
+            return "; ".join([*parts, "no expert"])
+        if self.is_mixed_N[n]:
+            parts.append("mixes all experts")
+        for expert, weight in choices[:SHOWN_CHOICES]:
+            prob = self.trace.probs_NTE[n, t, expert]
+            parts.append(f"expert {expert}: weight {weight:.3f}, probability {prob:.3f}")
+        if len(choices) > SHOWN_CHOICES:
+            parts.append(f"{len(choices) - SHOWN_CHOICES} more")
+        margin = self.margins_NT[n, t]
+        if not math.isnan(margin):
+            parts.append(f"margin {margin:.3f}")
+        return "; ".join(parts)
 
 
 def _title(trace: Trace) -> str:
-    return f"Trace of {len(trace.tokens_T):,} tokens through {len(trace.layers)} MoE layers of {trace.num_experts} experts"
+    return (
+        f"Trace of {len(trace.tokens_T):,} tokens through {len(trace.layers)} MoE layers "
+        f"of {trace.num_experts} experts"
+    )
 
 
 def _short(piece: str) -> str:
@@ -235,5 +281,7 @@ def _short(piece: str) -> str:
 
 
 def _rule(style: int) -> str:
-    color, line = COLORS[style % len(COLORS)], LINES[style // len(COLORS)]
+    """Returns the rule of one of `NUM_STYLES` styles: a colour, and a line below."""
+    color = COLORS[style % len(COLORS)]
+    line = LINES[style // len(COLORS)]
     return f".moejax-trace .s{style}{{background:{color}55;border-bottom:2px {line} {color}}}"

@@ -4,7 +4,7 @@ Everything is decided by a table of the distinct pieces and then by arrays, so h
 take a fraction of a second. The rules are plain ones, for statistics over many tokens:
 
 - A *word* is a run of tokens that begin with a letter, a mark, a numeral or a raw byte. A token
-  goes on with the word of the token before it if it does not begin with a space and that one
+  continues the word of the token before it if it does not begin with a space and that one
   ends in a letter, mark, numeral or byte; or if an apostrophe alone stands between them ("don",
   "'", "t" is one word). Each Chinese or Japanese token is a word of its own, for those scripts
   write no spaces.
@@ -29,8 +29,17 @@ from jaxtyping import Bool, Int, Int64
 from moejax.data.tokenizers import SPACE_MARK, SPECIAL_PIECES
 
 KINDS = (
-    "special", "newline", "space", "punctuation", "symbol", "numeral", "CJK", "byte", "capitalised", "lower-case",
-)  # fmt: skip
+    "special",
+    "newline",
+    "space",
+    "punctuation",
+    "symbol",
+    "numeral",
+    "CJK",
+    "byte",
+    "capitalised",
+    "lower-case",
+)
 """What a piece is by itself; see `kind_of_piece`."""
 
 IN_WORD = ("numeral", "CJK", "byte", "capitalised", "lower-case")
@@ -40,14 +49,14 @@ APOSTROPHES = ("'", "\u2019")
 CLOSERS = "\"'\u201d\u2019\u00bb\u203a)]}\u300d\u300f\uff09\u3011"
 STOPS, WIDE_STOPS = (".", "!", "?", "\u2026"), ("\u3002", "\uff01", "\uff1f")
 
-_SPECIAL = re.compile(
-    "|".join([*map(re.escape, SPECIAL_PIECES), "<unk>", r"<-?\d+>"])
-)  # <12>: no id of the tokenizer
+_SPECIAL_PATTERNS = [re.escape(piece) for piece in SPECIAL_PIECES]
+_NO_ID = r"<-?\d+>"  # what is written for a number that is no id of the tokenizer
+_SPECIAL = re.compile("|".join([*_SPECIAL_PATTERNS, "<unk>", _NO_ID]))
 _BYTE = re.compile("<0x[0-9A-F]{2}>")
 
 
 def kind_of_piece(piece: str) -> str:
-    """What a piece is, out of context: one of `KINDS`.
+    """Returns what a piece is, out of context: one of `KINDS`.
 
     "special" and "byte" by how `Tokenizer.piece` writes them; "newline" if it is only white space
     with a line feed, and "space" if it is other white space. Else by the Unicode category of its
@@ -75,7 +84,7 @@ def _kind_of_character(character: str) -> str:
 
 
 def _text(piece: str) -> str:
-    """The piece's own characters."""
+    """Returns the piece's own characters."""
     return ESCAPES.get(piece, piece).replace(SPACE_MARK, " ")
 
 
@@ -96,15 +105,17 @@ class Words:
     starts_sentence_T: Bool[np.ndarray, "T"]
 
     def position_in_word(self) -> Int64[np.ndarray, "T"]:
-        """1 for the first token of a word, and so on; 0 for tokens of no word."""
+        """Returns 1 for the first token of a word, and so on; 0 for tokens of no word."""
         seen_T = np.cumsum(self.is_word_T)
-        return np.where(self.is_word_T, seen_T - seen_T[_last(self.starts_word_T)] + 1, 0)
+        seen_at_start_T = seen_T[_last(self.starts_word_T)]
+        return np.where(self.is_word_T, seen_T - seen_at_start_T + 1, 0)
 
     def word_in_sentence(self) -> Int64[np.ndarray, "T"]:
-        """1 for tokens of the first word of a sentence, and so on; 0 for tokens of no word."""
+        """Returns 1 for tokens of a sentence's first word, and so on; 0 for tokens of no word."""
         words_T = np.cumsum(self.starts_word_T)
-        before_T = (words_T - self.starts_word_T)[_last(self.starts_sentence_T)]
-        return np.where(self.is_word_T, words_T - before_T, 0)
+        words_before_T = words_T - self.starts_word_T
+        before_sentence_T = words_before_T[_last(self.starts_sentence_T)]
+        return np.where(self.is_word_T, words_T - before_sentence_T, 0)
 
 
 def find_words(
@@ -119,12 +130,12 @@ def find_words(
     """
     table = _PieceTable.from_tokens(tokens_T, piece)
     starts_T = starts_T | (np.arange(tokens_T.size) == 0)
-    starts_word_T = table.is_word & ~_continues(table, starts_T)
+    ends_sentence_T = _ends_sentence(table, starts_T)
     return Words(
-        table.kind,
-        table.is_word,
-        starts_word_T,
-        starts_T | _before(_ends_sentence(table, starts_T)),
+        kind_T=table.kind,
+        is_word_T=table.is_word,
+        starts_word_T=table.is_word & ~_continues(table, starts_T),
+        starts_sentence_T=starts_T | _before(ends_sentence_T),
     )
 
 
@@ -145,50 +156,62 @@ class _PieceTable:
 
     @classmethod
     def from_tokens(cls, tokens_T: np.ndarray, piece: Callable[[int], str]) -> "_PieceTable":
+        """Looks at each distinct piece once, and copies its facts to all tokens that have it."""
         ids, index_T = np.unique(tokens_T, return_inverse=True)
-        facts = np.array([_facts(piece(int(id))) for id in ids], np.int64)
-        names = [field.name for field in dataclasses.fields(cls)]
-        columns = dict(zip(names, facts.reshape(-1, len(names))[index_T].T, strict=True))
-        counts = {name: columns.pop(name) for name in ("kind", "num_newlines")}
-        return cls(**counts, **{name: column > 0 for name, column in columns.items()})
+        facts = [_Facts.from_piece(piece(int(id))) for id in ids]
+        columns = {}
+        for field in dataclasses.fields(cls):
+            dtype = np.int64 if field.name in ("kind", "num_newlines") else bool
+            of_ids = np.array([getattr(fact, field.name) for fact in facts], dtype)
+            columns[field.name] = of_ids[index_T]
+        return cls(**columns)
 
 
-def _facts(piece: str) -> tuple[int, ...]:
+@dataclasses.dataclass(frozen=True)
+class _Facts:
     """One row of `_PieceTable`."""
-    kind, text = kind_of_piece(piece), _text(piece)
-    if kind in ("special", "byte"):
-        is_byte = kind == "byte"
-        return (
-            KINDS.index(kind),
-            is_byte,
-            False,
-            not is_byte,
-            is_byte,
-            False,
-            False,
-            False,
-            False,
-            0,
+
+    kind: int
+    is_word: bool = False
+    is_alone: bool = False
+    begins_with_space: bool = False
+    ends_in_word: bool = False
+    is_apostrophe: bool = False
+    is_closer: bool = False
+    is_stop: bool = False
+    is_wide_stop: bool = False
+    num_newlines: int = 0
+
+    @classmethod
+    def from_piece(cls, piece: str) -> "_Facts":
+        kind = kind_of_piece(piece)
+        index = KINDS.index(kind)
+        if kind == "byte":
+            return cls(index, is_word=True, ends_in_word=True)
+        if kind == "special":
+            return cls(index, begins_with_space=True)  # nothing continues over it
+        text = _text(piece)
+        body = text.strip()
+        inner = body.rstrip(CLOSERS)
+        is_word = kind in IN_WORD
+        last_kind = _kind_of_character(text[-1])
+        begins_with_space = text[0].isspace()
+        return cls(
+            kind=index,
+            is_word=is_word,
+            is_alone=kind == "CJK",
+            begins_with_space=begins_with_space,
+            ends_in_word=is_word and last_kind in IN_WORD and last_kind != "CJK",
+            is_apostrophe=text in APOSTROPHES,
+            is_closer=bool(body) and not inner and not begins_with_space,
+            is_stop=inner.endswith((*STOPS, *WIDE_STOPS)),
+            is_wide_stop=inner.endswith(WIDE_STOPS),
+            num_newlines=0 if body else text.count("\n"),
         )
-    body = text.strip()
-    last = _kind_of_character(text[-1])
-    inner = body.rstrip(CLOSERS)
-    return (
-        KINDS.index(kind),
-        kind in IN_WORD,
-        kind == "CJK",
-        text[0].isspace(),
-        kind in IN_WORD and last in IN_WORD and last != "CJK",
-        text in APOSTROPHES,
-        bool(body) and not inner and not text[0].isspace(),
-        inner.endswith((*STOPS, *WIDE_STOPS)),
-        inner.endswith(WIDE_STOPS),
-        text.count("\n") if not body else 0,
-    )
 
 
 def _continues(table: _PieceTable, starts_T: np.ndarray) -> np.ndarray:
-    """Whether a token goes on with a word, given that it is of one."""
+    """Whether a token continues a word, given that it is part of one."""
     follows_T = _before(table.ends_in_word) & ~starts_T
     joined_T = _before(table.is_apostrophe & follows_T) & ~starts_T
     return (follows_T | joined_T) & ~table.begins_with_space & ~table.is_alone
@@ -197,30 +220,40 @@ def _continues(table: _PieceTable, starts_T: np.ndarray) -> np.ndarray:
 def _ends_sentence(table: _PieceTable, starts_T: np.ndarray) -> np.ndarray:
     """Whether a sentence ends with a token, so that the next one starts another."""
     context_T = np.cumsum(starts_T)
-    closed_T = _last(~table.is_closer)  # the token that closing quotes and brackets stand behind
+    closed_T = _last(~table.is_closer)  # the token after which closing quotes and brackets stand
     is_same_T = context_T[closed_T] == context_T
-    next_starts_T, next_spaces_T, next_goes_on_T = (
-        np.append(a_T[1:], False)
-        for a_T in (starts_T, table.begins_with_space, table.is_closer | table.is_stop)
-    )
-    after_stop_T = table.is_stop[closed_T] & is_same_T & (next_spaces_T | next_starts_T)
-    after_wide_T = table.is_wide_stop[closed_T] & is_same_T & ~next_goes_on_T
+    next_starts_T = _after(starts_T)
+    next_has_space_T = _after(table.begins_with_space)
+    next_belongs_T = _after(table.is_closer | table.is_stop)
+    after_stop_T = table.is_stop[closed_T] & is_same_T & (next_has_space_T | next_starts_T)
+    after_wide_T = table.is_wide_stop[closed_T] & is_same_T & ~next_belongs_T
     return after_stop_T | after_wide_T | _ends_blank_line(table, starts_T)
 
 
 def _ends_blank_line(table: _PieceTable, starts_T: np.ndarray) -> np.ndarray:
-    """Whether a token holds a line break, and another stands before it with nothing but spaces between."""
+    """Whether a token holds a line break, and the text before it ends in another one.
+
+    Only spaces may stand between them.
+    """
     is_newline_T = table.num_newlines > 0
-    is_text_T = (table.kind != KINDS.index("space")) | starts_T
+    is_space_T = table.kind == KINDS.index("space")
+    is_text_T = ~is_space_T | starts_T
     previous_T = np.append(0, _last(is_text_T)[:-1])
-    return (table.num_newlines > 1) | (is_newline_T & is_newline_T[previous_T] & ~starts_T)
+    has_two_T = table.num_newlines > 1
+    follows_newline_T = is_newline_T[previous_T] & ~starts_T
+    return has_two_T | (is_newline_T & follows_newline_T)
 
 
 def _last(is_T: np.ndarray) -> np.ndarray:
-    """Index of the last True at or before each place; 0 where there is none."""
+    """Returns the index of the last True at or before each place; 0 where there is none."""
     return np.maximum.accumulate(np.where(is_T, np.arange(is_T.size), 0))
 
 
 def _before(is_T: np.ndarray) -> np.ndarray:
-    """The value one place earlier; False before the first."""
+    """Returns the value one place earlier; False before the first."""
     return np.append(False, is_T)[:-1]
+
+
+def _after(is_T: np.ndarray) -> np.ndarray:
+    """Returns the value one place later; False after the last."""
+    return np.append(is_T[1:], False)

@@ -1,23 +1,17 @@
-"""What a checkpoint would lose under other routing: the same validation rows, with one change at a time.
+"""Evaluates a checkpoint under other routing: the same validation rows, one intervention at a time.
 
-The model is run layer by layer. A change touches few layers: those before it are run once for all
-changes, and a layer with other weights or another blocked expert is the same program with other
-arguments, so that the ablation of every expert of every layer compiles nothing anew.
+All interventions see the same tokens, so that their losses can be compared row by row; `passes`
+runs the model.
 """
 
-import functools
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
-from flax import nnx
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from moejax.config import nearest
 from moejax.data import Batch, Corpus
@@ -26,11 +20,12 @@ from moejax.data.packing import empty_row
 from moejax.inference.load import LoadedRun, load_run
 from moejax.inspection.analysis.trace import spread_rows
 from moejax.inspection.counterfactuals import interventions
+from moejax.inspection.counterfactuals.passes import Parts, Passed, Residuals, Traffic
 from moejax.inspection.counterfactuals.plan import (
     CAPACITY_FACTORS,
     KINDS,
     NUM_PAIRS,
-    Change,
+    Intervention,
     Layers,
     plan,
 )
@@ -41,14 +36,10 @@ from moejax.inspection.counterfactuals.result import (
     Outcome,
     paired_change,
 )
-from moejax.models import Decoder
-from moejax.models.blocks import Block, Context
-from moejax.moe.layer import MoE
-from moejax.moe.token_info import TokenInfo
 from moejax.seeds import check_seed
 from moejax.training.run_directory.text import TextPlaces
 
-REPORT_SECONDS = 15.0  # between two lines on long work
+REPORT_SECONDS = 15.0  # between two lines about a long evaluation
 
 log = logging.getLogger("moejax")
 
@@ -65,9 +56,9 @@ def counterfactuals(
     seed: int = 0,
     places: TextPlaces | None = None,
 ) -> Counterfactuals:
-    """Evaluates a checkpoint as it was trained and under each change of its routing, on one device.
+    """Evaluates a checkpoint as trained and under each intervention on its routing, on one device.
 
-    Kinds of change:
+    Kinds of intervention:
 
     - "top_k": other numbers of experts per token, with the run's own normalisation.
     - "capacity": evaluation capacity factors, at which choices are dropped.
@@ -89,7 +80,7 @@ def counterfactuals(
       top_k: numbers of experts per token; None: from 1 to twice the run's, at most E.
       capacity_factors: of evaluation.
       num_pairs: at random, in each layer.
-      seed: of those, and of the choice of rows.
+      seed: of those pairs, and of the choice of rows.
       places: where the user says that the run's text is.
 
     Raises:
@@ -97,225 +88,115 @@ def counterfactuals(
     """
     _check_kinds(kinds)
     check_seed("seed", seed)
-    if isinstance(run, LoadedRun):
-        loaded = run
-        if step not in (None, run.step):
-            raise CounterfactualError(
-                f"step={step} is not that of the loaded run, {run.step}; load_run that step"
-            )
-    else:
-        loaded = load_run(run, step)
-    if loaded.config.num_moe_layers == 0:
-        raise CounterfactualError(
-            "this is a run of a dense model, which routes nothing; give one with experts"
-        )
-    batches = read_rows(
-        loaded.corpus(places),
-        max_rows,
-        loaded.config.train.batch_size // loaded.config.train.accumulation,
-        seed,
-    )
+    loaded = _load(run, step)
+    train = loaded.config.train
+    batch_size = train.batch_size // train.accumulation
+    batches = read_rows(loaded.corpus(places), max_rows, batch_size, seed)
     parts = Parts(loaded.model)
-    numbers = loaded.config.moe_layers
     trained = [parts.run(batch) for batch in batches]
-    load_NE = np.sum(
-        [[traffic.load_E for traffic in passed.traffic.values()] for passed in trained], axis=0
-    )
-    layers = Layers(parts.moes, numbers, load_NE)
-    changes, left_out = plan(
-        layers,
+    planned, left_out = plan(
+        Layers(parts.moes, loaded.config.moe_layers, _total_load(trained)),
         kinds,
         top_k=top_k,
         capacity_factors=capacity_factors,
         num_pairs=num_pairs,
         seed=seed,
     )
-    log.info("%d changes on %d batches of validation rows", len(changes), len(batches))
-    passes = _run_all(parts, batches, changes)
-    targets_R = np.concatenate(
-        [np.asarray(batch.loss_mask_BL).sum(axis=1) for batch in batches]
-    ).astype(np.float64)
-    whole = Change(AS_TRAINED, "no change", dict.fromkeys(range(len(parts.moes)), lambda moe: moe))
-    outcomes = [
-        _outcome(change, passed, trained, targets_R)
-        for change, passed in zip([whole, *changes], [trained, *passes], strict=True)
-    ]
+    log.info("%d changes on %d batches of validation rows", len(planned), len(batches))
+    passes = _run_all(parts, batches, planned)
+    targets_R = _count_targets(batches)
+    outcomes = [_outcome(_no_intervention(parts), trained, trained, targets_R)]
+    for intervention, passed in zip(planned, passes, strict=True):
+        outcomes.append(_outcome(intervention, passed, trained, targets_R))
     return Counterfactuals(
         rows=tuple(outcomes),
         left_out=left_out,
         step=loaded.step,
         num_rows=int(np.count_nonzero(targets_R)),
         num_targets=int(targets_R.sum()),
-        layers=tuple(numbers),
+        layers=tuple(loaded.config.moe_layers),
         num_experts=loaded.config.moe.num_choices,
         top_k=tuple(interventions.chosen_per_token(moe) for moe in parts.moes),
     )
 
 
+def _load(run: LoadedRun | str | Path, step: int | None) -> LoadedRun:
+    """Returns the run with its weights, and checks that it has experts."""
+    if not isinstance(run, LoadedRun):
+        loaded = load_run(run, step)
+    elif step in (None, run.step):
+        loaded = run
+    else:
+        raise CounterfactualError(
+            f"step={step} is not that of the loaded run, {run.step}; load_run that step"
+        )
+    if loaded.config.num_moe_layers == 0:
+        raise CounterfactualError(
+            "this is a run of a dense model, which routes nothing; give one with experts"
+        )
+    return loaded
+
+
 def read_rows(corpus: Corpus, max_rows: int | None, batch_size: int, seed: int = 0) -> list[Batch]:
-    """Validation rows, spread over the split, in batches of one shape: the last is filled up with padding.
+    """Reads validation rows, spread over the split, in batches of one shape.
+
+    The last batch is filled up with padding.
 
     Raises:
-      CounterfactualError: there are not so many.
+      CounterfactualError: there are not that many.
     """
     rows = corpus.rows("validation")
     if max_rows is not None and not 1 <= max_rows <= len(rows):
         raise CounterfactualError(
-            f"{max_rows} rows must be between 1 and the {len(rows)} of the validation split; leave the number out for "
-            "all of them"
+            f"{max_rows} rows must be between 1 and the {len(rows)} of the validation split; "
+            "leave the number out for all of them"
         )
     chosen_R = spread_rows(len(rows), max_rows, seed)
     batches = []
     for start in range(0, len(chosen_R), batch_size):
         read = [rows[int(index)] for index in chosen_R[start : start + batch_size]]
         read += [empty_row(corpus.seq_len)] * (batch_size - len(read))
-        batches.append(to_batch({name: np.stack([row[name] for row in read]) for name in read[0]}))
+        names = read[0].keys()
+        batches.append(to_batch({name: np.stack([row[name] for row in read]) for name in names}))
     return batches
 
 
-class Traffic(NamedTuple):
-    """Sums over a batch's tokens in one MoE layer: tokens, choices, dropped choices, weights, choices by expert."""
-
-    num_tokens: Any
-    num_choices: Any
-    dropped: Any
-    gate_mass: Any
-    load_E: Any
-
-
-class Passed(NamedTuple):
-    """A batch after a pass: cross-entropy of each row in nats, and the traffic of the MoE layers that were run."""
-
-    nats_B: Float[np.ndarray, "B"]
-    traffic: dict[int, Traffic]
-
-
-class Residuals(NamedTuple):
-    """A batch on its way through the layers as trained.
-
-    Attributes:
-      context: what all layers share.
-      before: the residual stream before each layer, and behind the last.
-      traffic: of each MoE layer.
-    """
-
-    context: Context
-    before: list[jax.Array]
-    traffic: dict[int, Traffic]
-
-
-class Parts:
-    """A model in single layers, each of which can be changed.
-
-    Holds the layers' weights a second time beside the model's own.
-    """
-
-    def __init__(self, model: Decoder):
-        self.whole = nnx.split(model)
-        blocks: list[Block] = [block for block, _ in model.walk()]
-        self.blocks = [nnx.split(block) for block in blocks]
-        self.places = [index for index, block in enumerate(blocks) if block.is_moe]
-        self.moes: list[MoE] = [blocks[index].moe for index in self.places]
-        if any(moe.is_placed for moe in self.moes):
-            raise CounterfactualError(
-                "experts of this model were placed elsewhere; load the run anew"
-            )
-
-    def run(self, batch: Batch) -> Passed:
-        """A pass as trained."""
-        residuals = self.begin(batch)
-        return self._end(batch, residuals.before[-1], residuals.traffic)
-
-    def begin(self, batch: Batch) -> Residuals:
-        """A pass as trained that keeps the residual stream before every layer."""
-        x_BLD, context = _embed(*self.whole, batch)
-        before, found = [x_BLD], {}
-        for index, block in enumerate(self.blocks):
-            x_BLD, traffic = _apply(*block, x_BLD, context)
-            before.append(x_BLD)
-            if traffic is not None:
-                found[self.places.index(index)] = traffic
-        return Residuals(context, before, found)
-
-    def run_changed(
-        self, batch: Batch, residuals: Residuals, surgeries: Mapping[int, interventions.Surgery]
-    ) -> Passed:
-        """A pass from the first changed layer on."""
-        first = self.places[min(surgeries)]
-        x_BLD, found = residuals.before[first], {}
-        for index in range(first, len(self.blocks)):
-            graphdef, state = self.blocks[index]
-            layer = self.places.index(index) if index in self.places else -1
-            if layer in surgeries:
-                block = nnx.merge(graphdef, state)
-                block.moe = surgeries[layer](block.moe)
-                graphdef, state = nnx.split(block)
-            x_BLD, traffic = _apply(graphdef, state, x_BLD, residuals.context)
-            if layer in surgeries:
-                found[layer] = traffic
-        return self._end(batch, x_BLD, found)
-
-    def _end(self, batch: Batch, x_BLD: jax.Array, traffic: dict[int, Traffic]) -> Passed:
-        return Passed(*jax.device_get((_count_nats(*self.whole, x_BLD, batch), traffic)))
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _embed(graphdef: nnx.GraphDef, state: nnx.State, batch: Batch) -> tuple[jax.Array, Context]:
-    info = TokenInfo(jnp.asarray(batch.segments_BL) > 0, batch.tokens_BL, batch.positions_BL)
-    context = Context(batch.positions_BL, batch.segments_BL, info)
-    return nnx.merge(graphdef, state).embed(batch.tokens_BL), context
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _apply(graphdef: nnx.GraphDef, state: nnx.State, x_BLD: jax.Array, context: Context):
-    x_BLD, stats, _ = nnx.merge(graphdef, state)(x_BLD, context)
-    if stats is None:
-        return x_BLD, None
-    num_choices = stats.assignments_E.sum()
-    return x_BLD, Traffic(
-        stats.num_tokens, num_choices, stats.dropped, stats.gate_mass, stats.assignments_E
-    )
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _count_nats(
-    graphdef: nnx.GraphDef, state: nnx.State, x_BLD: jax.Array, batch: Batch
-) -> jax.Array:
-    logits_BLV = nnx.merge(graphdef, state).unembed(x_BLD)
-    nats_BL = optax.softmax_cross_entropy_with_integer_labels(logits_BLV, batch.targets_BL)
-    return jnp.where(batch.loss_mask_BL, nats_BL, 0.0).sum(axis=1)
-
-
 def _run_all(
-    parts: Parts, batches: Sequence[Batch], changes: Sequence[Change]
+    parts: Parts, batches: Sequence[Batch], planned: Sequence[Intervention]
 ) -> list[list[Passed]]:
-    """The passes of each change over all batches."""
-    passes: list[list[Passed]] = [[] for _ in changes]
+    """Returns the passes of each intervention over all batches."""
+    passes: list[list[Passed]] = [[] for _ in planned]
     started = reported = time.monotonic()
-    for number, (batch, residuals) in enumerate(_with_residuals(parts, batches)):
-        for index, change in enumerate(changes):
-            passes[index].append(parts.run_changed(batch, residuals, change.surgeries))
+    done = 0
+    for batch, residuals in _with_residuals(parts, batches):
+        for of_intervention, intervention in zip(passes, planned, strict=True):
+            of_intervention.append(parts.run_edited(batch, residuals, intervention.edits))
+            done += 1
             now = time.monotonic()
             if now - reported > REPORT_SECONDS:
-                log.info(
-                    _progress(
-                        number * len(changes) + index + 1, len(changes), len(batches), now - started
-                    )
-                )
+                log.info(_progress(done, len(planned), len(batches), now - started))
                 reported = now
-        if number == 0:  # the first batch compiles
+        if done == len(planned):  # the first batch compiles
             started = time.monotonic()
     return passes
 
 
 def _progress(done: int, num_changes: int, num_batches: int, seconds: float) -> str:
-    """How far it is; `seconds` since the first batch was done, or since the start until then."""
+    """Says how much is done.
+
+    Args:
+      done: interventions on batches, of `num_changes * num_batches`.
+      num_changes: interventions.
+      num_batches: of validation rows.
+      seconds: since the first batch was done, or since the start until then.
+    """
     if done <= num_changes:
         return f"batch 1 of {num_batches}: {done} of {num_changes} changes; what is new is compiled"
-    rest = (num_changes * num_batches - done) / (done - num_changes)
-    return (
-        f"batch {(done - 1) // num_changes + 1} of {num_batches}; about {seconds * rest:.0f} s left"
-    )
+    done_since = done - num_changes
+    to_do = num_changes * num_batches - done
+    seconds_left = seconds * (to_do / done_since)
+    batch = (done - 1) // num_changes + 1
+    return f"batch {batch} of {num_batches}; about {seconds_left:.0f} s left"
 
 
 def _with_residuals(parts: Parts, batches: Sequence[Batch]) -> Iterator[tuple[Batch, Residuals]]:
@@ -323,29 +204,59 @@ def _with_residuals(parts: Parts, batches: Sequence[Batch]) -> Iterator[tuple[Ba
         yield batch, parts.begin(batch)
 
 
-def _outcome(change: Change, passed: list[Passed], trained: list[Passed], targets_R) -> Outcome:
-    nats_R, trained_R = (
-        np.concatenate([p.nats_B for p in batch]).astype(np.float64) for batch in (passed, trained)
-    )
-    difference, standard_error = paired_change(nats_R, trained_R, targets_R)
-    sums = [
-        jax.tree.map(lambda *x: np.sum(x), *(p.traffic[layer] for p in passed))
-        for layer in passed[0].traffic
-    ]
+def _outcome(
+    intervention: Intervention,
+    passed: Sequence[Passed],
+    trained: Sequence[Passed],
+    targets_R: Float[np.ndarray, "R"],
+) -> Outcome:
+    nats_R = _nats_of_rows(passed)
+    change, standard_error = paired_change(nats_R, _nats_of_rows(trained), targets_R)
+    sums = [_total_traffic(passed, layer) for layer in passed[0].traffic]
+    gate_masses = [traffic.gate_mass / max(traffic.num_tokens, 1) for traffic in sums]
+    dropped_shares = [traffic.dropped / max(traffic.num_choices, 1) for traffic in sums]
     return Outcome(
-        kind=change.kind,
-        what=change.what,
-        layer=change.layer,
-        experts=change.experts,
-        setting=change.setting,
+        kind=intervention.kind,
+        what=intervention.what,
+        layer=intervention.layer,
+        experts=intervention.experts,
+        setting=intervention.setting,
         loss=float(nats_R.sum() / targets_R.sum()),
-        change=difference,
+        change=change,
         standard_error=standard_error,
-        gate_mass=float(
-            np.mean([traffic.gate_mass / max(traffic.num_tokens, 1) for traffic in sums])
-        ),
-        dropped=float(np.mean([traffic.dropped / max(traffic.num_choices, 1) for traffic in sums])),
+        gate_mass=float(np.mean(gate_masses)),
+        dropped=float(np.mean(dropped_shares)),
     )
+
+
+def _nats_of_rows(passes: Sequence[Passed]) -> Float[np.ndarray, "R"]:
+    return np.concatenate([passed.nats_B for passed in passes]).astype(np.float64)
+
+
+def _total_traffic(passes: Sequence[Passed], layer: int) -> Traffic:
+    """Returns the traffic of one MoE layer over all batches; each field is one number."""
+    of_layer = [passed.traffic[layer] for passed in passes]
+    return jax.tree.map(lambda *x: np.sum(x), *of_layer)
+
+
+def _total_load(passes: Sequence[Passed]) -> Int[np.ndarray, "N E"]:
+    """Returns the choices of each expert over all batches."""
+    loads = []
+    for passed in passes:
+        loads.append([traffic.load_E for traffic in passed.traffic.values()])
+    return np.sum(loads, axis=0)
+
+
+def _count_targets(batches: Sequence[Batch]) -> Float[np.ndarray, "R"]:
+    """Returns the predicted tokens of each row; 0 for rows of padding."""
+    counts = [np.asarray(batch.loss_mask_BL).sum(axis=1) for batch in batches]
+    return np.concatenate(counts).astype(np.float64)
+
+
+def _no_intervention(parts: Parts) -> Intervention:
+    """Returns the intervention that leaves every layer as it was trained."""
+    edits = dict.fromkeys(range(len(parts.moes)), lambda moe: moe)
+    return Intervention(AS_TRAINED, "no change", edits)
 
 
 def _check_kinds(kinds: Sequence[str]) -> None:

@@ -1,9 +1,9 @@
-"""What changed routing does to the loss, as plain data: to look at, to draw, to keep as JSON."""
+"""What interventions on routing do to the loss, as plain data to show, to draw and to keep."""
 
 import dataclasses
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,8 @@ COLUMNS = (
     "gate mass",
     "dropped",
 )
+DAMAGE = (RecursionError, ValueError, KeyError, TypeError, AttributeError, IndexError)
+"""What reading a file of another content raises."""
 
 
 class CounterfactualError(ValueError):
@@ -36,19 +38,19 @@ class CounterfactualError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """The loss under one change.
+    """The loss under one intervention.
 
     Attributes:
-      kind: of the change; "as trained" is none.
+      kind: of the intervention; "as trained" is none.
       what: in words.
-      layer: the model's layer, where one alone is changed.
-      experts: that the change concerns.
+      layer: the model's layer, where only one is edited.
+      experts: that the intervention concerns.
       setting: K or the capacity factor.
       loss: nats per token.
-      change: of the loss against that as trained, on the same rows, nats per token.
+      change: of the loss from that as trained, on the same rows, nats per token.
       standard_error: of the change, from its differences between rows; NaN with fewer than 2 rows.
-      gate_mass: mean sum of a token's combine weights, over the changed layers.
-      dropped: share of choices that found no slot, over the changed layers.
+      gate_mass: mean sum of a token's combine weights, over the edited layers.
+      dropped: share of choices that found no slot, over the edited layers.
     """
 
     kind: str
@@ -64,13 +66,13 @@ class Outcome:
 
     @property
     def is_noise(self) -> bool:
-        """Whether the change is within two standard errors of none."""
+        """Whether the change is at most two standard errors; so it is where there is no error."""
         return not abs(self.change) > 2 * self.standard_error
 
 
 @dataclasses.dataclass(frozen=True)
 class Counterfactuals:
-    """A checkpoint's loss under changed routing.
+    """A checkpoint's loss under interventions on its routing.
 
     Attributes:
       rows: the outcomes; the first is as trained.
@@ -94,28 +96,38 @@ class Counterfactuals:
 
     @property
     def as_trained(self) -> Outcome:
-        """The outcome of no change."""
+        """The outcome without any intervention."""
         return self.rows[0]
 
     def of_kind(self, kind: str) -> list[Outcome]:
-        """The outcomes of one kind of change, in order."""
+        """Returns the outcomes of one kind of intervention, in order."""
         return [row for row in self.rows if row.kind == kind]
 
     @property
     def ablation_NE(self) -> dict[str, Float[np.ndarray, "N E"]]:
-        """Change of the loss without one expert: not selectable, and with output 0; NaN where that was left out."""
+        """Change of the loss without one expert: not selectable, and with output 0.
+
+        NaN where that was left out.
+        """
         return {way: self.by_expert(way) for way in (NOT_SELECTABLE, OUTPUT_ZERO)}
 
     def by_expert(self, way: str, field: str = "change") -> Float[np.ndarray, "N E"]:
-        """A field of the ablations' outcomes by layer and expert; NaN where there is none."""
+        """Returns a field of the ablations' outcomes by layer and expert; NaN where there is none.
+
+        Args:
+          way: of ablation, "not selectable" or "output 0".
+          field: of `Outcome`.
+        """
         values_NE = np.full((len(self.layers), self.num_experts), np.nan)
         for row in self.of_kind("ablate"):
-            if row.what == way and row.layer is not None:
-                values_NE[self.layers.index(row.layer), row.experts[0]] = getattr(row, field)
+            if row.what != way or row.layer is None:
+                continue
+            index = self.layers.index(row.layer)
+            values_NE[index, row.experts[0]] = getattr(row, field)
         return values_NE
 
     def to_frame(self) -> Any:
-        """The outcomes as a pandas `DataFrame`, a row each."""
+        """Returns the outcomes as a pandas `DataFrame`, a row each."""
         try:
             import pandas
         except ImportError as error:
@@ -125,33 +137,31 @@ class Counterfactuals:
         return pandas.DataFrame([dataclasses.asdict(row) for row in self.rows])
 
     def table(self) -> list[dict[str, str]]:
-        """The outcomes as text, a dict by `COLUMNS` each."""
+        """Returns the outcomes as text, a dict by `COLUMNS` each."""
         return [dict(zip(COLUMNS, _as_text(row), strict=True)) for row in self.rows]
 
     def summary(self) -> list[dict[str, str]]:
-        """The ablations by layer: what its experts are worth, and in brackets which of them most and least."""
-        found = []
+        """Returns a row for each layer and way of ablation.
+
+        Each has the mean change over the layer's experts, and the largest and the smallest change
+        with the expert in brackets.
+        """
+        rows = []
         for way, change_NE in self.ablation_NE.items():
             error_NE = self.by_expert(way, "standard_error")
             for layer, change_E, error_E in zip(self.layers, change_NE, error_NE, strict=True):
                 if np.isnan(change_E).all():
                     continue
-                ends = {
-                    "largest": int(np.nanargmax(change_E)),
-                    "smallest": int(np.nanargmin(change_E)),
+                most, least = int(np.nanargmax(change_E)), int(np.nanargmin(change_E))
+                row = {
+                    "layer": str(layer),
+                    "expert": way,
+                    "mean change": f"{np.nanmean(change_E):+.4f}",
+                    "largest": f"{change_E[most]:+.4f} ± {error_E[most]:.4f} ({most})",
+                    "smallest": f"{change_E[least]:+.4f} ± {error_E[least]:.4f} ({least})",
                 }
-                found.append(
-                    {
-                        "layer": str(layer),
-                        "expert": way,
-                        "mean change": f"{np.nanmean(change_E):+.4f}",
-                    }
-                    | {
-                        name: f"{change_E[e]:+.4f} ± {error_E[e]:.4f} ({e})"
-                        for name, e in ends.items()
-                    }
-                )
-        return found
+                rows.append(row)
+        return rows
 
     def __repr__(self) -> str:
         lines = [self.title(), _aligned(self.table())]
@@ -159,31 +169,34 @@ class Counterfactuals:
         return "\n".join(lines)
 
     def title(self) -> str:
-        """What was evaluated."""
-        return f"Step {self.step}, {self.num_rows} validation rows, {self.num_targets} tokens; losses in nats per token"
+        """Returns what was evaluated, in one line."""
+        return (
+            f"Step {self.step}, {self.num_rows} validation rows, {self.num_targets} tokens; "
+            "losses in nats per token"
+        )
 
     def _repr_html_(self) -> str:
         head = "".join(f"<th>{escape(name)}</th>" for name in COLUMNS)
-        body = "".join(
-            f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row.values())}</tr>"
-            for row in self.table()
+        body = "".join(_table_row(row.values()) for row in self.table())
+        page = (
+            f"<p>{escape(self.title())}</p>"
+            f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
         )
-        left = "".join(
-            f"<li>{escape(what)}: {escape(reason)}</li>" for what, reason in self.left_out.items()
-        )
-        table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-        return f"<p>{escape(self.title())}</p>{table}" + (
-            f"<p>Left out:</p><ul>{left}</ul>" if left else ""
-        )
+        if self.left_out:
+            items = [f"{escape(what)}: {escape(why)}" for what, why in self.left_out.items()]
+            listed = "".join(f"<li>{item}</li>" for item in items)
+            page += f"<p>Left out:</p><ul>{listed}</ul>"
+        return page
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain data, for JSON; None for NaN."""
+        """Returns plain data for JSON, with None for NaN."""
         return _plain(dataclasses.asdict(self))
 
     def save(self, path: str | Path) -> Path:
         """Writes a JSON file in one rename, so that a reader never sees half of it."""
         path = Path(path)
-        replace_file(path, (to_json(dataclasses.asdict(self), indent=1) + "\n").encode())
+        text = to_json(dataclasses.asdict(self), indent=1) + "\n"
+        replace_file(path, text.encode())
         return path
 
     @classmethod
@@ -195,16 +208,7 @@ class Counterfactuals:
         """
         try:
             values = json.loads(Path(path).read_text(encoding="utf-8"))
-            rows = tuple(Outcome(**_outcome(row)) for row in values.pop("rows"))
-            layers, top_k = (
-                tuple(int(x) for x in values.pop(name)) for name in ("layers", "top_k")
-            )
-            left_out = {str(what): str(reason) for what, reason in values.pop("left_out").items()}
-            numbers = {name: int(value) for name, value in values.items()}
-            found = cls(rows=rows, layers=layers, top_k=top_k, left_out=left_out, **numbers)
-            if not rows or rows[0].kind != AS_TRAINED:
-                raise ValueError(f"the first row must be {AS_TRAINED}")
-            _ = found.ablation_NE  # layers and experts that the rows name exist
+            return cls._from_values(values)
         except FileNotFoundError as error:
             raise CounterfactualError(
                 f"{path} is missing; `moejax counterfactuals` writes it"
@@ -213,17 +217,25 @@ class Counterfactuals:
             raise CounterfactualError(
                 f"{path} cannot be read ({error.strerror}); see who may read it"
             ) from error
-        except (
-            RecursionError,
-            ValueError,
-            KeyError,
-            TypeError,
-            AttributeError,
-            IndexError,
-        ) as error:
+        except DAMAGE as error:
             raise CounterfactualError(
-                f"{path} is damaged ({type(error).__name__}: {error}); run `moejax counterfactuals` again"
+                f"{path} is damaged ({type(error).__name__}: {error}); "
+                "run `moejax counterfactuals` again"
             ) from error
+
+    @classmethod
+    def _from_values(cls, values: Any) -> "Counterfactuals":
+        """Returns the counterfactuals of a file's JSON, which may be of another kind."""
+        rows = tuple(_outcome(row) for row in values.pop("rows"))
+        layers = tuple(map(int, values.pop("layers")))
+        top_k = tuple(map(int, values.pop("top_k")))
+        reasons = values.pop("left_out").items()
+        left_out = {str(what): str(reason) for what, reason in reasons}
+        numbers = {name: int(value) for name, value in values.items()}
+        found = cls(rows=rows, layers=layers, top_k=top_k, left_out=left_out, **numbers)
+        if not rows or rows[0].kind != AS_TRAINED:
+            raise ValueError(f"the first row must be {AS_TRAINED}")
+        _ = found.ablation_NE  # raises unless the layers and experts that rows name exist
         return found
 
 
@@ -232,14 +244,14 @@ def paired_change(
     trained_R: Float[np.ndarray, "R"],
     targets_R: Float[np.ndarray, "R"],
 ) -> tuple[float, float]:
-    """The change of the mean loss on the same rows, and its standard error.
+    """Returns the change of the mean loss on the same rows, and its standard error.
 
     The change is a ratio of two sums over rows, of differences d and of targets t. Its standard
     error is that of the ratio estimator, sqrt(R / (R - 1) sum (d - t change)^2) / sum t: rows with
     targets are taken as a sample. What the losses of a row have in common cancels in d.
 
     Args:
-      nats_R: cross-entropy of each row under the change.
+      nats_R: cross-entropy of each row under the intervention.
       trained_R: as trained.
       targets_R: predicted tokens of each row.
 
@@ -251,34 +263,46 @@ def paired_change(
     differences_R = nats_R - trained_R
     num_targets = targets_R.sum()
     change = differences_R.sum() / num_targets
-    rows = np.count_nonzero(targets_R)
-    if rows < 2:
+    num_rows = np.count_nonzero(targets_R)
+    if num_rows < 2:
         return float(change), math.nan
     squares = ((differences_R - change * targets_R) ** 2).sum()
-    return float(change), float(np.sqrt(rows / (rows - 1) * squares) / num_targets)
+    error = np.sqrt(num_rows / (num_rows - 1) * squares) / num_targets
+    return float(change), float(error)
 
 
 def _as_text(row: Outcome) -> tuple[str, ...]:
-    is_base = row.kind == AS_TRAINED
+    """Returns the cells of an outcome, by `COLUMNS`."""
+    is_trained = row.kind == AS_TRAINED
     return (
         row.kind,
         row.what,
         "all" if row.layer is None else str(row.layer),
         ", ".join(map(str, row.experts)),
-        "" if is_base else f"{row.change:+.4f}",
-        "" if is_base else f"{row.standard_error:.4f}",
+        "" if is_trained else f"{row.change:+.4f}",
+        "" if is_trained else f"{row.standard_error:.4f}",
         f"{row.loss:.4f}",
         f"{row.gate_mass:.3f}",
         f"{row.dropped:.2%}",
     )
 
 
+def _table_row(cells: Iterable[str]) -> str:
+    inner = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
+    return f"<tr>{inner}</tr>"
+
+
 def _aligned(rows: Sequence[Mapping[str, str]]) -> str:
-    lines = [list(rows[0]), *(list(row.values()) for row in rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return "\n".join(
-        "  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines
-    )
+    """Returns a table of text with a head, its columns as wide as their widest cell."""
+    head = list(rows[0])
+    body = [list(row.values()) for row in rows]
+    lines = [head, *body]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    padded = []
+    for line in lines:
+        cells = [cell.ljust(width) for cell, width in zip(line, widths, strict=True)]
+        padded.append("  ".join(cells).rstrip())
+    return "\n".join(padded)
 
 
 def _plain(value: Any) -> Any:
@@ -286,16 +310,26 @@ def _plain(value: Any) -> Any:
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, tuple | list):
         return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
 
 
-def _outcome(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of an `Outcome` from JSON, where None stands for NaN."""
-    numbers = ("loss", "change", "standard_error", "gate_mass", "dropped")
-    found = {name: math.nan if row[name] is None else float(row[name]) for name in numbers}
-    optional = {
-        "layer": None if row["layer"] is None else int(row["layer"]),
-        "setting": None if row["setting"] is None else float(row["setting"]),
-    }
-    texts = {"kind": str(row["kind"]), "what": str(row["what"])}
-    return found | optional | texts | {"experts": tuple(int(expert) for expert in row["experts"])}
+def _outcome(row: Mapping[str, Any]) -> Outcome:
+    """Returns an outcome from JSON, where None stands for NaN."""
+    return Outcome(
+        kind=str(row["kind"]),
+        what=str(row["what"]),
+        layer=None if row["layer"] is None else int(row["layer"]),
+        experts=tuple(int(expert) for expert in row["experts"]),
+        setting=None if row["setting"] is None else float(row["setting"]),
+        loss=_number(row["loss"]),
+        change=_number(row["change"]),
+        standard_error=_number(row["standard_error"]),
+        gate_mass=_number(row["gate_mass"]),
+        dropped=_number(row["dropped"]),
+    )
+
+
+def _number(value: Any) -> float:
+    return math.nan if value is None else float(value)

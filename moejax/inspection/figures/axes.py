@@ -1,4 +1,4 @@
-"""What curves are drawn against: steps, tokens, the arithmetic that these cost, or the time that they took."""
+"""What curves are drawn against: steps, tokens, or the arithmetic or time that these cost."""
 
 from collections.abc import Callable
 
@@ -25,7 +25,7 @@ Series = Callable[[str], tuple[Int64[np.ndarray, "S"], Float64[np.ndarray, "S"]]
 def place(
     axis: str, steps_S: Int64[np.ndarray, "S"], series: Series, flops_per_token: int | None
 ) -> Float64[np.ndarray, "S"]:
-    """Where steps are on an axis; between logged steps on a straight line.
+    """Returns where steps are on an axis; between logged steps on a straight line.
 
     Args:
       axis: one of `AXES`.
@@ -34,31 +34,39 @@ def place(
       flops_per_token: of training, `Run.flops_per_token`.
 
     Returns:
-      NaN everywhere if the run does not tell.
+      NaN everywhere if the run did not log it.
     """
     if axis == "steps":
         return steps_S.astype(np.float64)
     if axis == "time":
-        return _along(steps_S, *seconds_trained(series)) / 60
-    tokens_S = _along(steps_S, *_finite(*series("tokens")))
+        logged_steps, seconds = seconds_trained(series)
+        return _interpolate(steps_S, logged_steps, seconds) / 60
+    logged_steps, tokens = _finite(*series("tokens"))
+    tokens_S = _interpolate(steps_S, logged_steps, tokens)
     if axis == "tokens":
         return tokens_S
     return tokens_S * (np.nan if flops_per_token is None else flops_per_token)
 
 
 def seconds_trained(series: Series) -> tuple[Int64[np.ndarray, "S"], Float64[np.ndarray, "S"]]:
-    """Steps, and the seconds that training took up to each: without compilation, evaluation and saving.
+    """Returns steps, and the seconds that training took up to each.
 
-    Where some lines of the log have no `perf/seconds`, they are tokens over tokens per second.
+    Compilation, evaluation and saving do not count. Where some lines of the log have no
+    `perf/seconds`, seconds are tokens over tokens per second.
     """
     steps, speeds = _finite(*series(SPEED))
     second_steps, seconds = _finite(*series(SECONDS))
     if np.array_equal(steps, second_steps):
         return steps, np.cumsum(seconds)
-    token_steps, tokens = _finite(*series("tokens"))  # begun before seconds were logged
-    if not np.array_equal(steps, token_steps) or not (speeds > 0).all():
+    # A run that began before seconds were logged.
+    token_steps, tokens = _finite(*series("tokens"))
+    has_all_steps = np.array_equal(steps, token_steps)
+    has_moved = (speeds > 0).all()
+    if not has_all_steps or not has_moved:
         return steps[:0], speeds[:0]
-    return steps, np.cumsum(np.diff(tokens, prepend=0.0) / speeds)
+    new_tokens = np.diff(tokens, prepend=0.0)
+    seconds = new_tokens / speeds
+    return steps, np.cumsum(seconds)
 
 
 def _finite(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -66,8 +74,8 @@ def _finite(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarr
     return steps[is_finite], values[is_finite]
 
 
-def _along(steps_S: np.ndarray, known_steps: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Values at steps, on straight lines from 0 at step 0 through what is known; NaN if nothing is."""
+def _interpolate(steps_S: np.ndarray, known_steps: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Returns values at steps, on straight lines from 0 at step 0; NaN if nothing is known."""
     if not known_steps.size:
         return np.full(len(steps_S), np.nan)
     return np.interp(steps_S, np.append(0, known_steps), np.append(0.0, values))

@@ -9,22 +9,27 @@ from matplotlib.colors import to_hex
 from moejax.inspection.figures.style import BLUE, GREEN, ORANGE, PURPLE
 
 FIRST = (BLUE, ORANGE, GREEN, PURPLE, "#56B4E9", "#B07C00", "#6A3D9A", "#7A2E2E")
-"""What is easiest to tell apart, from Okabe and Ito (2008) for the most part."""
+"""Colours that are easiest to distinguish, mostly from Okabe and Ito (2008)."""
 
 GOLDEN = 0.6180339887  # of the circle of hues: each further hue falls into the widest gap
 LIGHTNESS = (0.40, 0.55, 0.28)
 
 
 def nth_color(n: int) -> str:
-    """The colour at a place of an endless list without repetition: `FIRST`, then hues around the circle."""
+    """Returns the n-th colour of an endless list without repetition.
+
+    `FIRST`, then hues around the circle.
+    """
     if n < len(FIRST):
         return FIRST[n]
-    hue = (0.05 + GOLDEN * (n - len(FIRST))) % 1.0
-    return to_hex(colorsys.hls_to_rgb(hue, LIGHTNESS[n % len(LIGHTNESS)], 0.65))
+    turns = 0.05 + GOLDEN * (n - len(FIRST))
+    lightness = LIGHTNESS[n % len(LIGHTNESS)]
+    rgb = colorsys.hls_to_rgb(turns % 1.0, lightness, 0.65)
+    return to_hex(rgb)
 
 
 def load_colors(num_colors: int) -> list[str]:
-    """Blue to red through white, for loads from below to above their fair share."""
+    """Returns colours from blue to red through white, for loads from below to above uniform."""
     steps = matplotlib.colormaps["RdBu_r"].resampled(num_colors)
     return [to_hex(rgba) for rgba in steps(range(num_colors))]
 
@@ -33,14 +38,14 @@ class RunColors:
     """Colours that are given once and kept.
 
     A name always asks for the same one of `FIRST`, so that a run keeps its colour when the server
-    is started again; only where another run has it does it get the next that is free.
+    is started again; if another run has that colour, it gets the next free one.
     """
 
     def __init__(self) -> None:
         self._given: dict[str, str] = {}
 
     def color_of(self, name: str) -> str:
-        """The colour of a run; of two names no two the same."""
+        """Returns the colour of a run; no two runs have the same."""
         if name not in self._given:
             self._given[name] = self._free(name)
         return self._given[name]

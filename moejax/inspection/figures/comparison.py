@@ -1,4 +1,4 @@
-"""Figures of several runs: one metric of all against steps or what they cost, and how evenly experts are loaded."""
+"""Figures of several runs: one metric against steps or what they cost, and the load of experts."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -7,10 +7,12 @@ from typing import Any
 import matplotlib
 import numpy as np
 from jaxtyping import Float, Int
+from matplotlib.axes import Axes
 from matplotlib.ticker import PercentFormatter
 
 from moejax.inspection.figures.axes import AXES, place
-from moejax.inspection.figures.run import downsample, load_ratio
+from moejax.inspection.figures.curves import downsample
+from moejax.inspection.figures.load import load_ratio
 from moejax.inspection.figures.style import (
     BLUE,
     GREEN,
@@ -26,17 +28,16 @@ from moejax.inspection.figures.style import (
 )
 from moejax.inspection.runs.run import Run
 
-COLORS = (
-    BLUE,
-    ORANGE,
-    GREEN,
-    PURPLE,
-    "#E69F00",
-    "#56B4E9",
-    "#8c6d1f",
-    "#111111",
-)  # Okabe and Ito; yellow is darkened
+# Okabe and Ito (2008), with a darker yellow.
+COLORS = (BLUE, ORANGE, GREEN, PURPLE, "#E69F00", "#56B4E9", "#8c6d1f", "#111111")
 DASHES = ("-", "--")
+MARKERS: dict[str, Any] = {
+    "ms": 3.5,
+    "mec": "white",
+    "mew": 0.5,
+    "zorder": 2.6,
+    "clip_on": False,
+}
 MAX_POINTS = 160  # of a curve
 MAX_STEPS = 64  # experts drawn as steps; more are a curve
 CSS = ("solid", "dashed")
@@ -59,18 +60,18 @@ class LineStyle:
 
 
 def line_styles(labels: Sequence[str]) -> dict[str, LineStyle]:
-    """A look for each of at most `MAX_RUNS` runs, no two the same."""
+    """Returns a style for each of at most `MAX_RUNS` runs, no two the same."""
     found = {}
     for i, label in enumerate(labels):
-        turn = i // len(COLORS)
-        found[label] = LineStyle(COLORS[i % len(COLORS)], DASHES[turn], CSS[turn])
+        turn, index = divmod(i, len(COLORS))
+        found[label] = LineStyle(COLORS[index], DASHES[turn], CSS[turn])
     return found
 
 
 def series_against(
     run: Run, key: str, against: str
 ) -> tuple[Float[np.ndarray, "S"], Float[np.ndarray, "S"]]:
-    """A metric of a run against steps, tokens, arithmetic or time; see `axes.place`.
+    """Returns a metric of a run against steps, tokens, arithmetic or time; see `axes.place`.
 
     Args:
       run: an open run.
@@ -78,7 +79,7 @@ def series_against(
       against: of `AXES`.
 
     Returns:
-      x and y; empty where the run has no such metric, or does not tell where it was.
+      x and y; empty where the run has no such metric, or did not log where it was.
     """
     steps, values = run.series(key)
     x = place(against, steps, run.series, run.flops_per_token)
@@ -88,9 +89,14 @@ def series_against(
 
 
 def draw_runs(
-    runs: Mapping[str, Run], key: str, ylabel: str, *, against: str = "steps", from_zero: bool = False,
+    runs: Mapping[str, Run],
+    key: str,
+    ylabel: str,
+    *,
+    against: str = "steps",
+    from_zero: bool = False,
     legend: bool = True,
-) -> Drawing | None:  # fmt: skip
+) -> Drawing | None:
     """Draws one metric of several runs, such as `eval/loss` of dense and MoE models.
 
     Args:
@@ -108,17 +114,15 @@ def draw_runs(
     if not any(np.isfinite(values).any() for _, values in curves.values()):
         return None
     with matplotlib.rc_context(STYLE):
-        figure, axes = new_figure(2.55 + (0.17 * len(runs) if legend else 0))
-        for label, look in line_styles(list(runs)).items():
+        figure, axes = new_figure(2.55 + _legend_height(len(runs), legend))
+        for label, style in line_styles(list(runs)).items():
             x, values = curves[label]
-            if not x.size:
-                continue
-            x, values = downsample(x, values, points=MAX_POINTS)
-            marker = "o" if key.startswith("eval/") or np.isfinite(values).sum() == 1 else None
-            axes.plot(
-                x, values, color=look.color, ls=look.dash, marker=marker, ms=3.5, mec="white", mew=0.5,
-                label=legend_name(label), zorder=2.6, clip_on=False,
-            )  # fmt: skip
+            if x.size:
+                x, values = downsample(x, values, points=MAX_POINTS)
+                is_alone = np.isfinite(values).sum() == 1
+                has_markers = key.startswith("eval/") or is_alone
+                options = _line_options(style, label)
+                axes.plot(x, values, marker="o" if has_markers else None, **MARKERS, **options)
         label_steps(axes, AXES[against])
         if against == "steps" and key.startswith("eval/"):
             tick_at(axes, np.concatenate([x for x, _ in curves.values()]))
@@ -130,39 +134,32 @@ def draw_runs(
         return Drawing.from_figure(figure)
 
 
-def draw_sorted_load(counts: Mapping[str, Int[np.ndarray, "E"]], *, legend: bool = True) -> Drawing:
-    """Draws the load of one layer's experts in several runs, over the uniform load, the busiest expert first.
+def _legend_height(num_runs: int, has_legend: bool) -> float:
+    """Returns the inches of a legend with a line for each run."""
+    return 0.17 * num_runs if has_legend else 0
 
-    Experts of different runs have nothing in common but their rank; the x axis is the share of
-    experts, so that runs with different numbers of them compare. A steep curve is an uneven load.
+
+def _line_options(style: LineStyle, label: str) -> dict[str, Any]:
+    return {"color": style.color, "ls": style.dash, "label": legend_name(label)}
+
+
+def draw_sorted_load(counts: Mapping[str, Int[np.ndarray, "E"]], *, legend: bool = True) -> Drawing:
+    """Draws the load of one layer's experts in several runs, the busiest expert first.
+
+    Loads are over the uniform load. Experts of different runs have nothing in common but their
+    rank; the x axis is the share of experts, so that runs with different numbers of them compare. A
+    steep curve is an uneven load.
 
     Args:
       counts: assignments to each expert by run, all runs of the comparison: the order gives the
-        looks; an empty array draws no line.
+        styles; an empty array draws no line.
       legend: name the runs.
     """
     with matplotlib.rc_context(STYLE):
-        figure, axes = new_figure(2.3 + (0.17 * len(counts) if legend else 0))
-        for label, look in line_styles(list(counts)).items():
+        figure, axes = new_figure(2.3 + _legend_height(len(counts), legend))
+        for label, style in line_styles(list(counts)).items():
             if counts[label].size:
-                ratio_E = np.sort(load_ratio(counts[label][None])[0])[::-1]
-                style: dict[str, Any] = {
-                    "color": look.color,
-                    "ls": look.dash,
-                    "lw": 1.5,
-                    "label": legend_name(label),
-                }
-                if len(ratio_E) <= MAX_STEPS:
-                    axes.stairs(
-                        ratio_E, np.linspace(0, 1, len(ratio_E) + 1), baseline=None, **style
-                    )
-                else:
-                    axes.plot(
-                        *downsample(
-                            (np.arange(len(ratio_E)) + 0.5) / len(ratio_E), ratio_E, MAX_POINTS
-                        ),
-                        **style,
-                    )
+                _draw_load(axes, counts[label], _line_options(style, label))
         axes.axhline(1, color=GREY, lw=1, ls=(0, (2, 2)), zorder=1)
         axes.set_xlim(0, 1)
         axes.set_ylim(bottom=0)
@@ -172,3 +169,17 @@ def draw_sorted_load(counts: Mapping[str, Int[np.ndarray, "E"]], *, legend: bool
         if legend:
             figure.legend(loc="outside upper left", ncols=1, borderaxespad=0.1)
         return Drawing.from_figure(figure)
+
+
+def _draw_load(axes: Axes, counts_E: Int[np.ndarray, "E"], options: dict[str, Any]) -> None:
+    """Draws the loads of a run as steps, or of many experts as a curve."""
+    (ratio_E,) = load_ratio(counts_E[None])
+    sorted_E = np.sort(ratio_E)[::-1]
+    num_experts = len(sorted_E)
+    if num_experts <= MAX_STEPS:
+        edges = np.linspace(0, 1, num_experts + 1)
+        axes.stairs(sorted_E, edges, baseline=None, lw=1.5, **options)
+    else:
+        middles_E = (np.arange(num_experts) + 0.5) / num_experts
+        x, values = downsample(middles_E, sorted_E, MAX_POINTS)
+        axes.plot(x, values, lw=1.5, **options)

@@ -1,10 +1,11 @@
-"""Figures of counterfactuals as data URIs: what changed routing does to the loss.
+"""Figures of counterfactuals as data URIs: what interventions on routing do to the loss.
 
-A change is in nats per token against the loss as trained on the same rows; error bars are two
-standard errors to either side, so that one which reaches 0 may be noise.
+A change is in nats per token from the loss as trained on the same rows; error bars are two standard
+errors to either side, so that one which reaches 0 may be noise.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import matplotlib
 import numpy as np
@@ -15,28 +16,33 @@ from matplotlib.ticker import MaxNLocator
 from moejax.inspection.counterfactuals.plan import NOT_SELECTABLE, OUTPUT_ZERO
 from moejax.inspection.counterfactuals.result import Counterfactuals, Outcome
 from moejax.inspection.figures.style import (
+    BAR_COLORS,
     BLUE,
-    GREEN,
+    COLORS,
     GREY,
-    ORANGE,
-    PURPLE,
+    HATCHES,
+    NO_VALUE,
     STYLE,
     Drawing,
+    color_bar,
+    every_nth,
+    heat_map,
+    name_rows,
     new_figure,
+    write_in_cell,
 )
 
 MAX_LAYERS = 12  # with bars; of deeper models, evenly spaced ones
-MAX_TICKS = 8  # labels below one another of settings and what came of them
+MAX_TICKS = 8  # labels of settings along an axis
 MAX_WRITTEN = 6  # experts in a row of cells with numbers
 MAX_DOTTED = 512  # cells of which noise is marked
-COLORS = (BLUE, ORANGE, GREEN, PURPLE)
-HATCHES = ("", "///", "\\\\\\", "xx")
 YLABEL = "change, nats / token"
-NO_VALUE = "#9ca3af"
 
 
 def draw_top_k(result: Counterfactuals) -> Drawing | None:
-    """The change of the loss against the number of experts per token; below K the gate mass, where it changes.
+    """Draws the change of the loss against the number of experts per token.
+
+    Below K stands the gate mass, where it changes.
 
     Returns:
       An SVG data URI; None without such outcomes.
@@ -46,14 +52,20 @@ def draw_top_k(result: Counterfactuals) -> Drawing | None:
         return None
     masses = [row.gate_mass for row in (*rows, result.as_trained)]
     has_mass = max(masses) - min(masses) > 0.005
-    labels = [f"{row.setting:g}" + (f"\n{row.gate_mass:.2f}" if has_mass else "") for row in rows]
-    trained = result.top_k[0] if len(set(result.top_k)) == 1 else None
-    xlabel = "experts per token, and mean gate mass" if has_mass else "experts per token"
+    labels = [f"{row.setting:g}" for row in rows]
+    xlabel = "experts per token"
+    if has_mass:
+        labels = [f"{row.setting:g}\n{row.gate_mass:.2f}" for row in rows]
+        xlabel = "experts per token, and mean gate mass"
+    is_same_everywhere = len(set(result.top_k)) == 1
+    trained = result.top_k[0] if is_same_everywhere else None
     return _draw_line(rows, labels, xlabel, trained)
 
 
 def draw_capacity(result: Counterfactuals) -> Drawing | None:
-    """The change of the loss against the capacity factor; below the factor the share of choices that are dropped.
+    """Draws the change of the loss against the capacity factor.
+
+    Below the factor stands the share of choices that are dropped.
 
     Returns:
       An SVG data URI; None without such outcomes.
@@ -66,7 +78,7 @@ def draw_capacity(result: Counterfactuals) -> Drawing | None:
 
 
 def draw_ablation(result: Counterfactuals, way: str) -> Drawing | None:
-    """A heat map of the change of the loss without one expert: a layer a row, an expert a column.
+    """Draws the change of the loss without one expert: a layer a row, an expert a column.
 
     Args:
       result: with ablations.
@@ -79,35 +91,30 @@ def draw_ablation(result: Counterfactuals, way: str) -> Drawing | None:
     change_NE = result.by_expert(way)
     if np.isnan(change_NE).all():
         return None
-    limit = max(
-        float(np.nanmax(np.abs(result.by_expert(each)), initial=1e-6))
-        for each in (NOT_SELECTABLE, OUTPUT_ZERO)
-    )
-    num_layers, num_experts = change_NE.shape
+    limit = max(_largest_change(result, each) for each in (NOT_SELECTABLE, OUTPUT_ZERO))
+    height = 1.05 + 0.26 * len(result.layers)
     with matplotlib.rc_context(STYLE):
-        figure, axes = new_figure(float(np.clip(1.05 + 0.26 * num_layers, 1.7, 4.6)))
-        colors = matplotlib.colormaps["RdBu_r"].resampled(41).with_extremes(bad=NO_VALUE)
-        mesh = axes.pcolormesh(
-            np.arange(num_experts + 1) - 0.5, np.arange(num_layers + 1) - 0.5, np.ma.masked_invalid(change_NE),
-            cmap=colors, norm=Normalize(-limit, limit), rasterized=True, antialiased=False,
-        )  # fmt: skip
+        figure, axes = new_figure(float(np.clip(height, 1.7, 4.6)))
+        colors = matplotlib.colormaps["RdBu_r"].resampled(COLORS).with_extremes(bad=NO_VALUE)
+        mesh = heat_map(axes, change_NE, cmap=colors, norm=Normalize(-limit, limit))
         _mark_cells(axes, change_NE, result.by_expert(way, "standard_error"), limit)
-        axes.grid(False)
-        axes.invert_yaxis()
         axes.set_xlabel("expert")
         axes.set_ylabel("layer")
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
-        _label_layers(axes, result.layers)
-        bar = figure.colorbar(mesh, ax=axes, aspect=24, pad=0.02)
+        name_rows(axes, result.layers)
+        bar = color_bar(figure, axes, mesh, "nats / token")
         bar.locator = MaxNLocator(5, symmetric=True)
-        bar.set_label("nats / token")
-        bar.outline.set_visible(False)
-        bar.ax.tick_params(length=0)
         return Drawing.from_figure(figure)
 
 
+def _largest_change(result: Counterfactuals, way: str) -> float:
+    """Returns the largest absolute change of an ablation, a little above 0 without any."""
+    change_NE = result.by_expert(way)
+    return float(np.nanmax(np.abs(change_NE), initial=1e-6))
+
+
 def draw_bars(result: Counterfactuals, kinds: Sequence[str]) -> Drawing | None:
-    """The changes of the loss by layer as bars, those of all layers at once first.
+    """Draws the changes of the loss by layer as bars, those of all layers at once first.
 
     Args:
       result: with outcomes of those kinds.
@@ -120,36 +127,34 @@ def draw_bars(result: Counterfactuals, kinds: Sequence[str]) -> Drawing | None:
     rows = [row for kind in kinds for row in result.of_kind(kind)]
     if not rows:
         return None
-    groups = _groups(rows)
+    layers = _layers_to_show(rows)
     names = list(dict.fromkeys((row.kind, row.what) for row in rows))
-    step = 0.84 / len(names)
+    step = 0.84 / len(names)  # between the bars of a layer
     with matplotlib.rc_context(STYLE):
         figure, axes = new_figure(2.3 + 0.2 * len(names))
         for i, (kind, what) in enumerate(names):
-            places, changes, errors = [], [], []
-            for place, layer in enumerate(groups):
-                cells = [
-                    row for row in rows if (row.kind, row.what, row.layer) == (kind, what, layer)
-                ]
-                if cells:
-                    places.append(place + (i - (len(names) - 1) / 2) * step)
-                    changes.append(np.mean([row.change for row in cells]))
-                    errors.append(2 * np.mean([row.standard_error for row in cells]))
+            of_name = [row for row in rows if (row.kind, row.what) == (kind, what)]
+            offset = (i - (len(names) - 1) / 2) * step
+            bars = _bars(of_name, layers, offset)
+            label = f"{kind} {what}" if kind in ("swap", "merge") else what
             axes.bar(
-                places, changes, 0.92 * step, color=COLORS[i % 4], hatch=HATCHES[i % 4], edgecolor="white", lw=0.4,
-                label=f"{kind} {what}" if kind in ("swap", "merge") else what,
-            )  # fmt: skip
-            axes.errorbar(
-                places, changes, errors, fmt="none", ecolor="#111111", elinewidth=1, capsize=1.5
+                bars.places,
+                bars.changes,
+                0.92 * step,
+                color=BAR_COLORS[i % 4],
+                hatch=HATCHES[i % 4],
+                edgecolor="white",
+                lw=0.4,
+                label=label,
             )
+            axes.errorbar(*bars, fmt="none", ecolor="#111111", elinewidth=1, capsize=1.5)
         axes.axhline(0, color=GREY, lw=1)
-        axes.set_xticks(
-            range(len(groups)), labels=["all" if layer is None else str(layer) for layer in groups]
-        )
+        ticks = ["all" if layer is None else str(layer) for layer in layers]
+        axes.set_xticks(range(len(layers)), labels=ticks)
         axes.grid(visible=False, axis="x")
         axes.set_xlabel("changed layer")
         axes.set_ylabel(YLABEL)
-        axes.set_xlim(-0.6, max(len(groups), 2) - 0.4)
+        axes.set_xlim(-0.6, max(len(layers), 2) - 0.4)
         figure.legend(
             loc="outside upper left",
             ncols=1 if len(names) > 2 else 2,
@@ -159,17 +164,45 @@ def draw_bars(result: Counterfactuals, kinds: Sequence[str]) -> Drawing | None:
         return Drawing.from_figure(figure)
 
 
-def _groups(rows: Sequence[Outcome]) -> list[int | None]:
-    """The layers to show, after None for all of them at once if there is such an outcome."""
+class _Bars(NamedTuple):
+    """Bars of one colour: where they are, the changes, and two standard errors of each."""
+
+    places: list[float]
+    changes: list[float]
+    errors: list[float]
+
+
+def _bars(rows: Sequence[Outcome], layers: Sequence[int | None], offset: float) -> _Bars:
+    """Returns a bar for each layer that has outcomes, at the mean of them."""
+    bars = _Bars([], [], [])
+    for place, layer in enumerate(layers):
+        of_layer = [row for row in rows if row.layer == layer]
+        if of_layer:
+            bars.places.append(place + offset)
+            error = np.mean([row.standard_error for row in of_layer])
+            bars.changes.append(float(np.mean([row.change for row in of_layer])))
+            bars.errors.append(2 * float(error))
+    return bars
+
+
+def _layers_to_show(rows: Sequence[Outcome]) -> list[int | None]:
+    """Returns evenly spaced layers, after None for all of them at once if there is such a row."""
     layers = sorted({row.layer for row in rows if row.layer is not None})
-    shown = {int(i): None for i in np.linspace(0, len(layers) - 1, MAX_LAYERS)} if layers else {}
-    return [None] * any(row.layer is None for row in rows) + [layers[i] for i in shown]
+    found: list[int | None] = []
+    if any(row.layer is None for row in rows):
+        found.append(None)
+    if layers:
+        places = np.linspace(0, len(layers) - 1, MAX_LAYERS)
+        found += [layers[index] for index in dict.fromkeys(map(int, places))]
+    return found
 
 
 def _draw_line(
     rows: Sequence[Outcome], labels: Sequence[str], xlabel: str, trained: float | None = None
 ) -> Drawing:
-    """Changes against settings, at equal distances."""
+    """Draws changes against settings, at equal distances."""
+    changes = [row.change for row in rows]
+    errors = [2 * row.standard_error for row in rows]
     with matplotlib.rc_context(STYLE):
         figure, axes = new_figure(2.45)
         places = np.arange(len(rows))
@@ -178,11 +211,20 @@ def _draw_line(
             if row.setting == trained:
                 axes.axvline(place, color=GREY, lw=1, ls=(0, (2, 2)))
         axes.errorbar(
-            places, [row.change for row in rows], [2 * row.standard_error for row in rows],
-            color=BLUE, marker="o", ms=4.5, mec="white", mew=0.7, elinewidth=1, capsize=2.5, label="changed",
-        )  # fmt: skip
-        shown = places[:: -(-len(rows) // MAX_TICKS)]
-        axes.set_xticks(shown, labels=[labels[place] for place in shown])
+            places,
+            changes,
+            errors,
+            color=BLUE,
+            marker="o",
+            ms=4.5,
+            mec="white",
+            mew=0.7,
+            elinewidth=1,
+            capsize=2.5,
+            label="changed",
+        )
+        ticks = every_nth(len(rows), MAX_TICKS)
+        axes.set_xticks(ticks, labels=[labels[place] for place in ticks])
         axes.set_xlim(-0.4, max(len(rows), 2) - 0.6)
         axes.set_xlabel(xlabel)
         axes.set_ylabel(YLABEL)
@@ -191,27 +233,23 @@ def _draw_line(
 
 
 def _mark_cells(axes: Axes, change_NE: np.ndarray, error_NE: np.ndarray, limit: float) -> None:
-    """Numbers where there is room for them, and dots where there may be nothing but noise."""
+    """Writes numbers where there is room for them, and dots where there may be only noise."""
     if change_NE.size > MAX_DOTTED:
         return
-    is_noise_NE = ~(np.abs(change_NE) > 2 * error_NE) & ~np.isnan(
-        change_NE
-    )  # one row has no standard error
-    if change_NE.shape[1] > MAX_WRITTEN:
+    is_known_NE = ~np.isnan(change_NE)
+    is_clear_NE = np.abs(change_NE) > 2 * error_NE  # not with one row, whose error is NaN
+    is_noise_NE = is_known_NE & ~is_clear_NE
+    num_experts = change_NE.shape[1]
+    if num_experts > MAX_WRITTEN:
         layers, experts = np.nonzero(is_noise_NE)
         axes.plot(experts, layers, ".", color="#111111", ms=2.5)
         return
-    for layer, expert in np.argwhere(~np.isnan(change_NE)):
-        change, dot = change_NE[layer, expert], "·" if is_noise_NE[layer, expert] else ""
-        axes.text(
-            expert, layer, f"{change:+.{2 if limit >= 0.095 else 3}f}{dot}",
-            ha="center", va="center", fontsize=8.5, color="white" if abs(change) > 0.65 * limit else "#111111",
-        )  # fmt: skip
-
-
-def _label_layers(axes: Axes, layers: Sequence[int]) -> None:
-    shown = range(0, len(layers), -(-len(layers) // 16))
-    axes.set_yticks(shown, labels=[str(layers[i]) for i in shown])
+    digits = 2 if limit >= 0.095 else 3
+    for layer, expert in np.argwhere(is_known_NE).tolist():
+        change = float(change_NE[layer, expert])
+        dot = "·" if is_noise_NE[layer, expert] else ""
+        text = f"{change:+.{digits}f}{dot}"
+        write_in_cell(axes, layer, expert, text, is_dark=abs(change) > 0.65 * limit)
 
 
 def _setting(row: Outcome) -> float:

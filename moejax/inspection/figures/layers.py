@@ -6,11 +6,14 @@ from typing import Any
 import matplotlib
 import numpy as np
 from jaxtyping import Float, Int
+from matplotlib.axes import Axes
 
-from moejax.inspection.figures.run import downsample
+from moejax.inspection.figures.columns import mean_columns
+from moejax.inspection.figures.curves import downsample
 from moejax.inspection.figures.style import (
     COLORS,
     GREY,
+    NO_VALUE,
     STYLE,
     Drawing,
     color_bar,
@@ -27,7 +30,6 @@ MAX_COLUMNS = 160  # of it
 MAX_POINTS = 200  # of a line
 DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (6, 1.5, 1.5, 1.5)), (0, (2, 1)))
 BRIGHTEST = 0.78  # of the colour map: yellow would be too pale on white
-NO_VALUE = "#9ca3af"
 
 
 def draw_layers(
@@ -41,9 +43,10 @@ def draw_layers(
     from_zero: bool = True,
     is_measured: bool = False,
 ) -> Drawing:
-    """Draws one number per layer over time: lines, or for more than `MAX_LINES` layers a heat map, a layer a row.
+    """Draws one number per layer over time.
 
-    Lines go from dark blue over purple to orange with the layer; neighbours also differ in dash.
+    As lines, or for more than `MAX_LINES` layers as a heat map, a layer a row. Lines go from dark
+    blue over purple to orange with the layer; neighbours also differ in dash.
 
     Args:
       steps: of training; at least one.
@@ -60,19 +63,14 @@ def draw_layers(
         if len(layers) > MAX_LINES:
             return _draw_map(steps, values_SN, layers, label, from_zero)
         figure, axes = new_figure(2.55)
-        colors = layer_colors(len(layers))
-        bad = None if worst is None else worst_layer(values_SN, worst)
-        for n, layer in enumerate(layers):
-            x, values = downsample(steps, values_SN[:, n], points=MAX_POINTS)
-            axes.plot(
-                x, values, color=colors[n], ls=DASHES[n % len(DASHES)], lw=2.8 if n == bad else 1.5,
-                marker="o" if len(steps) <= 12 else None, ms=3, label=f"layer {layer}" + ", worst" * (n == bad),
-                clip_on=False, zorder=2.6,
-            )  # fmt: skip
+        marked = None if worst is None else worst_layer(values_SN, worst)
+        _draw_lines(axes, steps, values_SN, layers, marked)
         if reference is not None:
-            axes.axhline(reference[0], color=GREY, lw=1, ls=(0, (2, 2)), label=reference[1])
+            level, name = reference
+            axes.axhline(level, color=GREY, lw=1, ls=(0, (2, 2)), label=name)
         if from_zero:
-            axes.set_ylim(bottom=min(0.0, float(np.nanmin(values_SN, initial=0))))
+            lowest = float(np.nanmin(values_SN, initial=0))
+            axes.set_ylim(bottom=min(0.0, lowest))
         axes.set_ylabel(label)
         label_steps(axes)
         if is_measured:
@@ -81,9 +79,40 @@ def draw_layers(
         return Drawing.from_figure(figure)
 
 
+def _draw_lines(
+    axes: Axes,
+    steps: Int[np.ndarray, "S"],
+    values_SN: Float[np.ndarray, "S N"],
+    layers: Sequence[int],
+    marked: int | None,
+) -> None:
+    """Draws a line for each layer; the marked one is thick."""
+    colors = layer_colors(len(layers))
+    marker = "o" if len(steps) <= 12 else None
+    for n, layer in enumerate(layers):
+        is_marked = n == marked
+        x, values = downsample(steps, values_SN[:, n], points=MAX_POINTS)
+        axes.plot(
+            x,
+            values,
+            color=colors[n],
+            ls=DASHES[n % len(DASHES)],
+            lw=2.8 if is_marked else 1.5,
+            marker=marker,
+            ms=3,
+            label=f"layer {layer}, worst" if is_marked else f"layer {layer}",
+            clip_on=False,
+            zorder=2.6,
+        )
+
+
 def layer_colors(num_layers: int) -> np.ndarray:
-    """Colours of layers in their order, from dark to bright, `[N, 4]`: colour-blind readers see the order, too."""
-    return np.asarray(matplotlib.colormaps["plasma"](np.linspace(0, BRIGHTEST, num_layers)))
+    """Returns colours of layers in their order, from dark to bright, `[N, 4]`.
+
+    Colour-blind readers see the order, too.
+    """
+    places_N = np.linspace(0, BRIGHTEST, num_layers)
+    return np.asarray(matplotlib.colormaps["plasma"](places_N))
 
 
 def _draw_map(
@@ -93,7 +122,7 @@ def _draw_map(
     label: str,
     from_zero: bool,
 ) -> Drawing:
-    edges, values_CN = mean_columns(steps, values_SN)
+    edges, values_CN = mean_columns(steps, values_SN, MAX_COLUMNS)
     figure, axes = new_figure(float(np.clip(1.2 + 0.05 * len(layers), 2.0, 4.4)))
     colors = matplotlib.colormaps["cividis"].resampled(COLORS).with_extremes(bad=NO_VALUE)
     mesh = heat_map(axes, values_CN.T, edges, cmap=colors)
@@ -109,38 +138,24 @@ def _draw_map(
 def worst_layer(
     values_SN: Float[np.ndarray, "S N"], worst: Callable[[np.ndarray], float]
 ) -> int | None:
-    """The first column that ends without a finite value, else that whose last value is the `worst`.
+    """Returns the first column that ends without a finite value, else that with the `worst` end.
 
     None if no value is finite.
     """
     last_N = last_values(values_SN)
     if np.isnan(last_N).all():
         return None
-    is_lost_N = ~np.isfinite(values_SN[-1]) & ~np.isnan(last_N)
-    return int(np.flatnonzero(is_lost_N if is_lost_N.any() else last_N == worst(last_N))[0])
+    is_lost_N = ~np.isfinite(values_SN[-1]) & ~np.isnan(last_N)  # it had values before
+    is_worst_N = is_lost_N if is_lost_N.any() else last_N == worst(last_N)
+    return int(np.flatnonzero(is_worst_N)[0])
 
 
 def last_values(values_SN: Float[np.ndarray, "S N"]) -> Float[np.ndarray, "N"]:
-    """The last finite value of each column, NaN where there is none."""
-    last_N = np.full(values_SN.shape[1], np.nan)
+    """Returns the last finite value of each column, NaN where there is none."""
+    num_layers = values_SN.shape[1]
+    last_N = np.full(num_layers, np.nan)
     for n, values_S in enumerate(values_SN.T):
         finite = values_S[np.isfinite(values_S)]
         if finite.size:
             last_N[n] = finite[-1]
     return last_N
-
-
-def mean_columns(
-    steps: Int[np.ndarray, "S"], values_SN: Float[np.ndarray, "S N"], num_columns: int = MAX_COLUMNS
-) -> tuple[np.ndarray, np.ndarray]:
-    """Edges in steps of few enough columns, and the means of the finite values in each; NaN where there are none."""
-    first = 2 * steps[0] - steps[1] if len(steps) > 1 else 0
-    starts = np.linspace(0, len(steps), min(len(steps), num_columns), endpoint=False).astype(int)
-    ends = np.append(starts[1:], len(steps)) - 1
-    is_finite_SN = np.isfinite(values_SN)
-    number_CN = np.add.reduceat(is_finite_SN, starts, axis=0, dtype=np.int64)
-    total_CN = np.add.reduceat(np.where(is_finite_SN, values_SN, 0.0), starts, axis=0)
-    mean_CN = np.divide(
-        total_CN, number_CN, out=np.full(total_CN.shape, np.nan), where=number_CN > 0
-    )
-    return np.append(min(max(first, 0), steps[0] - 1), steps[ends]).astype(float), mean_CN

@@ -1,6 +1,7 @@
-"""Figures of what experts specialise in: the attributes that tell routing, and the domains that experts take."""
+"""Figures of what experts specialise in: attributes that explain routing, and domains."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -9,53 +10,53 @@ from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from moejax.inspection.analysis.information import Information
+from moejax.inspection.analysis.information import Information, ratio_or_zero
 from moejax.inspection.figures.style import (
     BLUE,
     COLORS,
-    DEAD,
     GREY,
+    NO_VALUE,
     STYLE,
     Drawing,
     color_bar,
+    every_nth,
     heat_map,
     legend_name,
+    log_ratio,
     new_figure,
     ratio_bar,
+    ratio_colors,
+    write_in_cell,
 )
 
 MAX_DOMAINS = 24
 MAX_WRITTEN = 8  # columns of cells with numbers
-NO_VALUE = "#9ca3af"
+DOTS: dict[str, Any] = {"color": "#111111", "ms": 2.6, "mew": 0}
 
 
 def draw_information(results: Sequence[Information]) -> Drawing:
-    """Draws how much of the routing each attribute tells, as bars: the mean over layers, and a dot for each layer.
+    """Draws how much of the routing each attribute explains, as bars.
 
-    A bar is the plug-in estimate over the entropy of experts; its grey hatched part is what chance
-    alone would show.
+    A bar is the mean over layers of the plug-in estimate over the entropy of experts, with a dot
+    for each layer; its grey hatched part is what chance alone would show.
 
     Args:
       results: of one model; at least one.
     """
     names = [information_name(result) for result in results]
-    whole = [_share(result.information_N, result) for result in results]
-    chance = [_share(result.baseline_N, result) for result in results]
+    shares = [ratio_or_zero(result.information_N, result.entropy_N) for result in results]
+    chances = [ratio_or_zero(result.baseline_N, result.entropy_N) for result in results]
+    mean_shares = [share_N.mean() for share_N in shares]
+    mean_chances = [chance_N.mean() for chance_N in chances]
     with matplotlib.rc_context(STYLE):
         figure, axes = new_figure(0.95 + 0.27 * len(results))
         rows = np.arange(len(results))
-        axes.barh(
-            rows, [x.mean() for x in whole], height=0.66, color=BLUE, label="told by the attribute"
-        )
-        axes.barh(
-            rows, [x.mean() for x in chance], height=0.66, color="#d1d5db", hatch="////", edgecolor=GREY, lw=0,
-            label="chance",
-        )  # fmt: skip
-        for row, shares in enumerate(whole):
-            axes.plot(
-                shares, np.full(len(shares), row), "o", color="#111111", ms=2.6, mew=0, zorder=3
-            )
-        axes.plot([], [], "o", color="#111111", ms=2.6, mew=0, label="a layer")
+        axes.barh(rows, mean_shares, height=0.66, color=BLUE, label="explained by the attribute")
+        hatched: dict[str, Any] = {"color": "#d1d5db", "hatch": "////", "edgecolor": GREY, "lw": 0}
+        axes.barh(rows, mean_chances, height=0.66, label="chance", **hatched)
+        for row, share_N in enumerate(shares):
+            axes.plot(share_N, np.full(len(share_N), row), "o", zorder=3, **DOTS)
+        axes.plot([], [], "o", label="a layer", **DOTS)
         axes.set_yticks(rows, labels=names)
         axes.invert_yaxis()
         axes.grid(visible=False, axis="y")
@@ -74,42 +75,37 @@ def draw_information(results: Sequence[Information]) -> Drawing:
 
 
 def draw_information_by_layer(results: Sequence[Information], layers: Sequence[int]) -> Drawing:
-    """Draws what each attribute tells above chance in each layer, a row an attribute: share of the experts' entropy.
+    """Draws what each attribute explains above chance in each layer, an attribute a row.
+
+    Cells are shares of the experts' entropy.
 
     Args:
       results: of one model; at least one.
       layers: model layer of each MoE layer.
     """
     share_AN = np.stack([result.share_N for result in results])
+    names = [information_name(result) for result in results]
+    top = max(float(share_AN.max()), 0.01)
     with matplotlib.rc_context(STYLE):
         figure, axes = new_figure(0.95 + 0.27 * len(results))
         colors = matplotlib.colormaps["cividis"].resampled(COLORS).with_extremes(bad=NO_VALUE)
-        top = max(float(share_AN.max()), 0.01)
         mesh = heat_map(axes, np.maximum(share_AN, 0.0), cmap=colors, norm=Normalize(0, top))
         if len(layers) <= MAX_WRITTEN:
-            _write(
-                axes, share_AN, "{:.0%}", lambda share: "white" if share < 0.6 * top else "#111111"
-            )
-        axes.set_yticks(
-            range(len(results)), labels=[information_name(result) for result in results]
-        )
+            for row, column in np.ndindex(share_AN.shape):
+                share = float(share_AN[row, column])
+                write_in_cell(axes, row, column, f"{share:.0%}", is_dark=share < 0.6 * top)
+        axes.set_yticks(range(len(results)), labels=names)
         _name_columns(axes, layers)
         axes.set_xlabel("layer")
-        color_bar(
-            figure,
-            axes,
-            mesh,
-            "above chance",
-            format=PercentFormatter(1.0, decimals=0),
-            ticks=MaxNLocator(4),
-        )
+        percent = PercentFormatter(1.0, decimals=0)
+        color_bar(figure, axes, mesh, "above chance", format=percent, ticks=MaxNLocator(4))
         return Drawing.from_figure(figure)
 
 
 def draw_domains(
     share_DE: Float[np.ndarray, "D E"], uniform: float, domains: Sequence[str]
 ) -> Drawing:
-    """Draws how often tokens of each domain visit each expert of a layer, over the level of uniform routing.
+    """Draws how often tokens of each domain visit each expert of a layer, over uniform routing.
 
     White is that level, red above, blue below, black never; grey is a domain without tokens.
     Logarithmic.
@@ -119,16 +115,12 @@ def draw_domains(
       uniform: of the same.
       domains: names; of more than `MAX_DOMAINS`, the first are drawn.
     """
-    ratio_DE = share_DE[:MAX_DOMAINS] / uniform
-    log_DE = np.log2(ratio_DE, out=np.full_like(ratio_DE, np.nan), where=ratio_DE > 0)
-    log_DE = np.where(ratio_DE > 0, np.clip(log_DE, -2, 2), np.where(ratio_DE == 0, -99.0, np.nan))
+    log_DE = log_ratio(share_DE[:MAX_DOMAINS] / uniform)
+    names = [_short(name) for name in domains[:MAX_DOMAINS]]
     with matplotlib.rc_context(STYLE):
         figure, axes = new_figure(0.95 + 0.2 * len(log_DE))
-        colors = (
-            matplotlib.colormaps["RdBu_r"].resampled(COLORS).with_extremes(bad=NO_VALUE, under=DEAD)
-        )
-        mesh = heat_map(axes, log_DE, cmap=colors, norm=Normalize(-2, 2))
-        axes.set_yticks(range(len(log_DE)), labels=[_short(name) for name in domains[:MAX_DOMAINS]])
+        mesh = heat_map(axes, log_DE, cmap=ratio_colors(), norm=Normalize(-2, 2))
+        axes.set_yticks(range(len(log_DE)), labels=names)
         axes.set_xlabel("expert")
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
         ratio_bar(figure, axes, mesh, "share / uniform")
@@ -136,34 +128,16 @@ def draw_domains(
 
 
 def information_name(result: Information) -> str:
-    """The attribute, its condition, and what the baseline permuted if that was documents."""
-    name = result.attribute if result.given is None else f"{result.attribute} | {result.given}"
+    """Returns the attribute, its condition, and what the baseline permuted if not tokens."""
+    name = result.attribute
+    if result.given is not None:
+        name = f"{name} | {result.given}"
     return name if result.over == "tokens" else f"{name} ({result.over})"
 
 
-def _share(bits_N: np.ndarray, result: Information) -> np.ndarray:
-    return np.divide(
-        bits_N, result.entropy_N, out=np.zeros_like(bits_N), where=result.entropy_N > 1e-9
-    )
-
-
-def _write(axes: Axes, values: np.ndarray, form: str, color) -> None:
-    for row, column in np.ndindex(values.shape):
-        value = float(values[row, column])
-        axes.text(
-            column,
-            row,
-            form.format(value),
-            ha="center",
-            va="center",
-            fontsize=8.5,
-            color=color(value),
-        )
-
-
 def _name_columns(axes: Axes, layers: Sequence[int]) -> None:
-    shown = range(0, len(layers), -(-len(layers) // 8))
-    axes.set_xticks(shown, labels=[str(layers[i]) for i in shown])
+    places = every_nth(len(layers), 8)
+    axes.set_xticks(places, labels=[str(layers[place]) for place in places])
 
 
 def _short(name: str) -> str:

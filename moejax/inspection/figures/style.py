@@ -1,9 +1,9 @@
 """How every figure looks.
 
 Each figure is small (a phone's width) with type that stays readable there; a page sets several side
-by side where there is room. Matplotlib is used through its objects alone: no pyplot, no global
-state left behind. Colours are those of Okabe and Ito (2008), told apart by colour-blind readers;
-lines also differ in dash, points in shape, bars in hatch.
+by side where there is room. Matplotlib is used only through its objects: no pyplot, no global
+state. Colours are those of Okabe and Ito (2008), which colour-blind readers can distinguish; lines
+also differ in dash, points in shape, bars in hatch.
 """
 
 import base64
@@ -18,6 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.colorbar import Colorbar
+from matplotlib.colors import Colormap
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, MaxNLocator
@@ -26,18 +27,16 @@ from moejax.inspection.html import FORBIDDEN
 
 WIDTH = 4.0  # inches; at 96 px each, a phone shows the figure in its natural size
 PNG_DPI = 200
-MAX_TICKS = 16  # of names below one another
+MAX_TICKS = 16  # names in a column
 MEASURED_TICKS = 5  # at most, of evaluations on an x axis
+UNITS = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
 RATIO_TICKS = ((-2, "¼"), (-1, "½"), (0, "1"), (1, "2"), (2, "4"))
 COLORS = 41  # of a heat map: odd, so that a ratio of 1 is white; few, so that it compresses
-BLUE, ORANGE, GREEN, PURPLE, GREY, DEAD = (
-    "#0072B2",
-    "#D55E00",
-    "#009E73",
-    "#CC79A7",
-    "#6b7280",
-    "#111111",
-)
+BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
+GREY, DEAD = "#6b7280", "#111111"
+NO_VALUE = "#9ca3af"  # of a heat map's cell
+BAR_COLORS = (BLUE, ORANGE, GREEN, PURPLE)
+HATCHES = ("", "///", "\\\\\\", "xx")  # one for each colour of bars
 LINES = ((BLUE, "-"), (ORANGE, "--"), (GREEN, "-."), (PURPLE, ":"))
 STYLE: dict[Any, Any] = {
     "font.family": ["sans-serif"],
@@ -69,7 +68,7 @@ STYLE: dict[Any, Any] = {
 
 
 class DrawingError(ValueError):
-    """A figure cannot be written so."""
+    """A figure cannot be written in the kind of file that was asked for."""
 
 
 class Drawing(str):
@@ -84,14 +83,16 @@ class Drawing(str):
     @classmethod
     def from_figure(cls, figure: Figure) -> "Drawing":
         """Draws the figure; the same one gives the same text."""
-        drawing = cls(f"data:image/svg+xml;base64,{base64.b64encode(svg_bytes(figure)).decode()}")
+        encoded = base64.b64encode(svg_bytes(figure)).decode()
+        drawing = cls(f"data:image/svg+xml;base64,{encoded}")
         drawing.figure = figure
         return drawing
 
     @property
     def svg(self) -> bytes:
         """The SVG file, on a transparent ground."""
-        return base64.b64decode(self.partition(",")[2])
+        _, _, encoded = self.partition(",")
+        return base64.b64decode(encoded)
 
     @property
     def png(self) -> bytes:
@@ -126,69 +127,98 @@ class Drawing(str):
 
 
 def new_figure(height: float) -> tuple[Figure, Axes]:
-    """An empty chart as wide as a phone; draw it under `STYLE`."""
+    """Returns an empty chart as wide as a phone; draw it under `STYLE`."""
     layout = ConstrainedLayoutEngine(w_pad=0.04, h_pad=0.04)
     figure = Figure(figsize=(WIDTH, height), dpi=144, facecolor="none", layout=layout)
     return figure, figure.add_subplot()
 
 
 def svg_bytes(figure: Figure) -> bytes:
-    """The finished figure; the same figure gives the same bytes."""
+    """Returns the SVG of a finished figure; the same figure gives the same bytes."""
     buffer = io.BytesIO()
     FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None, "Creator": None})
     return buffer.getvalue()
 
 
 def short_number(x: float) -> str:
-    """Three significant digits and a unit: 950, 12.5k, 3.4M, 1.2B."""
-    for size, unit in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(x) >= 0.9995 * size:
-            return f"{float(f'{x / size:.3g}'):g}{unit}"
-    return f"{float(f'{x:.3g}'):g}"
+    """Returns a number with three significant digits and a unit: 950, 12.5k, 3.4M, 1.2B."""
+    for size, unit in UNITS:
+        if abs(x) >= 0.9995 * size:  # so that 999,900 is 1M rather than 1000k
+            return f"{_three_digits(x / size)}{unit}"
+    return _three_digits(x)
+
+
+def _three_digits(x: float) -> str:
+    """Returns a number with three significant digits, without zeros at the end."""
+    rounded = float(f"{x:.3g}")
+    return f"{rounded:g}"
 
 
 def legend_name(name: str) -> str:
-    """The name of a run or a domain as matplotlib and SVG can show it; labels that begin with _ it would leave out."""
+    """Returns the name of a run or a domain as matplotlib and SVG can show it.
+
+    Matplotlib leaves labels that begin with _ out of a legend.
+    """
     name = name.translate(dict.fromkeys(FORBIDDEN, 0xFFFD))
     return f"./{name}" if name.startswith("_") else name
 
 
 def label_steps(axes: Axes, xlabel: str = "training step") -> None:
-    """An x axis of training, long numbers in short."""
+    """Labels an x axis of training, with long numbers in short."""
     axes.set_xlabel(xlabel)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=xlabel == "training step"))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: short_number(x)))
 
 
 def tick_at(axes: Axes, places: np.ndarray) -> None:
-    """Ticks of the x axis where something was measured: at all of the places, or at every nth up to the last."""
-    known = np.unique(places[np.isfinite(places)]).astype(float)
+    """Puts ticks of the x axis where something was measured.
+
+    At all of the places, or at every nth up to the last.
+    """
+    finite = places[np.isfinite(places)]
+    known = np.unique(finite).astype(float)
+    if not known.size:
+        return
     stride = max(1, math.ceil(known.size / MEASURED_TICKS))
-    if known.size:
-        axes.set_xticks(np.sort(known[::-1][::stride]))
+    from_last = known[::-1]
+    axes.set_xticks(np.sort(from_last[::stride]))
 
 
-def heat_map(axes: Axes, values: np.ndarray, edges: np.ndarray | None = None, **look: Any) -> Any:
-    """Cells, the first row on top; masked where they are not finite.
+def heat_map(
+    axes: Axes, values: np.ndarray, edges: np.ndarray | None = None, **options: Any
+) -> Any:
+    """Draws cells, the first row on top; masked where they are not finite.
 
     Args:
       axes: to draw on.
       values: [rows, columns].
       edges: of the columns; None: each is as wide as 1, around its index.
-      look: for `pcolormesh`.
+      options: for `pcolormesh`.
     """
-    rows, columns = values.shape
+    num_rows, num_columns = values.shape
+    if edges is None:
+        edges = np.arange(num_columns + 1) - 0.5
     mesh = axes.pcolormesh(
-        np.arange(columns + 1) - 0.5 if edges is None else edges, np.arange(rows + 1) - 0.5,
-        np.ma.masked_invalid(values), rasterized=True, antialiased=False, **look,
-    )  # fmt: skip
+        edges,
+        np.arange(num_rows + 1) - 0.5,
+        np.ma.masked_invalid(values),
+        rasterized=True,
+        antialiased=False,
+        **options,
+    )
     axes.grid(False)
     axes.invert_yaxis()
     return mesh
 
 
+def write_in_cell(axes: Axes, row: int, column: int, text: str, *, is_dark: bool) -> None:
+    """Writes a text into a cell of a heat map, in white where the cell is dark."""
+    color = "white" if is_dark else "#111111"
+    axes.text(column, row, text, ha="center", va="center", fontsize=8.5, color=color)
+
+
 def color_bar(figure: Figure, axes: Axes, mesh: Any, label: str, **more: Any) -> Colorbar:
-    """The scale of a heat map."""
+    """Draws the scale of a heat map."""
     bar = figure.colorbar(mesh, ax=axes, aspect=24, pad=0.02, **more)
     bar.set_label(label)
     bar.outline.set_visible(False)
@@ -196,13 +226,34 @@ def color_bar(figure: Figure, axes: Axes, mesh: Any, label: str, **more: Any) ->
     return bar
 
 
+def ratio_colors() -> Colormap:
+    """Returns colours of `log_ratio`: red above 1, blue below, black for 0, grey for NaN."""
+    colors = matplotlib.colormaps["RdBu_r"].resampled(COLORS)
+    return colors.with_extremes(bad=NO_VALUE, under=DEAD)
+
+
+def log_ratio(ratio: np.ndarray) -> np.ndarray:
+    """Returns base-2 logarithms of ratios, clipped to [-2, 2]; -99, below the scale, for 0."""
+    log = np.full_like(ratio, np.nan)
+    np.log2(ratio, out=log, where=ratio > 0)
+    clipped = np.clip(log, -2, 2)
+    return np.where(ratio == 0, -99.0, clipped)
+
+
 def ratio_bar(figure: Figure, axes: Axes, mesh: Any, label: str) -> None:
-    """The scale of a heat map whose values are base-2 logarithms of ratios."""
+    """Draws the scale of a heat map whose values are base-2 logarithms of ratios."""
     bar = color_bar(figure, axes, mesh, label, extend="both", extendfrac=0.04)
-    bar.set_ticks([tick for tick, _ in RATIO_TICKS], labels=[tick for _, tick in RATIO_TICKS])
+    places = [place for place, _ in RATIO_TICKS]
+    labels = [label for _, label in RATIO_TICKS]
+    bar.set_ticks(places, labels=labels)
 
 
 def name_rows(axes: Axes, names: Any) -> None:
     """Names the rows of a heat map, evenly spaced ones if there are many."""
-    shown = range(0, len(names), -(-len(names) // MAX_TICKS))
-    axes.set_yticks(shown, labels=[str(names[i]) for i in shown])
+    places = every_nth(len(names), MAX_TICKS)
+    axes.set_yticks(places, labels=[str(names[place]) for place in places])
+
+
+def every_nth(number: int, most: int) -> range:
+    """Returns evenly spaced indices below `number`, at most `most` of them, from 0 on."""
+    return range(0, number, math.ceil(number / most))

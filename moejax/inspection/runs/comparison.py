@@ -1,4 +1,4 @@
-"""Runs side by side: how they ended, in which leaves of their configurations they differ, and any metric over time."""
+"""Compares runs: how they ended, in which configuration leaves they differ, metrics over time."""
 
 import functools
 import math
@@ -18,37 +18,44 @@ if TYPE_CHECKING:  # imported where it is needed
 
 
 def _last(values: np.ndarray) -> float:
-    return float(values[-1]) if math.isfinite(values[-1]) else math.inf
+    """Returns the last value, inf if it is not finite: a run that diverged is no missing value."""
+    last = float(values[-1])
+    return last if math.isfinite(last) else math.inf
 
 
-def _finite(values: np.ndarray, summarise: Callable[[np.ndarray], Any]) -> float:
-    values = values[np.isfinite(values)]
-    return float(summarise(values)) if values.size else math.nan
+def _lowest(values: np.ndarray) -> float:
+    """Returns the lowest finite value, NaN if there is none."""
+    finite = values[np.isfinite(values)]
+    return float(finite.min()) if finite.size else math.nan
+
+
+def _median_speed(values: np.ndarray) -> float:
+    return or_nan(median_speed(values))
 
 
 def or_nan(value: float | None) -> float:
-    """The value, or NaN for none."""
+    """Returns the value, or NaN for none."""
     return math.nan if value is None else value
 
 
 COLUMNS: Mapping[str, tuple[str, Callable[[np.ndarray], float]]] = {
     "eval_loss": ("eval/loss", _last),
-    "best_eval_loss": ("eval/loss", lambda values: _finite(values, np.min)),
+    "best_eval_loss": ("eval/loss", _lowest),
     "bits_per_byte": ("eval/bits_per_byte", _last),
     "train_loss": ("loss/lm", _last),
     "tokens": ("tokens", _last),
-    "tokens_per_s": (SPEED, lambda values: or_nan(median_speed(values))),
+    "tokens_per_s": (SPEED, _median_speed),
     "max_violation": ("moe/max_violation", _last),
     "eval_max_violation": ("eval/max_violation", _last),
     "dead_experts": ("moe/dead_experts", _last),
     "dropped": ("moe/dropped", _last),
     "entropy": ("moe/entropy", _last),
 }
-"""Columns of the table: the metric that each comes from, and what is made of its values."""
+"""Columns of the table: the metric that each comes from, and the summary of its values."""
 
 
 class Comparison:
-    """Several runs; nothing of them but their configurations is read before it is asked for.
+    """Several runs, of which only the configurations are read before more is asked for.
 
     Args:
       runs: by label.
@@ -59,7 +66,7 @@ class Comparison:
 
     @functools.cached_property
     def table(self) -> "pd.DataFrame":
-        """A row per run with what it logged; NaN where it did not, and no column for what none logged.
+        """A row per run; NaN where it logged nothing, and no column for what no run logged.
 
         Columns are `steps` done, `parameters` (all, and those `active` for a token) and those of
         `COLUMNS`: the last value, inf if that was not finite; the lowest of `best_eval_loss`, and
@@ -73,27 +80,30 @@ class Comparison:
 
     @functools.cached_property
     def differences(self) -> "pd.DataFrame":
-        """A row for each leaf of the configuration, such as `moe.top_k`, in which runs differ; a column per run.
+        """A row for each leaf of the configuration in which runs differ, and a column per run.
 
-        None where a run has no such leaf.
+        A leaf is named as `moe.top_k`. None where a run has no such leaf.
         """
         import pandas as pd
 
         leaves = {label: _leaves(run) for label, run in self.runs.items()}
         keys = dict.fromkeys(key for of_run in leaves.values() for key in of_run)
-        rows = {key: [of_run.get(key) for of_run in leaves.values()] for key in keys}
-        differing = {
-            key: values
-            for key, values in rows.items()
-            if any(value != values[0] for value in values)
-        }
+        differing = {}
+        for key in keys:
+            values = [of_run.get(key) for of_run in leaves.values()]
+            if any(value != values[0] for value in values):
+                differing[key] = values
         return pd.DataFrame(
-            list(differing.values()), index=pd.Index(differing, name="leaf", dtype=object), columns=list(self.runs),
+            list(differing.values()),
+            index=pd.Index(differing, name="leaf", dtype=object),
+            columns=list(self.runs),
             dtype=object,
-        )  # fmt: skip
+        )
 
     def series(self, key: str) -> "pd.DataFrame":
-        """One metric over time: a row per step, a column per run; NaN where a run has no value of that step.
+        """Returns one metric over time: a row per step, and a column per run.
+
+        NaN where a run has no value of that step.
 
         Args:
           key: a metric name such as `loss/lm` or `eval/loss`.
@@ -103,9 +113,9 @@ class Comparison:
         """
         import pandas as pd
 
-        if not any(key in run.keys for run in self.runs.values()):
-            known = sorted({known for run in self.runs.values() for known in run.keys})
-            raise RunError(f"no run logged {key!r}; use one of {', '.join(known)}")
+        known = {name for run in self.runs.values() for name in run.keys}
+        if key not in known:
+            raise RunError(f"no run logged {key!r}; use one of {', '.join(sorted(known))}")
         columns = {}
         for label, run in self.runs.items():
             steps, values = run.series(key)
@@ -129,7 +139,8 @@ class Comparison:
 
     @property
     def _title(self) -> str:
-        return f"{len(self.runs)} runs, which differ in {len(self.differences)} leaves of their configurations"
+        num_leaves = len(self.differences)
+        return f"{len(self.runs)} runs, which differ in {num_leaves} leaves of their configurations"
 
 
 def compare(runs: Sequence[Run | str | Path]) -> Comparison:
@@ -149,53 +160,62 @@ def compare(runs: Sequence[Run | str | Path]) -> Comparison:
     for path in paths:
         if paths.count(path) > 1:
             raise RunError(f"{path} is given twice; leave one out")
+    return Comparison(dict(zip(_labels(paths), opened, strict=True)))
+
+
+def _labels(paths: Sequence[Path]) -> list[str]:
+    """Returns a different label for each run: the arm's name where there is one, else folders."""
     arms = [arm_name(path) for path in paths]
-    labels = [
-        arm if arm and arms.count(arm) == 1 else _label(path, paths)
-        for arm, path in zip(arms, paths, strict=True)
-    ]
-    return Comparison(dict(zip(labels, opened, strict=True)))
+    labels = []
+    for path, arm in zip(paths, arms, strict=True):
+        is_clear = arm and arms.count(arm) == 1
+        labels.append(arm if is_clear else _shortest_end(path, paths))
+    return labels
 
 
-def _label(path: Path, paths: Sequence[Path]) -> str:
-    """The shortest end of a path that none of the others has."""
-    depths = range(1, len(path.parts) + 1)
-    ends = (path.parts[-depth:] for depth in depths)
-    return "/".join(
-        next(end for end in ends if sum(other.parts[-len(end) :] == end for other in paths) == 1)
-    )
+def _shortest_end(path: Path, paths: Sequence[Path]) -> str:
+    """Returns the shortest end of a path that none of the others has, or all of it."""
+    for depth in range(1, len(path.parts) + 1):
+        end = path.parts[-depth:]
+        if sum(other.parts[-depth:] == end for other in paths) == 1:
+            return "/".join(end)
+    return str(path)
 
 
 def _summary(run: Run) -> dict[str, float]:
-    row: dict[str, float] = {}
-    for column, (key, summarise) in COLUMNS.items():
-        _, values = run.series(key)
-        row[column] = summarise(values) if values.size else math.nan
-    steps = {
+    row: dict[str, float] = {
         "steps": run.last_step,
         "parameters": run.parameters_total,
         "active": run.parameters_active,
     }
-    return steps | row
+    for column, (key, summarise) in COLUMNS.items():
+        _, values = run.series(key)
+        row[column] = summarise(values) if values.size else math.nan
+    return row
 
 
 def _leaves(run: Run) -> dict[str, Any]:
-    return {
-        f"{section}.{name}": value
-        for section, leaves in run.config.items()
-        for name, value in leaves.items()
-    }
+    """Returns the values of all leaves by dotted key."""
+    found = {}
+    for section, leaves in run.config.items():
+        for name, value in leaves.items():
+            found[f"{section}.{name}"] = value
+    return found
 
 
-def _as_html(what: str, frame: "pd.DataFrame") -> str:
-    rows = zip(frame.index, frame.itertuples(index=False, name=None), strict=True)
-    return html.table(
-        [what, *frame.columns], [[name, *map(format_value, values)] for name, values in rows]
-    )
+def _as_html(first_column: str, frame: "pd.DataFrame") -> str:
+    rows = []
+    for name, values in zip(frame.index, frame.itertuples(index=False, name=None), strict=True):
+        cells = [format_value(value) for value in values]
+        rows.append([name, *cells])
+    return html.table([first_column, *frame.columns], rows)
 
 
 def format_value(value: Any) -> str:
-    """A number in four digits, or all of them before the point; nothing for NaN; other values as they are."""
+    """Returns a number in four digits, or with all digits before the point.
+
+    Empty for NaN; other values as they are.
+    """
     if not isinstance(value, float):
         return f"{value:,}" if type(value) is int else str(value)
     if not math.isfinite(value):

@@ -1,4 +1,4 @@
-"""What a run is called: the arm of a sweep by what sets it apart, since its folder has a hash for a name.
+"""Names runs for readers: an arm of a sweep by its overrides, since its folder's name is a hash.
 
 The sweep's `sweep.json`, two folders above an arm's run directory, says what each arm overrides.
 """
@@ -20,38 +20,54 @@ MAX_TEXT = 40  # of a value's characters
 
 
 def arm_names(sweep: Path) -> dict[str, str]:
-    """Arms by id, named by the overrides in which they differ: `routing_sweep: top_k 2, seed 1`.
+    """Names arms by the overrides in which they differ: `routing_sweep: top_k 2, seed 1`.
 
     Args:
       sweep: the sweep's directory.
 
     Returns:
-      Nothing if there is no `sweep.json` that can be read; arms that no override sets apart are
-      named by their ids.
+      Names by arm id, empty if there is no `sweep.json` that can be read; arms that no override
+      sets apart are named by their ids.
     """
+    overrides = _read_overrides(sweep)
+    keys = _differing_keys(overrides)
+    names = {arm: _in_words(values, keys) for arm, values in overrides.items()}
+    given = collections.Counter(names.values())
+    prefix = sweep.resolve().name
+    found = {}
+    for arm, name in names.items():
+        parts = [name, arm]
+        if not name:
+            parts = [arm]
+        elif given[name] == 1:
+            parts = [name]
+        found[arm] = f"{prefix}: {', '.join(parts)}"
+    return found
+
+
+def _read_overrides(sweep: Path) -> dict[str, dict[str, Any]]:
+    """Returns the overrides of each arm by its id; nothing if they cannot be read."""
     try:
         with open_file(sweep, SWEEP) as file:
             entries = json.loads(file.read(MAX_SWEEP))["arms"]
-        overrides = {str(entry["id"]): dict(entry["overrides"]) for entry in entries}
+        return {str(entry["id"]): dict(entry["overrides"]) for entry in entries}
     except (OSError, RunPathError, ValueError, KeyError, TypeError, RecursionError):
         return {}  # the sweep's own page says what is wrong with the file
+
+
+def _differing_keys(overrides: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Returns the keys whose values are not the same in all arms; a missing value is one, too."""
     keys = dict.fromkeys(key for values in overrides.values() for key in values)
-    differing = [
-        key for key in keys if len({_text(values.get(key)) for values in overrides.values()}) > 1
-    ]
-    names = {arm: _in_words(values, differing) for arm, values in overrides.items()}
-    given = collections.Counter(names.values())
-    prefix = sweep.resolve().name
-    return {
-        arm: f"{prefix}: {name}"
-        if name and given[name] == 1
-        else f"{prefix}: {', '.join(filter(None, [name, arm]))}"
-        for arm, name in names.items()
-    }
+    differing = []
+    for key in keys:
+        texts = {_text(values.get(key)) for values in overrides.values()}
+        if len(texts) > 1:
+            differing.append(key)
+    return differing
 
 
 def arm_name(workdir: Path) -> str:
-    """The name of a run that is an arm of a sweep; empty if it is none."""
+    """Returns the name of a run that is an arm of a sweep; empty if it is none."""
     workdir = workdir.resolve()
     if workdir.parent.name != ARMS:
         return ""
@@ -65,7 +81,7 @@ class ArmNames:
         self._names: dict[Path, tuple[tuple[int, ...], dict[str, str]]] = {}
 
     def name_of(self, workdir: Path, otherwise: str) -> str:
-        """The name of a run that is an arm of a sweep, or what it is called otherwise."""
+        """Returns the name of a run that is an arm of a sweep, or `otherwise` for other runs."""
         if workdir.parent.name != ARMS:
             return otherwise
         sweep = workdir.parent.parent
@@ -80,28 +96,43 @@ class ArmNames:
 
 
 def recipe_name(command: str) -> str:
-    """The recipe of a command line: `debug` for `--config=configs/debug.py`; empty if it names none."""
+    """Returns the recipe of a command line: `debug` for `--config=configs/debug.py`.
+
+    Empty if it names none.
+    """
     try:
         words = shlex.split(command)
     except ValueError:
         words = command.split()
-    for word, after in zip(words, [*words[1:], ""], strict=True):
+    for word, next_word in zip(words, [*words[1:], ""], strict=True):
         if word.startswith("--config="):
-            return PurePath(word.removeprefix("--config=").partition(":")[0]).stem
+            return _recipe_of_path(word.removeprefix("--config="))
         if word == "--config":
-            return PurePath(after.partition(":")[0]).stem
+            return _recipe_of_path(next_word)
     return ""
 
 
+def _recipe_of_path(value: str) -> str:
+    """Returns the name of a recipe's file; arguments of the recipe follow after a colon."""
+    path, _, _ = value.partition(":")
+    return PurePath(path).stem
+
+
 def _in_words(overrides: Mapping[str, Any], keys: list[str]) -> str:
-    """The overrides under some keys, the seed last."""
-    ordered = [key for key in keys if key != SEED] + [key for key in keys if key == SEED]
-    leaves = [key.rpartition(".")[2] for key in keys]
-    names = {
-        key: leaf if leaves.count(leaf) == 1 else key
-        for key, leaf in zip(keys, leaves, strict=True)
-    }
-    return ", ".join(f"{names[key]} {_text(overrides[key])}" for key in ordered if key in overrides)
+    """Returns the overrides under some keys in words, the seed last."""
+    leaves = [_leaf(key) for key in keys]
+    words = []
+    for key in sorted(keys, key=lambda key: key == SEED):  # keeps the order of the others
+        if key in overrides:
+            is_clear = leaves.count(_leaf(key)) == 1
+            name = _leaf(key) if is_clear else key
+            words.append(f"{name} {_text(overrides[key])}")
+    return ", ".join(words)
+
+
+def _leaf(key: str) -> str:
+    _, _, leaf = key.rpartition(".")
+    return leaf
 
 
 def _text(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""Files of a run directory that anyone may have made: only regular ones that are inside of it are read.
+"""Opens files of a run directory that anyone may have made: only regular files inside of it.
 
 A named pipe, a device or a link to a file elsewhere may stand where a run has its file. Opening a
 pipe waits for ever, a device may never end, and a link would show what the run does not own.
@@ -48,7 +48,9 @@ def open_file(workdir: Path, name: str) -> BinaryIO:
 
 
 def check_folder(workdir: Path, name: str) -> None:
-    """Checks that a folder of a run holds only folders and regular files; one that does not exist passes.
+    """Checks that a folder of a run holds only folders and regular files.
+
+    A folder that does not exist passes.
 
     Raises:
       RunPathError: it holds a link or something that is neither, or is one itself.

@@ -1,4 +1,4 @@
-"""Open a run from its directory alone: what was trained, with which numbers, and where its tokens went.
+"""Opens a run from its directory alone: what was trained, its metrics, and where its tokens went.
 
 Opening reads `config.json` and nothing else, however long the run. `metrics.jsonl` is read when a
 metric is first asked for, `routing/` in the slices that are asked for. All of it is data: nothing
@@ -8,19 +8,20 @@ found there is executed or unpickled. A run that was interrupted and resumed rea
 import dataclasses
 import functools
 import json
-import math
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float64, Int64
 
 from moejax.inspection import html
+from moejax.inspection.runs.config_file import EXPERT_KINDS, read_config_file
+from moejax.inspection.runs.errors import RunError
+from moejax.inspection.runs.metrics_file import Series, read_series
 from moejax.inspection.runs.names import arm_name
 from moejax.paths import is_number, resolve_path
-from moejax.training.health.speed import shares_of_pack
 from moejax.training.run_directory.routing_log import RoutingHistory, read_routing
 from moejax.training.run_directory.tree import RunTreeError, check_run_tree
 
@@ -31,16 +32,6 @@ if TYPE_CHECKING:  # imported where they are needed: a run opens without them
     from moejax.data import Tokenizer
     from moejax.inference.load import LoadedRun
     from moejax.training.run_directory.evaluation_log import Evaluations
-
-Series: TypeAlias = dict[str, tuple["array[int]", "array[float]"]]
-"""Steps and values of each metric, eight bytes a number: lines of Python objects would need a hundred."""
-
-EXPERT_KINDS = ("num_experts", "num_zero_experts", "num_identity_experts", "num_constant_experts")
-CONFIG_KEYS = ("config", "versions", "git_commit", "device", "command", "parameters")
-
-
-class RunError(ValueError):
-    """A run directory that cannot be read: the message names the file and the remedy."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -122,10 +113,11 @@ class Run:
         return max((steps[-1] for steps, _ in self._series.values()), default=0)
 
     def series(self, key: str) -> tuple[Int64[np.ndarray, "S"], Float64[np.ndarray, "S"]]:
-        """One metric over time; of an arm of a pack, speed and seconds are its share of the pack's time.
+        """Returns one metric over time.
 
-        A resumed run writes some steps again: where the step of a key falls back, the values from
-        there on replace the earlier ones.
+        Speed and seconds of an arm of a pack are its share of the pack's time. A resumed run writes
+        some steps again: where the step of a key falls back, the values from there on replace the
+        earlier ones.
 
         Args:
           key: a metric name such as `loss/lm` or `eval/loss`.
@@ -141,41 +133,44 @@ class Run:
         return np.array(steps, np.int64), np.array(values, np.float64)
 
     def last(self, key: str) -> float | None:
-        """The newest value of a metric; None if no line has it."""
+        """Returns the newest value of a metric; None if no line has it."""
         _, values = self._series.get(key, ((), ()))
         return float(values[-1]) if values else None
 
     @property
     def metrics(self) -> "pd.DataFrame":
-        """All metrics: a row per step, training and evaluation of a step in one; a float column per metric, sorted.
+        """All metrics: a row per step, training and evaluation together, and a column per metric.
 
-        NaN where a step has no such metric. See `series` for steps that a resumed run wrote again.
+        Columns are floats, sorted by name; NaN where a step has no such metric. See `series` for
+        steps that a resumed run wrote again.
 
         Raises:
           RunError: `metrics.jsonl` is missing or damaged.
         """
-        return self._metrics.copy(
-            deep=False
-        )  # copied on write: changes of one table do not reach the next
+        # Copied on write: changes of one table do not reach the next.
+        return self._metrics.copy(deep=False)
 
     @functools.cached_property
     def _metrics(self) -> "pd.DataFrame":
         import pandas as pd
 
         series = {key: self.series(key) for key in self.keys}
-        steps_S = np.unique(
-            np.concatenate([np.zeros(0, np.int64), *(steps for steps, _ in series.values())])
-        )
-        columns = {key: np.full(len(steps_S), np.nan) for key in series}
+        no_steps = np.zeros(0, np.int64)  # a run without metrics has nothing to concatenate
+        all_steps = [steps for steps, _ in series.values()]
+        steps_S = np.unique(np.concatenate([no_steps, *all_steps]))
+        columns = {}
         for key, (steps, values) in series.items():
-            columns[key][np.searchsorted(steps_S, steps)] = values
+            column_S = np.full(len(steps_S), np.nan)
+            rows = np.searchsorted(steps_S, steps)
+            column_S[rows] = values
+            columns[key] = column_S
         return pd.DataFrame(columns, index=pd.Index(steps_S, name="step"))
 
     @functools.cached_property
     def _series(self) -> Series:
         """Steps and values of each metric; a warning if they are not those that were written."""
         path = self.workdir / "metrics.jsonl"
-        series = _read_series(path)
+        series = read_series(path)
         if self.checkpoints:
             from moejax.training.checkpoints.meta import warn_of_changed_metrics
 
@@ -184,7 +179,9 @@ class Run:
 
     @functools.cached_property
     def routing(self) -> RoutingHistory | None:
-        """Assignments and more per layer and expert over time; None for a dense run or before the first entry.
+        """Assignments and more per layer and expert over time.
+
+        None for a dense run or before the first entry.
 
         Raises:
           RoutingLogError: the log is damaged.
@@ -201,14 +198,10 @@ class Run:
     @property
     def checkpoints(self) -> tuple[int, ...]:
         """Saved steps, oldest first."""
-        folders = (self.workdir / "checkpoints").glob(
-            "*"
-        )  # a checkpoint has a number for a name once it is complete
-        return tuple(
-            sorted(
-                int(folder.name) for folder in folders if is_number(folder.name) and folder.is_dir()
-            )
-        )
+        folders = (self.workdir / "checkpoints").glob("*")
+        # A checkpoint has a number for a name once it is complete.
+        complete = [folder for folder in folders if is_number(folder.name) and folder.is_dir()]
+        return tuple(sorted(int(folder.name) for folder in complete))
 
     @functools.cached_property
     def tokenizer(self) -> "Tokenizer":
@@ -222,13 +215,17 @@ class Run:
         return load_tokenizer(self.workdir)
 
     def load(self, step: int | None = None, mesh: "MeshConfig | None" = None) -> "LoadedRun":
-        """The model with the weights of a checkpoint; see `moejax.inference.load.load_run`."""
+        """Returns the model with a checkpoint's weights; see `moejax.inference.load.load_run`."""
         from moejax.inference.load import load_run
 
         return load_run(self.workdir, step, mesh)
 
     def reload(self) -> "Run":
-        """Forgets metrics and routing, so that what a running run has written since is seen; returns the run itself."""
+        """Forgets metrics and routing, so that the next look sees what was written since.
+
+        Returns:
+          The run itself.
+        """
         for name in ("_series", "_metrics", "routing"):
             self.__dict__.pop(name, None)
         return self
@@ -238,14 +235,13 @@ class Run:
 
     def _repr_html_(self) -> str:
         train, data = self.config.get("train", {}), self.config.get("data", {})
+        text = f"{data.get('source', '?')}, rows of {data.get('seq_len', '?')} tokens"
+        training = f"{train.get('num_steps', '?')} steps of {train.get('batch_size', '?')} rows"
         rows = [
             ("Model", self._model),
             ("Parameters", self._parameters),
-            ("Text", f"{data.get('source', '?')}, rows of {data.get('seq_len', '?')} tokens"),
-            (
-                "Training",
-                f"{train.get('num_steps', '?')} steps of {train.get('batch_size', '?')} rows",
-            ),
+            ("Text", text),
+            ("Training", training),
             ("Checkpoints", ", ".join(map(str, self.checkpoints)) or "none"),
             ("Device", self.device),
             ("Commit", self.git_commit),
@@ -254,11 +250,13 @@ class Run:
 
     @property
     def _model(self) -> str:
-        model, moe = self.config.get("model", {}), self.config.get("moe", {})
+        model = self.config.get("model", {})
         layers = f"{model.get('num_layers', '?')} layers of width {model.get('d_model', '?')}"
         if self.is_dense:
             return f"dense, {layers}"
-        return f"{self.num_choices} experts, top {moe.get('top_k', '?')}, {moe.get('router', '?')}, {layers}"
+        moe = self.config.get("moe", {})
+        top_k, router = moe.get("top_k", "?"), moe.get("router", "?")
+        return f"{self.num_choices} experts, top {top_k}, {router}, {layers}"
 
     @property
     def _parameters(self) -> str:
@@ -280,7 +278,7 @@ def open_run(workdir: str | Path) -> Run:
         check_run_tree(workdir)
     except RunTreeError as error:
         raise RunError(str(error)) from error
-    facts = _read_config(workdir / "config.json")
+    facts = read_config_file(workdir / "config.json")
     return Run(
         workdir=workdir,
         name=workdir.name,
@@ -294,121 +292,8 @@ def open_run(workdir: str | Path) -> Run:
     )
 
 
-def _missing(path: Path) -> RunError:
-    return RunError(f"{path} is missing; `moejax train` writes it, so give the --workdir of a run")
-
-
-def _unreadable(path: Path, error: OSError) -> RunError:
-    """A file that is there and cannot be read: nothing says that it is damaged."""
-    return RunError(
-        f"{path} cannot be read ({error.strerror}); see who may read it, and whether its disk is well"
-    )
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    remedy = "restore it, or start the run's `moejax train` command again: it rewrites the file"
-    try:
-        facts = json.loads(path.read_bytes().decode())
-    except FileNotFoundError as error:
-        raise _missing(path) from error
-    except OSError as error:
-        raise _unreadable(path, error) from error
-    except (ValueError, RecursionError) as error:
-        raise RunError(f"{path} is damaged ({error}); {remedy}") from error
-    missing = [key for key in CONFIG_KEYS if not isinstance(facts, dict) or key not in facts]
-    if missing:
-        raise RunError(f"{path} lacks {', '.join(missing)}; {remedy}")
-    for key in ("config", "versions", "parameters"):
-        if not isinstance(facts[key], dict):
-            raise RunError(f"{path}: {key} must be a JSON object; {remedy}")
-    for section, leaves in facts["config"].items():
-        if not isinstance(leaves, dict):
-            raise RunError(f"{path}: config.{section} must be a JSON object; {remedy}")
-    for kind in EXPERT_KINDS:
-        number = facts["config"].get("moe", {}).get(kind, 0)
-        if type(number) is not int or number < 0:
-            raise RunError(
-                f"{path}: config.moe.{kind}={number!r} must be an integer of at least 0; {remedy}"
-            )
-    for key in ("total", "active"):
-        if not isinstance(facts["parameters"].get(key), int):
-            raise RunError(f"{path}: parameters.{key} must be an integer; {remedy}")
-    return facts
-
-
-def add_values(series: Series, line: dict[str, Any], path: Path) -> None:
-    """Adds a line of `metrics.jsonl` to what is known; see `Run.series` for steps that come again.
-
-    The time of a pack is shared out among its arms.
-
-    Args:
-      series: steps and values of each metric; changed in place.
-      line: the line's object, with an integer `step`.
-      path: of the file, for errors.
-
-    Raises:
-      RunError: a value is no number.
-    """
-    step, shares = line["step"], shares_of_pack(line)
-    for key, value in line.items():
-        if key == "step":
-            continue
-        if not isinstance(value, (int, float, type(None))):
-            raise RunError(
-                f"{path}, step {step}: {key}={value!r} must be a number or null; delete that line"
-            )
-        steps, values = series.setdefault(key, (array("q"), array("d")))
-        while steps and steps[-1] >= step:
-            steps.pop()
-            values.pop()
-        try:
-            number = math.nan if value is None else float(value) * shares.get(key, 1.0)
-            steps.append(step)
-            values.append(number)
-        except OverflowError as error:
-            raise RunError(
-                f"{path}: step {step} or {key} is no number of 64 bits; delete that line"
-            ) from error
-
-
-def _read_series(path: Path) -> Series:
-    series: Series = {}
-    for line in _read_lines(path):
-        add_values(series, line, path)
-    return series
-
-
-def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Yields the objects of `metrics.jsonl`; a last line that a crash cut off is left out."""
-    try:
-        file = path.open("rb")
-    except FileNotFoundError as error:
-        raise _missing(path) from error
-    except OSError as error:
-        raise _unreadable(path, error) from error
-    damage: tuple[int, Exception] | None = None
-    with file:
-        for number, line in enumerate(file, start=1):
-            if damage and line.strip():
-                raise RunError(
-                    f"{path}: line {damage[0]} is damaged ({damage[1]}); delete that line"
-                ) from damage[1]
-            if damage:
-                continue
-            try:
-                values = json.loads(line.decode())
-            except (ValueError, RecursionError) as error:
-                damage = number, error
-                continue
-            if not isinstance(values, dict) or type(values.get("step")) is not int:
-                raise RunError(
-                    f"{path}: line {number} must be a JSON object with an integer `step`; delete that line"
-                )
-            yield values
-
-
 def _as_text(value: Any) -> str:
-    """Text as it is, `unknown` for null, and anything else as JSON."""
+    """Returns text as it is, `unknown` for null, and anything else as JSON."""
     if value is None:
         return "unknown"
     return value if isinstance(value, str) else json.dumps(value)

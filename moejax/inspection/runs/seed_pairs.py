@@ -1,8 +1,8 @@
-"""Settings of several runs, and their differences seed by seed.
+"""Groups runs into settings, and compares settings seed by seed.
 
 Runs that differ in `train.seed` alone are one setting. With the same seed, two settings see the
-same text in the same order. What a seed does to both of them is no part of their difference, so the
-error of that is taken over differences of equal seeds (`moejax.inspection.analysis.differences`).
+same text in the same order. What a seed does to both of them cancels in their difference, so the
+error of the difference is taken over equal seeds (`moejax.inspection.analysis.differences`).
 """
 
 import dataclasses
@@ -38,10 +38,10 @@ def find_settings(runs: Mapping[str, Run]) -> list[Setting]:
     for label, run in runs.items():
         seed = run.config.get(SECTION, {}).get(LEAF)
         key = _without_seed(run)
-        if type(seed) is not int or seed in groups.get(
-            key, {}
-        ):  # the same run twice, or no seed: a setting of its own
-            groups[label] = {0 if type(seed) is not int else seed: label}
+        if type(seed) is not int:
+            groups[label] = {0: label}  # no seed: a setting of its own
+        elif seed in groups.get(key, {}):
+            groups[label] = {seed: label}  # the same run twice: a setting of its own
         else:
             groups.setdefault(key, {})[seed] = label
     return [Setting(_name(list(labels.values())), labels) for labels in groups.values()]
@@ -50,7 +50,7 @@ def find_settings(runs: Mapping[str, Run]) -> list[Setting]:
 def difference(
     first: Mapping[int, float], second: Mapping[int, float], num_looks: int
 ) -> Difference:
-    """The mean of second minus first over common seeds.
+    """Returns the mean of second minus first over common seeds.
 
     Args:
       first: finite values by seed.
@@ -69,5 +69,5 @@ def _without_seed(run: Run) -> str:
 
 
 def _name(labels: Sequence[str]) -> str:
-    """The label of its run, or of the first of several."""
+    """Returns the label of the only run, or of the first of several and how many there are."""
     return labels[0] if len(labels) == 1 else f"{labels[0]} ({len(labels)} seeds)"

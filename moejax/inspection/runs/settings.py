@@ -1,4 +1,4 @@
-"""The leaves of a run's configuration beside their defaults: which of them somebody has chosen."""
+"""The leaves of a run's configuration compared with their defaults: which of them were chosen."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ class Setting:
       section: of the leaf.
       name: in its section.
       value: of the run, as resolved.
-      default: what it is when nobody sets it; None if this version has no such leaf.
+      default: what it is if it is not set; None if this version has no such leaf.
       is_chosen: whether the value is neither the default nor what follows from the other leaves.
     """
 
@@ -27,11 +27,11 @@ class Setting:
 
 
 def settings_of(config: Mapping[str, Mapping[str, Any]]) -> list[Setting]:
-    """The leaves of a configuration in their order.
+    """Returns the leaves of a configuration in their order.
 
     Args:
       config: sections of leaves, resolved: a leaf such as `moe.d_expert`, which its default lets
-        follow from others, holds what it followed to, and is not taken for chosen.
+        follow from others, holds what followed from them, and does not count as chosen.
     """
     defaults = to_dict(Config())
     settings = []
@@ -45,9 +45,11 @@ def settings_of(config: Mapping[str, Mapping[str, Any]]) -> list[Setting]:
 
 def _follows(config: Mapping[str, Mapping[str, Any]], section: str, name: str, value: Any) -> bool:
     """Whether a leaf gets this value from the others when it is left at its default."""
-    without = {key: value for key, value in config[section].items() if key != name}
+    others = {key: leaf for key, leaf in config[section].items() if key != name}
+    with_default = {**config, section: others}
     try:
-        resolved = to_dict(resolve_recorded({**config, section: without}))
+        resolved = to_dict(resolve_recorded(with_default))
     except (ConfigError, TypeError, ArithmeticError):
         return False
-    return bool(resolved.get(section, {}).get(name) == value)
+    followed = resolved.get(section, {}).get(name)
+    return bool(followed == value)

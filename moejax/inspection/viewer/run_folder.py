@@ -21,9 +21,10 @@ from jaxtyping import Float64, Int64
 
 from moejax.inspection.figures.colors import RunColors
 from moejax.inspection.figures.style import BLUE
+from moejax.inspection.runs.metrics_file import Series, add_values
 from moejax.inspection.runs.names import ArmNames
 from moejax.inspection.runs.paths import RunPathError, check_file, leads_out, open_file
-from moejax.inspection.runs.run import Run, Series, add_values, open_run
+from moejax.inspection.runs.run import Run, open_run
 from moejax.training.health import alarms
 from moejax.training.health.speed import SPEED, median_speed
 

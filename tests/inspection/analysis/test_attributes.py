@@ -1,4 +1,4 @@
-"""Attributes of tokens: classes of pieces, words and sentences, on text whose answers are written beside it."""
+"""Attributes of tokens: classes of pieces, words and sentences, on texts with known answers."""
 
 import numpy as np
 import pytest
@@ -18,22 +18,26 @@ from moejax.inspection.analysis.words import KINDS, find_words, kind_of_piece
 
 
 def forms(pieces, starts=()):
-    """Labels of the three attributes of form for pieces in a row; `starts` are further beginnings of contexts."""
+    """Labels of the three attributes of form for pieces in a row.
+
+    A context begins with the first piece, and with each of `starts`.
+    """
+    found = form_attributes(*tokens_of(pieces, starts))
+    return [[attribute.labels[value] for value in attribute.values_T] for attribute in found]
+
+
+def tokens_of(pieces, starts):
+    """Token ids, where contexts start, and the piece of each id."""
     ids = sorted(set(pieces))
-    tokens_T = np.array([ids.index(p) for p in pieces])
+    tokens_T = np.array([ids.index(piece) for piece in pieces])
     starts_T = np.isin(np.arange(len(pieces)), [0, *starts])
-    return [
-        [a.labels[v] for v in a.values_T]
-        for a in form_attributes(tokens_T, starts_T, ids.__getitem__)
-    ]
+    return tokens_T, starts_T, ids.__getitem__
 
 
 def sentences(pieces, starts=()):
     """Numbers of the sentences of pieces in a row."""
-    ids = sorted(set(pieces))
-    tokens_T = np.array([ids.index(p) for p in pieces])
-    starts_T = np.isin(np.arange(len(pieces)), [0, *starts])
-    return np.cumsum(find_words(tokens_T, starts_T, ids.__getitem__).starts_sentence_T).tolist()
+    words = find_words(*tokens_of(pieces, starts))
+    return np.cumsum(words.starts_sentence_T).tolist()
 
 
 @pytest.mark.parametrize(
@@ -56,40 +60,30 @@ def test_a_piece_has_the_kind_of_its_first_character_that_is_no_space(kind, piec
 
 
 def test_words_in_a_sentence_are_counted_and_their_tokens_too():
-    pieces = [
-        "<bos>",
-        "H",
-        "e",
-        "l",
-        "l",
-        "o",
-        ",",
-        "▁the",
-        "▁w",
-        "or",
-        "ld",
-        ".",
-        "▁",
-        "(",
-        "1",
-        "9",
-        "st",
-        ")",
-        "▁It",
-    ]
-    classes, in_word, in_sentence = forms(pieces)
     none, more = "no word", "word continuation"
-    assert classes == [
-        "special", "capitalised word", more, more, more, more, "punctuation", "lower-case word", "lower-case word",
-        more, more, "punctuation", "space", "punctuation", "numeral", "numeral", more, "punctuation",
-        "capitalised word",
-    ]  # fmt: skip
-    assert in_word == [
-        none, "1", "2", "3", "4+", "4+", none, "1", "1", "2", "3", none, none, none, "1", "2", "3", none, "1",
-    ]  # fmt: skip
-    assert in_sentence == [
-        none, "1", "1", "1", "1", "1", none, "2", "3", "3", "3", none, none, none, "1", "1", "1", none, "2",
-    ]  # fmt: skip
+    rows = [
+        ("<bos>", "special", none, none),
+        ("H", "capitalised word", "1", "1"),
+        ("e", more, "2", "1"),
+        ("l", more, "3", "1"),
+        ("l", more, "4+", "1"),
+        ("o", more, "4+", "1"),
+        (",", "punctuation", none, none),
+        ("▁the", "lower-case word", "1", "2"),
+        ("▁w", "lower-case word", "1", "3"),
+        ("or", more, "2", "3"),
+        ("ld", more, "3", "3"),
+        (".", "punctuation", none, none),
+        ("▁", "space", none, none),
+        ("(", "punctuation", none, none),
+        ("1", "numeral", "1", "1"),
+        ("9", "numeral", "2", "1"),
+        ("st", more, "3", "1"),
+        (")", "punctuation", none, none),
+        ("▁It", "capitalised word", "1", "2"),
+    ]
+    pieces, classes, in_word, in_sentence = map(list, zip(*rows, strict=True))
+    assert forms(pieces) == [classes, in_word, in_sentence]
 
 
 def test_later_words_of_a_sentence_share_buckets():
@@ -165,21 +159,10 @@ def test_sentences_end_where_the_rule_says(pieces, expected):
 
 
 def test_sentences_end_with_their_context():
-    assert sentences(["a", ".", ")", "b", "\\n", "\\n", "c"], starts=[2, 5]) == [
-        1,
-        1,
-        2,
-        2,
-        2,
-        3,
-        3,
-    ]
-    assert sentences(["a", ".", ")", "▁b"], starts=[2]) == [
-        1,
-        1,
-        2,
-        2,
-    ]  # this bracket closes nothing
+    pieces = ["a", ".", ")", "b", "\\n", "\\n", "c"]
+    assert sentences(pieces, starts=[2, 5]) == [1, 1, 2, 2, 2, 3, 3]
+    pieces = ["a", ".", ")", "▁b"]  # the bracket closes nothing
+    assert sentences(pieces, starts=[2]) == [1, 1, 2, 2]
 
 
 def test_neighbours_stay_within_a_context():
@@ -223,8 +206,14 @@ def test_both_tokenizers_find_the_same_words_and_sentences(kind):
     assert KINDS[words.kind_T[0]] == "special"
     zeros_T, positions_T = np.zeros_like(tokens_T), np.arange(tokens_T.size)
     found = attributes_of(tokens_T, zeros_T, positions_T, tokenizer.piece)
-    assert [a.name for a in found] == [
-        "token", "previous token", "next token", "character class", "position in word", "word in sentence",
-        "position in context", "position in row",
-    ]  # fmt: skip
-    assert all(a.values_T.shape == tokens_T.shape for a in found)
+    assert [attribute.name for attribute in found] == [
+        "token",
+        "previous token",
+        "next token",
+        "character class",
+        "position in word",
+        "word in sentence",
+        "position in context",
+        "position in row",
+    ]
+    assert all(attribute.values_T.shape == tokens_T.shape for attribute in found)

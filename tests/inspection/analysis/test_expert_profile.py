@@ -1,4 +1,4 @@
-"""Portraits, saturation, flow and similarity of experts, against loops over tokens and hand-worked cases."""
+"""Portraits, saturation, flow and similarity of experts, against loops and hand-worked cases."""
 
 import math
 
@@ -27,12 +27,13 @@ N, T, K, V, E, D = 3, 400, 2, 20, 5, 4
 
 
 def routing(seed=0):
-    """Tokens, domains and distinct experts of each token, some of which have fewer than K; not uniform."""
+    """Tokens, domains and distinct experts of each token; not uniform.
+
+    Some tokens have fewer than K experts.
+    """
     rng = np.random.default_rng(seed)
-    tokens, domains = (
-        rng.integers(0, V, T),
-        rng.integers(-1, D - 1, T),
-    )  # -1 is unknown; the last has no token
+    tokens = rng.integers(0, V, T)
+    domains = rng.integers(-1, D - 1, T)  # -1 is unknown; the last domain has no token
     scores = rng.random((N, T, E)) + 0.8 * (np.arange(E) == tokens[:, None] % E)
     experts = np.argsort(-scores, axis=-1)[..., :K]
     experts[..., 1] = np.where(rng.random((N, T)) < 0.2, E, experts[..., 1])
@@ -60,12 +61,12 @@ def test_vocabulary_specialisation_equals_counting_in_a_loop():
             ]
             counts = [of_token.count(e) for e in range(E)]
             if len(of_token) < 17:
-                assert math.isnan(found.share_NV[n, v]) and found.expert_NV[n, v] == E
+                assert math.isnan(found.share_NV[n, v])
+                assert found.expert_NV[n, v] == E
                 continue
             shares[v] = max(counts) / len(of_token)
-            assert found.share_NV[n, v] == shares[v] and found.expert_NV[n, v] == counts.index(
-                max(counts)
-            )
+            assert found.share_NV[n, v] == shares[v]
+            assert found.expert_NV[n, v] == counts.index(max(counts))
         assert 5 < len(shares) < V
         assert found.mean_N[n] == pytest.approx(np.mean(list(shares.values())))
         for e in range(E):
@@ -83,11 +84,11 @@ def test_chance_keeps_loads_and_exceeds_them_for_rare_tokens():
     tokens = np.repeat(np.arange(400), 10)
     experts = rng.integers(0, 2, (1, 4000, 1))
     found = vocabulary_specialisation(tokens, experts, 400, 2)
-    assert found.chance_N == pytest.approx(0.623, abs=0.02) and found.mean_N == pytest.approx(
-        found.chance_N, abs=0.03
-    )
+    assert found.chance_N == pytest.approx(0.623, abs=0.02)
+    assert found.mean_N == pytest.approx(found.chance_N, abs=0.03)
     decided = vocabulary_specialisation(tokens, (tokens % 2)[None, :, None], 400, 2)
-    assert decided.mean_N == 1 and decided.chance_N == pytest.approx(0.623, abs=0.02)
+    assert decided.mean_N == 1
+    assert decided.chance_N == pytest.approx(0.623, abs=0.02)
     assert decided.mean_NE.tolist() == [[1, 1]]
 
 
@@ -102,11 +103,9 @@ def test_chance_is_known_where_some_tokens_have_no_expert():
 
 def test_no_token_is_often_enough_to_be_special():
     found = vocabulary_specialisation(np.array([0, 1]), np.zeros((1, 2, 1), int), 2, 3)
-    assert (
-        np.isnan(found.mean_N).all()
-        and np.isnan(found.chance_N).all()
-        and np.isnan(found.mean_NE).all()
-    )
+    assert np.isnan(found.mean_N).all()
+    assert np.isnan(found.chance_N).all()
+    assert np.isnan(found.mean_NE).all()
 
 
 def test_domain_specialisation_equals_counting_in_a_loop():
@@ -124,7 +123,8 @@ def test_domain_specialisation_equals_counting_in_a_loop():
         assert found.overall_NE[n, 2] == pytest.approx(
             sum(2 in experts[n, t] for t in known) / len(known)
         )
-    assert found.tokens_D[-1] == 0 and np.isnan(found.share_NDE[:, -1]).all()
+    assert found.tokens_D[-1] == 0
+    assert np.isnan(found.share_NDE[:, -1]).all()
 
 
 def test_coactivation_shares_are_of_the_row_s_tokens():
@@ -137,11 +137,12 @@ def test_coactivation_shares_are_of_the_row_s_tokens():
             for j in range(E):
                 expected = sum(j in experts[n, t] for t in mine) / len(mine) if mine else math.nan
                 assert shares[n, i, j] == pytest.approx(expected, nan_ok=True)
-    assert np.isnan(shares[0, 4]).all() and not np.isnan(shares[1]).any()
+    assert np.isnan(shares[0, 4]).all()
+    assert not np.isnan(shares[1]).any()
 
 
 # Saturation
-# -------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("k", [1, None])
@@ -157,7 +158,8 @@ def test_saturation_equals_intersections_of_sets(k):
                 if last:
                     shares.append(len(last & set(early[n, t, :k].tolist())) / len(last))
             assert found[s, n] == pytest.approx(np.mean(shares))
-    assert np.all(found[-1] == 1) and np.all(found[:-1] < 0.9)
+    assert np.all(found[-1] == 1)
+    assert np.all(found[:-1] < 0.9)
 
 
 def test_saturation_of_a_layer_without_choices_is_unknown():
@@ -172,7 +174,7 @@ def test_checkpoints_that_do_not_match_are_refused():
 
 
 # Flow
-# -------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("k", [1, None])
@@ -201,7 +203,7 @@ def test_expected_flow_is_that_of_independent_layers():
 
 
 # Similarity
-# -------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 
 
 def test_cosines_of_weights_are_those_of_flattened_arrays():
@@ -209,7 +211,8 @@ def test_cosines_of_weights_are_those_of_flattened_arrays():
     weights[0, 2] = -3 * weights[0, 0]
     weights[1, 1] = 0
     found = weight_cosine(weights)
-    assert found[0, 0, 2] == pytest.approx(-1) and found[0, 1, 1] == pytest.approx(1)
+    assert found[0, 0, 2] == pytest.approx(-1)
+    assert found[0, 1, 1] == pytest.approx(1)
     dot = float((weights[0, 0] * weights[0, 1]).sum())
     assert found[0, 0, 1] == pytest.approx(
         dot / math.sqrt(float((weights[0, 0] ** 2).sum() * (weights[0, 1] ** 2).sum())), rel=1e-5
@@ -227,7 +230,8 @@ def test_unit_similarity_forgets_order_and_sign_of_hidden_units():
     expected = np.linalg.norm(units[0, 0] @ units[0, 2].T) ** 2 / (
         np.linalg.norm(units[0, 0] @ units[0, 0].T) * np.linalg.norm(units[0, 2] @ units[0, 2].T)
     )
-    assert found[0, 0, 2] == pytest.approx(expected) and crossed < own
+    assert found[0, 0, 2] == pytest.approx(expected)
+    assert crossed < own
     assert found[0, 0, 2] == pytest.approx(12 / (30 + 12), abs=0.08)
     assert abs(weight_cosine(units)[0, 0, 1]) < 0.3
 
@@ -262,18 +266,17 @@ def test_linear_cka_is_the_ratio_of_unbiased_estimates():
             assert found[i, j] == pytest.approx(expected)
 
 
-def test_linear_cka_knows_a_rotated_expert_and_no_kinship_of_unrelated_ones():
+def test_linear_cka_is_1_for_a_rotated_expert_and_about_0_for_unrelated_ones():
     rng = np.random.default_rng(0)
     rotation, _ = np.linalg.qr(rng.normal(size=(64, 64)))
     first, other = rng.normal(size=(2, 37, 64))  # fewer inputs than dimensions
     constant = np.broadcast_to(rng.normal(size=64), (37, 64))
-    found = linear_cka(
-        np.stack([first, 3 * first @ rotation + 1, other, constant]).astype(np.float32)
-    )
-    assert found[0, 1] == pytest.approx(1, abs=1e-5) and abs(found[0, 2]) < 0.1
+    outputs = np.stack([first, 3 * first @ rotation + 1, other, constant])
+    found = linear_cka(outputs.astype(np.float32))
+    assert found[0, 1] == pytest.approx(1, abs=1e-5)
+    assert abs(found[0, 2]) < 0.1
     assert np.all(found[3] == 0)
-    assert np.all(
-        linear_cka(np.stack([first, constant]))[1] == 0
-    )  # float64, where the mean is rounded
+    found = linear_cka(np.stack([first, constant]))  # float64, where the mean is rounded
+    assert np.all(found[1] == 0)
     with pytest.raises(ProfileError, match="3 tokens and needs at least 4"):
         linear_cka(np.zeros((2, 3, 5)))

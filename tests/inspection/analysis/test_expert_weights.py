@@ -55,7 +55,8 @@ def test_weights_have_the_layers_in_order():
         np.testing.assert_array_equal(both["gate_bias"][n], experts.gate_up_bias[...][:, 0])
         np.testing.assert_array_equal(both["up_bias"][n], experts.gate_up_bias[...][:, 1])
         np.testing.assert_array_equal(both["down_bias"][n], experts.down_bias[...])
-    assert both["up_bias"].shape == (2, 4, 16) and both["down"].shape == (2, 4, 16, 8)
+    assert both["up_bias"].shape == (2, 4, 16)
+    assert both["down"].shape == (2, 4, 16, 8)
     assert [block.is_moe for block, _ in model.walk()] == [False, False, True, False]
 
 
@@ -85,7 +86,8 @@ def moe_layers(config, tokens_BL):
 @pytest.mark.parametrize("config", [PLAIN, RICH], ids=["plain", "rich"])
 def test_outputs_of_experts_add_up_to_that_of_the_layer(config):
     outputs = expert_outputs(model_of(config), tokens())
-    assert outputs.shape == (config.num_moe_layers, 4, 32, 32) and outputs.dtype == np.float32
+    assert outputs.shape == (config.num_moe_layers, 4, 32, 32)
+    assert outputs.dtype == np.float32
     layers = jax.jit(functools.partial(moe_layers, config))(tokens())
     for outputs_ETD, layer in zip(outputs, layers, strict=True):
         x_TD, y_TD, experts_TK, weights_TK = map(np.asarray, layer)

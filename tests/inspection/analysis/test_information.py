@@ -1,4 +1,4 @@
-"""Information: hand-worked tables, an oracle that counts with dictionaries, and routings whose cause is known."""
+"""Information: hand-worked tables, an oracle that counts, and routings whose cause is known."""
 
 import math
 from collections import Counter, defaultdict
@@ -49,8 +49,10 @@ def test_an_attribute_that_decides_the_expert_tells_all_of_it():
     # Experts and values are 50:50 and go together: I = H(expert) = 1 bit, and nothing more
     # can be known.
     found = measure([3, 3, 7, 7] * 100, [0, 0, 1, 1] * 100)
-    assert found.information_N == pytest.approx(1) and found.entropy_N == pytest.approx(1)
-    assert found.ceiling_N == pytest.approx(1) and found.adjusted_N == pytest.approx(1)
+    assert found.information_N == pytest.approx(1)
+    assert found.entropy_N == pytest.approx(1)
+    assert found.ceiling_N == pytest.approx(1)
+    assert found.adjusted_N == pytest.approx(1)
     assert found.share_N == pytest.approx(1, abs=0.02)  # less what chance tells
     assert 0 < found.baseline_N[0] < 0.02
 
@@ -74,21 +76,27 @@ def test_what_two_attributes_tell_together_needs_the_condition():
     experts = np.bitwise_xor(values, given)
     assert measure(values, experts).information_N == pytest.approx(0, abs=1e-12)
     found = measure(values, experts, given=given)
-    assert found.information_N == pytest.approx(1) and found.ceiling_N == pytest.approx(1)
+    assert found.information_N == pytest.approx(1)
+    assert found.ceiling_N == pytest.approx(1)
 
 
 def test_with_two_choices_of_four_experts_one_bit_stays_open():
     # Value 0 goes to experts 0 and 1, value 1 to 2 and 3: H(expert) = 2, and of a token's two
-    # experts a pair has one or the other: I = 2 - 1 = 1 = the ceiling. Half of the entropy is told,
-    # and all that can be.
+    # experts a pair has one or the other: I = 2 - 1 = 1 = the ceiling. Half of the entropy is
+    # explained, and all that can be.
     found = measure([0, 1] * 200, [[0, 1], [3, 2]] * 200, num_experts=4)
-    assert found.information_N == pytest.approx(1) and found.entropy_N == pytest.approx(2)
-    assert found.ceiling_N == pytest.approx(1) and found.adjusted_N == pytest.approx(1)
+    assert found.information_N == pytest.approx(1)
+    assert found.entropy_N == pytest.approx(2)
+    assert found.ceiling_N == pytest.approx(1)
+    assert found.adjusted_N == pytest.approx(1)
     assert found.share_N == pytest.approx(0.5, abs=0.02)
 
 
 def random_case():
-    """Skewed values, a condition, and experts that depend on both; some tokens visit fewer than K = 3."""
+    """Skewed values, a condition, and experts that depend on both.
+
+    Some tokens visit fewer than K = 3 experts.
+    """
     rng = np.random.default_rng(0)
     values, given = rng.geometric(0.2, 600) - 5, rng.integers(0, 4, 600) * 100
     experts = (
@@ -104,7 +112,8 @@ def test_information_equals_counting_with_dictionaries(monkeypatch, cells):
     found = measure(values, experts, 6)
     assert found.information_N == pytest.approx(information_by_counting(values, experts, 6))
     own = information_by_counting(np.arange(600), experts, 6)
-    assert found.ceiling_N == pytest.approx(own) and found.information_N < own
+    assert found.ceiling_N == pytest.approx(own)
+    assert found.information_N < own
     found = measure(values, experts, 6, given=given)
     assert found.information_N == pytest.approx(information_by_counting(values, experts, 6, given))
     assert found.ceiling_N == pytest.approx(
@@ -214,13 +223,13 @@ def test_documents_are_permuted_whole():
 
 
 # Routings whose cause is known
-# ------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 
 V, E, D = 60, 8, 3
 
 
 def corpus():
-    """Documents of three domains, whose words differ but overlap: `(tokens, domains, documents)`."""
+    """Tokens, domains and documents; words of the three domains differ but overlap."""
     rng = np.random.default_rng(3)
     documents = np.repeat(np.arange(90), 200)
     domains = (np.arange(90) % D)[documents]
@@ -232,7 +241,7 @@ def corpus():
 
 
 def routed_by(cause, rng):
-    """Two experts for each token by a table of its cause, but for a fifth of the tokens at random."""
+    """Two experts for each token by a table of its cause, for a fifth of them at random."""
     table = np.argsort(rng.random((cause.max() + 1, E)), axis=1)[:, :2]
     by_chance = np.argsort(rng.random((cause.size, E)), axis=1)[:, :2]
     return np.where(rng.random((cause.size, 1)) < 0.2, by_chance, table[cause])
@@ -257,16 +266,18 @@ def test_identity_topic_and_chance_are_told_apart():
         return result.excess_N / result.spread_N
 
     # By identity: the domain seems to matter, for its words do; given the token it is chance.
-    assert z(topic)[0] > 50 and z(over_documents)[0] > 5
-    assert abs(z(topic_given_identity)[0]) < 4 and z(identity_given_topic)[0] > 50
+    assert z(topic)[0] > 50
+    assert z(over_documents)[0] > 5
+    assert abs(z(topic_given_identity)[0]) < 4
+    assert z(identity_given_topic)[0] > 50
     # By domain: the other way round.
-    assert abs(z(identity_given_topic)[1]) < 4 and z(topic_given_identity)[1] > 50
+    assert abs(z(identity_given_topic)[1]) < 4
+    assert z(topic_given_identity)[1] > 50
     # By nothing: all is chance.
     for result in (topic, identity_given_topic, topic_given_identity, over_documents):
         assert abs(z(result)[2]) < 4
-    assert (
-        identity_given_topic.adjusted_N[0] > 0.5 and abs(identity_given_topic.adjusted_N[2]) < 0.01
-    )
+    assert identity_given_topic.adjusted_N[0] > 0.5
+    assert abs(identity_given_topic.adjusted_N[2]) < 0.01
 
 
 def test_the_table_has_a_row_for_each_result_and_layer():

@@ -1,4 +1,4 @@
-"""Specialisation: counts against a loop, and a ranking that finds planted tokens and nothing in chance."""
+"""Specialisation: counts against a loop, and a ranking that finds planted tokens only."""
 
 import math
 
@@ -45,7 +45,8 @@ def test_a_batch_of_padding_counts_nothing():
     counts = count_tokens_by_expert(
         np.zeros(4, int), np.zeros((2, 4, 1), int), 3, 2, np.zeros(4, bool)
     )
-    assert counts.shape == (2, 2, 3) and counts.sum() == 0
+    assert counts.shape == (2, 2, 3)
+    assert counts.sum() == 0
 
 
 def test_ids_outside_their_range_are_refused():

@@ -1,4 +1,4 @@
-"""Traces: what the model did with each token, whatever the router, however the text is padded or the weights split."""
+"""Traces: what the model did with each token, for any router, padding and mesh."""
 
 import dataclasses
 import sys
@@ -18,8 +18,7 @@ from moejax.data.tokenizers import ByteTokenizer
 from moejax.inference import route
 from moejax.inference.load import LoadedRun
 from moejax.inspection import Trace, open_run
-from moejax.inspection.analysis import trace
-from moejax.inspection.analysis.trace import route_corpus, spread_rows
+from moejax.inspection.analysis.trace import route_corpus, spread_rows, trace
 from moejax.inspection.report.build import count_routed_tokens
 from moejax.models import Decoder
 from moejax.models.parameters import count_parameters
@@ -30,7 +29,7 @@ TEXT = "To be, or not to be"
 
 
 def untrained(config):
-    """A model whose attention is strong, so that a wrong position, mask or neighbour changes the routing."""
+    """A model with strong attention: a wrong position, mask or neighbour changes the routing."""
     model = Decoder(config, rngs=nnx.Rngs(params=0))
     for block in (stack.block for stack in model.stacks):
         for name in ("query", "key", "value", "out"):
@@ -90,15 +89,11 @@ def assert_equal(first, second, tokens=slice(None)):
 
 def test_a_trace_is_what_top_k_makes_of_its_logits(loaded):
     found = trace(loaded, TEXT)
-    assert (
-        found.tokens_T.tolist() == [1, *ByteTokenizer().encode(TEXT)]
-        and found.tokens_T.dtype == np.int32
-    )
-    assert (
-        found.pieces[:4] == ("<bos>", "T", "o", "▁")
-        and found.layers == (0, 1)
-        and found.num_experts == 4
-    )
+    assert found.tokens_T.tolist() == [1, *ByteTokenizer().encode(TEXT)]
+    assert found.tokens_T.dtype == np.int32
+    assert found.pieces[:4] == ("<bos>", "T", "o", "▁")
+    assert found.layers == (0, 1)
+    assert found.num_experts == 4
     np.testing.assert_allclose(found.probs_NTE, softmax(found.logits_NTE), rtol=1e-5)
     np.testing.assert_array_equal(
         found.experts_NTK, np.argsort(-found.logits_NTE, axis=-1)[..., :2]
@@ -153,7 +148,7 @@ def test_a_text_may_be_longer_than_the_rows_of_training(loaded):
 
 
 @pytest.mark.parametrize("case", ["experts", "layers that differ", "hierarchical", "random"])
-def test_choices_of_any_router_come_best_first_and_none_behind_them(case):
+def test_choices_of_any_router_come_best_first_and_none_after_them(case):
     model = untrained(case_config(case))
     found = trace(model, TEXT)
     E = model.config.moe.num_choices
@@ -162,21 +157,23 @@ def test_choices_of_any_router_come_best_first_and_none_behind_them(case):
         == found.weights_NTK.shape
         == (len(found.layers), 20, model.config.moe.top_k)
     )
-    assert (
-        found.logits_NTE.shape == found.probs_NTE.shape == (len(found.layers), 20, E)
-        and found.num_experts == E
-    )
+    assert found.logits_NTE.shape == found.probs_NTE.shape == (len(found.layers), 20, E)
+    assert found.num_experts == E
     is_none_NTK = found.experts_NTK == E
-    assert found.experts_NTK.min() >= 0 and found.experts_NTK.max() <= E
+    assert found.experts_NTK.min() >= 0
+    assert found.experts_NTK.max() <= E
     assert not (is_none_NTK[..., :-1] & ~is_none_NTK[..., 1:]).any()
-    assert not found.weights_NTK[is_none_NTK].any() and (found.weights_NTK[~is_none_NTK] > 0).all()
+    assert not found.weights_NTK[is_none_NTK].any()
+    assert (found.weights_NTK[~is_none_NTK] > 0).all()
     np.testing.assert_allclose(found.probs_NTE.sum(axis=-1), 1, rtol=1e-5)
     if case == "layers that differ":  # hash with two experts a token; dense; one expert a token
-        assert found.layers == (0, 2) and is_none_NTK.mean(axis=1).tolist() == [[0, 0], [0, 1]]
+        assert found.layers == (0, 2)
+        assert is_none_NTK.mean(axis=1).tolist() == [[0, 0], [0, 1]]
     else:
         assert not is_none_NTK.any()
     if case == "experts":
-        assert E == 8 and found.experts_NTK.max() >= 4  # free experts are among the choices
+        assert E == 8
+        assert found.experts_NTK.max() >= 4
 
 
 def test_experts_that_choose_take_as_many_tokens_as_the_text_allows():
@@ -184,13 +181,11 @@ def test_experts_that_choose_take_as_many_tokens_as_the_text_allows():
     assert route.padded_length(model, 20) == 20  # a longer row would give each expert more slots
     found = trace(model, TEXT)
     for n in range(2):
-        wanted = np.argsort(-found.probs_NTE[n], axis=0)[
-            :10
-        ]  # 20 tokens, 2 choices each, 4 experts
-        taken = [
-            np.flatnonzero((found.experts_NTK[n] == e).any(axis=-1)).tolist() for e in range(4)
-        ]
-        assert taken == [sorted(wanted[:, e]) for e in range(4)]
+        order = np.argsort(-found.probs_NTE[n], axis=0)
+        wanted = order[:10]  # 20 tokens, 2 choices each, 4 experts
+        for e in range(4):
+            is_taken = (found.experts_NTK[n] == e).any(axis=-1)
+            assert np.flatnonzero(is_taken).tolist() == sorted(wanted[:, e])
     assert (np.diff(found.weights_NTK, axis=-1) <= 0).all()
     is_choice_NTK = found.experts_NTK < 4
     chosen_NTK = np.take_along_axis(found.probs_NTE, np.minimum(found.experts_NTK, 3), axis=-1)
@@ -200,22 +195,24 @@ def test_experts_that_choose_take_as_many_tokens_as_the_text_allows():
 def test_where_evaluation_has_a_capacity_the_row_is_no_longer_than_the_text(loaded):
     moe = {"dispatch": "capacity", "eval_capacity_factor": 1.0}
     limited = dataclasses.replace(loaded, config=case_config("softmax_topk", moe=moe))
-    assert route.padded_length(limited, 20) == 20 and route.padded_length(loaded, 20) == 64
+    assert route.padded_length(limited, 20) == 20
+    assert route.padded_length(loaded, 20) == 64
 
 
 def test_soft_routing_has_no_expert_but_says_how_much_of_each():
     model = untrained(case_config("soft"))
     found = trace(model, TEXT)
-    assert (
-        (found.experts_NTK == 4).all()
-        and not found.weights_NTK.any()
-        and np.isnan(found.margins_NT).all()
-    )
+    assert (found.experts_NTK == 4).all()
+    assert not found.weights_NTK.any()
+    assert np.isnan(found.margins_NT).all()
     np.testing.assert_allclose(found.probs_NTE, softmax(found.logits_NTE), rtol=1e-5)
     assert np.ptp(found.probs_NTE, axis=1).min() > 1e-3  # they differ between tokens
     frame = found.to_frame()
-    assert len(frame) == 2 * 20 and frame["expert"].isna().all() and frame["prob"].isna().all()
-    assert "mixes all experts; expert " in found._repr_html_() and "none" not in repr(found)
+    assert len(frame) == 2 * 20
+    assert frame["expert"].isna().all()
+    assert frame["prob"].isna().all()
+    assert "mixes all experts; expert " in found._repr_html_()
+    assert "none" not in repr(found)
 
 
 def test_a_model_without_experts_and_tokens_it_cannot_know_are_refused(loaded):
@@ -239,11 +236,12 @@ def test_a_frame_has_a_row_for_each_choice_and_keeps_tokens_without_any():
     found.experts_NTK[0, 1, 1], found.weights_NTK[0, 1, 1] = 4, 0  # one
     frame = found.to_frame()
     columns = ["token", "piece", "position", "layer", "rank", "expert", "weight", "prob", "logit"]
-    assert frame.columns.tolist() == columns and len(frame) == 12 - 2
+    assert frame.columns.tolist() == columns
+    assert len(frame) == 12 - 2
     lone = frame[(frame["layer"] == 3) & (frame["position"] == 2)]
-    assert (
-        lone["rank"].tolist() == [0] and lone["expert"].isna().all() and lone["prob"].isna().all()
-    )
+    assert lone["rank"].tolist() == [0]
+    assert lone["expert"].isna().all()
+    assert lone["prob"].isna().all()
     assert frame["expert"].notna().sum() == 9
     for row in frame[frame["expert"].notna()].itertuples():
         n, t, e = (1, 3).index(row.layer), row.position, row.expert
@@ -266,7 +264,8 @@ def test_the_text_of_a_trace_is_a_table_of_limited_width():
     found = made(num_tokens=40, num_layers=12, pieces=("<bos>", "a\nb", *["long" * 9] * 38))
     lines = repr(found).splitlines()
     assert lines[0] == "Trace of 40 tokens through 12 MoE layers of 4 experts"
-    assert max(map(len, lines)) <= 100 and len(lines) == 2 + 24 + 1
+    assert max(map(len, lines)) <= 100
+    assert len(lines) == 2 + 24 + 1
     assert lines[1].split() == [
         "token",
         "piece",
@@ -287,12 +286,13 @@ def test_the_text_of_a_trace_is_a_table_of_limited_width():
     assert "more" not in repr(made())
 
 
-def test_the_page_of_a_trace_shows_each_layer_and_escapes_what_the_tokenizer_says():
+def test_the_page_of_a_trace_shows_each_layer_and_escapes_pieces():
     found = made(num_experts=40, pieces=(HOSTILE, "\n", "ok"))
     found.experts_NTK[1, 2] = 40
     html = found._repr_html_()
     page = Page(html)
-    assert "\x00" not in html and not {"script", "img"} & {tag for tag, _ in page.elements}
+    assert "\x00" not in html
+    assert not {"script", "img"} & {tag for tag, _ in page.elements}
     switches = [attributes for tag, attributes in page.elements if tag == "input"]
     assert [(s["type"], s["value"], "checked" in s) for s in switches] == [
         ("radio", "0", True),
@@ -310,17 +310,15 @@ def test_the_page_of_a_trace_shows_each_layer_and_escapes_what_the_tokenizer_say
     assert tokens[0]["title"].startswith(
         f"token 50 at position 0; expert {expert}: weight {weight:.3f}, "
     )
-    assert (
-        tokens[0]["title"].endswith(f"margin {found.margins_NT[0, 0]:.3f}")
-        and f"{prob:.3f}" in tokens[0]["title"]
-    )
-    assert [t["class"] for t in tokens] == [
-        *(f"token s{e % 32}" for e in found.experts_NTK[:, :, 0].ravel()[:5]), "token"
-    ]  # fmt: skip
-    assert tokens[5]["title"] == "token 52 at position 2; no expert" and "Layer 3" in page.text
-    assert (
-        f"⏎ {found.experts_NTK[0, 1, 0]}" in page.text
-    )  # the number of the expert beside the token's text
+    assert tokens[0]["title"].endswith(f"margin {found.margins_NT[0, 0]:.3f}")
+    assert f"{prob:.3f}" in tokens[0]["title"]
+    first_experts = found.experts_NTK[:, :, 0].ravel()[:5]  # the last token has none
+    classes = [f"token s{expert % 32}" for expert in first_experts]
+    assert [token["class"] for token in tokens] == [*classes, "token"]
+    assert tokens[5]["title"] == "token 52 at position 2; no expert"
+    assert "Layer 3" in page.text
+    # The number of the expert follows the token's text.
+    assert f"⏎ {found.experts_NTK[0, 1, 0]}" in page.text
 
 
 def test_a_page_of_very_many_tokens_says_how_many_it_leaves_out():
@@ -341,7 +339,7 @@ class Stored(Corpus):
 
 
 def packed_corpus(seq_len, num_rows=5):
-    """Rows of two documents, a short one and padding behind; `documents` from 7 on."""
+    """Rows of two documents and then padding; `documents` from 7 on."""
     rng = np.random.default_rng(0)
     rows = []
     for row in range(num_rows):
@@ -355,7 +353,9 @@ def packed_corpus(seq_len, num_rows=5):
 
 def test_rows_of_a_corpus_are_routed_as_the_model_routes_each_alone(loaded):
     found = route_corpus(loaded, corpus := packed_corpus(16))
-    assert len(found.tokens_T) == 5 * 10 and found.layers == (0, 1) and found.num_experts == 4
+    assert len(found.tokens_T) == 5 * 10
+    assert found.layers == (0, 1)
+    assert found.num_experts == 4
     assert found.positions_T.tolist() == [*range(6), *range(4)] * 5
     assert found.rows_T.tolist() == np.repeat(range(5), 10).tolist()
     assert found.documents_T.tolist() == np.repeat(np.arange(10) + 7, [6, 4] * 5).tolist()
@@ -371,24 +371,24 @@ def test_rows_of_a_corpus_are_routed_as_the_model_routes_each_alone(loaded):
 
 def test_rows_may_be_a_sample_and_come_in_batches(loaded, monkeypatch):
     corpus = packed_corpus(16)
-    whole = route_corpus(loaded, corpus)
-    monkeypatch.setattr(
-        sys.modules["moejax.inspection.analysis.trace"], "TOKENS_AT_ONCE", 2 * 16
-    )  # two rows, then one
+    everything = route_corpus(loaded, corpus)
+    module = sys.modules["moejax.inspection.analysis.trace"]
+    monkeypatch.setattr(module, "TOKENS_AT_ONCE", 2 * 16)  # two rows, then one
     some = route_corpus(loaded, corpus, max_rows=3, seed=1)
     rows = np.unique(some.rows_T)
     assert len(rows) == 3
-    is_there = np.isin(whole.rows_T, rows)
-    np.testing.assert_array_equal(some.tokens_T, whole.tokens_T[is_there])
-    np.testing.assert_array_equal(some.documents_T, whole.documents_T[is_there])
-    np.testing.assert_array_equal(some.experts_NTK, whole.experts_NTK[:, is_there])
+    is_there = np.isin(everything.rows_T, rows)
+    np.testing.assert_array_equal(some.tokens_T, everything.tokens_T[is_there])
+    np.testing.assert_array_equal(some.documents_T, everything.documents_T[is_there])
+    np.testing.assert_array_equal(some.experts_NTK, everything.experts_NTK[:, is_there])
 
 
 @pytest.mark.parametrize(("num_rows", "max_rows"), [(100, 7), (8, 7), (7, 7), (3, 7), (5, None)])
 def test_sampled_rows_are_spread_over_the_split_in_order(num_rows, max_rows):
     draws = np.array([spread_rows(num_rows, max_rows, seed) for seed in range(50)])
     num = min(num_rows, max_rows or num_rows)
-    assert draws.shape == (50, num) and (np.diff(draws, axis=1) > 0).all()
+    assert draws.shape == (50, num)
+    assert (np.diff(draws, axis=1) > 0).all()
     edges = np.linspace(0, num_rows, num + 1)
     assert ((draws > edges[:-1] - 1) & (draws < edges[1:])).all()
     assert (len(np.unique(draws, axis=0)) > 1) == (num < num_rows)
@@ -406,9 +406,8 @@ def test_a_saved_run_is_traced_alike_on_one_device_and_split_over_a_mesh(saved):
     assert (alone.step, alone.mesh, run.checkpoints, run.settings) == (0, None, (0,), alone.config)
     assert dict(split.mesh.shape) | {"data": 2, "expert": 4} == dict(split.mesh.shape)
     weights = split.model.stacks[0].block.moe.experts.down[...]
-    assert {shard.data.shape[1] for shard in weights.addressable_shards} == {
-        1
-    }  # one expert a device
+    experts_per_device = {shard.data.shape[1] for shard in weights.addressable_shards}
+    assert experts_per_device == {1}
     assert_equal(trace(alone, TEXT), trace(split, TEXT))
     corpus = prepare(alone.config.data, alone.tokenizer)
     one, other = (route_corpus(loaded, corpus, max_rows=6) for loaded in (alone, split))
@@ -423,6 +422,7 @@ def test_tokens_counted_for_the_report_are_those_of_the_routed_rows(saved):
     corpus = prepare(loaded.config.data, loaded.tokenizer)
     routed = route_corpus(loaded, corpus, max_rows=256)
     counts_NEV = count_routed_tokens(routed, 320)
-    assert counts_NEV.shape == (2, 4, 320) and counts_NEV.sum() == routed.experts_NTK.size
+    assert counts_NEV.shape == (2, 4, 320)
+    assert counts_NEV.sum() == routed.experts_NTK.size
     expected_V = 2 * np.bincount(routed.tokens_T, minlength=320)  # top 2
     np.testing.assert_array_equal(counts_NEV.sum(axis=1), [expected_V] * 2)

@@ -1,4 +1,4 @@
-"""Counterfactuals: each change against a model edited by hand, NumPy, or what must come out as nothing."""
+"""Counterfactuals against a model edited by hand, NumPy, or changes that must have no effect."""
 
 import dataclasses
 import json
@@ -19,8 +19,9 @@ from moejax.inference.evaluate import evaluate_run
 from moejax.inference.load import load_run
 from moejax.inspection.analysis.trace import spread_rows
 from moejax.inspection.counterfactuals import evaluate as evaluating
-from moejax.inspection.counterfactuals import interventions
-from moejax.inspection.counterfactuals.evaluate import Parts, counterfactuals, read_rows
+from moejax.inspection.counterfactuals import interventions, passes
+from moejax.inspection.counterfactuals.evaluate import counterfactuals, read_rows
+from moejax.inspection.counterfactuals.passes import Parts
 from moejax.inspection.counterfactuals.plan import (
     CAPACITY_FACTORS,
     KINDS,
@@ -49,7 +50,10 @@ N, E, K = 2, 4, 2
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
-    """A run directory with random weights that are large enough for routing to matter, and a selection bias."""
+    """A run directory with a selection bias and random weights.
+
+    The weights are large enough for routing to matter.
+    """
     folder = tmp_path_factory.mktemp("counterfactuals")
     rng = np.random.default_rng(0)
     for i in range(40):
@@ -115,7 +119,7 @@ def _nats(state, batch):
 
 
 def nats_of(model, batch):
-    """Of the whole model in one piece."""
+    """The loss of the model in one piece."""
     graphdef, state = nnx.split(model)
     if getattr(_nats, "graphdef", graphdef) != graphdef:
         raise ValueError("only models of one structure")
@@ -135,8 +139,8 @@ def put(module, name, value):
     setattr(module, name, getattr(module, name).replace(value))
 
 
-def changed_nats(parts, batch, surgeries):
-    return float(parts.run_changed(batch, parts.begin(batch), surgeries).nats_B.sum())
+def changed_nats(parts, batch, edits):
+    return float(parts.run_edited(batch, parts.begin(batch), edits).nats_B.sum())
 
 
 def at(n, function, *arguments):
@@ -144,7 +148,7 @@ def at(n, function, *arguments):
 
 
 # What comes out
-# -----------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 
 
 def test_as_trained_is_the_loss_of_an_evaluation(workdir, result):
@@ -157,34 +161,36 @@ def test_as_trained_is_the_loss_of_an_evaluation(workdir, result):
 def test_the_runs_own_k_and_a_capacity_for_all_change_nothing(result):
     by_k = {row.setting: row for row in result.of_kind("top_k")}
     assert list(by_k) == [1, 2]
-    assert by_k[K].change == by_k[K].standard_error == 0 and by_k[K].loss == result.as_trained.loss
+    assert by_k[K].change == by_k[K].standard_error == 0
+    assert by_k[K].loss == result.as_trained.loss
     assert all(row.change != 0 and row.standard_error > 0 for k, row in by_k.items() if k != K)
     tight, roomy = result.of_kind("capacity")
     assert (tight.setting, roomy.setting) == (0.5, E)
-    assert abs(roomy.change) < 1e-6 and roomy.dropped == 0
-    assert tight.change != 0 and 0.3 < tight.dropped < 1 and tight.gate_mass < roomy.gate_mass
+    assert abs(roomy.change) < 1e-6
+    assert roomy.dropped == 0
+    assert tight.change != 0
+    assert 0.3 < tight.dropped < 1
+    assert tight.gate_mass < roomy.gate_mass
 
 
 def test_without_normalisation_the_gate_mass_grows_with_k(result):
     masses = [row.gate_mass for row in result.of_kind("top_k")]
-    assert masses[1] - masses[0] > 0.05 and masses[K - 1] == pytest.approx(
-        result.as_trained.gate_mass
-    )
+    assert masses[1] - masses[0] > 0.05
+    assert masses[K - 1] == pytest.approx(result.as_trained.gate_mass)
 
 
 def test_every_expert_of_every_layer_is_ablated_in_both_ways(result):
     for way, change_NE in result.ablation_NE.items():
-        assert (
-            change_NE.shape == (N, E)
-            and np.isfinite(change_NE).all()
-            and len(np.unique(change_NE)) == N * E
-        )
+        assert change_NE.shape == (N, E)
+        assert np.isfinite(change_NE).all()
+        assert len(np.unique(change_NE)) == N * E
         row = next(
             row
             for row in result.of_kind("ablate")
             if (row.what, row.layer, row.experts) == (way, 1, (3,))
         )
-        assert change_NE[1, 3] == row.change and result.by_expert(way, "loss")[1, 3] == row.loss
+        assert change_NE[1, 3] == row.change
+        assert result.by_expert(way, "loss")[1, 3] == row.loss
         assert row.loss == pytest.approx(result.as_trained.loss + row.change, abs=1e-12)
 
 
@@ -197,7 +203,8 @@ def test_pairs_are_the_extremes_the_most_similar_and_some_at_random(result, load
         assert all(
             set(a.experts) != set(b.experts) for a, b in zip(rows[::2], rows[1::2], strict=True)
         )
-    assert extremes(np.array([3, 9, 1, 9])) == (3, 2) and extremes(np.ones(3, int)) == (2, 0)
+    assert extremes(np.array([3, 9, 1, 9])) == (3, 2)
+    assert extremes(np.ones(3, int)) == (2, 0)
     experts = loaded.model.stacks[0].block.moe.experts
     whole_EP = np.concatenate(
         [np.asarray(w[...][0]).reshape(E, -1) for w in (experts.gate_up, experts.down)], axis=1
@@ -210,7 +217,8 @@ def test_pairs_are_the_extremes_the_most_similar_and_some_at_random(result, load
 
 def test_pairs_drawn_at_random_differ_and_leave_out_the_chosen_one():
     pairs = draw_pairs(4, 99, [0, 1], without=(2, 1))
-    assert len(set(pairs)) == len(pairs) == 5 and (1, 2) not in pairs
+    assert len(set(pairs)) == len(pairs) == 5
+    assert (1, 2) not in pairs
     assert draw_pairs(64, 2, [0, 1], without=(0, 1)) == draw_pairs(64, 2, [0, 1], without=(0, 1))
     assert draw_pairs(64, 2, [0, 1], without=(0, 1)) != draw_pairs(64, 2, [0, 2], without=(0, 1))
 
@@ -219,13 +227,12 @@ def test_random_and_uniform_routing_are_done_in_all_layers_and_in_each(result):
     for kind, mass in (("random", 1), ("uniform", 1)):
         rows = result.of_kind(kind)
         assert [row.layer for row in rows] == [None, 0, 1]
-        assert len({row.change for row in rows}) == 3 and all(
-            row.gate_mass == pytest.approx(mass) for row in rows
-        )
+        assert len({row.change for row in rows}) == 3
+        assert all(row.gate_mass == pytest.approx(mass) for row in rows)
 
 
 # Each change against a model edited by hand
-# -------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 
 
 def test_layer_by_layer_is_the_model_in_one_piece(parts, loaded, batch):
@@ -234,14 +241,14 @@ def test_layer_by_layer_is_the_model_in_one_piece(parts, loaded, batch):
 
 @pytest.mark.parametrize(("layer", "expert"), [(0, 2), (1, 1)])
 def test_an_ablation_is_the_model_with_that_expert_edited(parts, loaded, batch, layer, expert):
-    def silence(moe):
+    def zero_output(moe):
         put(moe.experts, "down", moe.experts.down[...].at[layer, expert].set(0))
 
     def block(moe):  # the bias enters the ranking alone
         put(moe, "selection_bias", moe.selection_bias[...].at[layer, expert].set(-1e9))
 
     trained = nats_of(loaded.model, batch)
-    for operate, edit in ((interventions.ablated, silence), (interventions.blocked, block)):
+    for operate, edit in ((interventions.ablated, zero_output), (interventions.blocked, block)):
         expected = nats_of(edited(loaded.model, edit), batch)
         assert abs(expected - trained) > 0.01
         assert changed_nats(parts, batch, at(layer, operate, expert)) == pytest.approx(
@@ -270,7 +277,7 @@ def test_no_bias_is_the_model_with_a_bias_of_zero(parts, loaded, batch):
     assert found != pytest.approx(nats_of(loaded.model, batch), rel=1e-6)
 
 
-def test_experts_that_swap_weights_are_columns_of_the_router_that_swap_places(parts, loaded, batch):
+def test_swapping_weights_equals_swapping_columns_of_the_router(parts, loaded, batch):
     order_E = np.array([3, 1, 2, 0])
 
     def edit(moe):
@@ -290,9 +297,7 @@ def test_experts_that_swap_weights_are_columns_of_the_router_that_swap_places(pa
     assert abs(found - nats_of(loaded.model, batch)) > 0.1
 
 
-def test_swapping_an_expert_with_itself_or_twice_and_merging_equal_experts_change_nothing(
-    parts, batch
-):
+def test_swaps_that_cancel_and_merges_of_equal_experts_change_nothing(parts, batch):
     trained = parts.run(batch).nats_B.sum()
     assert changed_nats(parts, batch, at(0, interventions.swapped, 1, 1)) == trained
     twice = {1: lambda moe: interventions.swapped(interventions.swapped(moe, 0, 2), 0, 2)}
@@ -311,7 +316,7 @@ def test_merged_experts_both_have_the_mean_and_the_others_what_they_had(parts):
         np.testing.assert_array_equal(new[[0, 2]], old[[0, 2]])
 
 
-def test_surgery_leaves_the_layer_that_it_was_given_as_it_was(parts):
+def test_an_intervention_leaves_the_layer_that_it_was_given_as_it_was(parts):
     moe = parts.moes[0]
     graphdef, before = nnx.split(moe)
     before = jax.device_get(before)
@@ -363,7 +368,8 @@ def test_random_routing_draws_k_different_experts_evenly_with_equal_weights(part
     experts_TK, weights_TK = (
         np.asarray(a)[mask_T] for a in (stats.routing.experts_TK, stats.routing.weights_TK)
     )
-    assert experts_TK.shape[1] == K and all(len(set(row)) == K for row in experts_TK.tolist())
+    assert experts_TK.shape[1] == K
+    assert all(len(set(row)) == K for row in experts_TK.tolist())
     np.testing.assert_allclose(weights_TK, 1 / K)
     load_E = np.bincount(experts_TK.ravel(), minlength=E) / experts_TK.size
     assert np.abs(load_E - 1 / E).max() < 0.15
@@ -373,19 +379,19 @@ def test_ablating_other_experts_and_layers_compiles_nothing(parts, batch):
     batch = jax.tree.map(lambda x: x[:3], batch)  # a shape that nothing was compiled for yet
     residuals = parts.begin(batch)
     for operate in (interventions.blocked, interventions.ablated):
-        parts.run_changed(batch, residuals, at(0, operate, 0))
-    parts.run_changed(batch, residuals, at(0, interventions.swapped, 0, 1))
-    before = evaluating._apply._cache_size()
+        parts.run_edited(batch, residuals, at(0, operate, 0))
+    parts.run_edited(batch, residuals, at(0, interventions.swapped, 0, 1))
+    before = passes._apply._cache_size()
     for n in range(N):
         for expert in range(E):
-            parts.run_changed(batch, residuals, at(n, interventions.blocked, expert))
-            parts.run_changed(batch, residuals, at(n, interventions.ablated, expert))
-            parts.run_changed(batch, residuals, at(n, interventions.swapped, 0, expert))
-    assert evaluating._apply._cache_size() == before
+            parts.run_edited(batch, residuals, at(n, interventions.blocked, expert))
+            parts.run_edited(batch, residuals, at(n, interventions.ablated, expert))
+            parts.run_edited(batch, residuals, at(n, interventions.swapped, 0, expert))
+    assert passes._apply._cache_size() == before
 
 
 # What is left out
-# ---------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 
 
 def layers_of(config):
@@ -412,10 +418,8 @@ def layers_of(config):
 
 
 LEFT_OUT = {
-    "softmax_topk": {
-        "top_k: K=3",
-        "top_k: K=4",
-    },  # groups of two experts, of which a token visits one
+    # Groups of two experts, of which a token visits one.
+    "softmax_topk": {"top_k: K=3", "top_k: K=4"},
     "switch": {"bias_off"},
     "noisy_topk": {"bias_off"},
     "sigmoid_topk": {"top_k: K=3", "top_k: K=4"},
@@ -440,7 +444,7 @@ LEFT_OUT = {
 
 
 @pytest.mark.parametrize("router", ROUTER_RULES)
-def test_what_a_router_cannot_do_is_left_out_and_all_the_rest_is_possible(router):
+def test_what_a_router_cannot_do_is_left_out_and_the_rest_is_possible(router):
     config = case_config(router, model={"num_layers": 1})
     layers = layers_of(config)
     changes, left_out = plan(layers, KINDS)
@@ -465,7 +469,7 @@ def test_what_a_router_cannot_do_is_left_out_and_all_the_rest_is_possible(router
             and change.setting not in CAPACITY_FACTORS[1:]
         ):
 
-            def run(state, x_BLD, info, operate=change.surgeries[0]):
+            def run(state, x_BLD, info, operate=change.edits[0]):
                 return operate(nnx.merge(graphdef, state))(x_BLD, info)[0]
 
             assert jax.eval_shape(run, state, x_BLD, info).shape == x_BLD.shape
@@ -475,18 +479,16 @@ def test_in_a_model_of_different_layers_each_change_is_done_where_it_can_be():
     layers = layers_of(case_config("layers that differ"))  # hash, dense, K = 1
     changes, left_out = plan(layers, KINDS, top_k=(1, 3))
     assert left_out["ablate: not selectable"] == (
-        "layer 0: moe.router=hash ranks no expert behind those that a token visits"
+        "layer 0: moe.router=hash ranks no expert after those that a token visits"
     )
     assert "layer 0: K=3 must be between 1 and 2" in left_out["top_k: K=3"]
-    by_k = {
-        change.setting: sorted(change.surgeries) for change in changes if change.kind == "top_k"
-    }
+    by_k = {change.setting: sorted(change.edits) for change in changes if change.kind == "top_k"}
     assert by_k == {1: [0, 1], 3: [1]}
     ablated = {(change.what, change.layer) for change in changes if change.kind == "ablate"}
     assert ablated == {(OUTPUT_ZERO, 0), (OUTPUT_ZERO, 2), (NOT_SELECTABLE, 2)}
 
 
-def test_a_scheduled_k_is_the_one_that_counts_and_free_experts_are_ablated_but_identities():
+def test_a_scheduled_k_counts_and_all_but_identity_experts_are_ablated():
     layers = layers_of(case_config("schedules"))
     assert interventions.chosen_per_token(layers.moes[0]) == 2  # of the state, above
     assert not interventions.with_top_k(layers.moes[0], 3).is_limited
@@ -502,7 +504,7 @@ def test_a_scheduled_k_is_the_one_that_counts_and_free_experts_are_ablated_but_i
 
 
 # Numbers and files
-# --------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 
 
 def test_the_standard_error_is_that_of_a_ratio_of_sums():
@@ -518,7 +520,7 @@ def test_the_standard_error_is_that_of_a_ratio_of_sums():
     assert np.isnan(paired_change(np.array([3.0, 0]), np.array([2.0, 0]), np.array([5.0, 0]))[1])
 
 
-def test_the_standard_error_is_how_much_the_change_varies_between_samples_of_rows():
+def test_the_standard_error_is_the_deviation_over_samples_of_rows():
     rng = np.random.default_rng(0)
     samples = []
     for _ in range(400):
@@ -539,7 +541,8 @@ def test_rows_are_spread_over_the_split_and_padding_fills_the_last_batch(loaded)
     for place, row in enumerate(spread_rows(len(rows), 6, 3)):
         batch = batches[place // 4]
         np.testing.assert_array_equal(batch.tokens_BL[place % 4], rows[int(row)]["tokens"][:-1])
-    assert not batches[1].loss_mask_BL[2:].any() and batches[1].loss_mask_BL[:2].any()
+    assert not batches[1].loss_mask_BL[2:].any()
+    assert batches[1].loss_mask_BL[:2].any()
     with pytest.raises(
         CounterfactualError, match=f"between 1 and the {len(rows)} of the validation split"
     ):
@@ -574,13 +577,15 @@ def test_a_result_survives_its_file_and_a_damaged_one_is_refused(result, tmp_pat
 
 def test_tables_hold_every_outcome_and_escape_text(result):
     text, html, frame = repr(result), result._repr_html_(), result.to_frame()
-    assert len(frame) == len(result.rows) and frame["change"][3] == result.rows[3].change
+    assert len(frame) == len(result.rows)
+    assert frame["change"][3] == result.rows[3].change
     assert all(
         f"{row.change:+.4f}" in text and f"{row.change:+.4f}" in html for row in result.rows[1:]
     )
     odd = dataclasses.replace(result, left_out={"<b>": "a & b"})
     odd = dataclasses.replace(odd, rows=(dataclasses.replace(result.rows[0], what="<script>"),))
-    assert "<script>" not in odd._repr_html_() and "&lt;b&gt;: a &amp; b" in odd._repr_html_()
+    assert "<script>" not in odd._repr_html_()
+    assert "&lt;b&gt;: a &amp; b" in odd._repr_html_()
     assert "left out: <b>: a & b" in repr(odd)
     summary = {(row["layer"], row["expert"]): row for row in result.summary()}
     change_E = result.ablation_NE[OUTPUT_ZERO][1]
@@ -591,13 +596,14 @@ def test_tables_hold_every_outcome_and_escape_text(result):
 
 def test_a_change_is_noise_within_two_standard_errors():
     outcome = Outcome("swap", "", 0, (), None, 1.0, -0.3, 0.1, 1.0, 0.0)
-    assert not outcome.is_noise and dataclasses.replace(outcome, change=0.2).is_noise
+    assert not outcome.is_noise
+    assert dataclasses.replace(outcome, change=0.2).is_noise
     assert dataclasses.replace(outcome, standard_error=float("nan")).is_noise
 
 
 def test_progress_counts_seconds_from_the_second_batch_on():
     assert evaluating._progress(7, 10, 5, 60.0).startswith("batch 1 of 5: 7 of 10 changes")
-    # 10 of the 40 changes behind the first batch took 20 s: the other 30 will take 60 s.
+    # 10 of the 40 changes after the first batch took 20 s: the other 30 will take 60 s.
     assert evaluating._progress(20, 10, 5, 20.0) == "batch 2 of 5; about 60 s left"
 
 
@@ -620,7 +626,7 @@ def test_requests_that_make_no_sense_are_refused(loaded, monkeypatch):
 
 
 # The command
-# --------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 
 
 def test_the_command_prints_a_table_and_writes_the_file(workdir, tmp_path, capsys):
@@ -634,7 +640,8 @@ def test_the_command_prints_a_table_and_writes_the_file(workdir, tmp_path, capsy
     assert main([*command, f"--csv={table}"]) == 0
     printed = capsys.readouterr().out
     saved = Counterfactuals.load(workdir / "counterfactuals.json")
-    assert saved.num_rows == 4 and {row.kind for row in saved.rows} == {
+    assert saved.num_rows == 4
+    assert {row.kind for row in saved.rows} == {
         "as trained",
         "swap",
         "ablate",
@@ -642,12 +649,11 @@ def test_the_command_prints_a_table_and_writes_the_file(workdir, tmp_path, capsy
     }
     for row in saved.rows[1:]:
         assert row.kind == "ablate" or f"{row.change:+.4f} ± {row.standard_error:.4f}" in printed
-    assert "swap busiest, rarest" in printed and "output 0" in printed
+    assert "swap busiest, rarest" in printed
+    assert "output 0" in printed
     lines = table.read_text().splitlines()
-    assert (
-        lines[0].startswith("kind,what,layer,experts,setting,loss,change")
-        and len(lines) == len(saved.rows) + 1
-    )
+    assert lines[0].startswith("kind,what,layer,experts,setting,loss,change")
+    assert len(lines) == len(saved.rows) + 1
     assert main([*command, "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == saved.to_dict()
 
@@ -664,4 +670,5 @@ def test_the_command_prints_a_table_and_writes_the_file(workdir, tmp_path, capsy
 def test_a_mistake_is_one_line(workdir, flags, words, capsys):
     assert main(["counterfactuals", f"--workdir={workdir}", *flags]) == 2
     captured = capsys.readouterr()
-    assert captured.out == "" and words in captured.err.strip().splitlines()[-1]
+    assert captured.out == ""
+    assert words in captured.err.strip().splitlines()[-1]

@@ -1,4 +1,4 @@
-"""Figures of counterfactuals: what is drawn is what was found, and noise is told from effect."""
+"""Figures of counterfactuals: what is drawn is what was found, and noise is marked."""
 
 import base64
 import dataclasses
@@ -12,14 +12,24 @@ from moejax.inspection.counterfactuals.result import AS_TRAINED, Counterfactuals
 from moejax.inspection.figures import counterfactuals as figures
 
 N, E = 2, 4
-CHANGES = {(way, n, e): 0.01 * (n * E + e - 2) * sign for way, sign in ((NOT_SELECTABLE, 1), (OUTPUT_ZERO, -4))
-           for n in range(N) for e in range(E)}  # fmt: skip
+CELLS = [(n, e) for n in range(N) for e in range(E)]
+CHANGES = {(NOT_SELECTABLE, n, e): 0.01 * (n * E + e - 2) for n, e in CELLS}
+CHANGES |= {(OUTPUT_ZERO, n, e): -0.04 * (n * E + e - 2) for n, e in CELLS}
 
 
-def outcome(
-    kind, what, layer=None, experts=(), setting=None, change=0.0, error=0.001, mass=1.0, dropped=0.0
-):
-    return Outcome(kind, what, layer, experts, setting, 2.0 + change, change, error, mass, dropped)
+def outcome(kind, what, layer=None, experts=(), *, change=0.0, error=0.001, mass=1.0, **values):
+    settings = {"setting": None, "dropped": 0.0} | values
+    return Outcome(
+        kind=kind,
+        what=what,
+        layer=layer,
+        experts=experts,
+        loss=2.0 + change,
+        change=change,
+        standard_error=error,
+        gate_mass=mass,
+        **settings,
+    )
 
 
 ROWS = (
@@ -53,7 +63,9 @@ def drawn(monkeypatch):
     """The axes of what a figure draws."""
     found = []
     monkeypatch.setattr(
-        figures.Drawing, "of", lambda figure: found.append(figure.axes[0]) or figures.Drawing()
+        figures.Drawing,
+        "from_figure",
+        lambda figure: found.append(figure.axes[0]) or figures.Drawing(),
     )
     return found
 
@@ -83,7 +95,7 @@ def test_the_same_result_is_the_same_figure_readable_on_a_phone():
         assert min(sizes) * 96 / 72 * 358 / width >= 10.5
 
 
-def test_loss_against_k_has_two_standard_errors_the_trained_k_and_the_gate_mass(drawn):
+def test_loss_against_k_has_standard_errors_the_trained_k_and_gate_mass(drawn):
     figures.draw_top_k(RESULT)
     (axes,) = drawn
     assert [label.get_text() for label in axes.get_xticklabels()] == [
@@ -109,7 +121,7 @@ def test_capacity_factors_rise_with_the_dropped_share_below_them(drawn):
     np.testing.assert_allclose(drawn[0].containers[0].lines[0].get_ydata(orig=False), [0.5, 0])
 
 
-def test_the_map_of_ablations_is_white_at_no_change_and_has_one_scale_for_both_ways(drawn):
+def test_maps_of_ablations_are_white_at_no_change_with_one_scale(drawn):
     for way in (NOT_SELECTABLE, OUTPUT_ZERO):
         figures.draw_ablation(RESULT, way)
         mesh = drawn[-1].collections[0]
@@ -117,15 +129,15 @@ def test_the_map_of_ablations_is_white_at_no_change_and_has_one_scale_for_both_w
         np.testing.assert_allclose(np.asarray(mesh.get_array()).reshape(N, E), expected_NE)
         assert (mesh.norm.vmin, mesh.norm.vmax) == pytest.approx((-0.2, 0.2))
         colors = mesh.to_rgba([0.0, 0.2, -0.2])[:, :3]
-        assert (
-            colors[0].min() > 0.95 and colors[1][0] > colors[1][2] and colors[2][2] > colors[2][0]
-        )
+        assert colors[0].min() > 0.95
+        assert colors[1][0] > colors[1][2]
+        assert colors[2][2] > colors[2][0]
         assert [label.get_text() for label in drawn[-1].get_yticklabels()] == ["5", "6"]
     written = [text.get_text() for text in drawn[0].texts]
     assert written == ["-0.02", "-0.01", "+0.00·", "+0.01", "+0.02", "+0.03", "+0.04", "+0.05"]
 
 
-def test_many_experts_have_dots_where_there_may_be_noise_and_grey_where_there_is_nothing(drawn):
+def test_many_experts_have_dots_for_noise_and_grey_for_no_outcome(drawn):
     rows = [outcome("ablate", OUTPUT_ZERO, 5, (e,), change=0.01 * e) for e in range(1, 12)] + [
         outcome("ablate", OUTPUT_ZERO, 5, (0,), change=0.0015)
     ]
@@ -167,4 +179,5 @@ def test_a_deep_model_shows_evenly_spaced_layers(drawn):
     rows = [outcome("uniform", "all experts alike", layer, change=0.1) for layer in range(40)]
     figures.draw_bars(dataclasses.replace(RESULT, rows=(ROWS[0], *rows)), ("uniform",))
     labels = [int(label.get_text()) for label in drawn[0].get_xticklabels()]
-    assert len(labels) == figures.MAX_LAYERS and (labels[0], labels[-1]) == (0, 39)
+    assert len(labels) == figures.MAX_LAYERS
+    assert (labels[0], labels[-1]) == (0, 39)

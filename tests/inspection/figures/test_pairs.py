@@ -1,4 +1,4 @@
-"""Figures of layers, pairs of experts, paths and specialisation: what is drawn is what was counted."""
+"""Figures of layers, pairs of experts, paths and specialisation: drawn as counted."""
 
 import numpy as np
 import pytest
@@ -21,7 +21,8 @@ def labels(axis):
 
 def test_a_figure_is_saved_as_vector_or_raster_and_shows_itself(tmp_path):
     drawing = layer_figures.draw_layers(np.array([1, 2]), np.ones((2, 1)), [0], "y")
-    assert drawing.save(tmp_path / "x.svg").read_bytes() == drawing.svg and b"<svg" in drawing.svg
+    assert drawing.save(tmp_path / "x.svg").read_bytes() == drawing.svg
+    assert b"<svg" in drawing.svg
     png = drawing.save(tmp_path / "x.png").read_bytes()
     assert png[:8] == b"\x89PNG\r\n\x1a\n"
     assert int.from_bytes(png[16:20]) == 800  # 4 inches of 200 dots
@@ -40,12 +41,10 @@ def test_few_layers_are_lines_and_the_worst_at_the_end_is_thick_and_named():
     np.testing.assert_array_equal(lines[0].get_ydata(), [9, np.nan, 0.1])
     assert [line.get_linewidth() > 2 for line in lines] == [False, True, False]
     assert layer_figures.worst_layer(values_SN, np.nanmin) == 0
-    assert (
-        layer_figures.worst_layer(values_SN[:2], np.nanmin) == 0
-    )  # it ends without a finite value
-    assert (
-        layer_figures.worst_layer(np.array([[np.nan, 2.0]]), np.nanmin) == 1
-    )  # the other never had one
+    ends_with_nan_SN = values_SN[:2]
+    assert layer_figures.worst_layer(ends_with_nan_SN, np.nanmin) == 0
+    never_finite_S2 = np.array([[np.nan, 2.0]])
+    assert layer_figures.worst_layer(never_finite_S2, np.nanmin) == 1
     assert layer_figures.worst_layer(np.full((2, 2), np.nan), np.nanmax) is None
 
 
@@ -60,7 +59,8 @@ def test_many_layers_are_a_heat_map_of_means():
 def test_long_histories_of_layers_become_means_of_what_is_finite():
     values_SN = np.array([[1.0], [3.0], [np.nan], [5.0]])
     edges, means = layer_figures.mean_columns(np.array([10, 20, 30, 40]), values_SN, num_columns=2)
-    assert edges.tolist() == [0, 20, 40] and means.ravel().tolist() == [2, 5]
+    assert edges.tolist() == [0, 20, 40]
+    assert means.ravel().tolist() == [2, 5]
 
 
 @pytest.mark.parametrize("num_layers", [8, 61])
@@ -87,13 +87,12 @@ def test_expected_pairs_have_the_loads_of_the_counts_and_factors_of_experts():
     assert np.nansum(pair_figures.expected_coactivation(np.zeros((3, 3), int))) == 0
 
 
-def test_pairs_are_white_at_chance_red_above_black_never_and_grey_where_too_rare():
+def test_pairs_are_white_at_chance_red_above_black_never_grey_if_rare():
     pairs_EE = np.zeros((5, 5), int)
     for i, j, tokens in ((0, 1, 400), (2, 3, 400), (0, 2, 100), (1, 3, 100)):
         pairs_EE[i, j] = pairs_EE[j, i] = tokens
-    ratio_EE = pair_figures.coactivation_ratio(
-        pairs_EE
-    )  # 500 pairs for each of four, so a third of them with each
+    # 500 pairs for each of four experts, so by chance a third of them with each other one.
+    ratio_EE = pair_figures.coactivation_ratio(pairs_EE)
     nan = np.nan
     rows = [
         [nan, 2.4, 0.6, 0, nan],
@@ -106,12 +105,10 @@ def test_pairs_are_white_at_chance_red_above_black_never_and_grey_where_too_rare
     assert drawn.mask.tolist() == np.isnan(ratio_EE).tolist()
     assert drawn[0, 1] == pytest.approx(np.log2(2.4))
     red, blue, black, white = mesh.to_rgba([drawn[0, 1], drawn[0, 2], drawn[0, 3], 0.0])[:, :3]
-    assert (
-        red[0] > red[2] + 0.2
-        and blue[2] > blue[0] + 0.1
-        and black.max() < 0.1
-        and white.min() > 0.95
-    )
+    assert red[0] > red[2] + 0.2
+    assert blue[2] > blue[0] + 0.1
+    assert black.max() < 0.1
+    assert white.min() > 0.95
 
 
 def test_of_many_experts_those_with_the_strongest_pairs_are_drawn():
@@ -135,9 +132,8 @@ def test_flows_above_independence_are_found_the_largest_excess_first():
 
 def test_bands_are_as_wide_as_their_share_and_what_they_hold_is_written():
     counts_MEE = np.array([[[60, 0], [20, 20]]])
-    expected_MEE = np.array(
-        [[[48.0, 12.0], [32.0, 8.0]]]
-    )  # row sums 60 and 40, column sums 80 and 20
+    # Row sums are 60 and 40, column sums 80 and 20.
+    expected_MEE = np.array([[[48.0, 12.0], [32.0, 8.0]]])
     drawing = pair_figures.draw_flow(counts_MEE, expected_MEE, [1, 3])
     axes = drawing.figure.axes[0]
     band, *blocks = axes.patches  # 60 is 1.7 standard deviations above 48, 20 is 4.2 above 8
@@ -199,7 +195,10 @@ def test_domains_are_white_at_the_uniform_level():
         np.array([[0.25, 0.5], [0.0, np.nan]]), 0.25, ["prose", "a very long name of verse"]
     )
     drawn, mesh = cells(drawing, 2, 2)
-    assert drawn[0].tolist() == [0, 1] and drawn.mask[1].tolist() == [False, True]
+    assert drawn[0].tolist() == [0, 1]
+    assert drawn.mask[1].tolist() == [False, True]
     white, red, black = mesh.to_rgba([drawn[0, 0], drawn[0, 1], drawn[1, 0]])[:, :3]
-    assert white.min() > 0.95 and red[0] > red[2] and black.max() < 0.1
+    assert white.min() > 0.95
+    assert red[0] > red[2]
+    assert black.max() < 0.1
     assert labels(drawing.figure.axes[0].get_yticklabels()) == ["prose", "a very long name …"]

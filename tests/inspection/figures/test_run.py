@@ -1,4 +1,4 @@
-"""Figures: what is drawn is what was measured, small enough for a page, readable on a phone, the same every time."""
+"""Figures of a run: drawn as measured, small, readable on a phone, the same every time."""
 
 import base64
 import os
@@ -11,7 +11,9 @@ import matplotlib
 import numpy as np
 import pytest
 
+from moejax.inspection.figures import load
 from moejax.inspection.figures import run as figures
+from moejax.inspection.figures.columns import sum_columns
 from moejax.inspection.figures.run import (
     Chart,
     Curve,
@@ -20,6 +22,7 @@ from moejax.inspection.figures.run import (
     draw_final_load,
     draw_load_over_time,
 )
+from moejax.inspection.figures.style import short_number
 
 
 def svg_of(uri):
@@ -46,12 +49,11 @@ def test_a_chart_names_its_axes_and_curves():
 
 def test_type_is_large_enough_for_a_phone():
     uri = draw_curves([Curve("training", *falling())], "nats", reference=(4.0, "level"))
-    width = (
-        float(re.search(r'<svg[^>]* width="([\d.]+)pt"', svg_of(uri)).group(1)) * 96 / 72
-    )  # CSS pixels
-    sizes = [
-        float(size) for size in re.findall(r"font-size: ([\d.]+)px", svg_of(uri))
-    ]  # in points of the drawing
+    svg = svg_of(uri)
+    points = float(re.search(r'<svg[^>]* width="([\d.]+)pt"', svg).group(1))
+    width = points * 96 / 72  # CSS pixels
+    # In points of the drawing.
+    sizes = [float(size) for size in re.findall(r"font-size: ([\d.]+)px", svg)]
     on_phone = [size * 96 / 72 * 358 / width for size in sizes]  # 390 less the page's margins
     assert min(on_phone) >= 11
 
@@ -71,7 +73,7 @@ def test_drawing_needs_no_pyplot():
     code = """
 import sys
 import numpy as np
-from moejax.inspection import figures
+from moejax.inspection.figures import run as figures
 figures.draw_load_over_time(np.array([1, 2]), np.ones((2, 3), int))
 figures.draw_curves([figures.Curve("a", np.arange(3), np.ones(3))], "y", reference=(1.0, "level"))
 sys.exit("matplotlib.pyplot" in sys.modules)
@@ -134,7 +136,7 @@ def test_every_documented_metric_has_a_chart():
     assert keys >= {"moe/dead_experts", "moe/dropped", "moe/entropy", "moe/load_entropy"}
 
 
-def test_long_curves_are_thinned_but_keep_their_spikes():
+def test_long_curves_are_downsampled_but_keep_their_spikes():
     steps, values = np.arange(100_000), np.ones(100_000)
     values[54_321], values[77_777], values[10] = 9, -9, np.nan
     kept_steps, kept = figures.downsample(steps, values)
@@ -144,43 +146,42 @@ def test_long_curves_are_thinned_but_keep_their_spikes():
 
 
 def test_load_is_measured_against_a_uniform_load():
+    # 4 assignments to 4 experts: 1 each is uniform.
     ratios = figures.load_ratio(np.array([[1, 1, 2, 0], [0, 0, 0, 0]]))
-    assert ratios.tolist() == [
-        [1, 1, 2, 0],
-        [0, 0, 0, 0],
-    ]  # 4 assignments to 4 experts: 1 each is uniform
+    assert ratios.tolist() == [[1, 1, 2, 0], [0, 0, 0, 0]]
 
 
 def test_columns_of_a_heat_map_end_at_the_logged_steps():
-    edges, counts = figures._columns(np.array([20, 40, 60]), np.arange(6).reshape(3, 2))
+    edges, counts = sum_columns(np.array([20, 40, 60]), np.arange(6).reshape(3, 2), 200)
     assert edges.tolist() == [0, 20, 40, 60]
     assert counts.tolist() == [[0, 1], [2, 3], [4, 5]]
-    assert figures._columns(np.array([7]), np.ones((1, 2), int))[0].tolist() == [0, 7]
-    assert figures._columns(np.array([0]), np.ones((1, 2), int))[0].tolist() == [-1, 0]
+    assert sum_columns(np.array([7]), np.ones((1, 2), int), 200)[0].tolist() == [0, 7]
+    assert sum_columns(np.array([0]), np.ones((1, 2), int), 200)[0].tolist() == [-1, 0]
 
 
 def test_a_long_history_is_summed_into_columns_and_loses_no_count():
     steps = np.arange(1, 1001) * 20
     counts = np.random.default_rng(0).integers(0, 9, (1000, 4))
-    edges, columns = figures._columns(steps, counts)
+    edges, columns = sum_columns(steps, counts, load.max_columns(4))
     assert len(columns) == figures.MAX_COLUMNS == len(edges) - 1
-    assert len(figures._columns(steps, np.ones((1000, 256), int))[1]) == figures.MAX_CELLS // 256
-    assert edges[-1] == 20_000 and (np.diff(edges) > 0).all()
+    assert load.max_columns(256) == load.MAX_CELLS // 256
+    assert len(sum_columns(steps, np.ones((1000, 256), int), load.max_columns(256))[1]) == 31
+    assert edges[-1] == 20_000
+    assert (np.diff(edges) > 0).all()
     assert columns.sum(axis=0).tolist() == counts.sum(axis=0).tolist()
 
 
-def test_a_heat_map_is_white_at_uniform_load_red_above_blue_below_and_black_without_tokens():
-    drawing = draw_load_over_time(
-        np.array([10]), np.array([[10, 40, 5, 0, 1, 4]])
-    )  # mean 10: ratios 1, 4, 1/2, 0, 0.1, 0.4
+def test_loads_are_white_at_uniform_red_above_blue_below_black_at_none():
+    counts = np.array([[10, 40, 5, 0, 1, 4]])  # mean 10: ratios 1, 4, 1/2, 0, 0.1, 0.4
+    drawing = draw_load_over_time(np.array([10]), counts)
     mesh = drawing.figure.axes[0].collections[0]
-    colors = mesh.to_rgba(mesh.get_array())[
-        0 if mesh.get_array().ndim == 1 else slice(None)
-    ].reshape(-1, 4)[:, :3]
-    white, red, blue, black, dark_blue = colors[0], colors[1], colors[2], colors[3], colors[4]
+    colors = mesh.to_rgba(mesh.get_array()).reshape(-1, 4)[:, :3]
+    white, red, blue, black, dark_blue, _ = colors
     assert white.min() > 0.95
-    assert red[0] > red[2] + 0.2 and blue[2] > blue[0] + 0.2
-    assert black.max() < 0.1 and dark_blue[2] > 0.3
+    assert red[0] > red[2] + 0.2
+    assert blue[2] > blue[0] + 0.2
+    assert black.max() < 0.1
+    assert dark_blue[2] > 0.3
 
 
 @pytest.mark.parametrize(("S", "E"), [(60, 64), (60, 256), (2000, 256)])
@@ -211,4 +212,4 @@ def test_an_expert_without_load_is_marked():
     ],
 )
 def test_numbers_are_shortened_to_three_digits(number, text):
-    assert figures.short_number(float(number)) == text
+    assert short_number(float(number)) == text

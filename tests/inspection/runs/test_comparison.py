@@ -1,4 +1,4 @@
-"""Runs side by side: what they logged, where they differ, one metric of all; told apart, and harmless to show."""
+"""Comparisons of runs: what they logged, where they differ, names that differ, escaped text."""
 
 import json
 import math
@@ -21,23 +21,31 @@ def write(workdir, *lines, total=1000, active=400, **config):
     return workdir
 
 
+def training_line(step, tokens, speed, loss):
+    return {"step": step, "loss/lm": loss, "tokens": tokens, "perf/tokens_per_s": speed}
+
+
 @pytest.fixture
 def folders(tmp_path):
     """A MoE run whose evaluation loss rose at the end, and a dense one that was evaluated once."""
     moe = write(
         tmp_path / "moe",
-        {"step": 10, "loss/lm": 3.5, "tokens": 100, "perf/tokens_per_s": 10, "moe/dropped": 0},
-        {"step": 20, "loss/lm": 3.25, "tokens": 200, "perf/tokens_per_s": 30, "moe/max_violation": 0.5},
+        training_line(10, 100, 10, loss=3.5) | {"moe/dropped": 0},
+        training_line(20, 200, 30, loss=3.25) | {"moe/max_violation": 0.5},
         {"step": 20, "eval/loss": 3.0, "eval/bits_per_byte": 1.5},
-        {"step": 30, "loss/lm": None, "tokens": 300, "perf/tokens_per_s": 20, "moe/max_violation": 0.25},
+        training_line(30, 300, 20, loss=None) | {"moe/max_violation": 0.25},
         {"step": 30, "eval/loss": 3.125, "eval/bits_per_byte": 1.75},
-        moe={"num_experts": 8, "top_k": 2}, train={"seed": 0, "batch_size": 8},
-    )  # fmt: skip
+        moe={"num_experts": 8, "top_k": 2},
+        train={"seed": 0, "batch_size": 8},
+    )
     dense = write(
         tmp_path / "dense",
-        {"step": 15, "loss/lm": 4.0, "tokens": 150, "perf/tokens_per_s": 50, "eval/loss": 3.75},
-        total=400, moe={"num_experts": 0, "top_k": 2}, train={"seed": 0}, extra={"leaf": [1]},
-    )  # fmt: skip
+        training_line(15, 150, 50, loss=4.0) | {"eval/loss": 3.75},
+        total=400,
+        moe={"num_experts": 0, "top_k": 2},
+        train={"seed": 0},
+        extra={"leaf": [1]},
+    )
     return moe, dense
 
 
@@ -45,25 +53,31 @@ def test_the_table_has_what_each_run_logged(folders):
     table = compare([folders[0], open_run(folders[1])]).table
     assert table.index.tolist() == ["moe", "dense"]
     assert table.loc["moe"].to_dict() == {
-        "steps": 30, "parameters": 1000, "active": 400, "eval_loss": 3.125, "best_eval_loss": 3.0,
-        "bits_per_byte": 1.75, "train_loss": math.inf, "tokens": 300, "tokens_per_s": 20, "max_violation": 0.25,
+        "steps": 30,
+        "parameters": 1000,
+        "active": 400,
+        "eval_loss": 3.125,
+        "best_eval_loss": 3.0,
+        "bits_per_byte": 1.75,
+        "train_loss": math.inf,
+        "tokens": 300,
+        "tokens_per_s": 20,
+        "max_violation": 0.25,
         "dropped": 0,
-    }  # fmt: skip
+    }
     dense = table.loc["dense"]
-    assert (dense["steps"], dense["parameters"], dense["eval_loss"], dense["tokens_per_s"]) == (
-        15,
-        400,
-        3.75,
-        50,
-    )
-    assert math.isnan(dense["bits_per_byte"]) and math.isnan(dense["max_violation"])
-    assert "entropy" not in table  # nobody logged it
+    columns = ["steps", "parameters", "eval_loss", "tokens_per_s"]
+    assert dense[columns].tolist() == [15, 400, 3.75, 50]
+    assert math.isnan(dense["bits_per_byte"])
+    assert math.isnan(dense["max_violation"])
+    assert "entropy" not in table  # no run logged it
 
 
 def test_differences_are_the_leaves_that_are_not_the_same_everywhere(folders):
     differences = compare(folders).differences
     assert differences.index.tolist() == ["moe.num_experts", "train.batch_size", "extra.leaf"]
-    assert differences["moe"].tolist() == [8, 8, None] and differences["dense"].tolist() == [
+    assert differences["moe"].tolist() == [8, 8, None]
+    assert differences["dense"].tolist() == [
         0,
         None,
         [1],
@@ -73,7 +87,8 @@ def test_differences_are_the_leaves_that_are_not_the_same_everywhere(folders):
 
 def test_a_metric_of_all_runs_stands_in_one_table(folders):
     series = compare(folders).series("loss/lm")
-    assert series.columns.tolist() == ["moe", "dense"] and series.index.name == "step"
+    assert series.columns.tolist() == ["moe", "dense"]
+    assert series.index.name == "step"
     assert series.index.tolist() == [10, 15, 20, 30]
     nan = math.nan
     np.testing.assert_array_equal(series, [[3.5, nan], [nan, 4], [3.25, nan], [nan, nan]])
@@ -110,11 +125,13 @@ def test_no_runs_and_one_given_twice_are_refused(folders, pick):
 def test_a_comparison_shows_itself_as_text_and_as_tables(folders):
     comparison = compare(folders)
     assert repr(comparison).startswith("2 runs, which differ in 3 leaves of their configurations\n")
-    assert "eval_loss" in repr(comparison) and "3.125" in repr(comparison)
+    assert "eval_loss" in repr(comparison)
+    assert "3.125" in repr(comparison)
     assert max(map(len, repr(comparison).splitlines())) <= 100
     page = Page(comparison._repr_html_())
     assert "dense 15 400 400 3.75 3.75 4 150 50" in page.text  # nothing where it logged nothing
-    assert "moe.num_experts 8 0" in page.text and "nan" not in page.text
+    assert "moe.num_experts 8 0" in page.text
+    assert "nan" not in page.text
     assert "differ:" not in compare(folders[:1])._repr_html_()
 
 
@@ -124,5 +141,7 @@ def test_what_runs_are_called_and_hold_is_escaped(tmp_path):
         for i in range(2)
     ]
     page = Page(html := compare(folders)._repr_html_())
-    assert not {"script", "img", "b"} & {tag for tag, _ in page.elements} and "\x00" not in html
-    assert "<script>1" in page.text and "<img src=x>.leaf <b>0" in page.text
+    assert not {"script", "img", "b"} & {tag for tag, _ in page.elements}
+    assert "\x00" not in html
+    assert "<script>1" in page.text
+    assert "<img src=x>.leaf <b>0" in page.text

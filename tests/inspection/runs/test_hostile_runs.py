@@ -1,4 +1,4 @@
-"""A run directory from anybody: opening it reads, writes, imports and waits for nothing outside of it."""
+"""A run directory from anyone: opening it reads, writes, imports and waits for nothing outside."""
 
 import json
 import os
@@ -23,7 +23,7 @@ TEXTS = "".join(json.dumps({"text": f"document {i} " * 9}) + "\n" for i in range
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A finished run on JSON lines, with the text and the rows beside it."""
+    """A finished run on JSON lines, with the text and the rows next to it."""
     folder = tmp_path_factory.mktemp("foreign")
     (folder / "texts.jsonl").write_text(TEXTS)
     data = {
@@ -62,9 +62,7 @@ def change_record(workdir, change):
     path.write_text(json.dumps(recorded))
 
 
-def test_links_and_pipes_in_place_of_any_file_stop_every_verb_before_it_is_opened(
-    copy, tmp_path, capfd
-):
+def test_links_and_pipes_in_place_of_any_file_stop_every_verb(copy, tmp_path, capfd):
     canary = tmp_path / "canary"
     canary.write_text(CANARY)
     files = [path for path in sorted(copy.rglob("*")) if path.is_file()]
@@ -91,13 +89,12 @@ def test_links_and_pipes_in_place_of_any_file_stop_every_verb_before_it_is_opene
             path.unlink()
         kept.rename(path)
     printed = capfd.readouterr()
-    assert CANARY not in printed.out + printed.err and "Traceback" not in printed.err
+    assert CANARY not in printed.out + printed.err
+    assert "Traceback" not in printed.err
     assert canary.read_text() == CANARY
 
 
-def test_names_with_markup_and_control_characters_stay_text_wherever_they_are_shown(
-    copy, tmp_path, capfd
-):
+def test_names_with_markup_and_control_characters_stay_text(copy, tmp_path, capfd):
     folder = copy.rename(tmp_path / "<img src=x onerror=alert(1)>\x1b[2J")
     change_record(
         folder, lambda recorded: recorded.update(command=f"moejax train {MARKUP}", device=MARKUP)
@@ -111,7 +108,9 @@ def test_names_with_markup_and_control_characters_stay_text_wherever_they_are_sh
     assert pages
     for page in pages:
         text = page.read_text()
-        assert "<img src=x" not in text and MARKUP not in text and "\x1b" not in text
+        assert "<img src=x" not in text
+        assert MARKUP not in text
+        assert "\x1b" not in text
 
 
 def test_links_that_stay_inside_of_a_run_are_followed(copy):
@@ -182,15 +181,12 @@ def test_rows_that_are_gone_are_prepared_again_where_they_were_recorded(
     assert f"are not in {folder / 'data'} and are prepared there" in caplog.text
 
 
-def test_text_that_has_moved_is_named_by_flags_and_text_that_has_changed_is_refused(
-    copy, folder, tmp_path
-):
+def test_moved_text_is_named_by_flags_and_changed_text_is_refused(copy, folder, tmp_path):
     tokenizer = load_tokenizer(copy)
     moved, rows = tmp_path / "moved.jsonl", str(tmp_path / "rows")
     moved.write_text(TEXTS)
-    change_record(
-        copy, lambda recorded: recorded.pop("text")
-    )  # as a run from elsewhere, or of an older version
+    # As in a run from elsewhere, or of an older version.
+    change_record(copy, lambda recorded: recorded.pop("text"))
     with pytest.raises(DataError, match=r"say where the text is, by --data\.files="):
         open_run_corpus(copy, tokenizer, TextPlaces(directory=rows))
     corpus = open_run_corpus(copy, tokenizer, TextPlaces(directory=rows, files=str(moved)))

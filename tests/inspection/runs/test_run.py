@@ -1,4 +1,4 @@
-"""Opening a run: from its directory alone, as one however often it was interrupted; errors name file and remedy."""
+"""Opening a run: from its directory alone, also after interruptions; errors name the remedy."""
 
 import errno
 import json
@@ -58,7 +58,8 @@ def test_a_run_is_read_from_its_directory_alone(tmp_path):
 def test_a_dense_run_has_no_routing(tmp_path):
     write_run(tmp_path, config={"moe": {"num_experts": 0}})
     run = open_run(tmp_path)
-    assert run.is_dense and run.routing is None
+    assert run.is_dense
+    assert run.routing is None
 
 
 def test_a_series_holds_the_lines_that_have_its_key(tmp_path):
@@ -75,7 +76,7 @@ def test_a_series_holds_the_lines_that_have_its_key(tmp_path):
 
 
 def test_steps_that_a_resumed_run_wrote_again_replace_the_earlier_ones(tmp_path):
-    # Interrupted behind step 40, resumed from a checkpoint at 15 with another logging interval.
+    # Interrupted after step 40, resumed from a checkpoint at 15 with another logging interval.
     before = [{"step": s, "a": s} for s in (10, 20, 30, 40)]
     after = [{"step": s, "a": -s} for s in (25, 35)]
     write_run(tmp_path, lines(*before, *after))
@@ -86,7 +87,9 @@ def test_steps_that_a_resumed_run_wrote_again_replace_the_earlier_ones(tmp_path)
 def test_null_and_nan_read_as_nan(tmp_path):
     write_run(tmp_path, '{"step": 1, "a": null}\n{"step": 2, "a": NaN}\n{"step": 3, "a": 1}\n')
     values = open_run(tmp_path).series("a")[1]
-    assert math.isnan(values[0]) and math.isnan(values[1]) and values[2] == 1
+    assert math.isnan(values[0])
+    assert math.isnan(values[1])
+    assert values[2] == 1
 
 
 @pytest.mark.parametrize("tail", ['{"step": 20, "lo', '{"step": 20, "text": "é', "\0\0\0", "\n\n"])
@@ -109,13 +112,14 @@ def test_metrics_hold_a_row_per_step_with_training_and_evaluation_in_one(tmp_pat
         {"step": 20, "b": 3, "a": None},
         {"step": 20, "eval/loss": 4},
     ]
-    write_run(
-        tmp_path, lines(*before, {"step": 20, "b": 5}, {"step": 30, "b": 6})
-    )  # 20 was written again
+    after = [{"step": 20, "b": 5}, {"step": 30, "b": 6}]  # 20 was written again
+    write_run(tmp_path, lines(*before, *after))
     run = open_run(tmp_path)
     table = run.metrics
-    assert table.columns.tolist() == ["a", "b", "eval/loss"] and table.index.name == "step"
-    assert table.index.tolist() == [10, 20, 30] and set(table.dtypes.astype(str)) == {"float64"}
+    assert table.columns.tolist() == ["a", "b", "eval/loss"]
+    assert table.index.name == "step"
+    assert table.index.tolist() == [10, 20, 30]
+    assert set(table.dtypes.astype(str)) == {"float64"}
     nan = math.nan
     np.testing.assert_array_equal(table, [[2, 1, nan], [nan, 5, 4], [nan, 6, nan]])
     assert run.series("b")[0].tolist() == [10, 20, 30]
@@ -126,17 +130,21 @@ def test_metrics_hold_a_row_per_step_with_training_and_evaluation_in_one(tmp_pat
 def test_metrics_of_a_run_without_any_are_empty(tmp_path):
     write_run(tmp_path, "")
     run = open_run(tmp_path)
-    assert run.metrics.shape == (0, 0) and run.last_step == 0
+    assert run.metrics.shape == (0, 0)
+    assert run.last_step == 0
 
 
 def test_metrics_are_read_once_until_reload(tmp_path):
     write_run(tmp_path, lines({"step": 10, "a": 1}))
     run = open_run(tmp_path)
-    assert run.last("a") == 1 and len(run.metrics) == 1
+    assert run.last("a") == 1
+    assert len(run.metrics) == 1
     write_run(tmp_path, lines({"step": 10, "a": 1}, {"step": 20, "a": 2}))
-    assert run.last("a") == 1 and len(run.metrics) == 1
+    assert run.last("a") == 1
+    assert len(run.metrics) == 1
     run.reload()
-    assert run.last("a") == 2 and len(run.metrics) == 2
+    assert run.last("a") == 2
+    assert len(run.metrics) == 2
 
 
 def test_a_reloaded_run_sees_new_entries_of_the_routing_log(tmp_path):
@@ -156,11 +164,9 @@ def test_opening_and_describing_a_run_touches_neither_metrics_nor_routing(tmp_pa
     (tmp_path / "routing").mkdir()
     (tmp_path / "routing" / "zarr.json").mkdir()
     run = open_run(tmp_path)
-    assert (
-        "4 experts, top 2" in repr(run)
-        and "1,000 (400 active)" in repr(run)
-        and repr(run).count("\n") < 5
-    )
+    assert "4 experts, top 2" in repr(run)
+    assert "1,000 (400 active)" in repr(run)
+    assert repr(run).count("\n") < 5
     assert "4 experts, top 2" in run._repr_html_()
     for read in (lambda: run.metrics, lambda: run.series("a"), lambda: run.routing):
         with pytest.raises((OSError, ValueError)):
@@ -172,8 +178,11 @@ def test_what_a_run_is_called_is_escaped(tmp_path):
     workdir.mkdir()
     write_run(workdir, device="<script>alert(1)</script>", git_commit="a\x00b")
     page = open_run(workdir)._repr_html_()
-    assert "<script" not in page and "<b>" not in page and "\x00" not in page
-    assert "&lt;b&gt;run" in page and "&lt;script&gt;" in page
+    assert "<script" not in page
+    assert "<b>" not in page
+    assert "\x00" not in page
+    assert "&lt;b&gt;run" in page
+    assert "&lt;script&gt;" in page
 
 
 def test_settings_are_resolved_and_what_cannot_be_is_named(tmp_path):
@@ -188,7 +197,8 @@ def test_settings_are_resolved_and_what_cannot_be_is_named(tmp_path):
 def test_saved_and_evaluated_steps_are_listed_in_order_and_only_complete_ones(tmp_path):
     write_run(tmp_path)
     run = open_run(tmp_path)
-    assert run.checkpoints == () and run.evaluations.steps == ()
+    assert run.checkpoints == ()
+    assert run.evaluations.steps == ()
     with pytest.raises(ValueError, match=r"routing/evaluations has no evaluation"):
         run.evaluations.read()
     for name in ("100", "20", "300.orbax-checkpoint-tmp-1"):
@@ -202,10 +212,10 @@ def test_saved_and_evaluated_steps_are_listed_in_order_and_only_complete_ones(tm
             experts=np.zeros((1, 1, 1), np.uint8),
         )
     (folder / "300.partial").write_bytes(b"")
-    assert run.checkpoints == (20, 100) and run.evaluations.steps == (20, 100)
-    assert (
-        run.evaluations.read()["load"][0, 0] == 100 and run.evaluations.read(20)["load"][0, 0] == 20
-    )
+    assert run.checkpoints == (20, 100)
+    assert run.evaluations.steps == (20, 100)
+    assert run.evaluations.read()["load"][0, 0] == 100
+    assert run.evaluations.read(20)["load"][0, 0] == 20
     (folder / "20.npz").write_bytes(b"PK damaged")
     with pytest.raises(
         ValueError, match=r"evaluations/20.npz cannot be read .*restore it from a copy"
@@ -259,7 +269,8 @@ def test_a_file_that_may_not_be_read_is_not_called_damaged(tmp_path, monkeypatch
             ValueError, match=rf"{name} cannot be read \(Permission denied\); see who may"
         ) as caught:
             look()
-        assert "damaged" not in str(caught.value) and "delete" not in str(caught.value)
+        assert "damaged" not in str(caught.value)
+        assert "delete" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
