@@ -2,12 +2,12 @@
 
 The HTML needs no script: radio buttons and CSS switch between layers. Colours are those of Okabe
 and Ito (2008), told apart by colour-blind readers, and never alone: each token carries its expert's
-number. They are tints over whatever ground there is, so that text reads in light and dark.
+number. They are tints over whatever background there is, so that text reads in light and dark.
 """
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float, Float32, Int32
@@ -19,25 +19,12 @@ if TYPE_CHECKING:  # imported where it is needed
 
 WIDTH = 100  # columns of text
 TEXT_TOKENS = 24
-HTML_TOKENS, HTML_CELLS = (
-    1024,
-    16_384,
-)  # tokens shown at most, and tokens times layers: each costs some 200 bytes
+HTML_TOKENS = 1024  # shown at most
+HTML_CELLS = 16_384  # tokens times layers, at most: each costs some 200 bytes
 SHOWN_CHOICES = 4  # of one token
 COLORS = ("#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#F0E442", "#0072B2", "#D55E00", "#999999")
 LINES = ("none", "solid", "dashed", "dotted")  # set experts apart that share a colour
 NUM_STYLES = len(COLORS) * len(LINES)
-STYLE = """
-.moejax-trace{margin:.5rem 0}
-.moejax-trace fieldset{display:flex;flex-wrap:wrap;gap:0 .9rem;margin:0 0 .4rem;padding:0;border:0}
-.moejax-trace label{cursor:pointer}
-.moejax-trace .layer{display:none}
-.moejax-trace .token{display:inline-block;line-height:1.5;padding:.1rem .12rem;border-radius:.2rem;white-space:pre;
-font-family:ui-monospace,"DejaVu Sans Mono",Menlo,Consolas,monospace;unicode-bidi:isolate}
-.moejax-trace sup{font-size:.62em;opacity:.8}
-.moejax-trace p{margin:.3rem 0;opacity:.8;font-size:.875em}
-@supports not selector(:has(a)){.moejax-trace .layer{display:block}}
-"""
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -69,17 +56,21 @@ class Trace:
 
     @property
     def margins_NT(self) -> Float[np.ndarray, "N T"]:
-        """Least probability of a token's experts minus the highest of the others (0 if there are none).
+        """The margin by which each token's experts were chosen.
 
-        Negative where bias or groups overrule the probabilities; NaN where a token has no expert.
+        This is the least probability of its experts minus the highest of the others (0 if there are
+        none). It is negative where bias or groups overrule the probabilities, and NaN where a token
+        has no expert.
         """
-        is_chosen_NTE = (self.experts_NTK[..., None] == np.arange(self.num_experts)).any(axis=2)
+        expert_ids_E = np.arange(self.num_experts)
+        is_chosen_NTE = (self.experts_NTK[..., None] == expert_ids_E).any(axis=2)
         least_NT = np.where(is_chosen_NTE, self.probs_NTE, np.inf).min(axis=-1)
-        rest_NT = np.where(is_chosen_NTE, 0.0, self.probs_NTE).max(axis=-1)
-        return np.where(is_chosen_NTE.any(axis=-1), least_NT - rest_NT, np.nan)
+        highest_other_NT = np.where(is_chosen_NTE, 0.0, self.probs_NTE).max(axis=-1)
+        has_expert_NT = is_chosen_NTE.any(axis=-1)
+        return np.where(has_expert_NT, least_NT - highest_other_NT, np.nan)
 
     def to_frame(self) -> "pd.DataFrame":
-        """A row per token, layer and choice.
+        """Returns a row per token, layer and choice.
 
         Returns:
           Columns `token` (id), `piece`, `position`, `layer` (of the model), `rank` (0 is the best
@@ -92,11 +83,13 @@ class Trace:
         is_row_NTK = has_expert_NTK.copy()
         is_row_NTK[:, :, 0] = True
         layer, token, rank = np.nonzero(is_row_NTK)
-        expert, has_expert = (
-            self.experts_NTK[layer, token, rank],
-            has_expert_NTK[layer, token, rank],
-        )
+        expert = self.experts_NTK[layer, token, rank]
+        has_expert = has_expert_NTK[layer, token, rank]
+        # Without an expert, any column does: what is read there is replaced by NaN.
         column = np.where(has_expert, expert, 0)
+        weight = self.weights_NTK[layer, token, rank]
+        prob = self.probs_NTE[layer, token, column]
+        logit = self.logits_NTE[layer, token, column]
         return pd.DataFrame(
             {
                 "token": self.tokens_T[token],
@@ -105,9 +98,9 @@ class Trace:
                 "layer": np.array(self.layers)[layer],
                 "rank": rank,
                 "expert": pd.arrays.IntegerArray(expert.astype(np.int64), ~has_expert),
-                "weight": np.where(has_expert, self.weights_NTK[layer, token, rank], np.nan),
-                "prob": np.where(has_expert, self.probs_NTE[layer, token, column], np.nan),
-                "logit": np.where(has_expert, self.logits_NTE[layer, token, column], np.nan),
+                "weight": np.where(has_expert, weight, np.nan),
+                "prob": np.where(has_expert, prob, np.nan),
+                "logit": np.where(has_expert, logit, np.nan),
             }
         )
 
@@ -119,55 +112,59 @@ class Trace:
 
 
 def as_text(trace: Trace) -> str:
-    """A table of the first tokens and layers."""
+    """Returns a table of the first tokens and layers."""
+    columns = _text_columns(trace)
+    num_tokens, num_layers = len(columns[0]) - 1, len(columns) - 2
+    widths = [_width(column) for column in columns]
+    lines = [_title(trace)]
+    for row in zip(*columns, strict=True):
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+        lines.append("  ".join(cells))
+    more = []
+    if num_tokens < len(trace.tokens_T):
+        more.append(f"{len(trace.tokens_T) - num_tokens} more tokens")
+    if num_layers < len(trace.layers):
+        more.append(f"{len(trace.layers) - num_layers} more layers")
+    if more:
+        lines.append(f"... {' and '.join(more)}; to_frame() has all")
+    return "\n".join(line.rstrip()[:WIDTH] for line in lines)
+
+
+def _text_columns(trace: Trace) -> list[list[str]]:
+    """Returns the columns of `as_text`: tokens, pieces, and as many layers as fit."""
     cells = _Cells(trace)
     tokens = range(min(len(trace.tokens_T), TEXT_TOKENS))
-    columns = [["token", *(str(t) for t in tokens)]]
-    columns.append(["piece", *(_short(html.visible(trace.pieces[t])) for t in tokens)])
+    pieces = [_shorten(html.visible(trace.pieces[t])) for t in tokens]
+    columns = [["token", *(str(t) for t in tokens)], ["piece", *pieces]]
+    used = sum(_width(column) + 2 for column in columns)
     for n, layer in enumerate(trace.layers):
         column = [f"layer {layer}", *(cells.in_short(n, t) for t in tokens)]
-        if n and sum(max(map(len, column)) + 2 for column in [*columns, column]) > WIDTH:
+        used += _width(column) + 2
+        if n and used > WIDTH:
             break
         columns.append(column)
-    widths = [max(map(len, column)) for column in columns]
-    rows = [
-        "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True))
-        for row in zip(*columns, strict=True)
-    ]
-    left_out = [
-        (len(trace.tokens_T) - len(tokens), "tokens"),
-        (len(trace.layers) - len(columns) + 2, "layers"),
-    ]
-    more = [f"{number} more {what}" for number, what in left_out if number]
-    foot = [f"... {' and '.join(more)}; to_frame() has all"] if more else []
-    return "\n".join(row.rstrip()[:WIDTH] for row in [_title(trace), *rows, *foot])
+    return columns
 
 
-def as_html(trace: Trace) -> str:
-    """The text with each token in the colour of its first expert, one layer at a time."""
+def _width(column: list[str]) -> int:
+    return max(len(cell) for cell in column)
+
+
+def as_html(trace: Trace) -> html.Markup:
+    """Returns the text with each token in the colour of its first expert, one layer at a time."""
     cells, num_layers = _Cells(trace), len(trace.layers)
     num_shown = min(len(trace.tokens_T), HTML_TOKENS, max(1, HTML_CELLS // num_layers))
-    switches = "".join(
-        f'<label><input type="radio" name="layer" value="{n}"{" checked" * (n == 0)}> Layer {layer}</label>'
-        for n, layer in enumerate(trace.layers)
-    )
-    rules = "".join(_rule(style) for style in range(min(trace.num_experts, NUM_STYLES)))
-    rules += "".join(
-        f'.moejax-trace:has(input[value="{n}"]:checked) .layer-{n}{{display:block}}'
-        for n in range(num_layers)
-    )
-    layers = "".join(
-        f'<div class="layer layer-{n}">{"".join(cells.as_html(n, t) for t in range(num_shown))}</div>'
-        for n in range(num_layers)
-    )
-    left_out = len(trace.tokens_T) - num_shown
-    foot = f"<p>{left_out:,} more tokens are not shown; to_frame() has all.</p>" if left_out else ""
-    # A form of its own makes the buttons a group of their own, however many traces are on a page.
-    # Nothing is sent.
-    return (
-        f'<form class="moejax-trace" method="dialog"><style>{STYLE}{rules}</style><p>{html.text(_title(trace))}. The '
-        f"number is a token's first expert; point at a token for more.</p><fieldset>{switches}</fieldset>"
-        f"{layers}{foot}</form>"
+    layers = []
+    for n, layer in enumerate(trace.layers):
+        shown = [cells.shown(n, t) for t in range(num_shown)]
+        layers.append({"name": layer, "cells": shown})
+    num_styles = min(trace.num_experts, NUM_STYLES)
+    return html.render(
+        "trace",
+        title=_title(trace),
+        styles=[_style(number) for number in range(num_styles)],
+        layers=layers,
+        num_left_out=len(trace.tokens_T) - num_shown,
     )
 
 
@@ -180,60 +177,73 @@ class _Cells:
         self.is_mixed_N = (trace.experts_NTK == trace.num_experts).all(axis=(1, 2))
 
     def choices(self, n: int, t: int) -> list[tuple[int, float]]:
-        """The experts of a token with their weights; where a layer mixes all experts, all with what they count."""
-        probs_E, experts_K = self.trace.probs_NTE[n, t], self.trace.experts_NTK[n, t]
+        """Returns the experts of a token with their weights.
+
+        Where a layer mixes all experts, these are all of them with their probabilities, the highest
+        first.
+        """
         if self.is_mixed_N[n]:
-            return [
-                (int(expert), float(probs_E[expert]))
-                for expert in np.argsort(-probs_E, kind="stable")
-            ]
-        weights_K = self.trace.weights_NTK[n, t]
-        found = zip(experts_K, weights_K, strict=True)
-        return [
-            (int(expert), float(weight))
-            for expert, weight in found
-            if expert < self.trace.num_experts
-        ]
+            probs_E = self.trace.probs_NTE[n, t]
+            order_E = np.argsort(-probs_E, kind="stable")
+            return [(int(expert), float(probs_E[expert])) for expert in order_E]
+        experts = self.trace.experts_NTK[n, t].tolist()
+        weights = self.trace.weights_NTK[n, t].tolist()
+        num_experts = self.trace.num_experts
+        found = zip(experts, weights, strict=True)
+        return [(expert, weight) for expert, weight in found if expert < num_experts]
 
     def in_short(self, n: int, t: int) -> str:
-        """`3 0.61, 1 0.39`."""
+        """Returns a token's experts and weights as `3 0.61, 1 0.39`."""
         choices = self.choices(n, t)
-        shown = ", ".join(f"{expert} {weight:.2f}" for expert, weight in choices[:SHOWN_CHOICES])
-        return (shown or "none") + (", ..." if len(choices) > SHOWN_CHOICES else "")
+        if not choices:
+            return "none"
+        parts = [f"{expert} {weight:.2f}" for expert, weight in choices[:SHOWN_CHOICES]]
+        if len(choices) > SHOWN_CHOICES:
+            parts.append("...")
+        return ", ".join(parts)
 
-    def as_html(self, n: int, t: int) -> str:
-        """The token's text under the number and in the colour of its first expert."""
+    def shown(self, n: int, t: int) -> dict[str, Any]:
+        """Returns what the template shows of a token: its text, first expert, style and details."""
         choices, piece = self.choices(n, t), self.trace.pieces[t]
-        number, style = (
-            (choices[0][0], f" s{choices[0][0] % NUM_STYLES}") if choices else ("none", "")
-        )
-        line_break = "<br>" if "\n" in piece or piece == "\\n" else ""
-        return (
-            f'<span class="token{style}" title="{html.text(self._in_full(n, t, choices))}">'
-            f"{html.text(html.visible(piece))}<sup>{number}</sup></span>{line_break}"
-        )
+        expert = choices[0][0] if choices else None
+        return {
+            "piece": html.visible(piece),
+            "expert": "none" if expert is None else expert,
+            "style": None if expert is None else expert % NUM_STYLES,
+            "details": self._in_full(n, t, choices),
+            "ends_line": "\n" in piece or piece == "\\n",
+        }
 
     def _in_full(self, n: int, t: int, choices: list[tuple[int, float]]) -> str:
         probs_E, margin = self.trace.probs_NTE[n, t], self.margins_NT[n, t]
         parts = [f"token {self.trace.tokens_T[t]} at position {t}"]
-        parts += ["mixes all experts"] if self.is_mixed_N[n] else []
-        parts += [
-            f"expert {expert}: weight {weight:.3f}, probability {probs_E[expert]:.3f}"
-            for expert, weight in choices[:SHOWN_CHOICES]
-        ]
-        parts += [f"{len(choices) - SHOWN_CHOICES} more"] if len(choices) > SHOWN_CHOICES else []
-        parts += [] if math.isnan(margin) else [f"margin {margin:.3f}"]
-        return "; ".join(parts if choices else [*parts, "no expert"])
+        if self.is_mixed_N[n]:
+            parts.append("mixes all experts")
+        for expert, weight in choices[:SHOWN_CHOICES]:
+            prob = probs_E[expert]
+            parts.append(f"expert {expert}: weight {weight:.3f}, probability {prob:.3f}")
+        if len(choices) > SHOWN_CHOICES:
+            parts.append(f"{len(choices) - SHOWN_CHOICES} more")
+        if not math.isnan(margin):
+            parts.append(f"margin {margin:.3f}")
+        if not choices:
+            parts.append("no expert")
+        return "; ".join(parts)
 
 
 def _title(trace: Trace) -> str:
-    return f"Trace of {len(trace.tokens_T):,} tokens through {len(trace.layers)} MoE layers of {trace.num_experts} experts"
+    num_tokens, num_layers = len(trace.tokens_T), len(trace.layers)
+    return (
+        f"Trace of {num_tokens:,} tokens through {num_layers} MoE layers of {trace.num_experts} "
+        "experts"
+    )
 
 
-def _short(piece: str) -> str:
+def _shorten(piece: str) -> str:
     return piece if len(piece) <= 14 else f"{piece[:13]}…"
 
 
-def _rule(style: int) -> str:
-    color, line = COLORS[style % len(COLORS)], LINES[style // len(COLORS)]
-    return f".moejax-trace .s{style}{{background:{color}55;border-bottom:2px {line} {color}}}"
+def _style(number: int) -> dict[str, Any]:
+    """Returns the number, colour and underline that show experts."""
+    line, color = divmod(number, len(COLORS))
+    return {"number": number, "color": COLORS[color], "line": LINES[line]}

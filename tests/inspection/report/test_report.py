@@ -19,7 +19,7 @@ from moejax.inspection.figures.style import Drawing
 from moejax.inspection.report.assemble import render_report, write_report
 from moejax.inspection.report.build import find_specialisation
 from moejax.inspection.report.experts import ReportData, domains
-from moejax.inspection.report.health import FLOW_COLUMNS, MAX_FLOW_FIGURES, flow_windows
+from moejax.inspection.report.evaluations import FLOW_COLUMNS, MAX_FLOW_FIGURES, flow_windows
 from moejax.inspection.report.training import Sample, configuration
 from moejax.inspection.runs.run import open_run
 from moejax.inspection.runs.settings import settings_of
@@ -537,7 +537,7 @@ def test_what_differs_from_the_defaults_is_marked_and_what_follows_is_not(tmp_pa
     assert chosen == {("moe", "num_experts"): (16, 8), ("model", "d_ff"): (64, 1024)}
     assert config["moe"]["d_expert"] == 32  # follows from d_ff, whose default it is not
     text = configuration(make_run(tmp_path, config=config))
-    assert text.count("class='changed'") == 2 and "2 of " in text and "default 1024" in text
+    assert text.count('class="changed"') == 2 and "2 of " in text and "default 1024" in text
 
 
 def test_a_flag_is_never_broken_after_its_hyphens():
