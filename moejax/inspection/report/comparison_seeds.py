@@ -126,7 +126,7 @@ def _at_end(run: Run, key: str) -> float:
 
 
 def _unfinished(comparison: Comparison, settings: Sequence[Setting]) -> Markup:
-    """Says which runs lack a value of their last step: those that have one may be the lucky ones."""
+    """Says which runs lack a value of their last step: the others may be the lucky ones."""
     columns = [column for column, _ in _seeded(comparison)]
     found = []
     for setting in settings:

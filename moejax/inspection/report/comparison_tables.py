@@ -179,6 +179,6 @@ def _minus(row: Row, value: float, other: float) -> str:
 
 
 def other_tokens(comparison: Comparison) -> Markup:
-    """Says why losses in nats per token are left out; nothing where all runs have the same tokens."""
+    """Says why losses in nats per token are left out; nothing where all have the same tokens."""
     note = comparison_note(map(str, comparison.differences.index))
     return html.paragraph(note, "warning")

@@ -1,7 +1,6 @@
-"""Sections of a run's report about the run itself: what it is, how training went, what it writes."""
+"""Sections of a run's report: what the run is, how training went, what the model writes."""
 
 import dataclasses
-import itertools
 import json
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -22,7 +21,9 @@ from moejax.training.health.speed import ARMS, MEMORY, MFU, SPEED, median_speed
 
 READING = {
     "tokens": "Text read so far.",
-    "compute": "Arithmetic that the model asks for, forward and backward: what to judge experts by.",
+    "compute": (
+        "Arithmetic that the model asks for, forward and backward: what to judge experts by."
+    ),
     "time": "Of training steps alone, without compilation, evaluation and saving.",
 }
 """How to read the axes of `losses_by_cost`."""
@@ -177,11 +178,15 @@ def duration(seconds: float) -> str:
 
 
 def other_losses(run: Run) -> list[Chart]:
-    """Returns a chart of each logged loss that the known charts leave out, so that none is hidden."""
-    keys = [chart.keys for chart in figures.LOSS_CHARTS]
-    known = {key for key, _ in itertools.chain.from_iterable(keys)}
-    others = [key for key in run.keys if key.startswith("loss/") and key not in known]
-    return [Chart(key, ((key, ""),), "value", "As logged.") for key in others]
+    """Returns a chart of each logged loss that `LOSS_CHARTS` leaves out: none is hidden."""
+    known: set[str] = set()
+    for chart in figures.LOSS_CHARTS:
+        known.update(key for key, _ in chart.keys)
+    charts = []
+    for key in run.keys:
+        if key.startswith("loss/") and key not in known:
+            charts.append(Chart(key, ((key, ""),), "value", "As logged."))
+    return charts
 
 
 def charts(run: Run, wanted: Iterable[Chart]) -> Markup:

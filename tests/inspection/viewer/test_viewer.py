@@ -30,7 +30,8 @@ from moejax.inspection.viewer.plots import (
     load_plot,
     signature,
 )
-from moejax.inspection.viewer.run_folder import LiveRun, MetricsReader, RunFolder, age, find_runs
+from moejax.inspection.viewer.metrics_reader import MetricsReader
+from moejax.inspection.viewer.run_folder import LiveRun, RunFolder, age, find_runs
 from moejax.training.run_directory.routing_log import RoutingLog
 
 REPOSITORY = Path(__file__).parents[3]
