@@ -2,7 +2,8 @@
 
 Built on Panel: it is Python alone, serves live plots over its own websocket from its own files, in
 one process, and sends nothing to anyone. TensorBoard would need a plugin in JavaScript for load and
-reports; Streamlit reports usage unless it is switched off, and runs the entire script again at each click.
+reports; Streamlit reports usage unless that is switched off, and runs the entire script again at
+each click.
 
 The page is for the person who started it. It listens at 127.0.0.1 and answers to no other name, so
 that no web site can reach it through the browser, and only to who knows the token in its address,

@@ -29,15 +29,15 @@ from moejax.sweeps.tables import OVERRIDE, key_of, levels_of, loss_of
 EFFECT_METRICS = ("tail/moe/max_violation", "tail/moe/dropped", STEP_TIME)  # next to the loss
 MAX_EFFECT_LEVELS = 24  # of an axis: of more, hardly one comes twice
 ONE_SEED = (
-    "The arms have one seed: nothing can be said about whether a difference is more than noise, and "
-    "none is drawn. Give each point several seeds (--seeds=3)."
+    "The arms have one seed: nothing can be said about whether a difference is more than noise, "
+    "and none is drawn. Give each point several seeds (--seeds=3)."
 )
 IN_PAIRS = (
     "Arms are compared in pairs that are equal but for the axis and have the same seed. A "
-    "difference is the mean over such pairs, with Student's 95 % interval over seeds: noise that all "
-    "cells of a seed share is in it, however many cells there are. Grey: the interval holds 0, so "
-    "the difference may be noise. Of 20 settings that differ in nothing, one would be told apart by "
-    "chance."
+    "difference is the mean over such pairs, with Student's 95 % interval over seeds: noise that "
+    "all cells of a seed share is in it, however many cells there are. Grey: the interval holds "
+    "0, so the difference may be noise. Of 20 settings that differ in nothing, one would be told apart "
+    "by chance."
 )
 
 Effects = Mapping[str, AxisEffect]
