@@ -184,13 +184,14 @@ class _Cells:
         """
         if self.is_mixed_N[n]:
             probs_E = self.trace.probs_NTE[n, t]
-            order_E = np.argsort(-probs_E, kind="stable")
-            return [(int(expert), float(probs_E[expert])) for expert in order_E]
-        experts = self.trace.experts_NTK[n, t].tolist()
-        weights = self.trace.weights_NTK[n, t].tolist()
-        num_experts = self.trace.num_experts
-        found = zip(experts, weights, strict=True)
-        return [(expert, weight) for expert, weight in found if expert < num_experts]
+            experts = np.argsort(-probs_E, kind="stable")
+            weights = probs_E[experts]
+        else:
+            experts_K = self.trace.experts_NTK[n, t]
+            has_expert_K = experts_K < self.trace.num_experts
+            experts = experts_K[has_expert_K]
+            weights = self.trace.weights_NTK[n, t][has_expert_K]
+        return list(zip(experts.tolist(), weights.tolist(), strict=True))
 
     def in_short(self, n: int, t: int) -> str:
         """Returns a token's experts and weights as `3 0.61, 1 0.39`."""

@@ -116,9 +116,15 @@ def _rules_that_are_on(thresholds: Mapping[str, Any]) -> list[str]:
 def _alarm_history(lines: Sequence[Mapping[str, Any]]) -> Markup:
     rows = []
     for line in lines[-MAX_ALARMS:]:
-        where = name_layers([int(layer) for layer in line["layers"]])
-        reading = line.get("reading", "")
-        rows.append((f"{line['step']:,}", line["rule"], line["state"], where, reading))
+        layers = [int(layer) for layer in line["layers"]]
+        row = (
+            f"{line['step']:,}",
+            line["rule"],
+            line["state"],
+            name_layers(layers),
+            line.get("reading", ""),
+        )
+        rows.append(row)
     listed = table(("step", "rule", "", "where", "what was seen"), rows, "events")
     if len(lines) > MAX_ALARMS:
         listed = html.paragraph(f"The newest {MAX_ALARMS} of {len(lines):,} lines.") + listed

@@ -25,8 +25,8 @@ def final_counts(routing: RoutingHistory) -> tuple[Int64[np.ndarray, "N E"], int
     num_final = math.ceil(FINAL_FRACTION * routing.num_entries)
     first = routing.num_entries - num_final
     since = int(routing.steps[first - 1]) if first else 0
-    blocks = routing.blocks("counts", first)
-    total_NE = sum(counts_SNE.sum(axis=0) for counts_SNE in blocks)
+    blocks_SNE = routing.blocks("counts", first)
+    total_NE = sum(block_SNE.sum(axis=0) for block_SNE in blocks_SNE)
     return np.asarray(total_NE), since
 
 
@@ -68,10 +68,16 @@ def final_load(run: Run) -> Markup:
 def _extremes(counts_NE: np.ndarray, n: int) -> str:
     """Names the busiest, the least used and the dead experts of a layer."""
     ratio_E = figures.load_ratio(counts_NE)[n]
-    high, low = int(ratio_E.argmax()), int(ratio_E.argmin())
-    reading = f"Busiest: {high} ({ratio_E[high]:.2f}). Least used: {low} ({ratio_E[low]:.2f})."
+    busiest = int(ratio_E.argmax())
+    least_used = int(ratio_E.argmin())
+    reading = (
+        f"Busiest: {busiest} ({ratio_E[busiest]:.2f}). "
+        f"Least used: {least_used} ({ratio_E[least_used]:.2f})."
+    )
     dead = _dead(counts_NE[n])
-    return f"{reading} Dead: {dead}." if dead else reading
+    if dead:
+        reading += f" Dead: {dead}."
+    return reading
 
 
 def _dead(counts_E: np.ndarray) -> str:

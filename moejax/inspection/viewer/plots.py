@@ -42,7 +42,8 @@ def charts_of(runs: Iterable[LiveRun]) -> tuple[Chart, ...]:
 
     Entropies are compared with uniform routing where the runs agree on it.
     """
-    widths = {run.num_experts for run in runs} - {0}
+    widths = {run.num_experts for run in runs}
+    widths.discard(0)  # dense runs
     routing = figures.routing_charts(max(widths, default=1))
     if len(widths) != 1:
         routing = tuple(dataclasses.replace(chart, reference=None) for chart in routing)

@@ -237,9 +237,11 @@ class RunFolder:
         with_curves = [path for path in known if self.runs[path].has_curves]
 
         def written(path: str) -> float:
-            return self.runs[path].state.written or 0
+            state = self.runs[path].state
+            return state.written or 0
 
-        return sorted(with_curves or known, key=written, reverse=True)[:count]
+        newest_first = sorted(with_curves or known, key=written, reverse=True)
+        return newest_first[:count]
 
 
 def find_runs(folder: Path) -> tuple[dict[str, Path], list[str]]:

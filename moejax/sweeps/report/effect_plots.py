@@ -36,8 +36,8 @@ IN_PAIRS = (
     "Arms are compared in pairs that are equal but for the axis and have the same seed. A "
     "difference is the mean over such pairs, with Student's 95 % interval over seeds: noise that "
     "all cells of a seed share is in it, however many cells there are. Grey: the interval holds "
-    "0, so the difference may be noise. Of 20 settings that differ in nothing, one would be told apart "
-    "by chance."
+    "0, so the difference may be noise. Of 20 settings that differ in nothing, one would be told "
+    "apart by chance."
 )
 
 Effects = Mapping[str, AxisEffect]
@@ -61,7 +61,10 @@ def effects(arms: pd.DataFrame, axes: Names, packs: str) -> Markup:
         return html.paragraph(ONE_SETTING)
     wanted = (loss_of(arms), *EFFECT_METRICS)
     metrics = [metric for metric in wanted if varies(arms.get(metric))]
-    intro = html.paragraph(ONE_SEED, "warning") if has_one_seed(arms) else html.paragraph(IN_PAIRS)
+    if has_one_seed(arms):
+        intro = html.paragraph(ONE_SEED, "warning")
+    else:
+        intro = html.paragraph(IN_PAIRS)
     constants = html.paragraph(constants_in_words(arms, EFFECT_METRICS, "arms"))
     sections = []
     for axis in distinct_axes(arms):

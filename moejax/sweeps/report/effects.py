@@ -132,8 +132,8 @@ def measured_by_cell(arms: pd.DataFrame, metric: str, cells: Sequence[str]) -> M
     found: dict[tuple[Hashable, Hashable], list[float]] = {}
     for row in arms.to_dict("records"):
         cell = tuple(key_of(row[axis]) for axis in cells)
-        place = (cell, row["seed"])
-        found.setdefault(place, []).append(row[metric])
+        values = found.setdefault((cell, row["seed"]), [])
+        values.append(row[metric])
     return {place: float(np.mean(values)) for place, values in found.items()}
 
 
@@ -207,7 +207,7 @@ class Interaction:
 
 
 def interaction(arms: pd.DataFrame, metric: str, one: str, other: str) -> Interaction | None:
-    """Whether the effect of one axis depends on another.
+    """Measures whether the effect of one axis depends on another.
 
     Args:
       arms: at an equal fraction of the schedule.
@@ -220,15 +220,11 @@ def interaction(arms: pd.DataFrame, metric: str, one: str, other: str) -> Intera
       are not there.
     """
     known = with_metric(arms, metric)
-    ignored = {one, other, *changes_with(known, one), *changes_with(known, other)}
-    cells = [name for name in axes_of(known) if name not in ignored]
     rows, columns = levels_of(known[one]), levels_of(known[other])
+    measured = _measured_by_levels(known, metric, one, other)
     is_there_IJ = np.zeros((len(rows), len(columns)), bool)
-    measured: dict[tuple[int, int], Measured] = {}
-    for i, j in np.ndindex(is_there_IJ.shape):
-        has_both = _has_level(known, one, rows[i]) & _has_level(known, other, columns[j])
-        measured[i, j] = measured_by_cell(known[has_both], metric, cells)
-        is_there_IJ[i, j] = bool(measured[i, j])
+    for place, found in measured.items():
+        is_there_IJ[place] = bool(found)
     kept_rows, kept_columns = _complete_levels(is_there_IJ)
     if len(kept_rows) < 2 or len(kept_columns) < 2:
         return None
@@ -247,6 +243,21 @@ def interaction(arms: pd.DataFrame, metric: str, one: str, other: str) -> Intera
     return Interaction(means, _largest_departure(values_IJS, len(kept_cells)), is_whole)
 
 
+def _measured_by_levels(
+    known: pd.DataFrame, metric: str, one: str, other: str
+) -> dict[tuple[int, int], Measured]:
+    """Returns a metric for each pair of levels of two axes, by their numbers."""
+    ignored = {one, other, *changes_with(known, one), *changes_with(known, other)}
+    cells = [name for name in axes_of(known) if name not in ignored]
+    found = {}
+    for i, row in enumerate(levels_of(known[one])):
+        has_row = _has_level(known, one, row)
+        for j, column in enumerate(levels_of(known[other])):
+            has_both = has_row & _has_level(known, other, column)
+            found[i, j] = measured_by_cell(known[has_both], metric, cells)
+    return found
+
+
 def _complete_levels(is_there_IJ: Bool[np.ndarray, "I J"]) -> tuple[list[int], list[int]]:
     """Chooses the rows and columns of a table without holes.
 
@@ -254,12 +265,13 @@ def _complete_levels(is_there_IJ: Bool[np.ndarray, "I J"]) -> tuple[list[int], l
     whichever has more cells.
     """
     num_rows, num_columns = is_there_IJ.shape
-    has_all_I, has_all_J = is_there_IJ.all(axis=1), is_there_IJ.all(axis=0)
-    num_cells_by_row = int(has_all_I.sum()) * num_columns
-    num_cells_by_column = int(has_all_J.sum()) * num_rows
+    full_rows = np.flatnonzero(is_there_IJ.all(axis=1)).tolist()
+    full_columns = np.flatnonzero(is_there_IJ.all(axis=0)).tolist()
+    num_cells_by_row = len(full_rows) * num_columns
+    num_cells_by_column = num_rows * len(full_columns)
     if num_cells_by_row >= num_cells_by_column:
-        return np.flatnonzero(has_all_I).tolist(), list(range(num_columns))
-    return list(range(num_rows)), np.flatnonzero(has_all_J).tolist()
+        return full_rows, list(range(num_columns))
+    return list(range(num_rows)), full_columns
 
 
 def _stack(
@@ -308,7 +320,12 @@ def compare_settings(
 
     def measured(ids: Sequence[str]) -> Measured:
         """Returns the metric of a setting by seed; a setting is one cell."""
-        return {("", seed_of[arm]): float(value_of[arm]) for arm in ids if arm in value_of}
+        present = [arm for arm in ids if arm in value_of]
+        return {("", seed_of[arm]): float(value_of[arm]) for arm in present}
 
     of_reference = measured(reference)
-    return [mean_difference(pair_up(of_reference, measured(ids))) for ids in settings]
+    differences = []
+    for ids in settings:
+        pairs = pair_up(of_reference, measured(ids))
+        differences.append(mean_difference(pairs))
+    return differences

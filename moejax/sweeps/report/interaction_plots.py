@@ -3,6 +3,7 @@
 A figure is drawn only where two axes depart from two separate effects by more than noise.
 """
 
+import dataclasses
 import itertools
 
 import pandas as pd
@@ -22,8 +23,30 @@ from moejax.sweeps.tables import levels_of, loss_of
 MAX_PAIRS = 12  # of axes, drawn
 MAX_LEVELS = 16  # along the axis of a pair: of more, a line follows noise
 
-Found = tuple[str, str, Interaction]
-"""The axis that lines run along, the axis whose levels are lines, and what both do together."""
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """Two axes of a figure.
+
+    Attributes:
+      along: the axis that lines run along.
+      lines: the axis whose levels are lines.
+      both: what they do together.
+    """
+
+    along: str
+    lines: str
+    both: Interaction
+
+    @property
+    def departure(self) -> Difference:
+        """The largest departure from two separate effects."""
+        return self.both.departure
+
+    @property
+    def rank(self) -> tuple[bool, float]:
+        """Orders pairs: those told apart from noise first, then by the size of the departure."""
+        return (not self.departure.is_told_apart, -abs(self.departure.mean))
 
 
 def interactions(arms: pd.DataFrame, axes: Names) -> Markup:
@@ -35,34 +58,36 @@ def interactions(arms: pd.DataFrame, axes: Names) -> Markup:
         return html.paragraph("Fewer than two axes have more than one level.")
     if has_one_seed(arms):
         return html.paragraph(ONE_SEED, "warning")
-    found, num_sparse = _find_interactions(arms, names)
-    told_apart = [item for item in found[:MAX_PAIRS] if item[2].departure.is_told_apart]
+    pairs, num_sparse = _find_pairs(arms, names)
+    told_apart = [pair for pair in pairs if pair.departure.is_told_apart]
     return html.render(
         "sweep/interactions",
         sparse=count(num_sparse, "pair") if num_sparse else "",
-        is_noise=bool(found) and not any(both.departure.is_told_apart for _, _, both in found),
-        table=_table(found, axes),
-        figures=grid(_draw(arms, item, axes) for item in told_apart),
+        is_noise=bool(pairs) and not told_apart,
+        table=_table(pairs, axes),
+        figures=grid(_draw(arms, pair, axes) for pair in told_apart[:MAX_PAIRS]),
     )
 
 
-def _find_interactions(arms: pd.DataFrame, names: list[str]) -> tuple[list[Found], int]:
-    """Returns pairs of axes, those told apart from noise and the largest departures first.
+def _find_pairs(arms: pd.DataFrame, names: list[str]) -> tuple[list[Pair], int]:
+    """Returns the pairs of axes that can be judged, in the order of their rank.
 
     Returns:
       The pairs, and how many others have too few cells or too many levels.
     """
-    found = []
-    pairs = list(itertools.combinations(names, 2))
-    for pair in pairs:
-        along, lines = _order(arms, *pair)
-        num_along, num_lines = len(levels_of(arms[along])), len(levels_of(arms[lines]))
-        if num_along <= MAX_LEVELS and num_lines <= MAX_LINES:
-            both = interaction(arms, loss_of(arms), along, lines)
-            if both is not None:
-                found.append((along, lines, both))
-    found.sort(key=lambda item: (not item[2].departure.is_told_apart, -abs(item[2].departure.mean)))
-    return found, len(pairs) - len(found)
+    loss = loss_of(arms)
+    pairs = []
+    num_sparse = 0
+    for one, other in itertools.combinations(names, 2):
+        along, lines = _order(arms, one, other)
+        both = None
+        if _num_levels(arms, along) <= MAX_LEVELS and _num_levels(arms, lines) <= MAX_LINES:
+            both = interaction(arms, loss, along, lines)
+        if both is None:
+            num_sparse += 1
+        else:
+            pairs.append(Pair(along, lines, both))
+    return sorted(pairs, key=lambda pair: pair.rank), num_sparse
 
 
 def _order(arms: pd.DataFrame, one: str, other: str) -> tuple[str, str]:
@@ -74,31 +99,39 @@ def _order(arms: pd.DataFrame, one: str, other: str) -> tuple[str, str]:
 
     def rank(axis: str) -> tuple[bool, int]:
         scale = scale_of(arms[axis])
-        return (not scale.is_named and len(scale.levels) > 1, len(scale.levels))
+        num_levels = len(scale.levels)
+        is_line = not scale.is_named and num_levels > 1
+        return is_line, num_levels
 
-    along, lines = (one, other) if rank(one) >= rank(other) else (other, one)
-    if len(levels_of(arms[lines])) > MAX_LINES:
+    along, lines = one, other
+    if rank(one) < rank(other):
+        along, lines = other, one
+    if _num_levels(arms, lines) > MAX_LINES:
         along, lines = lines, along
     return along, lines
 
 
-def _draw(arms: pd.DataFrame, found: Found, axes: Names) -> Markup:
-    along, lines, both = found
+def _num_levels(arms: pd.DataFrame, axis: str) -> int:
+    return len(levels_of(arms[axis]))
+
+
+def _draw(arms: pd.DataFrame, pair: Pair, axes: Names) -> Markup:
     loss = loss_of(arms)
-    order = levels_of(arms[lines])
-    image = draw_interaction(both.means, axes[along], axes[lines], unit_of(loss), order)
-    alt = _interaction_in_words(both.means, axes[along], axes[lines], METRICS[loss][0])
-    return figure(f"{axes[along]} by {axes[lines]}", _departure(both), image, alt=alt)
+    means = pair.both.means
+    along, lines = axes[pair.along], axes[pair.lines]
+    order = levels_of(arms[pair.lines])
+    image = draw_interaction(means, along, lines, unit_of(loss), order)
+    alt = _interaction_in_words(means, along, lines, METRICS[loss][0])
+    return figure(f"{along} by {lines}", _departure(pair.both), image, alt=alt)
 
 
-def _table(found: list[Found], axes: Names) -> Markup:
-    if not found:
+def _table(pairs: list[Pair], axes: Names) -> Markup:
+    if not pairs:
         return html.EMPTY
     rows = []
-    for along, lines, both in found:
-        departure = both.departure
-        pair = f"{axes[along]} by {axes[lines]}"
-        rows.append([pair, difference_in_words(departure), _verdict(departure)])
+    for pair in pairs:
+        name = f"{axes[pair.along]} by {axes[pair.lines]}"
+        rows.append([name, difference_in_words(pair.departure), _verdict(pair.departure)])
     return table(["pair", "largest departure", "told apart from 0"], rows, "numbers")
 
 

@@ -190,11 +190,15 @@ def _alarms(frame: pd.DataFrame) -> Markup:
 
 def _arm_in_words(row: Mapping[Any, Any], names: Mapping[str, str]) -> str:
     """Returns an arm's id with its levels."""
+    arm = str(row["arm"])
     levels = []
     for axis, name in names.items():
-        if row[axis] is not None:
-            levels.append(f"{name} {level_name(row[axis])}")
-    return f"{row['arm']} ({', '.join(levels)})" if levels else str(row["arm"])
+        level = row[axis]
+        if level is not None:
+            levels.append(f"{name} {level_name(level)}")
+    if not levels:
+        return arm
+    return f"{arm} ({', '.join(levels)})"
 
 
 def _lines_of_code(lines: Sequence[str]) -> Markup:

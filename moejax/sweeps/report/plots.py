@@ -146,9 +146,13 @@ def _draw_front(
 def _front_table(front: pd.DataFrame, axes: Names, traded: tuple[str, str]) -> Markup:
     rows = []
     for row in front.to_dict("records"):
-        levels = [row[axis] for axis in axes]
-        names = ["" if key_of(level) is None else level_name(level) for level in levels]
-        means = [mean_and_error(row[metric], row[f"{metric}/se"]) for metric in traded]
-        rows.append([str(row[NUMBER]), arms_in_words(row), *names, *means])
-    head = ["setting", "arms", *axes.values(), *(METRICS[metric][0] for metric in traded)]
-    return table(head, rows, "numbers")
+        cells = [str(row[NUMBER]), arms_in_words(row)]
+        for axis in axes:
+            level = row[axis]
+            cells.append("" if key_of(level) is None else level_name(level))
+        for metric in traded:
+            mean, error = row[metric], row[f"{metric}/se"]
+            cells.append(mean_and_error(mean, error))
+        rows.append(cells)
+    metrics = [METRICS[metric][0] for metric in traded]
+    return table(["setting", "arms", *axes.values(), *metrics], rows, "numbers")

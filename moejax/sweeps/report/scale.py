@@ -76,8 +76,12 @@ class Scale:
         """Returns round numbers between two places."""
         if self.kind == "log":
             return [(place, level_name(10**place)) for place in _round_powers(low, high)]
-        places = [float(place) for place in MaxNLocator(5).tick_values(low, high)]
-        return [(place, level_name(place)) for place in places if low <= place <= high]
+        found = []
+        for value in MaxNLocator(5).tick_values(low, high):
+            place = float(value)
+            if low <= place <= high:
+                found.append((place, level_name(place)))
+        return found
 
     def label(self, axis: Axis) -> None:
         """Puts the ticks on a figure's axis."""

@@ -33,10 +33,14 @@ ROUNDING = 1e-9  # of a value: means of equal values differ by less
 
 def short_names(axes: Sequence[str]) -> dict[str, str]:
     """Returns names of columns of axes: the leaf, with its section where two have the same leaf."""
-    keys = {axis: axis.removeprefix(OVERRIDE) for axis in axes}
-    leaves = {axis: key.rpartition(".")[2] for axis, key in keys.items()}
-    num_axes = collections.Counter(leaves.values())
-    return {axis: leaf if num_axes[leaf] == 1 else keys[axis] for axis, leaf in leaves.items()}
+    keys = [axis.removeprefix(OVERRIDE) for axis in axes]
+    leaves = [key.rpartition(".")[2] for key in keys]
+    num_axes = collections.Counter(leaves)
+    names = {}
+    for axis, key, leaf in zip(axes, keys, leaves, strict=True):
+        is_unique = num_axes[leaf] == 1
+        names[axis] = leaf if is_unique else key
+    return names
 
 
 def numbered_settings(
@@ -60,7 +64,8 @@ def numbered_settings(
     num_planned = collections.Counter(setting_key(entry["overrides"]) for entry in planned)
     counts = []
     for row in settings.to_dict("records"):
-        counts.append(max(len(row["arms"]), num_planned[setting_key(_overrides(row))]))
+        key = setting_key(_overrides(row))
+        counts.append(max(len(row["arms"]), num_planned[key]))
     settings[PLANNED] = counts
     order = np.lexsort((settings[loss_of(compared)], is_partial(settings)))
     settings = settings.iloc[order].reset_index(drop=True)
@@ -83,7 +88,10 @@ def varies(values: pd.Series | None) -> bool:
     if values is None:
         return False
     known = values.dropna()
-    return len(known) > 1 and float(np.ptp(known)) > ROUNDING * float(known.abs().max())
+    if len(known) < 2:
+        return False
+    spread, largest = float(np.ptp(known)), float(known.abs().max())
+    return spread > ROUNDING * largest
 
 
 def constants_in_words(table: pd.DataFrame, metrics: Collection[str], rows: str) -> str:
@@ -127,10 +135,12 @@ def reference_setting(
       rows: of `numbered_settings`, at least one.
       planned: entries of all arms in `sweep.json`.
     """
-    place = {entry["id"]: i for i, entry in enumerate(planned)}
+    place_of = {entry["id"]: place for place, entry in enumerate(planned)}
+    last = len(place_of)
 
     def first_place(row: Mapping[Any, Any]) -> int:
-        return min(place.get(arm, len(place)) for arm in row["arms"])
+        places = [place_of.get(arm, last) for arm in row["arms"]]
+        return min(places)
 
     dense = [row for row in rows if is_dense(row)]
     return min(dense or rows, key=first_place)
@@ -191,8 +201,11 @@ def mean_and_error(mean: float, error: float) -> str:
 
     The mean is alone if there is no error, or the seeds agree except for rounding.
     """
-    if math.isnan(error) or error <= ROUNDING * abs(mean):
-        return f"{mean:,.0f}" if abs(mean) >= 10_000 else f"{_rounded(mean, 4):g}"
+    has_no_error = math.isnan(error) or error <= ROUNDING * abs(mean)
+    if has_no_error and abs(mean) >= 10_000:
+        return f"{mean:,.0f}"
+    if has_no_error:
+        return f"{_rounded(mean, 4):g}"
     places = _places(error)
     return f"{mean:,.{places}f} ± {error:,.{places}f}"
 

@@ -104,8 +104,12 @@ def _table_rows(rows: Sequence[Row], columns: Sequence[Column]) -> list[dict[str
     """Returns what the template shows of each setting."""
     found = []
     for i, row in enumerate(rows):
-        cells = [cells[i] for _, cells in columns]
-        found.append({"number": row[NUMBER], "cells": cells, "arms": " ".join(row["arms"])})
+        of_setting = {
+            "number": row[NUMBER],
+            "cells": [cells[i] for _, cells in columns],
+            "arms": " ".join(row["arms"]),
+        }
+        found.append(of_setting)
     return found
 
 
