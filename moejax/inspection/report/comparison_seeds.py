@@ -23,7 +23,7 @@ SEEDED: tuple[tuple[str, str], ...] = (
 
 IN_NATS = ("eval_loss", "train_loss")
 NO_SHARED_SEEDS = (
-    "No two settings share two seeds, so how much of a difference is chance cannot be told. Train "
+    "No two settings share two seeds, so how much of a difference is chance is unknown. Train "
     "each setting with several, the same ones (train.seed), and compare all of the runs."
 )
 

@@ -1,7 +1,7 @@
 """The metrics of a run that may still be training, read only where the file grew.
 
-`metrics.jsonl` of a long run has millions of lines, so a look reads from where the last one ended,
-and no more bytes than it is allowed; the rest waits for the next look.
+`metrics.jsonl` of a long run has millions of lines, so each poll reads from where the last one
+ended, and no more bytes than it is allowed; the rest waits for the next poll.
 """
 
 import json
@@ -28,7 +28,7 @@ class MetricsReader:
     Attributes:
       series: steps and values of each metric; see `Run.series` for steps that come again.
       problem: the first damaged line and the remedy; empty if there is none.
-      is_behind: whether the last look left out some of the file.
+      is_behind: whether the last poll left out some of the file.
     """
 
     def __init__(self, path: Path):
@@ -47,7 +47,7 @@ class MetricsReader:
     def read_on(self, max_bytes: int) -> int:
         """Reads what was appended; all of it again if a resumed run has written the file again.
 
-        A last line without its end is left for the next look.
+        A last line without its end is left for the next poll.
 
         Args:
           max_bytes: to read at most.

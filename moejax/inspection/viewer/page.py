@@ -25,7 +25,7 @@ def heading(folder: Path, num_runs: int, links: Sequence[str] = (), *, is_behind
       folder: that is viewed.
       num_runs: below it.
       links: that lead out of it.
-      is_behind: whether the last look left something unread.
+      is_behind: whether the last poll left something unread.
     """
     return html.render(
         "viewer/heading",

@@ -1,4 +1,4 @@
-"""Runs that may still be training, below a folder: found again at each look.
+"""Runs that may still be training, below a folder: found again at each poll.
 
 What is wrong with a run is text for whoever looks, not an exception: the others are shown all the
 same. The folders may be anyone's: what is read of them are regular files inside them
@@ -23,7 +23,7 @@ from moejax.training.health.speed import SPEED, median_speed
 
 CONFIG, METRICS = "config.json", "metrics.jsonl"
 MAX_DEPTH = 3  # folders below the one that is viewed: a sweep's runs are in a folder of their own
-MAX_BYTES = 2**21  # read at one look: half a second at most
+MAX_BYTES = 2**21  # read at one poll: half a second at most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +52,7 @@ class RunState:
 
 
 class LiveRun:
-    """A run directory that is looked at again and again.
+    """A run directory that is polled while the run trains.
 
     Args:
       workdir: the run directory.
@@ -63,7 +63,7 @@ class LiveRun:
       metrics: what was read of `metrics.jsonl`.
       run: its record; None while `config.json` cannot be read.
       num_experts: width of the router; 0 if it is dense or not known.
-      version: grows with each look that saw something new.
+      version: grows with each poll that found something new.
     """
 
     def __init__(self, workdir: Path, name: str = "", color: str = BLUE):
@@ -79,22 +79,22 @@ class LiveRun:
         self._problems: dict[str, str] = {}
         self._seen: dict[str, tuple[int, ...]] = {}
 
-    def look(self, max_bytes: int = MAX_BYTES) -> int:
-        """Reads what has changed since the last look; returns how many bytes of metrics that were.
+    def poll(self, max_bytes: int = MAX_BYTES) -> int:
+        """Reads what has changed since the last poll; returns how many bytes of metrics that were.
 
         Args:
           max_bytes: of metrics to read at most.
         """
         before = dict(self._problems)
-        has_new_config = self._look_at_config()
-        has_new_alarms = self._look_at_alarms()
-        num_bytes = self._look_at_metrics(max_bytes)
+        has_new_config = self._read_config()
+        has_new_alarms = self._read_alarms()
+        num_bytes = self._read_metrics(max_bytes)
         has_new_problem = before != self._problems
         if has_new_config or has_new_alarms or num_bytes or has_new_problem:
             self.version += 1
         return num_bytes
 
-    def _look_at_metrics(self, max_bytes: int) -> int:
+    def _read_metrics(self, max_bytes: int) -> int:
         num_bytes = 0
         problem = ""
         try:
@@ -116,7 +116,7 @@ class LiveRun:
 
     @property
     def state(self) -> RunState:
-        """The run's row as of the last look."""
+        """The run's row as of the last poll."""
         last = self.metrics.last
         problems = dict.fromkeys(problem for problem in self._problems.values() if problem)
         return RunState(
@@ -130,7 +130,7 @@ class LiveRun:
             problem="; ".join(problems),
         )
 
-    def _look_at_config(self) -> bool:
+    def _read_config(self) -> bool:
         if not self._has_changed(CONFIG):
             return False
         try:
@@ -151,7 +151,7 @@ class LiveRun:
             self._problems[CONFIG] = f"{path} holds numbers of experts that are none; restore it"
         return True
 
-    def _look_at_alarms(self) -> bool:
+    def _read_alarms(self) -> bool:
         if not self._has_changed(alarms.FILE):
             return False
         try:
@@ -170,7 +170,7 @@ class LiveRun:
         return True
 
     def _has_changed(self, name: str) -> bool:
-        """Returns whether a file differs from the last look's, or was not looked for before."""
+        """Returns whether a file differs from that of the last poll, or is new to it."""
         try:
             info = os.stat(self.workdir / name)
             now: tuple[int, ...] = (info.st_ino, info.st_size, info.st_mtime_ns)
@@ -195,8 +195,8 @@ class RunFolder:
 
     Attributes:
       runs: by path below the folder; a run stays when its directory vanishes.
-      links: folders below that are not looked into, for they are links that lead out of it.
-      is_behind: whether the last look left something unread.
+      links: folders below that are not searched, for they are links that lead out of it.
+      is_behind: whether the last poll left something unread.
     """
 
     def __init__(self, folder: Path):
@@ -207,8 +207,8 @@ class RunFolder:
         self._colors = RunColors()
         self._arms = ArmNames()
 
-    def look(self, max_bytes: int = MAX_BYTES) -> None:
-        """Finds new runs, and reads what the runs have written since the last look.
+    def poll(self, max_bytes: int = MAX_BYTES) -> None:
+        """Finds new runs, and reads what the runs have written since the last poll.
 
         Args:
           max_bytes: of metrics to read at most, of all runs together.
@@ -223,7 +223,7 @@ class RunFolder:
             if given[run.name] > 1:
                 run.name = f"{run.name} ({path})"
         for run in self.runs.values():
-            max_bytes -= run.look(max(max_bytes, 0))
+            max_bytes -= run.poll(max(max_bytes, 0))
         self.is_behind = any(run.metrics.is_behind for run in self.runs.values())
 
     def newest(self, count: int, paths: Iterable[str] | None = None) -> list[str]:
@@ -247,7 +247,7 @@ class RunFolder:
 def find_runs(folder: Path) -> tuple[dict[str, Path], list[str]]:
     """Finds run directories: the folder itself, or those below it, `MAX_DEPTH` deep, sorted.
 
-    A run is a folder with a `config.json` or a `metrics.jsonl`; none is looked for inside another
+    A run is a folder with a `config.json` or a `metrics.jsonl`; none is searched for inside another
     or in hidden folders.
 
     Returns:

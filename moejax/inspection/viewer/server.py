@@ -74,12 +74,12 @@ def serve(
         import panel as pn
     except ImportError as error:
         raise ViewError(f"moejax view needs Panel ({error}): {how_to_install('view')}") from error
-    library = RunFolder(Path(folder).resolve())
+    run_folder = RunFolder(Path(folder).resolve())
     port = _find_port(port)
     token = secrets.token_hex(TOKEN_BYTES)
     hosts = [f"{ADDRESS}:{port}", f"localhost:{port}"]
     server = pn.io.server.get_server(
-        {"/": lambda: _new_page(library)},
+        {"/": lambda: _new_page(run_folder)},
         port=port,
         address=ADDRESS,
         websocket_origin=hosts,
@@ -180,8 +180,8 @@ def has_token(request: Any, token: str) -> bool:
     return len(given) == 1 and hmac.compare_digest(given[0], token.encode())
 
 
-def _new_page(library: RunFolder) -> "panel.Column":
+def _new_page(run_folder: RunFolder) -> "panel.Column":
     """Returns a page for a browser that has just opened the address."""
     from moejax.inspection.viewer.session import Session
 
-    return Session(library).page
+    return Session(run_folder).page

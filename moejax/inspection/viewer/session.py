@@ -33,15 +33,15 @@ class RunList:
     """The runs as rows, each with a box that shows or hides its curves.
 
     Args:
-      library: the runs.
+      run_folder: the runs.
       on_change: called when a box or the wanted part of a name has changed.
 
     Attributes:
       page: to be served.
     """
 
-    def __init__(self, library: RunFolder, on_change: Callable[..., None]):
-        self._library = library
+    def __init__(self, run_folder: RunFolder, on_change: Callable[..., None]):
+        self._run_folder = run_folder
         self._on_change = on_change
         self._boxes: dict[str, pn.widgets.Checkbox] = {}
         self._rows: dict[str, pn.pane.HTML] = {}
@@ -54,13 +54,13 @@ class RunList:
         self._body = pn.Column(**WIDE)
         head = _text(page.runs_head())
         self.page = pn.Column(self._part, self._left_out, head, self._body, **WIDE)
-        for path in library.newest(NUM_CHOSEN):
+        for path in run_folder.newest(NUM_CHOSEN):
             self._add(path, is_chosen=True)
 
     @property
     def chosen(self) -> dict[str, LiveRun]:
         """The runs whose curves are shown."""
-        return {path: run for path, run in self._library.runs.items() if self._is_chosen(path)}
+        return {path: run for path, run in self._run_folder.runs.items() if self._is_chosen(path)}
 
     def show(self) -> None:
         """Sends the browser what differs from what it was sent."""
@@ -68,8 +68,8 @@ class RunList:
         for path in listed:
             if path not in self._boxes:
                 self._add(path, is_chosen=False)
-            _set(self._rows[path], page.run_row(self._library.runs[path]))
-        num_runs = len(self._library.runs)
+            _set(self._rows[path], page.run_row(self._run_folder.runs[path]))
+        num_runs = len(self._run_folder.runs)
         self._part.visible = num_runs > MAX_LISTED
         _set(self._left_out, page.left_out(len(listed), num_runs))
         if listed != self._listed:
@@ -88,13 +88,13 @@ class RunList:
     def _find_listed(self) -> list[str]:
         """Returns those chosen, and the newest of those with the wanted part in their name."""
         part = str(self._part.value or "").lower()
-        runs = self._library.runs
+        runs = self._run_folder.runs
         found = []
         for path, run in runs.items():
             if part in run.name.lower() or part in path.lower():
                 found.append(path)
         if len(found) > MAX_LISTED:
-            found = self._library.newest(MAX_LISTED, found)
+            found = self._run_folder.newest(MAX_LISTED, found)
         newest = set(found)
         return [path for path in runs if path in newest or self._is_chosen(path)]
 
@@ -103,17 +103,17 @@ class Session:
     """The page of one browser; it looks for what is new as long as the browser shows it.
 
     Args:
-      library: the runs, shared by all browsers.
+      run_folder: the runs, shared by all browsers.
 
     Attributes:
       page: to be served.
     """
 
-    def __init__(self, library: RunFolder):
-        self._library = library
-        library.look()
+    def __init__(self, run_folder: RunFolder):
+        self._run_folder = run_folder
+        run_folder.poll()
         self._heading, self._constants, self._report = _text(), _text(), _text()
-        self._runs = RunList(library, self._show)
+        self._runs = RunList(run_folder, self._show)
         options = {name: axis for axis, name in NAMES.items()}
         self._axis = pn.widgets.RadioBoxGroup(options=options, value="steps", **_choice("Over"))
         self._of = pn.widgets.RadioBoxGroup(**_choice("Of"))
@@ -131,7 +131,7 @@ class Session:
         if pn.state.curdoc is not None:  # a browser has asked for the page
             templates = pn.io.resources.BASE_TEMPLATE.environment
             pn.state.curdoc.template = templates.from_string(styles.PAGE)
-            pn.state.add_periodic_callback(self._look, period=EVERY_MS)
+            pn.state.add_periodic_callback(self._poll, period=EVERY_MS)
             pn.state.add_periodic_callback(self._catch_up, period=CATCH_UP_MS)
 
     def _new_tabs(self) -> pn.Tabs:
@@ -147,20 +147,23 @@ class Session:
             margin=(14, 0, 0, 0),
         )
 
-    def _look(self) -> None:
-        self._library.look()
+    def _poll(self) -> None:
+        self._run_folder.poll()
         self._show()
 
     def _catch_up(self) -> None:
         """Reads on in a long run, a part at a time, so that the page answers in between."""
-        if self._library.is_behind:
-            self._library.look()
+        if self._run_folder.is_behind:
+            self._run_folder.poll()
 
     def _show(self, *_: Any) -> None:
         """Sends the browser what differs from what it was sent."""
-        library = self._library
+        run_folder = self._run_folder
         heading = page.heading(
-            library.folder, len(library.runs), library.links, is_behind=library.is_behind
+            run_folder.folder,
+            len(run_folder.runs),
+            run_folder.links,
+            is_behind=run_folder.is_behind,
         )
         _set(self._heading, heading)
         self._runs.show()

@@ -89,7 +89,7 @@ def _axis_content(
             found[metric] = effect
     if not found:
         return html.paragraph(
-            "No two arms of one seed differ in it alone, so its effect cannot be told; see the "
+            "No two arms of one seed differ in it alone, so its effect is unknown; see the "
             "settings."
         )
     first = next(iter(found.values()))

@@ -1,4 +1,4 @@
-"""The parts of a sweep's page that show whole settings: all settings at once, and fronts."""
+"""The parts of a sweep's page that show settings as one: all settings at once, and fronts."""
 
 import math
 from collections.abc import Mapping

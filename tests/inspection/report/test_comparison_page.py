@@ -99,7 +99,7 @@ def test_a_metric_is_placed_by_steps_tokens_flops_or_time(tmp_path):
         )
 
 
-def test_curves_of_runs_are_drawn_in_looks_that_differ_and_keep_to_their_run(tmp_path):
+def test_each_run_keeps_its_own_line_style_in_all_figures(tmp_path):
     runs = {
         name: open_run(make_run(tmp_path / name, num_experts=n))
         for name, n in (("dense", 0), ("moe", 4))
@@ -116,7 +116,7 @@ def test_curves_of_runs_are_drawn_in_looks_that_differ_and_keep_to_their_run(tmp
     assert line.get_color() == lines[1].get_color()  # though it is the first that is drawn
     assert figures.draw_runs(runs, "none", "") is None
     sixteen = figures.line_styles([str(i) for i in range(figures.MAX_RUNS)])
-    assert len({(look.color, look.dash) for look in sixteen.values()}) == 16
+    assert len({(style.color, style.dash) for style in sixteen.values()}) == 16
 
 
 def test_no_name_of_a_run_breaks_a_legend(tmp_path):
@@ -151,7 +151,7 @@ def test_loads_are_drawn_from_the_busiest_expert_over_the_share_of_experts():
     )
 
 
-def test_the_page_has_results_differences_curves_and_load_and_obeys_nothing_from_the_runs(tmp_path):
+def test_the_page_has_every_section_and_obeys_nothing_from_the_runs(tmp_path):
     hostile = "<b>run'&"
     make_run(tmp_path / hostile, learning_rate="<script>x</script>")
     make_run(tmp_path / "dense", num_experts=0)
@@ -244,10 +244,17 @@ def test_settings_are_compared_seed_by_seed(tmp_path):
         "one": [1.0, 3.0, 5.0],
         "two": [2.0, 4.5, 5.5],
     }  # the seed moves both: differences 1, 1.5, 0.5
-    folders = [
-        make_run(tmp_path / f"{name}_{seed}", loss=loss, num_experts={"one": 4, "two": 8}[name], train={"seed": seed})
-        for name in losses for seed, loss in enumerate(losses[name])
-    ]  # fmt: skip
+    num_experts = {"one": 4, "two": 8}
+    folders = []
+    for name in losses:
+        for seed, loss in enumerate(losses[name]):
+            folder = make_run(
+                tmp_path / f"{name}_{seed}",
+                loss=loss,
+                num_experts=num_experts[name],
+                train={"seed": seed},
+            )
+            folders.append(folder)
     text = Page(render_comparison(compare(folders))).text
     error = 0.5 / 3**0.5
     assert (
@@ -314,7 +321,7 @@ def test_figures_of_sixteen_large_runs_are_smaller_than_the_page_counts_on(tmp_p
     assert 60_000 < len(figures.draw_sorted_load(counts, legend=False)) < 150_000
 
 
-def test_the_command_writes_beside_the_first_run_or_where_it_is_told(tmp_path, capsys, monkeypatch):
+def test_the_command_writes_next_to_the_first_run_or_to_its_output(tmp_path, capsys, monkeypatch):
     first, second = make_run(tmp_path / "runs/a"), make_run(tmp_path / "other/b")
     monkeypatch.setattr(
         "moejax.inspection.report.comparison_page.render_comparison",

@@ -1,4 +1,4 @@
-"""The report: one harmless, self-contained page for any run, whatever it holds and however little."""
+"""The report: one harmless, self-contained page for any run, however little it holds."""
 
 import json
 import re
@@ -41,11 +41,26 @@ MOE_SECTIONS = [
 EXPERT_SECTIONS = ["tokens", "attributes", "text", "counterfactuals"]
 
 
-ALARMS = """
-{"step": 10, "rule": "collapse", "state": "on", "layers": [0, 2], "value": 0.6, "reading": "MaxVio is 60%"}
-{"step": 20, "rule": "ties", "state": "on", "layers": [2], "value": 0.1, "reading": "10% of tokens tie"}
-{"step": 30, "rule": "collapse", "state": "off", "layers": [0]}
-""".lstrip()
+ALARM_LINES = [
+    {
+        "step": 10,
+        "rule": "collapse",
+        "state": "on",
+        "layers": [0, 2],
+        "value": 0.6,
+        "reading": "MaxVio is 60%",
+    },
+    {
+        "step": 20,
+        "rule": "ties",
+        "state": "on",
+        "layers": [2],
+        "value": 0.1,
+        "reading": "10% of tokens tie",
+    },
+    {"step": 30, "rule": "collapse", "state": "off", "layers": [0]},
+]
+ALARMS = "".join(json.dumps(line) + "\n" for line in ALARM_LINES)
 
 
 def training_line(step, num_experts):
@@ -190,7 +205,7 @@ def information(name, excess_N):
     )
 
 
-def test_soft_routing_has_no_tokens_to_tell_of(tmp_path):
+def test_soft_routing_has_no_tokens_to_list(tmp_path):
     nothing = Information("token", None, "tokens", *np.zeros((5, 2)))
     domains = DomainSpecialisation(
         np.zeros((2, 1, 4)), np.zeros((2, 4)), np.zeros(2), np.array([9])
@@ -213,7 +228,7 @@ def outcome(kind, what, **more):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def full_report(tmp_path_factory):
     """The report of an ordinary run, with tokens and a sample: text of the page."""
     run = make_run(tmp_path_factory.mktemp("runs") / "runs-tiny")
     evaluate(run.workdir, (20, 30), choices())
@@ -241,8 +256,8 @@ def undrawn(monkeypatch):
         )
 
 
-def test_a_report_has_every_section_and_a_contents_list_that_leads_there(whole):
-    page = Page(whole)
+def test_a_report_has_every_section_and_a_contents_list_that_leads_there(full_report):
+    page = Page(full_report)
     assert page.ids == [
         "summary",
         "losses",
@@ -256,8 +271,8 @@ def test_a_report_has_every_section_and_a_contents_list_that_leads_there(whole):
     assert links == [f"#{anchor}" for anchor in page.ids]
 
 
-def test_the_summary_states_size_quality_speed_and_origin(whole):
-    text = Page(whole).text
+def test_the_summary_states_size_quality_speed_and_origin(full_report):
+    text = Page(full_report).text
     for fact in (
         "runs-tiny",
         "4 experts, top 2 in 2 layers",
@@ -285,9 +300,9 @@ def test_an_evaluation_that_got_worse_shows_the_lowest_too(tmp_path, undrawn):
     )
 
 
-def test_the_page_stands_alone_and_forbids_fetching(whole):
-    page = Page(whole)
-    assert whole.startswith("<!DOCTYPE html>")
+def test_the_page_stands_alone_and_forbids_fetching(full_report):
+    page = Page(full_report)
+    assert full_report.startswith("<!DOCTYPE html>")
     assert not {"script", "link", "iframe", "object"} & {tag for tag, _ in page.elements}
     for tag, attributes in page.elements:
         assert not any(name.startswith("on") for name in attributes)
@@ -298,7 +313,7 @@ def test_the_page_stands_alone_and_forbids_fetching(whole):
     metas = [attributes for tag, attributes in page.elements if tag == "meta"]
     assert {"name": "viewport", "content": "width=device-width, initial-scale=1"} in metas
     assert any(meta.get("content", "").startswith("default-src 'none'") for meta in metas)
-    assert "http" not in re.sub(r"data:image/[^\"]*|http-equiv", "", whole)
+    assert "http" not in re.sub(r"data:image/[^\"]*|http-equiv", "", full_report)
 
 
 def test_hostile_text_from_the_run_is_shown_and_not_obeyed(tmp_path):
@@ -378,8 +393,8 @@ def test_metrics_that_are_not_finite_are_named_so(tmp_path):
     assert "1,020 (median over logging intervals)" in text  # of those that are finite
 
 
-def test_dead_experts_are_named_by_model_layer(whole):
-    text = Page(whole).text
+def test_dead_experts_are_named_by_model_layer(full_report):
+    text = Page(full_report).text
     assert "Dead: 1 of 8 experts; in layer 2: 1." in text
     assert "Least used: 1 (0.00). Dead: 1." in text
 
@@ -420,9 +435,9 @@ def test_a_loss_that_no_chart_knows_is_drawn_too(tmp_path, undrawn):
     assert "loss/orthogonality" in Page(render(open_run(tmp_path))).text
 
 
-def test_samples_show_prompt_continuation_and_sampling(whole):
-    assert "<pre><b>My fellow</b> Americans\n\nwe</pre>" in whole
-    assert "Temperature 0.8, top-p 0.95" in whole
+def test_samples_show_prompt_continuation_and_sampling(full_report):
+    assert "<pre><b>My fellow</b> Americans\n\nwe</pre>" in full_report
+    assert "Temperature 0.8, top-p 0.95" in full_report
 
 
 def test_every_leaf_of_the_config_is_listed(tmp_path, undrawn):
@@ -438,8 +453,8 @@ def test_every_leaf_of_the_config_is_listed(tmp_path, undrawn):
         assert fact in page.text
 
 
-def test_alarms_show_what_is_on_at_the_end_and_their_history(whole):
-    text = Page(whole).text
+def test_alarms_show_what_is_on_at_the_end_and_their_history(full_report):
+    text = Page(full_report).text
     assert "On at the end: collapse in layer 2; ties in layer 2." in text
     assert "History: 3 lines" in text and "20 ties on layer 2 10% of tokens tie" in text
     assert "30 collapse off layer 0" in text
@@ -449,15 +464,11 @@ def test_a_run_without_alarms_names_the_rules_that_watched(tmp_path, undrawn):
     alarms = {"collapse": 0.5, "ties": 0.0, "stop": ""}
     config = {"moe": {"num_experts": 4}, "alarms": alarms}
     text = Page(render(make_run(tmp_path, config=config))).text
-    assert (
-        "No alarm is on at the end. Rules, with their thresholds: collapse (0.5). None has been raised."
-        in text
-    )
+    assert "No alarm is on at the end. Rules, with their thresholds: collapse (0.5)." in text
+    assert "collapse (0.5). None has been raised." in text
 
 
-def test_text_of_alarms_and_counterfactuals_is_escaped_and_damaged_files_cost_only_their_section(
-    tmp_path, undrawn
-):
+def test_damaged_or_hostile_files_cost_only_their_own_section(tmp_path, undrawn):
     run = make_run(tmp_path)
     line = {"step": 10, "rule": HOSTILE, "state": "on", "layers": [0], "reading": HOSTILE}
     (tmp_path / "alarms.jsonl").write_text(json.dumps(line) + "\n")
@@ -486,10 +497,8 @@ def test_layers_are_drawn_one_by_one_with_the_worst_named(tmp_path, undrawn):
     log_layers(tmp_path, (10, 20), [[0.9, 0.1], [0.25, 0.75]])
     text = Page(render(open_run(tmp_path))).text
     assert "worst: layer 2, 0.75" in text
-    assert (
-        "The same in every layer throughout: load entropy 0; router entropy 0; dropped 0; largest router logit 0"
-        in text
-    )
+    same = "load entropy 0; router entropy 0; dropped 0; largest router logit 0"
+    assert f"The same in every layer throughout: {same}" in text
 
 
 def test_experts_that_go_together_are_named_with_their_share_and_chance(tmp_path, undrawn):
@@ -531,7 +540,7 @@ def test_what_never_changes_is_a_sentence_and_four_figures_are_two_by_two(tmp_pa
     assert '<div class="grid four">' in load
 
 
-def test_what_differs_from_the_defaults_is_marked_and_what_follows_is_not(tmp_path):
+def test_what_differs_from_the_defaults_is_marked_unless_it_follows(tmp_path):
     config = to_dict(resolve({"moe": {"num_experts": 16}, "model": {"d_ff": 64}}))
     chosen = {(s.section, s.name): (s.value, s.default) for s in settings_of(config) if s.is_chosen}
     assert chosen == {("moe", "num_experts"): (16, 8), ("model", "d_ff"): (64, 1024)}
@@ -558,20 +567,18 @@ def test_flows_are_drawn_in_windows_that_share_their_ends():
     )
 
 
-def test_what_routing_goes_by_names_the_strongest_attribute_and_lists_all(whole):
-    text = Page(whole).text
-    assert (
-        "1,234 tokens of validation text were routed. Routing goes most by token, which tells 30% above"
-        in text
-    )
+def test_what_routing_goes_by_names_the_strongest_attribute_and_lists_all(full_report):
+    text = Page(full_report).text
+    assert "1,234 tokens of validation text were routed. Routing goes most by token" in text
+    assert "by token, which explains 30% of the entropy above chance." in text
     # Mean information 0.7 bits, of which 0.1 is chance; (0.7 - 0.1) / 2 = 30%; adjusted 0.6 / (1.5
     # - 0.1) = 42.9%.
     assert "token 0.700 0.100 0.010 30.0% 42.9% 2" in text
     assert "position in row 0.110 0.100 0.010 0.5% 0.7% 2" in text
 
 
-def test_counterfactuals_are_shown_where_they_were_evaluated(whole, tmp_path, undrawn):
-    text = Page(whole).text
+def test_counterfactuals_are_shown_where_they_were_evaluated(full_report, tmp_path, undrawn):
+    text = Page(full_report).text
     assert "Step 30, 8 validation rows, 99 tokens" in text and "top_k K = 1 all +0.2500" in text
     assert "bias_off: no bias" in text and "Experts per token" in text
     assert (
@@ -580,15 +587,21 @@ def test_counterfactuals_are_shown_where_they_were_evaluated(whole, tmp_path, un
     )
 
 
-def test_domains_are_measured_where_documents_have_one_and_beside_the_token(monkeypatch):
+def test_domains_are_measured_where_documents_have_one_and_given_the_token(monkeypatch):
     rng = np.random.default_rng(0)
     T = 600
     documents_T = np.repeat([0, 1, -1], T // 3).astype(np.int32)
     experts_NTK = np.where(documents_T == 1, 3, 2).reshape(1, T, 1).astype(np.int32)
     routed = RoutedTokens(
-        rng.integers(0, 3, T).astype(np.int32), documents_T, np.arange(T, dtype=np.int32) % 200, documents_T,
-        experts_NTK, np.ones((1, T, 1), np.float32), 4, (5,),
-    )  # fmt: skip
+        rng.integers(0, 3, T).astype(np.int32),
+        documents_T,
+        np.arange(T, dtype=np.int32) % 200,
+        documents_T,
+        experts_NTK,
+        np.ones((1, T, 1), np.float32),
+        4,
+        (5,),
+    )
     monkeypatch.setattr("moejax.inspection.report.build.MEASURED_TOKENS", 400)
     findings = find_specialisation(
         routed,
@@ -612,8 +625,8 @@ def test_domains_are_measured_where_documents_have_one_and_beside_the_token(monk
     assert find_specialisation(routed, lambda token: "abc"[token]).domains is None
 
 
-def test_a_text_is_coloured_by_expert_without_a_script(whole):
-    page = Page(whole)
+def test_a_text_is_coloured_by_expert_without_a_script(full_report):
+    page = Page(full_report)
     assert "My" in page.text and "␣fellow" in page.text
     assert (
         sum(

@@ -1,4 +1,4 @@
-"""Effects of a sweep's axes: paired by seed, with intervals that cover what noise does, however it is shared."""
+"""Effects of a sweep's axes: paired by seed, with intervals that cover noise however shared."""
 
 import math
 
@@ -23,7 +23,10 @@ def effect_of(points, losses, axis):
 
 
 def noise(draw, num_levels, num_cells, num_seeds):
-    """What seeds do under the null: to all arms, to all cells of a level, to a single arm; and cells that differ."""
+    """Draws what seeds do under the null, and cells that differ.
+
+    A seed acts on all arms, on all cells of a level, and on a single arm.
+    """
     of_seed = draw.normal(0, 0.05, (1, 1, num_seeds))
     of_level = draw.normal(0, 0.03, (num_levels, 1, num_seeds))
     of_arm = draw.normal(0, 0.002, (num_levels, num_cells, num_seeds))
@@ -52,30 +55,30 @@ def test_noise_that_all_cells_share_is_inside_the_interval_in_95_percent(num_cel
 def test_the_effects_of_simulated_sweeps_cover_zero_with_arms_missing_too():
     draw = np.random.default_rng(0)
     points = product(moe_top_k=[1, 2, 4], moe_router=["a", "b", "c"], train_seed=[0, 1, 2, 3])
-    told, looked = 0, 0
+    num_told_apart, looked = 0, 0
     for _ in range(80):
         losses = noise(draw, 3, 3, 4).ravel().tolist()
         kept = [i for i in range(len(points)) if draw.uniform() > 0.03]
         found = effect_of([points[i] for i in kept], [losses[i] for i in kept], "moe.top_k")
-        told += sum(level.difference.is_told_apart for level in found.others)
+        num_told_apart += sum(level.difference.is_told_apart for level in found.others)
         looked += sum(level.difference.num_seeds > 1 for level in found.others)
-    assert looked > 150 and abs(told / looked - 0.05) < 0.05
+    assert looked > 150 and abs(num_told_apart / looked - 0.05) < 0.05
 
 
-def test_departures_from_two_effects_are_told_apart_by_chance_in_5_percent_of_tables():
+def test_noise_is_called_an_interaction_in_5_percent_of_tables():
     draw = np.random.default_rng(1)
     points = product(
         moe_top_k=[1, 2, 4], moe_router=["a", "b", "c"], model_d_ff=[8, 16], train_seed=[0, 1, 2]
     )
-    told = 0
+    num_told_apart = 0
     for _ in range(60):
         shared_KRFS = draw.normal(0, 0.03, (3, 3, 1, 3)) + draw.normal(0, 0.05, (1, 1, 1, 3))
         losses = (shared_KRFS + draw.normal(0, 0.002, (3, 3, 2, 3))).ravel().tolist()
         found = sweep_effects.interaction(
             arms_of(points, losses), LOSS, "override/moe.top_k", "override/moe.router"
         )
-        told += found.departure.is_told_apart
-    assert told / 60 < 0.12
+        num_told_apart += found.departure.is_told_apart
+    assert num_told_apart / 60 < 0.12
 
 
 def test_an_effect_is_the_mean_of_pairs_of_one_seed_with_students_interval():
@@ -100,7 +103,7 @@ def test_an_effect_is_the_mean_of_pairs_of_one_seed_with_students_interval():
     assert student_quantile(2) == pytest.approx(12.706, 1e-4)
 
 
-def test_one_seed_gives_a_difference_without_an_interval_that_tells_nothing():
+def test_one_seed_gives_a_difference_without_an_interval():
     (two,) = effect_of(
         product(a_b=[1, 2], c_d=["x", "y"], train_seed=[3]), [1, 2, 5, 6], "a.b"
     ).others
@@ -175,7 +178,7 @@ def test_axes_that_follow_from_another_are_compared_with_it():
     assert len(axes_of(arms)) == 4
 
 
-def test_in_a_draw_at_random_nothing_follows_from_a_number():
+def test_nothing_follows_from_a_number_in_a_random_draw():
     draw = np.random.default_rng(0)
     points = [
         {"a.b": float(draw.uniform()), "c.d": str(draw.choice(["x", "y"]))} for _ in range(20)
@@ -199,7 +202,7 @@ def test_an_interaction_is_the_departure_of_cells_from_two_effects():
     assert found.departure.high - found.departure.mean == pytest.approx(0.25 * student_quantile(2))
 
 
-def test_an_interaction_is_judged_from_whole_rows_or_columns_or_not_at_all():
+def test_an_interaction_is_judged_from_complete_rows_or_columns_or_not_at_all():
     def found_of(points):
         losses = [point["a.b"] * (point["c.d"] == "y") for point in points]
         return sweep_effects.interaction(

@@ -1,4 +1,4 @@
-"""The page and the figures of a sweep: what is said, that nothing breaks it, and how the table is sorted."""
+"""The page and the figures of a sweep: what they say, and that nothing breaks them."""
 
 import base64
 import hashlib
@@ -62,7 +62,7 @@ def svgs(document):
     ]
 
 
-def test_a_page_of_a_full_design_tells_what_was_swept_and_compares_it():
+def test_a_page_of_a_full_design_says_what_was_swept_and_compares_it():
     points = product(moe_router=["a", "b"], moe_balance_weight=[0.001, 0.1], train_seed=[0, 1])
     losses = [3.0, 3.2, 2.0, 2.2, 4.0, 4.2, 5.0, 5.2]
     changed = {
@@ -139,7 +139,7 @@ def test_no_name_of_a_sweep_breaks_the_page():
         "a dense control",
     ],
 )
-def test_any_kind_of_sweep_has_a_page(points):
+def test_every_kind_of_sweep_has_a_page(points):
     losses = [3.0 + i / 7 for i in range(len(points))]
     changed = {i: {"tail/moe/dropped": i / 100} for i in range(1, len(points))}
     document = page(points, losses, changed=changed)
@@ -184,7 +184,7 @@ def test_a_sweep_of_which_nothing_is_done_says_so():
     assert "Of 1 arm planned: 0 done, 1 not ended." in text
 
 
-def test_settings_whose_other_seeds_failed_come_last_and_say_how_many_arms_they_are_the_mean_of():
+def test_settings_of_which_some_seeds_failed_come_last_and_count_their_arms():
     points = product(moe_top_k=[1, 2], moe_router=["a"], train_seed=[0, 1, 2])
     failed = {i: {"status": "failed", "error": "not finite"} for i in (4, 5)}
     losses = [3.0, 3.1, 3.2, 2.9, 9.0, 9.0]
@@ -202,8 +202,9 @@ def test_settings_whose_other_seeds_failed_come_last_and_say_how_many_arms_they_
     )  # of the front
     alts = [image["alt"] for image in Reader(document).images]
     assert "2 settings as lines through top_k and eval loss; setting 1: top_k 1" in alts
-    whole = page(points, losses, changed=dropped)
-    assert "over the other arms alone" not in whole and "1 of 3" not in whole
+    document = page(points, losses, changed=dropped)
+    assert "over the other arms alone" not in document
+    assert "1 of 3" not in document
 
 
 def test_arms_that_have_not_ended_count_among_those_of_their_setting():
@@ -214,7 +215,7 @@ def test_arms_that_have_not_ended_count_among_those_of_their_setting():
     )
 
 
-def test_step_times_of_packs_of_different_sizes_are_noted_wherever_they_are_compared():
+def test_packs_of_different_sizes_are_noted_wherever_step_times_are_compared():
     points = product(moe_top_k=[1, 2], train_seed=[0, 1])
     changed = {i: {"step_s": 0.1 + i, "packed": 8} for i in range(4)}
     assert "Arms trained in packs" not in page(points, [2.0, 2.1, 1.0, 1.1], changed=changed)
@@ -229,8 +230,11 @@ def test_step_times_of_packs_of_different_sizes_are_noted_wherever_they_are_comp
 def test_a_search_of_many_sampled_arms_stays_readable_and_small():
     draw = np.random.default_rng(0)
     points = [
-        {"optimizer.learning_rate": float(10 ** draw.uniform(-4, -2)), "moe.capacity_factor": float(draw.uniform(1, 2)),
-         "moe.router": str(draw.choice(["a", "b"]))}
+        {
+            "optimizer.learning_rate": float(10 ** draw.uniform(-4, -2)),
+            "moe.capacity_factor": float(draw.uniform(1, 2)),
+            "moe.router": str(draw.choice(["a", "b"])),
+        }
         for _ in range(120)
     ]  # fmt: skip
     document = page(points, draw.uniform(2, 3, 120).tolist())
@@ -246,7 +250,7 @@ def test_axes_with_one_level_are_not_drawn():
     assert alts and not [alt for alt in alts if "router" in alt]
 
 
-def test_numbers_that_span_decades_are_logarithmic_and_those_with_zero_stand_side_by_side():
+def test_numbers_that_span_decades_are_logarithmic_unless_they_include_zero():
     assert sweep_scale.scale_of([0.001, 0.1, 0.01]).kind == "log"
     assert sweep_scale.scale_of([4, 8, 16]).kind == "linear"
     assert (
@@ -277,15 +281,13 @@ def test_a_difference_is_drawn_with_its_interval_and_grey_where_it_may_be_noise(
     effect = effect_of(points, [0, 0, 0, 0, 2, 2, 2, 2, 1, -1, 1, -1], "a.b")
     axes = sweep_figures.draw_effect(effect, "b", "loss").figure.axes[0]
     assert [line.get_label() for line in axes.lines if line.get_marker() == "D"] == ["reference"]
-    told, noise = axes.containers
-    assert told.get_label() == "told apart from it" and noise.get_label() == "may be noise"
-    assert told.lines[0].get_xydata().tolist() == [[1, 2]] and noise.lines[
-        0
-    ].get_xydata().tolist() == [[2, 0]]
-    assert (
-        told.lines[0].get_color() == sweep_figures.BLUE
-        and noise.lines[0].get_color() == sweep_figures.GREY
-    )
+    effects, noise = axes.containers
+    assert effects.get_label() == "told apart from it"
+    assert noise.get_label() == "may be noise"
+    assert effects.lines[0].get_xydata().tolist() == [[1, 2]]
+    assert noise.lines[0].get_xydata().tolist() == [[2, 0]]
+    assert effects.lines[0].get_color() == sweep_figures.BLUE
+    assert noise.lines[0].get_color() == sweep_figures.GREY
     (bar,) = noise.lines[2][0].get_segments()
     assert bar[:, 1].tolist() == pytest.approx([-12.706, 12.706], 1e-4)  # one standard error is 1
     names = sweep_figures.draw_effect(effect_of(points, range(12), "c.d"), "d", "loss").figure.axes[
@@ -296,7 +298,7 @@ def test_a_difference_is_drawn_with_its_interval_and_grey_where_it_may_be_noise(
     ]  # names below one another, the reference at 0
 
 
-def test_with_one_seed_no_picture_shows_noise_as_an_effect_and_a_sentence_says_so():
+def test_no_figure_shows_noise_as_an_effect_when_there_is_one_seed():
     points = product(moe_top_k=[1, 2], moe_router=["a", "b"])
     changed = {i: {"step_s": 0.1 * (i + 1)} for i in range(4)}
     document = page(points, [3.0, 2.0, 2.5, 4.0], changed=changed)
@@ -310,7 +312,7 @@ def test_with_one_seed_no_picture_shows_noise_as_an_effect_and_a_sentence_says_s
     assert "nothing can be said about whether a difference is more than noise" in text
     assert (
         "+0.75" in text and "+0.75 (" not in text
-    )  # the difference of routers is told, without an interval
+    )  # the difference of routers is shown, without an interval
 
 
 def test_differences_that_seeds_explain_are_called_noise_on_the_page():
@@ -356,7 +358,7 @@ def test_what_some_arms_lack_is_not_called_the_same_in_all():
     assert "The same in all arms: step time 0.1." in text
 
 
-def test_an_axis_without_pairs_says_that_its_effect_cannot_be_told():
+def test_an_axis_without_pairs_says_that_its_effect_is_unknown():
     points = [
         {"moe.top_k": k, "model.d_ff": d, "train.seed": s}
         for k, d in ((1, 8), (2, 16), (4, 8))
@@ -378,20 +380,15 @@ def test_a_level_has_one_colour_in_all_figures_of_pairs():
         [row_of(p, p["a.b"] * (p["c.d"] == "z")) for p in points if p != {"a.b": 2, "c.d": "x"}]
     )
     means = interaction(arms, LOSS, "override/a.b", "override/c.d").means
-    whole = (
-        sweep_figures.draw_interaction(means, "b", "d", "loss", ["x", "y", "z"])
-        .figure.axes[0]
-        .lines
-    )
-    part = (
-        sweep_figures.draw_interaction(means[["y", "z"]], "b", "d", "loss", ["x", "y", "z"])
-        .figure.axes[0]
-        .lines
-    )
-    assert [line.get_color() for line in part] == [line.get_color() for line in whole][1:]
+
+    def colors(shown):
+        drawing = sweep_figures.draw_interaction(shown, "b", "d", "loss", ["x", "y", "z"])
+        return [line.get_color() for line in drawing.figure.axes[0].lines]
+
+    assert colors(means[["y", "z"]]) == colors(means)[1:]
 
 
-def test_settings_are_compared_with_the_dense_control_or_else_the_first_of_the_sweep():
+def test_settings_are_compared_with_the_dense_control_or_else_the_first():
     def differences(document):
         head = re.search(r"difference from (\d+)", document)[1]
         rows = re.findall(
@@ -426,7 +423,7 @@ def test_arms_whose_tokens_differ_are_compared_by_bits_per_byte():
     assert not any("eval loss" in alt for alt in alts)
 
 
-def test_the_first_setting_is_the_thick_line_and_a_line_stops_where_an_axis_is_not_set():
+def test_the_first_setting_is_thick_and_a_line_stops_where_an_axis_is_not_set():
     points = [{"a.b": 1, "c.d": "x"}, {"a.b": 3, "c.d": "y"}, {"a.b": 2}]
     rows = [
         row_of(point, loss, arm=str(loss)) for point, loss in zip(points, [3, 1, 2], strict=True)
