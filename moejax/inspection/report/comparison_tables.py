@@ -47,11 +47,12 @@ class Line:
     @property
     def cells(self) -> list[Markup | str]:
         """The values in words, with differences to the first below."""
+        show = self.row.show
         first, *others = self.values
-        cells: list[Markup | str] = [self.row.show(first)]
+        cells: list[Markup | str] = [show(first)]
         for value in others:
-            shown, minus = self.row.show(value), _minus(self.row, value, first)
-            cells.append(html.render("comparison/value", value=shown, difference=minus))
+            minus = _minus(self.row, value, first)
+            cells.append(html.render("comparison/value", value=show(value), difference=minus))
         return cells
 
 
@@ -68,12 +69,14 @@ def results(comparison: Comparison) -> Markup:
     if len(labels) == 2:
         return intro + _of_two(labels, lines)
     intro += html.paragraph(f"Below a value: its difference to {labels[0]}.")
+    titles = [line.row.title for line in lines]
+    cells_by_line = [line.cells for line in lines]
     if len(labels) <= MAX_ACROSS:
-        rows = [[line.row.title, *line.cells] for line in lines]
+        rows = [[title, *cells] for title, cells in zip(titles, cells_by_line, strict=True)]
         return intro + table(["", *labels], rows, "compared")
-    columns = [[line.row.title, *line.cells] for line in lines]
-    titles, *by_run = zip(*columns, strict=True)
-    rows = [[label, *cells] for label, cells in zip(labels, by_run, strict=True)]
+    rows = []
+    for i, label in enumerate(labels):
+        rows.append([label, *(cells[i] for cells in cells_by_line)])
     return intro + table(["run", *titles], rows, "compared")
 
 
@@ -172,10 +175,12 @@ def _minus(row: Row, value: float, other: float) -> str:
     if not math.isfinite(value) or not math.isfinite(other) or value == other:
         return ""
     change = value - other
-    share = change / abs(other) if other else 0.0
-    percent = f" ({share:+.1%})" if abs(share) >= MIN_SHARE else ""
     sign = "+" if change > 0 else MINUS
-    return f"{sign}{row.show(abs(change))}{percent}".replace("-", MINUS)
+    said = f"{sign}{row.show(abs(change))}"
+    share = change / abs(other) if other else 0.0
+    if abs(share) >= MIN_SHARE:
+        said += f" ({share:+.1%})"
+    return said.replace("-", MINUS)
 
 
 def other_tokens(comparison: Comparison) -> Markup:

@@ -190,12 +190,14 @@ def _last_values(routing: RoutingHistory) -> Markup:
     names = list(routing.attributes["metrics"])
     num_entries = min(routing.num_entries, LAST_ENTRIES)
     last_SNM = routing.read("layers", -num_entries).astype(np.float64)
-    columns = [last_values(last_SNM[:, :, m]) for m in range(len(names))]
-    last_NM = np.stack(columns, axis=1)
+    last_MN = [last_values(last_SNM[:, :, m]) for m in range(len(names))]
     rows = []
-    for layer, last_M in zip(routing.layers, last_NM, strict=True):
-        cells = ["" if math.isnan(value) else number(value) for value in last_M.tolist()]
-        rows.append([str(layer), *cells])
+    for n, layer in enumerate(routing.layers):
+        cells = [str(layer)]
+        for last_N in last_MN:
+            value = float(last_N[n])
+            cells.append("" if math.isnan(value) else number(value))
+        rows.append(cells)
     listed = table(["layer", *names], rows, "numbers")
     return details("Last finite values of every metric, by layer", listed)
 

@@ -216,14 +216,16 @@ class RunFolder:
         found, self.links = find_runs(self.folder)
         for path, workdir in found.items():
             if path not in self.runs:
-                self.runs[path] = LiveRun(workdir, path, self._colors.color_of(path))
+                color = self._colors.color_of(path)
+                self.runs[path] = LiveRun(workdir, path, color)
             self.runs[path].name = self._arms.name_of(workdir, path)
-        given = collections.Counter(run.name for run in self.runs.values())
+        num_runs = collections.Counter(run.name for run in self.runs.values())
         for path, run in self.runs.items():
-            if given[run.name] > 1:
+            if num_runs[run.name] > 1:
                 run.name = f"{run.name} ({path})"
+        left = max_bytes
         for run in self.runs.values():
-            max_bytes -= run.poll(max(max_bytes, 0))
+            left -= run.poll(max(left, 0))
         self.is_behind = any(run.metrics.is_behind for run in self.runs.values())
 
     def newest(self, count: int, paths: Iterable[str] | None = None) -> list[str]:

@@ -203,7 +203,8 @@ class Session:
 
     def _show_load(self, runs: dict[str, LiveRun]) -> None:
         wanted = [(name, run.version) for name, run in runs.items()]
-        if TABS[self._tabs.active] != "Load" or self._drawn.get("load") == wanted:
+        is_drawn = self._drawn.get("load") == wanted
+        if is_drawn or TABS[self._tabs.active] != "Load":
             return
         self._drawn["load"] = wanted
         cells = [_load_of(run) for run in runs.values()]

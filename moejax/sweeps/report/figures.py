@@ -226,10 +226,11 @@ def draw_parallel(
 def _unit(scale: Scale, places: Float[np.ndarray, "S"]) -> Float[np.ndarray, "S"]:
     """Returns places on an axis from 0 to 1; the only level is in the middle."""
     ends = scale.places(scale.levels)
-    span = float(np.ptp(ends))
-    if not span:
-        return np.where(np.isfinite(places), 0.5, np.nan)
-    return (places - ends.min()) / span
+    lowest, span = ends.min(), float(np.ptp(ends))
+    if span:
+        return (places - lowest) / span
+    is_set = np.isfinite(places)
+    return np.where(is_set, 0.5, np.nan)
 
 
 def _draw_scales(axes: Axes, scales: Sequence[Scale], names: Sequence[str]) -> None:

@@ -116,10 +116,14 @@ def _summary(frame: pd.DataFrame, definition: Mapping[str, Any]) -> Markup:
 
 def _swept(planned: Entries) -> dict[str, list[Any]]:
     """Returns the keys that some arm overrides, with their levels."""
-    keys: dict[str, None] = {}
-    for entry in planned:
-        keys |= dict.fromkeys(entry["overrides"])
-    return {key: levels_of(entry["overrides"].get(key) for entry in planned) for key in keys}
+    overrides = [entry["overrides"] for entry in planned]
+    keys: dict[str, None] = {}  # an ordered set
+    for values in overrides:
+        keys |= dict.fromkeys(values)
+    found = {}
+    for key in keys:
+        found[key] = levels_of(values.get(key) for values in overrides)
+    return found
 
 
 def _arms(planned: Entries, seeds: Sequence[Any]) -> str:

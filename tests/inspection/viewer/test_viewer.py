@@ -100,26 +100,28 @@ def test_a_line_that_is_being_written_is_left_for_the_next_poll(file):
 @pytest.mark.parametrize("in_place", [False, True], ids=["renamed", "in place"])
 @pytest.mark.parametrize("num_new", [1, 50], ids=["shorter", "longer"])
 def test_a_file_that_was_written_again_is_read_from_its_beginning(file, num_new, in_place):
-    file.write_text(lines(*({"step": step, "a": 1} for step in range(20))))
+    old = [{"step": step, "a": 1} for step in range(20)]
+    new = [{"step": step, "a": 2} for step in range(num_new)]
+    file.write_text(lines(*old))
     reader = MetricsReader(file)
     reader.read_on(PLENTY)
     replacement = file if in_place else file.with_suffix(".tmp")
-    replacement.write_text(lines(*({"step": step, "a": 2} for step in range(num_new))))
+    replacement.write_text(lines(*new))
     replacement.replace(file)
     assert read(reader) == [list(range(num_new)), [2.0] * num_new]
 
 
 def test_a_long_file_is_read_in_parts_and_gives_the_series_of_the_run(tmp_path):
     rng = np.random.default_rng(0)
-    values = [
-        {"step": int(step), "a": float(rng.normal())} for step in [*range(40), *range(25, 60)]
-    ]  # resumed at 25
+    steps = [*range(40), *range(25, 60)]  # resumed at 25
+    values = [{"step": step, "a": float(rng.normal())} for step in steps]
     write_run(tmp_path, *values)
     reader = MetricsReader(tmp_path / "metrics.jsonl")
-    looks = 0
+    num_reads = 0
     while reader.read_on(300):
-        looks += 1
-    assert not reader.is_behind and looks > 5
+        num_reads += 1
+    assert not reader.is_behind
+    assert num_reads > 5
     for mine, theirs in zip(reader.points("a"), open_run(tmp_path).series("a"), strict=True):
         assert np.array_equal(mine, theirs)
 
@@ -137,10 +139,12 @@ def test_a_long_file_is_read_in_parts_and_gives_the_series_of_the_run(tmp_path):
     ],
 )
 def test_a_damaged_line_is_named_and_the_others_are_read(file, damage):
-    file.write_text(lines({"step": 1, "a": 1}) + damage + "\n" + lines({"step": 4, "a": 4}))
+    before, after = lines({"step": 1, "a": 1}), lines({"step": 4, "a": 4})
+    file.write_text(f"{before}{damage}\n{after}")
     reader = MetricsReader(file)
     assert read(reader) == [[1, 4], [1.0, 4.0]]
-    assert f"{file}: line 2 is damaged" in reader.problem and "delete that line" in reader.problem
+    assert f"{file}: line 2 is damaged" in reader.problem
+    assert "delete that line" in reader.problem
 
 
 def test_a_curve_is_downsampled_to_its_extremes_and_ends(tmp_path):
@@ -154,7 +158,8 @@ def test_a_curve_is_downsampled_to_its_extremes_and_ends(tmp_path):
     data = columns(run, "a", "tokens")
     assert len(data["x"]) <= MAX_POINTS
     assert {0, 7_777, 13_131, 19_999} <= set(data["step"].tolist())
-    assert (data["x"] == 8 * data["step"]).all() and (data["y"] == values[data["step"]]).all()
+    assert (data["x"] == 8 * data["step"]).all()
+    assert (data["y"] == values[data["step"]]).all()
 
 
 def test_tokens_are_interpolated_between_logged_steps(file):
@@ -182,7 +187,8 @@ def test_links_out_of_the_folder_are_named_and_not_followed(tmp_path):
     (folder / "latest").symlink_to(folder / "own")
     run_folder = RunFolder(folder)
     run_folder.poll()
-    assert list(run_folder.runs) == ["latest", "own"] and run_folder.links == ["above", "linked"]
+    assert list(run_folder.runs) == ["latest", "own"]
+    assert run_folder.links == ["above", "linked"]
     text = view_page.heading(folder, 2, run_folder.links, is_behind=False)
     assert "links that lead out of this folder: <code>above</code>, <code>linked</code>." in text
 
@@ -209,7 +215,8 @@ def test_files_that_are_not_a_run_are_named_and_not_read(tmp_path, how):
         run = LiveRun(workdir)
         run.poll()
         said = view_page.report_frame(run) if name == "report.html" else run.state.problem
-        assert f"{workdir / name} is " in said and "secret device" not in said
+        assert f"{workdir / name} is " in said
+        assert "secret device" not in said
         assert ("leads out of the run" in said) == (how != "pipe")
         assert ("no regular file" in said) == (how == "pipe")
     routing = tmp_path / "runs/report.html/routing"
@@ -224,11 +231,11 @@ def test_each_run_has_its_own_colour_by_its_name_however_many_there_are():
     names = [f"run {i}" for i in range(200)]
     colors = RunColors()
     given = [colors.color_of(name) for name in names]
-    assert len(set(given)) == 200 and [colors.color_of(name) for name in names] == given
+    assert len(set(given)) == 200
+    assert [colors.color_of(name) for name in names] == given
     assert set(given[:8]) == set(FIRST)  # the easiest to tell apart come first
-    assert RunColors().color_of("run 5") in FIRST and RunColors().color_of(
-        "run 5"
-    ) == RunColors().color_of("run 5")
+    assert RunColors().color_of("run 5") in FIRST
+    assert RunColors().color_of("run 5") == RunColors().color_of("run 5")
 
 
 def write_sweep(folder, *overrides):
@@ -275,10 +282,8 @@ def test_the_newest_of_many_runs_are_listed_and_a_part_of_a_name_finds_others(tm
     shown = RunList(run_folder, lambda *_: None)
     shown.show()
     assert list(shown.chosen) == ["run 41", "run 42", "run 43", "run 44"]
-    assert (
-        len(shown._body.objects) == MAX_LISTED
-        and "40 of 45 runs are listed" in shown._left_out.object
-    )
+    assert len(shown._body.objects) == MAX_LISTED
+    assert "40 of 45 runs are listed" in shown._left_out.object
     shown._part.value = "RUN 00"
     shown.show()
     assert len(shown._body.objects) == 1 + 4  # those shown stay
@@ -297,7 +302,8 @@ def test_what_never_changes_is_said_in_a_sentence(tmp_path):
     run_folder.poll()
     chart = Chart("Dead experts", (("moe/dead_experts", ""),), "experts", "")
     a = {"a": run_folder.runs["a"]}
-    assert constant(chart, run_folder.runs) is None and constant(chart, a) == 0
+    assert constant(chart, run_folder.runs) is None
+    assert constant(chart, a) == 0
     assert "throughout: dead experts 0." in view_page.constants([(chart, 0.0)])
 
 
@@ -325,7 +331,8 @@ def test_a_run_says_how_far_it_is_and_which_alarms_are_on(tmp_path):
         lines({"step": 30, "rule": "collapse", "state": "off", "layers": [1, 3]}),
     )
     run.poll()
-    assert run.state.alarms == ("drops in layer 1",) and run.version == version + 1
+    assert run.state.alarms == ("drops in layer 1",)
+    assert run.version == version + 1
 
 
 def test_new_runs_appear_and_what_is_wrong_with_others_is_text(tmp_path):
@@ -359,7 +366,8 @@ def test_new_runs_appear_and_what_is_wrong_with_others_is_text(tmp_path):
 def test_a_run_with_impossible_experts_is_text(tmp_path, moe):
     run = LiveRun(write_run(tmp_path / "a", config={"moe": moe}))
     run.poll()
-    assert "config.json" in run.state.problem and run.run is None
+    assert "config.json" in run.state.problem
+    assert run.run is None
 
 
 def test_one_poll_reads_no_more_than_it_may_of_all_runs_together(tmp_path):
@@ -374,7 +382,8 @@ def test_one_poll_reads_no_more_than_it_may_of_all_runs_together(tmp_path):
         1,
     ]  # two lines are 50 bytes
     run_folder.poll(size)
-    assert not run_folder.is_behind and run_folder.runs["b"].metrics.last_step == 99
+    assert not run_folder.is_behind
+    assert run_folder.runs["b"].metrics.last_step == 99
 
 
 def test_the_newest_runs_are_shown_at_first(tmp_path):
@@ -446,15 +455,18 @@ def test_entropy_is_compared_with_uniform_routing_where_the_runs_agree_on_it(tmp
         return next(chart for chart in charts if chart.title == "Entropy").reference
 
     assert reference(["a", "b", "dense"])[0] == pytest.approx(np.log(4))
-    assert reference(["a", "c"]) is None and reference([]) is None
+    assert reference(["a", "c"]) is None
+    assert reference([]) is None
 
 
 def test_the_load_of_a_layer_is_a_row_of_colours(tmp_path):
     plot = load_plot(np.array([[2, 2, 2, 2], [8, 0, 0, 0]]), [1, 3])
     data = plot.renderers[0].data_source.data
-    assert data["ratio"][0].tolist() == [[1, 1, 1, 1], [4, 0, 0, 0]]
-    assert data["log"][0][0].tolist() == [0, 0, 0, 0] and data["log"][0][1][0] == 2
-    assert np.isnan(data["log"][0][1][1:]).all()  # black: no token at all
+    (ratio_NE,), (log_NE,) = data["ratio"], data["log"]
+    assert ratio_NE.tolist() == [[1, 1, 1, 1], [4, 0, 0, 0]]
+    assert log_NE[0].tolist() == [0, 0, 0, 0]
+    assert log_NE[1, 0] == 2
+    assert np.isnan(log_NE[1, 1:]).all()  # black: no token at all
     assert plot.yaxis[0].major_label_overrides == {0: "1", 1: "3"}
 
 
@@ -472,14 +484,18 @@ def test_what_comes_from_a_run_is_escaped(tmp_path):
         view_page.heading(tmp_path / evil, 1, is_behind=False),
         frame,
     ):
-        assert "<img" not in text and "<b>" not in text and "<script" not in text
-    assert '<iframe sandbox="" ' in frame and 'srcdoc="&quot;&gt;&lt;script&gt;1' in frame
+        assert "<img" not in text
+        assert "<b>" not in text
+        assert "<script" not in text
+    assert '<iframe sandbox="" ' in frame
+    assert 'srcdoc="&quot;&gt;&lt;script&gt;1' in frame
 
 
 def test_a_run_without_a_report_shows_the_command_that_makes_it(tmp_path):
     (tmp_path / "a b").mkdir()
     text = view_page.report_frame(LiveRun(tmp_path / "a b"))
-    assert f"<span>--workdir=&#x27;{tmp_path}/a b&#x27;</span>" in text and "<iframe" not in text
+    assert f"<span>--workdir=&#x27;{tmp_path}/a b&#x27;</span>" in text
+    assert "<iframe" not in text
 
 
 class Browser:
@@ -675,9 +691,9 @@ async def check_what_is_shown(browser, url, folder):
     text = await browser.wait_for(
         Browser.TEXT, lambda text: "Language-model loss" in text and "first" in text
     )
-    assert (
-        "20 of 100" in text and "MaxVio" in text and "<img src=x onerror=document.title=1>" in text
-    )
+    assert "20 of 100" in text
+    assert "MaxVio" in text
+    assert "<img src=x onerror=document.title=1>" in text
     append(folder / "first/metrics.jsonl", lines({"step": 30, "loss/lm": 1.25, "tokens": 300}))
     write_run(folder / "third", {"step": 7, "loss/lm": 1})
     text = await browser.wait_for(

@@ -70,11 +70,12 @@ def test_a_page_of_a_full_design_says_what_was_swept_and_compares_it():
     }
     document = page(points, losses, changed=changed)
     text = " ".join(Reader(document).text)
-    assert "Of 8 arms planned: 8 done." in text and "8: 4 settings, 2 seeds" in text
-    assert "2.10 ± 0.10" in text and text.index("2.10 ± 0.10") < text.index(
-        "3.10 ± 0.10"
-    ) < text.index("5.10 ± 0.10")
-    assert "moe.d_expert" in text and '<td data-number="64">64</td>' in document
+    assert "Of 8 arms planned: 8 done." in text
+    assert "8: 4 settings, 2 seeds" in text
+    assert "2.10 ± 0.10" in text
+    assert text.index("2.10 ± 0.10") < text.index("3.10 ± 0.10") < text.index("5.10 ± 0.10")
+    assert "moe.d_expert" in text
+    assert '<td data-number="64">64</td>' in document
     assert "None: every arm is done and compared." in text
     alts = [image["alt"] for image in Reader(document).images]
     assert "Difference in eval loss from router a: b: +2 (in every seed)" in alts
@@ -101,9 +102,8 @@ def test_nothing_is_fetched_and_only_the_sorting_script_may_run():
     policy = next(
         a["content"] for tag, a in tags if a.get("http-equiv") == "Content-Security-Policy"
     )
-    assert policy.startswith("default-src 'none'") and policy.endswith(
-        f"script-src 'sha256-{digest}'"
-    )
+    assert policy.startswith("default-src 'none'")
+    assert policy.endswith(f"script-src 'sha256-{digest}'")
 
 
 def test_no_name_of_a_sweep_breaks_the_page():
@@ -115,7 +115,8 @@ def test_no_name_of_a_sweep_breaks_the_page():
     changed |= {i: {"device": evil, "tail/moe/dropped": i / 100} for i in range(15)}
     document = page(points, [3.0 + (7 * i % 11) / 5 for i in range(16)], changed=changed)
     assert len(svgs(document)) > 3
-    assert document.count("<script>") == 1 and "&lt;script&gt;alert(&quot;&amp;&quot;)" in document
+    assert document.count("<script>") == 1
+    assert "&lt;script&gt;alert(&quot;&amp;&quot;)" in document
     for svg in svgs(document):
         xml.dom.minidom.parseString(svg)
 
@@ -150,7 +151,8 @@ def test_every_kind_of_sweep_has_a_page(points):
 
 def test_a_sweep_of_one_arm_says_in_every_comparison_that_there_is_none():
     text = " ".join(Reader(page([{"moe.top_k": 2}], [3.0])).text)
-    assert "Of 1 arm planned: 1 done." in text and "1: 1 setting, no seed axis" in text
+    assert "Of 1 arm planned: 1 done." in text
+    assert "1: 1 setting, no seed axis" in text
     assert text.count("No axis has more than one level among the arms that are compared.") == 4
 
 
@@ -172,13 +174,16 @@ def test_arms_that_failed_or_are_missing_are_counted_and_listed_with_the_reason(
     ):
         assert reason in text
     assert text.count("its last evaluation is not finite or absent") == 2
-    assert "moe.top_k=9" in text and "collapse" in text and "1 of 5 arms raised alarms." in text
+    assert "moe.top_k=9" in text
+    assert "collapse" in text
+    assert "1 of 5 arms raised alarms." in text
     assert re.search(r"[0-9a-f]{10} \(top_k 3\)", text)
 
 
 def test_a_sweep_of_which_nothing_is_done_says_so():
     text = page([{"moe.top_k": 1}], [1.0], changed={0: {"status": "failed", "error": "x"}})
-    assert "No arm is done, so" in text and "<img" not in text
+    assert "No arm is done, so" in text
+    assert "<img" not in text
     definition = {"recipe": "", "arms": [entry_of({"moe.top_k": 1})]}
     text = build_sweep_page(frame_of([]), definition)
     assert "Of 1 arm planned: 0 done, 1 not ended." in text
@@ -191,12 +196,12 @@ def test_settings_of_which_some_seeds_failed_come_last_and_count_their_arms():
     dropped = {i: {"tail/moe/dropped": 0.1 + 0.1 * (i > 2)} for i in range(6)}
     document = page(points, losses, changed={i: dropped[i] | failed.get(i, {}) for i in range(6)})
     first, second = re.findall(r'<tr><th scope="row" data-number="(.*?)</tr>', document)
-    assert (
-        first.startswith("1") and "3.100 ± 0.058" in first and '<td data-number="3">3</td>' in first
-    )
-    assert (
-        second.startswith("2") and "2.9" in second and '<td data-number="1">1 of 3</td>' in second
-    )
+    assert first.startswith("1")
+    assert "3.100 ± 0.058" in first
+    assert '<td data-number="3">3</td>' in first
+    assert second.startswith("2")
+    assert "2.9" in second
+    assert '<td data-number="1">1 of 3</td>' in second
     assert (
         document.count("over the other arms alone") == 1 and document.count("<td>1 of 3</td>") == 1
     )  # of the front
@@ -224,7 +229,8 @@ def test_packs_of_different_sizes_are_noted_wherever_step_times_are_compared():
     _, of_effects, of_fronts = document.split(
         "Arms trained in packs of 1 to 8, and the time of an arm is its pack's over their number"
     )
-    assert 'id="fronts"' in of_effects and 'id="fronts"' not in of_fronts
+    assert 'id="fronts"' in of_effects
+    assert 'id="fronts"' not in of_fronts
 
 
 def test_a_search_of_many_sampled_arms_stays_readable_and_small():
@@ -238,7 +244,8 @@ def test_a_search_of_many_sampled_arms_stays_readable_and_small():
         for _ in range(120)
     ]  # fmt: skip
     document = page(points, draw.uniform(2, 3, 120).tolist())
-    assert "120 done" in document and len(document) < 1_000_000
+    assert "120 done" in document
+    assert len(document) < 1_000_000
     assert "No two arms of one seed differ in it alone" in document
 
 
@@ -247,18 +254,19 @@ def test_axes_with_one_level_are_not_drawn():
         image["alt"]
         for image in Reader(page(product(moe_top_k=[1, 2], moe_router=["a"]), [3, 2])).images
     ]
-    assert alts and not [alt for alt in alts if "router" in alt]
+    assert alts
+    assert not [alt for alt in alts if "router" in alt]
 
 
 def test_numbers_that_span_decades_are_logarithmic_unless_they_include_zero():
     assert sweep_scale.scale_of([0.001, 0.1, 0.01]).kind == "log"
     assert sweep_scale.scale_of([4, 8, 16]).kind == "linear"
-    assert (
-        sweep_scale.scale_of([0, 0.001, 0.1]).kind == "categorical"
-        and sweep_scale.scale_of([0, 4, 8]).kind == "linear"
-    )
+    assert sweep_scale.scale_of([0, 0.001, 0.1]).kind == "categorical"
+    assert sweep_scale.scale_of([0, 4, 8]).kind == "linear"
     mixed = sweep_scale.scale_of(["auto", 4, True, None])
-    assert mixed.kind == "categorical" and mixed.levels == (4, "auto", True) and mixed.is_named
+    assert mixed.kind == "categorical"
+    assert mixed.levels == (4, "auto", True)
+    assert mixed.is_named
     np.testing.assert_array_equal(mixed.places([4.0, True, None, "?"]), [0, 2, np.nan, np.nan])
     assert [name for _, name in sweep_scale.scale_of([0.001, 0.1, 0.01]).ticks()] == [
         "0.001",
@@ -398,10 +406,13 @@ def test_settings_are_compared_with_the_dense_control_or_else_the_first():
 
     points = product(moe_num_experts=[4, 8], train_seed=[0, 1])
     head, found = differences(page(points, [3.0, 3.2, 2.0, 2.3]))
-    assert head == "2" and found["2"] == "0" and found["1"] == "<b>-0.95 (-1.59 to -0.31)</b>"
+    assert head == "2"
+    assert found["2"] == "0"
+    assert found["1"] == "<b>-0.95 (-1.59 to -0.31)</b>"
     dense = [{"moe.num_experts": 0, "train.seed": seed} for seed in (0, 1)]
     document = page([*points, *dense], [3.0, 3.2, 2.0, 2.3, 2.5, 2.7])
-    assert differences(document)[0] == "2" and "the dense control" in document
+    assert differences(document)[0] == "2"
+    assert "the dense control" in document
     assert differences(document)[1]["3"] == "<b>+0.5 (in every seed)</b>"
 
 
@@ -410,7 +421,8 @@ def test_arms_whose_tokens_differ_are_compared_by_bits_per_byte():
     changed = {i: {"final/eval/bits_per_byte": bits} for i, bits in enumerate([3.4, 3.5, 2.5, 2.6])}
     document = page(points, [4.8, 4.9, 6.7, 6.8], changed=changed)
     first, second = re.findall(r'<tr><th scope="row" data-number="(.*?)</tr>', document)
-    assert "2.550 ± 0.050" in first and "3.450 ± 0.050" in second
+    assert "2.550 ± 0.050" in first
+    assert "3.450 ± 0.050" in second
     assert (
         "They differ in data.vocab_size, so in what a token is, and are compared by bits per byte"
         in document
@@ -440,11 +452,10 @@ def test_the_first_setting_is_thick_and_a_line_stops_where_an_axis_is_not_set():
 
 
 def test_means_are_written_as_precisely_as_their_error_allows():
-    assert (
-        mean_and_error(3.14159, 0.0123) == "3.142 ± 0.012"
-        and mean_and_error(1234.5, 30.0) == "1,234 ± 30"
-    )
-    assert mean_and_error(3.14159, math.nan) == "3.142" and mean_and_error(0.2, 1e-17) == "0.2"
+    assert mean_and_error(3.14159, 0.0123) == "3.142 ± 0.012"
+    assert mean_and_error(1234.5, 30.0) == "1,234 ± 30"
+    assert mean_and_error(3.14159, math.nan) == "3.142"
+    assert mean_and_error(0.2, 1e-17) == "0.2"
     assert short_names(["override/a.x", "override/b.x", "override/b.y"]) == {
         "override/a.x": "a.x", "override/b.x": "b.x", "override/b.y": "y",
     }  # fmt: skip
@@ -461,7 +472,8 @@ def test_a_report_is_written_from_a_directory_of_runs(tmp_path, capsys):
             record_of(workdir, entry, status="done", error=None, wall_s=1, step_s=0.1, packed=1),
         )
     path = build_sweep_report(tmp_path)
-    assert path == tmp_path / "report.html" and "2.10 ± 0.10" in path.read_text()
+    assert path == tmp_path / "report.html"
+    assert "2.10 ± 0.10" in path.read_text()
     assert (tmp_path / "records.parquet").exists()
     (tmp_path / "arms" / entries[3]["id"] / "record.json").unlink()
     assert main(["sweep", "report", str(tmp_path), "--json"]) == 0
