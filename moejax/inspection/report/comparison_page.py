@@ -34,6 +34,7 @@ from moejax.paths import resolve_path
 
 FILE_NAME = "comparison.html"
 MAX_TITLE = 70  # characters of a title that names the runs
+NO_LEAF = "\u2013"  # a dash
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,7 +172,7 @@ def _differences(comparison: Comparison) -> Markup:
 def _leaf(value: Any) -> str:
     """Returns a value of a configuration; a dash where a run has no such leaf."""
     if value is None:
-        return "–"
+        return NO_LEAF
     return html.code(json.dumps(value) if value == "" else value)
 
 

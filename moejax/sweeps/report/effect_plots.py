@@ -61,10 +61,9 @@ def effects(arms: pd.DataFrame, axes: Names, packs: str) -> Markup:
         return html.paragraph(ONE_SETTING)
     wanted = (loss_of(arms), *EFFECT_METRICS)
     metrics = [metric for metric in wanted if varies(arms.get(metric))]
+    intro = html.paragraph(IN_PAIRS)
     if has_one_seed(arms):
         intro = html.paragraph(ONE_SEED, "warning")
-    else:
-        intro = html.paragraph(IN_PAIRS)
     constants = html.paragraph(constants_in_words(arms, EFFECT_METRICS, "arms"))
     sections = []
     for axis in distinct_axes(arms):

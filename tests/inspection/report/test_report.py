@@ -18,8 +18,8 @@ from moejax.inspection.counterfactuals.result import AS_TRAINED, FILE_NAME, Coun
 from moejax.inspection.figures.style import Drawing
 from moejax.inspection.report.assemble import render_report, write_report
 from moejax.inspection.report.build import find_specialisation
-from moejax.inspection.report.experts import ReportData, domains
 from moejax.inspection.report.evaluations import FLOW_COLUMNS, MAX_FLOW_FIGURES, flow_windows
+from moejax.inspection.report.experts import ReportData, domains
 from moejax.inspection.report.training import Sample, configuration
 from moejax.inspection.runs.run import open_run
 from moejax.inspection.runs.settings import settings_of

@@ -22,6 +22,7 @@ from moejax.inspection.figures.run import LOSS_CHARTS, MAX_POINTS, Chart
 from moejax.inspection.runs.paths import RunPathError, check_folder
 from moejax.inspection.runs.run import open_run
 from moejax.inspection.viewer import page as view_page
+from moejax.inspection.viewer.metrics_reader import MetricsReader
 from moejax.inspection.viewer.plots import (
     CurvePlot,
     charts_of,
@@ -30,7 +31,6 @@ from moejax.inspection.viewer.plots import (
     load_plot,
     signature,
 )
-from moejax.inspection.viewer.metrics_reader import MetricsReader
 from moejax.inspection.viewer.run_folder import LiveRun, RunFolder, age, find_runs
 from moejax.training.run_directory.routing_log import RoutingLog
 
