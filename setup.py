@@ -29,6 +29,8 @@ REQUIRES = [
     "jaxtyping>=0.3.11,<0.4",
     "rich>=15,<16",
     "matplotlib>=3.11,<4",
+    "jinja2>=3.1.6,<4",  # templates of pages
+    "markupsafe>=3.0.3,<4",  # jinja2's type of text that is HTML already
     "pandas>=3,<4",  # metrics of runs as tables, in notebooks
     "tensorboardX>=2.6.5,<3",
     "pyarrow>=26,<27",  # records of sweeps as Parquet; tensorflow-datasets needs it, too
@@ -75,6 +77,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["moejax", "moejax.*"]),
+    package_data={"moejax.inspection": ["templates/*.html.j2", "templates/*/*.html.j2"]},
     install_requires=REQUIRES,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["moejax = moejax.cli:main"]},

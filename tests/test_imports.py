@@ -40,6 +40,7 @@ DOORS = {
     "sqlalchemy": ["sweeps/"],
     "submitit": ["sweeps/"],
     "matplotlib": ["inspection/figures/", "sweeps/report/"],
+    "jinja2": ["inspection/", "sweeps/report/"],
     "panel": ["inspection/viewer/"],
     "bokeh": ["inspection/viewer/"],
 }

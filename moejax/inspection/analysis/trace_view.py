@@ -2,12 +2,12 @@
 
 The HTML needs no script: radio buttons and CSS switch between layers. Colours are those of Okabe
 and Ito (2008), told apart by colour-blind readers, and never alone: each token carries its expert's
-number. They are tints over whatever ground there is, so that text reads in light and dark.
+number. They are tints over whatever background there is, so that text reads in light and dark.
 """
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float, Float32, Int32
@@ -20,23 +20,11 @@ if TYPE_CHECKING:  # imported where it is needed
 WIDTH = 100  # columns of text
 TEXT_TOKENS = 24
 HTML_TOKENS = 1024  # shown at most
-HTML_CELLS = 16_384  # tokens times layers at most: each costs some 200 bytes
+HTML_CELLS = 16_384  # tokens times layers, at most: each costs some 200 bytes
 SHOWN_CHOICES = 4  # of one token
 COLORS = ("#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#F0E442", "#0072B2", "#D55E00", "#999999")
-LINES = ("none", "solid", "dashed", "dotted")  # distinguish experts that share a colour
+LINES = ("none", "solid", "dashed", "dotted")  # set experts apart that share a colour
 NUM_STYLES = len(COLORS) * len(LINES)
-STYLE = """
-.moejax-trace{margin:.5rem 0}
-.moejax-trace fieldset{display:flex;flex-wrap:wrap;gap:0 .9rem;margin:0 0 .4rem;padding:0;border:0}
-.moejax-trace label{cursor:pointer}
-.moejax-trace .layer{display:none}
-.moejax-trace .token{display:inline-block;line-height:1.5;padding:.1rem .12rem;border-radius:.2rem;
-white-space:pre;
-font-family:ui-monospace,"DejaVu Sans Mono",Menlo,Consolas,monospace;unicode-bidi:isolate}
-.moejax-trace sup{font-size:.62em;opacity:.8}
-.moejax-trace p{margin:.3rem 0;opacity:.8;font-size:.875em}
-@supports not selector(:has(a)){.moejax-trace .layer{display:block}}
-"""
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -68,20 +56,21 @@ class Trace:
 
     @property
     def margins_NT(self) -> Float[np.ndarray, "N T"]:
-        """Least probability of a token's experts minus the highest of the others, or minus 0.
+        """The margin by which each token's experts were chosen.
 
-        Negative where bias or groups overrule the probabilities; NaN where a token has no expert.
+        This is the least probability of its experts minus the highest of the others (0 if there are
+        none). It is negative where bias or groups overrule the probabilities, and NaN where a token
+        has no expert.
         """
-        experts_E = np.arange(self.num_experts)
-        is_choice_NTKE = self.experts_NTK[..., None] == experts_E
-        is_chosen_NTE = is_choice_NTKE.any(axis=2)
+        expert_ids_E = np.arange(self.num_experts)
+        is_chosen_NTE = (self.experts_NTK[..., None] == expert_ids_E).any(axis=2)
         least_NT = np.where(is_chosen_NTE, self.probs_NTE, np.inf).min(axis=-1)
-        highest_NT = np.where(is_chosen_NTE, 0.0, self.probs_NTE).max(axis=-1)
+        highest_other_NT = np.where(is_chosen_NTE, 0.0, self.probs_NTE).max(axis=-1)
         has_expert_NT = is_chosen_NTE.any(axis=-1)
-        return np.where(has_expert_NT, least_NT - highest_NT, np.nan)
+        return np.where(has_expert_NT, least_NT - highest_other_NT, np.nan)
 
     def to_frame(self) -> "pd.DataFrame":
-        """Returns a pandas table with a row per token, layer and choice.
+        """Returns a row per token, layer and choice.
 
         Returns:
           Columns `token` (id), `piece`, `position`, `layer` (of the model), `rank` (0 is the best
@@ -96,7 +85,8 @@ class Trace:
         layer, token, rank = np.nonzero(is_row_NTK)
         expert = self.experts_NTK[layer, token, rank]
         has_expert = has_expert_NTK[layer, token, rank]
-        column = np.where(has_expert, expert, 0)  # of a valid expert, where there is none
+        # Without an expert, any column does: what is read there is replaced by NaN.
+        column = np.where(has_expert, expert, 0)
         weight = self.weights_NTK[layer, token, rank]
         prob = self.probs_NTE[layer, token, column]
         logit = self.logits_NTE[layer, token, column]
@@ -124,16 +114,16 @@ class Trace:
 def as_text(trace: Trace) -> str:
     """Returns a table of the first tokens and layers."""
     columns = _text_columns(trace)
-    widths = [max(map(len, column)) for column in columns]
+    num_tokens, num_layers = len(columns[0]) - 1, len(columns) - 2
+    widths = [_width(column) for column in columns]
     lines = [_title(trace)]
     for row in zip(*columns, strict=True):
         cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
         lines.append("  ".join(cells))
-    num_layers = len(columns) - 2  # the first two are tokens and pieces
     more = []
-    if len(trace.tokens_T) > TEXT_TOKENS:
-        more.append(f"{len(trace.tokens_T) - TEXT_TOKENS} more tokens")
-    if len(trace.layers) > num_layers:
+    if num_tokens < len(trace.tokens_T):
+        more.append(f"{len(trace.tokens_T) - num_tokens} more tokens")
+    if num_layers < len(trace.layers):
         more.append(f"{len(trace.layers) - num_layers} more layers")
     if more:
         lines.append(f"... {' and '.join(more)}; to_frame() has all")
@@ -141,60 +131,41 @@ def as_text(trace: Trace) -> str:
 
 
 def _text_columns(trace: Trace) -> list[list[str]]:
-    """Returns columns of cells: token, piece, and as many layers as fit, at least one."""
+    """Returns the columns of `as_text`: tokens, pieces, and as many layers as fit."""
     cells = _Cells(trace)
     tokens = range(min(len(trace.tokens_T), TEXT_TOKENS))
-    columns = [
-        ["token", *map(str, tokens)],
-        ["piece", *(_short(html.visible(trace.pieces[t])) for t in tokens)],
-    ]
-    width = sum(_width(column) for column in columns)
+    pieces = [_shorten(html.visible(trace.pieces[t])) for t in tokens]
+    columns = [["token", *(str(t) for t in tokens)], ["piece", *pieces]]
+    used = sum(_width(column) + 2 for column in columns)
     for n, layer in enumerate(trace.layers):
         column = [f"layer {layer}", *(cells.in_short(n, t) for t in tokens)]
-        width += _width(column)
-        if n and width > WIDTH:
+        used += _width(column) + 2
+        if n and used > WIDTH:
             break
         columns.append(column)
     return columns
 
 
 def _width(column: list[str]) -> int:
-    """Returns the width of a column with the gap after it."""
-    return max(map(len, column)) + 2
+    return max(len(cell) for cell in column)
 
 
-def as_html(trace: Trace) -> str:
+def as_html(trace: Trace) -> html.Markup:
     """Returns the text with each token in the colour of its first expert, one layer at a time."""
-    num_layers = len(trace.layers)
-    fitting = max(1, HTML_CELLS // num_layers)
-    num_shown = min(len(trace.tokens_T), HTML_TOKENS, fitting)
-    rules = [_rule(style) for style in range(min(trace.num_experts, NUM_STYLES))]
-    rules += [_show_rule(n) for n in range(num_layers)]
-    switches = [_switch(n, layer) for n, layer in enumerate(trace.layers)]
-    cells = _Cells(trace)
-    layers = [cells.layer_as_html(n, num_shown) for n in range(num_layers)]
-    left_out = len(trace.tokens_T) - num_shown
-    foot = f"<p>{left_out:,} more tokens are not shown; to_frame() has all.</p>" if left_out else ""
-    # A form of its own makes the buttons a group of their own, however many traces are on a page.
-    # Nothing is sent.
-    return (
-        f'<form class="moejax-trace" method="dialog"><style>{STYLE}{"".join(rules)}</style>'
-        f"<p>{html.text(_title(trace))}. The number is a token's first expert; "
-        f"point at a token for more.</p><fieldset>{''.join(switches)}</fieldset>"
-        f"{''.join(layers)}{foot}</form>"
+    cells, num_layers = _Cells(trace), len(trace.layers)
+    num_shown = min(len(trace.tokens_T), HTML_TOKENS, max(1, HTML_CELLS // num_layers))
+    layers = []
+    for n, layer in enumerate(trace.layers):
+        shown = [cells.shown(n, t) for t in range(num_shown)]
+        layers.append({"name": layer, "cells": shown})
+    num_styles = min(trace.num_experts, NUM_STYLES)
+    return html.render(
+        "trace",
+        title=_title(trace),
+        styles=[_style(number) for number in range(num_styles)],
+        layers=layers,
+        num_left_out=len(trace.tokens_T) - num_shown,
     )
-
-
-def _switch(n: int, layer: int) -> str:
-    """Returns the button that shows a layer; the first is pressed."""
-    checked = " checked" if n == 0 else ""
-    button = f'<input type="radio" name="layer" value="{n}"{checked}>'
-    return f"<label>{button} Layer {layer}</label>"
-
-
-def _show_rule(n: int) -> str:
-    """Returns the rule that shows a layer while its button is pressed."""
-    return f'.moejax-trace:has(input[value="{n}"]:checked) .layer-{n}{{display:block}}'
 
 
 class _Cells:
@@ -208,80 +179,72 @@ class _Cells:
     def choices(self, n: int, t: int) -> list[tuple[int, float]]:
         """Returns the experts of a token with their weights.
 
-        Where a layer mixes all experts, all of them with their probabilities.
+        Where a layer mixes all experts, these are all of them with their probabilities, the highest
+        first.
         """
         if self.is_mixed_N[n]:
             probs_E = self.trace.probs_NTE[n, t]
-            order_E = np.argsort(-probs_E, kind="stable")
-            return [(int(expert), float(probs_E[expert])) for expert in order_E]
-        experts_K = self.trace.experts_NTK[n, t]
-        weights_K = self.trace.weights_NTK[n, t]
-        found = []
-        for expert, weight in zip(experts_K, weights_K, strict=True):
-            if expert < self.trace.num_experts:
-                found.append((int(expert), float(weight)))
-        return found
+            experts = np.argsort(-probs_E, kind="stable")
+            weights = probs_E[experts]
+        else:
+            experts_K = self.trace.experts_NTK[n, t]
+            has_expert_K = experts_K < self.trace.num_experts
+            experts = experts_K[has_expert_K]
+            weights = self.trace.weights_NTK[n, t][has_expert_K]
+        return list(zip(experts.tolist(), weights.tolist(), strict=True))
 
     def in_short(self, n: int, t: int) -> str:
-        """Returns the choices in the form `3 0.61, 1 0.39`."""
+        """Returns a token's experts and weights as `3 0.61, 1 0.39`."""
         choices = self.choices(n, t)
         if not choices:
             return "none"
-        words = [f"{expert} {weight:.2f}" for expert, weight in choices[:SHOWN_CHOICES]]
+        parts = [f"{expert} {weight:.2f}" for expert, weight in choices[:SHOWN_CHOICES]]
         if len(choices) > SHOWN_CHOICES:
-            words.append("...")
-        return ", ".join(words)
+            parts.append("...")
+        return ", ".join(parts)
 
-    def layer_as_html(self, n: int, num_tokens: int) -> str:
-        """Returns the first tokens of a layer."""
-        tokens = "".join(self.as_html(n, t) for t in range(num_tokens))
-        return f'<div class="layer layer-{n}">{tokens}</div>'
-
-    def as_html(self, n: int, t: int) -> str:
-        """Returns the token's text with the number of its first expert, and in its colour."""
-        choices = self.choices(n, t)
-        number, style = "none", ""
-        if choices:
-            first, _ = choices[0]
-            number, style = str(first), f" s{first % NUM_STYLES}"
-        piece = self.trace.pieces[t]
-        line_break = "<br>" if "\n" in piece or piece == "\\n" else ""
-        return (
-            f'<span class="token{style}" title="{html.text(self._in_full(n, t, choices))}">'
-            f"{html.text(html.visible(piece))}<sup>{number}</sup></span>{line_break}"
-        )
+    def shown(self, n: int, t: int) -> dict[str, Any]:
+        """Returns what the template shows of a token: its text, first expert, style and details."""
+        choices, piece = self.choices(n, t), self.trace.pieces[t]
+        expert = choices[0][0] if choices else None
+        return {
+            "piece": html.visible(piece),
+            "expert": "none" if expert is None else expert,
+            "style": None if expert is None else expert % NUM_STYLES,
+            "details": self._in_full(n, t, choices),
+            "ends_line": "\n" in piece or piece == "\\n",
+        }
 
     def _in_full(self, n: int, t: int, choices: list[tuple[int, float]]) -> str:
-        """Returns everything about a token in one layer."""
+        probs_E, margin = self.trace.probs_NTE[n, t], self.margins_NT[n, t]
         parts = [f"token {self.trace.tokens_T[t]} at position {t}"]
-        if not choices:
-            return "; ".join([*parts, "no expert"])
         if self.is_mixed_N[n]:
             parts.append("mixes all experts")
         for expert, weight in choices[:SHOWN_CHOICES]:
-            prob = self.trace.probs_NTE[n, t, expert]
+            prob = probs_E[expert]
             parts.append(f"expert {expert}: weight {weight:.3f}, probability {prob:.3f}")
         if len(choices) > SHOWN_CHOICES:
             parts.append(f"{len(choices) - SHOWN_CHOICES} more")
-        margin = self.margins_NT[n, t]
         if not math.isnan(margin):
             parts.append(f"margin {margin:.3f}")
+        if not choices:
+            parts.append("no expert")
         return "; ".join(parts)
 
 
 def _title(trace: Trace) -> str:
+    num_tokens, num_layers = len(trace.tokens_T), len(trace.layers)
     return (
-        f"Trace of {len(trace.tokens_T):,} tokens through {len(trace.layers)} MoE layers "
-        f"of {trace.num_experts} experts"
+        f"Trace of {num_tokens:,} tokens through {num_layers} MoE layers of {trace.num_experts} "
+        "experts"
     )
 
 
-def _short(piece: str) -> str:
+def _shorten(piece: str) -> str:
     return piece if len(piece) <= 14 else f"{piece[:13]}…"
 
 
-def _rule(style: int) -> str:
-    """Returns the rule of one of `NUM_STYLES` styles: a colour, and a line below."""
-    color = COLORS[style % len(COLORS)]
-    line = LINES[style // len(COLORS)]
-    return f".moejax-trace .s{style}{{background:{color}55;border-bottom:2px {line} {color}}}"
+def _style(number: int) -> dict[str, Any]:
+    """Returns the number, colour and underline that show experts."""
+    line, color = divmod(number, len(COLORS))
+    return {"number": number, "color": COLORS[color], "line": LINES[line]}

@@ -1,7 +1,7 @@
-"""A run as one HTML page: how training went, how tokens were routed, what experts do, and what the model writes.
+"""A run as one HTML page: training, how tokens were routed, what experts do, what the model writes.
 
-See `report/page.py` for what a page is. Each section is a function of the run, in the files
-beside this one.
+See `report/page.py` for what a page is. Each section is a function of the run, in the other files
+of this folder.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int
 
+from moejax.inspection import html
 from moejax.inspection.figures import run as figures
-from moejax.inspection.report import experts, health, load, training
+from moejax.inspection.report import counterfactuals, evaluations, experts, health, load, training
 from moejax.inspection.report.experts import ReportData
 from moejax.inspection.report.page import Section, guarded, render_page, write_page
 from moejax.inspection.report.training import Sample
@@ -41,32 +42,15 @@ def render_report(
     Returns:
       An HTML document.
     """
-    losses = (*figures.LOSS_CHARTS, *training.other_losses(run))
-    sections: list[Section] = [
-        ("summary", "Summary", training.summary(run)),
-        ("losses", "Losses", training.charts(run, losses) + training.losses_by_cost(run)),
-        ("speed", "Speed and optimisation", training.charts(run, figures.SPEED_CHARTS)),
-    ]
+    sections = _training_sections(run)
     if run.is_dense:
-        sections.append(
-            (
-                "routing",
-                "Routing",
-                "<p>This is a dense run: it has no experts, so nothing is routed.</p>",
-            )
-        )
+        note = "This is a dense run: it has no experts, so nothing is routed."
+        sections.append(("routing", "Routing", html.paragraph(note)))
     else:
-        sections += _routing(run)
-        sections += [
-            ("tokens", "What each expert takes", experts.tokens(run, token_counts_nEV, piece)),
-            ("attributes", "What routing goes by", experts.attributes(findings)),
-        ]
-        if findings.domains is not None:
-            sections.append(("domains", "Domains", experts.domains(findings)))
-        sections += [
-            ("text", "A text by expert", experts.passage(findings)),
-            ("counterfactuals", "Counterfactuals", guarded(lambda: experts.changed_routing(run))),
-        ]
+        sections += _routing_sections(run)
+        tokens = experts.tokens(run, token_counts_nEV, piece)
+        sections.append(("tokens", "What each expert takes", tokens))
+        sections += _expert_sections(run, findings)
     sections += [
         ("samples", "Samples", training.written(samples)),
         ("config", "Configuration", training.configuration(run)),
@@ -74,23 +58,47 @@ def render_report(
     return render_page(run.name_in_words, training.subtitle(run), sections, kind="run report")
 
 
-def _routing(run: Run) -> list[Section]:
+def _training_sections(run: Run) -> list[Section]:
+    loss_charts = (*figures.LOSS_CHARTS, *training.other_losses(run))
+    losses = training.charts(run, loss_charts) + training.losses_by_cost(run)
+    speed = training.charts(run, figures.SPEED_CHARTS)
     return [
-        ("alarms", "Alarms", guarded(lambda: health.alarms(run))),
-        (
-            "routing",
-            "Routing health",
-            training.charts(run, figures.routing_charts(run.num_choices)),
-        ),
-        ("layers", "Layer by layer", health.layers_over_time(run)),
-        ("load", "Expert load over time", load.load_over_time(run)),
-        ("final-load", "Final expert load", load.final_load(run)),
-        ("settling", "Saturation and churn", guarded(lambda: health.settling(run))),
-        ("coactivation", "Experts that go together", guarded(lambda: health.coactivation(run))),
-        ("flow", "Paths through the layers", guarded(lambda: health.flow(run))),
+        ("summary", "Summary", training.summary(run)),
+        ("losses", "Losses", losses),
+        ("speed", "Speed and optimisation", speed),
     ]
 
 
-def write_report(workdir: str | Path, html: str) -> Path:
-    """Writes `report.html` into the run directory in one rename, so that a reader never sees half a page."""
-    return write_page(Path(workdir) / "report.html", html)
+def _routing_sections(run: Run) -> list[Section]:
+    routing = training.charts(run, figures.routing_charts(run.num_choices))
+    settling = guarded(lambda: evaluations.settling(run))
+    coactivation = guarded(lambda: evaluations.coactivation(run))
+    return [
+        ("alarms", "Alarms", guarded(lambda: health.alarms(run))),
+        ("routing", "Routing health", routing),
+        ("layers", "Layer by layer", health.layers_over_time(run)),
+        ("load", "Expert load over time", load.load_over_time(run)),
+        ("final-load", "Final expert load", load.final_load(run)),
+        ("settling", "Saturation and churn", settling),
+        ("coactivation", "Experts that go together", coactivation),
+        ("flow", "Paths through the layers", guarded(lambda: evaluations.flow(run))),
+    ]
+
+
+def _expert_sections(run: Run, findings: ReportData) -> list[Section]:
+    sections: list[Section] = [
+        ("attributes", "What routing goes by", experts.attributes(findings)),
+    ]
+    if findings.domains is not None:
+        sections.append(("domains", "Domains", experts.domains(findings)))
+    changed = guarded(lambda: counterfactuals.changed_routing(run))
+    sections += [
+        ("text", "A text by expert", experts.passage(findings)),
+        ("counterfactuals", "Counterfactuals", changed),
+    ]
+    return sections
+
+
+def write_report(workdir: str | Path, document: str) -> Path:
+    """Writes `report.html` into the run directory in one rename: no reader sees half a page."""
+    return write_page(Path(workdir) / "report.html", document)

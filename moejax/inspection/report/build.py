@@ -1,7 +1,7 @@
 """From a run directory to its report: routes validation text, writes samples, renders the page."""
 
 import dataclasses
-import logging
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,17 +26,13 @@ from moejax.training.evaluation import domains_of
 from moejax.training.run_directory.text import TextPlaces
 
 TRACED_TOKENS = 65_536
-MEASURED_TOKENS = (
-    32_768  # of these, in which attributes are measured: more take long with many experts
-)
+MEASURED_TOKENS = 32_768  # of these, in which attributes are measured: more take long
 NUM_PERMUTATIONS = 4
 PASSAGE_TOKENS, PASSAGE_CELLS = 256, 1_600  # at most: tokens, and tokens times layers
 NUM_SAMPLES = 3
 PROMPT_TOKENS = 12
 SAMPLE_TOKENS = 120
 TEMPERATURE, TOP_P = 0.8, 0.95
-
-log = logging.getLogger("moejax")
 
 
 def build_report(workdir: str | Path, places: TextPlaces | None = None) -> Path:
@@ -54,19 +50,24 @@ def build_report(workdir: str | Path, places: TextPlaces | None = None) -> Path:
     corpus = loaded.corpus(places)
     token_counts_nEV, findings = None, ReportData()
     if loaded.config.num_moe_layers:
-        routed = route_corpus(loaded, corpus, max_rows=max(1, TRACED_TOKENS // corpus.seq_len))
+        max_rows = max(1, TRACED_TOKENS // corpus.seq_len)
+        routed = route_corpus(loaded, corpus, max_rows=max_rows)
         token_counts_nEV = count_routed_tokens(routed, loaded.config.vocab_size)
-        findings = find_specialisation(routed, loaded.tokenizer.piece, labels=domains_of(corpus))
+        labels = domains_of(corpus)
+        findings = find_specialisation(routed, loaded.tokenizer.piece, labels=labels)
         findings = dataclasses.replace(findings, trace=trace_passage(loaded, corpus))
-    html = render_report(
-        record, token_counts_nEV=token_counts_nEV, piece=loaded.tokenizer.piece,
-        samples=write_samples(loaded, corpus), findings=findings,
-    )  # fmt: skip
-    return write_report(record.workdir, html)
+    document = render_report(
+        record,
+        token_counts_nEV=token_counts_nEV,
+        piece=loaded.tokenizer.piece,
+        samples=write_samples(loaded, corpus),
+        findings=findings,
+    )
+    return write_report(record.workdir, document)
 
 
 def count_routed_tokens(routed: RoutedTokens, vocab_size: int) -> np.ndarray:
-    """How often each expert of the `drawn_layers` got each token of the vocabulary: `[n, E, V]`."""
+    """Returns how often each expert of the `drawn_layers` got each token: `[n, E, V]`."""
     is_token_T = np.ones(len(routed.tokens_T), bool)
     experts_nTK = routed.experts_NTK[drawn_layers(len(routed.layers))]
     return count_tokens_by_expert(
@@ -80,7 +81,7 @@ def find_specialisation(
     *,
     labels: Labels | None = None,
 ) -> ReportData:
-    """What attributes of tokens, and domains of documents, tell of the experts.
+    """Measures what attributes of tokens, and domains of documents, tell about the experts.
 
     Args:
       routed: validation tokens. Of deep models, evenly spaced layers are measured.
@@ -88,56 +89,79 @@ def find_specialisation(
       labels: the domains of the split's documents; None if they have none.
     """
     layers = drawn_layers(len(routed.layers))
-    experts_NTK = routed.experts_NTK[layers]
+    experts_nTK = routed.experts_NTK[layers]
     num_tokens = len(routed.tokens_T)
-    chosen = np.arange(num_tokens)
-    if num_tokens > MEASURED_TOKENS:
-        chosen = np.sort(
-            np.random.default_rng(0).choice(num_tokens, MEASURED_TOKENS, replace=False)
-        )
+    places = _measured_places(num_tokens)
     attributes = attributes_of(routed.tokens_T, routed.rows_T, routed.positions_T, piece)
-
-    def measure(attribute: Attribute, tokens: np.ndarray, **more: Attribute) -> Information:
-        return expert_information(
-            attribute.at(tokens), experts_NTK[:, tokens], routed.num_experts, num_permutations=NUM_PERMUTATIONS,
-            given=more["given"].at(tokens) if more else None,
-        )  # fmt: skip
-
-    information = [measure(attribute, chosen) for attribute in attributes]
+    measure = functools.partial(_measure, experts_nTK=experts_nTK, num_experts=routed.num_experts)
+    information = [measure(attribute, places) for attribute in attributes]
     found = ReportData(information, [routed.layers[n] for n in layers], num_tokens)
     if labels is None:
         return found
-    domains_T = np.where(routed.documents_T >= 0, labels.domain_of_document[routed.documents_T], -1)
-    labelled = chosen[domains_T[chosen] >= 0]
+    is_labelled_T = routed.documents_T >= 0
+    domains_T = np.where(is_labelled_T, labels.domain_of_document[routed.documents_T], -1)
+    labelled = places[domains_T[places] >= 0]
     domain, token = Attribute("domain", domains_T), attributes[0]
     information += [
-        measure(domain, labelled), measure(domain, labelled, given=token), measure(token, labelled, given=domain)
-    ]  # fmt: skip
-    domains = domain_specialisation(domains_T, experts_NTK, len(labels.domains), routed.num_experts)
+        measure(domain, labelled),
+        measure(domain, labelled, given=token),
+        measure(token, labelled, given=domain),
+    ]
+    domains = domain_specialisation(domains_T, experts_nTK, len(labels.domains), routed.num_experts)
     return dataclasses.replace(
         found, information=information, domains=domains, domain_names=labels.domains
     )
 
 
+def _measured_places(num_tokens: int) -> np.ndarray:
+    """Draws the places of at most `MEASURED_TOKENS` tokens, in order; all if there are no more."""
+    if num_tokens <= MEASURED_TOKENS:
+        return np.arange(num_tokens)
+    rng = np.random.default_rng(0)
+    return np.sort(rng.choice(num_tokens, MEASURED_TOKENS, replace=False))
+
+
+def _measure(
+    attribute: Attribute,
+    places: np.ndarray,
+    *,
+    experts_nTK: np.ndarray,
+    num_experts: int,
+    given: Attribute | None = None,
+) -> Information:
+    """Measures what an attribute tells about experts, or adds to what `given` tells about them."""
+    return expert_information(
+        attribute.at(places),
+        experts_nTK[:, places],
+        num_experts,
+        num_permutations=NUM_PERMUTATIONS,
+        given=None if given is None else given.at(places),
+    )
+
+
 def trace_passage(loaded: LoadedRun, corpus: Corpus) -> Trace:
-    """The first words of the first validation row, routed; of deep models evenly spaced layers."""
+    """Routes the first words of the first validation row; of deep models evenly spaced layers."""
     layers = drawn_layers(loaded.config.num_moe_layers)
-    row = corpus.rows("validation")[0]
     length = min(PASSAGE_TOKENS, PASSAGE_CELLS // len(layers))
-    found = trace(loaded, row["tokens"][:length][row["segments"][:length] == 1])
+    row = corpus.rows("validation")[0]
+    is_first_document = row["segments"][:length] == 1
+    found = trace(loaded, row["tokens"][:length][is_first_document])
     return dataclasses.replace(
-        found, layers=tuple(found.layers[n] for n in layers), experts_NTK=found.experts_NTK[layers],
-        weights_NTK=found.weights_NTK[layers], logits_NTE=found.logits_NTE[layers], probs_NTE=found.probs_NTE[layers],
-    )  # fmt: skip
+        found,
+        layers=tuple(found.layers[n] for n in layers),
+        experts_NTK=found.experts_NTK[layers],
+        weights_NTK=found.weights_NTK[layers],
+        logits_NTE=found.logits_NTE[layers],
+        probs_NTE=found.probs_NTE[layers],
+    )
 
 
 def write_samples(loaded: LoadedRun, corpus: Corpus) -> list[Sample]:
     """Continues the first words of some validation rows."""
     rows = corpus.rows("validation")
     step = max(1, len(rows) // NUM_SAMPLES)
-    prompts = [_beginning(rows[i], loaded.tokenizer.decode) for i in range(0, len(rows), step)][
-        :NUM_SAMPLES
-    ]
+    chosen = range(0, len(rows), step)[:NUM_SAMPLES]
+    prompts = [_beginning(rows[i], loaded.tokenizer.decode) for i in chosen]
     texts = generate_text(
         loaded.model,
         loaded.tokenizer,
@@ -146,12 +170,10 @@ def write_samples(loaded: LoadedRun, corpus: Corpus) -> list[Sample]:
         temperature=TEMPERATURE,
         top_p=TOP_P,
     )
-    return [
-        Sample(prompt, text, TEMPERATURE, TOP_P)
-        for prompt, text in zip(prompts, texts, strict=True)
-    ]
+    pairs = zip(prompts, texts, strict=True)
+    return [Sample(prompt, text, TEMPERATURE, TOP_P) for prompt, text in pairs]
 
 
 def _beginning(row: dict[str, np.ndarray], decode: Callable[[list[int]], str]) -> str:
-    is_first = row["segments"][:PROMPT_TOKENS] == 1
-    return decode(row["tokens"][:PROMPT_TOKENS][is_first].tolist())
+    is_first_document = row["segments"][:PROMPT_TOKENS] == 1
+    return decode(row["tokens"][:PROMPT_TOKENS][is_first_document].tolist())

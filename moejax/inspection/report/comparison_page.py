@@ -1,5 +1,6 @@
-"""Several runs as one HTML page: how they ended, where they differ, and how loss and balance went in each."""
+"""Several runs as one HTML page: how they ended, how they differ, how loss and balance went."""
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,8 +12,10 @@ from moejax.inspection import html
 from moejax.inspection.figures.axes import NAMES
 from moejax.inspection.figures.comparison import MAX_RUNS, draw_runs, draw_sorted_load, line_styles
 from moejax.inspection.figures.run import only_value
-from moejax.inspection.report.comparison_tables import other_tokens, over_seeds, results
-from moejax.inspection.report.load import final_counts
+from moejax.inspection.html import Markup
+from moejax.inspection.report.comparison_seeds import over_seeds
+from moejax.inspection.report.comparison_tables import other_tokens, results
+from moejax.inspection.report.load import NOT_LOGGED, final_counts
 from moejax.inspection.report.page import (
     Section,
     drawn_layers,
@@ -30,29 +33,64 @@ from moejax.inspection.runs.run import RunError
 from moejax.paths import resolve_path
 
 FILE_NAME = "comparison.html"
-LOSSES = (
-    ("eval/loss", "Validation loss", "nats per token"),
-    ("loss/lm", "Training loss", "nats per token"),
-)
-BITS = (("eval/bits_per_byte", "Bits per byte", "bits per byte"),)
 MAX_TITLE = 70  # characters of a title that names the runs
+NO_LEAF = "\u2013"  # a dash
+
+
+@dataclasses.dataclass(frozen=True)
+class RunsChart:
+    """A metric that is drawn for all runs together.
+
+    Attributes:
+      key: of the metric.
+      title: what it is.
+      unit: label of the y axis.
+      reading: how to read it.
+    """
+
+    key: str
+    title: str
+    unit: str
+    reading: str = ""
+
+
+LOSSES = (
+    RunsChart("eval/loss", "Validation loss", "nats per token"),
+    RunsChart("loss/lm", "Training loss", "nats per token"),
+)
+BITS = (RunsChart("eval/bits_per_byte", "Bits per byte", "bits per byte"),)
 ROUTING = (
-    ("moe/max_violation", "MaxVio", "busiest / mean - 1", "0 is perfect balance. Good: low."),
-    ("moe/load_entropy", "Load entropy", "nats", "How evenly tokens spread. Good: close to ln E."),
-    (
+    RunsChart(
+        "moe/max_violation",
+        "MaxVio",
+        "busiest / mean - 1",
+        "0 is perfect balance. Good: low.",
+    ),
+    RunsChart(
+        "moe/load_entropy",
+        "Load entropy",
+        "nats",
+        "How evenly tokens spread. Good: close to ln E.",
+    ),
+    RunsChart(
         "moe/entropy",
         "Router entropy",
         "nats",
         "How undecided the router is about a token; it falls as experts specialise.",
     ),
-    (
+    RunsChart(
         "moe/dropped",
         "Dropped",
         "share of assignments",
         "Assignments that found their expert full. Good: 0.",
     ),
-    ("moe/dead_experts", "Dead experts", "experts", "Without a token in the interval. Good: 0."),
-    (
+    RunsChart(
+        "moe/dead_experts",
+        "Dead experts",
+        "experts",
+        "Without a token in the interval. Good: 0.",
+    ),
+    RunsChart(
         "eval/routing_churn",
         "Routing churn",
         "share of a token's experts",
@@ -76,9 +114,9 @@ def write_comparison(workdirs: Sequence[str | Path], output: str | Path | None =
             f"{len(workdirs)} runs were given; a comparison takes 2 to {MAX_RUNS} run directories"
         )
     folders = [resolve_path(workdir) for workdir in workdirs]
-    found = compare(folders)
+    comparison = compare(folders)
     path = folders[0].parent / FILE_NAME if output is None else resolve_path(output)
-    return write_page(path, render_comparison(found))
+    return write_page(path, render_comparison(comparison))
 
 
 def render_comparison(comparison: Comparison) -> str:
@@ -98,7 +136,7 @@ def render_comparison(comparison: Comparison) -> str:
 
 
 def _title(comparison: Comparison) -> str:
-    """The runs that are compared, or how many there are."""
+    """Names the runs that are compared, or says how many there are."""
     labels = list(comparison.runs)
     named = f"{', '.join(labels[:-1])} and {labels[-1]}"
     return named if len(named) <= MAX_TITLE else f"{len(labels)} runs"
@@ -106,108 +144,111 @@ def _title(comparison: Comparison) -> str:
 
 def _recipes(comparison: Comparison) -> str:
     names = dict.fromkeys(recipe_name(run.command) for run in comparison.runs.values())
-    known = [html.text(name) for name in names if name]
-    return (
-        f"Side by side; recipe{'s' * (len(known) > 1)} {', '.join(known)}"
-        if known
-        else "Side by side"
-    )
+    known = [name for name in names if name]
+    if not known:
+        return "Side by side"
+    word = "recipe" if len(known) == 1 else "recipes"
+    return f"Side by side; {word} {', '.join(known)}"
 
 
-def _key(comparison: Comparison) -> str:
-    """Which line is which run, once for all figures."""
-    items = [
-        f'<li><i style="border-top:3px {look.css} {look.color}"></i><strong>{html.text(label)}</strong> '
-        f'<span class="soft">{model_in_words(comparison.runs[label])}</span></li>'
-        for label, look in line_styles(list(comparison.runs)).items()
-    ]
-    return f'<ul class="key">{"".join(items)}</ul>'
+def _key(comparison: Comparison) -> Markup:
+    """Shows which line is which run, once for all figures."""
+    styles = line_styles(list(comparison.runs))
+    models = {label: model_in_words(run) for label, run in comparison.runs.items()}
+    return html.render("comparison/key", styles=styles, models=models)
 
 
-def _differences(comparison: Comparison) -> str:
+def _differences(comparison: Comparison) -> Markup:
     frame = comparison.differences
     if not len(frame):
-        return "<p>The configurations are the same.</p>"
-    rows = [
-        [html.text(leaf), *(_leaf(value) for value in row)]
-        for leaf, row in zip(frame.index, frame.itertuples(index=False, name=None), strict=True)
-    ]
-    head = ["leaf", *map(html.text, frame.columns)]
-    return f"<p>The leaves in which the runs differ.</p>{table(head, rows, 'compared')}"
+        return html.paragraph("The configurations are the same.")
+    rows = []
+    for leaf, values in zip(frame.index, frame.itertuples(index=False, name=None), strict=True):
+        rows.append([leaf, *(_leaf(value) for value in values)])
+    intro = html.paragraph("The leaves in which the runs differ.")
+    return intro + table(["leaf", *frame.columns], rows, "compared")
 
 
 def _leaf(value: Any) -> str:
-    """A value of a configuration; a dash where a run has no such leaf."""
+    """Returns a value of a configuration; a dash where a run has no such leaf."""
     if value is None:
-        return "&ndash;"
-    return f"<code>{html.text(value if value != '' else json.dumps(value))}</code>"
+        return NO_LEAF
+    return html.code(json.dumps(value) if value == "" else value)
 
 
-def _losses(comparison: Comparison) -> str:
+def _losses(comparison: Comparison) -> Markup:
     note = other_tokens(comparison)
-    losses = BITS if note else LOSSES
-    drawn = []
-    for key, title, unit in losses:
-        of_key = []
-        for against, name in NAMES.items():
-            image = draw_runs(comparison.runs, key, unit, against=against, legend=False)
+    grids = []
+    for chart in BITS if note else LOSSES:
+        drawn = []
+        for axis, name in NAMES.items():
+            image = draw_runs(comparison.runs, chart.key, chart.unit, against=axis, legend=False)
             if image is not None:
-                of_key.append(figure(f"{title} over {name}", "", image))
-        drawn.append(grid(of_key) if of_key else "")
-    if not any(drawn):
-        return "<p>No losses are logged yet.</p>"
-    return (
-        f"{_key(comparison)}<p>Experts are to be judged at equal arithmetic. FLOPs are what the model asks for in "
-        "training, forward and backward, attention among them; time is that of training steps on the devices of each "
-        f"run.</p>{note}{''.join(drawn)}"
+                drawn.append(figure(f"{chart.title} over {name}", "", image))
+        grids.append(grid(drawn))
+    if not any(grids):
+        return html.paragraph("No losses are logged yet.")
+    return html.render(
+        "comparison/losses", key=_key(comparison), note=note, figures=html.join(grids)
     )
 
 
-def _routing(comparison: Comparison) -> str:
-    drawn, in_all, in_some = [], [], []
-    for key, title, ylabel, reading in ROUTING:
-        value = only_value(run.series(key)[1] for run in comparison.runs.values())
+def _routing(comparison: Comparison) -> Markup:
+    drawn: list[Markup] = []
+    same_in_all: list[str] = []
+    same_in_some: list[str] = []
+    runs = comparison.runs
+    for chart in ROUTING:
+        value = only_value(run.series(chart.key)[1] for run in runs.values())
         if value is not None:
-            having = sum(run.last(key) is not None for run in comparison.runs.values())
-            if having == len(comparison.runs):
-                in_all.append(f"{title} {number(value)}")
+            said = f"{chart.title} {number(value)}"
+            num_logging = sum(run.last(chart.key) is not None for run in runs.values())
+            if num_logging == len(runs):
+                same_in_all.append(said)
             else:
-                in_some.append(f"{title} {number(value)} ({having} of {len(comparison.runs)})")
+                same_in_some.append(f"{said} ({num_logging} of {len(runs)})")
             continue
-        image = draw_runs(comparison.runs, key, ylabel, from_zero=True, legend=False)
+        image = draw_runs(runs, chart.key, chart.unit, from_zero=True, legend=False)
         if image is not None:
-            drawn.append(figure(title, reading, image))
-    if not drawn and not in_all and not in_some:
-        return "<p>No routing is logged yet.</p>"
-    same = f"<p>The same in all runs throughout: {'; '.join(in_all)}.</p>" if in_all else ""
-    if in_some:
-        same += f"<p>The same throughout in the runs that log it: {'; '.join(in_some)}.</p>"
-    return _key(comparison) + (grid(drawn) if drawn else "") + same
+            drawn.append(figure(chart.title, chart.reading, image))
+    if not drawn and not same_in_all and not same_in_some:
+        return html.paragraph(NOT_LOGGED)
+    return html.render(
+        "comparison/routing",
+        key=_key(comparison),
+        figures=grid(drawn),
+        same_in_all=same_in_all,
+        same_in_some=same_in_some,
+    )
 
 
-def _load(comparison: Comparison) -> str:
+def _load(comparison: Comparison) -> Markup:
     counts = _final_counts(comparison)
-    layers = sorted({layer for by_layer in counts.values() for layer in by_layer})
+    found: set[int] = set()
+    for counts_by_layer in counts.values():
+        found.update(counts_by_layer)
+    layers = sorted(found)
     if not layers:
-        return "<p>No routing is logged yet.</p>"
-    nothing = np.zeros(0, np.int64)
+        return html.paragraph(NOT_LOGGED)
+    nothing_E = np.zeros(0, np.int64)
     drawn = []
     for layer in [layers[i] for i in drawn_layers(len(layers))]:
-        of_layer = {label: by_layer.get(layer, nothing) for label, by_layer in counts.items()}
+        of_layer = {label: by_layer.get(layer, nothing_E) for label, by_layer in counts.items()}
         drawn.append(figure(f"Layer {layer}", "", draw_sorted_load(of_layer, legend=False)))
-    some = (
-        ""
-        if len(drawn) == len(layers)
-        else f" {len(drawn)} of {len(layers)} layers are shown, evenly spaced."
-    )
-    return (
-        f"{_key(comparison)}<p>Load over uniform load in the last tenth of each run, experts sorted by it: flat is "
-        f"even. Experts of different runs have nothing in common but their rank.{some}</p>{grid(drawn)}"
+    return html.render(
+        "comparison/load",
+        key=_key(comparison),
+        num_drawn=len(drawn),
+        num_layers=len(layers),
+        figures=grid(drawn),
     )
 
 
 def _final_counts(comparison: Comparison) -> Mapping[str, Mapping[int, np.ndarray]]:
-    """By run and model layer; nothing for dense runs and those that have logged no routing."""
+    """Returns final counts by run and model layer.
+
+    Nothing for dense runs and those that have logged no routing.
+    """
     found: dict[str, dict[int, np.ndarray]] = {}
     for label, run in comparison.runs.items():
         routing = run.routing

@@ -5,72 +5,93 @@ import math
 import numpy as np
 from jaxtyping import Int64
 
+from moejax.inspection import html
 from moejax.inspection.figures import run as figures
+from moejax.inspection.html import Markup
 from moejax.inspection.report.page import drawn_layers, figure, grid, left_out
 from moejax.inspection.runs.run import Run
 from moejax.training.run_directory.routing_log import RoutingHistory
 
 FINAL_FRACTION = 0.1  # of the logged intervals: what "final load" sums over
+NOT_LOGGED = "No routing is logged yet."
 
 
 def final_counts(routing: RoutingHistory) -> tuple[Int64[np.ndarray, "N E"], int]:
-    """Assignments to each expert over the last `FINAL_FRACTION` of the intervals, and the step they begin behind."""
-    entries = math.ceil(FINAL_FRACTION * routing.num_entries)
-    since = int(routing.steps[-entries - 1]) if entries < routing.num_entries else 0
-    total_NE = sum(
-        counts_SNE.sum(axis=0)
-        for counts_SNE in routing.blocks("counts", routing.num_entries - entries)
-    )
+    """Returns assignments to each expert over the last `FINAL_FRACTION` of the intervals.
+
+    Returns:
+      The counts, and the step after which they begin.
+    """
+    num_final = math.ceil(FINAL_FRACTION * routing.num_entries)
+    first = routing.num_entries - num_final
+    since = int(routing.steps[first - 1]) if first else 0
+    blocks_SNE = routing.blocks("counts", first)
+    total_NE = sum(block_SNE.sum(axis=0) for block_SNE in blocks_SNE)
     return np.asarray(total_NE), since
 
 
-def load_over_time(run: Run) -> str:
-    """A heat map for each layer."""
+def load_over_time(run: Run) -> Markup:
+    """Returns a heat map for each layer."""
     routing = run.routing
     if routing is None or not routing.steps.size:
-        return "<p>No routing is logged yet.</p>"
+        return html.paragraph(NOT_LOGGED)
     steps, counts_SNE = routing.summed("counts", figures.MAX_COLUMNS)
-    shown = []
+    drawn = []
     for n in drawn_layers(len(routing.layers)):
         image = figures.draw_load_over_time(steps, counts_SNE[:, n])
-        shown.append(figure(f"Layer {routing.layers[n]}", "", image, kind="true-colors"))
-    return (
-        "<p>Assignments to each expert over those of a uniform load, before any are dropped. White is uniform, red is "
-        "overloaded, blue is underused, black got no token at all. Good: pale everywhere. A row that stays dark blue "
-        "or black is an expert that hardly learns.</p>"
-        f"{left_out(len(routing.layers))}{grid(shown)}"
+        drawn.append(figure(f"Layer {routing.layers[n]}", "", image, kind="true-colors"))
+    return html.render(
+        "report/load_over_time", left_out=left_out(len(routing.layers)), figures=grid(drawn)
     )
 
 
-def final_load(run: Run) -> str:
-    """Bars for each layer, and which experts are dead."""
+def final_load(run: Run) -> Markup:
+    """Returns bars for each layer, and which experts are dead."""
     routing = run.routing
     if routing is None or not routing.steps.size:
-        return "<p>No routing is logged yet.</p>"
+        return html.paragraph(NOT_LOGGED)
     counts_NE, since = final_counts(routing)
-    ratio_NE, N = figures.load_ratio(counts_NE), len(counts_NE)
-    dead = [
-        (layer, np.flatnonzero(row == 0))
-        for layer, row in zip(routing.layers, counts_NE, strict=True)
-    ]
-    names = [
-        f"in layer {layer}: {', '.join(map(str, experts))}"
-        for layer, experts in dead
-        if experts.size
-    ]
-    num_dead = f"{(counts_NE == 0).sum()} of {counts_NE.size} experts"
-    verdict = f"Dead: {num_dead}; {'; '.join(names)}." if names else "No expert is dead."
-    shown = []
-    for n in drawn_layers(N):
-        high, low = int(ratio_NE[n].argmax()), int(ratio_NE[n].argmin())
-        reading = f"Busiest: {high} ({ratio_NE[n, high]:.2f}). Least used: {low} ({ratio_NE[n, low]:.2f})."
-        if dead[n][1].size:
-            reading += f" Dead: {', '.join(map(str, dead[n][1]))}."
-        shown.append(
-            figure(f"Layer {routing.layers[n]}", reading, figures.draw_final_load(counts_NE[n]))
-        )
-    return (
-        f"<p>Load over uniform load, summed over steps {since + 1:,} to {routing.steps[-1]:,}: 1 is an even share. An "
-        f"expert is dead if it got no token in that time. <strong>{verdict}</strong></p>"
-        f"{left_out(N)}{grid(shown)}"
+    drawn = []
+    for n in drawn_layers(len(counts_NE)):
+        image = figures.draw_final_load(counts_NE[n])
+        drawn.append(figure(f"Layer {routing.layers[n]}", _extremes(counts_NE, n), image))
+    return html.render(
+        "report/final_load",
+        first_step=f"{since + 1:,}",
+        last_step=f"{routing.steps[-1]:,}",
+        verdict=_dead_in_words(routing.layers, counts_NE),
+        left_out=left_out(len(counts_NE)),
+        figures=grid(drawn),
     )
+
+
+def _extremes(counts_NE: np.ndarray, n: int) -> str:
+    """Names the busiest, the least used and the dead experts of a layer."""
+    ratio_E = figures.load_ratio(counts_NE)[n]
+    busiest = int(ratio_E.argmax())
+    least_used = int(ratio_E.argmin())
+    reading = (
+        f"Busiest: {busiest} ({ratio_E[busiest]:.2f}). "
+        f"Least used: {least_used} ({ratio_E[least_used]:.2f})."
+    )
+    dead = _dead(counts_NE[n])
+    if dead:
+        reading += f" Dead: {dead}."
+    return reading
+
+
+def _dead(counts_E: np.ndarray) -> str:
+    return ", ".join(str(expert) for expert in np.flatnonzero(counts_E == 0))
+
+
+def _dead_in_words(layers: np.ndarray, counts_NE: np.ndarray) -> str:
+    """Says how many experts are dead, and which in which layer."""
+    names = []
+    for layer, counts_E in zip(layers, counts_NE, strict=True):
+        dead = _dead(counts_E)
+        if dead:
+            names.append(f"in layer {layer}: {dead}")
+    if not names:
+        return "No expert is dead."
+    num_dead = int((counts_NE == 0).sum())
+    return f"Dead: {num_dead} of {counts_NE.size} experts; {'; '.join(names)}."

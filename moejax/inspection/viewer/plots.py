@@ -1,7 +1,7 @@
-"""Curves of several runs in one plot, and the load of a run's experts, for the page of `moejax view`.
+"""Plots of the page of `moejax view`: curves of several runs, and the load of a run's experts.
 
-What is drawn and how it reads is the report's (`figures/run.py`); a curve's colour is its run's,
-its dash or its dots tell the metrics of a plot apart. In the dark, the page inverts plots.
+What is drawn and how to read it are the report's (`figures/run.py`). A curve has the colour of its
+run; dashes or dots tell the metrics of a plot apart. In dark mode, the page inverts plots.
 """
 
 import dataclasses
@@ -33,11 +33,17 @@ from moejax.inspection.viewer.run_folder import LiveRun
 
 DASHES = ("solid", "dashed", "dotdash", "dotted")  # of a chart's metrics
 WHITE = "#ffffff"
+LABEL_COLOR = "#374151"
+MAX_LAYER_TICKS = 16
 
 
 def charts_of(runs: Iterable[LiveRun]) -> tuple[Chart, ...]:
-    """The charts to draw of some runs; entropies are compared with uniform routing where the runs agree on it."""
-    widths = {run.num_experts for run in runs} - {0}
+    """Returns the charts to draw of some runs.
+
+    Entropies are compared with uniform routing where the runs agree on it.
+    """
+    widths = {run.num_experts for run in runs}
+    widths.discard(0)  # dense runs
     routing = figures.routing_charts(max(widths, default=1))
     if len(widths) != 1:
         routing = tuple(dataclasses.replace(chart, reference=None) for chart in routing)
@@ -45,7 +51,7 @@ def charts_of(runs: Iterable[LiveRun]) -> tuple[Chart, ...]:
 
 
 def columns(run: LiveRun, key: str, axis: str) -> dict[str, np.ndarray]:
-    """One metric of one run, thinned to what can be told apart: columns `step`, `x` and `y`.
+    """Returns one metric of one run: columns `step`, `x` and `y`, of points that can be told apart.
 
     Args:
       run: the run.
@@ -53,8 +59,28 @@ def columns(run: LiveRun, key: str, axis: str) -> dict[str, np.ndarray]:
       axis: one of `AXES`.
     """
     steps, values = figures.downsample(*run.metrics.points(key))
-    x = place(axis, steps, run.metrics.points, run.run.flops_per_token if run.run else None)
+    flops_per_token = run.run.flops_per_token if run.run else None
+    x = place(axis, steps, run.metrics.points, flops_per_token)
     return {"step": steps, "x": x, "y": values}
+
+
+@dataclasses.dataclass(frozen=True)
+class RunCurve:
+    """A metric of one run in a plot.
+
+    Attributes:
+      name: of the run, as the plot was given it.
+      run: the run.
+      key: the metric.
+      place: of the metric in its chart.
+      source: the points.
+    """
+
+    name: str
+    run: LiveRun
+    key: str
+    place: int
+    source: ColumnDataSource
 
 
 class CurvePlot:
@@ -72,105 +98,91 @@ class CurvePlot:
     def __init__(self, chart: Chart, runs: Mapping[str, LiveRun], axis: str):
         self.chart = chart
         self._axis = axis
-        keys = [(key, i) for i, (key, _) in enumerate(chart.keys)]
-        self._drawn = [
-            (name, run, key, i)
-            for name, run in runs.items()
-            for key, i in keys
-            if key in run.metrics.series
-        ]
-        self._sources = {
-            (name, key): ColumnDataSource(columns(run, key, axis))
-            for name, run, key, _ in self._drawn
-        }
-        self.plot = self._new_plot() if self._drawn else None
+        self._curves: list[RunCurve] = []
+        for name, run in runs.items():
+            for i, (key, _) in enumerate(chart.keys):
+                if key in run.metrics.series:
+                    source = ColumnDataSource(columns(run, key, axis))
+                    self._curves.append(RunCurve(name, run, key, i, source))
+        self.plot = self._new_plot() if self._curves else None
 
     @property
     def caption(self) -> str:
         """How to tell the metrics of the chart apart; empty if there is one."""
-        shown = {key: i for _, _, key, i in self._drawn}
         if len(self.chart.keys) == 1:
             return ""
-        marks = [
-            f"{'dots' if _is_points(key) else DASHES[i]}: {self.chart.keys[i][1]}"
-            for key, i in shown.items()
-        ]
+        places = {curve.key: curve.place for curve in self._curves}
+        marks = []
+        for key, i in places.items():
+            mark = "dots" if _is_points(key) else DASHES[i]
+            marks.append(f"{mark}: {self.chart.keys[i][1]}")
         return f"{'; '.join(marks)}.".capitalize()
 
     def update(self, changed: Iterable[str]) -> None:
         """Draws again what some runs have logged since."""
         names = set(changed)
-        for name, run, key, _ in self._drawn:
-            if name in names:
-                self._sources[name, key].data = columns(run, key, self._axis)
+        for curve in self._curves:
+            if curve.name in names:
+                curve.source.data = columns(curve.run, curve.key, self._axis)
 
     def _new_plot(self) -> figure:
-        plot = _figure(
-            230, x_range=DataRange1d(range_padding=0.03), y_range=DataRange1d(**self._bounds())
-        )
-        plot.xaxis.axis_label, plot.yaxis.axis_label = AXES[self._axis], self.chart.ylabel
+        bounds: dict[str, Any] = {"start": 0} if self.chart.from_zero else {}
+        plot = _figure(230, x_range=DataRange1d(range_padding=0.03), y_range=DataRange1d(**bounds))
+        plot.xaxis.axis_label = AXES[self._axis]
+        plot.yaxis.axis_label = self.chart.ylabel
         plot.xaxis.formatter = NumeralTickFormatter(format="0.[00]a")
-        if max(_largest(source.data["y"]) for source in self._sources.values()) >= 10_000:
+        if max(_largest(curve.source.data["y"]) for curve in self._curves) >= 10_000:
             plot.yaxis.formatter = NumeralTickFormatter(format="0.[00]a")
-        lines = [self._draw(plot, *drawn) for drawn in self._drawn]
+        lines = [_draw(plot, curve) for curve in self._curves]
         if self.chart.reference is not None:
-            plot.add_layout(
-                Span(
-                    location=self.chart.reference[0],
-                    dimension="width",
-                    line_color=GREY,
-                    line_dash="2 2",
-                )
-            )
+            level, _ = self.chart.reference
+            line = Span(location=level, dimension="width", line_color=GREY, line_dash="2 2")
+            plot.add_layout(line)
         tooltips = [("run", "$name"), ("step", "@step{0,0}"), (self.chart.ylabel, "@y{0.[0000]}")]
         plot.add_tools(HoverTool(renderers=lines, tooltips=tooltips))
         return plot
 
-    def _draw(self, plot: figure, name: str, run: LiveRun, key: str, i: int) -> Any:
-        source = self._sources[name, key]
-        if _is_points(key):
-            return plot.scatter(
-                "x",
-                "y",
-                source=source,
-                size=7,
-                color=run.color,
-                line_color=WHITE,
-                line_width=0.7,
-                name=run.name,
-            )
-        if len(source.data["x"]) == 1:  # a line through one point shows nothing
-            return plot.scatter("x", "y", source=source, size=5, color=run.color, name=run.name)
-        return plot.line(
-            "x",
-            "y",
-            source=source,
-            color=run.color,
-            line_width=2,
-            line_dash=DASHES[i],
-            name=run.name,
-        )
 
-    def _bounds(self) -> dict[str, Any]:
-        return {"start": 0} if self.chart.from_zero else {}
+def _draw(plot: figure, curve: RunCurve) -> Any:
+    style: dict[str, Any] = {
+        "source": curve.source,
+        "color": curve.run.color,
+        "name": curve.run.name,
+    }
+    if _is_points(curve.key):
+        return plot.scatter("x", "y", size=7, line_color=WHITE, line_width=0.7, **style)
+    if len(curve.source.data["x"]) == 1:  # a line through one point shows nothing
+        return plot.scatter("x", "y", size=5, **style)
+    return plot.line("x", "y", line_width=2, line_dash=DASHES[curve.place], **style)
 
 
 def constant(chart: Chart, runs: Mapping[str, LiveRun]) -> float | None:
-    """The one value that the chart's metrics have had in all runs, twice or more in one of them; else None."""
+    """Returns the one value that the chart's metrics have had in all runs.
+
+    None if there are several, or if no run has had it twice.
+    """
     values = [run.metrics.points(key)[1] for run in runs.values() for key, _ in chart.keys]
     is_repeated = any(len(values_S) > 1 for values_S in values)
     return figures.only_value(values) if is_repeated else None
 
 
 def signature(chart: Chart, runs: Mapping[str, LiveRun]) -> tuple[Any, ...]:
-    """Changes when the chart needs other curves: a run has its first values of a metric, or its second ones."""
-    lengths = [(name, key, len(run.metrics.series.get(key, ((), ()))[0])) for name, run in runs.items()
-               for key, _ in chart.keys]  # fmt: skip
-    return tuple((name, key, min(length, 2)) for name, key, length in lengths)
+    """Returns what changes when the chart needs other curves.
+
+    That is when a run has its first values of a metric, or its second ones.
+    """
+    found = []
+    for name, run in runs.items():
+        for key, _ in chart.keys:
+            steps, _ = run.metrics.series.get(key, ((), ()))
+            found.append((name, key, min(len(steps), 2)))
+    return tuple(found)
 
 
 def load_plot(counts_NE: Int[np.ndarray, "N E"], layers: Sequence[int]) -> figure:
-    """A heat map of load over uniform load: a layer a row, an expert a column, half and twice equally strong.
+    """Returns a heat map of load over uniform load: a layer a row, an expert a column.
+
+    Half and twice the uniform load have equally strong colours.
 
     Args:
       counts_NE: assignments to each expert of each MoE layer.
@@ -179,41 +191,58 @@ def load_plot(counts_NE: Int[np.ndarray, "N E"], layers: Sequence[int]) -> figur
     N, E = counts_NE.shape
     ratio_NE = figures.load_ratio(counts_NE)
     log_NE = np.log2(ratio_NE, out=np.full_like(ratio_NE, np.nan), where=ratio_NE > 0)
-    plot = _figure(
-        int(np.clip(110 + 24 * N, 170, 620)), x_range=(-0.5, E - 0.5), y_range=(N - 0.5, -0.5)
-    )
-    ticks = (-2, -1, 0, 1, 2)
+    layer_NE = np.repeat(np.array(layers, np.int32)[:, None], E, axis=1)
+    height = int(np.clip(110 + 24 * N, 170, 620))
+    plot = _figure(height, x_range=(-0.5, E - 0.5), y_range=(N - 0.5, -0.5))
     mapper = LinearColorMapper(palette=load_colors(figures.COLORS), low=-2, high=2, nan_color=DEAD)
-    data = {"log": [log_NE.astype(np.float32)], "ratio": [ratio_NE.astype(np.float32)]}
-    data |= {"layer": [np.repeat(np.array(layers, np.int32)[:, None], E, axis=1)]}
+    data = {
+        "log": [log_NE.astype(np.float32)],
+        "ratio": [ratio_NE.astype(np.float32)],
+        "layer": [layer_NE],
+    }
     place: dict[str, Any] = {"x": -0.5, "y": -0.5, "dw": E, "dh": N, "color_mapper": mapper}
     image = plot.image("log", source=ColumnDataSource(data), **place)
-    plot.add_tools(
-        HoverTool(
-            renderers=[image],
-            tooltips=[("layer", "@layer"), ("expert", "$x{0}"), ("load", "@ratio{0.00}")],
-        )
-    )
-    plot.xaxis.axis_label, plot.yaxis.axis_label = "expert", "layer"
+    tooltips = [("layer", "@layer"), ("expert", "$x{0}"), ("load", "@ratio{0.00}")]
+    plot.add_tools(HoverTool(renderers=[image], tooltips=tooltips))
+    plot.xaxis.axis_label = "expert"
+    plot.yaxis.axis_label = "layer"
     plot.xaxis.ticker = BasicTicker(min_interval=1, num_minor_ticks=0)
-    shown = np.unique(np.linspace(0, N - 1, min(N, 16)).round().astype(int)).tolist()
+    rows = np.linspace(0, N - 1, min(N, MAX_LAYER_TICKS)).round().astype(int)
+    shown = np.unique(rows).tolist()
     plot.yaxis.ticker = FixedTicker(ticks=shown)
     plot.yaxis.major_label_overrides = {n: str(layers[n]) for n in shown}
     plot.grid.visible = False
-    names = dict(RATIO_TICKS)
-    bar = ColorBar(color_mapper=mapper, ticker=FixedTicker(ticks=list(ticks)), width=10, padding=4, bar_line_color=None,
-                   major_label_overrides={tick: names[tick] for tick in ticks}, background_fill_color=None)  # fmt: skip
-    plot.add_layout(bar, "right")
+    plot.add_layout(_color_bar(mapper), "right")
     return plot
 
 
+def _color_bar(mapper: LinearColorMapper) -> ColorBar:
+    names = dict(RATIO_TICKS)
+    ticks = [-2, -1, 0, 1, 2]  # powers of 2
+    return ColorBar(
+        color_mapper=mapper,
+        ticker=FixedTicker(ticks=ticks),
+        major_label_overrides={tick: names[tick] for tick in ticks},
+        width=10,
+        padding=4,
+        bar_line_color=None,
+        background_fill_color=None,
+    )
+
+
 def _figure(height: int, **ranges: Any) -> figure:
-    """An empty plot as wide as its place; a finger moves the page, not the plot."""
+    """Returns an empty plot as wide as its place; a finger moves the page, not the plot."""
     plot = figure(
-        height=height, sizing_mode="stretch_width", tools=[BoxZoomTool(), ResetTool()], active_drag=None,
-        toolbar_location="above", background_fill_color=WHITE, border_fill_color=WHITE, outline_line_color=None,
+        height=height,
+        sizing_mode="stretch_width",
+        tools=[BoxZoomTool(), ResetTool()],
+        active_drag=None,
+        toolbar_location="above",
+        background_fill_color=WHITE,
+        border_fill_color=WHITE,
+        outline_line_color=None,
         **ranges,
-    )  # fmt: skip
+    )
     plot.toolbar.logo = None
     plot.toolbar.autohide = True
     plot.toolbar_inner = True
@@ -222,11 +251,10 @@ def _figure(height: int, **ranges: Any) -> figure:
     plot.axis.major_tick_line_color = None
     plot.axis.minor_tick_line_color = None
     plot.axis.axis_label_text_font_style = "normal"
-    plot.axis.axis_label_text_color = plot.axis.major_label_text_color = "#374151"
-    plot.xaxis.ticker, plot.yaxis.ticker = (
-        BasicTicker(desired_num_ticks=5),
-        BasicTicker(desired_num_ticks=5),
-    )
+    plot.axis.axis_label_text_color = LABEL_COLOR
+    plot.axis.major_label_text_color = LABEL_COLOR
+    plot.xaxis.ticker = BasicTicker(desired_num_ticks=5)
+    plot.yaxis.ticker = BasicTicker(desired_num_ticks=5)
     return plot
 
 

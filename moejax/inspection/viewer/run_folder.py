@@ -1,137 +1,29 @@
-"""Runs that may still be training: found again at each look, and read only where they grew.
+"""Runs that may still be training, below a folder: found again at each poll.
 
-`metrics.jsonl` of a long run has millions of lines, so a look reads from where the last one ended,
-and no more bytes than it is allowed; the rest waits for the next look. Nothing here needs a server.
 What is wrong with a run is text for whoever looks, not an exception: the others are shown all the
-same. The folders may be anyone's: what is read of them are regular files inside of them
-(`moejax.inspection.runs.paths`).
+same. The folders may be anyone's: what is read of them are regular files inside them
+(`moejax.inspection.runs.paths`). Nothing here needs a server.
 """
 
 import collections
 import dataclasses
-import json
 import os
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-from jaxtyping import Float64, Int64
 
 from moejax.inspection.figures.colors import RunColors
 from moejax.inspection.figures.style import BLUE
-from moejax.inspection.runs.metrics_file import Series, add_values
 from moejax.inspection.runs.names import ArmNames
-from moejax.inspection.runs.paths import RunPathError, check_file, leads_out, open_file
+from moejax.inspection.runs.paths import RunPathError, check_file, leads_out
 from moejax.inspection.runs.run import Run, open_run
+from moejax.inspection.viewer.metrics_reader import MetricsReader
 from moejax.training.health import alarms
 from moejax.training.health.speed import SPEED, median_speed
 
 CONFIG, METRICS = "config.json", "metrics.jsonl"
-MAX_DEPTH = 3  # folders below the one that is viewed: a sweep's runs lie in a folder of their own
-MAX_BYTES = 2**21  # read at one look: half a second at most
-MAX_LINE = 2**20  # bytes: what is longer is no line of metrics
-TAIL_BYTES = 128  # compared to tell a file that grew from one that was written anew
-
-
-class MetricsReader:
-    """The lines of a `metrics.jsonl`, read as they are appended.
-
-    Args:
-      path: of the file.
-
-    Attributes:
-      series: steps and values of each metric; see `Run.series` for steps that come again.
-      problem: the first damaged line and the remedy; empty if there is none.
-      is_behind: whether the last look left out some of the file.
-    """
-
-    def __init__(self, path: Path):
-        self._path = path
-        self._forget()
-
-    def _forget(self) -> None:
-        self.series: Series = {}
-        self.problem = ""
-        self.is_behind = False
-        self._offset = 0  # behind the last whole line that was read
-        self._num_lines = 0
-        self._tail = b""  # the end of what was read
-        self._seen: tuple[int, ...] = ()
-
-    def read_on(self, max_bytes: int) -> int:
-        """Reads what was appended; all of it again if a resumed run has written the file anew.
-
-        A last line without its end is left for the next look.
-
-        Args:
-          max_bytes: to read at most.
-
-        Returns:
-          How many bytes were read; 0 if nothing has changed.
-
-        Raises:
-          OSError: the file cannot be read.
-          RunPathError: it is no regular file of the run.
-        """
-        info = os.stat(self._path)
-        now = (info.st_ino, info.st_size, info.st_mtime_ns)
-        if now == self._seen and not self.is_behind:
-            return 0
-        with open_file(self._path.parent, self._path.name) as file:
-            if self._seen and (info.st_ino != self._seen[0] or not self._is_continued(file)):
-                self._forget()
-            file.seek(self._offset)
-            block = file.read(max_bytes)
-            self.is_behind = len(block) == max_bytes and len(file.read(1)) == 1
-        end = block.rfind(b"\n") + 1
-        if self.is_behind and not end and len(block) >= MAX_LINE:
-            self._note(f"has no end within {len(block):,} bytes")
-            self.is_behind = False
-        self._seen = now
-        for line in block[:end].splitlines():
-            self._num_lines += 1
-            self._add(line)
-        self._offset += end
-        self._tail = (self._tail + block[:end])[-TAIL_BYTES:]
-        return len(block)
-
-    def last(self, key: str) -> float | None:
-        """The newest value of a metric; None if no line has it."""
-        _, values = self.series.get(key, ((), ()))
-        return float(values[-1]) if values else None
-
-    def points(self, key: str) -> tuple[Int64[np.ndarray, "S"], Float64[np.ndarray, "S"]]:
-        """Steps and values of a metric; both empty if no line has it."""
-        steps, values = self.series.get(key, ((), ()))
-        return np.array(steps, np.int64), np.array(values, np.float64)
-
-    @property
-    def last_step(self) -> int:
-        """The last step with a metric; 0 before the first."""
-        return max((steps[-1] for steps, _ in self.series.values()), default=0)
-
-    def _is_continued(self, file: Any) -> bool:
-        """Whether the file still ends, up to where it was read, in what was read."""
-        file.seek(self._offset - len(self._tail))
-        return file.read(len(self._tail)) == self._tail
-
-    def _add(self, line: bytes) -> None:
-        if not line.strip():
-            return
-        try:
-            values = json.loads(line.decode())
-            if not isinstance(values, dict) or type(values.get("step")) is not int:
-                raise ValueError("no integer `step`")
-            add_values(self.series, values, self._path)
-        except (ValueError, RecursionError) as error:
-            self._note(f"is damaged ({error})")
-
-    def _note(self, what: str) -> None:
-        self.problem = (
-            self.problem or f"{self._path}: line {max(self._num_lines, 1)} {what}; delete that line"
-        )
+MAX_DEPTH = 3  # folders below the one that is viewed: a sweep's runs are in a folder of their own
+MAX_BYTES = 2**21  # read at one poll: half a second at most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,7 +52,7 @@ class RunState:
 
 
 class LiveRun:
-    """A run directory that is looked at again and again.
+    """A run directory that is polled while the run trains.
 
     Args:
       workdir: the run directory.
@@ -171,7 +63,7 @@ class LiveRun:
       metrics: what was read of `metrics.jsonl`.
       run: its record; None while `config.json` cannot be read.
       num_experts: width of the router; 0 if it is dense or not known.
-      version: grows with each look that saw something new.
+      version: grows with each poll that found something new.
     """
 
     def __init__(self, workdir: Path, name: str = "", color: str = BLUE):
@@ -187,24 +79,34 @@ class LiveRun:
         self._problems: dict[str, str] = {}
         self._seen: dict[str, tuple[int, ...]] = {}
 
-    def look(self, max_bytes: int = MAX_BYTES) -> int:
-        """Reads what has changed since the last look; returns how many bytes of metrics that were."""
+    def poll(self, max_bytes: int = MAX_BYTES) -> int:
+        """Reads what has changed since the last poll; returns how many bytes of metrics that were.
+
+        Args:
+          max_bytes: of metrics to read at most.
+        """
         before = dict(self._problems)
-        is_new = self._look_at_config() | self._look_at_alarms()
+        has_new_config = self._read_config()
+        has_new_alarms = self._read_alarms()
+        num_bytes = self._read_metrics(max_bytes)
+        has_new_problem = before != self._problems
+        if has_new_config or has_new_alarms or num_bytes or has_new_problem:
+            self.version += 1
+        return num_bytes
+
+    def _read_metrics(self, max_bytes: int) -> int:
         num_bytes = 0
+        problem = ""
         try:
             num_bytes = self.metrics.read_on(max_bytes)
-            self._problems[METRICS] = self.metrics.problem
+            problem = self.metrics.problem
         except FileNotFoundError:
-            self._problems[METRICS] = (
-                ""  # not written yet, or gone, which the missing configuration tells
-            )
+            pass  # not written yet, or gone, which the missing configuration shows
         except OSError as error:
-            self._problems[METRICS] = f"{error.filename} cannot be read: {error.strerror}"
+            problem = f"{error.filename} cannot be read: {error.strerror}"
         except RunPathError as error:
-            self._problems[METRICS] = str(error)
-        if is_new or num_bytes or before != self._problems:
-            self.version += 1
+            problem = str(error)
+        self._problems[METRICS] = problem
         return num_bytes
 
     @property
@@ -214,7 +116,7 @@ class LiveRun:
 
     @property
     def state(self) -> RunState:
-        """As of the last look."""
+        """The run's row as of the last poll."""
         last = self.metrics.last
         problems = dict.fromkeys(problem for problem in self._problems.values() if problem)
         return RunState(
@@ -228,7 +130,7 @@ class LiveRun:
             problem="; ".join(problems),
         )
 
-    def _look_at_config(self) -> bool:
+    def _read_config(self) -> bool:
         if not self._has_changed(CONFIG):
             return False
         try:
@@ -242,35 +144,33 @@ class LiveRun:
             self._problems[CONFIG] = ""
         except (ValueError, OSError, RecursionError) as error:
             self.run = None
-            self._problems[CONFIG] = (
-                str(error) if self.workdir.is_dir() else f"{self.workdir} is gone"
-            )
+            is_there = self.workdir.is_dir()
+            self._problems[CONFIG] = str(error) if is_there else f"{self.workdir} is gone"
         except (TypeError, OverflowError):
-            self._problems[CONFIG] = (
-                f"{self.workdir / CONFIG} holds numbers of experts that are none; restore it"
-            )
+            path = self.workdir / CONFIG
+            self._problems[CONFIG] = f"{path} holds numbers of experts that are none; restore it"
         return True
 
-    def _look_at_alarms(self) -> bool:
+    def _read_alarms(self) -> bool:
         if not self._has_changed(alarms.FILE):
             return False
         try:
             if os.path.lexists(self.workdir / alarms.FILE):
                 check_file(self.workdir, alarms.FILE)
-            places = alarms.active(alarms.read_alarms(self.workdir))
-            by_rule = {
-                rule: [layer for other, layer in places if other == rule] for rule, _ in places
-            }
-            self._alarms = tuple(
-                f"{rule} in {alarms.name_layers(sorted(at))}" for rule, at in by_rule.items()
-            )
+            layers_by_rule: dict[str, list[int]] = {}
+            for rule, layer in alarms.active(alarms.read_alarms(self.workdir)):
+                layers_by_rule.setdefault(rule, []).append(layer)
+            found = []
+            for rule, layers in layers_by_rule.items():
+                found.append(f"{rule} in {alarms.name_layers(sorted(layers))}")
+            self._alarms = tuple(found)
             self._problems[alarms.FILE] = ""
         except (ValueError, OSError, TypeError, RecursionError) as error:
             self._problems[alarms.FILE] = str(error)
         return True
 
     def _has_changed(self, name: str) -> bool:
-        """Whether a file differs from the last look's, or was not looked for before."""
+        """Returns whether a file differs from that of the last poll, or is new to it."""
         try:
             info = os.stat(self.workdir / name)
             now: tuple[int, ...] = (info.st_ino, info.st_size, info.st_mtime_ns)
@@ -295,8 +195,8 @@ class RunFolder:
 
     Attributes:
       runs: by path below the folder; a run stays when its directory vanishes.
-      links: folders below that are not looked into, for they are links that lead out of it.
-      is_behind: whether the last look left something unread.
+      links: folders below that are not searched, for they are links that lead out of it.
+      is_behind: whether the last poll left something unread.
     """
 
     def __init__(self, folder: Path):
@@ -307,8 +207,8 @@ class RunFolder:
         self._colors = RunColors()
         self._arms = ArmNames()
 
-    def look(self, max_bytes: int = MAX_BYTES) -> None:
-        """Finds new runs, and reads what the runs have written since the last look.
+    def poll(self, max_bytes: int = MAX_BYTES) -> None:
+        """Finds new runs, and reads what the runs have written since the last poll.
 
         Args:
           max_bytes: of metrics to read at most, of all runs together.
@@ -316,53 +216,61 @@ class RunFolder:
         found, self.links = find_runs(self.folder)
         for path, workdir in found.items():
             if path not in self.runs:
-                self.runs[path] = LiveRun(workdir, path, self._colors.color_of(path))
+                color = self._colors.color_of(path)
+                self.runs[path] = LiveRun(workdir, path, color)
             self.runs[path].name = self._arms.name_of(workdir, path)
-        given = collections.Counter(run.name for run in self.runs.values())
+        num_runs = collections.Counter(run.name for run in self.runs.values())
         for path, run in self.runs.items():
-            if given[run.name] > 1:
+            if num_runs[run.name] > 1:
                 run.name = f"{run.name} ({path})"
+        left = max_bytes
         for run in self.runs.values():
-            max_bytes -= run.look(max(max_bytes, 0))
+            left -= run.poll(max(left, 0))
         self.is_behind = any(run.metrics.is_behind for run in self.runs.values())
 
     def newest(self, count: int, paths: Iterable[str] | None = None) -> list[str]:
-        """Of the runs, or of some of them, those that were written last; without a curve only if all are."""
+        """Returns the runs that were written last; those without a curve only if all are.
+
+        Args:
+          count: how many at most.
+          paths: of the runs to choose from; None: all.
+        """
         known = list(self.runs if paths is None else paths)
         with_curves = [path for path in known if self.runs[path].has_curves]
-        newest_first = sorted(
-            with_curves or known, key=lambda path: self.runs[path].state.written or 0, reverse=True
-        )
+
+        def written(path: str) -> float:
+            state = self.runs[path].state
+            return state.written or 0
+
+        newest_first = sorted(with_curves or known, key=written, reverse=True)
         return newest_first[:count]
 
 
 def find_runs(folder: Path) -> tuple[dict[str, Path], list[str]]:
-    """Run directories by name: the folder itself, or those below it, `MAX_DEPTH` deep, sorted.
+    """Finds run directories: the folder itself, or those below it, `MAX_DEPTH` deep, sorted.
 
-    A run is a folder with a `config.json` or a `metrics.jsonl`; none is looked for inside of one or
-    in hidden folders.
+    A run is a folder with a `config.json` or a `metrics.jsonl`; none is searched for inside another
+    or in hidden folders.
 
     Returns:
-      The runs, and the paths of links that lead out of the folder and are not followed.
+      The runs by name, and the paths of links that lead out of the folder and are not followed.
     """
     if _is_run(folder):
         return {folder.resolve().name: folder}, []
     links: list[str] = []
-    runs = {
-        path.relative_to(folder).as_posix(): path
-        for path in sorted(_below(folder, folder, MAX_DEPTH, links))
-    }
+    paths = sorted(_below(folder, folder, MAX_DEPTH, links))
+    runs = {path.relative_to(folder).as_posix(): path for path in paths}
     return runs, sorted(links)
 
 
 def _below(folder: Path, root: Path, depth: int, links: list[str]) -> Iterator[Path]:
-    """The runs below a folder; notes in `links` those that lead out of `root`."""
+    """Yields the runs below a folder; notes in `links` those links that lead out of `root`."""
+    folders = []
     try:
-        folders = [
-            Path(entry.path)
-            for entry in os.scandir(folder)
-            if entry.name[0] != "." and entry.is_dir()
-        ]
+        for entry in os.scandir(folder):
+            is_hidden = entry.name.startswith(".")
+            if not is_hidden and entry.is_dir():
+                folders.append(Path(entry.path))
     except OSError:  # not ours to read, or gone meanwhile
         return
     for path in folders:
@@ -379,7 +287,7 @@ def _is_run(folder: Path) -> bool:
 
 
 def age(written: float | None) -> str:
-    """How long ago, coarsely: `just now`, `3 min ago`, `2 h ago`, `5 days ago`."""
+    """Says roughly how long ago something was written: `just now`, `3 min ago`, `5 days ago`."""
     if written is None:
         return "never"
     seconds = time.time() - written

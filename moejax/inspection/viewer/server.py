@@ -1,8 +1,9 @@
-"""A local page of runs: which there are, their curves while they train, expert load, and their reports.
+"""A local page of runs: their curves while they train, expert load, and their reports.
 
 Built on Panel: it is Python alone, serves live plots over its own websocket from its own files, in
-one process, and reports to nobody. TensorBoard would need a plugin in JavaScript for load and
-reports; Streamlit reports usage unless told not to, and runs the whole script again at each click.
+one process, and sends nothing to anyone. TensorBoard would need a plugin in JavaScript for load and
+reports; Streamlit reports usage unless that is switched off, and runs the entire script again at
+each click.
 
 The page is for the person who started it. It listens at 127.0.0.1 and answers to no other name, so
 that no web site can reach it through the browser, and only to who knows the token in its address,
@@ -30,21 +31,24 @@ if TYPE_CHECKING:  # an extra, imported where it is needed
 ADDRESS = "127.0.0.1"
 TOKEN = "token"  # the argument of the address
 TOKEN_BYTES = 24
+# One of each route that is served.
 PATHS = (
     "/",
     "/ws",
     "/favicon.ico",
     "/static/js/bokeh.js",
     "/static/extensions/panel/panel.js",
-)  # one of each route
+)
+# Of Bokeh and Panel; nothing of a run is in these, so they need no token.
 FILES = (
     "/static/",
     "/favicon.ico",
-)  # of Bokeh and Panel, which nothing of a run is in: they need no token
+)
 POLICY = (
-    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
-    "img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self' {sockets}; frame-src 'self'; "
-    "object-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; "
+    "style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; font-src 'self' data:; "
+    "connect-src 'self' {sockets}; frame-src 'self'; object-src 'none'; base-uri 'none'; "
+    "form-action 'none'; frame-ancestors 'none'"
 )
 
 
@@ -70,14 +74,20 @@ def serve(
         import panel as pn
     except ImportError as error:
         raise ViewError(f"moejax view needs Panel ({error}): {how_to_install('view')}") from error
-    library = RunFolder(Path(folder).resolve())
+    run_folder = RunFolder(Path(folder).resolve())
     port = _find_port(port)
     token = secrets.token_hex(TOKEN_BYTES)
     hosts = [f"{ADDRESS}:{port}", f"localhost:{port}"]
     server = pn.io.server.get_server(
-        {"/": lambda: _new_page(library)}, port=port, address=ADDRESS, websocket_origin=hosts, title="moejax view",
-        show=False, start=False, location=False,
-    )  # fmt: skip
+        {"/": lambda: _new_page(run_folder)},
+        port=port,
+        address=ADDRESS,
+        websocket_origin=hosts,
+        title="moejax view",
+        show=False,
+        start=False,
+        location=False,
+    )
     _guard(server._tornado, hosts, token)
     is_interrupted = []
 
@@ -97,7 +107,11 @@ def serve(
 
 
 def _find_port(port: int) -> int:
-    """The port, if it can be had; a free one for 0."""
+    """Returns the port, if it can be had; a free one for 0.
+
+    Raises:
+      ViewError: it cannot be had.
+    """
     try:
         with socket.create_server((ADDRESS, port)) as probe:
             return int(probe.getsockname()[1])
@@ -109,7 +123,9 @@ def _find_port(port: int) -> int:
 
 
 def _guard(application: Any, hosts: list[str], token: str) -> None:
-    """Refuses requests before they are routed, drops what the page does not need, and puts the policy on every answer.
+    """Refuses requests before they are routed, and puts the policy on every answer.
+
+    Routes that the page does not need are dropped.
 
     Args:
       application: of tornado.
@@ -145,25 +161,27 @@ def _guard(application: Any, hosts: list[str], token: str) -> None:
             return status_code, headers, chunk
 
     application.add_transform(Policy)
-    application.wildcard_router.rules = [
-        rule for rule in application.wildcard_router.rules if _is_served(rule)
-    ]
+    router = application.wildcard_router
+    router.rules = [rule for rule in router.rules if _is_served(rule)]
     application.default_router.rules.insert(0, Rule(IsRefused(), Refusal))
 
 
 def _is_served(rule: Any) -> bool:
-    """Whether a rule of tornado's router is one that the page needs."""
+    """Returns whether a rule of tornado's router is one that the page needs."""
     return any(rule.matcher.regex.match(path) for path in PATHS)
 
 
 def has_token(request: Any, token: str) -> bool:
-    """Whether the address of a request has the token; how long the comparison takes tells nothing of it."""
+    """Returns whether the address of a request has the token.
+
+    How long the comparison takes says nothing about the token.
+    """
     given = request.query_arguments.get(TOKEN, [])
     return len(given) == 1 and hmac.compare_digest(given[0], token.encode())
 
 
-def _new_page(library: RunFolder) -> "panel.Column":
-    """A page for a browser that has just opened the address."""
+def _new_page(run_folder: RunFolder) -> "panel.Column":
+    """Returns a page for a browser that has just opened the address."""
     from moejax.inspection.viewer.session import Session
 
-    return Session(library).page
+    return Session(run_folder).page

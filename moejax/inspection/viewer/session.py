@@ -6,10 +6,11 @@ from typing import Any
 import numpy as np
 import panel as pn
 
+from moejax.inspection import html
 from moejax.inspection.figures.axes import NAMES
 from moejax.inspection.figures.run import Chart
 from moejax.inspection.runs.paths import check_folder
-from moejax.inspection.viewer import page
+from moejax.inspection.viewer import page, styles
 from moejax.inspection.viewer.plots import CurvePlot, charts_of, constant, load_plot, signature
 from moejax.inspection.viewer.run_folder import LiveRun, RunFolder
 from moejax.training.run_directory.routing_log import FOLDER
@@ -24,21 +25,23 @@ EVERY_MS = 2000  # looks for what is new
 CATCH_UP_MS = 200  # reads on while something is left unread
 NUM_CHOSEN = 4  # runs that are shown at first, the newest
 MAX_LISTED = 40  # runs; of more, a part of a name finds others
+NO_CURVE = "No curve yet: no run is chosen, or none has logged a step."
+NO_RUN = "No run is chosen."
 
 
 class RunList:
     """The runs as rows, each with a box that shows or hides its curves.
 
     Args:
-      library: the runs.
+      run_folder: the runs.
       on_change: called when a box or the wanted part of a name has changed.
 
     Attributes:
       page: to be served.
     """
 
-    def __init__(self, library: RunFolder, on_change: Callable[..., None]):
-        self._library = library
+    def __init__(self, run_folder: RunFolder, on_change: Callable[..., None]):
+        self._run_folder = run_folder
         self._on_change = on_change
         self._boxes: dict[str, pn.widgets.Checkbox] = {}
         self._rows: dict[str, pn.pane.HTML] = {}
@@ -49,16 +52,15 @@ class RunList:
         self._part.param.watch(on_change, "value")
         self._left_out = _text()
         self._body = pn.Column(**WIDE)
-        self.page = pn.Column(
-            self._part, self._left_out, _text(page.runs_head()), self._body, **WIDE
-        )
-        for path in library.newest(NUM_CHOSEN):
+        head = _text(page.runs_head())
+        self.page = pn.Column(self._part, self._left_out, head, self._body, **WIDE)
+        for path in run_folder.newest(NUM_CHOSEN):
             self._add(path, is_chosen=True)
 
     @property
     def chosen(self) -> dict[str, LiveRun]:
         """The runs whose curves are shown."""
-        return {path: run for path, run in self._library.runs.items() if self._is_chosen(path)}
+        return {path: run for path, run in self._run_folder.runs.items() if self._is_chosen(path)}
 
     def show(self) -> None:
         """Sends the browser what differs from what it was sent."""
@@ -66,15 +68,14 @@ class RunList:
         for path in listed:
             if path not in self._boxes:
                 self._add(path, is_chosen=False)
-            _set(self._rows[path], page.run_row(self._library.runs[path]))
-        num_runs = len(self._library.runs)
+            _set(self._rows[path], page.run_row(self._run_folder.runs[path]))
+        num_runs = len(self._run_folder.runs)
         self._part.visible = num_runs > MAX_LISTED
         _set(self._left_out, page.left_out(len(listed), num_runs))
         if listed != self._listed:
             self._listed = listed
-            self._body.objects = [
-                pn.Row(self._boxes[path], self._rows[path], **WIDE) for path in listed
-            ]
+            rows = [pn.Row(self._boxes[path], self._rows[path], **WIDE) for path in listed]
+            self._body.objects = rows
 
     def _add(self, path: str, *, is_chosen: bool) -> None:
         self._boxes[path] = pn.widgets.Checkbox(value=is_chosen, width=20, margin=(10, 6, 0, 0))
@@ -85,13 +86,16 @@ class RunList:
         return path in self._boxes and bool(self._boxes[path].value)
 
     def _find_listed(self) -> list[str]:
-        """Those chosen, and the newest of those with the wanted part in their name."""
+        """Returns those chosen, and the newest of those with the wanted part in their name."""
         part = str(self._part.value or "").lower()
-        runs = self._library.runs
-        found = [
-            path for path, run in runs.items() if part in run.name.lower() or part in path.lower()
-        ]
-        newest = set(found if len(found) <= MAX_LISTED else self._library.newest(MAX_LISTED, found))
+        runs = self._run_folder.runs
+        found = []
+        for path, run in runs.items():
+            if part in run.name.lower() or part in path.lower():
+                found.append(path)
+        if len(found) > MAX_LISTED:
+            found = self._run_folder.newest(MAX_LISTED, found)
+        newest = set(found)
         return [path for path in runs if path in newest or self._is_chosen(path)]
 
 
@@ -99,31 +103,23 @@ class Session:
     """The page of one browser; it looks for what is new as long as the browser shows it.
 
     Args:
-      library: the runs, shared by all browsers.
+      run_folder: the runs, shared by all browsers.
 
     Attributes:
       page: to be served.
     """
 
-    def __init__(self, library: RunFolder):
-        self._library = library
-        library.look()
-        self._heading, self._constants = _text(), _text()
-        self._runs = RunList(library, self._show)
-        self._axis = pn.widgets.RadioBoxGroup(
-            options={name: axis for axis, name in NAMES.items()}, value="steps", **_choice("Over")
-        )
-        self._curves, self._load = pn.Column(styles=GRID, **WIDE), pn.Column(**WIDE)
+    def __init__(self, run_folder: RunFolder):
+        self._run_folder = run_folder
+        run_folder.poll()
+        self._heading, self._constants, self._report = _text(), _text(), _text()
+        self._runs = RunList(run_folder, self._show)
+        options = {name: axis for axis, name in NAMES.items()}
+        self._axis = pn.widgets.RadioBoxGroup(options=options, value="steps", **_choice("Over"))
         self._of = pn.widgets.RadioBoxGroup(**_choice("Of"))
-        self._report = _text()
-        self._tabs = pn.Tabs(
-            (TABS[0], pn.Column(self._axis, self._curves, self._constants, **WIDE)),
-            (TABS[1], self._load),
-            (TABS[2], pn.Column(self._of, self._report, **WIDE)),
-            stylesheets=[page.TABS_STYLE],
-            sizing_mode="stretch_width",
-            margin=(14, 0, 0, 0),
-        )
+        self._curves = pn.Column(styles=GRID, **WIDE)
+        self._load = pn.Column(**WIDE)
+        self._tabs = self._new_tabs()
         self._plots: list[CurvePlot] = []
         self._drawn: dict[str, Any] = {}
         self._versions: dict[str, int] = {}
@@ -132,27 +128,42 @@ class Session:
             widget.param.watch(self._show, "value")
         self._tabs.param.watch(self._show, "active")
         self.page = pn.Column(self._heading, self._runs.page, self._tabs, **WIDE)
-        if pn.state.curdoc is not None:
-            pn.state.curdoc.template = pn.io.resources.BASE_TEMPLATE.environment.from_string(
-                page.PAGE
-            )
-            pn.state.add_periodic_callback(self._look, period=EVERY_MS)
+        if pn.state.curdoc is not None:  # a browser has asked for the page
+            templates = pn.io.resources.BASE_TEMPLATE.environment
+            pn.state.curdoc.template = templates.from_string(styles.PAGE)
+            pn.state.add_periodic_callback(self._poll, period=EVERY_MS)
             pn.state.add_periodic_callback(self._catch_up, period=CATCH_UP_MS)
 
-    def _look(self) -> None:
-        self._library.look()
+    def _new_tabs(self) -> pn.Tabs:
+        contents = (
+            pn.Column(self._axis, self._curves, self._constants, **WIDE),
+            self._load,
+            pn.Column(self._of, self._report, **WIDE),
+        )
+        return pn.Tabs(
+            *zip(TABS, contents, strict=True),
+            stylesheets=[styles.TABS_STYLE],
+            sizing_mode="stretch_width",
+            margin=(14, 0, 0, 0),
+        )
+
+    def _poll(self) -> None:
+        self._run_folder.poll()
         self._show()
 
     def _catch_up(self) -> None:
         """Reads on in a long run, a part at a time, so that the page answers in between."""
-        if self._library.is_behind:
-            self._library.look()
+        if self._run_folder.is_behind:
+            self._run_folder.poll()
 
     def _show(self, *_: Any) -> None:
         """Sends the browser what differs from what it was sent."""
-        library = self._library
+        run_folder = self._run_folder
         heading = page.heading(
-            library.folder, len(library.runs), library.links, is_behind=library.is_behind
+            run_folder.folder,
+            len(run_folder.runs),
+            run_folder.links,
+            is_behind=run_folder.is_behind,
         )
         _set(self._heading, heading)
         self._runs.show()
@@ -165,42 +176,39 @@ class Session:
         self._show_report(chosen)
 
     def _show_curves(self, runs: dict[str, LiveRun], changed: list[str]) -> None:
+        axis = self._axis.value
         charts = charts_of(runs.values())
         values = {chart.title: constant(chart, runs) for chart in charts}
-        wanted = (self._axis.value, charts, values, [signature(chart, runs) for chart in charts])
+        wanted = (axis, charts, values, [signature(chart, runs) for chart in charts])
         if self._drawn.get("curves") == wanted:
             for plot in self._plots:
                 plot.update(changed)
             return
         self._drawn["curves"] = wanted
-        plots = [
-            CurvePlot(chart, runs, self._axis.value)
-            for chart in charts
-            if values[chart.title] is None
-        ]
-        self._plots = [plot for plot in plots if plot.plot is not None]
-        cells: list[pn.viewable.Viewable] = [
-            _cell(page.chart_text(plot.chart, plot.caption), plot.plot, page.PLOT_STYLE)
-            for plot in self._plots
-        ]
-        self._curves.objects = cells or [
-            _text("<p>No curve yet: no run is chosen, or none has logged a step.</p>")
-        ]
-        same: list[tuple[Chart, float]] = []
+        self._plots = []
+        cells: list[pn.viewable.Viewable] = []
+        constants: list[tuple[Chart, float]] = []
         for chart in charts:
             value = values[chart.title]
             if value is not None:
-                same.append((chart, value))
-        _set(self._constants, page.constants(same))
+                constants.append((chart, value))
+                continue
+            curves = CurvePlot(chart, runs, axis)
+            if curves.plot is not None:
+                self._plots.append(curves)
+                text = page.chart_text(chart, curves.caption)
+                cells.append(_cell(text, curves.plot, styles.PLOT_STYLE))
+        self._curves.objects = cells or [_text(html.paragraph(NO_CURVE))]
+        _set(self._constants, page.constants(constants))
 
     def _show_load(self, runs: dict[str, LiveRun]) -> None:
         wanted = [(name, run.version) for name, run in runs.items()]
-        if TABS[self._tabs.active] != "Load" or self._drawn.get("load") == wanted:
+        is_drawn = self._drawn.get("load") == wanted
+        if is_drawn or TABS[self._tabs.active] != "Load":
             return
         self._drawn["load"] = wanted
-        self._load.objects = [_load_of(run) for run in runs.values()] or [
-            _text("<p>No run is chosen.</p>")
-        ]
+        cells = [_load_of(run) for run in runs.values()]
+        self._load.objects = cells or [_text(html.paragraph(NO_RUN))]
 
     def _show_report(self, runs: dict[str, LiveRun]) -> None:
         options = {run.name: path for path, run in runs.items()}
@@ -213,30 +221,32 @@ class Session:
         wanted = (self._of.value, _written(run))
         if self._drawn.get("report") != wanted:
             self._drawn["report"] = wanted
-            _set(self._report, page.report_frame(run) if run else "<p>No run is chosen.</p>")
+            _set(self._report, page.report_frame(run) if run else html.paragraph(NO_RUN))
 
 
 WIDE: dict[str, Any] = {"sizing_mode": "stretch_width", "margin": 0}
 
 
-def _text(html: str = "") -> pn.pane.HTML:
+def _text(content: str = "") -> pn.pane.HTML:
     return pn.pane.HTML(
-        html, stylesheets=[page.TEXT_STYLE], sizing_mode="stretch_width", margin=(4, 0)
+        content, stylesheets=[styles.TEXT_STYLE], sizing_mode="stretch_width", margin=(4, 0)
     )
 
 
 def _choice(title: str) -> dict[str, Any]:
+    """Returns the arguments of buttons in a line after a title."""
     return {
         "inline": True,
         "sizing_mode": "stretch_width",
         "margin": (4, 0),
-        "stylesheets": [page.choice_style(title)],
+        "stylesheets": [styles.choice_style(title)],
     }
 
 
-def _set(pane: pn.pane.HTML, html: str) -> None:
-    if pane.object != html:
-        pane.object = html
+def _set(pane: pn.pane.HTML, content: str) -> None:
+    """Sends a pane's content to the browser if it differs from what was sent."""
+    if pane.object != content:
+        pane.object = content
 
 
 def _cell(text: str, plot: Any, style: str) -> pn.Column:
@@ -245,33 +255,31 @@ def _cell(text: str, plot: Any, style: str) -> pn.Column:
 
 
 def _load_of(run: LiveRun) -> pn.viewable.Viewable:
-    """The heat map of the last logged interval, or why there is none."""
-    title = f"<h3>{page.html.text(run.name)}</h3>"
+    """Returns the heat map of the last logged interval, or why there is none."""
     try:
         check_folder(run.workdir, FOLDER)
         routing = None if run.run is None else run.run.reload().routing
         if routing is None or not routing.num_entries:
-            what = (
-                "it is a dense run"
-                if run.run is not None and not run.num_experts
-                else "none is logged yet"
-            )
-            return _text(f"{title}<p class='soft'>No load: {what}.</p>")
+            is_dense = run.run is not None and not run.num_experts
+            reason = "it is a dense run" if is_dense else "none is logged yet"
+            return _text(page.section_text(run.name, f"No load: {reason}."))
         counts_NE: np.ndarray = routing.read("counts", -1)[0]
     except (ValueError, OSError) as error:
-        return _text(title + page.problem(str(error)))
+        return _text(page.section_text(run.name) + page.problem(str(error)))
     reading = (
-        f"Load over uniform load in the interval that ended with step {routing.steps[-1]:,}. White is uniform, red is "
-        "overloaded, blue is underused, black got no token at all."
+        f"Load over uniform load in the interval that ended with step {routing.steps[-1]:,}. White "
+        "is uniform, red is overloaded, blue is underused, black got no token at all."
     )
     plot = load_plot(counts_NE, routing.layers.tolist())
-    return _cell(f"{title}<p class='soft'>{reading}</p>", plot, page.LOAD_STYLE)
+    return _cell(page.section_text(run.name, reading), plot, styles.LOAD_STYLE)
 
 
 def _written(run: LiveRun | None) -> Any:
-    """Changes when the run's report does."""
+    """Returns what changes when the run's report does."""
+    if run is None:
+        return None
     try:
-        info = None if run is None else (run.workdir / "report.html").stat()
+        info = (run.workdir / page.REPORT).stat()
     except OSError:
         return None
-    return info and (info.st_ino, info.st_size, info.st_mtime_ns)
+    return (info.st_ino, info.st_size, info.st_mtime_ns)

@@ -1,13 +1,12 @@
-"""What the axes of a sweep do: each level against a reference, pairs of axes together, settings against one of them.
+"""What the axes of a sweep do: differences of levels, of pairs of axes, and of settings.
 
-Everything is a difference between arms of the same seed, see `sweep_differences`. All functions are
-pure: frames in, numbers out.
+Everything is a difference between arms of the same seed, see
+`moejax/inspection/analysis/differences.py`. All functions are pure: frames in, numbers out.
 """
 
 import dataclasses
-import itertools
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -80,92 +79,114 @@ def axis_effect(arms: pd.DataFrame, metric: str, axis: str) -> AxisEffect:
       axis: a column `override/KEY` of it.
     """
     known = with_metric(arms, metric)
-    together = changes_with(known, axis)
+    together = tuple(changes_with(known, axis))
     is_set = np.array([key_of(level) is not None for level in known[axis]], bool)
-    num_unset, known = int((~is_set).sum()), known[is_set]
+    num_unset = int((~is_set).sum())
+    known = known[is_set]
     if known.empty:
-        return AxisEffect(None, (), tuple(together), num_unset)
-    cells = [name for name in axes_of(known) if name not in (axis, *together)]
-    keys = pd.Series([key_of(level) for level in known[axis]], known.index, dtype=object)
-    measured = {
-        key: measured_by_cell(of_level, metric, cells)
-        for key, of_level in known.groupby(keys, sort=False)
-    }
+        return AxisEffect(None, (), together, num_unset)
+    ignored = {axis, *together}
+    cells = [name for name in axes_of(known) if name not in ignored]
+    measured = {}
+    for level in levels_of(known[axis]):
+        of_level = known[_has_level(known, axis, level)]
+        measured[key_of(level)] = measured_by_cell(of_level, metric, cells)
+    # The reference is the first level of the sweep, not the lowest.
     reference = known[axis].iloc[0]
+    of_reference = measured[key_of(reference)]
     found = []
     for level in levels_of(known[axis]):
-        key = key_of(level)
-        difference = mean_difference(pair_up(measured[key_of(reference)], measured[key]))
-        found.append(Level(level, _mean_of_cells(measured[key]), difference))
-    return AxisEffect(reference, tuple(found), tuple(together), num_unset)
+        own = measured[key_of(level)]
+        difference = mean_difference(pair_up(of_reference, own))
+        found.append(Level(level, _mean_of_cells(own), difference))
+    return AxisEffect(reference, tuple(found), together, num_unset)
 
 
 def with_metric(arms: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """The arms whose metric is finite; none if it is no column."""
-    return arms[np.isfinite(arms[metric])] if metric in arms else arms.iloc[:0]
+    """Returns the arms whose metric is finite; none if it is no column."""
+    if metric not in arms:
+        return arms.iloc[:0]
+    return arms[np.isfinite(arms[metric])]
 
 
 def _has_level(arms: pd.DataFrame, axis: str, level: Any) -> Bool[np.ndarray, "S"]:
-    return np.array([key_of(value) == key_of(level) for value in arms[axis]], bool)
+    key = key_of(level)
+    return np.array([key_of(value) == key for value in arms[axis]], bool)
 
 
 def _mean_of_cells(measured: Measured) -> float:
+    """Returns the mean over cells, each of them a mean over the seeds that it has."""
     cells, seeds = places_of(measured)
-    return (
-        float(np.mean([np.nanmean(row_S) for row_S in as_table(measured, cells, seeds)]))
-        if cells
-        else math.nan
-    )
+    if not cells:
+        return math.nan
+    table_CS = as_table(measured, cells, seeds)
+    means = [np.nanmean(row_S) for row_S in table_CS]
+    return float(np.mean(means))
 
 
 def measured_by_cell(arms: pd.DataFrame, metric: str, cells: Sequence[str]) -> Measured:
-    """A metric by the levels of some axes, and seed; arms that agree in all of these are averaged."""
+    """Returns a metric by the levels of some axes, and by seed.
+
+    Arms that agree in all of these are averaged.
+    """
     found: dict[tuple[Hashable, Hashable], list[float]] = {}
     for row in arms.to_dict("records"):
         cell = tuple(key_of(row[axis]) for axis in cells)
-        found.setdefault((cell, row["seed"]), []).append(row[metric])
+        values = found.setdefault((cell, row["seed"]), [])
+        values.append(row[metric])
     return {place: float(np.mean(values)) for place, values in found.items()}
 
 
 def changes_with(arms: pd.DataFrame, axis: str) -> list[str]:
-    """The axes whose level follows from this axis's level, as the score of a router that is set with the router.
+    """Returns the axes whose level follows from this axis's level.
 
-    Only an axis most of whose levels come with several settings can show that: of a draw at random
-    every level comes once, and all else would follow from it.
+    An example is the score of a router that is set with the router. Only an axis most of whose
+    levels come with several settings can show that: of a random draw every level comes once, and
+    all else would follow from it.
     """
     return _followers(_level_codes(arms), axis)
 
 
 def distinct_axes(arms: pd.DataFrame) -> list[str]:
-    """The axes on which arms differ, but one alone of those that always change together: the first."""
+    """Returns the axes on which arms differ; of those that always change together, the first."""
     codes = _level_codes(arms)
     followers = {axis: _followers(codes, axis) for axis in codes}
     kept: list[str] = []
     for axis in followers:
-        if not any(axis in followers[first] and first in followers[axis] for first in kept):
+        twins = [other for other in followers[axis] if axis in followers[other]]
+        if not any(other in kept for other in twins):
             kept.append(axis)
     return kept
 
 
 def _level_codes(arms: pd.DataFrame) -> pd.DataFrame:
-    """The settings: a row each, with a number for each level of the axes on which arms differ."""
+    """Returns the settings: a row each, with a number for the level of each axis that differs."""
     columns = {}
     for axis in axes_of(arms):
         numbers: dict[Hashable, int] = {}
-        columns[axis] = [numbers.setdefault(key_of(value), len(numbers)) for value in arms[axis]]
+        codes = []
+        for value in arms[axis]:
+            codes.append(numbers.setdefault(key_of(value), len(numbers)))
+        columns[axis] = codes
     return pd.DataFrame(columns).drop_duplicates()
 
 
 def _followers(codes: pd.DataFrame, axis: str) -> list[str]:
+    """Returns the axes that have one level for each level of an axis."""
     if axis not in codes:
         return []
     num_settings = codes[axis].value_counts()
-    if 2 * int((num_settings > 1).sum()) <= len(num_settings):
+    num_levels = len(num_settings)
+    num_repeated = int((num_settings > 1).sum())
+    if 2 * num_repeated <= num_levels:
         return []
-    others = [name for name in codes if name != axis]
-    return [
-        name for name in others if len(codes[[axis, name]].drop_duplicates()) == len(num_settings)
-    ]
+    found = []
+    for name in codes:
+        if name != axis:
+            num_pairs = len(codes[[axis, name]].drop_duplicates())
+            if num_pairs == num_levels:
+                found.append(name)
+    return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,7 +207,7 @@ class Interaction:
 
 
 def interaction(arms: pd.DataFrame, metric: str, one: str, other: str) -> Interaction | None:
-    """Whether the effect of one axis depends on another.
+    """Measures whether the effect of one axis depends on another.
 
     Args:
       arms: at an equal fraction of the schedule.
@@ -199,71 +220,93 @@ def interaction(arms: pd.DataFrame, metric: str, one: str, other: str) -> Intera
       are not there.
     """
     known = with_metric(arms, metric)
-    ignored = {one, other, *changes_with(known, one), *changes_with(known, other)}
-    cells = [name for name in axes_of(known) if name not in ignored]
     rows, columns = levels_of(known[one]), levels_of(known[other])
-    measured = {}
-    for i, j in itertools.product(range(len(rows)), range(len(columns))):
-        of_both = known[_has_level(known, one, rows[i]) & _has_level(known, other, columns[j])]
-        measured[i, j] = measured_by_cell(of_both, metric, cells)
-    is_there = np.array(
-        [[bool(measured[i, j]) for j in range(len(columns))] for i in range(len(rows))], bool
-    )
-    kept_rows, kept_columns = _whole_levels(is_there.reshape(len(rows), len(columns)))
-    if min(len(kept_rows), len(kept_columns)) < 2:
+    measured = _measured_by_levels(known, metric, one, other)
+    is_there_IJ = np.zeros((len(rows), len(columns)), bool)
+    for place, found in measured.items():
+        is_there_IJ[place] = bool(found)
+    kept_rows, kept_columns = _complete_levels(is_there_IJ)
+    if len(kept_rows) < 2 or len(kept_columns) < 2:
         return None
     values_IJCS = _stack(measured, kept_rows, kept_columns)
-    kept_cells, kept_seeds = whole_block(np.isfinite(values_IJCS).all(axis=(0, 1)))
-    values_IJS = values_IJCS[:, :, kept_cells][..., kept_seeds].mean(axis=2)
+    is_known_CS = np.isfinite(values_IJCS).all(axis=(0, 1))
+    kept_cells, kept_seeds = whole_block(is_known_CS)
     if not kept_cells.size:
         return None
+    values_IJS = values_IJCS[:, :, kept_cells][..., kept_seeds].mean(axis=2)
     means = pd.DataFrame(
         values_IJS.mean(axis=2),
         index=pd.Index([rows[i] for i in kept_rows], dtype=object),
         columns=pd.Index([columns[j] for j in kept_columns], dtype=object),
     )
-    is_whole = means.shape == (len(rows), len(columns))
+    is_whole = means.shape == is_there_IJ.shape
     return Interaction(means, _largest_departure(values_IJS, len(kept_cells)), is_whole)
 
 
-def _whole_levels(is_there_IJ: Bool[np.ndarray, "I J"]) -> tuple[list[int], list[int]]:
-    """The rows without a hole with all columns, or the columns without a hole with all rows, whichever is more."""
-    rows = np.flatnonzero(is_there_IJ.all(axis=1)).tolist()
-    columns = np.flatnonzero(is_there_IJ.all(axis=0)).tolist()
+def _measured_by_levels(
+    known: pd.DataFrame, metric: str, one: str, other: str
+) -> dict[tuple[int, int], Measured]:
+    """Returns a metric for each pair of levels of two axes, by their numbers."""
+    ignored = {one, other, *changes_with(known, one), *changes_with(known, other)}
+    cells = [name for name in axes_of(known) if name not in ignored]
+    found = {}
+    for i, row in enumerate(levels_of(known[one])):
+        has_row = _has_level(known, one, row)
+        for j, column in enumerate(levels_of(known[other])):
+            has_both = has_row & _has_level(known, other, column)
+            found[i, j] = measured_by_cell(known[has_both], metric, cells)
+    return found
+
+
+def _complete_levels(is_there_IJ: Bool[np.ndarray, "I J"]) -> tuple[list[int], list[int]]:
+    """Chooses the rows and columns of a table without holes.
+
+    These are the rows without a hole with all columns, or the columns without a hole with all rows,
+    whichever has more cells.
+    """
     num_rows, num_columns = is_there_IJ.shape
-    if len(rows) * num_columns >= num_rows * len(columns):
-        return rows, list(range(num_columns))
-    return list(range(num_rows)), columns
+    full_rows = np.flatnonzero(is_there_IJ.all(axis=1)).tolist()
+    full_columns = np.flatnonzero(is_there_IJ.all(axis=0)).tolist()
+    num_cells_by_row = len(full_rows) * num_columns
+    num_cells_by_column = num_rows * len(full_columns)
+    if num_cells_by_row >= num_cells_by_column:
+        return full_rows, list(range(num_columns))
+    return list(range(num_rows)), full_columns
 
 
 def _stack(
-    measured: dict[tuple[int, int], Measured], rows: Sequence[int], columns: Sequence[int]
+    measured: Mapping[tuple[int, int], Measured], rows: Sequence[int], columns: Sequence[int]
 ) -> Float[np.ndarray, "I J C S"]:
+    """Returns the values of some rows and columns, over the same cells and seeds everywhere."""
     cells, seeds = places_of(*measured.values())
-    return np.array([[as_table(measured[i, j], cells, seeds) for j in columns] for i in rows])
+    tables = []
+    for i in rows:
+        tables.append([as_table(measured[i, j], cells, seeds) for j in columns])
+    return np.array(tables)
 
 
 def _largest_departure(values_IJS: Float[np.ndarray, "I J S"], num_cells: int) -> Difference:
-    sums_IJS = (
-        values_IJS.mean(axis=1, keepdims=True)
-        + values_IJS.mean(axis=0, keepdims=True)
-        - values_IJS.mean(axis=(0, 1), keepdims=True)
-    )
+    by_row_I1S = values_IJS.mean(axis=1, keepdims=True)
+    by_column_1JS = values_IJS.mean(axis=0, keepdims=True)
+    overall_11S = values_IJS.mean(axis=(0, 1), keepdims=True)
+    sums_IJS = by_row_I1S + by_column_1JS - overall_11S
     departures_IJS = values_IJS - sums_IJS
     num_rows, num_columns, num_seeds = values_IJS.shape
-    i, j = np.unravel_index(np.abs(departures_IJS.mean(axis=2)).argmax(), (num_rows, num_columns))
+    largest = np.abs(departures_IJS.mean(axis=2)).argmax()
+    i, j = np.unravel_index(largest, (num_rows, num_columns))
+    departures_S = departures_IJS[i, j]
     num_looks = num_rows * num_columns
     num_looks //= 2 if num_rows == 2 else 1  # the two rows depart by the same with opposite signs
     num_looks //= 2 if num_columns == 2 else 1
-    sign = -1 if departures_IJS[i, j].mean() < 0 else 1  # it depends on the cell and says nothing
-    found = mean_difference(sign * departures_IJS[i, j][None], num_looks)
+    sign = -1 if departures_S.mean() < 0 else 1  # it depends on the cell and says nothing
+    found = mean_difference(sign * departures_S[None], num_looks)
     return dataclasses.replace(found, num_pairs=num_cells * num_seeds)
 
 
 def compare_settings(
     arms: pd.DataFrame, metric: str, reference: Sequence[str], settings: Sequence[Sequence[str]]
 ) -> list[Difference]:
-    """The difference of each setting from one of them, over the seeds that both have.
+    """Returns the difference of each setting from one of them, over the seeds that both have.
 
     Args:
       arms: at an equal fraction of the schedule.
@@ -272,9 +315,17 @@ def compare_settings(
       settings: ids of the arms of each setting.
     """
     known = with_metric(arms, metric)
-    by_arm = dict(zip(known["arm"], zip(known["seed"], known[metric], strict=True), strict=True))
-    measured: list[dict[tuple[Hashable, Hashable], float]] = []
-    for ids in (reference, *settings):
-        found = [by_arm[arm] for arm in ids if arm in by_arm]
-        measured.append({("", seed): float(value) for seed, value in found})
-    return [mean_difference(pair_up(measured[0], other)) for other in measured[1:]]
+    seed_of = dict(zip(known["arm"], known["seed"], strict=True))
+    value_of = dict(zip(known["arm"], known[metric], strict=True))
+
+    def measured(ids: Sequence[str]) -> Measured:
+        """Returns the metric of a setting by seed; a setting is one cell."""
+        present = [arm for arm in ids if arm in value_of]
+        return {("", seed_of[arm]): float(value_of[arm]) for arm in present}
+
+    of_reference = measured(reference)
+    differences = []
+    for ids in settings:
+        pairs = pair_up(of_reference, measured(ids))
+        differences.append(mean_difference(pairs))
+    return differences

@@ -1,5 +1,6 @@
-"""Figures of a sweep: effects of one axis and of two, all settings at once, and the fronts of what is traded."""
+"""Figures of a sweep: effects of one axis and of two, all settings at once, and fronts."""
 
+import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -30,7 +31,7 @@ from moejax.inspection.figures.style import (
     new_figure,
     short_number,
 )
-from moejax.sweeps.report.effects import AxisEffect
+from moejax.sweeps.report.effects import AxisEffect, Level
 from moejax.sweeps.report.scale import Scale, level_name, scale_of
 from moejax.sweeps.tables import key_of
 
@@ -42,14 +43,18 @@ LEGEND_LETTERS = 46  # side by side in a figure's width
 AXIS_WIDTH = 1.9  # inches between two axes of `draw_parallel`
 COLOR_MAP = "viridis"
 NAME_LETTERS = 17
+TICK_LETTERS = 14
 NEIGHBOUR_LETTERS = 16  # of names side by side, in the mean
+INTERVAL: dict[str, Any] = {"ls": "none", "marker": "o", "ms": 5, "elinewidth": 1.2, "capsize": 3}
+TOLD_APART: dict[str, Any] = {"color": BLUE, "label": "told apart from it"}
+MAY_BE_NOISE: dict[str, Any] = {"color": GREY, "mfc": "white", "label": "may be noise"}
 
 
 def draw_effect(effect: AxisEffect, axis: str, metric: str) -> Drawing:
-    """Draws the difference of each level from the reference with its 95 % interval, and the reference at zero.
+    """Draws the difference of each level from the reference, with its 95 % interval.
 
     A difference whose interval holds zero is grey and hollow, so that it does not look
-    like an effect.
+    like an effect. The reference is a line at zero.
 
     Args:
       effect: with at least one difference over several seeds; others are left out.
@@ -65,28 +70,11 @@ def draw_effect(effect: AxisEffect, axis: str, metric: str) -> Drawing:
         line(0, color=GREY, lw=1, ls=(0, (4, 3)), zorder=1)
         reference = [[0.0], [zero]] if scale.is_named else [[zero], [0.0]]
         axes.plot(*reference, "D", color="#111111", ms=5, label="reference")
-        for is_told in (True, False):
-            shown = [level for level in known if level.difference.is_told_apart == is_told]
-            if not shown:
-                continue
-            places = scale.places([level.level for level in shown])
-            means = np.array([level.difference.mean for level in shown])
-            reach = np.array([level.difference.high - level.difference.mean for level in shown])
-            marks: dict[str, Any] = {
-                "ls": "none",
-                "marker": "o",
-                "ms": 5,
-                "elinewidth": 1.2,
-                "capsize": 3,
-            }
-            if is_told:
-                marks |= {"color": BLUE, "label": "told apart from it"}
-            else:
-                marks |= {"color": GREY, "mfc": "white", "label": "may be noise"}
-            if scale.is_named:
-                axes.errorbar(means, places, xerr=reach, **marks)
-            else:
-                axes.errorbar(places, means, yerr=reach, **marks)
+        for marks in (TOLD_APART, MAY_BE_NOISE):
+            is_told_apart = marks is TOLD_APART
+            shown = [level for level in known if level.difference.is_told_apart == is_told_apart]
+            if shown:
+                _draw_differences(axes, scale, shown, marks)
         figure.legend(
             loc="outside upper left",
             ncols=3,
@@ -96,6 +84,19 @@ def draw_effect(effect: AxisEffect, axis: str, metric: str) -> Drawing:
         )
         _label(axes, scale, axis, metric)
         return Drawing.from_figure(figure)
+
+
+def _draw_differences(
+    axes: Axes, scale: Scale, levels: Sequence[Level], marks: Mapping[str, Any]
+) -> None:
+    """Draws differences as points with intervals, along the axis that has room for names."""
+    places = scale.places([level.level for level in levels])
+    means = np.array([level.difference.mean for level in levels])
+    reach = np.array([level.difference.high for level in levels]) - means
+    if scale.is_named:
+        axes.errorbar(means, places, xerr=reach, **INTERVAL, **marks)
+    else:
+        axes.errorbar(places, means, yerr=reach, **INTERVAL, **marks)
 
 
 def draw_interaction(
@@ -112,28 +113,46 @@ def draw_interaction(
     """
     scale = scale_of(means.index)
     places = scale.places(means.index)
-    look_of = {key_of(level): i % MAX_LINES for i, level in enumerate(order)}
+    style_of = {key_of(level): i % MAX_LINES for i, level in enumerate(order)}
+    labels = [level_name(level) for level in means.columns]
     with matplotlib.rc_context(STYLE):
         figure, axes = new_figure(_height(scale) + 0.5)
-        labels = [level_name(level) for level in means.columns]
-        for column, (level, label) in enumerate(zip(means.columns, labels, strict=True)):
-            i = look_of[key_of(level)]
+        for column, level in enumerate(means.columns):
+            i = style_of[key_of(level)]
             values = means.iloc[:, column].to_numpy(np.float64)
             points = (values, places) if scale.is_named else (places, values)
-            axes.plot(*points, color=COLORS[i], ls=DASHES[i], marker=MARKERS[i], ms=5, label=label)
-        columns = max(1, min(len(labels), LEGEND_LETTERS // (max(map(len, labels)) + 6)))
-        figure.legend(loc="outside upper left", ncols=columns, borderaxespad=0.1, columnspacing=1.2,
-                      title=_name(other, 40), alignment="left", title_fontsize=9)  # fmt: skip
+            axes.plot(
+                *points,
+                color=COLORS[i],
+                ls=DASHES[i],
+                marker=MARKERS[i],
+                ms=5,
+                label=labels[column],
+            )
+        longest = max(len(label) for label in labels)
+        num_columns = min(len(labels), LEGEND_LETTERS // (longest + 6))
+        figure.legend(
+            loc="outside upper left",
+            ncols=max(1, num_columns),
+            borderaxespad=0.1,
+            columnspacing=1.2,
+            title=_name(other, 40),
+            alignment="left",
+            title_fontsize=9,
+        )
         _label(axes, scale, axis, metric)
         return Drawing.from_figure(figure)
 
 
 def _height(scale: Scale) -> float:
-    return float(np.clip(1.0 + 0.3 * len(scale.levels), 1.6, 4.6)) if scale.is_named else 2.45
+    """Returns inches of a figure; levels with names stand below one another."""
+    if not scale.is_named:
+        return 2.45
+    return float(np.clip(1.0 + 0.3 * len(scale.levels), 1.6, 4.6))
 
 
 def _label(axes: Axes, scale: Scale, axis: str, metric: str) -> None:
-    """Levels with names stand below one another, where there is room for them."""
+    """Labels both axes; levels with names stand below one another, where there is room for them."""
     name = _name(axis, 40)
     if scale.is_named:
         scale.label(axes.yaxis)
@@ -147,13 +166,15 @@ def _label(axes: Axes, scale: Scale, axis: str, metric: str) -> None:
         axes.set_ylabel(metric)
     of_metric = axes.xaxis if scale.is_named else axes.yaxis
     of_metric.set_major_locator(MaxNLocator(5))
-    of_metric.set_major_formatter(
-        FuncFormatter(lambda y, _: f"{y:.4g}" if abs(y) < 10_000 else short_number(y))
-    )
+    of_metric.set_major_formatter(FuncFormatter(lambda value, _: _tick_label(value)))
+
+
+def _tick_label(value: float) -> str:
+    return f"{value:.4g}" if abs(value) < 10_000 else short_number(value)
 
 
 def _name(name: str, most: int = NAME_LETTERS) -> str:
-    """The end of a long name says more than its beginning."""
+    """Returns a name, or the end of a long one, which says more than its beginning."""
     name = legend_name(name)
     return name if len(name) <= most else f"…{name[-most + 1 :]}"
 
@@ -172,26 +193,29 @@ def draw_parallel(
       metric: a column.
       label: of the metric.
     """
-    values = settings[metric].to_numpy(np.float64)
-    scales = [
-        *(scale_of(settings[axis]) for axis in axes_names),
-        Scale(tuple(sorted(set(values))), "linear"),
-    ]
-    columns = [*(settings[axis] for axis in axes_names), settings[metric]]
-    heights = [
-        _unit(scale, scale.places(column)) for scale, column in zip(scales, columns, strict=True)
-    ]
-    lines = [np.column_stack([np.arange(len(scales)), row]) for row in np.column_stack(heights)]
-    norm = Normalize(float(values.min()), float(values.max()))
+    values_S = settings[metric].to_numpy(np.float64)
+    scales = [scale_of(settings[axis]) for axis in axes_names]
+    scales.append(Scale(tuple(sorted(set(values_S))), "linear"))
+    heights = []
+    for scale, column in zip(scales, [*axes_names, metric], strict=True):
+        heights.append(_unit(scale, scale.places(settings[column])))
+    # A line for each setting, as points [axis, height].
+    numbers = np.arange(len(scales))
+    lines = [np.column_stack([numbers, row]) for row in np.column_stack(heights)]
+    norm = Normalize(float(values_S.min()), float(values_S.max()))
     with matplotlib.rc_context(STYLE):
         layout = ConstrainedLayoutEngine(w_pad=0.04, h_pad=0.04)
         width = max(WIDTH, 0.9 + AXIS_WIDTH * (len(scales) - 1) + 0.9)
         figure = Figure(figsize=(width, 3.4), dpi=144, facecolor="none", layout=layout)
         axes = figure.add_subplot()
         collection = LineCollection(
-            lines[::-1], cmap=COLOR_MAP, norm=norm, array=values[::-1], alpha=0.85,
+            lines[::-1],
+            cmap=COLOR_MAP,
+            norm=norm,
+            array=values_S[::-1],
+            alpha=0.85,
             linewidths=[*[1.1] * (len(lines) - 1), 3.2],
-        )  # fmt: skip
+        )
         axes.add_collection(collection)
         _draw_scales(axes, scales, [*axes_names.values(), label])
         mesh = ScalarMappable(norm, COLOR_MAP)
@@ -200,30 +224,23 @@ def draw_parallel(
 
 
 def _unit(scale: Scale, places: Float[np.ndarray, "S"]) -> Float[np.ndarray, "S"]:
-    """Places on an axis from 0 to 1; the only level in the middle."""
+    """Returns places on an axis from 0 to 1; the only level is in the middle."""
     ends = scale.places(scale.levels)
-    span = float(np.ptp(ends))
-    return (places - ends.min()) / span if span else np.where(np.isfinite(places), 0.5, np.nan)
+    lowest, span = ends.min(), float(np.ptp(ends))
+    if span:
+        return (places - lowest) / span
+    is_set = np.isfinite(places)
+    return np.where(is_set, 0.5, np.nan)
 
 
 def _draw_scales(axes: Axes, scales: Sequence[Scale], names: Sequence[str]) -> None:
-    """The axes of `draw_parallel`; names that would touch stand alternately high and low."""
+    """Draws the axes of `draw_parallel`; names that would touch are alternately high and low."""
     lengths = [min(len(name), NAME_LETTERS) for name in names]
-    is_tight = any(
-        one + other > 2 * NEIGHBOUR_LETTERS for one, other in itertools.pairwise(lengths)
-    )
-    ground = {"boxstyle": "round,pad=0.12", "facecolor": "white", "edgecolor": "none", "alpha": 0.8}
+    pairs = itertools.pairwise(lengths)
+    is_tight = any(one + other > 2 * NEIGHBOUR_LETTERS for one, other in pairs)
     for i, (scale, name) in enumerate(zip(scales, names, strict=True)):
         axes.plot([i, i], [0, 1], color=GREY, lw=1, zorder=3)
-        ticks = scale.ticks()
-        for place, (_, text) in zip(
-            _unit(scale, np.array([x for x, _ in ticks])), ticks, strict=True
-        ):
-            axes.plot([i - 0.02, i + 0.02], [place, place], color=GREY, lw=1, zorder=3)
-            shown = text if len(text) <= 14 else f"{text[:13]}…"
-            axes.text(
-                i + 0.05, place, shown, va="center", ha="left", fontsize=8.5, zorder=4, bbox=ground
-            )
+        _draw_ticks(axes, scale, i)
         suffix = "\n(logarithmic)" if scale.kind == "log" else ""
         is_high = is_tight and i % 2
         axes.text(
@@ -240,34 +257,73 @@ def _draw_scales(axes: Axes, scales: Sequence[Scale], names: Sequence[str]) -> N
     axes.axis("off")
 
 
-def draw_front(
-    x: Float[np.ndarray, "S"],
-    y: Float[np.ndarray, "S"],
-    is_front: Bool[np.ndarray, "S"],
-    numbers: Sequence[int],
-    xlabel: str,
-    ylabel: str,
-    *,
-    errors: Float[np.ndarray, "S"],
-) -> Drawing:
-    """Draws what two metrics trade; both are to be low.
+def _draw_ticks(axes: Axes, scale: Scale, i: int) -> None:
+    """Draws the ticks of the axis at x = i, with labels on its right."""
+    background = {
+        "boxstyle": "round,pad=0.12",
+        "facecolor": "white",
+        "edgecolor": "none",
+        "alpha": 0.8,
+    }
+    ticks = scale.ticks()
+    heights = _unit(scale, np.array([place for place, _ in ticks]))
+    for height, (_, text) in zip(heights, ticks, strict=True):
+        axes.plot([i - 0.02, i + 0.02], [height, height], color=GREY, lw=1, zorder=3)
+        shown = text if len(text) <= TICK_LETTERS else f"{text[: TICK_LETTERS - 1]}…"
+        axes.text(
+            i + 0.05,
+            height,
+            shown,
+            va="center",
+            ha="left",
+            fontsize=8.5,
+            zorder=4,
+            bbox=background,
+        )
 
-    Args:
+
+@dataclasses.dataclass(frozen=True)
+class Front:
+    """Settings by two metrics, both of which are to be low.
+
+    Attributes:
       x: of each setting, finite.
       y: of each setting, finite.
       errors: standard errors of `y`, drawn as bars; NaN where there is none.
       is_front: no other setting is as low in both and lower in one.
-      numbers: of the settings; those of the front are written beside it.
+      numbers: of the settings; those of the front are written next to it.
+    """
+
+    x: Float[np.ndarray, "S"]
+    y: Float[np.ndarray, "S"]
+    errors: Float[np.ndarray, "S"]
+    is_front: Bool[np.ndarray, "S"]
+    numbers: Sequence[int]
+
+
+def draw_front(front: Front, *, xlabel: str, ylabel: str) -> Drawing:
+    """Draws what two metrics trade.
+
+    Args:
+      front: the settings.
       xlabel: quantity and unit.
       ylabel: quantity and unit.
     """
+    x, y, is_other = front.x, front.y, ~front.is_front
     with matplotlib.rc_context(STYLE):
         figure, axes = new_figure(2.7)
         axes.errorbar(
-            x, y, yerr=errors, ls="none", color=GREY, elinewidth=0.8, alpha=0.6, zorder=1.5
+            x,
+            y,
+            yerr=front.errors,
+            ls="none",
+            color=GREY,
+            elinewidth=0.8,
+            alpha=0.6,
+            zorder=1.5,
         )
-        axes.plot(x[~is_front], y[~is_front], "o", color=GREY, ms=4, alpha=0.6, label="others")
-        order = np.flatnonzero(is_front)[np.argsort(x[is_front], kind="stable")]
+        axes.plot(x[is_other], y[is_other], "o", color=GREY, ms=4, alpha=0.6, label="others")
+        order = np.flatnonzero(front.is_front)[np.argsort(x[front.is_front], kind="stable")]
         axes.step(x[order], y[order], "-", where="post", color=ORANGE, lw=1, zorder=2.5)
         axes.plot(
             x[order],
@@ -280,18 +336,7 @@ def draw_front(
             zorder=3,
             label="on the front",
         )
-        last: tuple[float, float] | None = None
-        for i in order:
-            here = (float(x[i] / (np.ptp(x) or 1)), float(y[i] / (np.ptp(y) or 1)))
-            if last is None or max(abs(here[0] - last[0]) * 3, abs(here[1] - last[1]) * 2) > 0.2:
-                axes.annotate(
-                    str(numbers[i]),
-                    (x[i], y[i]),
-                    xytext=(5, 4),
-                    textcoords="offset points",
-                    zorder=4,
-                )
-                last = here
+        _number_settings(axes, front, order)
         figure.legend(loc="outside upper left", ncols=2, borderaxespad=0.1)
         axes.margins(0.09)
         axes.set_xlabel(xlabel)
@@ -299,3 +344,26 @@ def draw_front(
         axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.yaxis.set_major_locator(MaxNLocator(5))
         return Drawing.from_figure(figure)
+
+
+def _number_settings(axes: Axes, front: Front, order: np.ndarray) -> None:
+    """Writes the numbers of settings on the front, without those too close to the one before."""
+    width, height = np.ptp(front.x) or 1, np.ptp(front.y) or 1
+    last: tuple[float, float] | None = None
+    for i in order:
+        here = (float(front.x[i] / width), float(front.y[i] / height))
+        if last is not None and _are_close(last, here):
+            continue
+        axes.annotate(
+            str(front.numbers[i]),
+            (front.x[i], front.y[i]),
+            xytext=(5, 4),
+            textcoords="offset points",
+            zorder=4,
+        )
+        last = here
+
+
+def _are_close(one: tuple[float, float], other: tuple[float, float]) -> bool:
+    """Returns whether numbers at two places, in parts of the figure, would touch."""
+    return max(abs(other[0] - one[0]) * 3, abs(other[1] - one[1]) * 2) <= 0.2

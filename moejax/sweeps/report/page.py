@@ -1,29 +1,25 @@
-"""A sweep as one HTML page: what was swept and how it ended, every setting, and what the axes do to loss and balance.
+"""A sweep as one HTML page: what was swept, how it ended, every setting, and what the axes do.
 
 Compared are the arms that are done, at the end of their schedule; all others are listed with the
 reason. The page reads without its script, which sorts the table of settings.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
 
 from moejax.inspection import html
+from moejax.inspection.html import Markup
 from moejax.inspection.report.page import Section, details, render_page, table
 from moejax.inspection.runs.token_keys import comparison_note
-from moejax.sweeps.report.effect_plots import effects, has_one_seed, interactions
+from moejax.sweeps.report.effect_plots import effects, has_one_seed
+from moejax.sweeps.report.interaction_plots import interactions
 from moejax.sweeps.report.plots import count, fronts, parallel
 from moejax.sweeps.report.scale import level_name
-from moejax.sweeps.report.settings import (
-    METRIC_KEYS,
-    SORT_SCRIPT,
-    numbered_settings,
-    pack_note,
-    settings_table,
-    short_names,
-)
+from moejax.sweeps.report.settings import METRIC_KEYS, numbered_settings, pack_note, short_names
+from moejax.sweeps.report.settings_table import settings_table
 from moejax.sweeps.tables import MATCHED, OVERRIDE, at_fraction, axes_of, levels_of, setting_key
 
 STATUSES = ("done", "stopped", "failed", "pruned")
@@ -34,7 +30,11 @@ MATCHES = {
     "flops": "equal FLOPs per token",
 }
 MAX_LEVELS = 12  # of an axis, listed
+MAX_LETTERS = 60  # of a level
 MAX_OPEN = 20  # rows of a list that is open from the start
+
+Entries = Sequence[Mapping[str, Any]]
+"""Of all arms in `sweep.json`."""
 
 
 def build_sweep_page(frame: pd.DataFrame, definition: Mapping[str, Any], name: str = "") -> str:
@@ -50,174 +50,195 @@ def build_sweep_page(frame: pd.DataFrame, definition: Mapping[str, Any], name: s
     """
     planned = definition["arms"]
     compared, left_out = at_fraction(frame)
-    settings = numbered_settings(compared, METRIC_KEYS, planned)
-    axes = short_names(axes_of(compared))
+    summary = _summary(frame, definition) + _outcome(frame, planned)
     sections: list[Section] = [
-        ("summary", "What was swept", _summary(frame, definition) + _outcome(frame, planned))
+        ("summary", "What was swept", summary),
+        *_compared_sections(compared, planned),
+        ("left-out", "Arms that are not compared", _left_out(frame, left_out, planned)),
     ]
-    if len(settings):
-        packs = pack_note(compared)
-        matched = [str(name) for name in compared.columns if str(name).startswith(MATCHED)]
-        sections += [
-            (
-                "settings",
-                "Settings",
-                _token_note(axes) + settings_table(settings, compared, matched, planned),
-            ),
-            ("effects", "Effect of each axis", effects(compared, axes, packs)),
-            ("interactions", "Effect of pairs of axes", interactions(compared, axes)),
-            ("parallel", "All settings at once", parallel(settings, axes, has_one_seed(compared))),
-            (
-                "fronts",
-                "Loss against drops and time",
-                fronts(settings, axes, packs, has_one_seed(compared)),
-            ),
-        ]
-    else:
-        sections.append(
-            ("settings", "Settings", "<p>No arm is done, so there is nothing to compare.</p>")
-        )
-    sections.append(("left-out", "Arms that are not compared", _left_out(frame, left_out, planned)))
     recipe = str(definition.get("recipe") or "")
-    subtitle = f"A sweep of <code>{html.text(recipe)}</code>" if recipe and name else "A sweep"
-    return render_page(
-        name or recipe or "Sweep", subtitle, sections, kind="sweep", script=SORT_SCRIPT
-    )
+    subtitle = "A sweep"
+    if recipe and name:
+        subtitle = html.render("sweep/subtitle", recipe=recipe)
+    title = name or recipe or "Sweep"
+    script = html.render("sweep/sort_script")
+    return render_page(title, subtitle, sections, kind="sweep", script=script)
 
 
-def _token_note(axes: Mapping[str, str]) -> str:
+def _compared_sections(compared: pd.DataFrame, planned: Entries) -> list[Section]:
+    settings = numbered_settings(compared, METRIC_KEYS, planned)
+    if not len(settings):
+        nothing = html.paragraph("No arm is done, so there is nothing to compare.")
+        return [("settings", "Settings", nothing)]
+    axes = short_names(axes_of(compared))
+    packs, is_one_seed = pack_note(compared), has_one_seed(compared)
+    matched = [str(name) for name in compared.columns if str(name).startswith(MATCHED)]
+    listed = _token_note(axes) + settings_table(settings, compared, matched, planned)
+    traded = fronts(settings, axes, packs, is_one_seed)
+    return [
+        ("settings", "Settings", listed),
+        ("effects", "Effect of each axis", effects(compared, axes, packs)),
+        ("interactions", "Effect of pairs of axes", interactions(compared, axes)),
+        ("parallel", "All settings at once", parallel(settings, axes, is_one_seed)),
+        ("fronts", "Loss against drops and time", traded),
+    ]
+
+
+def _token_note(axes: Iterable[str]) -> Markup:
     note = comparison_note(axis.removeprefix(OVERRIDE) for axis in axes)
-    return f"<p>{html.text(note)}</p>" if note else ""
+    return html.paragraph(note)
 
 
-def _summary(frame: pd.DataFrame, definition: Mapping[str, Any]) -> str:
+def _summary(frame: pd.DataFrame, definition: Mapping[str, Any]) -> Markup:
     planned = definition["arms"]
-    keys = dict.fromkeys(key for entry in planned for key in entry["overrides"])
-    axes = [(key, levels_of(entry["overrides"].get(key) for entry in planned)) for key in keys]
-    settings = {setting_key(entry["overrides"]) for entry in planned}
-    seeds = dict(axes).get("train.seed", [])
     match = str(definition.get("match") or "")
-    rows = [
-        ("Recipe", html.text(definition.get("recipe") or "not known")),
+    versions = definition.get("versions") or {}
+    levels_by_key = _swept(planned)
+    rows: list[tuple[Any, Any]] = [
+        ("Recipe", definition.get("recipe") or "not known"),
         ("Command", _command(str(definition.get("command") or "not known"))),
-        (
-            "Arms",
-            f"{len(planned)}: {count(len(settings), 'setting')}, "
-            + (count(len(seeds), "seed") if seeds else "no seed axis"),
-        ),
-        *((f"<code>{html.text(key)}</code>", _levels(levels)) for key, levels in axes),
-        ("Matched", html.text(MATCHES.get(match, match))),
+        ("Arms", _arms(planned, levels_by_key.get("train.seed", []))),
+    ]
+    for key, levels in levels_by_key.items():
+        rows.append((html.code(key), _levels(levels)))
+    rows += [
+        ("Matched", MATCHES.get(match, match)),
         ("Packs", _packs(definition.get("packs") or [])),
-        (
-            "Versions",
-            html.text(", ".join(f"{k} {v}" for k, v in (definition.get("versions") or {}).items())),
-        ),
-        ("Commit", html.text(definition.get("git_commit") or "not known")),
+        ("Versions", ", ".join(f"{name} {version}" for name, version in versions.items())),
+        ("Commit", definition.get("git_commit") or "not known"),
     ]
     devices = list(dict.fromkeys(frame["device"].dropna())) if "device" in frame else []
     if devices:
-        rows.append(
-            ("Device" if len(devices) == 1 else "Devices", html.text("; ".join(map(str, devices))))
-        )
+        title = "Device" if len(devices) == 1 else "Devices"
+        rows.append((title, "; ".join(map(str, devices))))
     return table((), rows, "facts")
 
 
-def _command(command: str) -> str:
-    """A command whose flags are not broken at their hyphens where a line ends."""
-    words = " ".join(f"<span>{html.text(word)}</span>" for word in command.split())
-    return f"<code>{words}</code>"
+def _swept(planned: Entries) -> dict[str, list[Any]]:
+    """Returns the keys that some arm overrides, with their levels."""
+    overrides = [entry["overrides"] for entry in planned]
+    keys: dict[str, None] = {}  # an ordered set
+    for values in overrides:
+        keys |= dict.fromkeys(values)
+    found = {}
+    for key in keys:
+        found[key] = levels_of(values.get(key) for values in overrides)
+    return found
 
 
-def _levels(levels: Sequence[Any]) -> str:
-    shown = ", ".join(
-        f"<code>{html.text(level_name(level, 60))}</code>" for level in levels[:MAX_LEVELS]
-    )
-    return shown if len(levels) <= MAX_LEVELS else f"{shown} and {len(levels) - MAX_LEVELS} more"
+def _arms(planned: Entries, seeds: Sequence[Any]) -> str:
+    num_settings = len({setting_key(entry["overrides"]) for entry in planned})
+    of_seeds = count(len(seeds), "seed") if seeds else "no seed axis"
+    return f"{len(planned)}: {count(num_settings, 'setting')}, {of_seeds}"
+
+
+def _command(command: str) -> Markup:
+    """Returns a command whose flags are not broken at their hyphens where a line ends."""
+    return html.render("sweep/command", words=command.split())
+
+
+def _levels(levels: Sequence[Any]) -> Markup:
+    shown = [level_name(level, MAX_LETTERS) for level in levels[:MAX_LEVELS]]
+    return html.render("sweep/levels", levels=shown, num_more=len(levels) - len(shown))
 
 
 def _packs(packs: Sequence[Sequence[str]]) -> str:
     if not packs:
         return "none"
     largest = max(map(len, packs))
-    return (
-        f"{len(packs)}, of at most {largest} arms trained together"
-        if largest > 1
-        else "none: one arm at a time"
-    )
+    if largest == 1:
+        return "none: one arm at a time"
+    return f"{len(packs)}, of at most {largest} arms trained together"
 
 
-def _outcome(frame: pd.DataFrame, planned: Sequence[Mapping[str, Any]]) -> str:
-    """How many arms ended how, and which alarms they raised."""
+def _outcome(frame: pd.DataFrame, planned: Entries) -> Markup:
+    """Says how many arms ended how, and which alarms they raised."""
     counts = {status: int((frame["status"] == status).sum()) for status in STATUSES}
-    missing = len(planned) - int(frame["arm"].isin([entry["id"] for entry in planned]).sum())
-    parts = [f"{counts.pop('done')} done", *(f"{n} {status}" for status, n in counts.items() if n)]
-    parts += [f"{missing} not ended"] if missing else []
-    kind = "warning" if counts["failed"] or counts["stopped"] else ""
-    text = f'<p class="{kind}"><strong>Of {count(len(planned), "arm")} planned: {", ".join(parts)}.</strong></p>'
-    return text + _alarms(frame)
+    is_known = frame["arm"].isin([entry["id"] for entry in planned])
+    num_missing = len(planned) - int(is_known.sum())
+    parts = [f"{counts.pop('done')} done"]
+    for status, num_arms in counts.items():
+        if num_arms:
+            parts.append(f"{num_arms} {status}")
+    if num_missing:
+        parts.append(f"{num_missing} not ended")
+    return html.render(
+        "sweep/outcome",
+        is_bad=counts["failed"] > 0 or counts["stopped"] > 0,
+        planned=count(len(planned), "arm"),
+        parts=parts,
+        alarms=_alarms(frame),
+    )
 
 
-def _alarms(frame: pd.DataFrame) -> str:
-    arms: dict[str, list[str]] = {}
-    names = short_names([str(name) for name in frame.columns if str(name).startswith(OVERRIDE)])
+def _alarms(frame: pd.DataFrame) -> Markup:
+    arms_by_rule: dict[str, list[str]] = {}
     if "alarm_rules" in frame:
+        columns = [str(name) for name in frame.columns if str(name).startswith(OVERRIDE)]
+        names = short_names(columns)
         for row in frame.to_dict("records"):
-            levels = [
-                f"{name} {level_name(row[axis])}"
-                for axis, name in names.items()
-                if row[axis] is not None
-            ]
-            arm = f"{row['arm']} ({', '.join(levels)})" if levels else str(row["arm"])
             for rule in json.loads(row["alarm_rules"] or "[]"):
-                arms.setdefault(str(rule), []).append(arm)
-    if not arms:
-        return "<p>No arm raised an alarm.</p>"
-    rows = [
-        (
-            html.text(rule),
-            str(len(of_rule)),
-            "<br>".join(f"<code>{html.text(arm)}</code>" for arm in of_rule),
-        )
-        for rule, of_rule in sorted(arms.items(), key=lambda item: -len(item[1]))
-    ]
-    total = len({arm for of_rule in arms.values() for arm in of_rule})
-    text = table(("alarm", "arms", ""), rows, "events")
-    return f'<p class="warning">{total} of {count(len(frame), "arm")} raised alarms.</p>' + (
-        details("Which arms", text, is_open=total <= MAX_OPEN)
-    )
+                arms_by_rule.setdefault(str(rule), []).append(_arm_in_words(row, names))
+    if not arms_by_rule:
+        return html.paragraph("No arm raised an alarm.")
+    rows = []
+    found: set[str] = set()
+    for rule, arms in sorted(arms_by_rule.items(), key=lambda item: -len(item[1])):
+        rows.append((rule, str(len(arms)), _lines_of_code(arms)))
+        found.update(arms)
+    listed = table(("alarm", "arms", ""), rows, "events")
+    raised = f"{len(found)} of {count(len(frame), 'arm')} raised alarms."
+    is_open = len(found) <= MAX_OPEN
+    return html.paragraph(raised, "warning") + details("Which arms", listed, is_open=is_open)
 
 
-def _left_out(
-    frame: pd.DataFrame, left_out: pd.DataFrame, planned: Sequence[Mapping[str, Any]]
-) -> str:
-    overrides = {entry["id"]: entry["overrides"] for entry in planned}
-    known = {
-        row["arm"]: {
-            str(k).removeprefix(OVERRIDE): v for k, v in row.items() if str(k).startswith(OVERRIDE)
-        }
-        for row in frame.to_dict("records")
-    }
+def _arm_in_words(row: Mapping[Any, Any], names: Mapping[str, str]) -> str:
+    """Returns an arm's id with its levels."""
+    arm = str(row["arm"])
+    levels = []
+    for axis, name in names.items():
+        level = row[axis]
+        if level is not None:
+            levels.append(f"{name} {level_name(level)}")
+    if not levels:
+        return arm
+    return f"{arm} ({', '.join(levels)})"
+
+
+def _lines_of_code(lines: Sequence[str]) -> Markup:
+    return html.render("sweep/lines_of_code", lines=lines)
+
+
+def _left_out(frame: pd.DataFrame, left_out: pd.DataFrame, planned: Entries) -> Markup:
     reasons = {row["arm"]: str(row["reason"]) for row in left_out.to_dict("records")}
+    overrides = {entry["id"]: entry["overrides"] for entry in planned}
     ended = set(frame["arm"])
-    reasons |= {arm: "not ended" for arm in overrides if arm not in ended}
+    for arm in overrides:
+        if arm not in ended:
+            reasons[arm] = "not ended"
     if not reasons:
-        return "<p>None: every arm is done and compared.</p>"
-    rows = [
-        (
-            f"<code>{html.text(arm)}</code>",
-            _overrides(overrides.get(arm) or known.get(arm, {})),
-            html.text(reason),
-        )
-        for arm, reason in reasons.items()
-    ]
+        return html.paragraph("None: every arm is done and compared.")
+    for row in frame.to_dict("records"):
+        if not overrides.get(row["arm"]):
+            overrides[row["arm"]] = _recorded_overrides(row)
+    rows = []
+    for arm, reason in reasons.items():
+        rows.append((html.code(arm), _overrides(overrides[arm]), reason))
     listed = table(("arm", "overrides", "why"), rows, "events")
-    return f"<p>{count(len(rows), 'arm')}.</p>" + (
-        listed if len(rows) <= MAX_OPEN else details(f"All {len(rows)}", listed, is_open=False)
-    )
+    if len(rows) > MAX_OPEN:
+        listed = details(f"All {len(rows)}", listed)
+    return html.paragraph(f"{count(len(rows), 'arm')}.") + listed
 
 
-def _overrides(values: Mapping[str, Any]) -> str:
-    set_ = [(key, value) for key, value in values.items() if value is not None]
-    return "<br>".join(
-        f"<code>{html.text(key)}={html.text(level_name(value, 60))}</code>" for key, value in set_
-    )
+def _recorded_overrides(row: Mapping[Any, Any]) -> dict[str, Any]:
+    """Returns the overrides in the row of an arm."""
+    columns = [str(name) for name in row if str(name).startswith(OVERRIDE)]
+    return {name.removeprefix(OVERRIDE): row[name] for name in columns}
+
+
+def _overrides(values: Mapping[str, Any]) -> Markup:
+    lines = []
+    for key, value in values.items():
+        if value is not None:
+            lines.append(f"{key}={level_name(value, MAX_LETTERS)}")
+    return _lines_of_code(lines)

@@ -1,4 +1,4 @@
-"""The figures of a sweep's page that show whole settings, with their words: all settings at once, and fronts."""
+"""The parts of a sweep's page that show settings as one: all settings at once, and fronts."""
 
 import math
 from collections.abc import Mapping
@@ -7,8 +7,9 @@ import numpy as np
 import pandas as pd
 
 from moejax.inspection import html
+from moejax.inspection.html import Markup
 from moejax.inspection.report.page import figure, grid, table
-from moejax.sweeps.report.figures import draw_front, draw_parallel
+from moejax.sweeps.report.figures import Front, draw_front, draw_parallel
 from moejax.sweeps.report.scale import level_name
 from moejax.sweeps.report.settings import METRICS, NUMBER, arms_in_words, mean_and_error, varies
 from moejax.sweeps.tables import key_of, loss_of, pareto_front
@@ -16,107 +17,142 @@ from moejax.sweeps.tables import key_of, loss_of, pareto_front
 STEP_TIME = "step_s"
 TRADED = ("tail/moe/dropped", STEP_TIME)
 MAX_AXES = 10  # in the figure of all settings
-ALL_MAY_BE_NOISE = " There is one seed: all that is seen here may be noise."
-ONE_SETTING = "<p>No axis has more than one level among the arms that are compared.</p>"
+ALL_MAY_BE_NOISE = "There is one seed: all that is seen here may be noise."
+ONE_SETTING = "No axis has more than one level among the arms that are compared."
 
 Names = Mapping[str, str]
 """From columns of axes that differ to short names."""
 
 
 def unit_of(metric: str) -> str:
-    """Name and unit of a metric, for a figure."""
+    """Returns name and unit of a metric, for a figure."""
     name, unit = METRICS[metric]
     return f"{name} ({unit})"
 
 
 def count(n: int, thing: str) -> str:
-    """`1 setting`, `2 settings`."""
+    """Returns a number of things: `1 setting`, `2 settings`."""
     return f"{n} {thing}" if n == 1 else f"{n} {thing}s"
 
 
-def parallel(settings: pd.DataFrame, axes: Names, is_one_seed: bool) -> str:
-    """All settings as lines through their levels."""
+def parallel(settings: pd.DataFrame, axes: Names, is_one_seed: bool) -> Markup:
+    """Returns all settings as lines through their levels."""
     if not axes:
-        return ONE_SETTING
+        return html.paragraph(ONE_SETTING)
     loss = loss_of(settings)
     if not varies(settings[loss]):
-        return "<p>All settings have the same loss.</p>"
+        return html.paragraph("All settings have the same loss.")
+    loss_name = METRICS[loss][0]
     shown = dict(list(axes.items())[:MAX_AXES])
     best = settings.iloc[0]
     at_best = ", ".join(f"{name} {level_name(best[axis])}" for axis, name in shown.items())
-    through = f"{', '.join(shown.values())} and {METRICS[loss][0]}"
+    through = f"{', '.join(shown.values())} and {loss_name}"
     alt = f"{len(settings)} settings as lines through {through}; setting 1: {at_best}"
-    image = draw_parallel(settings[np.isfinite(settings[loss])], shown, loss, METRICS[loss][0])
-    some = "" if len(shown) == len(axes) else f" {len(shown)} of {len(axes)} axes are shown."
-    noise = (
-        ALL_MAY_BE_NOISE
-        if is_one_seed
-        else " The table of settings says which of them are told apart from noise."
-    )
-    reading = f"A line is a setting; dark is a low loss, and the thick line setting 1.{noise}{some}"
-    return figure("Settings and their loss", reading, image, alt=alt, kind="wide true-colors")
+    known = settings[np.isfinite(settings[loss])]
+    image = draw_parallel(known, shown, loss, loss_name)
+    noise = "The table of settings says which of them are told apart from noise."
+    reading = [
+        "A line is a setting; dark is a low loss, and the thick line setting 1.",
+        ALL_MAY_BE_NOISE if is_one_seed else noise,
+    ]
+    if len(shown) < len(axes):
+        reading.append(f"{len(shown)} of {len(axes)} axes are shown.")
+    kind = "wide true-colors"
+    return figure("Settings and their loss", " ".join(reading), image, alt=alt, kind=kind)
 
 
-def fronts(settings: pd.DataFrame, axes: Names, packs: str, is_one_seed: bool) -> str:
-    """Loss against what it may cost, and the settings that no other beats in both; `packs` is of `pack_note`."""
+def fronts(settings: pd.DataFrame, axes: Names, packs: str, is_one_seed: bool) -> Markup:
+    """Returns loss against what it may cost, and the settings that no other beats in both.
+
+    Args:
+      settings: of `numbered_settings`.
+      axes: names of those on which arms differ.
+      packs: of `pack_note`.
+      is_one_seed: whether all arms have the same seed.
+    """
     if not axes:
-        return ONE_SETTING
+        return html.paragraph(ONE_SETTING)
     loss = loss_of(settings)
-    drawn, tables, said = [], [], []
+    drawn: list[Markup] = []
+    tables: list[Markup] = []
+    notes: list[str] = []
     for metric in TRADED:
         name = METRICS[metric][0]
         known = settings[np.isfinite(settings[metric]) & np.isfinite(settings[loss])]
         if not len(known):
-            said.append(f"No setting has a {name}.")
+            notes.append(f"No setting has a {name}.")
             continue
         num_without = len(settings) - len(known)
         if num_without:
-            said.append(f"Left out of a figure: {count(num_without, 'setting')} without {name}.")
+            notes.append(f"Left out of a figure: {count(num_without, 'setting')} without {name}.")
         if not varies(known[metric]):
             value = mean_and_error(float(known[metric].iloc[0]), math.nan)
-            said.append(f"All settings have the same {name}, {value}: there is nothing to trade.")
+            notes.append(f"All settings have the same {name}, {value}: there is nothing to trade.")
             continue
         is_front = pareto_front(known, [loss, metric])
-        numbers = [int(n) for n in known[NUMBER]]
-        image = draw_front(
-            known[metric].to_numpy(np.float64), known[loss].to_numpy(np.float64), is_front, numbers, unit_of(metric),
-            unit_of(loss), errors=known[f"{loss}/se"].to_numpy(np.float64),
-        )  # fmt: skip
         front = known[is_front].sort_values(metric, kind="stable")
-        listed = ", ".join(map(str, front[NUMBER]))
-        of_loss = METRICS[loss][0].capitalize()
-        alt = f"{of_loss} against {name} of {len(known)} settings; on the front are the settings {listed}"
-        bars = (
-            ""
-            if known[f"{loss}/se"].isna().all()
-            else " Bars are standard errors of the loss over seeds."
-        )
-        bars += ALL_MAY_BE_NOISE * is_one_seed
-        reading = f"Both are to be low.{bars}{f' {packs}' if metric == STEP_TIME else ''}"
-        drawn.append(figure(f"Loss against {name}", reading, image, alt=alt))
-        tables.append(
-            f"<h3>On the front of loss and {name}</h3>" + _front_table(front, axes, (loss, metric))
-        )
-    text = (
-        "<p>On the front are settings that no other beats in one without losing in the other. Means over seeds are "
-        "compared, so which of two settings is on the front may be noise. "
-        f"{' '.join(said)}</p>"
+        noise = ALL_MAY_BE_NOISE if is_one_seed else ""
+        of_packs = packs if metric == STEP_TIME else ""
+        traded = (loss, metric)
+        drawn.append(_draw_front(known, is_front, front, traded, notes=[noise, of_packs]))
+        listed = _front_table(front, axes, traded)
+        tables.append(html.render("sweep/front", name=name, table=listed))
+    return html.render("sweep/fronts", notes=notes, figures=grid(drawn), tables=html.join(tables))
+
+
+def _draw_front(
+    known: pd.DataFrame,
+    is_front: np.ndarray,
+    front: pd.DataFrame,
+    traded: tuple[str, str],
+    *,
+    notes: list[str],
+) -> Markup:
+    """Draws the loss against a metric.
+
+    Args:
+      known: settings with finite values of both.
+      is_front: which of them are on the front.
+      front: those, in the order of the metric.
+      traded: the loss and the metric.
+      notes: to add to how the figure reads; empty ones are left out.
+    """
+    loss, metric = traded
+    name, loss_name = METRICS[metric][0], METRICS[loss][0].capitalize()
+    errors = known[f"{loss}/se"]
+    image = draw_front(
+        Front(
+            x=known[metric].to_numpy(np.float64),
+            y=known[loss].to_numpy(np.float64),
+            errors=errors.to_numpy(np.float64),
+            is_front=is_front,
+            numbers=[int(number) for number in known[NUMBER]],
+        ),
+        xlabel=unit_of(metric),
+        ylabel=unit_of(loss),
     )
-    return text + (grid(drawn) if drawn else "") + "".join(tables)
+    reading = ["Both are to be low."]
+    if not errors.isna().all():
+        reading.append("Bars are standard errors of the loss over seeds.")
+    reading += [note for note in notes if note]
+    listed = ", ".join(map(str, front[NUMBER]))
+    alt = (
+        f"{loss_name} against {name} of {len(known)} settings; on the front are the settings "
+        f"{listed}"
+    )
+    return figure(f"Loss against {name}", " ".join(reading), image, alt=alt)
 
 
-def _front_table(front: pd.DataFrame, axes: Names, traded: tuple[str, str]) -> str:
-    rows = [
-        [
-            str(row[NUMBER]),
-            arms_in_words(row),
-            *(
-                html.text("" if key_of(row[axis]) is None else level_name(row[axis]))
-                for axis in axes
-            ),
-            *(html.text(mean_and_error(row[key], row[f"{key}/se"])) for key in traded),
-        ]
-        for row in front.to_dict("records")
-    ]
-    names = [html.text(name) for name in axes.values()]
-    return table(["setting", "arms", *names, *(METRICS[key][0] for key in traded)], rows, "numbers")
+def _front_table(front: pd.DataFrame, axes: Names, traded: tuple[str, str]) -> Markup:
+    rows = []
+    for row in front.to_dict("records"):
+        cells = [str(row[NUMBER]), arms_in_words(row)]
+        for axis in axes:
+            level = row[axis]
+            cells.append("" if key_of(level) is None else level_name(level))
+        for metric in traded:
+            mean, error = row[metric], row[f"{metric}/se"]
+            cells.append(mean_and_error(mean, error))
+        rows.append(cells)
+    metrics = [METRICS[metric][0] for metric in traded]
+    return table(["setting", "arms", *axes.values(), *metrics], rows, "numbers")

@@ -13,7 +13,7 @@ FILE_NAME = "report.html"
 
 
 def build_sweep_report(directory: str | Path) -> Path:
-    """Joins the rows of all arms that have ended, and writes `report.html` into the sweep's directory.
+    """Joins the rows of all arms that have ended, and writes `report.html` of the sweep.
 
     Raises:
       RecordError: `sweep.json` or a row is missing or damaged, or a file is a link out of

@@ -99,7 +99,7 @@ def test_a_metric_is_placed_by_steps_tokens_flops_or_time(tmp_path):
         )
 
 
-def test_curves_of_runs_are_drawn_in_looks_that_differ_and_keep_to_their_run(tmp_path):
+def test_each_run_keeps_its_own_line_style_in_all_figures(tmp_path):
     runs = {
         name: open_run(make_run(tmp_path / name, num_experts=n))
         for name, n in (("dense", 0), ("moe", 4))
@@ -111,12 +111,13 @@ def test_curves_of_runs_are_drawn_in_looks_that_differ_and_keep_to_their_run(tmp
         1000 * runs["moe"].flops_per_token,
         2000 * runs["moe"].flops_per_token,
     ]
-    assert "training FLOPs" in texts(drawing) and ">moe<" in texts(drawing)
+    assert "training FLOPs" in texts(drawing)
+    assert ">moe<" in texts(drawing)
     (line,) = figures.draw_runs(runs, "moe/max_violation", "MaxVio").figure.axes[0].lines
     assert line.get_color() == lines[1].get_color()  # though it is the first that is drawn
     assert figures.draw_runs(runs, "none", "") is None
     sixteen = figures.line_styles([str(i) for i in range(figures.MAX_RUNS)])
-    assert len({(look.color, look.dash) for look in sixteen.values()}) == 16
+    assert len({(style.color, style.dash) for style in sixteen.values()}) == 16
 
 
 def test_no_name_of_a_run_breaks_a_legend(tmp_path):
@@ -138,7 +139,8 @@ def test_loads_are_drawn_from_the_busiest_expert_over_the_share_of_experts():
         {"a": np.array([1, 5, 2, 0]), "dense": np.zeros(0, int), "b": np.array([3, 1])}
     )
     steps = [patch.get_data() for patch in drawing.figure.axes[0].patches]
-    assert steps[0].values.tolist() == [2.5, 1, 0.5, 0] and steps[0].edges.tolist() == [
+    assert steps[0].values.tolist() == [2.5, 1, 0.5, 0]
+    assert steps[0].edges.tolist() == [
         0,
         0.25,
         0.5,
@@ -151,19 +153,24 @@ def test_loads_are_drawn_from_the_busiest_expert_over_the_share_of_experts():
     )
 
 
-def test_the_page_has_results_differences_curves_and_load_and_obeys_nothing_from_the_runs(tmp_path):
+def test_the_page_has_every_section_and_obeys_nothing_from_the_runs(tmp_path):
     hostile = "<b>run'&"
     make_run(tmp_path / hostile, learning_rate="<script>x</script>")
     make_run(tmp_path / "dense", num_experts=0)
     html = render_comparison(compare([tmp_path / hostile, tmp_path / "dense"]))
     for anchor in ("runs", "differences", "losses", "routing", "load"):
-        assert f'<section id="{anchor}">' in html and f'href="#{anchor}"' in html
-    assert "<b>" not in html and "<script" not in html and "&lt;b&gt;run" in html
-    assert "optimizer.learning_rate" in html and "&lt;script&gt;" in html
+        assert f'<section id="{anchor}">' in html
+        assert f'href="#{anchor}"' in html
+    assert "<b>" not in html
+    assert "<script" not in html
+    assert "&lt;b&gt;run" in html
+    assert "optimizer.learning_rate" in html
+    assert "&lt;script&gt;" in html
     assert (
         html.count("Validation loss over") == 6
     )  # three figures, each named in its heading and its alt
-    assert "Layer 1" in html and "default-src" in html
+    assert "Layer 1" in html
+    assert "default-src" in html
 
 
 def test_evaluations_have_their_ticks_where_they_were(tmp_path):
@@ -180,7 +187,8 @@ def test_two_runs_have_a_column_with_their_difference(tmp_path):
         for name, loss, n in (("a", 8.0, 0), ("b", 7.0, 4))
     ]
     text = Page(render_comparison(compare(folders))).text
-    assert "a and b Side by side" in text and "difference: b minus a" in text
+    assert "a and b Side by side" in text
+    assert "difference: b minus a" in text
     assert f"Validation loss, nats per token 8 7 {MINUS}1 ({MINUS}12.5%)" in text
     assert f"Bits per byte 4 3.5 {MINUS}0.5 ({MINUS}12.5%)" in text
     assert (
@@ -188,10 +196,8 @@ def test_two_runs_have_a_column_with_their_difference(tmp_path):
     )  # for a chart of one number
     assert "No two settings share two seeds" in text
     many = Page(render_comparison(compare([*folders, make_run(tmp_path / "c", loss=8.0)]))).text
-    assert (
-        "Below a value: its difference to a." in many
-        and f"Bits per byte 4 3.5 {MINUS}0.5 ({MINUS}12.5%) 4 " in many
-    )
+    assert "Below a value: its difference to a." in many
+    assert f"Bits per byte 4 3.5 {MINUS}0.5 ({MINUS}12.5%) 4 " in many
     as_rows = [make_run(tmp_path / name, loss=8.0) for name in ("d", "e", "f", "g")]
     text = Page(render_comparison(compare([*folders, *as_rows]))).text
     assert f"b 20 4k 1k 7 {MINUS}1 ({MINUS}12.5%) " in text
@@ -244,10 +250,17 @@ def test_settings_are_compared_seed_by_seed(tmp_path):
         "one": [1.0, 3.0, 5.0],
         "two": [2.0, 4.5, 5.5],
     }  # the seed moves both: differences 1, 1.5, 0.5
-    folders = [
-        make_run(tmp_path / f"{name}_{seed}", loss=loss, num_experts={"one": 4, "two": 8}[name], train={"seed": seed})
-        for name in losses for seed, loss in enumerate(losses[name])
-    ]  # fmt: skip
+    num_experts = {"one": 4, "two": 8}
+    folders = []
+    for name in losses:
+        for seed, loss in enumerate(losses[name]):
+            folder = make_run(
+                tmp_path / f"{name}_{seed}",
+                loss=loss,
+                num_experts=num_experts[name],
+                train={"seed": seed},
+            )
+            folders.append(folder)
     text = Page(render_comparison(compare(folders))).text
     error = 0.5 / 3**0.5
     assert (
@@ -255,12 +268,11 @@ def test_settings_are_compared_seed_by_seed(tmp_path):
     )  # t is 3.5; 4.3 is clear
     assert difference({0: 1.0, 1: 2.0}, {0: 2.0, 2: 9.0}, 1).num_seeds == 1
     clear = difference({0: 1.0, 1: 3.0, 2: 5.0}, {0: 2.0, 1: 4.25, 2: 5.75}, 1)
-    assert clear.is_told_apart and clear.mean == 1
+    assert clear.is_told_apart
+    assert clear.mean == 1
     alone = Page(render_comparison(compare(folders[:3]))).text
-    assert (
-        "The runs are one setting with 3 seeds." in alone
-        and "Validation loss, nats per token 3 2" in alone
-    )
+    assert "The runs are one setting with 3 seeds." in alone
+    assert "Validation loss, nats per token 3 2" in alone
 
 
 def test_losses_of_other_tokens_are_not_compared(tmp_path):
@@ -270,17 +282,17 @@ def test_losses_of_other_tokens_are_not_compared(tmp_path):
         make_run(tmp_path / "pieces", data=data | {"tokenizer": "bpe"}, train={"seed": 0}),
     ]
     text = Page(render_comparison(compare(folders))).text
-    assert (
-        "They differ in data.tokenizer, so in what a token is" in text
-        and "Bits per byte over steps" in text
-    )
-    assert "Validation loss" not in text and "Training loss" not in text
+    assert "They differ in data.tokenizer, so in what a token is" in text
+    assert "Bits per byte over steps" in text
+    assert "Validation loss" not in text
+    assert "Training loss" not in text
 
 
 def test_dense_runs_alone_have_no_routing(tmp_path):
     runs = [make_run(tmp_path / name, num_experts=0) for name in "ab"]
     html = render_comparison(compare(runs))
-    assert 'id="losses"' in html and 'id="routing"' not in html
+    assert 'id="losses"' in html
+    assert 'id="routing"' not in html
     assert "The configurations are the same" in html
 
 
@@ -314,7 +326,7 @@ def test_figures_of_sixteen_large_runs_are_smaller_than_the_page_counts_on(tmp_p
     assert 60_000 < len(figures.draw_sorted_load(counts, legend=False)) < 150_000
 
 
-def test_the_command_writes_beside_the_first_run_or_where_it_is_told(tmp_path, capsys, monkeypatch):
+def test_the_command_writes_next_to_the_first_run_or_to_its_output(tmp_path, capsys, monkeypatch):
     first, second = make_run(tmp_path / "runs/a"), make_run(tmp_path / "other/b")
     monkeypatch.setattr(
         "moejax.inspection.report.comparison_page.render_comparison",
@@ -323,7 +335,8 @@ def test_the_command_writes_beside_the_first_run_or_where_it_is_told(tmp_path, c
     assert main(["report", str(first), str(second)]) == 0
     path = tmp_path / "runs/comparison.html"
     assert capsys.readouterr().out.strip() == str(path)
-    assert list(compare([first, second]).runs) == ["a", "b"] and "'a'" in path.read_text()
+    assert list(compare([first, second]).runs) == ["a", "b"]
+    assert "'a'" in path.read_text()
     assert main(["report", str(second), str(first), f"--output={tmp_path / 'page.html'}"]) == 0
     assert (tmp_path / "page.html").read_text().index("'b'") < (
         tmp_path / "page.html"
@@ -351,11 +364,9 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments, message, tmp_path, mon
     os.mkfifo("pipe")
     assert main(["report", *arguments]) == 2
     captured = capsys.readouterr()
-    assert (
-        captured.out == ""
-        and message in captured.err
-        and len(captured.err.strip().splitlines()) == 1
-    )
+    assert captured.out == ""
+    assert message in captured.err
+    assert len(captured.err.strip().splitlines()) == 1
     assert not list(tmp_path.glob("*.html"))
 
 

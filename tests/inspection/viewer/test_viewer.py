@@ -1,4 +1,4 @@
-"""The page of runs: what it reads, shows and refuses; and, in a browser, that it lives and fetches nothing."""
+"""The page of runs: what it reads, shows and refuses; in a browser, that it fetches nothing."""
 
 import asyncio
 import contextlib
@@ -22,6 +22,7 @@ from moejax.inspection.figures.run import LOSS_CHARTS, MAX_POINTS, Chart
 from moejax.inspection.runs.paths import RunPathError, check_folder
 from moejax.inspection.runs.run import open_run
 from moejax.inspection.viewer import page as view_page
+from moejax.inspection.viewer.metrics_reader import MetricsReader
 from moejax.inspection.viewer.plots import (
     CurvePlot,
     charts_of,
@@ -30,7 +31,7 @@ from moejax.inspection.viewer.plots import (
     load_plot,
     signature,
 )
-from moejax.inspection.viewer.run_folder import LiveRun, MetricsReader, RunFolder, age, find_runs
+from moejax.inspection.viewer.run_folder import LiveRun, RunFolder, age, find_runs
 from moejax.training.run_directory.routing_log import RoutingLog
 
 REPOSITORY = Path(__file__).parents[3]
@@ -86,7 +87,7 @@ def test_only_what_was_appended_is_read(file):
     assert len(reader.points("a")[0]) == 1000
 
 
-def test_a_line_that_is_being_written_is_left_for_the_next_look(file):
+def test_a_line_that_is_being_written_is_left_for_the_next_poll(file):
     file.write_text(lines({"step": 1, "a": 1}) + '{"step": 2, "a"')
     reader = MetricsReader(file)
     assert read(reader) == [[1], [1.0]]
@@ -98,27 +99,29 @@ def test_a_line_that_is_being_written_is_left_for_the_next_look(file):
 
 @pytest.mark.parametrize("in_place", [False, True], ids=["renamed", "in place"])
 @pytest.mark.parametrize("num_new", [1, 50], ids=["shorter", "longer"])
-def test_a_file_that_was_written_anew_is_read_from_its_beginning(file, num_new, in_place):
-    file.write_text(lines(*({"step": step, "a": 1} for step in range(20))))
+def test_a_file_that_was_written_again_is_read_from_its_beginning(file, num_new, in_place):
+    old = [{"step": step, "a": 1} for step in range(20)]
+    new = [{"step": step, "a": 2} for step in range(num_new)]
+    file.write_text(lines(*old))
     reader = MetricsReader(file)
     reader.read_on(PLENTY)
-    anew = file if in_place else file.with_suffix(".tmp")
-    anew.write_text(lines(*({"step": step, "a": 2} for step in range(num_new))))
-    anew.replace(file)
+    replacement = file if in_place else file.with_suffix(".tmp")
+    replacement.write_text(lines(*new))
+    replacement.replace(file)
     assert read(reader) == [list(range(num_new)), [2.0] * num_new]
 
 
 def test_a_long_file_is_read_in_parts_and_gives_the_series_of_the_run(tmp_path):
     rng = np.random.default_rng(0)
-    values = [
-        {"step": int(step), "a": float(rng.normal())} for step in [*range(40), *range(25, 60)]
-    ]  # resumed at 25
+    steps = [*range(40), *range(25, 60)]  # resumed at 25
+    values = [{"step": step, "a": float(rng.normal())} for step in steps]
     write_run(tmp_path, *values)
     reader = MetricsReader(tmp_path / "metrics.jsonl")
-    looks = 0
+    num_reads = 0
     while reader.read_on(300):
-        looks += 1
-    assert not reader.is_behind and looks > 5
+        num_reads += 1
+    assert not reader.is_behind
+    assert num_reads > 5
     for mine, theirs in zip(reader.points("a"), open_run(tmp_path).series("a"), strict=True):
         assert np.array_equal(mine, theirs)
 
@@ -136,34 +139,37 @@ def test_a_long_file_is_read_in_parts_and_gives_the_series_of_the_run(tmp_path):
     ],
 )
 def test_a_damaged_line_is_named_and_the_others_are_read(file, damage):
-    file.write_text(lines({"step": 1, "a": 1}) + damage + "\n" + lines({"step": 4, "a": 4}))
+    before, after = lines({"step": 1, "a": 1}), lines({"step": 4, "a": 4})
+    file.write_text(f"{before}{damage}\n{after}")
     reader = MetricsReader(file)
     assert read(reader) == [[1, 4], [1.0, 4.0]]
-    assert f"{file}: line 2 is damaged" in reader.problem and "delete that line" in reader.problem
+    assert f"{file}: line 2 is damaged" in reader.problem
+    assert "delete that line" in reader.problem
 
 
-def test_a_curve_is_thinned_to_its_extremes_and_ends(tmp_path):
+def test_a_curve_is_downsampled_to_its_extremes_and_ends(tmp_path):
     values = np.sin(np.arange(20_000) / 100)
     values[[7_777, 13_131, 0, -1]] = 50, -50, values[30], values[-30]  # the ends are no extremes
     write_run(
         tmp_path, *({"step": i, "a": value, "tokens": 8 * i} for i, value in enumerate(values))
     )
     run = LiveRun(tmp_path)
-    run.look()
+    run.poll()
     data = columns(run, "a", "tokens")
     assert len(data["x"]) <= MAX_POINTS
     assert {0, 7_777, 13_131, 19_999} <= set(data["step"].tolist())
-    assert (data["x"] == 8 * data["step"]).all() and (data["y"] == values[data["step"]]).all()
+    assert (data["x"] == 8 * data["step"]).all()
+    assert (data["y"] == values[data["step"]]).all()
 
 
-def test_tokens_lie_on_a_line_between_logged_steps(file):
+def test_tokens_are_interpolated_between_logged_steps(file):
     file.write_text(lines({"step": 10, "tokens": 100}, {"step": 20, "tokens": 300}))
     reader = MetricsReader(file)
     reader.read_on(PLENTY)
     assert place("tokens", np.array([5, 10, 15]), reader.points, None).tolist() == [50, 100, 200]
 
 
-def test_runs_are_found_below_a_folder_and_not_inside_of_one(tmp_path):
+def test_runs_are_found_below_a_folder_and_not_inside_another_run(tmp_path):
     for name in ("b", "a", "sweep/one", "a/inside", ".hidden/x", "d/e/f", "d/e/g/too_deep"):
         write_run(tmp_path / name)
     (tmp_path / "empty").mkdir()
@@ -179,10 +185,11 @@ def test_links_out_of_the_folder_are_named_and_not_followed(tmp_path):
     (folder / "linked").symlink_to(outside)
     (folder / "above").symlink_to(outside.parent)
     (folder / "latest").symlink_to(folder / "own")
-    library = RunFolder(folder)
-    library.look()
-    assert list(library.runs) == ["latest", "own"] and library.links == ["above", "linked"]
-    text = view_page.heading(folder, 2, library.links, is_behind=False)
+    run_folder = RunFolder(folder)
+    run_folder.poll()
+    assert list(run_folder.runs) == ["latest", "own"]
+    assert run_folder.links == ["above", "linked"]
+    text = view_page.heading(folder, 2, run_folder.links, is_behind=False)
     assert "links that lead out of this folder: <code>above</code>, <code>linked</code>." in text
 
 
@@ -201,14 +208,15 @@ def break_file(workdir, name, how):
 
 
 @pytest.mark.parametrize("how", ["link", "pipe", "device"])
-def test_files_that_are_none_of_a_run_are_named_and_not_read(tmp_path, how):
+def test_files_that_are_not_a_run_are_named_and_not_read(tmp_path, how):
     for name in ("config.json", "metrics.jsonl", "alarms.jsonl", "report.html"):
         workdir = write_run(tmp_path / "runs" / name, {"step": 3, "a": 1})
         break_file(workdir, name, how)
         run = LiveRun(workdir)
-        run.look()
+        run.poll()
         said = view_page.report_frame(run) if name == "report.html" else run.state.problem
-        assert f"{workdir / name} is " in said and "secret device" not in said
+        assert f"{workdir / name} is " in said
+        assert "secret device" not in said
         assert ("leads out of the run" in said) == (how != "pipe")
         assert ("no regular file" in said) == (how == "pipe")
     routing = tmp_path / "runs/report.html/routing"
@@ -223,11 +231,11 @@ def test_each_run_has_its_own_colour_by_its_name_however_many_there_are():
     names = [f"run {i}" for i in range(200)]
     colors = RunColors()
     given = [colors.color_of(name) for name in names]
-    assert len(set(given)) == 200 and [colors.color_of(name) for name in names] == given
+    assert len(set(given)) == 200
+    assert [colors.color_of(name) for name in names] == given
     assert set(given[:8]) == set(FIRST)  # the easiest to tell apart come first
-    assert RunColors().color_of("run 5") in FIRST and RunColors().color_of(
-        "run 5"
-    ) == RunColors().color_of("run 5")
+    assert RunColors().color_of("run 5") in FIRST
+    assert RunColors().color_of("run 5") == RunColors().color_of("run 5")
 
 
 def write_sweep(folder, *overrides):
@@ -241,12 +249,15 @@ def write_sweep(folder, *overrides):
 def test_arms_of_a_sweep_are_named_by_what_differs(tmp_path):
     same = {"moe.num_experts": 8, "optimizer.learning_rate": 0.001}
     sweep = write_sweep(
-        tmp_path / "widths", same | {"train.seed": 0, "moe.top_k": 1}, same | {"train.seed": 0, "moe.top_k": 2},
-        same | {"train.seed": 1, "moe.top_k": 1}, same | {"train.seed": 1, "moe.top_k": 1},
-    )  # fmt: skip
-    library = RunFolder(tmp_path)
-    library.look()
-    assert [run.name for run in library.runs.values()] == [
+        tmp_path / "widths",
+        same | {"train.seed": 0, "moe.top_k": 1},
+        same | {"train.seed": 0, "moe.top_k": 2},
+        same | {"train.seed": 1, "moe.top_k": 1},
+        same | {"train.seed": 1, "moe.top_k": 1},
+    )
+    run_folder = RunFolder(tmp_path)
+    run_folder.poll()
+    assert [run.name for run in run_folder.runs.values()] == [
         "widths: top_k 1, seed 0",
         "widths: top_k 2, seed 0",
         "widths: top_k 1, seed 1, 0000000002",
@@ -254,11 +265,11 @@ def test_arms_of_a_sweep_are_named_by_what_differs(tmp_path):
     ]
     assert open_run(sweep / "arms/0000000001").name_in_words == "widths: top_k 2, seed 0"
     (sweep / "sweep.json").write_text("[")
-    library.look()
-    assert next(iter(library.runs.values())).name == "widths/arms/0000000000"
+    run_folder.poll()
+    assert next(iter(run_folder.runs.values())).name == "widths/arms/0000000000"
 
 
-def test_of_many_runs_the_newest_are_listed_and_a_part_of_a_name_finds_others(tmp_path):
+def test_the_newest_of_many_runs_are_listed_and_a_part_of_a_name_finds_others(tmp_path):
     from moejax.inspection.viewer.session import MAX_LISTED, RunList
 
     for i in range(MAX_LISTED + 5):
@@ -266,15 +277,13 @@ def test_of_many_runs_the_newest_are_listed_and_a_part_of_a_name_finds_others(tm
             write_run(tmp_path / f"run {i:02}", {"step": 1, "a": 1}) / "metrics.jsonl",
             (100, 100 + i),
         )
-    library = RunFolder(tmp_path)
-    library.look()
-    shown = RunList(library, lambda *_: None)
+    run_folder = RunFolder(tmp_path)
+    run_folder.poll()
+    shown = RunList(run_folder, lambda *_: None)
     shown.show()
     assert list(shown.chosen) == ["run 41", "run 42", "run 43", "run 44"]
-    assert (
-        len(shown._body.objects) == MAX_LISTED
-        and "40 of 45 runs are listed" in shown._left_out.object
-    )
+    assert len(shown._body.objects) == MAX_LISTED
+    assert "40 of 45 runs are listed" in shown._left_out.object
     shown._part.value = "RUN 00"
     shown.show()
     assert len(shown._body.objects) == 1 + 4  # those shown stay
@@ -289,11 +298,12 @@ def test_what_never_changes_is_said_in_a_sentence(tmp_path):
             {"step": 1, "moe/dead_experts": 0},
             {"step": 2, "moe/dead_experts": last},
         )
-    library = RunFolder(tmp_path)
-    library.look()
+    run_folder = RunFolder(tmp_path)
+    run_folder.poll()
     chart = Chart("Dead experts", (("moe/dead_experts", ""),), "experts", "")
-    a = {"a": library.runs["a"]}
-    assert constant(chart, library.runs) is None and constant(chart, a) == 0
+    a = {"a": run_folder.runs["a"]}
+    assert constant(chart, run_folder.runs) is None
+    assert constant(chart, a) == 0
     assert "throughout: dead experts 0." in view_page.constants([(chart, 0.0)])
 
 
@@ -308,40 +318,41 @@ def test_a_run_says_how_far_it_is_and_which_alarms_are_on(tmp_path):
         lines(on, {"step": 20, "rule": "drops", "state": "on", "layers": [1]})
     )
     run = LiveRun(tmp_path)
-    run.look()
+    run.poll()
     state = run.state
     assert (state.steps, state.num_steps, state.problem) == (20, 100, "")
     assert (state.eval_loss, state.bits_per_byte, state.tokens_per_s) == (2.5, 1.5, 5e4)
     assert state.alarms == ("collapse in layers 1, 3", "drops in layer 1")
     version = run.version
-    run.look()
+    run.poll()
     assert run.version == version
     append(
         tmp_path / "alarms.jsonl",
         lines({"step": 30, "rule": "collapse", "state": "off", "layers": [1, 3]}),
     )
-    run.look()
-    assert run.state.alarms == ("drops in layer 1",) and run.version == version + 1
+    run.poll()
+    assert run.state.alarms == ("drops in layer 1",)
+    assert run.version == version + 1
 
 
 def test_new_runs_appear_and_what_is_wrong_with_others_is_text(tmp_path):
-    library = RunFolder(tmp_path)
-    library.look()
-    assert library.runs == {}
+    run_folder = RunFolder(tmp_path)
+    run_folder.poll()
+    assert run_folder.runs == {}
     for name in "abc":
         write_run(tmp_path / name, {"step": 1, "a": 1})
     (tmp_path / "b/config.json").write_text("{")
-    library.look()
-    assert list(library.runs) == ["a", "b", "c"]
-    assert "config.json is damaged" in library.runs["b"].state.problem
-    assert library.runs["b"].state.steps == 1  # its curves are shown all the same
+    run_folder.poll()
+    assert list(run_folder.runs) == ["a", "b", "c"]
+    assert "config.json is damaged" in run_folder.runs["b"].state.problem
+    assert run_folder.runs["b"].state.steps == 1  # its curves are shown all the same
     shutil.rmtree(tmp_path / "a")
     (tmp_path / "c/alarms.jsonl").write_text("{}\n")
     write_run(tmp_path / "b", {"step": 2, "a": 1})
-    library.look()
-    assert library.runs["a"].state.problem == f"{tmp_path / 'a'} is gone"
-    assert library.runs["b"].state.problem == ""
-    assert "alarms.jsonl: line 1 is damaged" in library.runs["c"].state.problem
+    run_folder.poll()
+    assert run_folder.runs["a"].state.problem == f"{tmp_path / 'a'} is gone"
+    assert run_folder.runs["b"].state.problem == ""
+    assert "alarms.jsonl: line 1 is damaged" in run_folder.runs["c"].state.problem
 
 
 @pytest.mark.parametrize(
@@ -354,34 +365,36 @@ def test_new_runs_appear_and_what_is_wrong_with_others_is_text(tmp_path):
 )
 def test_a_run_with_impossible_experts_is_text(tmp_path, moe):
     run = LiveRun(write_run(tmp_path / "a", config={"moe": moe}))
-    run.look()
-    assert "config.json" in run.state.problem and run.run is None
+    run.poll()
+    assert "config.json" in run.state.problem
+    assert run.run is None
 
 
-def test_one_look_reads_no_more_than_it_may_of_all_runs_together(tmp_path):
+def test_one_poll_reads_no_more_than_it_may_of_all_runs_together(tmp_path):
     for name in "ab":
         write_run(tmp_path / name, *({"step": step, "a": 1} for step in range(100)))
-    library = RunFolder(tmp_path)
+    run_folder = RunFolder(tmp_path)
     size = (tmp_path / "a/metrics.jsonl").stat().st_size
-    library.look(size + 50)
-    assert library.is_behind
-    assert [run.metrics.last_step for run in library.runs.values()] == [
+    run_folder.poll(size + 50)
+    assert run_folder.is_behind
+    assert [run.metrics.last_step for run in run_folder.runs.values()] == [
         99,
         1,
     ]  # two lines are 50 bytes
-    library.look(size)
-    assert not library.is_behind and library.runs["b"].metrics.last_step == 99
+    run_folder.poll(size)
+    assert not run_folder.is_behind
+    assert run_folder.runs["b"].metrics.last_step == 99
 
 
 def test_the_newest_runs_are_shown_at_first(tmp_path):
-    library = RunFolder(tmp_path)
+    run_folder = RunFolder(tmp_path)
     for i, name in enumerate("abc"):
         os.utime(write_run(tmp_path / name) / "metrics.jsonl", (100, [300, 100, 200][i]))
-    library.look()
-    assert library.newest(2) == ["a", "c"]
+    run_folder.poll()
+    assert run_folder.newest(2) == ["a", "c"]
     append(tmp_path / "b/metrics.jsonl", lines({"step": 1, "a": 1}))
-    library.look()
-    assert library.newest(2) == ["b"]  # those without a curve would show nothing
+    run_folder.poll()
+    assert run_folder.newest(2) == ["b"]  # those without a curve would show nothing
 
 
 def test_ages_are_coarse():
@@ -406,19 +419,19 @@ def test_a_chart_draws_each_metric_of_each_run_and_takes_what_is_new(tmp_path):
         {"step": 2, "eval/loss": 2.5},
     )
     write_run(tmp_path / "b", {"step": 1, "loss/lm": 4}, {"step": 2, "loss/lm": 3})
-    library = RunFolder(tmp_path)
-    library.look()
-    plot = CurvePlot(chart, library.runs, "steps")
+    run_folder = RunFolder(tmp_path)
+    run_folder.poll()
+    plot = CurvePlot(chart, run_folder.runs, "steps")
     assert sorted(renderer.glyph.__class__.__name__ for renderer in plot.plot.renderers) == [
         "Line",
         "Line",
         "Scatter",
     ]
     assert plot.caption == "Solid: training; dots: validation."
-    before = signature(chart, library.runs)
+    before = signature(chart, run_folder.runs)
     append(tmp_path / "b/metrics.jsonl", lines({"step": 3, "loss/lm": 1}))
-    library.look()
-    assert signature(chart, library.runs) == before
+    run_folder.poll()
+    assert signature(chart, run_folder.runs) == before
     plot.update(["b"])
     ends = {
         (r.name, r.glyph.__class__.__name__): r.data_source.data["y"][-1]
@@ -426,31 +439,34 @@ def test_a_chart_draws_each_metric_of_each_run_and_takes_what_is_new(tmp_path):
     }
     assert ends == {("a", "Line"): 2, ("a", "Scatter"): 2.5, ("b", "Line"): 1}
     append(tmp_path / "b/metrics.jsonl", lines({"step": 3, "eval/loss": 1}))
-    library.look()
-    assert signature(chart, library.runs) != before
-    assert CurvePlot(LOSS_CHARTS[2], library.runs, "steps").plot is None
+    run_folder.poll()
+    assert signature(chart, run_folder.runs) != before
+    assert CurvePlot(LOSS_CHARTS[2], run_folder.runs, "steps").plot is None
 
 
 def test_entropy_is_compared_with_uniform_routing_where_the_runs_agree_on_it(tmp_path):
     for name, num_experts in (("a", 4), ("b", 4), ("c", 8), ("dense", 0)):
         write_run(tmp_path / name, config={"moe": {"num_experts": num_experts}})
-    library = RunFolder(tmp_path)
-    library.look()
+    run_folder = RunFolder(tmp_path)
+    run_folder.poll()
 
     def reference(names):
-        charts = charts_of([library.runs[name] for name in names])
+        charts = charts_of([run_folder.runs[name] for name in names])
         return next(chart for chart in charts if chart.title == "Entropy").reference
 
     assert reference(["a", "b", "dense"])[0] == pytest.approx(np.log(4))
-    assert reference(["a", "c"]) is None and reference([]) is None
+    assert reference(["a", "c"]) is None
+    assert reference([]) is None
 
 
 def test_the_load_of_a_layer_is_a_row_of_colours(tmp_path):
     plot = load_plot(np.array([[2, 2, 2, 2], [8, 0, 0, 0]]), [1, 3])
     data = plot.renderers[0].data_source.data
-    assert data["ratio"][0].tolist() == [[1, 1, 1, 1], [4, 0, 0, 0]]
-    assert data["log"][0][0].tolist() == [0, 0, 0, 0] and data["log"][0][1][0] == 2
-    assert np.isnan(data["log"][0][1][1:]).all()  # black: no token at all
+    (ratio_NE,), (log_NE,) = data["ratio"], data["log"]
+    assert ratio_NE.tolist() == [[1, 1, 1, 1], [4, 0, 0, 0]]
+    assert log_NE[0].tolist() == [0, 0, 0, 0]
+    assert log_NE[1, 0] == 2
+    assert np.isnan(log_NE[1, 1:]).all()  # black: no token at all
     assert plot.yaxis[0].major_label_overrides == {0: "1", 1: "3"}
 
 
@@ -461,21 +477,25 @@ def test_what_comes_from_a_run_is_escaped(tmp_path):
         lines({"step": 1, "rule": "<b>", "state": "on", "layers": [1]})
     )
     (tmp_path / evil / "report.html").write_text('"><script>1</script>')
-    run.look()
+    run.poll()
     frame = view_page.report_frame(run)
     for text in (
         view_page.run_row(run),
         view_page.heading(tmp_path / evil, 1, is_behind=False),
         frame,
     ):
-        assert "<img" not in text and "<b>" not in text and "<script" not in text
-    assert '<iframe sandbox="" ' in frame and 'srcdoc="&quot;&gt;&lt;script&gt;1' in frame
+        assert "<img" not in text
+        assert "<b>" not in text
+        assert "<script" not in text
+    assert '<iframe sandbox="" ' in frame
+    assert 'srcdoc="&quot;&gt;&lt;script&gt;1' in frame
 
 
 def test_a_run_without_a_report_shows_the_command_that_makes_it(tmp_path):
     (tmp_path / "a b").mkdir()
     text = view_page.report_frame(LiveRun(tmp_path / "a b"))
-    assert f"<span>--workdir=&#x27;{tmp_path}/a b&#x27;</span>" in text and "<iframe" not in text
+    assert f"<span>--workdir=&#x27;{tmp_path}/a b&#x27;</span>" in text
+    assert "<iframe" not in text
 
 
 class Browser:
@@ -493,15 +513,25 @@ class Browser:
       node.childNodes.forEach(walk); };
       walk(document.body); return found; })()"""
     CLICK = """(() => { const walk = node => {
-      if (node.classList && node.classList.contains('bk-tab') && node.textContent.trim() === '%s') node.click();
+      const isTab = node.classList && node.classList.contains('bk-tab');
+      if (isTab && node.textContent.trim() === '%s') node.click();
       if (node.shadowRoot) node.shadowRoot.childNodes.forEach(walk);
       node.childNodes.forEach(walk); };
       walk(document.body); })()"""
 
     def __init__(self, folder):
-        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
-                 "--disable-background-networking", "--remote-debugging-port=0", f"--user-data-dir={folder}",
-                 "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1", "about:blank"]  # fmt: skip
+        flags = [
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--disable-dev-shm-usage",
+            "--no-first-run",
+            "--disable-background-networking",
+            "--remote-debugging-port=0",
+            f"--user-data-dir={folder}",
+            "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
+            "about:blank",
+        ]
         self.process = subprocess.Popen([CHROMIUM, *flags], stderr=subprocess.PIPE, text=True)
         line = next(line for line in self.process.stderr if "DevTools listening" in line)
         self.port = re.search(r":(\d+)/", line)[1]
@@ -551,7 +581,7 @@ class Browser:
 
 @contextlib.contextmanager
 def served(folder, modules=""):
-    """The page, served by the command as a process of its own: the process and the page's address."""
+    """Serves the page in a process of its own; yields the process and the page's address."""
     command = [sys.executable, "-m", "moejax", "view", f"--workdir={folder}"]
     environment = os.environ | {"PYTHONPATH": f"{REPOSITORY}:{modules}"}
     process = subprocess.Popen(
@@ -565,7 +595,10 @@ def served(folder, modules=""):
 
 
 def heard_by(listener):
-    """What was sent to a socket; Chromium may connect ahead of a request that the page's policy then forbids."""
+    """Returns what was sent to a socket.
+
+    Chromium may connect ahead of a request that the page's policy then forbids.
+    """
     heard = []
     with contextlib.suppress(BlockingIOError):
         while True:
@@ -619,9 +652,12 @@ async def check_what_is_refused(url, imported):
         assert await status(url, Host=host) == refused
         assert await status(f"{page}static/js/bokeh.min.js", Host=host) == refused
     assert (await status(f"{page}static/js/bokeh.min.js"))[0] == 200
+    own_origin = page.rstrip("/")
     for origin, query, code in (
-        ("http://evil.example", f"?{token}", 403), (page.rstrip("/"), "", 403), (page.rstrip("/"), f"?{token}", 101),
-    ):  # fmt: skip
+        ("http://evil.example", f"?{token}", 403),
+        (own_origin, "", 403),
+        (own_origin, f"?{token}", 101),
+    ):
         assert await socket_status(f"{page}ws{query}", origin) == code, (origin, query)
     attack = f"{page}components/payload/A/_css/x"
     assert await status(attack) == refused
@@ -655,16 +691,19 @@ async def check_what_is_shown(browser, url, folder):
     text = await browser.wait_for(
         Browser.TEXT, lambda text: "Language-model loss" in text and "first" in text
     )
-    assert (
-        "20 of 100" in text and "MaxVio" in text and "<img src=x onerror=document.title=1>" in text
-    )
+    assert "20 of 100" in text
+    assert "MaxVio" in text
+    assert "<img src=x onerror=document.title=1>" in text
     append(folder / "first/metrics.jsonl", lines({"step": 30, "loss/lm": 1.25, "tokens": 300}))
     write_run(folder / "third", {"step": 7, "loss/lm": 1})
     text = await browser.wait_for(
         Browser.TEXT, lambda text: "30 of 100" in text and "third" in text
     )
-    ends = "JSON.stringify([...Bokeh.documents[0]._all_models.values()].filter(m => m.type === 'ColumnDataSource')"
-    ends += ".map(m => [...m.data.y ?? []].at(-1)))"
+    ends = (
+        "JSON.stringify([...Bokeh.documents[0]._all_models.values()]"
+        ".filter(m => m.type === 'ColumnDataSource')"
+        ".map(m => [...m.data.y ?? []].at(-1)))"
+    )
     await browser.wait_for(ends, lambda ends: 1.25 in json.loads(ends or "[]"))
     await browser.evaluate(Browser.CLICK % "Load")
     await browser.wait_for(Browser.TEXT, lambda text: "ended with step 20" in text)
@@ -683,7 +722,7 @@ async def check_what_is_shown(browser, url, folder):
 @pytest.mark.skipif(
     CHROMIUM is None, reason="needs chromium, chromium-browser or google-chrome on the path"
 )
-def test_the_page_lives_in_a_browser_fetches_nothing_and_stops_when_interrupted(tmp_path):
+def test_a_browser_updates_the_page_and_fetches_nothing_from_elsewhere(tmp_path):
     folder = tmp_path / "runs"
     write_run(folder / "<img src=x onerror=document.title=1>", {"step": 20, "loss/lm": 2})
     first = write_run(
@@ -699,8 +738,10 @@ def test_the_page_lives_in_a_browser_fetches_nothing_and_stops_when_interrupted(
         steal = f"http://127.0.0.1:{thief.getsockname()[1]}/stolen"
         for run in folder.iterdir():
             (run / "report.html").write_text(
-                f'<img src="{steal}"><link rel=stylesheet href="{steal}"><script>top.document.title = 1</script>'
-                f'<meta http-equiv="refresh" content="0;url={steal}"><iframe src="{steal}"></iframe>'
+                f'<img src="{steal}"><link rel=stylesheet href="{steal}">'
+                "<script>top.document.title = 1</script>"
+                f'<meta http-equiv="refresh" content="0;url={steal}">'
+                f'<iframe src="{steal}"></iframe>'
             )
         browser = Browser(tmp_path / "profile")
         try:

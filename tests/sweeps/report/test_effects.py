@@ -1,4 +1,4 @@
-"""Effects of a sweep's axes: paired by seed, with intervals that cover what noise does, however it is shared."""
+"""Effects of a sweep's axes: paired by seed, with intervals that cover noise however shared."""
 
 import math
 
@@ -23,7 +23,10 @@ def effect_of(points, losses, axis):
 
 
 def noise(draw, num_levels, num_cells, num_seeds):
-    """What seeds do under the null: to all arms, to all cells of a level, to a single arm; and cells that differ."""
+    """Draws what seeds do under the null, and cells that differ.
+
+    A seed acts on all arms, on all cells of a level, and on a single arm.
+    """
     of_seed = draw.normal(0, 0.05, (1, 1, num_seeds))
     of_level = draw.normal(0, 0.03, (num_levels, 1, num_seeds))
     of_arm = draw.normal(0, 0.002, (num_levels, num_cells, num_seeds))
@@ -39,43 +42,44 @@ def test_noise_that_all_cells_share_is_inside_the_interval_in_95_percent(num_cel
         found = mean_difference(values_LCS[1] - values_LCS[0])
         is_inside.append(not found.is_told_apart)
         of_cells_LC = values_LCS.mean(axis=2)
-        over_cells = math.sqrt(
-            np.var(of_cells_LC, axis=1, ddof=min(1, num_cells - 1)).sum() / num_cells
-        )
+        variance_L = np.var(of_cells_LC, axis=1, ddof=min(1, num_cells - 1))
+        over_cells = math.sqrt(variance_L.sum() / num_cells)
         is_inside_over_cells.append(abs(found.mean) <= 1.96 * over_cells)
     assert abs(np.mean(is_inside) - 0.95) < THREE_ERRORS
-    assert (
-        np.mean(is_inside_over_cells) < 0.2
-    )  # means with errors over their cells would show an effect
+    # Means with errors over their cells would show an effect.
+    assert np.mean(is_inside_over_cells) < 0.2
 
 
 def test_the_effects_of_simulated_sweeps_cover_zero_with_arms_missing_too():
     draw = np.random.default_rng(0)
     points = product(moe_top_k=[1, 2, 4], moe_router=["a", "b", "c"], train_seed=[0, 1, 2, 3])
-    told, looked = 0, 0
+    num_told_apart, looked = 0, 0
     for _ in range(80):
         losses = noise(draw, 3, 3, 4).ravel().tolist()
         kept = [i for i in range(len(points)) if draw.uniform() > 0.03]
-        found = effect_of([points[i] for i in kept], [losses[i] for i in kept], "moe.top_k")
-        told += sum(level.difference.is_told_apart for level in found.others)
+        kept_points = [points[i] for i in kept]
+        kept_losses = [losses[i] for i in kept]
+        found = effect_of(kept_points, kept_losses, "moe.top_k")
+        num_told_apart += sum(level.difference.is_told_apart for level in found.others)
         looked += sum(level.difference.num_seeds > 1 for level in found.others)
-    assert looked > 150 and abs(told / looked - 0.05) < 0.05
+    assert looked > 150
+    assert abs(num_told_apart / looked - 0.05) < 0.05
 
 
-def test_departures_from_two_effects_are_told_apart_by_chance_in_5_percent_of_tables():
+def test_noise_is_called_an_interaction_in_5_percent_of_tables():
     draw = np.random.default_rng(1)
     points = product(
         moe_top_k=[1, 2, 4], moe_router=["a", "b", "c"], model_d_ff=[8, 16], train_seed=[0, 1, 2]
     )
-    told = 0
+    num_told_apart = 0
     for _ in range(60):
         shared_KRFS = draw.normal(0, 0.03, (3, 3, 1, 3)) + draw.normal(0, 0.05, (1, 1, 1, 3))
         losses = (shared_KRFS + draw.normal(0, 0.002, (3, 3, 2, 3))).ravel().tolist()
         found = sweep_effects.interaction(
             arms_of(points, losses), LOSS, "override/moe.top_k", "override/moe.router"
         )
-        told += found.departure.is_told_apart
-    assert told / 60 < 0.12
+        num_told_apart += found.departure.is_told_apart
+    assert num_told_apart / 60 < 0.12
 
 
 def test_an_effect_is_the_mean_of_pairs_of_one_seed_with_students_interval():
@@ -83,10 +87,12 @@ def test_an_effect_is_the_mean_of_pairs_of_one_seed_with_students_interval():
     # Differences of x are 1, 2, 3 and of y 3, 4, 8: over seeds 2, 3 and 5.5.
     losses = [0, 5, 10, 100, 105, 110, 1, 7, 13, 103, 109, 118]
     found = effect_of(points, losses, "a.b")
-    assert found.reference == 1 and [level.level for level in found.levels] == [1, 2]
+    assert found.reference == 1
+    assert [level.level for level in found.levels] == [1, 2]
     (two,) = found.others
     error = np.std([2, 3, 5.5], ddof=1) / math.sqrt(3)
-    assert two.mean == np.mean(losses[6:]) and two.difference.mean == pytest.approx(3.5)
+    assert two.mean == np.mean(losses[6:])
+    assert two.difference.mean == pytest.approx(3.5)
     assert two.difference.se == pytest.approx(error)
     # Student's quantile of 97.5 % with two degrees of freedom, as tables have it.
     assert [two.difference.low, two.difference.high] == pytest.approx(
@@ -100,16 +106,15 @@ def test_an_effect_is_the_mean_of_pairs_of_one_seed_with_students_interval():
     assert student_quantile(2) == pytest.approx(12.706, 1e-4)
 
 
-def test_one_seed_gives_a_difference_without_an_interval_that_tells_nothing():
+def test_one_seed_gives_a_difference_without_an_interval():
     (two,) = effect_of(
         product(a_b=[1, 2], c_d=["x", "y"], train_seed=[3]), [1, 2, 5, 6], "a.b"
     ).others
-    assert (
-        two.difference.mean == 4
-        and math.isnan(two.difference.se)
-        and math.isnan(two.difference.low)
-    )
-    assert two.difference.num_seeds == 1 and not two.difference.is_told_apart
+    assert two.difference.mean == 4
+    assert math.isnan(two.difference.se)
+    assert math.isnan(two.difference.low)
+    assert two.difference.num_seeds == 1
+    assert not two.difference.is_told_apart
 
 
 def test_the_reference_is_the_level_that_the_sweep_names_first():
@@ -119,10 +124,15 @@ def test_the_reference_is_the_level_that_the_sweep_names_first():
 
 
 def test_arms_of_other_cells_or_seeds_are_no_pairs():
-    points = [{"a.b": 1, "c.d": "x", "train.seed": 0}, {"a.b": 2, "c.d": "y", "train.seed": 0}]
-    points += [{"a.b": 1, "c.d": "y", "train.seed": 1}, {"moe.num_experts": 0, "train.seed": 0}]
+    points = [
+        {"a.b": 1, "c.d": "x", "train.seed": 0},
+        {"a.b": 2, "c.d": "y", "train.seed": 0},
+        {"a.b": 1, "c.d": "y", "train.seed": 1},
+        {"moe.num_experts": 0, "train.seed": 0},
+    ]
     found = effect_of(points, [1, 2, 3, 4], "a.b")
-    assert found.others[0].difference.num_pairs == 0 and math.isnan(found.others[0].difference.mean)
+    assert found.others[0].difference.num_pairs == 0
+    assert math.isnan(found.others[0].difference.mean)
     assert found.num_unset == 1
 
 
@@ -135,11 +145,8 @@ def test_a_cell_that_lacks_a_seed_is_left_out_rather_than_taken_for_noise():
     known = np.array([[1, 1, 0, 0], [1, 1, 1, 0], [0, 0, 0, 1]], bool)
     assert [part.tolist() for part in whole_block(known)] == [[0, 1], [0, 1]]
     assert [part.tolist() for part in whole_block(np.ones((5, 1), bool))] == [[0, 1, 2, 3, 4], [0]]
-    assert (
-        mean_difference(np.full((2, 2), np.nan)).num_pairs
-        == 0
-        == mean_difference(np.zeros((0, 0))).num_pairs
-    )
+    assert mean_difference(np.full((2, 2), np.nan)).num_pairs == 0
+    assert mean_difference(np.zeros((0, 0))).num_pairs == 0
 
 
 def test_axes_that_follow_from_another_are_compared_with_it():
@@ -175,7 +182,7 @@ def test_axes_that_follow_from_another_are_compared_with_it():
     assert len(axes_of(arms)) == 4
 
 
-def test_in_a_draw_at_random_nothing_follows_from_a_number():
+def test_nothing_follows_from_a_number_in_a_random_draw():
     draw = np.random.default_rng(0)
     points = [
         {"a.b": float(draw.uniform()), "c.d": str(draw.choice(["x", "y"]))} for _ in range(20)
@@ -191,15 +198,18 @@ def test_an_interaction_is_the_departure_of_cells_from_two_effects():
     points = product(a_b=[1, 2], c_d=["x", "y"], e_f=[0, 1], train_seed=[0, 1])
     losses = [0, 0, 2, 2, 2, 2, 4, 4, 3, 3, 5, 5, 8, 10, 10, 12]
     found = sweep_effects.interaction(arms_of(points, losses), LOSS, "override/a.b", "override/c.d")
-    assert found.means.to_numpy().tolist() == [[1, 3], [4, 10]] and found.is_whole
+    assert found.means.to_numpy().tolist() == [[1, 3], [4, 10]]
+    assert found.is_whole
     # Rows mean 2 and 7, columns 2.5 and 6.5, all 4.5: a sum of effects gives 0, 4, 5 and 9. By seed
     # 0.75 and 1.25.
-    assert found.departure.mean == pytest.approx(1.0) and found.departure.se == pytest.approx(0.25)
-    assert found.departure.num_seeds == 2 and found.departure.num_pairs == 4
+    assert found.departure.mean == pytest.approx(1.0)
+    assert found.departure.se == pytest.approx(0.25)
+    assert found.departure.num_seeds == 2
+    assert found.departure.num_pairs == 4
     assert found.departure.high - found.departure.mean == pytest.approx(0.25 * student_quantile(2))
 
 
-def test_an_interaction_is_judged_from_whole_rows_or_columns_or_not_at_all():
+def test_an_interaction_is_judged_from_complete_rows_or_columns_or_not_at_all():
     def found_of(points):
         losses = [point["a.b"] * (point["c.d"] == "y") for point in points]
         return sweep_effects.interaction(
@@ -209,8 +219,10 @@ def test_an_interaction_is_judged_from_whole_rows_or_columns_or_not_at_all():
     points = product(a_b=[1, 2, 3], c_d=["x", "y"], train_seed=[0, 1])
     assert found_of(points).means.shape == (3, 2)
     holed = found_of(points[:-2])
-    assert holed.means.index.tolist() == [1, 2] and not holed.is_whole
-    assert found_of(points[:6]) is None and found_of(points[:1]) is None
+    assert holed.means.index.tolist() == [1, 2]
+    assert not holed.is_whole
+    assert found_of(points[:6]) is None
+    assert found_of(points[:1]) is None
     assert found_of([points[i] for i in (0, 1, 6, 7)]) is None  # a diagonal
 
 

@@ -1,0 +1,119 @@
+"""The metrics of a run that may still be training, read only where the file grew.
+
+`metrics.jsonl` of a long run has millions of lines, so each poll reads from where the last one
+ended, and no more bytes than it is allowed; the rest waits for the next poll.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float64, Int64
+
+from moejax.inspection.runs.metrics_file import Series, add_values
+from moejax.inspection.runs.paths import open_file
+
+MAX_LINE = 2**20  # bytes: what is longer is no line of metrics
+TAIL_BYTES = 128  # compared to tell a file that grew from one that was written again
+
+
+class MetricsReader:
+    """The lines of a `metrics.jsonl`, read as they are appended.
+
+    Args:
+      path: of the file.
+
+    Attributes:
+      series: steps and values of each metric; see `Run.series` for steps that come again.
+      problem: the first damaged line and the remedy; empty if there is none.
+      is_behind: whether the last poll left out some of the file.
+    """
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._forget()
+
+    def _forget(self) -> None:
+        self.series: Series = {}
+        self.problem = ""
+        self.is_behind = False
+        self._offset = 0  # after the last complete line that was read
+        self._num_lines = 0
+        self._tail = b""  # the end of what was read
+        self._seen: tuple[int, ...] = ()
+
+    def read_on(self, max_bytes: int) -> int:
+        """Reads what was appended; all of it again if a resumed run has written the file again.
+
+        A last line without its end is left for the next poll.
+
+        Args:
+          max_bytes: to read at most.
+
+        Returns:
+          How many bytes were read; 0 if nothing has changed.
+
+        Raises:
+          OSError: the file cannot be read.
+          RunPathError: it is no regular file of the run.
+        """
+        info = os.stat(self._path)
+        now = (info.st_ino, info.st_size, info.st_mtime_ns)
+        if now == self._seen and not self.is_behind:
+            return 0
+        with open_file(self._path.parent, self._path.name) as file:
+            if self._seen and (info.st_ino != self._seen[0] or not self._is_continued(file)):
+                self._forget()
+            file.seek(self._offset)
+            block = file.read(max_bytes)
+            self.is_behind = len(block) == max_bytes and len(file.read(1)) == 1
+        end = block.rfind(b"\n") + 1  # of the last complete line
+        if self.is_behind and not end and len(block) >= MAX_LINE:
+            self._note(f"has no end within {len(block):,} bytes")
+            self.is_behind = False
+        self._seen = now
+        for line in block[:end].splitlines():
+            self._num_lines += 1
+            self._add(line)
+        self._offset += end
+        self._tail = (self._tail + block[:end])[-TAIL_BYTES:]
+        return len(block)
+
+    def last(self, key: str) -> float | None:
+        """Returns the newest value of a metric; None if no line has it."""
+        _, values = self.series.get(key, ((), ()))
+        return float(values[-1]) if values else None
+
+    def points(self, key: str) -> tuple[Int64[np.ndarray, "S"], Float64[np.ndarray, "S"]]:
+        """Returns steps and values of a metric; both empty if no line has it."""
+        steps, values = self.series.get(key, ((), ()))
+        return np.array(steps, np.int64), np.array(values, np.float64)
+
+    @property
+    def last_step(self) -> int:
+        """The last step with a metric; 0 before the first."""
+        return max((steps[-1] for steps, _ in self.series.values()), default=0)
+
+    def _is_continued(self, file: Any) -> bool:
+        """Returns whether the file, up to where it was read, still ends in what was read."""
+        file.seek(self._offset - len(self._tail))
+        return file.read(len(self._tail)) == self._tail
+
+    def _add(self, line: bytes) -> None:
+        if not line.strip():
+            return
+        try:
+            values = json.loads(line.decode())
+            if not isinstance(values, dict) or type(values.get("step")) is not int:
+                raise ValueError("no integer `step`")
+            add_values(self.series, values, self._path)
+        except (ValueError, RecursionError) as error:
+            self._note(f"is damaged ({error})")
+
+    def _note(self, what: str) -> None:
+        """Keeps what is wrong with the first damaged line."""
+        if not self.problem:
+            line = max(self._num_lines, 1)
+            self.problem = f"{self._path}: line {line} {what}; delete that line"

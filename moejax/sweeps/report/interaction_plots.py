@@ -1,0 +1,156 @@
+"""What pairs of axes of a sweep do together, for its page.
+
+A figure is drawn only where two axes depart from two separate effects by more than noise.
+"""
+
+import dataclasses
+import itertools
+
+import pandas as pd
+
+from moejax.inspection import html
+from moejax.inspection.analysis.differences import Difference
+from moejax.inspection.html import Markup
+from moejax.inspection.report.page import figure, grid, table
+from moejax.sweeps.report.effect_plots import ONE_SEED, has_one_seed
+from moejax.sweeps.report.effects import Interaction, distinct_axes, interaction
+from moejax.sweeps.report.figures import MAX_LINES, draw_interaction
+from moejax.sweeps.report.plots import ONE_SETTING, Names, count, unit_of
+from moejax.sweeps.report.scale import level_name, scale_of
+from moejax.sweeps.report.settings import METRICS, difference_in_words
+from moejax.sweeps.tables import levels_of, loss_of
+
+MAX_PAIRS = 12  # of axes, drawn
+MAX_LEVELS = 16  # along the axis of a pair: of more, a line follows noise
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """Two axes of a figure.
+
+    Attributes:
+      along: the axis that lines run along.
+      lines: the axis whose levels are lines.
+      both: what they do together.
+    """
+
+    along: str
+    lines: str
+    both: Interaction
+
+    @property
+    def departure(self) -> Difference:
+        """The largest departure from two separate effects."""
+        return self.both.departure
+
+    @property
+    def rank(self) -> tuple[bool, float]:
+        """Orders pairs: those told apart from noise first, then by the size of the departure."""
+        return (not self.departure.is_told_apart, -abs(self.departure.mean))
+
+
+def interactions(arms: pd.DataFrame, axes: Names) -> Markup:
+    """Returns how far each pair of axes departs from two separate effects."""
+    if not axes:
+        return html.paragraph(ONE_SETTING)
+    names = distinct_axes(arms)
+    if len(names) < 2:
+        return html.paragraph("Fewer than two axes have more than one level.")
+    if has_one_seed(arms):
+        return html.paragraph(ONE_SEED, "warning")
+    pairs, num_sparse = _find_pairs(arms, names)
+    told_apart = [pair for pair in pairs if pair.departure.is_told_apart]
+    return html.render(
+        "sweep/interactions",
+        sparse=count(num_sparse, "pair") if num_sparse else "",
+        is_noise=bool(pairs) and not told_apart,
+        table=_table(pairs, axes),
+        figures=grid(_draw(arms, pair, axes) for pair in told_apart[:MAX_PAIRS]),
+    )
+
+
+def _find_pairs(arms: pd.DataFrame, names: list[str]) -> tuple[list[Pair], int]:
+    """Returns the pairs of axes that can be judged, in the order of their rank.
+
+    Returns:
+      The pairs, and how many others have too few cells or too many levels.
+    """
+    loss = loss_of(arms)
+    pairs = []
+    num_sparse = 0
+    for one, other in itertools.combinations(names, 2):
+        along, lines = _order(arms, one, other)
+        both = None
+        if _num_levels(arms, along) <= MAX_LEVELS and _num_levels(arms, lines) <= MAX_LINES:
+            both = interaction(arms, loss, along, lines)
+        if both is None:
+            num_sparse += 1
+        else:
+            pairs.append(Pair(along, lines, both))
+    return sorted(pairs, key=lambda pair: pair.rank), num_sparse
+
+
+def _order(arms: pd.DataFrame, one: str, other: str) -> tuple[str, str]:
+    """Chooses which of two axes lines run along, and which has a line for each level.
+
+    Numbers are along the axis, names are lines; of two of a kind, the one with more levels is along
+    the axis.
+    """
+
+    def rank(axis: str) -> tuple[bool, int]:
+        scale = scale_of(arms[axis])
+        num_levels = len(scale.levels)
+        is_line = not scale.is_named and num_levels > 1
+        return is_line, num_levels
+
+    along, lines = one, other
+    if rank(one) < rank(other):
+        along, lines = other, one
+    if _num_levels(arms, lines) > MAX_LINES:
+        along, lines = lines, along
+    return along, lines
+
+
+def _num_levels(arms: pd.DataFrame, axis: str) -> int:
+    return len(levels_of(arms[axis]))
+
+
+def _draw(arms: pd.DataFrame, pair: Pair, axes: Names) -> Markup:
+    loss = loss_of(arms)
+    means = pair.both.means
+    along, lines = axes[pair.along], axes[pair.lines]
+    order = levels_of(arms[pair.lines])
+    image = draw_interaction(means, along, lines, unit_of(loss), order)
+    alt = _interaction_in_words(means, along, lines, METRICS[loss][0])
+    return figure(f"{along} by {lines}", _departure(pair.both), image, alt=alt)
+
+
+def _table(pairs: list[Pair], axes: Names) -> Markup:
+    if not pairs:
+        return html.EMPTY
+    rows = []
+    for pair in pairs:
+        name = f"{axes[pair.along]} by {axes[pair.lines]}"
+        rows.append([name, difference_in_words(pair.departure), _verdict(pair.departure)])
+    return table(["pair", "largest departure", "told apart from 0"], rows, "numbers")
+
+
+def _departure(both: Interaction) -> str:
+    departure = difference_in_words(both.departure)
+    said = f"Largest departure from two separate effects: {departure}."
+    return said if both.is_whole else f"{said} Levels that lack a combination are left out."
+
+
+def _verdict(departure: Difference) -> str:
+    if departure.num_seeds <= 1:
+        return "one seed"
+    return "yes" if departure.is_told_apart else "no"
+
+
+def _interaction_in_words(means: pd.DataFrame, along: str, lines: str, metric: str) -> str:
+    cells = means.stack()
+    lowest = cells.idxmin()
+    where = f"{level_name(lowest[0])} and {level_name(lowest[1])}"
+    return (
+        f"Mean {metric} by {along}, a line for each {lines}; lowest {cells[lowest]:.4g} at {where}"
+    )
