@@ -78,7 +78,7 @@ def define_processes(values: FlagValues) -> None:
     )
     flags.DEFINE_float(
         "wait_s",
-        processes.MEETING_S,
+        processes.START_WAIT_S,
         "seconds that processes wait for each other at the start",
         flag_values=values,
     )
@@ -133,7 +133,10 @@ def meet_as_flagged(values: FlagValues, verb: str) -> contextlib.AbstractContext
 
 @contextlib.contextmanager
 def _meet(*address: Any, **wait: Any) -> Iterator[None]:
-    """`processes.meet`, with a clean standard output: gloo greets there, where one JSON document must stand alone."""
+    """Enters `initialize_distributed` with a clean standard output.
+
+    Gloo prints greetings there, where one JSON document must stand alone.
+    """
     sys.stdout.flush()
     kept = os.dup(1)
     os.dup2(2, 1)
@@ -141,7 +144,7 @@ def _meet(*address: Any, **wait: Any) -> Iterator[None]:
         with (
             os.fdopen(kept, "w", closefd=False) as output,
             contextlib.redirect_stdout(output),
-            processes.meet(*address, **wait),
+            processes.initialize_distributed(*address, **wait),
         ):
             yield
     finally:

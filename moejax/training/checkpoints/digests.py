@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from moejax.training.multihost.processes import all_say
+from moejax.training.multihost.processes import gather_from_all
 
 GROUP_BYTES = 2**20
 MIN_COLUMNS = 256  # of shorter rows the sums by columns would be slow
@@ -61,7 +61,7 @@ def digest_arrays(arrays: Mapping[str, Any]) -> dict[str, str]:
         for part, sums_2 in zip(parts, pool.map(_sums, parts), strict=True):
             sums_A2[rows[part.name]] += sums_2
     total_A2 = np.zeros_like(sums_A2)
-    for word in all_say(sums_A2.tobytes().hex()):
+    for word in gather_from_all(sums_A2.tobytes().hex()):
         total_A2 += np.frombuffer(bytes.fromhex(word), np.uint32).reshape(sums_A2.shape)
     return {
         name: f"{int(total_A2[row, 0]):08x}{int(total_A2[row, 1]):08x}"

@@ -88,8 +88,8 @@ class RunFiles:
                                 after_step,
                                 config,
                                 notes.get("alarms"),
-                                name,
-                                notes.get("alarms_file"),
+                                name=name,
+                                noted=notes.get("alarms_file"),
                             )
                         )
                     )

@@ -15,7 +15,8 @@ import jax
 
 from moejax.locks import check_held
 from moejax.planning.devices import peak_memory_bytes
-from moejax.training.health.alarms import Alarm, AlarmLog
+from moejax.training.health.alarm_rules import Alarm
+from moejax.training.health.alarms import AlarmLog
 from moejax.training.health.progress import StepProgress
 from moejax.training.health.speed import ARMS, MEMORY, MFU, SECONDS, SPEED
 from moejax.training.health.telemetry import summarize_routing
