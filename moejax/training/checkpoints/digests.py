@@ -4,17 +4,17 @@ The elements of an array, as unsigned integers of up to 4 bytes, are laid out as
 are taken in groups of about a megabyte. Each group is summed by columns modulo 2^32; a digest is
 two sums of all these, weighted by odd numbers that depend on column and group. So
 
-- damage within one element, or within several of one row, changes the digest but for one case in
-  2^32 or fewer, and for certain where it is one element, since odd numbers have inverses modulo
-  2^32; wider damage remains unnoticed once in 2^64. Rows of a group in another order have one
-  digest: chunks, which might be mixed up, are larger or are checked;
-- the sums of the parts of an array add up to the sums of the whole: a digest depends neither on how
+- damage within one element, or within several of one row, changes the digest except in one case in
+  2^32 or fewer, and always where it is one element, since odd numbers have inverses modulo 2^32;
+  wider damage goes unnoticed once in 2^64. Rows of one group in another order have the same digest:
+  chunks, which might be mixed up, are larger or have checksums;
+- the sums of the parts of an array add up to the sums of the array: a digest depends neither on how
   an array is split over devices and processes nor on the mesh that reads it;
-- it costs one pass over memory, 0.05 s a gigabyte on two cores: less than a twentieth of the time
+- it costs one pass over memory, 0.05 s per gigabyte on two cores: less than a twentieth of the time
   of a restore of what the file cache holds, and less from a disk. A cryptographic digest would
   take a third.
 
-A digest finds damage. It is no protection against somebody who writes checkpoints on purpose.
+A digest finds damage. It is no protection against someone who changes checkpoints on purpose.
 """
 
 import itertools
@@ -36,7 +36,14 @@ WORD_BYTES = 4  # elements of more, float64 for one, are several words
 
 
 class _Part(NamedTuple):
-    """A part of an array that this process holds: where it lies, and its elements."""
+    """A part of an array that this process holds.
+
+    Attributes:
+      name: of the array.
+      place: where the part is in the array.
+      shape: of the array.
+      data: the elements of the part.
+    """
 
     name: str
     place: tuple[slice, ...]
@@ -45,91 +52,100 @@ class _Part(NamedTuple):
 
 
 def digest_arrays(arrays: Mapping[str, Any]) -> dict[str, str]:
-    """The digest of each array, 16 hexadecimal digits; of several processes all must ask.
+    """Returns the digest of each array, 16 hexadecimal digits; every process must call this.
 
     Args:
-      arrays: by name; split over devices in whatever way. Copies on other devices are
-        not looked at.
+      arrays: by name, split over devices in any way. Copies on other devices are ignored.
     """
     parts = [part for name, array in arrays.items() for part in _parts(name, array)]
-    parts.sort(
-        key=lambda part: part.data.nbytes, reverse=True
-    )  # no thread is left alone with a large one at the end
-    rows = {name: row for row, name in enumerate(arrays)}
+    # The largest first, so that no thread is left alone with one at the end.
+    parts.sort(key=lambda part: part.data.nbytes, reverse=True)
+    row_of_name = {name: row for row, name in enumerate(arrays)}
     sums_A2 = np.zeros((len(arrays), 2), np.uint32)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        for part, sums_2 in zip(parts, pool.map(_sums, parts), strict=True):
-            sums_A2[rows[part.name]] += sums_2
+        for part, sums_2 in zip(parts, pool.map(_weighted_sums, parts), strict=True):
+            sums_A2[row_of_name[part.name]] += sums_2
     total_A2 = np.zeros_like(sums_A2)
-    for word in gather_from_all(sums_A2.tobytes().hex()):
-        total_A2 += np.frombuffer(bytes.fromhex(word), np.uint32).reshape(sums_A2.shape)
-    return {
-        name: f"{int(total_A2[row, 0]):08x}{int(total_A2[row, 1]):08x}"
-        for name, row in rows.items()
-    }
+    for text in gather_from_all(sums_A2.tobytes().hex()):
+        of_process = np.frombuffer(bytes.fromhex(text), np.uint32)
+        total_A2 += of_process.reshape(sums_A2.shape)
+    digests = {}
+    for name, (first, second) in zip(arrays, total_A2.tolist(), strict=True):
+        digests[name] = f"{first:08x}{second:08x}"
+    return digests
 
 
 def _parts(name: str, array: Any) -> list[_Part]:
-    """What this process holds of an array, each element once over all processes."""
+    """Returns what this process holds of an array, each element once over all processes."""
     if not isinstance(array, jax.Array):
         host = np.asarray(array)
-        return [_Part(name, tuple(slice(0, size) for size in host.shape), host.shape, host)]
+        everything = tuple(slice(0, size) for size in host.shape)
+        return [_Part(name, everything, host.shape, host)]
     shards = [shard for shard in array.addressable_shards if shard.replica_id == 0]
     return [_Part(name, shard.index, array.shape, shard.data) for shard in shards]
 
 
-def _sums(part: _Part) -> np.ndarray:
-    """Both weighted sums of a part, uint32 [2]."""
+def _weighted_sums(part: _Part) -> np.ndarray:
+    """Returns both weighted sums of a part, uint32 [2]."""
     data = np.asarray(part.data)
     if not data.size:
         return np.zeros(2, np.uint32)
-    if data.dtype.itemsize > WORD_BYTES:  # its words are one more axis
+    place, shape = part.place, part.shape
+    if data.dtype.itemsize > WORD_BYTES:  # the words of an element become one more axis
         data = np.ascontiguousarray(data).reshape(*data.shape, 1).view(np.uint32)
-        part = part._replace(
-            place=(*part.place, slice(0, data.shape[-1])), shape=(*part.shape, data.shape[-1])
-        )
+        num_words = data.shape[-1]
+        place = (*place, slice(0, num_words))
+        shape = (*shape, num_words)
     words = data.view(WORDS[data.dtype.itemsize])
-    split = _split(part.shape)
-    rows_R = _places(part.place[:split], part.shape[:split])
-    columns_C = _places(part.place[split:], part.shape[split:])
+    num_row_axes = _num_row_axes(shape)
+    row_shape, column_shape = shape[:num_row_axes], shape[num_row_axes:]
+    rows_R = _indices(place[:num_row_axes], row_shape)
+    columns_C = _indices(place[num_row_axes:], column_shape)
     words_RC = words.reshape(len(rows_R), len(columns_C))
-    # Groups and weights are those of the whole array, of which this process may hold some rows
+
+    # Groups and weights are those of the complete array, of which this process may hold some rows
     # and columns.
-    groups_R = rows_R // np.uint32(
-        max(1, GROUP_BYTES // (math.prod(part.shape[split:]) * data.dtype.itemsize))
-    )
-    starts = np.flatnonzero(np.diff(groups_R)) + 1
-    bounds = itertools.pairwise([0, *starts.tolist(), len(rows_R)])
-    sums_GC = np.stack(
-        [words_RC[first:last].sum(axis=0, dtype=np.uint32) for first, last in bounds]
-    )
-    weights_G = _weights(groups_R[np.concatenate([[0], starts])])
-    weights_2C = np.stack([_weights(columns_C), _weights(columns_C + np.uint32(2**31))])
-    # Sums over the last axis, whose elements are neighbours: along the other one NumPy takes ten
-    # times as long.
+    row_bytes = math.prod(column_shape) * data.dtype.itemsize
+    groups_R = rows_R // np.uint32(max(1, GROUP_BYTES // row_bytes))
+    starts = [0, *(np.flatnonzero(np.diff(groups_R)) + 1).tolist()]
+    bounds = itertools.pairwise([*starts, len(rows_R)])
+    sums = [words_RC[first:last].sum(axis=0, dtype=np.uint32) for first, last in bounds]
+    sums_GC = np.stack(sums)
+    weights_G = _odd_weights(groups_R[starts])
     sums_C = np.einsum("gc,g->c", sums_GC, weights_G)
+    weights_2C = np.stack([_odd_weights(columns_C), _odd_weights(columns_C + np.uint32(2**31))])
+    # Over the last axis, whose elements are neighbours: over the other one NumPy takes ten times as
+    # long.
     return (sums_C * weights_2C).sum(axis=1, dtype=np.uint32)
 
 
-def _split(shape: tuple[int, ...]) -> int:
-    """How many leading axes make the rows of the matrix: as many as leave rows of some length."""
-    return max(
-        (axes for axes in range(len(shape)) if math.prod(shape[axes:]) >= MIN_COLUMNS), default=0
-    )
+def _num_row_axes(shape: tuple[int, ...]) -> int:
+    """Returns how many leading axes make the rows of the matrix.
+
+    They are as many as leave at least `MIN_COLUMNS` columns.
+    """
+    for num_axes in reversed(range(len(shape))):
+        if math.prod(shape[num_axes:]) >= MIN_COLUMNS:
+            return num_axes
+    return 0
 
 
-def _places(place: tuple[slice, ...], shape: tuple[int, ...]) -> np.ndarray:
-    """Where rows or columns of a part are among those of the whole array, uint32."""
-    places = np.zeros(1, np.uint32)
+def _indices(place: tuple[slice, ...], shape: tuple[int, ...]) -> np.ndarray:
+    """Returns the indices of a part's rows or columns in the complete array, uint32."""
+    indices = np.zeros(1, np.uint32)
     for within, size in zip(place, shape, strict=True):
         of_axis = np.arange(*within.indices(size), dtype=np.uint32)
-        places = (places[:, None] * np.uint32(size) + of_axis[None]).reshape(-1)
-    return places
+        indices = indices[:, None] * np.uint32(size) + of_axis[None]
+        indices = indices.reshape(-1)
+    return indices
 
 
-def _weights(places: np.ndarray) -> np.ndarray:
-    """Odd numbers: the mixing of bits that ends MurmurHash3, so that neighbours have nothing in common."""
-    mixed = places * np.uint32(0x9E3779B1)
+def _odd_weights(indices: np.ndarray) -> np.ndarray:
+    """Returns an odd number for each index: neighbours have nothing in common.
+
+    Bits are mixed as at the end of MurmurHash3.
+    """
+    mixed = indices * np.uint32(0x9E3779B1)
     mixed ^= mixed >> np.uint32(16)
     mixed *= np.uint32(0x85EBCA6B)
     mixed ^= mixed >> np.uint32(13)

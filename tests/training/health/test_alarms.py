@@ -68,7 +68,7 @@ def idle(steps):
 
 
 def probs_against_load(product):
-    """Probabilities of layer 1 whose balance loss with all load on expert 0 is `product`: E * 1 * p_0."""
+    """Probabilities that give layer 1 the loss `product` = E * p_0 with all load on expert 0."""
     probs_NE = np.full((N, E), 1 / E)
     probs_NE[1] = (1 - product / E) / (E - 1)
     probs_NE[1, 0] = product / E
