@@ -38,7 +38,7 @@ from moejax.training.run_directory.files import RunFiles
 from moejax.training.run_directory.layout import (
     check_run_directory,
     check_shared,
-    tell_changes,
+    log_changes,
     warn_of_lost_checkpoints,
     write_run_directory,
 )
@@ -116,7 +116,7 @@ def train(
             state = setup.init(config.train.seed)
         else:
             log.info("continuing %s from step %d", workdir, int(state.step))
-            tell_changes(checkpoints.config(int(state.step)), config, int(state.step))
+            log_changes(checkpoints.config(int(state.step)), config, int(state.step))
         return _Loop(setup, corpus, checkpoints, workdir, stop, on_evaluation).run(state)
 
 

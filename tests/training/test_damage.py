@@ -29,7 +29,7 @@ from moejax.training.loop import train
 from moejax.training.multihost.signals import StopSignals
 from moejax.training.run_directory import metrics
 from moejax.training.run_directory.evaluation_log import Evaluations
-from moejax.training.run_directory.layout import tell_changes, warn_of_lost_checkpoints
+from moejax.training.run_directory.layout import log_changes, warn_of_lost_checkpoints
 from moejax.training.run_directory.line_file import is_as_noted
 from moejax.training.run_directory.routing_log import read_routing
 
@@ -490,10 +490,10 @@ def test_a_run_continued_with_other_steps_is_told_what_that_means(runs, caplog):
         (3, 6, "train.num_steps=3: the run is already at step 6, and nothing is trained"),
     ):
         caplog.clear()
-        tell_changes(config, replace(config, "train", num_steps=num_steps), step)
+        log_changes(config, replace(config, "train", num_steps=num_steps), step)
         assert any(re.search(said, record.message) for record in caplog.records), said
     caplog.clear()
-    tell_changes(config, config, 4)
+    log_changes(config, config, 4)
     assert not caplog.records
 
 

@@ -38,7 +38,7 @@ from moejax.training.checkpoints.meta import (
     tokenizer_digests,
 )
 from moejax.training.multihost.processes import is_first, wait_for_all
-from moejax.training.run_directory.layout import first_change
+from moejax.training.run_directory.changes import first_change
 from moejax.training.state import TrainSetup, TrainState
 
 MODEL_FIELDS = ("params", "router_state")

@@ -27,7 +27,7 @@ from moejax.training.loop import lock_run, open_run_directory
 from moejax.training.multihost.signals import StopSignals
 from moejax.training.packed.arms import Pack
 from moejax.training.run_directory.files import RunFiles
-from moejax.training.run_directory.layout import tell_changes, warn_of_lost_checkpoints
+from moejax.training.run_directory.layout import log_changes, warn_of_lost_checkpoints
 from moejax.training.run_directory.metrics import FinishedStep, Recorder
 from moejax.training.state import TrainSetup, TrainState
 from moejax.training.step import StepOutput, put_batch
@@ -112,7 +112,7 @@ def train_packed(
             log.info("continuing %d arms from step %d", len(arms), start_step)
         for arm in arms:
             if start_step:
-                tell_changes(arm.checkpoints.config(start_step), arm.config, start_step)
+                log_changes(arm.checkpoints.config(start_step), arm.config, start_step)
             else:
                 warn_of_lost_checkpoints(arm.workdir)
         stack.enter_context(jax.set_mesh(pack.mesh))

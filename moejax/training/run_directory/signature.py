@@ -1,7 +1,8 @@
-"""A signature that only this user can make: tells what was recorded here from what came with a foreign folder.
+"""A signature that only this user can make.
 
-The key is in the user's own folder of state and never leaves it. Without a key nothing is signed,
-and what is not signed is not believed.
+It distinguishes what was recorded here from what came with someone else's folder. The key is in the
+user's own folder of state and never leaves it. Without a key nothing is signed, and what is not
+signed is not trusted.
 """
 
 import hashlib
@@ -17,17 +18,23 @@ KEY_BYTES = 32
 
 
 def key_path() -> Path:
-    """`moejax/key` in `$XDG_STATE_HOME`, or in `~/.local/state` where that is no absolute path.
+    """Returns `moejax/key` in `$XDG_STATE_HOME`, or in `~/.local/state` if that is not absolute.
 
     Raises:
       RuntimeError: the user has no home folder.
     """
-    given = Path(os.environ.get("XDG_STATE_HOME", ""))
-    return (given if given.is_absolute() else Path.home() / ".local" / "state") / "moejax" / "key"
+    state = Path(os.environ.get("XDG_STATE_HOME", ""))
+    if not state.is_absolute():
+        state = Path.home() / ".local" / "state"
+    return state / "moejax" / "key"
 
 
 def sign(content: Any) -> str:
-    """The signature of a JSON value; a key is made at the first call. Empty where the user can keep no key."""
+    """Returns the signature of a JSON value; a key is made at the first call.
+
+    Returns:
+      An empty text where the user can keep no key.
+    """
     try:
         path = key_path()
         if not path.exists():
@@ -43,27 +50,30 @@ def is_signed(content: Any, signature: Any) -> bool:
     key = _read_key()
     if not key or not isinstance(signature, str):
         return False
-    return hmac.compare_digest(_signature(key, content).encode(), signature.encode())
+    expected = _signature(key, content)
+    return hmac.compare_digest(expected.encode(), signature.encode())
 
 
 def _signature(key: bytes, content: Any) -> str:
-    return hmac.new(key, json.dumps(content, sort_keys=True).encode(), hashlib.sha256).hexdigest()
+    text = json.dumps(content, sort_keys=True)
+    return hmac.new(key, text.encode(), hashlib.sha256).hexdigest()
 
 
 def _read_key() -> bytes:
-    """The key; empty if there is none that nobody else can know."""
+    """Returns the key; empty if there is none that only this user can read."""
     try:
         with key_path().open("rb") as file:
-            about = os.fstat(file.fileno())
-            is_private = about.st_uid == os.geteuid() and not stat.S_IMODE(about.st_mode) & 0o077
+            status = os.fstat(file.fileno())
             key = file.read(KEY_BYTES + 1)
     except (OSError, RuntimeError):
         return b""
-    return key if is_private and len(key) == KEY_BYTES else b""
+    is_own = status.st_uid == os.geteuid()
+    is_private = not stat.S_IMODE(status.st_mode) & 0o077
+    return key if is_own and is_private and len(key) == KEY_BYTES else b""
 
 
 def _make_key(path: Path) -> None:
-    """Writes a new key, whole or not at all; of two processes at it, the first one's stays."""
+    """Writes a new key in one step; if two processes do so, the first one's key stays."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     temporary = path.with_name(f"key-{secrets.token_hex(8)}")
     try:

@@ -10,19 +10,20 @@ from moejax.training.run_directory.signature import sign
 
 
 def record_text(data: DataConfig, corpus: str) -> dict[str, str]:
-    """What `config.json` records of a run's text: its places as absolute paths, signed with the name of the rows."""
+    """Returns what `config.json` records of a run's text.
+
+    That is its places as absolute paths, and a signature of them and of the name of the rows.
+    """
     places = {
-        "directory": os.path.abspath(os.path.expanduser(data.directory)),
+        "directory": _absolute(data.directory),
         "files": _absolute_files(data.files),
-        "source_dir": os.path.abspath(os.path.expanduser(data.source_dir))
-        if data.source_dir
-        else "",
+        "source_dir": _absolute(data.source_dir) if data.source_dir else "",
     }
     return {**places, "signature": sign(signed_text(data, places, corpus))}
 
 
 def signed_text(data: DataConfig, places: Mapping[str, Any], corpus: str) -> list[Any]:
-    """What the signature covers: all that decides which files are read and written."""
+    """Returns what the signature covers: all that decides which files are read and written."""
     return [
         data.source,
         data.name,
@@ -34,14 +35,23 @@ def signed_text(data: DataConfig, places: Mapping[str, Any], corpus: str) -> lis
     ]
 
 
+def _absolute(path: str) -> str:
+    return os.path.abspath(os.path.expanduser(path))
+
+
 def _absolute_files(files: str) -> str:
-    if not files or os.path.exists(os.path.expanduser(files)):
-        return os.path.abspath(os.path.expanduser(files)) if files else ""
-    return ",".join(_absolute_item(item.strip()) for item in files.split(",") if item.strip())
+    """Returns the documents of `data.files` as absolute paths: one path, or globs with commas."""
+    if not files:
+        return ""
+    if os.path.exists(os.path.expanduser(files)):
+        return _absolute(files)
+    items = [item.strip() for item in files.split(",")]
+    return ",".join(_absolute_glob(item) for item in items if item)
 
 
-def _absolute_item(item: str) -> str:
+def _absolute_glob(item: str) -> str:
     item = os.path.expanduser(item)
     if os.path.isabs(item) or os.path.exists(item):
         return os.path.abspath(item)
-    return os.path.join(glob.escape(os.getcwd()), item)  # a glob, below a folder whose name is none
+    # The glob is relative to a folder whose own name may have the letters of a glob.
+    return os.path.join(glob.escape(os.getcwd()), item)
