@@ -79,9 +79,9 @@ def train_packed(
         folders = []
         for config, workdir in zip(configs, workdirs, strict=True):
             folders.append(lock_run(config, Path(workdir), stack))
-        corpus = None
-        for config, folder in zip(configs, folders, strict=True):
-            corpus = open_run_directory(config, folder, command, corpus)
+        corpus = open_run_directory(configs[0], folders[0], command)
+        for config, folder in zip(configs[1:], folders[1:], strict=True):
+            open_run_directory(config, folder, command, corpus)
         stop = stack.enter_context(StopSignals() if stop is None else stop)
         arms = []
         for setup, folder in zip(pack.trainables, folders, strict=True):
