@@ -156,8 +156,12 @@ class EvaluationSums:
         self._add_probe(output.probe_NTK)
         self._targets.append((output.sums.nats, output.sums.num_targets))
         self._nats_by_domain_G2.append(output.nats_by_domain_G2)
+        # What is left of it has one sum for all batches.
         rest = dataclasses.replace(output, probe_NTK=None, nats_by_domain_G2=None)
-        self._total = rest if self._total is None else _add(self._total, rest)
+        if self._total is None:
+            self._total = rest
+        else:
+            self._total = _add(self._total, rest)
 
     def _add_probe(self, probe_NTK: jax.Array | None) -> None:
         """Keeps the probe of every n-th batch; once there are too many, of every 2n-th."""

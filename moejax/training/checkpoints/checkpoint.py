@@ -380,7 +380,10 @@ def _abstract_arrays(setup: TrainSetup) -> dict[str, jax.ShapeDtypeStruct]:
 
 def _split(arrays: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns the arrays of the item `model` and those of the item `optimizer`."""
-    prefixes = tuple(f"{field}/" for field in MODEL_FIELDS)
-    model = {name: array for name, array in arrays.items() if name.startswith(prefixes)}
-    optimizer = {name: array for name, array in arrays.items() if name not in model}
+    model: dict[str, Any] = {}
+    optimizer: dict[str, Any] = {}
+    for name, array in arrays.items():
+        field, _, _ = name.partition("/")
+        item = model if field in MODEL_FIELDS else optimizer
+        item[name] = array
     return model, optimizer

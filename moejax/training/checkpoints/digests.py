@@ -62,17 +62,24 @@ def digest_arrays(arrays: Mapping[str, Any]) -> dict[str, str]:
     parts.sort(key=lambda part: part.data.nbytes, reverse=True)
     row_of_name = {name: row for row, name in enumerate(arrays)}
     sums_A2 = np.zeros((len(arrays), 2), np.uint32)
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    num_threads = min(8, os.cpu_count() or 1)
+    with ThreadPoolExecutor(num_threads) as pool:
         for part, sums_2 in zip(parts, pool.map(_weighted_sums, parts), strict=True):
-            sums_A2[row_of_name[part.name]] += sums_2
+            row = row_of_name[part.name]
+            sums_A2[row] += sums_2
+    digests = {}
+    for name, (first, second) in zip(arrays, _add_processes(sums_A2).tolist(), strict=True):
+        digests[name] = f"{first:08x}{second:08x}"
+    return digests
+
+
+def _add_processes(sums_A2: np.ndarray) -> np.ndarray:
+    """Adds up the sums of all processes, modulo 2^32."""
     total_A2 = np.zeros_like(sums_A2)
     for text in gather_from_all(sums_A2.tobytes().hex()):
         of_process = np.frombuffer(bytes.fromhex(text), np.uint32)
         total_A2 += of_process.reshape(sums_A2.shape)
-    digests = {}
-    for name, (first, second) in zip(arrays, total_A2.tolist(), strict=True):
-        digests[name] = f"{first:08x}{second:08x}"
-    return digests
+    return total_A2
 
 
 def _parts(name: str, array: Any) -> list[_Part]:
@@ -87,36 +94,47 @@ def _parts(name: str, array: Any) -> list[_Part]:
 
 def _weighted_sums(part: _Part) -> np.ndarray:
     """Returns both weighted sums of a part, uint32 [2]."""
-    data = np.asarray(part.data)
-    if not data.size:
+    part = _as_words(part)
+    words = part.data
+    if not words.size:
         return np.zeros(2, np.uint32)
-    place, shape = part.place, part.shape
-    if data.dtype.itemsize > WORD_BYTES:  # the words of an element become one more axis
-        data = np.ascontiguousarray(data).reshape(*data.shape, 1).view(np.uint32)
-        num_words = data.shape[-1]
-        place = (*place, slice(0, num_words))
-        shape = (*shape, num_words)
-    words = data.view(WORDS[data.dtype.itemsize])
-    num_row_axes = _num_row_axes(shape)
-    row_shape, column_shape = shape[:num_row_axes], shape[num_row_axes:]
-    rows_R = _indices(place[:num_row_axes], row_shape)
-    columns_C = _indices(place[num_row_axes:], column_shape)
-    words_RC = words.reshape(len(rows_R), len(columns_C))
-
+    num_row_axes = _num_row_axes(part.shape)
+    column_shape = part.shape[num_row_axes:]
+    rows_R = _indices(part.place[:num_row_axes], part.shape[:num_row_axes])
+    columns_C = _indices(part.place[num_row_axes:], column_shape)
     # Groups and weights are those of the complete array, of which this process may hold some rows
     # and columns.
-    row_bytes = math.prod(column_shape) * data.dtype.itemsize
+    row_bytes = math.prod(column_shape) * words.dtype.itemsize
     groups_R = rows_R // np.uint32(max(1, GROUP_BYTES // row_bytes))
-    starts = [0, *(np.flatnonzero(np.diff(groups_R)) + 1).tolist()]
-    bounds = itertools.pairwise([*starts, len(rows_R)])
-    sums = [words_RC[first:last].sum(axis=0, dtype=np.uint32) for first, last in bounds]
-    sums_GC = np.stack(sums)
-    weights_G = _odd_weights(groups_R[starts])
-    sums_C = np.einsum("gc,g->c", sums_GC, weights_G)
+    words_RC = words.reshape(len(rows_R), len(columns_C))
+    groups_G, sums_GC = _sum_groups(words_RC, groups_R)
+    sums_C = np.einsum("gc,g->c", sums_GC, _odd_weights(groups_G))
     weights_2C = np.stack([_odd_weights(columns_C), _odd_weights(columns_C + np.uint32(2**31))])
     # Over the last axis, whose elements are neighbours: over the other one NumPy takes ten times as
     # long.
     return (sums_C * weights_2C).sum(axis=1, dtype=np.uint32)
+
+
+def _as_words(part: _Part) -> _Part:
+    """Returns a part whose elements are unsigned integers, on the host."""
+    data = np.asarray(part.data)
+    if data.dtype.itemsize <= WORD_BYTES:
+        return part._replace(data=data.view(WORDS[data.dtype.itemsize]))
+    # The words of an element become one more axis.
+    words = np.ascontiguousarray(data).reshape(*data.shape, 1).view(np.uint32)
+    num_words = words.shape[-1]
+    place = (*part.place, slice(0, num_words))
+    return part._replace(place=place, shape=(*part.shape, num_words), data=words)
+
+
+def _sum_groups(words_RC: np.ndarray, groups_R: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the groups of rows, increasing, and the sums of each by columns, uint32 [G, C]."""
+    changes = np.flatnonzero(np.diff(groups_R))
+    starts = [0, *(changes + 1).tolist()]
+    sums = []
+    for first, last in itertools.pairwise([*starts, len(groups_R)]):
+        sums.append(words_RC[first:last].sum(axis=0, dtype=np.uint32))
+    return groups_R[starts], np.stack(sums)
 
 
 def _num_row_axes(shape: tuple[int, ...]) -> int:
@@ -135,8 +153,8 @@ def _indices(place: tuple[slice, ...], shape: tuple[int, ...]) -> np.ndarray:
     indices = np.zeros(1, np.uint32)
     for within, size in zip(place, shape, strict=True):
         of_axis = np.arange(*within.indices(size), dtype=np.uint32)
-        indices = indices[:, None] * np.uint32(size) + of_axis[None]
-        indices = indices.reshape(-1)
+        of_outer_axes = indices[:, None] * np.uint32(size)
+        indices = (of_outer_axes + of_axis[None]).reshape(-1)
     return indices
 
 

@@ -148,9 +148,12 @@ def check_saved(folder: Path, items: Mapping[str, set[str]]) -> None:
     read_meta(folder)
     for item, names in items.items():
         absent = sorted(names - _stored_arrays(folder / item))
-        if absent:
-            more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
-            raise DamageError(f"{item} lacks {absent[0]}{more}")
+        if not absent:
+            continue
+        what = absent[0]
+        if len(absent) > 1:
+            what = f"{absent[0]} and {len(absent) - 1} more"
+        raise DamageError(f"{item} lacks {what}")
 
 
 def _stored_arrays(folder: Path) -> set[str]:
@@ -159,8 +162,12 @@ def _stored_arrays(folder: Path) -> set[str]:
 
     spec = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{folder}/"}}
     store = tensorstore.KvStore.open(spec).result()
-    keys = [key.decode() for key in store.list().result()]
-    return {key.removesuffix("/.zarray") for key in keys if key.endswith("/.zarray")}
+    names = set()
+    for key in store.list().result():
+        name, separator, file = key.decode().rpartition("/")
+        if separator and file == ".zarray":
+            names.add(name)
+    return names
 
 
 def manifest(state: TrainState) -> dict[str, dict[str, Any]]:
@@ -191,9 +198,12 @@ def compare_manifests(
 def compare_digests(saved: Mapping[str, str], found: Mapping[str, str]) -> None:
     """Raises `DamageError` if arrays differ from what was saved; it names the first."""
     changed = [name for name, digest in found.items() if saved.get(name) != digest]
-    if changed:
-        more = f" and {len(changed) - 1} more arrays differ" if len(changed) > 1 else " differs"
-        raise DamageError(f"{changed[0]}{more} from the digest saved with it")
+    if not changed:
+        return
+    what = f"{changed[0]} differs"
+    if len(changed) > 1:
+        what = f"{changed[0]} and {len(changed) - 1} more arrays differ"
+    raise DamageError(f"{what} from the digest saved with it")
 
 
 def tokenizer_digests(workdir: str | Path) -> dict[str, str]:

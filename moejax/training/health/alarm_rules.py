@@ -50,9 +50,12 @@ class Alarm:
     def within(self, layers: Iterable[int]) -> "Alarm":
         """Returns the alarm restricted to some of its layers."""
         wanted = set(layers)
-        value_of_layer = dict(zip(self.layers, self.values, strict=True))
-        kept = {layer: value for layer, value in value_of_layer.items() if layer in wanted}
-        return dataclasses.replace(self, layers=tuple(kept), values=tuple(kept.values()))
+        kept_layers, kept_values = [], []
+        for layer, value in zip(self.layers, self.values, strict=True):
+            if layer in wanted:
+                kept_layers.append(layer)
+                kept_values.append(value)
+        return dataclasses.replace(self, layers=tuple(kept_layers), values=tuple(kept_values))
 
 
 def check(interval: RoutingInterval, config: Config) -> list[Alarm]:
@@ -117,9 +120,11 @@ def _collapse(interval: RoutingInterval) -> Float[np.ndarray, "N"]:
 def _balance(interval: RoutingInterval) -> Float[np.ndarray, "N"]:
     """Returns the balance loss of the interval as one batch, which is 1 at perfect balance."""
     counts_NE = interval.counts_NE
+    num_experts = counts_NE.shape[1]
     total_N1 = counts_NE.sum(axis=1, keepdims=True)
     load_NE = counts_NE / np.maximum(total_N1, 1)
-    loss_N = load_NE.shape[1] * (load_NE * interval.probs_NE).sum(axis=1)
+    product_N = (load_NE * interval.probs_NE).sum(axis=1)
+    loss_N = num_experts * product_N
     return np.where(counts_NE.any(axis=1), loss_N, np.nan)
 
 
@@ -127,5 +132,7 @@ def _relative_entropy(
     entropy_N: Float[np.ndarray, "N"], kinds: Sequence[MoeConfig]
 ) -> Float[np.ndarray, "N"]:
     """Returns the router's entropy over that of a uniform one; NaN where no choice is learned."""
-    uniform = [math.log(kind.num_choices) if kind.num_choices > 1 else math.nan for kind in kinds]
+    uniform = []
+    for kind in kinds:
+        uniform.append(math.log(kind.num_choices) if kind.num_choices > 1 else math.nan)
     return entropy_N / np.array(uniform)

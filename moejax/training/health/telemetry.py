@@ -112,7 +112,8 @@ def _over_steps(name: str, values_SN: Float[np.ndarray, "S N"]) -> Float[np.ndar
     """Returns the mean of a metric over the steps in which it was finite, or its largest value."""
     is_finite_SN = np.isfinite(values_SN)
     if name in LARGEST:
-        return np.where(is_finite_SN.all(axis=0), values_SN.max(axis=0), np.nan)
+        is_finite_N = is_finite_SN.all(axis=0)
+        return np.where(is_finite_N, values_SN.max(axis=0), np.nan)
     num_finite_N = is_finite_SN.sum(axis=0)
     total_N = np.where(is_finite_SN, values_SN, 0.0).sum(axis=0)
     mean_N = total_N / np.maximum(num_finite_N, 1)

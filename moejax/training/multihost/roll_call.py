@@ -273,10 +273,12 @@ def _introduce(
 
 def what_runs() -> dict[str, str]:
     """Returns what must be equal in all processes of a run, by name."""
-    versions = {package: _version(package) for package in PACKAGES}
-    settings = {name: str(value) for name, value in numerics().items()}
-    own = {"moejax": f"{moejax.__version__} (files {_source_digest()})"}
-    return own | versions | settings
+    runs = {"moejax": f"{moejax.__version__} (files {_source_digest()})"}
+    for package in PACKAGES:
+        runs[package] = _version(package)
+    for setting, value in numerics().items():
+        runs[setting] = str(value)
+    return runs
 
 
 def _version(package: str) -> str:

@@ -69,9 +69,7 @@ class Pack:
         _check_arms(configs)
         template = _with_largest_capacity(configs)
         meshes = _mesh_of_groups(template, devices, len(configs))
-        axes = (ARMS, *MESH_AXES)
-        devices_of_group = np.stack([mesh.devices for mesh in meshes])
-        self.mesh = Mesh(devices_of_group, axes, axis_types=(AxisType.Auto,) * len(axes))
+        self.mesh = _stack_meshes(meshes)
         self._alone = make_train_setup(template, meshes[0])
         self.trainables = [dataclasses.replace(self._alone, config=config) for config in configs]
         self.slots_of_device = -(-len(configs) // len(meshes))  # rounded up
@@ -193,6 +191,13 @@ def _mesh_of_groups(
         own_devices = devices[group * group_size : (group + 1) * group_size]
         meshes.append(make_mesh(config, own_devices))
     return meshes
+
+
+def _stack_meshes(meshes: Sequence[Mesh]) -> Mesh:
+    """Returns a mesh with a leading axis of arms."""
+    axes = (ARMS, *MESH_AXES)
+    devices = np.stack([mesh.devices for mesh in meshes])
+    return Mesh(devices, axes, axis_types=(AxisType.Auto,) * len(axes))
 
 
 def devices_of_arm(config: Config) -> int:

@@ -29,9 +29,12 @@ class TimedOutput(NamedTuple):
 def pack_steps(steps: Sequence[TimedOutput]) -> dict[str, Any]:
     """Returns the steps as JSON, from which `unpack_steps` makes the same bits."""
     rows = [_flatten(jax.device_get(step.output)) for step in steps]
-    names = rows[0] if rows else {}
-    columns = {name: _to_json(np.stack([row[name] for row in rows])) for name in names}
-    return {"seconds": [step.seconds for step in steps], "arrays": columns}
+    columns = {}
+    for name in rows[0] if rows else ():
+        arrays = [row[name] for row in rows]
+        columns[name] = _to_json(np.stack(arrays))
+    seconds = [step.seconds for step in steps]
+    return {"seconds": seconds, "arrays": columns}
 
 
 def unpack_steps(packed: Mapping[str, Any]) -> list[TimedOutput]:
@@ -69,13 +72,14 @@ def _flatten(output: StepOutput) -> dict[str, np.ndarray]:
 
 def _unflatten(arrays: Mapping[str, np.ndarray]) -> StepOutput:
     """Makes an output of the arrays that `_flatten` gave."""
-    parts: dict[str, dict[str, jax.Array]] = {part: {} for part in (*PARTS, "routing")}
+    parts: dict[str, dict[str, jax.Array]] = {part: {} for part in PARTS}
+    routing: dict[str, jax.Array] = {}
     for key, array in arrays.items():
         part, name = key.split(".", 1)
-        parts[part][name] = jnp.asarray(array)
-    fields = parts.pop("routing")
-    routing = RoutingStats(**fields) if fields else None
-    return StepOutput(routing=routing, **parts)
+        fields = routing if part == "routing" else parts[part]
+        fields[name] = jnp.asarray(array)
+    stats = RoutingStats(**routing) if routing else None
+    return StepOutput(routing=stats, **parts)
 
 
 def _to_json(array: np.ndarray) -> dict[str, Any]:

@@ -169,15 +169,11 @@ class RoutingHistory:
         num_sums = min(num_columns, self.num_entries)
         starts_C = np.linspace(0, self.num_entries, num_sums, endpoint=False).astype(int)
         is_integer = np.issubdtype(array.dtype.numpy_dtype, np.integer)
-        dtype = np.int64 if is_integer else np.float64
-        sums_C = np.zeros((num_sums, *array.shape[1:]), dtype)
+        sums_C = np.zeros((num_sums, *array.shape[1:]), np.int64 if is_integer else np.float64)
         first = 0
         for block in self.blocks(name):
-            entries_S = np.arange(first, first + len(block))
-            column_S = np.searchsorted(starts_C, entries_S, side="right") - 1
-            # A column may begin in one block and go on in the next, hence `+=`.
-            begins = np.flatnonzero(np.diff(column_S, prepend=-1))
-            sums_C[column_S[begins]] += np.add.reduceat(block, begins, axis=0, dtype=dtype)
+            columns, sums = _sum_by_column(block, starts_C, first, sums_C.dtype)
+            sums_C[columns] += sums  # a column may begin in one block and go on in the next
             first += len(block)
         ends_C = np.append(starts_C[1:], self.num_entries)[:num_sums]
         return self.steps[ends_C - 1], sums_C
@@ -197,6 +193,27 @@ class RoutingHistory:
             known = ", ".join(self.names)
             raise RoutingLogError(f"{self._folder} has no array {name!r}; use one of {known}")
         return self._arrays[name]
+
+
+def _sum_by_column(
+    block: np.ndarray, starts_C: np.ndarray, first: int, dtype: np.dtype
+) -> tuple[np.ndarray, np.ndarray]:
+    """Sums the entries of a block that belong to one column.
+
+    Args:
+      block: entries, `[s, N, ...]`.
+      starts_C: the first entry of each column.
+      first: the number of the block's first entry.
+      dtype: of the sums.
+
+    Returns:
+      The columns that have entries in the block, and their sums.
+    """
+    entries = np.arange(first, first + len(block))
+    column_of_entry = np.searchsorted(starts_C, entries, side="right") - 1
+    begins = np.flatnonzero(np.diff(column_of_entry, prepend=-1))
+    sums = np.add.reduceat(block, begins, axis=0, dtype=dtype)
+    return column_of_entry[begins], sums
 
 
 class RoutingLog:
