@@ -88,8 +88,12 @@ def _parts(name: str, array: Any) -> list[_Part]:
         host = np.asarray(array)
         everything = tuple(slice(0, size) for size in host.shape)
         return [_Part(name, everything, host.shape, host)]
-    shards = [shard for shard in array.addressable_shards if shard.replica_id == 0]
-    return [_Part(name, shard.index, array.shape, shard.data) for shard in shards]
+    parts = []
+    for shard in array.addressable_shards:
+        if shard.replica_id == 0:
+            part = _Part(name, shard.index, array.shape, shard.data)
+            parts.append(part)
+    return parts
 
 
 def _weighted_sums(part: _Part) -> np.ndarray:
@@ -129,11 +133,13 @@ def _as_words(part: _Part) -> _Part:
 
 def _sum_groups(words_RC: np.ndarray, groups_R: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Returns the groups of rows, increasing, and the sums of each by columns, uint32 [G, C]."""
-    changes = np.flatnonzero(np.diff(groups_R))
-    starts = [0, *(changes + 1).tolist()]
+    last_rows = np.flatnonzero(np.diff(groups_R))  # of all groups but the last one
+    starts = [0, *(last_rows + 1).tolist()]
+    bounds = itertools.pairwise([*starts, len(groups_R)])
     sums = []
-    for first, last in itertools.pairwise([*starts, len(groups_R)]):
-        sums.append(words_RC[first:last].sum(axis=0, dtype=np.uint32))
+    for start, end in bounds:
+        sum_C = words_RC[start:end].sum(axis=0, dtype=np.uint32)
+        sums.append(sum_C)
     return groups_R[starts], np.stack(sums)
 
 
@@ -152,9 +158,11 @@ def _indices(place: tuple[slice, ...], shape: tuple[int, ...]) -> np.ndarray:
     """Returns the indices of a part's rows or columns in the complete array, uint32."""
     indices = np.zeros(1, np.uint32)
     for within, size in zip(place, shape, strict=True):
-        of_axis = np.arange(*within.indices(size), dtype=np.uint32)
-        of_outer_axes = indices[:, None] * np.uint32(size)
-        indices = (of_outer_axes + of_axis[None]).reshape(-1)
+        start, stop, step = within.indices(size)
+        of_axis = np.arange(start, stop, step, dtype=np.uint32)
+        of_outer_axes = indices * np.uint32(size)
+        sums = of_outer_axes[:, None] + of_axis[None]
+        indices = sums.reshape(-1)
     return indices
 
 

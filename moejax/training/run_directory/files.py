@@ -151,10 +151,12 @@ class RunFiles:
 
     def _recorder_notes(self, step: int) -> dict[str, Any]:
         """Returns what the recorder notes, as of before an interval that a stop cuts short."""
-        is_due = self._config.train.is_saved(step) or step % self._config.train.log_every == 0
-        if is_due or not self.recorder.cut:
+        train = self._config.train
+        is_interval_end = train.is_saved(step) or step % train.log_every == 0
+        cut = self.recorder.cut
+        if is_interval_end or not cut:
             return self.recorder.notes()
-        return dict(self.recorder.cut)
+        return dict(cut)
 
     def __enter__(self) -> "RunFiles":
         return self

@@ -72,14 +72,21 @@ def _flatten(output: StepOutput) -> dict[str, np.ndarray]:
 
 def _unflatten(arrays: Mapping[str, np.ndarray]) -> StepOutput:
     """Makes an output of the arrays that `_flatten` gave."""
-    parts: dict[str, dict[str, jax.Array]] = {part: {} for part in PARTS}
-    routing: dict[str, jax.Array] = {}
+    parts = {part: _of_part(arrays, part) for part in PARTS}
+    fields = _of_part(arrays, "routing")
+    routing = RoutingStats(**fields) if fields else None
+    return StepOutput(routing=routing, **parts)
+
+
+def _of_part(arrays: Mapping[str, np.ndarray], part: str) -> dict[str, jax.Array]:
+    """Returns the arrays of one part of an output, by their names in it."""
+    prefix = f"{part}."
+    found = {}
     for key, array in arrays.items():
-        part, name = key.split(".", 1)
-        fields = routing if part == "routing" else parts[part]
-        fields[name] = jnp.asarray(array)
-    stats = RoutingStats(**routing) if routing else None
-    return StepOutput(routing=stats, **parts)
+        if key.startswith(prefix):
+            name = key.removeprefix(prefix)
+            found[name] = jnp.asarray(array)
+    return found
 
 
 def _to_json(array: np.ndarray) -> dict[str, Any]:

@@ -82,7 +82,8 @@ class MetricsFile:
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Appends one line; values that are not finite are left out, since JSON has no NaN."""
         finite = {key: value for key, value in values.items() if math.isfinite(value)}
-        self._file.append({"step": step, **finite})
+        line = {"step": step, **finite}
+        self._file.append(line)
         for key, value in finite.items():
             self._board.add_scalar(key, value, step)
 

@@ -14,7 +14,7 @@ import time
 import numpy as np
 import pytest
 
-from moejax.training.run_directory import routing_log, routing_store
+from moejax.training.run_directory import routing_history, routing_log, routing_store
 from moejax.training.run_directory.line_file import LineFile, LineFileError
 from moejax.training.run_directory.routing_log import RoutingLog, read_routing
 from moejax.training.run_directory.routing_store import RoutingLogError
@@ -101,7 +101,7 @@ def test_sums_over_neighbouring_entries_are_those_of_all_read_at_once(
     tmp_path, monkeypatch, columns
 ):
     monkeypatch.setattr(routing_store, "CHUNK_BYTES", 3 * 8 * 8)  # three entries a chunk
-    monkeypatch.setattr(routing_log, "CHUNKS_AT_ONCE", 1)
+    monkeypatch.setattr(routing_history, "CHUNKS_AT_ONCE", 1)
     append_steps(RoutingLog(tmp_path, LAYERS, NUM_EXPERTS), range(10, 120, 10))
     history = read_routing(tmp_path)
     read = history.read
