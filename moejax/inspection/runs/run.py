@@ -10,7 +10,7 @@ import functools
 import json
 import math
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -21,6 +21,7 @@ from moejax.inspection import html
 from moejax.inspection.runs.names import arm_name
 from moejax.paths import is_number, resolve_path
 from moejax.training.health.speed import shares_of_pack
+from moejax.training.run_directory.reader import LineError, RunDirectory
 from moejax.training.run_directory.routing_log import RoutingHistory, read_routing
 from moejax.training.run_directory.tree import RunTreeError, check_run_tree
 
@@ -308,7 +309,7 @@ def _unreadable(path: Path, error: OSError) -> RunError:
 def _read_config(path: Path) -> dict[str, Any]:
     remedy = "restore it, or start the run's `moejax train` command again: it rewrites the file"
     try:
-        facts = json.loads(path.read_bytes().decode())
+        facts = RunDirectory(path.parent).read_facts()
     except FileNotFoundError as error:
         raise _missing(path) from error
     except OSError as error:
@@ -372,39 +373,18 @@ def add_values(series: Series, line: dict[str, Any], path: Path) -> None:
 
 
 def _read_series(path: Path) -> Series:
+    """Reads `metrics.jsonl`; a last line that a crash cut off is left out."""
     series: Series = {}
-    for line in _read_lines(path):
-        add_values(series, line, path)
-    return series
-
-
-def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Yields the objects of `metrics.jsonl`; a last line that a crash cut off is left out."""
     try:
-        file = path.open("rb")
+        for line in RunDirectory(path.parent).read_metrics():
+            add_values(series, line, path)
     except FileNotFoundError as error:
         raise _missing(path) from error
     except OSError as error:
         raise _unreadable(path, error) from error
-    damage: tuple[int, Exception] | None = None
-    with file:
-        for number, line in enumerate(file, start=1):
-            if damage and line.strip():
-                raise RunError(
-                    f"{path}: line {damage[0]} is damaged ({damage[1]}); delete that line"
-                ) from damage[1]
-            if damage:
-                continue
-            try:
-                values = json.loads(line.decode())
-            except (ValueError, RecursionError) as error:
-                damage = number, error
-                continue
-            if not isinstance(values, dict) or type(values.get("step")) is not int:
-                raise RunError(
-                    f"{path}: line {number} must be a JSON object with an integer `step`; delete that line"
-                )
-            yield values
+    except LineError as error:
+        raise RunError(f"{path}: {error}; delete that line") from error
+    return series
 
 
 def _as_text(value: Any) -> str:

@@ -9,7 +9,6 @@ same. The folders may be anyone's: what is read of them are regular files inside
 
 import collections
 import dataclasses
-import json
 import os
 import time
 from collections.abc import Iterable, Iterator
@@ -26,6 +25,7 @@ from moejax.inspection.runs.paths import RunPathError, check_file, leads_out, op
 from moejax.inspection.runs.run import Run, Series, add_values, open_run
 from moejax.training.health import alarms
 from moejax.training.health.speed import SPEED, median_speed
+from moejax.training.run_directory.line_file import decode_line
 
 CONFIG, METRICS = "config.json", "metrics.jsonl"
 MAX_DEPTH = 3  # folders below the one that is viewed: a sweep's runs lie in a folder of their own
@@ -120,8 +120,8 @@ class MetricsReader:
         if not line.strip():
             return
         try:
-            values = json.loads(line.decode())
-            if not isinstance(values, dict) or type(values.get("step")) is not int:
+            values = decode_line(line)
+            if values is None:
                 raise ValueError("no integer `step`")
             add_values(self.series, values, self._path)
         except (ValueError, RecursionError) as error:

@@ -380,8 +380,8 @@ def _abstract_arrays(setup: TrainSetup) -> dict[str, jax.ShapeDtypeStruct]:
 
 def _split(arrays: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns the arrays of the item `model` and those of the item `optimizer`."""
-    model = {}
-    optimizer = {}
+    model: dict[str, Any] = {}
+    optimizer: dict[str, Any] = {}
     for name, array in arrays.items():
         field, _, _ = name.partition("/")
         item = model if field in MODEL_FIELDS else optimizer

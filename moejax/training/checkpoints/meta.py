@@ -21,8 +21,9 @@ from typing import Any
 
 import jax
 
-from moejax.paths import is_number, replace_file
+from moejax.paths import replace_file
 from moejax.training.run_directory.line_file import is_as_noted
+from moejax.training.run_directory.reader import RunDirectory
 from moejax.training.state import TrainState
 
 FILE = "meta/metadata"  # where orbax keeps a JSON item of that name
@@ -124,14 +125,8 @@ def warn_of_changed_metrics(path: Path) -> None:
 
 
 def saved_steps(workdir: Path) -> list[int]:
-    """Returns the steps that have a folder, increasing.
-
-    Orbax gives a checkpoint its name once it is complete.
-    """
-    folder = workdir / "checkpoints"
-    if not folder.is_dir():
-        return []
-    return sorted(int(path.name) for path in folder.iterdir() if is_number(path.name))
+    """Returns the steps that have an entry in `checkpoints`, increasing."""
+    return RunDirectory(workdir).saved_steps()
 
 
 def check_saved(folder: Path, items: Mapping[str, set[str]]) -> None:

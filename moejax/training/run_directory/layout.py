@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
-import json
 import logging
 import os
 import platform
@@ -26,6 +25,7 @@ from moejax.training.checkpoints.meta import newest_meta, read_notes
 from moejax.training.multihost.processes import broadcast_from_primary, raise_on_all
 from moejax.training.run_directory.changes import first_change
 from moejax.training.run_directory.numerics import changed_numerics, numerics
+from moejax.training.run_directory.reader import RunDirectory
 from moejax.training.run_directory.text_record import record_text
 from moejax.training.run_directory.tree import check_run_tree
 
@@ -187,8 +187,8 @@ def _check_corpus(workdir: Path, corpus: str) -> None:
 
 def _recorded_facts(workdir: Path) -> Any:
     """Returns what `config.json` says; empty without one."""
-    path = workdir / "config.json"
-    return _read_json(path) if path.exists() else {}
+    run = RunDirectory(workdir)
+    return _read_facts(run) if run.config.exists() else {}
 
 
 def recorded_corpus(workdir: Path) -> str | None:
@@ -234,10 +234,11 @@ def read_config(workdir: str | Path) -> Config:
       RunTreeError: the run directory has links out of it, or pipes.
     """
     check_run_tree(workdir)
-    path = Path(workdir) / "config.json"
+    run = RunDirectory(Path(workdir))
+    path = run.config
     if not path.exists():
         raise ConfigError(f"{path} does not exist; --workdir must name the folder of a trained run")
-    content = _read_json(path)
+    content = _read_facts(run)
     if not isinstance(content, dict) or not isinstance(content.get("config"), dict):
         raise ConfigError(f"{path} is damaged (it has no entry config); {LOST_CONFIG}")
     try:
@@ -246,9 +247,11 @@ def read_config(workdir: str | Path) -> Config:
         raise ConfigError(f"{path}: {error}") from error
 
 
-def _read_json(path: Path) -> Any:
+def _read_facts(run: RunDirectory) -> Any:
+    """Reads `config.json`; raises `ConfigError` with the remedy if that fails."""
+    path = run.config
     try:
-        return json.loads(path.read_bytes().decode())
+        return run.read_facts()
     except OSError as error:
         raise ConfigError(
             f"{path} cannot be read ({error.strerror}); give this user the right to read it"

@@ -160,11 +160,20 @@ def _begins_as_noted(content: bytes, noted: Any) -> bool:
     return _state(len(beginning), digest) == noted
 
 
+def decode_line(line: bytes) -> dict[str, Any] | None:
+    """Returns the object of a line; None if it is JSON, but not an object with an integer `step`.
+
+    Raises:
+      ValueError, RecursionError: the line is not JSON.
+    """
+    values = json.loads(line.decode())
+    has_step = isinstance(values, dict) and type(values.get("step")) is int
+    return values if has_step else None
+
+
 def parse_line(line: bytes) -> dict[str, Any] | None:
     """Returns the object of a line; None if it is damaged, or cut off by a crash."""
     try:
-        values = json.loads(line.decode())
+        return decode_line(line)
     except (ValueError, RecursionError):
         return None
-    has_step = isinstance(values, dict) and type(values.get("step")) is int
-    return values if has_step else None
