@@ -21,9 +21,13 @@ from moejax.inspection import html
 from moejax.inspection.runs.names import arm_name
 from moejax.paths import is_number, resolve_path
 from moejax.training.health.speed import shares_of_pack
-from moejax.training.run_directory.reader import LineError, RunDirectory
+from moejax.training.run_directory.reader import (
+    LineError,
+    RunDirectory,
+    RunTreeError,
+    check_run_tree,
+)
 from moejax.training.run_directory.routing_log import RoutingHistory, read_routing
-from moejax.training.run_directory.tree import RunTreeError, check_run_tree
 
 if TYPE_CHECKING:  # imported where they are needed: a run opens without them
     import pandas as pd

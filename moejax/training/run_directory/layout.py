@@ -25,9 +25,8 @@ from moejax.training.checkpoints.meta import newest_meta, read_notes
 from moejax.training.multihost.processes import broadcast_from_primary, raise_on_all
 from moejax.training.run_directory.changes import first_change
 from moejax.training.run_directory.numerics import changed_numerics, numerics
-from moejax.training.run_directory.reader import RunDirectory
+from moejax.training.run_directory.reader import RunDirectory, check_run_tree
 from moejax.training.run_directory.text_record import record_text
-from moejax.training.run_directory.tree import check_run_tree
 
 LOST_CONFIG = (
     "restore it from a copy, or move it away and continue the run by its recipe: its checkpoint "

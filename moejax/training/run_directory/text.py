@@ -18,8 +18,7 @@ from moejax.config import DataConfig
 from moejax.data import Corpus, DataError, Tokenizer, find_rows, prepare
 from moejax.data.storage.regular_files import read_regular
 from moejax.training.run_directory.layout import read_config
-from moejax.training.run_directory.signature import is_signed
-from moejax.training.run_directory.text_record import signed_text
+from moejax.training.run_directory.text_record import is_signed, signed_text
 
 PLACES_OF_SOURCE = {"files": "files", "tfds": "source_dir"}
 """The leaf that says where the documents of a source are; other sources need none."""
