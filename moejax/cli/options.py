@@ -77,7 +77,7 @@ def define_processes(values: FlagValues) -> None:
     )
     flags.DEFINE_float(
         "wait_s",
-        processes.MEETING_S,
+        processes.START_WAIT_S,
         "seconds that processes wait for each other at the start",
         flag_values=values,
     )
@@ -147,7 +147,7 @@ def _check_coordinator(values: FlagValues) -> None:
 
 @contextlib.contextmanager
 def _initialize_distributed(*address: Any, **wait: Any) -> Iterator[None]:
-    """Runs `processes.meet` with a clean standard output.
+    """Enters `initialize_distributed` with a clean standard output.
 
     Gloo prints a greeting there, where one JSON document must stand alone: file descriptor 1 is
     standard error meanwhile, and what Python prints goes to the original.
@@ -159,7 +159,7 @@ def _initialize_distributed(*address: Any, **wait: Any) -> Iterator[None]:
         with (
             os.fdopen(original, "w", closefd=False) as output,
             contextlib.redirect_stdout(output),
-            processes.meet(*address, **wait),
+            processes.initialize_distributed(*address, **wait),
         ):
             yield
     finally:

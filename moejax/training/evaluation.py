@@ -1,4 +1,4 @@
-"""Evaluation: the language-model loss over a whole split, padded and masked, dropless, without auxiliary losses."""
+"""Evaluates the language-model loss over a split: masked, dropless, without auxiliary losses."""
 
 import dataclasses
 import math
@@ -49,42 +49,44 @@ class Evaluation:
     loss_by_domain: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     def scalars(self) -> dict[str, float]:
-        """As keys of `metrics.jsonl`."""
+        """Returns the values by their keys in `metrics.jsonl`."""
         values = {
             "eval/loss": self.loss,
             "eval/perplexity": self.perplexity,
             "eval/bits_per_byte": self.bits_per_byte,
         }
-        values |= {f"eval/loss/{domain}": loss for domain, loss in self.loss_by_domain.items()}
+        for domain, loss in self.loss_by_domain.items():
+            values[f"eval/loss/{domain}"] = loss
         if self.load_NE is not None:
-            values["eval/max_violation"] = float(
-                (self.load_NE.max(axis=1) * self.load_NE.shape[1] - 1).mean()
-            )
+            num_experts = self.load_NE.shape[1]
+            violation_N = self.load_NE.max(axis=1) * num_experts - 1
+            values["eval/max_violation"] = float(violation_N.mean())
         return values
 
 
 PROBE_ROWS = 16
-"""At most so many rows of the split, and at least half as many if it has so many batches, tell how routing changes."""
+"""The largest number of rows whose experts are kept, to see how routing changes.
+
+There are at least half as many if the split has that many batches.
+"""
 
 MAX_DOMAINS = 16
-"""Of more, the smallest are one: the number of metrics stays bounded."""
+"""If there are more, the smallest count as one, so that the number of metrics stays bounded."""
 
 
 @jax.jit
 def _add(total: EvalOutput, more: EvalOutput) -> EvalOutput:
-    """Routing of two parts, without probes; one program, not one for each of dozens of small arrays."""
+    """Adds the sums of two parts, without probes.
 
-    def plus(first, second):
-        return jax.tree.map(jnp.add, first, second)  # None has no leaves
-
-    return EvalOutput(
-        add_sums(total.sums, more.sums),
-        plus(total.coactivation_NEE, more.coactivation_NEE),
-    )
+    It is one program, not one for each of dozens of small arrays.
+    """
+    # A tree map, since None, of a dense model, has no leaves.
+    coactivation_NEE = jax.tree.map(jnp.add, total.coactivation_NEE, more.coactivation_NEE)
+    return EvalOutput(add_sums(total.sums, more.sums), coactivation_NEE)
 
 
 def domains_of(corpus: Corpus) -> Labels | None:
-    """The domains of the validation split by which its loss is reported; None if it has fewer than two."""
+    """Returns the domains by which the validation loss is reported; None if there is only one."""
     labels = corpus.labels("validation")
     return labels.largest(MAX_DOMAINS) if len(labels.domains) > 1 else None
 
@@ -96,6 +98,7 @@ def evaluate(
     router_state: nnx.State,
     batches: Iterator[Batch],
     num_bytes: int,
+    *,
     should_stop: Callable[[], bool] = lambda: False,
     domains: Labels | None = None,
 ) -> Evaluation | None:
@@ -107,28 +110,34 @@ def evaluate(
       params: trained arrays.
       router_state: what routers carry besides.
       batches: this process's slices; padding is masked.
-      num_bytes: UTF-8 bytes of the text behind the batches.
-      should_stop: asked before each batch; once it says True the evaluation is given up and
-        None returned.
+      num_bytes: UTF-8 bytes of the text that the batches hold.
+      should_stop: called before each batch; once it returns True the evaluation is given up.
       domains: from `domains_of`.
+
+    Returns:
+      None if it was given up.
     """
     sums = EvaluationSums(domains)
     for batch in batches:
         if should_stop():
             return None
-        inputs = eval_inputs(batch, domains)
-        sums.add(eval_step(params, router_state, *(put_batch(x, setup) for x in inputs)))
+        inputs = [put_batch(x, setup) for x in eval_inputs(batch, domains)]
+        sums.add(eval_step(params, router_state, *inputs))
     return sums.result(num_bytes)
 
 
 def eval_inputs(batch: Batch, domains: Labels | None) -> tuple[Any, ...]:
-    """What an evaluation step takes of a batch: the batch itself and, if there are domains, that of each target."""
-    bare = dataclasses.replace(batch, documents_BL=None)
-    return (bare,) if domains is None else (bare, _look_up(domains, batch.documents_BL))
+    """Returns an evaluation step's inputs: the batch and, if any, the domain of each target."""
+    without_documents = dataclasses.replace(batch, documents_BL=None)
+    if domains is None:
+        return (without_documents,)
+    return without_documents, _domain_of_targets(domains, batch.documents_BL)
 
 
 class EvaluationSums:
-    """Adds up what evaluation steps give. Their outputs may have a leading axis of arms: runs evaluated side by side.
+    """Adds up the outputs of evaluation steps.
+
+    The outputs may have a leading axis of arms: runs that are evaluated side by side.
 
     Args:
       domains: from `domains_of`.
@@ -137,64 +146,91 @@ class EvaluationSums:
     def __init__(self, domains: Labels | None):
         self._domains = domains
         self._total: EvalOutput | None = None
-        self._targets: list[tuple[jax.Array, jax.Array]] = []  # summed up in 64 bits at the end
-        self._by_domain: list[jax.Array | None] = []
+        # Of each batch: they are added up in 64 bits at the end.
+        self._targets: list[tuple[jax.Array, jax.Array]] = []
+        self._nats_by_domain_G2: list[jax.Array | None] = []
         self._probes: list[jax.Array] = []
-        self._every = 1  # batch gives a probe
+        self._probe_every = 1  # batches
 
     def add(self, output: EvalOutput) -> None:
         """Takes the output of the next batch."""
-        if output.probe_NTK is not None and len(self._targets) % self._every == 0:
-            self._probes.append(output.probe_NTK)
-            if len(self._probes) > PROBE_ROWS:
-                self._probes, self._every = self._probes[::2], 2 * self._every
+        self._add_probe(output.probe_NTK)
         self._targets.append((output.sums.nats, output.sums.num_targets))
-        self._by_domain.append(output.nats_by_domain_G2)
-        output = dataclasses.replace(output, probe_NTK=None, nats_by_domain_G2=None)
-        self._total = output if self._total is None else _add(self._total, output)
+        self._nats_by_domain_G2.append(output.nats_by_domain_G2)
+        # What is left of it has one sum for all batches.
+        rest = dataclasses.replace(output, probe_NTK=None, nats_by_domain_G2=None)
+        if self._total is None:
+            self._total = rest
+        else:
+            self._total = _add(self._total, rest)
+
+    def _add_probe(self, probe_NTK: jax.Array | None) -> None:
+        """Keeps the probe of every n-th batch; once there are too many, of every 2n-th."""
+        index = len(self._targets)
+        if probe_NTK is None or index % self._probe_every:
+            return
+        self._probes.append(probe_NTK)
+        if len(self._probes) > PROBE_ROWS:
+            self._probes = self._probes[::2]
+            self._probe_every *= 2
 
     def result(self, num_bytes: int, arm: int | None = None) -> Evaluation:
-        """The evaluation of the batches so far.
+        """Returns the evaluation of the batches so far.
 
         Args:
-          num_bytes: UTF-8 bytes of the text behind them.
+          num_bytes: UTF-8 bytes of the text that they hold.
           arm: which one, if outputs have an axis of arms.
         """
         if self._total is None:
             raise ValueError("nothing to evaluate: the split has no rows")
-        found = (self._total, self._targets, self._by_domain, self._probes)
+        found = (self._total, self._targets, self._nats_by_domain_G2, self._probes)
         if arm is not None:
             found = jax.tree.map(lambda x: x[arm], jax.device_get(found))
-        total, targets, by_domain, probes = found
+        total, targets, nats_by_domain_G2, probes = found
         nats, num_targets = np.array(jax.device_get(targets), np.float64).sum(axis=0)
-        routing = join(total.sums.routing)
-        load_NE = None if routing is None else np.asarray(load_fractions(routing))
         loss = float(nats / num_targets)
+        loss_by_domain = {}
+        if self._domains is not None:
+            loss_by_domain = _mean_by_domain(self._domains, jax.device_get(nats_by_domain_G2))
         return Evaluation(
             loss=loss,
-            perplexity=math.exp(min(loss, 700.0)),
+            perplexity=math.exp(min(loss, 700.0)),  # exp(710) overflows
             bits_per_byte=float(nats / math.log(2) / num_bytes),
             num_targets=int(num_targets),
-            load_NE=load_NE,
-            coactivation_NEE=None
-            if total.coactivation_NEE is None
-            else np.asarray(total.coactivation_NEE),
+            load_NE=_load(total),
+            coactivation_NEE=_to_host(total.coactivation_NEE),
             probe_NTK=np.concatenate(jax.device_get(probes), axis=1) if probes else None,
-            loss_by_domain={}
-            if self._domains is None
-            else _means(self._domains, jax.device_get(by_domain)),
+            loss_by_domain=loss_by_domain,
         )
 
 
-def _look_up(domains: Labels, documents_BL: np.ndarray) -> np.ndarray:
-    """The domain of each target, which is of its input's document; -1 at padding."""
-    return np.where(documents_BL >= 0, domains.domain_of_document[documents_BL], -1).astype(
-        np.int32
-    )
+def _load(total: EvalOutput) -> np.ndarray | None:
+    """Returns the fraction of choices of each expert, [N, E]; None for a dense model."""
+    routing = join(total.sums.routing)
+    return None if routing is None else np.asarray(load_fractions(routing))
 
 
-def _means(domains: Labels, nats_G2: Sequence[np.ndarray]) -> dict[str, float]:
-    """By domain that has targets, from the sums of each batch."""
-    rows = zip(domains.domains, np.array(nats_G2, np.float64).sum(axis=0).tolist(), strict=True)
+def _to_host(array: jax.Array | np.ndarray | None) -> np.ndarray | None:
+    return None if array is None else np.asarray(array)
+
+
+def _domain_of_targets(domains: Labels, documents_BL: np.ndarray) -> np.ndarray:
+    """Returns the domain of each target, which is its input's document's; -1 at padding."""
+    domain_BL = np.where(documents_BL >= 0, domains.domain_of_document[documents_BL], -1)
+    return domain_BL.astype(np.int32)
+
+
+def _mean_by_domain(domains: Labels, nats_by_domain_G2: Sequence[np.ndarray]) -> dict[str, float]:
+    """Returns the mean loss of each domain that has targets.
+
+    Args:
+      domains: their names, one for each row.
+      nats_by_domain_G2: of each batch, the sum of the loss and the number of targets.
+    """
+    totals_G2 = np.array(nats_by_domain_G2, np.float64).sum(axis=0)
     unnamed = "unnamed" if "unnamed" not in domains.domains else "without a name"
-    return {domain or unnamed: nats / number for domain, (nats, number) in rows if number}
+    means = {}
+    for domain, (nats, num_targets) in zip(domains.domains, totals_G2.tolist(), strict=True):
+        if num_targets:
+            means[domain or unnamed] = nats / num_targets
+    return means

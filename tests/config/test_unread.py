@@ -32,7 +32,7 @@ from moejax.moe.balancing.losses import auxiliary_losses
 from moejax.moe.layer import MoE
 from moejax.training import router_state
 from moejax.training.optimizer import make_optimizer, make_schedule
-from moejax.training.run_directory.layout import first_change
+from moejax.training.run_directory.changes import first_change
 
 PACKAGE = Path(moejax.__file__).parent
 CONTEXTS = {name: {"router": name} | case for name, case in ROUTER_CASES.items()}

@@ -1,9 +1,10 @@
-"""A run that was stopped, damaged and continued: one line says what is wrong, or all goes on exactly.
+"""A run that was stopped, damaged and continued: it is refused in one line, or goes on exactly.
 
 The fixture stops a run within a logging interval. Each test continues copies of it in this process;
-what is compiled is compiled once.
+its programs are compiled once.
 """
 
+import itertools
 import json
 import logging
 import re
@@ -28,19 +29,30 @@ from moejax.training.health.alarms import read_alarms
 from moejax.training.loop import train
 from moejax.training.multihost.signals import StopSignals
 from moejax.training.run_directory import metrics
+from moejax.training.run_directory.changes import log_changes
 from moejax.training.run_directory.evaluation_log import Evaluations
-from moejax.training.run_directory.layout import tell_changes, warn_of_lost_checkpoints
+from moejax.training.run_directory.layout import warn_of_lost_checkpoints
 from moejax.training.run_directory.line_file import is_as_noted
 from moejax.training.run_directory.routing_log import read_routing
 
 STOP = 5
 KINDS = {
-    "config.json", "metrics.jsonl", "alarms.jsonl", "tokenizer.json", "tensorboard/*",
-    "routing/zarr.json", "routing/counts/zarr.json", "routing/step/c/*", "routing/evaluations/*.npz",
-    "checkpoints/*/meta/metadata", "checkpoints/*/_CHECKPOINT_METADATA", "checkpoints/*/model/manifest.ocdbt",
-    "checkpoints/*/model/ocdbt.process_0/d/*", "checkpoints/*/optimizer/ocdbt.process_0/d/*",
-}  # fmt: skip
-"""Some of those that must be there, so that the test does not pass over what it is about."""
+    "config.json",
+    "metrics.jsonl",
+    "alarms.jsonl",
+    "tokenizer.json",
+    "tensorboard/*",
+    "routing/zarr.json",
+    "routing/counts/zarr.json",
+    "routing/step/c/*",
+    "routing/evaluations/*.npz",
+    "checkpoints/*/meta/metadata",
+    "checkpoints/*/_CHECKPOINT_METADATA",
+    "checkpoints/*/model/manifest.ocdbt",
+    "checkpoints/*/model/ocdbt.process_0/d/*",
+    "checkpoints/*/optimizer/ocdbt.process_0/d/*",
+}
+"""Some of the kinds of files that must be there, so that the test damages what it is about."""
 
 
 @pytest.fixture(scope="module")
@@ -94,15 +106,25 @@ def runs(tmp_path_factory, programs):
     result = train_to(config, folder / "stopped", STOP)
     assert (result.step, result.stopped_by) == (STOP, "SIGTERM")
     (folder / "stopped/report.html").write_text("<html></html>")
-    train(config, folder / "whole")
-    return config, folder / "stopped", folder / "whole"
+    train(config, folder / "straight")
+    return config, folder / "stopped", folder / "straight"
 
 
 def lines(workdir):
     """Metrics without times."""
-    found = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    text = (workdir / "metrics.jsonl").read_text()
+    return [without_times(json.loads(line)) for line in text.splitlines()]
+
+
+def without_times(line):
+    return {key: value for key, value in line.items() if not key.startswith("perf/")}
+
+
+def warnings_of(caplog):
     return [
-        {key: value for key, value in line.items() if not key.startswith("perf/")} for line in found
+        record.message
+        for record in caplog.records
+        if record.name == "moejax" and record.levelno >= logging.WARNING
     ]
 
 
@@ -127,179 +149,187 @@ def assert_same(a, b):
         np.testing.assert_array_equal(a[key], b[key], err_msg=key)
 
 
-def test_a_stop_within_a_logging_interval_changes_neither_metrics_nor_routing_nor_alarms(
-    runs, tmp_path
-):
-    config, stopped, whole = runs
+def test_a_stop_within_a_logging_interval_changes_no_file(runs, tmp_path):
+    config, stopped, straight = runs
     assert lines(stopped)[-1]["step"] == STOP  # the cut interval can be seen until the run goes on
     copy = copy_run(stopped, tmp_path / "run")
     train(config, copy)
-    assert lines(copy) == lines(whole)
-    assert read_alarms(copy) == read_alarms(whole) != []
-    assert_same(routing(copy), routing(whole))
-    for a, b in zip(state(config, copy), state(config, whole), strict=True):
-        np.testing.assert_array_equal(a, b)
+    assert lines(copy) == lines(straight)
+    assert read_alarms(copy) == read_alarms(straight) != []
+    assert_same(routing(copy), routing(straight))
+    for found, expected in zip(state(config, copy), state(config, straight), strict=True):
+        np.testing.assert_array_equal(found, expected)
 
 
-def test_a_file_damaged_in_any_way_gives_one_line_or_an_exact_continuation(runs, tmp_path, caplog):
-    config, stopped, whole = runs
-    expected = state(config, whole)
-    rng = np.random.default_rng(0)
+def largest_file_of_each_kind(workdir):
+    """A file of each kind, by kind; those of the older checkpoint are left out."""
     files = {}
-    for path in sorted(stopped.rglob("*")):
-        if path.is_file() and path.name != ".lock" and f"checkpoints/{STOP - 1}" not in str(path):
-            kind = kind_of(path, stopped)
-            if kind not in files or path.stat().st_size > files[kind].stat().st_size:
-                files[kind] = path
+    for path in sorted(workdir.rglob("*")):
+        if not path.is_file() or path.name == ".lock" or f"checkpoints/{STOP - 1}" in str(path):
+            continue
+        kind = kind_of(path, workdir)
+        if kind not in files or path.stat().st_size > files[kind].stat().st_size:
+            files[kind] = path
+    return files
+
+
+def test_any_damage_gives_one_line_or_an_exact_continuation(runs, tmp_path, caplog):
+    config, stopped, straight = runs
+    expected = state(config, straight)
+    rng = np.random.default_rng(0)
+    files = largest_file_of_each_kind(stopped)
     assert set(files) >= KINDS, KINDS - set(files)
     outcomes = {}
     for turn, (kind, path) in enumerate(sorted(files.items())):
-        for how in [ways()[(turn + offset) % len(ways())] for offset in (0, 4)]:
+        for offset in (0, 4):
+            how = ways()[(turn + offset) % len(ways())]
             copy = copy_run(stopped, tmp_path / "run")
             if damage(copy / path.relative_to(stopped), how, rng):
                 caplog.clear()
-                outcomes[kind, how] = continued(config, copy, whole, expected, caplog)
-    wrong = {
-        case: outcome
-        for case, outcome in outcomes.items()
-        if outcome not in ("refused", "exact", "warned")
-    }
+                outcomes[kind, how] = continued(config, copy, straight, expected, caplog)
+    allowed = {"refused", "exact", "warned"}
+    wrong = {case: outcome for case, outcome in outcomes.items() if outcome not in allowed}
     assert not wrong
-    assert {"refused", "exact", "warned"} == set(outcomes.values())
+    assert allowed == set(outcomes.values())
 
 
-def continued(config, workdir, whole, expected, caplog):
-    """How a damaged run goes on: `refused`, `exact`, `warned` (exact but for lost history), or what is wrong."""
+def continued(config, workdir, straight, expected, caplog):
+    """How a damaged run goes on: `refused`, `exact`, `warned`, or what is wrong.
+
+    A run that is `warned` is exact except for history that is lost.
+    """
     try:
         train(config, workdir)
-    except Exception as error:  # whatever it is, it is looked at
+    except Exception as error:  # of any kind: the test shows which
         is_ours = type(error).__module__.startswith("moejax.") and isinstance(error, ValueError)
-        return (
-            "refused" if is_ours and "\n" not in str(error) else f"{type(error).__name__}: {error}"
-        )
-    for a, b in zip(state(config, workdir), expected, strict=True):
-        if not np.array_equal(a, b):
+        if is_ours and "\n" not in str(error):
+            return "refused"
+        return f"{type(error).__name__}: {error}"
+    for found, expected_array in zip(state(config, workdir), expected, strict=True):
+        if not np.array_equal(found, expected_array):
             return "another state"
-    warnings = [
-        r.message for r in caplog.records if r.name == "moejax" and r.levelno >= logging.WARNING
-    ]
+    warnings = warnings_of(caplog)
+    wrong = wrong_history(workdir, straight, warnings)
+    if wrong:
+        return wrong
     is_warned = any(str(workdir) in message for message in warnings)
-    found, wanted = lines(workdir), lines(whole)
+    try:
+        assert_same(routing(workdir), routing(straight))
+    except (AssertionError, ValueError):
+        return "warned" if is_warned else "other routing"
+    return "warned" if is_warned else "exact"
+
+
+def wrong_history(workdir, straight, warnings):
+    """What of metrics and alarms differs without a warning; empty if nothing does."""
+    found, wanted = lines(workdir), lines(straight)
     if any("and the next has no churn" in message for message in warnings):
         wanted[-1].pop("eval/routing_churn")
     if found != wanted and not any("metrics.jsonl" in message for message in warnings):
         return "other metrics"
     if found[-2:] != wanted[-2:]:
         return "other metrics after the checkpoint"
-    if read_alarms(workdir) != read_alarms(whole) and not any(
-        "alarms.jsonl" in message for message in warnings
-    ):
+    has_alarms = read_alarms(workdir) == read_alarms(straight)
+    if not has_alarms and not any("alarms.jsonl" in message for message in warnings):
         return "other alarms"
+    return ""
+
+
+def damaged_copies(workdir, folder, tmp_path, seed):
+    """Copies of a run, each with one file of a folder damaged: (copy, file, how)."""
+    rng = np.random.default_rng(seed)
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    for path, how in itertools.product(files, ways()):
+        copy = copy_run(workdir, tmp_path / "run")
+        if damage(copy / path.relative_to(workdir), how, rng):
+            yield copy, path, how
+
+
+def read_or_refused(read, workdir, case):
+    """What is read of a run; None if it is refused in a message that says so, or is not there."""
     try:
-        assert_same(routing(workdir), routing(whole))
-    except (AssertionError, ValueError):
-        return "warned" if is_warned else "other routing"
-    return "warned" if is_warned else "exact"
+        return read(workdir) if read_routing(workdir) is not None else None
+    except ValueError as error:
+        assert re.fullmatch(r".*(is damaged|cannot be read).*", str(error)), case
+        return None
 
 
-def test_a_file_damaged_in_any_way_is_read_exactly_or_refused(runs, tmp_path):
+def test_a_routing_log_damaged_in_any_way_is_read_exactly_or_refused(runs, tmp_path):
     _, stopped, _ = runs
-    rng = np.random.default_rng(1)
-    expected = {
-        "routing": routing(stopped),
-        **{f"eval {k}": v for k, v in evaluations(stopped).items()},
-    }
-    files = [path for path in sorted((stopped / "routing").rglob("*")) if path.is_file()]
-    for path in files:
-        for how in ways():
-            copy = copy_run(stopped, tmp_path / "run")
-            if not damage(copy / path.relative_to(stopped), how, rng):
-                continue
-            for name, read in {"routing": routing, "eval": evaluations}.items():
-                if ("evaluations" in str(path)) != (name == "eval"):
-                    continue
-                try:
-                    found = read(copy) if read_routing(copy) is not None else None
-                except ValueError as error:
-                    assert re.fullmatch(r".*(is damaged|cannot be read).*", str(error)), (path, how)
-                    continue
-                if name == "eval":
-                    for step, arrays in (found or {}).items():
-                        assert_same(arrays, expected[f"eval {step}"])
-                elif found is not None and len(found["step"]) == len(expected["routing"]["step"]):
-                    assert_same(found, expected["routing"])
+    expected = routing(stopped)
+    for copy, path, how in damaged_copies(stopped, stopped / "routing", tmp_path, seed=1):
+        if "evaluations" in str(path):
+            continue
+        found = read_or_refused(routing, copy, (path, how))
+        if found is not None and len(found["step"]) == len(expected["step"]):
+            assert_same(found, expected)
 
 
-def test_lost_metrics_are_said_once_and_counters_come_from_the_checkpoint(runs, tmp_path, caplog):
-    config, stopped, whole = runs
+def test_an_evaluation_damaged_in_any_way_is_read_exactly_or_refused(runs, tmp_path):
+    _, stopped, _ = runs
+    expected = evaluations(stopped)
+    folder = stopped / "routing/evaluations"
+    for copy, path, how in damaged_copies(stopped, folder, tmp_path, seed=1):
+        found = read_or_refused(evaluations, copy, (path, how))
+        for step, step_arrays in (found or {}).items():
+            assert_same(step_arrays, expected[step])
+
+
+def test_lost_metrics_are_reported_once_and_counters_come_from_the_save(runs, tmp_path, caplog):
+    config, stopped, straight = runs
     copy = copy_run(stopped, tmp_path / "run")
     (copy / "metrics.jsonl").write_text("")
     train(config, copy)
-    assert (
-        sum(
-            "metrics.jsonl is not what was written up to step 4" in r.message
-            for r in caplog.records
-        )
-        == 1
-    )
-    assert lines(copy) == [line for line in lines(whole) if line["step"] > 4]  # `tokens` included
+    lost = "metrics.jsonl is not what was written up to step 4"
+    assert sum(lost in record.message for record in caplog.records) == 1
+    assert lines(copy) == [
+        line for line in lines(straight) if line["step"] > 4
+    ]  # `tokens` included
     caplog.clear()
     train(config, copy)
     assert not any("metrics.jsonl" in record.message for record in caplog.records)
 
 
-def test_lines_that_are_no_metrics_are_left_out_and_that_is_said(runs, tmp_path, caplog):
-    config, stopped, whole = runs
+def test_lines_that_are_not_metrics_are_left_out_with_a_warning(runs, tmp_path, caplog):
+    config, stopped, straight = runs
     deep = '{"step": 2, "tokens": ' + "[" * 100_000 + "]" * 100_000 + "}"
-    for line in (
-        '{"step": 2, "tokens": "many"}',
-        '{"step": 2, "tokens": null}',
-        deep,
-        "[1]",
-        "\x00",
-    ):
+    damaged = ['{"step": 2, "tokens": "many"}', '{"step": 2, "tokens": null}', deep, "[1]", "\x00"]
+    for line in damaged:
         copy = copy_run(stopped, tmp_path / "run")
         path = copy / "metrics.jsonl"
         path.write_text(line + "\n" + path.read_text())
         caplog.clear()
         train(config, copy)
-        assert lines(copy) == lines(whole)
-        assert any(
-            "metrics.jsonl is not what was written" in record.message for record in caplog.records
-        )
+        assert lines(copy) == lines(straight)
+        assert "metrics.jsonl is not what was written" in caplog.text
 
 
 def test_a_lost_routing_group_file_is_written_again(runs, tmp_path, caplog):
-    config, stopped, whole = runs
+    config, stopped, straight = runs
     copy = copy_run(stopped, tmp_path / "run")
     (copy / "routing/zarr.json").unlink()
     train(config, copy)
-    assert_same(routing(copy), routing(whole))
-    assert any(
-        "routing/zarr.json is lost and is written again" in record.message
-        for record in caplog.records
-    )
+    assert_same(routing(copy), routing(straight))
+    assert "routing/zarr.json is lost and is written again" in caplog.text
 
 
-def test_a_lost_evaluation_is_said_and_is_no_reference_for_churn(runs, tmp_path, caplog):
+def test_a_lost_evaluation_is_reported_and_is_no_reference_for_churn(runs, tmp_path, caplog):
     config, stopped, _ = runs
     copy = copy_run(stopped, tmp_path / "run")
     (copy / "routing/evaluations/4.npz").unlink()
     train(config, copy)
-    assert any(
-        "lacks the evaluations of step 4, and the next has no churn" in r.message
-        for r in caplog.records
-    )
+    assert "lacks the evaluations of step 4, and the next has no churn" in caplog.text
     assert "churn" not in Evaluations(copy).read(6)
 
 
 @pytest.mark.parametrize("change", ["none", "digit", "line", "cut"])
-def test_who_looks_at_a_run_learns_that_its_metrics_were_changed(runs, tmp_path, caplog, change):
+def test_opening_a_run_warns_that_its_metrics_were_changed(runs, tmp_path, caplog, change):
     copy = copy_run(runs[2], tmp_path / "run")
     content = (copy / "metrics.jsonl").read_bytes()
     rows = content.splitlines(keepends=True)
     place = content.index(b'"loss/lm": ') + len(b'"loss/lm": ')
-    digit = b"%d" % ((int(content[place : place + 1]) + 1) % 10)
+    other_digit = (int(content[place : place + 1]) + 1) % 10
+    digit = b"%d" % other_digit
     changed = {
         "none": content,
         "digit": content[:place] + digit + content[place + 1 :],
@@ -309,14 +339,12 @@ def test_who_looks_at_a_run_learns_that_its_metrics_were_changed(runs, tmp_path,
     (copy / "metrics.jsonl").write_bytes(changed[change])
     run = open_run(copy)
     assert run.keys and run.last("loss/lm") is not None
-    said = [
-        record.getMessage()
-        for record in caplog.records
-        if "is not what was written" in record.getMessage()
-    ]
-    assert len(said) == (change != "none")
-    expected = f"{copy / 'metrics.jsonl'} is not what was written up to step 6: a part of it is lost or changed"
-    assert all(line.startswith(expected) for line in said)
+    messages = [record.getMessage() for record in caplog.records]
+    warnings = [message for message in messages if "is not what was written" in message]
+    assert len(warnings) == (change != "none")
+    path = copy / "metrics.jsonl"
+    expected = f"{path} is not what was written up to step 6: a part of it is lost or changed"
+    assert all(message.startswith(expected) for message in warnings)
 
 
 @pytest.mark.parametrize(
@@ -329,15 +357,13 @@ def test_who_looks_at_a_run_learns_that_its_metrics_were_changed(runs, tmp_path,
         "x",
     ],
 )
-def test_what_a_checkpoint_notes_of_a_file_may_be_anything(tmp_path, noted):
+def test_the_note_of_a_file_in_a_checkpoint_may_be_any_value(tmp_path, noted):
     (tmp_path / "metrics.jsonl").write_bytes(b"{}")
     assert not is_as_noted(tmp_path / "metrics.jsonl", noted)
 
 
-def test_an_evaluation_that_a_signal_cut_off_is_made_up_for_as_if_it_had_not_been(
-    runs, tmp_path, caplog, monkeypatch
-):
-    config, _, whole = runs
+def test_an_evaluation_that_a_signal_cut_off_is_made_up_for(runs, tmp_path, caplog, monkeypatch):
+    config, _, straight = runs
     copy = tmp_path / "run"
     stop = StopSignals()
 
@@ -354,22 +380,19 @@ def test_an_evaluation_that_a_signal_cut_off_is_made_up_for_as_if_it_had_not_bee
         assert train_to(config, copy, 1).step == 5
         for later in (5, 6):
             shutil.rmtree(copy / f"checkpoints/{later}", ignore_errors=True)
-    assert (
-        read_meta(copy / "checkpoints/4")["metrics"]
-        == read_meta(whole / "checkpoints/4")["metrics"]
-    )
+    expected = read_meta(straight / "checkpoints/4")["metrics"]
+    assert read_meta(copy / "checkpoints/4")["metrics"] == expected
     train(config, copy)
     assert "is not what was written" not in caplog.text
-    assert lines(copy) == lines(whole)
+    assert lines(copy) == lines(straight)
     with Checkpoints(copy, make(config, 1), read_only=True) as found:
         losses = {step: found._manager.metrics(step) for step in found.steps()}
-    assert (
-        losses == {step: read_meta(whole / f"checkpoints/{step}")["metrics"] for step in losses}
-        and losses[4]
-    )
+    assert losses[4]
+    for step, metrics_of_step in losses.items():
+        assert metrics_of_step == read_meta(straight / f"checkpoints/{step}")["metrics"]
 
 
-def test_numbers_that_moejax_does_not_write_are_no_steps(runs, tmp_path):
+def test_numbers_that_moejax_does_not_write_are_not_steps(runs, tmp_path):
     copy = copy_run(runs[1], tmp_path / "run")
     for name in ("checkpoints/²", "checkpoints/٣"):
         (copy / name).mkdir()
@@ -384,13 +407,14 @@ def test_facts_of_another_kind_than_what_is_written_are_named(runs, tmp_path):
     copy = copy_run(stopped, tmp_path / "run")
     facts = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(facts | {"numerics": ["x"]}))
-    with pytest.raises(
-        ConfigError, match=r"config\.json is damaged: numerics=\['x'\] must be an object"
-    ):
+    message = r"config\.json is damaged: numerics=\['x'\] must be an object"
+    with pytest.raises(ConfigError, match=message):
         train(config, copy)
 
 
-def test_a_kill_while_an_evaluation_is_added_leaves_a_whole_checkpoint(runs, tmp_path, monkeypatch):
+def test_a_kill_while_an_evaluation_is_added_leaves_an_intact_checkpoint(
+    runs, tmp_path, monkeypatch
+):
     _, stopped, _ = runs
     copy = copy_run(stopped, tmp_path / "run")
     folder = copy / f"checkpoints/{STOP}"
@@ -417,31 +441,23 @@ def test_after_a_refusal_nothing_goes_on_writing(runs, tmp_path):
     before = set(threading.enumerate())
     with pytest.raises(ValueError, match="routing is damaged"):
         train(config, copy)
-    writers = [
-        thread
-        for thread in set(threading.enumerate()) - before
-        if "tensorboardX" in type(thread).__module__
-    ]
-    assert not writers
+    begun = set(threading.enumerate()) - before
+    assert not any("tensorboardX" in type(thread).__module__ for thread in begun)
 
 
-def test_a_second_training_of_a_run_is_told_who_trains_it(runs, tmp_path):
+def test_a_second_training_of_a_run_is_refused_with_the_process_that_trains(runs, tmp_path):
     config, stopped, _ = runs
     copy = copy_run(stopped, tmp_path / "run")
     before = (copy / "metrics.jsonl").read_bytes()
-    with (
-        FolderLock(copy, "train"),
-        pytest.raises(LockedError, match=r"run is being written by process \d+ on .*train"),
-    ):
+    message = r"run is being written by process \d+ on .*train"
+    with FolderLock(copy, "train"), pytest.raises(LockedError, match=message):
         train(config, copy)
     assert (copy / "metrics.jsonl").read_bytes() == before
     open_run(copy)  # looking at it needs no lock
 
 
 @pytest.mark.parametrize("is_saved", [True, False])
-def test_a_run_that_another_process_has_taken_over_writes_nothing_more(
-    runs, tmp_path, monkeypatch, is_saved
-):
+def test_a_run_that_was_taken_over_writes_nothing_more(runs, tmp_path, monkeypatch, is_saved):
     config, _, _ = runs
     if not is_saved:  # the next that is written is a line of metrics
         monkeypatch.setattr(Checkpoints, "save", lambda *_: True)
@@ -461,43 +477,43 @@ def test_a_run_that_another_process_has_taken_over_writes_nothing_more(
             (tmp_path / "run/.lock").write_text(json.dumps(record))
             contents.append((tmp_path / "run/metrics.jsonl").read_bytes())
 
-    with pytest.raises(
-        LockedError, match=r"run was taken over by process 7 on node9 \(train, since then\)"
-    ):
+    message = r"run was taken over by process 7 on node9 \(train, since then\)"
+    with pytest.raises(LockedError, match=message):
         train(config, tmp_path / "run", on_evaluation=take_over)
     assert [(tmp_path / "run/metrics.jsonl").read_bytes()] == contents
-    assert not [path for path in (tmp_path / "run/checkpoints").iterdir() if path.name.isdigit()]
+    assert not saved_steps(tmp_path / "run")
     assert json.loads((tmp_path / "run/.lock").read_text()) == record
 
 
-def test_without_config_json_a_run_goes_on_under_its_own_configuration_alone(runs, tmp_path):
-    config, stopped, whole = runs
+def test_without_config_json_a_run_goes_on_only_under_its_own_configuration(runs, tmp_path):
+    config, stopped, straight = runs
     copy = copy_run(stopped, tmp_path / "run")
     (copy / "config.json").unlink()
     with pytest.raises(ValueError, match=r"optimizer.learning_rate=0.01, not 0.5"):
         train(replace(config, "optimizer", learning_rate=0.5), copy)
     assert not (copy / "config.json").exists()
     train(config, copy)
-    assert lines(copy) == lines(whole)
+    assert lines(copy) == lines(straight)
 
 
-def test_a_run_continued_with_other_steps_is_told_what_that_means(runs, caplog):
+def test_continuing_a_run_with_other_steps_logs_what_that_means(runs, caplog):
     config, _, _ = runs
     caplog.set_level(logging.INFO, logger="moejax")
-    for num_steps, step, said in (
-        (12, 6, r"continuing with train.num_steps=12 \(was 6\)"),
-        (12, 6, "train.num_steps=12 stretches the schedules: the learning rate goes on at 0.00"),
-        (3, 6, "train.num_steps=3: the run is already at step 6, and nothing is trained"),
-    ):
+    messages = [
+        (12, "continuing with train.num_steps=12 (was 6)"),
+        (12, "train.num_steps=12 stretches the schedules: the learning rate goes on at 0.00"),
+        (3, "train.num_steps=3: the run is already at step 6, and nothing is trained"),
+    ]
+    for num_steps, message in messages:
         caplog.clear()
-        tell_changes(config, replace(config, "train", num_steps=num_steps), step)
-        assert any(re.search(said, record.message) for record in caplog.records), said
+        log_changes(config, replace(config, "train", num_steps=num_steps), 6)
+        assert message in caplog.text
     caplog.clear()
-    tell_changes(config, config, 4)
+    log_changes(config, config, 4)
     assert not caplog.records
 
 
-def test_a_run_whose_checkpoints_are_gone_does_not_begin_again_in_silence(runs, tmp_path, caplog):
+def test_a_run_whose_checkpoints_are_gone_warns_that_it_begins_again(runs, tmp_path, caplog):
     _, stopped, _ = runs
     warn_of_lost_checkpoints(stopped)
     assert "has metrics and no checkpoint: the run begins at step 0" in caplog.text

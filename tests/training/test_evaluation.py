@@ -28,12 +28,22 @@ def batches(config):
         batch = cases.packed_batch(config, seed)
         rows = np.arange(len(batch.tokens_BL))[:, None]
         documents_BL = np.where(batch.segments_BL == 1, rows % 5, (3 * rows + 1) % 5)
-        found.append(
-            dataclasses.replace(
-                batch, documents_BL=np.where(batch.segments_BL > 0, documents_BL, -1)
-            )
-        )
+        documents_BL = np.where(batch.segments_BL > 0, documents_BL, -1)
+        found.append(dataclasses.replace(batch, documents_BL=documents_BL))
     return found
+
+
+def expected_loss_by_domain(config, logits):
+    """The mean loss and the number of targets of each domain, target by target."""
+    nats, number = {"code": 0.0, "drama": 0.0}, {"code": 0, "drama": 0}
+    for batch, logits_BLV in zip(batches(config), logits, strict=True):
+        nats_BL = optax.softmax_cross_entropy_with_integer_labels(logits_BLV, batch.targets_BL)
+        for b, position in np.argwhere(batch.loss_mask_BL):
+            document = batch.documents_BL[b, position]
+            domain = DOMAINS.domains[DOMAINS.domain_of_document[document]]
+            nats[domain] += float(nats_BL[b, position])
+            number[domain] += 1
+    return {domain: nats[domain] / number[domain] for domain in nats}, number
 
 
 @pytest.mark.parametrize("mesh", [{"data": 1}, {"data": 2, "expert": 2}], ids=str)
@@ -46,28 +56,27 @@ def test_the_loss_of_a_domain_is_the_mean_over_its_targets_on_any_mesh(mesh, num
     state = cases.initial_state(setup)
     with jax.set_mesh(setup.mesh):
         evaluation = evaluate(
-            make_eval_step(setup, 3), setup, state.params, state.router_state, iter(batches(config)), 100,
+            make_eval_step(setup, 3),
+            setup,
+            state.params,
+            state.router_state,
+            iter(batches(config)),
+            100,
             domains=DOMAINS,
-        )  # fmt: skip
-        model = nnx.merge(setup.graphdef, state.params, state.router_state)
-        inputs = [
-            map(jnp.asarray, (b.tokens_BL, b.segments_BL, b.positions_BL)) for b in batches(config)
-        ]
-        logits = [jax.device_get(model(*arrays)[0]) for arrays in inputs]
-    nats, number = {"code": 0.0, "drama": 0.0}, {"code": 0, "drama": 0}
-    for batch, logits_BLV in zip(batches(config), logits, strict=True):
-        nats_BL = np.asarray(
-            optax.softmax_cross_entropy_with_integer_labels(logits_BLV, batch.targets_BL)
         )
-        for b, position in np.argwhere(batch.loss_mask_BL):
-            domain = DOMAINS.domains[DOMAINS.domain_of_document[batch.documents_BL[b, position]]]
-            nats[domain] += float(nats_BL[b, position])
-            number[domain] += 1
-    assert evaluation.loss_by_domain.keys() == nats.keys()  # none for a domain without targets
-    for domain, total in nats.items():
-        assert evaluation.loss_by_domain[domain] == pytest.approx(total / number[domain], rel=1e-5)
-        assert evaluation.scalars()[f"eval/loss/{domain}"] == evaluation.loss_by_domain[domain]
-    weighted = sum(evaluation.loss_by_domain[d] * number[d] for d in nats) / sum(number.values())
+        model = nnx.merge(setup.graphdef, state.params, state.router_state)
+        logits = []
+        for batch in batches(config):
+            inputs = (batch.tokens_BL, batch.segments_BL, batch.positions_BL)
+            logits_BLV, *_ = model(*map(jnp.asarray, inputs))
+            logits.append(jax.device_get(logits_BLV))
+    expected, number = expected_loss_by_domain(config, logits)
+    found = evaluation.loss_by_domain
+    assert found.keys() == expected.keys()  # none for a domain without targets
+    for domain, loss in expected.items():
+        assert found[domain] == pytest.approx(loss, rel=1e-5)
+        assert evaluation.scalars()[f"eval/loss/{domain}"] == found[domain]
+    weighted = sum(found[domain] * number[domain] for domain in found) / sum(number.values())
     assert evaluation.loss == pytest.approx(weighted, rel=1e-5)
 
 
@@ -81,31 +90,26 @@ def test_the_probe_is_the_first_row_of_batches_spread_over_the_split(monkeypatch
         step = make_eval_step(setup)
 
         def probe(batches):
-            return evaluate(
-                step, setup, state.params, state.router_state, iter(batches), 100
-            ).probe_NTK
+            arrays = (state.params, state.router_state)
+            return evaluate(step, setup, *arrays, iter(batches), 100).probe_NTK
 
         alone = [probe([batch]) for batch in every]
-        assert all(one.shape == (2, every[0].tokens_BL.shape[1], config.moe.top_k) for one in alone)
-        assert not np.array_equal(alone[0], alone[4])  # else the order would not show
-        for number, chosen in {
-            1: [0],
-            4: [0, 1, 2, 3],
-            5: [0, 2, 4],
-            8: [0, 2, 4, 6],
-            11: [0, 4, 8],
-        }.items():
-            np.testing.assert_array_equal(
-                probe(every[:number]), np.concatenate([alone[i] for i in chosen], axis=1)
-            )
+        shape = (2, every[0].tokens_BL.shape[1], config.moe.top_k)
+        assert all(probe_NTK.shape == shape for probe_NTK in alone)
+        assert not np.array_equal(alone[0], alone[4])  # otherwise the order would not show
+        chosen_of = {1: [0], 4: [0, 1, 2, 3], 5: [0, 2, 4], 8: [0, 2, 4, 6], 11: [0, 4, 8]}
+        for number, chosen in chosen_of.items():
+            expected_NTK = np.concatenate([alone[i] for i in chosen], axis=1)
+            np.testing.assert_array_equal(probe(every[:number]), expected_NTK)
 
 
 def test_without_several_domains_there_is_no_loss_by_domain(monkeypatch):
     corpus = Corpus(ByteTokenizer(), 16, {}, {}, {}, {"validation": 5}, Path("nowhere"))
+    names = tuple(str(number) for number in range(40))
+    many = Labels((), names, np.arange(40, dtype=np.int32))
     with monkeypatch.context() as patch:
         patch.setattr(Corpus, "labels", lambda self, split: DOMAINS)
         assert domains_of(corpus) is DOMAINS
-        many = Labels((), tuple(map(str, range(40))), np.arange(40, dtype=np.int32))
         patch.setattr(Corpus, "labels", lambda self, split: many)
         assert len(domains_of(corpus).domains) == 16
     assert domains_of(corpus) is None  # it has no file of labels

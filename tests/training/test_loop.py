@@ -1,4 +1,4 @@
-"""The loop as a user meets it: it learns, resumes bit for bit, stops on signals, refuses bad values."""
+"""The loop learns, resumes bit for bit, stops on signals, and skips steps that are not finite."""
 
 import dataclasses
 import json
@@ -19,6 +19,7 @@ from moejax.config import ConfigError, Knobs
 from moejax.data import prepare
 from moejax.training import loop
 from moejax.training.checkpoints.checkpoint import Checkpoints
+from moejax.training.checkpoints.meta import saved_steps
 from moejax.training.health.nonfinite import NonFiniteError, locate, nonfinite_error
 from moejax.training.loop import train
 from moejax.training.router_state import limit_at
@@ -37,17 +38,32 @@ def tiny(tmp_path, **sections):
         "checkpoint_every": 5,
         "batch_size": 8,
     }
-    return small_config(
-        **sections | {
-            "train": train_leaves | sections.get("train", {}),
-            "data": {"directory": str(tmp_path.parent / "data")} | sections.get("data", {}),
-            "optimizer": {"learning_rate": 1e-2} | sections.get("optimizer", {}),
-        }
-    )  # fmt: skip
+    own = {
+        "train": train_leaves | sections.get("train", {}),
+        "data": {"directory": str(tmp_path.parent / "data")} | sections.get("data", {}),
+        "optimizer": {"learning_rate": 1e-2} | sections.get("optimizer", {}),
+    }
+    return small_config(**sections | own)
 
 
 def lines(workdir):
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    text = (workdir / "metrics.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def without_times(lines):
+    """Lines of metrics without what is measured in seconds."""
+    kept = []
+    for line in lines:
+        kept.append({key: value for key, value in line.items() if not key.startswith("perf/")})
+    return kept
+
+
+def assert_equal_leaves(found, expected):
+    for array, expected_array in zip(
+        jax.tree.leaves(found), jax.tree.leaves(expected), strict=True
+    ):
+        np.testing.assert_array_equal(array, expected_array)
 
 
 def arrays(workdir, config, step):
@@ -106,10 +122,8 @@ def test_logged_losses_are_apart_and_add_up(straight):
     line = next(line for line in lines(workdir) if "loss/lm" in line)
     parts = line["loss/lm"] + line["loss/balance_weighted"] + line["loss/z_weighted"]
     assert line["loss/total"] == pytest.approx(parts, rel=1e-5)
-    layers = config.num_moe_layers
-    assert line["loss/balance_weighted"] == pytest.approx(
-        config.moe.balance_weight * layers * line["loss/balance"], rel=1e-5
-    )
+    balance = config.moe.balance_weight * config.num_moe_layers * line["loss/balance"]
+    assert line["loss/balance_weighted"] == pytest.approx(balance, rel=1e-5)
 
 
 def test_the_routing_log_counts_every_choice(straight):
@@ -126,9 +140,8 @@ def test_evaluation_counts_every_target_of_the_split(straight):
     corpus = prepare(config.data)
     assert result.evaluation.num_targets == corpus.num_tokens["validation"]
     nats = result.evaluation.loss * corpus.num_tokens["validation"]
-    assert result.evaluation.bits_per_byte == pytest.approx(
-        nats / np.log(2) / corpus.num_bytes["validation"]
-    )
+    bits_per_byte = nats / np.log(2) / corpus.num_bytes["validation"]
+    assert result.evaluation.bits_per_byte == pytest.approx(bits_per_byte)
     assert result.evaluation.load_NE.sum(axis=1) == pytest.approx(1.0)
 
 
@@ -155,42 +168,34 @@ def write_recipe(path, config):
     return path
 
 
+def run_to_the_end(recipe, workdir):
+    done = subprocess.run(
+        command(recipe, workdir), env=environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done
+
+
 def test_killed_with_sigkill_and_resumed_equals_twenty_steps_straight(straight, tmp_path):
     config, _, _ = straight
     recipe = write_recipe(tmp_path / "recipe.py", config)
+    killed, other = tmp_path / "run", tmp_path / "straight"
     process = subprocess.Popen(
-        command(recipe, tmp_path / "run"), env=environment(), stderr=subprocess.PIPE, text=True
+        command(recipe, killed), env=environment(), stderr=subprocess.PIPE, text=True
     )
-    wait_for(lambda: (tmp_path / "run/checkpoints/10").exists(), process)
+    wait_for(lambda: (killed / "checkpoints/10").exists(), process)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    assert not (tmp_path / "run/checkpoints/20").exists()
-    resumed = subprocess.run(
-        command(recipe, tmp_path / "run"), env=environment(), capture_output=True, text=True
-    )
-    assert resumed.returncode == 0, resumed.stderr
+    assert not (killed / "checkpoints/20").exists()
+    resumed = run_to_the_end(recipe, killed)
     assert "continuing" in resumed.stderr
     # The same program on one device must give the same bits: compare with a straight run of the
     # same command.
-    straight_run = subprocess.run(
-        command(recipe, tmp_path / "whole"), env=environment(), capture_output=True, text=True
-    )
-    assert straight_run.returncode == 0, straight_run.stderr
-    for a, b in zip(
-        arrays(tmp_path / "run", config, 20), arrays(tmp_path / "whole", config, 20), strict=True
-    ):
-        np.testing.assert_array_equal(a, b)
-    without_timing = [
-        [
-            {k: v for k, v in line.items() if not k.startswith("perf/")}
-            for line in lines(tmp_path / name)
-        ]
-        for name in ("run", "whole")
-    ]
-    assert without_timing[0] == without_timing[1]
-    np.testing.assert_array_equal(
-        read_routing(tmp_path / "run").counts_SNE, read_routing(tmp_path / "whole").counts_SNE
-    )
+    run_to_the_end(recipe, other)
+    assert_equal_leaves(arrays(killed, config, 20), arrays(other, config, 20))
+    assert without_times(lines(killed)) == without_times(lines(other))
+    counts_SNE = read_routing(killed).counts_SNE
+    np.testing.assert_array_equal(counts_SNE, read_routing(other).counts_SNE)
 
 
 def wait_for(condition, process, seconds=120):
@@ -203,18 +208,8 @@ def wait_for(condition, process, seconds=120):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
 def test_a_signal_during_training_saves_and_exits_zero(tmp_path, number):
-    recipe = write_recipe(
-        tmp_path / "recipe.py",
-        tiny(
-            tmp_path,
-            train={
-                "num_steps": 100_000,
-                "checkpoint_every": 90_000,
-                "eval_every": 0,
-                "log_every": 7,
-            },
-        ),
-    )
+    leaves = {"num_steps": 100_000, "checkpoint_every": 90_000, "eval_every": 0, "log_every": 7}
+    recipe = write_recipe(tmp_path / "recipe.py", tiny(tmp_path, train=leaves))
     process = subprocess.Popen(
         command(recipe, tmp_path / "run"), env=environment(), stderr=subprocess.PIPE, text=True
     )
@@ -224,16 +219,12 @@ def test_a_signal_during_training_saves_and_exits_zero(tmp_path, number):
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 0, errors
     assert f"{number.name}: saved step" in errors
-    (saved,) = [
-        int(path.name) for path in (tmp_path / "run/checkpoints").iterdir() if path.name.isdigit()
-    ]
+    (saved,) = saved_steps(tmp_path / "run")
     assert f"saved step {saved} " in errors
     assert lines(tmp_path / "run")[-1]["step"] == saved  # no metrics are lost
 
 
-def test_a_signal_during_evaluation_gives_it_up_saves_and_is_made_up_for(
-    straight, tmp_path, monkeypatch
-):
+def test_an_evaluation_that_a_signal_ends_is_made_up_for(straight, tmp_path, monkeypatch):
     config = tiny(tmp_path)
     real = loop.evaluate
 
@@ -259,19 +250,17 @@ def evaluations(workdir):
 def test_steps_that_are_not_finite_are_skipped_and_end_the_run(tmp_path, monkeypatch):
     config = tiny(tmp_path, train={"max_nonfinite_steps": 3, "checkpoint_every": 1})
     bad = dataclasses.replace(Knobs.from_config(config), z_weight=jax.numpy.float32(np.nan))
-    monkeypatch.setattr(loop.Knobs, "of", lambda config: bad)
-    with pytest.raises(
-        NonFiniteError,
-        match=r"3 steps in a row, from step 1 on.*the gradient of .*none of these steps changed the par.*learning_rate",
-    ):
+    monkeypatch.setattr(loop.Knobs, "from_config", lambda config: bad)
+    message = (
+        r"3 steps in a row, from step 1 on.*the gradient of .*"
+        r"none of these steps changed the par.*learning_rate"
+    )
+    with pytest.raises(NonFiniteError, match=message):
         train(config, tmp_path / "run")
-    last = Checkpoints(tmp_path / "run", make(config), read_only=True).steps()[-1]
-    for a, b in zip(
-        arrays(tmp_path / "run", config, last)[1:-2],
-        jax.tree.leaves(make(config).init(0))[1:-2],
-        strict=True,
-    ):
-        np.testing.assert_array_equal(a, b)  # all but the counters is as it was
+    last = saved_steps(tmp_path / "run")[-1]
+    initial = jax.tree.leaves(make(config).init(0))
+    # All but the counters is as it was.
+    assert_equal_leaves(arrays(tmp_path / "run", config, last)[1:-2], initial[1:-2])
 
 
 def test_the_first_layer_with_a_value_that_is_not_finite_is_named():
@@ -281,21 +270,17 @@ def test_the_first_layer_with_a_value_that_is_not_finite_is_named():
     with jax.set_mesh(setup.mesh):
         state = initial_state(setup)
         knobs = Knobs.from_config(config)
-        assert (
-            locate(setup, state, batch, knobs) == "the state of a router"
-        )  # all before it is finite
+        # Everything before it is finite.
+        assert locate(setup, state, batch, knobs) == "the state of a router"
         bad_loss = dataclasses.replace(knobs, z_weight=jax.numpy.float32(np.nan))
-        assert re.search(
-            r"the gradient of moe/.* in layer 2", locate(setup, state, batch, bad_loss)
-        )
+        place = locate(setup, state, batch, bad_loss)
+        assert re.search(r"the gradient of moe/.* in layer 2", place)
         down = state.params.stacks[1].block.moe.experts.down
         down[...] = down[...].at[1].set(3e38)
-        assert locate(setup, state, batch, Knobs.from_config(config)) == "layer 2 (output)"
+        assert locate(setup, state, batch, knobs) == "layer 2 (output)"
         down[...] = down[...].at[0].set(np.nan)
-        assert (
-            locate(setup, state, batch, Knobs.from_config(config))
-            == "parameter stacks/1/block/moe/experts/down"
-        )
+        parameter = "parameter stacks/1/block/moe/experts/down"
+        assert locate(setup, state, batch, knobs) == parameter
 
 
 def test_one_step_that_is_not_finite_changes_nothing_but_the_counts():
@@ -303,27 +288,24 @@ def test_one_step_that_is_not_finite_changes_nothing_but_the_counts():
     setup = make(config)
     batch = put_batch(packed_batch(config), setup)
     knobs = Knobs.from_config(config)
+    bad_knobs = dataclasses.replace(knobs, z_weight=jax.numpy.float32(np.nan))
     with jax.set_mesh(setup.mesh):
         step = make_train_step(setup)
-        state, seen_before = step(initial_state(setup), batch, knobs)
+        state, output_before = step(initial_state(setup), batch, knobs)
         before = jax.device_get(state)
-        bad, seen_after = step(
-            state, batch, dataclasses.replace(knobs, z_weight=jax.numpy.float32(np.nan))
-        )
+        bad, output_after = step(state, batch, bad_knobs)
         after = jax.device_get(bad)
         good, _ = step(bad, batch, knobs)
-    for a, b in zip(
-        jax.tree.leaves((before.params, before.router_state, before.opt_state, seen_before.state)),
-        jax.tree.leaves((after.params, after.router_state, after.opt_state, seen_after.state)),
-        strict=True,
-    ):
-        np.testing.assert_array_equal(a, b)
+    assert_equal_leaves(trained_arrays(after), trained_arrays(before))
+    assert_equal_leaves(output_after.state, output_before.state)
     assert (after.step, after.skipped, after.skipped_in_row) == (2, 1, 1)
     assert (good.skipped, good.skipped_in_row) == (1, 0)
-    assert any(
-        (np.asarray(a) != b).any()
-        for a, b in zip(jax.tree.leaves(good.params), jax.tree.leaves(after.params), strict=True)
-    )
+    params = zip(jax.tree.leaves(good.params), jax.tree.leaves(after.params), strict=True)
+    assert any((np.asarray(next_array) != array).any() for next_array, array in params)
+
+
+def trained_arrays(state):
+    return state.params, state.router_state, state.opt_state
 
 
 def test_an_update_that_is_not_finite_is_not_applied_and_is_named():
@@ -333,21 +315,15 @@ def test_an_update_that_is_not_finite_is_not_applied_and_is_named():
     with jax.set_mesh(setup.mesh):
         before = jax.device_get(initial_state(setup))
         after, output = make_train_step(setup)(initial_state(setup), batch, knobs)
-        assert np.isfinite(output.scalars["loss/total"]) and np.isfinite(
-            output.scalars["grad_norm"]
-        )
+        assert np.isfinite(output.scalars["loss/total"])
+        assert np.isfinite(output.scalars["grad_norm"])
         assert (after.step, after.skipped, after.skipped_in_row) == (1, 1, 1)
         error = nonfinite_error(setup, after, batch, knobs, 1, 1)
-    for a, b in zip(
-        jax.tree.leaves((before.params, before.router_state, before.opt_state)),
-        jax.tree.leaves((after.params, after.router_state, after.opt_state)),
-        strict=True,
-    ):
-        np.testing.assert_array_equal(a, b)
+    assert_equal_leaves(trained_arrays(after), trained_arrays(before))
     assert "the first such value is in the update of embedding" in str(error)
 
 
-def test_a_scheduled_number_of_experts_follows_the_step_also_after_a_skipped_one():
+def test_a_scheduled_number_of_experts_follows_the_step_after_a_skipped_one():
     config = case_config("schedules")
     setup = make(config)
     batch, knobs = put_batch(packed_batch(config), setup), Knobs.from_config(config)
@@ -359,21 +335,16 @@ def test_a_scheduled_number_of_experts_follows_the_step_also_after_a_skipped_one
             assert state.skipped == step + 1
             experts = output.routing.assignments_E.sum() / output.routing.num_tokens.sum()
             assert experts == limit_at(config, 4, step)
-            limits = [
-                x
-                for path, x in jax.tree.leaves_with_path(state.router_state)
-                if "limit" in str(path)
-            ]
-            assert limits and all(
-                (limit == limit_at(config, 4, step + 1)).all() for limit in limits
-            )
+            leaves = jax.tree.leaves_with_path(state.router_state)
+            limits = [array for path, array in leaves if "limit" in str(path)]
+            expected = limit_at(config, 4, step + 1)
+            assert limits and all((limit == expected).all() for limit in limits)
 
 
 def test_a_run_directory_of_another_configuration_is_refused_by_key(straight):
     config, workdir, _ = straight
-    with pytest.raises(
-        ConfigError, match=r"moe.num_experts=4, not 8; give --config.moe.num_experts=4 to"
-    ):
+    message = r"moe.num_experts=4, not 8; give --config.moe.num_experts=4 to"
+    with pytest.raises(ConfigError, match=message):
         train(replace(config, "moe", num_experts=8), workdir)
 
 
@@ -395,8 +366,7 @@ def test_a_run_keeps_its_tokenizer_and_refuses_text_that_has_changed(tmp_path):
     train(config, tmp_path / "run")
     tokenizer = (tmp_path / "run/tokenizer.model").read_bytes()
     text.write_text(random_words(1))
-    with pytest.raises(
-        ConfigError, match=r"the text has changed since.*restore the text, or use another --workdir"
-    ):
+    message = r"the text has changed since.*restore the text, or use another --workdir"
+    with pytest.raises(ConfigError, match=message):
         train(config, tmp_path / "run")
     assert (tmp_path / "run/tokenizer.model").read_bytes() == tokenizer

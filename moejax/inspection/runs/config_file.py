@@ -1,11 +1,11 @@
 """Reads `config.json`, which says what a run trains, and checks what readers of a run rely on."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from moejax.inspection.runs.errors import RunError, missing_file, unreadable_file
+from moejax.training.run_directory.reader import RunDirectory
 
 EXPERT_KINDS = ("num_experts", "num_zero_experts", "num_identity_experts", "num_constant_experts")
 KEYS = ("config", "versions", "git_commit", "device", "command", "parameters")
@@ -19,7 +19,7 @@ def read_config_file(path: Path) -> dict[str, Any]:
       RunError: the file is missing or damaged, or may not be read.
     """
     try:
-        facts = json.loads(path.read_bytes().decode())
+        facts = RunDirectory(path.parent).read_facts()
     except FileNotFoundError as error:
         raise missing_file(path) from error
     except OSError as error:

@@ -1,14 +1,13 @@
 """Reads `metrics.jsonl`, a line of numbers for each logged step, into a series for each metric."""
 
-import json
 import math
 from array import array
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from moejax.inspection.runs.errors import RunError, missing_file, unreadable_file
 from moejax.training.health.speed import shares_of_pack
+from moejax.training.run_directory.reader import LineError, RunDirectory
 
 Series: TypeAlias = dict[str, tuple["array[int]", "array[float]"]]
 """Steps and values of each metric, eight bytes a number; Python objects would need a hundred."""
@@ -17,12 +16,21 @@ Series: TypeAlias = dict[str, tuple["array[int]", "array[float]"]]
 def read_series(path: Path) -> Series:
     """Reads a whole file; see `Run.series` for steps that a resumed run wrote again.
 
+    A last line that a crash cut off is left out.
+
     Raises:
       RunError: the file is missing or damaged, or may not be read.
     """
     series: Series = {}
-    for line in _read_lines(path):
-        add_values(series, line, path)
+    try:
+        for line in RunDirectory(path.parent).read_metrics():
+            add_values(series, line, path)
+    except FileNotFoundError as error:
+        raise missing_file(path) from error
+    except OSError as error:
+        raise unreadable_file(path, error) from error
+    except LineError as error:
+        raise RunError(f"{path}: {error}; delete that line") from error
     return series
 
 
@@ -59,34 +67,3 @@ def add_values(series: Series, line: dict[str, Any], path: Path) -> None:
             raise RunError(
                 f"{path}: step {step} or {key} is no number of 64 bits; delete that line"
             ) from error
-
-
-def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Yields the objects of `metrics.jsonl`; a last line that a crash cut off is left out."""
-    try:
-        file = path.open("rb")
-    except FileNotFoundError as error:
-        raise missing_file(path) from error
-    except OSError as error:
-        raise unreadable_file(path, error) from error
-    damage: tuple[int, Exception] | None = None
-    with file:
-        for number, line in enumerate(file, start=1):
-            # A damaged line may be one that a crash cut off, if nothing follows it.
-            if damage and line.strip():
-                raise RunError(
-                    f"{path}: line {damage[0]} is damaged ({damage[1]}); delete that line"
-                ) from damage[1]
-            if damage:
-                continue
-            try:
-                values = json.loads(line.decode())
-            except (ValueError, RecursionError) as error:
-                damage = number, error
-                continue
-            if not isinstance(values, dict) or type(values.get("step")) is not int:
-                raise RunError(
-                    f"{path}: line {number} must be a JSON object with an integer `step`; "
-                    "delete that line"
-                )
-            yield values

@@ -22,8 +22,8 @@ from moejax.inspection.runs.errors import RunError
 from moejax.inspection.runs.metrics_file import Series, read_series
 from moejax.inspection.runs.names import arm_name
 from moejax.paths import is_number, resolve_path
+from moejax.training.run_directory.reader import RunTreeError, check_run_tree
 from moejax.training.run_directory.routing_log import RoutingHistory, read_routing
-from moejax.training.run_directory.tree import RunTreeError, check_run_tree
 
 if TYPE_CHECKING:  # imported where they are needed: a run opens without them
     import pandas as pd

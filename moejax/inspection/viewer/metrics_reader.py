@@ -4,7 +4,6 @@
 ended, and no more bytes than it is allowed; the rest waits for the next poll.
 """
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from jaxtyping import Float64, Int64
 
 from moejax.inspection.runs.metrics_file import Series, add_values
 from moejax.inspection.runs.paths import open_file
+from moejax.training.run_directory.line_file import decode_line
 
 MAX_LINE = 2**20  # bytes: what is longer is no line of metrics
 TAIL_BYTES = 128  # compared to tell a file that grew from one that was written again
@@ -105,8 +105,8 @@ class MetricsReader:
         if not line.strip():
             return
         try:
-            values = json.loads(line.decode())
-            if not isinstance(values, dict) or type(values.get("step")) is not int:
+            values = decode_line(line)
+            if values is None:
                 raise ValueError("no integer `step`")
             add_values(self.series, values, self._path)
         except (ValueError, RecursionError) as error:

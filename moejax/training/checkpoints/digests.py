@@ -4,17 +4,17 @@ The elements of an array, as unsigned integers of up to 4 bytes, are laid out as
 are taken in groups of about a megabyte. Each group is summed by columns modulo 2^32; a digest is
 two sums of all these, weighted by odd numbers that depend on column and group. So
 
-- damage within one element, or within several of one row, changes the digest but for one case in
-  2^32 or fewer, and for certain where it is one element, since odd numbers have inverses modulo
-  2^32; wider damage remains unnoticed once in 2^64. Rows of a group in another order have one
-  digest: chunks, which might be mixed up, are larger or are checked;
-- the sums of the parts of an array add up to the sums of the whole: a digest depends neither on how
+- damage within one element, or within several of one row, changes the digest except in one case in
+  2^32 or fewer, and always where it is one element, since odd numbers have inverses modulo 2^32;
+  wider damage goes unnoticed once in 2^64. Rows of one group in another order have the same digest:
+  chunks, which might be mixed up, are larger or have checksums;
+- the sums of the parts of an array add up to the sums of the array: a digest depends neither on how
   an array is split over devices and processes nor on the mesh that reads it;
-- it costs one pass over memory, 0.05 s a gigabyte on two cores: less than a twentieth of the time
+- it costs one pass over memory, 0.05 s per gigabyte on two cores: less than a twentieth of the time
   of a restore of what the file cache holds, and less from a disk. A cryptographic digest would
   take a third.
 
-A digest finds damage. It is no protection against somebody who writes checkpoints on purpose.
+A digest finds damage. It is no protection against someone who changes checkpoints on purpose.
 """
 
 import itertools
@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from moejax.training.multihost.processes import all_say
+from moejax.training.multihost.processes import gather_from_all
 
 GROUP_BYTES = 2**20
 MIN_COLUMNS = 256  # of shorter rows the sums by columns would be slow
@@ -36,7 +36,14 @@ WORD_BYTES = 4  # elements of more, float64 for one, are several words
 
 
 class _Part(NamedTuple):
-    """A part of an array that this process holds: where it lies, and its elements."""
+    """A part of an array that this process holds.
+
+    Attributes:
+      name: of the array.
+      place: where the part is in the array.
+      shape: of the array.
+      data: the elements of the part.
+    """
 
     name: str
     place: tuple[slice, ...]
@@ -45,91 +52,126 @@ class _Part(NamedTuple):
 
 
 def digest_arrays(arrays: Mapping[str, Any]) -> dict[str, str]:
-    """The digest of each array, 16 hexadecimal digits; of several processes all must ask.
+    """Returns the digest of each array, 16 hexadecimal digits; every process must call this.
 
     Args:
-      arrays: by name; split over devices in whatever way. Copies on other devices are
-        not looked at.
+      arrays: by name, split over devices in any way. Copies on other devices are ignored.
     """
     parts = [part for name, array in arrays.items() for part in _parts(name, array)]
-    parts.sort(
-        key=lambda part: part.data.nbytes, reverse=True
-    )  # no thread is left alone with a large one at the end
-    rows = {name: row for row, name in enumerate(arrays)}
+    # The largest first, so that no thread is left alone with one at the end.
+    parts.sort(key=lambda part: part.data.nbytes, reverse=True)
+    row_of_name = {name: row for row, name in enumerate(arrays)}
     sums_A2 = np.zeros((len(arrays), 2), np.uint32)
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        for part, sums_2 in zip(parts, pool.map(_sums, parts), strict=True):
-            sums_A2[rows[part.name]] += sums_2
+    num_threads = min(8, os.cpu_count() or 1)
+    with ThreadPoolExecutor(num_threads) as pool:
+        for part, sums_2 in zip(parts, pool.map(_weighted_sums, parts), strict=True):
+            row = row_of_name[part.name]
+            sums_A2[row] += sums_2
+    digests = {}
+    for name, (first, second) in zip(arrays, _add_processes(sums_A2).tolist(), strict=True):
+        digests[name] = f"{first:08x}{second:08x}"
+    return digests
+
+
+def _add_processes(sums_A2: np.ndarray) -> np.ndarray:
+    """Adds up the sums of all processes, modulo 2^32."""
     total_A2 = np.zeros_like(sums_A2)
-    for word in all_say(sums_A2.tobytes().hex()):
-        total_A2 += np.frombuffer(bytes.fromhex(word), np.uint32).reshape(sums_A2.shape)
-    return {
-        name: f"{int(total_A2[row, 0]):08x}{int(total_A2[row, 1]):08x}"
-        for name, row in rows.items()
-    }
+    for text in gather_from_all(sums_A2.tobytes().hex()):
+        of_process = np.frombuffer(bytes.fromhex(text), np.uint32)
+        total_A2 += of_process.reshape(sums_A2.shape)
+    return total_A2
 
 
 def _parts(name: str, array: Any) -> list[_Part]:
-    """What this process holds of an array, each element once over all processes."""
+    """Returns what this process holds of an array, each element once over all processes."""
     if not isinstance(array, jax.Array):
         host = np.asarray(array)
-        return [_Part(name, tuple(slice(0, size) for size in host.shape), host.shape, host)]
-    shards = [shard for shard in array.addressable_shards if shard.replica_id == 0]
-    return [_Part(name, shard.index, array.shape, shard.data) for shard in shards]
+        everything = tuple(slice(0, size) for size in host.shape)
+        return [_Part(name, everything, host.shape, host)]
+    parts = []
+    for shard in array.addressable_shards:
+        if shard.replica_id == 0:
+            part = _Part(name, shard.index, array.shape, shard.data)
+            parts.append(part)
+    return parts
 
 
-def _sums(part: _Part) -> np.ndarray:
-    """Both weighted sums of a part, uint32 [2]."""
-    data = np.asarray(part.data)
-    if not data.size:
+def _weighted_sums(part: _Part) -> np.ndarray:
+    """Returns both weighted sums of a part, uint32 [2]."""
+    part = _as_words(part)
+    words = part.data
+    if not words.size:
         return np.zeros(2, np.uint32)
-    if data.dtype.itemsize > WORD_BYTES:  # its words are one more axis
-        data = np.ascontiguousarray(data).reshape(*data.shape, 1).view(np.uint32)
-        part = part._replace(
-            place=(*part.place, slice(0, data.shape[-1])), shape=(*part.shape, data.shape[-1])
-        )
-    words = data.view(WORDS[data.dtype.itemsize])
-    split = _split(part.shape)
-    rows_R = _places(part.place[:split], part.shape[:split])
-    columns_C = _places(part.place[split:], part.shape[split:])
-    words_RC = words.reshape(len(rows_R), len(columns_C))
-    # Groups and weights are those of the whole array, of which this process may hold some rows
+    num_row_axes = _num_row_axes(part.shape)
+    column_shape = part.shape[num_row_axes:]
+    rows_R = _indices(part.place[:num_row_axes], part.shape[:num_row_axes])
+    columns_C = _indices(part.place[num_row_axes:], column_shape)
+    # Groups and weights are those of the complete array, of which this process may hold some rows
     # and columns.
-    groups_R = rows_R // np.uint32(
-        max(1, GROUP_BYTES // (math.prod(part.shape[split:]) * data.dtype.itemsize))
-    )
-    starts = np.flatnonzero(np.diff(groups_R)) + 1
-    bounds = itertools.pairwise([0, *starts.tolist(), len(rows_R)])
-    sums_GC = np.stack(
-        [words_RC[first:last].sum(axis=0, dtype=np.uint32) for first, last in bounds]
-    )
-    weights_G = _weights(groups_R[np.concatenate([[0], starts])])
-    weights_2C = np.stack([_weights(columns_C), _weights(columns_C + np.uint32(2**31))])
-    # Sums over the last axis, whose elements are neighbours: along the other one NumPy takes ten
-    # times as long.
-    sums_C = np.einsum("gc,g->c", sums_GC, weights_G)
+    row_bytes = math.prod(column_shape) * words.dtype.itemsize
+    groups_R = rows_R // np.uint32(max(1, GROUP_BYTES // row_bytes))
+    words_RC = words.reshape(len(rows_R), len(columns_C))
+    groups_G, sums_GC = _sum_groups(words_RC, groups_R)
+    sums_C = np.einsum("gc,g->c", sums_GC, _odd_weights(groups_G))
+    weights_2C = np.stack([_odd_weights(columns_C), _odd_weights(columns_C + np.uint32(2**31))])
+    # Over the last axis, whose elements are neighbours: over the other one NumPy takes ten times as
+    # long.
     return (sums_C * weights_2C).sum(axis=1, dtype=np.uint32)
 
 
-def _split(shape: tuple[int, ...]) -> int:
-    """How many leading axes make the rows of the matrix: as many as leave rows of some length."""
-    return max(
-        (axes for axes in range(len(shape)) if math.prod(shape[axes:]) >= MIN_COLUMNS), default=0
-    )
+def _as_words(part: _Part) -> _Part:
+    """Returns a part whose elements are unsigned integers, on the host."""
+    data = np.asarray(part.data)
+    if data.dtype.itemsize <= WORD_BYTES:
+        return part._replace(data=data.view(WORDS[data.dtype.itemsize]))
+    # The words of an element become one more axis.
+    words = np.ascontiguousarray(data).reshape(*data.shape, 1).view(np.uint32)
+    num_words = words.shape[-1]
+    place = (*part.place, slice(0, num_words))
+    return part._replace(place=place, shape=(*part.shape, num_words), data=words)
 
 
-def _places(place: tuple[slice, ...], shape: tuple[int, ...]) -> np.ndarray:
-    """Where rows or columns of a part are among those of the whole array, uint32."""
-    places = np.zeros(1, np.uint32)
+def _sum_groups(words_RC: np.ndarray, groups_R: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the groups of rows, increasing, and the sums of each by columns, uint32 [G, C]."""
+    last_rows = np.flatnonzero(np.diff(groups_R))  # of all groups but the last one
+    starts = [0, *(last_rows + 1).tolist()]
+    bounds = itertools.pairwise([*starts, len(groups_R)])
+    sums = []
+    for start, end in bounds:
+        sum_C = words_RC[start:end].sum(axis=0, dtype=np.uint32)
+        sums.append(sum_C)
+    return groups_R[starts], np.stack(sums)
+
+
+def _num_row_axes(shape: tuple[int, ...]) -> int:
+    """Returns how many leading axes make the rows of the matrix.
+
+    They are as many as leave at least `MIN_COLUMNS` columns.
+    """
+    for num_axes in reversed(range(len(shape))):
+        if math.prod(shape[num_axes:]) >= MIN_COLUMNS:
+            return num_axes
+    return 0
+
+
+def _indices(place: tuple[slice, ...], shape: tuple[int, ...]) -> np.ndarray:
+    """Returns the indices of a part's rows or columns in the complete array, uint32."""
+    indices = np.zeros(1, np.uint32)
     for within, size in zip(place, shape, strict=True):
-        of_axis = np.arange(*within.indices(size), dtype=np.uint32)
-        places = (places[:, None] * np.uint32(size) + of_axis[None]).reshape(-1)
-    return places
+        start, stop, step = within.indices(size)
+        of_axis = np.arange(start, stop, step, dtype=np.uint32)
+        of_outer_axes = indices * np.uint32(size)
+        sums = of_outer_axes[:, None] + of_axis[None]
+        indices = sums.reshape(-1)
+    return indices
 
 
-def _weights(places: np.ndarray) -> np.ndarray:
-    """Odd numbers: the mixing of bits that ends MurmurHash3, so that neighbours have nothing in common."""
-    mixed = places * np.uint32(0x9E3779B1)
+def _odd_weights(indices: np.ndarray) -> np.ndarray:
+    """Returns an odd number for each index: neighbours have nothing in common.
+
+    Bits are mixed as at the end of MurmurHash3.
+    """
+    mixed = indices * np.uint32(0x9E3779B1)
     mixed ^= mixed >> np.uint32(16)
     mixed *= np.uint32(0x85EBCA6B)
     mixed ^= mixed >> np.uint32(13)

@@ -1,4 +1,7 @@
-"""What orbax and tensorstore would tell of reads that failed beside the one whose error is passed on."""
+"""Suppresses what orbax and tensorstore print about reads that fail together with another one.
+
+The error of one read is raised and reported; those of the others would repeat it, without context.
+"""
 
 import contextlib
 import functools
@@ -13,34 +16,37 @@ from typing import Any
 
 @contextlib.contextmanager
 def quiet_reads() -> Iterator[None]:
-    """Keeps asyncio and tensorstore from telling of every read that failed with the one whose error is passed on."""
-    _leave_out_failed_reads()
+    """Within it, only the error of one failed read is reported: the one that is raised."""
+    _ignore_failed_reads()
     try:
         yield
     except Exception:
-        warnings.filterwarnings(
-            "ignore", "coroutine .* was never awaited", RuntimeWarning
-        )  # nor will they be
-        gc.collect()  # what was begun and is not awaited any more tells when it is collected
+        # Coroutines that have begun are not awaited any more, and warn when they are collected.
+        warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+        gc.collect()
         raise
 
 
-def _leave_out_failed_reads() -> None:
-    """Says nothing, from now on, of orbax's reads that fail or end after the first failure: some end much later."""
+def _ignore_failed_reads() -> None:
+    """Ignores, from now on, orbax's reads that fail or end after the first failure.
+
+    Some of them end much later, so that this is never undone.
+    """
     logger = logging.getLogger("asyncio")
-    if _is_told not in logger.filters:
-        logger.addFilter(_is_told)
-        sys.unraisablehook = functools.partial(_tell_of_others, sys.unraisablehook)
+    if _is_logged not in logger.filters:
+        logger.addFilter(_is_logged)
+        sys.unraisablehook = functools.partial(_pass_on_others, sys.unraisablehook)
 
 
-def _is_told(record: logging.LogRecord) -> bool:
+def _is_logged(record: logging.LogRecord) -> bool:
+    """Whether a record of asyncio is about anything but a failed read."""
     text = record.getMessage()
-    return "exception was never retrieved" not in text or (
-        "orbax" not in text and "tensorstore" not in text
-    )
+    is_read = "orbax" in text or "tensorstore" in text
+    return not is_read or "exception was never retrieved" not in text
 
 
-def _tell_of_others(previous: Callable[[Any], object], unraisable: Any) -> None:
+def _pass_on_others(previous: Callable[[Any], object], unraisable: Any) -> None:
+    """Calls the previous hook, except for reads of orbax."""
     code = getattr(unraisable.object, "cr_code", None)
     is_read = code is not None and "orbax" in Path(code.co_filename).parts
     error = unraisable.exc_value

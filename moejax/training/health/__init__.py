@@ -1,1 +1,1 @@
-"""What is watched while a run trains: alarms, values that are not finite, hanging steps, progress, speed."""
+"""What is watched while a run trains: alarms, non-finite values, hanging steps, progress, speed."""

@@ -1,30 +1,34 @@
-"""Alarms: rules that say when routing goes wrong, a line in `workdir/alarms.jsonl` and in the log for each.
+"""Alarms: a line in `workdir/alarms.jsonl` and in the log when a rule about routing begins to hold.
 
-`check` is a pure function of one logging interval. `AlarmLog` remembers which layers each rule
-holds in, so that what lasts is said once when it begins and once when it ends. A rule in
-`alarms.stop` saves the run and ends it.
+`alarm_rules.check` is a pure function of one logging interval. `AlarmLog` remembers which layers
+each rule holds in, so that a condition that lasts is reported once when it begins and once when it
+ends. A rule in `alarms.stop` saves the run and ends it.
 """
 
-import dataclasses
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import numpy as np
-from jaxtyping import Float
-
-from moejax.config import Config, MoeConfig
+from moejax.config import Config
+from moejax.training.health.alarm_rules import Alarm, check
 from moejax.training.health.telemetry import RoutingInterval
 from moejax.training.run_directory.line_file import LineFile, parse_line
 
 FILE = "alarms.jsonl"
-LOW_RULES = ("balance_floor", "entropy")  # hold below their threshold
-LASTING = (
-    "collapse",
-)  # begin when they held in `PATIENCE` intervals in a row: a new router is uneven for some steps
-PATIENCE = 3  # intervals without a finding after which an alarm has ended
+
+GRACE_INTERVALS = 3
+"""Logging intervals without a finding after which an alarm has ended."""
+
+LASTING = ("collapse",)
+"""Rules that begin once they held in `GRACE_INTERVALS` intervals in a row.
+
+A new router is uneven for some steps.
+"""
+
+Counts: TypeAlias = dict[tuple[str, int], int]
+"""Logging intervals, by rule and layer."""
 
 log = logging.getLogger("moejax")
 
@@ -37,127 +41,16 @@ class AlarmFileError(ValueError):
     """An `alarms.jsonl` that cannot be read: the message names the line and the remedy."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Alarm:
-    """A rule and where it holds.
-
-    Attributes:
-      rule: its name, the leaf of `alarms`.
-      layers: model layers, increasing.
-      values: of each.
-      threshold: from the configuration.
-      wording: of `reading`, with a place for the value.
-    """
-
-    rule: str
-    layers: tuple[int, ...]
-    values: tuple[float, ...]
-    threshold: float
-    wording: str
-
-    @property
-    def value(self) -> float:
-        """Of the layer that is furthest beyond the threshold."""
-        return min(self.values) if self.rule in LOW_RULES else max(self.values)
-
-    @property
-    def reading(self) -> str:
-        """What was seen, with that value."""
-        return (
-            "router logits are not finite"
-            if math.isinf(self.value)
-            else self.wording.format(self.value)
-        )
-
-    def within(self, layers: Iterable[int]) -> "Alarm":
-        """The same of some of its layers."""
-        wanted = set(layers)
-        kept = [pair for pair in zip(self.layers, self.values, strict=True) if pair[0] in wanted]
-        return dataclasses.replace(
-            self, layers=tuple(x for x, _ in kept), values=tuple(x for _, x in kept)
-        )
-
-
-def check(interval: RoutingInterval, config: Config) -> list[Alarm]:
-    """Applies every rule that is on to every MoE layer of one logging interval.
-
-    Args:
-      interval: what was logged.
-      config: of the run; thresholds are in `config.alarms`.
-
-    Returns:
-      One alarm for each rule that holds in a layer, in the order of the rules.
-    """
-    alarms, seen = config.alarms, interval.layers
-    kinds = [kind for kind in config.layers if kind is not None]
-    worst_N = interval.idle_steps_NE.max(axis=1)
-    readings = {
-        "collapse": (_collapse(interval), "MaxVio is {:.0%} of what is possible"),
-        "dead_experts": (worst_N.astype(float), "an expert got no token for {:,.0f} steps"),
-        "balance_floor": (_balance(interval), "the balance loss is {:.3f}, and 1 is its floor"),
-        "logits": (
-            np.where(np.isnan(seen["logit_max"]), np.inf, seen["logit_max"]),
-            "a router logit reached {:,.1f}",
-        ),
-        "ties": (seen["ties"], "{:.2%} of tokens tie between their last expert and the next"),
-        "drops": (seen["dropped"], "{:.1%} of choices found no slot"),
-        "entropy": (_entropy(seen["entropy"], kinds), "the router's entropy is {:.2%} of ln E"),
-    }
-    found = []
-    for rule, (value_N, reading) in readings.items():
-        threshold = float(getattr(alarms, rule))
-        holds_N = (value_N < threshold) if rule in LOW_RULES else (value_N > threshold)
-        if threshold and holds_N.any():
-            layers = [config.moe_layers[n] for n in np.flatnonzero(holds_N).tolist()]
-            found.append(
-                Alarm(rule, tuple(layers), tuple(value_N[holds_N].tolist()), threshold, reading)
-            )
-    return found
-
-
-def _collapse(interval: RoutingInterval) -> Float[np.ndarray, "N"]:
-    """MaxVio over E / K - 1, which it has when every token visits the same K experts; 0 where that is 0.
-
-    K is what tokens had, which a schedule may set below `moe.top_k`.
-    """
-    num_experts, choices_N = interval.counts_NE.shape[1], interval.choices_N
-    most_N = np.where(choices_N > 0, num_experts / np.where(choices_N > 0, choices_N, 1) - 1, 0)
-    is_possible_N = most_N > 1e-6
-    return np.where(
-        is_possible_N, interval.layers["max_violation"] / np.where(is_possible_N, most_N, 1), 0.0
-    )
-
-
-def _balance(interval: RoutingInterval) -> Float[np.ndarray, "N"]:
-    """The balance loss of the interval as one batch, normalised to 1 at perfect balance."""
-    load_NE = interval.counts_NE / np.maximum(interval.counts_NE.sum(axis=1, keepdims=True), 1)
-    return np.where(
-        interval.counts_NE.any(axis=1),
-        load_NE.shape[1] * (load_NE * interval.probs_NE).sum(axis=1),
-        np.nan,
-    )
-
-
-def _entropy(
-    entropy_N: Float[np.ndarray, "N"], kinds: Sequence[MoeConfig]
-) -> Float[np.ndarray, "N"]:
-    """The router's entropy over that of a uniform router; NaN where no choice is learned."""
-    uniform_N = np.array(
-        [math.log(kind.num_choices) if kind.num_choices > 1 else math.nan for kind in kinds]
-    )
-    return entropy_N / uniform_N
-
-
 class AlarmLog:
-    """`workdir/alarms.jsonl`: one line when a rule begins to hold in some layers, and one when it ends there.
+    """Writes `workdir/alarms.jsonl`: a line when a rule begins to hold in layers, one when it ends.
 
     Args:
       workdir: the run directory.
       after_step: lines of later steps are dropped: a resumed run writes them again.
       config: of the run.
-      counts: `counts` of the run at that step; without them, intervals are counted anew, so that
-        the beginning or the end of an alarm may be said up to `PATIENCE` intervals later.
-      name: of the run, in the log; "" where there is but one.
+      counts: `counts` of the run at that step. Without them intervals are counted from zero, and
+        the beginning or the end of an alarm may be reported up to `GRACE_INTERVALS` intervals late.
+      name: of the run, in the log; "" where there is only one.
       noted: `state` at that step, from its checkpoint.
 
     Raises:
@@ -170,19 +63,20 @@ class AlarmLog:
         after_step: int,
         config: Config,
         counts: Mapping[str, Any] | None = None,
+        *,
         name: str = "",
         noted: Mapping[str, Any] | None = None,
     ):
         self._config = config
         self._name = f"{name}, " if name else ""
-        self._file = LineFile(
-            Path(workdir) / FILE, after_step, noted, lambda line: not _fault(line)
-        )
-        held, quiet = _counted(counts)
-        # By rule and layer, for how many intervals in a row rules in `LASTING` have held.
-        self._held = held
-        # By rule and layer, the intervals since it last held.
-        self._quiet = dict.fromkeys(active(self._file.lines), 0) if quiet is None else quiet
+        self._file = LineFile(Path(workdir) / FILE, after_step, noted, _is_alarm)
+        held, quiet = _restore_counts(counts)
+        # For how many intervals in a row rules in `LASTING` have held.
+        self._held: Counts = held
+        # For how many intervals a rule that began has not held.
+        if quiet is None:
+            quiet = dict.fromkeys(active(self._file.lines), 0)
+        self._quiet: Counts = quiet
 
     @property
     def state(self) -> dict[str, Any]:
@@ -196,69 +90,113 @@ class AlarmLog:
     @property
     def counts(self) -> dict[str, Any]:
         """What a continued run must know of the intervals before it, as JSON."""
-        return {
-            name: [[rule, layer, number] for (rule, layer), number in places.items()]
-            for name, places in (("held", self._held), ("quiet", self._quiet))
-        }
+        return {"held": _to_rows(self._held), "quiet": _to_rows(self._quiet)}
 
     def update(self, step: int, interval: RoutingInterval) -> list[Alarm]:
-        """Checks an interval that ended with `step`, writes what is new; returns what holds and is to stop the run."""
-        found = self._lasting(check(interval, self._config))
-        holding = {(alarm.rule, layer) for alarm in found for layer in alarm.layers}
-        for alarm in found:
-            begun = alarm.within(
-                layer for layer in alarm.layers if (alarm.rule, layer) not in self._quiet
-            )
-            if begun.layers:
-                self._write(step, alarm.rule, "on", begun.layers, value=begun.value, threshold=begun.threshold,
-                            reading=begun.reading)  # fmt: skip
-                where = name_layers(begun.layers)
-                log.warning(
-                    "%sstep %d: alarm %s in %s: %s",
-                    self._name,
-                    step,
-                    alarm.rule,
-                    where,
-                    begun.reading,
-                )
-        self._quiet = {
-            place: intervals + 1 for place, intervals in self._quiet.items()
-        } | dict.fromkeys(holding, 0)
-        ended = sorted(place for place, intervals in self._quiet.items() if intervals >= PATIENCE)
-        for rule in dict.fromkeys(rule for rule, _ in ended):
-            layers = [layer for other, layer in ended if other == rule]
+        """Checks an interval that ended with `step`, and writes what begins and what ends.
+
+        Returns:
+          The alarms that hold and are to stop the run.
+        """
+        alarms = self._without_new(check(interval, self._config))
+        for alarm in alarms:
+            self._begin(step, alarm)
+        for place in self._quiet:
+            self._quiet[place] += 1
+        for place in _places(alarms):
+            self._quiet[place] = 0
+        self._end_quiet(step)
+        return [alarm for alarm in alarms if alarm.rule in self._config.alarms.stopping]
+
+    def _without_new(self, alarms: Sequence[Alarm]) -> list[Alarm]:
+        """Returns the alarms without the layers in which a lasting rule has not yet begun."""
+        self._held = {place: self._held.get(place, 0) + 1 for place in _places(alarms)}
+        kept = []
+        for alarm in alarms:
+            layers = [layer for layer in alarm.layers if self._has_begun(alarm.rule, layer)]
+            if layers:
+                kept.append(alarm.within(layers))
+        return kept
+
+    def _has_begun(self, rule: str, layer: int) -> bool:
+        """Whether a rule that holds in a layer counts already."""
+        if rule not in LASTING or (rule, layer) in self._quiet:
+            return True
+        return self._held[rule, layer] >= GRACE_INTERVALS
+
+    def _begin(self, step: int, alarm: Alarm) -> None:
+        """Reports an alarm in the layers in which it did not hold before."""
+        layers = [layer for layer in alarm.layers if (alarm.rule, layer) not in self._quiet]
+        if not layers:
+            return
+        begun = alarm.within(layers)
+        values: dict[str, Any] = {
+            "value": begun.value,
+            "threshold": begun.threshold,
+            "reading": begun.reading,
+        }
+        # JSON has no infinity.
+        finite = {key: value for key, value in values.items() if value != math.inf}
+        self._write(step, alarm.rule, "on", layers, **finite)
+        log.warning(
+            "%sstep %d: alarm %s in %s: %s",
+            self._name,
+            step,
+            alarm.rule,
+            name_layers(layers),
+            begun.reading,
+        )
+
+    def _end_quiet(self, step: int) -> None:
+        """Reports the end of alarms that have not held for `GRACE_INTERVALS` intervals."""
+        ended: dict[str, list[int]] = {}
+        for place, num_intervals in sorted(self._quiet.items()):
+            if num_intervals >= GRACE_INTERVALS:
+                rule, layer = place
+                ended.setdefault(rule, []).append(layer)
+                del self._quiet[place]
+        for rule, layers in ended.items():
             self._write(step, rule, "off", layers)
-            log.info(
-                "%sstep %d: alarm %s has ended in %s", self._name, step, rule, name_layers(layers)
-            )
-        self._quiet = {place: quiet for place, quiet in self._quiet.items() if place not in ended}
-        return [alarm for alarm in found if alarm.rule in self._config.alarms.stopping]
+            where = name_layers(layers)
+            log.info("%sstep %d: alarm %s has ended in %s", self._name, step, rule, where)
 
-    def _lasting(self, found: Sequence[Alarm]) -> list[Alarm]:
-        """Without what did not yet hold for long enough to begin."""
-        places = [(alarm.rule, layer) for alarm in found for layer in alarm.layers]
-        self._held = {place: self._held.get(place, 0) + 1 for place in places}
-        kept = (
-            alarm.within(
-                layer
-                for layer in alarm.layers
-                if alarm.rule not in LASTING
-                or (alarm.rule, layer) in self._quiet
-                or self._held[alarm.rule, layer] >= PATIENCE
-            )
-            for alarm in found
-        )
-        return [alarm for alarm in kept if alarm.layers]
+    def _write(self, step: int, rule: str, state: str, layers: list[int], **more: Any) -> None:
+        self._file.append({"step": step, "rule": rule, "state": state, "layers": layers, **more})
 
-    def _write(self, step: int, rule: str, state: str, layers: Iterable[int], **more: Any) -> None:
-        finite = {key: value for key, value in more.items() if value != math.inf}
-        self._file.append(
-            {"step": step, "rule": rule, "state": state, "layers": list(layers), **finite}
-        )
+
+def _places(alarms: Iterable[Alarm]) -> list[tuple[str, int]]:
+    """Returns the rules and layers in which alarms hold."""
+    return [(alarm.rule, layer) for alarm in alarms for layer in alarm.layers]
+
+
+def _to_rows(counts: Counts) -> list[list[Any]]:
+    """Returns counts as JSON can hold them."""
+    return [[rule, layer, number] for (rule, layer), number in counts.items()]
+
+
+def _from_rows(rows: Iterable[Any]) -> Counts:
+    return {(str(rule), int(layer)): int(number) for rule, layer, number in rows}
+
+
+def _restore_counts(counts: Mapping[str, Any] | None) -> tuple[Counts, Counts | None]:
+    """Returns for how many intervals rules have held, and for how many not.
+
+    Returns:
+      ({}, None) if that was not counted, or cannot be read.
+    """
+    if counts is None:
+        return {}, None
+    try:
+        return _from_rows(counts["held"]), _from_rows(counts["quiet"])
+    except (KeyError, TypeError, ValueError):
+        log.warning("the checkpoint's counts of alarms are damaged: intervals count from zero")
+        return {}, None
 
 
 def read_alarms(workdir: str | Path) -> list[dict[str, Any]]:
-    """The lines of `workdir/alarms.jsonl`, without a last one that a crash cut off; none if there is no such file.
+    """Reads the lines of `workdir/alarms.jsonl`; none if there is no such file.
+
+    A last line that a crash has cut off is left out.
 
     Raises:
       AlarmFileError: a line is damaged.
@@ -282,62 +220,50 @@ def read_alarms(workdir: str | Path) -> list[dict[str, Any]]:
     return lines
 
 
+def _is_alarm(line: Mapping[str, Any]) -> bool:
+    return not _fault(line)
+
+
 def _fault(line: Mapping[str, Any]) -> str:
-    """What an alarm's line lacks; empty if it is sound."""
+    """Names what an alarm's line lacks; empty if it is sound."""
     if line.get("state") not in ("on", "off"):
         return "no state"
     if not isinstance(line.get("rule"), str):
         return "no rule"
     layers = line.get("layers")
-    is_listed = isinstance(layers, list) and all(type(layer) is int for layer in layers)
-    return "" if is_listed else "layers that are not integers"
+    if not isinstance(layers, list) or any(type(layer) is not int for layer in layers):
+        return "layers that are not integers"
+    return ""
 
 
 def active(lines: Iterable[Mapping[str, Any]]) -> list[tuple[str, int]]:
-    """Rules and layers of the alarms that have begun and not ended, in the order of their beginning."""
+    """Returns rules and layers of the alarms that have begun and not ended, oldest first."""
     places: dict[tuple[str, int], None] = {}
     for line in lines:
         for layer in line["layers"]:
-            places.pop((line["rule"], layer), None)
+            place = line["rule"], layer
+            places.pop(place, None)
             if line["state"] == "on":
-                places[line["rule"], layer] = None
+                places[place] = None
     return list(places)
 
 
 def name_layers(layers: Sequence[int]) -> str:
-    """`layer 3`, `layers 1, 2`, or the first eight of many and how many they are."""
+    """Returns `layer 3`, `layers 1, 2`, or the first eight of many and how many more there are."""
     if len(layers) == 1:
         return f"layer {layers[0]}"
-    shown = ", ".join(map(str, layers[:8]))
-    return f"layers {shown}" + (f" and {len(layers) - 8} more" if len(layers) > 8 else "")
-
-
-Counts: TypeAlias = dict[tuple[str, int], int]
-"""By rule and layer."""
-
-
-def _counted(counts: Mapping[str, Any] | None) -> tuple[Counts, Counts | None]:
-    """For how many intervals rules have held, and since how many not; ({}, None) if nobody has counted."""
-    if counts is None:
-        return {}, None
-    try:
-        held, quiet = (
-            {(str(rule), int(layer)): int(number) for rule, layer, number in counts[name]}
-            for name in ("held", "quiet")
-        )
-    except (KeyError, TypeError, ValueError):
-        log.warning("the checkpoint's counts of alarms are damaged: intervals are counted anew")
-        return {}, None
-    return held, quiet
+    names = ", ".join(str(layer) for layer in layers[:8])
+    num_more = len(layers) - 8
+    if num_more > 0:
+        return f"layers {names} and {num_more} more"
+    return f"layers {names}"
 
 
 def stop_message(step: int, alarms: Sequence[Alarm]) -> str:
-    """Why an alarm ended a run, and what to do."""
-    seen = "; ".join(
-        f"{alarm.rule} in {name_layers(alarm.layers)}: {alarm.reading}" for alarm in alarms
-    )
+    """Says why an alarm ended a run, and what to do."""
+    readings = [f"{alarm.rule} in {name_layers(alarm.layers)}: {alarm.reading}" for alarm in alarms]
     rules = ", ".join(alarm.rule for alarm in alarms)
     return (
-        f"alarms.stop: {seen}; saved step {step}; take {rules} out of alarms.stop to go on from there, or begin "
-        "another run with other moe or optimizer settings"
+        f"alarms.stop: {'; '.join(readings)}; saved step {step}; take {rules} out of alarms.stop "
+        "to go on from there, or begin another run with other moe or optimizer settings"
     )

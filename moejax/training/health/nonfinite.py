@@ -1,7 +1,8 @@
-"""Finding where a value first stopped being finite, once a run has given up."""
+"""Finds where a value first stopped being finite, once a run has given up."""
 
 import dataclasses
 import functools
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -34,98 +35,128 @@ def nonfinite_error(
     first_step: int,
     num_steps: int,
 ) -> NonFiniteError:
-    """What to raise after `num_steps` such steps in a row; `batch` is that of the first of them."""
+    """Returns the error to raise after `num_steps` steps in a row that were not finite.
+
+    Args:
+      setup: the run's fixed part.
+      state: after those steps, which have not changed the parameters.
+      batch: of the first of those steps.
+      knobs: of the run.
+      first_step: the number of the first of those steps, counted from 1.
+      num_steps: how many there were.
+    """
     router_state = state.router_state
     if setup.config.num_moe_layers:
         router_state = schedule_router_state(router_state, setup.config, first_step - 1)
-    then = dataclasses.replace(state, step=jnp.int32(first_step - 1), router_state=router_state)
-    place = locate(setup, then, batch, knobs)
+    before = dataclasses.replace(state, step=jnp.int32(first_step - 1), router_state=router_state)
+    place = locate(setup, before, batch, knobs)
     return NonFiniteError(
-        f"loss, gradients or updates were not finite in {num_steps} steps in a row, from step {first_step} on; "
-        f"the first such value is in {place}; none of these steps changed the parameters; lower "
-        "optimizer.learning_rate, or raise train.max_nonfinite_steps"
+        f"loss, gradients or updates were not finite in {num_steps} steps in a row, from step "
+        f"{first_step} on; the first such value is in {place}; none of these steps changed the "
+        "parameters; lower optimizer.learning_rate, or raise train.max_nonfinite_steps"
     )
 
 
 def locate(setup: TrainSetup, state: TrainState, batch: Batch, knobs: Knobs) -> str:
-    """Names the first place, in the order of computation, that is not finite: a parameter, a layer, or a gradient.
+    """Names the first place, in the order of computation, that is not finite.
 
-    Runs layer by layer, so it is slow; it is meant for a run that has already failed.
+    That is a parameter, a layer, a gradient or an update. The model runs layer by layer, which is
+    slow: this is meant for a run that has already failed.
     """
-    for name, value in _named(state.params):
-        if not _is_finite(value):
-            return f"parameter {name}"
-    model = nnx.merge(setup.graphdef, state.params, state.router_state)
+    parameter = _first_bad(_with_names(state.params))
+    if parameter:
+        return f"parameter {parameter}"
     keys_B = row_keys(setup.config, knobs, state.step, batch.tokens_BL.shape[0])
     knobs = scheduled(knobs, setup.config, state.step)
-    context = Context(
-        positions_BL=batch.positions_BL,
-        segments_BL=batch.segments_BL,
-        info=TokenInfo(batch.segments_BL > 0, batch.tokens_BL, batch.positions_BL, knobs, keys_B),
-    )
-    run_block = jax.jit(
-        lambda graphdef, block, x, own: nnx.merge(graphdef, block)(x, own)[0], static_argnums=0
-    )
-    x_BLD = model.embed(batch.tokens_BL)
-    for layer, (block, own) in enumerate(model.walk(context)):
-        x_BLD = run_block(*nnx.split(block), x_BLD, own)
-        if not _is_finite(x_BLD):
-            return f"layer {layer} (output)"
-    if not _is_finite(model.unembed(x_BLD)):
-        return "the logits"
+    info = TokenInfo(batch.segments_BL > 0, batch.tokens_BL, batch.positions_BL, knobs, keys_B)
+    context = Context(positions_BL=batch.positions_BL, segments_BL=batch.segments_BL, info=info)
+    model = nnx.merge(setup.graphdef, state.params, state.router_state)
+    output = _first_bad_output(model, batch, context)
+    if output:
+        return output
     # Arguments, not closed over: what several processes hold must not become a constant.
-    grads, _ = jax.jit(functools.partial(loss_and_gradients, setup))(
-        state.params, state.router_state, batch, knobs, keys_B
-    )
-    place = _last_bad_gradient(nnx.merge(setup.graphdef, grads, state.router_state))
+    compute_gradients = jax.jit(functools.partial(loss_and_gradients, setup))
+    grads, _ = compute_gradients(state.params, state.router_state, batch, knobs, keys_B)
+    place = _first_bad_gradient(nnx.merge(setup.graphdef, grads, state.router_state))
     if place:
         return f"the gradient of {place}"
     if not _is_finite(optax.tree.norm(grads)):
         return "the global gradient norm (it overflows)"
-    return _bad_update(setup, state, grads, knobs)
+    return _first_bad_update(setup, state, grads, knobs)
 
 
-def _bad_update(setup: TrainSetup, state: TrainState, grads: nnx.State, knobs: Knobs) -> str:
-    """The first value that is not finite after finite gradients: of the optimizer, or of the parameters it gives."""
+def _first_bad_output(model: Decoder, batch: Batch, context: Context) -> str | None:
+    """Names the first layer whose output is not finite, or the logits."""
+
+    def apply_block(graphdef, block, x_BLD, own):
+        output_BLD, *_ = nnx.merge(graphdef, block)(x_BLD, own)
+        return output_BLD
+
+    compiled = jax.jit(apply_block, static_argnums=0)
+    x_BLD = model.embed(batch.tokens_BL)
+    for layer, (block, own) in enumerate(model.walk(context)):
+        graphdef, state = nnx.split(block)
+        x_BLD = compiled(graphdef, state, x_BLD, own)
+        if not _is_finite(x_BLD):
+            return f"layer {layer} (output)"
+    return None if _is_finite(model.unembed(x_BLD)) else "the logits"
+
+
+def _first_bad_update(setup: TrainSetup, state: TrainState, grads: nnx.State, knobs: Knobs) -> str:
+    """Names the first value that is not finite after finite gradients.
+
+    It is in the optimizer's state, or in the parameters that the optimizer gives.
+    """
     schedule = make_schedule(setup.config.optimizer, setup.config.train.num_steps)
     learning_rate = schedule(state.step) * knobs.learning_rate
-    params, opt_state = jax.jit(functools.partial(apply_gradients, setup))(
-        state, grads, learning_rate
-    )
-    for name, value in _named(opt_state):
-        if not _is_finite(value):
-            return f"the optimizer's {name}"
-    for name, value in _named(params):
-        if not _is_finite(value):
-            return f"the update of {name}"
+    update = jax.jit(functools.partial(apply_gradients, setup))
+    params, opt_state = update(state, grads, learning_rate)
+    name = _first_bad(_with_names(opt_state))
+    if name:
+        return f"the optimizer's {name}"
+    name = _first_bad(_with_names(params))
+    if name:
+        return f"the update of {name}"
     return "the state of a router"
 
 
-def _last_bad_gradient(grads: Decoder) -> str | None:
-    """The first gradient that is not finite in the order of their computation: from the logits down to the embedding.
+def _first_bad_gradient(grads: Decoder) -> str | None:
+    """Names the first gradient that is not finite in the order of their computation.
+
+    That order runs from the logits down to the embedding.
 
     Args:
       grads: the model with its gradients in the place of its parameters.
     """
     below = {"embedding", "stacks"}
-    for name, value in _named(
-        {k: v for k, v in nnx.state(grads, nnx.Param).items() if k not in below}
-    ):
-        if not _is_finite(value):
-            return name
-    for layer, (block, _) in reversed([*enumerate(grads.walk())]):
+    params = nnx.state(grads, nnx.Param)
+    name = _first_bad(_with_names({key: x for key, x in params.items() if key not in below}))
+    if name:
+        return name
+    blocks = [block for block, _ in grads.walk()]
+    for layer, block in reversed(list(enumerate(blocks))):
         # Names come in alphabetical order: attention before ffn or moe, as in the forward pass.
-        for name, value in reversed(_named(nnx.state(block, nnx.Param))):
-            if not _is_finite(value):
-                return f"{name} in layer {layer}"
+        name = _first_bad(reversed(_with_names(nnx.state(block, nnx.Param))))
+        if name:
+            return f"{name} in layer {layer}"
     return None if _is_finite(grads.embedding[...]) else "embedding"
 
 
-def _named(tree: Any) -> list[tuple[str, jax.Array]]:
-    return [
-        (jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value"), value)
-        for path, value in jax.tree_util.tree_leaves_with_path(tree)
-    ]
+def _first_bad(arrays: Iterable[tuple[str, jax.Array]]) -> str | None:
+    """Returns the name of the first array with a value that is not finite."""
+    for name, array in arrays:
+        if not _is_finite(array):
+            return name
+    return None
+
+
+def _with_names(tree: Any) -> list[tuple[str, jax.Array]]:
+    """Returns the arrays of a tree with their paths, in the order of its leaves."""
+    named = []
+    for path, array in jax.tree_util.tree_leaves_with_path(tree):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        named.append((name.removesuffix("/value"), array))
+    return named
 
 
 def _is_finite(x: jax.Array) -> bool:

@@ -1,4 +1,4 @@
-"""What the user sees of a long loop: a bar on a terminal, plain lines elsewhere; both on standard error."""
+"""Shows a long loop's progress on standard error: a bar on a terminal, plain lines elsewhere."""
 
 import logging
 import sys
@@ -8,13 +8,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 PLAIN_SECONDS = 10.0
-"""Without a terminal, at most one line in so many seconds."""
+"""Without a terminal, at most one line in that many seconds."""
 
 log = logging.getLogger("moejax")
 
 
 class StepProgress:
-    """Steps done, loss, tokens per second and time left.
+    """Shows steps done, loss, tokens per second and the time left.
 
     Args:
       num_steps: the run's length.
@@ -62,23 +62,27 @@ class StepProgress:
         now = time.perf_counter()
         if self._first is None:
             self._first = step, now
-        if not self._is_shown or (now - self._last_line < PLAIN_SECONDS and step < self._num_steps):
+        is_early = now - self._last_line < PLAIN_SECONDS and step < self._num_steps
+        if is_early or not self._is_shown:
             return
         self._last_line = now
-        rate = f"{tokens_per_s:,.0f}"
         log.info(
             "step %d/%d  loss %.3f  %s tokens/s%s",
             step,
             self._num_steps,
             loss,
-            rate,
-            self._left(step, now),
+            f"{tokens_per_s:,.0f}",
+            self._time_left(step, now),
         )
 
-    def _left(self, step: int, now: float) -> str:
-        """The time left, by the steps after the first: what came before it comes once. Empty at the first."""
+    def _time_left(self, step: int, now: float) -> str:
+        """Formats the time left, by the steps after the first; empty at the first.
+
+        What came before the first step, such as compiling, comes only once.
+        """
         if self._first is None or step == self._first[0]:
             return ""
         first_step, since = self._first
-        seconds = (now - since) / (step - first_step) * (self._num_steps - step)
-        return f"  {int(seconds) // 60}:{int(seconds) % 60:02d} left"
+        seconds_per_step = (now - since) / (step - first_step)
+        seconds = int(seconds_per_step * (self._num_steps - step))
+        return f"  {seconds // 60}:{seconds % 60:02d} left"

@@ -1,4 +1,4 @@
-"""What routing did during a logging interval, from the outputs of its steps."""
+"""Summarises the routing of a logging interval from the outputs of its steps."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -12,18 +12,33 @@ LARGEST = ("logit_max",)
 """Metrics of a layer of which an interval keeps the largest value, not the mean."""
 
 LAYER_METRICS = (
-    "max_violation", "load_cv", "importance_cv", "load_entropy", "entropy", "idle_experts", "dropped", "moved",
-    "dropped_out", "unserved", "buffer_overflow", "gate_mass", "top_prob", "margin", "ties", "logit_rms", "logit_max",
-)  # fmt: skip
-"""What `balance.routing_metrics` says of each layer, in the order in which it is logged."""
+    "max_violation",
+    "load_cv",
+    "importance_cv",
+    "load_entropy",
+    "entropy",
+    "idle_experts",
+    "dropped",
+    "moved",
+    "dropped_out",
+    "unserved",
+    "buffer_overflow",
+    "gate_mass",
+    "top_prob",
+    "margin",
+    "ties",
+    "logit_rms",
+    "logit_max",
+)
+"""The metrics that `balance.routing_metrics` gives for each layer, in the order of the log."""
 
 
 @dataclasses.dataclass(frozen=True)
 class RoutingInterval:
     """The routing of one logging interval, by MoE layer.
 
-    Steps in which a layer's probabilities or weights are not finite, which are not applied, count
-    in none of its sums.
+    Steps in which a layer's probabilities or weights are not finite are not applied; they count in
+    none of its sums.
 
     Attributes:
       counts_NE: assignments to each expert, before any are dropped.
@@ -32,8 +47,8 @@ class RoutingInterval:
       importance_NE: mean combine weight, before any are dropped.
       idle_steps_NE: steps since each expert was last chosen, at the end.
       bias_NE: selection bias at the end, NaN in layers without one; None if no layer has one.
-      layers: `LAYER_METRICS`, each [N]: means over the steps in which they were finite, the largest
-        of `LARGEST`; NaN if they never were, and of `LARGEST` if they once were not.
+      layers: `LAYER_METRICS`, each [N]: means over the steps in which they were finite, NaN if they
+        never were. Of those in `LARGEST` it is the largest value, NaN if one was not finite.
     """
 
     counts_NE: Int[np.ndarray, "N E"]
@@ -45,18 +60,18 @@ class RoutingInterval:
     layers: Mapping[str, Float[np.ndarray, "N"]]
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """What `RoutingLog.append` takes."""
-        layers_NM = np.stack([self.layers[name] for name in LAYER_METRICS], axis=1).astype(
-            np.float32
-        )
+        """Returns the arrays that `RoutingLog.append` takes."""
+        layers_NM = np.stack([self.layers[name] for name in LAYER_METRICS], axis=1)
         arrays = {
             "counts": self.counts_NE,
             "probs": self.probs_NE.astype(np.float32),
             "importance": self.importance_NE.astype(np.float32),
             "idle_steps": self.idle_steps_NE,
-            "layers": layers_NM,
+            "layers": layers_NM.astype(np.float32),
         }
-        return arrays if self.bias_NE is None else arrays | {"bias": self.bias_NE}
+        if self.bias_NE is not None:
+            arrays["bias"] = self.bias_NE
+        return arrays
 
 
 def summarize_routing(outputs: Sequence[StepOutput]) -> RoutingInterval | None:
@@ -64,38 +79,42 @@ def summarize_routing(outputs: Sequence[StepOutput]) -> RoutingInterval | None:
     sums = [output.routing for output in outputs if output.routing is not None]
     if not sums:
         return None
-    counts_SNE, probs_SNE, importance_SNE = (
-        np.stack([getattr(s, name) for s in sums])
-        for name in ("assignments_E", "probs_E", "importance_E")
-    )
+    counts_SNE = np.stack([each.assignments_E for each in sums])
+    probs_SNE = np.stack([each.probs_E for each in sums])
+    importance_SNE = np.stack([each.importance_E for each in sums])
+    tokens_SN1 = np.stack([each.num_tokens for each in sums])[..., None]
     is_sound_SN1 = np.isfinite(probs_SNE + importance_SNE).all(axis=2, keepdims=True)
-    tokens_SN1 = np.stack([s.num_tokens for s in sums])[..., None]
     tokens_N1 = np.where(is_sound_SN1, tokens_SN1, 0).sum(axis=0, dtype=np.float64)
     counts_NE = np.where(is_sound_SN1, counts_SNE, 0).sum(axis=0, dtype=np.int64)
 
-    def mean(values_SNE: np.ndarray) -> np.ndarray:
+    def mean_over_tokens(values_SNE: np.ndarray) -> np.ndarray:
         total_NE = np.where(is_sound_SN1, values_SNE, 0.0).sum(axis=0, dtype=np.float64)
-        return np.where(is_sound_SN1.any(axis=0), total_NE / np.maximum(tokens_N1, 1), np.nan)
+        mean_NE = total_NE / np.maximum(tokens_N1, 1)
+        return np.where(is_sound_SN1.any(axis=0), mean_NE, np.nan)
 
+    layers = {}
+    for name in LAYER_METRICS:
+        values_SN = np.stack([output.layers[name] for output in outputs])
+        layers[name] = _over_steps(name, values_SN.astype(np.float64))
+    state = outputs[-1].state
     return RoutingInterval(
         counts_NE=counts_NE,
         choices_N=counts_NE.sum(axis=1) / np.maximum(tokens_N1[:, 0], 1),
-        probs_NE=mean(probs_SNE),
-        importance_NE=mean(importance_SNE),
-        idle_steps_NE=np.asarray(outputs[-1].state["idle_steps"]),
-        bias_NE=np.asarray(outputs[-1].state["bias"]) if "bias" in outputs[-1].state else None,
-        layers={
-            name: _over_steps(name, np.stack([o.layers[name] for o in outputs]))
-            for name in LAYER_METRICS
-        },
+        probs_NE=mean_over_tokens(probs_SNE),
+        importance_NE=mean_over_tokens(importance_SNE),
+        idle_steps_NE=np.asarray(state["idle_steps"]),
+        bias_NE=np.asarray(state["bias"]) if "bias" in state else None,
+        layers=layers,
     )
 
 
 def _over_steps(name: str, values_SN: Float[np.ndarray, "S N"]) -> Float[np.ndarray, "N"]:
-    values_SN = values_SN.astype(np.float64)
-    if name in LARGEST:
-        return np.where(np.isfinite(values_SN).all(axis=0), values_SN.max(axis=0), np.nan)
+    """Returns the mean of a metric over the steps in which it was finite, or its largest value."""
     is_finite_SN = np.isfinite(values_SN)
-    number_N = is_finite_SN.sum(axis=0)
+    if name in LARGEST:
+        is_finite_N = is_finite_SN.all(axis=0)
+        return np.where(is_finite_N, values_SN.max(axis=0), np.nan)
+    num_finite_N = is_finite_SN.sum(axis=0)
     total_N = np.where(is_finite_SN, values_SN, 0.0).sum(axis=0)
-    return np.where(number_N > 0, total_N / np.maximum(number_N, 1), np.nan)
+    mean_N = total_N / np.maximum(num_finite_N, 1)
+    return np.where(num_finite_N > 0, mean_N, np.nan)

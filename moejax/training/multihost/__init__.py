@@ -1,1 +1,1 @@
-"""Several processes that train one model: how they meet, agree, and end together."""
+"""Several processes that train one model: how they start, agree, stop and fail together."""

@@ -1,9 +1,9 @@
-"""Several processes that train one model: how they meet, agree, and end together.
+"""Several processes that train one model: how they start, agree, and end together.
 
 Each process runs the same program on its own devices, and all devices make one mesh. Process 0
-alone writes the run directory, but for checkpoints, of which each writes its part. What is decided
-from files or signals is decided once and told to all: a process that went another way would leave
-the others waiting in a collective for ever.
+alone writes the run directory, except for checkpoints, of which each process writes its part. What
+is decided from files or signals is decided once and broadcast to all: a process that took another
+branch would leave the others waiting in a collective for ever.
 
 Waiting goes through jax's coordination service, not through a collective of the devices: gloo,
 which is the latter on CPU, gives up after 30 seconds, and one process may prepare data for an hour.
@@ -32,22 +32,26 @@ from moejax.training.multihost.roll_call import RollCallError, call_roll
 from moejax.training.multihost.signals import ALARM, StopSignals
 
 LOST_SECONDS = 30
-"""A process that has not been heard of for so long is given up, and with it the run."""
+"""A process that sends no heartbeat for this long is given up, and the run with it."""
 
 WAIT_SECONDS = 24 * 3600
-"""For a process that lives: it may be preparing data."""
+"""The timeout of a barrier between processes that are alive: one may be preparing data."""
 
-WORD_SECONDS = 1.0
-"""How long a process that failed waits to hear that another one had ended before."""
+FAILURE_REPORT_SECONDS = 1.0
+"""How long a process that failed waits for a report that another one had ended before it."""
 
-FAREWELL_SECONDS = 2.0
-"""How much longer process 0 lives after a failure: when it goes, the service goes and ends the others unheard."""
+SHUTDOWN_SECONDS = 2.0
+"""How much longer process 0 lives after a failure.
 
-MEETING_S = 30.0
-"""How long processes wait for each other at the start, unless they are told otherwise."""
+It runs jax's coordination service: were it to end first, the service would end the other processes
+before they could say why they fail.
+"""
+
+START_WAIT_S = 30.0
+"""How long processes wait for each other at the start by default."""
 
 CONNECT_SECONDS = 120
-"""For jax's own service, once all processes are known to be there."""
+"""The timeout of jax's own service, which starts once all processes are known to be there."""
 
 LAUNCHERS = (
     "SLURM_STEP_NUM_TASKS",  # srun
@@ -58,54 +62,62 @@ LAUNCHERS = (
     "FLUX_JOB_SIZE",  # flux run
     "WORLD_SIZE",  # torchrun
 )
-"""Variables in which launchers say how many processes they started."""
+"""Environment variables in which launchers say how many processes they started."""
 
 RANKS = ("PMIX_RANK",)  # prterun
-"""Variables in which launchers number processes without saying how many there are."""
+"""Environment variables in which launchers number processes without saying how many there are."""
 
 STOPS = {number.name: number.value for number in (signal.SIGINT, signal.SIGTERM)} | {ALARM: 128}
 """Reasons to stop, by the number that processes send each other."""
 
 T = TypeVar("T")
 
-_connected: list[Partners] = []  # while this process has met others: one
+_connected: list[Partners] = []  # holds one entry while this process is connected to others
 
-_calls = itertools.count()  # every process makes the same calls of `_gather` in the same order
+_num_calls = itertools.count()  # every process makes the same calls of `_gather` in the same order
 
 
 class ProcessError(RuntimeError):
-    """Processes that cannot meet, or one that ends because another has failed."""
+    """Processes that cannot connect, or one that ends because another has failed."""
 
 
 def launched() -> tuple[int, str]:
-    """How many processes, at least, a launcher started together with this one, and what says so; (1, "") if none."""
+    """Returns how many processes, at least, a launcher started, and the variable that says so.
+
+    Returns:
+      (1, "") if no variable of a launcher says that there are several.
+    """
     for variable in LAUNCHERS:
-        if _number(variable) > 1:
-            return _number(variable), f"{variable}={_number(variable)}"
+        number = _read_number(variable)
+        if number > 1:
+            return number, f"{variable}={number}"
     for variable in RANKS:
-        if _number(variable) > 0:
-            return _number(variable) + 1, f"{variable}={_number(variable)}"
+        rank = _read_number(variable)
+        if rank > 0:
+            return rank + 1, f"{variable}={rank}"
     hosts = os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")
-    return (len(hosts), f"TPU_WORKER_HOSTNAMES={','.join(hosts)}") if len(hosts) > 1 else (1, "")
+    if len(hosts) > 1:
+        return len(hosts), f"TPU_WORKER_HOSTNAMES={','.join(hosts)}"
+    return 1, ""
 
 
-def _number(variable: str) -> int:
-    """The number in an environment variable; 0 if there is none."""
+def _read_number(variable: str) -> int:
+    """Returns the number in an environment variable; 0 if there is none."""
     text = os.environ.get(variable, "")
     return int(text) if text.isdecimal() else 0
 
 
 @contextlib.contextmanager
-def meet(
+def initialize_distributed(
     coordinator: str = "",
     num_processes: int | None = None,
     process_id: int | None = None,
-    wait_s: float = MEETING_S,
+    wait_s: float = START_WAIT_S,
 ) -> Iterator[None]:
-    """Within it, the devices of all processes are one machine's; must begin before anything touches a device.
+    """Connects the processes: within the context, jax sees the devices of all of them.
 
-    At the end every process waits for the others. After an error nobody is waited for: call
-    `leave_at_once`.
+    Must be entered before anything touches a device. At the end every process waits for the others.
+    After an error no process is waited for: call `leave_at_once`.
 
     Args:
       coordinator: HOST:PORT at which process 0 listens. Empty: it and the numbers come from the
@@ -115,19 +127,19 @@ def meet(
       wait_s: how long they wait for each other at the start.
 
     Raises:
-      ProcessError: there is nothing of the kind in the environment, or they did not
-        find each other.
+      ProcessError: the environment does not say where process 0 listens, or the processes did
+        not find each other.
       RollCallError: a process is missing, comes twice, or runs something else.
     """
     where = coordinator or "the environment"
-    jax.config.update(
-        "jax_enable_preemption_service", False
-    )  # it would take SIGTERM from `StopSignals`
+    # The preemption service would take SIGTERM from `StopSignals`.
+    jax.config.update("jax_enable_preemption_service", False)
     try:
-        coordinator, num_processes, process_id = _find_all(
+        coordinator, num_processes, process_id = _complete_address(
             coordinator, num_processes, process_id, wait_s
         )
-        _connected.append(Partners(call_roll(coordinator, num_processes, process_id, wait_s)))
+        links = call_roll(coordinator, num_processes, process_id, wait_s)
+        _connected.append(Partners(links))
         jax.distributed.initialize(
             coordinator,
             num_processes,
@@ -139,21 +151,24 @@ def meet(
     except RollCallError:
         raise
     except (ValueError, RuntimeError) as error:  # jax's own, and those of the service
+        text = str(error) or type(error).__name__
         raise ProcessError(
-            f"the processes did not meet by {where} ({(str(error) or type(error).__name__).splitlines()[0]}); launch "
-            "them by srun, mpirun, or on a TPU pod or GKE with --distributed, or give each --coordinator=HOST:PORT of "
-            "process 0, --num_processes and --process_id"
+            f"the processes did not find each other by {where} ({text.splitlines()[0]}); launch "
+            "them by srun, mpirun, or on a TPU pod or GKE with --distributed, or give each "
+            "--coordinator=HOST:PORT of process 0, --num_processes and --process_id"
         ) from error
     yield
     wait_for_all()
-    _part("done")
+    _disconnect("done")
     jax.distributed.shutdown()
 
 
-def _find_all(
+def _complete_address(
     coordinator: str, num_processes: int | None, process_id: int | None, wait_s: float
 ) -> tuple[str, int, int]:
-    """The coordinator's address, the number of processes and this one's; what is not given comes from the environment.
+    """Returns the coordinator's address, the number of processes and the number of this one.
+
+    What is not given comes from the environment.
 
     Raises:
       ValueError: the environment does not say.
@@ -171,17 +186,17 @@ def _find_all(
 
 
 def await_word_of_others() -> None:
-    """Returns once it was said which process is gone, or after a moment if none is.
+    """Returns once it was reported which process is gone, or after a moment if none is.
 
     A process that is gone breaks the collectives of the others, and their tracebacks should
     not come first.
     """
     for partners in _connected:
-        partners.is_told.wait(WORD_SECONDS)
+        partners.has_reported.wait(FAILURE_REPORT_SECONDS)
 
 
 def agree(values: Mapping[str, Mapping[str, Any]], name: str) -> None:
-    """Returns if all processes have the same values as process 0.
+    """Checks that all processes have the same values as process 0.
 
     Args:
       values: sections of leaves that JSON can hold.
@@ -190,38 +205,42 @@ def agree(values: Mapping[str, Mapping[str, Any]], name: str) -> None:
     Raises:
       ProcessError: they differ, or do in another process.
     """
-    of_first = json.loads(broadcast_from_primary(json.dumps(values)))
+    primary_values = json.loads(broadcast_from_primary(json.dumps(values)))
 
     def compare() -> None:
         for section, leaves in values.items():
             for leaf, value in leaves.items():
-                other = of_first.get(section, {}).get(leaf)
-                if value != other:
+                primary_value = primary_values.get(section, {}).get(leaf)
+                if value != primary_value:
+                    process = f"process {jax.process_index()} on {socket.gethostname()}"
                     raise ProcessError(
-                        f"process {jax.process_index()} on {socket.gethostname()} has {section}.{leaf}={value}, and "
-                        f"process 0 has {other}; give all processes the same {name}"
+                        f"{process} has {section}.{leaf}={value}, and process 0 has "
+                        f"{primary_value}; give all processes the same {name}"
                     )
 
     raise_on_all(compare)
 
 
 def has_others() -> bool:
-    """Whether this process has met others and not parted from them."""
+    """Whether this process is connected to others."""
     return jax.distributed.is_initialized()
 
 
 def leave_at_once(code: int) -> NoReturn:
-    """Ends a process that failed, so that the others fail too: a common exit would wait for them, and they for it."""
-    _part("failed")
+    """Ends a process that failed, so that the others fail too.
+
+    An ordinary exit would wait for the others, and they would wait for this process.
+    """
+    _disconnect("failed")
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
-def _part(word: str) -> None:
-    """Tells the other processes that this one ends."""
+def _disconnect(state: str) -> None:
+    """Tells the other processes that this one ends: "done" or "failed"."""
     while _connected:
-        _connected.pop().leave(word)
+        _connected.pop().leave(state)
 
 
 def is_first() -> bool:
@@ -230,22 +249,24 @@ def is_first() -> bool:
 
 
 def wait_for_all() -> None:
-    """Returns when every process has come here."""
+    """Returns when every process has called this."""
     _gather("")
 
 
 def broadcast_from_primary(word: str) -> str:
-    """What process 0 says; all must ask."""
+    """Returns the word that process 0 passes; every process must call this."""
     return _gather(word)[0]
 
 
-def all_say(word: str) -> list[str]:
-    """What each process says, in their order; all must ask."""
+def gather_from_all(word: str) -> list[str]:
+    """Returns the words that all processes pass, by process; every process must call this."""
     return _gather(word)
 
 
 def primary_first(function: Callable[[], T]) -> T:
-    """Calls a function in process 0, which may write files, and when it has succeeded in the others, which read them.
+    """Calls a function in process 0 and, once that has succeeded, in the others.
+
+    Process 0 may write files that the others then read.
 
     Raises:
       ProcessError: it failed in another process, which says why.
@@ -259,18 +280,22 @@ def primary_first(function: Callable[[], T]) -> T:
 
 
 def raise_on_all(function: Callable[[], T]) -> T:
-    """Calls a function in every process; if it fails in one, all fail."""
+    """Calls a function in every process; if it fails in one, it raises in all.
+
+    Raises:
+      ProcessError: it failed in another process, which says why.
+    """
     failure = None
     try:
         result = function()
-    except Exception as error:  # passed on below, once the others know
+    except Exception as error:  # raised below, once the others know
         failure = error
     outcomes = _gather(f"failed on {socket.gethostname()}" if failure else "")
     if any(outcomes):
         for partners in _connected:
             partners.expect_their_end()
-    if any(outcomes) and len(outcomes) > 1 and is_first():
-        time.sleep(FAREWELL_SECONDS)
+        if len(outcomes) > 1 and is_first():
+            time.sleep(SHUTDOWN_SECONDS)
     if failure:
         raise failure
     for index, outcome in enumerate(outcomes):
@@ -280,7 +305,7 @@ def raise_on_all(function: Callable[[], T]) -> T:
 
 
 def _gather(word: str) -> list[str]:
-    """What each process says, in their order; waits for all."""
+    """Returns the words that all processes pass, by process; waits for all of them."""
     if jax.process_count() == 1:
         return [word]
     from jax._src import distributed  # no public name waits without a collective of the devices
@@ -288,20 +313,22 @@ def _gather(word: str) -> list[str]:
     client: Any = distributed.global_state.client
     if client is None:
         raise ProcessError(
-            f"{jax.process_count()} processes have not met; use --distributed, or processes.meet"
+            f"{jax.process_count()} processes are not connected; use --distributed, or "
+            "processes.initialize_distributed"
         )
-    call = f"moejax/{next(_calls)}"
+    call = f"moejax/{next(_num_calls)}"
     client.key_value_set(f"{call}/{jax.process_index():08d}", word)
     client.wait_at_barrier(call, WAIT_SECONDS * 1000)
-    return [said for _, said in sorted(client.key_value_dir_get(call))]
+    # Keys end with the process's number, padded with zeros: their order is that of the processes.
+    return [word for _, word in sorted(client.key_value_dir_get(call))]
 
 
 class SharedStop:
-    """A wish to stop that is heard in any process and granted in all at the same step.
+    """A request to stop that any process may make and that all grant at the same step.
 
-    In a single process it is that process's signals. Several send theirs into a maximum over the
-    devices at each `poll` and read the answer to the `poll` before, so that nobody waits for the
-    step under way.
+    In a single process it is that process's signals. Several processes send theirs into a maximum
+    over the devices at each `poll` and read the answer to the `poll` before, so that none of them
+    waits for the step under way.
 
     Args:
       own: this process's signals, and requests named in `STOPS`.
@@ -312,8 +339,8 @@ class SharedStop:
         self._own = own
         self._is_shared = jax.process_count() > 1
         self._granted: str | None = None
-        self._asked: jax.Array | None = None
-        self._devices = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+        self._pending: jax.Array | None = None  # the maximum that the last `poll` asked for
+        self._by_device = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
         self._largest = jax.jit(jnp.max, out_shardings=replicated(mesh))
 
     @property
@@ -325,15 +352,24 @@ class SharedStop:
         return self.received is not None
 
     def poll(self) -> bool:
-        """Whether to stop. Every process must ask equally often."""
+        """Returns whether to stop. Every process must call this equally often."""
         if self._is_shared:
-            number = STOPS[self._own.received] if self._own.received else 0
-            numbers = np.full(len(self._devices.addressable_devices), number, np.int32)
-            before, self._asked = self._asked, self._largest(
-                jax.make_array_from_process_local_data(self._devices, numbers)
-            )  # fmt: skip
-            if before is not None and self._granted is None and int(before):
-                self._granted = next(
-                    name for name, number in STOPS.items() if number == int(before)
-                )
+            answer = self._pending
+            self._pending = self._ask()
+            if answer is not None and self._granted is None:
+                self._granted = _stop_by_number(int(answer))
         return bool(self)
+
+    def _ask(self) -> jax.Array:
+        """Starts the maximum of all processes' requests, as a number of `STOPS` or 0."""
+        number = STOPS[self._own.received] if self._own.received else 0
+        numbers = np.full(len(self._by_device.addressable_devices), number, np.int32)
+        return self._largest(jax.make_array_from_process_local_data(self._by_device, numbers))
+
+
+def _stop_by_number(number: int) -> str | None:
+    """Returns the reason to stop of that number in `STOPS`; None for 0."""
+    for name, known in STOPS.items():
+        if known == number:
+            return name
+    return None

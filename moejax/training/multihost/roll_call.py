@@ -1,9 +1,9 @@
-"""All processes of a run are called before they begin: who is missing, comes twice, or runs something else.
+"""The roll call before a run begins: is every process there, only once, and running the same code?
 
 Process 0 listens at the coordinator's address; every other process tells it there who it is and
-what it runs. Process 0 answers all of them alike: begin, or what is wrong. Only then does jax's own
-service start at the same port, which would wait in silence for a process that never comes, and does
-not compare anything.
+what it runs. Process 0 sends all of them the same answer: begin, or what is wrong. Only then does
+jax's own service start at the same port. That service would wait without a message for a process
+that never comes, and it compares nothing.
 """
 
 import contextlib
@@ -35,11 +35,11 @@ class RollCallError(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class Hello:
-    """What a process says of itself.
+    """How a process introduces itself.
 
     Attributes:
       process: its number, from 0.
-      of: how many it was told there are.
+      of: the number of processes that it was started with.
       host: its machine.
       runs: what must be equal in all processes, by name: versions, the digest of moejax's files,
         jax's settings.
@@ -57,7 +57,7 @@ class Hello:
 def call_roll(
     coordinator: str, num_processes: int, process_id: int, wait_s: float
 ) -> dict[str, socket.socket]:
-    """Waits until all processes have come and run the same.
+    """Waits until all processes have connected, and compares what they run.
 
     Args:
       coordinator: HOST:PORT of process 0.
@@ -76,55 +76,72 @@ def call_roll(
     host, _, port = coordinator.rpartition(":")
     hello = Hello(process_id, num_processes, socket.gethostname(), what_runs())
     if process_id == 0:
-        return _listen(int(port), hello, wait_s)
+        return _answer_others(int(port), hello, wait_s)
     return {"process 0": _report(host.strip("[]"), int(port), hello, wait_s)}
 
 
-def _listen(port: int, own: Hello, wait_s: float) -> dict[str, socket.socket]:
-    """Process 0: hears the others, answers all of them, and returns its connections to them."""
-    heard: dict[int, tuple[Hello, socket.socket]] = {}
+def _answer_others(port: int, own: Hello, wait_s: float) -> dict[str, socket.socket]:
+    """Listens to the others in process 0, answers all of them, and returns its connections."""
     with contextlib.ExitStack() as stack:
-        server = _server(port)
+        server = _listen(port)
         stack.callback(server.close)
-        end = time.monotonic() + wait_s
-        problem = ""
-        while not problem and len(heard) < own.of - 1:
-            connection = _accept(server, end)
-            if connection is None:
-                problem = _missing(own, set(heard), wait_s)
-                break
-            said = _hear(connection)
-            if said is None:  # a port scanner, or a connection that broke: it is no process of ours
-                connection.close()
-                continue
-            stack.callback(connection.close)
-            first = heard.get(said.process, (None, None))[0]
-            problem = _difference(own, said, first)
-            heard[said.process if said.process not in heard else -len(heard)] = said, connection
-        for _, connection in heard.values():
-            with contextlib.suppress(OSError):  # it has left by itself
-                connection.sendall(json.dumps({"problem": problem}).encode() + b"\n")
+        connected, problem = _collect(server, own, wait_s, stack)
+        answer = json.dumps({"problem": problem}).encode() + b"\n"
+        for _, connection in connected:
+            with contextlib.suppress(OSError):  # that process has ended by itself
+                connection.sendall(answer)
         if problem:
             raise RollCallError(problem)
         stack.pop_all()
         server.close()
-    return {str(said): connection for said, connection in heard.values()}
+    return {str(hello): connection for hello, connection in connected}
 
 
-def _server(port: int) -> socket.socket:
+def _collect(
+    server: socket.socket, own: Hello, wait_s: float, stack: contextlib.ExitStack
+) -> tuple[list[tuple[Hello, socket.socket]], str]:
+    """Accepts the other processes until all are there, time is up, or one is wrong.
+
+    Returns:
+      The processes with their connections, which `stack` closes, and what is wrong; empty if
+      nothing is.
+    """
+    connected: list[tuple[Hello, socket.socket]] = []
+    by_process: dict[int, Hello] = {}
+    end = time.monotonic() + wait_s
+    while len(connected) < own.of - 1:
+        connection = _accept(server, end)
+        if connection is None:
+            return connected, _missing(own, set(by_process), wait_s)
+        hello = _read_hello(connection)
+        if hello is None:  # a port scanner, or a connection that broke: not one of our processes
+            connection.close()
+            continue
+        stack.callback(connection.close)
+        problem = _difference(own, hello, by_process.get(hello.process))
+        connected.append((hello, connection))
+        by_process.setdefault(hello.process, hello)
+        if problem:
+            return connected, problem
+    return connected, ""
+
+
+def _listen(port: int) -> socket.socket:
+    """Returns a socket that accepts connections at a port, over IPv6 too where the host has it."""
     try:
         is_dual = socket.has_dualstack_ipv6()
         family = socket.AF_INET6 if is_dual else socket.AF_INET
         return socket.create_server(("", port), family=family, dualstack_ipv6=is_dual)
     except OSError as error:
+        host = socket.gethostname()
         raise RollCallError(
-            f"process 0 cannot listen at port {port} of {socket.gethostname()} ({error.strerror}); another program or "
-            "another process 0 uses it: choose another port in --coordinator"
+            f"process 0 cannot listen at port {port} of {host} ({error.strerror}); another program "
+            "or another process 0 uses it: choose another port in --coordinator"
         ) from error
 
 
 def _accept(server: socket.socket, end: float) -> socket.socket | None:
-    """The next connection; None if none comes until `end`."""
+    """Returns the next connection; None if none comes before `end`."""
     server.settimeout(max(end - time.monotonic(), 0.001))
     try:
         connection, _ = server.accept()
@@ -134,17 +151,20 @@ def _accept(server: socket.socket, end: float) -> socket.socket | None:
     return connection
 
 
-def _hear(connection: socket.socket) -> Hello | None:
-    """What the other end says of itself; None if it is no process of moejax."""
+def _read_hello(connection: socket.socket) -> Hello | None:
+    """Returns how the process at the other end introduces itself; None if it is not moejax's."""
     try:
-        said = json.loads(_read_line(connection))
-        runs = {str(name): str(value) for name, value in said["runs"].items()}
-        return Hello(int(said["process"]), int(said["of"]), str(said["host"]), runs)
+        fields = json.loads(_read_line(connection))
+        runs = {str(name): str(value) for name, value in fields["runs"].items()}
+        process = int(fields["process"])
+        num_processes = int(fields["of"])
+        return Hello(process, num_processes, str(fields["host"]), runs)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
 
 def _read_line(connection: socket.socket) -> bytes:
+    """Reads up to the end of a line, of the stream, or of what a line may hold."""
     line = b""
     while not line.endswith(b"\n") and len(line) < MAX_LINE_BYTES:
         part = connection.recv(MAX_LINE_BYTES)
@@ -154,72 +174,111 @@ def _read_line(connection: socket.socket) -> bytes:
     return line
 
 
-def _missing(own: Hello, heard: set[int], wait_s: float) -> str:
-    absent = [str(number) for number in range(1, own.of) if number not in heard]
-    names = f"process {absent[0]}" if len(absent) == 1 else f"processes {', '.join(absent)}"
+def _missing(own: Hello, connected: set[int], wait_s: float) -> str:
+    """Names the processes that did not connect."""
+    absent = [str(number) for number in range(1, own.of) if number not in connected]
+    noun = "process" if len(absent) == 1 else "processes"
     return (
-        f"{names} of {own.of} did not come to process 0 on {own.host} within {wait_s:g} s; start all {own.of} with the "
-        "same --coordinator and --num_processes, or wait longer with --wait_s"
+        f"{noun} {', '.join(absent)} of {own.of} did not come to process 0 on {own.host} within "
+        f"{wait_s:g} s; start all {own.of} with the same --coordinator and --num_processes, or "
+        "wait longer with --wait_s"
     )
 
 
-def _difference(own: Hello, said: Hello, first: Hello | None) -> str:
-    """What is wrong with a process that has come; empty if nothing is."""
-    if said.of != own.of:
+def _difference(own: Hello, other: Hello, earlier: Hello | None) -> str:
+    """Describes what is wrong with a process that has connected; empty if nothing is.
+
+    Args:
+      own: of process 0.
+      other: of that process.
+      earlier: of one that connected before under the same number.
+    """
+    if other.of != own.of:
         return (
-            f"{said} was started with --num_processes={said.of}, and {own} with {own.of}; give all processes the same "
-            "number"
+            f"{other} was started with --num_processes={other.of}, and {own} with {own.of}; give "
+            "all processes the same number"
         )
-    if not 0 < said.process < own.of:
-        return f"{said} has a number that is not between 1 and {own.of - 1}; give each process its own --process_id"
-    if first is not None:
-        return f"{said} came twice, the first time from {first.host}; give each process its own --process_id"
-    for name in sorted(own.runs.keys() | said.runs.keys()):
-        mine, theirs = own.runs.get(name, "nothing"), said.runs.get(name, "nothing")
-        if mine != theirs:
-            return f"{said} runs {name} {theirs}, and {own} runs {mine}; all processes must run the same"
+    if not 0 < other.process < own.of:
+        return (
+            f"{other} has a number that is not between 1 and {own.of - 1}; give each process its "
+            "own --process_id"
+        )
+    if earlier is not None:
+        return (
+            f"{other} came twice, the first time from {earlier.host}; give each process its own "
+            "--process_id"
+        )
+    for name in sorted(own.runs.keys() | other.runs.keys()):
+        own_value = own.runs.get(name, "nothing")
+        other_value = other.runs.get(name, "nothing")
+        if own_value != other_value:
+            return (
+                f"{other} runs {name} {other_value}, and {own} runs {own_value}; all processes "
+                "must run the same"
+            )
     return ""
 
 
 def _report(host: str, port: int, hello: Hello, wait_s: float) -> socket.socket:
-    """Another process: tells process 0 who it is, takes its answer, and returns its connection."""
+    """Introduces this process to process 0 and returns the connection, once the answer is good.
+
+    Raises:
+      RollCallError: process 0 answers that something is wrong, or does not answer.
+    """
     end = time.monotonic() + wait_s
-    where = f"process 0 did not answer at {host}:{port} within {wait_s:g} s"
     reason = "nothing was heard"
     while time.monotonic() < end:
-        problem = None
-        with contextlib.ExitStack() as stack:
-            try:
-                address = (host, port)
-                connection = socket.create_connection(
-                    address, timeout=max(end - time.monotonic(), 0.001)
-                )
-                stack.callback(connection.close)
-                connection.sendall(json.dumps(dataclasses.asdict(hello)).encode() + b"\n")
-                # Process 0 answers once it has heard all: it gives up first, and says who
-                # is missing.
-                connection.settimeout(wait_s + ANSWER_S)
-                answer = _read_line(connection)
-                problem = json.loads(answer)["problem"] if answer else None
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-            if problem == "":
-                stack.pop_all()
+        try:
+            connection = _introduce(host, port, hello, end, wait_s)
+            if connection is not None:
                 return connection
-        if problem:
-            raise RollCallError(problem)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         time.sleep(RETRY_S)
     raise RollCallError(
-        f"{where} to {hello} ({reason}); start it with --process_id=0 on that host, check --coordinator, or wait "
-        "longer with --wait_s"
+        f"process 0 did not answer at {host}:{port} within {wait_s:g} s to {hello} ({reason}); "
+        "start it with --process_id=0 on that host, check --coordinator, or wait longer with "
+        "--wait_s"
     )
 
 
+def _introduce(
+    host: str, port: int, hello: Hello, end: float, wait_s: float
+) -> socket.socket | None:
+    """Connects to process 0 once and returns the connection if the answer is good.
+
+    Returns:
+      None if process 0 closed the connection without an answer.
+
+    Raises:
+      RollCallError: process 0 answers that something is wrong.
+      OSError, ValueError, KeyError, TypeError: it cannot be reached, or the answer is not moejax's.
+    """
+    timeout = max(end - time.monotonic(), 0.001)
+    with contextlib.ExitStack() as stack:
+        connection = socket.create_connection((host, port), timeout=timeout)
+        stack.callback(connection.close)
+        connection.sendall(json.dumps(dataclasses.asdict(hello)).encode() + b"\n")
+        # Process 0 answers once all have connected: it gives up first, and says which is missing.
+        connection.settimeout(wait_s + ANSWER_S)
+        answer = _read_line(connection)
+        problem = json.loads(answer)["problem"] if answer else None
+        if problem is None:
+            return None
+        if problem:
+            raise RollCallError(problem)
+        stack.pop_all()
+    return connection
+
+
 def what_runs() -> dict[str, str]:
-    """What must be equal in all processes of a run."""
-    versions = {package: _version(package) for package in PACKAGES}
-    settings = {name: str(value) for name, value in numerics().items()}
-    return {"moejax": f"{moejax.__version__} (files {_source_digest()})"} | versions | settings
+    """Returns what must be equal in all processes of a run, by name."""
+    runs = {"moejax": f"{moejax.__version__} (files {_source_digest()})"}
+    for package in PACKAGES:
+        runs[package] = _version(package)
+    for setting, value in numerics().items():
+        runs[setting] = str(value)
+    return runs
 
 
 def _version(package: str) -> str:
@@ -231,10 +290,12 @@ def _version(package: str) -> str:
 
 @functools.cache
 def _source_digest() -> str:
-    """Of all of moejax's files: a version number does not change with each edit."""
+    """Returns a digest of moejax's files: a version number does not change with each edit."""
     digest = hashlib.sha256()
     for path, name in _source_files():
-        digest.update(name.encode() + b"\0" + path.read_bytes())
+        digest.update(name.encode())
+        digest.update(b"\0")
+        digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
 
 

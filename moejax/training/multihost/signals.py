@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM as a wish to stop: the loop finishes its step, saves and leaves.
+"""SIGINT and SIGTERM as requests to stop: the loop finishes its step, saves and ends.
 
 Python runs a handler only once the main thread is back from compiled code, and a compilation may
 take minutes. `SignalWatch` answers meanwhile, from a thread.
@@ -14,30 +14,31 @@ import time
 from collections.abc import Iterator
 from types import FrameType
 
-PATIENCE_SECONDS = 1.0
+GRACE_SECONDS = 1.0
+"""How long the first signal may go unanswered; a second SIGINT interrupts only after as long."""
 
 ALARM = "ALARM"
-"""A reason to stop that is no signal: `training/health/alarms.py`."""
+"""A reason to stop that is not a signal: `training/health/alarms.py`."""
 
 log = logging.getLogger("moejax")
 
 
 class StopSignals:
-    """While entered, remembers the first SIGINT or SIGTERM.
-
-    Attributes:
-      received: its name, or the reason of a `request` that came before it.
-      signal: its name, also if another reason was the first.
+    """Remembers the first SIGINT or SIGTERM that arrives while it is entered.
 
     Later SIGTERMs change nothing: `make` and schedulers often send the same signal twice. A second
-    SIGINT, a second or more after the first, interrupts at once. Outside the main thread, where
-    handlers cannot be set, nothing is heard.
+    SIGINT, `GRACE_SECONDS` or more after the first, interrupts at once. Outside the main thread,
+    where handlers cannot be set, no signal is received.
+
+    Attributes:
+      received: the signal's name, or the reason of a `request` that came before it.
+      signal: the signal's name, also if another reason was the first.
     """
 
     def __init__(self) -> None:
         self.received: str | None = None
         self.signal: str | None = None
-        self._heard_at = 0.0
+        self._signalled_at = 0.0
         self._depth = 0
         self._previous: dict[int, object] = {}
 
@@ -64,20 +65,23 @@ class StopSignals:
             self.received = reason
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        _answered()
+        """Handles a signal; raises `KeyboardInterrupt` for a second SIGINT."""
+        _note_answer()
         now = time.monotonic()
         if self.signal is None:
-            self.signal, self._heard_at = signal.Signals(number).name, now
+            self.signal = signal.Signals(number).name
+            self._signalled_at = now
             self.request(self.signal)
             log.info("%s: stopping after the work at hand", self.signal)
-        elif number == signal.SIGINT and now - self._heard_at >= PATIENCE_SECONDS:
+        elif number == signal.SIGINT and now - self._signalled_at >= GRACE_SECONDS:
             raise KeyboardInterrupt
 
 
 class SignalWatch:
-    """While entered, says what a signal waits for that no handler has answered, and lets a second SIGINT leave at once.
+    """Watches for signals that no handler has answered, while it is entered.
 
-    Entered outside the main thread, where signals cannot be watched, it does nothing.
+    It prints what such a signal waits for, and ends the process at a second SIGINT. Entered outside
+    the main thread, where signals cannot be watched, it does nothing.
     """
 
     def __init__(self) -> None:
@@ -109,42 +113,73 @@ class SignalWatch:
         self._thread = None
 
     def _watch(self) -> None:
-        waiting_since: float | None = None  # of a signal that no handler has answered
-        is_told = False
+        """Reads the numbers of signals until the pipe is closed."""
+        waiting = _WaitingSignal()
         while True:
-            timeout = None if waiting_since is None or is_told else PATIENCE_SECONDS / 4
+            timeout = GRACE_SECONDS / 4 if waiting.is_to_report else None
             can_read, _, _ = select.select([self._read_end], [], [], timeout)
             number = os.read(self._read_end, 1) if can_read else None
             if number == b"":
                 return
-            if waiting_since is not None and _answered_at >= waiting_since:
-                waiting_since, is_told = None, False
+            waiting.check_answered()
             if number and number[0] in (signal.SIGINT, signal.SIGTERM):
-                if waiting_since is None:
-                    # The handler may have run before its number was read here.
-                    waiting_since, name = (
-                        time.monotonic() - PATIENCE_SECONDS / 4,
-                        signal.Signals(number[0]).name,
-                    )
-                elif (
-                    number[0] == signal.SIGINT
-                    and time.monotonic() - waiting_since >= PATIENCE_SECONDS
-                ):
-                    _say(f"a second SIGINT during {_work}: leaving at once")
-                    os._exit(130)
-            is_late = (
-                waiting_since is not None and time.monotonic() - waiting_since >= PATIENCE_SECONDS
+                waiting.receive(number[0])
+            waiting.report_if_late()
+
+
+class _WaitingSignal:
+    """A signal that no handler has answered yet; there may be none.
+
+    Attributes:
+      is_to_report: whether there is one that has not been reported.
+    """
+
+    def __init__(self) -> None:
+        self._name = ""
+        self._since: float | None = None
+        self._is_reported = False
+
+    @property
+    def is_to_report(self) -> bool:
+        return self._since is not None and not self._is_reported
+
+    @property
+    def _is_late(self) -> bool:
+        return self._since is not None and time.monotonic() - self._since >= GRACE_SECONDS
+
+    def check_answered(self) -> None:
+        """Forgets the signal if a handler has run since."""
+        if self._since is not None and _answered_at >= self._since:
+            self._since = None
+            self._is_reported = False
+
+    def receive(self, number: int) -> None:
+        """Takes a signal; ends the process if it is a second SIGINT that comes late."""
+        if self._since is None:
+            # The handler may have run before its number was read here.
+            self._since = time.monotonic() - GRACE_SECONDS / 4
+            self._name = signal.Signals(number).name
+        elif number == signal.SIGINT and self._is_late:
+            _print_error(f"a second SIGINT during {_work}: leaving at once")
+            os._exit(130)
+
+    def report_if_late(self) -> None:
+        """Prints once what the signal waits for, when the grace period is over."""
+        if self._is_late and not self._is_reported:
+            _print_error(
+                f"{self._name}: {_work} cannot be interrupted; moejax stops after it. "
+                "A second Ctrl-C leaves at once"
             )
-            if is_late and not is_told:
-                _say(
-                    f"{name}: {_work} cannot be interrupted; moejax stops after it. A second Ctrl-C leaves at once"
-                )
-                is_told = True
+            self._is_reported = True
 
 
 @contextlib.contextmanager
 def uninterrupted(work: str) -> Iterator[None]:
-    """Names what the main thread does within it, for those who send a signal meanwhile: "compiling the train step"."""
+    """Names the work of the main thread for whoever sends a signal while the context is entered.
+
+    Args:
+      work: such as "compiling the train step".
+    """
     global _work
     before, _work = _work, work
     try:
@@ -157,17 +192,17 @@ _work = "what is being compiled or computed"
 _answered_at = 0.0
 
 
-def _answered() -> None:
-    """A handler runs: the main thread is back."""
+def _note_answer() -> None:
+    """Notes that a handler runs: the main thread is back from compiled code."""
     global _answered_at
     _answered_at = time.monotonic()
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    _answered()
+    _note_answer()
     raise KeyboardInterrupt
 
 
-def _say(text: str) -> None:
-    """To standard error, not through `logging`, whose locks the main thread may hold."""
+def _print_error(text: str) -> None:
+    """Writes to standard error, not through `logging`, whose locks the main thread may hold."""
     os.write(2, f"moejax: {text}\n".encode())

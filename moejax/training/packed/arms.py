@@ -1,8 +1,8 @@
-"""Several runs as one program: `vmap` over the arms of a sweep that differ only in `Knobs` and seeds.
+"""Several runs as one program: `vmap` over arms of a sweep that differ only in `Knobs` and seeds.
 
-Arms are spread over the devices, each with as many as one run of theirs asks for (`mesh`), and
-stacked where devices are fewer. Nothing travels between arms. What an arm computes is what it
-computes alone, to the order of addition.
+Arms are spread over the devices, each with as many as its `mesh` asks for, and stacked where there
+are fewer devices. There is no communication between arms. What an arm computes is what it computes
+alone, up to the order of addition.
 """
 
 import dataclasses
@@ -26,12 +26,13 @@ ARMS = "arms"
 
 
 def program_of(config: Config) -> Config:
-    """What the arms of a pack have in common: equal for configurations that one program can train.
+    """Returns what the arms of a pack have in common.
 
-    They may differ in knobs, in `train.seed`, and in the section `alarms`, which changes nothing
-    that is computed. A knob that is 0 may be left out of a program, so that 0 and other values are
-    kept apart. Capacity is a limit on buffers as large as the largest of a pack needs; where
-    experts choose their tokens it is a shape.
+    It is equal for configurations that one program can train. They may differ in knobs, in
+    `train.seed`, and in the section `alarms`, which changes nothing that is computed. A knob that
+    is 0 may be left out of a program, so that 0 and other values are kept apart. Capacity is a
+    limit on buffers that are as large as the largest of a pack needs; where experts choose their
+    tokens it is a shape.
     """
     names = [field.name for field in dataclasses.fields(Knobs) if hasattr(config.moe, field.name)]
     if config.moe.dispatch != "capacity":
@@ -56,8 +57,8 @@ class Pack:
     Attributes:
       mesh: the devices by arm, and within an arm by the axes of its own mesh.
       trainables: the fixed part of each arm, on the devices of the first.
-      knobs: of all arms, stacked on a leading axis of lanes.
-      lanes_of_device: arms that a device trains one beside another.
+      knobs: of all arms, stacked on a leading axis of slots.
+      slots_of_device: how many arms a device trains side by side.
 
     Raises:
       ConfigError: no arms, arms that no single program can train, or a mesh that does not fit
@@ -66,122 +67,162 @@ class Pack:
 
     def __init__(self, configs: Sequence[Config], devices: Sequence[jax.Device] | None = None):
         _check_arms(configs)
-        largest = max(config.moe.capacity_factor for config in configs)
-        template = dataclasses.replace(
-            configs[0], moe=dataclasses.replace(configs[0].moe, capacity_factor=largest)
-        )
-        devices = list(jax.devices() if devices is None else devices)
-        each = devices_of_arm(template)
-        groups = max(1, min(len(devices) // each, len(configs)))
-        meshes = [make_mesh(template, devices[i * each : (i + 1) * each]) for i in range(groups)]
-        axes = (ARMS, *MESH_AXES)
-        self.mesh = Mesh(
-            np.stack([m.devices for m in meshes]), axes, axis_types=(AxisType.Auto,) * len(axes)
-        )
+        template = _with_largest_capacity(configs)
+        meshes = _mesh_of_groups(template, devices, len(configs))
+        self.mesh = _stack_meshes(meshes)
         self._alone = make_train_setup(template, meshes[0])
         self.trainables = [dataclasses.replace(self._alone, config=config) for config in configs]
-        self.lanes_of_device = -(-len(configs) // groups)
-        self._num_lanes = self.lanes_of_device * groups
-        self._shardings = jax.tree.map(
-            lambda s: NamedSharding(self.mesh, _by_arm(s.spec)), self._alone.shardings
-        )
-        self.knobs = self._put(
-            self._stack([Knobs.from_config(config) for config in configs]), PartitionSpec(ARMS)
-        )
+        self.slots_of_device = -(-len(configs) // len(meshes))  # rounded up
+        self._num_slots = self.slots_of_device * len(meshes)
+        self._shardings = jax.tree.map(self._by_arm, self._alone.shardings)
+        knobs = self._stack([Knobs.from_config(config) for config in configs])
+        self.knobs = self._put(knobs, PartitionSpec(ARMS))
+
+    def _by_arm(self, sharding: NamedSharding) -> NamedSharding:
+        """Returns the sharding of a stack of arrays that alone have this one."""
+        return NamedSharding(self.mesh, PartitionSpec(ARMS, *sharding.spec))
 
     def compile_step(self, state: TrainState, batch: Batch) -> jax.stages.Compiled:
-        """`(state, batch, knobs) -> (state, StepOutput)`, all with lanes in front; the old state is overwritten."""
+        """Compiles `(state, batch, knobs) -> (state, StepOutput)`.
+
+        All of them have a leading axis of slots. The old state is overwritten.
+        """
+        output_sharding = NamedSharding(self.mesh, PartitionSpec(ARMS))
         step = jax.jit(
             self._for_each_arm(train_step_of(self._alone), 3),
             donate_argnums=0,
-            out_shardings=(self._shardings, NamedSharding(self.mesh, PartitionSpec(ARMS))),
+            out_shardings=(self._shardings, output_sharding),
             compiler_options=compiler_options(self.mesh),
         )
         return step.lower(state, batch, self.knobs).compile()
 
     def make_eval_step(self, num_domains: int):
-        """`(params, router_state, batch, ...) -> EvalOutput` with lanes in front; all arms see one batch."""
+        """Makes `(params, router_state, batch, ...) -> EvalOutput`.
+
+        The first two and the output have a leading axis of slots; all arms see one batch.
+        """
         return jax.jit(self._for_each_arm(eval_step_of(self._alone, num_domains), 2))
 
     def _for_each_arm(self, function, num_own: int):
-        """Over the arms of each device; arguments from `num_own` on are the same for all."""
+        """Maps a function over arms; arguments from `num_own` on are the same for all arms."""
 
-        def of_device(*arguments):
-            in_axes = [0 if i < num_own else None for i in range(len(arguments))]
+        def for_arms_of_device(*arguments):
+            num_shared = len(arguments) - num_own
+            in_axes = [0] * num_own + [None] * num_shared
             return jax.vmap(function, in_axes)(*arguments)
 
-        def of_all(*arguments):
-            own, all_alike = PartitionSpec(ARMS), PartitionSpec()
-            specs = tuple(own if i < num_own else all_alike for i in range(len(arguments)))
-            # No collective is in it: what varies over arms needs no check.
+        def for_all_arms(*arguments):
+            num_shared = len(arguments) - num_own
+            by_arm = PartitionSpec(ARMS)
             mapped = jax.shard_map(
-                of_device,
+                for_arms_of_device,
                 mesh=self.mesh,
-                in_specs=specs,
-                out_specs=own,
+                in_specs=(by_arm,) * num_own + (PartitionSpec(),) * num_shared,
+                out_specs=by_arm,
                 axis_names={ARMS},
+                # It has no collective over arms: what varies over them needs no check.
                 check_vma=False,
             )
             return mapped(*arguments)
 
-        return of_all
+        return for_all_arms
 
     def put_batches(self, batches: Sequence[Batch]) -> Batch:
-        """The batch of each arm, NumPy arrays `[B, L]`, on the devices of its arm."""
+        """Puts the batch of each arm, NumPy arrays `[B, L]`, on the devices of its arm."""
         return self._put(self._stack(batches), PartitionSpec(ARMS, BATCH_AXES))
 
     def put_batch(self, batch: Any) -> Any:
-        """One batch for all arms."""
+        """Puts one batch for all arms on the devices."""
         return self._put(batch, PartitionSpec(BATCH_AXES))
 
     def join(self, states: Iterable[TrainState]) -> TrainState:
-        """The states of the arms, stacked on their devices; each may be made when the one before is on the host."""
-        return jax.device_put(
-            self._stack([jax.device_get(state) for state in states]), self._shardings
-        )
+        """Stacks the states of the arms on their devices.
+
+        Each may be made when the one before it is on the host.
+        """
+        host = [jax.device_get(state) for state in states]
+        return jax.device_put(self._stack(host), self._shardings)
 
     def split(self, state: TrainState, arms: Iterable[int]) -> Iterator[TrainState]:
-        """The states of these arms, as they would be alone, one after another on the devices of the first."""
+        """Yields the states of these arms as they would be alone.
+
+        They come one after another, on the devices of the first arm.
+        """
         host = jax.device_get(state)
         for arm in arms:
-            yield jax.device_put(
-                jax.tree.map(lambda x, arm=arm: x[arm], host), self._alone.shardings
-            )
+            yield jax.device_put(_slice_arm(host, arm), self._alone.shardings)
 
     def outputs(self, output: StepOutput) -> list[StepOutput]:
-        """The output of each arm, on the host; waits for the step."""
+        """Returns the output of each arm, on the host; waits for the step."""
         host = jax.device_get(output)
-        return [
-            jax.tree.map(lambda x, arm=arm: x[arm], host) for arm in range(len(self.trainables))
-        ]
+        return [_slice_arm(host, arm) for arm in range(len(self.trainables))]
 
     def _stack(self, trees: Sequence[Any]) -> Any:
-        """As many lanes as the devices need: the last arm fills up those that are over."""
-        trees = [*trees, *[trees[-1]] * (self._num_lanes - len(trees))]
-        return jax.tree.map(lambda *arrays: np.stack(arrays), *trees)
+        """Stacks as many trees as there are slots: the last arm fills those that are left."""
+        num_left = self._num_slots - len(trees)
+        filled = [*trees, *[trees[-1]] * num_left]
+        return jax.tree.map(lambda *arrays: np.stack(arrays), *filled)
 
     def _put(self, tree: Any, spec: PartitionSpec) -> Any:
         return jax.device_put(tree, NamedSharding(self.mesh, spec))
 
 
+def _slice_arm(tree: Any, arm: int) -> Any:
+    """Returns one arm of a tree of stacked arrays."""
+    return jax.tree.map(lambda array: array[arm], tree)
+
+
+def _with_largest_capacity(configs: Sequence[Config]) -> Config:
+    """Returns the first configuration with the largest capacity factor of all."""
+    largest = max(config.moe.capacity_factor for config in configs)
+    moe = dataclasses.replace(configs[0].moe, capacity_factor=largest)
+    return dataclasses.replace(configs[0], moe=moe)
+
+
+def _mesh_of_groups(
+    config: Config, devices: Sequence[jax.Device] | None, num_arms: int
+) -> list[Mesh]:
+    """Returns a mesh for each group of devices on which arms train side by side."""
+    devices = list(jax.devices() if devices is None else devices)
+    group_size = devices_of_arm(config)
+    num_groups = max(1, min(len(devices) // group_size, num_arms))
+    meshes = []
+    for group in range(num_groups):
+        own_devices = devices[group * group_size : (group + 1) * group_size]
+        meshes.append(make_mesh(config, own_devices))
+    return meshes
+
+
+def _stack_meshes(meshes: Sequence[Mesh]) -> Mesh:
+    """Returns a mesh with a leading axis of arms."""
+    axes = (ARMS, *MESH_AXES)
+    devices = np.stack([mesh.devices for mesh in meshes])
+    return Mesh(devices, axes, axis_types=(AxisType.Auto,) * len(axes))
+
+
 def devices_of_arm(config: Config) -> int:
-    """Devices that one arm of a pack takes: as many as its mesh says, where -1, "all that remain", is 1."""
+    """Returns how many devices one arm of a pack takes: as many as its mesh says.
+
+    A size of -1, which means all devices that remain, counts as 1.
+    """
     return math.prod(max(1, size) for size in dataclasses.asdict(config.mesh).values())
 
 
 def depends_on_devices(config: Config) -> bool:
-    """Whether it computes something else on another number of devices; in a pack it would have fewer than alone."""
+    """Whether a configuration computes something else on another number of devices.
+
+    In a pack it would have fewer devices than alone.
+    """
     moe = config.moe
-    scopes = (moe.balance_scope, moe.capacity_group if moe.dispatch == "capacity" else "")
-    return (
-        config.num_moe_layers > 0
-        and "device" in scopes
-        and -1 in dataclasses.asdict(config.mesh).values()
-    )
+    by_device = moe.balance_scope == "device"
+    if moe.dispatch == "capacity" and moe.capacity_group == "device":
+        by_device = True
+    is_open = -1 in dataclasses.asdict(config.mesh).values()
+    return config.num_moe_layers > 0 and by_device and is_open
 
 
 def is_split_twice(config: Config) -> bool:
-    """Whether an arm's mesh splits matrices, and batch or experts besides.
+    """Whether an arm's mesh splits matrices, and also the batch or the experts.
 
     Over several such arms the partitioner of XLA ends the process, by a check of its own
     (jaxlib 0.10.2).
@@ -199,28 +240,37 @@ def _check_arms(configs: Sequence[Config]) -> None:
     """Raises `ConfigError` unless one program can train them all."""
     if not configs:
         raise ConfigError("a pack of 0 arms trains nothing; give 1 configuration or more")
+    _check_one_program(configs)
+    if len(configs) == 1:
+        return
+    first = configs[0]
+    if depends_on_devices(first):
+        raise ConfigError(
+            f"moe.balance_scope={first.moe.balance_scope}, "
+            f"moe.capacity_group={first.moe.capacity_group}: what a device computes depends on how "
+            "many there are, which a mesh axis of -1 leaves open; give the axes of mesh as "
+            "numbers, or train the arms apart"
+        )
+    if is_split_twice(first):
+        raise ConfigError(
+            f"mesh.tensor={first.mesh.tensor} together with another axis that splits the batch or "
+            "the experts: XLA cannot compile a pack of such arms; use only one of both, or train "
+            "the arms apart"
+        )
+
+
+def _check_one_program(configs: Sequence[Config]) -> None:
+    """Raises `ConfigError` naming the first leaf in which the programs of arms differ."""
     programs = [to_dict(program_of(config)) for config in configs]
     for arm, program in enumerate(programs):
         for section, leaves in program.items():
             for name, value in leaves.items():
-                if value != programs[0][section][name]:
-                    own = [to_dict(config)[section][name] for config in (configs[0], configs[arm])]
-                    raise ConfigError(
-                        f"{section}.{name} is {own[0]} in arm 0 and {own[1]} in arm {arm}; arms of a pack may differ "
-                        "in knobs that are not 0, train.seed and alarms: train the others apart"
-                    )
-    if len(configs) > 1 and depends_on_devices(configs[0]):
-        raise ConfigError(
-            f"moe.balance_scope={configs[0].moe.balance_scope}, moe.capacity_group={configs[0].moe.capacity_group}: "
-            "what a device computes depends on how many there are, which a mesh axis of -1 leaves open; give the axes "
-            "of mesh as numbers, or train the arms apart"
-        )
-    if len(configs) > 1 and is_split_twice(configs[0]):
-        raise ConfigError(
-            f"mesh.tensor={configs[0].mesh.tensor} beside another axis that splits the batch or the experts: XLA "
-            "cannot compile a pack of such arms; use one of both, or train the arms apart"
-        )
-
-
-def _by_arm(spec: PartitionSpec) -> PartitionSpec:
-    return PartitionSpec(ARMS, *spec)
+                if value == programs[0][section][name]:
+                    continue
+                first_value = to_dict(configs[0])[section][name]
+                own_value = to_dict(configs[arm])[section][name]
+                raise ConfigError(
+                    f"{section}.{name} is {first_value} in arm 0 and {own_value} in arm {arm}; "
+                    "arms of a pack may differ in knobs that are not 0, train.seed and alarms: "
+                    "train the others apart"
+                )

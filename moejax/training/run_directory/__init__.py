@@ -1,1 +1,1 @@
-"""What a run directory holds: what is written to it as a run trains, and the checks when it is read."""
+"""The files of a run directory: what a run writes as it trains, and checks when it is read."""

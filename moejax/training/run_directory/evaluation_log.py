@@ -1,11 +1,12 @@
-"""What evaluations saw of the routing: one file each, so that any two checkpoints can be compared.
+"""The routing of evaluations: one file each, so that any two checkpoints can be compared.
 
 `workdir/routing/evaluations/<step>.npz` (no pickles) holds, for the validation split,
 
   load          [N, E]     float32  fraction of choices of each expert
   coactivation  [N, E, E]  int32    tokens that visit both experts of a pair
   experts       [N, T, K]  integer  the experts of each token of rows spread over the split; E: none
-  churn         [N]        float32  fraction of those experts that the evaluation before this one did not have there
+  churn         [N]        float32  fraction of those experts that the token did not have in the
+                                    evaluation before this one
 """
 
 import logging
@@ -29,7 +30,7 @@ log = logging.getLogger("moejax")
 
 
 class EvaluationError(ValueError):
-    """No such evaluation, or a damaged one."""
+    """An evaluation does not exist, or is damaged."""
 
 
 class EvaluationLog:
@@ -47,64 +48,74 @@ class EvaluationLog:
     def __init__(self, workdir: str | Path, after_step: int, noted: Sequence[int] | None = None):
         self._folder = Path(workdir) / FOLDER
         self._folder.mkdir(parents=True, exist_ok=True)
-        for step, path in self._files():
+        for step in self.steps:
             if step > after_step:
-                path.unlink()
+                _path(self._folder, step).unlink()
         self._is_newest_lost = False
         steps = self.steps
         lost = [step for step in noted or () if step not in steps]
         if lost:
             self._is_newest_lost = lost[-1] > max(steps, default=-1)
-            churn = ", and the next has no churn" if self._is_newest_lost else ""
             log.warning(
                 "%s lacks the evaluations of step %s%s",
                 self._folder,
-                ", ".join(map(str, lost)),
-                churn,
+                ", ".join(str(step) for step in lost),
+                ", and the next has no churn" if self._is_newest_lost else "",
             )
         if steps:
-            read_evaluation(self._folder / f"{steps[-1]}.npz")
+            read_evaluation(_path(self._folder, steps[-1]))
 
     @property
     def steps(self) -> list[int]:
-        """The steps that have been written, rising."""
-        return [step for step, _ in self._files()]
+        """The steps that have been written, increasing."""
+        return _listed_steps(self._folder)
 
     def append(self, step: int, evaluation: Evaluation) -> dict[str, float]:
-        """Writes an evaluation; returns `eval/routing_churn` against the newest earlier one, if there is one."""
+        """Writes an evaluation.
+
+        Returns:
+          `eval/routing_churn` compared with the newest earlier evaluation, if there is one.
+        """
         experts_NTK, load_NE = evaluation.probe_NTK, evaluation.load_NE
         if experts_NTK is None or load_NE is None or evaluation.coactivation_NEE is None:
             raise ValueError("an evaluation of a dense model has no routing to log")
-        small = experts_NTK.astype(np.min_scalar_type(load_NE.shape[1]))
-        arrays = {"load": load_NE, "coactivation": evaluation.coactivation_NEE, "experts": small}
-        earlier = [path for before, path in self._files() if before < step]
-        is_newest_lost, self._is_newest_lost = self._is_newest_lost, False
-        if earlier and not is_newest_lost:
-            before_NTK = read_evaluation(earlier[-1])["experts"]
-            if before_NTK.shape == experts_NTK.shape:
-                arrays["churn"] = np.asarray(
-                    churn(jnp.asarray(before_NTK), jnp.asarray(experts_NTK), load_NE.shape[1])
-                )
-            else:  # written by another version
-                log.warning(
-                    "%s holds the experts of other tokens: no churn at step %d", earlier[-1], step
-                )
+        num_experts = load_NE.shape[1]
+        arrays = {
+            "load": load_NE,
+            "coactivation": evaluation.coactivation_NEE,
+            "experts": experts_NTK.astype(np.min_scalar_type(num_experts)),
+        }
+        churn_N = self._churn(step, experts_NTK, num_experts)
+        self._is_newest_lost = False
+        if churn_N is not None:
+            arrays["churn"] = churn_N
+        self._write(step, arrays)
+        return {} if churn_N is None else {"eval/routing_churn": float(churn_N.mean())}
+
+    def _churn(self, step: int, experts_NTK: np.ndarray, num_experts: int) -> np.ndarray | None:
+        """Compares the experts of tokens with those of the newest earlier evaluation, [N]."""
+        earlier = [other for other in self.steps if other < step]
+        if not earlier or self._is_newest_lost:
+            return None
+        path = _path(self._folder, earlier[-1])
+        before_NTK = read_evaluation(path)["experts"]
+        if before_NTK.shape != experts_NTK.shape:  # written by another version
+            log.warning("%s holds the experts of other tokens: no churn at step %d", path, step)
+            return None
+        return np.asarray(churn(jnp.asarray(before_NTK), jnp.asarray(experts_NTK), num_experts))
+
+    def _write(self, step: int, arrays: dict[str, np.ndarray]) -> None:
+        """Writes the file of a step in one rename."""
         partial = self._folder / f"{step}.partial"
         try:
             with partial.open("wb") as file:
                 np.savez_compressed(file, allow_pickle=False, **arrays)
-            os.replace(partial, self._folder / f"{step}.npz")
+            os.replace(partial, _path(self._folder, step))
         except OSError as error:
             raise RoutingLogError(
-                f"{self._folder} cannot be written ({error.strerror}); make room there, and run the command again"
+                f"{self._folder} cannot be written ({error.strerror}); make room there, and run "
+                "the command again"
             ) from error
-        return {"eval/routing_churn": float(arrays["churn"].mean())} if "churn" in arrays else {}
-
-    def _files(self) -> list[tuple[int, Path]]:
-        """Steps and files, in order."""
-        return sorted(
-            (int(path.stem), path) for path in self._folder.glob("*.npz") if is_number(path.stem)
-        )
 
 
 class Evaluations:
@@ -123,12 +134,10 @@ class Evaluations:
     @property
     def steps(self) -> tuple[int, ...]:
         """Steps that were evaluated, oldest first."""
-        return tuple(
-            sorted(int(path.stem) for path in self._folder.glob("*.npz") if is_number(path.stem))
-        )
+        return tuple(_listed_steps(self._folder))
 
     def read(self, step: int | None = None) -> dict[str, np.ndarray]:
-        """The arrays of an evaluation, by default of the newest.
+        """Reads the arrays of an evaluation, by default of the newest.
 
         Raises:
           EvaluationError: there is none, or its file is damaged.
@@ -139,14 +148,13 @@ class Evaluations:
                 f"{self._folder} has no evaluation; train until there is one (train.eval_every)"
             )
         if step is not None and step not in steps:
-            raise EvaluationError(
-                f"--step={step} was not evaluated; use one of {', '.join(map(str, steps))}"
-            )
-        return read_evaluation(self._folder / f"{steps[-1] if step is None else step}.npz")
+            known = ", ".join(str(other) for other in steps)
+            raise EvaluationError(f"--step={step} was not evaluated; use one of {known}")
+        return read_evaluation(_path(self._folder, steps[-1] if step is None else step))
 
 
 def newest_evaluation(workdir: str | Path, step: int | None = None) -> dict[str, np.ndarray]:
-    """The arrays of a run's newest evaluation, or of that at `step`.
+    """Reads the arrays of a run's newest evaluation, or of the one at `step`.
 
     Raises:
       EvaluationError: there is none, or its file is damaged.
@@ -155,15 +163,18 @@ def newest_evaluation(workdir: str | Path, step: int | None = None) -> dict[str,
 
 
 def read_evaluation(path: str | Path) -> dict[str, np.ndarray]:
-    """The arrays of one file.
+    """Reads the arrays of one file.
 
     Raises:
       EvaluationError: the file is damaged.
     """
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            found = dict(arrays)
-            return found | {"load": found["load"], "experts": found["experts"].astype(np.int32)}
+        with np.load(path, allow_pickle=False) as file:
+            arrays = dict(file)
+            if "load" not in arrays:
+                raise KeyError("load")
+            arrays["experts"] = arrays["experts"].astype(np.int32)
+            return arrays
     except (
         OSError,
         ValueError,
@@ -174,5 +185,15 @@ def read_evaluation(path: str | Path) -> dict[str, np.ndarray]:
         zlib.error,
     ) as error:
         raise EvaluationError(
-            f"{path} cannot be read ({error}); restore it from a copy, or move it away to do without that evaluation"
+            f"{path} cannot be read ({error}); restore it from a copy, or move it away to do "
+            "without that evaluation"
         ) from error
+
+
+def _listed_steps(folder: Path) -> list[int]:
+    """Returns the steps that have a file, increasing."""
+    return sorted(int(path.stem) for path in folder.glob("*.npz") if is_number(path.stem))
+
+
+def _path(folder: Path, step: int) -> Path:
+    return folder / f"{step}.npz"

@@ -1,6 +1,6 @@
-"""What a run leaves as it trains: metrics, routing, alarms and evaluations, and checkpoints with what belongs to them.
+"""The files that a run writes as it trains: metrics, routing, alarms, evaluations, checkpoints.
 
-Alone (`loop`) or in a pack (`packed_loop`), a run writes the same.
+A run writes the same files alone (`training.loop`) and in a pack (`packed.loop`).
 """
 
 import logging
@@ -30,7 +30,9 @@ log = logging.getLogger("moejax")
 
 
 class RunFiles:
-    """The files of a run, open from a step on: what they hold of later steps is dropped. Process 0 alone writes them.
+    """The open files of a run. What they hold of steps after `start_step` is dropped.
+
+    Process 0 alone writes them.
 
     Args:
       workdir: the run directory.
@@ -38,8 +40,8 @@ class RunFiles:
       checkpoints: of the run, from which `start_step` was restored unless it is 0.
       start_step: steps done.
       progress: shown every finished step.
-      name: of the run, in the log; "" where there is but one.
-      num_arms: among which the time of a step is to be shared out.
+      name: of the run, in the log; "" where there is only one.
+      num_arms: among which the time of a step is shared out.
 
     Attributes:
       recorder: takes the outputs of steps.
@@ -53,67 +55,79 @@ class RunFiles:
         checkpoints: Checkpoints,
         start_step: int,
         progress: StepProgress,
+        *,
         name: str = "",
         num_arms: int = 1,
     ):
         self._config = config
         self._checkpoints = checkpoints
+        self._corpus: str | None = None
         self._metrics: MetricsFile | None = None
         self._evaluations: EvaluationLog | None = None
         self._alarms: AlarmLog | None = None
-        routing: RoutingLog | None = None
+        self._routing: RoutingLog | None = None
         carried: list[TimedOutput] = []
-        with (
-            ExitStack() as opened
-        ):  # of one that cannot be opened the others are closed: they write in threads
+        # If one file cannot be opened the others are closed: they write in threads.
+        with ExitStack() as opened:
             if is_first():
                 notes = checkpoints.notes(start_step) if start_step else {}
                 carried = _carried(notes)
-                after_step = start_step - len(
-                    carried
-                )  # what a stop has cut is written again, as a whole
-                self._metrics = opened.enter_context(
-                    MetricsFile(workdir, after_step, notes.get("tokens"), notes.get("metrics"))
-                )
-                if config.num_moe_layers:
-                    self._evaluations = EvaluationLog(workdir, start_step, notes.get("evaluations"))
-                    routing = RoutingLog(
-                        workdir, config.moe_layers, config.moe.num_choices, LAYER_METRICS
-                    )
-                    routing.truncate(after_step, notes.get("routing"))
-                    self._alarms = opened.enter_context(
-                        closing(
-                            AlarmLog(
-                                workdir,
-                                after_step,
-                                config,
-                                notes.get("alarms"),
-                                name,
-                                notes.get("alarms_file"),
-                            )
-                        )
-                    )
-            self._corpus = recorded_corpus(workdir) if is_first() else None
-            utilisation = utilisation_of_token(config) if num_arms == 1 else None
+                self._open(workdir, start_step, len(carried), notes, name, opened)
+                self._corpus = recorded_corpus(workdir)
             self.recorder = Recorder(
                 self._metrics,
-                routing,
+                self._routing,
                 progress,
                 start_step,
                 self._alarms,
-                num_arms,
-                utilisation,
-                carried,
+                num_arms=num_arms,
+                utilisation=utilisation_of_token(config) if num_arms == 1 else None,
+                carried=carried,
             )
             self.is_evaluated = self._metrics is not None and self._metrics.is_evaluated(start_step)
             self._opened = opened.pop_all()
 
+    def _open(
+        self,
+        workdir: Path,
+        start_step: int,
+        num_carried: int,
+        notes: Mapping[str, Any],
+        name: str,
+        opened: ExitStack,
+    ) -> None:
+        """Opens the files of process 0, and adds to `opened` those that must be closed."""
+        config = self._config
+        # An interval that a stop has cut short is written again, with all of its steps.
+        after_step = start_step - num_carried
+        metrics = MetricsFile(workdir, after_step, notes.get("tokens"), notes.get("metrics"))
+        self._metrics = opened.enter_context(metrics)
+        if not config.num_moe_layers:
+            return
+        self._evaluations = EvaluationLog(workdir, start_step, notes.get("evaluations"))
+        self._routing = RoutingLog(
+            workdir, config.moe_layers, config.moe.num_choices, LAYER_METRICS
+        )
+        self._routing.truncate(after_step, notes.get("routing"))
+        alarms = AlarmLog(
+            workdir,
+            after_step,
+            config,
+            notes.get("alarms"),
+            name=name,
+            noted=notes.get("alarms_file"),
+        )
+        self._alarms = opened.enter_context(closing(alarms))
+
     def note(self, step: int, evaluation: Evaluation) -> None:
         """Writes an evaluation."""
-        if self._metrics:
-            check_held(self._metrics.path)
-            of_routing = self._evaluations.append(step, evaluation) if self._evaluations else {}
-            self._metrics.write(step, evaluation.scalars() | of_routing)
+        if self._metrics is None:
+            return
+        check_held(self._metrics.path)
+        values = evaluation.scalars()
+        if self._evaluations:
+            values |= self._evaluations.append(step, evaluation)
+        self._metrics.write(step, values)
 
     def add_evaluation(self, step: int, evaluation: Evaluation) -> None:
         """Adds an evaluation, which a signal had cut off, to the checkpoint of its step."""
@@ -121,19 +135,28 @@ class RunFiles:
             self._checkpoints.add_metrics(step, {"eval/loss": evaluation.loss})
 
     def save(self, state: TrainState, evaluation: Evaluation | None) -> None:
-        """Starts to save the state, with its evaluation if it has one, and what a continued run must know besides.
+        """Starts to save the state, its evaluation if it has one, and notes for a continued run.
 
         All steps before it must be written (`Recorder.flush`). A stop may cut an interval short:
-        then a continued run writes it again, as a whole.
+        then a continued run writes it again, with all of its steps.
         """
-        is_known = evaluation is not None and math.isfinite(evaluation.loss)
-        metrics = {"eval/loss": evaluation.loss} if evaluation and is_known else None
-        step = int(state.step)
-        is_whole = self._config.train.is_saved(step) or step % self._config.train.log_every == 0
-        notes = self.recorder.notes() if is_whole or not self.recorder.cut else self.recorder.cut
+        metrics = None
+        if evaluation is not None and math.isfinite(evaluation.loss):
+            metrics = {"eval/loss": evaluation.loss}
+        notes = self._recorder_notes(int(state.step))
         if self._evaluations:
-            notes = notes | {"evaluations": self._evaluations.steps}
-        self._checkpoints.save(state, metrics, notes | {"corpus": self._corpus})
+            notes["evaluations"] = self._evaluations.steps
+        notes["corpus"] = self._corpus
+        self._checkpoints.save(state, metrics, notes)
+
+    def _recorder_notes(self, step: int) -> dict[str, Any]:
+        """Returns what the recorder notes, as of before an interval that a stop cuts short."""
+        train = self._config.train
+        is_interval_end = train.is_saved(step) or step % train.log_every == 0
+        cut = self.recorder.cut
+        if is_interval_end or not cut:
+            return self.recorder.notes()
+        return dict(cut)
 
     def __enter__(self) -> "RunFiles":
         return self
@@ -143,11 +166,11 @@ class RunFiles:
 
 
 def _carried(notes: Mapping[str, Any]) -> list[TimedOutput]:
-    """The steps of the interval that a stop has cut."""
+    """Returns the steps of the interval that the last stop has cut short."""
     if "interval" not in notes:
         return []
     try:
         return unpack_steps(notes["interval"])
     except ValueError as error:
-        log.warning("the logging interval that the last stop has cut stays so: %s", error)
+        log.warning("the logging interval that the last stop has cut short stays so: %s", error)
         return []

@@ -1,6 +1,7 @@
-"""A logging interval that a stop has cut: its steps go into the checkpoint, and a continued run begins with them.
+"""A logging interval that a stop has cut short.
 
-So an interrupted run writes the lines, and raises the alarms, of one that was not.
+Its steps go into the checkpoint, and a continued run begins with them. So an interrupted run writes
+the lines, and raises the alarms, of one that was not interrupted.
 """
 
 import base64
@@ -19,37 +20,36 @@ PARTS = ("scalars", "layers", "state")
 
 
 class TimedOutput(NamedTuple):
-    """The output of a step, and the seconds that the step took."""
+    """The output of a step, and how long the step took."""
 
     output: StepOutput
     seconds: float
 
 
 def pack_steps(steps: Sequence[TimedOutput]) -> dict[str, Any]:
-    """The steps as JSON, exactly."""
+    """Returns the steps as JSON, from which `unpack_steps` makes the same bits."""
     rows = [_flatten(jax.device_get(step.output)) for step in steps]
-    columns = {
-        name: _to_json(np.stack([row[name] for row in rows])) for name in (rows[0] if rows else {})
-    }
-    return {"seconds": [step.seconds for step in steps], "arrays": columns}
+    columns = {}
+    for name in rows[0] if rows else ():
+        arrays = [row[name] for row in rows]
+        columns[name] = _to_json(np.stack(arrays))
+    seconds = [step.seconds for step in steps]
+    return {"seconds": seconds, "arrays": columns}
 
 
 def unpack_steps(packed: Mapping[str, Any]) -> list[TimedOutput]:
-    """The steps that `pack_steps` has packed.
+    """Returns the steps that `pack_steps` has packed.
 
     Raises:
       ValueError: they were packed by another version.
     """
     try:
         columns = {name: _from_json(column) for name, column in packed["arrays"].items()}
-        rows = [
-            {name: np.asarray(column[i]) for name, column in columns.items()}
-            for i in range(len(packed["seconds"]))
-        ]
-        return [
-            TimedOutput(_unflatten(row), float(s))
-            for row, s in zip(rows, packed["seconds"], strict=True)
-        ]
+        steps = []
+        for i, seconds in enumerate(packed["seconds"]):
+            row = {name: np.asarray(column[i]) for name, column in columns.items()}
+            steps.append(TimedOutput(_unflatten(row), float(seconds)))
+        return steps
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         raise ValueError(
             f"no steps of a logging interval ({type(error).__name__}: {error})"
@@ -57,28 +57,36 @@ def unpack_steps(packed: Mapping[str, Any]) -> list[TimedOutput]:
 
 
 def _flatten(output: StepOutput) -> dict[str, np.ndarray]:
-    """Arrays by the part of the output and their names in it."""
-    arrays = {
-        f"{part}.{name}": np.asarray(x)
-        for part in PARTS
-        for name, x in getattr(output, part).items()
-    }
+    """Returns arrays by the part of the output and their names in it: `scalars.loss/lm`."""
+    arrays = {}
+    for part in PARTS:
+        for name, array in getattr(output, part).items():
+            arrays[f"{part}.{name}"] = np.asarray(array)
     if output.routing is not None:
-        fields = {
-            field.name: getattr(output.routing, field.name)
-            for field in dataclasses.fields(RoutingStats)
-        }
-        arrays |= {f"routing.{name}": np.asarray(x) for name, x in fields.items() if x is not None}
+        for field in dataclasses.fields(RoutingStats):
+            array = getattr(output.routing, field.name)
+            if array is not None:
+                arrays[f"routing.{field.name}"] = np.asarray(array)
     return arrays
 
 
 def _unflatten(arrays: Mapping[str, np.ndarray]) -> StepOutput:
-    parts: dict[str, dict[str, jax.Array]] = {part: {} for part in (*PARTS, "routing")}
+    """Makes an output of the arrays that `_flatten` gave."""
+    parts = {part: _of_part(arrays, part) for part in PARTS}
+    fields = _of_part(arrays, "routing")
+    routing = RoutingStats(**fields) if fields else None
+    return StepOutput(routing=routing, **parts)
+
+
+def _of_part(arrays: Mapping[str, np.ndarray], part: str) -> dict[str, jax.Array]:
+    """Returns the arrays of one part of an output, by their names in it."""
+    prefix = f"{part}."
+    found = {}
     for key, array in arrays.items():
-        part, name = key.split(".", 1)
-        parts[part][name] = jnp.asarray(array)
-    routing = parts.pop("routing")
-    return StepOutput(routing=RoutingStats(**routing) if routing else None, **parts)
+        if key.startswith(prefix):
+            name = key.removeprefix(prefix)
+            found[name] = jnp.asarray(array)
+    return found
 
 
 def _to_json(array: np.ndarray) -> dict[str, Any]:
@@ -87,4 +95,5 @@ def _to_json(array: np.ndarray) -> dict[str, Any]:
 
 
 def _from_json(column: Mapping[str, Any]) -> np.ndarray:
-    return np.frombuffer(base64.b64decode(column["data"]), column["dtype"]).reshape(column["shape"])
+    flat = np.frombuffer(base64.b64decode(column["data"]), column["dtype"])
+    return flat.reshape(column["shape"])

@@ -1,10 +1,9 @@
-"""`workdir/config.json`: what a run is, and the check that a resumed run is still the same."""
+"""`workdir/config.json`: what a run is, and the check that a continued run is still the same."""
 
 import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
-import json
 import logging
 import os
 import platform
@@ -13,51 +12,33 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 
 import moejax
-from moejax.config import (
-    AlarmConfig,
-    Config,
-    ConfigError,
-    is_read,
-    leaves,
-    resolve_recorded,
-    to_dict,
-)
+from moejax.config import Config, ConfigError, resolve_recorded, to_dict
 from moejax.models.parameters import ParameterCount
 from moejax.paths import replace_file
 from moejax.strict_json import to_json
-from moejax.training.checkpoints.meta import newest_meta
+from moejax.training.checkpoints.meta import newest_meta, read_notes
 from moejax.training.multihost.processes import broadcast_from_primary, raise_on_all
-from moejax.training.optimizer import make_schedule
+from moejax.training.run_directory.changes import first_change
 from moejax.training.run_directory.numerics import changed_numerics, numerics
+from moejax.training.run_directory.reader import RunDirectory, check_run_tree
 from moejax.training.run_directory.text_record import record_text
-from moejax.training.run_directory.tree import check_run_tree
 
-MAY_CHANGE = (
-    "train.num_steps", "train.log_every", "train.eval_every", "train.checkpoint_every", "train.keep_checkpoints",
-    "train.max_nonfinite_steps", "train.step_limit_s", "train.check_memory",
-    "data.directory", "data.files", "data.source_dir",
-    "moe.grouped_matmul", "moe.exchange",
-    "moe.exchange_buffer", "moe.exchange_chunks", "moe.save_exchanged", "model.remat", "model.scan_layers",
-    "mesh.data", "mesh.fsdp", "mesh.expert", "mesh.context", "mesh.tensor",
-    "mesh.dcn_data", "mesh.dcn_fsdp", "mesh.dcn_expert",
-    *(f"alarms.{field.name}" for field in dataclasses.fields(AlarmConfig)),
-)  # fmt: skip
-"""Leaves that may differ when a run is continued: they change neither the model nor what a step computes, except that
-`train.num_steps` stretches the learning-rate schedule."""
-
-LOST_CONFIG = "restore it from a copy, or move it away and continue the run by its recipe: its checkpoint knows if it fits"
+LOST_CONFIG = (
+    "restore it from a copy, or move it away and continue the run by its recipe: its checkpoint "
+    "knows if it fits"
+)
 
 GLOB_LETTERS = "*?["
 
 log = logging.getLogger("moejax")
 
 SHARED_SECONDS = 60.0
-"""Network file systems may show a new file so much later in another host."""
+"""Network file systems may show a new file this much later on another host."""
 
 PACKAGES = (
     "jax",
@@ -71,43 +52,14 @@ PACKAGES = (
 )
 
 
-class Change(NamedTuple):
-    """A leaf in which two configurations differ."""
-
-    key: str
-    saved: Any
-    wanted: Any
-
-
-def changes(saved: Config, wanted: Config) -> list[Change]:
-    """The leaves in which a run's configuration and another one differ."""
-    before, after = to_dict(saved), to_dict(wanted)
-    pairs = [(key, *key.split(".")) for key, _ in leaves()]
-    found = [
-        Change(key, before[section][name], after[section][name]) for key, section, name in pairs
-    ]
-    return [change for change in found if change.saved != change.wanted]
-
-
-def first_change(saved: Config, wanted: Config) -> Change | None:
-    """The first difference that makes another run of it; None if there is none.
-
-    A leaf that neither reads makes none: a run of an earlier version may have been
-    started with one.
-    """
-    for change in changes(saved, wanted):
-        if change.key not in MAY_CHANGE and (
-            is_read(saved, change.key) or is_read(wanted, change.key)
-        ):
-            return change
-    return None
-
-
 def check_run_directory(workdir: Path, config: Config) -> None:
-    """Raises `ConfigError` if the directory holds a run of another configuration, or cannot hold one; changes nothing.
+    """Checks that a directory can hold a run of this configuration; changes nothing.
 
     The run's configuration is what `config.json` says and, should that be lost or edited, what its
     checkpoint says.
+
+    Raises:
+      ConfigError: it holds a run of another configuration, or cannot hold one.
     """
     check_path(workdir)
     if workdir.exists() and not workdir.is_dir():
@@ -116,46 +68,26 @@ def check_run_directory(workdir: Path, config: Config) -> None:
     known = [read_config(workdir)] if (workdir / "config.json").exists() else []
     meta = newest_meta(workdir)
     if meta is not None:
-        with contextlib.suppress(ConfigError):  # of another version: restoring it says so
+        # The checkpoint may be of another version; restoring it reports that.
+        with contextlib.suppress(ConfigError):
             known.append(resolve_recorded(meta["config"]))
     for saved in known:
         change = first_change(saved, config)
         if change:
+            saved_leaf = f"{change.key}={change.saved}"
             raise ConfigError(
-                f"{workdir} holds a run with {change.key}={change.saved}, not {change.wanted}; give "
-                f"--config.{change.key}={change.saved} to continue it, or use another --workdir for a new one"
+                f"{workdir} holds a run with {saved_leaf}, not {change.wanted}; give "
+                f"--config.{saved_leaf} to continue it, or use another --workdir for a new one"
             )
 
 
-def tell_changes(saved: Config, config: Config, step: int) -> None:
-    """Logs how a continued run differs from what it was, and what that means for its schedule and its length."""
-    told = [
-        f"{change.key}={change.wanted} (was {change.saved})" for change in changes(saved, config)
-    ]
-    if told:
-        log.info("continuing with %s", ", ".join(told))
-    before, after = saved.train.num_steps, config.train.num_steps
-    if step > after or (step == after and before != after):
-        log.info(
-            "train.num_steps=%d: the run is already at step %d, and nothing is trained", after, step
-        )
-    elif before != after:
-        rates = [
-            float(make_schedule(config.optimizer, num_steps)(step)) * config.optimizer.learning_rate
-            for num_steps in (before, after)
-        ]
-        log.info(
-            "train.num_steps=%d stretches the schedules: the learning rate goes on at %.3g, where %d steps had %.3g",
-            after, rates[1], before, rates[0],
-        )  # fmt: skip
-
-
 def warn_of_lost_checkpoints(workdir: Path) -> None:
-    """Says that a run begins again although it was trained before, where its checkpoints are gone."""
+    """Warns that a run begins again although it was trained before: its checkpoints are gone."""
     path = workdir / "metrics.jsonl"
     if path.is_file() and path.stat().st_size:
         log.warning(
-            "%s has metrics and no checkpoint: the run begins at step 0, and they are written again",
+            "%s has metrics and no checkpoint: the run begins at step 0, and they are written "
+            "again",
             workdir,
         )
 
@@ -163,18 +95,18 @@ def warn_of_lost_checkpoints(workdir: Path) -> None:
 def check_path(workdir: Path) -> None:
     """Raises `ConfigError` for a path below which orbax loses what it saves, without an error.
 
-    It looks for its files by patterns, in which brackets and stars are no letters; and tensorstore,
+    It looks for its files by patterns, in which brackets and stars have a meaning; and tensorstore,
     which writes them, takes names for UTF-8, whatever the locale says.
     """
-    whole = str(workdir.resolve())
-    special = [letter for letter in GLOB_LETTERS if letter in whole]
+    resolved = str(workdir.resolve())
+    special = [letter for letter in GLOB_LETTERS if letter in resolved]
     if special:
         raise ConfigError(
-            f"--workdir={workdir}: checkpoints cannot be saved below a folder whose name has {' '.join(special)} "
-            f"({whole}); use another folder"
+            f"--workdir={workdir}: checkpoints cannot be saved below a folder whose name has "
+            f"{' '.join(special)} ({resolved}); use another folder"
         )
     try:
-        is_utf8 = os.fsencode(whole) == whole.encode()
+        is_utf8 = os.fsencode(resolved) == resolved.encode()
     except UnicodeEncodeError:
         is_utf8 = False
     if not is_utf8:
@@ -194,33 +126,14 @@ def write_run_directory(
       config: of the run.
       parameters: of its model.
       corpus: identifies the prepared rows; a run is continued only on the rows it began with.
-      command: that trains it.
+      command: the command that trains it.
 
     Raises:
       ConfigError: the directory holds a run on other data, or cannot be written.
     """
     path = workdir / "config.json"
-    facts = _read_json(path) if path.exists() else {}
-    before = facts.get("numerics", {})
-    if not isinstance(before, dict):
-        raise ConfigError(
-            f"{path} is damaged: numerics={before!r} must be an object; restore it from a copy"
-        )
-    changed = changed_numerics(before)
-    if changed:
-        raise ConfigError(
-            f"{workdir} holds a run with {changed}, which changes its numbers; set that variable as it was, or use "
-            "another --workdir"
-        )
-    meta = newest_meta(workdir)
-    notes = meta.get("notes") if meta else None
-    noted = notes.get("corpus") if isinstance(notes, dict) else None
-    for before in (facts.get("corpus"), noted):
-        if before is not None and before != corpus:
-            raise ConfigError(
-                f"{workdir} holds a run on the rows {before}; the text has changed since and gives {corpus}; "
-                "restore the text, or use another --workdir"
-            )
+    _check_numerics(workdir)
+    _check_corpus(workdir, corpus)
     device = jax.devices()[0]
     content = {
         "config": to_dict(config),
@@ -243,14 +156,53 @@ def write_run_directory(
         ) from error
 
 
+def _check_numerics(workdir: Path) -> None:
+    """Raises `ConfigError` if a run was trained under other settings of jax that decide numbers."""
+    recorded = _recorded_facts(workdir).get("numerics", {})
+    if not isinstance(recorded, dict):
+        raise ConfigError(
+            f"{workdir / 'config.json'} is damaged: numerics={recorded!r} must be an object; "
+            "restore it from a copy"
+        )
+    changed = changed_numerics(recorded)
+    if changed:
+        raise ConfigError(
+            f"{workdir} holds a run with {changed}, which changes its numbers; set that variable "
+            "as it was, or use another --workdir"
+        )
+
+
+def _check_corpus(workdir: Path, corpus: str) -> None:
+    """Raises `ConfigError` if a run was trained on other rows."""
+    recorded = _recorded_facts(workdir).get("corpus")
+    noted = read_notes(newest_meta(workdir)).get("corpus")
+    for earlier in (recorded, noted):
+        if earlier is not None and earlier != corpus:
+            raise ConfigError(
+                f"{workdir} holds a run on the rows {earlier}; the text has changed since and "
+                f"gives {corpus}; restore the text, or use another --workdir"
+            )
+
+
+def _recorded_facts(workdir: Path) -> Any:
+    """Returns what `config.json` says; empty without one."""
+    run = RunDirectory(workdir)
+    return _read_facts(run) if run.config.exists() else {}
+
+
 def recorded_corpus(workdir: Path) -> str | None:
-    """The rows that a run is trained on, as `config.json` says; None without one."""
-    content = _read_json(workdir / "config.json") if (workdir / "config.json").exists() else {}
-    return content.get("corpus") if isinstance(content, dict) else None
+    """Returns the rows that a run is trained on, as `config.json` says; None without one."""
+    facts = _recorded_facts(workdir)
+    return facts.get("corpus") if isinstance(facts, dict) else None
 
 
 def check_shared(workdir: Path) -> None:
-    """Raises `ConfigError` in a process that does not see the `config.json` that process 0 has written."""
+    """Checks that all processes see the `config.json` that process 0 has written.
+
+    Raises:
+      ConfigError: this process does not see it.
+      ProcessError: another process does not.
+    """
     path = workdir / "config.json"
 
     def digest() -> str:
@@ -258,21 +210,22 @@ def check_shared(workdir: Path) -> None:
 
     written = broadcast_from_primary(digest())
 
-    def see() -> None:
+    def wait_for_file() -> None:
         deadline = time.monotonic() + SHARED_SECONDS
         while digest() != written:
             if time.monotonic() > deadline:
+                process = f"{socket.gethostname()}, process {jax.process_index()}"
                 raise ConfigError(
-                    f"--workdir={workdir} on {socket.gethostname()}, process {jax.process_index()}, is not the folder "
-                    "that process 0 writes; name one on a file system that all hosts share"
+                    f"--workdir={workdir} on {process}, is not the folder that process 0 writes; "
+                    "name one on a file system that all hosts share"
                 )
             time.sleep(0.5)
 
-    raise_on_all(see)
+    raise_on_all(wait_for_file)
 
 
 def read_config(workdir: str | Path) -> Config:
-    """The resolved configuration of a run.
+    """Returns the resolved configuration of a run.
 
     Raises:
       ConfigError: there is no readable `config.json`, or it does not describe a valid
@@ -280,10 +233,11 @@ def read_config(workdir: str | Path) -> Config:
       RunTreeError: the run directory has links out of it, or pipes.
     """
     check_run_tree(workdir)
-    path = Path(workdir) / "config.json"
+    run = RunDirectory(Path(workdir))
+    path = run.config
     if not path.exists():
         raise ConfigError(f"{path} does not exist; --workdir must name the folder of a trained run")
-    content = _read_json(path)
+    content = _read_facts(run)
     if not isinstance(content, dict) or not isinstance(content.get("config"), dict):
         raise ConfigError(f"{path} is damaged (it has no entry config); {LOST_CONFIG}")
     try:
@@ -292,9 +246,11 @@ def read_config(workdir: str | Path) -> Config:
         raise ConfigError(f"{path}: {error}") from error
 
 
-def _read_json(path: Path) -> Any:
+def _read_facts(run: RunDirectory) -> Any:
+    """Reads `config.json`; raises `ConfigError` with the remedy if that fails."""
+    path = run.config
     try:
-        return json.loads(path.read_bytes().decode())
+        return run.read_facts()
     except OSError as error:
         raise ConfigError(
             f"{path} cannot be read ({error.strerror}); give this user the right to read it"
@@ -304,30 +260,32 @@ def _read_json(path: Path) -> Any:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python, moejax and the packages that numbers depend on."""
-    return {
-        "python": platform.python_version(),
-        "moejax": moejax.__version__,
-        **{package: importlib.metadata.version(package) for package in PACKAGES},
-    }
+    """Returns the versions of Python, moejax and the packages that numbers depend on."""
+    own = {"python": platform.python_version(), "moejax": moejax.__version__}
+    return own | {package: importlib.metadata.version(package) for package in PACKAGES}
 
 
 def git_commit() -> str:
-    """Commit of the checkout moejax runs from, with "+changes" if it was edited; empty outside a checkout."""
+    """Returns the commit of the checkout that moejax runs from; empty outside a checkout.
 
-    def git(*arguments: str) -> str:
-        folder = Path(moejax.__file__).parent
-        done = subprocess.run(
-            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True
-        )
-        return done.stdout.strip()
-
+    It ends with "+changes" if the checkout was edited.
+    """
     try:
-        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain") else "")
+        commit = _git("rev-parse", "HEAD")
+        is_edited = bool(_git("status", "--porcelain"))
     except (OSError, subprocess.CalledProcessError):
         return ""
+    return f"{commit}+changes" if is_edited else commit
+
+
+def _git(*arguments: str) -> str:
+    """Returns what git prints about the checkout that moejax runs from."""
+    folder = str(Path(moejax.__file__).parent)
+    command = ["git", "-C", folder, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes a JSON document, whole or not at all."""
+    """Writes a JSON document in one step: a reader sees the old file or the new one."""
     replace_file(path, (to_json(content, indent=2) + "\n").encode())

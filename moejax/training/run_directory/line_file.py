@@ -1,8 +1,8 @@
-"""Files of one JSON object a line, which a run appends to: what a continued run finds in them, and misses.
+"""Files of one JSON object per line, which a run appends to.
 
-A checkpoint notes the extent of such a file and a digest of it. A continued run compares: history
-that was lost or changed is said in one line, and the run goes on, since nothing it computes
-depends on it.
+A checkpoint notes the size of such a file and a digest of it. A continued run compares them:
+history that was lost or changed is reported in one line, and the run goes on, since nothing that it
+computes depends on it.
 """
 
 import contextlib
@@ -59,22 +59,23 @@ class LineFile:
                 replace_file(path, kept)
         except OSError as error:
             raise LineFileError(
-                f"{path} cannot be read and written ({error.strerror}); give this user the rights to it, or "
-                "move it away to go on without its history"
+                f"{path} cannot be read and written ({error.strerror}); give this user the rights "
+                "to it, or move it away to go on without its history"
             ) from error
         self._num_bytes = len(kept)
         self._hash = hashlib.blake2b(kept, digest_size=DIGEST_BYTES)
-        if self._num_damaged or (
-            noted is not None and not self._is_as_noted(kept, noted, after_step)
-        ):
+        is_changed = noted is not None and not _is_kept_as_noted(kept, noted, after_step)
+        if self._num_damaged or is_changed:
             log.warning(
-                "%s is not what was written up to step %d: a part of its history is lost or damaged; the run goes on "
-                "from its checkpoint", path, after_step,
-            )  # fmt: skip
+                "%s is not what was written up to step %d: a part of its history is lost or "
+                "damaged; the run goes on from its checkpoint",
+                path,
+                after_step,
+            )
 
     @property
     def state(self) -> dict[str, Any]:
-        """The extent of what was written, and a digest of it, as JSON."""
+        """The size of what was written, and a digest of it, as JSON."""
         return _state(self._num_bytes, self._hash)
 
     def append(self, line: Mapping[str, Any]) -> None:
@@ -91,29 +92,24 @@ class LineFile:
             self._file.flush()
         except OSError as error:
             raise LineFileError(
-                f"{self.path} cannot be written ({error.strerror}); make room there, and run the command again"
+                f"{self.path} cannot be written ({error.strerror}); make room there, and run the "
+                "command again"
             ) from error
         self._num_bytes += len(text)
         self._hash.update(text)
 
     def close(self) -> None:
         """Closes the file."""
-        if self._file is not None:
-            file, self._file = self._file, None
-            with contextlib.suppress(
-                OSError
-            ):  # of a line that could not be written, which was said
-                file.close()
-
-    def _is_as_noted(self, kept: bytes, noted: Mapping[str, Any], after_step: int) -> bool:
-        """Whether a file has what was noted, and behind it lines of the last step alone: they came after its save."""
-        if not _begins_as_noted(kept, noted):
-            return False
-        later = (parse_line(line) for line in kept[noted["bytes"] :].splitlines())
-        return all(line is not None and line["step"] == after_step for line in later)
+        if self._file is None:
+            return
+        file = self._file
+        self._file = None
+        # A line that could not be written was reported then.
+        with contextlib.suppress(OSError):
+            file.close()
 
     def _keep(self, content: bytes, after_step: int, is_line: Callable[[Any], bool]) -> bytes:
-        """The bytes of the lines up to a step, without damaged ones."""
+        """Returns the bytes of the lines up to a step, without damaged ones."""
         kept = []
         for line in content.splitlines(keepends=True):
             if not line.endswith(b"\n"):  # the last, which a crash has cut off
@@ -127,27 +123,57 @@ class LineFile:
         return b"".join(kept)
 
 
+def _is_kept_as_noted(kept: bytes, noted: Mapping[str, Any], after_step: int) -> bool:
+    """Whether a file begins with what was noted and holds only lines of the last step after it.
+
+    Lines of the last step were written after its checkpoint was saved.
+    """
+    if not _begins_as_noted(kept, noted):
+        return False
+    for line in kept[noted["bytes"] :].splitlines():
+        values = parse_line(line)
+        if values is None or values["step"] != after_step:
+            return False
+    return True
+
+
 def _state(num_bytes: int, digest: "hashlib.blake2b") -> dict[str, Any]:
     return {"bytes": num_bytes, "digest": digest.hexdigest()}
 
 
 def is_as_noted(path: Path, noted: Any) -> bool:
-    """Whether a file still begins with what `LineFile.state` was noted of, perhaps in a folder made elsewhere."""
+    """Whether a file still begins with the bytes whose `LineFile.state` was noted.
+
+    Args:
+      path: of the file.
+      noted: from a checkpoint, which may have been made elsewhere: any JSON value.
+    """
     return _begins_as_noted(path.read_bytes(), noted)
 
 
 def _begins_as_noted(content: bytes, noted: Any) -> bool:
-    if not isinstance(noted, dict) or type(noted.get("bytes")) is not int or noted["bytes"] < 0:
+    num_bytes = noted.get("bytes") if isinstance(noted, dict) else None
+    if type(num_bytes) is not int or num_bytes < 0:
         return False
-    content = content[: noted["bytes"]]
-    return _state(len(content), hashlib.blake2b(content, digest_size=DIGEST_BYTES)) == noted
+    beginning = content[:num_bytes]
+    digest = hashlib.blake2b(beginning, digest_size=DIGEST_BYTES)
+    return _state(len(beginning), digest) == noted
+
+
+def decode_line(line: bytes) -> dict[str, Any] | None:
+    """Returns the object of a line; None if it is JSON, but not an object with an integer `step`.
+
+    Raises:
+      ValueError, RecursionError: the line is not JSON.
+    """
+    values = json.loads(line.decode())
+    has_step = isinstance(values, dict) and type(values.get("step")) is int
+    return values if has_step else None
 
 
 def parse_line(line: bytes) -> dict[str, Any] | None:
-    """The object of a line; None if it is damaged, or cut off by a crash."""
+    """Returns the object of a line; None if it is damaged, or cut off by a crash."""
     try:
-        values = json.loads(line.decode())
+        return decode_line(line)
     except (ValueError, RecursionError):
         return None
-    is_stepped = isinstance(values, dict) and type(values.get("step")) is int
-    return values if is_stepped else None

@@ -1,7 +1,7 @@
-"""Metrics leave the device one logging interval late and go to files, one JSON object a line.
+"""Metrics leave the device one logging interval late and go to files, one JSON object per line.
 
 `Recorder.add` keeps references to a step's outputs; at the end of an interval it fetches those of
-the interval before, which are long computed, so that reading never makes the device wait.
+the previous interval, which have long been computed, so that reading never makes the device wait.
 """
 
 import dataclasses
@@ -15,26 +15,30 @@ import jax
 
 from moejax.locks import check_held
 from moejax.planning.devices import peak_memory_bytes
-from moejax.training.health.alarms import Alarm, AlarmLog
+from moejax.training.health.alarm_rules import Alarm
+from moejax.training.health.alarms import AlarmLog
 from moejax.training.health.progress import StepProgress
 from moejax.training.health.speed import ARMS, MEMORY, MFU, SECONDS, SPEED
-from moejax.training.health.telemetry import summarize_routing
+from moejax.training.health.telemetry import RoutingInterval, summarize_routing
 from moejax.training.run_directory.intervals import TimedOutput, pack_steps
 from moejax.training.run_directory.line_file import LineFile
 from moejax.training.run_directory.routing_log import RoutingLog
 from moejax.training.step import StepOutput
 
 SUMMED = ("num_targets",)
+"""Scalars of which an interval has the sum; of all others but those in `LAST` it has the mean."""
+
 LAST = ("skipped_steps", "learning_rate")
+"""Scalars of which an interval has the last value."""
 
 
 class MetricsFile:
-    """`workdir/metrics.jsonl` and the same scalars for TensorBoard.
+    """Writes `workdir/metrics.jsonl` and the same scalars for TensorBoard.
 
     Args:
       workdir: the run directory.
       after_step: lines beyond this step are dropped: a resumed run writes them again.
-      tokens: targets trained on up to that step, from its checkpoint; None: what the file says.
+      tokens: targets trained on up to that step, from its checkpoint; None takes the file's number.
       noted: `state` at that step, from its checkpoint.
 
     Attributes:
@@ -56,8 +60,7 @@ class MetricsFile:
 
         self.path = Path(workdir) / "metrics.jsonl"
         self._file = LineFile(self.path, after_step, noted, _is_metrics)
-        known = [line["tokens"] for line in self._file.lines if "tokens" in line]
-        self.tokens = int(known[-1] if known else 0) if tokens is None else tokens
+        self.tokens = self._last_tokens() if tokens is None else tokens
         self._board = SummaryWriter(str(Path(workdir) / "tensorboard"), purge_step=after_step + 1)
 
     @property
@@ -69,10 +72,18 @@ class MetricsFile:
         """Whether the file held an evaluation of a step when it was opened."""
         return any(line["step"] == step and "eval/loss" in line for line in self._file.lines)
 
+    def _last_tokens(self) -> int:
+        """Returns the number of tokens in the last line that has one."""
+        for line in reversed(self._file.lines):
+            if "tokens" in line:
+                return int(line["tokens"])
+        return 0
+
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Appends one line; values that are not finite are left out, since JSON has no NaN."""
         finite = {key: value for key, value in values.items() if math.isfinite(value)}
-        self._file.append({"step": step, **finite})
+        line = {"step": step, **finite}
+        self._file.append(line)
         for key, value in finite.items():
             self._board.add_scalar(key, value, step)
 
@@ -94,14 +105,14 @@ def _is_metrics(line: Mapping[str, Any]) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class FinishedStep:
-    """The little that is read of every step, once the next one is under way."""
+    """The values that are read of every step, once the next one is under way."""
 
     step: int
     skipped_in_row: int
 
 
 class Recorder:
-    """Collects step outputs, hands each logging interval to the files one interval late, and keeps time.
+    """Collects step outputs, writes each logging interval one interval late, and keeps time.
 
     Args:
       metrics: where scalars go; None in a process that writes nothing.
@@ -109,17 +120,17 @@ class Recorder:
       progress: shown every finished step.
       start_step: steps done before this process began.
       alarms: what watches the routing; None where `routing` is.
-      num_arms: of the pack, whose seconds an interval has. It is said of each interval, for an arm
-        may continue alone.
+      num_arms: of the pack, to whose steps an interval's seconds belong. It is logged with each
+        interval, for an arm may continue alone.
       utilisation: model FLOPs utilisation at one token per second; None where it is not known.
-      carried: the last of those steps, of an interval that a stop has cut.
+      carried: the last of the steps done before, of an interval that a stop has cut short.
 
     Attributes:
       rate: tokens per second of the last step.
       rates: tokens per second of each interval.
       stopping: alarms that are to stop the run, once there are any.
-      cut: `notes` as of the beginning of the last interval that `flush` wrote, with the steps of
-        that interval.
+      cut: `notes` at the beginning of the last interval that `flush` wrote, with the steps of that
+        interval.
     """
 
     def __init__(
@@ -129,6 +140,7 @@ class Recorder:
         progress: StepProgress,
         start_step: int,
         alarms: AlarmLog | None = None,
+        *,
         num_arms: int = 1,
         utilisation: float | None = None,
         carried: Sequence[TimedOutput] = (),
@@ -151,11 +163,11 @@ class Recorder:
         self.resume()
 
     def resume(self) -> None:
-        """Starts the clock anew, after work that is not training."""
+        """Restarts the clock after work that is not training."""
         self._since = time.perf_counter()
 
     def add(self, output: StepOutput) -> FinishedStep:
-        """Takes the output of the step just dispatched, and waits for the one before."""
+        """Takes the output of the step just dispatched, and waits for the step before it."""
         finished = self._finish_running()
         self._running = output
         return finished
@@ -167,8 +179,10 @@ class Recorder:
 
     def end_interval(self) -> None:
         """Writes the interval before this one, whose values have long been computed."""
-        finished, self._waiting, self._current = self._waiting, self._current, []
-        self._write(finished)
+        previous = self._waiting
+        self._waiting = self._current
+        self._current = []
+        self._write(previous)
 
     def flush(self) -> FinishedStep:
         """Writes everything, waiting for it: before evaluation, saving and the end."""
@@ -181,7 +195,7 @@ class Recorder:
         return finished
 
     def notes(self) -> dict[str, Any]:
-        """What a run that continues from here must know of what was written, as JSON."""
+        """Returns what a run that continues from here must know of what was written, as JSON."""
         notes: dict[str, Any] = {}
         if self.metrics is not None:
             notes |= {"tokens": self.metrics.tokens, "metrics": self.metrics.state}
@@ -192,14 +206,16 @@ class Recorder:
         return notes
 
     def _finish_running(self) -> FinishedStep:
+        """Waits for the step under way, and times it."""
         if self._running is None:
             return self._last
-        output, self._running = self._running, None
-        scalars = jax.device_get(
-            {key: output.scalars[key] for key in ("loss/lm", "num_targets", "skipped_in_row")}
-        )
+        output = self._running
+        self._running = None
+        wanted = ("loss/lm", "num_targets", "skipped_in_row")
+        scalars = jax.device_get({key: output.scalars[key] for key in wanted})
         now = time.perf_counter()
-        seconds, self._since = now - self._since, now
+        seconds = now - self._since
+        self._since = now
         self._current.append(TimedOutput(output, seconds))
         self._last = FinishedStep(self._last.step + 1, int(scalars["skipped_in_row"]))
         self.rate = float(scalars["num_targets"]) / seconds
@@ -207,39 +223,54 @@ class Recorder:
         return self._last
 
     def _write(self, interval: Sequence[TimedOutput]) -> None:
+        """Writes the scalars of an interval and its routing, and checks the alarms."""
         if not interval or self.metrics is None:
             return
         check_held(self.metrics.path)
-        outputs: list[StepOutput] = jax.device_get([output for output, _ in interval])
-        steps = [{key: float(value) for key, value in output.scalars.items()} for output in outputs]
-        self._written_step += len(steps)
-        values = summarize(steps)
+        outputs: list[StepOutput] = jax.device_get([step.output for step in interval])
+        self._written_step += len(outputs)
+        values = summarize([_to_floats(output.scalars) for output in outputs])
         del values["skipped_in_row"]
-        targets = values.pop("num_targets")
-        self.metrics.tokens += int(targets)
+        num_targets = values.pop("num_targets")
+        self.metrics.tokens += int(num_targets)
         values["tokens"] = self.metrics.tokens
-        seconds = sum(seconds for _, seconds in interval)
-        values[SECONDS] = seconds
-        values[SPEED] = targets / seconds
-        self.rates.append(values[SPEED])
-        if self._utilisation is not None:
-            values[MFU] = values[SPEED] * self._utilisation
-        if (peak := peak_memory_bytes()) is not None:
-            values[MEMORY] = peak
-        if self._num_arms > 1:
-            values[ARMS] = self._num_arms
+        values |= self._speed(num_targets, sum(step.seconds for step in interval))
         routing = summarize_routing(outputs)
         if routing is not None:
             values["moe/dead_experts"] = float((routing.counts_NE == 0).sum())
-            if self.routing is not None:
-                self.routing.append(self._written_step, **routing.arrays())
-            if self.alarms is not None:
-                self.stopping = self.alarms.update(self._written_step, routing) or self.stopping
+            self._write_routing(routing)
         self.metrics.write(self._written_step, values)
+
+    def _speed(self, num_targets: float, seconds: float) -> dict[str, float]:
+        """Returns the metrics of an interval's speed and memory."""
+        rate = num_targets / seconds
+        self.rates.append(rate)
+        values = {SECONDS: seconds, SPEED: rate}
+        if self._utilisation is not None:
+            values[MFU] = rate * self._utilisation
+        peak_bytes = peak_memory_bytes()
+        if peak_bytes is not None:
+            values[MEMORY] = peak_bytes
+        if self._num_arms > 1:
+            values[ARMS] = self._num_arms
+        return values
+
+    def _write_routing(self, routing: RoutingInterval) -> None:
+        if self.routing is not None:
+            self.routing.append(self._written_step, **routing.arrays())
+        if self.alarms is not None:
+            self.stopping = self.alarms.update(self._written_step, routing) or self.stopping
+
+
+def _to_floats(scalars: Mapping[str, Any]) -> dict[str, float]:
+    return {key: float(value) for key, value in scalars.items()}
 
 
 def summarize(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """One value per key for an interval: sums, last values, and means over the steps in which it was finite."""
+    """Returns one value per key for an interval: the sum, the last value, or the mean.
+
+    A mean is over the steps in which the value was finite.
+    """
     values: dict[str, float] = {}
     for key in steps[0]:
         column = [step[key] for step in steps]
@@ -248,6 +279,10 @@ def summarize(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
         elif key in SUMMED:
             values[key] = sum(column)
         else:
-            finite = [value for value in column if math.isfinite(value)]
-            values[key] = sum(finite) / len(finite) if finite else math.nan
+            values[key] = _finite_mean(column)
     return values
+
+
+def _finite_mean(values: Sequence[float]) -> float:
+    finite = [value for value in values if math.isfinite(value)]
+    return sum(finite) / len(finite) if finite else math.nan

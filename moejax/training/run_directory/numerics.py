@@ -1,4 +1,4 @@
-"""Settings of jax that decide numbers: a run records them and goes on only with the same.
+"""Settings of jax that decide numbers: a run records them and goes on only with the same ones.
 
 Environment variables such as `JAX_THREEFRY_PARTITIONABLE=0` change every random number, so a run
 that was continued with another value would be a mixture of two.
@@ -21,14 +21,16 @@ SETTINGS = (
 
 
 def numerics() -> dict[str, bool | int | str]:
-    """The settings of this process, by name; those that are not set are left out."""
+    """Returns the settings of this process, by name; those that are not set are left out."""
     values = {name: getattr(jax.config, name, None) for name in SETTINGS}
     return {name: _plain(value) for name, value in values.items() if value is not None}
 
 
 def _plain(value: Any) -> bool | int | str:
-    """A value that JSON can hold; some settings are enumerations of text."""
-    return value if isinstance(value, bool | int) else str(getattr(value, "value", value))
+    """Returns a value that JSON can hold; some settings are enumerations of text."""
+    if isinstance(value, bool | int):
+        return value
+    return str(getattr(value, "value", value))
 
 
 def changed_numerics(before: Mapping[str, object]) -> str:
@@ -37,8 +39,11 @@ def changed_numerics(before: Mapping[str, object]) -> str:
     Args:
       before: what `numerics` gave when the run began; empty for runs that did not record it.
     """
+    if not before:
+        return ""
     now = numerics()
     for name in SETTINGS:
-        if before and before.get(name) != now.get(name):
-            return f"{name.upper()}={before.get(name)}, and now it is {now.get(name)}"
+        old, new = before.get(name), now.get(name)
+        if old != new:
+            return f"{name.upper()}={old}, and now it is {new}"
     return ""

@@ -1,4 +1,4 @@
-"""The files of `routing/`: a group and its arrays, their checksums, and what is said of damaged ones."""
+"""The files of `routing/`: a group and its arrays, their checksums, and messages about damage."""
 
 import contextlib
 import hashlib
@@ -19,10 +19,12 @@ from moejax.paths import replace_file
 FOLDER = "routing"
 GROUP = "zarr.json"
 UNFINISHED = -1  # the fill value of `step`
-CHUNK_BYTES = (
-    2**20
-)  # an append rewrites one chunk: about a megabyte, so that long runs leave few files
-CHECKSUM = "crc32c"  # the codec
+CHUNK_BYTES = 2**20
+"""An append rewrites one chunk: about a megabyte, so that long runs leave few files."""
+
+CHECKSUM = "crc32c"
+"""The codec."""
+
 ARRAYS: Mapping[str, tuple[str, int | str]] = {
     "counts": ("int64", 0),
     "probs": ("float32", "NaN"),
@@ -32,7 +34,7 @@ ARRAYS: Mapping[str, tuple[str, int | str]] = {
     "layers": ("float32", "NaN"),
     "step": ("int64", UNFINISHED),
 }
-"""Type and fill value of each; `step` is the last, in which order they are written."""
+"""Type and fill value of each, in the order in which they are written: `step` is the last."""
 
 
 class RoutingLogError(ValueError):
@@ -40,49 +42,60 @@ class RoutingLogError(ValueError):
 
 
 def finished_steps(step_array: tensorstore.TensorStore) -> Int64[np.ndarray, "S"]:
-    """Steps in front of the first unfinished entry."""
+    """Returns the steps before the first unfinished entry."""
     steps = step_array.read().result()
     unfinished = np.flatnonzero(steps == UNFINISHED)
     return steps[: unfinished[0]] if unfinished.size else steps
 
 
 def create_arrays(folder: Path, attributes: dict[str, Any]) -> None:
-    """Makes empty arrays, then the group file: a folder without it is not a log yet and is made anew."""
+    """Makes empty arrays, then the group file.
+
+    A folder without the group file is not a log yet, and is made again.
+    """
     shapes = array_shapes(attributes)
     if min(shapes["counts"]) < 1:
         raise RoutingLogError(
             f"a routing log needs MoE layers and experts, got {attributes}; a dense run has none"
         )
-    entries = chunk_entries(shapes)
-    for name, (dtype, fill) in ARRAYS.items():
-        inner = list(shapes[name])
-        last = "metric" if name == "layers" else "expert"
-        metadata = {
-            "shape": [0, *inner],
-            "data_type": dtype,
-            "fill_value": fill,
-            "dimension_names": ["step", "layer", last][: 1 + len(inner)],
-            "chunk_grid": {
-                "name": "regular",
-                "configuration": {"chunk_shape": [entries, *(max(size, 1) for size in inner)]},
-            },
-            "codecs": [
-                {"name": "bytes", "configuration": {"endian": "little"}},
-                {"name": "zstd"},
-                {"name": CHECKSUM},
-            ],
-        }
+    num_entries = chunk_entries(shapes)
+    for name in ARRAYS:
+        metadata = _metadata(name, shapes[name], num_entries)
         spec = _spec(folder, name) | {"metadata": metadata}
         tensorstore.open(spec, create=True, delete_existing=True).result()
     write_group(folder, attributes)
 
 
-def remove_unfinished_writes(folder: Path) -> None:
-    """Removes what a writer that was killed within a write left behind; only the one writer may call this.
+def _metadata(name: str, inner: tuple[int, ...], num_entries: int) -> dict[str, Any]:
+    """Returns the Zarr metadata of an empty array.
 
-    TensorStore writes a file as `NAME.__lock` and renames it. One left by a killed process is
-    written over without being cut to the new length, so that the old end would follow the new
-    content into the file.
+    Args:
+      name: of the array.
+      inner: its shape without the first axis.
+      num_entries: how many entries a chunk holds.
+    """
+    dtype, fill_value = ARRAYS[name]
+    dimension_names = ["step", "layer", "metric" if name == "layers" else "expert"]
+    chunk_shape = [num_entries, *(max(size, 1) for size in inner)]
+    return {
+        "shape": [0, *inner],
+        "data_type": dtype,
+        "fill_value": fill_value,
+        "dimension_names": dimension_names[: 1 + len(inner)],
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunk_shape}},
+        "codecs": [
+            {"name": "bytes", "configuration": {"endian": "little"}},
+            {"name": "zstd"},
+            {"name": CHECKSUM},
+        ],
+    }
+
+
+def remove_unfinished_writes(folder: Path) -> None:
+    """Removes what a killed writer left of a write; only the one writer may call this.
+
+    TensorStore writes a file as `NAME.__lock` and renames it. A file left by a killed process is
+    overwritten without being truncated first, so that its old end would follow the new content.
     """
     for path in folder.rglob("*.__lock"):
         path.unlink(missing_ok=True)
@@ -96,14 +109,14 @@ def write_group(folder: Path, attributes: dict[str, Any]) -> None:
 
 
 def _digest(attributes: Mapping[str, Any]) -> str:
-    return hashlib.blake2b(
-        json.dumps(attributes, sort_keys=True).encode(), digest_size=16
-    ).hexdigest()
+    text = json.dumps(attributes, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def read_group(folder: Path) -> dict[str, Any]:
-    """The group's attributes; raises `ValueError` if they differ from what was written."""
-    attributes = json.loads((folder / GROUP).read_bytes().decode())["attributes"]
+    """Reads the group's attributes; raises `ValueError` if they differ from what was written."""
+    group = json.loads((folder / GROUP).read_bytes().decode())
+    attributes = group["attributes"]
     others = {key: value for key, value in attributes.items() if key != "digest"}
     if "digest" in attributes and attributes["digest"] != _digest(others):
         raise ValueError(f"{GROUP} differs from the digest written with it")
@@ -113,36 +126,44 @@ def read_group(folder: Path) -> dict[str, Any]:
 
 
 def has_entries(folder: Path) -> bool:
-    """Whether a folder without a group file holds entries: making it was not only begun."""
-    return (folder / "step" / GROUP).exists() and len(
-        finished_steps(open_array(folder, "step"))
-    ) > 0
+    """Whether a folder without a group file holds entries: its creation was finished once."""
+    if not (folder / "step" / GROUP).exists():
+        return False
+    return len(finished_steps(open_array(folder, "step"))) > 0
 
 
 def has_checksums(array: tensorstore.TensorStore) -> bool:
     """Whether the chunks of an array end with their checksums; those of earlier versions do not."""
-    return any(codec["name"] == CHECKSUM for codec in array.spec().to_json()["metadata"]["codecs"])
+    codecs = array.spec().to_json()["metadata"]["codecs"]
+    return any(codec["name"] == CHECKSUM for codec in codecs)
 
 
 def check_stored(name: str, array: tensorstore.TensorStore) -> None:
-    """Raises `ValueError` if a chunk of finished entries is gone, for which the fill value would be read."""
+    """Raises `ValueError` if a chunk of finished entries is gone.
+
+    The fill value would be read in its place.
+    """
     if not array.size or not has_checksums(array):
         return
-    if not array.storage_statistics(query_fully_stored=True).result().fully_stored:
+    statistics = array.storage_statistics(query_fully_stored=True).result()
+    if not statistics.fully_stored:
         raise ValueError(f"chunks of {name} are lost")
 
 
 def array_shapes(attributes: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Each array's shape without its first axis."""
+    """Returns each array's shape without its first axis."""
     num_layers = len(attributes["layers"])
     by_expert = (num_layers, attributes["num_experts"])
-    own = {"layers": (num_layers, len(attributes["metrics"])), "step": ()}
-    return {name: own.get(name, by_expert) for name in ARRAYS}
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(ARRAYS, by_expert)
+    shapes["layers"] = (num_layers, len(attributes["metrics"]))
+    shapes["step"] = ()
+    return shapes
 
 
 def chunk_entries(shapes: Mapping[str, tuple[int, ...]]) -> int:
-    """How many entries a chunk holds."""
-    return int(np.clip(CHUNK_BYTES // (8 * math.prod(shapes["counts"])), 1, 256))
+    """Returns how many entries a chunk holds."""
+    entry_bytes = 8 * math.prod(shapes["counts"])  # of int64
+    return int(np.clip(CHUNK_BYTES // entry_bytes, 1, 256))
 
 
 def _spec(folder: Path, name: str) -> dict[str, Any]:
@@ -156,7 +177,7 @@ def open_array(folder: Path, name: str) -> tensorstore.TensorStore:
 
 
 def read_attributes(folder: Path) -> dict[str, Any]:
-    """The layers, the number of experts and the metrics that the group file names."""
+    """Reads the layers, the number of experts and the metrics that the group file names."""
     attributes = read_group(folder)
     return {
         "layers": list(attributes["layers"]),
@@ -167,7 +188,7 @@ def read_attributes(folder: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def naming_damage(folder: Path) -> Iterator[None]:
-    """Turns what using a damaged or unreadable log, or a full disk, raises into a `RoutingLogError` with its remedy."""
+    """Turns the errors of a damaged or unreadable log, or a full disk, into a `RoutingLogError`."""
     try:
         yield
     except RoutingLogError:
@@ -181,24 +202,28 @@ def naming_damage(folder: Path) -> Iterator[None]:
         RecursionError,
         OSError,
     ) as error:
-        text = " ".join(
-            re.split(r" \[(source locations|tensorstore_spec|os_error_code)", str(error))[0].split()
-        )[:300]
-        if isinstance(error, PermissionError) or "PERMISSION_DENIED" in text:
-            raise RoutingLogError(
-                f"{folder} cannot be read ({text}); give this user the right to it"
-            ) from error
-        if "Error writing" in text:
-            raise RoutingLogError(
-                f"{folder} cannot be written ({text}); make room there, and run the command again"
-            ) from error
-        state = "cannot be read" if isinstance(error, OSError) else "is damaged"
-        raise RoutingLogError(
-            f"{folder} {state} ({type(error).__name__}: {text}); restore it from a copy, or go on without its history, "
-            f"that of evaluations included: {move_command(folder)}"
-        ) from error
+        raise _explain(folder, error) from error
+
+
+def _explain(folder: Path, error: Exception) -> RoutingLogError:
+    """Returns the error to raise for a log that cannot be used, with its remedy."""
+    # TensorStore adds to its messages what is for its developers.
+    additions = r" \[(source locations|tensorstore_spec|os_error_code)"
+    message = re.split(additions, str(error))[0]
+    text = " ".join(message.split())[:300]
+    if isinstance(error, PermissionError) or "PERMISSION_DENIED" in text:
+        return RoutingLogError(f"{folder} cannot be read ({text}); give this user the right to it")
+    if "Error writing" in text:
+        return RoutingLogError(
+            f"{folder} cannot be written ({text}); make room there, and run the command again"
+        )
+    state = "cannot be read" if isinstance(error, OSError) else "is damaged"
+    return RoutingLogError(
+        f"{folder} {state} ({type(error).__name__}: {text}); restore it from a copy, or go on "
+        f"without its history, that of evaluations included: {move_command(folder)}"
+    )
 
 
 def move_command(folder: Path) -> str:
-    """The command that puts a log out of the way."""
+    """Returns the command that moves a log out of the way."""
     return shlex.join(["mv", str(folder), str(folder.with_name("damaged-routing"))])

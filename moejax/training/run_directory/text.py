@@ -1,9 +1,10 @@
 """The text of a run: which rows it was trained on, and where they may be looked for.
 
-A run directory may come from anybody, and what its `config.json` says of places could name any file
-of this machine. So the rows are looked for where the user says now; else where the run recorded
-them, if the record bears the signature of this user; else in `data` below the current folder, where
-nothing is written unasked. Rows under another name than the run's `corpus` are never used.
+A run directory may come from anyone, and the paths in its `config.json` could name any file of this
+machine. So the rows are looked for where the user says now; otherwise where the run recorded them,
+if the record has the signature of this user; otherwise in `data` below the current folder, where
+nothing is written without the user's request. Rows under another name than the run's `corpus` are
+never used.
 """
 
 import dataclasses
@@ -17,23 +18,24 @@ from moejax.config import DataConfig
 from moejax.data import Corpus, DataError, Tokenizer, find_rows, prepare
 from moejax.data.storage.regular_files import read_regular
 from moejax.training.run_directory.layout import read_config
-from moejax.training.run_directory.signature import is_signed
-from moejax.training.run_directory.text_record import signed_text
+from moejax.training.run_directory.text_record import is_signed, signed_text
 
 PLACES_OF_SOURCE = {"files": "files", "tfds": "source_dir"}
-"""The leaf that says where the documents of a source are; the others bring theirs along."""
+"""The leaf that says where the documents of a source are; other sources need none."""
 
 log = logging.getLogger("moejax")
 
 
 @dataclasses.dataclass(frozen=True)
 class TextPlaces:
-    """Where the user says that a run's text is, in the words of `DataConfig`; empty: not said.
+    """Where the user says that a run's text is, by the leaves of `DataConfig`.
 
     Attributes:
       directory: of prepared rows; they are prepared there if they are absent.
       files: the documents of `data.source=files`.
       source_dir: that of `data.source=tfds`.
+
+    An empty value is not given.
     """
 
     directory: str = ""
@@ -42,18 +44,18 @@ class TextPlaces:
 
     @classmethod
     def from_config(cls, data: DataConfig) -> "TextPlaces":
-        """The places of a configuration that the user gives now."""
+        """Returns the places of a configuration that the user gives now."""
         return cls(data.directory, data.files, data.source_dir)
 
     def said(self) -> dict[str, str]:
-        """What is said, by leaf."""
+        """Returns the places that are given, by leaf."""
         return {leaf: place for leaf, place in dataclasses.asdict(self).items() if place}
 
 
 def open_run_corpus(
     workdir: str | Path, tokenizer: Tokenizer, places: TextPlaces | None = None
 ) -> Corpus:
-    """The rows that a run was trained on, which are prepared again if they are gone.
+    """Opens the rows that a run was trained on; they are prepared again if they are gone.
 
     Args:
       workdir: the run directory.
@@ -62,21 +64,22 @@ def open_run_corpus(
 
     Raises:
       ConfigError: no readable `config.json`, or its text is not found.
-      DataError: the rows are damaged, or cannot be found without the user's word, or the text
-        has changed.
+      DataError: the rows are damaged, or cannot be found unless the user says where they are, or
+        the text has changed.
     """
     workdir = Path(workdir)
-    said = (places or TextPlaces()).said()
+    given = (places or TextPlaces()).said()
     config_data = read_config(workdir).data
-    recorded = json.loads(read_regular(workdir / "config.json"))
-    corpus = recorded.get("corpus")
+    record = json.loads(read_regular(workdir / "config.json"))
+    corpus = record.get("corpus")
     if not isinstance(corpus, str):
         raise DataError(
-            f"{workdir}/config.json does not say on which rows the run was trained; restore it from a copy"
+            f"{workdir}/config.json does not say on which rows the run was trained; restore it "
+            "from a copy"
         )
-    own = _own_places(config_data, recorded.get("text"), corpus)
+    recorded = _trusted_places(config_data, record.get("text"), corpus)
+    known = (recorded or {}) | given
     default = {"directory": DataConfig().directory, "files": "", "source_dir": ""}
-    known = {**(own or {}), **said}
     place = default | known
     data = dataclasses.replace(
         config_data,
@@ -93,30 +96,29 @@ def open_run_corpus(
     return prepare(data, tokenizer, only=corpus)
 
 
-def _own_places(data: DataConfig, recorded: Any, corpus: str) -> dict[str, str] | None:
-    """The places that the run recorded; None unless this user's moejax did it."""
+def _trusted_places(data: DataConfig, record: Any, corpus: str) -> dict[str, str] | None:
+    """Returns the places that the run recorded; None unless this user's moejax did it."""
+    if not isinstance(record, dict):
+        return None
     leaves = [field.name for field in dataclasses.fields(TextPlaces)]
-    if not isinstance(recorded, dict) or not all(
-        isinstance(recorded.get(leaf), str) for leaf in leaves
-    ):
+    if not all(isinstance(record.get(leaf), str) for leaf in leaves):
         return None
-    if not is_signed(signed_text(data, recorded, corpus), recorded.get("signature")):
+    if not is_signed(signed_text(data, record, corpus), record.get("signature")):
         return None
-    return {leaf: recorded[leaf] for leaf in leaves}
+    return {leaf: record[leaf] for leaf in leaves}
 
 
 def _check_known(workdir: Path, data: DataConfig, corpus: str, known: dict[str, str]) -> None:
     """Raises `DataError` if it is not known where to prepare rows again, and from what."""
-    needed = [
-        leaf
-        for leaf in ("directory", PLACES_OF_SOURCE.get(data.source))
-        if leaf and not known.get(leaf)
-    ]
-    if not needed:
+    leaves = ["directory"]
+    if data.source in PLACES_OF_SOURCE:
+        leaves.append(PLACES_OF_SOURCE[data.source])
+    unknown = [leaf for leaf in leaves if not known.get(leaf)]
+    if not unknown:
         return
-    flags = " and ".join(f"--data.{leaf}=" for leaf in needed)
+    flags = " and ".join(f"--data.{leaf}=" for leaf in unknown)
     raise DataError(
-        f"{workdir}: its rows {corpus} are not in {os.path.abspath(data.directory)}, and places that config.json names "
-        f"are not believed, since it was not written by this user here; say where the text is, by {flags}, "
-        "or where the rows are, by --data.directory="
+        f"{workdir}: its rows {corpus} are not in {os.path.abspath(data.directory)}, and places "
+        "that config.json names are not trusted, since it was not written by this user here; say "
+        f"where the text is, by {flags}, or where the rows are, by --data.directory="
     )

@@ -149,7 +149,7 @@ def test_places_that_a_foreign_run_names_are_neither_read_nor_written(
     for verb in ("eval", "report", "counterfactuals"):
         assert main([verb, f"--workdir={copy}"]) == 2
     printed = capfd.readouterr()
-    assert printed.err.count("are not believed, since it was not written by this user here") == 3
+    assert printed.err.count("are not trusted, since it was not written by this user here") == 3
     assert "--data.directory= and --data.files=" in printed.err
     assert CANARY not in printed.out + printed.err
     assert [path.name for path in elsewhere.iterdir()] == ["canary.jsonl"]

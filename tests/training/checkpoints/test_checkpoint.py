@@ -1,6 +1,7 @@
 """Checkpoints: strict, complete or absent, opened on any mesh."""
 
 import dataclasses
+import itertools
 import json
 import os
 import re
@@ -40,9 +41,9 @@ def test_a_run_saved_on_eight_devices_opens_on_one(saved):
     config, workdir, expected = saved
     one = make(replace(config, "mesh", data=1, fsdp=1, tensor=1))
     state = Checkpoints(workdir, one, read_only=True).restore()
-    for a, b in zip(jax.tree.leaves(state), expected, strict=True):
-        np.testing.assert_array_equal(a, b)
-        assert len(a.sharding.device_set) == 1
+    for found, saved_array in zip(jax.tree.leaves(state), expected, strict=True):
+        np.testing.assert_array_equal(found, saved_array)
+        assert len(found.sharding.device_set) == 1
 
 
 def test_the_model_alone_can_be_restored(saved):
@@ -51,8 +52,9 @@ def test_the_model_alone_can_be_restored(saved):
     assert step == 0
     leaves = jax.tree.leaves(params)
     assert len(leaves) == len(jax.tree.leaves(make(config, 8).abstract.params))
-    for a, b in zip(leaves, expected[1 : 1 + len(leaves)], strict=True):
-        np.testing.assert_array_equal(a, b)
+    expected_params = expected[1 : 1 + len(leaves)]  # the first leaf is the step
+    for found, saved_array in zip(leaves, expected_params, strict=True):
+        np.testing.assert_array_equal(found, saved_array)
 
 
 def test_the_manifest_lists_every_array_with_shape_and_dtype(saved):
@@ -78,7 +80,8 @@ def test_the_manifest_lists_every_array_with_shape_and_dtype(saved):
 )
 def test_a_checkpoint_of_another_shape_is_refused_by_name(saved, section, leaves, message):
     config, workdir, _ = saved
-    other = make(replace(replace(config, section, **leaves), "mesh", data=1, fsdp=1, tensor=1))
+    one_device = replace(config, "mesh", data=1, fsdp=1, tensor=1)
+    other = make(replace(one_device, section, **leaves))
     with pytest.raises(CheckpointError, match=message):
         Checkpoints(workdir, other, read_only=True).restore()
 
@@ -110,9 +113,8 @@ def test_a_damaged_checkpoint_is_refused_with_the_remedy(saved, tmp_path):
 def test_an_unfinished_step_does_not_count(saved, tmp_path):
     config, workdir, _ = saved
     shutil.copytree(workdir, tmp_path / "run")
-    shutil.copytree(
-        tmp_path / "run/checkpoints/0", tmp_path / "run/checkpoints/7.orbax-checkpoint-tmp"
-    )
+    steps = tmp_path / "run/checkpoints"
+    shutil.copytree(steps / "0", steps / "7.orbax-checkpoint-tmp")
     checkpoints = Checkpoints(tmp_path / "run", make(config, 8), read_only=True)
     assert checkpoints.steps() == [0]
     with pytest.raises(CheckpointError, match=r"holds no step 7; it holds \[0\]"):
@@ -128,7 +130,7 @@ def test_a_failed_save_is_an_error_at_the_next_one_and_at_the_end(tmp_path, monk
     monkeypatch.setattr(checkpoints._manager, "check_for_errors", full)
     for action in (lambda: checkpoints.save(setup.init(0)), checkpoints.close):
         with pytest.raises(
-            CheckpointError, match=r"failed \(No space left\); the steps saved before are whole"
+            CheckpointError, match=r"failed \(No space left\); the steps saved before are intact"
         ):
             action()
 
@@ -140,15 +142,16 @@ def test_an_empty_directory_has_nothing_to_restore(tmp_path):
             checkpoints.restore_model()
 
 
-def test_the_best_checkpoint_outlives_the_newest_also_where_the_run_was_continued(tmp_path):
+def test_the_best_checkpoint_outlives_the_newest_in_continued_runs_too(tmp_path):
     config = small_config(train={"keep_checkpoints": 1})
     setup = make(config)
     state = setup.init(0)
-    for losses, kept in (
+    parts = [
         ({0: 3.0, 1: 1.0, 2: 2.0}, [1, 2]),
         ({3: 2.5, 4: None}, [1, 4]),
         ({5: 0.5, 6: 0.6}, [5, 6]),
-    ):
+    ]
+    for losses, kept in parts:
         with closing(Checkpoints(tmp_path, setup)) as checkpoints:
             for step, loss in losses.items():
                 metrics = None if loss is None else {"eval/loss": loss}
@@ -158,22 +161,25 @@ def test_the_best_checkpoint_outlives_the_newest_also_where_the_run_was_continue
 
 def test_a_step_before_a_saved_one_is_not_saved_in_silence(tmp_path):
     setup = make(small_config())
-    state = setup.init(0)
+    initial = setup.init(0)
+
+    def state(step):
+        return dataclasses.replace(initial, step=np.int32(step))
+
     with closing(Checkpoints(tmp_path, setup)) as checkpoints:
-        for step in (10, 20):
-            assert checkpoints.save(dataclasses.replace(state, step=np.int32(step)))
-        assert not checkpoints.save(dataclasses.replace(state, step=np.int32(20)))
-        with pytest.raises(
-            CheckpointError, match="holds step 20: step 15 cannot be saved before it"
-        ):
-            checkpoints.save(dataclasses.replace(state, step=np.int32(15)))
+        assert checkpoints.save(state(10))
+        assert checkpoints.save(state(20))
+        assert not checkpoints.save(state(20))
+        message = "holds step 20: step 15 cannot be saved before it"
+        with pytest.raises(CheckpointError, match=message):
+            checkpoints.save(state(15))
         checkpoints.drop_after(10)
-        assert checkpoints.save(dataclasses.replace(state, step=np.int32(15)))
+        assert checkpoints.save(state(15))
         assert checkpoints.steps() == [10, 15]
 
 
 # Damage
-# -------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 
 
 def copy_of(workdir, tmp_path):
@@ -181,7 +187,7 @@ def copy_of(workdir, tmp_path):
 
 
 def rewrite_meta(workdir, change, *, is_sealed=True):
-    """Replaces the `meta` of step 0 as whoever knew the format could."""
+    """Replaces the `meta` of step 0 as someone who knew the format could."""
     path = workdir / "checkpoints/0/meta/metadata"
     meta = json.loads(path.read_text())
     del meta["digest"]
@@ -189,15 +195,14 @@ def rewrite_meta(workdir, change, *, is_sealed=True):
     path.write_text(json.dumps(seal(meta) if is_sealed else meta))
 
 
-def test_every_file_of_a_checkpoint_damaged_in_any_way_is_refused_or_restored_exactly(
-    saved, tmp_path
-):
+def test_every_damaged_file_of_a_checkpoint_is_refused_or_restored_exactly(saved, tmp_path):
     config, workdir, expected = saved
     setup, rng = make(config, 8), np.random.default_rng(0)
     step = workdir / "checkpoints/0"
     files = sorted(path.relative_to(workdir) for path in step.rglob("*") if path.is_file())
     num_refused = 0
-    for turn, (file, how) in enumerate((file, how) for file in files for how in ways()):
+    for turn, (file, how) in enumerate(itertools.product(files, ways())):
+        # All ways for the arrays, every third for the other files.
         if turn % 3 and "ocdbt.process_0/d" not in str(file):
             continue
         copy = copy_of(workdir, tmp_path)
@@ -209,8 +214,8 @@ def test_every_file_of_a_checkpoint_damaged_in_any_way_is_refused_or_restored_ex
             num_refused += 1
             assert "\n" not in str(error) and str(copy / "checkpoints/0") in str(error), (file, how)
             continue
-        for a, b in zip(jax.tree.leaves(state), expected, strict=True):
-            np.testing.assert_array_equal(a, b, err_msg=f"{file} {how}")
+        for found, saved_array in zip(jax.tree.leaves(state), expected, strict=True):
+            np.testing.assert_array_equal(found, saved_array, err_msg=f"{file} {how}")
     assert num_refused > 20
 
 
@@ -233,7 +238,7 @@ with open(sys.argv[1] + "/checkpoints/0/model/" + sys.argv[2], "r+b") as file:
 
 
 @pytest.mark.parametrize("name", ["manifest.ocdbt", "array_metadatas/process_0"])
-def test_reads_that_fail_beside_the_one_that_is_told_say_nothing(saved, tmp_path, name):
+def test_only_the_first_of_several_failed_reads_is_reported(saved, tmp_path, name):
     workdir = copy_of(saved[1], tmp_path)
     command = [sys.executable, "-c", RESTORE_AGAIN_AND_AGAIN, str(workdir), name]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
@@ -247,10 +252,8 @@ def test_reads_that_fail_beside_the_one_that_is_told_say_nothing(saved, tmp_path
 def test_a_flipped_bit_of_an_array_is_answered_with_array_and_checkpoint(saved, tmp_path):
     config, workdir, expected = saved
     copy = copy_of(workdir, tmp_path)
-    largest = max(
-        (copy / "checkpoints/0/model/ocdbt.process_0/d").iterdir(),
-        key=lambda path: path.stat().st_size,
-    )
+    files = (copy / "checkpoints/0/model/ocdbt.process_0/d").iterdir()
+    largest = max(files, key=lambda path: path.stat().st_size)
     content = largest.read_bytes()
     answers = []
     for place in np.linspace(100, len(content) - 100, 8).astype(int):
@@ -265,10 +268,9 @@ def test_a_flipped_bit_of_an_array_is_answered_with_array_and_checkpoint(saved, 
             for a, b in zip(jax.tree.leaves(params), expected[1:], strict=False):
                 np.testing.assert_array_equal(a, b)
     assert len(answers) >= 3
+    pattern = r"checkpoints/0 (is damaged \(params/\w+|cannot be read at params/\w+)"
     for answer in answers:
-        assert re.search(
-            r"checkpoints/0 (is damaged \(params/\w+|cannot be read at params/\w+)", answer
-        ), answer
+        assert re.search(pattern, answer), answer
 
 
 def test_the_way_to_an_older_step_is_a_command_and_deletes_nothing(tmp_path):
@@ -290,10 +292,8 @@ def test_a_checkpoint_copied_under_another_number_is_refused(saved, tmp_path):
     config, workdir, _ = saved
     copy = copy_of(workdir, tmp_path)
     shutil.copytree(copy / "checkpoints/0", copy / "checkpoints/30")
-    with pytest.raises(
-        CheckpointError,
-        match=r"checkpoints/30 is damaged \(it holds step 0: the folder was renamed",
-    ):
+    message = r"checkpoints/30 is damaged \(it holds step 0: the folder was renamed"
+    with pytest.raises(CheckpointError, match=message):
         Checkpoints(copy, make(config, 8), read_only=True).restore()
 
 
@@ -318,14 +318,13 @@ def test_missing_rights_are_no_damage(saved, tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied", str(folder))
 
     monkeypatch.setattr(checkpoint, "read_meta", refuse)
-    with pytest.raises(
-        CheckpointError, match=r"cannot be read .*Permission denied.*the right to read"
-    ) as caught:
+    message = r"cannot be read .*Permission denied.*the right to read"
+    with pytest.raises(CheckpointError, match=message) as caught:
         Checkpoints(workdir, make(config, 8), read_only=True).restore()
     assert "damaged" not in str(caught.value) and "mv " not in str(caught.value)
 
 
-def test_a_checkpoint_without_digests_is_restored_and_that_is_said(saved, tmp_path, caplog):
+def test_a_checkpoint_without_digests_is_restored_with_a_warning(saved, tmp_path, caplog):
     config, workdir, expected = saved
     copy = copy_of(workdir, tmp_path)
 
@@ -337,23 +336,21 @@ def test_a_checkpoint_without_digests_is_restored_and_that_is_said(saved, tmp_pa
     state = Checkpoints(copy, make(config, 8), read_only=True).restore()
     for a, b in zip(jax.tree.leaves(state), expected, strict=True):
         np.testing.assert_array_equal(a, b)
-    assert [r.message for r in caplog.records if r.name == "moejax"] == [
-        f"{copy}/checkpoints/0 was saved without digests by an earlier version: its arrays were not verified"
+    messages = [record.message for record in caplog.records if record.name == "moejax"]
+    assert messages == [
+        f"{copy}/checkpoints/0 was saved without digests by an earlier version: "
+        "its arrays were not verified"
     ]
 
 
-def test_a_checkpoint_of_another_configuration_is_refused_whatever_config_json_says(saved):
+def test_a_checkpoint_of_another_configuration_is_refused_by_its_own_record(saved):
     config, workdir, _ = saved
     other = make(replace(config, "optimizer", learning_rate=0.5), 8)
-    with pytest.raises(
-        CheckpointError,
-        match=r"trained with optimizer.learning_rate=0.003, not 0.5; restore config.json",
-    ):
+    message = r"trained with optimizer.learning_rate=0.003, not 0.5; restore config.json"
+    with pytest.raises(CheckpointError, match=message):
         Checkpoints(workdir, other, read_only=True).restore()
-    with pytest.raises(
-        ConfigError,
-        match=r"optimizer.learning_rate=0.003, not 0.5; give --config.optimizer.learning_",
-    ):
+    message = r"optimizer.learning_rate=0.003, not 0.5; give --config.optimizer.learning_"
+    with pytest.raises(ConfigError, match=message):
         check_run_directory(workdir, other.config)  # which has no config.json
 
 
@@ -369,21 +366,18 @@ def test_a_save_that_left_nothing_readable_does_not_count(tmp_path, monkeypatch)
 
     monkeypatch.setattr(checkpoints._manager, "wait_until_finished", lose_the_tree)
     checkpoints.save(setup.init(0))
-    with pytest.raises(
-        CheckpointError,
-        match=r"checkpoints/0 was saved and cannot be read \(model lacks params/embed",
-    ):
+    message = r"checkpoints/0 was saved and cannot be read \(model lacks params/embed"
+    with pytest.raises(CheckpointError, match=message):
         checkpoints.wait()
 
 
 @pytest.mark.parametrize("name", ["p[1]", "p*", "p?"])
 def test_a_folder_below_which_orbax_finds_nothing_is_refused_at_the_start(tmp_path, name):
-    with pytest.raises(
-        ConfigError, match=r"checkpoints cannot be saved below a folder whose name has [\[*?]"
-    ):
+    message = r"checkpoints cannot be saved below a folder whose name has [\[*?]"
+    with pytest.raises(ConfigError, match=message):
         check_run_directory(tmp_path / name / "run", small_config())
 
 
-def test_a_name_that_is_no_utf_8_is_refused_at_the_start(tmp_path):
+def test_a_name_that_is_not_utf_8_is_refused_at_the_start(tmp_path):
     with pytest.raises(ConfigError, match="not the same name in UTF-8 as in this locale"):
         check_run_directory(tmp_path / os.fsdecode(b"caf\xe9"), small_config())

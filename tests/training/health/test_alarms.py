@@ -1,4 +1,7 @@
-"""Alarms: each rule holds exactly beyond its threshold, is said once, survives a resume, and can stop a run."""
+"""Alarms: each rule holds exactly beyond its threshold and is reported once.
+
+What a rule has counted survives a resume, and a rule can stop a run.
+"""
 
 import dataclasses
 import json
@@ -13,12 +16,13 @@ from moejax.config import AlarmConfig, ConfigError, resolve
 from moejax.config.sections.alarms import RULES
 from moejax.training import loop
 from moejax.training.checkpoints.checkpoint import Checkpoints
+from moejax.training.checkpoints.meta import saved_steps
+from moejax.training.health.alarm_rules import check
 from moejax.training.health.alarms import (
     AlarmError,
     AlarmFileError,
     AlarmLog,
     active,
-    check,
     name_layers,
     read_alarms,
 )
@@ -37,14 +41,10 @@ CONFIG = resolve(
 
 
 def healthy(**changes):
-    """An interval in which no rule holds; `changes` are per layer, of arrays or of metrics of a layer."""
-    layers = {name: np.zeros(N) for name in LAYER_METRICS} | {
-        "entropy": np.full(N, 1.5),
-        "logit_max": np.full(N, 4.0),
-    }
-    layers |= {
-        name: np.array(value, float) for name, value in changes.items() if name in LAYER_METRICS
-    }
+    """An interval in which no rule holds; `changes` replace arrays, or metrics of each layer."""
+    layers = {name: np.zeros(N) for name in LAYER_METRICS}
+    layers["entropy"] = np.full(N, 1.5)
+    layers["logit_max"] = np.full(N, 4.0)
     arrays = {
         "counts_NE": np.full((N, E), 10),
         "choices_N": np.full(N, float(K)),
@@ -53,9 +53,12 @@ def healthy(**changes):
         "idle_steps_NE": np.zeros((N, E), np.int32),
         "bias_NE": None,
     }
-    return RoutingInterval(
-        layers=layers, **(arrays | {k: v for k, v in changes.items() if k not in LAYER_METRICS})
-    )
+    for name, value in changes.items():
+        if name in LAYER_METRICS:
+            layers[name] = np.array(value, float)
+        else:
+            arrays[name] = value
+    return RoutingInterval(layers=layers, **arrays)
 
 
 def idle(steps):
@@ -65,7 +68,7 @@ def idle(steps):
 
 
 def probs_against_load(product):
-    """Probabilities of layer 1 whose balance loss with all load on expert 0 is `product`: E * 1 * p_0."""
+    """Probabilities that give layer 1 the loss `product` = E * p_0 with all load on expert 0."""
     probs_NE = np.full((N, E), 1 / E)
     probs_NE[1] = (1 - product / E) / (E - 1)
     probs_NE[1, 0] = product / E
@@ -102,16 +105,13 @@ CASES = {
 
 
 def test_there_is_a_case_for_every_rule_and_a_healthy_interval_raises_none():
-    assert (
-        set(CASES)
-        == set(RULES)
-        == {field.name for field in dataclasses.fields(AlarmConfig)} - {"stop"}
-    )
+    leaves = {field.name for field in dataclasses.fields(AlarmConfig)}
+    assert set(CASES) == set(RULES) == leaves - {"stop"}
     assert check(healthy(), CONFIG) == []
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_a_rule_holds_beyond_its_threshold_in_the_layer_concerned_and_not_before(rule):
+def test_a_rule_holds_beyond_its_threshold_in_the_layer_concerned(rule):
     before, beyond, value, shown = CASES[rule]
     assert check(healthy(**before), CONFIG) == []
     (alarm,) = check(healthy(**beyond), CONFIG)
@@ -126,7 +126,7 @@ def test_a_threshold_of_0_switches_a_rule_off(rule):
     assert check(healthy(**CASES[rule][1]), off) == []
 
 
-def test_logits_that_are_not_finite_are_an_alarm_and_the_file_has_no_infinity(tmp_path):
+def test_logits_that_are_not_finite_are_an_alarm_without_a_value(tmp_path):
     alarm_log = AlarmLog(tmp_path, 0, CONFIG)
     (alarm,) = alarm_log.update(10, healthy(logit_max=[4, math.nan, math.nan]))
     assert alarm.layers == (2, 3) and "not finite" in alarm.reading
@@ -135,10 +135,9 @@ def test_logits_that_are_not_finite_are_an_alarm_and_the_file_has_no_infinity(tm
 
 
 def test_layers_in_which_every_token_visits_every_expert_cannot_collapse():
-    assert (
-        check(healthy(max_violation=[0.0, 1e-7, 0.0], choices_N=np.array([E, E, 0.0])), CONFIG)
-        == []
-    )
+    every_expert = np.array([E, E, 0.0])
+    interval = healthy(max_violation=[0.0, 1e-7, 0.0], choices_N=every_expert)
+    assert check(interval, CONFIG) == []
 
 
 def test_what_can_collapse_follows_the_experts_that_tokens_had():
@@ -148,13 +147,13 @@ def test_what_can_collapse_follows_the_experts_that_tokens_had():
     assert alarm.layers == (2,) and alarm.value == pytest.approx(2 / 3)
 
 
-def test_what_lasts_is_said_once_when_it_begins_and_once_when_it_has_ended(tmp_path, caplog):
+def test_what_lasts_is_reported_once_when_it_begins_and_once_when_it_ends(tmp_path, caplog):
     caplog.set_level(logging.INFO, logger="moejax")
     alarm_log = AlarmLog(tmp_path, 0, CONFIG)
     in_2, in_both = healthy(dropped=[0, 0.5, 0]), healthy(dropped=[0, 0.75, 0.5])
-    for step, interval in enumerate(
-        [in_2, in_2, in_both, healthy(), in_2, healthy(), healthy(), healthy(), healthy()]
-    ):
+    none = healthy()
+    intervals = [in_2, in_2, in_both, none, in_2, none, none, none, none]
+    for step, interval in enumerate(intervals):
         alarm_log.update(step, interval)
     assert [(line["step"], line["state"], line["layers"]) for line in read_alarms(tmp_path)] == [
         (0, "on", [2]),
@@ -170,7 +169,8 @@ def test_what_lasts_is_said_once_when_it_begins_and_once_when_it_has_ended(tmp_p
 
 def test_collapse_begins_once_it_has_lasted(tmp_path):
     alarm_log = AlarmLog(tmp_path, 0, CONFIG)
-    in_2, in_both = healthy(max_violation=[0, 2, 0]), healthy(max_violation=[0, 2, 2])
+    in_2 = healthy(max_violation=[0, 2, 0])
+    in_both = healthy(max_violation=[0, 2, 2])
     intervals = [in_2, in_2, healthy(), in_2, in_both, in_both, in_both, healthy(), in_2]
     stopping = [len(alarm_log.update(step, interval)) for step, interval in enumerate(intervals)]
     assert [(line["step"], line["layers"]) for line in read_alarms(tmp_path)] == [
@@ -180,7 +180,7 @@ def test_collapse_begins_once_it_has_lasted(tmp_path):
     assert stopping == [0, 0, 0, 0, 0, 1, 1, 0, 1]  # once it has begun, it holds at once again
 
 
-def test_a_resumed_run_drops_later_lines_and_does_not_repeat_what_still_holds(tmp_path):
+def test_a_resumed_run_drops_later_lines_and_repeats_no_alarm_that_holds(tmp_path):
     alarm_log = AlarmLog(tmp_path, 0, CONFIG)
     alarm_log.update(10, healthy(dropped=[0, 1, 0]))
     alarm_log.update(20, healthy(dropped=[1, 1, 0]))
@@ -196,25 +196,25 @@ def test_a_resumed_run_drops_later_lines_and_does_not_repeat_what_still_holds(tm
 def test_only_rules_that_are_to_stop_a_run_are_returned(tmp_path):
     alarm_log = AlarmLog(tmp_path, 0, CONFIG)
     assert alarm_log.update(10, healthy(dropped=[1, 1, 1])) == []
-    assert [alarm.rule for alarm in alarm_log.update(20, healthy(logit_max=[999, 3, 3]))] == [
-        "logits"
-    ]
+    (alarm,) = alarm_log.update(20, healthy(logit_max=[999, 3, 3]))
+    assert alarm.rule == "logits"
 
 
-def test_a_line_that_a_crash_cut_off_is_left_out_and_damage_elsewhere_is_named(tmp_path):
+def test_a_line_that_a_crash_cut_off_is_left_out_and_damage_is_named(tmp_path):
     AlarmLog(tmp_path, 0, CONFIG).update(10, healthy(dropped=[0, 1, 0]))
     path = tmp_path / "alarms.jsonl"
-    whole = path.read_text()
-    path.write_text(whole + whole[:20])
+    text = path.read_text()
+    path.write_text(text + text[:20])
     assert len(read_alarms(tmp_path)) == 1
     fields = '"step": 1, "rule": "ties", "state": "on", "layers"'
-    for line in (
+    damaged = [
         '{"step": 1}',
         f"{{{fields}: [1e999]}}",
         f'{{{fields}: ["1", 2]}}',
         f"{{{fields}: {'[' * 100_000}",
-    ):
-        path.write_text(f"{line}\n{whole}")
+    ]
+    for line in damaged:
+        path.write_text(f"{line}\n{text}")
         with pytest.raises(AlarmFileError, match=r"alarms\.jsonl: line 1 is damaged"):
             read_alarms(tmp_path)
 
@@ -240,7 +240,7 @@ def test_thresholds_that_cannot_work_are_refused(alarms, message):
 
 
 def noting(calls, name, function):
-    """The same function, whose returns are noted."""
+    """Wraps a function so that its returns are noted."""
 
     def noted(*arguments):
         try:
@@ -252,10 +252,10 @@ def noting(calls, name, function):
 
 
 @pytest.mark.parametrize("log_every", [2, 12])
-def test_a_rule_to_stop_at_saves_the_run_says_why_and_lets_it_go_on_without(
+def test_a_rule_that_stops_a_run_saves_it_and_lets_it_go_on_without_the_rule(
     tmp_path, monkeypatch, log_every
 ):
-    """Also if the only interval is written at the end of the run."""
+    """This holds also if the only interval is written at the end of the run."""
     calls = []
     for where, name in ((Checkpoints, "save"), (Checkpoints, "wait"), (loop, "raise_on_all")):
         monkeypatch.setattr(where, name, noting(calls, name, getattr(where, name)))
@@ -282,44 +282,38 @@ def test_a_rule_to_stop_at_saves_the_run_says_why_and_lets_it_go_on_without(
         AlarmError, match=r"entropy in layer 0: .* saved step \d+; take entropy out of alarms\.stop"
     ):
         train(resolve(sections), tmp_path / "run")
-    # Of several processes nobody waits for the disk once the error is out.
-    assert calls[len(calls) - calls[::-1].index("save") - 1 :][:3] == [
-        "save",
-        "wait",
-        "raise_on_all",
-    ]
+    # Of several processes none waits for the disk once the error is raised.
+    last_save = len(calls) - 1 - calls[::-1].index("save")
+    assert calls[last_save:][:3] == ["save", "wait", "raise_on_all"]
     (line,) = read_alarms(tmp_path / "run")
-    saved = [
-        int(path.name) for path in (tmp_path / "run/checkpoints").iterdir() if path.name.isdigit()
-    ]
-    assert line["step"] <= max(saved) and (max(saved) < 12) == (log_every == 2)
-    result = train(
-        resolve(sections | {"alarms": {"entropy": 1.0, "collapse": 0.0}}), tmp_path / "run"
-    )
+    last_saved = saved_steps(tmp_path / "run")[-1]
+    assert line["step"] <= last_saved and (last_saved < 12) == (log_every == 2)
+    without_stop = sections | {"alarms": {"entropy": 1.0, "collapse": 0.0}}
+    result = train(resolve(without_stop), tmp_path / "run")
     assert result.step == 12 and result.evaluation is not None
     assert read_alarms(tmp_path / "run") == [line]
     assert json.loads((tmp_path / "run/config.json").read_text())["config"]["alarms"]["stop"] == ""
 
 
-def test_a_continued_run_says_what_it_would_have_said_for_it_keeps_its_counts(tmp_path):
+def test_a_continued_run_reports_the_same_alarms_for_it_keeps_its_counts(tmp_path):
     bad, good = healthy(max_violation=[0, 1.9, 0]), healthy()
-    story = [good, bad, bad, bad, bad, good, good, good, good, bad]  # on at step 4, off at step 8
-    straight = AlarmLog(tmp_path / "straight", 0, CONFIG)
+    intervals = [good, bad, bad, bad, bad, good, good, good, good, bad]
     (tmp_path / "straight").mkdir()
-    for step, interval in enumerate(story, start=1):
-        straight.update(step, interval)
-    assert [(line["step"], line["state"]) for line in read_alarms(tmp_path / "straight")] == [
-        (4, "on"),
-        (8, "off"),
-    ]
-    for stop in range(1, len(story)):
+    straight = AlarmLog(tmp_path / "straight", 0, CONFIG)
+    update_all(straight, intervals, first_step=1)
+    expected = read_alarms(tmp_path / "straight")
+    assert [(line["step"], line["state"]) for line in expected] == [(4, "on"), (8, "off")]
+    for stop in range(1, len(intervals)):
         workdir = tmp_path / str(stop)
         workdir.mkdir()
         first = AlarmLog(workdir, 0, CONFIG)
-        for step, interval in enumerate(story[:stop], start=1):
-            first.update(step, interval)
+        update_all(first, intervals[:stop], first_step=1)
         counts = json.loads(json.dumps(first.counts))  # as a checkpoint keeps them
         second = AlarmLog(workdir, stop, CONFIG, counts)
-        for step, interval in enumerate(story[stop:], start=stop + 1):
-            second.update(step, interval)
-        assert read_alarms(workdir) == read_alarms(tmp_path / "straight"), stop
+        update_all(second, intervals[stop:], first_step=stop + 1)
+        assert read_alarms(workdir) == expected, stop
+
+
+def update_all(alarm_log, intervals, first_step):
+    for step, interval in enumerate(intervals, start=first_step):
+        alarm_log.update(step, interval)

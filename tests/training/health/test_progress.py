@@ -1,4 +1,4 @@
-"""What is shown of a training: the time left is that of steps, not of what came before them."""
+"""Progress: the time left is estimated from steps, not from what came before them."""
 
 import logging
 

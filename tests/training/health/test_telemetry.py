@@ -1,4 +1,4 @@
-"""Telemetry: what a logging interval keeps of its steps, and that files hold what the steps did."""
+"""Telemetry: what a logging interval keeps of its steps, and that files hold it."""
 
 import dataclasses
 import json
@@ -42,34 +42,31 @@ def outputs():
 
 def test_the_names_that_are_logged_are_those_of_the_metrics(outputs):
     _, steps = outputs
-    assert (
-        set(LAYER_METRICS)
-        == set(routing_metrics(jax.tree.map(jnp.asarray, steps[0].routing)))
-        == set(steps[0].layers)
-    )
+    measured = routing_metrics(jax.tree.map(jnp.asarray, steps[0].routing))
+    assert set(LAYER_METRICS) == set(measured) == set(steps[0].layers)
 
 
-def test_an_interval_sums_counts_and_weighs_probabilities_by_tokens(outputs):
+def test_an_interval_sums_counts_and_weights_probabilities_by_tokens(outputs):
     _, steps = outputs
     interval = summarize_routing(steps)
     for n in range(3):
-        tokens = sum(float(s.routing.num_tokens[n]) for s in steps)
+        tokens = sum(float(step.routing.num_tokens[n]) for step in steps)
         for e in range(4):
-            assert interval.counts_NE[n, e] == sum(
-                int(s.routing.assignments_E[n, e]) for s in steps
-            )
-            assert interval.probs_NE[n, e] == pytest.approx(
-                sum(float(s.routing.probs_E[n, e]) for s in steps) / tokens
-            )
-            weights = sum(float(s.routing.importance_E[n, e]) for s in steps)
-            assert interval.importance_NE[n, e] == pytest.approx(weights / tokens)
+            count = sum(int(step.routing.assignments_E[n, e]) for step in steps)
+            prob = sum(float(step.routing.probs_E[n, e]) for step in steps) / tokens
+            weight = sum(float(step.routing.importance_E[n, e]) for step in steps) / tokens
+            assert interval.counts_NE[n, e] == count
+            assert interval.probs_NE[n, e] == pytest.approx(prob)
+            assert interval.importance_NE[n, e] == pytest.approx(weight)
     np.testing.assert_allclose(interval.probs_NE.sum(axis=1), 1, rtol=1e-5)
-    longer = dataclasses.replace(
-        steps[-1], state={"idle_steps": np.arange(12, dtype=np.int32).reshape(3, 4)}
-    )
-    np.testing.assert_array_equal(
-        summarize_routing([steps[0], longer]).idle_steps_NE, longer.state["idle_steps"]
-    )
+
+
+def test_an_interval_keeps_the_idle_steps_of_its_last_step(outputs):
+    _, steps = outputs
+    idle_steps_NE = np.arange(12, dtype=np.int32).reshape(3, 4)
+    last = dataclasses.replace(steps[-1], state={"idle_steps": idle_steps_NE})
+    interval = summarize_routing([steps[0], last])
+    np.testing.assert_array_equal(interval.idle_steps_NE, idle_steps_NE)
 
 
 def test_only_layers_with_a_selection_bias_have_one(outputs):
@@ -89,32 +86,29 @@ def test_metrics_of_a_layer_are_means_and_the_largest_logit_is_the_largest(outpu
         )
 
 
-def test_steps_that_are_not_finite_are_left_out_of_means_but_not_of_the_largest_logit(outputs):
+def test_steps_that_are_not_finite_are_left_out_of_means_only(outputs):
     _, steps = outputs
-    broken = dataclasses.replace(
-        steps[1], layers={k: v * np.nan for k, v in steps[1].layers.items()}
-    )
+    layers = {name: value_N * np.nan for name, value_N in steps[1].layers.items()}
+    broken = dataclasses.replace(steps[1], layers=layers)
     interval = summarize_routing([steps[0], broken])
     np.testing.assert_allclose(interval.layers["entropy"], steps[0].layers["entropy"], rtol=1e-6)
     assert np.isnan(interval.layers["logit_max"]).all()
     assert np.isnan(summarize_routing([broken]).layers["entropy"]).all()
 
 
-def test_layers_that_were_not_finite_in_a_step_have_no_part_of_it_in_their_sums(outputs):
+def test_a_layer_that_was_not_finite_in_a_step_leaves_it_out_of_its_sums(outputs):
     _, steps = outputs
     probs_NE = np.array(steps[1].routing.probs_E)
     probs_NE[1] = np.nan
-    broken = dataclasses.replace(
-        steps[1], routing=dataclasses.replace(steps[1].routing, probs_E=probs_NE)
-    )
-    found, whole, alone = (
-        summarize_routing(some) for some in ([steps[0], broken], steps[:2], steps[:1])
-    )
+    routing = dataclasses.replace(steps[1].routing, probs_E=probs_NE)
+    broken = dataclasses.replace(steps[1], routing=routing)
+    found = summarize_routing([steps[0], broken])
+    both = summarize_routing(steps[:2])
+    first = summarize_routing(steps[:1])
     for name in ("counts_NE", "probs_NE", "importance_NE", "choices_N"):
-        np.testing.assert_allclose(
-            getattr(found, name)[[0, 2]], getattr(whole, name)[[0, 2]], err_msg=name
-        )
-        np.testing.assert_allclose(getattr(found, name)[1], getattr(alone, name)[1], err_msg=name)
+        value = getattr(found, name)
+        np.testing.assert_allclose(value[[0, 2]], getattr(both, name)[[0, 2]], err_msg=name)
+        np.testing.assert_allclose(value[1], getattr(first, name)[1], err_msg=name)
     assert np.isnan(summarize_routing([broken]).probs_NE[1]).all()
 
 
@@ -126,16 +120,12 @@ def test_the_files_hold_what_the_steps_did_one_interval_late(tmp_path, outputs):
         for output in steps:
             recorder.add(output)
         recorder.flush()
-    stored = {
-        name: tensorstore.open(
-            {"driver": "zarr3", "kvstore": f"file://{tmp_path}/routing/{name}/"}
-        ).result()
-        for name in ("counts", "probs", "importance", "idle_steps", "bias", "layers")
-    }
     expected = summarize_routing(steps).arrays()
-    assert set(expected) == set(stored)
-    for name, array in stored.items():
-        np.testing.assert_array_equal(array[0].read().result(), expected[name], err_msg=name)
+    assert set(expected) == {"counts", "probs", "importance", "idle_steps", "bias", "layers"}
+    for name, value in expected.items():
+        spec = {"driver": "zarr3", "kvstore": f"file://{tmp_path}/routing/{name}/"}
+        stored = tensorstore.open(spec).result()
+        np.testing.assert_array_equal(stored[0].read().result(), value, err_msg=name)
 
 
 def written(folder, steps, **known):
@@ -148,7 +138,7 @@ def written(folder, steps, **known):
     return json.loads((folder / "metrics.jsonl").read_text())
 
 
-def test_seconds_are_logged_and_what_the_device_tells_is(tmp_path, outputs, monkeypatch):
+def test_seconds_are_logged_and_what_the_device_reports(tmp_path, outputs, monkeypatch):
     _, steps = outputs
     (tmp_path / "known").mkdir()
     line = written(tmp_path, steps)
@@ -156,10 +146,8 @@ def test_seconds_are_logged_and_what_the_device_tells_is(tmp_path, outputs, monk
     assert "perf/mfu" not in line and "perf/peak_bytes" not in line  # on CPU
     monkeypatch.setattr("moejax.training.run_directory.metrics.peak_memory_bytes", lambda: 123)
     line = written(tmp_path / "known", steps, utilisation=0.25)
-    assert (
-        line["perf/mfu"] == pytest.approx(0.25 * line["perf/tokens_per_s"])
-        and line["perf/peak_bytes"] == 123
-    )
+    assert line["perf/mfu"] == pytest.approx(0.25 * line["perf/tokens_per_s"])
+    assert line["perf/peak_bytes"] == 123
 
 
 def test_the_speed_of_a_run_is_the_median_of_its_intervals():

@@ -1,4 +1,4 @@
-"""The end of one process is said once in each of the others, by name, and an expected end is not."""
+"""The end of a process is reported once in each of the others, unless it is expected."""
 
 import socket
 import time
@@ -25,9 +25,9 @@ def three():
 
 
 def die(partners):
-    """What the kernel does for a process that was killed, which itself says nothing any more."""
+    """What the kernel does for a process that was killed, which itself sends nothing any more."""
     partners.expect_their_end()
-    partners._tell = lambda *_: None
+    partners._send = lambda *_: None
     for link in partners._links.values():
         link.shutdown(socket.SHUT_RDWR)
 
@@ -36,42 +36,39 @@ def lines(capfd):
     return capfd.readouterr().err.splitlines()
 
 
-def test_the_death_of_one_is_told_to_all_others_by_name(three, capfd):
+def test_the_death_of_one_process_is_reported_to_all_others_by_name(three, capfd):
     die(three[2])
     for partners in three[:2]:
-        assert partners.is_told.wait(10)
-    said = [
-        line
-        for line in lines(capfd)
-        if line.startswith("moejax: process 2 on b has ended or cannot be reached")
-    ]
-    assert len(said) == 2 and all("continues from the newest checkpoint" in line for line in said)
+        assert partners.has_reported.wait(10)
+    reported = lines(capfd)
+    beginning = "moejax: process 2 on b has ended or cannot be reached"
+    assert sum(line.startswith(beginning) for line in reported) == 2
+    assert sum("continues from the newest checkpoint" in line for line in reported) == 2
 
 
-def test_the_death_of_process_0_is_told_by_each_of_the_others(three, capfd):
+def test_the_death_of_process_0_is_reported_by_each_of_the_others(three, capfd):
     die(three[0])
     for partners in three[1:]:
-        assert partners.is_told.wait(10)
+        assert partners.has_reported.wait(10)
     assert sum(line.startswith("moejax: process 0 has ended") for line in lines(capfd)) == 2
 
 
-def test_a_process_that_failed_by_itself_is_said_to_say_why(three, capfd):
+def test_a_report_of_a_failed_process_refers_to_its_own_output(three, capfd):
     three[1].leave("failed")
     for partners in (three[0], three[2]):
-        assert partners.is_told.wait(10)
-    assert (
-        sum(line.startswith("moejax: process 1 on a failed; its own") for line in lines(capfd)) == 2
-    )
+        assert partners.has_reported.wait(10)
+    beginning = "moejax: process 1 on a failed; its own"
+    assert sum(line.startswith(beginning) for line in lines(capfd)) == 2
 
 
-def test_processes_that_are_done_leave_without_a_word(three, capfd):
+def test_processes_that_are_done_leave_without_a_report(three, capfd):
     for partners in three:
         partners.leave("done")
     assert lines(capfd) == []
-    assert not any(partners.is_told.is_set() for partners in three)
+    assert not any(partners.has_reported.is_set() for partners in three)
 
 
-def test_an_end_that_all_expect_is_not_told(three, capfd):
+def test_an_end_that_all_expect_is_not_reported(three, capfd):
     for partners in three:
         partners.expect_their_end()
     die(three[1])
@@ -81,7 +78,7 @@ def test_an_end_that_all_expect_is_not_told(three, capfd):
 
 def test_only_the_first_that_ends_is_named(three, capfd):
     die(three[1])
-    assert three[0].is_told.wait(10)
+    assert three[0].has_reported.wait(10)
     die(three[2])
     time.sleep(0.2)
     assert not any("process 2" in line for line in lines(capfd))

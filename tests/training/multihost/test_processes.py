@@ -1,6 +1,6 @@
-"""Several processes train what one trains, bit for bit, whatever becomes of them on the way.
+"""Several processes train what one trains, bit for bit, even if some of them are stopped or killed.
 
-Bits are the same because every sum here goes over two devices: over four, gloo adds in another
+The bits are the same because every sum here goes over two devices: over four, gloo adds in another
 order than one process.
 """
 
@@ -34,36 +34,49 @@ SECONDS = 240  # until a process that should have ended is killed; far more than
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A recipe on four devices, its text and a cache of compiled programs, which most runs share."""
+    """A recipe for four devices, its text, and the compilation cache that most runs share."""
     folder = tmp_path_factory.mktemp("processes")
     write_text(folder / "sets")
     values = to_dict(recipe_config(folder))
     (folder / "recipe.py").write_text(
-        f"from ml_collections import ConfigDict\ndef get_config(arg=''):\n    return ConfigDict({values!r})\n"
+        "from ml_collections import ConfigDict\n"
+        f"def get_config(arg=''):\n    return ConfigDict({values!r})\n"
     )
     return folder
 
 
 def write_text(folder):
     """A dataset of two domains, one in lower case."""
-    texts = ["".join(np.random.default_rng(i).choice([*"abcdefghij    "], 800)) for i in range(10)]
+    texts = []
+    for seed in range(10):
+        letters = np.random.default_rng(seed).choice([*"abcdefghij    "], 800)
+        texts.append("".join(letters))
     lower = [{"text": text, "domain": "lower"} for text in texts[::2]]
     upper = [{"text": text.upper(), "domain": "upper"} for text in texts[1::2]]
-    write_dataset(folder, {"train": lower[1:] + upper[1:], "validation": [lower[0], upper[0]]})
+    splits = {"train": lower[1:] + upper[1:], "validation": [lower[0], upper[0]]}
+    write_dataset(folder, splits)
 
 
 def recipe_config(folder):
     return small_config(
         model={"num_layers": 1, "d_model": 16, "num_heads": 2, "num_kv_heads": 2, "remat": False},
         data={
-            "source": "tfds", "name": "letters", "source_dir": str(folder / "sets"), "directory": str(folder / "data")
+            "source": "tfds",
+            "name": "letters",
+            "source_dir": str(folder / "sets"),
+            "directory": str(folder / "data"),
         },
         train={
-            "num_steps": 60, "batch_size": 8, "log_every": 1, "eval_every": 30, "checkpoint_every": 8,
+            "num_steps": 60,
+            "batch_size": 8,
+            "log_every": 1,
+            "eval_every": 30,
+            "checkpoint_every": 8,
             "step_limit_s": 100.0,
         },
-        mesh={"data": 1, "expert": 2, "tensor": 2},  # of 4 x 1 devices two and two need the same rows
-    )  # fmt: skip
+        # Of 4 x 1 devices two and two need the same rows.
+        mesh={"data": 1, "expert": 2, "tensor": 2},
+    )
 
 
 def environment(folder, num_devices):
@@ -93,12 +106,15 @@ def started(folder, num_processes, num_devices, arguments):
                 f"--num_processes={num_processes}",
                 f"--process_id={index}",
             ]
-            processes.append(
-                subprocess.Popen(
-                    [sys.executable, *arguments(index, flags if num_processes > 1 else [])],
-                    env=environment(folder, num_devices), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                )
-            )  # fmt: skip
+            command = [sys.executable, *arguments(index, flags if num_processes > 1 else [])]
+            process = subprocess.Popen(
+                command,
+                env=environment(folder, num_devices),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            processes.append(process)
         yield processes
     finally:
         for process in processes:
@@ -131,14 +147,22 @@ def ends(processes):
 
 
 def own_lines(text):
-    """Without gloo's greetings."""
+    """The lines without gloo's greetings."""
     return [line for line in text.splitlines() if not line.startswith("[Gloo]")]
 
 
 def test_doctor_finds_that_tokens_meet_their_experts_across_processes(folder):
     def doctor(index, flags):
-        return ["-m", "moejax", "doctor", f"--config={folder / 'recipe.py'}", "--mesh=dcn_expert=2,expert=2", "--json",
-                "--config.moe.exchange=two_level", *flags]  # fmt: skip
+        return [
+            "-m",
+            "moejax",
+            "doctor",
+            f"--config={folder / 'recipe.py'}",
+            "--mesh=dcn_expert=2,expert=2",
+            "--json",
+            "--config.moe.exchange=two_level",
+            *flags,
+        ]
 
     with started(folder, 2, 2, doctor) as processes:
         codes, outputs, errors = ends(processes)
@@ -159,11 +183,13 @@ def wait_for(condition, processes):
 
 
 def curve(workdir):
-    """Every line of the metrics but for the speed."""
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [
-        {key: value for key, value in line.items() if not key.startswith("perf/")} for line in lines
-    ]
+    """Every line of the metrics without the speed."""
+    text = (workdir / "metrics.jsonl").read_text()
+    return [without_times(json.loads(line)) for line in text.splitlines()]
+
+
+def without_times(line):
+    return {key: value for key, value in line.items() if not key.startswith("perf/")}
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +203,7 @@ def alone(folder):
 
 @pytest.fixture(scope="module")
 def stopped(folder):
-    """A run of two processes on two devices each, of which the second got SIGTERM before its first step."""
+    """A run of two processes with two devices each; one got SIGTERM before its first step."""
     workdir = folder / "run"
     with started(folder, 2, 2, training(folder, workdir)) as processes:
         wait_for((workdir / "routing/zarr.json").exists, processes)
@@ -187,7 +213,10 @@ def stopped(folder):
 
 @pytest.fixture(scope="module")
 def killed(folder, stopped):
-    """The same run continued by four processes, of which the last was killed; and how long the others lived on."""
+    """The same run continued by four processes, of which the last was killed.
+
+    The last value is how many seconds the others lived after that.
+    """
     workdir = stopped[0]
     with started(folder, 4, 1, training(folder, workdir)) as processes:
         wait_for((workdir / "checkpoints/8").exists, processes)
@@ -206,13 +235,8 @@ def finished(folder, killed):
         "--minutes=5",
         f"--folder={folder / 'slurm'}",
     ]
-    command = [
-        sys.executable,
-        str(LAUNCHER),
-        *options,
-        "--",
-        *training(folder, killed[0])(0, [])[3:],
-    ]
+    flags = training(folder, killed[0])(0, [])[3:]
+    command = [sys.executable, str(LAUNCHER), *options, "--", *flags]
     done = subprocess.run(
         command, env=environment(folder, 2), capture_output=True, text=True, timeout=SECONDS
     )
@@ -221,7 +245,7 @@ def finished(folder, killed):
     return killed[0], done.stdout, logs
 
 
-def test_a_signal_to_one_process_ends_all_at_the_same_step_saved_and_with_exit_code_0(stopped):
+def test_a_signal_to_one_process_stops_all_at_the_same_saved_step(stopped):
     workdir, codes, _, errors = stopped
     assert codes == [0, 0], errors
     assert f"SIGTERM: saved step 2 in {workdir}" in errors[0]
@@ -229,7 +253,7 @@ def test_a_signal_to_one_process_ends_all_at_the_same_step_saved_and_with_exit_c
     assert json.loads((workdir / "config.json").read_text())["processes"] == 2
 
 
-def test_what_all_processes_would_say_is_said_once(stopped):
+def test_only_process_0_logs_what_is_the_same_in_all_processes(stopped):
     _, _, outputs, errors = stopped
     assert outputs == ["", ""]
     assert errors[0].count("compiled the train step") == 1
@@ -242,11 +266,10 @@ def test_when_a_process_is_killed_the_others_fail_within_a_minute(killed):
     assert all(code != 0 for code in codes), errors
     for index in (0, 1, 2):
         # Not always a line of its own: what ends the process may write at the same time.
-        said = re.findall(
-            r"moejax: process 3 on \S+ has ended or .* from the newest checkpoint", errors[index]
-        )
-        assert len(said) == 1, errors[index]
-        assert "Traceback" not in errors[index][: errors[index].index(said[0])], errors[index]
+        pattern = r"moejax: process 3 on \S+ has ended or .* from the newest checkpoint"
+        reports = re.findall(pattern, errors[index])
+        assert len(reports) == 1, errors[index]
+        assert "Traceback" not in errors[index][: errors[index].index(reports[0])], errors[index]
     assert seconds < 60
     print(f"the others ended after {seconds:.1f} s with {codes[:3]}")
 
@@ -255,16 +278,12 @@ def test_the_loss_curve_is_that_of_one_process_bit_for_bit(alone, finished):
     assert curve(finished[0]) == curve(alone)
     assert len(curve(alone)) == 62  # 60 steps and two evaluations
     evaluated = [line for line in curve(alone) if "eval/loss" in line]
-    assert (
-        all({"eval/loss/lower", "eval/loss/upper"} <= line.keys() for line in evaluated)
-        and len(evaluated) == 2
-    )
-    np.testing.assert_array_equal(
-        read_routing(finished[0]).counts_SNE, read_routing(alone).counts_SNE
-    )
-    assert sorted(os.listdir(finished[0] / "routing/evaluations")) == sorted(
-        os.listdir(alone / "routing/evaluations")
-    )
+    assert len(evaluated) == 2
+    assert all({"eval/loss/lower", "eval/loss/upper"} <= line.keys() for line in evaluated)
+    counts_SNE = read_routing(finished[0]).counts_SNE
+    np.testing.assert_array_equal(counts_SNE, read_routing(alone).counts_SNE)
+    files = os.listdir(finished[0] / "routing/evaluations")
+    assert sorted(files) == sorted(os.listdir(alone / "routing/evaluations"))
 
 
 def test_the_state_is_that_of_one_process_bit_for_bit(folder, alone, finished):
@@ -276,9 +295,7 @@ def test_the_state_is_that_of_one_process_bit_for_bit(folder, alone, finished):
         np.testing.assert_array_equal(a, b)
 
 
-def test_the_launcher_names_the_logs_and_process_0_prints_one_json_document_and_where_the_report_comes_from(
-    finished,
-):
+def test_the_launcher_names_the_logs_and_process_0_prints_one_document(finished):
     workdir, printed, logs = finished
     assert re.search(r"job \d+: logs .*_log.out, .*_log.err", printed)
     assert json.loads(logs[logs.index("{\n") : logs.index("\n}") + 2])["steps"] == 60
@@ -287,43 +304,46 @@ def test_the_launcher_names_the_logs_and_process_0_prints_one_json_document_and_
     assert "Gloo" not in logs[logs.index("{\n") : logs.index("\n}")]
 
 
-def test_the_launcher_asks_slurm_for_a_process_per_gpu_and_jobs_that_follow_one_another(tmp_path):
-    for name, line in (
-        ("srun", "exit 0"),
-        ("sbatch", f'cp "$1" {tmp_path}/submitted; echo Submitted batch job 42'),
-    ):
+def test_the_launcher_asks_slurm_for_a_process_per_gpu_and_for_jobs_in_turn(tmp_path):
+    programs = {
+        "srun": "exit 0",
+        "sbatch": f'cp "$1" {tmp_path}/submitted; echo Submitted batch job 42',
+    }
+    for name, line in programs.items():
         (tmp_path / name).write_text(f"#!/bin/sh\n{line}\n")
         (tmp_path / name).chmod(0o755)
     options = ["--nodes=2", "--gpus_per_node=8", "--minutes=60", "--jobs=2", "--partition=gpu"]
+    options += [f"--folder={tmp_path}/jobs", "--", "--config=configs/debug.py"]
     done = subprocess.run(
-        [sys.executable, str(LAUNCHER), *options, f"--folder={tmp_path}/jobs", "--", "--config=configs/debug.py"],
-        env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}, capture_output=True, text=True,
-    )  # fmt: skip
+        [sys.executable, str(LAUNCHER), *options],
+        env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("job 42: logs ") == 2
     script = (tmp_path / "submitted").read_text()
-    for line in (
+    requests = [
         "nodes=2",
         "ntasks-per-node=8",
         "gpus-per-node=8",
         "time=60",
         "dependency=singleton",
         "partition=gpu",
-    ):
-        assert f"#SBATCH --{line}\n" in script, script
+    ]
+    for request in requests:
+        assert f"#SBATCH --{request}\n" in script, script
     assert "--kill-on-bad-exit=1" in script
 
 
-def test_an_alarm_in_the_last_interval_ends_all_processes_once_the_state_is_saved(folder, tmp_path):
+def test_an_alarm_in_the_last_interval_ends_all_once_the_state_is_saved(folder, tmp_path):
     more = [
         "--config.train.num_steps=4",
         "--config.train.log_every=4",
         "--config.alarms.entropy=1.0",
-    ]
-    more += [
         "--config.alarms.stop=entropy",
-        "--config.train.batch_size=128",
-    ]  # a single batch to evaluate
+        "--config.train.batch_size=128",  # a single batch to evaluate
+    ]
     with started(folder, 2, 2, training(folder, tmp_path / "run", *more)) as processes:
         codes, _, errors = ends(processes)
     assert codes == [1, 1], errors
@@ -354,22 +374,21 @@ def test_a_step_that_hangs_ends_the_process_with_step_mesh_and_stacks(folder, tm
     with started(folder, 1, 1, lambda index, flags: ["-c", HANGS, *command[2:]]) as processes:
         (code,), _, (errors,) = ends(processes)
     assert code == 3, errors
-    assert (
-        "moejax: step 5 has taken more than 3 s (train.step_limit_s=3) in process 0 of 1, on mesh data 1,"
-        in errors
-    )
+    what = "moejax: step 5 has taken more than 3 s (train.step_limit_s=3)"
+    assert f"{what} in process 0 of 1, on mesh data 1," in errors
     assert "in put_batch_that_hangs" in errors and "Thread 0x" in errors
 
 
-MEETS = """
+CONNECTED = """
 import sys, time
 import jax, numpy as np
 from jax.sharding import AxisType, Mesh
 from moejax.sharding import MESH_AXES
-from moejax.training import processes
+from moejax.training.multihost import processes
 from moejax.training.multihost.signals import StopSignals
 from moejax.training.step import put_batch, rows_of_process
-folder, address, number, index = sys.argv[1], sys.argv[2].split("=")[1], 2, int(sys.argv[4].split("=")[1])
+folder, address = sys.argv[1], sys.argv[2].split("=")[1]
+index = int(sys.argv[4].split("=")[1])
 
 class Trainable:
     pass
@@ -383,15 +402,17 @@ def write_or_read():
 def fails():
     raise ValueError("no such thing")
 
-with processes.meet(address, number, index):
-    print("read", processes.first_then_others(write_or_read), processes.first_says(str(index)))
+with processes.initialize_distributed(address, 2, index):
+    read = processes.primary_first(write_or_read)
+    print("read", read, processes.broadcast_from_primary(str(index)))
     a, b, c, d = jax.devices()
-    devices = np.reshape([a, c, b, d], (4, 1, 1, 1, 1, 1))
-    Trainable.mesh = mesh = Mesh(devices, MESH_AXES, axis_types=(AxisType.Auto,) * 6)
+    devices = np.reshape([a, c, b, d], (4, *[1] * (len(MESH_AXES) - 1)))
+    Trainable.mesh = mesh = Mesh(devices, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
     rows = rows_of_process(mesh, 8)
     batch = put_batch(np.arange(8)[rows], Trainable)
     held = {s.index[0].start: s.data.tolist() for s in batch.addressable_shards}
-    print("rows", rows, all(values == [start, start + 1] for start, values in held.items()), batch.shape)
+    is_held = all(values == [start, start + 1] for start, values in held.items())
+    print("rows", rows, is_held, batch.shape)
     signals = StopSignals()
     stop = processes.SharedStop(signals, mesh)
     polls = [stop.poll()]
@@ -399,87 +420,85 @@ with processes.meet(address, number, index):
     print("polls", polls + [stop.poll(), stop.poll(), stop.poll()], stop.received)
     for function in (fails, fails if index == 1 else time.ctime):
         try:
-            processes.first_then_others(function)
+            processes.primary_first(function)
         except Exception as error:
             print(type(error).__name__, error)
     sys.stdout.flush()
 """
 
 
-def test_processes_read_after_the_first_wrote_hold_their_rows_stop_together_and_fail_together(
-    folder, tmp_path
-):
-    with started(
-        folder, 2, 2, lambda index, flags: ["-c", MEETS, str(tmp_path), *flags]
-    ) as processes:
+def test_processes_read_after_the_first_wrote_and_stop_and_fail_together(folder, tmp_path):
+    def command(index, flags):
+        return ["-c", CONNECTED, str(tmp_path), *flags]
+
+    with started(folder, 2, 2, command) as processes:
         codes, outputs, errors = ends(processes)
     assert codes == [0, 0], errors
     host = socket.gethostname()
-    told = [own_lines(output) for output in outputs]
-    # A mesh that takes turns between the processes, as on a TPU pod: rows lie apart.
-    assert told[0][:3] == [
+    printed = [own_lines(output) for output in outputs]
+    # The mesh takes turns between the processes, as on a TPU pod: a process's rows are apart.
+    assert printed[0] == [
         "read by 0 0",
         "rows [0, 1, 4, 5] True (8,)",
         "polls [False, False, True, True] SIGINT",
+        "ValueError no such thing",
+        f"ProcessError process 1 failed on {host}; its own message says why",
     ]
-    assert told[1][:3] == [
+    assert printed[1] == [
         "read by 0 0",
         "rows [2, 3, 6, 7] True (8,)",
         "polls [False, False, True, True] SIGINT",
+        f"ProcessError process 0 failed on {host}; its own message says why",
+        "ValueError no such thing",
     ]
-    assert told[0][3:] == [
-        "ValueError no such thing", f"ProcessError process 1 failed on {host}; its own message says why"
-    ]  # fmt: skip
-    assert told[1][3:] == [
-        f"ProcessError process 0 failed on {host}; its own message says why", "ValueError no such thing"
-    ]  # fmt: skip
 
 
-IMPATIENT = """
+WAITS_BRIEFLY = """
 import sys
 from moejax.cli import main
-from moejax.training import run_directory
-run_directory.SHARED_SECONDS = 0.5
+from moejax.training.run_directory import layout
+layout.SHARED_SECONDS = 0.5
 sys.exit(main(sys.argv[1:]))
 """
 
 
 def test_a_run_directory_that_is_not_shared_is_refused_by_name_and_ends_all(folder, tmp_path):
     def command(index, flags):
-        return ["-c", IMPATIENT, *training(folder, tmp_path / f"run{index}")(index, flags)[2:]]
+        return ["-c", WAITS_BRIEFLY, *training(folder, tmp_path / f"run{index}")(index, flags)[2:]]
 
     with started(folder, 2, 2, command) as processes:
         codes, _, errors = ends(processes)
     assert codes == [1, 2], errors
     assert f"process 1 failed on {socket.gethostname()}" in errors[0]
-    assert (
-        f"moejax: --workdir={tmp_path}/run1 on {socket.gethostname()}, process 1, is not the folder"
-        in errors[1]
-    )
+    workdir = f"--workdir={tmp_path}/run1 on {socket.gethostname()}, process 1,"
+    assert f"moejax: {workdir} is not the folder" in errors[1]
     assert "Traceback" not in errors[0] + errors[1]
 
 
 def test_values_that_are_not_finite_are_found_by_all_and_named_by_one(folder, tmp_path):
     values = {
-        "optimizer.learning_rate": 1e25, "optimizer.clip_norm": 0.0, "train.max_nonfinite_steps": 2, "mesh.tensor": 1,
+        "optimizer.learning_rate": 1e25,
+        "optimizer.clip_norm": 0.0,
+        "train.max_nonfinite_steps": 2,
+        "mesh.tensor": 1,
         "moe.num_experts": 0,  # compiles faster
-    }  # fmt: skip
+    }
     more = [f"--config.{key}={value}" for key, value in values.items()]
     with started(folder, 2, 1, training(folder, tmp_path / "run", *more)) as processes:
         codes, _, errors = ends(processes)
     assert codes == [1, 1], errors
-    assert re.search(
-        r"not finite in 2 steps in a row, .*the first such value is in ", errors[0].splitlines()[-1]
-    )
+    pattern = r"not finite in 2 steps in a row, .*the first such value is in "
+    assert re.search(pattern, errors[0].splitlines()[-1])
     assert own_lines(errors[1]) == [
         f"moejax: process 0 failed on {socket.gethostname()}; its own message says why"
     ]
 
 
-DEPARTS = """
+FAILS_IN_ONE = """
 import sys
-from moejax.cli import main, train
-from moejax.training import processes
+from moejax.cli import main
+from moejax.cli.verbs import train
+from moejax.training.multihost import processes
 processes.LOST_SECONDS = 5
 def fails_in_one(*arguments, **keywords):
     if not processes.is_first():
@@ -490,11 +509,9 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-def test_a_process_that_fails_alone_leaves_at_once_with_its_traceback_and_the_other_fails_too(
-    folder, tmp_path
-):
+def test_a_process_that_fails_ends_at_once_with_its_traceback_and_all_fail(folder, tmp_path):
     def command(index, flags):
-        return ["-c", DEPARTS, *training(folder, tmp_path / "run")(index, flags)[2:]]
+        return ["-c", FAILS_IN_ONE, *training(folder, tmp_path / "run")(index, flags)[2:]]
 
     with started(folder, 2, 2, command) as processes:
         codes, _, errors = ends(processes)
@@ -540,23 +557,29 @@ def test_distributed_without_a_cluster_in_the_environment_says_what_it_looked_fo
         codes, _, (errors,) = ends(processes)
     assert codes == [1] and not (folder / "none").exists()
     (line,) = errors.splitlines()
-    assert re.search(
-        r"did not meet by the environment .*; launch them by srun, mpirun, .*--coordinator=HOST:PORT",
-        line,
-    )
+    assert re.search(r"did not find each other by the environment .*; launch them by srun", line)
+    assert "mpirun, " in line and "--coordinator=HOST:PORT" in line
 
 
 LAUNCHED = {
-    "SLURM_STEP_NUM_TASKS": "2", "OMPI_COMM_WORLD_SIZE": "2", "PMI_SIZE": "2", "MV2_COMM_WORLD_SIZE": "2",
-    "JSM_NAMESPACE_SIZE": "2", "FLUX_JOB_SIZE": "2", "WORLD_SIZE": "2", "PMIX_RANK": "1",
+    "SLURM_STEP_NUM_TASKS": "2",
+    "OMPI_COMM_WORLD_SIZE": "2",
+    "PMI_SIZE": "2",
+    "MV2_COMM_WORLD_SIZE": "2",
+    "JSM_NAMESPACE_SIZE": "2",
+    "FLUX_JOB_SIZE": "2",
+    "WORLD_SIZE": "2",
+    "PMIX_RANK": "1",
     "TPU_WORKER_HOSTNAMES": "host1,host2",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(
     "verb", ["train", "eval", "generate", "report", "counterfactuals", "placement"]
 )
-def test_several_launched_processes_that_would_not_meet_are_refused(verb, monkeypatch, capsys):
+def test_several_launched_processes_that_would_each_train_alone_are_refused(
+    verb, monkeypatch, capsys
+):
     remedy = "add --distributed, or launch one" if verb == "train" else "launch one"
     for variable, value in LAUNCHED.items():
         with monkeypatch.context() as patched:
@@ -575,26 +598,21 @@ def test_one_launched_process_is_no_reason_to_refuse(monkeypatch):
 
 def test_a_port_in_use_and_a_missing_process_are_named_within_the_stated_wait(folder):
     def without_process_1(index, flags):
-        return training(folder, folder / "none", "--wait_s=2")(
-            0, [flags[0], "--num_processes=2", "--process_id=0"]
-        )
+        command = training(folder, folder / "none", "--wait_s=2")
+        return command(0, [flags[0], "--num_processes=2", "--process_id=0"])
 
     with started(folder, 2, 1, without_process_1) as started_processes:
         codes, _, errors = ends(started_processes)
     assert codes == [1, 1] and not (folder / "none").exists()
     lines = sorted(own_lines(errors[0]) + own_lines(errors[1]))
     assert len(lines) == 2, errors
-    assert (
-        lines[0].startswith("moejax: process 0 cannot listen at port ")
-        and "choose another port" in lines[0]
-    )
-    assert (
-        lines[1].startswith("moejax: process 1 of 2 did not come to process 0 on ")
-        and "within 2 s" in lines[1]
-    )
+    assert lines[0].startswith("moejax: process 0 cannot listen at port ")
+    assert "choose another port" in lines[0]
+    assert lines[1].startswith("moejax: process 1 of 2 did not come to process 0 on ")
+    assert "within 2 s" in lines[1]
 
 
-def test_processes_of_different_configurations_are_refused_before_anything_is_written(folder):
+def test_processes_of_different_configurations_are_refused_before_a_write(folder):
     def other_rate(index, flags):
         more = ["--config.optimizer.learning_rate=0.5"] if index else []
         return training(folder, folder / "none", *more)(index, flags)

@@ -1,4 +1,4 @@
-"""Processes are called before they begin: who is missing, comes twice or runs something else is named to all."""
+"""The roll call names to all processes which is missing, comes twice or runs something else."""
 
 import json
 import socket
@@ -29,20 +29,23 @@ def free_port():
         return free.getsockname()[1]
 
 
-def meet(*processes, wait_s=20.0, port=None):
-    """Calls the roll in a thread for each (number, of how many, version of jax); returns what each was told."""
+def call_in_threads(*processes, wait_s=20.0, port=None):
+    """Calls the roll in one thread for each (number, of how many, version of jax).
+
+    Returns what each got as an answer: "begin", or what is wrong.
+    """
     port = port or free_port()
-    told = [None] * len(processes)
+    answers = [None] * len(processes)
 
     def run(place, number, of, jax="0.10"):
         roll_call.of_this_thread.jax = jax
         try:
             links = call_roll(f"127.0.0.1:{port}", of, number, wait_s)
-            told[place] = "begin"
+            answers[place] = "begin"
             for link in links.values():
                 link.close()
         except RollCallError as error:
-            told[place] = str(error)
+            answers[place] = str(error)
 
     threads = [
         threading.Thread(target=run, args=(place, *process))
@@ -52,44 +55,43 @@ def meet(*processes, wait_s=20.0, port=None):
         thread.start()
     for thread in threads:
         thread.join()
-    return told
+    return answers
 
 
-def test_processes_that_are_all_there_and_alike_begin():
-    assert meet((0, 3), (1, 3), (2, 3)) == ["begin"] * 3
-    assert meet((0, 1)) == ["begin"]
+def test_processes_that_are_all_there_and_run_the_same_begin():
+    assert call_in_threads((0, 3), (1, 3), (2, 3)) == ["begin"] * 3
+    assert call_in_threads((0, 1)) == ["begin"]
 
 
 def test_a_missing_process_is_named_to_all_others():
-    told = meet((0, 4), (2, 4), wait_s=1.0)
-    assert told[0] == told[1]
-    assert "processes 1, 3 of 4 did not come to process 0" in told[0] and "within 1 s" in told[0]
-    assert "--wait_s" in told[0]
+    answers = call_in_threads((0, 4), (2, 4), wait_s=1.0)
+    assert answers[0] == answers[1]
+    assert (
+        "processes 1, 3 of 4 did not come to process 0" in answers[0] and "within 1 s" in answers[0]
+    )
+    assert "--wait_s" in answers[0]
 
 
 def test_a_missing_process_0_is_named_with_its_address_and_the_reason():
-    (told,) = meet((1, 2), wait_s=0.5)
-    assert (
-        "process 0 did not answer at 127.0.0.1:" in told
-        and "within 0.5 s" in told
-        and "refused" in told
-    )
+    (answer,) = call_in_threads((1, 2), wait_s=0.5)
+    assert "process 0 did not answer at 127.0.0.1:" in answer
+    assert "within 0.5 s" in answer and "refused" in answer
 
 
 def test_a_number_that_comes_twice_is_named_to_both():
-    told = meet((0, 3), (1, 3), (1, 3), wait_s=5.0)
-    assert len(set(told)) == 1 and "process 1 on" in told[0] and "came twice" in told[0]
+    answers = call_in_threads((0, 3), (1, 3), (1, 3), wait_s=5.0)
+    assert len(set(answers)) == 1 and "process 1 on" in answers[0] and "came twice" in answers[0]
 
 
 def test_numbers_of_processes_that_differ_are_named():
-    told = meet((0, 2), (1, 3))
-    assert len(set(told)) == 1 and "--num_processes=3" in told[0] and "with 2" in told[0]
+    answers = call_in_threads((0, 2), (1, 3))
+    assert len(set(answers)) == 1 and "--num_processes=3" in answers[0] and "with 2" in answers[0]
 
 
 def test_another_version_is_named_with_both():
-    told = meet((0, 2), (1, 2, "0.12"))
-    assert len(set(told)) == 1 and "process 1 on" in told[0]
-    assert "runs jax 0.12" in told[0] and "runs 0.10" in told[0]
+    answers = call_in_threads((0, 2), (1, 2, "0.12"))
+    assert len(set(answers)) == 1 and "process 1 on" in answers[0]
+    assert "runs jax 0.12" in answers[0] and "runs 0.10" in answers[0]
 
 
 def test_a_port_that_another_program_uses_is_refused_at_once():
@@ -128,13 +130,15 @@ def test_a_stranger_at_the_port_disturbs_nothing(monkeypatch):
     monkeypatch.setattr(roll_call, "ANSWER_S", 0.5)
     visitor = threading.Thread(target=visit)
     visitor.start()
-    told = []
-    first = threading.Thread(target=lambda: told.extend(meet((0, 2), wait_s=20.0, port=port)))
+    answers = []
+    first = threading.Thread(
+        target=lambda: answers.extend(call_in_threads((0, 2), wait_s=20.0, port=port))
+    )
     first.start()
     visitor.join()
-    told_second = meet((1, 2), port=port)
+    answers_of_second = call_in_threads((1, 2), port=port)
     first.join()
-    assert told + told_second == ["begin", "begin"]
+    assert answers + answers_of_second == ["begin", "begin"]
 
 
 def test_what_must_be_equal_covers_the_code_versions_and_settings(monkeypatch):

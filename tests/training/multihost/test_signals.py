@@ -1,4 +1,4 @@
-"""Stopping: the first signal is remembered, repeated ones do no harm."""
+"""Stopping: the first signal is remembered, and repeated ones do no harm."""
 
 import os
 import select
@@ -21,8 +21,8 @@ def test_the_first_signal_is_remembered_and_later_sigterms_change_nothing():
         assert stop and stop.received == "SIGTERM"
 
 
-def test_a_signal_is_known_also_where_another_reason_was_the_first(monkeypatch):
-    monkeypatch.setattr(signals, "PATIENCE_SECONDS", 0.0)
+def test_a_signal_is_remembered_after_another_reason_to_stop(monkeypatch):
+    monkeypatch.setattr(signals, "GRACE_SECONDS", 0.0)
     with StopSignals() as stop:
         stop.request("ALARM")
         assert (stop.received, stop.signal) == ("ALARM", None)
@@ -31,7 +31,7 @@ def test_a_signal_is_known_also_where_another_reason_was_the_first(monkeypatch):
 
 
 def test_a_second_sigint_after_a_while_interrupts(monkeypatch):
-    monkeypatch.setattr(signals, "PATIENCE_SECONDS", 0.0)
+    monkeypatch.setattr(signals, "GRACE_SECONDS", 0.0)
     with pytest.raises(KeyboardInterrupt), StopSignals() as stop:
         os.kill(os.getpid(), signal.SIGINT)
         assert stop
@@ -52,8 +52,9 @@ COMPUTES = """
 import hashlib, sys, threading
 from moejax.training.multihost.signals import SignalWatch, StopSignals, uninterrupted
 with SignalWatch(), StopSignals() as stop, uninterrupted("compiling a sum"):
-    threading.Timer(0.5, print, ("begun",), {"flush": True}).start()  # once the main thread is in there
-    hashlib.pbkdf2_hmac("sha256", b"", b"", int(sys.argv[1]))  # as a compilation: no handler runs until it ends
+    # Printed once the main thread computes. As in a compilation, no handler runs until it ends.
+    threading.Timer(0.5, print, ("begun",), {"flush": True}).start()
+    hashlib.pbkdf2_hmac("sha256", b"", b"", int(sys.argv[1]))
     print("ended", stop.received, flush=True)
 """
 
@@ -73,15 +74,15 @@ def computing(iterations):
     return process
 
 
-def test_a_signal_during_a_compilation_is_answered_and_a_second_ctrl_c_leaves_at_once():
+def test_a_signal_while_compiling_is_answered_and_a_second_one_exits():
     process = computing(10**9)
     try:
         process.send_signal(signal.SIGINT)
         can_read, _, _ = select.select([process.stderr], [], [], 60)
-        assert can_read, "no word within a minute"
+        assert can_read, "nothing printed within a minute"
         assert process.stderr.readline() == (
-            "moejax: SIGINT: compiling a sum cannot be interrupted; moejax stops after it. A second Ctrl-C leaves at "
-            "once\n"
+            "moejax: SIGINT: compiling a sum cannot be interrupted; moejax stops after it. "
+            "A second Ctrl-C leaves at once\n"
         )
         process.send_signal(signal.SIGTERM)  # schedulers repeat it: nothing is lost by it
         process.send_signal(signal.SIGINT)
@@ -92,22 +93,26 @@ def test_a_signal_during_a_compilation_is_answered_and_a_second_ctrl_c_leaves_at
         process.kill()
 
 
-def test_a_signal_that_a_handler_answers_at_once_needs_no_further_word():
+def test_a_signal_that_a_handler_answers_at_once_prints_nothing_else():
     code = COMPUTES.replace(
         'hashlib.pbkdf2_hmac("sha256", b"", b"", int(sys.argv[1]))', "sys.stdin.readline()"
     )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     process = subprocess.Popen(
-        [sys.executable, "-c", code, "0"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        text=True, env=environment,
-    )  # fmt: skip
+        [sys.executable, "-c", code, "0"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
     assert process.stdout.readline() == "begun\n"
     process.send_signal(signal.SIGTERM)
-    time.sleep(1.5 * signals.PATIENCE_SECONDS)
+    time.sleep(1.5 * signals.GRACE_SECONDS)
     assert process.communicate("go on\n", timeout=60) == ("ended SIGTERM\n", "")
 
 
-def test_the_watch_gives_back_the_handler_and_the_descriptor_that_were_there():
+def test_the_watch_restores_the_previous_handler_and_descriptor():
     before = signal.getsignal(signal.SIGINT)
     with signals.SignalWatch():
         assert signal.getsignal(signal.SIGINT) != before

@@ -1,4 +1,4 @@
-"""Arms of a sweep in one program: each gives what it gives alone, is saved alone, and continues exactly."""
+"""Arms of a sweep in one program: each computes, saves and continues as it does alone."""
 
 import contextlib
 import dataclasses
@@ -25,8 +25,9 @@ from moejax.training.health.nonfinite import NonFiniteError
 from moejax.training.loop import train
 from moejax.training.multihost.signals import StopSignals
 from moejax.training.packed import loop as packed_loop
+from moejax.training.packed.arm import common_step
 from moejax.training.packed.arms import Pack, depends_on_devices, program_of, trains_alone
-from moejax.training.packed.loop import common_step, train_packed
+from moejax.training.packed.loop import train_packed
 from moejax.training.run_directory.metrics import Recorder
 from moejax.training.run_directory.routing_log import read_routing
 from moejax.training.step import make_train_step, put_batch
@@ -60,47 +61,59 @@ def arm_configs(tmp_path, **train_leaves):
 
 def lines_of(workdir):
     """`metrics.jsonl` without what is measured in seconds."""
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if not k.startswith("perf/")} for line in lines]
+    return [without_times(line) for line in all_lines_of(workdir)]
+
+
+def all_lines_of(workdir):
+    text = (workdir / "metrics.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def without_times(line):
+    return {key: value for key, value in line.items() if not key.startswith("perf/")}
 
 
 def assert_lines_are_close(found, expected, rtol=1e-5):
     assert [line["step"] for line in found] == [line["step"] for line in expected]
-    for one, other in zip(found, expected, strict=True):
-        assert one.keys() == other.keys()
-        for key, value in other.items():
-            assert math.isclose(one[key], value, rel_tol=rtol, abs_tol=rtol), (
-                other["step"],
-                key,
-                one[key],
-                value,
-            )
+    for line, expected_line in zip(found, expected, strict=True):
+        assert line.keys() == expected_line.keys()
+        for key, expected_value in expected_line.items():
+            value = line[key]
+            is_close = math.isclose(value, expected_value, rel_tol=rtol, abs_tol=rtol)
+            assert is_close, (line["step"], key, value, expected_value)
 
 
 def assert_states_are_close(found, expected, rtol=1e-5):
-    leaves = zip(jax.tree_util.tree_leaves_with_path(expected), jax.tree.leaves(found), strict=True)
-    for (path, wanted), value in leaves:
-        wanted, value = np.asarray(wanted, np.float64), np.asarray(value, np.float64)
+    expected_leaves = jax.tree_util.tree_leaves_with_path(expected)
+    for (path, wanted), value in zip(expected_leaves, jax.tree.leaves(found), strict=True):
+        wanted = np.asarray(wanted, np.float64)
+        value = np.asarray(value, np.float64)
         scale = max(np.abs(wanted).max(), 1e-8)
-        assert np.abs(value - wanted).max() <= rtol * scale, jax.tree_util.keystr(path)
+        largest_error = np.abs(value - wanted).max()
+        assert largest_error <= rtol * scale, jax.tree_util.keystr(path)
 
 
 def assert_losses_are_close(found, expected):
-    """Of the checkpoints: the best is kept by them."""
-    losses = [
-        {
-            path.parts[-3]: json.loads(path.read_text())
-            for path in workdir.glob("checkpoints/*/metrics/metrics")
-        }
-        for workdir in (found, expected)
-    ]
-    assert (
-        losses[0].keys() == losses[1].keys()
-        and {"25", "50"} <= losses[0].keys()
-        and "30" not in losses[0]
-    )
-    for step, values in losses[1].items():
-        assert losses[0][step] == pytest.approx(values, rel=1e-5)
+    """Compares the losses of the checkpoints, by which the best one is kept."""
+    losses, expected_losses = saved_losses(found), saved_losses(expected)
+    assert losses.keys() == expected_losses.keys()
+    assert {"25", "50"} <= losses.keys() and "30" not in losses
+    for step, values in expected_losses.items():
+        assert losses[step] == pytest.approx(values, rel=1e-5)
+
+
+def saved_losses(workdir):
+    paths = workdir.glob("checkpoints/*/metrics/metrics")
+    return {path.parts[-3]: json.loads(path.read_text()) for path in paths}
+
+
+def copy_with_steps(workdir, folder, steps):
+    """Copies a run directory with these checkpoints only."""
+    shutil.copytree(workdir, folder)
+    for path in (folder / "checkpoints").iterdir():
+        if path.name not in steps:
+            shutil.rmtree(path)
+    return folder
 
 
 def newest_state(config, workdir):
@@ -114,7 +127,7 @@ def newest_state(config, workdir):
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory):
-    """Three arms trained side by side on two devices, which one lane fills up."""
+    """Three arms trained side by side on two devices, of whose four slots one is filled up."""
     folder = tmp_path_factory.mktemp("packed")
     configs = arm_configs(folder)
     workdirs = [folder / f"arm{i}" for i in range(3)]
@@ -123,30 +136,30 @@ def packed(tmp_path_factory):
 
 
 @pytest.mark.parametrize("arm", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_each_arm_of_a_pack_leaves_what_it_leaves_alone_after_50_steps(packed, arm, tmp_path):
+def test_each_arm_of_a_pack_writes_what_it_writes_alone_after_50_steps(packed, arm, tmp_path):
     configs, workdirs, results = packed
     alone = configs[arm]  # on all eight devices
     expected = train(alone, tmp_path / "alone")
     assert (results[arm].step, results[arm].stopped_by, results[arm].error) == (50, None, None)
     assert results[arm].evaluation.loss == pytest.approx(expected.evaluation.loss, rel=1e-5)
     assert_lines_are_close(lines_of(workdirs[arm]), lines_of(tmp_path / "alone"))
-    assert_states_are_close(
-        newest_state(alone, workdirs[arm]), newest_state(alone, tmp_path / "alone"), rtol=1e-4
-    )
+    state = newest_state(alone, workdirs[arm])
+    expected_state = newest_state(alone, tmp_path / "alone")
+    assert_states_are_close(state, expected_state, rtol=1e-4)
     assert_losses_are_close(workdirs[arm], tmp_path / "alone")
     found, wanted = read_routing(workdirs[arm]), read_routing(tmp_path / "alone")
     np.testing.assert_array_equal(found.steps, wanted.steps)
     for name in ("counts", "probs", "bias", "idle_steps", "importance", "layers"):
-        np.testing.assert_allclose(
-            found.read(name), wanted.read(name), rtol=1e-4, atol=1e-5, err_msg=name
-        )
-    for name in (
+        array, expected_array = found.read(name), wanted.read(name)
+        np.testing.assert_allclose(array, expected_array, rtol=1e-4, atol=1e-5, err_msg=name)
+    files = [
         "config.json",
         "checkpoints",
         "tokenizer.json",
         "routing/evaluations/50.npz",
         "alarms.jsonl",
-    ):
+    ]
+    for name in files:
         assert (workdirs[arm] / name).exists() == (tmp_path / "alone" / name).exists(), name
 
 
@@ -157,7 +170,7 @@ def test_arms_of_a_pack_differ_and_a_run_directory_opens_like_any_other(packed):
     assert open_run(workdirs[0]).config["train"]["num_steps"] == 50
 
 
-def test_a_pack_that_was_stopped_continues_exactly_as_if_it_had_not_been(packed, tmp_path):
+def test_a_pack_that_was_stopped_continues_exactly(packed, tmp_path):
     configs, workdirs, _ = packed
     again = [tmp_path / f"arm{i}" for i in range(3)]
 
@@ -165,10 +178,11 @@ def test_a_pack_that_was_stopped_continues_exactly_as_if_it_had_not_been(packed,
         stop = StopSignals()
         with _stop_at(step, stop):
             results = train_packed(configs, again, stop=stop, devices=jax.devices()[:2])
-        assert {result.stopped_by for result in results} == {"TEST"}
-        assert len({result.step for result in results}) == 1
-        assert {tuple(saved_steps(workdir)[-1:]) for workdir in again} == {(results[0].step,)}
-        return results[0].step
+        last = results[0].step
+        assert all(result.stopped_by == "TEST" for result in results)
+        assert all(result.step == last for result in results)
+        assert all(saved_steps(workdir)[-1] == last for workdir in again)
+        return last
 
     first = train_until(step=19)
     # One arm's newest checkpoint is lost, as if the process had been killed between two saves.
@@ -177,33 +191,33 @@ def test_a_pack_that_was_stopped_continues_exactly_as_if_it_had_not_been(packed,
     assert train_until() == 25  # while step 25 is evaluated
     assert not (again[1] / "checkpoints/25/metrics/metrics").exists()
     train_packed(configs, again, devices=jax.devices()[:2])
-    for config, one, other in zip(configs, again, workdirs, strict=True):
-        assert lines_of(one) == lines_of(other)
-        assert read_alarms(one) == read_alarms(other)
-        assert_states_are_close(newest_state(config, one), newest_state(config, other), rtol=0)
+    for config, stopped, straight in zip(configs, again, workdirs, strict=True):
+        assert lines_of(stopped) == lines_of(straight)
+        assert read_alarms(stopped) == read_alarms(straight)
+        state, expected_state = newest_state(config, stopped), newest_state(config, straight)
+        assert_states_are_close(state, expected_state, rtol=0)
 
 
 @pytest.mark.slow
 def test_an_arm_of_a_pack_continues_alone_and_a_run_continues_in_a_pack(packed, tmp_path):
     configs, workdirs, _ = packed
-    shutil.copytree(workdirs[0], tmp_path / "arm0")
-    for path in (tmp_path / "arm0/checkpoints").iterdir():
-        if path.name.isdigit() and int(path.name) > 30:
-            shutil.rmtree(path)
-    train(configs[0], tmp_path / "arm0")
-    assert_lines_are_close(lines_of(tmp_path / "arm0"), lines_of(workdirs[0]))
+    first, second = tmp_path / "arm0", tmp_path / "arm1"
+    shutil.copytree(workdirs[0], first)
+    for step in saved_steps(first):
+        if step > 30:
+            shutil.rmtree(first / f"checkpoints/{step}")
+    train(configs[0], first)
+    assert_lines_are_close(lines_of(first), lines_of(workdirs[0]))
     longer = [replace(config, "train", num_steps=60) for config in configs[:2]]
-    shutil.copytree(workdirs[1], tmp_path / "arm1")
-    results = train_packed(
-        longer, [tmp_path / "arm0", tmp_path / "arm1"], devices=jax.devices()[:1]
-    )
+    shutil.copytree(workdirs[1], second)
+    results = train_packed(longer, [first, second], devices=jax.devices()[:1])
     assert [result.step for result in results] == [60, 60]
-    assert lines_of(tmp_path / "arm1")[-1]["step"] == 60
+    assert lines_of(second)[-1]["step"] == 60
 
 
 @contextlib.contextmanager
 def _stop_at(step, stop):
-    """Asks for a stop once that step is done; None: during an evaluation."""
+    """Requests a stop once that step is done, or during an evaluation if it is None."""
     add_step, add_batch = Recorder.add_finished, EvaluationSums.add
 
     def add_step_and_stop(self, output):
@@ -218,70 +232,65 @@ def _stop_at(step, stop):
             stop.request("TEST")
 
     adding_steps = mock.patch.object(Recorder, "add_finished", add_step_and_stop)
-    with adding_steps, mock.patch.object(EvaluationSums, "add", add_batch_and_stop):
+    adding_batches = mock.patch.object(EvaluationSums, "add", add_batch_and_stop)
+    with adding_steps, adding_batches:
         yield
 
 
-def test_arms_without_a_checkpoint_of_a_common_step_are_not_begun_anew(packed, tmp_path):
+def test_arms_without_checkpoints_of_a_common_step_do_not_start_again(packed, tmp_path):
     configs, workdirs, _ = packed
-    for arm, kept in ((0, "50"), (1, "40")):
-        shutil.copytree(workdirs[arm], tmp_path / f"arm{arm}")
-        for path in (tmp_path / f"arm{arm}/checkpoints").iterdir():
-            if path.name != kept:
-                shutil.rmtree(path)
-    with pytest.raises(
-        CheckpointError,
-        match=r"no common step \(.*arm0: \[50\]; .*arm1: \[40\]\); train them apart",
-    ):
-        train_packed(configs[:2], [tmp_path / "arm0", tmp_path / "arm1"])
-    assert lines_of(tmp_path / "arm0") == lines_of(workdirs[0])
+    first = copy_with_steps(workdirs[0], tmp_path / "arm0", ["50"])
+    second = copy_with_steps(workdirs[1], tmp_path / "arm1", ["40"])
+    message = r"no common step \(.*arm0: \[50\]; .*arm1: \[40\]\); train them apart"
+    with pytest.raises(CheckpointError, match=message):
+        train_packed(configs[:2], [first, second])
+    assert lines_of(first) == lines_of(workdirs[0])
     with pytest.raises(ConfigError, match="2 arms have 1 workdirs"):
-        train_packed(configs[:2], [tmp_path / "arm0"])
+        train_packed(configs[:2], [first])
 
 
-def test_a_pack_says_what_of_its_arms_is_lost_or_removed(packed, tmp_path, caplog):
+def resume_and_stop(configs, folders, caplog):
+    """Continues a pack that is to stop at once; returns the lines of its log."""
+    caplog.clear()
+    stop = StopSignals()
+    stop.request("SIGTERM")
+    with caplog.at_level("INFO", logger="moejax"):
+        train_packed(configs, folders, stop=stop, devices=jax.devices()[:2])
+    return [record.getMessage() for record in caplog.records]
+
+
+def test_a_pack_reports_which_checkpoints_of_its_arms_are_lost(packed, tmp_path, caplog):
     configs, workdirs, _ = packed
-    for case, kept in (("lost", {0: [], 1: []}), ("removed", {0: ["40", "50"], 1: ["40"]})):
-        caplog.clear()
-        folders = [tmp_path / case / f"arm{arm}" for arm in kept]
-        for folder, steps, arm in zip(folders, kept.values(), kept, strict=True):
-            shutil.copytree(workdirs[arm], folder)
-            for path in (folder / "checkpoints").iterdir():
-                if path.name not in steps:
-                    shutil.rmtree(path)
-        stop = StopSignals()
-        stop.request("SIGTERM")
-        with caplog.at_level("INFO", logger="moejax"):
-            train_packed(configs[:2], folders, stop=stop, devices=jax.devices()[:2])
-        said = [record.getMessage() for record in caplog.records]
-        lost = [
-            line
-            for line in said
-            if "has metrics and no checkpoint: the run begins at step 0" in line
-        ]
-        assert len(lost) == (2 if case == "lost" else 0)
-        removed = [
-            line for line in said if line.endswith("is removed: the run goes on from step 40")
-        ]
-        assert removed == (
-            [] if case == "lost" else [f"{folders[0]}/checkpoints/50 {removed[0].split(' ', 1)[1]}"]
-        )
+    folders = [copy_with_steps(workdirs[arm], tmp_path / f"arm{arm}", []) for arm in (0, 1)]
+    messages = resume_and_stop(configs[:2], folders, caplog)
+    lost = "has metrics and no checkpoint: the run begins at step 0"
+    assert sum(lost in message for message in messages) == 2
+    assert not any("is removed" in message for message in messages)
 
 
-def test_arms_that_are_beyond_their_last_step_tell_their_losses(packed, tmp_path, caplog):
+def test_a_pack_reports_which_checkpoints_of_its_arms_it_removes(packed, tmp_path, caplog):
+    configs, workdirs, _ = packed
+    first = copy_with_steps(workdirs[0], tmp_path / "arm0", ["40", "50"])
+    second = copy_with_steps(workdirs[1], tmp_path / "arm1", ["40"])
+    messages = resume_and_stop(configs[:2], [first, second], caplog)
+    removed = [message for message in messages if "is removed" in message]
+    assert removed == [f"{first}/checkpoints/50 is removed: the run goes on from step 40"]
+    assert not any("has metrics and no checkpoint" in message for message in messages)
+
+
+def test_arms_that_are_beyond_their_last_step_report_their_losses(packed, tmp_path, caplog):
     configs, workdirs, results = packed
-    for arm in (0, 1):
-        shutil.copytree(workdirs[arm], tmp_path / f"arm{arm}")
+    folders = [tmp_path / "arm0", tmp_path / "arm1"]
+    for workdir, folder in zip(workdirs[:2], folders, strict=True):
+        shutil.copytree(workdir, folder)
     shorter = [replace(config, "train", num_steps=45) for config in configs[:2]]
     with caplog.at_level("INFO", logger="moejax"):
-        again = train_packed(
-            shorter, [tmp_path / "arm0", tmp_path / "arm1"], devices=jax.devices()[:2]
-        )
+        again = train_packed(shorter, folders, devices=jax.devices()[:2])
     assert caplog.text.count("continuing with train.num_steps=45 (was 50)") == 2
     for arm in (0, 1):
         assert again[arm].step == 50
         assert again[arm].evaluation.loss == pytest.approx(results[arm].evaluation.loss, rel=1e-6)
-        assert lines_of(tmp_path / f"arm{arm}") == lines_of(workdirs[arm])
+        assert lines_of(folders[arm]) == lines_of(workdirs[arm])
 
 
 def test_arms_that_cannot_go_on_end_and_the_others_do_not_notice(tmp_path):
@@ -295,16 +304,15 @@ def test_arms_that_cannot_go_on_end_and_the_others_do_not_notice(tmp_path):
     configs = arm_configs(tmp_path, **leaves)
     configs = [replace(config, "train", step_limit_s=100.0) for config in configs]
     configs[0] = replace(configs[0], "alarms", logits=1e-6, stop="logits")
-    configs[1] = replace(
-        replace(configs[1], "optimizer", learning_rate=1e30), "moe", balance_weight=1e30
-    )
-    workdirs, ended = [tmp_path / f"arm{i}" for i in range(3)], []
+    configs[1] = replace(configs[1], "optimizer", learning_rate=1e30)
+    configs[1] = replace(configs[1], "moe", balance_weight=1e30)
+    workdirs = [tmp_path / f"arm{i}" for i in range(3)]
+    ended = []
 
     def on_end(index, result):
-        """What an arm leaves behind is there at once, and the others have not ended."""
-        ended.append(
-            (index, result, lines_of(workdirs[index])[-1]["step"], saved_steps(workdirs[index]))
-        )
+        """The files of an arm are complete at once, and the others have not ended."""
+        last_step = lines_of(workdirs[index])[-1]["step"]
+        ended.append((index, result, last_step, saved_steps(workdirs[index])))
         assert not (workdirs[2] / "checkpoints/12").exists()
 
     with mock.patch.object(packed_loop, "Watchdog", wraps=packed_loop.Watchdog) as watchdog:
@@ -315,7 +323,7 @@ def test_arms_that_cannot_go_on_end_and_the_others_do_not_notice(tmp_path):
     assert ended == [(1, broken, broken.step, []), (0, alarmed, 5, [5])]
     assert isinstance(broken.error, NonFiniteError) and "2 steps in a row" in str(broken.error)
     assert broken.evaluation is None and broken.step < 6
-    assert not (tmp_path / "arm1/checkpoints/6").exists()
+    assert not (workdirs[1] / "checkpoints/6").exists()
     assert isinstance(alarmed.error, AlarmError) and alarmed.evaluation is None
     with pytest.raises(AlarmError) as alone:
         train(configs[0], tmp_path / "alone")
@@ -323,22 +331,23 @@ def test_arms_that_cannot_go_on_end_and_the_others_do_not_notice(tmp_path):
     assert_lines_are_close(lines_of(workdirs[0]), lines_of(tmp_path / "alone"))
     assert saved_steps(workdirs[0]) == saved_steps(tmp_path / "alone") == [alarmed.step] == [5]
     assert (sound.error, sound.step) == (None, 12)
-    assert lines_of(tmp_path / "arm2")[-1]["step"] == 12
-    intervals = [
-        json.loads(line) for line in (workdirs[2] / "metrics.jsonl").read_text().splitlines()
-    ]
-    assert {line.get("perf/arms") for line in intervals if "perf/tokens_per_s" in line} == {3}
-    assert {line.get("perf/arms") for line in intervals if "eval/loss" in line} == {None}
+    lines = all_lines_of(workdirs[2])
+    assert lines[-1]["step"] == 12
+    assert {line.get("perf/arms") for line in lines if "perf/tokens_per_s" in line} == {3}
+    assert {line.get("perf/arms") for line in lines if "eval/loss" in line} == {None}
 
 
 KNOB_CASES = {
     "noisy_topk": {
-        "importance_weight": 0.3, "load_weight": 0.05, "vmoe_importance_weight": 0.2, "vmoe_load_weight": 0.3,
+        "importance_weight": 0.3,
+        "load_weight": 0.05,
+        "vmoe_importance_weight": 0.2,
+        "vmoe_load_weight": 0.3,
         "noise_scale": 0.5,
     },
     "switch": {"capacity_factor": 0.7, "jitter": 0.3, "balance_weight": 0.5, "z_weight": 0.5},
     "sigmoid_topk": {"bias_rate": 0.2, "sequence_balance_weight": 0.3, "expert_dropout": 0.4},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("router", KNOB_CASES)
@@ -357,18 +366,16 @@ def test_every_knob_acts_in_its_own_arm_alone(router):
         step = pack.compile_step(state, pack.put_batches(batches))
         for _ in range(2):
             state, output = step(state, pack.put_batches(batches), pack.knobs)
-    states, outputs = list(pack.split(state, range(len(configs)))), pack.outputs(output)
+    states = list(pack.split(state, range(len(configs))))
+    outputs = pack.outputs(output)
     for arm, config in enumerate(configs):
         setup = make(config)
+        knobs = Knobs.from_config(config)
         with jax.set_mesh(setup.mesh):
-            alone, alone_step = (
-                jax.device_put(first[arm], setup.shardings),
-                make_train_step(setup),
-            )
+            alone = jax.device_put(first[arm], setup.shardings)
+            alone_step = make_train_step(setup)
             for _ in range(2):
-                alone, expected = alone_step(
-                    alone, put_batch(batches[arm], setup), Knobs.from_config(config)
-                )
+                alone, expected = alone_step(alone, put_batch(batches[arm], setup), knobs)
         scalars = jax.device_get(expected.scalars)
         assert outputs[arm].scalars.keys() == scalars.keys()
         for name, value in scalars.items():
@@ -377,7 +384,7 @@ def test_every_knob_acts_in_its_own_arm_alone(router):
 
 
 def test_the_cases_of_knobs_leave_none_out():
-    tried = {name for leaves in KNOB_CASES.values() for name in leaves} | {"seed", "learning_rate"}
+    tried = set().union(*KNOB_CASES.values()) | {"seed", "learning_rate"}
     assert tried == {field.name for field in dataclasses.fields(Knobs)}
 
 
@@ -388,48 +395,39 @@ def test_arms_within_a_mesh_of_their_own_equal_one_device():
     assert dict(pack.mesh.shape) | {"arms": 2, "data": 2, "expert": 2} == dict(pack.mesh.shape)
     batches = [packed_batch(config, seed=i) for i, config in enumerate(configs)]
     with jax.set_mesh(pack.mesh):
-        state = pack.join(
-            setup.init(c.train.seed) for setup, c in zip(pack.trainables, configs, strict=True)
-        )
+        arms = zip(pack.trainables, configs, strict=True)
+        state = pack.join(setup.init(config.train.seed) for setup, config in arms)
         step = pack.compile_step(state, pack.put_batches(batches))
         state, output = step(state, pack.put_batches(batches), pack.knobs)
-        inputs = (pack.put_batch(x) for x in eval_inputs(batches[0], None))
-        evaluated = jax.device_get(
-            pack.make_eval_step(0)(state.params, state.router_state, *inputs)
-        )
+        inputs = [pack.put_batch(x) for x in eval_inputs(batches[0], None)]
+        eval_step = pack.make_eval_step(0)
+        evaluated = jax.device_get(eval_step(state.params, state.router_state, *inputs))
     setup = make(replace(configs[0], "mesh", data=1, expert=1))
-    one_device_step, one_device_eval = (
-        make_train_step(setup),
-        make_eval_step(setup),
-    )  # the seed is a knob
-    states = list(pack.split(state, range(3)))
+    # Once for all arms: the seed is a knob.
+    one_device_step = make_train_step(setup)
+    one_device_eval = make_eval_step(setup)
+    states = jax.device_get(list(pack.split(state, range(3))))
+    outputs = pack.outputs(output)
     for arm, config in enumerate(configs):
         with jax.set_mesh(setup.mesh):
-            arguments = (
-                setup.init(config.train.seed),
-                put_batch(batches[arm], setup),
-                Knobs.from_config(config),
-            )
-            alone, expected = one_device_step(*arguments)
-            inputs = (put_batch(x, setup) for x in eval_inputs(batches[0], None))
+            batch = put_batch(batches[arm], setup)
+            initial = setup.init(config.train.seed)
+            alone, expected = one_device_step(initial, batch, Knobs.from_config(config))
+            inputs = [put_batch(x, setup) for x in eval_inputs(batches[0], None)]
             loss = one_device_eval(alone.params, alone.router_state, *inputs).sums.nats
         assert evaluated.sums.nats[arm] == pytest.approx(float(loss), rel=1e-5)
-        assert_states_are_close(
-            jax.device_get(states[arm].params), jax.device_get(alone.params), rtol=1e-4
-        )
+        assert_states_are_close(states[arm].params, jax.device_get(alone.params), rtol=1e-4)
         for name, value in jax.device_get(expected.scalars).items():
-            assert pack.outputs(output)[arm].scalars[name] == pytest.approx(
-                value, rel=1e-5, abs=1e-6
-            ), name
+            found = outputs[arm].scalars[name]
+            assert found == pytest.approx(value, rel=1e-5, abs=1e-6), name
 
 
 def test_arms_that_split_batch_and_matrices_train_apart():
     """The compiler would end this process by SIGABRT."""
     for mesh in ({"data": 2, "tensor": 2}, {"expert": 2, "tensor": 2}, {"fsdp": 2, "tensor": 2}):
         configs = [small_config(mesh={"data": 1} | mesh, train={"seed": seed}) for seed in (0, 1)]
-        with pytest.raises(
-            ConfigError, match=r"mesh.tensor=2 beside another axis .* train the arms apart"
-        ):
+        message = r"mesh.tensor=2 together with another axis .* train the arms apart"
+        with pytest.raises(ConfigError, match=message):
             Pack(configs)
         assert trains_alone(configs[0]) and len(Pack(configs[:1]).trainables) == 1
         plan = plan_arms(to_dict(configs[0]), [{"train.seed": seed} for seed in (0, 1)])
@@ -438,13 +436,12 @@ def test_arms_that_split_batch_and_matrices_train_apart():
         Pack([small_config(mesh={"data": 1} | mesh, train={"seed": seed}) for seed in (0, 1)])
 
 
-def test_arms_whose_results_depend_on_how_many_devices_there_are_train_apart():
+def test_arms_that_depend_on_the_number_of_devices_train_apart():
     moe = {"balance_scope": "device"}
     configs = [small_config(moe=moe, train={"seed": seed}) for seed in (0, 1)]
     assert depends_on_devices(configs[0]) and not depends_on_devices(small_config())
-    with pytest.raises(
-        ConfigError, match=r"moe.balance_scope=device, .* a mesh axis of -1 leaves open"
-    ):
+    message = r"moe.balance_scope=device, .* a mesh axis of -1 leaves open"
+    with pytest.raises(ConfigError, match=message):
         Pack(configs, jax.devices()[:2])
     assert len(Pack(configs[:1], jax.devices()[:2]).trainables) == 1
     Pack([replace(config, "mesh", data=1) for config in configs], jax.devices()[:2])
@@ -471,15 +468,16 @@ def test_arms_whose_results_depend_on_how_many_devices_there_are_train_apart():
         ({"alarms": {"drops": 0.5}}, {"alarms": {"drops": 0.2}}, True),
     ],
 )
-def test_arms_share_a_program_if_only_knobs_seeds_and_alarms_differ(one, other, is_one_program):
+def test_arms_share_a_program_if_only_knobs_seeds_or_alarms_differ(one, other, is_one_program):
     configs = [small_config(**one), small_config(**other)]
     assert (program_of(configs[0]) == program_of(configs[1])) == is_one_program
-    if not is_one_program:
-        (section,) = one
-        (leaf,) = set(one[section]) - {"dispatch"}
-        message = f"{section}.{leaf} is {one[section][leaf]} in arm 0 and {other[section][leaf]} in arm 1; arms of a"
-        with pytest.raises(ConfigError, match=message):
-            Pack(configs, jax.devices()[:1])
+    if is_one_program:
+        return
+    (section,) = one
+    (leaf,) = set(one[section]) - {"dispatch"}
+    values = f"{one[section][leaf]} in arm 0 and {other[section][leaf]} in arm 1"
+    with pytest.raises(ConfigError, match=f"{section}.{leaf} is {values}; arms of a"):
+        Pack(configs, jax.devices()[:1])
 
 
 @pytest.mark.parametrize(

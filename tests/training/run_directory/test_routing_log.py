@@ -1,4 +1,7 @@
-"""The routing log: what was appended is read back, and a crash at any moment loses at most the entry being written."""
+"""The routing log: what was appended is read back.
+
+A crash at any moment loses at most the entry that is being written.
+"""
 
 import json
 import os
@@ -11,7 +14,7 @@ import time
 import numpy as np
 import pytest
 
-from moejax.training.run_directory import routing_log, routing_store
+from moejax.training.run_directory import routing_history, routing_log, routing_store
 from moejax.training.run_directory.line_file import LineFile, LineFileError
 from moejax.training.run_directory.routing_log import RoutingLog, read_routing
 from moejax.training.run_directory.routing_store import RoutingLogError
@@ -21,7 +24,7 @@ NUM_EXPERTS = 4
 
 
 def entry(step):
-    """Counts and probabilities that give away the step they belong to."""
+    """Counts and probabilities that show the step they belong to."""
     counts = np.arange(8, dtype=np.int64).reshape(2, 4) + 100 * step
     return counts, np.full((2, 4), step / 1024, np.float32)
 
@@ -34,10 +37,16 @@ def append_steps(log, steps):
 def assert_holds(workdir, steps):
     history = read_routing(workdir)
     assert history.steps.tolist() == list(steps)
-    assert history.counts_SNE.shape == history.probs_SNE.shape == (len(history.steps), 2, 4)
+    shape = (len(history.steps), 2, 4)
+    assert history.counts_SNE.shape == history.probs_SNE.shape == shape
     for i, step in enumerate(steps):
-        np.testing.assert_array_equal(history.counts_SNE[i], entry(step)[0])
-        np.testing.assert_array_equal(history.probs_SNE[i], entry(step)[1])
+        counts_NE, probs_NE = entry(step)
+        np.testing.assert_array_equal(history.counts_SNE[i], counts_NE)
+        np.testing.assert_array_equal(history.probs_SNE[i], probs_NE)
+
+
+def damage_message(workdir):
+    return rf"{workdir}/routing is damaged .*go on without its history.*: mv "
 
 
 def test_what_was_appended_is_read_back_with_its_layers(tmp_path):
@@ -63,7 +72,7 @@ def test_counts_beyond_32_bits_survive(tmp_path):
     np.testing.assert_array_equal(read_routing(tmp_path).counts_SNE[0], counts + 2**40)
 
 
-def test_a_log_that_spans_many_chunks_is_read_back_whole(tmp_path, monkeypatch):
+def test_a_log_that_spans_many_chunks_is_read_back_completely(tmp_path, monkeypatch):
     monkeypatch.setattr(routing_store, "CHUNK_BYTES", 3 * 8 * 8)  # three entries a chunk
     log = RoutingLog(tmp_path, LAYERS, NUM_EXPERTS)
     append_steps(log, range(1, 11))
@@ -80,13 +89,10 @@ def test_a_slice_reads_only_its_chunks(tmp_path, monkeypatch):
     history = read_routing(tmp_path)
     for start, stop in ((0, 6), (2, 4), (9, None), (-1, None), (4, 2), (10, 20)):
         expected = [entry(step)[0] for step in list(range(1, 11))[start:stop]]
-        np.testing.assert_array_equal(
-            history.read("counts", start, stop), np.reshape(expected, (-1, 2, 4))
-        )
+        found = history.read("counts", start, stop)
+        np.testing.assert_array_equal(found, np.reshape(expected, (-1, 2, 4)))
     np.testing.assert_array_equal(history.probs_SNE[8], entry(9)[1])
-    with pytest.raises(
-        ValueError, match=rf"{tmp_path}/routing is damaged .*go on without its history.*: mv "
-    ):
+    with pytest.raises(ValueError, match=damage_message(tmp_path)):
         history.read("counts", 5, 7)
 
 
@@ -95,27 +101,28 @@ def test_sums_over_neighbouring_entries_are_those_of_all_read_at_once(
     tmp_path, monkeypatch, columns
 ):
     monkeypatch.setattr(routing_store, "CHUNK_BYTES", 3 * 8 * 8)  # three entries a chunk
-    monkeypatch.setattr(routing_log, "CHUNKS_AT_ONCE", 1)
+    monkeypatch.setattr(routing_history, "CHUNKS_AT_ONCE", 1)
     append_steps(RoutingLog(tmp_path, LAYERS, NUM_EXPERTS), range(10, 120, 10))
     history = read_routing(tmp_path)
     read = history.read
-    longest = []
-    monkeypatch.setattr(
-        history,
-        "read",
-        lambda *arguments: longest.append(len(read(*arguments))) or read(*arguments),
-    )
+    lengths = []
+
+    def counted_read(*arguments):
+        block = read(*arguments)
+        lengths.append(len(block))
+        return block
+
+    monkeypatch.setattr(history, "read", counted_read)
     steps_C, sums_CNE = history.summed("counts", columns)
-    assert max(longest) == 3 and len(sums_CNE) == min(columns, 11)
+    assert max(lengths) == 3 and len(sums_CNE) == min(columns, 11)
     first = 0
     for step, sums_NE in zip(steps_C, sums_CNE, strict=True):
         last = history.steps.tolist().index(step)
         np.testing.assert_array_equal(sums_NE, history.counts_SNE[first : last + 1].sum(axis=0))
         first = last + 1
     assert first == 11 and sums_CNE.dtype == np.int64
-    assert history.summed("probs", columns)[1].sum() == pytest.approx(
-        8 * sum(range(10, 120, 10)) / 1024
-    )
+    _, probs_CNE = history.summed("probs", columns)
+    assert probs_CNE.sum() == pytest.approx(8 * sum(range(10, 120, 10)) / 1024)
 
 
 def test_a_history_says_what_it_holds_and_refuses_the_rest(tmp_path):
@@ -123,9 +130,8 @@ def test_a_history_says_what_it_holds_and_refuses_the_rest(tmp_path):
     history = read_routing(tmp_path)
     assert {"counts", "probs"} <= set(history.names) and history.num_entries == 2
     assert "2 entries, steps 10 to 20, 2 layers, 4 experts: counts, probs" in repr(history)
-    with pytest.raises(
-        ValueError, match=r"/routing has no array 'gates'; use one of counts, probs"
-    ):
+    message = r"/routing has no array 'gates'; use one of counts, probs"
+    with pytest.raises(ValueError, match=message):
         history.read("gates")
     with pytest.raises(ValueError, match=r"num_columns=0 must be at least 1"):
         history.summed("counts", 0)
@@ -146,14 +152,14 @@ def test_a_resumed_run_continues_and_rewrites_what_it_repeats(tmp_path):
     assert_holds(tmp_path, [10, 20, 25, 35])
 
 
-def test_truncating_behind_the_end_changes_nothing(tmp_path):
+def test_truncating_after_the_end_changes_nothing(tmp_path):
     log = RoutingLog(tmp_path, LAYERS, NUM_EXPERTS)
     append_steps(log, [10, 20])
     log.truncate(20)
     assert_holds(tmp_path, [10, 20])
 
 
-def test_a_crash_in_front_of_the_commit_marker_loses_only_that_entry(tmp_path, monkeypatch):
+def test_a_crash_before_the_commit_marker_loses_only_that_entry(tmp_path, monkeypatch):
     log = RoutingLog(tmp_path, LAYERS, NUM_EXPERTS)
     append_steps(log, [10, 20])
 
@@ -185,15 +191,14 @@ def test_a_truncated_entry_does_not_come_back_when_the_array_grows_again(tmp_pat
     log = RoutingLog(tmp_path, LAYERS, NUM_EXPERTS)
     append_steps(log, [10, 20, 30])
     log.truncate(10)
-    log._arrays["step"].resize(
-        exclusive_max=[2]
-    ).result()  # a crash in the middle of the next append
+    # A crash in the middle of the next append.
+    log._arrays["step"].resize(exclusive_max=[2]).result()
     assert_holds(tmp_path, [10])
     append_steps(RoutingLog(tmp_path, LAYERS, NUM_EXPERTS), [15])
     assert_holds(tmp_path, [10, 15])
 
 
-def test_what_an_entry_lacks_does_not_come_from_one_that_was_dropped(tmp_path):
+def test_what_an_entry_lacks_does_not_come_from_a_dropped_one(tmp_path):
     log = RoutingLog(tmp_path, LAYERS, NUM_EXPERTS)
     counts, probs = entry(10)
     for step in (10, 20):
@@ -238,18 +243,18 @@ def test_a_writer_killed_at_a_random_moment_loses_no_entry_it_reported(tmp_path)
         time.sleep(rng.uniform(0, 0.05))
         writer.send_signal(signal.SIGKILL)
         rest, _ = writer.communicate(timeout=30)
-        last = max([*reported, *(int(line) for line in rest.splitlines())])
+        reported += [int(line) for line in rest.splitlines()]
+        last = max(reported)
         held = len(read_routing(tmp_path).steps)
-        assert (
-            last <= held <= last + 1
-        )  # the entry being written may have been finished, but not reported
+        # The entry being written may have been finished, but not reported.
+        assert last <= held <= last + 1
         assert_holds(tmp_path, range(1, held + 1))
 
 
-def test_what_a_killed_writer_left_of_a_write_does_not_end_in_the_next_one(tmp_path):
+def test_what_a_killed_writer_left_does_not_end_in_the_next_entry(tmp_path):
     append_steps(RoutingLog(tmp_path, LAYERS, NUM_EXPERTS), [10])
     chunks = [path for path in (tmp_path / "routing").rglob("*") if path.is_file()]
-    for chunk in chunks:  # as if killed in front of each rename
+    for chunk in chunks:  # as if killed before each rename
         chunk.with_name(f"{chunk.name}.__lock").write_bytes(b"x" * 5000)
     append_steps(RoutingLog(tmp_path, LAYERS, NUM_EXPERTS), [20])
     assert_holds(tmp_path, [10, 20])
@@ -267,9 +272,8 @@ def test_a_full_disk_is_no_damage(tmp_path, full_disk):
     log = RoutingLog(tmp_path, LAYERS, NUM_EXPERTS)
     append_steps(log, [10])
     full_disk(64)
-    with pytest.raises(
-        RoutingLogError, match=r"routing cannot be written \(.*make room there, and run the"
-    ) as error:
+    message = r"routing cannot be written \(.*make room there, and run the"
+    with pytest.raises(RoutingLogError, match=message) as error:
         append_steps(log, [20])
     assert "mv " not in str(error.value) and "is damaged" not in str(error.value)
     full_disk(resource.RLIM_INFINITY)
@@ -282,9 +286,8 @@ def test_lines_that_cannot_be_written_name_their_file(tmp_path, full_disk):
     file = LineFile(tmp_path / "metrics.jsonl", 0, None, lambda line: True)
     file.append({"step": 1})
     full_disk(20)
-    with pytest.raises(
-        LineFileError, match=r"metrics.jsonl cannot be written \(File too large\); make room there"
-    ):
+    message = r"metrics.jsonl cannot be written \(File too large\); make room there"
+    with pytest.raises(LineFileError, match=message):
         for step in range(2, 9):
             file.append({"step": step})
     file.close()
@@ -292,10 +295,9 @@ def test_lines_that_cannot_be_written_name_their_file(tmp_path, full_disk):
 
 def test_another_shape_is_refused_with_folder_and_remedy(tmp_path):
     RoutingLog(tmp_path, LAYERS, NUM_EXPERTS)
+    message = rf"{tmp_path}/routing .*use another workdir, or move that folder"
     for layers, num_experts in (([1, 3, 5], 4), ([0, 2], 4), (LAYERS, 8)):
-        with pytest.raises(
-            ValueError, match=rf"{tmp_path}/routing .*use another workdir, or move that folder"
-        ):
+        with pytest.raises(ValueError, match=message):
             RoutingLog(tmp_path, layers, num_experts)
 
 
@@ -310,22 +312,23 @@ def test_entries_of_a_wrong_shape_or_order_are_refused(tmp_path):
     assert_holds(tmp_path, [10])
 
 
-def test_an_array_that_is_not_logged_is_refused_and_one_that_is_absent_reads_as_nothing(tmp_path):
+def test_an_array_that_is_not_logged_is_refused(tmp_path):
     log = RoutingLog(tmp_path, LAYERS, NUM_EXPERTS, ("entropy", "margin"))
     with pytest.raises(ValueError, match=r"gates has shape \(2, 4\)"):
         log.append(1, *entry(1), gates=np.zeros((2, 4), np.float32))
-    log.append(1, *entry(1), layers=np.arange(4, dtype=np.float32).reshape(2, 2))
-    log.append(2, *entry(2), bias=np.ones((2, 4), np.float32))
-    spec = {
-        "driver": "zarr3",
-        "kvstore": {"driver": "file", "path": str(tmp_path / "routing" / "layers")},
-    }
-    np.testing.assert_array_equal(
-        routing_log.tensorstore.open(spec).result()[:2].read().result(),
-        [[[0, 1], [2, 3]], [[np.nan] * 2] * 2],
-    )
     with pytest.raises(ValueError, match="metrics logged of a layer must be the same"):
         RoutingLog(tmp_path, LAYERS, NUM_EXPERTS, ("entropy",))
+
+
+def test_an_array_that_is_absent_reads_as_its_fill_value(tmp_path):
+    log = RoutingLog(tmp_path, LAYERS, NUM_EXPERTS, ("entropy", "margin"))
+    log.append(1, *entry(1), layers=np.arange(4, dtype=np.float32).reshape(2, 2))
+    log.append(2, *entry(2), bias=np.ones((2, 4), np.float32))
+    path = str(tmp_path / "routing" / "layers")
+    spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": path}}
+    layers_SNM = routing_log.tensorstore.open(spec).result()[:2].read().result()
+    np.testing.assert_array_equal(layers_SNM[0], [[0, 1], [2, 3]])
+    assert np.isnan(layers_SNM[1]).all()
 
 
 def test_a_dense_run_has_no_log_to_create(tmp_path):
@@ -337,11 +340,7 @@ def test_a_dense_run_has_no_log_to_create(tmp_path):
 def test_a_damaged_log_is_refused_with_file_and_remedy(tmp_path, victim):
     append_steps(RoutingLog(tmp_path, LAYERS, NUM_EXPERTS), [10])
     (tmp_path / "routing" / victim).write_text(json.dumps({"zarr_format": 3}))
-    with pytest.raises(
-        ValueError, match=rf"{tmp_path}/routing is damaged .*go on without its history.*: mv "
-    ):
+    with pytest.raises(ValueError, match=damage_message(tmp_path)):
         read_routing(tmp_path)
-    with pytest.raises(
-        ValueError, match=rf"{tmp_path}/routing is damaged .*go on without its history.*: mv "
-    ):
+    with pytest.raises(ValueError, match=damage_message(tmp_path)):
         RoutingLog(tmp_path, LAYERS, NUM_EXPERTS)
