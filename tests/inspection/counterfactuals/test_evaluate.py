@@ -403,7 +403,7 @@ def layers_of(config):
             32,
             jnp.dtype("float32"),
             vocab_size=320,
-            limit=2 if scheduled else None,
+            active_top_k=2 if scheduled else None,
             rngs=nnx.Rngs(0),
         )
 
