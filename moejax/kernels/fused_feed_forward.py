@@ -269,7 +269,7 @@ def _backward_rows(activate, groups: Groups, inputs: _Inputs, projected_RP, dy_T
         down_FD = _matrix(inputs.down_EFD, e)
 
         def one_tile(size, row, row_gradients):
-            """Writes the gradients of the tile's rows; returns its part of those of the matrices."""
+            """Writes the gradients of a tile's rows; returns its part of those of the matrices."""
             dx_RD, dweight_R = row_gradients
             token_b = dynamic_slice(token_R, row, size)
             # Rows past the group's end are of other experts, or undefined: they must not reach

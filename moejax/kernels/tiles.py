@@ -1,9 +1,10 @@
 """Loops over rows sorted by group, in tiles.
 
 How much work each group has is known only when the program runs. A tile is a fixed number of
-rows, so a group whose rows do not fill its tiles pays for rows it does not have. Several sizes of tiles keep that waste small: as many of the largest as fit, and one more
-of the smallest size that takes the rest. All loops are `lax.fori_loop`s; the program has the same
-size for any number of groups.
+rows, so a group whose rows do not fill its tiles pays for rows it does not have. Several sizes of
+tiles keep that waste small: as many of the largest as fit, and one more of the smallest size that
+takes the rest. All loops are `lax.fori_loop`s; the program has the same size for any number of
+groups.
 """
 
 import dataclasses
@@ -114,7 +115,7 @@ class Groups:
         full: Callable[[int, jax.Array, Carry], Carry],
         carry: Carry,
     ) -> Carry:
-        """Runs `rest(size, first row, carry)` for the group's last tile, then `full` for each other.
+        """Runs `rest(size, first row, carry)` for the last tile, then `full` for those before it.
 
         The last tile may reach past the group's end: what it writes there must not be needed by a
         group before it.
