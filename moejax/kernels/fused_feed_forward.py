@@ -68,7 +68,7 @@ def feed_forward(
       An expert without rows has exactly zero gradient.
 
     Raises:
-      ValueError: too few spare rows.
+      ValueError: too few padding rows.
       SecondDerivativeError: while its gradients are differentiated.
     """
     num_rows = choice_R.shape[0]
@@ -77,7 +77,7 @@ def feed_forward(
         # A slice that would pass the end is silently moved back, onto rows of other experts.
         raise ValueError(
             f"choice_R has {num_rows} rows and must have {num_needed}; "
-            f"plan with spare_rows={sizes[-1]}"
+            f"plan with padding_rows={sizes[-1]}"
         )
     gate_up_EDP = gate_up_EDPF.reshape(*gate_up_EDPF.shape[:2], -1)
     # Outside of the custom VJP: the transpose sums the gradient of replicated weights over devices.
@@ -155,7 +155,7 @@ def _over_arms(function, *arrays):
 
     Plain `vmap` would run each loop over tiles for as long as the fullest of an expert's arms
     needs, and throw away what it computes for the others. Here the arms follow each other, each
-    with its spare rows at its end.
+    with its padding rows at its end.
 
     Args:
       function: its results have tokens, rows or experts on their first axis.
@@ -171,8 +171,10 @@ def _over_arms(function, *arrays):
     @one.def_vmap
     def all_arms(num_arms: int, is_batched, *arrays):
         each = each_arm(num_arms, is_batched, arrays)
-        inputs = _number_across_arms(_Inputs(*each[:num_inputs]), num_arms)
-        folded = map(merge, (*inputs, *each[num_inputs:]))
+        inputs = _Inputs(*each[:num_inputs])
+        others = each[num_inputs:]
+        inputs = _number_across_arms(inputs, num_arms)
+        folded = map(merge, (*inputs, *others))
         results = _over_arms(function, *folded)
         by_arm = tuple(split(result, num_arms) for result in results)
         return by_arm, (True,) * len(by_arm)
@@ -192,7 +194,8 @@ def _number_across_arms(inputs: _Inputs, num_arms: int) -> _Inputs:
     first_row_A = jnp.arange(num_arms) * num_rows
     first_choice_A = jnp.arange(num_arms) * num_choices
     is_row_ATK = row_ATK < num_rows
-    row_ATK = jnp.where(is_row_ATK, row_ATK + first_row_A[:, None, None], num_arms * num_rows)
+    row_in_all_ATK = row_ATK + first_row_A[:, None, None]
+    row_ATK = jnp.where(is_row_ATK, row_in_all_ATK, num_arms * num_rows)
     is_choice_AR = choice_AR < num_choices
     choice_AR = jnp.where(is_choice_AR, choice_AR + first_choice_A[:, None], num_arms * num_choices)
     starts_AE = starts_AE + first_row_A[:, None].astype(starts_AE.dtype)

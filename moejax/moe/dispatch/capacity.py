@@ -63,7 +63,7 @@ class CombineWeights:
 
     @property
     def output_weights_TK(self) -> jax.Array:
-        """The combine weights after expert dropout."""
+        """Returns the combine weights after expert dropout."""
         if self.dropout_TK is None:
             return self.weights_TK
         return self.weights_TK * self.dropout_TK

@@ -133,7 +133,7 @@ def _place_layer(load_E, num_devices: int, replicas: int):
     load_n = np.zeros(num_devices)
 
     def preference(device: int, expert: int) -> tuple[bool, bool, float]:
-        """The device for which this is smallest takes the expert."""
+        """Returns what is smallest for the device that takes the expert."""
         experts = experts_by_device[device]
         return len(experts) == slots_per_device, expert in experts, load_n[device]
 

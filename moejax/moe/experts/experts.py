@@ -107,13 +107,16 @@ class FeedForward(nnx.Module):
 
     def __call__(self, x_BLD: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
         """Applies the network to each position."""
+        network = self.network
         gate_up_DPF = gather_fsdp(self.gate_up, self.dtype)
-        hidden = [dense(x_BLD, gate_up_DPF[:, i]) for i in range(self.network.num_projections)]
-        if self.network.has_bias:
+        hidden = [dense(x_BLD, gate_up_DPF[:, i]) for i in range(network.num_projections)]
+        if network.has_bias:
             bias_PF = self.gate_up_bias[...].astype(self.dtype)
             hidden = [h_BLF + bias_PF[i][None, None] for i, h_BLF in enumerate(hidden)]
-        y_BLD = dense(self.network.activate(hidden), gather_fsdp(self.down, self.dtype))
-        if self.network.has_bias:
+        active_BLF = network.activate(hidden)
+        down_FD = gather_fsdp(self.down, self.dtype)
+        y_BLD = dense(active_BLF, down_FD)
+        if network.has_bias:
             bias_D = gather_fsdp(self.down_bias, self.dtype)
             y_BLD = y_BLD + bias_D[None, None]
         return y_BLD

@@ -86,14 +86,19 @@ def _choices_of_slots(routing: SlotRouting, num_choices: int) -> tuple[jax.Array
     expert = jnp.arange(num_experts, dtype=jnp.int32)[None, None, :, None]
     place = (layer, row, routing.positions_BEC, expert)
     shape = (layers, batch, tokens // batch, num_experts)
-    experts_NBLE = jnp.full(shape, num_choices, jnp.int32).at[place].set(expert, mode="drop")
-    weights_NBLE = jnp.zeros(shape).at[place].set(routing.weights_BEC, mode="drop")
+    # Positions of empty slots are out of range, and dropped.
+    no_experts_NBLE = jnp.full(shape, num_choices, jnp.int32)
+    experts_NBLE = no_experts_NBLE.at[place].set(expert, mode="drop")
+    no_weights_NBLE = jnp.zeros(shape)
+    weights_NBLE = no_weights_NBLE.at[place].set(routing.weights_BEC, mode="drop")
     is_visit_NBLE = experts_NBLE < num_choices
     keys_NBLE = jnp.where(is_visit_NBLE, -weights_NBLE, jnp.inf)
     order_NBLE = jnp.argsort(keys_NBLE, axis=-1)
     experts_NBLE = jnp.take_along_axis(experts_NBLE, order_NBLE, axis=-1)
     weights_NBLE = jnp.take_along_axis(weights_NBLE, order_NBLE, axis=-1)
-    return experts_NBLE.reshape(layers, tokens, -1), weights_NBLE.reshape(layers, tokens, -1)
+    experts_NTE = experts_NBLE.reshape(layers, tokens, -1)
+    weights_NTE = weights_NBLE.reshape(layers, tokens, -1)
+    return experts_NTE, weights_NTE
 
 
 def _scores(routing: AnyRouting, num_choices: int) -> tuple[jax.Array, jax.Array]:

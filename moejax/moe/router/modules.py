@@ -97,7 +97,8 @@ class CosineRouter(nnx.Module):
 
     def __call__(self, x_BLD: Float[Array, "B L D"]) -> Logits:
         """Returns logits between -1 and 1 over the temperature."""
-        x_BLR = _unit(_dense_float32(x_BLD, gather_fsdp(self.down)), axis=-1)
+        projected_BLR = _dense_float32(x_BLD, gather_fsdp(self.down))
+        x_BLR = _unit(projected_BLR, axis=-1)
         log_scale = jnp.minimum(self.log_scale[...], jnp.log(100.0))
         scale = jnp.exp(log_scale)
         vectors_ER = _unit(self.vectors[...], axis=-1)
@@ -157,8 +158,10 @@ class SoftRouter(nnx.Module):
         """Returns the logits of tokens and slots, `[B, L, E * P]`."""
         slots_DEP = gather_fsdp(self.slots)
         slots_DS = slots_DEP.reshape(x_BLD.shape[-1], -1)
-        scaled_DS = _unit(slots_DS, axis=0) * self.scale[...][None]
-        return Logits(_dense_float32(_unit(x_BLD, axis=-1), scaled_DS))
+        unit_DS = _unit(slots_DS, axis=0)
+        scaled_DS = unit_DS * self.scale[...][None]
+        unit_BLD = _unit(x_BLD, axis=-1)
+        return Logits(_dense_float32(unit_BLD, scaled_DS))
 
 
 def make_router(
