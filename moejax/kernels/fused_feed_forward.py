@@ -197,8 +197,10 @@ def _number_across_arms(inputs: _Inputs, num_arms: int) -> _Inputs:
     row_in_all_ATK = row_ATK + first_row_A[:, None, None]
     row_ATK = jnp.where(is_row_ATK, row_in_all_ATK, num_arms * num_rows)
     is_choice_AR = choice_AR < num_choices
-    choice_AR = jnp.where(is_choice_AR, choice_AR + first_choice_A[:, None], num_arms * num_choices)
-    starts_AE = starts_AE + first_row_A[:, None].astype(starts_AE.dtype)
+    choice_in_all_AR = choice_AR + first_choice_A[:, None]
+    choice_AR = jnp.where(is_choice_AR, choice_in_all_AR, num_arms * num_choices)
+    first_row_A1 = first_row_A[:, None]
+    starts_AE = starts_AE + first_row_A1.astype(starts_AE.dtype)
     return inputs._replace(row_TK=row_ATK, choice_R=choice_AR, starts_E=starts_AE)
 
 
@@ -277,7 +279,8 @@ def _backward_rows(activate, groups: Groups, inputs: _Inputs, projected_RP, dy_T
             token_b = dynamic_slice(token_R, row, size)
             # Rows past the group's end are of other experts, or undefined: they must not reach
             # the matrices.
-            is_row_b1 = (row + jnp.arange(size) < groups.ends_E[e])[:, None]
+            is_row_b = row + jnp.arange(size) < groups.ends_E[e]
+            is_row_b1 = is_row_b[:, None]
             x_bD = jnp.where(is_row_b1, _gather(x_TD, token_b), 0)
             dy_bD = jnp.where(is_row_b1, _gather(dy_TD, token_b), 0)
             weight_b1 = dynamic_slice(weight_R, row, size)[:, None]

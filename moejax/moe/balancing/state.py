@@ -60,11 +60,12 @@ def update_quantiles(
     num_experts = margins_NTE.shape[-1]
     share_N = num_tokens_N.astype(jnp.int32) * top_k // num_experts
     rank_N1 = (share_N + 1)[:, None]
-    # Floats in the order of unsigned integers: flip all bits of negative ones, the sign bit of
-    # the others.
+    # Integers that are ordered as the floats are: all bits of negative ones are flipped, and the
+    # sign bit of the others.
     bits_NTE = jax.lax.bitcast_convert_type(margins_NTE, jnp.uint32)
     sign = jnp.uint32(1 << 31)
-    keys_NTE = jnp.where(bits_NTE >= sign, ~bits_NTE, bits_NTE | sign)
+    is_negative_NTE = bits_NTE >= sign
+    keys_NTE = jnp.where(is_negative_NTE, ~bits_NTE, bits_NTE | sign)
 
     def set_bit(i, found_NE):
         candidate_NE = found_NE | (sign >> i.astype(jnp.uint32))
@@ -72,8 +73,10 @@ def update_quantiles(
         is_enough_NE = is_above_NTE.sum(axis=1) >= rank_N1
         return jnp.where(is_enough_NE, candidate_NE, found_NE)
 
-    zeros_NE = jnp.zeros((margins_NTE.shape[0], num_experts), jnp.uint32)
+    num_layers = margins_NTE.shape[0]
+    zeros_NE = jnp.zeros((num_layers, num_experts), jnp.uint32)
     found_NE = jax.lax.fori_loop(0, 32, set_bit, zeros_NE)
+    # Back from the integers to the floats.
     beta_bits_NE = jnp.where(found_NE >= sign, found_NE ^ sign, ~found_NE)
     beta_NE = jax.lax.bitcast_convert_type(beta_bits_NE, jnp.float32)
     beta_NE = jnp.where(jnp.isfinite(beta_NE), beta_NE, 0.0)

@@ -171,7 +171,8 @@ def _sum_of_probabilities(distance_TE, scale, mask_T) -> jax.Array:
     # Without noise, which a schedule may end at, the probability is 0 or 1, and its gradient 0 in
     # place of 0/0.
     safe_scale = jnp.maximum(scale, LEAST_NOISE)
-    probability_TE = jax.scipy.stats.norm.cdf(distance_TE / safe_scale)
+    standardized_TE = distance_TE / safe_scale
+    probability_TE = jax.scipy.stats.norm.cdf(standardized_TE)
     return jnp.where(mask_T[:, None], probability_TE, 0.0).sum(axis=0)
 
 

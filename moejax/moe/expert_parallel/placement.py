@@ -118,10 +118,13 @@ def _repeat(
     experts_NE: Int[np.ndarray, "N E"], num_devices: int, replicas: int
 ) -> Int[np.ndarray, "N P"]:
     """Returns the placement with spare slots, which repeat the experts of their device in turn."""
-    experts_NnS = experts_NE.reshape(len(experts_NE), num_devices, -1)
+    num_layers = len(experts_NE)
+    experts_NnS = experts_NE.reshape(num_layers, num_devices, -1)
     num_slots = experts_NnS.shape[2] + replicas
-    repeated_NnS = np.take(experts_NnS, np.arange(num_slots), axis=2, mode="wrap")
-    return np.sort(repeated_NnS, axis=2).reshape(len(experts_NE), -1)
+    slots = np.arange(num_slots)
+    repeated_NnS = np.take(experts_NnS, slots, axis=2, mode="wrap")
+    sorted_NnS = np.sort(repeated_NnS, axis=2)
+    return sorted_NnS.reshape(num_layers, -1)
 
 
 def _place_layer(load_E, num_devices: int, replicas: int):

@@ -37,7 +37,7 @@ def choices_by_token(
     return _stack_layers(experts, num_choices), _stack_layers(weights, 0.0)
 
 
-def _stack_layers(groups: Sequence[jax.Array], fill: float) -> jax.Array:
+def _stack_layers(groups: Sequence[jax.Array], fill: int | float) -> jax.Array:
     """Joins layers whose tokens visit different numbers of experts, `[N, T, K]` each."""
     widest = max(x_NTK.shape[-1] for x_NTK in groups)
     padded = []

@@ -19,9 +19,11 @@ def route_expert_choice(inputs: RouterInputs, config: MoeConfig, slots: int) -> 
     """
     num_experts = inputs.logits_TE.shape[-1]
     probs_TE = jax.nn.softmax(inputs.logits_TE, axis=-1)
-    probs_BEL = probs_TE.reshape(-1, inputs.length, num_experts).swapaxes(1, 2)
+    probs_BLE = probs_TE.reshape(-1, inputs.length, num_experts)
+    probs_BEL = probs_BLE.swapaxes(1, 2)
     mask_B1L = inputs.mask_T.reshape(-1, 1, inputs.length)
-    ranking_BEL = jnp.where(mask_B1L, jax.lax.stop_gradient(probs_BEL), -1.0)
+    ranking_BEL = jax.lax.stop_gradient(probs_BEL)
+    ranking_BEL = jnp.where(mask_B1L, ranking_BEL, -1.0)
     values_BEC, positions_BEC = jax.lax.top_k(ranking_BEL, slots)
     positions_BEC = jnp.where(values_BEC >= 0, positions_BEC, inputs.length)
     shape = positions_BEC.shape

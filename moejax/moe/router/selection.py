@@ -99,7 +99,8 @@ def mask_groups(
     else:
         is_open_GS = (~is_blocked_E).reshape(groups, -1)
         num_open_G = is_open_GS.sum(axis=1)
-        open_TG = jnp.where(best_TGX > -jnp.inf, best_TGX, 0.0).sum(axis=-1)
+        is_open_TGX = best_TGX > -jnp.inf
+        open_TG = jnp.where(is_open_TGX, best_TGX, 0.0).sum(axis=-1)
         group_values_TG = jnp.where(num_open_G[None] > 0, open_TG, -jnp.inf)
         is_kept_TG = _groups_with_enough(group_values_TG, num_open_G, config)
     masked_TGS = jnp.where(is_kept_TG[:, :, None], values_TGS, -jnp.inf)
