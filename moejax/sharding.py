@@ -19,7 +19,10 @@ from moejax.config import Config, ConfigError, MeshConfig, divisors
 
 MESH_AXES = ("data", "fsdp", "dcn_expert", "expert", "context", "tensor")
 EXPERT_AXES = ("dcn_expert", "expert")
-"""Mesh axes that split the experts: over groups of devices with slow links between them, and within a group."""
+"""Mesh axes that split the experts.
+
+The first is over groups of devices with slow links between them, the second within a group.
+"""
 
 BATCH_AXES = ("data", "fsdp", *EXPERT_AXES)
 """Mesh axes that split the batch."""
@@ -65,13 +68,14 @@ def resolve_mesh(mesh: MeshConfig, num_devices: int) -> MeshConfig:
     if open_axes and num_devices % fixed == 0:
         return dataclasses.replace(mesh, **{open_axes[0]: num_devices // fixed})
     if fixed != num_devices or open_axes:
-        named = {
-            axis: size for axis, size in sizes.items() if size != 1 or not axis.startswith("dcn_")
-        }
-        axes = ", ".join(f"mesh.{axis}={size}" for axis, size in named.items())
+        named = []
+        for axis, size in sizes.items():
+            if size != 1 or not axis.startswith("dcn_"):
+                named.append(f"mesh.{axis}={size}")
+        axes = ", ".join(named)
         raise ConfigError(
-            f"{axes} do not fit {num_devices} devices: sizes must be divisors ({divisors(num_devices)}) whose product "
-            f"is {num_devices}; one may be -1"
+            f"{axes} do not fit {num_devices} devices: sizes must be divisors "
+            f"({divisors(num_devices)}) whose product is {num_devices}; one may be -1"
         )
     return mesh
 
@@ -94,42 +98,47 @@ def make_mesh(config: Config, devices: list[jax.Device] | None = None) -> Mesh:
     # An array [*slow, *fast] of devices, in which each axis of the mesh is split in two, slow
     # before fast. Within a group, an axis may take a part of a physical one: 8 x 8 of a torus of
     # 4 x 4 x 4.
-    groups = _groups(devices, math.prod(slow))
-    laid_out = [
-        mesh_utils.create_device_mesh(fast, group, allow_split_physical_axes=True)
-        for group in groups
-    ]
+    laid_out = []
+    for group in _groups(devices, math.prod(slow)):
+        mesh = mesh_utils.create_device_mesh(fast, group, allow_split_physical_axes=True)
+        laid_out.append(mesh)
     split = np.stack(laid_out).reshape(*slow, *fast)
-    joined = split.transpose(*(axis for i in range(len(slow)) for axis in (i, i + len(slow))))
-    shape = tuple(s * f for s, f in zip(slow, fast, strict=True))
-    return Mesh(joined.reshape(shape), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    num_axes = len(MESH_AXES)
+    slow_before_fast = np.arange(2 * num_axes).reshape(2, num_axes).T.reshape(-1)
+    joined = split.transpose(slow_before_fast)
+    shape = np.multiply(slow, fast)
+    axis_types = (AxisType.Auto,) * num_axes
+    return Mesh(joined.reshape(shape), MESH_AXES, axis_types=axis_types)
 
 
 def _groups(devices: list[Any], num_groups: int) -> list[list[Any]]:
-    """Equal groups of devices that lie close together; no slice of TPUs is torn apart.
+    """Returns equal groups of devices that are close together; no slice of TPUs is split.
 
-    Other hosts, too, number their devices' slices, though links between them may be fast.
+    Hosts without TPUs number their devices' slices too, though links between them may be fast.
     """
     slices = [getattr(device, "slice_index", 0) or 0 for device in devices]
     num_slices = len(set(slices)) if devices[0].platform == "tpu" else 1
-    if (num_slices % num_groups and num_groups % num_slices) or (num_groups == 1 < num_slices):
+    splits_a_slice = num_slices % num_groups and num_groups % num_slices
+    ignores_slices = num_groups == 1 and num_slices > 1
+    if splits_a_slice or ignores_slices:
         raise ConfigError(
-            f"mesh.dcn_data * mesh.dcn_fsdp * mesh.dcn_expert = {num_groups} does not fit {num_slices} slices of "
-            f"devices; use mesh.dcn_data={num_slices}"
+            f"mesh.dcn_data * mesh.dcn_fsdp * mesh.dcn_expert = {num_groups} does not fit "
+            f"{num_slices} slices of devices; use mesh.dcn_data={num_slices}"
         )
     if num_groups == 1:
         return [devices]
-    order = sorted(
-        range(len(devices)), key=lambda i: (slices[i], devices[i].process_index, devices[i].id)
-    )
+
+    def position(i: int) -> tuple[int, int, int]:
+        return slices[i], devices[i].process_index, devices[i].id
+
+    order = sorted(range(len(devices)), key=position)
+    in_order = [devices[i] for i in order]
     size = len(devices) // num_groups
-    return [
-        [devices[i] for i in order[first : first + size]] for first in range(0, len(order), size)
-    ]
+    return [in_order[first : first + size] for first in range(0, len(in_order), size)]
 
 
 def parts(mesh: MeshConfig) -> dict[str, int]:
-    """Into how many parts each axis splits, over slow and fast links together."""
+    """Returns into how many parts each axis splits, over slow and fast links together."""
     return {
         "data": mesh.dcn_data * mesh.data,
         "fsdp": mesh.dcn_fsdp * mesh.fsdp,
@@ -140,43 +149,81 @@ def parts(mesh: MeshConfig) -> dict[str, int]:
 
 
 def check_divisible(config: Config, mesh: MeshConfig) -> None:
-    """Raises `ConfigError` naming a key that does not divide over a mesh whose sizes are all known."""
-    model, moe, sizes = config.model, config.moe, parts(mesh)
-
-    def product(*axes: str) -> str:
-        """What a message calls the parts of these axes: with the slow sizes where there are any."""
-        names = [
-            name
-            for axis in axes
-            for name in (f"dcn_{axis}", axis)
-            if getattr(mesh, name, 1) > 1 or name == axis
-        ]
-        return " * ".join(f"mesh.{name}" for name in names)
-
-    batch = sizes["data"] * sizes["fsdp"] * sizes["expert"]
-    microbatch = config.train.batch_size // config.train.accumulation
-    if microbatch % batch:
-        raise ConfigError(
-            f"train.batch_size={config.train.batch_size} over train.accumulation={config.train.accumulation} gives "
-            f"microbatches of {microbatch}, which must be a multiple of {product('data', 'fsdp', 'expert')} = {batch}; "
-            f"use train.batch_size={batch * config.train.accumulation * max(1, round(microbatch / batch))}"
-        )
-    if sizes["context"] > 1 and any(
-        kind.router in ("expert_choice", "soft") for kind in config.moe_groups
-    ):
-        raise ConfigError(
-            f"mesh.context={sizes['context']} splits sequences, and experts that choose among a sequence's tokens, as "
-            "with moe.router=expert_choice or soft, need all of it; use mesh.context=1"
-        )
-    tokens = microbatch // batch * config.data.seq_len // sizes["context"]
-    for chunks in sorted(
-        {kind.exchange_chunks for kind in config.moe_groups}
-    ):  # moe.per_layer may change it
-        if sizes["expert"] > 1 and tokens % chunks:
+    """Raises `ConfigError` naming a key that does not divide over a mesh whose sizes are known."""
+    sizes = parts(mesh)
+    _check_batch(config, mesh)
+    _check_sequences(config, sizes["context"])
+    _check_chunks(config, sizes)
+    for key, value, axis in _splits(config):
+        size = sizes[axis]
+        if value % size:
+            below = value // size * size
+            above = -(-value // size) * size
+            works = f"{below} or {above}" if below else f"{above}"
+            name = _product(mesh, axis)
+            equals = "=" if name == f"mesh.{axis}" else " = "
             raise ConfigError(
-                f"moe.exchange_chunks={chunks} must divide the {tokens} tokens of a device; use one of "
-                f"{divisors(tokens, chunks)}"
+                f"{key}={value} must be a multiple of {name}{equals}{size}; use {works}"
             )
+
+
+def _product(mesh: MeshConfig, *axes: str) -> str:
+    """Returns what a message calls the parts of these axes: with slow sizes where there are any."""
+    names = []
+    for axis in axes:
+        slow = f"dcn_{axis}"
+        if getattr(mesh, slow, 1) > 1:
+            names.append(f"mesh.{slow}")
+        names.append(f"mesh.{axis}")
+    return " * ".join(names)
+
+
+def _batch_parts(sizes: dict[str, int]) -> int:
+    return sizes["data"] * sizes["fsdp"] * sizes["expert"]
+
+
+def _check_batch(config: Config, mesh: MeshConfig) -> None:
+    train = config.train
+    batch = _batch_parts(parts(mesh))
+    microbatch = train.batch_size // train.accumulation
+    if microbatch % batch:
+        multiple = max(1, round(microbatch / batch))
+        works = batch * train.accumulation * multiple
+        name = _product(mesh, "data", "fsdp", "expert")
+        raise ConfigError(
+            f"train.batch_size={train.batch_size} over train.accumulation={train.accumulation} "
+            f"gives microbatches of {microbatch}, which must be a multiple of {name} = {batch}; "
+            f"use train.batch_size={works}"
+        )
+
+
+def _check_sequences(config: Config, context: int) -> None:
+    routers = {kind.router for kind in config.moe_groups}
+    if context > 1 and routers & {"expert_choice", "soft"}:
+        raise ConfigError(
+            f"mesh.context={context} splits sequences, and experts that choose among a sequence's "
+            "tokens, as with moe.router=expert_choice or soft, need all of it; use mesh.context=1"
+        )
+
+
+def _check_chunks(config: Config, sizes: dict[str, int]) -> None:
+    if sizes["expert"] == 1:
+        return
+    microbatch = config.train.batch_size // config.train.accumulation
+    sequences = microbatch // _batch_parts(sizes)
+    tokens = sequences * config.data.seq_len // sizes["context"]
+    # moe.per_layer may change the number of chunks.
+    for chunks in sorted({kind.exchange_chunks for kind in config.moe_groups}):
+        if tokens % chunks:
+            raise ConfigError(
+                f"moe.exchange_chunks={chunks} must divide the {tokens} tokens of a device; "
+                f"use one of {divisors(tokens, chunks)}"
+            )
+
+
+def _splits(config: Config) -> list[tuple[str, int, str]]:
+    """Returns keys, their values, and the axis that splits each."""
+    model, moe = config.model, config.moe
     splits = [
         ("model.d_model", model.d_model, "fsdp"),
         ("model.num_heads", model.num_heads, "tensor"),
@@ -187,24 +234,18 @@ def check_divisible(config: Config, mesh: MeshConfig) -> None:
     if config.num_moe_layers < model.num_layers:
         splits.append(("model.d_ff", model.d_ff, "tensor"))
     if config.num_moe_layers:
-        splits += [("moe.num_experts", moe.num_experts, "expert")]
-        splits += [("moe.d_expert", kind.d_expert, "tensor") for kind in config.moe_groups]
-        splits += [
-            ("moe.d_latent", kind.d_latent, "fsdp") for kind in config.moe_groups if kind.d_latent
-        ]
-    for key, value, axis in splits:
-        size = sizes[axis]
-        if value % size:
-            below, above = value // size * size, -(-value // size) * size
-            works = f"{below} or {above}" if below else f"{above}"
-            equals = "=" if product(axis) == f"mesh.{axis}" else " = "
-            raise ConfigError(
-                f"{key}={value} must be a multiple of {product(axis)}{equals}{size}; use {works}"
-            )
+        splits.append(("moe.num_experts", moe.num_experts, "expert"))
+    # Empty in a dense model; moe.per_layer may make groups differ.
+    for kind in config.moe_groups:
+        splits.append(("moe.d_expert", kind.d_expert, "tensor"))
+    for kind in config.moe_groups:
+        if kind.d_latent:
+            splits.append(("moe.d_latent", kind.d_latent, "fsdp"))
+    return splits
 
 
 def partition_spec(axes: tuple[str, ...]) -> PartitionSpec:
-    """Mesh axes of an array with these logical axes.
+    """Returns the mesh axes of an array with these logical axes.
 
     Raises:
       ValueError: a logical axis without a rule.
@@ -219,11 +260,11 @@ def partition_spec(axes: tuple[str, ...]) -> PartitionSpec:
 
 def tree_shardings(axes_tree: Any, mesh: Mesh) -> Any:
     """Maps a tree whose leaves are tuples of logical axes to `NamedSharding`s."""
-    return jax.tree.map(
-        lambda axes: NamedSharding(mesh, partition_spec(axes)),
-        axes_tree,
-        is_leaf=lambda x: isinstance(x, tuple),
-    )
+
+    def sharding(axes):
+        return NamedSharding(mesh, partition_spec(axes))
+
+    return jax.tree.map(sharding, axes_tree, is_leaf=lambda node: isinstance(node, tuple))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -232,12 +273,12 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The whole array on every device."""
+    """Puts all of an array on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def constrain_tokens(x_BLX: jax.Array) -> jax.Array:
-    """Keeps activations split by batch and sequence when a mesh is in context; otherwise returns `x_BLX` itself."""
+    """Keeps activations split by batch and sequence; without a mesh in context, does nothing."""
     if jax.sharding.get_abstract_mesh().empty:
         return x_BLX
     return jax.lax.with_sharding_constraint(x_BLX, TOKENS)
@@ -250,28 +291,32 @@ def has_context() -> bool:
 
 
 def gather_fsdp(weight: Any, dtype: DTypeLike | None = None) -> jax.Array:
-    """A parameter in a dtype, with all of its parts over `fsdp`, for the place that uses it.
+    """Returns a parameter in a dtype, gathered over `fsdp`, where it is used.
 
-    Said explicitly, or XLA may split the activations instead, and gather the batch. The gradient
-    goes back to the parameter's own parts.
+    Without this XLA may split the activations instead, and gather the batch. The gradient goes back
+    to the parameter's own parts.
 
     Args:
       weight: an `nnx.Param` with logical `axes`; of a scanned one the value may lack the
         leading axis.
-      dtype: cast before it travels; None: as it is.
+      dtype: cast before it is sent; None: as it is.
     """
-    value = weight[...] if dtype is None else weight[...].astype(dtype)
-    split = partition_spec(weight.axes[len(weight.axes) - value.ndim :])
+    value = weight[...]
+    if dtype is not None:
+        value = value.astype(dtype)
+    num_missing_axes = len(weight.axes) - value.ndim
+    split = partition_spec(weight.axes[num_missing_axes:])
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.shape["fsdp"] == 1 or "fsdp" not in split:
+    has_fsdp = not mesh.empty and mesh.shape["fsdp"] > 1
+    if not has_fsdp or "fsdp" not in split:
         return value
     return _gather_parts(split, value)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _gather_parts(split: PartitionSpec, value):
-    gathered = PartitionSpec(*(None if axis == "fsdp" else axis for axis in split))
-    return jax.lax.with_sharding_constraint(value, gathered)
+    gathered = [None if axis == "fsdp" else axis for axis in split]
+    return jax.lax.with_sharding_constraint(value, PartitionSpec(*gathered))
 
 
 def _gather_parts_forward(split, value):
@@ -286,6 +331,8 @@ _gather_parts.defvjp(_gather_parts_forward, _gather_parts_backward)
 
 
 def batch_devices() -> int:
-    """Into how many parts the mesh in context splits the batch; 1 without a mesh."""
+    """Returns into how many parts the mesh in context splits the batch; 1 without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    if mesh.empty:
+        return 1
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)

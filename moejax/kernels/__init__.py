@@ -1,1 +1,4 @@
-"""Products that XLA does not compute well by itself; each is one function with one file per implementation."""
+"""Products that XLA does not compute well by itself.
+
+Each is one function, with one file per implementation.
+"""

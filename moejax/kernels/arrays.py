@@ -13,12 +13,13 @@ Result = TypeVar("Result")
 
 
 def takes_numpy(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
-    """Returns the function with every NumPy array among its arguments, and in their pytrees, made an array of jax.
+    """Makes a function convert the NumPy arrays among its arguments to arrays of jax.
 
-    So are floating-point scalars of NumPy; integers, which may be sizes, stay as they are.
+    Arrays in pytrees are converted too, and so are floating-point scalars of NumPy; integers, which
+    may be sizes, stay as they are.
 
     Traced values cannot index a NumPy array, which has no `at` either: without this, what works on
-    its own fails under `jax.grad` or `jax.jit` with arrays of NumPy that are no arguments of the
+    its own fails under `jax.grad` or `jax.jit` with arrays of NumPy that are not arguments of the
     differentiated function.
     """
 
@@ -31,5 +32,10 @@ def takes_numpy(function: Callable[Parameters, Result]) -> Callable[Parameters, 
 
 
 def to_jax(value: object) -> object:
-    """An array as one of jax, anything else as it is; traced values, too, may be those of a NumPy array."""
-    return jnp.asarray(value) if isinstance(value, np.ndarray | np.floating | jax.Array) else value
+    """Returns an array as one of jax, and anything else as it is.
+
+    Arrays of jax are included because a traced value may stand for a NumPy array.
+    """
+    if isinstance(value, np.ndarray | np.floating | jax.Array):
+        return jnp.asarray(value)
+    return value

@@ -16,20 +16,24 @@ from jax.custom_batching import custom_vmap
 from moejax.kernels.zero_padding import zero_padding_rows
 
 Product = Callable[[jax.Array, jax.Array, jax.Array, int], jax.Array]
-"""`(rows, matrices, group_sizes, padding_rows) -> rows`, or `(rows, rows, group_sizes, padding_rows) -> matrices`."""
+"""A product of grouped rows, by matrices or of outer products.
+
+`(rows, matrices, group_sizes, padding_rows) -> rows`, or
+`(rows, rows, group_sizes, padding_rows) -> matrices`.
+"""
 
 
 def fold_arms(
     product: Product, x_RP: jax.Array, other: jax.Array, group_sizes_E: jax.Array, padding_rows: int
 ) -> jax.Array:
-    """`product(x_RP, other, group_sizes_E, padding_rows)`; `vmap` folds its arms into groups.
+    """Returns `product(x_RP, other, group_sizes_E, padding_rows)`; `vmap` folds arms into groups.
 
     Args:
       product: of rows by matrices, or the outer products of rows.
       x_RP: rows of all groups.
       other: matrices `[E, P, Q]`, or rows `[R, Q]`.
       group_sizes_E: rows of each group.
-      padding_rows: how many at the end belong to no group, at least.
+      padding_rows: at least this many rows at the end belong to no group.
 
     Returns:
       Rows `[R, Q]`, or matrices `[E, P, Q]`.
@@ -45,13 +49,15 @@ def fold_arms(
         x_ARP, others, sizes_AE = each_arm(num_arms, is_batched, arrays)
         if not gives_rows:
             others = jax.vmap(zero_padding_rows)(others, sizes_AE)
-        folded = (
-            merge(jax.vmap(zero_padding_rows)(x_ARP, sizes_AE)),
-            merge(others),
-            merge(_with_padding_group(sizes_AE, x_ARP.shape[1])),
-        )
-        result = split(fold_arms(product, *folded, 0), num_arms)
-        return (jax.vmap(zero_padding_rows)(result, sizes_AE) if gives_rows else result), True
+        x_ARP = jax.vmap(zero_padding_rows)(x_ARP, sizes_AE)
+        folded_rows = merge(x_ARP)
+        folded_others = merge(others)
+        folded_sizes = merge(_with_padding_group(sizes_AE, x_ARP.shape[1]))
+        folded_result = fold_arms(product, folded_rows, folded_others, folded_sizes, 0)
+        result = split(folded_result, num_arms)
+        if gives_rows:
+            result = jax.vmap(zero_padding_rows)(result, sizes_AE)
+        return result, True
 
     return one(x_RP, other, group_sizes_E)
 
@@ -59,7 +65,10 @@ def fold_arms(
 def loop_over_arms(
     product: Product, x_RP: jax.Array, other: jax.Array, group_sizes_E: jax.Array, padding_rows: int
 ) -> jax.Array:
-    """As `fold_arms`, for a product that multiplies all rows by all matrices: one arm after another."""
+    """Returns `product(x_RP, other, group_sizes_E, padding_rows)`; `vmap` loops over the arms.
+
+    For a product that multiplies all rows by all matrices; see `fold_arms`.
+    """
 
     @custom_vmap
     def one(x_RP, other, group_sizes_E):
@@ -67,23 +76,25 @@ def loop_over_arms(
 
     @one.def_vmap
     def all_arms(num_arms: int, is_batched: Any, *arrays: jax.Array):
-        return jax.lax.map(
-            lambda arm: one(*arm), tuple(each_arm(num_arms, is_batched, arrays))
-        ), True
+        each = tuple(each_arm(num_arms, is_batched, arrays))
+        result = jax.lax.map(lambda arm: one(*arm), each)
+        return result, True
 
     return one(x_RP, other, group_sizes_E)
 
 
 def each_arm(num_arms: int, is_batched: Any, arrays: tuple[jax.Array, ...]) -> list[jax.Array]:
-    """Arrays with a leading axis of arms; what arms share is repeated."""
-    return [
-        array if batched else jnp.broadcast_to(array[None], (num_arms, *array.shape))
-        for array, batched in zip(arrays, is_batched, strict=True)
-    ]
+    """Returns the arrays with a leading axis of arms; what arms share is repeated."""
+    each = []
+    for array, has_arms in zip(arrays, is_batched, strict=True):
+        if not has_arms:
+            array = jnp.broadcast_to(array[None], (num_arms, *array.shape))
+        each.append(array)
+    return each
 
 
 def merge(array: jax.Array) -> jax.Array:
-    """The axes of arms and of what each has, `[A, X, ...]`, as one, `[A * X, ...]`."""
+    """Joins the axes of arms and of what each has: `[A, X, ...]` becomes `[A * X, ...]`."""
     return array.reshape(-1, *array.shape[2:])
 
 
@@ -93,5 +104,6 @@ def split(array: jax.Array, num_arms: int) -> jax.Array:
 
 
 def _with_padding_group(sizes_AE: jax.Array, num_rows: int) -> jax.Array:
-    """The last group of each arm takes what is left of its rows."""
-    return sizes_AE.at[:, -1].add(num_rows - sizes_AE.sum(axis=1).astype(sizes_AE.dtype))
+    """Returns the sizes with each arm's remaining rows added to its last group."""
+    num_in_groups_A = sizes_AE.sum(axis=1).astype(sizes_AE.dtype)
+    return sizes_AE.at[:, -1].add(num_rows - num_in_groups_A)

@@ -4,7 +4,11 @@ import jax
 
 
 def platform() -> str:
-    """That of the mesh in context, whose devices may be elsewhere, or of the default device: cpu, gpu or tpu."""
+    """Returns "cpu", "gpu" or "tpu".
+
+    It is the platform of the mesh in context, whose devices may be elsewhere, or of the default
+    device.
+    """
     default: jax.Device | str | None = jax.config.jax_default_device  # type: ignore[attr-defined]
     device = jax.sharding.get_abstract_mesh().abstract_device or default
     if device is None:

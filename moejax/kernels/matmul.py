@@ -32,10 +32,9 @@ def dense(
       `[*tokens, *features]`.
     """
     tokens = x.shape[: x.ndim - num_contracted]
-    contracted, features = weight.shape[:num_contracted], weight.shape[num_contracted:]
-    x_TP, weight_PQ = (
-        x.reshape(-1, math.prod(contracted)),
-        weight.reshape(math.prod(contracted), -1),
-    )
+    features = weight.shape[num_contracted:]
+    num_products = math.prod(weight.shape[:num_contracted])
+    x_TP = x.reshape(-1, num_products)
+    weight_PQ = weight.reshape(num_products, -1)
     y = jnp.matmul(x_TP, weight_PQ, preferred_element_type=out_dtype, precision=precision)
     return y.reshape(*tokens, *features)

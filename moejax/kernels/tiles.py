@@ -1,9 +1,10 @@
-"""Loops over rows sorted by group, in tiles: how much each group has to do is known only when the program runs.
+"""Loops over rows sorted by group, in tiles.
 
-A tile is a fixed number of rows, so a group whose rows do not fill its tiles pays for rows it does
-not have. Several sizes of tiles keep that waste small: as many of the largest as fit, and one more
-of the smallest size that takes the rest. All loops are `lax.fori_loop`s; the program has the same
-size for any number of groups.
+How much work each group has is known only when the program runs. A tile is a fixed number of
+rows, so a group whose rows do not fill its tiles pays for rows it does not have. Several sizes of
+tiles keep that waste small: as many of the largest as fit, and one more of the smallest size that
+takes the rest. All loops are `lax.fori_loop`s; the program has the same size for any number of
+groups.
 """
 
 import dataclasses
@@ -20,21 +21,22 @@ Carry = TypeVar("Carry")
 
 
 FEW_ROWS = 4096
-"""Below, arithmetic takes less time than compiling a loop body per size of tile would."""
+"""With fewer, arithmetic takes less time than compiling one loop body per size of tile."""
 
 
 def tile_sizes(num_rows: int, num_groups: int) -> tuple[int, ...]:
-    """Rising sizes of tiles for `num_rows` rows in `num_groups` groups, from the mean group alone.
+    """Returns rising sizes of tiles for `num_rows` rows in `num_groups` groups.
 
-    Groups differ from their mean, mostly by less than half of it: sizes lie close together around
-    the mean. Products of fewer than 64 rows run at less than the full speed, those of more than 512
-    gain nothing.
+    They depend on the mean group alone. Groups differ from it mostly by less than half of it, so
+    sizes are close together around the mean. Products of fewer than 64 rows run at less than full
+    speed, and those of more than 512 gain nothing.
     """
     mean = num_rows // num_groups
     if mean < 4 and num_rows < FEW_ROWS:
         return (2, 8)  # as in decoding: reading the matrices takes longer than multiplying by them
     if num_rows < FEW_ROWS:
-        size = min(64, max(8, 1 << (mean.bit_length() - 2)))  # from a quarter to half the mean
+        quarter_to_half = 1 << (mean.bit_length() - 2)
+        size = min(64, max(8, quarter_to_half))
         return (size, 4 * size)
     if mean >= 768:  # several of the largest, so that any rest is as likely
         return (32, 64, 128, 256, 384, 448, 480, 512)
@@ -71,14 +73,14 @@ class Groups:
     def from_sizes(
         cls, group_sizes_E: Int[Array, "E"], starts_E: Int[Array, "E"], sizes: tuple[int, ...]
     ) -> "Groups":
-        """Tiles of these sizes for groups of these sizes, whose first rows are in rising order."""
+        """Returns tiles for groups of these sizes, whose first rows are in rising order."""
         num_full_E = jnp.maximum(group_sizes_E - 1, 0) // sizes[-1]
         rest_E = group_sizes_E - num_full_E * sizes[-1]
         # Not as arrays of sizes: under `vmap` constants of the traced function count as batched,
         # which it may not have.
-        is_rest = [
-            (rest_E > below) & (rest_E <= upto) for below, upto in itertools.pairwise((0, *sizes))
-        ]
+        is_rest = []
+        for smaller, size in itertools.pairwise((0, *sizes)):
+            is_rest.append((rest_E > smaller) & (rest_E <= size))
         return cls(
             sizes=sizes,
             num_active=(group_sizes_E > 0).sum(),
@@ -91,16 +93,20 @@ class Groups:
 
     def for_each_active(self, body: Callable[[jax.Array, Carry], Carry], carry: Carry) -> Carry:
         """Runs `body(group, carry)` for the groups that have rows, in rising order."""
-        return lax.fori_loop(
-            0, self.num_active, lambda i, carry: body(self.order_E[i], carry), carry
-        )
+
+        def one_group(i, carry):
+            return body(self.order_E[i], carry)
+
+        return lax.fori_loop(0, self.num_active, one_group, carry)
 
     def for_each_empty(self, body: Callable[[jax.Array, Carry], Carry], carry: Carry) -> Carry:
         """Runs `body(group, carry)` for the groups that have none."""
+
+        def one_group(i, carry):
+            return body(self.order_E[i], carry)
+
         num_groups = self.order_E.shape[0]
-        return lax.fori_loop(
-            self.num_active, num_groups, lambda i, carry: body(self.order_E[i], carry), carry
-        )
+        return lax.fori_loop(self.num_active, num_groups, one_group, carry)
 
     def for_each_tile(
         self,
@@ -109,12 +115,14 @@ class Groups:
         full: Callable[[int, jax.Array, Carry], Carry],
         carry: Carry,
     ) -> Carry:
-        """Runs `rest(size, first row, carry)` for the group's last tile, and then `full` for those before it.
+        """Runs `rest(size, first row, carry)` for the last tile, then `full` for those before it.
 
-        The last tile may reach past the group's end: what it writes there must be of no use to a
-        group before.
+        The last tile may reach past the group's end: what it writes there must not be needed by a
+        group before it.
         """
-        start, num_full, largest = self.starts_E[group], self.num_full_E[group], self.sizes[-1]
+        start = self.starts_E[group]
+        num_full = self.num_full_E[group]
+        largest = self.sizes[-1]
         for i, size in enumerate(self.sizes):
             # The row must depend on the loop's index: XLA would move the whole body out of a loop
             # that ignores it, and run it whether the loop does or not.
@@ -122,16 +130,18 @@ class Groups:
                 return rest(size, start + (num_full + j) * largest, carry)
 
             carry = lax.fori_loop(0, self.counts_ES[group, i], one, carry)
-        return lax.fori_loop(
-            0, num_full, lambda j, carry: full(largest, start + j * largest, carry), carry
-        )
+
+        def one_full(j, carry):
+            return full(largest, start + j * largest, carry)
+
+        return lax.fori_loop(0, num_full, one_full, carry)
 
 
 def dynamic_slice(x: jax.Array, first: jax.Array, count: int) -> jax.Array:
-    """`count` entries of the first axis, from `first` on."""
+    """Returns `count` entries of the first axis, from `first` on."""
     return lax.dynamic_slice_in_dim(x, first, count)
 
 
 def dynamic_update(x: jax.Array, part: jax.Array, first: jax.Array) -> jax.Array:
-    """`x` with `part`, in its dtype, from entry `first` of the first axis on."""
+    """Returns `x` with `part`, in its dtype, from entry `first` of the first axis on."""
     return lax.dynamic_update_slice_in_dim(x, part.astype(x.dtype), first, axis=0)

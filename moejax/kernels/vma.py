@@ -1,4 +1,7 @@
-"""Varying axes: what `shard_map` with `check_vma=True` must know of arrays that meet in a loop or a custom VJP."""
+"""Varying axes of arrays that meet in a loop or a custom VJP.
+
+`shard_map` with `check_vma=True` must know them.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +9,7 @@ from jax.typing import DTypeLike
 
 
 def varying_axes(x: jax.Array) -> frozenset[str]:
-    """Mesh axes over which `x` may differ between devices; empty outside `shard_map`."""
+    """Returns the mesh axes over which `x` may differ between devices; none outside `shard_map`."""
     return jax.typeof(x).mat.varying
 
 
@@ -21,15 +24,20 @@ def unify_vma(*arrays: jax.Array) -> tuple[jax.Array, ...]:
 
 
 def zeros_varying_like(like: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
-    """Zeros that vary over the axes of `like`, as the initial carry of a loop must."""
+    """Returns zeros that vary over the axes of `like`, as the initial carry of a loop must."""
     return _vary(jnp.zeros(shape, dtype), varying_axes(like))
 
 
 def empty_varying_like(like: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
-    """The same without values: whoever takes it writes all that is read, and saves the time to write zeros."""
+    """Returns an array without values that varies over the axes of `like`.
+
+    It saves the time to write zeros; the caller writes all that is read.
+    """
     return _vary(jax.lax.empty(shape, dtype), varying_axes(like))
 
 
 def _vary(x: jax.Array, axes: frozenset[str]) -> jax.Array:
     missing = tuple(sorted(axes - varying_axes(x)))
-    return jax.lax.pcast(x, missing, to="varying") if missing else x
+    if not missing:
+        return x
+    return jax.lax.pcast(x, missing, to="varying")

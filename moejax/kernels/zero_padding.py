@@ -7,9 +7,11 @@ from jaxtyping import Array, Float, Int
 def zero_padding_rows(
     x_RD: Float[Array, "R D"], group_sizes_E: Int[Array, "E"]
 ) -> Float[Array, "R D"]:
-    """Zeros in the rows that belong to no group, whatever they hold: `where`, not a product, for 0 * NaN is NaN.
+    """Sets the rows that belong to no group to zero, whatever they hold.
 
-    Applied to the input of a product it also zeroes the tail of the gradient.
+    Applied to the input of a product it also zeroes the padding rows of the gradient.
     """
-    is_row_R = jnp.arange(x_RD.shape[0]) < group_sizes_E.sum()
+    row_R = jnp.arange(x_RD.shape[0])
+    is_row_R = row_R < group_sizes_E.sum()
+    # Not a product with 0 or 1: 0 * NaN is NaN.
     return jnp.where(is_row_R[:, None], x_RD, 0)

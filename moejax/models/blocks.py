@@ -1,9 +1,9 @@
 """Blocks, and stacks of them scanned over layers.
 
 A `Stack` holds one block whose parameters carry a leading axis of layers, and scans it: the traced
-program has the same size for any depth. A block is a `Block` (one layer) or a `InterleavedBlock` (some dense
-layers and a MoE layer), so that stacks nest: "every other layer is MoE" is a stack of periods, each
-with a stack of dense blocks inside.
+program has the same size for any depth. A block is a `Block` (one layer) or an `InterleavedBlock`
+(some dense layers and a MoE layer), so that stacks nest: "every other layer is MoE" is a stack of
+interleaved blocks, each with a stack of dense blocks inside.
 """
 
 import dataclasses
@@ -41,15 +41,23 @@ class Context:
     info: TokenInfo
 
     def of_layer(self, index: jax.Array | int) -> "Context":
-        """The same with keys of its own for one of several layers."""
+        """Returns the context with keys of its own for one of several layers."""
         if self.info.keys_B is None:
             return self
-        keys_B = jax.vmap(lambda key: jax.random.fold_in(key, index))(self.info.keys_B)
-        return dataclasses.replace(self, info=dataclasses.replace(self.info, keys_B=keys_B))
+
+        def fold_index(key):
+            return jax.random.fold_in(key, index)
+
+        keys_B = jax.vmap(fold_index)(self.info.keys_B)
+        info = dataclasses.replace(self.info, keys_B=keys_B)
+        return dataclasses.replace(self, info=info)
 
 
 class Block(nnx.Module):
-    """One layer: attention, then a MoE layer or, where `moe` is None, a feed-forward network; norms and residuals."""
+    """One layer: attention, then a MoE layer or a feed-forward network; norms and residuals.
+
+    `moe` is None where it is a feed-forward network.
+    """
 
     def __init__(self, config: Config, moe: MoeConfig | None, *, rngs: nnx.Rngs):
         dtype = jnp.dtype(config.model.compute_dtype)
@@ -77,10 +85,14 @@ class Block(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, x_BLD: jax.Array, context: Context, cache: KVCache | None = None):
-        """Returns (x_BLD, `RoutingStats` or None, cache); without a cache it attends to `x_BLD` alone."""
+        """Returns (x_BLD, `RoutingStats` or None, cache).
+
+        Without a cache it attends to `x_BLD` alone.
+        """
         with jax.named_scope("attention"):
+            normed_BLD = self.attention_norm(x_BLD)
             y_BLD, cache = self.attention(
-                self.attention_norm(x_BLD), context.positions_BL, context.segments_BL, cache
+                normed_BLD, context.positions_BL, context.segments_BL, cache
             )
             x_BLD += y_BLD
         normed_BLD = self.ffn_norm(x_BLD)
@@ -92,12 +104,17 @@ class Block(nnx.Module):
         return x_BLD + y_BLD, stats, cache
 
     def init_cache(self, batch: int, slots: int) -> KVCache:
-        """An empty cache."""
+        """Returns an empty cache."""
         shape = (batch, slots, *self.cache_shape)
-        return KVCache(jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype))
+        k_BSGA = jnp.zeros(shape, self.dtype)
+        v_BSGA = jnp.zeros(shape, self.dtype)
+        return KVCache(k_BSGA, v_BSGA)
 
     def walk(self, context: Context | None = None) -> Iterator[tuple["Block", Context | None]]:
-        """The layers of this module with the context of each: for looking at a model, not for traced code."""
+        """Yields the layers of this module with the context of each.
+
+        This is for inspecting a model, not for traced code.
+        """
         yield self, context
 
 
@@ -105,9 +122,10 @@ class InterleavedBlock(nnx.Module):
     """`num_dense` dense layers and then a MoE layer."""
 
     def __init__(self, config: Config, moe: MoeConfig | None, num_dense: int, *, rngs: nnx.Rngs):
-        self.dense = Stack(
-            lambda rngs: Block(config, None, rngs=rngs), num_dense, config, rngs=rngs
-        )
+        def make_dense(rngs):
+            return Block(config, None, rngs=rngs)
+
+        self.dense = Stack(make_dense, num_dense, config, rngs=rngs)
         self.moe_block = Block(config, moe, rngs=rngs)
 
     def __call__(self, x_BLD: jax.Array, context: Context):
@@ -116,7 +134,7 @@ class InterleavedBlock(nnx.Module):
         return self.moe_block(x_BLD, context)
 
     def walk(self, context: Context | None = None) -> Iterator[tuple[Block, Context | None]]:
-        """The layers of this module with the context of each."""
+        """Yields the layers of this module with the context of each."""
         yield from self.dense.walk(context)
         yield self.moe_block, context
 
@@ -139,13 +157,21 @@ class Stack(nnx.Module):
         *,
         rngs: nnx.Rngs,
     ):
+        def make_state(key):
+            block = make_block(nnx.Rngs(params=key))
+            return nnx.state(block)
+
         keys_N = jax.random.split(rngs.params(), num)
-        states_N = jax.vmap(lambda key: nnx.state(make_block(nnx.Rngs(params=key))))(keys_N)
-        graphdef, _ = nnx.split(nnx.eval_shape(lambda: make_block(nnx.Rngs(params=0))))
+        states_N = jax.vmap(make_state)(keys_N)
+        block_shapes = nnx.eval_shape(lambda: make_block(nnx.Rngs(params=0)))
+        graphdef, _ = nnx.split(block_shapes)
         self.block = nnx.merge(graphdef, _with_layer_axis(states_N))
         self.num = num
         self.remat = config.model.remat
-        self.saved = (*SAVED_NAMES, EXCHANGED) if config.moe.save_exchanged else SAVED_NAMES
+        saved: tuple[str, ...] = SAVED_NAMES
+        if config.moe.save_exchanged:
+            saved = (*SAVED_NAMES, EXCHANGED)
+        self.saved = saved
         self.unroll = not config.model.scan_layers
 
     def __call__(self, x_BLD: jax.Array, context: Context) -> tuple[jax.Array, RoutingStats | None]:
@@ -154,29 +180,35 @@ class Stack(nnx.Module):
 
         def one_block(x_BLD, layer):
             index, state = layer
-            x_BLD, stats, _ = nnx.merge(graphdef, state)(x_BLD, context.of_layer(index))
+            block = nnx.merge(graphdef, state)
+            x_BLD, stats, _ = block(x_BLD, context.of_layer(index))
             return constrain_tokens(x_BLD), stats
 
         if self.remat:
             policy = jax.checkpoint_policies.save_only_these_names(*self.saved)
             one_block = jax.checkpoint(one_block, policy=policy, prevent_cse=self.unroll)
         layers = (jnp.arange(self.num), states_N)
-        return jax.lax.scan(one_block, x_BLD, layers, unroll=self.num if self.unroll else 1)
+        num_unrolled = self.num if self.unroll else 1
+        return jax.lax.scan(one_block, x_BLD, layers, unroll=num_unrolled)
 
     def walk(self, context: Context | None = None) -> Iterator[tuple[Block, Context | None]]:
-        """The layers of this module with the context of each."""
+        """Yields the layers of this module with the context of each."""
         for index in range(self.num):
             yield from self._block(index).walk(context and context.of_layer(index))
 
     def _block(self, index: int):
         graphdef, states_N = nnx.split(self.block)
-        return nnx.merge(graphdef, jax.tree.map(lambda x: x[index], states_N))
+        state = jax.tree.map(lambda x_N: x_N[index], states_N)
+        return nnx.merge(graphdef, state)
 
 
 def _with_layer_axis(states_N):
     """Names the leading axis that `vmap` gave every parameter."""
-    return jax.tree.map(
-        lambda v: v.replace(axes=("layers", *v.axes)),
-        states_N,
-        is_leaf=lambda v: isinstance(v, nnx.Variable),
-    )
+
+    def add_axis(variable):
+        return variable.replace(axes=("layers", *variable.axes))
+
+    def is_variable(node):
+        return isinstance(node, nnx.Variable)
+
+    return jax.tree.map(add_axis, states_N, is_leaf=is_variable)

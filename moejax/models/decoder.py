@@ -19,29 +19,34 @@ from moejax.nn.norm import RMSNorm
 from moejax.sharding import constrain_tokens, gather_fsdp
 
 NO_TOKEN = -1e30
-"""The logit of an id that is no token: finite, and its probability is 0 at any temperature that `generate` takes."""
+"""The logit of an id that is no token.
+
+It is finite, and its probability is 0 at any temperature that `generate` takes.
+"""
 
 
 class Decoder(nnx.Module):
     """Embedding, stacks of blocks, norm, logits.
 
-    The layers follow `moe.first_dense` and `moe.every`: first the dense ones, then periods of
-    `every - 1` dense layers and a MoE layer, then what is left of an incomplete period, dense.
+    The layers follow `moe.first_dense` and `moe.every`: first the dense ones, then interleaved
+    blocks of `every - 1` dense layers and a MoE layer, then the layers of an incomplete block,
+    dense.
     `moe.per_layer` changes some of them.
     """
 
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
-        width, vocab = config.model.d_model, config.vocab_size
+        width = config.model.d_model
+        shape = (config.vocab_size, width)
         # Standard deviation 1/sqrt(D) gives logits of unit scale; `embed` multiplies by sqrt(D) on
         # the way in.
         init = jax.nn.initializers.normal(width**-0.5)
-        self.embedding = nnx.Param(init(rngs.params(), (vocab, width)), axes=("vocab", "embed"))
+        embedding_VD = init(rngs.params(), shape)
+        self.embedding = nnx.Param(embedding_VD, axes=("vocab", "embed"))
         self.stacks = nnx.List(make_stacks(config, rngs))
         self.final_norm = RMSNorm(width)
         if not config.model.tied_embeddings:
-            self.unembedding = nnx.Param(
-                init(rngs.params(), (vocab, width)), axes=("vocab", "embed")
-            )
+            unembedding_VD = init(rngs.params(), shape)
+            self.unembedding = nnx.Param(unembedding_VD, axes=("vocab", "embed"))
         self.config = config
 
     def __call__(
@@ -54,7 +59,7 @@ class Decoder(nnx.Module):
         keys_B: jax.Array | None = None,
         trace: bool = False,
     ) -> tuple[Float[Array, "B L V"], tuple[RoutingStats, ...]]:
-        """Logits of the next token at every position of packed rows.
+        """Computes logits of the next token at every position of packed rows.
 
         Args:
           tokens_BL: token ids.
@@ -66,8 +71,8 @@ class Decoder(nnx.Module):
           trace: keep token-level routing in the statistics.
 
         Returns:
-          Logits, float32, and the `RoutingStats` of each run of equal MoE layers
-          (`Config.moe_groups`), with a leading axis of its layers; `stats.join` makes one of all.
+          Logits, float32, and the `RoutingStats` of each group of equal MoE layers
+          (`Config.moe_groups`), with a leading axis of its layers; `stats.join` joins them all.
           Empty for a dense model.
         """
         context = Context(
@@ -84,10 +89,10 @@ class Decoder(nnx.Module):
         return self.unembed(x_BLD), tuple(stats)
 
     def place_experts(self, experts_NP: Int[np.ndarray, "N P"]) -> None:
-        """Gives experts other places, and some of them several, in this model; not for training.
+        """Gives experts other places, and some of them replicas, in this model; not for training.
 
         Args:
-          experts_NP: the expert in each slot of each MoE layer, from `moe.placement.place`.
+          experts_NP: the expert in each slot of each MoE layer, from `placement.place`.
 
         Raises:
           PlacementError: another number of layers, or an expert without a slot; or a router that
@@ -98,45 +103,59 @@ class Decoder(nnx.Module):
             raise PlacementError(
                 f"{len(experts_NP)} layers are placed, and the model has {config.num_moe_layers}"
             )
-        if any(kind.router in ("expert_choice", "soft") for kind in config.moe_groups):
-            raise PlacementError("experts that choose tokens cannot have copies, nor other places")
+        routers = {kind.router for kind in config.moe_groups}
+        if routers & {"expert_choice", "soft"}:
+            raise PlacementError("experts that choose tokens cannot have replicas or other places")
         first = 0
         for stack in self.stacks:
-            block: Any = (
-                stack.block.moe_block if isinstance(stack.block, InterleavedBlock) else stack.block
-            )
+            block: Any = stack.block
+            if isinstance(block, InterleavedBlock):
+                block = block.moe_block
             if block.is_moe:
                 block.moe.place(experts_NP[first : first + stack.num])
                 first += stack.num
 
     def walk(self, context: Context | None = None) -> Iterator[tuple[Block, Context | None]]:
-        """The layers in order, with the context that each has in a pass: for a look, not for traced code."""
+        """Yields the layers in order, with the context that each has in a pass.
+
+        This is for inspecting a model, not for traced code.
+        """
         for index, stack in enumerate(self.stacks):
             yield from stack.walk(context and context.of_layer(index))
 
     def embed(self, tokens_BL: Int[Array, "B L"]) -> Float[Array, "B L D"]:
-        """The residual stream before the first layer."""
+        """Returns the residual stream before the first layer."""
         embedding_VD = gather_fsdp(self.embedding, self.config.model.compute_dtype)
-        return constrain_tokens(embedding_VD[tokens_BL]) * self.config.model.d_model**0.5
+        x_BLD = constrain_tokens(embedding_VD[tokens_BL])
+        return x_BLD * self.config.model.d_model**0.5
 
     def unembed(self, x_BLD: Float[Array, "B L D"]) -> Float[Array, "B L V"]:
-        """Logits from the residual stream after the last layer; those of ids that are no token are `NO_TOKEN`."""
-        weight = self.embedding if self.config.model.tied_embeddings else self.unembedding
-        weight_VD = gather_fsdp(weight, self.config.model.compute_dtype)
-        logits_BLV = dense(self.final_norm(x_BLD), weight_VD.T, out_dtype=jnp.float32)
-        if self.config.num_token_ids == self.config.vocab_size:
+        """Returns logits from the residual stream after the last layer.
+
+        Those of ids that are no token are `NO_TOKEN`.
+        """
+        config = self.config
+        weight = self.embedding if config.model.tied_embeddings else self.unembedding
+        weight_VD = gather_fsdp(weight, config.model.compute_dtype)
+        normed_BLD = self.final_norm(x_BLD)
+        logits_BLV = dense(normed_BLD, weight_VD.T, out_dtype=jnp.float32)
+        if config.num_token_ids == config.vocab_size:
             return logits_BLV
-        is_token_V = jnp.arange(self.config.vocab_size) < self.config.num_token_ids
+        is_token_V = jnp.arange(config.vocab_size) < config.num_token_ids
         return jnp.where(is_token_V[None, None], logits_BLV, NO_TOKEN)
 
 
 def make_stacks(config: Config, rngs: nnx.Rngs) -> list[Stack]:
     """Makes one stack for each group of equal layers, or of equal interleaved blocks."""
 
-    def maker(group: LayerGroup):
-        if len(group.kinds) == 1:
-            return lambda rngs: Block(config, group.moe, rngs=rngs)
+    def make_stack(group: LayerGroup) -> Stack:
         num_dense = len(group.kinds) - 1
-        return lambda rngs: InterleavedBlock(config, group.moe, num_dense, rngs=rngs)
 
-    return [Stack(maker(group), group.num, config, rngs=rngs) for group in config.layer_groups]
+        def make_block(rngs):
+            if num_dense == 0:
+                return Block(config, group.moe, rngs=rngs)
+            return InterleavedBlock(config, group.moe, num_dense, rngs=rngs)
+
+        return Stack(make_block, group.num, config, rngs=rngs)
+
+    return [make_stack(group) for group in config.layer_groups]

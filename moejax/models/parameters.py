@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 from flax import nnx
 
@@ -24,14 +25,23 @@ class ParameterCount:
 
 
 def count_parameters(config: Config) -> ParameterCount:
-    """Counts without allocating any."""
+    """Counts parameters without allocating any."""
     model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(params=0)))
+    parameters = nnx.to_flat_state(nnx.state(model, nnx.Param))
     total = active = 0
-    for path, param in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+    for path, param in parameters:
         size = math.prod(param.shape)
         total += size
-        moe = config.layer_groups[int(str(path[1]))].moe if path[0] == "stacks" else None
-        if moe is not None and "experts" in param.axes:
-            size = size * min(moe.top_k, moe.num_experts) // moe.num_experts
-        active += size
+        active += _active_size(config, path, param, size)
     return ParameterCount(total, active)
+
+
+def _active_size(config: Config, path: tuple[Any, ...], param: Any, size: int) -> int:
+    """Returns how many of a parameter's numbers take part in one token's forward pass."""
+    if path[0] != "stacks" or "experts" not in param.axes:
+        return size
+    group = config.layer_groups[int(str(path[1]))]
+    if group.moe is None:
+        return size
+    num_experts = group.moe.num_experts
+    return size * min(group.moe.top_k, num_experts) // num_experts

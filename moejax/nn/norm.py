@@ -9,14 +9,20 @@ EPSILON = 1e-6
 
 
 class RMSNorm(nnx.Module):
-    """x / rms(x) * scale over the last axis, computed in float32. Zhang & Sennrich 2019, equation 4."""
+    """x / rms(x) * scale over the last axis, computed in float32.
+
+    Source: Zhang & Sennrich 2019, equation 4.
+    """
 
     def __init__(self, width: int):
         self.scale = nnx.Param(jnp.ones(width), axes=("norm",))
 
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
         """Normalises the last axis; returns the dtype of `x`."""
-        wide = x.astype(jnp.float32)
-        inverse_rms = jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + EPSILON)
-        scale = jnp.expand_dims(self.scale[...], tuple(range(x.ndim - 1)))
-        return (wide * inverse_rms * scale).astype(x.dtype)
+        x_float32 = x.astype(jnp.float32)
+        mean_square = jnp.mean(x_float32**2, axis=-1, keepdims=True)
+        inverse_rms = jax.lax.rsqrt(mean_square + EPSILON)
+        leading_axes = tuple(range(x.ndim - 1))
+        scale = jnp.expand_dims(self.scale[...], leading_axes)
+        normed = x_float32 * inverse_rms * scale
+        return normed.astype(x.dtype)

@@ -22,9 +22,10 @@ def rotate(
     frequency_a = theta**exponent_a
     position_BL11 = positions_BL[..., None, None].astype(jnp.float32)
     angle_BL1a = position_BL11 * frequency_a[None, None, None]
-    cos, sin = jnp.cos(angle_BL1a), jnp.sin(angle_BL1a)
+    cos_BL1a = jnp.cos(angle_BL1a)
+    sin_BL1a = jnp.sin(angle_BL1a)
     first_BLHa, second_BLHa = jnp.split(x_BLHA.astype(jnp.float32), 2, axis=-1)
-    rotated_first_BLHa = first_BLHa * cos - second_BLHa * sin
-    rotated_second_BLHa = second_BLHa * cos + first_BLHa * sin
+    rotated_first_BLHa = first_BLHa * cos_BL1a - second_BLHa * sin_BL1a
+    rotated_second_BLHa = second_BLHa * cos_BL1a + first_BLHa * sin_BL1a
     rotated_BLHA = jnp.concatenate([rotated_first_BLHa, rotated_second_BLHa], axis=-1)
     return rotated_BLHA.astype(x_BLHA.dtype)

@@ -173,12 +173,12 @@ def test_memory_that_nobody_wrote_reaches_no_result(monkeypatch):
         np.testing.assert_array_equal(a, e)
 
 
-def test_too_few_spare_rows_are_an_error_that_says_how_many_to_plan_with():
+def test_too_few_padding_rows_are_an_error_that_says_how_many_to_plan_with():
     arrays = map(jnp.asarray, draw(choices_of((31, 0, 32, 3, 0), 50, 2), 5))
     x_TD, weights_TK, gate_up_EDPF, down_EFD, experts_TK, _ = arrays
     plan = plan_dropless(experts_TK, 5, padding_rows=63)
     rows = plan.row_TK, plan.choice_R, plan.group_sizes_E
-    with pytest.raises(ValueError, match=r"163 rows and must have 164; plan with spare_rows=64"):
+    with pytest.raises(ValueError, match=r"163 rows and must have 164; plan with padding_rows=64"):
         feed_forward(
             x_TD,
             weights_TK,

@@ -1,14 +1,14 @@
 """Grouped matrix product: rows sorted by group, each group multiplied by its own matrix.
 
 It is the only heavy product of a dropless MoE layer. Every implementation has the same signature
-and the same guarantees: rows beyond `sum(group_sizes)` are read by nobody and come back as zeros,
+and the same guarantees: rows beyond `sum(group_sizes)` are not read and come back as zeros,
 and an empty group has exactly zero gradient.
 
     implementation  where it is fast       how
     tiled           CPU                    loops over experts and blocks of rows, own VJP
     ragged          TPU                    `jax.lax.ragged_dot` (a kernel of XLA:TPU)
-    tokamax         GPU, TPU               Triton and Mosaic kernels of the package tokamax, which is optional
-    padded          GPU without tokamax    batched products over equal slots, as often as the largest group needs
+    tokamax         GPU, TPU               Triton and Mosaic kernels of the optional package tokamax
+    padded          GPU without tokamax    batched products over equal slots, repeated as needed
     dense           nowhere                every row by every matrix: the reference
 """
 
@@ -44,7 +44,10 @@ BEST = {
 """By platform: what "auto" stands for where it is available, and why."""
 
 ANYWHERE = "padded"
-"""Where nothing better runs: XLA multiplies all rows by all matrices in `ragged_dot` on most platforms."""
+"""What runs where nothing better does.
+
+On most platforms XLA multiplies all rows by all matrices in `ragged_dot`.
+"""
 
 
 @takes_numpy
@@ -65,8 +68,9 @@ def grouped_matmul(
       group_sizes_E: rows of each group; their sum is at most R.
       implementation: a key of `IMPLEMENTATIONS`, or "auto" for the platform's best; see
         `resolve_implementation`.
-      padding_rows: so many last rows belong to no group, whatever the group sizes; `padding_rows_for`
-        says how many spare the tiled implementation its copies of `x_RD` and of the result.
+      padding_rows: this many last rows belong to no group, whatever the group sizes;
+        `padding_rows_for` says how many save the tiled implementation its copies of `x_RD` and of
+        the result.
 
     Returns:
       The products, in the dtype of `x_RD` with float32 accumulation; zeros in the rows that belong
@@ -81,14 +85,17 @@ def grouped_matmul(
 
 
 def padding_rows_for(num_rows: int, num_groups: int, implementation: str = "auto") -> int:
-    """Rows to append to `num_rows` rows of content, so that `grouped_matmul` copies nothing; see `padding_rows`."""
-    return (
-        block_rows(num_rows, num_groups) if resolve_implementation(implementation) == "tiled" else 0
-    )
+    """Returns how many rows to append to `num_rows` rows so that `grouped_matmul` copies nothing.
+
+    They are its `padding_rows`.
+    """
+    if resolve_implementation(implementation) != "tiled":
+        return 0
+    return block_rows(num_rows, num_groups)
 
 
 def resolve_implementation(implementation: str) -> str:
-    """The implementation to run: what "auto" stands for, and something else for one that is not available.
+    """Returns the implementation to run: "auto" and unavailable ones are replaced.
 
     The platform is that of the mesh in context, or of jax's default device.
 
@@ -104,27 +111,34 @@ def resolve_implementation(implementation: str) -> str:
     """
     if implementation not in ("auto", *IMPLEMENTATIONS):
         raise ValueError(
-            f"grouped_matmul implementation {implementation!r} must be auto or one of {[*IMPLEMENTATIONS]}"
+            f"grouped_matmul implementation {implementation!r} must be auto or one of "
+            f"{[*IMPLEMENTATIONS]}"
         )
     return _choose(implementation, platform(), tuple(unavailable().items()))
 
 
 def unavailable() -> dict[str, str]:
-    """The implementations that cannot run on the platform at hand, and why."""
+    """Returns the implementations that cannot run on the platform at hand, and why."""
     why = why_unavailable()
     return {"tokamax": why} if why else {}
 
 
 def can_check_vma(implementation: str) -> bool:
-    """Whether `shard_map` can check what varies over devices: Pallas kernels do not declare it of their results."""
+    """Whether `shard_map` can check what varies over devices.
+
+    It cannot for Pallas kernels, which do not declare it of their results.
+    """
     name = resolve_implementation(implementation)
-    return name != "tokamax" and not (name == "ragged" and needs_megablox())
+    if name == "ragged":
+        return not needs_megablox()
+    return name != "tokamax"
 
 
 @functools.cache
 def _choose(wanted: str, platform: str, missing: tuple[tuple[str, str], ...]) -> str:
-    """Cached, so that every choice is logged once."""
-    log, why_missing = logging.getLogger("moejax"), dict(missing)
+    """Chooses an implementation; cached, so that every choice is logged once."""
+    log = logging.getLogger("moejax")
+    why_missing = dict(missing)
     best, why = BEST.get(platform, (ANYWHERE, "it runs anywhere"))
     if best in why_missing:
         best, why = ANYWHERE, why_missing[best]

@@ -17,12 +17,12 @@ def outer_products_megablox(
     *,
     interpret: bool = False,
 ) -> Float[Array, "E D F"]:
-    """For each group, the sum over its rows of the outer products of `x` and `dy`.
+    """Returns for each group the sum over its rows of the outer products of `x` and `dy`.
 
     Args:
       x_RD: rows sorted by group, float32 or bfloat16; those from `sum(group_sizes_E)` on may
         hold anything.
-      dy_RF: the same.
+      dy_RF: rows in the same order.
       group_sizes_E: rows of each group.
       dtype: of the result, which is accumulated in float32.
       interpret: run the kernel on any platform, slowly.
@@ -30,17 +30,15 @@ def outer_products_megablox(
     Returns:
       The sums; zeros for a group without rows.
     """
-    from jax.experimental.pallas.ops.tpu.megablox.gmm import (
-        tgmm,
-    )  # imports Pallas, which takes time
+    # Imports Pallas, which takes time.
+    from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
 
     num_rows, num_groups = x_RD.shape[0], group_sizes_E.shape[0]
     height = 128 if num_rows < 512 * num_groups else 512
-    x_RD, dy_RF = (jnp.pad(rows, ((0, -num_rows % height), (0, 0))) for rows in (x_RD, dy_RF))
-    tiles = (
-        height,
-        min(512, x_RD.shape[1]),
-        min(512, dy_RF.shape[1]),
-    )  # larger ones do not fit the memory of a core
+    padding = ((0, -num_rows % height), (0, 0))
+    x_RD = jnp.pad(x_RD, padding)
+    dy_RF = jnp.pad(dy_RF, padding)
+    # Larger tiles do not fit the memory of a core.
+    tiles = (height, min(512, x_RD.shape[1]), min(512, dy_RF.shape[1]))
     sizes_E = group_sizes_E.astype(jnp.int32)
     return tgmm(x_RD.T, dy_RF, sizes_E, jnp.dtype(dtype), tiles, interpret=interpret)

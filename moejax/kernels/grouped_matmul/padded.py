@@ -1,4 +1,4 @@
-"""The grouped product as batched products over equal slots, for any platform without a grouped kernel.
+"""The grouped product as batched products over equal slots, for platforms without a grouped kernel.
 
 Every group puts as many rows as there are slots into one batched product, and groups with more rows
 another time: the arithmetic is that of the largest group times the number of groups, where XLA's
@@ -30,33 +30,33 @@ def grouped_matmul_padded(
 def _outer_products(x_RD, dy_RF, group_sizes_E, padding_rows: int):
     def add(turn, dw_EDF):
         rows_EC = _rows_of_turn(turn, group_sizes_E, x_RD.shape[0])
-        x_ECD, dy_ECF = _gather(x_RD, rows_EC), _gather(dy_RF, rows_EC)
-        return dw_EDF + jnp.einsum(
-            "ECD,ECF->EDF", x_ECD, dy_ECF, preferred_element_type=jnp.float32
-        )
+        x_ECD = _gather(x_RD, rows_EC)
+        dy_ECF = _gather(dy_RF, rows_EC)
+        return dw_EDF + _einsum("ECD,ECF->EDF", x_ECD, dy_ECF)
 
     shape = group_sizes_E.shape[0], x_RD.shape[1], dy_RF.shape[1]
-    dw_EDF = zeros_varying_like(dy_RF, shape, jnp.float32)
-    return lax.fori_loop(0, _num_turns(group_sizes_E, x_RD.shape[0]), add, dw_EDF)
+    zeros_EDF = zeros_varying_like(dy_RF, shape, jnp.float32)
+    num_turns = _num_turns(group_sizes_E, x_RD.shape[0])
+    return lax.fori_loop(0, num_turns, add, zeros_EDF)
 
 
 def slots(num_rows: int, num_groups: int) -> int:
-    """Rows of each group in one turn: a quarter more than the mean, in steps of 8."""
+    """Returns the rows of each group in one turn: a quarter more than the mean, in steps of 8."""
     return math.ceil(1.25 * num_rows / num_groups / 8) * 8
 
 
 def _rows_by_matrices(x_RP, w_EDF, group_sizes_E, padding_rows: int, *, equation: str, axis: int):
-    num_rows, width = x_RP.shape[0], w_EDF.shape[axis]
+    num_rows = x_RP.shape[0]
+    width = w_EDF.shape[axis]
 
     def one_turn(turn, y_RQ):
         rows_EC = _rows_of_turn(turn, group_sizes_E, num_rows)
-        y_ECQ = jnp.einsum(
-            equation, _gather(x_RP, rows_EC), w_EDF, preferred_element_type=jnp.float32
-        )
+        y_ECQ = _einsum(equation, _gather(x_RP, rows_EC), w_EDF)
         return y_RQ.at[rows_EC].set(y_ECQ.astype(y_RQ.dtype), mode="drop")
 
-    y_RQ = zeros_varying_like(x_RP, (num_rows, width), x_RP.dtype)
-    return lax.fori_loop(0, _num_turns(group_sizes_E, num_rows), one_turn, y_RQ)
+    zeros_RQ = zeros_varying_like(x_RP, (num_rows, width), x_RP.dtype)
+    num_turns = _num_turns(group_sizes_E, num_rows)
+    return lax.fori_loop(0, num_turns, one_turn, zeros_RQ)
 
 
 _BY_MATRIX = functools.partial(_rows_by_matrices, equation="ECD,EDF->ECF", axis=2)
@@ -64,19 +64,27 @@ _BY_TRANSPOSE = functools.partial(_rows_by_matrices, equation="ECF,EDF->ECD", ax
 
 
 def _num_turns(group_sizes_E, num_rows: int):
-    return -(-group_sizes_E.max() // slots(num_rows, group_sizes_E.shape[0]))
+    """Returns how many turns the largest group needs: its rows over its slots, rounded up."""
+    num_slots = slots(num_rows, group_sizes_E.shape[0])
+    return -(-group_sizes_E.max() // num_slots)
 
 
 def _rows_of_turn(turn, group_sizes_E, num_rows: int):
-    """Rows of every group for its slots in this turn; `num_rows` where it has no more."""
-    count = slots(num_rows, group_sizes_E.shape[0])
-    starts_E1 = (jnp.cumsum(group_sizes_E) - group_sizes_E)[:, None]
-    place_1C = turn * count + jnp.arange(count)[None]
-    return jnp.where(place_1C < group_sizes_E[:, None], starts_E1 + place_1C, num_rows)
+    """Returns the rows of every group in this turn's slots; `num_rows` where it has no more."""
+    num_slots = slots(num_rows, group_sizes_E.shape[0])
+    starts_E = jnp.cumsum(group_sizes_E) - group_sizes_E
+    starts_E1 = starts_E[:, None]
+    place_1C = turn * num_slots + jnp.arange(num_slots)[None]
+    is_row_EC = place_1C < group_sizes_E[:, None]
+    return jnp.where(is_row_EC, starts_E1 + place_1C, num_rows)
 
 
 def _gather(x_RP, rows_EC):
     return x_RP.at[rows_EC].get(mode="fill", fill_value=0)
+
+
+def _einsum(equation: str, a, b):
+    return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
 
 
 PRODUCTS = Products(_BY_MATRIX, _BY_TRANSPOSE, _outer_products)

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 from moejax.kernels.batching import Product, fold_arms
 
 OverArms = Callable[[Product, jax.Array, jax.Array, jax.Array, int], jax.Array]
-"""What makes one call of a product with several models under `vmap`; see `arms.py`."""
+"""What makes one call of a product with several models under `vmap`; see `batching.py`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +43,7 @@ def multiply(
     group_sizes_E: Int[Array, "E"],
     padding_rows: int,
 ) -> Float[Array, "R F"]:
-    """Each group's rows by its matrix; see `grouped_matmul`."""
+    """Multiplies each group's rows by its matrix; see `grouped_matmul`."""
     return _by_matrix(products, padding_rows, x_RD, w_EDF, group_sizes_E)
 
 
@@ -59,9 +59,8 @@ def _by_transpose(products, padding_rows, dy_RF, w_EDF, group_sizes_E):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _outer(products, padding_rows, x_RD, dy_RF, group_sizes_E):
-    return products.over_arms(products.outer, x_RD, dy_RF, group_sizes_E, padding_rows).astype(
-        x_RD.dtype
-    )
+    dw_EDF = products.over_arms(products.outer, x_RD, dy_RF, group_sizes_E, padding_rows)
+    return dw_EDF.astype(x_RD.dtype)
 
 
 def _by_matrix_backward(products, padding_rows, arrays, dy_RF):
@@ -82,8 +81,18 @@ def _outer_backward(products, padding_rows, arrays, ddw_EDF):
     return dx_RD, _by_matrix(products, padding_rows, x_RD, ddw_EDF, sizes_E), None
 
 
-_by_matrix.defvjp(lambda p, s, *arrays: (_by_matrix(p, s, *arrays), arrays), _by_matrix_backward)
-_by_transpose.defvjp(
-    lambda p, s, *arrays: (_by_transpose(p, s, *arrays), arrays), _by_transpose_backward
-)
-_outer.defvjp(lambda p, s, *arrays: (_outer(p, s, *arrays), arrays), _outer_backward)
+def _by_matrix_forward(products, padding_rows, *arrays):
+    return _by_matrix(products, padding_rows, *arrays), arrays
+
+
+def _by_transpose_forward(products, padding_rows, *arrays):
+    return _by_transpose(products, padding_rows, *arrays), arrays
+
+
+def _outer_forward(products, padding_rows, *arrays):
+    return _outer(products, padding_rows, *arrays), arrays
+
+
+_by_matrix.defvjp(_by_matrix_forward, _by_matrix_backward)
+_by_transpose.defvjp(_by_transpose_forward, _by_transpose_backward)
+_outer.defvjp(_outer_forward, _outer_backward)

@@ -1,4 +1,6 @@
-"""The grouped product as `jax.lax.ragged_dot`: native on TPU, dense (E times the arithmetic) elsewhere.
+"""The grouped product as `jax.lax.ragged_dot`, for TPU.
+
+Elsewhere XLA computes it as a dense product, with E times the arithmetic.
 
 XLA:TPU has kernels for the product and for the gradient of the rows. That of the matrices it
 computes as a dense product with E times the arithmetic if it is the libtpu of jax 0.10.2 (compiled
@@ -31,20 +33,21 @@ def grouped_matmul_ragged(
 
 
 def _over_arms(product, x_RP, other, group_sizes_E, padding_rows: int):
-    """Off TPU arms are not folded: a dense product would multiply each one's rows by the matrices of all."""
+    """Folds arms on TPU only: a dense product would multiply each arm's rows by all matrices."""
     over_arms = fold_arms if platform() == "tpu" else loop_over_arms
     return over_arms(product, x_RP, other, group_sizes_E, padding_rows)
 
 
 def needs_megablox() -> bool:
-    """Whether XLA has no kernel for the gradient of the matrices where it has one for the product."""
+    """Whether XLA has a kernel for the product and none for the gradient of the matrices."""
     return platform() == "tpu" and jax.__version_info__ < (0, 12)
 
 
 def _outer_products(x_RD, dy_RF, group_sizes_E, padding_rows: int):
     if needs_megablox():
         return outer_products_megablox(x_RD, dy_RF, group_sizes_E, x_RD.dtype)
-    x_RD, dy_RF = zero_padding_rows(x_RD, group_sizes_E), zero_padding_rows(dy_RF, group_sizes_E)
+    x_RD = zero_padding_rows(x_RD, group_sizes_E)
+    dy_RF = zero_padding_rows(dy_RF, group_sizes_E)
     return ragged_dot_general(x_RD, dy_RF, group_sizes_E, OUTER, preferred_element_type=jnp.float32)
 
 

@@ -13,10 +13,11 @@ def grouped_matmul_dense(
     group_sizes_E: Int[Array, "E"],
     padding_rows: int = 0,
 ) -> Float[Array, "R F"]:
-    """See `grouped_matmul`; materialises `[E, R, F]`."""
+    """See `grouped_matmul`; this one materialises `[E, R, F]`."""
     x_RD = zero_padding_rows(x_RD, group_sizes_E)
     ends_E = jnp.cumsum(group_sizes_E)
-    group_R = jnp.searchsorted(ends_E, jnp.arange(x_RD.shape[0]), side="right")
+    row_R = jnp.arange(x_RD.shape[0])
+    group_R = jnp.searchsorted(ends_E, row_R, side="right")
     y_ERF = jnp.einsum("RD,EDF->ERF", x_RD, w_EDF, preferred_element_type=jnp.float32)
     is_group_RE = jax.nn.one_hot(group_R, w_EDF.shape[0])
     y_RF = jnp.einsum("ERF,RE->RF", y_ERF, is_group_RE)

@@ -1,4 +1,4 @@
-"""The grouped product in tiles, for CPU: each expert's rows in blocks, as many blocks as it has rows for.
+"""The grouped product in tiles, for CPU: each expert's rows in as many blocks as they fill.
 
 The outer loop runs over experts and takes their matrix once; the inner loop has a data-dependent
 trip count, so an expert without rows costs nothing and the arithmetic is that of the rows alone,
@@ -28,7 +28,7 @@ def grouped_matmul_tiled(
 
 
 def block_rows(num_rows: int, num_groups: int) -> int:
-    """Rows of a tile: about half the mean group, between 32 and 256.
+    """Returns the rows of a tile: about half the mean group, between 32 and 256.
 
     Smaller tiles waste less of a group's last one, larger ones use the matrix unit better.
     """
@@ -37,27 +37,33 @@ def block_rows(num_rows: int, num_groups: int) -> int:
 
 
 def _rows_by_matrices(x_RP, w_EDF, group_sizes_E, padding_rows: int, *, contract: int):
-    """Rows times `w` (`contract=1`) or times its transpose (`contract=2`)."""
-    num_rows, num_groups = x_RP.shape[0], w_EDF.shape[0]
+    """Multiplies rows by `w` (`contract=1`) or by its transpose (`contract=2`)."""
+    num_rows = x_RP.shape[0]
+    num_groups = w_EDF.shape[0]
     block = block_rows(num_rows - padding_rows, num_groups)
     ends_E = jnp.cumsum(group_sizes_E)
     x_RP = _append_rows(x_RP, block - padding_rows)
 
     def one_group(e, y_RQ):
-        w_DF = _to_float32(lax.dynamic_index_in_dim(w_EDF, e, keepdims=False))
+        w_DF = lax.dynamic_index_in_dim(w_EDF, e, keepdims=False)
+        w_DF = _to_float32(w_DF)
         start = ends_E[e] - group_sizes_E[e]
 
         def one_tile(i, y_RQ):
             row = start + i * block
             # Rows past the last group may hold anything, and the last tile may reach them.
             x_bP = _rows(x_RP, row, block, ends_E[-1])
-            y_bQ = lax.dot_general(x_bP, w_DF, (((1,), (contract - 1,)), ((), ())))
-            return lax.dynamic_update_slice_in_dim(y_RQ, y_bQ.astype(y_RQ.dtype), row, axis=0)
+            y_bQ = _contract(x_bP, w_DF, 1, contract - 1)
+            y_bQ = y_bQ.astype(y_RQ.dtype)
+            return lax.dynamic_update_slice_in_dim(y_RQ, y_bQ, row, axis=0)
 
-        return lax.fori_loop(0, -(-group_sizes_E[e] // block), one_tile, y_RQ)
+        num_tiles = -(-group_sizes_E[e] // block)
+        return lax.fori_loop(0, num_tiles, one_tile, y_RQ)
 
-    y_RQ = zeros_varying_like(x_RP, (x_RP.shape[0], w_EDF.shape[3 - contract]), x_RP.dtype)
-    return lax.fori_loop(0, num_groups, one_group, y_RQ)[:num_rows]
+    shape = (x_RP.shape[0], w_EDF.shape[3 - contract])
+    zeros_RQ = zeros_varying_like(x_RP, shape, x_RP.dtype)
+    y_RQ = lax.fori_loop(0, num_groups, one_group, zeros_RQ)
+    return y_RQ[:num_rows]
 
 
 _BY_MATRIX = functools.partial(_rows_by_matrices, contract=1)
@@ -65,11 +71,13 @@ _BY_TRANSPOSE = functools.partial(_rows_by_matrices, contract=2)
 
 
 def _outer_products(x_RD, dy_RF, group_sizes_E, padding_rows: int):
-    """For each group, the sum over its rows of the outer products of `x` and `dy`, in float32."""
-    num_rows, num_groups = x_RD.shape[0], group_sizes_E.shape[0]
+    """Returns for each group the sum of the outer products of its rows, in float32."""
+    num_rows = x_RD.shape[0]
+    num_groups = group_sizes_E.shape[0]
     block = block_rows(num_rows - padding_rows, num_groups)
     ends_E = jnp.cumsum(group_sizes_E)
-    x_RD, dy_RF = (_append_rows(rows, block - padding_rows) for rows in (x_RD, dy_RF))
+    x_RD = _append_rows(x_RD, block - padding_rows)
+    dy_RF = _append_rows(dy_RF, block - padding_rows)
     zeros_DF = zeros_varying_like(dy_RF, (x_RD.shape[1], dy_RF.shape[1]), jnp.float32)
 
     def one_group(e, dw_EDF):
@@ -77,31 +85,44 @@ def _outer_products(x_RD, dy_RF, group_sizes_E, padding_rows: int):
 
         def one_tile(i, dw_DF):
             row = start + i * block
-            x_bD, dy_bF = (_rows(rows, row, block, ends_E[e]) for rows in (x_RD, dy_RF))
-            return dw_DF + lax.dot_general(x_bD, dy_bF, (((0,), (0,)), ((), ())))
+            x_bD = _rows(x_RD, row, block, ends_E[e])
+            dy_bF = _rows(dy_RF, row, block, ends_E[e])
+            return dw_DF + _contract(x_bD, dy_bF, 0, 0)
 
-        dw_DF = lax.fori_loop(0, -(-group_sizes_E[e] // block), one_tile, zeros_DF)
+        num_tiles = -(-group_sizes_E[e] // block)
+        dw_DF = lax.fori_loop(0, num_tiles, one_tile, zeros_DF)
         return lax.dynamic_update_index_in_dim(dw_EDF, dw_DF, e, axis=0)
 
-    dw_EDF = zeros_varying_like(dy_RF, (num_groups, *zeros_DF.shape), jnp.float32)
-    return lax.fori_loop(0, num_groups, one_group, dw_EDF)
+    zeros_EDF = zeros_varying_like(dy_RF, (num_groups, *zeros_DF.shape), jnp.float32)
+    return lax.fori_loop(0, num_groups, one_group, zeros_EDF)
 
 
 def _append_rows(x_RP, count: int):
-    """Rows that the last tile may reach into: a slice that would pass the end is moved back, not cut."""
-    return jnp.pad(x_RP, ((0, count), (0, 0))) if count > 0 else x_RP
+    """Appends rows that the last tile may reach into.
+
+    A slice that would pass the end is moved back, not cut.
+    """
+    if count <= 0:
+        return x_RP
+    return jnp.pad(x_RP, ((0, count), (0, 0)))
 
 
 def _rows(x_RP, start, count: int, end):
-    """`count` rows in float32, zeros from row `end` on."""
+    """Returns `count` rows in float32, zeros from row `end` on."""
     is_row_b = start + jnp.arange(count) < end
-    return jnp.where(
-        is_row_b[:, None], _to_float32(lax.dynamic_slice_in_dim(x_RP, start, count)), 0
-    )
+    is_row_b1 = is_row_b[:, None]
+    x_bP = lax.dynamic_slice_in_dim(x_RP, start, count)
+    return jnp.where(is_row_b1, _to_float32(x_bP), 0)
+
+
+def _contract(a, b, a_axis: int, b_axis: int):
+    """Contracts one axis of each of two matrices."""
+    no_batch = ((), ())
+    return lax.dot_general(a, b, (((a_axis,), (b_axis,)), no_batch))
 
 
 def _to_float32(x):
-    """float32, in which CPUs multiply bfloat16 faster and accumulate exactly."""
+    """Converts to float32, which CPUs multiply faster than bfloat16, and accumulate exactly."""
     return x.astype(jnp.float32)
 
 

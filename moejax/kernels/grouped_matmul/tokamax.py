@@ -1,8 +1,9 @@
-"""The grouped product by the kernels of tokamax (extra `tokamax`): Triton on NVIDIA GPUs, Mosaic on TPU.
+"""The grouped product by the kernels of tokamax, an optional package (extra `tokamax`).
 
-They promise less than `grouped_matmul` does: rows beyond the last group stay as the memory was, and
-the Triton kernel gives a group without rows a gradient of the block of rows before it, even if that
-begins before the array (tokamax 0.0.12 masks a group's last block even where it has none).
+They are written in Triton for NVIDIA GPUs and in Mosaic for TPU, and promise less than
+`grouped_matmul` does: rows beyond the last group stay as the memory was, and the Triton kernel
+gives a group without rows a gradient of the block of rows before it, even if that begins before
+the array (tokamax 0.0.12 masks a group's last block even where it has none).
 """
 
 import contextlib
@@ -22,22 +23,31 @@ from moejax.kernels.grouped_matmul.products import Products, multiply
 from moejax.kernels.zero_padding import zero_padding_rows
 
 KERNELS: dict[str, tuple[Any, ...]] = {"gpu": ("triton",), "tpu": ("mosaic", "xla")}
-"""By platform, the first that takes the shapes. On TPU "xla", which is `ragged_dot`, takes those below 128."""
+"""By platform, the kernels of which the first that takes the shapes runs.
+
+On TPU "xla", which is `ragged_dot`, takes those below 128.
+"""
 
 
 def why_unavailable() -> str | None:
-    """Why its kernels do not run on the platform at hand, if they do not."""
+    """Returns why its kernels do not run on the platform at hand; None if they do."""
     if platform() not in KERNELS:
         return "its kernels are for NVIDIA GPUs and TPUs"
     if platform() == "tpu" and jax.default_backend() != "tpu":
         return "its kernels for TPU look for one in this machine"
     if platform() == "gpu" and jax.__version_info__ >= (0, 12):
-        return f"tokamax 0.0.12 needs jax before 0.12 on GPU, and this is {jax.__version__}; set up with Python 3.11"
+        return (
+            f"tokamax 0.0.12 needs jax before 0.12 on GPU, and this is {jax.__version__}; "
+            "set up with Python 3.11"
+        )
     if importlib.util.find_spec("tokamax") is None:
         return f"tokamax is not installed; with Python 3.11, {how_to_install('tokamax')}"
     device = jax.devices()[0]
     if device.platform == "gpu" and not _is_new_enough(device):
-        return f"its Triton kernels need an NVIDIA GPU of compute capability 8.0, and this is {device.device_kind}"
+        return (
+            "its Triton kernels need an NVIDIA GPU of compute capability 8.0, and this is "
+            f"{device.device_kind}"
+        )
     return None
 
 
@@ -46,7 +56,7 @@ def _is_new_enough(device: jax.Device) -> bool:
 
 
 BLOCK = 128
-"""At least as many rows as a block has in tokamax's kernel for outer products, in any of its configurations."""
+"""No block of tokamax's kernel for outer products has more rows, in any of its configurations."""
 
 
 def grouped_matmul_tokamax(
@@ -61,13 +71,16 @@ def grouped_matmul_tokamax(
 
 def _outer_products(x_RD, dy_RF, group_sizes_E, padding_rows: int):
     # Zeros in front, as rows of the first group: no block begins before the array.
-    x_RD, dy_RF = (jnp.pad(rows, ((BLOCK, 0), (0, 0))) for rows in (x_RD, dy_RF))
+    in_front = ((BLOCK, 0), (0, 0))
+    x_RD = jnp.pad(x_RD, in_front)
+    dy_RF = jnp.pad(dy_RF, in_front)
     dw_EDF = _product(x_RD, dy_RF, group_sizes_E.at[0].add(BLOCK), OUTER)
     return jnp.where((group_sizes_E > 0)[:, None, None], dw_EDF, 0)
 
 
 def _rows_by_matrices(x_RP, w_EDF, group_sizes_E, padding_rows: int, *, dimensions):
-    return zero_padding_rows(_product(x_RP, w_EDF, group_sizes_E, dimensions), group_sizes_E)
+    y_RQ = _product(x_RP, w_EDF, group_sizes_E, dimensions)
+    return zero_padding_rows(y_RQ, group_sizes_E)
 
 
 _BY_MATRIX = functools.partial(_rows_by_matrices, dimensions=BY_MATRIX)
@@ -75,10 +88,10 @@ _BY_TRANSPOSE = functools.partial(_rows_by_matrices, dimensions=BY_TRANSPOSE)
 
 
 def _product(a, b, group_sizes_E, dimensions: RaggedDotDimensionNumbers):
-    """In the dtype of `a`: the kernels accumulate in float32 and round once.
+    """Returns the product in the dtype of `a`: the kernels accumulate in float32 and round once.
 
-    Marks absl's flags as parsed, if nobody parsed them: tokamax would parse the command line, and
-    end at flags that it does not know.
+    Marks absl's flags as parsed, if they are not: tokamax would parse the command line, and fail
+    at flags that it does not know.
     """
     import tokamax  # an optional dependency
     from absl import flags

@@ -1,4 +1,4 @@
-"""Auxiliary losses: pure functions of `RoutingStats` over their whole scope.
+"""Auxiliary losses: pure functions of `RoutingStats` over all of their scope.
 
 Every function takes statistics stacked by layer, with arrays `[N, ...]` over the N MoE layers, and
 returns one value per layer, so that the number of loss terms equals the number of MoE layers.
@@ -33,22 +33,24 @@ class AuxiliaryLoss:
 
 @takes_numpy
 def auxiliary_losses(stats: RoutingStats, config: MoeConfig) -> dict[str, AuxiliaryLoss]:
-    """The losses of a configuration by name: `balance` and `z` always, the others where their weight is above 0."""
-    found = {}
+    """Returns the losses of a configuration by name.
+
+    `balance` and `z` are always among them, the others where their weight is above 0.
+    """
+    losses = {}
     for name, loss in LOSSES.items():
         if name in ("balance", "z") or getattr(config, f"{name}_weight") > 0:
             value_N = loss(stats)
-            found[name] = AuxiliaryLoss(value_N, value_N)
-    balance_N = found["balance"].value_N
-    found["balance"] = AuxiliaryLoss(
-        balance_N, in_convention(balance_N, stats, config.balance_convention)
-    )
-    return found
+            losses[name] = AuxiliaryLoss(value_N, value_N)
+    balance_N = losses["balance"].value_N
+    term_N = in_convention(balance_N, stats, config.balance_convention)
+    losses["balance"] = AuxiliaryLoss(balance_N, term_N)
+    return losses
 
 
 @takes_numpy
 def balance_loss(stats: RoutingStats) -> Float[Array, "N"]:
-    """The load-balancing loss of GShard and Switch, 1 at perfect balance and at most E/K.
+    """Returns the load-balancing loss of GShard and Switch, 1 at perfect balance and at most E/K.
 
     E * sum_e f_e P_e with f_e the fraction of choices that fell on expert e, a constant for the
     gradient, and P_e the mean probability the router gave it, over all tokens of the global batch.
@@ -65,7 +67,7 @@ def balance_loss(stats: RoutingStats) -> Float[Array, "N"]:
 def in_convention(
     balance_N: Float[Array, "N"], stats: RoutingStats, convention: str
 ) -> Float[Array, "N"]:
-    """A balance loss as another codebase counts it, so that its coefficient can be carried over.
+    """Returns a balance loss as another codebase counts it, so that its coefficient can be reused.
 
     Args:
       balance_N: normalised to 1 at perfect balance.
@@ -89,7 +91,7 @@ def in_convention(
 
 @takes_numpy
 def z_loss(stats: RoutingStats) -> Float[Array, "N"]:
-    """Mean over tokens of logsumexp(logits)^2, which keeps router logits small.
+    """Returns the mean over tokens of logsumexp(logits)^2, which keeps router logits small.
 
     Source: Zoph et al. 2022 (ST-MoE), equation 5.
     """
@@ -110,7 +112,9 @@ LOSSES: dict[str, Callable[[RoutingStats], jax.Array]] = {
 
 def _balance(load_NE, stats: RoutingStats) -> jax.Array:
     load_NE = jax.lax.stop_gradient(load_NE)
-    return load_NE.shape[-1] * jnp.sum(load_NE * stats.probs_E, axis=-1) / token_counts(stats)
+    num_choices = load_NE.shape[-1]
+    products_N = jnp.sum(load_NE * stats.probs_E, axis=-1)
+    return num_choices * products_N / token_counts(stats)
 
 
 def _mean_over_scopes(sums_N2) -> jax.Array:

@@ -1,4 +1,7 @@
-"""Updates of what routers carry besides parameters, once per step from sums over the global batch."""
+"""Updates of what routers carry besides parameters.
+
+They are made once per step, from sums over the global batch.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +20,11 @@ def update_bias(
 ) -> Float[Array, "N E"]:
     """Takes one step of the selection bias.
 
-    Up for experts with less than the mean load, down for those with more.
+    It goes up for experts with less than the mean load, and down for those with more.
 
     Args:
       bias_NE: before the step.
-      assignments_NE: choices over the whole global batch, before dropping.
+      assignments_NE: choices over the global batch, before dropping.
       rate: size of the step.
       is_centered: subtract the mean afterwards.
 
@@ -29,7 +32,8 @@ def update_bias(
     section 2.1.2.
     """
     counts_NE = assignments_NE.astype(jnp.float32)
-    bias_NE += rate * jnp.sign(counts_NE.mean(axis=-1, keepdims=True) - counts_NE)
+    mean_N1 = counts_NE.mean(axis=-1, keepdims=True)
+    bias_NE += rate * jnp.sign(mean_N1 - counts_NE)
     if not is_centered:
         return bias_NE
     return bias_NE - bias_NE.mean(axis=-1, keepdims=True)
@@ -39,37 +43,40 @@ def update_bias(
 def update_quantiles(
     margins_NTE: Float[Array, "N T E"], num_tokens_N: Float[Array, "N"], top_k: int
 ) -> Float[Array, "N E"]:
-    """Returns the selection bias by which each expert would have been chosen by its share of tokens.
+    """Returns the selection bias with which each expert would have had an equal share of tokens.
 
-    It is minus beta, centred.
-
-    beta_e is the (T K / E + 1)-th largest margin of expert e among the T real tokens. It is found
-    bit by bit from counts, so that tokens may be on any number of devices and none has to move.
+    It is minus beta, centred; beta_e is the (T K / E + 1)-th largest margin of expert e among the T
+    real tokens. It is found bit by bit from counts, so that tokens may be on any number of devices
+    and none has to move.
 
     Args:
-      margins_NTE: of the whole global batch, from `sums.quantile_margins`; -inf at padding. What is not a
-        number concerns its own expert alone.
-      num_tokens_N: how many of the tokens are no padding; the same for every layer.
+      margins_NTE: of the global batch, from `sums.quantile_margins`; -inf at padding. NaN affects
+        its own expert only.
+      num_tokens_N: how many of the tokens are not padding; the same for every layer.
       top_k: experts per token, K.
 
     Source: quantile balancing, 2026.
     """
     num_experts = margins_NTE.shape[-1]
-    rank_N1 = (num_tokens_N.astype(jnp.int32) * top_k // num_experts + 1)[:, None]
-    # Floats in the order of unsigned integers: flip all bits of negative ones, the sign bit of
-    # the others.
+    share_N = num_tokens_N.astype(jnp.int32) * top_k // num_experts
+    rank_N1 = (share_N + 1)[:, None]
+    # Integers that are ordered as the floats are: all bits of negative ones are flipped, and the
+    # sign bit of the others.
     bits_NTE = jax.lax.bitcast_convert_type(margins_NTE, jnp.uint32)
     sign = jnp.uint32(1 << 31)
-    keys_NTE = jnp.where(bits_NTE >= sign, ~bits_NTE, bits_NTE | sign)
+    is_negative_NTE = bits_NTE >= sign
+    keys_NTE = jnp.where(is_negative_NTE, ~bits_NTE, bits_NTE | sign)
 
     def set_bit(i, found_NE):
         candidate_NE = found_NE | (sign >> i.astype(jnp.uint32))
-        is_enough_NE = (keys_NTE >= candidate_NE[:, None]).sum(axis=1) >= rank_N1
+        is_above_NTE = keys_NTE >= candidate_NE[:, None]
+        is_enough_NE = is_above_NTE.sum(axis=1) >= rank_N1
         return jnp.where(is_enough_NE, candidate_NE, found_NE)
 
-    found_NE = jax.lax.fori_loop(
-        0, 32, set_bit, jnp.zeros((margins_NTE.shape[0], num_experts), jnp.uint32)
-    )
+    num_layers = margins_NTE.shape[0]
+    zeros_NE = jnp.zeros((num_layers, num_experts), jnp.uint32)
+    found_NE = jax.lax.fori_loop(0, 32, set_bit, zeros_NE)
+    # Back from the integers to the floats.
     beta_bits_NE = jnp.where(found_NE >= sign, found_NE ^ sign, ~found_NE)
     beta_NE = jax.lax.bitcast_convert_type(beta_bits_NE, jnp.float32)
     beta_NE = jnp.where(jnp.isfinite(beta_NE), beta_NE, 0.0)

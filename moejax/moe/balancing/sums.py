@@ -1,4 +1,4 @@
-"""Counts and estimates behind `stats.collect`: what falls on each expert, and on each scope."""
+"""Counts and estimates for `stats.collect`: the load of each expert, and the balance of scopes."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ LEAST_NOISE = 1e-6
 def count_assignments(
     experts_TK: Int[Array, "T K"], num_experts: int, num_parts: int = 1
 ) -> Int[Array, "E"]:
-    """How often each expert was chosen; ids outside [0, E) count nowhere.
+    """Counts how often each expert was chosen; ids outside [0, E) are not counted.
 
     Args:
       experts_TK: chosen experts.
@@ -26,20 +26,25 @@ def count_assignments(
     """
     # Comparing sorted ids with each boundary needs no [T, K, E] array and no scatter.
     sorted_PR = jnp.sort(experts_TK.reshape(num_parts, -1), axis=1)
-    find = jax.vmap(
-        lambda sorted_R: jnp.searchsorted(sorted_R, jnp.arange(num_experts), side="right")
-    )
-    return jnp.diff(find(sorted_PR).astype(jnp.int32), prepend=0, axis=1).sum(axis=0)
+
+    def find_ends(sorted_R):
+        return jnp.searchsorted(sorted_R, jnp.arange(num_experts), side="right")
+
+    ends_PE = jax.vmap(find_ends)(sorted_PR).astype(jnp.int32)
+    counts_PE = jnp.diff(ends_PE, prepend=0, axis=1)
+    return counts_PE.sum(axis=0)
 
 
 @takes_numpy
 def sum_by_expert(
     experts_TK: Int[Array, "T K"], weights_TK: Float[Array, "T K"], num_experts: int
 ) -> Float[Array, "E"]:
-    """The sum of the weights with which each expert was chosen: its importance (Shazeer et al. 2017, section 4)."""
-    return (
-        jnp.zeros(num_experts).at[experts_TK.reshape(-1)].add(weights_TK.reshape(-1), mode="drop")
-    )
+    """Adds up the weights with which each expert was chosen: its importance.
+
+    Source: Shazeer et al. 2017, section 4.
+    """
+    zeros_E = jnp.zeros(num_experts)
+    return zeros_E.at[experts_TK.reshape(-1)].add(weights_TK.reshape(-1), mode="drop")
 
 
 @takes_numpy
@@ -49,42 +54,46 @@ def balance_of_scopes(
     mask_T: Bool[Array, "T"],
     num_scopes: int,
 ) -> Float[Array, "2"]:
-    """Sum over scopes of E sum_e f_e P_e with means over the scope, and how many scopes have a token.
+    """Returns the sum of the scopes' balance losses, and how many scopes have a token.
+
+    The loss of a scope is E sum_e f_e P_e, with means over the scope.
 
     Args:
       experts_TK: selected experts, E where the token is masked.
       probs_TE: the router's probabilities.
       mask_T: False at padding.
-      num_scopes: the T tokens are so many runs of equal length.
+      num_scopes: the T tokens are that many contiguous scopes of equal length.
     """
     num_experts = probs_TE.shape[-1]
     experts_SX = experts_TK.reshape(num_scopes, -1)
-    counts_SE = jax.vmap(lambda experts_X: count_assignments(experts_X[:, None], num_experts))(
-        experts_SX
-    )
+
+    def count(experts_X):
+        return count_assignments(experts_X[:, None], num_experts)
+
+    counts_SE = jax.vmap(count)(experts_SX)
     tokens_S = mask_T.reshape(num_scopes, -1).sum(axis=1, dtype=jnp.float32)
     safe_S1 = jnp.maximum(tokens_S, 1.0)[:, None]
-    probs_SE = (
-        jnp.where(mask_T[:, None], probs_TE, 0.0).reshape(num_scopes, -1, num_experts).sum(axis=1)
-        / safe_S1
-    )
-    load_SE = counts_SE / jnp.maximum(counts_SE.sum(axis=1, keepdims=True), 1)
-    return jnp.stack(
-        [num_experts * jnp.sum(load_SE * probs_SE), jnp.sum(tokens_S > 0, dtype=jnp.float32)]
-    )
+    masked_probs_TE = jnp.where(mask_T[:, None], probs_TE, 0.0)
+    probs_SXE = masked_probs_TE.reshape(num_scopes, -1, num_experts)
+    probs_SE = probs_SXE.sum(axis=1) / safe_S1
+    total_S1 = counts_SE.sum(axis=1, keepdims=True)
+    load_SE = counts_SE / jnp.maximum(total_S1, 1)
+    balance = num_experts * jnp.sum(load_SE * probs_SE)
+    num_with_tokens = jnp.sum(tokens_S > 0, dtype=jnp.float32)
+    return jnp.stack([balance, num_with_tokens])
 
 
 @takes_numpy
 def unbiased_choices(
     routing: Routing, mask_T: Bool[Array, "T"], config: MoeConfig
 ) -> Int[Array, "T K"]:
-    """The top K of the scores themselves, without bias and groups, as DeepSeek-V3's sequence-wise loss counts them.
+    """Returns the top K of the scores alone, without bias and groups.
 
-    As many for each token as it has experts.
+    DeepSeek-V3's sequence-wise loss counts them. A token has as many as it has experts.
     """
     scores_TE = jax.lax.stop_gradient(routing.log_scores_TE)
     num_choices = scores_TE.shape[-1]
-    experts_TK = jax.lax.top_k(scores_TE, config.top_k)[1]
+    _, experts_TK = jax.lax.top_k(scores_TE, config.top_k)
     is_chosen_TK = mask_T[:, None] & (routing.experts_TK < num_choices)
     return jnp.where(is_chosen_TK, experts_TK, num_choices).astype(jnp.int32)
 
@@ -93,77 +102,90 @@ def unbiased_choices(
 def sum_of_margins(
     probs_TE: Float[Array, "T E"], mask_T: Bool[Array, "T"], top_k: int
 ) -> Float[Array, ""]:
-    """Sum over tokens of the K-th largest probability minus the next one (0 if there is none)."""
+    """Adds up over tokens the K-th largest probability minus the next one (0 if there is none)."""
     probs_TE = jax.lax.stop_gradient(probs_TE)
     if top_k == probs_TE.shape[-1]:
         margin_T = probs_TE.min(axis=-1)
     else:
-        best_TK = jax.lax.top_k(probs_TE, top_k + 1)[0]
+        best_TK, _ = jax.lax.top_k(probs_TE, top_k + 1)
         margin_T = best_TK[:, -2] - best_TK[:, -1]
     return jnp.where(mask_T, margin_T, 0.0).sum()
 
 
 @takes_numpy
 def count_ties(routing: Routing, mask_T: Bool[Array, "T"]) -> Float[Array, ""]:
-    """Tokens for which an expert that was not selected ranks exactly as high as the last one that was.
+    """Counts the tokens for which an expert that was not selected ties with the last one that was.
 
-    Such ties go to the lowest index and load low-numbered experts; float32 logits hardly have any.
+    Ties of their ranks go to the lowest index and load low-numbered experts; float32 logits hardly
+    have any.
     """
-    ranking_TE, num_choices = routing.ranking_TE, routing.ranking_TE.shape[-1]
+    ranking_TE = routing.ranking_TE
+    num_choices = ranking_TE.shape[-1]
     is_choice_TK = routing.experts_TK < num_choices
-    chosen_TK = jnp.take_along_axis(
-        ranking_TE, jnp.minimum(routing.experts_TK, num_choices - 1), axis=1
-    )
+    expert_TK = jnp.minimum(routing.experts_TK, num_choices - 1)
+    chosen_TK = jnp.take_along_axis(ranking_TE, expert_TK, axis=1)
     chosen_TK = jnp.where(is_choice_TK, chosen_TK, jnp.inf)
     last_T1 = chosen_TK.min(axis=1, keepdims=True)
-    is_tied_T = (ranking_TE == last_T1).sum(axis=1) > (chosen_TK == last_T1).sum(axis=1)
+    num_as_high_T = (ranking_TE == last_T1).sum(axis=1)
+    num_chosen_as_high_T = (chosen_TK == last_T1).sum(axis=1)
+    is_tied_T = num_as_high_T > num_chosen_as_high_T
     is_ranked_T = jnp.isfinite(last_T1[:, 0])
     return (mask_T & is_ranked_T & is_tied_T).sum(dtype=jnp.float32)
 
 
 @takes_numpy
 def expected_load(routing: Routing, mask_T: Bool[Array, "T"], top_k: int) -> Float[Array, "E"]:
-    """Expected number of tokens of each expert if its noise alone were drawn anew.
+    """Returns the expected number of tokens of each expert if its noise alone were drawn again.
 
-    For each token and expert, the probability that clean logit plus fresh noise exceeds the K-th
-    largest of the other experts' noisy logits.
+    This sums, for each token and expert, the probability that clean logit plus fresh noise exceeds
+    the K-th largest of the other experts' noisy logits.
 
     Source: Shazeer et al. 2017, equations 8 to 10 (appendix A).
     """
     noisy_TE = routing.noisy_TE
-    best_TK = jax.lax.top_k(noisy_TE, top_k + 1)[0]
-    kth_T1, next_T1 = best_TK[:, -2:-1], best_TK[:, -1:]
+    best_TK, _ = jax.lax.top_k(noisy_TE, top_k + 1)
+    kth_T1 = best_TK[:, -2:-1]
+    next_T1 = best_TK[:, -1:]
+    # The K-th largest of the others is the next one for an expert among the K largest itself.
     threshold_TE = jnp.where(noisy_TE >= kth_T1, next_T1, kth_T1)
-    return _sum_of_probabilities(routing.logits_TE - threshold_TE, routing.noise_scale_TE, mask_T)
+    distance_TE = routing.logits_TE - threshold_TE
+    return _sum_of_probabilities(distance_TE, routing.noise_scale_TE, mask_T)
 
 
 @takes_numpy
 def expected_load_vmoe(routing: Routing, mask_T: Bool[Array, "T"], top_k: int) -> Float[Array, "E"]:
-    """The same with one threshold for all experts, the K-th largest noisy logit, and a noise of 1/E.
+    """Returns an expected load with one threshold for all experts, and noise of 1/E.
 
-    Systematically low as an estimate of the load; fine as a loss.
+    The threshold is the K-th largest noisy logit. As an estimate of the load it is systematically
+    low; as a loss it is fine.
 
     Source: Riquelme et al. 2021 (V-MoE), section A.2.
     """
-    kth_T1 = jax.lax.top_k(routing.noisy_TE, top_k)[0][:, -1:]
-    return _sum_of_probabilities(
-        routing.logits_TE - kth_T1, 1 / routing.logits_TE.shape[-1], mask_T
-    )
+    best_TK, _ = jax.lax.top_k(routing.noisy_TE, top_k)
+    kth_T1 = best_TK[:, -1:]
+    num_choices = routing.logits_TE.shape[-1]
+    return _sum_of_probabilities(routing.logits_TE - kth_T1, 1 / num_choices, mask_T)
 
 
 def _sum_of_probabilities(distance_TE, scale, mask_T) -> jax.Array:
     # Without noise, which a schedule may end at, the probability is 0 or 1, and its gradient 0 in
     # place of 0/0.
-    probability_TE = jax.scipy.stats.norm.cdf(distance_TE / jnp.maximum(scale, LEAST_NOISE))
+    safe_scale = jnp.maximum(scale, LEAST_NOISE)
+    standardized_TE = distance_TE / safe_scale
+    probability_TE = jax.scipy.stats.norm.cdf(standardized_TE)
     return jnp.where(mask_T[:, None], probability_TE, 0.0).sum(axis=0)
 
 
 @takes_numpy
 def quantile_margins(routing: Routing, mask_T: Bool[Array, "T"], top_k: int) -> Float[Array, "T E"]:
-    """Each logit minus alpha_t, the (K+1)-th largest of what the token's selection was made by; -inf at padding.
+    """Returns each logit minus alpha_t, -inf at padding.
 
-    Source: quantile balancing, 2026; `balance.update_quantiles` takes each expert's
-    quantile of them.
+    alpha_t is the (K+1)-th largest of the values that the token's selection was made by.
+
+    Source: quantile balancing, 2026; `state.update_quantiles` takes each expert's quantile of them.
     """
-    alpha_T1 = jax.lax.top_k(routing.ranking_TE, top_k + 1)[0][:, -1:]
-    return jnp.where(mask_T[:, None], jax.lax.stop_gradient(routing.logits_TE) - alpha_T1, -jnp.inf)
+    best_TK, _ = jax.lax.top_k(routing.ranking_TE, top_k + 1)
+    alpha_T1 = best_TK[:, -1:]
+    mask_T1 = mask_T[:, None]
+    margins_TE = jax.lax.stop_gradient(routing.logits_TE) - alpha_T1
+    return jnp.where(mask_T1, margins_TE, -jnp.inf)

@@ -1,8 +1,9 @@
 """Capacity: which choices keep a slot when more want an expert than it has slots.
 
-This comes between the router and dispatch: `apply_capacity` decides who has a slot, `dispatch.py` where the
-rows lie. Tokens come in groups (a sequence, a device's batch, the whole batch), each with its own
-slots, so that no group sees another; here L is the number of tokens of a group.
+This comes between the router and dispatch: `apply_capacity` decides which choices have a slot, and
+`plan.py` where their rows are. Tokens come in groups (a sequence, a device's batch, the global
+batch), each with its own slots, so that no group sees another; here L is the number of tokens of a
+group.
 """
 
 import dataclasses
@@ -62,7 +63,7 @@ class CombineWeights:
 
     @property
     def output_weights_TK(self) -> jax.Array:
-        """The combine weights after expert dropout."""
+        """Returns the combine weights after expert dropout."""
         if self.dropout_TK is None:
             return self.weights_TK
         return self.weights_TK * self.dropout_TK
@@ -78,7 +79,7 @@ def combine_within_capacity(
     num_devices: int,
     max_slots_factor: float | None = None,
 ) -> CombineWeights:
-    """Finds a slot for each choice, as far as there are slots, and the weights of those that have one.
+    """Gives slots to choices as far as there are any, and weights to those that have one.
 
     Args:
       routing: the router's decisions.
@@ -93,8 +94,8 @@ def combine_within_capacity(
         weights_TK = checkpoint_name(routing.weights_TK, WEIGHTS)
         return CombineWeights(routing.experts_TK, weights_TK, none_TK, none_TK)
     num_tokens = routing.experts_TK.shape[0]
-    num_groups_of = {"sequence": num_tokens // length, "device": num_devices, "global": 1}
-    num_groups = num_groups_of[config.capacity_group]
+    num_groups_by_kind = {"sequence": num_tokens // length, "device": num_devices, "global": 1}
+    num_groups = num_groups_by_kind[config.capacity_group]
     size = (config.top_k, num_tokens // num_groups, config.num_experts)
     limit = capacity_limit(jnp.float32(capacity_factor), *size)
     if max_slots_factor is not None:
@@ -145,9 +146,9 @@ def apply_capacity(
     order: Literal["position", "choice", "weight"],
     overflow: Literal["drop", "next", "renormalize"],
 ) -> CapacityAssignment:
-    """Gives the slots of each expert to the choices that come first; the others are dropped or move on.
+    """Gives the slots of each expert to the choices that come first.
 
-    In which order:
+    The others are dropped or move to another expert. The order is one of:
 
     - "position": token by token, each with all its choices. No token's fate depends on a later
       one (causal).
@@ -160,20 +161,19 @@ def apply_capacity(
 
     - "drop", "renormalize": it is dropped. They differ in the weights of the survivors, which are
       the caller's.
-    - "next": it moves to the expert that ranks best of those with room, that the token neither
-      holds nor has yet to ask for by its own choice; it is dropped if there is none. So no token
-      visits an expert twice.
+    - "next": it moves to the best-ranked expert that has room and is not among the token's own
+      choices, earlier or later; it is dropped if there is none. So no token visits an expert twice.
 
-    "next" must be sequential. Where a choice moves depends on the counts all choices before it left
-    behind, moved ones included. In rounds (everybody's first wish, then the second wish of those
-    refused) a later token's first wish would take the room that an earlier refused token moves to,
-    and "position" would leak the future. It costs L * K dependent steps of O(K * E) work for each
-    group, side by side for all groups; "drop" costs one sort.
+    "next" must be sequential. Where a choice moves depends on the slots taken by all choices before
+    it, moved ones included. In rounds (the first choice of every token, then the second choice of
+    those that were refused) a later token's first choice would take the room that an earlier
+    refused token moves to, and "position" would leak the future. It costs L * K dependent steps of
+    O(K * E) work for each group, in parallel over groups; "drop" costs one sort.
 
     Args:
       experts_TK: the router's choices, without repetition in a token. Ids from `num_experts` on
         need no slot and are left as they are: masked tokens (E), and experts without weights (zero,
-        identity, constant), which are columns of the router behind those with slots.
+        identity, constant), which are the router's columns after those with slots.
       ranking_TE: what the router selected by; ties to the lowest index, and -inf is never moved to.
         Columns from `num_experts` on have room without limit. Needed by "next" only. E is its
         width, or `num_experts` without it: where there are experts without weights pass it always,
@@ -181,9 +181,9 @@ def apply_capacity(
       weights_TK: combine weights before capacity; needed by "weight" only.
       limit: slots per expert and group, 0 or more; may be traced.
       num_experts: experts that have slots.
-      num_groups: the tokens are so many contiguous runs of equal length.
-      order: who comes first.
-      overflow: what happens to those who come too late.
+      num_groups: the tokens are that many contiguous groups of equal length.
+      order: which choices come first.
+      overflow: what happens to a choice whose expert is full.
 
     Returns:
       The `CapacityAssignment`. No gradient flows through it.
@@ -207,95 +207,124 @@ def apply_capacity(
             f"ranking_TE has {no_expert} columns, fewer than num_experts={num_experts}"
         )
 
-    def admit_group(experts_LK, ranking_LE, weights_LK):
-        if order == "weight":
-            turn_L = _argsort(-weights_LK[:, 0])
-            experts_LK, ranking_LE = jax.tree.map(lambda x: x[turn_L], (experts_LK, ranking_LE))
-        choice_major = order != "position"
+    choice_major = order != "position"
+
+    def assign_in_order(experts_LK, ranking_LE):
+        """Assigns the choices of one group, whose tokens are in the order in which they come."""
         if overflow == "next":
-            final_LK = _reroute(experts_LK, ranking_LE, limit, num_experts, choice_major)
-        else:
-            is_late_LK = _is_late(experts_LK, limit, num_experts, choice_major)
-            final_LK = jnp.where(is_late_LK, no_expert, experts_LK)
-        return final_LK[_argsort(turn_L)] if order == "weight" else final_LK
+            return _reroute(experts_LK, ranking_LE, limit, num_experts, choice_major)
+        is_late_LK = _is_late(experts_LK, limit, num_experts, choice_major)
+        return jnp.where(is_late_LK, no_expert, experts_LK)
+
+    def assign_by_weight(experts_LK, ranking_LE, weights_LK):
+        token_L = _argsort(-weights_LK[:, 0])
+        sorted_experts_LK = experts_LK[token_L]
+        sorted_ranking_LE = None if ranking_LE is None else ranking_LE[token_L]
+        sorted_final_LK = assign_in_order(sorted_experts_LK, sorted_ranking_LE)
+        return sorted_final_LK[_argsort(token_L)]
+
+    def assign_group(experts_LK, ranking_LE, weights_LK):
+        if order == "weight":
+            return assign_by_weight(experts_LK, ranking_LE, weights_LK)
+        return assign_in_order(experts_LK, ranking_LE)
 
     experts_TK = experts_TK.astype(jnp.int32)
     arrays = jax.lax.stop_gradient((experts_TK, ranking_TE, weights_TK))
     groups = jax.tree.map(lambda x: x.reshape(num_groups, -1, x.shape[1]), arrays)
-    final_TK = jax.vmap(admit_group)(*groups).reshape(experts_TK.shape)
+    final_TK = jax.vmap(assign_group)(*groups).reshape(experts_TK.shape)
     is_changed_TK = final_TK != experts_TK
     is_dropped_TK = is_changed_TK & (final_TK == no_expert)
-    return CapacityAssignment(
-        experts_TK=final_TK, is_dropped_TK=is_dropped_TK, is_moved_TK=is_changed_TK & ~is_dropped_TK
-    )
+    is_moved_TK = is_changed_TK & ~is_dropped_TK
+    return CapacityAssignment(final_TK, is_dropped_TK, is_moved_TK)
 
 
 def capacity_slots(
     capacity_factor: float, top_k: int, tokens_per_group: int, num_experts: int
 ) -> int:
-    """Slots of an expert for one group of tokens: ceil(capacity_factor * K * tokens / E), between 1 and the tokens."""
-    share = capacity_factor * top_k * tokens_per_group
-    return int(min(tokens_per_group, max(1, -(-share // num_experts))))
+    """Returns the slots of an expert for one group of tokens.
+
+    They are ceil(capacity_factor * K * tokens / E), between 1 and the number of tokens.
+    """
+    num_choices = capacity_factor * top_k * tokens_per_group
+    num_slots = -(-num_choices // num_experts)
+    return int(min(tokens_per_group, max(1, num_slots)))
 
 
 @takes_numpy
 def capacity_limit(
     capacity_factor: Float[Array, ""], top_k: int, tokens_per_group: int, num_experts: int
 ) -> Int[Array, ""]:
-    """`capacity_slots` of a traced factor."""
+    """Returns `capacity_slots` of a traced factor."""
+    mean_choices = top_k * tokens_per_group / num_experts
     # The small term absorbs float32 rounding: 1.1 * 2 * 80 / 8 is 22, not 22.000002.
-    limit = jnp.ceil(capacity_factor * (top_k * tokens_per_group / num_experts) - 1e-4)
-    return jnp.clip(limit, 1, tokens_per_group).astype(jnp.int32)
+    limit = jnp.ceil(capacity_factor * mean_choices - 1e-4)
+    limit = jnp.clip(limit, 1, tokens_per_group)
+    return limit.astype(jnp.int32)
 
 
 def _is_late(experts_LK, limit, num_experts, choice_major):
     """Whether `limit` choices of the same expert come before a choice."""
-    wanted_S = (experts_LK.T if choice_major else experts_LK).reshape(-1)
+    wanted_S = _in_order(experts_LK, choice_major)
     choice_S = _argsort(wanted_S)
-    expert_S, index_S = wanted_S[choice_S], jnp.arange(wanted_S.shape[0])
-    # Sorted by expert, `limit` of the same come before a choice just if the one `limit` places
-    # before it is the same.
-    is_late_S = (
-        (index_S >= limit) & (expert_S == expert_S[index_S - limit]) & (expert_S < num_experts)
-    )
-    is_late_S = jnp.zeros_like(is_late_S).at[choice_S].set(is_late_S)
-    return (
-        is_late_S.reshape(experts_LK.shape[::-1]).T
-        if choice_major
-        else is_late_S.reshape(experts_LK.shape)
-    )
+    expert_S = wanted_S[choice_S]
+    index_S = jnp.arange(wanted_S.shape[0])
+    # In the order of experts, `limit` choices of the same expert come before a choice exactly if
+    # the choice `limit` places before it has the same expert.
+    has_limit_before_S = index_S >= limit
+    is_same_S = expert_S == expert_S[index_S - limit]
+    is_full_S = has_limit_before_S & is_same_S
+    sorted_is_late_S = is_full_S & (expert_S < num_experts)
+    is_late_S = jnp.zeros_like(sorted_is_late_S).at[choice_S].set(sorted_is_late_S)
+    if choice_major:
+        return is_late_S.reshape(experts_LK.shape[::-1]).T
+    return is_late_S.reshape(experts_LK.shape)
+
+
+def _in_order(x_LK, choice_major):
+    """Returns the choices of a group as one axis: token by token, or choice by choice."""
+    if choice_major:
+        return x_LK.T.reshape(-1)
+    return x_LK.reshape(-1)
 
 
 def _reroute(experts_LK, ranking_LE, limit, num_experts, choice_major):
-    """Final experts of one group, choice by choice; E where a choice is dropped."""
-    top_k, width = experts_LK.shape[1], ranking_LE.shape[1]
+    """Returns the final experts of one group, found choice by choice; E where one is dropped."""
+    top_k = experts_LK.shape[1]
+    width = ranking_LE.shape[1]
     choice_LK = jnp.arange(experts_LK.size).reshape(experts_LK.shape)
     expert_E = jnp.arange(width, dtype=jnp.int32)
 
-    def take(carry, choice):
+    def assign(carry, choice):
         taken_E, final_LK = carry
-        token, rank = choice // top_k, choice % top_k
+        token = choice // top_k
+        rank = choice % top_k
         # What the token holds by earlier choices, and what its later choices will ask for.
-        own_K, ranking_E = final_LK[token], ranking_LE[token]
+        own_K = final_LK[token]
+        ranking_E = ranking_LE[token]
         wanted = own_K[rank]
         has_room_E = (taken_E < limit) | (expert_E >= num_experts)
-        is_own_E = jnp.any(own_K[:, None] == expert_E[None, :], axis=0)
+        is_own_KE = own_K[:, None] == expert_E[None, :]
+        is_own_E = jnp.any(is_own_KE, axis=0)
         is_open_E = has_room_E & ~is_own_E & (ranking_E > -jnp.inf)
-        best = jnp.argmax(jnp.where(is_open_E, ranking_E, -jnp.inf)).astype(jnp.int32)
+        open_ranking_E = jnp.where(is_open_E, ranking_E, -jnp.inf)
+        best = jnp.argmax(open_ranking_E).astype(jnp.int32)
         is_full = jnp.any(~has_room_E & (expert_E == wanted))
-        final = jnp.where(is_full, jnp.where(jnp.any(is_open_E), best, width), wanted)
+        best_or_none = jnp.where(jnp.any(is_open_E), best, width)
+        final = jnp.where(is_full, best_or_none, wanted)
         final_LK = jax.lax.dynamic_update_slice(final_LK, final[None, None], (token, rank))
-        return (taken_E + (expert_E == final), final_LK), None
+        taken_E += expert_E == final
+        return (taken_E, final_LK), None
 
     experts_LK, ranking_LE, limit = unify_vma(experts_LK, ranking_LE, jnp.asarray(limit))
-    start = (zeros_varying_like(experts_LK, (width,), jnp.int32), experts_LK)
-    (_, final_LK), _ = jax.lax.scan(
-        take, start, (choice_LK.T if choice_major else choice_LK).reshape(-1)
-    )
+    none_taken_E = zeros_varying_like(experts_LK, (width,), jnp.int32)
+    choice_S = _in_order(choice_LK, choice_major)
+    (_, final_LK), _ = jax.lax.scan(assign, (none_taken_E, experts_LK), choice_S)
     return final_LK
 
 
 def _argsort(keys):
-    """The stable permutation that sorts the keys."""
-    keys, index = unify_vma(keys, jnp.arange(keys.shape[0], dtype=jnp.int32))
-    return jax.lax.sort((keys, index), num_keys=1, is_stable=True)[1]
+    """Returns the stable permutation that sorts the keys."""
+    index = jnp.arange(keys.shape[0], dtype=jnp.int32)
+    keys, index = unify_vma(keys, index)
+    _, order = jax.lax.sort((keys, index), num_keys=1, is_stable=True)
+    return order

@@ -1,7 +1,7 @@
-"""Dispatch and combine on one device: tokens become rows grouped by expert, and rows become tokens again.
+"""Dispatch and combine on one device: tokens become rows grouped by expert, and back.
 
 Both movements are permutations (up to repetition and dropping), so both directions are gathers, and
-the transpose of each is a gather by the inverse indices: own VJPs spare XLA's scatter-add. Combine
+the transpose of each is a gather by the inverse indices: own VJPs avoid XLA's scatter-add. Combine
 weights are float32 whatever the dtype of the rows, and so are products with them and sums over a
 token's choices, which are rounded once, at the end.
 """
@@ -46,21 +46,22 @@ def plan_dropless(
     padding_rows: int = 0,
     max_rows: int | None = None,
 ) -> Plan:
-    """Rows sorted by expert, one for each choice; rows of masked tokens (expert id E) come last and are empty.
+    """Plans rows sorted by expert, one for each choice.
+
+    Rows of masked tokens (expert id E) come last and are empty.
 
     Args:
       experts_TK: selected experts; E where the token is masked.
       num_experts: E.
       padding_rows: this many empty rows are appended; see `grouped_matmul`.
-      max_rows: no more choices than these are of experts, whoever calls makes sure of it;
-        None: all may be.
+      max_rows: the caller guarantees that no more choices than these are of experts; None: all
+        may be.
     """
     num_tokens, top_k = experts_TK.shape
     num_choices = num_tokens * top_k
     expert_R, choice_R = _sort_with_index(experts_TK.reshape(num_choices), num_experts)
-    row_of_choice = (
-        jnp.zeros(num_choices, jnp.int32).at[choice_R].set(jnp.arange(num_choices, dtype=jnp.int32))
-    )
+    zeros = jnp.zeros(num_choices, jnp.int32)
+    row_of_choice = zeros.at[choice_R].set(jnp.arange(num_choices, dtype=jnp.int32))
     num_rows = num_choices if max_rows is None else min(max_rows, num_choices)
     expert_R, choice_R = expert_R[:num_rows], choice_R[:num_rows]
     choice_R = jnp.where(expert_R < num_experts, choice_R, num_choices)
@@ -75,7 +76,9 @@ def plan_dropless(
 
 @takes_numpy
 def plan_capacity(experts_BLK: Int[Array, "B L K"], num_experts: int, slots: int) -> Plan:
-    """Rows in slots `[E, B, C]`: each expert takes its first choices of each sequence and drops the rest.
+    """Plans rows in slots `[E, B, C]`.
+
+    Each expert takes its first choices of each sequence and drops the rest.
 
     Order is by position, then by rank of the choice, so that no token's fate depends on a later
     token; counting is per sequence, so that it does not depend on the other sequences of the batch
@@ -91,21 +94,16 @@ def plan_capacity(experts_BLK: Int[Array, "B L K"], num_experts: int, slots: int
     """
     batch, length, top_k = experts_BLK.shape
     per_sequence = length * top_k
-    num_choices, num_rows = batch * per_sequence, num_experts * batch * slots
-
-    def place(experts_S):
-        """For one sequence: each choice's place among the choices of its expert."""
-        expert_S, choice_S = _sort_with_index(experts_S, num_experts)
-        sizes_E = _group_sizes(expert_S, num_experts)
-        starts = jnp.append(jnp.cumsum(sizes_E) - sizes_E, 0)
-        place_S = jnp.arange(per_sequence) - starts[expert_S]
-        return jnp.zeros(per_sequence, jnp.int32).at[choice_S].set(place_S.astype(jnp.int32))
+    num_choices = batch * per_sequence
+    num_rows = num_experts * batch * slots
 
     experts_BS = experts_BLK.reshape(batch, per_sequence)
-    place_BS = jax.vmap(place)(experts_BS)
+    find_places = functools.partial(_places_in_sequence, num_experts=num_experts)
+    place_BS = jax.vmap(find_places)(experts_BS)
     sequence_B1 = jnp.arange(batch)[:, None]
     is_kept_BS = (experts_BS < num_experts) & (place_BS < slots)
-    row_BS = jnp.where(is_kept_BS, (experts_BS * batch + sequence_B1) * slots + place_BS, num_rows)
+    slot_BS = (experts_BS * batch + sequence_B1) * slots + place_BS
+    row_BS = jnp.where(is_kept_BS, slot_BS, num_rows)
     row = row_BS.reshape(num_choices).astype(jnp.int32)
     choices = jnp.arange(num_choices, dtype=jnp.int32)
     empty_R = jnp.full(num_rows, num_choices, jnp.int32)
@@ -117,21 +115,37 @@ def plan_capacity(experts_BLK: Int[Array, "B L K"], num_experts: int, slots: int
     )
 
 
+def _places_in_sequence(experts_S, num_experts: int):
+    """Returns the place of each choice of a sequence among the choices of its expert."""
+    expert_S, choice_S = _sort_with_index(experts_S, num_experts)
+    sizes_E = _group_sizes(expert_S, num_experts)
+    starts = jnp.append(jnp.cumsum(sizes_E) - sizes_E, 0)
+    place_S = jnp.arange(experts_S.size) - starts[expert_S]
+    zeros_S = jnp.zeros(experts_S.size, jnp.int32)
+    return zeros_S.at[choice_S].set(place_S.astype(jnp.int32))
+
+
 @takes_numpy
 def dispatch(x_TD: Float[Array, "T D"], plan: Plan) -> Float[Array, "R D"]:
     """Copies each token to the rows of its choices; empty rows are zeros."""
-    return _dispatch(unify_vma(x_TD, plan.choice_R)[0], plan)
+    x_TD, _ = unify_vma(x_TD, plan.choice_R)
+    return _dispatch(x_TD, plan)
 
 
 @takes_numpy
 def add_up(y_RD: Float[Array, "R D"], plan: Plan) -> Float[Array, "T D"]:
-    """Adds up each token's rows, with no weights: the transpose of `dispatch`, which keeps no rows for a gradient."""
-    return _add_up(unify_vma(y_RD, plan.row_TK)[0], plan)
+    """Adds up each token's rows, without weights: the transpose of `dispatch`.
+
+    It keeps no rows for a gradient.
+    """
+    y_RD, _ = unify_vma(y_RD, plan.row_TK)
+    return _add_up(y_RD, plan)
 
 
 @jax.custom_vjp
 def _dispatch(x_TD, plan):
-    return _gather(x_TD, plan.choice_R // plan.row_TK.shape[1])
+    top_k = plan.row_TK.shape[1]
+    return _gather(x_TD, plan.choice_R // top_k)
 
 
 @jax.custom_vjp
@@ -139,19 +153,29 @@ def _add_up(y_RD, plan):
     return add_rows(y_RD, plan.row_TK)
 
 
-_dispatch.defvjp(
-    lambda x_TD, plan: (_dispatch(x_TD, plan), plan),
-    lambda plan, dy_RD: (_add_up(dy_RD, plan), None),
-)
-_add_up.defvjp(
-    lambda y_RD, plan: (_add_up(y_RD, plan), plan),
-    lambda plan, dy_TD: (_dispatch(dy_TD, plan), None),
-)
+def _dispatch_forward(x_TD, plan):
+    return _dispatch(x_TD, plan), plan
+
+
+def _dispatch_backward(plan, dy_RD):
+    return _add_up(dy_RD, plan), None
+
+
+def _add_up_forward(y_RD, plan):
+    return _add_up(y_RD, plan), plan
+
+
+def _add_up_backward(plan, dy_TD):
+    return _dispatch(dy_TD, plan), None
+
+
+_dispatch.defvjp(_dispatch_forward, _dispatch_backward)
+_add_up.defvjp(_add_up_forward, _add_up_backward)
 
 
 @takes_numpy
 def dispatch_weights(weights_TK: Float[Array, "T K"], plan: Plan) -> Float[Array, "R"]:
-    """The weight of the choice in each row; 0 in empty rows."""
+    """Returns the weight of the choice in each row; 0 in empty rows."""
     # Each choice is a token of one choice: the same movement with K = 1.
     choices = dataclasses.replace(plan, row_TK=plan.row_TK.reshape(-1, 1))
     return dispatch(weights_TK.reshape(-1, 1), choices)[:, 0]
@@ -178,8 +202,10 @@ def _combine_forward(y_RD, weights_TK, plan):
 def _combine_backward(residuals, dy_TD):
     y_RD, weights_TK, plan = residuals
     top_k = weights_TK.shape[1]
-    weight_R1 = _gather(weights_TK.reshape(-1), plan.choice_R)[:, None].astype(jnp.float32)
-    dy_RD = weight_R1 * _gather(dy_TD, plan.choice_R // top_k).astype(jnp.float32)
+    weight_R = _gather(weights_TK.reshape(-1), plan.choice_R)
+    weight_R1 = weight_R[:, None].astype(jnp.float32)
+    token_R = plan.choice_R // top_k
+    dy_RD = weight_R1 * _gather(dy_TD, token_R).astype(jnp.float32)
     y_TKD = _gather(y_RD, plan.row_TK)
     dweights_TK = jnp.einsum(
         "TD,TKD->TK", dy_TD, y_TKD, precision="highest", preferred_element_type=jnp.float32
@@ -194,7 +220,7 @@ _combine.defvjp(_combine_forward, _combine_backward)
 def take_slots(
     x_BLD: Float[Array, "B L D"], positions_BEC: Int[Array, "B E C"]
 ) -> Float[Array, "B E C D"]:
-    """The token of each slot, where experts choose; zeros in empty ones, whose position is L."""
+    """Returns the token of each slot, where experts choose; zeros in empty ones (position L)."""
     return _take_slots(*unify_vma(x_BLD, positions_BEC), x_BLD.shape[1])
 
 
@@ -202,7 +228,10 @@ def take_slots(
 def add_slots(
     y_BECD: Float[Array, "B E C D"], positions_BEC: Int[Array, "B E C"], length: int
 ) -> Float[Array, "B L D"]:
-    """Adds up the slots of each token in float32, in the dtype of the slots: the transpose of `take_slots`."""
+    """Adds up the slots of each token: the transpose of `take_slots`.
+
+    Sums are float32, and the result has the dtype of the slots.
+    """
     return _add_slots(*unify_vma(y_BECD, positions_BEC), length)
 
 
@@ -217,44 +246,53 @@ def _add_slots(y_BECD, positions_BEC, length):
         zeros_LD = zeros_varying_like(y_ECD, (length, y_ECD.shape[-1]), jnp.float32)
         return zeros_LD.at[positions_EC].add(y_ECD.astype(jnp.float32), mode="drop")
 
-    return jax.vmap(add_sequence)(y_BECD, positions_BEC).astype(y_BECD.dtype)
+    y_BLD = jax.vmap(add_sequence)(y_BECD, positions_BEC)
+    return y_BLD.astype(y_BECD.dtype)
 
 
-_take_slots.defvjp(
-    lambda x_BLD, positions_BEC, length: (_take_slots(x_BLD, positions_BEC, length), positions_BEC),
-    lambda length, positions_BEC, dx_BECD: (_add_slots(dx_BECD, positions_BEC, length), None),
-)
-_add_slots.defvjp(
-    lambda y_BECD, positions_BEC, length: (
-        _add_slots(y_BECD, positions_BEC, length),
-        positions_BEC,
-    ),
-    lambda length, positions_BEC, dy_BLD: (_take_slots(dy_BLD, positions_BEC, length), None),
-)
+def _take_slots_forward(x_BLD, positions_BEC, length):
+    return _take_slots(x_BLD, positions_BEC, length), positions_BEC
+
+
+def _take_slots_backward(length, positions_BEC, dx_BECD):
+    return _add_slots(dx_BECD, positions_BEC, length), None
+
+
+def _add_slots_forward(y_BECD, positions_BEC, length):
+    return _add_slots(y_BECD, positions_BEC, length), positions_BEC
+
+
+def _add_slots_backward(length, positions_BEC, dy_BLD):
+    return _take_slots(dy_BLD, positions_BEC, length), None
+
+
+_take_slots.defvjp(_take_slots_forward, _take_slots_backward)
+_add_slots.defvjp(_add_slots_forward, _add_slots_backward)
 
 
 def _gather(x, index):
-    """Rows of `x`; zeros where the index is out of range, which is how plans say "none"."""
+    """Returns rows of `x`; zeros where the index is out of range, which is how plans say "none"."""
     return x.at[index].get(mode="fill", fill_value=0)
 
 
 def _sort_with_index(keys, num_experts):
-    """Sorted keys, those above `num_experts` as if they were that, and the stable permutation that sorts them.
+    """Returns the sorted keys and the stable permutation that sorts them.
 
-    Key and index share one integer where it is wide enough: XLA:CPU sorts one array 4 to 6 times as
-    fast as a pair.
+    Keys above `num_experts` count as `num_experts`. Key and index share one integer where it is
+    wide enough: XLA:CPU sorts one array 4 to 6 times as fast as a pair.
     """
     length = keys.shape[0]
     index = jnp.arange(length, dtype=jnp.int32)
-    keys, index = unify_vma(jnp.minimum(keys, num_experts).astype(jnp.int32), index)
+    keys = jnp.minimum(keys, num_experts).astype(jnp.int32)
+    keys, index = unify_vma(keys, index)
     if (num_experts + 1) * length >= 2**31:
         return jax.lax.sort((keys, index), num_keys=1, is_stable=True)
+    # Joint keys differ, so that an unstable sort gives the stable permutation.
     joint = jax.lax.sort(keys * length + index, is_stable=False)
     return joint // length, joint % length
 
 
 def _group_sizes(sorted_experts, num_experts):
-    ends_E = jnp.searchsorted(sorted_experts, jnp.arange(num_experts), side="right").astype(
-        jnp.int32
-    )
-    return jnp.diff(ends_E, prepend=0)
+    """Returns how many of the sorted ids are of each expert."""
+    ends_E = jnp.searchsorted(sorted_experts, jnp.arange(num_experts), side="right")
+    return jnp.diff(ends_E.astype(jnp.int32), prepend=0)

@@ -22,7 +22,7 @@ GATED = ("swiglu", "geglu", "clamped_swiglu")
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """What kind of feed-forward network: down(activation(x)), each projection with a bias or without.
+    """What kind of feed-forward network: down(activation(x)), with or without biases.
 
     Attributes:
       activation: "swiglu", silu(gate) * up, and "geglu", gelu(gate) * up (Shazeer 2020, equations 5
@@ -39,29 +39,34 @@ class Network:
 
     @property
     def num_projections(self) -> int:
-        """2 with a gate, 1 without."""
+        """Returns 2 with a gate, 1 without."""
         return 2 if self.activation in GATED else 1
 
     def activate(self, hidden: list[jax.Array]) -> jax.Array:
-        """The hidden units, from gate and up projections or from up alone."""
+        """Returns the hidden units, from gate and up projections or from up alone."""
         up = hidden[-1]
         if self.activation == "swiglu":
             return jax.nn.silu(hidden[0]) * up
         if self.activation == "geglu":
             return jax.nn.gelu(hidden[0], approximate=False) * up
         if self.activation == "clamped_swiglu":
-            gate, up = jnp.minimum(hidden[0], self.limit), jnp.clip(up, -self.limit, self.limit)
+            gate = jnp.minimum(hidden[0], self.limit)
+            up = jnp.clip(up, -self.limit, self.limit)
             return gate * jax.nn.sigmoid(1.702 * gate) * (up + 1)
         if self.activation == "gelu":
             return jax.nn.gelu(up, approximate=False)
-        relu = jax.nn.relu(up)
-        return relu**2 if self.activation == "squared_relu" else relu
+        positive = jax.nn.relu(up)
+        if self.activation == "squared_relu":
+            return positive**2
+        return positive
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ExpertWeights:
-    """The weights of E networks in the compute dtype; P projections in, 2 with a gate (index 0) and 1 without.
+    """The weights of E networks in the compute dtype.
+
+    There are P projections in, 2 with a gate (index 0) and 1 without.
 
     Attributes:
       gate_up_EDPF: projections in.
@@ -102,17 +107,19 @@ class FeedForward(nnx.Module):
 
     def __call__(self, x_BLD: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
         """Applies the network to each position."""
+        network = self.network
         gate_up_DPF = gather_fsdp(self.gate_up, self.dtype)
-        hidden = [dense(x_BLD, gate_up_DPF[:, i]) for i in range(self.network.num_projections)]
-        if self.network.has_bias:
+        hidden = [dense(x_BLD, gate_up_DPF[:, i]) for i in range(network.num_projections)]
+        if network.has_bias:
             bias_PF = self.gate_up_bias[...].astype(self.dtype)
             hidden = [h_BLF + bias_PF[i][None, None] for i, h_BLF in enumerate(hidden)]
-        y_BLD = dense(self.network.activate(hidden), gather_fsdp(self.down, self.dtype))
-        return (
-            y_BLD + gather_fsdp(self.down_bias, self.dtype)[None, None]
-            if self.network.has_bias
-            else y_BLD
-        )
+        active_BLF = network.activate(hidden)
+        down_FD = gather_fsdp(self.down, self.dtype)
+        y_BLD = dense(active_BLF, down_FD)
+        if network.has_bias:
+            bias_D = gather_fsdp(self.down_bias, self.dtype)
+            y_BLD = y_BLD + bias_D[None, None]
+        return y_BLD
 
 
 class Experts(nnx.Module):
@@ -144,23 +151,25 @@ class Experts(nnx.Module):
         self.dtype = dtype
 
     def weights(self) -> ExpertWeights:
-        """All of them, in the compute dtype."""
-        gate_up_EDPF, down_EFD = (w[...].astype(self.dtype) for w in (self.gate_up, self.down))
+        """Returns all of them, in the compute dtype."""
+        gate_up_EDPF = self.gate_up[...].astype(self.dtype)
+        down_EFD = self.down[...].astype(self.dtype)
         if not self.network.has_bias:
             return ExpertWeights(gate_up_EDPF, down_EFD, network=self.network)
-        bias_EPF, bias_ED = (b[...].astype(self.dtype) for b in (self.gate_up_bias, self.down_bias))
+        bias_EPF = self.gate_up_bias[...].astype(self.dtype)
+        bias_ED = self.down_bias[...].astype(self.dtype)
         return ExpertWeights(gate_up_EDPF, down_EFD, bias_EPF, bias_ED, self.network)
 
 
 def init_feed_forward(
     key: jax.Array, d_model: int, d_hidden: int, num_projections: int = 2
 ) -> tuple[jax.Array, jax.Array]:
-    """Weights of one network: P projections in `[D, P, F]`, one out `[F, D]`."""
+    """Draws the weights of one network: P projections in `[D, P, F]`, one out `[F, D]`."""
     in_key, out_key = jax.random.split(key)
-    gate_up_DPF = initialize(in_key, (d_model, num_projections * d_hidden)).reshape(
-        d_model, -1, d_hidden
-    )
-    return gate_up_DPF, initialize(out_key, (d_hidden, d_model))
+    gate_up_DX = initialize(in_key, (d_model, num_projections * d_hidden))
+    gate_up_DPF = gate_up_DX.reshape(d_model, -1, d_hidden)
+    down_FD = initialize(out_key, (d_hidden, d_model))
+    return gate_up_DPF, down_FD
 
 
 def apply_experts(
@@ -169,7 +178,7 @@ def apply_experts(
     matmul: Callable[[jax.Array, jax.Array], jax.Array],
     expert_R: Int[Array, "R"],
 ) -> Float[Array, "R D"]:
-    """The network of its own expert, applied to each row.
+    """Applies to each row the network of its own expert.
 
     Args:
       x_RD: rows grouped by expert.
@@ -177,19 +186,22 @@ def apply_experts(
       matmul: product of grouped rows with one matrix per expert, `(rows, [E, P, Q]) -> rows`.
       expert_R: the expert of each row, E or more where it is empty; only biases look at it.
     """
-    gate_up_EDPF, network = weights.gate_up_EDPF, weights.network
-    d_expert = gate_up_EDPF.shape[-1]
-    hidden_RP = matmul(x_RD, gate_up_EDPF.reshape(*gate_up_EDPF.shape[:2], -1))
+    network = weights.network
+    num_experts, d_model, num_projections, d_expert = weights.gate_up_EDPF.shape
+    gate_up_EDX = weights.gate_up_EDPF.reshape(num_experts, d_model, -1)
+    hidden_RX = matmul(x_RD, gate_up_EDX)
     if network.has_bias:
-        hidden_RP += _of_rows(weights.gate_up_bias_EPF.reshape(gate_up_EDPF.shape[0], -1), expert_R)
-    hidden = [
-        hidden_RP[:, i * d_expert : (i + 1) * d_expert] for i in range(network.num_projections)
-    ]
+        bias_EX = weights.gate_up_bias_EPF.reshape(num_experts, -1)
+        hidden_RX += _bias_of_rows(bias_EX, expert_R)
+    starts = range(0, num_projections * d_expert, d_expert)
+    hidden = [hidden_RX[:, start : start + d_expert] for start in starts]
     y_RD = matmul(network.activate(hidden), weights.down_EFD)
-    return y_RD + _of_rows(weights.down_bias_ED, expert_R) if network.has_bias else y_RD
+    if network.has_bias:
+        y_RD = y_RD + _bias_of_rows(weights.down_bias_ED, expert_R)
+    return y_RD
 
 
-def _of_rows(bias_EP: jax.Array, expert_R: jax.Array) -> jax.Array:
-    """The bias of each row's expert; zeros for empty rows."""
+def _bias_of_rows(bias_EP: jax.Array, expert_R: jax.Array) -> jax.Array:
+    """Returns the bias of each row's expert; zeros for empty rows."""
     bias_EP, expert_R = unify_vma(bias_EP, expert_R)
     return bias_EP.at[expert_R].get(mode="fill", fill_value=0, indices_are_sorted=True)

@@ -2,7 +2,7 @@
 
 Their ids follow those of the experts with weights: first zero experts, whose output is 0, then
 identity experts, whose output is the token, then constant ones, whose output is a learned vector.
-They need no row, no slot and no exchange.
+They need no row, no slot and no all-to-all traffic.
 
 Source: Jin et al. 2024 (MoE++, section 3.1; its constant experts also mix in the token);
 LongCat-Flash 2025 (identity experts).
@@ -25,9 +25,8 @@ class ZeroComputationExperts(nnx.Module):
         self.first_constant = self.first_identity + config.num_identity_experts
         self.num_constant = config.num_constant_experts
         if self.num_constant:
-            vectors_JD = (
-                jax.random.normal(rngs.params(), (self.num_constant, d_model)) * d_model**-0.5
-            )
+            normal_JD = jax.random.normal(rngs.params(), (self.num_constant, d_model))
+            vectors_JD = normal_JD * d_model**-0.5
             self.vectors = nnx.Param(vectors_JD, axes=("router", "embed"))
 
     def __call__(
@@ -36,11 +35,16 @@ class ZeroComputationExperts(nnx.Module):
         experts_BLK: Int[Array, "B L K"],
         weights_BLK: Float[Array, "B L K"],
     ) -> Float[Array, "B L D"]:
-        """The weighted sum of their outputs, in float32; ids of other experts, and of none, add nothing."""
+        """Returns the weighted sum of their outputs, in float32.
+
+        Ids of other experts, and the id of none, add nothing.
+        """
         is_identity_BLK = (experts_BLK >= self.first_identity) & (experts_BLK < self.first_constant)
-        identity_BL1 = jnp.where(is_identity_BLK, weights_BLK, 0.0).sum(axis=-1, keepdims=True)
+        identity_weights_BLK = jnp.where(is_identity_BLK, weights_BLK, 0.0)
+        identity_BL1 = identity_weights_BLK.sum(axis=-1, keepdims=True)
         y_BLD = identity_BL1 * x_BLD.astype(jnp.float32)
         if self.num_constant:
+            # Ids that are not of constant experts have a one-hot vector of zeros.
             constant_BLKJ = jax.nn.one_hot(experts_BLK - self.first_constant, self.num_constant)
             weights_BLJ = jnp.einsum(
                 "BLKJ,BLK->BLJ", constant_BLKJ, weights_BLK, precision="highest"

@@ -1,4 +1,7 @@
-"""Routers: pure functions from logits to a `Routing`, one file per family; `ROUTERS` has them by name."""
+"""Routers: pure functions from logits to a `Routing`, one file per family.
+
+`ROUTERS` has them by name.
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -35,7 +38,10 @@ ROUTERS: dict[str, Callable[[RouterInputs, MoeConfig], Routing]] = {
     "balanced": route_balanced,
     "dense": route_scored,
 }
-"""The function of each router by which tokens choose; what goes with a router is in `config.ROUTER_RULES`."""
+"""The function of each router by which tokens choose experts.
+
+Which settings go with a router is in `config.ROUTER_RULES`.
+"""
 
 UNRANKED = ("hash", "balanced", "expert_choice", "soft")
 """Routers in which no expert is next in rank for a token, so that none can be blocked."""
@@ -54,7 +60,8 @@ def route(inputs: RouterInputs, config: MoeConfig, limit: Int[Array, ""] | None 
     if limit is None:
         return routing
     is_within_1K = jnp.arange(config.top_k)[None] < limit
-    experts_TK = save_for_remat(jnp.where(is_within_1K, routing.experts_TK, config.num_choices))
+    experts_TK = jnp.where(is_within_1K, routing.experts_TK, config.num_choices)
+    experts_TK = save_for_remat(experts_TK)
     return dataclasses.replace(
         routing,
         experts_TK=experts_TK,

@@ -1,4 +1,4 @@
-"""Token-level routing of any router in one form, and what one sees in it."""
+"""Token-level routing of any router in one form, and measures of it."""
 
 from collections.abc import Sequence
 from typing import TypeAlias
@@ -13,49 +13,57 @@ AnyRouting: TypeAlias = Routing | SlotRouting | SoftRouting
 
 
 def experts_by_token(routings: Sequence[AnyRouting], num_choices: int) -> Int[Array, "N T K"]:
-    """Which experts each token visits; see `choices_by_token`."""
-    return choices_by_token(routings, num_choices)[0]
+    """Returns which experts each token visits; see `choices_by_token`."""
+    experts_NTK, _ = choices_by_token(routings, num_choices)
+    return experts_NTK
 
 
 def choices_by_token(
     routings: Sequence[AnyRouting], num_choices: int
 ) -> tuple[Int[Array, "N T K"], Float[Array, "N T K"]]:
-    """Which experts each token visits and how much each counts, by MoE layer in the order of the model.
+    """Returns which experts each token visits and how much each counts, by MoE layer.
 
     Args:
-      routings: traced token-level routing of each run of MoE layers, stacked by layer.
+      routings: traced token-level routing of each group of MoE layers in the order of the model,
+        stacked by layer.
       num_choices: width of the router, E.
 
     Returns:
       Expert ids, the best first, and combine weights, before any capacity. Expert E with weight 0
       fills up where a token visits fewer experts than another, or mixes all of them (soft routing).
     """
-    found = [_choices(routing, num_choices) for routing in routings]
-    widest = max(experts_NTK.shape[-1] for experts_NTK, _ in found)
+    choices = [_choices(routing, num_choices) for routing in routings]
+    experts, weights = zip(*choices, strict=True)
+    return _stack_layers(experts, num_choices), _stack_layers(weights, 0.0)
 
-    def widen(x_NTK, fill):
+
+def _stack_layers(groups: Sequence[jax.Array], fill: int | float) -> jax.Array:
+    """Joins layers whose tokens visit different numbers of experts, `[N, T, K]` each."""
+    widest = max(x_NTK.shape[-1] for x_NTK in groups)
+    padded = []
+    for x_NTK in groups:
         missing = widest - x_NTK.shape[-1]
-        return jnp.pad(x_NTK, ((0, 0), (0, 0), (0, missing)), constant_values=fill)
-
-    experts_NTK = jnp.concatenate([widen(experts_NTK, num_choices) for experts_NTK, _ in found])
-    return experts_NTK, jnp.concatenate([widen(weights_NTK, 0.0) for _, weights_NTK in found])
+        padding = ((0, 0), (0, 0), (0, missing))
+        padded.append(jnp.pad(x_NTK, padding, constant_values=fill))
+    return jnp.concatenate(padded)
 
 
 def scores_by_token(
     routings: Sequence[AnyRouting], num_choices: int
 ) -> tuple[Float[Array, "N T E"], Float[Array, "N T E"]]:
-    """Raw logits and probabilities of all experts for each token, by MoE layer in the order of the model.
+    """Returns raw logits and probabilities of all experts for each token, by MoE layer.
 
     Soft routing has logits of slots and weights of slots in a token: an expert's probability is the
     sum of its slots' weights, and its logit the logsumexp of its slots' logits, of which those
     probabilities are the softmax.
 
     Args:
-      routings: traced token-level routing of each run of MoE layers, stacked by layer.
+      routings: traced token-level routing of each group of MoE layers in the order of the model,
+        stacked by layer.
       num_choices: width of the router, E.
     """
-    found = [_scores(routing, num_choices) for routing in routings]
-    logits, probs = zip(*found, strict=True)
+    scores = [_scores(routing, num_choices) for routing in routings]
+    logits, probs = zip(*scores, strict=True)
     return jnp.concatenate(logits), jnp.concatenate(probs)
 
 
@@ -66,6 +74,11 @@ def _choices(routing: AnyRouting, num_choices: int) -> tuple[jax.Array, jax.Arra
         layers, batch, length, _ = routing.logits_BLS.shape
         experts_NT1 = jnp.full((layers, batch * length, 1), num_choices, jnp.int32)
         return experts_NT1, jnp.zeros(experts_NT1.shape)
+    return _choices_of_slots(routing, num_choices)
+
+
+def _choices_of_slots(routing: SlotRouting, num_choices: int) -> tuple[jax.Array, jax.Array]:
+    """Returns the experts that took each token, those with most weight first, and the weights."""
     layers, batch, num_experts, _ = routing.positions_BEC.shape
     tokens = routing.logits_TE.shape[1]
     layer = jnp.arange(layers)[:, None, None, None]
@@ -73,13 +86,19 @@ def _choices(routing: AnyRouting, num_choices: int) -> tuple[jax.Array, jax.Arra
     expert = jnp.arange(num_experts, dtype=jnp.int32)[None, None, :, None]
     place = (layer, row, routing.positions_BEC, expert)
     shape = (layers, batch, tokens // batch, num_experts)
-    experts_NBLE = jnp.full(shape, num_choices, jnp.int32).at[place].set(expert, mode="drop")
-    weights_NBLE = jnp.zeros(shape).at[place].set(routing.weights_BEC, mode="drop")
-    order_NBLE = jnp.argsort(jnp.where(experts_NBLE < num_choices, -weights_NBLE, jnp.inf), axis=-1)
-    experts_NBLE, weights_NBLE = (
-        jnp.take_along_axis(x, order_NBLE, axis=-1) for x in (experts_NBLE, weights_NBLE)
-    )
-    return experts_NBLE.reshape(layers, tokens, -1), weights_NBLE.reshape(layers, tokens, -1)
+    # Positions of empty slots are out of range, and dropped.
+    no_experts_NBLE = jnp.full(shape, num_choices, jnp.int32)
+    experts_NBLE = no_experts_NBLE.at[place].set(expert, mode="drop")
+    no_weights_NBLE = jnp.zeros(shape)
+    weights_NBLE = no_weights_NBLE.at[place].set(routing.weights_BEC, mode="drop")
+    is_visit_NBLE = experts_NBLE < num_choices
+    keys_NBLE = jnp.where(is_visit_NBLE, -weights_NBLE, jnp.inf)
+    order_NBLE = jnp.argsort(keys_NBLE, axis=-1)
+    experts_NBLE = jnp.take_along_axis(experts_NBLE, order_NBLE, axis=-1)
+    weights_NBLE = jnp.take_along_axis(weights_NBLE, order_NBLE, axis=-1)
+    experts_NTE = experts_NBLE.reshape(layers, tokens, -1)
+    weights_NTE = weights_NBLE.reshape(layers, tokens, -1)
+    return experts_NTE, weights_NTE
 
 
 def _scores(routing: AnyRouting, num_choices: int) -> tuple[jax.Array, jax.Array]:
@@ -87,12 +106,16 @@ def _scores(routing: AnyRouting, num_choices: int) -> tuple[jax.Array, jax.Array
         return routing.logits_TE, routing.probs_TE
     layers, batch, length, _ = routing.logits_BLS.shape
     by_expert = (layers, batch * length, num_choices, -1)
-    logits_NTE = jax.nn.logsumexp(routing.logits_BLS.reshape(by_expert), axis=-1)
-    return logits_NTE, routing.combine_BLS.reshape(by_expert).sum(axis=-1)
+    logits_NTEP = routing.logits_BLS.reshape(by_expert)
+    logits_NTE = jax.nn.logsumexp(logits_NTEP, axis=-1)
+    combine_NTEP = routing.combine_BLS.reshape(by_expert)
+    return logits_NTE, combine_NTEP.sum(axis=-1)
 
 
 def coactivation(experts_NTK: Int[Array, "N T K"], num_choices: int) -> Int[Array, "N E E"]:
-    """How many tokens visit both experts of a pair, by layer: symmetric, with each expert's tokens on the diagonal.
+    """Counts the tokens that visit both experts of a pair, by layer.
+
+    The counts are symmetric, with each expert's tokens on the diagonal.
 
     Args:
       experts_NTK: from `experts_by_token`.
@@ -101,7 +124,8 @@ def coactivation(experts_NTK: Int[Array, "N T K"], num_choices: int) -> Int[Arra
 
     def of_layer(experts_TK):
         visits_TE = jax.nn.one_hot(experts_TK, num_choices).sum(axis=1)
-        return (visits_TE.T @ visits_TE).astype(jnp.int32)  # exact below 2^24 tokens
+        counts_EE = visits_TE.T @ visits_TE  # exact below 2^24 tokens
+        return counts_EE.astype(jnp.int32)
 
     return jax.lax.map(of_layer, experts_NTK)
 
@@ -109,9 +133,10 @@ def coactivation(experts_NTK: Int[Array, "N T K"], num_choices: int) -> Int[Arra
 def churn(
     before_NTK: Int[Array, "N T K"], after_NTK: Int[Array, "N T K"], num_choices: int
 ) -> Float[Array, "N"]:
-    """Routing churn by layer: of the experts that a token visited before, the fraction that it no longer visits.
+    """Returns the routing churn by layer.
 
-    The mean is over tokens that visited any.
+    It is the fraction of a token's experts that it no longer visits, averaged over tokens that
+    visited any before.
 
     Args:
       before_NTK: from `experts_by_token`, of one checkpoint.
@@ -119,9 +144,11 @@ def churn(
       num_choices: width of the router, E.
     """
     is_visit_NTK = before_NTK < num_choices
-    stays_NTK = (before_NTK[..., :, None] == after_NTK[..., None, :]).any(axis=-1)
+    is_same_NTKK = before_NTK[..., :, None] == after_NTK[..., None, :]
+    stays_NTK = is_same_NTKK.any(axis=-1)
     visits_NT = is_visit_NTK.sum(axis=-1)
-    lost_NT = (is_visit_NTK & ~stays_NTK).sum(axis=-1) / jnp.maximum(visits_NT, 1)
-    return jnp.where(visits_NT > 0, lost_NT, 0.0).sum(axis=-1) / jnp.maximum(
-        (visits_NT > 0).sum(axis=-1), 1
-    )
+    num_lost_NT = (is_visit_NTK & ~stays_NTK).sum(axis=-1)
+    lost_NT = num_lost_NT / jnp.maximum(visits_NT, 1)
+    sum_N = jnp.where(visits_NT > 0, lost_NT, 0.0).sum(axis=-1)
+    num_tokens_N = (visits_NT > 0).sum(axis=-1)
+    return sum_N / jnp.maximum(num_tokens_N, 1)

@@ -14,10 +14,10 @@ from moejax.kernels.arrays import to_jax
 
 
 class Stream(enum.Enum):
-    """Everything that a layer draws at random; the names, not their order, set the numbers of one apart from another's.
+    """Everything that a layer draws at random.
 
-    Small integers would not do: splitting a key gives the keys that small integers give, and so
-    parameters are drawn.
+    The names, not their order, keep the numbers of one apart from another's. Small integers would
+    not do: splitting a key gives the keys that small integers give, and so parameters are drawn.
     """
 
     NOISE = "noise"
@@ -30,17 +30,18 @@ class Stream(enum.Enum):
 
     @property
     def number(self) -> int:
-        """What a key is folded with: 32 bits of the name."""
+        """Returns what a key is folded with: 32 bits of the name."""
         return zlib.crc32(self.value.encode())
 
 
 @dataclasses.dataclass(frozen=True)
 class RouterInputs:
-    """What a router may look at; the T tokens are sequences of L, one after the other. What a router needs not is None.
+    """What a router may look at; None is what it does not need.
+
+    The T tokens are sequences of length L, one after the other.
 
     Attributes:
-      logits_TE: router logits, float32, before noise and bias; of no meaning to routers
-        that have none.
+      logits_TE: router logits, float32, before noise and bias; routers that have none ignore them.
       mask_T: False where a token is padding: it is sent to no expert.
       length: L.
       tokens_T: token ids (hash, random); None if unknown.
@@ -49,7 +50,7 @@ class RouterInputs:
       table_VK: the experts of each token id (hash).
       group_logits_TG: logits of groups of experts (hierarchical).
       noise_scale_TE: standard deviation of the noise on each logit (noisy_topk, hierarchical).
-      group_noise_scale_TG: the same for the logits of groups.
+      group_noise_scale_TG: standard deviation of the noise on each group's logit.
       is_blocked_E: experts that must not be selected; the next in rank take their place.
         None: all may be.
       keys_B: a key per sequence, from which everything random is drawn, so that a draw depends
@@ -79,7 +80,7 @@ class RouterInputs:
     def draw(
         self, stream: Stream, sampler: Callable[..., jax.Array], width: int, *, choice: int = 0
     ) -> Float[Array, "T width"]:
-        """Random numbers, one row a token, for one of its choices where each draws its own; see `draw`.
+        """Draws random numbers, one row per token, for one of its choices where each has its own.
 
         Raises:
           ValueError: there are no keys.
@@ -88,9 +89,8 @@ class RouterInputs:
             raise ValueError(
                 "this router draws random numbers in training: pass keys_B, a key per sequence"
             )
-        return draw(self.keys_B, stream, sampler, self.length, width, choice=choice).reshape(
-            -1, width
-        )
+        values_BLX = draw(self.keys_B, stream, sampler, self.length, width, choice=choice)
+        return values_BLX.reshape(-1, width)
 
 
 def draw(
@@ -102,12 +102,15 @@ def draw(
     *,
     choice: int = 0,
 ) -> Float[Array, "B L width"]:
-    """Draws `sampler(key, (length, width))` for each sequence from its own key, folded with stream and choice."""
+    """Draws `sampler(key, (length, width))` for each sequence.
+
+    Its own key is folded with stream and choice.
+    """
 
     def draw_sequence(key):
-        return sampler(
-            jax.random.fold_in(jax.random.fold_in(key, stream.number), choice), (length, width)
-        )
+        stream_key = jax.random.fold_in(key, stream.number)
+        choice_key = jax.random.fold_in(stream_key, choice)
+        return sampler(choice_key, (length, width))
 
     return jax.vmap(draw_sequence)(keys_B)
 
@@ -126,8 +129,8 @@ class Routing:
       ranking_TE: what the selection was made by, float32, -inf where an expert was not eligible;
         no gradient.
       log_scores_TE: logarithm of each expert's score, from which weights are made.
-      log_weights_TK: logarithm of each weight, but for a summand common to its token: it tells
-        weights apart that are too small for float32. -1e30 where there is no expert.
+      log_weights_TK: logarithm of each weight, up to a summand common to its token: it
+        distinguishes weights that are too small for float32. -1e30 where there is no expert.
       noisy_TE: logits with their noise (noisy_topk).
       noise_scale_TE: its standard deviation (noisy_topk).
     """
@@ -165,7 +168,9 @@ class SlotRouting:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SoftRouting:
-    """How slots mix tokens and tokens mix slots; S = E * P slots, those of one expert in succession.
+    """How slots mix tokens and tokens mix slots.
+
+    There are S = E * P slots, those of one expert in succession.
 
     Attributes:
       logits_BLS: of tokens and slots, float32.
@@ -180,5 +185,6 @@ class SoftRouting:
 
 
 def no_expert(experts_TK: jax.Array, mask_T: jax.Array, num_choices: int) -> jax.Array:
-    """The experts, with the id that belongs to none where the token is masked."""
-    return jnp.where(mask_T[:, None], experts_TK, num_choices).astype(jnp.int32)
+    """Returns the experts, with the id that belongs to none where the token is masked."""
+    experts_TK = jnp.where(mask_T[:, None], experts_TK, num_choices)
+    return experts_TK.astype(jnp.int32)

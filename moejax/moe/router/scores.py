@@ -13,11 +13,14 @@ from moejax.config import MoeConfig
 from moejax.moe.router.routing import RouterInputs, Routing
 
 NO_WEIGHT = -1e30
-"""The logarithm of the weight where there is no expert: finite, so that a token without any gives no NaN."""
+"""The logarithm of the weight where there is no expert.
+
+It is finite, so that a token without any expert gives no NaN.
+"""
 
 
 def log_scores(logits_TE: Float[Array, "T E"], score: str) -> Float[Array, "T E"]:
-    """Logarithm of each expert's score.
+    """Returns the logarithm of each expert's score.
 
     Args:
       logits_TE: float32.
@@ -35,7 +38,9 @@ def log_scores(logits_TE: Float[Array, "T E"], score: str) -> Float[Array, "T E"
     if score == "sqrt_softplus":
         # log(softplus(l)) is l up to rounding below -20, where softplus itself soon underflows.
         clipped_TE = jnp.maximum(logits_TE, -20.0)
-        return 0.5 * jnp.where(logits_TE < -20.0, logits_TE, jnp.log(jax.nn.softplus(clipped_TE)))
+        is_low_TE = logits_TE < -20.0
+        log_softplus_TE = jnp.log(jax.nn.softplus(clipped_TE))
+        return 0.5 * jnp.where(is_low_TE, logits_TE, log_softplus_TE)
     if score == "uniform":
         return jnp.zeros_like(logits_TE)
     raise ValueError(
@@ -53,16 +58,18 @@ def log_weights(
 ) -> Float[Array, "T K"]:
     """Logarithms of the selected experts' scores; `NO_WEIGHT` where an id is E."""
     is_expert_TK = experts_TK < log_scores_TE.shape[-1]
-    taken_TK = jnp.take_along_axis(log_scores_TE, jnp.where(is_expert_TK, experts_TK, 0), axis=-1)
+    expert_TK = jnp.where(is_expert_TK, experts_TK, 0)
+    taken_TK = jnp.take_along_axis(log_scores_TE, expert_TK, axis=-1)
     return jnp.where(is_expert_TK, taken_TK, NO_WEIGHT)
 
 
 def combine_weights(
     log_scores_TE: Float[Array, "T E"], experts_TK: Int[Array, "T K"], config: MoeConfig
 ) -> Float[Array, "T K"]:
-    """Combine weights of the selected experts: their scores, normalised or not, times `route_scale`.
+    """Returns the combine weights of the selected experts.
 
-    The selection bias is not in them: it steers the choice only.
+    They are the scores, normalised or not, times `route_scale`. The selection bias is not in them:
+    it affects the choice only.
 
     Args:
       log_scores_TE: from `log_scores`.
@@ -75,7 +82,8 @@ def combine_weights(
         weights_TK = jax.nn.softmax(taken_TK, axis=-1)
     else:
         weights_TK = jnp.exp(taken_TK)
-    return jnp.where(experts_TK < log_scores_TE.shape[-1], weights_TK * config.route_scale, 0.0)
+    is_expert_TK = experts_TK < log_scores_TE.shape[-1]
+    return jnp.where(is_expert_TK, weights_TK * config.route_scale, 0.0)
 
 
 def spread_over_survivors(
@@ -83,10 +91,11 @@ def spread_over_survivors(
     log_weights_TK: Float[Array, "T K"],
     is_kept_TK: Bool[Array, "T K"],
 ) -> Float[Array, "T K"]:
-    """The weights of all choices of a token, shared among those that are kept as if only they had been chosen.
+    """Shares the weights of all choices of a token among those that are kept.
 
-    Their shares are the softmax of their logarithms: a quotient of weights would be 0/0 where the
-    kept ones underflow beside the others, and its gradient would overflow long before.
+    Their shares are as if only they had been chosen: the softmax of their logarithms. A quotient of
+    weights would be 0/0 where the kept ones underflow compared with the others, and its gradient
+    would overflow long before.
 
     Args:
       weights_TK: combine weights.
@@ -94,7 +103,8 @@ def spread_over_survivors(
       is_kept_TK: which are left; the weights of the others become 0.
     """
     total_T1 = weights_TK.sum(axis=1, keepdims=True)
-    shares_TK = jax.nn.softmax(jnp.where(is_kept_TK, log_weights_TK, NO_WEIGHT), axis=-1)
+    kept_log_weights_TK = jnp.where(is_kept_TK, log_weights_TK, NO_WEIGHT)
+    shares_TK = jax.nn.softmax(kept_log_weights_TK, axis=-1)
     return jnp.where(is_kept_TK, total_T1 * shares_TK, 0.0)
 
 
@@ -105,7 +115,7 @@ def routing_by_scores(
     experts_TK: Int[Array, "T K"],
     config: MoeConfig,
 ) -> Routing:
-    """The routing to selected experts whose weights and probabilities are the scores.
+    """Returns the routing to selected experts whose weights and probabilities are the scores.
 
     Args:
       inputs: for the raw logits.

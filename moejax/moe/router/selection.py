@@ -9,7 +9,10 @@ from moejax.config import MoeConfig
 from moejax.moe.router.routing import no_expert
 
 SAVED_NAMES = ("routing_experts", "routing_weights")
-"""Names under which selection and weights are saved by remat, so that a recomputation can never route differently."""
+"""Names under which remat saves selection and weights.
+
+So a recomputation can never route differently.
+"""
 
 
 def select(
@@ -18,26 +21,29 @@ def select(
     top_k: int,
     is_blocked_E: Bool[Array, "E"] | None = None,
 ) -> Int[Array, "T K"]:
-    """The K experts of highest value, the best first; ties go to the lowest index. E where the token is masked.
+    """Returns the K experts of highest value, the best first; E where the token is masked.
 
-    Where some are blocked, with values from `mask_blocked`, E also stands for choices for which too few
-    others are left.
+    Ties go to the lowest index. Where some experts are blocked, with values from `mask_blocked`, E
+    also stands for choices for which too few others are left.
     """
+    num_choices = values_TE.shape[-1]
     values_TK, experts_TK = jax.lax.top_k(jax.lax.stop_gradient(values_TE), top_k)
     if is_blocked_E is not None:
-        experts_TK = jnp.where(values_TK > -jnp.inf, experts_TK, values_TE.shape[-1])
-    return save_for_remat(no_expert(experts_TK, mask_T, values_TE.shape[-1]))
+        experts_TK = jnp.where(values_TK > -jnp.inf, experts_TK, num_choices)
+    return save_for_remat(no_expert(experts_TK, mask_T, num_choices))
 
 
 def mask_blocked(
     values_TE: Float[Array, "T E"], is_blocked_E: Bool[Array, "E"] | None
 ) -> Float[Array, "T E"]:
-    """The values that experts are ranked by, -inf for those that are blocked; None blocks none."""
-    return values_TE if is_blocked_E is None else jnp.where(is_blocked_E[None], -jnp.inf, values_TE)
+    """Sets the values that experts are ranked by to -inf for blocked ones; None blocks none."""
+    if is_blocked_E is None:
+        return values_TE
+    return jnp.where(is_blocked_E[None], -jnp.inf, values_TE)
 
 
 def save_for_remat(experts_TK: Int[Array, "T K"]) -> Int[Array, "T K"]:
-    """Under the name by which remat saves a selection."""
+    """Gives a selection the name by which remat saves it."""
     return checkpoint_name(experts_TK, "routing_experts")
 
 
@@ -48,9 +54,10 @@ def selection_values(
     config: MoeConfig,
     is_blocked_E: Bool[Array, "E"] | None = None,
 ) -> Float[Array, "T E"]:
-    """What experts are ranked by: scores or logits, plus the selection bias, -inf outside the best groups.
+    """Returns what experts are ranked by: scores or logits, plus the selection bias.
 
-    Without bias and groups, scores rank as logits do, and logits have no rounding ties.
+    It is -inf for blocked experts and outside the best groups. Without bias and groups, scores rank
+    as logits do, and logits have no rounding ties.
 
     Source: DeepSeek-V3 (DeepSeek-AI 2024), section 2.1.2: bias, groups by the sum of their two
     best; DeepSeek-V2, section 2.2.2: groups by their best.
@@ -62,16 +69,18 @@ def selection_values(
     if bias_E is not None:
         values_TE += bias_E[None]
     values_TE = mask_blocked(values_TE, is_blocked_E)
-    return mask_groups(values_TE, config, is_blocked_E) if config.num_groups > 1 else values_TE
+    if config.num_groups == 1:
+        return values_TE
+    return mask_groups(values_TE, config, is_blocked_E)
 
 
 def mask_groups(
     values_TE: Float[Array, "T E"], config: MoeConfig, is_blocked_E: Bool[Array, "E"] | None = None
 ) -> Float[Array, "T E"]:
-    """-inf outside the `top_k_groups` best of `num_groups` contiguous groups of experts.
+    """Sets values to -inf outside the `top_k_groups` best of `num_groups` groups of experts.
 
-    Where experts are blocked, groups are ranked by the others, and as many more groups are kept as
-    a token needs to find `top_k` experts.
+    Groups are contiguous. Where experts are blocked, groups are ranked by the others, and as many
+    more groups are kept as a token needs to find `top_k` experts.
 
     Args:
       values_TE: by which experts are ranked, -inf where they are blocked.
@@ -81,28 +90,34 @@ def mask_groups(
     groups = config.num_groups
     values_TGS = values_TE.reshape(-1, groups, values_TE.shape[-1] // groups)
     best = 2 if config.group_score == "top2_sum" else 1
-    best_TGX = jax.lax.top_k(values_TGS, best)[0]
+    best_TGX, _ = jax.lax.top_k(values_TGS, best)
     if is_blocked_E is None:
-        _, kept_TM = jax.lax.top_k(best_TGX.sum(axis=-1), config.top_k_groups)
-        is_kept_TG = (kept_TM[:, :, None] == jnp.arange(groups)[None, None]).any(axis=1)
+        group_values_TG = best_TGX.sum(axis=-1)
+        _, kept_TM = jax.lax.top_k(group_values_TG, config.top_k_groups)
+        is_group_TMG = kept_TM[:, :, None] == jnp.arange(groups)[None, None]
+        is_kept_TG = is_group_TMG.any(axis=1)
     else:
-        num_open_G = (~is_blocked_E).reshape(groups, -1).sum(axis=1)
-        open_TG = jnp.where(best_TGX > -jnp.inf, best_TGX, 0.0).sum(axis=-1)
-        is_kept_TG = _groups_with_enough(
-            jnp.where(num_open_G[None] > 0, open_TG, -jnp.inf), num_open_G, config
-        )
-    return jnp.where(is_kept_TG[:, :, None], values_TGS, -jnp.inf).reshape(values_TE.shape)
+        is_open_GS = (~is_blocked_E).reshape(groups, -1)
+        num_open_G = is_open_GS.sum(axis=1)
+        is_open_TGX = best_TGX > -jnp.inf
+        open_TG = jnp.where(is_open_TGX, best_TGX, 0.0).sum(axis=-1)
+        group_values_TG = jnp.where(num_open_G[None] > 0, open_TG, -jnp.inf)
+        is_kept_TG = _groups_with_enough(group_values_TG, num_open_G, config)
+    masked_TGS = jnp.where(is_kept_TG[:, :, None], values_TGS, -jnp.inf)
+    return masked_TGS.reshape(values_TE.shape)
 
 
 def _groups_with_enough(
     group_values_TG: Float[Array, "T G"], num_open_G: Int[Array, "G"], config: MoeConfig
 ) -> Bool[Array, "T G"]:
-    """The `top_k_groups` best groups, and the next best until they have `top_k` experts that are not blocked."""
+    """Whether each group is kept: the `top_k_groups` best, and more until there are enough experts.
+
+    Enough are `top_k` experts that are not blocked.
+    """
     group_values_TG, order_TG = jax.lax.top_k(group_values_TG, config.num_groups)
     num_open_TG = num_open_G[order_TG]
     before_TG = jnp.cumsum(num_open_TG, axis=1) - num_open_TG
-    is_kept_TG = (jnp.arange(config.num_groups)[None] < config.top_k_groups) | (
-        before_TG < config.top_k
-    )
+    is_among_best_1G = jnp.arange(config.num_groups)[None] < config.top_k_groups
+    is_kept_TG = is_among_best_1G | (before_TG < config.top_k)
     place_TG = jnp.argsort(order_TG, axis=1)
     return jnp.take_along_axis(is_kept_TG, place_TG, axis=1)

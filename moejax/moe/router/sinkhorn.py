@@ -13,12 +13,12 @@ NO_MASS = -1e30  # finite, so that a sequence of padding gives no NaN
 
 
 def route_sinkhorn(inputs: RouterInputs, config: MoeConfig) -> Routing:
-    """Selects the top K of a balanced plan in training, of the logits in evaluation; weights are scores of the logits.
+    """Selects the top K of a balanced plan in training, and of the logits in evaluation.
 
-    The plan balances the tokens of each sequence among themselves, so that it depends neither on
-    the mesh nor on accumulation nor on the other sequences; the published ones balance the tokens
-    of a device. It lets a token's routing depend on later ones, hence `moe.allow_noncausal`. No
-    gradient flows through it.
+    Weights are the scores of the logits. The plan balances the tokens of each sequence among
+    themselves, so that it depends neither on the mesh nor on accumulation nor on the other
+    sequences; the published ones balance the tokens of a device. It lets a token's routing depend
+    on later ones, hence `moe.allow_noncausal`. No gradient flows through it.
 
     Source: Clark et al. 2022 (S-BASE, section 3.1 and appendix B), after Lewis et al. 2021 (BASE).
     """
@@ -28,9 +28,11 @@ def route_sinkhorn(inputs: RouterInputs, config: MoeConfig) -> Routing:
         num_experts = ranking_TE.shape[-1]
         logits_BLE = ranking_TE.reshape(-1, inputs.length, num_experts)
         mask_BL = inputs.mask_T.reshape(-1, inputs.length)
-        plans_BLE = jax.vmap(
-            lambda logits_LE, mask_L: log_plan(logits_LE, mask_L, config.sinkhorn_iterations)
-        )(logits_BLE, mask_BL)
+
+        def plan_of_sequence(logits_LE, mask_L):
+            return log_plan(logits_LE, mask_L, config.sinkhorn_iterations)
+
+        plans_BLE = jax.vmap(plan_of_sequence)(logits_BLE, mask_BL)
         ranking_TE = plans_BLE.reshape(-1, num_experts)
     ranking_TE = mask_blocked(ranking_TE, inputs.is_blocked_E)
     experts_TK = select(ranking_TE, inputs.mask_T, config.top_k, inputs.is_blocked_E)
@@ -40,10 +42,10 @@ def route_sinkhorn(inputs: RouterInputs, config: MoeConfig) -> Routing:
 def log_plan(
     logits_LE: Float[Array, "L E"], mask_L: Bool[Array, "L"], iterations: int
 ) -> Float[Array, "L E"]:
-    """Logarithm of a plan whose rows sum to 1 and whose columns approach an equal share of the real tokens.
+    """Returns the logarithm of a balanced transport plan.
 
-    Each iteration scales columns, to 1 instead of their share since a common factor
-    cancels, then rows.
+    Its rows sum to 1, and its columns approach an equal share of the real tokens. Each iteration
+    scales columns, to 1 instead of their share since a common factor cancels, then rows.
     """
     is_token_L1 = mask_L[:, None]
 
@@ -52,4 +54,5 @@ def log_plan(
         log_LE = log_LE - jax.nn.logsumexp(log_LE, axis=1, keepdims=True)
         return jnp.where(is_token_L1, log_LE, NO_MASS)
 
-    return jax.lax.fori_loop(0, iterations, iterate, jnp.where(is_token_L1, logits_LE, NO_MASS))
+    start_LE = jnp.where(is_token_L1, logits_LE, NO_MASS)
+    return jax.lax.fori_loop(0, iterations, iterate, start_LE)

@@ -10,14 +10,15 @@ from moejax.moe.router.routing import SoftRouting
 
 @takes_numpy
 def route_soft(logits_BLS: Float[Array, "B L S"], mask_BL: Bool[Array, "B L"]) -> SoftRouting:
-    """Each slot is a mixture of all tokens of its sequence, each token's output a mixture of all slots.
+    """Mixes all tokens of a sequence in each slot, and all slots in each token's output.
 
     Source: Puigcerver et al. 2023 (Soft MoE), section 2.1.
     """
     is_token_BL1 = mask_BL[..., None]
-    masked_BLS = jnp.where(is_token_BL1, logits_BLS, -1e30)  # finite: a row of padding gives no NaN
-    return SoftRouting(
-        logits_BLS=logits_BLS,
-        dispatch_BLS=jnp.where(is_token_BL1, jax.nn.softmax(masked_BLS, axis=1), 0.0),
-        combine_BLS=jnp.where(is_token_BL1, jax.nn.softmax(logits_BLS, axis=2), 0.0),
-    )
+    # Finite, so that a row of padding gives no NaN.
+    masked_BLS = jnp.where(is_token_BL1, logits_BLS, -1e30)
+    over_tokens_BLS = jax.nn.softmax(masked_BLS, axis=1)
+    dispatch_BLS = jnp.where(is_token_BL1, over_tokens_BLS, 0.0)
+    over_slots_BLS = jax.nn.softmax(logits_BLS, axis=2)
+    combine_BLS = jnp.where(is_token_BL1, over_slots_BLS, 0.0)
+    return SoftRouting(logits_BLS, dispatch_BLS, combine_BLS)

@@ -10,7 +10,7 @@ from moejax.moe.router.selection import mask_blocked, save_for_remat
 
 
 def route_sparse_mixer(inputs: RouterInputs, config: MoeConfig) -> Routing:
-    """Chooses one expert after the other among those whose logits are relatively close to the best remaining one.
+    """Chooses one expert after the other among those whose logits are close to the best one left.
 
     For each choice: entries whose distance to the best, relative to the larger of their magnitude
     and the best, exceeds 2 `mixer_threshold` are out; the weight is the softmax over the rest at
@@ -30,29 +30,26 @@ def route_sparse_mixer(inputs: RouterInputs, config: MoeConfig) -> Routing:
     ranking_TE = mask_blocked(logits_TE, inputs.is_blocked_E)
     experts, log_weights, factors = [], [], []
     for k in range(config.top_k):
-        is_near_TE = _near_best(
-            jax.lax.stop_gradient(logits_TE), is_open_TE, config.mixer_threshold
-        )
+        constant_TE = jax.lax.stop_gradient(logits_TE)
+        is_near_TE = _near_best(constant_TE, is_open_TE, config.mixer_threshold)
         near_TE = jnp.where(is_near_TE, logits_TE, NO_WEIGHT)
         best_T1 = jnp.argmax(near_TE, axis=-1, keepdims=True)
         chosen_T1, factor_T1 = best_T1, jnp.ones(best_T1.shape)
         if inputs.is_training:
-            values_TE = near_TE + inputs.draw(
-                Stream.GUMBEL, jax.random.gumbel, num_experts, choice=k
-            )
+            gumbel_TE = inputs.draw(Stream.GUMBEL, jax.random.gumbel, num_experts, choice=k)
+            values_TE = near_TE + gumbel_TE
             chosen_T1 = jnp.argmax(values_TE, axis=-1, keepdims=True)
             taken_or_far_TE = jnp.where(is_open_TE, -jnp.inf, jnp.inf)
-            ranking_TE = mask_blocked(
-                jnp.where(is_near_TE, values_TE, taken_or_far_TE), inputs.is_blocked_E
-            )
+            ranking_TE = jnp.where(is_near_TE, values_TE, taken_or_far_TE)
+            ranking_TE = mask_blocked(ranking_TE, inputs.is_blocked_E)
         chosen_T1 = save_for_remat(chosen_T1.astype(jnp.int32))
         if inputs.is_training:
-            is_whole_T1 = inputs.draw(Stream.KEEP, jax.random.uniform, 1, choice=k) > 0.75
-            factor_T1 = jnp.where((chosen_T1 == best_T1) | is_whole_T1, 1.0, 1 / 3)
-        log_weight_T1 = jnp.take_along_axis(
-            jax.nn.log_softmax(near_TE, axis=-1), chosen_T1, axis=-1
-        )
-        if inputs.is_blocked_E is not None:  # perhaps no expert is left
+            keeps_weight_T1 = inputs.draw(Stream.KEEP, jax.random.uniform, 1, choice=k) > 0.75
+            factor_T1 = jnp.where((chosen_T1 == best_T1) | keeps_weight_T1, 1.0, 1 / 3)
+        log_weights_TE = jax.nn.log_softmax(near_TE, axis=-1)
+        log_weight_T1 = jnp.take_along_axis(log_weights_TE, chosen_T1, axis=-1)
+        if inputs.is_blocked_E is not None:
+            # Perhaps no expert is left.
             has_open_T1 = is_open_TE.any(axis=-1, keepdims=True)
             chosen_T1 = jnp.where(has_open_T1, chosen_T1, num_experts)
         experts.append(chosen_T1)
@@ -77,18 +74,24 @@ def route_sparse_mixer(inputs: RouterInputs, config: MoeConfig) -> Routing:
 
 
 def _scaled(log_weights_TK, factors_TK):
-    """Weights times factors, whose gradients are those of the weights themselves, and their logarithms."""
+    """Returns weights times factors, and their logarithms.
+
+    The gradients are those of the weights themselves.
+    """
     weights_TK = jnp.exp(log_weights_TK)
     weights_TK -= jax.lax.stop_gradient((1 - factors_TK) * weights_TK)
-    raised_TK = (
-        log_weights_TK / factors_TK
-    )  # the gradient of the logarithm is over the scaled weight
+    # The gradient of the logarithm is over the scaled weight.
+    raised_TK = log_weights_TK / factors_TK
     values_TK = log_weights_TK + jnp.log(factors_TK)
     return weights_TK, raised_TK + jax.lax.stop_gradient(values_TK - raised_TK)
 
 
 def _near_best(logits_TE, is_open_TE, threshold):
-    best_T1 = jnp.where(is_open_TE, logits_TE, -jnp.inf).max(axis=-1, keepdims=True)
+    """Whether each expert is open and its logit relatively close to the best open one."""
+    open_TE = jnp.where(is_open_TE, logits_TE, -jnp.inf)
+    best_T1 = open_TE.max(axis=-1, keepdims=True)
     magnitude_TE = jnp.maximum(jnp.abs(logits_TE), best_T1)
+    distance_TE = (best_T1 - logits_TE) / magnitude_TE
     # Written so that the best itself stays where everything is 0 and the quotient is not a number.
-    return is_open_TE & ~((best_T1 - logits_TE) / magnitude_TE > 2 * threshold)
+    is_far_TE = distance_TE > 2 * threshold
+    return is_open_TE & ~is_far_TE

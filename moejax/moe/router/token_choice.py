@@ -1,8 +1,8 @@
-"""Token choice by score: softmax, sigmoid or sqrt-softplus of the logits, bias and groups, then the top K.
+"""Token choice by score: a score of the logits, bias and groups, then the top K.
 
-One function for most published routers; they differ in the legal settings (`config.ROUTER_RULES`),
-in what makes the logits (`moe/router/modules.py`) and in what updates the bias
-(`moe/balancing/losses.py`).
+Scores are softmax, sigmoid and sqrt-softplus. One function for most published routers; they differ
+in the legal settings (`config.ROUTER_RULES`), in what makes the logits (`moe/router/modules.py`)
+and in what updates the bias (`moe/balancing/state.py`).
 """
 
 import dataclasses
@@ -57,10 +57,10 @@ def route_noisy(inputs: RouterInputs, config: MoeConfig) -> Routing:
 
 
 def route_quantile(inputs: RouterInputs, config: MoeConfig) -> Routing:
-    """Selects by logit minus beta, where beta_e is the logit that expert e asks for; the bias is minus beta.
+    """Selects by logit minus beta, where beta_e is the logit that expert e asks for.
 
-    Beta is state, computed once per step from the whole global batch (`balance.update_quantiles`),
-    so that no token's routing depends on a later token.
+    The bias is minus beta. It is state, computed once per step from the global batch
+    (`state.update_quantiles`), so that no token's routing depends on a later token.
 
     Source: quantile balancing, 2026.
     """

@@ -32,7 +32,10 @@ class KVCache:
 
 
 class Attention(nnx.Module):
-    """Causal attention with H query heads that share G key and value heads. Ainslie et al. 2023."""
+    """Causal attention with H query heads that share G key and value heads.
+
+    Source: Ainslie et al. 2023.
+    """
 
     def __init__(self, config: ModelConfig, dtype: jnp.dtype, *, rngs: nnx.Rngs):
         width, heads, kv_heads = config.d_model, config.num_heads, config.num_kv_heads
@@ -77,7 +80,8 @@ class Attention(nnx.Module):
         k_BLGA = dense(x_BLD, gather_fsdp(self.key, self.dtype))
         v_BLGA = dense(x_BLD, gather_fsdp(self.value, self.dtype))
         if self.config.qk_norm:
-            q_BLHA, k_BLGA = self.query_norm(q_BLHA), self.key_norm(k_BLGA)
+            q_BLHA = self.query_norm(q_BLHA)
+            k_BLGA = self.key_norm(k_BLGA)
         q_BLHA = rotate(q_BLHA, positions_BL, self.config.rope_theta)
         k_BLGA = rotate(k_BLGA, positions_BL, self.config.rope_theta)
         if cache is not None:
@@ -139,7 +143,8 @@ def attend(
         return jax.nn.dot_product_attention(q_BlHA, k_BSGA, v_BSGA, mask=mask_BlS[:, None])
 
     def split(a_BLX):
-        return a_BLX.reshape(a_BLX.shape[0], -1, BLOCK, *a_BLX.shape[2:]).swapaxes(0, 1)
+        a_BNlX = a_BLX.reshape(a_BLX.shape[0], -1, BLOCK, *a_BLX.shape[2:])
+        return a_BNlX.swapaxes(0, 1)
 
     # Queries that fill up the last block see every key, so that their softmax is not empty; their
     # outputs are cut off.
@@ -148,22 +153,26 @@ def attend(
     q_BMHA = jnp.pad(q_BLHA, (no_padding, padding, no_padding, no_padding))
     mask_BMS = jnp.pad(mask_BLS, (no_padding, padding, no_padding), constant_values=True)
     y_NBlHA = jax.lax.map(one_block, (split(q_BMHA), split(mask_BMS)))
-    return y_NBlHA.swapaxes(0, 1).reshape(q_BMHA.shape)[:, :length]
+    y_BMHA = y_NBlHA.swapaxes(0, 1).reshape(q_BMHA.shape)
+    return y_BMHA[:, :length]
 
 
 def row_mask(segments_BL: Int[Array, "B L"]) -> Bool[Array, "B L L"]:
     """Returns which keys a query of a packed row may see: those of its segment that are not later.
 
-    Segment 0 is padding.
-
-    A padded query sees its own position, so that no softmax is empty; its output is not used.
+    Segment 0 is padding. A padded query sees its own position, so that no softmax is empty; its
+    output is not used.
     """
     length = segments_BL.shape[1]
     is_causal_LL = jnp.tril(jnp.ones((length, length), bool))
-    is_same_BLL = segments_BL[:, :, None] == segments_BL[:, None, :]
+    query_segments_BL1 = segments_BL[:, :, None]
+    key_segments_B1L = segments_BL[:, None, :]
+    is_same_BLL = query_segments_BL1 == key_segments_B1L
     return is_same_BLL & is_causal_LL[None]
 
 
 def cache_mask(positions_BL: Int[Array, "B L"], slots: int) -> Bool[Array, "B L S"]:
     """Returns which slots of a cache a query may see: those up to its own position."""
-    return jnp.arange(slots)[None, None, :] <= positions_BL[:, :, None]
+    slot_11S = jnp.arange(slots)[None, None, :]
+    position_BL1 = positions_BL[:, :, None]
+    return slot_11S <= position_BL1
