@@ -1,4 +1,7 @@
-"""Packaging: what moejax needs, as ranges. `constraints*.txt` name the exact versions that were tested together."""
+"""Packaging: what moejax needs, as ranges.
+
+`constraints*.txt` name the exact versions that were tested together.
+"""
 
 import re
 from pathlib import Path
@@ -44,7 +47,8 @@ PANEL = "panel>=1.9.4,<2"  # moejax view
 
 NOTEBOOKS = ["ipykernel>=7.4,<8", "nbclient>=0.11,<0.12", "nbformat>=5.11,<6"]
 
-TOKAMAX = 'tokamax>=0.0.12,<0.0.13; python_version < "3.12"'  # fails with jax 0.12, and 3.11 is the last without
+# Fails with jax 0.12, and Python 3.11 is the last for which there is an older one.
+TOKAMAX = 'tokamax>=0.0.12,<0.0.13; python_version < "3.12"'
 
 EXTRAS = {
     "tpu": ["jax[tpu]"],

@@ -14,5 +14,5 @@ _check = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int is a float,
 
 
 def check(function: Callable) -> Callable:
-    """Checks calls, but not construction: jax rebuilds pytree dataclasses with placeholders in place of arrays."""
+    """Checks calls, but not construction: jax rebuilds pytrees with placeholders of arrays."""
     return function if function.__name__ == "__init__" else _check(function)

@@ -46,7 +46,7 @@ from moejax.moe.router import (
     route_expert_choice,
     route_soft,
 )
-from moejax.moe.router.modules import Logits, make_router
+from moejax.moe.router.modules import Logits, RouterState, make_router
 from moejax.moe.router.routing import SlotRouting, SoftRouting, Stream, draw
 from moejax.moe.token_info import TokenInfo
 from moejax.sharding import batch_devices, gather_fsdp
@@ -56,13 +56,6 @@ AnyRouting = Routing | SlotRouting | SoftRouting
 
 class BlockError(ValueError):
     """Experts that cannot be blocked."""
-
-
-class RouterState(nnx.Variable):
-    """What a router carries besides parameters.
-
-    It has no gradient and no optimizer; it is saved, restored, and updated once per step.
-    """
 
 
 class MoE(nnx.Module):

@@ -103,7 +103,7 @@ def state_metrics(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
 
 
 def _by_group(state: nnx.State):
-    """Returns `(place, {name: (path, variable)})` of each group of MoE layers, in the model's order."""
+    """Returns `(place, {name: (path, variable)})` of each group of MoE layers, in order."""
     groups: dict[tuple, dict] = {}
     for path, variable in nnx.to_flat_state(state):
         groups.setdefault(path[:-1], {})[path[-1]] = (path, variable)

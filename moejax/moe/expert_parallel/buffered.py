@@ -83,7 +83,8 @@ def run_dedup(
 ) -> tuple[jax.Array, jax.Array]:
     """Sends a token once to each device that has any of its experts.
 
-    One row comes back from each, the weighted sum of its experts' outputs. A strategy, see `exchange.STRATEGIES`.
+    One row comes back from each, the weighted sum of its experts' outputs. A strategy, see
+    `exchange.STRATEGIES`.
     """
     factor = strategy.buffer_factor
     num_devices = jax.lax.axis_size(EXPERT_AXES)

@@ -75,8 +75,8 @@ def room_for(mean: float, factor: float, most: int) -> int:
 def mean_receivers(num_experts: int, top_k: int, num_receivers: int) -> float:
     """Returns how many receivers a token's K different experts have on average.
 
-    All experts are taken to be equally likely. A receiver has E / n of the experts: none of K is among them with probability
-    C(E - E/n, K) / C(E, K).
+    All experts are taken to be equally likely. A receiver has E / n of the experts: none of K is
+    among them with probability C(E - E/n, K) / C(E, K).
     """
     # Choices of experts without weights, which need no receiver, are in addition to the E experts.
     top_k = min(top_k, num_experts)

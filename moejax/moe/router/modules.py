@@ -19,6 +19,13 @@ Source: Shazeer et al. 2017, equation 4 with the constant of their code.
 """
 
 
+class RouterState(nnx.Variable):
+    """What a router carries besides parameters.
+
+    It has no gradient and no optimizer; it is saved, restored, and updated once per step.
+    """
+
+
 @dataclasses.dataclass(frozen=True)
 class Logits:
     """What the experts' scores are made of; see `RouterInputs`."""

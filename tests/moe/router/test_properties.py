@@ -18,7 +18,8 @@ from cases.training import ROUTER_CASES
 from moejax.config import ROUTER_RULES, ConfigError, MoeConfig, resolve
 from moejax.config.sections.moe import derive_moe
 from moejax.moe.balancing.losses import LOSSES, auxiliary_losses
-from moejax.moe.layer import MoE, RouterState
+from moejax.moe.layer import MoE
+from moejax.moe.router.modules import RouterState
 from moejax.moe.router.routing import Routing
 from moejax.sharding import MESH_AXES
 
