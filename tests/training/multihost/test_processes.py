@@ -260,13 +260,27 @@ def test_only_process_0_logs_what_is_the_same_in_all_processes(stopped):
     assert "compiled the train step" not in errors[1] and "rows" not in errors[1]
 
 
+def was_aborted_at_once(codes, errors, index):
+    """Whether a process was aborted before it could report that another one has ended.
+
+    Gloo does so if a process dies within a collective and the next one begins elsewhere: "received
+    data size doesn't match".
+    """
+    return codes[index] == -signal.SIGABRT and "moejax: process" not in errors[index]
+
+
 def test_when_a_process_is_killed_the_others_fail_within_a_minute(killed):
     _, codes, errors, seconds = killed
     assert codes[3] == -signal.SIGKILL
     assert all(code != 0 for code in codes), errors
-    for index in (0, 1, 2):
+    named = r"3 on \S+"
+    witnesses = {index for index in (0, 1, 2) if not was_aborted_at_once(codes, errors, index)}
+    if 0 not in witnesses:
+        named = r"(?:0|3 on \S+)"  # process 0, which tells the others, could not tell them
+    assert witnesses, errors
+    for index in witnesses:
         # Not always a line of its own: what ends the process may write at the same time.
-        pattern = r"moejax: process 3 on \S+ has ended or .* from the newest checkpoint"
+        pattern = rf"moejax: process {named} has ended or .* from the newest checkpoint"
         reports = re.findall(pattern, errors[index])
         assert len(reports) == 1, errors[index]
         assert "Traceback" not in errors[index][: errors[index].index(reports[0])], errors[index]
