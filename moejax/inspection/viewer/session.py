@@ -228,8 +228,9 @@ WIDE: dict[str, Any] = {"sizing_mode": "stretch_width", "margin": 0}
 
 
 def _text(content: str = "") -> pn.pane.HTML:
+    # Plain text, which Panel escapes for the transport: `Markup` would escape that again.
     return pn.pane.HTML(
-        content, stylesheets=[styles.TEXT_STYLE], sizing_mode="stretch_width", margin=(4, 0)
+        str(content), stylesheets=[styles.TEXT_STYLE], sizing_mode="stretch_width", margin=(4, 0)
     )
 
 
@@ -246,7 +247,7 @@ def _choice(title: str) -> dict[str, Any]:
 def _set(pane: pn.pane.HTML, content: str) -> None:
     """Sends a pane's content to the browser if it differs from what was sent."""
     if pane.object != content:
-        pane.object = content
+        pane.object = str(content)
 
 
 def _cell(text: str, plot: Any, style: str) -> pn.Column:

@@ -291,6 +291,19 @@ def test_the_newest_of_many_runs_are_listed_and_a_part_of_a_name_finds_others(tm
     assert "run 00" in shown.chosen
 
 
+def test_panes_hold_plain_text_which_panel_escapes_once(tmp_path):
+    import panel as pn
+
+    from moejax.inspection.viewer.session import Session
+
+    write_run(tmp_path / "<b>", {"step": 1, "loss/lm": 2.0}, {"step": 2, "loss/lm": 1.0})
+    panes = Session(RunFolder(tmp_path)).page.select(pn.pane.HTML)
+    assert len(panes) >= 5
+    # `Markup.replace` escapes its arguments, so that escaping it as Panel does escapes twice.
+    assert {type(pane.object) for pane in panes} == {str}
+    assert any("&lt;b&gt;" in pane.object for pane in panes)
+
+
 def test_what_never_changes_is_said_in_a_sentence(tmp_path):
     for name, last in (("a", 0), ("b", 1)):
         write_run(
