@@ -129,7 +129,7 @@ def _label_values(axes: Axes, curves: Sequence[Curve]) -> None:
         axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: short_number(y)))
 
 
-def only_value(values: Iterable[Float[np.ndarray, "S"]]) -> float | None:
+def only_value(values: Iterable[np.ndarray]) -> float | None:
     """Returns the value that all curves have throughout; None if they have several, or none.
 
     A sentence says it better than a chart.
