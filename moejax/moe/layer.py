@@ -395,5 +395,6 @@ class MoE(nnx.Module):
         is_expert_BLK = experts_BLK < self.config.num_experts
         expert_BLK = jnp.minimum(experts_BLK, self.config.num_experts - 1)
         turn_BL1 = jnp.indices(experts_BLK.shape[:2]).sum(axis=0)[:, :, None]
-        slot_BLK = self.slots[...][expert_BLK, turn_BL1 % self.num_copies[...][expert_BLK]]
+        replica_BLK = turn_BL1 % self.num_copies[...][expert_BLK]
+        slot_BLK = self.slots[...][expert_BLK, replica_BLK]
         return jnp.where(is_expert_BLK, slot_BLK, self.experts.down.shape[0])

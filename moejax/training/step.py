@@ -62,8 +62,10 @@ def row_keys(config: Config, knobs: Knobs, step: jax.Array, batch_size: int) -> 
     """
     if not any(moe.draws for moe in config.moe_groups):
         return None
-    key = jax.random.fold_in(jax.random.key(knobs.seed), step)
-    return jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(batch_size))
+    run_key = jax.random.key(knobs.seed)
+    step_key = jax.random.fold_in(run_key, step)
+    rows_B = jnp.arange(batch_size)
+    return jax.vmap(lambda row: jax.random.fold_in(step_key, row))(rows_B)
 
 
 def make_train_step(setup: TrainSetup) -> jax.stages.Wrapped:

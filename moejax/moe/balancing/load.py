@@ -30,9 +30,12 @@ def cv_squared(values_NE: Float[Array, "N E"]) -> Float[Array, "N"]:
     # In units of the largest, where nothing underflows: a small constant in the denominator would
     # let a router lower its loss by lowering all its weights.
     largest_N1 = jax.lax.stop_gradient(values_NE.max(axis=-1, keepdims=True))
-    values_NE /= jnp.where(largest_N1 > 0, largest_N1, 1.0)
+    unit_N1 = jnp.where(largest_N1 > 0, largest_N1, 1.0)
+    values_NE /= unit_N1
     mean_N = values_NE.mean(axis=-1)
-    return values_NE.var(axis=-1) / jnp.where(mean_N > 0, mean_N, 1.0) ** 2
+    variance_N = values_NE.var(axis=-1)
+    safe_mean_N = jnp.where(mean_N > 0, mean_N, 1.0)
+    return variance_N / safe_mean_N**2
 
 
 def token_counts(stats: RoutingStats) -> Float[Array, "N"]:

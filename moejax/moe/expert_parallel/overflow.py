@@ -56,7 +56,8 @@ class ExpertScope(NamedTuple):
 
 def expert_scope(axes: tuple[str, ...], weights: ExpertWeights) -> ExpertScope:
     """Returns which experts the devices along `axes` have, or lead to through inner axes."""
-    inner_axes = EXPERT_AXES[EXPERT_AXES.index(axes[-1]) + 1 :]
+    innermost = EXPERT_AXES.index(axes[-1])
+    inner_axes = EXPERT_AXES[innermost + 1 :]
     num_inner = math.prod(jax.lax.axis_size(axis) for axis in inner_axes)
     num_experts = num_inner * weights.down_EFD.shape[0]
     return ExpertScope(jax.lax.axis_size(axes), num_experts, jax.lax.axis_index(axes) * num_experts)
