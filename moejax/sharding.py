@@ -336,3 +336,12 @@ def batch_devices() -> int:
     if mesh.empty:
         return 1
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def parts_of_logits() -> tuple[int, int]:
+    """Returns into how many parts the mesh in context splits a sequence, and logits `[B, L, V]`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return 1, 1
+    length_parts = mesh.shape["context"]
+    return length_parts, batch_devices() * length_parts * mesh.shape["tensor"]

@@ -232,7 +232,7 @@ def test_collectives_are_in_expert_parallel_alone():
     # Attention on parts of a sequence says which arrays it needs whole, and XLA moves them; nothing
     # moves between arms.
     others = {
-        ("nn/attention/grouped_query.py", "shard_map"),
+        ("nn/attention/attend.py", "shard_map"),
         ("training/packed/arms.py", "shard_map"),
     }
     assert others < users

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from moejax.benchmarks.step import Step
 from moejax.benchmarks.timing import interleave
 from moejax.config import Config, ConfigError
-from moejax.nn.attention.grouped_query import attend, attend_in_rows, row_mask
+from moejax.nn.attention.attend import attend, attend_plainly
+from moejax.nn.mask import AttentionMask
 
 LONGER = 4
 """How many times as long the longer rows are."""
@@ -41,8 +42,8 @@ def bench_attention(config: Config, repetitions: int) -> dict[str, Any]:
     )
     layers: dict[str, Callable[[], Any]] = {}
     for name, one in (("short", config), ("long", longer)):
-        layers[f"{name} rows"] = _layer(one, attend_in_rows)
-        layers[f"{name} scores"] = _layer(one, _attend_over_all_scores)
+        layers[f"{name} rows"] = _layer(one, attend)
+        layers[f"{name} scores"] = _layer(one, attend_plainly)
     # Layers and steps apart: steps take much memory, and layers would wait for theirs.
     times = interleave(layers, repetitions)
     times |= interleave({"short step": Step(config), "long step": Step(longer)}, repetitions)
@@ -79,13 +80,10 @@ def _layer(config: Config, attention: Callable[..., jax.Array]) -> Callable[[], 
     @jax.jit
     def gradients(arrays, output_gradient, segments_BL):
         def weighted_sum(arrays):
-            weighted = attention(*arrays, segments_BL) * output_gradient
+            mask = AttentionMask.within_rows(segments_BL)
+            weighted = attention(*arrays, mask) * output_gradient
             return weighted.astype(jnp.float32).sum()
 
         return jax.grad(weighted_sum)(arrays)
 
     return lambda: gradients(arrays, output_gradient, segments_BL)
-
-
-def _attend_over_all_scores(query, key, value, segments_BL) -> jax.Array:
-    return attend(query, key, value, row_mask(segments_BL))

@@ -1,3 +1,3 @@
-"""Complete models; each returns logits and `RoutingStats` stacked by MoE layer."""
+"""Complete models; each returns hidden states and `RoutingStats` stacked by MoE layer."""
 
 from moejax.models.decoder import Decoder as Decoder

@@ -4,29 +4,22 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from moejax.config import Config, Knobs, LayerGroup
-from moejax.kernels.matmul import dense
+from moejax.kernels.cross_entropy import Head, cross_entropy
 from moejax.models.blocks import Block, Context, InterleavedBlock, Stack
 from moejax.moe.balancing.stats import RoutingStats
 from moejax.moe.expert_parallel.placement import PlacementError
 from moejax.moe.token_info import TokenInfo
 from moejax.nn.norm import RMSNorm
-from moejax.sharding import constrain_tokens, gather_fsdp
-
-NO_TOKEN = -1e30
-"""The logit of an id that is no token.
-
-It is finite, and its probability is 0 at any temperature that `generate` takes.
-"""
+from moejax.sharding import constrain_tokens, gather_fsdp, parts_of_logits
 
 
 class Decoder(nnx.Module):
-    """Embedding, stacks of blocks, norm, logits.
+    """Embedding, stacks of blocks, norm, and a head that makes logits.
 
     The layers follow `moe.first_dense` and `moe.every`: first the dense ones, then interleaved
     blocks of `every - 1` dense layers and a MoE layer, then the layers of an incomplete block,
@@ -58,8 +51,11 @@ class Decoder(nnx.Module):
         knobs: Knobs | None = None,
         keys_B: jax.Array | None = None,
         trace: bool = False,
-    ) -> tuple[Float[Array, "B L V"], tuple[RoutingStats, ...]]:
-        """Computes logits of the next token at every position of packed rows.
+    ) -> tuple[Float[Array, "B L D"], tuple[RoutingStats, ...]]:
+        """Computes hidden states of packed rows, of which `head` makes logits of the next token.
+
+        Logits of all positions at once take more memory than anything else; a loss needs none of
+        them (`cross_entropy`).
 
         Args:
           tokens_BL: token ids.
@@ -71,7 +67,7 @@ class Decoder(nnx.Module):
           trace: keep token-level routing in the statistics.
 
         Returns:
-          Logits, float32, and the `RoutingStats` of each group of equal MoE layers
+          Normalised hidden states, and the `RoutingStats` of each group of equal MoE layers
           (`Config.moe_groups`), with a leading axis of its layers; `stats.join` joins them all.
           Empty for a dense model.
         """
@@ -86,7 +82,7 @@ class Decoder(nnx.Module):
             x_BLD, stack_stats = stack(x_BLD, context.of_layer(index))
             if stack_stats is not None:
                 stats.append(stack_stats)
-        return self.unembed(x_BLD), tuple(stats)
+        return self.final_norm(x_BLD), tuple(stats)
 
     def place_experts(self, experts_NP: Int[np.ndarray, "N P"]) -> None:
         """Gives experts other places, and some of them replicas, in this model; not for training.
@@ -129,20 +125,33 @@ class Decoder(nnx.Module):
         x_BLD = constrain_tokens(embedding_VD[tokens_BL])
         return x_BLD * self.config.model.d_model**0.5
 
-    def unembed(self, x_BLD: Float[Array, "B L D"]) -> Float[Array, "B L V"]:
-        """Returns logits from the residual stream after the last layer.
-
-        Those of ids that are no token are `NO_TOKEN`.
-        """
+    def head(self) -> Head:
+        """Returns the map from normalised hidden states to logits."""
         config = self.config
         weight = self.embedding if config.model.tied_embeddings else self.unembedding
         weight_VD = gather_fsdp(weight, config.model.compute_dtype)
-        normed_BLD = self.final_norm(x_BLD)
-        logits_BLV = dense(normed_BLD, weight_VD.T, out_dtype=jnp.float32)
-        if config.num_token_ids == config.vocab_size:
-            return logits_BLV
-        is_token_V = jnp.arange(config.vocab_size) < config.num_token_ids
-        return jnp.where(is_token_V[None, None], logits_BLV, NO_TOKEN)
+        return Head(weight_VD, config.num_token_ids)
+
+    def logits(self, hidden_BLD: Float[Array, "B L D"]) -> Float[Array, "B L V"]:
+        """Returns logits, float32, from normalised hidden states."""
+        return self.head().logits(hidden_BLD)
+
+    def unembed(self, x_BLD: Float[Array, "B L D"]) -> Float[Array, "B L V"]:
+        """Returns logits, float32, from the residual stream after the last layer."""
+        return self.logits(self.final_norm(x_BLD))
+
+    def cross_entropy(
+        self, hidden_BLD: Float[Array, "B L D"], targets_BL: Int[Array, "B L"]
+    ) -> Float[Array, "B L"]:
+        """Returns the cross-entropy of targets in nats, float32, from normalised hidden states."""
+        length_parts, logits_parts = parts_of_logits()
+        return cross_entropy(
+            hidden_BLD,
+            self.head(),
+            targets_BL,
+            num_parts=logits_parts,
+            length_parts=length_parts,
+        )
 
 
 def make_stacks(config: Config, rngs: nnx.Rngs) -> list[Stack]:

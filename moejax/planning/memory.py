@@ -15,6 +15,7 @@ from typing import Any
 import jax
 
 from moejax.config import Config, ConfigError
+from moejax.kernels.cross_entropy import LARGEST_CHUNK
 from moejax.planning.count import count
 from moejax.sharding import parts, resolve_mesh
 
@@ -38,7 +39,7 @@ class Memory:
       gradients: of all parameters at once, for their norm.
       batch: of tokens.
       activations: the residual stream at each layer, kept for the backward pass of a microbatch.
-      logits: of a microbatch, float32.
+      logits: of as many tokens of a microbatch as are computed at once, float32.
     """
 
     parameters: int
@@ -80,13 +81,14 @@ def estimate_memory(config: Config, num_devices: int) -> Memory:
     microbatch_tokens = tokens // train.accumulation
     residual_width = model.d_model * model.num_layers
     activation_bytes = FLOAT32_BYTES if model.compute_dtype == "float32" else FLOAT32_BYTES // 2
+    num_logits = microbatch_tokens * config.vocab_size // sizes["tensor"]
     return Memory(
         parameters=parameters,
         moments=2 * parameters,
         gradients=parameters,
         batch=BATCH_BYTES * tokens,
         activations=activation_bytes * microbatch_tokens * residual_width,
-        logits=FLOAT32_BYTES * microbatch_tokens * config.vocab_size // sizes["tensor"],
+        logits=FLOAT32_BYTES * min(num_logits, LARGEST_CHUNK),
     )
 
 

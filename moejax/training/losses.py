@@ -8,7 +8,6 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from moejax.config import Config, Knobs
 from moejax.data.batches import Batch
@@ -62,7 +61,7 @@ def forward(
 
     See `forward_sums` for the arguments.
     """
-    logits_BLV, routing = model(
+    hidden_BLD, routing = model(
         batch.tokens_BL,
         batch.segments_BL,
         batch.positions_BL,
@@ -70,7 +69,7 @@ def forward(
         keys_B=keys_B,
         trace=trace,
     )
-    nats_BL = optax.softmax_cross_entropy_with_integer_labels(logits_BLV, batch.targets_BL)
+    nats_BL = model.cross_entropy(hidden_BLD, batch.targets_BL)
     return jnp.where(batch.loss_mask_BL, nats_BL, 0.0), routing
 
 

@@ -85,8 +85,8 @@ def test_a_writer_of_the_benchmark_writes_what_the_model_does_and_again(monkeypa
 
     @jax.jit
     def forward(tokens_BL):
-        logits_BLV, _ = model(tokens_BL, jnp.ones_like(tokens_BL), positions_BL)
-        return logits_BLV
+        hidden_BLD, _ = model(tokens_BL, jnp.ones_like(tokens_BL), positions_BL)
+        return model.logits(hidden_BLD)
 
     rows_BL = np.zeros((16, 25), np.int32)
     rows_BL[:, :16] = prompts_BL

@@ -36,8 +36,8 @@ def test_greedy_generation_equals_repeated_full_forward_passes(model):
     @jax.jit
     def forward(tokens_BL):
         positions_BL = jnp.arange(tokens_BL.shape[1])[None]
-        logits_BLV, _ = model(tokens_BL, jnp.ones_like(tokens_BL), positions_BL)
-        return logits_BLV
+        hidden_BLD, _ = model(tokens_BL, jnp.ones_like(tokens_BL), positions_BL)
+        return model.logits(hidden_BLD)
 
     for _ in range(9):
         padded_BL = np.zeros((1, 16), np.int32)
@@ -73,8 +73,9 @@ def test_routers_route_alike_token_by_token_and_all_at_once(router):
 
     @jax.jit
     def forward(state):
-        logits_BLV, _ = nnx.merge(graphdef, state)(tokens_BL, segments_BL, positions_BL)
-        return logits_BLV
+        model = nnx.merge(graphdef, state)
+        hidden_BLD, _ = model(tokens_BL, segments_BL, positions_BL)
+        return model.logits(hidden_BLD)
 
     oracle.assert_close(token_by_token(model, tokens_BL, positions_BL), forward(state))
 
@@ -106,7 +107,8 @@ def test_a_token_alone_in_its_step_is_never_dropped_and_the_log_says_so(caplog):
     positions_BL = jnp.broadcast_to(jnp.arange(8, dtype=jnp.int32), (2, 8))
 
     def at_once(model):
-        return model(tokens_BL, jnp.ones_like(tokens_BL), positions_BL)[0]
+        hidden_BLD, _ = model(tokens_BL, jnp.ones_like(tokens_BL), positions_BL)
+        return model.logits(hidden_BLD)
 
     oracle.assert_close(token_by_token(limited, tokens_BL, positions_BL), at_once(dropless))
     assert np.abs(at_once(limited) - at_once(dropless)).max() > 0.01
@@ -268,7 +270,8 @@ def test_temperatures_and_masses_share_the_programs_of_their_method():
 
 def test_ids_that_are_no_token_are_never_drawn(model):
     tokens_BL = jnp.asarray(np.random.default_rng(0).integers(3, 250, (2, 8)), jnp.int32)
-    logits_BLV, _ = model(tokens_BL, jnp.ones_like(tokens_BL), jnp.zeros_like(tokens_BL))
+    hidden_BLD, _ = model(tokens_BL, jnp.ones_like(tokens_BL), jnp.zeros_like(tokens_BL))
+    logits_BLV = model.logits(hidden_BLD)
     assert logits_BLV.shape[-1] == 320
     keys_B = jax.random.split(jax.random.key(0), 500)
     # The highest temperature makes all tokens equally probable.

@@ -82,8 +82,9 @@ def apply(config, state, tokens_BL, segments_BL, positions_BL, factor=None):
         if factor is None
         else dataclasses.replace(Knobs.from_config(config), capacity_factor=factor)
     )
-    logits_BLV, runs = merge(config, state)(tokens_BL, segments_BL, positions_BL, knobs=knobs)
-    return logits_BLV, join(runs)
+    model = merge(config, state)
+    hidden_BLD, runs = model(tokens_BL, segments_BL, positions_BL, knobs=knobs)
+    return model.logits(hidden_BLD), join(runs)
 
 
 @functools.cache
@@ -493,8 +494,8 @@ def test_walking_through_the_layers_draws_what_the_scan_draws():
     for block, own in model.walk(Context(positions_BL, ones_BL, info)):
         x_BLD, stats, _ = block(x_BLD, own)
         dropped += [float(stats.dropped_out)] if block.is_moe else []
-    logits, found = model(tokens_BL, ones_BL, positions_BL, knobs=knobs, keys_B=keys_B)
-    oracle.assert_close(model.unembed(x_BLD), logits)
+    hidden_BLD, found = model(tokens_BL, ones_BL, positions_BL, knobs=knobs, keys_B=keys_B)
+    oracle.assert_close(model.final_norm(x_BLD), hidden_BLD)
     assert (
         np.concatenate([stats.dropped_out for stats in found]).tolist() == dropped
         and len(set(dropped)) > 1

@@ -109,9 +109,10 @@ def products_of_training(config, batch=2):
     def loss(params, state, tokens_BL, segments_BL, positions_BL):
         model = nnx.merge(graphdef, params, state)
         keys_B = jax.random.split(jax.random.key(0), batch)
-        logits_BLV, _ = model(
+        hidden_BLD, _ = model(
             tokens_BL, segments_BL, positions_BL, knobs=Knobs.from_config(config), keys_B=keys_B
         )
+        logits_BLV = model.logits(hidden_BLD)
         log_total_BL = jax.nn.logsumexp(logits_BLV, axis=-1)
         return (log_total_BL - logits_BLV[..., 0]).sum()
 

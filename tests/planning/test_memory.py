@@ -42,6 +42,12 @@ def test_parameters_moments_and_gradients_are_those_of_the_state():
     assert found.moments == pytest.approx(optimizer_state, abs=16)  # which holds a count, too
     tokens = 8 * 16
     assert found.logits == 4 * tokens * config.vocab_size and found.batch == 17 * tokens
+    large = small_config(
+        mesh={"data": 1},
+        data={"tokenizer": "bpe", "vocab_size": 2**16},
+        train={"batch_size": 16},
+    )
+    assert estimate_memory(large, 1).logits == 4 * 2**23  # half of them at a time
 
 
 def test_what_the_mesh_splits_is_split():

@@ -68,8 +68,8 @@ def test_the_loss_of_a_domain_is_the_mean_over_its_targets_on_any_mesh(mesh, num
         logits = []
         for batch in batches(config):
             inputs = (batch.tokens_BL, batch.segments_BL, batch.positions_BL)
-            logits_BLV, *_ = model(*map(jnp.asarray, inputs))
-            logits.append(jax.device_get(logits_BLV))
+            hidden_BLD, *_ = model(*map(jnp.asarray, inputs))
+            logits.append(jax.device_get(model.logits(hidden_BLD)))
     expected, number = expected_loss_by_domain(config, logits)
     found = evaluation.loss_by_domain
     assert found.keys() == expected.keys()  # none for a domain without targets

@@ -12,6 +12,7 @@ from flax import nnx
 
 from cases.training import initial_state, make, packed_batch, small_config
 from moejax.config import Config, Knobs
+from moejax.kernels import cross_entropy
 from moejax.moe.expert_parallel.buffers import mean_receivers, room_for
 from moejax.training.accumulation import loss_and_gradients
 from moejax.training.losses import forward_sums, losses
@@ -280,7 +281,7 @@ def test_capacity_dispatch_with_room_for_all_equals_dropless(moe):
 def test_what_a_device_holds_during_a_step_falls_as_the_number_of_devices(monkeypatch):
     # Attention in one form: where sequences are split all scores are computed, and on one CPU
     # half of them.
-    monkeypatch.setattr("moejax.nn.attention.grouped_query.platform", lambda: "other than cpu")
+    monkeypatch.setattr("moejax.nn.attention.attend.platform", lambda: "other than cpu")
 
     def temporary_bytes(num_devices, mesh):
         config = small_config(
@@ -294,6 +295,42 @@ def test_what_a_device_holds_during_a_step_falls_as_the_number_of_devices(monkey
 
     one = temporary_bytes(1, {"data": 1})
     assert temporary_bytes(8, {"data": 1, "fsdp": 2, "expert": 2, "context": 2}) < one / 8 * 1.25
+
+
+@pytest.mark.parametrize(
+    ("num_devices", "mesh"),
+    [
+        (1, {}),
+        (8, {"data": 2, "context": 2, "tensor": 2}),
+        (8, {"data": 1, "fsdp": 2, "expert": 2, "context": 2}),
+    ],
+    ids=str,
+)
+def test_a_loss_of_chunks_of_positions_changes_nothing(moe, monkeypatch, num_devices, mesh):
+    # 8 rows of 16 positions and 259 ids: 3 positions of the rows of one device, and then padding.
+    monkeypatch.setattr(cross_entropy, "LARGEST_CHUNK", 3 * 8 * 259 // num_devices)
+    assert_same(run(small_config(mesh=mesh), num_devices), dataclasses.replace(moe, updates=None))
+
+
+def test_a_step_never_holds_the_logits_of_all_tokens():
+    def compiled(vocab_size):
+        config = small_config(
+            model={"d_model": 64, "d_ff": 512, "num_layers": 4},
+            data={"seq_len": 256, "tokenizer": "bpe", "vocab_size": vocab_size},
+            train={"batch_size": 16},
+        )
+        setup = make(config)
+        batch = packed_batch(config)
+        with jax.set_mesh(setup.mesh):
+            lowered = make_train_step(setup).lower(setup.abstract, batch, Knobs.from_config(config))
+        memory = lowered.compile().memory_analysis()
+        embedding = 4 * vocab_size * config.model.d_model
+        return memory.temp_size_in_bytes + memory.argument_size_in_bytes, embedding
+
+    small, _ = compiled(2_048)
+    large, embedding = compiled(32_000)
+    # A parameter, its gradient, and two moments.
+    assert large < 1.3 * small + 4 * embedding
 
 
 def test_initial_weights_do_not_depend_on_the_mesh():

@@ -10,8 +10,8 @@ import pytest
 
 from cases.training import make, packed_batch, small_config
 from moejax.config import Knobs
+from moejax.nn.attention import attend as attention
 from moejax.nn.attention import causal_blocks as causal
-from moejax.nn.attention import grouped_query as attention
 from moejax.training.packed.arms import Pack
 from moejax.training.step import make_train_step, put_batch
 

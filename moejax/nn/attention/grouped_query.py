@@ -5,16 +5,15 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import PartitionSpec
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from moejax.config import ModelConfig
-from moejax.kernels.device import platform
 from moejax.kernels.matmul import dense
-from moejax.nn.attention.causal_blocks import BLOCK, LONGEST_AT_ONCE, attend_causally
+from moejax.nn.attention.attend import attend
+from moejax.nn.mask import AttentionMask
 from moejax.nn.norm import RMSNorm
 from moejax.nn.positions import rotate
-from moejax.sharding import BATCH_AXES, TOKENS, gather_fsdp, has_context
+from moejax.sharding import gather_fsdp
 
 
 @jax.tree_util.register_dataclass
@@ -29,6 +28,19 @@ class KVCache:
 
     k_BSGA: jax.Array
     v_BSGA: jax.Array
+
+    def with_positions(
+        self,
+        k_BLGA: Float[Array, "B L G A"],
+        v_BLGA: Float[Array, "B L G A"],
+        positions_BL: Int[Array, "B L"],
+    ) -> "KVCache":
+        """Returns the cache with keys and values at the slots of L positions."""
+        row_B1 = jnp.arange(positions_BL.shape[0])[:, None]
+        return KVCache(
+            k_BSGA=self.k_BSGA.at[row_B1, positions_BL].set(k_BLGA),
+            v_BSGA=self.v_BSGA.at[row_B1, positions_BL].set(v_BLGA),
+        )
 
 
 class Attention(nnx.Module):
@@ -85,94 +97,15 @@ class Attention(nnx.Module):
         q_BLHA = rotate(q_BLHA, positions_BL, self.config.rope_theta)
         k_BLGA = rotate(k_BLGA, positions_BL, self.config.rope_theta)
         if cache is not None:
-            row_B1 = jnp.arange(x_BLD.shape[0])[:, None]
-            cache = KVCache(
-                k_BSGA=cache.k_BSGA.at[row_B1, positions_BL].set(k_BLGA),
-                v_BSGA=cache.v_BSGA.at[row_B1, positions_BL].set(v_BLGA),
-            )
-            mask_BLS = cache_mask(positions_BL, cache.k_BSGA.shape[1])
-            y_BLHA = attend(q_BLHA, cache.k_BSGA, cache.v_BSGA, mask_BLS)
-        elif segments_BL is None:
+            cache = cache.with_positions(k_BLGA, v_BLGA, positions_BL)
+            mask = AttentionMask.of_cache(positions_BL)
+            y_BLHA = attend(q_BLHA, cache.k_BSGA, cache.v_BSGA, mask)
+        elif segments_BL is not None:
+            mask = AttentionMask.within_rows(segments_BL)
+            y_BLHA = attend(q_BLHA, k_BLGA, v_BLGA, mask)
+        else:
             raise ValueError(
                 "attention within rows needs segments_BL, and attention to a cache needs cache; "
                 "give one"
             )
-        else:
-            y_BLHA = attend_in_rows(q_BLHA, k_BLGA, v_BLGA, segments_BL)
         return dense(y_BLHA, gather_fsdp(self.out, self.dtype), num_contracted=2), cache
-
-
-def attend_in_rows(
-    q_BLHA: Float[Array, "B L H A"],
-    k_BLGA: Float[Array, "B L G A"],
-    v_BLGA: Float[Array, "B L G A"],
-    segments_BL: Int[Array, "B L"],
-) -> Float[Array, "B L H A"]:
-    """Attends within packed rows, in the form that is fast on the platform.
-
-    Where a mesh in context splits sequences, the queries of each device see keys and values of all.
-    """
-    if has_context():
-        queries = PartitionSpec(BATCH_AXES, "context", "tensor")
-        keys = PartitionSpec(BATCH_AXES, None, "tensor")
-        sharded = jax.shard_map(attend, in_specs=(queries, keys, keys, TOKENS), out_specs=queries)
-        return sharded(q_BLHA, k_BLGA, v_BLGA, row_mask(segments_BL))
-    if platform() == "cpu":
-        return attend_causally(q_BLHA, k_BLGA, v_BLGA, segments_BL)
-    return attend(q_BLHA, k_BLGA, v_BLGA, row_mask(segments_BL))
-
-
-def attend(
-    q_BLHA: Float[Array, "B L H A"],
-    k_BSGA: Float[Array, "B S G A"],
-    v_BSGA: Float[Array, "B S G A"],
-    mask_BLS: Bool[Array, "B L S"],
-) -> Float[Array, "B L H A"]:
-    """Computes softmax attention; queries of long rows take turns, in blocks.
-
-    Scores `[B, H, L, S]` in float32 of all queries at once would need more memory than the rest of
-    the model. Those of a block are computed again in the backward pass.
-    """
-    length = q_BLHA.shape[1]
-    if length <= LONGEST_AT_ONCE:
-        return jax.nn.dot_product_attention(q_BLHA, k_BSGA, v_BSGA, mask=mask_BLS[:, None])
-
-    @jax.checkpoint
-    def one_block(block):
-        q_BlHA, mask_BlS = block
-        return jax.nn.dot_product_attention(q_BlHA, k_BSGA, v_BSGA, mask=mask_BlS[:, None])
-
-    def split(a_BLX):
-        a_BNlX = a_BLX.reshape(a_BLX.shape[0], -1, BLOCK, *a_BLX.shape[2:])
-        return a_BNlX.swapaxes(0, 1)
-
-    # Queries that fill up the last block see every key, so that their softmax is not empty; their
-    # outputs are cut off.
-    no_padding = (0, 0)
-    padding = (0, -length % BLOCK)
-    q_BMHA = jnp.pad(q_BLHA, (no_padding, padding, no_padding, no_padding))
-    mask_BMS = jnp.pad(mask_BLS, (no_padding, padding, no_padding), constant_values=True)
-    y_NBlHA = jax.lax.map(one_block, (split(q_BMHA), split(mask_BMS)))
-    y_BMHA = y_NBlHA.swapaxes(0, 1).reshape(q_BMHA.shape)
-    return y_BMHA[:, :length]
-
-
-def row_mask(segments_BL: Int[Array, "B L"]) -> Bool[Array, "B L L"]:
-    """Returns which keys a query of a packed row may see: those of its segment that are not later.
-
-    Segment 0 is padding. A padded query sees its own position, so that no softmax is empty; its
-    output is not used.
-    """
-    length = segments_BL.shape[1]
-    is_causal_LL = jnp.tril(jnp.ones((length, length), bool))
-    query_segments_BL1 = segments_BL[:, :, None]
-    key_segments_B1L = segments_BL[:, None, :]
-    is_same_BLL = query_segments_BL1 == key_segments_B1L
-    return is_same_BLL & is_causal_LL[None]
-
-
-def cache_mask(positions_BL: Int[Array, "B L"], slots: int) -> Bool[Array, "B L S"]:
-    """Returns which slots of a cache a query may see: those up to its own position."""
-    slot_11S = jnp.arange(slots)[None, None, :]
-    position_BL1 = positions_BL[:, :, None]
-    return slot_11S <= position_BL1

@@ -1,5 +1,6 @@
 """Attention, rotary positions, masks and norms against loops."""
 
+import dataclasses
 import functools
 
 import jax
@@ -10,9 +11,10 @@ from flax import nnx
 
 import oracle
 from moejax.config import ModelConfig
+from moejax.nn.attention import attend as attention
 from moejax.nn.attention import causal_blocks as causal
-from moejax.nn.attention import grouped_query as attention
-from moejax.nn.attention.grouped_query import Attention, cache_mask, row_mask
+from moejax.nn.attention.grouped_query import Attention
+from moejax.nn.mask import AttentionMask
 from moejax.nn.norm import EPSILON, RMSNorm
 from moejax.nn.positions import rotate
 
@@ -119,14 +121,60 @@ def test_attention_equals_the_loop_over_queries_with_shared_heads(kv_heads, qk_n
 def test_a_query_of_a_packed_row_sees_its_own_document_up_to_itself():
     segments_BL = jnp.array([[1, 1, 2, 2, 0]])
     expected = [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 0, 0, 1]]
-    assert row_mask(segments_BL)[0].astype(int).tolist() == expected
+    mask = AttentionMask.within_rows(segments_BL)
+    assert mask.materialize(1, 5, 5)[0].astype(int).tolist() == expected
 
 
 def test_a_query_sees_the_slots_of_a_cache_up_to_its_own_position():
-    assert cache_mask(jnp.array([[0, 1], [3, 4]]), 5).astype(int).tolist() == [
+    mask = AttentionMask.of_cache(jnp.array([[0, 1], [3, 4]]))
+    assert mask.materialize(2, 2, 5).astype(int).tolist() == [
         [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0]],
         [[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]],
     ]
+
+
+def test_a_query_sees_the_keys_of_its_window_and_without_causality_later_ones():
+    of_rows = AttentionMask.within_rows(jnp.array([[1, 1, 1, 1, 2]]))
+    window = dataclasses.replace(of_rows, window=2)
+    assert window.materialize(1, 5, 5)[0].astype(int).tolist() == [
+        [1, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0],
+        [0, 1, 1, 0, 0],
+        [0, 0, 1, 1, 0],
+        [0, 0, 0, 0, 1],
+    ]
+    # Of an encoder's documents: 3 queries of a decoder, 4 keys.
+    queries, keys = jnp.array([[1, 1, 2]]), jnp.array([[1, 2, 2, 0]])
+    across = AttentionMask(None, queries, keys, is_causal=False)
+    expected = [[1, 0, 0, 0], [1, 0, 0, 0], [0, 1, 1, 0]]
+    assert across.materialize(1, 3, 4)[0].astype(int).tolist() == expected
+
+
+def test_a_window_needs_causality():
+    with pytest.raises(ValueError, match="window=4 with is_causal=False"):
+        AttentionMask(is_causal=False, window=4)
+    with pytest.raises(ValueError, match="window=0 must be at least 1"):
+        AttentionMask(window=0)
+
+
+@pytest.mark.parametrize(
+    "change", [{"window": 3}, {"is_causal": False}, {"query_positions_BL": None}], ids=str
+)
+@pytest.mark.parametrize("is_long", [False, True])
+def test_attention_is_that_of_the_keys_that_its_mask_lets_a_query_see(monkeypatch, change, is_long):
+    if is_long:
+        monkeypatch.setattr(attention, "LONGEST_AT_ONCE", 4)
+        monkeypatch.setattr(attention, "BLOCK", 3)
+    (q, k, v, _), segments_BL = rows_of(11)
+    mask = dataclasses.replace(AttentionMask.within_rows(segments_BL), **change)
+    y_BLHA = jax.jit(attention.attend)(q, k, v, mask)
+    seen_BLS = mask.materialize(3, 11, 11)
+    expected = np.zeros(y_BLHA.shape)
+    for b, i, h in np.ndindex(3, 11, HEADS):
+        seen = np.flatnonzero(seen_BLS[b, i])
+        scores = np.float64(k[b, seen, h // 2]) @ np.float64(q[b, i, h]) / np.sqrt(HEAD)
+        expected[b, i, h] = oracle.softmax(scores) @ np.float64(v[b, seen, h // 2])
+    oracle.assert_close(y_BLHA, expected, rtol=1e-5)
 
 
 def test_the_norm_divides_by_the_root_mean_square_in_float32():
@@ -150,14 +198,14 @@ def test_long_rows_attend_in_blocks_of_queries_as_if_at_once(monkeypatch, block,
     q, k, v, dy = (
         jnp.float32(rng.normal(size=(B, 8, heads, HEAD))) for heads in (HEADS, 2, 2, HEADS)
     )
-    mask_BLL = row_mask(jnp.int32([[1, 1, 1, 2, 2, 2, 2, 0], [1] * 8]))
+    mask = AttentionMask.within_rows(jnp.int32([[1, 1, 1, 2, 2, 2, 2, 0], [1] * 8]))
 
     def values_and_gradients():
         run = jax.value_and_grad(
-            lambda q, k, v: (attention.attend(q, k, v, mask_BLL) * dy).sum(), (0, 1, 2)
+            lambda q, k, v: (attention.attend_plainly(q, k, v, mask) * dy).sum(), (0, 1, 2)
         )
         return jax.jit(run)(q, k, v), str(
-            jax.make_jaxpr(lambda *a: attention.attend(*a))(q, k, v, mask_BLL)
+            jax.make_jaxpr(lambda *a: attention.attend_plainly(*a))(q, k, v, mask)
         )
 
     at_once, program = values_and_gradients()
@@ -204,7 +252,7 @@ def results_and_gradients(attend, arrays, segments_BL):
 
 
 def with_all_scores(q, k, v, segments_BL):
-    return attention.attend(q, k, v, row_mask(segments_BL))
+    return attention.attend_plainly(q, k, v, AttentionMask.within_rows(segments_BL))
 
 
 @pytest.mark.parametrize("length", [1, 5, 8, 9, 31, 32])
@@ -319,7 +367,10 @@ def test_on_cpu_attention_computes_little_more_than_the_scores_it_needs():
         lowered = jax.jit(attend).lower(*arrays[:3], segments_BL)
         return lowered.compile().cost_analysis()["flops"]
 
-    assert products(attention.attend_in_rows) < 0.6 * products(with_all_scores)
+    def in_rows(q, k, v, segments_BL):
+        return attention.attend(q, k, v, AttentionMask.within_rows(segments_BL))
+
+    assert products(in_rows) < 0.6 * products(with_all_scores)
 
 
 def test_scores_beyond_the_range_of_exponentials_leave_attention_exact():

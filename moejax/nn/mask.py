@@ -1,0 +1,84 @@
+"""Which keys a query may see, as a description: each kernel makes of it what it needs."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class AttentionMask:
+    """Which of S keys, which are in order, each of L queries may see.
+
+    Segment 0 is padding, whose queries see padding: no output is read there, and no softmax is
+    empty. Also the shape of a tree of `PartitionSpec`s.
+
+    Attributes:
+      query_positions_BL: the key at which each query is; None: query i is at key i, as where
+        tokens attend to each other.
+      query_segments_BL: the document of each query, which sees keys of the same one only; None: all
+        keys are of its document.
+      key_segments_BS: the document of each key, given together with `query_segments_BL`.
+      is_causal: whether a query sees no key after its own position.
+      window: the most keys that a query sees, its own position last; with `is_causal` only. None:
+        any number.
+    """
+
+    query_positions_BL: Any = None
+    query_segments_BL: Any = None
+    key_segments_BS: Any = None
+    is_causal: bool = dataclasses.field(default=True, metadata={"static": True})
+    window: int | None = dataclasses.field(default=None, metadata={"static": True})
+
+    def __post_init__(self):
+        if self.window is None:
+            return
+        if self.window < 1:
+            raise ValueError(f"window={self.window} must be at least 1, or None for no window")
+        if not self.is_causal:
+            raise ValueError(
+                f"window={self.window} with is_causal=False: a window ends at the query's own "
+                "position; use is_causal=True, or window=None"
+            )
+
+    @classmethod
+    def within_rows(cls, segments_BL: Int[Array, "B L"]) -> "AttentionMask":
+        """Returns that of packed rows: a query sees its own document up to itself."""
+        return cls(query_segments_BL=segments_BL, key_segments_BS=segments_BL)
+
+    @classmethod
+    def of_cache(cls, positions_BL: Int[Array, "B L"]) -> "AttentionMask":
+        """Returns that of a cache: a query sees the slots up to its own position."""
+        return cls(query_positions_BL=positions_BL)
+
+    @property
+    def is_of_rows(self) -> bool:
+        """Whether it is one that `within_rows` gives."""
+        is_plain = self.is_causal and self.window is None
+        has_segments = self.query_segments_BL is not None
+        return is_plain and has_segments and self.query_positions_BL is None
+
+    def with_positions(self, batch: int, length: int) -> "AttentionMask":
+        """Returns the same mask with the positions of queries written out."""
+        if self.query_positions_BL is not None:
+            return self
+        positions_L = jnp.arange(length, dtype=jnp.int32)
+        positions_BL = jnp.broadcast_to(positions_L, (batch, length))
+        return dataclasses.replace(self, query_positions_BL=positions_BL)
+
+    def materialize(self, batch: int, length: int, num_keys: int) -> Bool[Array, "B L S"]:
+        """Returns whether each of `length` queries sees each of `num_keys` keys."""
+        position_BL1 = self.with_positions(batch, length).query_positions_BL[:, :, None]
+        key_11S = jnp.arange(num_keys, dtype=jnp.int32)[None, None]
+        is_seen_BLS = jnp.ones((batch, length, num_keys), bool)
+        if self.is_causal:
+            is_seen_BLS &= key_11S <= position_BL1
+        if self.window is not None:
+            is_seen_BLS &= key_11S > position_BL1 - self.window
+        if self.query_segments_BL is not None:
+            query_segments_BL1 = self.query_segments_BL[:, :, None]
+            is_seen_BLS &= query_segments_BL1 == self.key_segments_BS[:, None]
+        return is_seen_BLS
