@@ -194,7 +194,7 @@ def test_each_library_comes_in_by_its_own_door():
     assert violations(check) == []
 
 
-def test_nobody_imports_tests_or_recipes_or_experiments_or_notebooks():
+def test_no_file_imports_tests_or_recipes_or_experiments_or_notebooks():
     outside = {"tests", "oracle", "cases", "conftest", "configs", "experiments", "notebooks"}
     assert violations(lambda path: outside & {name.split(".")[0] for name in imports(path)}) == []
 

@@ -181,7 +181,7 @@ def test_the_experts_of_arms_run_in_one_pass():
     assert program.count(" while[") == alone.count(" while[")
 
 
-def test_memory_of_arms_that_nobody_wrote_reaches_no_result(monkeypatch):
+def test_memory_of_arms_that_nothing_wrote_reaches_no_result(monkeypatch):
     monkeypatch.setattr(
         module, "empty_varying_like", lambda like, shape, dtype: jnp.full(shape, jnp.nan, dtype)
     )

@@ -37,7 +37,7 @@ def test_cross_entropy_is_that_of_all_logits_in_chunks_of_any_size(
 ):
     monkeypatch.setattr(module, "LARGEST_CHUNK", largest)
     hidden_BLD, weight_VD, targets_BL, _ = inputs()
-    run = jax.jit(lambda *arrays: cross_entropy(*arrays))  # compiled anew for each size
+    run = jax.jit(lambda *arrays: cross_entropy(*arrays))  # compiled again for each size
     nats_BL = run(hidden_BLD, Head(weight_VD, num_tokens), targets_BL)
     oracle.assert_close(nats_BL, nats_by_hand(hidden_BLD, weight_VD, targets_BL, num_tokens))
 

@@ -157,7 +157,7 @@ def test_every_activation_equals_all_experts_computed_for_all_tokens(activation)
         oracle.assert_close(a, e, err_msg=name)
 
 
-def test_memory_that_nobody_wrote_reaches_no_result(monkeypatch):
+def test_memory_that_nothing_wrote_reaches_no_result(monkeypatch):
     arguments = draw(choices_of((31, 0, 32, 3, 0), 50, 2), 5)
     expected = value_and_gradients(*arguments)
     taken = []

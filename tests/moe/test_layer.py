@@ -91,7 +91,7 @@ def apply(config, x_BLD, weights, mask_BL, factor):
 
 
 def objective_of(config, x_BLD, weights, mask_BL, factor, cotangent_BLD, aux):
-    """<cotangent, output> + weighted auxiliary losses; with output and statistics beside it."""
+    """<cotangent, output> + weighted auxiliary losses; with output and statistics as well."""
     y_BLD, stats = apply(config, x_BLD, weights, mask_BL, factor)
     stacked = jax.tree.map(lambda x: x[None], stats)
     losses = BALANCE_WEIGHT * balance_loss(stacked)[0] + Z_WEIGHT * z_loss(stacked)[0]
@@ -275,10 +275,10 @@ def test_all_tokens_to_one_expert_equals_the_oracle(dispatch):
 def test_a_batch_of_padding_only_gives_zeros_and_finite_gradients(dispatch):
     config = config_of(dispatch=dispatch)
     x_BLD, _, cotangent_BLD = draw()
-    nobody = np.zeros((B, L), bool)
+    no_token = np.zeros((B, L), bool)
     factor = jnp.float32(1) if dispatch == "capacity" else None
     (_, (y_BLD, stats)), gradients = value_and_gradients(config)(
-        x_BLD, fresh_weights(config), nobody, factor, cotangent_BLD
+        x_BLD, fresh_weights(config), no_token, factor, cotangent_BLD
     )
     assert not np.any(y_BLD) and not np.any(stats.assignments_E) and stats.num_tokens == 0
     assert all(not np.any(g) for g in jax.tree.leaves(gradients))

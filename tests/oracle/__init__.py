@@ -237,7 +237,7 @@ def metrics(result: LayerResult) -> dict[str, float]:
 
 
 def grouped_matmul(x_RD, w_EDF, sizes_E, dy_RF):
-    """The grouped product and its gradients for the cotangent `dy_RF`, row by row; zeros behind the
+    """The grouped product and its gradients for the cotangent `dy_RF`, row by row; zeros after the
     last group.
     """
     x_RD, w_EDF, dy_RF = (np.asarray(a, np.float64) for a in (x_RD, w_EDF, dy_RF))
@@ -351,7 +351,7 @@ def assert_close(actual, expected, rtol=1e-5, err_msg=""):
     """Equal in shape and within `rtol` of the largest magnitude, leaf by leaf, never NaN; a list is
     an array.
 
-    Logits of ids that are no token (-1e30) do not count for the magnitude: beside it anything
+    Logits of ids that are no token (-1e30) do not count for the magnitude: next to it anything
     would be equal.
     """
     actual_leaves, expected_leaves = (

@@ -174,9 +174,9 @@ def test_padding_appended_changes_no_sum_whatever_it_holds():
     logits_TE, mask_T, kept_TK = random_case(2)
     without = stats_of(logits_TE, 2, mask_T, kept_TK)
     padded_TE = np.concatenate([logits_TE, np.full((T, E), 1e4)])
-    nobody = np.zeros(T, bool)
+    no_token = np.zeros(T, bool)
     with_padding = stats_of(
-        padded_TE, 2, np.append(mask_T, nobody), np.concatenate([kept_TK, np.zeros((T, 2), bool)])
+        padded_TE, 2, np.append(mask_T, no_token), np.concatenate([kept_TK, np.zeros((T, 2), bool)])
     )
     oracle.assert_close(with_padding, without)
 

@@ -1,4 +1,4 @@
-"""Dispatch and combine: plans that lose nobody, and gathers whose transposes are gathers."""
+"""Dispatch and combine: plans that lose no choice, and gathers whose transposes are gathers."""
 
 import functools
 import json

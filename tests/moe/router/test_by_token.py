@@ -48,7 +48,7 @@ def test_churn_is_the_fraction_of_experts_that_a_token_no_longer_visits():
     assert not np.any(churn(jnp.asarray(before_NTK), jnp.asarray(before_NTK[..., ::-1]), E))
     assert not np.any(
         churn(jnp.full((N, T, K), E), jnp.asarray(after_NTK), E)
-    )  # nobody visited anybody
+    )  # no token visited an expert
     # A token that visits one expert and stays with it, and one that loses one of two: mean of
     # 0 and 1/2.
     before_NTK, after_NTK = jnp.array([[[2, E, E], [0, 1, E]]]), jnp.array([[[1, 2, 4], [1, 3, E]]])

@@ -289,7 +289,7 @@ def test_documents_in_any_order_attend_as_with_all_scores(monkeypatch, length):
 
 
 def short_documents(*lengths):
-    """Segments of one row, with padding behind."""
+    """Segments of one row, with padding at the end."""
     numbers = np.repeat(1 + np.arange(len(lengths)), lengths)
     return np.pad(numbers, (0, 64 - len(numbers))).astype(np.int32)
 
