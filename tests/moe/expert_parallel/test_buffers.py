@@ -56,12 +56,12 @@ def test_room_is_the_mean_times_the_factor_in_eights_and_no_more_than_can_come()
     ]
 
 
-def packed(parcels, receiver_TK, slots):
+def packed(buffers, receiver_TK, slots):
     """Rows as `{receiver: [(token, choices there)]}`, and what is left, by walking through the
     arrays.
     """
     rows, num_rows = {n: [] for n in range(N)}, N * slots
-    choice_R, row_TK = np.asarray(parcels.plan.choice_R), np.asarray(parcels.plan.row_TK)
+    choice_R, row_TK = np.asarray(buffers.plan.choice_R), np.asarray(buffers.plan.row_TK)
     top_k = receiver_TK.shape[1]
     assert choice_R.shape == (num_rows,)
     for row, choice in enumerate(choice_R):
@@ -70,7 +70,7 @@ def packed(parcels, receiver_TK, slots):
             assert receiver_TK[token, k] == row // slots and row_TK[token, k] == row
             rows[row // slots].append((token, k))
     assert (row_TK < num_rows).sum() == sum(map(len, rows.values()))
-    left = [(int(t), int(k)) for t, k in np.argwhere(np.asarray(parcels.is_overflow_TK))]
+    left = [(int(t), int(k)) for t, k in np.argwhere(np.asarray(buffers.is_overflow_TK))]
     return rows, left
 
 
@@ -92,8 +92,8 @@ def test_each_token_has_a_row_for_a_receiver_while_there_is_room_for_it_and_its_
     slots, max_choices, is_skewed
 ):
     receiver_TK = receivers(1, is_skewed=is_skewed)
-    parcels = pack_tokens(jnp.asarray(receiver_TK), N, slots, max_choices)
-    rows, left = packed(parcels, receiver_TK, slots)
+    buffers = pack_tokens(jnp.asarray(receiver_TK), N, slots, max_choices)
+    rows, left = packed(buffers, receiver_TK, slots)
     for n in range(N):
         expected, place, before = [], 0, 0
         for t in range(T):
@@ -155,34 +155,34 @@ def test_a_ragged_exchange_with_these_offsets_moves_every_row_that_has_room_ther
         plan_dropless(jnp.asarray(receivers(seed, is_skewed=seed == 3)), N) for seed in range(N)
     ]
     sizes_nn = jnp.stack([plan.group_sizes_E for plan in plans])
-    travels = [RaggedOffsets.from_sizes(sizes_nn, me, room) for me in range(N)]
+    offsets = [RaggedOffsets.from_sizes(sizes_nn, me, room) for me in range(N)]
     arrays = [1000 * me + np.arange(T * K) for me in range(N)]
 
-    def exchange(travels, arrays, num_rows):
+    def exchange(offsets, arrays, num_rows):
         outputs = [np.full(num_rows, -1) for _ in range(N)]
-        for me, (travel, array) in enumerate(zip(travels, arrays, strict=True)):
+        for me, (offset, array) in enumerate(zip(offsets, arrays, strict=True)):
             for to in range(N):
                 start, count, place = (
                     int(a[to])
-                    for a in (travel.input_offsets_n, travel.send_sizes_n, travel.output_offsets_n)
+                    for a in (offset.input_offsets_n, offset.send_sizes_n, offset.output_offsets_n)
                 )
-                assert count == int(travels[to].recv_sizes_n[me]) and place + count <= num_rows
+                assert count == int(offsets[to].recv_sizes_n[me]) and place + count <= num_rows
                 assert (outputs[to][place : place + count] == -1).all(), "a row is written twice"
                 outputs[to][place : place + count] = array[start : start + count]
         return outputs
 
-    arrived = exchange(travels, arrays, room)
-    for me, travel in enumerate(travels):
-        is_row_R = np.asarray(travel.is_row(room))[:, 0]
+    arrived = exchange(offsets, arrays, room)
+    for me, offset in enumerate(offsets):
+        is_row_R = np.asarray(offset.is_row(room))[:, 0]
         assert (arrived[me][is_row_R] >= 0).all() and (arrived[me][~is_row_R] == -1).all()
         assert is_row_R.sum() == min(room, int(sizes_nn[:, me].sum()))
-    returned = exchange([travel.back() for travel in travels], arrived, T * K)
+    returned = exchange([offset.back() for offset in offsets], arrived, T * K)
     for me, plan in enumerate(plans):
         receiver_TK = receivers(me, is_skewed=me == 3)
-        parcels = travels[me].pack(plan, jnp.asarray(receiver_TK))
-        row_TK = np.asarray(parcels.plan.row_TK)
+        buffers = offsets[me].pack(plan, jnp.asarray(receiver_TK))
+        row_TK = np.asarray(buffers.plan.row_TK)
         for t, k in itertools.product(range(T), range(K)):
             is_sent = row_TK[t, k] < T * K
-            assert is_sent == (receiver_TK[t, k] < N and not parcels.is_overflow_TK[t, k])
+            assert is_sent == (receiver_TK[t, k] < N and not buffers.is_overflow_TK[t, k])
             assert not is_sent or returned[me][row_TK[t, k]] == arrays[me][row_TK[t, k]]
-        assert room < 4 * T * K or not parcels.is_overflow_TK.any()
+        assert room < 4 * T * K or not buffers.is_overflow_TK.any()

@@ -1,5 +1,5 @@
 """Every way in which tokens meet experts on a mesh, against the loop over choices, with what
-travels counted.
+is sent counted.
 """
 
 import functools
@@ -210,7 +210,7 @@ def test_chunks_change_nothing(strategy, load):
         oracle.assert_close(a, e, err_msg=name)
 
 
-# What travels
+# All-to-all traffic
 # --------------------------------------------------------------------------------------------------
 
 
@@ -231,9 +231,9 @@ def collectives(text):
 
 @functools.cache
 def forward(strategy, mesh, top_k=2, factor=1.5, tokens=B * L, d_model=D, num_experts=E):
-    """What travels in a forward pass where no token is left over; sums over devices, of counts and
-    of outputs, do not
-    count."""
+    """All-to-all traffic of a forward pass without buffer overflow; sums over devices, of counts
+    and of outputs, do not count.
+    """
     with jax.set_mesh(mesh_of(MESHES[mesh])):
         layer = functools.partial(through, Strategy(strategy, factor), "output")
         batch, experts = jax.P(BATCH_AXES), jax.P(EXPERT_AXES, "fsdp")

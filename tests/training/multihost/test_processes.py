@@ -406,7 +406,7 @@ from moejax.training.step import put_batch, rows_of_process
 folder, address = sys.argv[1], sys.argv[2].split("=")[1]
 index = int(sys.argv[4].split("=")[1])
 
-class Trainable:
+class Setup:
     pass
 
 def write_or_read():
@@ -423,9 +423,9 @@ with processes.initialize_distributed(address, 2, index):
     print("read", read, processes.broadcast_from_primary(str(index)))
     a, b, c, d = jax.devices()
     devices = np.reshape([a, c, b, d], (4, *[1] * (len(MESH_AXES) - 1)))
-    Trainable.mesh = mesh = Mesh(devices, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    Setup.mesh = mesh = Mesh(devices, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
     rows = rows_of_process(mesh, 8)
-    batch = put_batch(np.arange(8)[rows], Trainable)
+    batch = put_batch(np.arange(8)[rows], Setup)
     held = {s.index[0].start: s.data.tolist() for s in batch.addressable_shards}
     is_held = all(values == [start, start + 1] for start, values in held.items())
     print("rows", rows, is_held, batch.shape)
