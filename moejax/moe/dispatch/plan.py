@@ -123,7 +123,7 @@ def plan_capacity(
         row_TK=row_S.reshape(batch * length, top_k),
         choice_R=empty_R.at[row_S].set(choices_S, mode="drop"),
         group_sizes_E=jnp.full(num_experts, batch * slots, jnp.int32),
-        expert_R=_experts_of_equal_groups(num_experts, batch * slots),
+        expert_R=experts_of_equal_groups(num_experts, batch * slots),
     )
 
 
@@ -141,7 +141,7 @@ def _places_in_sequence(experts_S: jax.Array, num_experts: int) -> jax.Array:
     return zeros_S.at[choice_S].set(place_S)
 
 
-def _experts_of_equal_groups(num_experts: int, rows_per_expert: int) -> jax.Array:
+def experts_of_equal_groups(num_experts: int, rows_per_expert: int) -> jax.Array:
     """Returns the expert of each row, where all have the same number of rows."""
     expert_E = jnp.arange(num_experts, dtype=jnp.int32)
     return jnp.repeat(expert_E, rows_per_expert)
