@@ -35,15 +35,28 @@ class Inputs(NamedTuple):
     starts_E: jax.Array
 
 
-def forward_pass(activate, sizes, inputs: Inputs, *, keep: bool):
+def forward_pass(
+    activate: Activate,
+    sizes: tuple[int, ...],
+    inputs: Inputs,
+    *,
+    keep: bool,
+) -> tuple[jax.Array, jax.Array]:
     """Returns the outputs of tokens, and the projections of rows (none, unless `keep`)."""
     groups = Groups.from_sizes(inputs.sizes_E, inputs.starts_E, sizes)
     y_RD, projected_RP = _forward_rows(activate, groups, inputs, keep=keep)
     y_TD = add_rows(y_RD, inputs.row_TK)
-    return y_TD.astype(inputs.x_TD.dtype), projected_RP
+    y_TD = y_TD.astype(inputs.x_TD.dtype)
+    return y_TD, projected_RP
 
 
-def backward_pass(activate, sizes, inputs: Inputs, projected_RP, dy_TD):
+def backward_pass(
+    activate: Activate,
+    sizes: tuple[int, ...],
+    inputs: Inputs,
+    projected_RP: jax.Array,
+    dy_TD: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Returns the gradients of tokens, of combine weights and of all matrices."""
     groups = Groups.from_sizes(inputs.sizes_E, inputs.starts_E, sizes)
     gradients = _backward_rows(activate, groups, inputs, projected_RP, dy_TD)
@@ -211,7 +224,8 @@ def _differentiate_hidden(activate, tile: _Tile, down_FD) -> _Hidden:
     projections = _split(tile.projected_bP, down_FD.shape[0])
     hidden_bF, pull = jax.vjp(activate, projections)
     dhidden_bF = _dot(tile.dy_bD, down_FD, 1, 1)
-    (dprojections,) = pull(dhidden_bF * tile.weight_b1)
+    weighted_bF = dhidden_bF * tile.weight_b1
+    (dprojections,) = pull(weighted_bF)
     dprojected_bP = jnp.concatenate(dprojections, axis=1)
     return _Hidden(hidden_bF, dhidden_bF, dprojected_bP)
 
