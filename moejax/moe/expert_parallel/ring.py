@@ -28,7 +28,8 @@ def run_ring(strategy: Strategy, inputs: DeviceInputs) -> tuple[jax.Array, jax.A
     assignment = jax.tree.map(_all_gather, inputs.assignment)
     x_BLD, assignment = jax.tree.map(_name_exchanged, (x_BLD, assignment))
     num_local = inputs.weights.down_EFD.shape[0]
-    first_local = jax.lax.axis_index(EXPERT_AXES) * num_local
+    me = jax.lax.axis_index(EXPERT_AXES)
+    first_local = me * num_local
     local = assignment.for_experts(first_local, num_local)
     y_BLD = inputs.run_experts(x_BLD, local, inputs.weights)
     y_bLD = _sum_and_scatter(y_BLD)
