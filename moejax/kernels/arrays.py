@@ -24,7 +24,10 @@ def takes_numpy(function: Callable[Parameters, Result]) -> Callable[Parameters, 
     """
 
     @functools.wraps(function)
-    def call(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+    def call(
+        *args: Parameters.args,
+        **kwargs: Parameters.kwargs,
+    ) -> Result:
         args, kwargs = jax.tree.map(to_jax, (args, kwargs))
         return function(*args, **kwargs)
 

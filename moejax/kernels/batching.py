@@ -24,7 +24,11 @@ Product = Callable[[jax.Array, jax.Array, jax.Array, int], jax.Array]
 
 
 def fold_arms(
-    product: Product, x_RP: jax.Array, other: jax.Array, group_sizes_E: jax.Array, padding_rows: int
+    product: Product,
+    x_RP: jax.Array,
+    other: jax.Array,
+    group_sizes_E: jax.Array,
+    padding_rows: int,
 ) -> jax.Array:
     """Returns `product(x_RP, other, group_sizes_E, padding_rows)`; `vmap` folds arms into groups.
 
@@ -47,23 +51,29 @@ def fold_arms(
     @one.def_vmap
     def all_arms(num_arms: int, is_batched: Any, *arrays: jax.Array):
         x_ARP, others, sizes_AE = each_arm(num_arms, is_batched, arrays)
+        zero_padding = jax.vmap(zero_padding_rows)
         if not gives_rows:
-            others = jax.vmap(zero_padding_rows)(others, sizes_AE)
-        x_ARP = jax.vmap(zero_padding_rows)(x_ARP, sizes_AE)
+            others = zero_padding(others, sizes_AE)
+        x_ARP = zero_padding(x_ARP, sizes_AE)
         folded_rows = merge(x_ARP)
         folded_others = merge(others)
-        folded_sizes = merge(_with_padding_group(sizes_AE, x_ARP.shape[1]))
+        num_rows = x_ARP.shape[1]
+        folded_sizes = merge(_with_padding_group(sizes_AE, num_rows))
         folded_result = fold_arms(product, folded_rows, folded_others, folded_sizes, 0)
         result = split(folded_result, num_arms)
         if gives_rows:
-            result = jax.vmap(zero_padding_rows)(result, sizes_AE)
+            result = zero_padding(result, sizes_AE)
         return result, True
 
     return one(x_RP, other, group_sizes_E)
 
 
 def loop_over_arms(
-    product: Product, x_RP: jax.Array, other: jax.Array, group_sizes_E: jax.Array, padding_rows: int
+    product: Product,
+    x_RP: jax.Array,
+    other: jax.Array,
+    group_sizes_E: jax.Array,
+    padding_rows: int,
 ) -> jax.Array:
     """Returns `product(x_RP, other, group_sizes_E, padding_rows)`; `vmap` loops over the arms.
 
@@ -76,21 +86,35 @@ def loop_over_arms(
 
     @one.def_vmap
     def all_arms(num_arms: int, is_batched: Any, *arrays: jax.Array):
-        each = tuple(each_arm(num_arms, is_batched, arrays))
-        result = jax.lax.map(lambda arm: one(*arm), each)
+        def run_arm(arm: tuple[jax.Array, ...]) -> jax.Array:
+            return one(*arm)
+
+        each = each_arm(num_arms, is_batched, arrays)
+        result = jax.lax.map(run_arm, tuple(each))
         return result, True
 
     return one(x_RP, other, group_sizes_E)
 
 
-def each_arm(num_arms: int, is_batched: Any, arrays: tuple[jax.Array, ...]) -> list[jax.Array]:
+def each_arm(
+    num_arms: int,
+    is_batched: Any,
+    arrays: tuple[jax.Array, ...],
+) -> list[jax.Array]:
     """Returns the arrays with a leading axis of arms; what arms share is repeated."""
     each = []
     for array, has_arms in zip(arrays, is_batched, strict=True):
-        if not has_arms:
-            array = jnp.broadcast_to(array[None], (num_arms, *array.shape))
-        each.append(array)
+        if has_arms:
+            each.append(array)
+        else:
+            each.append(_repeat(array, num_arms))
     return each
+
+
+def _repeat(array: jax.Array, num_arms: int) -> jax.Array:
+    """Returns the array once for every arm."""
+    shape = (num_arms, *array.shape)
+    return jnp.broadcast_to(array[None], shape)
 
 
 def merge(array: jax.Array) -> jax.Array:
@@ -105,5 +129,7 @@ def split(array: jax.Array, num_arms: int) -> jax.Array:
 
 def _with_padding_group(sizes_AE: jax.Array, num_rows: int) -> jax.Array:
     """Returns the sizes with each arm's remaining rows added to its last group."""
-    num_in_groups_A = sizes_AE.sum(axis=1).astype(sizes_AE.dtype)
-    return sizes_AE.at[:, -1].add(num_rows - num_in_groups_A)
+    num_in_groups_A = sizes_AE.sum(axis=1)
+    num_in_groups_A = num_in_groups_A.astype(sizes_AE.dtype)
+    num_left_A = num_rows - num_in_groups_A
+    return sizes_AE.at[:, -1].add(num_left_A)

@@ -10,7 +10,10 @@ def platform() -> str:
     device.
     """
     default: jax.Device | str | None = jax.config.jax_default_device  # type: ignore[attr-defined]
-    device = jax.sharding.get_abstract_mesh().abstract_device or default
+    mesh = jax.sharding.get_abstract_mesh()
+    device = mesh.abstract_device or default
     if device is None:
         return jax.default_backend()
-    return device if isinstance(device, str) else device.platform
+    if isinstance(device, str):
+        return device
+    return device.platform

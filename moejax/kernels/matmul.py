@@ -31,10 +31,16 @@ def dense(
     Returns:
       `[*tokens, *features]`.
     """
-    tokens = x.shape[: x.ndim - num_contracted]
+    num_tokens_axes = x.ndim - num_contracted
+    tokens = x.shape[:num_tokens_axes]
     features = weight.shape[num_contracted:]
     num_products = math.prod(weight.shape[:num_contracted])
     x_TP = x.reshape(-1, num_products)
     weight_PQ = weight.reshape(num_products, -1)
-    y = jnp.matmul(x_TP, weight_PQ, preferred_element_type=out_dtype, precision=precision)
-    return y.reshape(*tokens, *features)
+    y_TQ = jnp.matmul(
+        x_TP,
+        weight_PQ,
+        preferred_element_type=out_dtype,
+        precision=precision,
+    )
+    return y_TQ.reshape(*tokens, *features)

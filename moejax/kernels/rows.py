@@ -29,6 +29,8 @@ def add_rows(
         return sum_TD + rows_TD
 
     num_tokens, top_k = row_TK.shape
-    zeros_TD = zeros_varying_like(x_RD, (num_tokens, x_RD.shape[1]), jnp.float32)
-    y_TD = lax.fori_loop(0, top_k, add, zeros_TD, unroll=min(8, top_k))
+    d_model = x_RD.shape[1]
+    zeros_TD = zeros_varying_like(x_RD, (num_tokens, d_model), jnp.float32)
+    num_unrolled = min(8, top_k)
+    y_TD = lax.fori_loop(0, top_k, add, zeros_TD, unroll=num_unrolled)
     return y_TD.astype(x_RD.dtype)

@@ -35,15 +35,18 @@ def tile_sizes(num_rows: int, num_groups: int) -> tuple[int, ...]:
     if mean < 4 and num_rows < FEW_ROWS:
         return (2, 8)  # as in decoding: reading the matrices takes longer than multiplying by them
     if num_rows < FEW_ROWS:
-        quarter_to_half = 1 << (mean.bit_length() - 2)
-        size = min(64, max(8, quarter_to_half))
+        exponent = mean.bit_length() - 2
+        quarter_to_half = 1 << exponent
+        size = max(8, quarter_to_half)
+        size = min(64, size)
         return (size, 4 * size)
     if mean >= 768:  # several of the largest, so that any rest is as likely
         return (32, 64, 128, 256, 384, 448, 480, 512)
     if mean >= 512:
         return (128, 256, 384, 448, 480, 512, 544, 576, 640)
     step = max(8, mean // 64 * 8)
-    return tuple(step * multiple for multiple in (2, 4, 6, 7, 8, 9, 10, 12, 16))
+    multiples = (2, 4, 6, 7, 8, 9, 10, 12, 16)
+    return tuple(step * multiple for multiple in multiples)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,19 +74,25 @@ class Groups:
 
     @classmethod
     def from_sizes(
-        cls, group_sizes_E: Int[Array, "E"], starts_E: Int[Array, "E"], sizes: tuple[int, ...]
+        cls,
+        group_sizes_E: Int[Array, "E"],
+        starts_E: Int[Array, "E"],
+        sizes: tuple[int, ...],
     ) -> "Groups":
         """Returns tiles for groups of these sizes, whose first rows are in rising order."""
-        num_full_E = jnp.maximum(group_sizes_E - 1, 0) // sizes[-1]
-        rest_E = group_sizes_E - num_full_E * sizes[-1]
+        largest = sizes[-1]
+        num_full_E = jnp.maximum(group_sizes_E - 1, 0) // largest
+        rest_E = group_sizes_E - num_full_E * largest
         # Not as arrays of sizes: under `vmap` constants of the traced function count as batched,
         # which it may not have.
         is_rest = []
         for smaller, size in itertools.pairwise((0, *sizes)):
-            is_rest.append((rest_E > smaller) & (rest_E <= size))
+            is_above_E = rest_E > smaller
+            is_rest.append(is_above_E & (rest_E <= size))
+        has_rows_E = group_sizes_E > 0
         return cls(
             sizes=sizes,
-            num_active=(group_sizes_E > 0).sum(),
+            num_active=has_rows_E.sum(),
             order_E=jnp.argsort(group_sizes_E == 0),
             starts_E=starts_E,
             ends_E=starts_E + group_sizes_E,
@@ -91,22 +100,36 @@ class Groups:
             num_full_E=num_full_E,
         )
 
-    def for_each_active(self, body: Callable[[jax.Array, Carry], Carry], carry: Carry) -> Carry:
+    def for_each_active(
+        self,
+        body: Callable[[jax.Array, Carry], Carry],
+        carry: Carry,
+    ) -> Carry:
         """Runs `body(group, carry)` for the groups that have rows, in rising order."""
+        return self._for_each(0, self.num_active, body, carry)
 
-        def one_group(i, carry):
-            return body(self.order_E[i], carry)
-
-        return lax.fori_loop(0, self.num_active, one_group, carry)
-
-    def for_each_empty(self, body: Callable[[jax.Array, Carry], Carry], carry: Carry) -> Carry:
+    def for_each_empty(
+        self,
+        body: Callable[[jax.Array, Carry], Carry],
+        carry: Carry,
+    ) -> Carry:
         """Runs `body(group, carry)` for the groups that have none."""
+        num_groups = self.order_E.shape[0]
+        return self._for_each(self.num_active, num_groups, body, carry)
+
+    def _for_each(
+        self,
+        first: jax.Array | int,
+        end: jax.Array | int,
+        body: Callable[[jax.Array, Carry], Carry],
+        carry: Carry,
+    ) -> Carry:
+        """Runs `body(group, carry)` for the groups from place `first` to `end` of the order."""
 
         def one_group(i, carry):
             return body(self.order_E[i], carry)
 
-        num_groups = self.order_E.shape[0]
-        return lax.fori_loop(self.num_active, num_groups, one_group, carry)
+        return lax.fori_loop(first, end, one_group, carry)
 
     def for_each_tile(
         self,
@@ -127,12 +150,15 @@ class Groups:
             # The row must depend on the loop's index: XLA would move the whole body out of a loop
             # that ignores it, and run it whether the loop does or not.
             def one(j, carry, size=size):
-                return rest(size, start + (num_full + j) * largest, carry)
+                row = start + (num_full + j) * largest
+                return rest(size, row, carry)
 
-            carry = lax.fori_loop(0, self.counts_ES[group, i], one, carry)
+            count = self.counts_ES[group, i]
+            carry = lax.fori_loop(0, count, one, carry)
 
         def one_full(j, carry):
-            return full(largest, start + j * largest, carry)
+            row = start + j * largest
+            return full(largest, row, carry)
 
         return lax.fori_loop(0, num_full, one_full, carry)
 
@@ -144,4 +170,5 @@ def dynamic_slice(x: jax.Array, first: jax.Array, count: int) -> jax.Array:
 
 def dynamic_update(x: jax.Array, part: jax.Array, first: jax.Array) -> jax.Array:
     """Returns `x` with `part`, in its dtype, from entry `first` of the first axis on."""
-    return lax.dynamic_update_slice_in_dim(x, part.astype(x.dtype), first, axis=0)
+    part = part.astype(x.dtype)
+    return lax.dynamic_update_slice_in_dim(x, part, first, axis=0)

@@ -23,17 +23,27 @@ def unify_vma(*arrays: jax.Array) -> tuple[jax.Array, ...]:
     return tuple(_vary(x, union) for x in arrays)
 
 
-def zeros_varying_like(like: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
+def zeros_varying_like(
+    like: jax.Array,
+    shape: tuple[int, ...],
+    dtype: DTypeLike,
+) -> jax.Array:
     """Returns zeros that vary over the axes of `like`, as the initial carry of a loop must."""
-    return _vary(jnp.zeros(shape, dtype), varying_axes(like))
+    zeros = jnp.zeros(shape, dtype)
+    return _vary(zeros, varying_axes(like))
 
 
-def empty_varying_like(like: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
+def empty_varying_like(
+    like: jax.Array,
+    shape: tuple[int, ...],
+    dtype: DTypeLike,
+) -> jax.Array:
     """Returns an array without values that varies over the axes of `like`.
 
     It saves the time to write zeros; the caller writes all that is read.
     """
-    return _vary(jax.lax.empty(shape, dtype), varying_axes(like))
+    empty = jax.lax.empty(shape, dtype)
+    return _vary(empty, varying_axes(like))
 
 
 def _vary(x: jax.Array, axes: frozenset[str]) -> jax.Array:

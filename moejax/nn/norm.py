@@ -19,10 +19,11 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
         """Normalises the last axis; returns the dtype of `x`."""
-        x_float32 = x.astype(jnp.float32)
-        mean_square = jnp.mean(x_float32**2, axis=-1, keepdims=True)
+        dtype = x.dtype
+        x = x.astype(jnp.float32)
+        mean_square = jnp.mean(x**2, axis=-1, keepdims=True)
         inverse_rms = jax.lax.rsqrt(mean_square + EPSILON)
         leading_axes = tuple(range(x.ndim - 1))
         scale = jnp.expand_dims(self.scale[...], leading_axes)
-        normed = x_float32 * inverse_rms * scale
-        return normed.astype(x.dtype)
+        normed = x * inverse_rms * scale
+        return normed.astype(dtype)

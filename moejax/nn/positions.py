@@ -1,11 +1,14 @@
 """Rotary position embedding."""
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 
 def rotate(
-    x_BLHA: Float[Array, "B L H A"], positions_BL: Int[Array, "B L"], theta: float
+    x_BLHA: Float[Array, "B L H A"],
+    positions_BL: Int[Array, "B L"],
+    theta: float,
 ) -> Float[Array, "B L H A"]:
     """Rotates each pair of dimensions i and i + A/2 by the angle position * theta^(-2i/A).
 
@@ -17,15 +20,25 @@ def rotate(
       positions_BL: position of each token in its document.
       theta: base of the angles' geometric sequence.
     """
-    half = x_BLHA.shape[-1] // 2
-    exponent_a = -jnp.arange(half, dtype=jnp.float32) / half
-    frequency_a = theta**exponent_a
-    position_BL11 = positions_BL[..., None, None].astype(jnp.float32)
-    angle_BL1a = position_BL11 * frequency_a[None, None, None]
+    dtype = x_BLHA.dtype
+    num_pairs = x_BLHA.shape[-1] // 2
+    angle_BL1a = _angles(positions_BL, num_pairs, theta)
     cos_BL1a = jnp.cos(angle_BL1a)
     sin_BL1a = jnp.sin(angle_BL1a)
-    first_BLHa, second_BLHa = jnp.split(x_BLHA.astype(jnp.float32), 2, axis=-1)
+    x_BLHA = x_BLHA.astype(jnp.float32)
+    first_BLHa, second_BLHa = jnp.split(x_BLHA, 2, axis=-1)
     rotated_first_BLHa = first_BLHa * cos_BL1a - second_BLHa * sin_BL1a
     rotated_second_BLHa = second_BLHa * cos_BL1a + first_BLHa * sin_BL1a
-    rotated_BLHA = jnp.concatenate([rotated_first_BLHa, rotated_second_BLHa], axis=-1)
-    return rotated_BLHA.astype(x_BLHA.dtype)
+    rotated_halves = [rotated_first_BLHa, rotated_second_BLHa]
+    rotated_BLHA = jnp.concatenate(rotated_halves, axis=-1)
+    return rotated_BLHA.astype(dtype)
+
+
+def _angles(positions_BL: jax.Array, num_pairs: int, theta: float) -> jax.Array:
+    """Returns the angle of each position and pair of dimensions, `[B, L, 1, a]`."""
+    pair_a = jnp.arange(num_pairs, dtype=jnp.float32)
+    exponent_a = -pair_a / num_pairs
+    frequency_a = theta**exponent_a
+    position_BL11 = positions_BL[..., None, None]
+    position_BL11 = position_BL11.astype(jnp.float32)
+    return position_BL11 * frequency_a[None, None, None]

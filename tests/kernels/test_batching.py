@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 import oracle
-from moejax.kernels import fused_feed_forward as module
-from moejax.kernels.fused_feed_forward import feed_forward
+from moejax.kernels import fused_passes as module
+from moejax.kernels.fused_feed_forward import Rows, feed_forward
 from moejax.kernels.grouped_matmul import IMPLEMENTATIONS, grouped_matmul, ragged, unavailable
 from moejax.kernels.tiles import tile_sizes
 from moejax.moe.dispatch.plan import plan_dropless
@@ -144,10 +144,8 @@ def run_layer(x_TD, weights_TK, gate_up_EDPF, down_EFD, experts_TK, dy_TD):
     plan = plan_dropless(experts_TK, num_experts, padding_rows=sizes[-1])
 
     def layer(*arrays):
-        return feed_forward(
-            *arrays, plan.row_TK, plan.choice_R, plan.group_sizes_E,
-            activate=Network("swiglu").activate, sizes=sizes,
-        )  # fmt: skip
+        rows = Rows(plan.row_TK, plan.choice_R, plan.group_sizes_E)
+        return feed_forward(*arrays, rows, activate=Network("swiglu").activate, sizes=sizes)
 
     y_TD, pull = jax.vjp(layer, x_TD, weights_TK, gate_up_EDPF, down_EFD)
     return y_TD, *pull(dy_TD)

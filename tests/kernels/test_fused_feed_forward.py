@@ -9,8 +9,9 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 import oracle
-from moejax.kernels import fused_feed_forward as module
-from moejax.kernels.fused_feed_forward import SecondDerivativeError, add_rows, feed_forward
+from moejax.kernels import fused_passes as module
+from moejax.kernels.fused_feed_forward import Rows, SecondDerivativeError, feed_forward
+from moejax.kernels.rows import add_rows
 from moejax.kernels.tiles import tile_sizes
 from moejax.moe.dispatch.plan import plan_dropless
 from moejax.moe.experts.experts import Network
@@ -25,9 +26,14 @@ def run_layer(x_TD, weights_TK, gate_up_EDPF, down_EFD, experts_TK, activation="
     sizes = tile_sizes(experts_TK.size, num_experts)
     plan = plan_dropless(experts_TK, num_experts, padding_rows=sizes[-1])
     return feed_forward(
-        x_TD, weights_TK, gate_up_EDPF, down_EFD, plan.row_TK, plan.choice_R, plan.group_sizes_E,
-        activate=Network(activation, limit=0.5).activate, sizes=sizes,
-    )  # fmt: skip
+        x_TD,
+        weights_TK,
+        gate_up_EDPF,
+        down_EFD,
+        Rows(plan.row_TK, plan.choice_R, plan.group_sizes_E),
+        activate=Network(activation, limit=0.5).activate,
+        sizes=sizes,
+    )
 
 
 def with_gradients(layer):
@@ -177,14 +183,14 @@ def test_too_few_padding_rows_are_an_error_that_says_how_many_to_plan_with():
     arrays = map(jnp.asarray, draw(choices_of((31, 0, 32, 3, 0), 50, 2), 5))
     x_TD, weights_TK, gate_up_EDPF, down_EFD, experts_TK, _ = arrays
     plan = plan_dropless(experts_TK, 5, padding_rows=63)
-    rows = plan.row_TK, plan.choice_R, plan.group_sizes_E
+    rows = Rows(plan.row_TK, plan.choice_R, plan.group_sizes_E)
     with pytest.raises(ValueError, match=r"163 rows and must have 164; plan with padding_rows=64"):
         feed_forward(
             x_TD,
             weights_TK,
             gate_up_EDPF,
             down_EFD,
-            *rows,
+            rows,
             activate=Network().activate,
             sizes=(16, 64),
         )

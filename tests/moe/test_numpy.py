@@ -13,7 +13,7 @@ from moejax.config import MoeConfig
 from moejax.config.sections.moe import derive_moe
 from moejax.kernels import fused_feed_forward as feed_forward_module
 from moejax.kernels import grouped_matmul as grouped_matmul_module
-from moejax.kernels.fused_feed_forward import feed_forward
+from moejax.kernels.fused_feed_forward import Rows, feed_forward
 from moejax.kernels.grouped_matmul import grouped_matmul
 from moejax.moe import router as routers
 from moejax.moe.balancing import load, losses, metrics, state, sums
@@ -147,9 +147,7 @@ DOORS = {
             WEIGHTS_TK,
             GATE_UP_EDPF,
             DOWN_EFD,
-            SPARE_PLAN.row_TK,
-            SPARE_PLAN.choice_R,
-            SPARE_PLAN.group_sizes_E,
+            Rows(SPARE_PLAN.row_TK, SPARE_PLAN.choice_R, SPARE_PLAN.group_sizes_E),
             activate=lambda hidden: hidden[0],
             sizes=(4,),
         ),

@@ -114,13 +114,16 @@ def resolve_implementation(implementation: str) -> str:
             f"grouped_matmul implementation {implementation!r} must be auto or one of "
             f"{[*IMPLEMENTATIONS]}"
         )
-    return _choose(implementation, platform(), tuple(unavailable().items()))
+    missing = tuple(unavailable().items())
+    return _choose(implementation, platform(), missing)
 
 
 def unavailable() -> dict[str, str]:
     """Returns the implementations that cannot run on the platform at hand, and why."""
     why = why_unavailable()
-    return {"tokamax": why} if why else {}
+    if why is None:
+        return {}
+    return {"tokamax": why}
 
 
 def can_check_vma(implementation: str) -> bool:

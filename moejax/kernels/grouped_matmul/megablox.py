@@ -33,12 +33,21 @@ def outer_products_megablox(
     # Imports Pallas, which takes time.
     from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
 
-    num_rows, num_groups = x_RD.shape[0], group_sizes_E.shape[0]
+    num_rows = x_RD.shape[0]
+    num_groups = group_sizes_E.shape[0]
     height = 128 if num_rows < 512 * num_groups else 512
-    padding = ((0, -num_rows % height), (0, 0))
+    num_missing = -num_rows % height
+    padding = ((0, num_missing), (0, 0))
     x_RD = jnp.pad(x_RD, padding)
     dy_RF = jnp.pad(dy_RF, padding)
     # Larger tiles do not fit the memory of a core.
-    tiles = (height, min(512, x_RD.shape[1]), min(512, dy_RF.shape[1]))
-    sizes_E = group_sizes_E.astype(jnp.int32)
-    return tgmm(x_RD.T, dy_RF, sizes_E, jnp.dtype(dtype), tiles, interpret=interpret)
+    width_D = min(512, x_RD.shape[1])
+    width_F = min(512, dy_RF.shape[1])
+    return tgmm(
+        x_RD.T,
+        dy_RF,
+        group_sizes_E.astype(jnp.int32),
+        jnp.dtype(dtype),
+        (height, width_D, width_F),
+        interpret=interpret,
+    )

@@ -66,19 +66,22 @@ def _outer(products, padding_rows, x_RD, dy_RF, group_sizes_E):
 def _by_matrix_backward(products, padding_rows, arrays, dy_RF):
     x_RD, w_EDF, sizes_E = arrays
     dx_RD = _by_transpose(products, padding_rows, dy_RF, w_EDF, sizes_E)
-    return dx_RD, _outer(products, padding_rows, x_RD, dy_RF, sizes_E), None
+    dw_EDF = _outer(products, padding_rows, x_RD, dy_RF, sizes_E)
+    return dx_RD, dw_EDF, None
 
 
 def _by_transpose_backward(products, padding_rows, arrays, ddx_RD):
     dy_RF, w_EDF, sizes_E = arrays
     ddy_RF = _by_matrix(products, padding_rows, ddx_RD, w_EDF, sizes_E)
-    return ddy_RF, _outer(products, padding_rows, ddx_RD, dy_RF, sizes_E), None
+    dw_EDF = _outer(products, padding_rows, ddx_RD, dy_RF, sizes_E)
+    return ddy_RF, dw_EDF, None
 
 
 def _outer_backward(products, padding_rows, arrays, ddw_EDF):
     x_RD, dy_RF, sizes_E = arrays
     dx_RD = _by_transpose(products, padding_rows, dy_RF, ddw_EDF, sizes_E)
-    return dx_RD, _by_matrix(products, padding_rows, x_RD, ddw_EDF, sizes_E), None
+    ddy_RF = _by_matrix(products, padding_rows, x_RD, ddw_EDF, sizes_E)
+    return dx_RD, ddy_RF, None
 
 
 def _by_matrix_forward(products, padding_rows, *arrays):

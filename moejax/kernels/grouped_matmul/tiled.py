@@ -9,6 +9,7 @@ overwritten by the groups that follow, which come later in the same loop. Both l
 
 import functools
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
@@ -32,11 +33,20 @@ def block_rows(num_rows: int, num_groups: int) -> int:
 
     Smaller tiles waste less of a group's last one, larger ones use the matrix unit better.
     """
-    target = max(1, num_rows // (2 * num_groups))
-    return min(256, max(32, 1 << (target.bit_length() - 1)))
+    half_group = max(1, num_rows // (2 * num_groups))
+    exponent = half_group.bit_length() - 1
+    size = max(32, 1 << exponent)
+    return min(256, size)
 
 
-def _rows_by_matrices(x_RP, w_EDF, group_sizes_E, padding_rows: int, *, contract: int):
+def _rows_by_matrices(
+    x_RP: jax.Array,
+    w_EDF: jax.Array,
+    group_sizes_E: jax.Array,
+    padding_rows: int,
+    *,
+    contract: int,
+) -> jax.Array:
     """Multiplies rows by `w` (`contract=1`) or by its transpose (`contract=2`)."""
     num_rows = x_RP.shape[0]
     num_groups = w_EDF.shape[0]
@@ -70,15 +80,22 @@ _BY_MATRIX = functools.partial(_rows_by_matrices, contract=1)
 _BY_TRANSPOSE = functools.partial(_rows_by_matrices, contract=2)
 
 
-def _outer_products(x_RD, dy_RF, group_sizes_E, padding_rows: int):
+def _outer_products(
+    x_RD: jax.Array,
+    dy_RF: jax.Array,
+    group_sizes_E: jax.Array,
+    padding_rows: int,
+) -> jax.Array:
     """Returns for each group the sum of the outer products of its rows, in float32."""
-    num_rows = x_RD.shape[0]
+    num_rows, width_D = x_RD.shape
+    width_F = dy_RF.shape[1]
     num_groups = group_sizes_E.shape[0]
     block = block_rows(num_rows - padding_rows, num_groups)
     ends_E = jnp.cumsum(group_sizes_E)
-    x_RD = _append_rows(x_RD, block - padding_rows)
-    dy_RF = _append_rows(dy_RF, block - padding_rows)
-    zeros_DF = zeros_varying_like(dy_RF, (x_RD.shape[1], dy_RF.shape[1]), jnp.float32)
+    num_missing = block - padding_rows
+    x_RD = _append_rows(x_RD, num_missing)
+    dy_RF = _append_rows(dy_RF, num_missing)
+    zeros_DF = zeros_varying_like(dy_RF, (width_D, width_F), jnp.float32)
 
     def one_group(e, dw_EDF):
         start = ends_E[e] - group_sizes_E[e]
@@ -93,7 +110,8 @@ def _outer_products(x_RD, dy_RF, group_sizes_E, padding_rows: int):
         dw_DF = lax.fori_loop(0, num_tiles, one_tile, zeros_DF)
         return lax.dynamic_update_index_in_dim(dw_EDF, dw_DF, e, axis=0)
 
-    zeros_EDF = zeros_varying_like(dy_RF, (num_groups, *zeros_DF.shape), jnp.float32)
+    shape = (num_groups, width_D, width_F)
+    zeros_EDF = zeros_varying_like(dy_RF, shape, jnp.float32)
     return lax.fori_loop(0, num_groups, one_group, zeros_EDF)
 
 
@@ -109,16 +127,19 @@ def _append_rows(x_RP, count: int):
 
 def _rows(x_RP, start, count: int, end):
     """Returns `count` rows in float32, zeros from row `end` on."""
-    is_row_b = start + jnp.arange(count) < end
+    row_b = start + jnp.arange(count)
+    is_row_b = row_b < end
     is_row_b1 = is_row_b[:, None]
     x_bP = lax.dynamic_slice_in_dim(x_RP, start, count)
-    return jnp.where(is_row_b1, _to_float32(x_bP), 0)
+    x_bP = _to_float32(x_bP)
+    return jnp.where(is_row_b1, x_bP, 0)
 
 
 def _contract(a, b, a_axis: int, b_axis: int):
     """Contracts one axis of each of two matrices."""
+    contracted = ((a_axis,), (b_axis,))
     no_batch = ((), ())
-    return lax.dot_general(a, b, (((a_axis,), (b_axis,)), no_batch))
+    return lax.dot_general(a, b, (contracted, no_batch))
 
 
 def _to_float32(x):

@@ -52,7 +52,8 @@ def why_unavailable() -> str | None:
 
 
 def _is_new_enough(device: jax.Device) -> bool:
-    return "NVIDIA" in device.device_kind and float(device.compute_capability) >= 8.0
+    is_nvidia = "NVIDIA" in device.device_kind
+    return is_nvidia and float(device.compute_capability) >= 8.0
 
 
 BLOCK = 128
@@ -69,16 +70,33 @@ def grouped_matmul_tokamax(
     return multiply(PRODUCTS, x_RD, w_EDF, group_sizes_E, padding_rows)
 
 
-def _outer_products(x_RD, dy_RF, group_sizes_E, padding_rows: int):
+def _outer_products(
+    x_RD: jax.Array,
+    dy_RF: jax.Array,
+    group_sizes_E: jax.Array,
+    padding_rows: int,
+) -> jax.Array:
+    """Returns for each group the sum of the outer products of its rows."""
     # Zeros in front, as rows of the first group: no block begins before the array.
     in_front = ((BLOCK, 0), (0, 0))
     x_RD = jnp.pad(x_RD, in_front)
     dy_RF = jnp.pad(dy_RF, in_front)
-    dw_EDF = _product(x_RD, dy_RF, group_sizes_E.at[0].add(BLOCK), OUTER)
-    return jnp.where((group_sizes_E > 0)[:, None, None], dw_EDF, 0)
+    padded_sizes_E = group_sizes_E.at[0].add(BLOCK)
+    dw_EDF = _product(x_RD, dy_RF, padded_sizes_E, OUTER)
+    has_rows_E = group_sizes_E > 0
+    has_rows_E11 = has_rows_E[:, None, None]
+    return jnp.where(has_rows_E11, dw_EDF, 0)
 
 
-def _rows_by_matrices(x_RP, w_EDF, group_sizes_E, padding_rows: int, *, dimensions):
+def _rows_by_matrices(
+    x_RP: jax.Array,
+    w_EDF: jax.Array,
+    group_sizes_E: jax.Array,
+    padding_rows: int,
+    *,
+    dimensions: RaggedDotDimensionNumbers,
+) -> jax.Array:
+    """Multiplies rows by matrices or by their transposes."""
     y_RQ = _product(x_RP, w_EDF, group_sizes_E, dimensions)
     return zero_padding_rows(y_RQ, group_sizes_E)
 

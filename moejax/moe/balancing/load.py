@@ -17,8 +17,10 @@ def load_fractions(stats: RoutingStats) -> Float[Array, "N E"]:
 @takes_numpy
 def fractions(assignments_NE: Int[Array, "N E"]) -> Float[Array, "N E"]:
     """Returns the share of each expert in a layer's choices; zeros where there are none."""
-    assignments_NE = assignments_NE.astype(jnp.float32)
-    return assignments_NE / jnp.maximum(assignments_NE.sum(axis=-1, keepdims=True), 1.0)
+    counts_NE = assignments_NE.astype(jnp.float32)
+    total_N1 = counts_NE.sum(axis=-1, keepdims=True)
+    safe_total_N1 = jnp.maximum(total_N1, 1.0)
+    return counts_NE / safe_total_N1
 
 
 @takes_numpy
@@ -29,7 +31,8 @@ def cv_squared(values_NE: Float[Array, "N E"]) -> Float[Array, "N"]:
     """
     # In units of the largest, where nothing underflows: a small constant in the denominator would
     # let a router lower its loss by lowering all its weights.
-    largest_N1 = jax.lax.stop_gradient(values_NE.max(axis=-1, keepdims=True))
+    largest_N1 = values_NE.max(axis=-1, keepdims=True)
+    largest_N1 = jax.lax.stop_gradient(largest_N1)
     unit_N1 = jnp.where(largest_N1 > 0, largest_N1, 1.0)
     values_NE /= unit_N1
     mean_N = values_NE.mean(axis=-1)

@@ -33,15 +33,17 @@ def routing_metrics(stats: RoutingStats) -> dict[str, Float[Array, "N"]]:
     load_NE = load_fractions(stats)
     num_experts = load_NE.shape[-1]
     tokens_N = token_counts(stats)
-    choices_N = jnp.maximum(stats.assignments_E.sum(axis=-1), 1)
-    log_load_NE = jnp.log(jnp.where(load_NE > 0, load_NE, 1.0))
+    choices_N = stats.assignments_E.sum(axis=-1)
+    choices_N = jnp.maximum(choices_N, 1)
+    safe_load_NE = jnp.where(load_NE > 0, load_NE, 1.0)
+    log_load_NE = jnp.log(safe_load_NE)
     return {
         "max_violation": num_experts * load_NE.max(axis=-1) - 1,
         "load_cv": load_NE.std(axis=-1) * num_experts,
         "importance_cv": jnp.sqrt(cv_squared(stats.importance_E)),
         "load_entropy": -jnp.sum(load_NE * log_load_NE, axis=-1),
         "entropy": stats.entropy / tokens_N,
-        "idle_experts": jnp.sum(stats.assignments_E == 0, axis=-1).astype(jnp.float32),
+        "idle_experts": _count_idle(stats),
         "dropped": stats.dropped / choices_N,
         "moved": stats.moved / choices_N,
         "dropped_out": stats.dropped_out / choices_N,
@@ -54,3 +56,10 @@ def routing_metrics(stats: RoutingStats) -> dict[str, Float[Array, "N"]]:
         "logit_rms": jnp.sqrt(stats.logit_square / (num_experts * tokens_N)),
         "logit_max": stats.logit_max,
     }
+
+
+def _count_idle(stats: RoutingStats) -> Float[Array, "N"]:
+    """Returns how many experts no token chose."""
+    is_idle_NE = stats.assignments_E == 0
+    num_idle_N = jnp.sum(is_idle_NE, axis=-1)
+    return num_idle_N.astype(jnp.float32)

@@ -33,15 +33,19 @@ def update_bias(
     """
     counts_NE = assignments_NE.astype(jnp.float32)
     mean_N1 = counts_NE.mean(axis=-1, keepdims=True)
-    bias_NE += rate * jnp.sign(mean_N1 - counts_NE)
+    direction_NE = jnp.sign(mean_N1 - counts_NE)
+    bias_NE += rate * direction_NE
     if not is_centered:
         return bias_NE
-    return bias_NE - bias_NE.mean(axis=-1, keepdims=True)
+    mean_bias_N1 = bias_NE.mean(axis=-1, keepdims=True)
+    return bias_NE - mean_bias_N1
 
 
 @takes_numpy
 def update_quantiles(
-    margins_NTE: Float[Array, "N T E"], num_tokens_N: Float[Array, "N"], top_k: int
+    margins_NTE: Float[Array, "N T E"],
+    num_tokens_N: Float[Array, "N"],
+    top_k: int,
 ) -> Float[Array, "N E"]:
     """Returns the selection bias with which each expert would have had an equal share of tokens.
 
@@ -58,34 +62,53 @@ def update_quantiles(
     Source: quantile balancing, 2026.
     """
     num_experts = margins_NTE.shape[-1]
-    share_N = num_tokens_N.astype(jnp.int32) * top_k // num_experts
-    rank_N1 = (share_N + 1)[:, None]
-    # Integers that are ordered as the floats are: all bits of negative ones are flipped, and the
-    # sign bit of the others.
-    bits_NTE = jax.lax.bitcast_convert_type(margins_NTE, jnp.uint32)
-    sign = jnp.uint32(1 << 31)
-    is_negative_NTE = bits_NTE >= sign
-    keys_NTE = jnp.where(is_negative_NTE, ~bits_NTE, bits_NTE | sign)
+    num_tokens_N = num_tokens_N.astype(jnp.int32)
+    share_N = num_tokens_N * top_k // num_experts
+    rank_N = share_N + 1
+    rank_N1 = rank_N[:, None]
+    beta_NE = _find_by_rank(margins_NTE, rank_N1)
+    beta_NE = jnp.where(jnp.isfinite(beta_NE), beta_NE, 0.0)
+    mean_N1 = beta_NE.mean(axis=-1, keepdims=True)
+    return mean_N1 - beta_NE
+
+
+def _find_by_rank(values_NTE: jax.Array, rank_N1: jax.Array) -> jax.Array:
+    """Returns the value of each expert with this rank from above, found bit by bit."""
+    num_layers, _, num_experts = values_NTE.shape
+    keys_NTE, sign = _to_ordered_integers(values_NTE)
 
     def set_bit(i, found_NE):
-        candidate_NE = found_NE | (sign >> i.astype(jnp.uint32))
+        """Sets the next bit where as many values as the rank are not below the result."""
+        bit = sign >> i.astype(jnp.uint32)
+        candidate_NE = found_NE | bit
         is_above_NTE = keys_NTE >= candidate_NE[:, None]
-        is_enough_NE = is_above_NTE.sum(axis=1) >= rank_N1
+        num_above_NE = is_above_NTE.sum(axis=1)
+        is_enough_NE = num_above_NE >= rank_N1
         return jnp.where(is_enough_NE, candidate_NE, found_NE)
 
-    num_layers = margins_NTE.shape[0]
     zeros_NE = jnp.zeros((num_layers, num_experts), jnp.uint32)
     found_NE = jax.lax.fori_loop(0, 32, set_bit, zeros_NE)
     # Back from the integers to the floats.
-    beta_bits_NE = jnp.where(found_NE >= sign, found_NE ^ sign, ~found_NE)
-    beta_NE = jax.lax.bitcast_convert_type(beta_bits_NE, jnp.float32)
-    beta_NE = jnp.where(jnp.isfinite(beta_NE), beta_NE, 0.0)
-    return beta_NE.mean(axis=-1, keepdims=True) - beta_NE
+    bits_NE = jnp.where(found_NE >= sign, found_NE ^ sign, ~found_NE)
+    return jax.lax.bitcast_convert_type(bits_NE, jnp.float32)
+
+
+def _to_ordered_integers(values: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns unsigned integers that are ordered as the floats are, and the sign bit.
+
+    All bits of negative ones are flipped, and the sign bit of the others.
+    """
+    bits = jax.lax.bitcast_convert_type(values, jnp.uint32)
+    sign = jnp.uint32(1 << 31)
+    is_negative = bits >= sign
+    keys = jnp.where(is_negative, ~bits, bits | sign)
+    return keys, sign
 
 
 @takes_numpy
 def update_idle_steps(
-    idle_NE: Int[Array, "N E"], assignments_NE: Int[Array, "N E"]
+    idle_NE: Int[Array, "N E"],
+    assignments_NE: Int[Array, "N E"],
 ) -> Int[Array, "N E"]:
     """Returns the steps since each expert was last chosen."""
     return jnp.where(assignments_NE > 0, 0, idle_NE + 1)

@@ -7,7 +7,7 @@ of processes.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -100,7 +100,8 @@ class RoutingStats:
 def add_stats(first: RoutingStats, second: RoutingStats) -> RoutingStats:
     """The statistics of two batches together; token-level arrays must be absent."""
     total = jax.tree.map(jnp.add, first, second)
-    return dataclasses.replace(total, logit_max=jnp.maximum(first.logit_max, second.logit_max))
+    logit_max = jnp.maximum(first.logit_max, second.logit_max)
+    return dataclasses.replace(total, logit_max=logit_max)
 
 
 def join(groups: Sequence[RoutingStats]) -> RoutingStats | None:
@@ -113,10 +114,12 @@ def join(groups: Sequence[RoutingStats]) -> RoutingStats | None:
         return None
     joined = {}
     for field in dataclasses.fields(RoutingStats):
-        parts = [getattr(stats, field.name) for stats in groups]
-        is_sum = field.name not in ("quantile_margins_TE", "routing")
-        if is_sum and all(part is not None for part in parts):
-            joined[field.name] = jnp.concatenate(parts)
+        name = field.name
+        parts = [getattr(stats, name) for stats in groups]
+        is_sum = name not in ("quantile_margins_TE", "routing")
+        has_all = all(part is not None for part in parts)
+        if is_sum and has_all:
+            joined[name] = jnp.concatenate(parts)
     return RoutingStats(**joined)
 
 
@@ -143,16 +146,19 @@ def collect(
       num_devices: into how many equal parts the mesh splits the tokens.
       trace: keep the routing itself next to the sums.
     """
-    experts_TK, probs_TE = routing.experts_TK, routing.probs_TE
+    experts_TK = routing.experts_TK
+    probs_TE = routing.probs_TE
     num_choices = probs_TE.shape[1]
-    is_served_TK = mask_T[:, None] & ~combined.is_dropped_TK & (combined.weights_TK != 0)
-    is_unserved_T = mask_T & ~is_served_TK.any(axis=1)
+    is_unserved_T = _is_unserved(combined, mask_T)
     num_ties = jnp.float32(0)
     if not ROUTER_RULES[config.router].is_fixed:
         num_ties = count_ties(routing, mask_T)
+    parts = _Parts.of_tokens(probs_TE.shape[0], length, num_devices)
     return RoutingStats(
         **_sums_of_logits(routing.logits_TE, probs_TE, mask_T),
-        **_optional_sums(routing, mask_T, config, length=length, num_devices=num_devices),
+        **_first_choice_sums(routing, config, parts),
+        **_scope_sums(routing, mask_T, config, parts),
+        **_router_sums(routing, mask_T, config),
         assignments_E=count_assignments(experts_TK, num_choices, num_devices),
         importance_E=sum_by_expert(experts_TK, routing.weights_TK, num_choices),
         gate_mass=combined.weights_TK.sum(),
@@ -167,51 +173,105 @@ def collect(
     )
 
 
-def _optional_sums(
+class _Parts(NamedTuple):
+    """Into how many equal parts the tokens of a batch fall."""
+
+    num_devices: int
+    num_sequences: int
+
+    @classmethod
+    def of_tokens(cls, num_tokens: int, length: int, num_devices: int) -> "_Parts":
+        """Returns the parts of so many tokens in sequences of this length."""
+        return cls(num_devices, num_tokens // length)
+
+    def num_scopes(self, balance_scope: str) -> int:
+        """Returns how many scopes a balance loss has."""
+        num_scopes_of = {
+            "microbatch": 1,
+            "device": self.num_devices,
+            "sequence": self.num_sequences,
+        }
+        return num_scopes_of[balance_scope]
+
+
+def _first_choice_sums(
+    routing: Routing,
+    config: MoeConfig,
+    parts: _Parts,
+) -> dict[str, jax.Array]:
+    """Returns the counts of first choices, where the balance loss is of those."""
+    if config.balance_convention != "first_choice":
+        return {}
+    first_T1 = routing.experts_TK[:, :1]
+    num_choices = routing.probs_TE.shape[1]
+    counts_E = count_assignments(first_T1, num_choices, parts.num_devices)
+    return {"first_assignments_E": counts_E}
+
+
+def _scope_sums(
     routing: Routing,
     mask_T: Bool[Array, "T"],
     config: MoeConfig,
-    *,
-    length: int,
-    num_devices: int,
+    parts: _Parts,
 ) -> dict[str, jax.Array]:
-    """Returns the sums that only some configurations need."""
-    experts_TK, probs_TE = routing.experts_TK, routing.probs_TE
-    num_tokens, num_choices = probs_TE.shape
-    num_sequences = num_tokens // length
-    counts_first_choice = config.balance_convention == "first_choice"
+    """Returns the balance within scopes, where a loss has any but the global batch."""
+    probs_TE = routing.probs_TE
+
+    def balance_of(experts_TK: jax.Array, num_scopes: int) -> jax.Array:
+        return balance_of_scopes(experts_TK, probs_TE, mask_T, num_scopes)
+
     sums = {}
-    if counts_first_choice:
-        first_T1 = experts_TK[:, :1]
-        sums["first_assignments_E"] = count_assignments(first_T1, num_choices, num_devices)
     if config.balance_scope != "global":
-        num_scopes_of = {"microbatch": 1, "device": num_devices, "sequence": num_sequences}
-        num_scopes = num_scopes_of[config.balance_scope]
-        sums["scope_balance"] = balance_of_scopes(experts_TK, probs_TE, mask_T, num_scopes)
-        if counts_first_choice:
-            sums["first_scope_balance"] = balance_of_scopes(
-                experts_TK[:, :1], probs_TE, mask_T, num_scopes
-            )
+        num_scopes = parts.num_scopes(config.balance_scope)
+        sums["scope_balance"] = balance_of(routing.experts_TK, num_scopes)
+        if config.balance_convention == "first_choice":
+            first_T1 = routing.experts_TK[:, :1]
+            sums["first_scope_balance"] = balance_of(first_T1, num_scopes)
     if config.sequence_balance_weight > 0:
         unbiased_TK = unbiased_choices(routing, mask_T, config)
-        sums["sequence_balance"] = balance_of_scopes(unbiased_TK, probs_TE, mask_T, num_sequences)
-    if routing.noisy_TE is not None and routing.noise_scale_TE is not None:
-        if config.load_weight > 0:
-            sums["load_E"] = expected_load(routing, mask_T, config.top_k)
-        if config.vmoe_load_weight > 0:
-            sums["vmoe_load_E"] = expected_load_vmoe(routing, mask_T, config.top_k)
-    if config.router == "quantile":
-        sums["quantile_margins_TE"] = quantile_margins(routing, mask_T, config.top_k)
+        sums["sequence_balance"] = balance_of(unbiased_TK, parts.num_sequences)
     return sums
 
 
+def _router_sums(
+    routing: Routing,
+    mask_T: Bool[Array, "T"],
+    config: MoeConfig,
+) -> dict[str, jax.Array]:
+    """Returns what only routers with noise, or by quantiles, have sums of."""
+    top_k = config.top_k
+    has_noise = routing.noisy_TE is not None and routing.noise_scale_TE is not None
+    sums = {}
+    if has_noise and config.load_weight > 0:
+        sums["load_E"] = expected_load(routing, mask_T, top_k)
+    if has_noise and config.vmoe_load_weight > 0:
+        sums["vmoe_load_E"] = expected_load_vmoe(routing, mask_T, top_k)
+    if config.router == "quantile":
+        sums["quantile_margins_TE"] = quantile_margins(routing, mask_T, top_k)
+    return sums
+
+
+def _is_unserved(combined: CombineWeights, mask_T: jax.Array) -> jax.Array:
+    """Whether no expert serves a token."""
+    mask_T1 = mask_T[:, None]
+    is_kept_TK = mask_T1 & ~combined.is_dropped_TK
+    has_weight_TK = combined.weights_TK != 0
+    is_served_TK = is_kept_TK & has_weight_TK
+    is_served_T = is_served_TK.any(axis=1)
+    return mask_T & ~is_served_T
+
+
 def collect_expert_choice(
-    routing: SlotRouting, mask_BL: Bool[Array, "B L"], *, trace: bool = False
+    routing: SlotRouting,
+    mask_BL: Bool[Array, "B L"],
+    *,
+    trace: bool = False,
 ) -> RoutingStats:
     """Sums up one layer's routing where experts choose."""
-    length = mask_BL.shape[1]
+    batch, length = mask_BL.shape
     is_filled_BEC = routing.positions_BEC < length
-    row_B11 = jnp.arange(mask_BL.shape[0])[:, None, None]
+    row_B = jnp.arange(batch)
+    row_B11 = row_B[:, None, None]
     none_BL = jnp.zeros(mask_BL.shape, bool)
     is_served_BL = none_BL.at[row_B11, routing.positions_BEC].set(True, mode="drop")
     return RoutingStats(
@@ -226,7 +286,11 @@ def collect_expert_choice(
 
 
 def collect_soft_slots(
-    routing: SoftRouting, mask_BL: Bool[Array, "B L"], num_experts: int, *, trace: bool = False
+    routing: SoftRouting,
+    mask_BL: Bool[Array, "B L"],
+    num_experts: int,
+    *,
+    trace: bool = False,
 ) -> RoutingStats:
     """Sums up one layer's soft routing.
 
@@ -235,14 +299,18 @@ def collect_soft_slots(
     batch, length, num_slots = routing.logits_BLS.shape
     slots_per_expert = num_slots // num_experts
     weights_BLES = routing.combine_BLS.reshape(batch, length, num_experts, slots_per_expert)
-    probs_TE = weights_BLES.sum(axis=-1).reshape(-1, num_experts)
+    probs_BLE = weights_BLES.sum(axis=-1)
+    probs_TE = probs_BLE.reshape(-1, num_experts)
     logits_TS = routing.logits_BLS.reshape(batch * length, num_slots)
-    sums = _sums_of_logits(logits_TS, probs_TE, mask_BL.reshape(-1))
-    num_sequences = mask_BL.any(axis=1).sum(dtype=jnp.int32)
+    mask_T = mask_BL.reshape(-1)
+    sums = _sums_of_logits(logits_TS, probs_TE, mask_T)
+    has_token_B = mask_BL.any(axis=1)
+    num_sequences = has_token_B.sum(dtype=jnp.int32)
+    assignments_per_expert = num_sequences * slots_per_expert
     return RoutingStats(
         **sums,
         **_zero_counts(),
-        assignments_E=jnp.full(num_experts, num_sequences * slots_per_expert),
+        assignments_E=jnp.full(num_experts, assignments_per_expert),
         importance_E=sums["probs_E"],
         gate_mass=probs_TE.sum(),
         unserved=jnp.float32(0),
@@ -263,18 +331,27 @@ def _count(is_counted: jax.Array) -> jax.Array:
 def _count_dropped_out(combined: CombineWeights, is_choice_TK: jax.Array) -> jax.Array:
     if combined.dropout_TK is None:
         return jnp.float32(0)
-    return _count(is_choice_TK & ~combined.is_dropped_TK & (combined.dropout_TK == 0))
+    is_kept_TK = is_choice_TK & ~combined.is_dropped_TK
+    is_dropped_out_TK = combined.dropout_TK == 0
+    return _count(is_kept_TK & is_dropped_out_TK)
 
 
-def _sums_of_logits(logits_TX, probs_TE, mask_T) -> dict[str, Any]:
+def _sums_of_logits(
+    logits_TX: jax.Array,
+    probs_TE: jax.Array,
+    mask_T: jax.Array,
+) -> dict[str, Any]:
     """Returns the sums that every kind of router has."""
     is_token_T1 = mask_T[:, None]
     logits_TX = jnp.where(is_token_T1, logits_TX, 0.0)
     probs_TE = jnp.where(is_token_T1, probs_TE, 0.0)
-    logsumexp_T = jnp.where(mask_T, jax.nn.logsumexp(logits_TX, axis=-1), 0.0)
-    log_probs_TE = jnp.log(jnp.where(probs_TE > 0, probs_TE, 1.0))
+    logsumexp_T = jax.nn.logsumexp(logits_TX, axis=-1)
+    logsumexp_T = jnp.where(mask_T, logsumexp_T, 0.0)
+    safe_probs_TE = jnp.where(probs_TE > 0, probs_TE, 1.0)
+    log_probs_TE = jnp.log(safe_probs_TE)
     # Where a router has several logits for an expert, squares count as if it had one.
-    experts_per_logit = probs_TE.shape[-1] / logits_TX.shape[-1]
+    num_logits = logits_TX.shape[-1]
+    experts_per_logit = probs_TE.shape[-1] / num_logits
     return {
         "num_tokens": mask_T.sum(dtype=jnp.float32),
         "probs_E": probs_TE.sum(axis=0),

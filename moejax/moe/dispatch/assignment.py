@@ -31,9 +31,10 @@ class TokenChoice:
 
     def for_experts(self, first: jax.Array, count: int) -> "TokenChoice":
         """Returns the choices of `count` experts from `first` on; all others are of no expert."""
-        experts_BLK = self.experts_BLK - first
-        is_here_BLK = (experts_BLK >= 0) & (experts_BLK < count)
-        return dataclasses.replace(self, experts_BLK=jnp.where(is_here_BLK, experts_BLK, count))
+        local_BLK = self.experts_BLK - first
+        is_here_BLK = (local_BLK >= 0) & (local_BLK < count)
+        experts_BLK = jnp.where(is_here_BLK, local_BLK, count)
+        return dataclasses.replace(self, experts_BLK=experts_BLK)
 
 
 @jax.tree_util.register_dataclass
@@ -51,9 +52,11 @@ class ExpertChoice:
 
     def for_experts(self, first: jax.Array, count: int) -> "ExpertChoice":
         """Returns the slots of `count` experts from `first` on."""
-        return jax.tree.map(
-            lambda a_BEC: jax.lax.dynamic_slice_in_dim(a_BEC, first, count, axis=1), self
-        )
+
+        def keep_share(a_BEC: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_slice_in_dim(a_BEC, first, count, axis=1)
+
+        return jax.tree.map(keep_share, self)
 
 
 @jax.tree_util.register_dataclass
@@ -71,9 +74,11 @@ class SoftSlots:
 
     def for_experts(self, first: jax.Array, count: int) -> "SoftSlots":
         """Returns the slots of `count` experts from `first` on."""
-        return jax.tree.map(
-            lambda a_BLES: jax.lax.dynamic_slice_in_dim(a_BLES, first, count, axis=2), self
-        )
+
+        def keep_share(a_BLES: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_slice_in_dim(a_BLES, first, count, axis=2)
+
+        return jax.tree.map(keep_share, self)
 
 
 Assignment = TokenChoice | ExpertChoice | SoftSlots

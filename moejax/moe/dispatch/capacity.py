@@ -1,9 +1,9 @@
 """Capacity: which choices keep a slot when more want an expert than it has slots.
 
-This comes between the router and dispatch: `apply_capacity` decides which choices have a slot, and
-`plan.py` where their rows are. Tokens come in groups (a sequence, a device's batch, the global
-batch), each with its own slots, so that no group sees another; here L is the number of tokens of a
-group.
+This comes between the router and dispatch: `apply_capacity` decides which choices have a slot
+(`slots.py` does so for one group of tokens), and `plan.py` where their rows are. Tokens come in
+groups (a sequence, a device's batch, the global batch), each with its own slots, so that no group
+sees another; here L is the number of tokens of a group.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from moejax.config import MoeConfig
 from moejax.kernels.arrays import takes_numpy
-from moejax.kernels.vma import unify_vma, zeros_varying_like
+from moejax.moe.dispatch.slots import SlotRule, assign_group
 from moejax.moe.router.routing import Routing
 from moejax.moe.router.scores import combine_weights, spread_over_survivors
 from moejax.moe.router.selection import save_for_remat
@@ -90,16 +90,21 @@ def combine_within_capacity(
       max_slots_factor: the factor that buffers have room for; None where there are no buffers.
     """
     if capacity_factor is None:
-        none_TK = jnp.zeros(routing.experts_TK.shape, bool)
-        weights_TK = checkpoint_name(routing.weights_TK, WEIGHTS)
-        return CombineWeights(routing.experts_TK, weights_TK, none_TK, none_TK)
+        return _keep_all(routing)
     num_tokens = routing.experts_TK.shape[0]
-    num_groups_by_kind = {"sequence": num_tokens // length, "device": num_devices, "global": 1}
+    num_groups_by_kind = {
+        "sequence": num_tokens // length,
+        "device": num_devices,
+        "global": 1,
+    }
     num_groups = num_groups_by_kind[config.capacity_group]
-    size = (config.top_k, num_tokens // num_groups, config.num_experts)
-    limit = capacity_limit(jnp.float32(capacity_factor), *size)
+    tokens_per_group = num_tokens // num_groups
+    size = (config.top_k, tokens_per_group, config.num_experts)
+    factor = jnp.float32(capacity_factor)
+    limit = capacity_limit(factor, *size)
     if max_slots_factor is not None:
-        limit = jnp.minimum(limit, capacity_slots(max_slots_factor, *size))
+        max_slots = capacity_slots(max_slots_factor, *size)
+        limit = jnp.minimum(limit, max_slots)
     assignment = apply_capacity(
         routing.experts_TK,
         routing.ranking_TE,
@@ -112,24 +117,40 @@ def combine_within_capacity(
     )
     weights_TK = _weights_after_capacity(routing, assignment, config)
     return CombineWeights(
-        save_for_remat(assignment.experts_TK),
-        checkpoint_name(weights_TK, WEIGHTS),
-        assignment.is_dropped_TK,
-        assignment.is_moved_TK,
+        experts_TK=save_for_remat(assignment.experts_TK),
+        weights_TK=checkpoint_name(weights_TK, WEIGHTS),
+        is_dropped_TK=assignment.is_dropped_TK,
+        is_moved_TK=assignment.is_moved_TK,
+    )
+
+
+def _keep_all(routing: Routing) -> CombineWeights:
+    """Returns the router's choices as they are."""
+    none_TK = jnp.zeros(routing.experts_TK.shape, bool)
+    return CombineWeights(
+        experts_TK=routing.experts_TK,
+        weights_TK=checkpoint_name(routing.weights_TK, WEIGHTS),
+        is_dropped_TK=none_TK,
+        is_moved_TK=none_TK,
     )
 
 
 def _weights_after_capacity(
-    routing: Routing, assignment: CapacityAssignment, config: MoeConfig
+    routing: Routing,
+    assignment: CapacityAssignment,
+    config: MoeConfig,
 ) -> jax.Array:
     """Returns combine weights, 0 where a choice was dropped."""
-    weights_TK, is_dropped_TK = routing.weights_TK, assignment.is_dropped_TK
+    weights_TK = routing.weights_TK
+    is_dropped_TK = assignment.is_dropped_TK
     if config.overflow == "next":
         # A choice that stays without a slot keeps its part in the normalisation.
         held_TK = jnp.where(is_dropped_TK, routing.experts_TK, assignment.experts_TK)
         weights_TK = combine_weights(routing.log_scores_TE, held_TK, config)
     if config.overflow == "renormalize":
-        is_kept_TK = ~is_dropped_TK & (routing.experts_TK < config.num_choices)
+        has_slot_TK = ~is_dropped_TK
+        is_choice_TK = routing.experts_TK < config.num_choices
+        is_kept_TK = has_slot_TK & is_choice_TK
         return spread_over_survivors(weights_TK, routing.log_weights_TK, is_kept_TK)
     return jnp.where(is_dropped_TK, 0.0, weights_TK)
 
@@ -164,11 +185,7 @@ def apply_capacity(
     - "next": it moves to the best-ranked expert that has room and is not among the token's own
       choices, earlier or later; it is dropped if there is none. So no token visits an expert twice.
 
-    "next" must be sequential. Where a choice moves depends on the slots taken by all choices before
-    it, moved ones included. In rounds (the first choice of every token, then the second choice of
-    those that were refused) a later token's first choice would take the room that an earlier
-    refused token moves to, and "position" would leak the future. It costs L * K dependent steps of
-    O(K * E) work for each group, in parallel over groups; "drop" costs one sort.
+    "next" is sequential: it takes L * K dependent steps for each group, and "drop" one sort.
 
     Args:
       experts_TK: the router's choices, without repetition in a token. Ids from `num_experts` on
@@ -196,50 +213,49 @@ def apply_capacity(
     algorithm 1 ("choice"); Riquelme et al. 2021 (V-MoE), section 4.1 ("weight", there by the
     largest weight of a token, which is its first choice's where choices are in order of weight).
     """
-    num_tokens = experts_TK.shape[0]
-    if num_groups < 1 or num_tokens % num_groups:
-        raise ValueError(f"num_groups={num_groups} must divide the {num_tokens} tokens")
-    if overflow == "next" and ranking_TE is None:
-        raise ValueError('overflow="next" needs ranking_TE, the values that the router selected by')
-    no_expert = num_experts if ranking_TE is None else ranking_TE.shape[1]
-    if no_expert < num_experts:
-        raise ValueError(
-            f"ranking_TE has {no_expert} columns, fewer than num_experts={num_experts}"
-        )
+    no_expert = num_experts
+    if ranking_TE is not None:
+        no_expert = ranking_TE.shape[1]
+    rule = SlotRule(limit, num_experts, no_expert, order, overflow)
+    _check_groups(experts_TK.shape[0], num_groups)
+    _check_ranking(ranking_TE, rule)
 
-    choice_major = order != "position"
-
-    def assign_in_order(experts_LK, ranking_LE):
-        """Assigns the choices of one group, whose tokens are in the order in which they come."""
-        if overflow == "next":
-            return _reroute(experts_LK, ranking_LE, limit, num_experts, choice_major)
-        is_late_LK = _is_late(experts_LK, limit, num_experts, choice_major)
-        return jnp.where(is_late_LK, no_expert, experts_LK)
-
-    def assign_by_weight(experts_LK, ranking_LE, weights_LK):
-        token_L = _argsort(-weights_LK[:, 0])
-        sorted_experts_LK = experts_LK[token_L]
-        sorted_ranking_LE = None if ranking_LE is None else ranking_LE[token_L]
-        sorted_final_LK = assign_in_order(sorted_experts_LK, sorted_ranking_LE)
-        return sorted_final_LK[_argsort(token_L)]
-
-    def assign_group(experts_LK, ranking_LE, weights_LK):
-        if order == "weight":
-            return assign_by_weight(experts_LK, ranking_LE, weights_LK)
-        return assign_in_order(experts_LK, ranking_LE)
+    def assign(experts_LK, ranking_LE, weights_LK):
+        return assign_group(experts_LK, ranking_LE, weights_LK, rule)
 
     experts_TK = experts_TK.astype(jnp.int32)
     arrays = jax.lax.stop_gradient((experts_TK, ranking_TE, weights_TK))
-    groups = jax.tree.map(lambda x: x.reshape(num_groups, -1, x.shape[1]), arrays)
-    final_TK = jax.vmap(assign_group)(*groups).reshape(experts_TK.shape)
+    groups = jax.tree.map(lambda a_TX: a_TX.reshape(num_groups, -1, a_TX.shape[1]), arrays)
+    final_GLK = jax.vmap(assign)(*groups)
+    final_TK = final_GLK.reshape(experts_TK.shape)
     is_changed_TK = final_TK != experts_TK
-    is_dropped_TK = is_changed_TK & (final_TK == no_expert)
+    has_none_TK = final_TK == no_expert
+    is_dropped_TK = is_changed_TK & has_none_TK
     is_moved_TK = is_changed_TK & ~is_dropped_TK
     return CapacityAssignment(final_TK, is_dropped_TK, is_moved_TK)
 
 
+def _check_groups(num_tokens: int, num_groups: int) -> None:
+    """Raises if the tokens do not divide into groups."""
+    if num_groups < 1 or num_tokens % num_groups:
+        raise ValueError(f"num_groups={num_groups} must divide the {num_tokens} tokens")
+
+
+def _check_ranking(ranking_TE: jax.Array | None, rule: SlotRule) -> None:
+    """Raises if there is no ranking where it is needed, or it has too few columns."""
+    if rule.overflow == "next" and ranking_TE is None:
+        raise ValueError('overflow="next" needs ranking_TE, the values that the router selected by')
+    if rule.no_expert < rule.num_experts:
+        raise ValueError(
+            f"ranking_TE has {rule.no_expert} columns, fewer than num_experts={rule.num_experts}"
+        )
+
+
 def capacity_slots(
-    capacity_factor: float, top_k: int, tokens_per_group: int, num_experts: int
+    capacity_factor: float,
+    top_k: int,
+    tokens_per_group: int,
+    num_experts: int,
 ) -> int:
     """Returns the slots of an expert for one group of tokens.
 
@@ -247,12 +263,16 @@ def capacity_slots(
     """
     num_choices = capacity_factor * top_k * tokens_per_group
     num_slots = -(-num_choices // num_experts)
-    return int(min(tokens_per_group, max(1, num_slots)))
+    num_slots = max(1, num_slots)
+    return int(min(tokens_per_group, num_slots))
 
 
 @takes_numpy
 def capacity_limit(
-    capacity_factor: Float[Array, ""], top_k: int, tokens_per_group: int, num_experts: int
+    capacity_factor: Float[Array, ""],
+    top_k: int,
+    tokens_per_group: int,
+    num_experts: int,
 ) -> Int[Array, ""]:
     """Returns `capacity_slots` of a traced factor."""
     mean_choices = top_k * tokens_per_group / num_experts
@@ -260,71 +280,3 @@ def capacity_limit(
     limit = jnp.ceil(capacity_factor * mean_choices - 1e-4)
     limit = jnp.clip(limit, 1, tokens_per_group)
     return limit.astype(jnp.int32)
-
-
-def _is_late(experts_LK, limit, num_experts, choice_major):
-    """Whether `limit` choices of the same expert come before a choice."""
-    wanted_S = _in_order(experts_LK, choice_major)
-    choice_S = _argsort(wanted_S)
-    expert_S = wanted_S[choice_S]
-    index_S = jnp.arange(wanted_S.shape[0])
-    # In the order of experts, `limit` choices of the same expert come before a choice exactly if
-    # the choice `limit` places before it has the same expert.
-    has_limit_before_S = index_S >= limit
-    is_same_S = expert_S == expert_S[index_S - limit]
-    is_full_S = has_limit_before_S & is_same_S
-    sorted_is_late_S = is_full_S & (expert_S < num_experts)
-    is_late_S = jnp.zeros_like(sorted_is_late_S).at[choice_S].set(sorted_is_late_S)
-    if choice_major:
-        return is_late_S.reshape(experts_LK.shape[::-1]).T
-    return is_late_S.reshape(experts_LK.shape)
-
-
-def _in_order(x_LK, choice_major):
-    """Returns the choices of a group as one axis: token by token, or choice by choice."""
-    if choice_major:
-        return x_LK.T.reshape(-1)
-    return x_LK.reshape(-1)
-
-
-def _reroute(experts_LK, ranking_LE, limit, num_experts, choice_major):
-    """Returns the final experts of one group, found choice by choice; E where one is dropped."""
-    top_k = experts_LK.shape[1]
-    width = ranking_LE.shape[1]
-    choice_LK = jnp.arange(experts_LK.size).reshape(experts_LK.shape)
-    expert_E = jnp.arange(width, dtype=jnp.int32)
-
-    def assign(carry, choice):
-        taken_E, final_LK = carry
-        token = choice // top_k
-        rank = choice % top_k
-        # What the token holds by earlier choices, and what its later choices will ask for.
-        own_K = final_LK[token]
-        ranking_E = ranking_LE[token]
-        wanted = own_K[rank]
-        has_room_E = (taken_E < limit) | (expert_E >= num_experts)
-        is_own_KE = own_K[:, None] == expert_E[None, :]
-        is_own_E = jnp.any(is_own_KE, axis=0)
-        is_open_E = has_room_E & ~is_own_E & (ranking_E > -jnp.inf)
-        open_ranking_E = jnp.where(is_open_E, ranking_E, -jnp.inf)
-        best = jnp.argmax(open_ranking_E).astype(jnp.int32)
-        is_full = jnp.any(~has_room_E & (expert_E == wanted))
-        best_or_none = jnp.where(jnp.any(is_open_E), best, width)
-        final = jnp.where(is_full, best_or_none, wanted)
-        final_LK = jax.lax.dynamic_update_slice(final_LK, final[None, None], (token, rank))
-        taken_E += expert_E == final
-        return (taken_E, final_LK), None
-
-    experts_LK, ranking_LE, limit = unify_vma(experts_LK, ranking_LE, jnp.asarray(limit))
-    none_taken_E = zeros_varying_like(experts_LK, (width,), jnp.int32)
-    choice_S = _in_order(choice_LK, choice_major)
-    (_, final_LK), _ = jax.lax.scan(assign, (none_taken_E, experts_LK), choice_S)
-    return final_LK
-
-
-def _argsort(keys):
-    """Returns the stable permutation that sorts the keys."""
-    index = jnp.arange(keys.shape[0], dtype=jnp.int32)
-    keys, index = unify_vma(keys, index)
-    _, order = jax.lax.sort((keys, index), num_keys=1, is_stable=True)
-    return order

@@ -25,10 +25,11 @@ from moejax.moe.expert_parallel.overflow import (
     Returned,
     RoundTrip,
     expert_scope,
+    receivers,
     run_overflow,
     send_in_chunks,
 )
-from moejax.moe.expert_parallel.strategy import EXCHANGED, RunExperts, Strategy
+from moejax.moe.expert_parallel.strategy import EXCHANGED, DeviceInputs, RunExperts, Strategy
 from moejax.moe.experts.experts import ExpertWeights
 from moejax.sharding import EXPERT_AXES
 
@@ -52,97 +53,138 @@ class Buffers:
     max_choices: int | None = None
 
 
-def run_all_to_all(
-    strategy: Strategy,
-    run_experts: RunExperts,
-    x_bLD: jax.Array,
-    choice: TokenChoice,
-    weights: ExpertWeights,
-) -> tuple[jax.Array, jax.Array]:
+@dataclasses.dataclass(frozen=True)
+class _Traffic:
+    """What a device sends in one chunk.
+
+    Attributes:
+      num_tokens: of the chunk.
+      top_k: choices of a token.
+      num_experts: of all devices.
+      factor: rows of a buffer over their mean number.
+    """
+
+    num_tokens: int
+    top_k: int
+    num_experts: int
+    factor: float
+
+    @property
+    def num_choices(self) -> int:
+        """Returns the choices of all its tokens."""
+        return self.num_tokens * self.top_k
+
+    def num_rows(self, num_receivers: int) -> float:
+        """Returns the mean number of rows, one for each receiver that a token has."""
+        return self.num_tokens * mean_receivers(self.num_experts, self.top_k, num_receivers)
+
+    def buffers_by_choice(self, num_devices: int) -> Buffers:
+        """Returns buffers with a row for each choice."""
+        mean = self.num_choices / num_devices
+        slots = room_for(mean, self.factor, self.num_choices)
+        pack = functools.partial(pack_choices, num_receivers=num_devices, slots=slots)
+        return Buffers(EXPERT_AXES, pack)
+
+    def buffers_by_device(self, num_devices: int) -> Buffers:
+        """Returns buffers with a row for each device that has any of a token's experts."""
+        mean_rows = self.num_rows(num_devices) / num_devices
+        mean_choices = self.num_choices / num_devices
+        max_choices = room_for(mean_choices, self.factor, self.num_choices)
+        pack = functools.partial(
+            pack_tokens,
+            num_receivers=num_devices,
+            slots=room_for(mean_rows, self.factor, self.num_tokens),
+            max_choices=max_choices,
+        )
+        return Buffers(EXPERT_AXES, pack, num_devices * max_choices)
+
+    def slots_between(self, num_groups: int) -> int:
+        """Returns the rows for each group of devices."""
+        mean_rows = self.num_rows(num_groups) / num_groups
+        return room_for(mean_rows, self.factor, self.num_tokens)
+
+    def buffers_between(self, num_groups: int) -> Buffers:
+        """Returns buffers with a row for each group that has any of a token's experts."""
+        pack = functools.partial(
+            pack_tokens,
+            num_receivers=num_groups,
+            slots=self.slots_between(num_groups),
+            max_choices=self.num_choices,
+        )
+        return Buffers(("dcn_expert",), pack)
+
+    def buffers_within(self, num_groups: int, group_size: int) -> Buffers:
+        """Returns buffers for what arrives from all groups, with a row for each device."""
+        num_arriving = num_groups * self.slots_between(num_groups)
+        mean_rows = self.num_rows(num_groups * group_size) / group_size
+        mean_choices = self.num_choices / group_size
+        max_choices = room_for(mean_choices, self.factor, num_arriving * self.top_k)
+        pack = functools.partial(
+            pack_tokens,
+            num_receivers=group_size,
+            slots=room_for(mean_rows, self.factor, num_arriving),
+            max_choices=max_choices,
+        )
+        return Buffers(("expert",), pack, group_size * max_choices)
+
+
+def _traffic(num_tokens: int, strategy: Strategy, inputs: DeviceInputs) -> _Traffic:
+    """Returns what a device sends of so many tokens."""
+    num_devices = jax.lax.axis_size(EXPERT_AXES)
+    return _Traffic(
+        num_tokens=num_tokens,
+        top_k=inputs.assignment.experts_BLK.shape[-1],
+        num_experts=inputs.weights.down_EFD.shape[0] * num_devices,
+        factor=strategy.buffer_factor,
+    )
+
+
+def run_all_to_all(strategy: Strategy, inputs: DeviceInputs) -> tuple[jax.Array, jax.Array]:
     """Sends each choice's token to its expert's device; a strategy, see `exchange.STRATEGIES`."""
     num_devices = jax.lax.axis_size(EXPERT_AXES)
-    top_k = choice.experts_BLK.shape[-1]
+    run_received = without_overflow(inputs.run_experts)
 
     def make_round_trip(num_tokens: int) -> RoundTrip:
-        num_choices = num_tokens * top_k
-        slots = room_for(num_choices / num_devices, strategy.buffer_factor, num_choices)
-        pack = functools.partial(pack_choices, num_receivers=num_devices, slots=slots)
-        return functools.partial(
-            send_buffers, Buffers(EXPERT_AXES, pack), without_overflow(run_experts)
-        )
+        traffic = _traffic(num_tokens, strategy, inputs)
+        buffers = traffic.buffers_by_choice(num_devices)
+        return functools.partial(send_buffers, buffers, run_received)
 
-    return send_in_chunks(make_round_trip, strategy.chunks, run_experts, x_bLD, choice, weights)
+    return send_in_chunks(make_round_trip, strategy.chunks, inputs)
 
 
-def run_dedup(
-    strategy: Strategy,
-    run_experts: RunExperts,
-    x_bLD: jax.Array,
-    choice: TokenChoice,
-    weights: ExpertWeights,
-) -> tuple[jax.Array, jax.Array]:
+def run_dedup(strategy: Strategy, inputs: DeviceInputs) -> tuple[jax.Array, jax.Array]:
     """Sends a token once to each device that has any of its experts.
 
     One row comes back from each, the weighted sum of its experts' outputs. A strategy, see
     `exchange.STRATEGIES`.
     """
-    factor = strategy.buffer_factor
     num_devices = jax.lax.axis_size(EXPERT_AXES)
-    num_experts = weights.down_EFD.shape[0] * num_devices
-    top_k = choice.experts_BLK.shape[-1]
+    run_received = without_overflow(inputs.run_experts)
 
     def make_round_trip(num_tokens: int) -> RoundTrip:
-        num_choices = num_tokens * top_k
-        num_rows = num_tokens * mean_receivers(num_experts, top_k, num_devices)
-        slots = room_for(num_rows / num_devices, factor, num_tokens)
-        max_choices = room_for(num_choices / num_devices, factor, num_choices)
-        pack = functools.partial(
-            pack_tokens, num_receivers=num_devices, slots=slots, max_choices=max_choices
-        )
-        buffers = Buffers(EXPERT_AXES, pack, num_devices * max_choices)
-        return functools.partial(send_buffers, buffers, without_overflow(run_experts))
+        traffic = _traffic(num_tokens, strategy, inputs)
+        buffers = traffic.buffers_by_device(num_devices)
+        return functools.partial(send_buffers, buffers, run_received)
 
-    return send_in_chunks(make_round_trip, strategy.chunks, run_experts, x_bLD, choice, weights)
+    return send_in_chunks(make_round_trip, strategy.chunks, inputs)
 
 
-def run_two_level(
-    strategy: Strategy,
-    run_experts: RunExperts,
-    x_bLD: jax.Array,
-    choice: TokenChoice,
-    weights: ExpertWeights,
-) -> tuple[jax.Array, jax.Array]:
+def run_two_level(strategy: Strategy, inputs: DeviceInputs) -> tuple[jax.Array, jax.Array]:
     """Sends a token once to each group, and there once to each device that has any of its experts.
 
     Between groups it goes to the device with this one's place in its group. A strategy, see
     `exchange.STRATEGIES`.
     """
-    factor = strategy.buffer_factor
     num_groups, group_size = (jax.lax.axis_size(axis) for axis in EXPERT_AXES)
-    num_devices = num_groups * group_size
-    num_experts = weights.down_EFD.shape[0] * num_devices
-    top_k = choice.experts_BLK.shape[-1]
 
     def make_round_trip(num_tokens: int) -> RoundTrip:
-        num_choices = num_tokens * top_k
-        num_group_rows = num_tokens * mean_receivers(num_experts, top_k, num_groups)
-        group_slots = room_for(num_group_rows / num_groups, factor, num_tokens)
-        num_arriving = num_groups * group_slots
-        num_rows = num_tokens * mean_receivers(num_experts, top_k, num_devices)
-        slots = room_for(num_rows / group_size, factor, num_arriving)
-        max_choices = room_for(num_choices / group_size, factor, num_arriving * top_k)
-        pack_within = functools.partial(
-            pack_tokens, num_receivers=group_size, slots=slots, max_choices=max_choices
-        )
-        within = Buffers(("expert",), pack_within, group_size * max_choices)
-        pack_between = functools.partial(
-            pack_tokens, num_receivers=num_groups, slots=group_slots, max_choices=num_choices
-        )
-        between = Buffers(("dcn_expert",), pack_between)
-        run_group = functools.partial(_run_within_group, within, run_experts)
+        traffic = _traffic(num_tokens, strategy, inputs)
+        within = traffic.buffers_within(num_groups, group_size)
+        between = traffic.buffers_between(num_groups)
+        run_group = functools.partial(_run_within_group, within, inputs.run_experts)
         return functools.partial(send_buffers, between, run_group)
 
-    return send_in_chunks(make_round_trip, strategy.chunks, run_experts, x_bLD, choice, weights)
+    return send_in_chunks(make_round_trip, strategy.chunks, inputs)
 
 
 def _run_within_group(
@@ -153,13 +195,16 @@ def _run_within_group(
     weights: ExpertWeights,
 ) -> tuple[jax.Array, jax.Array]:
     """Runs the tokens that arrived from other groups on the devices of this one."""
-    y_1TD, is_overflow_TK, _ = send_buffers(
-        within, without_overflow(run_experts), x_1TD, choice, weights
-    )
+    run_received = without_overflow(run_experts)
+    sent = send_buffers(within, run_received, x_1TD, choice, weights)
+    arrived = DeviceInputs(run_experts, x_1TD, choice, weights)
     overflow_1TD, num_overflow = run_overflow(
-        ("expert",), run_experts, x_1TD, choice, is_overflow_TK, weights, like_1TD=y_1TD
+        ("expert",),
+        arrived,
+        sent.is_overflow_TK,
+        like_1TD=sent.y_1TD,
     )
-    return y_1TD + overflow_1TD, num_overflow
+    return sent.y_1TD + overflow_1TD, num_overflow
 
 
 def without_overflow(run_experts: RunExperts) -> RunReceived:
@@ -180,21 +225,26 @@ def send_buffers(
 ) -> Returned:
     """Sends tokens in buffers of a fixed size, and their outputs back; a round trip."""
     scope = expert_scope(buffers.axes, weights)
-    receiver_TK = jnp.minimum(choice.experts_BLK[0] // scope.num_experts, scope.num_devices)
+    receiver_TK = receivers(choice, scope)
     packed = buffers.pack(receiver_TK)
 
-    def exchange_buffers(a_RX):
+    def exchange_buffers(a_RX: jax.Array) -> jax.Array:
         """Sends each device its buffer, and returns those of all devices for this one."""
-        a_nCX = a_RX.reshape(scope.num_devices, -1, *a_RX.shape[1:])
-        received = jax.lax.all_to_all(a_nCX, buffers.axes, split_axis=0, concat_axis=0)
-        return received.reshape(a_RX.shape)
+        shape = a_RX.shape
+        a_nCX = a_RX.reshape(scope.num_devices, -1, *shape[1:])
+        received_nCX = jax.lax.all_to_all(a_nCX, buffers.axes, split_axis=0, concat_axis=0)
+        return received_nCX.reshape(shape)
 
-    sent = packed.load(x_1TD[0], choice, no_expert=scope.num_devices * scope.num_experts)
-    x_RD, choice_R = jax.tree.map(lambda a: checkpoint_name(exchange_buffers(a), EXCHANGED), sent)
+    def exchange_and_name(a_RX: jax.Array) -> jax.Array:
+        return checkpoint_name(exchange_buffers(a_RX), EXCHANGED)
+
+    no_expert = scope.num_devices * scope.num_experts
+    sent = packed.load(x_1TD[0], choice, no_expert)
+    x_RD, choice_R = jax.tree.map(exchange_and_name, sent)
     choice_1R = jax.tree.map(lambda a: a[None], choice_R)
-    received = dataclasses.replace(
-        choice_1R.for_experts(scope.first, scope.num_experts), max_choices=buffers.max_choices
-    )
-    y_1RD, num_overflow = run_received(x_RD[None], received, weights)
-    y_TD = add_up(exchange_buffers(y_1RD[0]), packed.plan)
+    local = choice_1R.for_experts(scope.first, scope.num_experts)
+    local = dataclasses.replace(local, max_choices=buffers.max_choices)
+    y_1RD, num_overflow = run_received(x_RD[None], local, weights)
+    y_RD = exchange_buffers(y_1RD[0])
+    y_TD = add_up(y_RD, packed.plan)
     return Returned(y_TD[None], packed.is_overflow_TK, num_overflow)

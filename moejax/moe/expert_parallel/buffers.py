@@ -12,7 +12,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from moejax.moe.dispatch.assignment import TokenChoice
-from moejax.moe.dispatch.plan import Plan, dispatch, dispatch_weights, plan_capacity
+from moejax.moe.dispatch.plan import (
+    Plan,
+    dispatch,
+    dispatch_weights,
+    experts_of_equal_groups,
+    plan_capacity,
+)
 
 
 @jax.tree_util.register_dataclass
@@ -33,7 +39,10 @@ class SendBuffers:
     by_choice: bool = dataclasses.field(metadata={"static": True})
 
     def load(
-        self, x_TD: Float[Array, "T D"], choice: TokenChoice, no_expert: int
+        self,
+        x_TD: Float[Array, "T D"],
+        choice: TokenChoice,
+        no_expert: int,
     ) -> tuple[jax.Array, TokenChoice]:
         """Returns the rows to send, and the choices of each row, `[R, 1]` or `[R, K]`.
 
@@ -42,25 +51,30 @@ class SendBuffers:
           choice: their experts, with a leading axis of one.
           no_expert: the expert id of an empty row.
         """
-        input_weights_BLK = choice.input_weights_BLK
-        rows = TokenChoice(
-            self._expert_ids(choice.experts_BLK[0], no_expert),
-            self._weights(choice.weights_BLK[0]),
-            None if input_weights_BLK is None else self._weights(input_weights_BLK[0]),
-        )
-        return dispatch(x_TD, self.plan), rows
+        experts_RK = self._expert_ids(choice.experts_BLK[0], no_expert)
+        weights_RK = self._weights(choice.weights_BLK[0])
+        input_weights_RK = None
+        if choice.input_weights_BLK is not None:
+            input_weights_RK = self._weights(choice.input_weights_BLK[0])
+        rows = TokenChoice(experts_RK, weights_RK, input_weights_RK)
+        x_RD = dispatch(x_TD, self.plan)
+        return x_RD, rows
 
-    def _expert_ids(self, experts_TK, no_expert: int) -> jax.Array:
+    def _expert_ids(self, experts_TK: jax.Array, no_expert: int) -> jax.Array:
+        """Returns the experts of each row."""
         choice_R = self.plan.choice_R
         if self.by_choice:
-            flat_S1 = experts_TK.reshape(-1, 1)
-            return flat_S1.at[choice_R].get(mode="fill", fill_value=no_expert)
-        token_R = choice_R // experts_TK.shape[1]
+            experts_S1 = experts_TK.reshape(-1, 1)
+            return experts_S1.at[choice_R].get(mode="fill", fill_value=no_expert)
+        top_k = experts_TK.shape[1]
+        token_R = choice_R // top_k
         return experts_TK.at[token_R].get(mode="fill", fill_value=no_expert)
 
-    def _weights(self, weights_TK) -> jax.Array:
+    def _weights(self, weights_TK: jax.Array) -> jax.Array:
+        """Returns the weights of each row's choices."""
         if self.by_choice:
-            return dispatch_weights(weights_TK, self.plan)[:, None]
+            weights_R = dispatch_weights(weights_TK, self.plan)
+            return weights_R[:, None]
         return dispatch(weights_TK, self.plan)
 
 
@@ -69,7 +83,8 @@ def room_for(mean: float, factor: float, most: int) -> int:
 
     They are a factor times the mean, rounded up to a multiple of 8.
     """
-    return min(most, math.ceil(factor * mean / 8) * 8)
+    num_eights = math.ceil(factor * mean / 8)
+    return min(most, num_eights * 8)
 
 
 def mean_receivers(num_experts: int, top_k: int, num_receivers: int) -> float:
@@ -81,11 +96,16 @@ def mean_receivers(num_experts: int, top_k: int, num_receivers: int) -> float:
     # Choices of experts without weights, which need no receiver, are in addition to the E experts.
     top_k = min(top_k, num_experts)
     num_others = num_experts - num_experts // num_receivers
-    miss_probability = math.comb(num_others, top_k) / math.comb(num_experts, top_k)
+    num_misses = math.comb(num_others, top_k)
+    miss_probability = num_misses / math.comb(num_experts, top_k)
     return num_receivers * (1 - miss_probability)
 
 
-def pack_choices(receiver_TK: Int[Array, "T K"], num_receivers: int, slots: int) -> SendBuffers:
+def pack_choices(
+    receiver_TK: Int[Array, "T K"],
+    num_receivers: int,
+    slots: int,
+) -> SendBuffers:
     """Gives each choice a row.
 
     Args:
@@ -93,14 +113,20 @@ def pack_choices(receiver_TK: Int[Array, "T K"], num_receivers: int, slots: int)
       num_receivers: n.
       slots: rows for each.
     """
-    plan = plan_capacity(receiver_TK[None], num_receivers, slots)
-    has_no_row_TK = plan.row_TK == plan.choice_R.shape[0]
-    is_overflow_TK = (receiver_TK < num_receivers) & has_no_row_TK
+    receiver_1TK = receiver_TK[None]
+    plan = plan_capacity(receiver_1TK, num_receivers, slots)
+    num_rows = num_receivers * slots
+    has_no_row_TK = plan.row_TK == num_rows
+    has_receiver_TK = receiver_TK < num_receivers
+    is_overflow_TK = has_receiver_TK & has_no_row_TK
     return SendBuffers(plan, is_overflow_TK, by_choice=True)
 
 
 def pack_tokens(
-    receiver_TK: Int[Array, "T K"], num_receivers: int, slots: int, max_choices: int
+    receiver_TK: Int[Array, "T K"],
+    num_receivers: int,
+    slots: int,
+    max_choices: int,
 ) -> SendBuffers:
     """Gives each receiver of a token a row, however many of the token's choices it has.
 
@@ -110,39 +136,63 @@ def pack_tokens(
       slots: rows for each.
       max_choices: upper bound on the choices that the rows for one receiver stand for.
     """
-    num_tokens, top_k = receiver_TK.shape
     num_rows = num_receivers * slots
+    num_choices = receiver_TK.size
     row_Tn = _rows_by_receiver(receiver_TK, num_receivers, slots, max_choices)
     # A column more, for choices without a receiver.
     row_Tm = jnp.pad(row_Tn, ((0, 0), (0, 1)), constant_values=num_rows)
     row_TK = jnp.take_along_axis(row_Tm, receiver_TK, axis=1)
-    is_overflow_TK = (receiver_TK < num_receivers) & (row_TK == num_rows)
-    # The first of a token's choices with the same receiver stands for all of them.
-    is_same_TKK = receiver_TK[:, :, None] == receiver_TK[:, None, :]
-    is_earlier_KK = jnp.tril(jnp.ones((top_k, top_k), bool), -1)
-    is_first_TK = ~(is_same_TKK & is_earlier_KK[None]).any(axis=2)
-    row_TK = jnp.where(is_first_TK, row_TK, num_rows).astype(jnp.int32)
-    choices_S = jnp.arange(num_tokens * top_k, dtype=jnp.int32)
-    empty_R = jnp.full(num_rows, num_tokens * top_k, jnp.int32)
+    has_receiver_TK = receiver_TK < num_receivers
+    has_no_row_TK = row_TK == num_rows
+    is_overflow_TK = has_receiver_TK & has_no_row_TK
+    # One choice stands for all of a token's choices with the same receiver.
+    is_first_TK = _is_first_of_its_kind(receiver_TK)
+    row_TK = jnp.where(is_first_TK, row_TK, num_rows)
+    row_TK = row_TK.astype(jnp.int32)
+    choices_S = jnp.arange(num_choices, dtype=jnp.int32)
+    empty_R = jnp.full(num_rows, num_choices, jnp.int32)
+    row_S = row_TK.reshape(-1)
     plan = Plan(
         row_TK=row_TK,
-        choice_R=empty_R.at[row_TK.reshape(-1)].set(choices_S, mode="drop"),
+        choice_R=empty_R.at[row_S].set(choices_S, mode="drop"),
         group_sizes_E=jnp.full(num_receivers, slots, jnp.int32),
-        expert_R=jnp.repeat(jnp.arange(num_receivers, dtype=jnp.int32), slots),
+        expert_R=experts_of_equal_groups(num_receivers, slots),
     )
     return SendBuffers(plan, is_overflow_TK, by_choice=False)
 
 
-def _rows_by_receiver(receiver_TK, num_receivers: int, slots: int, max_choices: int) -> jax.Array:
+def _is_first_of_its_kind(receiver_TK: jax.Array) -> jax.Array:
+    """Whether none of a token's earlier choices has the same receiver."""
+    top_k = receiver_TK.shape[1]
+    is_same_TKK = receiver_TK[:, :, None] == receiver_TK[:, None, :]
+    ones_KK = jnp.ones((top_k, top_k), bool)
+    is_earlier_KK = jnp.tril(ones_KK, -1)
+    is_repeated_TKK = is_same_TKK & is_earlier_KK[None]
+    is_repeated_TK = is_repeated_TKK.any(axis=2)
+    return ~is_repeated_TK
+
+
+def _rows_by_receiver(
+    receiver_TK: jax.Array,
+    num_receivers: int,
+    slots: int,
+    max_choices: int,
+) -> jax.Array:
     """Returns the row of each token for each receiver, `[T, n]`; n * slots where it has none."""
-    num_choices_Tn = jax.nn.one_hot(receiver_TK, num_receivers, dtype=jnp.int32).sum(axis=1)
+    is_receiver_TKn = jax.nn.one_hot(receiver_TK, num_receivers, dtype=jnp.int32)
+    num_choices_Tn = is_receiver_TKn.sum(axis=1)
     is_wanted_Tn = num_choices_Tn > 0
     wanted_Tn = is_wanted_Tn.astype(jnp.int32)
     slot_Tn = jnp.cumsum(wanted_Tn, axis=0) - wanted_Tn
     num_choices_so_far_Tn = jnp.cumsum(num_choices_Tn, axis=0)
-    has_room_Tn = (slot_Tn < slots) & (num_choices_so_far_Tn <= max_choices)
-    first_row_1n = jnp.arange(num_receivers)[None] * slots
-    return jnp.where(is_wanted_Tn & has_room_Tn, first_row_1n + slot_Tn, num_receivers * slots)
+    has_slot_Tn = slot_Tn < slots
+    has_room_Tn = has_slot_Tn & (num_choices_so_far_Tn <= max_choices)
+    receiver_n = jnp.arange(num_receivers)
+    first_row_1n = receiver_n[None] * slots
+    has_row_Tn = is_wanted_Tn & has_room_Tn
+    row_Tn = first_row_1n + slot_Tn
+    no_row = num_receivers * slots
+    return jnp.where(has_row_Tn, row_Tn, no_row)
 
 
 @jax.tree_util.register_dataclass
@@ -182,8 +232,11 @@ class RaggedOffsets:
           me: this device's place among them.
           room: rows of every receiver's array of arrivals.
         """
-        output_offsets_nn = jnp.minimum(jnp.cumsum(sizes_nn, axis=0) - sizes_nn, room)
-        send_sizes_nn = jnp.minimum(sizes_nn, room - output_offsets_nn)
+        # Each sender's rows come after those of the senders before it.
+        wanted_offsets_nn = jnp.cumsum(sizes_nn, axis=0) - sizes_nn
+        output_offsets_nn = jnp.minimum(wanted_offsets_nn, room)
+        room_left_nn = room - output_offsets_nn
+        send_sizes_nn = jnp.minimum(sizes_nn, room_left_nn)
         input_offsets_nn = jnp.cumsum(sizes_nn, axis=1) - sizes_nn
         return cls(
             input_offsets_n=input_offsets_nn[me],
@@ -207,15 +260,22 @@ class RaggedOffsets:
 
     def is_row(self, num_rows: int) -> Bool[Array, "R 1"]:
         """Returns which rows of the array of arrivals are filled."""
-        return (jnp.arange(num_rows) < self.recv_sizes_n.sum())[:, None]
+        row_R = jnp.arange(num_rows)
+        num_filled = self.recv_sizes_n.sum()
+        is_row_R = row_R < num_filled
+        return is_row_R[:, None]
 
     def pack(self, plan: Plan, receiver_TK: Int[Array, "T K"]) -> SendBuffers:
         """Returns the rows to send, of those that `plan` sorts by receiver."""
         # One receiver more, for choices without one.
-        offset_m = jnp.append(self.input_offsets_n, 0)
+        first_row_m = jnp.append(self.input_offsets_n, 0)
         size_m = jnp.append(self.send_sizes_n, 0)
-        is_past_TK = plan.row_TK - offset_m[receiver_TK] >= size_m[receiver_TK]
-        is_overflow_TK = is_past_TK & (receiver_TK < self.send_sizes_n.shape[0])
-        row_TK = jnp.where(is_overflow_TK, plan.choice_R.shape[0], plan.row_TK)
+        place_TK = plan.row_TK - first_row_m[receiver_TK]
+        is_past_TK = place_TK >= size_m[receiver_TK]
+        num_receivers = self.send_sizes_n.shape[0]
+        has_receiver_TK = receiver_TK < num_receivers
+        is_overflow_TK = is_past_TK & has_receiver_TK
+        no_row = plan.choice_R.shape[0]
+        row_TK = jnp.where(is_overflow_TK, no_row, plan.row_TK)
         plan = dataclasses.replace(plan, row_TK=row_TK)
         return SendBuffers(plan, is_overflow_TK, by_choice=True)

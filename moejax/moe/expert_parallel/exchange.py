@@ -32,11 +32,18 @@ from moejax.moe.expert_parallel.buffered import run_all_to_all, run_dedup, run_t
 from moejax.moe.expert_parallel.fsdp import add_bias_once, gather_over_fsdp
 from moejax.moe.expert_parallel.ragged import run_ragged
 from moejax.moe.expert_parallel.ring import run_gather, run_ring
-from moejax.moe.expert_parallel.strategy import LocalExperts, Strategy, choose_strategy
+from moejax.moe.expert_parallel.strategy import (
+    DeviceInputs,
+    LocalExperts,
+    Strategy,
+    choose_strategy,
+)
 from moejax.moe.experts.experts import ExpertWeights
 from moejax.sharding import EXPERT_AXES, MESH_AXES, TOKENS
 
-STRATEGIES: dict[str, Callable[..., tuple[jax.Array, jax.Array]]] = {
+Run = Callable[[Strategy, DeviceInputs], tuple[jax.Array, jax.Array]]
+
+STRATEGIES: dict[str, Run] = {
     "gather": run_gather,
     "ring": run_ring,
     "all_to_all": run_all_to_all,
@@ -46,12 +53,11 @@ STRATEGIES: dict[str, Callable[..., tuple[jax.Array, jax.Array]]] = {
 }
 """The strategies by name; each is a function
 
-    (strategy, run_experts, x_bLD, assignment, weights) -> (y_bLD, num_overflow)
+    (strategy, inputs) -> (y_bLD, num_overflow)
 
-of this device's tokens and experts within `shard_map`: the settings, what a device does with the
-tokens that it gets, the tokens `[b, L, D]`, where they go, and weights that are whole over `fsdp`;
-it returns outputs, partial sums over `tensor`, and how many choices of all devices a buffer had no
-room for. The last four take `TokenChoice` only."""
+of the settings and of what this device has, within `shard_map`; it returns outputs, partial sums
+over `tensor`, and how many choices of all devices a buffer had no room for. The last four take
+`TokenChoice` only."""
 
 
 def exchange(
@@ -79,18 +85,21 @@ def exchange(
     mesh = jax.sharding.get_abstract_mesh()
     # XLA:CPU copies what is summed over one device.
     if mesh.empty or all(mesh.shape[axis] == 1 for axis in MESH_AXES):
-        return local.run(x_BLD, assignment, weights), jnp.float32(0)
-    num_groups, group_size = (mesh.shape[axis] for axis in EXPERT_AXES)
-    top_k = assignment.experts_BLK.shape[-1] if isinstance(assignment, TokenChoice) else 0
+        y_BLD = local.run(x_BLD, assignment, weights)
+        return y_BLD, jnp.float32(0)
     num_experts = weights.down_EFD.shape[0]
-    name = choose_strategy(strategy, num_groups, group_size, num_experts, top_k)
+    name = _strategy_on(mesh, strategy, assignment, num_experts)
+    run_strategy = STRATEGIES[name]
     keeps_sequences = name in ("gather", "ring")
     used = local if keeps_sequences or dropless is None else dropless
 
     def run(x_bLD, assignment, weights):
-        weights = add_bias_once(gather_over_fsdp(weights))
-        y_bLD, num_overflow = STRATEGIES[name](strategy, used.run, x_bLD, assignment, weights)
-        return jax.lax.psum(y_bLD, "tensor"), num_overflow
+        weights = gather_over_fsdp(weights)
+        weights = add_bias_once(weights)
+        inputs = DeviceInputs(used.run, x_bLD, assignment, weights)
+        y_bLD, num_overflow = run_strategy(strategy, inputs)
+        y_bLD = jax.lax.psum(y_bLD, "tensor")
+        return y_bLD, num_overflow
 
     sharded = jax.shard_map(
         run,
@@ -99,6 +108,20 @@ def exchange(
         check_vma=used.can_check_vma,
     )
     return sharded(x_BLD, assignment, weights)
+
+
+def _strategy_on(
+    mesh: jax.sharding.AbstractMesh,
+    strategy: Strategy,
+    assignment: Assignment,
+    num_experts: int,
+) -> str:
+    """Returns the name of the strategy to run on this mesh."""
+    top_k = 0
+    if isinstance(assignment, TokenChoice):
+        top_k = assignment.experts_BLK.shape[-1]
+    num_groups, group_size = (mesh.shape[axis] for axis in EXPERT_AXES)
+    return choose_strategy(strategy, num_groups, group_size, num_experts, top_k)
 
 
 def _weight_specs(weights: ExpertWeights) -> ExpertWeights:

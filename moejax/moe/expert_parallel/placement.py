@@ -37,7 +37,8 @@ class Replicas:
         Raises:
           PlacementError: an expert has no slot.
         """
-        is_expert_NPE = experts_NP[:, :, None] == np.arange(num_experts)
+        expert_E = np.arange(num_experts)
+        is_expert_NPE = experts_NP[:, :, None] == expert_E
         num_NE = is_expert_NPE.sum(axis=1)
         if num_NE.min() < 1 or num_NE.sum() != experts_NP.size:
             raise PlacementError(
@@ -45,20 +46,23 @@ class Replicas:
             )
         most = num_NE.max()
         slots_NEM = np.zeros((*num_NE.shape, most), np.int32)
-        for layer, experts_P in enumerate(experts_NP):
-            for expert in range(num_experts):
-                slots = np.flatnonzero(experts_P == expert)
-                slots_NEM[layer, expert] = np.resize(slots, most)
+        for layer, expert in np.ndindex(num_NE.shape):
+            is_expert_P = experts_NP[layer] == expert
+            slots = np.flatnonzero(is_expert_P)
+            slots_NEM[layer, expert] = np.resize(slots, most)
         return cls(slots_NEM, num_NE.astype(np.int32))
 
 
 def identity_placement(num_layers: int, num_experts: int) -> Int[np.ndarray, "N E"]:
     """Returns the placement with expert e in slot e."""
-    return np.tile(np.arange(num_experts, dtype=np.int32), (num_layers, 1))
+    expert_E = np.arange(num_experts, dtype=np.int32)
+    return np.tile(expert_E, (num_layers, 1))
 
 
 def place(
-    load_NE: Float[np.ndarray, "N E"], num_devices: int, replicas: int = 0
+    load_NE: Float[np.ndarray, "N E"],
+    num_devices: int,
+    replicas: int = 0,
 ) -> Int[np.ndarray, "N P"]:
     """Returns the expert in each slot, so that devices have nearly the same load.
 
@@ -80,18 +84,22 @@ def place(
     """
     with_replicas_NP = place_by_load(load_NE, num_devices, replicas)
     without_replicas_NE = place_by_load(load_NE, num_devices)
+    without_replicas_NP = _repeat(without_replicas_NE, num_devices, replicas)
     identity_NE = identity_placement(*load_NE.shape)
     chosen_NP = _repeat(identity_NE, num_devices, replicas)
-    for other_NP in (_repeat(without_replicas_NE, num_devices, replicas), with_replicas_NP):
+    for other_NP in (without_replicas_NP, with_replicas_NP):
         chosen_imbalance_N = imbalance(load_NE, chosen_NP, num_devices)
         other_imbalance_N = imbalance(load_NE, other_NP, num_devices)
-        is_more_even_N = chosen_imbalance_N - other_imbalance_N > EVEN
+        gain_N = chosen_imbalance_N - other_imbalance_N
+        is_more_even_N = gain_N > EVEN
         chosen_NP = np.where(is_more_even_N[:, None], other_NP, chosen_NP)
     return chosen_NP
 
 
 def place_by_load(
-    load_NE: Float[np.ndarray, "N E"], num_devices: int, replicas: int = 0
+    load_NE: Float[np.ndarray, "N E"],
+    num_devices: int,
+    replicas: int = 0,
 ) -> Int[np.ndarray, "N P"]:
     """Returns the expert in each slot by load alone; see `place`.
 
@@ -110,12 +118,15 @@ def place_by_load(
         raise PlacementError(
             f"{replicas} replicas on a device must be between 0 and {most}, as many as it lacks"
         )
-    layers = [_place_layer(load_E, num_devices, replicas) for load_E in load_NE.astype(np.float64)]
+    load_NE = load_NE.astype(np.float64)
+    layers = [_place_layer(load_E, num_devices, replicas) for load_E in load_NE]
     return np.stack(layers)
 
 
 def _repeat(
-    experts_NE: Int[np.ndarray, "N E"], num_devices: int, replicas: int
+    experts_NE: Int[np.ndarray, "N E"],
+    num_devices: int,
+    replicas: int,
 ) -> Int[np.ndarray, "N P"]:
     """Returns the placement with spare slots, which repeat the experts of their device in turn."""
     num_layers = len(experts_NE)
@@ -127,27 +138,42 @@ def _repeat(
     return sorted_NnS.reshape(num_layers, -1)
 
 
-def _place_layer(load_E, num_devices: int, replicas: int):
-    num_E = _replicas_by_load(load_E, num_devices, replicas)
-    experts_C = np.repeat(np.arange(len(load_E)), num_E)
-    share_C = (load_E / num_E)[experts_C]
-    slots_per_device = len(experts_C) // num_devices
-    experts_by_device: list[list[int]] = [[] for _ in range(num_devices)]
-    load_n = np.zeros(num_devices)
+@dataclasses.dataclass
+class _Device:
+    """A device that is being filled: its experts, and their load."""
 
-    def preference(device: int, expert: int) -> tuple[bool, bool, float]:
+    num_slots: int
+    experts: list[int] = dataclasses.field(default_factory=list)
+    load: float = 0.0
+
+    def preference(self, expert: int) -> tuple[bool, bool, float]:
         """Returns what is smallest for the device that takes the expert."""
-        experts = experts_by_device[device]
-        return len(experts) == slots_per_device, expert in experts, load_n[device]
+        is_full = len(self.experts) == self.num_slots
+        has_it = expert in self.experts
+        return is_full, has_it, self.load
 
+    def take(self, expert: int, load: float) -> None:
+        """Gives the expert a slot."""
+        self.experts.append(expert)
+        self.load += load
+
+
+def _place_layer(load_E, num_devices: int, replicas: int):
+    """Returns the expert in each slot of one layer; C counts all replicas."""
+    num_E = _replicas_by_load(load_E, num_devices, replicas)
+    expert_C = np.repeat(np.arange(len(load_E)), num_E)
+    share_E = load_E / num_E
+    share_C = share_E[expert_C]
+    num_slots = len(expert_C) // num_devices
+    devices = [_Device(num_slots) for _ in range(num_devices)]
     for c in np.argsort(-share_C, kind="stable"):
-        expert = int(experts_C[c])
-        preferences = [preference(device, expert) for device in range(num_devices)]
-        device = preferences.index(min(preferences))
-        experts_by_device[device].append(expert)
-        load_n[device] += share_C[c]
-    sorted_by_device = [sorted(experts) for experts in experts_by_device]
-    return np.concatenate(sorted_by_device).astype(np.int32)
+        expert = int(expert_C[c])
+        preferences = [device.preference(expert) for device in devices]
+        first_best = preferences.index(min(preferences))
+        devices[first_best].take(expert, share_C[c])
+    sorted_by_device = [sorted(device.experts) for device in devices]
+    experts_P = np.concatenate(sorted_by_device)
+    return experts_P.astype(np.int32)
 
 
 def _replicas_by_load(load_E, num_devices: int, replicas: int):
@@ -155,24 +181,31 @@ def _replicas_by_load(load_E, num_devices: int, replicas: int):
     num_E = np.ones(len(load_E), int)
     for _ in range(num_devices * replicas):
         # No expert needs two replicas on one device.
-        load_per_replica_E = np.where(num_E < num_devices, load_E / num_E, -1.0)
-        num_E[np.argmax(load_per_replica_E)] += 1
+        may_have_more_E = num_E < num_devices
+        load_per_replica_E = np.where(may_have_more_E, load_E / num_E, -1.0)
+        fullest = np.argmax(load_per_replica_E)
+        num_E[fullest] += 1
     return num_E
 
 
 def imbalance(
-    load_NE: Float[np.ndarray, "N E"], experts_NP: Int[np.ndarray, "N P"], num_devices: int
+    load_NE: Float[np.ndarray, "N E"],
+    experts_NP: Int[np.ndarray, "N P"],
+    num_devices: int,
 ) -> Float[np.ndarray, "N"]:
     """Returns the largest load of a device over the mean of all, by layer.
 
     1 is even; it is 0 where a layer has no load. Replicas of an expert share its load equally, as
     tokens take turns among them.
     """
-    layers = zip(load_NE.astype(np.float64), experts_NP, strict=True)
-    return np.array([_imbalance_of_layer(*layer, num_devices) for layer in layers])
+    load_NE = load_NE.astype(np.float64)
+    layers = zip(load_NE, experts_NP, strict=True)
+    values = [_imbalance_of_layer(*layer, num_devices) for layer in layers]
+    return np.array(values)
 
 
 def _imbalance_of_layer(load_E, experts_P, num_devices: int) -> float:
+    """Returns the largest load of a device over the mean of all."""
     num_E = np.bincount(experts_P, minlength=len(load_E))
     share_E = load_E / np.maximum(num_E, 1)
     share_nS = share_E[experts_P].reshape(num_devices, -1)

@@ -7,41 +7,38 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from moejax.moe.dispatch.assignment import Assignment
 from moejax.moe.expert_parallel.fsdp import gather_over_experts
-from moejax.moe.expert_parallel.strategy import EXCHANGED, RunExperts, Strategy
-from moejax.moe.experts.experts import ExpertWeights
+from moejax.moe.expert_parallel.strategy import EXCHANGED, DeviceInputs, Strategy
 from moejax.sharding import EXPERT_AXES
 
 
-def run_gather(
-    strategy: Strategy,
-    run_experts: RunExperts,
-    x_bLD: jax.Array,
-    assignment: Assignment,
-    weights: ExpertWeights,
-) -> tuple[jax.Array, jax.Array]:
+def run_gather(strategy: Strategy, inputs: DeviceInputs) -> tuple[jax.Array, jax.Array]:
     """Gathers the weights of all experts on every device; a strategy, see `exchange.STRATEGIES`."""
-    return run_experts(x_bLD, assignment, gather_over_experts(weights)), jnp.float32(0)
+    weights = gather_over_experts(inputs.weights)
+    y_bLD = inputs.run_experts(inputs.x_bLD, inputs.assignment, weights)
+    return y_bLD, jnp.float32(0)
 
 
-def run_ring(
-    strategy: Strategy,
-    run_experts: RunExperts,
-    x_bLD: jax.Array,
-    assignment: Assignment,
-    weights: ExpertWeights,
-) -> tuple[jax.Array, jax.Array]:
+def run_ring(strategy: Strategy, inputs: DeviceInputs) -> tuple[jax.Array, jax.Array]:
     """Gathers all tokens, and sums and scatters the outputs.
 
     A strategy, see `exchange.STRATEGIES`.
     """
-    arrived = _gather_tokens(x_bLD), jax.tree.map(_all_gather, assignment)
-    x_BLD, assignment = jax.tree.map(lambda a: checkpoint_name(a, EXCHANGED), arrived)
-    num_local = weights.down_EFD.shape[0]
-    first_local = jax.lax.axis_index(EXPERT_AXES) * num_local
-    y_BLD = run_experts(x_BLD, assignment.for_experts(first_local, num_local), weights)
-    return _sum_and_scatter(y_BLD), jnp.float32(0)
+    x_BLD = _gather_tokens(inputs.x_bLD)
+    assignment = jax.tree.map(_all_gather, inputs.assignment)
+    x_BLD, assignment = jax.tree.map(_name_exchanged, (x_BLD, assignment))
+    num_local = inputs.weights.down_EFD.shape[0]
+    me = jax.lax.axis_index(EXPERT_AXES)
+    first_local = me * num_local
+    local = assignment.for_experts(first_local, num_local)
+    y_BLD = inputs.run_experts(x_BLD, local, inputs.weights)
+    y_bLD = _sum_and_scatter(y_BLD)
+    return y_bLD, jnp.float32(0)
+
+
+def _name_exchanged(a_BX: jax.Array) -> jax.Array:
+    """Names what arrived, for remat to save."""
+    return checkpoint_name(a_BX, EXCHANGED)
 
 
 def _all_gather(a_bX: jax.Array) -> jax.Array:
@@ -61,14 +58,32 @@ def _gather_tokens(x_bLD):
 def _sum_and_scatter(y_BLD):
     """Sums, in float32, what devices made of all tokens, and scatters the sums."""
     sum_bLD = jax.lax.psum_scatter(
-        y_BLD.astype(jnp.float32), EXPERT_AXES, scatter_dimension=0, tiled=True
+        y_BLD.astype(jnp.float32),
+        EXPERT_AXES,
+        scatter_dimension=0,
+        tiled=True,
     )
     return sum_bLD.astype(y_BLD.dtype)
 
 
-_gather_tokens.defvjp(
-    lambda x_bLD: (_gather_tokens(x_bLD), None), lambda _, dx_BLD: (_sum_and_scatter(dx_BLD),)
-)
-_sum_and_scatter.defvjp(
-    lambda y_BLD: (_sum_and_scatter(y_BLD), None), lambda _, dy_bLD: (_gather_tokens(dy_bLD),)
-)
+# Each is the other's transpose.
+
+
+def _gather_forward(x_bLD):
+    return _gather_tokens(x_bLD), None
+
+
+def _gather_backward(_, dx_BLD):
+    return (_sum_and_scatter(dx_BLD),)
+
+
+def _scatter_forward(y_BLD):
+    return _sum_and_scatter(y_BLD), None
+
+
+def _scatter_backward(_, dy_bLD):
+    return (_gather_tokens(dy_bLD),)
+
+
+_gather_tokens.defvjp(_gather_forward, _gather_backward)
+_sum_and_scatter.defvjp(_scatter_forward, _scatter_backward)

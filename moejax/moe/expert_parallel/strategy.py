@@ -48,8 +48,42 @@ class LocalExperts:
     can_check_vma: bool = True
 
 
+@dataclasses.dataclass(frozen=True)
+class DeviceInputs:
+    """What a strategy runs on a device, within `shard_map`.
+
+    Attributes:
+      run_experts: what a device does with the tokens that it gets.
+      x_bLD: the tokens of this device.
+      assignment: where they go.
+      weights: of this device's experts, whole over `fsdp`.
+    """
+
+    run_experts: RunExperts
+    x_bLD: jax.Array
+    assignment: Any
+    weights: ExpertWeights
+
+    def as_one_sequence(self) -> "DeviceInputs":
+        """Returns the same with all tokens in one sequence, `[1, T, D]`."""
+
+        def flatten(a_bLX: jax.Array) -> jax.Array:
+            width = a_bLX.shape[-1]
+            return a_bLX.reshape(1, -1, width)
+
+        return dataclasses.replace(
+            self,
+            x_bLD=flatten(self.x_bLD),
+            assignment=jax.tree.map(flatten, self.assignment),
+        )
+
+
 def choose_strategy(
-    strategy: Strategy, num_groups: int, group_size: int, num_experts: int, top_k: int
+    strategy: Strategy,
+    num_groups: int,
+    group_size: int,
+    num_experts: int,
+    top_k: int,
 ) -> str:
     """Returns the name of the strategy to run.
 
@@ -61,17 +95,19 @@ def choose_strategy(
       top_k: K; 0 where tokens do not choose.
     """
     num_devices = num_groups * group_size
+    has_two_levels = min(num_groups, group_size) > 1
     if num_devices == 1:
         return "gather"
     if top_k == 0 and strategy.name != "gather":
         return "ring"
-    if strategy.name == "two_level" and min(num_groups, group_size) == 1:
+    if strategy.name == "two_level" and not has_two_levels:
         return "dedup"
     if strategy.name != "auto":
         return strategy.name
-    if min(num_groups, group_size) > 1:
+    if has_two_levels:
         return "two_level"
     # Where tokens have more choices than there are devices, "ring" sends no more rows; but it has
     # room for all choices of all devices, n times as many as a device's share.
-    saves_rows = mean_receivers(num_experts, top_k, num_devices) < 0.95 * top_k
+    num_receivers = mean_receivers(num_experts, top_k, num_devices)
+    saves_rows = num_receivers < 0.95 * top_k
     return "dedup" if saves_rows else "all_to_all"

@@ -16,6 +16,9 @@ from moejax.sharding import gather_fsdp
 initialize = jax.nn.initializers.lecun_normal()
 """Truncated normal of standard deviation 1/sqrt(fan in)."""
 
+Matmul = Callable[[jax.Array, jax.Array], jax.Array]
+"""Product of grouped rows with one matrix per expert, `(rows, [E, P, Q]) -> rows`."""
+
 GATED = ("swiglu", "geglu", "clamped_swiglu")
 """Activations of two projections, gate and up; the others have up alone."""
 
@@ -44,21 +47,29 @@ class Network:
 
     def activate(self, hidden: list[jax.Array]) -> jax.Array:
         """Returns the hidden units, from gate and up projections or from up alone."""
-        up = hidden[-1]
-        if self.activation == "swiglu":
-            return jax.nn.silu(hidden[0]) * up
-        if self.activation == "geglu":
-            return jax.nn.gelu(hidden[0], approximate=False) * up
-        if self.activation == "clamped_swiglu":
-            gate = jnp.minimum(hidden[0], self.limit)
-            up = jnp.clip(up, -self.limit, self.limit)
-            return gate * jax.nn.sigmoid(1.702 * gate) * (up + 1)
+        if self.activation in GATED:
+            gate, up = hidden
+            return self._gated(gate, up)
+        (up,) = hidden
         if self.activation == "gelu":
             return jax.nn.gelu(up, approximate=False)
         positive = jax.nn.relu(up)
         if self.activation == "squared_relu":
             return positive**2
         return positive
+
+    def _gated(self, gate: jax.Array, up: jax.Array) -> jax.Array:
+        """Returns the hidden units from gate and up projections."""
+        if self.activation == "swiglu":
+            return jax.nn.silu(gate) * up
+        if self.activation == "geglu":
+            return jax.nn.gelu(gate, approximate=False) * up
+        gate = jnp.minimum(gate, self.limit)
+        up = jnp.clip(up, -self.limit, self.limit)
+        # 1.702 makes x * sigmoid(1.702 x) nearly gelu(x).
+        opened = jax.nn.sigmoid(1.702 * gate)
+        active = gate * opened
+        return active * (up + 1)
 
 
 @jax.tree_util.register_dataclass
@@ -94,32 +105,48 @@ class FeedForward(nnx.Module):
         *,
         rngs: nnx.Rngs,
     ):
-        gate_up_DPF, down_FD = init_feed_forward(
-            rngs.params(), d_model, d_hidden, network.num_projections
-        )
+        num_projections = network.num_projections
+        gate_up_DPF, down_FD = init_feed_forward(rngs.params(), d_model, d_hidden, num_projections)
         self.gate_up = nnx.Param(gate_up_DPF, axes=("embed", "gate_up", "mlp"))
         self.down = nnx.Param(down_FD, axes=("mlp", "embed"))
         if network.has_bias:
-            self.gate_up_bias = nnx.Param(jnp.zeros(gate_up_DPF.shape[1:]), axes=("gate_up", "mlp"))
-            self.down_bias = nnx.Param(jnp.zeros(d_model), axes=("embed",))
+            bias_PF = jnp.zeros((num_projections, d_hidden))
+            bias_D = jnp.zeros(d_model)
+            self.gate_up_bias = nnx.Param(bias_PF, axes=("gate_up", "mlp"))
+            self.down_bias = nnx.Param(bias_D, axes=("embed",))
         self.network = network
         self.dtype = dtype
 
     def __call__(self, x_BLD: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
         """Applies the network to each position."""
-        network = self.network
-        gate_up_DPF = gather_fsdp(self.gate_up, self.dtype)
-        hidden = [dense(x_BLD, gate_up_DPF[:, i]) for i in range(network.num_projections)]
-        if network.has_bias:
-            bias_PF = self.gate_up_bias[...].astype(self.dtype)
-            hidden = [h_BLF + bias_PF[i][None, None] for i, h_BLF in enumerate(hidden)]
-        active_BLF = network.activate(hidden)
+        hidden = self._project_in(x_BLD)
+        if self.network.has_bias:
+            hidden = self._add_bias(hidden)
+        active_BLF = self.network.activate(hidden)
         down_FD = gather_fsdp(self.down, self.dtype)
         y_BLD = dense(active_BLF, down_FD)
-        if network.has_bias:
+        if self.network.has_bias:
             bias_D = gather_fsdp(self.down_bias, self.dtype)
             y_BLD = y_BLD + bias_D[None, None]
         return y_BLD
+
+    def _project_in(self, x_BLD: jax.Array) -> list[jax.Array]:
+        """Returns gate and up projections, or up alone."""
+        gate_up_DPF = gather_fsdp(self.gate_up, self.dtype)
+        hidden = []
+        for i in range(self.network.num_projections):
+            weight_DF = gate_up_DPF[:, i]
+            hidden.append(dense(x_BLD, weight_DF))
+        return hidden
+
+    def _add_bias(self, hidden: list[jax.Array]) -> list[jax.Array]:
+        """Adds the bias of each projection."""
+        bias_PF = self.gate_up_bias[...].astype(self.dtype)
+        biased = []
+        for i, hidden_BLF in enumerate(hidden):
+            bias_F = bias_PF[i]
+            biased.append(hidden_BLF + bias_F[None, None])
+        return biased
 
 
 class Experts(nnx.Module):
@@ -138,35 +165,57 @@ class Experts(nnx.Module):
         # Every expert has the key of its global id and the initializer of one dense layer: its
         # weights depend neither on the mesh nor on the number of experts.
         key = rngs.params()
-        keys_E = jax.vmap(lambda e: jax.random.fold_in(key, e))(jnp.arange(num_experts))
-        init = jax.vmap(lambda k: init_feed_forward(k, d_model, d_expert, network.num_projections))
-        gate_up_EDPF, down_EFD = init(keys_E)
+        num_projections = network.num_projections
+
+        def key_of(expert):
+            return jax.random.fold_in(key, expert)
+
+        def init_expert(key):
+            return init_feed_forward(key, d_model, d_expert, num_projections)
+
+        expert_E = jnp.arange(num_experts)
+        keys_E = jax.vmap(key_of)(expert_E)
+        gate_up_EDPF, down_EFD = jax.vmap(init_expert)(keys_E)
         self.gate_up = nnx.Param(gate_up_EDPF, axes=("experts", "embed", "gate_up", "mlp"))
         self.down = nnx.Param(down_EFD, axes=("experts", "mlp", "embed"))
         if network.has_bias:
-            bias_EPF = jnp.zeros((num_experts, network.num_projections, d_expert))
+            bias_EPF = jnp.zeros((num_experts, num_projections, d_expert))
+            bias_ED = jnp.zeros((num_experts, d_model))
             self.gate_up_bias = nnx.Param(bias_EPF, axes=("experts", "gate_up", "mlp"))
-            self.down_bias = nnx.Param(jnp.zeros((num_experts, d_model)), axes=("experts", "embed"))
+            self.down_bias = nnx.Param(bias_ED, axes=("experts", "embed"))
         self.network = network
         self.dtype = dtype
 
     def weights(self) -> ExpertWeights:
         """Returns all of them, in the compute dtype."""
-        gate_up_EDPF = self.gate_up[...].astype(self.dtype)
-        down_EFD = self.down[...].astype(self.dtype)
+        weights = ExpertWeights(
+            gate_up_EDPF=self._cast(self.gate_up),
+            down_EFD=self._cast(self.down),
+            network=self.network,
+        )
         if not self.network.has_bias:
-            return ExpertWeights(gate_up_EDPF, down_EFD, network=self.network)
-        bias_EPF = self.gate_up_bias[...].astype(self.dtype)
-        bias_ED = self.down_bias[...].astype(self.dtype)
-        return ExpertWeights(gate_up_EDPF, down_EFD, bias_EPF, bias_ED, self.network)
+            return weights
+        return dataclasses.replace(
+            weights,
+            gate_up_bias_EPF=self._cast(self.gate_up_bias),
+            down_bias_ED=self._cast(self.down_bias),
+        )
+
+    def _cast(self, parameter: nnx.Param) -> jax.Array:
+        """Returns a parameter in the compute dtype."""
+        return parameter[...].astype(self.dtype)
 
 
 def init_feed_forward(
-    key: jax.Array, d_model: int, d_hidden: int, num_projections: int = 2
+    key: jax.Array,
+    d_model: int,
+    d_hidden: int,
+    num_projections: int = 2,
 ) -> tuple[jax.Array, jax.Array]:
     """Draws the weights of one network: P projections in `[D, P, F]`, one out `[F, D]`."""
     in_key, out_key = jax.random.split(key)
-    gate_up_DX = initialize(in_key, (d_model, num_projections * d_hidden))
+    num_columns = num_projections * d_hidden
+    gate_up_DX = initialize(in_key, (d_model, num_columns))
     gate_up_DPF = gate_up_DX.reshape(d_model, -1, d_hidden)
     down_FD = initialize(out_key, (d_hidden, d_model))
     return gate_up_DPF, down_FD
@@ -175,7 +224,7 @@ def init_feed_forward(
 def apply_experts(
     x_RD: Float[Array, "R D"],
     weights: ExpertWeights,
-    matmul: Callable[[jax.Array, jax.Array], jax.Array],
+    matmul: Matmul,
     expert_R: Int[Array, "R"],
 ) -> Float[Array, "R D"]:
     """Applies to each row the network of its own expert.
@@ -183,7 +232,7 @@ def apply_experts(
     Args:
       x_RD: rows grouped by expert.
       weights: of the experts.
-      matmul: product of grouped rows with one matrix per expert, `(rows, [E, P, Q]) -> rows`.
+      matmul: of the rows with the experts' matrices.
       expert_R: the expert of each row, E or more where it is empty; only biases look at it.
     """
     network = weights.network
@@ -195,7 +244,8 @@ def apply_experts(
         hidden_RX += _bias_of_rows(bias_EX, expert_R)
     starts = range(0, num_projections * d_expert, d_expert)
     hidden = [hidden_RX[:, start : start + d_expert] for start in starts]
-    y_RD = matmul(network.activate(hidden), weights.down_EFD)
+    active_RF = network.activate(hidden)
+    y_RD = matmul(active_RF, weights.down_EFD)
     if network.has_bias:
         y_RD = y_RD + _bias_of_rows(weights.down_bias_ED, expert_R)
     return y_RD

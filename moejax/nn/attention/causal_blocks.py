@@ -27,6 +27,17 @@ import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Bool, Float, Int
 
+from moejax.nn.attention.blocks import (
+    concatenate_queries,
+    cut_axis,
+    is_same,
+    join_blocks,
+    join_query_blocks,
+    may_meet,
+    query_blocks,
+    some_blocks,
+)
+
 SMALLEST = 64
 """The most positions of a triangle: smaller ones cost more to add up than they save."""
 
@@ -87,28 +98,28 @@ def attend_causally(
         are skipped where numbers never fall along the row, with padding (0) last.
     """
     length = q_BLHA.shape[1]
-    halvings = max(0, (length - 1) // SMALLEST).bit_length()
-    num = 1 << halvings
+    num = _num_smallest(length)
     # Added positions are seen by each other alone.
     missing = ((0, 0), (0, -length % num))
     missing_with_heads = (*missing, (0, 0), (0, 0))
     q_BLHA = jnp.pad(q_BLHA, missing_with_heads)
     k_BLGA = jnp.pad(k_BLGA, missing_with_heads)
     v_BLGA = jnp.pad(v_BLGA, missing_with_heads)
-    row = _Row.from_arrays(q_BLHA, k_BLGA, v_BLGA, jnp.pad(segments_BL, missing))
-    parts = [row.triangles(num)]
-    while num > 1 and row.length // num < LEAST_SKIPPED:
-        num //= 2
-        parts.append(row.squares(num))
-    if num > 1:
-        parts.append(row.previous(num))
-    while num > 2:
-        parts.append(row.far(num))
-        num //= 2
-    y_BGRLA = _add_up(parts).astype(q_BLHA.dtype)
+    segments_BL = jnp.pad(segments_BL, missing)
+    row = _Row.from_arrays(q_BLHA, k_BLGA, v_BLGA, segments_BL)
+    parts = row.all_parts(num)
+    y_BGRLA = _add_up(parts)
+    y_BGRLA = y_BGRLA.astype(q_BLHA.dtype)
     y_BLGRA = y_BGRLA.transpose(0, 3, 1, 2, 4)
     y_BLHA = y_BLGRA.reshape(q_BLHA.shape)
     return y_BLHA[:, :length]
+
+
+def _num_smallest(length: int) -> int:
+    """Returns into how many of the smallest blocks a row is cut: a power of two."""
+    num_needed = (length - 1) // SMALLEST
+    halvings = max(0, num_needed).bit_length()
+    return 1 << halvings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,14 +135,22 @@ class _Row:
     segments_BL: jax.Array
 
     @classmethod
-    def from_arrays(cls, q_BLHA, k_BLGA, v_BLGA, segments_BL) -> "_Row":
+    def from_arrays(
+        cls,
+        q_BLHA: jax.Array,
+        k_BLGA: jax.Array,
+        v_BLGA: jax.Array,
+        segments_BL: jax.Array,
+    ) -> "_Row":
+        """Returns the row of arrays whose positions are on axis 1."""
         batch, length, _, head = q_BLHA.shape
-        q_BLGRA = q_BLHA.reshape(batch, length, k_BLGA.shape[2], -1, head)
+        groups = k_BLGA.shape[2]
+        q_BLGRA = q_BLHA.reshape(batch, length, groups, -1, head)
         return cls(
-            q_BLGRA.transpose(0, 2, 3, 1, 4),
-            k_BLGA.transpose(0, 2, 1, 3),
-            v_BLGA.transpose(0, 2, 1, 3),
-            jnp.where(segments_BL == 0, PADDING, segments_BL),
+            q_BGRLA=q_BLGRA.transpose(0, 2, 3, 1, 4),
+            k_BGLA=k_BLGA.transpose(0, 2, 1, 3),
+            v_BGLA=v_BLGA.transpose(0, 2, 1, 3),
+            segments_BL=jnp.where(segments_BL == 0, PADDING, segments_BL),
         )
 
     @property
@@ -139,43 +158,59 @@ class _Row:
         """Returns how many positions the row has."""
         return self.segments_BL.shape[1]
 
+    def all_parts(self, num: int) -> list[Part]:
+        """Returns the parts of all keys that queries see; `num` blocks are the smallest."""
+        parts = [self.triangles(num)]
+        while num > 1 and self.length // num < LEAST_SKIPPED:
+            num //= 2
+            parts.append(self.squares(num))
+        if num > 1:
+            parts.append(self.previous(num))
+        while num > 2:
+            parts.append(self.far(num))
+            num //= 2
+        return parts
+
     def triangles(self, num: int) -> Part:
         """Returns the part of `num` blocks, each of which sees itself."""
-        q_BGRnlA = _cut(self.q_BGRLA, num, -2)
-        k_BGnlA = _cut(self.k_BGLA, num, -2)
-        v_BGnlA = _cut(self.v_BGLA, num, -2)
-        segments_Bnl = _cut(self.segments_BL, num, -1)
+        q_BGRnlA = cut_axis(self.q_BGRLA, num, -2)
+        k_BGnlA = cut_axis(self.k_BGLA, num, -2)
+        v_BGnlA = cut_axis(self.v_BGLA, num, -2)
+        segments_Bnl = cut_axis(self.segments_BL, num, -1)
         length = segments_Bnl.shape[-1]
-        is_causal_ll = jnp.tril(jnp.ones((length, length), bool))
-        is_same_Bnll = _is_same(segments_Bnl, segments_Bnl)
+        ones_ll = jnp.ones((length, length), bool)
+        is_causal_ll = jnp.tril(ones_ll)
+        is_same_Bnll = is_same(segments_Bnl, segments_Bnl)
         mask_Bnll = is_same_Bnll & is_causal_ll[None, None]
         part = self._attend(q_BGRnlA, k_BGnlA, v_BGnlA, mask_Bnll)
-        return _join_blocks(part)
+        return join_blocks(part)
 
     def squares(self, num: int) -> Part:
         """Returns the part of `num` blocks, the second half of each of which sees the first one."""
         halves = 2 * num
         first = slice(None, None, 2)
         second = slice(1, None, 2)
-        q_BGRnlA = _cut(self.q_BGRLA, halves, -2)[..., second, :, :]
-        k_BGnlA = _cut(self.k_BGLA, halves, -2)[..., first, :, :]
-        v_BGnlA = _cut(self.v_BGLA, halves, -2)[..., first, :, :]
-        segments_Bhl = _cut(self.segments_BL, halves, -1)
-        mask_Bnll = _is_same(segments_Bhl[:, second], segments_Bhl[:, first])
+        q_BGRnlA = some_blocks(self.q_BGRLA, halves, second)
+        k_BGnlA = some_blocks(self.k_BGLA, halves, first)
+        v_BGnlA = some_blocks(self.v_BGLA, halves, first)
+        segments_Bhl = cut_axis(self.segments_BL, halves, -1)
+        mask_Bnll = is_same(segments_Bhl[:, second], segments_Bhl[:, first])
         part = self._attend(q_BGRnlA, k_BGnlA, v_BGnlA, mask_Bnll)
-        return _join_blocks(_put_empty_before(part, axis=4))
+        whole = _put_empty_before(part, axis=4)
+        return join_blocks(whole)
 
     def previous(self, num: int) -> Part:
         """Returns the part of `num` blocks, each of which sees the one before it."""
         later = slice(1, None)
         earlier = slice(None, -1)
-        q_BGRnlA = _cut(self.q_BGRLA, num, -2)[..., later, :, :]
-        k_BGnlA = _cut(self.k_BGLA, num, -2)[..., earlier, :, :]
-        v_BGnlA = _cut(self.v_BGLA, num, -2)[..., earlier, :, :]
-        segments_Bnl = _cut(self.segments_BL, num, -1)
-        mask_Bnll = _is_same(segments_Bnl[:, later], segments_Bnl[:, earlier])
+        q_BGRnlA = some_blocks(self.q_BGRLA, num, later)
+        k_BGnlA = some_blocks(self.k_BGLA, num, earlier)
+        v_BGnlA = some_blocks(self.v_BGLA, num, earlier)
+        segments_Bnl = cut_axis(self.segments_BL, num, -1)
+        mask_Bnll = is_same(segments_Bnl[:, later], segments_Bnl[:, earlier])
         part = self._attend(q_BGRnlA, k_BGnlA, v_BGnlA, mask_Bnll)
-        return _join_blocks(_put_empty_before(part, axis=3, size=1))
+        whole = _put_empty_before(part, axis=3, size=1)
+        return join_blocks(whole)
 
     def far(self, num: int) -> Part:
         """Returns the part of `num` blocks, which see the blocks before that are not adjacent.
@@ -185,11 +220,13 @@ class _Row:
         """
         pairs = num // 2
         length = self.length // num
-        q_BGRplA = _cut(self.q_BGRLA, pairs, -2)[..., 1:, :, :]
-        k_BGpsA = _cut(self.k_BGLA, pairs, -2)[..., :-1, :, :]
-        v_BGpsA = _cut(self.v_BGLA, pairs, -2)[..., :-1, :, :]
-        segments_Bpl = _cut(self.segments_BL, pairs, -1)[:, 1:]
-        segments_Bps = _cut(self.segments_BL, pairs, -1)[:, :-1]
+        later = slice(1, None)
+        earlier = slice(None, -1)
+        q_BGRplA = some_blocks(self.q_BGRLA, pairs, later)
+        k_BGpsA = some_blocks(self.k_BGLA, pairs, earlier)
+        v_BGpsA = some_blocks(self.v_BGLA, pairs, earlier)
+        segments_Bpl = cut_axis(self.segments_BL, pairs, -1)[:, later]
+        segments_Bps = cut_axis(self.segments_BL, pairs, -1)[:, earlier]
         first_Bpl = segments_Bpl[..., :length]
         second_Bpl = segments_Bpl[..., length:]
         first_Bps = segments_Bps[..., :length]
@@ -199,16 +236,22 @@ class _Row:
                 q_BGRplA[..., :length, :],
                 k_BGpsA[..., :length, :],
                 v_BGpsA[..., :length, :],
-                _is_same(first_Bpl, first_Bps),
+                is_same(first_Bpl, first_Bps),
             )
             second_part = self._attend(
-                q_BGRplA[..., length:, :], k_BGpsA, v_BGpsA, _is_same(second_Bpl, segments_Bps)
+                q_BGRplA[..., length:, :],
+                k_BGpsA,
+                v_BGpsA,
+                is_same(second_Bpl, segments_Bps),
             )
-            part = jax.tree.map(_concatenate_queries, first_part, second_part)
-            return _join_blocks(_put_empty_before(part, axis=3, size=1))
+            part = jax.tree.map(concatenate_queries, first_part, second_part)
+            whole = _put_empty_before(part, axis=3, size=1)
+            return join_blocks(whole)
 
-        may_meet = _may_meet(first_Bpl, first_Bps) | _may_meet(second_Bpl, segments_Bps)
-        return jax.lax.cond(_in_any_arm(may_meet), attend, self._no_part)
+        first_may_meet = may_meet(first_Bpl, first_Bps)
+        second_may_meet = may_meet(second_Bpl, segments_Bps)
+        any_may_meet = first_may_meet | second_may_meet
+        return jax.lax.cond(_in_any_arm(any_may_meet), attend, self._no_part)
 
     def _no_part(self) -> Part:
         """Returns the part of a row whose queries see no key."""
@@ -220,7 +263,13 @@ class _Row:
             weighted=jnp.full(shape, weighted, jnp.float32),
         )
 
-    def _attend(self, q_BGRnlA, k_BGnlA, v_BGnlA, mask_Bnll) -> Part:
+    def _attend(
+        self,
+        q_BGRnlA: jax.Array,
+        k_BGnlA: jax.Array,
+        v_BGnlA: jax.Array,
+        mask_Bnll: jax.Array,
+    ) -> Part:
         """Returns the part of these keys; in long rows, one block of queries after the other.
 
         The scores of such a block are computed again in the backward pass.
@@ -228,19 +277,25 @@ class _Row:
         if self.length <= LONGEST_AT_ONCE:
             return _attend(q_BGRnlA, k_BGnlA, v_BGnlA, mask_Bnll)
         length = q_BGRnlA.shape[-2]
-        num_blocks = 1
-        while length % (2 * num_blocks) == 0 and length // num_blocks > BLOCK:
-            num_blocks *= 2
+        num_blocks = _num_query_blocks(length)
 
         @jax.checkpoint
         def one_block(block):
             q_BGRnbA, mask_Bnbl = block
             return _attend(q_BGRnbA, k_BGnlA, v_BGnlA, mask_Bnbl)
 
-        queries = jnp.moveaxis(_cut(q_BGRnlA, num_blocks, -2), -3, 0)
-        masks = jnp.moveaxis(_cut(mask_Bnll, num_blocks, -2), -3, 0)
+        queries = query_blocks(q_BGRnlA, num_blocks)
+        masks = query_blocks(mask_Bnll, num_blocks)
         blocks = jax.lax.map(one_block, (queries, masks))
-        return jax.tree.map(_join_query_blocks, blocks)
+        return jax.tree.map(join_query_blocks, blocks)
+
+
+def _num_query_blocks(length: int) -> int:
+    """Returns into how many blocks queries are cut: as few as have at most `BLOCK`, if they can."""
+    num_blocks = 1
+    while length % (2 * num_blocks) == 0 and length // num_blocks > BLOCK:
+        num_blocks *= 2
+    return num_blocks
 
 
 def _attend(
@@ -255,23 +310,32 @@ def _attend(
     """
     batch, groups, shared, num, length, head = q_BGRnlA.shape
     rows = (batch, groups, num, shared * length)
-    q_BGnrA = q_BGRnlA.swapaxes(2, 3).reshape(*rows, head)
-    scores_BGnrs = jnp.matmul(q_BGnrA, k_BGnsA.mT, preferred_element_type=jnp.float32)
-    scores_BGnRls = scores_BGnrs.reshape(batch, groups, num, shared, length, -1)
+    queries = (batch, groups, num, shared, length)
+    q_BGnRlA = q_BGRnlA.swapaxes(2, 3)
+    q_BGnrA = q_BGnRlA.reshape(*rows, head)
+    scores_BGnrs = _matmul(q_BGnrA, k_BGnsA.mT)
+    scores_BGnRls = scores_BGnrs.reshape(*queries, -1)
     scores_BGnRls = scores_BGnRls * head**-0.5
-    scores_BGnRls = jnp.where(mask_Bnls[:, None, :, None], scores_BGnRls, MASKED)
-    largest_BGnRl = jax.lax.stop_gradient(scores_BGnRls.max(-1))
+    mask_B1n1ls = mask_Bnls[:, None, :, None]
+    scores_BGnRls = jnp.where(mask_B1n1ls, scores_BGnRls, MASKED)
+    largest_BGnRl = scores_BGnRls.max(-1)
+    largest_BGnRl = jax.lax.stop_gradient(largest_BGnRl)
     exponentials_BGnRls = jnp.exp(scores_BGnRls - largest_BGnRl[..., None])
     weights_BGnRls = exponentials_BGnRls.astype(v_BGnsA.dtype)
     weights_BGnrs = weights_BGnRls.reshape(*rows, -1)
-    weighted_BGnrA = jnp.matmul(weights_BGnrs, v_BGnsA, preferred_element_type=jnp.float32)
-    weighted_BGnRlA = weighted_BGnrA.reshape(batch, groups, num, shared, length, head)
+    weighted_BGnrA = _matmul(weights_BGnrs, v_BGnsA)
+    weighted_BGnRlA = weighted_BGnrA.reshape(*queries, head)
     total_BGnRl = exponentials_BGnRls.sum(-1)
     return Part(
         largest=largest_BGnRl.swapaxes(2, 3),
         total=total_BGnRl.swapaxes(2, 3),
         weighted=weighted_BGnRlA.swapaxes(2, 3),
     )
+
+
+def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Returns the product in float32."""
+    return jnp.matmul(a, b, preferred_element_type=jnp.float32)
 
 
 def _add_up(parts: list[Part]) -> jax.Array:
@@ -284,20 +348,6 @@ def _add_up(parts: list[Part]) -> jax.Array:
         total += scale * part.total
         weighted += scale[..., None] * part.weighted
     return weighted / total[..., None]
-
-
-def _may_meet(
-    segments_Bnl: Int[Array, "B n l"], segments_Bns: Int[Array, "B n s"]
-) -> Bool[Array, ""]:
-    """Whether any block of queries may hold a document that its block of keys holds too."""
-    first_query_Bn = segments_Bnl.min(-1)
-    last_key_Bn = segments_Bns.max(-1)
-    is_after_Bn = first_query_Bn > last_key_Bn
-    last_query_Bn = segments_Bnl.max(-1)
-    first_key_Bn = segments_Bns.min(-1)
-    is_before_Bn = last_query_Bn < first_key_Bn
-    is_apart_Bn = is_after_Bn | is_before_Bn
-    return ~is_apart_Bn.all()
 
 
 @custom_vmap
@@ -314,35 +364,6 @@ def _(
     num_arms: int, is_batched: list[bool], condition_A: Bool[Array, "A"]
 ) -> tuple[Bool[Array, ""], bool]:
     return condition_A.any(), False
-
-
-def _is_same(segments_Bnl: jax.Array, segments_Bns: jax.Array) -> jax.Array:
-    return segments_Bnl[..., :, None] == segments_Bns[..., None, :]
-
-
-def _cut(x: jax.Array, num: int, axis: int) -> jax.Array:
-    """Cuts an axis into `num` equal parts, which are a new axis before it."""
-    axis %= x.ndim
-    return x.reshape(*x.shape[:axis], num, -1, *x.shape[axis + 1 :])
-
-
-def _join(x: jax.Array, axis: int) -> jax.Array:
-    """Joins an axis and the next one."""
-    return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
-
-
-def _join_blocks(part: Part) -> Part:
-    """Joins the blocks of a row, which are on axis 3."""
-    return jax.tree.map(lambda x_BGRnl: _join(x_BGRnl, 3), part)
-
-
-def _join_query_blocks(x: jax.Array) -> jax.Array:
-    """Joins blocks of queries, which are on axis 0, to the queries on axis 4."""
-    return _join(jnp.moveaxis(x, 0, 4), 4)
-
-
-def _concatenate_queries(first: jax.Array, second: jax.Array) -> jax.Array:
-    return jnp.concatenate((first, second), 4)
 
 
 def _put_empty_before(part: Part, axis: int, size: int | None = None) -> Part:
