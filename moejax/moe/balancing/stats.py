@@ -6,7 +6,7 @@ of processes.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -192,17 +192,43 @@ def _optional_sums(
             sums["first_scope_balance"] = balance_of_scopes(
                 experts_TK[:, :1], probs_TE, mask_T, num_scopes
             )
-    if config.sequence_balance_weight > 0:
-        unbiased_TK = unbiased_choices(routing, mask_T, config)
-        sums["sequence_balance"] = balance_of_scopes(unbiased_TK, probs_TE, mask_T, num_sequences)
-    if routing.noisy_TE is not None and routing.noise_scale_TE is not None:
-        if config.load_weight > 0:
-            sums["load_E"] = expected_load(routing, mask_T, config.top_k)
-        if config.vmoe_load_weight > 0:
-            sums["vmoe_load_E"] = expected_load_vmoe(routing, mask_T, config.top_k)
+    has_noise = routing.noisy_TE is not None and routing.noise_scale_TE is not None
+    for spec in config.weighted_losses.values():
+        if spec.statistic and (has_noise or not spec.estimates_load):
+            collect_statistic = STATISTICS[spec.statistic]
+            sums[spec.statistic] = collect_statistic(routing, mask_T, config, length)
     if config.router == "quantile":
         sums["quantile_margins_TE"] = quantile_margins(routing, mask_T, config.top_k)
     return sums
+
+
+def _sequence_balance(
+    routing: Routing, mask_T: Bool[Array, "T"], config: MoeConfig, length: int
+) -> jax.Array:
+    unbiased_TK = unbiased_choices(routing, mask_T, config)
+    num_sequences = len(mask_T) // length
+    return balance_of_scopes(unbiased_TK, routing.probs_TE, mask_T, num_sequences)
+
+
+def _expected_load(
+    routing: Routing, mask_T: Bool[Array, "T"], config: MoeConfig, length: int
+) -> jax.Array:
+    return expected_load(routing, mask_T, config.top_k)
+
+
+def _expected_load_vmoe(
+    routing: Routing, mask_T: Bool[Array, "T"], config: MoeConfig, length: int
+) -> jax.Array:
+    return expected_load_vmoe(routing, mask_T, config.top_k)
+
+
+STATISTICS: dict[str, Callable[[Routing, jax.Array, MoeConfig, int], jax.Array]] = {
+    "sequence_balance": _sequence_balance,
+    "load_E": _expected_load,
+    "vmoe_load_E": _expected_load_vmoe,
+}
+"""How the statistic of a loss is collected, by its field: a function of a layer's routing, the mask
+of its tokens, the configuration, and the length of a sequence."""
 
 
 def collect_expert_choice(
