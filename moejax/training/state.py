@@ -46,7 +46,7 @@ class TrainSetup:
     config: Config
     mesh: Mesh
     graphdef: nnx.GraphDef
-    optimizer: optax.GradientTransformation
+    optimizer: optax.GradientTransformationExtraArgs
     shardings: TrainState
     abstract: TrainState
 

@@ -16,7 +16,7 @@ from moejax.moe.balancing.stats import RoutingStats, join
 from moejax.sharding import batch_sharding, replicated
 from moejax.training.accumulation import loss_and_gradients
 from moejax.training.losses import BatchSums, losses
-from moejax.training.optimizer import make_schedule
+from moejax.training.optimizer import learning_rate_at
 from moejax.training.router_state import (
     schedule_router_state,
     state_arrays,
@@ -89,7 +89,6 @@ def compiler_options(mesh: Mesh) -> dict[str, bool | str] | None:
 def train_step_of(setup: TrainSetup) -> TrainStep:
     """Returns the function that `make_train_step` compiles."""
     config = setup.config
-    schedule = make_schedule(config.optimizer, config.train.num_steps)
 
     def train_step(state: TrainState, batch: Batch, knobs: Knobs) -> tuple[TrainState, StepOutput]:
         keys_B = row_keys(config, knobs, state.step, batch.tokens_BL.shape[0])
@@ -99,7 +98,7 @@ def train_step_of(setup: TrainSetup) -> TrainStep:
         )
         scalars = losses(sums, knobs, config)
         grad_norm = optax.tree.norm(grads)
-        learning_rate = schedule(state.step) * knobs.learning_rate
+        learning_rate = learning_rate_at(config, knobs, state.step)
         new_state = _updated(setup, state, grads, learning_rate, sums, knobs)
         # An update may overflow although loss and gradient are finite: the new state is
         # looked at, too.
@@ -182,8 +181,10 @@ def apply_gradients(
     setup: TrainSetup, state: TrainState, grads: nnx.State, learning_rate: jax.Array
 ) -> tuple[nnx.State, optax.OptState]:
     """Returns the parameters and the state of the optimizer after a step."""
-    updates, opt_state = setup.optimizer.update(grads, state.opt_state, state.params)
-    return jax.tree.map(lambda p, u: p - learning_rate * u, state.params, updates), opt_state
+    updates, opt_state = setup.optimizer.update(
+        grads, state.opt_state, state.params, learning_rate=learning_rate
+    )
+    return optax.apply_updates(state.params, updates), opt_state
 
 
 def all_finite(tree) -> jax.Array:
