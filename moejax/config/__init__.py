@@ -12,6 +12,9 @@ from moejax.config.errors import format_value as format_value
 from moejax.config.errors import nearest as nearest
 from moejax.config.knobs import Knobs as Knobs
 from moejax.config.layer_pattern import LayerGroup as LayerGroup
+from moejax.config.loss_specs import LOSS_SPECS as LOSS_SPECS
+from moejax.config.loss_specs import LOSS_WEIGHTS as LOSS_WEIGHTS
+from moejax.config.loss_specs import LossSpec as LossSpec
 from moejax.config.resolve import default as default
 from moejax.config.resolve import resolve as resolve
 from moejax.config.resolve import resolve_recorded as resolve_recorded

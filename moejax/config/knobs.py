@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from moejax.config.loss_specs import with_loss_weights
 from moejax.config.sections.root import Config
 
 NOT_OF_MOE = ("seed", "learning_rate")
@@ -13,6 +14,7 @@ NOT_OF_MOE = ("seed", "learning_rate")
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+@with_loss_weights(jax.Array)
 class Knobs:
     """Traced float32 scalars, which change no array shape.
 
@@ -24,30 +26,17 @@ class Knobs:
       seed: `train.seed`, int32, for the random draws of training; the initial weights and the order
         of rows take it from the configuration.
       learning_rate: `optimizer.learning_rate`, the highest; the schedule multiplies it.
-      balance_weight: coefficient of each layer's load-balancing loss.
-      sequence_balance_weight: coefficient of the balance loss within each sequence.
-      importance_weight: coefficient of the importance loss.
-      vmoe_importance_weight: coefficient of V-MoE's importance loss.
-      load_weight: coefficient of the load loss.
-      vmoe_load_weight: coefficient of V-MoE's load loss.
-      z_weight: coefficient of the router's z-loss.
       capacity_factor: limits the slots used per expert; buffers have the size of
         `moe.capacity_factor`, so larger values have no effect.
       jitter: half the width of the uniform factor on the router's input.
       noise_scale: multiplies the noise on the logits.
       bias_rate: step of the selection bias.
       expert_dropout: fraction of choices whose output is dropped.
+      NAME_weight: coefficient of each layer's loss NAME, for every loss of `LOSS_SPECS`.
     """
 
     seed: jax.Array
     learning_rate: jax.Array
-    balance_weight: jax.Array
-    sequence_balance_weight: jax.Array
-    importance_weight: jax.Array
-    vmoe_importance_weight: jax.Array
-    load_weight: jax.Array
-    vmoe_load_weight: jax.Array
-    z_weight: jax.Array
     capacity_factor: jax.Array
     jitter: jax.Array
     noise_scale: jax.Array

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from moejax.config.errors import ConfigError, format_value, nearest, require
-from moejax.config.router_rules import ROUTER_RULES
+from moejax.config.loss_specs import LOSS_SPECS, LOSS_WEIGHTS
 from moejax.config.schema.leaf import Leaf, leaf_of, parse_value
 from moejax.config.sections.moe import MoeConfig, derive_moe
 
@@ -32,16 +32,10 @@ SHARED = (
     "save_exchanged",
     "jitter",
     "noise_scale",
-    "balance_weight",
     "balance_scope",
     "balance_convention",
-    "sequence_balance_weight",
-    "importance_weight",
-    "vmoe_importance_weight",
-    "load_weight",
-    "vmoe_load_weight",
-    "z_weight",
     "bias_rate",
+    *LOSS_WEIGHTS,
 )
 """Leaves of `moe` that are the same for all layers.
 
@@ -268,11 +262,8 @@ def _without_unfit(kind: MoeConfig) -> MoeConfig:
     Losses and knobs are set for the entire model, so a layer that cannot have one leaves it out
     rather than refusing it.
     """
-    unfit: list[str] = []
-    if kind.router != "noisy_topk":
-        unfit += ["load_weight", "vmoe_load_weight"]
-    if not ROUTER_RULES[kind.router].takes_capacity:
-        unfit += ["sequence_balance_weight", "importance_weight", "vmoe_importance_weight"]
+    losses = [name for name, spec in LOSS_SPECS.items() if kind.router not in spec.routers]
+    unfit = [f"{name}_weight" for name in losses]
     if kind.score == "uniform":
         unfit.append("jitter")
     zeros: dict[str, Any] = dict.fromkeys(unfit, 0.0)

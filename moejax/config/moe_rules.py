@@ -1,13 +1,11 @@
 """Leaves of a Mixture-of-Experts layer that do not go together."""
 
 from moejax.config.errors import require
+from moejax.config.loss_specs import LossSpec
 from moejax.config.router_rules import ROUTER_RULES
 from moejax.config.sections.moe import MoeConfig
 
 OFF_WHERE_EXPERTS_CHOOSE = {
-    "sequence_balance_weight": 0.0,
-    "importance_weight": 0.0,
-    "vmoe_importance_weight": 0.0,
     "balance_scope": "global",
     "balance_convention": "normalized",
 }
@@ -211,9 +209,8 @@ def _validate_overflow(moe: MoeConfig) -> None:
 
 
 def _validate_balancing(moe: MoeConfig) -> None:
-    for key in ("load_weight", "vmoe_load_weight"):
-        if getattr(moe, key) != 0:
-            _validate_load_loss(moe, key)
+    for name, spec in moe.weighted_losses.items():
+        _validate_loss(moe, name, spec)
     tokens_choose = ROUTER_RULES[moe.router].takes_capacity
     for key, off in OFF_WHERE_EXPERTS_CHOOSE.items():
         value = getattr(moe, key)
@@ -224,18 +221,28 @@ def _validate_balancing(moe: MoeConfig) -> None:
         )
 
 
-def _validate_load_loss(moe: MoeConfig, key: str) -> None:
-    value = getattr(moe, key)
+def _validate_loss(moe: MoeConfig, name: str, spec: LossSpec) -> None:
+    weight = getattr(moe, f"{name}_weight")
+    given = f"moe.{name}_weight={weight}"
     require(
-        moe.router == "noisy_topk" and moe.top_k < moe.num_choices,
-        f"moe.{key}={value} estimates the load from routing noise: it needs "
-        f"moe.router=noisy_topk, not {moe.router}, and moe.top_k={moe.top_k} below "
+        moe.router in spec.routers,
+        f"{given} does not go with moe.router={moe.router}; set 0, or use one of "
+        f"{', '.join(spec.routers)}",
+    )
+    if spec.estimates_load:
+        _validate_load_loss(moe, given)
+
+
+def _validate_load_loss(moe: MoeConfig, given: str) -> None:
+    require(
+        moe.top_k < moe.num_choices,
+        f"{given} estimates the load from routing noise: it needs moe.top_k={moe.top_k} below "
         f"moe.num_experts={moe.num_choices}",
     )
     is_plain = not moe.selection_bias and moe.num_groups == 1
     require(
         moe.noise_scale > 0 and is_plain,
-        f"moe.{key}={value} estimates the load of plain noisy top-k: it needs "
+        f"{given} estimates the load of plain noisy top-k: it needs "
         f"moe.noise_scale={moe.noise_scale} above 0, moe.selection_bias={moe.selection_bias} "
         f"False and moe.num_groups={moe.num_groups} to be 1",
     )

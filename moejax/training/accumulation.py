@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import nnx
 
 from moejax.config import Knobs
@@ -60,34 +61,45 @@ def loss_and_gradients(
 
     microbatches = _split((batch, keys_B), config.train.accumulation)
     if config.num_moe_layers:
-        total, margins = _sum_over(
-            lambda microbatch: _split_off_margins(sums_of(params, microbatch)),
-            add_sums,
-            microbatches,
-        )
+
+        def sums_without_margins(microbatch):
+            return _split_off_margins(sums_of(params, microbatch))
+
+        whole, margins = _sum_over(sums_without_margins, add_sums, microbatches)
     else:
         # Cross-entropy is linear in its sum: only the number of targets matters to the gradient.
-        total, margins = BatchSums(jnp.float32(0), count_targets(batch), ()), ()
+        whole, margins = BatchSums(jnp.float32(0), count_targets(batch), ()), ()
 
     def gradients_of(microbatch):
         def loss(params):
             sums, _ = _split_off_margins(sums_of(params, microbatch))
-            # The value is that of the whole batch, the gradient that of this part's sums.
-            with_gradient = jax.tree.map(
-                lambda whole, part: whole + (part - jax.lax.stop_gradient(part)), total, sums
-            )
-            return total_loss(with_gradient), sums
+            return total_loss(_with_gradient_of(sums, whole)), sums
 
-        return jax.grad(loss, has_aux=True)(params), None
+        gradients_and_sums = jax.grad(loss, has_aux=True)(params)
+        return gradients_and_sums, None
 
-    def add(first, second):
-        first_grads, first_sums = first
-        second_grads, second_sums = second
-        grads = jax.tree.map(jnp.add, first_grads, second_grads)
-        return grads, add_sums(first_sums, second_sums)
-
-    (grads, sums), _ = _sum_over(gradients_of, add, microbatches)
+    (grads, sums), _ = _sum_over(gradients_of, _add_gradients_and_sums, microbatches)
     return grads, _with_margins(sums, margins)
+
+
+def _with_gradient_of(part: BatchSums, whole: BatchSums) -> BatchSums:
+    """Returns sums with the value of the whole batch, and the gradient of one part of it."""
+
+    def join_values(of_whole, of_part):
+        zero = of_part - jax.lax.stop_gradient(of_part)
+        return of_whole + zero
+
+    return jax.tree.map(join_values, whole, part)
+
+
+def _add_gradients_and_sums(
+    first: tuple[nnx.State, BatchSums], second: tuple[nnx.State, BatchSums]
+) -> tuple[nnx.State, BatchSums]:
+    """Returns the gradients and the sums of two microbatches together."""
+    first_grads, first_sums = first
+    second_grads, second_sums = second
+    grads = jax.tree.map(jnp.add, first_grads, second_grads)
+    return grads, add_sums(first_sums, second_sums)
 
 
 def _split(tree: Any, num_parts: int) -> Any:
@@ -95,9 +107,12 @@ def _split(tree: Any, num_parts: int) -> Any:
 
     Each device's rows are spread over all parts, so that no row moves to another device.
     """
-    return jax.tree.map(
-        lambda x_BX: x_BX.reshape(-1, num_parts, *x_BX.shape[1:]).swapaxes(0, 1), tree
-    )
+
+    def split_rows(x_BX):
+        shape = (-1, num_parts, *x_BX.shape[1:])
+        return x_BX.reshape(shape).swapaxes(0, 1)
+
+    return jax.tree.map(split_rows, tree)
 
 
 def _sum_over(function: Callable, add: Callable, parts: Any) -> tuple[Any, Any]:
@@ -107,9 +122,9 @@ def _sum_over(function: Callable, add: Callable, parts: Any) -> tuple[Any, Any]:
       The sum of the function's first result, and all its second ones. The sum starts at zeros,
       which `add` must leave alone.
     """
-    first = jax.tree.map(lambda x: x[0], parts)
-    shapes, _ = jax.eval_shape(function, first)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    first_part = jax.tree.map(lambda x: x[0], parts)
+    shapes, _ = jax.eval_shape(function, first_part)
+    zeros = optax.tree.zeros_like(shapes)
 
     def body(total, part):
         summed, each = function(part)
@@ -120,9 +135,12 @@ def _sum_over(function: Callable, add: Callable, parts: Any) -> tuple[Any, Any]:
 
 def _split_off_margins(sums: BatchSums) -> tuple[BatchSums, tuple[jax.Array | None, ...]]:
     """Returns the sums, and apart from them the quantile margins, which do not add up."""
-    margins = tuple(stats.quantile_margins_TE for stats in sums.routing)
-    routing = tuple(dataclasses.replace(stats, quantile_margins_TE=None) for stats in sums.routing)
-    return dataclasses.replace(sums, routing=routing), margins
+    margins = []
+    routing = []
+    for stats in sums.routing:
+        margins.append(stats.quantile_margins_TE)
+        routing.append(dataclasses.replace(stats, quantile_margins_TE=None))
+    return dataclasses.replace(sums, routing=tuple(routing)), tuple(margins)
 
 
 def _with_margins(sums: BatchSums, margins: tuple[jax.Array | None, ...]) -> BatchSums:
@@ -140,8 +158,8 @@ def _with_margins(sums: BatchSums, margins: tuple[jax.Array | None, ...]) -> Bat
         by_layer_NPtE = margins_PNtE.swapaxes(0, 1)
         return by_layer_NPtE.reshape(num_layers, num_parts * num_tokens, num_experts)
 
-    routing = tuple(
-        dataclasses.replace(stats, quantile_margins_TE=join_parts(margins_PNtE))
-        for stats, margins_PNtE in zip(sums.routing, margins, strict=True)
-    )
-    return dataclasses.replace(sums, routing=routing)
+    routing = []
+    for stats, margins_PNtE in zip(sums.routing, margins, strict=True):
+        margins_NTE = join_parts(margins_PNtE)
+        routing.append(dataclasses.replace(stats, quantile_margins_TE=margins_NTE))
+    return dataclasses.replace(sums, routing=tuple(routing))

@@ -1,4 +1,4 @@
-"""AdamW from optax, its schedule, and which parameters decay."""
+"""AdamW from optax, the schedule of its learning rate, and which parameters decay."""
 
 from typing import Any
 
@@ -6,7 +6,82 @@ import jax
 import optax
 from flax import nnx
 
-from moejax.config import OptimizerConfig
+from moejax.config import Config, Knobs, OptimizerConfig
+
+STACKED = ("layers", "experts", "gate_up")
+"""Axes of stacks: what has no other axis but one is a vector, however many are stacked."""
+
+
+def make_optimizer(
+    config: OptimizerConfig, params: nnx.State
+) -> optax.GradientTransformationExtraArgs:
+    """Makes AdamW with clipping by the global norm.
+
+    `update` takes the learning rate of the step as a keyword, and returns what
+    `optax.apply_updates` adds to the parameters. So another optimizer is another choice of the two
+    transformations between the clipping and the rate; its groups of parameters are masks, as that
+    of the decay is.
+
+    Args:
+      config: the optimizer's leaves.
+      params: parameters with their logical axes; norm scales do not decay.
+    """
+    clip = optax.identity()
+    if config.clip_norm:
+        clip = optax.clip_by_global_norm(config.clip_norm)
+    return optax.chain(
+        clip,
+        optax.scale_by_adam(b1=config.beta1, b2=config.beta2),
+        optax.add_decayed_weights(config.weight_decay, mask=decay_mask(params)),
+        scale_by_given_rate(),
+    )
+
+
+def scale_by_given_rate() -> optax.GradientTransformationExtraArgs:
+    """Multiplies updates by minus the `learning_rate` with which `update` is called.
+
+    In `optax.scale_by_learning_rate` the rate is fixed or follows a count of its own. Here it is
+    traced: a knob scales it, and it follows the step count of the run, which also counts skipped
+    steps. The state holds no array.
+    """
+
+    def init(params: optax.Params) -> optax.OptState:
+        return optax.EmptyState()
+
+    def update(
+        updates: optax.Updates,
+        state: optax.OptState,
+        params: optax.Params | None = None,
+        *,
+        learning_rate: jax.Array,
+        **others: Any,
+    ) -> tuple[optax.Updates, optax.OptState]:
+        return optax.scale_by_learning_rate(learning_rate).update(updates, state)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def decay_mask(params: nnx.State) -> Any:
+    """Returns True where weights decay: matrices.
+
+    Norm scales and biases are vectors, however many are stacked.
+    """
+
+    def is_matrix(variable: nnx.Variable) -> nnx.Variable:
+        own_axes = [axis for axis in variable.axes if axis not in STACKED]
+        return variable.replace(len(own_axes) > 1)
+
+    return jax.tree.map(is_matrix, params, is_leaf=lambda v: isinstance(v, nnx.Variable))
+
+
+# The learning rate
+# -------------------------------------------------------------------------------------------------
+
+
+def learning_rate_at(config: Config, knobs: Knobs, step: jax.Array) -> jax.Array:
+    """Returns the learning rate of a step: the knob, times what the schedule leaves of it."""
+    schedule = make_schedule(config.optimizer, config.train.num_steps)
+    return schedule(step) * knobs.learning_rate
 
 
 def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
@@ -16,51 +91,26 @@ def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
     falls to `final_fraction` at `num_steps`, whatever the fractions round to, unless the warm-up is
     the whole run.
     """
-    peak, last = 1.0, config.final_fraction
     warmup_steps = round(config.warmup_fraction * num_steps)
     if config.warmup_fraction < 1:
         warmup_steps = min(warmup_steps, num_steps - 1)
-    rest = max(1, num_steps - warmup_steps)
-    if config.schedule == "cosine":
-        decay = optax.cosine_decay_schedule(peak, rest, alpha=config.final_fraction)
-    elif config.schedule == "linear":
-        decay = optax.linear_schedule(peak, last, rest)
-    else:
-        # Warm-up and decay may each be rounded up: together they last no longer than the run.
-        decay_steps = min(rest, max(1, round(config.decay_fraction * num_steps)))
-        decay = optax.linear_schedule(peak, last, decay_steps, transition_begin=rest - decay_steps)
+    decay = _make_decay(config, num_steps, max(1, num_steps - warmup_steps))
     if warmup_steps == 0:
         return decay
     # Step 0 already learns: the ramp starts one step above zero.
-    warmup = optax.linear_schedule(peak / warmup_steps, peak, max(1, warmup_steps - 1))
+    first = 1.0 / warmup_steps
+    warmup = optax.linear_schedule(first, 1.0, max(1, warmup_steps - 1))
     return optax.join_schedules([warmup, decay], [warmup_steps])
 
 
-def make_optimizer(config: OptimizerConfig, params: nnx.State) -> optax.GradientTransformation:
-    """Makes AdamW with clipping by the global norm, without the learning rate.
-
-    The step multiplies by the scheduled rate itself, because the rate is scaled by a traced knob
-    and follows the step count of the run, which also counts skipped steps.
-
-    Args:
-      config: the optimizer's leaves.
-      params: parameters with their logical axes; norm scales do not decay.
-    """
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
-        optax.scale_by_adam(b1=config.beta1, b2=config.beta2),
-        optax.add_decayed_weights(config.weight_decay, mask=decay_mask(params)),
-    )
-
-
-def decay_mask(params: nnx.State) -> Any:
-    """Returns True where weights decay: matrices.
-
-    Norm scales and biases are vectors, however many are stacked.
-    """
-    stacked = ("layers", "experts", "gate_up")
-    return jax.tree.map(
-        lambda v: v.replace(len([axis for axis in v.axes if axis not in stacked]) > 1),
-        params,
-        is_leaf=lambda v: isinstance(v, nnx.Variable),
-    )
+def _make_decay(config: OptimizerConfig, num_steps: int, rest: int) -> optax.Schedule:
+    """Makes the part of the schedule after the warm-up, over `rest` of the run's steps."""
+    last = config.final_fraction
+    if config.schedule == "cosine":
+        return optax.cosine_decay_schedule(1.0, rest, alpha=last)
+    if config.schedule == "linear":
+        return optax.linear_schedule(1.0, last, rest)
+    # Warm-up and decay may each be rounded up: together they last no longer than the run.
+    wanted = max(1, round(config.decay_fraction * num_steps))
+    decay_steps = min(rest, wanted)
+    return optax.linear_schedule(1.0, last, decay_steps, transition_begin=rest - decay_steps)

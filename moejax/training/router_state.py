@@ -27,9 +27,8 @@ def update_router_state(
     updated = []
     for (_, group), stats, moe in zip(_by_group(state), routing, config.moe_groups, strict=True):
         for name, (path, variable) in group.items():
-            updated.append(
-                (path, variable.replace(_update(name, variable[...], stats, moe, knobs)))
-            )
+            value = _update(name, variable[...], stats, moe, knobs)
+            updated.append((path, variable.replace(value)))
     return nnx.from_flat_state(updated)
 
 
@@ -40,7 +39,8 @@ def schedule_router_state(state: nnx.State, config: Config, step: jax.Array | in
         for name, (path, variable) in group.items():
             value = variable[...]
             if name == "limit":
-                value = jnp.full_like(value, limit_at(config, moe.top_k, step))
+                limit = limit_at(config, moe.top_k, step)
+                value = jnp.full_like(value, limit)
             scheduled.append((path, variable.replace(value)))
     return nnx.from_flat_state(scheduled)
 
@@ -73,17 +73,21 @@ def state_arrays(state: nnx.State) -> dict[str, jax.Array]:
       `idle_steps`, int32, and `bias`, float32, NaN in layers without one. There is no `bias` if no
       layer has one.
     """
-    groups = [
-        {name: variable[...] for name, (_, variable) in group.items()}
-        for _, group in _by_group(state)
-    ]
-    arrays = {"idle_steps": jnp.concatenate([group["idle_steps"] for group in groups])}
-    if any("selection_bias" in group for group in groups):
-        nan = jnp.float32(jnp.nan)
-        biases = [
-            group.get("selection_bias", jnp.full(group["idle_steps"].shape, nan))
-            for group in groups
-        ]
+    idle_steps = []
+    biases = []
+    has_bias = False
+    for _, group in _by_group(state):
+        _, idle_variable = group["idle_steps"]
+        idle_NE = idle_variable[...]
+        bias_NE = jnp.full(idle_NE.shape, jnp.float32(jnp.nan))
+        if "selection_bias" in group:
+            _, bias_variable = group["selection_bias"]
+            bias_NE = bias_variable[...]
+            has_bias = True
+        idle_steps.append(idle_NE)
+        biases.append(bias_NE)
+    arrays = {"idle_steps": jnp.concatenate(idle_steps)}
+    if has_bias:
         arrays["bias"] = jnp.concatenate(biases)
     return arrays
 
@@ -94,11 +98,12 @@ def state_metrics(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
     The longest that any expert has been idle, in steps, and the mean over layers of the bias's
     range.
     """
-    metrics = {"moe/idle_steps": arrays["idle_steps"].max().astype(jnp.float32)}
+    most_idle = arrays["idle_steps"].max()
+    metrics = {"moe/idle_steps": most_idle.astype(jnp.float32)}
     if "bias" in arrays:
-        metrics["moe/bias_range"] = jnp.nanmean(
-            arrays["bias"].max(axis=1) - arrays["bias"].min(axis=1)
-        )
+        bias_NE = arrays["bias"]
+        range_N = bias_NE.max(axis=1) - bias_NE.min(axis=1)
+        metrics["moe/bias_range"] = jnp.nanmean(range_N)
     return metrics
 
 
@@ -106,5 +111,7 @@ def _by_group(state: nnx.State):
     """Returns `(place, {name: (path, variable)})` of each group of MoE layers, in order."""
     groups: dict[tuple, dict] = {}
     for path, variable in nnx.to_flat_state(state):
-        groups.setdefault(path[:-1], {})[path[-1]] = (path, variable)
+        *place, name = path
+        group = groups.setdefault(tuple(place), {})
+        group[name] = (path, variable)
     return sorted(groups.items())

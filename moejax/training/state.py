@@ -46,17 +46,19 @@ class TrainSetup:
     config: Config
     mesh: Mesh
     graphdef: nnx.GraphDef
-    optimizer: optax.GradientTransformation
+    optimizer: optax.GradientTransformationExtraArgs
     shardings: TrainState
     abstract: TrainState
 
     def init(self, seed: int) -> TrainState:
         """Initialises a state, sharded; its values do not depend on the mesh."""
+        key = jax.random.key(seed)
         with jax.set_mesh(self.mesh):
-            return jax.jit(self._init, out_shardings=self.shardings)(jax.random.key(seed))
+            return jax.jit(self._init, out_shardings=self.shardings)(key)
 
     def _init(self, key: jax.Array) -> TrainState:
-        _, params, router_state = split_model(Decoder(self.config, rngs=nnx.Rngs(params=key)))
+        model = Decoder(self.config, rngs=nnx.Rngs(params=key))
+        _, params, router_state = split_model(model)
         return _fresh(params, router_state, self.optimizer)
 
 
@@ -65,38 +67,65 @@ def make_train_setup(config: Config, mesh: Mesh) -> TrainSetup:
     model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(params=0)))
     graphdef, params, router_state = split_model(model)
     optimizer = make_optimizer(config.optimizer, params)
-    abstract = jax.eval_shape(lambda p, r: _fresh(p, r, optimizer), params, router_state)
-    param_shardings = tree_shardings(logical_axes(params), mesh)
-    everywhere = replicated(mesh)
-    shardings = TrainState(
-        step=everywhere,
-        params=param_shardings,
-        router_state=tree_shardings(logical_axes(router_state), mesh),
-        opt_state=optax.tree_map_params(
-            optimizer, lambda _, sharding: sharding, abstract.opt_state, param_shardings,
-            transform_non_params=lambda _: everywhere,
-        ),
-        skipped=everywhere,
-        skipped_in_row=everywhere,
-    )  # fmt: skip
+
+    def fresh(params, router_state):
+        return _fresh(params, router_state, optimizer)
+
+    abstract = jax.eval_shape(fresh, params, router_state)
+    shardings = _shardings(abstract, optimizer, mesh)
     return TrainSetup(config, mesh, graphdef, optimizer, shardings, abstract)
 
 
+def _shardings(
+    abstract: TrainState, optimizer: optax.GradientTransformationExtraArgs, mesh: Mesh
+) -> TrainState:
+    """Returns where each array of a state is: moments where their parameters are."""
+    everywhere = replicated(mesh)
+    param_shardings = tree_shardings(logical_axes(abstract.params), mesh)
+    opt_shardings = optax.tree_map_params(
+        optimizer,
+        lambda _, sharding: sharding,
+        abstract.opt_state,
+        param_shardings,
+        transform_non_params=lambda _: everywhere,
+    )
+    return TrainState(
+        step=everywhere,
+        params=param_shardings,
+        router_state=tree_shardings(logical_axes(abstract.router_state), mesh),
+        opt_state=opt_shardings,
+        skipped=everywhere,
+        skipped_in_row=everywhere,
+    )
+
+
 def split_model(model: Decoder) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
-    """Structure, parameters, and everything else a model carries: the state of its routers."""
+    """Returns structure, parameters, and what else a model carries: the state of its routers."""
     graphdef, params, *rest = nnx.split(model, nnx.Param, ...)
     return graphdef, params, rest[0]
 
 
 def logical_axes(state: nnx.State) -> nnx.State:
-    """The same tree with each array's tuple of logical axes in its place."""
-    return jax.tree.map(
-        lambda v: v.replace(v.axes), state, is_leaf=lambda v: isinstance(v, nnx.Variable)
-    )
+    """Returns the same tree with each array's tuple of logical axes in its place."""
+
+    def axes_of(variable: nnx.Variable) -> nnx.Variable:
+        return variable.replace(variable.axes)
+
+    return jax.tree.map(axes_of, state, is_leaf=lambda v: isinstance(v, nnx.Variable))
 
 
 def _fresh(
-    params: nnx.State, router_state: nnx.State, optimizer: optax.GradientTransformation
+    params: nnx.State,
+    router_state: nnx.State,
+    optimizer: optax.GradientTransformationExtraArgs,
 ) -> TrainState:
+    """Returns a state at step 0."""
     zero = jnp.int32(0)
-    return TrainState(zero, params, router_state, optimizer.init(params), zero, zero)
+    return TrainState(
+        step=zero,
+        params=params,
+        router_state=router_state,
+        opt_state=optimizer.init(params),
+        skipped=zero,
+        skipped_in_row=zero,
+    )

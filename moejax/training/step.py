@@ -16,7 +16,7 @@ from moejax.moe.balancing.stats import RoutingStats, join
 from moejax.sharding import batch_sharding, replicated
 from moejax.training.accumulation import loss_and_gradients
 from moejax.training.losses import BatchSums, losses
-from moejax.training.optimizer import make_schedule
+from moejax.training.optimizer import learning_rate_at
 from moejax.training.router_state import (
     schedule_router_state,
     state_arrays,
@@ -64,8 +64,12 @@ def row_keys(config: Config, knobs: Knobs, step: jax.Array, batch_size: int) -> 
         return None
     run_key = jax.random.key(knobs.seed)
     step_key = jax.random.fold_in(run_key, step)
+
+    def key_of_row(row):
+        return jax.random.fold_in(step_key, row)
+
     rows_B = jnp.arange(batch_size)
-    return jax.vmap(lambda row: jax.random.fold_in(step_key, row))(rows_B)
+    return jax.vmap(key_of_row)(rows_B)
 
 
 def make_train_step(setup: TrainSetup) -> jax.stages.Wrapped:
@@ -89,29 +93,20 @@ def compiler_options(mesh: Mesh) -> dict[str, bool | str] | None:
 def train_step_of(setup: TrainSetup) -> TrainStep:
     """Returns the function that `make_train_step` compiles."""
     config = setup.config
-    schedule = make_schedule(config.optimizer, config.train.num_steps)
 
     def train_step(state: TrainState, batch: Batch, knobs: Knobs) -> tuple[TrainState, StepOutput]:
-        keys_B = row_keys(config, knobs, state.step, batch.tokens_BL.shape[0])
+        num_rows = len(batch.tokens_BL)
+        keys_B = row_keys(config, knobs, state.step, num_rows)
         knobs = scheduled(knobs, config, state.step)
         grads, sums = loss_and_gradients(
             setup, state.params, state.router_state, batch, knobs, keys_B
         )
         scalars = losses(sums, knobs, config)
         grad_norm = optax.tree.norm(grads)
-        learning_rate = schedule(state.step) * knobs.learning_rate
-        new_state = _updated(setup, state, grads, learning_rate, sums, knobs)
-        # An update may overflow although loss and gradient are finite: the new state is
-        # looked at, too.
-        arrays = (new_state.params, new_state.opt_state, new_state.router_state)
-        is_loss_finite = jnp.isfinite(scalars["loss/total"]) & jnp.isfinite(grad_norm)
-        is_finite = is_loss_finite & all_finite(arrays)
-        new_state = _applied_if(is_finite, new_state, state, config)
-        routing, by_layer, by_expert = join(sums.routing), {}, {}
-        if routing is not None:
-            by_layer = routing_metrics(routing)
-            by_expert = state_arrays(new_state.router_state)
-            scalars |= _routing_scalars(by_layer, by_expert, config, state.step)
+        learning_rate = learning_rate_at(config, knobs, state.step)
+        updated = _updated(setup, state, grads, learning_rate, sums, knobs)
+        is_finite = _is_finite(updated, scalars["loss/total"], grad_norm)
+        new_state = _applied_if(is_finite, updated, state, config)
         scalars |= {
             "learning_rate": learning_rate,
             "grad_norm": grad_norm,
@@ -119,7 +114,7 @@ def train_step_of(setup: TrainSetup) -> TrainStep:
             "skipped_steps": new_state.skipped,
             "skipped_in_row": new_state.skipped_in_row,
         }
-        return new_state, StepOutput(scalars, routing, by_layer, by_expert)
+        return new_state, _output_of(state.step, sums, new_state, scalars, config)
 
     return train_step
 
@@ -140,20 +135,43 @@ def _updated(
     return dataclasses.replace(state, params=params, opt_state=opt_state, router_state=router_state)
 
 
+def apply_gradients(
+    setup: TrainSetup, state: TrainState, grads: nnx.State, learning_rate: jax.Array
+) -> tuple[nnx.State, optax.OptState]:
+    """Returns the parameters and the state of the optimizer after a step."""
+    updates, opt_state = setup.optimizer.update(
+        grads, state.opt_state, state.params, learning_rate=learning_rate
+    )
+    params = optax.apply_updates(state.params, updates)
+    return params, opt_state
+
+
+def _is_finite(updated: TrainState, loss: jax.Array, grad_norm: jax.Array) -> jax.Array:
+    """Returns whether a step may be applied.
+
+    An update may overflow although loss and gradient are finite: the new state is looked at, too.
+    """
+    arrays = (updated.params, updated.opt_state, updated.router_state)
+    is_loss_finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    return is_loss_finite & all_finite(arrays)
+
+
 def _applied_if(
     is_finite: jax.Array, new: TrainState, old: TrainState, config: Config
 ) -> TrainState:
     """Returns the new arrays if they are finite, or else the old ones, with counters."""
 
-    def keep(new_array, old_array):
-        return jax.tree.map(lambda n, o: jnp.where(is_finite, n, o), new_array, old_array)
+    def choose(new_array, old_array):
+        return jnp.where(is_finite, new_array, old_array)
+
+    def keep(new_arrays, old_arrays):
+        return jax.tree.map(choose, new_arrays, old_arrays)
 
     router_state = old.router_state
     if config.num_moe_layers:
         # What a schedule sets is a function of the step, whether or not the step was applied.
-        router_state = schedule_router_state(
-            keep(new.router_state, old.router_state), config, old.step + 1
-        )
+        kept = keep(new.router_state, old.router_state)
+        router_state = schedule_router_state(kept, config, old.step + 1)
     return TrainState(
         step=old.step + 1,
         params=keep(new.params, old.params),
@@ -162,6 +180,23 @@ def _applied_if(
         skipped=old.skipped + ~is_finite,
         skipped_in_row=jnp.where(is_finite, 0, old.skipped_in_row + 1),
     )
+
+
+def _output_of(
+    step: jax.Array,
+    sums: BatchSums,
+    new_state: TrainState,
+    scalars: dict[str, jax.Array],
+    config: Config,
+) -> StepOutput:
+    """Returns what a step reports, with the routing of its MoE layers if it has any."""
+    routing = join(sums.routing)
+    if routing is None:
+        return StepOutput(scalars, routing)
+    by_layer = routing_metrics(routing)
+    by_expert = state_arrays(new_state.router_state)
+    scalars = scalars | _routing_scalars(by_layer, by_expert, config, step)
+    return StepOutput(scalars, routing, by_layer, by_expert)
 
 
 def _routing_scalars(
@@ -178,24 +213,24 @@ def _routing_scalars(
     return scalars
 
 
-def apply_gradients(
-    setup: TrainSetup, state: TrainState, grads: nnx.State, learning_rate: jax.Array
-) -> tuple[nnx.State, optax.OptState]:
-    """Returns the parameters and the state of the optimizer after a step."""
-    updates, opt_state = setup.optimizer.update(grads, state.opt_state, state.params)
-    return jax.tree.map(lambda p, u: p - learning_rate * u, state.params, updates), opt_state
-
-
 def all_finite(tree) -> jax.Array:
     """Returns whether all floating-point arrays of a tree are finite."""
-    leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)]
-    return jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]).all()
+    arrays = jax.tree.leaves(tree)
+    floats = [array for array in arrays if jnp.issubdtype(array.dtype, jnp.floating)]
+    is_finite_A = jnp.stack([jnp.isfinite(array).all() for array in floats])
+    return is_finite_A.all()
 
 
 def rows_of_process(mesh: Mesh, batch_size: int) -> list[int]:
     """Returns the rows of a global batch that this process's devices hold, in rising order."""
-    held = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
-    return sorted({row for part in held if part for row in range(*part[0].indices(batch_size))})
+    sharding = batch_sharding(mesh)
+    parts = sharding.addressable_devices_indices_map((batch_size,)).values()
+    rows: set[int] = set()
+    for part in parts:
+        if part:
+            held = range(batch_size)[part[0]]
+            rows.update(held)
+    return sorted(rows)
 
 
 def put_batch(batch, setup: TrainSetup):
@@ -204,4 +239,8 @@ def put_batch(batch, setup: TrainSetup):
     See `rows_of_process`.
     """
     sharding = batch_sharding(setup.mesh)
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+
+    def put(array):
+        return jax.make_array_from_process_local_data(sharding, array)
+
+    return jax.tree.map(put, batch)

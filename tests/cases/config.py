@@ -4,7 +4,7 @@ import typing
 
 import pytest
 
-from moejax.config import ConfigError, declared, resolve
+from moejax.config import LOSS_SPECS, ConfigError, declared, resolve
 
 SPECIMENS = {
     "moe.router": ("switch", {"moe.top_k": 1, "moe.renormalize": False}),
@@ -24,12 +24,6 @@ SPECIMENS = {
     "moe.top_k_groups": (2, {"moe.num_groups": 4}),
     "moe.eval_capacity_factor": (2.0, {"moe.dispatch": "capacity"}),
     "moe.router_noise": ("fixed", {"moe.router": "noisy_topk"}),
-    "moe.sequence_balance_weight": (1e-4, {}),
-    "moe.importance_weight": (0.1, {}),
-    "moe.vmoe_importance_weight": (0.1, {}),
-    "schedule.vmoe_importance_weight": ("linear:2", {"moe.vmoe_importance_weight": 0.1}),
-    "moe.load_weight": (0.1, {"moe.router": "noisy_topk"}),
-    "moe.vmoe_load_weight": (0.1, {"moe.router": "noisy_topk"}),
     "moe.shared_combine": ("gated", {"moe.num_shared_experts": 1}),
     "moe.expert_dropout": (0.1, {}),
     "moe.per_layer": ("0: top_k=1 renormalize=False", {}),
@@ -39,15 +33,6 @@ SPECIMENS = {
     "schedule.noise_scale": ("exponential:0.1", {"moe.router": "noisy_topk"}),
     "schedule.bias_rate": ("step:0.8:0", {"moe.selection_bias": True}),
     "schedule.expert_dropout": ("warmup:0.5", {"moe.expert_dropout": 0.1}),
-    "schedule.balance_weight": ("warmup:0.5", {}),
-    "schedule.sequence_balance_weight": ("linear:0", {"moe.sequence_balance_weight": 1e-4}),
-    "schedule.importance_weight": ("linear:2", {"moe.importance_weight": 0.1}),
-    "schedule.load_weight": ("linear:2", {"moe.load_weight": 0.1, "moe.router": "noisy_topk"}),
-    "schedule.vmoe_load_weight": (
-        "linear:2",
-        {"moe.vmoe_load_weight": 0.1, "moe.router": "noisy_topk"},
-    ),
-    "schedule.z_weight": ("cosine:0.1", {}),
     "moe.activation_limit": (3.5, {"moe.activation": "clamped_swiglu"}),
     "moe.select_by": ("logits", {"moe.selection_bias": True}),
     "moe.noise_scale": (0.5, {"moe.router": "noisy_topk"}),
@@ -68,6 +53,26 @@ SPECIMENS = {
     "optimizer.decay_fraction": (0.1, {"optimizer.schedule": "wsd"}),
 }
 """Values of leaves whose type does not suggest one, and what must change with them."""
+
+
+def with_loss(name, weight=0.1):
+    """Returns leaves of `moe` that give a loss a weight, with a router that it fits."""
+    routers = LOSS_SPECS[name].routers
+    default = declared()["moe.router"].default
+    router = {} if default in routers else {"router": routers[0]}
+    return {f"{name}_weight": weight} | router
+
+
+def _specimens_of_losses():
+    for name in LOSS_SPECS:
+        leaves = {f"moe.{leaf}": value for leaf, value in with_loss(name).items()}
+        yield f"schedule.{name}_weight", ("linear:2", leaves)
+        weight = f"moe.{name}_weight"
+        others = {key: value for key, value in leaves.items() if key != weight}
+        yield weight, (leaves[weight], others)
+
+
+SPECIMENS |= dict(_specimens_of_losses())
 
 
 def nested(changes):

@@ -4,9 +4,8 @@ import ast
 import dataclasses
 from pathlib import Path
 
-from moejax.config import Knobs, ScheduleConfig, leaves
+from moejax.config import LOSS_WEIGHTS, Knobs, ScheduleConfig, leaves
 from moejax.config.sections.alarms import RULES as ALARM_RULES
-from moejax.moe.balancing.losses import LOSSES
 
 PACKAGE = Path(__file__).parents[2] / "moejax"
 
@@ -71,7 +70,7 @@ def test_every_leaf_is_read_somewhere_outside_of_its_validation():
 def test_every_knob_is_read_somewhere():
     reads = {attribute for owner, attribute in attribute_reads() if owner == "knobs"}
     # Weights are read in a loop over the losses: getattr(knobs, f"{name}_weight").
-    reads |= {f"{name}_weight" for name in LOSSES}
+    reads |= {*LOSS_WEIGHTS}
     assert {field.name for field in dataclasses.fields(Knobs)} <= reads
 
 

@@ -6,7 +6,7 @@ import time
 import pytest
 
 from cases.config import nested, refusal
-from moejax.config import declared, divisors, read_value, resolve
+from moejax.config import LOSS_WEIGHTS, declared, divisors, read_value, resolve
 from moejax.config.errors import ConfigError
 
 AT_LEAST_ONE = (
@@ -40,8 +40,6 @@ AT_LEAST_ZERO = (
     "moe.slots_per_expert",
 )
 NOT_NEGATIVE = (
-    "moe.balance_weight",
-    "moe.z_weight",
     "train.step_limit_s",
     "optimizer.learning_rate",
     "optimizer.weight_decay",
@@ -51,10 +49,7 @@ NOT_NEGATIVE = (
     "moe.bias_rate",
     "moe.route_scale",
     "moe.noise_scale",
-    "moe.sequence_balance_weight",
-    "moe.importance_weight",
-    "moe.load_weight",
-    "moe.vmoe_load_weight",
+    *[f"moe.{weight}" for weight in LOSS_WEIGHTS],
 )
 FRACTIONS = (
     "optimizer.final_fraction",

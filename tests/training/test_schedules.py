@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cases.config import with_loss
 from cases.training import initial_state, make, packed_batch, small_config
-from moejax.config import ConfigError, Knobs, ScheduleConfig, resolve
+from moejax.config import LOSS_SPECS, ConfigError, Knobs, ScheduleConfig, resolve
 from moejax.training.router_state import limit_at
 from moejax.training.schedules import factor, scheduled
 from moejax.training.step import make_train_step, put_batch
@@ -48,11 +49,7 @@ NEEDS = {
     "bias_rate": {"selection_bias": True},
     "jitter": {"jitter": 0.1},
     "expert_dropout": {"expert_dropout": 0.1},
-    "sequence_balance_weight": {"sequence_balance_weight": 0.1},
-    "importance_weight": {"importance_weight": 0.1},
-    "vmoe_importance_weight": {"vmoe_importance_weight": 0.1},
-    "load_weight": {"router": "noisy_topk", "load_weight": 0.1},
-    "vmoe_load_weight": {"router": "noisy_topk", "vmoe_load_weight": 0.1},
+    **{f"{name}_weight": with_loss(name) for name in LOSS_SPECS},
 }
 
 
@@ -150,6 +147,11 @@ def test_a_bias_stays_once_its_rate_is_scheduled_to_zero():
             ["schedule.balance_weight", "read by a layer"],
         ),
         ({"jitter": "linear:20"}, {"jitter": 0.1}, ["schedule.jitter", "below 1"]),
+        (
+            {"top_k": "linear:0.5"},
+            {"router": "noisy_topk", "top_k": 4, "vmoe_load_weight": 0.1},
+            ["schedule.top_k", "moe.vmoe_load_weight=0.1"],
+        ),
         ({"top_k": "linear:0.5"}, {}, ["falls to 1 expert", "moe.renormalize=False"]),
         (
             {"top_k": "linear:0.5"},

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any, Literal
 
+from moejax.config.loss_specs import LOSS_SPECS, LossSpec, with_loss_weights
 from moejax.config.router_rules import ROUTER_RULES
 from moejax.config.schema.leaf import leaf
 from moejax.config.schema.needs import Derived, Need, all_of, any_of, other_than, value
@@ -55,14 +56,28 @@ def _num_zero_computation(output: str) -> Any:
     return leaf(0, f"additional choices of the router whose output is {output}", at_least=0)
 
 
-def _weight(default: float, meaning: str, needs: Need | None = TOKENS_CHOOSE) -> Any:
-    """Returns a leaf for the coefficient of a loss."""
-    return leaf(default, meaning, at_least=0, needs=needs)
+def _weight(name: str, spec: LossSpec) -> Any:
+    """Returns the leaf of the weight of a loss."""
+    return leaf(spec.default, f"weight of {spec.meaning}", at_least=0, needs=_one_of(spec.routers))
+
+
+def _one_of(routers: tuple[str, ...]) -> Need | None:
+    """Returns the need for one of these routers, in few words; None if any will do."""
+    others = [name for name in ROUTER_RULES if name not in routers]
+    if not others:
+        return None
+    if len(others) < len(routers):
+        return other_than("moe.router", *others)
+    return value("moe.router", *routers)
 
 
 @dataclasses.dataclass(frozen=True)
+@with_loss_weights(float, _weight)
 class MoeConfig:
-    """The Mixture-of-Experts layers. `num_experts=0` is the dense control."""
+    """The Mixture-of-Experts layers. `num_experts=0` is the dense control.
+
+    Every auxiliary loss of `LOSS_SPECS` adds the leaf of its weight, such as `balance_weight`.
+    """
 
     # Experts
     num_experts: int = leaf(8, "experts of a layer; 0 makes every layer dense", at_least=0)
@@ -274,34 +289,13 @@ class MoeConfig:
     )
 
     # Balancing
-    balance_weight: float = _weight(
-        0.01, "weight of the load-balancing loss of GShard and Switch", needs=None
-    )
     balance_scope: Literal["global", "microbatch", "device", "sequence"] = leaf(
-        "global", "the tokens over which that loss takes its means", needs=TOKENS_CHOOSE
+        "global", "the tokens over which the balance loss takes its means", needs=TOKENS_CHOOSE
     )
     balance_convention: Literal["normalized", "first_choice", "times_k", "over_k"] = leaf(
         "normalized",
-        "how that loss is counted: 1 at balance, by first choices, K at balance, or 1/K",
+        "how the balance loss is counted: 1 at balance, by first choices, K at balance, or 1/K",
         needs=TOKENS_CHOOSE,
-    )
-    sequence_balance_weight: float = _weight(
-        0.0, "weight of DeepSeek-V3's balance loss within each sequence"
-    )
-    importance_weight: float = _weight(
-        0.0, "weight of Shazeer's importance loss, on the sums of weights"
-    )
-    vmoe_importance_weight: float = _weight(
-        0.0, "weight of V-MoE's importance loss, on the sums of all probabilities"
-    )
-    load_weight: float = _weight(
-        0.0, "weight of Shazeer's load loss, on the expected load", needs=HAS_ROUTING_NOISE
-    )
-    vmoe_load_weight: float = _weight(
-        0.0, "weight of V-MoE's load loss, on its estimate of the load", needs=HAS_ROUTING_NOISE
-    )
-    z_weight: float = _weight(
-        1e-3, "weight of the z-loss, the squared log-sum-exp of the router's logits", needs=None
     )
     selection_bias: bool = leaf(
         False, "a bias per expert that steers the selection only, updated from counts"
@@ -325,6 +319,15 @@ class MoeConfig:
     def draws(self) -> bool:
         """Whether training draws random numbers in the layer."""
         return self.jitter > 0 or self.expert_dropout > 0 or ROUTER_RULES[self.router].draws
+
+    @property
+    def weighted_losses(self) -> dict[str, LossSpec]:
+        """The auxiliary losses whose weight is above 0."""
+        losses = {}
+        for name, spec in LOSS_SPECS.items():
+            if getattr(self, f"{name}_weight") > 0:
+                losses[name] = spec
+        return losses
 
     @property
     def has_selection_bias(self) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from moejax.config.errors import ConfigError, format_value, nearest, require
+from moejax.config.loss_specs import LossSpec, with_loss_weights
 from moejax.config.router_rules import ROUTER_RULES
 from moejax.config.schema.leaf import leaf
 from moejax.config.schema.needs import Scaled
@@ -17,9 +18,17 @@ def _of(key: str) -> Any:
     return leaf("constant", f"schedule of the factor on {key}", needs=Scaled(key))
 
 
+def _of_weight(name: str, spec: LossSpec) -> Any:
+    """Returns the leaf that names the schedule of the weight of a loss."""
+    return _of(f"moe.{name}")
+
+
 @dataclasses.dataclass(frozen=True)
+@with_loss_weights(str, _of_weight)
 class ScheduleConfig:
     """Schedules of factors; each leaf has the name of the leaf of `moe` that it scales.
+
+    The weight of every auxiliary loss of `LOSS_SPECS` has one, such as `balance_weight`.
 
     A schedule is "constant", or a name with its arguments:
 
@@ -34,13 +43,6 @@ class ScheduleConfig:
     noise_scale: str = _of("moe.noise_scale")
     bias_rate: str = _of("moe.bias_rate")
     expert_dropout: str = _of("moe.expert_dropout")
-    balance_weight: str = _of("moe.balance_weight")
-    sequence_balance_weight: str = _of("moe.sequence_balance_weight")
-    importance_weight: str = _of("moe.importance_weight")
-    vmoe_importance_weight: str = _of("moe.vmoe_importance_weight")
-    load_weight: str = _of("moe.load_weight")
-    vmoe_load_weight: str = _of("moe.vmoe_load_weight")
-    z_weight: str = _of("moe.z_weight")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,22 +155,35 @@ def _validate_factor(name: str, text: str, schedule: Schedule, moe: MoeConfig) -
         not is_fraction or largest < 1,
         f"schedule.{name}={text!r} takes moe.{name}={value} to {largest:g}; it must stay below 1",
     )
-    require(
-        name != "noise_scale" or moe.load_weight == 0 or schedule.lowest > 0,
-        f"schedule.noise_scale={text!r} falls to 0, and moe.load_weight={moe.load_weight} "
-        "divides by the noise",
-    )
+    if name == "noise_scale" and schedule.lowest == 0:
+        _refuse_losses_that_divide(text, moe)
+
+
+def _refuse_losses_that_divide(text: str, moe: MoeConfig) -> None:
+    """Raises `ConfigError` for a loss that divides by noise that falls to 0."""
+    for loss, spec in moe.weighted_losses.items():
+        weight = getattr(moe, f"{loss}_weight")
+        require(
+            not spec.divides_by_noise,
+            f"schedule.noise_scale={text!r} falls to 0, and moe.{loss}_weight={weight} divides "
+            f"by the noise; let it end above 0, or set moe.{loss}_weight=0",
+        )
 
 
 def _validate_top_k(text: str, kind: MoeConfig) -> None:
     """Raises `ConfigError` where a layer cannot do with fewer experts per token."""
-    has_load_loss = kind.load_weight != 0 or kind.vmoe_load_weight != 0
     require(
-        ROUTER_RULES[kind.router].can_limit and not has_load_loss,
-        f"schedule.top_k={text!r} does not go with moe.router={kind.router}, "
-        f"moe.load_weight={kind.load_weight}, moe.vmoe_load_weight={kind.vmoe_load_weight}: "
-        "their formulas need a fixed moe.top_k",
+        ROUTER_RULES[kind.router].can_limit,
+        f"schedule.top_k={text!r} does not go with moe.router={kind.router}, whose weights need a "
+        "fixed moe.top_k; leave it constant",
     )
+    for loss, spec in kind.weighted_losses.items():
+        weight = getattr(kind, f"{loss}_weight")
+        require(
+            not spec.estimates_load,
+            f"schedule.top_k={text!r} does not go with moe.{loss}_weight={weight}, whose estimate "
+            f"needs a fixed moe.top_k; leave it constant, or set moe.{loss}_weight=0",
+        )
     lowest = parse_schedule("schedule.top_k", text).lowest
     falls_to_one = limit_of(kind.top_k, lowest) <= 1
     makes_weights_one = kind.renormalize and kind.score != "uniform"

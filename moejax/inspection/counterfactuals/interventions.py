@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
+from moejax.config import LOSS_SPECS
 from moejax.inspection.analysis.expert_similarity import weight_cosine
 from moejax.moe.experts.experts import Experts
 from moejax.moe.layer import MoE
@@ -23,10 +24,10 @@ LayerEdit = Callable[[MoE], MoE]
 """Returns an edited copy of a layer."""
 
 WEIGHTS = ("gate_up", "down", "gate_up_bias", "down_bias")
-UNUSED: dict[str, Any] = dict.fromkeys(
-    ("load_weight", "vmoe_load_weight", "sequence_balance_weight"), 0.0
-)
-"""Losses that evaluation has no use for, and whose sums are not defined for every K."""
+UNUSED: dict[str, Any] = {
+    f"{name}_weight": 0.0 for name, spec in LOSS_SPECS.items() if spec.statistic
+}
+"""Losses that evaluation has no use for, and whose sums may not be defined for every K."""
 
 
 def chosen_per_token(moe: MoE) -> int:

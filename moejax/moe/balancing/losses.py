@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from moejax.config import MoeConfig
+from moejax.config import LOSS_SPECS, MoeConfig
 from moejax.kernels.arrays import takes_numpy
 from moejax.moe.balancing.load import cv_squared, fractions, load_fractions, token_counts
 from moejax.moe.balancing.stats import RoutingStats
@@ -35,12 +35,13 @@ class AuxiliaryLoss:
 def auxiliary_losses(stats: RoutingStats, config: MoeConfig) -> dict[str, AuxiliaryLoss]:
     """Returns the losses of a configuration by name.
 
-    `balance` and `z` are always among them, the others where their weight is above 0.
+    Those that are always logged are among them, and the others where their weight is above 0.
     """
     losses = {}
-    for name, loss in LOSSES.items():
-        if name in ("balance", "z") or getattr(config, f"{name}_weight") > 0:
-            value_N = loss(stats)
+    weighted = config.weighted_losses
+    for name, spec in LOSS_SPECS.items():
+        if spec.is_always_logged or name in weighted:
+            value_N = LOSSES[name](stats)
             losses[name] = AuxiliaryLoss(value_N, value_N)
     balance_N = losses["balance"].value_N
     term_N = in_convention(balance_N, stats, config.balance_convention)
@@ -107,7 +108,7 @@ LOSSES: dict[str, Callable[[RoutingStats], jax.Array]] = {
     "vmoe_load": lambda stats: cv_squared(stats.vmoe_load_E),
     "z": z_loss,
 }
-"""Each auxiliary loss; its weight is the knob, and the leaf of `moe`, of its name and `_weight`."""
+"""The function of each loss of `moejax.config.LOSS_SPECS`."""
 
 
 def _balance(load_NE, stats: RoutingStats) -> jax.Array:

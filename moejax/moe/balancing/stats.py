@@ -6,7 +6,7 @@ of processes.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -158,7 +158,7 @@ def collect(
         **_sums_of_logits(routing.logits_TE, probs_TE, mask_T),
         **_first_choice_sums(routing, config, parts),
         **_scope_sums(routing, mask_T, config, parts),
-        **_router_sums(routing, mask_T, config),
+        **_loss_sums(routing, mask_T, config, length),
         assignments_E=count_assignments(experts_TK, num_choices, num_devices),
         importance_E=sum_by_expert(experts_TK, routing.weights_TK, num_choices),
         gate_mass=combined.weights_TK.sum(),
@@ -227,27 +227,21 @@ def _scope_sums(
         if config.balance_convention == "first_choice":
             first_T1 = routing.experts_TK[:, :1]
             sums["first_scope_balance"] = balance_of(first_T1, num_scopes)
-    if config.sequence_balance_weight > 0:
-        unbiased_TK = unbiased_choices(routing, mask_T, config)
-        sums["sequence_balance"] = balance_of(unbiased_TK, parts.num_sequences)
     return sums
 
 
-def _router_sums(
-    routing: Routing,
-    mask_T: Bool[Array, "T"],
-    config: MoeConfig,
+def _loss_sums(
+    routing: Routing, mask_T: Bool[Array, "T"], config: MoeConfig, length: int
 ) -> dict[str, jax.Array]:
-    """Returns what only routers with noise, or by quantiles, have sums of."""
-    top_k = config.top_k
+    """Returns the statistics of the losses that have a weight, and of routing by quantiles."""
     has_noise = routing.noisy_TE is not None and routing.noise_scale_TE is not None
     sums = {}
-    if has_noise and config.load_weight > 0:
-        sums["load_E"] = expected_load(routing, mask_T, top_k)
-    if has_noise and config.vmoe_load_weight > 0:
-        sums["vmoe_load_E"] = expected_load_vmoe(routing, mask_T, top_k)
+    for spec in config.weighted_losses.values():
+        if spec.statistic and (has_noise or not spec.estimates_load):
+            collect_statistic = STATISTICS[spec.statistic]
+            sums[spec.statistic] = collect_statistic(routing, mask_T, config, length)
     if config.router == "quantile":
-        sums["quantile_margins_TE"] = quantile_margins(routing, mask_T, top_k)
+        sums["quantile_margins_TE"] = quantile_margins(routing, mask_T, config.top_k)
     return sums
 
 
@@ -259,6 +253,35 @@ def _is_unserved(combined: CombineWeights, mask_T: jax.Array) -> jax.Array:
     is_served_TK = is_kept_TK & has_weight_TK
     is_served_T = is_served_TK.any(axis=1)
     return mask_T & ~is_served_T
+
+
+def _sequence_balance(
+    routing: Routing, mask_T: Bool[Array, "T"], config: MoeConfig, length: int
+) -> jax.Array:
+    unbiased_TK = unbiased_choices(routing, mask_T, config)
+    num_sequences = len(mask_T) // length
+    return balance_of_scopes(unbiased_TK, routing.probs_TE, mask_T, num_sequences)
+
+
+def _expected_load(
+    routing: Routing, mask_T: Bool[Array, "T"], config: MoeConfig, length: int
+) -> jax.Array:
+    return expected_load(routing, mask_T, config.top_k)
+
+
+def _expected_load_vmoe(
+    routing: Routing, mask_T: Bool[Array, "T"], config: MoeConfig, length: int
+) -> jax.Array:
+    return expected_load_vmoe(routing, mask_T, config.top_k)
+
+
+STATISTICS: dict[str, Callable[[Routing, jax.Array, MoeConfig, int], jax.Array]] = {
+    "sequence_balance": _sequence_balance,
+    "load_E": _expected_load,
+    "vmoe_load_E": _expected_load_vmoe,
+}
+"""How the statistic of a loss is collected, by its field: a function of a layer's routing, the mask
+of its tokens, the configuration, and the length of a sequence."""
 
 
 def collect_expert_choice(

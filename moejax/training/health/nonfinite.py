@@ -16,7 +16,7 @@ from moejax.models import Decoder
 from moejax.models.blocks import Context
 from moejax.moe.token_info import TokenInfo
 from moejax.training.accumulation import loss_and_gradients
-from moejax.training.optimizer import make_schedule
+from moejax.training.optimizer import learning_rate_at
 from moejax.training.router_state import schedule_router_state
 from moejax.training.schedules import scheduled
 from moejax.training.state import TrainSetup, TrainState
@@ -107,8 +107,7 @@ def _first_bad_update(setup: TrainSetup, state: TrainState, grads: nnx.State, kn
 
     It is in the optimizer's state, or in the parameters that the optimizer gives.
     """
-    schedule = make_schedule(setup.config.optimizer, setup.config.train.num_steps)
-    learning_rate = schedule(state.step) * knobs.learning_rate
+    learning_rate = learning_rate_at(setup.config, knobs, state.step)
     update = jax.jit(functools.partial(apply_gradients, setup))
     params, opt_state = update(state, grads, learning_rate)
     name = _first_bad(_with_names(opt_state))

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from cases.training import case_config, make, packed_batch, replace, small_config
-from moejax.config import ConfigError, Knobs, to_dict
+from moejax.config import LOSS_SPECS, LOSS_WEIGHTS, ConfigError, Knobs, to_dict
 from moejax.inspection.runs.run import open_run
 from moejax.sweeps.arms import plan_arms
 from moejax.sweeps.packing import pack_arms
@@ -348,11 +348,18 @@ KNOB_CASES = {
     "switch": {"capacity_factor": 0.7, "jitter": 0.3, "balance_weight": 0.5, "z_weight": 0.5},
     "sigmoid_topk": {"bias_rate": 0.2, "sequence_balance_weight": 0.3, "expert_dropout": 0.4},
 }
+for _name, _spec in LOSS_SPECS.items():
+    if not any(f"{_name}_weight" in case for case in KNOB_CASES.values()):
+        _router = next(router for router in KNOB_CASES if router in _spec.routers)
+        KNOB_CASES[_router][f"{_name}_weight"] = 0.3
 
 
 @pytest.mark.parametrize("router", KNOB_CASES)
 def test_every_knob_acts_in_its_own_arm_alone(router):
-    moe = {"expert_dropout": 0.1} if "expert_dropout" in KNOB_CASES[router] else {}
+    # What one arm has, the other must have, too, or no program fits both.
+    moe = {weight: 0.1 for weight in LOSS_WEIGHTS if weight in KNOB_CASES[router]}
+    if "expert_dropout" in KNOB_CASES[router]:
+        moe["expert_dropout"] = 0.1
     model = {"remat": False}  # compiles faster
     configs = [
         case_config(router, moe=moe, model=model),
