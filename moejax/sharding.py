@@ -39,6 +39,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "mlp": "tensor",
     "gate_up": None,
     "experts": EXPERT_AXES,
+    "slots": EXPERT_AXES,
     "router": None,
     "latent": None,
     "norm": None,

@@ -42,7 +42,7 @@ from moejax.config.sections.root import SECTIONS as SECTIONS
 from moejax.config.sections.root import Config as Config
 from moejax.config.sections.schedules import Schedule as Schedule
 from moejax.config.sections.schedules import ScheduleConfig as ScheduleConfig
-from moejax.config.sections.schedules import limit_of as limit_of
+from moejax.config.sections.schedules import active_top_k_of as active_top_k_of
 from moejax.config.sections.schedules import parse_schedule as parse_schedule
 from moejax.config.sections.train import OptimizerConfig as OptimizerConfig
 from moejax.config.sections.train import TrainConfig as TrainConfig

@@ -1,17 +1,19 @@
 """Evaluates a saved run on whatever devices there are."""
 
 import dataclasses
+import functools
 import math
 from contextlib import closing
 from pathlib import Path
 
 import jax
 from flax import nnx
-from jax.sharding import Mesh
 
 from moejax.config import Config, MeshConfig
 from moejax.data import eval_batches, load_tokenizer
+from moejax.models.placement import place_experts
 from moejax.moe.expert_parallel.placement import PlacementError, place
+from moejax.moe.overrides import AS_TRAINED, RoutingOverrides
 from moejax.paths import resolve_path
 from moejax.sharding import EXPERT_AXES, make_mesh, tree_shardings
 from moejax.training.checkpoints.checkpoint import Checkpoints
@@ -55,14 +57,16 @@ def evaluate_run(
     setup = _make_setup(config, microbatch, mesh)
     checkpoints = Checkpoints(workdir, setup, read_only=True)
     step, params, router_state = checkpoints.restore_model(step)
+    overrides = AS_TRAINED
     if replicas is not None:
-        setup, params, router_state = _place_by_load(workdir, setup, params, router_state, replicas)
+        setup, params, overrides = _place_by_load(workdir, setup, params, router_state, replicas)
     corpus = open_run_corpus(workdir, load_tokenizer(workdir), places)
     with jax.set_mesh(setup.mesh), closing(eval_batches(corpus, microbatch)) as batches:
         domains = domains_of(corpus)
         num_domains = len(domains.domains) if domains else 0
+        eval_step = make_eval_step(setup, num_domains)
         evaluation = evaluate(
-            make_eval_step(setup, num_domains),
+            functools.partial(eval_step, overrides=overrides),
             setup,
             params,
             router_state,
@@ -93,8 +97,11 @@ def _place_by_load(
     params: nnx.State,
     router_state: nnx.State,
     replicas: int,
-) -> tuple[TrainSetup, nnx.State, nnx.State]:
-    """Returns the same model with experts in other places, sharded as the mesh requires."""
+) -> tuple[TrainSetup, nnx.State, RoutingOverrides]:
+    """Returns the setup and the parameters of the same model with experts in other places.
+
+    They are sharded as the mesh requires, and come with the overrides that say where experts are.
+    """
     config, mesh = setup.config, setup.mesh
     devices = math.prod(mesh.shape[axis] for axis in EXPERT_AXES)
     refusal = f"--replicas={replicas} places experts on several devices; "
@@ -104,12 +111,7 @@ def _place_by_load(
         raise PlacementError(f"{refusal}say how many, as in --mesh=expert=4")
     load_NE = newest_evaluation(workdir)["load"][:, : config.moe.num_experts]
     model = nnx.merge(setup.graphdef, params, router_state)
-    model.place_experts(place(load_NE, devices, replicas))
-    graphdef, params, router_state = split_model(model)
-    placed_setup = dataclasses.replace(setup, graphdef=graphdef)
-    return placed_setup, _shard(params, mesh), _shard(router_state, mesh)
-
-
-def _shard(state: nnx.State, mesh: Mesh) -> nnx.State:
-    """Returns the state with each array on the devices that the mesh gives it."""
-    return jax.device_put(state, tree_shardings(logical_axes(state), mesh))
+    placed, overrides = place_experts(model, place(load_NE, devices, replicas))
+    graphdef, params, _ = split_model(placed)
+    params = jax.device_put(params, tree_shardings(logical_axes(params), mesh))
+    return dataclasses.replace(setup, graphdef=graphdef), params, overrides

@@ -13,11 +13,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moejax.config import Config, MoeConfig, limit_of, parse_schedule
+from moejax.config import Config, MoeConfig, active_top_k_of, parse_schedule
 from moejax.moe.balancing.stats import RoutingStats
 from moejax.moe.expert_parallel.strategy import EXCHANGED
 from moejax.moe.experts.experts import FeedForward
 from moejax.moe.layer import MoE
+from moejax.moe.overrides import AS_TRAINED, RoutingOverrides
 from moejax.moe.router.selection import SAVED_NAMES
 from moejax.moe.token_info import TokenInfo
 from moejax.nn.attention.grouped_query import Attention, KVCache
@@ -40,16 +41,18 @@ class Context:
     segments_BL: jax.Array
     info: TokenInfo
 
-    def of_layer(self, index: jax.Array | int) -> "Context":
-        """Returns the context with keys of its own for one of several layers."""
-        if self.info.keys_B is None:
-            return self
+    def of_layer(
+        self, index: jax.Array | int, overrides: RoutingOverrides = AS_TRAINED
+    ) -> "Context":
+        """Returns the context for one of several layers: its own keys and overrides."""
 
         def fold_index(key):
             return jax.random.fold_in(key, index)
 
-        keys_B = jax.vmap(fold_index)(self.info.keys_B)
-        info = dataclasses.replace(self.info, keys_B=keys_B)
+        keys_B = self.info.keys_B
+        if keys_B is not None:
+            keys_B = jax.vmap(fold_index)(keys_B)
+        info = dataclasses.replace(self.info, keys_B=keys_B, overrides=overrides)
         return dataclasses.replace(self, info=info)
 
 
@@ -69,7 +72,7 @@ class Block(nnx.Module):
             active_top_k = None
             if config.schedule.top_k != "constant":
                 schedule = parse_schedule("schedule.top_k", config.schedule.top_k)
-                active_top_k = limit_of(moe.top_k, schedule.start)
+                active_top_k = active_top_k_of(moe.top_k, schedule.start)
             self.moe = MoE(
                 moe,
                 width,
@@ -174,20 +177,25 @@ class Stack(nnx.Module):
         self.saved = saved
         self.unroll = not config.model.scan_layers
 
-    def __call__(self, x_BLD: jax.Array, context: Context) -> tuple[jax.Array, RoutingStats | None]:
-        """Returns (x_BLD, `RoutingStats` with a leading axis of MoE layers, or None)."""
+    def __call__(
+        self, x_BLD: jax.Array, context: Context, overrides: RoutingOverrides = AS_TRAINED
+    ) -> tuple[jax.Array, RoutingStats | None]:
+        """Returns (x_BLD, `RoutingStats` with a leading axis of MoE layers, or None).
+
+        The overrides have such an axis, too.
+        """
         graphdef, states_N = nnx.split(self.block)
 
         def one_block(x_BLD, layer):
-            index, state = layer
+            index, state, layer_overrides = layer
             block = nnx.merge(graphdef, state)
-            x_BLD, stats, _ = block(x_BLD, context.of_layer(index))
+            x_BLD, stats, _ = block(x_BLD, context.of_layer(index, layer_overrides))
             return constrain_tokens(x_BLD), stats
 
         if self.remat:
             policy = jax.checkpoint_policies.save_only_these_names(*self.saved)
             one_block = jax.checkpoint(one_block, policy=policy, prevent_cse=self.unroll)
-        layers = (jnp.arange(self.num), states_N)
+        layers = (jnp.arange(self.num), states_N, overrides)
         num_unrolled = self.num if self.unroll else 1
         return jax.lax.scan(one_block, x_BLD, layers, unroll=num_unrolled)
 

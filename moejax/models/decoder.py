@@ -1,10 +1,8 @@
 """The decoder-only transformer: dense, MoE, or both in a pattern."""
 
 from collections.abc import Iterator
-from typing import Any
 
 import jax
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -12,7 +10,7 @@ from moejax.config import Config, Knobs, LayerGroup
 from moejax.kernels.cross_entropy import Head, cross_entropy
 from moejax.models.blocks import Block, Context, InterleavedBlock, Stack
 from moejax.moe.balancing.stats import RoutingStats
-from moejax.moe.expert_parallel.placement import PlacementError
+from moejax.moe.overrides import AS_TRAINED, RoutingOverrides, split_overrides
 from moejax.moe.token_info import TokenInfo
 from moejax.nn.norm import RMSNorm
 from moejax.sharding import constrain_tokens, gather_fsdp, parts_of_logits
@@ -51,6 +49,7 @@ class Decoder(nnx.Module):
         knobs: Knobs | None = None,
         keys_B: jax.Array | None = None,
         trace: bool = False,
+        overrides: RoutingOverrides = AS_TRAINED,
     ) -> tuple[Float[Array, "B L D"], tuple[RoutingStats, ...]]:
         """Computes hidden states of packed rows, of which `head` makes logits of the next token.
 
@@ -65,6 +64,8 @@ class Decoder(nnx.Module):
           knobs: traced scalars, in training; None is evaluation.
           keys_B: a key per row for what training draws at random; None draws nothing.
           trace: keep token-level routing in the statistics.
+          overrides: how MoE layers route otherwise than as trained, with a leading axis of all of
+            them.
 
         Returns:
           Normalised hidden states, and the `RoutingStats` of each group of equal MoE layers
@@ -78,38 +79,19 @@ class Decoder(nnx.Module):
         )
         x_BLD = self.embed(tokens_BL)
         stats = []
+        overrides_of_stacks = self._split_overrides(overrides)
         for index, stack in enumerate(self.stacks):
-            x_BLD, stack_stats = stack(x_BLD, context.of_layer(index))
+            stack_context = context.of_layer(index)
+            x_BLD, stack_stats = stack(x_BLD, stack_context, overrides_of_stacks[index])
             if stack_stats is not None:
                 stats.append(stack_stats)
         return self.final_norm(x_BLD), tuple(stats)
 
-    def place_experts(self, experts_NP: Int[np.ndarray, "N P"]) -> None:
-        """Gives experts other places, and some of them replicas, in this model; not for training.
-
-        Args:
-          experts_NP: the expert in each slot of each MoE layer, from `placement.place`.
-
-        Raises:
-          PlacementError: another number of layers, or an expert without a slot; or a router that
-            does not send tokens.
-        """
-        config = self.config
-        if len(experts_NP) != config.num_moe_layers:
-            raise PlacementError(
-                f"{len(experts_NP)} layers are placed, and the model has {config.num_moe_layers}"
-            )
-        routers = {kind.router for kind in config.moe_groups}
-        if routers & {"expert_choice", "soft"}:
-            raise PlacementError("experts that choose tokens cannot have replicas or other places")
-        first = 0
-        for stack in self.stacks:
-            block: Any = stack.block
-            if isinstance(block, InterleavedBlock):
-                block = block.moe_block
-            if block.is_moe:
-                block.moe.place(experts_NP[first : first + stack.num])
-                first += stack.num
+    def _split_overrides(self, overrides: RoutingOverrides) -> list[RoutingOverrides]:
+        """Returns the overrides of each stack."""
+        groups = self.config.layer_groups
+        nums_of_moe_layers = [0 if group.moe is None else group.num for group in groups]
+        return split_overrides(overrides, nums_of_moe_layers)
 
     def walk(self, context: Context | None = None) -> Iterator[tuple[Block, Context | None]]:
         """Yields the layers in order, with the context that each has in a pass.

@@ -6,10 +6,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from moejax.config import MoeConfig
 from moejax.kernels.grouped_matmul import can_check_vma
@@ -34,12 +33,12 @@ from moejax.moe.dispatch.on_device import (
     run_with_capacity,
 )
 from moejax.moe.expert_parallel.exchange import exchange
-from moejax.moe.expert_parallel.placement import Replicas
 from moejax.moe.expert_parallel.strategy import LocalExperts, Strategy
 from moejax.moe.experts.experts import Experts, FeedForward, Network, initialize
 from moejax.moe.experts.zero_computation import ZeroComputationExperts
+from moejax.moe.noise import draw_expert_dropout, jitter
+from moejax.moe.overrides import check_overrides, drop_ablated
 from moejax.moe.router import (
-    UNRANKED,
     RouterInputs,
     Routing,
     route,
@@ -47,15 +46,11 @@ from moejax.moe.router import (
     route_soft,
 )
 from moejax.moe.router.modules import Logits, RouterState, make_router
-from moejax.moe.router.routing import SlotRouting, SoftRouting, Stream, draw
+from moejax.moe.router.routing import SlotRouting, SoftRouting
 from moejax.moe.token_info import TokenInfo
 from moejax.sharding import batch_devices, gather_fsdp
 
 AnyRouting = Routing | SlotRouting | SoftRouting
-
-
-class BlockError(ValueError):
-    """Experts that cannot be blocked."""
 
 
 class MoE(nnx.Module):
@@ -89,12 +84,12 @@ class MoE(nnx.Module):
             config.num_experts, width, config.d_expert, dtype, network, rngs=rngs
         )
         if config.d_latent:
-            into_DZ = initialize(rngs.params(), (d_model, width))
-            out_of_ZD = initialize(rngs.params(), (width, d_model))
-            self.into_latent = nnx.Param(into_DZ, axes=("embed", "latent"))
-            self.out_of_latent = nnx.Param(out_of_ZD, axes=("latent", "embed"))
+            down_DZ = initialize(rngs.params(), (d_model, width))
+            up_ZD = initialize(rngs.params(), (width, d_model))
+            self.latent_down = nnx.Param(down_DZ, axes=("embed", "latent"))
+            self.latent_up = nnx.Param(up_ZD, axes=("latent", "embed"))
         if config.num_zero_computation_experts:
-            self.free_experts = ZeroComputationExperts(config, d_model, rngs=rngs)
+            self.zero_computation_experts = ZeroComputationExperts(config, d_model, rngs=rngs)
         if config.num_shared_experts:
             # The sum of several networks is one wider network.
             d_shared = config.num_shared_experts * config.d_expert
@@ -109,11 +104,11 @@ class MoE(nnx.Module):
         self.idle_steps = RouterState(jnp.zeros(num_choices, jnp.int32), axes=("router",))
         if self.config.has_selection_bias:
             self.selection_bias = RouterState(jnp.zeros(num_choices), axes=("router",))
-        self.is_placed = False
-        self.is_blocking = False
-        self.is_limited = active_top_k is not None
+        scheduled = None
         if active_top_k is not None:
-            self.limit = RouterState(jnp.full(1, active_top_k, jnp.int32), axes=("router",))
+            active_1 = jnp.full(1, active_top_k, jnp.int32)
+            scheduled = RouterState(active_1, axes=("router",))
+        self.active_top_k = nnx.data(scheduled)
         if self.config.router == "hash":
             draws_VE = jax.random.uniform(rngs.params(), (vocab_size, num_choices))
             table_VK = jax.lax.top_k(draws_VE, self.config.top_k)[1].astype(jnp.int32)
@@ -131,11 +126,13 @@ class MoE(nnx.Module):
         Returns:
           The layer's output, zeros at padding, and its `RoutingStats`.
         """
+        check_overrides(info.overrides, self.config, is_placed=self.experts.are_placed)
         # Whatever stands at padding, NaN too, would reach sums over tokens in spite of
         # weights of 0.
         x_BLD = jnp.where(info.is_token_BL[..., None], x_BLD, 0)
         with jax.named_scope("route"):
-            logits = self.router(self._jittered(x_BLD.astype(jnp.float32), info))
+            jittered_BLD = jitter(x_BLD.astype(jnp.float32), self.config, info)
+            logits = self.router(jittered_BLD)
             routing = self._route(logits, info)
             assignment, combined = self._assign(routing, info)
         with jax.named_scope("experts"):
@@ -156,21 +153,47 @@ class MoE(nnx.Module):
         if config.router == "expert_choice":
             slots = capacity_slots(1.0, config.top_k, length, config.num_experts)
             return route_expert_choice(inputs, config, slots)
-        return route(inputs, config, self.limit[...][0] if self.is_limited else None)
+        return route(inputs, config, self._active_top_k(info))
+
+    def _active_top_k(self, info: TokenInfo) -> Int[Array, ""] | None:
+        """Returns the experts per token where they may be fewer than `moe.top_k`."""
+        if info.overrides.active_top_k is not None:
+            return info.overrides.active_top_k
+        if self.active_top_k is None:
+            return None
+        return self.active_top_k[...][0]
 
     def _assign(self, routing: AnyRouting, info: TokenInfo) -> tuple[Assignment, Any]:
         """Returns where tokens go, within the capacity of experts.
 
         The second result, `CombineWeights`, is None unless tokens choose.
         """
-        config = self.config
         if isinstance(routing, SlotRouting):
-            weights_BEC = checkpoint_name(routing.weights_BEC, WEIGHTS)
-            return ExpertChoice(routing.positions_BEC, weights_BEC), None
+            return self._expert_choice(routing, info), None
         if isinstance(routing, SoftRouting):
-            by_expert = (*info.is_token_BL.shape, config.num_experts, -1)
-            dispatch_BLES = routing.dispatch_BLS.reshape(by_expert)
-            return SoftSlots(dispatch_BLES, routing.combine_BLS.reshape(by_expert)), None
+            return self._soft_slots(routing, info), None
+        combined = self._combine(routing, info)
+        return self._token_choice(combined, info), combined
+
+    def _expert_choice(self, routing: SlotRouting, info: TokenInfo) -> ExpertChoice:
+        weights_BEC = checkpoint_name(routing.weights_BEC, WEIGHTS)
+        is_ablated_E = info.overrides.is_ablated_E
+        if is_ablated_E is not None:
+            weights_BEC = jnp.where(is_ablated_E[None, :, None], 0.0, weights_BEC)
+        return ExpertChoice(routing.positions_BEC, weights_BEC)
+
+    def _soft_slots(self, routing: SoftRouting, info: TokenInfo) -> SoftSlots:
+        by_expert = (*info.is_token_BL.shape, self.config.num_experts, -1)
+        dispatch_BLES = routing.dispatch_BLS.reshape(by_expert)
+        combine_BLES = routing.combine_BLS.reshape(by_expert)
+        is_ablated_E = info.overrides.is_ablated_E
+        if is_ablated_E is not None:
+            combine_BLES = jnp.where(is_ablated_E[None, None, :, None], 0.0, combine_BLES)
+        return SoftSlots(dispatch_BLES, combine_BLES)
+
+    def _combine(self, routing: Routing, info: TokenInfo) -> CombineWeights:
+        """Returns the choices that have a slot, and how much each counts."""
+        config = self.config
         combined = combine_within_capacity(
             routing,
             config,
@@ -179,11 +202,14 @@ class MoE(nnx.Module):
             num_devices=batch_devices(),
             max_slots_factor=config.capacity_factor if info.is_training else None,
         )
-        combined = dataclasses.replace(combined, dropout_TK=self._draw_dropout(info))
-        return self._token_choice(combined, info), combined
+        dropout_TK = draw_expert_dropout(config, info)
+        dropout_TK = drop_ablated(dropout_TK, combined.experts_TK, info.overrides)
+        return dataclasses.replace(combined, dropout_TK=dropout_TK)
 
     def _capacity_factor(self, info: TokenInfo) -> jax.Array | float | None:
         """Returns slots over their mean number, None where no choice is dropped."""
+        if info.overrides.capacity_factor is not None:
+            return info.overrides.capacity_factor
         if self.config.dispatch == "dropless":
             return None
         if info.knobs is not None:
@@ -197,8 +223,8 @@ class MoE(nnx.Module):
         """
         shape = (*info.is_token_BL.shape, self.config.top_k)
         experts_BLK = combined.experts_TK.reshape(shape)
-        if self.is_placed:
-            experts_BLK = self._to_slots(experts_BLK)
+        if info.overrides.placement is not None:
+            experts_BLK = info.overrides.placement.slots_of(experts_BLK, self.experts.num_slots)
         if self.config.weight_on == "output":
             return TokenChoice(experts_BLK, combined.output_weights_TK.reshape(shape))
         weights_BLK = combined.weights_TK.reshape(shape)
@@ -222,9 +248,9 @@ class MoE(nnx.Module):
         run = functools.partial(exchange, strategy, self._local_experts(assignment, info), dropless)
         if not config.d_latent:
             return run(x_BLD, assignment, self.experts.weights())
-        latent_BLZ = dense(x_BLD, gather_fsdp(self.into_latent, x_BLD.dtype))
+        latent_BLZ = dense(x_BLD, gather_fsdp(self.latent_down, x_BLD.dtype))
         y_BLZ, buffer_overflow = run(latent_BLZ, assignment, self.experts.weights())
-        return dense(y_BLZ, gather_fsdp(self.out_of_latent, x_BLD.dtype)), buffer_overflow
+        return dense(y_BLZ, gather_fsdp(self.latent_up, x_BLD.dtype)), buffer_overflow
 
     def _local_experts(self, assignment: Assignment, info: TokenInfo) -> LocalExperts:
         """Returns what a device does with its tokens, if it has all experts that these need."""
@@ -252,7 +278,7 @@ class MoE(nnx.Module):
         shape = (*x_BLD.shape[:2], self.config.top_k)
         experts_BLK = combined.experts_TK.reshape(shape)
         weights_BLK = combined.output_weights_TK.reshape(shape)
-        other_BLD = self.free_experts(x_BLD, experts_BLK, weights_BLK)
+        other_BLD = self.zero_computation_experts(x_BLD, experts_BLK, weights_BLK)
         return (y_BLD.astype(jnp.float32) + other_BLD).astype(y_BLD.dtype)
 
     def _collect(
@@ -294,23 +320,11 @@ class MoE(nnx.Module):
             group_logits_TG=flat(logits.group_logits_BLG),
             noise_scale_TE=flat(logits.noise_scale_BLE),
             group_noise_scale_TG=flat(logits.group_noise_scale_BLG),
-            is_blocked_E=self.is_blocked[...] if self.is_blocking else None,
+            is_blocked_E=info.overrides.is_blocked_E,
             keys_B=info.keys_B,
             is_training=info.knobs is not None,
             noise=1.0 if info.knobs is None else info.knobs.noise_scale,
         )
-
-    def _draw_dropout(self, info: TokenInfo) -> Float[Array, "T K"] | None:
-        """Draws factors on the choices' outputs: 0 for some, above 1 for the others.
-
-        Not dropout within an expert: a token loses the whole output of an expert.
-        """
-        if self.config.expert_dropout == 0 or info.knobs is None or info.keys_B is None:
-            return None
-        rate, top_k = info.knobs.expert_dropout, self.config.top_k
-        length = info.is_token_BL.shape[1]
-        uniform_BLK = draw(info.keys_B, Stream.DROPOUT, jax.random.uniform, length, top_k)
-        return jnp.where(uniform_BLK.reshape(-1, top_k) < rate, 0.0, 1 / (1 - rate))
 
     def _add_shared(self, y_BLD, x_BLD, info: TokenInfo):
         """Adds the output of the shared experts to the routed one.
@@ -328,73 +342,3 @@ class MoE(nnx.Module):
         if self.config.shared_combine == "averaged":
             sum_BLD /= 2
         return sum_BLD.astype(y_BLD.dtype)
-
-    def _jittered(self, x_BLD, info: TokenInfo):
-        """Returns the router's input, in training multiplied by uniform noise.
-
-        Source: Fedus et al. 2021, section 2.4.
-        """
-        if self.config.jitter == 0 or info.knobs is None or info.keys_B is None:
-            return x_BLD
-        uniform_BLD = draw(info.keys_B, Stream.JITTER, jax.random.uniform, *x_BLD.shape[1:])
-        return x_BLD * (1 + info.knobs.jitter * (2 * uniform_BLD - 1))
-
-    def place(self, experts_NP: Int[np.ndarray, "N P"]) -> None:
-        """Gives experts of all layers of a stack other places, and some of them several.
-
-        Not for training.
-
-        Args:
-          experts_NP: the expert in each slot, from `moe.placement.place`; parameters have a leading
-            axis of N layers.
-        """
-        copies = Replicas.from_placement(experts_NP, self.config.num_experts)
-        for name in ("gate_up", "down", "gate_up_bias", "down_bias"):
-            if hasattr(self.experts, name):
-                weight = getattr(self.experts, name)
-                placed_NP = jax.vmap(lambda weight_E, experts_P: weight_E[experts_P])(
-                    weight[...], experts_NP
-                )
-                setattr(self.experts, name, weight.replace(placed_NP))
-        self.slots = RouterState(jnp.asarray(copies.slots_NEM), axes=("layers", "router", "router"))
-        self.num_copies = RouterState(jnp.asarray(copies.num_NE), axes=("layers", "router"))
-        self.is_placed = True
-
-    def block(self, is_blocked_E: Bool[np.ndarray, "*layers E"]) -> None:
-        """Keeps tokens from experts: the next in rank take their place; not for training.
-
-        Scores and their normalisation over all experts stay as they are, but for `sparse_mixer`,
-        where only experts that are left compete. Groups of experts are ranked by those that are
-        left, and a token visits further groups where its own have too few: it visits K experts
-        wherever K are left.
-
-        Args:
-          is_blocked_E: which experts; with a leading axis of layers where parameters have one.
-
-        Raises:
-          BlockError: another number of experts, or a router that ranks none.
-        """
-        if self.config.router in UNRANKED:
-            raise BlockError(
-                f"moe.router={self.config.router} ranks no expert after those that a token visits, "
-                f"so none can be blocked; it can with any router but {', '.join(UNRANKED)}"
-            )
-        if is_blocked_E.shape != self.idle_steps.shape:
-            raise BlockError(
-                f"is_blocked_E has shape {is_blocked_E.shape}; it must be {self.idle_steps.shape}"
-            )
-        self.is_blocked = RouterState(jnp.asarray(is_blocked_E), axes=self.idle_steps.axes)
-        self.is_blocking = True
-
-    def _to_slots(self, experts_BLK):
-        """Returns the slots of chosen experts.
-
-        Tokens take turns among the replicas of an expert, by row and position in the row. What is
-        no expert has no slot.
-        """
-        is_expert_BLK = experts_BLK < self.config.num_experts
-        expert_BLK = jnp.minimum(experts_BLK, self.config.num_experts - 1)
-        turn_BL1 = jnp.indices(experts_BLK.shape[:2]).sum(axis=0)[:, :, None]
-        replica_BLK = turn_BL1 % self.num_copies[...][expert_BLK]
-        slot_BLK = self.slots[...][expert_BLK, replica_BLK]
-        return jnp.where(is_expert_BLK, slot_BLK, self.experts.down.shape[0])

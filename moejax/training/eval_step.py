@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moejax.data.batches import Batch
+from moejax.moe.overrides import AS_TRAINED, RoutingOverrides
 from moejax.moe.router.by_token import coactivation, experts_by_token
 from moejax.sharding import replicated
 from moejax.training.losses import BatchSums, count_targets, forward
@@ -40,7 +41,8 @@ class EvalOutput:
 def make_eval_step(setup: TrainSetup, num_domains: int = 0) -> Callable[..., EvalOutput]:
     """Compiles, on first call, `(params, router_state, batch) -> EvalOutput`.
 
-    It is dropless by default, and without noise.
+    It is dropless by default, and without noise. The step also takes `overrides=`, how it routes
+    otherwise than as trained.
 
     Args:
       setup: the run's fixed part.
@@ -55,10 +57,14 @@ def eval_step_of(setup: TrainSetup, num_domains: int = 0) -> Callable[..., EvalO
     num_choices = setup.config.moe.num_choices
 
     def eval_step(
-        params: nnx.State, router_state: nnx.State, batch: Batch, *domains_BL: jax.Array
+        params: nnx.State,
+        router_state: nnx.State,
+        batch: Batch,
+        *domains_BL: jax.Array,
+        overrides: RoutingOverrides = AS_TRAINED,
     ) -> EvalOutput:
         model = nnx.merge(setup.graphdef, params, router_state)
-        nats_BL, routing = forward(model, batch, None, None, trace=True)
+        nats_BL, routing = forward(model, batch, None, None, trace=True, overrides=overrides)
         by_domain_G2 = None
         if num_domains:
             by_domain_G2 = _sum_by_domain(nats_BL, batch, domains_BL[0], num_domains)

@@ -13,6 +13,7 @@ from moejax.config import Config, Knobs
 from moejax.data.batches import Batch
 from moejax.moe.balancing.losses import LOSSES, AuxiliaryLoss, auxiliary_losses
 from moejax.moe.balancing.stats import RoutingStats, add_stats
+from moejax.moe.overrides import AS_TRAINED, RoutingOverrides
 
 
 @jax.tree_util.register_dataclass
@@ -55,11 +56,17 @@ def forward_sums(
 
 
 def forward(
-    model, batch: Batch, knobs: Knobs | None, keys_B: jax.Array | None, *, trace: bool
+    model,
+    batch: Batch,
+    knobs: Knobs | None,
+    keys_B: jax.Array | None,
+    *,
+    trace: bool,
+    overrides: RoutingOverrides = AS_TRAINED,
 ) -> tuple[jax.Array, tuple[RoutingStats, ...]]:
     """Returns the cross-entropy of each target, 0 where there is none, and the routing.
 
-    See `forward_sums` for the arguments.
+    See `forward_sums` and `Decoder` for the arguments.
     """
     hidden_BLD, routing = model(
         batch.tokens_BL,
@@ -68,6 +75,7 @@ def forward(
         knobs=knobs,
         keys_B=keys_B,
         trace=trace,
+        overrides=overrides,
     )
     nats_BL = model.cross_entropy(hidden_BLD, batch.targets_BL)
     return jnp.where(batch.loss_mask_BL, nats_BL, 0.0), routing

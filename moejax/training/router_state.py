@@ -38,15 +38,14 @@ def schedule_router_state(state: nnx.State, config: Config, step: jax.Array | in
     for (_, group), moe in zip(_by_group(state), config.moe_groups, strict=True):
         for name, (path, variable) in group.items():
             value = variable[...]
-            if name == "limit":
-                limit = limit_at(config, moe.top_k, step)
-                value = jnp.full_like(value, limit)
+            if name == "active_top_k":
+                value = jnp.full_like(value, active_top_k_at(config, moe.top_k, step))
             scheduled.append((path, variable.replace(value)))
     return nnx.from_flat_state(scheduled)
 
 
-def limit_at(config: Config, top_k: int, step: jax.Array | int) -> jax.Array:
-    """Returns the experts per token at a step, int32: `limit_of`, traced."""
+def active_top_k_at(config: Config, top_k: int, step: jax.Array | int) -> jax.Array:
+    """Returns the experts per token at a step, int32: `active_top_k_of`, traced."""
     wanted = top_k * factor(config, "top_k", jnp.int32(step))
     rounded = jnp.floor(wanted + 0.5)
     return jnp.maximum(1, rounded).astype(jnp.int32)

@@ -230,10 +230,10 @@ def test_a_shared_experts_gate_and_sum_are_float32(how):
         )
 
 
-def test_free_experts_are_weighed_and_added_in_float32():
+def test_zero_computation_experts_are_weighed_and_added_in_float32():
     layer, x_BLD = layer_of(num_identity_experts=4, num_constant_experts=4, top_k=8), tokens()
     vectors_JD = np.random.default_rng(0).integers(1, 8, (4, D))
-    layer.free_experts.vectors[...] = jnp.asarray(vectors_JD, jnp.float32)
+    layer.zero_computation_experts.vectors[...] = jnp.asarray(vectors_JD, jnp.float32)
     layer.experts.down[...] = jnp.zeros_like(layer.experts.down[...])
     y_BLD, routing = run_layer(layer, x_BLD)
     expected_TD = np.zeros((L, D))

@@ -88,7 +88,7 @@ def layer(x_BLD, mask_BL, params, config, chosen_BLE, factors_BLE=1.0):
     weights_BLE = chosen_BLE * jnp.exp(logits_BLE) / jnp.exp(logits_BLE).sum(-1, keepdims=True)
     if config.renormalize:
         weights_BLE /= weights_BLE.sum(-1, keepdims=True) + (1 - mask_BL[..., None])
-    inner = x_BLD @ params["into_latent"] if config.d_latent else x_BLD
+    inner = x_BLD @ params["latent_down"] if config.d_latent else x_BLD
     y = jnp.zeros_like(inner)
     for e in range(config.num_experts):
         weight, factor = weights_BLE[..., e : e + 1], (chosen_BLE * factors_BLE)[..., e : e + 1]
@@ -96,14 +96,14 @@ def layer(x_BLD, mask_BL, params, config, chosen_BLE, factors_BLE=1.0):
             y += factor * network(weight * inner, params["experts"], config, e)
         else:
             y += factor * weight * network(inner, params["experts"], config, e)
-    y_BLD = y @ params["out_of_latent"] if config.d_latent else y
+    y_BLD = y @ params["latent_up"] if config.d_latent else y
     first = config.num_experts + config.num_zero_experts
     for i in range(config.num_identity_experts):
         y_BLD += (weights_BLE * factors_BLE)[..., first + i : first + i + 1] * x_BLD
     first += config.num_identity_experts
     for j in range(config.num_constant_experts):
         y_BLD += (weights_BLE * factors_BLE)[..., first + j : first + j + 1] * params[
-            "free_experts"
+            "zero_computation_experts"
         ]["vectors"][j][None, None]
     if config.num_shared_experts:
         shared_BLD = network(x_BLD, params["shared"], config)

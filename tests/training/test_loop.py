@@ -22,7 +22,7 @@ from moejax.training.checkpoints.checkpoint import Checkpoints
 from moejax.training.checkpoints.meta import saved_steps
 from moejax.training.health.nonfinite import NonFiniteError, locate, nonfinite_error
 from moejax.training.loop import train
-from moejax.training.router_state import limit_at
+from moejax.training.router_state import active_top_k_at
 from moejax.training.run_directory.routing_log import read_routing
 from moejax.training.step import make_train_step, put_batch
 
@@ -334,10 +334,10 @@ def test_a_scheduled_number_of_experts_follows_the_step_after_a_skipped_one():
             state, output = train_step(state, batch, bad)
             assert state.skipped == step + 1
             experts = output.routing.assignments_E.sum() / output.routing.num_tokens.sum()
-            assert experts == limit_at(config, 4, step)
+            assert experts == active_top_k_at(config, 4, step)
             leaves = jax.tree.leaves_with_path(state.router_state)
             limits = [array for path, array in leaves if "limit" in str(path)]
-            expected = limit_at(config, 4, step + 1)
+            expected = active_top_k_at(config, 4, step + 1)
             assert limits and all((limit == expected).all() for limit in limits)
 
 

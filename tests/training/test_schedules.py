@@ -10,7 +10,7 @@ import pytest
 from cases.config import with_loss
 from cases.training import initial_state, make, packed_batch, small_config
 from moejax.config import LOSS_SPECS, ConfigError, Knobs, ScheduleConfig, resolve
-from moejax.training.router_state import limit_at
+from moejax.training.router_state import active_top_k_at
 from moejax.training.schedules import factor, scheduled
 from moejax.training.step import make_train_step, put_batch
 
@@ -97,7 +97,7 @@ def test_top_k_falls_during_training_and_tokens_then_visit_their_best_experts_on
     assert choices == [4, 4, 1, 1, 1]
     assert all(np.all(np.isfinite(list(o.scalars.values()))) for o in found)
     assert [float(o.scalars["schedule/top_k"]) for o in found] == [1, 1, 0.25, 0.25, 0.25]
-    assert int(limit_at(config, 4, 0)) == 4 and int(limit_at(config, 4, 4)) == 1
+    assert int(active_top_k_at(config, 4, 0)) == 4 and int(active_top_k_at(config, 4, 4)) == 1
 
 
 def test_a_bias_stays_once_its_rate_is_scheduled_to_zero():

@@ -185,7 +185,7 @@ def _validate_top_k(text: str, kind: MoeConfig) -> None:
             f"needs a fixed moe.top_k; leave it constant, or set moe.{loss}_weight=0",
         )
     lowest = parse_schedule("schedule.top_k", text).lowest
-    falls_to_one = limit_of(kind.top_k, lowest) <= 1
+    falls_to_one = active_top_k_of(kind.top_k, lowest) <= 1
     makes_weights_one = kind.renormalize and kind.score != "uniform"
     require(
         not (falls_to_one and makes_weights_one),
@@ -194,6 +194,6 @@ def _validate_top_k(text: str, kind: MoeConfig) -> None:
     )
 
 
-def limit_of(top_k: int, factor: float) -> int:
+def active_top_k_of(top_k: int, factor: float) -> int:
     """Returns the experts per token at a factor on `moe.top_k`, at least 1."""
     return max(1, math.floor(top_k * factor + 0.5))

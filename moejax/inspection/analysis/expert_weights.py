@@ -123,7 +123,7 @@ def _run(block: Block, x_BLD: jax.Array, context: Context) -> tuple[jax.Array, j
 def _outputs(moe: MoE, x_BLD: Float[Array, "B L D"]) -> Float32[Array, "E T D"]:
     x_TD = x_BLD.reshape(-1, x_BLD.shape[-1])
     if moe.config.d_latent:
-        x_TD = dense(x_TD, gather_fsdp(moe.into_latent, x_TD.dtype))
+        x_TD = dense(x_TD, gather_fsdp(moe.latent_down, x_TD.dtype))
     group_T = jnp.zeros(len(x_TD), jnp.int32)  # all tokens belong to the only expert
 
     def of_expert(weights):
@@ -133,7 +133,7 @@ def _outputs(moe: MoE, x_BLD: Float[Array, "B L D"]) -> Float32[Array, "E T D"]:
     # One expert after the other, for the hidden units of all would take too much memory.
     y_ETD = jax.lax.map(of_expert, moe.experts.weights())
     if moe.config.d_latent:
-        y_ETD = dense(y_ETD, gather_fsdp(moe.out_of_latent, y_ETD.dtype))
+        y_ETD = dense(y_ETD, gather_fsdp(moe.latent_up, y_ETD.dtype))
     return y_ETD.astype(jnp.float32)
 
 

@@ -20,6 +20,7 @@ from moejax.data.packing import empty_row
 from moejax.inference.load import LoadedRun, load_run
 from moejax.inspection.analysis.trace import spread_rows
 from moejax.inspection.counterfactuals import interventions
+from moejax.inspection.counterfactuals.interventions import LayerEdit
 from moejax.inspection.counterfactuals.passes import Parts, Passed, Residuals, Traffic
 from moejax.inspection.counterfactuals.plan import (
     CAPACITY_FACTORS,
@@ -36,6 +37,7 @@ from moejax.inspection.counterfactuals.result import (
     Outcome,
     paired_change,
 )
+from moejax.inspection.counterfactuals.stacks import most_at_once, stack_interventions
 from moejax.seeds import check_seed
 from moejax.training.run_directory.text import TextPlaces
 
@@ -166,12 +168,15 @@ def _run_all(
 ) -> list[list[Passed]]:
     """Returns the passes of each intervention over all batches."""
     passes: list[list[Passed]] = [[] for _ in planned]
+    stacks = stack_interventions(planned, most_at_once(parts, batches[0]))
     started = reported = time.monotonic()
     done = 0
     for batch, residuals in _with_residuals(parts, batches):
-        for of_intervention, intervention in zip(passes, planned, strict=True):
-            of_intervention.append(parts.run_edited(batch, residuals, intervention.edits))
-            done += 1
+        for stack in stacks:
+            done += len(set(stack.places))
+            of_stack = parts.run_edited(batch, residuals, stack.edits, len(stack.places))
+            for place, passed in dict(zip(stack.places, of_stack, strict=True)).items():
+                passes[place].append(passed)
             now = time.monotonic()
             if now - reported > REPORT_SECONDS:
                 log.info(_progress(done, len(planned), len(batches), now - started))
@@ -255,7 +260,7 @@ def _count_targets(batches: Sequence[Batch]) -> Float[np.ndarray, "R"]:
 
 def _no_intervention(parts: Parts) -> Intervention:
     """Returns the intervention that leaves every layer as it was trained."""
-    edits = dict.fromkeys(range(len(parts.moes)), lambda moe: moe)
+    edits = dict.fromkeys(range(len(parts.moes)), LayerEdit())
     return Intervention(AS_TRAINED, "no change", edits)
 
 

@@ -1,40 +1,65 @@
 """Interventions on one MoE layer: how it routes, and which weights its experts have.
 
-Each function takes the layer and returns an edited copy; the layer that it was given, and arrays
-that do not change, stay as they are. Layers here stand alone (`Decoder.walk`): parameters have no
-leading axis of layers. All interventions are for evaluation.
+An intervention is data wherever it can be (`LayerEdit`): arrays that a compiled program takes, so
+that many of a kind can be stacked and run as one. All of them are for evaluation.
 """
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
-from moejax.config import LOSS_SPECS
+from moejax.config import LOSS_SPECS, ROUTER_RULES, MoeConfig
 from moejax.inspection.analysis.expert_similarity import weight_cosine
 from moejax.moe.experts.experts import Experts
 from moejax.moe.layer import MoE
-from moejax.moe.router.modules import NoLogits
+from moejax.moe.overrides import AS_TRAINED, RoutingOverrides
+from moejax.moe.router.modules import NoLogits, RouterState
 
-LayerEdit = Callable[[MoE], MoE]
-"""Returns an edited copy of a layer."""
-
-WEIGHTS = ("gate_up", "down", "gate_up_bias", "down_bias")
 UNUSED: dict[str, Any] = {
     f"{name}_weight": 0.0 for name, spec in LOSS_SPECS.items() if spec.statistic
 }
 """Losses that evaluation has no use for, and whose sums may not be defined for every K."""
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LayerEdit:
+    """An intervention on one MoE layer.
+
+    Those of equal `jax.tree.structure` can be stacked: one program runs them all.
+
+    Attributes:
+      overrides: how the layer routes.
+      sources_2E: two experts, the mean of whose weights each expert has, int32; an expert twice for
+        its weights alone. None: each has its own.
+      structure: a function of the layer, and its further arguments: it returns a copy that is
+        another program; empty where the layer stays the same one.
+    """
+
+    overrides: RoutingOverrides = AS_TRAINED
+    sources_2E: Any = None
+    structure: tuple[Any, ...] = dataclasses.field(default=(), metadata={"static": True})
+
+    def apply(self, moe: MoE) -> MoE:
+        """Returns the layer with another structure and other weights; overrides go with tokens."""
+        if self.structure:
+            function, *arguments = self.structure
+            moe = function(moe, *arguments)
+        if self.sources_2E is not None:
+            moe = _with_weights_of(moe, self.sources_2E)
+        return moe
+
+
 def chosen_per_token(moe: MoE) -> int:
     """Returns K, the experts per token in evaluation; the average where experts choose."""
-    if moe.is_limited:
-        return min(int(moe.limit[...][0]), moe.config.top_k)
-    return moe.config.top_k
+    if moe.active_top_k is None:
+        return moe.config.top_k
+    return min(int(moe.active_top_k[...][0]), moe.config.top_k)
 
 
 def why_not_top_k(moe: MoE, top_k: int) -> str | None:
@@ -66,36 +91,36 @@ def _largest_top_k(moe: MoE) -> int:
     return config.num_choices
 
 
-def with_top_k(moe: MoE, top_k: int) -> MoE:
-    """Returns the layer with another K, and with the run's own normalisation.
+def with_top_k(moe: MoE, top_k: int) -> LayerEdit:
+    """Returns another K, with the run's own normalisation.
 
-    Without `moe.renormalize`, fewer experts also have a smaller sum of weights.
+    Without `moe.renormalize`, fewer experts also have a smaller sum of weights. Numbers of experts
+    up to the same power of two share a program, where the router can select the best of more.
     """
-    edited = _with_config(moe, top_k=top_k, **UNUSED)
-    edited.is_limited = False
-    return edited
+    if not ROUTER_RULES[moe.config.router].can_limit:
+        return LayerEdit(structure=(_select_top_k, top_k))
+    power_of_two = 1 << (top_k - 1).bit_length()
+    widest = min(power_of_two, _largest_top_k(moe))
+    overrides = RoutingOverrides(active_top_k=np.int32(top_k))
+    return LayerEdit(overrides, structure=(_select_top_k, widest))
 
 
-def with_capacity(moe: MoE, factor: float) -> MoE:
-    """Returns the layer with an evaluation capacity factor.
+def with_capacity(factor: float) -> LayerEdit:
+    """Returns an evaluation capacity factor.
 
     Each expert accepts at most that multiple of a perfectly balanced load.
     """
-    return _with_config(moe, dispatch="capacity", eval_capacity_factor=factor)
+    return LayerEdit(RoutingOverrides(capacity_factor=np.float32(factor)))
 
 
-def without_bias(moe: MoE) -> MoE:
-    """Returns the layer with its selection bias at 0."""
-    edited = _copy(moe)
-    _edit(edited, "selection_bias", jnp.zeros_like)
-    return edited
+def without_bias() -> LayerEdit:
+    """Returns a selection bias of 0."""
+    return LayerEdit(structure=(_zero_bias,))
 
 
-def blocked(moe: MoE, expert: int) -> MoE:
-    """Returns the layer with one expert blocked: its tokens go to the next expert in rank."""
-    edited = _copy(moe)
-    edited.block(np.arange(moe.config.num_choices) == expert)
-    return edited
+def blocked(config: MoeConfig, expert: int) -> LayerEdit:
+    """Returns one expert blocked: its tokens go to the next expert in rank."""
+    return LayerEdit(RoutingOverrides(is_blocked_E=_one_hot(config, expert)))
 
 
 def why_not_ablated(moe: MoE, expert: int) -> str | None:
@@ -106,54 +131,41 @@ def why_not_ablated(moe: MoE, expert: int) -> str | None:
     return None
 
 
-def ablated(moe: MoE, expert: int) -> MoE:
-    """Returns the layer with the output of one expert set to zero, and the same routing.
-
-    Not for identity experts, which have no weights.
-    """
-    config = moe.config
-    edited = _copy(moe)
-    if expert < config.num_experts:
-        for name in ("down", "down_bias"):
-            if hasattr(edited.experts, name):
-                _edit(edited.experts, name, lambda w: w.at[expert].set(0.0))
-    elif expert >= config.num_choices - config.num_constant_experts:
-        index = expert - config.num_choices  # constant experts come last
-        _edit(edited.free_experts, "vectors", lambda w: w.at[index].set(0.0))
-    return edited
+def ablated(config: MoeConfig, expert: int) -> LayerEdit:
+    """Returns the output of one expert set to zero, and the same routing."""
+    return LayerEdit(RoutingOverrides(is_ablated_E=_one_hot(config, expert)))
 
 
-def swapped(moe: MoE, first: int, second: int) -> MoE:
-    """Returns the layer with the weights of two experts swapped, and the same router."""
-    pair = np.array([first, second])
-    reversed_pair = np.array([second, first])
-    return _with_weights(moe, lambda w: w.at[pair].set(w[reversed_pair]))
+def swapped(config: MoeConfig, first: int, second: int) -> LayerEdit:
+    """Returns the weights of two experts swapped, and the same router."""
+    sources_2E = _own_weights(config)
+    sources_2E[:, first] = second
+    sources_2E[:, second] = first
+    return LayerEdit(sources_2E=sources_2E)
 
 
-def merged(moe: MoE, first: int, second: int) -> MoE:
-    """Returns the layer with the mean of two experts' weights in both, and the same router."""
-    pair = np.array([first, second])
-    return _with_weights(moe, lambda w: w.at[pair].set((w[first] + w[second])[None] / 2))
+def merged(config: MoeConfig, first: int, second: int) -> LayerEdit:
+    """Returns the mean of two experts' weights in both, and the same router."""
+    sources_2E = _own_weights(config)
+    for expert in (first, second):
+        sources_2E[:, expert] = (first, second)
+    return LayerEdit(sources_2E=sources_2E)
 
 
-def with_random_routing(moe: MoE) -> MoE:
-    """Returns the layer with K experts drawn uniformly by token and position.
+def with_random_routing(moe: MoE) -> LayerEdit:
+    """Returns K experts drawn uniformly by token and position.
 
     Each of them has weight 1/K, times the run's `moe.route_scale`.
     """
-    edited = _without_router(moe, router="random", top_k=chosen_per_token(moe))
-    edited.is_limited = False
-    return edited
+    return LayerEdit(structure=(_select_without_logits, "random", chosen_per_token(moe)))
 
 
-def with_uniform_routing(moe: MoE) -> MoE:
-    """Returns the layer with every token sent to every expert.
+def with_uniform_routing(moe: MoE) -> LayerEdit:
+    """Returns every token sent to every expert.
 
     Each expert has weight 1/E, times the run's `moe.route_scale`.
     """
-    edited = _without_router(moe, router="softmax_topk", top_k=moe.config.num_choices)
-    edited.is_limited = False
-    return edited
+    return LayerEdit(structure=(_select_without_logits, "softmax_topk", moe.config.num_choices))
 
 
 def similarity(experts: Experts) -> Float[np.ndarray, "E E"]:
@@ -162,13 +174,21 @@ def similarity(experts: Experts) -> Float[np.ndarray, "E E"]:
     Low where two experts compute the same with their hidden units in another order.
     """
     flat = []
-    for name in WEIGHTS:
-        if hasattr(experts, name):
-            weights_E = np.asarray(getattr(experts, name)[...])
-            flat.append(weights_E.reshape(len(weights_E), -1))
+    for weights_E in jax.device_get(jax.tree.leaves(nnx.state(experts))):
+        flat.append(weights_E.reshape(len(weights_E), -1))
     weights_EP = np.concatenate(flat, axis=1)
     (similarity_EE,) = weight_cosine(weights_EP[None])
     return similarity_EE
+
+
+def _one_hot(config: MoeConfig, expert: int) -> np.ndarray:
+    return np.arange(config.num_choices) == expert
+
+
+def _own_weights(config: MoeConfig) -> Int[np.ndarray, "2 E"]:
+    """Returns the `sources_2E` of experts that have their own weights."""
+    expert_E = np.arange(config.num_experts, dtype=np.int32)
+    return np.stack([expert_E, expert_E])
 
 
 def _copy(moe: MoE) -> MoE:
@@ -181,29 +201,46 @@ def _with_config(moe: MoE, **leaves: Any) -> MoE:
     return edited
 
 
-def _without_router(moe: MoE, **leaves: Any) -> MoE:
+def _select_top_k(moe: MoE, top_k: int) -> MoE:
+    """Returns the layer with arrays for another K, which nothing schedules."""
+    edited = _with_config(moe, top_k=top_k, **UNUSED)
+    edited.active_top_k = None
+    return edited
+
+
+def _select_without_logits(moe: MoE, router: str, top_k: int) -> MoE:
     """Returns the layer without what steers a selection: dropless, equal scores for all experts."""
     plain = {
+        "router": router,
+        "top_k": top_k,
         "score": "uniform",
         "num_groups": 1,
         "top_k_groups": 1,
         "selection_bias": False,
         "dispatch": "dropless",
     }
-    edited = _with_config(moe, **plain, **UNUSED, **leaves)
+    edited = _with_config(moe, **plain, **UNUSED)
+    edited.active_top_k = None
     edited.router = NoLogits(edited.config, 0, rngs=nnx.Rngs(0))
     return edited
 
 
-def _with_weights(moe: MoE, change: Callable[[Array], Array]) -> MoE:
+def _zero_bias(moe: MoE) -> MoE:
     edited = _copy(moe)
-    for name in WEIGHTS:
-        if hasattr(edited.experts, name):
-            _edit(edited.experts, name, change)
+    bias = edited.selection_bias
+    edited.selection_bias = RouterState(jnp.zeros_like(bias[...]), axes=bias.axes)
     return edited
 
 
-def _edit(module: nnx.Module, name: str, change: Callable[[Array], Array]) -> None:
-    """Replaces an array that another module may share, rather than writing into it."""
-    variable = getattr(module, name)
-    setattr(module, name, variable.replace(change(variable[...])))
+def _with_weights_of(moe: MoE, sources_2E: Int[Array, "2 E"]) -> MoE:
+    """Returns the layer with the mean of two experts' weights in each expert."""
+    first_E, second_E = sources_2E
+
+    def mean_of_two(weights_E):
+        # Twice the same weights have themselves as their mean, to the last bit.
+        return (weights_E[first_E] + weights_E[second_E]) / 2
+
+    graphdef, state = nnx.split(moe.experts)
+    edited = _copy(moe)
+    edited.experts = nnx.merge(graphdef, jax.tree.map(mean_of_two, state))
+    return edited

@@ -1,10 +1,11 @@
 """Runs a model layer by layer, with some of its MoE layers edited.
 
-Layers before the first edited one are run once for all interventions. An edited layer with other
-weights or another blocked expert is the same program with other arguments, and compiles nothing
-again.
+Layers before the first edited one are run once for all interventions. Interventions that are one
+program with other arrays, such as other blocked experts, are run together by `jax.vmap`, and
+compile nothing again.
 """
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ from moejax.inspection.counterfactuals.interventions import LayerEdit
 from moejax.inspection.counterfactuals.result import CounterfactualError
 from moejax.models import Decoder
 from moejax.models.blocks import Block, Context
+from moejax.moe.balancing.stats import RoutingStats
 from moejax.moe.layer import MoE
 from moejax.moe.token_info import TokenInfo
 
@@ -76,12 +78,13 @@ class Parts:
     """
 
     def __init__(self, model: Decoder):
+        self.config = model.config.model
         self.model = nnx.split(model)
         blocks: list[Block] = [block for block, _ in model.walk()]
         self.blocks = [nnx.split(block) for block in blocks]
         self.places = [index for index, block in enumerate(blocks) if block.is_moe]
         self.moes: list[MoE] = [blocks[index].moe for index in self.places]
-        if any(moe.is_placed for moe in self.moes):
+        if any(moe.experts.are_placed for moe in self.moes):
             raise CounterfactualError(
                 "experts of this model were placed elsewhere; load the run again"
             )
@@ -89,7 +92,8 @@ class Parts:
     def run(self, batch: Batch) -> Passed:
         """Runs a batch as trained."""
         residuals = self.begin(batch)
-        return self._end(batch, residuals.before[-1], residuals.traffic)
+        nats_1B = _count_nats(*self.model, residuals.before[-1][None], batch)
+        return Passed(*jax.device_get((nats_1B[0], residuals.traffic)))
 
     def begin(self, batch: Batch) -> Residuals:
         """Runs a batch as trained, and keeps the residual stream before every layer."""
@@ -97,48 +101,46 @@ class Parts:
         before = [x_BLD]
         traffic_by_layer = {}
         for index, (graphdef, state) in enumerate(self.blocks):
-            x_BLD, traffic = _apply(graphdef, state, x_BLD, context)
+            x_1BLD, traffic_1 = _apply(graphdef, 1, state, x_BLD, LayerEdit(), context)
+            x_BLD = x_1BLD[0]
             before.append(x_BLD)
-            if traffic is not None:
+            if traffic_1 is not None:
+                traffic = jax.tree.map(lambda sum_1: sum_1[0], traffic_1)
                 traffic_by_layer[self.places.index(index)] = traffic
         return Residuals(context, before, traffic_by_layer)
 
     def run_edited(
-        self, batch: Batch, residuals: Residuals, edits: Mapping[int, LayerEdit]
-    ) -> Passed:
-        """Runs a batch from the first edited layer on.
+        self, batch: Batch, residuals: Residuals, edits: Mapping[int, LayerEdit], num: int
+    ) -> list[Passed]:
+        """Runs a batch from the first edited layer on, once for each of `num` interventions.
 
         Args:
           batch: as in `begin`.
           residuals: what `begin` returned for it.
-          edits: by MoE layer, counted from 0.
+          edits: by MoE layer, counted from 0; every array has a leading axis of interventions.
+          num: how many interventions.
         """
         edits_by_block = {self.places[layer]: edit for layer, edit in edits.items()}
         first = min(edits_by_block)
-        x_BLD = residuals.before[first]
+        x = residuals.before[first]
         traffic_by_layer = {}
         for index in range(first, len(self.blocks)):
             graphdef, state = self.blocks[index]
             edit = edits_by_block.get(index)
+            x, traffic_I = _apply(graphdef, num, state, x, edit or LayerEdit(), residuals.context)
+            if num == 1:  # without the axis it is the program of a layer as trained
+                x = x[0]
             if edit is not None:
-                graphdef, state = _edit_block(graphdef, state, edit)
-            x_BLD, traffic = _apply(graphdef, state, x_BLD, residuals.context)
-            if edit is not None:
-                traffic_by_layer[self.places.index(index)] = traffic
-        return self._end(batch, x_BLD, traffic_by_layer)
-
-    def _end(self, batch: Batch, x_BLD: jax.Array, traffic: dict[int, Traffic]) -> Passed:
-        nats_B = _count_nats(*self.model, x_BLD, batch)
-        return Passed(*jax.device_get((nats_B, traffic)))
+                traffic_by_layer[self.places.index(index)] = traffic_I
+        x_IBLD = x[None] if num == 1 else x
+        nats_IB = _count_nats(*self.model, x_IBLD, batch)
+        stacked = Passed(*jax.device_get((nats_IB, traffic_by_layer)))
+        return [_take(stacked, i) for i in range(num)]
 
 
-def _edit_block(
-    graphdef: nnx.GraphDef, state: nnx.State, edit: LayerEdit
-) -> tuple[nnx.GraphDef, nnx.State]:
-    """Returns a block, split, with its MoE layer edited."""
-    block = nnx.merge(graphdef, state)
-    block.moe = edit(block.moe)
-    return nnx.split(block)
+def _take(stacked: Passed, i: int) -> Passed:
+    """Returns the pass of one intervention."""
+    return jax.tree.map(lambda array_I: array_I[i], stacked)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -148,27 +150,62 @@ def _embed(graphdef: nnx.GraphDef, state: nnx.State, batch: Batch) -> tuple[jax.
     return nnx.merge(graphdef, state).embed(batch.tokens_BL), context
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def _apply(
-    graphdef: nnx.GraphDef, state: nnx.State, x_BLD: jax.Array, context: Context
+    graphdef: nnx.GraphDef,
+    num: int,
+    state: nnx.State,
+    x: jax.Array,
+    edits: LayerEdit,
+    context: Context,
 ) -> tuple[jax.Array, Traffic | None]:
-    x_BLD, stats, _ = nnx.merge(graphdef, state)(x_BLD, context)
-    if stats is None:
-        return x_BLD, None
-    traffic = Traffic(
+    """Applies a layer in `num` interventions.
+
+    Args:
+      graphdef: of the layer.
+      num: how many interventions, I.
+      state: of the layer.
+      x: the residual stream of each, `[I, B, L, D]`, or the one that they share, `[B, L, D]`.
+      edits: of the layer; arrays have a leading axis of interventions.
+      context: what all share.
+
+    Returns:
+      The residual stream and, of a MoE layer, the traffic of each intervention.
+    """
+
+    def apply_one(x_BLD, edit):
+        block = nnx.merge(graphdef, state)
+        if block.is_moe:
+            block.moe = edit.apply(block.moe)
+        info = dataclasses.replace(context.info, overrides=edit.overrides)
+        x_BLD, stats, _ = block(x_BLD, dataclasses.replace(context, info=info))
+        return x_BLD, None if stats is None else _traffic(stats)
+
+    x_axis = None if x.ndim == 3 else 0
+    return jax.vmap(apply_one, in_axes=(x_axis, 0), axis_size=num)(x, edits)
+
+
+def _traffic(stats: RoutingStats) -> Traffic:
+    return Traffic(
         num_tokens=stats.num_tokens,
         num_choices=stats.assignments_E.sum(),
         dropped=stats.dropped,
         gate_mass=stats.gate_mass,
         load_E=stats.assignments_E,
     )
-    return x_BLD, traffic
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _count_nats(
-    graphdef: nnx.GraphDef, state: nnx.State, x_BLD: jax.Array, batch: Batch
+    graphdef: nnx.GraphDef, state: nnx.State, x_IBLD: jax.Array, batch: Batch
 ) -> jax.Array:
-    logits_BLV = nnx.merge(graphdef, state).unembed(x_BLD)
-    nats_BL = optax.softmax_cross_entropy_with_integer_labels(logits_BLV, batch.targets_BL)
-    return jnp.where(batch.loss_mask_BL, nats_BL, 0.0).sum(axis=1)
+    """Returns the cross-entropy of each row in each intervention, `[I, B]`."""
+    model = nnx.merge(graphdef, state)
+
+    def count_one(x_BLD):
+        logits_BLV = model.unembed(x_BLD)
+        nats_BL = optax.softmax_cross_entropy_with_integer_labels(logits_BLV, batch.targets_BL)
+        return jnp.where(batch.loss_mask_BL, nats_BL, 0.0).sum(axis=1)
+
+    # One after the other, for the logits of all would take too much memory.
+    return jax.lax.map(count_one, x_IBLD)

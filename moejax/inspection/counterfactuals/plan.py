@@ -5,7 +5,6 @@ is made on those where it makes sense, and what is left out is named with its re
 """
 
 import dataclasses
-import functools
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -120,7 +119,6 @@ def _plan_top_k(layers: Layers, top_k: Sequence[int] | None) -> tuple[list[Inter
         top_k = range(1, _most_experts(layers) + 1)
     planned, left_out = [], {}
     for k in top_k:
-        edit = functools.partial(interventions.with_top_k, top_k=k)
         edits: dict[int, LayerEdit] = {}
         reasons: dict[int, str] = {}
         for n, moe in enumerate(layers.moes):
@@ -128,7 +126,7 @@ def _plan_top_k(layers: Layers, top_k: Sequence[int] | None) -> tuple[list[Inter
             if reason:
                 reasons[n] = reason
             else:
-                edits[n] = edit
+                edits[n] = interventions.with_top_k(moe, k)
         if reasons:
             left_out[f"top_k: K={k}"] = layers.explain(reasons)
         if edits:
@@ -154,9 +152,8 @@ def _plan_capacity(layers: Layers, factors: Sequence[float]) -> tuple[list[Inter
     limited = _all_but(layers, reasons)
     planned = []
     for factor in factors if limited else ():
-        edit = functools.partial(interventions.with_capacity, factor=float(factor))
         what = f"capacity factor {factor:g}"
-        edits = dict.fromkeys(limited, edit)
+        edits = dict.fromkeys(limited, interventions.with_capacity(factor))
         planned.append(Intervention("capacity", what, edits, setting=float(factor)))
     return planned, _left_out(layers, "capacity", reasons)
 
@@ -175,7 +172,7 @@ def _plan_bias_off(layers: Layers) -> tuple[list[Intervention], LeftOut]:
     with_bias = [n for n, moe in enumerate(layers.moes) if moe.config.has_selection_bias]
     if not with_bias:
         return [], {"bias_off": "no layer has a selection bias"}
-    edits = dict.fromkeys(with_bias, interventions.without_bias)
+    edits = dict.fromkeys(with_bias, interventions.without_bias())
     return [Intervention("bias_off", "selection bias 0", edits)], {}
 
 
@@ -191,13 +188,13 @@ def _plan_ablations(layers: Layers) -> tuple[list[Intervention], LeftOut]:
             )
         for expert in range(moe.config.num_choices):
             if n not in not_blockable:
-                block = functools.partial(interventions.blocked, expert=expert)
+                block = interventions.blocked(moe.config, expert)
                 planned.append(_ablation(layers, n, expert, NOT_SELECTABLE, block))
             reason = interventions.why_not_ablated(moe, expert)
             if reason:
                 not_ablatable[n] = reason
             else:
-                ablate = functools.partial(interventions.ablated, expert=expert)
+                ablate = interventions.ablated(moe.config, expert)
                 planned.append(_ablation(layers, n, expert, OUTPUT_ZERO, ablate))
     left_out = _left_out(layers, f"ablate: {NOT_SELECTABLE}", not_blockable)
     left_out |= _left_out(layers, f"ablate: {OUTPUT_ZERO}", not_ablatable)
@@ -212,7 +209,7 @@ def _ablation(layers: Layers, n: int, expert: int, way: str, edit: LayerEdit) ->
 def _plan_pairs(
     layers: Layers, kind: str, num_pairs: int, seed: int
 ) -> tuple[list[Intervention], LeftOut]:
-    operate = {"swap": interventions.swapped, "merge": interventions.merged}[kind]
+    make_edit = {"swap": interventions.swapped, "merge": interventions.merged}[kind]
     planned, reasons = [], {}
     for n, moe in enumerate(layers.moes):
         num_experts = moe.config.num_experts
@@ -220,7 +217,7 @@ def _plan_pairs(
             reasons[n] = f"moe.num_experts={num_experts} has no two experts"
             continue
         for what, pair in _pairs_to_edit(layers, n, kind, num_pairs, seed):
-            edit = functools.partial(operate, first=pair[0], second=pair[1])
+            edit = make_edit(moe.config, *pair)
             number = layers.numbers[n]
             planned.append(Intervention(kind, what, {n: edit}, layer=number, experts=pair))
     return planned, _left_out(layers, kind, reasons)
@@ -243,22 +240,20 @@ def _pairs_to_edit(
 
 
 def _plan_routing(layers: Layers, kind: str) -> tuple[list[Intervention], LeftOut]:
-    edits: dict[str, LayerEdit] = {
-        "random": interventions.with_random_routing,
-        "uniform": interventions.with_uniform_routing,
-    }
-    edit = edits[kind]
-    what = {"random": "random experts", "uniform": "all experts alike"}[kind]
+    make_edit, what = {
+        "random": (interventions.with_random_routing, "random experts"),
+        "uniform": (interventions.with_uniform_routing, "all experts alike"),
+    }[kind]
     reasons = {}
     for n, moe in enumerate(layers.moes):
         if kind == "random" and moe.config.router == "soft":
             reasons[n] = "moe.router=soft mixes all tokens into every slot, and chooses no experts"
-    possible = _all_but(layers, reasons)
+    edits = {n: make_edit(layers.moes[n]) for n in _all_but(layers, reasons)}
     planned = []
-    if possible:
-        planned.append(Intervention(kind, what, dict.fromkeys(possible, edit)))
+    if edits:
+        planned.append(Intervention(kind, what, edits))
     if len(layers.moes) > 1:
-        for n in possible:
+        for n, edit in edits.items():
             planned.append(Intervention(kind, what, {n: edit}, layer=layers.numbers[n]))
     return planned, _left_out(layers, kind, reasons)
 

@@ -6,9 +6,12 @@ outputs are the same.
 """
 
 import dataclasses
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Array, Float, Int
 
 EVEN = 0.005
 """Differences of `imbalance` up to this do not count: measured load predicts no more closely."""
@@ -18,21 +21,22 @@ class PlacementError(ValueError):
     """A placement that is not possible."""
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Replicas:
-    """The slots of each expert of each layer.
+    """The slots of each expert of a layer; with a leading axis of layers for several.
 
     Attributes:
-      slots_NEM: the slots of its replicas, at most M; repeated where it has fewer.
-      num_NE: how many replicas it has.
+      slots_EM: the slots of its replicas, at most M, int32; repeated where it has fewer.
+      num_E: how many replicas it has, int32.
     """
 
-    slots_NEM: Int[np.ndarray, "N E M"]
-    num_NE: Int[np.ndarray, "N E"]
+    slots_EM: Any
+    num_E: Any
 
     @classmethod
     def from_placement(cls, experts_NP: Int[np.ndarray, "N P"], num_experts: int) -> "Replicas":
-        """Finds the slots of each expert from the expert in each slot.
+        """Finds the slots of each expert of N layers from the expert in each slot.
 
         Raises:
           PlacementError: an expert has no slot.
@@ -51,6 +55,22 @@ class Replicas:
             slots = np.flatnonzero(is_expert_P)
             slots_NEM[layer, expert] = np.resize(slots, most)
         return cls(slots_NEM, num_NE.astype(np.int32))
+
+    def slots_of(self, experts_BLK: Int[Array, "B L K"], num_slots: int) -> Int[Array, "B L K"]:
+        """Returns the slots of chosen experts of one layer.
+
+        Tokens take turns among the replicas of an expert, by row and position in the row. What is
+        no expert has no slot: `num_slots`.
+        """
+        slots_EM, num_E = jnp.asarray(self.slots_EM), jnp.asarray(self.num_E)
+        num_experts = num_E.shape[0]
+        expert_BLK = jnp.minimum(experts_BLK, num_experts - 1)
+        row_BL, position_BL = jnp.indices(experts_BLK.shape[:2])
+        turn_BL1 = (row_BL + position_BL)[:, :, None]
+        replica_BLK = turn_BL1 % num_E[expert_BLK]
+        slot_BLK = slots_EM[expert_BLK, replica_BLK]
+        is_expert_BLK = experts_BLK < num_experts
+        return jnp.where(is_expert_BLK, slot_BLK, num_slots)
 
 
 def identity_placement(num_layers: int, num_experts: int) -> Int[np.ndarray, "N E"]:

@@ -186,6 +186,16 @@ class Experts(nnx.Module):
         self.network = network
         self.dtype = dtype
 
+    @property
+    def num_slots(self) -> int:
+        """Returns how many networks there are: with replicas, more than experts."""
+        return self.down.shape[0]
+
+    @property
+    def are_placed(self) -> bool:
+        """Whether the networks are in the slots of a placement."""
+        return "slots" in self.down.axes
+
     def weights(self) -> ExpertWeights:
         """Returns all of them, in the compute dtype."""
         weights = ExpertWeights(

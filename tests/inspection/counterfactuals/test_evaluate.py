@@ -497,7 +497,7 @@ def test_a_scheduled_k_counts_and_all_but_identity_experts_are_ablated():
     assert left_out == {"ablate: output 0": "the output of identity experts is the token"}
     assert len(changes) == 2 * 8 - 1
     moe = interventions.ablated(layers.moes[0], 7)
-    np.testing.assert_array_equal(moe.free_experts.vectors[...][:, 0], [2, 0])
+    np.testing.assert_array_equal(moe.zero_computation_experts.vectors[...][:, 0], [2, 0])
     np.testing.assert_array_equal(
         interventions.ablated(layers.moes[0], 2).experts.down_bias[...][:, 0], [2, 2, 0, 2]
     )

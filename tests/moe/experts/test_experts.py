@@ -129,7 +129,7 @@ def test_so_they_do_with_a_fixed_number_of_slots(variant):
     check(config, factor=float(E))
 
 
-def test_choices_of_free_experts_are_counted_and_take_no_row_and_no_slot():
+def test_choices_of_zero_computation_experts_are_counted_and_take_no_row_and_no_slot():
     config = config_of(**VARIANTS["all free"])
     chosen_BLE, stats = check(config)
     assert stats.assignments_E.tolist() == chosen_BLE.sum((0, 1)).tolist()

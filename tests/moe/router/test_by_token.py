@@ -104,6 +104,6 @@ def test_scores_of_soft_routing_are_those_of_experts_whatever_their_slots():
 
 
 @pytest.mark.parametrize("num_choices", [E, E + 3])
-def test_free_experts_are_experts_too(num_choices):
+def test_zero_computation_experts_are_experts_too(num_choices):
     experts_NTK = jnp.full((1, 4, 2), E + 1 if num_choices > E else E, jnp.int32)
     assert coactivation(experts_NTK, num_choices).sum() == (0 if num_choices == E else 4 * 2 * 2)
