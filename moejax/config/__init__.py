@@ -13,6 +13,7 @@ from moejax.config.errors import nearest as nearest
 from moejax.config.knobs import Knobs as Knobs
 from moejax.config.layer_pattern import LayerGroup as LayerGroup
 from moejax.config.resolve import default as default
+from moejax.config.resolve import given_leaves as given_leaves
 from moejax.config.resolve import resolve as resolve
 from moejax.config.resolve import resolve_recorded as resolve_recorded
 from moejax.config.resolve import to_config_dict as to_config_dict
