@@ -16,6 +16,7 @@ from moejax.config.loss_specs import LOSS_SPECS as LOSS_SPECS
 from moejax.config.loss_specs import LOSS_WEIGHTS as LOSS_WEIGHTS
 from moejax.config.loss_specs import LossSpec as LossSpec
 from moejax.config.resolve import default as default
+from moejax.config.resolve import given_leaves as given_leaves
 from moejax.config.resolve import resolve as resolve
 from moejax.config.resolve import resolve_recorded as resolve_recorded
 from moejax.config.resolve import to_config_dict as to_config_dict

@@ -7,12 +7,16 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from moejax.config.errors import ConfigError, format_value, nearest
+from moejax.config.layer_pattern import UNDERIVED
 from moejax.config.schema.leaf import check_value
 from moejax.config.schema.tree import check_key, declared
 from moejax.config.schema.unread import refuse_unread
 from moejax.config.sections.moe import derive_moe
 from moejax.config.sections.root import SECTIONS, Config
 from moejax.config.validation import validate
+
+LEFT_OPEN: dict[str, Any] = {**UNDERIVED, "d_expert": 0}
+"""Leaves of `moe` that are derived if they have these values, which are their defaults."""
 
 
 def default() -> ConfigDict:
@@ -37,6 +41,24 @@ def with_defaults(recorded: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[s
         given = recorded.get(section, {})
         completed[section] = {**defaults, **given}
     return completed
+
+
+def given_leaves(config: Config) -> dict[str, Any]:
+    """Returns the leaves that have neither their default nor their derived value, by dotted key.
+
+    They are a recipe: `resolve_recorded` makes the same configuration of them.
+    """
+    open_moe = dataclasses.replace(config.moe, **LEFT_OPEN)
+    derived_moe = _derive(dataclasses.replace(config, moe=open_moe)).moe
+    expected = {key: each.default for key, each in declared().items()}
+    for name in LEFT_OPEN:
+        expected[f"moe.{name}"] = getattr(derived_moe, name)
+    given = {}
+    for key, each in declared().items():
+        value = each.value(config)
+        if value != expected[key]:
+            given[key] = value
+    return given
 
 
 def resolve(source: object, *, typed: Collection[str] = (), varied: Collection[str] = ()) -> Config:

@@ -44,7 +44,8 @@ class Arm:
 
     Attributes:
       id: the first digits of `config_hash`, which name its run directory.
-      config_hash: of the resolved configuration, see `ids.hash_config`.
+      config_hash: of what the configuration sets, see `ids.hash_config`; of an arm that an earlier
+        version recorded, what that version made of it.
       overrides: what its point sets, by dotted key.
       matched: leaves that matching changed; empty without.
       config: resolved.
@@ -205,7 +206,7 @@ def check_same(first: Arm, second: Arm) -> None:
 
     One of the two would be lost.
     """
-    if first.config_hash != second.config_hash:
+    if hash_config(first.config) != hash_config(second.config):
         raise SweepError(
             f"the id {second.id} is that of two configurations, "
             f"{describe(first.overrides)} and {describe(second.overrides)}; "

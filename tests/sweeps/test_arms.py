@@ -10,7 +10,7 @@ import time
 import pytest
 
 from cases.training import SMALL
-from moejax.config import ConfigError, resolve, to_dict
+from moejax.config import ConfigError, default, resolve, to_dict
 from moejax.models.parameters import count_parameters
 from moejax.sweeps import arms, choice, parse_axis, product, seeds, where
 from moejax.sweeps.arms import Arm, SweepError, describe, plan_arms
@@ -126,7 +126,7 @@ def test_too_many_points_are_refused_before_they_are_made():
     assert time.monotonic() - start < 5
 
 
-def test_an_id_hashes_the_resolved_configuration_but_the_datas_folder():
+def test_an_id_hashes_what_differs_from_the_defaults_but_the_datas_folder():
     first, second, other = plan_arms(
         SMALL, [{}, {"moe.z_weight": 0.5}, {"moe.z_weight": 0.25, "data.directory": "elsewhere"}]
     ).arms
@@ -134,15 +134,18 @@ def test_an_id_hashes_the_resolved_configuration_but_the_datas_folder():
     assert len({first.id, second.id, other.id}) == 3
     (elsewhere,) = plan_arms(SMALL, [{"data.directory": "elsewhere"}]).arms
     assert elsewhere.config_hash == first.config_hash
-    values = to_dict(first.config)
-    # See sweeps/ids.py.
-    left_out = (("data", "directory"), ("data", "text_field"), ("train", "check_memory"))
-    for section, name in left_out:
-        del values[section][name]
-    # In alphabetical order, whatever the order of leaves in the source.
-    by_name = {section: dict(sorted(values[section].items())) for section in sorted(values)}
+    defaults = default().to_dict()
+    differing = {}
+    for section, leaves in to_dict(second.config).items():
+        for name, value in leaves.items():
+            if value != defaults[section][name]:
+                differing[f"{section}.{name}"] = value
+    # These two have the values that are derived for them.
+    assert differing.pop("moe.score") == "softmax" and differing.pop("moe.d_expert") == 16
+    assert differing["moe.z_weight"] == 0.5
+    by_name = dict(sorted(differing.items()))
     text = json.dumps(by_name).replace(": ", ":").replace(", ", ",")
-    assert first.config_hash == hashlib.sha256(text.encode()).hexdigest()
+    assert second.config_hash == hashlib.sha256(text.encode()).hexdigest()
 
 
 def test_an_arm_that_was_written_and_read_is_the_same():

@@ -19,7 +19,13 @@ from moejax.sweeps.runners.packs import record_arm
 from moejax.sweeps.search.definition import BITS, Axis, Definition
 from moejax.sweeps.search.progress import Outcome, Report
 from moejax.sweeps.search.worker import Point
-from moejax.sweeps.store.directory import ARMS_FOLDER, add_arm, claimed, join_records
+from moejax.sweeps.store.directory import (
+    ARMS_FOLDER,
+    add_arm,
+    claimed,
+    join_records,
+    recorded_id,
+)
 from moejax.sweeps.store.records import RECORD_FILE, read_record
 from moejax.training.evaluation import Evaluation
 from moejax.training.health.alarms import AlarmError
@@ -90,7 +96,7 @@ class Trials:
         """
         if not self.allows(point):
             raise ConfigError(f"{point} is not in the space")
-        return self._arm(point).id
+        return recorded_id(self.directory, self._arm(point))
 
     def known(self, arm_id: str) -> Outcome | None:
         """Returns the outcome of an arm that has ended, from its record; None for other arms.
@@ -113,9 +119,9 @@ class Trials:
         Raises:
           TrialLostError: the trial is another worker's by now.
         """
-        arm = self._arm(point)
         recipe = self.definition.recipe
-        sweep = add_arm(self.directory, arm, recipe=recipe, command=self.command)
+        sweep = add_arm(self.directory, self._arm(point), recipe=recipe, command=self.command)
+        arm = sweep.arms[arm_id]
         workdir = sweep.workdir(arm_id)
         with self._claim(arm_id, report) as is_mine:
             if not is_mine:

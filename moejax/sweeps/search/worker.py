@@ -9,6 +9,21 @@ nor run a point twice.
 A worker that finds nothing to do waits: it may be needed for the point of one that dies. A trial
 fails once, whichever workers notice that its worker is dead, and of two successors only the earlier
 runs. A worker that was only slow is refused when it reports, and goes on with another point.
+
+Optuna has heartbeats (`RDBStorage(heartbeat_interval=...)`), retries (`fail_stale_trials`,
+`RetryHeartbeatStaleTrialCallback`) and a limit (`MaxTrialsCallback`) of its own. They are not used:
+
+- A journal has no heartbeat. So they could take the place of `liveness.py` and `successor_of`, a
+  tenth of this folder, for databases alone, and both would stay here for journals.
+- A trial whose worker dies before its first heartbeat runs for ever.
+- Who notices a death fails the trial and then adds its successor: a death in between loses the
+  point.
+- One error of the storage ends a heartbeat for good, and the trial's end is then an error that ends
+  the worker.
+- A point whose worker is asked to stop, or whose training raises, is not tried again.
+- The limit is looked at after a trial: N workers that race at the end run up to N - 1 too many.
+
+`tests/sweeps/search/test_optuna.py` shows each of these of Optuna 5.0, and fails once one has gone.
 """
 
 import contextlib
@@ -63,7 +78,6 @@ def work(
     arm_of: Callable[[Point], str],
     worker_id: str,
     should_stop: Callable[[], bool],
-    max_trials: int | None = None,
     beat_s: float = 5.0,
     grace_s: float = 60.0,
     poll_s: float = 2.0,
@@ -80,7 +94,6 @@ def work(
         does not allow.
       worker_id: a name that no other worker of the study has.
       should_stop: asked between trials, and by the arm through its report.
-      max_trials: after which this worker ends; None for no limit.
       beat_s: seconds between heartbeats.
       grace_s: seconds without a heartbeat after which another worker's trial is taken over.
       poll_s: seconds between two looks at the study while there is nothing to do.
@@ -111,7 +124,7 @@ def work(
             poll_s=poll_s,
             watch=Watch(grace_s),
         )
-        return worker.work(max_trials)
+        return worker.work()
 
 
 @dataclasses.dataclass
@@ -142,10 +155,10 @@ class _Worker:
         """The study's number of trials now: it may rise while its workers run."""
         return definition_of(self.study).trials
 
-    def work(self, max_trials: int | None) -> int:
+    def work(self) -> int:
         """Evaluates points, see the function of this name."""
         num_ended = 0
-        while not self.should_stop() and (max_trials is None or num_ended < max_trials):
+        while not self.should_stop():
             trials = self._update_trials()
             has_waiting = Condition.WAITING in conditions(trials).values()
             num_trials = self.num_trials

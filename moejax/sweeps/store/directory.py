@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import itertools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from moejax.locks import FolderLock, HeldError, LockedError, check_held
@@ -18,6 +18,7 @@ from moejax.paths import resolve_path
 from moejax.sweeps.arms import Arm, Plan, SweepError, check_same
 from moejax.sweeps.packing import Ids, pack_arms
 from moejax.sweeps.store.record_files import check_inside
+from moejax.sweeps.store.recorded import explain_loss, lost_arms, with_recorded_ids
 from moejax.sweeps.store.records import RECORD_FILE, SWEEP_FILE, Row, collect, read_definition
 from moejax.training.run_directory.layout import git_commit, versions, write_json
 
@@ -111,6 +112,8 @@ def write_sweep(
 ) -> Sweep:
     """Writes what is to run; a sweep that the directory holds already goes on.
 
+    An arm that the directory holds keeps the id that it has there, see `store.recorded`.
+
     Args:
       directory: created if absent. A sweep that it holds may get more arms, and other packs.
       plan: all arms.
@@ -124,29 +127,35 @@ def write_sweep(
         cannot be written.
     """
     directory = resolve_path(directory)
-    arms = {arm.id: arm for arm in plan.arms}
-    sweep = Sweep(directory, arms, pack_arms(plan.arms, largest_pack), command)
     with _defining(directory):
+        recorded: dict[str, Arm] = {}
         if (directory / SWEEP_FILE).exists():
-            _check_continues(sweep)
+            recorded = open_sweep(directory).arms
+            _check_continues(directory, plan.arms, recorded)
+        arms = with_recorded_ids(plan.arms, recorded)
+        packs = pack_arms([*arms.values()], largest_pack)
+        sweep = Sweep(directory, arms, packs, command)
         _write(sweep, recipe, match, is_search=False)
     return sweep
 
 
-def _check_continues(sweep: Sweep) -> None:
-    """Raises `SweepError` unless a sweep has all arms that its directory holds already."""
-    definition = read_definition(sweep.directory)
-    if definition.get(IS_SEARCH):
+def _check_continues(directory: Path, planned: Sequence[Arm], recorded: Mapping[str, Arm]) -> None:
+    """Raises `SweepError` unless all arms that a directory holds already are planned."""
+    if read_definition(directory).get(IS_SEARCH):
         raise SweepError(
-            f"--dir={sweep.directory} holds the arms of a search; give these points another --dir"
+            f"--dir={directory} holds the arms of a search; give these points another --dir"
         )
-    lost = [entry["id"] for entry in definition["arms"] if entry["id"] not in sweep.arms]
-    if lost:
-        raise SweepError(
-            f"--dir={sweep.directory} holds a sweep with {len(lost)} arms "
-            f"that this one does not have ({lost[0]} ...); "
-            "give the axes it was planned with and more, or another --dir"
-        )
+    lost = lost_arms(planned, recorded)
+    if not lost:
+        return
+    remedy = "give the axes it was planned with and more, or another --dir"
+    change = explain_loss(lost[0], planned)
+    if change:
+        remedy = f"{change}; set in the recipe what it was planned with, or give another --dir"
+    raise SweepError(
+        f"--dir={directory} holds a sweep with {len(lost)} arms "
+        f"that this one does not have ({lost[0].id} ...); {remedy}"
+    )
 
 
 def check_search(directory: Path) -> None:
@@ -161,7 +170,7 @@ def check_search(directory: Path) -> None:
 
 
 def add_arm(directory: str | Path, arm: Arm, *, recipe: str, command: str) -> Sweep:
-    """Adds an arm that a search has drawn.
+    """Adds an arm that a search has drawn, with the id of `recorded_id`.
 
     The directory and its `sweep.json` are made if they do not exist.
 
@@ -174,13 +183,22 @@ def add_arm(directory: str | Path, arm: Arm, *, recipe: str, command: str) -> Sw
         known = Sweep(directory, {}, (), command)
         if (directory / SWEEP_FILE).exists():
             known = open_sweep(directory)
-        if arm.id in known.arms:
-            check_same(known.arms[arm.id], arm)
+        (arm_id,) = with_recorded_ids([arm], known.arms)
+        if arm_id in known.arms:
+            check_same(known.arms[arm_id], arm)
             return known
         packs = (*known.packs, (arm.id,))
         sweep = Sweep(directory, known.arms | {arm.id: arm}, packs, known.command)
         _write(sweep, recipe, "", is_search=True)
         return sweep
+
+
+def recorded_id(directory: Path, arm: Arm) -> str:
+    """Returns the id of an arm in a directory: its own unless it is recorded with another."""
+    if not (directory / SWEEP_FILE).exists():
+        return arm.id
+    (arm_id,) = with_recorded_ids([arm], open_sweep(directory).arms)
+    return arm_id
 
 
 @contextlib.contextmanager

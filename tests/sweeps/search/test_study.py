@@ -103,6 +103,11 @@ def wait_until(condition, what, seconds=60):
         time.sleep(0.02)
 
 
+def num_done_by(worker, study):
+    done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    return len([trial for trial in done if trial.user_attrs["worker"] == worker])
+
+
 # Points and pruning
 
 
@@ -129,7 +134,7 @@ def test_a_restarted_worker_draws_the_points_it_would_have_drawn(tmp_path):
     undisturbed = search(tmp_path / "undisturbed", sampler="tpe", trials=14)
     storage = str(tmp_path / "study.journal")
     study = create_study(storage, "s", new_definition(sampler="tpe", trials=14))
-    assert evaluate(study, max_trials=11) == 11
+    assert evaluate(study, should_stop=lambda: num_done_by("w", study) >= 11) == 11
     assert evaluate(open_study(storage, "s")) == 3
     expected = [row["params"] for row in undisturbed]
     assert [row["params"] for row in trials_table(study)] == expected
@@ -388,7 +393,8 @@ def test_a_slow_worker_whose_trial_was_taken_over_goes_on_with_another(storage):
 
     def slow(point, arm, report):
         if not refused:  # no heartbeat, while another worker does this trial and one more
-            quick = {"max_trials": 2, "beat_s": 0.1, "grace_s": 0.3}
+            quick = {"beat_s": 0.1, "grace_s": 0.3}
+            quick["should_stop"] = lambda: num_done_by("w2", study) >= 2
             evaluate(open_study(storage, "s"), run, worker_id="w2", **quick)
             try:
                 report(1, 0.25, 1.0)
