@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
 from jaxtyping import Float
 
@@ -203,9 +202,8 @@ def _count_nats(
     model = nnx.merge(graphdef, state)
 
     def count_one(x_BLD):
-        logits_BLV = model.unembed(x_BLD)
-        nats_BL = optax.softmax_cross_entropy_with_integer_labels(logits_BLV, batch.targets_BL)
+        nats_BL = model.cross_entropy(model.final_norm(x_BLD), batch.targets_BL)
         return jnp.where(batch.loss_mask_BL, nats_BL, 0.0).sum(axis=1)
 
-    # One after the other, for the logits of all would take too much memory.
+    # One after the other, for the logits of all would take more memory.
     return jax.lax.map(count_one, x_IBLD)
