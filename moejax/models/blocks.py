@@ -8,12 +8,13 @@ interleaved blocks, each with a stack of dense blocks inside.
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moejax.config import Config, MoeConfig, active_top_k_of, parse_schedule
+from moejax.config import Config
 from moejax.moe.balancing.stats import RoutingStats
 from moejax.moe.expert_parallel.strategy import EXCHANGED
 from moejax.moe.experts.experts import FeedForward
@@ -21,7 +22,7 @@ from moejax.moe.layer import MoE
 from moejax.moe.overrides import AS_TRAINED, RoutingOverrides
 from moejax.moe.router.selection import SAVED_NAMES
 from moejax.moe.token_info import TokenInfo
-from moejax.nn.attention.grouped_query import Attention, KVCache
+from moejax.nn.attention.grouped_query import KVCache
 from moejax.nn.norm import RMSNorm
 from moejax.sharding import constrain_tokens
 
@@ -56,62 +57,75 @@ class Context:
         return dataclasses.replace(self, info=info)
 
 
-class Block(nnx.Module):
-    """One layer: attention, then a MoE layer or a feed-forward network; norms and residuals.
+class Mixer(Protocol):
+    """What a token learns from others of its row, such as `Attention`."""
 
-    `moe` is None where it is a feed-forward network.
+    def __call__(
+        self,
+        x_BLD: jax.Array,
+        positions_BL: jax.Array,
+        segments_BL: jax.Array | None = None,
+        cache: KVCache | None = None,
+    ) -> tuple[jax.Array, KVCache | None]:
+        """Returns what is added to the residual stream, and the cache with these positions."""
+
+    def init_cache(self, batch: int, slots: int) -> KVCache:
+        """Returns an empty cache of `slots` positions for each of `batch` rows."""
+
+
+class Block(nnx.Module):
+    """One layer: a mixer of tokens, then a feed-forward part, each with a norm and a residual.
+
+    Args:
+      width: of the residual stream, D.
+      mixer: what a token learns from others of its row.
+      ffn: what is done to each token: a MoE layer or a feed-forward network.
     """
 
-    def __init__(self, config: Config, moe: MoeConfig | None, *, rngs: nnx.Rngs):
-        dtype = jnp.dtype(config.model.compute_dtype)
-        width = config.model.d_model
-        self.attention_norm = RMSNorm(width)
-        self.attention = Attention(config.model, dtype, rngs=rngs)
+    def __init__(self, width: int, mixer: Mixer, ffn: MoE | FeedForward):
+        self.mixer_norm = RMSNorm(width)
+        self.mixer = mixer
         self.ffn_norm = RMSNorm(width)
-        if moe is not None:
-            active_top_k = None
-            if config.schedule.top_k != "constant":
-                schedule = parse_schedule("schedule.top_k", config.schedule.top_k)
-                active_top_k = active_top_k_of(moe.top_k, schedule.start)
-            self.moe = MoE(
-                moe,
-                width,
-                dtype,
-                vocab_size=config.vocab_size,
-                active_top_k=active_top_k,
-                rngs=rngs,
-            )
-        else:
-            self.ffn = FeedForward(width, config.model.d_ff, dtype, rngs=rngs)
-        self.is_moe = moe is not None
-        self.cache_shape = (config.model.num_kv_heads, config.head_dim)
-        self.dtype = dtype
+        self.ffn = ffn
+
+    @property
+    def is_moe(self) -> bool:
+        """Whether the feed-forward part is a MoE layer."""
+        return isinstance(self.ffn, MoE)
+
+    @property
+    def moe(self) -> MoE:
+        """The MoE layer of a block that has one."""
+        if not isinstance(self.ffn, MoE):
+            raise TypeError("the feed-forward part of this block is no MoE layer; see is_moe")
+        return self.ffn
 
     def __call__(self, x_BLD: jax.Array, context: Context, cache: KVCache | None = None):
         """Returns (x_BLD, `RoutingStats` or None, cache).
 
-        Without a cache it attends to `x_BLD` alone.
+        Without a cache it mixes the tokens of `x_BLD` alone.
         """
-        with jax.named_scope("attention"):
-            normed_BLD = self.attention_norm(x_BLD)
-            y_BLD, cache = self.attention(
-                normed_BLD, context.positions_BL, context.segments_BL, cache
-            )
+        with jax.named_scope("mixer"):
+            y_BLD, cache = self.mix(x_BLD, context, cache)
             x_BLD += y_BLD
         normed_BLD = self.ffn_norm(x_BLD)
-        if not self.is_moe:
-            with jax.named_scope("ffn"):
-                return x_BLD + self.ffn(normed_BLD), None, cache
-        with jax.named_scope("moe"):
-            y_BLD, stats = self.moe(normed_BLD, context.info)
-        return x_BLD + y_BLD, stats, cache
+        if isinstance(self.ffn, MoE):
+            with jax.named_scope("moe"):
+                y_BLD, stats = self.ffn(normed_BLD, context.info)
+            return x_BLD + y_BLD, stats, cache
+        with jax.named_scope("ffn"):
+            return x_BLD + self.ffn(normed_BLD), None, cache
+
+    def mix(
+        self, x_BLD: jax.Array, context: Context, cache: KVCache | None = None
+    ) -> tuple[jax.Array, KVCache | None]:
+        """Returns what the mixer adds to the residual stream, and its cache."""
+        normed_BLD = self.mixer_norm(x_BLD)
+        return self.mixer(normed_BLD, context.positions_BL, context.segments_BL, cache)
 
     def init_cache(self, batch: int, slots: int) -> KVCache:
         """Returns an empty cache."""
-        shape = (batch, slots, *self.cache_shape)
-        k_BSGA = jnp.zeros(shape, self.dtype)
-        v_BSGA = jnp.zeros(shape, self.dtype)
-        return KVCache(k_BSGA, v_BSGA)
+        return self.mixer.init_cache(batch, slots)
 
     def walk(self, context: Context | None = None) -> Iterator[tuple["Block", Context | None]]:
         """Yields the layers of this module with the context of each.
@@ -122,14 +136,11 @@ class Block(nnx.Module):
 
 
 class InterleavedBlock(nnx.Module):
-    """`num_dense` dense layers and then a MoE layer."""
+    """Several dense layers and then a MoE layer."""
 
-    def __init__(self, config: Config, moe: MoeConfig | None, num_dense: int, *, rngs: nnx.Rngs):
-        def make_dense(rngs):
-            return Block(config, None, rngs=rngs)
-
-        self.dense = Stack(make_dense, num_dense, config, rngs=rngs)
-        self.moe_block = Block(config, moe, rngs=rngs)
+    def __init__(self, dense: "Stack", moe_block: Block):
+        self.dense = dense
+        self.moe_block = moe_block
 
     def __call__(self, x_BLD: jax.Array, context: Context):
         """Returns (x_BLD, `RoutingStats` of the MoE layer, None)."""

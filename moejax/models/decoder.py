@@ -3,15 +3,26 @@
 from collections.abc import Iterator
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from moejax.config import Config, Knobs, LayerGroup
+from moejax.config import (
+    Config,
+    Knobs,
+    LayerGroup,
+    MoeConfig,
+    active_top_k_of,
+    parse_schedule,
+)
 from moejax.kernels.cross_entropy import Head, cross_entropy
 from moejax.models.blocks import Block, Context, InterleavedBlock, Stack
 from moejax.moe.balancing.stats import RoutingStats
+from moejax.moe.experts.experts import FeedForward
+from moejax.moe.layer import MoE
 from moejax.moe.overrides import AS_TRAINED, RoutingOverrides, split_overrides
 from moejax.moe.token_info import TokenInfo
+from moejax.nn.attention.grouped_query import Attention
 from moejax.nn.norm import RMSNorm
 from moejax.sharding import constrain_tokens, gather_fsdp, parts_of_logits
 
@@ -138,15 +149,45 @@ class Decoder(nnx.Module):
 
 def make_stacks(config: Config, rngs: nnx.Rngs) -> list[Stack]:
     """Makes one stack for each group of equal layers, or of equal interleaved blocks."""
+    return [_make_stack(config, group, rngs) for group in config.layer_groups]
 
-    def make_stack(group: LayerGroup) -> Stack:
-        num_dense = len(group.kinds) - 1
 
-        def make_block(rngs):
-            if num_dense == 0:
-                return Block(config, group.moe, rngs=rngs)
-            return InterleavedBlock(config, group.moe, num_dense, rngs=rngs)
+def _make_stack(config: Config, group: LayerGroup, rngs: nnx.Rngs) -> Stack:
+    num_dense = len(group.kinds) - 1
 
-        return Stack(make_block, group.num, config, rngs=rngs)
+    def make_dense(rngs: nnx.Rngs) -> Block:
+        return make_block(config, None, rngs=rngs)
 
-    return [make_stack(group) for group in config.layer_groups]
+    def make_one(rngs: nnx.Rngs) -> Block | InterleavedBlock:
+        if num_dense == 0:
+            return make_block(config, group.moe, rngs=rngs)
+        dense = Stack(make_dense, num_dense, config, rngs=rngs)
+        return InterleavedBlock(dense, make_block(config, group.moe, rngs=rngs))
+
+    return Stack(make_one, group.num, config, rngs=rngs)
+
+
+def make_block(config: Config, moe: MoeConfig | None, *, rngs: nnx.Rngs) -> Block:
+    """Makes a layer of attention and a MoE layer, or a feed-forward network where `moe` is None."""
+    dtype = jnp.dtype(config.model.compute_dtype)
+    width = config.model.d_model
+    attention = Attention(config.model, dtype, rngs=rngs)
+    if moe is None:
+        return Block(width, attention, FeedForward(width, config.model.d_ff, dtype, rngs=rngs))
+    moe_layer = MoE(
+        moe,
+        width,
+        dtype,
+        vocab_size=config.vocab_size,
+        active_top_k=_first_active_top_k(config, moe),
+        rngs=rngs,
+    )
+    return Block(width, attention, moe_layer)
+
+
+def _first_active_top_k(config: Config, moe: MoeConfig) -> int | None:
+    """Returns the experts per token of the first step, None where no schedule changes them."""
+    if config.schedule.top_k == "constant":
+        return None
+    schedule = parse_schedule("schedule.top_k", config.schedule.top_k)
+    return active_top_k_of(moe.top_k, schedule.start)

@@ -75,7 +75,7 @@ def test_a_writer_of_the_benchmark_writes_what_the_model_does_and_again(monkeypa
     model = Decoder(config, rngs=nnx.Rngs(params=0))
     # Strong attention, so that a wrong position changes what is written.
     for name in ("query", "key", "value", "out"):
-        weight = getattr(model.stacks[0].block.attention, name)
+        weight = getattr(model.stacks[0].block.mixer, name)
         weight[...] = 3 * weight[...]
     writer = generation._Writer(LayeredDecoder(model), 0.0, 1.0)
     last_B = np.asarray(writer())

@@ -22,7 +22,7 @@ def model():
     model = Decoder(small_config(), rngs=nnx.Rngs(params=0))
     for stack in model.stacks:
         for name in ("query", "key", "value", "out"):
-            weight = getattr(stack.block.attention, name)
+            weight = getattr(stack.block.mixer, name)
             weight[...] = 3 * weight[...]
     return model
 

@@ -418,7 +418,7 @@ def test_ids_that_are_no_token_have_no_part_in_losses_and_gradients(config):
 
 def test_qk_norm_and_grouped_queries_have_their_parameters_in_every_layer():
     config = config_of(model={"num_layers": 3, "qk_norm": True, "num_heads": 4, "num_kv_heads": 2})
-    attention = shapes_of(config)["stacks"][0]["block"]["attention"]
+    attention = shapes_of(config)["stacks"][0]["block"]["mixer"]
     assert attention == {
         "query": (3, 8, 4, 2),
         "key": (3, 8, 2, 2),
@@ -427,7 +427,7 @@ def test_qk_norm_and_grouped_queries_have_their_parameters_in_every_layer():
         "query_norm": {"scale": (3, 2)},
         "key_norm": {"scale": (3, 2)},
     }
-    without = shapes_of(PLAIN)["stacks"][0]["block"]["attention"]
+    without = shapes_of(PLAIN)["stacks"][0]["block"]["mixer"]
     assert "query_norm" not in without and without["key"] == (2, 8, 1, 4)
 
 

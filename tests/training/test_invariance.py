@@ -345,7 +345,7 @@ def test_initial_weights_do_not_depend_on_the_mesh():
 def test_weights_and_moments_are_split_over_fsdp_and_tensor():
     setup = make(small_config(mesh={"data": 2, "fsdp": 2, "tensor": 2}), 8)
     state = setup.init(0)
-    gate_up = state.params.stacks[0].block.moe.experts.gate_up
+    gate_up = state.params.stacks[0].block.ffn.experts.gate_up
     piece = gate_up[...].addressable_shards[0].data.shape
     assert piece == (2, 4, 16, 2, 8)  # layers, experts, D / fsdp, gate and up, F / tensor
     moments = [x for x in jax.tree.leaves(state.opt_state) if x.shape == gate_up.shape]

@@ -114,8 +114,7 @@ def _run(block: Block, x_BLD: jax.Array, context: Context) -> tuple[jax.Array, j
     next_BLD, _, _ = block(x_BLD, context)
     if not block.is_moe:
         return next_BLD, None
-    normed_BLD = block.attention_norm(x_BLD)
-    y_BLD, _ = block.attention(normed_BLD, context.positions_BL, context.segments_BL, None)
+    y_BLD, _ = block.mix(x_BLD, context)
     inputs_BLD = block.ffn_norm(x_BLD + y_BLD)
     return next_BLD, _outputs(block.moe, inputs_BLD)
 

@@ -175,7 +175,7 @@ def _apply(
     def apply_one(x_BLD, edit):
         block = nnx.merge(graphdef, state)
         if block.is_moe:
-            block.moe = edit.apply(block.moe)
+            block.ffn = edit.apply(block.moe)
         info = dataclasses.replace(context.info, overrides=edit.overrides)
         x_BLD, stats, _ = block(x_BLD, dataclasses.replace(context, info=info))
         return x_BLD, None if stats is None else _traffic(stats)

@@ -68,6 +68,13 @@ class Attention(nnx.Module):
         self.config = config
         self.dtype = dtype
 
+    def init_cache(self, batch: int, slots: int) -> KVCache:
+        """Returns an empty cache of `slots` positions for each of `batch` rows."""
+        num_kv_heads = self.config.num_kv_heads
+        head = self.config.d_model // self.config.num_heads
+        shape = (batch, slots, num_kv_heads, head)
+        return KVCache(jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype))
+
     def __call__(
         self,
         x_BLD: Float[Array, "B L D"],

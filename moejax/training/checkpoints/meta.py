@@ -214,7 +214,7 @@ def tokenizer_digests(workdir: str | Path) -> dict[str, str]:
 def named_arrays(state: TrainState) -> dict[str, Any]:
     """Returns arrays by path, in the order of the tree's leaves.
 
-    A path is such as `params/stacks/0/block/attention/key`.
+    A path is such as `params/stacks/0/block/mixer/key`.
     """
     arrays = {}
     for path, array in jax.tree_util.tree_leaves_with_path(state):

@@ -134,8 +134,8 @@ def _first_bad_gradient(grads: Decoder) -> str | None:
         return name
     blocks = [block for block, _ in grads.walk()]
     for layer, block in reversed(list(enumerate(blocks))):
-        # Names come in alphabetical order: attention before ffn or moe, as in the forward pass.
-        name = _first_bad(reversed(_with_names(nnx.state(block, nnx.Param))))
+        # Names come in alphabetical order: ffn before mixer, as in the backward pass.
+        name = _first_bad(_with_names(nnx.state(block, nnx.Param)))
         if name:
             return f"{name} in layer {layer}"
     return None if _is_finite(grads.embedding[...]) else "embedding"

@@ -48,7 +48,7 @@ def test_weights_have_the_layers_in_order():
         "gate": (1, 4, 32, 16), "up": (1, 4, 32, 16), "down": (1, 4, 16, 32),
     }  # fmt: skip
     both = expert_weights(model_of(RICH))
-    blocks = [block.moe.experts for block, _ in model_of(RICH).walk()]
+    blocks = [block.ffn.experts for block, _ in model_of(RICH).walk()]
     for n, experts in enumerate(blocks):
         np.testing.assert_array_equal(both["gate"][n], experts.gate_up[...][:, :, 0])
         np.testing.assert_array_equal(both["up"][n], experts.gate_up[...][:, :, 1])
@@ -71,12 +71,12 @@ def moe_layers(config, tokens_BL):
     x_BLD = model.embed(tokens_BL)
     for block, own in model.walk(Context(positions_BL, ones_BL, info)):
         if block.is_moe:
-            attended_BLD, _ = block.attention(
-                block.attention_norm(x_BLD), positions_BL, own.segments_BL, None
+            attended_BLD, _ = block.mixer(
+                block.mixer_norm(x_BLD), positions_BL, own.segments_BL, None
             )
             normed_BLD = block.ffn_norm(x_BLD + attended_BLD)
-            y_BLD, stats = block.moe(normed_BLD, own.info)
-            y_BLD -= block.moe.shared(normed_BLD) if config.moe.num_shared_experts else 0
+            y_BLD, stats = block.ffn(normed_BLD, own.info)
+            y_BLD -= block.ffn.shared(normed_BLD) if config.moe.num_shared_experts else 0
             flat = [a.reshape(-1, a.shape[-1]) for a in (normed_BLD, y_BLD)]
             found.append([*flat, stats.routing.experts_TK, stats.routing.weights_TK])
         x_BLD, _, _ = block(x_BLD, own)

@@ -33,7 +33,7 @@ def untrained(config):
     model = Decoder(config, rngs=nnx.Rngs(params=0))
     for block in (stack.block for stack in model.stacks):
         for name in ("query", "key", "value", "out"):
-            weight = getattr(block.attention, name)
+            weight = getattr(block.mixer, name)
             weight[...] = 3 * weight[...]
     return LoadedRun(config, model, ByteTokenizer(), 0)
 
@@ -405,7 +405,7 @@ def test_a_saved_run_is_traced_alike_on_one_device_and_split_over_a_mesh(saved):
     alone, split = run.load(), run.load(mesh=MeshConfig(data=2, expert=4))
     assert (alone.step, alone.mesh, run.checkpoints, run.settings) == (0, None, (0,), alone.config)
     assert dict(split.mesh.shape) | {"data": 2, "expert": 4} == dict(split.mesh.shape)
-    weights = split.model.stacks[0].block.moe.experts.down[...]
+    weights = split.model.stacks[0].block.ffn.experts.down[...]
     experts_per_device = {shard.data.shape[1] for shard in weights.addressable_shards}
     assert experts_per_device == {1}
     assert_equal(trace(alone, TEXT), trace(split, TEXT))

@@ -131,7 +131,7 @@ def edited(model, edit):
     """A copy whose experts `edit` changes, in the one stack of all layers."""
     copy = nnx.merge(*nnx.split(model))
     (stack,) = copy.stacks
-    edit(stack.block.moe)
+    edit(stack.block.ffn)
     return copy
 
 
@@ -205,12 +205,12 @@ def test_pairs_are_the_extremes_the_most_similar_and_some_at_random(result, load
         )
     assert extremes(np.array([3, 9, 1, 9])) == (3, 2)
     assert extremes(np.ones(3, int)) == (2, 0)
-    experts = loaded.model.stacks[0].block.moe.experts
+    experts = loaded.model.stacks[0].block.ffn.experts
     whole_EP = np.concatenate(
         [np.asarray(w[...][0]).reshape(E, -1) for w in (experts.gate_up, experts.down)], axis=1
     )
     cosine_EE = whole_EP @ whole_EP.T / np.outer(*[np.linalg.norm(whole_EP, axis=1)] * 2)
-    layer_0 = next(loaded.model.walk())[0].moe
+    layer_0 = next(loaded.model.walk())[0].ffn
     np.testing.assert_allclose(interventions.similarity(layer_0.experts), cosine_EE, atol=1e-6)
     assert most_similar(np.array([[1, 0.2, 0.1], [0.2, 1, 0.7], [0.1, 0.7, 1]])) == (1, 2)
 

@@ -170,7 +170,7 @@ def test_tokens_take_turns_among_the_copies_of_an_expert():
     )
     model = Decoder(config, rngs=nnx.Rngs(params=0))
     model.place_experts(np.array([[0, 1, 2, 3, 2, 2]]))
-    moe = next(block for block, _ in model.walk()).moe
+    moe = next(block for block, _ in model.walk()).ffn
     assert moe._to_slots(jnp.full((3, 1, 1), 2))[:, 0, 0].tolist() == [
         2,
         4,

@@ -1,0 +1,62 @@
+"""A block is made of the mixer and the feed-forward part that it is given."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import oracle
+from cases.training import small_config
+from moejax.models.blocks import Block, Context, Stack
+from moejax.moe.experts.experts import FeedForward
+from moejax.moe.token_info import TokenInfo
+
+B, L, WIDTH = 2, 5, 32
+
+
+class MeanOfRow(nnx.Module):
+    """A mixer: `scale` times the mean of the tokens of the row up to each."""
+
+    def __init__(self, *, rngs):
+        self.scale = nnx.Param(jax.random.normal(rngs.params(), (WIDTH,)), axes=("norm",))
+
+    def __call__(self, x_BLD, positions_BL, segments_BL=None, cache=None):
+        sums_BLD = jnp.cumsum(x_BLD, axis=1)
+        return self.scale[...][None, None] * sums_BLD / (positions_BL[..., None] + 1), cache
+
+
+def context_of_one_document():
+    segments_BL = jnp.ones((B, L), jnp.int32)
+    positions_BL = jnp.broadcast_to(jnp.arange(L), (B, L))
+    return Context(positions_BL, segments_BL, TokenInfo(segments_BL > 0, segments_BL, positions_BL))
+
+
+def make_block(rngs):
+    return Block(
+        WIDTH, MeanOfRow(rngs=rngs), FeedForward(WIDTH, 8, jnp.dtype("float32"), rngs=rngs)
+    )
+
+
+def test_blocks_of_another_mixer_are_a_stack_as_those_of_attention():
+    context = context_of_one_document()
+    stack = Stack(make_block, 2, small_config(), rngs=nnx.Rngs(params=0))
+    x_BLD = jax.random.normal(jax.random.key(1), (B, L, WIDTH))
+    y_BLD, stats = jax.jit(lambda x_BLD: stack(x_BLD, context))(x_BLD)
+    assert stats is None
+    expected_BLD = np.array(x_BLD)
+    for block, _ in stack.walk():
+        normed_BLD = np.asarray(block.mixer_norm(jnp.asarray(expected_BLD)))
+        for row, place in np.ndindex(B, L):
+            mean_D = normed_BLD[row, : place + 1].mean(0)
+            expected_BLD[row, place] += np.asarray(block.mixer.scale[...]) * mean_D
+        expected_BLD = expected_BLD + block.ffn(block.ffn_norm(jnp.asarray(expected_BLD)))
+        expected_BLD = np.array(expected_BLD)
+    oracle.assert_close(y_BLD, expected_BLD, rtol=1e-5)
+
+
+def test_a_dense_block_has_no_moe_layer():
+    block = make_block(nnx.Rngs(params=0))
+    assert not block.is_moe
+    with pytest.raises(TypeError, match="no MoE layer; see is_moe"):
+        _ = block.moe
