@@ -80,16 +80,11 @@ def _make_setup(config: Config, microbatch: int, mesh: MeshConfig | None) -> Tra
     if mesh:
         here = dataclasses.replace(config, mesh=mesh)
         return make_train_setup(here, make_mesh(here))
-    num_devices = _largest_divisor(microbatch, jax.device_count())
+    counts = range(1, jax.device_count() + 1)
+    num_devices = max(count for count in counts if microbatch % count == 0)
     devices = jax.devices()[:num_devices]
     here = dataclasses.replace(config, mesh=MeshConfig(data=num_devices))
     return make_train_setup(here, make_mesh(here, devices))
-
-
-def _largest_divisor(number: int, most: int) -> int:
-    """Returns the largest divisor that is not above `most`."""
-    candidates = range(1, most + 1)
-    return max(divisor for divisor in candidates if number % divisor == 0)
 
 
 def _place_by_load(
@@ -101,25 +96,20 @@ def _place_by_load(
 ) -> tuple[TrainSetup, nnx.State, nnx.State]:
     """Returns the same model with experts in other places, sharded as the mesh requires."""
     config, mesh = setup.config, setup.mesh
-    num_devices = math.prod(mesh.shape[axis] for axis in EXPERT_AXES)
+    devices = math.prod(mesh.shape[axis] for axis in EXPERT_AXES)
     refusal = f"--replicas={replicas} places experts on several devices; "
     if config.num_moe_layers == 0:
         raise PlacementError(f"{refusal}this model has none")
-    if num_devices == 1:
+    if devices == 1:
         raise PlacementError(f"{refusal}say how many, as in --mesh=expert=4")
-    load_of_choices = newest_evaluation(workdir)["load"]
-    load_NE = load_of_choices[:, : config.moe.num_experts]
-    experts_NP = place(load_NE, num_devices, replicas)
+    load_NE = newest_evaluation(workdir)["load"][:, : config.moe.num_experts]
     model = nnx.merge(setup.graphdef, params, router_state)
-    model.place_experts(experts_NP)
+    model.place_experts(place(load_NE, devices, replicas))
     graphdef, params, router_state = split_model(model)
     placed_setup = dataclasses.replace(setup, graphdef=graphdef)
-    params = _shard(params, mesh)
-    router_state = _shard(router_state, mesh)
-    return placed_setup, params, router_state
+    return placed_setup, _shard(params, mesh), _shard(router_state, mesh)
 
 
 def _shard(state: nnx.State, mesh: Mesh) -> nnx.State:
     """Returns the state with each array on the devices that the mesh gives it."""
-    shardings = tree_shardings(logical_axes(state), mesh)
-    return jax.device_put(state, shardings)
+    return jax.device_put(state, tree_shardings(logical_axes(state), mesh))
