@@ -3,8 +3,10 @@
 The programs are those of `moejax bench layer`, for one device. Nothing is timed.
 """
 
+import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -18,9 +20,9 @@ from moejax.benchmarks.layer import (
     draw,
     implementations_of,
     named_row,
-    program_of,
     through,
 )
+from moejax.benchmarks.timing import Arguments, program_of
 from moejax.kernels.grouped_matmul import resolve_implementation, unavailable
 from moejax.planning.hlo.arithmetic import Arithmetic, count_arithmetic
 from moejax.planning.targets import Target, TargetError, make_target_mesh
@@ -30,7 +32,10 @@ FIGURES = ("flops", "flops_over_ideal", "temporary_bytes", "kernels", "open_loop
 
 
 def bench_compiled(
-    shape: Shape, implementations: Sequence[str], dtype: str, target: Target
+    shape: Shape,
+    implementations: Sequence[str],
+    dtype: str,
+    target: Target,
 ) -> list[dict[str, Any]]:
     """Compiles all of these on one shape, the dense layer among them.
 
@@ -53,16 +58,22 @@ def bench_compiled(
     rows = []
     with jax.set_mesh(mesh):
         names = dict.fromkeys(implementations or (resolve_implementation("auto"), "ragged"))
-        for name in names:
-            if name in unavailable():
-                raise TargetError(f"{name} cannot run on {target.name}: {unavailable()[name]}")
+        _check_available(names, target)
         arrays = _abstract_arrays(shape, dtype, mesh)
-        for direction in DIRECTIONS:
-            for name in (DENSE, *names):
-                lowered = _lower(shape, name, direction, arrays)
-                row = named_row(shape, name, direction, dtype)
-                rows.append(row | _row(shape, direction, target, lowered))
+        for direction, name in itertools.product(DIRECTIONS, (DENSE, *names)):
+            lowered = _lower(shape, name, direction, arrays)
+            row = named_row(shape, name, direction, dtype)
+            figures = _row(shape, direction, target, lowered)
+            rows.append(row | figures)
     return rows
+
+
+def _check_available(names: Iterable[str], target: Target) -> None:
+    """Raises for an implementation that cannot run on the target."""
+    missing = unavailable()
+    for name in names:
+        if name in missing:
+            raise TargetError(f"{name} cannot run on {target.name}: {missing[name]}")
 
 
 def _abstract_arrays(shape: Shape, dtype: str, mesh: Mesh) -> dict[str, Any]:
@@ -75,21 +86,23 @@ def _abstract_arrays(shape: Shape, dtype: str, mesh: Mesh) -> dict[str, Any]:
     def on_mesh(array: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
 
-    return jax.tree.map(on_mesh, jax.eval_shape(make))
+    abstract = jax.eval_shape(make)
+    return jax.tree.map(on_mesh, abstract)
 
 
 def _lower(shape: Shape, name: str, direction: str, arrays: dict[str, Any]) -> Any:
     """Lowers the dense layer or an implementation, for arrays that do not exist."""
+    dy_TD = arrays["dy_TD"]
+    x_TD = arrays["x_TD"]
     if name == DENSE:
         layer: Callable[..., jax.Array] = dense_layer
-        inputs = (arrays["x_TD"], *arrays["dense_weights"])
-        choices: tuple = ()
+        arguments = Arguments(dy_TD, (x_TD, *arrays["dense_weights"]))
     else:
         layer = functools.partial(through, implementations_of(shape)[name])
-        inputs = (arrays["x_TD"], arrays["weights_TK"], *arrays["expert_weights"])
-        choices = (arrays["experts_TK"],)
+        inputs = (x_TD, arrays["weights_TK"], *arrays["expert_weights"])
+        arguments = Arguments(dy_TD, inputs, (arrays["experts_TK"],))
     program = jax.jit(program_of(layer, direction))
-    return program.lower(arrays["dy_TD"], inputs, choices)
+    return program.lower(*arguments)
 
 
 def _row(shape: Shape, direction: str, target: Target, lowered: Any) -> dict[str, Any]:
@@ -126,4 +139,5 @@ def arithmetic_of(compiled: Any, target: Target) -> Arithmetic:
     counted = count_arithmetic(compiled.as_text())
     if target.platform != "tpu":
         return counted
-    return Arithmetic(int(compiled.cost_analysis()["flops"]), counted.kernels, counted.open_loops)
+    reported = compiled.cost_analysis()
+    return dataclasses.replace(counted, flops=int(reported["flops"]))

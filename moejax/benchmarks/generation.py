@@ -27,7 +27,8 @@ DRAWN = {"greedy": (0.0, 1.0), "all": (1.0, 1.0), "nucleus": (1.0, 0.9)}
 
 def bench_generate(config: Config, repetitions: int) -> dict[str, Any]:
     """Times decode steps; ratios are to those that take the most probable token."""
-    decoder = LayeredDecoder(Decoder(config, rngs=nnx.Rngs(params=config.train.seed)))
+    model = Decoder(config, rngs=nnx.Rngs(params=config.train.seed))
+    decoder = LayeredDecoder(model)
     writers = {name: _Writer(decoder, *drawn) for name, drawn in DRAWN.items()}
     times = interleave(writers, repetitions)
     ms = {name: one.median_ms for name, one in times.items()}
@@ -56,14 +57,21 @@ class _Writer:
         self._decoder = decoder
         keys_B = jax.random.split(jax.random.key(1), SEQUENCES)
         self._sampling = Sampling.from_settings(temperature, top_p, keys_B)
-        num_ids = decoder.config.num_token_ids
         prompts_BL = jax.random.randint(
-            jax.random.key(0), (SEQUENCES, PROMPT), 0, num_ids, jnp.int32
+            jax.random.key(0),
+            (SEQUENCES, PROMPT),
+            0,
+            decoder.config.num_token_ids,
+            jnp.int32,
         )
         lengths_B = jnp.full(SEQUENCES, PROMPT, jnp.int32)
         empty_cache = decoder.init_cache(SEQUENCES, PROMPT + STEPS)
         self._first_B, self._first_positions_B, self._cache = prefill(
-            decoder, prompts_BL, lengths_B, empty_cache, self._sampling
+            decoder,
+            prompts_BL,
+            lengths_B,
+            empty_cache,
+            self._sampling,
         )
 
     def __call__(self) -> jax.Array:
@@ -71,6 +79,10 @@ class _Writer:
         tokens_B, positions_B = self._first_B, self._first_positions_B
         for _ in range(STEPS):
             tokens_B, positions_B, self._cache = decode(
-                self._decoder, tokens_B, positions_B, self._cache, self._sampling
+                self._decoder,
+                tokens_B,
+                positions_B,
+                self._cache,
+                self._sampling,
             )
         return tokens_B

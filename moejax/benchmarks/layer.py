@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moejax.benchmarks.timing import Peaks, Times, interleave, rounded
+from moejax.benchmarks.timing import Arguments, Peaks, Program, Times, interleave, rounded
 from moejax.kernels.grouped_matmul import IMPLEMENTATIONS, resolve_implementation
 from moejax.moe.dispatch.assignment import TokenChoice
 from moejax.moe.dispatch.on_device import apply_to_equal_groups, run_dropless, run_with_capacity
@@ -66,12 +66,15 @@ class Shape:
         """Returns the text that `parse_shapes` reads."""
         sizes = (self.tokens, self.d_model, self.d_expert, self.num_experts, self.top_k)
         text = ":".join(map(str, sizes))
-        return f"{text}:skewed" if self.is_skewed else text
+        if self.is_skewed:
+            return f"{text}:skewed"
+        return text
 
     def flops(self, direction: str) -> int:
         """Returns the arithmetic of the chosen experts; a backward pass has twice as much."""
+        num_rows = self.tokens * self.top_k
         flops_of_row = 6 * self.d_model * self.d_expert
-        return PASSES[direction] * self.tokens * self.top_k * flops_of_row
+        return PASSES[direction] * num_rows * flops_of_row
 
 
 PRESETS = {
@@ -99,6 +102,7 @@ def parse_shapes(text: str) -> list[Shape]:
 
 
 def _parse_shape(item: str) -> Shape:
+    """Reads one shape."""
     parts = item.split(":")
     is_skewed = parts[-1] == "skewed"
     parts = parts[:-1] if is_skewed else parts
@@ -149,23 +153,30 @@ def bench_layer(
         times = interleave(programs, repetitions, warm_up=1)  # they are compiled
         for name, program in programs.items():
             row = named_row(shape, name, direction, dtype)
+            figures = _figures(row, shape, times, peaks)
             temporary = {"temporary_bytes": program.temporary_bytes}
-            rows.append(row | _figures(row, shape, times, peaks) | temporary)
+            rows.append(row | figures | temporary)
     return rows
 
 
 def _compile(
-    shape: Shape, implementations: Sequence[str], direction: str, arrays: "Arrays"
-) -> dict[str, "Program"]:
+    shape: Shape,
+    implementations: Sequence[str],
+    direction: str,
+    arrays: "Arrays",
+) -> dict[str, Program]:
     """Returns the compiled dense layer and implementations, by name."""
-    dense_inputs = (arrays.x_TD, *arrays.dense_weights)
-    inputs = (arrays.x_TD, arrays.weights_TK, *arrays.expert_weights)
-    choices = (arrays.experts_TK,)
     layers = implementations_of(shape)
-    programs = {DENSE: Program.compile(dense_layer, direction, arrays.dy_TD, dense_inputs)}
+    dense_arguments = Arguments(arrays.dy_TD, (arrays.x_TD, *arrays.dense_weights))
+    arguments = Arguments(
+        dy_TD=arrays.dy_TD,
+        inputs=(arrays.x_TD, arrays.weights_TK, *arrays.expert_weights),
+        choices=(arrays.experts_TK,),
+    )
+    programs = {DENSE: Program.compile(dense_layer, direction, dense_arguments)}
     for name in implementations:
         layer = functools.partial(through, layers[name])
-        programs[name] = Program.compile(layer, direction, arrays.dy_TD, inputs, choices)
+        programs[name] = Program.compile(layer, direction, arguments)
     return programs
 
 
@@ -188,7 +199,8 @@ def default_implementations() -> list[str]:
 
 def _capacity(shape: Shape, factor: float) -> Callable[..., jax.Array]:
     """Returns experts with the slots that a capacity factor gives each of them."""
-    slots = math.ceil(factor * shape.tokens * shape.top_k / shape.num_experts)
+    mean_choices = shape.tokens * shape.top_k / shape.num_experts
+    slots = math.ceil(factor * mean_choices)
 
     def run(x_BLD, chosen, weights):
         return run_with_capacity(x_BLD, chosen, weights, slots=slots)
@@ -196,17 +208,23 @@ def _capacity(shape: Shape, factor: float) -> Callable[..., jax.Array]:
     return run
 
 
-def _run_sorted(x_BLD: jax.Array, chosen: TokenChoice, weights: ExpertWeights) -> jax.Array:
+def _run_sorted(
+    x_BLD: jax.Array,
+    chosen: TokenChoice,
+    weights: ExpertWeights,
+) -> jax.Array:
     """Sends each token K times, in order, through equal groups, and returns the weighted sum.
 
     Padding rows of zeros make the number of rows a multiple of E.
     """
     x_TD = x_BLD[0]
-    weights_TK = chosen.weights_BLK[0].astype(x_TD.dtype)
+    weights_TK = chosen.weights_BLK[0]
+    weights_TK = weights_TK.astype(x_TD.dtype)
     num_tokens, top_k = weights_TK.shape
+    d_model = x_TD.shape[1]
     num_experts = len(weights.down_EFD)
     num_padding = -num_tokens * top_k % num_experts
-    padding_RD = jnp.zeros((num_padding, x_TD.shape[1]), x_TD.dtype)
+    padding_RD = jnp.zeros((num_padding, d_model), x_TD.dtype)
     copies = [x_TD] * top_k
     x_RD = jnp.concatenate([*copies, padding_RD])
     y_RD = apply_to_equal_groups(x_RD, weights)
@@ -215,9 +233,11 @@ def _run_sorted(x_BLD: jax.Array, chosen: TokenChoice, weights: ExpertWeights) -
     parts = []
     for k in range(top_k):
         first = k * num_tokens
-        y_TD = y_RD[first : first + num_tokens]
-        parts.append(y_TD * weights_TK[:, k : k + 1])
-    return functools.reduce(jnp.add, parts)[None]
+        end = first + num_tokens
+        weight_T1 = weights_TK[:, k : k + 1]
+        parts.append(y_RD[first:end] * weight_T1)
+    y_TD = functools.reduce(jnp.add, parts)
+    return y_TD[None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,16 +258,20 @@ def draw(shape: Shape, dtype: str) -> Arrays:
 
     def normal(*sizes: int) -> jax.Array:
         drawn = jax.random.normal(next(keys), sizes)
-        return (drawn * sizes[-2] ** -0.5).astype(dtype)
+        scaled = drawn * sizes[-2] ** -0.5
+        return scaled.astype(dtype)
 
-    experts, d_model, d_expert = shape.num_experts, shape.d_model, shape.d_expert
+    num_experts = shape.num_experts
+    d_model = shape.d_model
+    d_expert = shape.d_expert
     dense_width = shape.top_k * d_expert
     token_scale = shape.tokens**0.5  # undoes that of `normal`
     x_TD = normal(shape.tokens, d_model) * token_scale
     dy_TD = normal(shape.tokens, d_model) * token_scale
     logits_TK = jax.random.normal(next(keys), (shape.tokens, shape.top_k))
-    gate_up_EDF = normal(experts, d_model, 2 * d_expert)
-    down_EFD = normal(experts, d_expert, d_model)
+    gate_up_EDX = normal(num_experts, d_model, 2 * d_expert)
+    gate_up_EDPF = gate_up_EDX.reshape(num_experts, d_model, 2, -1)
+    down_EFD = normal(num_experts, d_expert, d_model)
     dense_weights = (
         normal(d_model, dense_width),
         normal(d_model, dense_width),
@@ -258,7 +282,7 @@ def draw(shape: Shape, dtype: str) -> Arrays:
         dy_TD=dy_TD,
         experts_TK=jnp.asarray(choose(shape)),
         weights_TK=jax.nn.softmax(logits_TK),
-        expert_weights=(gate_up_EDF.reshape(experts, d_model, 2, -1), down_EFD),
+        expert_weights=(gate_up_EDPF, down_EFD),
         dense_weights=dense_weights,
     )
 
@@ -277,67 +301,35 @@ def choose(shape: Shape) -> np.ndarray:
 def _skew(experts_TK: np.ndarray) -> None:
     """Replaces choices by the first expert, until it has half of all, or every token."""
     num_tokens, top_k = experts_TK.shape
-    lacks_first_T = (experts_TK != 0).all(axis=1)
+    is_other_TK = experts_TK != 0
+    lacks_first_T = is_other_TK.all(axis=1)
     lacking = np.flatnonzero(lacks_first_T)
     num_with = num_tokens - len(lacking)
-    wanted = min(num_tokens, num_tokens * top_k // 2)
-    missing = max(0, wanted - num_with)
-    experts_TK[lacking[:missing], -1] = 0
+    half_of_all = num_tokens * top_k // 2
+    num_wanted = min(num_tokens, half_of_all)
+    num_missing = max(0, num_wanted - num_with)
+    experts_TK[lacking[:num_missing], -1] = 0
 
 
 def dense_layer(
-    x_TD: jax.Array, gate_DF: jax.Array, up_DF: jax.Array, down_FD: jax.Array
+    x_TD: jax.Array,
+    gate_DF: jax.Array,
+    up_DF: jax.Array,
+    down_FD: jax.Array,
 ) -> jax.Array:
     """Returns the output of a SwiGLU network of K * F hidden units."""
-    return (jax.nn.silu(x_TD @ gate_DF) * (x_TD @ up_DF)) @ down_FD
+    gate_TF = jax.nn.silu(x_TD @ gate_DF)
+    up_TF = x_TD @ up_DF
+    hidden_TF = gate_TF * up_TF
+    return hidden_TF @ down_FD
 
 
 def through(layer, x_TD, weights_TK, gate_up_EDPF, down_EFD, experts_TK):
     """Sends one sequence of tokens through a layer of `implementations_of`."""
     chosen = TokenChoice(experts_TK[None], weights_TK[None])
-    return layer(x_TD[None], chosen, ExpertWeights(gate_up_EDPF, down_EFD))[0]
-
-
-def program_of(function: Callable[..., jax.Array], direction: str) -> Callable[..., Any]:
-    """Returns a function of `dy_TD, inputs, choices`, which calls `function(*inputs, *choices)`.
-
-    Everything is an argument: XLA would spend minutes on sorting constants while it compiles.
-    """
-
-    def forward(dy_TD, inputs, choices):
-        return function(*inputs, *choices)
-
-    def forward_backward(dy_TD, inputs, choices):
-        y_TD, pull = jax.vjp(lambda *inputs: function(*inputs, *choices), *inputs)
-        return y_TD, pull(dy_TD)
-
-    return {"forward": forward, "forward_backward": forward_backward}[direction]
-
-
-@dataclasses.dataclass(frozen=True)
-class Program:
-    """A compiled function with its arguments."""
-
-    compiled: Any
-    arguments: tuple[Any, ...]
-
-    @classmethod
-    def compile(
-        cls, function, direction: str, dy_TD, inputs: tuple, choices: tuple = ()
-    ) -> "Program":
-        """Compiles `function(*inputs, *choices)`, alone or with its gradients for `inputs`."""
-        arguments = (dy_TD, inputs, choices)
-        program = jax.jit(program_of(function, direction))
-        return cls(program.lower(*arguments).compile(), arguments)
-
-    def __call__(self) -> Any:
-        """Runs once."""
-        return self.compiled(*self.arguments)
-
-    @property
-    def temporary_bytes(self) -> int:
-        """Bytes held in addition to arguments and results."""
-        return self.compiled.memory_analysis().temp_size_in_bytes
+    weights = ExpertWeights(gate_up_EDPF, down_EFD)
+    y_1TD = layer(x_TD[None], chosen, weights)
+    return y_1TD[0]
 
 
 def named_row(shape: Shape, name: str, direction: str, dtype: str) -> dict[str, Any]:
@@ -355,20 +347,26 @@ def named_row(shape: Shape, name: str, direction: str, dtype: str) -> dict[str, 
 def _weight_bytes(shape: Shape, name: str, direction: str, dtype: str) -> int:
     """Counts all matrices as read once; with gradients as read twice and written once."""
     num_networks = shape.top_k if name == DENSE else shape.num_experts
-    matrix_bytes = shape.d_model * shape.d_expert * jnp.dtype(dtype).itemsize
+    number_bytes = jnp.dtype(dtype).itemsize
+    matrix_bytes = shape.d_model * shape.d_expert * number_bytes
     network_bytes = 3 * matrix_bytes
     return PASSES[direction] * num_networks * network_bytes
 
 
 def _figures(
-    row: dict[str, Any], shape: Shape, times: dict[str, Times], peaks: Peaks
+    row: dict[str, Any],
+    shape: Shape,
+    times: dict[str, Times],
+    peaks: Peaks,
 ) -> dict[str, Any]:
     """Returns the times of the program that a row names, and what it reaches."""
-    name, direction = row["implementation"], row["direction"]
+    name = row["implementation"]
+    direction = row["direction"]
     median_ms = times[name].median_ms
     seconds = median_ms / 1e3
     gflops = shape.flops(direction) / seconds / 1e9
-    gbytes = _weight_bytes(shape, name, direction, row["dtype"]) / seconds / 1e9
+    weight_bytes = _weight_bytes(shape, name, direction, row["dtype"])
+    gbytes = weight_bytes / seconds / 1e9
     return {
         "ms": round(median_ms, 3),
         "quartiles_ms": rounded(times[name].quartiles_ms, 3),

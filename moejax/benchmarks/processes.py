@@ -14,7 +14,10 @@ from moejax.config import Config
 
 
 def bench_in_processes(
-    benchmark: str, config: Config | None, arguments: Sequence[str], num: int
+    benchmark: str,
+    config: Config | None,
+    arguments: Sequence[str],
+    num: int,
 ) -> list[dict[str, Any]]:
     """Runs a benchmark in one process after another.
 
@@ -50,7 +53,9 @@ def _run(command: list[str]) -> list[dict[str, Any]]:
         said = done.stderr[-2000:]
         raise ChildError(f"{words} failed: {said}")
     rows = json.loads(done.stdout)
-    return rows if isinstance(rows, list) else [rows]
+    if isinstance(rows, list):
+        return rows
+    return [rows]
 
 
 def _gathered(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:

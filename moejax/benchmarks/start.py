@@ -62,7 +62,11 @@ def _start(recipe: Path, workdir: Path, programs: Path) -> float:
     lines = []
     started = time.perf_counter()
     with subprocess.Popen(
-        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        command,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
     ) as process:
         for line in process.stderr or ():
             lines.append(line)

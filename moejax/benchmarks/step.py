@@ -27,14 +27,17 @@ def dense_twin(config: Config) -> Config:
 
     Its feed-forward networks are SwiGLU of width `d_ff`.
     """
-    moe, d_model = config.moe, config.model.d_model
-    num_matrices = Network(moe.activation).num_projections + 1
+    moe = config.moe
+    d_model = config.model.d_model
+    network = Network(moe.activation)
+    num_matrices = network.num_projections + 1
     inner = moe.d_latent or d_model
     active_experts = min(moe.top_k, moe.num_experts)
     routed = active_experts * num_matrices * inner * moe.d_expert
     latent = 2 * d_model * moe.d_latent
     shared = moe.num_shared_experts * num_matrices * d_model * moe.d_expert
-    width = round((routed + latent + shared) / (3 * d_model))
+    active = routed + latent + shared
+    width = round(active / (3 * d_model))
     return dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, d_ff=width),
@@ -78,22 +81,25 @@ def bench_compile(config: Config, repetitions: int) -> dict[str, Any]:
             jax.clear_caches()
             times[name].append(Step.compile_seconds(variant))
     medians = {name: statistics.median(seconds) for name, seconds in times.items()}
+    seconds = {f"seconds, {name}": round(median, 2) for name, median in medians.items()}
     return {
         "ratio_experts_64_to_8": round(medians["64 experts"] / medians["8 experts"], 3),
         "ratio_layers_8_to_2": round(medians["8 layers"] / medians["2 layers"], 3),
-        **{f"seconds, {name}": round(seconds, 2) for name, seconds in medians.items()},
+        **seconds,
         "repetitions": repetitions,
     }
 
 
 def _with_experts(config: Config, num_experts: int) -> Config:
-    return dataclasses.replace(config, moe=dataclasses.replace(config.moe, num_experts=num_experts))
+    """Returns the same model with another number of experts."""
+    moe = dataclasses.replace(config.moe, num_experts=num_experts)
+    return dataclasses.replace(config, moe=moe)
 
 
 def _with_layers(config: Config, num_layers: int) -> Config:
-    return dataclasses.replace(
-        config, model=dataclasses.replace(config.model, num_layers=num_layers)
-    )
+    """Returns the same model with another number of layers."""
+    model = dataclasses.replace(config.model, num_layers=num_layers)
+    return dataclasses.replace(config, model=model)
 
 
 def bench_import(repetitions: int) -> dict[str, Any]:
@@ -118,12 +124,13 @@ class Step:
     """A compiled train step with its state and a batch of random tokens; a call takes one step."""
 
     def __init__(self, config: Config):
-        self.setup = make_train_setup(config, make_mesh(config))
+        setup = make_train_setup(config, make_mesh(config))
+        self.setup = setup
         self.knobs = Knobs.from_config(config)
-        self.batch = put_batch(random_batch(config), self.setup)
-        self.state = self.setup.init(config.train.seed)
-        with jax.set_mesh(self.setup.mesh):
-            train_step = make_train_step(self.setup)
+        self.batch = put_batch(random_batch(config), setup)
+        self.state = setup.init(config.train.seed)
+        with jax.set_mesh(setup.mesh):
+            train_step = make_train_step(setup)
             lowered = train_step.lower(self.state, self.batch, self.knobs)
             self._step = lowered.compile()
 
@@ -140,21 +147,25 @@ class Step:
         with jax.set_mesh(setup.mesh):
             started = time.perf_counter()
             knobs = Knobs.from_config(config)
-            make_train_step(setup).lower(setup.abstract, batch, knobs).compile()
+            train_step = make_train_step(setup)
+            lowered = train_step.lower(setup.abstract, batch, knobs)
+            lowered.compile()
             return time.perf_counter() - started
 
 
 def random_batch(config: Config) -> Batch:
     """Draws full rows of random tokens, one document each."""
-    batch_size, length = config.train.batch_size, config.data.seq_len
+    batch_size = config.train.batch_size
+    length = config.data.seq_len
+    shape = (batch_size, length)
     rng = np.random.default_rng(0)
     drawn = rng.integers(0, config.num_token_ids, (batch_size, length + 1))
     ids = drawn.astype(np.int32)
-    positions_L = np.arange(length, dtype=np.int32)
+    position_L = np.arange(length, dtype=np.int32)
     return Batch(
         tokens_BL=ids[:, :-1],
         targets_BL=ids[:, 1:],
-        segments_BL=np.ones((batch_size, length), np.int32),
-        positions_BL=np.broadcast_to(positions_L, (batch_size, length)),
-        loss_mask_BL=np.ones((batch_size, length), bool),
+        segments_BL=np.ones(shape, np.int32),
+        positions_BL=np.broadcast_to(position_L, shape),
+        loss_mask_BL=np.ones(shape, bool),
     )

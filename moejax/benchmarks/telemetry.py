@@ -11,13 +11,14 @@ import jax
 from moejax.benchmarks.step import random_batch
 from moejax.benchmarks.timing import Times, interleave, rounded
 from moejax.config import Config, Knobs
+from moejax.data import Batch
 from moejax.sharding import make_mesh
 from moejax.training.health.alarms import AlarmLog
 from moejax.training.health.progress import StepProgress
 from moejax.training.health.telemetry import LAYER_METRICS
 from moejax.training.run_directory.metrics import MetricsFile, Recorder
 from moejax.training.run_directory.routing_log import RoutingLog
-from moejax.training.state import make_train_setup
+from moejax.training.state import TrainSetup, make_train_setup
 from moejax.training.step import compiler_options, make_train_step, put_batch, train_step_of
 
 READ_EVERY_STEP = ("loss/lm", "num_targets", "skipped_in_row")
@@ -31,8 +32,10 @@ def bench_telemetry(config: Config, repetitions: int) -> dict[str, Any]:
         times = interleave({"watched": watched, "bare": Bare(config)}, repetitions)
         watched.close()
     steps = config.train.log_every
-    watched_ms, bare_ms = times["watched"].median_ms, times["bare"].median_ms
-    write_ms = 1e3 * statistics.median(watched.write_seconds[-repetitions:])
+    watched_ms = times["watched"].median_ms
+    bare_ms = times["bare"].median_ms
+    timed_writes = watched.write_seconds[-repetitions:]
+    write_ms = 1e3 * statistics.median(timed_writes)
     return {
         "ratio": round(watched_ms / bare_ms, 4),
         "write_share": round(write_ms / bare_ms, 4),
@@ -52,25 +55,33 @@ def _of_step(times: Times, steps: int) -> list[float]:
     return rounded([ms / steps for ms in times.quartiles_ms], 2)
 
 
+def _inputs(config: Config, setup: TrainSetup) -> tuple[Batch, Knobs]:
+    """Returns what a step takes next to the state: random tokens, and the knobs."""
+    batch = put_batch(random_batch(config), setup)
+    return batch, Knobs.from_config(config)
+
+
 class Bare:
     """A logging interval of steps that return only what every loop reads; XLA drops the rest."""
 
     def __init__(self, config: Config):
-        self.setup = make_train_setup(config, make_mesh(config))
-        batch = put_batch(random_batch(config), self.setup)
-        self._inputs = (batch, Knobs.from_config(config))
-        self.state = self.setup.init(config.train.seed)
+        setup = make_train_setup(config, make_mesh(config))
+        self.setup = setup
+        self._inputs = _inputs(config, setup)
+        self.state = setup.init(config.train.seed)
         self._steps = config.train.log_every
-        train_step = train_step_of(self.setup)
+        train_step = train_step_of(setup)
 
         def step(state, batch, knobs):
             state, output = train_step(state, batch, knobs)
-            return state, {key: output.scalars[key] for key in READ_EVERY_STEP}
+            scalars = {key: output.scalars[key] for key in READ_EVERY_STEP}
+            return state, scalars
 
-        options = compiler_options(self.setup.mesh)
-        with jax.set_mesh(self.setup.mesh):
+        options = compiler_options(setup.mesh)
+        with jax.set_mesh(setup.mesh):
             program = jax.jit(step, donate_argnums=0, compiler_options=options)
-            self._step = program.lower(self.state, *self._inputs).compile()
+            lowered = program.lower(self.state, *self._inputs)
+            self._step = lowered.compile()
 
     def __call__(self) -> Any:
         """Takes the steps of an interval, waiting for each while the next one runs."""
@@ -91,10 +102,10 @@ class Watched:
     """
 
     def __init__(self, config: Config, workdir: Path):
-        self.setup = make_train_setup(config, make_mesh(config))
-        batch = put_batch(random_batch(config), self.setup)
-        self._inputs = (batch, Knobs.from_config(config))
-        self.state = self.setup.init(config.train.seed)
+        setup = make_train_setup(config, make_mesh(config))
+        self.setup = setup
+        self._inputs = _inputs(config, setup)
+        self.state = setup.init(config.train.seed)
         self._steps = config.train.log_every
         self._metrics = MetricsFile(workdir, 0)
         progress = StepProgress(10**9, 0, False)
@@ -102,8 +113,9 @@ class Watched:
         alarms = AlarmLog(workdir, 0, config)
         self._recorder = Recorder(self._metrics, routing, progress, 0, alarms)
         self.write_seconds: list[float] = []
-        with jax.set_mesh(self.setup.mesh):
-            lowered = make_train_step(self.setup).lower(self.state, *self._inputs)
+        train_step = make_train_step(setup)
+        with jax.set_mesh(setup.mesh):
+            lowered = train_step.lower(self.state, *self._inputs)
             self._step = lowered.compile()
 
     def __call__(self) -> Any:

@@ -69,7 +69,11 @@ class TrainBatches:
     """Endless training batches: every epoch shows each row once, in an order of its own."""
 
     def __init__(
-        self, corpus: "Corpus", batch_size: int, seed: int, rows: Sequence[int] | None = None
+        self,
+        corpus: "Corpus",
+        batch_size: int,
+        seed: int,
+        rows: Sequence[int] | None = None,
     ):
         """Opens the training rows.
 
@@ -95,7 +99,8 @@ class TrainBatches:
 
         def read(step: int) -> Batch:
             first = step * batch_size
-            return _stack([ordered[first + row] for row in rows_here])
+            read_rows = [ordered[first + row] for row in rows_here]
+            return _stack(read_rows)
 
         num_batches = sys.maxsize // batch_size
         self._batches = grain.MapDataset.range(num_batches).map(read)
@@ -113,7 +118,10 @@ class TrainBatches:
 
 
 def eval_batches(
-    corpus: "Corpus", batch_size: int, split: str = "validation", rows: Sequence[int] | None = None
+    corpus: "Corpus",
+    batch_size: int,
+    split: str = "validation",
+    rows: Sequence[int] | None = None,
 ) -> Generator[Batch]:
     """Yields batches that cover every row of a split exactly once, in order.
 
@@ -129,18 +137,24 @@ def eval_batches(
 
     rows_here = _checked_rows(batch_size, rows)
     stored = corpus.rows(split)
+    num_stored = len(stored)
     padding = empty_row(corpus.seq_len)
 
+    def row_or_padding(index: int) -> Row:
+        return stored[index] if index < num_stored else padding
+
     def read(step: int) -> Batch:
-        indices = [step * batch_size + row for row in rows_here]
-        read_rows = [stored[i] if i < len(stored) else padding for i in indices]
+        first = step * batch_size
+        read_rows = [row_or_padding(first + row) for row in rows_here]
         return _stack(read_rows, has_documents=True)
 
-    num_batches = math.ceil(len(stored) / batch_size)
-    return _read_ahead(grain.MapDataset.range(num_batches).map(read))
+    num_batches = math.ceil(num_stored / batch_size)
+    batches = grain.MapDataset.range(num_batches).map(read)
+    return _read_ahead(batches)
 
 
 def _stack(rows: Sequence[Row], has_documents: bool = False) -> Batch:
+    """Returns a batch of rows."""
     stacked = {}
     for name in FEATURES:
         stacked[name] = np.stack([row[name] for row in rows])
@@ -160,12 +174,14 @@ def _read_ahead(batches: Any) -> Generator[Batch]:
 
 
 def _checked_step(step: int) -> int:
+    """Returns the step; raises if there is none."""
     if step < 0:
         raise IndexError(f"step={step} must be at least 0")
     return int(step)
 
 
 def _checked_rows(batch_size: int, rows: Sequence[int] | None) -> Sequence[int]:
+    """Returns the rows of a global batch to read; raises if there is no such batch."""
     if batch_size < 1:
         raise ConfigError(f"train.batch_size={batch_size} must be at least 1")
     if rows is None:

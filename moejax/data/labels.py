@@ -37,19 +37,23 @@ class Labels:
 
         If there are more, those with most documents are kept, and the others become "other".
         """
-        if len(self.domains) <= number:
+        num_domains = len(self.domains)
+        if num_domains <= number:
             return self
         num_kept = number - 1
-        counts = np.bincount(self.domain_of_document, minlength=len(self.domains))
+        counts = np.bincount(self.domain_of_document, minlength=num_domains)
         if OTHER in self.domains:
             counts[self.domains.index(OTHER)] = -1  # it is one of the others
         by_count = np.argsort(-counts, kind="stable")  # of equal counts, the first are kept
-        kept = sorted(by_count[:num_kept].tolist())
-        new_index = np.full(len(self.domains), num_kept, np.int32)
+        kept = np.sort(by_count[:num_kept])
+        new_index = np.full(num_domains, num_kept, np.int32)
         new_index[kept] = np.arange(num_kept)
-        domains = [self.domains[i] for i in kept]
-        domain_of_document = new_index[self.domain_of_document]
-        return Labels(self.names, (*domains, OTHER), domain_of_document)
+        kept_domains = [self.domains[i] for i in kept]
+        return Labels(
+            names=self.names,
+            domains=(*kept_domains, OTHER),
+            domain_of_document=new_index[self.domain_of_document],
+        )
 
 
 class LabelsFile:
@@ -74,6 +78,7 @@ class LabelsFile:
             yield document
 
     def _write(self, document: Document) -> None:
+        """Writes one document's line, after those of documents before it that had no labels."""
         has_labels = bool(document.name or document.domain)
         if self._file is None and has_labels:
             self._file = self._path.open("w", encoding="utf-8")
@@ -92,7 +97,10 @@ class LabelsFile:
 
 
 def read_labels(
-    folder: Path, split: str, num_documents: int, digests: Mapping[str, str] | None = None
+    folder: Path,
+    split: str,
+    num_documents: int,
+    digests: Mapping[str, str] | None = None,
 ) -> Labels:
     """Returns the labels of a split; without a file, `num_documents` documents without labels.
 
@@ -123,9 +131,13 @@ def _from_pairs(pairs: Sequence[tuple[str, str]]) -> Labels:
     names = [name for name, _ in pairs]
     all_domains = [domain for _, domain in pairs]
     domains = sorted(set(all_domains))
-    index = {domain: i for i, domain in enumerate(domains)}
-    domain_of_document = np.array([index[domain] for domain in all_domains], np.int32)
-    return Labels(tuple(names), tuple(domains), domain_of_document)
+    index_of = {domain: i for i, domain in enumerate(domains)}
+    indices = [index_of[domain] for domain in all_domains]
+    return Labels(
+        names=tuple(names),
+        domains=tuple(domains),
+        domain_of_document=np.array(indices, np.int32),
+    )
 
 
 def _read_pairs(path: Path, digest: str | None) -> list[tuple[str, str]]:
@@ -135,10 +147,13 @@ def _read_pairs(path: Path, digest: str | None) -> list[tuple[str, str]]:
       OSError, ValueError, TypeError, RecursionError: the file is damaged.
     """
     raw = read_regular(path)
-    if digest is not None and hashlib.sha256(raw).hexdigest() != digest:
+    found_digest = hashlib.sha256(raw).hexdigest()
+    if digest not in (None, found_digest):
         raise ValueError("it is not the file that was prepared")
+    text = raw.decode("utf-8")
+    *lines, _ = text.split("\n")
     pairs = []
-    for line in raw.decode("utf-8").split("\n")[:-1]:
+    for line in lines:
         name, domain = json.loads(line)
         pairs.append((str(name), str(domain)))
     return pairs

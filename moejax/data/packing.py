@@ -35,9 +35,10 @@ def cut(stream: Sequence[int], seq_len: int) -> list[np.ndarray]:
     Returns:
       int32 arrays of 2 to L + 1 ids; all but the last have L + 1.
     """
+    num_slots = seq_len + 1
     ids = np.asarray(stream, np.int32)
     starts = range(0, len(ids) - 1, seq_len)
-    return [ids[start : start + seq_len + 1] for start in starts]
+    return [ids[start : start + num_slots] for start in starts]
 
 
 def pack(streams: Iterable[Sequence[int]], seq_len: int) -> Iterator[Row]:
@@ -70,9 +71,11 @@ def pack(streams: Iterable[Sequence[int]], seq_len: int) -> Iterator[Row]:
 
 
 def _pack_window(pieces: list[Piece], seq_len: int) -> Iterator[Row]:
+    """Packs short pieces into rows that they share."""
     lengths = [len(ids) for ids, _ in pieces]
     for members in first_fit_decreasing(lengths, seq_len + 1):
-        yield lay_out([pieces[m] for m in members], seq_len)
+        pieces_of_row = [pieces[m] for m in members]
+        yield lay_out(pieces_of_row, seq_len)
 
 
 def first_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -85,17 +88,20 @@ def first_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int
     Returns:
       The indices of the items in each bin.
     """
+    num_items = len(lengths)
     bins: list[list[int]] = []
-    room = np.full(len(lengths), capacity)  # there are never more bins than items
-    longest_first = sorted(range(len(lengths)), key=lambda item: -lengths[item])
+    room = np.full(num_items, capacity)  # there are never more bins than items
+    longest_first = sorted(range(num_items), key=lambda item: -lengths[item])
     for item in longest_first:
+        length = lengths[item]
         # All open bins and a new one, which has room for any item.
-        has_room = room[: len(bins) + 1] >= lengths[item]
-        index = int(np.argmax(has_room))
-        if index == len(bins):
+        num_candidates = len(bins) + 1
+        has_room = room[:num_candidates] >= length
+        first = int(np.argmax(has_room))
+        if first == len(bins):
             bins.append([])
-        bins[index].append(item)
-        room[index] -= lengths[item]
+        bins[first].append(item)
+        room[first] -= length
     return bins
 
 
@@ -103,7 +109,8 @@ def empty_row(seq_len: int) -> Row:
     """Returns a row of padding, [L + 1]."""
     row = {}
     for name in FEATURES:
-        row[name] = np.full(seq_len + 1, PADDING.get(name, 0), np.int32)
+        padding = PADDING.get(name, 0)
+        row[name] = np.full(seq_len + 1, padding, np.int32)
     return row
 
 
@@ -112,10 +119,12 @@ def lay_out(pieces: Sequence[Piece], seq_len: int) -> Row:
     row = empty_row(seq_len)
     start = 0
     for segment, (ids, document) in enumerate(pieces, start=1):
-        slots = slice(start, start + len(ids))
+        num_slots = len(ids)
+        end = start + num_slots
+        slots = slice(start, end)
         row["tokens"][slots] = ids
         row["segments"][slots] = segment
-        row["positions"][slots] = np.arange(len(ids))
+        row["positions"][slots] = np.arange(num_slots)
         row["documents"][slots] = document
-        start += len(ids)
+        start = end
     return row

@@ -97,15 +97,18 @@ def generate(
 
 
 def generate_text(
-    model: Decoder | LayeredDecoder, tokenizer: Tokenizer, prompts: Sequence[str], **sampling
+    model: Decoder | LayeredDecoder,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    **sampling,
 ) -> list[str]:
     """Returns the complete continuations, without the prompts; see `generate`."""
-    continuations: list[list[int]] = [[] for _ in prompts]
-    for step in generate(model, tokenizer, prompts, **sampling):
-        for ids, token in zip(continuations, step, strict=True):
-            if token is not None:
-                ids.append(token)
-    return [tokenizer.decode(ids) for ids in continuations]
+    steps = list(generate(model, tokenizer, prompts, **sampling))
+    texts = []
+    for tokens in zip(*steps, strict=True):
+        ids = [token for token in tokens if token is not None]
+        texts.append(tokenizer.decode(ids))
+    return texts
 
 
 @jax.tree_util.register_dataclass
@@ -139,7 +142,9 @@ class Sampling:
 
 
 def sample(
-    logits_BV: Float[Array, "B V"], sampling: Sampling, positions_B: Int[Array, "B"]
+    logits_BV: Float[Array, "B V"],
+    sampling: Sampling,
+    positions_B: Int[Array, "B"],
 ) -> Int[Array, "B"]:
     """Draws one token per sequence.
 
@@ -149,7 +154,8 @@ def sample(
       positions_B: folded into the keys, so that each position has its own draw.
     """
     if sampling.method == "greedy":
-        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+        most_probable_B = jnp.argmax(logits_BV, axis=-1)
+        return most_probable_B.astype(jnp.int32)
     temperature = jnp.maximum(sampling.temperature, 1e-6)
     scaled_BV = logits_BV / temperature
     keys_B = jax.vmap(jax.random.fold_in)(sampling.keys_B, positions_B)
@@ -159,7 +165,11 @@ def sample(
     return _sample_nucleus(scaled_BV, sampling.top_p, keys_B)
 
 
-def _sample_nucleus(scaled_BV: jax.Array, top_p: jax.Array, keys_B: jax.Array) -> jax.Array:
+def _sample_nucleus(
+    scaled_BV: jax.Array,
+    top_p: jax.Array,
+    keys_B: jax.Array,
+) -> jax.Array:
     """Draws from the smallest set of most probable tokens whose probability reaches `top_p`.
 
     Of equally probable tokens the first ones belong to the set. All tokens are sorted only in a
@@ -177,14 +187,16 @@ def _sample_nucleus(scaled_BV: jax.Array, top_p: jax.Array, keys_B: jax.Array) -
         return _draw_from_ranks(scaled_BV, log_total_B1, top_p, keys_B, num_ranks)
 
     if vocab_size <= CANDIDATES:
-        return draw(vocab_size)[0]
+        drawn_B, _ = draw(vocab_size)
+        return drawn_B
     drawn_B, is_complete_B = draw(CANDIDATES)
 
     def redraw_incomplete() -> jax.Array:
         redrawn_B, _ = draw(vocab_size)
         return jnp.where(is_complete_B, drawn_B, redrawn_B)
 
-    return jax.lax.cond(is_complete_B.all(), lambda: drawn_B, redraw_incomplete)
+    are_all_complete = is_complete_B.all()
+    return jax.lax.cond(are_all_complete, lambda: drawn_B, redraw_incomplete)
 
 
 def _draw_from_ranks(
@@ -203,11 +215,14 @@ def _draw_from_ranks(
     probs_BR = jnp.exp(sorted_BR - log_total_B1)
     mass_BR = jnp.cumsum(probs_BR, axis=-1)
     mass_before_BR = mass_BR - probs_BR
-    is_in_nucleus_BR = (mass_before_BR < top_p).at[:, 0].set(True)
+    is_below_BR = mass_before_BR < top_p
+    is_in_nucleus_BR = is_below_BR.at[:, 0].set(True)
     nucleus_BR = jnp.where(is_in_nucleus_BR, sorted_BR, -jnp.inf)
-    ranks_B = jax.vmap(jax.random.categorical)(keys_B, nucleus_BR)
-    drawn_B1 = jnp.take_along_axis(tokens_BR, ranks_B[:, None], axis=-1)
-    is_complete_B = mass_BR[:, -1] >= top_p
+    rank_B = jax.vmap(jax.random.categorical)(keys_B, nucleus_BR)
+    rank_B1 = rank_B[:, None]
+    drawn_B1 = jnp.take_along_axis(tokens_BR, rank_B1, axis=-1)
+    mass_B = mass_BR[:, -1]
+    is_complete_B = mass_B >= top_p
     return drawn_B1[:, 0], is_complete_B
 
 
@@ -227,11 +242,14 @@ def prefill(
       cache: an empty one, which is overwritten.
       sampling: how tokens are drawn.
     """
-    positions_BL = jnp.broadcast_to(jnp.arange(tokens_BL.shape[1]), tokens_BL.shape)
+    length = tokens_BL.shape[1]
+    position_L = jnp.arange(length)
+    positions_BL = jnp.broadcast_to(position_L, tokens_BL.shape)
     is_token_BL = positions_BL < lengths_B[:, None]
     x_BLD, cache = decoder.extend(tokens_BL, positions_BL, cache, is_token_BL)
     last_positions_B = lengths_B - 1
-    last_B1D = jnp.take_along_axis(x_BLD, last_positions_B[:, None, None], axis=1)
+    last_positions_B11 = last_positions_B[:, None, None]
+    last_B1D = jnp.take_along_axis(x_BLD, last_positions_B11, axis=1)
     logits_B1V = decoder.logits(last_B1D)
     next_B, next_positions_B = _sample_next(logits_B1V, last_positions_B, sampling)
     return next_B, next_positions_B, cache
@@ -245,7 +263,9 @@ def decode(
     sampling: Sampling,
 ) -> tuple[Int[Array, "B"], Int[Array, "B"], list[KVCache]]:
     """Returns the next token of each sequence, its position, and the extended cache."""
-    x_B1D, cache = decoder.extend(tokens_B[:, None], positions_B[:, None], cache)
+    tokens_B1 = tokens_B[:, None]
+    positions_B1 = positions_B[:, None]
+    x_B1D, cache = decoder.extend(tokens_B1, positions_B1, cache)
     logits_B1V = decoder.logits(x_B1D)
     next_B, next_positions_B = _sample_next(logits_B1V, positions_B, sampling)
     return next_B, next_positions_B, cache
@@ -255,11 +275,14 @@ def decode(
 def _sample_next(logits_B1V, positions_B, sampling):
     """Returns the token after those at `positions_B`, and its position."""
     next_positions_B = positions_B + 1
-    return sample(logits_B1V[:, 0], sampling, next_positions_B), next_positions_B
+    logits_BV = logits_B1V[:, 0]
+    next_B = sample(logits_BV, sampling, next_positions_B)
+    return next_B, next_positions_B
 
 
 def _pad_prompts(
-    tokenizer: Tokenizer, prompts: Sequence[str]
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
 ) -> tuple[Int[np.ndarray, "B L"], Int[np.ndarray, "B"]]:
     """Returns token ids of the prompts, padded on the right, and their lengths."""
     rows = []
@@ -267,8 +290,8 @@ def _pad_prompts(
         ids = tokenizer.encode(prompt)
         rows.append([tokenizer.bos_id, *ids])
     lengths = [len(row) for row in rows]
-    padded_length = _round_up(max(lengths))  # few distinct lengths, so few compilations
-    tokens_BL = np.full((len(rows), padded_length), tokenizer.pad_id, np.int32)
+    shape = (len(rows), _round_up(max(lengths)))  # few distinct lengths, so few compilations
+    tokens_BL = np.full(shape, tokenizer.pad_id, np.int32)
     for i, row in enumerate(rows):
         tokens_BL[i, : len(row)] = row
     return tokens_BL, np.array(lengths, np.int32)
@@ -277,7 +300,12 @@ def _pad_prompts(
 def _sequence_keys(seed: int, batch: int) -> jax.Array:
     """Returns a key for each sequence, which does not depend on the size of the batch."""
     key = jax.random.key(seed)
-    return jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(batch))
+
+    def key_of(i):
+        return jax.random.fold_in(key, i)
+
+    sequence_B = jnp.arange(batch)
+    return jax.vmap(key_of)(sequence_B)
 
 
 def _unfinished(ids_B: np.ndarray, is_done_B: np.ndarray) -> list[int | None]:
@@ -324,10 +352,17 @@ def _warn_of_capacity(config: Config) -> None:
 
 
 def _has_eval_capacity(moe: MoeConfig) -> bool:
+    """Whether evaluation drops choices."""
     return moe.dispatch == "capacity" and moe.eval_capacity_factor > 0
 
 
-def _check(prompts, max_tokens, temperature, top_p) -> None:
+def _check(
+    prompts: Sequence[str],
+    max_tokens: int,
+    temperature: float,
+    top_p: float,
+) -> None:
+    """Raises for an argument that is out of range."""
     if not prompts:
         raise ConfigError("--prompt is missing; give at least one")
     if not 1 <= max_tokens <= MAX_TOKENS:
@@ -340,4 +375,5 @@ def _check(prompts, max_tokens, temperature, top_p) -> None:
 
 def _round_up(length: int) -> int:
     """Returns the next multiple of 32."""
-    return -(-length // 32) * 32
+    num_blocks = -(-length // 32)
+    return num_blocks * 32

@@ -30,8 +30,9 @@ class LayeredDecoder:
 
     def __init__(self, model: Decoder):
         self.config = model.config
-        self._blocks = [block for block, _ in model.walk()]
-        self._layers = [_program(_layer_program, block) for block in self._blocks]
+        blocks = [block for block, _ in model.walk()]
+        self._blocks = blocks
+        self._layers = [_program(_layer_program, block) for block in blocks]
         without_layers = nnx.clone(model)
         without_layers.stacks = nnx.List([])
         self._begin = _program(_begin_program, without_layers)
@@ -81,11 +82,14 @@ def _program(make: Callable, module: nnx.Module) -> Callable:
     """
     graphdef, state = nnx.split(module)
     arrays, structure = jax.tree.flatten(state)
-    return functools.partial(make(graphdef, structure), arrays)
+    program = make(graphdef, structure)
+    return functools.partial(program, arrays)
 
 
 @functools.lru_cache(maxsize=64)
 def _begin_program(graphdef, structure) -> Callable:
+    """Returns what comes before the layers."""
+
     @jax.jit
     def begin(arrays, tokens_BL, positions_BL, is_token_BL):
         if is_token_BL is None:
@@ -93,13 +97,17 @@ def _begin_program(graphdef, structure) -> Callable:
         model = _merge(graphdef, structure, arrays)
         segments_BL = is_token_BL.astype(jnp.int32)
         info = TokenInfo(is_token_BL, tokens_BL, positions_BL)
-        return model.embed(tokens_BL), Context(positions_BL, segments_BL, info)
+        context = Context(positions_BL, segments_BL, info)
+        x_BLD = model.embed(tokens_BL)
+        return x_BLD, context
 
     return begin
 
 
 @functools.lru_cache(maxsize=64)
 def _layer_program(graphdef, structure) -> Callable:
+    """Returns one layer."""
+
     @functools.partial(jax.jit, donate_argnums=(1, 3))
     def apply(arrays, x_BLD, context, cache):
         block = _merge(graphdef, structure, arrays)
@@ -111,6 +119,8 @@ def _layer_program(graphdef, structure) -> Callable:
 
 @functools.lru_cache(maxsize=64)
 def _end_program(graphdef, structure) -> Callable:
+    """Returns what comes after the layers."""
+
     @jax.jit
     def end(arrays, x_BLD):
         model = _merge(graphdef, structure, arrays)
@@ -121,4 +131,5 @@ def _end_program(graphdef, structure) -> Callable:
 
 def _merge(graphdef, structure, arrays) -> Any:
     """Returns the module whose state is a flat list of arrays."""
-    return nnx.merge(graphdef, jax.tree.unflatten(structure, arrays))
+    state = jax.tree.unflatten(structure, arrays)
+    return nnx.merge(graphdef, state)

@@ -47,7 +47,9 @@ class LoadedRun:
 
 
 def load_run(
-    workdir: str | Path, step: int | None = None, mesh: MeshConfig | None = None
+    workdir: str | Path,
+    step: int | None = None,
+    mesh: MeshConfig | None = None,
 ) -> LoadedRun:
     """Loads a checkpoint, whatever mesh the run was trained on.
 

@@ -28,7 +28,8 @@ def padded_length(loaded: LoadedRun, length: int) -> int:
     if _depends_on_length(loaded.config):
         parts = 1 if loaded.mesh is None else loaded.mesh.shape["context"]
         return _round_up(length, parts)
-    next_power_of_two = 1 << (length - 1).bit_length()
+    exponent = (length - 1).bit_length()
+    next_power_of_two = 1 << exponent
     return max(SHORTEST, next_power_of_two)
 
 
@@ -37,7 +38,8 @@ def rows_at_once(loaded: LoadedRun, rows: int) -> int:
     if loaded.mesh is None:
         return rows
     sizes = [loaded.mesh.shape[axis] for axis in BATCH_AXES]
-    return _round_up(rows, math.prod(sizes))
+    num_parts = math.prod(sizes)
+    return _round_up(rows, num_parts)
 
 
 def route_rows(
@@ -77,7 +79,15 @@ def route_rows(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _route(graphdef: Any, with_scores: bool, state: Any, tokens_BL, segments_BL, positions_BL):
+def _route(
+    graphdef: Any,
+    with_scores: bool,
+    state: Any,
+    tokens_BL: jax.Array,
+    segments_BL: jax.Array,
+    positions_BL: jax.Array,
+) -> tuple[jax.Array, ...]:
+    """Returns the choices of a batch, and the scores if they are asked for."""
     model = nnx.merge(graphdef, state)
     _, stats = model(tokens_BL, segments_BL, positions_BL, trace=True)
     routings = [group.routing for group in stats]
@@ -85,15 +95,19 @@ def _route(graphdef: Any, with_scores: bool, state: Any, tokens_BL, segments_BL,
     choices = choices_by_token(routings, num_choices)
     if not with_scores:
         return choices
-    return choices + scores_by_token(routings, num_choices)
+    scores = scores_by_token(routings, num_choices)
+    return choices + scores
 
 
 def _depends_on_length(config: Config) -> bool:
     """Whether routing of a token depends on the length of its row."""
-    return any(
-        moe.router == "expert_choice" or moe.eval_capacity_factor > 0 for moe in config.moe_groups
-    )
+    for moe in config.moe_groups:
+        if moe.router == "expert_choice" or moe.eval_capacity_factor > 0:
+            return True
+    return False
 
 
 def _round_up(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple
+    """Returns the smallest multiple that is not below the number."""
+    num_multiples = -(-number // multiple)
+    return num_multiples * multiple

@@ -84,6 +84,21 @@ class _Layer:
     num_active: int = 0
     flops: Flops = Flops()
 
+    @property
+    def in_experts(self) -> int:
+        """Parameters of all experts."""
+        return self.num_experts * self.per_expert
+
+    @property
+    def total(self) -> int:
+        """All parameters."""
+        return self.always + self.in_experts
+
+    @property
+    def active(self) -> int:
+        """Parameters that take part in one token's forward pass."""
+        return self.always + self.num_active * self.per_expert
+
 
 def count(config: Config) -> Count:
     """Counts the parameters and the arithmetic of training.
@@ -101,53 +116,66 @@ def count(config: Config) -> Count:
     Args:
       config: resolved.
     """
-    length = config.data.seq_len
     outside = _outside_feed_forward(config)
-    total = active = outside.always
+    total = outside.always
+    active = outside.always
     experts = 0
     row_flops = [outside.flops]
     for kind, num in collections.Counter(config.layers).items():
-        layer = _dense(config) if kind is None else _experts(kind, config.model.d_model, length)
-        all_experts = layer.num_experts * layer.per_expert
-        active_experts = layer.num_active * layer.per_expert
-        total += num * (layer.always + all_experts)
-        active += num * (layer.always + active_experts)
-        experts += num * all_experts
+        layer = _feed_forward(config, kind)
+        total += num * layer.total
+        active += num * layer.active
+        experts += num * layer.in_experts
         row_flops += [layer.flops] * num
-    return Count(total, active, experts, _training_flops(row_flops, length))
+    flops = _training_flops(row_flops, config.data.seq_len)
+    return Count(total, active, experts, flops)
 
 
 def _training_flops(row_flops: list[Flops], length: int) -> Flops:
     """Returns the arithmetic of training per token, from that of forward passes over one row."""
     per_token = {}
     for part in dataclasses.fields(Flops):
-        of_row = sum(getattr(flops, part.name) for flops in row_flops)
-        per_token[part.name] = round(BACKWARD_AND_FORWARD * of_row / length)
+        name = part.name
+        of_row = sum(getattr(flops, name) for flops in row_flops)
+        of_training = BACKWARD_AND_FORWARD * of_row
+        per_token[name] = round(of_training / length)
     return Flops(**per_token)
 
 
 def _outside_feed_forward(config: Config) -> _Layer:
     """Counts the embeddings, and attention and the norms of all layers."""
-    model, length = config.model, config.data.seq_len
+    model = config.model
+    length = config.data.seq_len
     d_model = model.d_model
     d_kv = model.num_kv_heads * config.head_dim
-    projections = 2 * d_model * d_model + 2 * d_model * d_kv
+    query_and_output = 2 * d_model * d_model
+    key_and_value = 2 * d_model * d_kv
+    projections = query_and_output + key_and_value
     norms = 2 * d_model
     if model.qk_norm:
         norms += 2 * config.head_dim
+    layers = model.num_layers * (projections + norms)
     final_norm = d_model
     embedding = config.vocab_size * d_model
     num_embeddings = 1 if model.tied_embeddings else 2
-    layers = model.num_layers * (projections + norms)
     flops = Flops(
         projections=2 * length * projections * model.num_layers,
         scores=2 * 2 * length**2 * d_model * model.num_layers,
         logits=2 * length * embedding,
     )
-    return _Layer(num_embeddings * embedding + final_norm + layers, flops=flops)
+    always = num_embeddings * embedding + final_norm + layers
+    return _Layer(always, flops=flops)
+
+
+def _feed_forward(config: Config, kind: MoeConfig | None) -> _Layer:
+    """Counts a layer of experts, or a dense one where there is no kind."""
+    if kind is None:
+        return _dense(config)
+    return _experts(kind, config.model.d_model, config.data.seq_len)
 
 
 def _dense(config: Config) -> _Layer:
+    """Counts a dense layer."""
     weights = _weights(Network(), config.model.d_model, config.model.d_ff)
     flops = Flops(dense=2 * config.data.seq_len * weights)
     return _Layer(weights, flops=flops)
@@ -155,16 +183,19 @@ def _dense(config: Config) -> _Layer:
 
 def _weights(network: Network, width: int, d_hidden: int) -> int:
     """Counts the weights of the matrices of one feed-forward network."""
-    return (network.num_projections + 1) * width * d_hidden
+    num_matrices = network.num_projections + 1
+    return num_matrices * width * d_hidden
 
 
 def _biases(network: Network, width: int, d_hidden: int) -> int:
+    """Counts the biases of one feed-forward network."""
     if not network.has_bias:
         return 0
     return network.num_projections * d_hidden + width
 
 
 def _experts(moe: MoeConfig, d_model: int, length: int) -> _Layer:
+    """Counts a layer of experts."""
     network = Network(moe.activation, moe.activation_limit, moe.expert_bias)
     width = moe.d_latent or d_model
     expert = _weights(network, width, moe.d_expert)
@@ -172,15 +203,19 @@ def _experts(moe: MoeConfig, d_model: int, length: int) -> _Layer:
     shared, shared_biases = _shared(moe, network, d_model)
     router_weights, router_rest = _router(moe, d_model)
     rows = _expert_rows(moe, length)
-    # Of tokens into slots, and of slots into tokens.
-    mixing = 2 * length * rows * width if moe.router == "soft" else 0
+    mixing = 0
+    if moe.router == "soft":
+        # Of tokens into slots, and of slots into tokens.
+        mixing = 2 * length * rows * width
+    constant_weights = moe.top_k * moe.num_constant_experts
     flops = Flops(
         router=2 * length * router_weights,
         experts=2 * (rows * expert + length * latent + mixing),
-        shared=2 * length * (shared + moe.top_k * moe.num_constant_experts),
+        shared=2 * length * (shared + constant_weights),
     )
+    router = router_weights + router_rest
     return _Layer(
-        always=router_weights + router_rest + latent + shared + shared_biases,
+        always=router + latent + shared + shared_biases,
         per_expert=expert + _biases(network, width, moe.d_expert),
         num_experts=moe.num_experts,
         num_active=min(moe.top_k, moe.num_experts),
@@ -196,16 +231,20 @@ def _shared(moe: MoeConfig, network: Network, d_model: int) -> tuple[int, int]:
     if not d_shared:
         return gate + constant_experts, 0
     shared_experts = _weights(network, d_model, d_shared)
-    return shared_experts + gate + constant_experts, _biases(network, d_model, d_shared)
+    weights = shared_experts + gate + constant_experts
+    biases = _biases(network, d_model, d_shared)
+    return weights, biases
 
 
 def _expert_rows(moe: MoeConfig, length: int) -> int:
     """Counts the rows that go through experts for one row of `length` tokens."""
     if moe.router == "expert_choice":
-        return moe.num_experts * capacity_slots(1.0, moe.top_k, length, moe.num_experts)
+        slots = capacity_slots(1.0, moe.top_k, length, moe.num_experts)
+        return moe.num_experts * slots
     if moe.router == "soft":
         return moe.num_experts * moe.slots_per_expert
-    return min(moe.top_k, moe.num_experts) * length
+    visited = min(moe.top_k, moe.num_experts)
+    return visited * length
 
 
 def _router(moe: MoeConfig, d_model: int) -> tuple[int, int]:
@@ -213,9 +252,11 @@ def _router(moe: MoeConfig, d_model: int) -> tuple[int, int]:
     if moe.score == "uniform":
         return 0, 0
     if moe.router == "cosine":
-        return (d_model + moe.num_choices) * moe.d_router, 1
+        inputs_and_experts = d_model + moe.num_choices
+        return inputs_and_experts * moe.d_router, 1
     if moe.router == "soft":
-        return d_model * moe.num_experts * moe.slots_per_expert, 1
+        num_slots = moe.num_experts * moe.slots_per_expert
+        return d_model * num_slots, 1
     outputs = moe.num_choices
     has_learned_noise = moe.router == "noisy_topk" and moe.router_noise == "learned"
     if moe.router == "hierarchical":

@@ -52,12 +52,16 @@ def utilisation_of_token(config: Config) -> float | None:
       None where it is not known: the device is not in `PEAK_BFLOAT16`, the model does not compute
       in bfloat16, or its arithmetic changes with `schedule.top_k`.
     """
-    peak = PEAK_BFLOAT16.get(jax.devices()[0].device_kind)
+    device, *_ = jax.devices()
+    peak = PEAK_BFLOAT16.get(device.device_kind)
     if peak is None:
         return None
-    if config.model.compute_dtype != "bfloat16" or config.schedule.top_k != "constant":
+    if config.model.compute_dtype != "bfloat16":
         return None
-    return count(config).flops_per_token / (peak * jax.device_count())
+    if config.schedule.top_k != "constant":
+        return None
+    peak_of_all = peak * jax.device_count()
+    return count(config).flops_per_token / peak_of_all
 
 
 def peak_memory_bytes() -> int | None:

@@ -171,7 +171,8 @@ def _sharing(devices: Sequence[jax.Device]) -> int:
     if devices[0].platform != "cpu":
         return 1
     here = jax.process_index()
-    return max(1, sum(device.process_index == here for device in devices))
+    num_here = sum(device.process_index == here for device in devices)
+    return max(1, num_here)
 
 
 def _text(number: int) -> str:
@@ -179,6 +180,7 @@ def _text(number: int) -> str:
     for unit, size in UNITS.items():
         if number >= size:
             # In integers, since the largest numbers are beyond a float.
-            ones, tenths = divmod(number * 10 // size, 10)
+            all_tenths = number * 10 // size
+            ones, tenths = divmod(all_tenths, 10)
             return f"{ones:,}.{tenths} {unit}"
     return f"{number:,} bytes"

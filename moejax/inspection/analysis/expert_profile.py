@@ -20,7 +20,8 @@ class ProfileError(ValueError):
 
 
 def by_weight(
-    experts_NTK: Int[np.ndarray, "N T K"], weights_NTK: Float[np.ndarray, "N T K"]
+    experts_NTK: Int[np.ndarray, "N T K"],
+    weights_NTK: Float[np.ndarray, "N T K"],
 ) -> Int[np.ndarray, "N T K"]:
     """Returns the experts of each token in falling order of their combine weights.
 
@@ -93,42 +94,60 @@ def vocabulary_specialisation(
         counts_EV = _count_top_1(tokens_T, top_T, vocab_size, num_experts, mask_T)
         chance_EV = _count_top_1(tokens_T, dealt_T, vocab_size, num_experts, mask_T)
         layers.append(_favourites(counts_EV, chance_EV, min_count))
-    return VocabularySpecialisation(*map(np.array, zip(*layers, strict=True)))
+    fields = map(np.array, zip(*layers, strict=True))
+    return VocabularySpecialisation(*fields)
 
 
 def _count_top_1(
-    tokens_T: np.ndarray, top_T: np.ndarray, vocab_size: int, num_experts: int, mask_T: np.ndarray
+    tokens_T: np.ndarray,
+    top_T: np.ndarray,
+    vocab_size: int,
+    num_experts: int,
+    mask_T: np.ndarray,
 ) -> np.ndarray:
+    """Counts how often each expert is the top-1 choice for each token of the vocabulary."""
     top_1T1 = top_T[None, :, None]
     (counts_EV,) = count_tokens_by_expert(tokens_T, top_1T1, vocab_size, num_experts, mask_T)
     return counts_EV
 
 
 def _favourites(
-    counts_EV: np.ndarray, chance_EV: np.ndarray, min_count: int
+    counts_EV: np.ndarray,
+    chance_EV: np.ndarray,
+    min_count: int,
 ) -> tuple[np.ndarray | float, ...]:
     """Returns one layer of `VocabularySpecialisation`."""
     num_experts = len(counts_EV)
     share_V = _largest_share(counts_EV, min_count)
     chance_V = _largest_share(chance_EV, min_count)
     is_known_V = ~np.isnan(share_V)
-    expert_V = np.where(is_known_V, counts_EV.argmax(axis=0), num_experts)
-    shares_v, experts_v = share_V[is_known_V], expert_V[is_known_V]
+    favourite_V = counts_EV.argmax(axis=0)
+    expert_V = np.where(is_known_V, favourite_V, num_experts)
+    shares_v = share_V[is_known_V]
+    experts_v = expert_V[is_known_V]
+    ones_v = np.ones_like(shares_v)
     sum_E = np.bincount(experts_v, shares_v, minlength=num_experts)
-    num_tokens_E = np.bincount(experts_v, np.ones_like(shares_v), minlength=num_experts)
+    num_tokens_E = np.bincount(experts_v, ones_v, minlength=num_experts)
     mean_E = _divide(sum_E, num_tokens_E)
-    return share_V, expert_V, _mean(shares_v), _mean(chance_V[is_known_V]), mean_E
+    mean = _mean(shares_v)
+    chance = _mean(chance_V[is_known_V])
+    return share_V, expert_V, mean, chance, mean_E
 
 
 def _largest_share(counts_EV: np.ndarray, min_count: int) -> np.ndarray:
     """Returns the largest share that an expert has of each token; NaN for rare tokens."""
     seen_V = counts_EV.sum(axis=0)
     is_frequent_V = seen_V >= max(min_count, 1)
-    return _divide(counts_EV.max(axis=0), np.where(is_frequent_V, seen_V, 0))
+    frequent_seen_V = np.where(is_frequent_V, seen_V, 0)
+    largest_V = counts_EV.max(axis=0)
+    return _divide(largest_V, frequent_seen_V)
 
 
 def _mean(values: np.ndarray) -> float:
-    return float(values.mean()) if values.size else float("nan")
+    """Returns the mean; NaN of no values."""
+    if not values.size:
+        return float("nan")
+    return float(values.mean())
 
 
 def _divide(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
@@ -179,10 +198,12 @@ def domain_specialisation(
     tokens_D = np.bincount(domains_T[mask_T], minlength=num_domains)
     counts_NDE = counts_NED.swapaxes(1, 2).astype(np.float64)
     counts_NE = counts_NDE.sum(axis=1)
-    overall_NE = _divide(counts_NE, np.full(counts_NE.shape, tokens_D.sum()))
+    num_tokens_NE = np.full(counts_NE.shape, tokens_D.sum())
+    overall_NE = _divide(counts_NE, num_tokens_NE)
     tokens_NDE = np.broadcast_to(tokens_D[:, None], counts_NDE.shape)
     share_NDE = _divide(counts_NDE, tokens_NDE)
-    return DomainSpecialisation(share_NDE, overall_NE, overall_NE.mean(axis=1), tokens_D)
+    uniform_N = overall_NE.mean(axis=1)
+    return DomainSpecialisation(share_NDE, overall_NE, uniform_N, tokens_D)
 
 
 def coactivation_shares(coactivation_NEE: Int[np.ndarray, "N E E"]) -> Float64[np.ndarray, "N E E"]:
@@ -199,5 +220,6 @@ def coactivation_shares(coactivation_NEE: Int[np.ndarray, "N E E"]) -> Float64[n
     Returns:
       `[n, i, j]`, 1 on the diagonal; NaN in the rows of experts without tokens.
     """
-    tokens_NE1 = np.diagonal(coactivation_NEE, axis1=1, axis2=2)[:, :, None]
-    return _divide(coactivation_NEE, np.broadcast_to(tokens_NE1, coactivation_NEE.shape))
+    tokens_NE = np.diagonal(coactivation_NEE, axis1=1, axis2=2)
+    tokens_NEE = np.broadcast_to(tokens_NE[:, :, None], coactivation_NEE.shape)
+    return _divide(coactivation_NEE, tokens_NEE)

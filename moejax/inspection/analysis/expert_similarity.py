@@ -51,7 +51,8 @@ def output_cosine(outputs_ETD: Float[np.ndarray, "E T D"]) -> Float64[np.ndarray
     """
     num_experts, num_tokens, _ = outputs_ETD.shape
     total_EE = np.zeros((num_experts, num_experts))
-    for outputs_ED in outputs_ETD.swapaxes(0, 1):
+    outputs_TED = outputs_ETD.swapaxes(0, 1)
+    for outputs_ED in outputs_TED:
         total_EE += _cosine(outputs_ED)
     return total_EE / max(num_tokens, 1)
 
@@ -78,30 +79,44 @@ def linear_cka(outputs_ETD: Float[np.ndarray, "E T D"]) -> Float64[np.ndarray, "
         raise ProfileError(
             f"linear_cka has outputs for {num_tokens} tokens and needs at least {MIN_TOKENS}"
         )
-    is_constant_E = (outputs_ETD == outputs_ETD[:, :1]).all(axis=(1, 2))
-    outputs_ETD = outputs_ETD.astype(np.float64)
-    outputs_ETD -= outputs_ETD.mean(axis=1, keepdims=True)  # changes nothing but the rounding
-    outputs_ETD[is_constant_E] = 0
-    gram_ETT = _products(outputs_ETD)
+    gram_ETT = _products(_centred(outputs_ETD))
     diagonal_T = np.arange(num_tokens)
     gram_ETT[:, diagonal_T, diagonal_T] = 0
     # The unbiased estimate centres rows and columns without the diagonal.
-    sums_ET1 = gram_ETT.sum(axis=2, keepdims=True) / (num_tokens - 2)
-    gram_ETT -= sums_ET1 + sums_ET1.swapaxes(1, 2)
-    gram_ETT += sums_ET1.sum(axis=1, keepdims=True) / (num_tokens - 1)
+    sums_ET1 = gram_ETT.sum(axis=2, keepdims=True)
+    means_ET1 = sums_ET1 / (num_tokens - 2)
+    means_E1T = means_ET1.swapaxes(1, 2)
+    gram_ETT -= means_ET1 + means_E1T
+    total_E11 = means_ET1.sum(axis=1, keepdims=True)
+    gram_ETT += total_E11 / (num_tokens - 1)
     gram_ETT[:, diagonal_T, diagonal_T] = 0
     return _cosine(gram_ETT)
+
+
+def _centred(outputs_ETD: np.ndarray) -> np.ndarray:
+    """Returns outputs less their mean over tokens, exactly 0 where all are equal.
+
+    The mean changes nothing but the rounding.
+    """
+    is_same_ETD = outputs_ETD == outputs_ETD[:, :1]
+    is_constant_E = is_same_ETD.all(axis=(1, 2))
+    centred_ETD = outputs_ETD.astype(np.float64)
+    centred_ETD -= centred_ETD.mean(axis=1, keepdims=True)
+    centred_ETD[is_constant_E] = 0
+    return centred_ETD
 
 
 def _products(rows_EPQ: np.ndarray) -> np.ndarray:
     """Returns scalar products of the P rows of each of E matrices, `[E, P, P]`."""
     rows_EPQ = rows_EPQ.astype(np.float64)
-    return rows_EPQ @ rows_EPQ.swapaxes(1, 2)
+    rows_EQP = rows_EPQ.swapaxes(1, 2)
+    return rows_EPQ @ rows_EQP
 
 
 def _cosine(vectors_E: np.ndarray) -> np.ndarray:
     """Returns cosines between E flattened arrays; 0 where one of both is 0."""
-    flat_EX = vectors_E.reshape(len(vectors_E), -1)
+    num_experts = len(vectors_E)
+    flat_EX = vectors_E.reshape(num_experts, -1)
     vectors_EX = flat_EX.astype(np.float64)
     norm_E1 = np.linalg.norm(vectors_EX, axis=1, keepdims=True)
     zeros_EX = np.zeros_like(vectors_EX)

@@ -28,13 +28,12 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from jaxtyping import Float64, Int, Int64
+from jaxtyping import Float64, Int
 
 from moejax.inspection.analysis.attributes import Attribute
+from moejax.inspection.analysis.mutual_information import Codes, Measure
 from moejax.seeds import check_seed
 
-# Larger tables are counted by sorting: slower, but in memory that the number of pairs bounds.
-DENSE_CELLS = 2**24
 COLUMNS = ("information", "baseline", "spread", "excess", "share", "adjusted", "entropy", "ceiling")
 OVER = ("tokens", "documents")
 
@@ -97,7 +96,8 @@ class Information:
 
 def ratio_or_zero(part_N: np.ndarray, all_N: np.ndarray) -> np.ndarray:
     """Returns part over all, 0 where all is 0."""
-    return np.divide(part_N, all_N, out=np.zeros_like(part_N), where=all_N > 1e-9)
+    zeros_N = np.zeros_like(part_N)
+    return np.divide(part_N, all_N, out=zeros_N, where=all_N > 1e-9)
 
 
 def expert_information(
@@ -133,8 +133,7 @@ def expert_information(
         documents that are missing, too short, or in which the attribute varies.
     """
     for one in (attribute, given):
-        if one is not None:
-            _check_length(one, experts_NTK.shape[1])
+        _check_length(one, experts_NTK.shape[1])
     _check_experts(experts_NTK, num_experts)
     _check_baseline(over, num_permutations)
     check_seed("seed", seed)
@@ -148,11 +147,12 @@ def expert_information(
         permute = _over_documents(documents_T[drawn_t])
     else:
         permute = _over_tokens(attribute, given)
-    measure = _Measure(experts_NTK, num_experts, given)
-    values = _Codes.from_values(attribute.values_T)
+    measure = Measure(experts_NTK, num_experts, given)
+    values = Codes.from_values(attribute.values_T)
     chance = []
     for _ in range(num_permutations):
-        chance.append(measure.information(values.permuted(permute(rng))))
+        permuted = values.permuted(permute(rng))
+        chance.append(measure.information(permuted))
     chance_PN = np.stack(chance)
     return Information(
         attribute=attribute.name,
@@ -167,7 +167,8 @@ def expert_information(
 
 
 def information_table(
-    results: Sequence[Information], layers: Sequence[int]
+    results: Sequence[Information],
+    layers: Sequence[int],
 ) -> list[dict[str, str | int | float]]:
     """Returns rows of attributes by layers, for a table or a file.
 
@@ -195,101 +196,6 @@ def information_table(
     return rows
 
 
-@dataclasses.dataclass(frozen=True)
-class _Codes:
-    """Values of tokens as `codes_T` in [0, size)."""
-
-    codes_T: Int64[np.ndarray, "T"]
-    size: int
-
-    @classmethod
-    def from_values(cls, values_T: np.ndarray) -> "_Codes":
-        found, codes_T = np.unique(values_T, return_inverse=True)
-        return cls(codes_T.astype(np.int64), len(found))
-
-    def joined(self, other: "_Codes") -> "_Codes":
-        """Returns codes that are equal where both codes are."""
-        return _Codes.from_values(self.codes_T * other.size + other.codes_T)
-
-    def permuted(self, from_T: np.ndarray) -> "_Codes":
-        return _Codes(self.codes_T[from_T], self.size)
-
-
-class _Measure:
-    """Information about the experts of N layers, given a condition or none.
-
-    Attributes:
-      entropy_N: H(expert) of pairs.
-      ceiling_N: the information of an attribute that decides a token's experts.
-    """
-
-    def __init__(self, experts_NTK: np.ndarray, num_experts: int, given: Attribute | None):
-        self._pairs = [_Pairs(experts_TK, num_experts) for experts_TK in experts_NTK]
-        self._condition = None
-        if given is not None:
-            self._condition = _Codes.from_values(given.values_T)
-        self._of_condition_N = self._of_codes(self._condition)
-        entropies = [layer.entropy for layer in self._pairs]
-        own_choices = [layer.own_choice() for layer in self._pairs]
-        self.entropy_N = np.array(entropies, np.float64)
-        own_choice_N = np.array(own_choices, np.float64)
-        self.ceiling_N = self.entropy_N - own_choice_N - self._of_condition_N
-
-    def information(self, values: "_Codes") -> Float64[np.ndarray, "N"]:
-        """Returns I(expert; value | condition) by the chain rule, in bits."""
-        joint = values if self._condition is None else values.joined(self._condition)
-        return self._of_codes(joint) - self._of_condition_N
-
-    def _of_codes(self, codes: "_Codes | None") -> np.ndarray:
-        """Returns I(expert; codes); no codes hold no information."""
-        if codes is None:
-            return np.zeros(len(self._pairs))
-        return np.array([layer.information(codes) for layer in self._pairs], np.float64)
-
-
-class _Pairs:
-    """The (token, choice) pairs of one layer."""
-
-    def __init__(self, experts_TK: np.ndarray, num_experts: int):
-        self.num_experts = num_experts
-        self.is_choice_TK = experts_TK < num_experts
-        self.experts_TK = experts_TK.astype(np.int64)
-        self.is_full = bool(self.is_choice_TK.all())
-        self.visits_T = self.is_choice_TK.sum(axis=1)
-        self.entropy = _entropy(np.bincount(self.experts_TK[self.is_choice_TK]))  # H(expert)
-
-    def own_choice(self) -> float:
-        """Returns H(expert | token of the text): log2 of its number of choices, over pairs."""
-        visits_t = self.visits_T[self.visits_T > 0]
-        bits = (visits_t * np.log2(visits_t)).sum()
-        return float(bits / max(visits_t.sum(), 1))
-
-    def information(self, values: _Codes) -> float:
-        """Returns I(expert; value), from the entropies of both and of the pair."""
-        if values.size < 2:
-            return 0.0
-        counts = np.bincount(values.codes_T, weights=self.visits_T)
-        return self.entropy + _entropy(counts) - _entropy(self._joint_counts(values))
-
-    def _joint_counts(self, values: _Codes) -> np.ndarray:
-        """Returns how often each pair of value and expert occurs; zeros may be missing."""
-        cells_TK = values.codes_T[:, None] * self.num_experts + self.experts_TK
-        cells = cells_TK.ravel() if self.is_full else cells_TK[self.is_choice_TK]
-        if values.size * self.num_experts <= DENSE_CELLS:
-            return np.bincount(cells)
-        _, counts = np.unique(cells, return_counts=True)
-        return counts
-
-
-def _entropy(counts: np.ndarray) -> float:
-    """Returns the entropy of relative frequencies, in bits."""
-    counts = counts[counts > 0]
-    total = counts.sum()
-    if not total:
-        return 0.0
-    return float(np.log2(total) - (counts * np.log2(counts)).sum() / total)
-
-
 Permutation = Callable[[np.random.Generator], np.ndarray]
 """Draws, for each token, the token that it takes its value from."""
 
@@ -299,12 +205,13 @@ def _over_tokens(attribute: Attribute, condition: Attribute | None) -> Permutati
     if condition is None:
         codes_T = np.zeros(attribute.values_T.size, np.int64)
     else:
-        codes_T = _Codes.from_values(condition.values_T).codes_T
+        codes_T = Codes.from_values(condition.values_T).codes_T
     places_T = np.argsort(codes_T, kind="stable")
 
     def permute(rng: np.random.Generator) -> np.ndarray:
+        random_T = rng.random(places_T.size)
         from_T = np.empty_like(places_T)
-        from_T[places_T] = np.lexsort((rng.random(places_T.size), codes_T))
+        from_T[places_T] = np.lexsort((random_T, codes_T))
         return from_T
 
     return permute
@@ -313,11 +220,18 @@ def _over_tokens(attribute: Attribute, condition: Attribute | None) -> Permutati
 def _over_documents(documents_T: np.ndarray) -> Permutation:
     """Permutes documents, each named by its first token."""
     _, first_d, document_T = np.unique(documents_T, return_index=True, return_inverse=True)
-    return lambda rng: rng.permutation(first_d)[document_T]
+
+    def permute(rng: np.random.Generator) -> np.ndarray:
+        permuted_d = rng.permutation(first_d)
+        return permuted_d[document_T]
+
+    return permute
 
 
 def _draw_equally(
-    documents_T: np.ndarray, number: int | None, rng: np.random.Generator
+    documents_T: np.ndarray,
+    number: int | None,
+    rng: np.random.Generator,
 ) -> np.ndarray:
     """Draws the same number of tokens of each document.
 
@@ -339,11 +253,15 @@ def _draw_equally(
             f"many; the longest of {len(found_d)} has {sizes_d.max(initial=0)}"
         )
     # By document, and at random within each; the rank counts from 0 in each document.
-    order_T = np.lexsort((rng.random(documents_T.size), document_T))
+    random_T = rng.random(documents_T.size)
+    order_T = np.lexsort((random_T, document_T))
     starts_d = np.cumsum(sizes_d) - sizes_d
-    rank_T = np.arange(documents_T.size) - np.repeat(starts_d, sizes_d)
-    is_drawn_T = (rank_T < number) & is_long_d[document_T[order_T]]
-    return np.sort(order_T[is_drawn_T])
+    start_T = np.repeat(starts_d, sizes_d)
+    rank_T = np.arange(documents_T.size) - start_T
+    document_in_order_T = document_T[order_T]
+    is_drawn_T = (rank_T < number) & is_long_d[document_in_order_T]
+    drawn_t = order_T[is_drawn_T]
+    return np.sort(drawn_t)
 
 
 def _check_documents(attribute: Attribute, documents_T: np.ndarray | None) -> np.ndarray:
@@ -363,8 +281,9 @@ def _check_documents(attribute: Attribute, documents_T: np.ndarray | None) -> np
     return documents_T
 
 
-def _check_length(attribute: Attribute, num_tokens: int) -> None:
-    if attribute.values_T.size != num_tokens:
+def _check_length(attribute: Attribute | None, num_tokens: int) -> None:
+    """Raises for an attribute of other tokens."""
+    if attribute is not None and attribute.values_T.size != num_tokens:
         raise InformationError(
             f"attribute {attribute.name!r} has {attribute.values_T.size} values and experts_NTK "
             f"{num_tokens} tokens; take both from the same tokens"
@@ -372,6 +291,7 @@ def _check_length(attribute: Attribute, num_tokens: int) -> None:
 
 
 def _check_experts(experts_NTK: np.ndarray, num_experts: int) -> None:
+    """Raises for an expert id out of range."""
     if not experts_NTK.size:
         return
     low, high = experts_NTK.min(), experts_NTK.max()
@@ -382,6 +302,7 @@ def _check_experts(experts_NTK: np.ndarray, num_experts: int) -> None:
 
 
 def _check_baseline(over: str, num_permutations: int) -> None:
+    """Raises for a baseline that there is not."""
     if over not in OVER:
         raise InformationError(f"over={over!r} must be one of {', '.join(OVER)}")
     if num_permutations < 2:

@@ -9,7 +9,9 @@ from moejax.inspection.analysis.expert_profile import ProfileError
 
 
 def router_saturation(
-    experts_S: Sequence[Int[np.ndarray, "..."]], num_experts: int, num_choices: int | None = None
+    experts_S: Sequence[Int[np.ndarray, "..."]],
+    num_experts: int,
+    num_choices: int | None = None,
 ) -> Float64[np.ndarray, "S N"]:
     """Returns, of each token's experts at the last checkpoint, the fraction it had at each one.
 
@@ -37,21 +39,22 @@ def router_saturation(
         raise ProfileError(
             f"checkpoints differ in layers and tokens, [N, T]: {shapes}; use evaluations of one run"
         )
-    last_NTK = experts_S[-1][:, :, :num_choices]
-    kept_S = []
-    for experts_NTK in experts_S:
-        kept_S.append(_kept(experts_NTK[:, :, :num_choices], last_NTK, num_experts))
-    return np.stack(kept_S)
+    chosen_S = [experts_NTK[:, :, :num_choices] for experts_NTK in experts_S]
+    last_NTK = chosen_S[-1]
+    kept_SN = [_kept(early_NTK, last_NTK, num_experts) for early_NTK in chosen_S]
+    return np.stack(kept_SN)
 
 
 def _kept(early_NTK: np.ndarray, last_NTK: np.ndarray, num_experts: int) -> np.ndarray:
     """Returns, by layer, the mean fraction of the last experts that are among the early ones."""
+    num_layers, num_tokens, top_k = last_NTK.shape
     is_expert_NTK = last_NTK < num_experts
-    kept_NT = np.zeros(last_NTK.shape[:2], np.int64)
-    for k in range(last_NTK.shape[2]):
-        last_NT1 = last_NTK[:, :, k : k + 1]
-        is_same_NTK = (early_NTK == last_NT1) & is_expert_NTK[:, :, k : k + 1]
-        kept_NT += is_same_NTK.any(axis=2)
+    kept_NT = np.zeros((num_layers, num_tokens), np.int64)
+    for k in range(top_k):
+        last_NT = last_NTK[:, :, k]
+        is_same_NTK = early_NTK == last_NT[:, :, None]
+        is_found_NT = is_same_NTK.any(axis=2)
+        kept_NT += is_found_NT & is_expert_NTK[:, :, k]
     visits_NT = is_expert_NTK.sum(axis=2)
     has_expert_NT = visits_NT > 0
     share_NT = np.zeros(kept_NT.shape)

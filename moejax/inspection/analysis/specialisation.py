@@ -59,19 +59,23 @@ def count_tokens_by_expert(
     """
     tokens_t = tokens_T[mask_T].astype(np.int64)
     _check_range("tokens_T", tokens_t, vocab_size)
-    counts_NEV = np.zeros((len(experts_NTK), num_experts, vocab_size), np.int64)
+    num_layers = len(experts_NTK)
+    counts_NEV = np.zeros((num_layers, num_experts, vocab_size), np.int64)
     # One layer after the other, for memory; the last row counts the choices of no expert.
+    num_rows = num_experts + 1
+    num_cells = num_rows * vocab_size
     for counts_EV, experts_TK in zip(counts_NEV, experts_NTK, strict=True):
         experts_tk = experts_TK[mask_T].astype(np.int64)
-        _check_range("experts_NTK", experts_tk, num_experts + 1)
+        _check_range("experts_NTK", experts_tk, num_rows)
         cells_tk = experts_tk * vocab_size + tokens_t[:, None]
-        counts = np.bincount(cells_tk.ravel(), minlength=(num_experts + 1) * vocab_size)
-        rows_eV = counts.reshape(num_experts + 1, vocab_size)
-        counts_EV[:] = rows_eV[:num_experts]
+        counts = np.bincount(cells_tk.ravel(), minlength=num_cells)
+        counts_eV = counts.reshape(num_rows, vocab_size)
+        counts_EV[:] = counts_eV[:num_experts]
     return counts_NEV
 
 
 def _check_range(name: str, values: np.ndarray, size: int) -> None:
+    """Raises for a value outside [0, size)."""
     if not values.size:
         return
     low, high = values.min(), values.max()
@@ -80,7 +84,9 @@ def _check_range(name: str, values: np.ndarray, size: int) -> None:
 
 
 def over_represented_tokens(
-    counts_NEV: Int[np.ndarray, "N E V"], top: int = 12, min_count: int = 20
+    counts_NEV: Int[np.ndarray, "N E V"],
+    top: int = 12,
+    min_count: int = 20,
 ) -> list[list[list[TokenShare]]]:
     """Ranks the tokens that an expert gets significantly more often than its share of the load.
 
@@ -107,19 +113,27 @@ def over_represented_tokens(
       For each layer, for each expert, a list of `TokenShare`, strongest first; empty if
       nothing stands out.
     """
-    ranked = []
-    for counts_EV in counts_NEV:
-        z_EV, ratio_EV = _surprise(counts_EV)
-        seen_V = counts_EV.sum(axis=0)
-        of_layer = []
-        for counts_V, z_V, ratio_V in zip(counts_EV, z_EV, ratio_EV, strict=True):
-            of_expert = []
-            for v in _rank(counts_V, z_V, top, min_count):
-                share = float(counts_V[v] / seen_V[v])
-                of_expert.append(TokenShare(int(v), int(counts_V[v]), share, float(ratio_V[v])))
-            of_layer.append(of_expert)
-        ranked.append(of_layer)
-    return ranked
+    return [_rank_layer(counts_EV, top, min_count) for counts_EV in counts_NEV]
+
+
+def _rank_layer(counts_EV: np.ndarray, top: int, min_count: int) -> list[list[TokenShare]]:
+    """Returns the tokens that stand out, for each expert of a layer."""
+    z_EV, ratio_EV = _surprise(counts_EV)
+    seen_V = counts_EV.sum(axis=0)
+    share_EV = counts_EV / np.maximum(seen_V, 1)
+    of_layer = []
+    for e in range(len(counts_EV)):
+        of_expert = []
+        for v in _rank(counts_EV[e], z_EV[e], top, min_count):
+            token_share = TokenShare(
+                token=int(v),
+                num_assignments=int(counts_EV[e, v]),
+                share=float(share_EV[e, v]),
+                ratio=float(ratio_EV[e, v]),
+            )
+            of_expert.append(token_share)
+        of_layer.append(of_expert)
+    return of_layer
 
 
 def _surprise(
@@ -131,32 +145,43 @@ def _surprise(
     """
     counts_EV = counts_EV.astype(np.float64)
     seen_V = counts_EV.sum(axis=0)
-    share_E1 = counts_EV.sum(axis=1, keepdims=True) / max(seen_V.sum(), 1)
+    load_E1 = counts_EV.sum(axis=1, keepdims=True)
+    share_E1 = load_E1 / max(seen_V.sum(), 1)
     expected_EV = share_E1 * seen_V
     others_EV = seen_V - counts_EV
     expected_others_EV = (1 - share_E1) * seen_V
     own_term_EV = _x_log_ratio(counts_EV, expected_EV)
-    deviance_EV = 2 * (own_term_EV + _x_log_ratio(others_EV, expected_others_EV))
+    others_term_EV = _x_log_ratio(others_EV, expected_others_EV)
+    deviance_EV = 2 * (own_term_EV + others_term_EV)
     # Rounding can make a deviance of 0 slightly negative.
-    z_EV = np.sign(counts_EV - expected_EV) * np.sqrt(np.maximum(deviance_EV, 0))
+    root_EV = np.sqrt(np.maximum(deviance_EV, 0))
+    sign_EV = np.sign(counts_EV - expected_EV)
+    z_EV = sign_EV * root_EV
     zeros_EV = np.zeros_like(counts_EV)
     ratio_EV = np.divide(counts_EV, expected_EV, out=zeros_EV, where=expected_EV > 0)
     return z_EV, ratio_EV
 
 
 def _x_log_ratio(
-    x: Float64[np.ndarray, "E V"], y: Float64[np.ndarray, "E V"]
+    x: Float64[np.ndarray, "E V"],
+    y: Float64[np.ndarray, "E V"],
 ) -> Float64[np.ndarray, "E V"]:
     """Returns x * log(x / y), which is 0 where x is 0."""
-    ratio = np.divide(x, y, out=np.ones_like(x), where=x > 0)
+    ones = np.ones_like(x)
+    ratio = np.divide(x, y, out=ones, where=x > 0)
     return x * np.log(ratio)
 
 
 def _rank(
-    counts_V: Int[np.ndarray, "V"], z_V: Float64[np.ndarray, "V"], top: int, min_count: int
+    counts_V: Int[np.ndarray, "V"],
+    z_V: Float64[np.ndarray, "V"],
+    top: int,
+    min_count: int,
 ) -> Int64[np.ndarray, "n"]:
     """Returns the tokens that stand out, strongest first; of equal ranks the lower id first."""
-    stands_out_V = (counts_V >= min_count) & (z_V >= MIN_Z)
-    tokens = np.flatnonzero(stands_out_V)
-    order = np.argsort(-z_V[tokens], kind="stable")
-    return tokens[order][:top]
+    is_frequent_V = counts_V >= min_count
+    is_surprising_V = z_V >= MIN_Z
+    tokens_n = np.flatnonzero(is_frequent_V & is_surprising_V)
+    order_n = np.argsort(-z_V[tokens_n], kind="stable")
+    ranked_n = tokens_n[order_n]
+    return ranked_n[:top]

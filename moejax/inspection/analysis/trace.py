@@ -58,7 +58,8 @@ class RoutedTokens:
     layers: tuple[int, ...]
 
     def __repr__(self) -> str:
-        num_tokens, num_rows = len(self.tokens_T), len(np.unique(self.rows_T))
+        num_tokens = len(self.tokens_T)
+        num_rows = len(np.unique(self.rows_T))
         return (
             f"RoutedTokens({num_tokens:,} tokens of {num_rows:,} rows "
             f"through {len(self.layers)} MoE layers of {self.num_experts} experts)"
@@ -141,7 +142,8 @@ def route_corpus(
     parts = []
     for first in range(0, len(chosen), at_once):
         indices = chosen[first : first + at_once]
-        rows = _stack([stored[int(index)] for index in indices], at_once, corpus.seq_len)
+        stored_rows = [stored[int(index)] for index in indices]
+        rows = _stack(stored_rows, at_once, corpus.seq_len)
         routed = route_rows(model, rows["tokens"], rows["segments"], rows["positions"])
         parts.append(_real_tokens(rows, indices, routed))
     return RoutedTokens(
@@ -152,7 +154,9 @@ def route_corpus(
 
 
 def _real_tokens(
-    rows: Mapping[str, np.ndarray], indices: np.ndarray, routed: Sequence[Any]
+    rows: Mapping[str, np.ndarray],
+    indices: np.ndarray,
+    routed: Sequence[Any],
 ) -> dict[str, np.ndarray]:
     """Returns what `RoutedTokens` holds of some rows, without padding.
 
@@ -161,16 +165,21 @@ def _real_tokens(
       indices: of the real rows in the split.
       routed: experts and weights, `[N, T, K]`, from `route_rows`.
     """
-    is_token_T = rows["segments"].reshape(-1) > 0
-    num_rows, seq_len = rows["tokens"].shape
-    row_B = np.pad(indices, (0, num_rows - len(indices)))
-    row_BL = np.broadcast_to(row_B[:, None], (num_rows, seq_len))
+    shape = rows["tokens"].shape
+    segments_T = rows["segments"].reshape(-1)
+    is_token_T = segments_T > 0
+    num_padding_rows = shape[0] - len(indices)
+    row_B = np.pad(indices, (0, num_padding_rows))
+    row_BL = np.broadcast_to(row_B[:, None], shape)
     found = {}
     for name in PER_TOKEN:
         values_BL = row_BL if name == "rows" else rows[name]
-        found[name] = values_BL.reshape(-1)[is_token_T].astype(np.int32)
+        values_T = values_BL.reshape(-1)
+        values_t = values_T[is_token_T]
+        found[name] = values_t.astype(np.int32)
     for name, values_NTK in zip(PER_CHOICE, routed, strict=True):
-        found[name] = np.asarray(values_NTK)[:, is_token_T]
+        on_host_NTK = np.asarray(values_NTK)
+        found[name] = on_host_NTK[:, is_token_T]
     return found
 
 
@@ -178,9 +187,11 @@ def _concatenate(parts: Sequence[Mapping[str, np.ndarray]]) -> dict[str, Any]:
     """Returns the arrays of all parts by the names of `RoutedTokens`."""
     found = {}
     for name in PER_TOKEN:
-        found[f"{name}_T"] = np.concatenate([part[name] for part in parts])
+        arrays_T = [part[name] for part in parts]
+        found[f"{name}_T"] = np.concatenate(arrays_T)
     for name in PER_CHOICE:
-        found[f"{name}_NTK"] = np.concatenate([part[name] for part in parts], axis=1)
+        arrays_NTK = [part[name] for part in parts]
+        found[f"{name}_NTK"] = np.concatenate(arrays_NTK, axis=1)
     return found
 
 
@@ -199,27 +210,35 @@ def spread_rows(num_rows: int, max_rows: int | None, seed: int) -> Int[np.ndarra
     check_seed("seed", seed)
     rng = np.random.default_rng(seed)
     edges = np.linspace(0, num_rows, max_rows + 1).astype(int)
-    return rng.integers(edges[:-1], edges[1:])
+    starts = edges[:-1]
+    ends = edges[1:]
+    return rng.integers(starts, ends)
 
 
 def _stack(
-    rows: Sequence[dict[str, np.ndarray]], num_rows: int, seq_len: int
+    rows: Sequence[dict[str, np.ndarray]],
+    num_rows: int,
+    seq_len: int,
 ) -> dict[str, np.ndarray]:
     """Returns the inputs of rows, `[num_rows, seq_len]`, filled up with rows of padding."""
     stacked = {}
     for name in FEATURES:
+        inputs = [row[name][:-1] for row in rows]
         values_BL = np.zeros((num_rows, seq_len), np.int32)
-        values_BL[: len(rows)] = [row[name][:-1] for row in rows]
+        values_BL[: len(rows)] = inputs
         stacked[name] = values_BL
     return stacked
 
 
 def _as_tokens(
-    model: "LoadedRun", text_or_tokens: str | Sequence[int] | np.ndarray
+    model: "LoadedRun",
+    text_or_tokens: str | Sequence[int] | np.ndarray,
 ) -> Int32[np.ndarray, "T"]:
+    """Returns the token ids of a text, or those that were given, checked."""
     if isinstance(text_or_tokens, str):
         tokenizer = model.tokenizer
-        return np.array([tokenizer.bos_id, *tokenizer.encode(text_or_tokens)], np.int32)
+        ids = [tokenizer.bos_id, *tokenizer.encode(text_or_tokens)]
+        return np.array(ids, np.int32)
     tokens = np.asarray(text_or_tokens)
     is_integer = np.issubdtype(tokens.dtype, np.integer)
     if tokens.ndim != 1 or not tokens.size or not is_integer:

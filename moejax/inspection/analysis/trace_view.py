@@ -62,12 +62,16 @@ class Trace:
         none). It is negative where bias or groups overrule the probabilities, and NaN where a token
         has no expert.
         """
-        expert_ids_E = np.arange(self.num_experts)
-        is_chosen_NTE = (self.experts_NTK[..., None] == expert_ids_E).any(axis=2)
-        least_NT = np.where(is_chosen_NTE, self.probs_NTE, np.inf).min(axis=-1)
-        highest_other_NT = np.where(is_chosen_NTE, 0.0, self.probs_NTE).max(axis=-1)
+        expert_E = np.arange(self.num_experts)
+        is_choice_NTKE = self.experts_NTK[..., None] == expert_E
+        is_chosen_NTE = is_choice_NTKE.any(axis=2)
+        own_probs_NTE = np.where(is_chosen_NTE, self.probs_NTE, np.inf)
+        other_probs_NTE = np.where(is_chosen_NTE, 0.0, self.probs_NTE)
+        least_NT = own_probs_NTE.min(axis=-1)
+        highest_other_NT = other_probs_NTE.max(axis=-1)
+        margin_NT = least_NT - highest_other_NT
         has_expert_NT = is_chosen_NTE.any(axis=-1)
-        return np.where(has_expert_NT, least_NT - highest_other_NT, np.nan)
+        return np.where(has_expert_NT, margin_NT, np.nan)
 
     def to_frame(self) -> "pd.DataFrame":
         """Returns a row per token, layer and choice.
@@ -114,17 +118,17 @@ class Trace:
 def as_text(trace: Trace) -> str:
     """Returns a table of the first tokens and layers."""
     columns = _text_columns(trace)
-    num_tokens, num_layers = len(columns[0]) - 1, len(columns) - 2
-    widths = [_width(column) for column in columns]
+    padded_columns = [_pad(column) for column in columns]
     lines = [_title(trace)]
-    for row in zip(*columns, strict=True):
-        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
-        lines.append("  ".join(cells))
+    for row in zip(*padded_columns, strict=True):
+        lines.append("  ".join(row))
+    num_more_tokens = len(trace.tokens_T) - (len(columns[0]) - 1)
+    num_more_layers = len(trace.layers) - (len(columns) - 2)
     more = []
-    if num_tokens < len(trace.tokens_T):
-        more.append(f"{len(trace.tokens_T) - num_tokens} more tokens")
-    if num_layers < len(trace.layers):
-        more.append(f"{len(trace.layers) - num_layers} more layers")
+    if num_more_tokens:
+        more.append(f"{num_more_tokens} more tokens")
+    if num_more_layers:
+        more.append(f"{num_more_layers} more layers")
     if more:
         lines.append(f"... {' and '.join(more)}; to_frame() has all")
     return "\n".join(line.rstrip()[:WIDTH] for line in lines)
@@ -133,12 +137,14 @@ def as_text(trace: Trace) -> str:
 def _text_columns(trace: Trace) -> list[list[str]]:
     """Returns the columns of `as_text`: tokens, pieces, and as many layers as fit."""
     cells = _Cells(trace)
-    tokens = range(min(len(trace.tokens_T), TEXT_TOKENS))
-    pieces = [_shorten(html.visible(trace.pieces[t])) for t in tokens]
-    columns = [["token", *(str(t) for t in tokens)], ["piece", *pieces]]
+    num_tokens = min(len(trace.tokens_T), TEXT_TOKENS)
+    tokens = range(num_tokens)
+    pieces = [_shorten(html.visible(piece)) for piece in trace.pieces[:num_tokens]]
+    columns = [["token", *map(str, tokens)], ["piece", *pieces]]
     used = sum(_width(column) + 2 for column in columns)
     for n, layer in enumerate(trace.layers):
-        column = [f"layer {layer}", *(cells.in_short(n, t) for t in tokens)]
+        choices = [cells.in_short(n, t) for t in tokens]
+        column = [f"layer {layer}", *choices]
         used += _width(column) + 2
         if n and used > WIDTH:
             break
@@ -147,13 +153,22 @@ def _text_columns(trace: Trace) -> list[list[str]]:
 
 
 def _width(column: list[str]) -> int:
+    """Returns the length of the longest cell."""
     return max(len(cell) for cell in column)
+
+
+def _pad(column: list[str]) -> list[str]:
+    """Returns the cells, all as long as the longest."""
+    width = _width(column)
+    return [cell.ljust(width) for cell in column]
 
 
 def as_html(trace: Trace) -> html.Markup:
     """Returns the text with each token in the colour of its first expert, one layer at a time."""
-    cells, num_layers = _Cells(trace), len(trace.layers)
-    num_shown = min(len(trace.tokens_T), HTML_TOKENS, max(1, HTML_CELLS // num_layers))
+    cells = _Cells(trace)
+    num_tokens = len(trace.tokens_T)
+    most_by_cells = max(1, HTML_CELLS // len(trace.layers))
+    num_shown = min(num_tokens, HTML_TOKENS, most_by_cells)
     layers = []
     for n, layer in enumerate(trace.layers):
         shown = [cells.shown(n, t) for t in range(num_shown)]
@@ -164,7 +179,7 @@ def as_html(trace: Trace) -> html.Markup:
         title=_title(trace),
         styles=[_style(number) for number in range(num_styles)],
         layers=layers,
-        num_left_out=len(trace.tokens_T) - num_shown,
+        num_left_out=num_tokens - num_shown,
     )
 
 
@@ -174,7 +189,8 @@ class _Cells:
     def __init__(self, trace: Trace):
         self.trace = trace
         self.margins_NT = trace.margins_NT
-        self.is_mixed_N = (trace.experts_NTK == trace.num_experts).all(axis=(1, 2))
+        is_none_NTK = trace.experts_NTK == trace.num_experts
+        self.is_mixed_N = is_none_NTK.all(axis=(1, 2))
 
     def choices(self, n: int, t: int) -> list[tuple[int, float]]:
         """Returns the experts of a token with their weights.
@@ -182,15 +198,17 @@ class _Cells:
         Where a layer mixes all experts, these are all of them with their probabilities, the highest
         first.
         """
+        trace = self.trace
         if self.is_mixed_N[n]:
-            probs_E = self.trace.probs_NTE[n, t]
+            probs_E = trace.probs_NTE[n, t]
             experts = np.argsort(-probs_E, kind="stable")
             weights = probs_E[experts]
         else:
-            experts_K = self.trace.experts_NTK[n, t]
-            has_expert_K = experts_K < self.trace.num_experts
+            experts_K = trace.experts_NTK[n, t]
+            weights_K = trace.weights_NTK[n, t]
+            has_expert_K = experts_K < trace.num_experts
             experts = experts_K[has_expert_K]
-            weights = self.trace.weights_NTK[n, t][has_expert_K]
+            weights = weights_K[has_expert_K]
         return list(zip(experts.tolist(), weights.tolist(), strict=True))
 
     def in_short(self, n: int, t: int) -> str:
@@ -205,26 +223,34 @@ class _Cells:
 
     def shown(self, n: int, t: int) -> dict[str, Any]:
         """Returns what the template shows of a token: its text, first expert, style and details."""
-        choices, piece = self.choices(n, t), self.trace.pieces[t]
-        expert = choices[0][0] if choices else None
+        piece = self.trace.pieces[t]
+        choices = self.choices(n, t)
+        expert: int | str = "none"
+        style = None
+        if choices:
+            expert, _ = choices[0]
+            style = expert % NUM_STYLES
         return {
             "piece": html.visible(piece),
-            "expert": "none" if expert is None else expert,
-            "style": None if expert is None else expert % NUM_STYLES,
+            "expert": expert,
+            "style": style,
             "details": self._in_full(n, t, choices),
             "ends_line": "\n" in piece or piece == "\\n",
         }
 
     def _in_full(self, n: int, t: int, choices: list[tuple[int, float]]) -> str:
-        probs_E, margin = self.trace.probs_NTE[n, t], self.margins_NT[n, t]
+        """Returns all that is shown of a token, in words."""
+        probs_E = self.trace.probs_NTE[n, t]
+        margin = self.margins_NT[n, t]
+        num_more = len(choices) - SHOWN_CHOICES
         parts = [f"token {self.trace.tokens_T[t]} at position {t}"]
         if self.is_mixed_N[n]:
             parts.append("mixes all experts")
         for expert, weight in choices[:SHOWN_CHOICES]:
             prob = probs_E[expert]
             parts.append(f"expert {expert}: weight {weight:.3f}, probability {prob:.3f}")
-        if len(choices) > SHOWN_CHOICES:
-            parts.append(f"{len(choices) - SHOWN_CHOICES} more")
+        if num_more > 0:
+            parts.append(f"{num_more} more")
         if not math.isnan(margin):
             parts.append(f"margin {margin:.3f}")
         if not choices:
@@ -233,7 +259,9 @@ class _Cells:
 
 
 def _title(trace: Trace) -> str:
-    num_tokens, num_layers = len(trace.tokens_T), len(trace.layers)
+    """Returns what a trace is of."""
+    num_tokens = len(trace.tokens_T)
+    num_layers = len(trace.layers)
     return (
         f"Trace of {num_tokens:,} tokens through {num_layers} MoE layers of {trace.num_experts} "
         "experts"
@@ -241,7 +269,10 @@ def _title(trace: Trace) -> str:
 
 
 def _shorten(piece: str) -> str:
-    return piece if len(piece) <= 14 else f"{piece[:13]}…"
+    """Returns a piece of 14 characters at most."""
+    if len(piece) <= 14:
+        return piece
+    return f"{piece[:13]}…"
 
 
 def _style(number: int) -> dict[str, Any]:

@@ -75,6 +75,7 @@ def kind_of_piece(piece: str) -> str:
 
 
 def _kind_of_character(character: str) -> str:
+    """Returns the kind of a character that is not a space."""
     category = unicodedata.category(character)
     if category[0] in "LM":
         if unicodedata.name(character, "").startswith(CJK_NAMES):
@@ -107,19 +108,23 @@ class Words:
     def position_in_word(self) -> Int64[np.ndarray, "T"]:
         """Returns 1 for the first token of a word, and so on; 0 for tokens of no word."""
         seen_T = np.cumsum(self.is_word_T)
-        seen_at_start_T = seen_T[_last(self.starts_word_T)]
-        return np.where(self.is_word_T, seen_T - seen_at_start_T + 1, 0)
+        start_T = _last(self.starts_word_T)
+        seen_since_start_T = seen_T - seen_T[start_T]
+        return np.where(self.is_word_T, seen_since_start_T + 1, 0)
 
     def word_in_sentence(self) -> Int64[np.ndarray, "T"]:
         """Returns 1 for tokens of a sentence's first word, and so on; 0 for tokens of no word."""
         words_T = np.cumsum(self.starts_word_T)
         words_before_T = words_T - self.starts_word_T
-        before_sentence_T = words_before_T[_last(self.starts_sentence_T)]
-        return np.where(self.is_word_T, words_T - before_sentence_T, 0)
+        start_T = _last(self.starts_sentence_T)
+        words_of_sentence_T = words_T - words_before_T[start_T]
+        return np.where(self.is_word_T, words_of_sentence_T, 0)
 
 
 def find_words(
-    tokens_T: Int[np.ndarray, "T"], starts_T: Bool[np.ndarray, "T"], piece: Callable[[int], str]
+    tokens_T: Int[np.ndarray, "T"],
+    starts_T: Bool[np.ndarray, "T"],
+    piece: Callable[[int], str],
 ) -> Words:
     """Finds words and sentences by the rules at the top of this module.
 
@@ -129,7 +134,8 @@ def find_words(
       piece: from an id to its piece, `Tokenizer.piece`.
     """
     table = _PieceTable.from_tokens(tokens_T, piece)
-    starts_T = starts_T | (np.arange(tokens_T.size) == 0)
+    is_first_T = np.arange(tokens_T.size) == 0
+    starts_T = starts_T | is_first_T
     ends_sentence_T = _ends_sentence(table, starts_T)
     return Words(
         kind_T=table.kind,
@@ -161,9 +167,11 @@ class _PieceTable:
         facts = [_Facts.from_piece(piece(int(id))) for id in ids]
         columns = {}
         for field in dataclasses.fields(cls):
-            dtype = np.int64 if field.name in ("kind", "num_newlines") else bool
-            of_ids = np.array([getattr(fact, field.name) for fact in facts], dtype)
-            columns[field.name] = of_ids[index_T]
+            name = field.name
+            dtype = np.int64 if name in ("kind", "num_newlines") else bool
+            values = [getattr(fact, name) for fact in facts]
+            of_ids = np.array(values, dtype)
+            columns[name] = of_ids[index_T]
         return cls(**columns)
 
 
@@ -213,8 +221,10 @@ class _Facts:
 def _continues(table: _PieceTable, starts_T: np.ndarray) -> np.ndarray:
     """Whether a token continues a word, given that it is part of one."""
     follows_T = _before(table.ends_in_word) & ~starts_T
-    joined_T = _before(table.is_apostrophe & follows_T) & ~starts_T
-    return (follows_T | joined_T) & ~table.begins_with_space & ~table.is_alone
+    apostrophe_follows_T = table.is_apostrophe & follows_T
+    joined_T = _before(apostrophe_follows_T) & ~starts_T
+    stands_alone_T = table.begins_with_space | table.is_alone
+    return (follows_T | joined_T) & ~stands_alone_T
 
 
 def _ends_sentence(table: _PieceTable, starts_T: np.ndarray) -> np.ndarray:
@@ -224,10 +234,14 @@ def _ends_sentence(table: _PieceTable, starts_T: np.ndarray) -> np.ndarray:
     is_same_T = context_T[closed_T] == context_T
     next_starts_T = _after(starts_T)
     next_has_space_T = _after(table.begins_with_space)
+    next_is_apart_T = next_has_space_T | next_starts_T
     next_belongs_T = _after(table.is_closer | table.is_stop)
-    after_stop_T = table.is_stop[closed_T] & is_same_T & (next_has_space_T | next_starts_T)
-    after_wide_T = table.is_wide_stop[closed_T] & is_same_T & ~next_belongs_T
-    return after_stop_T | after_wide_T | _ends_blank_line(table, starts_T)
+    closes_stop_T = table.is_stop[closed_T] & is_same_T
+    closes_wide_T = table.is_wide_stop[closed_T] & is_same_T
+    after_stop_T = closes_stop_T & next_is_apart_T
+    after_wide_T = closes_wide_T & ~next_belongs_T
+    blank_line_T = _ends_blank_line(table, starts_T)
+    return after_stop_T | after_wide_T | blank_line_T
 
 
 def _ends_blank_line(table: _PieceTable, starts_T: np.ndarray) -> np.ndarray:
@@ -238,7 +252,8 @@ def _ends_blank_line(table: _PieceTable, starts_T: np.ndarray) -> np.ndarray:
     is_newline_T = table.num_newlines > 0
     is_space_T = table.kind == KINDS.index("space")
     is_text_T = ~is_space_T | starts_T
-    previous_T = np.append(0, _last(is_text_T)[:-1])
+    last_text_T = _last(is_text_T)
+    previous_T = np.append(0, last_text_T[:-1])
     has_two_T = table.num_newlines > 1
     follows_newline_T = is_newline_T[previous_T] & ~starts_T
     return has_two_T | (is_newline_T & follows_newline_T)
@@ -246,7 +261,9 @@ def _ends_blank_line(table: _PieceTable, starts_T: np.ndarray) -> np.ndarray:
 
 def _last(is_T: np.ndarray) -> np.ndarray:
     """Returns the index of the last True at or before each place; 0 where there is none."""
-    return np.maximum.accumulate(np.where(is_T, np.arange(is_T.size), 0))
+    place_T = np.arange(is_T.size)
+    marked_T = np.where(is_T, place_T, 0)
+    return np.maximum.accumulate(marked_T)
 
 
 def _before(is_T: np.ndarray) -> np.ndarray:

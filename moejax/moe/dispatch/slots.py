@@ -39,11 +39,11 @@ class SlotRule:
 
 def assign_group(
     experts_LK: jax.Array,
-    ranking_LE: jax.Array | None,
+    ranking_LE: Any,
     weights_LK: jax.Array,
     rule: SlotRule,
 ) -> jax.Array:
-    """Returns the final experts of one group's choices."""
+    """Returns the final experts of one group's choices; a ranking is needed by "next" only."""
     if rule.order == "weight":
         return _assign_by_weight(experts_LK, ranking_LE, weights_LK, rule)
     return _assign_in_order(experts_LK, ranking_LE, rule)
@@ -51,7 +51,7 @@ def assign_group(
 
 def _assign_by_weight(
     experts_LK: jax.Array,
-    ranking_LE: jax.Array | None,
+    ranking_LE: Any,
     weights_LK: jax.Array,
     rule: SlotRule,
 ) -> jax.Array:
@@ -69,7 +69,7 @@ def _assign_by_weight(
 
 def _assign_in_order(
     experts_LK: jax.Array,
-    ranking_LE: jax.Array | None,
+    ranking_LE: Any,
     rule: SlotRule,
 ) -> jax.Array:
     """Assigns tokens in the order in which they are."""

@@ -77,7 +77,10 @@ def kernel_of(instruction: Instruction) -> str | None:
     if name == "tpu_custom_call":
         return re.sub(r"\.\d+$", "", instruction.name)  # the kernel's own name
     tokamax = re.search(r"tokamax\._src\.ops\.ragged_dot\.(\w+)\.", instruction.rest)
-    return f"tokamax {tokamax[1].removeprefix('pallas_')}" if tokamax else name
+    if not tokamax:
+        return name
+    kernel = tokamax[1].removeprefix("pallas_")
+    return f"tokamax {kernel}"
 
 
 def _flops(instruction: Instruction, program: Program) -> int:
@@ -98,10 +101,13 @@ def _flops(instruction: Instruction, program: Program) -> int:
 
 
 def _dot_flops(dot: Instruction, program: Program) -> int:
+    """Returns the arithmetic of a matrix product."""
     contracting = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", dot.rest)
-    axes = sizes(contracting[1]) if contracting else ()
+    contracted_axes: tuple[int, ...] = ()
+    if contracting:
+        contracted_axes = sizes(contracting[1])
     left, *_ = program.operands(dot)
     left_shape = left.shape
     num_outputs = math.prod(dot.shape)
-    num_terms = math.prod(left_shape[axis] for axis in axes)
+    num_terms = math.prod(left_shape[axis] for axis in contracted_axes)
     return 2 * num_outputs * num_terms

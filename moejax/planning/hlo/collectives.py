@@ -105,8 +105,10 @@ def list_collectives(text: str, mesh: Mesh) -> list[Collective]:
     program = Program(text)
     found = []
     for instruction, executions in program.run():
-        if _kind(instruction) in KINDS and not _is_repeated(program, instruction):
-            found.append(_collective(program, mesh, instruction, executions))
+        is_collective = _kind(instruction) in KINDS
+        if is_collective and not _is_repeated(program, instruction):
+            collective = _collective(program, mesh, instruction, executions)
+            found.append(collective)
     return found
 
 
@@ -126,9 +128,14 @@ def collective_rows(collectives: Iterable[Collective]) -> list[dict[str, Any]]:
         row = rows.setdefault(key, _empty_row(collective))
         _add_to_row(row, collective)
     for row in rows.values():
-        for name in ("bytes", "conditional_bytes"):
-            row[name] = round(row[name])
+        _round_bytes(row)
     return sorted(rows.values(), key=_order)
+
+
+def _round_bytes(row: dict[str, Any]) -> None:
+    """Rounds sums of bytes to whole ones."""
+    for name in ("bytes", "conditional_bytes"):
+        row[name] = round(row[name])
 
 
 def _order(row: dict[str, Any]) -> tuple:
@@ -137,6 +144,7 @@ def _order(row: dict[str, Any]) -> tuple:
 
 
 def _empty_row(collective: Collective) -> dict[str, Any]:
+    """Returns the row of such collectives before any is added."""
     return {
         "kind": collective.kind,
         "axis": collective.axis,
@@ -152,25 +160,33 @@ def _empty_row(collective: Collective) -> dict[str, Any]:
 
 
 def _add_to_row(row: dict[str, Any], collective: Collective) -> None:
-    count, conditional_count = collective.count, collective.conditional_count
+    count = collective.count
+    conditional_count = collective.conditional_count
+    either_count = count + conditional_count
+    wire_bytes = collective.wire_bytes
     row["count"] += count
-    row["bytes"] += count * collective.wire_bytes
+    row["bytes"] += count * wire_bytes
     row["conditional_count"] += conditional_count
-    row["conditional_bytes"] += conditional_count * collective.wire_bytes
+    row["conditional_bytes"] += conditional_count * wire_bytes
     if collective.is_asynchronous:
-        row["asynchronous"] += count + conditional_count
+        row["asynchronous"] += either_count
     if collective.overlapped:
-        row["overlapped"] += count + conditional_count
+        row["overlapped"] += either_count
     row["is_open"] |= collective.is_open
 
 
 def _kind(instruction: Instruction) -> str:
+    """Returns the operation, whether the instruction does it or starts it."""
     return instruction.opcode.removesuffix("-start")
 
 
 def _collective(
-    program: Program, mesh: Mesh, instruction: Instruction, executions: Executions
+    program: Program,
+    mesh: Mesh,
+    instruction: Instruction,
+    executions: Executions,
 ) -> Collective:
+    """Returns what an instruction sends."""
     kind = _kind(instruction)
     axes, devices = _axes(instruction.rest, mesh)
     start = program.starters.get(instruction.name, instruction)
@@ -185,6 +201,9 @@ def _collective(
         kind = "reduce-scatter"
         result = program.root(computation) or instruction
     source = re.search(r'op_name="([^"]*)"', instruction.rest)
+    overlapped = 0
+    if done is not None:
+        overlapped = _computing_between(program, start, done)
     return Collective(
         kind=kind,
         axis="+".join(axes),
@@ -195,7 +214,7 @@ def _collective(
         operand_bytes=sum(bytes_of(operand.result) for operand in operands),
         result_bytes=bytes_of(result.result),
         is_asynchronous=done is not None,
-        overlapped=0 if done is None else _computing_between(program, start, done),
+        overlapped=overlapped,
         source=source[1] if source else "",
     )
 
@@ -203,9 +222,12 @@ def _collective(
 def _is_repeated(program: Program, instruction: Instruction) -> bool:
     """Whether it is a later part of what a fusion has started, as XLA:TPU writes it."""
     computation = program.home[instruction.name]
+    if program.goes_on([computation]):
+        return True
     root = program.root(computation)
-    is_end = root is not None and 'custom_call_target="AsyncCollectiveDone"' in root.rest
-    return is_end or program.goes_on([computation])
+    if root is None:
+        return False
+    return 'custom_call_target="AsyncCollectiveDone"' in root.rest
 
 
 def _computing_between(program: Program, start: Instruction, done: Instruction) -> int:
@@ -213,11 +235,13 @@ def _computing_between(program: Program, start: Instruction, done: Instruction) 
     computation = program.home[start.name]
     instructions = program.computations[computation]
     after_start = instructions.index(start) + 1
-    between = instructions[after_start : instructions.index(done)]
+    end = instructions.index(done)
+    between = instructions[after_start:end]
     return sum(map(_takes_time, between))
 
 
 def _takes_time(instruction: Instruction) -> bool:
+    """Whether a device computes for it."""
     if instruction.opcode == "custom-call":
         return kernel_of(instruction) is not None
     return instruction.opcode in COMPUTE
@@ -243,11 +267,13 @@ def _bits(dtype: str) -> int:
 def _axes(attributes: str, mesh: Mesh) -> tuple[list[str], int]:
     """Returns the mesh axes along which devices of a group differ, and the size of a group."""
     groups = _groups(attributes, mesh.size)
-    axes = []
     mesh_shape = tuple(mesh.shape.values())
-    for axis, coordinates in zip(mesh.shape, np.unravel_index(groups, mesh_shape), strict=True):
+    coordinates_by_axis = np.unravel_index(groups, mesh_shape)
+    axes = []
+    for axis, coordinates in zip(mesh.shape, coordinates_by_axis, strict=True):
         first_of_group = coordinates[:, :1]
-        if (coordinates != first_of_group).any():
+        differs = coordinates != first_of_group
+        if differs.any():
             axes.append(axis)
     _, num_devices = groups.shape
     return axes, num_devices
@@ -261,15 +287,21 @@ def _groups(attributes: str, num_devices: int) -> np.ndarray:
     sender and receiver.
     """
     if pairs := re.search(r"source_target_pairs=\{(\{.*?\})\}", attributes):
-        return np.array(sizes(pairs[1])).reshape(-1, 2)
+        senders_and_receivers = np.array(sizes(pairs[1]))
+        return senders_and_receivers.reshape(-1, 2)
     if re.search(r"replica_groups=\{\}", attributes):
-        return np.arange(num_devices)[None]
+        all_devices = np.arange(num_devices)
+        return all_devices[None]
     if listed := re.search(r"replica_groups=\{(\{.*?\})\}", attributes):
-        return np.array([sizes(group) for group in re.findall(r"\{([\d,]*)\}", listed[1])])
+        groups = re.findall(r"\{([\d,]*)\}", listed[1])
+        return np.array([sizes(group) for group in groups])
     if named := GROUPS_ALONG_AXES.search(attributes):
-        return _groups_of_mesh(*named.groups())
+        axes, devices, along = named.groups()
+        return _groups_of_mesh(axes, devices, along)
     if counted := GROUPS_IN_ORDER.search(attributes):
-        return _iota(counted[2]).reshape(sizes(counted[1]))
+        shape_text, numbers_text = counted.groups()
+        numbers = _iota(numbers_text)
+        return numbers.reshape(sizes(shape_text))
     raise ValueError(f"groups of devices in an unknown form: {attributes[:200]}")
 
 
@@ -282,7 +314,8 @@ def _iota(text: str) -> np.ndarray:
     shape = sizes(shape_text)
     order = sizes(order_text) or range(len(shape))
     numbers = np.arange(math.prod(shape))
-    transposed = numbers.reshape(shape).transpose(order)
+    reshaped = numbers.reshape(shape)
+    transposed = reshaped.transpose(order)
     return transposed.reshape(-1)
 
 
@@ -300,19 +333,30 @@ def _groups_of_mesh(axes: str, devices: str | None, along: str) -> np.ndarray:
     # Places of a group have the same coordinates but for the axes, or parts of them, along it.
     of_group = dict(zip(lengths, coordinates, strict=True))
     for name, before, size in re.findall(r"'?([^',:]+)'?(?::\((\d+)\)(\d+))?", along):
-        axis_length = lengths[name]
-        length = int(size or axis_length)
-        stride = axis_length // (int(before) * length) if before else 1
+        stride, length = _part_of_axis(lengths[name], before, size)
         within_group = of_group[name] // stride % length
         of_group[name] = of_group[name] - within_group * stride
-    group = np.ravel_multi_index(tuple(of_group.values()), mesh_shape)
+    coordinates_of_group = tuple(of_group.values())
+    group = np.ravel_multi_index(coordinates_of_group, mesh_shape)
     order = np.argsort(group, kind="stable")
     num_groups = np.unique(group).size
-    return numbers[order].reshape(num_groups, -1)
+    by_group = numbers[order]
+    return by_group.reshape(num_groups, -1)
+
+
+def _part_of_axis(axis_length: int, before: str, size: str) -> tuple[int, int]:
+    """Returns the distance between neighbours along a part of an axis, and how many there are."""
+    if not before:
+        return 1, axis_length
+    length = int(size)
+    stride = axis_length // (int(before) * length)
+    return stride, length
 
 
 def _mesh_numbers(mesh_shape: tuple[int, ...], devices: str | None) -> np.ndarray:
     """Returns the number of the device at each place of a mesh."""
     if devices is None:
         return np.arange(math.prod(mesh_shape))
-    return _iota(devices) if devices.startswith("[") else np.array(sizes(devices))
+    if devices.startswith("["):
+        return _iota(devices)
+    return np.array(sizes(devices))

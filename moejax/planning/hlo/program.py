@@ -41,7 +41,9 @@ class Instruction:
     def shape(self) -> tuple[int, ...]:
         """The shape of the first array in the result."""
         found = SHAPE.search(self.result)
-        return sizes(found[2]) if found else ()
+        if not found:
+            return ()
+        return sizes(found[2])
 
     @property
     def operands(self) -> list[str]:
@@ -66,7 +68,9 @@ class Instruction:
     def attribute(self, name: str) -> str | None:
         """Returns the number or name after `name=`, or None."""
         found = re.search(rf"\b{name}=([^\s,}}]+)", self.rest)
-        return found[1] if found else None
+        if not found:
+            return None
+        return found[1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +86,11 @@ class Executions:
     always: int = 0
     conditional: int = 0
     is_open: bool = False
+
+    @property
+    def is_reached(self) -> bool:
+        """Whether it runs at all."""
+        return self.always > 0 or self.conditional > 0
 
 
 class Program:
@@ -104,25 +113,31 @@ class Program:
         self.computations: dict[str, list[Instruction]] = {}
         self.by_name: dict[str, Instruction] = {}
         self.home: dict[str, str] = {}
-        entry = computation = None
+        entry = None
+        computation = None
         for line in text.splitlines():
             if header := COMPUTATION.match(line):
                 is_entry, computation = header.groups()
                 self.computations.setdefault(computation, [])
                 entry = computation if is_entry else entry
             elif computation is not None and (found := INSTRUCTION.match(line)):
-                root, name, result, opcode, rest = found.groups()
-                instruction = Instruction(name, result, opcode, rest, bool(root))
-                self.computations[computation].append(instruction)
-                self.by_name[name] = instruction
-                self.home[name] = computation
+                self._add(computation, found)
         if entry is None:
             raise ValueError("no ENTRY computation: this is not the text of a compiled program")
         self.entry = entry
 
+    def _add(self, computation: str, found: re.Match[str]) -> None:
+        """Adds the instruction of a line to its computation."""
+        root, name, result, opcode, rest = found.groups()
+        instruction = Instruction(name, result, opcode, rest, bool(root))
+        self.computations[computation].append(instruction)
+        self.by_name[name] = instruction
+        self.home[name] = computation
+
     def operands(self, instruction: Instruction) -> list[Instruction]:
         """Returns the instructions whose results it takes."""
-        return [self.by_name[name] for name in instruction.operands if name in self.by_name]
+        known = filter(self.by_name.__contains__, instruction.operands)
+        return [self.by_name[name] for name in known]
 
     def done_of(self, start: Instruction) -> Instruction | None:
         """Returns the end of what an instruction starts; None if it starts nothing that goes on."""
@@ -164,6 +179,7 @@ class Program:
 
     @functools.cached_property
     def _users(self) -> dict[str, list[Instruction]]:
+        """By instruction: those that take its result."""
         found: dict[str, list[Instruction]] = {}
         for instruction in self.by_name.values():
             for name in instruction.operands:
@@ -183,25 +199,35 @@ class Program:
         return found
 
     def _count_calls(
-        self, instruction: Instruction, caller: Executions, found: dict[str, Executions]
+        self,
+        instruction: Instruction,
+        caller: Executions,
+        found: dict[str, Executions],
     ) -> None:
         """Adds the executions of the computations that an instruction calls."""
         trips = self.trips(instruction) if instruction.opcode == "while" else 1
         times = 1 if trips is None else trips
-        is_open = caller.is_open or trips is None
-        always = times * caller.always
-        conditional = times * caller.conditional
+        of_called = Executions(
+            always=times * caller.always,
+            conditional=times * caller.conditional,
+            is_open=caller.is_open or trips is None,
+        )
+        of_branch = Executions(
+            conditional=of_called.always + of_called.conditional,
+            is_open=of_called.is_open,
+        )
         for called in filter(found.__contains__, instruction.called):
-            found[called] = _add(found[called], always, conditional, is_open)
+            found[called] = _sum(found[called], of_called)
         for branch in filter(found.__contains__, instruction.branches):
-            found[branch] = _add(found[branch], 0, always + conditional, is_open)
+            found[branch] = _sum(found[branch], of_branch)
 
     def run(self) -> Iterator[tuple[Instruction, Executions]]:
         """Yields every instruction that is reached, and how often it runs."""
         for name, executions in self.executions.items():
-            if executions.always or executions.conditional:
-                for instruction in self.computations[name]:
-                    yield instruction, executions
+            if not executions.is_reached:
+                continue
+            for instruction in self.computations[name]:
+                yield instruction, executions
 
     def trips(self, loop: Instruction) -> int | None:
         """Returns the number of iterations of a `while`; None if data decides."""
@@ -226,21 +252,27 @@ class Program:
         return max(0, last - first)
 
     def _adds_one(self, instruction: Instruction | None) -> bool:
+        """Whether it is a sum with the constant 1."""
         if not _does(instruction, "add"):
             return False
-        return 1 in [_number(self._source(name)) for name in instruction.operands]
+        terms = [_number(self._source(name)) for name in instruction.operands]
+        return 1 in terms
 
     def root(self, computation: str | None) -> Instruction | None:
         """Returns the instruction whose result a computation returns."""
         name = (computation or "").removeprefix("%")
-        instructions = self.computations.get(name, [])
-        return next((i for i in instructions if i.is_root), None)
+        for instruction in self.computations.get(name, []):
+            if instruction.is_root:
+                return instruction
+        return None
 
     def _source(self, name: str) -> Instruction | None:
         """Returns the instruction of that name, or what it copies."""
+        copies = ("copy", "bitcast", "copy-done", "copy-start")
         found = self.by_name.get(name)
-        while found and found.opcode in ("copy", "bitcast", "copy-done", "copy-start"):
-            found = self.by_name.get(found.operands[0])
+        while found and found.opcode in copies:
+            copied, *_ = found.operands
+            found = self.by_name.get(copied)
         return found
 
 
@@ -249,12 +281,13 @@ def sizes(text: str) -> tuple[int, ...]:
     return tuple(int(size) for size in re.findall(r"\d+", text))
 
 
-def _add(found: Executions, always: int, conditional: int, is_open: bool) -> Executions:
-    is_reached = always + conditional > 0
+def _sum(found: Executions, more: Executions) -> Executions:
+    """Returns the executions of a computation that two instructions call."""
+    more_are_open = more.is_open and more.is_reached
     return Executions(
-        found.always + always,
-        found.conditional + conditional,
-        found.is_open or (is_open and is_reached),
+        always=found.always + more.always,
+        conditional=found.conditional + more.conditional,
+        is_open=found.is_open or more_are_open,
     )
 
 

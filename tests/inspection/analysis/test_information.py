@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 import numpy as np
 import pytest
 
-from moejax.inspection.analysis import information
+from moejax.inspection.analysis import mutual_information
 from moejax.inspection.analysis.attributes import Attribute
 from moejax.inspection.analysis.information import (
     InformationError,
@@ -107,7 +107,7 @@ def random_case():
 
 @pytest.mark.parametrize("cells", [2**24, 8], ids=["dense", "sorted"])
 def test_information_equals_counting_with_dictionaries(monkeypatch, cells):
-    monkeypatch.setattr(information, "DENSE_CELLS", cells)
+    monkeypatch.setattr(mutual_information, "DENSE_CELLS", cells)
     values, given, experts = random_case()
     found = measure(values, experts, 6)
     assert found.information_N == pytest.approx(information_by_counting(values, experts, 6))
