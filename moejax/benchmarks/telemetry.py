@@ -13,7 +13,6 @@ from moejax.benchmarks.timing import Times, interleave, rounded
 from moejax.config import Config, Knobs
 from moejax.sharding import make_mesh
 from moejax.training.health.alarms import AlarmLog
-from moejax.training.health.progress import StepProgress
 from moejax.training.health.telemetry import LAYER_METRICS
 from moejax.training.run_directory.metrics import MetricsFile, Recorder
 from moejax.training.run_directory.routing_log import RoutingLog
@@ -97,10 +96,9 @@ class Watched:
         self.state = self.setup.init(config.train.seed)
         self._steps = config.train.log_every
         self._metrics = MetricsFile(workdir, 0)
-        progress = StepProgress(10**9, 0, False)
         routing = RoutingLog(workdir, config.moe_layers, config.moe.num_choices, LAYER_METRICS)
         alarms = AlarmLog(workdir, 0, config)
-        self._recorder = Recorder(self._metrics, routing, progress, 0, alarms)
+        self._recorder = Recorder(self._metrics, routing, 0, alarms)
         self.write_seconds: list[float] = []
         with jax.set_mesh(self.setup.mesh):
             lowered = make_train_step(self.setup).lower(self.state, *self._inputs)
@@ -108,9 +106,12 @@ class Watched:
 
     def __call__(self) -> Any:
         """Takes the steps of an interval and writes it."""
-        for _ in range(self._steps):
+        self.state, running = self._step(self.state, *self._inputs)
+        for _ in range(self._steps - 1):
             self.state, output = self._step(self.state, *self._inputs)
-            self._recorder.add(output)
+            self._recorder.add(running)  # which waits for it while the next one runs
+            running = output
+        self._recorder.add(running)
         jax.block_until_ready(self.state)
         started = time.perf_counter()
         self._recorder.flush()

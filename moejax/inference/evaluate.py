@@ -15,8 +15,8 @@ from moejax.moe.expert_parallel.placement import PlacementError, place
 from moejax.paths import resolve_path
 from moejax.sharding import EXPERT_AXES, make_mesh, tree_shardings
 from moejax.training.checkpoints.checkpoint import Checkpoints
-from moejax.training.eval_step import make_eval_step
 from moejax.training.evaluation import Evaluation, domains_of, evaluate
+from moejax.training.program import Program
 from moejax.training.run_directory.evaluation_log import newest_evaluation
 from moejax.training.run_directory.layout import read_config
 from moejax.training.run_directory.text import TextPlaces, open_run_corpus
@@ -61,17 +61,16 @@ def evaluate_run(
     with jax.set_mesh(setup.mesh), closing(eval_batches(corpus, microbatch)) as batches:
         domains = domains_of(corpus)
         num_domains = len(domains.domains) if domains else 0
-        evaluation = evaluate(
-            make_eval_step(setup, num_domains),
-            setup,
+        program = Program(setup)
+        (evaluation,) = evaluate(
+            program,
+            program.make_eval_step(num_domains),
             params,
             router_state,
             batches,
             corpus.num_bytes["validation"],
             domains=domains,
         )
-    if evaluation is None:
-        raise RuntimeError("the evaluation was given up though nothing asked for it")
     return config, step, evaluation
 
 
