@@ -14,7 +14,6 @@ from moejax.config import Config, Knobs
 from moejax.data import Batch
 from moejax.sharding import make_mesh
 from moejax.training.health.alarms import AlarmLog
-from moejax.training.health.progress import StepProgress
 from moejax.training.health.telemetry import LAYER_METRICS
 from moejax.training.run_directory.metrics import MetricsFile, Recorder
 from moejax.training.run_directory.routing_log import RoutingLog
@@ -108,10 +107,9 @@ class Watched:
         self.state = setup.init(config.train.seed)
         self._steps = config.train.log_every
         self._metrics = MetricsFile(workdir, 0)
-        progress = StepProgress(10**9, 0, False)
         routing = RoutingLog(workdir, config.moe_layers, config.moe.num_choices, LAYER_METRICS)
         alarms = AlarmLog(workdir, 0, config)
-        self._recorder = Recorder(self._metrics, routing, progress, 0, alarms)
+        self._recorder = Recorder(self._metrics, routing, 0, alarms)
         self.write_seconds: list[float] = []
         train_step = make_train_step(setup)
         with jax.set_mesh(setup.mesh):
@@ -120,9 +118,12 @@ class Watched:
 
     def __call__(self) -> Any:
         """Takes the steps of an interval and writes it."""
-        for _ in range(self._steps):
+        self.state, running = self._step(self.state, *self._inputs)
+        for _ in range(self._steps - 1):
             self.state, output = self._step(self.state, *self._inputs)
-            self._recorder.add(output)
+            self._recorder.add(running)  # which waits for it while the next one runs
+            running = output
+        self._recorder.add(running)
         jax.block_until_ready(self.state)
         started = time.perf_counter()
         self._recorder.flush()

@@ -14,7 +14,7 @@ from moejax.config import Config
 from moejax.models.parameters import ParameterCount
 from moejax.strict_json import to_json
 from moejax.training.evaluation import Evaluation
-from moejax.training.loop import TrainResult
+from moejax.training.run import TrainResult
 
 
 def print_result(rows: Mapping[str, Any], *, is_json: bool, title: str = "") -> None:

@@ -17,8 +17,8 @@ from moejax.moe.overrides import AS_TRAINED, RoutingOverrides
 from moejax.paths import resolve_path
 from moejax.sharding import EXPERT_AXES, make_mesh, tree_shardings
 from moejax.training.checkpoints.checkpoint import Checkpoints
-from moejax.training.eval_step import make_eval_step
 from moejax.training.evaluation import Evaluation, domains_of, evaluate
+from moejax.training.program import Program
 from moejax.training.run_directory.evaluation_log import newest_evaluation
 from moejax.training.run_directory.layout import read_config
 from moejax.training.run_directory.text import TextPlaces, open_run_corpus
@@ -64,18 +64,17 @@ def evaluate_run(
     with jax.set_mesh(setup.mesh), closing(eval_batches(corpus, microbatch)) as batches:
         domains = domains_of(corpus)
         num_domains = len(domains.domains) if domains else 0
-        eval_step = make_eval_step(setup, num_domains)
-        evaluation = evaluate(
+        program = Program(setup)
+        eval_step = program.make_eval_step(num_domains)
+        (evaluation,) = evaluate(
+            program,
             functools.partial(eval_step, overrides=overrides),
-            setup,
             params,
             router_state,
             batches,
             corpus.num_bytes["validation"],
             domains=domains,
         )
-    if evaluation is None:
-        raise RuntimeError("the evaluation was given up though nothing asked for it")
     return config, step, evaluation
 
 

@@ -17,8 +17,7 @@ from moejax.moe.balancing.load import load_fractions
 from moejax.moe.balancing.stats import join
 from moejax.training.eval_step import EvalOutput
 from moejax.training.losses import add_sums
-from moejax.training.state import TrainSetup
-from moejax.training.step import put_batch
+from moejax.training.program import Program
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,8 +91,8 @@ def domains_of(corpus: Corpus) -> Labels | None:
 
 
 def evaluate(
+    program: Program,
     eval_step: Callable[..., EvalOutput],
-    setup: TrainSetup,
     params: nnx.State,
     router_state: nnx.State,
     batches: Iterator[Batch],
@@ -101,12 +100,12 @@ def evaluate(
     *,
     should_stop: Callable[[], bool] = lambda: False,
     domains: Labels | None = None,
-) -> Evaluation | None:
+) -> list[Evaluation]:
     """Evaluates every batch.
 
     Args:
-      eval_step: from `make_eval_step`, with as many domains as `domains` names.
-      setup: the run's fixed part.
+      program: of the runs that are evaluated.
+      eval_step: from `program.make_eval_step`, with as many domains as `domains` names.
       params: trained arrays.
       router_state: what routers carry besides.
       batches: this process's slices; padding is masked.
@@ -115,15 +114,15 @@ def evaluate(
       domains: from `domains_of`.
 
     Returns:
-      None if it was given up.
+      The evaluation of each run; none if it was given up.
     """
     sums = EvaluationSums(domains)
     for batch in batches:
         if should_stop():
-            return None
-        inputs = [put_batch(x, setup) for x in eval_inputs(batch, domains)]
+            return []
+        inputs = [program.put_batch(x) for x in eval_inputs(batch, domains)]
         sums.add(eval_step(params, router_state, *inputs))
-    return sums.result(num_bytes)
+    return [sums.result(num_bytes, own) for own in program.outputs(sums.collected)]
 
 
 def eval_inputs(batch: Batch, domains: Labels | None) -> tuple[Any, ...]:
@@ -174,19 +173,21 @@ class EvaluationSums:
             self._probes = self._probes[::2]
             self._probe_every *= 2
 
-    def result(self, num_bytes: int, arm: int | None = None) -> Evaluation:
-        """Returns the evaluation of the batches so far.
-
-        Args:
-          num_bytes: UTF-8 bytes of the text that they hold.
-          arm: which one, if outputs have an axis of arms.
-        """
+    @property
+    def collected(self) -> tuple[Any, ...]:
+        """The sums of the batches so far, as arrays."""
         if self._total is None:
             raise ValueError("nothing to evaluate: the split has no rows")
-        found = (self._total, self._targets, self._nats_by_domain_G2, self._probes)
-        if arm is not None:
-            found = jax.tree.map(lambda x: x[arm], jax.device_get(found))
-        total, targets, nats_by_domain_G2, probes = found
+        return self._total, self._targets, self._nats_by_domain_G2, self._probes
+
+    def result(self, num_bytes: int, collected: tuple[Any, ...]) -> Evaluation:
+        """Returns the evaluation of one run.
+
+        Args:
+          num_bytes: UTF-8 bytes of the text that the batches hold.
+          collected: what that run has of `collected`.
+        """
+        total, targets, nats_by_domain_G2, probes = collected
         nats, num_targets = np.array(jax.device_get(targets), np.float64).sum(axis=0)
         loss = float(nats / num_targets)
         loss_by_domain = {}

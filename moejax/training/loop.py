@@ -1,9 +1,14 @@
-"""The training loop: data, steps, metrics, evaluation, checkpoints, and an orderly end."""
+"""The training loop: data, steps, metrics, evaluation, checkpoints, and an orderly end.
 
-import dataclasses
+It trains the runs of one program (`training.program`). A single run is the case of one; the arms of
+a sweep that train side by side are the case of several. A run that an alarm stops, or whose values
+are not finite, ends; its part of the program is still computed, without effect, until the others
+are done.
+"""
+
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Generator, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 
@@ -11,60 +16,37 @@ import jax
 from jax.sharding import Mesh
 
 from moejax.config import Config, Knobs
-from moejax.data import Batch, Corpus, TrainBatches, eval_batches, load_tokenizer, prepare
-from moejax.locks import FolderLock
-from moejax.models.parameters import count_parameters
+from moejax.data import Batch, Corpus, TrainBatches, eval_batches
 from moejax.paths import resolve_path
 from moejax.planning.memory import check_memory
 from moejax.sharding import make_mesh
-from moejax.training.checkpoints.checkpoint import Checkpoints
-from moejax.training.eval_step import make_eval_step
-from moejax.training.evaluation import Evaluation, domains_of, evaluate
+from moejax.training.evaluation import domains_of, evaluate
 from moejax.training.health.alarms import AlarmError, stop_message
-from moejax.training.health.nonfinite import nonfinite_error
+from moejax.training.health.nonfinite import NonFiniteError, nonfinite_error
 from moejax.training.health.progress import StepProgress
-from moejax.training.health.speed import median_speed
 from moejax.training.health.watchdog import Watchdog
 from moejax.training.multihost.processes import (
     SharedStop,
-    broadcast_from_primary,
     is_first,
     primary_first,
     raise_on_all,
     wait_for_all,
 )
 from moejax.training.multihost.signals import ALARM, StopSignals, uninterrupted
-from moejax.training.run_directory.changes import log_changes
-from moejax.training.run_directory.files import RunFiles
-from moejax.training.run_directory.layout import (
-    check_run_directory,
-    check_shared,
-    warn_of_lost_checkpoints,
-    write_run_directory,
+from moejax.training.program import Program
+from moejax.training.run import (
+    OnEvaluation,
+    TrainingRun,
+    TrainResult,
+    common_start,
+    lock_run,
+    open_run_directory,
 )
-from moejax.training.run_directory.metrics import FinishedStep, Recorder
-from moejax.training.state import TrainSetup, TrainState, make_train_setup
-from moejax.training.step import TrainStep, make_train_step, put_batch, rows_of_process
+from moejax.training.run_directory.layout import check_shared
+from moejax.training.state import TrainState, make_train_setup
+from moejax.training.step import StepOutput, put_batch, rows_of_process
 
 log = logging.getLogger("moejax")
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainResult:
-    """How a call of `train` ended.
-
-    Attributes:
-      step: steps done.
-      stopped_by: the signal that ended it early, or None.
-      evaluation: of the final state; None if stopped early.
-      tokens_per_s: median over logging intervals; None if this call completed no interval, and in
-        processes other than the first.
-    """
-
-    step: int
-    stopped_by: str | None
-    evaluation: Evaluation | None
-    tokens_per_s: float | None
 
 
 def train(
@@ -73,7 +55,7 @@ def train(
     *,
     command: str = "",
     stop: StopSignals | None = None,
-    on_evaluation: Callable[[int, Evaluation], None] | None = None,
+    on_evaluation: OnEvaluation | None = None,
 ) -> TrainResult:
     """Trains a configuration in a run directory, from its newest complete checkpoint if it has one.
 
@@ -109,41 +91,12 @@ def train(
         mesh, corpus = primary_first(lambda: _open(config, workdir, command))
         check_shared(workdir)
         setup = make_train_setup(config, mesh)
-        checkpoints = stack.enter_context(Checkpoints(workdir, setup))
-        stack.enter_context(jax.set_mesh(mesh))
-        state = checkpoints.restore()
-        if state is None:
-            warn_of_lost_checkpoints(workdir)
-            state = setup.init(config.train.seed)
-        else:
-            step = int(state.step)
-            log.info("continuing %s from step %d", workdir, step)
-            log_changes(checkpoints.config(step), config, step)
-        return _Loop(setup, corpus, checkpoints, workdir, stop, on_evaluation).run(state)
-
-
-def lock_run(config: Config, workdir: Path, stack: ExitStack) -> Path:
-    """Locks a run directory, so that from now on no other process and no other run writes it.
-
-    Args:
-      config: of the run.
-      workdir: the directory; process 0 creates and locks it.
-      stack: holds the lock.
-
-    Returns:
-      Its absolute path.
-
-    Raises:
-      ConfigError: it holds another run, or cannot hold one.
-      LockedError: another process writes it.
-    """
-    check_run_directory(workdir, config)
-    workdir = workdir.resolve()
-    if is_first():
-        stack.enter_context(FolderLock(workdir, "train"))
-        # Again, since the process that held the lock until now may have begun a run.
-        check_run_directory(workdir, config)
-    return workdir
+        run = TrainingRun(setup, workdir, on_evaluation=on_evaluation)
+        stack.enter_context(run.checkpoints)
+        (result,) = Loop(Program(setup), corpus, [run], stop).run()
+        if result.error is not None:
+            _raise(result.error)
+        return result
 
 
 def _open(config: Config, workdir: Path, command: str) -> tuple[Mesh, Corpus]:
@@ -152,173 +105,209 @@ def _open(config: Config, workdir: Path, command: str) -> tuple[Mesh, Corpus]:
     return make_mesh(config), open_run_directory(config, workdir, command)
 
 
-def open_run_directory(
-    config: Config, workdir: Path, command: str, corpus: Corpus | None = None
-) -> Corpus:
-    """Returns the rows; process 0 writes configuration and tokenizer where they are absent.
+def _raise(error: AlarmError | NonFiniteError) -> None:
+    """Raises the error of a run; of several processes the first, which logs, says why."""
+
+    def fail() -> None:
+        if is_first():
+            raise error
+
+    raise_on_all(fail)
+
+
+class Loop:
+    """The parts of a training that the steps share.
 
     Args:
-      config: of the run.
-      workdir: its directory.
-      command: recorded there.
-      corpus: of another run on the same data; None prepares it.
+      program: what all runs compute together.
+      corpus: the rows, the same for all.
+      runs: in the order of `program.setups`, with their checkpoints open. Their configurations
+        differ in what one program can train, see `packed.arms`.
+      stop: the signals of this process.
     """
-    has_tokenizer = (workdir / "tokenizer.json").exists()
-    if corpus is None:
-        # A run keeps its tokenizer: one that is learned again from changed text would not fit its
-        # weights.
-        tokenizer = load_tokenizer(workdir) if has_tokenizer else None
-        corpus = prepare(config.data, tokenizer)
-    if is_first():
-        parameters = count_parameters(config)
-        write_run_directory(workdir, config, parameters, corpus.directory.name, command)
-        if not has_tokenizer:
-            corpus.tokenizer.save(workdir)
-    return corpus
 
-
-class _Loop:
-    """The parts of a run that the steps share."""
-
-    files: RunFiles  # open while `run` is called
+    progress: StepProgress
+    watchdog: Watchdog
 
     def __init__(
-        self,
-        setup: TrainSetup,
-        corpus: Corpus,
-        checkpoints: Checkpoints,
-        workdir: Path,
-        stop: StopSignals,
-        on_evaluation: Callable[[int, Evaluation], None] | None,
+        self, program: Program, corpus: Corpus, runs: Sequence[TrainingRun], stop: StopSignals
     ):
-        self.config = setup.config.train
-        self.setup = setup
+        self.program = program
         self.corpus = corpus
-        self.checkpoints = checkpoints
-        self.workdir = workdir
+        self.runs = runs
         self.own_stop = stop
-        self.on_evaluation = on_evaluation
-        self.stop = SharedStop(stop, setup.mesh)
-        self.watchdog = Watchdog(self.config.step_limit_s, setup.mesh)
-        self.knobs = Knobs.from_config(setup.config)
+        self.stop = SharedStop(stop, program.mesh)
+        self.config = runs[0].config.train  # the same in all runs, except the seed
         self.domains = domains_of(corpus)
-        self.eval_step = make_eval_step(setup, len(self.domains.domains) if self.domains else 0)
-        rows = rows_of_process(setup.mesh, self.config.batch_size)
-        self.batches = TrainBatches(corpus, self.config.batch_size, self.config.seed, rows)
+        self.eval_step = program.make_eval_step(len(self.domains.domains) if self.domains else 0)
+        rows = rows_of_process(program.mesh, self.config.batch_size)
+        self.batches: dict[int, TrainBatches] = {}
+        for run in runs:
+            seed = run.config.train.seed
+            if seed not in self.batches:
+                self.batches[seed] = TrainBatches(corpus, self.config.batch_size, seed, rows)
 
     @property
-    def recorder(self) -> Recorder:
-        """Takes the outputs of steps."""
-        return self.files.recorder
+    def training(self) -> list[TrainingRun]:
+        """The runs that have not ended."""
+        return [run for run in self.runs if run.error is None]
 
-    def run(self, state: TrainState) -> TrainResult:
-        """Trains from `state` to the end of the run or to a signal."""
-        start_step = int(state.step)
+    def run(self) -> list[TrainResult]:
+        """Trains from the newest step that all runs have saved, to the end or to a signal."""
+        start_step = common_start(self.runs)
+        if start_step:
+            name = self.runs[0].workdir if len(self.runs) == 1 else f"{len(self.runs)} arms"
+            log.info("continuing %s from step %d", name, start_step)
         with ExitStack() as stack:
-            stack.enter_context(self.watchdog)
-            shown = StepProgress(self.config.num_steps, start_step, is_first())
-            progress = stack.enter_context(shown)
-            files = RunFiles(
-                self.workdir, self.setup.config, self.checkpoints, start_step, progress
-            )
-            self.files = stack.enter_context(files)
-            evaluation = self._make_up_evaluation(state)
-            state, evaluation = self._train(state, evaluation)
-            self.recorder.flush()
-            if self._is_alarmed():
-                self._stop_by_alarm(state)
-            if evaluation is None and not self.stop:  # the run was complete before this call
-                evaluation = self._evaluate(state, is_noted=False)
-            self._save(state, evaluation)
-        return TrainResult(
-            step=int(state.step),
-            stopped_by=self.stop.received,
-            evaluation=evaluation,
-            tokens_per_s=median_speed(self.recorder.rates),
-        )
+            stack.enter_context(jax.set_mesh(self.program.mesh))
+            state = self.program.join(run.restore(start_step) for run in self.runs)
+            # The limit is that of a step of one run.
+            limit_s = self.config.step_limit_s * self.program.runs_of_device
+            self.watchdog = stack.enter_context(Watchdog(limit_s, self.program.mesh))
+            progress = StepProgress(self.config.num_steps, start_step, is_first())
+            self.progress = stack.enter_context(progress)
+            for run in self.runs:
+                stack.enter_context(run.open(start_step))
+            self._make_up_evaluation(state, start_step)
+            if start_step >= self.config.num_steps or self.stop:
+                self._end_part(state, start_step, self.runs)
+            else:
+                self._train(state, start_step)
+        return [run.result(self.stop.received) for run in self.runs]
 
-    def _make_up_evaluation(self, state: TrainState) -> Evaluation | None:
-        """Evaluates the first state if a signal came before that was done."""
-        step = int(state.step)
-        is_known = broadcast_from_primary("evaluated" if self.files.is_evaluated else "")
-        if is_known or step == 0 or not self.config.is_evaluated(step):
-            return None
-        evaluation = self._evaluate(state)
-        if evaluation:
-            self.files.add_evaluation(step, evaluation)
-        return evaluation
+    def _make_up_evaluation(self, state: TrainState, step: int) -> None:
+        """Evaluates the first state if a signal came before that was done.
 
-    def _train(
-        self, state: TrainState, evaluation: Evaluation | None
-    ) -> tuple[TrainState, Evaluation | None]:
-        """Trains; returns the last state and its evaluation, if it was evaluated."""
-        step = int(state.step)
-        if step >= self.config.num_steps or self.stop:
-            return state, evaluation
-        with closing(self.batches.iterate(step)) as batches:
-            train_step = self._compile(state, self.batches[step])
-            self.recorder.resume()
-            while step < self.config.num_steps and not self.stop:
+        It is also evaluated if it is the last one, whose result is asked for again.
+        """
+        unknown: list[TrainingRun] = []
+        if step > 0 and self.config.is_evaluated(step):
+            unknown = [run for run in self.runs if not run.is_evaluated()]
+        if not unknown and step < self.config.num_steps:
+            return
+        self._evaluate(state, step, self.runs, unknown)
+        for run in unknown:
+            if run.evaluation:
+                run.files.add_evaluation(step, run.evaluation)
+
+    def _train(self, state: TrainState, step: int) -> None:
+        """Trains from a step on."""
+        with closing(self._iterate(step)) as batches:
+            train_step = self._compile(state, step)
+            self._resume_clocks()
+            running: StepOutput | None = None
+            is_over = False
+            while step < self.config.num_steps and self.training and not is_over:
                 self.watchdog.step(step + 1)
-                batch = put_batch(next(batches), self.setup)
-                state, output = train_step(state, batch, self.knobs)
+                batch = self.program.put_batches(next(batches))
+                state, output = train_step(state, batch, self.program.knobs)
                 step += 1
                 # This waits for the step before, so that the device never waits for the host.
-                finished = self.recorder.add(output)
+                self._take(running)
+                running = output
                 self.stop.poll()
-                if finished.step % self.config.log_every == 0:
-                    self.recorder.end_interval()
-                    self._check_stop()
-                evaluation = None
-                if self.config.is_saved(step) or self.stop:
-                    finished = self.recorder.flush()
-                    evaluation, is_alarmed = self._end_part(state, step)
-                    if is_alarmed:
-                        break
-                    self.recorder.resume()
-                if finished.skipped_in_row >= self.config.max_nonfinite_steps:
-                    self.recorder.flush()
-                    self._give_up(state, finished)
-        return state, evaluation
+                is_saved = self.config.is_saved(step) or bool(self.stop)
+                ending = self._ending(is_saved)
+                if ending:
+                    self._take(running)
+                    running = None
+                    self._end_part(state, step, ending)
+                    is_over = is_saved and bool(self.stop)  # a signal may have come meanwhile
+                    self._resume_clocks()
+                self._give_up_nonfinite(state)
 
-    def _end_part(self, state: TrainState, step: int) -> tuple[Evaluation | None, bool]:
-        """Evaluates the state if that is due, and saves it.
+    def _iterate(self, step: int) -> Generator[list[Batch]]:
+        """Yields the batches of all runs, step by step; runs of one seed share theirs."""
+        with ExitStack() as stack:
+            streams = {}
+            for seed, batches in self.batches.items():
+                streams[seed] = stack.enter_context(closing(batches.iterate(step)))
+            while True:
+                batch_of_seed = {seed: next(stream) for seed, stream in streams.items()}
+                yield [batch_of_seed[run.config.train.seed] for run in self.runs]
 
-        Returns:
-          The evaluation, if there is one, and whether an alarm is to stop the run.
-        """
-        self._check_stop()
-        is_alarmed = self._is_alarmed()
-        evaluation = None
-        if self.config.is_evaluated(step) and not self.stop and not is_alarmed:
-            evaluation = self._evaluate(state)
-        self._save(state, evaluation)
-        return evaluation, is_alarmed
-
-    def _compile(self, state: TrainState, batch: Batch) -> TrainStep:
+    def _compile(self, state: TrainState, step: int) -> jax.stages.Compiled:
         """Compiles the step before the clock starts.
 
         All processes wait for each other afterwards: gloo would not wait for a slow one.
         """
         started_at = time.perf_counter()
-        arguments = (state, put_batch(batch, self.setup), self.knobs)
+        batches = [self.batches[run.config.train.seed][step] for run in self.runs]
+        batch = self.program.put_batches(batches)
+        self.watchdog.other_work("compiling the train step")
         log.info("compiling the train step")
         with uninterrupted("compiling the train step"):
-            compiled = make_train_step(self.setup).lower(*arguments).compile()
+            compiled = self.program.compile_step(state, batch)
         log.info("compiled the train step in %.1f s", time.perf_counter() - started_at)
         wait_for_all()
         return compiled
 
-    def _evaluate(self, state: TrainState, *, is_noted: bool = True) -> Evaluation | None:
-        """Evaluates the validation split and notes the result; None if a signal came meanwhile."""
-        step = int(state.step)
+    def _resume_clocks(self) -> None:
+        for run in self.training:
+            run.recorder.resume()
+
+    def _take(self, output: StepOutput | None) -> None:
+        """Hands the output of a step, if there is one, to its runs; waits until it is done."""
+        if output is None:
+            return
+        losses = []
+        for run, own_output in zip(self.runs, self.program.outputs(output), strict=True):
+            if run.error is None:
+                run.add(own_output)
+                losses.append(run.recorder.last.loss)
+        step = self.training[0].recorder.last.step
+        rate = sum(run.recorder.rate for run in self.training)
+        self.progress.update(step, sum(losses) / len(losses), rate)
+
+    def _ending(self, is_saved: bool) -> list[TrainingRun]:
+        """Returns the runs that are saved now: all of them, or those that an alarm stops."""
+        if is_saved:
+            return self.training
+        alarmed = [run for run in self.training if run.recorder.stopping]
+        if alarmed and self.stop.is_shared:
+            # Only the first process knows of it; all of them agree on a step by `stop`.
+            self.own_stop.request(ALARM)
+            return []
+        return alarmed
+
+    def _end_part(self, state: TrainState, step: int, runs: Sequence[TrainingRun]) -> None:
+        """Evaluates what is due, and saves these runs; those that an alarm stops end."""
+        for run in runs:
+            run.recorder.flush()
+        alarmed = [run for run in runs if run.is_alarmed()]
+        due = [run for run in runs if run not in alarmed and run.evaluation is None]
+        if due and self.config.is_evaluated(step) and not self.stop:
+            self._evaluate(state, step, due, due)
+        self.watchdog.other_work(f"saving step {step}")
+        own_states = self.program.split(state, map(self.runs.index, runs))
+        for run, own_state in zip(runs, own_states, strict=True):
+            run.save(own_state)
+        for run in alarmed:
+            run.checkpoints.wait()
+            run.end(AlarmError(stop_message(step, run.recorder.stopping)))
+
+    def _evaluate(
+        self,
+        state: TrainState,
+        step: int,
+        runs: Sequence[TrainingRun],
+        noted: Sequence[TrainingRun],
+    ) -> None:
+        """Evaluates the validation split; does nothing if a signal comes meanwhile.
+
+        Args:
+          state: of all runs.
+          step: steps done.
+          runs: that get the result.
+          noted: those of them that write it, too.
+        """
         self.watchdog.other_work(f"the evaluation of step {step}")
         microbatch = self.config.batch_size // self.config.accumulation
-        rows = rows_of_process(self.setup.mesh, microbatch)
+        rows = rows_of_process(self.program.mesh, microbatch)
         with closing(eval_batches(self.corpus, microbatch, rows=rows)) as batches:
-            evaluation = evaluate(
+            evaluations = evaluate(
+                self.program,
                 self.eval_step,
-                self.setup,
                 state.params,
                 state.router_state,
                 batches,
@@ -326,59 +315,27 @@ class _Loop:
                 should_stop=self.stop.poll,
                 domains=self.domains,
             )
-        if evaluation is None:
-            return None
-        if is_noted:
-            self.files.note(step, evaluation)
-        log.info(
-            "step %d: validation loss %.4f, %.4f bits per byte",
-            step,
-            evaluation.loss,
-            evaluation.bits_per_byte,
-        )
-        if self.on_evaluation:
-            self.on_evaluation(step, evaluation)
-        return evaluation
+        for run, evaluation in zip(self.runs, evaluations, strict=False):  # or there are none
+            if run in runs:
+                run.take_evaluation(step, evaluation, is_noted=run in noted)
 
-    def _save(self, state: TrainState, evaluation: Evaluation | None) -> None:
-        self.watchdog.other_work(f"saving step {int(state.step)}")
-        self.files.save(state, evaluation)
+    def _give_up_nonfinite(self, state: TrainState) -> None:
+        """Ends the runs of which too many steps in a row were not finite."""
+        for run in self.training:
+            if run.recorder.last.skipped_in_row >= self.config.max_nonfinite_steps:
+                self._give_up(run, state)
+                self._resume_clocks()
 
-    def _check_stop(self) -> None:
-        """Requests a stop if an interval that was just written holds an alarm of `alarms.stop`."""
-        if self.recorder.stopping:
-            self.own_stop.request(ALARM)
-
-    def _is_alarmed(self) -> bool:
-        """Whether an alarm is to stop the run; every process must call this.
-
-        A stop may be granted only after the last step, so that `stop` alone does not say.
-        """
-        return broadcast_from_primary("alarmed" if self.recorder.stopping else "") == "alarmed"
-
-    def _stop_by_alarm(self, state: TrainState) -> None:
-        """Raises `AlarmError` once the state is on disk.
-
-        Of several processes the first, which logs, says why.
-        """
-        self.checkpoints.wait()
-
-        def fail() -> None:
-            if is_first():
-                raise AlarmError(stop_message(int(state.step), self.recorder.stopping))
-
-        raise_on_all(fail)
-
-    def _give_up(self, state: TrainState, finished: FinishedStep) -> None:
-        """Raises `NonFiniteError`; all processes look for the place, and the first names it."""
+    def _give_up(self, run: TrainingRun, state: TrainState) -> None:
+        """Ends a run whose steps are not finite; all processes look for the place."""
         self.watchdog.other_work("the search for values that are not finite")
-        num_steps = finished.skipped_in_row
-        first = finished.step - num_steps + 1
-        batch = put_batch(self.batches[first - 1], self.setup)
-        error = nonfinite_error(self.setup, state, batch, self.knobs, first, num_steps)
-
-        def fail() -> None:
-            if is_first():
-                raise error
-
-        raise_on_all(fail)
+        run.recorder.flush()
+        last = run.recorder.last
+        run.step = last.step
+        first = last.step - last.skipped_in_row + 1
+        with jax.set_mesh(run.setup.mesh):
+            (own_state,) = self.program.split(state, [self.runs.index(run)])
+            batch = put_batch(self.batches[run.config.train.seed][first - 1], run.setup)
+            knobs = Knobs.from_config(run.config)
+            error = nonfinite_error(run.setup, own_state, batch, knobs, first, last.skipped_in_row)
+        run.end(error)

@@ -16,7 +16,7 @@ import pytest
 from moejax.cli import VERBS, main
 from moejax.inspection.runs.run import open_run
 from moejax.models import Decoder
-from moejax.training.loop import TrainResult
+from moejax.training.run import TrainResult
 
 REPOSITORY = Path(__file__).parents[2]
 DEBUG = REPOSITORY / "configs/debug.py"

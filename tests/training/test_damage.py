@@ -28,7 +28,7 @@ from moejax.training.checkpoints.meta import add_metrics, read_meta, saved_steps
 from moejax.training.health.alarms import read_alarms
 from moejax.training.loop import train
 from moejax.training.multihost.signals import StopSignals
-from moejax.training.run_directory import metrics
+from moejax.training.program import Program
 from moejax.training.run_directory.changes import log_changes
 from moejax.training.run_directory.evaluation_log import Evaluations
 from moejax.training.run_directory.layout import warn_of_lost_checkpoints
@@ -69,8 +69,8 @@ def programs():
 
         return cached
 
-    patch.setattr(loop._Loop, "_compile", once("step", loop._Loop._compile))
-    patch.setattr(loop, "make_eval_step", once("eval", loop.make_eval_step))
+    for name in ("compile_step", "make_eval_step"):
+        patch.setattr(Program, name, once(name, getattr(Program, name)))
     patch.setattr(loop, "make_train_setup", once("setup", loop.make_train_setup))
     patch.setattr(loop, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
     yield
@@ -80,16 +80,15 @@ def programs():
 def train_to(config, workdir, step):
     """Trains until a signal comes during a step."""
     stop = StopSignals()
-    add = metrics.Recorder.add
+    begin = loop.Watchdog.step
 
-    def add_and_signal(self, output):
-        finished = add(self, output)
-        if finished.step >= step - 1:  # that of the step before
+    def begin_and_signal(self, number):
+        begin(self, number)
+        if number >= step:
             stop.request("SIGTERM")
-        return finished
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(metrics.Recorder, "add", add_and_signal)
+        patch.setattr(loop.Watchdog, "step", begin_and_signal)
         return train(config, workdir, stop=stop)
 
 

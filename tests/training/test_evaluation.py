@@ -15,8 +15,8 @@ from cases import training as cases
 from moejax.data import Corpus
 from moejax.data.labels import Labels
 from moejax.data.tokenizers import ByteTokenizer
-from moejax.training.eval_step import make_eval_step
 from moejax.training.evaluation import domains_of, evaluate
+from moejax.training.program import Program
 
 DOMAINS = Labels((), ("code", "drama", "empty"), np.array([0, 1, 1, 0, 0], np.int32))
 
@@ -55,9 +55,10 @@ def test_the_loss_of_a_domain_is_the_mean_over_its_targets_on_any_mesh(mesh, num
     setup = cases.make(config, math.prod(mesh.values()))
     state = cases.initial_state(setup)
     with jax.set_mesh(setup.mesh):
-        evaluation = evaluate(
-            make_eval_step(setup, 3),
-            setup,
+        program = Program(setup)
+        (evaluation,) = evaluate(
+            program,
+            program.make_eval_step(3),
             state.params,
             state.router_state,
             iter(batches(config)),
@@ -87,11 +88,13 @@ def test_the_probe_is_the_first_row_of_batches_spread_over_the_split(monkeypatch
     state = cases.initial_state(setup)
     every = [cases.packed_batch(config, seed) for seed in range(11)]
     with jax.set_mesh(setup.mesh):
-        step = make_eval_step(setup)
+        program = Program(setup)
+        step = program.make_eval_step(0)
 
         def probe(batches):
             arrays = (state.params, state.router_state)
-            return evaluate(step, setup, *arrays, iter(batches), 100).probe_NTK
+            (evaluation,) = evaluate(program, step, *arrays, iter(batches), 100)
+            return evaluation.probe_NTK
 
         alone = [probe([batch]) for batch in every]
         shape = (2, every[0].tokens_BL.shape[1], config.moe.top_k)

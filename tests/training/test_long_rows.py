@@ -97,7 +97,7 @@ def test_arms_of_a_pack_with_near_and_far_documents_equal_each_alone(
         batch_of(config, document) for config, document in zip(configs, (5, 40), strict=True)
     ]
     with jax.set_mesh(pack.mesh):
-        state = pack.join(setup.init(0) for setup in pack.trainables)
+        state = pack.join(setup.init(0) for setup in pack.setups)
         compiled = pack.compile_step(state, pack.put_batches(batches))
         state, output = compiled(state, pack.put_batches(batches), pack.knobs)
     assert "conditional(" in compiled.as_text()

@@ -32,7 +32,8 @@ from moejax.training.health.nonfinite import NonFiniteError
 from moejax.training.loop import train
 from moejax.training.multihost.signals import StopSignals
 from moejax.training.packed.arms import devices_of_arm
-from moejax.training.packed.loop import ArmResult, train_packed
+from moejax.training.packed.train import train_packed
+from moejax.training.run import TrainResult
 from moejax.training.run_directory.line_file import parse_line
 
 WAIT_S = 1.0
@@ -181,26 +182,25 @@ def together(sweep: Sweep, arms: Sequence[Arm]) -> list[list[Arm]]:
     return [*groups, *by_step.values()]
 
 
-def _train_arms(sweep: Sweep, arms: Sequence[Arm], stop: StopSignals) -> list[ArmResult]:
+def _train_arms(sweep: Sweep, arms: Sequence[Arm], stop: StopSignals) -> list[TrainResult]:
     """Trains arms together, or one alone on all devices.
 
     Those that cannot go on are recorded when they end.
     """
     workdirs = [sweep.workdir(arm.id) for arm in arms]
 
-    def on_end(index: int, result: ArmResult) -> None:
+    def on_end(index: int, result: TrainResult) -> None:
         _record(sweep, arms[index], result.error, packed=len(arms))
 
     if len(arms) > 1 or _is_cpu():
         configs = [arm.config for arm in arms]
         return train_packed(configs, workdirs, command=sweep.command, stop=stop, on_end=on_end)
     try:
-        result = train(arms[0].config, workdirs[0], command=sweep.command, stop=stop)
+        return [train(arms[0].config, workdirs[0], command=sweep.command, stop=stop)]
     except (AlarmError, NonFiniteError) as error:
-        ended = ArmResult(0, None, None, error)
+        ended = TrainResult(0, None, None, error=error)
         on_end(0, ended)
         return [ended]
-    return [ArmResult(result.step, result.stopped_by, result.evaluation, None)]
 
 
 def _is_cpu() -> bool:

@@ -333,11 +333,14 @@ class SharedStop:
     Args:
       own: this process's signals, and requests named in `STOPS`.
       mesh: of all devices.
+
+    Attributes:
+      is_shared: whether there are several processes.
     """
 
     def __init__(self, own: StopSignals, mesh: Mesh):
         self._own = own
-        self._is_shared = jax.process_count() > 1
+        self.is_shared = jax.process_count() > 1
         self._granted: str | None = None
         self._pending: jax.Array | None = None  # the maximum that the last `poll` asked for
         self._by_device = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
@@ -346,14 +349,14 @@ class SharedStop:
     @property
     def received(self) -> str | None:
         """The signal's name, or None."""
-        return self._granted if self._is_shared else self._own.received
+        return self._granted if self.is_shared else self._own.received
 
     def __bool__(self) -> bool:
         return self.received is not None
 
     def poll(self) -> bool:
         """Returns whether to stop. Every process must call this equally often."""
-        if self._is_shared:
+        if self.is_shared:
             answer = self._pending
             self._pending = self._ask()
             if answer is not None and self._granted is None:

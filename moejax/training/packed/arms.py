@@ -7,7 +7,7 @@ alone, up to the order of addition.
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -17,9 +17,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from moejax.config import Config, ConfigError, Knobs, to_dict
 from moejax.data import Batch
 from moejax.sharding import BATCH_AXES, MESH_AXES, make_mesh
-from moejax.training.eval_step import eval_step_of
+from moejax.training.eval_step import EvalOutput, eval_step_of
+from moejax.training.program import Program
 from moejax.training.state import TrainState, make_train_setup
-from moejax.training.step import StepOutput, compiler_options, train_step_of
+from moejax.training.step import compiler_options, train_step_of
 
 ARMS = "arms"
 """The mesh axis of the arms."""
@@ -47,8 +48,10 @@ def program_of(config: Config) -> Config:
     )
 
 
-class Pack:
-    """The compiled functions of a pack of arms.
+class Pack(Program):
+    """The program of a pack of arms.
+
+    States, batches of a step and outputs have a leading axis of slots, one or more for each arm.
 
     Args:
       configs: of the arms, with equal `program_of`.
@@ -56,9 +59,9 @@ class Pack:
 
     Attributes:
       mesh: the devices by arm, and within an arm by the axes of its own mesh.
-      trainables: the fixed part of each arm, on the devices of the first.
+      setups: the fixed part of each arm, on the devices of the first.
       knobs: of all arms, stacked on a leading axis of slots.
-      slots_of_device: how many arms a device trains side by side.
+      runs_of_device: how many arms a device trains side by side.
 
     Raises:
       ConfigError: no arms, arms that no single program can train, or a mesh that does not fit
@@ -69,11 +72,11 @@ class Pack:
         _check_arms(configs)
         template = _with_largest_capacity(configs)
         meshes = _mesh_of_groups(template, devices, len(configs))
+        super().__init__(make_train_setup(template, meshes[0]))
         self.mesh = _stack_meshes(meshes)
-        self._alone = make_train_setup(template, meshes[0])
-        self.trainables = [dataclasses.replace(self._alone, config=config) for config in configs]
-        self.slots_of_device = -(-len(configs) // len(meshes))  # rounded up
-        self._num_slots = self.slots_of_device * len(meshes)
+        self.setups = [dataclasses.replace(self._alone, config=config) for config in configs]
+        self.runs_of_device = -(-len(configs) // len(meshes))  # rounded up
+        self._num_slots = self.runs_of_device * len(meshes)
         self._shardings = jax.tree.map(self._by_arm, self._alone.shardings)
         knobs = self._stack([Knobs.from_config(config) for config in configs])
         self.knobs = self._put(knobs, PartitionSpec(ARMS))
@@ -96,7 +99,7 @@ class Pack:
         )
         return step.lower(state, batch, self.knobs).compile()
 
-    def make_eval_step(self, num_domains: int):
+    def make_eval_step(self, num_domains: int) -> Callable[..., EvalOutput]:
         """Makes `(params, router_state, batch, ...) -> EvalOutput`.
 
         The first two and the output have a leading axis of slots; all arms see one batch.
@@ -143,19 +146,19 @@ class Pack:
         host = [jax.device_get(state) for state in states]
         return jax.device_put(self._stack(host), self._shardings)
 
-    def split(self, state: TrainState, arms: Iterable[int]) -> Iterator[TrainState]:
+    def split(self, state: TrainState, runs: Iterable[int]) -> Iterator[TrainState]:
         """Yields the states of these arms as they would be alone.
 
         They come one after another, on the devices of the first arm.
         """
         host = jax.device_get(state)
-        for arm in arms:
+        for arm in runs:
             yield jax.device_put(_slice_arm(host, arm), self._alone.shardings)
 
-    def outputs(self, output: StepOutput) -> list[StepOutput]:
-        """Returns the output of each arm, on the host; waits for the step."""
+    def outputs(self, output: Any) -> list[Any]:
+        """Returns what each arm has of an output, on the host; waits for it."""
         host = jax.device_get(output)
-        return [_slice_arm(host, arm) for arm in range(len(self.trainables))]
+        return [_slice_arm(host, arm) for arm in range(len(self.setups))]
 
     def _stack(self, trees: Sequence[Any]) -> Any:
         """Stacks as many trees as there are slots: the last arm fills those that are left."""

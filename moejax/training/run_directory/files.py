@@ -1,6 +1,6 @@
 """The files that a run writes as it trains: metrics, routing, alarms, evaluations, checkpoints.
 
-A run writes the same files alone (`training.loop`) and in a pack (`packed.loop`).
+A run writes the same files alone and in a pack.
 """
 
 import logging
@@ -16,7 +16,6 @@ from moejax.planning.devices import utilisation_of_token
 from moejax.training.checkpoints.checkpoint import Checkpoints
 from moejax.training.evaluation import Evaluation
 from moejax.training.health.alarms import AlarmLog
-from moejax.training.health.progress import StepProgress
 from moejax.training.health.telemetry import LAYER_METRICS
 from moejax.training.multihost.processes import is_first
 from moejax.training.run_directory.evaluation_log import EvaluationLog
@@ -39,7 +38,6 @@ class RunFiles:
       config: of the run.
       checkpoints: of the run, from which `start_step` was restored unless it is 0.
       start_step: steps done.
-      progress: shown every finished step.
       name: of the run, in the log; "" where there is only one.
       num_arms: among which the time of a step is shared out.
 
@@ -54,7 +52,6 @@ class RunFiles:
         config: Config,
         checkpoints: Checkpoints,
         start_step: int,
-        progress: StepProgress,
         *,
         name: str = "",
         num_arms: int = 1,
@@ -77,7 +74,6 @@ class RunFiles:
             self.recorder = Recorder(
                 self._metrics,
                 self._routing,
-                progress,
                 start_step,
                 self._alarms,
                 num_arms=num_arms,

@@ -17,7 +17,6 @@ from moejax.locks import check_held
 from moejax.planning.devices import peak_memory_bytes
 from moejax.training.health.alarm_rules import Alarm
 from moejax.training.health.alarms import AlarmLog
-from moejax.training.health.progress import StepProgress
 from moejax.training.health.speed import ARMS, MEMORY, MFU, SECONDS, SPEED
 from moejax.training.health.telemetry import RoutingInterval, summarize_routing
 from moejax.training.run_directory.intervals import TimedOutput, pack_steps
@@ -105,10 +104,11 @@ def _is_metrics(line: Mapping[str, Any]) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class FinishedStep:
-    """The values that are read of every step, once the next one is under way."""
+    """The values that are read of every step, once it is done."""
 
     step: int
     skipped_in_row: int
+    loss: float
 
 
 class Recorder:
@@ -117,7 +117,6 @@ class Recorder:
     Args:
       metrics: where scalars go; None in a process that writes nothing.
       routing: where per-expert arrays go; None there, and for a dense model.
-      progress: shown every finished step.
       start_step: steps done before this process began.
       alarms: what watches the routing; None where `routing` is.
       num_arms: of the pack, to whose steps an interval's seconds belong. It is logged with each
@@ -126,7 +125,8 @@ class Recorder:
       carried: the last of the steps done before, of an interval that a stop has cut short.
 
     Attributes:
-      rate: tokens per second of the last step.
+      last: the last step that was added.
+      rate: tokens per second of it.
       rates: tokens per second of each interval.
       stopping: alarms that are to stop the run, once there are any.
       cut: `notes` at the beginning of the last interval that `flush` wrote, with the steps of that
@@ -137,7 +137,6 @@ class Recorder:
         self,
         metrics: MetricsFile | None,
         routing: RoutingLog | None,
-        progress: StepProgress,
         start_step: int,
         alarms: AlarmLog | None = None,
         *,
@@ -147,7 +146,6 @@ class Recorder:
     ):
         self.metrics = metrics
         self.routing = routing
-        self.progress = progress
         self.alarms = alarms
         self._num_arms = num_arms
         self._utilisation = utilisation
@@ -155,8 +153,7 @@ class Recorder:
         self.rate = 0.0
         self.rates: list[float] = []
         self._written_step = start_step - len(carried)
-        self._last = FinishedStep(start_step, 0)
-        self._running: StepOutput | None = None
+        self.last = FinishedStep(start_step, 0, math.nan)
         self._current: list[TimedOutput] = list(carried)
         self._waiting: list[TimedOutput] = []
         self.cut: dict[str, Any] = {}
@@ -167,15 +164,20 @@ class Recorder:
         self._since = time.perf_counter()
 
     def add(self, output: StepOutput) -> FinishedStep:
-        """Takes the output of the step just dispatched, and waits for the step before it."""
-        finished = self._finish_running()
-        self._running = output
-        return finished
-
-    def add_finished(self, output: StepOutput) -> FinishedStep:
-        """Takes the output, already on the host, of a step that is done."""
-        self.add(output)
-        return self._finish_running()
+        """Takes the output of a step, waits until it is done, and times it."""
+        wanted = ("loss/lm", "num_targets", "skipped_in_row")
+        scalars = jax.device_get({key: output.scalars[key] for key in wanted})
+        now = time.perf_counter()
+        seconds = now - self._since
+        self._since = now
+        self._current.append(TimedOutput(output, seconds))
+        self.rate = float(scalars["num_targets"]) / seconds
+        self.last = FinishedStep(
+            step=self.last.step + 1,
+            skipped_in_row=int(scalars["skipped_in_row"]),
+            loss=float(scalars["loss/lm"]),
+        )
+        return self.last
 
     def end_interval(self) -> None:
         """Writes the interval before this one, whose values have long been computed."""
@@ -184,15 +186,13 @@ class Recorder:
         self._current = []
         self._write(previous)
 
-    def flush(self) -> FinishedStep:
+    def flush(self) -> None:
         """Writes everything, waiting for it: before evaluation, saving and the end."""
-        finished = self._finish_running()
         self.end_interval()
         self.cut = {}
         if self.metrics is not None and self._waiting:
             self.cut = self.notes() | {"interval": pack_steps(self._waiting)}
         self.end_interval()
-        return finished
 
     def notes(self) -> dict[str, Any]:
         """Returns what a run that continues from here must know of what was written, as JSON."""
@@ -204,23 +204,6 @@ class Recorder:
         if self.routing is not None:
             notes |= {"routing": self.routing.num_entries}
         return notes
-
-    def _finish_running(self) -> FinishedStep:
-        """Waits for the step under way, and times it."""
-        if self._running is None:
-            return self._last
-        output = self._running
-        self._running = None
-        wanted = ("loss/lm", "num_targets", "skipped_in_row")
-        scalars = jax.device_get({key: output.scalars[key] for key in wanted})
-        now = time.perf_counter()
-        seconds = now - self._since
-        self._since = now
-        self._current.append(TimedOutput(output, seconds))
-        self._last = FinishedStep(self._last.step + 1, int(scalars["skipped_in_row"]))
-        self.rate = float(scalars["num_targets"]) / seconds
-        self.progress.update(self._last.step, float(scalars["loss/lm"]), self.rate)
-        return self._last
 
     def _write(self, interval: Sequence[TimedOutput]) -> None:
         """Writes the scalars of an interval and its routing, and checks the alarms."""

@@ -29,9 +29,9 @@ from moejax.sweeps.store.records import read_record, read_records, write_record
 from moejax.training.health.alarms import AlarmError
 from moejax.training.health.nonfinite import NonFiniteError
 from moejax.training.multihost.signals import StopSignals
-from moejax.training.packed.loop import ArmResult
+from moejax.training.run import TrainResult
 
-DONE = ArmResult(4, None, None, None)
+DONE = TrainResult(4, None, None)
 
 
 def new_sweep(directory, number=4, largest_pack=2):
@@ -117,9 +117,9 @@ def test_a_failed_pack_and_a_stop_have_exit_codes_of_their_own(monkeypatch, tmp_
 
 def test_how_an_arm_ended_is_in_its_record(trained, tmp_path):
     sweep = new_sweep(tmp_path, number=4, largest_pack=4)
-    trained.ends[1] = ArmResult(2, None, None, AlarmError("drops in layer 0"))
-    trained.ends[2] = ArmResult(2, None, None, NonFiniteError("loss is nan"))
-    trained.ends[3] = ArmResult(2, "SIGTERM", None, None)
+    trained.ends[1] = TrainResult(2, None, None, error=AlarmError("drops in layer 0"))
+    trained.ends[2] = TrainResult(2, None, None, error=NonFiniteError("loss is nan"))
+    trained.ends[3] = TrainResult(2, "SIGTERM", None)
     train_pack(sweep, sweep.packs[0], StopSignals())
     assert status_of(sweep) == ["done", "stopped", "failed", None]
     rows = [read_record(sweep.workdir(arm_id)) for arm_id in sweep.packs[0]]
@@ -130,7 +130,7 @@ def test_how_an_arm_ended_is_in_its_record(trained, tmp_path):
 
 def test_an_arm_that_ends_early_has_its_record_before_the_others_end(trained, tmp_path):
     sweep = new_sweep(tmp_path, number=2)
-    trained.ends[0] = ArmResult(2, None, None, AlarmError("drops in layer 0"))
+    trained.ends[0] = TrainResult(2, None, None, error=AlarmError("drops in layer 0"))
     trained.ends[1] = KeyboardInterrupt()  # or a kill: nothing comes back from the pack
     with pytest.raises(KeyboardInterrupt):
         train_pack(sweep, sweep.packs[0], StopSignals())
@@ -144,7 +144,7 @@ def test_an_arm_that_ends_early_has_its_record_before_the_others_end(trained, tm
 
 def test_damaged_files_of_an_arm_do_not_affect_records_of_its_pack(trained, tmp_path, caplog):
     sweep = new_sweep(tmp_path, number=4, largest_pack=4)
-    trained.ends[3] = ArmResult(2, None, None, NonFiniteError("loss is nan"))
+    trained.ends[3] = TrainResult(2, None, None, error=NonFiniteError("loss is nan"))
     for arm in (1, 3):
         workdir = sweep.workdir(sweep.packs[0][arm])
         workdir.mkdir(parents=True)

@@ -31,8 +31,8 @@ from moejax.sweeps.store.directory import claimed
 from moejax.training.evaluation import Evaluation
 from moejax.training.health.alarms import AlarmError
 from moejax.training.health.nonfinite import NonFiniteError
-from moejax.training.loop import TrainResult
 from moejax.training.multihost.signals import StopSignals
+from moejax.training.run import TrainResult
 
 RATE = "optimizer.learning_rate"
 BITS = 1.25  # per byte, of every evaluation

@@ -12,7 +12,6 @@ import tensorstore
 from cases import training as cases
 from moejax.config import Knobs
 from moejax.moe.balancing.metrics import routing_metrics
-from moejax.training.health.progress import StepProgress
 from moejax.training.health.speed import median_speed
 from moejax.training.health.telemetry import LAYER_METRICS, summarize_routing
 from moejax.training.run_directory.metrics import MetricsFile, Recorder
@@ -115,8 +114,8 @@ def test_a_layer_that_was_not_finite_in_a_step_leaves_it_out_of_its_sums(outputs
 def test_the_files_hold_what_the_steps_did_one_interval_late(tmp_path, outputs):
     config, steps = outputs
     log = RoutingLog(tmp_path, config.moe_layers, config.moe.num_choices, LAYER_METRICS)
-    with MetricsFile(tmp_path, 0) as metrics, StepProgress(3, 0, False) as progress:
-        recorder = Recorder(metrics, log, progress, 0)
+    with MetricsFile(tmp_path, 0) as metrics:
+        recorder = Recorder(metrics, log, 0)
         for output in steps:
             recorder.add(output)
         recorder.flush()
@@ -130,8 +129,8 @@ def test_the_files_hold_what_the_steps_did_one_interval_late(tmp_path, outputs):
 
 def written(folder, steps, **known):
     """The line that a recorder writes of some steps."""
-    with MetricsFile(folder, 0) as metrics, StepProgress(3, 0, False) as progress:
-        recorder = Recorder(metrics, None, progress, 0, **known)
+    with MetricsFile(folder, 0) as metrics:
+        recorder = Recorder(metrics, None, 0, **known)
         for output in steps:
             recorder.add(output)
         recorder.flush()

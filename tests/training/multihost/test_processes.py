@@ -372,14 +372,14 @@ def test_an_alarm_in_the_last_interval_ends_all_once_the_state_is_saved(folder, 
 HANGS = """
 import sys, time
 from moejax.cli import main
-from moejax.training import loop
-real, calls = loop.put_batch, []
+from moejax.training import program
+real, calls = program.put_batch, []
 def put_batch_that_hangs(batch, trainable):
     calls.append(1)
     if len(calls) == 6:  # the first compiles
         time.sleep(600)
     return real(batch, trainable)
-loop.put_batch = put_batch_that_hangs
+program.put_batch = put_batch_that_hangs
 sys.exit(main(sys.argv[1:]))
 """
 

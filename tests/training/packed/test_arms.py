@@ -16,6 +16,7 @@ from moejax.config import LOSS_SPECS, LOSS_WEIGHTS, ConfigError, Knobs, to_dict
 from moejax.inspection.runs.run import open_run
 from moejax.sweeps.arms import plan_arms
 from moejax.sweeps.packing import pack_arms
+from moejax.training import loop
 from moejax.training.checkpoints.checkpoint import CheckpointError, Checkpoints
 from moejax.training.checkpoints.meta import saved_steps
 from moejax.training.eval_step import make_eval_step
@@ -24,10 +25,9 @@ from moejax.training.health.alarms import AlarmError, read_alarms
 from moejax.training.health.nonfinite import NonFiniteError
 from moejax.training.loop import train
 from moejax.training.multihost.signals import StopSignals
-from moejax.training.packed import loop as packed_loop
-from moejax.training.packed.arm import common_step
 from moejax.training.packed.arms import Pack, depends_on_devices, program_of, trains_alone
-from moejax.training.packed.loop import train_packed
+from moejax.training.packed.train import train_packed
+from moejax.training.run import common_step
 from moejax.training.run_directory.metrics import Recorder
 from moejax.training.run_directory.routing_log import read_routing
 from moejax.training.step import make_train_step, put_batch
@@ -218,7 +218,7 @@ def test_an_arm_of_a_pack_continues_alone_and_a_run_continues_in_a_pack(packed, 
 @contextlib.contextmanager
 def _stop_at(step, stop):
     """Requests a stop once that step is done, or during an evaluation if it is None."""
-    add_step, add_batch = Recorder.add_finished, EvaluationSums.add
+    add_step, add_batch = Recorder.add, EvaluationSums.add
 
     def add_step_and_stop(self, output):
         finished = add_step(self, output)
@@ -231,7 +231,7 @@ def _stop_at(step, stop):
         if step is None:
             stop.request("TEST")
 
-    adding_steps = mock.patch.object(Recorder, "add_finished", add_step_and_stop)
+    adding_steps = mock.patch.object(Recorder, "add", add_step_and_stop)
     adding_batches = mock.patch.object(EvaluationSums, "add", add_batch_and_stop)
     with adding_steps, adding_batches:
         yield
@@ -315,7 +315,7 @@ def test_arms_that_cannot_go_on_end_and_the_others_do_not_notice(tmp_path):
         ended.append((index, result, last_step, saved_steps(workdirs[index])))
         assert not (workdirs[2] / "checkpoints/12").exists()
 
-    with mock.patch.object(packed_loop, "Watchdog", wraps=packed_loop.Watchdog) as watchdog:
+    with mock.patch.object(loop, "Watchdog", wraps=loop.Watchdog) as watchdog:
         alarmed, broken, sound = train_packed(
             configs, workdirs, devices=jax.devices()[:1], on_end=on_end
         )
@@ -368,7 +368,7 @@ def test_every_knob_acts_in_its_own_arm_alone(router):
     pack = Pack(configs, jax.devices()[:2])
     batches = [packed_batch(config, seed=i) for i, config in enumerate(configs)]
     with jax.set_mesh(pack.mesh):
-        first = [jax.device_get(pack.trainables[0].init(config.train.seed)) for config in configs]
+        first = [jax.device_get(pack.setups[0].init(config.train.seed)) for config in configs]
         state = pack.join(first)
         step = pack.compile_step(state, pack.put_batches(batches))
         for _ in range(2):
@@ -402,7 +402,7 @@ def test_arms_within_a_mesh_of_their_own_equal_one_device():
     assert dict(pack.mesh.shape) | {"arms": 2, "data": 2, "expert": 2} == dict(pack.mesh.shape)
     batches = [packed_batch(config, seed=i) for i, config in enumerate(configs)]
     with jax.set_mesh(pack.mesh):
-        arms = zip(pack.trainables, configs, strict=True)
+        arms = zip(pack.setups, configs, strict=True)
         state = pack.join(setup.init(config.train.seed) for setup, config in arms)
         step = pack.compile_step(state, pack.put_batches(batches))
         state, output = step(state, pack.put_batches(batches), pack.knobs)
@@ -436,7 +436,7 @@ def test_arms_that_split_batch_and_matrices_train_apart():
         message = r"mesh.tensor=2 together with another axis .* train the arms apart"
         with pytest.raises(ConfigError, match=message):
             Pack(configs)
-        assert trains_alone(configs[0]) and len(Pack(configs[:1]).trainables) == 1
+        assert trains_alone(configs[0]) and len(Pack(configs[:1]).setups) == 1
         plan = plan_arms(to_dict(configs[0]), [{"train.seed": seed} for seed in (0, 1)])
         assert [len(ids) for ids in pack_arms(plan.arms, 8)] == [1, 1]
     for mesh in ({"tensor": 2}, {"context": 2, "tensor": 2}):
@@ -450,7 +450,7 @@ def test_arms_that_depend_on_the_number_of_devices_train_apart():
     message = r"moe.balance_scope=device, .* a mesh axis of -1 leaves open"
     with pytest.raises(ConfigError, match=message):
         Pack(configs, jax.devices()[:2])
-    assert len(Pack(configs[:1], jax.devices()[:2]).trainables) == 1
+    assert len(Pack(configs[:1], jax.devices()[:2]).setups) == 1
     Pack([replace(config, "mesh", data=1) for config in configs], jax.devices()[:2])
     slots = {"dispatch": "capacity", "capacity_group": "device"}
     assert depends_on_devices(small_config(moe=slots))
