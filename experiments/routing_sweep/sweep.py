@@ -4,7 +4,7 @@ There are 36 settings with three seeds each, and dense controls.
 
   moejax sweep --config=experiments/routing_sweep/sweep.py --match=active_params --seeds=3 \
       --pack=3 --runner=pool --processes=2 --dir=runs/routing_sweep
-  python experiments/routing_sweep/figures.py
+  python experiments/routing_sweep/analysis.py
 
 Two layers of width 32 on presidential addresses, BPE of 512, rows of 128 tokens. README.md next to
 this file has the question, what was predicted, and the answer.

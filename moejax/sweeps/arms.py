@@ -249,11 +249,16 @@ class _Planning:
         What a point without experts sets of experts is left out.
         """
         settings = dict(point)
-        config = resolve_recorded(_apply_point(self.base, settings))
+        config = self._with(settings)
         if not config.moe.num_experts:
             settings = _without_experts(self.base, point)
-            config = resolve_recorded(_apply_point(self.base, settings))
+            config = self._with(settings)
         return config, settings
+
+    def _with(self, settings: Mapping[str, Any]) -> Config:
+        """Returns the recipe's configuration with some leaves set."""
+        recipe = _apply_point(self.base, settings)
+        return resolve_recorded(recipe)
 
     def _match(
         self, config: Config, point: Mapping[str, Any], settings: dict[str, Any]
@@ -265,7 +270,7 @@ class _Planning:
         if not found.is_changed:
             return config, None
         changed = settings | {found.leaf: found.value}
-        return resolve_recorded(_apply_point(self.base, changed)), found
+        return self._with(changed), found
 
 
 def _add_control(planning: _Planning, control: dict[str, Any]) -> None:
@@ -313,11 +318,13 @@ def _refuse_dead_axes(config: Config, settings: Mapping[str, Any]) -> None:
 
 def _apply_point(base: Recipe, point: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Returns the sections of a recipe with a point's values in them."""
-    applied = {section: dict(leaves) for section, leaves in base.items()}
+    applied: dict[str, dict[str, Any]] = {}
+    for section, leaves in base.items():
+        applied[section] = dict(leaves)
     for key, value in point.items():
         section, _, name = key.partition(".")
-        leaves = applied.setdefault(section, {})
-        leaves[name] = value
+        own_leaves = applied.setdefault(section, {})
+        own_leaves[name] = value
     return applied
 
 

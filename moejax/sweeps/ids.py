@@ -35,8 +35,10 @@ def hash_config(config: Config) -> str:
 
     Two configurations have the same if they are equal but for the leaves of `LEFT_OUT`.
     """
-    given = given_leaves(config)
-    hashed = {key: _plain(key, given[key]) for key in given if key not in LEFT_OUT}
+    hashed = {}
+    for key, value in given_leaves(config).items():
+        if key not in LEFT_OUT:
+            hashed[key] = _plain(key, value)
     text = json.dumps(hashed, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 

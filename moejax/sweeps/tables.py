@@ -220,10 +220,13 @@ def settings_of(frame: pd.DataFrame, metrics: Sequence[str]) -> pd.DataFrame:
     """
     axes = _setting_axes(frame)
     numbers = _setting_numbers(frame, axes)
-    rows_by_setting = list(numbers.groupby(numbers).indices.values())
+    by_setting = numbers.groupby(numbers)
+    rows_by_setting = list(by_setting.indices.values())
     is_first = ~numbers.duplicated().to_numpy()
     settings = frame.loc[is_first, axes].reset_index(drop=True)
-    arms = [tuple(frame["arm"].iloc[rows]) for rows in rows_by_setting]
+    arms = []
+    for rows in rows_by_setting:
+        arms.append(tuple(frame["arm"].iloc[rows]))
     settings["arms"] = pd.Series(arms, dtype=object)
     columns = [settings]
     for metric in metrics:
@@ -249,7 +252,9 @@ def _summarize_metric(
 
 def _setting_numbers(frame: pd.DataFrame, axes: Sequence[str]) -> pd.Series:
     """Returns the number of each arm's setting; settings are numbered as they appear."""
-    keys_by_axis = [[key_of(level) for level in frame[axis]] for axis in axes]
+    keys_by_axis = []
+    for axis in axes:
+        keys_by_axis.append([key_of(level) for level in frame[axis]])
     known: dict[Hashable, int] = {}
     numbers = []
     for row in range(len(frame)):

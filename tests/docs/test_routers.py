@@ -7,7 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from moejax.config import ROUTER_RULES, leaves
+from moejax.cli import main
+from moejax.config import ROUTER_RULES, leaves, resolve
+from moejax.sweeps.arms import plan_arms
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/routers.md").read_text()
@@ -50,7 +52,7 @@ def test_options_on_the_page_exist_and_every_option_of_experts_is_named():
 
 
 def test_the_measured_table_shows_the_results_of_every_recipe():
-    experiment = load(ROOT / "experiments/routers/run.py")
+    experiment = load(ROOT / "experiments/routers/analysis.py")
     results = json.loads(experiment.RESULTS.read_text())
     start, end = experiment.MARKS
     assert PAGE.split(start)[1].split(end)[0] == experiment.table(results)
@@ -60,10 +62,30 @@ def test_the_measured_table_shows_the_results_of_every_recipe():
         assert (path.stem in experiment.SEES_THE_FUTURE) == ("allow_noncausal" in code)
 
 
+def test_the_sweep_of_routers_trains_every_recipe_as_it_is(capsys):
+    sweep = load(ROOT / "experiments/routers/sweep.py")
+    results = json.loads((ROOT / "experiments/routers/results.json").read_text())
+    plan = plan_arms(sweep.get_config().to_dict(), sweep.sweep())
+    names = list(sweep.read_points())
+    assert names == sorted(results) and len(plan.arms) == len(names)
+    for name, arm in zip(names, plan.arms, strict=True):
+        assert arm.config == resolve(sweep.read_recipe(name)), name
+        recorded = results[name]["parameters_total"], results[name]["parameters_active"]
+        assert (arm.count.total, arm.count.active) == recorded, name
+    # The argument of the recipe chooses one.
+    recipe = ROOT / "experiments/routers/sweep.py"
+    assert main(["sweep", f"--config={recipe}:hash", "--dry-run", "--json"]) == 0
+    (arm,) = json.loads(capsys.readouterr().out)["list"]
+    assert arm["id"] == plan.arms[names.index("hash")].id
+
+
 def test_the_page_of_the_collapse_experiment_agrees_with_its_results():
-    experiment = load(ROOT / "experiments/collapse/run.py")
+    experiment = load(ROOT / "experiments/collapse/analysis.py")
     results = json.loads((ROOT / "experiments/collapse/results.json").read_text())
-    assert results.keys() == experiment.SCHEMES.keys()
+    sweep = load(ROOT / "experiments/collapse/sweep.py")
+    assert list(results) == list(sweep.SCHEMES)
+    plan = plan_arms(sweep.get_config().to_dict(), sweep.sweep())
+    assert len(plan.arms) == len(results) and not plan.duplicates
     assert experiment.table(results) in (ROOT / "experiments/collapse/README.md").read_text()
     for scheme, by_seed in results.items():
         assert len(by_seed) == 3

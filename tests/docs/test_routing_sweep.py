@@ -15,7 +15,7 @@ PAGE = (FOLDER / "README.md").read_text()
 
 @pytest.fixture(scope="module")
 def figures():
-    return runpy.run_path(str(FOLDER / "figures.py"))
+    return runpy.run_path(str(FOLDER / "analysis.py"))
 
 
 @pytest.fixture(scope="module")

@@ -7,13 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from moejax.sweeps.arms import plan_arms
+
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/specialisation.md").read_text()
 
 
 @pytest.fixture(scope="module")
 def experiment():
-    return runpy.run_path(str(ROOT / "experiments/specialisation/run.py"))
+    return runpy.run_path(str(ROOT / "experiments/specialisation/analysis.py"))
 
 
 @pytest.fixture(scope="module")
@@ -24,9 +26,19 @@ def results(experiment):
 def test_the_tables_are_those_of_the_results(experiment, results):
     start, end = experiment["MARKS"]
     assert PAGE.split(start)[1].split(end)[0] == experiment["tables"](results)
-    assert results.keys() == experiment["CONDITIONS"].keys()
-    for name, (seeds, _) in experiment["CONDITIONS"].items():
-        assert tuple(map(int, results[name])) == tuple(seeds)
+
+
+def test_the_results_are_those_of_the_sweep(results):
+    sweep = runpy.run_path(str(ROOT / "experiments/specialisation/sweep.py"))
+    assert list(results) == list(sweep["CONDITIONS"])
+    plan = plan_arms(sweep["get_config"]().to_dict(), sweep["sweep"]())
+    seeds = [seed for by_seed in results.values() for seed in by_seed]
+    assert [str(arm.config.train.seed) for arm in plan.arms] == seeds
+    for arm in plan.arms:
+        is_untrained = arm.config.train.num_steps == 1
+        is_dense = arm.config.moe.num_experts == 0
+        name = "untrained" if is_untrained else "dense" if is_dense else "moe"
+        assert str(arm.config.train.seed) in results[name]
 
 
 def test_the_answer_agrees_with_the_results(experiment, results):

@@ -1,5 +1,6 @@
 """The points of `moejax sweep`: those of the recipe's `sweep()`, times axes, times seeds."""
 
+import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -54,12 +55,15 @@ def _check_unique(spaces: list[Any]) -> None:
 
 def _own_space(values: FlagValues) -> list[Space | list[Any]]:
     """Returns what a recipe's `sweep()` gives; nothing if it has none."""
-    recipe, _ = split_recipe(recipe_text(values))
+    recipe, argument = split_recipe(recipe_text(values))
     function = own_function(values, "sweep")
     if function is None:
         return []
+    # Of FILE:ARG a sweep() without parameters gets nothing: ARG is then for `get_config` alone.
+    takes_argument = bool(inspect.signature(function).parameters)
+    arguments = [argument] if takes_argument and argument is not None else []
     with explained(recipe):
-        points = function()
+        points = function(*arguments)
         if isinstance(points, Iterable) and not isinstance(points, Space):
             points = [*points]  # a generator runs the recipe's code here
     if not isinstance(points, Space | list | None):

@@ -4,6 +4,7 @@ Everything is a difference between arms of the same seed, see
 `moejax/inspection/analysis/differences.py`. All functions are pure: frames in, numbers out.
 """
 
+import collections
 import dataclasses
 import math
 from collections.abc import Hashable, Mapping, Sequence
@@ -23,6 +24,9 @@ from moejax.inspection.analysis.differences import (
     whole_block,
 )
 from moejax.sweeps.tables import axes_of, key_of, levels_of
+
+Place = tuple[Hashable, Hashable]
+"""A cell and a seed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,12 +133,19 @@ def measured_by_cell(arms: pd.DataFrame, metric: str, cells: Sequence[str]) -> M
 
     Arms that agree in all of these are averaged.
     """
-    found: dict[tuple[Hashable, Hashable], list[float]] = {}
+    by_place: dict[Place, list[float]] = collections.defaultdict(list)
     for row in arms.to_dict("records"):
-        cell = tuple(key_of(row[axis]) for axis in cells)
-        values = found.setdefault((cell, row["seed"]), [])
-        values.append(row[metric])
-    return {place: float(np.mean(values)) for place, values in found.items()}
+        place: Place = (_cell_of(row, cells), row["seed"])
+        by_place[place].append(row[metric])
+    means: dict[Place, float] = {}
+    for place, values in by_place.items():
+        means[place] = float(np.mean(values))
+    return means
+
+
+def _cell_of(row: Mapping[Any, Any], axes: Sequence[str]) -> tuple[Hashable, ...]:
+    """Returns the levels of an arm on some axes, as keys."""
+    return tuple(key_of(row[axis]) for axis in axes)
 
 
 def changes_with(arms: pd.DataFrame, axis: str) -> list[str]:
@@ -233,14 +244,16 @@ def interaction(arms: pd.DataFrame, metric: str, one: str, other: str) -> Intera
     kept_cells, kept_seeds = whole_block(is_known_CS)
     if not kept_cells.size:
         return None
-    values_IJS = values_IJCS[:, :, kept_cells][..., kept_seeds].mean(axis=2)
+    of_cells_IJCS = values_IJCS[:, :, kept_cells]
+    values_IJS = of_cells_IJCS[..., kept_seeds].mean(axis=2)
     means = pd.DataFrame(
         values_IJS.mean(axis=2),
         index=pd.Index([rows[i] for i in kept_rows], dtype=object),
         columns=pd.Index([columns[j] for j in kept_columns], dtype=object),
     )
     is_whole = means.shape == is_there_IJ.shape
-    return Interaction(means, _largest_departure(values_IJS, len(kept_cells)), is_whole)
+    departure = _largest_departure(values_IJS, len(kept_cells))
+    return Interaction(means, departure, is_whole)
 
 
 def _measured_by_levels(
@@ -249,12 +262,15 @@ def _measured_by_levels(
     """Returns a metric for each pair of levels of two axes, by their numbers."""
     ignored = {one, other, *changes_with(known, one), *changes_with(known, other)}
     cells = [name for name in axes_of(known) if name not in ignored]
+    rows = levels_of(known[one])
+    columns = levels_of(known[other])
     found = {}
-    for i, row in enumerate(levels_of(known[one])):
+    for i, row in enumerate(rows):
         has_row = _has_level(known, one, row)
-        for j, column in enumerate(levels_of(known[other])):
-            has_both = has_row & _has_level(known, other, column)
-            found[i, j] = measured_by_cell(known[has_both], metric, cells)
+        for j, column in enumerate(columns):
+            has_column = _has_level(known, other, column)
+            arms = known[has_row & has_column]
+            found[i, j] = measured_by_cell(arms, metric, cells)
     return found
 
 
@@ -265,13 +281,15 @@ def _complete_levels(is_there_IJ: Bool[np.ndarray, "I J"]) -> tuple[list[int], l
     whichever has more cells.
     """
     num_rows, num_columns = is_there_IJ.shape
-    full_rows = np.flatnonzero(is_there_IJ.all(axis=1)).tolist()
-    full_columns = np.flatnonzero(is_there_IJ.all(axis=0)).tolist()
-    num_cells_by_row = len(full_rows) * num_columns
-    num_cells_by_column = num_rows * len(full_columns)
+    all_rows = list(range(num_rows))
+    all_columns = list(range(num_columns))
+    is_full_I = is_there_IJ.all(axis=1)
+    is_full_J = is_there_IJ.all(axis=0)
+    num_cells_by_row = int(is_full_I.sum()) * num_columns
+    num_cells_by_column = num_rows * int(is_full_J.sum())
     if num_cells_by_row >= num_cells_by_column:
-        return full_rows, list(range(num_columns))
-    return list(range(num_rows)), full_columns
+        return np.flatnonzero(is_full_I).tolist(), all_columns
+    return all_rows, np.flatnonzero(is_full_J).tolist()
 
 
 def _stack(
@@ -295,12 +313,15 @@ def _largest_departure(values_IJS: Float[np.ndarray, "I J S"], num_cells: int) -
     largest = np.abs(departures_IJS.mean(axis=2)).argmax()
     i, j = np.unravel_index(largest, (num_rows, num_columns))
     departures_S = departures_IJS[i, j]
-    num_looks = num_rows * num_columns
-    num_looks //= 2 if num_rows == 2 else 1  # the two rows depart by the same with opposite signs
-    num_looks //= 2 if num_columns == 2 else 1
+    num_looks = _num_departures(num_rows) * _num_departures(num_columns)
     sign = -1 if departures_S.mean() < 0 else 1  # it depends on the cell and says nothing
     found = mean_difference(sign * departures_S[None], num_looks)
     return dataclasses.replace(found, num_pairs=num_cells * num_seeds)
+
+
+def _num_departures(num_levels: int) -> int:
+    """Returns how many levels depart on their own: two depart by the same, with opposite signs."""
+    return 1 if num_levels == 2 else num_levels
 
 
 def compare_settings(

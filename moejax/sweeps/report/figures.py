@@ -226,9 +226,11 @@ def draw_parallel(
 def _unit(scale: Scale, places: Float[np.ndarray, "S"]) -> Float[np.ndarray, "S"]:
     """Returns places on an axis from 0 to 1; the only level is in the middle."""
     ends = scale.places(scale.levels)
-    lowest, span = ends.min(), float(np.ptp(ends))
+    lowest = ends.min()
+    span = ends.max() - lowest
     if span:
-        return (places - lowest) / span
+        from_lowest = places - lowest
+        return from_lowest / span
     is_set = np.isfinite(places)
     return np.where(is_set, 0.5, np.nan)
 

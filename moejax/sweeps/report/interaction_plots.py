@@ -117,12 +117,17 @@ def _num_levels(arms: pd.DataFrame, axis: str) -> int:
 
 def _draw(arms: pd.DataFrame, pair: Pair, axes: Names) -> Markup:
     loss = loss_of(arms)
+    metric, *_ = METRICS[loss]
+    unit = unit_of(loss)
     means = pair.both.means
-    along, lines = axes[pair.along], axes[pair.lines]
+    along = axes[pair.along]
+    lines = axes[pair.lines]
     order = levels_of(arms[pair.lines])
-    image = draw_interaction(means, along, lines, unit_of(loss), order)
-    alt = _interaction_in_words(means, along, lines, METRICS[loss][0])
-    return figure(f"{along} by {lines}", _departure(pair.both), image, alt=alt)
+    image = draw_interaction(means, along, lines, unit, order)
+    alt = _interaction_in_words(means, along, lines, metric)
+    title = f"{along} by {lines}"
+    caption = _departure(pair.both)
+    return figure(title, caption, image, alt=alt)
 
 
 def _table(pairs: list[Pair], axes: Names) -> Markup:

@@ -172,24 +172,35 @@ def _outcome(frame: pd.DataFrame, planned: Entries) -> Markup:
 
 
 def _alarms(frame: pd.DataFrame) -> Markup:
-    arms_by_rule: dict[str, list[str]] = {}
-    if "alarm_rules" in frame:
-        columns = [str(name) for name in frame.columns if str(name).startswith(OVERRIDE)]
-        names = short_names(columns)
-        for row in frame.to_dict("records"):
-            for rule in json.loads(row["alarm_rules"] or "[]"):
-                arms_by_rule.setdefault(str(rule), []).append(_arm_in_words(row, names))
+    arms_by_rule = _arms_by_rule(frame)
     if not arms_by_rule:
         return html.paragraph("No arm raised an alarm.")
+    most_first = sorted(arms_by_rule, key=lambda rule: -len(arms_by_rule[rule]))
     rows = []
     found: set[str] = set()
-    for rule, arms in sorted(arms_by_rule.items(), key=lambda item: -len(item[1])):
+    for rule in most_first:
+        arms = arms_by_rule[rule]
         rows.append((rule, str(len(arms)), _lines_of_code(arms)))
         found.update(arms)
     listed = table(("alarm", "arms", ""), rows, "events")
     raised = f"{len(found)} of {count(len(frame), 'arm')} raised alarms."
     is_open = len(found) <= MAX_OPEN
     return html.paragraph(raised, "warning") + details("Which arms", listed, is_open=is_open)
+
+
+def _arms_by_rule(frame: pd.DataFrame) -> dict[str, list[str]]:
+    """Returns the arms that raised each alarm, with their levels."""
+    arms_by_rule: dict[str, list[str]] = {}
+    if "alarm_rules" not in frame:
+        return arms_by_rule
+    columns = [str(name) for name in frame.columns if str(name).startswith(OVERRIDE)]
+    names = short_names(columns)
+    for row in frame.to_dict("records"):
+        arm = _arm_in_words(row, names)
+        for rule in json.loads(row["alarm_rules"] or "[]"):
+            arms = arms_by_rule.setdefault(str(rule), [])
+            arms.append(arm)
+    return arms_by_rule
 
 
 def _arm_in_words(row: Mapping[Any, Any], names: Mapping[str, str]) -> str:

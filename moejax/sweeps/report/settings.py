@@ -135,15 +135,18 @@ def reference_setting(
       rows: of `numbered_settings`, at least one.
       planned: entries of all arms in `sweep.json`.
     """
-    place_of = {entry["id"]: place for place, entry in enumerate(planned)}
+    dense = [row for row in rows if is_dense(row)]
+    candidates = dense or rows
+    place_of = {}
+    for place, entry in enumerate(planned):
+        place_of[entry["id"]] = place
     last = len(place_of)
 
     def first_place(row: Mapping[Any, Any]) -> int:
         places = [place_of.get(arm, last) for arm in row["arms"]]
         return min(places)
 
-    dense = [row for row in rows if is_dense(row)]
-    return min(dense or rows, key=first_place)
+    return min(candidates, key=first_place)
 
 
 def is_dense(row: Mapping[Any, Any]) -> bool:

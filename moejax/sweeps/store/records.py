@@ -232,15 +232,20 @@ def _tail_means(run: Run, window: float) -> Row:
 
 def _evaluations(run: Run, planned: int | None) -> list[list[float | None]]:
     """Returns the fraction of the schedule, the step, the loss and the bits of each evaluation."""
-    bits_steps, bits = run.series("eval/bits_per_byte")
-    bits_by_step = dict(zip(bits_steps.tolist(), bits.tolist(), strict=True))
-    steps, losses = run.series("eval/loss")
+    bits_by_step = _by_step(run, "eval/bits_per_byte")
     evaluations = []
-    for step, loss in zip(steps.tolist(), losses.tolist(), strict=True):
+    for step, loss in _by_step(run, "eval/loss").items():
         fraction = step / planned if planned else None
-        bits_per_byte = _finite_or_none(bits_by_step.get(step))
-        evaluations.append([fraction, step, _finite_or_none(loss), bits_per_byte])
+        bits = bits_by_step.get(step)
+        evaluation = [fraction, step, _finite_or_none(loss), _finite_or_none(bits)]
+        evaluations.append(evaluation)
     return evaluations
+
+
+def _by_step(run: Run, key: str) -> dict[int, float]:
+    """Returns a metric's values by step."""
+    steps, values = run.series(key)
+    return dict(zip(steps.tolist(), values.tolist(), strict=True))
 
 
 def _finite_or_none(value: Any) -> Any:

@@ -1,18 +1,16 @@
 """Do experts follow the token, its form, or the domain?
 
-Writes the results, the figure and the tables of `docs/specialisation.md`.
+  python experiments/specialisation/analysis.py [--from-results]
 
-  python experiments/specialisation/run.py [--from-results] [CONDITION ...]
-
-Without arguments all conditions; a run that is done is not run again
-(`runs/specialisation/CONDITION_SEED`), and figures of conditions that are not named stay. With
---from-results nothing is run: figure and tables are made from `results.json`.
+Reads the sweep in `runs/specialisation`, which `sweep.py` describes, routes all validation rows
+through each last checkpoint, and writes the results, the figure and the tables of
+`docs/specialisation.md`. With --from-results, figure and tables are made from `results.json` only.
 """
 
 import json
 import runpy
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,6 @@ import jax
 import matplotlib
 import numpy as np
 
-from moejax.config import resolve
 from moejax.data import Corpus
 from moejax.data.labels import Labels
 from moejax.inspection import open_run
@@ -35,7 +32,7 @@ from moejax.inspection.analysis.information import expert_information, informati
 from moejax.inspection.analysis.saturation import router_saturation
 from moejax.inspection.analysis.trace import route_corpus
 from moejax.inspection.figures.style import BLUE, GREY, ORANGE, PNG_DPI, PURPLE, STYLE
-from moejax.training.loop import train
+from moejax.sweeps.store.named_arms import named_arms
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # after the choice of a backend
@@ -43,27 +40,15 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-ROOT = Path(__file__).parents[2]
-HERE = Path(__file__).parent
-RESULTS = HERE / "results.json"
+ROOT, HERE = Path(__file__).parents[2], Path(__file__).parent
+SWEEP, RESULTS = ROOT / "runs/specialisation", HERE / "results.json"
 PAGE = ROOT / "docs/specialisation.md"
-MARKS = ("<!-- measured: written by experiments/specialisation/run.py -->\n", "<!-- end -->")
+MARKS = ("<!-- measured: written by experiments/specialisation/analysis.py -->\n", "<!-- end -->")
 NUM_PERMUTATIONS = {"tokens": 10, "documents": 100}
 BITS = "bits above chance"
-FROM_RESULTS = "--from-results"
 PASSAGE_TOKENS = 128  # of each domain, on which outputs of experts are compared
 
 Results = dict[str, dict[str, dict[str, Any]]]  # by condition and seed
-
-CONDITIONS: dict[str, tuple[Sequence[int], dict[str, Any]]] = {
-    "moe": ((0, 1, 2), {}),
-    "untrained": (
-        (0, 1, 2),
-        {"train.num_steps": 1, "train.eval_every": 0, "optimizer.learning_rate": 1e-9},
-    ),
-    "dense": ((0,), {"moe.num_experts": 0}),
-}
-"""By name: seeds, and what each changes in `configs/domains_moe.py`."""
 
 QUESTIONS: tuple[tuple[str, str, str], ...] = (
     ("token", "", "tokens"),
@@ -89,25 +74,20 @@ QUESTIONS: tuple[tuple[str, str, str], ...] = (
 """Attribute, its condition or none, and what chance permutes."""
 
 
-def config_of(condition: str, seed: int):
-    """Returns the recipe with the condition's changes."""
-    config = runpy.run_path(str(ROOT / "configs/domains_moe.py"))["get_config"]()
-    for key, value in CONDITIONS[condition][1].items():
-        section, leaf = key.split(".")
-        config[section][leaf] = value
-    config.train.seed = seed
-    return resolve(config)
+def read_sweep() -> Results:
+    """Returns what is measured of each arm, by condition and seed."""
+    conditions = runpy.run_path(str(HERE / "sweep.py"))["CONDITIONS"]
+    results: Results = {}
+    for found in named_arms(SWEEP, conditions):
+        print(f"{found.name}, seed {found.seed}", flush=True)
+        by_seed = results.setdefault(found.name, {})
+        by_seed[str(found.seed)] = measure(found.workdir)
+        jax.clear_caches()
+    return results
 
 
-def measure(condition: str, seed: int) -> dict[str, Any]:
-    """Trains a run unless it is finished, and analyses its last checkpoint.
-
-    All validation rows are routed.
-    """
-    workdir = ROOT / "runs/specialisation" / f"{condition}_{seed}"
-    command = " ".join(["python", *sys.argv])
-    if train(config_of(condition, seed), workdir, command=command).stopped_by:
-        sys.exit(0)
+def measure(workdir: Path) -> dict[str, Any]:
+    """Returns the last evaluation of a run, and what its experts specialise in."""
     run = open_run(workdir)
     measured: dict[str, Any] = {}
     for key in run.keys:
@@ -378,21 +358,10 @@ def draw_column(axes: Axes, results: Results, column: str, label: str) -> None:
 
 
 def main() -> None:
-    """Runs the named conditions, or all; then makes tables and figure of all results."""
-    results: Results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    named = sys.argv[1:] or list(CONDITIONS)
-    if FROM_RESULTS in named:
-        named = []
-    for condition in named:
-        for seed in CONDITIONS[condition][0]:
-            print(f"{condition}, seed {seed}", flush=True)
-            results.setdefault(condition, {})[str(seed)] = measure(condition, seed)
-            results = {name: results[name] for name in CONDITIONS if name in results}
-            RESULTS.write_text(json.dumps(results) + "\n")
-            jax.clear_caches()
-    if results.keys() < CONDITIONS.keys():
-        print(f"no tables yet: {', '.join(CONDITIONS.keys() - results.keys())} not run")
-        return
+    """Reads the sweep, unless it is in `results.json`; then makes tables and figure."""
+    if "--from-results" not in sys.argv[1:]:
+        RESULTS.write_text(json.dumps(read_sweep()) + "\n")
+    results: Results = json.loads(RESULTS.read_text())
     draw(results)
     start, end = MARKS
     before, _, rest = PAGE.read_text().partition(start)

@@ -1,6 +1,6 @@
 """Reads `runs/routing_sweep` and writes `results.json`, `figure.png` and the tables of README.md.
 
-  python experiments/routing_sweep/figures.py [--from-results]
+  python experiments/routing_sweep/analysis.py [--from-results]
 
 With --from-results, figure and tables are made from `results.json` only.
 """
@@ -29,7 +29,7 @@ from matplotlib.axes import Axes
 
 ROOT, HERE = Path(__file__).parents[2], Path(__file__).parent
 SWEEP, RESULTS, PAGE = ROOT / "runs/routing_sweep", HERE / "results.json", HERE / "README.md"
-MARKS = ("<!-- measured: written by figures.py -->\n", "<!-- end -->")
+MARKS = ("<!-- measured: written by analysis.py -->\n", "<!-- end -->")
 AXES = {"router": "router", "scheme": "balancing", "num_experts": "experts", "top_k": "K"}
 LOSS = "final/eval/loss"
 VIOLATION = "final/eval/max_violation"

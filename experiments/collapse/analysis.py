@@ -1,12 +1,9 @@
 """Does routing collapse without balancing, and which schemes prevent it?
 
-Writes `results.json` and `figure.png`.
+  python experiments/collapse/analysis.py [--from-results]
 
-  python experiments/collapse/run.py [--from-results] [SCHEME ...]
-
-Without arguments all schemes, three seeds each; a run that is done is not run again
-(`runs/collapse/SCHEME-SEED`). With --from-results nothing is run: figure and table are made from
-`results.json`.
+Reads the sweep in `runs/collapse`, which `sweep.py` describes, and writes `results.json` and
+`figure.png`. With --from-results, figure and table are made from `results.json` only.
 """
 
 import json
@@ -15,13 +12,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import jax
 import matplotlib
 import numpy as np
 
-from moejax.config import resolve
 from moejax.inspection.figures.style import BLUE, GREY, ORANGE, PNG_DPI, PURPLE, STYLE, short_number
-from moejax.training.loop import train
+from moejax.sweeps.store.named_arms import named_arms
 from moejax.training.run_directory.routing_log import read_routing
 
 matplotlib.use("Agg")
@@ -30,35 +25,13 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter
 
-ROOT = Path(__file__).parents[2]
-HERE = Path(__file__).parent
-SEEDS = (0, 1, 2)
-FROM_RESULTS = "--from-results"
+ROOT, HERE = Path(__file__).parents[2], Path(__file__).parent
+SWEEP, RESULTS = ROOT / "runs/collapse", HERE / "results.json"
 
 DEAD_STEPS = 50
 """Steps over which an expert is dead if it got less than `DEAD_SHARE` of a fair share."""
 
 DEAD_SHARE = 0.05
-
-NOISY: dict[str, Any] = {"router": "noisy_topk", "score": "softmax"}
-SCHEMES: dict[str, dict[str, Any]] = {
-    "none": {},
-    "none_sigmoid": {"router": "sigmoid_topk", "score": "sigmoid"},
-    "balance": {"balance_weight": 0.01},
-    "sequence_balance": {"sequence_balance_weight": 0.01},
-    "importance": NOISY | {"importance_weight": 0.1},
-    "importance_load": NOISY | {"importance_weight": 0.1, "load_weight": 0.1},
-    "importance_load_vmoe": {
-        **NOISY, "router_noise": "fixed", "vmoe_importance_weight": 0.1, "vmoe_load_weight": 0.1,
-    },
-    "importance_no_noise": {"importance_weight": 0.1},
-    "bias": {
-        "router": "sigmoid_topk", "score": "sigmoid", "selection_bias": True, "bias_rate": 5e-3,
-    },
-    "quantile": {"router": "quantile", "score": "sigmoid"},
-    "sinkhorn": {"router": "sinkhorn", "score": "sigmoid", "allow_noncausal": True},
-}  # fmt: skip
-"""What each scheme changes in the base: top-1 softmax routing among 16 experts, no balancing."""
 
 LOOKS = {
     "none": ("#111111", "--"),
@@ -80,31 +53,14 @@ biases.
 """
 
 
-def config_of(scheme: str, seed: int):
-    """Returns the configuration of a run.
-
-    It is `configs/routers/softmax_topk.py` with one expert a token, no auxiliary loss, and what the
-    scheme changes.
-    """
-    config = runpy.run_path(str(ROOT / "configs/routers/softmax_topk.py"))["get_config"]()
-    config.moe.top_k = 1
-    config.moe.renormalize = False
-    config.moe.d_expert = 256
-    config.moe.balance_weight = 0.0
-    config.moe.z_weight = 0.0
-    config.moe.update(SCHEMES[scheme])
-    config.train.seed = seed
-    config.train.eval_every = 0
-    return resolve(config)
-
-
-def measure(scheme: str, seed: int) -> dict[str, Any]:
-    """Trains a run unless it is finished, and returns what `read` finds in it."""
-    workdir = ROOT / "runs/collapse" / f"{scheme}-{seed}"
-    command = " ".join(["python", *sys.argv])
-    if train(config_of(scheme, seed), workdir, command=command).stopped_by:
-        sys.exit(0)
-    return read(workdir)
+def read_sweep() -> dict[str, dict[str, Any]]:
+    """Returns what `read` finds in each arm, by scheme and seed."""
+    schemes = runpy.run_path(str(HERE / "sweep.py"))["SCHEMES"]
+    results: dict[str, dict[str, Any]] = {}
+    for found in named_arms(SWEEP, schemes):
+        by_seed = results.setdefault(found.name, {})
+        by_seed[str(found.seed)] = read(found.workdir)
+    return results
 
 
 def read(workdir: Path) -> dict[str, Any]:
@@ -143,7 +99,8 @@ def draw(results: dict[str, dict[str, Any]]) -> None:
         right.set(ylim=(0, None))
         lines, names = left.get_legend_handles_labels()
         lines.append(Patch(color=GREY, alpha=0.3, linewidth=0))
-        names.append(f"range of {len(SEEDS)} seeds")
+        num_seeds = len(next(iter(results.values())))
+        names.append(f"range of {num_seeds} seeds")
         figure.legend(lines, names, loc="outside lower center", ncols=4)
         figure.savefig(HERE / "figure.png", dpi=PNG_DPI, facecolor="white")
 
@@ -186,21 +143,10 @@ def table(results: dict[str, dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    """Runs the named schemes, or all; then makes table and figure of all results."""
-    path = HERE / "results.json"
-    named = sys.argv[1:] or list(SCHEMES)
-    if FROM_RESULTS in named:
-        named = []
-    for seed in SEEDS:
-        for scheme in named:
-            print(f"{scheme}, seed {seed}", flush=True)
-            measured = measure(scheme, seed)
-            results = json.loads(path.read_text()) if path.exists() else {}
-            results.setdefault(scheme, {})[str(seed)] = measured
-            ordered = {name: results[name] for name in SCHEMES if name in results}
-            path.write_text(json.dumps(ordered) + "\n")
-            jax.clear_caches()
-    results = json.loads(path.read_text())
+    """Reads the sweep, unless it is in `results.json`; then makes table and figure."""
+    if "--from-results" not in sys.argv[1:]:
+        RESULTS.write_text(json.dumps(read_sweep()) + "\n")
+    results = json.loads(RESULTS.read_text())
     draw(results)
     print(table(results))
 

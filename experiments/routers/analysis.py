@@ -1,11 +1,9 @@
-"""Trains every recipe of `configs/routers/`.
+"""What does each router reach on the same small task?
 
-Writes `results.json` next to this file and the table of `docs/routers.md`.
+  python experiments/routers/analysis.py [DIR]
 
-  python experiments/routers/run.py [NAME ...]
-
-A recipe that is done is not run again; `runs/routers/NAME` holds its run. The numbers of recipes
-that are not named stay.
+Reads the sweep in DIR, `runs/routers` by default, which `sweep.py` describes, and writes
+`results.json` and the table of `docs/routers.md`. Rows of recipes that are not in the sweep stay.
 """
 
 import json
@@ -14,16 +12,12 @@ import statistics
 import sys
 from pathlib import Path
 
-import jax
+from moejax.sweeps.store.named_arms import NamedArm, named_arms
 
-from moejax.config import resolve
-from moejax.models.parameters import count_parameters
-from moejax.training.loop import train
-
-ROOT = Path(__file__).parents[2]
-RESULTS = Path(__file__).with_name("results.json")
+ROOT, HERE = Path(__file__).parents[2], Path(__file__).parent
+SWEEP, RESULTS = ROOT / "runs/routers", HERE / "results.json"
 PAGE = ROOT / "docs/routers.md"
-MARKS = ("<!-- measured: written by experiments/routers/run.py -->\n", "<!-- end -->")
+MARKS = ("<!-- measured: written by experiments/routers/analysis.py -->\n", "<!-- end -->")
 SEES_THE_FUTURE = {
     "expert_choice": "in evaluation, too",
     "soft": "in evaluation, too",
@@ -34,21 +28,16 @@ SEES_THE_FUTURE = {
 """Recipes with moe.allow_noncausal, and whether evaluation looks at later tokens as well."""
 
 
-def measure(path: Path) -> dict[str, float | int]:
-    """Trains a recipe unless it is finished, and returns what `docs/routers.md` shows of it."""
-    config = resolve(runpy.run_path(str(path))["get_config"]())
-    workdir = ROOT / "runs/routers" / path.stem
-    result = train(config, workdir, command=" ".join(["python", *sys.argv]))
-    if result.stopped_by:
-        sys.exit(0)
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+def read(found: NamedArm) -> dict[str, float | int]:
+    """Returns what `docs/routers.md` shows of an arm."""
+    text = (found.workdir / "metrics.jsonl").read_text()
+    lines = [json.loads(line) for line in text.splitlines()]
     trained = [line for line in lines if "loss/lm" in line]
     evaluated = [line for line in lines if "eval/loss" in line][-1]
     last = trained[-3:]  # 30 steps
-    parameters = count_parameters(config)
     return {
-        "parameters_total": parameters.total,
-        "parameters_active": parameters.active,
+        "parameters_total": found.arm.count.total,
+        "parameters_active": found.arm.count.active,
         "bits_per_byte": evaluated["eval/bits_per_byte"],
         "max_violation": evaluated["eval/max_violation"],
         "routing_churn": evaluated["eval/routing_churn"],
@@ -95,18 +84,15 @@ def write_table(results: dict[str, dict[str, float | int]]) -> None:
 
 
 def main() -> None:
-    """Runs the named recipes, or all."""
-    paths = sorted((ROOT / "configs/routers").glob("*.py"))
-    chosen = [path for path in paths if path.stem in sys.argv[1:] or len(sys.argv) == 1]
-    for path in chosen:
-        print(f"{path.stem} ...", flush=True)
-        measured = measure(path)
-        print(f"{path.stem}: {measured}", flush=True)
-        results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-        results |= {path.stem: measured}
-        RESULTS.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
-        write_table(results)
-        jax.clear_caches()  # programs of other models are not needed again
+    """Reads the sweep, and writes its rows beside those of other recipes."""
+    directory = sys.argv[1] if len(sys.argv) > 1 else SWEEP
+    points = runpy.run_path(str(HERE / "sweep.py"))["read_points"]()
+    results = json.loads(RESULTS.read_text())
+    for found in named_arms(directory, points):
+        results[found.name] = read(found)
+    RESULTS.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
+    write_table(results)
+    print(table(results))
 
 
 if __name__ == "__main__":
