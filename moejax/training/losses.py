@@ -9,9 +9,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from moejax.config import Config, Knobs
+from moejax.config import LOSS_SPECS, Config, Knobs
 from moejax.data.batches import Batch
-from moejax.moe.balancing.losses import LOSSES, AuxiliaryLoss, auxiliary_losses
+from moejax.moe.balancing.losses import AuxiliaryLoss, auxiliary_losses
 from moejax.moe.balancing.stats import RoutingStats, add_stats
 from moejax.moe.overrides import AS_TRAINED, RoutingOverrides
 
@@ -117,20 +117,27 @@ def losses(sums: BatchSums, knobs: Knobs, config: Config) -> dict[str, jax.Array
         )
     found = {"loss/lm": sums.nats / jnp.maximum(sums.num_targets, 1.0)}
     total = found["loss/lm"]
-    losses_of_groups = [
-        auxiliary_losses(stats, moe)
-        for stats, moe in zip(sums.routing, config.moe_groups, strict=True)
-    ]
-    for name in LOSSES:
+    groups = zip(sums.routing, config.moe_groups, strict=True)
+    losses_of_groups = [auxiliary_losses(stats, moe) for stats, moe in groups]
+    for name in LOSS_SPECS:
         parts = [group[name] for group in losses_of_groups if name in group]
         if parts:
-            weighted = getattr(knobs, f"{name}_weight") * _sum_of_terms(parts)
-            value_N = jnp.concatenate([part.value_N for part in parts])
-            found[f"loss/{name}"] = value_N.mean()
+            weight = getattr(knobs, f"{name}_weight")
+            weighted = weight * _sum_of_terms(parts)
+            found[f"loss/{name}"] = _mean_value(parts)
             found[f"loss/{name}_weighted"] = weighted
             total += weighted
     return found | {"loss/total": total}
 
 
+def _mean_value(parts: list[AuxiliaryLoss]) -> jax.Array:
+    """Returns the mean over the layers that have the loss."""
+    values_N = jnp.concatenate([part.value_N for part in parts])
+    return values_N.mean()
+
+
 def _sum_of_terms(parts: list[AuxiliaryLoss]) -> jax.Array:
-    return sum((part.term_N.sum() for part in parts), start=jnp.float32(0))
+    total = jnp.float32(0)
+    for part in parts:
+        total += part.term_N.sum()
+    return total

@@ -52,8 +52,9 @@ class TrainSetup:
 
     def init(self, seed: int) -> TrainState:
         """Initialises a state, sharded; its values do not depend on the mesh."""
-        key = jax.random.key(seed)
         with jax.set_mesh(self.mesh):
+            # Made here, where another mesh that the caller has set does not count.
+            key = jax.random.key(seed)
             return jax.jit(self._init, out_shardings=self.shardings)(key)
 
     def _init(self, key: jax.Array) -> TrainState:

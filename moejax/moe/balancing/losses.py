@@ -43,6 +43,7 @@ def auxiliary_losses(stats: RoutingStats, config: MoeConfig) -> dict[str, Auxili
         if spec.is_always_logged or name in weighted:
             value_N = LOSSES[name](stats)
             losses[name] = AuxiliaryLoss(value_N, value_N)
+    # Of the balance loss alone, codebases have several conventions.
     balance_N = losses["balance"].value_N
     term_N = in_convention(balance_N, stats, config.balance_convention)
     losses["balance"] = AuxiliaryLoss(balance_N, term_N)
@@ -99,13 +100,53 @@ def z_loss(stats: RoutingStats) -> Float[Array, "N"]:
     return stats.z / token_counts(stats)
 
 
+def _sequence_balance(stats: RoutingStats) -> jax.Array:
+    """Returns the mean over sequences of the balance loss of each, of unbiased scores.
+
+    Source: DeepSeek-V3, equations 17 to 20.
+    """
+    return _mean_over_scopes(stats.sequence_balance)
+
+
+def _importance(stats: RoutingStats) -> jax.Array:
+    """Returns the variation of the sums of combine weights over experts.
+
+    Source: Shazeer et al. 2017, equations 6 and 7.
+    """
+    return cv_squared(stats.importance_E)
+
+
+def _vmoe_importance(stats: RoutingStats) -> jax.Array:
+    """Returns the variation of the sums of all probabilities, selected or not, over experts.
+
+    Source: Riquelme et al. 2021 (V-MoE), appendix A.
+    """
+    return cv_squared(stats.probs_E)
+
+
+def _load(stats: RoutingStats) -> jax.Array:
+    """Returns the variation of the expected load over experts.
+
+    Source: Shazeer et al. 2017, equations 8 to 11.
+    """
+    return cv_squared(stats.load_E)
+
+
+def _vmoe_load(stats: RoutingStats) -> jax.Array:
+    """Returns the variation of V-MoE's estimate of the load over experts.
+
+    Source: Riquelme et al. 2021 (V-MoE), section A.2.
+    """
+    return cv_squared(stats.vmoe_load_E)
+
+
 LOSSES: dict[str, Callable[[RoutingStats], jax.Array]] = {
     "balance": balance_loss,
-    "sequence_balance": lambda stats: _mean_over_scopes(stats.sequence_balance),
-    "importance": lambda stats: cv_squared(stats.importance_E),
-    "vmoe_importance": lambda stats: cv_squared(stats.probs_E),
-    "load": lambda stats: cv_squared(stats.load_E),
-    "vmoe_load": lambda stats: cv_squared(stats.vmoe_load_E),
+    "sequence_balance": _sequence_balance,
+    "importance": _importance,
+    "vmoe_importance": _vmoe_importance,
+    "load": _load,
+    "vmoe_load": _vmoe_load,
     "z": z_loss,
 }
 """The function of each loss of `moejax.config.LOSS_SPECS`."""
@@ -113,8 +154,8 @@ LOSSES: dict[str, Callable[[RoutingStats], jax.Array]] = {
 
 def _balance(load_NE, stats: RoutingStats) -> jax.Array:
     load_NE = jax.lax.stop_gradient(load_NE)
-    num_choices = load_NE.shape[-1]
     products_N = jnp.sum(load_NE * stats.probs_E, axis=-1)
+    num_choices = load_NE.shape[-1]
     return num_choices * products_N / token_counts(stats)
 
 
