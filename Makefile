@@ -9,13 +9,17 @@ ARGS ?=
 # The run's name: the configuration's file name without .py, and its argument if it has one (x.py:wide -> x_wide).
 RUN = $(subst :,_,$(subst .py,,$(notdir $(CONFIG))))
 
+# A process takes a file at a time; together they fill the cores.
+PARALLEL = -n logical --maxprocesses=8 --dist loadfile --no-loadscope-reorder
+
 .DEFAULT_GOAL := help
-.PHONY: help train test test-all soak lint bench notebooks setup clean FORCE
+.PHONY: help train test test-slow test-all soak lint bench notebooks setup clean FORCE
 
 help:
 	@echo 'make train   set up .venv and train $(CONFIG) in runs/$(RUN), or continue that run'
-	@echo 'make test    set up .venv, lint, and run the tests'
-	@echo 'make test-all  the same with the slow tests'
+	@echo 'make test    set up .venv, lint, and run the tests: 10 minutes on two cores, half that the second time'
+	@echo 'make test-slow  run the tests that take minutes, and none of the others'
+	@echo 'make test-all  both, as continuous integration does: 40 minutes on two cores'
 	@echo 'make soak    try it out for an hour: kills, flipped bits, two writers, mistakes; prints what was wrong'
 	@echo 'make lint    check format, style and types, changing nothing'
 	@echo 'make bench   measure import, compilation and a training step'
@@ -38,10 +42,15 @@ train: .venv/made-for
 
 test: lint
 	@echo 'Testing'
-	@.venv/bin/python -m pytest -n logical --maxprocesses=8 --dist loadfile --no-loadscope-reorder $(ARGS)
+	@.venv/bin/python -m pytest $(PARALLEL) $(ARGS)
 
-test-all: export PYTEST_ADDOPTS = -m 'slow or not slow'
-test-all: test
+test-slow: .venv/made-for
+	@echo 'Testing what takes minutes'
+	@.venv/bin/python -m pytest -m slow $(PARALLEL) $(ARGS)
+
+test-all:
+	@$(MAKE) --no-print-directory test
+	@$(MAKE) --no-print-directory test-slow
 
 soak: .venv/made-for
 	@echo 'Trying out, for an hour at most'

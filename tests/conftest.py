@@ -3,32 +3,16 @@
 import atexit
 import collections
 import gc
-import importlib.metadata
 import os
 import shutil
 import tempfile
 import warnings
 
-from compiled_programs import compilation_cache_folder
+from compiled_programs import compilation_cache_folder, compiler_settings
 
 # Before jax starts: tests must not depend on the machine's accelerator.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# jaxlib 0.10 compiles a small train step twice as fast without these emitters; later ones
-# abort on the unknown flag. tests/moe/test_optimized.py starts a process whose programs are
-# as users run them.
-if "MOEJAX_TESTS_OPTIMIZED" not in os.environ and importlib.metadata.version("jaxlib").startswith(
-    "0.10."
-):
-    os.environ["XLA_FLAGS"] = (
-        os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false"
-    )
-
-# Eight devices on two busy cores may wait for each other longer than the 40 s after which XLA ends
-# the process.
-if importlib.metadata.version("jaxlib").startswith("0.10."):
-    os.environ["XLA_FLAGS"] = (
-        os.environ.get("XLA_FLAGS", "") + " --xla_cpu_collective_call_terminate_timeout_seconds=300"
-    ).strip()
+os.environ.update(compiler_settings())
 
 # Half of the time of the tests is compilation: what another file, process or session has compiled
 # is read from a folder.
@@ -47,9 +31,6 @@ atexit.register(shutil.rmtree, os.environ["XDG_STATE_HOME"], ignore_errors=True)
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
-if "MOEJAX_TESTS_OPTIMIZED" not in os.environ:
-    # Compiles three times faster; shapes here are tiny.
-    jax.config.update("jax_disable_most_optimizations", True)
 
 # Millions of live objects of jax's caches are looked through less often.
 gc.set_threshold(100_000, 50, 50)
@@ -82,7 +63,10 @@ def pytest_collection_modifyitems(items):
     """Long files first: a process takes a file at a time (`make test`), and the longest must not
     come last.
     """
-    long = ("tests/training", "tests/moe/expert_parallel", "tests/sweeps/runners")
+    long = (
+        "tests/training", "tests/moe/test_optimized", "tests/moe/expert_parallel",
+        "tests/sweeps/runners",
+    )  # fmt: skip
     items.sort(key=lambda item: not item.nodeid.startswith(long))
 
 

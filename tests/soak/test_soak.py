@@ -6,9 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SOAK = Path(__file__).parents[1] / "soak/run.py"
 
 
+@pytest.mark.slow
 def test_a_short_soak_finds_nothing_wrong():
     # Otherwise most of its time would be compilation.
     environment = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}

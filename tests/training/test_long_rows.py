@@ -77,7 +77,11 @@ def test_blocks_equal_all_scores_within_a_model(by_document, monkeypatch, docume
 
 
 @pytest.mark.parametrize("document", [5, 40])
-@pytest.mark.parametrize("mesh", [{"data": 2, "tensor": 2}, {"data": 2, "expert": 4}], ids=str)
+@pytest.mark.parametrize(
+    "mesh",
+    [{"data": 2, "tensor": 2}, pytest.param({"data": 2, "expert": 4}, marks=pytest.mark.slow)],
+    ids=str,
+)
 def test_blocks_on_a_mesh_equal_one_device(by_document, mesh, document):
     assert_is_close(
         step(config_of(**mesh), int(np.prod(list(mesh.values()))), document), by_document[document]
@@ -85,7 +89,9 @@ def test_blocks_on_a_mesh_equal_one_device(by_document, mesh, document):
 
 
 @pytest.mark.parametrize(
-    ("mesh", "num_devices"), [({"data": 2}, 4), ({}, 1)], ids=["apart", "together"]
+    ("mesh", "num_devices"),
+    [({"data": 2}, 4), pytest.param({}, 1, marks=pytest.mark.slow)],
+    ids=["apart", "together"],
 )
 def test_arms_of_a_pack_with_near_and_far_documents_equal_each_alone(
     by_document, mesh, num_devices

@@ -206,7 +206,9 @@ def wait_for(condition, process, seconds=120):
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)], ids=str
+)
 def test_a_signal_during_training_saves_and_exits_zero(tmp_path, number):
     leaves = {"num_steps": 100_000, "checkpoint_every": 90_000, "eval_every": 0, "log_every": 7}
     recipe = write_recipe(tmp_path / "recipe.py", tiny(tmp_path, train=leaves))

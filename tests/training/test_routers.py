@@ -27,10 +27,11 @@ ACCUMULATED = {
     "experts",
 }
 
-# The rest differ from these in a router that is a function of each token or sequence alone: their
-# layers are compared on a mesh in tests/moe/router/test_properties.py, their whole steps by
-# `pytest -m slow`.
-ALWAYS = {"noisy_topk", "sigmoid_topk", "quantile", "expert_choice", "soft", *OTHER_CASES}
+# What another router could change in a step: a bias that follows global counts, sums over tokens
+# of all microbatches, experts that choose, experts of every kind, and slots of the whole batch. The
+# rest differ from these in a router that is a function of each token or sequence alone, or in
+# settings that one device sees, too: their whole steps are compared by `make test-slow`.
+ALWAYS = {"sigmoid_topk", "quantile", "expert_choice", "experts", "capacity of all"}
 
 each_case = pytest.mark.parametrize(
     "case",
@@ -108,7 +109,11 @@ def test_every_parameter_learns_from_the_loss(case):
         assert np.abs(moved).max() > 0, path
 
 
-@pytest.mark.parametrize("case", ["sigmoid_topk", "quantile", "noisy_topk", "schedules"])
+@pytest.mark.parametrize(
+    "case",
+    ["sigmoid_topk", "quantile"]
+    + [pytest.param(case, marks=pytest.mark.slow) for case in ("noisy_topk", "schedules")],
+)
 def test_a_resumed_run_continues_bit_for_bit_with_biases_noise_and_limits(case, tmp_path):
     config = case_config(case, mesh={"data": 1}, train={"num_steps": 4})
     (tmp_path / "tokenizer.json").write_text("{}")

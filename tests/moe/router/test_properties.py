@@ -19,6 +19,7 @@ from moejax.config import ROUTER_RULES, ConfigError, MoeConfig, resolve
 from moejax.config.sections.moe import derive_moe
 from moejax.moe.balancing.losses import LOSSES, auxiliary_losses
 from moejax.moe.layer import MoE
+from moejax.moe.router import ROUTERS
 from moejax.moe.router.modules import RouterState
 from moejax.moe.router.routing import Routing
 from moejax.sharding import MESH_AXES
@@ -36,9 +37,20 @@ CAPACITIES = [
 ]
 
 
-def each(routers):
-    """A case for each router."""
-    return pytest.mark.parametrize("router", list(routers))
+LIKE_SIGMOID = {"softmax_topk", "switch", "cosine", "dense"}
+"""Routers that are the function of `sigmoid_topk` with other scores: for the long suite."""
+
+
+def each(routers, rarely=LIKE_SIGMOID):
+    """A case for each router; those of `rarely` are in the long suite only."""
+    cases = []
+    for router in routers:
+        cases.append(pytest.param(router, marks=pytest.mark.slow) if router in rarely else router)
+    return pytest.mark.parametrize("router", cases)
+
+
+def test_routers_that_are_rarely_tried_are_one_function_with_one_that_always_is():
+    assert {ROUTERS[router] for router in LIKE_SIGMOID} == {ROUTERS["sigmoid_topk"]}
 
 
 all_routers = each(ROUTER_RULES)
@@ -364,12 +376,18 @@ def test_experts_in_another_order_give_the_same_output(router):
     assert permuted_stats.assignments_E.tolist() == stats.assignments_E[order].tolist()
 
 
+# Beside them all steps of tests/training/test_routers.py; these draw, look at whole sequences, or
+# stop gradients.
+ON_A_MESH = ("sparse_mixer", "sinkhorn", "random")
+
+
 @each(
     [
         name
         for name in ROUTER_RULES
         if name not in ("noisy_topk", "sigmoid_topk", "quantile", "expert_choice", "soft")
-    ]
+    ],
+    rarely=ROUTER_RULES.keys() - ON_A_MESH,
 )
 def test_on_a_mesh_the_layer_and_its_gradients_are_those_of_one_device(router):
     config = config_of(router)

@@ -120,6 +120,7 @@ def test_a_killed_sweep_gives_the_records_of_an_undisturbed_one(undisturbed, dat
     assert rows_of(tmp_path) == rows_of(directory)
 
 
+@pytest.mark.slow
 def test_a_pool_with_a_killed_process_gives_the_same_records(undisturbed, data, tmp_path):
     directory, _, _ = undisturbed
     if len(os.sched_getaffinity(0)) < 2:

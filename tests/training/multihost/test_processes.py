@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -151,6 +152,7 @@ def own_lines(text):
     return [line for line in text.splitlines() if not line.startswith("[Gloo]")]
 
 
+@pytest.mark.slow
 def test_doctor_finds_that_tokens_meet_their_experts_across_processes(folder):
     def doctor(index, flags):
         return [
@@ -211,13 +213,18 @@ def stopped(folder):
         return workdir, *ends(processes)
 
 
+def copy_of(workdir, folder):
+    """Copies a run whose processes have ended."""
+    return shutil.copytree(workdir, folder, ignore=shutil.ignore_patterns(".lock"))
+
+
 @pytest.fixture(scope="module")
 def killed(folder, stopped):
     """The same run continued by four processes, of which the last was killed.
 
     The last value is how many seconds the others lived after that.
     """
-    workdir = stopped[0]
+    workdir = copy_of(stopped[0], folder / "killed")
     with started(folder, 4, 1, training(folder, workdir)) as processes:
         wait_for((workdir / "checkpoints/8").exists, processes)
         processes[3].kill()
@@ -226,23 +233,26 @@ def killed(folder, stopped):
         return workdir, codes, errors, time.monotonic() - since
 
 
-@pytest.fixture(scope="module")
-def finished(folder, killed):
+@pytest.fixture(scope="module", params=["stopped", pytest.param("killed", marks=pytest.mark.slow)])
+def finished(folder, request):
     """The same run finished by two processes again, which the launcher started."""
+    before = request.getfixturevalue(request.param)[0]
+    workdir = copy_of(before, folder / f"finished-{request.param}")
+    jobs = folder / f"slurm-{request.param}"
     options = [
         "--cluster=local",
         "--local_processes=2",
         "--minutes=5",
-        f"--folder={folder / 'slurm'}",
+        f"--folder={jobs}",
     ]
-    flags = training(folder, killed[0])(0, [])[3:]
+    flags = training(folder, workdir)(0, [])[3:]
     command = [sys.executable, str(LAUNCHER), *options, "--", *flags]
     done = subprocess.run(
         command, env=environment(folder, 2), capture_output=True, text=True, timeout=SECONDS
     )
-    logs = "".join(path.read_text() for path in sorted((folder / "slurm").glob("*/*_log.*")))
+    logs = "".join(path.read_text() for path in sorted(jobs.glob("*/*_log.*")))
     assert done.returncode == 0, done.stderr + logs
-    return killed[0], done.stdout, logs
+    return workdir, done.stdout, logs
 
 
 def test_a_signal_to_one_process_stops_all_at_the_same_saved_step(stopped):
@@ -271,6 +281,7 @@ def was_aborted_at_once(codes, errors, index):
     return codes[index] == -signal.SIGABRT and is_thrown and not has_reported
 
 
+@pytest.mark.slow
 def test_when_a_process_is_killed_the_others_fail_within_a_minute(killed):
     _, codes, errors, seconds = killed
     assert codes[3] == -signal.SIGKILL
@@ -352,6 +363,7 @@ def test_the_launcher_asks_slurm_for_a_process_per_gpu_and_for_jobs_in_turn(tmp_
     assert "--kill-on-bad-exit=1" in script
 
 
+@pytest.mark.slow
 def test_an_alarm_in_the_last_interval_ends_all_once_the_state_is_saved(folder, tmp_path):
     more = [
         "--config.train.num_steps=4",
@@ -491,6 +503,7 @@ def test_a_run_directory_that_is_not_shared_is_refused_by_name_and_ends_all(fold
     assert "Traceback" not in errors[0] + errors[1]
 
 
+@pytest.mark.slow
 def test_values_that_are_not_finite_are_found_by_all_and_named_by_one(folder, tmp_path):
     values = {
         "optimizer.learning_rate": 1e25,

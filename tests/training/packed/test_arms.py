@@ -354,7 +354,10 @@ for _name, _spec in LOSS_SPECS.items():
         KNOB_CASES[_router][f"{_name}_weight"] = 0.3
 
 
-@pytest.mark.parametrize("router", KNOB_CASES)
+@pytest.mark.parametrize(
+    "router",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name == "noisy_topk")) for name in KNOB_CASES],
+)
 def test_every_knob_acts_in_its_own_arm_alone(router):
     # What one arm has, the other must have, too, or no program fits both.
     moe = {weight: 0.1 for weight in LOSS_WEIGHTS if weight in KNOB_CASES[router]}
@@ -375,12 +378,12 @@ def test_every_knob_acts_in_its_own_arm_alone(router):
             state, output = step(state, pack.put_batches(batches), pack.knobs)
     states = list(pack.split(state, range(len(configs))))
     outputs = pack.outputs(output)
+    setup = make(configs[0])
+    alone_step = make_train_step(setup)  # once for all arms, which differ in knobs only
     for arm, config in enumerate(configs):
-        setup = make(config)
         knobs = Knobs.from_config(config)
         with jax.set_mesh(setup.mesh):
             alone = jax.device_put(first[arm], setup.shardings)
-            alone_step = make_train_step(setup)
             for _ in range(2):
                 alone, expected = alone_step(alone, put_batch(batches[arm], setup), knobs)
         scalars = jax.device_get(expected.scalars)
@@ -395,6 +398,7 @@ def test_the_cases_of_knobs_leave_none_out():
     assert tried == {field.name for field in dataclasses.fields(Knobs)}
 
 
+@pytest.mark.slow
 def test_arms_within_a_mesh_of_their_own_equal_one_device():
     mesh = {"data": 2, "expert": 2}
     configs = [small_config(mesh=mesh, train={"seed": seed}) for seed in (0, 1, 2)]
