@@ -97,6 +97,8 @@ def with_top_k(moe: MoE, top_k: int) -> LayerEdit:
     Without `moe.renormalize`, fewer experts also have a smaller sum of weights. Numbers of experts
     up to the same power of two share a program, where the router can select the best of more.
     """
+    if top_k == chosen_per_token(moe) == moe.config.top_k:
+        return LayerEdit()
     if not ROUTER_RULES[moe.config.router].can_limit:
         return LayerEdit(structure=(_select_top_k, top_k))
     power_of_two = 1 << (top_k - 1).bit_length()

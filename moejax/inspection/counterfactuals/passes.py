@@ -91,8 +91,8 @@ class Parts:
     def run(self, batch: Batch) -> Passed:
         """Runs a batch as trained."""
         residuals = self.begin(batch)
-        nats_1B = _count_nats(*self.model, residuals.before[-1][None], batch)
-        return Passed(*jax.device_get((nats_1B[0], residuals.traffic)))
+        nats_B = _count_nats(*self.model, residuals.before[-1], batch)
+        return Passed(*jax.device_get((nats_B, residuals.traffic)))
 
     def begin(self, batch: Batch) -> Residuals:
         """Runs a batch as trained, and keeps the residual stream before every layer."""
@@ -100,12 +100,11 @@ class Parts:
         before = [x_BLD]
         traffic_by_layer = {}
         for index, (graphdef, state) in enumerate(self.blocks):
-            x_1BLD, traffic_1 = _apply(graphdef, 1, state, x_BLD, LayerEdit(), context)
+            x_1BLD, traffic_1 = _apply(graphdef, state, x_BLD[None], LayerEdit(), context)
             x_BLD = x_1BLD[0]
             before.append(x_BLD)
             if traffic_1 is not None:
-                traffic = jax.tree.map(lambda sum_1: sum_1[0], traffic_1)
-                traffic_by_layer[self.places.index(index)] = traffic
+                traffic_by_layer[self.places.index(index)] = _take(traffic_1, 0)
         return Residuals(context, before, traffic_by_layer)
 
     def run_edited(
@@ -121,24 +120,23 @@ class Parts:
         """
         edits_by_block = {self.places[layer]: edit for layer, edit in edits.items()}
         first = min(edits_by_block)
-        x = residuals.before[first]
+        x_BLD = residuals.before[first]
+        x_IBLD = jnp.broadcast_to(x_BLD[None], (num, *x_BLD.shape))
         traffic_by_layer = {}
         for index in range(first, len(self.blocks)):
             graphdef, state = self.blocks[index]
-            edit = edits_by_block.get(index)
-            x, traffic_I = _apply(graphdef, num, state, x, edit or LayerEdit(), residuals.context)
-            if num == 1:  # without the axis it is the program of a layer as trained
-                x = x[0]
-            if edit is not None:
+            edit = edits_by_block.get(index, LayerEdit())
+            x_IBLD, traffic_I = _apply(graphdef, state, x_IBLD, edit, residuals.context)
+            if index in edits_by_block:
                 traffic_by_layer[self.places.index(index)] = traffic_I
-        x_IBLD = x[None] if num == 1 else x
-        nats_IB = _count_nats(*self.model, x_IBLD, batch)
-        stacked = Passed(*jax.device_get((nats_IB, traffic_by_layer)))
-        return [_take(stacked, i) for i in range(num)]
+        # One after the other, for the logits of all would take too much memory.
+        nats = [_count_nats(*self.model, x_BLD, batch) for x_BLD in x_IBLD]
+        nats, traffic_by_layer = jax.device_get((nats, traffic_by_layer))
+        return [Passed(nats_B, _take(traffic_by_layer, i)) for i, nats_B in enumerate(nats)]
 
 
-def _take(stacked: Passed, i: int) -> Passed:
-    """Returns the pass of one intervention."""
+def _take(stacked: Any, i: int) -> Any:
+    """Returns what belongs to one intervention."""
     return jax.tree.map(lambda array_I: array_I[i], stacked)
 
 
@@ -149,22 +147,20 @@ def _embed(graphdef: nnx.GraphDef, state: nnx.State, batch: Batch) -> tuple[jax.
     return nnx.merge(graphdef, state).embed(batch.tokens_BL), context
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=0)
 def _apply(
     graphdef: nnx.GraphDef,
-    num: int,
     state: nnx.State,
-    x: jax.Array,
+    x_IBLD: jax.Array,
     edits: LayerEdit,
     context: Context,
 ) -> tuple[jax.Array, Traffic | None]:
-    """Applies a layer in `num` interventions.
+    """Applies a layer in I interventions.
 
     Args:
       graphdef: of the layer.
-      num: how many interventions, I.
       state: of the layer.
-      x: the residual stream of each, `[I, B, L, D]`, or the one that they share, `[B, L, D]`.
+      x_IBLD: the residual stream of each intervention.
       edits: of the layer; arrays have a leading axis of interventions.
       context: what all share.
 
@@ -180,8 +176,10 @@ def _apply(
         x_BLD, stats, _ = block(x_BLD, dataclasses.replace(context, info=info))
         return x_BLD, None if stats is None else _traffic(stats)
 
-    x_axis = None if x.ndim == 3 else 0
-    return jax.vmap(apply_one, in_axes=(x_axis, 0), axis_size=num)(x, edits)
+    if x_IBLD.shape[0] == 1:  # in a pass as trained, and without what vmap adds
+        applied = apply_one(x_IBLD[0], _take(edits, 0))
+        return jax.tree.map(lambda array: array[None], applied)
+    return jax.vmap(apply_one)(x_IBLD, edits)
 
 
 def _traffic(stats: RoutingStats) -> Traffic:
@@ -196,14 +194,8 @@ def _traffic(stats: RoutingStats) -> Traffic:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _count_nats(
-    graphdef: nnx.GraphDef, state: nnx.State, x_IBLD: jax.Array, batch: Batch
+    graphdef: nnx.GraphDef, state: nnx.State, x_BLD: jax.Array, batch: Batch
 ) -> jax.Array:
-    """Returns the cross-entropy of each row in each intervention, `[I, B]`."""
     model = nnx.merge(graphdef, state)
-
-    def count_one(x_BLD):
-        nats_BL = model.cross_entropy(model.final_norm(x_BLD), batch.targets_BL)
-        return jnp.where(batch.loss_mask_BL, nats_BL, 0.0).sum(axis=1)
-
-    # One after the other, for the logits of all would take more memory.
-    return jax.lax.map(count_one, x_IBLD)
+    nats_BL = model.cross_entropy(model.final_norm(x_BLD), batch.targets_BL)
+    return jnp.where(batch.loss_mask_BL, nats_BL, 0.0).sum(axis=1)
