@@ -18,6 +18,13 @@ OWN_CONFIGURATION = "takes the configuration that its run was trained with"
 HIDDEN_FLAG = "storage"
 """Its value may hold a password."""
 
+NEEDED = {
+    "int": "an integer",
+    "float": "a number",
+    "bool": "true or false",
+}
+"""What a value must be, by the type of its flag."""
+
 SYNONYMS = {
     "workdir": ("dir",),
     "dir": ("workdir",),
@@ -52,7 +59,10 @@ LEAF_SYNONYMS = {
 
 
 def check_arguments(
-    verb: str, values: FlagValues, arguments: Sequence[str], takes_words: bool
+    verb: str,
+    values: FlagValues,
+    arguments: Sequence[str],
+    takes_words: bool,
 ) -> None:
     """Raises `UsageError` for what the verb does not take.
 
@@ -86,25 +96,32 @@ def _check_flag(values: FlagValues, name: str, value: str, given: dict[str, str]
     if value == "" and key in values and key != "prompt":
         raise UsageError(f"--{key}= has an empty value; give one, or leave the flag out")
     if key.startswith("config."):
-        read_value(key.removeprefix("config."), value)
+        leaf = key.removeprefix("config.")
+        read_value(leaf, value)
     is_repeatable = key in values and isinstance(values[key], flags.MultiFlag)
     if key in given and not is_repeatable:
-        values_given = f", as {format_value(given[key])} and as {format_value(value)}"
-        shown = "" if key == HIDDEN_FLAG else values_given
-        raise UsageError(f"--{key} is given twice{shown}; give it once")
+        raise UsageError(_about_twice(key, given[key], value))
     given[key] = value
+
+
+def _about_twice(key: str, first: str, second: str) -> str:
+    """Returns that a flag is given twice, with both values unless they are hidden."""
+    if key == HIDDEN_FLAG:
+        return f"--{key} is given twice; give it once"
+    shown = f"as {format_value(first)} and as {format_value(second)}"
+    return f"--{key} is given twice, {shown}; give it once"
 
 
 def _check_recipe_given(values: FlagValues, given: dict[str, str]) -> None:
     """Raises `UsageError` for settings that change a recipe where none is given."""
     if "config" not in values or "config" in given or values["config"].default is not None:
         return
-    overrides = [key for key in given if key.startswith("config.")]
-    if overrides:
-        raise UsageError(
-            f"--{overrides[0]}={given[overrides[0]]} changes a recipe, and --config is missing; "
-            "give one, such as --config=configs/tiny_moe.py"
-        )
+    for key, value in given.items():
+        if key.startswith("config."):
+            raise UsageError(
+                f"--{key}={value} changes a recipe, and --config is missing; "
+                "give one, such as --config=configs/tiny_moe.py"
+            )
 
 
 def config_first(arguments: Sequence[str]) -> list[str]:
@@ -114,7 +131,10 @@ def config_first(arguments: Sequence[str]) -> list[str]:
             continue
         has_value = "=" in argument  # else its value is the next word
         end = start + 1 if has_value else start + 2
-        return [*arguments[start:end], *arguments[:start], *arguments[end:]]
+        config = arguments[start:end]
+        before = arguments[:start]
+        after = arguments[end:]
+        return [*config, *before, *after]
     return [*arguments]
 
 
@@ -138,35 +158,41 @@ def _about_value(error: flags.IllegalFlagValueError, values: FlagValues) -> str:
     name, value, reason = match.groups()
     leaf = name.removeprefix("config.")
     given = f"{leaf}={value}" if leaf != name else f"--{name}={value}"
-    kind = _kind(values, name)
     parser = values[name].parser if name in values else None
     if isinstance(parser, flags.EnumParser):
         choices = [choice for choice in parser.enum_values if choice]
+        shown = ", ".join(choices)
         near = nearest(value, choices)
-        return f"{given} must be one of {', '.join(choices)}; the nearest is {near}"
+        return f"{given} must be one of {shown}; the nearest is {near}"
     if "range" in reason:
         _, _, limits = reason.partition(" is not ")
         return f"{given} must be {limits}"
-    needed = {"int": "an integer", "float": "a number", "bool": "true or false"}.get(kind)
-    return f"{given}: {reason}" if needed is None else f"{given} must be {needed}"
+    kind = _kind(values, name)
+    if kind not in NEEDED:
+        return f"{given}: {reason}"
+    return f"{given} must be {NEEDED[kind]}"
 
 
 def verb_first(arguments: Sequence[str], verbs: Sequence[str]) -> str:
     """Returns the message for flags that come before the verb."""
     shown = [format_value(argument) for argument in arguments]
-    first = shown[0]
+    first, *_ = shown
     found = [argument for argument in shown if argument in verbs]
     if not found:
         return f"{first} is a flag, and the verb is missing: moejax VERB {first}; see moejax --help"
-    verb = found[0]
-    others = " ".join(argument for argument in shown if argument != verb)
-    return f"{first} stands before the verb; write moejax {verb} {others}"
+    verb, *_ = found
+    others = [argument for argument in shown if argument != verb]
+    words = " ".join([verb, *others])
+    return f"{first} stands before the verb; write moejax {words}"
 
 
 def format_value(text: str) -> str:
     """Returns an argument as it may be shown, without what may be an address with a password."""
-    may_have_password = ":/" in text and ("@" in text or "?" in text)
-    return "***" if may_have_password else text
+    is_address = ":/" in text
+    has_credentials = "@" in text or "?" in text
+    if is_address and has_credentials:
+        return "***"
+    return text
 
 
 def _parts(values: FlagValues, arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
@@ -201,13 +227,16 @@ def _next_value(values: FlagValues, name: str, remaining: Iterator[str]) -> str:
 
 
 def _is_flag(values: FlagValues, word: str) -> bool:
+    """Whether a word is a flag of the verb, with or without a value."""
     name, _, _ = word.removeprefix("--").partition("=")
     return word.startswith("--") and _is_known(values, name)
 
 
 def _is_known(values: FlagValues, name: str) -> bool:
+    """Whether the verb has that flag, or takes it as a leaf of the recipe."""
     name = _without_no(values, name)
-    return name in values or ("config" in values and name.startswith("config."))
+    is_leaf = "config" in values and name.startswith("config.")
+    return name in values or is_leaf
 
 
 def _without_no(values: FlagValues, name: str) -> str:
@@ -224,6 +253,7 @@ def _without_no(values: FlagValues, name: str) -> str:
 
 
 def _is_boolean(values: FlagValues, name: str) -> bool:
+    """Whether a flag is true or false."""
     return _kind(values, _without_no(values, name)) == "bool"
 
 
@@ -233,7 +263,9 @@ def _kind(values: FlagValues, name: str) -> str:
         annotation = dict(leaves()).get(name.removeprefix("config."))
         return getattr(annotation, "__name__", "text")
     flag = values[name]
-    return "bool" if flag.boolean else flag.flag_type()
+    if flag.boolean:
+        return "bool"
+    return flag.flag_type()
 
 
 def _check_text(name: str, value: str) -> None:
@@ -274,17 +306,26 @@ def _about_unknown(verb: str, values: FlagValues, name: str, value: str) -> str:
 
 def _nearest_flag(values: FlagValues, name: str) -> str | None:
     """Returns the flag or leaf whose name is most like this one; None if none is."""
-    tails = {}  # leaves by their names without the section
+    # By each name that may be meant, the flag that it stands for.
+    flag_of: dict[str, str] = {}
     if "config" in values:
-        tails = {key.partition(".")[2]: key for key, _ in leaves()}
-    known_flags = [flag for flag in values if flag != "h"]
-    known_leaves = [f"config.{key}" for key in tails.values()]
-    candidates = [*known_flags, *known_leaves, *tails]
-    near = difflib.get_close_matches(name, candidates, n=1, cutoff=0.5)
+        for key, _ in leaves():
+            leaf_flag = f"config.{key}"
+            flag_of[_last_part(key)] = leaf_flag
+            flag_of[leaf_flag] = leaf_flag
+    for flag in values:
+        if flag != "h":
+            flag_of[flag] = flag
+    near = difflib.get_close_matches(name, flag_of, n=1, cutoff=0.5)
     if not near:
         return None
-    is_tail = near[0] in tails and near[0] not in values
-    return f"config.{tails[near[0]]}" if is_tail else near[0]
+    return flag_of[near[0]]
+
+
+def _last_part(key: str) -> str:
+    """Returns a leaf's key without its section."""
+    _, _, last_part = key.partition(".")
+    return last_part
 
 
 def _about_word(verb: str, values: FlagValues, word: str) -> str:
@@ -329,5 +370,7 @@ def _leaf(name: str) -> str | None:
     if name in keys:
         return name
     own_keys = [key for key in keys if not key.startswith("schedule.")]
-    matching = [key for key in own_keys if key.partition(".")[2] == name]
-    return matching[0] if len(matching) == 1 else LEAF_SYNONYMS.get(name)
+    matching = [key for key in own_keys if _last_part(key) == name]
+    if len(matching) == 1:
+        return matching[0]
+    return LEAF_SYNONYMS.get(name)

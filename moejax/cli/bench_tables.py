@@ -25,7 +25,8 @@ def print_processes(rows: list[Row], num: int) -> None:
 
 
 def _spread(figure: dict[str, float]) -> str:
-    return f"{figure['median']:,.6g} ({figure['lowest']:,.6g} to {figure['highest']:,.6g})"
+    """Returns a median with the lowest and the highest value."""
+    return "{median:,.6g} ({lowest:,.6g} to {highest:,.6g})".format_map(figure)
 
 
 def print_layers(rows: list[Row], columns: Callable[[Row], Row]) -> None:
@@ -45,12 +46,10 @@ def print_layers(rows: list[Row], columns: Callable[[Row], Row]) -> None:
 
 
 def _layer_title(row: Row) -> str:
+    """Returns the sizes of a row's layer, its dtype and its direction."""
     skewed = ", skewed" if row["skewed"] else ""
     direction = row["direction"].replace("_", " and ")
-    sizes = (
-        f"{row['tokens']} tokens, D {row['d_model']}, F {row['d_expert']}, E {row['num_experts']}, "
-        f"K {row['top_k']}"
-    )
+    sizes = "{tokens} tokens, D {d_model}, F {d_expert}, E {num_experts}, K {top_k}".format_map(row)
     return f"{sizes}{skewed}, {row['dtype']}: {direction}"
 
 

@@ -101,7 +101,9 @@ def recipe_name(text: str) -> str:
 def own_function(values: FlagValues, name: str) -> Callable[..., Any] | None:
     """Returns a function of the recipe that `--config` gave; None if it has none of that name."""
     parser = values["config"].parser
-    return getattr(parser.module, name, None) if isinstance(parser, RecipeParser) else None
+    if not isinstance(parser, RecipeParser):
+        return None
+    return getattr(parser.module, name, None)
 
 
 @contextlib.contextmanager
@@ -138,14 +140,18 @@ def _nearest(file: str, path: Path) -> str:
     near = difflib.get_close_matches(path.stem, recipes, n=2, cutoff=0.6)
     if not near:
         return "give the path of a recipe, such as --config=configs/tiny_moe.py"
-    flags_meant = [f"--config={_short_path(recipes[name])}" for name in near]
-    return f"did you mean {' or '.join(flags_meant)}?"
+    paths = [_short_path(recipes[name]) for name in near]
+    meant = " or ".join(f"--config={path}" for path in paths)
+    return f"did you mean {meant}?"
 
 
 def _short_path(path: Path) -> Path:
     """Returns a path as it is written in the current folder, or the full path of one elsewhere."""
-    full, here = path.resolve(), Path.cwd()
-    return full.relative_to(here) if full.is_relative_to(here) else full
+    full = path.resolve()
+    here = Path.cwd()
+    if full.is_relative_to(here):
+        return full.relative_to(here)
+    return full
 
 
 def _execute(path: Path, file: str) -> types.ModuleType:
@@ -160,7 +166,9 @@ def _execute(path: Path, file: str) -> types.ModuleType:
 
 
 def _configuration(
-    module: types.ModuleType, file: str, argument: str | None
+    module: types.ModuleType,
+    file: str,
+    argument: str | None,
 ) -> Mapping[str, Any] | ConfigDict:
     """Returns what the recipe's `get_config` returns."""
     get_config = getattr(module, "get_config", None)
@@ -196,20 +204,24 @@ def _explain(error: BaseException, file: str) -> str:
     """Returns the file, the line, the cause and the remedy, in one line."""
     path = str(resolve_path(file))
     if isinstance(error, SyntaxError) and error.filename == path:
-        source = (error.text or "").strip()
-        return f"{file}, line {error.lineno}: {error.msg}: {source or 'no text'}; correct that line"
+        text = error.text or ""
+        source = text.strip() or "no text"
+        return f"{file}, line {error.lineno}: {error.msg}: {source}; correct that line"
     line = _line_in(path, error)
     if not line:
-        return f"{file}: {_cause(error, '')}"
-    source = linecache.getline(path, line).strip()
-    return f"{file}, line {line}: {_cause(error, source)}"
+        cause = _cause(error, "")
+        return f"{file}: {cause}"
+    source = linecache.getline(path, line)
+    cause = _cause(error, source.strip())
+    return f"{file}, line {line}: {cause}"
 
 
 def _line_in(path: str, error: BaseException) -> int | None:
     """Returns the innermost line of a file that an error came through."""
-    frames = traceback.extract_tb(error.__traceback__)
-    lines = [frame.lineno for frame in frames if frame.filename == path]
-    return lines[-1] if lines else None
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if frame.filename == path:
+            return frame.lineno
+    return None
 
 
 def _cause(error: BaseException, source: str) -> str:
@@ -246,20 +258,24 @@ def _missing_key(error: BaseException, text: str) -> str | None:
     """Returns the key that a locked `ConfigDict` lacks, if that is what an error says."""
     if not isinstance(error, AttributeError | KeyError):
         return None
-    matches = [re.match(pattern, text) for pattern in UNKNOWN_KEY]
-    found = [match.group(1) for match in matches if match]
-    return found[0] if found else None
+    for pattern in UNKNOWN_KEY:
+        if found := re.match(pattern, text):
+            return found.group(1)
+    return None
 
 
 def _unknown_leaf(name: str, source: str) -> str:
     """Returns that a name is no key of the configuration, and the nearest that is."""
-    section = re.search(rf"(\w+)(?:\.|['\"]?\]?\[['\"]){name}\b", source)
-    if section and section.group(1) in SECTIONS:
+    before_name = re.search(rf"(\w+)(?:\.|['\"]?\]?\[['\"]){name}\b", source)
+    section = before_name.group(1) if before_name else ""
+    if section in SECTIONS:
         try:
-            check_key(f"{section.group(1)}.{name}")
+            check_key(f"{section}.{name}")
         except ConfigError as error:
             return str(error)
-    keys = [key for key, _ in leaves()]
-    key_of = {key.rpartition(".")[2]: key for key in [*SECTIONS, *keys]}
-    near = key_of[nearest(name, key_of)]
-    return f"{name} is not a config key; the nearest is {near}"
+    key_of = {name: name for name in SECTIONS}
+    for key, _ in leaves():
+        _, _, last_part = key.rpartition(".")
+        key_of[last_part] = key
+    near = nearest(name, key_of)
+    return f"{name} is not a config key; the nearest is {key_of[near]}"

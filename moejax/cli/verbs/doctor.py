@@ -129,7 +129,10 @@ def _checks() -> dict[str, Callable[[], str]]:
 
 
 def _run_checks(
-    checks: dict[str, Callable[[], str]], rows: dict[str, Any], *, is_shown: bool
+    checks: dict[str, Callable[[], str]],
+    rows: dict[str, Any],
+    *,
+    is_shown: bool,
 ) -> list[str]:
     """Runs checks, adds to the rows what they found, and returns the failures."""
     failures = []
@@ -167,6 +170,7 @@ def _print_exchange(rows: dict[str, Any], collectives: list[dict[str, Any]]) -> 
 
 
 def _collective_columns(row: dict[str, Any]) -> dict[str, Any]:
+    """Returns what the table shows of a kind of collectives."""
     return {
         "kind": row["kind"],
         "along": row["axis"] or "-",
@@ -181,33 +185,44 @@ def _collective_columns(row: dict[str, Any]) -> dict[str, Any]:
 def check_grouped_matmul(name: str) -> str:
     """Compares one implementation with a loop over groups, and its gradients with the reference."""
     rng = np.random.default_rng(0)
-    group_sizes = np.array([5, 0, 40, 19])
-    num_rows = group_sizes.sum()  # the other rows belong to no group
+    sizes_E = np.array([5, 0, 40, 19])
+    num_rows = sizes_E.sum()  # the other rows belong to no group
     x_RD = rng.normal(size=(80, 16)).astype(np.float32)
     w_EDF = rng.normal(size=(4, 16, 24)).astype(np.float32)
-    expected_RF = _grouped_products(x_RD[:num_rows], w_EDF, group_sizes)
+    arrays = (jnp.asarray(x_RD), jnp.asarray(w_EDF))
+    group_sizes_E = jnp.asarray(sizes_E)
 
-    def run(x, w, implementation):
-        return grouped_matmul(x, w, jnp.asarray(group_sizes), implementation=implementation)
+    def run(x_RD, w_EDF, implementation):
+        return grouped_matmul(x_RD, w_EDF, group_sizes_E, implementation=implementation)
 
     def gradients(implementation):
-        def loss(x, w):
-            return (run(x, w, implementation) ** 2).sum()
+        def loss(x_RD, w_EDF):
+            y_RF = run(x_RD, w_EDF, implementation)
+            return (y_RF**2).sum()
 
-        return jax.grad(loss, (0, 1))(jnp.asarray(x_RD), jnp.asarray(w_EDF))
+        return jax.grad(loss, (0, 1))(*arrays)
 
-    actual_RF = run(jnp.asarray(x_RD), jnp.asarray(w_EDF), name)
-    worst = np.abs(np.asarray(actual_RF)[:num_rows] - expected_RF).max()
+    actual_RF = np.asarray(run(*arrays, name))
+    expected_RF = _grouped_products(x_RD[:num_rows], w_EDF, sizes_E)
+    difference_RF = actual_RF[:num_rows] - expected_RF
+    worst = np.abs(difference_RF).max()
     for actual, expected in zip(gradients(name), gradients("dense"), strict=True):
-        worst = np.maximum(worst, _relative_difference(actual, expected))  # keeps a NaN
+        difference = _relative_difference(actual, expected)
+        worst = np.maximum(worst, difference)  # keeps a NaN
     return _passed(float(worst))
 
 
-def _grouped_products(x_RD: np.ndarray, w_EDF: np.ndarray, group_sizes: np.ndarray) -> np.ndarray:
+def _grouped_products(
+    x_RD: np.ndarray,
+    w_EDF: np.ndarray,
+    group_sizes_E: np.ndarray,
+) -> np.ndarray:
     """Returns the products of each group of rows with its own matrix."""
-    boundaries = np.cumsum(group_sizes)[:-1]
-    groups = np.split(x_RD, boundaries)
-    products = [rows @ w_DF for rows, w_DF in zip(groups, w_EDF, strict=True)]
+    ends_E = np.cumsum(group_sizes_E)
+    groups = np.split(x_RD, ends_E[:-1])
+    products = []
+    for rows, w_DF in zip(groups, w_EDF, strict=True):
+        products.append(rows @ w_DF)
     return np.concatenate(products)
 
 
@@ -215,8 +230,10 @@ def check_experts() -> str:
     """Compares a layer's experts as "auto" computes them with the reference, gradients included."""
     rng = np.random.default_rng(0)
     shapes = (1, 40, 16), (1, 40, 2), (4, 16, 2, 24), (4, 24, 16)
-    arrays = [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
-    experts_BLK = jnp.asarray(rng.integers(0, 3, (1, 40, 2)), jnp.int32)  # none for the last expert
+    drawn = [rng.normal(size=shape) for shape in shapes]
+    arrays = [jnp.asarray(array, jnp.float32) for array in drawn]
+    drawn_experts_BLK = rng.integers(0, 3, (1, 40, 2))  # none for the last expert
+    experts_BLK = jnp.asarray(drawn_experts_BLK, jnp.int32)
 
     def outputs_and_gradients(implementation):
         def layer(x_BLD, weights_BLK, gate_up_EDPF, down_EFD):
@@ -225,17 +242,21 @@ def check_experts() -> str:
             return run_dropless(x_BLD, chosen, weights, implementation=implementation)
 
         y_BLD, pull = jax.vjp(layer, *arrays)
-        return y_BLD, *pull(jnp.ones_like(y_BLD))
+        dy_BLD = jnp.ones_like(y_BLD)
+        return y_BLD, *pull(dy_BLD)
 
     actual = outputs_and_gradients("auto")
     expected = outputs_and_gradients("dense")
     differences = list(map(_relative_difference, actual, expected))
-    return _passed(float(jnp.stack(differences).max()))  # keeps a NaN
+    worst = jnp.stack(differences).max()  # keeps a NaN
+    return _passed(float(worst))
 
 
 def _relative_difference(actual: jax.Array, expected: jax.Array) -> jax.Array:
     """Returns the largest difference over the largest value."""
-    return jnp.abs(actual - expected).max() / jnp.abs(expected).max()
+    largest_difference = jnp.abs(actual - expected).max()
+    largest = jnp.abs(expected).max()
+    return largest_difference / largest
 
 
 def _passed(worst: float) -> str:
@@ -246,7 +267,10 @@ def _passed(worst: float) -> str:
 
 
 def check_exchange(
-    config: Config, mesh: Mesh, rows: dict[str, Any], collectives: list[dict[str, Any]]
+    config: Config,
+    mesh: Mesh,
+    rows: dict[str, Any],
+    collectives: list[dict[str, Any]],
 ) -> str:
     """Compares experts on the mesh with those on one device.
 
@@ -262,8 +286,10 @@ def check_exchange(
         if not worst < TOLERANCE:  # so that NaN fails
             failed.append(f"{name} ({load}) by {worst:.1e}")
     if failed:
-        raise DoctorError(f"{found.strategy} differs from one device: {', '.join(failed)}")
-    return f"ok, within {max(found.worst.values()):.0e} of one device, gradients included"
+        shown = ", ".join(failed)
+        raise DoctorError(f"{found.strategy} differs from one device: {shown}")
+    worst_of_all = max(found.worst.values())
+    return f"ok, within {worst_of_all:.0e} of one device, gradients included"
 
 
 def _config(values: FlagValues) -> Config | None:
@@ -288,6 +314,7 @@ def _config(values: FlagValues) -> Config | None:
 def check_training_step() -> str:
     """Trains a small MoE model for some steps on one batch; its loss must fall."""
     config = _small_config(jax.device_count())
+    num_steps = config.train.num_steps
     setup = make_train_setup(config, make_mesh(config))
     batch = put_batch(random_batch(config), setup)
     losses = []
@@ -295,13 +322,13 @@ def check_training_step() -> str:
         state = setup.init(0)
         train_step = make_train_step(setup)
         knobs = Knobs.from_config(config)
-        for _ in range(config.train.num_steps):
+        for _ in range(num_steps):
             state, output = train_step(state, batch, knobs)
             loss = output.scalars["loss/lm"]
             losses.append(float(loss))
-    first, last = losses[0], losses[-1]
+    first, *_, last = losses
     if not last < first:
-        raise DoctorError(f"the loss went from {first:.3f} to {last:.3f} in {len(losses)} steps")
+        raise DoctorError(f"the loss went from {first:.3f} to {last:.3f} in {num_steps} steps")
     mesh = ", ".join(f"{axis} {size}" for axis, size in setup.mesh.shape.items())
     return f"ok on mesh {mesh}: loss {first:.3f} to {last:.3f}"
 

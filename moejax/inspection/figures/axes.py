@@ -23,7 +23,10 @@ Series = Callable[[str], tuple[Int64[np.ndarray, "S"], Float64[np.ndarray, "S"]]
 
 
 def place(
-    axis: str, steps_S: Int64[np.ndarray, "S"], series: Series, flops_per_token: int | None
+    axis: str,
+    steps_S: Int64[np.ndarray, "S"],
+    series: Series,
+    flops_per_token: int | None,
 ) -> Float64[np.ndarray, "S"]:
     """Returns where steps are on an axis; between logged steps on a straight line.
 
@@ -40,12 +43,15 @@ def place(
         return steps_S.astype(np.float64)
     if axis == "time":
         logged_steps, seconds = seconds_trained(series)
-        return _interpolate(steps_S, logged_steps, seconds) / 60
+        seconds_S = _interpolate(steps_S, logged_steps, seconds)
+        return seconds_S / 60
     logged_steps, tokens = _finite(*series("tokens"))
     tokens_S = _interpolate(steps_S, logged_steps, tokens)
     if axis == "tokens":
         return tokens_S
-    return tokens_S * (np.nan if flops_per_token is None else flops_per_token)
+    if flops_per_token is None:
+        return np.full_like(tokens_S, np.nan)
+    return tokens_S * flops_per_token
 
 
 def seconds_trained(series: Series) -> tuple[Int64[np.ndarray, "S"], Float64[np.ndarray, "S"]]:
@@ -61,15 +67,17 @@ def seconds_trained(series: Series) -> tuple[Int64[np.ndarray, "S"], Float64[np.
     # A run that began before seconds were logged.
     token_steps, tokens = _finite(*series("tokens"))
     has_all_steps = np.array_equal(steps, token_steps)
-    has_moved = (speeds > 0).all()
+    has_moved = np.all(speeds > 0)
     if not has_all_steps or not has_moved:
-        return steps[:0], speeds[:0]
+        none = np.zeros(0)
+        return none.astype(steps.dtype), none
     new_tokens = np.diff(tokens, prepend=0.0)
     seconds = new_tokens / speeds
     return steps, np.cumsum(seconds)
 
 
 def _finite(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the steps that have a value, and the values."""
     is_finite = np.isfinite(values)
     return steps[is_finite], values[is_finite]
 
@@ -78,4 +86,6 @@ def _interpolate(steps_S: np.ndarray, known_steps: np.ndarray, values: np.ndarra
     """Returns values at steps, on straight lines from 0 at step 0; NaN if nothing is known."""
     if not known_steps.size:
         return np.full(len(steps_S), np.nan)
-    return np.interp(steps_S, np.append(0, known_steps), np.append(0.0, values))
+    steps_from_0 = np.append(0, known_steps)
+    values_from_0 = np.append(0.0, values)
+    return np.interp(steps_S, steps_from_0, values_from_0)

@@ -22,9 +22,11 @@ def nth_color(n: int) -> str:
     """
     if n < len(FIRST):
         return FIRST[n]
-    turns = 0.05 + GOLDEN * (n - len(FIRST))
+    further = n - len(FIRST)
+    turns = 0.05 + GOLDEN * further
+    hue = turns % 1.0
     lightness = LIGHTNESS[n % len(LIGHTNESS)]
-    rgb = colorsys.hls_to_rgb(turns % 1.0, lightness, 0.65)
+    rgb = colorsys.hls_to_rgb(hue, lightness, 0.65)
     return to_hex(rgb)
 
 
@@ -51,9 +53,12 @@ class RunColors:
         return self._given[name]
 
     def _free(self, name: str) -> str:
+        """Returns the colour that a name asks for, or the next one that no run has."""
         taken = set(self._given.values())
-        wanted = hashlib.sha256(name.encode(errors="surrogateescape")).digest()[0]
-        preferred = [FIRST[(wanted + i) % len(FIRST)] for i in range(len(FIRST))]
+        encoded = name.encode(errors="surrogateescape")
+        first_byte, *_ = hashlib.sha256(encoded).digest()
+        wanted = first_byte % len(FIRST)
+        preferred = (*FIRST[wanted:], *FIRST[:wanted])
         for color in preferred:
             if color not in taken:
                 return color

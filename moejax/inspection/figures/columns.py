@@ -20,7 +20,9 @@ def column_edges(steps_S: Int[np.ndarray, "S"], num_columns: int) -> tuple[np.nd
     starts_C = starts.astype(int)
     next_C = np.append(starts_C[1:], num_steps)
     right_C = steps_S[next_C - 1]
-    return np.append(_left_edge(steps_S), right_C), starts_C
+    left = _left_edge(steps_S)
+    edges = np.append(left, right_C)
+    return edges, starts_C
 
 
 def _left_edge(steps_S: Int[np.ndarray, "S"]) -> int:
@@ -29,19 +31,25 @@ def _left_edge(steps_S: Int[np.ndarray, "S"]) -> int:
     if len(steps_S) == 1:
         return min(0, first - 1)
     second = int(steps_S[1])
-    return min(max(2 * first - second, 0), first - 1)
+    left = max(2 * first - second, 0)
+    return min(left, first - 1)
 
 
 def sum_columns(
-    steps_S: Int[np.ndarray, "S"], counts_SE: Int[np.ndarray, "S E"], num_columns: int
+    steps_S: Int[np.ndarray, "S"],
+    counts_SE: Int[np.ndarray, "S E"],
+    num_columns: int,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns edges in steps, and the counts summed over the intervals of each column."""
     edges, starts_C = column_edges(steps_S, num_columns)
-    return edges, np.add.reduceat(counts_SE, starts_C, axis=0)
+    counts_CE = np.add.reduceat(counts_SE, starts_C, axis=0)
+    return edges, counts_CE
 
 
 def mean_columns(
-    steps_S: Int[np.ndarray, "S"], values_SN: Float[np.ndarray, "S N"], num_columns: int
+    steps_S: Int[np.ndarray, "S"],
+    values_SN: Float[np.ndarray, "S N"],
+    num_columns: int,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns edges in steps, and the means of the finite values in each column.
 

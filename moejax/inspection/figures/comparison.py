@@ -64,12 +64,18 @@ def line_styles(labels: Sequence[str]) -> dict[str, LineStyle]:
     found = {}
     for i, label in enumerate(labels):
         turn, index = divmod(i, len(COLORS))
-        found[label] = LineStyle(COLORS[index], DASHES[turn], CSS[turn])
+        found[label] = LineStyle(
+            color=COLORS[index],
+            dash=DASHES[turn],
+            css=CSS[turn],
+        )
     return found
 
 
 def series_against(
-    run: Run, key: str, against: str
+    run: Run,
+    key: str,
+    against: str,
 ) -> tuple[Float[np.ndarray, "S"], Float[np.ndarray, "S"]]:
     """Returns a metric of a run against steps, tokens, arithmetic or time; see `axes.place`.
 
@@ -83,7 +89,8 @@ def series_against(
     """
     steps, values = run.series(key)
     x = place(against, steps, run.series, run.flops_per_token)
-    if not np.isfinite(x).any():
+    is_known = np.isfinite(x)
+    if not is_known.any():
         return np.zeros(0), np.zeros(0)
     return x, values
 
@@ -113,18 +120,15 @@ def draw_runs(
     curves = {label: series_against(run, key, against) for label, run in runs.items()}
     if not any(np.isfinite(values).any() for _, values in curves.values()):
         return None
+    is_measured = key.startswith("eval/")
     with matplotlib.rc_context(STYLE):
         figure, axes = new_figure(2.55 + _legend_height(len(runs), legend))
         for label, style in line_styles(list(runs)).items():
             x, values = curves[label]
             if x.size:
-                x, values = downsample(x, values, points=MAX_POINTS)
-                is_alone = np.isfinite(values).sum() == 1
-                has_markers = key.startswith("eval/") or is_alone
-                options = _line_options(style, label)
-                axes.plot(x, values, marker="o" if has_markers else None, **MARKERS, **options)
+                _draw_curve(axes, x, values, _line_options(style, label), is_measured)
         label_steps(axes, AXES[against])
-        if against == "steps" and key.startswith("eval/"):
+        if against == "steps" and is_measured:
             tick_at(axes, np.concatenate([x for x, _ in curves.values()]))
         axes.set_ylabel(ylabel)
         if from_zero:
@@ -134,16 +138,40 @@ def draw_runs(
         return Drawing.from_figure(figure)
 
 
+def _draw_curve(
+    axes: Axes,
+    x: np.ndarray,
+    values: np.ndarray,
+    options: dict[str, Any],
+    is_measured: bool,
+) -> None:
+    """Draws a metric of one run, with markers where it was measured or is one point."""
+    x, values = downsample(x, values, points=MAX_POINTS)
+    num_finite = np.isfinite(values).sum()
+    has_markers = is_measured or num_finite == 1
+    marker = "o" if has_markers else None
+    axes.plot(x, values, marker=marker, **MARKERS, **options)
+
+
 def _legend_height(num_runs: int, has_legend: bool) -> float:
     """Returns the inches of a legend with a line for each run."""
     return 0.17 * num_runs if has_legend else 0
 
 
 def _line_options(style: LineStyle, label: str) -> dict[str, Any]:
-    return {"color": style.color, "ls": style.dash, "label": legend_name(label)}
+    """Returns matplotlib's options of a run's line."""
+    return {
+        "color": style.color,
+        "ls": style.dash,
+        "label": legend_name(label),
+    }
 
 
-def draw_sorted_load(counts: Mapping[str, Int[np.ndarray, "E"]], *, legend: bool = True) -> Drawing:
+def draw_sorted_load(
+    counts: Mapping[str, Int[np.ndarray, "E"]],
+    *,
+    legend: bool = True,
+) -> Drawing:
     """Draws the load of one layer's experts in several runs, the busiest expert first.
 
     Loads are over the uniform load. Experts of different runs have nothing in common but their
@@ -174,12 +202,14 @@ def draw_sorted_load(counts: Mapping[str, Int[np.ndarray, "E"]], *, legend: bool
 def _draw_load(axes: Axes, counts_E: Int[np.ndarray, "E"], options: dict[str, Any]) -> None:
     """Draws the loads of a run as steps, or of many experts as a curve."""
     (ratio_E,) = load_ratio(counts_E[None])
-    sorted_E = np.sort(ratio_E)[::-1]
-    num_experts = len(sorted_E)
+    rising_E = np.sort(ratio_E)
+    falling_E = rising_E[::-1]
+    num_experts = len(falling_E)
     if num_experts <= MAX_STEPS:
         edges = np.linspace(0, 1, num_experts + 1)
-        axes.stairs(sorted_E, edges, baseline=None, lw=1.5, **options)
-    else:
-        middles_E = (np.arange(num_experts) + 0.5) / num_experts
-        x, values = downsample(middles_E, sorted_E, MAX_POINTS)
-        axes.plot(x, values, lw=1.5, **options)
+        axes.stairs(falling_E, edges, baseline=None, lw=1.5, **options)
+        return
+    place_E = np.arange(num_experts)
+    middle_E = (place_E + 0.5) / num_experts
+    x, values = downsample(middle_E, falling_E, MAX_POINTS)
+    axes.plot(x, values, lw=1.5, **options)

@@ -18,7 +18,6 @@ from moejax.inspection.counterfactuals.result import Counterfactuals, Outcome
 from moejax.inspection.figures.style import (
     BAR_COLORS,
     BLUE,
-    COLORS,
     GREY,
     HATCHES,
     NO_VALUE,
@@ -26,6 +25,7 @@ from moejax.inspection.figures.style import (
     Drawing,
     color_bar,
     every_nth,
+    heat_colors,
     heat_map,
     name_rows,
     new_figure,
@@ -51,14 +51,14 @@ def draw_top_k(result: Counterfactuals) -> Drawing | None:
     if not rows:
         return None
     masses = [row.gate_mass for row in (*rows, result.as_trained)]
-    has_mass = max(masses) - min(masses) > 0.005
+    spread = max(masses) - min(masses)
     labels = [f"{row.setting:g}" for row in rows]
     xlabel = "experts per token"
-    if has_mass:
+    if spread > 0.005:
         labels = [f"{row.setting:g}\n{row.gate_mass:.2f}" for row in rows]
         xlabel = "experts per token, and mean gate mass"
-    is_same_everywhere = len(set(result.top_k)) == 1
-    trained = result.top_k[0] if is_same_everywhere else None
+    distinct = set(result.top_k)
+    trained = distinct.pop() if len(distinct) == 1 else None
     return _draw_line(rows, labels, xlabel, trained)
 
 
@@ -91,13 +91,14 @@ def draw_ablation(result: Counterfactuals, way: str) -> Drawing | None:
     change_NE = result.by_expert(way)
     if np.isnan(change_NE).all():
         return None
+    error_NE = result.by_expert(way, "standard_error")
     limit = max(_largest_change(result, each) for each in (NOT_SELECTABLE, OUTPUT_ZERO))
-    height = 1.05 + 0.26 * len(result.layers)
+    height = np.clip(1.05 + 0.26 * len(result.layers), 1.7, 4.6)
     with matplotlib.rc_context(STYLE):
-        figure, axes = new_figure(float(np.clip(height, 1.7, 4.6)))
-        colors = matplotlib.colormaps["RdBu_r"].resampled(COLORS).with_extremes(bad=NO_VALUE)
+        figure, axes = new_figure(float(height))
+        colors = heat_colors("RdBu_r", bad=NO_VALUE)
         mesh = heat_map(axes, change_NE, cmap=colors, norm=Normalize(-limit, limit))
-        _mark_cells(axes, change_NE, result.by_expert(way, "standard_error"), limit)
+        _mark_cells(axes, change_NE, error_NE, limit)
         axes.set_xlabel("expert")
         axes.set_ylabel("layer")
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
@@ -109,8 +110,9 @@ def draw_ablation(result: Counterfactuals, way: str) -> Drawing | None:
 
 def _largest_change(result: Counterfactuals, way: str) -> float:
     """Returns the largest absolute change of an ablation, a little above 0 without any."""
-    change_NE = result.by_expert(way)
-    return float(np.nanmax(np.abs(change_NE), initial=1e-6))
+    change_NE = np.abs(result.by_expert(way))
+    largest = np.nanmax(change_NE, initial=1e-6)
+    return float(largest)
 
 
 def draw_bars(result: Counterfactuals, kinds: Sequence[str]) -> Drawing | None:
@@ -124,30 +126,22 @@ def draw_bars(result: Counterfactuals, kinds: Sequence[str]) -> Drawing | None:
     Returns:
       An SVG data URI; None without such outcomes.
     """
-    rows = [row for kind in kinds for row in result.of_kind(kind)]
+    rows: list[Outcome] = []
+    for kind in kinds:
+        rows += result.of_kind(kind)
     if not rows:
         return None
     layers = _layers_to_show(rows)
     names = list(dict.fromkeys((row.kind, row.what) for row in rows))
-    step = 0.84 / len(names)  # between the bars of a layer
+    num_names = len(names)
+    step = 0.84 / num_names  # between the bars of a layer
     with matplotlib.rc_context(STYLE):
-        figure, axes = new_figure(2.3 + 0.2 * len(names))
-        for i, (kind, what) in enumerate(names):
-            of_name = [row for row in rows if (row.kind, row.what) == (kind, what)]
-            offset = (i - (len(names) - 1) / 2) * step
+        figure, axes = new_figure(2.3 + 0.2 * num_names)
+        for i, name in enumerate(names):
+            of_name = [row for row in rows if (row.kind, row.what) == name]
+            offset = (i - (num_names - 1) / 2) * step
             bars = _bars(of_name, layers, offset)
-            label = f"{kind} {what}" if kind in ("swap", "merge") else what
-            axes.bar(
-                bars.places,
-                bars.changes,
-                0.92 * step,
-                color=BAR_COLORS[i % 4],
-                hatch=HATCHES[i % 4],
-                edgecolor="white",
-                lw=0.4,
-                label=label,
-            )
-            axes.errorbar(*bars, fmt="none", ecolor="#111111", elinewidth=1, capsize=1.5)
+            _draw_bars(axes, bars, 0.92 * step, i, _bar_label(*name))
         axes.axhline(0, color=GREY, lw=1)
         ticks = ["all" if layer is None else str(layer) for layer in layers]
         axes.set_xticks(range(len(layers)), labels=ticks)
@@ -157,11 +151,16 @@ def draw_bars(result: Counterfactuals, kinds: Sequence[str]) -> Drawing | None:
         axes.set_xlim(-0.6, max(len(layers), 2) - 0.4)
         figure.legend(
             loc="outside upper left",
-            ncols=1 if len(names) > 2 else 2,
+            ncols=1 if num_names > 2 else 2,
             borderaxespad=0.1,
             columnspacing=1.2,
         )
         return Drawing.from_figure(figure)
+
+
+def _bar_label(kind: str, what: str) -> str:
+    """Returns the name of bars in the legend."""
+    return f"{kind} {what}" if kind in ("swap", "merge") else what
 
 
 class _Bars(NamedTuple):
@@ -177,12 +176,29 @@ def _bars(rows: Sequence[Outcome], layers: Sequence[int | None], offset: float) 
     bars = _Bars([], [], [])
     for place, layer in enumerate(layers):
         of_layer = [row for row in rows if row.layer == layer]
-        if of_layer:
-            bars.places.append(place + offset)
-            error = np.mean([row.standard_error for row in of_layer])
-            bars.changes.append(float(np.mean([row.change for row in of_layer])))
-            bars.errors.append(2 * float(error))
+        if not of_layer:
+            continue
+        change = np.mean([row.change for row in of_layer])
+        error = np.mean([row.standard_error for row in of_layer])
+        bars.places.append(place + offset)
+        bars.changes.append(float(change))
+        bars.errors.append(2 * float(error))
     return bars
+
+
+def _draw_bars(axes: Axes, bars: _Bars, width: float, number: int, label: str) -> None:
+    """Draws bars in the colour and the hatch of their number, with their errors."""
+    axes.bar(
+        bars.places,
+        bars.changes,
+        width,
+        color=BAR_COLORS[number % 4],
+        hatch=HATCHES[number % 4],
+        edgecolor="white",
+        lw=0.4,
+        label=label,
+    )
+    axes.errorbar(*bars, fmt="none", ecolor="#111111", elinewidth=1, capsize=1.5)
 
 
 def _layers_to_show(rows: Sequence[Outcome]) -> list[int | None]:
@@ -193,12 +209,16 @@ def _layers_to_show(rows: Sequence[Outcome]) -> list[int | None]:
         found.append(None)
     if layers:
         places = np.linspace(0, len(layers) - 1, MAX_LAYERS)
-        found += [layers[index] for index in dict.fromkeys(map(int, places))]
+        indices = np.unique(places.astype(int))
+        found += [layers[index] for index in indices]
     return found
 
 
 def _draw_line(
-    rows: Sequence[Outcome], labels: Sequence[str], xlabel: str, trained: float | None = None
+    rows: Sequence[Outcome],
+    labels: Sequence[str],
+    xlabel: str,
+    trained: float | None = None,
 ) -> Drawing:
     """Draws changes against settings, at equal distances."""
     changes = [row.change for row in rows]
@@ -237,7 +257,8 @@ def _mark_cells(axes: Axes, change_NE: np.ndarray, error_NE: np.ndarray, limit: 
     if change_NE.size > MAX_DOTTED:
         return
     is_known_NE = ~np.isnan(change_NE)
-    is_clear_NE = np.abs(change_NE) > 2 * error_NE  # not with one row, whose error is NaN
+    size_NE = np.abs(change_NE)
+    is_clear_NE = size_NE > 2 * error_NE  # not with one row, whose error is NaN
     is_noise_NE = is_known_NE & ~is_clear_NE
     num_experts = change_NE.shape[1]
     if num_experts > MAX_WRITTEN:
@@ -249,8 +270,10 @@ def _mark_cells(axes: Axes, change_NE: np.ndarray, error_NE: np.ndarray, limit: 
         change = float(change_NE[layer, expert])
         dot = "·" if is_noise_NE[layer, expert] else ""
         text = f"{change:+.{digits}f}{dot}"
-        write_in_cell(axes, layer, expert, text, is_dark=abs(change) > 0.65 * limit)
+        is_dark = abs(change) > 0.65 * limit
+        write_in_cell(axes, layer, expert, text, is_dark=is_dark)
 
 
 def _setting(row: Outcome) -> float:
+    """Returns what outcomes of a kind are sorted by."""
     return row.setting or 0.0

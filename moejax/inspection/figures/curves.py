@@ -97,13 +97,15 @@ def draw_curves(
         axes.set_ylabel(ylabel)
         label_steps(axes, AXES[axis])
         if axis == "steps" and all(curve.points for curve in curves):
-            tick_at(axes, np.concatenate([curve.steps for curve in curves]))
+            all_steps = np.concatenate([curve.steps for curve in curves])
+            tick_at(axes, all_steps)
         return Drawing.from_figure(figure)
 
 
 def _draw_line(axes: Axes, curve: Curve, color: str, dash: str) -> None:
     """Draws a line over the axis, so that a line at 0 shows."""
-    is_alone = np.isfinite(curve.values).sum() == 1  # a line through one point shows nothing
+    num_finite = np.isfinite(curve.values).sum()
+    is_alone = num_finite == 1  # a line through one point shows nothing
     steps, values = downsample(curve.steps, curve.values)
     axes.plot(
         steps,
@@ -123,9 +125,11 @@ def _label_values(axes: Axes, curves: Sequence[Curve]) -> None:
     finite = values[np.isfinite(values)]
     if not finite.size:
         return
-    if np.array_equal(finite, finite.round()):
+    are_whole = np.array_equal(finite, finite.round())
+    largest = np.abs(finite).max()
+    if are_whole:
         axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
-    if np.abs(finite).max() >= 10_000:
+    if largest >= 10_000:
         axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: short_number(y)))
 
 
@@ -139,9 +143,8 @@ def only_value(values: Iterable[np.ndarray]) -> float | None:
     """
     found: set[float] = set()
     for values_S in values:
-        finite = values_S[np.isfinite(values_S)]
-        if finite.size:
-            found |= {float(finite.min()), float(finite.max())}
+        is_finite_S = np.isfinite(values_S)
+        found.update(values_S[is_finite_S].tolist())
     return found.pop() if len(found) == 1 else None
 
 
@@ -160,14 +163,17 @@ def downsample(
     Returns:
       Some of the points, in order.
     """
-    if len(x) <= points:
+    num_points = len(x)
+    if num_points <= points:
         return x, values
     is_nan = np.isnan(values)
     low = np.where(is_nan, math.inf, values)
     high = np.where(is_nan, -math.inf, values)
-    kept = {0, len(x) - 1}
-    for stretch in np.array_split(np.arange(len(x)), points // 2 - 1):
-        kept.add(stretch[np.argmin(low[stretch])])
-        kept.add(stretch[np.argmax(high[stretch])])
-    kept_S = np.array(sorted(kept))
+    kept = [0, num_points - 1]
+    num_stretches = points // 2 - 1
+    for stretch in np.array_split(np.arange(num_points), num_stretches):
+        lowest = np.argmin(low[stretch])
+        highest = np.argmax(high[stretch])
+        kept += [stretch[lowest], stretch[highest]]
+    kept_S = np.unique(kept)
     return x[kept_S], values[kept_S]

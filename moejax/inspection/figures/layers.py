@@ -11,12 +11,12 @@ from matplotlib.axes import Axes
 from moejax.inspection.figures.columns import mean_columns
 from moejax.inspection.figures.curves import downsample
 from moejax.inspection.figures.style import (
-    COLORS,
     GREY,
     NO_VALUE,
     STYLE,
     Drawing,
     color_bar,
+    heat_colors,
     heat_map,
     label_steps,
     name_rows,
@@ -122,9 +122,11 @@ def _draw_map(
     label: str,
     from_zero: bool,
 ) -> Drawing:
+    """Draws a heat map, a layer a row."""
     edges, values_CN = mean_columns(steps, values_SN, MAX_COLUMNS)
-    figure, axes = new_figure(float(np.clip(1.2 + 0.05 * len(layers), 2.0, 4.4)))
-    colors = matplotlib.colormaps["cividis"].resampled(COLORS).with_extremes(bad=NO_VALUE)
+    height = np.clip(1.2 + 0.05 * len(layers), 2.0, 4.4)
+    figure, axes = new_figure(float(height))
+    colors = heat_colors("cividis", bad=NO_VALUE)
     mesh = heat_map(axes, values_CN.T, edges, cmap=colors)
     if from_zero and np.nanmin(values_SN, initial=0) >= 0:
         mesh.set_clim(vmin=0)
@@ -136,18 +138,22 @@ def _draw_map(
 
 
 def worst_layer(
-    values_SN: Float[np.ndarray, "S N"], worst: Callable[[np.ndarray], float]
+    values_SN: Float[np.ndarray, "S N"],
+    worst: Callable[[np.ndarray], float],
 ) -> int | None:
     """Returns the first column that ends without a finite value, else that with the `worst` end.
 
     None if no value is finite.
     """
     last_N = last_values(values_SN)
-    if np.isnan(last_N).all():
+    had_values_N = ~np.isnan(last_N)
+    if not had_values_N.any():
         return None
-    is_lost_N = ~np.isfinite(values_SN[-1]) & ~np.isnan(last_N)  # it had values before
-    is_worst_N = is_lost_N if is_lost_N.any() else last_N == worst(last_N)
-    return int(np.flatnonzero(is_worst_N)[0])
+    is_finite_N = np.isfinite(values_SN[-1])
+    is_marked_N = had_values_N & ~is_finite_N
+    if not is_marked_N.any():
+        is_marked_N = last_N == worst(last_N)
+    return int(np.argmax(is_marked_N))
 
 
 def last_values(values_SN: Float[np.ndarray, "S N"]) -> Float[np.ndarray, "N"]:
@@ -155,7 +161,8 @@ def last_values(values_SN: Float[np.ndarray, "S N"]) -> Float[np.ndarray, "N"]:
     num_layers = values_SN.shape[1]
     last_N = np.full(num_layers, np.nan)
     for n, values_S in enumerate(values_SN.T):
-        finite = values_S[np.isfinite(values_S)]
-        if finite.size:
-            last_N[n] = finite[-1]
+        is_finite_S = np.isfinite(values_S)
+        finite_s = values_S[is_finite_S]
+        if finite_s.size:
+            last_N[n] = finite_s[-1]
     return last_N

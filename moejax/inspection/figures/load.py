@@ -14,12 +14,12 @@ from matplotlib.ticker import MaxNLocator
 from moejax.inspection.figures.columns import sum_columns
 from moejax.inspection.figures.style import (
     BLUE,
-    COLORS,
     DEAD,
     GREY,
     ORANGE,
     STYLE,
     Drawing,
+    heat_colors,
     heat_map,
     label_steps,
     new_figure,
@@ -47,12 +47,13 @@ def draw_load_over_time(steps: Int[np.ndarray, "S"], counts_SE: Int[np.ndarray, 
     num_columns = max_columns(num_experts)
     edges, counts_CE = sum_columns(steps, counts_SE, num_columns)
     ratio_CE = load_ratio(counts_CE)
+    is_positive_CE = ratio_CE > 0
     log_CE = np.full_like(ratio_CE, np.nan)
-    np.log2(ratio_CE, out=log_CE, where=ratio_CE > 0)
+    np.log2(ratio_CE, out=log_CE, where=is_positive_CE)
+    height = np.clip(1.45 + 0.055 * num_experts, 2.0, 4.6)
     with matplotlib.rc_context(STYLE):
-        height = float(np.clip(1.45 + 0.055 * num_experts, 2.0, 4.6))
-        figure, axes = new_figure(height)
-        colors = matplotlib.colormaps["RdBu_r"].resampled(COLORS).with_extremes(bad=DEAD)
+        figure, axes = new_figure(float(height))
+        colors = heat_colors("RdBu_r", bad=DEAD)
         mesh = heat_map(axes, log_CE.T, edges, cmap=colors, norm=Normalize(-2, 2))
         axes.set_ylabel("expert")
         axes.yaxis.set_major_locator(MaxNLocator(8, integer=True))
@@ -63,7 +64,8 @@ def draw_load_over_time(steps: Int[np.ndarray, "S"], counts_SE: Int[np.ndarray, 
 
 def max_columns(num_experts: int) -> int:
     """Returns how many columns a heat map of that many experts has at most."""
-    return min(MAX_COLUMNS, max(1, MAX_CELLS // num_experts))
+    most_by_cells = max(1, MAX_CELLS // num_experts)
+    return min(MAX_COLUMNS, most_by_cells)
 
 
 def draw_final_load(counts_E: Int[np.ndarray, "E"]) -> Drawing:
@@ -78,22 +80,33 @@ def draw_final_load(counts_E: Int[np.ndarray, "E"]) -> Drawing:
     (ratio_E,) = load_ratio(counts_E[None])
     num_experts = len(ratio_E)
     experts_E = np.arange(num_experts)
+    is_dead_E = ratio_E == 0
+    dead_e = experts_E[is_dead_E]
+    zeros_e = np.zeros(len(dead_e))
+    top = max(1.5, 1.08 * ratio_E.max())
     with matplotlib.rc_context(STYLE):
         figure, axes = new_figure(1.9)
-        # One path, however many experts: bars, and between them gaps of height 0.
-        edges = (experts_E[:, None] + [-0.4, 0.4]).ravel()
-        heights = np.stack([ratio_E, np.zeros_like(ratio_E)], axis=1).ravel()
-        axes.stairs(heights[:-1], edges, fill=True, color=BLUE)
+        heights, edges = _bars_and_gaps(ratio_E)
+        axes.stairs(heights, edges, fill=True, color=BLUE)
         axes.axhline(1, color=GREY, lw=1, ls=(0, (2, 2)))
-        dead = experts_E[ratio_E == 0]
-        axes.plot(dead, np.zeros(len(dead)), "x", **CROSSES)
+        axes.plot(dead_e, zeros_e, "x", **CROSSES)
         axes.set_xlim(-0.7, num_experts - 0.3)
-        axes.set_ylim(0, max(1.5, 1.08 * ratio_E.max()))
+        axes.set_ylim(0, top)
         axes.grid(axis="x", visible=False)
         axes.set_xlabel("expert")
         axes.set_ylabel("load / uniform load")
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
         return Drawing.from_figure(figure)
+
+
+def _bars_and_gaps(ratio_E: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns heights and edges of one path, however many experts: bars, and gaps of height 0."""
+    expert_E = np.arange(len(ratio_E))
+    edges_E2 = expert_E[:, None] + [-0.4, 0.4]
+    gaps_E = np.zeros_like(ratio_E)
+    heights_E2 = np.stack([ratio_E, gaps_E], axis=1)
+    heights = heights_E2.ravel()
+    return heights[:-1], edges_E2.ravel()
 
 
 def load_ratio(counts_SE: Int[np.ndarray, "S E"]) -> Float[np.ndarray, "S E"]:
@@ -103,5 +116,6 @@ def load_ratio(counts_SE: Int[np.ndarray, "S E"]) -> Float[np.ndarray, "S E"]:
     everywhere.
     """
     num_experts = counts_SE.shape[1]
-    total_S1 = np.maximum(counts_SE.sum(axis=1, keepdims=True), 1)
-    return counts_SE * num_experts / total_S1
+    total_S1 = counts_SE.sum(axis=1, keepdims=True)
+    safe_total_S1 = np.maximum(total_S1, 1)
+    return counts_SE * num_experts / safe_total_S1

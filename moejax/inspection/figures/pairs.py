@@ -58,13 +58,16 @@ def expected_coactivation(coactivation_EE: Int[np.ndarray, "E E"]) -> Float[np.n
     counts_EE = coactivation_EE.astype(np.float64)
     np.fill_diagonal(counts_EE, 0.0)
     pairs_E = counts_EE.sum(axis=1)
-    factors_E = np.sqrt(pairs_E / np.sqrt(max(pairs_E.sum(), 1.0)))
+    total = max(pairs_E.sum(), 1.0)
+    factors_E = np.sqrt(pairs_E / np.sqrt(total))
     for _ in range(ITERATIONS):
         others_E = factors_E.sum() - factors_E
         zeros_E = np.zeros_like(pairs_E)
         wanted_E = np.divide(pairs_E, others_E, out=zeros_E, where=others_E > 0)
         factors_E = np.sqrt(factors_E * wanted_E)  # half a step for both ends of a pair
-    expected_EE = factors_E[:, None] * factors_E[None, :]
+    factors_E1 = factors_E[:, None]
+    factors_1E = factors_E[None, :]
+    expected_EE = factors_E1 * factors_1E
     np.fill_diagonal(expected_EE, np.nan)
     return expected_EE
 
@@ -75,7 +78,8 @@ def coactivation_ratio(coactivation_EE: Int[np.ndarray, "E E"]) -> Float[np.ndar
     NaN on the diagonal and where too few are expected for a ratio to mean anything.
     """
     expected_EE = expected_coactivation(coactivation_EE)
-    is_enough_EE = np.nan_to_num(expected_EE) >= MIN_EXPECTED
+    known_EE = np.nan_to_num(expected_EE)
+    is_enough_EE = known_EE >= MIN_EXPECTED
     ratio_EE = np.full(expected_EE.shape, np.nan)
     np.divide(coactivation_EE, expected_EE, out=ratio_EE, where=is_enough_EE)
     return ratio_EE
@@ -94,10 +98,11 @@ def draw_coactivation(coactivation_EE: Int[np.ndarray, "E E"]) -> Drawing:
     """
     ratio_EE = coactivation_ratio(coactivation_EE)
     shown = _strongest_experts(ratio_EE, coactivation_EE)
-    log_EE = log_ratio(ratio_EE[np.ix_(shown, shown)])
+    shown_ratio_ee = ratio_EE[np.ix_(shown, shown)]
+    log_ee = log_ratio(shown_ratio_ee)
     with matplotlib.rc_context(STYLE):
         figure, axes = new_figure(3.0)
-        mesh = heat_map(axes, log_EE, cmap=ratio_colors(), norm=Normalize(-2, 2))
+        mesh = heat_map(axes, log_ee, cmap=ratio_colors(), norm=Normalize(-2, 2))
         axes.set_aspect("equal")
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_locator(MaxNLocator(8, integer=True))
@@ -111,22 +116,29 @@ def draw_coactivation(coactivation_EE: Int[np.ndarray, "E E"]) -> Drawing:
 
 def _name_of(experts: np.ndarray, place: float) -> str:
     """Returns the expert at a place of an axis; matplotlib may ask beyond its ends."""
-    return str(experts[int(place)]) if 0 <= place < len(experts) else ""
+    if not 0 <= place < len(experts):
+        return ""
+    return str(experts[int(place)])
 
 
 def _strongest_experts(ratio_EE: np.ndarray, coactivation_EE: np.ndarray) -> Int[np.ndarray, "e"]:
     """Returns the experts whose strongest pair has the most evidence, in increasing order."""
-    if len(ratio_EE) <= MAX_EXPERTS:
-        return np.arange(len(ratio_EE))
+    num_experts = len(ratio_EE)
+    if num_experts <= MAX_EXPERTS:
+        return np.arange(num_experts)
     is_known_EE = np.nan_to_num(ratio_EE) > 0
-    evidence_EE = coactivation_EE * np.log(np.where(is_known_EE, ratio_EE, 1.0))
-    strongest_E = np.nan_to_num(evidence_EE).max(axis=1)
+    safe_ratio_EE = np.where(is_known_EE, ratio_EE, 1.0)
+    evidence_EE = coactivation_EE * np.log(safe_ratio_EE)
+    evidence_EE = np.nan_to_num(evidence_EE)
+    strongest_E = evidence_EE.max(axis=1)
     order_E = np.argsort(-strongest_E, kind="stable")
     return np.sort(order_E[:MAX_EXPERTS])
 
 
 def strongest_flows(
-    counts_EE: Int[np.ndarray, "E E"], expected_EE: Float[np.ndarray, "E E"], most: int = MAX_FLOWS
+    counts_EE: Int[np.ndarray, "E E"],
+    expected_EE: Float[np.ndarray, "E E"],
+    most: int = MAX_FLOWS,
 ) -> list[tuple[int, int]]:
     """Returns pairs (from, to) of experts with more tokens than independence gives.
 
@@ -138,12 +150,15 @@ def strongest_flows(
       most: how many at most; pairs less than `MIN_Z` standard deviations above what is expected
         are left out.
     """
+    num_experts = len(counts_EE)
     excess_EE = counts_EE - expected_EE
-    deviation_EE = np.sqrt(np.maximum(expected_EE, 1e-9))
+    variance_EE = np.maximum(expected_EE, 1e-9)
+    deviation_EE = np.sqrt(variance_EE)
     is_clear_EE = excess_EE > MIN_Z * deviation_EE
     rank_EE = np.where(is_clear_EE, excess_EE, -np.inf)
     order = np.argsort(-rank_EE, axis=None, kind="stable")
-    pairs = [divmod(int(cell), len(counts_EE)) for cell in order[:most]]
+    strongest = order[:most].tolist()
+    pairs = [divmod(cell, num_experts) for cell in strongest]
     return [pair for pair in pairs if is_clear_EE[pair]]
 
 
@@ -175,9 +190,11 @@ def draw_flow(
         for m, counts_EE in enumerate(counts_MEE):
             pairs = strongest_flows(counts_EE, expected_MEE[m])
             total = max(int(counts_EE.sum()), 1)
+            share_EE = counts_EE / total
             in_bands = sum(int(counts_EE[pair]) for pair in pairs)
             shares.append(in_bands / total)
-            bands = _bands(pairs, counts_EE / total, columns[m].top_E, columns[m + 1].top_E)
+            left, right = columns[m : m + 2]
+            bands = _bands(pairs, share_EE, left.top_E, right.top_E)
             _draw_bands(axes, m, bands)
         for m, column in enumerate(columns):
             _draw_blocks(axes, m, column)
@@ -194,15 +211,13 @@ def draw_flow(
 
 def _label_columns(axes: Axes, layers: Sequence[int], shares: Sequence[float]) -> None:
     """Names layers below their columns, and shares of tokens between them."""
-    places: list[float] = []
-    names: list[str] = []
-    for m, layer in enumerate(layers):
-        places.append(float(m))
-        names.append(f"layer {layer}" if len(layers) < 4 else str(layer))
-    for m, share in enumerate(shares):
-        places.append(m + 0.5)
-        names.append(f"{share:.0%}")
-    axes.set_xticks(places, labels=names)
+    prefix = "layer " if len(layers) < 4 else ""
+    layer_names = [f"{prefix}{layer}" for layer in layers]
+    share_names = [f"{share:.0%}" for share in shares]
+    layer_places = np.arange(len(layers))
+    share_places = np.arange(len(shares)) + 0.5
+    places = np.append(layer_places, share_places)
+    axes.set_xticks(places, labels=[*layer_names, *share_names])
     axes.tick_params(length=0)
 
 
@@ -218,8 +233,9 @@ def _blocks(load_E: Int[np.ndarray, "E"], gap: float) -> _Blocks:
     total = max(int(load_E.sum()), 1)
     share_E = load_E / total
     num_gaps = max(len(load_E) - 1, 1)
-    bottom_with_gap_E = np.cumsum(share_E + gap / num_gaps)
-    top_E = np.append(0.0, bottom_with_gap_E)[:-1]
+    height_with_gap_E = share_E + gap / num_gaps
+    bottom_with_gap_E = np.cumsum(height_with_gap_E)
+    top_E = np.append(0.0, bottom_with_gap_E[:-1])
     return _Blocks(top_E, top_E + share_E)
 
 
@@ -230,18 +246,33 @@ def _draw_blocks(axes: Axes, m: int, blocks: _Blocks) -> None:
     """
     top_E, bottom_E = blocks
     if len(top_E) > MAX_BLOCKS:
-        top_E, bottom_E = top_E[:1], bottom_E[-1:]
-    left, right = m - NODE, m + NODE
+        top_E = top_E[:1]
+        bottom_E = bottom_E[-1:]
+    left = m - NODE
+    right = m + NODE
     corners: list[tuple[float, float]] = []
     for top, bottom in zip(top_E, bottom_E, strict=True):
-        corners += [(left, top), (right, top)]
-        corners += [(right, bottom), (left, bottom), (left, top)]
-    outline = Outline(corners, RECTANGLE * len(top_E))
-    axes.add_patch(PathPatch(outline, facecolor="#374151", lw=0, zorder=3))
-    if 1 < len(top_E) <= 16:
+        corners += _rectangle(left, right, top, bottom)
+    num_blocks = len(top_E)
+    outline = Outline(corners, RECTANGLE * num_blocks)
+    patch = PathPatch(outline, facecolor="#374151", lw=0, zorder=3)
+    axes.add_patch(patch)
+    if 1 < num_blocks <= 16:
         x = right + 0.02
-        for expert, y in enumerate((top_E + bottom_E) / 2):
+        middle_E = (top_E + bottom_E) / 2
+        for expert, y in enumerate(middle_E):
             axes.text(x, y, str(expert), va="center", ha="left", fontsize=8.5, zorder=4)
+
+
+def _rectangle(left: float, right: float, top: float, bottom: float) -> list[tuple[float, float]]:
+    """Returns the corners of a rectangle, the first one again at the end."""
+    return [
+        (left, top),
+        (right, top),
+        (right, bottom),
+        (left, bottom),
+        (left, top),
+    ]
 
 
 class _Band(NamedTuple):
@@ -263,8 +294,10 @@ def _bands(
 
     They leave a block in the order of where they go, and arrive in that of where they come from.
     """
-    leaving_E, arriving_E = left_top_E.copy(), right_top_E.copy()
-    starts, ends = {}, {}
+    leaving_E = left_top_E.copy()
+    arriving_E = right_top_E.copy()
+    starts = {}
+    ends = {}
     for pair in sorted(pairs):
         source, _ = pair
         starts[pair] = leaving_E[source]
@@ -273,16 +306,23 @@ def _bands(
         _, target = pair
         ends[pair] = arriving_E[target]
         arriving_E[target] += share_EE[pair]
-    return [_Band(pair[0], starts[pair], ends[pair], share_EE[pair]) for pair in pairs]
+    bands = []
+    for pair in pairs:
+        source, _ = pair
+        bands.append(_Band(source, starts[pair], ends[pair], share_EE[pair]))
+    return bands
 
 
 def _draw_bands(axes: Axes, m: int, bands: Sequence[_Band]) -> None:
     """Draws bands from column m to the next one, the strongest on top."""
-    left, right = m + NODE, m + 1 - NODE
+    left = m + NODE
+    right = m + 1 - NODE
+    num_colors = len(FLOW_COLORS)
     for band in reversed(bands):
-        color = FLOW_COLORS[band.expert % len(FLOW_COLORS)]
+        color = FLOW_COLORS[band.expert % num_colors]
         outline = _outline(band, left, right)
-        axes.add_patch(PathPatch(outline, facecolor=color, alpha=0.55, lw=0, zorder=2))
+        patch = PathPatch(outline, facecolor=color, alpha=0.55, lw=0, zorder=2)
+        axes.add_patch(patch)
 
 
 def _outline(band: _Band, left: float, right: float) -> Outline:

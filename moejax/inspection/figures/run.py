@@ -189,7 +189,8 @@ def routing_charts(num_experts: int) -> tuple[Chart, ...]:
 
 
 def draw_chart(
-    chart: Chart, series: Callable[[str], tuple[np.ndarray, np.ndarray]]
+    chart: Chart,
+    series: Callable[[str], tuple[np.ndarray, np.ndarray]],
 ) -> Drawing | None:
     """Draws a chart from a run's series.
 
@@ -203,8 +204,14 @@ def draw_chart(
     curves = []
     for key, label in chart.keys:
         steps, values = series(key)
+        is_measured = key.startswith("eval/")
         if steps.size:
-            curves.append(Curve(label, steps, values, points=key.startswith("eval/")))
+            curves.append(Curve(label, steps, values, points=is_measured))
     if not curves:
         return None
-    return draw_curves(curves, chart.ylabel, reference=chart.reference, from_zero=chart.from_zero)
+    return draw_curves(
+        curves,
+        chart.ylabel,
+        reference=chart.reference,
+        from_zero=chart.from_zero,
+    )

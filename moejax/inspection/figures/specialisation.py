@@ -13,13 +13,13 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from moejax.inspection.analysis.information import Information, ratio_or_zero
 from moejax.inspection.figures.style import (
     BLUE,
-    COLORS,
     GREY,
     NO_VALUE,
     STYLE,
     Drawing,
     color_bar,
     every_nth,
+    heat_colors,
     heat_map,
     legend_name,
     log_ratio,
@@ -32,6 +32,12 @@ from moejax.inspection.figures.style import (
 MAX_DOMAINS = 24
 MAX_WRITTEN = 8  # columns of cells with numbers
 DOTS: dict[str, Any] = {"color": "#111111", "ms": 2.6, "mew": 0}
+HATCHED: dict[str, Any] = {
+    "color": "#d1d5db",
+    "hatch": "////",
+    "edgecolor": GREY,
+    "lw": 0,
+}
 
 
 def draw_information(results: Sequence[Information]) -> Drawing:
@@ -52,10 +58,10 @@ def draw_information(results: Sequence[Information]) -> Drawing:
         figure, axes = new_figure(0.95 + 0.27 * len(results))
         rows = np.arange(len(results))
         axes.barh(rows, mean_shares, height=0.66, color=BLUE, label="explained by the attribute")
-        hatched: dict[str, Any] = {"color": "#d1d5db", "hatch": "////", "edgecolor": GREY, "lw": 0}
-        axes.barh(rows, mean_chances, height=0.66, label="chance", **hatched)
+        axes.barh(rows, mean_chances, height=0.66, label="chance", **HATCHED)
         for row, share_N in enumerate(shares):
-            axes.plot(share_N, np.full(len(share_N), row), "o", zorder=3, **DOTS)
+            rows_N = np.full(len(share_N), row)
+            axes.plot(share_N, rows_N, "o", zorder=3, **DOTS)
         axes.plot([], [], "o", label="a layer", **DOTS)
         axes.set_yticks(rows, labels=names)
         axes.invert_yaxis()
@@ -84,16 +90,15 @@ def draw_information_by_layer(results: Sequence[Information], layers: Sequence[i
       layers: model layer of each MoE layer.
     """
     share_AN = np.stack([result.share_N for result in results])
+    positive_AN = np.maximum(share_AN, 0.0)
     names = [information_name(result) for result in results]
     top = max(float(share_AN.max()), 0.01)
     with matplotlib.rc_context(STYLE):
         figure, axes = new_figure(0.95 + 0.27 * len(results))
-        colors = matplotlib.colormaps["cividis"].resampled(COLORS).with_extremes(bad=NO_VALUE)
-        mesh = heat_map(axes, np.maximum(share_AN, 0.0), cmap=colors, norm=Normalize(0, top))
+        colors = heat_colors("cividis", bad=NO_VALUE)
+        mesh = heat_map(axes, positive_AN, cmap=colors, norm=Normalize(0, top))
         if len(layers) <= MAX_WRITTEN:
-            for row, column in np.ndindex(share_AN.shape):
-                share = float(share_AN[row, column])
-                write_in_cell(axes, row, column, f"{share:.0%}", is_dark=share < 0.6 * top)
+            _write_shares(axes, share_AN, top)
         axes.set_yticks(range(len(results)), labels=names)
         _name_columns(axes, layers)
         axes.set_xlabel("layer")
@@ -102,8 +107,18 @@ def draw_information_by_layer(results: Sequence[Information], layers: Sequence[i
         return Drawing.from_figure(figure)
 
 
+def _write_shares(axes: Axes, share_AN: np.ndarray, top: float) -> None:
+    """Writes every share into its cell; `top` is the brightest."""
+    for row, column in np.ndindex(share_AN.shape):
+        share = float(share_AN[row, column])
+        is_dark = share < 0.6 * top
+        write_in_cell(axes, row, column, f"{share:.0%}", is_dark=is_dark)
+
+
 def draw_domains(
-    share_DE: Float[np.ndarray, "D E"], uniform: float, domains: Sequence[str]
+    share_DE: Float[np.ndarray, "D E"],
+    uniform: float,
+    domains: Sequence[str],
 ) -> Drawing:
     """Draws how often tokens of each domain visit each expert of a layer, over uniform routing.
 
@@ -115,12 +130,14 @@ def draw_domains(
       uniform: of the same.
       domains: names; of more than `MAX_DOMAINS`, the first are drawn.
     """
-    log_DE = log_ratio(share_DE[:MAX_DOMAINS] / uniform)
+    ratio_DE = share_DE[:MAX_DOMAINS] / uniform
+    log_DE = log_ratio(ratio_DE)
+    num_domains = len(log_DE)
     names = [_short(name) for name in domains[:MAX_DOMAINS]]
     with matplotlib.rc_context(STYLE):
-        figure, axes = new_figure(0.95 + 0.2 * len(log_DE))
+        figure, axes = new_figure(0.95 + 0.2 * num_domains)
         mesh = heat_map(axes, log_DE, cmap=ratio_colors(), norm=Normalize(-2, 2))
-        axes.set_yticks(range(len(log_DE)), labels=names)
+        axes.set_yticks(range(num_domains), labels=names)
         axes.set_xlabel("expert")
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
         ratio_bar(figure, axes, mesh, "share / uniform")
@@ -132,14 +149,21 @@ def information_name(result: Information) -> str:
     name = result.attribute
     if result.given is not None:
         name = f"{name} | {result.given}"
-    return name if result.over == "tokens" else f"{name} ({result.over})"
+    if result.over == "tokens":
+        return name
+    return f"{name} ({result.over})"
 
 
 def _name_columns(axes: Axes, layers: Sequence[int]) -> None:
+    """Names evenly spaced layers below their columns."""
     places = every_nth(len(layers), 8)
-    axes.set_xticks(places, labels=[str(layers[place]) for place in places])
+    labels = [str(layers[place]) for place in places]
+    axes.set_xticks(places, labels=labels)
 
 
 def _short(name: str) -> str:
+    """Returns a name of 18 characters at most."""
     name = legend_name(name)
-    return name if len(name) <= 18 else f"{name[:17]}…"
+    if len(name) <= 18:
+        return name
+    return f"{name[:17]}…"

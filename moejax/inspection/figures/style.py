@@ -101,7 +101,11 @@ class Drawing(str):
         with matplotlib.rc_context(STYLE):
             FigureCanvasAgg(self.figure)
             self.figure.savefig(
-                buffer, format="png", dpi=PNG_DPI, facecolor="white", metadata={"Software": None}
+                buffer,
+                format="png",
+                dpi=PNG_DPI,
+                facecolor="white",
+                metadata={"Software": None},
             )
         return buffer.getvalue()
 
@@ -130,7 +134,8 @@ def new_figure(height: float) -> tuple[Figure, Axes]:
     """Returns an empty chart as wide as a phone; draw it under `STYLE`."""
     layout = ConstrainedLayoutEngine(w_pad=0.04, h_pad=0.04)
     figure = Figure(figsize=(WIDTH, height), dpi=144, facecolor="none", layout=layout)
-    return figure, figure.add_subplot()
+    axes = figure.add_subplot()
+    return figure, axes
 
 
 def svg_bytes(figure: Figure) -> bytes:
@@ -160,7 +165,9 @@ def legend_name(name: str) -> str:
     Matplotlib leaves labels that begin with _ out of a legend.
     """
     name = name.translate(dict.fromkeys(FORBIDDEN, 0xFFFD))
-    return f"./{name}" if name.startswith("_") else name
+    if name.startswith("_"):
+        return f"./{name}"
+    return name
 
 
 def label_steps(axes: Axes, xlabel: str = "training step") -> None:
@@ -181,11 +188,15 @@ def tick_at(axes: Axes, places: np.ndarray) -> None:
         return
     stride = max(1, math.ceil(known.size / MEASURED_TICKS))
     from_last = known[::-1]
-    axes.set_xticks(np.sort(from_last[::stride]))
+    ticks = from_last[::stride]
+    axes.set_xticks(np.sort(ticks))
 
 
 def heat_map(
-    axes: Axes, values: np.ndarray, edges: np.ndarray | None = None, **options: Any
+    axes: Axes,
+    values: np.ndarray,
+    edges: np.ndarray | None = None,
+    **options: Any,
 ) -> Any:
     """Draws cells, the first row on top; masked where they are not finite.
 
@@ -196,11 +207,12 @@ def heat_map(
       options: for `pcolormesh`.
     """
     num_rows, num_columns = values.shape
+    row_edges = np.arange(num_rows + 1) - 0.5
     if edges is None:
         edges = np.arange(num_columns + 1) - 0.5
     mesh = axes.pcolormesh(
         edges,
-        np.arange(num_rows + 1) - 0.5,
+        row_edges,
         np.ma.masked_invalid(values),
         rasterized=True,
         antialiased=False,
@@ -228,16 +240,23 @@ def color_bar(figure: Figure, axes: Axes, mesh: Any, label: str, **more: Any) ->
 
 def ratio_colors() -> Colormap:
     """Returns colours of `log_ratio`: red above 1, blue below, black for 0, grey for NaN."""
-    colors = matplotlib.colormaps["RdBu_r"].resampled(COLORS)
-    return colors.with_extremes(bad=NO_VALUE, under=DEAD)
+    return heat_colors("RdBu_r", bad=NO_VALUE, under=DEAD)
+
+
+def heat_colors(name: str, **extremes: str) -> Colormap:
+    """Returns the colours of a heat map: those of matplotlib's name, and of cells without value."""
+    colors = matplotlib.colormaps[name].resampled(COLORS)
+    return colors.with_extremes(**extremes)
 
 
 def log_ratio(ratio: np.ndarray) -> np.ndarray:
     """Returns base-2 logarithms of ratios, clipped to [-2, 2]; -99, below the scale, for 0."""
+    is_positive = ratio > 0
     log = np.full_like(ratio, np.nan)
-    np.log2(ratio, out=log, where=ratio > 0)
+    np.log2(ratio, out=log, where=is_positive)
     clipped = np.clip(log, -2, 2)
-    return np.where(ratio == 0, -99.0, clipped)
+    is_zero = ratio == 0
+    return np.where(is_zero, -99.0, clipped)
 
 
 def ratio_bar(figure: Figure, axes: Axes, mesh: Any, label: str) -> None:
@@ -251,9 +270,11 @@ def ratio_bar(figure: Figure, axes: Axes, mesh: Any, label: str) -> None:
 def name_rows(axes: Axes, names: Any) -> None:
     """Names the rows of a heat map, evenly spaced ones if there are many."""
     places = every_nth(len(names), MAX_TICKS)
-    axes.set_yticks(places, labels=[str(names[place]) for place in places])
+    labels = [str(names[place]) for place in places]
+    axes.set_yticks(places, labels=labels)
 
 
 def every_nth(number: int, most: int) -> range:
     """Returns evenly spaced indices below `number`, at most `most` of them, from 0 on."""
-    return range(0, number, math.ceil(number / most))
+    stride = math.ceil(number / most)
+    return range(0, number, stride)
