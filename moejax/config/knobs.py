@@ -46,10 +46,18 @@ class Knobs:
     @classmethod
     def from_config(cls, config: Config) -> "Knobs":
         """Returns the knobs as the configuration sets them."""
-        knobs = [field.name for field in dataclasses.fields(cls)]
-        of_moe = [name for name in knobs if name not in NOT_OF_MOE]
+        of_moe = {}
+        for name in cls.names_of_moe():
+            value = getattr(config.moe, name)
+            of_moe[name] = jnp.float32(value)
         return cls(
             seed=jnp.int32(config.train.seed),
             learning_rate=jnp.float32(config.optimizer.learning_rate),
-            **{name: jnp.float32(getattr(config.moe, name)) for name in of_moe},
+            **of_moe,
         )
+
+    @classmethod
+    def names_of_moe(cls) -> list[str]:
+        """Returns the names of the knobs that are leaves of `moe`."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        return [name for name in names if name not in NOT_OF_MOE]

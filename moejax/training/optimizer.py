@@ -18,23 +18,27 @@ def make_optimizer(
     """Makes AdamW with clipping by the global norm.
 
     `update` takes the learning rate of the step as a keyword, and returns what
-    `optax.apply_updates` adds to the parameters. So another optimizer is another choice of the two
-    transformations between the clipping and the rate; its groups of parameters are masks, as that
-    of the decay is.
+    `optax.apply_updates` adds to the parameters.
 
     Args:
       config: the optimizer's leaves.
-      params: parameters with their logical axes; norm scales do not decay.
+      params: parameters with their logical axes.
     """
     clip = optax.identity()
     if config.clip_norm:
         clip = optax.clip_by_global_norm(config.clip_norm)
-    return optax.chain(
-        clip,
-        optax.scale_by_adam(b1=config.beta1, b2=config.beta2),
-        optax.add_decayed_weights(config.weight_decay, mask=decay_mask(params)),
-        scale_by_given_rate(),
-    )
+    return optax.chain(clip, *adamw(config, params), scale_by_given_rate())
+
+
+def adamw(config: OptimizerConfig, params: nnx.State) -> tuple[optax.GradientTransformation, ...]:
+    """Returns the transformations of AdamW, between the clipping and the learning rate.
+
+    Another optimizer is another function like this one. What treats groups of parameters in
+    different ways takes a mask of them, as the decay does.
+    """
+    moments = optax.scale_by_adam(b1=config.beta1, b2=config.beta2)
+    decay = optax.add_decayed_weights(config.weight_decay, mask=decay_mask(params))
+    return moments, decay
 
 
 def scale_by_given_rate() -> optax.GradientTransformationExtraArgs:

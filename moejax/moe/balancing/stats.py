@@ -67,7 +67,7 @@ class RoutingStats:
         accepts; -inf at padding. Not a sum: the step concatenates microbatches.
       routing: the token-level decisions, only when a trace was asked for.
 
-    The last eight are None unless the configuration needs them.
+    Those with a default are None unless the configuration needs them.
     """
 
     num_tokens: jax.Array

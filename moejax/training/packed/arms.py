@@ -35,7 +35,7 @@ def program_of(config: Config) -> Config:
     limit on buffers that are as large as the largest of a pack needs; where experts choose their
     tokens it is a shape.
     """
-    names = [field.name for field in dataclasses.fields(Knobs) if hasattr(config.moe, field.name)]
+    names = Knobs.names_of_moe()
     if config.moe.dispatch != "capacity":
         names.remove("capacity_factor")
     is_on: dict[str, Any] = {name: float(getattr(config.moe, name) != 0) for name in names}
