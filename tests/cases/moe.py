@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from moejax.config import Config, Knobs, MoeConfig
+from moejax.moe.overrides import AS_TRAINED
 from moejax.moe.token_info import TokenInfo
 
 
@@ -14,7 +15,9 @@ def knobs_of(config: MoeConfig, **changes: jax.Array) -> Knobs:
     return dataclasses.replace(Knobs.from_config(Config(moe=config)), **changes)
 
 
-def info_of(config: MoeConfig, mask_BL, factor=None, keys_B=None, trace=False) -> TokenInfo:
+def info_of(
+    config: MoeConfig, mask_BL, factor=None, keys_B=None, trace=False, overrides=AS_TRAINED
+) -> TokenInfo:
     """Of training with a capacity factor; of evaluation where it is None."""
     batch, length = mask_BL.shape
     return TokenInfo(
@@ -24,4 +27,5 @@ def info_of(config: MoeConfig, mask_BL, factor=None, keys_B=None, trace=False) -
         knobs=None if factor is None else knobs_of(config, capacity_factor=jnp.float32(factor)),
         keys_B=keys_B,
         trace=trace,
+        overrides=overrides,
     )

@@ -15,7 +15,7 @@ import pytest
 
 from moejax.cli import VERBS, main
 from moejax.inspection.runs.run import open_run
-from moejax.models import Decoder
+from moejax.models.placement import place_experts
 from moejax.training.run import TrainResult
 
 REPOSITORY = Path(__file__).parents[2]
@@ -164,13 +164,12 @@ def test_eval_with_experts_in_other_places_gives_the_same_figures(
 ):
     _, _, of_training = trained
     placed = []
-    place_experts = Decoder.place_experts
 
-    def record(self, slots):
+    def record(model, slots):
         placed.append(slots)
-        return place_experts(self, slots)
+        return place_experts(model, slots)
 
-    monkeypatch.setattr(Decoder, "place_experts", record)
+    monkeypatch.setattr("moejax.inference.evaluate.place_experts", record)
     command = ["eval", f"--workdir={in_folder}", "--mesh=data=4,expert=2", "--replicas=2", "--json"]
     assert main(command) == 0
     assert [slots.shape for slots in placed] == [(2, 6 + 2 * 2)]

@@ -14,7 +14,8 @@ from cases.moe import info_of
 from cases.training import OTHER_CASES, ROUTER_CASES
 from moejax.config import ROUTER_RULES, MoeConfig
 from moejax.config.sections.moe import derive_moe
-from moejax.moe.layer import BlockError, MoE
+from moejax.moe.layer import MoE
+from moejax.moe.overrides import OverridesError, RoutingOverrides
 from moejax.moe.router import UNRANKED
 from oracle import routers as truth
 
@@ -31,7 +32,7 @@ CASES["groups of three"] = {
 CASES["groups of four"] = {
     "router": "hierarchical", "num_experts": 8, "num_groups": 2, "top_k_groups": 2, "top_k": 4,
 }  # fmt: skip
-CASES["free experts"] = OTHER_CASES["experts"]["moe"] | {
+CASES["zero-computation experts"] = OTHER_CASES["experts"]["moe"] | {
     "expert_dropout": 0.0,
     "shared_combine": "sum",
 }
@@ -68,10 +69,11 @@ def layer_of(case):
 def route(layer, experts):
     """The layer's output and token-level routing without some experts, on the host."""
     is_blocked_E = np.isin(np.arange(layer.config.num_choices), experts)
-    layer.block(is_blocked_E)
+    overrides = RoutingOverrides(is_blocked_E=jnp.asarray(is_blocked_E))
     rng = np.random.default_rng(3)
     x_BLD, mask_BL = jnp.asarray(rng.normal(size=(B, L, D)), jnp.float32), rng.random((B, L)) < 0.85
-    y_BLD, stats = apply(*nnx.split(layer), x_BLD, info_of(layer.config, mask_BL, trace=True))
+    info = info_of(layer.config, mask_BL, trace=True, overrides=overrides)
+    y_BLD, stats = apply(*nnx.split(layer), x_BLD, info)
     return mask_BL.ravel(), np.asarray(y_BLD).reshape(-1, D), jax.device_get(stats)
 
 
@@ -184,12 +186,8 @@ def test_those_who_are_left_share_the_weight_if_the_run_normalises():
 
 @pytest.mark.parametrize("router", UNRANKED)
 def test_a_router_that_ranks_no_experts_refuses(router):
+    layer = layer_of({"router": router} | ROUTER_CASES[router])
     with pytest.raises(
-        BlockError, match=rf"moe.router={router} ranks no expert.*any router but hash, balanced"
+        OverridesError, match=rf"moe.router={router} ranks no expert.*any router but hash, balanced"
     ):
-        layer_of({"router": router} | ROUTER_CASES[router]).block(np.zeros(4, bool))
-
-
-def test_another_number_of_experts_is_an_error():
-    with pytest.raises(BlockError, match=r"shape \(3,\); it must be \(4,\)"):
-        layer_of({}).block(np.zeros(3, bool))
+        route(layer, [])

@@ -338,9 +338,9 @@ def test_a_scheduled_number_of_experts_follows_the_step_after_a_skipped_one():
             experts = output.routing.assignments_E.sum() / output.routing.num_tokens.sum()
             assert experts == active_top_k_at(config, 4, step)
             leaves = jax.tree.leaves_with_path(state.router_state)
-            limits = [array for path, array in leaves if "limit" in str(path)]
+            active = [array for path, array in leaves if "active_top_k" in str(path)]
             expected = active_top_k_at(config, 4, step + 1)
-            assert limits and all((limit == expected).all() for limit in limits)
+            assert active and all((array == expected).all() for array in active)
 
 
 def test_a_run_directory_of_another_configuration_is_refused_by_key(straight):

@@ -24,8 +24,7 @@ def expert_weights(model: Decoder) -> dict[str, Float[np.ndarray, "N E ..."]]:
     """Returns the weights of the experts of all MoE layers, by name.
 
     Args:
-      model: a decoder whose experts are in order, as loaded: `Decoder.place_experts`
-        was not called.
+      model: a decoder whose experts are in order, as loaded, not from `place_experts`.
 
     Returns:
       "up" and, with a gate, "gate" `[N, E, D, F]`, "down" `[N, E, F, D]`; with biases "up_bias" and

@@ -39,7 +39,14 @@ from moejax.inspection.counterfactuals.result import (
     Outcome,
     paired_change,
 )
+from moejax.inspection.counterfactuals.stacks import (
+    bytes_per_intervention,
+    most_at_once,
+    stack_interventions,
+)
 from moejax.models.parameters import count_parameters
+from moejax.models.placement import place_experts
+from moejax.moe.expert_parallel.placement import identity_placement
 from moejax.moe.layer import MoE
 from moejax.training.checkpoints.checkpoint import Checkpoints
 from moejax.training.losses import forward_sums
@@ -139,12 +146,19 @@ def put(module, name, value):
     setattr(module, name, getattr(module, name).replace(value))
 
 
+def run_alone(parts, batch, residuals, edits):
+    """The pass of one intervention."""
+    stacked = jax.tree.map(lambda array: np.asarray(array)[None], edits)
+    (passed,) = parts.run_edited(batch, residuals, stacked, 1)
+    return passed
+
+
 def changed_nats(parts, batch, edits):
-    return float(parts.run_edited(batch, parts.begin(batch), edits).nats_B.sum())
+    return float(run_alone(parts, batch, parts.begin(batch), edits).nats_B.sum())
 
 
-def at(n, function, *arguments):
-    return {n: lambda moe: function(moe, *arguments)}
+def at(parts, n, make_edit, *arguments):
+    return {n: make_edit(parts.moes[n].config, *arguments)}
 
 
 # What comes out
@@ -251,16 +265,15 @@ def test_an_ablation_is_the_model_with_that_expert_edited(parts, loaded, batch, 
     for operate, edit in ((interventions.ablated, zero_output), (interventions.blocked, block)):
         expected = nats_of(edited(loaded.model, edit), batch)
         assert abs(expected - trained) > 0.01
-        assert changed_nats(parts, batch, at(layer, operate, expert)) == pytest.approx(
-            expected, rel=1e-6
-        )
+        found = changed_nats(parts, batch, at(parts, layer, operate, expert))
+        assert found == pytest.approx(expected, rel=1e-6)
 
 
 def test_changes_in_two_layers_are_the_model_with_both_edited(parts, loaded, batch):
     def edit(moe):
         put(moe.experts, "down", moe.experts.down[...].at[0, 1].set(0).at[1, 3].set(0))
 
-    both = at(0, interventions.ablated, 1) | at(1, interventions.ablated, 3)
+    both = at(parts, 0, interventions.ablated, 1) | at(parts, 1, interventions.ablated, 3)
     assert changed_nats(parts, batch, both) == pytest.approx(
         nats_of(edited(loaded.model, edit), batch), rel=1e-6
     )
@@ -270,9 +283,8 @@ def test_no_bias_is_the_model_with_a_bias_of_zero(parts, loaded, batch):
     def edit(moe):
         put(moe, "selection_bias", jnp.zeros_like(moe.selection_bias[...]))
 
-    found = changed_nats(
-        parts, batch, at(0, interventions.without_bias) | at(1, interventions.without_bias)
-    )
+    edits = {0: interventions.without_bias(), 1: interventions.without_bias()}
+    found = changed_nats(parts, batch, edits)
     assert found == pytest.approx(nats_of(edited(loaded.model, edit), batch), rel=1e-6)
     assert found != pytest.approx(nats_of(loaded.model, batch), rel=1e-6)
 
@@ -292,23 +304,28 @@ def test_swapping_weights_equals_swapping_columns_of_the_router(parts, loaded, b
             moe.selection_bias[...].at[0].set(moe.selection_bias[...][0][order_E]),
         )
 
-    found = changed_nats(parts, batch, at(0, interventions.swapped, 0, 3))
+    found = changed_nats(parts, batch, at(parts, 0, interventions.swapped, 0, 3))
     assert found == pytest.approx(nats_of(edited(loaded.model, edit), batch), rel=1e-5)
     assert abs(found - nats_of(loaded.model, batch)) > 0.1
 
 
 def test_swaps_that_cancel_and_merges_of_equal_experts_change_nothing(parts, batch):
+    moe = parts.moes[0]
+    swap = interventions.swapped(moe.config, 0, 2)
+    merge = interventions.merged(moe.config, 1, 2)
+    swapped_twice = swap.apply(swap.apply(moe))
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(swapped_twice), nnx.state(moe))
+    merged = merge.apply(moe)
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(merge.apply(merged)), nnx.state(merged))
     trained = parts.run(batch).nats_B.sum()
-    assert changed_nats(parts, batch, at(0, interventions.swapped, 1, 1)) == trained
-    twice = {1: lambda moe: interventions.swapped(interventions.swapped(moe, 0, 2), 0, 2)}
-    assert changed_nats(parts, batch, twice) == trained
-    equal = {0: lambda moe: interventions.merged(moe, 1, 2)}
-    again = {0: lambda moe: interventions.merged(interventions.merged(moe, 1, 2), 1, 2)}
-    assert changed_nats(parts, batch, equal) == changed_nats(parts, batch, again) != trained
+    with_itself = at(parts, 0, interventions.swapped, 1, 1)
+    assert changed_nats(parts, batch, with_itself) == trained
+    assert changed_nats(parts, batch, {0: merge}) != trained
 
 
 def test_merged_experts_both_have_the_mean_and_the_others_what_they_had(parts):
-    before, after = parts.moes[0].experts, interventions.merged(parts.moes[0], 3, 1).experts
+    moe = parts.moes[0]
+    before, after = moe.experts, interventions.merged(moe.config, 3, 1).apply(moe).experts
     for name in ("gate_up", "down"):
         old, new = (np.asarray(getattr(experts, name)[...]) for experts in (before, after))
         for expert in (1, 3):
@@ -320,17 +337,18 @@ def test_an_intervention_leaves_the_layer_that_it_was_given_as_it_was(parts):
     moe = parts.moes[0]
     graphdef, before = nnx.split(moe)
     before = jax.device_get(before)
-    (
-        interventions.ablated(moe, 1),
-        interventions.swapped(moe, 0, 1),
-        interventions.without_bias(moe),
-        interventions.blocked(moe, 0),
-    )
-    (
+    edits = (
+        interventions.swapped(moe.config, 0, 1),
+        interventions.without_bias(),
         interventions.with_top_k(moe, 1),
         interventions.with_uniform_routing(moe),
-        interventions.with_capacity(moe, 1.0),
     )
+    for edit in edits:
+        changed_graphdef, changed = nnx.split(edit.apply(moe))
+        assert changed_graphdef != graphdef or any(
+            (a != b).any()
+            for a, b in zip(jax.tree.leaves(changed), jax.tree.leaves(before), strict=True)
+        )
     after_graphdef, after = nnx.split(moe)
     assert graphdef == after_graphdef
     jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(after))
@@ -344,7 +362,11 @@ def layer_inputs(moe, width=32):
 
 
 def test_uniform_routing_is_the_mean_of_a_loop_over_experts(parts):
-    moe = interventions.with_uniform_routing(interventions.with_capacity(parts.moes[1], 0.5))
+    moe = nnx.merge(*nnx.split(parts.moes[1]))
+    moe.config = dataclasses.replace(
+        moe.config, dispatch="capacity", eval_capacity_factor=0.5
+    )  # which makes no difference
+    moe = interventions.with_uniform_routing(moe).apply(moe)
     x_BLD, info = layer_inputs(moe)
     y_BLD, stats = jax.jit(moe)(x_BLD, info)
     gate_up_EDPF, down_EFD = (
@@ -361,7 +383,7 @@ def test_uniform_routing_is_the_mean_of_a_loop_over_experts(parts):
 
 
 def test_random_routing_draws_k_different_experts_evenly_with_equal_weights(parts):
-    moe = interventions.with_random_routing(parts.moes[0])
+    moe = interventions.with_random_routing(parts.moes[0]).apply(parts.moes[0])
     x_BLD, info = layer_inputs(moe)
     stats = jax.jit(lambda x, info: moe(x, info)[1])(x_BLD, info)
     mask_T = np.asarray(info.is_token_BL).ravel()
@@ -378,16 +400,68 @@ def test_random_routing_draws_k_different_experts_evenly_with_equal_weights(part
 def test_ablating_other_experts_and_layers_compiles_nothing(parts, batch):
     batch = jax.tree.map(lambda x: x[:3], batch)  # a shape that nothing was compiled for yet
     residuals = parts.begin(batch)
-    for operate in (interventions.blocked, interventions.ablated):
-        parts.run_edited(batch, residuals, at(0, operate, 0))
-    parts.run_edited(batch, residuals, at(0, interventions.swapped, 0, 1))
+
+    def run_stack(n, make_edit, *arguments):
+        edits = [at(parts, n, make_edit, expert, *arguments) for expert in range(E)]
+        stacked = jax.tree.map(lambda *arrays: np.stack(arrays), *edits)
+        return parts.run_edited(batch, residuals, stacked, E)
+
+    for make_edit in (interventions.blocked, interventions.ablated):
+        run_stack(0, make_edit)
+    run_stack(0, interventions.swapped, 0)
     before = passes._apply._cache_size()
     for n in range(N):
-        for expert in range(E):
-            parts.run_edited(batch, residuals, at(n, interventions.blocked, expert))
-            parts.run_edited(batch, residuals, at(n, interventions.ablated, expert))
-            parts.run_edited(batch, residuals, at(n, interventions.swapped, 0, expert))
+        run_stack(n, interventions.blocked)
+        run_stack(n, interventions.ablated)
+        run_stack(n, interventions.merged, 1)
     assert passes._apply._cache_size() == before
+
+
+# Many at once
+# -----------------------------------------------------------------------------
+
+
+def test_interventions_in_stacks_give_what_each_gives_alone(parts, batch):
+    load_NE = np.stack([traffic.load_E for traffic in parts.run(batch).traffic.values()])
+    planned, _ = plan(Layers(parts.moes, range(N), load_NE), KINDS, num_pairs=1)
+    stacks = stack_interventions(planned, 3)
+    residuals = parts.begin(batch)
+    for stack in stacks:
+        together = parts.run_edited(batch, residuals, stack.edits, len(stack.places))
+        for place, passed in zip(stack.places, together, strict=True):
+            alone = run_alone(parts, batch, residuals, planned[place].edits)
+            np.testing.assert_allclose(passed.nats_B, alone.nats_B, rtol=1e-6)
+            assert passed.traffic.keys() == alone.traffic.keys() == planned[place].edits.keys()
+            jax.tree.map(
+                lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6),
+                passed.traffic,
+                alone.traffic,
+            )
+
+
+def test_stacks_are_of_equal_size_and_hold_every_intervention_once(parts):
+    planned, _ = plan(Layers(parts.moes, range(N), np.ones((N, E), int)), KINDS)
+    for most in (1, 3, 100):
+        stacks = stack_interventions(planned, most)
+        places = [place for stack in stacks for place in dict.fromkeys(stack.places)]
+        assert sorted(places) == list(range(len(planned)))
+        assert max(len(stack.places) for stack in stacks) <= most
+    by_size = {}
+    for stack in stack_interventions(planned, 3):
+        kinds = {(planned[place].kind, planned[place].what) for place in stack.places}
+        by_size.setdefault(len(stack.places), set()).update(kinds)
+    # Four ablations of a layer are two stacks of two; of five factors the last is there twice.
+    assert {kind for kind, _ in by_size[2]} == {"ablate", "top_k"}
+    assert {kind for kind, _ in by_size[3]} == {"capacity", "swap", "merge"}
+    assert stack_interventions(planned, 100)[0].places  # all that fit
+
+
+def test_memory_for_a_stack_grows_with_the_batch_and_always_holds_one(parts, batch, monkeypatch):
+    small = jax.tree.map(lambda x: x[:1], batch)
+    assert bytes_per_intervention(parts, batch) > bytes_per_intervention(parts, small) > 0
+    assert most_at_once(parts, small) >= most_at_once(parts, batch) > 1
+    monkeypatch.setattr("moejax.inspection.counterfactuals.stacks.MEMORY", 1)
+    assert most_at_once(parts, batch) == 1
 
 
 # What is left out
@@ -469,10 +543,12 @@ def test_what_a_router_cannot_do_is_left_out_and_the_rest_is_possible(router):
             and change.setting not in CAPACITY_FACTORS[1:]
         ):
 
-            def run(state, x_BLD, info, operate=change.edits[0]):
-                return operate(nnx.merge(graphdef, state))(x_BLD, info)[0]
+            def run(state, x_BLD, info, edit):
+                info = dataclasses.replace(info, overrides=edit.overrides)
+                return edit.apply(nnx.merge(graphdef, state))(x_BLD, info)[0]
 
-            assert jax.eval_shape(run, state, x_BLD, info).shape == x_BLD.shape
+            edited = jax.eval_shape(run, state, x_BLD, info, change.edits[0])
+            assert edited.shape == x_BLD.shape
 
 
 def test_in_a_model_of_different_layers_each_change_is_done_where_it_can_be():
@@ -491,16 +567,14 @@ def test_in_a_model_of_different_layers_each_change_is_done_where_it_can_be():
 def test_a_scheduled_k_counts_and_all_but_identity_experts_are_ablated():
     layers = layers_of(case_config("schedules"))
     assert interventions.chosen_per_token(layers.moes[0]) == 2  # of the state, above
-    assert not interventions.with_top_k(layers.moes[0], 3).is_limited
+    edit = interventions.with_top_k(layers.moes[0], 3)
+    assert edit.overrides.active_top_k == 3
+    edited = edit.apply(layers.moes[0])
+    assert (edited.config.top_k, edited.active_top_k) == (4, None)
     layers = layers_of(case_config("experts", model={"num_layers": 1}))
     changes, left_out = plan(layers, ["ablate"])
     assert left_out == {"ablate: output 0": "the output of identity experts is the token"}
     assert len(changes) == 2 * 8 - 1
-    moe = interventions.ablated(layers.moes[0], 7)
-    np.testing.assert_array_equal(moe.zero_computation_experts.vectors[...][:, 0], [2, 0])
-    np.testing.assert_array_equal(
-        interventions.ablated(layers.moes[0], 2).experts.down_bias[...][:, 0], [2, 2, 0, 2]
-    )
 
 
 # Numbers and files
@@ -619,8 +693,7 @@ def test_requests_that_make_no_sense_are_refused(loaded, monkeypatch):
     dense = dataclasses.replace(loaded, config=small_config(moe={"num_experts": 0}))
     with pytest.raises(CounterfactualError, match="dense model"):
         counterfactuals(dense)
-    placed = nnx.merge(*nnx.split(loaded.model))
-    placed.place_experts(np.tile(np.arange(E), (N, 1)))
+    placed, _ = place_experts(loaded.model, identity_placement(N, E))
     with pytest.raises(CounterfactualError, match="placed elsewhere"):
         Parts(placed)
 

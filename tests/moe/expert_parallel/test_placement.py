@@ -11,6 +11,7 @@ from flax import nnx
 import oracle
 from cases.training import packed_batch, small_config
 from moejax.models import Decoder
+from moejax.models.placement import place_experts
 from moejax.moe.expert_parallel.placement import (
     PlacementError,
     Replicas,
@@ -19,6 +20,7 @@ from moejax.moe.expert_parallel.placement import (
     place,
     place_by_load,
 )
+from moejax.moe.overrides import AS_TRAINED
 from moejax.sharding import make_mesh
 
 
@@ -106,8 +108,8 @@ def test_copies_of_hot_experts_make_even_what_no_order_could():
 
 def test_slots_of_an_expert_are_listed_and_one_without_is_an_error():
     copies = Replicas.from_placement(np.array([[1, 0, 1, 2, 1]]), 3)
-    assert copies.num_NE.tolist() == [[1, 3, 1]]
-    assert copies.slots_NEM.tolist() == [[[1, 1, 1], [0, 2, 4], [3, 3, 3]]]
+    assert copies.num_E.tolist() == [[1, 3, 1]]
+    assert copies.slots_EM.tolist() == [[[1, 1, 1], [0, 2, 4], [3, 3, 3]]]
     for experts_P in ([0, 0, 1], [0, 1, 3], [0, 1, 2, 3]):
         with pytest.raises(PlacementError, match="every one of 3 experts, and no other"):
             Replicas.from_placement(np.array([experts_P]), 3)
@@ -122,7 +124,7 @@ def test_experts_that_do_not_divide_are_an_error():
 
 CASES = {
     "plain": ({}, {}),
-    "every other layer, shared and free experts, biases": (
+    "every other layer, shared and zero-computation experts, biases": (
         {
             "every": 2,
             "num_shared_experts": 1,
@@ -144,53 +146,56 @@ def test_a_model_with_other_places_and_copies_is_the_same_model(case, mesh):
     config = small_config(moe={"num_experts": 8, **moe}, model=model_leaves, mesh=mesh)
     batch = jax.tree.map(jnp.asarray, packed_batch(config))
 
-    def logits(model):
+    def logits(model, overrides=AS_TRAINED):
         graphdef, state = nnx.split(model)
 
-        def run(state, batch):
+        def run(state, batch, overrides):
             y, stats = nnx.merge(graphdef, state)(
-                batch.tokens_BL, batch.segments_BL, batch.positions_BL
+                batch.tokens_BL, batch.segments_BL, batch.positions_BL, overrides=overrides
             )
-            return y, [run.assignments_E for run in stats]
+            return y, [group.assignments_E for group in stats]
 
-        return jax.jit(run)(state, batch)
+        return jax.jit(run)(state, batch, overrides)
 
     model = Decoder(config, rngs=nnx.Rngs(params=0))
     expected = logits(model)
-    model.place_experts(place(loads(0, config.num_moe_layers), 4, replicas=1))
+    placed, overrides = place_experts(model, place(loads(0, config.num_moe_layers), 4, replicas=1))
     with jax.set_mesh(make_mesh(config, jax.devices()[: 8 if mesh else 1])):
-        actual = logits(model)
+        actual = logits(placed, overrides)
     for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         oracle.assert_close(a, e)  # the counts are those of experts, not of slots
 
 
 def test_tokens_take_turns_among_the_copies_of_an_expert():
-    config = small_config(
-        moe={"num_experts": 4, "top_k": 1, "renormalize": False}, model={"num_layers": 1}
-    )
-    model = Decoder(config, rngs=nnx.Rngs(params=0))
-    model.place_experts(np.array([[0, 1, 2, 3, 2, 2]]))
-    moe = next(block for block, _ in model.walk()).ffn
-    assert moe._to_slots(jnp.full((3, 1, 1), 2))[:, 0, 0].tolist() == [
-        2,
-        4,
-        5,
-    ]  # of three sequences that grow
-    slots_BLK = moe._to_slots(jnp.asarray([[[2], [2], [2], [1], [2], [4], [3]]]))
-    assert slots_BLK[0, :, 0].tolist() == [
-        2,
-        4,
-        5,
-        1,
-        4,
-        6,
-        3,
-    ]  # by position; 4 is no expert, and 6 no slot
+    several = Replicas.from_placement(np.array([[0, 1, 2, 3, 2, 2]]), 4)
+    replicas = jax.tree.map(lambda array_N: array_N[0], several)
+    slots_BLK = replicas.slots_of(jnp.full((3, 1, 1), 2), 6)
+    assert slots_BLK[:, 0, 0].tolist() == [2, 4, 5]  # of three sequences that grow
+    slots_BLK = replicas.slots_of(jnp.asarray([[[2], [2], [2], [1], [2], [4], [3]]]), 6)
+    # By position; 4 is no expert, and 6 no slot.
+    assert slots_BLK[0, :, 0].tolist() == [2, 4, 5, 1, 4, 6, 3]
 
 
 def test_a_model_cannot_be_placed_by_another_number_of_layers_or_if_its_experts_choose():
+    model = Decoder(small_config(), rngs=nnx.Rngs(params=0))
     with pytest.raises(PlacementError, match="3 layers are placed, and the model has 2"):
-        Decoder(small_config(), rngs=nnx.Rngs(params=0)).place_experts(identity_placement(3, 4))
+        place_experts(model, identity_placement(3, 4))
     soft = small_config(moe={"router": "soft", "allow_noncausal": True})
     with pytest.raises(PlacementError, match="choose tokens"):
-        Decoder(soft, rngs=nnx.Rngs(params=0)).place_experts(identity_placement(2, 4))
+        place_experts(Decoder(soft, rngs=nnx.Rngs(params=0)), identity_placement(2, 4))
+
+
+def test_experts_in_slots_go_with_their_overrides_and_the_model_stays_as_it_is():
+    config = small_config()
+    model = Decoder(config, rngs=nnx.Rngs(params=0))
+    before = jax.device_get(nnx.state(model))
+    placed, overrides = place_experts(model, identity_placement(2, 4)[:, ::-1])
+    jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(nnx.state(model)))
+    batch = jax.tree.map(jnp.asarray, packed_batch(config))
+    inputs = (batch.tokens_BL, batch.segments_BL, batch.positions_BL)
+    with pytest.raises(PlacementError, match="give the overrides that `place_experts` returned"):
+        jax.eval_shape(placed, *inputs)
+    with pytest.raises(PlacementError, match="use the model that `place_experts` returned"):
+        jax.eval_shape(lambda: model(*inputs, overrides=overrides))
+    with pytest.raises(PlacementError, match="in the slots of a placement already"):
+        place_experts(placed, identity_placement(2, 4))
