@@ -147,6 +147,8 @@ def test_another_optimizer_takes_the_place_of_adam(name, monkeypatch):
         for _ in range(4):
             state, output = step(state, batch, Knobs.from_config(config))
             losses.append(float(output.scalars["loss/lm"]))
+    _, own_state, *_ = state.opt_state
+    assert type(own_state) is type(OTHERS[name].init({}))
     assert losses[-1] < losses[0] and int(state.skipped) == 0
     changed = jax.tree.map(lambda old, new: bool(np.any(old != new)), before, state.params)
     assert all(jax.tree.leaves(changed))
