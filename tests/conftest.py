@@ -57,6 +57,13 @@ def _compiled_programs_last_for_a_file(request):
             value.cache_clear()
     jax.clear_caches()
     gc.collect()
+    gc.freeze()  # what is left stays; to look through it again and again took half a second a file
+
+
+def pytest_collection_finish():
+    """All modules are imported: their objects stay, and no garbage is looked for among them."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items):

@@ -76,11 +76,8 @@ def test_there_are_notebooks():
     assert len(PATHS) == 5
 
 
-@pytest.mark.parametrize(
-    "path",
-    [PATHS[0], *(pytest.param(path, marks=pytest.mark.slow) for path in PATHS[1:])],
-    ids=lambda path: path.stem,
-)
+@pytest.mark.slow
+@of_each
 def test_a_notebook_runs_from_top_to_bottom(path, environment, tmp_path):
     notebook = nbformat.read(path, as_version=4)
     cells = code_cells(notebook)

@@ -27,11 +27,11 @@ ACCUMULATED = {
     "experts",
 }
 
-# What another router could change in a step: a bias that follows global counts, sums over tokens
-# of all microbatches, experts that choose, experts of every kind, and slots of the whole batch. The
-# rest differ from these in a router that is a function of each token or sequence alone, or in
-# settings that one device sees, too: their whole steps are compared by `make test-slow`.
-ALWAYS = {"sigmoid_topk", "quantile", "expert_choice", "experts", "capacity of all"}
+# What another case could change in a step: a bias that follows global counts, sums over the tokens
+# of all microbatches, experts that choose, and slots of the whole batch. The rest differ from these
+# in what is a function of each token or sequence alone: their whole steps are compared by
+# `make test-slow`.
+ALWAYS = {"sigmoid_topk", "quantile", "expert_choice", "capacity of all"}
 
 each_case = pytest.mark.parametrize(
     "case",

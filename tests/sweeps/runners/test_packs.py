@@ -172,6 +172,7 @@ def test_a_stopped_sweep_saves_and_goes_on_with_more_arms(undisturbed, data, tmp
     assert "holds a sweep with 2 arms that this one does not have" in errors
 
 
+@pytest.mark.slow
 def test_a_search_draws_trains_prunes_and_records(data, tmp_path):
     often = [flag.replace("eval_every=60", "eval_every=20") for flag in SMALL_RUN]
     arguments = [

@@ -242,7 +242,10 @@ with open(sys.argv[1] + "/checkpoints/0/model/" + sys.argv[2], "r+b") as file:
 """
 
 
-@pytest.mark.parametrize("name", ["manifest.ocdbt", "array_metadatas/process_0"])
+@pytest.mark.parametrize(
+    "name",
+    ["manifest.ocdbt", pytest.param("array_metadatas/process_0", marks=pytest.mark.slow)],
+)
 def test_only_the_first_of_several_failed_reads_is_reported(saved, tmp_path, name):
     workdir = copy_of(saved[1], tmp_path)
     command = [sys.executable, "-c", RESTORE_AGAIN_AND_AGAIN, str(workdir), name]

@@ -251,7 +251,7 @@ def noting(calls, name, function):
     return noted
 
 
-@pytest.mark.parametrize("log_every", [2, 12])
+@pytest.mark.parametrize("log_every", [2, pytest.param(12, marks=pytest.mark.slow)])
 def test_a_rule_that_stops_a_run_saves_it_and_lets_it_go_on_without_the_rule(
     tmp_path, monkeypatch, log_every
 ):

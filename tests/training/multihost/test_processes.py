@@ -68,10 +68,10 @@ def recipe_config(folder):
             "directory": str(folder / "data"),
         },
         train={
-            "num_steps": 60,
+            "num_steps": 32,
             "batch_size": 8,
             "log_every": 1,
-            "eval_every": 30,
+            "eval_every": 16,
             "checkpoint_every": 8,
             "step_limit_s": 100.0,
         },
@@ -303,7 +303,7 @@ def test_when_a_process_is_killed_the_others_fail_within_a_minute(killed):
 
 def test_the_loss_curve_is_that_of_one_process_bit_for_bit(alone, finished):
     assert curve(finished[0]) == curve(alone)
-    assert len(curve(alone)) == 62  # 60 steps and two evaluations
+    assert len(curve(alone)) == 34  # 32 steps and two evaluations
     evaluated = [line for line in curve(alone) if "eval/loss" in line]
     assert len(evaluated) == 2
     assert all({"eval/loss/lower", "eval/loss/upper"} <= line.keys() for line in evaluated)
@@ -316,7 +316,7 @@ def test_the_loss_curve_is_that_of_one_process_bit_for_bit(alone, finished):
 def test_the_state_is_that_of_one_process_bit_for_bit(folder, alone, finished):
     setup = make(recipe_config(folder), 4)
     states = [
-        Checkpoints(workdir, setup, read_only=True).restore(60) for workdir in (finished[0], alone)
+        Checkpoints(workdir, setup, read_only=True).restore(32) for workdir in (finished[0], alone)
     ]
     for a, b in zip(*map(jax.tree.leaves, states), strict=True):
         np.testing.assert_array_equal(a, b)
@@ -325,7 +325,7 @@ def test_the_state_is_that_of_one_process_bit_for_bit(folder, alone, finished):
 def test_the_launcher_names_the_logs_and_process_0_prints_one_document(finished):
     workdir, printed, logs = finished
     assert re.search(r"job \d+: logs .*_log.out, .*_log.err", printed)
-    assert json.loads(logs[logs.index("{\n") : logs.index("\n}") + 2])["steps"] == 60
+    assert json.loads(logs[logs.index("{\n") : logs.index("\n}") + 2])["steps"] == 32
     assert logs.count('"steps"') == 1
     assert f"moejax report --workdir={workdir} writes it" in logs
     assert "Gloo" not in logs[logs.index("{\n") : logs.index("\n}")]

@@ -170,6 +170,7 @@ def test_arms_of_a_pack_differ_and_a_run_directory_opens_like_any_other(packed):
     assert open_run(workdirs[0]).config["train"]["num_steps"] == 50
 
 
+@pytest.mark.slow
 def test_a_pack_that_was_stopped_continues_exactly(packed, tmp_path):
     configs, workdirs, _ = packed
     again = [tmp_path / f"arm{i}" for i in range(3)]
@@ -356,7 +357,7 @@ for _name, _spec in LOSS_SPECS.items():
 
 @pytest.mark.parametrize(
     "router",
-    [pytest.param(name, marks=[pytest.mark.slow] * (name == "noisy_topk")) for name in KNOB_CASES],
+    [pytest.param(name, marks=[pytest.mark.slow] * (name != "switch")) for name in KNOB_CASES],
 )
 def test_every_knob_acts_in_its_own_arm_alone(router):
     # What one arm has, the other must have, too, or no program fits both.
