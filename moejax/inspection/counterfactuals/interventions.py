@@ -51,7 +51,7 @@ class LayerEdit:
             function, *arguments = self.structure
             moe = function(moe, *arguments)
         if self.sources_2E is not None:
-            moe = _with_weights_of(moe, self.sources_2E)
+            moe = _with_weights_of(moe, jnp.asarray(self.sources_2E))
         return moe
 
 
