@@ -104,7 +104,9 @@ def _default_length(loaded: LoadedRun, prompts: list[str]) -> int:
     lengths = [len(encode(prompt)) for prompt in prompts]
     longest = 1 + max(lengths)  # with the begin-of-document token
     room = loaded.config.data.seq_len - longest
-    return min(MAX_TOKENS, room) if room > 0 else MAX_TOKENS
+    if room <= 0:
+        return MAX_TOKENS
+    return min(MAX_TOKENS, room)
 
 
 def _stream(model, tokenizer, prompt: str, sampling: dict) -> None:
