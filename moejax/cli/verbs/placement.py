@@ -29,7 +29,10 @@ def define(values: FlagValues, arguments: list[str]) -> None:
     define_workdir(values)
     define_json(values)
     flags.DEFINE_integer(
-        "devices", None, "that share the experts; default as in the run", flag_values=values
+        "devices",
+        None,
+        "that share the experts; default as in the run",
+        flag_values=values,
     )
     flags.DEFINE_integer("replicas", 1, "spare slots of each device for copies", flag_values=values)
     flags.DEFINE_integer("step", None, "of an evaluation; default the newest", flag_values=values)
