@@ -250,6 +250,7 @@ def send_buffers(
     local = choice_1R.for_experts(scope.first, scope.num_experts)
     local = dataclasses.replace(local, max_choices=buffers.max_choices)
     y_1RD, num_overflow = run_received(x_RD[None], local, weights)
+    # The exchange is its own inverse: outputs come back to the rows that were sent.
     y_RD = exchange_buffers(y_1RD[0])
     y_TD = add_up(y_RD, packed.plan)
     return Returned(y_TD[None], packed.is_overflow_TK, num_overflow)
