@@ -12,7 +12,11 @@ from moejax.benchmarks.timing import Peaks
 
 
 def bench_decode(
-    shape: Shape, implementations: list[str], dtype: str, repetitions: int, peaks: Peaks
+    shape: Shape,
+    implementations: list[str],
+    dtype: str,
+    repetitions: int,
+    peaks: Peaks,
 ) -> list[dict[str, Any]]:
     """Returns rows of `bench_layer` for the forward pass, and their ratio to reading the weights.
 

@@ -67,13 +67,22 @@ def define_processes(values: FlagValues) -> None:
         flag_values=values,
     )
     flags.DEFINE_string(
-        "coordinator", "", "HOST:PORT at which process 0 listens to the others", flag_values=values
+        "coordinator",
+        "",
+        "HOST:PORT at which process 0 listens to the others",
+        flag_values=values,
     )
     flags.DEFINE_integer(
-        "num_processes", None, "with --coordinator: how many there are", flag_values=values
+        "num_processes",
+        None,
+        "with --coordinator: how many there are",
+        flag_values=values,
     )
     flags.DEFINE_integer(
-        "process_id", None, "with --coordinator: which one this is, from 0", flag_values=values
+        "process_id",
+        None,
+        "with --coordinator: which one this is, from 0",
+        flag_values=values,
     )
     flags.DEFINE_float(
         "wait_s",
@@ -99,7 +108,10 @@ def distributed_context(values: FlagValues, verb: str) -> contextlib.AbstractCon
     if values.coordinator:
         _check_coordinator(values)
         return _initialize_distributed(
-            values.coordinator, values.num_processes, values.process_id, values.wait_s
+            values.coordinator,
+            values.num_processes,
+            values.process_id,
+            values.wait_s,
         )
     for flag, value in _given_numbers(values).items():
         if value is not None:
@@ -257,10 +269,16 @@ def define_text(values: FlagValues) -> None:
         flag_values=values,
     )
     flags.DEFINE_string(
-        "data.files", "", "where the text of data.source=files is now", flag_values=values
+        "data.files",
+        "",
+        "where the text of data.source=files is now",
+        flag_values=values,
     )
     flags.DEFINE_string(
-        "data.source_dir", "", "where the dataset of data.source=tfds is now", flag_values=values
+        "data.source_dir",
+        "",
+        "where the dataset of data.source=tfds is now",
+        flag_values=values,
     )
 
 
@@ -274,7 +292,10 @@ def read_text_places(values: FlagValues) -> TextPlaces:
 def define_json(values: FlagValues) -> None:
     """Defines `--json`."""
     flags.DEFINE_bool(
-        "json", False, "print one JSON document instead of a table", flag_values=values
+        "json",
+        False,
+        "print one JSON document instead of a table",
+        flag_values=values,
     )
 
 

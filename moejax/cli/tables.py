@@ -63,7 +63,10 @@ def print_table(rows: Sequence[Mapping[str, Any]], title: str) -> None:
 
 
 def summary_rows(
-    config: Config, parameters: ParameterCount, result: TrainResult, report: Path | None
+    config: Config,
+    parameters: ParameterCount,
+    result: TrainResult,
+    report: Path | None,
 ) -> dict[str, Any]:
     """Returns what `moejax train` prints at the end."""
     rows: dict[str, Any] = {

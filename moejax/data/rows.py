@@ -234,19 +234,24 @@ def _write(folder: Path, source: Source, tokenizer: Tokenizer, seq_len: int) -> 
             rows[split] = _counted(pack(streams, seq_len), split, counts[split])
         write_rows(folder, rows, seq_len)
     labels_files = sorted(folder.glob("documents.*.jsonl"))
+    digests = {path.name: digest_of(path) for path in labels_files}
+    splits = {split: dataclasses.asdict(count) for split, count in counts.items()}
     manifest: dict[str, Any] = {
         "seq_len": seq_len,
         "tokenizer": tokenizer.fingerprint,
         "source": source.identity,
         "files": file_sizes(folder),
-        "digests": {path.name: digest_of(path) for path in labels_files},
-        "splits": {split: dataclasses.asdict(count) for split, count in counts.items()},
+        "digests": digests,
+        "splits": splits,
     }
     write_manifest(folder, manifest)
 
 
 def _streams(
-    documents: Iterator[Document], tokenizer: Tokenizer, split: str, counts: _Counts
+    documents: Iterator[Document],
+    tokenizer: Tokenizer,
+    split: str,
+    counts: _Counts,
 ) -> Iterator[list[int]]:
     """Yields the ids of each document, counted as they pass; reports progress now and then."""
     reported = time.monotonic()

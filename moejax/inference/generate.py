@@ -81,7 +81,11 @@ def generate(
     cache = decoder.init_cache(batch, _round_up(padded_length + max_tokens))
     sampling = Sampling.from_settings(temperature, top_p, _sequence_keys(seed, batch))
     next_B, positions_B, cache = prefill(
-        decoder, jnp.asarray(tokens_BL), jnp.asarray(lengths_B), cache, sampling
+        decoder,
+        jnp.asarray(tokens_BL),
+        jnp.asarray(lengths_B),
+        cache,
+        sampling,
     )
     is_done_B = np.zeros(batch, bool)
     for step in range(max_tokens):

@@ -92,6 +92,7 @@ def _forward_rows(activate, groups: Groups, inputs: Inputs, *, keep: bool):
             projected_bP = _dot(x_bD, gate_up_DP, 1, 0)
             projections = _split(projected_bP, down_FD.shape[0])
             hidden_bF = activate(projections)
+            # The product is linear, so that weighting its input weighs the output.
             weight_b = dynamic_slice(weight_R, row, size)
             weighted_bF = hidden_bF * weight_b[:, None]
             y_bD = _dot(weighted_bF, down_FD, 1, 0)

@@ -162,6 +162,9 @@ def _tpu_devices(target: Target, topology: str):
 def _gpu_devices(target: Target, topology: str):
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # of the driver
     description = topologies.get_topology_desc(
-        topology, "cuda", topology=topology, target_config=target.properties
+        topology,
+        "cuda",
+        topology=topology,
+        target_config=target.properties,
     )
     return description.devices

@@ -120,7 +120,11 @@ def define(values: FlagValues, arguments: list[str]) -> None:
         flag_values=values,
     )
     flags.DEFINE_enum(
-        "target", None, [*TARGETS], "compiled, compiled_step: the device", flag_values=values
+        "target",
+        None,
+        [*TARGETS],
+        "compiled, compiled_step: the device",
+        flag_values=values,
     )
     flags.DEFINE_string(
         "topology",
@@ -135,10 +139,16 @@ def define(values: FlagValues, arguments: list[str]) -> None:
         flag_values=values,
     )
     flags.DEFINE_string(
-        "csv", "", "layer, decode, compiled: a file to write the rows to", flag_values=values
+        "csv",
+        "",
+        "layer, decode, compiled: a file to write the rows to",
+        flag_values=values,
     )
     flags.DEFINE_string(
-        "plot", "", "layer: a file for a picture of the ratios (.svg)", flag_values=values
+        "plot",
+        "",
+        "layer: a file for a picture of the ratios (.svg)",
+        flag_values=values,
     )
 
 
@@ -154,7 +164,10 @@ def _define_layers(values: FlagValues) -> None:
     )
     names = ", ".join(layer.implementations_of(layer.PRESETS["mixtral"]))
     flags.DEFINE_list(
-        "implementations", [], f"layer, decode, compiled: some of {names}", flag_values=values
+        "implementations",
+        [],
+        f"layer, decode, compiled: some of {names}",
+        flag_values=values,
     )
     flags.DEFINE_enum(
         "dtype",

@@ -27,7 +27,10 @@ def define(values: FlagValues, arguments: list[str]) -> None:
     define_config(values, arguments)
     define_json(values)
     flags.DEFINE_bool(
-        "all", False, "show every setting, not only those that differ", flag_values=values
+        "all",
+        False,
+        "show every setting, not only those that differ",
+        flag_values=values,
     )
     flags.DEFINE_bool(
         "markdown",

@@ -42,7 +42,10 @@ def define(values: FlagValues, arguments: list[str]) -> None:
     define_json(values)
     flags.DEFINE_integer("step", None, "a saved step; default the newest", flag_values=values)
     flags.DEFINE_integer(
-        "rows", None, "validation rows, spread over the split; default all", flag_values=values
+        "rows",
+        None,
+        "validation rows, spread over the split; default all",
+        flag_values=values,
     )
     flags.DEFINE_list("kinds", list(KINDS), "kinds of change", flag_values=values)
     flags.DEFINE_string("csv", "", "also write all outcomes to this file", flag_values=values)

@@ -36,7 +36,10 @@ def define(values: FlagValues, arguments: list[str]) -> None:
     define_workdir(values)
     define_json(values)
     flags.DEFINE_multi_string(
-        "prompt", None, "text to continue; repeat it for a batch", flag_values=values
+        "prompt",
+        None,
+        "text to continue; repeat it for a batch",
+        flag_values=values,
     )
     flags.DEFINE_integer(
         "max_tokens",
@@ -45,7 +48,10 @@ def define(values: FlagValues, arguments: list[str]) -> None:
         flag_values=values,
     )
     flags.DEFINE_float(
-        "temperature", 0.7, "0 always takes the most probable token", flag_values=values
+        "temperature",
+        0.7,
+        "0 always takes the most probable token",
+        flag_values=values,
     )
     flags.DEFINE_float(
         "top_p",
@@ -104,7 +110,9 @@ def _default_length(loaded: LoadedRun, prompts: list[str]) -> int:
     lengths = [len(encode(prompt)) for prompt in prompts]
     longest = 1 + max(lengths)  # with the begin-of-document token
     room = loaded.config.data.seq_len - longest
-    return min(MAX_TOKENS, room) if room > 0 else MAX_TOKENS
+    if room <= 0:
+        return MAX_TOKENS
+    return min(MAX_TOKENS, room)
 
 
 def _stream(model, tokenizer, prompt: str, sampling: dict) -> None:

@@ -7,7 +7,7 @@ figures are the largest load of a device over the mean: 1 is even. `moejax eval 
 --replicas=1` evaluates the model in that placement.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +29,10 @@ def define(values: FlagValues, arguments: list[str]) -> None:
     define_workdir(values)
     define_json(values)
     flags.DEFINE_integer(
-        "devices", None, "that share the experts; default as in the run", flag_values=values
+        "devices",
+        None,
+        "that share the experts; default as in the run",
+        flag_values=values,
     )
     flags.DEFINE_integer("replicas", 1, "spare slots of each device for copies", flag_values=values)
     flags.DEFINE_integer("step", None, "of an evaluation; default the newest", flag_values=values)
@@ -48,17 +51,13 @@ def run(values: FlagValues, rest: list[str]) -> None:
         raise UsageError(
             f"--devices={devices} must be at least 2: how many devices share the experts, such as 4"
         )
-    load_NE = newest_evaluation(workdir, values.step)["load"][:, : config.moe.num_experts]
+    evaluation = newest_evaluation(workdir, values.step)
+    load_NE = evaluation["load"][:, : config.moe.num_experts]
     maps = {"in order": identity_placement(*load_NE.shape), "placed": place(load_NE, devices)}
     if values.replicas:
         maps["placed, with copies"] = place(load_NE, devices, values.replicas)
     worst_N_of = {name: imbalance(load_NE, map_NP, devices) for name, map_NP in maps.items()}
-    rows = []
-    for i, layer in enumerate(config.moe_layers):
-        figures = {name: round(float(worst_N[i]), 3) for name, worst_N in worst_N_of.items()}
-        rows.append({"layer": str(layer), **figures})
-    figures = {name: round(float(worst_N.max()), 3) for name, worst_N in worst_N_of.items()}
-    rows.append({"layer": "worst", **figures})
+    rows = _rows(config.moe_layers, worst_N_of)
     if values.json:
         print(to_json(rows, indent=2))
         return
@@ -66,6 +65,20 @@ def run(values: FlagValues, rest: list[str]) -> None:
     print_table(rows, title)
     if values.replicas:
         _explain(config.moe_layers, load_NE, maps["placed, with copies"], devices, values.replicas)
+
+
+def _rows(
+    layers: Sequence[int],
+    worst_N_of: Mapping[str, np.ndarray],
+) -> list[dict[str, str | float]]:
+    """Returns the figures of each layer by the name of a placement, and those of the worst one."""
+    rows: list[dict[str, str | float]] = [{"layer": str(layer)} for layer in layers]
+    worst: dict[str, str | float] = {"layer": "worst"}
+    for name, worst_N in worst_N_of.items():
+        for row, figure in zip(rows, worst_N.tolist(), strict=True):
+            row[name] = round(figure, 3)
+        worst[name] = round(float(worst_N.max()), 3)
+    return [*rows, worst]
 
 
 def _check_experts(config: Config, workdir: Path) -> None:
@@ -81,17 +94,23 @@ def _check_experts(config: Config, workdir: Path) -> None:
 
 
 def _explain(
-    layers: Sequence[int], load_NE: np.ndarray, placed_NP: np.ndarray, devices: int, replicas: int
+    layers: Sequence[int],
+    load_NE: np.ndarray,
+    placed_NP: np.ndarray,
+    devices: int,
+    replicas: int,
 ) -> None:
     """Prints in which layers replicas would not help, and what their slots hold instead."""
     placed_N = imbalance(load_NE, placed_NP, devices)
-    replicated_N = imbalance(load_NE, place_by_load(load_NE, devices, replicas), devices)
-    useless = np.flatnonzero(replicated_N > placed_N).tolist()
+    replicated_NP = place_by_load(load_NE, devices, replicas)
+    replicated_N = imbalance(load_NE, replicated_NP, devices)
+    useless = []
+    for layer, replicated, placed in zip(layers, replicated_N, placed_N, strict=True):
+        if replicated > placed:
+            useless.append(f"layer {layer}: {replicated:.3f} with, {placed:.3f} without")
     if not useless:
         return
-    figures = ", ".join(
-        f"layer {layers[i]}: {replicated_N[i]:.3f} with, {placed_N[i]:.3f} without" for i in useless
-    )
+    figures = ", ".join(useless)
     print(
         f"Copies would make some layers less even ({figures}): a copy takes an equal share of its "
         "expert's load to a device, which may have enough. There spare slots repeat experts of "

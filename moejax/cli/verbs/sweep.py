@@ -86,11 +86,17 @@ def define(values: FlagValues, arguments: list[str]) -> None:
     define_config(values, arguments)
     define_json(values)
     flags.DEFINE_string(
-        "dir", "", "the sweep's folder; default runs/sweep_NAME-OF-THE-RECIPE", flag_values=values
+        "dir",
+        "",
+        "the sweep's folder; default runs/sweep_NAME-OF-THE-RECIPE",
+        flag_values=values,
     )
     flags.DEFINE_bool("dry-run", False, "check and list all arms, and stop", flag_values=values)
     flags.DEFINE_integer(
-        "seeds", None, "each point with that many seeds, from 0", flag_values=values
+        "seeds",
+        None,
+        "each point with that many seeds, from 0",
+        flag_values=values,
     )
     flags.DEFINE_enum(
         "match",
@@ -100,10 +106,17 @@ def define(values: FlagValues, arguments: list[str]) -> None:
         flag_values=values,
     )
     flags.DEFINE_enum(
-        "adjust", "width", ["width", "steps"], "with --match: what is changed", flag_values=values
+        "adjust",
+        "width",
+        ["width", "steps"],
+        "with --match: what is changed",
+        flag_values=values,
     )
     flags.DEFINE_integer(
-        "pack", 8, "arms that train side by side, at most; 1: none", flag_values=values
+        "pack",
+        8,
+        "arms that train side by side, at most; 1: none",
+        flag_values=values,
     )
     _define_runners(values)
     flags.DEFINE_string("cores", "", "work: CPU cores to run on, such as 0,1", flag_values=values)
@@ -121,7 +134,10 @@ def _define_runners(values: FlagValues) -> None:
         flag_values=values,
     )
     flags.DEFINE_integer(
-        "minutes", 240, "--runner=slurm: of a job, which is queued again", flag_values=values
+        "minutes",
+        240,
+        "--runner=slurm: of a job, which is queued again",
+        flag_values=values,
     )
     flags.DEFINE_string("partition", "", "--runner=slurm", flag_values=values)
     flags.DEFINE_string("account", "", "--runner=slurm", flag_values=values)

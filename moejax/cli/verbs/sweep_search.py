@@ -44,7 +44,11 @@ log = logging.getLogger("moejax")
 def define_search(values: FlagValues) -> None:
     """Flags of searches."""
     flags.DEFINE_enum(
-        "search", "", ["", "random", "tpe"], "draw points instead of taking all", flag_values=values
+        "search",
+        "",
+        ["", "random", "tpe"],
+        "draw points instead of taking all",
+        flag_values=values,
     )
     flags.DEFINE_integer("trials", 20, "--search: how many points", flag_values=values)
     flags.DEFINE_enum(

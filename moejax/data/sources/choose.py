@@ -86,7 +86,11 @@ def _domains(data: DataConfig) -> Source:
 
 
 def _built(
-    data: DataConfig, builder: Any, identity: str, features: Callable[[], Any], **arguments: Any
+    data: DataConfig,
+    builder: Any,
+    identity: str,
+    features: Callable[[], Any],
+    **arguments: Any,
 ) -> Source:
     """Returns the documents of one of our own builders, which is run once."""
     digest = hashlib.sha256(f"{DOCUMENTS_VERSION} {identity}".encode()).hexdigest()
@@ -141,7 +145,8 @@ def _tfds(data: DataConfig) -> Source:
 
 
 def _read_documents(
-    examples: "Examples", keep: Callable[[int], bool] = lambda index: True
+    examples: "Examples",
+    keep: Callable[[int], bool] = lambda index: True,
 ) -> Iterator[Document]:
     """Yields the examples whose index is kept: `text`, and `name` and `domain` if there are any."""
     for index in filter(keep, range(len(examples))):

@@ -123,7 +123,8 @@ with tfds.core.registered.skip_registration():
             return generators
 
         def _generate_examples(
-            self, documents: list[dict[str, str]]
+            self,
+            documents: list[dict[str, str]],
         ) -> Iterator[tuple[str, dict[str, str]]]:
             for document in documents:
                 key = f"{document['domain']}/{document['name']}"

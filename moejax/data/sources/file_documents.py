@@ -180,7 +180,10 @@ def _check_characters(text: str, place: Place) -> None:
 
 
 def _no_field(
-    where: str, text_field: str, fields: Sequence[str], texts: Sequence[str]
+    where: str,
+    text_field: str,
+    fields: Sequence[str],
+    texts: Sequence[str],
 ) -> DataError:
     """Returns the error for a missing field of text.
 

@@ -83,7 +83,9 @@ def write_rows(folder: Path, rows: Mapping[str, Iterator[Row]], seq_len: int) ->
 
 
 def _write_examples(
-    path: Path, examples: Iterator[Row], features: tfds.features.FeaturesDict
+    path: Path,
+    examples: Iterator[Row],
+    features: tfds.features.FeaturesDict,
 ) -> None:
     from array_record.python.array_record_module import ArrayRecordWriter
 
@@ -174,7 +176,11 @@ class Rows:
         if not paths:
             raise DataError(f"{folder}: {split}: its files are missing; {remedy}")
         self._examples = Examples(
-            paths, row_features(seq_len), f"{folder}: {split}", remedy, word="row"
+            paths,
+            row_features(seq_len),
+            f"{folder}: {split}",
+            remedy,
+            word="row",
         )
 
     def __len__(self) -> int:

@@ -42,7 +42,10 @@ def expert_weights(model: Decoder) -> dict[str, Float[np.ndarray, "N E ..."]]:
             f"moe.per_layer={model.config.moe.per_layer!r} gives MoE layers experts of different "
             f"shapes, {shapes}; use a model whose experts are alike"
         )
-    return {name: np.stack([layer[name] for layer in layers]) for name in layers[0]}
+    stacked = {}
+    for name in layers[0]:
+        stacked[name] = np.stack([layer[name] for layer in layers])
+    return stacked
 
 
 def _shapes_of(layer: dict[str, np.ndarray]) -> dict[str, tuple[int, ...]]:
@@ -65,7 +68,8 @@ def _weights_of(moe: MoE) -> dict[str, np.ndarray]:
 
 
 def expert_outputs(
-    model: Decoder, tokens_BL: Int[np.ndarray, "B L"]
+    model: Decoder,
+    tokens_BL: Int[np.ndarray, "B L"],
 ) -> Float32[np.ndarray, "N E T D"]:
     """Returns the outputs of every expert of every MoE layer for the same tokens.
 

@@ -27,7 +27,7 @@ def count_assignments(
         all would sort all.
     """
     # Comparing sorted ids with each boundary needs no [T, K, E] array and no scatter.
-    experts_PR = experts_TK.reshape(num_parts, -1)
+    experts_PR = experts_TK.reshape(num_parts, -1)  # a row for each device
     sorted_PR = jnp.sort(experts_PR, axis=1)
 
     def find_ends(sorted_R):

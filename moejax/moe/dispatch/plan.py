@@ -60,6 +60,7 @@ def plan_dropless(
     num_choices = experts_TK.size
     experts_S = experts_TK.reshape(num_choices)
     expert_S, choice_S = _sort_with_index(experts_S, num_experts)
+    # `choice_S` says which choice is in a row; its inverse, in which row a choice is.
     row_S = _inverse(choice_S)
     num_rows = num_choices
     if max_rows is not None:
@@ -112,6 +113,7 @@ def plan_capacity(
     place_BS = jax.vmap(find_places)(experts_BS)
     sequence_B1 = jnp.arange(batch)[:, None]
     is_kept_BS = (experts_BS < num_experts) & (place_BS < slots)
+    # Rows are expert by expert, within an expert sequence by sequence.
     first_slot_BS = (experts_BS * batch + sequence_B1) * slots
     slot_BS = first_slot_BS + place_BS
     row_BS = jnp.where(is_kept_BS, slot_BS, num_rows)

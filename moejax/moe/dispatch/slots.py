@@ -93,6 +93,7 @@ def _is_late(experts_LK: jax.Array, rule: SlotRule) -> jax.Array:
     is_full_S = has_limit_before_S & is_same_S
     has_slots_S = expert_S < rule.num_experts
     sorted_is_late_S = is_full_S & has_slots_S
+    # Back to the order in which the choices come.
     none_S = jnp.zeros_like(sorted_is_late_S)
     is_late_S = none_S.at[choice_S].set(sorted_is_late_S)
     if rule.is_choice_major:
@@ -152,6 +153,7 @@ def _reroute(experts_LK: jax.Array, ranking_LE: jax.Array, rule: SlotRule) -> ja
     experts_LK, ranking_LE, limit = unify_vma(experts_LK, ranking_LE, limit)
     none_taken_E = zeros_varying_like(experts_LK, (width,), jnp.int32)
     choice_S = _in_order(choice_LK, rule)
+    # Choices that are still to come stand in the carry as the router made them.
     start = (none_taken_E, experts_LK)
     end, _ = jax.lax.scan(assign, start, choice_S)
     _, final_LK = end

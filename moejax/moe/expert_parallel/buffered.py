@@ -141,15 +141,7 @@ def _traffic(num_tokens: int, strategy: Strategy, inputs: DeviceInputs) -> _Traf
 
 def run_all_to_all(strategy: Strategy, inputs: DeviceInputs) -> tuple[jax.Array, jax.Array]:
     """Sends each choice's token to its expert's device; a strategy, see `exchange.STRATEGIES`."""
-    num_devices = jax.lax.axis_size(EXPERT_AXES)
-    run_received = without_overflow(inputs.run_experts)
-
-    def make_round_trip(num_tokens: int) -> RoundTrip:
-        traffic = _traffic(num_tokens, strategy, inputs)
-        buffers = traffic.buffers_by_choice(num_devices)
-        return functools.partial(send_buffers, buffers, run_received)
-
-    return send_in_chunks(make_round_trip, strategy.chunks, inputs)
+    return _run_one_level(_Traffic.buffers_by_choice, strategy, inputs)
 
 
 def run_dedup(strategy: Strategy, inputs: DeviceInputs) -> tuple[jax.Array, jax.Array]:
@@ -158,12 +150,24 @@ def run_dedup(strategy: Strategy, inputs: DeviceInputs) -> tuple[jax.Array, jax.
     One row comes back from each, the weighted sum of its experts' outputs. A strategy, see
     `exchange.STRATEGIES`.
     """
+    return _run_one_level(_Traffic.buffers_by_device, strategy, inputs)
+
+
+def _run_one_level(
+    make_buffers: Callable[[_Traffic, int], Buffers],
+    strategy: Strategy,
+    inputs: DeviceInputs,
+) -> tuple[jax.Array, jax.Array]:
+    """Sends tokens straight to the devices of their experts, in buffers that `make_buffers` makes.
+
+    These depend on what a device sends and on the number of devices.
+    """
     num_devices = jax.lax.axis_size(EXPERT_AXES)
     run_received = without_overflow(inputs.run_experts)
 
     def make_round_trip(num_tokens: int) -> RoundTrip:
         traffic = _traffic(num_tokens, strategy, inputs)
-        buffers = traffic.buffers_by_device(num_devices)
+        buffers = make_buffers(traffic, num_devices)
         return functools.partial(send_buffers, buffers, run_received)
 
     return send_in_chunks(make_round_trip, strategy.chunks, inputs)
@@ -179,6 +183,7 @@ def run_two_level(strategy: Strategy, inputs: DeviceInputs) -> tuple[jax.Array, 
 
     def make_round_trip(num_tokens: int) -> RoundTrip:
         traffic = _traffic(num_tokens, strategy, inputs)
+        # What arrives from other groups goes on within this one before anything is computed.
         within = traffic.buffers_within(num_groups, group_size)
         between = traffic.buffers_between(num_groups)
         run_group = functools.partial(_run_within_group, within, inputs.run_experts)
@@ -245,6 +250,7 @@ def send_buffers(
     local = choice_1R.for_experts(scope.first, scope.num_experts)
     local = dataclasses.replace(local, max_choices=buffers.max_choices)
     y_1RD, num_overflow = run_received(x_RD[None], local, weights)
+    # The exchange is its own inverse: outputs come back to the rows that were sent.
     y_RD = exchange_buffers(y_1RD[0])
     y_TD = add_up(y_RD, packed.plan)
     return Returned(y_TD[None], packed.is_overflow_TK, num_overflow)

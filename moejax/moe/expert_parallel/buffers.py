@@ -221,7 +221,10 @@ class RaggedOffsets:
 
     @classmethod
     def from_sizes(
-        cls, sizes_nn: Int[Array, "n n"], me: jax.Array | int, room: int
+        cls,
+        sizes_nn: Int[Array, "n n"],
+        me: jax.Array | int,
+        room: int,
     ) -> "RaggedOffsets":
         """Computes offsets from the rows of each sender for each receiver.
 

@@ -209,6 +209,7 @@ class _Fallback:
         weights: ExpertWeights,
     ) -> jax.Array:
         """Returns the outputs of one part of the tokens."""
+        # Nothing is kept between devices: the backward pass sends the tokens of each again.
         run_one_device = jax.checkpoint(functools.partial(self._run_one_device, weights))
 
         def add_device(sum_1tD, sender):
