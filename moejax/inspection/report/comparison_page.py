@@ -115,10 +115,7 @@ def write_comparison(workdirs: Sequence[str | Path], output: str | Path | None =
         )
     folders = [resolve_path(workdir) for workdir in workdirs]
     comparison = compare(folders)
-    if output is None:
-        path = folders[0].parent / FILE_NAME
-    else:
-        path = resolve_path(output)
+    path = folders[0].parent / FILE_NAME if output is None else resolve_path(output)
     document = render_comparison(comparison)
     return write_page(path, document)
 

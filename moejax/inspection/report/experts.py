@@ -78,7 +78,7 @@ def tokens(
     counts_nE = token_counts_nEV.sum(axis=2)
     load_nE = figures.load_ratio(counts_nE)
     ranked_nE = over_represented_tokens(token_counts_nEV, top=int(num_listed))
-    parts = []
+    parts: list[Markup] = []
     for layer, load_E, ranked_E in zip(drawn_n, load_nE, ranked_nE, strict=True):
         listed = _tokens_of_layer(load_E, ranked_E, piece)
         is_first = not parts
