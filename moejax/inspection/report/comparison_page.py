@@ -1,7 +1,6 @@
 """Several runs as one HTML page: how they ended, how they differ, how loss and balance went."""
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ from moejax.inspection.report.page import (
 from moejax.inspection.report.training import model_in_words
 from moejax.inspection.runs.comparison import Comparison, compare
 from moejax.inspection.runs.names import recipe_name
-from moejax.inspection.runs.run import RunError
+from moejax.inspection.runs.run import Run, RunError
 from moejax.paths import resolve_path
 
 FILE_NAME = "comparison.html"
@@ -109,14 +108,16 @@ def write_comparison(workdirs: Sequence[str | Path], output: str | Path | None =
     Raises:
       RunError: too few or too many runs, one given twice, or a directory that is none.
     """
-    if not 2 <= len(workdirs) <= MAX_RUNS:
+    num_runs = len(workdirs)
+    if not 2 <= num_runs <= MAX_RUNS:
         raise RunError(
-            f"{len(workdirs)} runs were given; a comparison takes 2 to {MAX_RUNS} run directories"
+            f"{num_runs} runs were given; a comparison takes 2 to {MAX_RUNS} run directories"
         )
     folders = [resolve_path(workdir) for workdir in workdirs]
     comparison = compare(folders)
     path = folders[0].parent / FILE_NAME if output is None else resolve_path(output)
-    return write_page(path, render_comparison(comparison))
+    document = render_comparison(comparison)
+    return write_page(path, document)
 
 
 def render_comparison(comparison: Comparison) -> str:
@@ -143,12 +144,16 @@ def _title(comparison: Comparison) -> str:
 
 
 def _recipes(comparison: Comparison) -> str:
-    names = dict.fromkeys(recipe_name(run.command) for run in comparison.runs.values())
-    known = [name for name in names if name]
-    if not known:
+    """Names the recipes of the runs, each once."""
+    names: list[str] = []
+    for run in comparison.runs.values():
+        name = recipe_name(run.command)
+        if name and name not in names:
+            names.append(name)
+    if not names:
         return "Side by side"
-    word = "recipe" if len(known) == 1 else "recipes"
-    return f"Side by side; {word} {', '.join(known)}"
+    word = "recipe" if len(names) == 1 else "recipes"
+    return f"Side by side; {word} {', '.join(names)}"
 
 
 def _key(comparison: Comparison) -> Markup:
@@ -159,54 +164,68 @@ def _key(comparison: Comparison) -> Markup:
 
 
 def _differences(comparison: Comparison) -> Markup:
+    """Returns a table of the leaves in which the runs differ."""
     frame = comparison.differences
-    if not len(frame):
+    if frame.empty:
         return html.paragraph("The configurations are the same.")
     rows = []
-    for leaf, values in zip(frame.index, frame.itertuples(index=False, name=None), strict=True):
-        rows.append([leaf, *(_leaf(value) for value in values)])
+    for leaf, *values in frame.itertuples(name=None):
+        cells = map(_leaf, values)
+        rows.append([leaf, *cells])
     intro = html.paragraph("The leaves in which the runs differ.")
-    return intro + table(["leaf", *frame.columns], rows, "compared")
+    head = ["leaf", *frame.columns]
+    return intro + table(head, rows, "compared")
 
 
 def _leaf(value: Any) -> str:
     """Returns a value of a configuration; a dash where a run has no such leaf."""
     if value is None:
         return NO_LEAF
-    return html.code(json.dumps(value) if value == "" else value)
+    if value == "":
+        value = '""'  # an empty text would not show
+    return html.code(value)
 
 
 def _losses(comparison: Comparison) -> Markup:
+    """Returns the losses of all runs, over each of the axes."""
     note = other_tokens(comparison)
-    grids = []
-    for chart in BITS if note else LOSSES:
-        drawn = []
-        for axis, name in NAMES.items():
-            image = draw_runs(comparison.runs, chart.key, chart.unit, against=axis, legend=False)
-            if image is not None:
-                drawn.append(figure(f"{chart.title} over {name}", "", image))
-        grids.append(grid(drawn))
+    charts = BITS if note else LOSSES
+    grids = [_over_each_axis(comparison, chart) for chart in charts]
     if not any(grids):
         return html.paragraph("No losses are logged yet.")
     return html.render(
-        "comparison/losses", key=_key(comparison), note=note, figures=html.join(grids)
+        "comparison/losses",
+        key=_key(comparison),
+        note=note,
+        figures=html.join(grids),
     )
 
 
+def _over_each_axis(comparison: Comparison, chart: RunsChart) -> Markup:
+    drawn = []
+    for axis, name in NAMES.items():
+        image = draw_runs(comparison.runs, chart.key, chart.unit, against=axis, legend=False)
+        if image is not None:
+            title = f"{chart.title} over {name}"
+            drawn.append(figure(title, "", image))
+    return grid(drawn)
+
+
 def _routing(comparison: Comparison) -> Markup:
+    """Returns charts of the routing; metrics with one value throughout are only named."""
     drawn: list[Markup] = []
     same_in_all: list[str] = []
     same_in_some: list[str] = []
     runs = comparison.runs
+    num_runs = len(runs)
     for chart in ROUTING:
-        value = only_value(run.series(chart.key)[1] for run in runs.values())
+        value, num_logging = _only_value(comparison, chart.key)
         if value is not None:
             said = f"{chart.title} {number(value)}"
-            num_logging = sum(run.last(chart.key) is not None for run in runs.values())
-            if num_logging == len(runs):
+            if num_logging == num_runs:
                 same_in_all.append(said)
             else:
-                same_in_some.append(f"{said} ({num_logging} of {len(runs)})")
+                same_in_some.append(f"{said} ({num_logging} of {num_runs})")
             continue
         image = draw_runs(runs, chart.key, chart.unit, from_zero=True, legend=False)
         if image is not None:
@@ -222,19 +241,29 @@ def _routing(comparison: Comparison) -> Markup:
     )
 
 
+def _only_value(comparison: Comparison, key: str) -> tuple[float | None, int]:
+    """Returns the one value that a metric has in all runs that log it, and how many those are."""
+    logged = []
+    for run in comparison.runs.values():
+        _, values = run.series(key)
+        if values.size:
+            logged.append(values)
+    return only_value(logged), len(logged)
+
+
 def _load(comparison: Comparison) -> Markup:
+    """Returns the final load of each layer, of all runs together."""
     counts = _final_counts(comparison)
-    found: set[int] = set()
-    for counts_by_layer in counts.values():
-        found.update(counts_by_layer)
-    layers = sorted(found)
+    layers = sorted(set().union(*counts.values()))
     if not layers:
         return html.paragraph(NOT_LOGGED)
     nothing_E = np.zeros(0, np.int64)
     drawn = []
-    for layer in [layers[i] for i in drawn_layers(len(layers))]:
+    for i in drawn_layers(len(layers)):
+        layer = layers[i]
         of_layer = {label: by_layer.get(layer, nothing_E) for label, by_layer in counts.items()}
-        drawn.append(figure(f"Layer {layer}", "", draw_sorted_load(of_layer, legend=False)))
+        image = draw_sorted_load(of_layer, legend=False)
+        drawn.append(figure(f"Layer {layer}", "", image))
     return html.render(
         "comparison/load",
         key=_key(comparison),
@@ -249,12 +278,13 @@ def _final_counts(comparison: Comparison) -> Mapping[str, Mapping[int, np.ndarra
 
     Nothing for dense runs and those that have logged no routing.
     """
-    found: dict[str, dict[int, np.ndarray]] = {}
-    for label, run in comparison.runs.items():
-        routing = run.routing
-        if routing is None or not routing.num_entries:
-            found[label] = {}
-            continue
-        counts_NE, _ = final_counts(routing)
-        found[label] = dict(zip(routing.layers.tolist(), counts_NE, strict=True))
-    return found
+    return {label: _counts_by_layer(run) for label, run in comparison.runs.items()}
+
+
+def _counts_by_layer(run: Run) -> dict[int, np.ndarray]:
+    routing = run.routing
+    if routing is None or not routing.num_entries:
+        return {}
+    layers = routing.layers.tolist()
+    counts_NE, _ = final_counts(routing)
+    return dict(zip(layers, counts_NE, strict=True))

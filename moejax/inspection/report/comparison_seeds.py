@@ -30,12 +30,17 @@ NO_SHARED_SEEDS = (
 
 def over_seeds(comparison: Comparison) -> Markup:
     """Returns differences of settings over the seeds that they share, with standard errors."""
-    settings = find_settings(comparison.runs)
-    first, others = settings[0], settings[1:]
+    first, *others = find_settings(comparison.runs)
     if not others:
         intro = html.paragraph(f"The runs are one setting with {len(first.runs)} seeds.")
         return intro + _spread(comparison, first) + _unfinished(comparison, [first])
-    paired = [setting for setting in others if len(setting.runs.keys() & first.runs.keys()) > 1]
+    paired = []
+    unpaired = []
+    for setting in others:
+        if len(_shared_seeds(first, setting)) > 1:
+            paired.append(setting)
+        else:
+            unpaired.append(setting.name)
     if not paired:
         return html.paragraph(NO_SHARED_SEEDS)
     tables = [_pair(comparison, first, setting, len(paired)) for setting in paired]
@@ -43,13 +48,18 @@ def over_seeds(comparison: Comparison) -> Markup:
         "comparison/seeds",
         tables=html.join(tables),
         first=first.name,
-        unpaired=[setting.name for setting in others if setting not in paired],
+        unpaired=unpaired,
         unfinished=_unfinished(comparison, [first, *paired]),
     )
 
 
+def _shared_seeds(first: Setting, second: Setting) -> set[int]:
+    return first.runs.keys() & second.runs.keys()
+
+
 def _pair(comparison: Comparison, first: Setting, second: Setting, num_looks: int) -> Markup:
-    num_shared = len(first.runs.keys() & second.runs.keys())
+    """Returns a table of the means of two settings and of their difference."""
+    num_shared = len(_shared_seeds(first, second))
     rows = []
     for column, title in _seeded(comparison):
         ones = _by_seed(comparison, first, column)
@@ -58,11 +68,18 @@ def _pair(comparison: Comparison, first: Setting, second: Setting, num_looks: in
         if found.num_seeds < 2:
             continue
         common = ones.keys() & others.keys()
-        means = [_mean_in_words(values, common) for values in (ones, others)]
         verdict = "told apart from noise" if found.is_told_apart else "may be noise"
         if len(common) < num_shared:
             verdict = "none: seeds are left out"
-        rows.append([title, *means, _in_words(found), str(found.num_seeds), verdict])
+        row = [
+            title,
+            _mean_in_words(ones, common),
+            _mean_in_words(others, common),
+            _in_words(found),
+            str(found.num_seeds),
+            verdict,
+        ]
+        rows.append(row)
     if not rows:
         return html.paragraph(f"{first.name} and {second.name} logged nothing in common.")
     head = ("mean", first.name, second.name, "second minus first", "seeds", "")
@@ -70,7 +87,8 @@ def _pair(comparison: Comparison, first: Setting, second: Setting, num_looks: in
 
 
 def _mean_in_words(values: Mapping[int, float], seeds: set[int]) -> str:
-    return format_value(sum(values[seed] for seed in seeds) / len(seeds))
+    total = sum(values[seed] for seed in seeds)
+    return format_value(total / len(seeds))
 
 
 def _in_words(found: Difference) -> str:
@@ -81,24 +99,36 @@ def _spread(comparison: Comparison, setting: Setting) -> Markup:
     """Returns means over seeds with their standard deviation: less is no difference."""
     rows = []
     for column, title in _seeded(comparison):
-        values = list(_by_seed(comparison, setting, column).values())
-        if len(values) > 1:
-            mean = sum(values) / len(values)
-            squares = sum((value - mean) ** 2 for value in values)
-            deviation = math.sqrt(squares / (len(values) - 1))
+        by_seed = _by_seed(comparison, setting, column)
+        if len(by_seed) > 1:
+            mean, deviation = _mean_and_deviation(list(by_seed.values()))
             rows.append([title, format_value(mean), f"{deviation:.2g}"])
     if not rows:
         return html.EMPTY
-    return table(("", "mean", "standard deviation over seeds"), rows, "compared")
+    head = ("", "mean", "standard deviation over seeds")
+    return table(head, rows, "compared")
+
+
+def _mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
+    """Returns the mean and the sample's standard deviation of at least two values."""
+    num_values = len(values)
+    mean = sum(values) / num_values
+    squares = 0.0
+    for value in values:
+        squares += (value - mean) ** 2
+    variance = squares / (num_values - 1)
+    return mean, math.sqrt(variance)
 
 
 def _seeded(comparison: Comparison) -> list[tuple[str, str]]:
     """Returns the columns of `SEEDED` that the runs have and can be compared by."""
     left_out = IN_NATS if other_tokens(comparison) else ()
-    known = [column for column, _ in SEEDED if column in comparison.table]
-    return [
-        (column, title) for column, title in SEEDED if column in known and column not in left_out
-    ]
+    found = []
+    for column, title in SEEDED:
+        is_known = column in comparison.table
+        if is_known and column not in left_out:
+            found.append((column, title))
+    return found
 
 
 def _by_seed(comparison: Comparison, setting: Setting, column: str) -> Mapping[int, float]:
@@ -120,9 +150,13 @@ def _at_end(run: Run, key: str) -> float:
     steps, values = run.series(key)
     if not steps.size:
         return math.nan
+    last_step = steps[-1]
     # Runs of earlier versions have no `train.num_steps`.
-    num_steps = run.config.get("train", {}).get("num_steps", steps[-1])
-    return float(values[-1]) if steps[-1] == num_steps else math.nan
+    train = run.config.get("train", {})
+    num_steps = train.get("num_steps", last_step)
+    if last_step != num_steps:
+        return math.nan
+    return float(values[-1])
 
 
 def _unfinished(comparison: Comparison, settings: Sequence[Setting]) -> Markup:

@@ -69,47 +69,67 @@ def results(comparison: Comparison) -> Markup:
     if len(labels) == 2:
         return intro + _of_two(labels, lines)
     intro += html.paragraph(f"Below a value: its difference to {labels[0]}.")
-    titles = [line.row.title for line in lines]
-    cells_by_line = [line.cells for line in lines]
     if len(labels) <= MAX_ACROSS:
-        rows = [[title, *cells] for title, cells in zip(titles, cells_by_line, strict=True)]
-        return intro + table(["", *labels], rows, "compared")
-    rows = []
-    for i, label in enumerate(labels):
-        rows.append([label, *(cells[i] for cells in cells_by_line)])
-    return intro + table(["run", *titles], rows, "compared")
+        return intro + _runs_as_columns(labels, lines)
+    return intro + _runs_as_rows(labels, lines)
+
+
+def _runs_as_columns(labels: Sequence[str], lines: Sequence[Line]) -> Markup:
+    rows = [[line.row.title, *line.cells] for line in lines]
+    return table(["", *labels], rows, "compared")
+
+
+def _runs_as_rows(labels: Sequence[str], lines: Sequence[Line]) -> Markup:
+    head: list[str] = ["run"]
+    rows: list[list[Markup | str]] = [[label] for label in labels]
+    for line in lines:
+        head.append(line.row.title)
+        for row, cell in zip(rows, line.cells, strict=True):
+            row.append(cell)
+    return table(head, rows, "compared")
 
 
 def _known_lines(comparison: Comparison, *, with_nats: bool) -> list[Line]:
     """Returns the rows of which some run has a value."""
+    runs = comparison.runs.values()
     lines = []
     for row in _rows(comparison):
-        values = [row.value(run) for run in comparison.runs.values()]
-        is_known = not all(math.isnan(value) for value in values)
-        if is_known and (with_nats or not row.is_in_nats):
+        if row.is_in_nats and not with_nats:
+            continue
+        values = [row.value(run) for run in runs]
+        if not all(map(math.isnan, values)):
             lines.append(Line(row, values))
     return lines
 
 
 def _of_two(labels: Sequence[str], lines: Sequence[Line]) -> Markup:
-    head = ["", *labels, f"difference: {labels[1]} minus {labels[0]}"]
+    """Returns a table with a column for each of two runs, and one for their difference."""
+    one, other = labels
+    head = ["", one, other, f"difference: {other} minus {one}"]
     rows = []
     for line in lines:
-        first, second = line.values
         row = line.row
-        rows.append([row.title, row.show(first), row.show(second), _minus(row, second, first)])
+        first, second = line.values
+        minus = _minus(row, second, first)
+        rows.append([row.title, row.show(first), row.show(second), minus])
     return table(head, rows, "compared")
 
 
 def _rows(comparison: Comparison) -> list[Row]:
+    """Returns what is told of each run, in order."""
     frame = comparison.table
     label_of = {id(run): label for label, run in comparison.runs.items()}
 
     def of(column: str) -> Callable[[Run], float]:
         """Looks up a column of the comparison's table."""
-        if column not in frame:
-            return lambda run: math.nan
-        return lambda run: float(frame.at[label_of[id(run)], column])
+
+        def look_up(run: Run) -> float:
+            if column not in frame:
+                return math.nan
+            label = label_of[id(run)]
+            return float(frame.at[label, column])
+
+        return look_up
 
     def in_nats(title: str, column: str) -> Row:
         return Row(f"{title}, nats per token", of(column), format_value, is_in_nats=True)
@@ -148,11 +168,13 @@ def _seconds(run: Run) -> float:
 
 
 def _mfu(run: Run) -> float:
-    return or_nan(median_speed(run.series(MFU)[1]))
+    _, mfu = run.series(MFU)
+    return or_nan(median_speed(mfu))
 
 
 def _peak_memory(run: Run) -> float:
-    return or_nan(run.last(MEMORY)) / 2**30
+    num_bytes = or_nan(run.last(MEMORY))
+    return num_bytes / 2**30
 
 
 def _count(value: float) -> str:
@@ -176,7 +198,8 @@ def _minus(row: Row, value: float, other: float) -> str:
         return ""
     change = value - other
     sign = "+" if change > 0 else MINUS
-    said = f"{sign}{row.show(abs(change))}"
+    size = row.show(abs(change))
+    said = f"{sign}{size}"
     share = change / abs(other) if other else 0.0
     if abs(share) >= MIN_SHARE:
         said += f" ({share:+.1%})"

@@ -1,13 +1,13 @@
 """Sections of a run's report from its evaluations: pairs of experts, settling, paths of tokens."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from moejax.inspection import html
 from moejax.inspection.analysis.expert_profile import coactivation_shares
 from moejax.inspection.analysis.saturation import router_saturation
-from moejax.inspection.analysis.token_flow import token_flow
+from moejax.inspection.analysis.token_flow import TokenFlow, token_flow
 from moejax.inspection.figures import pairs as pair_figures
 from moejax.inspection.figures.layers import draw_layers
 from moejax.inspection.html import Markup
@@ -37,8 +37,9 @@ def coactivation(run: Run) -> Markup:
     most = MAX_ALL_PAIRS if num_layers <= MAX_ALL_PAIRS else MAX_PAIR_LAYERS
     drawn = []
     for n in drawn_layers(num_layers, most):
-        image = pair_figures.draw_coactivation(pairs_NEE[n])
-        reading = _strongest_pair(pairs_NEE[n])
+        pairs_EE = pairs_NEE[n]
+        image = pair_figures.draw_coactivation(pairs_EE)
+        reading = _strongest_pair(pairs_EE)
         drawn.append(figure(f"Layer {layers[n]}", reading, image, kind="true-colors"))
     has_too_many = num_experts > pair_figures.MAX_EXPERTS
     return html.render(
@@ -50,11 +51,15 @@ def coactivation(run: Run) -> Markup:
 
 
 def _strongest_pair(pairs_EE: np.ndarray) -> str:
-    ratio_EE = np.nan_to_num(pair_figures.coactivation_ratio(pairs_EE))
+    """Names the pair of experts that goes together most, relative to chance."""
+    ratio_EE = pair_figures.coactivation_ratio(pairs_EE)
+    ratio_EE = np.nan_to_num(ratio_EE)
     if not ratio_EE.any():
         return "All pairs are too rare to tell."
-    i, j = np.unravel_index(int(ratio_EE.argmax()), ratio_EE.shape)
-    shares_EE = coactivation_shares(pairs_EE[None])[0]
+    strongest = int(ratio_EE.argmax())
+    i, j = np.unravel_index(strongest, ratio_EE.shape)
+    (shares_EE,) = coactivation_shares(pairs_EE[None])
+    # The ratio is symmetric; of both directions, the larger share says more.
     if shares_EE[i, j] < shares_EE[j, i]:
         i, j = j, i
     share = shares_EE[i, j]
@@ -70,21 +75,30 @@ def settling(run: Run) -> Markup:
             "Two evaluations or more show how routing settles (train.eval_every)."
         )
     chosen = [steps[i] for i in drawn_layers(len(steps), MAX_EVALUATIONS)]
-    found = [run.evaluations.read(step) for step in chosen]
-    experts_S = [arrays["experts"] for arrays in found]
-    num_experts = found[-1]["load"].shape[1]
+    found = {step: run.evaluations.read(step) for step in chosen}
+    experts_S = [arrays["experts"] for arrays in found.values()]
+    newest = found[chosen[-1]]
+    _, num_experts = newest["load"].shape
     layers = _layers(run, len(experts_S[0]))
     saturation_SN = router_saturation(experts_S, num_experts)
     if len(chosen) < MIN_EVALUATIONS:
-        return _settled_in_words(chosen, saturation_SN, found[-1].get("churn"), layers)
-    num_visits = float((experts_S[-1] < num_experts).sum(axis=2).mean())
-    drawn = [_saturation(chosen, saturation_SN, layers, num_visits / num_experts)]
-    # The first evaluation of a run has no churn.
-    with_churn = [i for i, arrays in enumerate(found) if "churn" in arrays]
-    if with_churn:
-        churn_SN = np.stack([found[i]["churn"] for i in with_churn]).astype(np.float64)
-        drawn.append(_churn([chosen[i] for i in with_churn], churn_SN, layers))
+        return _settled_in_words(chosen, saturation_SN, newest.get("churn"), layers)
+    uniform = _uniform_saturation(newest["experts"], num_experts)
+    drawn = [_saturation(chosen, saturation_SN, layers, uniform)]
+    churn_N_at = {step: arrays["churn"] for step, arrays in found.items() if "churn" in arrays}
+    if churn_N_at:  # the first evaluation of a run has none
+        drawn.append(_churn(churn_N_at, layers))
     return html.render("report/settling", num_evaluations=len(chosen), figures=grid(drawn))
+
+
+def _uniform_saturation(experts_NTK: np.ndarray, num_experts: int) -> float:
+    """Returns K / E, the saturation of routing at random where loads are equal.
+
+    K is what tokens visit in the mean: an index of `num_experts` stands for no expert.
+    """
+    is_visit_NTK = experts_NTK < num_experts
+    num_visits_NT = is_visit_NTK.sum(axis=2)
+    return float(num_visits_NT.mean()) / num_experts
 
 
 def _saturation(
@@ -106,9 +120,12 @@ def _saturation(
     return figure("Saturation", reading, image, kind=figure_class(layers))
 
 
-def _churn(steps: Sequence[int], churn_SN: np.ndarray, layers: Sequence[int]) -> Markup:
+def _churn(churn_N_at: Mapping[int, np.ndarray], layers: Sequence[int]) -> Markup:
+    """Returns a figure of the layers' churn over the steps of evaluations."""
+    steps_S = np.array(list(churn_N_at))
+    churn_SN = np.stack(list(churn_N_at.values())).astype(np.float64)
     image = draw_layers(
-        np.array(steps),
+        steps_S,
         churn_SN,
         layers,
         "share of a token's experts",
@@ -130,10 +147,12 @@ def _settled_in_words(
     layers: Sequence[int],
 ) -> Markup:
     """Returns saturation and churn between two evaluations: one number a layer makes no curve."""
+    saturation_N = saturation_SN[0]
     rows = []
     for n, layer in enumerate(layers):
+        saturation = f"{saturation_N[n]:.0%}"
         churn = "" if churn_N is None else f"{churn_N[n]:.0%}"
-        rows.append([f"layer {layer}", f"{saturation_SN[0, n]:.0%}", churn])
+        rows.append([f"layer {layer}", saturation, churn])
     return html.render(
         "report/settled_in_words",
         first_step=f"{steps[0]:,}",
@@ -147,22 +166,21 @@ def flow(run: Run) -> Markup:
     if not run.evaluations.steps:
         return html.paragraph(NOT_EVALUATED)
     arrays = run.evaluations.read()
-    experts_NTK, num_experts = arrays["experts"], arrays["load"].shape[1]
+    experts_NTK = arrays["experts"]
+    _, num_experts = arrays["load"].shape
     layers = _layers(run, len(experts_NTK))
     windows = flow_windows(len(layers))
     if not windows:
         return html.paragraph("There is one MoE layer: no paths.")
     drawn = []
     for first, last in windows:
-        drawn_NT1 = experts_NTK[first : last + 1, :, :1]
-        # Of tokens without an expert in some layer, bands would not fill their blocks.
-        has_expert_T = (drawn_NT1 < num_experts).all(axis=(0, 2))
-        found = token_flow(drawn_NT1[:, has_expert_T], num_experts)
+        window = slice(first, last + 1)
+        found = _flow_of_first_experts(experts_NTK[window], num_experts)
         if not found.counts_MEE.any():
             return html.paragraph("No token visits an expert in each of some neighbouring layers.")
-        of_window = layers[first : last + 1]
-        image = pair_figures.draw_flow(found.counts_MEE, found.expected_MEE, of_window)
-        drawn.append(figure(f"Layers {layers[first]} to {layers[last]}", "", image))
+        image = pair_figures.draw_flow(found.counts_MEE, found.expected_MEE, layers[window])
+        title = f"Layers {layers[first]} to {layers[last]}"
+        drawn.append(figure(title, "", image))
     num_steps = len(windows) * (FLOW_COLUMNS - 1)
     return html.render(
         "report/flow",
@@ -172,14 +190,27 @@ def flow(run: Run) -> Markup:
     )
 
 
+def _flow_of_first_experts(experts_NTK: np.ndarray, num_experts: int) -> TokenFlow:
+    """Returns the paths of the tokens that have an expert in each of the layers."""
+    first_NT1 = experts_NTK[:, :, :1]
+    # Of tokens without an expert in some layer, bands would not fill their blocks.
+    is_visit_NT1 = first_NT1 < num_experts
+    has_expert_T = is_visit_NT1.all(axis=(0, 2))
+    counted_NT1 = first_NT1[:, has_expert_T]
+    return token_flow(counted_NT1, num_experts)
+
+
 def flow_windows(num_layers: int) -> list[tuple[int, int]]:
     """Returns the first and last layer of each figure of flows.
 
     Windows share their ends; deep models show a few of them.
     """
     step = FLOW_COLUMNS - 1
-    firsts = range(0, num_layers - 1, step)
-    windows = [(first, min(first + step, num_layers - 1)) for first in firsts]
+    last_layer = num_layers - 1
+    windows = []
+    for first in range(0, last_layer, step):
+        last = min(first + step, last_layer)
+        windows.append((first, last))
     if not windows:
         return []
     return [windows[i] for i in drawn_layers(len(windows), MAX_FLOW_FIGURES)]
@@ -187,4 +218,6 @@ def flow_windows(num_layers: int) -> list[tuple[int, int]]:
 
 def _layers(run: Run, num_layers: int) -> list[int]:
     """Returns the model layers of the MoE layers, or their numbers if they are not logged."""
-    return list(range(num_layers)) if run.routing is None else run.routing.layers.tolist()
+    if run.routing is None:
+        return list(range(num_layers))
+    return run.routing.layers.tolist()

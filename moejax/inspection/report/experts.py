@@ -73,15 +73,16 @@ def tokens(
         return html.paragraph(NO_EXPERT)
     num_drawn, E, _ = token_counts_nEV.shape
     layers = list(range(num_drawn)) if run.routing is None else run.routing.layers.tolist()
-    drawn = [layers[n] for n in drawn_layers(len(layers))]
-    num_listed = int(np.clip(MAX_TOKENS // (num_drawn * E), 1, MAX_TOKENS_OF_EXPERT))
-    load_nE = figures.load_ratio(token_counts_nEV.sum(axis=2))
-    ranked_nE = over_represented_tokens(token_counts_nEV, top=num_listed)
-    parts = []
-    for n, (layer, ranked_E) in enumerate(zip(drawn, ranked_nE, strict=True)):
-        rows = [(str(e), f"{load_nE[n, e]:.2f}", _pieces(ranked_E[e], piece)) for e in range(E)]
-        listed = table(("Expert", "Load", "Tokens"), rows, kind="tokens")
-        parts.append(details(f"Layer {layer}", listed, is_open=n == 0))
+    drawn_n = [layers[n] for n in drawn_layers(len(layers))]
+    num_listed = np.clip(MAX_TOKENS // (num_drawn * E), 1, MAX_TOKENS_OF_EXPERT)
+    counts_nE = token_counts_nEV.sum(axis=2)
+    load_nE = figures.load_ratio(counts_nE)
+    ranked_nE = over_represented_tokens(token_counts_nEV, top=int(num_listed))
+    parts: list[Markup] = []
+    for layer, load_E, ranked_E in zip(drawn_n, load_nE, ranked_nE, strict=True):
+        listed = _tokens_of_layer(load_E, ranked_E, piece)
+        is_first = not parts
+        parts.append(details(f"Layer {layer}", listed, is_open=is_first))
     return html.render(
         "report/tokens",
         at_most=_at_most(run),
@@ -92,15 +93,31 @@ def tokens(
 
 def _at_most(run: Run) -> str:
     """Returns the largest share of a token's visits that an expert can have."""
-    top_k = run.config.get("moe", {}).get("top_k")
+    moe = run.config.get("moe", {})
+    top_k = moe.get("top_k")
     if type(top_k) is not int or top_k <= 1:
         return ""
-    return f" (at most {1 / top_k:.0%}, since a token has {top_k} experts)"
+    share = 1 / top_k
+    return f" (at most {share:.0%}, since a token has {top_k} experts)"
+
+
+def _tokens_of_layer(
+    load_E: np.ndarray, ranked_E: Sequence[Sequence[TokenShare]], piece: Callable[[int], str]
+) -> Markup:
+    """Returns a table with a row for each expert of a layer: its load and its tokens."""
+    rows = []
+    for e, ranked in enumerate(ranked_E):
+        load = f"{load_E[e]:.2f}"
+        rows.append((str(e), load, _pieces(ranked, piece)))
+    return table(("Expert", "Load", "Tokens"), rows, kind="tokens")
 
 
 def _pieces(ranked: Sequence[TokenShare], piece: Callable[[int], str]) -> Markup:
     """Returns the tokens of one expert, each with its share and its ratio to chance."""
-    shown = [(token, html.visible(piece(token.token))) for token in ranked]
+    shown = []
+    for share in ranked:
+        text = html.visible(piece(share.token))
+        shown.append((share, text))
     return html.render("report/expert_tokens", tokens=shown)
 
 
@@ -140,13 +157,16 @@ def attributes(findings: ReportData) -> Markup:
 
 
 def _information_row(result: Information, layers: Sequence[int]) -> list[str]:
-    means = (result.information_N, result.baseline_N, result.spread_N)
+    """Returns what `INFORMATION_HEAD` names, of one attribute."""
+    strongest = int(result.share_N.argmax())
     return [
         specialisation_figures.information_name(result),
-        *(f"{values_N.mean():.3f}" for values_N in means),
+        f"{result.information_N.mean():.3f}",
+        f"{result.baseline_N.mean():.3f}",
+        f"{result.spread_N.mean():.3f}",
         f"{result.share_N.mean():.1%}",
         f"{result.adjusted_N.mean():.1%}",
-        str(layers[int(result.share_N.argmax())]),
+        str(layers[strongest]),
     ]
 
 
@@ -161,13 +181,11 @@ def domains(findings: ReportData) -> Markup:
     names = [findings.domain_names[d] for d in order_D]
     drawn = []
     for n, layer in enumerate(findings.layers):
-        share_DE, uniform = found.share_NDE[n], float(found.uniform_N[n])
+        share_DE = found.share_NDE[n]
+        uniform = float(found.uniform_N[n])
         image = specialisation_figures.draw_domains(share_DE[order_D], uniform, names)
-        domain, expert = divmod(int(np.nanargmax(share_DE)), share_DE.shape[1])
-        reading = (
-            f"{findings.domain_names[domain]} visits expert {expert} with "
-            f"{share_DE[domain, expert]:.0%} of its tokens; uniform: {uniform:.0%}."
-        )
+        strongest = _strongest_visit(share_DE, findings.domain_names)
+        reading = f"{strongest}; uniform: {uniform:.0%}."
         drawn.append(figure(f"Layer {layer}", reading, image, kind="true-colors"))
     return html.render(
         "report/domains",
@@ -175,6 +193,14 @@ def domains(findings: ReportData) -> Markup:
         num_domains=len(names),
         figures=grid(drawn),
     )
+
+
+def _strongest_visit(share_DE: np.ndarray, names: Sequence[str]) -> str:
+    """Says which domain has the largest share of its tokens at one expert."""
+    largest = int(np.nanargmax(share_DE))
+    domain, expert = np.unravel_index(largest, share_DE.shape)
+    share = share_DE[domain, expert]
+    return f"{names[domain]} visits expert {expert} with {share:.0%} of its tokens"
 
 
 def passage(findings: ReportData) -> Markup:

@@ -95,11 +95,13 @@ def alarms(run: Run) -> Markup:
     for rule, layer in active(lines):
         layers_by_rule.setdefault(rule, []).append(layer)
     holding = {rule: name_layers(sorted(layers)) for rule, layers in layers_by_rule.items()}
+    thresholds = run.config.get("alarms", {})
+    history = _alarm_history(lines) if lines else html.EMPTY
     return html.render(
         "report/alarms",
         holding=holding,
-        rules=_rules_that_are_on(run.config.get("alarms", {})),
-        history=_alarm_history(lines) if lines else html.EMPTY,
+        rules=_rules_that_are_on(thresholds),
+        history=history,
     )
 
 
@@ -174,13 +176,16 @@ def _layer_metrics(routing: RoutingHistory) -> list[tuple[LayerChart, np.ndarray
     """Returns the charts whose metric has a finite value, with its values `[S, N]`."""
     names = list(routing.attributes["metrics"])
     charts = [chart for chart in LAYER_CHARTS if chart.name in names]
-    columns = [names.index(chart.name) for chart in charts]
-    blocks = [block_SNM[:, :, columns] for block_SNM in routing.blocks("layers")]
-    values_SNM = np.concatenate(blocks)
+    metrics_M = [names.index(chart.name) for chart in charts]
+    # Only the metrics that are drawn are kept of each block: a long log has many others.
+    blocks_SNM = [block_SNM[:, :, metrics_M] for block_SNM in routing.blocks("layers")]
+    values_SNM = np.concatenate(blocks_SNM)
+    values_MSN = np.moveaxis(values_SNM, 2, 0)
     found = []
-    for m, chart in enumerate(charts):
-        values_SN = values_SNM[:, :, m].astype(np.float64)
-        if np.isfinite(values_SN).any():
+    for chart, values_SN in zip(charts, values_MSN, strict=True):
+        has_values = np.isfinite(values_SN).any()
+        if has_values:
+            values_SN = values_SN.astype(np.float64)
             found.append((chart, values_SN))
     return found
 
@@ -190,16 +195,19 @@ def _last_values(routing: RoutingHistory) -> Markup:
     names = list(routing.attributes["metrics"])
     num_entries = min(routing.num_entries, LAST_ENTRIES)
     last_SNM = routing.read("layers", -num_entries).astype(np.float64)
-    last_MN = [last_values(last_SNM[:, :, m]) for m in range(len(names))]
+    last_MSN = np.moveaxis(last_SNM, 2, 0)
+    columns_MN = [last_values(last_SN).tolist() for last_SN in last_MSN]
+    rows_NM = zip(*columns_MN, strict=True)
     rows = []
-    for n, layer in enumerate(routing.layers):
-        cells = [str(layer)]
-        for last_N in last_MN:
-            value = float(last_N[n])
-            cells.append("" if math.isnan(value) else number(value))
-        rows.append(cells)
+    for layer, values_M in zip(routing.layers, rows_NM, strict=True):
+        cells = map(_number_or_empty, values_M)
+        rows.append([str(layer), *cells])
     listed = table(["layer", *names], rows, "numbers")
     return details("Last finite values of every metric, by layer", listed)
+
+
+def _number_or_empty(value: float) -> str:
+    return "" if math.isnan(value) else number(value)
 
 
 def worst_in_words(values_SN: np.ndarray, layers: Sequence[int], worst: Worst | None) -> str:
@@ -209,7 +217,9 @@ def worst_in_words(values_SN: np.ndarray, layers: Sequence[int], worst: Worst | 
     n = worst_layer(values_SN, worst)
     if n is None:
         return ""
-    return f"worst: layer {layers[n]}, {number(float(last_values(values_SN)[n]))}"
+    last_N = last_values(values_SN)
+    value = number(float(last_N[n]))
+    return f"worst: layer {layers[n]}, {value}"
 
 
 def figure_class(layers: Sequence[int]) -> str:

@@ -22,12 +22,17 @@ def final_counts(routing: RoutingHistory) -> tuple[Int64[np.ndarray, "N E"], int
     Returns:
       The counts, and the step after which they begin.
     """
-    num_final = math.ceil(FINAL_FRACTION * routing.num_entries)
-    first = routing.num_entries - num_final
-    since = int(routing.steps[first - 1]) if first else 0
+    num_entries = routing.num_entries
+    num_final = math.ceil(FINAL_FRACTION * num_entries)
+    first = num_entries - num_final
+    since = 0
+    if first:
+        # A step is the end of its interval, so the counts begin after the step before the first.
+        since = int(routing.steps[first - 1])
     blocks_SNE = routing.blocks("counts", first)
-    total_NE = sum(block_SNE.sum(axis=0) for block_SNE in blocks_SNE)
-    return np.asarray(total_NE), since
+    sums_NE = [block_SNE.sum(axis=0) for block_SNE in blocks_SNE]
+    total_NE = np.sum(sums_NE, axis=0)
+    return total_NE, since
 
 
 def load_over_time(run: Run) -> Markup:
@@ -36,12 +41,16 @@ def load_over_time(run: Run) -> Markup:
     if routing is None or not routing.steps.size:
         return html.paragraph(NOT_LOGGED)
     steps, counts_SNE = routing.summed("counts", figures.MAX_COLUMNS)
+    layers = routing.layers
     drawn = []
-    for n in drawn_layers(len(routing.layers)):
-        image = figures.draw_load_over_time(steps, counts_SNE[:, n])
-        drawn.append(figure(f"Layer {routing.layers[n]}", "", image, kind="true-colors"))
+    for n in drawn_layers(len(layers)):
+        counts_SE = counts_SNE[:, n]
+        image = figures.draw_load_over_time(steps, counts_SE)
+        drawn.append(figure(f"Layer {layers[n]}", "", image, kind="true-colors"))
     return html.render(
-        "report/load_over_time", left_out=left_out(len(routing.layers)), figures=grid(drawn)
+        "report/load_over_time",
+        left_out=left_out(len(layers)),
+        figures=grid(drawn),
     )
 
 

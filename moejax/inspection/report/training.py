@@ -51,9 +51,13 @@ def model_in_words(run: Run) -> str:
     if run.is_dense:
         return "Dense model"
     moe = run.config["moe"]
-    layers = "" if run.routing is None else f" in {len(run.routing.layers)} layers"
+    num_experts = moe["num_experts"]
     top_k = moe.get("top_k", "?")
-    return f"Mixture of Experts: {moe['num_experts']} experts, top {top_k}{layers}"
+    words = f"Mixture of Experts: {num_experts} experts, top {top_k}"
+    if run.routing is None:
+        return words
+    num_layers = len(run.routing.layers)
+    return f"{words} in {num_layers} layers"
 
 
 def subtitle(run: Run) -> str:
@@ -69,8 +73,9 @@ def subtitle(run: Run) -> str:
 
 def summary(run: Run) -> Markup:
     """Returns a table of size, quality, cost and origin."""
+    train = run.config.get("train", {})
+    num_steps = train.get("num_steps", "?")
     versions = [f"{name} {version}" for name, version in run.versions.items()]
-    num_steps = run.config.get("train", {}).get("num_steps", "?")
     rows: list[tuple[str, Any]] = [
         ("Parameters", _parameters(run)),
         ("Validation loss", _validation_loss(run)),
@@ -100,13 +105,15 @@ def _validation_loss(run: Run) -> str:
     steps, losses = run.series("eval/loss")
     if not losses.size:
         return "no evaluation yet"
-    last = f"{number(losses[-1])} nats per token, at step {steps[-1]:,}"
+    loss = number(losses[-1])
+    last = f"{loss} nats per token, at step {steps[-1]:,}"
     if not np.isfinite(losses).any():
         return last
     best = int(np.nanargmin(losses))
     if best == losses.size - 1:
         return last
-    return f"{last} (lowest: {number(losses[best])} at step {steps[best]:,})"
+    lowest_loss = number(losses[best])
+    return f"{last} (lowest: {lowest_loss} at step {steps[best]:,})"
 
 
 def _skipped(run: Run) -> str:
@@ -135,14 +142,16 @@ def _training_time(run: Run) -> str:
 
 
 def _training_flops(run: Run) -> str:
-    tokens, flops_per_token = run.last("tokens"), run.flops_per_token
+    tokens = run.last("tokens")
+    flops_per_token = run.flops_per_token
     if tokens is None or flops_per_token is None:
         return ""
-    return f"{flops_per_token * tokens:.3g}, {short_number(flops_per_token)} for a token"
+    flops = flops_per_token * tokens
+    return f"{flops:.3g}, {short_number(flops_per_token)} for a token"
 
 
 def _tokens_per_second(run: Run) -> str:
-    speed = median_speed(run.series(SPEED)[1])
+    speed = _median(run, SPEED)
     if speed is None:
         return number(None)
     num_arms = run.last(ARMS)
@@ -152,8 +161,14 @@ def _tokens_per_second(run: Run) -> str:
     return f"{number(speed)} ({pack}median over logging intervals)"
 
 
+def _median(run: Run, key: str) -> float | None:
+    """Returns the median of a metric of speed over logging intervals."""
+    _, values = run.series(key)
+    return median_speed(values)
+
+
 def _mfu(run: Run) -> str:
-    mfu = median_speed(run.series(MFU)[1])
+    mfu = _median(run, MFU)
     if mfu is None:
         return ""
     return f"{mfu:.1%} of the devices' peak in bfloat16 (median over logging intervals)"
@@ -161,7 +176,9 @@ def _mfu(run: Run) -> str:
 
 def _peak_memory(run: Run) -> str:
     memory = run.last(MEMORY)
-    return "" if memory is None else f"{memory / 2**30:.2f} GiB of the fullest device"
+    if memory is None:
+        return ""
+    return f"{memory / 2**30:.2f} GiB of the fullest device"
 
 
 def duration(seconds: float) -> str:
@@ -185,7 +202,8 @@ def other_losses(run: Run) -> list[Chart]:
     charts = []
     for key in run.keys:
         if key.startswith("loss/") and key not in known:
-            charts.append(Chart(key, ((key, ""),), "value", "As logged."))
+            keys = ((key, ""),)
+            charts.append(Chart(key, keys, "value", "As logged."))
     return charts
 
 
@@ -196,11 +214,13 @@ def charts(run: Run, wanted: Iterable[Chart]) -> Markup:
     for chart in wanted:
         value = figures.only_value(run.series(key)[1] for key, _ in chart.keys)
         if value is not None:
-            constants.append(f"{chart.title} {number(value)}{_where(run, chart)}")
+            where = _where(run, chart)
+            constants.append(f"{chart.title} {number(value)}{where}")
             continue
         image = figures.draw_chart(chart, run.series)
         if image is not None:
-            drawn.append(figure(chart.title, chart.reading, image, value=_value(run, chart)))
+            shown = _value(run, chart)
+            drawn.append(figure(chart.title, chart.reading, image, value=shown))
     if not drawn and not constants:
         return html.paragraph("Nothing is logged yet.")
     return html.render("report/charts", figures=grid(drawn), constants=constants)
@@ -208,19 +228,24 @@ def charts(run: Run, wanted: Iterable[Chart]) -> Markup:
 
 def _where(run: Run, chart: Chart) -> str:
     """Says at which step a chart has its only value; nothing if it has several equal ones."""
-    steps: list[int] = []
+    found: list[int] = []
     for key, _ in chart.keys:
-        steps += run.series(key)[0].tolist()
-    return f" (at step {steps[0]:,} alone)" if len(steps) == 1 else ""
+        steps, _ = run.series(key)
+        found += steps.tolist()
+    if len(found) != 1:
+        return ""
+    return f" (at step {found[0]:,} alone)"
 
 
 def _value(run: Run, chart: Chart) -> str:
     """Returns the number next to a chart: the last of its first metric, or the median speed."""
     key, label = chart.keys[0]
     if chart.is_speed:
-        return f"median: {number(median_speed(run.series(key)[1]))}"
+        median = number(_median(run, key))
+        return f"median: {median}"
+    last = number(run.last(key))
     name = label if len(chart.keys) > 1 else "last"
-    return f"{name}: {number(run.last(key))}"
+    return f"{name}: {last}"
 
 
 def losses_by_cost(run: Run) -> Markup:
@@ -231,7 +256,8 @@ def losses_by_cost(run: Run) -> Markup:
         curves = _curves(run, chart, axis)
         if any(len(curve.values) > 1 for curve in curves):
             image = figures.draw_curves(curves, chart.ylabel, axis=axis)
-            drawn.append(figure(f"Loss over {axes.NAMES[axis]}", READING[axis], image))
+            title = f"Loss over {axes.NAMES[axis]}"
+            drawn.append(figure(title, READING[axis], image))
     return grid(drawn)
 
 
@@ -242,7 +268,8 @@ def _curves(run: Run, chart: Chart, axis: str) -> list[Curve]:
         steps, values = run.series(key)
         x = axes.place(axis, steps, run.series, run.flops_per_token)
         if np.isfinite(x).any():
-            curves.append(Curve(label, x, values, points=key.startswith("eval/")))
+            is_points = key.startswith("eval/")
+            curves.append(Curve(label, x, values, points=is_points))
     return curves
 
 

@@ -75,7 +75,8 @@ class Comparison:
         import pandas as pd
 
         rows = {label: _summary(run) for label, run in self.runs.items()}
-        table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("run")
+        table = pd.DataFrame.from_dict(rows, orient="index")
+        table = table.rename_axis("run")
         return table.dropna(axis="columns", how="all")
 
     @functools.cached_property
@@ -86,11 +87,13 @@ class Comparison:
         """
         import pandas as pd
 
-        leaves = {label: _leaves(run) for label, run in self.runs.items()}
-        keys = dict.fromkeys(key for of_run in leaves.values() for key in of_run)
+        leaves_of_runs = [_leaves(run) for run in self.runs.values()]
+        keys: dict[str, None] = {}  # a set that keeps the order
+        for leaves in leaves_of_runs:
+            keys |= dict.fromkeys(leaves)
         differing = {}
         for key in keys:
-            values = [of_run.get(key) for of_run in leaves.values()]
+            values = [leaves.get(key) for leaves in leaves_of_runs]
             if any(value != values[0] for value in values):
                 differing[key] = values
         return pd.DataFrame(
@@ -113,14 +116,22 @@ class Comparison:
         """
         import pandas as pd
 
-        known = {name for run in self.runs.values() for name in run.keys}
-        if key not in known:
-            raise RunError(f"no run logged {key!r}; use one of {', '.join(sorted(known))}")
+        self._check_logged(key)
         columns = {}
         for label, run in self.runs.items():
             steps, values = run.series(key)
             columns[label] = pd.Series(values, index=steps)
-        return pd.DataFrame(columns).rename_axis("step")
+        table = pd.DataFrame(columns)
+        return table.rename_axis("step")
+
+    def _check_logged(self, key: str) -> None:
+        """Raises `RunError` if no run has the metric."""
+        known: set[str] = set()
+        for run in self.runs.values():
+            known.update(run.keys)
+        if key not in known:
+            listed = ", ".join(sorted(known))
+            raise RunError(f"no run logged {key!r}; use one of {listed}")
 
     def __repr__(self) -> str:
         import pandas as pd
@@ -131,11 +142,14 @@ class Comparison:
             return f"{self._title}\n{self.table}"
 
     def _repr_html_(self) -> str:
-        table, differences = self.table, self.differences
-        parts = [f"<p>{html.text(self._title)}</p>", _as_html("run", table)]
+        title = html.text(self._title)
+        parts = [f"<p>{title}</p>", _as_html("run", self.table)]
+        differences = self.differences
         if len(differences):
-            parts += ["<p>Where their configurations differ:</p>", _as_html("leaf", differences)]
-        return f"<div>{''.join(parts)}</div>"
+            parts.append("<p>Where their configurations differ:</p>")
+            parts.append(_as_html("leaf", differences))
+        content = "".join(parts)
+        return f"<div>{content}</div>"
 
     @property
     def _title(self) -> str:
@@ -160,7 +174,9 @@ def compare(runs: Sequence[Run | str | Path]) -> Comparison:
     for path in paths:
         if paths.count(path) > 1:
             raise RunError(f"{path} is given twice; leave one out")
-    return Comparison(dict(zip(_labels(paths), opened, strict=True)))
+    labels = _labels(paths)
+    by_label = dict(zip(labels, opened, strict=True))
+    return Comparison(by_label)
 
 
 def _labels(paths: Sequence[Path]) -> list[str]:
@@ -169,15 +185,18 @@ def _labels(paths: Sequence[Path]) -> list[str]:
     labels = []
     for path, arm in zip(paths, arms, strict=True):
         is_clear = arm and arms.count(arm) == 1
-        labels.append(arm if is_clear else _shortest_end(path, paths))
+        label = arm if is_clear else _shortest_end(path, paths)
+        labels.append(label)
     return labels
 
 
 def _shortest_end(path: Path, paths: Sequence[Path]) -> str:
     """Returns the shortest end of a path that none of the others has, or all of it."""
-    for depth in range(1, len(path.parts) + 1):
+    num_parts = len(path.parts)
+    for depth in range(1, num_parts + 1):
         end = path.parts[-depth:]
-        if sum(other.parts[-depth:] == end for other in paths) == 1:
+        ends = [other.parts[-depth:] for other in paths]
+        if ends.count(end) == 1:
             return "/".join(end)
     return str(path)
 
@@ -199,16 +218,18 @@ def _leaves(run: Run) -> dict[str, Any]:
     found = {}
     for section, leaves in run.config.items():
         for name, value in leaves.items():
-            found[f"{section}.{name}"] = value
+            key = f"{section}.{name}"
+            found[key] = value
     return found
 
 
 def _as_html(first_column: str, frame: "pd.DataFrame") -> str:
     rows = []
-    for name, values in zip(frame.index, frame.itertuples(index=False, name=None), strict=True):
-        cells = [format_value(value) for value in values]
+    for name, *values in frame.itertuples(name=None):
+        cells = map(format_value, values)
         rows.append([name, *cells])
-    return html.table([first_column, *frame.columns], rows)
+    head = [first_column, *frame.columns]
+    return html.table(head, rows)
 
 
 def format_value(value: Any) -> str:
@@ -216,8 +237,13 @@ def format_value(value: Any) -> str:
 
     Empty for NaN; other values as they are.
     """
+    if type(value) is int:
+        return f"{value:,}"
     if not isinstance(value, float):
-        return f"{value:,}" if type(value) is int else str(value)
-    if not math.isfinite(value):
-        return "" if math.isnan(value) else "not finite"
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+        return str(value)
+    if math.isnan(value):
+        return ""
+    if math.isinf(value):
+        return "not finite"
+    has_four_digits = abs(value) >= 1000  # before the point
+    return f"{value:,.0f}" if has_four_digits else f"{value:.4g}"

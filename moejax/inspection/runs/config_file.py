@@ -26,7 +26,8 @@ def read_config_file(path: Path) -> dict[str, Any]:
         raise unreadable_file(path, error) from error
     except (ValueError, RecursionError) as error:
         raise RunError(f"{path} is damaged ({error}); {REMEDY}") from error
-    missing = [key for key in KEYS if not isinstance(facts, dict) or key not in facts]
+    known = facts if isinstance(facts, dict) else {}
+    missing = [key for key in KEYS if key not in known]
     if missing:
         raise RunError(f"{path} lacks {', '.join(missing)}; {REMEDY}")
     for complaint in _complaints(facts):
@@ -39,14 +40,16 @@ def _complaints(facts: dict[str, Any]) -> Iterator[str]:
     for key in ("config", "versions", "parameters"):
         if not isinstance(facts[key], dict):
             yield f"{key} must be a JSON object"
-    for section, leaves in facts["config"].items():
+    config = facts["config"]
+    for section, leaves in config.items():
         if not isinstance(leaves, dict):
             yield f"config.{section} must be a JSON object"
-    moe = facts["config"].get("moe", {})
+    moe = config.get("moe", {})
     for kind in EXPERT_KINDS:
         number = moe.get(kind, 0)
         if type(number) is not int or number < 0:
             yield f"config.moe.{kind}={number!r} must be an integer of at least 0"
+    parameters = facts["parameters"]
     for key in ("total", "active"):
-        if not isinstance(facts["parameters"].get(key), int):
+        if not isinstance(parameters.get(key), int):
             yield f"parameters.{key} must be an integer"

@@ -49,18 +49,25 @@ def _read_overrides(sweep: Path) -> dict[str, dict[str, Any]]:
     """Returns the overrides of each arm by its id; nothing if they cannot be read."""
     try:
         with open_file(sweep, SWEEP) as file:
-            entries = json.loads(file.read(MAX_SWEEP))["arms"]
-        return {str(entry["id"]): dict(entry["overrides"]) for entry in entries}
+            content = file.read(MAX_SWEEP)
+        found = {}
+        for entry in json.loads(content)["arms"]:
+            arm = str(entry["id"])
+            found[arm] = dict(entry["overrides"])
+        return found
     except (OSError, RunPathError, ValueError, KeyError, TypeError, RecursionError):
         return {}  # the sweep's own page says what is wrong with the file
 
 
 def _differing_keys(overrides: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Returns the keys whose values are not the same in all arms; a missing value is one, too."""
-    keys = dict.fromkeys(key for values in overrides.values() for key in values)
+    arms = overrides.values()
+    keys: dict[str, None] = {}  # a set that keeps the order
+    for values in arms:
+        keys |= dict.fromkeys(values)
     differing = []
     for key in keys:
-        texts = {_text(values.get(key)) for values in overrides.values()}
+        texts = {_text(values.get(key)) for values in arms}
         if len(texts) > 1:
             differing.append(key)
     return differing
@@ -69,30 +76,35 @@ def _differing_keys(overrides: Mapping[str, Mapping[str, Any]]) -> list[str]:
 def arm_name(workdir: Path) -> str:
     """Returns the name of a run that is an arm of a sweep; empty if it is none."""
     workdir = workdir.resolve()
-    if workdir.parent.name != ARMS:
+    arms = workdir.parent
+    if arms.name != ARMS:
         return ""
-    return arm_names(workdir.parent.parent).get(workdir.name, "")
+    names = arm_names(arms.parent)
+    return names.get(workdir.name, "")
 
 
 class ArmNames:
     """The names of arms, read again only where `sweep.json` has changed."""
 
     def __init__(self) -> None:
-        self._names: dict[Path, tuple[tuple[int, ...], dict[str, str]]] = {}
+        self._names: dict[Path, dict[str, str]] = {}
+        self._seen: dict[Path, tuple[int, ...]] = {}  # the files that these names are of
 
     def name_of(self, workdir: Path, otherwise: str) -> str:
         """Returns the name of a run that is an arm of a sweep, or `otherwise` for other runs."""
-        if workdir.parent.name != ARMS:
+        arms = workdir.parent
+        if arms.name != ARMS:
             return otherwise
-        sweep = workdir.parent.parent
+        sweep = arms.parent
         try:
             info = os.stat(sweep / SWEEP)
         except OSError:
             return otherwise
         now = (info.st_ino, info.st_size, info.st_mtime_ns)
-        if self._names.get(sweep, ((), {}))[0] != now:
-            self._names[sweep] = (now, arm_names(sweep))
-        return self._names[sweep][1].get(workdir.name, otherwise)
+        if self._seen.get(sweep) != now:
+            self._names[sweep] = arm_names(sweep)
+            self._seen[sweep] = now
+        return self._names[sweep].get(workdir.name, otherwise)
 
 
 def recipe_name(command: str) -> str:
@@ -121,12 +133,16 @@ def _recipe_of_path(value: str) -> str:
 def _in_words(overrides: Mapping[str, Any], keys: list[str]) -> str:
     """Returns the overrides under some keys in words, the seed last."""
     leaves = [_leaf(key) for key in keys]
+    ordered = [key for key in keys if key != SEED]
+    if SEED in keys:
+        ordered.append(SEED)
     words = []
-    for key in sorted(keys, key=lambda key: key == SEED):  # keeps the order of the others
+    for key in ordered:
         if key in overrides:
-            is_clear = leaves.count(_leaf(key)) == 1
-            name = _leaf(key) if is_clear else key
-            words.append(f"{name} {_text(overrides[key])}")
+            leaf = _leaf(key)
+            name = leaf if leaves.count(leaf) == 1 else key
+            value = _text(overrides[key])
+            words.append(f"{name} {value}")
     return ", ".join(words)
 
 

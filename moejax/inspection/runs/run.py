@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import json
 from array import array
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -155,16 +155,15 @@ class Run:
         import pandas as pd
 
         series = {key: self.series(key) for key in self.keys}
-        no_steps = np.zeros(0, np.int64)  # a run without metrics has nothing to concatenate
-        all_steps = [steps for steps, _ in series.values()]
-        steps_S = np.unique(np.concatenate([no_steps, *all_steps]))
+        steps_S = _all_steps(series.values())
         columns = {}
         for key, (steps, values) in series.items():
             column_S = np.full(len(steps_S), np.nan)
             rows = np.searchsorted(steps_S, steps)
             column_S[rows] = values
             columns[key] = column_S
-        return pd.DataFrame(columns, index=pd.Index(steps_S, name="step"))
+        index = pd.Index(steps_S, name="step")
+        return pd.DataFrame(columns, index=index)
 
     @functools.cached_property
     def _series(self) -> Series:
@@ -234,33 +233,49 @@ class Run:
         return f"Run({str(self.workdir)!r}: {self._model}; {self._parameters} parameters)"
 
     def _repr_html_(self) -> str:
-        train, data = self.config.get("train", {}), self.config.get("data", {})
-        text = f"{data.get('source', '?')}, rows of {data.get('seq_len', '?')} tokens"
-        training = f"{train.get('num_steps', '?')} steps of {train.get('batch_size', '?')} rows"
+        source = self._leaf("data", "source")
+        seq_len = self._leaf("data", "seq_len")
+        num_steps = self._leaf("train", "num_steps")
+        batch_size = self._leaf("train", "batch_size")
+        checkpoints = ", ".join(map(str, self.checkpoints))
         rows = [
             ("Model", self._model),
             ("Parameters", self._parameters),
-            ("Text", text),
-            ("Training", training),
-            ("Checkpoints", ", ".join(map(str, self.checkpoints)) or "none"),
+            ("Text", f"{source}, rows of {seq_len} tokens"),
+            ("Training", f"{num_steps} steps of {batch_size} rows"),
+            ("Checkpoints", checkpoints or "none"),
             ("Device", self.device),
             ("Commit", self.git_commit),
         ]
         return f"<div><strong>{html.text(self.name)}</strong>{html.facts(rows)}</div>"
 
+    def _leaf(self, section: str, name: str) -> Any:
+        """Returns a leaf of the configuration; `?` where runs of other versions have none."""
+        leaves = self.config.get(section, {})
+        return leaves.get(name, "?")
+
     @property
     def _model(self) -> str:
-        model = self.config.get("model", {})
-        layers = f"{model.get('num_layers', '?')} layers of width {model.get('d_model', '?')}"
+        num_layers = self._leaf("model", "num_layers")
+        d_model = self._leaf("model", "d_model")
+        layers = f"{num_layers} layers of width {d_model}"
         if self.is_dense:
             return f"dense, {layers}"
-        moe = self.config.get("moe", {})
-        top_k, router = moe.get("top_k", "?"), moe.get("router", "?")
+        top_k = self._leaf("moe", "top_k")
+        router = self._leaf("moe", "router")
         return f"{self.num_choices} experts, top {top_k}, {router}, {layers}"
 
     @property
     def _parameters(self) -> str:
         return f"{self.parameters_total:,} ({self.parameters_active:,} active)"
+
+
+def _all_steps(series: Iterable[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+    """Returns the steps of all metrics, each once, in order."""
+    no_steps = np.zeros(0, np.int64)  # a run without metrics has nothing else to concatenate
+    found = [steps for steps, _ in series]
+    all_steps = np.concatenate([no_steps, *found])
+    return np.unique(all_steps)
 
 
 def open_run(workdir: str | Path) -> Run:

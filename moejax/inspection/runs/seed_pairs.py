@@ -36,19 +36,27 @@ def find_settings(runs: Mapping[str, Run]) -> list[Setting]:
     """
     groups: dict[str, dict[int, str]] = {}
     for label, run in runs.items():
-        seed = run.config.get(SECTION, {}).get(LEAF)
+        train = run.config.get(SECTION, {})
+        seed = train.get(LEAF)
         key = _without_seed(run)
         if type(seed) is not int:
             groups[label] = {0: label}  # no seed: a setting of its own
         elif seed in groups.get(key, {}):
             groups[label] = {seed: label}  # the same run twice: a setting of its own
         else:
-            groups.setdefault(key, {})[seed] = label
-    return [Setting(_name(list(labels.values())), labels) for labels in groups.values()]
+            group = groups.setdefault(key, {})
+            group[seed] = label
+    settings = []
+    for label_of_seed in groups.values():
+        name = _name(list(label_of_seed.values()))
+        settings.append(Setting(name, label_of_seed))
+    return settings
 
 
 def difference(
-    first: Mapping[int, float], second: Mapping[int, float], num_looks: int
+    first: Mapping[int, float],
+    second: Mapping[int, float],
+    num_looks: int,
 ) -> Difference:
     """Returns the mean of second minus first over common seeds.
 
@@ -57,17 +65,27 @@ def difference(
       second: of the other setting.
       num_looks: settings that are compared with the first.
     """
-    ones: Measured = {("", seed): value for seed, value in first.items()}
-    others: Measured = {("", seed): value for seed, value in second.items()}
-    return mean_difference(pair_up(ones, others), num_looks)
+    ones = _measured(first)
+    others = _measured(second)
+    pairs = pair_up(ones, others)
+    return mean_difference(pairs, num_looks)
+
+
+def _measured(values: Mapping[int, float]) -> Measured:
+    """Returns values by seed as those of one block: seeds alone tell pairs apart."""
+    return {("", seed): value for seed, value in values.items()}
 
 
 def _without_seed(run: Run) -> str:
-    leaves = {section: dict(values) for section, values in run.config.items()}
-    leaves.get(SECTION, {}).pop(LEAF, None)
-    return json.dumps(leaves, sort_keys=True)
+    """Returns the configuration as text, equal for runs that differ in their seed alone."""
+    config = {section: dict(leaves) for section, leaves in run.config.items()}
+    if SECTION in config:
+        config[SECTION].pop(LEAF, None)
+    return json.dumps(config, sort_keys=True)
 
 
 def _name(labels: Sequence[str]) -> str:
     """Returns the label of the only run, or of the first of several and how many there are."""
-    return labels[0] if len(labels) == 1 else f"{labels[0]} ({len(labels)} seeds)"
+    first = labels[0]
+    num_seeds = len(labels)
+    return first if num_seeds == 1 else f"{first} ({num_seeds} seeds)"

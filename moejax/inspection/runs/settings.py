@@ -2,9 +2,12 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 from moejax.config import Config, ConfigError, resolve_recorded, to_dict
+
+Sections: TypeAlias = Mapping[str, Mapping[str, Any]]
+"""Leaves of a configuration by section."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +29,7 @@ class Setting:
     is_chosen: bool
 
 
-def settings_of(config: Mapping[str, Mapping[str, Any]]) -> list[Setting]:
+def settings_of(config: Sections) -> list[Setting]:
     """Returns the leaves of a configuration in their order.
 
     Args:
@@ -36,20 +39,22 @@ def settings_of(config: Mapping[str, Mapping[str, Any]]) -> list[Setting]:
     defaults = to_dict(Config())
     settings = []
     for section, leaves in config.items():
+        section_defaults = defaults.get(section, {})
         for name, value in leaves.items():
-            default = defaults.get(section, {}).get(name)
-            is_chosen = value != default and not _follows(config, section, name, value)
+            default = section_defaults.get(name)
+            is_chosen = value != default and not _follows(config, section, name)
             settings.append(Setting(section, name, value, default, is_chosen))
     return settings
 
 
-def _follows(config: Mapping[str, Mapping[str, Any]], section: str, name: str, value: Any) -> bool:
-    """Whether a leaf gets this value from the others when it is left at its default."""
-    others = {key: leaf for key, leaf in config[section].items() if key != name}
+def _follows(config: Sections, section: str, name: str) -> bool:
+    """Whether a leaf gets its value from the others when it is left at its default."""
+    others = dict(config[section])
+    value = others.pop(name)
     with_default = {**config, section: others}
     try:
         resolved = to_dict(resolve_recorded(with_default))
     except (ConfigError, TypeError, ArithmeticError):
         return False
-    followed = resolved.get(section, {}).get(name)
-    return bool(followed == value)
+    leaves = resolved.get(section, {})
+    return bool(leaves.get(name) == value)

@@ -64,22 +64,28 @@ class MetricsReader:
         if now == self._seen and not self.is_behind:
             return 0
         with open_file(self._path.parent, self._path.name) as file:
-            if self._seen and (info.st_ino != self._seen[0] or not self._is_continued(file)):
+            if not self._is_continued(file, info.st_ino):
                 self._forget()
             file.seek(self._offset)
             block = file.read(max_bytes)
             self.is_behind = len(block) == max_bytes and len(file.read(1)) == 1
+        num_bytes = len(block)
         end = block.rfind(b"\n") + 1  # of the last complete line
-        if self.is_behind and not end and len(block) >= MAX_LINE:
-            self._note(f"has no end within {len(block):,} bytes")
+        if self.is_behind and not end and num_bytes >= MAX_LINE:
+            self._note(f"has no end within {num_bytes:,} bytes")
             self.is_behind = False
         self._seen = now
-        for line in block[:end].splitlines():
+        self._add_lines(block[:end])
+        return num_bytes
+
+    def _add_lines(self, lines: bytes) -> None:
+        """Adds complete lines, and keeps where the next ones begin."""
+        for line in lines.splitlines():
             self._num_lines += 1
             self._add(line)
-        self._offset += end
-        self._tail = (self._tail + block[:end])[-TAIL_BYTES:]
-        return len(block)
+        self._offset += len(lines)
+        read = self._tail + lines
+        self._tail = read[-TAIL_BYTES:]
 
     def last(self, key: str) -> float | None:
         """Returns the newest value of a metric; None if no line has it."""
@@ -96,10 +102,16 @@ class MetricsReader:
         """The last step with a metric; 0 before the first."""
         return max((steps[-1] for steps, _ in self.series.values()), default=0)
 
-    def _is_continued(self, file: Any) -> bool:
+    def _is_continued(self, file: Any, inode: int) -> bool:
         """Returns whether the file, up to where it was read, still ends in what was read."""
-        file.seek(self._offset - len(self._tail))
-        return file.read(len(self._tail)) == self._tail
+        if not self._seen:
+            return True
+        seen_inode, _, _ = self._seen
+        if inode != seen_inode:
+            return False
+        num_bytes = len(self._tail)
+        file.seek(self._offset - num_bytes)
+        return file.read(num_bytes) == self._tail
 
     def _add(self, line: bytes) -> None:
         if not line.strip():

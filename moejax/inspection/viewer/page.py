@@ -79,7 +79,11 @@ def constants(found: Sequence[tuple[Chart, float]]) -> Markup:
     """Says what is the same throughout, in place of charts; nothing if no chart is left out."""
     if not found:
         return html.EMPTY
-    listed = ", ".join(f"{chart.title.lower()} {number(value)}" for chart, value in found)
+    values = []
+    for chart, value in found:
+        title = chart.title.lower()
+        values.append(f"{title} {number(value)}")
+    listed = ", ".join(values)
     note = f"The same in all runs shown that log it, throughout: {listed}."
     return html.paragraph(note, "soft")
 
@@ -88,8 +92,10 @@ def chart_text(chart: Chart, caption: str) -> Markup:
     """Returns the heading of a plot, and how to read it."""
     parts = [chart.reading, caption]
     if chart.reference:
-        parts.append(f"Dotted line: {chart.reference[1]}.")
-    return section_text(chart.title, " ".join(part for part in parts if part))
+        _, name = chart.reference
+        parts.append(f"Dotted line: {name}.")
+    known = [part for part in parts if part]
+    return section_text(chart.title, " ".join(known))
 
 
 def section_text(title: str, reading: str = "") -> Markup:

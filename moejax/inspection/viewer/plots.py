@@ -35,6 +35,8 @@ DASHES = ("solid", "dashed", "dotdash", "dotted")  # of a chart's metrics
 WHITE = "#ffffff"
 LABEL_COLOR = "#374151"
 MAX_LAYER_TICKS = 16
+SHORT_NUMBER = "0.[00]a"  # of ticks: 12k in place of 12,000
+MIN_SHORTENED = 10_000  # the least of the largest values of a plot whose ticks are shortened
 
 
 def charts_of(runs: Iterable[LiveRun]) -> tuple[Chart, ...]:
@@ -44,9 +46,10 @@ def charts_of(runs: Iterable[LiveRun]) -> tuple[Chart, ...]:
     """
     widths = {run.num_experts for run in runs}
     widths.discard(0)  # dense runs
-    routing = figures.routing_charts(max(widths, default=1))
+    width = max(widths, default=1)
+    routing = list(figures.routing_charts(width))
     if len(widths) != 1:
-        routing = tuple(dataclasses.replace(chart, reference=None) for chart in routing)
+        routing = [dataclasses.replace(chart, reference=None) for chart in routing]
     return (*figures.LOSS_CHARTS, *routing, *figures.SPEED_CHARTS)
 
 
@@ -58,9 +61,11 @@ def columns(run: LiveRun, key: str, axis: str) -> dict[str, np.ndarray]:
       key: the metric.
       axis: one of `AXES`.
     """
-    steps, values = figures.downsample(*run.metrics.points(key))
+    series = run.metrics.points
+    all_steps, all_values = series(key)
+    steps, values = figures.downsample(all_steps, all_values)
     flops_per_token = run.run.flops_per_token if run.run else None
-    x = place(axis, steps, run.metrics.points, flops_per_token)
+    x = place(axis, steps, series, flops_per_token)
     return {"step": steps, "x": x, "y": values}
 
 
@@ -100,23 +105,33 @@ class CurvePlot:
         self._axis = axis
         self._curves: list[RunCurve] = []
         for name, run in runs.items():
-            for i, (key, _) in enumerate(chart.keys):
-                if key in run.metrics.series:
-                    source = ColumnDataSource(columns(run, key, axis))
-                    self._curves.append(RunCurve(name, run, key, i, source))
+            self._curves += self._curves_of(name, run)
         self.plot = self._new_plot() if self._curves else None
+
+    def _curves_of(self, name: str, run: LiveRun) -> list[RunCurve]:
+        """Returns a curve for each metric of the chart that the run has logged."""
+        found = []
+        for i, (key, _) in enumerate(self.chart.keys):
+            if key in run.metrics.series:
+                points = columns(run, key, self._axis)
+                source = ColumnDataSource(points)
+                found.append(RunCurve(name, run, key, i, source))
+        return found
 
     @property
     def caption(self) -> str:
         """How to tell the metrics of the chart apart; empty if there is one."""
-        if len(self.chart.keys) == 1:
+        keys = self.chart.keys
+        if len(keys) == 1:
             return ""
         places = {curve.key: curve.place for curve in self._curves}
         marks = []
-        for key, i in places.items():
+        for i in places.values():
+            key, label = keys[i]
             mark = "dots" if _is_points(key) else DASHES[i]
-            marks.append(f"{mark}: {self.chart.keys[i][1]}")
-        return f"{'; '.join(marks)}.".capitalize()
+            marks.append(f"{mark}: {label}")
+        listed = "; ".join(marks)
+        return f"{listed}.".capitalize()
 
     def update(self, changed: Iterable[str]) -> None:
         """Draws again what some runs have logged since."""
@@ -126,21 +141,31 @@ class CurvePlot:
                 curve.source.data = columns(curve.run, curve.key, self._axis)
 
     def _new_plot(self) -> figure:
-        bounds: dict[str, Any] = {"start": 0} if self.chart.from_zero else {}
+        chart = self.chart
+        bounds: dict[str, Any] = {"start": 0} if chart.from_zero else {}
         plot = _figure(230, x_range=DataRange1d(range_padding=0.03), y_range=DataRange1d(**bounds))
         plot.xaxis.axis_label = AXES[self._axis]
-        plot.yaxis.axis_label = self.chart.ylabel
-        plot.xaxis.formatter = NumeralTickFormatter(format="0.[00]a")
-        if max(_largest(curve.source.data["y"]) for curve in self._curves) >= 10_000:
-            plot.yaxis.formatter = NumeralTickFormatter(format="0.[00]a")
+        plot.yaxis.axis_label = chart.ylabel
+        plot.xaxis.formatter = NumeralTickFormatter(format=SHORT_NUMBER)
+        largest = max(_largest(curve.source.data["y"]) for curve in self._curves)
+        if largest >= MIN_SHORTENED:
+            plot.yaxis.formatter = NumeralTickFormatter(format=SHORT_NUMBER)
         lines = [_draw(plot, curve) for curve in self._curves]
-        if self.chart.reference is not None:
-            level, _ = self.chart.reference
-            line = Span(location=level, dimension="width", line_color=GREY, line_dash="2 2")
-            plot.add_layout(line)
-        tooltips = [("run", "$name"), ("step", "@step{0,0}"), (self.chart.ylabel, "@y{0.[0000]}")]
+        if chart.reference is not None:
+            level, _ = chart.reference
+            plot.add_layout(_level_line(level))
+        tooltips = [
+            ("run", "$name"),
+            ("step", "@step{0,0}"),
+            (chart.ylabel, "@y{0.[0000]}"),
+        ]
         plot.add_tools(HoverTool(renderers=lines, tooltips=tooltips))
         return plot
+
+
+def _level_line(level: float) -> Span:
+    """Returns the dotted line of a chart's reference."""
+    return Span(location=level, dimension="width", line_color=GREY, line_dash="2 2")
 
 
 def _draw(plot: figure, curve: RunCurve) -> Any:
@@ -173,9 +198,10 @@ def signature(chart: Chart, runs: Mapping[str, LiveRun]) -> tuple[Any, ...]:
     """
     found = []
     for name, run in runs.items():
+        series = run.metrics.series
         for key, _ in chart.keys:
-            steps, _ = run.metrics.series.get(key, ((), ()))
-            found.append((name, key, min(len(steps), 2)))
+            num_values = len(series[key][0]) if key in series else 0
+            found.append((name, key, min(num_values, 2)))
     return tuple(found)
 
 
@@ -189,31 +215,57 @@ def load_plot(counts_NE: Int[np.ndarray, "N E"], layers: Sequence[int]) -> figur
       layers: model layer of each row.
     """
     N, E = counts_NE.shape
-    ratio_NE = figures.load_ratio(counts_NE)
-    log_NE = np.log2(ratio_NE, out=np.full_like(ratio_NE, np.nan), where=ratio_NE > 0)
-    layer_NE = np.repeat(np.array(layers, np.int32)[:, None], E, axis=1)
     height = int(np.clip(110 + 24 * N, 170, 620))
+    # Cells are centred on their indices.
     plot = _figure(height, x_range=(-0.5, E - 0.5), y_range=(N - 0.5, -0.5))
-    mapper = LinearColorMapper(palette=load_colors(figures.COLORS), low=-2, high=2, nan_color=DEAD)
-    data = {
-        "log": [log_NE.astype(np.float32)],
-        "ratio": [ratio_NE.astype(np.float32)],
-        "layer": [layer_NE],
-    }
-    place: dict[str, Any] = {"x": -0.5, "y": -0.5, "dw": E, "dh": N, "color_mapper": mapper}
-    image = plot.image("log", source=ColumnDataSource(data), **place)
+    colors = load_colors(figures.COLORS)
+    mapper = LinearColorMapper(palette=colors, low=-2, high=2, nan_color=DEAD)
+    image = plot.image(
+        "log",
+        source=_load_source(counts_NE, layers),
+        x=-0.5,
+        y=-0.5,
+        dw=E,
+        dh=N,
+        color_mapper=mapper,
+    )
     tooltips = [("layer", "@layer"), ("expert", "$x{0}"), ("load", "@ratio{0.00}")]
     plot.add_tools(HoverTool(renderers=[image], tooltips=tooltips))
     plot.xaxis.axis_label = "expert"
     plot.yaxis.axis_label = "layer"
     plot.xaxis.ticker = BasicTicker(min_interval=1, num_minor_ticks=0)
-    rows = np.linspace(0, N - 1, min(N, MAX_LAYER_TICKS)).round().astype(int)
-    shown = np.unique(rows).tolist()
+    shown = _ticks_of_layers(N)
     plot.yaxis.ticker = FixedTicker(ticks=shown)
     plot.yaxis.major_label_overrides = {n: str(layers[n]) for n in shown}
     plot.grid.visible = False
     plot.add_layout(_color_bar(mapper), "right")
     return plot
+
+
+def _load_source(counts_NE: np.ndarray, layers: Sequence[int]) -> ColumnDataSource:
+    """Returns an image of the load, with the values that a pointer shows of a cell.
+
+    Colours go by the logarithm; an expert without a token has none.
+    """
+    ratio_NE = figures.load_ratio(counts_NE)
+    nan_NE = np.full_like(ratio_NE, np.nan)
+    log_NE = np.log2(ratio_NE, out=nan_NE, where=ratio_NE > 0)
+    layers_N = np.array(layers, np.int32)
+    layer_NE = np.repeat(layers_N[:, None], counts_NE.shape[1], axis=1)
+    data = {
+        "log": [log_NE.astype(np.float32)],
+        "ratio": [ratio_NE.astype(np.float32)],
+        "layer": [layer_NE],
+    }
+    return ColumnDataSource(data)
+
+
+def _ticks_of_layers(num_layers: int) -> list[int]:
+    """Returns the rows that are labelled, evenly spaced."""
+    num_ticks = min(num_layers, MAX_LAYER_TICKS)
+    rows = np.linspace(0, num_layers - 1, num_ticks)
+    rounded = rows.round().astype(int)
+    return np.unique(rounded).tolist()
 
 
 def _color_bar(mapper: LinearColorMapper) -> ColorBar:
@@ -263,4 +315,7 @@ def _is_points(key: str) -> bool:
 
 
 def _largest(values: Any) -> float:
-    return float(np.nanmax(np.abs(values))) if np.isfinite(values).any() else 0.0
+    """Returns the largest magnitude, 0 where no value is finite."""
+    if not np.isfinite(values).any():
+        return 0.0
+    return float(np.nanmax(np.abs(values)))

@@ -24,6 +24,8 @@ from moejax.training.health.speed import SPEED, median_speed
 CONFIG, METRICS = "config.json", "metrics.jsonl"
 MAX_DEPTH = 3  # folders below the one that is viewed: a sweep's runs are in a folder of their own
 MAX_BYTES = 2**21  # read at one poll: half a second at most
+AGES = ((172_800, 86_400, "days"), (7200, 3600, "h"), (60, 60, "min"))
+"""Units of `age`, in seconds: from when on each is used, how long it is, and its name."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,13 +159,7 @@ class LiveRun:
         try:
             if os.path.lexists(self.workdir / alarms.FILE):
                 check_file(self.workdir, alarms.FILE)
-            layers_by_rule: dict[str, list[int]] = {}
-            for rule, layer in alarms.active(alarms.read_alarms(self.workdir)):
-                layers_by_rule.setdefault(rule, []).append(layer)
-            found = []
-            for rule, layers in layers_by_rule.items():
-                found.append(f"{rule} in {alarms.name_layers(sorted(layers))}")
-            self._alarms = tuple(found)
+            self._alarms = _alarms_in_words(self.workdir)
             self._problems[alarms.FILE] = ""
         except (ValueError, OSError, TypeError, RecursionError) as error:
             self._problems[alarms.FILE] = str(error)
@@ -185,6 +181,19 @@ class LiveRun:
             return os.stat(self.workdir / METRICS).st_mtime
         except OSError:
             return None
+
+
+def _alarms_in_words(workdir: Path) -> tuple[str, ...]:
+    """Returns each rule that is on, with its layers."""
+    layers_by_rule: dict[str, list[int]] = {}
+    lines = alarms.read_alarms(workdir)
+    for rule, layer in alarms.active(lines):
+        layers_by_rule.setdefault(rule, []).append(layer)
+    found = []
+    for rule, layers in layers_by_rule.items():
+        where = alarms.name_layers(sorted(layers))
+        found.append(f"{rule} in {where}")
+    return tuple(found)
 
 
 class RunFolder:
@@ -219,14 +228,18 @@ class RunFolder:
                 color = self._colors.color_of(path)
                 self.runs[path] = LiveRun(workdir, path, color)
             self.runs[path].name = self._arms.name_of(workdir, path)
+        self._tell_names_apart()
+        num_left = max_bytes
+        for run in self.runs.values():
+            num_left -= run.poll(max(num_left, 0))
+        self.is_behind = any(run.metrics.is_behind for run in self.runs.values())
+
+    def _tell_names_apart(self) -> None:
+        """Adds its path to the name of each run that shares it with another."""
         num_runs = collections.Counter(run.name for run in self.runs.values())
         for path, run in self.runs.items():
             if num_runs[run.name] > 1:
                 run.name = f"{run.name} ({path})"
-        left = max_bytes
-        for run in self.runs.values():
-            left -= run.poll(max(left, 0))
-        self.is_behind = any(run.metrics.is_behind for run in self.runs.values())
 
     def newest(self, count: int, paths: Iterable[str] | None = None) -> list[str]:
         """Returns the runs that were written last; those without a curve only if all are.
@@ -235,15 +248,17 @@ class RunFolder:
           count: how many at most.
           paths: of the runs to choose from; None: all.
         """
-        known = list(self.runs if paths is None else paths)
-        with_curves = [path for path in known if self.runs[path].has_curves]
+        runs = self.runs
+        known = list(runs if paths is None else paths)
+        with_curves = [path for path in known if runs[path].has_curves]
 
         def written(path: str) -> float:
-            state = self.runs[path].state
+            state = runs[path].state
             return state.written or 0
 
-        newest_first = sorted(with_curves or known, key=written, reverse=True)
-        return newest_first[:count]
+        chosen = with_curves or known
+        chosen.sort(key=written, reverse=True)
+        return chosen[:count]
 
 
 def find_runs(folder: Path) -> tuple[dict[str, Path], list[str]]:
@@ -256,10 +271,14 @@ def find_runs(folder: Path) -> tuple[dict[str, Path], list[str]]:
       The runs by name, and the paths of links that lead out of the folder and are not followed.
     """
     if _is_run(folder):
-        return {folder.resolve().name: folder}, []
+        name = folder.resolve().name
+        return {name: folder}, []
     links: list[str] = []
-    paths = sorted(_below(folder, folder, MAX_DEPTH, links))
-    runs = {path.relative_to(folder).as_posix(): path for path in paths}
+    paths = list(_below(folder, folder, MAX_DEPTH, links))
+    runs = {}
+    for path in sorted(paths):
+        name = path.relative_to(folder).as_posix()
+        runs[name] = path
     return runs, sorted(links)
 
 
@@ -291,7 +310,7 @@ def age(written: float | None) -> str:
     if written is None:
         return "never"
     seconds = time.time() - written
-    for size, unit in ((86_400, "days"), (3600, "h"), (60, "min")):
-        if seconds >= 2 * size or (unit == "min" and seconds >= size):
+    for least, size, unit in AGES:
+        if seconds >= least:
             return f"{seconds / size:.0f} {unit} ago"
     return "just now"

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import panel as pn
 
 from moejax.inspection import html
@@ -60,26 +59,33 @@ class RunList:
     @property
     def chosen(self) -> dict[str, LiveRun]:
         """The runs whose curves are shown."""
-        return {path: run for path, run in self._run_folder.runs.items() if self._is_chosen(path)}
+        runs = self._run_folder.runs
+        return {path: run for path, run in runs.items() if self._is_chosen(path)}
 
     def show(self) -> None:
         """Sends the browser what differs from what it was sent."""
+        runs = self._run_folder.runs
         listed = self._find_listed()
         for path in listed:
             if path not in self._boxes:
                 self._add(path, is_chosen=False)
-            _set(self._rows[path], page.run_row(self._run_folder.runs[path]))
-        num_runs = len(self._run_folder.runs)
+            row = page.run_row(runs[path])
+            _set(self._rows[path], row)
+        num_runs = len(runs)
         self._part.visible = num_runs > MAX_LISTED
-        _set(self._left_out, page.left_out(len(listed), num_runs))
+        left_out = page.left_out(len(listed), num_runs)
+        _set(self._left_out, left_out)
         if listed != self._listed:
             self._listed = listed
-            rows = [pn.Row(self._boxes[path], self._rows[path], **WIDE) for path in listed]
-            self._body.objects = rows
+            self._body.objects = [self._row_of(path) for path in listed]
+
+    def _row_of(self, path: str) -> pn.Row:
+        return pn.Row(self._boxes[path], self._rows[path], **WIDE)
 
     def _add(self, path: str, *, is_chosen: bool) -> None:
-        self._boxes[path] = pn.widgets.Checkbox(value=is_chosen, width=20, margin=(10, 6, 0, 0))
-        self._boxes[path].param.watch(self._on_change, "value")
+        box = pn.widgets.Checkbox(value=is_chosen, width=20, margin=(10, 6, 0, 0))
+        box.param.watch(self._on_change, "value")
+        self._boxes[path] = box
         self._rows[path] = _text()
 
     def _is_chosen(self, path: str) -> bool:
@@ -87,15 +93,17 @@ class RunList:
 
     def _find_listed(self) -> list[str]:
         """Returns those chosen, and the newest of those with the wanted part in their name."""
+        run_folder = self._run_folder
+        runs = run_folder.runs
         part = str(self._part.value or "").lower()
-        runs = self._run_folder.runs
         found = []
         for path, run in runs.items():
             if part in run.name.lower() or part in path.lower():
                 found.append(path)
         if len(found) > MAX_LISTED:
-            found = self._run_folder.newest(MAX_LISTED, found)
+            found = run_folder.newest(MAX_LISTED, found)
         newest = set(found)
+        # In the order of the runs, so that rows keep their places.
         return [path for path in runs if path in newest or self._is_chosen(path)]
 
 
@@ -112,7 +120,9 @@ class Session:
     def __init__(self, run_folder: RunFolder):
         self._run_folder = run_folder
         run_folder.poll()
-        self._heading, self._constants, self._report = _text(), _text(), _text()
+        self._heading = _text()
+        self._constants = _text()
+        self._report = _text()
         self._runs = RunList(run_folder, self._show)
         options = {name: axis for axis, name in NAMES.items()}
         self._axis = pn.widgets.RadioBoxGroup(options=options, value="steps", **_choice("Over"))
@@ -124,15 +134,24 @@ class Session:
         self._drawn: dict[str, Any] = {}
         self._versions: dict[str, int] = {}
         self._show()
-        for widget in (self._axis, self._of):
-            widget.param.watch(self._show, "value")
+        # Watched only now: what the first look sets is no choice of the user.
+        self._axis.param.watch(self._show, "value")
+        self._of.param.watch(self._show, "value")
         self._tabs.param.watch(self._show, "active")
         self.page = pn.Column(self._heading, self._runs.page, self._tabs, **WIDE)
         if pn.state.curdoc is not None:  # a browser has asked for the page
-            templates = pn.io.resources.BASE_TEMPLATE.environment
-            pn.state.curdoc.template = templates.from_string(styles.PAGE)
-            pn.state.add_periodic_callback(self._poll, period=EVERY_MS)
-            pn.state.add_periodic_callback(self._catch_up, period=CATCH_UP_MS)
+            self._serve(pn.state)
+
+    def _serve(self, state: Any) -> None:
+        """Puts the page into the frame of moejax, and looks for what is new from now on."""
+        templates = pn.io.resources.BASE_TEMPLATE.environment
+        state.curdoc.template = templates.from_string(styles.PAGE)
+        state.add_periodic_callback(self._poll, period=EVERY_MS)
+        state.add_periodic_callback(self._catch_up, period=CATCH_UP_MS)
+
+    @property
+    def _open_tab(self) -> str:
+        return TABS[self._tabs.active]
 
     def _new_tabs(self) -> pn.Tabs:
         contents = (
@@ -179,8 +198,10 @@ class Session:
         axis = self._axis.value
         charts = charts_of(runs.values())
         values = {chart.title: constant(chart, runs) for chart in charts}
-        wanted = (axis, charts, values, [signature(chart, runs) for chart in charts])
+        signatures = [signature(chart, runs) for chart in charts]
+        wanted = (axis, charts, values, signatures)
         if self._drawn.get("curves") == wanted:
+            # The curves are the same, so only their points are sent.
             for plot in self._plots:
                 plot.update(changed)
             return
@@ -198,30 +219,40 @@ class Session:
                 self._plots.append(curves)
                 text = page.chart_text(chart, curves.caption)
                 cells.append(_cell(text, curves.plot, styles.PLOT_STYLE))
-        self._curves.objects = cells or [_text(html.paragraph(NO_CURVE))]
+        self._curves.objects = cells or [_note(NO_CURVE)]
         _set(self._constants, page.constants(constants))
 
     def _show_load(self, runs: dict[str, LiveRun]) -> None:
+        if self._open_tab != "Load":
+            return
         wanted = [(name, run.version) for name, run in runs.items()]
-        is_drawn = self._drawn.get("load") == wanted
-        if is_drawn or TABS[self._tabs.active] != "Load":
+        if self._drawn.get("load") == wanted:
             return
         self._drawn["load"] = wanted
         cells = [_load_of(run) for run in runs.values()]
-        self._load.objects = cells or [_text(html.paragraph(NO_RUN))]
+        self._load.objects = cells or [_note(NO_RUN)]
 
     def _show_report(self, runs: dict[str, LiveRun]) -> None:
-        options = {run.name: path for path, run in runs.items()}
-        if options != self._of.options:
-            self._of.options = options
-            self._of.value = self._of.value if self._of.value in runs else next(iter(runs), None)
-        if TABS[self._tabs.active] != "Report":
+        self._offer_reports_of(runs)
+        if self._open_tab != "Report":
             return
-        run = runs.get(self._of.value)
-        wanted = (self._of.value, _written(run))
-        if self._drawn.get("report") != wanted:
-            self._drawn["report"] = wanted
-            _set(self._report, page.report_frame(run) if run else html.paragraph(NO_RUN))
+        path = self._of.value
+        run = runs.get(path)
+        wanted = (path, _written(run))
+        if self._drawn.get("report") == wanted:
+            return
+        self._drawn["report"] = wanted
+        content = page.report_frame(run) if run else html.paragraph(NO_RUN)
+        _set(self._report, content)
+
+    def _offer_reports_of(self, runs: dict[str, LiveRun]) -> None:
+        """Lets the user choose among the reports of these runs; keeps the choice if it can."""
+        options = {run.name: path for path, run in runs.items()}
+        if options == self._of.options:
+            return
+        self._of.options = options
+        if self._of.value not in runs:
+            self._of.value = next(iter(runs), None)
 
 
 WIDE: dict[str, Any] = {"sizing_mode": "stretch_width", "margin": 0}
@@ -232,6 +263,11 @@ def _text(content: str = "") -> pn.pane.HTML:
     return pn.pane.HTML(
         str(content), stylesheets=[styles.TEXT_STYLE], sizing_mode="stretch_width", margin=(4, 0)
     )
+
+
+def _note(text: str) -> pn.pane.HTML:
+    """Returns a line in place of what there is nothing of."""
+    return _text(html.paragraph(text))
 
 
 def _choice(title: str) -> dict[str, Any]:
@@ -263,16 +299,20 @@ def _load_of(run: LiveRun) -> pn.viewable.Viewable:
         if routing is None or not routing.num_entries:
             is_dense = run.run is not None and not run.num_experts
             reason = "it is a dense run" if is_dense else "none is logged yet"
-            return _text(page.section_text(run.name, f"No load: {reason}."))
-        counts_NE: np.ndarray = routing.read("counts", -1)[0]
+            text = page.section_text(run.name, f"No load: {reason}.")
+            return _text(text)
+        counts_1NE = routing.read("counts", -1)
     except (ValueError, OSError) as error:
-        return _text(page.section_text(run.name) + page.problem(str(error)))
+        text = page.section_text(run.name) + page.problem(str(error))
+        return _text(text)
     reading = (
         f"Load over uniform load in the interval that ended with step {routing.steps[-1]:,}. White "
         "is uniform, red is overloaded, blue is underused, black got no token at all."
     )
-    plot = load_plot(counts_NE, routing.layers.tolist())
-    return _cell(page.section_text(run.name, reading), plot, styles.LOAD_STYLE)
+    layers = routing.layers.tolist()
+    plot = load_plot(counts_1NE[0], layers)
+    text = page.section_text(run.name, reading)
+    return _cell(text, plot, styles.LOAD_STYLE)
 
 
 def _written(run: LiveRun | None) -> Any:
