@@ -6,10 +6,12 @@ from typing import Any
 
 import jax
 import numpy as np
+import pytest
 
 from moejax.config import Config, resolve
 from moejax.data import Batch
 from moejax.sharding import make_mesh
+from moejax.training import loop
 from moejax.training.state import TrainSetup, TrainState, make_train_setup
 
 SMALL: dict[str, dict[str, Any]] = {
@@ -207,3 +209,22 @@ def replace(config: Config, section: str, **leaves: Any) -> Config:
     return dataclasses.replace(
         config, **{section: dataclasses.replace(getattr(config, section), **leaves)}
     )
+
+
+def share_programs(patch: pytest.MonkeyPatch, known: dict[str, Any]) -> None:
+    """Makes `train` take its programs from `known`, or compile them into it.
+
+    All runs that share them must have one configuration and one mesh.
+    """
+
+    def once(name, function):
+        def cached(*arguments, **keywords):
+            if name not in known:
+                known[name] = function(*arguments, **keywords)
+            return known[name]
+
+        return cached
+
+    patch.setattr(loop._Loop, "_compile", once("step", loop._Loop._compile))
+    patch.setattr(loop, "make_eval_step", once("eval", loop.make_eval_step))
+    patch.setattr(loop, "make_train_setup", once("setup", loop.make_train_setup))

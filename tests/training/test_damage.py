@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from cases.damage import copy_run, damage, kind_of, ways
-from cases.training import make, replace, small_config
+from cases.training import make, replace, share_programs, small_config
 from moejax import paths
 from moejax.config import ConfigError
 from moejax.inspection.runs.run import open_run
@@ -59,19 +59,7 @@ KINDS = {
 def programs():
     """Makes `train` compile its programs once for all calls within this file, for one device."""
     patch = pytest.MonkeyPatch()
-    known = {}
-
-    def once(name, function):
-        def cached(*arguments, **keywords):
-            if name not in known:
-                known[name] = function(*arguments, **keywords)
-            return known[name]
-
-        return cached
-
-    patch.setattr(loop._Loop, "_compile", once("step", loop._Loop._compile))
-    patch.setattr(loop, "make_eval_step", once("eval", loop.make_eval_step))
-    patch.setattr(loop, "make_train_setup", once("setup", loop.make_train_setup))
+    share_programs(patch, {})
     patch.setattr(loop, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
     yield
     patch.undo()
