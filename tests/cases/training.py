@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Container, Iterable
 from typing import Any
 
 import jax
@@ -139,6 +140,18 @@ OTHER_CASES: dict[str, dict[str, dict[str, Any]]] = {  # sections; by what they 
         "train": {"batch_size": 8},
     },
 }
+
+
+LIKE_SIGMOID = {"softmax_topk", "switch", "cosine", "dense"}
+"""Routers that are the function of `sigmoid_topk` with other scores."""
+
+
+def one_for_each_function(routers: Iterable[str], rarely: Container[str] = LIKE_SIGMOID) -> list:
+    """Returns cases, of which those of `rarely` are in the long suite only."""
+    cases = []
+    for router in routers:
+        cases.append(pytest.param(router, marks=pytest.mark.slow) if router in rarely else router)
+    return cases
 
 
 def case_config(case: str, **sections: dict[str, Any]) -> Config:
