@@ -2,14 +2,18 @@
 
 import dataclasses
 import functools
+from collections.abc import Container, Iterable
 from typing import Any
 
 import jax
 import numpy as np
+import pytest
 
 from moejax.config import Config, resolve
 from moejax.data import Batch
 from moejax.sharding import make_mesh
+from moejax.training import loop
+from moejax.training.program import Program
 from moejax.training.state import TrainSetup, TrainState, make_train_setup
 
 SMALL: dict[str, dict[str, Any]] = {
@@ -139,6 +143,18 @@ OTHER_CASES: dict[str, dict[str, dict[str, Any]]] = {  # sections; by what they 
 }
 
 
+LIKE_SIGMOID = {"softmax_topk", "switch", "cosine", "dense"}
+"""Routers that are the function of `sigmoid_topk` with other scores."""
+
+
+def one_for_each_function(routers: Iterable[str], rarely: Container[str] = LIKE_SIGMOID) -> list:
+    """Returns cases, of which those of `rarely` are in the long suite only."""
+    cases = []
+    for router in routers:
+        cases.append(pytest.param(router, marks=pytest.mark.slow) if router in rarely else router)
+    return cases
+
+
 def case_config(case: str, **sections: dict[str, Any]) -> Config:
     """A small configuration of a router or of another case; `sections` change it."""
     of_case = OTHER_CASES.get(case) or {"moe": {"router": case} | ROUTER_CASES[case]}
@@ -207,3 +223,22 @@ def replace(config: Config, section: str, **leaves: Any) -> Config:
     return dataclasses.replace(
         config, **{section: dataclasses.replace(getattr(config, section), **leaves)}
     )
+
+
+def share_programs(patch: pytest.MonkeyPatch, known: dict[str, Any]) -> None:
+    """Makes `train` take its programs from `known`, or compile them into it.
+
+    All runs that share them must have one configuration and one mesh.
+    """
+
+    def once(name, function):
+        def cached(*arguments, **keywords):
+            if name not in known:
+                known[name] = function(*arguments, **keywords)
+            return known[name]
+
+        return cached
+
+    for name in ("compile_step", "make_eval_step"):
+        patch.setattr(Program, name, once(name, getattr(Program, name)))
+    patch.setattr(loop, "make_train_setup", once("setup", loop.make_train_setup))

@@ -42,6 +42,7 @@ def test_bench_step_compares_moe_and_dense_in_one_run(capsys):
     assert rows["moe_active_parameters"] - rows["dense_parameters"] == 2 * 32 * 4
 
 
+@pytest.mark.slow
 def test_bench_telemetry_compares_intervals_with_and_without_what_is_logged(capsys):
     arguments = [
         "bench",
@@ -96,6 +97,7 @@ def test_a_writer_of_the_benchmark_writes_what_the_model_does_and_again(monkeypa
     np.testing.assert_array_equal(rows_BL[:, -1], last_B)
 
 
+@pytest.mark.slow
 def test_bench_attention_compares_rows_with_rows_four_times_as_long(capsys):
     arguments = [
         f"--config={DEBUG}",

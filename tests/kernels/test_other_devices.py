@@ -214,9 +214,17 @@ def test_the_gradient_of_replicated_weights_sums_over_devices_whose_rows_differ(
     oracle.assert_close(dw_EDF, sum(e[2] for e in expected))
 
 
-@each_kernel
+VARIANT = {"expert_bias": True, "weight_on": "input", "top_k": 1, "renormalize": False}
+
+
 @pytest.mark.parametrize(
-    "variant", [{}, {"expert_bias": True, "weight_on": "input", "top_k": 1, "renormalize": False}]
+    ("name", "variant"),
+    [
+        pytest.param("tokamax", VARIANT, marks=needs_tokamax),
+        ("ragged", {}),
+        pytest.param("tokamax", {}, marks=[needs_tokamax, pytest.mark.slow]),
+        pytest.param("ragged", VARIANT, marks=pytest.mark.slow),
+    ],
 )
 def test_a_layer_on_a_mesh_equals_one_device_without_checks_of_varying_axes(name, variant):
     x_BLD = jnp.asarray(np.random.default_rng(0).normal(size=(4, 8, 16)), jnp.float32)

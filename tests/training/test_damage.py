@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from cases.damage import copy_run, damage, kind_of, ways
-from cases.training import make, replace, small_config
+from cases.training import make, replace, share_programs, small_config
 from moejax import paths
 from moejax.config import ConfigError
 from moejax.inspection.runs.run import open_run
@@ -28,7 +28,6 @@ from moejax.training.checkpoints.meta import add_metrics, read_meta, saved_steps
 from moejax.training.health.alarms import read_alarms
 from moejax.training.loop import train
 from moejax.training.multihost.signals import StopSignals
-from moejax.training.program import Program
 from moejax.training.run_directory.changes import log_changes
 from moejax.training.run_directory.evaluation_log import Evaluations
 from moejax.training.run_directory.layout import warn_of_lost_checkpoints
@@ -59,19 +58,7 @@ KINDS = {
 def programs():
     """Makes `train` compile its programs once for all calls within this file, for one device."""
     patch = pytest.MonkeyPatch()
-    known = {}
-
-    def once(name, function):
-        def cached(*arguments, **keywords):
-            if name not in known:
-                known[name] = function(*arguments, **keywords)
-            return known[name]
-
-        return cached
-
-    for name in ("compile_step", "make_eval_step"):
-        patch.setattr(Program, name, once(name, getattr(Program, name)))
-    patch.setattr(loop, "make_train_setup", once("setup", loop.make_train_setup))
+    share_programs(patch, {})
     patch.setattr(loop, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
     yield
     patch.undo()

@@ -14,7 +14,15 @@ import jax
 import numpy as np
 import pytest
 
-from cases.training import case_config, initial_state, make, packed_batch, replace, small_config
+from cases.training import (
+    case_config,
+    initial_state,
+    make,
+    packed_batch,
+    replace,
+    share_programs,
+    small_config,
+)
 from moejax.config import ConfigError, Knobs
 from moejax.data import prepare
 from moejax.training import loop
@@ -72,11 +80,19 @@ def arrays(workdir, config, step):
 
 
 @pytest.fixture(scope="module")
-def straight(tmp_path_factory):
+def programs():
+    """What `straight` compiled, for other runs of its configuration: see `share_programs`."""
+    return {}
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory, programs):
     """Twenty steps without interruption: (config, workdir, result)."""
     folder = tmp_path_factory.mktemp("straight")
     config = tiny(folder)
-    return config, folder / "run", train(config, folder / "run")
+    with pytest.MonkeyPatch.context() as patch:
+        share_programs(patch, programs)
+        return config, folder / "run", train(config, folder / "run")
 
 
 def command(config, workdir, *arguments):
@@ -145,8 +161,9 @@ def test_evaluation_counts_every_target_of_the_split(straight):
     assert result.evaluation.load_NE.sum(axis=1) == pytest.approx(1.0)
 
 
-def test_a_finished_run_is_evaluated_again_and_not_trained(straight):
+def test_a_finished_run_is_evaluated_again_and_not_trained(straight, programs, monkeypatch):
     config, workdir, first = straight
+    share_programs(monkeypatch, programs)
     again = train(config, workdir)
     assert again.step == 20 and again.tokens_per_s is None
     assert again.evaluation.loss == first.evaluation.loss
@@ -226,8 +243,10 @@ def test_a_signal_during_training_saves_and_exits_zero(tmp_path, number):
     assert lines(tmp_path / "run")[-1]["step"] == saved  # no metrics are lost
 
 
-def test_an_evaluation_that_a_signal_ends_is_made_up_for(straight, tmp_path, monkeypatch):
+def test_an_evaluation_that_a_signal_ends_is_made_up_for(straight, programs, tmp_path, monkeypatch):
     config = tiny(tmp_path)
+    assert config == straight[0]
+    share_programs(monkeypatch, programs)
     real = loop.evaluate
 
     def signalled(*arguments, **keywords):

@@ -122,9 +122,10 @@ def test_experts_that_do_not_divide_are_an_error():
         place(loads(0), 3)
 
 
+RICH = "every other layer, shared and zero-computation experts, biases"
 CASES = {
     "plain": ({}, {}),
-    "every other layer, shared and zero-computation experts, biases": (
+    RICH: (
         {
             "every": 2,
             "num_shared_experts": 1,
@@ -137,9 +138,18 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+MESH = {"data": 2, "expert": 2, "dcn_expert": 2}
+
+
 @pytest.mark.parametrize(
-    "mesh", [{}, {"data": 2, "expert": 2, "dcn_expert": 2}], ids=["one device", "mesh"]
+    ("case", "mesh"),
+    [
+        ("plain", MESH),
+        (RICH, {}),
+        pytest.param("plain", {}, marks=pytest.mark.slow),
+        pytest.param(RICH, MESH, marks=pytest.mark.slow),
+    ],
+    ids=str,
 )
 def test_a_model_with_other_places_and_copies_is_the_same_model(case, mesh):
     moe, model_leaves = CASES[case]

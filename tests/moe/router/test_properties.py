@@ -14,7 +14,7 @@ from jax.sharding import AxisType
 
 import oracle
 from cases.moe import info_of
-from cases.training import ROUTER_CASES
+from cases.training import LIKE_SIGMOID, ROUTER_CASES, one_for_each_function
 from moejax.config import ROUTER_RULES, ConfigError, MoeConfig, resolve
 from moejax.config.sections.moe import derive_moe
 from moejax.moe.balancing.losses import LOSSES, auxiliary_losses
@@ -37,16 +37,9 @@ CAPACITIES = [
 ]
 
 
-LIKE_SIGMOID = {"softmax_topk", "switch", "cosine", "dense"}
-"""Routers that are the function of `sigmoid_topk` with other scores: for the long suite."""
-
-
 def each(routers, rarely=LIKE_SIGMOID):
     """A case for each router; those of `rarely` are in the long suite only."""
-    cases = []
-    for router in routers:
-        cases.append(pytest.param(router, marks=pytest.mark.slow) if router in rarely else router)
-    return pytest.mark.parametrize("router", cases)
+    return pytest.mark.parametrize("router", one_for_each_function(routers, rarely))
 
 
 def test_routers_that_are_rarely_tried_are_one_function_with_one_that_always_is():

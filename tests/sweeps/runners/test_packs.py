@@ -103,6 +103,7 @@ def test_a_sweep_trains_each_arm_once_and_records_it(undisturbed):
     assert "<html" in (directory / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_gives_the_records_of_an_undisturbed_one(undisturbed, data, tmp_path):
     directory, _, _ = undisturbed
     packs = json.loads((directory / "sweep.json").read_text())["packs"]
