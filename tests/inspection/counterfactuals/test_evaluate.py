@@ -421,13 +421,15 @@ def test_ablating_other_experts_and_layers_compiles_nothing(parts, batch):
 # -----------------------------------------------------------------------------
 
 
-def test_interventions_in_stacks_give_what_each_gives_alone(parts, batch):
+@pytest.mark.parametrize("at_once", [True, False], ids=["vmap", "in turn"])
+def test_interventions_in_stacks_give_what_each_gives_alone(parts, loaded, batch, at_once):
     load_NE = np.stack([traffic.load_E for traffic in parts.run(batch).traffic.values()])
     planned, _ = plan(Layers(parts.moes, range(N), load_NE), KINDS, num_pairs=1)
     stacks = stack_interventions(planned, 3)
     residuals = parts.begin(batch)
+    stacked_parts = Parts(loaded.model, at_once)
     for stack in stacks:
-        together = parts.run_edited(batch, residuals, stack.edits, len(stack.places))
+        together = stacked_parts.run_edited(batch, residuals, stack.edits, len(stack.places))
         for place, passed in zip(stack.places, together, strict=True):
             alone = run_alone(parts, batch, residuals, planned[place].edits)
             np.testing.assert_allclose(passed.nats_B, alone.nats_B, rtol=1e-6)
