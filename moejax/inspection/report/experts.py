@@ -197,8 +197,9 @@ def domains(findings: ReportData) -> Markup:
 
 def _strongest_visit(share_DE: np.ndarray, names: Sequence[str]) -> str:
     """Says which domain has the largest share of its tokens at one expert."""
+    num_experts = share_DE.shape[1]
     largest = int(np.nanargmax(share_DE))
-    domain, expert = np.unravel_index(largest, share_DE.shape)
+    domain, expert = divmod(largest, num_experts)
     share = share_DE[domain, expert]
     return f"{names[domain]} visits expert {expert} with {share:.0%} of its tokens"
 

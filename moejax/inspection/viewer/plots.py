@@ -220,15 +220,9 @@ def load_plot(counts_NE: Int[np.ndarray, "N E"], layers: Sequence[int]) -> figur
     plot = _figure(height, x_range=(-0.5, E - 0.5), y_range=(N - 0.5, -0.5))
     colors = load_colors(figures.COLORS)
     mapper = LinearColorMapper(palette=colors, low=-2, high=2, nan_color=DEAD)
-    image = plot.image(
-        "log",
-        source=_load_source(counts_NE, layers),
-        x=-0.5,
-        y=-0.5,
-        dw=E,
-        dh=N,
-        color_mapper=mapper,
-    )
+    source = _load_source(counts_NE, layers)
+    place: dict[str, Any] = {"x": -0.5, "y": -0.5, "dw": E, "dh": N, "color_mapper": mapper}
+    image = plot.image("log", source=source, **place)
     tooltips = [("layer", "@layer"), ("expert", "$x{0}"), ("load", "@ratio{0.00}")]
     plot.add_tools(HoverTool(renderers=[image], tooltips=tooltips))
     plot.xaxis.axis_label = "expert"
